@@ -1,0 +1,29 @@
+"""The quantized linear layer as tensors, independent of any file format.
+
+Letters for shapes:  O out_features   I in_features   G groups
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedLinear:
+    """Integer codes with the grid they live on: w[o, i] = scales[o, g(i)] * (codes[o, i] - zeros[o, g(i)])."""
+
+    codes: Tensor  # uint8 [O, I], columns in the order of the original weight
+    scales: Tensor  # float16 [O, G]
+    zeros: Tensor  # uint8 [O, G], in [1, 2**bits - 1]
+    group_of_column: Tensor  # int32 [I]
+    bits: int
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight [O, I] these codes stand for, computed in float32 and then cast to `dtype`."""
+        group = self.group_of_column.long()
+        scales = self.scales.float()[:, group]
+        zeros = self.zeros.float()[:, group]
+        return (self.codes.float().sub_(zeros).mul_(scales)).to(dtype)

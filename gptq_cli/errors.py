@@ -1,0 +1,83 @@
+"""Every expected failure: one small tree, each class one exit code, each raise a code, a message and usually a hint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """A place in a file the user wrote; line and column count from 1."""
+
+    file: str
+    line: int
+    column: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}:{self.column}"
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong: a stable code, what and which value, what to do next, where."""
+
+    code: str
+    message: str
+    hint: str | None = None
+    location: Location | None = None
+
+
+class GptqError(Exception):
+    """An expected failure with one or more problems; `exit_code` is what the process returns."""
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, code: str, message: str, *, hint: str | None = None, location: Location | None = None) -> None:
+        super().__init__(message)
+        self.problems: tuple[Problem, ...] = (Problem(code, message, hint, location),)
+
+    @property
+    def code(self) -> str:
+        return self.problems[0].code
+
+    @property
+    def hint(self) -> str | None:
+        return self.problems[0].hint
+
+
+class ConfigError(GptqError):
+    """The flags or the configuration file are wrong; nothing was read or written."""
+
+    exit_code = 2
+
+    @classmethod
+    def of(cls, problems: list[Problem]) -> ConfigError:
+        """One error for all `problems` (at least one), so that a user mends a file in one go."""
+        error = cls(problems[0].code, "; ".join(problem.message for problem in problems))
+        error.problems = tuple(problems)
+        return error
+
+
+class InputError(GptqError):
+    """The model, tokenizer or dataset was refused."""
+
+    exit_code = 3
+
+
+class GateError(GptqError):
+    """A quality gate failed: perplexity threshold, verification, or numbers that are not finite."""
+
+    exit_code = 4
+
+
+class ResourceError(GptqError):
+    """Memory, disk or device: give resources and run again."""
+
+    exit_code = 5
+
+
+class ExistsError(GptqError):
+    """The output exists already, or somebody else is writing it."""
+
+    exit_code = 6

@@ -1,0 +1,88 @@
+"""What happened during a run, as data: the pipeline reports, the command line shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseStarted:
+    """A part of the run began: "plan", "calibration", "embeddings", "blocks", "head", "copy", "publish"."""
+
+    name: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlanned:
+    """What will be done, known before any weight is read."""
+
+    model: str
+    n_blocks: int
+    n_quantized: int
+    n_kept: int
+    bytes_before: int
+    bytes_after: int
+    bits_per_weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class LayerReport:
+    """One solved layer. Errors are relative to the layer's output energy on the calibration tokens:
+    tr(E H E') / tr(W H W'); `rtn_relative_error` is the same for round-to-nearest on the same grid."""
+
+    name: str
+    block: int
+    bits: int
+    group_size: int
+    relative_error: float
+    rtn_relative_error: float
+    damp_percent: float
+    damp_retries: int
+    dead_columns: int
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class BlockStarted:
+    index: int
+    n_blocks: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class LayerStarted:
+    """The layer now at work, for a progress view."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSolved:
+    report: LayerReport
+
+
+@dataclass(frozen=True, slots=True)
+class BlockFinished:
+    """`seconds` of this block, `host_bytes` resident now, `device_bytes` peak so far (0 without an accelerator)."""
+
+    index: int
+    n_blocks: int
+    name: str
+    seconds: float
+    host_bytes: int
+    device_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Warned:
+    """Something the user should know and that did not stop the run."""
+
+    code: str
+    message: str
+
+
+Event = PhaseStarted | RunPlanned | BlockStarted | LayerStarted | LayerSolved | BlockFinished | Warned
+Report = Callable[[Event], None]
