@@ -86,3 +86,8 @@ class Warned:
 
 Event = PhaseStarted | RunPlanned | BlockStarted | LayerStarted | LayerSolved | BlockFinished | Warned
 Report = Callable[[Event], None]
+
+
+def ignore(event: Event) -> None:
+    """The report of a caller who wants none."""
+    del event

@@ -1,0 +1,45 @@
+# Every target sets up what it needs; a second run starts at once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-all test-compat check bench clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+install: $(READY) ## make the environment in .venv with the tested versions
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	# torch first: the pinned version decides which of its builds the other packages find
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(READY)
+
+demo: $(READY) ## quantize the embedded model to 4 bits and compare both
+	$(BIN)/python scripts/demo.py
+
+test: $(READY) ## the CPU test suite
+	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu and not network"
+
+test-all: $(READY) ## every test that can run here
+	$(BIN)/python -m pytest -n 2
+
+test-compat: $(READY) ## load the output with transformers, GPTQModel and auto-round, in environments of their own
+	PYTHON=$(abspath $(BIN)/python) scripts/test_compat.sh
+
+check: $(READY) ## format, lint, types, import contracts
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+bench: $(READY) ## start-up times and memory against depth
+	$(BIN)/python scripts/bench_startup.py
+	$(BIN)/python scripts/bench_memory.py
+
+clean: ## remove the environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info

@@ -1,0 +1,39 @@
+"""Small integers <-> 32-bit words, as one little-endian bit stream along the first dimension.
+
+Bit p of the stream is bit p % 32 of word p // 32, so that 32 values of `bits` bits fill exactly `bits` words.
+For 2, 4 and 8 bits this is "32 / bits values a word, lowest first"; for 3 bits it is AutoGPTQ's 10-1-10-1-10 layout.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+VALUES = 32  # values packed together
+
+
+def pack(values: Tensor, bits: int) -> Tensor:
+    """Words int32 [N * bits / 32, C] of unsigned integers `values` [N, C] below 2**bits; N must be a multiple of 32."""
+    groups = values.to(torch.int32).unflatten(0, (-1, VALUES))
+    words = torch.zeros(groups.shape[0], bits, *values.shape[1:], dtype=torch.int32, device=values.device)
+    for index in range(VALUES):
+        word, offset = divmod(index * bits, 32)
+        words[:, word] |= groups[:, index] << offset
+        if offset + bits > 32:
+            words[:, word + 1] |= groups[:, index] >> (32 - offset)
+    return words.flatten(0, 1)
+
+
+def unpack(words: Tensor, bits: int) -> Tensor:
+    """The values uint8 [N, C] packed in `words` int32 [N * bits / 32, C]: the inverse of `pack`."""
+    groups = words.unflatten(0, (-1, bits))
+    values = torch.empty(groups.shape[0], VALUES, *words.shape[1:], dtype=torch.uint8, device=words.device)
+    mask = 2**bits - 1
+    for index in range(VALUES):
+        word, offset = divmod(index * bits, 32)
+        value = groups[:, word] >> offset  # an arithmetic shift: the mask removes the copies of the sign
+        if offset + bits > 32:
+            low = 32 - offset
+            value = (value & (2**low - 1)) | (groups[:, word + 1] << low)
+        values[:, index] = value & mask
+    return values.flatten(0, 1)

@@ -1,0 +1,66 @@
+"""The `quantization_config` of the output, in the words that every reader understands.
+
+Sources: transformers `GPTQConfig`, GPTQModel `QuantizeConfig`, vLLM `AutoGPTQConfig`, llama.cpp's converter (2026).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+from gptq_cli.config.rules import keeps
+from gptq_cli.config.schema import QuantizeConfig
+
+# Engines that fuse these linears match rules against the fused name.
+FUSED_ALIASES = {
+    frozenset({"q_proj", "k_proj", "v_proj"}): "qkv_proj",
+    frozenset({"gate_proj", "up_proj"}): "gate_up_proj",
+}
+
+
+def describe(config: QuantizeConfig, quantized: Iterable[str], kept: Iterable[str]) -> dict[str, Any]:
+    """The dict for config.json. `quantized` and `kept` are full names of linears; kept ones lie inside the blocks.
+
+    When a linear of a block is kept, both dialects say so: transformers reads `modules_in_block_to_quantize`, GPTQModel
+    and SGLang read `dynamic`. No value is null, `desc_act` is true only if g_idx is not trivial, `format` and
+    `checkpoint_format` agree: each of these was seen to break a reader.
+    """
+    described: dict[str, Any] = {
+        "quant_method": "gptq",
+        "bits": config.bits,
+        "group_size": config.group_size,
+        "desc_act": config.desc_act and not config.static_groups,
+        "sym": config.sym,
+        "checkpoint_format": config.format,
+        "format": config.format,
+        "lm_head": config.lm_head,
+        "true_sequential": config.true_sequential,
+        "static_groups": config.static_groups,
+        "act_group_aware": config.act_group_aware,
+        "damp_percent": config.damp_percent,
+        "pack_dtype": "int32",
+    }
+    kept = list(kept)
+    overrides = {rule: values for rule, values in config.dynamic.items() if not keeps(rule)}
+    if kept or overrides:
+        described["dynamic"] = {rule: {} for rule in skip_rules(kept)} | overrides
+    if kept:
+        described["modules_in_block_to_quantize"] = [list(quantized)]
+    return described
+
+
+def skip_rules(kept: Iterable[str]) -> list[str]:
+    """Anchored `-:` rules that match exactly `kept` (and the fused names that stand for them), one a parent module."""
+    leaves: dict[str, set[str]] = defaultdict(set)
+    for name in kept:
+        parent, _, leaf = name.rpartition(".")
+        leaves[parent].add(leaf)
+    parents: dict[frozenset[str], list[str]] = defaultdict(list)
+    for parent, names in leaves.items():
+        parents[frozenset(names | {alias for parts, alias in FUSED_ALIASES.items() if parts <= names})].append(parent)
+    return [
+        f"-:^({'|'.join(map(re.escape, where))})\\.({'|'.join(map(re.escape, sorted(names)))})$"
+        for names, where in parents.items()
+    ]

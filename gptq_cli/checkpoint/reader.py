@@ -1,0 +1,122 @@
+"""Tensors out of a checkpoint one at a time; quantized linears come back as plain weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from gptq_cli.checkpoint.gptq_format import SUFFIXES, decode
+from gptq_cli.checkpoint.source import Checkpoint
+from gptq_cli.engine.layer import QuantizedLinear
+from gptq_cli.engine.triton_dequantize import dequantize_packed
+from gptq_cli.errors import InputError
+
+SAFETENSORS_DTYPE = {
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
+    torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64",
+}  # fmt: skip
+
+Read = Callable[[str], Tensor]
+
+
+class TensorReader:
+    """Reads the tensors of one checkpoint by name, straight from its files, on the CPU."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._tensors = checkpoint.tensors
+        self._open: dict[str, Any] = {}
+
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def read(self, name: str) -> Tensor:
+        """The tensor as stored; its memory may be the file's own pages."""
+        file = str(self._tensors[name].file)
+        if file not in self._open:
+            self._open[file] = safe_open(file, framework="pt", device="cpu")
+        tensor: Tensor = self._open[file].get_tensor(name)
+        return tensor
+
+
+class DequantizingReader:
+    """A GPTQ checkpoint seen as the full-precision model it stands for: `X.qweight`, ... appear as `X.weight`.
+
+    Reads v1 and v2, any of 2, 3, 4 and 8 bits (told by the shapes, so that mixed checkpoints need no rules), with g_idx
+    or without. With `backend` "triton" the packed words are moved to `device` and decoded there by one kernel.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, backend: str) -> None:
+        self._tensors = checkpoint.tensors
+        self._raw = TensorReader(checkpoint)
+        self._settings = gptq_settings(checkpoint)
+        self._device, self._backend = device, backend
+
+    def names(self) -> list[str]:
+        packed = tuple(f".{suffix}" for suffix in SUFFIXES)
+        plain = [name for name in self._tensors if not name.endswith(packed)]
+        return plain + [f"{module}.weight" for module in quantized_modules(self._tensors)]
+
+    def read(self, name: str) -> Tensor:
+        """The stored tensor, or the dequantized weight [O, I] in float32."""
+        if name in self._tensors:
+            return self._raw.read(name)
+        packed = self._packed(name.removesuffix(".weight"))
+        if self._backend == "triton":
+            moved = {suffix: tensor.to(self._device) for suffix, tensor in packed.items()}
+            return dequantize_packed(
+                **moved, bits=_bits_of(packed), v2=self._settings["format"] == "gptq_v2", dtype=torch.float32
+            )
+        return decode(packed, _bits_of(packed), self._settings["format"]).dequantize()
+
+    def linear(self, module: str) -> QuantizedLinear:
+        """The codes and the grid of one quantized linear."""
+        packed = self._packed(module)
+        return decode(packed, _bits_of(packed), self._settings["format"])
+
+    def _packed(self, module: str) -> dict[str, Tensor]:
+        absent = [s for s in SUFFIXES if f"{module}.{s}" not in self._tensors and s != "g_idx"]
+        if absent:
+            raise InputError("E_CKPT_INCOMPLETE", f"`{module}` has a qweight but no {', '.join(absent)}")
+        packed = {s: self._raw.read(f"{module}.{s}") for s in SUFFIXES if f"{module}.{s}" in self._tensors}
+        if "g_idx" not in packed:
+            packed["g_idx"] = _trivial_groups(packed)
+        return packed
+
+
+def gptq_settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """`format` ("gptq" or "gptq_v2") of a quantized checkpoint; InputError E_CKPT_QUANTIZED for any other method."""
+    quantization = checkpoint.quantization or {}
+    method = str(quantization.get("quant_method", "gptq")).lower()
+    format = quantization.get("checkpoint_format") or quantization.get("format") or "gptq"
+    if method != "gptq" or format not in ("gptq", "gptq_v2"):
+        raise InputError(
+            "E_CKPT_QUANTIZED", f"`{checkpoint.directory}` is quantized as {method} ({format}), which is not read here",
+            hint="use a full-precision, gptq or gptq_v2 checkpoint",
+        )  # fmt: skip
+    return {"format": format}
+
+
+def quantized_modules(tensors: dict[str, Any]) -> list[str]:
+    """Names of the linears that are stored packed."""
+    return [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of `tensor` as they are stored, without a copy when it is contiguous on the CPU."""
+    array: Any = tensor.detach().cpu().contiguous().view(torch.uint8).reshape(-1).numpy()
+    return memoryview(array)
+
+
+def _bits_of(packed: dict[str, Tensor]) -> int:
+    in_features = packed["g_idx"].shape[0]
+    return int(packed["qweight"].shape[0]) * 32 // in_features
+
+
+def _trivial_groups(packed: dict[str, Tensor]) -> Tensor:
+    bits = packed["qzeros"].shape[1] * 32 // packed["scales"].shape[1]
+    in_features = packed["qweight"].shape[0] * 32 // bits
+    return torch.arange(in_features, dtype=torch.int32) // (in_features // packed["scales"].shape[0])

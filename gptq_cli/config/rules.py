@@ -1,0 +1,59 @@
+"""Which layers a configuration reaches, with the meaning GPTQModel and Optimum give to their fields.
+
+A `dynamic` rule is a regular expression, matched from the start of the full module name, behind `+:` (or nothing) for
+other settings or `-:` for "keep in full precision". All `-:` rules are asked first, then the others in the order in
+which they were written; the first match decides alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gptq_cli.config.layer import LayerConfig
+from gptq_cli.config.yaml_loader import parse_scalar
+
+KEEP, CHANGE = "-:", "+:"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerChoice:
+    """What happens to one layer and which rule says so; `config` None means it keeps its full precision."""
+
+    config: LayerConfig | None
+    why: str
+
+
+def keeps(rule: str) -> bool:
+    """Whether a `dynamic` rule keeps its layers in full precision."""
+    return rule.startswith(KEEP)
+
+
+def pattern_of(rule: str) -> str:
+    """The regular expression of a `dynamic` rule without its prefix."""
+    return rule[2:] if rule.startswith((KEEP, CHANGE)) else rule
+
+
+def first_match(rules: Iterable[str], name: str) -> str | None:
+    """The rule that decides about the layer `name`: `-:` rules first, then in order (GPTQModel, `dynamic`)."""
+    ordered = sorted(rules, key=lambda rule: not keeps(rule))
+    return next((rule for rule in ordered if re.match(pattern_of(rule), name)), None)
+
+
+def is_listed(modules: Sequence[Sequence[str]] | None, name_in_block: str) -> bool:
+    """Whether `modules_in_block_to_quantize` reaches a linear: its name ends with a listed one (as in Optimum)."""
+    return modules is None or any(name_in_block.endswith(item) for stage in modules for item in stage)
+
+
+def parse_rule(text: str) -> tuple[str, Any]:
+    """The rule and settings in `-:regex` or `+:regex={"bits": 8}`, as the command line writes an entry of `dynamic`."""
+    match = re.fullmatch(r"(.*)=(\{.*\})", text, re.DOTALL)
+    return (match[1], parse_scalar(match[2])) if match else (text, {})
+
+
+def unmatched_rules(rules: Mapping[str, object], names: Iterable[str]) -> list[str]:
+    """Rules that match none of `names`: most often a pattern that forgot that matching starts at the first letter."""
+    names = list(names)
+    return [rule for rule in rules if not any(re.match(pattern_of(rule), name) for name in names)]

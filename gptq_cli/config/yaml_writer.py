@@ -1,0 +1,37 @@
+"""A configuration as YAML that any reader, 1.1 or 1.2, takes for the same values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from gptq_cli.config.schema import QuantizeConfig
+from gptq_cli.config.yaml_loader import CORE_SCHEMA
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes a text that YAML 1.1 or YAML 1.2 would read as something else, and never writes an alias."""
+
+    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002
+        return True
+
+
+for _tag, _pattern, _first in CORE_SCHEMA:
+    _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, [*_first])
+
+
+def to_yaml(config: QuantizeConfig, origins: Mapping[str, str] | None = None) -> str:
+    """`config` as YAML, each value with its entry in `origins` as a comment; loading the text gives an equal config."""
+    blocks = []
+    for key, value in config.model_dump().items():
+        block = yaml.dump({key: value}, Dumper=_Dumper, allow_unicode=True, width=10**9, sort_keys=False)
+        origin = (origins or {}).get(key)
+        if origin is None:
+            blocks.append(block)
+        elif block.count("\n") == 1:
+            blocks.append(f"{block.rstrip()}  # {origin}\n")
+        else:
+            blocks.append(f"# {origin}\n{block}")
+    return "".join(blocks)

@@ -1,0 +1,52 @@
+"""How much of a layer's output quantization changes: tr(E H Eᵀ) / tr(W H Wᵀ) with E = W - Q and H = Σ x xᵀ.
+
+That is Σ ‖E x‖² / Σ ‖W x‖² over the calibration tokens, without looking at a token again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from gptq_cli.engine.layer import QuantizedLinear
+
+ELEMENTS_PER_CHUNK = 2**24
+COLUMNS_PER_PANEL = 256
+
+
+@torch.no_grad()
+def relative_output_errors(weight: Tensor, hessian: Tensor, candidates: Sequence[QuantizedLinear]) -> list[float]:
+    """The relative output error of each candidate for the weight [O, I], under the undamped Hessian [I, I].
+
+    Rows are taken a chunk at a time, so no float copy of a large weight is needed. A layer whose output is always zero
+    has an error of 0.
+    """
+    energies = torch.zeros(1 + len(candidates), dtype=torch.float64, device=weight.device)
+    rows_per_chunk = max(1, ELEMENTS_PER_CHUNK // weight.shape[1])
+    for start in range(0, weight.shape[0], rows_per_chunk):
+        rows = slice(start, start + rows_per_chunk)
+        original = weight[rows].to(hessian.dtype)
+        errors = [original - _take_rows(candidate, rows).dequantize(hessian.dtype) for candidate in candidates]
+        energies += torch.stack([_energy(matrix, hessian) for matrix in (original, *errors)])
+    total, *rest = energies.tolist()
+    return [energy / total if total else 0.0 for energy in rest]
+
+
+def _energy(matrix: Tensor, hessian: Tensor) -> Tensor:
+    """tr(M H Mᵀ) for M [n, I]; H is symmetric, so the part left of each diagonal block counts twice."""
+    energy = torch.zeros((), dtype=torch.float64, device=matrix.device)
+    for start in range(0, matrix.shape[1], COLUMNS_PER_PANEL):
+        panel = slice(start, start + COLUMNS_PER_PANEL)
+        product = torch.addmm(
+            matrix[:, :start] @ hessian[:start, panel], matrix[:, panel], hessian[panel, panel], beta=2
+        )
+        energy += product.mul_(matrix[:, panel]).sum(dtype=torch.float64)
+    return energy
+
+
+def _take_rows(quantized: QuantizedLinear, rows: slice) -> QuantizedLinear:
+    codes, scales, zeros = quantized.codes[rows], quantized.scales[rows], quantized.zeros[rows]
+    return replace(quantized, codes=codes, scales=scales, zeros=zeros)

@@ -1,0 +1,31 @@
+"""Round to nearest: every weight to the nearest point of its group's grid, the baseline of every report."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gptq_cli.config.layer import LayerConfig
+from gptq_cli.engine.grid import check_scales, find_group_grids, round_to_grid
+from gptq_cli.engine.layer import QuantizedLinear
+
+
+@torch.no_grad()
+def round_to_nearest(weight: Tensor, config: LayerConfig, group_of_column: Tensor | None = None) -> QuantizedLinear:
+    """The weight [O, I] rounded to the min/max grid of its groups.
+
+    Groups are those of `group_of_column` [I] where it is given, else runs of `group_size` columns.
+    Raises ScaleRangeError, and ValueError if the group size does not divide I.
+    """
+    in_features = weight.shape[1]
+    group_size = config.columns_per_group(in_features)
+    if in_features % group_size:
+        raise ValueError(f"group_size {group_size} does not divide in_features {in_features}")
+    if group_of_column is None:
+        group_of_column = (torch.arange(in_features, device=weight.device) // group_size).int()
+    weight = weight.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
+    scales, zeros = find_group_grids(weight, group_of_column, config.bits, config.sym)
+    check_scales(scales)
+    group = group_of_column.long()
+    codes = round_to_grid(weight, scales[:, group], zeros[:, group], config.bits)
+    return QuantizedLinear(codes.byte(), scales.half(), zeros.byte(), group_of_column, config.bits)

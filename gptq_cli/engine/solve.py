@@ -1,0 +1,167 @@
+"""GPTQ for one linear layer, as successive rounding with linear feedback.
+
+Minimise  tr((W - Q) H (W - Q)ᵀ)  over the Q that lie on the grid. With  H = R D Rᵀ,  R unit upper triangular, that is
+Σ_j D_j ‖v_j - q_j‖²  with  v_j = w_j + Σ_{i<j} e_i R_ij  and  e_i = w_i - q_i:  round each v_j to its grid, columns in
+processing order. This is GPTQ (Frantar et al. 2022) in the form of LDLQ (QuIP, Chee et al. 2023): the same codes, and
+no inverse.
+
+Columns are taken in blocks. A block first receives the errors of all columns before it in one product,
+v_B = w_B + E_{<B} R_{<B,B}; inside it errors are passed on at once, through smaller and smaller blocks.
+
+Letters for shapes:  O out_features   I in_features   G groups   n columns of a block
+Matrices are held transposed, [I, O], so that a column of the layer is contiguous in memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gptq_cli.config.layer import LayerConfig
+from gptq_cli.engine.factor import Prepared
+from gptq_cli.engine.grid import check_scales, find_grid, find_group_grids, round_to_grid
+from gptq_cli.engine.layer import QuantizedLinear
+from gptq_cli.engine.output_error import relative_output_errors
+from gptq_cli.engine.rtn import round_to_nearest
+
+COLUMN_BLOCK = 128
+INNER_BLOCKS = (128, 32, 8)
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """A quantized layer, and its output error beside that of round to nearest with the same groups."""
+
+    quantized: QuantizedLinear
+    relative_error: float  # tr(E H Eᵀ) / tr(W H Wᵀ), H without damping
+    rtn_relative_error: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Grid:
+    """The grids of all groups, found as the groups are reached."""
+
+    scales: Tensor  # [G, O]
+    zeros: Tensor  # [G, O]
+    config: LayerConfig
+
+    def find(self, group: int, weights: Tensor) -> None:
+        """Fit the group's grid to weights [n, O]."""
+        self.scales[group], self.zeros[group] = find_grid(weights.T, self.config.bits, self.config.sym)
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Columns that are rounded together. All indices are local to the block: its first column is 0.
+
+    Rounding column j turns values[j] from v_j into its codes, and errors[j] from w_j into e_j.
+    """
+
+    values: Tensor  # [n, O]
+    errors: Tensor  # [n, O]
+    R: Tensor  # [n, n]
+    group_of: list[int]  # [n]
+
+    def feed(self, start: int, stop: int, end: int) -> None:
+        """Pass the errors of columns start..stop on to columns stop..end."""
+        if stop < end:
+            self.values[stop:end].addmm_(self.R[start:stop, stop:end].T, self.errors[start:stop])
+
+    def updated_weights(self, start: int, stop: int) -> Tensor:
+        """Columns start..stop as they would best be if nothing were rounded any more, u = w + (v - w) R⁻¹: the weights
+        that GPTQ in its first form has updated so far, and from which it takes the scales of a group."""
+        weights, R = self.errors[start:stop], self.R[start:stop, start:stop]
+        feedback = self.values[start:stop] - weights
+        change: Tensor = torch.linalg.solve_triangular(R.T, feedback, upper=False, unitriangular=True)
+        return change.add_(weights)
+
+
+@torch.no_grad()
+def solve(
+    weight: Tensor, hessian: Tensor, prepared: Prepared, config: LayerConfig, *, column_block: int = COLUMN_BLOCK
+) -> Solution:
+    """The weight [O, I] quantized by GPTQ, with its output error under the undamped Hessian [I, I].
+
+    `prepared` holds the order and the factors of the same Hessian. Sums are float32, or float64 if weight and Hessian
+    are. Dead columns get the code of zero. `column_block` moves work between products of matrices and of vectors; it
+    changes the result by no more than the rounding of sums. Raises ScaleRangeError.
+    """
+    quantized = _quantize(weight, prepared, config, column_block)
+    baseline = round_to_nearest(weight, config, prepared.order.group_of_column)
+    error, rtn_error = relative_output_errors(weight, hessian, (quantized, baseline))
+    return Solution(quantized, error, rtn_error)
+
+
+def _quantize(weight: Tensor, prepared: Prepared, config: LayerConfig, column_block: int) -> QuantizedLinear:
+    order, in_features = prepared.order, weight.shape[1]
+    dtype = torch.float64 if weight.dtype == prepared.R.dtype == torch.float64 else torch.float32
+    R = prepared.R.to(dtype)
+    alive = weight.to(dtype).masked_fill(prepared.dead, 0)
+    grid = _initial_grid(alive, prepared, config)
+    errors = alive.T.index_select(0, order.permutation)
+    del alive
+    codes = torch.empty_like(errors, dtype=torch.uint8)
+    group_of = order.group_of_column[order.permutation].tolist()
+    width, run = _widths(config.columns_per_group(in_features), order.static_grid, column_block)
+    for start in range(0, in_features, width):
+        stop = min(start + width, in_features)
+        values = torch.addmm(errors[start:stop], R[:start, start:stop].T, errors[:start])
+        block = _Block(values, errors[start:stop], R[start:stop, start:stop], group_of[start:stop])
+        _round_block(block, grid, order.static_grid, run)
+        codes[start:stop] = values
+    check_scales(grid.scales)
+    natural = codes[order.permutation.argsort()].T.contiguous()
+    scales, zeros = grid.scales.T.contiguous().half(), grid.zeros.T.contiguous().byte()
+    return QuantizedLinear(natural, scales, zeros, order.group_of_column, config.bits)
+
+
+def _initial_grid(weight: Tensor, prepared: Prepared, config: LayerConfig) -> _Grid:
+    """All grids from the original weights [O, I] if they are static; else room for them."""
+    order = prepared.order
+    if order.static_grid:
+        scales, zeros = find_group_grids(weight, order.group_of_column, config.bits, config.sym)
+        return _Grid(scales.T.contiguous(), zeros.T.contiguous(), config)
+    n_groups = weight.shape[1] // config.columns_per_group(weight.shape[1])
+    scales = weight.new_empty(n_groups, weight.shape[0])
+    return _Grid(scales, torch.empty_like(scales), config)
+
+
+def _widths(group_size: int, static_grid: bool, column_block: int) -> tuple[int, int]:
+    """Columns per block, and per run of columns that need their grid when all columns before them are done."""
+    if static_grid:
+        return column_block, column_block
+    return group_size * max(1, column_block // group_size), group_size
+
+
+def _round_block(block: _Block, grid: _Grid, static_grid: bool, run: int) -> None:
+    """Round a block that has received the errors of all columns before it, one run of columns after the other."""
+    n_columns = len(block.group_of)
+    for start in range(0, n_columns, run):
+        stop = min(start + run, n_columns)
+        if not static_grid:
+            grid.find(block.group_of[start], block.updated_weights(start, stop))
+        _round_columns(block, grid, start, stop, INNER_BLOCKS)
+        block.feed(start, stop, n_columns)
+
+
+def _round_columns(block: _Block, grid: _Grid, start: int, stop: int, widths: tuple[int, ...]) -> None:
+    """Round columns start..stop, which have received the errors of all columns before `start`."""
+    if not widths:
+        return _round_one_by_one(block, grid, start, stop)
+    for left in range(start, stop, widths[0]):
+        right = min(left + widths[0], stop)
+        _round_columns(block, grid, left, right, widths[1:])
+        block.feed(left, right, stop)
+    return None
+
+
+def _round_one_by_one(block: _Block, grid: _Grid, start: int, stop: int) -> None:
+    for column in range(start, stop):
+        value, error, group = block.values[column], block.errors[column], block.group_of[column]
+        scales, zeros = grid.scales[group], grid.zeros[group]
+        round_to_grid(value, scales, zeros, grid.config.bits, out=value)
+        error.addcmul_(value - zeros, scales, value=-1)
+        if column + 1 < stop:
+            block.values[column + 1 : stop].addr_(block.R[column, column + 1 : stop], error)

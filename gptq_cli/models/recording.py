@@ -1,0 +1,66 @@
+"""What each block is called with, learnt by running the model's own forward once with recorders in place of the blocks.
+
+Nothing is rebuilt by hand: masks, position embeddings and whatever else a family passes come from its own code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Arguments of one call of one block, without the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    positional: bool
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """The block's output hidden states for `hidden` [batch, seqlen, features]."""
+        output = (
+            block(hidden, *self.args, **self.kwargs) if self.positional else block(hidden_states=hidden, **self.kwargs)
+        )
+        return output if isinstance(output, Tensor) else output[0]
+
+
+class Recorder(nn.Module):
+    """Stands in for a block: lends its attributes, notes its call, passes hidden states on in the block's shape."""
+
+    def __init__(self, block: nn.Module, returns: int | None) -> None:
+        super().__init__()
+        object.__setattr__(self, "_block", block)  # not a submodule: its parameters stay out of sight
+        self.returns = returns
+        self.inject: Tensor | None = None
+        self.seen: list[tuple[Tensor, Call]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(object.__getattribute__(self, "_block"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
+        hidden = args[0] if args else kwargs["hidden_states"]
+        self.seen.append((hidden, Call(args[1:], rest, bool(args))))
+        passed = hidden if self.inject is None else self.inject
+        return passed if self.returns is None else (passed, *[None] * (self.returns - 1))
+
+
+def share(value: Any, like: Any) -> Any:
+    """`value` with each tensor replaced by the equal one in `like`, so that masks are kept once for all batches."""
+    if isinstance(value, Tensor):
+        same = isinstance(like, Tensor) and value.dtype == like.dtype and torch.equal(value, like)
+        return like if same else value
+    if isinstance(value, Call) and isinstance(like, Call):
+        return Call(share(value.args, like.args), share(value.kwargs, like.kwargs), value.positional)
+    if isinstance(value, dict) and isinstance(like, dict):
+        return {key: share(item, like.get(key)) for key, item in value.items()}
+    if type(value) in (tuple, list) and type(like) is type(value) and len(like) == len(value):
+        return type(value)(share(item, other) for item, other in zip(value, like, strict=True))
+    return value

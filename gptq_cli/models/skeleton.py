@@ -1,0 +1,155 @@
+"""The transformers model without its weights: modules on the `meta` device, small computed buffers real.
+
+Names: the checkpoint's own names are the truth; transformers' conversion mapping tells which parameter each one fills.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from gptq_cli.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class Skeleton:
+    """A causal language model on meta; `sources` maps each parameter to the checkpoint tensor that fills it."""
+
+    model: PreTrainedModel
+    sources: dict[str, str]
+    blocks_name: str
+    blocks: nn.ModuleList
+
+
+def load_config(directory: Path, *, trust_remote_code: bool) -> Any:
+    """transformers' config of the model in `directory`; InputError E_REMOTE_CODE or E_ARCH when it has none."""
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code, local_files_only=True)
+    except Exception as error:
+        raise _unknown(directory, error) from error
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the weights arrive dequantized
+    return config
+
+
+def build_skeleton(
+    directory: Path,
+    config: Any,
+    names: Iterable[str],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    trust_remote_code: bool,
+) -> Skeleton:
+    """The model of `config` with every parameter on meta in `dtype` and its computed buffers on `device`.
+
+    `names` are the checkpoint's tensor names. InputError E_ARCH if the model cannot be built or has no repeated blocks,
+    E_CKPT_INCOMPLETE if a parameter has no tensor.
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise _unknown(directory, error) from error
+    model.eval().requires_grad_(False)
+    _keep_in_float32(model, dtype)
+    _restore_buffers(model, device)
+    name, blocks = find_blocks(model)
+    return Skeleton(model, match_names(model, names, name), name, blocks)
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The decoder's blocks: of the outermost lists of modules, the one with most parameters."""
+    lists = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
+    }
+    outermost = {
+        name: found for name, found in lists.items() if not any(name.startswith(f"{other}.") for other in lists)
+    }
+    if not outermost:
+        raise InputError("E_ARCH", f"{type(model).__name__} has no repeated blocks")
+    return max(outermost.items(), key=lambda item: sum(parameter.numel() for parameter in item[1].parameters()))
+
+
+def match_names(model: PreTrainedModel, names: Iterable[str], blocks_name: str) -> dict[str, str]:
+    """Checkpoint tensor for each parameter and persistent buffer of `model`, as transformers' loading pairs them."""
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    targets = model.state_dict()
+    sources: dict[str, str] = {}
+    for name in names:
+        key, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, targets)
+        if converter is not None and key.startswith(blocks_name):
+            raise InputError(
+                "E_ARCH",
+                f"`{name}` is fused with other tensors in {type(model).__name__} ({key}), which is not supported",
+            )
+        if key in targets:
+            sources[key] = name
+    tied = {target: source for pair in model.all_tied_weights_keys.items() for target, source in (pair, pair[::-1])}
+    for key in set(targets) - set(sources):
+        if tied.get(key) in sources:
+            sources[key] = sources[tied[key]]
+    absent = sorted(set(targets) - set(sources))
+    if absent:
+        raise InputError(
+            "E_CKPT_INCOMPLETE", f"the checkpoint has no tensor for {len(absent)} parameters, first `{absent[0]}`",
+            hint="download the checkpoint again",
+        )  # fmt: skip
+    return sources
+
+
+def place(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put `tensor` where parameter or buffer `name` of `module` is."""
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        owner._buffers[leaf] = tensor
+
+
+def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Parameters that a family keeps in float32 in 16-bit models, as transformers' loading does."""
+    half = dtype in (torch.float16, torch.bfloat16)
+    kept = set(model._keep_in_fp32_modules_strict or ()) if half else set()
+    kept |= set(model._keep_in_fp32_modules or ()) if dtype == torch.float16 else set()
+    for name, parameter in list(model.named_parameters()):
+        if kept & {name, *name.split(".")}:
+            place(model, name, parameter.float())
+
+
+def _restore_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Compute the buffers that no checkpoint stores (rotary frequencies, embedding scales) by the model's own code."""
+    restored: list[tuple[str, nn.Module, str]] = []
+    for path, module in model.named_modules():
+        for leaf in module._non_persistent_buffers_set:
+            buffer = module._buffers.get(leaf)
+            if buffer is not None:
+                mark = torch.nan if buffer.is_floating_point() else 0
+                module._buffers[leaf] = torch.full_like(buffer, mark, device=device)
+                restored.append((f"{path}.{leaf}", module, leaf))
+    with torch.device(device):
+        model.initialize_weights()  # parameters are on meta: only the buffers are really written
+    for name, module, leaf in restored:
+        if module._buffers[leaf].isnan().any():  # type: ignore[union-attr]
+            raise InputError("E_ARCH", f"{type(model).__name__} does not say how to compute its buffer `{name}`")
+
+
+def _unknown(directory: Path, error: Exception) -> InputError:
+    text = str(error).strip().split("\n")[0]
+    if "trust_remote_code" in str(error):
+        return InputError(
+            "E_REMOTE_CODE", f"`{directory}` needs its own Python code to run",
+            hint="read that code, then add --trust-remote-code",
+        )  # fmt: skip
+    return InputError("E_ARCH", f"transformers cannot build the model in `{directory}`: {text}")

@@ -1,0 +1,194 @@
+"""A model as a stream of blocks: at no time are more than one block's weights in memory.
+
+hidden = stream.embed(batches)
+for index in range(stream.n_blocks):
+    with stream.block(index) as block:
+        hidden = [block.run(k, h) for k, h in enumerate(hidden)]
+logits = stream.logits(ids, hidden)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gptq_cli.errors import InputError
+from gptq_cli.models.recording import Call, Recorder, share
+from gptq_cli.models.skeleton import Skeleton, place
+
+Read = Callable[[str], Tensor]
+
+
+class _FirstBlockDone(Exception):
+    """Ends a forward that was run for the first block's output only."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedBlock:
+    """A block with its weights, and what it was called with for each batch."""
+
+    module: nn.Module
+    linears: dict[str, nn.Linear]  # by checkpoint name
+    calls: list[Call]
+
+    def run(self, batch: int, hidden: Tensor) -> Tensor:
+        """Hidden states after this block for batch number `batch`."""
+        return self.calls[batch].run(self.module, hidden)
+
+
+class ModelStream:
+    """Runs a model block by block, reading each block's tensors when its turn comes and dropping them after."""
+
+    def __init__(self, skeleton: Skeleton, read: Read, device: torch.device) -> None:
+        self._model, self._sources, self._read, self.device = skeleton.model, skeleton.sources, read, device
+        self._path, self._list = skeleton.blocks_name, skeleton.blocks
+        self._blocks = list(skeleton.blocks)
+        self._calls: list[list[Call]] = [[] for _ in self._blocks]
+        self._returns: int | None = None
+
+    @property
+    def n_blocks(self) -> int:
+        return len(self._blocks)
+
+    @property
+    def vocabulary_rows(self) -> int:
+        """Number of token ids that the embedding knows."""
+        return int(self._model.get_input_embeddings().weight.shape[0])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the forward passes."""
+        dtype: torch.dtype = self._model.dtype
+        return dtype
+
+    def block_name(self, index: int) -> str:
+        return f"{self._path}.{index}"
+
+    def linears(self, index: int) -> dict[str, nn.Linear]:
+        """The linear modules of one block by the name of their weight in the checkpoint, without ".weight"."""
+        found = {}
+        for name, module in self._blocks[index].named_modules():
+            if isinstance(module, nn.Linear):
+                found[self._sources[f"{self.block_name(index)}.{name}.weight"].removesuffix(".weight")] = module
+        return found
+
+    def all_linears(self) -> set[str]:
+        """Checkpoint names of every linear module of the blocks, and of the head."""
+        return {name for index in range(self.n_blocks) for name in self.linears(index)} | {"lm_head"}
+
+    def stored_weight(self, name: str) -> Tensor:
+        """The weight [O, I] of a linear as the checkpoint stores it, on the device."""
+        key = f"{name}.weight"
+        return self._read(self._sources.get(key, key)).to(self.device)
+
+    def embed(self, batches: Sequence[Tensor]) -> list[Tensor]:
+        """Hidden states [batch, seqlen, features] that enter block 0, for token ids [batch, seqlen] each.
+
+        Notes on the way what every block will be called with.
+        """
+        base = self._model.base_model
+        with self._outside(base):
+            self._returns = self._learn_output(batches[0])
+            hidden = []
+            for ids in batches:
+                recorders, _ = self._run_recorders(base, ids)
+                hidden.append(recorders[0].seen[0][0])
+                for calls, recorder in zip(self._calls, recorders, strict=True):
+                    calls.append(share(recorder.seen[0][1], calls[0] if calls else None))
+        return hidden
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[LoadedBlock]:
+        """Block `index` with its weights on the device; they are dropped on leaving."""
+        module = self._blocks[index]
+        with self._filled(module, f"{self.block_name(index)}."):
+            yield LoadedBlock(module, self.linears(index), self._calls[index])
+
+    @contextmanager
+    def head(self) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
+        """A function (token ids, hidden states after the last block) -> logits [batch, seqlen, vocabulary].
+
+        Runs the model's own forward with the hidden states put in at the end of the blocks, so that final norms,
+        scaling and capping of logits are the model's own.
+        """
+
+        def logits(ids: Tensor, hidden: Tensor) -> Tensor:
+            _, output = self._run_recorders(self._model, ids, inject=hidden)
+            found: Tensor = output.logits
+            return found
+
+        with self._outside(self._model):
+            yield logits
+
+    @property
+    def output_linear(self) -> nn.Module:
+        """The module that turns hidden states into logits."""
+        module: nn.Module = self._model.get_output_embeddings()
+        return module
+
+    def _learn_output(self, ids: Tensor) -> int | None:
+        """Length of the tuple that a block returns, None for a bare tensor: seen by running the first block once."""
+        outputs: list[object] = []
+
+        def stop(_module: nn.Module, _args: object, output: object) -> None:
+            outputs.append(output)
+            raise _FirstBlockDone
+
+        first = self._blocks[0]
+        handle = first.register_forward_hook(stop)
+        try:
+            with self._filled(first, f"{self.block_name(0)}."), suppress(_FirstBlockDone):
+                self._model.base_model(input_ids=ids.to(self.device), use_cache=False)
+        finally:
+            handle.remove()
+        return len(outputs[0]) if isinstance(outputs[0], tuple) else None
+
+    def _run_recorders(self, model: nn.Module, ids: Tensor, inject: Tensor | None = None) -> tuple[list[Recorder], Any]:
+        """`model` run on `ids` with recorders in place of its blocks; `inject` becomes the output of the last."""
+        recorders = [Recorder(block, self._returns) for block in self._blocks]
+        recorders[-1].inject = inject
+        for index, recorder in enumerate(recorders):
+            self._list[index] = recorder
+        try:
+            output = model(input_ids=ids.to(self.device), use_cache=False)
+        finally:
+            for index, block in enumerate(self._blocks):
+                self._list[index] = block
+        return recorders, output
+
+    @contextmanager
+    def _outside(self, module: nn.Module) -> Iterator[None]:
+        """Everything of `module` but the blocks, filled."""
+        prefix = next(f"{name}." if name else "" for name, found in self._model.named_modules() if found is module)
+        with self._filled(module, prefix, without=f"{self._path}."):
+            yield
+
+    @contextmanager
+    def _filled(self, module: nn.Module, prefix: str, without: str | None = None) -> Iterator[None]:
+        names = [name for name in module.state_dict() if without is None or not f"{prefix}{name}".startswith(without)]
+        empty = {name: tensor for name, tensor in module.state_dict().items() if name in set(names)}
+        try:
+            loaded: dict[str, Tensor] = {}
+            for name in names:
+                source = self._sources[f"{prefix}{name}"]
+                if source not in loaded:
+                    loaded[source] = self._load(source, empty[name])
+                place(module, name, loaded[source])
+            yield
+        finally:
+            for name, tensor in empty.items():
+                place(module, name, tensor)
+
+    def _load(self, source: str, like: Tensor) -> Tensor:
+        tensor = self._read(source)
+        if tensor.shape != like.shape:
+            raise InputError(
+                "E_CKPT_SHAPE",
+                f"`{source}` is {list(tensor.shape)} in the checkpoint, {list(like.shape)} in config.json",
+            )
+        return tensor.to(self.device, like.dtype if tensor.is_floating_point() else tensor.dtype)

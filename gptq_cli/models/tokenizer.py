@@ -1,0 +1,40 @@
+"""The model's own tokenizer, as a function from text to token ids."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from gptq_cli.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class Encoder:
+    """Calls the tokenizer; `bos_token_id` is None for a tokenizer that puts no token before a text."""
+
+    tokenizer: Any
+    bos_token_id: int | None
+
+    def __call__(self, text: str, add_special_tokens: bool) -> list[int]:
+        # verbose=False: a text longer than the model's positions is cut into windows afterwards
+        ids: list[int] = self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+        return ids
+
+
+def load_encoder(directory: Path, *, trust_remote_code: bool) -> Encoder:
+    """The tokenizer in `directory`; InputError E_TOKENIZER if there is none that works."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            directory, trust_remote_code=trust_remote_code, local_files_only=True, use_fast=True
+        )
+        first = tokenizer("a", add_special_tokens=True)["input_ids"][:1]
+    except Exception as error:
+        text = str(error).strip().split("\n")[0]
+        raise InputError(
+            "E_TOKENIZER", f"`{directory}` has no usable tokenizer: {text}", hint="copy the tokenizer files into it"
+        ) from error
+    bos = tokenizer.bos_token_id
+    return Encoder(tokenizer, bos if bos is not None and first == [bos] else None)

@@ -1,0 +1,37 @@
+"""Hidden states between two blocks: one tensor a batch, on the device if they fit there easily, else on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+DEVICE_SHARE = 4  # hidden states may fill a quarter of the free memory of an accelerator
+
+
+class HiddenStates:
+    """A list of tensors [batch, seqlen, features] that are handed out on `device`, wherever they are kept."""
+
+    def __init__(self, states: Iterable[Tensor], device: torch.device) -> None:
+        self._states = list(states)
+        self._device = device
+        if device.type == "cuda" and self.nbytes * DEVICE_SHARE > torch.cuda.mem_get_info(device)[0] + self.nbytes:
+            self._states = [state.cpu().pin_memory() for state in self._states]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(state.nbytes for state in self._states)
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def __getitem__(self, batch: int) -> Tensor:
+        return self._states[batch].to(self._device, non_blocking=True)
+
+    def __setitem__(self, batch: int, state: Tensor) -> None:
+        kept = self._states[batch]
+        self._states[batch] = state if kept.device == state.device else kept.copy_(state)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[batch] for batch in range(len(self)))

@@ -1,0 +1,23 @@
+"""Listens to a run's events on their way to whoever shows them."""
+
+from __future__ import annotations
+
+from gptq_cli.pipeline.events import BlockFinished, Event, LayerReport, LayerSolved, Report
+
+
+class Record:
+    """Passes every event on and keeps what a result is made of: layer reports and memory peaks in bytes."""
+
+    def __init__(self, report: Report) -> None:
+        self._report = report
+        self.layers: list[LayerReport] = []
+        self.host_bytes = 0
+        self.device_bytes = 0
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, LayerSolved):
+            self.layers.append(event.report)
+        elif isinstance(event, BlockFinished):
+            self.host_bytes = max(self.host_bytes, event.host_bytes)
+            self.device_bytes = max(self.device_bytes, event.device_bytes)
+        self._report(event)

@@ -1,0 +1,101 @@
+"""What quantizing and evaluating both begin with: a device, a dtype, the model as a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from gptq_cli.checkpoint.headers import TensorInfo
+from gptq_cli.checkpoint.reader import DequantizingReader, TensorReader
+from gptq_cli.checkpoint.source import Checkpoint
+from gptq_cli.errors import ConfigError, InputError, ResourceError
+from gptq_cli.models.skeleton import build_skeleton, load_config
+from gptq_cli.models.stream import ModelStream
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device that `device` names ("auto": CUDA if there is one); InputError E_DEVICE if it is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not device.startswith("cuda"):
+        return torch.device(device)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    index = int(device.partition(":")[2] or 0)
+    if index >= count:
+        raise InputError(
+            "E_DEVICE", f"no CUDA device {index}: torch {torch.__version__} sees {count}",
+            hint="use --device cpu, or look at `nvidia-smi` and CUDA_VISIBLE_DEVICES",
+        )  # fmt: skip
+    return torch.device("cuda", index)
+
+
+def resolve_backend(backend: str | None, device: torch.device) -> str:
+    """ "torch" or "triton"; ConfigError E_CFG_CONFLICT for triton without an accelerator."""
+    if backend == "triton" and device.type == "cpu":
+        raise ConfigError("E_CFG_CONFLICT", "backend triton needs a GPU, the device is cpu", hint="use --backend torch")
+    return "triton" if backend == "triton" else "torch"
+
+
+def open_stream(
+    checkpoint: Checkpoint, *, device: torch.device, dtype: str, trust_remote_code: bool, backend: str = "torch"
+) -> ModelStream:
+    """The model of `checkpoint`, quantized or not, ready to be run block by block."""
+    config = load_config(checkpoint.directory, trust_remote_code=trust_remote_code)
+    quantized = checkpoint.quantization is not None
+    reader = DequantizingReader(checkpoint, device, backend) if quantized else TensorReader(checkpoint)
+    skeleton = build_skeleton(
+        checkpoint.directory,
+        config,
+        reader.names(),
+        _forward_dtype(dtype, config, checkpoint),
+        device,
+        trust_remote_code=trust_remote_code,
+    )
+    return ModelStream(skeleton, reader.read, device)
+
+
+def longest_window(checkpoint: Checkpoint) -> int | None:
+    """Positions that the model knows, if its config says."""
+    config: dict[str, Any] = checkpoint.config.get("text_config") or checkpoint.config
+    found = config.get("max_position_embeddings") or config.get("n_positions")
+    return found if isinstance(found, int) else None
+
+
+def bounded_seqlen(seqlen: int, *, said: bool, checkpoint: Checkpoint) -> int:
+    """`seqlen`, or the model's positions if they are fewer; ConfigError E_CFG_SEQLEN if the user said more."""
+    limit = longest_window(checkpoint)
+    if limit is None or seqlen <= limit:
+        return seqlen
+    if said:
+        raise ConfigError(
+            "E_CFG_SEQLEN", f"seqlen {seqlen} is more than the model's {limit} positions", hint=f"use --seqlen {limit}"
+        )
+    return limit
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Turn an exhausted device into ResourceError E_OOM with flags that help."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = str(error).split(". ")[0]
+        hint = "use --batch-size 1, a smaller --seqlen, or --device cpu"
+        raise ResourceError("E_OOM", f"the device has not enough memory: {reason}", hint=hint) from error
+
+
+def _forward_dtype(dtype: str, config: Any, checkpoint: Checkpoint) -> torch.dtype:
+    if dtype != "auto":
+        return DTYPES[dtype]
+    declared = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
+    return declared if isinstance(declared, torch.dtype) else _stored_dtype(list(checkpoint.tensors.values()))
+
+
+def _stored_dtype(tensors: list[TensorInfo]) -> torch.dtype:
+    return next((STORED_DTYPES[t.dtype] for t in tensors if t.dtype in STORED_DTYPES), torch.float32)

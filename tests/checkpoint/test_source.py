@@ -1,0 +1,171 @@
+"""Checkpoints that are torn, incomplete or something else are refused, each with its code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from gptq_cli.checkpoint.headers import read_header
+from gptq_cli.checkpoint.source import INDEX_NAME, open_checkpoint
+from gptq_cli.errors import InputError
+
+
+def write_checkpoint(directory: Path) -> Path:
+    """Two shards with two tensors each, an index, a config and some other files."""
+    directory.mkdir(exist_ok=True)
+    shards = {
+        "model-00001-of-00002.safetensors": {"a": torch.arange(6.0).reshape(2, 3), "b": torch.arange(4).half()},
+        "model-00002-of-00002.safetensors": {"c": torch.arange(3), "d": torch.ones(2, 2, dtype=torch.bfloat16)},
+    }
+    for file, tensors in shards.items():
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+    weight_map = {name: file for file, tensors in shards.items() for name in tensors}
+    (directory / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (directory / "config.json").write_text('{"model_type": "llama"}')
+    return directory
+
+
+def test_headers_tell_dtype_shape_and_place_of_every_tensor(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(write_checkpoint(tmp_path))
+    assert {name: (t.dtype, t.shape) for name, t in checkpoint.tensors.items()} == {
+        "a": ("F32", (2, 3)),
+        "b": ("F16", (4,)),
+        "c": ("I64", (3,)),
+        "d": ("BF16", (2, 2)),
+    }
+    a = checkpoint.tensors["a"]
+    data = a.file.read_bytes()[a.start : a.end]
+    assert torch.frombuffer(bytearray(data), dtype=torch.float32).tolist() == [0, 1, 2, 3, 4, 5]
+    assert checkpoint.nbytes == 24 + 8 + 24 + 8
+
+
+def test_other_files_are_those_that_are_neither_weights_nor_hidden(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    for name in ["tokenizer.json", "LICENSE", "templates/chat.jinja", "modeling.py", "old.bin", ".cache/x", "original/y"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    found = [str(path) for path in open_checkpoint(tmp_path).other_files()]
+    assert found == ["LICENSE", "modeling.py", "templates/chat.jinja", "tokenizer.json"]
+
+
+def truncate(directory: Path) -> None:
+    shard = directory / "model-00002-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+
+
+def append(directory: Path) -> None:
+    with (directory / "model-00002-of-00002.safetensors").open("ab") as stream:
+        stream.write(b"x")
+
+
+def giant_header(directory: Path) -> None:
+    shard = directory / "model-00001-of-00002.safetensors"
+    shard.write_bytes((2**60).to_bytes(8, "little") + shard.read_bytes()[8:])
+
+
+def duplicate_key(directory: Path) -> None:
+    entry = '"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}'
+    header = f"{{{entry}, {entry}}}".encode()
+    (directory / "model-00001-of-00002.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"x")
+
+
+def lying_shape(directory: Path) -> None:
+    shard = directory / "model-00001-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes().replace(b'"shape":[2,3]', b'"shape":[3,3]'))
+
+
+def empty_file(directory: Path) -> None:
+    (directory / "model-00001-of-00002.safetensors").write_bytes(b"")
+
+
+def missing_shard(directory: Path) -> None:
+    (directory / "model-00002-of-00002.safetensors").unlink()
+
+
+def index_change(**changes: str | None) -> Callable[[Path], None]:
+    def change(directory: Path) -> None:
+        index = json.loads((directory / INDEX_NAME).read_text())
+        weight_map = index["weight_map"] | changes
+        index["weight_map"] = {name: file for name, file in weight_map.items() if file}
+        (directory / INDEX_NAME).write_text(json.dumps(index))
+
+    return change
+
+
+def only(*names: str) -> Callable[[Path], None]:
+    def keep(directory: Path) -> None:
+        for path in directory.iterdir():
+            path.unlink()
+        for name in names:
+            (directory / name).write_text("{}")
+
+    return keep
+
+
+FAULTS: dict[str, tuple[Callable[[Path], None], str, str]] = {
+    "truncated shard": (truncate, "E_CKPT_CORRUPT", "model-00002-of-00002"),
+    "trailing bytes": (append, "E_CKPT_CORRUPT", "model-00002-of-00002"),
+    "giant header": (giant_header, "E_CKPT_CORRUPT", "header of 1152921504606846976 bytes"),
+    "duplicate key in a header": (duplicate_key, "E_CKPT_CORRUPT", "duplicate key 'a'"),
+    "shape that does not fit its bytes": (lying_shape, "E_CKPT_CORRUPT", r"'a': F32 \[3, 3\]"),
+    "empty file": (empty_file, "E_CKPT_CORRUPT", "model-00001-of-00002"),
+    "missing shard": (missing_shard, "E_CKPT_MISSING", "lacks 1 of 2 shards: model-00002-of-00002"),
+    "index names the wrong shard": (
+        index_change(a="model-00002-of-00002.safetensors"),
+        "E_CKPT_INDEX",
+        "puts `a` into model-00002",
+    ),
+    "index lacks a tensor": (index_change(a=None), "E_CKPT_INDEX", "puts `a` into no shard"),
+    "index has a tensor too many": (
+        index_change(z="model-00001-of-00002.safetensors"),
+        "E_CKPT_INDEX",
+        "puts `z` into model-00001",
+    ),
+    "path traversal": (index_change(a="../secret.safetensors"), "E_CKPT_UNSAFE", "outside its directory"),
+    "absolute path": (index_change(a="/etc/secret.safetensors"), "E_CKPT_UNSAFE", "outside its directory"),
+    "pickles only": (only("config.json", "pytorch_model.bin"), "E_CKPT_PICKLE", "pickled weights only"),
+    "adapter": (only("adapter_config.json", "adapter_model.bin"), "E_CKPT_KIND", "is an adapter"),
+    "gguf": (only("model.gguf"), "E_CKPT_KIND", "GGUF"),
+    "no weights": (only("config.json"), "E_CKPT_MISSING", "no \\*.safetensors"),
+    "no config": (only("model.safetensors"), "E_CKPT_CONFIG", "no config.json"),
+    "empty directory": (only(), "E_CKPT_CONFIG", "no config.json"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_faulty_checkpoint_is_refused_with_its_code(fault: str, tmp_path: Path) -> None:
+    break_it, code, message = FAULTS[fault]
+    break_it(write_checkpoint(tmp_path))
+    with pytest.raises(InputError, match=message) as caught:
+        open_checkpoint(tmp_path)
+    assert caught.value.code == code
+    assert caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "\x00"])
+def test_a_config_that_is_no_json_object_is_refused(content: str, tmp_path: Path) -> None:
+    (write_checkpoint(tmp_path) / "config.json").write_text(content)
+    with pytest.raises(InputError) as caught:
+        open_checkpoint(tmp_path)
+    assert caught.value.code == "E_CKPT_CONFIG"
+
+
+def test_no_mutated_header_byte_leads_to_anything_but_a_clean_refusal_or_a_sound_header(tmp_path: Path) -> None:
+    file = write_checkpoint(tmp_path) / "model-00001-of-00002.safetensors"
+    original = file.read_bytes()
+    refused = 0
+    for position in range(len(original) - 32):
+        for flip in (0x01, 0x10, 0x80):
+            file.write_bytes(original[:position] + bytes([original[position] ^ flip]) + original[position + 1 :])
+            try:
+                tensors = read_header(file)
+            except InputError:
+                refused += 1
+            else:
+                assert sum(tensor.nbytes for tensor in tensors.values()) == 32
+    assert refused > len(original)

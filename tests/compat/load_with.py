@@ -1,0 +1,86 @@
+"""Load GPTQ checkpoints with one consumer, in that consumer's own environment, and save the logits they give.
+
+    python load_with.py CONSUMER < jobs > results
+
+A job is a line of JSON: a `checkpoint` directory, a file of token `ids` (int64 [B, T], .npy) and where the float32
+`logits` [B, T, V] (.npy) go. The answer is a line of JSON: `error` (null when it loaded), `missing` and `unexpected`
+tensor names as far as the consumer tells them, the classes of the quantized `layers` and the `seconds` it took.
+Importing a consumer takes many seconds, so one process serves many checkpoints. Nothing of gptq_cli is imported here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+Loaded = tuple[torch.nn.Module, dict[str, list[str]]]
+
+
+def load_with_transformers(directory: str) -> Loaded:
+    from transformers import AutoModelForCausalLM
+
+    return _with_names(AutoModelForCausalLM.from_pretrained(directory, device_map="cpu", output_loading_info=True))
+
+
+def load_with_auto_round(directory: str) -> Loaded:
+    from transformers import AutoModelForCausalLM, AutoRoundConfig
+
+    loaded = AutoModelForCausalLM.from_pretrained(
+        directory, device_map="cpu", output_loading_info=True, quantization_config=AutoRoundConfig()
+    )
+    return _with_names(loaded)
+
+
+def load_with_gptqmodel(directory: str) -> Loaded:
+    from gptqmodel import GPTQModel
+
+    # Left alone it computes in bfloat16 on a CPU, which would hide smaller differences. It tells no names of tensors.
+    return GPTQModel.load(directory, device="cpu", dtype=torch.float16).model, {"missing": [], "unexpected": []}
+
+
+LOADERS: dict[str, Callable[[str], Loaded]] = {
+    "transformers": load_with_transformers,
+    "gptqmodel": load_with_gptqmodel,
+    "auto-round": load_with_auto_round,
+}
+
+
+def run(load: Callable[[str], Loaded], job: dict[str, str]) -> dict[str, Any]:
+    """What became of one job; an exit or an exception of the consumer is a result, not an end."""
+    start = time.perf_counter()
+    result: dict[str, Any] = {"error": None}
+    try:
+        model, names = load(job["checkpoint"])
+        with torch.inference_mode():
+            logits = model.eval()(input_ids=torch.from_numpy(np.load(job["ids"])), use_cache=False).logits
+        np.save(job["logits"], logits.float().numpy())
+        layers = {type(module).__name__ for module in model.modules() if hasattr(module, "qweight")}
+        result |= names | {"layers": sorted(layers)}
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever it raises is what the test asks about
+        traceback.print_exc()
+        result["error"] = f"{type(error).__name__}: {error}"
+    return result | {"seconds": round(time.perf_counter() - start, 2)}
+
+
+def main(consumer: str) -> None:
+    with os.fdopen(os.dup(1), "w") as answers:
+        os.dup2(2, 1)  # the consumers print to stdout whatever they like
+        for line in sys.stdin:
+            print(json.dumps(run(LOADERS[consumer], json.loads(line))), file=answers, flush=True)
+
+
+def _with_names(loaded: tuple[torch.nn.Module, dict[str, Any]]) -> Loaded:
+    model, info = loaded
+    return model, {"missing": sorted(info["missing_keys"]), "unexpected": sorted(info["unexpected_keys"])}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,99 @@
+"""Tiny random models of several families, saved as any checkpoint is, with a tokenizer of 512 tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+VOCABULARY = 512
+_COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+FAMILIES: dict[str, dict[str, object]] = {
+    "llama": _COMMON,
+    "mistral": _COMMON | {"sliding_window": 16},
+    "qwen2": _COMMON | {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+    "qwen3": _COMMON | {"tie_word_embeddings": True},
+    "gemma2": _COMMON | {"sliding_window": 16, "layer_types": _MIXED},
+    "gemma3_text": _COMMON | {"sliding_window": 16, "layer_types": _MIXED},
+    "phi3": _COMMON,
+    "opt": {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "word_embed_proj_dim": 64,
+        "ffn_dim": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+    },
+    "gpt_neox": {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+    },
+}
+TEXT = "the quick brown fox jumps over the lazy dog, and then some; 0 1 2 3 4 5 6 7 8 9. "
+
+
+def random_model(family: str, *, seed: int = 0, **changes: object) -> PreTrainedModel:
+    """A float32 model with weights of a trained model's size, biases and norms not at their initial values."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(FAMILIES[family] | changes)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            spread = 0.1 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5
+            parameter.add_(torch.randn_like(parameter) * spread)
+    return model.float().eval()
+
+
+def save_model(
+    directory: Path,
+    family: str = "llama",
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: str = "5GB",
+    **changes: object,
+) -> Path:
+    """A checkpoint of a random model with its tokenizer; returns `directory`."""
+    model = random_model(family, seed=seed, **changes).to(dtype)
+    model.save_pretrained(directory, max_shard_size=max_shard_size)
+    save_tokenizer(directory)
+    return directory
+
+
+def save_tokenizer(directory: Path) -> None:
+    """A byte-level tokenizer: one token a byte, 512 ids with the unused ones."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<pad>", "<s>", "</s>"]
+    vocabulary = {token: index for index, token in enumerate(special + alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    fast.save_pretrained(directory)
+
+
+def texts(n_characters: int = 20_000, seed: int = 0) -> list[str]:
+    """Calibration text with some variety, as a list of literal documents."""
+    generator = torch.Generator().manual_seed(seed)
+    words = TEXT.split(" ")
+    picked = torch.randint(len(words), (n_characters // 4,), generator=generator)
+    return [" ".join(words[index] for index in picked)[:n_characters]]

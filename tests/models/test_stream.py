@@ -1,0 +1,179 @@
+"""The stream against the whole transformers model: same hidden states, same logits, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from gptq_cli.checkpoint.reader import TensorReader
+from gptq_cli.checkpoint.source import open_checkpoint
+from gptq_cli.errors import InputError
+from gptq_cli.models.skeleton import build_skeleton, find_blocks, load_config
+from gptq_cli.models.stages import Stage, find_stages, watch_inputs
+from gptq_cli.models.stream import ModelStream
+from tests.families import FAMILIES, VOCABULARY, save_model
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("inference")
+
+
+@pytest.fixture
+def inference():
+    with torch.inference_mode():
+        yield
+
+
+def open_stream(directory: Path, dtype: torch.dtype = torch.float32) -> ModelStream:
+    checkpoint = open_checkpoint(directory)
+    config = load_config(directory, trust_remote_code=False)
+    reader = TensorReader(checkpoint)
+    skeleton = build_skeleton(directory, config, reader.names(), dtype, CPU, trust_remote_code=False)
+    return ModelStream(skeleton, reader.read, CPU)
+
+
+def own_forward(directory: Path, batches: list[Tensor]) -> tuple[list[list[Tensor]], list[Tensor]]:
+    """Outputs of every block for each batch, and logits, by transformers alone."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    outputs: list[list[Tensor]] = []
+    for block in find_blocks(model)[1]:
+        block.register_forward_hook(
+            lambda _, args, output: outputs[-1].append(output[0] if isinstance(output, tuple) else output)
+        )
+    logits = []
+    for ids in batches:
+        outputs.append([])
+        logits.append(model(input_ids=ids, use_cache=False).logits)
+    return outputs, logits
+
+
+def token_batches(*sizes: int, seqlen: int = 48) -> list[Tensor]:
+    torch.manual_seed(1)
+    return [torch.randint(3, VOCABULARY, (size, seqlen)) for size in sizes]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_streamed_hidden_states_and_logits_equal_the_models_own_forward(family: str, tmp_path: Path) -> None:
+    directory = save_model(tmp_path, family)
+    batches = token_batches(2, 2, 1)
+    expected, expected_logits = own_forward(directory, batches)
+    stream = open_stream(directory)
+    hidden = stream.embed(batches)
+    for index in range(stream.n_blocks):
+        with stream.block(index) as block:
+            hidden = [block.run(batch, state) for batch, state in enumerate(hidden)]
+        for batch, state in enumerate(hidden):
+            assert torch.equal(state, expected[batch][index])
+    with stream.head() as logits:
+        for ids, state, wanted in zip(batches, hidden, expected_logits, strict=True):
+            assert torch.equal(logits(ids, state), wanted)
+
+
+def test_only_the_block_at_work_has_weights(tmp_path: Path) -> None:
+    directory = save_model(tmp_path)
+    stream = open_stream(directory)
+    stream.embed(token_batches(1))
+
+    def loaded() -> list[str]:
+        return [name for name, parameter in stream._model.named_parameters() if not parameter.is_meta]
+
+    assert loaded() == []
+    with stream.block(1):
+        assert loaded()
+        assert all(name.startswith("model.layers.1.") for name in loaded())
+    assert loaded() == []
+
+
+LLAMA_LIKE = [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)]
+STAGES = dict.fromkeys(["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"], LLAMA_LIKE) | {
+    "phi3": [("qkv_proj",), ("o_proj",), ("gate_up_proj",), ("down_proj",)],
+    "opt": [("q_proj", "k_proj", "v_proj"), ("out_proj",), ("fc1",), ("fc2",)],
+    "gpt_neox": [("query_key_value",), ("dense",), ("dense_h_to_4h",), ("dense_4h_to_h",)],
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stages_are_those_one_would_write_by_hand(family: str, tmp_path: Path) -> None:
+    stream = open_stream(save_model(tmp_path, family))
+    hidden = stream.embed(token_batches(2))
+    with stream.block(1) as block:
+        stages = find_stages(block.linears, lambda: block.run(0, hidden[0]))
+    assert [tuple(name.rpartition(".")[2] for name in stage.names) for stage in stages] == STAGES[family]
+
+
+def test_a_model_with_one_block_streams_too(tmp_path: Path) -> None:
+    directory = save_model(tmp_path, num_hidden_layers=1)
+    batches = token_batches(1, 1)
+    expected, _ = own_forward(directory, batches)
+    stream = open_stream(directory)
+    hidden = stream.embed(batches)
+    with stream.block(0) as block:
+        assert torch.equal(block.run(1, hidden[1]), expected[1][0])
+
+
+def test_masks_are_kept_once_for_all_batches(tmp_path: Path) -> None:
+    stream = open_stream(save_model(tmp_path, "gemma2"))
+    stream.embed(token_batches(2, 2, 2))
+    masks = [calls[batch].kwargs["attention_mask"] for calls in stream._calls for batch in range(3)]
+    assert len({mask.data_ptr() for mask in masks if mask is not None}) <= 2  # one sliding, one full
+
+
+def test_a_run_ends_when_its_last_input_has_been_seen() -> None:
+    block = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    linears = {str(index): module for index, module in enumerate(block)}
+    seen: list[tuple[tuple[str, ...], Tensor]] = []
+    calls = [0, 0, 0]
+    for index, module in enumerate(block):
+        module.register_forward_hook(lambda *_, index=index: calls.__setitem__(index, calls[index] + 1))
+    inputs = [torch.randn(2, 4), torch.randn(3, 4)]
+    runs = [lambda x=x: block(x) for x in inputs]
+    watch_inputs([Stage(("1",), 1)], linears, lambda stage, x: seen.append((stage.names, x)), runs)
+    assert calls == [2, 0, 0]
+    assert [names for names, _ in seen] == [("1",), ("1",)]
+    assert all(torch.equal(x, block[0](wanted)) for (_, x), wanted in zip(seen, inputs, strict=True))
+    assert not any(module._forward_pre_hooks for module in block)
+
+
+def test_hooks_are_removed_when_a_forward_raises() -> None:
+    block = nn.Linear(4, 4)
+    with pytest.raises(RuntimeError):
+        watch_inputs([Stage(("a",), 2)], {"a": block}, lambda *_: None, [lambda: block(torch.randn(2, 3))])
+    assert not block._forward_pre_hooks
+
+
+def test_a_missing_tensor_is_refused_by_name(tmp_path: Path) -> None:
+    directory = save_model(tmp_path)
+    names = [name for name in open_checkpoint(directory).tensors if name != "model.layers.1.mlp.up_proj.weight"]
+    config = load_config(directory, trust_remote_code=False)
+    with pytest.raises(InputError, match=r"no tensor for 1 parameters, first `model\.layers\.1\.mlp\.up_proj"):
+        build_skeleton(directory, config, names, torch.float32, CPU, trust_remote_code=False)
+
+
+def test_a_config_that_lies_about_a_shape_is_refused(tmp_path: Path) -> None:
+    directory = save_model(tmp_path)
+    text = (directory / "config.json").read_text()
+    (directory / "config.json").write_text(text.replace('"intermediate_size": 128', '"intermediate_size": 256'))
+    stream = open_stream(directory)
+    hidden_states_need_block_0 = token_batches(1)
+    with pytest.raises(InputError, match=r"is \[128, 64\] in the checkpoint, \[256, 64\] in config\.json") as caught:
+        stream.embed(hidden_states_need_block_0)
+    assert caught.value.code == "E_CKPT_SHAPE"
+
+
+def test_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "no-such-model"}')
+    with pytest.raises(InputError) as caught:
+        load_config(tmp_path, trust_remote_code=False)
+    assert caught.value.code == "E_ARCH"
+
+
+def test_a_model_with_its_own_code_is_refused_without_consent(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}')
+    (tmp_path / "own.py").write_text("raise SystemExit('this code must not run')\n")
+    with pytest.raises(InputError) as caught:
+        load_config(tmp_path, trust_remote_code=False)
+    assert caught.value.code == "E_REMOTE_CODE"
+    assert "--trust-remote-code" in (caught.value.hint or "")
