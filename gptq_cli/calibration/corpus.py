@@ -1,7 +1,7 @@
 """Which text: registered names, local files and folders, Hub datasets, literal texts.
 
-A registered name is read as papers read it. Any other string that looks like a path (it begins with `.`, `/` or `~`, ends like a data
-file, or exists) is only ever looked for on this machine; what remains is the id of a Hub dataset.
+A registered name is read as papers read it. Any other string that looks like a path (it begins with `.`, `/` or `~`,
+ends like a data file, or exists) is only ever looked for on this machine; what remains is the id of a Hub dataset.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from gptq_cli.calibration.files import READERS, read_files
-from gptq_cli.calibration.loading import LoadRequest, TextColumn, open_column
+from gptq_cli.calibration.loading import LoadRequest, open_column
 from gptq_cli.errors import ConfigError, InputError
 
 Purpose = Literal["calibration", "evaluation"]
@@ -39,8 +39,8 @@ class DatasetSource:
 class Documents:
     """Texts in order and the string that joins them. `revision` is the commit of a Hub dataset, None for other text.
 
-    Texts for calibration may be read on demand, so that a stream is read no further than needed. `max_windows` is part of the
-    evaluation protocol of some corpora.
+    Texts for calibration may be read on demand, so that a stream is read no further than needed. `max_windows` is part
+    of the evaluation protocol of some corpora.
     """
 
     name: str
@@ -106,9 +106,9 @@ SCRIPTED = ("ptb", "ptb-new")
 def load_documents(source: DatasetSource) -> Documents:
     """The documents that `source` names, in the order of their files and rows.
 
-    Raises ConfigError E_CFG_CONFLICT for a config or split where none is chosen, and InputError: E_DATA_NOT_FOUND, E_DATA_COLUMN,
-    E_DATA_SCRIPT, E_DATA_EMPTY, E_DATA_ENCODING, E_DATA_FORMAT, E_DATA_CONFIG, E_DATA_SPLIT, E_DATA_HUB. Texts read on demand raise
-    the same errors when they are read.
+    Raises ConfigError E_CFG_CONFLICT for a config or split of what has none, and InputError: E_DATA_NOT_FOUND,
+    E_DATA_COLUMN, E_DATA_SCRIPT, E_DATA_EMPTY, E_DATA_ENCODING, E_DATA_FORMAT, E_DATA_CONFIG, E_DATA_SPLIT, E_DATA_HUB.
+    Texts read on demand raise the same errors when they are read.
     """
     name = DEFAULT_DATASET if source.dataset is None else source.dataset
     if not isinstance(name, str):

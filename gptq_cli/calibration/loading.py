@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import count
+from logging import CRITICAL
 from typing import Any
 
 from gptq_cli.calibration.refusals import refusal
@@ -16,7 +18,8 @@ from gptq_cli.errors import InputError
 class LoadRequest:
     """What `datasets` is asked for: a Hub id or the name of a file reader, and which rows of it.
 
-    `label` is what the user called it; `stream` reads rows on demand and keeps no copy; `hint` is said when nothing is found.
+    `label` is what the user called it; `local` rows come from files of this machine; `stream` reads rows on demand and
+    keeps no copy; `hint` is said when nothing is found.
     """
 
     path: str
@@ -25,6 +28,7 @@ class LoadRequest:
     config: str | None = None
     data_files: Mapping[str, str] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    local: bool = False
     stream: bool = False
     hint: str | None = None
 
@@ -38,61 +42,113 @@ class TextColumn:
     request: LoadRequest
 
     def __iter__(self) -> Iterator[str]:
-        with refusals(self.request):
-            for number, row in enumerate(self.rows, start=1):
-                text = row.get(self.column)
-                if not isinstance(text, str):
-                    raise self._no_text(number, row, text)
-                yield text
+        rows = iter(self.rows)
+        for number in count(1):
+            with refusals(self.request):
+                row = next(rows, None)
+            if row is None:
+                return
+            text = row.get(self.column)
+            if not isinstance(text, str):
+                raise self._no_text(number, row, text)
+            yield text
 
     def _no_text(self, number: int, row: Mapping[str, Any], value: object) -> InputError:
-        label, columns = self.request.label, ", ".join(f"`{name}`" for name in row)
         if self.column not in row:
-            message = f"dataset `{label}` has no column `{self.column}`; it has {columns}"
-            return InputError("E_DATA_COLUMN", message, hint="name the column that holds the text with --text-column")
+            return _no_column(self.column, list(row), self.request)
         found = "null" if value is None else type(value).__name__
-        message = f"dataset `{label}`: column `{self.column}` of row {number} holds {found}, not a string"
-        return InputError("E_DATA_COLUMN", message, hint=f"mend the row, or choose another column of {columns}")
+        return _no_string(f"of row {number} holds {found}, not a string", self.column, list(row), self.request)
 
 
 def open_column(request: LoadRequest, column: str) -> tuple[TextColumn, str | None]:
-    """A column of the rows asked for, and the commit they come from if it is known; its first row has been read.
+    """A column of the rows asked for, whose first row has been read, and the commit they come from if it is known.
 
     Raises InputError as `refusal` says, E_DATA_COLUMN, and E_DATA_EMPTY when there is no row.
     """
     with refusals(request):
         rows, revision = _open(request)
+    _check_schema(rows, column, request)
     texts = TextColumn(rows, column, request)
     if next(iter(texts), None) is None:
-        raise InputError("E_DATA_EMPTY", f"dataset `{request.label}` has no rows", hint="choose a dataset that holds text")
+        raise InputError(
+            "E_DATA_EMPTY", f"dataset `{request.label}` has no rows", hint="choose a dataset that holds text"
+        )
     return texts, revision
 
 
 def _open(request: LoadRequest) -> tuple[Iterable[Mapping[str, Any]], str | None]:
     import datasets
 
-    with _silent(datasets):
-        builder = datasets.load_dataset_builder(
-            request.path, request.config, data_files=request.data_files, **request.options
-        )
-        if request.stream:
-            rows = builder.as_streaming_dataset(split=request.split)
-        else:
-            builder.download_and_prepare()
-            rows = builder.as_dataset(split=request.split)
+    builder = datasets.load_dataset_builder(
+        request.path, request.config, data_files=request.data_files, **request.options
+    )
+    if request.stream:
+        rows = builder.as_streaming_dataset(split=request.split)
+    else:
+        builder.download_and_prepare()
+        rows = builder.as_dataset(split=request.split)
     # the builder of a Hub dataset is known by the commit that it was resolved to
     return rows, builder.hash if re.fullmatch(r"[0-9a-f]{40}", builder.hash or "") else None
 
 
+def _check_schema(rows: Iterable[Mapping[str, Any]], column: str, request: LoadRequest) -> None:
+    """Refuses by the schema, where one is known before a row is read."""
+    features = getattr(rows, "features", None)
+    if not features:
+        return
+    if column not in features:
+        raise _no_column(column, list(features), request)
+    dtype = getattr(features[column], "dtype", None)
+    if dtype not in ("string", "large_string"):
+        raise _no_string(f"holds {dtype}, not strings", column, list(features), request)
+
+
+def _no_column(column: str, columns: list[str], request: LoadRequest) -> InputError:
+    message = f"dataset `{request.label}` has no column `{column}`; it has {_listed(columns)}"
+    return InputError("E_DATA_COLUMN", message, hint="name the column that holds the text with --text-column")
+
+
+def _no_string(what: str, column: str, columns: list[str], request: LoadRequest) -> InputError:
+    message = f"dataset `{request.label}`: column `{column}` {what}"
+    return InputError("E_DATA_COLUMN", message, hint=f"mend it, or name another with --text-column: {_listed(columns)}")
+
+
+def _listed(columns: list[str]) -> str:
+    return ", ".join(f"`{name}`" for name in columns)
+
+
 @contextmanager
 def refusals(request: LoadRequest) -> Iterator[None]:
-    """Failures of `datasets` inside it leave as InputError."""
+    """Failures of `datasets` inside it leave as InputError, and it shows no logs and progress bars of its own."""
+    with _silence():
+        try:
+            yield
+        except Exception as error:
+            refused = refusal(error, request.label, local=request.local, hint=request.hint)
+            if refused is None:
+                raise
+            raise refused from error
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """`datasets` and the Hub client say nothing on stderr; what they had been told before holds again afterwards."""
+    import datasets
+    from huggingface_hub.utils import logging as hub_logging
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    verbosity, hub_verbosity = datasets.logging.get_verbosity(), hub_logging.get_verbosity()
+    bars, hub_bars = datasets.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    datasets.logging.set_verbosity(CRITICAL)
+    hub_logging.set_verbosity(CRITICAL)
+    datasets.disable_progress_bars()
+    disable_progress_bars()
     try:
         yield
-    except (InputError, MemoryError):
-        raise
-    except Exception as error:
-        refused = refusal(error, request.label, local=request.path in LOCAL_READERS, hint=request.hint)
-        if refused is None:
-            raise
-        raise refused from error
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        hub_logging.set_verbosity(hub_verbosity)
+        if bars:
+            datasets.enable_progress_bars()
+        if hub_bars:
+            enable_progress_bars()

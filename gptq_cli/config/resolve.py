@@ -113,6 +113,13 @@ def resolve(flags: Mapping[str, Any], env: Mapping[str, str], file: Path | None 
     )
 
 
+def check_flags(flags: Mapping[str, Any]) -> None:
+    """Refuse flags whose values their fields do not accept (None: not said), for commands without a configuration."""
+    source = _Source({key: value for key, value in flags.items() if value is not None and key in FIELDS})
+    if problems := [_problem(finding, source) for finding in _findings(source)]:
+        raise ConfigError.of(problems)
+
+
 def _read_file(path: Path) -> tuple[_File, list[Problem]]:
     document = load(path)
     adopted = adopt(document.values)

@@ -123,7 +123,7 @@ class QuantizeConfig(BaseModel):
     dataset_config: Name = Field(None, description="configuration of a Hub dataset")
     dataset_split: Name = Field(None, description="split of a Hub dataset")
     text_column: Text = Field("text", description="column that holds the text")
-    seqlen: Count = Field(2048, description="tokens per calibration window")
+    seqlen: Count = Field(2048, description="tokens per window, at most the model's positions")
     nsamples: Count = Field(128, description="calibration windows")
     batch_size: Count = Field(8, description="windows per forward pass")
     seed: Annotated[int, Field(ge=0, lt=2**63), Accepts("a whole number of 0 or more")] = Field(

@@ -40,7 +40,7 @@ CORE_SCHEMA: tuple[tuple[str, re.Pattern[str], str], ...] = (
 
 # What PyYAML says about the usual slips, and how a person would say it.
 SYNTAX: dict[str, tuple[str, str]] = {
-    r"'\\t'": ("a tab cannot indent or separate in YAML", "use spaces"),
+    r"'\t'": ("a tab cannot indent or separate in YAML", "use spaces"),
     "single document": ("a second document begins here", "one configuration is one document: remove the `---`"),
     "mapping values are not allowed": (
         "a key cannot stand here",

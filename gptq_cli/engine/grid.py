@@ -33,9 +33,9 @@ def find_grid(weights: Tensor, bits: int, sym: bool) -> tuple[Tensor, Tensor]:
     low = weights.amin(-1).clamp_(max=0)
     high = weights.amax(-1).clamp_(min=0)
     scales = _stored((high - low) / maxq)
-    zeros = (-low / scales).round_().clamp_(max=maxq)
-    raised = _stored(torch.maximum(high / (maxq - 1), -low))
-    return torch.where(zeros < 1, raised, scales), zeros.clamp_(min=1)
+    zeros = (-low / scales).round_()
+    # A zero raised from 0 to 1 leaves one step less for the largest weight.
+    return torch.where(zeros < 1, _stored(high / (maxq - 1)), scales), zeros.clamp_(min=1)
 
 
 def find_group_grids(weight: Tensor, group_of_column: Tensor, bits: int, sym: bool) -> tuple[Tensor, Tensor]:

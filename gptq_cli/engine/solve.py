@@ -149,12 +149,12 @@ def _round_block(block: _Block, grid: _Grid, static_grid: bool, run: int) -> Non
 def _round_columns(block: _Block, grid: _Grid, start: int, stop: int, widths: tuple[int, ...]) -> None:
     """Round columns start..stop, which have received the errors of all columns before `start`."""
     if not widths:
-        return _round_one_by_one(block, grid, start, stop)
+        _round_one_by_one(block, grid, start, stop)
+        return
     for left in range(start, stop, widths[0]):
         right = min(left + widths[0], stop)
         _round_columns(block, grid, left, right, widths[1:])
         block.feed(left, right, stop)
-    return None
 
 
 def _round_one_by_one(block: _Block, grid: _Grid, start: int, stop: int) -> None:

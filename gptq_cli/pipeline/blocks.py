@@ -66,7 +66,7 @@ def quantize_block(
     *,
     true_sequential: bool,
 ) -> None:
-    """Solve the block's layers and move `hidden` past it; `true_sequential`: later stages see quantized earlier ones."""
+    """Solve the block's layers, move `hidden` past it; `true_sequential`: each stage sees earlier ones quantized."""
     linears = {name: linear for name, linear in block.linears.items() if name in layers}
     stages = find_stages(linears, lambda: block.run(0, hidden[0]))
     _check_reached(linears, stages)

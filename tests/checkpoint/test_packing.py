@@ -24,7 +24,9 @@ def slow_words(column: list[int], bits: int) -> list[int]:
 
 @given(data=st.data(), bits=st.sampled_from(BITS), blocks=st.integers(1, 4), columns=st.integers(1, 5))
 @settings(max_examples=60, deadline=None)
-def test_packed_words_are_the_little_endian_bit_stream(data: st.DataObject, bits: int, blocks: int, columns: int) -> None:
+def test_packed_words_are_the_little_endian_bit_stream(
+    data: st.DataObject, bits: int, blocks: int, columns: int
+) -> None:
     values = np.array(
         data.draw(
             st.lists(

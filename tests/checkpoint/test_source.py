@@ -46,7 +46,15 @@ def test_headers_tell_dtype_shape_and_place_of_every_tensor(tmp_path: Path) -> N
 
 def test_other_files_are_those_that_are_neither_weights_nor_hidden(tmp_path: Path) -> None:
     write_checkpoint(tmp_path)
-    for name in ["tokenizer.json", "LICENSE", "templates/chat.jinja", "modeling.py", "old.bin", ".cache/x", "original/y"]:
+    for name in [
+        "tokenizer.json",
+        "LICENSE",
+        "templates/chat.jinja",
+        "modeling.py",
+        "old.bin",
+        ".cache/x",
+        "original/y",
+    ]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
     found = [str(path) for path in open_checkpoint(tmp_path).other_files()]

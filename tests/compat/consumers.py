@@ -32,7 +32,10 @@ class Consumer:
             )
 
     def load(self, checkpoint: Path, ids: Path, logits: Path) -> dict[str, Any]:
-        """The answer as load_with.py describes it; without an `error` the logits are in the file `logits`."""
+        """The answer as load_with.py describes it; without an `error` the logits are in the file `logits`.
+
+        RuntimeError if the consumer dies or is silent for too long; it is no use after that.
+        """
         job = {"checkpoint": str(checkpoint), "ids": str(ids), "logits": str(logits)}
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -41,15 +44,13 @@ class Consumer:
         ready, _, _ = select.select([self._process.stdout], [], [], ANSWER_SECONDS)
         answer = self._process.stdout.readline() if ready else b""
         if not answer:
+            self._process.kill()
+            self.close()
             raise RuntimeError(f"{self._name} gave no answer:\n{self._log.read_text()[-2000:]}")
         return json.loads(answer)
 
     def close(self) -> None:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.stdout.close()
-        self._process.wait(timeout=60)
+        self._process.communicate(timeout=60)
 
 
 def _environment(venvs: Path, scratch: Path) -> dict[str, str]:
@@ -58,6 +59,7 @@ def _environment(venvs: Path, scratch: Path) -> dict[str, str]:
         "GPTQMODEL_CPU_WORKERS": "2",  # its thread pool refuses to start on a machine of two cores otherwise
         "GPTQMODEL_TORCH_EXTENSIONS_DIR": str(venvs / "torch_extensions"),
         "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
         "TMPDIR": str(scratch),  # GPTQModel leaves directories behind
         "TORCHDYNAMO_DISABLE": "1",
     }

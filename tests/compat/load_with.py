@@ -4,7 +4,7 @@
 
 A job is a line of JSON: a `checkpoint` directory, a file of token `ids` (int64 [B, T], .npy) and where the float32
 `logits` [B, T, V] (.npy) go. The answer is a line of JSON: `error` (null when it loaded), `missing` and `unexpected`
-tensor names as far as the consumer tells them, the classes of the quantized `layers` and the `seconds` it took.
+tensor names as far as the consumer tells them.
 Importing a consumer takes many seconds, so one process serves many checkpoints. Nothing of gptq_cli is imported here.
 """
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -55,25 +54,22 @@ LOADERS: dict[str, Callable[[str], Loaded]] = {
 
 def run(load: Callable[[str], Loaded], job: dict[str, str]) -> dict[str, Any]:
     """What became of one job; an exit or an exception of the consumer is a result, not an end."""
-    start = time.perf_counter()
-    result: dict[str, Any] = {"error": None}
     try:
         model, names = load(job["checkpoint"])
         with torch.inference_mode():
             logits = model.eval()(input_ids=torch.from_numpy(np.load(job["ids"])), use_cache=False).logits
-        np.save(job["logits"], logits.float().numpy())
-        layers = {type(module).__name__ for module in model.modules() if hasattr(module, "qweight")}
-        result |= names | {"layers": sorted(layers)}
     except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever it raises is what the test asks about
         traceback.print_exc()
-        result["error"] = f"{type(error).__name__}: {error}"
-    return result | {"seconds": round(time.perf_counter() - start, 2)}
+        return {"error": f"{type(error).__name__}: {error}"}
+    np.save(job["logits"], logits.float().numpy())
+    return {"error": None} | names
 
 
 def main(consumer: str) -> None:
-    with os.fdopen(os.dup(1), "w") as answers:
-        os.dup2(2, 1)  # the consumers print to stdout whatever they like
-        for line in sys.stdin:
+    # Consumers print to stdout whatever they like, and one that calls exit() closes stdin.
+    with os.fdopen(os.dup(0)) as jobs, os.fdopen(os.dup(1), "w") as answers:
+        os.dup2(2, 1)
+        for line in jobs:
             print(json.dumps(run(LOADERS[consumer], json.loads(line))), file=answers, flush=True)
 
 

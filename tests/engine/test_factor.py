@@ -29,7 +29,7 @@ def test_factors_multiply_to_the_damped_hessian_in_processing_order(order: str) 
     assert (prepared.damp_percent, prepared.retries, prepared.dead_columns) == (0.05, 0, 0)
 
 
-def test_dead_columns_are_recorded_and_do_not_dilute_into_the_rest() -> None:
+def test_dead_columns_are_recorded_and_touch_no_other_column() -> None:
     _, hessian = correlated_layer(1, 48)
     hessian[[5, 30]] = 0
     hessian[:, [5, 30]] = 0

@@ -64,9 +64,11 @@ def test_group_of_zeros_has_a_valid_scale_and_decodes_to_zero(bits: int, sym: bo
     assert torch.equal(quantized.codes, quantized.zeros.repeat_interleave(32, dim=1))
 
 
-def test_ties_go_to_the_even_multiple_of_the_scale() -> None:
+@pytest.mark.parametrize("zero", [8, 7])
+def test_ties_go_to_the_even_multiple_of_the_scale(zero: int) -> None:
     weights = torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5])
-    assert round_to_grid(weights, torch.tensor(1.0), torch.tensor(8.0), bits=4).tolist() == [8, 10, 10, 8, 6]
+    codes = round_to_grid(weights, torch.tensor(1.0), torch.tensor(float(zero)), bits=4)
+    assert (codes - zero).tolist() == [0, 2, 2, 0, -2]
 
 
 def test_weights_leave_the_grid_only_by_clamping() -> None:

@@ -59,9 +59,9 @@ def test_float32_codes_differ_from_the_reference_only_near_ties(bits: int, order
     weight, hessian = weight.float(), hessian.float()
     solution, expected = solved(weight, hessian, config), reference.gptq(weight, hessian, config)
     same = solution.quantized.codes.double() == expected.codes
-    assert same.double().mean() > 0.998
-    # A weight near a tie changes its own row only.
-    assert same.all(dim=1).double().mean() > 0.9
+    # One value near a tie, of a code or of a float16 scale, changes the columns after it, in its own row.
+    assert same.all(dim=1).double().mean() >= 0.98
+    assert same.double().mean() > 0.995
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -95,7 +95,8 @@ def test_diagonal_hessian_gives_round_to_nearest(group_size: int, sym: bool, ord
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_correlated_inputs_make_gptq_better_than_round_to_nearest(bits: int, order: str) -> None:
     weight, hessian = correlated_layer(40, 256)
-    solution = solved(weight.float(), hessian.float(), layer_config(order, bits=bits, group_size=64))
+    config = layer_config(order, bits=bits, group_size=64, damp_percent=0.1)
+    solution = solved(weight.float(), hessian.float(), config)
     assert 0 < solution.relative_error < 0.8 * solution.rtn_relative_error
 
 
@@ -184,6 +185,23 @@ def test_weight_that_no_float16_scale_can_reach_is_an_error(bad: float, order: s
     weight[3, 100] = bad
     with pytest.raises(ScaleRangeError):
         solved(weight, hessian, layer_config(order, group_size=48))
+
+
+def test_scale_that_overflows_only_because_of_fed_back_errors_is_an_error() -> None:
+    weight, hessian = correlated_layer(20, 192)
+    config = layer_config("natural", bits=2, group_size=48)
+    weight *= 65000 * 1.5 / weight.abs().max()
+    assert round_to_nearest(weight, config).scales.isfinite().all()
+    with pytest.raises(ScaleRangeError):
+        solved(weight, hessian, config)
+
+
+def test_layer_whose_input_is_always_zero_decodes_to_zero() -> None:
+    weight, _ = correlated_layer(20, 96)
+    for order in ORDERS:
+        solution = solved(weight, torch.zeros(96, 96), layer_config(order, sym=False, group_size=48))
+        assert solution.quantized.dequantize().abs().sum() == 0
+        assert (solution.relative_error, solution.rtn_relative_error) == (0, 0)
 
 
 @pytest.mark.gpu

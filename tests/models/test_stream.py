@@ -41,7 +41,7 @@ def own_forward(directory: Path, batches: list[Tensor]) -> tuple[list[list[Tenso
     outputs: list[list[Tensor]] = []
     for block in find_blocks(model)[1]:
         block.register_forward_hook(
-            lambda _, args, output: outputs[-1].append(output[0] if isinstance(output, tuple) else output)
+            lambda _module, _args, output: outputs[-1].append(output[0] if isinstance(output, tuple) else output)
         )
     logits = []
     for ids in batches:

@@ -1,0 +1,95 @@
+"""Texts in files of this machine: one document of a .txt file, one of each row of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gptq_cli.calibration.loading import LoadRequest, open_column
+from gptq_cli.calibration.refusals import encoding_refusal
+from gptq_cli.errors import InputError
+
+# pandas would read the words "NA" and "None" of a CSV file as null
+READERS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".txt": ("text", {}),
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    ".csv": ("csv", {"keep_default_na": False}),
+    ".parquet": ("parquet", {}),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class FileTexts:
+    """The texts of some files, in order, read when they are asked for."""
+
+    files: tuple[Path, ...]
+    column: str
+
+    def __iter__(self) -> Iterator[str]:
+        for file in self.files:
+            if file.stat().st_size == 0:
+                raise InputError(
+                    "E_DATA_EMPTY", f"dataset `{file}` is an empty file", hint="choose a file that holds text"
+                )
+            if file.suffix == ".txt":
+                yield _read_text(file)
+            else:
+                yield from open_column(_request(file), self.column)[0]
+
+
+def read_files(path: Path, column: str) -> Iterable[str]:
+    """The texts of a file, or of the files of a folder sorted by name; what is read first has been checked.
+
+    Raises InputError E_DATA_NOT_FOUND, E_DATA_ENCODING, E_DATA_FORMAT, E_DATA_COLUMN or E_DATA_EMPTY.
+    """
+    texts = FileTexts(_files_at(path), column)
+    if not any(text.strip() for text in texts):
+        raise InputError("E_DATA_EMPTY", f"dataset `{path}` holds no text", hint="choose a file that holds text")
+    return texts
+
+
+def _files_at(path: Path) -> tuple[Path, ...]:
+    kinds = ", ".join(READERS)
+    if not path.exists():
+        raise InputError(
+            "E_DATA_NOT_FOUND", f"dataset `{path}` does not exist", hint=f"give a {kinds} file, a folder or a Hub id"
+        )
+    if path.is_file() and path.suffix not in READERS:
+        raise InputError(
+            "E_DATA_NOT_FOUND", f"dataset `{path}` is not a kind of file that is read", hint=f"give {kinds}"
+        )
+    if path.is_file():
+        return (path,)
+    files = tuple(sorted(file for file in path.iterdir() if file.suffix in READERS and not file.name.startswith(".")))
+    if not files:
+        raise InputError(
+            "E_DATA_NOT_FOUND", f"folder `{path}` holds no file that is read", hint=f"put {kinds} files there"
+        )
+    return files
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise encoding_refusal(str(file), error, whole_file=True) from error
+    except OSError as error:
+        raise InputError(
+            "E_DATA_NOT_FOUND", f"dataset `{file}` cannot be read: {error.strerror}", hint="check its permissions"
+        ) from error
+
+
+def _request(file: Path) -> LoadRequest:
+    reader, options = READERS[file.suffix]
+    return LoadRequest(
+        reader,
+        label=str(file),
+        split="train",
+        data_files={"train": str(file)},
+        options=options,
+        local=True,
+        stream=True,
+    )

@@ -1,0 +1,84 @@
+"""What a failure of `datasets` or of the Hub means to a user."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from gptq_cli.errors import InputError
+
+ASK = "check the id; a private dataset needs `hf auth login`"
+OFFLINE = "check the network and HF_HUB_OFFLINE, or use a file: --dataset ./text.txt"
+GATED = "accept its terms on its page, then `hf auth login`"
+
+
+def refusal(error: Exception, label: str, *, local: bool, hint: str | None = None) -> InputError | None:
+    """The InputError that says what `error` means for dataset `label`; None if it is not a known way to fail.
+
+    `local` says that files of this machine were read: then whatever else went wrong is their content. `hint` is said
+    when the Hub does not know the dataset.
+    """
+    from datasets.exceptions import DatasetsError
+
+    for link in _chain(error):
+        refused = _from_hub(link, label, hint) or _from_request(link, label)
+        if refused is not None:
+            return refused
+    if local and isinstance(error, (ValueError, OSError, DatasetsError)):
+        reason = _first_line(list(_chain(error))[-1])
+        return InputError(
+            "E_DATA_FORMAT", f"dataset `{label}` cannot be read: {reason}", hint="check the file's content"
+        )
+    return None
+
+
+def encoding_refusal(label: str, error: UnicodeDecodeError, *, whole_file: bool) -> InputError:
+    """E_DATA_ENCODING with the first byte that is not UTF-8, and its place if the whole file was decoded at once."""
+    place = f" at offset {error.start}" if whole_file else ""
+    message = f"dataset `{label}` is not UTF-8: byte 0x{error.object[error.start]:02x}{place}"
+    return InputError("E_DATA_ENCODING", message, hint=f"convert it: iconv -f latin1 -t utf-8 {label}")
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The error and what caused it, outermost first."""
+    link: BaseException | None = error
+    while link is not None:
+        yield link
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+
+
+def _from_hub(error: BaseException, label: str, hint: str | None) -> InputError | None:
+    from datasets.data_files import EmptyDatasetError
+    from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    if isinstance(error, GatedRepoError) or (isinstance(error, DatasetNotFoundError) and "gated" in str(error)):
+        return InputError("E_DATA_HUB", f"dataset `{label}` is gated on the Hub", hint=GATED)
+    if isinstance(error, (DataFilesNotFoundError, EmptyDatasetError)):
+        return InputError("E_DATA_NOT_FOUND", f"dataset `{label}` has no files of text", hint="choose another dataset")
+    if isinstance(error, (DatasetNotFoundError, RepositoryNotFoundError)):
+        return InputError("E_DATA_NOT_FOUND", f"dataset `{label}` is not on the Hub", hint=hint or ASK)
+    unreachable = isinstance(error, (ConnectionError, TimeoutError, HfHubHTTPError))
+    if unreachable or type(error).__module__.startswith(("httpx", "httpcore")):
+        reason = _first_line(list(_chain(error))[-1])
+        message = f"dataset `{label}` could not be fetched from the Hub: {reason}"
+        return InputError("E_DATA_HUB", message, hint=OFFLINE)
+    return None
+
+
+def _from_request(error: BaseException, label: str) -> InputError | None:
+    text = str(error)
+    if isinstance(error, UnicodeDecodeError):
+        return encoding_refusal(label, error, whole_file=False)
+    if "Dataset scripts are no longer supported" in text:
+        message = f"dataset `{label}` needs a loading script, which `datasets` 4 and later do not run"
+        return InputError("E_DATA_SCRIPT", message, hint="look for a copy of it in Parquet, or use a file of your own")
+    if isinstance(error, ValueError) and ("Config name is missing" in text or "BuilderConfig" in text):
+        message = f"dataset `{label}`: {' '.join(text.split('Example of usage')[0].split())}"
+        return InputError("E_DATA_CONFIG", message, hint="name a configuration with --dataset-config")
+    if isinstance(error, ValueError) and ("Unknown split" in text or "Bad split" in text):
+        return InputError("E_DATA_SPLIT", f"dataset `{label}`: {text}", hint="name a split with --dataset-split")
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

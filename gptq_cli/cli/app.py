@@ -1,0 +1,147 @@
+"""The command table, and the one place where errors become messages and exit codes.
+
+A command's module is imported when the command runs: `gptq --help` knows only this table.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from functools import partial
+from importlib import import_module
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+from typer.exceptions import TyperException
+
+from gptq_cli import __version__
+from gptq_cli.cli.console import report_problems, write, write_result
+from gptq_cli.errors import GptqError, Problem
+
+# command -> what it does; the function of that name lives in the module of that name, with _ for -
+COMMANDS = {
+    "quantize": "Quantize a model to a GPTQ checkpoint.",
+    "validate-config": "Check a configuration file, and with a model what it would do.",
+    "eval-ppl": "Measure the perplexity of a checkpoint, quantized or not.",
+}
+BUG, USAGE, INTERRUPTED = 1, 2, 130
+
+
+class Gptq(TyperGroup):
+    """The program: loads a command when it is its turn and turns whatever ends it into an exit code."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, _, rest = super().resolve_command(ctx, args)
+        return name, _load(str(name)), rest
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        _stay_plain_in_pipes()
+        words = [_kebab(word) for word in (sys.argv[1:] if args is None else args)]
+        run = partial(super().main, words, prog_name or "gptq", complete_var, False, windows_expand_args, **extra)
+        code = exit_code_of(run, as_json="--json" in words)
+        if standalone_mode:
+            sys.exit(code)
+        return code
+
+
+def exit_code_of(run: Callable[[], Any], *, as_json: bool) -> int:
+    """What `run` ends with as an exit code (0 ok, 1 bug, 130 interrupted, else the error's own), after saying why."""
+    try:
+        code = run()
+    except TyperException as error:
+        return _fail((_usage(error),), USAGE, as_json)
+    except GptqError as error:
+        return _fail(error.problems, error.exit_code, as_json)
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except Exception as error:  # noqa: BLE001
+        write(sys.stderr, traceback.format_exc())
+        hint = "this is a bug in gptq: please report it with the lines above"
+        return _fail((Problem("E_BUG", f"{type(error).__name__}: {error}", hint),), BUG, as_json)
+    if code == INTERRUPTED:
+        return _fail((Problem("E_INTERRUPTED", "interrupted"),), INTERRUPTED, as_json)
+    return code if isinstance(code, int) else 0
+
+
+def _fail(problems: Sequence[Problem], exit_code: int, as_json: bool) -> int:
+    try:
+        report_problems(problems, exit_code, as_json=as_json)
+    except GptqError as error:
+        report_problems(error.problems, exit_code, as_json=False)
+    return exit_code
+
+
+def _usage(error: TyperException) -> Problem:
+    message, _, near = error.format_message().partition(" Did you mean ")
+    if possible := getattr(error, "possibilities", None):
+        message, near = error.message, f"{get_close_matches(error.message, possible, n=1, cutoff=0)[0]}?"
+    return Problem("E_USAGE", message.rstrip("."), f"did you mean {near}" if near else "see --help")
+
+
+def _stay_plain_in_pipes() -> None:
+    """Typer would colour its help wherever it sees a CI system; a pipe gets text."""
+    if os.environ.get("NO_COLOR") or sys.stdout is None or not sys.stdout.isatty():
+        os.environ.setdefault("_TYPER_FORCE_DISABLE_TERMINAL", "1")
+
+
+def _kebab(word: str) -> str:
+    """`--group_size` as `--group-size`: people come from tools that spell it so."""
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--") else word
+
+
+def _load(name: str) -> Any:
+    """The command `name` from its module."""
+    function = name.replace("-", "_")
+    single = typer.Typer(add_completion=False, rich_markup_mode="rich")
+    single.command(name=name)(getattr(import_module(f"gptq_cli.cli.{function}"), function))
+    return typer.main.get_command(single)
+
+
+app = typer.Typer(
+    name="gptq",
+    cls=Gptq,
+    help="Quantize Hugging Face models with GPTQ, one transformer block at a time.",
+    invoke_without_command=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        write_result(f"gptq {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _gptq(
+    ctx: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version and leave", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    del version
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help())
+        raise typer.Exit(USAGE)
+
+
+def _stub() -> None:
+    """Stands in the table for a command whose module is not loaded."""
+
+
+for _name, _summary in COMMANDS.items():
+    app.command(name=_name, help=_summary)(_stub)

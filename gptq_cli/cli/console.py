@@ -1,0 +1,144 @@
+"""Where words go: stdout holds the result and nothing else, stderr the talk; user text is never markup."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn, TextIO
+
+import typer
+
+from gptq_cli.errors import GptqError, Problem
+
+SCHEMA = 1
+UNITS = ("B", "KB", "MB", "GB", "TB")
+
+
+@dataclass(frozen=True, slots=True)
+class Console:
+    """How one command speaks: `--json` makes the result one JSON object, `--quiet` leaves the least that is useful."""
+
+    as_json: bool = False
+    quiet: bool = False
+
+    def say(self, line: str) -> None:
+        """A line of progress or advice, on stderr; not with `--quiet`."""
+        if not self.quiet:
+            write(sys.stderr, line)
+
+    def warn(self, code: str, message: str) -> None:
+        """A line on stderr that `--quiet` does not hide."""
+        write(sys.stderr, f"warning[{code}]: {message}")
+
+    def result(self, data: dict[str, Any], human: str, short: str) -> None:
+        """The result on stdout, in the form asked for; GptqError E_STDOUT if stdout cannot take it."""
+        if self.as_json:
+            write_result(as_json_text({"schema": SCHEMA, "status": "ok", **data}))
+        else:
+            write_result(short if self.quiet else human)
+
+    def refused(self, data: dict[str, Any], human: str, short: str, error: GptqError) -> NoReturn:
+        """A result that did not pass: printed like any other, with `error` after it and as one object with `--json`."""
+        if self.as_json:
+            write_result(as_json_text({**_failure(error.problems, error.exit_code), **data}))
+        else:
+            write_result(short if self.quiet else human)
+        report_problems(error.problems, error.exit_code, as_json=False)
+        raise typer.Exit(error.exit_code)
+
+
+def as_json_text(data: dict[str, Any]) -> str:
+    """One JSON object on one line; floats that JSON does not know become null."""
+    return json.dumps(_finite(data), ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not float("-inf") < value < float("inf") else value
+
+
+def report_problems(problems: Sequence[Problem], exit_code: int, *, as_json: bool) -> None:
+    """What went wrong, for people on stderr and with `as_json` for scripts on stdout."""
+    write(sys.stderr, "\n\n".join(_as_text(problem) for problem in problems))
+    if len(problems) > 1:
+        write(sys.stderr, f"\n{len(problems)} problems")
+    if as_json:
+        write_result(as_json_text(_failure(problems, exit_code)))
+
+
+def _failure(problems: Sequence[Problem], exit_code: int) -> dict[str, Any]:
+    found = [_as_data(problem) for problem in problems]
+    return {"schema": SCHEMA, "status": "error", "exit_code": exit_code, "problems": found}
+
+
+def _as_text(problem: Problem) -> str:
+    lines = [f"error[{problem.code}]: {problem.message}"]
+    lines += [f"  --> {problem.location}"] if problem.location else []
+    lines += ["", f"hint: {problem.hint}"] if problem.hint else []
+    return "\n".join(lines)
+
+
+def _as_data(problem: Problem) -> dict[str, Any]:
+    at = problem.location
+    location = {"file": at.file, "line": at.line, "column": at.column} if at else None
+    return {"code": problem.code, "message": problem.message, "hint": problem.hint, "location": location}
+
+
+def write_result(text: str) -> None:
+    """`text` on stdout; a reader who went away is no failure, a full disk is E_STDOUT."""
+    try:
+        _print(sys.stdout, text)
+    except BrokenPipeError:
+        _silence(sys.stdout)
+    except OSError as error:
+        _silence(sys.stdout)
+        raise GptqError("E_STDOUT", f"cannot write the result to stdout: {error.strerror}") from None
+
+
+def write(stream: TextIO | None, text: str) -> None:
+    """`text` on `stream` if it takes it: talk that nobody can hear must not stop a run."""
+    try:
+        _print(stream, text)
+    except OSError:
+        _silence(stream)
+
+
+def _print(stream: TextIO | None, text: str) -> None:
+    if stream is not None and not stream.closed:
+        encoding = stream.encoding or "utf-8"
+        stream.write(visible(text).encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        stream.flush()
+
+
+def visible(text: str) -> str:
+    """`text` without terminal control: names in files could hold escape sequences."""
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else f"\\x{ord(letter):02x}" for letter in text)
+
+
+def _silence(stream: TextIO | None) -> None:
+    """Let the rest of a broken stream's buffer go nowhere, so that Python's exit does not trip over it."""
+    if stream is not None:
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        except (OSError, ValueError):
+            return
+
+
+def size(n_bytes: float) -> str:
+    """Bytes as people say them, in powers of 1000: 5.4 MB."""
+    unit = 0
+    while n_bytes >= 999.5 and unit < len(UNITS) - 1:
+        n_bytes, unit = n_bytes / 1000, unit + 1
+    return f"{n_bytes:.3g} {UNITS[unit]}"
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

@@ -1,0 +1,108 @@
+"""The options that commands share. Each defaults to None, "not said"; words and defaults are the configuration's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import typer
+
+from gptq_cli.config.schema import QuantizeConfig
+
+ALGORITHM, LAYERS, TEXT, OUTPUT, RUN, GATE = "Algorithm", "Layers", "Text", "Output", "Run", "Comparison"
+DATASET = "wikitext2, c4, a Hub id, a file or a folder; default wikitext2"
+
+
+def setting(field: str, *names: str, panel: str, metavar: str | None = None, note: str = "") -> Any:
+    """The typer option for a field of the configuration."""
+    info = QuantizeConfig.model_fields[field]
+    default = "" if info.is_required() or not info.default else f"; default {_word(info.default)}"
+    return typer.Option(
+        *(names or (f"--{field.replace('_', '-')}",)),
+        help=f"{info.description}{note}{default}",
+        metavar=metavar or _metavar(info.annotation),
+        rich_help_panel=panel,
+        show_default=False,
+    )
+
+
+def plain(*names: str, help: str, panel: str | None = None, metavar: str | None = None) -> Any:
+    """The typer option for something that is no field of the configuration."""
+    return typer.Option(*names, help=help, metavar=metavar, rich_help_panel=panel, show_default=False)
+
+
+def _word(default: object) -> str:
+    return {True: "on", False: "off"}[default] if isinstance(default, bool) else str(default)
+
+
+def _metavar(annotation: Any) -> str | None:
+    """The values of a literal type, or a letter for a number."""
+    members = get_args(annotation) if get_origin(annotation) is not Literal else (annotation,)
+    literal = next((member for member in members if get_origin(member) is Literal), None)
+    if literal is not None:
+        return "|".join(map(str, get_args(literal)))
+    return {int: "N", float: "X", bool: None}.get(annotation, "TEXT")
+
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="model directory or Hub id", show_default=False, rich_help_panel="Input")
+]
+ConfigFile = Annotated[
+    Path | None, plain("--config", "-c", help="YAML or JSON file; flags and GPTQ_* variables go first", metavar="FILE")
+]
+Revision = Annotated[
+    str | None, plain("--revision", help="branch, tag or commit of a Hub model", metavar="REV", panel="Input")
+]
+
+Bits = Annotated[int | None, setting("bits", "--bits", "-b", panel=ALGORITHM)]
+GroupSize = Annotated[
+    int | None, setting("group_size", "--group-size", "-g", panel=ALGORITHM, note=", -1 for one group a row")
+]
+Sym = Annotated[bool | None, setting("sym", "--sym/--asym", panel=ALGORITHM)]
+DescAct = Annotated[bool | None, setting("desc_act", "--desc-act/--no-desc-act", panel=ALGORITHM)]
+ActGroupAware = Annotated[
+    bool | None, setting("act_group_aware", "--act-group-aware/--no-act-group-aware", panel=ALGORITHM)
+]
+StaticGroups = Annotated[bool | None, setting("static_groups", "--static-groups/--no-static-groups", panel=ALGORITHM)]
+TrueSequential = Annotated[
+    bool | None, setting("true_sequential", "--true-sequential/--no-true-sequential", panel=ALGORITHM)
+]
+DampPercent = Annotated[float | None, setting("damp_percent", panel=ALGORITHM)]
+Preset = Annotated[str | None, setting("preset", panel=ALGORITHM, metavar="NAME")]
+
+LmHead = Annotated[bool | None, setting("lm_head", "--lm-head/--no-lm-head", panel=LAYERS)]
+Dynamic = Annotated[
+    list[str] | None,
+    setting("dynamic", panel=LAYERS, metavar="RULE", note=": '-:regex' keeps, '+:regex={bits: 8}' changes; repeatable"),
+]
+
+Dataset = Annotated[
+    str | None,
+    plain("--dataset", help=DATASET, metavar="TEXT", panel=TEXT),
+]
+Datasets = Annotated[
+    list[str] | None,
+    plain("--dataset", help=f"{DATASET}; given twice or more: the texts themselves", metavar="TEXT", panel=TEXT),
+]
+DatasetConfig = Annotated[str | None, setting("dataset_config", panel=TEXT)]
+DatasetSplit = Annotated[str | None, setting("dataset_split", panel=TEXT)]
+TextColumn = Annotated[str | None, setting("text_column", panel=TEXT)]
+NSamples = Annotated[int | None, setting("nsamples", panel=TEXT)]
+SeqLen = Annotated[int | None, setting("seqlen", panel=TEXT)]
+BatchSize = Annotated[int | None, setting("batch_size", panel=TEXT)]
+Seed = Annotated[int | None, setting("seed", panel=TEXT)]
+
+Output = Annotated[
+    Path | None,
+    plain("--output", "-o", help="directory to write; default NAME-GPTQ-Int4-g128 here", panel=OUTPUT, metavar="DIR"),
+]
+Overwrite = Annotated[bool, plain("--overwrite", help="replace the output when the new one is complete", panel=OUTPUT)]
+Format = Annotated[str | None, setting("format", panel=OUTPUT)]
+MaxShardSize = Annotated[str | None, setting("max_shard_size", panel=OUTPUT, metavar="SIZE")]
+
+Device = Annotated[str | None, setting("device", panel=RUN, metavar="auto|cpu|cuda:N")]
+DType = Annotated[str | None, setting("dtype", panel=RUN)]
+Backend = Annotated[str | None, setting("backend", panel=RUN)]
+TrustRemoteCode = Annotated[bool | None, setting("trust_remote_code", "--trust-remote-code", panel=RUN)]
+AsJson = Annotated[bool, plain("--json", help="the result, or what went wrong, as one JSON object on stdout")]
+Quiet = Annotated[bool, plain("--quiet", "-q", help="no progress, the shortest result")]

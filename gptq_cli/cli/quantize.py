@@ -1,0 +1,141 @@
+"""`gptq quantize`: parse, call the pipeline, show."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from gptq_cli.cli import options as o
+from gptq_cli.cli.console import Console, clock, size
+from gptq_cli.cli.engines import engine_lines
+from gptq_cli.cli.progress import Progress
+from gptq_cli.config.check import FIELDS
+from gptq_cli.config.resolve import Resolved, resolve
+from gptq_cli.config.rules import parse_rule
+from gptq_cli.config.schema import QuantizeConfig
+from gptq_cli.config.targets import Export, verdicts
+from gptq_cli.config.yaml_writer import to_yaml
+from gptq_cli.errors import ConfigError, InputError
+
+if TYPE_CHECKING:
+    from gptq_cli.pipeline.quantize import QuantizeResult
+
+
+def quantize(
+    model: o.Model,
+    output: o.Output = None,
+    overwrite: o.Overwrite = False,
+    format: o.Format = None,
+    max_shard_size: o.MaxShardSize = None,
+    bits: o.Bits = None,
+    group_size: o.GroupSize = None,
+    sym: o.Sym = None,
+    desc_act: o.DescAct = None,
+    act_group_aware: o.ActGroupAware = None,
+    static_groups: o.StaticGroups = None,
+    true_sequential: o.TrueSequential = None,
+    damp_percent: o.DampPercent = None,
+    preset: o.Preset = None,
+    dynamic: o.Dynamic = None,
+    lm_head: o.LmHead = None,
+    dataset: o.Datasets = None,
+    dataset_config: o.DatasetConfig = None,
+    dataset_split: o.DatasetSplit = None,
+    text_column: o.TextColumn = None,
+    nsamples: o.NSamples = None,
+    seqlen: o.SeqLen = None,
+    batch_size: o.BatchSize = None,
+    seed: o.Seed = None,
+    device: o.Device = None,
+    dtype: o.DType = None,
+    trust_remote_code: o.TrustRemoteCode = None,
+    revision: o.Revision = None,
+    config: o.ConfigFile = None,
+    print_config: Annotated[bool, o.plain("--print-config", help="print the resolved configuration and leave")] = False,
+    as_json: o.AsJson = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Quantize a model to a GPTQ checkpoint.
+
+    What is not said here comes from GPTQ_* variables, then from --config,
+    then from the preset, then from the defaults.
+
+    Example: gptq quantize ./Qwen3-0.6B -b 4 -o ./Qwen3-0.6B-4bit
+    """
+    said = {**locals(), "dataset": _one_or_many(dataset), "dynamic": _rules(dynamic)}
+    console = Console(as_json, quiet)
+    resolved = resolve({key: value for key, value in said.items() if key in FIELDS}, os.environ, config)
+    if print_config:
+        _print_config(console, resolved)
+    else:
+        _refuse_missing_path(model)
+        output = output or Path(default_name(model, resolved.config))
+        _run(console, resolved, model=model, output=output, revision=revision, overwrite=overwrite)
+
+
+def default_name(model: str, config: QuantizeConfig) -> str:
+    """The output's name as published checkpoints are called: Qwen3-0.6B-GPTQ-Int4-g128."""
+    name = Path(model).expanduser().resolve().name if Path(model).expanduser().exists() else model.rsplit("/", 1)[-1]
+    group = f"g{config.group_size}" if config.group_size > 0 else "channel"
+    return f"{name}-GPTQ-Int{config.bits}-{group}"
+
+
+def _run(
+    console: Console, resolved: Resolved, *, model: str, output: Path, revision: str | None, overwrite: bool
+) -> None:
+    from gptq_cli.pipeline.quantize import quantize_checkpoint
+
+    for note in resolved.notes:
+        console.say(f"note: {note}")
+    with Progress(console) as progress:
+        result = quantize_checkpoint(
+            model, output, resolved.config, revision=revision, overwrite=overwrite, report=progress
+        )
+    console.result(result.to_json(), _summary(result, resolved.config), str(result.output))
+
+
+def _summary(result: QuantizeResult, config: QuantizeConfig) -> str:
+    sizes = f"{size(result.bytes_before)} -> {size(result.bytes_after)}"
+    lines = [f"{result.output}", f"size   {sizes} ({result.bytes_before / result.bytes_after:.2f}x smaller)"]
+    if result.layers:
+        mine = math.fsum(layer.relative_error for layer in result.layers) / len(result.layers)
+        rtn = math.fsum(layer.rtn_relative_error for layer in result.layers) / len(result.layers)
+        lines.append(f"error  {mine:.2e} mean of {len(result.layers)} layers, round-to-nearest {rtn:.2e}")
+    lines.append(f"time   {clock(result.seconds)}")
+    layers = [chosen for layer in result.layers if (chosen := config.for_layer(layer.name))]
+    return "\n".join([*lines, *engine_lines(verdicts(Export.of(layers, config.format, config.lm_head)))])
+
+
+def _print_config(console: Console, resolved: Resolved) -> None:
+    text = to_yaml(resolved.config, resolved.origins).rstrip("\n")
+    data = {"config": resolved.config.model_dump(mode="json"), "origins": resolved.origins}
+    console.result({**data, "notes": list(resolved.notes)}, text, text)
+
+
+def _one_or_many(dataset: list[str] | None) -> str | list[str] | None:
+    return dataset[0] if dataset and len(dataset) == 1 else dataset or None
+
+
+def _rules(texts: list[str] | None) -> Mapping[str, Any] | None:
+    """`dynamic` from its rules; an empty list is "not said"."""
+    rules: dict[str, Any] = {}
+    for rule, settings in map(parse_rule, texts or ()):
+        if rule in rules:
+            raise ConfigError("E_CFG_CONFLICT", f"--dynamic says {rule!r} twice", hint="keep one of them")
+        if not settings and not rule.startswith("-:"):
+            hint = f"write '{rule}={{bits: 8}}', or '-:{rule.removeprefix('+:')}' to keep the layers"
+            raise ConfigError("E_CFG_MISSING", f"--dynamic {rule!r} says nothing to change", hint=hint)
+        rules[rule] = settings
+    return rules or None
+
+
+def _refuse_missing_path(model: str) -> None:
+    """A wrong path fails here in a moment; whatever may be a Hub id is for the pipeline to look up."""
+    is_hub_id = re.fullmatch(r"(hf://)?[\w.-]+(/[\w.-]+)?", model) and not model.startswith((".", "~"))
+    if not is_hub_id and not Path(model).expanduser().is_dir():
+        hint = "give a model directory or a Hub id"
+        raise InputError("E_MODEL_NOT_FOUND", f"`{model}` is not a directory", hint=hint)

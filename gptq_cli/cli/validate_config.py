@@ -1,0 +1,87 @@
+"""`gptq validate-config`: every problem of a configuration at once, or what it resolves to."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gptq_cli.cli.console import Console
+from gptq_cli.cli.engines import engine_lines
+from gptq_cli.cli.options import AsJson, plain
+from gptq_cli.config.resolve import Resolved, resolve
+from gptq_cli.config.targets import Export, Verdict, verdicts
+from gptq_cli.config.yaml_writer import to_yaml
+from gptq_cli.errors import InputError
+
+if TYPE_CHECKING:
+    from gptq_cli.pipeline.plan import LayerPlan, RunPlan
+
+
+def validate_config(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="YAML or JSON configuration", show_default=False)],
+    model: Annotated[
+        Path | None, plain("--model", help="model directory to plan for, headers are read only", metavar="DIR")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check a configuration file, and with a model what it would do.
+
+    Every problem is reported at once with its line.
+    A valid file prints the resolved configuration.
+    GPTQ_* variables do not count here, only the file does.
+
+    Example: gptq validate-config recipe.yaml --model ./Qwen3-0.6B
+    """
+    console = Console(as_json)
+    resolved = resolve({}, {}, file)
+    for note in resolved.notes:
+        console.say(f"note: {note}")
+    data: dict[str, Any] = {"config": resolved.config.model_dump(mode="json"), "notes": list(resolved.notes)}
+    text = to_yaml(resolved.config)
+    if model is not None:
+        plan, judged = _plan(model, resolved)
+        data["plan"] = _plan_data(plan, judged)
+        text += "\n" + "".join(f"# {line}\n" for line in [*_plan_lines(plan.layers), *engine_lines(judged)])
+    console.result(data, text.rstrip("\n"), text.rstrip("\n"))
+
+
+def _plan(model: Path, resolved: Resolved) -> tuple[RunPlan, tuple[Verdict, ...]]:
+    from gptq_cli.pipeline.plan import plan_run
+
+    if not model.is_dir():
+        hint = "--model takes a model directory on this machine"
+        raise InputError("E_MODEL_NOT_FOUND", f"`{model}` is not a directory", hint=hint)
+    config = resolved.config
+    plan = plan_run(model, config)
+    layers = [layer.config for layer in plan.layers if layer.config]
+    return plan, verdicts(Export.of(layers, config.format, config.lm_head))
+
+
+def _plan_data(plan: RunPlan, judged: Sequence[Verdict]) -> dict[str, Any]:
+    layers = [
+        {
+            "name": layer.name,
+            "block": layer.block,
+            "shape": [layer.out_features, layer.in_features],
+            "bits": layer.config.bits if layer.config else None,
+            "group_size": layer.config.group_size if layer.config else None,
+            "why": layer.why,
+        }
+        for layer in plan.layers
+    ]
+    engines = {verdict.engine: {"outcome": verdict.outcome, "reason": verdict.reason} for verdict in judged}
+    return {"layers": layers, "engines": engines}
+
+
+def _plan_lines(layers: Sequence[LayerPlan]) -> list[str]:
+    """One line for each setting and reason that occurs, with how many layers it takes."""
+    kinds = Counter((layer.config, layer.why) for layer in layers)
+    lines = []
+    for (config, why), count in kinds.items():
+        what = f"{config.bits} bits, group_size {config.group_size}" if config else "full precision"
+        lines.append(f"{count} layer{'s' if count > 1 else ''}: {what} ({why})")
+    return lines

@@ -1,0 +1,165 @@
+"""Stand-ins for the pipeline, so that these tests are about the command line alone."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from gptq_cli.cli.app import app
+from gptq_cli.pipeline.events import (
+    BlockFinished,
+    BlockStarted,
+    LayerReport,
+    LayerSolved,
+    LayerStarted,
+    PhaseStarted,
+    Report,
+    RunPlanned,
+    Warned,
+)
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def gptq(monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs the program in this process; stdout and stderr apart."""
+    for variable in [*os.environ]:
+        if variable.startswith("GPTQ_") or variable in ("GITHUB_ACTIONS", "FORCE_COLOR"):
+            monkeypatch.delenv(variable)
+
+    def run(*arguments: str | Path) -> Result:
+        return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+    return run
+
+
+def layer_report(index: int, name: str = "q_proj", error: float = 1e-4) -> LayerReport:
+    return LayerReport(
+        name=f"model.layers.{index}.{name}",
+        block=index,
+        bits=4,
+        group_size=128,
+        relative_error=error,
+        rtn_relative_error=3 * error,
+        damp_percent=0.1,
+        damp_retries=0,
+        dead_columns=0,
+        tokens=4096,
+        seconds=0.5,
+    )
+
+
+def play(report: Report, n_blocks: int = 2) -> tuple[LayerReport, ...]:
+    """The events of a small run, in order."""
+    solved = []
+    report(RunPlanned("m", n_blocks, 2 * n_blocks, 1, 8_000_000, 2_500_000, 4.25))
+    report(PhaseStarted("calibration", "128 windows"))
+    for index in range(n_blocks):
+        report(BlockStarted(index, n_blocks, f"model.layers.{index}"))
+        for name, error in (("q_proj", 1e-4), ("[bold]down", 3e-4)):
+            report(LayerStarted(f"model.layers.{index}.{name}"))
+            solved.append(layer_report(index, name, error))
+            report(LayerSolved(solved[-1]))
+        report(Warned("W_TEST", f"a warning in block {index}"))
+        report(BlockFinished(index, n_blocks, f"model.layers.{index}", 18.2, 2 * 2**30, 0))
+    return tuple(solved)
+
+
+@dataclass
+class FakeQuantizer:
+    """What `quantize_checkpoint` was called with; `error` is raised instead of a result."""
+
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    error: BaseException | None = None
+
+    def __call__(self, model: str, output: Path, config: Any, **rest: Any) -> Any:
+        self.calls.append({"model": model, "output": output, "config": config, **rest})
+        layers = play(rest["report"])
+        if self.error:
+            raise self.error
+        return FakeQuantized(output, layers)
+
+
+@dataclass(frozen=True)
+class FakeQuantized:
+    output: Path
+    layers: tuple[LayerReport, ...]
+    seconds: float = 3723.4
+    bytes_before: int = 8_000_000
+    bytes_after: int = 2_500_000
+
+    def to_json(self) -> dict[str, Any]:
+        return {"output": str(self.output), "layers": [layer.name for layer in self.layers], "worst": float("nan")}
+
+
+@pytest.fixture
+def quantizer(monkeypatch: pytest.MonkeyPatch) -> FakeQuantizer:
+    fake = FakeQuantizer()
+    module = ModuleType("gptq_cli.pipeline.quantize")
+    module.quantize_checkpoint = fake  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "gptq_cli.pipeline.quantize", module)
+    return fake
+
+
+@dataclass(frozen=True, slots=True)
+class EvalRequest:
+    dataset: str | None = None
+    dataset_config: str | None = None
+    dataset_split: str | None = None
+    text_column: str = "text"
+    seqlen: int | None = None
+    batch_size: int = 1
+    max_windows: int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    backend: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    baseline: str | None = None
+
+
+@dataclass(frozen=True)
+class FakeEvaluated:
+    perplexity: float = 12.5
+    baseline_perplexity: float | None = None
+    kl: float | None = None
+    top1_agreement: float | None = None
+    dataset: str = "wikitext2"
+    windows: int = 3
+    seqlen: int = 128
+    dtype: str = "bfloat16"
+    seconds: float = 61.0
+
+    def to_json(self) -> dict[str, Any]:
+        return {"perplexity": self.perplexity, "baseline_perplexity": self.baseline_perplexity}
+
+
+@dataclass
+class FakeEvaluator:
+    result: FakeEvaluated = field(default_factory=FakeEvaluated)
+    calls: list[tuple[str, EvalRequest]] = field(default_factory=list)
+
+    def __call__(self, model: str, request: EvalRequest, report: Report) -> FakeEvaluated:
+        self.calls.append((model, request))
+        report(PhaseStarted("evaluation", model))
+        report(BlockStarted(0, 1, "model.layers.0"))
+        report(BlockFinished(0, 1, "model.layers.0", 1.0, 2**30, 3 * 2**30))
+        return self.result
+
+
+@pytest.fixture
+def evaluator(monkeypatch: pytest.MonkeyPatch) -> FakeEvaluator:
+    fake = FakeEvaluator()
+    module = ModuleType("gptq_cli.pipeline.evaluate")
+    module.evaluate_perplexity, module.EvalRequest = fake, EvalRequest  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "gptq_cli.pipeline.evaluate", module)
+    return fake

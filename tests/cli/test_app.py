@@ -1,0 +1,113 @@
+"""Errors become messages and exit codes in one place; help and usage errors help."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from gptq_cli.cli.app import COMMANDS
+from gptq_cli.errors import ConfigError, ExistsError, GateError, GptqError, InputError, Problem, ResourceError
+
+from .conftest import FakeQuantizer, Run
+
+
+def test_the_table_tells_what_each_command_tells_of_itself(gptq: Run) -> None:
+    listing = gptq("--help")
+    assert listing.exit_code == 0
+    for name, summary in COMMANDS.items():
+        page = gptq(name, "--help")
+        assert page.exit_code == 0
+        assert summary in page.stdout
+        assert f"Example: gptq {name}" in page.stdout
+        assert name in listing.stdout
+
+
+def test_version_is_one_line(gptq: Run) -> None:
+    result = gptq("--version")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "gptq 0.1.0\n", "")
+
+
+def test_nothing_said_shows_help_and_is_a_usage_error(gptq: Run) -> None:
+    result = gptq()
+    assert result.exit_code == 2
+    assert "quantize" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message", "hint"),
+    [
+        (["quantise", "m"], "error[E_USAGE]: No such command 'quantise'", "did you mean 'quantize'?"),
+        (["quantize", "m", "--group-sise", "4"], "error[E_USAGE]: No such option: --group-sise", "--group-size?"),
+        (["quantize", "m", "--bits", "four"], "error[E_USAGE]: Invalid value for '--bits'", "see --help"),
+        (["quantize"], "error[E_USAGE]: Missing argument 'MODEL'", "see --help"),
+        (["quantize", "m", "--bit", "3"], "No such option: --bit", "--bits?"),
+        (["quantize", "m", "--bits"], "requires an argument", "see --help"),
+        (["quantize", "m", "more"], "unexpected extra argument", "see --help"),
+    ],
+)
+def test_usage_errors_say_what_was_meant(words: list[str], message: str, hint: str, gptq: Run) -> None:
+    result = gptq(*words)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in result.stderr
+    assert hint in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "exit_code"),
+    [
+        (ConfigError("E_X", "bad [red]words[/red]", hint="mend it"), 2),
+        (InputError("E_X", "bad [red]words[/red]", hint="mend it"), 3),
+        (GateError("E_X", "bad [red]words[/red]", hint="mend it"), 4),
+        (ResourceError("E_X", "bad [red]words[/red]", hint="mend it"), 5),
+        (ExistsError("E_X", "bad [red]words[/red]", hint="mend it"), 6),
+    ],
+)
+def test_an_expected_failure_is_a_message_a_hint_and_its_code(
+    error: GptqError, exit_code: int, gptq: Run, quantizer: FakeQuantizer
+) -> None:
+    quantizer.error = error
+    result = gptq("quantize", "m", "-b", "4", "-q")
+    assert (result.exit_code, result.stdout) == (exit_code, "")
+    assert result.stderr.endswith("error[E_X]: bad [red]words[/red]\n\nhint: mend it\n")
+    result = gptq("quantize", "m", "-b", "4", "-q", "--json")
+    problem = {"code": "E_X", "message": "bad [red]words[/red]", "hint": "mend it", "location": None}
+    expected = {"schema": 1, "status": "error", "exit_code": exit_code, "problems": [problem]}
+    assert (result.exit_code, json.loads(result.stdout)) == (exit_code, expected)
+
+
+def test_several_problems_are_all_said_and_counted(gptq: Run, quantizer: FakeQuantizer) -> None:
+    quantizer.error = ConfigError.of([Problem("E_A", "one"), Problem("E_B", "two", "mend it")])
+    result = gptq("quantize", "m", "-b", "4", "-q")
+    assert result.stderr.endswith("error[E_A]: one\n\nerror[E_B]: two\n\nhint: mend it\n\n2 problems\n")
+
+
+def test_a_bug_shows_its_traceback_and_exits_1(gptq: Run, quantizer: FakeQuantizer) -> None:
+    quantizer.error = ZeroDivisionError("by zero")
+    result = gptq("quantize", "m", "-b", "4", "--json")
+    assert result.exit_code == 1
+    assert "Traceback" in result.stderr
+    assert "error[E_BUG]: ZeroDivisionError: by zero" in result.stderr
+    assert json.loads(result.stdout)["problems"][0]["code"] == "E_BUG"
+
+
+def test_an_interrupt_is_130_and_no_traceback(gptq: Run, quantizer: FakeQuantizer) -> None:
+    quantizer.error = KeyboardInterrupt()
+    result = gptq("quantize", "m", "-b", "4", "--json")
+    assert result.exit_code == 130
+    assert "Traceback" not in result.stderr
+    assert json.loads(result.stdout)["exit_code"] == 130
+
+
+def test_usage_errors_are_json_too(gptq: Run) -> None:
+    result = gptq("quantize", "--json")
+    assert result.exit_code == 2
+    assert json.loads(result.stdout)["problems"][0]["code"] == "E_USAGE"
+
+
+def test_terminal_escapes_in_names_are_shown_not_obeyed(gptq: Run) -> None:
+    result = gptq("validate-config", "no\x1b[31m.yaml")
+    assert result.exit_code == 2
+    assert "no\\x1b[31m.yaml" in result.stderr
+    assert "\x1b" not in result.stderr

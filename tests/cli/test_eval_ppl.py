@@ -1,0 +1,94 @@
+"""`gptq eval-ppl`: the request, the answer, the gate."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from .conftest import EvalRequest, FakeEvaluated, FakeEvaluator, Run
+
+COMPARED = FakeEvaluated(perplexity=12.5, baseline_perplexity=12.25, kl=0.0123, top1_agreement=0.956)
+
+
+def test_what_is_not_said_is_left_to_the_pipeline(gptq: Run, evaluator: FakeEvaluator) -> None:
+    assert gptq("eval-ppl", "m").exit_code == 0
+    assert evaluator.calls == [("m", EvalRequest())]
+
+
+def test_every_flag_reaches_the_request(gptq: Run, evaluator: FakeEvaluator) -> None:
+    words = [
+        "--dataset=c4", "--dataset-config=en", "--dataset-split=validation", "--text-column=body", "--seqlen=64",
+        "--batch-size=2", "--max-windows=5", "--device=cuda:1", "--dtype=float16", "--backend=torch", "--baseline=b",
+        "--max-increase=0.5", "--revision=v1", "--trust-remote-code",
+    ]  # fmt: skip
+    evaluator.result = COMPARED
+    assert gptq("eval-ppl", "m", *words).exit_code == 0
+    request = EvalRequest(
+        "c4", "en", "validation", "body", 64, 2, 5, "cuda:1", "float16", "torch", "v1", True, "b"
+    )  # fmt: skip
+    assert evaluator.calls == [("m", request)]
+
+
+def test_the_answer_states_its_protocol(gptq: Run, evaluator: FakeEvaluator) -> None:
+    evaluator.result = COMPARED
+    result = gptq("eval-ppl", "m", "--baseline", "b")
+    assert (
+        result.stdout
+        == """\
+perplexity  12.5000
+baseline    12.2500 (+0.2500)
+agreement   KL 0.0123, top-1 95.60%
+protocol    wikitext2, 3 windows of 128 tokens, bfloat16
+time        0:01:01
+"""
+    )
+    assert "block 1/1 model.layers.0 1.0 s eta 0:00:00 mem 1.0 GiB device 3.0 GiB" in result.stderr
+
+
+def test_quiet_prints_the_number_alone(gptq: Run, evaluator: FakeEvaluator) -> None:
+    result = gptq("eval-ppl", "m", "-q")
+    assert (result.stdout, result.stderr) == ("12.5\n", "")
+    assert len(evaluator.calls) == 1
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_failed_gate_prints_the_result_and_exits_4(as_json: bool, gptq: Run, evaluator: FakeEvaluator) -> None:
+    evaluator.result = COMPARED
+    result = gptq("eval-ppl", "m", "--baseline", "b", "--max-increase", "0.2", *(["--json"] if as_json else []))
+    assert result.exit_code == 4
+    assert "error[E_GATE_PPL]: perplexity rose by 0.25, from 12.25 to 12.5; --max-increase allows 0.2" in result.stderr
+    if as_json:
+        data = json.loads(result.stdout)
+        assert (data["status"], data["exit_code"], data["perplexity"]) == ("error", 4, 12.5)
+        assert data["problems"][0]["code"] == "E_GATE_PPL"
+    else:
+        assert result.stdout.startswith("perplexity  12.5000\n")
+
+
+def test_a_gate_passes_at_its_limit_and_fails_on_nan(gptq: Run, evaluator: FakeEvaluator) -> None:
+    evaluator.result = COMPARED
+    assert gptq("eval-ppl", "m", "--baseline", "b", "--max-increase", "0.25").exit_code == 0
+    evaluator.result = FakeEvaluated(math.nan, 12.25, 0.0, 0.0)
+    assert gptq("eval-ppl", "m", "--baseline", "b", "--max-increase", "0.25").exit_code == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--max-increase", "1"], "--max-increase needs --baseline to compare with"),
+        (["--max-increase", "nan", "--baseline", "b"], "--max-increase must be a number of 0 or more, got nan"),
+        (["--max-increase", "-1", "--baseline", "b"], "--max-increase must be a number of 0 or more, got -1.0"),
+        (["--seqlen", "0"], "--seqlen must be a whole number of 1 or more, got 0"),
+        (["--max-windows", "0"], "--max-windows must be a whole number of 1 or more, got 0"),
+        (["--backend", "marlin"], '--backend must be auto, torch, triton or null, got "marlin"'),
+    ],
+)
+def test_wrong_settings_stop_before_anything_is_loaded(
+    words: list[str], message: str, gptq: Run, evaluator: FakeEvaluator
+) -> None:
+    result = gptq("eval-ppl", "m", *words)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert evaluator.calls == []

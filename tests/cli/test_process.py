@@ -1,0 +1,90 @@
+"""The program as a process: what it imports; pipes, full disks, closed streams and narrow terminals."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HEAVY = ("torch", "transformers", "datasets", "safetensors", "triton")
+GPTQ = [sys.executable, "-m", "gptq_cli"]
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("bits: 4\n", encoding="utf-8")
+    return path
+
+
+def shell(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "GPTQ": " ".join(GPTQ), **environment}
+    for variable in ("GITHUB_ACTIONS", "FORCE_COLOR", "NO_COLOR"):
+        if variable not in environment:
+            env.pop(variable, None)
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=env, check=False)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["quantize", "--help"], ["validate-config", "RECIPE"],
+                                   ["quantize", "./none", "-b", "4"], ["quantize", "m", "-b", "5"]])  # fmt: skip
+def test_quick_commands_load_nothing_heavy(words: list[str], recipe: Path) -> None:
+    arguments = [str(recipe) if word == "RECIPE" else word for word in words]
+    script = f"""
+import sys
+from gptq_cli.__main__ import main
+sys.argv = ["gptq", *{arguments!r}]
+try:
+    main()
+except SystemExit:
+    print("LOADED", sorted(set({HEAVY!r}) & set(sys.modules)))
+"""
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert found.stdout.splitlines()[-1] == "LOADED []"
+
+
+def test_a_reader_who_leaves_early_is_no_failure(recipe: Path) -> None:
+    found = shell(f"set -o pipefail; $GPTQ validate-config {recipe} | (exec <&-; sleep 0)")
+    assert (found.returncode, found.stderr) == (0, "")
+
+
+def test_a_full_disk_behind_stdout_is_a_failure_in_one_line(recipe: Path) -> None:
+    found = shell(f"$GPTQ validate-config {recipe} > /dev/full")
+    assert found.returncode == 1
+    assert found.stderr == "error[E_STDOUT]: cannot write the result to stdout: No space left on device\n"
+    found = shell(f"$GPTQ validate-config {recipe}.none --json > /dev/full")
+    assert found.returncode == 2
+    assert "Traceback" not in found.stderr
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_closed_streams_do_not_matter(closed: str, recipe: Path) -> None:
+    assert shell(f"$GPTQ validate-config {recipe} {closed}").returncode == 0
+    assert shell(f"$GPTQ validate-config {recipe}.none --json {closed}").returncode == 2
+
+
+def test_without_stderr_the_talk_does_not_land_on_stdout(recipe: Path) -> None:
+    found = shell(f"$GPTQ validate-config {recipe}.none --json 2>&-")
+    assert json.loads(found.stdout)["problems"][0]["code"] == "E_CFG_FILE"
+
+
+@pytest.mark.parametrize("environment", [{}, {"GITHUB_ACTIONS": "true"}, {"NO_COLOR": "1", "FORCE_COLOR": "1"}])
+def test_pipes_get_no_terminal_codes(environment: dict[str, str], recipe: Path) -> None:
+    for words in ("--help", "quantize --help", f"validate-config {recipe}", "quantise"):
+        found = shell(f"$GPTQ {words}", **environment)
+        assert "\x1b" not in found.stdout + found.stderr
+
+
+def test_a_narrow_terminal_does_not_break_paths(tmp_path: Path) -> None:
+    path = tmp_path / ("long-name-" * 9) / "none.yaml"
+    found = shell(f"$GPTQ validate-config {path}", COLUMNS="40")
+    assert f"cannot read the configuration {path}: No such file or directory\n" in found.stderr
+
+
+def test_names_that_the_locale_cannot_say_are_escaped(tmp_path: Path) -> None:
+    found = shell(f"$GPTQ validate-config {tmp_path}/é.yaml", PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    assert found.returncode == 2
+    assert "\\xe9.yaml" in found.stderr

@@ -1,0 +1,76 @@
+"""What a run looks like: plain lines in a log, a live view on a terminal."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import pytest
+
+from gptq_cli.cli.console import Console
+from gptq_cli.cli.progress import SILENCE, Progress
+from gptq_cli.pipeline.events import BlockStarted, LayerSolved
+
+from .conftest import layer_report, play
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_log_gets_a_line_a_block_with_error_time_and_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(Console()) as progress:
+        play(progress)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert (
+        captured.err
+        == """\
+plan: 4 layers in 2 blocks, 1 kept, 8 MB -> 2.5 MB, 4.25 bits a weight
+calibration: 128 windows
+warning[W_TEST]: a warning in block 0
+block 1/2 model.layers.0 error 2.0e-04 (rtn 6.0e-04) 18.2 s eta 0:00:18 mem 2.0 GiB
+warning[W_TEST]: a warning in block 1
+block 2/2 model.layers.1 error 2.0e-04 (rtn 6.0e-04) 18.2 s eta 0:00:00 mem 2.0 GiB
+"""
+    )
+
+
+def test_a_long_block_does_not_leave_the_log_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    seconds = iter([0.0, 1.0, SILENCE + 1, SILENCE + 1, SILENCE + 2])
+    with Progress(Console(), now=lambda: next(seconds)) as progress:
+        progress(BlockStarted(0, 9, "model.layers.0"))
+        for name in ("a", "b", "c"):
+            progress(LayerSolved(layer_report(0, name)))
+    assert capsys.readouterr().err == "block 1/9 model.layers.0.b error 1.0e-04 (rtn 3.0e-04)\n"
+
+
+def test_a_terminal_sees_block_layer_time_and_memory_and_is_left_clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    with Progress(Console()) as progress:
+        play(progress)
+    seen = terminal.getvalue()
+    for words in (
+        "block 1/2 ",
+        "0:00:18 left",
+        "model.layers.1.[bold]down  error 3.0e-04 (rtn 9.0e-04)",
+        "memory 2.0 GiB",
+    ):
+        assert words in seen
+    assert "[bold]down  error 1.0e-04" not in seen  # the error of the layer before it
+    assert seen.index("warning[W_TEST]: a warning in block 0") < seen.index("block 2/2 ")
+    assert "\x1b[?25h" in seen  # the cursor is shown again
+
+
+def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "dumb")
+    with Progress(Console()) as progress:
+        play(progress)
+    assert "\x1b" not in terminal.getvalue()
+    assert "block 2/2 model.layers.1 error" in terminal.getvalue()

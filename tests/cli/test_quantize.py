@@ -1,0 +1,161 @@
+"""`gptq quantize`: flags into a configuration, a configuration into one call, its result onto stdout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gptq_cli.cli.quantize import default_name, quantize
+from gptq_cli.config.schema import QuantizeConfig
+
+from .conftest import FakeQuantizer, Run
+
+EVERY_FLAG = [
+    "--bits=3", "--group-size=-1", "--asym", "--desc-act", "--no-act-group-aware", "--static-groups",
+    "--no-true-sequential", "--damp-percent=0.02", "--preset=act-order", "--dynamic", "-:.*x", "--dynamic",
+    "+:.*y={bits: 8, sym: true}", "--lm-head", "--dataset=c4", "--dataset-config=en", "--dataset-split=train",
+    "--text-column=body", "--nsamples=6", "--seqlen=64", "--batch-size=2", "--seed=7", "--format=gptq",
+    "--max-shard-size=1GB", "--device=cpu", "--dtype=float32", "--trust-remote-code",
+]  # fmt: skip
+
+
+def test_every_flag_reaches_its_field(gptq: Run, quantizer: FakeQuantizer, tmp_path: Path) -> None:
+    result = gptq("quantize", "org/m", "-o", tmp_path / "out", "--revision", "v1", "--overwrite", *EVERY_FLAG)
+    assert result.exit_code == 0, result.stderr
+    (call,) = quantizer.calls
+    del call["report"]
+    assert call == {
+        "model": "org/m",
+        "output": tmp_path / "out",
+        "revision": "v1",
+        "overwrite": True,
+        "config": QuantizeConfig(
+            bits=3, group_size=-1, sym=False, desc_act=True, act_group_aware=False, static_groups=True,
+            true_sequential=False, damp_percent=0.02, preset="act-order",
+            dynamic={"-:.*x": {}, "+:.*y": {"bits": 8, "sym": True}}, lm_head=True, dataset="c4", dataset_config="en",
+            dataset_split="train", text_column="body", nsamples=6, seqlen=64, batch_size=2, seed=7, format="gptq",
+            max_shard_size="1GB", device="cpu", dtype="float32", trust_remote_code=True,
+        ),
+    }  # fmt: skip
+
+
+def test_every_field_has_a_flag_but_those_that_quantizing_does_not_use() -> None:
+    missing = set(QuantizeConfig.model_fields) - set(quantize.__annotations__)
+    assert missing == {"backend", "modules_in_block_to_quantize"}
+
+
+def test_flags_may_be_spelt_with_underscores_and_values_stay(gptq: Run, quantizer: FakeQuantizer) -> None:
+    result = gptq("quantize", "m", "-b", "4", "--group_size", "64", "--no-act_group_aware", "--text_column=my_text")
+    assert result.exit_code == 0, result.stderr
+    config = quantizer.calls[0]["config"]
+    assert (config.group_size, config.act_group_aware, config.text_column) == (64, False, "my_text")
+
+
+def test_a_negative_group_size_is_a_value_and_no_option(gptq: Run, quantizer: FakeQuantizer) -> None:
+    assert gptq("quantize", "m", "-b", "4", "-g", "-1").exit_code == 0
+    assert quantizer.calls[0]["config"].group_size == -1
+
+
+def test_file_environment_and_flags_meet(
+    gptq: Run, quantizer: FakeQuantizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tmp_path / "c.yaml"
+    recipe.write_text("bits: 2\nseed: 1\ngroup_size: 32\npad_token_id: 0\n", encoding="utf-8")
+    monkeypatch.setenv("GPTQ_SEED", "2")
+    result = gptq("quantize", "m", "-c", recipe, "-g", "64")
+    config = quantizer.calls[0]["config"]
+    assert (config.bits, config.seed, config.group_size) == (2, 2, 64)
+    assert "note: pad_token_id has no effect" in result.stderr
+
+
+def test_repeated_datasets_are_texts(gptq: Run, quantizer: FakeQuantizer) -> None:
+    gptq("quantize", "m", "-b", "4", "--dataset", "one", "--dataset", "two")
+    gptq("quantize", "m", "-b", "4", "--dataset", "one")
+    assert [call["config"].dataset for call in quantizer.calls] == [["one", "two"], "one"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["-b", "5"], "error[E_CFG_RANGE]: --bits must be 2, 3, 4 or 8, got 5"),
+        (["--dtype", "half"], '--dtype must be auto, bfloat16, float16 or float32, got "half"'),
+        ([], "error[E_CFG_MISSING]: bits is required"),
+        (["-b", "4", "--dynamic", "+:.*x"], "--dynamic '+:.*x' says nothing to change"),
+        (["-b", "4", "--dynamic", "-:x", "--dynamic", "-:x"], "--dynamic says '-:x' twice"),
+        (["-b", "4", "--dynamic", "+:x={bitz: 1}"], "--dynamic['+:x'].bitz is not a known key"),
+        (["-b", "4", "--dynamic", "+:x={bits 1}"], "--dynamic['+:x']['bits 1'] is not a known key"),
+        (["-b", "4", "--dynamic", "+:x={@}"], "--dynamic['+:x'] must be a mapping of settings"),
+        (["-b", "4", "-c", "none.yaml"], "error[E_CFG_FILE]: cannot read the configuration none.yaml"),
+    ],
+)
+def test_wrong_settings_stop_before_anything_is_loaded(
+    words: list[str], message: str, gptq: Run, quantizer: FakeQuantizer
+) -> None:
+    result = gptq("quantize", "m", *words)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert quantizer.calls == []
+
+
+@pytest.mark.parametrize("model", ["./none", "/none", "~/none", "a/b/c", "none dir"])
+def test_a_wrong_path_stops_before_anything_is_loaded(model: str, gptq: Run, quantizer: FakeQuantizer) -> None:
+    result = gptq("quantize", model, "-b", "4")
+    assert result.exit_code == 3
+    assert f"error[E_MODEL_NOT_FOUND]: `{model}` is not a directory" in result.stderr
+    assert quantizer.calls == []
+
+
+def test_the_summary_names_the_output_the_gain_and_the_readers(gptq: Run, quantizer: FakeQuantizer) -> None:
+    result = gptq("quantize", "org/name", "-b", "4", "--desc-act")
+    assert (
+        result.stdout
+        == """\
+name-GPTQ-Int4-g128
+size   8 MB -> 2.5 MB (3.20x smaller)
+error  2.00e-04 mean of 4 layers, round-to-nearest 6.00e-04
+time   1:02:03
+loads in sglang, transformers, gptqmodel, llama.cpp, exllamav2, tgi
+loads with limits in vllm: desc_act is slow, and refused from 0.30 on
+does not load in auto-round: it refuses desc_act without static_groups
+"""
+    )
+    assert len(quantizer.calls) == 1
+
+
+def test_quiet_prints_the_path_alone_and_warnings(gptq: Run, quantizer: FakeQuantizer) -> None:
+    result = gptq("quantize", "m", "-b", "4", "-q", "-o", "somewhere")
+    assert result.stdout == "somewhere\n"
+    assert result.stderr == "warning[W_TEST]: a warning in block 0\nwarning[W_TEST]: a warning in block 1\n"
+    assert len(quantizer.calls) == 1
+
+
+def test_json_is_one_object_without_nan(gptq: Run, quantizer: FakeQuantizer) -> None:
+    result = gptq("quantize", "m", "-b", "4", "--json", "-o", "o")
+    layers = [f"model.layers.{index}.{name}" for index in range(2) for name in ("q_proj", "[bold]down")]
+    expected = {"schema": 1, "status": "ok", "output": "o", "layers": layers, "worst": None}
+    assert json.loads(result.stdout) == expected
+    assert result.stdout.count("\n") == 1
+    assert len(quantizer.calls) == 1
+
+
+def test_print_config_resolves_and_leaves(gptq: Run, quantizer: FakeQuantizer, tmp_path: Path) -> None:
+    result = gptq("quantize", "m", "-b", "4", "--asym", "--print-config")
+    assert "bits: 4  # --bits\n" in result.stdout
+    assert "format: gptq_v2  # because sym is false\n" in result.stdout
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(result.stdout, encoding="utf-8")
+    again = gptq("quantize", "m", "-c", saved, "--print-config", "--json")
+    data = json.loads(again.stdout)
+    assert data["config"]["format"] == "gptq_v2"
+    assert data["origins"]["sym"] == f"{saved}:3"
+    assert quantizer.calls == []
+
+
+def test_outputs_are_named_as_published_checkpoints_are(tmp_path: Path) -> None:
+    model = tmp_path / "Tiny-1B"
+    model.mkdir()
+    config = QuantizeConfig(bits=8, group_size=-1)
+    assert default_name(f"{model}/", config) == "Tiny-1B-GPTQ-Int8-channel"
+    assert default_name("hf://org/Big", QuantizeConfig(bits=4, group_size=64)) == "Big-GPTQ-Int4-g64"

@@ -1,0 +1,115 @@
+"""`gptq validate-config`: all problems, or the resolved configuration and what it would do to a model."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gptq_cli.config.resolve import resolve
+from gptq_cli.config.schema import QuantizeConfig
+
+from .conftest import Run
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "c.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def make_model(folder: Path, *, hidden: int = 256, inner: int = 320, n_blocks: int = 2) -> Path:
+    """A checkpoint that has headers and zeros only."""
+    shapes = {"model.embed_tokens.weight": [64, hidden]}
+    for block in range(n_blocks):
+        shapes[f"model.layers.{block}.self_attn.q_proj.weight"] = [hidden, hidden]
+        shapes[f"model.layers.{block}.mlp.down_proj.weight"] = [hidden, inner]
+    header: dict[str, Any] = {}
+    end = 0
+    for name, (rows, columns) in shapes.items():
+        start, end = end, end + 2 * rows * columns
+        header[name] = {"dtype": "BF16", "shape": [rows, columns], "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    model = folder / "model"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(end))
+    (model / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 64}), encoding="utf-8")
+    return model
+
+
+def test_valid_input_prints_a_configuration_that_is_valid_again(gptq: Run, tmp_path: Path) -> None:
+    result = gptq("validate-config", write(tmp_path, "bits: 4\nsym: false\n"))
+    assert (result.exit_code, result.stderr) == (0, "")
+    again = write(tmp_path, result.stdout)
+    assert resolve({}, {}, again).config == QuantizeConfig(bits=4, sym=False)
+
+
+def test_json_carries_configuration_and_notes(gptq: Run, tmp_path: Path) -> None:
+    result = gptq("validate-config", write(tmp_path, "bits: 4\npad_token_id: 1\n"), "--json")
+    data = json.loads(result.stdout)
+    assert (data["status"], data["config"]["bits"]) == ("ok", 4)
+    assert data["notes"][0].startswith("pad_token_id has no effect")
+    assert "note: pad_token_id has no effect" in result.stderr
+
+
+def test_every_problem_comes_with_its_place(gptq: Run, tmp_path: Path) -> None:
+    path = write(tmp_path, "bits: 5\ngroup_sise: 3\n")
+    result = gptq("validate-config", path)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert (
+        result.stderr
+        == f"""\
+error[E_CFG_RANGE]: bits must be 2, 3, 4 or 8, got 5
+  --> {path}:1:7
+
+error[E_CFG_UNKNOWN_KEY]: group_sise is not a known key
+  --> {path}:2:1
+
+hint: did you mean group_size?
+
+2 problems
+"""
+    )
+    data = json.loads(gptq("validate-config", path, "--json").stdout)
+    assert [problem["location"]["line"] for problem in data["problems"]] == [1, 2]
+
+
+def test_only_the_file_counts(gptq: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPTQ_BITS", "4")
+    result = gptq("validate-config", write(tmp_path, "sym: true\n"))
+    assert result.exit_code == 2
+    assert "bits is required" in result.stderr
+
+
+def test_with_a_model_it_says_what_happens_to_the_layers_and_who_loads_them(gptq: Run, tmp_path: Path) -> None:
+    model = make_model(tmp_path)
+    path = write(tmp_path, "bits: 4\ngroup_size: 64\ndynamic: {'-:.*layers\\.1\\.mlp': {}, '+:.*mlp': {bits: 8}}\n")
+    result = gptq("validate-config", path, "--model", model)
+    assert result.exit_code == 0, result.stderr
+    for line in (
+        "# 2 layers: 4 bits, group_size 64 (default)",
+        "# 1 layer: 8 bits, group_size 64 (rule '+:.*mlp')",
+        "# 1 layer: full precision (rule '-:.*layers\\.1\\.mlp': kept)",
+        "# loads in gptqmodel, auto-round",
+        "# does not load in transformers: it ignores `dynamic`, all layers must share their settings",
+    ):
+        assert line in result.stdout
+    data = json.loads(gptq("validate-config", path, "--model", model, "--json").stdout)
+    assert [layer["bits"] for layer in data["plan"]["layers"]] == [4, 8, 4, None]
+    assert data["plan"]["engines"]["llama.cpp"]["outcome"] == "no"
+
+
+def test_with_a_model_it_names_the_layers_that_the_group_size_does_not_divide(gptq: Run, tmp_path: Path) -> None:
+    result = gptq("validate-config", write(tmp_path, "bits: 4\n"), "--model", make_model(tmp_path))
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "error[E_SHAPE]: group_size 128 does not divide the 320 input features" in result.stderr
+    assert "mlp.down_proj" in result.stderr
+
+
+def test_a_model_that_is_not_there_is_input_refused(gptq: Run, tmp_path: Path) -> None:
+    result = gptq("validate-config", write(tmp_path, "bits: 4\n"), "--model", "org/name")
+    assert result.exit_code == 3
+    assert "error[E_MODEL_NOT_FOUND]: `org/name` is not a directory" in result.stderr

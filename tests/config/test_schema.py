@@ -1,0 +1,147 @@
+"""The configuration model: defaults, what is derived, which layers a rule reaches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from gptq_cli.config.layer import LayerConfig
+from gptq_cli.config.schema import QuantizeConfig, size_in_bytes
+
+
+def test_defaults_are_those_of_optimum() -> None:
+    config = QuantizeConfig(bits=4)
+    expected = {
+        "dataset": None,
+        "group_size": 128,
+        "damp_percent": 0.1,
+        "desc_act": False,
+        "act_group_aware": True,
+        "sym": True,
+        "true_sequential": True,
+        "format": "gptq",
+        "backend": None,
+        "seqlen": 2048,
+        "nsamples": 128,
+        "batch_size": 8,
+        "seed": 0,
+        "static_groups": False,
+        "modules_in_block_to_quantize": None,
+        "dynamic": {},
+        "lm_head": False,
+        "device": "auto",
+        "dtype": "auto",
+        "max_shard_size": "5GB",
+        "trust_remote_code": False,
+    }
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("said", "derived"),
+    [
+        ({"desc_act": True}, {"act_group_aware": False, "format": "gptq"}),
+        ({"desc_act": True, "act_group_aware": False}, {"act_group_aware": False}),
+        ({"sym": False}, {"format": "gptq_v2"}),
+        ({"sym": False, "format": "gptq"}, {"format": "gptq"}),
+        ({"dynamic": {"+:.*": {"sym": False}}}, {"format": "gptq_v2", "sym": True}),
+        ({"dynamic": {"+:.*": {"sym": False}}, "format": "gptq"}, {"format": "gptq"}),
+        ({"nsamples": 3}, {"batch_size": 3}),
+        ({"nsamples": 300}, {"batch_size": 8}),
+        ({"preset": "act-order"}, {"static_groups": True, "act_group_aware": True}),
+        ({"preset": "act-order", "static_groups": False}, {"static_groups": False}),
+        ({"group_size": None, "dynamic": None, "sym": None}, {"group_size": 128, "dynamic": {}, "sym": True}),
+    ],
+)
+def test_what_was_left_open_follows_what_was_said(said: dict[str, Any], derived: dict[str, Any]) -> None:
+    config = QuantizeConfig(bits=4, **said)
+    assert {name: getattr(config, name) for name in derived} == derived
+
+
+def test_only_what_was_said_or_derived_counts_as_set() -> None:
+    assert QuantizeConfig(bits=4, desc_act=True).model_fields_set == {"bits", "desc_act", "act_group_aware"}
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"desc_act": True, "act_group_aware": True},
+        {"batch_size": 9, "nsamples": 8},
+        {"batch_size": 129},
+        {"dynamic": {"-:lm_head": {"bits": 8}}},
+        {"dynamic": {"+:.*": {"desc_act": True, "act_group_aware": True}}},
+        {"desc_act": True, "dynamic": {"+:.*": {"act_group_aware": True}}},
+        {"bits": 5},
+        {"bits": "4"},
+        {"unknown": 1},
+        {"damp_percent": float("nan")},
+    ],
+)
+def test_contradictions_and_wrong_values_cannot_be_constructed(said: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        QuantizeConfig(**{"bits": 4, **said})
+
+
+def test_a_configuration_cannot_be_changed() -> None:
+    config = QuantizeConfig(bits=4)
+    with pytest.raises(ValidationError):
+        config.bits = 8  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("size", "n_bytes"),
+    [("5GB", 5_000_000_000), ("500 MiB", 500 * 2**20), ("1.5kb", 1500), (1024, 1024), ("77", 77), ("2TiB", 2**41)],
+)
+def test_shard_sizes_count_bytes(size: int | str, n_bytes: int) -> None:
+    assert size_in_bytes(size) == n_bytes
+    assert QuantizeConfig(bits=4, max_shard_size=size).max_shard_bytes == n_bytes
+
+
+@pytest.mark.parametrize("size", [0, -1, "0GB", "GB", "5 parsecs", "1e9", "", "٣GB", "5GB\n"])
+def test_what_is_no_size_is_refused(size: int | str) -> None:
+    with pytest.raises(ValueError, match="size"):
+        size_in_bytes(size)
+
+
+def test_negative_rules_go_first_then_the_first_match_in_order_alone_decides() -> None:
+    config = QuantizeConfig(
+        bits=4,
+        dynamic={
+            r"+:.*\.mlp\..*": {"bits": 8, "group_size": 64},
+            r".*\.down_proj": {"bits": 3},
+            r"-:.*layers\.1\.": {},
+            r"+:.*\.o_proj": {"damp_percent": 0.5},
+        },
+    )
+    base = LayerConfig(bits=4)
+    assert config.for_layer("model.layers.0.mlp.down_proj") == LayerConfig(bits=8, group_size=64)
+    assert config.for_layer("model.layers.1.mlp.down_proj") is None
+    assert config.for_layer("model.layers.11.mlp.up_proj") == LayerConfig(bits=8, group_size=64)
+    assert config.for_layer("model.layers.2.self_attn.o_proj") == LayerConfig(bits=4, damp_percent=0.5)
+    assert config.for_layer("model.layers.2.self_attn.q_proj") == base
+
+
+def test_rules_match_from_the_start_of_the_name_and_not_in_its_middle() -> None:
+    config = QuantizeConfig(bits=4, dynamic={"-:down_proj": {}, r"-:model\.layers\.1": {}})
+    assert config.for_layer("model.layers.2.mlp.down_proj") is not None
+    assert config.for_layer("model.layers.12.mlp.up_proj") is None
+
+
+def test_each_choice_names_its_reason() -> None:
+    config = QuantizeConfig(bits=4, dynamic={"-:a": {}, "b": {"bits": 8}})
+    assert [config.choose(name).why for name in "abc"] == ["rule '-:a': kept", "rule 'b'", "default"]
+
+
+def test_a_rule_that_says_desc_act_turns_group_aware_order_off_for_its_layers() -> None:
+    config = QuantizeConfig(bits=4, dynamic={"+:a": {"desc_act": True}})
+    assert config.for_layer("a") == LayerConfig(desc_act=True, act_group_aware=False)
+    assert config.for_layer("b") == LayerConfig()
+
+
+def test_modules_in_block_match_the_end_of_a_name() -> None:
+    config = QuantizeConfig(bits=4, modules_in_block_to_quantize=[["self_attn.q_proj"], ["mlp.down_proj", "up_proj"]])
+    names = ["self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj", "mlp.experts.3.up_proj", "mlp.up_proj.lora"]
+    assert [config.reaches(name) for name in names] == [True, False, True, True, False]
+    assert QuantizeConfig(bits=4).reaches("anything")

@@ -1,0 +1,54 @@
+"""A resolved configuration is valid input and comes back equal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptq_cli.config.resolve import resolve
+from gptq_cli.config.schema import QuantizeConfig
+from gptq_cli.config.yaml_loader import parse
+from gptq_cli.config.yaml_writer import to_yaml
+
+SAMPLES: list[dict[str, Any]] = [
+    {"bits": 4},
+    {"bits": 3, "group_size": -1, "sym": False, "dataset": "1e-3", "text_column": "no"},
+    {"bits": 8, "desc_act": True, "damp_percent": 1e-05, "dataset": ["0o17", "~", "a: b # c\n\n d", "é😀", " x "]},
+    {"bits": 2, "dynamic": {"-:.*[ab]{2}: x#'\"": {}, "z": {"bits": 8, "sym": False}, "+:a": {"damp_percent": 0.3}}},
+    {"bits": 4, "modules_in_block_to_quantize": [["q", "k"], ["true"]], "max_shard_size": 10**9, "nsamples": 2},
+    {"bits": 4, "preset": "act-order", "device": "cuda:1", "backend": "torch", "dataset": "x" * 300},
+]
+
+
+@pytest.mark.parametrize("values", SAMPLES)
+@pytest.mark.parametrize("origins", [None, {"bits": "--bits", "dynamic": "c.yaml:3", "dataset": "GPTQ_DATASET"}])
+def test_what_is_written_resolves_to_an_equal_configuration(
+    values: dict[str, Any], origins: dict[str, str] | None, tmp_path: Path
+) -> None:
+    config = QuantizeConfig(**values)
+    path = tmp_path / "gptq_config.yaml"
+    path.write_text(to_yaml(config, origins), encoding="utf-8")
+    again = resolve({}, {}, path)
+    assert again.config == config
+    assert list(again.config.dynamic) == list(config.dynamic)
+    assert again.notes == ()
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), min_size=1, max_size=3))
+def test_any_text_survives_for_readers_of_either_yaml(texts: list[str]) -> None:
+    written = to_yaml(QuantizeConfig(bits=4, dataset=texts))
+    assert parse(written.encode(), "c.yaml").values["dataset"] == texts
+    assert yaml.safe_load(written)["dataset"] == texts
+
+
+def test_each_value_carries_where_it_comes_from() -> None:
+    text = to_yaml(QuantizeConfig(bits=4, dynamic={"a": {"bits": 8}}), {"bits": "--bits", "dynamic": "c.yaml:3"})
+    assert "bits: 4  # --bits\n" in text
+    assert "# c.yaml:3\ndynamic:\n  a:\n    bits: 8\n" in text
+    assert "sym: true\n" in text

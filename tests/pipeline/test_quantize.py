@@ -1,0 +1,474 @@
+"""`quantize_checkpoint` end to end on tiny models, against a slow reference that uses the whole model at once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from gptq_cli.checkpoint.gptq_format import SUFFIXES
+from gptq_cli.checkpoint.reader import DequantizingReader, TensorReader
+from gptq_cli.checkpoint.source import open_checkpoint
+from gptq_cli.config.schema import QuantizeConfig
+from gptq_cli.engine.factor import NotPositiveDefiniteError
+from gptq_cli.errors import ConfigError, ExistsError, GateError, InputError
+from gptq_cli.pipeline import quantize as pipeline
+from gptq_cli.pipeline.blocks import located
+from gptq_cli.pipeline.events import BlockFinished, Event, LayerSolved, RunPlanned
+from gptq_cli.pipeline.plan import plan_run
+from gptq_cli.pipeline.quantize import QuantizeResult, quantize_checkpoint
+from tests.families import FAMILIES, save_model, texts
+from tests.reference import gptq
+
+CPU = torch.device("cpu")
+
+
+def config(**changes: object) -> QuantizeConfig:
+    settings = {"bits": 4, "group_size": 32, "dataset": texts(), "seqlen": 64, "nsamples": 6, "batch_size": 4}
+    return QuantizeConfig(**(settings | {"device": "cpu"} | changes))
+
+
+def quantize(tmp_path: Path, model: Path, **changes: object) -> tuple[Path, QuantizeResult]:
+    output = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
+    return output, quantize_checkpoint(str(model), output, config(**changes))
+
+
+def digest(directory: Path) -> dict[str, str]:
+    files = [path for path in sorted(directory.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def reader(directory: Path) -> DequantizingReader:
+    return DequantizingReader(open_checkpoint(directory), CPU, "torch")
+
+
+def input_of(whole: PreTrainedModel, name: str, windows: Tensor) -> Tensor:
+    """Every token [tokens, I] that linear `name` sees, in float64."""
+    seen: list[Tensor] = []
+    hook = whole.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1)))
+    with torch.no_grad():
+        whole(input_ids=windows, use_cache=False)
+    hook.remove()
+    return seen[0].double()
+
+
+def slow_quantize(model: Path, windows: Tensor, settings: QuantizeConfig, stages: list[list[str]]) -> dict[str, Tensor]:
+    """Codes of every layer, by running the whole transformers model anew for each stage, in float64 Hessians."""
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    modules = dict(whole.named_modules())
+    codes = {}
+    for block in range(len(whole.model.layers)):
+        for names in stages:
+            full = [f"model.layers.{block}.{name}" for name in names]
+            tokens = input_of(whole, full[0], windows)
+            hessian = tokens.T @ tokens
+            for name in full:
+                found = gptq(modules[name].weight.detach(), hessian, settings.base)
+                codes[name] = found.codes
+                group = torch.tensor(found.g_idx)
+                modules[name].weight.data = (found.scales[:, group] * (found.codes - found.zeros[:, group])).float()
+    return codes
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"bits": 3, "sym": False}, {"desc_act": True}, {"static_groups": True, "bits": 2}, {"act_group_aware": False}],
+    ids=str,
+)
+def test_codes_equal_those_of_a_whole_model_reference_stage_by_stage(
+    settings: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save_model(tmp_path / "model")
+    seen: list[Tensor] = []
+
+    def spy(*args: object, **kwargs: object) -> object:
+        windows = original(*args, **kwargs)
+        seen.append(torch.as_tensor(windows.ids))
+        return windows
+
+    original = pipeline.calibration_windows
+    monkeypatch.setattr(pipeline, "calibration_windows", spy)
+    output, _ = quantize(tmp_path, model, **settings)
+    attention, mlp = "self_attn", "mlp"
+    stages = [
+        [f"{attention}.{name}_proj" for name in "qkv"],
+        [f"{attention}.o_proj"],
+        [f"{mlp}.gate_proj", f"{mlp}.up_proj"],
+        [f"{mlp}.down_proj"],
+    ]
+    expected = slow_quantize(model, seen[0], config(**settings), stages)
+    ours = reader(output)
+    assert len(expected) == 21
+    for name, codes in expected.items():
+        different = (ours.linear(name).codes.double() != codes).double().mean()
+        assert different < 0.03, f"{name}: {different:.2%} of the codes differ"  # float32 forwards: a few ties
+
+
+def test_without_true_sequential_every_stage_sees_the_unquantized_block(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", num_hidden_layers=2)
+    sequential, _ = quantize(tmp_path, model, bits=2)
+    together, _ = quantize(tmp_path, model, bits=2, true_sequential=False)
+    first, last = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
+    assert torch.equal(reader(sequential).linear(first).codes, reader(together).linear(first).codes)
+    assert not torch.equal(reader(sequential).linear(last).codes, reader(together).linear(last).codes)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_quantized_and_reads_back(family: str, tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", family, dtype=torch.bfloat16)
+    output, result = quantize(tmp_path, model)
+    source, written = open_checkpoint(model), open_checkpoint(output)
+    quantized = {layer.name for layer in result.layers}
+    assert len(quantized) == len(result.layers) >= 12
+    original, ours = TensorReader(source), reader(output)
+    for name in source.tensors:
+        if name.removesuffix(".weight") in quantized:
+            error = (ours.read(name) - original.read(name).float()).norm() / original.read(name).float().norm()
+            assert error < 0.2
+        else:
+            assert torch.equal(TensorReader(written).read(name), original.read(name))
+    names = {name for name in source.tensors if name.removesuffix(".weight") not in quantized}
+    assert set(written.tensors) == names | {f"{name}.{suffix}" for name in quantized for suffix in SUFFIXES}
+
+
+def test_two_runs_write_identical_bytes_and_another_seed_does_not(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    first, _ = quantize(tmp_path, model)
+    second, _ = quantize(tmp_path, model)
+    other, _ = quantize(tmp_path, model, seed=1)
+    assert digest(first) == digest(second)
+    assert digest(first)["model.safetensors"] != digest(other)["model.safetensors"]
+
+
+def test_config_files_say_what_every_reader_needs(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    output, result = quantize(tmp_path, model)
+    before, after = (json.loads((path / "config.json").read_text()) for path in (model, output))
+    described = after.pop("quantization_config")
+    assert after == before
+    assert described == {
+        "quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True,
+        "checkpoint_format": "gptq", "format": "gptq", "lm_head": False, "true_sequential": True,
+        "static_groups": False, "act_group_aware": True, "damp_percent": 0.1, "pack_dtype": "int32",
+    }  # fmt: skip
+    legacy = json.loads((output / "quantize_config.json").read_text())
+    meta = legacy.pop("meta")
+    assert legacy == described
+    assert meta["quantizer"][0].startswith("gptq_cli:")
+    assert meta["calibration_sha256"] == result.calibration_sha256
+
+
+def test_other_files_are_copied_byte_for_byte_with_usual_modes(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "tool.jinja").write_bytes(b"{{ x }}\r\n\xc3\xa9")
+    output, _ = quantize(tmp_path, model)
+    for name in ("tokenizer.json", "tokenizer_config.json", "additional_chat_templates/tool.jinja"):
+        assert (output / name).read_bytes() == (model / name).read_bytes()
+    usual = tmp_path / "usual"
+    usual.touch()
+    assert {path.stat().st_mode for path in output.rglob("*") if path.is_file()} == {usual.stat().st_mode}
+
+
+def test_shards_keep_the_tensors_of_a_layer_together_and_the_index_agrees(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", max_shard_size="200KB")
+    whole, _ = quantize(tmp_path, model)
+    output, result = quantize(tmp_path, model, max_shard_size="60KB")
+    index = json.loads((output / "model.safetensors.index.json").read_text())
+    checkpoint = open_checkpoint(output)
+    assert len(set(index["weight_map"].values())) > 3
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+    for layer in result.layers:
+        assert len({index["weight_map"][f"{layer.name}.{suffix}"] for suffix in SUFFIXES}) == 1
+    a, b = TensorReader(open_checkpoint(whole)), TensorReader(checkpoint)
+    assert all(torch.equal(a.read(name), b.read(name)) for name in b.names())
+    assert set(a.names()) == set(b.names())
+    for file in set(index["weight_map"].values()):
+        with safe_open(output / file, framework="pt") as opened:  # the library itself accepts what we wrote
+            assert opened.metadata() == {"format": "pt"}
+
+
+@pytest.mark.parametrize("changes", [{}, {"bits": 3, "sym": False, "max_shard_size": "60KB"}, {"group_size": -1}])
+def test_the_plan_tells_the_output_size_to_the_byte(changes: dict[str, object], tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    plan = plan_run(model, config(**changes))
+    output, result = quantize(tmp_path, model, **changes)
+    real = sum(file.stat().st_size for file in output.glob("*.safetensors"))
+    assert plan.layout.nbytes == result.bytes_after == real
+    assert plan.bits_per_weight == result.bits_per_weight
+
+
+@pytest.mark.parametrize("desc_act", [False, True])
+def test_g_idx_is_trivial_unless_desc_act_and_layers_with_one_input_share_it(desc_act: bool, tmp_path: Path) -> None:
+    output, _ = quantize(tmp_path, save_model(tmp_path / "model"), desc_act=desc_act)
+    linears = [reader(output).linear(f"model.layers.1.self_attn.{name}_proj") for name in "qkv"]
+    groups = [linear.group_of_column for linear in linears]
+    assert all(torch.equal(groups[0], other) for other in groups[1:])
+    assert groups[0].bincount().tolist() == [32, 32]
+    assert torch.equal(groups[0], torch.arange(64) // 32) is not desc_act
+    assert json.loads((output / "config.json").read_text())["quantization_config"]["desc_act"] is desc_act
+
+
+def test_activation_order_with_static_groups_is_written_as_a_plain_checkpoint(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    output, _ = quantize(tmp_path, model, desc_act=True, static_groups=True)
+    assert json.loads((output / "config.json").read_text())["quantization_config"]["desc_act"] is False
+    linear = reader(output).linear("model.layers.0.mlp.down_proj")
+    assert torch.equal(linear.group_of_column, torch.arange(128, dtype=torch.int32) // 32)
+
+
+@pytest.mark.parametrize("sym", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_stored_zero_points_never_are_zero(bits: int, sym: bool, tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", num_hidden_layers=1)
+    for format in ("gptq", "gptq_v2"):
+        output, result = quantize(tmp_path, model, bits=bits, sym=sym, format=format)
+        for layer in result.layers:
+            zeros = reader(output).linear(layer.name).zeros
+            assert zeros.min() >= 1
+            assert zeros.max() <= 2**bits - 1
+            assert not sym or set(zeros.flatten().tolist()) == {2 ** (bits - 1)}
+
+
+def test_both_formats_hold_the_same_weights(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    first, result = quantize(tmp_path, model, sym=False, format="gptq")
+    second, _ = quantize(tmp_path, model, sym=False)
+    assert json.loads((second / "config.json").read_text())["quantization_config"]["checkpoint_format"] == "gptq_v2"
+    for layer in result.layers:
+        weight = f"{layer.name}.weight"
+        assert torch.equal(reader(first).read(weight), reader(second).read(weight))
+
+
+def test_rules_keep_and_change_layers_and_both_dialects_say_so(tmp_path: Path) -> None:
+    rules = {r"-:.*layers\.1\.self_attn\.(q|k|v)_proj": {}, r"+:.*down_proj": {"bits": 8, "group_size": 64}}
+    model = save_model(tmp_path / "model")
+    output, result = quantize(tmp_path, model, dynamic=rules)
+    kept = {f"model.layers.1.self_attn.{name}_proj" for name in "qkv"}
+    assert set(result.kept) == kept
+    assert {layer.bits for layer in result.layers if layer.name.endswith("down_proj")} == {8}
+    assert {layer.bits for layer in result.layers if not layer.name.endswith("down_proj")} == {4}
+    described = json.loads((output / "config.json").read_text())["quantization_config"]
+    (listed,) = described["modules_in_block_to_quantize"]
+    assert set(listed) == {layer.name for layer in result.layers}
+    skips = [rule.removeprefix("-:") for rule in described["dynamic"] if rule.startswith("-:")]
+    matched = {name for name in open_checkpoint(model).tensors if any(re.match(skip, name[:-7]) for skip in skips)}
+    assert matched == {f"{name}.weight" for name in kept}
+    assert any(re.match(skip, "model.layers.1.self_attn.qkv_proj") for skip in skips)  # the name of the fused linear
+    assert described["dynamic"][r"+:.*down_proj"] == {"bits": 8, "group_size": 64}
+
+
+def test_only_listed_modules_are_quantized(tmp_path: Path) -> None:
+    listed = [["self_attn.o_proj"], ["mlp.down_proj"]]
+    _, result = quantize(tmp_path, save_model(tmp_path / "model"), modules_in_block_to_quantize=listed)
+    assert {layer.name.rpartition(".")[2] for layer in result.layers} == {"o_proj", "down_proj"}
+    assert len(result.kept) == 15
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_head_is_quantized_on_request_and_untied(tied: bool, tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", tie_word_embeddings=tied)
+    output, result = quantize(tmp_path, model, lm_head=True, bits=8)
+    assert result.layers[-1].name == "lm_head"
+    assert result.layers[-1].relative_error < 1e-3
+    written = json.loads((output / "config.json").read_text())
+    assert written["tie_word_embeddings"] is False
+    assert written["quantization_config"]["lm_head"] is True
+    tensors = open_checkpoint(output).tensors
+    assert "lm_head.weight" not in tensors
+    assert "model.embed_tokens.weight" in tensors
+    source = "model.embed_tokens.weight" if tied else "lm_head.weight"
+    original = TensorReader(open_checkpoint(model)).read(source)
+    assert (reader(output).read("lm_head.weight") - original).abs().max() < 0.02
+
+
+def test_events_tell_the_run_and_the_result_is_plain_json(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    events: list[Event] = []
+    result = quantize_checkpoint(str(model), tmp_path / "out", config(), report=events.append)
+    assert [e.index for e in events if isinstance(e, BlockFinished)] == [0, 1, 2]
+    assert [e.n_quantized for e in events if isinstance(e, RunPlanned)] == [21]
+    assert len([e for e in events if isinstance(e, LayerSolved)]) == 21
+    content = json.loads(json.dumps(result.to_json()))
+    assert content["tokens"] == 6 * 64
+    assert all(layer["tokens"] == 6 * 64 for layer in content["layers"])
+    assert all(0 < layer["relative_error"] < layer["rtn_relative_error"] < 0.1 for layer in content["layers"])
+    assert content["config"]["seqlen"] == 64
+
+
+def test_the_resolved_config_beside_the_weights_repeats_the_run(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    first, _ = quantize(tmp_path, model, sym=False, desc_act=True, bits=3)
+    again = QuantizeConfig(**yaml.safe_load((first / "gptq_config.yaml").read_text()))
+    quantize_checkpoint(str(model), tmp_path / "again", again)
+    assert digest(first) == digest(tmp_path / "again")
+
+
+def test_an_input_that_is_always_zero_is_reported_and_its_weights_become_zero(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    checkpoint = open_checkpoint(model)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.input_layernorm.weight"][5] = 0
+    save_file(tensors, checkpoint.tensors["lm_head.weight"].file, metadata={"format": "pt"})
+    output, result = quantize(tmp_path, model)
+    dead = {layer.name.rpartition(".")[2] for layer in result.layers if layer.dead_columns}
+    assert dead == {"q_proj", "k_proj", "v_proj"}
+    assert not reader(output).read("model.layers.1.self_attn.q_proj.weight")[:, 5].any()
+
+
+def test_infinite_activations_stop_the_run_with_the_layers_name_and_leave_nothing(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.post_attention_layernorm.weight"][3] = float("inf")
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(GateError, match=r"model\.layers\.1\.mlp\.gate_proj.*NaN or infinity") as caught:
+        quantize(tmp_path, model)
+    assert caught.value.code == "E_NUM_ACT"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.2.mlp.up_proj.weight"][3, 4] = float("nan")
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"model\.layers\.2\.mlp\.up_proj.*not finite") as caught:
+        quantize(tmp_path, model)
+    assert caught.value.code == "E_CKPT_NONFINITE"
+
+
+def test_an_output_that_holds_something_is_refused_and_replaced_only_on_request(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "precious").write_text("x")
+    with pytest.raises(ExistsError, match="not an empty directory") as caught:
+        quantize_checkpoint(str(model), output, config())
+    assert (caught.value.code, caught.value.exit_code) == ("E_OUT_EXISTS", 6)
+    assert "--overwrite" in (caught.value.hint or "")
+    assert [path.name for path in output.iterdir()] == ["precious"]
+    quantize_checkpoint(str(model), output, config(), overwrite=True)
+    assert not (output / "precious").exists()
+    assert (output / "model.safetensors").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
+
+
+def test_an_empty_output_directory_is_used(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    (tmp_path / "out").mkdir()
+    quantize_checkpoint(str(model), tmp_path / "out", config())
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize("where", ["model", "model/inside", "."])
+def test_an_output_in_or_around_the_model_is_refused(where: str, tmp_path: Path) -> None:
+    model = save_model(tmp_path / "parent" / "model")
+    before = digest(model)
+    with pytest.raises(ConfigError) as caught:
+        quantize_checkpoint(str(model), tmp_path / "parent" / where, config(), overwrite=True)
+    assert caught.value.code == "E_OUT_IS_INPUT"
+    assert digest(model) == before
+
+
+def test_a_quantized_source_is_refused(tmp_path: Path) -> None:
+    output, _ = quantize(tmp_path, save_model(tmp_path / "model"))
+    with pytest.raises(InputError, match=r"already quantized \(gptq\)") as caught:
+        quantize_checkpoint(str(output), tmp_path / "again", config())
+    assert caught.value.code == "E_CKPT_QUANTIZED"
+
+
+def test_a_group_size_that_does_not_divide_names_every_kind_of_layer_at_once(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", intermediate_size=96)
+    with pytest.raises(ConfigError) as caught:
+        quantize_checkpoint(str(model), tmp_path / "out", config(group_size=64))
+    problems = caught.value.problems
+    assert [problem.code for problem in problems] == ["E_SHAPE"]
+    assert "does not divide the 96 input features: `model.layers.N.mlp.down_proj` (3 layers)" in problems[0].message
+    with pytest.raises(ConfigError) as caught:
+        quantize_checkpoint(str(model), tmp_path / "out", config(group_size=48))
+    assert len(caught.value.problems) == 6  # every kind but down_proj
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_hint_for_a_layer_that_does_not_fit_works(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", intermediate_size=96)
+    with pytest.raises(ConfigError) as caught:
+        plan_run(model, config(group_size=64))
+    rule = (caught.value.hint or "").partition("--dynamic '")[2].rstrip("'")
+    plan = plan_run(model, config(group_size=64, dynamic={rule: {}}))
+    assert {layer.name.rpartition(".")[2] for layer in plan.kept} == {"down_proj"}
+
+
+def test_a_rule_that_matches_nothing_is_an_error(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    with pytest.raises(ConfigError, match=r"'-:down_proj' matches no layer") as caught:
+        quantize_checkpoint(str(model), tmp_path / "out", config(dynamic={"-:down_proj": {}}))
+    assert caught.value.code == "E_CFG_NO_MATCH"
+    assert "start of the full name" in (caught.value.hint or "")
+
+
+def test_rules_that_leave_nothing_are_an_error(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    with pytest.raises(ConfigError) as caught:
+        quantize_checkpoint(str(model), tmp_path / "out", config(dynamic={"-:.*": {}}))
+    assert caught.value.code == "E_CFG_NOTHING_TO_DO"
+
+
+def test_seqlen_is_bounded_by_the_models_positions(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    with pytest.raises(ConfigError, match="seqlen 256 is more than the model's 128 positions") as caught:
+        quantize_checkpoint(str(model), tmp_path / "out", config(seqlen=256))
+    assert caught.value.code == "E_CFG_SEQLEN"
+    unsaid = {key: value for key, value in config().model_dump(exclude_unset=True).items() if key != "seqlen"}
+    result = quantize_checkpoint(str(model), tmp_path / "out", QuantizeConfig(**unsaid))
+    assert result.config.seqlen == 128
+
+
+def test_a_cuda_device_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="no CUDA device 0") as caught:
+        quantize_checkpoint(str(save_model(tmp_path / "model")), tmp_path / "out", config(device="cuda"))
+    assert (caught.value.code, caught.value.exit_code) == ("E_DEVICE", 3)
+
+
+def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    for file in model.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(InputError) as caught:
+        quantize_checkpoint(str(model), tmp_path / "out", config())
+    assert caught.value.code == "E_TOKENIZER"
+
+
+def test_token_ids_beyond_the_vocabulary_are_refused(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", vocab_size=64)
+    with pytest.raises(InputError) as caught:
+        quantize_checkpoint(str(model), tmp_path / "out", config())
+    assert caught.value.code == "E_TOKENIZER"
+
+
+def test_a_model_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is not a directory") as caught:
+        quantize_checkpoint(str(tmp_path / "nothing"), tmp_path / "out", config())
+    assert caught.value.code == "E_MODEL_NOT_FOUND"
+
+
+def test_the_damping_ladder_is_reported_and_ends_in_an_error_that_names_the_layer(tmp_path: Path) -> None:
+    layer = plan_run(save_model(tmp_path / "model"), config()).quantized[4]
+    layer = replace(layer, name="model.layers.0.mlp.gate_proj")
+    with (
+        pytest.raises(GateError, match=r"`model\.layers\.0\.mlp\.gate_proj` \(block 0\).*damp_percent 0\.4") as caught,
+        located(layer),
+    ):
+        raise NotPositiveDefiniteError(0.4)
+    assert (caught.value.code, caught.value.exit_code) == ("E_NUM_HESSIAN", 4)
