@@ -128,7 +128,7 @@ def load_documents(source: DatasetSource) -> Documents:
 
 def is_path(name: str) -> bool:
     """Whether a dataset name means something on this machine, and so is never sent to the Hub."""
-    return name.startswith((".", "/", "~")) or Path(name).suffix in READERS or Path(name).exists()
+    return name.startswith((".", "/", "~")) or Path(name).suffix in READERS or (bool(name) and Path(name).exists())
 
 
 def _literal(texts: list[str], source: DatasetSource) -> Documents:

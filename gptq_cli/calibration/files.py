@@ -41,14 +41,11 @@ class FileTexts:
 
 
 def read_files(path: Path, column: str) -> Iterable[str]:
-    """The texts of a file, or of the files of a folder sorted by name; what is read first has been checked.
+    """The texts of a file, or of the files of a folder sorted by name.
 
-    Raises InputError E_DATA_NOT_FOUND, E_DATA_ENCODING, E_DATA_FORMAT, E_DATA_COLUMN or E_DATA_EMPTY.
+    Raises InputError E_DATA_NOT_FOUND; reading them raises E_DATA_ENCODING, E_DATA_FORMAT, E_DATA_COLUMN, E_DATA_EMPTY.
     """
-    texts = FileTexts(_files_at(path), column)
-    if not any(text.strip() for text in texts):
-        raise InputError("E_DATA_EMPTY", f"dataset `{path}` holds no text", hint="choose a file that holds text")
-    return texts
+    return FileTexts(_files_at(path), column)
 
 
 def _files_at(path: Path) -> tuple[Path, ...]:

@@ -35,7 +35,10 @@ class LoadRequest:
 
 @dataclass(frozen=True, slots=True)
 class TextColumn:
-    """The strings of one column, row by row; may be read again. A row without a string is InputError E_DATA_COLUMN."""
+    """The strings of one column, row by row; may be read again.
+
+    Reading raises InputError E_DATA_COLUMN at a row without a string, E_DATA_EMPTY if there is no row.
+    """
 
     rows: Iterable[Mapping[str, Any]]
     column: str
@@ -47,11 +50,15 @@ class TextColumn:
             with refusals(self.request):
                 row = next(rows, None)
             if row is None:
-                return
+                break
             text = row.get(self.column)
             if not isinstance(text, str):
                 raise self._no_text(number, row, text)
             yield text
+        if number == 1:
+            raise InputError(
+                "E_DATA_EMPTY", f"dataset `{self.request.label}` has no rows", hint="choose a dataset that holds text"
+            )
 
     def _no_text(self, number: int, row: Mapping[str, Any], value: object) -> InputError:
         if self.column not in row:
@@ -61,19 +68,14 @@ class TextColumn:
 
 
 def open_column(request: LoadRequest, column: str) -> tuple[TextColumn, str | None]:
-    """A column of the rows asked for, whose first row has been read, and the commit they come from if it is known.
+    """A column of the rows asked for, and the commit they come from if it is known; no row is read yet.
 
-    Raises InputError as `refusal` says, E_DATA_COLUMN, and E_DATA_EMPTY when there is no row.
+    Raises InputError as `refusal` says, and E_DATA_COLUMN if the schema has no such column of strings.
     """
     with refusals(request):
         rows, revision = _open(request)
     _check_schema(rows, column, request)
-    texts = TextColumn(rows, column, request)
-    if next(iter(texts), None) is None:
-        raise InputError(
-            "E_DATA_EMPTY", f"dataset `{request.label}` has no rows", hint="choose a dataset that holds text"
-        )
-    return texts, revision
+    return TextColumn(rows, column, request), revision
 
 
 def _open(request: LoadRequest) -> tuple[Iterable[Mapping[str, Any]], str | None]:

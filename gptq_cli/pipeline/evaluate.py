@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from gptq_cli.calibration.corpus import DatasetSource, Documents, load_documents
@@ -22,14 +23,25 @@ from gptq_cli.pipeline.activations import HiddenStates
 from gptq_cli.pipeline.events import BlockStarted, PhaseStarted, Report, ignore
 from gptq_cli.pipeline.memory import block_finished
 from gptq_cli.pipeline.record import Record
-from gptq_cli.pipeline.setup import bounded_seqlen, memory_errors, open_stream, resolve_backend, resolve_device
+from gptq_cli.pipeline.setup import (
+    CONFIG_FILE,
+    bounded_seqlen,
+    memory_errors,
+    open_stream,
+    resolve_backend,
+    resolve_device,
+)
 
 DEFAULT_SEQLEN = 2048
 
 
 @dataclass(frozen=True, slots=True)
 class EvalRequest:
-    """What to evaluate on and how. `seqlen` None means 2048, or the model's positions if it has fewer."""
+    """What to evaluate on and how.
+
+    `seqlen` None means 2048, or the model's positions if it has fewer; `backend` None means the one that the
+    configuration beside the checkpoint names, if it does.
+    """
 
     dataset: str | list[str] | None = None
     dataset_config: str | None = None
@@ -79,10 +91,10 @@ def evaluate_perplexity(model: str, request: EvalRequest, report: Report = ignor
     """
     started = time.perf_counter()
     device = resolve_device(request.device)
-    backend = resolve_backend(request.backend, device)
     checkpoints = [open_checkpoint(locate_model(model, request.revision).directory)]
     if request.baseline is not None:
         checkpoints.append(open_checkpoint(locate_model(request.baseline).directory))
+    backend = resolve_backend(request.backend or _recorded_backend(checkpoints[0]), device)
     record = Record(report)
     with torch.inference_mode(), memory_errors():
         windows, documents = _windows(checkpoints[0], request, record)
@@ -116,6 +128,13 @@ class _Run:
 
     stream: ModelStream
     hidden: HiddenStates
+
+
+def _recorded_backend(checkpoint: Checkpoint) -> str | None:
+    """The `backend` of the configuration that a checkpoint of ours was made with."""
+    file = checkpoint.directory / CONFIG_FILE
+    content = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return content.get("backend") if isinstance(content, dict) else None
 
 
 def _windows(checkpoint: Checkpoint, request: EvalRequest, report: Report) -> tuple[Windows, Documents]:

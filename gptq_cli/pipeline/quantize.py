@@ -29,9 +29,7 @@ from gptq_cli.pipeline.blocks import quantize_blocks
 from gptq_cli.pipeline.events import LayerReport, PhaseStarted, Report, RunPlanned, ignore
 from gptq_cli.pipeline.plan import HEAD, LayerPlan, RunPlan, plan_checkpoint
 from gptq_cli.pipeline.record import Record
-from gptq_cli.pipeline.setup import bounded_seqlen, memory_errors, open_stream, resolve_device
-
-CONFIG_FILE = "gptq_config.yaml"
+from gptq_cli.pipeline.setup import CONFIG_FILE, bounded_seqlen, memory_errors, open_stream, resolve_device
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from gptq_cli.errors import ConfigError, InputError, ResourceError
 from gptq_cli.models.skeleton import build_skeleton, load_config
 from gptq_cli.models.stream import ModelStream
 
+CONFIG_FILE = "gptq_config.yaml"  # the resolved configuration, beside the weights
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 

@@ -146,6 +146,13 @@ def test_triton_without_a_gpu_is_refused(tmp_path: Path) -> None:
     assert caught.value.code == "E_CFG_CONFLICT"
 
 
+def test_the_backend_of_the_configuration_that_made_a_checkpoint_is_used_unless_another_is_said(tmp_path: Path) -> None:
+    output = quantized(tmp_path, save_model(tmp_path / "model"), backend="triton")
+    with pytest.raises(ConfigError, match="backend triton needs a GPU"):
+        evaluate_perplexity(str(output), request())
+    assert evaluate_perplexity(str(output), request(backend="torch")).windows > 10
+
+
 def test_a_seqlen_beyond_the_positions_is_refused_and_the_default_is_bounded(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     with pytest.raises(ConfigError, match="128 positions"):

@@ -1,0 +1,321 @@
+"""Which text is read: names, files, folders, literal texts; and how what cannot be read is refused."""
+
+from __future__ import annotations
+
+import gc
+import io
+import json
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from gptq_cli.calibration.corpus import CORPORA, DatasetSource, Documents, load_documents
+from gptq_cli.errors import ConfigError, GptqError, InputError
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def as_parquet(**columns: list[Any]) -> bytes:
+    buffer = io.BytesIO()
+    parquet.write_table(pyarrow.table(columns), buffer)
+    return buffer.getvalue()
+
+
+def load(path: Path, **options: Any) -> Documents:
+    return load_documents(DatasetSource(str(path), **options))
+
+
+def refused(path: Path, **options: Any) -> InputError:
+    with pytest.raises(InputError) as caught:
+        list(load(path, **options).texts)
+    assert caught.value.hint
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
+class FakeBuilder:
+    """Stands for the builder of a Hub dataset: remembers how it was made and read."""
+
+    hash = COMMIT
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self.asked = (arguments, options)
+        self.split: str | None = None
+        self.prepared = False
+        self.streamed = False
+
+    def download_and_prepare(self) -> None:
+        self.prepared = True
+
+    def as_dataset(self, split: str) -> list[dict[str, str]]:
+        assert self.prepared
+        self.split = split
+        return [{"text": f"row {index}"} for index in range(2000)]
+
+    def as_streaming_dataset(self, split: str) -> list[dict[str, str]]:
+        self.streamed = True
+        self.split = split
+        return [{"text": f"row {index}"} for index in range(2000)]
+
+
+@pytest.fixture
+def builders(monkeypatch: pytest.MonkeyPatch) -> list[FakeBuilder]:
+    made: list[FakeBuilder] = []
+
+    def fake(*arguments: Any, **options: Any) -> FakeBuilder:
+        made.append(FakeBuilder(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", fake)
+    return made
+
+
+C4_TRAIN = {"train": "en/c4-train.00000-of-01024.json.gz"}
+C4_VALIDATION = {"validation": "en/c4-validation.00000-of-00008.json.gz"}
+DECLARED: dict[tuple[str, str], tuple[Any, ...]] = {
+    ("wikitext2", "calibration"): ("Salesforce/wikitext", "wikitext-2-raw-v1", None, "train", False, "\n\n", None),
+    ("wikitext2", "evaluation"): ("Salesforce/wikitext", "wikitext-2-raw-v1", None, "test", False, "\n\n", None),
+    ("c4", "calibration"): ("allenai/c4", None, C4_TRAIN, "train", True, "\n\n", None),
+    ("c4", "evaluation"): ("allenai/c4", None, C4_VALIDATION, "validation", True, " ", 256),
+    ("c4-new", "calibration"): ("allenai/c4", None, C4_TRAIN, "train", True, "\n\n", None),
+    ("c4-new", "evaluation"): ("allenai/c4", None, C4_VALIDATION, "validation", True, " ", 256),
+}
+
+
+def test_every_registered_corpus_is_declared_here() -> None:
+    assert {name for name, _ in DECLARED} == set(CORPORA)
+
+
+@pytest.mark.parametrize(("name", "purpose"), DECLARED)
+def test_a_registered_corpus_is_read_as_declared(name: str, purpose: Any, builders: list[FakeBuilder]) -> None:
+    repo, config, data_files, split, stream, join, max_windows = DECLARED[name, purpose]
+    documents = load_documents(DatasetSource(name, purpose=purpose))
+    [builder] = builders
+    assert builder.asked == ((repo, config), {"data_files": data_files})
+    assert (builder.split, builder.streamed) == (split, stream)
+    assert (documents.name, documents.config, documents.split) == (name, config, split)
+    assert (documents.join, documents.max_windows, documents.revision) == (join, max_windows, COMMIT)
+    expected = 1100 if (name != "wikitext2" and purpose == "evaluation") else 2000
+    assert list(documents.texts) == [f"row {index}" for index in range(expected)]
+
+
+def test_no_dataset_means_wikitext2(builders: list[FakeBuilder]) -> None:
+    assert load_documents(DatasetSource()).name == "wikitext2"
+    assert builders[0].asked[0] == ("Salesforce/wikitext", "wikitext-2-raw-v1")
+
+
+def test_a_registered_name_means_the_corpus_even_beside_a_folder_of_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, builders: list[FakeBuilder]
+) -> None:
+    (tmp_path / "c4").mkdir()
+    (tmp_path / "c4" / "a.txt").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    assert load_documents(DatasetSource("c4")).revision == COMMIT
+    assert len(builders) == 1
+    assert list(load_documents(DatasetSource("./c4")).texts) == ["mine"]
+
+
+@pytest.mark.parametrize(("purpose", "split"), [("calibration", "train"), ("evaluation", "test")])
+def test_a_hub_id_is_streamed_from_the_split_for_its_purpose(
+    purpose: Any, split: str, builders: list[FakeBuilder]
+) -> None:
+    documents = load_documents(DatasetSource("someone/texts", purpose=purpose))
+    assert builders[0].asked == (("someone/texts", None), {"data_files": None})
+    assert (builders[0].split, builders[0].streamed, documents.revision) == (split, True, COMMIT)
+
+
+def test_config_and_split_of_a_hub_id_are_honoured(builders: list[FakeBuilder]) -> None:
+    load_documents(DatasetSource("someone/texts", config="english", split="extra"))
+    assert builders[0].asked[0] == ("someone/texts", "english")
+    assert builders[0].split == "extra"
+
+
+@pytest.mark.parametrize("dataset", ["wikitext2", "./notes.txt", ["a text"]])
+@pytest.mark.parametrize("options", [{"config": "x"}, {"split": "x"}])
+def test_config_and_split_without_a_hub_id_are_refused(
+    dataset: Any, options: dict[str, str], builders: list[FakeBuilder]
+) -> None:
+    with pytest.raises(ConfigError, match=f"dataset_{next(iter(options))} `x` has no meaning for") as caught:
+        load_documents(DatasetSource(dataset, **options))
+    assert caught.value.code == "E_CFG_CONFLICT"
+    assert builders == []
+
+
+@pytest.mark.parametrize("name", [".hidden", "./gone", "../gone", "/gone", "~/gone", "gone.txt", "data/gone.jsonl"])
+def test_what_looks_like_a_path_is_never_sent_to_the_hub(name: str, builders: list[FakeBuilder]) -> None:
+    with pytest.raises(InputError, match="does not exist") as caught:
+        load_documents(DatasetSource(name))
+    assert caught.value.code == "E_DATA_NOT_FOUND"
+    assert builders == []
+
+
+def test_an_existing_folder_is_never_sent_to_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, builders: list[FakeBuilder]
+) -> None:
+    (tmp_path / "someone" / "texts").mkdir(parents=True)
+    (tmp_path / "someone" / "texts" / "a.txt").write_text("local")
+    monkeypatch.chdir(tmp_path)
+    assert list(load_documents(DatasetSource("someone/texts")).texts) == ["local"]
+    assert builders == []
+
+
+@pytest.mark.parametrize("name", ["two words", "a/b/c", "https://example.com/x", ""])
+def test_what_cannot_be_a_hub_id_is_not_asked_for(name: str, builders: list[FakeBuilder]) -> None:
+    with pytest.raises(InputError) as caught:
+        load_documents(DatasetSource(name))
+    assert caught.value.code == "E_DATA_NOT_FOUND"
+    assert "wikitext2, c4, c4-new" in (caught.value.hint or "")
+    assert builders == []
+
+
+@pytest.mark.parametrize("name", ["ptb", "ptb-new"])
+def test_corpora_that_need_a_script_are_refused_by_name(name: str, builders: list[FakeBuilder]) -> None:
+    with pytest.raises(InputError) as caught:
+        load_documents(DatasetSource(name))
+    assert caught.value.code == "E_DATA_SCRIPT"
+    assert builders == []
+
+
+def test_literal_texts_are_documents_in_their_order() -> None:
+    documents = load_documents(DatasetSource(["one", "", "two"]))
+    assert (list(documents.texts), documents.name, documents.revision) == (["one", "", "two"], "texts", None)
+    assert documents.sha256 == sha256(b"one\n\n\n\ntwo").hexdigest()
+
+
+@pytest.mark.parametrize("texts", [[], [" ", "\n"]])
+def test_literal_texts_without_text_are_empty(texts: list[str]) -> None:
+    with pytest.raises(InputError) as caught:
+        load_documents(DatasetSource(texts))
+    assert caught.value.code == "E_DATA_EMPTY"
+
+
+FILES: dict[str, bytes] = {
+    "rows.jsonl": b'{"text": "one", "n": 1}\n{"text": "NA", "n": 2}\n',
+    "rows.json": b'[{"text": "one"}, {"text": "NA"}]',
+    "rows.csv": b"n,text\n1,one\n2,NA\n",
+    "rows.parquet": as_parquet(n=[1, 2], text=["one", "NA"]),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_each_row_of_a_file_is_a_document(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(FILES[name])
+    documents = load(tmp_path / name)
+    assert list(documents.texts) == ["one", "NA"]
+    assert list(documents.texts) == ["one", "NA"], "texts can be read again"
+    assert documents.name == str(tmp_path / name)
+
+
+def test_a_text_file_is_one_document_byte_for_byte(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_bytes("ä\r\n\n\nb ".encode())
+    documents = load(tmp_path / "notes.txt", purpose="evaluation")
+    assert documents.texts == ["ä\r\n\n\nb "]
+    assert documents.sha256 == sha256("ä\r\n\n\nb ".encode()).hexdigest()
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_bytes(b"\xef\xbb\xbfhello")
+    assert list(load(tmp_path / "notes.txt").texts) == ["hello"]
+
+
+def test_the_files_of_a_folder_are_read_sorted_by_name(tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_text("second")
+    (tmp_path / "c.jsonl").write_text('{"text": "third"}\n{"text": "fourth"}\n')
+    (tmp_path / "a.parquet").write_bytes(as_parquet(text=["first"]))
+    (tmp_path / ".hidden.txt").write_text("no")
+    (tmp_path / "notes.md").write_text("no")
+    assert list(load(tmp_path).texts) == ["first", "second", "third", "fourth"]
+
+
+def test_another_column_is_read_when_it_is_named(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "no", "body": "yes"}\n')
+    assert list(load(tmp_path / "rows.jsonl", text_column="body").texts) == ["yes"]
+
+
+REFUSALS: dict[str, tuple[str, bytes, str, str]] = {
+    "no such column": (
+        "x.jsonl",
+        b'{"body": "a", "n": 1}\n',
+        "E_DATA_COLUMN",
+        "has no column `text`; it has `body`, `n`",
+    ),
+    "no such column of csv": ("x.csv", b"body,n\na,1\n", "E_DATA_COLUMN", "has no column `text`; it has `body`, `n`"),
+    "no such column of a list": ("x.json", b'[{"body": "a"}]', "E_DATA_COLUMN", "has no column `text`; it has `body`"),
+    "numbers": ("x.jsonl", b'{"text": 5}\n', "E_DATA_COLUMN", "column `text` holds int64, not strings"),
+    "numbers of a list": (
+        "x.json",
+        b'[{"text": 5}]',
+        "E_DATA_COLUMN",
+        "column `text` of row 1 holds int, not a string",
+    ),
+    "numbers of parquet": ("x.parquet", as_parquet(text=[1.5]), "E_DATA_COLUMN", "holds float64, not strings"),
+    "null row": ("x.jsonl", b'{"text": "a"}\n{"text": null}\n', "E_DATA_COLUMN", "column `text` of row 2 holds null"),
+    "null row of parquet": ("x.parquet", as_parquet(text=["a", None]), "E_DATA_COLUMN", "of row 2 holds null"),
+    "latin1 text": ("x.txt", "na\xefve".encode("latin1"), "E_DATA_ENCODING", "is not UTF-8: byte 0xef at offset 2"),
+    "latin1 jsonl": ("x.jsonl", b'{"text": "na\xefve"}\n', "E_DATA_ENCODING", "is not UTF-8: byte 0xef"),
+    "latin1 csv": ("x.csv", b"text\nna\xefve\n", "E_DATA_ENCODING", "is not UTF-8: byte 0xef"),
+    "empty text": ("x.txt", b"", "E_DATA_EMPTY", "is an empty file"),
+    "empty jsonl": ("x.jsonl", b"", "E_DATA_EMPTY", "is an empty file"),
+    "empty list": ("x.json", b"[]", "E_DATA_EMPTY", "has no rows"),
+    "header only": ("x.csv", b"text\n", "E_DATA_EMPTY", "has no rows"),
+    "no rows of parquet": ("x.parquet", as_parquet(text=pyarrow.array([], "string")), "E_DATA_EMPTY", "has no rows"),
+    "broken jsonl": ("x.jsonl", b'{"text": "a"\n{"te', "E_DATA_FORMAT", "cannot be read"),
+    "broken parquet": ("x.parquet", b"PAR1 no", "E_DATA_FORMAT", "cannot be read"),
+    "other kind": ("x.md", b"text", "E_DATA_NOT_FOUND", "is not a kind of file that is read"),
+}
+
+
+# `datasets` leaves a file it could not read to the garbage collector
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
+@pytest.mark.parametrize("case", REFUSALS)
+def test_a_file_that_cannot_be_used_is_refused_with_the_reason(
+    case: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    name, content, code, message = REFUSALS[case]
+    (tmp_path / name).write_bytes(content)
+    error = refused(tmp_path / name)
+    assert error.code == code
+    assert message in str(error)
+    assert f"`{tmp_path / name}`" in str(error)
+    assert capfd.readouterr() == ("", "")
+    del error
+    gc.collect()
+
+
+def test_a_folder_without_texts_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "readme.md").write_text("no")
+    error = refused(tmp_path)
+    assert error.code == "E_DATA_NOT_FOUND"
+    assert ".jsonl" in (error.hint or "")
+
+
+def test_a_defect_of_a_later_file_is_an_error_when_it_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("good")
+    (tmp_path / "b.jsonl").write_text(json.dumps({"other": "x"}))
+    texts: Iterator[str] = iter(load(tmp_path).texts)
+    assert next(texts) == "good"
+    with pytest.raises(GptqError, match="has no column `text`"):
+        next(texts)
+
+
+def test_a_mistake_of_our_own_is_not_blamed_on_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise AttributeError("a slip in the program")
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", broken)
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(AttributeError, match="a slip"):
+        list(load(tmp_path / "rows.jsonl").texts)
+
+
+def test_progress_bars_and_logs_are_as_before_afterwards(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    before = (datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity())
+    list(load(tmp_path / "rows.jsonl").texts)
+    assert (datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()) == before
