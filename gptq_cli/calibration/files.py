@@ -11,13 +11,13 @@ from gptq_cli.calibration.loading import LoadRequest, open_column
 from gptq_cli.calibration.refusals import encoding_refusal
 from gptq_cli.errors import InputError
 
-# pandas would read the words "NA" and "None" of a CSV file as null
+# pandas would read the words "NA" and "None" of a CSV file as null; a Parquet file without rows has no batch size
 READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".txt": ("text", {}),
     ".json": ("json", {}),
     ".jsonl": ("json", {}),
     ".csv": ("csv", {"keep_default_na": False}),
-    ".parquet": ("parquet", {}),
+    ".parquet": ("parquet", {"batch_size": 1024}),
 }
 
 

@@ -47,6 +47,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _from_hub(error: BaseException, label: str, hint: str | None) -> InputError | None:
+    from datasets.config import HF_HUB_OFFLINE
     from datasets.data_files import EmptyDatasetError
     from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
@@ -59,7 +60,7 @@ def _from_hub(error: BaseException, label: str, hint: str | None) -> InputError 
         return InputError("E_DATA_NOT_FOUND", f"dataset `{label}` is not on the Hub", hint=hint or ASK)
     unreachable = isinstance(error, (ConnectionError, TimeoutError, HfHubHTTPError))
     if unreachable or type(error).__module__.startswith(("httpx", "httpcore")):
-        reason = _first_line(list(_chain(error))[-1])
+        reason = "offline mode is on and it is not in the cache" if HF_HUB_OFFLINE else _first_line(error)
         message = f"dataset `{label}` could not be fetched from the Hub: {reason}"
         return InputError("E_DATA_HUB", message, hint=OFFLINE)
     return None

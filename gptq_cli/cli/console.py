@@ -94,11 +94,10 @@ def write_result(text: str) -> None:
     """`text` on stdout; a reader who went away is no failure, a full disk is E_STDOUT."""
     try:
         _print(sys.stdout, text)
-    except BrokenPipeError:
-        _silence(sys.stdout)
     except OSError as error:
         _silence(sys.stdout)
-        raise GptqError("E_STDOUT", f"cannot write the result to stdout: {error.strerror}") from None
+        if not isinstance(error, BrokenPipeError):
+            raise GptqError("E_STDOUT", f"cannot write the result to stdout: {error.strerror}") from None
 
 
 def write(stream: TextIO | None, text: str) -> None:

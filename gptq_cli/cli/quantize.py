@@ -87,6 +87,10 @@ def default_name(model: str, config: QuantizeConfig) -> str:
 def _run(
     console: Console, resolved: Resolved, *, model: str, output: Path, revision: str | None, overwrite: bool
 ) -> None:
+    from gptq_cli.pipeline.preflight import preflight
+
+    preflight(model, output, resolved.config, overwrite=overwrite)  # cheap refusals before the slow import
+
     from gptq_cli.pipeline.quantize import quantize_checkpoint
 
     for note in resolved.notes:

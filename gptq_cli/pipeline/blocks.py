@@ -27,6 +27,7 @@ from gptq_cli.pipeline.events import (
     LayerStarted,
     PhaseStarted,
     Report,
+    Warned,
 )
 from gptq_cli.pipeline.memory import block_finished
 from gptq_cli.pipeline.plan import HEAD, LayerPlan, RunPlan
@@ -133,6 +134,7 @@ class LayerSolver:
             linear = linears[layer.name]
             place(linear, "weight", solution.quantized.dequantize(linear.get_parameter("weight").dtype))
             self._keep(layer, solution.quantized)
+            self._warn(layer, factor)
             self._report(
                 LayerSolved(
                     LayerReport(
@@ -150,6 +152,14 @@ class LayerSolver:
                     )
                 )
             )
+
+    def _warn(self, layer: LayerPlan, factor: Prepared) -> None:
+        if factor.retries:
+            used = f"damp_percent was raised to {factor.damp_percent:g} to make its Hessian positive definite"
+            self._report(Warned("W_NUM_DAMPING", f"layer `{layer.name}`: {used}"))
+        if factor.dead_columns:
+            seen = f"{factor.dead_columns} of {layer.in_features} inputs were always zero, their weights become zero"
+            self._report(Warned("W_NUM_DEAD", f"layer `{layer.name}`: {seen}"))
 
 
 @contextmanager

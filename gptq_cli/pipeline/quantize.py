@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from gptq_cli import __version__
@@ -21,13 +20,14 @@ from gptq_cli.checkpoint.quantization_config import describe
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from gptq_cli.checkpoint.writer import CheckpointWriter, write_side_files
 from gptq_cli.config.schema import QuantizeConfig
+from gptq_cli.config.yaml_writer import to_yaml
 from gptq_cli.engine.layer import QuantizedLinear
-from gptq_cli.errors import ConfigError, ExistsError
 from gptq_cli.models.stream import ModelStream
 from gptq_cli.models.tokenizer import load_encoder
 from gptq_cli.pipeline.blocks import quantize_blocks
 from gptq_cli.pipeline.events import LayerReport, PhaseStarted, Report, RunPlanned, ignore
 from gptq_cli.pipeline.plan import HEAD, LayerPlan, RunPlan, plan_checkpoint
+from gptq_cli.pipeline.preflight import preflight
 from gptq_cli.pipeline.record import Record
 from gptq_cli.pipeline.setup import CONFIG_FILE, bounded_seqlen, memory_errors, open_stream, resolve_device
 
@@ -77,11 +77,11 @@ def quantize_checkpoint(
     """
     started = time.perf_counter()
     record = Record(report)
-    check_output(output, Path(model).expanduser(), overwrite=overwrite)
+    preflight(model, output, config, overwrite=overwrite)
     device = resolve_device(config.device)
     located = locate_model(model, revision)
     source = open_checkpoint(located.directory)
-    plan_checkpoint(source, config)  # refuses what headers can tell before the model is built
+    plan_checkpoint(source, config)  # a downloaded model has not been looked at before
     seqlen = bounded_seqlen(config.seqlen, said="seqlen" in config.model_fields_set, checkpoint=source)
     config = config.model_copy(update={"seqlen": seqlen})
     with torch.inference_mode(), memory_errors():
@@ -108,20 +108,6 @@ def quantize_checkpoint(
         peak_host_bytes=record.host_bytes,
         peak_device_bytes=record.device_bytes,
     )
-
-
-def check_output(output: Path, model: Path, *, overwrite: bool) -> None:
-    """Refuse an output that holds something (ExistsError E_OUT_EXISTS) or is the model (ConfigError E_OUT_IS_INPUT)."""
-    if model.is_dir() and output.resolve().is_relative_to(model.resolve()):
-        raise ConfigError(
-            "E_OUT_IS_INPUT", f"`{output}` is the model's own directory or inside it", hint="choose another -o"
-        )
-    if model.is_dir() and model.resolve().is_relative_to(output.resolve()):
-        raise ConfigError("E_OUT_IS_INPUT", f"`{output}` contains the model", hint="choose another -o")
-    occupied = output.exists() and not (output.is_dir() and not any(output.iterdir()))
-    if occupied and not (overwrite and output.is_dir()):
-        hint = "add --overwrite to replace it, or choose another -o" if output.is_dir() else "choose another -o"
-        raise ExistsError("E_OUT_EXISTS", f"`{output}` exists and is not an empty directory", hint=hint)
 
 
 def _planned(model: str, plan: RunPlan) -> RunPlanned:
@@ -184,5 +170,5 @@ def _write(
         {"quantizer": [f"gptq_cli:{__version__}"], "calibration_sha256": windows.sha256},
         untie=HEAD in names,
     )
-    write_file(work / CONFIG_FILE, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
+    write_file(work / CONFIG_FILE, to_yaml(config).encode())
     open_checkpoint(work)  # the headers of what was written agree with each other and with the files

@@ -75,8 +75,13 @@ class Case:
     dtype: str = "float16"
 
     @property
+    def layers(self) -> list[dict[str, Any]]:
+        """The settings of layers: of those that no rule matches, then of each rule's."""
+        return [self.settings, *(self.settings | rule for rule in self.settings.get("dynamic", {}).values())]
+
+    @property
     def sym(self) -> bool:
-        return self.settings.get("sym", True)
+        return all(layer.get("sym", True) for layer in self.layers)
 
     @property
     def format(self) -> str:
@@ -84,12 +89,11 @@ class Case:
 
     @property
     def real_g_idx(self) -> bool:
-        return self.settings.get("desc_act", False) and not self.settings.get("static_groups", False)
+        return any(layer.get("desc_act", False) and not layer.get("static_groups", False) for layer in self.layers)
 
     @property
-    def mixed_bits(self) -> bool:
-        rules = self.settings.get("dynamic", {}).values()
-        return any(rule.get("bits", self.settings["bits"]) != self.settings["bits"] for rule in rules)
+    def mixed_shapes(self) -> bool:
+        return len({(layer["bits"], layer.get("group_size")) for layer in self.layers}) > 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +107,7 @@ class Limit:
 
 
 LIMITS = (
-    Limit("transformers", "mixed bits", lambda case: case.mixed_bits, "ignore_mismatched_sizes"),
+    Limit("transformers", "layers of unlike shapes", lambda case: case.mixed_shapes, "ignore_mismatched_sizes"),
     Limit("transformers", "a quantized head", lambda case: case.settings.get("lm_head", False), None),
     Limit("gptqmodel", "asymmetric v1", lambda case: not case.sym and case.format == "gptq", "sym=False"),
     Limit("gptqmodel", "fused linears", lambda case: case.family == "phi3", "Missing required quantized weights"),

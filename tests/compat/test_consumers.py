@@ -62,9 +62,14 @@ CASES = (
     Case("kept-by-rule", {"bits": 4, "dynamic": {f"-:{O_PROJ}": {}}}),
     Case("kept-by-list", {"bits": 4, "modules_in_block_to_quantize": ALL_BUT_DOWN_PROJ}),
     Case("kept-fused-group", {"bits": 4, "dynamic": {r"-:.*\.1\.self_attn\.[qkv]_proj": {}}}),
+    Case("kept-block", {"bits": 4, "dynamic": {r"-:model\.layers\.0\.": {}}}),
     Case("mixed-bits", {"bits": 4, "dynamic": {r"+:.*\.down_proj": {"bits": 8}}}),
     Case("mixed-bits-and-kept", {"bits": 4, "dynamic": {f"-:{O_PROJ}": {}, r"+:.*\.down_proj": {"bits": 8}}}),
+    Case("mixed-groups", {"bits": 4, "dynamic": {r"+:.*\.down_proj": {"group_size": 32}}}),
+    Case("mixed-orders", {"bits": 4, "dynamic": {r"+:.*\.down_proj": {"desc_act": True}}}),
+    Case("mixed-symmetry", {"bits": 4, "dynamic": {r"+:.*\.down_proj": {"sym": False}}}),
     Case("quantized-head", {"bits": 4, "lm_head": True}),
+    Case("quantized-head-was-tied", {"bits": 4, "lm_head": True}, "gemma2"),
     Case("many-shards", {"bits": 4, "max_shard_size": "100KB"}),
     Case("bfloat16", {"bits": 4}, dtype="bfloat16"),
     Case("bfloat16-qwen2", {"bits": 8}, "qwen2", dtype="bfloat16"),
@@ -188,7 +193,8 @@ def _logits_of_dequantized(source: Path, quantized: Path, ids: torch.Tensor) -> 
     reader = DequantizingReader(checkpoint, torch.device("cpu"), "torch")
     with torch.inference_mode():
         for name in quantized_modules(checkpoint.tensors):
-            model.get_submodule(name).weight.copy_(reader.read(f"{name}.weight"))
+            # a new parameter: the old one may be the embedding's too
+            model.get_submodule(name).weight = torch.nn.Parameter(reader.read(f"{name}.weight"))
         return model(input_ids=ids).logits.numpy()
 
 

@@ -24,7 +24,7 @@ from gptq_cli.engine.factor import NotPositiveDefiniteError
 from gptq_cli.errors import ConfigError, ExistsError, GateError, InputError
 from gptq_cli.pipeline import quantize as pipeline
 from gptq_cli.pipeline.blocks import located
-from gptq_cli.pipeline.events import BlockFinished, Event, LayerSolved, RunPlanned
+from gptq_cli.pipeline.events import BlockFinished, Event, LayerSolved, RunPlanned, Warned
 from gptq_cli.pipeline.plan import plan_run
 from gptq_cli.pipeline.quantize import QuantizeResult, quantize_checkpoint
 from tests.families import FAMILIES, save_model, texts
@@ -320,9 +320,13 @@ def test_an_input_that_is_always_zero_is_reported_and_its_weights_become_zero(tm
     tensors = load_file(model / "model.safetensors")
     tensors["model.layers.1.input_layernorm.weight"][5] = 0
     save_file(tensors, checkpoint.tensors["lm_head.weight"].file, metadata={"format": "pt"})
-    output, result = quantize(tmp_path, model)
+    output, events = tmp_path / "out", []
+    result = quantize_checkpoint(str(model), output, config(), report=events.append)
     dead = {layer.name.rpartition(".")[2] for layer in result.layers if layer.dead_columns}
     assert dead == {"q_proj", "k_proj", "v_proj"}
+    warnings = [event for event in events if isinstance(event, Warned)]
+    assert [event.code for event in warnings] == ["W_NUM_DEAD"] * 3
+    assert "`model.layers.1.self_attn.q_proj`: 1 of 64 inputs were always zero" in warnings[0].message
     assert not reader(output).read("model.layers.1.self_attn.q_proj.weight")[:, 5].any()
 
 
@@ -461,6 +465,20 @@ def test_a_model_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is not a directory") as caught:
         quantize_checkpoint(str(tmp_path / "nothing"), tmp_path / "out", config())
     assert caught.value.code == "E_MODEL_NOT_FOUND"
+
+
+def test_raised_damping_is_reported_with_the_value_used(tmp_path: Path) -> None:
+    events: list[Event] = []
+    settings = config(damp_percent=1e-9, nsamples=1, batch_size=1, seqlen=16)
+    result = quantize_checkpoint(str(save_model(tmp_path / "model")), tmp_path / "out", settings, report=events.append)
+    raised = [layer for layer in result.layers if layer.damp_retries]
+    assert raised
+    assert all(layer.damp_percent == pytest.approx(1e-9 * 4**layer.damp_retries) for layer in result.layers)
+    warnings = [event.message for event in events if isinstance(event, Warned)]
+    assert [
+        f"`{layer.name}`: damp_percent was raised to {layer.damp_percent:g}" in text
+        for layer, text in zip(raised, warnings, strict=True)
+    ] == [True] * len(raised)
 
 
 def test_the_damping_ladder_is_reported_and_ends_in_an_error_that_names_the_layer(tmp_path: Path) -> None:

@@ -1,0 +1,183 @@
+"""Datasets through the real Hub client, from a server on the loopback."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from tests.hub import Hub, serve
+
+READ = """
+import json, sys
+from gptq_cli.calibration.corpus import DatasetSource, load_documents
+from gptq_cli.errors import GptqError
+
+for source in json.loads(sys.argv[1]):
+    try:
+        documents = load_documents(DatasetSource(**source))
+        found = {"texts": list(documents.texts), "revision": documents.revision}
+    except GptqError as error:
+        found = {"code": error.code, "message": str(error), "hint": error.hint}
+    print(json.dumps(found))
+"""
+
+
+def as_parquet(texts: list[str]) -> bytes:
+    buffer = io.BytesIO()
+    parquet.write_table(pyarrow.table({"text": texts}), buffer)
+    return buffer.getvalue()
+
+
+def as_json_gz(texts: list[str]) -> bytes:
+    return gzip.compress("".join(json.dumps({"text": text, "url": "x"}) + "\n" for text in texts).encode())
+
+
+WIKITEXT_CARD = b"""---
+configs:
+- config_name: wikitext-2-raw-v1
+  data_files:
+  - {split: train, path: wikitext-2-raw-v1/train-*}
+  - {split: test, path: wikitext-2-raw-v1/test-*}
+- config_name: wikitext-103-v1
+  data_files:
+  - {split: train, path: wikitext-103-v1/train-*}
+---
+"""
+REPOS = {
+    "Salesforce/wikitext": {
+        "README.md": WIKITEXT_CARD,
+        "wikitext-2-raw-v1/train-00000-of-00001.parquet": as_parquet(["", " = A = \n", "words \n"]),
+        "wikitext-2-raw-v1/test-00000-of-00001.parquet": as_parquet(["", " = Test = \n"]),
+        "wikitext-103-v1/train-00000-of-00001.parquet": as_parquet(["another configuration"]),
+    },
+    "allenai/c4": {
+        "en/c4-train.00000-of-01024.json.gz": as_json_gz(["first shard", "of c4"]),
+        "en/c4-train.00001-of-01024.json.gz": as_json_gz(["second shard"]),
+        "en/c4-validation.00000-of-00008.json.gz": as_json_gz([f"page {index}" for index in range(1200)]),
+    },
+    "someone/texts": {
+        "README.md": b"texts",
+        "data/train-00000.parquet": as_parquet(["one", "two"]),
+        "data/test-00000.parquet": as_parquet(["three"]),
+    },
+    "someone/scripted": {"scripted.py": b"print('never run')"},
+    "someone/gated": {"train.jsonl": b'{"text": "secret"}\n'},
+    "someone/card": {"README.md": b"no data"},
+    "someone/configs": {
+        "README.md": b"---\nconfigs:\n"
+        b"- {config_name: a, data_files: a.jsonl}\n- {config_name: b, data_files: b.jsonl}\n---\n",
+        "a.jsonl": b'{"text": "in a"}\n',
+        "b.jsonl": b'{"text": "in b"}\n',
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[Hub]:
+    with serve(REPOS, gated=frozenset({"someone/gated"})) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("hub")
+
+
+def read(hub: Hub, home: Path, sources: Sequence[dict[str, Any]], *, offline: bool = False) -> list[dict[str, Any]]:
+    """What a fresh process finds for each source."""
+    process = subprocess.run(
+        [sys.executable, "-c", READ, json.dumps(list(sources))],
+        env={**os.environ, **hub.environment(home, offline=offline)},
+        cwd=home,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stderr == ""
+    return [json.loads(line) for line in process.stdout.splitlines()]
+
+
+SOURCES: list[dict[str, Any]] = [
+    {"dataset": None},
+    {"dataset": "wikitext2", "purpose": "evaluation"},
+    {"dataset": "c4"},
+    {"dataset": "c4", "purpose": "evaluation"},
+    {"dataset": "someone/texts"},
+    {"dataset": "someone/texts", "purpose": "evaluation"},
+    {"dataset": "someone/configs", "config": "b"},
+]
+
+
+@pytest.fixture(scope="module")
+def found(hub: Hub, home: Path) -> list[dict[str, Any]]:
+    return read(hub, home, SOURCES)
+
+
+def test_texts_come_from_the_hub_at_a_commit(hub: Hub, found: list[dict[str, Any]]) -> None:
+    assert [one["texts"] for one in found] == [
+        ["", " = A = \n", "words \n"],
+        ["", " = Test = \n"],
+        ["first shard", "of c4"],
+        [f"page {index}" for index in range(1100)],
+        ["one", "two"],
+        ["three"],
+        ["in b"],
+    ]
+    repos = ["Salesforce/wikitext"] * 2 + ["allenai/c4"] * 2 + ["someone/texts"] * 2 + ["someone/configs"]
+    assert [one["revision"] for one in found] == [hub.commit(repo) for repo in repos]
+
+
+@pytest.mark.usefixtures("found")
+def test_only_the_declared_shard_of_c4_is_fetched(hub: Hub) -> None:
+    fetched = [request for request in hub.requests if request.startswith("GET") and "c4-train" in request]
+    assert fetched
+    assert all("c4-train.00000-of-01024" in request for request in fetched)
+
+
+def test_offline_wikitext2_is_read_from_the_cache_and_a_stream_is_not_there(
+    hub: Hub, home: Path, found: list[dict[str, Any]]
+) -> None:
+    asked = len(hub.requests)
+    cached, stream, unknown = read(
+        hub, home, [{"dataset": "wikitext2"}, {"dataset": "someone/texts"}, {"dataset": "never/seen"}], offline=True
+    )
+    assert cached == found[0]
+    assert (stream["code"], unknown["code"]) == ("E_DATA_HUB", "E_DATA_HUB")
+    assert "offline mode is on" in unknown["message"]
+    assert "HF_HUB_OFFLINE" in unknown["hint"]
+    assert len(hub.requests) == asked
+
+
+REFUSALS: list[tuple[dict[str, Any], str, str]] = [
+    ({"dataset": "someone/missing"}, "E_DATA_NOT_FOUND", "`someone/missing` is not on the Hub"),
+    ({"dataset": "wikitext"}, "E_DATA_NOT_FOUND", "`wikitext` is not on the Hub"),
+    ({"dataset": "someone/card"}, "E_DATA_NOT_FOUND", "has no files of text"),
+    ({"dataset": "someone/scripted"}, "E_DATA_SCRIPT", "needs a loading script"),
+    ({"dataset": "someone/gated"}, "E_DATA_HUB", "is gated on the Hub"),
+    ({"dataset": "someone/configs"}, "E_DATA_CONFIG", "available configs: ['a', 'b']"),
+    ({"dataset": "someone/configs", "config": "c"}, "E_DATA_CONFIG", "Available: ['a', 'b']"),
+    ({"dataset": "someone/texts", "split": "dev"}, "E_DATA_SPLIT", "Available splits: ['train', 'test']"),
+    ({"dataset": "someone/texts", "text_column": "body"}, "E_DATA_COLUMN", "has no column `body`; it has `text`"),
+]
+
+
+def test_what_the_hub_refuses_is_said_in_one_line_with_a_hint(hub: Hub, home: Path) -> None:
+    errors = read(hub, home, [source for source, _, _ in REFUSALS])
+    for (source, code, message), error in zip(REFUSALS, errors, strict=True):
+        assert error["code"] == code, (source, error)
+        assert message in error["message"]
+        assert error["hint"]
+        assert "\n" not in error["message"]
+    assert errors[1]["hint"] == "did you mean `wikitext2`?"

@@ -1,0 +1,103 @@
+"""The planned layout against the safetensors library, and the writer's own checks."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from gptq_cli.checkpoint.layout import TensorSpec, packed_specs, plan_layout
+from gptq_cli.checkpoint.quantization_config import skip_rules
+from gptq_cli.checkpoint.source import INDEX_NAME
+from gptq_cli.checkpoint.writer import CheckpointWriter
+
+SPECS = [
+    (TensorSpec("a.weight", "F32", (3, 5)),),
+    (TensorSpec("b.bias", "F16", (7,)), TensorSpec("b.codes", "U8", (3,))),
+    (TensorSpec("scalar", "I64", ()),),
+    (TensorSpec("empty", "BF16", (0, 4)),),
+]
+VALUES = {
+    "a.weight": torch.randn(3, 5),
+    "b.bias": torch.randn(7).half(),
+    "b.codes": torch.tensor([1, 2, 255], dtype=torch.uint8),
+    "empty": torch.empty(0, 4, dtype=torch.bfloat16),
+}
+
+
+def test_a_planned_file_is_what_the_safetensors_library_reads(tmp_path: Path) -> None:
+    layout = plan_layout([unit for unit in SPECS if unit[0].name != "scalar"], 10**9)
+    with CheckpointWriter(tmp_path, layout) as writer:
+        for name in reversed(VALUES):
+            writer.write(name, VALUES[name])
+        writer.finish()
+    file = tmp_path / "model.safetensors"
+    assert file.stat().st_size == layout.nbytes
+    with safe_open(file, framework="pt") as opened:
+        assert opened.metadata() == {"format": "pt"}
+        assert {name: opened.get_tensor(name).tolist() for name in opened.keys()} == {  # noqa: SIM118
+            name: tensor.tolist() for name, tensor in VALUES.items()
+        }
+    assert not (tmp_path / INDEX_NAME).exists()
+
+
+@pytest.mark.parametrize(("limit", "files"), [(10**9, 1), (83, 2), (60, 2), (20, 3), (1, 4)])
+def test_shards_respect_the_limit_and_never_split_a_unit(limit: int, files: int) -> None:
+    layout = plan_layout(SPECS, limit)
+    assert len(layout.shards) == files
+    home = {name: shard.file for shard in layout.shards for name in shard.offsets}
+    assert home["b.bias"] == home["b.codes"]
+    assert set(home) == set(layout.specs)
+    if files > 1:
+        index = json.loads(layout.index or "")
+        assert index["weight_map"] == home
+        assert index["metadata"]["total_size"] == 60 + 14 + 3 + 8
+        assert [shard.file for shard in layout.shards][-1] == f"model-{files:05d}-of-{files:05d}.safetensors"
+
+
+def test_every_tensor_is_aligned_to_its_own_size() -> None:
+    (shard,) = plan_layout(SPECS, 10**9).shards
+    assert shard.offsets["scalar"] % 8 == shard.offsets["a.weight"] % 4 == shard.offsets["b.bias"] % 2 == 0
+
+
+def test_a_tensor_that_was_not_planned_so_is_refused(tmp_path: Path) -> None:
+    with CheckpointWriter(tmp_path, plan_layout([SPECS[0]], 10**9)) as writer:
+        with pytest.raises(ValueError, match="planned F32"):
+            writer.write("a.weight", torch.zeros(5, 3))
+        with pytest.raises(ValueError, match="planned F32"):
+            writer.write("a.weight", torch.zeros(3, 5, dtype=torch.bfloat16))
+
+
+def test_a_checkpoint_with_a_hole_is_never_finished(tmp_path: Path) -> None:
+    with CheckpointWriter(tmp_path, plan_layout(SPECS, 10**9)) as writer:
+        writer.write("a.weight", VALUES["a.weight"])
+        with pytest.raises(ValueError, match=r"never written: b\.bias, b\.codes, empty, scalar"):
+            writer.finish()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_packed_shapes(bits: int) -> None:
+    specs = {spec.name: (spec.dtype, spec.shape) for spec in packed_specs("x.weight", 64, 96, 3, bits)}
+    assert specs == {
+        "x.qweight": ("I32", (3 * bits, 64)),
+        "x.qzeros": ("I32", (3, 2 * bits)),
+        "x.scales": ("F16", (3, 64)),
+        "x.g_idx": ("I32", (96,)),
+    }
+
+
+def test_rules_match_kept_layers_their_fused_names_and_nothing_else() -> None:
+    kept = ["m.1.attn.q_proj", "m.1.attn.k_proj", "m.1.attn.v_proj", "m.2.mlp.up_proj"]
+    rules = [rule.removeprefix("-:") for rule in skip_rules(kept)]
+
+    def matches(name: str) -> bool:
+        return any(re.match(rule, name) for rule in rules)
+
+    assert all(matches(name) for name in [*kept, "m.1.attn.qkv_proj"])
+    assert not any(
+        matches(n) for n in ["m.11.attn.q_proj", "m.2.mlp.gate_up_proj", "m.2.mlp.up_proj2", "xm.1.attn.q_proj"]
+    )
