@@ -117,7 +117,6 @@ class Loaded:
 @pytest.fixture(scope="session")
 def write(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Written]:
     """Quantizes the case of that id, once."""
-    torch.set_num_threads(1)  # layers this small only lose by sharing
     root = tmp_path_factory.mktemp("checkpoints")
     ids = np.random.default_rng(0).integers(2, 300, (2, 24))
     np.save(root / "ids.npy", ids)

@@ -1,0 +1,60 @@
+"""The demo's texts: what the seeds write, and of an information that is exact."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+@pytest.fixture(scope="module")
+def language() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("demo_language", SCRIPTS / "demo_language.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["demo_language"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["calibration", "heldout"])
+def test_the_committed_texts_are_what_their_seeds_write(name: str, language: ModuleType) -> None:
+    text = (SCRIPTS / "demo" / f"{name}.txt").read_text()
+    assert language.write_text(name, 180_000).text == text
+
+
+def test_no_word_is_in_two_lexicons(language: ModuleType) -> None:
+    lexicons = [
+        *(language.NAMES, language.PLACES, language.WEEKDAYS, language.NUMBERS, language.COLOURS, language.ANIMALS),
+        *(language.ADJECTIVES, language.ADVERBS),
+        *(language.NOUNS, [f"{noun}s" for noun in language.NOUNS]),
+        *(language.VERBS, [f"{verb}s" for verb in language.VERBS]),
+    ]
+    words = [word for lexicon in lexicons for word in lexicon]
+    assert len(words) == len(set(words))
+
+
+def test_clauses_of_the_same_words_hold_the_same_information(language: ModuleType) -> None:
+    information: dict[str, float] = {}
+    met_again = 0
+    for seed in range(20_000):
+        writer = language.Writer(random.Random(seed))
+        clause = writer.action("mill")
+        met_again += clause in information
+        assert information.setdefault(clause, writer.surprisal) == pytest.approx(writer.surprisal, rel=1e-12)
+    assert met_again > 100
+
+
+def test_the_information_is_that_of_the_probabilities(language: ModuleType) -> None:
+    writer = language.Writer(random.Random(0))
+    half = language.Distribution(("a", "b"), (0.5, 0.5))
+    drawn = [writer.choose(half) for _ in range(1000)]
+    assert writer.surprisal == pytest.approx(1000 * 0.6931471805599453)
+    assert 400 < drawn.count("a") < 600
