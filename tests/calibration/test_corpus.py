@@ -316,6 +316,11 @@ def test_a_mistake_of_our_own_is_not_blamed_on_the_file(tmp_path: Path, monkeypa
 
 def test_progress_bars_and_logs_are_as_before_afterwards(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
-    before = (datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity())
-    list(load(tmp_path / "rows.jsonl").texts)
-    assert (datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()) == before
+    verbosity = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity_info()
+    try:
+        list(load(tmp_path / "rows.jsonl").texts)
+        assert datasets.logging.get_verbosity() == datasets.logging.INFO
+        assert datasets.is_progress_bar_enabled()
+    finally:
+        datasets.logging.set_verbosity(verbosity)

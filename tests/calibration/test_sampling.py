@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from hashlib import sha256
 
 import numpy as np
@@ -71,7 +72,7 @@ def test_a_stream_is_read_no_further_than_the_pool_needs(monkeypatch: pytest.Mon
     read = []
 
     def endless(limit: int) -> Documents:
-        def texts():  # type: ignore[no-untyped-def]
+        def texts() -> Iterator[str]:
             for index in range(limit):
                 read.append(index)
                 yield f"document {index} has six words"

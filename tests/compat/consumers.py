@@ -56,7 +56,7 @@ class Consumer:
 def _environment(venvs: Path, scratch: Path) -> dict[str, str]:
     return {
         "CUDA_VISIBLE_DEVICES": "",
-        "GPTQMODEL_CPU_WORKERS": "2",  # its thread pool refuses to start on a machine of two cores otherwise
+        "GPTQMODEL_CPU_WORKERS": "2",
         "GPTQMODEL_TORCH_EXTENSIONS_DIR": str(venvs / "torch_extensions"),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
@@ -95,6 +95,10 @@ class Case:
     def mixed_shapes(self) -> bool:
         return len({(layer["bits"], layer.get("group_size")) for layer in self.layers}) > 1
 
+    @property
+    def quantized_head(self) -> bool:
+        return self.settings.get("lm_head", False) and "-:lm_head" not in self.settings.get("dynamic", {})
+
 
 @dataclass(frozen=True, slots=True)
 class Limit:
@@ -108,7 +112,7 @@ class Limit:
 
 LIMITS = (
     Limit("transformers", "layers of unlike shapes", lambda case: case.mixed_shapes, "ignore_mismatched_sizes"),
-    Limit("transformers", "a quantized head", lambda case: case.settings.get("lm_head", False), None),
+    Limit("transformers", "a quantized head", lambda case: case.quantized_head, None),
     Limit("gptqmodel", "asymmetric v1", lambda case: not case.sym and case.format == "gptq", "sym=False"),
     Limit("gptqmodel", "fused linears", lambda case: case.family == "phi3", "Missing required quantized weights"),
     Limit("gptqmodel", "a head named embed_out", lambda case: case.family == "gpt_neox", None),
@@ -118,7 +122,7 @@ LIMITS = (
     ),
     Limit("auto-round", "asymmetric", lambda case: not case.sym, "SystemExit: -1"),
     Limit("auto-round", "v2, read as v1", lambda case: case.format == "gptq_v2", None),
-    Limit("auto-round", "a quantized head", lambda case: case.settings.get("lm_head", False), None),
+    Limit("auto-round", "a quantized head", lambda case: case.quantized_head, None),
 )
 
 

@@ -70,6 +70,7 @@ CASES = (
     Case("mixed-symmetry", {"bits": 4, "dynamic": {r"+:.*\.down_proj": {"sym": False}}}),
     Case("quantized-head", {"bits": 4, "lm_head": True}),
     Case("quantized-head-was-tied", {"bits": 4, "lm_head": True}, "gemma2"),
+    Case("head-kept-by-rule", {"bits": 4, "lm_head": True, "dynamic": {"-:lm_head": {}}}),
     Case("many-shards", {"bits": 4, "max_shard_size": "100KB"}),
     Case("bfloat16", {"bits": 4}, dtype="bfloat16"),
     Case("bfloat16-qwen2", {"bits": 8}, "qwen2", dtype="bfloat16"),
