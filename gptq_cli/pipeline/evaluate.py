@@ -60,13 +60,19 @@ class EvalRequest:
 
 @dataclass(frozen=True, slots=True)
 class EvalResult:
-    """A perplexity with the protocol that gave it; the last three fields are None without a baseline."""
+    """A perplexity with the protocol that gave it; the last four fields are None without a baseline.
+
+    `join` stands between the dataset's documents, `dataset_sha256` is the hash of the joined text in UTF-8.
+    """
 
     model: str
     perplexity: float
     dataset: str
-    dataset_sha256: str
+    dataset_config: str | None
+    dataset_split: str | None
     dataset_revision: str | None
+    dataset_sha256: str
+    join: str
     seqlen: int
     windows: int
     tokens: int
@@ -106,8 +112,11 @@ def evaluate_perplexity(model: str, request: EvalRequest, report: Report = ignor
         model=model,
         perplexity=perplexities[0].value,
         dataset=documents.name,
-        dataset_sha256=documents.sha256,
+        dataset_config=documents.config,
+        dataset_split=documents.split,
         dataset_revision=documents.revision,
+        dataset_sha256=documents.sha256,
+        join=documents.join,
         seqlen=ids.shape[1],
         windows=ids.shape[0],
         tokens=ids.numel(),

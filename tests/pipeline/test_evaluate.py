@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -136,7 +137,8 @@ def test_result_tells_the_protocol_and_events_tell_the_blocks(tmp_path: Path) ->
     content = json.loads(json.dumps(result.to_json()))
     assert content["dtype"] == "bfloat16"
     assert content["seqlen"] == SEQLEN
-    assert len(content["dataset_sha256"]) == 64
+    assert content["dataset_sha256"] == hashlib.sha256(texts(2000, seed=3)[0].encode()).hexdigest()
+    assert content["join"] == "\n\n"
     assert [event.index for event in events if isinstance(event, BlockFinished)] == [0, 1, 2]
 
 
