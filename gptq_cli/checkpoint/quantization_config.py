@@ -24,30 +24,32 @@ def describe(config: QuantizeConfig, quantized: Iterable[str], kept: Iterable[st
     """The dict for config.json. `quantized` and `kept` are full names of linears; kept ones lie inside the blocks.
 
     When a linear of a block is kept, both dialects say so: transformers reads `modules_in_block_to_quantize`, GPTQModel
-    and SGLang read `dynamic`. No value is null, `desc_act` is true only if g_idx is not trivial, `format` and
+    and SGLang read `dynamic`. No value is null, `desc_act` is true if a g_idx is not trivial and only then, `format` and
     `checkpoint_format` agree: each of these was seen to break a reader.
     """
+    quantized, kept = list(quantized), list(kept)
+    chosen = [choice for name in quantized if (choice := config.for_layer(name))]
+    ordered = any(choice.desc_act and not choice.static_groups for choice in chosen)
     described: dict[str, Any] = {
         "quant_method": "gptq",
         "bits": config.bits,
         "group_size": config.group_size,
-        "desc_act": config.desc_act and not config.static_groups,
+        "desc_act": ordered,
         "sym": config.sym,
         "checkpoint_format": config.format,
         "format": config.format,
-        "lm_head": config.lm_head,
+        "lm_head": "lm_head" in quantized,
         "true_sequential": config.true_sequential,
         "static_groups": config.static_groups,
-        "act_group_aware": config.act_group_aware,
+        "act_group_aware": config.act_group_aware and not ordered,
         "damp_percent": config.damp_percent,
         "pack_dtype": "int32",
     }
-    kept = list(kept)
     overrides = {rule: values for rule, values in config.dynamic.items() if not keeps(rule)}
     if kept or overrides:
         described["dynamic"] = {rule: {} for rule in skip_rules(kept)} | overrides
     if kept:
-        described["modules_in_block_to_quantize"] = [list(quantized)]
+        described["modules_in_block_to_quantize"] = [quantized]
     return described
 
 

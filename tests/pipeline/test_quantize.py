@@ -268,6 +268,22 @@ def test_rules_keep_and_change_layers_and_both_dialects_say_so(tmp_path: Path) -
     assert described["dynamic"][r"+:.*down_proj"] == {"bits": 8, "group_size": 64}
 
 
+def test_one_layer_with_its_own_order_makes_desc_act_true(tmp_path: Path) -> None:
+    rules = {r"+:.*layers\.1\.mlp\.down_proj": {"desc_act": True}}
+    output, _ = quantize(tmp_path, save_model(tmp_path / "model"), dynamic=rules)
+    described = json.loads((output / "config.json").read_text())["quantization_config"]
+    assert (described["desc_act"], described["act_group_aware"]) == (True, False)
+    groups = reader(output).linear("model.layers.1.mlp.down_proj").group_of_column
+    assert not torch.equal(groups, torch.arange(128, dtype=torch.int32) // 32)
+
+
+def test_a_head_that_a_rule_keeps_is_not_promised(tmp_path: Path) -> None:
+    output, result = quantize(tmp_path, save_model(tmp_path / "model"), lm_head=True, dynamic={"-:lm_head": {}})
+    assert result.kept == ("lm_head",)
+    assert json.loads((output / "config.json").read_text())["quantization_config"]["lm_head"] is False
+    assert "lm_head.weight" in open_checkpoint(output).tensors
+
+
 def test_only_listed_modules_are_quantized(tmp_path: Path) -> None:
     listed = [["self_attn.o_proj"], ["mlp.down_proj"]]
     _, result = quantize(tmp_path, save_model(tmp_path / "model"), modules_in_block_to_quantize=listed)
