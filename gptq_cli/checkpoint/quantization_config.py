@@ -24,7 +24,7 @@ def describe(config: QuantizeConfig, quantized: Iterable[str], kept: Iterable[st
     """The dict for config.json. `quantized` and `kept` are full names of linears; kept ones lie inside the blocks.
 
     When a linear of a block is kept, both dialects say so: transformers reads `modules_in_block_to_quantize`, GPTQModel
-    and SGLang read `dynamic`. No value is null, `desc_act` is true if a g_idx is not trivial and only then, `format` and
+    and SGLang read `dynamic`. No value is null, `desc_act` is true if and only if a g_idx is not trivial, `format` and
     `checkpoint_format` agree: each of these was seen to break a reader.
     """
     quantized, kept = list(quantized), list(kept)
