@@ -34,26 +34,21 @@ SIGNED = {"static_groups": True, "signed_scales": True}
 DIAGONAL = {"damp_mode": "diagonal", "damp_percent": 0.05}
 SETTINGS: dict[str, dict[str, Any]] = {
     "rtn": {},
-    "gptq": {},
-    "gptq damp .01": {"damp_percent": 0.01},
-    "asym": {"sym": False},
-    "static": {"static_groups": True},
-    "static asym": {"static_groups": True, "sym": False},
-    "static asym mse": {"static_groups": True, "sym": False, "scale_search": "mse"},
-    "static mse": {"static_groups": True, "scale_search": "mse"},
-    "static activation": {"static_groups": True, "scale_search": "activation"},
-    "signed gar": {"signed_scales": True},
+    "gptq": {"preset": "gptq"},
+    "act-order": {"preset": "act-order"},
+    "act-order asym": {"preset": "act-order", "sym": False},
     "signed": SIGNED,
-    "signed mse": {**SIGNED, "scale_search": "mse"},
-    "signed activation": {**SIGNED, "scale_search": "activation"},
-    "signed diagonal": {**SIGNED, **DIAGONAL},
-    "signed diagonal mse": {**SIGNED, **DIAGONAL, "scale_search": "mse"},
-    "signed diagonal refine 1": {**SIGNED, **DIAGONAL, "refine_sweeps": 1},
-    "signed diagonal refine 2": {**SIGNED, **DIAGONAL, "refine_sweeps": 2},
-    "signed diagonal refine 4": {**SIGNED, **DIAGONAL, "refine_sweeps": 4},
-    "signed diagonal mse refine 2": {**SIGNED, **DIAGONAL, "scale_search": "mse", "refine_sweeps": 2},
+    "signed mse": SIGNED | {"scale_search": "mse"},
+    "signed activation": SIGNED | {"scale_search": "activation"},
+    "signed refine 2": SIGNED | {"refine_sweeps": 2},
+    "signed diagonal": SIGNED | DIAGONAL,
+    "signed diagonal mse": SIGNED | DIAGONAL | {"scale_search": "mse"},
+    "signed diagonal refine 2": SIGNED | DIAGONAL | {"refine_sweeps": 2},
+    "signed diagonal mse refine 2": SIGNED | DIAGONAL | {"scale_search": "mse", "refine_sweeps": 2},
+    "signed diagonal mse refine 4": SIGNED | DIAGONAL | {"scale_search": "mse", "refine_sweeps": 4},
+    "signed diagonal activation refine 2": SIGNED | DIAGONAL | {"scale_search": "activation", "refine_sweeps": 2},
     "balanced": {"preset": "balanced"},
-    "fast": {"preset": "fast"},
+    "balanced asym": {"preset": "balanced", "sym": False},
 }
 
 
@@ -85,10 +80,10 @@ def measure(arguments: argparse.Namespace, name: str, bits: int, group_size: int
     """Quantize and evaluate once."""
     config = QuantizeConfig(
         bits=bits, group_size=group_size, dataset=str(arguments.calibration), nsamples=arguments.nsamples,
-        seqlen=arguments.seqlen, device="cpu", **SETTINGS[name],
+        seqlen=arguments.seqlen, device="cpu", dtype="float32", **SETTINGS[name],
     )  # fmt: skip
     request = EvalRequest(
-        dataset=str(arguments.evaluation), seqlen=arguments.seqlen, batch_size=16, device="cpu",
+        dataset=str(arguments.evaluation), seqlen=arguments.seqlen, batch_size=16, device="cpu", dtype="float32",
         baseline=str(arguments.model),
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:

@@ -38,9 +38,9 @@ def test_refinement_equals_the_reference_in_every_order(bits: int, order: str) -
     weight, hessian = correlated_layer(5, 144)
     hessian[[3, 77]] = 0
     hessian[:, [3, 77]] = 0
-    config = layer_config(order, bits=bits, group_size=48, refine_sweeps=1, signed_scales=True)
-    quantized = solved(weight, hessian, config).quantized
-    assert_same(quantized, reference.gptq(weight, hessian, config))
+    config = layer_config(order, bits=bits, group_size=48, refine_sweeps=1, signed_scales=True, damp_mode="diagonal")
+    quantized = solve(weight, hessian, prepare(hessian, config, 200), config).quantized
+    assert_same(quantized, reference.gptq(weight, hessian, config, 200))
     assert quantized.dequantize()[:, [3, 77]].abs().sum() == 0
 
 
@@ -110,3 +110,15 @@ def test_arguments_are_left_as_they_were() -> None:
     before = [tensor.clone() for tensor in tensors]
     refine(weight, hessian, prepared.damping, quantized, sweeps=2, signed=True)
     assert all(torch.equal(tensor, copy) for tensor, copy in zip(tensors, before, strict=True))
+
+
+def test_scales_that_should_turn_negative_do_so_only_where_they_may() -> None:
+    weight, hessian = correlated_layer(10, 96)
+    config = layer_config("natural", bits=3, group_size=32)
+    damping = prepare(hessian, config).damping
+    mirrored = round_to_nearest(-weight, config)
+    signed, unsigned = (refine(weight, hessian, damping, mirrored, sweeps=1, signed=signed) for signed in (True, False))
+    assert (signed.scales < 0).double().mean() > 0.5
+    assert (unsigned.scales > 0).all()
+    losses = [damped_loss(weight, hessian, damping, found) for found in (signed, unsigned, mirrored)]
+    assert losses == sorted(losses)
