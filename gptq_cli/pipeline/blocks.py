@@ -128,7 +128,7 @@ class LayerSolver:
             self._report(LayerStarted(layer.name))
             with located(layer):
                 if layer.config not in prepared:
-                    prepared[layer.config] = prepare(hessian, layer.config)
+                    prepared[layer.config] = prepare(hessian, layer.config, inputs.tokens)
                 factor = prepared[layer.config]
                 solution = solve(self._stream.stored_weight(layer.name), hessian, factor, layer.config)
             linear = linears[layer.name]
