@@ -30,7 +30,7 @@ from gptq_cli.pipeline.events import (
     Report,
     Warned,
 )
-from gptq_cli.pipeline.memory import WaitingRoom, block_finished
+from gptq_cli.pipeline.memory import WaitingRoom, block_finished, give_back_freed_tensors
 from gptq_cli.pipeline.plan import HEAD, LayerPlan, RunPlan
 
 Keep = Callable[[LayerPlan, QuantizedLinear], None]
@@ -47,6 +47,7 @@ def quantize_blocks(
     """
     layers = {layer.name: layer for layer in plan.quantized}
     solver = LayerSolver(stream, keep, report)
+    give_back_freed_tensors()
     report(PhaseStarted("embeddings", f"{len(batches)} batches"))
     hidden = HiddenStates(stream.embed(batches), stream.device)
     prober, room = Prober(), WaitingRoom(stream.device, report)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import sys
@@ -16,6 +17,8 @@ from gptq_cli.pipeline.events import BlockFinished, Report, Warned
 WAITING_SHARE = 0.5  # of the free memory; Hessians, factors and the solver share the rest
 MAX_WAITING_THREADS = 1024
 CUBLAS_WORKSPACE_BYTES = 32 * 2**20  # of each thread, on the newest devices
+MAPPED_BYTES = 2**20
+_M_MMAP_THRESHOLD = -3  # malloc.h of the GNU C library
 _STATUS = Path("/proc/self/status")
 _MEMORY = Path("/proc/meminfo")
 _CONTROL_GROUP = Path("/sys/fs/cgroup")
@@ -60,6 +63,17 @@ def free_bytes(device: torch.device) -> int:
     used = int((_CONTROL_GROUP / "memory.current").read_text())
     reclaimable = int(_fields(_CONTROL_GROUP / "memory.stat")["inactive_file"])
     return min(available, int(limit.read_text()) - used + reclaimable)
+
+
+def give_back_freed_tensors() -> None:
+    """Let the C library take tensors of a megabyte or more from the system one by one, and give each back when freed.
+
+    By default the GNU C library learns to keep them, in an arena for each thread: batches that wait would hold on to
+    what their forwards have freed long ago. Other C libraries are left as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, MAPPED_BYTES)
 
 
 class WaitingRoom:

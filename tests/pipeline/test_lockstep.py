@@ -22,7 +22,7 @@ from gptq_cli.pipeline import blocks, memory
 from gptq_cli.pipeline.activations import HiddenStates
 from gptq_cli.pipeline.blocks import LayerSolver, quantize_block
 from gptq_cli.pipeline.events import Event, Warned, ignore
-from gptq_cli.pipeline.memory import WaitingRoom, free_bytes
+from gptq_cli.pipeline.memory import WaitingRoom, free_bytes, give_back_freed_tensors, host_bytes
 from gptq_cli.pipeline.plan import LayerPlan, plan_run
 from gptq_cli.pipeline.quantize import quantize_checkpoint
 from tests.families import FAMILIES, save_model
@@ -226,3 +226,29 @@ def test_free_memory_is_bounded_by_the_machine_and_by_the_control_group(
     assert free_bytes(CPU) == 5000 - 3000 + 500
     (tmp_path / "memory.max").write_text("max\n")
     assert 2**20 < free_bytes(CPU) < total
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_a_thread_that_waits_does_not_keep_what_it_has_freed() -> None:
+    give_back_freed_tensors()
+    freed, go_on = threading.Semaphore(0), threading.Semaphore(0)
+
+    def work() -> None:
+        for _ in range(3):  # from the second round on the default is to keep it
+            tensors = [torch.ones(4 * 2**20 // 4) for _ in range(20)]
+            kept = torch.ones(2**10)  # above the others in their arena
+            del tensors
+        freed.release()
+        go_on.acquire()
+        del kept
+
+    before = host_bytes()
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+        freed.acquire()
+    held = host_bytes() - before
+    go_on.release(len(threads))
+    for thread in threads:
+        thread.join()
+    assert held < 20 * 2**20
