@@ -29,12 +29,15 @@ class Call:
 
 
 class Recorder(nn.Module):
-    """Stands in for a block: lends its attributes, notes its call, passes hidden states on in the block's shape."""
+    """Stands in for a block: lends its attributes, notes its call, passes hidden states on in the block's shape.
 
-    def __init__(self, block: nn.Module, returns: int | None) -> None:
+    `extras` is what the block returns beside hidden states, None if it returns these alone.
+    """
+
+    def __init__(self, block: nn.Module, extras: tuple[Any, ...] | None) -> None:
         super().__init__()
         object.__setattr__(self, "_block", block)  # not a submodule: its parameters stay out of sight
-        self.returns = returns
+        self.extras = extras
         self.inject: Tensor | None = None
         self.seen: list[tuple[Tensor, Call]] = []
 
@@ -49,7 +52,7 @@ class Recorder(nn.Module):
         hidden = args[0] if args else kwargs["hidden_states"]
         self.seen.append((hidden, Call(args[1:], rest, bool(args))))
         passed = hidden if self.inject is None else self.inject
-        return passed if self.returns is None else (passed, *[None] * (self.returns - 1))
+        return passed if self.extras is None else (passed, *self.extras)
 
 
 def share(value: Any, like: Any) -> Any:
@@ -57,6 +60,8 @@ def share(value: Any, like: Any) -> Any:
     if isinstance(value, Tensor):
         same = isinstance(like, Tensor) and value.dtype == like.dtype and torch.equal(value, like)
         return like if same else value
+    if isinstance(value, dict | list) and not value:
+        return value  # to be filled by one block and read by another
     if isinstance(value, Call) and isinstance(like, Call):
         return Call(share(value.args, like.args), share(value.kwargs, like.kwargs), value.positional)
     if isinstance(value, dict) and isinstance(like, dict):

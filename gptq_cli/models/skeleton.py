@@ -15,8 +15,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.pytorch_utils import Conv1D
 
 from gptq_cli.errors import InputError
+
+MAX_OTHER_SHARE = 0.1  # of the blocks' parameters: matrices that no linear layer holds, such as stacked experts
+NO_EXPERTS = ": mixtures of experts cannot be quantized yet"
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,16 +72,59 @@ def build_skeleton(
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The decoder's blocks: of the outermost lists of modules, the one with most parameters."""
-    lists = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
+    """The decoder's blocks: of the outermost lists of modules with linear layers, the one that is nested least.
+
+    Among equals the one with most parameters; a model of several parts says itself which one is the decoder.
+    """
+    decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else model
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    inside = set(decoder.modules())
+    found = {
+        name: blocks
+        for name, blocks in lists.items()
+        if blocks in inside
+        and any(is_linear(module) for module in blocks.modules())
+        and not any(name.startswith(f"{other}.") for other in lists)
     }
-    outermost = {
-        name: found for name, found in lists.items() if not any(name.startswith(f"{other}.") for other in lists)
+    if not found:
+        raise InputError("E_ARCH", f"{type(model).__name__} has no repeated blocks with linear layers")
+    return min(found.items(), key=lambda item: (item[0].count("."), -_size(item[1])))
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` multiplies by a matrix that GPTQ can quantize."""
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the weight of a linear is stored [I, O], as GPT-2's Conv1D does, and not [O, I]."""
+    return isinstance(module, Conv1D)
+
+
+def check_linears(name: str, blocks: nn.ModuleList) -> None:
+    """InputError E_ARCH if much of the blocks is in matrices that are no linear layers, such as stacked experts.
+
+    They would stay as they are, and the model would hardly get smaller.
+    """
+    others = {
+        f"{name}.{path}.{leaf}": parameter
+        for path, module in blocks.named_modules()
+        if not is_linear(module) and not isinstance(module, _CONVOLUTIONS)
+        for leaf, parameter in module.named_parameters(recurse=False)
+        if sum(size > 1 for size in parameter.shape) > 1
     }
-    if not outermost:
-        raise InputError("E_ARCH", f"{type(model).__name__} has no repeated blocks")
-    return max(outermost.items(), key=lambda item: sum(parameter.numel() for parameter in item[1].parameters()))
+    share = sum(parameter.numel() for parameter in others.values()) / _size(blocks)
+    if share > MAX_OTHER_SHARE:
+        largest, parameter = max(others.items(), key=lambda item: item[1].numel())
+        raise InputError(
+            "E_ARCH",
+            f"{share:.0%} of the blocks' weights are in no linear layer, first of all `{largest}` "
+            f"{list(parameter.shape)}{NO_EXPERTS if parameter.dim() > 2 else ''}",
+        )
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def match_names(model: PreTrainedModel, names: Iterable[str], blocks_name: str) -> dict[str, str]:
@@ -88,10 +136,12 @@ def match_names(model: PreTrainedModel, names: Iterable[str], blocks_name: str) 
     sources: dict[str, str] = {}
     for name in names:
         key, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, targets)
-        if converter is not None and key.startswith(blocks_name):
+        if converter is not None and (key in targets or key.startswith(f"{blocks_name}.")):
+            experts = NO_EXPERTS if key in targets and targets[key].dim() > 2 else ""
             raise InputError(
                 "E_ARCH",
-                f"`{name}` is fused with other tensors in {type(model).__name__} ({key}), which is not supported",
+                f"`{name}` is fused with other tensors into `{key}` of {type(model).__name__}, which is not supported"
+                f"{experts}",
             )
         if key in targets:
             sources[key] = name

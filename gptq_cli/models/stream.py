@@ -9,7 +9,7 @@ logits = stream.logits(ids, hidden)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from gptq_cli.errors import InputError
+from gptq_cli.models.dependence import check_chain
 from gptq_cli.models.recording import Call, Recorder, share
-from gptq_cli.models.skeleton import Skeleton, place
+from gptq_cli.models.skeleton import Skeleton, check_linears, is_linear, is_transposed, place
 
 Read = Callable[[str], Tensor]
 
@@ -33,7 +34,7 @@ class LoadedBlock:
     """A block with its weights, and what it was called with for each batch."""
 
     module: nn.Module
-    linears: dict[str, nn.Linear]  # by checkpoint name
+    linears: dict[str, nn.Module]  # by checkpoint name
     calls: list[Call]
 
     def run(self, batch: int, hidden: Tensor) -> Tensor:
@@ -44,12 +45,14 @@ class LoadedBlock:
 class ModelStream:
     """Runs a model block by block, reading each block's tensors when its turn comes and dropping them after."""
 
-    def __init__(self, skeleton: Skeleton, read: Read, device: torch.device) -> None:
+    def __init__(self, skeleton: Skeleton, read: Read, device: torch.device, dequantized: Collection[str] = ()) -> None:
+        """`dequantized`: names of weights that `read` gives as [O, I] whatever way round the module holds them."""
         self._model, self._sources, self._read, self.device = skeleton.model, skeleton.sources, read, device
+        self._dequantized = dequantized
         self._path, self._list = skeleton.blocks_name, skeleton.blocks
         self._blocks = list(skeleton.blocks)
         self._calls: list[list[Call]] = [[] for _ in self._blocks]
-        self._returns: int | None = None
+        self._extras: tuple[Any, ...] | None = None
 
     @property
     def n_blocks(self) -> int:
@@ -69,20 +72,31 @@ class ModelStream:
     def block_name(self, index: int) -> str:
         return f"{self._path}.{index}"
 
-    def linears(self, index: int) -> dict[str, nn.Linear]:
+    def linears(self, index: int) -> dict[str, nn.Module]:
         """The linear modules of one block by the name of their weight in the checkpoint, without ".weight"."""
         found = {}
         for name, module in self._blocks[index].named_modules():
-            if isinstance(module, nn.Linear):
+            if is_linear(module):
                 found[self._sources[f"{self.block_name(index)}.{name}.weight"].removesuffix(".weight")] = module
         return found
 
-    def all_linears(self) -> set[str]:
-        """Checkpoint names of every linear module of the blocks, and of the head."""
-        return {name for index in range(self.n_blocks) for name in self.linears(index)} | {"lm_head"}
+    def all_linears(self) -> dict[str, bool]:
+        """Checkpoint names of every linear of the blocks and the head, and whether it is stored [I, O].
+
+        InputError E_ARCH if two blocks share a weight, which each would calibrate for itself, or if much of the blocks
+        is in no linear.
+        """
+        check_linears(self._path, self._list)
+        found = {"lm_head": False}
+        for index in range(self.n_blocks):
+            for name, module in self.linears(index).items():
+                if name in found:
+                    raise InputError("E_ARCH", f"`{name}` is shared by several blocks, which is not supported")
+                found[name] = is_transposed(module)
+        return found
 
     def stored_weight(self, name: str) -> Tensor:
-        """The weight [O, I] of a linear as the checkpoint stores it, on the device."""
+        """The weight of a linear as the checkpoint stores it, on the device."""
         key = f"{name}.weight"
         return self._read(self._sources.get(key, key)).to(self.device)
 
@@ -93,10 +107,14 @@ class ModelStream:
         """
         base = self._model.base_model
         with self._outside(base):
-            self._returns = self._learn_output(batches[0])
+            self._extras = self._learn_output(batches[0][:1])
+            names = [self.block_name(index) for index in range(self.n_blocks)]
+            check_chain(
+                lambda outputs, extras: self._run_recorders(base, batches[0][:1], outputs, extras), names, self._extras
+            )
             hidden = []
             for ids in batches:
-                recorders, _ = self._run_recorders(base, ids)
+                recorders, _ = self._run_recorders(base, ids, [None] * self.n_blocks, self._extras)
                 hidden.append(recorders[0].seen[0][0])
                 for calls, recorder in zip(self._calls, recorders, strict=True):
                     calls.append(share(recorder.seen[0][1], calls[0] if calls else None))
@@ -118,7 +136,8 @@ class ModelStream:
         """
 
         def logits(ids: Tensor, hidden: Tensor) -> Tensor:
-            _, output = self._run_recorders(self._model, ids, inject=hidden)
+            outputs = [*[None] * (self.n_blocks - 1), hidden]
+            _, output = self._run_recorders(self._model, ids, outputs, self._extras)
             found: Tensor = output.logits
             return found
 
@@ -131,8 +150,8 @@ class ModelStream:
         module: nn.Module = self._model.get_output_embeddings()
         return module
 
-    def _learn_output(self, ids: Tensor) -> int | None:
-        """Length of the tuple that a block returns, None for a bare tensor: seen by running the first block once."""
+    def _learn_output(self, ids: Tensor) -> tuple[Any, ...] | None:
+        """What a block returns beside hidden states, None if nothing: seen by running the first block once."""
         outputs: list[object] = []
 
         def stop(_module: nn.Module, _args: object, output: object) -> None:
@@ -146,20 +165,24 @@ class ModelStream:
                 self._model.base_model(input_ids=ids.to(self.device), use_cache=False)
         finally:
             handle.remove()
-        return len(outputs[0]) if isinstance(outputs[0], tuple) else None
+        if not outputs:
+            raise InputError("E_ARCH", f"the model's forward never calls `{self.block_name(0)}`")
+        return tuple(outputs[0][1:]) if isinstance(outputs[0], tuple | list) else None
 
-    def _run_recorders(self, model: nn.Module, ids: Tensor, inject: Tensor | None = None) -> tuple[list[Recorder], Any]:
-        """`model` run on `ids` with recorders in place of its blocks; `inject` becomes the output of the last."""
-        recorders = [Recorder(block, self._returns) for block in self._blocks]
-        recorders[-1].inject = inject
-        for index, recorder in enumerate(recorders):
+    def _run_recorders(
+        self, model: nn.Module, ids: Tensor, outputs: Sequence[Tensor | None], extras: tuple[Any, ...] | None
+    ) -> tuple[list[Recorder], Any]:
+        """`model` run on `ids` with recorders in place of its blocks, which return `outputs` (None: their input)."""
+        recorders = [Recorder(block, extras) for block in self._blocks]
+        for index, (recorder, output) in enumerate(zip(recorders, outputs, strict=True)):
+            recorder.inject = output
             self._list[index] = recorder
         try:
-            output = model(input_ids=ids.to(self.device), use_cache=False)
+            result = model(input_ids=ids.to(self.device), use_cache=False)
         finally:
             for index, block in enumerate(self._blocks):
                 self._list[index] = block
-        return recorders, output
+        return recorders, result
 
     @contextmanager
     def _outside(self, module: nn.Module) -> Iterator[None]:
@@ -177,15 +200,18 @@ class ModelStream:
             for name in names:
                 source = self._sources[f"{prefix}{name}"]
                 if source not in loaded:
-                    loaded[source] = self._load(source, empty[name])
+                    turned = source in self._dequantized and is_transposed(
+                        module.get_submodule(name.rpartition(".")[0])
+                    )
+                    loaded[source] = self._load(source, empty[name], turned=turned)
                 place(module, name, loaded[source])
             yield
         finally:
             for name, tensor in empty.items():
                 place(module, name, tensor)
 
-    def _load(self, source: str, like: Tensor) -> Tensor:
-        tensor = self._read(source)
+    def _load(self, source: str, like: Tensor, *, turned: bool) -> Tensor:
+        tensor = self._read(source).T if turned else self._read(source)
         if tensor.shape != like.shape:
             raise InputError(
                 "E_CKPT_SHAPE",

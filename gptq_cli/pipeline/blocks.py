@@ -157,9 +157,11 @@ class LayerSolver:
                 if layer.config not in prepared:
                     prepared[layer.config] = prepare(hessian, layer.config, inputs.tokens)
                 factor = prepared[layer.config]
-                solution = solve(self._stream.stored_weight(layer.name), hessian, factor, layer.config)
+                weight = self._stream.stored_weight(layer.name)
+                solution = solve(weight.T if layer.transposed else weight, hessian, factor, layer.config)
             linear = linears[layer.name]
-            place(linear, "weight", solution.quantized.dequantize(linear.get_parameter("weight").dtype))
+            dequantized = solution.quantized.dequantize(linear.get_parameter("weight").dtype)
+            place(linear, "weight", dequantized.T if layer.transposed else dequantized)
             self._keep(layer, solution.quantized)
             self._warn(layer, factor)
             self._report(

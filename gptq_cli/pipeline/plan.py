@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,7 +23,10 @@ _IN_LIST = re.compile(r"^(?P<list>.*?)\.(?P<index>\d+)\.(?P<inner>.+)\.weight$")
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """One linear layer: `config` None means that it stays as it is, and `why` says for what reason."""
+    """One linear layer: `config` None means that it stays as it is, and `why` says for what reason.
+
+    `transposed`: the source stores its weight [I, O], as GPT-2 does; quantized it is [O, I] as every other.
+    """
 
     name: str
     block: int
@@ -32,6 +35,7 @@ class LayerPlan:
     config: LayerConfig | None
     why: str
     weight: TensorInfo
+    transposed: bool = False
 
     @property
     def groups(self) -> int:
@@ -79,12 +83,13 @@ def plan_run(model_dir: Path, config: QuantizeConfig) -> RunPlan:
     return plan_checkpoint(open_checkpoint(model_dir), config)
 
 
-def plan_checkpoint(source: Checkpoint, config: QuantizeConfig, linears: Collection[str] | None = None) -> RunPlan:
+def plan_checkpoint(source: Checkpoint, config: QuantizeConfig, linears: Mapping[str, bool] | None = None) -> RunPlan:
     """What becomes of each tensor of `source`.
 
-    `linears`, the names of the model's linear modules, tells 2-D tensors that are no linears apart when the model is at
-    hand. ConfigError E_SHAPE lists every layer that cannot be packed, E_CFG_NO_MATCH every rule that matches nothing;
-    InputError E_CKPT_QUANTIZED refuses a quantized source, E_ARCH one without repeated blocks.
+    `linears`, the names of the model's linear modules and whether each is stored [I, O], tells 2-D tensors that are no
+    linears apart when the model is at hand. ConfigError E_SHAPE lists every layer that cannot be packed, E_CFG_NO_MATCH
+    every rule that matches nothing; InputError E_CKPT_QUANTIZED refuses a quantized source, E_ARCH one without repeated
+    blocks or with linears of blocks elsewhere.
     """
     if source.quantization is not None:
         method = source.quantization.get("quant_method", "gptq")
@@ -92,8 +97,9 @@ def plan_checkpoint(source: Checkpoint, config: QuantizeConfig, linears: Collect
             "E_CKPT_QUANTIZED", f"`{source.directory}` is already quantized ({method})",
             hint="start from the full-precision model it was made from",
         )  # fmt: skip
-    blocks, found = find_block_linears(source.tensors.values())
+    blocks, found = find_block_linears(source.tensors.values(), linears)
     layers = [_choose(blocks, tensor, config, linears) for tensor in found]
+    _check_found(layers, linears or {})
     if config.lm_head:
         layers.append(_head(source, config, len({layer.block for layer in layers})))
     _check_rules(config, layers)
@@ -107,11 +113,13 @@ def plan_checkpoint(source: Checkpoint, config: QuantizeConfig, linears: Collect
     )
 
 
-def find_block_linears(tensors: Iterable[TensorInfo]) -> tuple[str, list[TensorInfo]]:
+def find_block_linears(
+    tensors: Iterable[TensorInfo], linears: Mapping[str, bool] | None = None
+) -> tuple[str, list[TensorInfo]]:
     """The name of the repeated list of blocks ("model.layers") and its 2-D weights, in block order.
 
-    Of all outermost numbered lists the one with most bytes in 2-D weights is the decoder: embeddings are not in lists,
-    vision towers and routers are smaller.
+    Of all outermost numbered lists the one with most bytes in 2-D weights (of `linears`, if given) is the decoder:
+    embeddings are not in lists, vision towers and routers are smaller.
     """
     lists: dict[str, list[tuple[int, TensorInfo]]] = defaultdict(list)
     for tensor in tensors:
@@ -120,14 +128,19 @@ def find_block_linears(tensors: Iterable[TensorInfo]) -> tuple[str, list[TensorI
             lists[match["list"]].append((int(match["index"]), tensor))
     if not lists:
         raise InputError("E_ARCH", "no repeated blocks with linear layers were found in the checkpoint")
-    name = max(lists, key=lambda key: sum(tensor.nbytes for _, tensor in lists[key]))
+
+    def weigh(key: str) -> int:
+        return sum(t.nbytes for _, t in lists[key] if linears is None or t.name.removesuffix(".weight") in linears)
+
+    name = max(lists, key=weigh)
     return name, [tensor for _, tensor in sorted(lists[name], key=lambda item: item[0])]
 
 
-def _choose(blocks: str, tensor: TensorInfo, config: QuantizeConfig, linears: Collection[str] | None) -> LayerPlan:
+def _choose(blocks: str, tensor: TensorInfo, config: QuantizeConfig, linears: Mapping[str, bool] | None) -> LayerPlan:
     name = tensor.name.removesuffix(".weight")
     index, _, inner = name.removeprefix(f"{blocks}.").partition(".")
-    out_features, in_features = tensor.shape
+    transposed = linears is not None and linears.get(name, False)
+    out_features, in_features = reversed(tensor.shape) if transposed else tensor.shape
     if linears is not None and name not in linears:
         chosen, why = None, "not a linear layer"
     elif not config.reaches(inner):
@@ -135,7 +148,15 @@ def _choose(blocks: str, tensor: TensorInfo, config: QuantizeConfig, linears: Co
     else:
         choice = config.choose(name)
         chosen, why = choice.config, choice.why
-    return LayerPlan(name, int(index), out_features, in_features, chosen, why, tensor)
+    return LayerPlan(name, int(index), out_features, in_features, chosen, why, tensor, transposed)
+
+
+def _check_found(layers: list[LayerPlan], linears: Mapping[str, bool]) -> None:
+    lost = sorted(set(linears) - {layer.name for layer in layers} - {HEAD})
+    if lost:
+        raise InputError(
+            "E_ARCH", f"`{lost[0]}` is a linear layer of the blocks, but not beside the others in the checkpoint"
+        )
 
 
 def _head(source: Checkpoint, config: QuantizeConfig, block: int) -> LayerPlan:

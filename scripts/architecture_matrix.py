@@ -1,0 +1,142 @@
+#!/usr/bin/env python3
+"""Every causal language model of the installed transformers: built tiny, quantized, read back, compared.
+
+    python scripts/architecture_matrix.py [TYPE ...]
+
+Each type runs in a process of its own, with limits of time and memory; nothing is downloaded. Without types all are
+tried, and docs/architectures.md and docs/benchmarks/architectures.json are written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import multiprocessing
+import os
+import resource
+import sys
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+
+from tests.architectures import TOLERANCE, TYPES, Outcome, try_type  # noqa: E402
+
+SECONDS = 90  # of one phase: building, or quantizing and comparing
+BYTES = 20 << 30
+BUILT = "built"
+STATUSES = {
+    "worked": "quantized and read back; logits as transformers computes them",
+    "refused": "an error with a code before anything is written",
+    "wrong": f"logits differ by more than {TOLERANCE:g} of the largest",
+    "crashed": "an exception that is no refusal, or no result in time",
+    "not built": "transformers cannot build, save, load or run a tiny random model of it here",
+}
+
+
+def attempt(model_type: str) -> Outcome:
+    """The outcome of one type, tried in a forked process that may fail in any way."""
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(target=_child, args=(model_type, theirs))
+    process.start()
+    theirs.close()
+    status = "not built"
+    try:
+        while ours.poll(SECONDS):
+            message = ours.recv()
+            if message != BUILT:
+                outcome: Outcome = message
+                return outcome
+            status = "crashed"
+        return Outcome(model_type, status, f"no result within {SECONDS} s")
+    except EOFError:
+        process.join()
+        return Outcome(model_type, status, f"the process ended with {process.exitcode}")
+    finally:
+        process.kill()
+        process.join()
+
+
+def _child(model_type: str, connection: Connection) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        connection.send(try_type(model_type, Path(folder), built=lambda: connection.send(BUILT)))
+
+
+INTRODUCTION = """
+The {count} model types of transformers' mapping for causal language models, each built tiny and random from its config
+class, quantized to 4 bits in groups of 32, read back, and compared: the logits of the block stream with those of
+transformers' own forward over the dequantized weights. The tool has no table of architectures; what it refuses, it
+refuses by what it finds.
+
+`python scripts/architecture_matrix.py` with {versions}, on a CPU in float32. A tiny random model is not a trained one:
+this tests structure, names and formats, not quality. Layers whose shape cannot be packed at these sizes (routers, small
+projections) are kept by the rules that the refusal hints at; they are named in the last column.
+
+*Share* is the quantized part of all weights in numbered modules: the blocks, but also those of a vision tower.
+"""
+
+
+def to_markdown(outcomes: Sequence[Outcome], versions: dict[str, str]) -> str:
+    """The table as a document."""
+    counts = Counter(outcome.status for outcome in outcomes)
+    said = " and ".join(f"{name} {version}" for name, version in versions.items())
+    lines = [
+        "# Architectures",
+        INTRODUCTION.format(count=len(outcomes), versions=said),
+        "| outcome | types | meaning |",
+        "|---|---|---|",
+        *(f"| {status} | {counts[status]} | {meaning} |" for status, meaning in STATUSES.items()),
+        "",
+        "| type | outcome | layers | kept | share | logits differ | why |",
+        "|---|---|---|---|---|---|---|",
+        *(_row(outcome) for outcome in outcomes),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _row(outcome: Outcome) -> str:
+    figures = ["", "", "", ""]
+    if outcome.quantized:
+        difference = f"{outcome.difference:.0e}" if outcome.difference else "0"
+        figures = [str(outcome.quantized), str(outcome.kept), f"{outcome.share:.0%}", difference]
+    cells = [outcome.model_type, outcome.status, *figures, outcome.why.replace("|", "\\|")]
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("types", nargs="*", default=TYPES)
+    types = parser.parse_args().types
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    outcomes = []
+    for model_type in types:
+        outcomes.append(attempt(model_type))
+        last = outcomes[-1]
+        print(f"{model_type:24s} {last.status:10s} {last.quantized:3d} {last.share:5.0%} {last.why}", flush=True)
+    print(dict(Counter(outcome.status for outcome in outcomes)))
+    if types == TYPES:
+        versions = {"transformers": transformers.__version__, "torch": torch.__version__.partition("+")[0]}
+        (ROOT / "docs" / "architectures.md").write_text(to_markdown(outcomes, versions))
+        rows = {"versions": versions, "rows": [asdict(outcome) for outcome in outcomes]}
+        (ROOT / "docs" / "benchmarks" / "architectures.json").write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,285 @@
+"""Any causal language model of transformers, tiny and random, and what becomes of it when it is quantized.
+
+`try_type` builds a model from its config class alone, quantizes it, reads the result back, and compares the logits of
+our stream with those of transformers' own forward over the dequantized weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from gptq_cli.checkpoint.reader import DequantizingReader, TensorReader
+from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
+from gptq_cli.config.schema import QuantizeConfig
+from gptq_cli.errors import GptqError
+from gptq_cli.pipeline.quantize import QuantizeResult, quantize_checkpoint
+from gptq_cli.pipeline.setup import open_stream
+from tests.families import save_tokenizer, texts
+
+TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+CPU = torch.device("cpu")
+TOLERANCE = 1e-5  # of the largest logit: both sides compute in float32, most agree bit for bit
+SIZES: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 128,
+    "sliding_window": 16,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    # encoders and decoders
+    "encoder_layers": 2,
+    "decoder_layers": 4,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 128,
+    "decoder_ffn_dim": 128,
+    "ffn_dim": 128,
+    "d_inner": 128,
+    "embedding_size": 64,
+    # experts
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "moe_num_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 64,
+    "expert_ffn_hidden_size": 64,
+    "shared_expert_intermediate_size": 64,
+    "shared_intermediate_size": 64,
+    # low-rank attention
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 32,
+    # recurrences
+    "mamba_n_heads": 4,
+    "mamba_d_head": 32,
+    "mamba_d_state": 16,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 32,
+    "mamba_dt_rank": 32,
+    "mamba_chunk_size": 16,
+    "ssm_state_size": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    # inputs of each layer
+    "hidden_size_per_layer_input": 32,
+    "vocab_size_per_layer_input": 512,
+    "num_kv_shared_layers": 1,
+}
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+TWEAKS: dict[str, dict[str, Any]] = {  # by model type, of parts too: what the sizes above do not settle
+    "axk2": {"num_key_value_heads": 4},
+    "codegen": {"rotary_dim": 16},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
+    "cpmant": {"dim_ff": 128, "dim_head": 32},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2}},
+    "deepseek_v32": {"num_key_value_heads": 4},
+    "dots1": {"n_shared_experts": 1},
+    "dots3_note": {"num_key_value_heads": 4},
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "falcon_h1": {"mamba_d_ssm": 128},
+    "gemma4_text": {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2},
+    "gemma4_unified_text": {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2},
+    "glm_moe_dsa": {"num_key_value_heads": 4},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "gptj": {"rotary_dim": 16},
+    "helium": {"head_dim": 16},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "longcat_flash": {"head_dim": 16, "num_key_value_heads": 4},
+    "mamba2": {"num_heads": 4},
+    "nemotron_h": {"n_groups": 1},
+    "xmod": {"default_language": "en_XX"},
+    "youtu": {"pad_token_id": None},  # transformers zeroes the row of this token when it loads
+    "zamba": {"num_hidden_layers": 76},
+    "zamba2": {"num_hidden_layers": 54},
+    "zaya": {"num_experts_per_tok": 1},
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one model type: `status` is worked, refused, wrong, crashed or not built."""
+
+    model_type: str
+    status: str
+    why: str = ""
+    quantized: int = 0
+    kept: int = 0
+    share: float = 0.0  # of the blocks' parameters that are quantized
+    difference: float = 0.0  # of logits, relative to the largest
+
+
+def try_type(model_type: str, folder: Path, built: Callable[[], None] = lambda: None) -> Outcome:
+    """Build, save, quantize, read back and compare one model type in `folder`; `built` is told when it is built."""
+    try:
+        model = build(model_type)
+        source = save(model, folder / "source")
+        own_logits(source)
+        built()
+    except Exception as error:  # noqa: BLE001 - whatever transformers raises is the finding
+        return Outcome(model_type, "not built", first_line(error))
+    try:
+        return quantize_and_compare(model_type, model, source, folder)
+    except GptqError as error:
+        return Outcome(model_type, "refused", f"{error.problems[0].code}: {error.problems[0].message}")
+    except Exception as error:  # noqa: BLE001 - a crash is a finding too
+        return Outcome(model_type, "crashed", first_line(error))
+
+
+def build(model_type: str) -> PreTrainedModel:
+    """A float32 model with small sizes wherever its config has the usual fields; no weight at its initial value."""
+    torch.manual_seed(0)
+    config_class = CONFIG_MAPPING[model_type]
+    config = config_class(**small(config_class))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            spread = 0.1 if parameter.dim() < 2 else parameter.shape[-1] ** -0.5
+            if parameter.is_floating_point():
+                parameter.add_(torch.randn_like(parameter) * spread)
+    return model.float().eval()
+
+
+def small(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
+    """Arguments that make a config tiny: SIZES for the fields it has, in its parts as well."""
+    default = config_class()
+    known = {field.name for field in dataclasses.fields(config_class)}
+    settings: dict[str, Any] = {}
+    for name, size in SIZES.items():
+        field = config_class.attribute_map.get(name, name)
+        if field in known:
+            listed = isinstance(default.__dict__.get(field), list)
+            settings[field] = [size] * SIZES["num_hidden_layers"] if listed else size
+    for part in config_class.sub_configs:
+        inner = getattr(default, part, None)
+        if inner is not None:
+            settings[part] = {"model_type": inner.model_type} | small(type(inner))
+    return settings | TWEAKS.get(config_class.model_type, {})
+
+
+def save(model: PreTrainedModel, directory: Path) -> Path:
+    """The model as a checkpoint, with a tokenizer."""
+    model.save_pretrained(directory)
+    save_tokenizer(directory)
+    return directory
+
+
+def token_batches() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, 259, (size, 40), generator=generator) for size in (2, 1)]
+
+
+def own_logits(directory: Path) -> list[Tensor]:
+    """Logits of the checkpoint by transformers' own loading and forward; ValueError if it does not load whole."""
+    model, loading = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+    if loading["missing_keys"]:
+        raise ValueError(f"transformers does not load what it saved: {sorted(loading['missing_keys'])[0]} is missing")
+    with torch.inference_mode():
+        logits = [model.eval()(input_ids=ids, use_cache=False).logits for ids in token_batches()]
+    if not all(x.isfinite().all() for x in logits):
+        raise ValueError("the random model's logits are not finite")
+    return logits
+
+
+def streamed_logits(directory: Path) -> list[Tensor]:
+    """Logits of the checkpoint, quantized or not, by our stream."""
+    batches = token_batches()
+    with torch.inference_mode():
+        stream = open_stream(open_checkpoint(directory), device=CPU, dtype="float32", trust_remote_code=False)
+        hidden = stream.embed(batches)
+        for index in range(stream.n_blocks):
+            with stream.block(index) as block:
+                hidden = [block.run(batch, state) for batch, state in enumerate(hidden)]
+        with stream.head() as head:
+            return [head(ids, state) for ids, state in zip(batches, hidden, strict=True)]
+
+
+def quantize_and_compare(model_type: str, model: PreTrainedModel, source: Path, folder: Path) -> Outcome:
+    result, rules = quantize(source, folder / "quantized")
+    checkpoint = open_checkpoint(result.output)
+    plain = dequantize(checkpoint, source, folder / "plain")
+    difference = max(
+        relative(streamed_logits(source), own_logits(source)),
+        relative(streamed_logits(result.output), own_logits(plain)),
+    )
+    status = "worked" if difference <= TOLERANCE else "wrong"
+    why = f"logits differ by {difference:.1e}" if status == "wrong" else ""
+    sizes = {name: tensor.shape.numel() for name, tensor in model.state_dict().items()}
+    in_blocks = sum(size for name, size in sizes.items() if re.search(r"\.\d+\.", name))
+    quantized = sum(read.numel() for _, read in dequantized(checkpoint))
+    return Outcome(
+        model_type=model_type,
+        status=status,
+        why=why or (f"kept by rule: {', '.join(rules)}" if rules else ""),
+        quantized=len(result.layers),
+        kept=len(result.kept),
+        share=quantized / in_blocks,
+        difference=difference,
+    )
+
+
+def quantize(source: Path, output: Path) -> tuple[QuantizeResult, list[str]]:
+    """4 bits, groups of 32; layers whose shape cannot be packed are kept by the rules that the error hints at."""
+    settings = {"bits": 4, "group_size": 32, "dataset": texts(4000), "nsamples": 4, "seqlen": 64, "batch_size": 2}
+    config = QuantizeConfig(**settings, device="cpu")
+    try:
+        return quantize_checkpoint(str(source), output, config), []
+    except GptqError as error:
+        hints = [re.search(r"--dynamic '(.*)'", problem.hint or "") for problem in error.problems]
+        rules = [hint[1] for hint in hints if hint]
+        if error.problems[0].code != "E_SHAPE" or len(rules) < len(hints):
+            raise
+    config = config.model_copy(update={"dynamic": {rule: {} for rule in rules}})
+    return quantize_checkpoint(str(source), output, config), rules
+
+
+def dequantized(checkpoint: Checkpoint) -> list[tuple[str, Tensor]]:
+    reader = DequantizingReader(checkpoint, CPU, "torch")
+    return [(name, reader.read(name)) for name in reader.names() if name not in checkpoint.tensors]
+
+
+def dequantize(checkpoint: Checkpoint, source: Path, directory: Path) -> Path:
+    """The source checkpoint with the dequantized weights in place of its own."""
+    shutil.copytree(source, directory, ignore=shutil.ignore_patterns("*.safetensors*"))
+    original = open_checkpoint(source)
+    tensors = {name: TensorReader(original).read(name) for name in original.tensors}
+    for name, weight in dequantized(checkpoint):
+        tensors[name] = min((w for w in (weight, weight.T) if w.shape == tensors[name].shape),
+                            key=lambda w: (w - tensors[name]).norm().item())  # fmt: skip
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / "model.safetensors",
+              metadata={"format": "pt"})  # fmt: skip
+    return directory
+
+
+def relative(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    difference = max((a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True))
+    return difference / max(b.abs().max().item() for b in theirs)
+
+
+def first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:160]

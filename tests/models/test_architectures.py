@@ -1,0 +1,55 @@
+"""Architectures of every kind, end to end: quantized and computed as transformers does, or refused for a stated reason.
+
+The table of all of them is made by scripts/architecture_matrix.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.architectures import try_type
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore"),  # what transformers says about its own models is not at stake
+]
+
+WORKING = [
+    "bloom",  # ALiBi
+    "falcon",  # parallel blocks, fused qkv
+    "falcon_mamba",  # state space
+    "gemma3n_text",  # inputs of each layer, several streams of hidden states
+    "gemma4_text",  # keys and values shared between blocks
+    "git",  # a vision tower beside the decoder
+    "gpt2",  # Conv1D
+    "minicpm3",  # low-rank attention
+    "qwen3_5_text",  # linear attention between full attention
+    "recurrent_gemma",  # recurrences
+]
+REFUSED = {
+    "bart": "never calls `model.decoder.layers.0.encoder_attn.k_proj`",
+    "gpt_oss": r"`model.layers.0.mlp.experts.gate_up_proj` [4, 64, 256]: mixtures of experts cannot be quantized yet",
+    "granitemoe": "no linear layer, first of all `model.layers.0.block_sparse_moe.experts.gate_up_proj`",
+    "mixtral": "`model.layers.0.block_sparse_moe.experts.0.w1.weight` is fused with other tensors into "
+    "`model.layers.0.mlp.experts.gate_up_proj` of MixtralForCausalLM, which is not supported: mixtures of experts",
+    "xlm": "what enters `transformer.ffns.1` is not what `transformer.ffns.0` returns",
+}
+
+
+@pytest.mark.parametrize("model_type", WORKING)
+def test_logits_of_the_quantized_model_are_those_of_transformers(model_type: str, tmp_path: Path) -> None:
+    outcome = try_type(model_type, tmp_path)
+    assert (outcome.status, outcome.difference) == ("worked", pytest.approx(0, abs=1e-6)), outcome.why
+    assert outcome.quantized >= 8
+    assert outcome.share > 0.45
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_what_cannot_be_quantized_is_refused_by_name(model_type: str, tmp_path: Path) -> None:
+    outcome = try_type(model_type, tmp_path)
+    assert outcome.status == "refused", outcome.why
+    assert outcome.why.startswith("E_ARCH: ")
+    assert REFUSED[model_type] in outcome.why
+    assert not (tmp_path / "quantized").exists()
