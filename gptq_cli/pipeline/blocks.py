@@ -103,10 +103,12 @@ def quantize_in_lockstep(
     """Solve each stage when all `runs` have come to it and wait; `hidden` becomes what they return in the end."""
     with waiting_batches(stages, linears, runs) as batches:
         for stage in stages:
-            hessian = HessianAccumulator(layers[stage.names[0]].in_features, solver.device)
+            together = [layers[name] for name in stage.names]
+            hessian = HessianAccumulator(together[0].in_features, solver.device)
             for inputs in batches.reach(stage):
                 hessian.add(inputs)
-            solver.solve([layers[name] for name in stage.names], linears, hessian)
+            solver.solve(together, linears, hessian)
+            del hessian  # before there is the next one
         for batch, output in enumerate(batches.finish()):
             hidden[batch] = output
 
