@@ -76,16 +76,15 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
     Among equals the one with most parameters; a model of several parts says itself which one is the decoder.
     """
-    decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else model
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    inside = set(decoder.modules())
     found = {
         name: blocks
         for name, blocks in lists.items()
-        if blocks in inside
-        and any(is_linear(module) for module in blocks.modules())
+        if any(is_linear(module) for module in blocks.modules())
         and not any(name.startswith(f"{other}.") for other in lists)
     }
+    inside = set(model.get_decoder().modules()) if isinstance(model, PreTrainedModel) else set()
+    found = {name: blocks for name, blocks in found.items() if blocks in inside} or found
     if not found:
         raise InputError("E_ARCH", f"{type(model).__name__} has no repeated blocks with linear layers")
     return min(found.items(), key=lambda item: (item[0].count("."), -_size(item[1])))

@@ -34,6 +34,7 @@ REFUSED = {
     "granitemoe": "no linear layer, first of all `model.layers.0.block_sparse_moe.experts.gate_up_proj`",
     "mixtral": "`model.layers.0.block_sparse_moe.experts.0.w1.weight` is fused with other tensors into "
     "`model.layers.0.mlp.experts.gate_up_proj` of MixtralForCausalLM, which is not supported: mixtures of experts",
+    "zamba2": "`model.layers.6.shared_transformer.self_attn.q_proj` is shared by several blocks",
     "xlm": "what enters `transformer.ffns.1` is not what `transformer.ffns.0` returns",
 }
 
