@@ -4,8 +4,8 @@
     python scripts/architecture_matrix.py [TYPE ...]
 
 Each type runs in a process of its own, with limits of time and memory; nothing is downloaded. The outcomes go to
-docs/architectures.md and docs/benchmarks/architectures.json. Where only some types are tried, the rows of the others stay
-if they were made with the same versions.
+docs/architectures.md and docs/benchmarks/architectures.json. Where only some types are tried, the rows of the others
+stay if they were made with the same versions.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ FIGURES = ROOT / "docs" / "benchmarks" / "architectures.json"
 BUILT = "built"
 STATUSES = {
     "worked": "quantized and read back; logits as transformers computes them",
-    "refused": "an error with a code before anything is written",
+    "refused": "an error with a code and a reason, and no output",
     "wrong": f"logits differ by more than {TOLERANCE:g} of the largest",
     "crashed": "an exception that is no refusal, or no result in time",
     "not built": "transformers cannot build, save, load or run a tiny random model of it here",
@@ -85,9 +85,10 @@ class, quantized to 4 bits in groups of 32, read back, and compared: the logits 
 transformers' own forward over the dequantized weights. The tool has no table of architectures; what it refuses, it
 refuses by what it finds.
 
-`python scripts/architecture_matrix.py` with {versions}, on a CPU in float32. A tiny
-random model is not a trained one: this tests structure, names and formats, not quality. Layers whose shape cannot be packed at these sizes (routers, small
-projections) are kept by the rules that the refusal hints at; they are named in the last column.
+`python scripts/architecture_matrix.py` with {versions}, on a CPU in float32.
+A tiny random model is not a trained one: this tests structure, names and formats, not quality. Layers whose shape
+cannot be packed at these sizes (routers, small projections) are kept by the rules that the refusal hints at; they are
+named in the last column.
 
 *Share* is the quantized part of all weights in numbered modules: the blocks, but also those of a vision tower.
 """
