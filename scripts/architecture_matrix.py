@@ -3,8 +3,9 @@
 
     python scripts/architecture_matrix.py [TYPE ...]
 
-Each type runs in a process of its own, with limits of time and memory; nothing is downloaded. Without types all are
-tried, and docs/architectures.md and docs/benchmarks/architectures.json are written.
+Each type runs in a process of its own, with limits of time and memory; nothing is downloaded. The outcomes go to
+docs/architectures.md and docs/benchmarks/architectures.json. Where only some types are tried, the rows of the others
+stay if they were made with the same versions.
 """
 
 from __future__ import annotations
@@ -34,12 +35,14 @@ import transformers  # noqa: E402
 
 from tests.architectures import TOLERANCE, TYPES, Outcome, try_type  # noqa: E402
 
-SECONDS = 90  # of one phase: building, or quantizing and comparing
-BYTES = 20 << 30
+SECONDS = 120  # of one phase: building, or quantizing and comparing
+BYTES = 100 << 30  # of address space: every tensor that is read maps its file once more
+DOCUMENT = ROOT / "docs" / "architectures.md"
+FIGURES = ROOT / "docs" / "benchmarks" / "architectures.json"
 BUILT = "built"
 STATUSES = {
     "worked": "quantized and read back; logits as transformers computes them",
-    "refused": "an error with a code before anything is written",
+    "refused": "an error with a code and a reason, and no output",
     "wrong": f"logits differ by more than {TOLERANCE:g} of the largest",
     "crashed": "an exception that is no refusal, or no result in time",
     "not built": "transformers cannot build, save, load or run a tiny random model of it here",
@@ -82,9 +85,10 @@ class, quantized to 4 bits in groups of 32, read back, and compared: the logits 
 transformers' own forward over the dequantized weights. The tool has no table of architectures; what it refuses, it
 refuses by what it finds.
 
-`python scripts/architecture_matrix.py` with {versions}, on a CPU in float32. A tiny random model is not a trained one:
-this tests structure, names and formats, not quality. Layers whose shape cannot be packed at these sizes (routers, small
-projections) are kept by the rules that the refusal hints at; they are named in the last column.
+`python scripts/architecture_matrix.py` with {versions}, on a CPU in float32.
+A tiny random model is not a trained one: this tests structure, names and formats, not quality. Layers whose shape
+cannot be packed at these sizes (routers, small projections) are kept by the rules that the refusal hints at; they are
+named in the last column.
 
 *Share* is the quantized part of all weights in numbered modules: the blocks, but also those of a vision tower.
 """
@@ -117,6 +121,14 @@ def _row(outcome: Outcome) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def recorded(versions: dict[str, str]) -> dict[str, Outcome]:
+    """Outcomes of the last run by type, if it was made with the same versions."""
+    content = json.loads(FIGURES.read_text()) if FIGURES.is_file() else {}
+    if content.get("versions") != versions:
+        return {}
+    return {row["model_type"]: Outcome(**row) for row in content["rows"]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*", default=TYPES)
@@ -125,17 +137,15 @@ def main() -> None:
     logging.disable(logging.WARNING)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    outcomes = []
+    versions = {"transformers": transformers.__version__, "torch": torch.__version__.partition("+")[0]}
+    outcomes = recorded(versions)
     for model_type in types:
-        outcomes.append(attempt(model_type))
-        last = outcomes[-1]
+        outcomes[model_type] = last = attempt(model_type)
         print(f"{model_type:24s} {last.status:10s} {last.quantized:3d} {last.share:5.0%} {last.why}", flush=True)
-    print(dict(Counter(outcome.status for outcome in outcomes)))
-    if types == TYPES:
-        versions = {"transformers": transformers.__version__, "torch": torch.__version__.partition("+")[0]}
-        (ROOT / "docs" / "architectures.md").write_text(to_markdown(outcomes, versions))
-        rows = {"versions": versions, "rows": [asdict(outcome) for outcome in outcomes]}
-        (ROOT / "docs" / "benchmarks" / "architectures.json").write_text(json.dumps(rows, indent=1) + "\n")
+    rows = [outcomes[model_type] for model_type in sorted(outcomes)]
+    print(dict(Counter(outcome.status for outcome in rows)))
+    DOCUMENT.write_text(to_markdown(rows, versions))
+    FIGURES.write_text(json.dumps({"versions": versions, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
