@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from gptq_cli.errors import InputError
 
 MAX_OTHER_SHARE = 0.1  # of the blocks' parameters: matrices that no linear layer holds, such as stacked experts
-NO_EXPERTS = ": mixtures of experts cannot be quantized yet"
+STACKED = ": stacked matrices, as mixtures of experts have them, cannot be quantized yet"
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -110,7 +110,7 @@ def check_linears(name: str, blocks: nn.ModuleList) -> None:
         for path, module in blocks.named_modules()
         if not is_linear(module) and not isinstance(module, _CONVOLUTIONS)
         for leaf, parameter in module.named_parameters(recurse=False)
-        if sum(size > 1 for size in parameter.shape) > 1
+        if _dimensions(parameter) > 1
     }
     share = sum(parameter.numel() for parameter in others.values()) / _size(blocks)
     if share > MAX_OTHER_SHARE:
@@ -118,8 +118,12 @@ def check_linears(name: str, blocks: nn.ModuleList) -> None:
         raise InputError(
             "E_ARCH",
             f"{share:.0%} of the blocks' weights are in no linear layer, first of all `{largest}` "
-            f"{list(parameter.shape)}{NO_EXPERTS if parameter.dim() > 2 else ''}",
+            f"{list(parameter.shape)}{STACKED if _dimensions(parameter) > 2 else ''}",
         )
+
+
+def _dimensions(tensor: Tensor) -> int:
+    return sum(size > 1 for size in tensor.shape)
 
 
 def _size(module: nn.Module) -> int:
@@ -136,11 +140,11 @@ def match_names(model: PreTrainedModel, names: Iterable[str], blocks_name: str) 
     for name in names:
         key, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, targets)
         if converter is not None and (key in targets or key.startswith(f"{blocks_name}.")):
-            experts = NO_EXPERTS if key in targets and targets[key].dim() > 2 else ""
+            stacked = STACKED if key in targets and _dimensions(targets[key]) > 2 else ""
             raise InputError(
                 "E_ARCH",
                 f"`{name}` is fused with other tensors into `{key}` of {type(model).__name__}, which is not supported"
-                f"{experts}",
+                f"{stacked}",
             )
         if key in targets:
             sources[key] = name

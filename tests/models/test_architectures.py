@@ -30,11 +30,12 @@ WORKING = [
 ]
 REFUSED = {
     "bart": "never calls `model.decoder.layers.0.encoder_attn.k_proj`",
-    "gpt_oss": r"`model.layers.0.mlp.experts.gate_up_proj` [4, 64, 256]: mixtures of experts cannot be quantized yet",
+    "gpt_oss": r"`model.layers.0.mlp.experts.gate_up_proj` [4, 64, 256]: stacked matrices, as mixtures of experts",
     "granitemoe": "no linear layer, first of all `model.layers.0.block_sparse_moe.experts.gate_up_proj`",
     "mixtral": "`model.layers.0.block_sparse_moe.experts.0.w1.weight` is fused with other tensors into "
-    "`model.layers.0.mlp.experts.gate_up_proj` of MixtralForCausalLM, which is not supported: mixtures of experts",
+    "`model.layers.0.mlp.experts.gate_up_proj` of MixtralForCausalLM, which is not supported: stacked matrices",
     "zamba2": "`model.layers.6.shared_transformer.self_attn.q_proj` is shared by several blocks",
+    "olmo_hybrid": "fused with other tensors into `model.layers.0.linear_attn.conv1d.weight` of OlmoHybridForCausalLM",
     "xlm": "what enters `transformer.ffns.1` is not what `transformer.ffns.0` returns",
 }
 
