@@ -35,8 +35,7 @@ REFUSED = {
     "mixtral": "`model.layers.0.block_sparse_moe.experts.0.w1.weight` is fused with other tensors into "
     "`model.layers.0.mlp.experts.gate_up_proj` of MixtralForCausalLM, which is not supported: stacked matrices",
     "zamba2": "`model.layers.6.shared_transformer.self_attn.q_proj` is shared by several blocks",
-    "olmo_hybrid": "fused with other tensors into `model.layers.0.linear_attn.conv1d.weight` of OlmoHybridForCausalLM, "
-    "which is not supported",
+    "olmo_hybrid": "fused with other tensors into `model.layers.0.linear_attn.conv1d.weight` of OlmoHybridForCausalLM",
     "xlm": "what enters `transformer.ffns.1` is not what `transformer.ffns.0` returns",
 }
 
