@@ -30,6 +30,7 @@ FAMILIES: dict[str, dict[str, object]] = {
     "qwen3": _COMMON | {"tie_word_embeddings": True},
     "gemma2": _COMMON | {"sliding_window": 16, "layer_types": _MIXED},
     "gemma3_text": _COMMON | {"sliding_window": 16, "layer_types": _MIXED},
+    "phi": _COMMON | {"num_key_value_heads": 4},
     "phi3": _COMMON,
     "opt": {
         "vocab_size": VOCABULARY,

@@ -1,10 +1,13 @@
 """GPTQ as its authors published it, dense in float64, one column after the other; it shares no code with the package.
 
 H⁻¹ = UᵀU with U upper triangular; column j is rounded, and its error over U_jj is spread over the columns to its right.
+What goes beyond the publication is here as plainly: grids by trying every candidate for one row after the other, and
+refinement by trying every code of every weight.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -57,7 +60,109 @@ def in_float16(scale: Tensor) -> Tensor:
     return scale.clamp(min=2.0**-14).half().double()
 
 
-def gptq(weight: Tensor, hessian: Tensor, config: LayerConfig) -> Reference:
+def in_both(scale: float) -> float:
+    """The nearest number that float16 and bfloat16 both hold: 8 significant bits."""
+    mantissa, exponent = math.frexp(max(abs(scale), 2.0**-14))
+    return math.copysign(math.ldexp(round(mantissa * 256), exponent - 8), scale)
+
+
+def row_error(row: list[float], energy: list[float], scale: float, zero: int, config: LayerConfig) -> float:
+    error = 0.0
+    for w, h in zip(row, energy, strict=True):
+        code = min(max(round(w / scale) + zero, 0), 2**config.bits - 1)
+        distance = abs(w - scale * (code - zero))
+        error += distance**2.4 if config.scale_search == "mse" else h * distance**2
+    return error
+
+
+def fit_row(row: list[float], energy: list[float], config: LayerConfig) -> tuple[float, int]:
+    """Scale and zero of one row of one group by trying all candidates; the first of equals wins."""
+    half = 2 ** (config.bits - 1)
+    if config.signed_scales:
+        largest = max(row) if max(row) > -min(row) else min(row)
+        scale, zero = in_both(-largest / half), half
+    else:
+        scales, zeros = fit(torch.tensor([row], dtype=torch.float64), config)
+        scale, zero = scales.item(), int(zeros.item())
+    if config.scale_search == "none":
+        return scale, zero
+    tried = [
+        (in_both(scale * sign * (40 - step) / 40), min(max(zero + offset, 1), 2 * half - 1))
+        for step in range(25)
+        for sign in ([1, -1] if config.signed_scales else [1])
+        for offset in ([0] if config.sym else [0, -1, 1])
+    ]
+    return min(tried, key=lambda grid: row_error(row, energy, *grid, config))
+
+
+def fit_any(weights: Tensor, energy: Tensor, config: LayerConfig) -> tuple[Tensor, Tensor]:
+    """As `fit`, for all grids that a configuration can ask for; energy [n] is diag H."""
+    if not config.signed_scales and config.scale_search == "none":
+        return fit(weights, config)
+    grids = [fit_row(row, energy.tolist(), config) for row in weights.tolist()]
+    scales, zeros = torch.tensor(grids, dtype=torch.float64).T
+    return scales, zeros
+
+
+def damping_of(energy: Tensor, config: LayerConfig, tokens: int | None) -> Tensor:
+    """What is added to the diagonal [I], for columns that are not dead."""
+    if config.damp_mode == "mean":
+        return config.damp_percent * energy.mean().expand_as(energy)
+    share = min(1.0, max(config.damp_percent, 0.5 * len(energy) / tokens))
+    return share * energy
+
+
+def refine(weight: Tensor, damped: Tensor, found: Reference, config: LayerConfig, sweeps: int) -> list[float]:
+    """Improve `found` in place for the damped Hessian, group by group, then column by column; the losses after each
+    step: least squares for a scale, all codes tried for a weight."""
+    L = torch.linalg.cholesky(damped)
+    columns = sorted(range(weight.shape[1]), key=lambda column: found.g_idx[column])
+    losses = [loss(weight, L, found)]
+    for _ in range(sweeps):
+        for group in range(found.scales.shape[1]):
+            members = [column for column in columns if found.g_idx[column] == group]
+            for row in range(len(weight)):
+                refine_scale(weight, L, found, config, row, group, members)
+            losses.append(loss(weight, L, found))
+        for column in columns:
+            refine_code(weight, L, found, config.bits, column)
+            losses.append(loss(weight, L, found))
+    return losses
+
+
+def loss(weight: Tensor, L: Tensor, found: Reference) -> float:
+    return ((weight - values(found)) @ L).square().sum().item()
+
+
+def values(found: Reference) -> Tensor:
+    return found.scales[:, found.g_idx] * (found.codes - found.zeros[:, found.g_idx])
+
+
+def refine_scale(
+    weight: Tensor, L: Tensor, found: Reference, config: LayerConfig, row: int, group: int, members: list[int]
+) -> None:
+    level = torch.zeros_like(weight[row])
+    level[members] = found.codes[row, members] - found.zeros[row, group]
+    if not level.any():
+        return
+    old = found.scales[row, group].item()
+    rest = (weight[row] - values(found)[row] + old * level) @ L
+    best = torch.linalg.lstsq((level @ L)[:, None], rest[:, None]).solution.item()
+    new = in_both(best if config.signed_scales else max(best, 0.0))
+    if (rest - new * level @ L).square().sum() < (rest - old * level @ L).square().sum():
+        found.scales[row, group] = new
+
+
+def refine_code(weight: Tensor, L: Tensor, found: Reference, bits: int, column: int) -> None:
+    error = weight - values(found)
+    group = found.g_idx[column]
+    tried = torch.arange(2**bits, dtype=torch.float64)
+    change = found.scales[:, group, None] * (tried - found.codes[:, column, None])  # [O, codes]
+    losses = (error[:, None, :] @ L - change[..., None] * L[column]).square().sum(-1)
+    found.codes[:, column] = tried[losses.argmin(dim=1)]
+
+
+def gptq(weight: Tensor, hessian: Tensor, config: LayerConfig, tokens: int | None = None) -> Reference:
     """Codes, scales and zeros of weight [O, I] in the natural order of columns."""
     n_rows, n = weight.shape
     group_size = n if config.group_size == -1 else config.group_size
@@ -65,13 +170,15 @@ def gptq(weight: Tensor, hessian: Tensor, config: LayerConfig) -> Reference:
     energy = H.diagonal().clone()
     W[:, energy == 0] = 0
     H.diagonal()[energy == 0] = 1
-    H += config.damp_percent * energy.mean() * torch.eye(n, dtype=torch.float64)
+    H += damping_of(energy, config, tokens).diag()
 
     order, group = order_and_groups(energy.tolist(), config, group_size)
     scales, zeros = torch.zeros(n_rows, n // group_size).double(), torch.zeros(n_rows, n // group_size).double()
     if config.static_groups:
         for g in range(n // group_size):
-            scales[:, g], zeros[:, g] = fit(W[:, g * group_size : (g + 1) * group_size], config)
+            members = slice(g * group_size, (g + 1) * group_size)
+            scales[:, g], zeros[:, g] = fit_any(W[:, members], energy[members], config)
+    original, damped = W, H
     W, H = W[:, order], H[order][:, order]
     U = torch.linalg.cholesky(torch.linalg.inv(H), upper=True)
 
@@ -79,9 +186,12 @@ def gptq(weight: Tensor, hessian: Tensor, config: LayerConfig) -> Reference:
     for j, column in enumerate(order):
         g = group[column]
         if j % group_size == 0 and not config.static_groups:
-            scales[:, g], zeros[:, g] = fit(W[:, j : j + group_size], config)
+            scales[:, g], zeros[:, g] = fit_any(W[:, j : j + group_size], energy[order][j : j + group_size], config)
         s, z = scales[:, g], zeros[:, g]
         codes[:, column] = torch.clamp(torch.round(W[:, j] / s) + z, 0, 2**config.bits - 1)
         error = (W[:, j] - s * (codes[:, column] - z)) / U[j, j]
         W[:, j + 1 :] -= torch.outer(error, U[j, j + 1 :])
-    return Reference(codes, scales, zeros, group)
+    found = Reference(codes, scales, zeros, group)
+    if config.refine_sweeps:
+        refine(original, damped, found, config, config.refine_sweeps)
+    return found

@@ -19,6 +19,9 @@ FUSED_ALIASES = {
     frozenset({"gate_proj", "up_proj"}): "gate_up_proj",
 }
 
+# Fields of this tool alone: they shape codes and scales, and no reader needs or knows them.
+UNKNOWN_TO_READERS = {"signed_scales", "scale_search", "refine_sweeps", "damp_mode"}
+
 
 def describe(config: QuantizeConfig, quantized: Iterable[str], kept: Iterable[str]) -> dict[str, Any]:
     """The dict for config.json. `quantized` and `kept` are full names of linears; kept ones lie inside the blocks.
@@ -45,7 +48,11 @@ def describe(config: QuantizeConfig, quantized: Iterable[str], kept: Iterable[st
         "damp_percent": config.damp_percent,
         "pack_dtype": "int32",
     }
-    overrides = {rule: values for rule, values in config.dynamic.items() if not keeps(rule)}
+    overrides = {
+        rule: {key: value for key, value in values.items() if key not in UNKNOWN_TO_READERS}
+        for rule, values in config.dynamic.items()
+        if not keeps(rule)
+    }
     if kept or overrides:
         described["dynamic"] = {rule: {} for rule in skip_rules(kept)} | overrides
     if kept:

@@ -67,6 +67,10 @@ StaticGroups = Annotated[bool | None, setting("static_groups", "--static-groups/
 TrueSequential = Annotated[
     bool | None, setting("true_sequential", "--true-sequential/--no-true-sequential", panel=ALGORITHM)
 ]
+SignedScales = Annotated[bool | None, setting("signed_scales", "--signed-scales/--no-signed-scales", panel=ALGORITHM)]
+ScaleSearch = Annotated[str | None, setting("scale_search", panel=ALGORITHM)]
+RefineSweeps = Annotated[int | None, setting("refine_sweeps", panel=ALGORITHM)]
+DampMode = Annotated[str | None, setting("damp_mode", panel=ALGORITHM)]
 DampPercent = Annotated[float | None, setting("damp_percent", panel=ALGORITHM)]
 Preset = Annotated[str | None, setting("preset", panel=ALGORITHM, metavar="NAME")]
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+ScaleSearch = Literal["none", "mse", "activation"]
+DampMode = Literal["mean", "diagonal"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +19,10 @@ class LayerConfig:
     desc_act: bool = False
     act_group_aware: bool = True
     static_groups: bool = False
+    signed_scales: bool = False
+    scale_search: ScaleSearch = "none"
+    refine_sweeps: int = 0
+    damp_mode: DampMode = "mean"
     damp_percent: float = 0.1
 
     def columns_per_group(self, in_features: int) -> int:

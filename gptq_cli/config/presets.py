@@ -7,6 +7,17 @@ from typing import Any
 DEFAULT_PRESET = "gptq"
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "gptq": {},  # the published algorithm with the defaults of Optimum's GPTQQuantizer
-    "act-order": {"static_groups": True},  # columns in activation order, groups by position: g_idx stays trivial
+    # the published algorithm with the defaults of Optimum's GPTQQuantizer
+    "gptq": {},
+    # columns in activation order, groups by position: g_idx stays trivial
+    "act-order": {"static_groups": True},
+    # what lowers the divergence from the original in the same kind of checkpoint: docs/benchmarks/quality.md
+    "balanced": {
+        "static_groups": True,
+        "signed_scales": True,
+        "scale_search": "mse",
+        "refine_sweeps": 4,
+        "damp_mode": "diagonal",
+        "damp_percent": 0.05,
+    },
 }

@@ -17,7 +17,7 @@ from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
 from gptq_cli.config.finding import Finding, KeyPath, name_of
-from gptq_cli.config.layer import LayerConfig
+from gptq_cli.config.layer import DampMode, LayerConfig, ScaleSearch
 from gptq_cli.config.presets import DEFAULT_PRESET, PRESETS
 from gptq_cli.config.rules import LayerChoice, first_match, is_listed, keeps, pattern_of
 
@@ -75,6 +75,9 @@ GroupSize = Annotated[
     int, AfterValidator(_group_size), Accepts("a positive number of columns, or -1 for one group per row")
 ]
 DampPercent = Annotated[float, Field(gt=0, lt=1), Accepts("a number strictly between 0 and 1")]
+Damping = Annotated[DampMode, Accepts("mean or diagonal")]
+Search = Annotated[ScaleSearch, Accepts("none, mse or activation")]
+Sweeps = Annotated[int, Field(ge=0), Accepts("a whole number of 0 or more")]
 Flag = Annotated[bool, TRUTH]
 Count = Annotated[int, Field(gt=0), Accepts("a whole number of 1 or more")]
 Text = Annotated[str, Field(min_length=1), Accepts("a text that is not empty")]
@@ -92,6 +95,10 @@ class LayerOverrides(TypedDict, total=False):
     desc_act: Flag
     act_group_aware: Flag
     static_groups: Flag
+    signed_scales: Flag
+    scale_search: Search
+    refine_sweeps: Sweeps
+    damp_mode: Damping
     damp_percent: DampPercent
 
 
@@ -107,7 +114,17 @@ class QuantizeConfig(BaseModel):
     act_group_aware: Flag = Field(True, description="activation order that keeps groups whole (GAR)")
     static_groups: Flag = Field(False, description="fix all scales first; columns in activation order, trivial g_idx")
     true_sequential: Flag = Field(True, description="layers of a block see inputs of already quantized layers")
-    damp_percent: DampPercent = Field(0.1, description="damping, as a share of the Hessian's mean diagonal")
+    signed_scales: Flag = Field(False, description="symmetric scales may be negative: the larger end gets a level more")
+    scale_search: Search = Field(
+        "none", description="shrink scales to least |error|^2.4 (mse) or error^2 weighted by input energy (activation)"
+    )
+    refine_sweeps: Sweeps = Field(0, description="rounds of fitting scales, then codes, after a layer is solved")
+    damp_mode: Damping = Field(
+        "mean", description="damp every column alike, or each by its own energy (diagonal), more when tokens are few"
+    )
+    damp_percent: DampPercent = Field(
+        0.1, description="damping, as a share of the Hessian's mean diagonal; with damp_mode diagonal the least share"
+    )
     modules_in_block_to_quantize: Annotated[
         list[Annotated[list[Text], Field(min_length=1)]] | None,
         Field(min_length=1),
@@ -176,6 +193,10 @@ class QuantizeConfig(BaseModel):
             desc_act=self.desc_act,
             act_group_aware=self.act_group_aware,
             static_groups=self.static_groups,
+            signed_scales=self.signed_scales,
+            scale_search=self.scale_search,
+            refine_sweeps=self.refine_sweeps,
+            damp_mode=self.damp_mode,
             damp_percent=self.damp_percent,
         )
 
@@ -201,6 +222,8 @@ def _override(base: LayerConfig, overrides: LayerOverrides) -> LayerConfig:
     filled: dict[str, Any] = dict(overrides)
     if filled.get("desc_act") is True:
         filled.setdefault("act_group_aware", False)
+    if filled.get("sym") is False:
+        filled.setdefault("signed_scales", False)
     return replace(base, **filled)
 
 
@@ -216,6 +239,8 @@ def fill(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
         if key not in said:
             said[key], why[key] = value, reason
 
+    if said.get("sym") is False:
+        default("signed_scales", False, "because sym is false")
     preset = said.get("preset", DEFAULT_PRESET)
     for key, value in PRESETS.get(preset, {}).items() if isinstance(preset, str) else ():
         default(key, value, f"preset {preset}")
@@ -239,6 +264,8 @@ def conflicts(values: Mapping[str, Any]) -> list[Finding]:
     findings = []
     if values.get("desc_act") is True and values.get("act_group_aware") is True:
         findings.append(_both_orders(("desc_act",), ("act_group_aware",)))
+    if values.get("signed_scales") is True and values.get("sym") is False:
+        findings.append(_signed_asymmetry(("signed_scales",), ("sym",)))
     batch, samples = values.get("batch_size"), values.get("nsamples", QuantizeConfig.model_fields["nsamples"].default)
     if type(batch) is int and type(samples) is int and batch > samples > 0:
         paths = (("batch_size",), ("nsamples",))
@@ -257,13 +284,27 @@ def _rule_conflicts(rule: str, overrides: dict[str, Any], values: Mapping[str, A
         hint = f"write {{}}, or use '+:{pattern_of(rule)}' to quantize the layer with other settings"
         says = "keeps its layers in full precision and takes no settings"
         return [Finding((path,), "E_CFG_CONFLICT", says, hint)] if overrides else []
-    desc_act = overrides.get("desc_act", values.get("desc_act"))
-    if desc_act is True and overrides.get("act_group_aware") is True:
-        first = (*path, "desc_act") if "desc_act" in overrides else ("desc_act",)
-        return [_both_orders(first, (*path, "act_group_aware"))]
-    return []
+    findings = []
+    if _effective(rule, "desc_act", values) is True and overrides.get("act_group_aware") is True:
+        findings.append(_both_orders(_said_at(rule, "desc_act", values), (*path, "act_group_aware")))
+    if overrides.get("signed_scales") is True and _effective(rule, "sym", values) is False:
+        findings.append(_signed_asymmetry((*path, "signed_scales"), _said_at(rule, "sym", values)))
+    return findings
+
+
+def _effective(rule: str, key: str, values: Mapping[str, Any]) -> object:
+    return values["dynamic"][rule].get(key, values.get(key))
+
+
+def _said_at(rule: str, key: str, values: Mapping[str, Any]) -> KeyPath:
+    return ("dynamic", rule, key) if key in values["dynamic"][rule] else (key,)
 
 
 def _both_orders(*paths: KeyPath) -> Finding:
     hint = "set act_group_aware to false, or leave it out: desc_act turns it off"
     return Finding(paths, "E_CFG_CONFLICT", "are both true and exclude each other", hint)
+
+
+def _signed_asymmetry(*paths: KeyPath) -> Finding:
+    hint = "set signed_scales to false, or leave it out: an asymmetric grid has no larger end"
+    return Finding(paths, "E_CFG_CONFLICT", "exclude each other: only a symmetric grid has signed scales", hint)

@@ -3,6 +3,9 @@
 H + λI = R D Rᵀ with R unit upper triangular and D diagonal. A Cholesky factor is lower triangular; reversing rows and
 columns before and after makes it upper, and no inverse is needed:
 R = flip(cholesky(flip(H + λI))), each column divided by its diagonal entry.
+
+Damping by the mean, λ = ρ mean(diag H) for every column, follows the loudest channels and may exceed all that a quiet
+one carries. Diagonal damping, λ_j = ρ H_jj, shrinks every correlation by 1 + ρ, whatever the units of its channels.
 """
 
 from __future__ import annotations
@@ -16,6 +19,9 @@ from gptq_cli.config.layer import LayerConfig
 from gptq_cli.engine.order import ColumnOrder, column_order
 
 DAMPING_STEP = 4.0
+# Correlations that few tokens measured are noise: diagonal damping is 1/2 where there is a token per column.
+COLUMNS_PER_TOKEN = 0.5
+QUIETEST = 1e-10  # of the loudest channel's energy: below it diagonal damping takes a channel to be as loud
 
 
 class NotPositiveDefiniteError(ArithmeticError):
@@ -41,7 +47,9 @@ class Prepared:
     R: Tensor  # [I, I], unit upper triangular
     D: Tensor  # [I], positive
     dead: Tensor  # bool [I], columns of the layer whose input was always zero
-    damp_percent: float  # the damping in R and D: λ / mean(diag H)
+    energy: Tensor  # [I], diag H as it came, in the natural order of columns
+    damping: Tensor  # [I], what R D Rᵀ has on its diagonal beyond that, in the same order
+    damp_percent: float  # the damping in R and D: λ / mean(diag H), or λ_j / H_jj
     retries: int  # how often it was raised before the factorisation succeeded
 
     @property
@@ -50,33 +58,60 @@ class Prepared:
 
 
 @torch.no_grad()
-def prepare(hessian: Tensor, config: LayerConfig) -> Prepared:
+def prepare(hessian: Tensor, config: LayerConfig, tokens: int | None = None) -> Prepared:
     """The column order of `config` and the factors of the damped Hessian [I, I] in that order.
 
-    λ = damp_percent * mean(diag H). If the factorisation fails, damp_percent is multiplied by 4 as long as it stays
-    below 1; `retries` counts that and `damp_percent` holds the value used. The Hessian itself is left as it was.
-    Raises NonFiniteHessianError, NotPositiveDefiniteError, and ValueError if the group size does not divide I.
+    With `damp_mode` mean, λ = damp_percent * mean(diag H). With diagonal, λ_j = ρ H_jj, where ρ = I / (2 tokens) within
+    [damp_percent, 1], and `tokens` is how many the Hessian sums. If the factorisation fails, ρ is multiplied by 4 as
+    long as it stays below 1 (diagonal: up to 1); `retries` counts that and `damp_percent` holds the value used. The
+    Hessian itself is left as it was.
+    Raises NonFiniteHessianError, NotPositiveDefiniteError, and ValueError if the group size does not divide I or
+    diagonal damping is not told the tokens.
     Source: GPTQ (Frantar et al. 2022), section 3.3, in the LDL form of QuIP (Chee et al. 2023).
     """
-    diagonal = hessian.diagonal().clone()
-    mean = diagonal.mean()
-    if not bool(torch.isfinite(mean)):
+    energy = hessian.diagonal().clone()
+    if not bool(torch.isfinite(energy.mean())):
         raise NonFiniteHessianError
-    order = column_order(diagonal, config)
-    dead = diagonal == 0
+    order = column_order(energy, config)
+    dead = energy == 0
+    undamped, unit = _diagonal(energy, dead, config)
     backwards = order.permutation.flip(0)
-    damped = hessian[backwards[:, None], backwards]
-    undamped_diagonal = diagonal.masked_fill(dead, 1)[backwards]
-    damp_percent, retries = config.damp_percent, 0
+    matrix = hessian[backwards[:, None], backwards]
+    damp_percent, retries = _first_damping(config, energy.numel(), tokens), 0
     while True:
-        damped.diagonal().copy_(undamped_diagonal + damp_percent * mean)
-        lower, failed_at = torch.linalg.cholesky_ex(damped)
+        damped = undamped + damp_percent * unit
+        matrix.diagonal().copy_(damped[backwards])
+        lower, failed_at = torch.linalg.cholesky_ex(matrix)
         if not bool(failed_at):
             break
-        if damp_percent * DAMPING_STEP >= 1:
-            raise NotPositiveDefiniteError(damp_percent)
-        damp_percent, retries = damp_percent * DAMPING_STEP, retries + 1
-    del damped
+        damp_percent, retries = _next_damping(damp_percent, config), retries + 1
+    del matrix
     R = lower.flip(0, 1)
     root = R.diagonal().clone()
-    return Prepared(order, R.div_(root), root.square(), dead, damp_percent, retries)
+    return Prepared(order, R.div_(root), root.square(), dead, energy, damped - energy, damp_percent, retries)
+
+
+def _diagonal(energy: Tensor, dead: Tensor, config: LayerConfig) -> tuple[Tensor, Tensor]:
+    """The diagonal [I] without damping, nowhere zero, and what damping of 1 adds to it."""
+    if config.damp_mode == "mean":
+        return energy.masked_fill(dead, 1), energy.mean().expand_as(energy)
+    # Dead columns first: any share of nothing is nothing.
+    diagonal = energy.clamp(min=QUIETEST * energy.max()).masked_fill(dead, 1)
+    return diagonal, diagonal
+
+
+def _first_damping(config: LayerConfig, in_features: int, tokens: int | None) -> float:
+    if config.damp_mode == "mean":
+        return config.damp_percent
+    if tokens is None:
+        raise ValueError("diagonal damping needs the number of tokens")
+    return min(1.0, max(config.damp_percent, COLUMNS_PER_TOKEN * in_features / max(tokens, 1)))
+
+
+def _next_damping(tried: float, config: LayerConfig) -> float:
+    stronger = tried * DAMPING_STEP
+    if config.damp_mode == "diagonal" and tried < 1:
+        return min(1.0, stronger)
+    if stronger >= 1:
+        raise NotPositiveDefiniteError(tried)
+    return stronger

@@ -38,11 +38,27 @@ def find_grid(weights: Tensor, bits: int, sym: bool) -> tuple[Tensor, Tensor]:
     return torch.where(zeros < 1, _stored(high / (maxq - 1)), scales), zeros.clamp_(min=1)
 
 
+def find_signed_grid(weights: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """The symmetric grid whose end -2**(bits-1) lies on the largest weight of each group [..., n], whatever its sign.
+
+    A positive one gets a negative scale, so the larger end has a level more than the other and no step is left unused.
+    Scales are exact in float16 and bfloat16. Source: full-range symmetric quantization, as in AutoRound.
+    """
+    half = 2 ** (bits - 1)
+    low, high = weights.amin(-1), weights.amax(-1)
+    scales = round_scales(torch.where(high > -low, high, low) / -half)
+    return scales, torch.full_like(scales, half)
+
+
 def find_group_grids(weight: Tensor, group_of_column: Tensor, bits: int, sym: bool) -> tuple[Tensor, Tensor]:
     """Scales and zeros [O, G] of a weight [O, I], for the equal-sized groups that `group_of_column` [I] names."""
-    columns = group_of_column.argsort(stable=True)
-    n_groups = int(group_of_column.max()) + 1
-    return find_grid(weight[:, columns].reshape(weight.shape[0], n_groups, -1), bits, sym)
+    return find_grid(split_groups(weight, group_of_column), bits, sym)
+
+
+def split_groups(columns: Tensor, group_of_column: Tensor) -> Tensor:
+    """What belongs to columns [..., I] as [..., G, n], for the equal-sized groups that `group_of_column` [I] names."""
+    order = group_of_column.argsort(stable=True)
+    return columns[..., order].reshape(*columns.shape[:-1], int(group_of_column.max()) + 1, -1)
 
 
 def round_to_grid(weights: Tensor, scales: Tensor, zeros: Tensor, bits: int, *, out: Tensor | None = None) -> Tensor:
@@ -57,6 +73,12 @@ def check_scales(scales: Tensor) -> None:
     """Raise `ScaleRangeError` unless every scale is finite; waits for the device once."""
     if not bool(torch.isfinite(scales).all()):
         raise ScaleRangeError
+
+
+def round_scales(scales: Tensor) -> Tensor:
+    """The nearest scales that float16 and bfloat16 both hold exactly, so that no reader's dtype moves them."""
+    stored = scales.abs().clamp(min=SMALLEST_SCALE).bfloat16().half().to(scales.dtype)
+    return stored.copysign(scales)
 
 
 def _stored(scales: Tensor) -> Tensor:

@@ -21,10 +21,12 @@ from torch import Tensor
 
 from gptq_cli.config.layer import LayerConfig
 from gptq_cli.engine.factor import Prepared
-from gptq_cli.engine.grid import check_scales, find_grid, find_group_grids, round_to_grid
+from gptq_cli.engine.grid import check_scales, round_to_grid, split_groups
 from gptq_cli.engine.layer import QuantizedLinear
 from gptq_cli.engine.output_error import relative_output_errors
+from gptq_cli.engine.refine import refine
 from gptq_cli.engine.rtn import round_to_nearest
+from gptq_cli.engine.search import choose_grid
 
 COLUMN_BLOCK = 128
 INNER_BLOCKS = (128, 32, 8)
@@ -45,11 +47,12 @@ class _Grid:
 
     scales: Tensor  # [G, O]
     zeros: Tensor  # [G, O]
+    energy: Tensor  # [G, n], diag H of the columns of each group
     config: LayerConfig
 
     def find(self, group: int, weights: Tensor) -> None:
         """Fit the group's grid to weights [n, O]."""
-        self.scales[group], self.zeros[group] = find_grid(weights.T, self.config.bits, self.config.sym)
+        self.scales[group], self.zeros[group] = choose_grid(weights.T, self.energy[group], self.config)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +87,17 @@ def solve(
 ) -> Solution:
     """The weight [O, I] quantized by GPTQ, with its output error under the undamped Hessian [I, I].
 
+    With `refine_sweeps`, codes and scales are then fitted further to the damped Hessian.
     `prepared` holds the order and the factors of the same Hessian. Sums are float32, or float64 if weight and Hessian
     are. Dead columns get the code of zero. `column_block` moves work between products of matrices and of vectors; it
     changes the result by no more than the rounding of sums. Raises ScaleRangeError.
     """
     quantized = _quantize(weight, prepared, config, column_block)
+    if config.refine_sweeps:
+        alive = weight.masked_fill(prepared.dead, 0)
+        quantized = refine(
+            alive, hessian, prepared.damping, quantized, sweeps=config.refine_sweeps, signed=config.signed_scales
+        )
     baseline = round_to_nearest(weight, config, prepared.order.group_of_column)
     error, rtn_error = relative_output_errors(weight, hessian, (quantized, baseline))
     return Solution(quantized, error, rtn_error)
@@ -121,11 +130,14 @@ def _initial_grid(weight: Tensor, prepared: Prepared, config: LayerConfig) -> _G
     """All grids from the original weights [O, I] if they are static; else room for them."""
     order = prepared.order
     if order.static_grid:
-        scales, zeros = find_group_grids(weight, order.group_of_column, config.bits, config.sym)
-        return _Grid(scales.T.contiguous(), zeros.T.contiguous(), config)
-    n_groups = weight.shape[1] // config.columns_per_group(weight.shape[1])
-    scales = weight.new_empty(n_groups, weight.shape[0])
-    return _Grid(scales, torch.empty_like(scales), config)
+        energy = split_groups(prepared.energy.to(weight.dtype), order.group_of_column)
+        scales, zeros = choose_grid(split_groups(weight, order.group_of_column), energy, config)
+        return _Grid(scales.T.contiguous(), zeros.T.contiguous(), energy, config)
+    # A group's columns reach its search in processing order.
+    energy = prepared.energy[order.permutation].to(weight.dtype)
+    energy = split_groups(energy, order.group_of_column[order.permutation])
+    scales = weight.new_empty(len(energy), weight.shape[0])
+    return _Grid(scales, torch.empty_like(scales), energy, config)
 
 
 def _widths(group_size: int, static_grid: bool, column_block: int) -> tuple[int, int]:

@@ -5,12 +5,19 @@ A *stage* is such a set: (q, k, v), (o), (gate, up), (down) for Llama; they shar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
+import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+Hook = Callable[[nn.Module, tuple[Any, ...]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,25 +28,58 @@ class Stage:
     calls: int
 
 
-class _Reached(Exception):
-    """Ends a forward once the inputs that it was run for have been seen."""
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What one forward of a block showed.
+
+    `inputs`: for each linear that was called, in order of first call, which tensors it was given. `waiting_bytes`: the
+    most that the forward held in memory of its own when it was about to call a linear.
+    """
+
+    inputs: Mapping[str, tuple[object, ...]]
+    waiting_bytes: int
+
+    def stages(self, names: Container[str]) -> list[Stage]:
+        """The stages that the linears `names` form, in the order of the forward; one never called is in none."""
+        stages: dict[tuple[object, ...], list[str]] = {}
+        for name, given in self.inputs.items():
+            if name in names:
+                stages.setdefault(given, []).append(name)
+        return [Stage(tuple(together), len(given)) for given, together in stages.items()]
 
 
-def find_stages(linears: Mapping[str, nn.Module], run: Callable[[], object]) -> list[Stage]:
-    """The stages of `linears` in the order of `run`, one forward of their block; linears never called are in none."""
-    inputs: dict[str, list[Tensor]] = {}
+class Prober:
+    """Probes one block of each kind. Blocks of a kind print alike: the same modules of the same classes and sizes."""
 
-    def note(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda _, args: inputs.setdefault(name, []).append(
-            args[0]
-        )  # kept alive: a pointer names one tensor only
+    def __init__(self) -> None:
+        self._known: dict[str, Probe] = {}
 
-    with _hooks((linear, note(name)) for name, linear in linears.items()):
+    def __call__(self, block: nn.Module, linears: Mapping[str, nn.Module], run: Callable[[], object]) -> Probe:
+        """The probe of `block`, whose linears are given by name in an order that its kind shares, by `run` if new."""
+        positions = {name: str(position) for position, name in enumerate(linears)}
+        kind = str(block)
+        if kind not in self._known:
+            self._known[kind] = _renamed(probe_block(linears, run), positions)
+        return _renamed(self._known[kind], {position: name for name, position in positions.items()})
+
+
+def probe_block(linears: Mapping[str, nn.Module], run: Callable[[], object]) -> Probe:
+    """What `run`, one forward of a block, does with the block's linears."""
+    inputs: dict[str, list[object]] = {}
+    waiting_bytes = 0
+    storages = _Storages()
+
+    def note(name: str) -> Hook:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            nonlocal waiting_bytes
+            inputs.setdefault(name, []).append(storages.identify(args[0]))
+            waiting_bytes = max(waiting_bytes, storages.nbytes)
+
+        return hook
+
+    with hooked((linear, note(name)) for name, linear in linears.items()), storages:
         run()
-    stages: dict[tuple[object, ...], list[str]] = {}
-    for name, seen in inputs.items():
-        stages.setdefault(tuple((x.data_ptr(), x.shape, x.stride()) for x in seen), []).append(name)
-    return [Stage(tuple(names), len(inputs[names[0]])) for names in stages.values()]
+    return Probe({name: tuple(given) for name, given in inputs.items()}, waiting_bytes)
 
 
 def watch_inputs(
@@ -53,7 +93,7 @@ def watch_inputs(
     expected = sum(stage.calls for stage in stages)
     left = expected
 
-    def seen(stage: Stage) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def seen(stage: Stage) -> Hook:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
             nonlocal left
             see(stage, args[0])
@@ -63,7 +103,7 @@ def watch_inputs(
 
         return hook
 
-    with _hooks((linears[stage.names[0]], seen(stage)) for stage in stages):
+    with hooked((linears[stage.names[0]], seen(stage)) for stage in stages):
         for run in runs:
             left = expected
             try:
@@ -73,10 +113,55 @@ def watch_inputs(
 
 
 @contextmanager
-def _hooks(pairs: Iterable[tuple[nn.Module, Callable[[nn.Module, tuple[Any, ...]], None]]]) -> Iterator[None]:
+def hooked(pairs: Iterable[tuple[nn.Module, Hook]]) -> Iterator[None]:
+    """Each module calls its hook before its forward; the hooks are gone on leaving."""
     handles = [module.register_forward_pre_hook(hook) for module, hook in pairs]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def same_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors that are both alive are one and the same numbers."""
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
+
+
+class _Reached(Exception):
+    """Ends a forward once the inputs that it was run for have been seen."""
+
+
+class _Storages(TorchDispatchMode):
+    """Tells the memory of tensors apart, also after it was given back, and counts what operations have allocated."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._allocated: WeakSet[torch.UntypedStorage] = WeakSet()
+        self._numbers: WeakKeyDictionary[torch.UntypedStorage, int] = WeakKeyDictionary()
+        self._next = count()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all storages that operations have allocated under this mode and that are still alive."""
+        return sum(storage.nbytes() for storage in self._allocated)
+
+    def identify(self, tensor: Tensor) -> object:
+        """A value that only views of the same numbers of the same storage share."""
+        storage = tensor.untyped_storage()
+        if storage not in self._numbers:
+            self._numbers[storage] = next(self._next)
+        return self._numbers[storage], tensor.storage_offset(), tensor.shape, tensor.stride()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        self._allocated |= _storages_in(output) - _storages_in((args, kwargs))
+        return output
+
+
+def _storages_in(values: object) -> set[torch.UntypedStorage]:
+    return {value.untyped_storage() for value in tree_leaves(values) if isinstance(value, Tensor)}
+
+
+def _renamed(probe: Probe, names: Mapping[str, str]) -> Probe:
+    return Probe({names[name]: given for name, given in probe.inputs.items()}, probe.waiting_bytes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -16,8 +16,9 @@ from gptq_cli.engine.hessian import HessianAccumulator
 from gptq_cli.engine.layer import QuantizedLinear
 from gptq_cli.engine.solve import solve
 from gptq_cli.errors import GateError, InputError
+from gptq_cli.models.lockstep import waiting_batches
 from gptq_cli.models.skeleton import place
-from gptq_cli.models.stages import Stage, find_stages, watch_inputs
+from gptq_cli.models.stages import Prober, Stage, watch_inputs
 from gptq_cli.models.stream import LoadedBlock, ModelStream
 from gptq_cli.pipeline.activations import HiddenStates
 from gptq_cli.pipeline.events import (
@@ -29,11 +30,11 @@ from gptq_cli.pipeline.events import (
     Report,
     Warned,
 )
-from gptq_cli.pipeline.memory import block_finished
+from gptq_cli.pipeline.memory import WaitingRoom, block_finished, give_back_freed_tensors
 from gptq_cli.pipeline.plan import HEAD, LayerPlan, RunPlan
 
 Keep = Callable[[LayerPlan, QuantizedLinear], None]
-Runs = Callable[[], Iterator[Callable[[], object]]]
+Runs = Iterable[Callable[[], object]]
 
 
 def quantize_blocks(
@@ -46,13 +47,15 @@ def quantize_blocks(
     """
     layers = {layer.name: layer for layer in plan.quantized}
     solver = LayerSolver(stream, keep, report)
+    give_back_freed_tensors()
     report(PhaseStarted("embeddings", f"{len(batches)} batches"))
     hidden = HiddenStates(stream.embed(batches), stream.device)
+    prober, room = Prober(), WaitingRoom(stream.device, report)
     for index in range(stream.n_blocks):
         started = time.perf_counter()
         report(BlockStarted(index, stream.n_blocks, stream.block_name(index)))
         with stream.block(index) as block:
-            quantize_block(block, layers, hidden, solver, true_sequential=true_sequential)
+            quantize_block(block, layers, hidden, solver, prober, room, true_sequential=true_sequential)
         report(block_finished(index, stream, started))
     if HEAD in layers:
         report(PhaseStarted("head", HEAD))
@@ -64,21 +67,50 @@ def quantize_block(
     layers: Mapping[str, LayerPlan],
     hidden: HiddenStates,
     solver: LayerSolver,
+    prober: Prober,
+    room: WaitingRoom,
     *,
     true_sequential: bool,
 ) -> None:
-    """Solve the block's layers, move `hidden` past it; `true_sequential`: each stage sees earlier ones quantized."""
+    """Solve the block's layers, move `hidden` past it; `true_sequential`: each stage sees earlier ones quantized.
+
+    The batches wait inside the block while its stages are solved, if `room` takes them; otherwise the block is run
+    again for each stage, with the same results.
+    """
     linears = {name: linear for name, linear in block.linears.items() if name in layers}
-    stages = find_stages(linears, lambda: block.run(0, hidden[0]))
+    runs = [partial(_run, block, hidden, batch) for batch in range(len(hidden))]
+    probe = prober(block.module, block.linears, runs[0])
+    stages = probe.stages(linears)
     _check_reached(linears, stages)
-
-    def runs() -> Iterator[Callable[[], object]]:
-        return (partial(block.run, batch, hidden[batch]) for batch in range(len(hidden)))
-
+    called_once = all(stage.calls == 1 for stage in stages)
+    if true_sequential and called_once and room.takes(len(hidden), probe.waiting_bytes):
+        quantize_in_lockstep(stages, linears, layers, runs, hidden, solver)
+        return
     for together in [[stage] for stage in stages] if true_sequential else [stages]:
         quantize_stages(together, linears, layers, runs, solver)
-    for batch in range(len(hidden)):
-        hidden[batch] = block.run(batch, hidden[batch])
+    for batch, run in enumerate(runs):
+        hidden[batch] = run()
+
+
+def quantize_in_lockstep(
+    stages: Sequence[Stage],
+    linears: Mapping[str, nn.Module],
+    layers: Mapping[str, LayerPlan],
+    runs: Sequence[Callable[[], Tensor]],
+    hidden: HiddenStates,
+    solver: LayerSolver,
+) -> None:
+    """Solve each stage when all `runs` have come to it and wait; `hidden` becomes what they return in the end."""
+    with waiting_batches(stages, linears, runs) as batches:
+        for stage in stages:
+            together = [layers[name] for name in stage.names]
+            hessian = HessianAccumulator(together[0].in_features, solver.device)
+            for inputs in batches.reach(stage):
+                hessian.add(inputs)
+            solver.solve(together, linears, hessian)
+            del hessian  # before there is the next one
+        for batch, output in enumerate(batches.finish()):
+            hidden[batch] = output
 
 
 def quantize_stages(
@@ -90,7 +122,7 @@ def quantize_stages(
 ) -> None:
     """Gather one Hessian a stage over all `runs`, then solve the stage's layers with it."""
     hessians = {stage: HessianAccumulator(layers[stage.names[0]].in_features, solver.device) for stage in stages}
-    watch_inputs(stages, linears, lambda stage, inputs: hessians[stage].add(inputs), runs())
+    watch_inputs(stages, linears, lambda stage, inputs: hessians[stage].add(inputs), runs)
     for stage in stages:
         solver.solve([layers[name] for name in stage.names], linears, hessians.pop(stage))
 
@@ -104,10 +136,7 @@ def quantize_head(
 ) -> None:
     """Solve the output head, whose inputs are the final hidden states as the model's own forward normalises them."""
     with stream.head() as logits:
-
-        def runs() -> Iterator[Callable[[], object]]:
-            return (partial(logits, ids, hidden[batch]) for batch, ids in enumerate(batches))
-
+        runs = (partial(logits, ids, hidden[batch]) for batch, ids in enumerate(batches))
         quantize_stages([Stage((HEAD,), 1)], {HEAD: stream.output_linear}, layers, runs, solver)
 
 
@@ -128,7 +157,7 @@ class LayerSolver:
             self._report(LayerStarted(layer.name))
             with located(layer):
                 if layer.config not in prepared:
-                    prepared[layer.config] = prepare(hessian, layer.config)
+                    prepared[layer.config] = prepare(hessian, layer.config, inputs.tokens)
                 factor = prepared[layer.config]
                 weight = self._stream.stored_weight(layer.name)
                 solution = solve(weight.T if layer.transposed else weight, hessian, factor, layer.config)
@@ -186,6 +215,10 @@ def located(layer: LayerPlan) -> Iterator[None]:
             "E_CKPT_NONFINITE", f"{where}: its weights are not finite or beyond the range of float16",
             hint="download the checkpoint again, or keep the layer with --dynamic",
         ) from error  # fmt: skip
+
+
+def _run(block: LoadedBlock, hidden: HiddenStates, batch: int) -> Tensor:
+    return block.run(batch, hidden[batch])
 
 
 def _check_reached(linears: Mapping[str, nn.Module], stages: Sequence[Stage]) -> None:

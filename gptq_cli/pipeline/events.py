@@ -30,7 +30,8 @@ class RunPlanned:
 @dataclass(frozen=True, slots=True)
 class LayerReport:
     """One solved layer. Errors are relative to the layer's output energy on the calibration tokens:
-    tr(E H E') / tr(W H W'); `rtn_relative_error` is the same for round-to-nearest on the same grid."""
+    tr(E H E') / tr(W H W'); `rtn_relative_error` is the same for round-to-nearest on the min/max grid of its groups.
+    `damp_percent` is what was used, in the configuration's `damp_mode`."""
 
     name: str
     block: int

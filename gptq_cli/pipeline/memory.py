@@ -1,7 +1,9 @@
-"""How much memory the process holds, without the pages of files it has mapped, reported after each block."""
+"""How much memory the process holds, without the pages of files it has mapped, and how much it may still take."""
 
 from __future__ import annotations
 
+import ctypes
+import os
 import resource
 import sys
 import time
@@ -10,9 +12,16 @@ from pathlib import Path
 import torch
 
 from gptq_cli.models.stream import ModelStream
-from gptq_cli.pipeline.events import BlockFinished
+from gptq_cli.pipeline.events import BlockFinished, Report, Warned
 
+WAITING_SHARE = 0.5  # of the free memory; Hessians, factors and the solver share the rest
+MAX_WAITING_THREADS = 1024
+CUBLAS_WORKSPACE_BYTES = 32 * 2**20  # of each thread, on the newest devices
+MAPPED_BYTES = 2**20
+_M_MMAP_THRESHOLD = -3  # malloc.h of the GNU C library
 _STATUS = Path("/proc/self/status")
+_MEMORY = Path("/proc/meminfo")
+_CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
 def host_bytes() -> int:
@@ -38,3 +47,57 @@ def block_finished(index: int, stream: ModelStream, started: float) -> BlockFini
         host_bytes=host_bytes(),
         device_bytes=device_peak_bytes(stream.device),
     )
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that tensors on `device` may still take, on the host within the limit of the process's control group."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
+    if not _MEMORY.exists():
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") - host_bytes()
+    available = int(_fields(_MEMORY)["MemAvailable:"]) * 1024
+    limit = _CONTROL_GROUP / "memory.max"
+    if not limit.exists() or limit.read_text().strip() == "max":
+        return available
+    used = int((_CONTROL_GROUP / "memory.current").read_text())
+    reclaimable = int(_fields(_CONTROL_GROUP / "memory.stat")["inactive_file"])
+    return min(available, int(limit.read_text()) - used + reclaimable)
+
+
+def give_back_freed_tensors() -> None:
+    """Let the C library take tensors of a megabyte or more from the system one by one, and give each back when freed.
+
+    By default the GNU C library learns to keep them, in an arena for each thread: batches that wait would hold on to
+    what their forwards have freed long ago. Other C libraries are left as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, MAPPED_BYTES)
+
+
+class WaitingRoom:
+    """Decides for each block whether all batches may wait inside it, and says once when they may not."""
+
+    def __init__(self, device: torch.device, report: Report) -> None:
+        self._device, self._report, self._told = device, report, False
+
+    def takes(self, n_batches: int, bytes_each: int) -> bool:
+        """Whether `n_batches` that hold `bytes_each` while they wait fit half of the free memory, and their threads."""
+        needed, threads = n_batches * bytes_each, n_batches
+        if self._device.type == "cuda":
+            needed += n_batches * CUBLAS_WORKSPACE_BYTES
+        else:
+            threads *= torch.get_num_threads()  # OpenMP keeps a team of threads for each thread that computes
+        free = free_bytes(self._device)
+        fits = needed <= WAITING_SHARE * free and threads <= MAX_WAITING_THREADS
+        if not (fits or self._told):
+            self._told = True
+            why = f"they would hold {needed / 1e9:.1f} GB of {free / 1e9:.1f} GB free memory, and {threads} threads"
+            slower = "so each block is run again for every stage"
+            self._report(Warned("W_MEM_REPLAY", f"{n_batches} batches cannot wait inside a block: {why}; {slower}"))
+        return fits
+
+
+def _fields(file: Path) -> dict[str, str]:
+    return {line.split()[0]: line.split()[1] for line in file.read_text().splitlines()}

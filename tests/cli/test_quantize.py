@@ -14,6 +14,7 @@ from .conftest import FakeQuantizer, Run
 
 EVERY_FLAG = [
     "--bits=3", "--group-size=-1", "--asym", "--desc-act", "--no-act-group-aware", "--static-groups",
+    "--no-signed-scales", "--scale-search=mse", "--refine-sweeps=2", "--damp-mode=diagonal",
     "--no-true-sequential", "--damp-percent=0.02", "--preset=act-order", "--dynamic", "-:.*x", "--dynamic",
     "+:.*y={bits: 8, sym: true}", "--lm-head", "--dataset=c4", "--dataset-config=en", "--dataset-split=train",
     "--text-column=body", "--nsamples=6", "--seqlen=64", "--batch-size=2", "--seed=7", "--format=gptq",
@@ -33,6 +34,7 @@ def test_every_flag_reaches_its_field(gptq: Run, quantizer: FakeQuantizer, tmp_p
         "overwrite": True,
         "config": QuantizeConfig(
             bits=3, group_size=-1, sym=False, desc_act=True, act_group_aware=False, static_groups=True,
+            signed_scales=False, scale_search="mse", refine_sweeps=2, damp_mode="diagonal",
             true_sequential=False, damp_percent=0.02, preset="act-order",
             dynamic={"-:.*x": {}, "+:.*y": {"bits": 8, "sym": True}}, lm_head=True, dataset="c4", dataset_config="en",
             dataset_split="train", text_column="body", nsamples=6, seqlen=64, batch_size=2, seed=7, format="gptq",

@@ -58,6 +58,8 @@ CASES = (
     *(Case(f"{bits}bit-group{size}", {"bits": bits, "group_size": size}) for bits in (3, 4) for size in (-1, 32, 128)),
     Case("plain-order", {"bits": 4, "act_group_aware": False}),
     Case("static-groups", {"bits": 4, "desc_act": True, "static_groups": True}),
+    *(Case(f"signed-{bits}bit", {"bits": bits, "preset": "balanced"}) for bits in (2, 3, 4, 8)),
+    Case("signed-bfloat16", {"bits": 4, "preset": "balanced"}, dtype="bfloat16"),
     Case("whole-rows-desc_act", {"bits": 4, "group_size": -1, "desc_act": True}),
     Case("kept-by-rule", {"bits": 4, "dynamic": {f"-:{O_PROJ}": {}}}),
     Case("kept-by-list", {"bits": 4, "modules_in_block_to_quantize": ALL_BUT_DOWN_PROJ}),

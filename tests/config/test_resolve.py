@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from gptq_cli.config.resolve import Resolved, check_flags, resolve
-from gptq_cli.errors import ConfigError, Problem
+from gptq_cli.errors import ConfigError, Location, Problem
 
 
 def write(folder: Path, text: str, name: str = "c.yaml") -> Path:
@@ -134,6 +134,12 @@ dynamic:
         ("damp_percent: .inf", "E_CFG_RANGE", "got .inf"),
         ("damp_percent: '0.1'", "E_CFG_TYPE", 'got "0.1"'),
         ("sym: 1", "E_CFG_TYPE", "got 1"),
+        ("signed_scales: 'true'", "E_CFG_TYPE", 'got "true"'),
+        ("scale_search: imatrix", "E_CFG_RANGE", 'must be none, mse or activation, got "imatrix"'),
+        ("scale_search: false", "E_CFG_TYPE", "got false"),
+        ("refine_sweeps: -1", "E_CFG_RANGE", "must be a whole number of 0 or more, got -1"),
+        ("refine_sweeps: 1.5", "E_CFG_TYPE", "got 1.5"),
+        ("damp_mode: diag", "E_CFG_RANGE", 'must be mean or diagonal, got "diag"'),
         ("sym: 'yes'", "E_CFG_TYPE", 'got "yes"'),
         ("desc_act: no", "E_CFG_TYPE", 'got "no"'),
         ("nsamples: 0", "E_CFG_RANGE", "got 0"),
@@ -225,3 +231,23 @@ def test_flags_of_a_command_without_configuration_are_checked_under_their_names(
         "--seqlen must be a whole number of 1 or more, got 0",
         '--device must be auto, cpu, cuda or cuda:N, got "gpu"',
     ]
+
+
+def test_signed_scales_and_an_asymmetric_grid_are_a_conflict_with_both_places(tmp_path: Path) -> None:
+    file = write(tmp_path, "bits: 4\nsym: false\ndynamic: {a: {signed_scales: true}, b: {sym: false}}\n")
+    (problem,) = problems_of({}, {}, file)
+    assert (problem.code, problem.location) == ("E_CFG_CONFLICT", Location(str(file), 3, 30))
+    assert problem.message == (
+        f"dynamic.a.signed_scales ({file}:3:30) and sym ({file}:2:6) exclude each other: "
+        "only a symmetric grid has signed scales"
+    )
+    assert problem.hint == "set signed_scales to false, or leave it out: an asymmetric grid has no larger end"
+    (flags,) = problems_of({"bits": 4, "sym": False, "signed_scales": True}, {})
+    assert flags.message.startswith("--signed-scales and --sym exclude each other")
+
+
+def test_asym_turns_the_signed_scales_of_a_preset_off_and_says_so() -> None:
+    found = resolve({"bits": 4, "sym": False, "preset": "balanced"}, {})
+    assert found.config.signed_scales is False
+    assert found.origins["signed_scales"] == "because sym is false"
+    assert found.origins["damp_mode"] == "preset balanced"

@@ -8,7 +8,8 @@ import pytest
 from pydantic import ValidationError
 
 from gptq_cli.config.layer import LayerConfig
-from gptq_cli.config.schema import QuantizeConfig, size_in_bytes
+from gptq_cli.config.presets import PRESETS
+from gptq_cli.config.schema import LayerOverrides, QuantizeConfig, size_in_bytes
 
 
 def test_defaults_are_those_of_optimum() -> None:
@@ -28,6 +29,11 @@ def test_defaults_are_those_of_optimum() -> None:
         "batch_size": 8,
         "seed": 0,
         "static_groups": False,
+        "signed_scales": False,
+        "scale_search": "none",
+        "refine_sweeps": 0,
+        "damp_mode": "mean",
+        "preset": "gptq",
         "modules_in_block_to_quantize": None,
         "dynamic": {},
         "lm_head": False,
@@ -52,6 +58,11 @@ def test_defaults_are_those_of_optimum() -> None:
         ({"nsamples": 300}, {"batch_size": 8}),
         ({"preset": "act-order"}, {"static_groups": True, "act_group_aware": True}),
         ({"preset": "act-order", "static_groups": False}, {"static_groups": False}),
+        ({"preset": "balanced"}, {"static_groups": True, "signed_scales": True, "damp_mode": "diagonal"}),
+        ({"preset": "balanced", "sym": False}, {"static_groups": True, "signed_scales": False, "format": "gptq_v2"}),
+        ({"preset": "balanced", "signed_scales": False, "damp_mode": "mean"}, {"signed_scales": False}),
+        ({"preset": "balanced", "damp_percent": 0.3}, {"damp_percent": 0.3, "damp_mode": "diagonal"}),
+        ({"signed_scales": None, "scale_search": None}, {"signed_scales": False, "scale_search": "none"}),
         ({"group_size": None, "dynamic": None, "sym": None}, {"group_size": 128, "dynamic": {}, "sym": True}),
     ],
 )
@@ -73,6 +84,15 @@ def test_only_what_was_said_or_derived_counts_as_set() -> None:
         {"dynamic": {"-:lm_head": {"bits": 8}}},
         {"dynamic": {"+:.*": {"desc_act": True, "act_group_aware": True}}},
         {"desc_act": True, "dynamic": {"+:.*": {"act_group_aware": True}}},
+        {"sym": False, "signed_scales": True},
+        {"sym": False, "dynamic": {"+:.*": {"signed_scales": True}}},
+        {"dynamic": {"+:.*": {"signed_scales": True, "sym": False}}},
+        {"refine_sweeps": -1},
+        {"refine_sweeps": 1.0},
+        {"refine_sweeps": True},
+        {"scale_search": "hessian"},
+        {"scale_search": False},
+        {"damp_mode": "median"},
         {"bits": 5},
         {"bits": "4"},
         {"unknown": 1},
@@ -145,3 +165,30 @@ def test_modules_in_block_match_the_end_of_a_name() -> None:
     names = ["self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj", "mlp.experts.3.up_proj", "mlp.up_proj.lora"]
     assert [config.reaches(name) for name in names] == [True, False, True, True, False]
     assert QuantizeConfig(bits=4).reaches("anything")
+
+
+def test_every_layer_setting_reaches_its_layer_and_can_be_overridden() -> None:
+    settings = {
+        "bits": 3, "group_size": 64, "sym": True, "desc_act": False, "act_group_aware": False, "static_groups": True,
+        "signed_scales": True, "scale_search": "mse", "refine_sweeps": 2, "damp_mode": "diagonal", "damp_percent": 0.2,
+    }  # fmt: skip
+    expected = LayerConfig(**settings)
+    assert set(settings) == set(LayerConfig.__slots__) == set(LayerOverrides.__annotations__)
+    assert QuantizeConfig(**settings).for_layer("a") == expected
+    assert QuantizeConfig(bits=8, dynamic={"a": settings}).for_layer("a") == expected
+
+
+def test_a_rule_that_says_asym_turns_signed_scales_off_for_its_layers() -> None:
+    config = QuantizeConfig(bits=4, signed_scales=True, dynamic={"+:a": {"sym": False}})
+    assert config.for_layer("a") == LayerConfig(sym=False)
+    assert config.for_layer("b") == LayerConfig(signed_scales=True)
+    turned_back = QuantizeConfig(bits=4, sym=False, dynamic={"+:a": {"sym": True, "signed_scales": True}})
+    assert turned_back.for_layer("a") == LayerConfig(signed_scales=True)
+
+
+def test_gptq_and_every_other_preset_say_what_they_are() -> None:
+    assert PRESETS["gptq"] == {}
+    for preset, values in PRESETS.items():
+        config = QuantizeConfig(bits=4, preset=preset)
+        assert {key: getattr(config, key) for key in values} == values
+        assert QuantizeConfig(bits=4, preset=preset, sym=False).base.signed_scales is False

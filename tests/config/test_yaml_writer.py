@@ -21,6 +21,8 @@ SAMPLES: list[dict[str, Any]] = [
     {"bits": 8, "desc_act": True, "damp_percent": 1e-05, "dataset": ["0o17", "~", "a: b # c\n\n d", "é😀", " x "]},
     {"bits": 2, "dynamic": {"-:.*[ab]{2}: x#'\"": {}, "z": {"bits": 8, "sym": False}, "+:a": {"damp_percent": 0.3}}},
     {"bits": 4, "modules_in_block_to_quantize": [["q", "k"], ["true"]], "max_shard_size": 10**9, "nsamples": 2},
+    {"bits": 3, "preset": "balanced", "scale_search": "none", "dynamic": {"+:a": {"sym": False, "damp_mode": "mean"}}},
+    {"bits": 2, "preset": "balanced", "sym": False, "refine_sweeps": 3},
     {"bits": 4, "preset": "act-order", "device": "cuda:1", "backend": "torch", "dataset": "x" * 300},
 ]
 

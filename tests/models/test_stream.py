@@ -13,7 +13,7 @@ from gptq_cli.checkpoint.reader import TensorReader
 from gptq_cli.checkpoint.source import open_checkpoint
 from gptq_cli.errors import InputError
 from gptq_cli.models.skeleton import build_skeleton, find_blocks, load_config
-from gptq_cli.models.stages import Stage, find_stages, watch_inputs
+from gptq_cli.models.stages import Stage, probe_block, watch_inputs
 from gptq_cli.models.stream import ModelStream
 from tests.families import FAMILIES, VOCABULARY, save_model
 
@@ -89,6 +89,7 @@ def test_only_the_block_at_work_has_weights(tmp_path: Path) -> None:
 
 LLAMA_LIKE = [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)]
 STAGES = dict.fromkeys(["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"], LLAMA_LIKE) | {
+    "phi": [("q_proj", "k_proj", "v_proj", "fc1"), ("dense",), ("fc2",)],
     "phi3": [("qkv_proj",), ("o_proj",), ("gate_up_proj",), ("down_proj",)],
     "opt": [("q_proj", "k_proj", "v_proj"), ("out_proj",), ("fc1",), ("fc2",)],
     "gpt_neox": [("query_key_value",), ("dense",), ("dense_h_to_4h",), ("dense_4h_to_h",)],
@@ -100,7 +101,7 @@ def test_stages_are_those_one_would_write_by_hand(family: str, tmp_path: Path) -
     stream = open_stream(save_model(tmp_path, family))
     hidden = stream.embed(token_batches(2))
     with stream.block(1) as block:
-        stages = find_stages(block.linears, lambda: block.run(0, hidden[0]))
+        stages = probe_block(block.linears, lambda: block.run(0, hidden[0])).stages(block.linears)
     assert [tuple(name.rpartition(".")[2] for name in stage.names) for stage in stages] == STAGES[family]
 
 

@@ -73,7 +73,7 @@ def slow_quantize(model: Path, windows: Tensor, settings: QuantizeConfig, stages
             tokens = input_of(whole, full[0], windows)
             hessian = tokens.T @ tokens
             for name in full:
-                found = gptq(modules[name].weight.detach(), hessian, settings.base)
+                found = gptq(modules[name].weight.detach(), hessian, settings.base, len(tokens))
                 codes[name] = found.codes
                 group = torch.tensor(found.g_idx)
                 modules[name].weight.data = (found.scales[:, group] * (found.codes - found.zeros[:, group])).float()
@@ -82,7 +82,14 @@ def slow_quantize(model: Path, windows: Tensor, settings: QuantizeConfig, stages
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"bits": 3, "sym": False}, {"desc_act": True}, {"static_groups": True, "bits": 2}, {"act_group_aware": False}],
+    [
+        {},
+        {"bits": 3, "sym": False},
+        {"desc_act": True},
+        {"static_groups": True, "bits": 2},
+        {"act_group_aware": False},
+        {"preset": "balanced", "scale_search": "activation", "refine_sweeps": 0},
+    ],
     ids=str,
 )
 def test_codes_equal_those_of_a_whole_model_reference_stage_by_stage(
@@ -506,3 +513,34 @@ def test_the_damping_ladder_is_reported_and_ends_in_an_error_that_names_the_laye
     ):
         raise NotPositiveDefiniteError(0.4)
     assert (caught.value.code, caught.value.exit_code) == ("E_NUM_HESSIAN", 4)
+
+
+def test_what_readers_do_not_know_stays_out_of_their_configuration(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    rules = {r"+:.*down_proj": {"bits": 8, "scale_search": "mse", "damp_mode": "mean"}, r"+:.*o_proj": {"sym": False}}
+    output, result = quantize(tmp_path, model, preset="balanced", refine_sweeps=1, dynamic=rules, format="gptq")
+    described = json.loads((output / "config.json").read_text())["quantization_config"]
+    plain, _ = quantize(tmp_path, model, static_groups=True, damp_percent=0.05, format="gptq")
+    known = json.loads((plain / "config.json").read_text())["quantization_config"]
+    assert described == known | {"dynamic": {r"+:.*down_proj": {"bits": 8}, r"+:.*o_proj": {"sym": False}}}
+    written = QuantizeConfig(**yaml.safe_load((output / "gptq_config.yaml").read_text()))
+    assert written == result.config
+    assert written.for_layer("model.layers.0.mlp.down_proj").scale_search == "mse"
+    assert result.to_json()["config"]["signed_scales"] is True
+
+
+def test_signed_scales_are_stored_with_both_signs_and_read_back_as_they_were_solved(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    output, result = quantize(tmp_path, model, preset="balanced", bits=3)
+    plain, unsigned = quantize(tmp_path, model, preset="act-order", bits=3)
+    for layer, other in zip(result.layers, unsigned.layers, strict=True):
+        linear = reader(output).linear(layer.name)
+        assert (linear.scales > 0).any()
+        assert (linear.scales < 0).any()
+        assert torch.equal(linear.scales.bfloat16().half(), linear.scales)
+        assert (reader(plain).linear(layer.name).scales > 0).all()
+        assert layer.relative_error < other.relative_error
+        assert layer.damp_percent == pytest.approx(min(1, 0.5 * linear.codes.shape[1] / layer.tokens))
+        original, read = TensorReader(open_checkpoint(model)), reader(output).read(f"{layer.name}.weight")
+        weight = original.read(f"{layer.name}.weight").float()
+        assert (read - weight).norm() < 0.3 * weight.norm()

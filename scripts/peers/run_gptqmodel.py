@@ -1,0 +1,19 @@
+"""Quantizes MODEL with GPTQModel.
+
+run_gptqmodel.py MODEL OUT IDS.json BITS GROUP_SIZE, in an environment that has it.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ |= {"GPTQMODEL_CPU_WORKERS": "2", "TORCHDYNAMO_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+from gptqmodel import GPTQModel, QuantizeConfig
+
+model, output, ids, bits, group_size = sys.argv[1:]
+rows = json.loads(Path(ids).read_text())
+loaded = GPTQModel.load(model, QuantizeConfig(bits=int(bits), group_size=int(group_size)), device="cpu")
+loaded.quantize([{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows], batch_size=1)
+loaded.save(output)

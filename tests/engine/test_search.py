@@ -1,0 +1,121 @@
+"""Signed and searched grids against every candidate tried row by row in plain Python."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from gptq_cli.config.layer import LayerConfig
+from gptq_cli.engine import search
+from gptq_cli.engine.grid import SMALLEST_SCALE, ScaleRangeError, find_signed_grid, round_scales, round_to_grid
+from gptq_cli.engine.search import choose_grid
+from tests import reference
+from tests.engine.samples import ORDERS, correlated_layer, layer_config
+from tests.engine.test_solve import assert_same, solved
+
+KINDS = {"sym": {}, "signed": {"signed_scales": True}, "asym": {"sym": False}}
+
+
+def groups_with_outliers(seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Weights [O, G, n] whose tails make clipping worth it, and energies [G, n] that differ from group to group."""
+    random = torch.Generator().manual_seed(seed)
+    weights = torch.randn(9, 3, 20, generator=random, dtype=torch.float64)
+    energy = torch.rand(3, 20, generator=random, dtype=torch.float64).pow(4)
+    return 0.02 * weights * weights.abs(), energy
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scale_search", ["none", "mse", "activation"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_chosen_grid_is_the_best_of_all_candidates(bits: int, scale_search: str, kind: str) -> None:
+    weights, energy = groups_with_outliers(bits)
+    config = LayerConfig(bits=bits, scale_search=scale_search, **KINDS[kind])
+    scales, zeros = choose_grid(weights, energy, config)
+    assert scales.shape == zeros.shape == (9, 3)
+    for group in range(3):
+        expected_scales, expected_zeros = reference.fit_any(weights[:, group], energy[group], config)
+        assert torch.equal(scales[:, group], expected_scales)
+        assert torch.equal(zeros[:, group], expected_zeros)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("scale_search", ["none", "activation"])
+def test_codes_equal_the_reference_with_static_and_dynamic_groups(scale_search: str, order: str, kind: str) -> None:
+    weight, hessian = correlated_layer(7, 144)
+    config = layer_config(order, bits=3, group_size=24, scale_search=scale_search, **KINDS[kind])
+    assert_same(solved(weight, hessian, config).quantized, reference.gptq(weight, hessian, config))
+
+
+def test_largest_weight_is_the_end_of_a_signed_grid_whatever_its_sign() -> None:
+    weights = torch.tensor([[[-0.5, 0.25], [0.5, 0.25], [0.5, -0.5], [0.25, 0.125]]])
+    scales, zeros = find_signed_grid(weights, bits=4)
+    assert scales.tolist() == [[0.0625, -0.0625, 0.0625, -0.03125]]
+    assert zeros.tolist() == [[8, 8, 8, 8]]
+    codes = round_to_grid(weights, scales[..., None], zeros[..., None], 4)
+    assert codes.tolist() == [[[0, 12], [0, 4], [15, 0], [0, 4]]]
+
+
+@pytest.mark.parametrize("scale_search", ["none", "mse", "activation"])
+def test_signed_scales_have_both_signs_and_are_exact_in_both_16_bit_formats(scale_search: str) -> None:
+    weights, energy = groups_with_outliers()
+    scales, _ = choose_grid(weights, energy, LayerConfig(bits=4, signed_scales=True, scale_search=scale_search))
+    assert (scales > 0).any()
+    assert (scales < 0).any()
+    assert torch.equal(scales.half().double(), scales)
+    assert torch.equal(scales.bfloat16().double(), scales)
+
+
+@pytest.mark.parametrize("sym", [True, False])
+def test_searched_unsigned_scales_are_positive_and_exact_in_both_16_bit_formats(sym: bool) -> None:
+    weights, energy = groups_with_outliers()
+    scales, zeros = choose_grid(weights, energy, LayerConfig(bits=3, sym=sym, scale_search="mse"))
+    assert (scales > 0).all()
+    assert torch.equal(scales.half().bfloat16().double(), scales)
+    assert zeros.min() >= 1
+    assert zeros.max() <= 7
+
+
+def test_rounded_scales_keep_their_sign_and_stay_normal_numbers() -> None:
+    scales = round_scales(torch.tensor([-1e-9, 1e-9, -0.3, 0.3, 1e6], dtype=torch.float64))
+    assert scales[:2].tolist() == [-SMALLEST_SCALE, SMALLEST_SCALE]
+    assert scales[2] == -scales[3] == -0.30078125
+    assert scales[4].isinf()
+
+
+def test_rows_taken_in_chunks_give_the_same_grids(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, energy = groups_with_outliers()
+    config = LayerConfig(bits=3, signed_scales=True, scale_search="activation")
+    whole = choose_grid(weights, energy, config)
+    monkeypatch.setattr(search, "WEIGHTS_PER_CHUNK", 2 * 3 * 20)
+    chunked = choose_grid(weights, energy, config)
+    assert all(torch.equal(left, right) for left, right in zip(whole, chunked, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scale_search", ["none", "mse", "activation"])
+def test_group_of_zeros_decodes_to_zero(scale_search: str, kind: str) -> None:
+    config = layer_config("static group aware", scale_search=scale_search, group_size=48, **KINDS[kind])
+    weight, hessian = correlated_layer(5, 96)
+    weight[:, :48] = 0
+    assert solved(weight, hessian.diagonal().diag(), config).quantized.dequantize()[:, :48].abs().sum() == 0
+
+
+def test_clipping_pays_where_weights_have_tails() -> None:
+    weights, energy = groups_with_outliers()
+    for scale_search in ("mse", "activation"):
+        config = LayerConfig(bits=2, scale_search=scale_search)
+        scales, _ = choose_grid(weights, energy, config)
+        widest, _ = choose_grid(weights, energy, LayerConfig(bits=2))
+        assert (scales < 0.8 * widest).double().mean() > 0.5
+
+
+@pytest.mark.parametrize("order", ["group aware", "static group aware"])
+@pytest.mark.parametrize("extra", [{"signed_scales": True}, {"scale_search": "mse"}, {"refine_sweeps": 1}], ids=str)
+@pytest.mark.parametrize("bad", [1e7, float("nan")])
+def test_weight_that_no_float16_scale_can_reach_is_an_error(bad: float, extra: dict[str, object], order: str) -> None:
+    weight, hessian = correlated_layer(20, 192)
+    weight[3, 100] = bad
+    with pytest.raises(ScaleRangeError):
+        solved(weight, hessian, layer_config(order, group_size=48, **extra))
