@@ -50,7 +50,7 @@ def run(tool: Tool, output: Path, log: Path) -> dict[str, float]:
     command = [str(output) if word == "OUT" else word for word in tool.command]
     with log.open("w") as stream:
         started = time.perf_counter()
-        process = subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=stream)
+        process = subprocess.Popen(command, cwd=log.parent, stdout=stream, stderr=stream)  # some leave logs
         _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"{tool.name} failed:\n{log.read_text()[-3000:]}")

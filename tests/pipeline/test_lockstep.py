@@ -26,7 +26,7 @@ from gptq_cli.pipeline.memory import WaitingRoom, free_bytes, give_back_freed_te
 from gptq_cli.pipeline.plan import LayerPlan, plan_run
 from gptq_cli.pipeline.quantize import quantize_checkpoint
 from tests.families import FAMILIES, save_model
-from tests.pipeline.test_quantize import config, digest
+from tests.pipeline.runs import config, digest
 
 CPU = torch.device("cpu")
 N_BATCHES = 3  # of 2 windows and 1

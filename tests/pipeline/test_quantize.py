@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,39 +15,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from gptq_cli.checkpoint.gptq_format import SUFFIXES
-from gptq_cli.checkpoint.reader import DequantizingReader, TensorReader
+from gptq_cli.checkpoint.reader import TensorReader
 from gptq_cli.checkpoint.source import open_checkpoint
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.engine.factor import NotPositiveDefiniteError
-from gptq_cli.errors import ConfigError, ExistsError, GateError, InputError
+from gptq_cli.errors import GateError, InputError
 from gptq_cli.pipeline import quantize as pipeline
-from gptq_cli.pipeline.blocks import located
 from gptq_cli.pipeline.events import BlockFinished, Event, LayerSolved, RunPlanned, Warned
 from gptq_cli.pipeline.plan import plan_run
-from gptq_cli.pipeline.quantize import QuantizeResult, quantize_checkpoint
-from tests.families import FAMILIES, save_model, texts
+from gptq_cli.pipeline.quantize import quantize_checkpoint
+from tests.families import FAMILIES, save_model
+from tests.pipeline.runs import config, digest, quantize, reader
 from tests.reference import gptq
-
-CPU = torch.device("cpu")
-
-
-def config(**changes: object) -> QuantizeConfig:
-    settings = {"bits": 4, "group_size": 32, "dataset": texts(), "seqlen": 64, "nsamples": 6, "batch_size": 4}
-    return QuantizeConfig(**(settings | {"device": "cpu"} | changes))
-
-
-def quantize(tmp_path: Path, model: Path, **changes: object) -> tuple[Path, QuantizeResult]:
-    output = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
-    return output, quantize_checkpoint(str(model), output, config(**changes))
-
-
-def digest(directory: Path) -> dict[str, str]:
-    files = [path for path in sorted(directory.rglob("*")) if path.is_file()]
-    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-def reader(directory: Path) -> DequantizingReader:
-    return DequantizingReader(open_checkpoint(directory), CPU, "torch")
 
 
 def input_of(whole: PreTrainedModel, name: str, windows: Tensor) -> Tensor:
@@ -372,147 +348,6 @@ def test_weights_that_are_not_finite_are_refused_by_name(tmp_path: Path) -> None
     with pytest.raises(InputError, match=r"model\.layers\.2\.mlp\.up_proj.*not finite") as caught:
         quantize(tmp_path, model)
     assert caught.value.code == "E_CKPT_NONFINITE"
-
-
-def test_an_output_that_holds_something_is_refused_and_replaced_only_on_request(tmp_path: Path) -> None:
-    model = save_model(tmp_path / "model")
-    output = tmp_path / "out"
-    output.mkdir()
-    (output / "precious").write_text("x")
-    with pytest.raises(ExistsError, match="not an empty directory") as caught:
-        quantize_checkpoint(str(model), output, config())
-    assert (caught.value.code, caught.value.exit_code) == ("E_OUT_EXISTS", 6)
-    assert "--overwrite" in (caught.value.hint or "")
-    assert [path.name for path in output.iterdir()] == ["precious"]
-    quantize_checkpoint(str(model), output, config(), overwrite=True)
-    assert not (output / "precious").exists()
-    assert (output / "model.safetensors").exists()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
-
-
-def test_an_empty_output_directory_is_used(tmp_path: Path) -> None:
-    model = save_model(tmp_path / "model")
-    (tmp_path / "out").mkdir()
-    quantize_checkpoint(str(model), tmp_path / "out", config())
-    assert (tmp_path / "out" / "config.json").exists()
-
-
-@pytest.mark.parametrize("where", ["model", "model/inside", "."])
-def test_an_output_in_or_around_the_model_is_refused(where: str, tmp_path: Path) -> None:
-    model = save_model(tmp_path / "parent" / "model")
-    before = digest(model)
-    with pytest.raises(ConfigError) as caught:
-        quantize_checkpoint(str(model), tmp_path / "parent" / where, config(), overwrite=True)
-    assert caught.value.code == "E_OUT_IS_INPUT"
-    assert digest(model) == before
-
-
-def test_a_quantized_source_is_refused(tmp_path: Path) -> None:
-    output, _ = quantize(tmp_path, save_model(tmp_path / "model"))
-    with pytest.raises(InputError, match=r"already quantized \(gptq\)") as caught:
-        quantize_checkpoint(str(output), tmp_path / "again", config())
-    assert caught.value.code == "E_CKPT_QUANTIZED"
-
-
-def test_a_group_size_that_does_not_divide_names_every_kind_of_layer_at_once(tmp_path: Path) -> None:
-    model = save_model(tmp_path / "model", intermediate_size=96)
-    with pytest.raises(ConfigError) as caught:
-        quantize_checkpoint(str(model), tmp_path / "out", config(group_size=64))
-    problems = caught.value.problems
-    assert [problem.code for problem in problems] == ["E_SHAPE"]
-    assert "does not divide the 96 input features: `model.layers.N.mlp.down_proj` (3 layers)" in problems[0].message
-    with pytest.raises(ConfigError) as caught:
-        quantize_checkpoint(str(model), tmp_path / "out", config(group_size=48))
-    assert len(caught.value.problems) == 6  # every kind but down_proj
-    assert not (tmp_path / "out").exists()
-
-
-def test_the_hint_for_a_layer_that_does_not_fit_works(tmp_path: Path) -> None:
-    model = save_model(tmp_path / "model", intermediate_size=96)
-    with pytest.raises(ConfigError) as caught:
-        plan_run(model, config(group_size=64))
-    rule = (caught.value.hint or "").partition("--dynamic '")[2].rstrip("'")
-    plan = plan_run(model, config(group_size=64, dynamic={rule: {}}))
-    assert {layer.name.rpartition(".")[2] for layer in plan.kept} == {"down_proj"}
-
-
-def test_a_rule_that_matches_nothing_is_an_error(tmp_path: Path) -> None:
-    model = save_model(tmp_path / "model")
-    with pytest.raises(ConfigError, match=r"'-:down_proj' matches no layer") as caught:
-        quantize_checkpoint(str(model), tmp_path / "out", config(dynamic={"-:down_proj": {}}))
-    assert caught.value.code == "E_CFG_NO_MATCH"
-    assert "start of the full name" in (caught.value.hint or "")
-
-
-def test_rules_that_leave_nothing_are_an_error(tmp_path: Path) -> None:
-    model = save_model(tmp_path / "model")
-    with pytest.raises(ConfigError) as caught:
-        quantize_checkpoint(str(model), tmp_path / "out", config(dynamic={"-:.*": {}}))
-    assert caught.value.code == "E_CFG_NOTHING_TO_DO"
-
-
-def test_seqlen_is_bounded_by_the_models_positions(tmp_path: Path) -> None:
-    model = save_model(tmp_path / "model")
-    with pytest.raises(ConfigError, match="seqlen 256 is more than the model's 128 positions") as caught:
-        quantize_checkpoint(str(model), tmp_path / "out", config(seqlen=256))
-    assert caught.value.code == "E_CFG_SEQLEN"
-    unsaid = {key: value for key, value in config().model_dump(exclude_unset=True).items() if key != "seqlen"}
-    result = quantize_checkpoint(str(model), tmp_path / "out", QuantizeConfig(**unsaid))
-    assert result.config.seqlen == 128
-
-
-def test_a_cuda_device_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(InputError, match="no CUDA device 0") as caught:
-        quantize_checkpoint(str(save_model(tmp_path / "model")), tmp_path / "out", config(device="cuda"))
-    assert (caught.value.code, caught.value.exit_code) == ("E_DEVICE", 3)
-
-
-def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
-    model = save_model(tmp_path / "model")
-    for file in model.glob("tokenizer*"):
-        file.unlink()
-    with pytest.raises(InputError) as caught:
-        quantize_checkpoint(str(model), tmp_path / "out", config())
-    assert caught.value.code == "E_TOKENIZER"
-
-
-def test_token_ids_beyond_the_vocabulary_are_refused(tmp_path: Path) -> None:
-    model = save_model(tmp_path / "model", vocab_size=64)
-    with pytest.raises(InputError) as caught:
-        quantize_checkpoint(str(model), tmp_path / "out", config())
-    assert caught.value.code == "E_TOKENIZER"
-
-
-def test_a_model_that_does_not_exist_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is not a directory") as caught:
-        quantize_checkpoint(str(tmp_path / "nothing"), tmp_path / "out", config())
-    assert caught.value.code == "E_MODEL_NOT_FOUND"
-
-
-def test_raised_damping_is_reported_with_the_value_used(tmp_path: Path) -> None:
-    events: list[Event] = []
-    settings = config(damp_percent=1e-9, nsamples=1, batch_size=1, seqlen=16)
-    result = quantize_checkpoint(str(save_model(tmp_path / "model")), tmp_path / "out", settings, report=events.append)
-    raised = [layer for layer in result.layers if layer.damp_retries]
-    assert raised
-    assert all(layer.damp_percent == pytest.approx(1e-9 * 4**layer.damp_retries) for layer in result.layers)
-    warnings = [event.message for event in events if isinstance(event, Warned)]
-    assert [
-        f"`{layer.name}`: damp_percent was raised to {layer.damp_percent:g}" in text
-        for layer, text in zip(raised, warnings, strict=True)
-    ] == [True] * len(raised)
-
-
-def test_the_damping_ladder_is_reported_and_ends_in_an_error_that_names_the_layer(tmp_path: Path) -> None:
-    layer = plan_run(save_model(tmp_path / "model"), config()).quantized[4]
-    layer = replace(layer, name="model.layers.0.mlp.gate_proj")
-    with (
-        pytest.raises(GateError, match=r"`model\.layers\.0\.mlp\.gate_proj` \(block 0\).*damp_percent 0\.4") as caught,
-        located(layer),
-    ):
-        raise NotPositiveDefiniteError(0.4)
-    assert (caught.value.code, caught.value.exit_code) == ("E_NUM_HESSIAN", 4)
 
 
 def test_what_readers_do_not_know_stays_out_of_their_configuration(tmp_path: Path) -> None:
