@@ -51,6 +51,9 @@ def test_shards_respect_the_limit_and_never_split_a_unit(limit: int, files: int)
     assert len(layout.shards) == files
     home = {name: shard.file for shard in layout.shards for name in shard.offsets}
     assert home["b.bias"] == home["b.codes"]
+    largest_unit = max(sum(spec.nbytes for spec in unit) for unit in SPECS)
+    for shard in layout.shards:
+        assert sum(layout.specs[name].nbytes for name in shard.offsets) <= max(limit, largest_unit)
     assert set(home) == set(layout.specs)
     if files > 1:
         index = json.loads(layout.index or "")
