@@ -2,7 +2,7 @@
 
     .venv/bin/python scripts/make_demo_model.py --out scripts/demo
 
-Takes 7 minutes (estimated) on two cores that multiply in bfloat16. The texts depend on the seeds only; the weights also on
+About 7 minutes (estimated) on two cores that multiply in bfloat16. Texts depend on the seeds only; weights also on
 the machine's arithmetic, so another machine gives a model that is as good but not the same bits.
 """
 
