@@ -104,6 +104,20 @@ Overwrite = Annotated[bool, plain("--overwrite", help="replace the output when t
 Format = Annotated[str | None, setting("format", panel=OUTPUT)]
 MaxShardSize = Annotated[str | None, setting("max_shard_size", panel=OUTPUT, metavar="SIZE")]
 
+Resume = Annotated[
+    str | None,
+    plain(
+        "--resume", help="go on with unfinished work: if there is some, only then, not at all; default auto",
+        panel=RUN, metavar="auto|require|never",
+    ),
+]  # fmt: skip
+MaxRuntime = Annotated[
+    str | None,
+    plain("--max-runtime", help="stop in time with exit code 75, the work kept", panel=RUN, metavar="3h30m"),
+]
+AllowNetworkFs = Annotated[
+    bool, plain("--allow-network-fs", help="write to a network file system, whose locks may not hold", panel=RUN)
+]
 Device = Annotated[str | None, setting("device", panel=RUN, metavar="auto|cpu|cuda:N")]
 DType = Annotated[str | None, setting("dtype", panel=RUN)]
 Backend = Annotated[str | None, setting("backend", panel=RUN)]

@@ -13,6 +13,7 @@ from gptq_cli.cli import options as o
 from gptq_cli.cli.console import Console, clock, size
 from gptq_cli.cli.engines import engine_lines
 from gptq_cli.cli.progress import Progress
+from gptq_cli.cli.signals import stoppable
 from gptq_cli.config.check import FIELDS
 from gptq_cli.config.resolve import Resolved, resolve
 from gptq_cli.config.rules import parse_rule
@@ -58,6 +59,9 @@ def quantize(
     dtype: o.DType = None,
     trust_remote_code: o.TrustRemoteCode = None,
     revision: o.Revision = None,
+    resume: o.Resume = None,
+    max_runtime: o.MaxRuntime = None,
+    allow_network_fs: o.AllowNetworkFs = False,
     config: o.ConfigFile = None,
     print_config: Annotated[bool, o.plain("--print-config", help="print the resolved configuration and leave")] = False,
     as_json: o.AsJson = False,
@@ -77,8 +81,19 @@ def quantize(
         _print_config(console, resolved)
     else:
         _refuse_missing_path(model)
-        output = output or Path(default_name(model, resolved.config))
-        _run(console, resolved, model=model, output=output, revision=revision, overwrite=overwrite)
+        for note in resolved.notes:
+            console.say(f"note: {note}")
+        run(
+            console,
+            resolved.config,
+            model=model,
+            output=output or Path(default_name(model, resolved.config)),
+            revision=revision,
+            overwrite=overwrite,
+            resume=_policy(resume),
+            max_seconds=seconds(max_runtime),
+            allow_network_fs=allow_network_fs,
+        )
 
 
 def default_name(model: str, config: QuantizeConfig) -> str:
@@ -88,22 +103,29 @@ def default_name(model: str, config: QuantizeConfig) -> str:
     return f"{name}-GPTQ-Int{config.bits}-{group}"
 
 
-def _run(
-    console: Console, resolved: Resolved, *, model: str, output: Path, revision: str | None, overwrite: bool
-) -> None:
+def run(console: Console, config: QuantizeConfig, *, model: str, output: Path, overwrite: bool, **manner: Any) -> None:
+    """Quantize, show how it goes, print the result; `manner` are the other arguments of `quantize_checkpoint`."""
     from gptq_cli.pipeline.preflight import preflight
 
-    preflight(model, output, resolved.config, overwrite=overwrite)  # cheap refusals before the slow import
+    preflight(model, output, config, overwrite=overwrite)  # cheap refusals before the slow import
 
     from gptq_cli.pipeline.quantize import quantize_checkpoint
 
-    for note in resolved.notes:
-        console.say(f"note: {note}")
-    with Progress(console) as progress:
-        result = quantize_checkpoint(
-            model, output, resolved.config, revision=revision, overwrite=overwrite, report=progress
-        )
-    console.result(result.to_json(), _summary(result, resolved.config), str(result.output))
+    with Progress(console) as progress, stoppable(console):
+        result = quantize_checkpoint(model, output, config, overwrite=overwrite, report=progress, **manner)
+    console.result(result.to_json(), _summary(result, config), str(result.output))
+
+
+def seconds(duration: str | None) -> float | None:
+    """Seconds of "3h30m", "90m" or "45s"; ConfigError E_CFG_RANGE for anything else."""
+    if duration is None:
+        return None
+    match = re.fullmatch(r"(?=.)(?:(\d{1,6})h)?(?:(\d{1,6})m)?(?:(\d{1,6})s)?", duration)
+    found = sum(unit * int(part or 0) for unit, part in zip((3600, 60, 1), match.groups(), strict=True)) if match else 0
+    if not found:
+        message = f"--max-runtime must be a time such as 3h30m, 90m or 45s, got {duration!r}"
+        raise ConfigError("E_CFG_RANGE", message, hint="say hours with h, minutes with m, seconds with s")
+    return found
 
 
 def _summary(result: QuantizeResult, config: QuantizeConfig) -> str:
@@ -113,7 +135,7 @@ def _summary(result: QuantizeResult, config: QuantizeConfig) -> str:
         mine = math.fsum(layer.relative_error for layer in result.layers) / len(result.layers)
         rtn = math.fsum(layer.rtn_relative_error for layer in result.layers) / len(result.layers)
         lines.append(f"error  {mine:.2e} mean of {len(result.layers)} layers, round-to-nearest {rtn:.2e}")
-    lines.append(f"time   {clock(result.seconds)}")
+    lines.append("done   before, by the same command" if result.already_done else f"time   {clock(result.seconds)}")
     layers = [chosen for layer in result.layers if (chosen := config.for_layer(layer.name))]
     return "\n".join([*lines, *engine_lines(verdicts(Export.of(layers, config.format, config.lm_head)))])
 
@@ -122,6 +144,13 @@ def _print_config(console: Console, resolved: Resolved) -> None:
     text = to_yaml(resolved.config, resolved.origins).rstrip("\n")
     data = {"config": resolved.config.model_dump(mode="json"), "origins": resolved.origins}
     console.result({**data, "notes": list(resolved.notes)}, text, text)
+
+
+def _policy(resume: str | None) -> str:
+    if resume not in (None, "auto", "require", "never"):
+        hint = "leave it out to go on with unfinished work if there is some"
+        raise ConfigError("E_CFG_RANGE", f"--resume must be auto, require or never, got {resume!r}", hint=hint)
+    return resume or "auto"
 
 
 def _one_or_many(dataset: list[str] | None) -> str | list[str] | None:

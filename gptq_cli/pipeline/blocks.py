@@ -32,16 +32,25 @@ from gptq_cli.pipeline.events import (
 )
 from gptq_cli.pipeline.memory import WaitingRoom, block_finished, give_back_freed_tensors
 from gptq_cli.pipeline.plan import HEAD, LayerPlan, RunPlan
+from gptq_cli.pipeline.resume import SavedBlocks
 
 Keep = Callable[[LayerPlan, QuantizedLinear], None]
 Runs = Iterable[Callable[[], object]]
 
 
 def quantize_blocks(
-    stream: ModelStream, plan: RunPlan, batches: Sequence[Tensor], *, true_sequential: bool, keep: Keep, report: Report
+    stream: ModelStream,
+    plan: RunPlan,
+    batches: Sequence[Tensor],
+    *,
+    true_sequential: bool,
+    keep: Keep,
+    saved: SavedBlocks,
+    report: Report,
 ) -> None:
     """Quantize every layer of `plan`, calibrated on token ids [batch, seqlen] each; `keep` gets each solved layer.
 
+    Begins after the blocks that `saved` has, and gives it each finished block; the head counts as the last one.
     GateError E_NUM_* when activations or Hessians are not usable, located by layer; InputError E_ARCH when a planned
     layer is never called.
     """
@@ -51,15 +60,17 @@ def quantize_blocks(
     report(PhaseStarted("embeddings", f"{len(batches)} batches"))
     hidden = HiddenStates(stream.embed(batches), stream.device)
     prober, room = Prober(), WaitingRoom(stream.device, report)
-    for index in range(stream.n_blocks):
+    for index in range(saved.restore(stream, [hidden]), stream.n_blocks):
         started = time.perf_counter()
         report(BlockStarted(index, stream.n_blocks, stream.block_name(index)))
         with stream.block(index) as block:
             quantize_block(block, layers, hidden, solver, prober, room, true_sequential=true_sequential)
+        saved.finished(index, stream, [hidden])
         report(block_finished(index, stream, started))
     if HEAD in layers:
         report(PhaseStarted("head", HEAD))
         quantize_head(stream, layers, batches, hidden, solver)
+        saved.finished(stream.n_blocks, stream, [])
 
 
 def quantize_block(

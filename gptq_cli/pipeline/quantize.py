@@ -13,11 +13,14 @@ from torch import Tensor
 from gptq_cli import __version__
 from gptq_cli.calibration.corpus import DatasetSource, load_documents
 from gptq_cli.calibration.sampling import Windows, calibration_windows, check_token_ids
-from gptq_cli.checkpoint.durable import publish, work_directory, write_file
+from gptq_cli.checkpoint.durable import write_file
 from gptq_cli.checkpoint.gptq_format import encode
 from gptq_cli.checkpoint.hub import locate_model
+from gptq_cli.checkpoint.manifest import write_manifest
 from gptq_cli.checkpoint.quantization_config import describe
+from gptq_cli.checkpoint.run_file import write_run
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
+from gptq_cli.checkpoint.work_directory import WorkDirectory, locked
 from gptq_cli.checkpoint.writer import CheckpointWriter, write_side_files
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.yaml_writer import to_yaml
@@ -26,15 +29,22 @@ from gptq_cli.models.stream import ModelStream
 from gptq_cli.models.tokenizer import load_encoder
 from gptq_cli.pipeline.blocks import quantize_blocks
 from gptq_cli.pipeline.events import LayerReport, PhaseStarted, Report, RunPlanned, ignore
+from gptq_cli.pipeline.identity import Identity, identify, with_calibration
 from gptq_cli.pipeline.plan import HEAD, LayerPlan, RunPlan, plan_checkpoint
-from gptq_cli.pipeline.preflight import preflight
+from gptq_cli.pipeline.preflight import check_disk, check_output, preflight
 from gptq_cli.pipeline.record import Record
+from gptq_cli.pipeline.resume import SavedBlocks, check_resumable, finished_output, telling_what_is_kept
 from gptq_cli.pipeline.setup import CONFIG_FILE, bounded_seqlen, memory_errors, open_stream, resolve_device
+from gptq_cli.pipeline.time_limit import TimeLimit
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizeResult:
-    """What a script needs to know about a finished run. Sizes in bytes, peaks as seen after each block."""
+    """What a script needs to know about a finished run. Sizes in bytes, peaks as seen after each block.
+
+    `resumed_blocks` were finished before; seconds and peaks are those of this run. With `already_done` the output was
+    complete before, and a layer's seconds are 0.
+    """
 
     output: Path
     model: str
@@ -50,6 +60,8 @@ class QuantizeResult:
     bytes_after: int
     peak_host_bytes: int
     peak_device_bytes: int
+    resumed_blocks: int
+    already_done: bool
 
     def to_json(self) -> dict[str, Any]:
         """The result as plain JSON values."""
@@ -68,36 +80,56 @@ def quantize_checkpoint(
     *,
     revision: str | None = None,
     overwrite: bool = False,
+    resume: str = "auto",
+    max_seconds: float | None = None,
+    allow_network_fs: bool = False,
     report: Report = ignore,
 ) -> QuantizeResult:
     """Quantize MODEL (a directory or a Hub id) into the directory `output`, which appears complete or not at all.
+
+    Goes on where an earlier call that ended early has come to, unless `resume` is "never"; with "require" it must. An
+    output that is what this call would write is left as it is. PausedError when `max_seconds` are over.
 
     Raises ConfigError, InputError, GateError, ResourceError and ExistsError as their codes say; nothing that existed
     before is touched unless `overwrite` is set and the new checkpoint is complete.
     """
     started = time.perf_counter()
-    record = Record(report)
+    record = Record(report if max_seconds is None else TimeLimit(report, max_seconds))
     preflight(model, output, config, overwrite=overwrite)
     device = resolve_device(config.device)
-    located = locate_model(model, revision)
-    source = open_checkpoint(located.directory)
-    plan_checkpoint(source, config)  # a downloaded model has not been looked at before
-    seqlen = bounded_seqlen(config.seqlen, said="seqlen" in config.model_fields_set, checkpoint=source)
-    config = config.model_copy(update={"seqlen": seqlen})
-    with torch.inference_mode(), memory_errors():
-        stream = open_stream(source, device=device, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
-        plan = plan_checkpoint(source, config, stream.all_linears())
-        record(_planned(model, plan))
-        windows = _calibrate(source, config, stream, record)
-        with work_directory(output) as work:
-            _write(work, plan, config, stream, windows, record)
-            publish(work, output, overwrite=overwrite)
+    with locked(output, allow_network_fs=allow_network_fs) as work, telling_what_is_kept(work, record):
+        check_output(output, Path(model).expanduser(), overwrite=overwrite)
+        located = locate_model(model, revision)
+        source = open_checkpoint(located.directory)
+        plan_checkpoint(source, config)  # a downloaded model has not been looked at before
+        seqlen = bounded_seqlen(config.seqlen, said="seqlen" in config.model_fields_set, checkpoint=source)
+        config = config.model_copy(update={"seqlen": seqlen})
+        record(PhaseStarted("source", f"{source.nbytes / 1e9:.3g} GB"))
+        identity = identify(source, located.commit, config, device)
+        finished_output(work.output, identity, overwrite=overwrite)
+        check_resumable(work, identity, resume, record)
+        with torch.inference_mode(), memory_errors():
+            stream = open_stream(source, device=device, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
+            plan = plan_checkpoint(source, config, stream.all_linears())
+            record(_planned(model, plan))
+            check_disk(work, plan.layout.nbytes, _hidden_bytes(config, stream))
+            windows = _calibrate(source, config, stream, record)
+            identity = with_calibration(identity, windows)
+            manifest = finished_output(work.output, identity, overwrite=overwrite)
+            if manifest is None:
+                check_resumable(work, identity, "auto", record)
+                write_run(
+                    work.path, identity, _request(model, work.output, config, located.commit or revision, overwrite)
+                )
+                first = _write(work, plan, config, stream, windows, identity, record)
+                work.publish(overwrite=overwrite)
+    layers = record.layers if manifest is None else [LayerReport(**layer, seconds=0.0) for layer in manifest["layers"]]
     return QuantizeResult(
         output=output,
         model=located.name,
         commit=located.commit,
         config=config,
-        layers=tuple(record.layers),
+        layers=tuple(layers),
         kept=tuple(layer.name for layer in plan.kept),
         bits_per_weight=plan.bits_per_weight,
         tokens=windows.tokens,
@@ -107,6 +139,8 @@ def quantize_checkpoint(
         bytes_after=plan.layout.nbytes,
         peak_host_bytes=record.host_bytes,
         peak_device_bytes=record.device_bytes,
+        resumed_blocks=0 if manifest else first,
+        already_done=manifest is not None,
     )
 
 
@@ -146,29 +180,69 @@ def _calibrate(source: Checkpoint, config: QuantizeConfig, stream: ModelStream, 
     return windows
 
 
+def _hidden_bytes(config: QuantizeConfig, stream: ModelStream) -> int:
+    return config.nsamples * config.seqlen * stream.hidden_size * stream.dtype.itemsize
+
+
+def _request(model: str, output: Path, config: QuantizeConfig, revision: str | None, overwrite: bool) -> dict[str, Any]:
+    """The call that goes on with this run from anywhere."""
+    directory = Path(model).expanduser()
+    return {
+        "model": str(directory.resolve()) if directory.is_dir() else model,
+        "output": str(output),
+        "config": config.model_dump(mode="json"),
+        "revision": revision,
+        "overwrite": overwrite,
+    }
+
+
 def _write(
-    work: Path, plan: RunPlan, config: QuantizeConfig, stream: ModelStream, windows: Windows, report: Report
-) -> None:
-    with CheckpointWriter(work, plan.layout) as writer:
+    work: WorkDirectory,
+    plan: RunPlan,
+    config: QuantizeConfig,
+    stream: ModelStream,
+    windows: Windows,
+    identity: Identity,
+    record: Record,
+) -> int:
+    """Everything of the output but its name; the number of blocks that were finished before."""
+    n_steps = plan.n_blocks + any(layer.name == HEAD for layer in plan.quantized)
+    with CheckpointWriter(work.stage, plan.layout) as writer:
+        with SavedBlocks(work, identity, writer, record, n_steps) as saved:
 
-        def keep(layer: LayerPlan, linear: QuantizedLinear) -> None:
-            for suffix, tensor in encode(linear, config.format).items():
-                writer.write(f"{layer.name}.{suffix}", tensor)
+            def keep(layer: LayerPlan, linear: QuantizedLinear) -> None:
+                for suffix, tensor in encode(linear, config.format).items():
+                    name = f"{layer.name}.{suffix}"
+                    saved.written(name, writer.write(name, tensor))
 
-        batches: list[Tensor] = list(torch.as_tensor(windows.ids).split(config.batch_size))
-        quantize_blocks(stream, plan, batches, true_sequential=config.true_sequential, keep=keep, report=report)
-        report(PhaseStarted("copy", f"{len(plan.copied)} other tensors"))
+            batches: list[Tensor] = list(torch.as_tensor(windows.ids).split(config.batch_size))
+            sequential = config.true_sequential
+            if not saved.complete:
+                quantize_blocks(
+                    stream, plan, batches, true_sequential=sequential, keep=keep, saved=saved, report=record
+                )
+        record(PhaseStarted("copy", f"{len(plan.copied)} other tensors"))
         for tensor in plan.copied:
             writer.copy(tensor)
+        record(PhaseStarted("verify", f"{plan.layout.nbytes / 1e9:.3g} GB"))
         writer.finish()
+    _write_beside(work.stage, plan, config, windows)
+    open_checkpoint(work.stage)  # the headers of what was written agree with each other and with the files
+    layers = [asdict(layer) for layer in record.layers]
+    for layer in layers:
+        del layer["seconds"]
+    write_manifest(work.stage, {"identity": identity, "layers": layers})
+    return saved.first
+
+
+def _write_beside(stage: Path, plan: RunPlan, config: QuantizeConfig, windows: Windows) -> None:
     names = [layer.name for layer in plan.quantized]
     kept = [layer.name for layer in plan.kept if layer.name != HEAD]
     write_side_files(
         plan.source,
-        work,
+        stage,
         describe(config, names, kept),
         {"quantizer": [f"gptq_cli:{__version__}"], "calibration_sha256": windows.sha256},
         untie=HEAD in names,
     )
-    write_file(work / CONFIG_FILE, to_yaml(config).encode())
-    open_checkpoint(work)  # the headers of what was written agree with each other and with the files
+    write_file(stage / CONFIG_FILE, to_yaml(config).encode())
