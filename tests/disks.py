@@ -18,7 +18,7 @@ class Killed(BaseException):
 
 
 class CountingDisk(Disk):
-    """Notes the name of each operation, in order. Nothing is really flushed: what a process sees does not depend on it."""
+    """Notes the name of each operation. Nothing is really flushed: what a process sees does not depend on it."""
 
     def __init__(self) -> None:
         self.operations: list[str] = []
@@ -62,11 +62,11 @@ class DyingDisk(CountingDisk):
         super().__init__()
         self._last = last
 
-    def before(self, number: int, name: str) -> None:
+    def before(self, number: int, _name: str) -> None:
         if number > self._last:
             raise Killed
 
-    def after(self, number: int, name: str) -> None:
+    def after(self, number: int, _name: str) -> None:
         if number == self._last:
             raise Killed
 
@@ -78,7 +78,7 @@ class FailingDisk(CountingDisk):
         super().__init__()
         self._first, self._code, self._for_ever = first, code, for_ever
 
-    def before(self, number: int, name: str) -> None:
+    def before(self, number: int, _name: str) -> None:
         if number == self._first or (self._for_ever and number > self._first):
             raise OSError(self._code, os.strerror(self._code))
 

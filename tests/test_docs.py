@@ -26,6 +26,7 @@ def test_options_of_the_readme_exist() -> None:
     named = set(re.findall(r"`--([a-z-]+)", README))
     known = {field.replace("_", "-") for field in QuantizeConfig.model_fields}
     known |= {"asym", "config", "print-config", "overwrite", "json", "model", "baseline", "max-increase", "help"}
+    known |= {"resume", "max-runtime", "allow-network-fs"}
     assert named <= known
     assert len(named) > 10
 
@@ -41,7 +42,7 @@ def test_files_and_targets_of_the_readme_exist() -> None:
 def test_exit_codes_of_the_readme_are_those_of_the_errors() -> None:
     documented = {int(code) for code in re.findall(r"^\| (\d+) \|", README, flags=re.MULTILINE)}
     classes = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
-    assert {kind.exit_code for kind in classes} | {0, 130} == documented
+    assert {kind.exit_code for kind in classes} | {0, 130, 143} == documented
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

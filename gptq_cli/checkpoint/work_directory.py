@@ -25,7 +25,16 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from gptq_cli.checkpoint import durable
-from gptq_cli.checkpoint.durable import disk_error, disk_errors, make_directory, remove, repair, sweep, sync_directory, write_file
+from gptq_cli.checkpoint.durable import (
+    disk_error,
+    disk_errors,
+    make_directory,
+    remove,
+    repair,
+    sweep,
+    sync_directory,
+    write_file,
+)
 from gptq_cli.errors import ExistsError, GptqError, ResourceError
 
 LOCK, HOLDER, RUN, JOURNAL, STAGE, ASIDE = "lock", "holder.json", "run.json", "journal.jsonl", "out", "old"
@@ -81,6 +90,7 @@ def locked(output: Path, *, allow_network_fs: bool = False) -> Iterator[WorkDire
         refuse_network_fs(work.output.parent)
     lock = _acquire(work)
     try:
+        _check_private(work.path)  # once more: the lock makes the directory anew if another run is just removing it
         _prepare(work)
         yield work
         work.remove()
@@ -119,7 +129,7 @@ def _acquire(work: WorkDirectory) -> FileLock:
 def _lock(work: WorkDirectory) -> FileLock:
     try:
         return durable.disk.lock(work.lock)
-    except (Timeout, FileNotFoundError):  # not found: another run is just removing the directory
+    except Timeout:
         hint = "wait for it, or choose another -o"
         raise ExistsError("E_LOCKED", f"{_holder(work)} is writing `{work.output}`", hint=hint) from None
     except OSError as error:

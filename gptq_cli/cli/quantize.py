@@ -78,22 +78,13 @@ def quantize(
     console = Console(as_json, quiet)
     resolved = resolve({key: value for key, value in said.items() if key in FIELDS}, os.environ, config)
     if print_config:
-        _print_config(console, resolved)
-    else:
-        _refuse_missing_path(model)
-        for note in resolved.notes:
-            console.say(f"note: {note}")
-        run(
-            console,
-            resolved.config,
-            model=model,
-            output=output or Path(default_name(model, resolved.config)),
-            revision=revision,
-            overwrite=overwrite,
-            resume=_policy(resume),
-            max_seconds=seconds(max_runtime),
-            allow_network_fs=allow_network_fs,
-        )
+        return _print_config(console, resolved)
+    _refuse_missing_path(model)
+    for note in resolved.notes:
+        console.say(f"note: {note}")
+    output = output or Path(default_name(model, resolved.config))
+    manner = {"resume": _policy(resume), "max_seconds": seconds(max_runtime), "allow_network_fs": allow_network_fs}
+    return run(console, resolved.config, model, output, overwrite=overwrite, revision=revision, **manner)
 
 
 def default_name(model: str, config: QuantizeConfig) -> str:
@@ -103,7 +94,7 @@ def default_name(model: str, config: QuantizeConfig) -> str:
     return f"{name}-GPTQ-Int{config.bits}-{group}"
 
 
-def run(console: Console, config: QuantizeConfig, *, model: str, output: Path, overwrite: bool, **manner: Any) -> None:
+def run(console: Console, config: QuantizeConfig, model: str, output: Path, *, overwrite: bool, **manner: Any) -> None:
     """Quantize, show how it goes, print the result; `manner` are the other arguments of `quantize_checkpoint`."""
     from gptq_cli.pipeline.preflight import preflight
 

@@ -42,8 +42,8 @@ def resume(
     run(
         Console(as_json, quiet),
         QuantizeConfig(**request["config"]),
-        model=request["model"],
-        output=Path(request["output"]),
+        request["model"],
+        Path(request["output"]),
         revision=request["revision"],
         overwrite=request["overwrite"],
         resume="auto",

@@ -15,7 +15,7 @@ from gptq_cli.calibration.corpus import DatasetSource, load_documents
 from gptq_cli.calibration.sampling import Windows, calibration_windows, check_token_ids
 from gptq_cli.checkpoint.durable import write_file
 from gptq_cli.checkpoint.gptq_format import encode
-from gptq_cli.checkpoint.hub import locate_model
+from gptq_cli.checkpoint.hub import ModelSource, locate_model
 from gptq_cli.checkpoint.manifest import write_manifest
 from gptq_cli.checkpoint.quantization_config import describe
 from gptq_cli.checkpoint.run_file import write_run
@@ -107,7 +107,7 @@ def quantize_checkpoint(
         record(PhaseStarted("source", f"{source.nbytes / 1e9:.3g} GB"))
         identity = identify(source, located.commit, config, device)
         finished_output(work.output, identity, overwrite=overwrite)
-        check_resumable(work, identity, resume, record)
+        check_resumable(work, identity, "never" if resume == "never" else "auto", record)
         with torch.inference_mode(), memory_errors():
             stream = open_stream(source, device=device, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
             plan = plan_checkpoint(source, config, stream.all_linears())
@@ -117,30 +117,43 @@ def quantize_checkpoint(
             identity = with_calibration(identity, windows)
             manifest = finished_output(work.output, identity, overwrite=overwrite)
             if manifest is None:
-                check_resumable(work, identity, "auto", record)
-                write_run(
-                    work.path, identity, _request(model, work.output, config, located.commit or revision, overwrite)
-                )
-                first = _write(work, plan, config, stream, windows, identity, record)
+                check_resumable(work, identity, resume, record)
+                request = _request(model, work.output, config, located.commit or revision, overwrite)
+                write_run(work.path, identity, request)
+                _write(work, plan, config, stream, windows, identity, record)
                 work.publish(overwrite=overwrite)
-    layers = record.layers if manifest is None else [LayerReport(**layer, seconds=0.0) for layer in manifest["layers"]]
+            else:
+                record.already_done = True
+                record.layers = [LayerReport(**layer, seconds=0.0) for layer in manifest["layers"]]
+    return _result(output, located, config, plan, windows, record, time.perf_counter() - started)
+
+
+def _result(
+    output: Path,
+    located: ModelSource,
+    config: QuantizeConfig,
+    plan: RunPlan,
+    windows: Windows,
+    record: Record,
+    seconds: float,
+) -> QuantizeResult:
     return QuantizeResult(
         output=output,
         model=located.name,
         commit=located.commit,
         config=config,
-        layers=tuple(layers),
+        layers=tuple(record.layers),
         kept=tuple(layer.name for layer in plan.kept),
         bits_per_weight=plan.bits_per_weight,
         tokens=windows.tokens,
         calibration_sha256=windows.sha256,
-        seconds=time.perf_counter() - started,
-        bytes_before=source.nbytes,
+        seconds=seconds,
+        bytes_before=plan.source.nbytes,
         bytes_after=plan.layout.nbytes,
         peak_host_bytes=record.host_bytes,
         peak_device_bytes=record.device_bytes,
-        resumed_blocks=0 if manifest else first,
-        already_done=manifest is not None,
+        resumed_blocks=record.resumed_blocks,
+        already_done=record.already_done,
     )
 
 
@@ -204,8 +217,8 @@ def _write(
     windows: Windows,
     identity: Identity,
     record: Record,
-) -> int:
-    """Everything of the output but its name; the number of blocks that were finished before."""
+) -> None:
+    """Everything of the output but its name."""
     n_steps = plan.n_blocks + any(layer.name == HEAD for layer in plan.quantized)
     with CheckpointWriter(work.stage, plan.layout) as writer:
         with SavedBlocks(work, identity, writer, record, n_steps) as saved:
@@ -232,7 +245,6 @@ def _write(
     for layer in layers:
         del layer["seconds"]
     write_manifest(work.stage, {"identity": identity, "layers": layers})
-    return saved.first
 
 
 def _write_beside(stage: Path, plan: RunPlan, config: QuantizeConfig, windows: Windows) -> None:

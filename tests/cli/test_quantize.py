@@ -12,6 +12,7 @@ from gptq_cli.config.schema import QuantizeConfig
 
 from .conftest import FakeQuantizer, Run
 
+HOW = ["--resume=require", "--max-runtime=3h30m", "--allow-network-fs"]
 EVERY_FLAG = [
     "--bits=3", "--group-size=-1", "--asym", "--desc-act", "--no-act-group-aware", "--static-groups",
     "--no-signed-scales", "--scale-search=mse", "--refine-sweeps=2", "--damp-mode=diagonal",
@@ -23,7 +24,7 @@ EVERY_FLAG = [
 
 
 def test_every_flag_reaches_its_field(gptq: Run, quantizer: FakeQuantizer, tmp_path: Path) -> None:
-    result = gptq("quantize", "org/m", "-o", tmp_path / "out", "--revision", "v1", "--overwrite", *EVERY_FLAG)
+    result = gptq("quantize", "org/m", "-o", tmp_path / "out", "--revision", "v1", "--overwrite", *HOW, *EVERY_FLAG)
     assert result.exit_code == 0, result.stderr
     (call,) = quantizer.calls
     del call["report"]
@@ -32,6 +33,9 @@ def test_every_flag_reaches_its_field(gptq: Run, quantizer: FakeQuantizer, tmp_p
         "output": tmp_path / "out",
         "revision": "v1",
         "overwrite": True,
+        "resume": "require",
+        "max_seconds": 12600,
+        "allow_network_fs": True,
         "config": QuantizeConfig(
             bits=3, group_size=-1, sym=False, desc_act=True, act_group_aware=False, static_groups=True,
             signed_scales=False, scale_search="mse", refine_sweeps=2, damp_mode="diagonal",

@@ -155,7 +155,9 @@ def test_unfinished_work_of_another_run_is_neither_used_nor_dropped(
     assert "holds 1 finished blocks of a run that differs" in str(caught.value)
     assert field in str(caught.value)
     assert "--resume never" in (caught.value.hint or "")
-    assert {name: old for name, old in before.items() if name != "holder.json"}.items() <= digest(tmp_path / WORK).items()
+    assert {name: old for name, old in before.items() if name != "holder.json"}.items() <= digest(
+        tmp_path / WORK
+    ).items()
     case.run(output)
     assert digest(output) == case.tree
 
