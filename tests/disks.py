@@ -26,6 +26,9 @@ class CountingDisk(Disk):
     def before(self, number: int, name: str) -> None:
         """Called with the number of the operation, from 1 on."""
 
+    def note(self, name: str, arguments: tuple[Any, ...], result: Any) -> None:
+        """Called with what the operation was given and what it gave."""
+
     def after(self, number: int, name: str) -> None:
         """Called when the operation is done."""
 
@@ -38,6 +41,7 @@ def _watched(name: str) -> Any:
         number = len(self.operations)
         self.before(number, name)
         result = None if name == "fsync" else real(self, *arguments)
+        self.note(name, arguments, result)
         try:
             self.after(number, name)
         except BaseException:

@@ -3,74 +3,22 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
-from gptq_cli.checkpoint.durable import Disk
-from gptq_cli.errors import ExistsError, GateError, InputError, PausedError, ResourceError
-from gptq_cli.pipeline import quantize as pipeline
-from gptq_cli.pipeline.events import BlockFinished, BlockStarted, Event, LayerStarted, Resumed, Warned, WorkKept
-from gptq_cli.pipeline.quantize import QuantizeResult, quantize_checkpoint
-from tests.disks import CountingDisk, DyingDisk, FailingDisk, Killed, using
-from tests.families import save_model
-from tests.pipeline.runs import config, digest
+from gptq_cli.errors import ConfigError, ExistsError, PausedError, ResourceError
+from gptq_cli.pipeline.events import BlockFinished, BlockStarted, Event, LayerStarted, Resumed, WorkKept
+from gptq_cli.pipeline.time_limit import TimeLimit
+from tests.architectures import build, save
+from tests.disks import CountingDisk, FailingDisk, Killed, using
+from tests.pipeline.runs import digest
+from tests.pipeline.tiny import WORK, Case, kill_after_block, killer
 
-SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-SETTINGS = {"nsamples": 2, "batch_size": 1, "seqlen": 16, "lm_head": True, "max_shard_size": "60KB"}
-SETTINGS |= {"dynamic": {"-:.*(q|k|v|gate|up)_proj": {}}}
-SETTINGS |= {"dataset": ["a quick brown fox jumps over the lazy dog and then some more " * 20]}
 PARTS = 2  # of a test that takes every operation in turn, for as many processes
-WORK = ".out.gptq-work"
-
-
-@dataclass(frozen=True)
-class Case:
-    """A small model, what quantizing it gives, and how many operations on the disk that takes."""
-
-    model: Path
-    tree: dict[str, str]
-    operations: list[str]
-
-    def run(self, output: Path, **changes: object) -> QuantizeResult:
-        manner = {key: changes.pop(key) for key in ("resume", "overwrite", "max_seconds", "report") if key in changes}
-        return quantize_checkpoint(str(self.model), output, config(**(SETTINGS | changes)), **manner)
-
-    def interrupted(self, output: Path, last: int) -> bool:
-        """Run with a kill after operation `last`; whether the run lived that long."""
-        try:
-            with using(DyingDisk(last)):
-                self.run(output)
-        except Killed:
-            return True
-        return False
-
-
-@pytest.fixture(scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    directory = tmp_path_factory.mktemp("case")
-    model = save_model(directory / "model", **SMALL)
-    disk = CountingDisk()
-    whole = Case(model, {}, [])
-    with using(disk):
-        whole.run(directory / "out")
-    return Case(model, digest(directory / "out"), disk.operations)
-
-
-def kill_after_block(case: Case, output: Path, block: int) -> None:
-    """Run until `block` is finished and durable."""
-
-    def stop(event: Event) -> None:
-        if isinstance(event, BlockFinished) and event.index == block:
-            raise Killed
-
-    with pytest.raises(Killed):
-        case.run(output, report=stop)
 
 
 @pytest.mark.parametrize("part", range(PARTS))
@@ -166,12 +114,8 @@ def test_texts_that_changed_under_the_same_name_are_another_run(case: Case, tmp_
     text, output = tmp_path / "text.txt", tmp_path / "out"
     text.write_text("one " * 400)
 
-    def stop(event: Event) -> None:
-        if isinstance(event, BlockFinished):
-            raise Killed
-
     with pytest.raises(Killed):
-        case.run(output, dataset=str(text), report=stop)
+        case.run(output, dataset=str(text), report=killer(0))
     text.write_text("two " * 400)
     with pytest.raises(ExistsError, match=r"holds 1 finished blocks .*differs: calibration_sha256 was"):
         case.run(output, dataset=str(text))
@@ -201,3 +145,118 @@ def test_resume_never_starts_afresh_and_require_refuses_to(case: Case, tmp_path:
     kill_after_block(case, output, 0)
     assert case.run(output, resume="require").resumed_blocks == 1
     assert digest(output) == case.tree
+
+
+def test_the_time_that_was_given_ends_the_run_before_a_block_that_would_not_end_in_time() -> None:
+    clock = [100.0]
+    limit = TimeLimit(lambda _: None, 60, now=lambda: clock[0])
+    block = {"n_blocks": 4, "name": "b", "host_bytes": 0, "device_bytes": 0}
+    limit(BlockStarted(0, 4, "b"))
+    clock[0] = 130.0
+    limit(BlockFinished(index=0, seconds=25.0, **block))
+    limit(BlockStarted(1, 4, "b"))
+    clock[0] = 136.0
+    limit(LayerStarted("l"))
+    with pytest.raises(PausedError, match=r"the 60 s of --max-runtime do not suffice") as caught:
+        limit(BlockStarted(2, 4, "b"))
+    assert (caught.value.code, caught.value.exit_code) == ("E_PAUSED", 75)
+    assert "same command again" in (caught.value.hint or "")
+    clock[0] = 161.0
+    with pytest.raises(PausedError):
+        limit(LayerStarted("l"))
+
+
+def test_a_run_out_of_time_keeps_its_work_and_says_where(case: Case, tmp_path: Path) -> None:
+    events: list[Event] = []
+    with pytest.raises(PausedError):
+        case.run(tmp_path / "out", max_seconds=0, report=events.append)
+    assert list(tmp_path.iterdir()) == []
+    assert not [event for event in events if isinstance(event, WorkKept)]
+    kill_after_block(case, tmp_path / "out", 0)
+    with pytest.raises(PausedError):
+        case.run(tmp_path / "out", max_seconds=0, report=events.append)
+    assert [event.directory for event in events if isinstance(event, WorkKept)] == [tmp_path / WORK]
+    case.run(tmp_path / "out")
+    assert digest(tmp_path / "out") == case.tree
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("no memory"), MemoryError(), RuntimeError("DefaultCPUAllocator: not enough memory")],
+)
+def test_memory_that_runs_out_in_the_middle_keeps_the_work_and_names_flags(
+    error: Exception, case: Case, tmp_path: Path
+) -> None:
+    def exhaust(event: Event) -> None:
+        if isinstance(event, LayerStarted) and event.name.startswith("model.layers.1."):
+            raise error
+
+    with pytest.raises(ResourceError) as caught:
+        case.run(tmp_path / "out", report=exhaust)
+    assert (caught.value.code, caught.value.exit_code) == ("E_OOM", 5)
+    for flag in ("--batch-size 1", "--seqlen", "--device cpu"):
+        assert flag in (caught.value.hint or "")
+    assert case.run(tmp_path / "out").resumed_blocks == 1
+    assert digest(tmp_path / "out") == case.tree
+
+
+def test_a_disk_without_room_for_the_output_is_refused_before_any_work(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.statvfs(tmp_path)
+    full = os.statvfs_result((real.f_bsize, 4096, real.f_blocks, 10, 10, *list(real)[5:]))
+    monkeypatch.setattr("gptq_cli.pipeline.preflight.os.statvfs", lambda _: full)
+    with pytest.raises(
+        ResourceError, match=r"GB free, .* GB are needed: .* GB of output, .* of hidden states"
+    ) as caught:
+        case.run(tmp_path / "out")
+    assert (caught.value.code, caught.value.exit_code) == ("E_DISK", 5)
+    assert "fewer --nsamples" in (caught.value.hint or "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mount_point_cannot_become_the_output(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr("gptq_cli.pipeline.preflight.os.path.ismount", lambda path: path == tmp_path / "out")
+    with pytest.raises(ConfigError, match="is a mount point") as caught:
+        case.run(tmp_path / "out")
+    assert (caught.value.code, caught.value.exit_code) == ("E_OUT_MOUNT", 2)
+
+
+def test_overwriting_after_a_kill_goes_on_and_drops_the_old_output(case: Case, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    last = case.operations.index("unlink")  # the output has its name, the work directory is not removed yet
+    for extra in (-8, -4, 0, 2, 4):
+        output.mkdir()
+        (output / "file").write_text("old")
+        with pytest.raises(Killed), using(DyingDisk(last + extra)):
+            case.run(output, overwrite=True)
+        assert digest(output) in (case.tree, {"file": digest(output).get("file")})
+        case.run(output, overwrite=True)
+        assert digest(output) == case.tree
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        shutil.rmtree(output)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"true_sequential": False}, {"batch_size": 2}, {"desc_act": True, "bits": 3}], ids=str
+)
+def test_settings_of_all_kinds_are_gone_on_with(settings: dict[str, object], case: Case, tmp_path: Path) -> None:
+    case.run(tmp_path / "whole", **settings)
+    with pytest.raises(Killed):
+        case.run(tmp_path / "out", report=killer(0), **settings)
+    assert case.run(tmp_path / "out", **settings).resumed_blocks == 1
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+
+
+@pytest.mark.filterwarnings("ignore")  # what transformers says about its own models is not at stake
+@pytest.mark.parametrize("model_type", ["gemma4_text", "gemma3n_text", "gpt2"])
+def test_what_blocks_carry_along_beside_hidden_states_is_kept_too(model_type: str, tmp_path: Path) -> None:
+    tiny = Case(save(build(model_type), tmp_path / "model"), {}, [])
+    changes = {"dynamic": {}, "lm_head": False}
+    tiny.run(tmp_path / "whole", **changes)
+    for block in range(3):
+        with pytest.raises(Killed):
+            tiny.run(tmp_path / f"out-{block}", report=killer(block), **changes)
+        assert tiny.run(tmp_path / f"out-{block}", **changes).resumed_blocks == block + 1
+        assert digest(tmp_path / f"out-{block}") == digest(tmp_path / "whole")
