@@ -123,7 +123,7 @@ def inside(model: Path, count: int) -> dict[str, Any]:
     violations, trees = [], []
     mount = Path(tempfile.mkdtemp())
     for number in range(count):
-        size = 8192 + number * 16384 // max(1, count // 50)
+        size = 8192 + number * 6144 * 50 // count  # up to what the run needs
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(mount)], check=True)
         pipeline.check_disk = preflight if number % 2 else lambda *_: None
         code = attempt(model, mount / "out")
