@@ -145,7 +145,7 @@ def test_an_error_in_the_hessian_or_the_solver_ends_the_run_and_every_thread(
     monkeypatch.setattr(getattr(blocks, owner), method, fail_at_the_eleventh_call)
     with pytest.raises(GateError, match="the eleventh"):
         quantize(save_model(tmp_path / "model"), tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.gptq-work", "model"]  # a block is finished
+    assert not (tmp_path / "out").exists()
 
 
 class TwiceInARow(nn.Module):
