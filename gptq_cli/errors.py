@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +41,13 @@ class GptqError(Exception):
         super().__init__(message)
         self.problems: tuple[Problem, ...] = (Problem(code, message, hint, location),)
 
+    @classmethod
+    def of(cls, problems: Sequence[Problem]) -> Self:
+        """One error for all `problems` (at least one), so that a user mends what is wrong in one go."""
+        error = cls(problems[0].code, "; ".join(problem.message for problem in problems))
+        error.problems = tuple(problems)
+        return error
+
     @property
     def code(self) -> str:
         return self.problems[0].code
@@ -50,13 +61,6 @@ class ConfigError(GptqError):
     """The flags or the configuration file are wrong; nothing was read or written."""
 
     exit_code = 2
-
-    @classmethod
-    def of(cls, problems: list[Problem]) -> ConfigError:
-        """One error for all `problems` (at least one), so that a user mends a file in one go."""
-        error = cls(problems[0].code, "; ".join(problem.message for problem in problems))
-        error.problems = tuple(problems)
-        return error
 
 
 class InputError(GptqError):
