@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+_SECRETS = (
+    (re.compile(r"\bhf_[A-Za-z0-9]{20,}"), "hf_***"),
+    (re.compile(r"(?i)\b(bearer|basic)\s+[\w.~+/=-]{8,}"), r"\1 ***"),
+    (re.compile(r"(\w+://)[^/\s@]+@"), r"\1***@"),
+)
+
+
+def without_secrets(text: str) -> str:
+    """`text` without access tokens of the Hub, authorization headers and credentials in addresses."""
+    for pattern, instead in _SECRETS:
+        text = pattern.sub(instead, text)
+    return text
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,9 +35,12 @@ class Defect:
     file: str | None = None
     tensor: str | None = None
 
+    @property
+    def place(self) -> str:
+        return ": ".join(part for part in (self.file, self.tensor) if part)
+
     def __str__(self) -> str:
-        place = ": ".join(part for part in (self.file, self.tensor) if part)
-        return f"{self.code} {place}: {self.message}" if place else f"{self.code} {self.message}"
+        return f"{self.code} {self.place}: {self.message}" if self.place else f"{self.code} {self.message}"
 
 
 def check_module(
