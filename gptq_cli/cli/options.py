@@ -70,6 +70,7 @@ TrueSequential = Annotated[
 SignedScales = Annotated[bool | None, setting("signed_scales", "--signed-scales/--no-signed-scales", panel=ALGORITHM)]
 ScaleSearch = Annotated[str | None, setting("scale_search", panel=ALGORITHM)]
 RefineSweeps = Annotated[int | None, setting("refine_sweeps", panel=ALGORITHM)]
+AsymmetricCalibration = Annotated[float | None, setting("asymmetric_calibration", panel=ALGORITHM, metavar="0..1")]
 DampMode = Annotated[str | None, setting("damp_mode", panel=ALGORITHM)]
 DampPercent = Annotated[float | None, setting("damp_percent", panel=ALGORITHM)]
 Preset = Annotated[str | None, setting("preset", panel=ALGORITHM, metavar="NAME")]

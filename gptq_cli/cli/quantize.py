@@ -41,6 +41,7 @@ def quantize(
     signed_scales: o.SignedScales = None,
     scale_search: o.ScaleSearch = None,
     refine_sweeps: o.RefineSweeps = None,
+    asymmetric_calibration: o.AsymmetricCalibration = None,
     damp_mode: o.DampMode = None,
     damp_percent: o.DampPercent = None,
     preset: o.Preset = None,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,13 @@ class LoadedBlock:
     def run(self, batch: int, hidden: Tensor) -> Tensor:
         """Hidden states after this block for batch number `batch`."""
         return self.calls[batch].run(self.module, hidden)
+
+    def twin(self) -> LoadedBlock:
+        """A block that holds the weights of this one as they are now, whatever will be put in their place here."""
+        tensors = (*self.module.parameters(), *self.module.buffers())
+        known: dict[int, Any] = {id(tensor): tensor for tensor in tensors}  # shared, not copied
+        module = deepcopy(self.module, known)
+        return LoadedBlock(module, {name: known[id(linear)] for name, linear in self.linears.items()}, self.calls)
 
 
 class ModelStream:

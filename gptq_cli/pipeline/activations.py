@@ -19,6 +19,14 @@ class HiddenStates:
         if device.type == "cuda" and self.nbytes * DEVICE_SHARE > torch.cuda.mem_get_info(device)[0] + self.nbytes:
             self._states = [state.cpu().pin_memory() for state in self._states]
 
+    def copy(self) -> HiddenStates:
+        """The same states, to go another way from here."""
+        other = HiddenStates((), self._device)
+        for state in self._states:
+            kept = state.device != self._device  # on the host, and written into: see __setitem__
+            other._states.append(torch.empty_like(state, pin_memory=True).copy_(state) if kept else state)
+        return other
+
     @property
     def nbytes(self) -> int:
         return sum(state.nbytes for state in self._states)

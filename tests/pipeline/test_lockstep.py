@@ -20,11 +20,12 @@ from gptq_cli.models.stages import Prober
 from gptq_cli.models.stream import LoadedBlock
 from gptq_cli.pipeline import blocks, memory
 from gptq_cli.pipeline.activations import HiddenStates
-from gptq_cli.pipeline.blocks import LayerSolver, quantize_block
+from gptq_cli.pipeline.blocks import quantize_block
 from gptq_cli.pipeline.events import Event, Warned, ignore
 from gptq_cli.pipeline.memory import WaitingRoom, free_bytes, give_back_freed_tensors, host_bytes
 from gptq_cli.pipeline.plan import LayerPlan, plan_run
 from gptq_cli.pipeline.quantize import quantize_checkpoint
+from gptq_cli.pipeline.solver import LayerSolver
 from tests.families import FAMILIES, save_model
 from tests.pipeline.runs import config, digest
 
@@ -104,7 +105,16 @@ SETTINGS: list[dict[str, object]] = [
     {"dynamic": {r"-:.*layers\.1\.": {}}},
     {"modules_in_block_to_quantize": [["self_attn.o_proj", "self_attn.dense"], ["mlp.down_proj", "mlp.fc1"]]},
     {"batch_size": 1, "nsamples": 9},
+    {"preset": "best", "bits": 2, "lm_head": True},
+    {"preset": "best", "dynamic": {r"+:.*layers\.1\.": {"asymmetric_calibration": 0.0}}},
 ]
+
+
+def test_the_unquantized_block_runs_beside_the_quantized_one_once_per_batch(
+    tmp_path: Path, executions: Counter[nn.Module]
+) -> None:
+    quantize(save_model(tmp_path / "model"), tmp_path / "out", preset="best")
+    assert Counter(executions.values()) == {N_BATCHES + 2: 7, N_BATCHES: 2 * 3 * 7 - 7}
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
@@ -184,7 +194,7 @@ def test_a_linear_that_is_called_twice_is_replayed_and_sees_both_inputs(
     states = [torch.randn(2, 8, 32) for _ in range(N_BATCHES)]
     block = LoadedBlock(module, {"first": module.first, "last": module.last}, [Call((), {}, True)] * N_BATCHES)
     hidden, room = HiddenStates(states, CPU), WaitingRoom(CPU, ignore)
-    quantize_block(block, layers, hidden, solver, Prober(), room, true_sequential=True)
+    quantize_block(block, layers, hidden, None, solver, Prober(), room, true_sequential=True)
     assert [tokens for tokens, _ in solver.seen] == [2 * 16 * N_BATCHES, 16 * N_BATCHES]
     assert all(torch.equal(hidden[batch], module(state)) for batch, state in enumerate(states))
     lasts = [module.first(module.first(state)).flatten(0, 1) for state in states]
