@@ -225,7 +225,7 @@ class QuantizeConfig(BaseModel):
 
 
 def _override(base: LayerConfig, overrides: LayerOverrides) -> LayerConfig:
-    implied = {key: value for key, value, _ in _implied(overrides)}
+    implied: dict[str, Any] = {key: value for key, value, _ in _implied(overrides)}
     return replace(base, **(implied | overrides))
 
 
