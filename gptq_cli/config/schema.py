@@ -225,8 +225,9 @@ class QuantizeConfig(BaseModel):
 
 
 def _override(base: LayerConfig, overrides: LayerOverrides) -> LayerConfig:
-    implied: dict[str, Any] = {key: value for key, value, _ in _implied(overrides)}
-    return replace(base, **(implied | overrides))
+    settings: dict[str, Any] = {key: value for key, value, _ in _implied(overrides)}
+    settings.update(overrides)
+    return replace(base, **settings)
 
 
 def fill(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
