@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from gptq_cli.errors import InputError
+from gptq_cli.errors import InputError, ResourceError
+from gptq_cli.hub import hub_refusal
 
 SKIPPED = [
     "*.bin",
@@ -37,7 +38,7 @@ def locate_model(model: str, revision: str | None = None) -> ModelSource:
     """The directory of MODEL, downloading a Hub id first; its revision is resolved to a commit once.
 
     What starts with ".", "/" or "~" or exists here is never sent to the Hub. InputError E_MODEL_NOT_FOUND when nothing
-    is there, E_MODEL_HUB when the Hub refuses or cannot be reached.
+    is there, E_HUB_* when the Hub refuses or cannot be reached; ResourceError E_DISK when the cache is full.
     """
     path = Path(model).expanduser()
     if path.is_dir():
@@ -54,35 +55,19 @@ def locate_model(model: str, revision: str | None = None) -> ModelSource:
 
 def _download(identifier: str, revision: str | None) -> ModelSource:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
 
     try:
         directory = Path(snapshot_download(identifier, revision=revision, ignore_patterns=SKIPPED))
-    except GatedRepoError as error:
-        raise _refused(f"`{identifier}` is gated", "accept its terms on the Hub, then log in: hf auth login") from error
-    except RevisionNotFoundError as error:
-        raise _refused(f"`{identifier}` has no revision {revision!r}", "look at its branches on the Hub") from error
-    except RepositoryNotFoundError as error:
-        hint = "check the spelling; for a private model log in: hf auth login"
-        raise InputError(
-            "E_MODEL_NOT_FOUND", f"`{identifier}` is no directory here and no model on the Hub", hint=hint
-        ) from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
-        hint = "check the network (HF_ENDPOINT, HF_HUB_OFFLINE), or download the model and give its directory"
-        raise _refused(f"`{identifier}` could not be downloaded: {_first_line(error)}", hint) from error
+    except Exception as error:
+        refused = hub_refusal(error, f"model `{identifier}`", revision) or _refused_by_disk(error)
+        if refused is None:
+            raise
+        raise refused from error
     return ModelSource(directory, identifier, directory.name)  # the cache names a snapshot by its commit
 
 
-def _refused(message: str, hint: str) -> InputError:
-    return InputError("E_MODEL_HUB", message, hint=hint)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n")[0]
+def _refused_by_disk(error: Exception) -> ResourceError | None:
+    if not isinstance(error, OSError):
+        return None
+    hint = "free some space or move the cache (HF_HOME), then run again: what was fetched is kept"
+    return ResourceError("E_DISK", f"cannot write the Hub's cache: {error.strerror or error}", hint=hint)

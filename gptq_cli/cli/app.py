@@ -26,6 +26,7 @@ from gptq_cli.errors import GptqError, Problem
 COMMANDS = {
     "quantize": "Quantize a model to a GPTQ checkpoint.",
     "validate-config": "Check a configuration file, and with a model what it would do.",
+    "verify": "Check that a GPTQ checkpoint is whole and means the same to every reader.",
     "eval-ppl": "Measure the perplexity of a checkpoint, quantized or not.",
 }
 BUG, USAGE, INTERRUPTED = 1, 2, 130

@@ -11,7 +11,7 @@ from typing import Any, NoReturn, TextIO
 
 import typer
 
-from gptq_cli.errors import GptqError, Problem
+from gptq_cli.errors import GptqError, Problem, without_secrets
 
 SCHEMA = 1
 UNITS = ("B", "KB", "MB", "GB", "TB")
@@ -116,7 +116,8 @@ def _print(stream: TextIO | None, text: str) -> None:
 
 
 def visible(text: str) -> str:
-    """`text` without terminal control: names in files could hold escape sequences."""
+    """`text` without terminal control, since names in files could hold escape sequences, and without secrets."""
+    text = without_secrets(text)
     return "".join(letter if letter.isprintable() or letter in "\n\t" else f"\\x{ord(letter):02x}" for letter in text)
 
 
