@@ -30,10 +30,13 @@ class Checkpoint:
 
     @property
     def quantization(self) -> dict[str, Any] | None:
-        """The `quantization_config` of a checkpoint that is already quantized."""
+        """The `quantization_config` of a checkpoint that is already quantized; E_CKPT_CONFIG if malformed."""
         found = self.config.get("quantization_config")
         if found is None and (self.directory / "quantize_config.json").is_file():
             found = read_json(self.directory / "quantize_config.json")
+        if found is not None and not isinstance(found, dict):
+            hint = "download config.json and quantize_config.json again"
+            raise InputError("E_CKPT_CONFIG", f"the quantization of `{self.directory}` is not a JSON object", hint=hint)
         return found
 
     @property
@@ -72,6 +75,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     for file in checkpoint.other_files():
         _refuse_escape(directory, directory / file)
     _refuse_fp8(checkpoint)
+    checkpoint.quantization  # noqa: B018
     return checkpoint
 
 

@@ -82,7 +82,7 @@ def stored_config(checkpoint: Checkpoint) -> tuple[StoredConfig | None, list[str
     wrong = [*_wrong_values(said), *_wrong_rules(said), *_disagreements(checkpoint, said)]
     if said.get("quant_method", "gptq") != "gptq":
         wrong.append(f"quant_method is {said['quant_method']!r}: transformers knows only 'gptq' and would skip it")
-    if {said.get(key, format) for key in ("format", "checkpoint_format")} != {format}:
+    if any(said.get(key, format) != format for key in ("format", "checkpoint_format")):
         wrong.append(f"format is {said['format']!r} and checkpoint_format {format!r}: readers take one or the other")
     if _wrong_values(said) or _wrong_rules(said):
         return None, wrong

@@ -201,6 +201,7 @@ PLANTED = {
     "desc_act as text": (put("desc_act", "false"), "CONFIG", None, "desc_act is 'false'"),
     "upper case": (put("quant_method", "GPTQ"), "CONFIG", None, "transformers knows only 'gptq'"),
     "formats differ": (put("format", "gptq_v2"), "CONFIG", None, "readers take one or the other"),
+    "format as mapping": (put("format", {}), "CONFIG", None, "readers take one or the other"),
     "two configs": (two_configs, "CONFIG", None, "bits is 4 in config.json and 8 in quantize_config.json"),
     "bad rule": (put("dynamic", {"-:(": {}}), "CONFIG", None, "not a regular expression"),
     "bad rules": (put("dynamic", ["-:x"]), "CONFIG", None, "not a mapping"),
