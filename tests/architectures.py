@@ -246,7 +246,8 @@ def quantize_and_compare(model_type: str, model: PreTrainedModel, source: Path, 
 
 def quantize(source: Path, output: Path) -> tuple[QuantizeResult, list[str]]:
     """4 bits, groups of 32; layers whose shape cannot be packed are kept by the rules that the error hints at."""
-    settings = {"bits": 4, "group_size": 32, "dataset": texts(4000), "nsamples": 4, "seqlen": 64, "batch_size": 2}
+    settings = {"bits": 4, "group_size": 32, "dataset": texts(4000), "nsamples": 4, "seqlen": 64, "batch_size": 2,
+                "moe_uncovered": "rtn"}  # fmt: skip
     config = QuantizeConfig(**settings, device="cpu")
     try:
         return quantize_checkpoint(str(source), output, config), []
@@ -270,11 +271,24 @@ def dequantize(checkpoint: Checkpoint, source: Path, directory: Path) -> Path:
     original = open_checkpoint(source)
     tensors = {name: TensorReader(original).read(name) for name in original.tensors}
     for name, weight in dequantized(checkpoint):
+        if name not in tensors:
+            restack(tensors, name, weight)
+            continue
         tensors[name] = min((w for w in (weight, weight.T) if w.shape == tensors[name].shape),
                             key=lambda w: (w - tensors[name]).norm().item())  # fmt: skip
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / "model.safetensors",
               metadata={"format": "pt"})  # fmt: skip
     return directory
+
+
+def restack(tensors: dict[str, Tensor], name: str, weight: Tensor) -> None:
+    """Put the weight of one expert where it was in the tensor of all of them."""
+    prefix, number, part = re.fullmatch(r"(.+)\.(\d+)\.(\w+)\.weight", name).groups()
+    stack = tensors.get(f"{prefix}.{part}", tensors.get(f"{prefix}.gate_up_proj"))
+    matrix = stack[int(number)]
+    matrix = matrix if matrix.shape[1] == weight.shape[1] else matrix.T
+    half = matrix[-weight.shape[0] :] if part == "up_proj" else matrix[: weight.shape[0]]
+    half.copy_(weight)
 
 
 def relative(ours: list[Tensor], theirs: list[Tensor]) -> float:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from gptq_cli.errors import InputError
 from gptq_cli.models.dependence import check_chain
+from gptq_cli.models.experts import Experts
 from gptq_cli.models.recording import Call, Recorder, share
 from gptq_cli.models.skeleton import Skeleton, check_linears, is_linear, is_transposed, place
 
@@ -37,6 +38,13 @@ class LoadedBlock:
     module: nn.Module
     linears: dict[str, nn.Module]  # by checkpoint name
     calls: list[Call]
+    experts: dict[str, Experts]  # by what the checkpoint's names of their linears begin with
+
+    @property
+    def called(self) -> dict[str, nn.Module]:
+        """What a forward calls by itself: linears that are not of experts, and experts as a whole."""
+        inside = {module for experts in self.experts.values() for module in experts.modules()}
+        return {name: linear for name, linear in self.linears.items() if linear not in inside} | self.experts
 
     def run(self, batch: int, hidden: Tensor) -> Tensor:
         """Hidden states after this block for batch number `batch`."""
@@ -47,7 +55,9 @@ class LoadedBlock:
         tensors = (*self.module.parameters(), *self.module.buffers())
         known: dict[int, Any] = {id(tensor): tensor for tensor in tensors}  # shared, not copied
         module = deepcopy(self.module, known)
-        return LoadedBlock(module, {name: known[id(linear)] for name, linear in self.linears.items()}, self.calls)
+        linears = {name: known[id(linear)] for name, linear in self.linears.items()}
+        experts = {name: known[id(found)] for name, found in self.experts.items()}
+        return LoadedBlock(module, linears, self.calls, experts)
 
 
 class ModelStream:
@@ -55,7 +65,8 @@ class ModelStream:
 
     def __init__(self, skeleton: Skeleton, read: Read, device: torch.device, dequantized: Collection[str] = ()) -> None:
         """`dequantized`: names of weights that `read` gives as [O, I] whatever way round the module holds them."""
-        self._model, self._sources, self._read, self.device = skeleton.model, skeleton.sources, read, device
+        self._model, self._sources, self.device = skeleton.model, skeleton.sources.names, device
+        self._read, self._slices = skeleton.sources.reader(read), skeleton.sources.slices
         self._dequantized = dequantized
         self._path, self._list = skeleton.blocks_name, skeleton.blocks
         self._blocks = list(skeleton.blocks)
@@ -88,6 +99,14 @@ class ModelStream:
                 found[self._sources[f"{self.block_name(index)}.{name}.weight"].removesuffix(".weight")] = module
         return found
 
+    def _experts(self, index: int) -> dict[str, Experts]:
+        found = {}
+        for name, module in self._blocks[index].named_modules():
+            if isinstance(module, Experts):
+                first = self._sources[f"{self.block_name(index)}.{name}.0.up_proj.weight"]
+                found[first.rpartition(".0.")[0]] = module
+        return found
+
     def all_linears(self) -> dict[str, bool]:
         """Checkpoint names of every linear of the blocks and the head, and whether it is stored [I, O].
 
@@ -102,6 +121,15 @@ class ModelStream:
                     raise InputError("E_ARCH", f"`{name}` is shared by several blocks, which is not supported")
                 found[name] = is_transposed(module)
         return found
+
+    def stacked_linears(self) -> dict[str, tuple[str, int, int]]:
+        """Of linears that are a part of one tensor of the checkpoint: that tensor, and their rows and columns."""
+        modules = {name: linear for index in range(self.n_blocks) for name, linear in self.linears(index).items()}
+        return {
+            name: (self._slices[f"{name}.weight"].stack, *modules[name].get_parameter("weight").shape)
+            for name in modules
+            if f"{name}.weight" in self._slices
+        }
 
     def stored_weight(self, name: str) -> Tensor:
         """The weight of a linear as the checkpoint stores it, on the device."""
@@ -133,7 +161,7 @@ class ModelStream:
         """Block `index` with its weights on the device; they are dropped on leaving."""
         module = self._blocks[index]
         with self._filled(module, f"{self.block_name(index)}."):
-            yield LoadedBlock(module, self.linears(index), self._calls[index])
+            yield LoadedBlock(module, self.linears(index), self._calls[index], self._experts(index))
 
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:

@@ -66,6 +66,14 @@ class LayerSolved:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertsCovered:
+    """How many calibration tokens each expert of the layer `name` was sent; a token counts once for each expert."""
+
+    name: str
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class BlockFinished:
     """`seconds` of this block, `host_bytes` resident now, `device_bytes` peak so far (0 without an accelerator)."""
 
@@ -85,7 +93,7 @@ class Warned:
     message: str
 
 
-Event = PhaseStarted | RunPlanned | BlockStarted | LayerStarted | LayerSolved | BlockFinished | Warned
+Event = PhaseStarted | RunPlanned | BlockStarted | LayerStarted | LayerSolved | ExpertsCovered | BlockFinished | Warned
 Report = Callable[[Event], None]
 
 

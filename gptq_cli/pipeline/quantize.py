@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -25,11 +26,34 @@ from gptq_cli.engine.layer import QuantizedLinear
 from gptq_cli.models.stream import ModelStream
 from gptq_cli.models.tokenizer import load_encoder
 from gptq_cli.pipeline.blocks import quantize_blocks
-from gptq_cli.pipeline.events import LayerReport, PhaseStarted, Report, RunPlanned, ignore
+from gptq_cli.pipeline.events import ExpertsCovered, LayerReport, PhaseStarted, Report, RunPlanned, Warned, ignore
 from gptq_cli.pipeline.plan import HEAD, LayerPlan, RunPlan, plan_checkpoint
 from gptq_cli.pipeline.preflight import preflight
 from gptq_cli.pipeline.record import Record
 from gptq_cli.pipeline.setup import CONFIG_FILE, bounded_seqlen, memory_errors, open_stream, resolve_device
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertCoverage:
+    """Calibration tokens of the experts of one layer; `uncovered` are the numbers of those that were sent none."""
+
+    name: str
+    n_experts: int
+    tokens: tuple[int, ...]
+    min_tokens: int
+    median_tokens: float
+    uncovered: tuple[int, ...]
+
+    @classmethod
+    def of(cls, seen: ExpertsCovered) -> ExpertCoverage:
+        return cls(
+            name=seen.name,
+            n_experts=len(seen.tokens),
+            tokens=seen.tokens,
+            min_tokens=min(seen.tokens),
+            median_tokens=median(seen.tokens),
+            uncovered=tuple(number for number, tokens in enumerate(seen.tokens) if not tokens),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +65,8 @@ class QuantizeResult:
     commit: str | None
     config: QuantizeConfig
     layers: tuple[LayerReport, ...]
+    experts: tuple[ExpertCoverage, ...]
+    split_experts: tuple[str, ...]
     kept: tuple[str, ...]
     bits_per_weight: float
     tokens: int
@@ -58,6 +84,7 @@ class QuantizeResult:
             "output": str(self.output),
             "config": self.config.model_dump(mode="json"),
             "layers": [asdict(layer) for layer in self.layers],
+            "experts": [asdict(layer) for layer in self.experts],
         }
 
 
@@ -86,8 +113,10 @@ def quantize_checkpoint(
     config = config.model_copy(update={"seqlen": seqlen})
     with torch.inference_mode(), memory_errors():
         stream = open_stream(source, device=device, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
-        plan = plan_checkpoint(source, config, stream.all_linears())
+        plan = plan_checkpoint(source, config, stream.all_linears(), stream.stacked_linears())
         record(_planned(model, plan))
+        for name in plan.split_experts[:1]:
+            record(Warned("W_CFG_EXPERTS", f"the experts of `{name}` differ in settings: vLLM and SGLang refuse that"))
         windows = _calibrate(source, config, stream, record)
         with work_directory(output) as work:
             _write(work, plan, config, stream, windows, record)
@@ -98,6 +127,8 @@ def quantize_checkpoint(
         commit=located.commit,
         config=config,
         layers=tuple(record.layers),
+        experts=tuple(map(ExpertCoverage.of, record.experts)),
+        split_experts=tuple(plan.split_experts),
         kept=tuple(layer.name for layer in plan.kept),
         bits_per_weight=plan.bits_per_weight,
         tokens=windows.tokens,
@@ -156,7 +187,15 @@ def _write(
                 writer.write(f"{layer.name}.{suffix}", tensor)
 
         batches: list[Tensor] = list(torch.as_tensor(windows.ids).split(config.batch_size))
-        quantize_blocks(stream, plan, batches, true_sequential=config.true_sequential, keep=keep, report=report)
+        quantize_blocks(
+            stream,
+            plan,
+            batches,
+            true_sequential=config.true_sequential,
+            moe_uncovered=config.moe_uncovered,
+            keep=keep,
+            report=report,
+        )
         report(PhaseStarted("copy", f"{len(plan.copied)} other tensors"))
         for tensor in plan.copied:
             writer.copy(tensor)
