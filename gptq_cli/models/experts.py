@@ -43,7 +43,7 @@ class Slice:
 
     def read(self, read: Callable[[str], Tensor]) -> Tensor:
         """The weight [O, I], a view of the stack that `read` gives."""
-        matrix = read(self.stack)[self.expert]
+        matrix: Tensor = read(self.stack)[self.expert]
         return (matrix.T if self.turned else matrix)[self.rows]
 
 
@@ -112,7 +112,7 @@ class Experts(nn.Module):
         hidden, chosen = routed
         if chosen is None:
             used = hidden.view(self.n_experts, -1, hidden.shape[-1]).any(-1)
-            for number, mine in enumerate(used):
+            for number, mine in enumerate(used.unbind()):
                 yield number * used.shape[1] + mine.nonzero().squeeze(1)
         else:
             for number in range(self.n_experts):

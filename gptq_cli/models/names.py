@@ -1,13 +1,12 @@
 """Which tensor of the checkpoint fills which parameter: transformers' own conversion mapping, read backwards.
 
-Where several tensors make one parameter, or experts are slices of one tensor, the parameter's source is *derived*: a name
-that no file holds, and how it is read.
+Where several tensors make one parameter, or experts are slices of one tensor, the parameter's source is *derived*: a
+name that no file holds, and how it is read.
 """
 
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ from transformers.core_model_loading import (
 )
 
 from gptq_cli.errors import InputError
-from gptq_cli.models.experts import GATE, GATE_UP, UP, Slice, StackShape
+from gptq_cli.models.experts import DOWN, GATE, GATE_UP, UP, Slice, StackShape
 
 Read = Callable[[str], Tensor]
 _OF_EXPERT = re.compile(r"(?P<path>.+)\.(?P<number>\d+)\.(gate_proj|up_proj|down_proj)\.weight")
@@ -79,23 +78,9 @@ def match_names(model: PreTrainedModel, names: Iterable[str], stacks: Mapping[st
     Linears of experts are named in the result as `Experts` names them: `X.experts.3.up_proj.weight`. InputError E_ARCH
     if experts are stored in a way that is not understood, or a tensor is split into several parameters.
     """
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
-    targets = model.state_dict()
     found = Sources()
-    gathered: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for name in sorted(names, key=dot_natural_key):
-        key, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, targets)
-        if key not in targets and name in targets:
-            key, pattern = name, None
-        if key in targets and pattern is not None:
-            gathered[key][pattern].append(name)
-        elif key in targets or _is_of_expert(key, stacks):
-            found.names[key] = name
-    for key, parts in gathered.items():
-        converter = by_pattern[next(iter(parts))]
+    fused = _pair(model, names, stacks, found.names)
+    for key, (converter, parts) in fused.items():
         if len(converter.target_patterns) > 1:
             first = next(iter(parts.values()))[0]
             raise InputError("E_ARCH", f"`{first}` is split into `{key}` and others, which is not supported")
@@ -106,10 +91,32 @@ def match_names(model: PreTrainedModel, names: Iterable[str], stacks: Mapping[st
             found.names[key] = key
             found.derived[key] = Fusion(key, converter, parts, model)
     for path, shape in stacks.items():
-        for leaf in (GATE_UP, UP, "down_proj"):
+        for leaf in (GATE_UP, UP, DOWN):
             if (stack := found.names.pop(f"{path}.{leaf}", None)) is not None:
                 _slice(found, path, leaf, shape, stack)
     return found
+
+
+def _pair(
+    model: PreTrainedModel, names: Iterable[str], stacks: Mapping[str, StackShape], single: dict[str, str]
+) -> dict[str, tuple[WeightConverter, dict[str, list[str]]]]:
+    """Note in `single` what fills a parameter alone; of the others, the rule that makes each and names by pattern."""
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+    targets = model.state_dict()
+    fused: dict[str, tuple[WeightConverter, dict[str, list[str]]]] = {}
+    for name in sorted(names, key=dot_natural_key):
+        key, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, targets)
+        if key not in targets and name in targets:
+            key, pattern = name, None
+        if key in targets and pattern is not None:
+            _, parts = fused.setdefault(key, (by_pattern[pattern], {}))
+            parts.setdefault(pattern, []).append(name)
+        elif key in targets or _is_of_expert(key, stacks):
+            single[key] = name
+    return fused
 
 
 def _is_of_expert(key: str, stacks: Mapping[str, StackShape]) -> bool:
@@ -127,23 +134,25 @@ def _stacks_linears(converter: WeightConverter) -> bool:
 def _single(
     path: str, leaf: str, shape: StackShape, converter: WeightConverter, parts: Mapping[str, list[str]]
 ) -> dict[str, str]:
-    names = {}
+    names: dict[str, str] = {}
     linears = (GATE, UP) if leaf == GATE_UP else (leaf,)
     for linear, pattern in zip(linears, converter.source_patterns, strict=True):
-        if len(parts[pattern]) != shape.n_experts:
+        stored = parts.get(pattern, [])
+        if len(stored) != shape.n_experts:
             raise InputError(
                 "E_CKPT_INCOMPLETE",
-                f"the checkpoint has {len(parts[pattern])} tensors for {linear} of `{path}`, not {shape.n_experts}",
+                f"the checkpoint has {len(stored)} tensors for {linear} of `{path}`, not {shape.n_experts}",
                 hint="download the checkpoint again",
             )
-        names |= {f"{path}.{number}.{linear}.weight": name for number, name in enumerate(parts[pattern])}
+        names |= {f"{path}.{number}.{linear}.weight": name for number, name in enumerate(stored)}
     return names
 
 
 def _slice(found: Sources, path: str, leaf: str, shape: StackShape, stack: str) -> None:
     """Name each expert's part of the tensor `stack`, as engines do when experts are stored one by one."""
-    if stack in found.derived or not stack.endswith(f".{leaf}"):
-        stored = found.derived[stack].names if stack in found.derived else stack  # type: ignore[union-attr]
+    fused = found.derived.get(stack)
+    if isinstance(fused, Fusion) or not stack.endswith(f".{leaf}"):
+        stored = next(iter(fused.names.values()))[0] if isinstance(fused, Fusion) else stack
         raise InputError(
             "E_ARCH", f"the experts of `{path}` are stored as `{stored}`, for which no engine has GPTQ names"
         )

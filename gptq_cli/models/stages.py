@@ -1,7 +1,7 @@
 """Which linears see the very same input, and in what order: found by running a block once and watching.
 
-A *stage* is such a set: (q, k, v), (o), (gate, up), (down) for Llama; they share one Hessian. The experts of a block are
-one stage under the name of the whole.
+A *stage* is such a set: (q, k, v), (o), (gate, up), (down) for Llama; they share one Hessian. The experts of a block
+are one stage, under the name of the whole.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,7 +38,9 @@ class LoadedBlock:
     module: nn.Module
     linears: dict[str, nn.Module]  # by checkpoint name
     calls: list[Call]
-    experts: dict[str, Experts]  # by what the checkpoint's names of their linears begin with
+    experts: dict[str, Experts] = field(
+        default_factory=dict
+    )  # by what the checkpoint's names of their linears begin with
 
     @property
     def called(self) -> dict[str, nn.Module]:
