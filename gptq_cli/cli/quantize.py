@@ -59,6 +59,8 @@ def quantize(
     seed: o.Seed = None,
     device: o.Device = None,
     dtype: o.DType = None,
+    max_vram: o.MaxVram = None,
+    max_ram: o.MaxRam = None,
     trust_remote_code: o.TrustRemoteCode = None,
     revision: o.Revision = None,
     config: o.ConfigFile = None,
@@ -117,16 +119,18 @@ def _summary(result: QuantizeResult, config: QuantizeConfig) -> str:
         rtn = math.fsum(layer.rtn_relative_error for layer in result.layers) / len(result.layers)
         lines.append(f"error  {mine:.2e} mean of {len(result.layers)} layers, round-to-nearest {rtn:.2e}")
     if result.experts:
-        tokens = [seen for layer in result.experts for seen in layer.tokens]
-        uncovered = sum(len(layer.uncovered) for layer in result.experts)
-        rounded = f", {uncovered} with none: {config.moe_uncovered}" if uncovered else ""
-        lines.append(
-            f"expert {min(tokens)} tokens or more, median {median(tokens):.0f} of {len(tokens)} experts{rounded}"
-        )
+        lines.append(_coverage(result, config))
     lines.append(f"time   {clock(result.seconds)}")
     layers = [chosen for layer in result.layers if (chosen := config.for_layer(layer.name))]
     export = Export.of(layers, config.format, config.lm_head, bool(result.split_experts))
     return "\n".join([*lines, *engine_lines(verdicts(export))])
+
+
+def _coverage(result: QuantizeResult, config: QuantizeConfig) -> str:
+    tokens = [seen for layer in result.experts for seen in layer.tokens]
+    line = f"tokens {min(tokens)} or more for each of {len(tokens)} experts, median {median(tokens):.0f}"
+    uncovered = sum(len(layer.uncovered) for layer in result.experts)
+    return f"{line}; {uncovered} without one: {config.moe_uncovered}" if uncovered else line
 
 
 def _print_config(console: Console, resolved: Resolved) -> None:

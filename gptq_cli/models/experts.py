@@ -41,10 +41,16 @@ class Slice:
     rows: slice  # of the matrix as [O, I]
     turned: bool  # the stack holds matrices [I, O]
 
+    @property
+    def stored(self) -> tuple[str]:
+        """The tensor that is read for it."""
+        return (self.stack,)
+
     def read(self, read: Callable[[str], Tensor]) -> Tensor:
         """The weight [O, I], a view of the stack that `read` gives."""
         matrix: Tensor = read(self.stack)[self.expert]
-        return (matrix.T if self.turned else matrix)[self.rows]
+        turned: Tensor = matrix.T if self.turned else matrix
+        return turned[self.rows]
 
 
 class Expert(nn.Module):
@@ -111,12 +117,13 @@ class Experts(nn.Module):
         """For each expert which rows of `routed.hidden` it is given."""
         hidden, chosen = routed
         if chosen is None:
-            used = hidden.view(self.n_experts, -1, hidden.shape[-1]).any(-1)
-            for number, mine in enumerate(used.unbind()):
-                yield number * used.shape[1] + mine.nonzero().squeeze(1)
+            n_tokens = hidden.shape[0] // self.n_experts
+            for number, tokens in enumerate(hidden.split(n_tokens)):
+                yield number * n_tokens + tokens.any(-1).nonzero()[:, 0]
         else:
             for number in range(self.n_experts):
-                yield (number == chosen.T).nonzero()[:, 1]
+                mine = chosen.T.eq(number)
+                yield mine.nonzero()[:, 1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +173,7 @@ def computes_the_same(kind: nn.Module) -> bool:
     generator = torch.Generator().manual_seed(0)
 
     def random(*sizes: int) -> Tensor:
-        return torch.randn(sizes, generator=generator, dtype=torch.float32) / sizes[-1] ** 0.5
+        return torch.randn(sizes, generator=generator).div_(sizes[-1] ** 0.5)
 
     e, h, i = shape.n_experts, shape.hidden, _PROOF_FEATURES
     wide = i * (2 if shape.gated else 1)

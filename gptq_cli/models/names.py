@@ -40,6 +40,11 @@ class Fusion:
     names: Mapping[str, list[str]]
     model: PreTrainedModel
 
+    @property
+    def stored(self) -> list[str]:
+        """The tensors that are read for it."""
+        return [name for names in self.names.values() for name in names]
+
     def read(self, read: Read) -> Tensor:
         """The parameter, made by transformers' own operations."""
         converter: Any = deepcopy(self.converter)
@@ -62,6 +67,11 @@ class Sources:
     def slices(self) -> dict[str, Slice]:
         """The derived tensors that are a part of one tensor."""
         return {name: found for name, found in self.derived.items() if isinstance(found, Slice)}
+
+    def stored(self, name: str) -> Iterable[str]:
+        """The tensors of the checkpoint that are read for `name`."""
+        found = self.derived.get(name)
+        return found.stored if found else (name,)
 
     def reader(self, read: Read) -> Read:
         """`read` for the tensors of the checkpoint, extended to derived ones."""

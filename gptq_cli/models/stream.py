@@ -9,7 +9,7 @@ logits = stream.logits(ids, hidden)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -25,6 +25,7 @@ from gptq_cli.models.recording import Call, Recorder, share
 from gptq_cli.models.skeleton import Skeleton, check_linears, is_linear, is_transposed, place
 
 Read = Callable[[str], Tensor]
+Expect = Callable[[Iterable[str]], None]
 
 
 class _FirstBlockDone(Exception):
@@ -65,10 +66,21 @@ class LoadedBlock:
 class ModelStream:
     """Runs a model block by block, reading each block's tensors when its turn comes and dropping them after."""
 
-    def __init__(self, skeleton: Skeleton, read: Read, device: torch.device, dequantized: Collection[str] = ()) -> None:
-        """`dequantized`: names of weights that `read` gives as [O, I] whatever way round the module holds them."""
-        self._model, self._sources, self.device = skeleton.model, skeleton.sources.names, device
-        self._read, self._slices = skeleton.sources.reader(read), skeleton.sources.slices
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        read: Read,
+        device: torch.device,
+        dequantized: Collection[str] = (),
+        expect: Expect | None = None,
+    ) -> None:
+        """`dequantized`: names of weights that `read` gives as [O, I] whatever way round the module holds them.
+
+        `expect` is told what will be read next, while the block before it is at work.
+        """
+        self._model, self._derived, self.device = skeleton.model, skeleton.sources, device
+        self._sources, self._read = skeleton.sources.names, skeleton.sources.reader(read)
+        self._expect = expect
         self._dequantized = dequantized
         self._path, self._list = skeleton.blocks_name, skeleton.blocks
         self._blocks = list(skeleton.blocks)
@@ -126,11 +138,12 @@ class ModelStream:
 
     def stacked_linears(self) -> dict[str, tuple[str, int, int]]:
         """Of linears that are a part of one tensor of the checkpoint: that tensor, and their rows and columns."""
+        slices = self._derived.slices
         modules = {name: linear for index in range(self.n_blocks) for name, linear in self.linears(index).items()}
         return {
-            name: (self._slices[f"{name}.weight"].stack, *modules[name].get_parameter("weight").shape)
+            name: (slices[f"{name}.weight"].stack, *modules[name].get_parameter("weight").shape)
             for name in modules
-            if f"{name}.weight" in self._slices
+            if f"{name}.weight" in slices
         }
 
     def stored_weight(self, name: str) -> Tensor:
@@ -163,6 +176,10 @@ class ModelStream:
         """Block `index` with its weights on the device; they are dropped on leaving."""
         module = self._blocks[index]
         with self._filled(module, f"{self.block_name(index)}."):
+            if self._expect is not None and index + 1 < self.n_blocks:
+                following = f"{self.block_name(index + 1)}."
+                names = [self._sources[f"{following}{name}"] for name in self._blocks[index + 1].state_dict()]
+                self._expect(dict.fromkeys(stored for name in names for stored in self._derived.stored(name)))
             yield LoadedBlock(module, self.linears(index), self._calls[index], self._experts(index))
 
     @contextmanager

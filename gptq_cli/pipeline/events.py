@@ -67,10 +67,16 @@ class LayerSolved:
 
 @dataclass(frozen=True, slots=True)
 class ExpertsCovered:
-    """How many calibration tokens each expert of the layer `name` was sent; a token counts once for each expert."""
+    """How many calibration tokens each expert of a layer was sent; a token counts once for each expert it is sent to.
+
+    `name` is what the names of the experts' linears begin with, `uncovered` are the numbers of experts without a token.
+    """
 
     name: str
     tokens: tuple[int, ...]
+    min_tokens: int
+    median_tokens: float
+    uncovered: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -19,71 +20,92 @@ LISTED = 8  # experts that an error names
 
 
 @dataclass(frozen=True, slots=True)
-class ExpertStage:
-    """The experts of one block with what they were given, batch by batch, in each passage through the block.
+class RoutedInputs:
+    """What the experts of a block are given, batch by batch, on each way through the block, the quantized one first.
 
-    What is kept are the inputs and who is sent where; there is a Hessian for one expert at a time only.
+    Who is sent where is what the first way says. Kept are inputs, not Hessians: there is one of these at a time.
     """
 
-    name: str
-    experts: Sequence[Experts]  # of each passage, the quantized one first
-    layers: Mapping[str, LayerPlan]
-    sequential: bool  # down_proj sees what the quantized gate and up give it
-    inputs: list[tuple[Routed, ...]] = field(default_factory=list)
+    name: str  # what the names of the experts' linears begin with
+    experts: Sequence[Experts]  # of each way
+    batches: list[tuple[Routed, ...]] = field(default_factory=list)
 
     def add(self, *inputs: Routed) -> None:
-        """Note what all passages were given in one batch. Who is sent where is what the first of them says."""
-        self.inputs.append(inputs)
+        """One batch on all ways."""
+        self.batches.append(inputs)
 
-    def solve(self, solver: LayerSolver, linears: Mapping[str, nn.Module]) -> None:
-        """Quantize the planned layers expert by expert; GateError E_NUM_EXPERT where an expert saw no token."""
-        quantized = self.experts[0]
-        rows = list(zip(*(quantized.rows(routed) for routed, *_ in self.inputs), strict=True))
-        tokens = [sum(len(mine) for mine in batches) for batches in rows]
-        solver.report(ExpertsCovered(self.name, tuple(tokens)))
-        missed = [number for number, seen in enumerate(tokens) if not seen and self._planned(number, linears)]
-        if missed and solver.moe_uncovered == "error":
-            raise _no_tokens(self.name, missed)
-        for number, batches in enumerate(rows):
-            planned = self._planned(number, linears)
-            down = [layer for layer in planned if linears[layer.name] is quantized[number].down_proj]
-            parts = [part for part in ([layer for layer in planned if layer not in down], down) if part]
-            hessians = (self._hessian(number, batches, part is down, solver) for part in parts)
-            for part, hessian in zip(parts, hessians if self.sequential else list(hessians), strict=True):
-                solver.solve(part, linears, hessian)
+    def rows(self) -> list[tuple[Tensor, ...]]:
+        """For each expert, which rows it is sent of each batch."""
+        return list(zip(*(self.experts[0].rows(first) for first, *_ in self.batches), strict=True))
 
-    def _planned(self, number: int, linears: Mapping[str, nn.Module]) -> list[LayerPlan]:
-        inside = set(self.experts[0][number].children())
-        return [self.layers[name] for name, linear in linears.items() if linear in inside and name in self.layers]
-
-    def _hessian(self, number: int, rows: Sequence[Tensor], down: bool, solver: LayerSolver) -> HessianAccumulator:
-        """Of what expert `number` gives its down_proj, or else of what it is given, over its tokens in all batches."""
+    def hessian(
+        self, number: int, rows: Sequence[Tensor | slice], device: torch.device, *, down: bool
+    ) -> HessianAccumulator:
+        """Of what expert `number` is given in `rows` of the batches, or of what it then gives its down_proj."""
         expert = self.experts[0][number]
-        hessian = HessianAccumulator((expert.down_proj if down else expert.up_proj).in_features, solver.device)
-        covered = any(len(mine) for mine in rows)
-        if covered or solver.moe_uncovered == "all-tokens":
-            for routed, mine in zip(self.inputs, rows, strict=True):
-                inputs = _taken(routed, mine if covered else slice(None))
-                if down:
-                    inputs = [way.intermediate(number, x) for way, x in zip(self.experts, inputs, strict=True)]
-                hessian.add(*inputs)
-        else:
-            hessian.add_nothing_known()
+        hessian = HessianAccumulator((expert.down_proj if down else expert.up_proj).in_features, device)
+        for batch, mine in zip(self.batches, rows, strict=True):
+            inputs = _taken(batch, mine)
+            if down:
+                inputs = [way.intermediate(number, given) for way, given in zip(self.experts, inputs, strict=True)]
+            hessian.add(*inputs)
         return hessian
 
 
-def _taken(routed: Sequence[Routed], rows: Tensor | slice) -> list[Tensor]:
-    """The same rows of each passage; where another passage sends no such token, the first one's stands in."""
-    first, *others = (each.hidden[rows] for each in routed)
-    if routed[0].experts is None:
+def quantize_experts(
+    inputs: RoutedInputs,
+    layers: Mapping[str, LayerPlan],
+    linears: Mapping[str, nn.Module],
+    solver: LayerSolver,
+    *,
+    true_sequential: bool,
+) -> None:
+    """Solve the planned layers expert by expert; `true_sequential`: down_proj sees what quantized gate and up give it.
+
+    GateError E_NUM_EXPERT where an expert saw no token and `solver.moe_uncovered` is "error".
+    """
+    rows = inputs.rows()
+    report_coverage(inputs.name, [sum(map(len, batches)) for batches in rows], solver)
+    for number, mine in enumerate(rows):
+        expert = inputs.experts[0][number]
+        planned = [
+            layers[name] for name, linear in linears.items() if name in layers and linear in set(expert.children())
+        ]
+        first = [layer for layer in planned if linears[layer.name] is not expert.down_proj]
+        parts = [part for part in (first, [layer for layer in planned if layer not in first]) if part]
+        hessians = (_hessian(inputs, number, mine, solver, down=part[0] not in first) for part in parts)
+        for part, hessian in zip(parts, hessians if true_sequential else list(hessians), strict=True):
+            solver.solve(part, linears, hessian)
+
+
+def _hessian(
+    inputs: RoutedInputs, number: int, rows: Sequence[Tensor], solver: LayerSolver, *, down: bool
+) -> HessianAccumulator:
+    if any(map(len, rows)):
+        return inputs.hessian(number, rows, solver.device, down=down)
+    if solver.moe_uncovered == "all-tokens":
+        return inputs.hessian(number, [slice(None)] * len(rows), solver.device, down=down)
+    hessian = inputs.hessian(number, rows, solver.device, down=down)
+    hessian.add_nothing_known()
+    return hessian
+
+
+def report_coverage(name: str, tokens: Sequence[int], solver: LayerSolver) -> None:
+    """Tell how many tokens each expert of the layer `name` was sent; GateError E_NUM_EXPERT as the policy says."""
+    uncovered = tuple(number for number, seen in enumerate(tokens) if not seen)
+    solver.report(ExpertsCovered(name, tuple(tokens), min(tokens), median(tokens), uncovered))
+    if uncovered and solver.moe_uncovered == "error":
+        listed = ", ".join(map(str, uncovered[:LISTED])) + (", ..." if len(uncovered) > LISTED else "")
+        raise GateError(
+            "E_NUM_EXPERT",
+            f"{len(uncovered)} of {len(tokens)} experts of `{name}` were sent no calibration token: {listed}",
+            hint="use more or other text (--nsamples, --dataset), or say --moe-uncovered rtn or all-tokens",
+        )
+
+
+def _taken(batch: Sequence[Routed], rows: Tensor | slice) -> list[Tensor]:
+    """The same rows on each way; where another way sends no such token, the first one's stands in."""
+    first, *others = (way.hidden[rows] for way in batch)
+    if batch[0].experts is None:
         others = [torch.where(other.any(-1, keepdim=True), other, first) for other in others]
     return [first, *others]
-
-
-def _no_tokens(name: str, missed: Sequence[int]) -> GateError:
-    listed = ", ".join(map(str, missed[:LISTED])) + (", ..." if len(missed) > LISTED else "")
-    return GateError(
-        "E_NUM_EXPERT",
-        f"{len(missed)} experts of `{name}` were sent no calibration token: {listed}",
-        hint="use more or other text (--nsamples, --dataset), or say --moe-uncovered rtn or all-tokens",
-    )

@@ -113,9 +113,9 @@ def plan_checkpoint(
 
     `linears`, the names of the model's linear modules and whether each is stored [I, O], tells 2-D tensors that are no
     linears apart when the model is at hand, and `stacked` where those are that share a tensor. ConfigError E_SHAPE
-    lists every layer that cannot be packed, E_CFG_NO_MATCH every rule that matches nothing, E_CFG_CONFLICT is for rules that
-    keep a part of a tensor; InputError E_CKPT_QUANTIZED refuses a quantized source, E_ARCH one without repeated blocks
-    or with linears of blocks elsewhere.
+    lists every layer that cannot be packed, E_CFG_NO_MATCH every rule that matches nothing, E_CFG_CONFLICT rules
+    that keep a part of a tensor; InputError E_CKPT_QUANTIZED refuses a quantized source, E_ARCH one without repeated
+    blocks or with linears of blocks elsewhere.
     """
     if source.quantization is not None:
         method = source.quantization.get("quant_method", "gptq")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -27,33 +26,11 @@ from gptq_cli.models.stream import ModelStream
 from gptq_cli.models.tokenizer import load_encoder
 from gptq_cli.pipeline.blocks import quantize_blocks
 from gptq_cli.pipeline.events import ExpertsCovered, LayerReport, PhaseStarted, Report, RunPlanned, Warned, ignore
+from gptq_cli.pipeline.memory import Memory
 from gptq_cli.pipeline.plan import HEAD, LayerPlan, RunPlan, plan_checkpoint
 from gptq_cli.pipeline.preflight import preflight
 from gptq_cli.pipeline.record import Record
 from gptq_cli.pipeline.setup import CONFIG_FILE, bounded_seqlen, memory_errors, open_stream, resolve_device
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertCoverage:
-    """Calibration tokens of the experts of one layer; `uncovered` are the numbers of those that were sent none."""
-
-    name: str
-    n_experts: int
-    tokens: tuple[int, ...]
-    min_tokens: int
-    median_tokens: float
-    uncovered: tuple[int, ...]
-
-    @classmethod
-    def of(cls, seen: ExpertsCovered) -> ExpertCoverage:
-        return cls(
-            name=seen.name,
-            n_experts=len(seen.tokens),
-            tokens=seen.tokens,
-            min_tokens=min(seen.tokens),
-            median_tokens=median(seen.tokens),
-            uncovered=tuple(number for number, tokens in enumerate(seen.tokens) if not tokens),
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +42,7 @@ class QuantizeResult:
     commit: str | None
     config: QuantizeConfig
     layers: tuple[LayerReport, ...]
-    experts: tuple[ExpertCoverage, ...]
+    experts: tuple[ExpertsCovered, ...]
     split_experts: tuple[str, ...]
     kept: tuple[str, ...]
     bits_per_weight: float
@@ -127,7 +104,7 @@ def quantize_checkpoint(
         commit=located.commit,
         config=config,
         layers=tuple(record.layers),
-        experts=tuple(map(ExpertCoverage.of, record.experts)),
+        experts=tuple(record.experts),
         split_experts=tuple(plan.split_experts),
         kept=tuple(layer.name for layer in plan.kept),
         bits_per_weight=plan.bits_per_weight,
@@ -187,12 +164,15 @@ def _write(
                 writer.write(f"{layer.name}.{suffix}", tensor)
 
         batches: list[Tensor] = list(torch.as_tensor(windows.ids).split(config.batch_size))
+        memory = Memory(stream.device, config.max_vram_bytes, config.max_ram_bytes)
+        memory.enforce()
         quantize_blocks(
             stream,
             plan,
             batches,
             true_sequential=config.true_sequential,
             moe_uncovered=config.moe_uncovered,
+            memory=memory,
             keep=keep,
             report=report,
         )

@@ -14,22 +14,24 @@ from gptq_cli.engine.hessian import HessianAccumulator
 from tests.engine.samples import ORDERS, correlated_inputs, layer_config
 from tests.reference import follow
 
-O, I, TOKENS = 6, 48, 300
+ROWS, COLUMNS, TOKENS = 6, 48, 300
 
 
 def disturbed(inputs: Tensor, seed: int = 3) -> Tensor:
     """Inputs as quantized layers would change them: a linear slip and some noise."""
     random = torch.Generator().manual_seed(seed)
-    slip = torch.eye(I, dtype=torch.float64) + 0.05 * torch.randn(I, I, generator=random, dtype=torch.float64)
+    slip = torch.eye(COLUMNS, dtype=torch.float64) + 0.05 * torch.randn(
+        COLUMNS, COLUMNS, generator=random, dtype=torch.float64
+    )
     return inputs @ slip + 0.1 * torch.randn(inputs.shape, generator=random, dtype=torch.float64)
 
 
 def weight() -> Tensor:
-    return 0.05 * torch.randn(O, I, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    return 0.05 * torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
 
 
 def gathered(inputs: Tensor, originals: Tensor) -> HessianAccumulator:
-    accumulator = HessianAccumulator(I, "cpu")
+    accumulator = HessianAccumulator(COLUMNS, "cpu")
     for batch, before in zip(inputs.split(70), originals.split(70), strict=True):
         accumulator.add(batch, before)
     return accumulator
@@ -49,7 +51,7 @@ def test_the_weight_is_that_of_ridge_regression_in_every_order(
     order: str, fields: dict[str, object], strength: float
 ) -> None:
     config = layer_config(order, group_size=16, asymmetric_calibration=strength, **fields)
-    originals = correlated_inputs(TOKENS, I)
+    originals = correlated_inputs(TOKENS, COLUMNS)
     inputs = disturbed(originals)
     expected = follow(weight(), inputs, originals, config)
     assert (expected - weight()).abs().max() > 1e-3
@@ -58,7 +60,7 @@ def test_the_weight_is_that_of_ridge_regression_in_every_order(
 
 def test_outputs_come_nearer_to_the_original_ones_also_on_tokens_not_seen() -> None:
     config = layer_config("natural", group_size=16, asymmetric_calibration=1.0)
-    originals = correlated_inputs(4 * TOKENS, I)
+    originals = correlated_inputs(4 * TOKENS, COLUMNS)
     inputs = disturbed(originals)
     found = ours(inputs[:TOKENS], originals[:TOKENS], config)
     before = ((originals - inputs)[TOKENS:] @ weight().T).square().sum()
@@ -69,7 +71,7 @@ def test_outputs_come_nearer_to_the_original_ones_also_on_tokens_not_seen() -> N
 @pytest.mark.parametrize("mode", ["mean", "diagonal"])
 def test_a_column_without_input_keeps_its_weight(mode: str) -> None:
     config = layer_config("static group aware", group_size=16, asymmetric_calibration=1.0, damp_mode=mode)
-    originals = correlated_inputs(TOKENS, I)
+    originals = correlated_inputs(TOKENS, COLUMNS)
     inputs = disturbed(originals)
     inputs[:, [7, 40]] = 0
     found = ours(inputs, originals, config)
@@ -79,19 +81,17 @@ def test_a_column_without_input_keeps_its_weight(mode: str) -> None:
 
 def test_inputs_that_are_the_original_ones_change_nothing() -> None:
     config = layer_config("natural", group_size=16, asymmetric_calibration=1.0)
-    originals = correlated_inputs(TOKENS, I)
+    originals = correlated_inputs(TOKENS, COLUMNS)
     assert torch.equal(ours(originals, originals.clone(), config), weight())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_shift_is_a_float32_sum_over_chunks_and_batches(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_shift_is_a_float32_sum_over_chunks(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hessian_module, "TOKENS_PER_CHUNK", 32)
-    originals = (correlated_inputs(TOKENS, I) / 10).to(dtype)
-    inputs = (disturbed(correlated_inputs(TOKENS, I)) / 10).to(dtype)
+    originals = (correlated_inputs(TOKENS, COLUMNS) / 10).to(dtype)
+    inputs = (disturbed(correlated_inputs(TOKENS, COLUMNS)) / 10).to(dtype)
     kept = inputs.clone(), originals.clone()
-    seen = gathered(inputs.reshape(3, -1, I).flatten(0, 1), originals)
+    seen = gathered(inputs.reshape(3, -1, COLUMNS).flatten(0, 1), originals)
     exact = (originals.double() - inputs.double()).T @ inputs.double()
     assert seen.shift is not None
     assert seen.shift.dtype == torch.float32
@@ -102,6 +102,6 @@ def test_the_shift_is_a_float32_sum_over_chunks_and_batches(
 
 
 def test_there_is_no_shift_without_original_inputs() -> None:
-    accumulator = HessianAccumulator(I, "cpu")
-    accumulator.add(correlated_inputs(10, I))
+    accumulator = HessianAccumulator(COLUMNS, "cpu")
+    accumulator.add(correlated_inputs(10, COLUMNS))
     assert accumulator.shift is None
