@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -149,7 +150,10 @@ def _nothing_seen(
 def _check_reached(linears: Mapping[str, nn.Module], stages: Sequence[Stage]) -> None:
     missed = sorted(set(linears) - {name for stage in stages for name in stage.names})
     if missed:
+        kinds = dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".[0-9]+", name).replace(".", "[.]") for name in missed)
         raise InputError(
-            "E_ARCH", f"the model's forward never calls `{missed[0]}`, so it cannot be calibrated",
-            hint=f"keep it: --dynamic '-:{missed[0]}'",
-        )  # fmt: skip
+            "E_ARCH",
+            f"the model's forward never calls {len(missed)} linears of the block, so they cannot be calibrated, "
+            f"first `{missed[0]}`",
+            hint=f"keep them: --dynamic '-:({'|'.join(kinds)})$'",
+        )
