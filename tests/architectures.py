@@ -285,13 +285,13 @@ def dequantize(checkpoint: Checkpoint, source: Path, directory: Path) -> Path:
 
 
 def restack(tensors: dict[str, Tensor], name: str, weight: Tensor) -> None:
-    """Put the weight of one expert where it was in the tensor of all of them."""
-    prefix, number, part = re.fullmatch(r"(.+)\.(\d+)\.(\w+)\.weight", name).groups()
-    stack = tensors.get(f"{prefix}.{part}", tensors.get(f"{prefix}.gate_up_proj"))
-    matrix = stack[int(number)]
-    matrix = matrix if matrix.shape[1] == weight.shape[1] else matrix.T
-    half = matrix[-weight.shape[0] :] if part == "up_proj" else matrix[: weight.shape[0]]
-    half.copy_(weight)
+    """Put the weight of one expert in place of what is nearest to it in the tensors beside it that hold all experts."""
+    holder, number = re.fullmatch(r"(.+)\.[^.]+\.(\d+)\.\w+\.weight", name).groups()
+    stacks = [stack for key, stack in tensors.items() if key.startswith(f"{holder}.") and stack.dim() == 3]
+    matrices = [way for stack in stacks for way in (stack[int(number)], stack[int(number)].T)]
+    rows = len(weight)
+    places = [part for matrix in matrices for part in (matrix[:rows], matrix[-rows:]) if part.shape == weight.shape]
+    min(places, key=lambda part: (part - weight).norm().item()).copy_(weight)
 
 
 def relative(ours: list[Tensor], theirs: list[Tensor]) -> float:

@@ -160,13 +160,15 @@ def _single(
 
 def _slice(found: Sources, path: str, leaf: str, shape: StackShape, stack: str) -> None:
     """Name each expert's part of the tensor `stack`, as engines do when experts are stored one by one."""
-    fused = found.derived.get(stack)
-    if isinstance(fused, Fusion) or not stack.endswith(f".{leaf}"):
-        stored = next(iter(fused.names.values()))[0] if isinstance(fused, Fusion) else stack
-        raise InputError(
-            "E_ARCH", f"the experts of `{path}` are stored as `{stored}`, for which no engine has GPTQ names"
-        )
+    if stack.endswith(f".{leaf}"):
+        prefix = stack.removesuffix(f".{leaf}")
+    elif stack not in found.derived and stack.startswith(f"{path.rpartition('.')[0]}."):
+        prefix = path
+    else:
+        fused = found.derived.get(stack)
+        stored = next(iter(fused.stored)) if fused else stack
+        raise InputError("E_ARCH", f"the experts of `{path}` are stored as `{stored}`, in an order of their own")
     for number, part, piece in shape.slices(leaf, stack):
-        name = f"{stack.removesuffix(leaf)}{number}.{part}.weight"
+        name = f"{prefix}.{number}.{part}.weight"
         found.names[f"{path}.{number}.{part}.weight"] = name
         found.derived[name] = piece

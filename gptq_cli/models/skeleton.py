@@ -20,7 +20,7 @@ from gptq_cli.models.experts import find_stacks, separate
 from gptq_cli.models.names import Fusion, Sources, match_names
 
 MAX_OTHER_SHARE = 0.1  # of the blocks' parameters: matrices that no linear layer holds, such as stacked experts
-STACKED = ": stacked matrices, as mixtures of experts have them, cannot be quantized yet"
+STACKED = ": stacked matrices that are not of experts without biases, as transformers describes them"
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 

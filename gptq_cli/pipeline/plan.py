@@ -146,16 +146,17 @@ def plan_checkpoint(
 
 def find_routers(tensors: Iterable[TensorInfo], blocks: str) -> set[str]:
     """Names of the weights that choose or weigh experts: beside experts, with one row, or with one for each of them."""
-    experts = re.compile(rf"({re.escape(blocks)}\.\d+(?:\..+)?)\.(?:[^.]+\.(\d+)\.[^.]+\.weight|experts\.[^.]+)")
+    single = re.compile(rf"({re.escape(blocks)}\.\d+(?:\..+)?)\.[^.]+\.(\d+)\.[^.]+\.weight")
     n_experts: dict[str, int] = {}
     others = []
     for tensor in tensors:
-        match = experts.fullmatch(tensor.name)
-        if match and len(tensor.shape) > 1:
-            found = int(match[2]) + 1 if match[2] else tensor.shape[0]
-            n_experts[match[1]] = max(found, n_experts.get(match[1], 0))
+        if match := single.fullmatch(tensor.name):
+            n_experts[match[1]] = max(int(match[2]) + 1, n_experts.get(match[1], 0))
         elif len(tensor.shape) == 2:
             others.append(tensor)
+        elif len(tensor.shape) == 3 and tensor.shape[1] > 1:  # no convolution of single channels
+            holder = tensor.name.removesuffix(".weight").rpartition(".")[0]
+            n_experts[holder.removesuffix(".experts")] = tensor.shape[0]
     return {
         tensor.name
         for parent, count in n_experts.items()
