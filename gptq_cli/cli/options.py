@@ -75,6 +75,7 @@ DampMode = Annotated[str | None, setting("damp_mode", panel=ALGORITHM)]
 DampPercent = Annotated[float | None, setting("damp_percent", panel=ALGORITHM)]
 Preset = Annotated[str | None, setting("preset", panel=ALGORITHM, metavar="NAME")]
 
+MoeUncovered = Annotated[str | None, setting("moe_uncovered", panel=LAYERS)]
 LmHead = Annotated[bool | None, setting("lm_head", "--lm-head/--no-lm-head", panel=LAYERS)]
 Dynamic = Annotated[
     list[str] | None,

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 from gptq_cli.cli import options as o
@@ -47,6 +48,7 @@ def quantize(
     preset: o.Preset = None,
     dynamic: o.Dynamic = None,
     lm_head: o.LmHead = None,
+    moe_uncovered: o.MoeUncovered = None,
     dataset: o.Datasets = None,
     dataset_config: o.DatasetConfig = None,
     dataset_split: o.DatasetSplit = None,
@@ -116,9 +118,19 @@ def _summary(result: QuantizeResult, config: QuantizeConfig) -> str:
         mine = math.fsum(layer.relative_error for layer in result.layers) / len(result.layers)
         rtn = math.fsum(layer.rtn_relative_error for layer in result.layers) / len(result.layers)
         lines.append(f"error  {mine:.2e} mean of {len(result.layers)} layers, round-to-nearest {rtn:.2e}")
+    if result.experts:
+        lines.append(_coverage(result, config))
     lines.append(f"time   {clock(result.seconds)}")
     layers = [chosen for layer in result.layers if (chosen := config.for_layer(layer.name))]
-    return "\n".join([*lines, *engine_lines(verdicts(Export.of(layers, config.format, config.lm_head)))])
+    export = Export.of(layers, config.format, config.lm_head, bool(result.split_experts))
+    return "\n".join([*lines, *engine_lines(verdicts(export))])
+
+
+def _coverage(result: QuantizeResult, config: QuantizeConfig) -> str:
+    tokens = [seen for layer in result.experts for seen in layer.tokens]
+    line = f"tokens {min(tokens)} or more for each of {len(tokens)} experts, median {median(tokens):.0f}"
+    uncovered = sum(len(layer.uncovered) for layer in result.experts)
+    return f"{line}; {uncovered} without one: {config.moe_uncovered}" if uncovered else line
 
 
 def _print_config(console: Console, resolved: Resolved) -> None:

@@ -7,6 +7,7 @@ from typing import Literal
 
 ScaleSearch = Literal["none", "mse", "activation"]
 DampMode = Literal["mean", "diagonal"]
+Uncovered = Literal["error", "rtn", "all-tokens"]
 
 
 @dataclass(frozen=True, slots=True)

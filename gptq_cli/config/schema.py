@@ -17,7 +17,7 @@ from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
 from gptq_cli.config.finding import Finding, KeyPath, name_of
-from gptq_cli.config.layer import DampMode, LayerConfig, ScaleSearch
+from gptq_cli.config.layer import DampMode, LayerConfig, ScaleSearch, Uncovered
 from gptq_cli.config.presets import DEFAULT_PRESET, PRESETS
 from gptq_cli.config.rules import LayerChoice, first_match, is_listed, keeps, pattern_of
 
@@ -140,6 +140,10 @@ class QuantizeConfig(BaseModel):
         dict[Rule, LayerOverrides], Accepts("a mapping from `+:regex` or `-:regex` to a mapping of settings")
     ] = Field({}, description="rules for single layers")
     lm_head: Flag = Field(False, description="quantize the output head too")
+    moe_uncovered: Annotated[Uncovered, Accepts("error, rtn or all-tokens")] = Field(
+        "error",
+        description="an expert without calibration tokens: stop, round it to nearest, or calibrate it on all tokens",
+    )
     dataset: Annotated[
         str | list[str] | None, Field(min_length=1), Accepts("a dataset name, a path, or a list of texts")
     ] = Field(None, description="calibration text; null means wikitext2")

@@ -45,6 +45,10 @@ class HessianAccumulator:
             self._add_shift(tokens, original.reshape(tokens.shape))
         self.tokens += tokens.shape[0]
 
+    def add_nothing_known(self) -> None:
+        """Add the identity, without tokens: as if all inputs were alike, so that solving is rounding to nearest."""
+        self._sum.diagonal().add_(1)
+
     @property
     def hessian(self) -> Tensor:
         """The symmetric sum [I, I] over all tokens so far: the accumulator's own tensor, not a copy."""

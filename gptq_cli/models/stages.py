@@ -1,6 +1,7 @@
 """Which linears see the very same input, and in what order: found by running a block once and watching.
 
-A *stage* is such a set: (q, k, v), (o), (gate, up), (down) for Llama; they share one Hessian.
+A *stage* is such a set: (q, k, v), (o), (gate, up), (down) for Llama; they share one Hessian. The experts of a block
+are one stage, under the name of the whole.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from gptq_cli.models.experts import Experts, Routed
+
 Hook = Callable[[nn.Module, tuple[Any, ...]], None]
+Input = Tensor | Routed  # of a linear, or of the experts of a block
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +74,10 @@ def probe_block(linears: Mapping[str, nn.Module], run: Callable[[], object]) -> 
     storages = _Storages()
 
     def note(name: str) -> Hook:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             nonlocal waiting_bytes
-            inputs.setdefault(name, []).append(storages.identify(args[0]))
+            tensors = [leaf for leaf in tree_leaves(given(module, args)) if leaf is not None]
+            inputs.setdefault(name, []).append(tuple(map(storages.identify, tensors)))
             waiting_bytes = max(waiting_bytes, storages.nbytes)
 
         return hook
@@ -85,7 +90,7 @@ def probe_block(linears: Mapping[str, nn.Module], run: Callable[[], object]) -> 
 def watch_inputs(
     stages: Iterable[Stage],
     linears: Mapping[str, nn.Module],
-    see: Callable[[Stage, Tensor], None],
+    see: Callable[[Stage, Input], None],
     run: Callable[[], object],
 ) -> None:
     """Run `run`, giving `see` every input of every stage; it ends once the last input has been seen."""
@@ -93,9 +98,9 @@ def watch_inputs(
     left = sum(stage.calls for stage in stages)
 
     def seen(stage: Stage) -> Hook:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             nonlocal left
-            see(stage, args[0])
+            see(stage, given(module, args))
             left -= 1
             if not left:
                 raise _Reached
@@ -104,6 +109,12 @@ def watch_inputs(
 
     with hooked((linears[stage.names[0]], seen(stage)) for stage in stages), suppress(_Reached):
         run()
+
+
+def given(module: nn.Module, args: tuple[Any, ...]) -> Input:
+    """What a linear or the experts of a block are called with, as far as calibration is concerned."""
+    found: Input = Routed(*args[:2]) if isinstance(module, Experts) else args[0]
+    return found
 
 
 @contextmanager
@@ -117,8 +128,10 @@ def hooked(pairs: Iterable[tuple[nn.Module, Hook]]) -> Iterator[None]:
             handle.remove()
 
 
-def same_memory(a: Tensor, b: Tensor) -> bool:
+def same_memory(a: Input, b: Input) -> bool:
     """Whether two tensors that are both alive are one and the same numbers."""
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        return a is b
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -9,12 +10,15 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from gptq_cli.config.layer import Uncovered
 from gptq_cli.engine.hessian import HessianAccumulator
 from gptq_cli.errors import InputError
+from gptq_cli.models.experts import Experts
 from gptq_cli.models.stages import Prober, Stage
 from gptq_cli.models.stream import LoadedBlock, ModelStream
 from gptq_cli.pipeline.activations import HiddenStates
 from gptq_cli.pipeline.events import BlockStarted, PhaseStarted, Report
+from gptq_cli.pipeline.experts import RoutedInputs, quantize_experts
 from gptq_cli.pipeline.memory import Memory, WaitingRoom, block_finished, give_back_freed_tensors
 from gptq_cli.pipeline.passage import Passage
 from gptq_cli.pipeline.plan import HEAD, LayerPlan, RunPlan
@@ -27,6 +31,7 @@ def quantize_blocks(
     batches: Sequence[Tensor],
     *,
     true_sequential: bool,
+    moe_uncovered: Uncovered = "error",
     memory: Memory,
     keep: Keep,
     report: Report,
@@ -37,7 +42,7 @@ def quantize_blocks(
     layer is never called; ResourceError E_OOM if `memory` does not suffice.
     """
     layers = {layer.name: layer for layer in plan.quantized}
-    solver = LayerSolver(stream, keep, report)
+    solver = LayerSolver(stream, keep, report, moe_uncovered)
     give_back_freed_tensors()
     report(PhaseStarted("embeddings", f"{len(batches)} batches"))
     hidden = HiddenStates(stream.embed(batches), memory)
@@ -74,31 +79,40 @@ def quantize_block(
     ways = [Passage.through(block, hidden, layers)]
     if original is not None:
         ways.append(Passage.through(block.twin(), original, layers))
-    probe = prober(block.module, block.linears, ways[0].runs[0])
-    stages = probe.stages(layers)
-    _check_reached(ways[0].linears, stages)
+    probe = prober(block.module, block.called, ways[0].runs[0])
+    stages = probe.stages(ways[0].called)
+    _check_reached(ways[0].called, stages)
     may_wait = true_sequential and all(stage.calls == 1 for stage in stages)
     n_waiting = room.places(len(hidden), probe.waiting_bytes, len(ways)) if may_wait else 0
     with ExitStack() as waiting:
         for way in ways:
             waiting.enter_context(way.waiting(stages, n_waiting))
         for together in [[stage] for stage in stages] if true_sequential else [stages]:
-            quantize_stages(together, layers, ways, solver)
+            quantize_stages(together, layers, ways, solver, true_sequential=true_sequential)
         for way in ways:
             way.finish()
 
 
 def quantize_stages(
-    stages: Sequence[Stage], layers: Mapping[str, LayerPlan], ways: Sequence[Passage], solver: LayerSolver
+    stages: Sequence[Stage],
+    layers: Mapping[str, LayerPlan],
+    ways: Sequence[Passage],
+    solver: LayerSolver,
+    *,
+    true_sequential: bool,
 ) -> None:
-    """Gather one Hessian a stage over all batches, then solve the stage's layers of the first of `ways` with it."""
-    hessians = {stage: HessianAccumulator(layers[stage.names[0]].in_features, solver.device) for stage in stages}
+    """Gather what each stage sees over all batches, then solve the stage's layers of the first of `ways` with it."""
+    gathered = {stage: _nothing_seen(stage, layers, ways, solver) for stage in stages}
     for seen in zip(*(way.inputs(stages) for way in ways), strict=True):
         for calls in zip(*seen, strict=True):
             stage = calls[0][0]
-            hessians[stage].add(*(inputs for _, inputs in calls))
+            gathered[stage].add(*(inputs for _, inputs in calls))
     for stage in stages:
-        solver.solve([layers[name] for name in stage.names], ways[0].linears, hessians.pop(stage))
+        inputs = gathered.pop(stage)
+        if isinstance(inputs, RoutedInputs):
+            quantize_experts(inputs, layers, ways[0].linears, solver, true_sequential=true_sequential)
+        else:
+            solver.solve([layers[name] for name in stage.names], ways[0].linears, inputs)
 
 
 def quantize_head(
@@ -114,20 +128,32 @@ def quantize_head(
     with stream.head() as logits:
 
         def passage(states: HiddenStates) -> Passage:
-            return Passage(linears, [partial(_head, logits, ids, states, n) for n, ids in enumerate(batches)], states)
+            runs = [partial(_head, logits, ids, states, n) for n, ids in enumerate(batches)]
+            return Passage(linears, linears, runs, states)
 
         ways = [passage(states) for states in (hidden, original) if states is not None]
-        quantize_stages([Stage((HEAD,), 1)], layers, ways, solver)
+        quantize_stages([Stage((HEAD,), 1)], layers, ways, solver, true_sequential=True)
 
 
 def _head(logits: Callable[[Tensor, Tensor], Tensor], ids: Tensor, hidden: HiddenStates, batch: int) -> Tensor:
     return logits(ids, hidden[batch])
 
 
+def _nothing_seen(
+    stage: Stage, layers: Mapping[str, LayerPlan], ways: Sequence[Passage], solver: LayerSolver
+) -> HessianAccumulator | RoutedInputs:
+    name = stage.names[0]
+    experts = [module for way in ways if isinstance(module := way.called[name], Experts)]
+    return RoutedInputs(name, experts) if experts else HessianAccumulator(layers[name].in_features, solver.device)
+
+
 def _check_reached(linears: Mapping[str, nn.Module], stages: Sequence[Stage]) -> None:
     missed = sorted(set(linears) - {name for stage in stages for name in stage.names})
     if missed:
+        kinds = dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".[0-9]+", name).replace(".", "[.]") for name in missed)
         raise InputError(
-            "E_ARCH", f"the model's forward never calls `{missed[0]}`, so it cannot be calibrated",
-            hint=f"keep it: --dynamic '-:{missed[0]}'",
-        )  # fmt: skip
+            "E_ARCH",
+            f"the model's forward never calls {len(missed)} linears of the block, so they cannot be calibrated, "
+            f"first `{missed[0]}`",
+            hint=f"keep them: --dynamic '-:({'|'.join(kinds)})$'",
+        )

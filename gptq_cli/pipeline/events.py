@@ -66,6 +66,20 @@ class LayerSolved:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertsCovered:
+    """How many calibration tokens each expert of a layer was sent; a token counts once for each expert it is sent to.
+
+    `name` is what the names of the experts' linears begin with, `uncovered` are the numbers of experts without a token.
+    """
+
+    name: str
+    tokens: tuple[int, ...]
+    min_tokens: int
+    median_tokens: float
+    uncovered: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class BlockFinished:
     """`seconds` of this block, `host_bytes` resident now, `device_bytes` peak so far (0 without an accelerator)."""
 
@@ -85,7 +99,7 @@ class Warned:
     message: str
 
 
-Event = PhaseStarted | RunPlanned | BlockStarted | LayerStarted | LayerSolved | BlockFinished | Warned
+Event = PhaseStarted | RunPlanned | BlockStarted | LayerStarted | LayerSolved | ExpertsCovered | BlockFinished | Warned
 Report = Callable[[Event], None]
 
 

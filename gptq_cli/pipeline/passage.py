@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -16,16 +17,23 @@ from gptq_cli.models.stages import Stage, watch_inputs
 from gptq_cli.models.stream import LoadedBlock
 from gptq_cli.pipeline.activations import HiddenStates
 
-Seen = list[tuple[Stage, Tensor]]
+Seen = list[tuple[Stage, Any]]
 
 
 class Passage:
-    """A forward of a block, or of what follows the blocks, for each batch of `hidden`; `linears` by name."""
+    """A forward of a block, or of what follows the blocks, for each batch of `hidden`; planned `linears` by name.
+
+    `called` is what the forward calls by itself: these linears, but experts as a whole.
+    """
 
     def __init__(
-        self, linears: Mapping[str, nn.Module], runs: Sequence[Callable[[], Tensor]], hidden: HiddenStates
+        self,
+        linears: Mapping[str, nn.Module],
+        called: Mapping[str, nn.Module],
+        runs: Sequence[Callable[[], Tensor]],
+        hidden: HiddenStates,
     ) -> None:
-        self.linears, self.runs, self._hidden = linears, runs, hidden
+        self.linears, self.called, self.runs, self._hidden = linears, called, runs, hidden
         self._waiting: WaitingBatches | None = None
         self._n_waiting = 0
 
@@ -33,23 +41,25 @@ class Passage:
     def through(cls, block: LoadedBlock, hidden: HiddenStates, names: Container[str]) -> Passage:
         """The way of `hidden` through `block`, with those of its linears that `names` holds."""
         linears = {name: linear for name, linear in block.linears.items() if name in names}
-        return cls(linears, [partial(_run, block, hidden, batch) for batch in range(len(hidden))], hidden)
+        planned = set(linears.values())
+        called = {name: module for name, module in block.called.items() if planned & set(module.modules())}
+        return cls(linears, called, [partial(_run, block, hidden, batch) for batch in range(len(hidden))], hidden)
 
     @contextmanager
     def waiting(self, stages: Sequence[Stage], n_batches: int) -> Iterator[None]:
         """The first `n_batches` wait at each of `stages` until they are told to go on."""
-        with waiting_batches(stages, self.linears, self.runs[:n_batches]) as self._waiting:
+        with waiting_batches(stages, self.called, self.runs[:n_batches]) as self._waiting:
             self._n_waiting = n_batches
             yield
 
     def inputs(self, together: Sequence[Stage]) -> Iterator[Seen]:
-        """For each batch, every input [..., I] of the stages `together`, which are one stage if batches wait."""
+        """For each batch, every input of the stages `together`, which are one stage if batches wait."""
         if self._waiting is not None and self._n_waiting:
             (stage,) = together
             for seen in self._waiting.reach(stage):
                 yield [(stage, seen)]
         for run in self.runs[self._n_waiting :]:
-            yield _watched(together, self.linears, run)
+            yield _watched(together, self.called, run)
 
     def finish(self) -> None:
         """Let every batch run to its end; `hidden` becomes what comes out."""
@@ -64,8 +74,8 @@ def _run(block: LoadedBlock, hidden: HiddenStates, batch: int) -> Tensor:
     return block.run(batch, hidden[batch])
 
 
-def _watched(together: Sequence[Stage], linears: Mapping[str, nn.Module], run: Callable[[], object]) -> Seen:
+def _watched(together: Sequence[Stage], called: Mapping[str, nn.Module], run: Callable[[], object]) -> Seen:
     seen: Seen = []
     # A copy: what comes later in the forward may write into an input.
-    watch_inputs(together, linears, lambda stage, inputs: seen.append((stage, inputs.clone())), run)
+    watch_inputs(together, called, lambda stage, inputs: seen.append((stage, inputs.clone())), run)
     return seen

@@ -25,7 +25,7 @@ from gptq_cli.engine.layer import QuantizedLinear
 from gptq_cli.models.stream import ModelStream
 from gptq_cli.models.tokenizer import load_encoder
 from gptq_cli.pipeline.blocks import quantize_blocks
-from gptq_cli.pipeline.events import LayerReport, PhaseStarted, Report, RunPlanned, ignore
+from gptq_cli.pipeline.events import ExpertsCovered, LayerReport, PhaseStarted, Report, RunPlanned, Warned, ignore
 from gptq_cli.pipeline.memory import Memory
 from gptq_cli.pipeline.plan import HEAD, LayerPlan, RunPlan, plan_checkpoint
 from gptq_cli.pipeline.preflight import preflight
@@ -42,6 +42,8 @@ class QuantizeResult:
     commit: str | None
     config: QuantizeConfig
     layers: tuple[LayerReport, ...]
+    experts: tuple[ExpertsCovered, ...]
+    split_experts: tuple[str, ...]
     kept: tuple[str, ...]
     bits_per_weight: float
     tokens: int
@@ -59,6 +61,7 @@ class QuantizeResult:
             "output": str(self.output),
             "config": self.config.model_dump(mode="json"),
             "layers": [asdict(layer) for layer in self.layers],
+            "experts": [asdict(layer) for layer in self.experts],
         }
 
 
@@ -87,8 +90,10 @@ def quantize_checkpoint(
     config = config.model_copy(update={"seqlen": seqlen})
     with torch.inference_mode(), memory_errors():
         stream = open_stream(source, device=device, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
-        plan = plan_checkpoint(source, config, stream.all_linears())
+        plan = plan_checkpoint(source, config, stream.all_linears(), stream.stacked_linears())
         record(_planned(model, plan))
+        for name in plan.split_experts[:1]:
+            record(Warned("W_CFG_EXPERTS", f"the experts of `{name}` differ in settings: vLLM and SGLang refuse that"))
         windows = _calibrate(source, config, stream, record)
         with work_directory(output) as work:
             _write(work, plan, config, stream, windows, record)
@@ -99,6 +104,8 @@ def quantize_checkpoint(
         commit=located.commit,
         config=config,
         layers=tuple(record.layers),
+        experts=tuple(record.experts),
+        split_experts=tuple(plan.split_experts),
         kept=tuple(layer.name for layer in plan.kept),
         bits_per_weight=plan.bits_per_weight,
         tokens=windows.tokens,
@@ -160,7 +167,14 @@ def _write(
         memory = Memory(stream.device, config.max_vram_bytes, config.max_ram_bytes)
         memory.enforce()
         quantize_blocks(
-            stream, plan, batches, true_sequential=config.true_sequential, memory=memory, keep=keep, report=report
+            stream,
+            plan,
+            batches,
+            true_sequential=config.true_sequential,
+            moe_uncovered=config.moe_uncovered,
+            memory=memory,
+            keep=keep,
+            report=report,
         )
         report(PhaseStarted("copy", f"{len(plan.copied)} other tensors"))
         for tensor in plan.copied:

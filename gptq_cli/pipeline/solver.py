@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from gptq_cli.config.layer import LayerConfig
+from gptq_cli.config.layer import LayerConfig, Uncovered
 from gptq_cli.engine.asymmetric import follow_original
 from gptq_cli.engine.factor import NonFiniteHessianError, NotPositiveDefiniteError, Prepared, prepare
 from gptq_cli.engine.grid import ScaleRangeError
@@ -27,8 +27,9 @@ Keep = Callable[[LayerPlan, QuantizedLinear], None]
 class LayerSolver:
     """Solves layers that share an input, puts the dequantized weights back and hands the codes to `keep`."""
 
-    def __init__(self, stream: ModelStream, keep: Keep, report: Report) -> None:
-        self._stream, self._keep, self._report = stream, keep, report
+    def __init__(self, stream: ModelStream, keep: Keep, report: Report, moe_uncovered: Uncovered) -> None:
+        self._stream, self._keep, self.report = stream, keep, report
+        self.moe_uncovered = moe_uncovered
         self.device = stream.device
 
     def solve(self, layers: Sequence[LayerPlan], linears: Mapping[str, nn.Module], inputs: HessianAccumulator) -> None:
@@ -38,7 +39,7 @@ class LayerSolver:
         for layer in layers:
             assert layer.config is not None
             started = time.perf_counter()
-            self._report(LayerStarted(layer.name))
+            self.report(LayerStarted(layer.name))
             with located(layer):
                 if layer.config not in prepared:
                     prepared[layer.config] = prepare(hessian, layer.config, inputs.tokens)
@@ -53,7 +54,7 @@ class LayerSolver:
             place(linear, "weight", dequantized.T if layer.transposed else dequantized)
             self._keep(layer, solution.quantized)
             self._warn(layer, factor)
-            self._report(
+            self.report(
                 LayerSolved(
                     LayerReport(
                         name=layer.name,
@@ -74,10 +75,10 @@ class LayerSolver:
     def _warn(self, layer: LayerPlan, factor: Prepared) -> None:
         if factor.retries:
             used = f"damp_percent was raised to {factor.damp_percent:g} to make its Hessian positive definite"
-            self._report(Warned("W_NUM_DAMPING", f"layer `{layer.name}`: {used}"))
+            self.report(Warned("W_NUM_DAMPING", f"layer `{layer.name}`: {used}"))
         if factor.dead_columns:
             seen = f"{factor.dead_columns} of {layer.in_features} inputs were always zero, their weights become zero"
-            self._report(Warned("W_NUM_DEAD", f"layer `{layer.name}`: {seen}"))
+            self.report(Warned("W_NUM_DEAD", f"layer `{layer.name}`: {seen}"))
 
 
 @contextmanager
