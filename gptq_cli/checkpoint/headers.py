@@ -55,7 +55,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     if not isinstance(entries, dict):
         raise _corrupt(file, "the header is not an object")
     tensors = {
-        name: _tensor(file, name, entry, 8 + length) for name, entry in entries.items() if name != "__metadata__"
+        name: tensor_info(file, name, entry, 8 + length) for name, entry in entries.items() if name != "__metadata__"
     }
     _check_cover(file, tensors, 8 + length, size)
     return tensors
@@ -68,7 +68,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _tensor(file: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
+def tensor_info(file: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
+    """One entry of a header whose file has its data from byte `data_start` on; InputError E_CKPT_CORRUPT."""
     try:
         dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         bits = BITS_OF_DTYPE[dtype] * math.prod(shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ class Checkpoint:
 def open_checkpoint(directory: Path) -> Checkpoint:
     """The checkpoint in `directory`; InputError E_CKPT_* when files are missing, torn, pickled or disagree."""
     if not (directory / "config.json").is_file():
-        _refuse_other_kinds(directory)
+        refuse_other_kinds(str(directory), [path.name for path in directory.glob("*")])
         raise InputError(
             "E_CKPT_CONFIG", f"`{directory}` has no config.json", hint="point to a Hugging Face model directory"
         )
@@ -73,7 +74,7 @@ def _read_tensors(directory: Path) -> dict[str, TensorInfo]:
         return _read_sharded(directory)
     files = sorted(directory.glob("*.safetensors"))
     if not files:
-        _refuse_other_kinds(directory)
+        refuse_other_kinds(str(directory), [path.name for path in directory.glob("*")])
         raise InputError(
             "E_CKPT_MISSING", f"`{directory}` holds no *.safetensors file", hint="download the weights first"
         )
@@ -101,12 +102,13 @@ def _read_sharded(directory: Path) -> dict[str, TensorInfo]:
             "E_CKPT_MISSING", f"`{directory}` lacks {len(missing)} of {len(names)} shards: {', '.join(missing[:3])}",
             hint="finish the download, for example with `hf download MODEL --local-dir DIR`",
         )  # fmt: skip
-    return _merge_shards(index, weight_map, {name: read_header(directory / name) for name in names})
+    return merge_shards(str(index), weight_map, {name: read_header(directory / name) for name in names})
 
 
-def _merge_shards(
-    index: Path, weight_map: dict[str, str], shards: dict[str, dict[str, TensorInfo]]
+def merge_shards(
+    index: str, weight_map: dict[str, str], shards: dict[str, dict[str, TensorInfo]]
 ) -> dict[str, TensorInfo]:
+    """The tensors of all shards, file by file; InputError E_CKPT_INDEX where `weight_map` and headers disagree."""
     tensors: dict[str, TensorInfo] = {}
     for file, header in shards.items():
         for name, tensor in header.items():
@@ -122,21 +124,24 @@ def _merge_shards(
     return tensors
 
 
-def _refuse_other_kinds(directory: Path) -> None:
-    def holds(*patterns: str) -> bool:
-        return any(next(directory.glob(pattern), None) is not None for pattern in patterns)
+def refuse_other_kinds(directory: str, files: Iterable[str]) -> None:
+    """InputError if what `directory` holds is known to be something else than safetensors weights of a model."""
+    files = list(files)
 
-    if holds("adapter_config.json"):
+    def holds(*endings: str) -> bool:
+        return any(file.endswith(endings) for file in files)
+
+    if "adapter_config.json" in files:
         raise InputError(
             "E_CKPT_KIND",
             f"`{directory}` is an adapter, not a model",
             hint="merge the adapter into its base model first",
         )
-    if holds("*.gguf", "*.onnx"):
+    if holds(".gguf", ".onnx"):
         raise InputError(
             "E_CKPT_KIND", f"`{directory}` holds GGUF or ONNX files", hint="use the safetensors checkpoint"
         )
-    if holds("*.bin", "*.pt", "*.pth", "*.ckpt"):
+    if holds(".bin", ".pt", ".pth", ".ckpt"):
         raise InputError(
             "E_CKPT_PICKLE", f"`{directory}` holds pickled weights only, which can run code when they are loaded",
             hint="convert the weights to safetensors in a place you trust, or find a safetensors revision",

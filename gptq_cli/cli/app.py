@@ -25,6 +25,7 @@ from gptq_cli.errors import GptqError, Problem
 # command -> what it does; the function of that name lives in the module of that name, with _ for -
 COMMANDS = {
     "quantize": "Quantize a model to a GPTQ checkpoint.",
+    "plan": "Show what quantize would do, without doing it.",
     "validate-config": "Check a configuration file, and with a model what it would do.",
     "eval-ppl": "Measure the perplexity of a checkpoint, quantized or not.",
 }

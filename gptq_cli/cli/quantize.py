@@ -60,6 +60,7 @@ def quantize(
     revision: o.Revision = None,
     config: o.ConfigFile = None,
     print_config: Annotated[bool, o.plain("--print-config", help="print the resolved configuration and leave")] = False,
+    dry_run: Annotated[bool, o.plain("--dry-run", "-n", help="show the plan and leave, as gptq plan does")] = False,
     as_json: o.AsJson = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -70,15 +71,25 @@ def quantize(
 
     Example: gptq quantize ./Qwen3-0.6B -b 4 -o ./Qwen3-0.6B-4bit
     """
-    said = {**locals(), "dataset": _one_or_many(dataset), "dynamic": _rules(dynamic)}
+    said = said_fields(locals())
     console = Console(as_json, quiet)
-    resolved = resolve({key: value for key, value in said.items() if key in FIELDS}, os.environ, config)
+    resolved = resolve(said, os.environ, config)
     if print_config:
         _print_config(console, resolved)
+    elif dry_run:
+        from gptq_cli.cli.plan import show_plan
+
+        show_plan(console, resolved, model, output, revision)
     else:
         _refuse_missing_path(model)
         output = output or Path(default_name(model, resolved.config))
         _run(console, resolved, model=model, output=output, revision=revision, overwrite=overwrite)
+
+
+def said_fields(said: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of the configuration among the options `said`, as the configuration takes them."""
+    lists = {"dataset": _one_or_many(said["dataset"]), "dynamic": _rules(said["dynamic"])}
+    return {key: value for key, value in {**said, **lists}.items() if key in FIELDS}
 
 
 def default_name(model: str, config: QuantizeConfig) -> str:

@@ -98,7 +98,7 @@ def plan_checkpoint(source: Checkpoint, config: QuantizeConfig, linears: Mapping
             hint="start from the full-precision model it was made from",
         )  # fmt: skip
     blocks, found = find_block_linears(source.tensors.values(), linears)
-    layers = [_choose(blocks, tensor, config, linears) for tensor in found]
+    layers = [_choose(source, blocks, tensor, config, linears) for tensor in found]
     _check_found(layers, linears or {})
     if config.lm_head:
         layers.append(_head(source, config, len({layer.block for layer in layers})))
@@ -136,10 +136,12 @@ def find_block_linears(
     return name, [tensor for _, tensor in sorted(lists[name], key=lambda item: item[0])]
 
 
-def _choose(blocks: str, tensor: TensorInfo, config: QuantizeConfig, linears: Mapping[str, bool] | None) -> LayerPlan:
+def _choose(
+    source: Checkpoint, blocks: str, tensor: TensorInfo, config: QuantizeConfig, linears: Mapping[str, bool] | None
+) -> LayerPlan:
     name = tensor.name.removesuffix(".weight")
     index, _, inner = name.removeprefix(f"{blocks}.").partition(".")
-    transposed = linears is not None and linears.get(name, False)
+    transposed = _is_transposed(source, tensor) if linears is None else linears.get(name, False)
     out_features, in_features = reversed(tensor.shape) if transposed else tensor.shape
     if linears is not None and name not in linears:
         chosen, why = None, "not a linear layer"
@@ -149,6 +151,13 @@ def _choose(blocks: str, tensor: TensorInfo, config: QuantizeConfig, linears: Ma
         choice = config.choose(name)
         chosen, why = choice.config, choice.why
     return LayerPlan(name, int(index), out_features, in_features, chosen, why, tensor, transposed)
+
+
+def _is_transposed(source: Checkpoint, weight: TensorInfo) -> bool:
+    """Whether a linear is stored [I, O], as far as its bias tells, which has O elements; a square one has no size at
+    stake."""
+    bias = source.tensors.get(f"{weight.name.removesuffix('.weight')}.bias")
+    return bias is not None and bias.shape == weight.shape[1:] != weight.shape[:1]
 
 
 def _check_found(layers: list[LayerPlan], linears: Mapping[str, bool]) -> None:
