@@ -27,6 +27,10 @@ COMMANDS = {
     "quantize": "Quantize a model to a GPTQ checkpoint.",
     "plan": "Show what quantize would do, without doing it.",
     "validate-config": "Check a configuration file, and with a model what it would do.",
+    "inspect": "Show what a checkpoint holds: what is quantized how, sizes, origin.",
+    "compare": "Compare two checkpoints: weights, and with --text what they predict.",
+    "convert": "Convert a GPTQ checkpoint between the formats gptq and gptq_v2.",
+    "dequantize": "Turn a GPTQ checkpoint back into plain weights.",
     "eval-ppl": "Measure the perplexity of a checkpoint, quantized or not.",
 }
 BUG, USAGE, INTERRUPTED = 1, 2, 130
@@ -88,7 +92,8 @@ def _usage(error: TyperException) -> Problem:
     message, _, near = error.format_message().partition(" Did you mean ")
     if possible := getattr(error, "possibilities", None):
         message, near = error.message, f"{get_close_matches(error.message, possible, n=1, cutoff=0)[0]}?"
-    return Problem("E_USAGE", message.rstrip("."), f"did you mean {near}" if near else "see --help")
+    nearest = near.split(",")[0].rstrip("?")
+    return Problem("E_USAGE", message.rstrip("."), f"did you mean {nearest}?" if near else "see --help")
 
 
 def _stay_plain_in_pipes() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from gptq_cli.checkpoint.headers import BITS_OF_DTYPE, TensorInfo
 from gptq_cli.checkpoint.layout import Layout, TensorSpec, packed_specs, plan_layout
+from gptq_cli.checkpoint.orientation import stores_transposed
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from gptq_cli.config.layer import LayerConfig
 from gptq_cli.config.rules import unmatched_rules
@@ -141,7 +142,7 @@ def _choose(
 ) -> LayerPlan:
     name = tensor.name.removesuffix(".weight")
     index, _, inner = name.removeprefix(f"{blocks}.").partition(".")
-    transposed = _is_transposed(source, tensor) if linears is None else linears.get(name, False)
+    transposed = stores_transposed(source.config) if linears is None else linears.get(name, False)
     out_features, in_features = reversed(tensor.shape) if transposed else tensor.shape
     if linears is not None and name not in linears:
         chosen, why = None, "not a linear layer"
@@ -151,13 +152,6 @@ def _choose(
         choice = config.choose(name)
         chosen, why = choice.config, choice.why
     return LayerPlan(name, int(index), out_features, in_features, chosen, why, tensor, transposed)
-
-
-def _is_transposed(source: Checkpoint, weight: TensorInfo) -> bool:
-    """Whether a linear is stored [I, O], as far as its bias tells, which has O elements; a square one has no size at
-    stake."""
-    bias = source.tensors.get(f"{weight.name.removesuffix('.weight')}.bias")
-    return bias is not None and bias.shape == weight.shape[1:] != weight.shape[:1]
 
 
 def _check_found(layers: list[LayerPlan], linears: Mapping[str, bool]) -> None:
