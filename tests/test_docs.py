@@ -26,7 +26,7 @@ def test_options_of_the_readme_exist() -> None:
     named = set(re.findall(r"`--([a-z-]+)", README))
     known = {field.replace("_", "-") for field in QuantizeConfig.model_fields}
     known |= {"asym", "config", "print-config", "overwrite", "json", "model", "baseline", "max-increase", "help"}
-    known |= {"dry-run", "layer", "text"}
+    known |= {"dry-run", "layer", "text", "report", "verbose", "log-file"}
     assert named <= known
     assert len(named) > 10
 

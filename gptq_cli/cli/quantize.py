@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import os
 import re
+import shlex
+import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from gptq_cli.cli import options as o
-from gptq_cli.cli.console import Console, clock, size
+from gptq_cli.cli.console import Console, clock, size, visible
 from gptq_cli.cli.engines import engine_lines
 from gptq_cli.cli.progress import Progress
 from gptq_cli.config.check import FIELDS
@@ -59,8 +61,9 @@ def quantize(
     trust_remote_code: o.TrustRemoteCode = None,
     revision: o.Revision = None,
     config: o.ConfigFile = None,
-    print_config: Annotated[bool, o.plain("--print-config", help="print the resolved configuration and leave")] = False,
-    dry_run: Annotated[bool, o.plain("--dry-run", "-n", help="show the plan and leave, as gptq plan does")] = False,
+    print_config: o.PrintConfig = False,
+    dry_run: o.DryRun = False,
+    report: o.WithReport = False,
     as_json: o.AsJson = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -83,7 +86,7 @@ def quantize(
     else:
         _refuse_missing_path(model)
         output = output or Path(default_name(model, resolved.config))
-        _run(console, resolved, model=model, output=output, revision=revision, overwrite=overwrite)
+        _run(console, resolved, model=model, output=output, revision=revision, overwrite=overwrite, page=report)
 
 
 def said_fields(said: Mapping[str, Any]) -> dict[str, Any]:
@@ -100,9 +103,13 @@ def default_name(model: str, config: QuantizeConfig) -> str:
 
 
 def _run(
-    console: Console, resolved: Resolved, *, model: str, output: Path, revision: str | None, overwrite: bool
+    console: Console, resolved: Resolved, *, model: str, output: Path, revision: str | None, overwrite: bool, page: bool
 ) -> None:
     from gptq_cli.pipeline.preflight import preflight
+    from gptq_cli.pipeline.report import BlockLog, check_report, save_report
+
+    if page:
+        check_report()
 
     preflight(model, output, resolved.config, overwrite=overwrite)  # cheap refusals before the slow import
 
@@ -111,9 +118,11 @@ def _run(
     for note in resolved.notes:
         console.say(f"note: {note}")
     with Progress(console) as progress:
-        result = quantize_checkpoint(
-            model, output, resolved.config, revision=revision, overwrite=overwrite, report=progress
-        )
+        log = BlockLog(progress)
+        result = quantize_checkpoint(model, output, resolved.config, revision=revision, overwrite=overwrite, report=log)
+    if page:
+        said = visible(shlex.join(["gptq", *sys.argv[1:]]))
+        console.say(f"report: {save_report(output, result.to_json(), log, said)}")
     console.result(result.to_json(), _summary(result, resolved.config), str(result.output))
 
 

@@ -56,7 +56,7 @@ def convert_checkpoint(
     """The GPTQ checkpoint MODEL in format `to`: zero points and settings change, all other bytes are copied.
 
     ConfigError E_CFG_NOTHING_TO_DO if it is in that format already; InputError E_CKPT_QUANTIZED if it is no GPTQ
-    checkpoint, E_CKPT_ZERO if a zero point of 0 would have to be stored as -1, which readers disagree about.
+    checkpoint, E_CKPT_ZEROS if a zero point of 0 would have to be stored as -1, which readers disagree about.
     """
     source, modules = _open(model, output, overwrite=overwrite)
     said = dict(source.quantization or {})
@@ -169,7 +169,7 @@ def _moved_zeros(stored: Tensor, module: PackedModule, origin: str, to: str) -> 
     zeros = (unpack(stored.T, module.bits).int() + STORED_OFFSET[origin]) & (2**module.bits - 1)
     if STORED_OFFSET[to] and not bool((zeros >= 1).all()):
         raise InputError(
-            "E_CKPT_ZERO", f"layer `{module.name}` has zero points of 0, which format {to} cannot store",
+            "E_CKPT_ZEROS", f"layer `{module.name}` has zero points of 0, which format {to} cannot store",
             hint="stay with gptq_v2: readers disagree about what such a zero point is in format gptq",
         )  # fmt: skip
     return pack(zeros - STORED_OFFSET[to], module.bits).T.contiguous()
