@@ -25,7 +25,18 @@ def test_every_command_is_in_the_readme(command: str) -> None:
 def test_options_of_the_readme_exist() -> None:
     named = set(re.findall(r"`--([a-z-]+)", README))
     known = {field.replace("_", "-") for field in QuantizeConfig.model_fields}
-    known |= {"asym", "config", "print-config", "overwrite", "json", "model", "baseline", "max-increase", "help"}
+    known |= {
+        "asym",
+        "config",
+        "print-config",
+        "overwrite",
+        "json",
+        "model",
+        "baseline",
+        "max-increase",
+        "help",
+        "full",
+    }
     known |= {"dry-run", "layer", "text", "report", "verbose", "log-file"}
     assert named <= known
     assert len(named) > 10

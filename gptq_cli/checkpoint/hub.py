@@ -18,7 +18,8 @@ from gptq_cli.checkpoint.source import (
     read_json,
     refuse_other_kinds,
 )
-from gptq_cli.errors import GptqError, InputError
+from gptq_cli.errors import GptqError, InputError, ResourceError
+from gptq_cli.hub import hub_refusal
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -53,7 +54,7 @@ def locate_model(model: str, revision: str | None = None) -> ModelSource:
     """The directory of MODEL, downloading a Hub id first; its revision is resolved to a commit once.
 
     What starts with ".", "/" or "~" or exists here is never sent to the Hub. InputError E_MODEL_NOT_FOUND when nothing
-    is there, E_MODEL_HUB when the Hub refuses or cannot be reached.
+    is there, E_HUB_* when the Hub refuses or cannot be reached; ResourceError E_DISK when the cache is full.
     """
     return _local(model, revision) or _download(_hub_id(model), revision)
 
@@ -143,39 +144,23 @@ def _remote_tensors(api: HfApi, identifier: str, commit: str) -> dict[str, Tenso
 
 @contextmanager
 def _hub_errors(identifier: str, revision: str | None) -> Iterator[None]:
-    """Turn what the Hub and the way to it refuse into InputError E_MODEL_NOT_FOUND and E_MODEL_HUB."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
+    """Turn what the Hub, the way to it and its cache refuse into InputError and ResourceError."""
     try:
         yield
-    except GatedRepoError as error:
-        raise _refused(f"`{identifier}` is gated", "accept its terms on the Hub, then log in: hf auth login") from error
-    except RevisionNotFoundError as error:
-        raise _refused(f"`{identifier}` has no revision {revision!r}", "look at its branches on the Hub") from error
-    except RepositoryNotFoundError as error:
-        hint = "check the spelling; for a private model log in: hf auth login"
-        raise InputError(
-            "E_MODEL_NOT_FOUND", f"`{identifier}` is no directory here and no model on the Hub", hint=hint
-        ) from error
     except GptqError:
         raise
     except Exception as error:
-        known = isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError))
-        if not known and not type(error).__module__.startswith(("httpx", "httpcore")):
+        refused = hub_refusal(error, f"model `{identifier}`", revision) or _refused_by_disk(error)
+        if refused is None:
             raise
-        hint = "check the network (HF_ENDPOINT, HF_HUB_OFFLINE), or download the model and give its directory"
-        raise _refused(f"`{identifier}` could not be downloaded: {_first_line(error)}", hint) from error
+        raise refused from error
 
 
-def _refused(message: str, hint: str) -> InputError:
-    return InputError("E_MODEL_HUB", message, hint=hint)
+def _refused_by_disk(error: Exception) -> ResourceError | None:
+    if not isinstance(error, OSError):
+        return None
+    hint = "free some space or move the cache (HF_HOME), then run again: what was fetched is kept"
+    return ResourceError("E_DISK", f"cannot write the Hub's cache: {error.strerror or error}", hint=hint)
 
 
 def _first_line(error: Exception) -> str:

@@ -33,6 +33,7 @@ COMMANDS = {
     "compare": "Compare two checkpoints: weights, and with --text what they predict.",
     "convert": "Convert a GPTQ checkpoint between the formats gptq and gptq_v2.",
     "dequantize": "Turn a GPTQ checkpoint back into plain weights.",
+    "verify": "Check that a GPTQ checkpoint is whole and means the same to every reader.",
     "eval-ppl": "Measure the perplexity of a checkpoint, quantized or not.",
     "report": "Write a page about a run: errors, time, memory, the command.",
     "recipes": "List the recipes that --config takes by name, or print one.",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,13 +13,12 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import typer
 
-from gptq_cli.errors import ConfigError, GptqError, Problem
+from gptq_cli.errors import ConfigError, GptqError, Problem, without_secrets
 
 if TYPE_CHECKING:
     from logging import FileHandler
 
 SCHEMA = 1
-_TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
 UNITS = ("B", "KB", "MB", "GB", "TB")
 
 
@@ -174,8 +172,8 @@ def _print(stream: TextIO | None, text: str) -> None:
 
 
 def visible(text: str) -> str:
-    """`text` without terminal control, which names in files could hold, and without tokens of the Hub."""
-    text = _TOKEN.sub("hf_...", text)
+    """`text` without terminal control, since names in files could hold escape sequences, and without secrets."""
+    text = without_secrets(text)
     return "".join(letter if letter.isprintable() or letter in "\n\t" else f"\\x{ord(letter):02x}" for letter in text)
 
 

@@ -76,6 +76,7 @@ TrueSequential = Annotated[
 SignedScales = Annotated[bool | None, setting("signed_scales", "--signed-scales/--no-signed-scales", panel=ALGORITHM)]
 ScaleSearch = Annotated[str | None, setting("scale_search", panel=ALGORITHM)]
 RefineSweeps = Annotated[int | None, setting("refine_sweeps", panel=ALGORITHM)]
+AsymmetricCalibration = Annotated[float | None, setting("asymmetric_calibration", panel=ALGORITHM, metavar="0..1")]
 DampMode = Annotated[str | None, setting("damp_mode", panel=ALGORITHM)]
 DampPercent = Annotated[float | None, setting("damp_percent", panel=ALGORITHM)]
 Preset = Annotated[str | None, setting("preset", panel=ALGORITHM, metavar="NAME")]
@@ -116,6 +117,8 @@ DryRun = Annotated[bool, plain("--dry-run", "-n", help="show the plan and leave,
 
 Device = Annotated[str | None, setting("device", panel=RUN, metavar="auto|cpu|cuda:N")]
 DType = Annotated[str | None, setting("dtype", panel=RUN)]
+MaxVram = Annotated[str | None, setting("max_vram", panel=RUN, metavar="SIZE")]
+MaxRam = Annotated[str | None, setting("max_ram", panel=RUN, metavar="SIZE")]
 Backend = Annotated[str | None, setting("backend", panel=RUN)]
 TrustRemoteCode = Annotated[bool | None, setting("trust_remote_code", "--trust-remote-code", panel=RUN)]
 AsJson = Annotated[bool, plain("--json", help="the result, or what went wrong, as one JSON object on stdout")]

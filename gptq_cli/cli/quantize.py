@@ -43,6 +43,7 @@ def quantize(
     signed_scales: o.SignedScales = None,
     scale_search: o.ScaleSearch = None,
     refine_sweeps: o.RefineSweeps = None,
+    asymmetric_calibration: o.AsymmetricCalibration = None,
     damp_mode: o.DampMode = None,
     damp_percent: o.DampPercent = None,
     preset: o.Preset = None,
@@ -58,6 +59,8 @@ def quantize(
     seed: o.Seed = None,
     device: o.Device = None,
     dtype: o.DType = None,
+    max_vram: o.MaxVram = None,
+    max_ram: o.MaxRam = None,
     trust_remote_code: o.TrustRemoteCode = None,
     revision: o.Revision = None,
     config: o.ConfigFile = None,
@@ -74,19 +77,19 @@ def quantize(
 
     Example: gptq quantize ./Qwen3-0.6B -b 4 -o ./Qwen3-0.6B-4bit
     """
-    said = said_fields(locals())
-    console = Console(as_json, quiet)
-    resolved = resolve(said, os.environ, config)
+    console, resolved = Console(as_json, quiet), resolve(said_fields(locals()), os.environ, config)
     if print_config:
         _print_config(console, resolved)
     elif dry_run:
-        from gptq_cli.cli.plan import show_plan
-
-        show_plan(console, resolved, model, output, revision)
+        _plan(console, resolved, model, output, revision)
     else:
-        _refuse_missing_path(model)
-        output = output or Path(default_name(model, resolved.config))
         _run(console, resolved, model=model, output=output, revision=revision, overwrite=overwrite, page=report)
+
+
+def _plan(console: Console, resolved: Resolved, model: str, output: Path | None, revision: str | None) -> None:
+    from gptq_cli.cli.plan import show_plan
+
+    show_plan(console, resolved, model, output, revision)
 
 
 def said_fields(said: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,11 +106,20 @@ def default_name(model: str, config: QuantizeConfig) -> str:
 
 
 def _run(
-    console: Console, resolved: Resolved, *, model: str, output: Path, revision: str | None, overwrite: bool, page: bool
+    console: Console,
+    resolved: Resolved,
+    *,
+    model: str,
+    output: Path | None,
+    revision: str | None,
+    overwrite: bool,
+    page: bool,
 ) -> None:
     from gptq_cli.pipeline.preflight import preflight
     from gptq_cli.pipeline.report import BlockLog, check_report, save_report
 
+    _refuse_missing_path(model)
+    output = output or Path(default_name(model, resolved.config))
     if page:
         check_report()
 

@@ -22,6 +22,7 @@ class LayerConfig:
     signed_scales: bool = False
     scale_search: ScaleSearch = "none"
     refine_sweeps: int = 0
+    asymmetric_calibration: float = 0.0
     damp_mode: DampMode = "mean"
     damp_percent: float = 0.1
 

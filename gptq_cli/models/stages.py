@@ -6,7 +6,7 @@ A *stage* is such a set: (q, k, v), (o), (gate, up), (down) for Llama; they shar
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -86,12 +86,11 @@ def watch_inputs(
     stages: Iterable[Stage],
     linears: Mapping[str, nn.Module],
     see: Callable[[Stage, Tensor], None],
-    runs: Iterable[Callable[[], object]],
+    run: Callable[[], object],
 ) -> None:
-    """Run each of `runs`, giving `see` every input of every stage; a run ends once the last input has been seen."""
+    """Run `run`, giving `see` every input of every stage; it ends once the last input has been seen."""
     stages = list(stages)
-    expected = sum(stage.calls for stage in stages)
-    left = expected
+    left = sum(stage.calls for stage in stages)
 
     def seen(stage: Stage) -> Hook:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -103,13 +102,8 @@ def watch_inputs(
 
         return hook
 
-    with hooked((linears[stage.names[0]], seen(stage)) for stage in stages):
-        for run in runs:
-            left = expected
-            try:
-                run()
-            except _Reached:
-                continue
+    with hooked((linears[stage.names[0]], seen(stage)) for stage in stages), suppress(_Reached):
+        run()
 
 
 @contextmanager

@@ -59,7 +59,7 @@ def total(terms: tuple[Term, ...]) -> int:
 def estimate_memory(plan: RunPlan, config: QuantizeConfig) -> Estimate:
     """The peak of the block loop: what lives at once while the costliest layer of the largest block is solved.
 
-    hidden states    tokens x hidden, of all calibration windows
+    hidden states    tokens x hidden, of all calibration windows; twice with asymmetric calibration, as waiting batches
     waiting batches  tokens x (2 hidden + the widest input): what forwards hold that stop inside a block; without
                      true_sequential only one batch's
     block            the weights of the largest block, in the forward's dtype
@@ -75,9 +75,10 @@ def estimate_memory(plan: RunPlan, config: QuantizeConfig) -> Estimate:
     chunk = min(TOKENS_PER_CHUNK, config.batch_size * seqlen)
     block = _largest_block(plan) * bits // 8
     solver = max(map(_solver_bytes, plan.quantized))
-    states = Term("hidden states", tokens * hidden * bits // 8)
+    streams = 2 if plan.asymmetric else 1
+    states = Term("hidden states", streams * tokens * hidden * bits // 8)
     work = (
-        Term("waiting batches", waiting * (2 * hidden + widest) * bits // 8),
+        Term("waiting batches", streams * waiting * (2 * hidden + widest) * bits // 8),
         Term("block", block),
         Term("solver", solver + chunk * widest * FLOAT),
     )

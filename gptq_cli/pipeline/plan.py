@@ -68,6 +68,11 @@ class RunPlan:
         return tuple(layer for layer in self.layers if layer.config is None)
 
     @property
+    def asymmetric(self) -> bool:
+        """Whether some layer is calibrated on what the unquantized model does as well."""
+        return any(layer.config and layer.config.asymmetric_calibration > 0 for layer in self.layers)
+
+    @property
     def copied(self) -> list[TensorInfo]:
         """Source tensors that reach the output unchanged."""
         return [tensor for name, tensor in self.source.tensors.items() if name in self.layout.specs]

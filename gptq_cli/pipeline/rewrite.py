@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gptq_cli.checkpoint.durable import copy_file, publish, work_directory, write_file
 from gptq_cli.checkpoint.gptq_format import STORED_OFFSET
+from gptq_cli.checkpoint.hashes import MANIFEST
 from gptq_cli.checkpoint.headers import TensorInfo
 from gptq_cli.checkpoint.hub import locate_model
 from gptq_cli.checkpoint.layout import Layout, TensorSpec, plan_layout
@@ -30,7 +31,6 @@ from gptq_cli.pipeline.inspect import PARTS, PackedModule, packed_modules
 from gptq_cli.pipeline.preflight import check_output
 from gptq_cli.pipeline.setup import CONFIG_FILE, DTYPES, STORED_DTYPES
 
-MANIFEST = "gptq_manifest.json"  # hashes of the files it lies beside: no other checkpoint's
 OF_THE_RUN = {CONFIG_FILE, MANIFEST, "gptq_report.json", "gptq_report.html"}
 FLOATS = set(STORED_DTYPES)
 CPU = torch.device("cpu")

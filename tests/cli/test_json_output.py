@@ -65,6 +65,7 @@ def test_every_result_fits_the_schema(gptq: Run, place: Path) -> None:
         ("convert", ["convert", out, "--to", "gptq_v2", "-o", place / "v2"]),
         ("dequantize", ["dequantize", out, "-o", place / "plain"]),
         ("report", ["report", out]),
+        ("verify", ["verify", out, "--full"]),
         ("recipes", ["recipes"]),
         ("recipes-name", ["recipes", "vllm-4bit"]),
         ("explain", ["explain", "E_SHAPE"]),

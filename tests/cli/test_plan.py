@@ -135,7 +135,7 @@ def test_a_hub_model_is_planned_from_ranges_of_its_files(model: Path, tmp_path: 
     assert refused[0] == 3
     assert "E_CKPT_MISSING" in refused[2]
     assert unknown[0] == 3
-    assert "no model on the Hub" in unknown[2]
+    assert "E_HUB_NOT_FOUND" in unknown[2]
 
 
 def test_a_hub_that_is_gone_is_an_input_error(tmp_path: Path) -> None:
@@ -143,5 +143,5 @@ def test_a_hub_that_is_gone_is_an_input_error(tmp_path: Path) -> None:
         environment = hub.environment(tmp_path)
     code, _, stderr, _ = run_process(["plan", "someone/tiny", "-b", "4"], environment)
     assert code == 3
-    assert "E_MODEL_HUB" in stderr
+    assert "E_HUB_NETWORK" in stderr
     assert len(stderr.splitlines()) <= 4
