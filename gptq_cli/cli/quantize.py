@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import os
 import re
+import shlex
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from gptq_cli.cli import options as o
-from gptq_cli.cli.console import Console, clock, size
+from gptq_cli.cli.console import Console, clock, size, visible
 from gptq_cli.cli.engines import engine_lines
 from gptq_cli.cli.progress import Progress
 from gptq_cli.config.check import FIELDS
@@ -64,7 +66,9 @@ def quantize(
     trust_remote_code: o.TrustRemoteCode = None,
     revision: o.Revision = None,
     config: o.ConfigFile = None,
-    print_config: Annotated[bool, o.plain("--print-config", help="print the resolved configuration and leave")] = False,
+    print_config: o.PrintConfig = False,
+    dry_run: o.DryRun = False,
+    report: o.WithReport = False,
     as_json: o.AsJson = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -75,15 +79,25 @@ def quantize(
 
     Example: gptq quantize ./Qwen3-0.6B -b 4 -o ./Qwen3-0.6B-4bit
     """
-    said = {**locals(), "dataset": _one_or_many(dataset), "dynamic": _rules(dynamic)}
-    console = Console(as_json, quiet)
-    resolved = resolve({key: value for key, value in said.items() if key in FIELDS}, os.environ, config)
+    console, resolved = Console(as_json, quiet), resolve(said_fields(locals()), os.environ, config)
     if print_config:
         _print_config(console, resolved)
+    elif dry_run:
+        _plan(console, resolved, model, output, revision)
     else:
-        _refuse_missing_path(model)
-        output = output or Path(default_name(model, resolved.config))
-        _run(console, resolved, model=model, output=output, revision=revision, overwrite=overwrite)
+        _run(console, resolved, model=model, output=output, revision=revision, overwrite=overwrite, page=report)
+
+
+def _plan(console: Console, resolved: Resolved, model: str, output: Path | None, revision: str | None) -> None:
+    from gptq_cli.cli.plan import show_plan
+
+    show_plan(console, resolved, model, output, revision)
+
+
+def said_fields(said: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of the configuration among the options `said`, as the configuration takes them."""
+    lists = {"dataset": _one_or_many(said["dataset"]), "dynamic": _rules(said["dynamic"])}
+    return {key: value for key, value in {**said, **lists}.items() if key in FIELDS}
 
 
 def default_name(model: str, config: QuantizeConfig) -> str:
@@ -94,9 +108,22 @@ def default_name(model: str, config: QuantizeConfig) -> str:
 
 
 def _run(
-    console: Console, resolved: Resolved, *, model: str, output: Path, revision: str | None, overwrite: bool
+    console: Console,
+    resolved: Resolved,
+    *,
+    model: str,
+    output: Path | None,
+    revision: str | None,
+    overwrite: bool,
+    page: bool,
 ) -> None:
     from gptq_cli.pipeline.preflight import preflight
+    from gptq_cli.pipeline.report import BlockLog, check_report, save_report
+
+    _refuse_missing_path(model)
+    output = output or Path(default_name(model, resolved.config))
+    if page:
+        check_report()
 
     preflight(model, output, resolved.config, overwrite=overwrite)  # cheap refusals before the slow import
 
@@ -105,9 +132,11 @@ def _run(
     for note in resolved.notes:
         console.say(f"note: {note}")
     with Progress(console) as progress:
-        result = quantize_checkpoint(
-            model, output, resolved.config, revision=revision, overwrite=overwrite, report=progress
-        )
+        log = BlockLog(progress)
+        result = quantize_checkpoint(model, output, resolved.config, revision=revision, overwrite=overwrite, report=log)
+    if page:
+        said = visible(shlex.join(["gptq", *sys.argv[1:]]))
+        console.say(f"report: {save_report(output, result.to_json(), log, said)}")
     console.result(result.to_json(), _summary(result, resolved.config), str(result.output))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from gptq_cli.checkpoint.headers import BITS_OF_DTYPE, TensorInfo
 from gptq_cli.checkpoint.layout import Layout, TensorSpec, packed_specs, plan_layout
+from gptq_cli.checkpoint.orientation import stores_transposed
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from gptq_cli.config.layer import LayerConfig
 from gptq_cli.config.rules import unmatched_rules
@@ -125,7 +126,7 @@ def plan_checkpoint(
         )  # fmt: skip
     blocks, found = find_block_linears(source.tensors.values(), linears)
     routers = find_routers(source.tensors.values(), blocks)
-    layers = [_choose(blocks, tensor, config, linears, routers) for tensor in found]
+    layers = [_choose(source, blocks, tensor, config, linears, routers) for tensor in found]
     layers += [_choose_stacked(blocks, source, config, name, place) for name, place in (stacked or {}).items()]
     layers.sort(key=lambda layer: layer.block)
     _check_found(layers, linears or {})
@@ -193,11 +194,16 @@ def find_block_linears(
 
 
 def _choose(
-    blocks: str, tensor: TensorInfo, config: QuantizeConfig, linears: Mapping[str, bool] | None, routers: set[str]
+    source: Checkpoint,
+    blocks: str,
+    tensor: TensorInfo,
+    config: QuantizeConfig,
+    linears: Mapping[str, bool] | None,
+    routers: set[str],
 ) -> LayerPlan:
     name = tensor.name.removesuffix(".weight")
     index, _, inner = name.removeprefix(f"{blocks}.").partition(".")
-    transposed = linears is not None and linears.get(name, False)
+    transposed = stores_transposed(source.config) if linears is None else linears.get(name, False)
     out_features, in_features = reversed(tensor.shape) if transposed else tensor.shape
     if tensor.name in routers:
         chosen, why = None, "router of experts"
@@ -214,7 +220,7 @@ def _choose(
 def _choose_stacked(blocks: str, source: Checkpoint, config: QuantizeConfig, name: str, place: Stacked) -> LayerPlan:
     stack, out_features, in_features = place
     weight = replace(source.tensors[stack], name=f"{name}.weight", shape=(out_features, in_features))
-    layer = _choose(blocks, weight, config, None, set())
+    layer = _choose(source, blocks, weight, config, {name: False}, set())
     return replace(layer, stack=stack)
 
 
