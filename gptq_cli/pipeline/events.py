@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +100,34 @@ class Warned:
     message: str
 
 
-Event = PhaseStarted | RunPlanned | BlockStarted | LayerStarted | LayerSolved | ExpertsCovered | BlockFinished | Warned
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """The run goes on where an earlier one ended: `index` blocks of `n_blocks` are taken from `directory`."""
+
+    index: int
+    n_blocks: int
+    directory: Path
+
+
+@dataclass(frozen=True, slots=True)
+class WorkKept:
+    """The run ends early; what it has finished stays in `directory`."""
+
+    directory: Path
+
+
+Event = (
+    PhaseStarted
+    | RunPlanned
+    | BlockStarted
+    | LayerStarted
+    | LayerSolved
+    | ExpertsCovered
+    | BlockFinished
+    | Warned
+    | Resumed
+    | WorkKept
+)
 Report = Callable[[Event], None]
 
 
