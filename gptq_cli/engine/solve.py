@@ -15,6 +15,7 @@ Matrices are held transposed, [I, O], so that a column of the layer is contiguou
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -99,15 +100,35 @@ def solve(
     are. Dead columns get the code of zero. `column_block` moves work between products of matrices and of vectors; it
     changes the result by no more than the rounding of sums. Raises ScaleRangeError.
     """
-    quantized = _quantize(weight, prepared, config, column_block)
+    return solve_together([weight], hessian, prepared, config, column_block=column_block)[0]
+
+
+@torch.no_grad()
+def solve_together(
+    weights: Sequence[Tensor],
+    hessian: Tensor,
+    prepared: Prepared,
+    config: LayerConfig,
+    *,
+    column_block: int = COLUMN_BLOCK,
+) -> list[Solution]:
+    """As `solve` for each of several weights [O, I] with the same input, solved as the rows of one.
+
+    The row of a ScaleRangeError counts through all of them.
+    """
+    rows = torch.cat(list(weights)) if len(weights) > 1 else weights[0]
+    quantized = _quantize(rows, prepared, config, column_block)
     if config.refine_sweeps:
-        alive = weight.masked_fill(prepared.dead, 0)
-        quantized = refine(
-            alive, hessian, prepared.damping, quantized, sweeps=config.refine_sweeps, signed=config.signed_scales
-        )
-    baseline = round_to_nearest(weight, config, prepared.order.group_of_column)
-    error, rtn_error = relative_output_errors(weight, hessian, (quantized, baseline))
-    return Solution(quantized, error, rtn_error)
+        alive, signed = rows.masked_fill(prepared.dead, 0), config.signed_scales
+        quantized = refine(alive, hessian, prepared.damping, quantized, sweeps=config.refine_sweeps, signed=signed)
+        del alive
+    baseline = round_to_nearest(rows, config, prepared.order.group_of_column)
+    solutions, start = [], 0
+    for weight in weights:
+        own = slice(start, start := start + len(weight))
+        candidates = (quantized.rows(own), baseline.rows(own))
+        solutions.append(Solution(candidates[0], *relative_output_errors(weight, hessian, candidates)))
+    return solutions
 
 
 def _quantize(weight: Tensor, prepared: Prepared, config: LayerConfig, column_block: int) -> QuantizedLinear:
@@ -128,7 +149,7 @@ def _quantize(weight: Tensor, prepared: Prepared, config: LayerConfig, column_bl
         block = _Block(values, errors[start:stop], R[start:stop, start:stop], group_of[start:stop])
         _round_block(block, grid, order.static_grid, run)
         codes[start:stop] = values
-    check_scales(grid.scales)
+    check_scales(grid.scales.T)
     natural = codes[order.permutation.argsort()].T.contiguous()
     scales, zeros = grid.scales.T.contiguous().half(), grid.zeros.T.contiguous().byte()
     return QuantizedLinear(natural, scales, zeros, order.group_of_column, config.bits)

@@ -1,7 +1,7 @@
 """The Triton kernels behind `triton_solver`; importing this module needs triton.
 
-All of them run in float32, use nothing that a vendor's library provides, and add in a fixed order, so that two runs give
-the same bits. A matrix [n, O] holds the columns of a layer one after the other: neighbours in memory belong to
+All of them run in float32, use nothing that a vendor's library provides, and add in a fixed order: two runs give the
+same bits. A matrix [n, O] holds the columns of a layer one after the other: neighbours in memory belong to
 neighbouring rows of the weight. A program owns some rows and keeps what it needs of them in registers.
 
 Letters for shapes:  O out_features   G groups   n columns taken together   B, ROWS powers of two that hold them
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def nearest_level(value, zero, max_code):  # type: ignore[no-untyped-def]
     """The whole number nearest to `value`, even at ties, within [-zero, max_code - zero]."""
     value = tl.minimum(tl.maximum(value, -zero), max_code - zero)
@@ -19,7 +19,7 @@ def nearest_level(value, zero, max_code):  # type: ignore[no-untyped-def]
     return (value + 12582912.0) - 12582912.0
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def stored_scale(scale):  # type: ignore[no-untyped-def]
     """`grid.round_scales`: the nearest number with 8 significant bits, at least 2**-14, infinite beyond float16."""
     pattern = tl.maximum(tl.abs(scale), 0.00006103515625).to(tl.int32, bitcast=True)
@@ -53,7 +53,7 @@ def round_columns_kernel(  # type: ignore[no-untyped-def]
     tile = columns[None, :].to(tl.int64) * out_features + rows[:, None]
     v = tl.load(values + tile, mask=inside[:, None] & (columns < n_columns)[None, :], other=0.0)
     place = rows
-    for column in range(0, n_columns):  # not unrolled: that would compile for minutes
+    for column in range(n_columns):  # not unrolled: that would compile for minutes
         group = tl.load(group_of + column).to(tl.int64)
         weight = tl.load(errors + place, mask=inside, other=0.0)
         scale = tl.load(scales + group * out_features + rows, mask=inside, other=1.0)
@@ -94,7 +94,7 @@ def fit_codes_kernel(  # type: ignore[no-untyped-def]
     tile = columns[None, :].to(tl.int64) * out_features + rows[:, None]
     p = tl.load(slopes + tile, mask=inside[:, None] & (columns < n_columns)[None, :], other=0.0)
     place = rows
-    for column in range(0, n_columns):
+    for column in range(n_columns):
         group = tl.load(group_of + column).to(tl.int64)
         level = tl.load(levels + place, mask=inside, other=0.0)
         error = tl.load(errors + place, mask=inside, other=0.0)
@@ -196,16 +196,16 @@ def best_candidate_kernel(  # type: ignore[no-untyped-def]
         weight = tl.load(weights + rows[:, None] * n_columns + columns[None, :], mask=here, other=0.0)
         if BY_ENERGY:
             loudness = tl.load(energy + (rows % n_groups)[:, None] * n_columns + columns[None, :], mask=here, other=0.0)
-        for candidate in range(0, n_candidates):
+        for candidate in range(n_candidates):
             scale = stored_scale(widest * tl.load(factors + candidate))
             zero = tl.minimum(tl.maximum(usual + tl.load(offsets + candidate), 1.0), max_code)
             # Where the inverse lands on the other side of a tie, both sides have the same error.
             level = nearest_level(weight * (1.0 / scale)[:, None], zero[:, None], max_code)
             error = level * scale[:, None] - weight
             if BY_ENERGY:
-                error = error * error * loudness
+                loss = tl.sum(error * error * loudness, axis=1)
             else:
-                error = tl.exp2(norm * tl.log2(tl.maximum(tl.abs(error), 1e-30)))
-            losses += tl.where((candidates == candidate)[None, :], tl.sum(error, axis=1)[:, None], 0.0)
+                loss = tl.sum(tl.exp2(norm * tl.log2(tl.maximum(tl.abs(error), 1e-30))), axis=1)
+            losses += tl.where((candidates == candidate)[None, :], loss[:, None], 0.0)
     losses = tl.where((losses == losses) & (candidates < n_candidates)[None, :], losses, float("inf"))
     tl.store(best + rows, tl.argmin(losses, axis=1, tie_break_left=True), mask=inside)

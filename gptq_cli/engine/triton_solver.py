@@ -74,7 +74,17 @@ def fit_scales(slopes: Tensor, bends: Tensor, levels: Tensor, errors: Tensor, sc
     width = min(MOST_COLUMNS, _power(n_columns))
     rows = ELEMENTS // MOST_COLUMNS
     fit_scales_kernel[(_programs(out_features, rows),)](
-        slopes, bends, levels, errors, scales, out_features, n_columns, SIGNED=signed, B=width, ROWS=rows, num_warps=WARPS
+        slopes,
+        bends,
+        levels,
+        errors,
+        scales,
+        out_features,
+        n_columns,
+        SIGNED=signed,
+        B=width,
+        ROWS=rows,
+        num_warps=WARPS,
     )
 
 
