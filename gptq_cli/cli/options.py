@@ -107,6 +107,8 @@ MaxShardSize = Annotated[str | None, setting("max_shard_size", panel=OUTPUT, met
 
 Device = Annotated[str | None, setting("device", panel=RUN, metavar="auto|cpu|cuda:N")]
 DType = Annotated[str | None, setting("dtype", panel=RUN)]
+MaxVram = Annotated[str | None, setting("max_vram", panel=RUN, metavar="SIZE")]
+MaxRam = Annotated[str | None, setting("max_ram", panel=RUN, metavar="SIZE")]
 Backend = Annotated[str | None, setting("backend", panel=RUN)]
 TrustRemoteCode = Annotated[bool | None, setting("trust_remote_code", "--trust-remote-code", panel=RUN)]
 AsJson = Annotated[bool, plain("--json", help="the result, or what went wrong, as one JSON object on stdout")]

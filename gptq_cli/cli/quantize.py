@@ -57,6 +57,8 @@ def quantize(
     seed: o.Seed = None,
     device: o.Device = None,
     dtype: o.DType = None,
+    max_vram: o.MaxVram = None,
+    max_ram: o.MaxRam = None,
     trust_remote_code: o.TrustRemoteCode = None,
     revision: o.Revision = None,
     config: o.ConfigFile = None,

@@ -50,7 +50,7 @@ def _group_size(columns: int) -> int:
     return columns
 
 
-def _shard_size(size: int | str) -> int | str:
+def _size(size: int | str) -> int | str:
     size_in_bytes(size)
     return size
 
@@ -79,6 +79,7 @@ Damping = Annotated[DampMode, Accepts("mean or diagonal")]
 Search = Annotated[ScaleSearch, Accepts("none, mse or activation")]
 Strength = Annotated[float, Field(ge=0, le=1), Accepts("a number from 0 to 1")]
 Sweeps = Annotated[int, Field(ge=0), Accepts("a whole number of 0 or more")]
+Size = Annotated[int | str, AfterValidator(_size), Accepts("a size such as 5GB or 500MiB, or a number of bytes")]
 Flag = Annotated[bool, TRUTH]
 Count = Annotated[int, Field(gt=0), Accepts("a whole number of 1 or more")]
 Text = Annotated[str, Field(min_length=1), Accepts("a text that is not empty")]
@@ -154,9 +155,9 @@ class QuantizeConfig(BaseModel):
     format: Annotated[Literal["gptq", "gptq_v2"], Accepts("gptq or gptq_v2")] = Field(
         "gptq", description="checkpoint format"
     )
-    max_shard_size: Annotated[
-        int | str, AfterValidator(_shard_size), Accepts("a size such as 5GB or 500MiB, or a number of bytes")
-    ] = Field("5GB", description="largest safetensors file written")
+    max_shard_size: Size = Field("5GB", description="largest safetensors file written")
+    max_vram: Size | None = Field(None, description="device memory that may be used; null: what is free")
+    max_ram: Size | None = Field(None, description="host memory that may be used; null: what is free")
     backend: Annotated[Literal["auto", "torch", "triton"] | None, Accepts("auto, torch, triton or null")] = Field(
         None, description="kernel that runs quantized linears when evaluating"
     )
@@ -187,6 +188,16 @@ class QuantizeConfig(BaseModel):
     def max_shard_bytes(self) -> int:
         """Largest size of one safetensors file in bytes."""
         return size_in_bytes(self.max_shard_size)
+
+    @property
+    def max_vram_bytes(self) -> int | None:
+        """Device memory that may be used, in bytes; None if all that is free."""
+        return None if self.max_vram is None else size_in_bytes(self.max_vram)
+
+    @property
+    def max_ram_bytes(self) -> int | None:
+        """Host memory that may be used, in bytes; None if all that is free."""
+        return None if self.max_ram is None else size_in_bytes(self.max_ram)
 
     @property
     def base(self) -> LayerConfig:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from threading import Semaphore, Thread
+from threading import Semaphore, Thread, current_thread
 
 import torch
 from torch import Tensor, nn
@@ -68,8 +68,8 @@ class WaitingBatches:
         """What linear `name` of `stage` calls before its forward."""
 
         def meet(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            assert self._moving is not None
-            self._moving.meet(stage, name, args[0])
+            if self._moving is not None and self._moving.is_here():  # else a forward that waits for nobody
+                self._moving.meet(stage, name, args[0])
 
         return meet
 
@@ -135,6 +135,10 @@ class _Batch:
             self._due |= dict.fromkeys(stage.names[1:], inputs)
         elif name not in self._due or not same_memory(self._due.pop(name), inputs):
             raise _unlike_the_probe(name, self.number)
+
+    def is_here(self) -> bool:
+        """Whether the caller is in the thread of this batch."""
+        return current_thread() is self._thread
 
     def release(self) -> None:
         self._released = True

@@ -9,7 +9,7 @@ logits = stream.logits(ids, hidden)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ from gptq_cli.models.recording import Call, Recorder, share
 from gptq_cli.models.skeleton import Skeleton, check_linears, is_linear, is_transposed, place
 
 Read = Callable[[str], Tensor]
+Expect = Callable[[Iterable[str]], None]
 
 
 class _FirstBlockDone(Exception):
@@ -53,9 +54,20 @@ class LoadedBlock:
 class ModelStream:
     """Runs a model block by block, reading each block's tensors when its turn comes and dropping them after."""
 
-    def __init__(self, skeleton: Skeleton, read: Read, device: torch.device, dequantized: Collection[str] = ()) -> None:
-        """`dequantized`: names of weights that `read` gives as [O, I] whatever way round the module holds them."""
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        read: Read,
+        device: torch.device,
+        dequantized: Collection[str] = (),
+        expect: Expect | None = None,
+    ) -> None:
+        """`dequantized`: names of weights that `read` gives as [O, I] whatever way round the module holds them.
+
+        `expect` is told what will be read next, while the block before it is at work.
+        """
         self._model, self._sources, self._read, self.device = skeleton.model, skeleton.sources, read, device
+        self._expect = expect
         self._dequantized = dequantized
         self._path, self._list = skeleton.blocks_name, skeleton.blocks
         self._blocks = list(skeleton.blocks)
@@ -133,6 +145,9 @@ class ModelStream:
         """Block `index` with its weights on the device; they are dropped on leaving."""
         module = self._blocks[index]
         with self._filled(module, f"{self.block_name(index)}."):
+            if self._expect is not None and index + 1 < self.n_blocks:
+                following = self._blocks[index + 1].state_dict()
+                self._expect(self._sources[f"{self.block_name(index + 1)}.{name}"] for name in following)
             yield LoadedBlock(module, self.linears(index), self._calls[index])
 
     @contextmanager

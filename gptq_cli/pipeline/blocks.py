@@ -3,63 +3,56 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor, nn
 
 from gptq_cli.engine.hessian import HessianAccumulator
 from gptq_cli.errors import InputError
-from gptq_cli.models.lockstep import waiting_batches
-from gptq_cli.models.stages import Prober, Stage, watch_inputs
+from gptq_cli.models.stages import Prober, Stage
 from gptq_cli.models.stream import LoadedBlock, ModelStream
 from gptq_cli.pipeline.activations import HiddenStates
 from gptq_cli.pipeline.events import BlockStarted, PhaseStarted, Report
-from gptq_cli.pipeline.memory import WaitingRoom, block_finished, give_back_freed_tensors
+from gptq_cli.pipeline.memory import Memory, WaitingRoom, block_finished, give_back_freed_tensors
+from gptq_cli.pipeline.passage import Passage
 from gptq_cli.pipeline.plan import HEAD, LayerPlan, RunPlan
 from gptq_cli.pipeline.solver import Keep, LayerSolver
 
 
 def quantize_blocks(
-    stream: ModelStream, plan: RunPlan, batches: Sequence[Tensor], *, true_sequential: bool, keep: Keep, report: Report
+    stream: ModelStream,
+    plan: RunPlan,
+    batches: Sequence[Tensor],
+    *,
+    true_sequential: bool,
+    memory: Memory,
+    keep: Keep,
+    report: Report,
 ) -> None:
     """Quantize every layer of `plan`, calibrated on token ids [batch, seqlen] each; `keep` gets each solved layer.
 
     GateError E_NUM_* when activations or Hessians are not usable, located by layer; InputError E_ARCH when a planned
-    layer is never called.
+    layer is never called; ResourceError E_OOM if `memory` does not suffice.
     """
     layers = {layer.name: layer for layer in plan.quantized}
     solver = LayerSolver(stream, keep, report)
     give_back_freed_tensors()
     report(PhaseStarted("embeddings", f"{len(batches)} batches"))
-    hidden = HiddenStates(stream.embed(batches), stream.device)
+    hidden = HiddenStates(stream.embed(batches), memory)
     original = hidden.copy() if plan.asymmetric else None
-    prober, room = Prober(), WaitingRoom(stream.device, report)
+    prober, room = Prober(), WaitingRoom(memory, report)
     for index in range(stream.n_blocks):
         started = time.perf_counter()
         report(BlockStarted(index, stream.n_blocks, stream.block_name(index)))
         with stream.block(index) as block:
             quantize_block(block, layers, hidden, original, solver, prober, room, true_sequential=true_sequential)
         report(block_finished(index, stream, started))
+        memory.check_host()
     if HEAD in layers:
         report(PhaseStarted("head", HEAD))
         quantize_head(stream, layers, batches, hidden, original, solver)
-
-
-@dataclass(frozen=True, slots=True)
-class Passage:
-    """One way of the batches through a block: its linears by name, and a forward for each batch."""
-
-    linears: Mapping[str, nn.Module]
-    runs: Sequence[Callable[[], Tensor]]
-    hidden: HiddenStates  # before the block, and after it once `runs` have been run to their end
-
-    @classmethod
-    def through(cls, block: LoadedBlock, hidden: HiddenStates, names: Container[str]) -> Passage:
-        linears = {name: linear for name, linear in block.linears.items() if name in names}
-        return cls(linears, [partial(_run, block, hidden, batch) for batch in range(len(hidden))], hidden)
 
 
 def quantize_block(
@@ -75,56 +68,37 @@ def quantize_block(
 ) -> None:
     """Solve the block's layers, move `hidden` past it; `true_sequential`: each stage sees earlier ones quantized.
 
-    `original` passes through the block as it was. The batches wait inside the block while its stages are solved, if
-    `room` takes them; otherwise the block is run again for each stage, with the same results.
+    `original` passes through the block as it was. As many batches as `room` takes wait inside the block while its
+    stages are solved; for the others the block is run again for each stage, with the same results.
     """
-    passages = [Passage.through(block, hidden, layers)]
+    ways = [Passage.through(block, hidden, layers)]
     if original is not None:
-        passages.append(Passage.through(block.twin(), original, layers))
-    probe = prober(block.module, block.linears, passages[0].runs[0])
+        ways.append(Passage.through(block.twin(), original, layers))
+    probe = prober(block.module, block.linears, ways[0].runs[0])
     stages = probe.stages(layers)
-    _check_reached(passages[0].linears, stages)
-    called_once = all(stage.calls == 1 for stage in stages)
-    if true_sequential and called_once and room.takes(len(hidden) * len(passages), probe.waiting_bytes):
-        quantize_in_lockstep(stages, layers, passages, solver)
-        return
-    for together in [[stage] for stage in stages] if true_sequential else [stages]:
-        quantize_stages(together, layers, passages, solver)
-    for passage in passages:
-        for batch, run in enumerate(passage.runs):
-            passage.hidden[batch] = run()
-
-
-def quantize_in_lockstep(
-    stages: Sequence[Stage], layers: Mapping[str, LayerPlan], passages: Sequence[Passage], solver: LayerSolver
-) -> None:
-    """Solve each stage of the first of `passages` when all batches have come to it and wait, in all passages."""
-    with ExitStack() as stack:
-        waiting = [stack.enter_context(waiting_batches(stages, way.linears, way.runs)) for way in passages]
-        for stage in stages:
-            together = [layers[name] for name in stage.names]
-            hessian = HessianAccumulator(together[0].in_features, solver.device)
-            for inputs in zip(*(batches.reach(stage) for batches in waiting), strict=True):
-                hessian.add(*inputs)
-            solver.solve(together, passages[0].linears, hessian)
-            del hessian, inputs  # before there is the next one
-        for passage, batches in zip(passages, waiting, strict=True):
-            for batch, output in enumerate(batches.finish()):
-                passage.hidden[batch] = output
+    _check_reached(ways[0].linears, stages)
+    may_wait = true_sequential and all(stage.calls == 1 for stage in stages)
+    n_waiting = room.places(len(hidden), probe.waiting_bytes, len(ways)) if may_wait else 0
+    with ExitStack() as waiting:
+        for way in ways:
+            waiting.enter_context(way.waiting(stages, n_waiting))
+        for together in [[stage] for stage in stages] if true_sequential else [stages]:
+            quantize_stages(together, layers, ways, solver)
+        for way in ways:
+            way.finish()
 
 
 def quantize_stages(
-    stages: Sequence[Stage], layers: Mapping[str, LayerPlan], passages: Sequence[Passage], solver: LayerSolver
+    stages: Sequence[Stage], layers: Mapping[str, LayerPlan], ways: Sequence[Passage], solver: LayerSolver
 ) -> None:
-    """Gather one Hessian a stage over all batches, then solve the stage's layers of the first of `passages` with it."""
+    """Gather one Hessian a stage over all batches, then solve the stage's layers of the first of `ways` with it."""
     hessians = {stage: HessianAccumulator(layers[stage.names[0]].in_features, solver.device) for stage in stages}
-    quantized, *originals = passages
-    for batch, run in enumerate(quantized.runs):
-        seen = [_inputs(stages, passage, batch) for passage in originals]
-        add = partial(_add, hessians, seen)
-        watch_inputs(stages, quantized.linears, add, run)
+    for seen in zip(*(way.inputs(stages) for way in ways), strict=True):
+        for calls in zip(*seen, strict=True):
+            stage = calls[0][0]
+            hessians[stage].add(*(inputs for _, inputs in calls))
     for stage in stages:
-        solver.solve([layers[name] for name in stage.names], quantized.linears, hessians.pop(stage))
+        solver.solve([layers[name] for name in stage.names], ways[0].linears, hessians.pop(stage))
 
 
 def quantize_head(
@@ -136,41 +110,18 @@ def quantize_head(
     solver: LayerSolver,
 ) -> None:
     """Solve the output head, whose inputs are the final hidden states as the model's own forward normalises them."""
+    linears = {HEAD: stream.output_linear}
     with stream.head() as logits:
-        passages = [
-            Passage(
-                {HEAD: stream.output_linear},
-                [partial(_head, logits, ids, way, n) for n, ids in enumerate(batches)],
-                way,
-            )
-            for way in (hidden, original)
-            if way is not None
-        ]
-        quantize_stages([Stage((HEAD,), 1)], layers, passages, solver)
 
+        def passage(states: HiddenStates) -> Passage:
+            return Passage(linears, [partial(_head, logits, ids, states, n) for n, ids in enumerate(batches)], states)
 
-def _run(block: LoadedBlock, hidden: HiddenStates, batch: int) -> Tensor:
-    return block.run(batch, hidden[batch])
+        ways = [passage(states) for states in (hidden, original) if states is not None]
+        quantize_stages([Stage((HEAD,), 1)], layers, ways, solver)
 
 
 def _head(logits: Callable[[Tensor, Tensor], Tensor], ids: Tensor, hidden: HiddenStates, batch: int) -> Tensor:
     return logits(ids, hidden[batch])
-
-
-def _inputs(stages: Sequence[Stage], passage: Passage, batch: int) -> dict[Stage, list[Tensor]]:
-    """What the stages see in one batch, in the order of their calls."""
-    seen: dict[Stage, list[Tensor]] = {stage: [] for stage in stages}
-    watch_inputs(stages, passage.linears, lambda stage, inputs: seen[stage].append(inputs.clone()), passage.runs[batch])
-    return seen
-
-
-def _add(
-    hessians: Mapping[Stage, HessianAccumulator],
-    originals: Sequence[Mapping[Stage, list[Tensor]]],
-    stage: Stage,
-    inputs: Tensor,
-) -> None:
-    hessians[stage].add(inputs, *(seen[stage].pop(0) for seen in originals))
 
 
 def _check_reached(linears: Mapping[str, nn.Module], stages: Sequence[Stage]) -> None:

@@ -26,6 +26,7 @@ from gptq_cli.models.stream import ModelStream
 from gptq_cli.models.tokenizer import load_encoder
 from gptq_cli.pipeline.blocks import quantize_blocks
 from gptq_cli.pipeline.events import LayerReport, PhaseStarted, Report, RunPlanned, ignore
+from gptq_cli.pipeline.memory import Memory
 from gptq_cli.pipeline.plan import HEAD, LayerPlan, RunPlan, plan_checkpoint
 from gptq_cli.pipeline.preflight import preflight
 from gptq_cli.pipeline.record import Record
@@ -156,7 +157,11 @@ def _write(
                 writer.write(f"{layer.name}.{suffix}", tensor)
 
         batches: list[Tensor] = list(torch.as_tensor(windows.ids).split(config.batch_size))
-        quantize_blocks(stream, plan, batches, true_sequential=config.true_sequential, keep=keep, report=report)
+        memory = Memory(stream.device, config.max_vram_bytes, config.max_ram_bytes)
+        memory.enforce()
+        quantize_blocks(
+            stream, plan, batches, true_sequential=config.true_sequential, memory=memory, keep=keep, report=report
+        )
         report(PhaseStarted("copy", f"{len(plan.copied)} other tensors"))
         for tensor in plan.copied:
             writer.copy(tensor)

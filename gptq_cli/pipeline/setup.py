@@ -58,7 +58,7 @@ def open_stream(
         device,
         trust_remote_code=trust_remote_code,
     )
-    return ModelStream(skeleton, reader.read, device, set(reader.names()) - set(checkpoint.tensors))
+    return ModelStream(skeleton, reader.read, device, set(reader.names()) - set(checkpoint.tensors), reader.expect)
 
 
 def longest_window(checkpoint: Checkpoint) -> int | None:
