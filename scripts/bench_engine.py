@@ -3,7 +3,8 @@
 
 Each part's floor is its least work over a rate measured in the same run: 16-bit, TF32 and float32 products, copying,
 the disk. Times are medians and for one block; `model` scales them by the blocks of the shape. Tokens that are not run
-are scaled for linearly. The part that loses most against its floor is named as the next bottleneck.
+are scaled for linearly. On a CPU it is processor time of one thread, whatever neighbours do; the disk's is by the wall
+clock. The part that loses most against its floor is named as the next bottleneck.
 
     python scripts/bench_engine.py [--shape small] [--device auto] [--runs 5] [--preset balanced] [--json FILE]
 """
@@ -59,16 +60,18 @@ class Bench:
         self.device, self.runs = torch.device(device), runs
         self.on_gpu = self.device.type == "cuda"
         self.dtype = torch.bfloat16 if self.on_gpu else torch.float32
+        if not self.on_gpu:
+            torch.set_num_threads(1)
 
-    def seconds(self, call: Callable[[], object], *, runs: int | None = None) -> float:
+    def seconds(self, call: Callable[[], object], *, runs: int | None = None, wall: bool = False) -> float:
         """Median seconds of `call`, after one that is not counted."""
-        taken = []
+        taken, clock = [], time.perf_counter if wall or self.on_gpu else time.process_time
         for _ in range(1 + (runs or self.runs)):
             self._wait()
-            started = time.perf_counter()
+            started = clock()
             call()
             self._wait()
-            taken.append(time.perf_counter() - started)
+            taken.append(clock() - started)
         return statistics.median(taken[1:])
 
     def _wait(self) -> None:
@@ -88,14 +91,19 @@ def rates(bench: Bench, folder: Path) -> dict[str, float]:
         out = torch.empty_like(matrix)
         with feedback_precision(wide) if name == "gemm_tf32" else nullcontext():
             found[name] = 2 * size**3 / bench.seconds(lambda m=matrix, o=out: torch.mm(m, m, out=o))
-    numbers, other = wide.view(-1), torch.empty_like(wide).view(-1)
-    found["copy"] = 2 * wide.nbytes / bench.seconds(lambda: other.copy_(numbers))
+    numbers = bench.random(2**26 if bench.on_gpu else 2**24, dtype=torch.float32)  # more than caches hold
+    other = torch.empty_like(numbers)
+    found["copy"] = 2 * numbers.nbytes / bench.seconds(lambda: other.copy_(numbers))
     spd = wide @ wide.T
     spd.diagonal().add_(spd.diagonal().mean())
     found["cholesky"] = size**3 / 3 / bench.seconds(lambda: torch.linalg.cholesky_ex(spd))
     tensor = torch.zeros(2**28 if bench.on_gpu else 2**25, dtype=torch.uint8)
-    found["disk_write"] = tensor.nbytes / bench.seconds(lambda: _write({"x": tensor}, folder / "rate"), runs=2)
-    found["disk_read"] = tensor.nbytes / bench.seconds(lambda: _read(folder / "rate", torch.device("cpu")), runs=2)
+    found["disk_write"] = tensor.nbytes / bench.seconds(
+        lambda: _write({"x": tensor}, folder / "rate"), runs=2, wall=True
+    )
+    found["disk_read"] = tensor.nbytes / bench.seconds(
+        lambda: _read(folder / "rate", torch.device("cpu")), runs=2, wall=True
+    )
     return found
 
 
@@ -230,8 +238,14 @@ def disk_parts(
     after = int(before / weights[next(iter(weights))].itemsize * (config.bits + 16 / max(config.group_size, 1)) / 8)
     packed = {"x": torch.zeros(after, dtype=torch.uint8, device=bench.device)}
     return {
-        "read": (bench.seconds(lambda: _read(folder / "block", bench.device), runs=2), before / rates["disk_read"]),
-        "write": (bench.seconds(lambda: _write(packed, folder / "packed"), runs=2), after / rates["disk_write"]),
+        "read": (
+            bench.seconds(lambda: _read(folder / "block", bench.device), runs=2, wall=True),
+            before / rates["disk_read"],
+        ),
+        "write": (
+            bench.seconds(lambda: _write(packed, folder / "packed"), runs=2, wall=True),
+            after / rates["disk_write"],
+        ),
     }
 
 
