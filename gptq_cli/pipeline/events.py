@@ -32,7 +32,8 @@ class RunPlanned:
 class LayerReport:
     """One solved layer. Errors are relative to the layer's output energy on the calibration tokens:
     tr(E H E') / tr(W H W'); `rtn_relative_error` is the same for round-to-nearest on the min/max grid of its groups.
-    `damp_percent` is what was used, in the configuration's `damp_mode`."""
+    `damp_percent` is what was used, in the configuration's `damp_mode`. Layers solved together share their `seconds` by
+    their weights."""
 
     name: str
     block: int
