@@ -20,7 +20,7 @@ FUSED_ALIASES = {
 }
 
 # Fields of this tool alone: they shape codes and scales, and no reader needs or knows them.
-UNKNOWN_TO_READERS = {"signed_scales", "scale_search", "refine_sweeps", "damp_mode"}
+UNKNOWN_TO_READERS = {"signed_scales", "scale_search", "refine_sweeps", "asymmetric_calibration", "damp_mode"}
 
 
 def describe(config: QuantizeConfig, quantized: Iterable[str], kept: Iterable[str]) -> dict[str, Any]:

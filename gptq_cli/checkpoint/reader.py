@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -42,6 +44,15 @@ class TensorReader:
         tensor: Tensor = self._open[file].get_tensor(name)
         return tensor
 
+    def expect(self, names: Iterable[str]) -> None:
+        """Have the system read these tensors from the disk by itself (Linux): they will be asked for soon."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for file, tensors in groupby((self._tensors[name] for name in names), key=lambda tensor: tensor.file):
+            with file.open("rb") as opened:
+                for tensor in tensors:
+                    os.posix_fadvise(opened.fileno(), tensor.start, tensor.nbytes, os.POSIX_FADV_WILLNEED)
+
 
 class DequantizingReader:
     """A GPTQ checkpoint seen as the full-precision model it stands for: `X.qweight`, ... appear as `X.weight`.
@@ -71,10 +82,18 @@ class DequantizingReader:
             return dequantize_packed(**moved, bits=_bits_of(packed), v2=self._format == "gptq_v2", dtype=torch.float32)
         return decode(packed, _bits_of(packed), self._format).dequantize()
 
+    def expect(self, names: Iterable[str]) -> None:
+        """As TensorReader does, for weights and what stands for them."""
+        self._raw.expect(stored for name in names for stored in self._stored(name))
+
     def linear(self, module: str) -> QuantizedLinear:
         """The codes and the grid of one quantized linear."""
         packed = self._packed(module)
         return decode(packed, _bits_of(packed), self._format)
+
+    def _stored(self, name: str) -> list[str]:
+        parts = (f"{name.removesuffix('.weight')}.{suffix}" for suffix in SUFFIXES)
+        return [name] if name in self._tensors else [part for part in parts if part in self._tensors]
 
     def _packed(self, module: str) -> dict[str, Tensor]:
         absent = [s for s in SUFFIXES if f"{module}.{s}" not in self._tensors and s != "g_idx"]

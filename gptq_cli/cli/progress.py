@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from gptq_cli.cli.console import Console, clock, size, visible
+from gptq_cli.cli.console import Console, clock, size, talk, visible
 from gptq_cli.pipeline.events import (
     BlockFinished,
     BlockStarted,
@@ -19,8 +20,10 @@ from gptq_cli.pipeline.events import (
     LayerSolved,
     LayerStarted,
     PhaseStarted,
+    Resumed,
     RunPlanned,
     Warned,
+    WorkKept,
 )
 
 if TYPE_CHECKING:
@@ -61,10 +64,15 @@ class Progress:
 
     def __call__(self, event: Event) -> None:
         self._note(event)
+        if isinstance(event, LayerSolved):
+            self._console.detail(_detail(event.report))
         if isinstance(event, Warned):
             self._console.warn(event.code, event.message)
+        elif isinstance(event, Resumed | WorkKept):
+            self._console.advise(_about_work(event))
         elif self._live:
             self._live.update(_cropped(self._view()), refresh=isinstance(event, BlockFinished))
+            talk.log(self._line(event) or "")
         elif line := self._line(event):
             self._last_line = self._now()
             self._console.say(line)
@@ -126,11 +134,22 @@ def _cropped(view: str) -> Text:
     return Text(visible(view), no_wrap=True, overflow="ellipsis")
 
 
+def _about_work(event: Resumed | WorkKept) -> str:
+    if isinstance(event, Resumed):
+        return f"resuming after {event.index} of {event.n_blocks} blocks, from {event.directory}"
+    return f"finished blocks are kept; go on with: gptq resume {shlex.quote(str(event.directory))}"
+
+
 def _planned(event: RunPlanned) -> str:
     kept = f", {event.n_kept} kept" if event.n_kept else ""
     sizes = f"{size(event.bytes_before)} -> {size(event.bytes_after)}"
     rate = f"{event.bits_per_weight:.3g} bits a weight"
     return f"plan: {event.n_quantized} layers in {event.n_blocks} blocks{kept}, {sizes}, {rate}"
+
+
+def _detail(report: LayerReport) -> str:
+    how = f"{report.bits} bit group_size {report.group_size} damp {report.damp_percent:g} tokens {report.tokens}"
+    return f"layer {report.name} error {_errors([report])} {how} {report.seconds:.2f} s"
 
 
 def _errors(reports: list[LayerReport]) -> str:

@@ -28,9 +28,10 @@ class Export:
     mixed: bool
     v2: bool
     lm_head: bool
+    split_experts: bool
 
     @classmethod
-    def of(cls, layers: Iterable[LayerConfig], format: str, lm_head: bool) -> Export:
+    def of(cls, layers: Iterable[LayerConfig], format: str, lm_head: bool, split_experts: bool = False) -> Export:
         """The export of these quantized layers; static_groups make g_idx trivial whatever desc_act says."""
         layers = set(layers)
         return cls(
@@ -41,6 +42,7 @@ class Export:
             mixed=len({(layer.bits, layer.group_size, layer.sym) for layer in layers}) > 1,
             v2=format == "gptq_v2",
             lm_head=lm_head,
+            split_experts=split_experts,
         )
 
 
@@ -83,6 +85,7 @@ ENGINES: tuple[_Engine, ...] = (
             _Rule(lambda e: not e.bits <= {4, 8}, "no", "it serves 4 and 8 bits only"),
             _Rule(lambda e: e.asym, "no", "it serves symmetric checkpoints only"),
             _Rule(_odd_groups, "no", "group_size must be -1, 32, 64 or 128"),
+            _Rule(lambda e: e.split_experts, "no", "the experts of a layer must share their settings"),
             _Rule(lambda e: e.real_g_idx, "limited", "desc_act is slow, and refused from 0.30 on"),
             _Rule(lambda e: e.mixed, "limited", "layers it fuses (q, k, v; gate, up) must share their settings"),
             _Rule(lambda e: 8 in e.bits, "limited", "8 bits on GPU only"),
@@ -94,6 +97,7 @@ ENGINES: tuple[_Engine, ...] = (
         (
             _Rule(lambda e: e.v2 and not _marlin(e), "wrong", "its kernel for these settings reads v2 zeros as v1"),
             _Rule(_odd_groups, "no", "group_size must be -1, 32, 64 or 128"),
+            _Rule(lambda e: e.split_experts, "no", "the experts of a layer must share their settings"),
             _Rule(lambda e: not _marlin(e), "limited", "without Marlin: plain float16 kernel"),
             _Rule(lambda e: e.mixed, "limited", "layers it fuses (q, k, v; gate, up) must share their settings"),
         ),

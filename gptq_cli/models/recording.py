@@ -69,3 +69,22 @@ def share(value: Any, like: Any) -> Any:
     if type(value) in (tuple, list) and type(like) is type(value) and len(like) == len(value):
         return type(value)(share(item, other) for item, other in zip(value, like, strict=True))
     return value
+
+
+def unfilled(value: Any) -> list[dict[Any, Any] | list[Any]]:
+    """The empty dicts and lists in `value`, each once: blocks put there what later blocks need (keys and values)."""
+    found: dict[int, dict[Any, Any] | list[Any]] = {}
+
+    def visit(item: Any) -> None:
+        if isinstance(item, dict | list) and not item:
+            found[id(item)] = item
+        elif isinstance(item, Call):
+            visit((item.args, item.kwargs))
+        elif isinstance(item, dict):
+            visit(tuple(item.values()))
+        elif isinstance(item, list | tuple):
+            for part in item:
+                visit(part)
+
+    visit(value)
+    return list(found.values())

@@ -22,7 +22,7 @@ from gptq_cli.models.stream import ModelStream
 from gptq_cli.models.tokenizer import load_encoder
 from gptq_cli.pipeline.activations import HiddenStates
 from gptq_cli.pipeline.events import BlockStarted, PhaseStarted, Report, ignore
-from gptq_cli.pipeline.memory import block_finished
+from gptq_cli.pipeline.memory import Memory, block_finished
 from gptq_cli.pipeline.record import Record
 from gptq_cli.pipeline.setup import (
     CONFIG_FILE,
@@ -190,7 +190,7 @@ def _run(
     )
     for ids in batches:
         check_token_ids(ids, stream.vocabulary_rows)
-    hidden = HiddenStates(stream.embed(batches), device)
+    hidden = HiddenStates(stream.embed(batches), Memory(device))
     for index in range(stream.n_blocks):
         started = time.perf_counter()
         report(BlockStarted(index, stream.n_blocks, stream.block_name(index)))

@@ -14,6 +14,7 @@ from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.errors import ConfigError, InputError, ResourceError
 from gptq_cli.models.skeleton import build_skeleton, load_config
 from gptq_cli.models.stream import ModelStream
+from gptq_cli.pipeline.windows import bounded_seqlen as bounded_seqlen
 
 CONFIG_FILE = "gptq_config.yaml"  # the resolved configuration, beside the weights
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -58,37 +59,21 @@ def open_stream(
         device,
         trust_remote_code=trust_remote_code,
     )
-    return ModelStream(skeleton, reader.read, device, set(reader.names()) - set(checkpoint.tensors))
-
-
-def longest_window(checkpoint: Checkpoint) -> int | None:
-    """Positions that the model knows, if its config says."""
-    config: dict[str, Any] = checkpoint.config.get("text_config") or checkpoint.config
-    found = config.get("max_position_embeddings") or config.get("n_positions")
-    return found if isinstance(found, int) else None
-
-
-def bounded_seqlen(seqlen: int, *, said: bool, checkpoint: Checkpoint) -> int:
-    """`seqlen`, or the model's positions if they are fewer; ConfigError E_CFG_SEQLEN if the user said more."""
-    limit = longest_window(checkpoint)
-    if limit is None or seqlen <= limit:
-        return seqlen
-    if said:
-        raise ConfigError(
-            "E_CFG_SEQLEN", f"seqlen {seqlen} is more than the model's {limit} positions", hint=f"use --seqlen {limit}"
-        )
-    return limit
+    return ModelStream(skeleton, reader.read, device, set(reader.names()) - set(checkpoint.tensors), reader.expect)
 
 
 @contextmanager
 def memory_errors() -> Iterator[None]:
-    """Turn an exhausted device into ResourceError E_OOM with flags that help."""
+    """Turn an exhausted device or host into ResourceError E_OOM with flags that help."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        reason = str(error).split(". ")[0]
-        hint = "use --batch-size 1, a smaller --seqlen, or --device cpu"
-        raise ResourceError("E_OOM", f"the device has not enough memory: {reason}", hint=hint) from error
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        host = isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+        if not (host or isinstance(error, torch.OutOfMemoryError)):
+            raise
+        reason = str(error).split(". ")[0] or "the host has no more"
+        hint = "use --batch-size 1, a smaller --seqlen, or --device cpu, with --resume never if blocks are finished"
+        raise ResourceError("E_OOM", f"there is not enough memory: {reason}", hint=hint) from error
 
 
 def _forward_dtype(dtype: str, config: Any, checkpoint: Checkpoint) -> torch.dtype:

@@ -17,6 +17,7 @@ from gptq_cli.cli.app import app
 from gptq_cli.pipeline.events import (
     BlockFinished,
     BlockStarted,
+    ExpertsCovered,
     LayerReport,
     LayerSolved,
     LayerStarted,
@@ -93,9 +94,12 @@ class FakeQuantizer:
 class FakeQuantized:
     output: Path
     layers: tuple[LayerReport, ...]
+    experts: tuple[ExpertsCovered, ...] = ()
+    split_experts: tuple[str, ...] = ()
     seconds: float = 3723.4
     bytes_before: int = 8_000_000
     bytes_after: int = 2_500_000
+    already_done: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return {"output": str(self.output), "layers": [layer.name for layer in self.layers], "worst": float("nan")}

@@ -1,0 +1,148 @@
+"""Real processes: killed, asked to end, and racing for one output."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.pipeline.runs import config, digest
+from tests.pipeline.tiny import SETTINGS, WORK, Case
+
+# Runs the command line and does to itself, when a block is finished or a layer begun, what a test asks for.
+PROGRAM = """
+import os, sys, torch
+torch.set_num_threads(1)
+from gptq_cli.pipeline import resume
+from gptq_cli.__main__ import main
+from gptq_cli.checkpoint import durable
+when, signals = sys.argv.pop(1), [int(number) for number in sys.argv.pop(1).split(",")]
+def send():
+    for number in signals:
+        os.kill(os.getpid(), number)
+if when == "block":
+    usual = resume.SavedBlocks.finished
+    def finished(*arguments):
+        usual(*arguments)
+        send()
+    resume.SavedBlocks.finished = finished
+elif when == "forward":
+    from gptq_cli.models import lockstep
+    meet = lockstep._Batch.meet
+    def met(self, stage, name, inputs):
+        if "layers.1.mlp.down" in name:
+            send()
+        return meet(self, stage, name, inputs)
+    lockstep._Batch.meet = met
+elif when != "never":
+    from tests.disks import CountingDisk
+    class Dying(CountingDisk):
+        def after(self, number, name):
+            if number == int(when):
+                send()
+    durable.disk = Dying()
+main()
+"""
+
+
+def recipe(directory: Path) -> Path:
+    path = directory / "recipe.yaml"
+    path.write_text(yaml.safe_dump(config(**SETTINGS).model_dump(mode="json")))
+    return path
+
+
+def start(when: str, signals: list[int], *words: str | Path) -> subprocess.Popen[str]:
+    numbers = ",".join(str(int(number)) for number in signals) or "0"
+    command = [sys.executable, "-c", PROGRAM, when, numbers, *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def run(when: str, signals: list[int], *words: str | Path) -> tuple[int, str, str]:
+    process = start(when, signals, *words)
+    stdout, stderr = process.communicate(timeout=120)
+    return process.returncode, stdout, stderr
+
+
+def quantize(case: Case, directory: Path) -> list[str | Path]:
+    return ["quantize", case.model, "-o", directory / "out", "-c", recipe(directory)]
+
+
+@pytest.mark.parametrize("share", [0.2, 0.55, 0.9])
+def test_a_killed_process_is_gone_on_with_by_the_same_command(share: float, case: Case, tmp_path: Path) -> None:
+    command = quantize(case, tmp_path)
+    code, _, _ = run(str(int(share * len(case.operations))), [signal.SIGKILL], *command)
+    assert code == -signal.SIGKILL
+    assert not (tmp_path / "out").exists() or digest(tmp_path / "out") == case.tree
+    code, stdout, stderr = run("never", [], *command, "--json")
+    assert code == 0, stderr
+    assert digest(tmp_path / "out") == case.tree
+    assert len(json.loads(stdout)["layers"]) == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "when", "blocks"),
+    [("SIGINT", "block", 1), ("SIGTERM", "forward", 1), ("SIGHUP", "forward", 1), ("SIGUSR1", "block", 1)],
+)
+def test_a_signal_ends_the_run_keeps_the_work_and_says_how_to_go_on(
+    name: str, when: str, blocks: int, case: Case, tmp_path: Path
+) -> None:
+    number = getattr(signal, name)
+    code, stdout, stderr = run(when, [number], *quantize(case, tmp_path), "--json")
+    assert code == 128 + number, stderr
+    assert "Traceback" not in stderr
+    assert f"stopping on {name}; once more to end at once" in stderr
+    assert f"go on with: gptq resume {tmp_path}/{WORK}\n" in stderr
+    assert f"error[E_INTERRUPTED]: stopped by {name}\n\nhint: run the same command again to go on" in stderr
+    assert json.loads(stdout)["exit_code"] == 128 + number
+    code, stdout, stderr = run("never", [], "resume", tmp_path / WORK, "--json")
+    assert code == 0, stderr
+    assert f"resuming after {blocks} of 3 blocks" in stderr
+    assert json.loads(stdout)["resumed_blocks"] == blocks
+    assert digest(tmp_path / "out") == case.tree
+
+
+def test_a_second_signal_ends_the_process_at_once(case: Case, tmp_path: Path) -> None:
+    code, _, stderr = run("block", [signal.SIGTERM, signal.SIGINT], *quantize(case, tmp_path))
+    assert code == 128 + signal.SIGINT
+    assert "error[" not in stderr
+    assert (tmp_path / WORK / "journal.jsonl").exists()
+
+
+def test_a_signal_that_the_shell_ignores_stays_ignored(case: Case, tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does for its child
+    try:
+        code, _, stderr = run("block", [signal.SIGHUP], *quantize(case, tmp_path))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert code == 0, stderr
+    assert digest(tmp_path / "out") == case.tree
+
+
+def test_of_eight_processes_that_race_for_one_output_one_works(case: Case, tmp_path: Path) -> None:
+    command = quantize(case, tmp_path)
+    processes = [start("never", [], *command, "--json") for _ in range(8)]
+    results = [(process.communicate(timeout=120), process.returncode) for process in processes]
+    codes = sorted(code for _, code in results)
+    assert set(codes) <= {0, 6}, [stderr for (_, stderr), _ in results]
+    worked = [stdout for (stdout, _), code in results if code == 0 and not json.loads(stdout)["already_done"]]
+    assert len(worked) == 1
+    for (stdout, stderr), code in results:
+        if code == 6:
+            assert json.loads(stdout)["problems"][0]["code"] == "E_LOCKED"
+            assert re.search(r"error\[E_LOCKED\]: another run .*is writing `.*/out`\n\nhint: wait for it", stderr)
+    assert digest(tmp_path / "out") == case.tree
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "recipe.yaml"]
+
+
+def test_a_directory_that_holds_no_work_cannot_be_resumed(tmp_path: Path) -> None:
+    code, _, stderr = run("never", [], "resume", tmp_path)
+    assert code == 3
+    assert stderr.startswith(f"error[E_RESUME_NOTHING]: `{tmp_path}` holds no unfinished run\n\nhint: give the hidden")
