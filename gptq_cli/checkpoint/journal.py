@@ -7,7 +7,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from gptq_cli.checkpoint.durable import OpenFile, sync_directory, write_file
+from gptq_cli.checkpoint.durable import OpenFile, remove, sync_directory, write_file
 
 Entry = dict[str, Any]
 
@@ -52,7 +52,10 @@ class Journal:
             line = self._line(entry)
             self._note(entry, line)
             content += line
-        write_file(self._path, content)
+        if content:
+            write_file(self._path, content)
+        else:
+            remove(self._path)  # where no journal is, nothing is finished
 
     def close(self) -> None:
         if self._file is not None:

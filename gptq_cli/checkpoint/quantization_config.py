@@ -19,6 +19,8 @@ FUSED_ALIASES = {
     frozenset({"gate_proj", "up_proj"}): "gate_up_proj",
 }
 
+_OF_EXPERT = re.compile(r"(.+\.\d+\..+)\.\d+\.[^.]+")  # engines ask for the settings of all experts by this name
+
 # Fields of this tool alone: they shape codes and scales, and no reader needs or knows them.
 UNKNOWN_TO_READERS = {"signed_scales", "scale_search", "refine_sweeps", "asymmetric_calibration", "damp_mode"}
 
@@ -27,8 +29,9 @@ def describe(config: QuantizeConfig, quantized: Iterable[str], kept: Iterable[st
     """The dict for config.json. `quantized` and `kept` are full names of linears; kept ones lie inside the blocks.
 
     When a linear of a block is kept, both dialects say so: transformers reads `modules_in_block_to_quantize`, GPTQModel
-    and SGLang read `dynamic`. No value is null, `desc_act` is true if and only if a g_idx is not trivial, `format` and
-    `checkpoint_format` agree: each of these was seen to break a reader.
+    and SGLang read `dynamic`. Mixtures say it in `dynamic` alone: transformers 5 cannot load quantized experts at all,
+    and the list would hold tens of thousands of names. No value is null, `desc_act` is true if and only if a g_idx is
+    not trivial, `format` and `checkpoint_format` agree: each of these was seen to break a reader.
     """
     quantized, kept = list(quantized), list(kept)
     chosen = [choice for name in quantized if (choice := config.for_layer(name))]
@@ -53,9 +56,11 @@ def describe(config: QuantizeConfig, quantized: Iterable[str], kept: Iterable[st
         for rule, values in config.dynamic.items()
         if not keeps(rule)
     }
+    mixtures = {match[1] for name in quantized if (match := _OF_EXPERT.fullmatch(name))}
+    whole = {match[1]: None for name in kept if (match := _OF_EXPERT.fullmatch(name)) and match[1] not in mixtures}
     if kept or overrides:
-        described["dynamic"] = {rule: {} for rule in skip_rules(kept)} | overrides
-    if kept:
+        described["dynamic"] = {rule: {} for rule in skip_rules([*kept, *whole])} | overrides
+    if kept and not mixtures:
         described["modules_in_block_to_quantize"] = [quantized]
     return described
 

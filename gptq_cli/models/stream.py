@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from gptq_cli.errors import InputError
 from gptq_cli.models.dependence import check_chain
 from gptq_cli.models.experts import Experts
-from gptq_cli.models.recording import Call, Recorder, share, unfilled
+from gptq_cli.models.recording import Call, Container, Recorder, share, unfilled
 from gptq_cli.models.skeleton import Skeleton, check_linears, is_linear, is_transposed, place
 
 Read = Callable[[str], Tensor]
@@ -86,7 +86,7 @@ class ModelStream:
         self._blocks = list(skeleton.blocks)
         self._calls: list[list[Call]] = [[] for _ in self._blocks]
         self._extras: tuple[Any, ...] | None = None
-        self.carried: list[dict[Any, Any] | list[Any]] = []  # what blocks fill for later ones, known after `embed`
+        self.carried: list[Container] = []  # what blocks fill for later ones, known after `embed`
 
     @property
     def n_blocks(self) -> int:

@@ -8,7 +8,7 @@ done again, with everything after it.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from hashlib import sha256
@@ -68,7 +68,7 @@ class SavedBlocks:
                 target.restore(saved)
             for container, saved in zip(stream.carried, carried, strict=True):
                 saved = tree_map_only(Tensor, lambda tensor: tensor.to(stream.device), saved)
-                container.update(saved) if isinstance(container, dict) else container.extend(saved)
+                container.update(saved) if isinstance(container, MutableMapping) else container.extend(saved)
         return self.first
 
     def finished(self, block: int, stream: ModelStream, hidden: Sequence[HiddenStates]) -> None:
@@ -188,7 +188,8 @@ class _HashedFile(io.RawIOBase):
 
 def _save(path: Path, stream: ModelStream, hidden: Sequence[HiddenStates]) -> str:
     """Write hidden states, and what the blocks carry along beside them; the hash of the file."""
-    content = ([states.stored for states in hidden], stream.carried)
+    carried = [dict(kept) if isinstance(kept, MutableMapping) else list(kept) for kept in stream.carried]
+    content = ([states.stored for states in hidden], carried)
     with OpenFile(path, 0) as file:
         raw = _HashedFile(file)
         with io.BufferedWriter(raw, COPY_BYTES) as buffered:

@@ -264,6 +264,11 @@ def test_a_lock_file_that_a_successor_made_meanwhile_keeps_the_directory(tmp_pat
     assert (tmp_path / ".out.gptq-work" / "lock").exists()
 
 
+def test_a_work_directory_that_cannot_be_removed_is_said(tmp_path: Path) -> None:
+    with using(Refusing("rmdir", errno.EIO)), pytest.raises(ResourceError, match="gptq-work"), locked(tmp_path / "out"):
+        pass
+
+
 @pytest.mark.parametrize("kind", ["mode", "link", "file"])
 def test_a_work_directory_that_others_could_have_filled_is_refused(kind: str, tmp_path: Path) -> None:
     path = WorkDirectory(tmp_path / "out").path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -236,3 +237,20 @@ def test_a_checkpoint_that_lacks_an_expert_is_refused(tmp_path: Path) -> None:
     ) as caught:
         quantize(tmp_path, model)
     assert caught.value.code == "E_CKPT_INCOMPLETE"
+
+
+def test_engines_are_told_of_routers_and_of_experts_that_are_kept(tmp_path: Path) -> None:
+    model = save_mixture(tmp_path / "model", "qwen3_moe")
+    output, result = quantize(tmp_path, model, preset="gptq", dynamic={r"-:model\.layers\.1\.mlp\.experts": {}})
+    told = json.loads((output / "config.json").read_text())["quantization_config"]
+    patterns = [rule.removeprefix("-:") for rule in told["dynamic"]]
+
+    def skipped(name: str) -> bool:
+        return any(re.match(pattern, name) for pattern in patterns)
+
+    assert skipped("model.layers.1.mlp.experts")
+    assert skipped("model.layers.1.mlp.experts.3.gate_proj")
+    assert skipped("model.layers.0.mlp.gate")
+    assert not any(skipped(f"model.layers.0.mlp.{name}") for name in ("experts", "experts.3.gate_proj", "gate_up_proj"))
+    assert "modules_in_block_to_quantize" not in told
+    assert [layer.name for layer in result.experts] == ["model.layers.0.mlp.experts"]

@@ -250,7 +250,7 @@ def test_settings_of_all_kinds_are_gone_on_with(settings: dict[str, object], cas
 
 
 @pytest.mark.filterwarnings("ignore")  # what transformers says about its own models is not at stake
-@pytest.mark.parametrize("model_type", ["gemma4_text", "gemma3n_text", "gpt2"])
+@pytest.mark.parametrize("model_type", ["gemma4_text", "gpt2"])
 def test_what_blocks_carry_along_beside_hidden_states_is_kept_too(model_type: str, tmp_path: Path) -> None:
     tiny = Case(save(build(model_type), tmp_path / "model"), {}, [])
     changes = {"dynamic": {}, "lm_head": False}
