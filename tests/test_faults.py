@@ -63,6 +63,7 @@ SEEN_ELSEWHERE = {
     33: ("tests/pipeline/test_quantize.py", "test_the_head_is_quantized_on_request_and_untied"),
     58: ("tests/pipeline/test_quantize.py", "test_infinite_activations_stop_the_run_with_the_layers_name_and_leave"),
     59: ("tests/pipeline/test_quantize.py", "test_an_input_that_is_always_zero_is_reported_and_its_weights_become"),
+    60: ("tests/pipeline/test_experts.py", "test_an_expert_without_tokens_stops_the_run_by_default"),
     61: ("tests/pipeline/test_refusals.py", "test_raised_damping_is_reported_with_the_value_used"),
     64: ("tests/checkpoint/test_hub.py", "test_a_fault_of_the_hub_has_its_code_hint_and_exit_code"),
     65: ("tests/checkpoint/test_hub.py", "test_the_hubs_refusals_have_codes_and_hints"),
@@ -76,7 +77,6 @@ SEEN_ELSEWHERE = {
 NOT_HERE = {
     22: "calibration reads texts, so a chat template is never applied",
     38: "needs a machine with a driver that does not fit",
-    60: "needs experts, which are refused so far",
     70: "there is no command that pushes",
     77: "there are no evaluation tasks with code",
 }
