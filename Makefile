@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-compat check bench clean
+.PHONY: help install demo test test-all test-compat check bench soak clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -40,6 +40,9 @@ check: $(READY) ## format, lint, types, import contracts
 bench: $(READY) ## start-up times and memory against depth
 	$(BIN)/python scripts/bench_startup.py
 	$(BIN)/python scripts/bench_memory.py
+
+soak: $(READY) ## kill, starve and damage a thousand small runs: half an hour
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/soak.py
 
 clean: ## remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info

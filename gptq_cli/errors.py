@@ -99,3 +99,17 @@ class ExistsError(GptqError):
     """The output exists already, or somebody else is writing it."""
 
     exit_code = 6
+
+
+class PausedError(GptqError):
+    """The time that the user gave is over; what is finished is kept, and the same command goes on."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h
+
+
+class Stopped(BaseException):
+    """A signal asked the process to end. No `Exception`, as KeyboardInterrupt is none: it is no failure."""
+
+    def __init__(self, signal: int) -> None:
+        super().__init__(signal)
+        self.exit_code = 128 + signal

@@ -286,6 +286,8 @@ MODEL = [
     Case(74, "text as size", broken(replaced(SHARD, header(
         '{"a":{"dtype":"F32","shape":["' + "x" * 99 + '",99999],"data_offsets":[0,0]}}'))),
          "E_CKPT_CORRUPT", "sizes"),
+    Case(74, "truth as size", broken(replaced(SHARD, header(
+        '{"a":{"dtype":"U8","shape":[true],"data_offsets":[0,1]}}') + b"x")), "E_CKPT_CORRUPT", "sizes"),
     Case(74, "dtype", broken(replaced(SHARD, header('{"a":{"dtype":"F3","shape":[],"data_offsets":[0,0]}}'))),
          "E_CKPT_CORRUPT", "malformed"),
     Case(76, "escapes", broken(replaced(SHARD, header(json.dumps({ESCAPE: 1})))), "E_CKPT_CORRUPT", "[red]evil<b>"),

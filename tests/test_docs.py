@@ -38,6 +38,7 @@ def test_options_of_the_readme_exist() -> None:
         "full",
     }
     known |= {"dry-run", "layer", "text", "report", "verbose", "log-file"}
+    known |= {"resume", "max-runtime", "allow-network-fs"}
     assert named <= known
     assert len(named) > 10
 
@@ -53,7 +54,7 @@ def test_files_and_targets_of_the_readme_exist() -> None:
 def test_exit_codes_of_the_readme_are_those_of_the_errors() -> None:
     documented = {int(code) for code in re.findall(r"^\| (\d+) \|", README, flags=re.MULTILINE)}
     classes = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
-    assert {kind.exit_code for kind in classes} | {0, 130} == documented
+    assert {kind.exit_code for kind in classes} | {0, 130, 143} == documented
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -61,7 +62,8 @@ def test_a_file_is_one_idea_and_a_function_half_a_page(path: Path) -> None:
     text = path.read_text()
     assert len(text.splitlines()) <= 400
     functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
-    assert [f.name for f in functions if f.end_lineno and f.end_lineno - f.lineno >= 60] == []
+    # What is counted is the body: a signature that lists every option of a command is no code to follow.
+    assert [f.name for f in functions if f.end_lineno and f.end_lineno - f.body[0].lineno >= 50] == []
 
 
 def test_the_changelog_knows_the_version_or_what_comes() -> None:

@@ -1,103 +1,218 @@
-"""Bytes that survive: the only module that opens files for writing.
+"""Bytes that survive: the only module that opens files for writing, and the only one that changes a directory.
 
 Whatever happens, a file or directory is absent, or complete under its final name. The rule is the one of databases:
-write under a temporary name, fsync the file, rename it, fsync the directory that holds the name.
+write under a temporary name, fsync the file, rename it, fsync the directory that holds the name. A failed fsync is
+final, since the kernel may have dropped the data (https://wiki.postgresql.org/wiki/Fsync_Errors).
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import json
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
 
 from gptq_cli.errors import ExistsError, GptqError, ResourceError
 
 COPY_BYTES = 16 * 2**20
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL}
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # fcntl.h and linux/fs.h
 
 
-class ShardFile:
-    """A file of known size whose parts may be written in any order; `close` makes it durable."""
+class Disk:
+    """Every operation that changes what is on a disk, so that tests can count, refuse or end them."""
+
+    def open(self, path: Path, flags: int) -> int:
+        return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)  # the umask decides who may read
+
+    def write(self, descriptor: int, data: memoryview, offset: int) -> int:
+        return os.pwrite(descriptor, data, offset)
+
+    def truncate(self, descriptor: int, size: int) -> None:
+        os.ftruncate(descriptor, size)
+
+    def fsync(self, descriptor: int) -> None:
+        os.fsync(descriptor)
+
+    def rename(self, source: Path, target: Path) -> None:
+        source.rename(target)
+
+    def exchange(self, one: Path, other: Path) -> None:
+        """Swap two names in one step; OSError ENOSYS or EINVAL where the system cannot."""
+        swap = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+        if swap is None:
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+        if swap(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+    def mkdir(self, path: Path, mode: int) -> None:
+        path.mkdir(mode)
+
+    def unlink(self, path: Path) -> None:
+        path.unlink()
+
+    def rmdir(self, path: Path) -> None:
+        path.rmdir()
+
+    def lock(self, path: Path) -> FileLock:
+        """The lock of `path`, held until it is released or the process ends; filelock.Timeout if another holds it."""
+        lock = FileLock(path, timeout=0, fallback_to_soft=False)
+        lock.acquire()
+        return lock
+
+
+disk = Disk()
+
+
+class OpenFile:
+    """A file that is written in parts, in any order; what was written survives once `sync` has returned.
+
+    `size` sets its length, and what it held there stays. ResourceError E_DISK when the disk refuses.
+    """
 
     def __init__(self, path: Path, size: int) -> None:
         self.path = path
         with disk_errors(path):
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)  # the umask decides who may read
-            os.truncate(self._fd, size)
+            self._descriptor = disk.open(path, os.O_RDWR | os.O_CREAT)
+        try:
+            with disk_errors(path):
+                disk.truncate(self._descriptor, size)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> OpenFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def write_at(self, offset: int, data: bytes | memoryview) -> None:
-        """`data` at byte `offset`; ResourceError E_DISK when the disk refuses."""
+        """`data` at byte `offset`."""
         view = memoryview(data).cast("B")
         with disk_errors(self.path):
             while view:
-                written = os.pwrite(self._fd, view, offset)
+                written = disk.write(self._descriptor, view, offset)
                 view, offset = view[written:], offset + written
 
-    def close(self) -> None:
-        """Flush to the disk; an error here is final, the kernel may have dropped the data."""
+    def sync(self) -> None:
+        """Flush to the disk; an error here is final."""
         with disk_errors(self.path):
-            try:
-                os.fsync(self._fd)
-            finally:
-                os.close(self._fd)
+            disk.fsync(self._descriptor)
 
-    def abandon(self) -> None:
-        """Close without any promise, after a failure elsewhere."""
-        os.close(self._fd)
+    def close(self) -> None:
+        """Give the file back; promises nothing that `sync` has not."""
+        os.close(self._descriptor)
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """`content` under its final name, or nothing; parents are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """`content` under its final name, or nothing; parents are made. It survives once this has returned."""
+    make_directory(path.parent)
     temporary = path.with_name(f".{path.name}.tmp")
+    with OpenFile(temporary, len(content)) as file:
+        file.write_at(0, content)
+        file.sync()
     with disk_errors(path):
-        with temporary.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.rename(path)
+        disk.rename(temporary, path)
+    sync_directory(path.parent)
 
 
-def copy_file(source: Path, target: Path) -> None:
-    """A byte-for-byte copy of `source`, durable."""
-    write_file(target, source.read_bytes())
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """`content` as a JSON file for people and programs, written as `write_file` does."""
+    write_file(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def publish(work: Path, output: Path, *, overwrite: bool) -> None:
-    """Give the finished directory `work` the name `output` in one step; what stood there is removed only after."""
-    _sync_tree(work)
-    with disk_errors(output):
-        if output.is_dir() and any(output.iterdir()):
-            if not overwrite:
-                raise ExistsError(
-                    "E_OUT_EXISTS", f"`{output}` appeared while this run was working", hint="choose another -o"
-                )
-            old = output.with_name(f".{output.name}.gptq-old")
-            shutil.rmtree(old, ignore_errors=True)
-            output.rename(old)
-            work.rename(output)
-            _sync_directory(output.parent)
-            shutil.rmtree(old)
+def make_directory(path: Path, mode: int = 0o777) -> None:
+    """A directory that survives, and its parents; one that is there is left as it is."""
+    if path.is_dir():
+        return
+    make_directory(path.parent)
+    with disk_errors(path):
+        try:
+            disk.mkdir(path, mode)
+        except FileExistsError:
+            if not path.is_dir():  # and not made by somebody else just now
+                raise
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Let the names in a directory survive."""
+    with disk_errors(path):
+        descriptor = disk.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            disk.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Whatever is at `path`, gone; nothing there is no error."""
+    with disk_errors(path), suppress(FileNotFoundError):
+        if path.is_dir() and not path.is_symlink():
+            sweep(path, ())
+            disk.rmdir(path)
         else:
-            work.rename(output)
-    _sync_directory(output.parent)
+            disk.unlink(path)
 
 
-@contextmanager
-def work_directory(output: Path) -> Iterator[Path]:
-    """A fresh directory beside `output` to write into; removed when the body raises."""
-    work = output.with_name(f".{output.name}.gptq-work")
-    with disk_errors(work):
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-    try:
-        yield work
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
+def sweep(directory: Path, keep: Collection[str]) -> None:
+    """Remove what is in `directory` under any name but those of `keep`."""
+    for path in sorted(directory.iterdir()):
+        if path.name not in keep:
+            remove(path)
+
+
+def publish(stage: Path, output: Path, aside: Path, *, overwrite: bool) -> None:
+    """Give the finished directory `stage`, whose files are durable, the name `output` in one step.
+
+    What stood there has the name `stage` afterwards. Where the system cannot swap names it goes `aside` first; if the
+    process ends then, `repair` puts it back. ExistsError E_OUT_EXISTS for an occupied output without `overwrite`.
+    """
+    with disk_errors(output):
+        try:
+            if overwrite and is_occupied(output):
+                _swap(stage, output, aside)
+            else:
+                disk.rename(stage, output)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                message = f"`{output}` appeared while this run was working"
+                raise ExistsError("E_OUT_EXISTS", message, hint="choose another -o, or add --overwrite") from None
+            raise
+    sync_directory(output.parent)
+    sync_directory(stage.parent)
+
+
+def repair(output: Path, aside: Path) -> None:
+    """Put back what an interrupted `publish` had put aside; drop it if the new output is there."""
+    if aside.is_dir() and not output.exists():
+        with disk_errors(output):
+            disk.rename(aside, output)
+        sync_directory(output.parent)
+    remove(aside)
+
+
+def is_occupied(output: Path) -> bool:
+    """Whether something stands at `output` that renaming a directory onto it would not replace."""
+    return output.exists() and not (output.is_dir() and not any(output.iterdir()))
+
+
+def file_sha256(path: Path) -> str:
+    """The hash of a file's bytes."""
+    digest = sha256()
+    with path.open("rb", buffering=0) as stream:
+        while chunk := stream.read(COPY_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 @contextmanager
@@ -108,21 +223,22 @@ def disk_errors(path: Path) -> Iterator[None]:
     except GptqError:
         raise
     except OSError as error:
-        hint = "free some space" if error.errno in _NO_SPACE else "choose an output you may write to"
-        raise ResourceError(
-            "E_DISK", f"cannot write `{path}`: {error.strerror}", hint=f"{hint}, then run again"
-        ) from error
+        raise disk_error(path, error) from error
 
 
-def _sync_tree(directory: Path) -> None:
-    for folder, _, _ in os.walk(directory):
-        _sync_directory(Path(folder))
+def disk_error(path: Path, error: OSError) -> ResourceError:
+    """ResourceError E_DISK with the path, the reason and what to do."""
+    hint = "free some space" if error.errno in _NO_SPACE else "choose an output you may write to"
+    return ResourceError("E_DISK", f"cannot write `{path}`: {error.strerror}", hint=f"{hint}, then run again")
 
 
-def _sync_directory(directory: Path) -> None:
-    with disk_errors(directory):
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _swap(stage: Path, output: Path, aside: Path) -> None:
+    try:
+        disk.exchange(stage, output)
+    except OSError as error:
+        if error.errno not in _NO_EXCHANGE:
+            raise
+        disk.rename(output, aside)
+        sync_directory(aside.parent)
+        sync_directory(output.parent)
+        disk.rename(stage, output)

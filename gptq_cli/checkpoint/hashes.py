@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from gptq_cli.checkpoint.durable import file_sha256
+from gptq_cli.checkpoint.manifest import MANIFEST
 from gptq_cli.checkpoint.module_checks import Defect
 from gptq_cli.checkpoint.source import is_safe_path, read_json
 from gptq_cli.errors import InputError
-
-MANIFEST = "gptq_manifest.json"
-CHUNK_BYTES = 2**24
 
 
 def check_manifest(directory: Path, *, full: bool) -> tuple[int, list[Defect]]:
@@ -43,14 +41,6 @@ def _check_file(directory: Path, name: str, entry: dict[str, Any], *, full: bool
         yield Defect("E_CKPT_MISSING", "is in the manifest and not here", name)
     elif file.stat().st_size != entry.get("size"):
         yield Defect("E_CKPT_HASH", f"has {file.stat().st_size} bytes, the manifest says {entry.get('size')}", name)
-    elif full and (found := _sha256(file)) != entry.get("sha256"):
+    elif full and (found := file_sha256(file)) != entry.get("sha256"):
         said = str(entry.get("sha256"))[:12]
         yield Defect("E_CKPT_HASH", f"has SHA-256 {found[:12]}..., the manifest says {said}...", name)
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb", buffering=0) as stream:
-        while chunk := stream.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()

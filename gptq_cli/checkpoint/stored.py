@@ -83,7 +83,8 @@ def stored_config(checkpoint: Checkpoint) -> tuple[StoredConfig | None, list[str
     if said.get("quant_method", "gptq") != "gptq":
         wrong.append(f"quant_method is {said['quant_method']!r}: transformers knows only 'gptq' and would skip it")
     if any(said.get(key, format) != format for key in ("format", "checkpoint_format")):
-        wrong.append(f"format is {said['format']!r} and checkpoint_format {format!r}: readers take one or the other")
+        told = f"format is {said.get('format')!r} and checkpoint_format {said.get('checkpoint_format')!r}"
+        wrong.append(f"{told}: readers take one or the other")
     if _wrong_values(said) or _wrong_rules(said):
         return None, wrong
     listed = said.get("modules_in_block_to_quantize")

@@ -2,68 +2,138 @@
 
 from __future__ import annotations
 
-import json
 import os
+from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from torch import Tensor
 
-from gptq_cli.checkpoint.durable import COPY_BYTES, ShardFile, copy_file, write_file
+from gptq_cli.checkpoint.durable import (
+    COPY_BYTES,
+    OpenFile,
+    make_directory,
+    sweep,
+    sync_directory,
+    write_file,
+    write_json,
+)
 from gptq_cli.checkpoint.headers import TensorInfo
-from gptq_cli.checkpoint.layout import Layout
+from gptq_cli.checkpoint.layout import Layout, Shard
 from gptq_cli.checkpoint.reader import SAFETENSORS_DTYPE, tensor_bytes
 from gptq_cli.checkpoint.source import INDEX_NAME, Checkpoint
+from gptq_cli.errors import GateError
 
 
 class CheckpointWriter:
-    """Shards of a planned layout in `directory`; each tensor must be written exactly once before `finish`."""
+    """Shards of a planned layout in `directory`; each tensor must be written or known once before `finish`.
+
+    Whatever else is in the directory is removed; shards that an earlier run began are gone on with, in place.
+    """
 
     def __init__(self, directory: Path, layout: Layout) -> None:
         self._directory, self._layout = directory, layout
-        self._place: dict[str, tuple[ShardFile, int]] = {}
-        self._files: list[ShardFile] = []
-        for shard in layout.shards:
-            file = ShardFile(directory / shard.file, shard.size)
-            self._files.append(file)
-            file.write_at(0, shard.header)
-            self._place |= {name: (file, offset) for name, offset in shard.offsets.items()}
+        self._place: dict[str, tuple[OpenFile, int]] = {}
+        self._files: list[OpenFile] = []
+        self._dirty: set[OpenFile] = set()
+        self._hashes: dict[str, str] = {}
+        make_directory(directory)
+        sweep(directory, [shard.file for shard in layout.shards])
 
     def __enter__(self) -> CheckpointWriter:
+        try:
+            for shard in self._layout.shards:
+                file = OpenFile(self._directory / shard.file, shard.size)
+                self._files.append(file)
+                self._write_at(file, 0, shard.header)
+                self._place |= {name: (file, offset) for name, offset in shard.offsets.items()}
+            sync_directory(self._directory)
+            sync_directory(self._directory.parent)
+        except BaseException:
+            self.close()
+            raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for file in self._files:
-            file.abandon()
-        self._files = []
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """One tensor at its planned place; ValueError if it is not the tensor that was planned."""
+    def write(self, name: str, tensor: Tensor) -> str:
+        """One tensor at its planned place; its hash. ValueError if it is not the tensor that was planned."""
         spec = self._layout.specs[name]
         if (SAFETENSORS_DTYPE[tensor.dtype], tuple(tensor.shape)) != (spec.dtype, spec.shape):
             raise ValueError(f"{name}: planned {spec.dtype} {spec.shape}, got {tensor.dtype} {tuple(tensor.shape)}")
         file, offset = self._place.pop(name)
-        file.write_at(offset, tensor_bytes(tensor))
+        data = tensor_bytes(tensor)
+        self._write_at(file, offset, data)
+        self._hashes[name] = sha256(data).hexdigest()
+        return self._hashes[name]
 
     def copy(self, tensor: TensorInfo) -> None:
         """The bytes of one source tensor, unchanged, a few MB at a time."""
         file, offset = self._place.pop(tensor.name)
+        digest = sha256()
         with tensor.file.open("rb", buffering=0) as source:
             for start in range(tensor.start, tensor.end, COPY_BYTES):
                 chunk = os.pread(source.fileno(), min(COPY_BYTES, tensor.end - start), start)
-                file.write_at(offset + start - tensor.start, chunk)
+                self._write_at(file, offset + start - tensor.start, chunk)
+                digest.update(chunk)
+        self._hashes[tensor.name] = digest.hexdigest()
+
+    def sync(self) -> None:
+        """What was written so far survives."""
+        for file in list(self._dirty):
+            file.sync()
+        self._dirty.clear()
+
+    def holds(self, hashes: Mapping[str, str]) -> bool:
+        """Whether the tensors that an earlier run wrote are there, planned as then and with these hashes."""
+        if not hashes.keys() <= self._place.keys():
+            return False
+        return all(self._stored_hash(name) == expected for name, expected in hashes.items())
+
+    def adopt(self, hashes: Mapping[str, str]) -> None:
+        """Take tensors that an earlier run wrote for written."""
+        for name in hashes:
+            del self._place[name]
+        self._hashes |= hashes
 
     def finish(self) -> None:
-        """All shards durable and the index written; ValueError if a planned tensor never came."""
+        """All shards and the index durable, and read back; ValueError if a planned tensor never came.
+
+        GateError E_VERIFY for a tensor whose bytes are not those that were written.
+        """
         if self._place:
             raise ValueError(f"never written: {', '.join(sorted(self._place)[:5])}")
-        while self._files:
-            self._files.pop().close()
+        self.sync()
+        self.close()
         if self._layout.index is not None:
             write_file(self._directory / INDEX_NAME, self._layout.index.encode())
+        for shard in self._layout.shards:
+            self._read_back(shard)
+
+    def close(self) -> None:
+        """Give the files back; promises nothing that `sync` has not."""
+        while self._files:
+            self._files.pop().close()
+
+    def _write_at(self, file: OpenFile, offset: int, data: bytes | memoryview) -> None:
+        self._dirty.add(file)
+        file.write_at(offset, data)
+
+    def _stored_hash(self, name: str) -> str:
+        file, offset = self._place[name]
+        return _hash_of(file.path, offset, self._layout.specs[name].nbytes)
+
+    def _read_back(self, shard: Shard) -> None:
+        path = self._directory / shard.file
+        _forget_cached(path)
+        for name, offset in shard.offsets.items():
+            if _hash_of(path, offset, self._layout.specs[name].nbytes) != self._hashes[name]:
+                raise GateError(
+                    "E_VERIFY", f"`{name}` in {shard.file} reads back with other bytes than were written",
+                    hint="the disk or its driver is at fault: write to another one",
+                )  # fmt: skip
 
 
 def write_side_files(
@@ -75,13 +145,24 @@ def write_side_files(
     that older readers need. `meta` goes into quantize_config.json only, because some readers refuse it in config.json.
     """
     for file in source.other_files():
-        copy_file(source.directory / file, directory / file)
+        write_file(directory / file, (source.directory / file).read_bytes())
     config = dict(source.config) | {"quantization_config": quantization}
     if untie:
         config["tie_word_embeddings"] = False
-    write_file(directory / "config.json", _json(config))
-    write_file(directory / "quantize_config.json", _json(quantization | {"meta": meta}))
+    write_json(directory / "config.json", config)
+    write_json(directory / "quantize_config.json", quantization | {"meta": meta})
 
 
-def _json(content: dict[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+def _hash_of(path: Path, start: int, size: int) -> str:
+    digest = sha256()
+    with path.open("rb", buffering=0) as stream:
+        for offset in range(start, start + size, COPY_BYTES):
+            digest.update(os.pread(stream.fileno(), min(COPY_BYTES, start + size - offset), offset))
+    return digest.hexdigest()
+
+
+def _forget_cached(path: Path) -> None:
+    """Let the next read come from the disk, where the system knows how."""
+    if hasattr(os, "posix_fadvise"):
+        with path.open("rb", buffering=0) as stream:
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -22,12 +22,14 @@ from typer.exceptions import TyperException
 
 from gptq_cli import __version__
 from gptq_cli.cli.console import Console, report_problems, talk, write, write_result
-from gptq_cli.errors import GptqError, Problem
+from gptq_cli.cli.signals import name_of
+from gptq_cli.errors import GptqError, Problem, Stopped
 
 # command -> what it does; the function of that name lives in the module of that name, with _ for -
 COMMANDS = {
     "quantize": "Quantize a model to a GPTQ checkpoint.",
     "plan": "Show what quantize would do, without doing it.",
+    "resume": "Go on with a quantization that ended early.",
     "validate-config": "Check a configuration file, and with a model what it would do.",
     "inspect": "Show what a checkpoint holds: what is quantized how, sizes, origin.",
     "compare": "Compare two checkpoints: weights, and with --text what they predict.",
@@ -73,7 +75,7 @@ class Gptq(TyperGroup):
 
 
 def exit_code_of(run: Callable[[], Any], *, as_json: bool) -> int:
-    """What `run` ends with as an exit code (0 ok, 1 bug, 130 interrupted, else the error's own), after saying why."""
+    """What `run` ends with as an exit code (0, 1 for a bug, 128 + n for signal n, else the error's own); says why."""
     try:
         code = run()
     except TyperException as error:
@@ -81,6 +83,8 @@ def exit_code_of(run: Callable[[], Any], *, as_json: bool) -> int:
     except GptqError as error:
         Console().detail(traceback.format_exc())
         return _fail(error.problems, error.exit_code, as_json)
+    except Stopped as stop:
+        return _fail((_stopped(stop),), stop.exit_code, as_json)
     except KeyboardInterrupt:
         code = INTERRUPTED
     except Exception as error:  # noqa: BLE001
@@ -98,6 +102,11 @@ def _fail(problems: Sequence[Problem], exit_code: int, as_json: bool) -> int:
     except GptqError as error:
         report_problems(error.problems, exit_code, as_json=False)
     return exit_code
+
+
+def _stopped(stop: Stopped) -> Problem:
+    hint = "run the same command again to go on; a block that was begun is done again"
+    return Problem("E_INTERRUPTED", f"stopped by {name_of(stop.exit_code)}", hint)
 
 
 def _usage(error: TyperException) -> Problem:

@@ -47,6 +47,10 @@ class Console:
         """A line on stderr that `--quiet` does not hide."""
         write(sys.stderr, f"warning[{code}]: {message}")
 
+    def advise(self, line: str) -> None:
+        """A line on stderr that the user needs to go on; `--quiet` does not hide it."""
+        write(sys.stderr, line)
+
     def result(self, data: dict[str, Any], human: str, short: str) -> None:
         """The result on stdout, in the form asked for; GptqError E_STDOUT if stdout cannot take it."""
         if self.as_json:

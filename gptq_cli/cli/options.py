@@ -116,6 +116,20 @@ WithReport = Annotated[bool, plain("--report", help="leave a page about the run 
 PrintConfig = Annotated[bool, plain("--print-config", help="print the resolved configuration and leave")]
 DryRun = Annotated[bool, plain("--dry-run", "-n", help="show the plan and leave, as gptq plan does")]
 
+Resume = Annotated[
+    str | None,
+    plain(
+        "--resume", help="go on with unfinished work: if there is some, only then, not at all; default auto",
+        panel=RUN, metavar="auto|require|never",
+    ),
+]  # fmt: skip
+MaxRuntime = Annotated[
+    str | None,
+    plain("--max-runtime", help="stop in time with exit code 75, the work kept", panel=RUN, metavar="3h30m"),
+]
+AllowNetworkFs = Annotated[
+    bool, plain("--allow-network-fs", help="write to a network file system, whose locks may not hold", panel=RUN)
+]
 Device = Annotated[str | None, setting("device", panel=RUN, metavar="auto|cpu|cuda:N")]
 DType = Annotated[str | None, setting("dtype", panel=RUN)]
 MaxVram = Annotated[str | None, setting("max_vram", panel=RUN, metavar="SIZE")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -19,8 +20,10 @@ from gptq_cli.pipeline.events import (
     LayerSolved,
     LayerStarted,
     PhaseStarted,
+    Resumed,
     RunPlanned,
     Warned,
+    WorkKept,
 )
 
 if TYPE_CHECKING:
@@ -65,6 +68,8 @@ class Progress:
             self._console.detail(_detail(event.report))
         if isinstance(event, Warned):
             self._console.warn(event.code, event.message)
+        elif isinstance(event, Resumed | WorkKept):
+            self._console.advise(_about_work(event))
         elif self._live:
             self._live.update(_cropped(self._view()), refresh=isinstance(event, BlockFinished))
             talk.log(self._line(event) or "")
@@ -127,6 +132,12 @@ def _cropped(view: str) -> Text:
     from rich.text import Text
 
     return Text(visible(view), no_wrap=True, overflow="ellipsis")
+
+
+def _about_work(event: Resumed | WorkKept) -> str:
+    if isinstance(event, Resumed):
+        return f"resuming after {event.index} of {event.n_blocks} blocks, from {event.directory}"
+    return f"finished blocks are kept; go on with: gptq resume {shlex.quote(str(event.directory))}"
 
 
 def _planned(event: RunPlanned) -> str:

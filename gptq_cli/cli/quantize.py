@@ -16,6 +16,7 @@ from gptq_cli.cli import options as o
 from gptq_cli.cli.console import Console, clock, size, visible
 from gptq_cli.cli.engines import engine_lines
 from gptq_cli.cli.progress import Progress
+from gptq_cli.cli.signals import stoppable
 from gptq_cli.config.check import FIELDS
 from gptq_cli.config.resolve import Resolved, resolve
 from gptq_cli.config.rules import parse_rule
@@ -65,6 +66,9 @@ def quantize(
     max_ram: o.MaxRam = None,
     trust_remote_code: o.TrustRemoteCode = None,
     revision: o.Revision = None,
+    resume: o.Resume = None,
+    max_runtime: o.MaxRuntime = None,
+    allow_network_fs: o.AllowNetworkFs = False,
     config: o.ConfigFile = None,
     print_config: o.PrintConfig = False,
     dry_run: o.DryRun = False,
@@ -81,11 +85,15 @@ def quantize(
     """
     console, resolved = Console(as_json, quiet), resolve(said_fields(locals()), os.environ, config)
     if print_config:
-        _print_config(console, resolved)
-    elif dry_run:
-        _plan(console, resolved, model, output, revision)
-    else:
-        _run(console, resolved, model=model, output=output, revision=revision, overwrite=overwrite, page=report)
+        return _print_config(console, resolved)
+    if dry_run:
+        return _plan(console, resolved, model, output, revision)
+    _refuse_missing_path(model)
+    for note in resolved.notes:
+        console.say(f"note: {note}")
+    output = output or Path(default_name(model, resolved.config))
+    manner = {"resume": _policy(resume), "max_seconds": seconds(max_runtime), "allow_network_fs": allow_network_fs}
+    return run(console, resolved.config, model, output, overwrite=overwrite, page=report, revision=revision, **manner)
 
 
 def _plan(console: Console, resolved: Resolved, model: str, output: Path | None, revision: str | None) -> None:
@@ -107,37 +115,49 @@ def default_name(model: str, config: QuantizeConfig) -> str:
     return f"{name}-GPTQ-Int{config.bits}-{group}"
 
 
-def _run(
+def run(
     console: Console,
-    resolved: Resolved,
-    *,
+    config: QuantizeConfig,
     model: str,
-    output: Path | None,
-    revision: str | None,
+    output: Path,
+    *,
     overwrite: bool,
-    page: bool,
+    page: bool = False,
+    **manner: Any,
 ) -> None:
+    """Quantize, show how it goes, print the result; `manner` are the other arguments of `quantize_checkpoint`.
+
+    With `page` a report of the run is left in the output.
+    """
     from gptq_cli.pipeline.preflight import preflight
     from gptq_cli.pipeline.report import BlockLog, check_report, save_report
 
-    _refuse_missing_path(model)
-    output = output or Path(default_name(model, resolved.config))
     if page:
         check_report()
 
-    preflight(model, output, resolved.config, overwrite=overwrite)  # cheap refusals before the slow import
+    preflight(model, output, config, overwrite=overwrite)  # cheap refusals before the slow import
 
     from gptq_cli.pipeline.quantize import quantize_checkpoint
 
-    for note in resolved.notes:
-        console.say(f"note: {note}")
-    with Progress(console) as progress:
+    with Progress(console) as progress, stoppable(console):
         log = BlockLog(progress)
-        result = quantize_checkpoint(model, output, resolved.config, revision=revision, overwrite=overwrite, report=log)
+        result = quantize_checkpoint(model, output, config, overwrite=overwrite, report=log, **manner)
     if page:
         said = visible(shlex.join(["gptq", *sys.argv[1:]]))
         console.say(f"report: {save_report(output, result.to_json(), log, said)}")
-    console.result(result.to_json(), _summary(result, resolved.config), str(result.output))
+    console.result(result.to_json(), _summary(result, config), str(result.output))
+
+
+def seconds(duration: str | None) -> float | None:
+    """Seconds of "3h30m", "90m" or "45s"; ConfigError E_CFG_RANGE for anything else."""
+    if duration is None:
+        return None
+    match = re.fullmatch(r"(?=.)(?:(\d{1,6})h)?(?:(\d{1,6})m)?(?:(\d{1,6})s)?", duration)
+    found = sum(unit * int(part or 0) for unit, part in zip((3600, 60, 1), match.groups(), strict=True)) if match else 0
+    if not found:
+        message = f"--max-runtime must be a time such as 3h30m, 90m or 45s, got {duration!r}"
+        raise ConfigError("E_CFG_RANGE", message, hint="say hours with h, minutes with m, seconds with s")
+    return found
 
 
 def _summary(result: QuantizeResult, config: QuantizeConfig) -> str:
@@ -149,7 +169,7 @@ def _summary(result: QuantizeResult, config: QuantizeConfig) -> str:
         lines.append(f"error  {mine:.2e} mean of {len(result.layers)} layers, round-to-nearest {rtn:.2e}")
     if result.experts:
         lines.append(_coverage(result, config))
-    lines.append(f"time   {clock(result.seconds)}")
+    lines.append("done   before, by the same command" if result.already_done else f"time   {clock(result.seconds)}")
     layers = [chosen for layer in result.layers if (chosen := config.for_layer(layer.name))]
     export = Export.of(
         layers,
@@ -172,6 +192,13 @@ def _print_config(console: Console, resolved: Resolved) -> None:
     text = to_yaml(resolved.config, resolved.origins).rstrip("\n")
     data = {"config": resolved.config.model_dump(mode="json"), "origins": resolved.origins}
     console.result({**data, "notes": list(resolved.notes)}, text, text)
+
+
+def _policy(resume: str | None) -> str:
+    if resume not in (None, "auto", "require", "never"):
+        hint = "leave it out to go on with unfinished work if there is some"
+        raise ConfigError("E_CFG_RANGE", f"--resume must be auto, require or never, got {resume!r}", hint=hint)
+    return resume or "auto"
 
 
 def _one_or_many(dataset: list[str] | None) -> str | list[str] | None:

@@ -5,11 +5,14 @@ Nothing is rebuilt by hand: masks, position embeddings and whatever else a famil
 
 from __future__ import annotations
 
+from collections.abc import Mapping, MutableMapping, MutableSequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+Container = MutableMapping[Any, Any] | MutableSequence[Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,3 +72,22 @@ def share(value: Any, like: Any) -> Any:
     if type(value) in (tuple, list) and type(like) is type(value) and len(like) == len(value):
         return type(value)(share(item, other) for item, other in zip(value, like, strict=True))
     return value
+
+
+def unfilled(value: Any) -> list[Container]:
+    """The empty dicts and lists in `value`, each once: blocks put there what later blocks need (keys and values)."""
+    found: dict[int, Container] = {}
+
+    def visit(item: Any) -> None:
+        if isinstance(item, MutableMapping | MutableSequence) and not item:
+            found[id(item)] = item
+        elif isinstance(item, Call):
+            visit((item.args, item.kwargs))
+        elif isinstance(item, Mapping):
+            visit(tuple(item.values()))
+        elif isinstance(item, list | tuple):
+            for part in item:
+                visit(part)
+
+    visit(value)
+    return list(found.values())

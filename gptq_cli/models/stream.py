@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from gptq_cli.errors import InputError
 from gptq_cli.models.dependence import check_chain
 from gptq_cli.models.experts import Experts
-from gptq_cli.models.recording import Call, Recorder, share
+from gptq_cli.models.recording import Call, Container, Recorder, share, unfilled
 from gptq_cli.models.skeleton import Skeleton, check_linears, is_linear, is_transposed, place
 
 Read = Callable[[str], Tensor]
@@ -86,6 +86,7 @@ class ModelStream:
         self._blocks = list(skeleton.blocks)
         self._calls: list[list[Call]] = [[] for _ in self._blocks]
         self._extras: tuple[Any, ...] | None = None
+        self.carried: list[Container] = []  # what blocks fill for later ones, known after `embed`
 
     @property
     def n_blocks(self) -> int:
@@ -101,6 +102,11 @@ class ModelStream:
         """The dtype of the forward passes."""
         dtype: torch.dtype = self._model.dtype
         return dtype
+
+    @property
+    def hidden_size(self) -> int:
+        """Features of a hidden state, as the model's config says; 0 if it does not."""
+        return int(getattr(self._model.config.get_text_config(), "hidden_size", 0))
 
     def block_name(self, index: int) -> str:
         return f"{self._path}.{index}"
@@ -169,6 +175,7 @@ class ModelStream:
                 hidden.append(recorders[0].seen[0][0])
                 for calls, recorder in zip(self._calls, recorders, strict=True):
                     calls.append(share(recorder.seen[0][1], calls[0] if calls else None))
+        self.carried = unfilled(self._calls)
         return hidden
 
     @contextmanager

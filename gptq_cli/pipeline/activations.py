@@ -33,6 +33,15 @@ class HiddenStates:
     def nbytes(self) -> int:
         return sum(state.nbytes for state in self._states)
 
+    @property
+    def stored(self) -> tuple[Tensor, ...]:
+        """The tensors where they are kept."""
+        return tuple(self._states)
+
+    def restore(self, states: Iterable[Tensor]) -> None:
+        """Put other `states` of as many batches in place of these, kept where these were."""
+        self._states = [state.to(kept.device) for state, kept in zip(states, self._states, strict=True)]
+
     def __len__(self) -> int:
         return len(self._states)
 

@@ -22,6 +22,7 @@ from gptq_cli.pipeline.experts import RoutedInputs, quantize_experts
 from gptq_cli.pipeline.memory import Memory, WaitingRoom, block_finished, give_back_freed_tensors
 from gptq_cli.pipeline.passage import Passage
 from gptq_cli.pipeline.plan import HEAD, LayerPlan, RunPlan
+from gptq_cli.pipeline.resume import SavedBlocks
 from gptq_cli.pipeline.solver import Keep, LayerSolver
 
 
@@ -34,10 +35,12 @@ def quantize_blocks(
     moe_uncovered: Uncovered = "error",
     memory: Memory,
     keep: Keep,
+    saved: SavedBlocks,
     report: Report,
 ) -> None:
     """Quantize every layer of `plan`, calibrated on token ids [batch, seqlen] each; `keep` gets each solved layer.
 
+    Begins after the blocks that `saved` has, and gives it each finished block; the head counts as the last one.
     GateError E_NUM_* when activations or Hessians are not usable, located by layer; InputError E_ARCH when a planned
     layer is never called; ResourceError E_OOM if `memory` does not suffice.
     """
@@ -47,17 +50,20 @@ def quantize_blocks(
     report(PhaseStarted("embeddings", f"{len(batches)} batches"))
     hidden = HiddenStates(stream.embed(batches), memory)
     original = hidden.copy() if plan.asymmetric else None
+    states = [way for way in (hidden, original) if way is not None]
     prober, room = Prober(), WaitingRoom(memory, report)
-    for index in range(stream.n_blocks):
+    for index in range(saved.restore(stream, states), stream.n_blocks):
         started = time.perf_counter()
         report(BlockStarted(index, stream.n_blocks, stream.block_name(index)))
         with stream.block(index) as block:
             quantize_block(block, layers, hidden, original, solver, prober, room, true_sequential=true_sequential)
+        saved.finished(index, stream, states)
         report(block_finished(index, stream, started))
         memory.check_host()
     if HEAD in layers:
         report(PhaseStarted("head", HEAD))
         quantize_head(stream, layers, batches, hidden, original, solver)
+        saved.finished(stream.n_blocks, stream, [])
 
 
 def quantize_block(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,8 @@ class RunPlanned:
 class LayerReport:
     """One solved layer. Errors are relative to the layer's output energy on the calibration tokens:
     tr(E H E') / tr(W H W'); `rtn_relative_error` is the same for round-to-nearest on the min/max grid of its groups.
-    `damp_percent` is what was used, in the configuration's `damp_mode`."""
+    `damp_percent` is what was used, in the configuration's `damp_mode`. Layers solved together share their `seconds` by
+    their weights."""
 
     name: str
     block: int
@@ -99,7 +101,34 @@ class Warned:
     message: str
 
 
-Event = PhaseStarted | RunPlanned | BlockStarted | LayerStarted | LayerSolved | ExpertsCovered | BlockFinished | Warned
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """The run goes on where an earlier one ended: `index` blocks of `n_blocks` are taken from `directory`."""
+
+    index: int
+    n_blocks: int
+    directory: Path
+
+
+@dataclass(frozen=True, slots=True)
+class WorkKept:
+    """The run ends early; what it has finished stays in `directory`."""
+
+    directory: Path
+
+
+Event = (
+    PhaseStarted
+    | RunPlanned
+    | BlockStarted
+    | LayerStarted
+    | LayerSolved
+    | ExpertsCovered
+    | BlockFinished
+    | Warned
+    | Resumed
+    | WorkKept
+)
 Report = Callable[[Event], None]
 
 

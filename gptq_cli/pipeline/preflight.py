@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+from gptq_cli.checkpoint.durable import is_occupied
+from gptq_cli.checkpoint.manifest import read_manifest
+from gptq_cli.checkpoint.work_directory import WorkDirectory, refuse_locked
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.errors import ConfigError, ExistsError
+from gptq_cli.errors import ConfigError, ExistsError, ResourceError
 from gptq_cli.pipeline.plan import plan_run
 
 
@@ -13,8 +17,26 @@ def preflight(model: str, output: Path, config: QuantizeConfig, *, overwrite: bo
     """Raise whatever output, headers and rules tell against a run; a Hub id is looked at after its download."""
     directory = Path(model).expanduser()
     check_output(output, directory, overwrite=overwrite)
+    refuse_locked(output)
     if directory.is_dir():
         plan_run(directory, config)
+
+
+def check_disk(work: WorkDirectory, output_bytes: int, hidden_bytes: int) -> None:
+    """ResourceError E_DISK if the disk has no room for the output and two sets of hidden states.
+
+    What an earlier run has written to `work` already counts as free.
+    """
+    written = sum(path.stat().st_blocks * 512 for path in work.path.rglob("*"))
+    disk = os.statvfs(work.path)
+    free = disk.f_bavail * disk.f_frsize + written
+    needed = output_bytes + 2 * hidden_bytes
+    if needed > free:
+        parts = f"{output_bytes / 1e9:.3g} GB of output, {2 * hidden_bytes / 1e9:.3g} GB of hidden states"
+        raise ResourceError(
+            "E_DISK", f"`{work.output.parent}` has {free / 1e9:.3g} GB free, {needed / 1e9:.3g} GB are needed: {parts}",
+            hint="free some space, write to another disk with -o, or use fewer --nsamples",
+        )  # fmt: skip
 
 
 def check_output(output: Path, model: Path, *, overwrite: bool) -> None:
@@ -25,7 +47,10 @@ def check_output(output: Path, model: Path, *, overwrite: bool) -> None:
         )
     if model.is_dir() and model.resolve().is_relative_to(output.resolve()):
         raise ConfigError("E_OUT_IS_INPUT", f"`{output}` contains the model", hint="choose another -o")
-    occupied = output.exists() and not (output.is_dir() and not any(output.iterdir()))
-    if occupied and not (overwrite and output.is_dir()):
+    if output.is_dir() and os.path.ismount(output):
+        hint = f"choose a directory inside it: -o {output}/NAME"
+        raise ConfigError("E_OUT_MOUNT", f"`{output}` is a mount point, which cannot be given to another", hint=hint)
+    ours = read_manifest(output) is not None  # whether it is this run's is told when that is known
+    if is_occupied(output) and not ((overwrite or ours) and output.is_dir()):
         hint = "add --overwrite to replace it, or choose another -o" if output.is_dir() else "choose another -o"
         raise ExistsError("E_OUT_EXISTS", f"`{output}` exists and is not an empty directory", hint=hint)

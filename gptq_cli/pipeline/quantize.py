@@ -13,29 +13,41 @@ from torch import Tensor
 from gptq_cli import __version__
 from gptq_cli.calibration.corpus import DatasetSource, load_documents
 from gptq_cli.calibration.sampling import Windows, calibration_windows, check_token_ids
-from gptq_cli.checkpoint.durable import publish, work_directory, write_file
+from gptq_cli.checkpoint.durable import write_file
 from gptq_cli.checkpoint.gptq_format import encode
-from gptq_cli.checkpoint.hub import locate_model
+from gptq_cli.checkpoint.hub import ModelSource, locate_model
+from gptq_cli.checkpoint.manifest import write_manifest
 from gptq_cli.checkpoint.quantization_config import describe
+from gptq_cli.checkpoint.run_file import write_run
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
+from gptq_cli.checkpoint.verify import verify_checkpoint
+from gptq_cli.checkpoint.work_directory import WorkDirectory, locked
 from gptq_cli.checkpoint.writer import CheckpointWriter, write_side_files
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.yaml_writer import to_yaml
 from gptq_cli.engine.layer import QuantizedLinear
+from gptq_cli.errors import GateError
 from gptq_cli.models.stream import ModelStream
 from gptq_cli.models.tokenizer import load_encoder
 from gptq_cli.pipeline.blocks import quantize_blocks
 from gptq_cli.pipeline.events import ExpertsCovered, LayerReport, PhaseStarted, Report, RunPlanned, Warned, ignore
+from gptq_cli.pipeline.identity import Identity, identify, with_calibration
 from gptq_cli.pipeline.memory import Memory
 from gptq_cli.pipeline.plan import HEAD, LayerPlan, RunPlan, plan_checkpoint
-from gptq_cli.pipeline.preflight import preflight
+from gptq_cli.pipeline.preflight import check_disk, check_output, preflight
 from gptq_cli.pipeline.record import Record
+from gptq_cli.pipeline.resume import SavedBlocks, check_resumable, finished_output, telling_what_is_kept
 from gptq_cli.pipeline.setup import CONFIG_FILE, bounded_seqlen, memory_errors, open_stream, resolve_device
+from gptq_cli.pipeline.time_limit import TimeLimit
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizeResult:
-    """What a script needs to know about a finished run. Sizes in bytes, peaks as seen after each block."""
+    """What a script needs to know about a finished run. Sizes in bytes, peaks as seen after each block.
+
+    `resumed_blocks` were finished before; seconds and peaks are those of this run. With `already_done` the output was
+    complete before, and a layer's seconds are 0.
+    """
 
     output: Path
     model: str
@@ -53,6 +65,8 @@ class QuantizeResult:
     bytes_after: int
     peak_host_bytes: int
     peak_device_bytes: int
+    resumed_blocks: int
+    already_done: bool
 
     def to_json(self) -> dict[str, Any]:
         """The result as plain JSON values."""
@@ -72,32 +86,67 @@ def quantize_checkpoint(
     *,
     revision: str | None = None,
     overwrite: bool = False,
+    resume: str = "auto",
+    max_seconds: float | None = None,
+    allow_network_fs: bool = False,
     report: Report = ignore,
 ) -> QuantizeResult:
     """Quantize MODEL (a directory or a Hub id) into the directory `output`, which appears complete or not at all.
+
+    Goes on where an earlier call that ended early has come to, unless `resume` is "never"; with "require" it must. An
+    output that is what this call would write is left as it is. PausedError when `max_seconds` are over.
 
     Raises ConfigError, InputError, GateError, ResourceError and ExistsError as their codes say; nothing that existed
     before is touched unless `overwrite` is set and the new checkpoint is complete.
     """
     started = time.perf_counter()
-    record = Record(report)
+    record = Record(report if max_seconds is None else TimeLimit(report, max_seconds))
     preflight(model, output, config, overwrite=overwrite)
     device = resolve_device(config.device)
-    located = locate_model(model, revision)
-    source = open_checkpoint(located.directory)
-    plan_checkpoint(source, config)  # a downloaded model has not been looked at before
-    seqlen = bounded_seqlen(config.seqlen, said="seqlen" in config.model_fields_set, checkpoint=source)
-    config = config.model_copy(update={"seqlen": seqlen})
-    with torch.inference_mode(), memory_errors():
-        stream = open_stream(source, device=device, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
-        plan = plan_checkpoint(source, config, stream.all_linears(), stream.stacked_linears())
-        record(_planned(model, plan))
-        for name in plan.split_experts[:1]:
-            record(Warned("W_CFG_EXPERTS", f"the experts of `{name}` differ in settings: vLLM and SGLang refuse that"))
-        windows = _calibrate(source, config, stream, record)
-        with work_directory(output) as work:
-            _write(work, plan, config, stream, windows, record)
-            publish(work, output, overwrite=overwrite)
+    with locked(output, allow_network_fs=allow_network_fs) as work, telling_what_is_kept(work, record):
+        check_output(output, Path(model).expanduser(), overwrite=overwrite)
+        located = locate_model(model, revision)
+        source = open_checkpoint(located.directory)
+        plan_checkpoint(source, config)  # a downloaded model has not been looked at before
+        seqlen = bounded_seqlen(config.seqlen, said="seqlen" in config.model_fields_set, checkpoint=source)
+        config = config.model_copy(update={"seqlen": seqlen})
+        record(PhaseStarted("source", f"{source.nbytes / 1e9:.3g} GB"))
+        identity = identify(source, located.commit, config, device)
+        finished_output(work.output, identity, overwrite=overwrite)
+        check_resumable(work, identity, "never" if resume == "never" else "auto", record)
+        with torch.inference_mode(), memory_errors():
+            stream = open_stream(source, device=device, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
+            plan = plan_checkpoint(source, config, stream.all_linears(), stream.stacked_linears())
+            record(_planned(model, plan))
+            for name in plan.split_experts[:1]:
+                says = f"the experts of `{name}` differ in settings: vLLM and SGLang refuse that"
+                record(Warned("W_CFG_EXPERTS", says))
+            check_disk(work, plan.layout.nbytes, (1 + plan.asymmetric) * _hidden_bytes(config, stream))
+            windows = _calibrate(source, config, stream, record)
+            identity = with_calibration(identity, windows)
+            manifest = finished_output(work.output, identity, overwrite=overwrite)
+            if manifest is None:
+                check_resumable(work, identity, resume, record)
+                request = _request(model, work.output, config, located.commit or revision, overwrite)
+                write_run(work.path, identity, request)
+                _write(work, plan, config, stream, windows, identity, record)
+                work.publish(overwrite=overwrite)
+            else:
+                record.already_done = True
+                record.layers = [LayerReport(**layer, seconds=0.0) for layer in manifest["layers"]]
+                record.experts = [ExpertsCovered(**layer) for layer in manifest["experts"]]
+    return _result(output, located, config, plan, windows, record, time.perf_counter() - started)
+
+
+def _result(
+    output: Path,
+    located: ModelSource,
+    config: QuantizeConfig,
+    plan: RunPlan,
+    windows: Windows,
+    record: Record,
+    seconds: float,
+) -> QuantizeResult:
     return QuantizeResult(
         output=output,
         model=located.name,
@@ -110,11 +159,13 @@ def quantize_checkpoint(
         bits_per_weight=plan.bits_per_weight,
         tokens=windows.tokens,
         calibration_sha256=windows.sha256,
-        seconds=time.perf_counter() - started,
-        bytes_before=source.nbytes,
+        seconds=seconds,
+        bytes_before=plan.source.nbytes,
         bytes_after=plan.layout.nbytes,
         peak_host_bytes=record.host_bytes,
         peak_device_bytes=record.device_bytes,
+        resumed_blocks=record.resumed_blocks,
+        already_done=record.already_done,
     )
 
 
@@ -154,40 +205,88 @@ def _calibrate(source: Checkpoint, config: QuantizeConfig, stream: ModelStream, 
     return windows
 
 
+def _hidden_bytes(config: QuantizeConfig, stream: ModelStream) -> int:
+    return config.nsamples * config.seqlen * stream.hidden_size * stream.dtype.itemsize
+
+
+def _request(model: str, output: Path, config: QuantizeConfig, revision: str | None, overwrite: bool) -> dict[str, Any]:
+    """The call that goes on with this run from anywhere."""
+    directory = Path(model).expanduser()
+    return {
+        "model": str(directory.resolve()) if directory.is_dir() else model,
+        "output": str(output),
+        "config": config.model_dump(mode="json"),
+        "revision": revision,
+        "overwrite": overwrite,
+    }
+
+
 def _write(
-    work: Path, plan: RunPlan, config: QuantizeConfig, stream: ModelStream, windows: Windows, report: Report
+    work: WorkDirectory,
+    plan: RunPlan,
+    config: QuantizeConfig,
+    stream: ModelStream,
+    windows: Windows,
+    identity: Identity,
+    record: Record,
 ) -> None:
-    with CheckpointWriter(work, plan.layout) as writer:
+    """Everything of the output but its name."""
+    n_steps = plan.n_blocks + any(layer.name == HEAD for layer in plan.quantized)
+    with CheckpointWriter(work.stage, plan.layout) as writer:
+        with SavedBlocks(work, identity, writer, record, n_steps) as saved:
 
-        def keep(layer: LayerPlan, linear: QuantizedLinear) -> None:
-            for suffix, tensor in encode(linear, config.format).items():
-                writer.write(f"{layer.name}.{suffix}", tensor)
+            def keep(layer: LayerPlan, linear: QuantizedLinear) -> None:
+                for suffix, tensor in encode(linear, config.format).items():
+                    name = f"{layer.name}.{suffix}"
+                    saved.written(name, writer.write(name, tensor))
 
-        batches: list[Tensor] = list(torch.as_tensor(windows.ids).split(config.batch_size))
-        memory = Memory(stream.device, config.max_vram_bytes, config.max_ram_bytes)
-        memory.enforce()
-        quantize_blocks(
-            stream,
-            plan,
-            batches,
-            true_sequential=config.true_sequential,
-            moe_uncovered=config.moe_uncovered,
-            memory=memory,
-            keep=keep,
-            report=report,
-        )
-        report(PhaseStarted("copy", f"{len(plan.copied)} other tensors"))
+            batches: list[Tensor] = list(torch.as_tensor(windows.ids).split(config.batch_size))
+            memory = Memory(stream.device, config.max_vram_bytes, config.max_ram_bytes)
+            memory.enforce()
+            if not saved.complete:
+                quantize_blocks(
+                    stream,
+                    plan,
+                    batches,
+                    true_sequential=config.true_sequential,
+                    moe_uncovered=config.moe_uncovered,
+                    memory=memory,
+                    keep=keep,
+                    saved=saved,
+                    report=record,
+                )
+        record(PhaseStarted("copy", f"{len(plan.copied)} other tensors"))
         for tensor in plan.copied:
             writer.copy(tensor)
+        record(PhaseStarted("verify", f"{plan.layout.nbytes / 1e9:.3g} GB"))
         writer.finish()
+    _write_beside(work.stage, plan, config, windows)
+    _verify(work.stage)
+    layers = [asdict(layer) for layer in record.layers]
+    for layer in layers:
+        del layer["seconds"]
+    experts = [asdict(covered) for covered in record.experts]
+    write_manifest(work.stage, {"identity": identity, "layers": layers, "experts": experts})
+
+
+def _verify(stage: Path) -> None:
+    """GateError E_VERIFY if what was written is not a checkpoint that every reader understands alike."""
+    defects = verify_checkpoint(stage).defects
+    if defects:
+        raise GateError(
+            "E_VERIFY", f"what was written has {len(defects)} defects, the first: {defects[0]}",
+            hint="this is a fault of gptq: please report it, with the command and the model",
+        )  # fmt: skip
+
+
+def _write_beside(stage: Path, plan: RunPlan, config: QuantizeConfig, windows: Windows) -> None:
     names = [layer.name for layer in plan.quantized]
     kept = [layer.name for layer in plan.kept if layer.name != HEAD]
     write_side_files(
         plan.source,
-        work,
+        stage,
         describe(config, names, kept),
         {"quantizer": [f"gptq_cli:{__version__}"], "calibration_sha256": windows.sha256},
         untie=HEAD in names,
     )
-    write_file(work / CONFIG_FILE, to_yaml(config).encode())
-    open_checkpoint(work)  # the headers of what was written agree with each other and with the files
+    write_file(stage / CONFIG_FILE, to_yaml(config).encode())

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from gptq_cli.pipeline.events import BlockFinished, Event, ExpertsCovered, LayerReport, LayerSolved, Report
+from gptq_cli.pipeline.events import BlockFinished, Event, ExpertsCovered, LayerReport, LayerSolved, Report, Resumed
 
 
 class Record:
-    """Passes every event on and keeps what a result is made of: layer reports and memory peaks in bytes."""
+    """Passes every event on and keeps what a result is made of, such as layer reports and memory peaks in bytes."""
 
     def __init__(self, report: Report) -> None:
         self._report = report
@@ -14,6 +14,8 @@ class Record:
         self.experts: list[ExpertsCovered] = []
         self.host_bytes = 0
         self.device_bytes = 0
+        self.resumed_blocks = 0
+        self.already_done = False
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, LayerSolved):
@@ -23,4 +25,6 @@ class Record:
         elif isinstance(event, BlockFinished):
             self.host_bytes = max(self.host_bytes, event.host_bytes)
             self.device_bytes = max(self.device_bytes, event.device_bytes)
+        elif isinstance(event, Resumed):
+            self.resumed_blocks = event.index
         self._report(event)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,21 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptq_cli.checkpoint.durable import copy_file, publish, work_directory, write_file
+from gptq_cli.checkpoint.durable import write_file, write_json
 from gptq_cli.checkpoint.gptq_format import STORED_OFFSET
-from gptq_cli.checkpoint.hashes import MANIFEST
 from gptq_cli.checkpoint.headers import TensorInfo
 from gptq_cli.checkpoint.hub import locate_model
 from gptq_cli.checkpoint.layout import Layout, TensorSpec, plan_layout
+from gptq_cli.checkpoint.manifest import MANIFEST
 from gptq_cli.checkpoint.orientation import stores_transposed
 from gptq_cli.checkpoint.packing import pack, unpack
 from gptq_cli.checkpoint.reader import SAFETENSORS_DTYPE, DequantizingReader, TensorReader
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint, read_json
+from gptq_cli.checkpoint.work_directory import WorkDirectory, locked
 from gptq_cli.checkpoint.writer import CheckpointWriter
 from gptq_cli.config.resolve import resolve
 from gptq_cli.config.schema import QuantizeConfig, size_in_bytes
 from gptq_cli.config.yaml_writer import to_yaml
-from gptq_cli.errors import ConfigError, InputError
+from gptq_cli.errors import ConfigError, ExistsError, InputError
 from gptq_cli.pipeline.events import LayerStarted, PhaseStarted, Report, ignore
 from gptq_cli.pipeline.inspect import PARTS, PackedModule, packed_modules
 from gptq_cli.pipeline.preflight import check_output
@@ -77,17 +78,17 @@ def convert_checkpoint(
 
     changes = {"checkpoint_format": to, "format": to}
     units = _units(source, of_module, lambda tensor: TensorSpec(tensor.name, tensor.dtype, tensor.shape))
-    with work_directory(output) as work:
+    with _fresh(output) as work:
         report(PhaseStarted("convert", f"{len(modules)} layers from {format} to {to}"))
-        layout = _write_tensors(work, units, write)
-        _copy_others(source, work, without={CONFIG_FILE, MANIFEST})
-        _write_json(work / "config.json", source.config | {"quantization_config": said | changes})
-        _write_json(work / "quantize_config.json", _quantize_config(source, said) | changes)
+        layout = _write_tensors(work.stage, units, write)
+        _copy_others(source, work.stage, without={CONFIG_FILE, MANIFEST})
+        write_json(work.stage / "config.json", source.config | {"quantization_config": said | changes})
+        write_json(work.stage / "quantize_config.json", _quantize_config(source, said) | changes)
         if (source.directory / CONFIG_FILE).is_file():
             config = resolve({}, {}, source.directory / CONFIG_FILE).config.model_copy(update={"format": to})
-            write_file(work / CONFIG_FILE, to_yaml(config).encode())
-        open_checkpoint(work)
-        publish(work, output, overwrite=overwrite)
+            write_file(work.stage / CONFIG_FILE, to_yaml(config).encode())
+        open_checkpoint(work.stage)
+        work.publish(overwrite=overwrite)
     return Rewritten(output, len(modules), source.nbytes, sum(spec.nbytes for spec in layout.specs.values()))
 
 
@@ -103,16 +104,16 @@ def dequantize_checkpoint(
     source, modules = _open(model, output, overwrite=overwrite)
     wanted = _declared_dtype(source) if dtype == "auto" else DTYPES[dtype]
     plain = _PlainWeights(source, {module.name: module for module in modules}, wanted, cast=dtype != "auto")
-    with work_directory(output) as work:
+    with _fresh(output) as work:
         report(PhaseStarted("dequantize", f"{len(modules)} layers to {str(wanted).removeprefix('torch.')}"))
-        layout = _write_tensors(work, _units(source, {}, plain.spec), lambda writer: plain.write(writer, report))
-        _copy_others(source, work, without=OF_THE_RUN)
+        layout = _write_tensors(work.stage, _units(source, {}, plain.spec), lambda writer: plain.write(writer, report))
+        _copy_others(source, work.stage, without=OF_THE_RUN)
         config = {key: value for key, value in source.config.items() if key != "quantization_config"}
         if dtype != "auto":
             config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
-        _write_json(work / "config.json", config)
-        open_checkpoint(work)
-        publish(work, output, overwrite=overwrite)
+        write_json(work.stage / "config.json", config)
+        open_checkpoint(work.stage)
+        work.publish(overwrite=overwrite)
     return Rewritten(output, len(modules), source.nbytes, sum(spec.nbytes for spec in layout.specs.values()))
 
 
@@ -164,6 +165,18 @@ def _open(model: str, output: Path, *, overwrite: bool) -> tuple[Checkpoint, tup
     return source, packed_modules(source.tensors)
 
 
+@contextmanager
+def _fresh(output: Path) -> Iterator[WorkDirectory]:
+    """The work directory of `output`; ExistsError E_RESUME_MISMATCH if a quantization has left work there."""
+    with locked(output) as work:
+        if work.journal.exists():
+            raise ExistsError(
+                "E_RESUME_MISMATCH", f"`{work.path}` holds finished blocks of a quantization to the same output",
+                hint=f"finish it: gptq resume {work.path}, or choose another -o",
+            )  # fmt: skip
+        yield work
+
+
 def _moved_zeros(stored: Tensor, module: PackedModule, origin: str, to: str) -> Tensor:
     """Zero points [G, O * bits / 32] of one format as the other stores them."""
     zeros = (unpack(stored.T, module.bits).int() + STORED_OFFSET[origin]) & (2**module.bits - 1)
@@ -190,29 +203,25 @@ def _units(
 
 
 def _write_tensors(
-    work: Path, units: list[tuple[TensorSpec, ...]], write: Callable[[CheckpointWriter], None]
+    directory: Path, units: list[tuple[TensorSpec, ...]], write: Callable[[CheckpointWriter], None]
 ) -> Layout:
     layout = plan_layout(units, size_in_bytes(QuantizeConfig.model_fields["max_shard_size"].default))
-    with CheckpointWriter(work, layout) as writer:
+    with CheckpointWriter(directory, layout) as writer:
         write(writer)
         writer.finish()
     return layout
 
 
-def _copy_others(source: Checkpoint, work: Path, *, without: set[str]) -> None:
+def _copy_others(source: Checkpoint, directory: Path, *, without: set[str]) -> None:
     for file in source.other_files():
         if str(file) not in without:
-            copy_file(source.directory / file, work / file)
+            write_file(directory / file, (source.directory / file).read_bytes())
 
 
 def _quantize_config(source: Checkpoint, said: dict[str, Any]) -> dict[str, Any]:
     file = source.directory / "quantize_config.json"
     content = read_json(file) if file.is_file() else said
     return dict(content) if isinstance(content, dict) else said
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    write_file(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def _declared_dtype(source: Checkpoint) -> torch.dtype:

@@ -64,13 +64,16 @@ def open_stream(
 
 @contextmanager
 def memory_errors() -> Iterator[None]:
-    """Turn an exhausted device into ResourceError E_OOM with flags that help."""
+    """Turn an exhausted device or host into ResourceError E_OOM with flags that help."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        reason = str(error).split(". ")[0]
-        hint = "use --batch-size 1, a smaller --seqlen, or --device cpu"
-        raise ResourceError("E_OOM", f"the device has not enough memory: {reason}", hint=hint) from error
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        host = isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+        if not (host or isinstance(error, torch.OutOfMemoryError)):
+            raise
+        reason = str(error).split(". ")[0] or "the host has no more"
+        hint = "use --batch-size 1, a smaller --seqlen, or --device cpu, with --resume never if blocks are finished"
+        raise ResourceError("E_OOM", f"there is not enough memory: {reason}", hint=hint) from error
 
 
 def _forward_dtype(dtype: str, config: Any, checkpoint: Checkpoint) -> torch.dtype:

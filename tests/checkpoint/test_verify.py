@@ -157,6 +157,10 @@ def zeros_as_v2(files: Files) -> None:
     files.quantization.update({"checkpoint_format": "gptq_v2", "format": "gptq_v2"})
 
 
+def format_of_nothing(files: Files) -> None:
+    files.quantization["checkpoint_format"] = files.quantization.pop("format")[:0]
+
+
 def wrapped_zero(files: Files) -> None:
     files.quantization["sym"] = False
     files.tensors[f"{Q0}.qzeros"][1, 2] |= 0xF0
@@ -202,6 +206,7 @@ PLANTED = {
     "upper case": (put("quant_method", "GPTQ"), "CONFIG", None, "transformers knows only 'gptq'"),
     "formats differ": (put("format", "gptq_v2"), "CONFIG", None, "readers take one or the other"),
     "format as mapping": (put("format", {}), "CONFIG", None, "readers take one or the other"),
+    "format of nothing": (format_of_nothing, "CONFIG", None, "format is None and checkpoint_format ''"),
     "two configs": (two_configs, "CONFIG", None, "bits is 4 in config.json and 8 in quantize_config.json"),
     "bad rule": (put("dynamic", {"-:(": {}}), "CONFIG", None, "not a regular expression"),
     "bad rules": (put("dynamic", ["-:x"]), "CONFIG", None, "not a mapping"),

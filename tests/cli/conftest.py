@@ -99,6 +99,7 @@ class FakeQuantized:
     seconds: float = 3723.4
     bytes_before: int = 8_000_000
     bytes_after: int = 2_500_000
+    already_done: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return {"output": str(self.output), "layers": [layer.name for layer in self.layers], "worst": float("nan")}

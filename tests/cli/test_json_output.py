@@ -10,6 +10,9 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from gptq_cli.cli.app import COMMANDS
+from gptq_cli.config.schema import QuantizeConfig
+from gptq_cli.pipeline.events import BlockFinished, Event
+from gptq_cli.pipeline.quantize import quantize_checkpoint
 from tests.families import save_model, texts
 
 from .conftest import Run
@@ -36,6 +39,20 @@ def validated(result: Any, kind: str) -> dict[str, Any]:
     return data
 
 
+def unfinished(model: Path, text: Path, output: Path) -> Path:
+    """The work directory of a run that has ended after its first block."""
+
+    def stop(event: Event) -> None:
+        if isinstance(event, BlockFinished):
+            raise KeyboardInterrupt
+
+    sizes: dict[str, Any] = {"group_size": 32, "nsamples": 4, "batch_size": 4, "seqlen": 64}
+    config = QuantizeConfig(bits=4, dataset=str(text), device="cpu", **sizes)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(str(model), output, config, report=stop)
+    return output.with_name(f".{output.name}.gptq-work")
+
+
 def test_the_schema_is_one_and_has_a_part_for_every_command() -> None:
     Draft202012Validator.check_schema(SCHEMA)
     missing = set(COMMANDS) - WITHOUT_JSON - set(SCHEMA["$defs"])
@@ -54,6 +71,7 @@ def test_every_result_fits_the_schema(gptq: Run, place: Path) -> None:
         ("plan", [*quantize, "--dry-run"]),
         ("quantize-print-config", [*quantize, "--print-config"]),
         ("quantize", [*quantize, "--report"]),
+        ("resume", ["resume", unfinished(model, text, place / "stopped")]),
         ("validate-config", ["validate-config", place / "cfg.yaml"]),
         ("validate-config", ["validate-config", place / "cfg.yaml", "--model", model]),
         ("eval-ppl", ["eval-ppl", out, "--dataset", text, "--seqlen", "64", "--baseline", model]),

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from gptq_cli.cli.quantize import default_name, quantize
+from gptq_cli.cli.quantize import default_name, quantize, seconds
 from gptq_cli.config.schema import QuantizeConfig
 
-from .conftest import FakeQuantizer, Run
+from .conftest import FakeQuantized, FakeQuantizer, Run
 
+HOW = ["--resume=require", "--max-runtime=3h30m", "--allow-network-fs"]
 EVERY_FLAG = [
     "--bits=3", "--group-size=-1", "--asym", "--desc-act", "--no-act-group-aware", "--static-groups",
     "--no-signed-scales", "--scale-search=mse", "--refine-sweeps=2", "--damp-mode=diagonal",
@@ -23,7 +24,7 @@ EVERY_FLAG = [
 
 
 def test_every_flag_reaches_its_field(gptq: Run, quantizer: FakeQuantizer, tmp_path: Path) -> None:
-    result = gptq("quantize", "org/m", "-o", tmp_path / "out", "--revision", "v1", "--overwrite", *EVERY_FLAG)
+    result = gptq("quantize", "org/m", "-o", tmp_path / "out", "--revision", "v1", "--overwrite", *HOW, *EVERY_FLAG)
     assert result.exit_code == 0, result.stderr
     (call,) = quantizer.calls
     del call["report"]
@@ -32,6 +33,9 @@ def test_every_flag_reaches_its_field(gptq: Run, quantizer: FakeQuantizer, tmp_p
         "output": tmp_path / "out",
         "revision": "v1",
         "overwrite": True,
+        "resume": "require",
+        "max_seconds": 12600,
+        "allow_network_fs": True,
         "config": QuantizeConfig(
             bits=3, group_size=-1, sym=False, desc_act=True, act_group_aware=False, static_groups=True,
             signed_scales=False, scale_search="mse", refine_sweeps=2, damp_mode="diagonal",
@@ -161,3 +165,31 @@ def test_outputs_are_named_as_published_checkpoints_are(tmp_path: Path) -> None:
     config = QuantizeConfig(bits=8, group_size=-1)
     assert default_name(f"{model}/", config) == "Tiny-1B-GPTQ-Int8-channel"
     assert default_name("hf://org/Big", QuantizeConfig(bits=4, group_size=64)) == "Big-GPTQ-Int4-g64"
+
+
+@pytest.mark.parametrize(("said", "expected"), [("3h30m", 12600), ("90m", 5400), ("45s", 45), ("1h1s", 3601)])
+def test_times_are_read(said: str, expected: int) -> None:
+    assert seconds(said) == expected
+
+
+@pytest.mark.parametrize("said", ["", "0s", "10", "1.5h", "3m2h", "-5m", "h"])
+def test_times_that_say_nothing_are_refused(said: str, gptq: Run, quantizer: FakeQuantizer) -> None:
+    result = gptq("quantize", "m", "-b", "4", f"--max-runtime={said}")
+    assert result.exit_code == 2
+    assert f"error[E_CFG_RANGE]: --max-runtime must be a time such as 3h30m, 90m or 45s, got {said!r}" in result.stderr
+    assert quantizer.calls == []
+
+
+def test_a_policy_that_does_not_exist_is_refused(gptq: Run, quantizer: FakeQuantizer) -> None:
+    result = gptq("quantize", "m", "-b", "4", "--resume=always")
+    assert result.exit_code == 2
+    assert "error[E_CFG_RANGE]: --resume must be auto, require or never, got 'always'" in result.stderr
+    assert quantizer.calls == []
+
+
+def test_what_was_done_before_is_said(gptq: Run, quantizer: FakeQuantizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeQuantized, "already_done", True)
+    monkeypatch.setattr(FakeQuantized.__init__, "__defaults__", ((), (), 3723.4, 8_000_000, 2_500_000, True))
+    result = gptq("quantize", "m", "-b", "4")
+    assert "done   before, by the same command\n" in result.stdout
+    assert len(quantizer.calls) == 1

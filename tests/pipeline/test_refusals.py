@@ -154,7 +154,7 @@ def test_the_damping_ladder_is_reported_and_ends_in_an_error_that_names_the_laye
     layer = replace(layer, name="model.layers.0.mlp.gate_proj")
     with (
         pytest.raises(GateError, match=r"`model\.layers\.0\.mlp\.gate_proj` \(block 0\).*damp_percent 0\.4") as caught,
-        located(layer),
+        located([layer]),
     ):
         raise NotPositiveDefiniteError(0.4)
     assert (caught.value.code, caught.value.exit_code) == ("E_NUM_HESSIAN", 4)

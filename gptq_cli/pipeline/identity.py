@@ -1,0 +1,107 @@
+"""What makes two runs the same: whatever the bytes of the output depend on, as plain JSON."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterator, Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from gptq_cli import __version__
+from gptq_cli.calibration.sampling import Windows
+from gptq_cli.checkpoint.durable import file_sha256
+from gptq_cli.checkpoint.source import INDEX_NAME, Checkpoint
+from gptq_cli.config.schema import QuantizeConfig
+
+REVISION = 1  # of what is written: a release that writes other bytes, or keeps its work otherwise, counts it up
+
+Identity = dict[str, Any]
+
+
+def identify(source: Checkpoint, commit: str | None, config: QuantizeConfig, device: torch.device) -> Identity:
+    """The identity of a run before its calibration text is known; paths of model and output are no part of it.
+
+    Weights of a commit of the Hub are known by its hash; those of a directory are read and hashed.
+    """
+    return {
+        "versions": {
+            "gptq_cli": __version__,
+            "revision": REVISION,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "device": _device(device),
+        "config": _settings(config),
+        "source": {"commit": commit, "files": _files(source, commit)},
+    }
+
+
+def with_calibration(identity: Identity, windows: Windows) -> Identity:
+    """`identity` with what the run is calibrated on."""
+    return {**identity, "calibration_sha256": windows.sha256}
+
+
+def differences(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """What `wanted` says otherwise than `known`, one line a field, as far as `wanted` is known yet."""
+    old, new = dict(_flat(known)), dict(_flat(wanted))
+    later = set() if "calibration_sha256" in new else {"calibration_sha256"}
+    names = sorted((old.keys() | new.keys()) - later)
+    return [f"{name} was {_word(old, name)}, is {_word(new, name)}" for name in names if old.get(name) != new.get(name)]
+
+
+def _device(device: torch.device) -> dict[str, Any]:
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        name, cuda = torch.cuda.get_device_name(device), torch.version.cuda
+        precision = torch.get_float32_matmul_precision()
+        return {"type": "cuda", "name": name, "capability": f"{major}.{minor}", "cuda": cuda, "matmul": precision}
+    kind = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    # Sums over rows are split among threads, so their number changes the last bits.
+    return {"type": device.type, "name": kind, "threads": torch.get_num_threads()}
+
+
+def _settings(config: QuantizeConfig) -> dict[str, Any]:
+    settings = config.model_dump(mode="json", exclude={"max_ram", "max_vram"})  # they change no byte
+    if isinstance(config.dataset, list):
+        settings["dataset"] = f"{len(config.dataset)} texts, sha256 {_text_hash(config.dataset)}"
+    return settings
+
+
+def _text_hash(texts: list[str]) -> str:
+    return sha256(json.dumps(texts).encode()).hexdigest()
+
+
+def _files(source: Checkpoint, commit: str | None) -> dict[str, Any]:
+    """What is known of each file that is read: a hash of all, or of its header where a commit tells the rest."""
+    header_bytes: dict[Path, int] = {}
+    for tensor in source.tensors.values():
+        header_bytes[tensor.file] = min(tensor.start, header_bytes.get(tensor.file, tensor.start))
+    beside = [source.directory / name for name in ("config.json", INDEX_NAME, *map(str, source.other_files()))]
+    known: dict[str, Any] = {
+        path.relative_to(source.directory).as_posix(): file_sha256(path) for path in beside if path.is_file()
+    }
+    for path, n_bytes in header_bytes.items():
+        known[path.name] = file_sha256(path) if commit is None else _header(path, n_bytes)
+    return known
+
+
+def _header(path: Path, n_bytes: int) -> str:
+    with path.open("rb") as stream:
+        return f"{path.stat().st_size} bytes, header {sha256(stream.read(n_bytes)).hexdigest()}"
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, item in value.items():
+        if isinstance(item, Mapping) and item:
+            yield from _flat(item, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", item
+
+
+def _word(values: Mapping[str, Any], name: str) -> str:
+    return json.dumps(values[name], ensure_ascii=False) if name in values else "not there"

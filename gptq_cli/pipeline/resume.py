@@ -1,0 +1,204 @@
+"""Going on where an earlier run of the same identity ended: finished blocks, and the hidden states after the last one.
+
+A block is finished when the journal says so. Its tensors lie in the shards, where they belong in the output; the
+journal holds their hashes, those of the hidden states, and the reports of its layers. What does not match its hash is
+done again, with everything after it.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from gptq_cli.checkpoint.durable import COPY_BYTES, OpenFile, file_sha256, remove, sync_directory
+from gptq_cli.checkpoint.journal import Journal
+from gptq_cli.checkpoint.manifest import damaged_files, read_manifest
+from gptq_cli.checkpoint.run_file import digest, read_run
+from gptq_cli.checkpoint.work_directory import WorkDirectory
+from gptq_cli.checkpoint.writer import CheckpointWriter
+from gptq_cli.errors import ExistsError
+from gptq_cli.models.stream import ModelStream
+from gptq_cli.pipeline.activations import HiddenStates
+from gptq_cli.pipeline.events import ExpertsCovered, LayerReport, Report, Resumed, Warned, WorkKept
+from gptq_cli.pipeline.identity import Identity, differences
+from gptq_cli.pipeline.record import Record
+
+
+class SavedBlocks:
+    """What is finished of a run of `n_steps` blocks, the head counted as the last one; opened, it has been checked."""
+
+    def __init__(
+        self, work: WorkDirectory, identity: Identity, writer: CheckpointWriter, record: Record, n_steps: int
+    ) -> None:
+        self._work, self._writer, self._record, self._n_steps = work, writer, record, n_steps
+        self._journal = Journal(work.journal, digest(identity))
+        self._tensors: dict[str, str] = {}
+        self.first = self._recover()
+        self._n_layers, self._n_experts = len(record.layers), len(record.experts)
+
+    def __enter__(self) -> SavedBlocks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._journal.close()
+
+    @property
+    def complete(self) -> bool:
+        """Whether there is no block left to do."""
+        return self.first == self._n_steps
+
+    def written(self, name: str, sha256: str) -> None:
+        """Tensor `name` of the block at work is in its shard."""
+        self._tensors[name] = sha256
+
+    def restore(self, stream: ModelStream, hidden: Sequence[HiddenStates]) -> int:
+        """Bring `hidden`, and what the blocks of `stream` carry along, to where the first block to do needs them."""
+        if self.first:
+            states, carried = torch.load(self._work.hidden(self.first - 1), map_location="cpu", weights_only=True)
+            for target, saved in zip(hidden, states, strict=True):
+                target.restore(saved)
+            for container, saved in zip(stream.carried, carried, strict=True):
+                saved = tree_map_only(Tensor, lambda tensor: tensor.to(stream.device), saved)
+                container.update(saved) if isinstance(container, MutableMapping) else container.extend(saved)
+        return self.first
+
+    def finished(self, block: int, stream: ModelStream, hidden: Sequence[HiddenStates]) -> None:
+        """Make `block` survive: its tensors, then the `hidden` states after it, then the line that says so."""
+        self._writer.sync()
+        layers = [asdict(layer) for layer in self._record.layers[self._n_layers :]]
+        experts = [asdict(covered) for covered in self._record.experts[self._n_experts :]]
+        last = block + 1 == self._n_steps
+        saved = None if last else _save(self._work.hidden(block), stream, hidden)
+        told = {"layers": layers, "experts": experts}
+        self._journal.append({"block": block, "tensors": self._tensors, **told, "hidden": saved})
+        self._tensors = {}
+        self._n_layers, self._n_experts = len(self._record.layers), len(self._record.experts)
+
+    def _recover(self) -> int:
+        entries = self._journal.entries
+        if self._journal.damaged_bytes:
+            self._warn(f"the last {self._journal.damaged_bytes} bytes of the journal are not valid")
+        intact = next((i for i, entry in enumerate(entries) if not self._writer.holds(entry["tensors"])), len(entries))
+        if intact < len(entries):
+            self._warn(f"block {intact} is not as it was written")
+        first = intact
+        while 0 < first < self._n_steps and not self._has_hidden(first - 1):
+            first -= 1
+        if first < intact:
+            self._warn(f"the hidden states after block {intact - 1} are not as they were written")
+        for entry in entries[:first]:
+            self._writer.adopt(entry["tensors"])
+            self._record.layers += [LayerReport(**layer) for layer in entry["layers"]]
+            self._record.experts += [ExpertsCovered(**covered) for covered in entry["experts"]]
+        self._journal.cut(first)
+        if first:
+            self._record(Resumed(first, self._n_steps, self._work.path))
+        return first
+
+    def _has_hidden(self, block: int) -> bool:
+        path = self._work.hidden(block)
+        return path.is_file() and file_sha256(path) == self._journal.entries[block]["hidden"]
+
+    def _warn(self, what: str) -> None:
+        self._record(Warned("W_RESUME_DAMAGED", f"{what} in `{self._work.path}`: what depends on it is done again"))
+
+
+def check_resumable(work: WorkDirectory, identity: Identity, policy: str, report: Report) -> None:
+    """See that what is finished in `work`, if anything, belongs to the run `identity`, as far as that is known.
+
+    `policy` "never" drops it, "require" raises ExistsError E_RESUME_NOTHING where there is none. E_RESUME_MISMATCH
+    lists the fields in which the runs differ.
+    """
+    if policy == "never":
+        remove(work.journal)
+    run = read_run(work.path)
+    if run is None and work.journal.exists():
+        report(Warned("W_RESUME_DAMAGED", f"`{work.path}/run.json` cannot be read: everything is done again"))
+        remove(work.journal)
+    journal = Journal(work.journal, digest(run["identity"]) if run else "")
+    if policy == "require" and not journal.entries:
+        raise ExistsError(
+            "E_RESUME_NOTHING", f"there is no finished block to go on from in `{work.path}`", hint="leave out --resume"
+        )
+    different = differences(run["identity"], identity) if run and journal.entries else []
+    if different:
+        raise ExistsError(
+            "E_RESUME_MISMATCH",
+            f"`{work.path}` holds {len(journal.entries)} finished blocks of a run that differs: {'; '.join(different)}",
+            hint="go on with that one: gptq resume DIR, or drop it: --resume never",
+        )
+
+
+def finished_output(output: Path, identity: Identity, *, overwrite: bool) -> dict[str, Any] | None:
+    """The manifest of `output` if it is a finished checkpoint of `identity`, whole; None if it may be written.
+
+    ExistsError E_OUT_EXISTS if it holds something else and may not be overwritten.
+    """
+    manifest = read_manifest(output)
+    if manifest is None:
+        return None
+    different = differences(manifest.get("identity", {}), identity)
+    if "calibration_sha256" in identity and not different:
+        different = [f"{name} is damaged" for name in damaged_files(output, manifest)]
+        if not different:
+            return manifest
+    if different and not overwrite:
+        raise ExistsError(
+            "E_OUT_EXISTS", f"`{output}` is not what this run writes: {'; '.join(different)}",
+            hint="add --overwrite to replace it, or choose another -o",
+        )  # fmt: skip
+    return None
+
+
+@contextmanager
+def telling_what_is_kept(work: WorkDirectory, report: Report) -> Iterator[None]:
+    """Report WorkKept when the body ends early and has finished a block."""
+    try:
+        yield
+    except BaseException:
+        if work.journal.exists():
+            report(WorkKept(work.path))
+        raise
+
+
+class _HashedFile(io.RawIOBase):
+    """Writes to `file` from its start on and hashes what it writes."""
+
+    def __init__(self, file: OpenFile) -> None:
+        self._file, self._end, self.digest = file, 0, sha256()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self._file.write_at(self._end, data)
+        self.digest.update(data)
+        self._end += len(data)
+        return len(data)
+
+
+def _save(path: Path, stream: ModelStream, hidden: Sequence[HiddenStates]) -> str:
+    """Write hidden states, and what the blocks carry along beside them; the hash of the file."""
+    carried = [dict(kept) if isinstance(kept, MutableMapping) else list(kept) for kept in stream.carried]
+    content = ([states.stored for states in hidden], carried)
+    with OpenFile(path, 0) as file:
+        raw = _HashedFile(file)
+        with io.BufferedWriter(raw, COPY_BYTES) as buffered:
+            torch.save(tree_map_only(Tensor, _alone, content), buffered)
+        file.sync()
+    sync_directory(path.parent)
+    return raw.digest.hexdigest()
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """`tensor` in memory of its own: a view would be saved with all that it is a view of."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()

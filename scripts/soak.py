@@ -1,0 +1,223 @@
+"""Kill, starve and damage many small runs; write what became of them as JSON. `make soak` runs all of it.
+
+Each run quantizes a tiny model in a process of its own, forked from a server that has torch imported. What must hold
+after each: OUT is absent or the whole checkpoint, the same call afterwards writes the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from gptq_cli.checkpoint.durable import file_sha256  # noqa: E402
+
+CHILDREN = multiprocessing.get_context("forkserver")
+
+
+def tree(directory: Path) -> dict[str, str]:
+    """Hashes of all files by name."""
+    return {
+        str(path.relative_to(directory)): file_sha256(path) for path in sorted(directory.rglob("*")) if path.is_file()
+    }
+
+
+def quantize(model: Path, output: Path, answers: Any = None) -> None:
+    """In a child: quantize, and answer how many blocks were there before, or with which code it failed."""
+    from gptq_cli.errors import GptqError
+    from tests.pipeline.tiny import Case
+
+    try:
+        answer: object = Case(model, {}, []).run(output).resumed_blocks
+    except GptqError as error:
+        answer = error.code
+    if answers is not None:
+        answers.put(answer)
+
+
+def call(model: Path, output: Path) -> object:
+    """The answer of a child that is let live."""
+    answers = CHILDREN.SimpleQueue()
+    child = CHILDREN.Process(target=quantize, args=(model, output, answers))
+    child.start()
+    child.join()
+    return answers.get() if not answers.empty() else f"exit {child.exitcode}"
+
+
+def judge(output: Path, golden: dict[str, str]) -> str | None:
+    """What is wrong with an output that may be absent, None if nothing is."""
+    return None if not output.exists() or tree(output) == golden else "torn output"
+
+
+def timed(model: Path, output: Path) -> float:
+    """Seconds of a child that is let live; its output is removed."""
+    started = time.perf_counter()
+    call(model, output)
+    seconds = time.perf_counter() - started
+    shutil.rmtree(output)
+    return seconds
+
+
+def kills(model: Path, golden: dict[str, str], folder: Path, count: int, seed: int) -> dict[str, Any]:
+    """SIGKILL at random times, up to ten times for one output, then a call that lives."""
+    chance, output = random.Random(seed), folder / "out"
+    longest = min(timed(model, output) for _ in range(3))  # the first waits for the server
+    killed, violations, resumed, chains, lived = 0, [], 0, 0, 0
+    while killed < count:
+        chains += 1
+        for _ in range(chance.randint(1, 10)):
+            child = CHILDREN.Process(target=quantize, args=(model, output))
+            child.start()
+            child.join(chance.uniform(0, longest))
+            if child.is_alive():
+                os.kill(child.pid, signal.SIGKILL)
+                killed += 1
+            else:
+                lived += 1
+            child.join()
+            if wrong := judge(output, golden):
+                violations.append(wrong)
+        answer = call(model, output)
+        resumed += isinstance(answer, int) and answer > 0
+        if not output.exists() or tree(output) != golden or [path.name for path in folder.iterdir()] != ["out"]:
+            violations.append(f"after {killed} kills: {answer}")
+        shutil.rmtree(folder)
+        folder.mkdir()
+    return {"kills": killed, "chains": chains, "came_too_late": lived, "resumed": resumed, "violations": violations}
+
+
+def disk_sizes(model: Path, golden: dict[str, str], count: int) -> dict[str, Any]:
+    """A tmpfs of each of `count` sizes, mounted without privileges; enlarged until the run fits."""
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode:
+        return {"skipped": "no unprivileged mounts here"}
+    command = ["unshare", "-rm", sys.executable, __file__, "--inside", str(model), "--sizes", str(count)]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    if answer.returncode:
+        return {"sizes": count, "violations": [answer.stderr[-2000:]]}
+    found: dict[str, Any] = json.loads(answer.stdout)
+    found["violations"] += [f"{size} bytes: other output" for size, out in found.pop("trees") if out != golden]
+    return found
+
+
+def inside(model: Path, count: int) -> dict[str, Any]:
+    """In a user namespace: run on a small tmpfs, see it fail cleanly, enlarge it, run again."""
+    import gptq_cli.pipeline.quantize as pipeline
+
+    # The check before the run would refuse most sizes: let the disk itself refuse on every second one.
+    preflight = pipeline.check_disk
+    codes: dict[str, int] = {}
+    violations, trees = [], []
+    mount = Path(tempfile.mkdtemp())
+    for number in range(count):
+        size = 8192 + number * 6144 * 50 // count  # up to what the run needs
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(mount)], check=True)
+        pipeline.check_disk = preflight if number % 2 else lambda *_: None
+        code = attempt(model, mount / "out")
+        codes[code] = codes.get(code, 0) + 1
+        if code not in ("E_DISK", "done") or (code == "E_DISK" and (mount / "out").exists()):
+            violations.append(f"{size} bytes: {code}")
+        subprocess.run(["mount", "-o", "remount,size=64m", str(mount)], check=True)
+        again = attempt(model, mount / "out")
+        trees.append((size, tree(mount / "out") if again == "done" else {"failed": again}))
+        subprocess.run(["umount", str(mount)], check=True)
+    mount.rmdir()
+    return {"sizes": count, "ended": codes, "violations": violations, "trees": trees}
+
+
+def attempt(model: Path, output: Path) -> str:
+    from gptq_cli.errors import GptqError
+    from tests.pipeline.tiny import Case
+
+    try:
+        Case(model, {}, []).run(output)
+    except GptqError as error:
+        return error.code
+    return "done"
+
+
+def damage(model: Path, golden: dict[str, str], folder: Path, count: int, seed: int) -> dict[str, Any]:
+    """One bit of one file of an unfinished work directory, or a cut journal; then a call that lives."""
+    from tests.disks import CountingDisk, Killed, using
+    from tests.pipeline.tiny import WORK, Case, killer
+
+    chance = random.Random(seed)
+    case, unfinished = Case(model, {}, []), folder / "unfinished"
+    with suppress(Killed):
+        case.run(unfinished / "out", report=killer(1))
+    violations: list[str] = []
+    files = [path for path in sorted((unfinished / WORK).rglob("*")) if path.is_file() and path.stat().st_size]
+    for number in range(count):
+        trial = Path(shutil.copytree(unfinished, folder / "trial"))
+        path = trial / chance.choice(files).relative_to(unfinished)
+        content = bytearray(path.read_bytes())
+        where = chance.randrange(len(content))
+        if path.name == "journal.jsonl" and number % 2:
+            del content[where:]
+        else:
+            content[where] ^= 1 << chance.randrange(8)
+        path.write_bytes(content)
+        with using(CountingDisk()):
+            case.run(trial / "out")
+        if tree(trial / "out") != golden:
+            violations.append(f"{path.name} at {where}")
+        shutil.rmtree(trial)
+    return {"damages": count, "violations": violations}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=1000)
+    parser.add_argument("--sizes", type=int, default=50)
+    parser.add_argument("--damages", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, default=ROOT / "docs" / "benchmarks" / "soak.json")
+    parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    import torch
+
+    torch.set_num_threads(1)
+    if chosen.inside:
+        print(json.dumps(inside(chosen.inside, chosen.sizes)))
+        return
+    CHILDREN.set_forkserver_preload(["tests.pipeline.children"])
+    from tests.families import save_model
+    from tests.pipeline.tiny import SMALL, Case
+
+    folder = Path(tempfile.mkdtemp())
+    started = time.time()
+    model = save_model(folder / "model", **SMALL)
+    Case(model, {}, []).run(folder / "golden")
+    golden = tree(folder / "golden")
+    result: dict[str, Any] = {"seed": chosen.seed}
+    for name, run in {
+        "disk_sizes": lambda _: disk_sizes(model, golden, chosen.sizes),
+        "damage": lambda work: damage(model, golden, work, chosen.damages, chosen.seed),
+        "random_kills": lambda work: kills(model, golden, work, chosen.kills, chosen.seed),
+    }.items():
+        (folder / name).mkdir()
+        begun = time.time()
+        result[name] = {**run(folder / name), "seconds": round(time.time() - begun)}
+        print(f"{name}: {result[name]}", file=sys.stderr)
+    result["seconds"] = round(time.time() - started)
+    shutil.rmtree(folder)
+    chosen.json.write_text(json.dumps(result, indent=2) + "\n")
+    if any(part.get("violations") for part in result.values() if isinstance(part, dict)):
+        sys.exit("violations were found")
+
+
+if __name__ == "__main__":
+    main()
