@@ -173,8 +173,8 @@ def small(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
     known = {field.name for field in dataclasses.fields(config_class)}
     settings: dict[str, Any] = {}
     for name, size in SIZES.items():
-        field = config_class.attribute_map.get(name, name)
-        if field in known:
+        field = next((f for f in (config_class.attribute_map.get(name, name), name) if f in known), None)
+        if field is not None:
             listed = isinstance(default.__dict__.get(field), list)
             settings[field] = [size] * SIZES["num_hidden_layers"] if listed else size
     for part in config_class.sub_configs:

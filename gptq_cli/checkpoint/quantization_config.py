@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
-from gptq_cli.config.rules import keeps
+from gptq_cli.config.rules import expert_part, keeps
 from gptq_cli.config.schema import QuantizeConfig
 
 # Engines that fuse these linears match rules against the fused name.
@@ -18,8 +18,6 @@ FUSED_ALIASES = {
     frozenset({"q_proj", "k_proj", "v_proj"}): "qkv_proj",
     frozenset({"gate_proj", "up_proj"}): "gate_up_proj",
 }
-
-_OF_EXPERT = re.compile(r"(.+\.\d+\..+)\.\d+\.[^.]+")  # engines ask for the settings of all experts by this name
 
 # Fields of this tool alone: they shape codes and scales, and no reader needs or knows them.
 UNKNOWN_TO_READERS = {"signed_scales", "scale_search", "refine_sweeps", "asymmetric_calibration", "damp_mode"}
@@ -56,8 +54,9 @@ def describe(config: QuantizeConfig, quantized: Iterable[str], kept: Iterable[st
         for rule, values in config.dynamic.items()
         if not keeps(rule)
     }
-    mixtures = {match[1] for name in quantized if (match := _OF_EXPERT.fullmatch(name))}
-    whole = {match[1]: None for name in kept if (match := _OF_EXPERT.fullmatch(name)) and match[1] not in mixtures}
+    mixtures = {part[0] for name in quantized if (part := expert_part(name))}
+    # Engines ask for the settings of all experts of a layer by the name that these share.
+    whole = {part[0]: None for name in kept if (part := expert_part(name)) and part[0] not in mixtures}
     if kept or overrides:
         described["dynamic"] = {rule: {} for rule in skip_rules([*kept, *whole])} | overrides
     if kept and not mixtures:

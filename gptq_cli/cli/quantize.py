@@ -171,7 +171,13 @@ def _summary(result: QuantizeResult, config: QuantizeConfig) -> str:
         lines.append(_coverage(result, config))
     lines.append("done   before, by the same command" if result.already_done else f"time   {clock(result.seconds)}")
     layers = [chosen for layer in result.layers if (chosen := config.for_layer(layer.name))]
-    export = Export.of(layers, config.format, config.lm_head, bool(result.split_experts))
+    export = Export.of(
+        layers,
+        config.format,
+        config.lm_head,
+        names=[layer.name for layer in result.layers],
+        split_experts=bool(result.split_experts),
+    )
     return "\n".join([*lines, *engine_lines(verdicts(export))])
 
 

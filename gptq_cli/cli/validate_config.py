@@ -58,7 +58,15 @@ def _plan(model: Path, resolved: Resolved) -> tuple[RunPlan, tuple[Verdict, ...]
     config = resolved.config
     plan = plan_run(model, config)
     layers = [layer.config for layer in plan.layers if layer.config]
-    return plan, verdicts(Export.of(layers, config.format, config.lm_head, bool(plan.split_experts)))
+    return plan, verdicts(
+        Export.of(
+            layers,
+            config.format,
+            config.lm_head,
+            names=[layer.name for layer in plan.quantized],
+            split_experts=bool(plan.split_experts),
+        )
+    )
 
 
 def _plan_data(plan: RunPlan, judged: Sequence[Verdict]) -> dict[str, Any]:

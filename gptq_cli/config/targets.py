@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gptq_cli.config.layer import LayerConfig
+from gptq_cli.config.rules import expert_part
 
 Outcome = Literal["yes", "limited", "wrong", "no"]
 
 MARLIN_GROUPS = {-1, 32, 64, 128}
+EXPERT_NAMES = {"gate_proj", "up_proj", "down_proj"}
 TORCH_GROUPS = {-1, 16, 32, 64, 128, 256, 512, 1024}
 
 
@@ -28,11 +30,20 @@ class Export:
     mixed: bool
     v2: bool
     lm_head: bool
-    split_experts: bool
+    experts: frozenset[str]  # what the linears of experts are called, gate_proj or w1
+    split_experts: bool  # experts of one layer have different settings
 
     @classmethod
-    def of(cls, layers: Iterable[LayerConfig], format: str, lm_head: bool, split_experts: bool = False) -> Export:
-        """The export of these quantized layers; static_groups make g_idx trivial whatever desc_act says."""
+    def of(
+        cls,
+        layers: Iterable[LayerConfig],
+        format: str,
+        lm_head: bool,
+        *,
+        names: Iterable[str] = (),
+        split_experts: bool = False,
+    ) -> Export:
+        """The export of these quantized layers, `names`; static_groups make g_idx trivial whatever desc_act says."""
         layers = set(layers)
         return cls(
             bits=frozenset(layer.bits for layer in layers),
@@ -42,6 +53,7 @@ class Export:
             mixed=len({(layer.bits, layer.group_size, layer.sym) for layer in layers}) > 1,
             v2=format == "gptq_v2",
             lm_head=lm_head,
+            experts=frozenset(part[1] for name in names if (part := expert_part(name))),
             split_experts=split_experts,
         )
 
@@ -106,6 +118,7 @@ ENGINES: tuple[_Engine, ...] = (
         "transformers",
         "transformers 5.23 with optimum 2.3 and gptqmodel 7.7, run on CPU in November 2026",
         (
+            _Rule(lambda e: bool(e.experts), "wrong", "it leaves quantized experts random"),
             _Rule(lambda e: e.lm_head, "wrong", "it ignores a quantized lm_head"),
             _Rule(lambda e: e.mixed, "no", "it ignores `dynamic`, all layers must share their settings"),
             _Rule(lambda e: not e.group_sizes <= TORCH_GROUPS, "no", "gptqmodel has no kernel for this group_size"),
@@ -116,6 +129,7 @@ ENGINES: tuple[_Engine, ...] = (
         "gptqmodel",
         "gptqmodel 7.7, run on CPU in November 2026",
         (
+            _Rule(lambda e: not e.experts <= EXPERT_NAMES, "no", "it knows experts as gate_proj, up_proj, down_proj"),
             _Rule(lambda e: e.asym and not e.v2, "no", "it takes asymmetric v1 from itself only: use format gptq_v2"),
             _Rule(lambda e: not e.group_sizes <= TORCH_GROUPS, "no", "no kernel for this group_size"),
             _Rule(lambda e: 4 in e.bits and 16 in e.group_sizes, "limited", "group_size 16 not on CPU"),
@@ -154,6 +168,7 @@ ENGINES: tuple[_Engine, ...] = (
         "auto-round",
         "auto-round 0.15.1, its CPU loader, run in November 2026",
         (
+            _Rule(lambda e: not e.experts <= EXPERT_NAMES, "wrong", "it knows no such names of experts"),
             _Rule(lambda e: e.asym, "no", "its CPU loader takes symmetric checkpoints only"),
             _Rule(lambda e: e.v2, "wrong", "it reads v2 zeros as v1"),
             _Rule(lambda e: e.lm_head, "wrong", "it ignores a quantized lm_head"),

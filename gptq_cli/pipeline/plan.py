@@ -13,13 +13,12 @@ from gptq_cli.checkpoint.layout import Layout, TensorSpec, packed_specs, plan_la
 from gptq_cli.checkpoint.orientation import stores_transposed
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from gptq_cli.config.layer import LayerConfig
-from gptq_cli.config.rules import unmatched_rules
+from gptq_cli.config.rules import expert_part, unmatched_rules
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import ConfigError, InputError, Problem
 
 PACK_MULTIPLE = 32  # 32-bit words hold whole columns and whole rows of zero points
 HEAD = "lm_head"
-_EXPERT = re.compile(r"(\d+\..+)\.\d+\.[^.]+")
 _IN_LIST = re.compile(r"^(?P<list>.*?)\.(?P<index>\d+)\.(?P<inner>.+)\.weight$")
 
 
@@ -83,8 +82,8 @@ class RunPlan:
         """Experts of one layer, by the name they share, that do not all have the same settings."""
         settings: dict[str, set[LayerConfig | None]] = defaultdict(set)
         for layer in self.layers:
-            if match := _EXPERT.fullmatch(layer.name.removeprefix(f"{self.blocks}.")):
-                settings[f"{self.blocks}.{match[1]}"].add(layer.config)
+            if part := expert_part(layer.name):
+                settings[part[0]].add(layer.config)
         return [name for name, found in settings.items() if len(found) > 1]
 
     @property

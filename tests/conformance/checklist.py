@@ -273,11 +273,11 @@ CHECKS: dict[int, Callable[[Pair], Iterator[str]]] = {
     7: damping_is_inside, 8: list_is_exact, 9: rules_are_anchored, 10: kept_is_said_twice, 11: fused_modules_are_alike,
     12: routers_are_kept_and_said, 13: the_head_is_as_said, 15: configuration_is_the_sources,
     16: class_and_dtype_are_there, 17: nothing_else_beside_a_module, 18: dtypes_are_the_writers,
-    19: shapes_match_the_source, 22: fused_modules_share_an_order, 29: biases_are_the_sources,
-    30: kept_tensors_are_the_sources,
+    19: shapes_match_the_source,
+    22: fused_modules_share_an_order, 29: biases_are_the_sources, 30: kept_tensors_are_the_sources,
     32: names_are_the_sources, 34: experts_are_alike, 36: the_index_counts, 37: headers_say_pt, 38: no_other_weights,
-    39: parts_share_a_file, 41: other_files_are_the_sources, 43: nothing_is_left_over,
-    49: vllm_reads_it, 50: exllamav2_reads_it,
+    39: parts_share_a_file,
+    41: other_files_are_the_sources, 43: nothing_is_left_over, 49: vllm_reads_it, 50: exllamav2_reads_it,
 }  # fmt: skip
 
 BY_VERIFY: dict[int, str] = {
