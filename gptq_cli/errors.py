@@ -2,8 +2,26 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_SECRETS = (
+    (re.compile(r"\bhf_[A-Za-z0-9]{20,}"), "hf_***"),
+    (re.compile(r"(?i)\b(bearer|basic)\s+[\w.~+/=-]{8,}"), r"\1 ***"),
+    (re.compile(r"(\w+://)[^/\s@]+@"), r"\1***@"),
+)
+
+
+def without_secrets(text: str) -> str:
+    """`text` without access tokens of the Hub, authorization headers and credentials in addresses."""
+    for pattern, instead in _SECRETS:
+        text = pattern.sub(instead, text)
+    return text
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +55,13 @@ class GptqError(Exception):
         super().__init__(message)
         self.problems: tuple[Problem, ...] = (Problem(code, message, hint, location),)
 
+    @classmethod
+    def of(cls, problems: Sequence[Problem]) -> Self:
+        """One error for all `problems` (at least one), so that a user mends what is wrong in one go."""
+        error = cls(problems[0].code, "; ".join(problem.message for problem in problems))
+        error.problems = tuple(problems)
+        return error
+
     @property
     def code(self) -> str:
         return self.problems[0].code
@@ -50,13 +75,6 @@ class ConfigError(GptqError):
     """The flags or the configuration file are wrong; nothing was read or written."""
 
     exit_code = 2
-
-    @classmethod
-    def of(cls, problems: list[Problem]) -> ConfigError:
-        """One error for all `problems` (at least one), so that a user mends a file in one go."""
-        error = cls(problems[0].code, "; ".join(problem.message for problem in problems))
-        error.problems = tuple(problems)
-        return error
 
 
 class InputError(GptqError):

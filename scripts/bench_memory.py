@@ -41,10 +41,22 @@ def private_bytes(pid: int) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)
 
 
-def quantize_and_watch(model: Path, output: Path, text: Path) -> tuple[int, float]:
-    """Peak private memory in bytes and wall time in seconds of one `gptq quantize`."""
+def quantize_and_watch(model: Path, output: Path, text: Path, *more: str) -> tuple[int, float]:
+    """Peak private memory in bytes and wall time in seconds of one `gptq quantize`, with `more` flags."""
     command = [sys.executable, "-m", "gptq_cli", "quantize", str(model), "-o", str(output), "--bits", "4", "--quiet"]
-    command += ["--dataset", str(text), "--nsamples", "8", "--seqlen", "128", "--batch-size", "4", "--device", "cpu"]
+    command += [
+        "--dataset",
+        str(text),
+        "--nsamples",
+        "8",
+        "--seqlen",
+        "128",
+        "--batch-size",
+        "4",
+        "--device",
+        "cpu",
+        *more,
+    ]
     started, peak = time.perf_counter(), 0
     process = subprocess.Popen(command, cwd=ROOT)
     while process.poll() is None:

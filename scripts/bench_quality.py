@@ -47,7 +47,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "signed diagonal mse refine 2": SIGNED | DIAGONAL | {"scale_search": "mse", "refine_sweeps": 2},
     "signed diagonal mse refine 4": SIGNED | DIAGONAL | {"scale_search": "mse", "refine_sweeps": 4},
     "signed diagonal activation refine 2": SIGNED | DIAGONAL | {"scale_search": "activation", "refine_sweeps": 2},
+    "fast": {"preset": "fast"},
     "balanced": {"preset": "balanced"},
+    "balanced none": {"preset": "balanced", "scale_search": "none"},
+    "best 0.5": {"preset": "best", "asymmetric_calibration": 0.5},
+    "best": {"preset": "best"},
+    "best 1": {"preset": "best", "asymmetric_calibration": 1.0},
+    "best none": {"preset": "best", "scale_search": "none"},
     "balanced asym": {"preset": "balanced", "sym": False},
 }
 
@@ -107,7 +113,7 @@ def only_rounding() -> AbstractContextManager[object]:
         (error,) = relative_output_errors(weight, hessian, [nearest])
         return Solution(nearest, error, error)
 
-    return patch("gptq_cli.pipeline.blocks.solve", solve)
+    return patch("gptq_cli.pipeline.solver.solve", solve)
 
 
 def print_row(row: dict[str, Any], rows: list[dict[str, Any]]) -> None:

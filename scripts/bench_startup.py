@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 RUNS = 9
+DEMO = Path(__file__).resolve().parent / "demo" / "model"
 
 
 def seconds(arguments: list[str]) -> float:
@@ -29,6 +30,7 @@ def main() -> int:
             (["--help"], 0.4),
             (["quantize", "--help"], 0.6),
             (["validate-config", str(recipe)], 0.6),
+            (["plan", str(DEMO), "--bits", "4"], 1.5),
         ]
         for arguments, limit in limits:
             seconds(arguments)  # byte code and disk cache

@@ -1,16 +1,76 @@
 #!/usr/bin/env bash
-# What only a GPU can show: Hessians on tensor cores, the solver and the Triton dequantizer on CUDA, against the references.
+# What only a GPU can show, in two calls of under ten minutes each, every part with a time limit and a file of its own.
 #
-#   scripts/gpu_checks.sh [output folder]
+#   scripts/gpu_checks.sh 1 [OUT] [--device cpu] [--tiny]     kernels against the references, parts, Llama-3-8B
+#   scripts/gpu_checks.sh 2 [OUT] [--device cpu] [--tiny]     within 8 GB, 70B and mixture-of-experts blocks, best, profile
 #
-# Runs from the source tree with whatever python has torch, transformers, pytest and pydantic; PYTHON names another one.
-set -euo pipefail
+# Runs from the source tree with whatever python has torch, transformers, tokenizers, pytest, pyyaml and pydantic; PYTHON
+# names another one, WHEELS a folder of wheels that are installed beside it first. A part that fails or takes too long is
+# told of at the end and in OUT/parts.txt, and the other parts run all the same.
+set -uo pipefail
 cd "$(dirname "$0")/.."
-out=${1:-${OUT:-.}}
+call=${1:?which of the two calls: 1 or 2}
+shift
+out=${OUT:-.}
+if [[ ${1:-} && ${1:-} != --* ]]; then out=$1; shift; fi
+device=cuda tiny=
+while [[ $# -gt 0 ]]; do
+  case $1 in
+    --device) device=$2; shift 2 ;;
+    --tiny) tiny=--tiny; shift ;;
+    *) echo "error: no option $1" >&2; exit 2 ;;
+  esac
+done
 python=${PYTHON:-python3}
-"$python" - <<'P'
-import torch, transformers
-assert torch.cuda.is_available(), "no CUDA device"
-print(torch.cuda.get_device_name(), "torch", torch.__version__, "transformers", transformers.__version__)
-P
-"$python" -m pytest -m gpu tests -p no:cacheprovider -o addopts= -rA --junitxml "$out/gpu_checks.xml"
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+mkdir -p "$out"
+if [[ ${WHEELS:-} ]]; then
+  "$python" -m pip install -q --no-index --no-deps --target "$work/site" "$WHEELS"/*.whl || exit 3
+  export PYTHONPATH=$work/site
+fi
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+failed=0
+
+part() { # name, seconds it may take, command
+  local name=$1 limit=$2 started=$SECONDS code=0
+  shift 2
+  [[ $tiny ]] && limit=$((limit * 10)) # a CPU that others use may take its time
+  timeout -k 5 "$limit" "$@" >"$out/$name.log" 2>&1 || code=$?
+  echo "$name: exit code $code after $((SECONDS - started)) s" | tee -a "$out/parts.txt"
+  ((code == 0)) || { failed=1; tail -n 5 "$out/$name.log"; }
+}
+
+run() { # name, seconds, shape, blocks, more arguments
+  local name=$1 limit=$2 shape=$3 blocks=$4
+  shift 4
+  if [[ $tiny ]]; then
+    [[ $shape == qwen3* ]] && shape=tiny-moe || shape=tiny
+    blocks=2
+    set -- "$@" --nsamples 4 --seqlen 64 --batch-size 2 --group-size 32
+  fi
+  part "$name" "$limit" "$python" scripts/bench_run.py --shape "$shape" --blocks "$blocks" --device "$device" \
+    --folder "$work" --json "$out/$name.json" "$@"
+}
+
+engine=(--shape llama-3-8b --runs 3)
+tests=(-m gpu tests/engine tests/pipeline/test_evaluate.py)
+if [[ $tiny ]]; then
+  engine=(--shape tiny --runs 1 --tokens 256 --group-size 32)
+  tests=(tests/engine/test_order.py)
+fi
+
+: >"$out/parts.txt"
+if [[ $call == 1 ]]; then
+  part tests 130 "$python" -m pytest "${tests[@]}" -p no:cacheprovider -o addopts= -rA --junitxml "$out/tests.xml"
+  part measure 110 "$python" scripts/measure_gpu.py --device "$device" $tiny --json "$out/measure.json"
+  part engine 90 "$python" scripts/bench_engine.py --device "$device" "${engine[@]}" --json "$out/engine.json"
+  run llama-3-8b 220 llama-3-8b 32
+else
+  run capped 150 llama-3-8b 16 --cap-gb 8
+  run llama-3-70b 140 llama-3-70b 3
+  run qwen3-30b-a3b 90 qwen3-30b-a3b 2
+  run best 120 llama-3-8b 8 --preset best
+  run profile 60 llama-3-8b 2 --profile "$out/profile.txt"
+fi
+exit $failed

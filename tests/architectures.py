@@ -30,6 +30,7 @@ from tests.families import save_tokenizer, texts
 
 TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 CPU = torch.device("cpu")
+MAX_HINTS = 3  # that are followed
 TOLERANCE = 1e-5  # of the largest logit: both sides compute in float32, most agree bit for bit
 SIZES: dict[str, Any] = {
     "vocab_size": 512,
@@ -172,8 +173,8 @@ def small(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
     known = {field.name for field in dataclasses.fields(config_class)}
     settings: dict[str, Any] = {}
     for name, size in SIZES.items():
-        field = config_class.attribute_map.get(name, name)
-        if field in known:
+        field = next((f for f in (config_class.attribute_map.get(name, name), name) if f in known), None)
+        if field is not None:
             listed = isinstance(default.__dict__.get(field), list)
             settings[field] = [size] * SIZES["num_hidden_layers"] if listed else size
     for part in config_class.sub_configs:
@@ -245,18 +246,21 @@ def quantize_and_compare(model_type: str, model: PreTrainedModel, source: Path, 
 
 
 def quantize(source: Path, output: Path) -> tuple[QuantizeResult, list[str]]:
-    """4 bits, groups of 32; layers whose shape cannot be packed are kept by the rules that the error hints at."""
-    settings = {"bits": 4, "group_size": 32, "dataset": texts(4000), "nsamples": 4, "seqlen": 64, "batch_size": 2}
+    """4 bits, groups of 32; layers that cannot be packed or calibrated are kept by the rules that errors hint at."""
+    settings = {"bits": 4, "group_size": 32, "dataset": texts(4000), "nsamples": 4, "seqlen": 64, "batch_size": 2,
+                "moe_uncovered": "rtn"}  # fmt: skip
     config = QuantizeConfig(**settings, device="cpu")
-    try:
-        return quantize_checkpoint(str(source), output, config), []
-    except GptqError as error:
-        hints = [re.search(r"--dynamic '(.*)'", problem.hint or "") for problem in error.problems]
-        rules = [hint[1] for hint in hints if hint]
-        if error.problems[0].code != "E_SHAPE" or len(rules) < len(hints):
-            raise
-    config = config.model_copy(update={"dynamic": {rule: {} for rule in rules}})
-    return quantize_checkpoint(str(source), output, config), rules
+    kept: list[str] = []
+    for _ in range(MAX_HINTS):
+        try:
+            return quantize_checkpoint(str(source), output, config), kept
+        except GptqError as error:
+            hints = [re.search(r"--dynamic '(.*)'", problem.hint or "") for problem in error.problems]
+            kept += [hint[1] for hint in hints if hint and hint[1] not in kept]
+            if not all(hints):
+                raise
+        config = config.model_copy(update={"dynamic": {rule: {} for rule in kept}})
+    return quantize_checkpoint(str(source), output, config), kept
 
 
 def dequantized(checkpoint: Checkpoint) -> list[tuple[str, Tensor]]:
@@ -270,11 +274,24 @@ def dequantize(checkpoint: Checkpoint, source: Path, directory: Path) -> Path:
     original = open_checkpoint(source)
     tensors = {name: TensorReader(original).read(name) for name in original.tensors}
     for name, weight in dequantized(checkpoint):
+        if name not in tensors:
+            restack(tensors, name, weight)
+            continue
         tensors[name] = min((w for w in (weight, weight.T) if w.shape == tensors[name].shape),
                             key=lambda w: (w - tensors[name]).norm().item())  # fmt: skip
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / "model.safetensors",
               metadata={"format": "pt"})  # fmt: skip
     return directory
+
+
+def restack(tensors: dict[str, Tensor], name: str, weight: Tensor) -> None:
+    """Put the weight of one expert in place of what is nearest to it in the tensors beside it that hold all experts."""
+    holder, number = re.fullmatch(r"(.+)\.[^.]+\.(\d+)\.\w+\.weight", name).groups()
+    stacks = [stack for key, stack in tensors.items() if key.startswith(f"{holder}.") and stack.dim() == 3]
+    matrices = [way for stack in stacks for way in (stack[int(number)], stack[int(number)].T)]
+    rows = len(weight)
+    places = [part for matrix in matrices for part in (matrix[:rows], matrix[-rows:]) if part.shape == weight.shape]
+    min(places, key=lambda part: (part - weight).norm().item()).copy_(weight)
 
 
 def relative(ours: list[Tensor], theirs: list[Tensor]) -> float:

@@ -14,7 +14,7 @@ import re
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Literal
@@ -45,6 +45,8 @@ class Hub:
     gated: frozenset[str]
     url: str = ""
     requests: list[str] = field(default_factory=list)
+    tokens: list[str] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
 
     def commit(self, repo: str) -> str:
         """What revision `main` of a repository resolves to."""
@@ -64,11 +66,21 @@ class Hub:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What the server answers."""
+    """What the server answers; with `cut` the connection closes after so many bytes of the body."""
 
     status: int
     body: bytes = b""
     headers: Mapping[str, str] = field(default_factory=dict)
+    cut: int | None = None
+
+
+@dataclass(slots=True)
+class Fault:
+    """What goes wrong with the next `times` requests that match; a reply of None cuts the real one in half."""
+
+    pattern: str
+    reply: Reply | None
+    times: int = 10**6
 
 
 def answer(hub: Hub, target: str, body: bytes) -> Reply:
@@ -151,16 +163,20 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
-            hub.requests.append(f"{self.command} {self.path}")
+            request = f"{self.command} {self.path}"
+            hub.requests.append(request)
+            hub.tokens.append(self.headers.get("Authorization", ""))
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             reply = _ranged(answer(hub, self.path, body), self.headers.get("Range"))
+            reply = _faulty(hub, request, reply)
             self.send_response(reply.status)
             for name, value in reply.headers.items():
                 self.send_header(name, value)
             self.send_header("Content-Length", str(len(reply.body)))
             self.end_headers()
             if self.command != "HEAD":
-                self.wfile.write(reply.body)
+                self.wfile.write(reply.body[: reply.cut])
+            self.close_connection = reply.cut is not None
 
         do_HEAD = do_GET  # noqa: N815
         do_POST = do_GET  # noqa: N815
@@ -169,6 +185,15 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             """Says nothing: `hub.requests` has it."""
 
     return Handler
+
+
+def _faulty(hub: Hub, request: str, reply: Reply) -> Reply:
+    """The reply, or what a fault makes of it."""
+    for fault in hub.faults:
+        if fault.times > 0 and re.search(fault.pattern, request):
+            fault.times -= 1
+            return replace(reply, cut=len(reply.body) // 2) if fault.reply is None else fault.reply
+    return reply
 
 
 def _ranged(reply: Reply, wanted: str | None) -> Reply:

@@ -112,6 +112,19 @@ def damping_of(energy: Tensor, config: LayerConfig, tokens: int | None) -> Tenso
     return share * energy
 
 
+def follow(weight: Tensor, inputs: Tensor, originals: Tensor, config: LayerConfig) -> Tensor:
+    """The weight [O, I] to quantize for inputs [tokens, I] where the unquantized model has `originals`.
+
+    Ridge regression of what the outputs lack on the inputs, as rows of one least-squares problem.
+    """
+    energy = inputs.square().sum(0)
+    damping = damping_of(energy, config, len(inputs))
+    damping[energy == 0] = 1.0
+    rows = torch.cat([inputs, damping.sqrt().diag()])
+    lacking = torch.cat([(originals - inputs) @ weight.T, torch.zeros(len(energy), len(weight)).double()])
+    return weight + config.asymmetric_calibration * torch.linalg.lstsq(rows, lacking).solution.T
+
+
 def refine(weight: Tensor, damped: Tensor, found: Reference, config: LayerConfig, sweeps: int) -> list[float]:
     """Improve `found` in place for the damped Hessian, group by group, then column by column; the losses after each
     step: least squares for a scale, all codes tried for a weight."""

@@ -25,7 +25,19 @@ def test_every_command_is_in_the_readme(command: str) -> None:
 def test_options_of_the_readme_exist() -> None:
     named = set(re.findall(r"`--([a-z-]+)", README))
     known = {field.replace("_", "-") for field in QuantizeConfig.model_fields}
-    known |= {"asym", "config", "print-config", "overwrite", "json", "model", "baseline", "max-increase", "help"}
+    known |= {
+        "asym",
+        "config",
+        "print-config",
+        "overwrite",
+        "json",
+        "model",
+        "baseline",
+        "max-increase",
+        "help",
+        "full",
+    }
+    known |= {"dry-run", "layer", "text", "report", "verbose", "log-file"}
     known |= {"resume", "max-runtime", "allow-network-fs"}
     assert named <= known
     assert len(named) > 10
@@ -50,7 +62,8 @@ def test_a_file_is_one_idea_and_a_function_half_a_page(path: Path) -> None:
     text = path.read_text()
     assert len(text.splitlines()) <= 400
     functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
-    assert [f.name for f in functions if f.end_lineno and f.end_lineno - f.lineno >= 60] == []
+    # What is counted is the body: a signature that lists every option of a command is no code to follow.
+    assert [f.name for f in functions if f.end_lineno and f.end_lineno - f.body[0].lineno >= 50] == []
 
 
 def test_the_changelog_knows_the_version_or_what_comes() -> None:

@@ -107,7 +107,7 @@ def load_documents(source: DatasetSource) -> Documents:
     """The documents that `source` names, in the order of their files and rows.
 
     Raises ConfigError E_CFG_CONFLICT for a config or split of what has none, and InputError: E_DATA_NOT_FOUND,
-    E_DATA_COLUMN, E_DATA_SCRIPT, E_DATA_EMPTY, E_DATA_ENCODING, E_DATA_FORMAT, E_DATA_CONFIG, E_DATA_SPLIT, E_DATA_HUB.
+    E_DATA_COLUMN, E_DATA_SCRIPT, E_DATA_EMPTY, E_DATA_ENCODING, E_DATA_FORMAT, E_DATA_CONFIG, E_DATA_SPLIT, E_HUB_*.
     Texts read on demand raise the same errors when they are read.
     """
     name = DEFAULT_DATASET if source.dataset is None else source.dataset

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
 from logging import CRITICAL
@@ -12,6 +12,8 @@ from typing import Any
 
 from gptq_cli.calibration.refusals import refusal
 from gptq_cli.errors import InputError
+
+REACH_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +75,22 @@ def open_column(request: LoadRequest, column: str) -> tuple[TextColumn, str | No
     Raises InputError as `refusal` says, and E_DATA_COLUMN if the schema has no such column of strings.
     """
     with refusals(request):
+        if not request.local:
+            _reach_hub(request.path)
         rows, revision = _open(request)
     _check_schema(rows, column, request)
     return TextColumn(rows, column, request), revision
+
+
+def _reach_hub(dataset: str) -> None:
+    """Raises what the Hub's client does when no connection is possible, which `datasets` tries for half a minute."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if not HF_HUB_OFFLINE:
+        with suppress(HfHubHTTPError):  # an answer, whatever it says
+            HfApi().dataset_info(dataset, timeout=REACH_SECONDS, expand=["sha"])
 
 
 def _open(request: LoadRequest) -> tuple[Iterable[Mapping[str, Any]], str | None]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from gptq_cli.errors import InputError
+from gptq_cli.hub import GATED, hub_refusal
 
 ASK = "check the id; a private dataset needs `hf auth login`"
-OFFLINE = "check the network and HF_HUB_OFFLINE, or use a file: --dataset ./text.txt"
-GATED = "accept its terms on its page, then `hf auth login`"
 
 
 def refusal(error: Exception, label: str, *, local: bool, hint: str | None = None) -> InputError | None:
@@ -47,23 +46,18 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _from_hub(error: BaseException, label: str, hint: str | None) -> InputError | None:
-    from datasets.config import HF_HUB_OFFLINE
     from datasets.data_files import EmptyDatasetError
     from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-    if isinstance(error, GatedRepoError) or (isinstance(error, DatasetNotFoundError) and "gated" in str(error)):
-        return InputError("E_DATA_HUB", f"dataset `{label}` is gated on the Hub", hint=GATED)
+    if isinstance(error, DatasetNotFoundError) and "gated" in str(error):
+        return InputError("E_HUB_GATED", f"dataset `{label}` is gated on the Hub", hint=GATED)
     if isinstance(error, (DataFilesNotFoundError, EmptyDatasetError)):
         return InputError("E_DATA_NOT_FOUND", f"dataset `{label}` has no files of text", hint="choose another dataset")
-    if isinstance(error, (DatasetNotFoundError, RepositoryNotFoundError)):
+    missing = isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError)
+    if missing or isinstance(error, DatasetNotFoundError):
         return InputError("E_DATA_NOT_FOUND", f"dataset `{label}` is not on the Hub", hint=hint or ASK)
-    unreachable = isinstance(error, (ConnectionError, TimeoutError, HfHubHTTPError))
-    if unreachable or type(error).__module__.startswith(("httpx", "httpcore")):
-        reason = "offline mode is on and it is not in the cache" if HF_HUB_OFFLINE else _first_line(error)
-        message = f"dataset `{label}` could not be fetched from the Hub: {reason}"
-        return InputError("E_DATA_HUB", message, hint=OFFLINE)
-    return None
+    return hub_refusal(error, f"dataset `{label}`")
 
 
 def _from_request(error: BaseException, label: str) -> InputError | None:

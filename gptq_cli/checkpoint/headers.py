@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 from gptq_cli.errors import InputError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+MAX_SIZE = 2**63 - 1  # of one dimension
+MAX_DIMENSIONS = 64
 
 BITS_OF_DTYPE = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F4": 4,
@@ -42,41 +45,66 @@ class TensorInfo:
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
     """The tensors of one safetensors file by name; InputError E_CKPT_CORRUPT if it is torn or lies about itself."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-            raise _corrupt(file, f"a header of {length} bytes in a file of {size} bytes")
-        raw = stream.read(length)
+    raw, size = _read_raw(file)
     try:
-        entries = json.loads(raw, object_pairs_hook=_unique)
-    except ValueError as error:
+        entries = json.loads(raw, object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as error:
         raise _corrupt(file, f"unreadable header: {error}") from None
     if not isinstance(entries, dict):
         raise _corrupt(file, "the header is not an object")
-    tensors = {
-        name: _tensor(file, name, entry, 8 + length) for name, entry in entries.items() if name != "__metadata__"
-    }
-    _check_cover(file, tensors, 8 + length, size)
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise _corrupt(file, "its metadata is not a mapping of texts")
+    tensors = {name: tensor_info(file, name, entry, 8 + len(raw)) for name, entry in entries.items()}
+    _check_cover(file, tensors, 8 + len(raw), size)
     return tensors
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    if len(set(names)) < len(names):
-        raise ValueError(f"duplicate key {next(name for name in names if names.count(name) > 1)!r}")
-    return dict(pairs)
-
-
-def _tensor(file: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
+def _read_raw(file: Path) -> tuple[bytes, int]:
+    """The JSON of the header, and the size of the file."""
     try:
+        status = file.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise _corrupt(file, "not a regular file")
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if status.st_size < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, status.st_size - 8):
+                raise _corrupt(file, f"a header of {length} bytes in a file of {status.st_size} bytes")
+            raw = stream.read(length)
+    except OSError as error:
+        raise _corrupt(file, f"cannot be read: {error.strerror}") from None
+    if len(raw) < length:
+        raise _corrupt(file, f"a header of {length} bytes, {len(raw)} are there")
+    return raw, status.st_size
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object from its pairs; ValueError if a key comes twice, where readers would take one of the two."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"duplicate key {name!r}")
+        found[name] = value
+    return found
+
+
+def tensor_info(file: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
+    """One entry of a header whose file has its data from byte `data_start` on; InputError E_CKPT_CORRUPT."""
+    try:
+        name.encode()
         dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        bits = BITS_OF_DTYPE[dtype] * math.prod(shape)
+        bits_per_element = BITS_OF_DTYPE[dtype]
     except (KeyError, TypeError, ValueError):
         raise _corrupt(file, f"tensor {name!r} has a malformed entry") from None
-    if not all(isinstance(size, int) and size >= 0 for size in (*shape, start, end)) or (end - start) * 8 != bits:
+    if len(shape) > MAX_DIMENSIONS or not all(map(_is_size, (*shape, start, end))):
+        raise _corrupt(file, f"tensor {name!r} has sizes or offsets that are no numbers of bytes")
+    if (end - start) * 8 != bits_per_element * math.prod(shape):
         raise _corrupt(file, f"tensor {name!r}: {dtype} {list(shape)} does not fit bytes {start} to {end}")
     return TensorInfo(name, dtype, shape, file, data_start + start, data_start + end)
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value <= MAX_SIZE
 
 
 def _check_cover(file: Path, tensors: dict[str, TensorInfo], position: int, size: int) -> None:

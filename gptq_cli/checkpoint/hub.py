@@ -3,10 +3,26 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from gptq_cli.errors import InputError
+from gptq_cli.checkpoint.headers import TensorInfo, tensor_info
+from gptq_cli.checkpoint.source import (
+    INDEX_NAME,
+    Checkpoint,
+    merge_shards,
+    open_checkpoint,
+    read_json,
+    refuse_other_kinds,
+)
+from gptq_cli.errors import GptqError, InputError, ResourceError
+from gptq_cli.hub import hub_refusal
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 SKIPPED = [
     "*.bin",
@@ -21,6 +37,7 @@ SKIPPED = [
     "original/*",
     "onnx/*",
 ]
+SETTINGS = ("config.json", "quantize_config.json")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -37,51 +54,113 @@ def locate_model(model: str, revision: str | None = None) -> ModelSource:
     """The directory of MODEL, downloading a Hub id first; its revision is resolved to a commit once.
 
     What starts with ".", "/" or "~" or exists here is never sent to the Hub. InputError E_MODEL_NOT_FOUND when nothing
-    is there, E_MODEL_HUB when the Hub refuses or cannot be reached.
+    is there, E_HUB_* when the Hub refuses or cannot be reached; ResourceError E_DISK when the cache is full.
     """
+    return _local(model, revision) or _download(_hub_id(model), revision)
+
+
+def peek_model(model: str, revision: str | None = None) -> tuple[ModelSource, Checkpoint]:
+    """MODEL with its config and the headers of its weights; of a Hub id not more than these is fetched.
+
+    The directory of a Hub id holds its configuration only. Raises as `locate_model` and `open_checkpoint` do.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    local = _local(model, revision)
+    if local is None and HF_HUB_OFFLINE:
+        local = _download(_hub_id(model), revision)  # from the cache, or refused
+    if local is not None:
+        return local, open_checkpoint(local.directory)
+    identifier = _hub_id(model)
+    with _hub_errors(identifier, revision):
+        return _peek(HfApi(), identifier, revision)
+
+
+def _local(model: str, revision: str | None) -> ModelSource | None:
     path = Path(model).expanduser()
-    if path.is_dir():
-        if revision is not None:
-            raise InputError("E_MODEL_NOT_FOUND", f"`{model}` is a local directory and has no revision {revision!r}")
-        return ModelSource(path, path.resolve().name, None)
+    if not path.is_dir():
+        return None
+    if revision is not None:
+        raise InputError("E_MODEL_NOT_FOUND", f"`{model}` is a local directory and has no revision {revision!r}")
+    return ModelSource(path, path.resolve().name, None)
+
+
+def _hub_id(model: str) -> str:
     identifier = model.removeprefix("hf://")
-    if model.startswith((".", "/", "~")) or path.exists() or not _HUB_ID.fullmatch(identifier):
+    exists = Path(model).expanduser().exists()
+    if model.startswith((".", "/", "~")) or exists or not _HUB_ID.fullmatch(identifier):
         raise InputError(
             "E_MODEL_NOT_FOUND", f"`{model}` is not a directory", hint="give a model directory or a Hub id"
         )
-    return _download(identifier, revision)
+    return identifier
 
 
 def _download(identifier: str, revision: str | None) -> ModelSource:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
 
-    try:
+    with _hub_errors(identifier, revision):
         directory = Path(snapshot_download(identifier, revision=revision, ignore_patterns=SKIPPED))
-    except GatedRepoError as error:
-        raise _refused(f"`{identifier}` is gated", "accept its terms on the Hub, then log in: hf auth login") from error
-    except RevisionNotFoundError as error:
-        raise _refused(f"`{identifier}` has no revision {revision!r}", "look at its branches on the Hub") from error
-    except RepositoryNotFoundError as error:
-        hint = "check the spelling; for a private model log in: hf auth login"
-        raise InputError(
-            "E_MODEL_NOT_FOUND", f"`{identifier}` is no directory here and no model on the Hub", hint=hint
-        ) from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
-        hint = "check the network (HF_ENDPOINT, HF_HUB_OFFLINE), or download the model and give its directory"
-        raise _refused(f"`{identifier}` could not be downloaded: {_first_line(error)}", hint) from error
     return ModelSource(directory, identifier, directory.name)  # the cache names a snapshot by its commit
 
 
-def _refused(message: str, hint: str) -> InputError:
-    return InputError("E_MODEL_HUB", message, hint=hint)
+def _peek(api: HfApi, identifier: str, revision: str | None) -> tuple[ModelSource, Checkpoint]:
+    from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
+
+    info = api.model_info(identifier, revision=revision)
+    assert info.sha is not None
+    files = {sibling.rfilename for sibling in info.siblings or ()}
+    if "config.json" not in files:
+        refuse_other_kinds(identifier, files)
+        raise InputError("E_CKPT_CONFIG", f"`{identifier}` has no config.json", hint="name a Hugging Face model")
+    fetched = [Path(api.hf_hub_download(identifier, name, revision=info.sha)) for name in SETTINGS if name in files]
+    try:
+        tensors = _remote_tensors(api, identifier, info.sha)
+    except NotASafetensorsRepoError:
+        refuse_other_kinds(identifier, files)
+        message = f"`{identifier}` holds no model.safetensors and no {INDEX_NAME}"
+        raise InputError("E_CKPT_MISSING", message, hint="name a model with safetensors weights") from None
+    except SafetensorsParsingError as error:
+        raise InputError("E_CKPT_CORRUPT", f"`{identifier}`: {_first_line(error)}") from None
+    directory = fetched[0].parent
+    return ModelSource(directory, identifier, info.sha), Checkpoint(directory, read_json(fetched[0]), tensors)
+
+
+def _remote_tensors(api: HfApi, identifier: str, commit: str) -> dict[str, TensorInfo]:
+    """The headers of a Hub model by range requests; offsets count from the end of a file's header."""
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    disable_progress_bars()
+    found = api.get_safetensors_metadata(identifier, revision=commit)
+    shards: dict[str, dict[str, TensorInfo]] = {}
+    for file, header in sorted(found.files_metadata.items()):
+        path = Path(identifier) / file
+        shards[file] = {
+            name: tensor_info(path, name, {"dtype": t.dtype, "shape": t.shape, "data_offsets": t.data_offsets}, 0)
+            for name, t in sorted(header.tensors.items(), key=lambda item: item[1].data_offsets)
+        }
+    return merge_shards(f"{identifier}/{INDEX_NAME}", found.weight_map, shards)
+
+
+@contextmanager
+def _hub_errors(identifier: str, revision: str | None) -> Iterator[None]:
+    """Turn what the Hub, the way to it and its cache refuse into InputError and ResourceError."""
+    try:
+        yield
+    except GptqError:
+        raise
+    except Exception as error:
+        refused = hub_refusal(error, f"model `{identifier}`", revision) or _refused_by_disk(error)
+        if refused is None:
+            raise
+        raise refused from error
+
+
+def _refused_by_disk(error: Exception) -> ResourceError | None:
+    if not isinstance(error, OSError):
+        return None
+    hint = "free some space or move the cache (HF_HOME), then run again: what was fetched is kept"
+    return ResourceError("E_DISK", f"cannot write the Hub's cache: {error.strerror or error}", hint=hint)
 
 
 def _first_line(error: Exception) -> str:

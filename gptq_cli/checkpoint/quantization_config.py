@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
-from gptq_cli.config.rules import keeps
+from gptq_cli.config.rules import expert_part, keeps
 from gptq_cli.config.schema import QuantizeConfig
 
 # Engines that fuse these linears match rules against the fused name.
@@ -20,15 +20,16 @@ FUSED_ALIASES = {
 }
 
 # Fields of this tool alone: they shape codes and scales, and no reader needs or knows them.
-UNKNOWN_TO_READERS = {"signed_scales", "scale_search", "refine_sweeps", "damp_mode"}
+UNKNOWN_TO_READERS = {"signed_scales", "scale_search", "refine_sweeps", "asymmetric_calibration", "damp_mode"}
 
 
 def describe(config: QuantizeConfig, quantized: Iterable[str], kept: Iterable[str]) -> dict[str, Any]:
     """The dict for config.json. `quantized` and `kept` are full names of linears; kept ones lie inside the blocks.
 
     When a linear of a block is kept, both dialects say so: transformers reads `modules_in_block_to_quantize`, GPTQModel
-    and SGLang read `dynamic`. No value is null, `desc_act` is true if and only if a g_idx is not trivial, `format` and
-    `checkpoint_format` agree: each of these was seen to break a reader.
+    and SGLang read `dynamic`. Mixtures say it in `dynamic` alone: transformers 5 cannot load quantized experts at all,
+    and the list would hold tens of thousands of names. No value is null, `desc_act` is true if and only if a g_idx is
+    not trivial, `format` and `checkpoint_format` agree: each of these was seen to break a reader.
     """
     quantized, kept = list(quantized), list(kept)
     chosen = [choice for name in quantized if (choice := config.for_layer(name))]
@@ -53,9 +54,12 @@ def describe(config: QuantizeConfig, quantized: Iterable[str], kept: Iterable[st
         for rule, values in config.dynamic.items()
         if not keeps(rule)
     }
+    mixtures = {part[0] for name in quantized if (part := expert_part(name))}
+    # Engines ask for the settings of all experts of a layer by the name that these share.
+    whole = {part[0]: None for name in kept if (part := expert_part(name)) and part[0] not in mixtures}
     if kept or overrides:
-        described["dynamic"] = {rule: {} for rule in skip_rules(kept)} | overrides
-    if kept:
+        described["dynamic"] = {rule: {} for rule in skip_rules([*kept, *whole])} | overrides
+    if kept and not mixtures:
         described["modules_in_block_to_quantize"] = [quantized]
     return described
 

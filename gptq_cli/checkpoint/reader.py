@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from gptq_cli.checkpoint.gptq_format import SUFFIXES, decode
 from gptq_cli.checkpoint.source import Checkpoint
+from gptq_cli.checkpoint.stored import format_of
 from gptq_cli.engine.layer import QuantizedLinear
 from gptq_cli.engine.triton_dequantize import dequantize_packed
 from gptq_cli.errors import InputError
@@ -41,6 +44,15 @@ class TensorReader:
         tensor: Tensor = self._open[file].get_tensor(name)
         return tensor
 
+    def expect(self, names: Iterable[str]) -> None:
+        """Have the system read these tensors from the disk by itself (Linux): they will be asked for soon."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for file, tensors in groupby((self._tensors[name] for name in names), key=lambda tensor: tensor.file):
+            with file.open("rb") as opened:
+                for tensor in tensors:
+                    os.posix_fadvise(opened.fileno(), tensor.start, tensor.nbytes, os.POSIX_FADV_WILLNEED)
+
 
 class DequantizingReader:
     """A GPTQ checkpoint seen as the full-precision model it stands for: `X.qweight`, ... appear as `X.weight`.
@@ -52,7 +64,7 @@ class DequantizingReader:
     def __init__(self, checkpoint: Checkpoint, device: torch.device, backend: str) -> None:
         self._tensors = checkpoint.tensors
         self._raw = TensorReader(checkpoint)
-        self._settings = gptq_settings(checkpoint)
+        self._format = format_of(checkpoint)
         self._device, self._backend = device, backend
 
     def names(self) -> list[str]:
@@ -67,15 +79,21 @@ class DequantizingReader:
         packed = self._packed(name.removesuffix(".weight"))
         if self._backend == "triton":
             moved = {suffix: tensor.to(self._device) for suffix, tensor in packed.items()}
-            return dequantize_packed(
-                **moved, bits=_bits_of(packed), v2=self._settings["format"] == "gptq_v2", dtype=torch.float32
-            )
-        return decode(packed, _bits_of(packed), self._settings["format"]).dequantize()
+            return dequantize_packed(**moved, bits=_bits_of(packed), v2=self._format == "gptq_v2", dtype=torch.float32)
+        return decode(packed, _bits_of(packed), self._format).dequantize()
+
+    def expect(self, names: Iterable[str]) -> None:
+        """As TensorReader does, for weights and what stands for them."""
+        self._raw.expect(stored for name in names for stored in self._stored(name))
 
     def linear(self, module: str) -> QuantizedLinear:
         """The codes and the grid of one quantized linear."""
         packed = self._packed(module)
-        return decode(packed, _bits_of(packed), self._settings["format"])
+        return decode(packed, _bits_of(packed), self._format)
+
+    def _stored(self, name: str) -> list[str]:
+        parts = (f"{name.removesuffix('.weight')}.{suffix}" for suffix in SUFFIXES)
+        return [name] if name in self._tensors else [part for part in parts if part in self._tensors]
 
     def _packed(self, module: str) -> dict[str, Tensor]:
         absent = [s for s in SUFFIXES if f"{module}.{s}" not in self._tensors and s != "g_idx"]
@@ -85,19 +103,6 @@ class DequantizingReader:
         if "g_idx" not in packed:
             packed["g_idx"] = _trivial_groups(packed)
         return packed
-
-
-def gptq_settings(checkpoint: Checkpoint) -> dict[str, Any]:
-    """`format` ("gptq" or "gptq_v2") of a quantized checkpoint; InputError E_CKPT_QUANTIZED for any other method."""
-    quantization = checkpoint.quantization or {}
-    method = str(quantization.get("quant_method", "gptq")).lower()
-    format = quantization.get("checkpoint_format") or quantization.get("format") or "gptq"
-    if method != "gptq" or format not in ("gptq", "gptq_v2"):
-        raise InputError(
-            "E_CKPT_QUANTIZED", f"`{checkpoint.directory}` is quantized as {method} ({format}), which is not read here",
-            hint="use a full-precision, gptq or gptq_v2 checkpoint",
-        )  # fmt: skip
-    return {"format": format}
 
 
 def quantized_modules(tensors: dict[str, Any]) -> list[str]:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from gptq_cli.checkpoint.headers import TensorInfo, read_header
-from gptq_cli.errors import InputError
+from gptq_cli.checkpoint.headers import TensorInfo, read_header, unique_keys
+from gptq_cli.errors import InputError, Problem
 
 INDEX_NAME = "model.safetensors.index.json"
+CONFIG_NAMES = ("config.json", "quantize_config.json")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".tflite")
 SKIPPED_FOLDERS = {"original", "onnx", "runs"}  # weights in other formats and training logs
+MAX_JSON_BYTES = {"config.json": 5_000_000, "quantize_config.json": 5_000_000, INDEX_NAME: 50_000_000}
+MAX_OTHER_JSON_BYTES = 50_000_000
+MAX_DEPTH = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +30,13 @@ class Checkpoint:
 
     @property
     def quantization(self) -> dict[str, Any] | None:
-        """The `quantization_config` of a checkpoint that is already quantized."""
+        """The `quantization_config` of a checkpoint that is already quantized; E_CKPT_CONFIG if malformed."""
         found = self.config.get("quantization_config")
         if found is None and (self.directory / "quantize_config.json").is_file():
             found = read_json(self.directory / "quantize_config.json")
+        if found is not None and not isinstance(found, dict):
+            hint = "download config.json and quantize_config.json again"
+            raise InputError("E_CKPT_CONFIG", f"the quantization of `{self.directory}` is not a JSON object", hint=hint)
         return found
 
     @property
@@ -43,37 +51,93 @@ class Checkpoint:
         relative = path.relative_to(self.directory)
         hidden = any(part.startswith(".") for part in relative.parts)
         skipped = relative.parts[0] in SKIPPED_FOLDERS or path.name.endswith(".index.json")
-        own = relative.as_posix() in ("config.json", "quantize_config.json")
+        own = relative.as_posix() in CONFIG_NAMES
         return path.is_file() and not (hidden or skipped or own or path.suffix in WEIGHT_SUFFIXES)
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:
-    """The checkpoint in `directory`; InputError E_CKPT_* when files are missing, torn, pickled or disagree."""
+    """The checkpoint in `directory`.
+
+    InputError E_CKPT_* when files are missing, torn, pickled, of a kind that is not read here or disagree, with every
+    file that is; E_UNSAFE_PATH when a name or a link leads out of the directory.
+    """
     if not (directory / "config.json").is_file():
-        _refuse_other_kinds(directory)
+        refuse_other_kinds(str(directory), [path.name for path in directory.iterdir()])
         raise InputError(
             "E_CKPT_CONFIG", f"`{directory}` has no config.json", hint="point to a Hugging Face model directory"
         )
+    for name in (*CONFIG_NAMES, INDEX_NAME):
+        _refuse_escape(directory, directory / name)
     config = read_json(directory / "config.json")
     if not isinstance(config, dict):
         raise InputError("E_CKPT_CONFIG", f"`{directory / 'config.json'}` is not a JSON object")
-    return Checkpoint(directory, config, _read_tensors(directory))
+    checkpoint = Checkpoint(directory, config, _read_tensors(directory))
+    for file in checkpoint.other_files():
+        _refuse_escape(directory, directory / file)
+    _refuse_fp8(checkpoint)
+    checkpoint.quantization  # noqa: B018
+    return checkpoint
 
 
 def read_json(file: Path) -> Any:
-    """The parsed content of a JSON file; InputError E_CKPT_CONFIG if it is not readable as JSON."""
+    """The parsed content of a JSON file; InputError E_CKPT_CONFIG if it is not readable as JSON, too large or too deep.
+
+    Keys that come twice are refused: readers would take either.
+    """
+    limit = MAX_JSON_BYTES.get(file.name, MAX_OTHER_JSON_BYTES)
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise InputError("E_CKPT_CONFIG", f"`{file}` cannot be read as JSON: {error}") from None
+        if file.stat().st_size > limit:
+            raise ValueError(f"it is larger than {limit // 10**6} MB")
+        content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
+        if _depth(content) > MAX_DEPTH:
+            raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
+    except (ValueError, OSError, RecursionError) as error:
+        raise InputError(
+            "E_CKPT_CONFIG", f"`{file}` cannot be read as JSON: {error}", hint="download or copy the file again"
+        ) from None
+    return content
+
+
+def _depth(content: Any) -> int:
+    depth, level = 0, [content]
+    while level := [item for item in level if isinstance(item, dict | list)]:
+        depth += 1
+        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
+    return depth
+
+
+def is_safe_path(directory: Path, name: str) -> bool:
+    """Whether `name` is a plain file name on every system, and a link of that name stays in `directory`.
+
+    The Hub's cache keeps a snapshot's files as links into the `blobs` beside the snapshots; these are its own.
+    """
+    windows = PureWindowsPath(name)
+    if windows.name != name or name in ("", ".", "..") or len(name) > 255 or not name.isprintable():
+        return False
+    return _stays_inside(directory, directory / name)
+
+
+def _stays_inside(directory: Path, file: Path) -> bool:
+    root, target = directory.resolve(), file.resolve()
+    blobs = root.parent.parent / "blobs"
+    return target.is_relative_to(root) or (root.parent.name == "snapshots" and target.is_relative_to(blobs))
+
+
+def _refuse_escape(directory: Path, file: Path) -> None:
+    if not _stays_inside(directory, file):
+        raise InputError(
+            "E_UNSAFE_PATH", f"`{file}` is a link that leads out of its directory, to `{file.resolve()}`",
+            hint="copy the file, or give the directory that it lies in",
+        )  # fmt: skip
 
 
 def _read_tensors(directory: Path) -> dict[str, TensorInfo]:
     if (directory / INDEX_NAME).is_file():
         return _read_sharded(directory)
     files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        _refuse_other_kinds(directory)
+    adapter = (directory / "adapter_config.json").is_file() and all("adapter" in file.name for file in files)
+    if not files or adapter:
+        refuse_other_kinds(str(directory), [path.name for path in directory.iterdir()])
         raise InputError(
             "E_CKPT_MISSING", f"`{directory}` holds no *.safetensors file", hint="download the weights first"
         )
@@ -82,62 +146,105 @@ def _read_tensors(directory: Path) -> dict[str, TensorInfo]:
             "E_CKPT_INDEX", f"`{directory}` holds {len(files)} safetensors files and no {INDEX_NAME}",
             hint=f"download {INDEX_NAME} as well",
         )  # fmt: skip
-    return read_header(directory / "model.safetensors" if len(files) > 1 else files[0])
+    file = directory / "model.safetensors" if len(files) > 1 else files[0]
+    _refuse_escape(directory, file)
+    return read_header(file)
 
 
 def _read_sharded(directory: Path) -> dict[str, TensorInfo]:
     index = directory / INDEX_NAME
-    content = read_json(index)
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise InputError("E_CKPT_INDEX", f"`{index}` has no weight_map from tensor names to file names")
+    weight_map = _weight_map(index)
     names = sorted(set(weight_map.values()))
-    unsafe = [name for name in names if Path(name).name != name or name in ("", ".", "..")]
+    unsafe = [name for name in names if not is_safe_path(directory, name)]
     if unsafe:
-        raise InputError("E_CKPT_UNSAFE", f"`{index}` points outside its directory: {unsafe[0]!r}")
+        raise InputError(
+            "E_UNSAFE_PATH", f"`{index}` points outside its directory: {unsafe[0]!r}",
+            hint="do not use this checkpoint, or download its index again",
+        )  # fmt: skip
+    other = [name for name in names if not name.endswith(".safetensors")]
+    if other:
+        raise InputError("E_CKPT_INDEX", f"`{index}` names a file that is no safetensors file: {other[0]!r}")
     missing = [name for name in names if not (directory / name).is_file()]
     if missing:
         raise InputError(
             "E_CKPT_MISSING", f"`{directory}` lacks {len(missing)} of {len(names)} shards: {', '.join(missing[:3])}",
             hint="finish the download, for example with `hf download MODEL --local-dir DIR`",
         )  # fmt: skip
-    return _merge_shards(index, weight_map, {name: read_header(directory / name) for name in names})
+    return merge_shards(str(index), weight_map, _read_headers(directory, names))
 
 
-def _merge_shards(
-    index: Path, weight_map: dict[str, str], shards: dict[str, dict[str, TensorInfo]]
+def _weight_map(index: Path) -> dict[str, str]:
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise InputError(
+            "E_CKPT_INDEX", f"`{index}` has no weight_map from tensor names to file names",
+            hint="download the index again",
+        )  # fmt: skip
+    return weight_map
+
+
+def _read_headers(directory: Path, names: list[str]) -> dict[str, dict[str, TensorInfo]]:
+    shards: dict[str, dict[str, TensorInfo]] = {}
+    problems: list[Problem] = []
+    for name in names:
+        try:
+            shards[name] = read_header(directory / name)
+        except InputError as error:
+            problems += error.problems
+    if problems:
+        raise InputError.of(problems)
+    return shards
+
+
+def merge_shards(
+    index: str, weight_map: Mapping[str, str], shards: Mapping[str, Mapping[str, TensorInfo]]
 ) -> dict[str, TensorInfo]:
+    """The tensors of all shards, file by file; InputError E_CKPT_INDEX where `weight_map` and headers disagree."""
+    hint = "download the index and the shards again, of one revision"
     tensors: dict[str, TensorInfo] = {}
     for file, header in shards.items():
         for name, tensor in header.items():
             if weight_map.get(name) != file:
                 claimed = weight_map.get(name, "no shard")
-                raise InputError("E_CKPT_INDEX", f"`{index}` puts `{name}` into {claimed}, but {file} holds it")
+                message = f"`{index}` puts `{name}` into {claimed}, but {file} holds it"
+                raise InputError("E_CKPT_INDEX", message, hint=hint)
             tensors[name] = tensor
     absent = [name for name in weight_map if name not in tensors]
     if absent:
-        raise InputError(
-            "E_CKPT_INDEX", f"`{index}` puts `{absent[0]}` into {weight_map[absent[0]]}, which does not hold it"
-        )
+        message = f"`{index}` puts `{absent[0]}` into {weight_map[absent[0]]}, which does not hold it"
+        raise InputError("E_CKPT_INDEX", message, hint=hint)
     return tensors
 
 
-def _refuse_other_kinds(directory: Path) -> None:
-    def holds(*patterns: str) -> bool:
-        return any(next(directory.glob(pattern), None) is not None for pattern in patterns)
+def refuse_other_kinds(directory: str, files: Iterable[str]) -> None:
+    """InputError if what `directory` holds is known to be something else than safetensors weights of a model."""
+    files = list(files)
 
-    if holds("adapter_config.json"):
+    def holds(*endings: str) -> bool:
+        return any(file.endswith(endings) for file in files)
+
+    if "adapter_config.json" in files:
         raise InputError(
             "E_CKPT_KIND",
             f"`{directory}` is an adapter, not a model",
             hint="merge the adapter into its base model first",
         )
-    if holds("*.gguf", "*.onnx"):
+    if holds(".gguf", ".onnx"):
         raise InputError(
             "E_CKPT_KIND", f"`{directory}` holds GGUF or ONNX files", hint="use the safetensors checkpoint"
         )
-    if holds("*.bin", "*.pt", "*.pth", "*.ckpt"):
+    if holds(".bin", ".pt", ".pth", ".ckpt"):
         raise InputError(
             "E_CKPT_PICKLE", f"`{directory}` holds pickled weights only, which can run code when they are loaded",
             hint="convert the weights to safetensors in a place you trust, or find a safetensors revision",
+        )  # fmt: skip
+
+
+def _refuse_fp8(checkpoint: Checkpoint) -> None:
+    found = next((tensor for tensor in checkpoint.tensors.values() if tensor.dtype.startswith(("F8_", "F4"))), None)
+    if found is not None:
+        raise InputError(
+            "E_CKPT_FP8", f"`{checkpoint.directory}` holds {found.dtype} weights, first `{found.name}`",
+            hint="use a float16 or bfloat16 version of the model: 8-bit floats mean nothing without their scales",
         )  # fmt: skip

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from functools import partial
 from importlib import import_module
+from inspect import Parameter, signature
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -19,16 +21,27 @@ from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
 from gptq_cli import __version__
-from gptq_cli.cli.console import report_problems, write, write_result
+from gptq_cli.cli.console import Console, report_problems, talk, write, write_result
 from gptq_cli.cli.signals import name_of
 from gptq_cli.errors import GptqError, Problem, Stopped
 
 # command -> what it does; the function of that name lives in the module of that name, with _ for -
 COMMANDS = {
     "quantize": "Quantize a model to a GPTQ checkpoint.",
+    "plan": "Show what quantize would do, without doing it.",
     "resume": "Go on with a quantization that ended early.",
     "validate-config": "Check a configuration file, and with a model what it would do.",
+    "inspect": "Show what a checkpoint holds: what is quantized how, sizes, origin.",
+    "compare": "Compare two checkpoints: weights, and with --text what they predict.",
+    "convert": "Convert a GPTQ checkpoint between the formats gptq and gptq_v2.",
+    "dequantize": "Turn a GPTQ checkpoint back into plain weights.",
+    "verify": "Check that a GPTQ checkpoint is whole and means the same to every reader.",
     "eval-ppl": "Measure the perplexity of a checkpoint, quantized or not.",
+    "report": "Write a page about a run: errors, time, memory, the command.",
+    "recipes": "List the recipes that --config takes by name, or print one.",
+    "schema": "Print the JSON Schema of the configuration, or of --json output.",
+    "explain": "Explain the code of an error or a warning.",
+    "env": "Print versions, devices and variables for a bug report.",
 }
 BUG, USAGE, INTERRUPTED = 1, 2, 130
 
@@ -52,7 +65,10 @@ class Gptq(TyperGroup):
         _stay_plain_in_pipes()
         words = [_kebab(word) for word in (sys.argv[1:] if args is None else args)]
         run = partial(super().main, words, prog_name or "gptq", complete_var, False, windows_expand_args, **extra)
-        code = exit_code_of(run, as_json="--json" in words)
+        try:
+            code = exit_code_of(run, as_json="--json" in words)
+        finally:
+            talk.end()
         if standalone_mode:
             sys.exit(code)
         return code
@@ -65,6 +81,7 @@ def exit_code_of(run: Callable[[], Any], *, as_json: bool) -> int:
     except TyperException as error:
         return _fail((_usage(error),), USAGE, as_json)
     except GptqError as error:
+        Console().detail(traceback.format_exc())
         return _fail(error.problems, error.exit_code, as_json)
     except Stopped as stop:
         return _fail((_stopped(stop),), stop.exit_code, as_json)
@@ -96,7 +113,8 @@ def _usage(error: TyperException) -> Problem:
     message, _, near = error.format_message().partition(" Did you mean ")
     if possible := getattr(error, "possibilities", None):
         message, near = error.message, f"{get_close_matches(error.message, possible, n=1, cutoff=0)[0]}?"
-    return Problem("E_USAGE", message.rstrip("."), f"did you mean {near}" if near else "see --help")
+    nearest = near.split(",")[0].rstrip("?")
+    return Problem("E_USAGE", message.rstrip("."), f"did you mean {nearest}?" if near else "see --help")
 
 
 def _stay_plain_in_pipes() -> None:
@@ -115,8 +133,28 @@ def _load(name: str) -> Any:
     """The command `name` from its module."""
     function = name.replace("-", "_")
     single = typer.Typer(add_completion=False, rich_markup_mode="rich")
-    single.command(name=name)(getattr(import_module(f"gptq_cli.cli.{function}"), function))
+    single.command(name=name)(_talkative(getattr(import_module(f"gptq_cli.cli.{function}"), function)))
     return typer.main.get_command(single)
+
+
+def _talkative(function: Callable[..., None]) -> Callable[..., None]:
+    """`function` as a command that takes `--verbose` and `--log-file` as well, as every command does."""
+    from gptq_cli.cli.options import LogFile, Verbose
+
+    def run(*, verbose: bool, log_file: Path | None, **said: Any) -> None:
+        talk.begin(verbose=verbose, log_file=log_file)
+        function(**said)
+
+    own = signature(function, eval_str=True)
+    more = [
+        Parameter("verbose", Parameter.KEYWORD_ONLY, default=False, annotation=Verbose),
+        Parameter("log_file", Parameter.KEYWORD_ONLY, default=None, annotation=LogFile),
+    ]
+    parameters = [*own.parameters.values(), *more]
+    run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    run.__doc__ = function.__doc__
+    return run
 
 
 app = typer.Typer(

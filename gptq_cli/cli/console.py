@@ -7,11 +7,16 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, TextIO
+from pathlib import Path
+from time import gmtime
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import typer
 
-from gptq_cli.errors import GptqError, Problem
+from gptq_cli.errors import ConfigError, GptqError, Problem, without_secrets
+
+if TYPE_CHECKING:
+    from logging import FileHandler
 
 SCHEMA = 1
 UNITS = ("B", "KB", "MB", "GB", "TB")
@@ -26,8 +31,17 @@ class Console:
 
     def say(self, line: str) -> None:
         """A line of progress or advice, on stderr; not with `--quiet`."""
-        if not self.quiet:
+        if self.quiet:
+            talk.log(line)
+        else:
             write(sys.stderr, line)
+
+    def detail(self, line: str) -> None:
+        """A line for those who asked for more: on stderr with `--verbose`, in the log file always."""
+        if talk.verbose and not self.quiet:
+            write(sys.stderr, line)
+        else:
+            talk.log(line)
 
     def warn(self, code: str, message: str) -> None:
         """A line on stderr that `--quiet` does not hide."""
@@ -52,6 +66,47 @@ class Console:
             write_result(short if self.quiet else human)
         report_problems(error.problems, error.exit_code, as_json=False)
         raise typer.Exit(error.exit_code)
+
+
+class Talk:
+    """What `--verbose` and `--log-file` ask of everything that is said on stderr, for as long as a command runs."""
+
+    def __init__(self) -> None:
+        self.verbose = False
+        self._handler: FileHandler | None = None
+
+    def begin(self, *, verbose: bool, log_file: Path | None) -> None:
+        """Say more, and keep a copy in a file, with the time of each line; ConfigError E_LOG_FILE if it cannot be."""
+        self.verbose = verbose
+        if log_file is None:
+            return
+        from logging import FileHandler, Formatter
+
+        try:
+            self._handler = FileHandler(log_file, encoding="utf-8")
+        except OSError as error:
+            message = f"cannot write the log file `{log_file}`: {error.strerror}"
+            raise ConfigError("E_LOG_FILE", message, hint="choose another place for --log-file") from None
+        formatter = Formatter("%(asctime)s.%(msecs)03dZ %(message)s", "%Y-%m-%dT%H:%M:%S")
+        formatter.converter = gmtime
+        self._handler.setFormatter(formatter)
+
+    def log(self, text: str) -> None:
+        """The lines of `text` in the log file, if there is one."""
+        if self._handler is not None:
+            from logging import INFO, LogRecord
+
+            for line in visible(text).splitlines():
+                self._handler.emit(LogRecord("gptq", INFO, "", 0, line, None, None))
+
+    def end(self) -> None:
+        """Close the file; what is said later is no longer kept."""
+        if self._handler is not None:
+            self._handler.close()
+        self.verbose, self._handler = False, None
+
+
+talk = Talk()
 
 
 def as_json_text(data: dict[str, Any]) -> str:
@@ -106,6 +161,7 @@ def write_result(text: str) -> None:
 
 def write(stream: TextIO | None, text: str) -> None:
     """`text` on `stream` if it takes it: talk that nobody can hear must not stop a run."""
+    talk.log(text)
     try:
         _print(stream, text)
     except OSError:
@@ -120,7 +176,8 @@ def _print(stream: TextIO | None, text: str) -> None:
 
 
 def visible(text: str) -> str:
-    """`text` without terminal control: names in files could hold escape sequences."""
+    """`text` without terminal control, since names in files could hold escape sequences, and without secrets."""
+    text = without_secrets(text)
     return "".join(letter if letter.isprintable() or letter in "\n\t" else f"\\x{ord(letter):02x}" for letter in text)
 
 

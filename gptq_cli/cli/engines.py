@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from gptq_cli.config.targets import Outcome, Verdict
 
@@ -20,3 +21,8 @@ def engine_lines(judged: Sequence[Verdict]) -> list[str]:
     remarks = [verdict for verdict in judged if verdict.outcome != "yes"]
     lines = [f"{WORDS['yes']} {', '.join(clean)}"] if clean else []
     return lines + [f"{WORDS[verdict.outcome]} {verdict.engine}: {verdict.reason}" for verdict in remarks]
+
+
+def engine_data(judged: Sequence[Verdict]) -> dict[str, Any]:
+    """What each engine makes of a checkpoint, as plain JSON values."""
+    return {verdict.engine: {"outcome": verdict.outcome, "reason": verdict.reason} for verdict in judged}

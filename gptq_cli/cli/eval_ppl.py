@@ -61,7 +61,7 @@ def eval_ppl(
     with Progress(console) as progress:
         result = evaluate_perplexity(model, request, progress)
     spoken = (result.to_json(), _summary(result), f"{result.perplexity:.6g}")
-    failure = None if max_increase is None else _gate(result, max_increase)
+    failure = _gate(result, max_increase)
     if failure:
         console.refused(*spoken, failure)
     console.result(*spoken)
@@ -83,8 +83,15 @@ def _check(said: dict[str, Any]) -> None:
         raise ConfigError("E_CFG_RANGE", f"--max-increase must be a number of 0 or more, got {increase}")
 
 
-def _gate(result: EvalResult, max_increase: float) -> GateError | None:
-    """The failure if perplexity rose by more than `max_increase`, or is not a number."""
+def _gate(result: EvalResult, max_increase: float | None) -> GateError | None:
+    """The failure if perplexity is not a finite number, or rose by more than `max_increase`."""
+    if not math.isfinite(result.perplexity):
+        hint = "try --dtype float32; for a quantized model: gptq verify DIR --full"
+        return GateError(
+            "E_NUM_PPL", f"perplexity is {result.perplexity}: the model's outputs are not usable", hint=hint
+        )
+    if max_increase is None:
+        return None
     assert result.baseline_perplexity is not None
     increase = result.perplexity - result.baseline_perplexity
     if increase <= max_increase:

@@ -48,7 +48,13 @@ Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="model directory or Hub id", show_default=False, rich_help_panel="Input")
 ]
 ConfigFile = Annotated[
-    Path | None, plain("--config", "-c", help="YAML or JSON file; flags and GPTQ_* variables go first", metavar="FILE")
+    Path | None,
+    plain(
+        "--config",
+        "-c",
+        help="YAML or JSON file, or a recipe's name; flags and GPTQ_* variables go first",
+        metavar="FILE",
+    ),
 ]
 Revision = Annotated[
     str | None, plain("--revision", help="branch, tag or commit of a Hub model", metavar="REV", panel="Input")
@@ -70,10 +76,12 @@ TrueSequential = Annotated[
 SignedScales = Annotated[bool | None, setting("signed_scales", "--signed-scales/--no-signed-scales", panel=ALGORITHM)]
 ScaleSearch = Annotated[str | None, setting("scale_search", panel=ALGORITHM)]
 RefineSweeps = Annotated[int | None, setting("refine_sweeps", panel=ALGORITHM)]
+AsymmetricCalibration = Annotated[float | None, setting("asymmetric_calibration", panel=ALGORITHM, metavar="0..1")]
 DampMode = Annotated[str | None, setting("damp_mode", panel=ALGORITHM)]
 DampPercent = Annotated[float | None, setting("damp_percent", panel=ALGORITHM)]
 Preset = Annotated[str | None, setting("preset", panel=ALGORITHM, metavar="NAME")]
 
+MoeUncovered = Annotated[str | None, setting("moe_uncovered", panel=LAYERS)]
 LmHead = Annotated[bool | None, setting("lm_head", "--lm-head/--no-lm-head", panel=LAYERS)]
 Dynamic = Annotated[
     list[str] | None,
@@ -104,6 +112,10 @@ Overwrite = Annotated[bool, plain("--overwrite", help="replace the output when t
 Format = Annotated[str | None, setting("format", panel=OUTPUT)]
 MaxShardSize = Annotated[str | None, setting("max_shard_size", panel=OUTPUT, metavar="SIZE")]
 
+WithReport = Annotated[bool, plain("--report", help="leave a page about the run in the output", panel=OUTPUT)]
+PrintConfig = Annotated[bool, plain("--print-config", help="print the resolved configuration and leave")]
+DryRun = Annotated[bool, plain("--dry-run", "-n", help="show the plan and leave, as gptq plan does")]
+
 Resume = Annotated[
     str | None,
     plain(
@@ -120,7 +132,13 @@ AllowNetworkFs = Annotated[
 ]
 Device = Annotated[str | None, setting("device", panel=RUN, metavar="auto|cpu|cuda:N")]
 DType = Annotated[str | None, setting("dtype", panel=RUN)]
+MaxVram = Annotated[str | None, setting("max_vram", panel=RUN, metavar="SIZE")]
+MaxRam = Annotated[str | None, setting("max_ram", panel=RUN, metavar="SIZE")]
 Backend = Annotated[str | None, setting("backend", panel=RUN)]
 TrustRemoteCode = Annotated[bool | None, setting("trust_remote_code", "--trust-remote-code", panel=RUN)]
 AsJson = Annotated[bool, plain("--json", help="the result, or what went wrong, as one JSON object on stdout")]
 Quiet = Annotated[bool, plain("--quiet", "-q", help="no progress, the shortest result")]
+Verbose = Annotated[bool, plain("--verbose", "-v", help="a line for each layer, the traceback of a failure")]
+LogFile = Annotated[
+    Path | None, plain("--log-file", help="keep what is said on stderr, and what --verbose adds, here", metavar="FILE")
+]

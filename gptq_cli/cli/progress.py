@@ -11,7 +11,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from gptq_cli.cli.console import Console, clock, size, visible
+from gptq_cli.cli.console import Console, clock, size, talk, visible
 from gptq_cli.pipeline.events import (
     BlockFinished,
     BlockStarted,
@@ -64,12 +64,15 @@ class Progress:
 
     def __call__(self, event: Event) -> None:
         self._note(event)
+        if isinstance(event, LayerSolved):
+            self._console.detail(_detail(event.report))
         if isinstance(event, Warned):
             self._console.warn(event.code, event.message)
         elif isinstance(event, Resumed | WorkKept):
             self._console.advise(_about_work(event))
         elif self._live:
             self._live.update(_cropped(self._view()), refresh=isinstance(event, BlockFinished))
+            talk.log(self._line(event) or "")
         elif line := self._line(event):
             self._last_line = self._now()
             self._console.say(line)
@@ -142,6 +145,11 @@ def _planned(event: RunPlanned) -> str:
     sizes = f"{size(event.bytes_before)} -> {size(event.bytes_after)}"
     rate = f"{event.bits_per_weight:.3g} bits a weight"
     return f"plan: {event.n_quantized} layers in {event.n_blocks} blocks{kept}, {sizes}, {rate}"
+
+
+def _detail(report: LayerReport) -> str:
+    how = f"{report.bits} bit group_size {report.group_size} damp {report.damp_percent:g} tokens {report.tokens}"
+    return f"layer {report.name} error {_errors([report])} {how} {report.seconds:.2f} s"
 
 
 def _errors(reports: list[LayerReport]) -> str:

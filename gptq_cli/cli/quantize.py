@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import os
 import re
+import shlex
+import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from statistics import median
+from typing import TYPE_CHECKING, Any
 
 from gptq_cli.cli import options as o
-from gptq_cli.cli.console import Console, clock, size
+from gptq_cli.cli.console import Console, clock, size, visible
 from gptq_cli.cli.engines import engine_lines
 from gptq_cli.cli.progress import Progress
 from gptq_cli.cli.signals import stoppable
@@ -42,11 +45,13 @@ def quantize(
     signed_scales: o.SignedScales = None,
     scale_search: o.ScaleSearch = None,
     refine_sweeps: o.RefineSweeps = None,
+    asymmetric_calibration: o.AsymmetricCalibration = None,
     damp_mode: o.DampMode = None,
     damp_percent: o.DampPercent = None,
     preset: o.Preset = None,
     dynamic: o.Dynamic = None,
     lm_head: o.LmHead = None,
+    moe_uncovered: o.MoeUncovered = None,
     dataset: o.Datasets = None,
     dataset_config: o.DatasetConfig = None,
     dataset_split: o.DatasetSplit = None,
@@ -57,13 +62,17 @@ def quantize(
     seed: o.Seed = None,
     device: o.Device = None,
     dtype: o.DType = None,
+    max_vram: o.MaxVram = None,
+    max_ram: o.MaxRam = None,
     trust_remote_code: o.TrustRemoteCode = None,
     revision: o.Revision = None,
     resume: o.Resume = None,
     max_runtime: o.MaxRuntime = None,
     allow_network_fs: o.AllowNetworkFs = False,
     config: o.ConfigFile = None,
-    print_config: Annotated[bool, o.plain("--print-config", help="print the resolved configuration and leave")] = False,
+    print_config: o.PrintConfig = False,
+    dry_run: o.DryRun = False,
+    report: o.WithReport = False,
     as_json: o.AsJson = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -74,17 +83,29 @@ def quantize(
 
     Example: gptq quantize ./Qwen3-0.6B -b 4 -o ./Qwen3-0.6B-4bit
     """
-    said = {**locals(), "dataset": _one_or_many(dataset), "dynamic": _rules(dynamic)}
-    console = Console(as_json, quiet)
-    resolved = resolve({key: value for key, value in said.items() if key in FIELDS}, os.environ, config)
+    console, resolved = Console(as_json, quiet), resolve(said_fields(locals()), os.environ, config)
     if print_config:
         return _print_config(console, resolved)
+    if dry_run:
+        return _plan(console, resolved, model, output, revision)
     _refuse_missing_path(model)
     for note in resolved.notes:
         console.say(f"note: {note}")
     output = output or Path(default_name(model, resolved.config))
     manner = {"resume": _policy(resume), "max_seconds": seconds(max_runtime), "allow_network_fs": allow_network_fs}
-    return run(console, resolved.config, model, output, overwrite=overwrite, revision=revision, **manner)
+    return run(console, resolved.config, model, output, overwrite=overwrite, page=report, revision=revision, **manner)
+
+
+def _plan(console: Console, resolved: Resolved, model: str, output: Path | None, revision: str | None) -> None:
+    from gptq_cli.cli.plan import show_plan
+
+    show_plan(console, resolved, model, output, revision)
+
+
+def said_fields(said: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of the configuration among the options `said`, as the configuration takes them."""
+    lists = {"dataset": _one_or_many(said["dataset"]), "dynamic": _rules(said["dynamic"])}
+    return {key: value for key, value in {**said, **lists}.items() if key in FIELDS}
 
 
 def default_name(model: str, config: QuantizeConfig) -> str:
@@ -94,16 +115,36 @@ def default_name(model: str, config: QuantizeConfig) -> str:
     return f"{name}-GPTQ-Int{config.bits}-{group}"
 
 
-def run(console: Console, config: QuantizeConfig, model: str, output: Path, *, overwrite: bool, **manner: Any) -> None:
-    """Quantize, show how it goes, print the result; `manner` are the other arguments of `quantize_checkpoint`."""
+def run(
+    console: Console,
+    config: QuantizeConfig,
+    model: str,
+    output: Path,
+    *,
+    overwrite: bool,
+    page: bool = False,
+    **manner: Any,
+) -> None:
+    """Quantize, show how it goes, print the result; `manner` are the other arguments of `quantize_checkpoint`.
+
+    With `page` a report of the run is left in the output.
+    """
     from gptq_cli.pipeline.preflight import preflight
+    from gptq_cli.pipeline.report import BlockLog, check_report, save_report
+
+    if page:
+        check_report()
 
     preflight(model, output, config, overwrite=overwrite)  # cheap refusals before the slow import
 
     from gptq_cli.pipeline.quantize import quantize_checkpoint
 
     with Progress(console) as progress, stoppable(console):
-        result = quantize_checkpoint(model, output, config, overwrite=overwrite, report=progress, **manner)
+        log = BlockLog(progress)
+        result = quantize_checkpoint(model, output, config, overwrite=overwrite, report=log, **manner)
+    if page:
+        said = visible(shlex.join(["gptq", *sys.argv[1:]]))
+        console.say(f"report: {save_report(output, result.to_json(), log, said)}")
     console.result(result.to_json(), _summary(result, config), str(result.output))
 
 
@@ -126,9 +167,25 @@ def _summary(result: QuantizeResult, config: QuantizeConfig) -> str:
         mine = math.fsum(layer.relative_error for layer in result.layers) / len(result.layers)
         rtn = math.fsum(layer.rtn_relative_error for layer in result.layers) / len(result.layers)
         lines.append(f"error  {mine:.2e} mean of {len(result.layers)} layers, round-to-nearest {rtn:.2e}")
+    if result.experts:
+        lines.append(_coverage(result, config))
     lines.append("done   before, by the same command" if result.already_done else f"time   {clock(result.seconds)}")
     layers = [chosen for layer in result.layers if (chosen := config.for_layer(layer.name))]
-    return "\n".join([*lines, *engine_lines(verdicts(Export.of(layers, config.format, config.lm_head)))])
+    export = Export.of(
+        layers,
+        config.format,
+        config.lm_head,
+        names=[layer.name for layer in result.layers],
+        split_experts=bool(result.split_experts),
+    )
+    return "\n".join([*lines, *engine_lines(verdicts(export))])
+
+
+def _coverage(result: QuantizeResult, config: QuantizeConfig) -> str:
+    tokens = [seen for layer in result.experts for seen in layer.tokens]
+    line = f"tokens {min(tokens)} or more for each of {len(tokens)} experts, median {median(tokens):.0f}"
+    uncovered = sum(len(layer.uncovered) for layer in result.experts)
+    return f"{line}; {uncovered} without one: {config.moe_uncovered}" if uncovered else line
 
 
 def _print_config(console: Console, resolved: Resolved) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gptq_cli.cli.console import Console
-from gptq_cli.cli.engines import engine_lines
+from gptq_cli.cli.engines import engine_data, engine_lines
 from gptq_cli.cli.options import AsJson, plain
 from gptq_cli.config.resolve import Resolved, resolve
 from gptq_cli.config.targets import Export, Verdict, verdicts
@@ -58,23 +58,21 @@ def _plan(model: Path, resolved: Resolved) -> tuple[RunPlan, tuple[Verdict, ...]
     config = resolved.config
     plan = plan_run(model, config)
     layers = [layer.config for layer in plan.layers if layer.config]
-    return plan, verdicts(Export.of(layers, config.format, config.lm_head))
+    return plan, verdicts(
+        Export.of(
+            layers,
+            config.format,
+            config.lm_head,
+            names=[layer.name for layer in plan.quantized],
+            split_experts=bool(plan.split_experts),
+        )
+    )
 
 
 def _plan_data(plan: RunPlan, judged: Sequence[Verdict]) -> dict[str, Any]:
-    layers = [
-        {
-            "name": layer.name,
-            "block": layer.block,
-            "shape": [layer.out_features, layer.in_features],
-            "bits": layer.config.bits if layer.config else None,
-            "group_size": layer.config.group_size if layer.config else None,
-            "why": layer.why,
-        }
-        for layer in plan.layers
-    ]
-    engines = {verdict.engine: {"outcome": verdict.outcome, "reason": verdict.reason} for verdict in judged}
-    return {"layers": layers, "engines": engines}
+    from gptq_cli.cli.plan import layer_data
+
+    return {"layers": layer_data(plan), "engines": engine_data(judged)}
 
 
 def _plan_lines(layers: Sequence[LayerPlan]) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Literal
 
 ScaleSearch = Literal["none", "mse", "activation"]
 DampMode = Literal["mean", "diagonal"]
+Uncovered = Literal["error", "rtn", "all-tokens"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,7 @@ class LayerConfig:
     signed_scales: bool = False
     scale_search: ScaleSearch = "none"
     refine_sweeps: int = 0
+    asymmetric_calibration: float = 0.0
     damp_mode: DampMode = "mean"
     damp_percent: float = 0.1
 

@@ -16,6 +16,7 @@ from typing import Any
 from gptq_cli.config.check import FIELDS, field_findings
 from gptq_cli.config.finding import Finding, KeyPath, name_of, nearest
 from gptq_cli.config.optimum import adopt
+from gptq_cli.config.recipe import find_config
 from gptq_cli.config.schema import QuantizeConfig, conflicts, fill
 from gptq_cli.config.yaml_loader import Place, load, parse_scalar
 from gptq_cli.errors import ConfigError, Location, Problem
@@ -91,7 +92,7 @@ def resolve(flags: Mapping[str, Any], env: Mapping[str, str], file: Path | None 
     Raises ConfigError with every problem of every source: E_CFG_FILE, E_CFG_YAML, E_CFG_UNKNOWN_KEY, E_CFG_TYPE,
     E_CFG_RANGE, E_CFG_REGEX, E_CFG_MISSING, E_CFG_CONFLICT.
     """
-    from_file, problems = _read_file(file) if file else (_File({}), [])
+    from_file, problems = _read_file(find_config(file)) if file else (_File({}), [])
     readable = not problems
     sources = [_Source(dict(flags)), _read_environment(env), from_file]
     said_by = {key: source for source in reversed(sources) for key, value in source.values.items() if value is not None}

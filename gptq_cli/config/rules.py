@@ -18,12 +18,25 @@ from gptq_cli.config.yaml_loader import parse_scalar
 KEEP, CHANGE = "-:", "+:"
 
 
+_OF_EXPERT = re.compile(r"(.+\.\d+\..+)\.\d+\.([^.]+)")
+
+
 @dataclass(frozen=True, slots=True)
 class LayerChoice:
     """What happens to one layer and which rule says so; `config` None means it keeps its full precision."""
 
     config: LayerConfig | None
     why: str
+
+
+def expert_part(name: str) -> tuple[str, str] | None:
+    """For a linear of an expert of a block what its layer's experts share and its own last name, else None.
+
+    >>> expert_part("model.layers.0.mlp.experts.7.up_proj")
+    ('model.layers.0.mlp.experts', 'up_proj')
+    """
+    match = _OF_EXPERT.fullmatch(name)
+    return (match[1], match[2]) if match else None
 
 
 def keeps(rule: str) -> bool:

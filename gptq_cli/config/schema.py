@@ -7,7 +7,7 @@ is valid input again and gives an equal one.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Annotated, Any, Literal
@@ -17,7 +17,7 @@ from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
 from gptq_cli.config.finding import Finding, KeyPath, name_of
-from gptq_cli.config.layer import DampMode, LayerConfig, ScaleSearch
+from gptq_cli.config.layer import DampMode, LayerConfig, ScaleSearch, Uncovered
 from gptq_cli.config.presets import DEFAULT_PRESET, PRESETS
 from gptq_cli.config.rules import LayerChoice, first_match, is_listed, keeps, pattern_of
 
@@ -50,7 +50,7 @@ def _group_size(columns: int) -> int:
     return columns
 
 
-def _shard_size(size: int | str) -> int | str:
+def _size(size: int | str) -> int | str:
     size_in_bytes(size)
     return size
 
@@ -77,7 +77,9 @@ GroupSize = Annotated[
 DampPercent = Annotated[float, Field(gt=0, lt=1), Accepts("a number strictly between 0 and 1")]
 Damping = Annotated[DampMode, Accepts("mean or diagonal")]
 Search = Annotated[ScaleSearch, Accepts("none, mse or activation")]
+Strength = Annotated[float, Field(ge=0, le=1), Accepts("a number from 0 to 1")]
 Sweeps = Annotated[int, Field(ge=0), Accepts("a whole number of 0 or more")]
+Size = Annotated[int | str, AfterValidator(_size), Accepts("a size such as 5GB or 500MiB, or a number of bytes")]
 Flag = Annotated[bool, TRUTH]
 Count = Annotated[int, Field(gt=0), Accepts("a whole number of 1 or more")]
 Text = Annotated[str, Field(min_length=1), Accepts("a text that is not empty")]
@@ -98,6 +100,7 @@ class LayerOverrides(TypedDict, total=False):
     signed_scales: Flag
     scale_search: Search
     refine_sweeps: Sweeps
+    asymmetric_calibration: Strength
     damp_mode: Damping
     damp_percent: DampPercent
 
@@ -119,6 +122,9 @@ class QuantizeConfig(BaseModel):
         "none", description="shrink scales to least |error|^2.4 (mse) or error^2 weighted by input energy (activation)"
     )
     refine_sweeps: Sweeps = Field(0, description="rounds of fitting scales, then codes, after a layer is solved")
+    asymmetric_calibration: Strength = Field(
+        0.0, description="how far weights follow the unquantized model's inputs, 0 to 1; above 0 each block runs twice"
+    )
     damp_mode: Damping = Field(
         "mean", description="damp every column alike, or each by its own energy (diagonal), more when tokens are few"
     )
@@ -134,6 +140,10 @@ class QuantizeConfig(BaseModel):
         dict[Rule, LayerOverrides], Accepts("a mapping from `+:regex` or `-:regex` to a mapping of settings")
     ] = Field({}, description="rules for single layers")
     lm_head: Flag = Field(False, description="quantize the output head too")
+    moe_uncovered: Annotated[Uncovered, Accepts("error, rtn or all-tokens")] = Field(
+        "error",
+        description="an expert without calibration tokens: stop, round it to nearest, or calibrate it on all tokens",
+    )
     dataset: Annotated[
         str | list[str] | None, Field(min_length=1), Accepts("a dataset name, a path, or a list of texts")
     ] = Field(None, description="calibration text; null means wikitext2")
@@ -149,9 +159,9 @@ class QuantizeConfig(BaseModel):
     format: Annotated[Literal["gptq", "gptq_v2"], Accepts("gptq or gptq_v2")] = Field(
         "gptq", description="checkpoint format"
     )
-    max_shard_size: Annotated[
-        int | str, AfterValidator(_shard_size), Accepts("a size such as 5GB or 500MiB, or a number of bytes")
-    ] = Field("5GB", description="largest safetensors file written")
+    max_shard_size: Size = Field("5GB", description="largest safetensors file written")
+    max_vram: Size | None = Field(None, description="device memory that may be used; null: what is free")
+    max_ram: Size | None = Field(None, description="host memory that may be used; null: what is free")
     backend: Annotated[Literal["auto", "torch", "triton"] | None, Accepts("auto, torch, triton or null")] = Field(
         None, description="kernel that runs quantized linears when evaluating"
     )
@@ -184,6 +194,16 @@ class QuantizeConfig(BaseModel):
         return size_in_bytes(self.max_shard_size)
 
     @property
+    def max_vram_bytes(self) -> int | None:
+        """Device memory that may be used, in bytes; None if all that is free."""
+        return None if self.max_vram is None else size_in_bytes(self.max_vram)
+
+    @property
+    def max_ram_bytes(self) -> int | None:
+        """Host memory that may be used, in bytes; None if all that is free."""
+        return None if self.max_ram is None else size_in_bytes(self.max_ram)
+
+    @property
     def base(self) -> LayerConfig:
         """Settings of a layer that no `dynamic` rule matches."""
         return LayerConfig(
@@ -196,6 +216,7 @@ class QuantizeConfig(BaseModel):
             signed_scales=self.signed_scales,
             scale_search=self.scale_search,
             refine_sweeps=self.refine_sweeps,
+            asymmetric_calibration=self.asymmetric_calibration,
             damp_mode=self.damp_mode,
             damp_percent=self.damp_percent,
         )
@@ -219,12 +240,9 @@ class QuantizeConfig(BaseModel):
 
 
 def _override(base: LayerConfig, overrides: LayerOverrides) -> LayerConfig:
-    filled: dict[str, Any] = dict(overrides)
-    if filled.get("desc_act") is True:
-        filled.setdefault("act_group_aware", False)
-    if filled.get("sym") is False:
-        filled.setdefault("signed_scales", False)
-    return replace(base, **filled)
+    settings: dict[str, Any] = {key: value for key, value, _ in _implied(overrides)}
+    settings.update(overrides)
+    return replace(base, **settings)
 
 
 def fill(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -239,19 +257,26 @@ def fill(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
         if key not in said:
             said[key], why[key] = value, reason
 
-    if said.get("sym") is False:
-        default("signed_scales", False, "because sym is false")
+    for key, value, reason in _implied(said):
+        default(key, value, reason)
     preset = said.get("preset", DEFAULT_PRESET)
     for key, value in PRESETS.get(preset, {}).items() if isinstance(preset, str) else ():
         default(key, value, f"preset {preset}")
-    if said.get("desc_act") is True:
-        default("act_group_aware", False, "because desc_act is true")
     if said.get("sym") is False or any(rule.get("sym") is False for rule in _override_rules(said)):
         default("format", "gptq_v2", "because sym is false")
     n_samples = said.get("nsamples")
     if type(n_samples) is int and 0 < n_samples < QuantizeConfig.model_fields["batch_size"].default:
         default("batch_size", n_samples, "because there are no more samples")
     return said, why
+
+
+def _implied(said: Mapping[str, Any]) -> Iterator[tuple[str, object, str]]:
+    """What some of `said` means for other fields, whatever a preset has for them."""
+    if said.get("sym") is False:
+        yield "signed_scales", False, "because sym is false"
+    if said.get("desc_act") is True:
+        yield "act_group_aware", False, "because desc_act is true"
+        yield "static_groups", False, "because desc_act is true"
 
 
 def _override_rules(values: Mapping[str, Any]) -> list[dict[str, Any]]:

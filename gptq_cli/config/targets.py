@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gptq_cli.config.layer import LayerConfig
+from gptq_cli.config.rules import expert_part
 
 Outcome = Literal["yes", "limited", "wrong", "no"]
 
 MARLIN_GROUPS = {-1, 32, 64, 128}
+EXPERT_NAMES = {"gate_proj", "up_proj", "down_proj"}
 TORCH_GROUPS = {-1, 16, 32, 64, 128, 256, 512, 1024}
 
 
@@ -28,10 +30,20 @@ class Export:
     mixed: bool
     v2: bool
     lm_head: bool
+    experts: frozenset[str]  # what the linears of experts are called, gate_proj or w1
+    split_experts: bool  # experts of one layer have different settings
 
     @classmethod
-    def of(cls, layers: Iterable[LayerConfig], format: str, lm_head: bool) -> Export:
-        """The export of these quantized layers; static_groups make g_idx trivial whatever desc_act says."""
+    def of(
+        cls,
+        layers: Iterable[LayerConfig],
+        format: str,
+        lm_head: bool,
+        *,
+        names: Iterable[str] = (),
+        split_experts: bool = False,
+    ) -> Export:
+        """The export of these quantized layers, `names`; static_groups make g_idx trivial whatever desc_act says."""
         layers = set(layers)
         return cls(
             bits=frozenset(layer.bits for layer in layers),
@@ -41,6 +53,8 @@ class Export:
             mixed=len({(layer.bits, layer.group_size, layer.sym) for layer in layers}) > 1,
             v2=format == "gptq_v2",
             lm_head=lm_head,
+            experts=frozenset(part[1] for name in names if (part := expert_part(name))),
+            split_experts=split_experts,
         )
 
 
@@ -83,6 +97,7 @@ ENGINES: tuple[_Engine, ...] = (
             _Rule(lambda e: not e.bits <= {4, 8}, "no", "it serves 4 and 8 bits only"),
             _Rule(lambda e: e.asym, "no", "it serves symmetric checkpoints only"),
             _Rule(_odd_groups, "no", "group_size must be -1, 32, 64 or 128"),
+            _Rule(lambda e: e.split_experts, "no", "the experts of a layer must share their settings"),
             _Rule(lambda e: e.real_g_idx, "limited", "desc_act is slow, and refused from 0.30 on"),
             _Rule(lambda e: e.mixed, "limited", "layers it fuses (q, k, v; gate, up) must share their settings"),
             _Rule(lambda e: 8 in e.bits, "limited", "8 bits on GPU only"),
@@ -94,6 +109,7 @@ ENGINES: tuple[_Engine, ...] = (
         (
             _Rule(lambda e: e.v2 and not _marlin(e), "wrong", "its kernel for these settings reads v2 zeros as v1"),
             _Rule(_odd_groups, "no", "group_size must be -1, 32, 64 or 128"),
+            _Rule(lambda e: e.split_experts, "no", "the experts of a layer must share their settings"),
             _Rule(lambda e: not _marlin(e), "limited", "without Marlin: plain float16 kernel"),
             _Rule(lambda e: e.mixed, "limited", "layers it fuses (q, k, v; gate, up) must share their settings"),
         ),
@@ -102,6 +118,7 @@ ENGINES: tuple[_Engine, ...] = (
         "transformers",
         "transformers 5.23 with optimum 2.3 and gptqmodel 7.7, run on CPU in November 2026",
         (
+            _Rule(lambda e: bool(e.experts), "wrong", "it leaves quantized experts random"),
             _Rule(lambda e: e.lm_head, "wrong", "it ignores a quantized lm_head"),
             _Rule(lambda e: e.mixed, "no", "it ignores `dynamic`, all layers must share their settings"),
             _Rule(lambda e: not e.group_sizes <= TORCH_GROUPS, "no", "gptqmodel has no kernel for this group_size"),
@@ -112,6 +129,7 @@ ENGINES: tuple[_Engine, ...] = (
         "gptqmodel",
         "gptqmodel 7.7, run on CPU in November 2026",
         (
+            _Rule(lambda e: not e.experts <= EXPERT_NAMES, "no", "it knows experts as gate_proj, up_proj, down_proj"),
             _Rule(lambda e: e.asym and not e.v2, "no", "it takes asymmetric v1 from itself only: use format gptq_v2"),
             _Rule(lambda e: not e.group_sizes <= TORCH_GROUPS, "no", "no kernel for this group_size"),
             _Rule(lambda e: 4 in e.bits and 16 in e.group_sizes, "limited", "group_size 16 not on CPU"),
@@ -150,6 +168,7 @@ ENGINES: tuple[_Engine, ...] = (
         "auto-round",
         "auto-round 0.15.1, its CPU loader, run in November 2026",
         (
+            _Rule(lambda e: not e.experts <= EXPERT_NAMES, "wrong", "it knows no such names of experts"),
             _Rule(lambda e: e.asym, "no", "its CPU loader takes symmetric checkpoints only"),
             _Rule(lambda e: e.v2, "wrong", "it reads v2 zeros as v1"),
             _Rule(lambda e: e.lm_head, "wrong", "it ignores a quantized lm_head"),

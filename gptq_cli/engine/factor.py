@@ -2,7 +2,8 @@
 
 H + λI = R D Rᵀ with R unit upper triangular and D diagonal. A Cholesky factor is lower triangular; reversing rows and
 columns before and after makes it upper, and no inverse is needed:
-R = flip(cholesky(flip(H + λI))), each column divided by its diagonal entry.
+R = flip(cholesky(flip(H + λI))), each column divided by its diagonal entry; from BLOCKED_FROM columns on by panels, in
+one matrix.
 
 Damping by the mean, λ = ρ mean(diag H) for every column, follows the loudest channels and may exceed all that a quiet
 one carries. Diagonal damping, λ_j = ρ H_jj, shrinks every correlation by 1 + ρ, whatever the units of its channels.
@@ -16,11 +17,13 @@ import torch
 from torch import Tensor
 
 from gptq_cli.config.layer import LayerConfig
+from gptq_cli.engine.cholesky import cholesky_, reverse_
 from gptq_cli.engine.order import ColumnOrder, column_order
 
 DAMPING_STEP = 4.0
 # Correlations that few tokens measured are noise: diagonal damping is 1/2 where there is a token per column.
 COLUMNS_PER_TOKEN = 0.5
+BLOCKED_FROM = 16384
 QUIETEST = 1e-10  # of the loudest channel's energy: below it diagonal damping takes a channel to be as loud
 
 
@@ -75,20 +78,28 @@ def prepare(hessian: Tensor, config: LayerConfig, tokens: int | None = None) -> 
     order = column_order(energy, config)
     dead = energy == 0
     undamped, unit = _diagonal(energy, dead, config)
-    backwards = order.permutation.flip(0)
-    matrix = hessian[backwards[:, None], backwards]
     damp_percent, retries = _first_damping(config, energy.numel(), tokens), 0
     while True:
         damped = undamped + damp_percent * unit
-        matrix.diagonal().copy_(damped[backwards])
-        lower, failed_at = torch.linalg.cholesky_ex(matrix)
-        if not bool(failed_at):
+        R = _upper_factor(hessian, damped, order.permutation)
+        if R is not None:
             break
         damp_percent, retries = _next_damping(damp_percent, config), retries + 1
-    del matrix
-    R = lower.flip(0, 1)
     root = R.diagonal().clone()
     return Prepared(order, R.div_(root), root.square(), dead, energy, damped - energy, damp_percent, retries)
+
+
+def _upper_factor(hessian: Tensor, diagonal: Tensor, permutation: Tensor) -> Tensor | None:
+    backwards = permutation.flip(0)
+    matrix = hessian[backwards[:, None], backwards]
+    matrix.diagonal().copy_(diagonal[backwards])
+    if len(matrix) < BLOCKED_FROM:
+        lower, failed_at = torch.linalg.cholesky_ex(matrix)
+        return None if bool(failed_at) else lower.flip(0, 1)
+    if cholesky_(matrix):
+        return None
+    reverse_(matrix)
+    return matrix
 
 
 def _diagonal(energy: Tensor, dead: Tensor, config: LayerConfig) -> tuple[Tensor, Tensor]:

@@ -13,10 +13,11 @@ SMALLEST_SCALE = 2.0**-14
 
 
 class ScaleRangeError(ArithmeticError):
-    """A scale is not a finite float16 number: the weights are too large for the format, or not finite themselves."""
+    """A scale of `row` is not a finite float16 number: its weights are too large, or not finite themselves."""
 
-    def __init__(self) -> None:
-        super().__init__("a scale is not finite in float16")
+    def __init__(self, row: int) -> None:
+        super().__init__(f"a scale of row {row} is not finite in float16")
+        self.row = row
 
 
 def find_grid(weights: Tensor, bits: int, sym: bool) -> tuple[Tensor, Tensor]:
@@ -70,9 +71,10 @@ def round_to_grid(weights: Tensor, scales: Tensor, zeros: Tensor, bits: int, *, 
 
 
 def check_scales(scales: Tensor) -> None:
-    """Raise `ScaleRangeError` unless every scale is finite; waits for the device once."""
-    if not bool(torch.isfinite(scales).all()):
-        raise ScaleRangeError
+    """Raise `ScaleRangeError` for the first row of scales [O, G] that is not finite; waits for the device once."""
+    finite = torch.isfinite(scales).all(1)
+    if not bool(finite.all()):
+        raise ScaleRangeError(int(finite.logical_not().nonzero()[0]))
 
 
 def round_scales(scales: Tensor) -> Tensor:

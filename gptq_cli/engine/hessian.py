@@ -2,6 +2,8 @@
 
 GPTQ does not change when H is scaled, so it stays a plain sum. H is symmetric: only the blocks on and above the
 diagonal are multiplied out, a little over half of the work, and mirrored when H is asked for.
+
+With the inputs x₀ that the unquantized model has in their place, the shift C = Σ (x₀ - x) xᵀ is summed beside it.
 """
 
 from __future__ import annotations
@@ -19,22 +21,33 @@ SMALLEST_PANEL = 128
 class HessianAccumulator:
     """Sums x xᵀ over the inputs of one or more linear layers that see the same tensor.
 
-    The sum is float32, or float64 once float64 inputs were added. `tokens` counts the rows added so far.
+    The sum is float32, or float64 once float64 inputs were added. `tokens` counts the rows added so far; `shift` [I, I]
+    is Σ (x₀ - x) xᵀ over those that came with their original x₀, None if none did.
     """
 
     def __init__(self, in_features: int, device: torch.device | str) -> None:
         self.tokens = 0
+        self.shift: Tensor | None = None
         self._sum = torch.zeros(in_features, in_features, device=device)
 
     @torch.no_grad()
-    def add(self, inputs: Tensor) -> None:
-        """Add inputs [..., I]; every leading dimension counts tokens, so padding must have been removed."""
+    def add(self, inputs: Tensor, original: Tensor | None = None) -> None:
+        """Add inputs [..., I]; every leading dimension counts tokens, so padding must have been removed.
+
+        `original` [..., I] are the same tokens in the unquantized model.
+        """
         tokens = inputs.reshape(-1, self._sum.shape[0])
         if tokens.dtype == torch.float64:
             self._sum = self._sum.double()
         for chunk in torch.split(tokens, TOKENS_PER_CHUNK):
             self._add_chunk(chunk)
+        if original is not None:
+            self._add_shift(tokens, original.reshape(tokens.shape))
         self.tokens += tokens.shape[0]
+
+    def add_nothing_known(self) -> None:
+        """Add the identity, without tokens: as if all inputs were alike, so that solving is rounding to nearest."""
+        self._sum.diagonal().add_(1)
 
     @property
     def hessian(self) -> Tensor:
@@ -64,6 +77,13 @@ class HessianAccumulator:
                 panel += torch.mm(left, right, out_dtype=torch.float32)
             else:
                 panel.addmm_(left, right)
+
+    def _add_shift(self, tokens: Tensor, original: Tensor) -> None:
+        if self.shift is None:
+            self.shift = torch.zeros_like(self._sum)
+        for chunk, before in zip(tokens.split(TOKENS_PER_CHUNK), original.split(TOKENS_PER_CHUNK), strict=True):
+            inputs = chunk.to(self.shift.dtype)
+            self.shift.addmm_((before.to(self.shift.dtype) - inputs).T, inputs)
 
     def _panels(self) -> Iterator[tuple[int, int]]:
         size = self._sum.shape[0]

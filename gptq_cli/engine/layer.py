@@ -5,7 +5,7 @@ Letters for shapes:  O out_features   I in_features   G groups
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +20,10 @@ class QuantizedLinear:
     zeros: Tensor  # uint8 [O, G], in [1, 2**bits - 1]
     group_of_column: Tensor  # int32 [I]
     bits: int
+
+    def rows(self, rows: slice) -> QuantizedLinear:
+        """The layer that has only these rows, on the same memory."""
+        return replace(self, codes=self.codes[rows], scales=self.scales[rows], zeros=self.zeros[rows])
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [O, I] these codes stand for, computed in float32 and then cast to `dtype`."""

@@ -6,7 +6,6 @@ That is Σ ‖E x‖² / Σ ‖W x‖² over the calibration tokens, without loo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -29,7 +28,7 @@ def relative_output_errors(weight: Tensor, hessian: Tensor, candidates: Sequence
     for start in range(0, weight.shape[0], rows_per_chunk):
         rows = slice(start, start + rows_per_chunk)
         original = weight[rows].to(hessian.dtype)
-        errors = [original - _take_rows(candidate, rows).dequantize(hessian.dtype) for candidate in candidates]
+        errors = [original - candidate.rows(rows).dequantize(hessian.dtype) for candidate in candidates]
         energies += torch.stack([_energy(matrix, hessian) for matrix in (original, *errors)])
     total, *rest = energies.tolist()
     return [energy / total if total else 0.0 for energy in rest]
@@ -45,8 +44,3 @@ def _energy(matrix: Tensor, hessian: Tensor) -> Tensor:
         )
         energy += product.mul_(matrix[:, panel]).sum(dtype=torch.float64)
     return energy
-
-
-def _take_rows(quantized: QuantizedLinear, rows: slice) -> QuantizedLinear:
-    codes, scales, zeros = quantized.codes[rows], quantized.scales[rows], quantized.zeros[rows]
-    return replace(quantized, codes=codes, scales=scales, zeros=zeros)

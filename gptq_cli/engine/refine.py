@@ -21,6 +21,8 @@ from torch import Tensor
 
 from gptq_cli.engine.grid import round_scales, round_to_grid
 from gptq_cli.engine.layer import QuantizedLinear
+from gptq_cli.engine.precision import feedback_precision
+from gptq_cli.engine.triton_solver import fit_codes, fit_scales, uses_kernels
 
 COLUMN_BLOCK = 128
 INNER_BLOCK = 16
@@ -35,6 +37,7 @@ class _State:
     levels: Tensor  # [I, O], codes - zeros
     scales: Tensor  # [G, O]
     zeros: Tensor  # [G, O]
+    group_of: Tensor  # int32 [I]
     bits: int
     signed: bool
 
@@ -70,17 +73,26 @@ def _start(
     damped = hessian[columns[:, None], columns]
     damped.diagonal().add_(damping[columns])
     dtype, group = hessian.dtype, quantized.group_of_column.long()[columns]
-    scales, zeros = (grid.T.to(dtype, copy=True) for grid in (quantized.scales, quantized.zeros))
-    levels = quantized.codes.T[columns].to(dtype).sub_(zeros[group])
-    errors = weight.T[columns].to(dtype) - levels * scales[group]
-    return _State(damped, errors, levels, scales, zeros, quantized.bits, signed)
+    scales, zeros = (grid.to(dtype).T.contiguous() for grid in (quantized.scales, quantized.zeros))
+    levels = quantized.codes.T.index_select(0, columns).to(dtype).sub_(zeros[group])
+    errors = weight.T.index_select(0, columns).to(dtype) - levels * scales[group]
+    return _State(damped, errors, levels, scales, zeros, group.int(), quantized.bits, signed)
+
+
+def _slopes(state: _State, columns: slice) -> Tensor:
+    """P = E H of the columns, [n, O]."""
+    with feedback_precision(state.errors):
+        return state.hessian[columns] @ state.errors
 
 
 def _fit_scale(state: _State, group: int) -> None:
     columns = slice(group * state.columns_per_group, (group + 1) * state.columns_per_group)
     levels, scales = state.levels[columns], state.scales[group]
-    slope = (levels * (state.hessian[columns] @ state.errors)).sum(0)
-    curvature = (levels * (state.hessian[columns, columns] @ levels)).sum(0)
+    slopes, bends = _slopes(state, columns), state.hessian[columns, columns] @ levels
+    if uses_kernels(levels):
+        fit_scales(slopes, bends, levels, state.errors[columns], scales, signed=state.signed)
+        return
+    slope, curvature = (levels * slopes).sum(0), (levels * bends).sum(0)
     best = scales + slope / curvature.clamp(min=torch.finfo(curvature.dtype).tiny)
     step = round_scales(best if state.signed else best.clamp(min=0)) - scales
     lower = step * (curvature * step - 2 * slope) < 0  # the change of the loss, after rounding
@@ -91,7 +103,12 @@ def _fit_scale(state: _State, group: int) -> None:
 
 def _fit_codes(state: _State, start: int, stop: int) -> None:
     """One round of coordinate descent over columns start..stop, whose slopes P are kept up to date among themselves."""
-    slopes = state.hessian[start:stop] @ state.errors
+    columns = slice(start, stop)
+    slopes = _slopes(state, columns)
+    if uses_kernels(slopes):
+        near, grids = state.hessian[columns, columns], (state.scales, state.zeros, state.group_of[columns])
+        fit_codes(slopes, state.errors[columns], state.levels[columns], near, *grids, state.bits)
+        return
     for left in range(start, stop, INNER_BLOCK):
         right = min(left + INNER_BLOCK, stop)
         moves = [_fit_code(state, column, slopes[column - start : right - start]) for column in range(left, right)]

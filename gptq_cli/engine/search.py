@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gptq_cli.config.layer import LayerConfig
 from gptq_cli.engine.grid import find_grid, find_signed_grid, round_scales, round_to_grid
+from gptq_cli.engine.triton_solver import best_candidates, uses_kernels
 
 NORM = 2.4
 SHRINKS = tuple(1 - step / 40 for step in range(25))
@@ -31,6 +32,8 @@ def choose_grid(weights: Tensor, energy: Tensor, config: LayerConfig) -> tuple[T
     """
     if config.scale_search == "none":
         return _whole_range(weights, config)
+    if uses_kernels(weights):
+        return _search_fused(weights, energy, config)
     rows = max(1, WEIGHTS_PER_CHUNK * len(weights) // max(1, weights.numel()))
     found = [_search(chunk, energy, config) for chunk in weights.split(rows)]
     return torch.cat([scales for scales, _ in found]), torch.cat([zeros for _, zeros in found])
@@ -54,16 +57,33 @@ def _search(weights: Tensor, energy: Tensor, config: LayerConfig) -> tuple[Tenso
     return scales, zeros
 
 
-def _candidates(weights: Tensor, config: LayerConfig) -> Iterator[tuple[Tensor, Tensor]]:
-    """Grids of all groups, the whole range first."""
-    scales, zeros = _whole_range(weights, config)
+def _search_fused(weights: Tensor, energy: Tensor, config: LayerConfig) -> tuple[Tensor, Tensor]:
+    grid = _whole_range(weights, config)
+    factors, offsets = weights.new_tensor(_steps(config)).T.contiguous()
+    loudness = energy if config.scale_search == "activation" else None
+    best = best_candidates(weights, loudness, grid, (factors, offsets), config.bits, NORM)
+    return _candidate(grid, factors[best], offsets[best], config)
+
+
+def _steps(config: LayerConfig) -> list[tuple[float, float]]:
+    """Of each candidate what its scale is multiplied by and what is added to its zero; the whole range first."""
     signs = (1, -1) if config.signed_scales else (1,)
     offsets = (0,) if config.sym else (0, -1, 1)
-    for shrink in SHRINKS:
-        for sign in signs:
-            for offset in offsets:
-                shifted = (zeros + offset).clamp_(1, 2**config.bits - 1)
-                yield round_scales(scales * (sign * shrink)), shifted
+    return [(sign * shrink, offset) for shrink in SHRINKS for sign in signs for offset in offsets]
+
+
+def _candidate(
+    grid: tuple[Tensor, Tensor], factor: float | Tensor, offset: float | Tensor, config: LayerConfig
+) -> tuple[Tensor, Tensor]:
+    scales, zeros = grid
+    return round_scales(scales * factor), (zeros + offset).clamp_(1, 2**config.bits - 1)
+
+
+def _candidates(weights: Tensor, config: LayerConfig) -> Iterator[tuple[Tensor, Tensor]]:
+    """Grids of all groups, the whole range first."""
+    grid = _whole_range(weights, config)
+    for factor, offset in _steps(config):
+        yield _candidate(grid, factor, offset, config)
 
 
 def _error(weights: Tensor, scales: Tensor, zeros: Tensor, energy: Tensor, config: LayerConfig) -> Tensor:

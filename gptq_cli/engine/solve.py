@@ -6,7 +6,8 @@ processing order. This is GPTQ (Frantar et al. 2022) in the form of LDLQ (QuIP, 
 no inverse.
 
 Columns are taken in blocks. A block first receives the errors of all columns before it in one product,
-v_B = w_B + E_{<B} R_{<B,B}; inside it errors are passed on at once, through smaller and smaller blocks.
+v_B = w_B + E_{<B} R_{<B,B}; inside it errors are passed on at once: by one kernel on a device that has it, see
+`triton_solver`, else through smaller and smaller blocks.
 
 Letters for shapes:  O out_features   I in_features   G groups   n columns of a block
 Matrices are held transposed, [I, O], so that a column of the layer is contiguous in memory.
@@ -14,6 +15,7 @@ Matrices are held transposed, [I, O], so that a column of the layer is contiguou
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,12 +26,15 @@ from gptq_cli.engine.factor import Prepared
 from gptq_cli.engine.grid import check_scales, round_to_grid, split_groups
 from gptq_cli.engine.layer import QuantizedLinear
 from gptq_cli.engine.output_error import relative_output_errors
+from gptq_cli.engine.precision import feedback_precision
 from gptq_cli.engine.refine import refine
 from gptq_cli.engine.rtn import round_to_nearest
 from gptq_cli.engine.search import choose_grid
+from gptq_cli.engine.triton_solver import MOST_COLUMNS, round_columns, uses_kernels
 
 COLUMN_BLOCK = 128
 INNER_BLOCKS = (128, 32, 8)
+KERNEL_BLOCKS = (MOST_COLUMNS,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +55,11 @@ class _Grid:
     energy: Tensor  # [G, n], diag H of the columns of each group
     config: LayerConfig
 
-    def find(self, group: int, weights: Tensor) -> None:
-        """Fit the group's grid to weights [n, O]."""
-        self.scales[group], self.zeros[group] = choose_grid(weights.T, self.energy[group], self.config)
+    def find(self, group: Tensor, weights: Tensor) -> None:
+        """Fit the grid of a group [1] to weights [n, O]."""
+        scales, zeros = choose_grid(weights.T, self.energy.index_select(0, group)[0], self.config)
+        self.scales.index_copy_(0, group, scales[None])
+        self.zeros.index_copy_(0, group, zeros[None])
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +72,13 @@ class _Block:
     values: Tensor  # [n, O]
     errors: Tensor  # [n, O]
     R: Tensor  # [n, n]
-    group_of: list[int]  # [n]
+    group_of: Tensor  # int32 [n]
 
     def feed(self, start: int, stop: int, end: int) -> None:
         """Pass the errors of columns start..stop on to columns stop..end."""
         if stop < end:
-            self.values[stop:end].addmm_(self.R[start:stop, stop:end].T, self.errors[start:stop])
+            with feedback_precision(self.errors):
+                self.values[stop:end].addmm_(self.R[start:stop, stop:end].T, self.errors[start:stop])
 
     def updated_weights(self, start: int, stop: int) -> Tensor:
         """Columns start..stop as they would best be if nothing were rounded any more, u = w + (v - w) R⁻¹: the weights
@@ -92,15 +100,35 @@ def solve(
     are. Dead columns get the code of zero. `column_block` moves work between products of matrices and of vectors; it
     changes the result by no more than the rounding of sums. Raises ScaleRangeError.
     """
-    quantized = _quantize(weight, prepared, config, column_block)
+    return solve_together([weight], hessian, prepared, config, column_block=column_block)[0]
+
+
+@torch.no_grad()
+def solve_together(
+    weights: Sequence[Tensor],
+    hessian: Tensor,
+    prepared: Prepared,
+    config: LayerConfig,
+    *,
+    column_block: int = COLUMN_BLOCK,
+) -> list[Solution]:
+    """As `solve` for each of several weights [O, I] with the same input, solved as the rows of one.
+
+    The row of a ScaleRangeError counts through all of them.
+    """
+    rows = torch.cat(list(weights)) if len(weights) > 1 else weights[0]
+    quantized = _quantize(rows, prepared, config, column_block)
     if config.refine_sweeps:
-        alive = weight.masked_fill(prepared.dead, 0)
-        quantized = refine(
-            alive, hessian, prepared.damping, quantized, sweeps=config.refine_sweeps, signed=config.signed_scales
-        )
-    baseline = round_to_nearest(weight, config, prepared.order.group_of_column)
-    error, rtn_error = relative_output_errors(weight, hessian, (quantized, baseline))
-    return Solution(quantized, error, rtn_error)
+        alive, signed = rows.masked_fill(prepared.dead, 0), config.signed_scales
+        quantized = refine(alive, hessian, prepared.damping, quantized, sweeps=config.refine_sweeps, signed=signed)
+        del alive
+    baseline = round_to_nearest(rows, config, prepared.order.group_of_column)
+    solutions, start = [], 0
+    for weight in weights:
+        own = slice(start, start := start + len(weight))
+        candidates = (quantized.rows(own), baseline.rows(own))
+        solutions.append(Solution(candidates[0], *relative_output_errors(weight, hessian, candidates)))
+    return solutions
 
 
 def _quantize(weight: Tensor, prepared: Prepared, config: LayerConfig, column_block: int) -> QuantizedLinear:
@@ -112,15 +140,16 @@ def _quantize(weight: Tensor, prepared: Prepared, config: LayerConfig, column_bl
     errors = alive.T.index_select(0, order.permutation)
     del alive
     codes = torch.empty_like(errors, dtype=torch.uint8)
-    group_of = order.group_of_column[order.permutation].tolist()
+    group_of = order.group_of_column[order.permutation]
     width, run = _widths(config.columns_per_group(in_features), order.static_grid, column_block)
     for start in range(0, in_features, width):
         stop = min(start + width, in_features)
-        values = torch.addmm(errors[start:stop], R[:start, start:stop].T, errors[:start])
+        with feedback_precision(errors):
+            values = torch.addmm(errors[start:stop], R[:start, start:stop].T, errors[:start])
         block = _Block(values, errors[start:stop], R[start:stop, start:stop], group_of[start:stop])
         _round_block(block, grid, order.static_grid, run)
         codes[start:stop] = values
-    check_scales(grid.scales)
+    check_scales(grid.scales.T)
     natural = codes[order.permutation.argsort()].T.contiguous()
     scales, zeros = grid.scales.T.contiguous().half(), grid.zeros.T.contiguous().byte()
     return QuantizedLinear(natural, scales, zeros, order.group_of_column, config.bits)
@@ -150,18 +179,20 @@ def _widths(group_size: int, static_grid: bool, column_block: int) -> tuple[int,
 def _round_block(block: _Block, grid: _Grid, static_grid: bool, run: int) -> None:
     """Round a block that has received the errors of all columns before it, one run of columns after the other."""
     n_columns = len(block.group_of)
+    widths = KERNEL_BLOCKS if uses_kernels(block.values) else INNER_BLOCKS
     for start in range(0, n_columns, run):
         stop = min(start + run, n_columns)
         if not static_grid:
-            grid.find(block.group_of[start], block.updated_weights(start, stop))
-        _round_columns(block, grid, start, stop, INNER_BLOCKS)
+            grid.find(block.group_of[start : start + 1].long(), block.updated_weights(start, stop))
+        _round_columns(block, grid, start, stop, widths)
         block.feed(start, stop, n_columns)
 
 
 def _round_columns(block: _Block, grid: _Grid, start: int, stop: int, widths: tuple[int, ...]) -> None:
     """Round columns start..stop, which have received the errors of all columns before `start`."""
     if not widths:
-        _round_one_by_one(block, grid, start, stop)
+        round_few = _round_at_once if uses_kernels(block.values) else _round_one_by_one
+        round_few(block, grid, start, stop)
         return
     for left in range(start, stop, widths[0]):
         right = min(left + widths[0], stop)
@@ -169,9 +200,15 @@ def _round_columns(block: _Block, grid: _Grid, start: int, stop: int, widths: tu
         block.feed(left, right, stop)
 
 
+def _round_at_once(block: _Block, grid: _Grid, start: int, stop: int) -> None:
+    columns = slice(start, stop)
+    values, errors, R = block.values[columns], block.errors[columns], block.R[columns, columns]
+    round_columns(values, errors, R, grid.scales, grid.zeros, block.group_of[columns], grid.config.bits)
+
+
 def _round_one_by_one(block: _Block, grid: _Grid, start: int, stop: int) -> None:
-    for column in range(start, stop):
-        value, error, group = block.values[column], block.errors[column], block.group_of[column]
+    for column, group in enumerate(block.group_of[start:stop].tolist(), start):
+        value, error = block.values[column], block.errors[column]
         scales, zeros = grid.scales[group], grid.zeros[group]
         round_to_grid(value, scales, zeros, grid.config.bits, out=value)
         error.addcmul_(value - zeros, scales, value=-1)

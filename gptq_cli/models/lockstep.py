@@ -17,13 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from threading import Semaphore, Thread
+from threading import Semaphore, Thread, current_thread
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gptq_cli.errors import InputError
-from gptq_cli.models.stages import Hook, Stage, hooked, same_memory
+from gptq_cli.models.stages import Hook, Input, Stage, given, hooked, same_memory
 
 Surroundings = Callable[[], AbstractContextManager[None]]
 
@@ -56,8 +57,8 @@ class WaitingBatches:
         self._batches = [_Batch(number, run, surroundings) for number, run in enumerate(runs)]
         self._moving: _Batch | None = None
 
-    def reach(self, stage: Stage) -> Iterator[Tensor]:
-        """Let each batch run as far as `stage`; yields the input [..., I] that it waits with there."""
+    def reach(self, stage: Stage) -> Iterator[Any]:
+        """Let each batch run as far as `stage`; yields the input, [..., I] or routed, that it waits with there."""
         return self._go_on(stage)
 
     def finish(self) -> Iterator[Tensor]:
@@ -67,9 +68,9 @@ class WaitingBatches:
     def hook(self, stage: Stage, name: str) -> Hook:
         """What linear `name` of `stage` calls before its forward."""
 
-        def meet(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            assert self._moving is not None
-            self._moving.meet(stage, name, args[0])
+        def meet(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if self._moving is not None and self._moving.is_here():  # else a forward that waits for nobody
+                self._moving.meet(stage, name, given(module, args))
 
         return meet
 
@@ -80,7 +81,7 @@ class WaitingBatches:
         for batch in self._batches:
             batch.join()
 
-    def _go_on(self, stage: Stage | None) -> Iterator[Tensor]:
+    def _go_on(self, stage: Stage | None) -> Iterator[Any]:
         for batch in self._batches:
             self._moving = batch
             value = batch.go_on()
@@ -101,14 +102,14 @@ class _Batch:
     def __init__(self, number: int, run: Callable[[], Tensor], surroundings: Surroundings) -> None:
         self.number = number
         self.waits_at: Stage | None = None
-        self._value: Tensor | None = None
+        self._value: Input | None = None
         self._error: BaseException | None = None
         self._released = False
-        self._due: dict[str, Tensor] = {}  # linears yet to be called, with an input that their stage has seen
+        self._due: dict[str, Input] = {}  # linears yet to be called, with an input that their stage has seen
         self._told_to_go, self._stopped = Semaphore(0), Semaphore(0)
         self._thread = Thread(target=self._forward, args=(run, surroundings), name=f"calibration batch {number}")
 
-    def go_on(self) -> Tensor:
+    def go_on(self) -> Input:
         """Run to the first linear of the next stage, `waits_at`, for its input; or to the end, for the output."""
         if self._thread.ident is None:
             self._thread.start()
@@ -125,7 +126,7 @@ class _Batch:
         assert value is not None
         return value
 
-    def meet(self, stage: Stage, name: str, inputs: Tensor) -> None:
+    def meet(self, stage: Stage, name: str, inputs: Input) -> None:
         """Called in the thread of this batch when linear `name` of `stage` is about to be called with `inputs`."""
         if name == stage.names[0]:
             self._stop(stage, inputs)
@@ -136,6 +137,10 @@ class _Batch:
         elif name not in self._due or not same_memory(self._due.pop(name), inputs):
             raise _unlike_the_probe(name, self.number)
 
+    def is_here(self) -> bool:
+        """Whether the caller is in the thread of this batch."""
+        return current_thread() is self._thread
+
     def release(self) -> None:
         self._released = True
         self._told_to_go.release()
@@ -144,7 +149,7 @@ class _Batch:
         if self._thread.ident is not None:
             self._thread.join()
 
-    def _stop(self, stage: Stage | None, value: Tensor | None) -> None:
+    def _stop(self, stage: Stage | None, value: Input | None) -> None:
         self.waits_at, self._value = stage, value
         self._stopped.release()
 

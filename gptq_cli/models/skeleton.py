@@ -13,23 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
 from gptq_cli.errors import InputError
+from gptq_cli.models.experts import find_stacks, separate
+from gptq_cli.models.names import Fusion, Sources, match_names
 
 MAX_OTHER_SHARE = 0.1  # of the blocks' parameters: matrices that no linear layer holds, such as stacked experts
-STACKED = ": stacked matrices, as mixtures of experts have them, cannot be quantized yet"
+STACKED = ": stacked matrices that are not of experts without biases, as transformers describes them"
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True, slots=True)
 class Skeleton:
-    """A causal language model on meta; `sources` maps each parameter to the checkpoint tensor that fills it."""
+    """A causal language model on meta; `sources` tell for each parameter which checkpoint tensor fills it."""
 
     model: PreTrainedModel
-    sources: dict[str, str]
+    sources: Sources
     blocks_name: str
     blocks: nn.ModuleList
 
@@ -67,8 +67,13 @@ def build_skeleton(
     model.eval().requires_grad_(False)
     _keep_in_float32(model, dtype)
     _restore_buffers(model, device)
+    stacks = find_stacks(model)
+    sources = match_names(model, names, stacks)
+    separate(model, stacks)
+    _fill_tied(model, sources.names)
     name, blocks = find_blocks(model)
-    return Skeleton(model, match_names(model, names, name), name, blocks)
+    _check_single(model, name, sources)
+    return Skeleton(model, sources, name, blocks)
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -122,6 +127,16 @@ def check_linears(name: str, blocks: nn.ModuleList) -> None:
         )
 
 
+def _check_single(model: PreTrainedModel, blocks_name: str, sources: Sources) -> None:
+    """InputError E_ARCH for a linear of the blocks that several tensors are fused into."""
+    for key, source in sources.names.items():
+        fused = sources.derived.get(source)
+        owner = model.get_submodule(key.rpartition(".")[0])
+        if isinstance(fused, Fusion) and key.startswith(f"{blocks_name}.") and is_linear(owner):
+            first = next(iter(fused.names.values()))[0]
+            raise InputError("E_ARCH", f"`{first}` is fused with other tensors into `{key}`, which is not supported")
+
+
 def _dimensions(tensor: Tensor) -> int:
     return sum(size > 1 for size in tensor.shape)
 
@@ -130,35 +145,19 @@ def _size(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def match_names(model: PreTrainedModel, names: Iterable[str], blocks_name: str) -> dict[str, str]:
-    """Checkpoint tensor for each parameter and persistent buffer of `model`, as transformers' loading pairs them."""
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+def _fill_tied(model: PreTrainedModel, names: dict[str, str]) -> None:
+    """Add sources of tied parameters to `names`; InputError E_CKPT_INCOMPLETE if a parameter has none."""
     targets = model.state_dict()
-    sources: dict[str, str] = {}
-    for name in names:
-        key, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, targets)
-        if converter is not None and (key in targets or key.startswith(f"{blocks_name}.")):
-            stacked = STACKED if key in targets and _dimensions(targets[key]) > 2 else ""
-            raise InputError(
-                "E_ARCH",
-                f"`{name}` is fused with other tensors into `{key}` of {type(model).__name__}, which is not supported"
-                f"{stacked}",
-            )
-        if key in targets:
-            sources[key] = name
     tied = {target: source for pair in model.all_tied_weights_keys.items() for target, source in (pair, pair[::-1])}
-    for key in set(targets) - set(sources):
-        if tied.get(key) in sources:
-            sources[key] = sources[tied[key]]
-    absent = sorted(set(targets) - set(sources))
+    for key in set(targets) - set(names):
+        if tied.get(key) in names:
+            names[key] = names[tied[key]]
+    absent = sorted(set(targets) - set(names))
     if absent:
         raise InputError(
             "E_CKPT_INCOMPLETE", f"the checkpoint has no tensor for {len(absent)} parameters, first `{absent[0]}`",
             hint="download the checkpoint again",
         )  # fmt: skip
-    return sources
 
 
 def place(module: nn.Module, name: str, tensor: Tensor) -> None:

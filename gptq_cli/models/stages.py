@@ -1,12 +1,13 @@
 """Which linears see the very same input, and in what order: found by running a block once and watching.
 
-A *stage* is such a set: (q, k, v), (o), (gate, up), (down) for Llama; they share one Hessian.
+A *stage* is such a set: (q, k, v), (o), (gate, up), (down) for Llama; they share one Hessian. The experts of a block
+are one stage, under the name of the whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -17,7 +18,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from gptq_cli.models.experts import Experts, Routed
+
 Hook = Callable[[nn.Module, tuple[Any, ...]], None]
+Input = Tensor | Routed  # of a linear, or of the experts of a block
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +74,10 @@ def probe_block(linears: Mapping[str, nn.Module], run: Callable[[], object]) -> 
     storages = _Storages()
 
     def note(name: str) -> Hook:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             nonlocal waiting_bytes
-            inputs.setdefault(name, []).append(storages.identify(args[0]))
+            tensors = [leaf for leaf in tree_leaves(given(module, args)) if leaf is not None]
+            inputs.setdefault(name, []).append(tuple(map(storages.identify, tensors)))
             waiting_bytes = max(waiting_bytes, storages.nbytes)
 
         return hook
@@ -85,31 +90,31 @@ def probe_block(linears: Mapping[str, nn.Module], run: Callable[[], object]) -> 
 def watch_inputs(
     stages: Iterable[Stage],
     linears: Mapping[str, nn.Module],
-    see: Callable[[Stage, Tensor], None],
-    runs: Iterable[Callable[[], object]],
+    see: Callable[[Stage, Input], None],
+    run: Callable[[], object],
 ) -> None:
-    """Run each of `runs`, giving `see` every input of every stage; a run ends once the last input has been seen."""
+    """Run `run`, giving `see` every input of every stage; it ends once the last input has been seen."""
     stages = list(stages)
-    expected = sum(stage.calls for stage in stages)
-    left = expected
+    left = sum(stage.calls for stage in stages)
 
     def seen(stage: Stage) -> Hook:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             nonlocal left
-            see(stage, args[0])
+            see(stage, given(module, args))
             left -= 1
             if not left:
                 raise _Reached
 
         return hook
 
-    with hooked((linears[stage.names[0]], seen(stage)) for stage in stages):
-        for run in runs:
-            left = expected
-            try:
-                run()
-            except _Reached:
-                continue
+    with hooked((linears[stage.names[0]], seen(stage)) for stage in stages), suppress(_Reached):
+        run()
+
+
+def given(module: nn.Module, args: tuple[Any, ...]) -> Input:
+    """What a linear or the experts of a block are called with, as far as calibration is concerned."""
+    found: Input = Routed(*args[:2]) if isinstance(module, Experts) else args[0]
+    return found
 
 
 @contextmanager
@@ -123,8 +128,10 @@ def hooked(pairs: Iterable[tuple[nn.Module, Hook]]) -> Iterator[None]:
             handle.remove()
 
 
-def same_memory(a: Tensor, b: Tensor) -> bool:
+def same_memory(a: Input, b: Input) -> bool:
     """Whether two tensors that are both alive are one and the same numbers."""
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        return a is b
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
 
 

@@ -9,9 +9,10 @@ logits = stream.logits(ids, hidden)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,10 +20,12 @@ from torch import Tensor, nn
 
 from gptq_cli.errors import InputError
 from gptq_cli.models.dependence import check_chain
+from gptq_cli.models.experts import Experts
 from gptq_cli.models.recording import Call, Container, Recorder, share, unfilled
 from gptq_cli.models.skeleton import Skeleton, check_linears, is_linear, is_transposed, place
 
 Read = Callable[[str], Tensor]
+Expect = Callable[[Iterable[str]], None]
 
 
 class _FirstBlockDone(Exception):
@@ -36,18 +39,48 @@ class LoadedBlock:
     module: nn.Module
     linears: dict[str, nn.Module]  # by checkpoint name
     calls: list[Call]
+    experts: dict[str, Experts] = field(
+        default_factory=dict
+    )  # by what the checkpoint's names of their linears begin with
+
+    @property
+    def called(self) -> dict[str, nn.Module]:
+        """What a forward calls by itself: linears that are not of experts, and experts as a whole."""
+        inside = {module for experts in self.experts.values() for module in experts.modules()}
+        return {name: linear for name, linear in self.linears.items() if linear not in inside} | self.experts
 
     def run(self, batch: int, hidden: Tensor) -> Tensor:
         """Hidden states after this block for batch number `batch`."""
         return self.calls[batch].run(self.module, hidden)
 
+    def twin(self) -> LoadedBlock:
+        """A block that holds the weights of this one as they are now, whatever will be put in their place here."""
+        tensors = (*self.module.parameters(), *self.module.buffers())
+        known: dict[int, Any] = {id(tensor): tensor for tensor in tensors}  # shared, not copied
+        module = deepcopy(self.module, known)
+        linears = {name: known[id(linear)] for name, linear in self.linears.items()}
+        experts = {name: known[id(found)] for name, found in self.experts.items()}
+        return LoadedBlock(module, linears, self.calls, experts)
+
 
 class ModelStream:
     """Runs a model block by block, reading each block's tensors when its turn comes and dropping them after."""
 
-    def __init__(self, skeleton: Skeleton, read: Read, device: torch.device, dequantized: Collection[str] = ()) -> None:
-        """`dequantized`: names of weights that `read` gives as [O, I] whatever way round the module holds them."""
-        self._model, self._sources, self._read, self.device = skeleton.model, skeleton.sources, read, device
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        read: Read,
+        device: torch.device,
+        dequantized: Collection[str] = (),
+        expect: Expect | None = None,
+    ) -> None:
+        """`dequantized`: names of weights that `read` gives as [O, I] whatever way round the module holds them.
+
+        `expect` is told what will be read next, while the block before it is at work.
+        """
+        self._model, self._derived, self.device = skeleton.model, skeleton.sources, device
+        self._sources, self._read = skeleton.sources.names, skeleton.sources.reader(read)
+        self._expect = expect
         self._dequantized = dequantized
         self._path, self._list = skeleton.blocks_name, skeleton.blocks
         self._blocks = list(skeleton.blocks)
@@ -86,6 +119,14 @@ class ModelStream:
                 found[self._sources[f"{self.block_name(index)}.{name}.weight"].removesuffix(".weight")] = module
         return found
 
+    def _experts(self, index: int) -> dict[str, Experts]:
+        found = {}
+        for name, module in self._blocks[index].named_modules():
+            if isinstance(module, Experts):
+                first = self._sources[f"{self.block_name(index)}.{name}.0.up_proj.weight"]
+                found[first.rpartition(".0.")[0]] = module
+        return found
+
     def all_linears(self) -> dict[str, bool]:
         """Checkpoint names of every linear of the blocks and the head, and whether it is stored [I, O].
 
@@ -100,6 +141,16 @@ class ModelStream:
                     raise InputError("E_ARCH", f"`{name}` is shared by several blocks, which is not supported")
                 found[name] = is_transposed(module)
         return found
+
+    def stacked_linears(self) -> dict[str, tuple[str, int, int]]:
+        """Of linears that are a part of one tensor of the checkpoint: that tensor, and their rows and columns."""
+        slices = self._derived.slices
+        modules = {name: linear for index in range(self.n_blocks) for name, linear in self.linears(index).items()}
+        return {
+            name: (slices[f"{name}.weight"].stack, *modules[name].get_parameter("weight").shape)
+            for name in modules
+            if f"{name}.weight" in slices
+        }
 
     def stored_weight(self, name: str) -> Tensor:
         """The weight of a linear as the checkpoint stores it, on the device."""
@@ -132,7 +183,11 @@ class ModelStream:
         """Block `index` with its weights on the device; they are dropped on leaving."""
         module = self._blocks[index]
         with self._filled(module, f"{self.block_name(index)}."):
-            yield LoadedBlock(module, self.linears(index), self._calls[index])
+            if self._expect is not None and index + 1 < self.n_blocks:
+                following = f"{self.block_name(index + 1)}."
+                names = [self._sources[f"{following}{name}"] for name in self._blocks[index + 1].state_dict()]
+                self._expect(dict.fromkeys(stored for name in names for stored in self._derived.stored(name)))
+            yield LoadedBlock(module, self.linears(index), self._calls[index], self._experts(index))
 
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:

@@ -7,17 +7,27 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from gptq_cli.pipeline.memory import Memory
+
 DEVICE_SHARE = 4  # hidden states may fill a quarter of the free memory of an accelerator
 
 
 class HiddenStates:
-    """A list of tensors [batch, seqlen, features] that are handed out on `device`, wherever they are kept."""
+    """A list of tensors [batch, seqlen, features] that are handed out on the device, wherever they are kept."""
 
-    def __init__(self, states: Iterable[Tensor], device: torch.device) -> None:
+    def __init__(self, states: Iterable[Tensor], memory: Memory) -> None:
         self._states = list(states)
-        self._device = device
-        if device.type == "cuda" and self.nbytes * DEVICE_SHARE > torch.cuda.mem_get_info(device)[0] + self.nbytes:
+        self._memory, self._device = memory, memory.device
+        if self._device.type == "cuda" and self.nbytes * DEVICE_SHARE > memory.free() + self.nbytes:
             self._states = [state.cpu().pin_memory() for state in self._states]
+
+    def copy(self) -> HiddenStates:
+        """The same states, to go another way from here."""
+        other = HiddenStates((), self._memory)
+        for state in self._states:
+            kept = state.device != self._device  # on the host, and written into: see __setitem__
+            other._states.append(torch.empty_like(state, pin_memory=True).copy_(state) if kept else state)
+        return other
 
     @property
     def nbytes(self) -> int:

@@ -2,40 +2,28 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 
 from torch import Tensor, nn
 
-from gptq_cli.config.layer import LayerConfig
-from gptq_cli.engine.factor import NonFiniteHessianError, NotPositiveDefiniteError, Prepared, prepare
-from gptq_cli.engine.grid import ScaleRangeError
+from gptq_cli.config.layer import Uncovered
 from gptq_cli.engine.hessian import HessianAccumulator
-from gptq_cli.engine.layer import QuantizedLinear
-from gptq_cli.engine.solve import solve
-from gptq_cli.errors import GateError, InputError
-from gptq_cli.models.lockstep import waiting_batches
-from gptq_cli.models.skeleton import place
-from gptq_cli.models.stages import Prober, Stage, watch_inputs
+from gptq_cli.errors import InputError
+from gptq_cli.models.experts import Experts
+from gptq_cli.models.stages import Prober, Stage
 from gptq_cli.models.stream import LoadedBlock, ModelStream
 from gptq_cli.pipeline.activations import HiddenStates
-from gptq_cli.pipeline.events import (
-    BlockStarted,
-    LayerReport,
-    LayerSolved,
-    LayerStarted,
-    PhaseStarted,
-    Report,
-    Warned,
-)
-from gptq_cli.pipeline.memory import WaitingRoom, block_finished, give_back_freed_tensors
+from gptq_cli.pipeline.events import BlockStarted, PhaseStarted, Report
+from gptq_cli.pipeline.experts import RoutedInputs, quantize_experts
+from gptq_cli.pipeline.memory import Memory, WaitingRoom, block_finished, give_back_freed_tensors
+from gptq_cli.pipeline.passage import Passage
 from gptq_cli.pipeline.plan import HEAD, LayerPlan, RunPlan
 from gptq_cli.pipeline.resume import SavedBlocks
-
-Keep = Callable[[LayerPlan, QuantizedLinear], None]
-Runs = Iterable[Callable[[], object]]
+from gptq_cli.pipeline.solver import Keep, LayerSolver
 
 
 def quantize_blocks(
@@ -44,6 +32,8 @@ def quantize_blocks(
     batches: Sequence[Tensor],
     *,
     true_sequential: bool,
+    moe_uncovered: Uncovered = "error",
+    memory: Memory,
     keep: Keep,
     saved: SavedBlocks,
     report: Report,
@@ -52,24 +42,27 @@ def quantize_blocks(
 
     Begins after the blocks that `saved` has, and gives it each finished block; the head counts as the last one.
     GateError E_NUM_* when activations or Hessians are not usable, located by layer; InputError E_ARCH when a planned
-    layer is never called.
+    layer is never called; ResourceError E_OOM if `memory` does not suffice.
     """
     layers = {layer.name: layer for layer in plan.quantized}
-    solver = LayerSolver(stream, keep, report)
+    solver = LayerSolver(stream, keep, report, moe_uncovered)
     give_back_freed_tensors()
     report(PhaseStarted("embeddings", f"{len(batches)} batches"))
-    hidden = HiddenStates(stream.embed(batches), stream.device)
-    prober, room = Prober(), WaitingRoom(stream.device, report)
-    for index in range(saved.restore(stream, [hidden]), stream.n_blocks):
+    hidden = HiddenStates(stream.embed(batches), memory)
+    original = hidden.copy() if plan.asymmetric else None
+    states = [way for way in (hidden, original) if way is not None]
+    prober, room = Prober(), WaitingRoom(memory, report)
+    for index in range(saved.restore(stream, states), stream.n_blocks):
         started = time.perf_counter()
         report(BlockStarted(index, stream.n_blocks, stream.block_name(index)))
         with stream.block(index) as block:
-            quantize_block(block, layers, hidden, solver, prober, room, true_sequential=true_sequential)
-        saved.finished(index, stream, [hidden])
+            quantize_block(block, layers, hidden, original, solver, prober, room, true_sequential=true_sequential)
+        saved.finished(index, stream, states)
         report(block_finished(index, stream, started))
+        memory.check_host()
     if HEAD in layers:
         report(PhaseStarted("head", HEAD))
-        quantize_head(stream, layers, batches, hidden, solver)
+        quantize_head(stream, layers, batches, hidden, original, solver)
         saved.finished(stream.n_blocks, stream, [])
 
 
@@ -77,6 +70,7 @@ def quantize_block(
     block: LoadedBlock,
     layers: Mapping[str, LayerPlan],
     hidden: HiddenStates,
+    original: HiddenStates | None,
     solver: LayerSolver,
     prober: Prober,
     room: WaitingRoom,
@@ -85,57 +79,46 @@ def quantize_block(
 ) -> None:
     """Solve the block's layers, move `hidden` past it; `true_sequential`: each stage sees earlier ones quantized.
 
-    The batches wait inside the block while its stages are solved, if `room` takes them; otherwise the block is run
-    again for each stage, with the same results.
+    `original` passes through the block as it was. As many batches as `room` takes wait inside the block while its
+    stages are solved; for the others the block is run again for each stage, with the same results.
     """
-    linears = {name: linear for name, linear in block.linears.items() if name in layers}
-    runs = [partial(_run, block, hidden, batch) for batch in range(len(hidden))]
-    probe = prober(block.module, block.linears, runs[0])
-    stages = probe.stages(linears)
-    _check_reached(linears, stages)
-    called_once = all(stage.calls == 1 for stage in stages)
-    if true_sequential and called_once and room.takes(len(hidden), probe.waiting_bytes):
-        quantize_in_lockstep(stages, linears, layers, runs, hidden, solver)
-        return
-    for together in [[stage] for stage in stages] if true_sequential else [stages]:
-        quantize_stages(together, linears, layers, runs, solver)
-    for batch, run in enumerate(runs):
-        hidden[batch] = run()
-
-
-def quantize_in_lockstep(
-    stages: Sequence[Stage],
-    linears: Mapping[str, nn.Module],
-    layers: Mapping[str, LayerPlan],
-    runs: Sequence[Callable[[], Tensor]],
-    hidden: HiddenStates,
-    solver: LayerSolver,
-) -> None:
-    """Solve each stage when all `runs` have come to it and wait; `hidden` becomes what they return in the end."""
-    with waiting_batches(stages, linears, runs) as batches:
-        for stage in stages:
-            together = [layers[name] for name in stage.names]
-            hessian = HessianAccumulator(together[0].in_features, solver.device)
-            for inputs in batches.reach(stage):
-                hessian.add(inputs)
-            solver.solve(together, linears, hessian)
-            del hessian  # before there is the next one
-        for batch, output in enumerate(batches.finish()):
-            hidden[batch] = output
+    ways = [Passage.through(block, hidden, layers)]
+    if original is not None:
+        ways.append(Passage.through(block.twin(), original, layers))
+    probe = prober(block.module, block.called, ways[0].runs[0])
+    stages = probe.stages(ways[0].called)
+    _check_reached(ways[0].called, stages)
+    may_wait = true_sequential and all(stage.calls == 1 for stage in stages)
+    n_waiting = room.places(len(hidden), probe.waiting_bytes, len(ways)) if may_wait else 0
+    with ExitStack() as waiting:
+        for way in ways:
+            waiting.enter_context(way.waiting(stages, n_waiting))
+        for together in [[stage] for stage in stages] if true_sequential else [stages]:
+            quantize_stages(together, layers, ways, solver, true_sequential=true_sequential)
+        for way in ways:
+            way.finish()
 
 
 def quantize_stages(
     stages: Sequence[Stage],
-    linears: Mapping[str, nn.Module],
     layers: Mapping[str, LayerPlan],
-    runs: Runs,
+    ways: Sequence[Passage],
     solver: LayerSolver,
+    *,
+    true_sequential: bool,
 ) -> None:
-    """Gather one Hessian a stage over all `runs`, then solve the stage's layers with it."""
-    hessians = {stage: HessianAccumulator(layers[stage.names[0]].in_features, solver.device) for stage in stages}
-    watch_inputs(stages, linears, lambda stage, inputs: hessians[stage].add(inputs), runs)
+    """Gather what each stage sees over all batches, then solve the stage's layers of the first of `ways` with it."""
+    gathered = {stage: _nothing_seen(stage, layers, ways, solver) for stage in stages}
+    for seen in zip(*(way.inputs(stages) for way in ways), strict=True):
+        for calls in zip(*seen, strict=True):
+            stage = calls[0][0]
+            gathered[stage].add(*(inputs for _, inputs in calls))
     for stage in stages:
-        solver.solve([layers[name] for name in stage.names], linears, hessians.pop(stage))
+        inputs = gathered.pop(stage)
+        if isinstance(inputs, RoutedInputs):
+            quantize_experts(inputs, layers, ways[0].linears, solver, true_sequential=true_sequential)
+        else:
+            solver.solve([layers[name] for name in stage.names], ways[0].linears, inputs)
 
 
 def quantize_head(
@@ -143,99 +126,40 @@ def quantize_head(
     layers: Mapping[str, LayerPlan],
     batches: Sequence[Tensor],
     hidden: HiddenStates,
+    original: HiddenStates | None,
     solver: LayerSolver,
 ) -> None:
     """Solve the output head, whose inputs are the final hidden states as the model's own forward normalises them."""
+    linears = {HEAD: stream.output_linear}
     with stream.head() as logits:
-        runs = (partial(logits, ids, hidden[batch]) for batch, ids in enumerate(batches))
-        quantize_stages([Stage((HEAD,), 1)], {HEAD: stream.output_linear}, layers, runs, solver)
+
+        def passage(states: HiddenStates) -> Passage:
+            runs = [partial(_head, logits, ids, states, n) for n, ids in enumerate(batches)]
+            return Passage(linears, linears, runs, states)
+
+        ways = [passage(states) for states in (hidden, original) if states is not None]
+        quantize_stages([Stage((HEAD,), 1)], layers, ways, solver, true_sequential=True)
 
 
-class LayerSolver:
-    """Solves layers that share an input, puts the dequantized weights back and hands the codes to `keep`."""
-
-    def __init__(self, stream: ModelStream, keep: Keep, report: Report) -> None:
-        self._stream, self._keep, self._report = stream, keep, report
-        self.device = stream.device
-
-    def solve(self, layers: Sequence[LayerPlan], linears: Mapping[str, nn.Module], inputs: HessianAccumulator) -> None:
-        """Quantize `layers`, all of which have seen `inputs`."""
-        hessian = inputs.hessian
-        prepared: dict[LayerConfig, Prepared] = {}
-        for layer in layers:
-            assert layer.config is not None
-            started = time.perf_counter()
-            self._report(LayerStarted(layer.name))
-            with located(layer):
-                if layer.config not in prepared:
-                    prepared[layer.config] = prepare(hessian, layer.config, inputs.tokens)
-                factor = prepared[layer.config]
-                weight = self._stream.stored_weight(layer.name)
-                solution = solve(weight.T if layer.transposed else weight, hessian, factor, layer.config)
-            linear = linears[layer.name]
-            dequantized = solution.quantized.dequantize(linear.get_parameter("weight").dtype)
-            place(linear, "weight", dequantized.T if layer.transposed else dequantized)
-            self._keep(layer, solution.quantized)
-            self._warn(layer, factor)
-            self._report(
-                LayerSolved(
-                    LayerReport(
-                        name=layer.name,
-                        block=layer.block,
-                        bits=layer.config.bits,
-                        group_size=layer.config.group_size,
-                        relative_error=solution.relative_error,
-                        rtn_relative_error=solution.rtn_relative_error,
-                        damp_percent=factor.damp_percent,
-                        damp_retries=factor.retries,
-                        dead_columns=factor.dead_columns,
-                        tokens=inputs.tokens,
-                        seconds=time.perf_counter() - started,
-                    )
-                )
-            )
-
-    def _warn(self, layer: LayerPlan, factor: Prepared) -> None:
-        if factor.retries:
-            used = f"damp_percent was raised to {factor.damp_percent:g} to make its Hessian positive definite"
-            self._report(Warned("W_NUM_DAMPING", f"layer `{layer.name}`: {used}"))
-        if factor.dead_columns:
-            seen = f"{factor.dead_columns} of {layer.in_features} inputs were always zero, their weights become zero"
-            self._report(Warned("W_NUM_DEAD", f"layer `{layer.name}`: {seen}"))
+def _head(logits: Callable[[Tensor, Tensor], Tensor], ids: Tensor, hidden: HiddenStates, batch: int) -> Tensor:
+    return logits(ids, hidden[batch])
 
 
-@contextmanager
-def located(layer: LayerPlan) -> Iterator[None]:
-    """Turn what the maths refuses into an error that names the layer."""
-    where = f"layer `{layer.name}` (block {layer.block})"
-    try:
-        yield
-    except NonFiniteHessianError as error:
-        raise GateError(
-            "E_NUM_ACT",
-            f"{where}: its inputs hold NaN or infinity",
-            hint="run the model in float32 or bfloat16: --dtype float32",
-        ) from error
-    except NotPositiveDefiniteError as error:
-        raise GateError(
-            "E_NUM_HESSIAN", f"{where}: {error}",
-            hint=f"use more calibration text, or keep the layer: --dynamic '-:{layer.name}'",
-        ) from error  # fmt: skip
-    except ScaleRangeError as error:
-        raise InputError(
-            "E_CKPT_NONFINITE", f"{where}: its weights are not finite or beyond the range of float16",
-            hint="download the checkpoint again, or keep the layer with --dynamic",
-        ) from error  # fmt: skip
-
-
-def _run(block: LoadedBlock, hidden: HiddenStates, batch: int) -> Tensor:
-    return block.run(batch, hidden[batch])
+def _nothing_seen(
+    stage: Stage, layers: Mapping[str, LayerPlan], ways: Sequence[Passage], solver: LayerSolver
+) -> HessianAccumulator | RoutedInputs:
+    name = stage.names[0]
+    experts = [module for way in ways if isinstance(module := way.called[name], Experts)]
+    return RoutedInputs(name, experts) if experts else HessianAccumulator(layers[name].in_features, solver.device)
 
 
 def _check_reached(linears: Mapping[str, nn.Module], stages: Sequence[Stage]) -> None:
     missed = sorted(set(linears) - {name for stage in stages for name in stage.names})
     if missed:
+        kinds = dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".[0-9]+", name).replace(".", "[.]") for name in missed)
         raise InputError(
-            "E_ARCH", f"the model's forward never calls `{missed[0]}`, so it cannot be calibrated",
-            hint=f"keep it: --dynamic '-:{missed[0]}'",
-        )  # fmt: skip
+            "E_ARCH",
+            f"the model's forward never calls {len(missed)} linears of the block, so they cannot be calibrated, "
+            f"first `{missed[0]}`",
+            hint=f"keep them: --dynamic '-:({'|'.join(kinds)})$'",
+        )

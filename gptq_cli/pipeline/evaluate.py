@@ -15,13 +15,14 @@ from gptq_cli.calibration.corpus import DatasetSource, Documents, load_documents
 from gptq_cli.calibration.sampling import Windows, check_token_ids, evaluation_windows
 from gptq_cli.checkpoint.hub import locate_model
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
+from gptq_cli.checkpoint.verify import verify_checkpoint
 from gptq_cli.errors import InputError
 from gptq_cli.evaluation.perplexity import Divergence, Perplexity
 from gptq_cli.models.stream import ModelStream
 from gptq_cli.models.tokenizer import load_encoder
 from gptq_cli.pipeline.activations import HiddenStates
 from gptq_cli.pipeline.events import BlockStarted, PhaseStarted, Report, ignore
-from gptq_cli.pipeline.memory import block_finished
+from gptq_cli.pipeline.memory import Memory, block_finished
 from gptq_cli.pipeline.record import Record
 from gptq_cli.pipeline.setup import (
     CONFIG_FILE,
@@ -33,6 +34,7 @@ from gptq_cli.pipeline.setup import (
 )
 
 DEFAULT_SEQLEN = 2048
+WRONG_NUMBERS = {"E_CKPT_ZEROS", "E_CKPT_GROUPS", "E_CKPT_SCALES", "E_CKPT_NONFINITE", "E_CKPT_SHAPE"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,8 @@ def evaluate_perplexity(model: str, request: EvalRequest, report: Report = ignor
     checkpoints = [open_checkpoint(locate_model(model, request.revision).directory)]
     if request.baseline is not None:
         checkpoints.append(open_checkpoint(locate_model(request.baseline).directory))
+    for checkpoint in checkpoints:
+        _refuse_wrong_numbers(checkpoint)
     backend = resolve_backend(request.backend or _recorded_backend(checkpoints[0]), device)
     record = Record(report)
     with torch.inference_mode(), memory_errors():
@@ -139,6 +143,16 @@ class _Run:
     hidden: HiddenStates
 
 
+def _refuse_wrong_numbers(checkpoint: Checkpoint) -> None:
+    """A quantized checkpoint that would be decoded to other weights than were meant has no perplexity of its own."""
+    if checkpoint.quantization is None:
+        return
+    for defect in verify_checkpoint(checkpoint.directory).defects:
+        if defect.code in WRONG_NUMBERS:
+            hint = f"all of it: gptq verify {checkpoint.directory}"
+            raise InputError(defect.code, f"`{checkpoint.directory}`, {defect.place}: {defect.message}", hint=hint)
+
+
 def _recorded_backend(checkpoint: Checkpoint) -> str | None:
     """The `backend` of the configuration that a checkpoint of ours was made with."""
     file = checkpoint.directory / CONFIG_FILE
@@ -176,7 +190,7 @@ def _run(
     )
     for ids in batches:
         check_token_ids(ids, stream.vocabulary_rows)
-    hidden = HiddenStates(stream.embed(batches), device)
+    hidden = HiddenStates(stream.embed(batches), Memory(device))
     for index in range(stream.n_blocks):
         started = time.perf_counter()
         report(BlockStarted(index, stream.n_blocks, stream.block_name(index)))

@@ -32,7 +32,8 @@ class RunPlanned:
 class LayerReport:
     """One solved layer. Errors are relative to the layer's output energy on the calibration tokens:
     tr(E H E') / tr(W H W'); `rtn_relative_error` is the same for round-to-nearest on the min/max grid of its groups.
-    `damp_percent` is what was used, in the configuration's `damp_mode`."""
+    `damp_percent` is what was used, in the configuration's `damp_mode`. Layers solved together share their `seconds` by
+    their weights."""
 
     name: str
     block: int
@@ -64,6 +65,20 @@ class LayerStarted:
 @dataclass(frozen=True, slots=True)
 class LayerSolved:
     report: LayerReport
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsCovered:
+    """How many calibration tokens each expert of a layer was sent; a token counts once for each expert it is sent to.
+
+    `name` is what the names of the experts' linears begin with, `uncovered` are the numbers of experts without a token.
+    """
+
+    name: str
+    tokens: tuple[int, ...]
+    min_tokens: int
+    median_tokens: float
+    uncovered: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +118,16 @@ class WorkKept:
 
 
 Event = (
-    PhaseStarted | RunPlanned | BlockStarted | LayerStarted | LayerSolved | BlockFinished | Warned | Resumed | WorkKept
+    PhaseStarted
+    | RunPlanned
+    | BlockStarted
+    | LayerStarted
+    | LayerSolved
+    | ExpertsCovered
+    | BlockFinished
+    | Warned
+    | Resumed
+    | WorkKept
 )
 Report = Callable[[Event], None]
 

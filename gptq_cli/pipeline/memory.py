@@ -7,10 +7,12 @@ import os
 import resource
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from gptq_cli.errors import ResourceError
 from gptq_cli.models.stream import ModelStream
 from gptq_cli.pipeline.events import BlockFinished, Report, Warned
 
@@ -76,27 +78,67 @@ def give_back_freed_tensors() -> None:
         mallopt(_M_MMAP_THRESHOLD, MAPPED_BYTES)
 
 
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What a run may take, in bytes; None: whatever is free."""
+
+    device: torch.device
+    max_device_bytes: int | None = None
+    max_host_bytes: int | None = None
+
+    def free(self) -> int:
+        """Bytes that tensors on the device may still take."""
+        on_device = self.device.type == "cuda"
+        limit = self.max_device_bytes if on_device else self.max_host_bytes
+        free = free_bytes(self.device)
+        if limit is None:
+            return free
+        held = torch.cuda.memory_allocated(self.device) if on_device else host_bytes()
+        return max(0, min(free, limit - held))
+
+    def enforce(self) -> None:
+        """Have torch refuse to take more of an accelerator than is allowed."""
+        if self.device.type == "cuda" and self.max_device_bytes is not None:
+            total = torch.cuda.get_device_properties(self.device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, self.max_device_bytes / total), self.device)
+
+    def check_host(self) -> None:
+        """ResourceError E_OOM if the process holds more host memory than it may."""
+        held = host_bytes()
+        if self.max_host_bytes is not None and held > self.max_host_bytes:
+            allowed = f"max_ram allows {self.max_host_bytes / 1e9:.2f} GB"
+            raise ResourceError(
+                "E_OOM", f"the run holds {held / 1e9:.2f} GB of host memory, {allowed}",
+                hint="use a smaller --batch-size, --seqlen or --nsamples, or a larger --max-ram",
+            )  # fmt: skip
+
+
 class WaitingRoom:
-    """Decides for each block whether all batches may wait inside it, and says once when they may not."""
+    """Decides for each block how many batches may wait inside it, and says once when not all of them may."""
 
-    def __init__(self, device: torch.device, report: Report) -> None:
-        self._device, self._report, self._told = device, report, False
+    def __init__(self, memory: Memory, report: Report) -> None:
+        self._memory, self._report, self._told = memory, report, False
 
-    def takes(self, n_batches: int, bytes_each: int) -> bool:
-        """Whether `n_batches` that hold `bytes_each` while they wait fit half of the free memory, and their threads."""
-        needed, threads = n_batches * bytes_each, n_batches
-        if self._device.type == "cuda":
-            needed += n_batches * CUBLAS_WORKSPACE_BYTES
+    def places(self, n_batches: int, bytes_each: int, ways: int = 1) -> int:
+        """How many of `n_batches` fit half of the free memory, and their threads, if each holds `bytes_each` on each
+        of its `ways` while it waits."""
+        threads_each = ways
+        bytes_each = ways * bytes_each
+        if self._memory.device.type == "cuda":
+            bytes_each += ways * CUBLAS_WORKSPACE_BYTES
         else:
-            threads *= torch.get_num_threads()  # OpenMP keeps a team of threads for each thread that computes
-        free = free_bytes(self._device)
-        fits = needed <= WAITING_SHARE * free and threads <= MAX_WAITING_THREADS
-        if not (fits or self._told):
+            threads_each *= torch.get_num_threads()  # OpenMP keeps a team of threads for each thread that computes
+        free = self._memory.free()
+        by_memory = int(WAITING_SHARE * free) // bytes_each if bytes_each else n_batches
+        places = max(0, min(n_batches, by_memory, MAX_WAITING_THREADS // threads_each))
+        if places < n_batches and not self._told:
             self._told = True
-            why = f"they would hold {needed / 1e9:.1f} GB of {free / 1e9:.1f} GB free memory, and {threads} threads"
-            slower = "so each block is run again for every stage"
-            self._report(Warned("W_MEM_REPLAY", f"{n_batches} batches cannot wait inside a block: {why}; {slower}"))
-        return fits
+            needed, threads = n_batches * bytes_each, n_batches * threads_each
+            why = f"all would hold {needed / 1e9:.1f} GB of {free / 1e9:.1f} GB free memory, and {threads} threads"
+            slower = "the block is run again for every stage with the others"
+            who = f"{places} of {n_batches} batches wait inside a block"
+            self._report(Warned("W_MEM_REPLAY", f"{who}, {slower}: {why}"))
+        return places
 
 
 def _fields(file: Path) -> dict[str, str]:

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from gptq_cli.checkpoint.headers import BITS_OF_DTYPE, TensorInfo
 from gptq_cli.checkpoint.layout import Layout, TensorSpec, packed_specs, plan_layout
+from gptq_cli.checkpoint.orientation import stores_transposed
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from gptq_cli.config.layer import LayerConfig
-from gptq_cli.config.rules import unmatched_rules
+from gptq_cli.config.rules import expert_part, unmatched_rules
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import ConfigError, InputError, Problem
 
@@ -21,11 +22,15 @@ HEAD = "lm_head"
 _IN_LIST = re.compile(r"^(?P<list>.*?)\.(?P<index>\d+)\.(?P<inner>.+)\.weight$")
 
 
+Stacked = tuple[str, int, int]  # the tensor that holds a linear, out_features, in_features
+
+
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
     """One linear layer: `config` None means that it stays as it is, and `why` says for what reason.
 
-    `transposed`: the source stores its weight [I, O], as GPT-2 does; quantized it is [O, I] as every other.
+    `transposed`: the source stores its weight [I, O], as GPT-2 does; quantized it is [O, I] as every other. `stack` is
+    the source tensor that holds `weight` beside those of other experts; a tensor of its own it becomes here.
     """
 
     name: str
@@ -36,6 +41,7 @@ class LayerPlan:
     why: str
     weight: TensorInfo
     transposed: bool = False
+    stack: str | None = None
 
     @property
     def groups(self) -> int:
@@ -67,6 +73,20 @@ class RunPlan:
         return tuple(layer for layer in self.layers if layer.config is None)
 
     @property
+    def asymmetric(self) -> bool:
+        """Whether some layer is calibrated on what the unquantized model does as well."""
+        return any(layer.config and layer.config.asymmetric_calibration > 0 for layer in self.layers)
+
+    @property
+    def split_experts(self) -> list[str]:
+        """Experts of one layer, by the name they share, that do not all have the same settings."""
+        settings: dict[str, set[LayerConfig | None]] = defaultdict(set)
+        for layer in self.layers:
+            if part := expert_part(layer.name):
+                settings[part[0]].add(layer.config)
+        return [name for name, found in settings.items() if len(found) > 1]
+
+    @property
     def copied(self) -> list[TensorInfo]:
         """Source tensors that reach the output unchanged."""
         return [tensor for name, tensor in self.source.tensors.items() if name in self.layout.specs]
@@ -83,12 +103,18 @@ def plan_run(model_dir: Path, config: QuantizeConfig) -> RunPlan:
     return plan_checkpoint(open_checkpoint(model_dir), config)
 
 
-def plan_checkpoint(source: Checkpoint, config: QuantizeConfig, linears: Mapping[str, bool] | None = None) -> RunPlan:
+def plan_checkpoint(
+    source: Checkpoint,
+    config: QuantizeConfig,
+    linears: Mapping[str, bool] | None = None,
+    stacked: Mapping[str, Stacked] | None = None,
+) -> RunPlan:
     """What becomes of each tensor of `source`.
 
     `linears`, the names of the model's linear modules and whether each is stored [I, O], tells 2-D tensors that are no
-    linears apart when the model is at hand. ConfigError E_SHAPE lists every layer that cannot be packed, E_CFG_NO_MATCH
-    every rule that matches nothing; InputError E_CKPT_QUANTIZED refuses a quantized source, E_ARCH one without repeated
+    linears apart when the model is at hand, and `stacked` where those are that share a tensor. ConfigError E_SHAPE
+    lists every layer that cannot be packed, E_CFG_NO_MATCH every rule that matches nothing, E_CFG_CONFLICT rules
+    that keep a part of a tensor; InputError E_CKPT_QUANTIZED refuses a quantized source, E_ARCH one without repeated
     blocks or with linears of blocks elsewhere.
     """
     if source.quantization is not None:
@@ -98,12 +124,17 @@ def plan_checkpoint(source: Checkpoint, config: QuantizeConfig, linears: Mapping
             hint="start from the full-precision model it was made from",
         )  # fmt: skip
     blocks, found = find_block_linears(source.tensors.values(), linears)
-    layers = [_choose(blocks, tensor, config, linears) for tensor in found]
+    routers = find_routers(source.tensors.values(), blocks)
+    layers = [_choose(source, blocks, tensor, config, linears, routers) for tensor in found]
+    layers += [_choose_stacked(blocks, source, config, name, place) for name, place in (stacked or {}).items()]
+    layers.sort(key=lambda layer: layer.block)
     _check_found(layers, linears or {})
     if config.lm_head:
         layers.append(_head(source, config, len({layer.block for layer in layers})))
-    _check_rules(config, layers)
+    if linears is not None or not _has_stacks(source, blocks):
+        _check_rules(config, layers)
     _check_shapes(layers)
+    _check_stacks(layers)
     return RunPlan(
         source=source,
         blocks=blocks,
@@ -111,6 +142,31 @@ def plan_checkpoint(source: Checkpoint, config: QuantizeConfig, linears: Mapping
         layers=tuple(layers),
         layout=_lay_out(source, layers, config.max_shard_bytes),
     )
+
+
+def find_routers(tensors: Iterable[TensorInfo], blocks: str) -> set[str]:
+    """Names of the weights that choose or weigh experts: beside experts, with one row, or with one for each of them."""
+    single = re.compile(rf"({re.escape(blocks)}\.\d+(?:\..+)?)\.[^.]+\.(\d+)\.[^.]+\.weight")
+    n_experts: dict[str, int] = {}
+    others = []
+    for tensor in tensors:
+        if match := single.fullmatch(tensor.name):
+            n_experts[match[1]] = max(int(match[2]) + 1, n_experts.get(match[1], 0))
+        elif len(tensor.shape) == 2:
+            others.append(tensor)
+        elif len(tensor.shape) == 3 and tensor.shape[1] > 1:  # no convolution of single channels
+            holder = tensor.name.removesuffix(".weight").rpartition(".")[0]
+            n_experts[holder.removesuffix(".experts")] = tensor.shape[0]
+    return {
+        tensor.name
+        for parent, count in n_experts.items()
+        for tensor in others
+        if tensor.shape[0] in (1, count) and tensor.name.startswith(f"{parent}.")
+    }
+
+
+def _has_stacks(source: Checkpoint, blocks: str) -> bool:
+    return any(len(tensor.shape) == 3 and name.startswith(f"{blocks}.") for name, tensor in source.tensors.items())
 
 
 def find_block_linears(
@@ -136,12 +192,21 @@ def find_block_linears(
     return name, [tensor for _, tensor in sorted(lists[name], key=lambda item: item[0])]
 
 
-def _choose(blocks: str, tensor: TensorInfo, config: QuantizeConfig, linears: Mapping[str, bool] | None) -> LayerPlan:
+def _choose(
+    source: Checkpoint,
+    blocks: str,
+    tensor: TensorInfo,
+    config: QuantizeConfig,
+    linears: Mapping[str, bool] | None,
+    routers: set[str],
+) -> LayerPlan:
     name = tensor.name.removesuffix(".weight")
     index, _, inner = name.removeprefix(f"{blocks}.").partition(".")
-    transposed = linears is not None and linears.get(name, False)
+    transposed = stores_transposed(source.config) if linears is None else linears.get(name, False)
     out_features, in_features = reversed(tensor.shape) if transposed else tensor.shape
-    if linears is not None and name not in linears:
+    if tensor.name in routers:
+        chosen, why = None, "router of experts"
+    elif linears is not None and name not in linears:
         chosen, why = None, "not a linear layer"
     elif not config.reaches(inner):
         chosen, why = None, "not in modules_in_block_to_quantize"
@@ -149,6 +214,26 @@ def _choose(blocks: str, tensor: TensorInfo, config: QuantizeConfig, linears: Ma
         choice = config.choose(name)
         chosen, why = choice.config, choice.why
     return LayerPlan(name, int(index), out_features, in_features, chosen, why, tensor, transposed)
+
+
+def _choose_stacked(blocks: str, source: Checkpoint, config: QuantizeConfig, name: str, place: Stacked) -> LayerPlan:
+    stack, out_features, in_features = place
+    weight = replace(source.tensors[stack], name=f"{name}.weight", shape=(out_features, in_features))
+    layer = _choose(source, blocks, weight, config, {name: False}, set())
+    return replace(layer, stack=stack)
+
+
+def _check_stacks(layers: list[LayerPlan]) -> None:
+    quantized: dict[str, set[bool]] = defaultdict(set)
+    for layer in layers:
+        if layer.stack:
+            quantized[layer.stack].add(layer.config is not None)
+    split = [stack for stack, found in quantized.items() if len(found) > 1]
+    if split:
+        raise ConfigError(
+            "E_CFG_CONFLICT", f"rules keep a part of `{split[0]}`, which holds all experts in one tensor",
+            hint="quantize all of its experts or none",
+        )  # fmt: skip
 
 
 def _check_found(layers: list[LayerPlan], linears: Mapping[str, bool]) -> None:
@@ -199,7 +284,7 @@ def _check_shapes(layers: list[LayerPlan]) -> None:
 
 def _kind(layer: LayerPlan) -> str:
     """The name that the same layer of every block shares."""
-    return re.sub(r"\.\d+\.", ".N.", layer.name, count=1)
+    return re.sub(r"\.\d+(?=\.)", ".N", layer.name)
 
 
 def _unfit(layer: LayerPlan, config: LayerConfig) -> str | None:
@@ -213,9 +298,13 @@ def _unfit(layer: LayerPlan, config: LayerConfig) -> str | None:
 
 
 def _lay_out(source: Checkpoint, layers: list[LayerPlan], max_shard_bytes: int) -> Layout:
-    packed = {layer.weight.name: layer.packed() for layer in layers if layer.config}
-    units = [
-        packed.pop(tensor.name, (TensorSpec(tensor.name, tensor.dtype, tensor.shape),))
-        for tensor in source.tensors.values()
-    ]
-    return plan_layout(units + list(packed.values()), max_shard_bytes)  # what is left: a head that was tied
+    packed: dict[str, list[tuple[TensorSpec, ...]]] = defaultdict(list)
+    for layer in layers:
+        if layer.config:
+            packed[layer.stack or layer.weight.name].append(layer.packed())
+    units = []
+    for tensor in source.tensors.values():
+        units += packed.pop(tensor.name, [(TensorSpec(tensor.name, tensor.dtype, tensor.shape),)])
+    for tied_head in packed.values():
+        units += tied_head
+    return plan_layout(units, max_shard_bytes)

@@ -20,16 +20,19 @@ from gptq_cli.checkpoint.manifest import write_manifest
 from gptq_cli.checkpoint.quantization_config import describe
 from gptq_cli.checkpoint.run_file import write_run
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
+from gptq_cli.checkpoint.verify import verify_checkpoint
 from gptq_cli.checkpoint.work_directory import WorkDirectory, locked
 from gptq_cli.checkpoint.writer import CheckpointWriter, write_side_files
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.yaml_writer import to_yaml
 from gptq_cli.engine.layer import QuantizedLinear
+from gptq_cli.errors import GateError
 from gptq_cli.models.stream import ModelStream
 from gptq_cli.models.tokenizer import load_encoder
 from gptq_cli.pipeline.blocks import quantize_blocks
-from gptq_cli.pipeline.events import LayerReport, PhaseStarted, Report, RunPlanned, ignore
+from gptq_cli.pipeline.events import ExpertsCovered, LayerReport, PhaseStarted, Report, RunPlanned, Warned, ignore
 from gptq_cli.pipeline.identity import Identity, identify, with_calibration
+from gptq_cli.pipeline.memory import Memory
 from gptq_cli.pipeline.plan import HEAD, LayerPlan, RunPlan, plan_checkpoint
 from gptq_cli.pipeline.preflight import check_disk, check_output, preflight
 from gptq_cli.pipeline.record import Record
@@ -51,6 +54,8 @@ class QuantizeResult:
     commit: str | None
     config: QuantizeConfig
     layers: tuple[LayerReport, ...]
+    experts: tuple[ExpertsCovered, ...]
+    split_experts: tuple[str, ...]
     kept: tuple[str, ...]
     bits_per_weight: float
     tokens: int
@@ -70,6 +75,7 @@ class QuantizeResult:
             "output": str(self.output),
             "config": self.config.model_dump(mode="json"),
             "layers": [asdict(layer) for layer in self.layers],
+            "experts": [asdict(layer) for layer in self.experts],
         }
 
 
@@ -110,9 +116,12 @@ def quantize_checkpoint(
         check_resumable(work, identity, "never" if resume == "never" else "auto", record)
         with torch.inference_mode(), memory_errors():
             stream = open_stream(source, device=device, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
-            plan = plan_checkpoint(source, config, stream.all_linears())
+            plan = plan_checkpoint(source, config, stream.all_linears(), stream.stacked_linears())
             record(_planned(model, plan))
-            check_disk(work, plan.layout.nbytes, _hidden_bytes(config, stream))
+            for name in plan.split_experts[:1]:
+                says = f"the experts of `{name}` differ in settings: vLLM and SGLang refuse that"
+                record(Warned("W_CFG_EXPERTS", says))
+            check_disk(work, plan.layout.nbytes, (1 + plan.asymmetric) * _hidden_bytes(config, stream))
             windows = _calibrate(source, config, stream, record)
             identity = with_calibration(identity, windows)
             manifest = finished_output(work.output, identity, overwrite=overwrite)
@@ -125,6 +134,7 @@ def quantize_checkpoint(
             else:
                 record.already_done = True
                 record.layers = [LayerReport(**layer, seconds=0.0) for layer in manifest["layers"]]
+                record.experts = [ExpertsCovered(**layer) for layer in manifest["experts"]]
     return _result(output, located, config, plan, windows, record, time.perf_counter() - started)
 
 
@@ -143,6 +153,8 @@ def _result(
         commit=located.commit,
         config=config,
         layers=tuple(record.layers),
+        experts=tuple(record.experts),
+        split_experts=tuple(plan.split_experts),
         kept=tuple(layer.name for layer in plan.kept),
         bits_per_weight=plan.bits_per_weight,
         tokens=windows.tokens,
@@ -230,10 +242,19 @@ def _write(
                     saved.written(name, writer.write(name, tensor))
 
             batches: list[Tensor] = list(torch.as_tensor(windows.ids).split(config.batch_size))
-            sequential = config.true_sequential
+            memory = Memory(stream.device, config.max_vram_bytes, config.max_ram_bytes)
+            memory.enforce()
             if not saved.complete:
                 quantize_blocks(
-                    stream, plan, batches, true_sequential=sequential, keep=keep, saved=saved, report=record
+                    stream,
+                    plan,
+                    batches,
+                    true_sequential=config.true_sequential,
+                    moe_uncovered=config.moe_uncovered,
+                    memory=memory,
+                    keep=keep,
+                    saved=saved,
+                    report=record,
                 )
         record(PhaseStarted("copy", f"{len(plan.copied)} other tensors"))
         for tensor in plan.copied:
@@ -241,11 +262,22 @@ def _write(
         record(PhaseStarted("verify", f"{plan.layout.nbytes / 1e9:.3g} GB"))
         writer.finish()
     _write_beside(work.stage, plan, config, windows)
-    open_checkpoint(work.stage)  # the headers of what was written agree with each other and with the files
+    _verify(work.stage)
     layers = [asdict(layer) for layer in record.layers]
     for layer in layers:
         del layer["seconds"]
-    write_manifest(work.stage, {"identity": identity, "layers": layers})
+    experts = [asdict(covered) for covered in record.experts]
+    write_manifest(work.stage, {"identity": identity, "layers": layers, "experts": experts})
+
+
+def _verify(stage: Path) -> None:
+    """GateError E_VERIFY if what was written is not a checkpoint that every reader understands alike."""
+    defects = verify_checkpoint(stage).defects
+    if defects:
+        raise GateError(
+            "E_VERIFY", f"what was written has {len(defects)} defects, the first: {defects[0]}",
+            hint="this is a fault of gptq: please report it, with the command and the model",
+        )  # fmt: skip
 
 
 def _write_beside(stage: Path, plan: RunPlan, config: QuantizeConfig, windows: Windows) -> None:

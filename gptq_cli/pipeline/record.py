@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gptq_cli.pipeline.events import BlockFinished, Event, LayerReport, LayerSolved, Report, Resumed
+from gptq_cli.pipeline.events import BlockFinished, Event, ExpertsCovered, LayerReport, LayerSolved, Report, Resumed
 
 
 class Record:
@@ -11,6 +11,7 @@ class Record:
     def __init__(self, report: Report) -> None:
         self._report = report
         self.layers: list[LayerReport] = []
+        self.experts: list[ExpertsCovered] = []
         self.host_bytes = 0
         self.device_bytes = 0
         self.resumed_blocks = 0
@@ -19,6 +20,8 @@ class Record:
     def __call__(self, event: Event) -> None:
         if isinstance(event, LayerSolved):
             self.layers.append(event.report)
+        elif isinstance(event, ExpertsCovered):
+            self.experts.append(event)
         elif isinstance(event, BlockFinished):
             self.host_bytes = max(self.host_bytes, event.host_bytes)
             self.device_bytes = max(self.device_bytes, event.device_bytes)

@@ -28,7 +28,7 @@ from gptq_cli.checkpoint.writer import CheckpointWriter
 from gptq_cli.errors import ExistsError
 from gptq_cli.models.stream import ModelStream
 from gptq_cli.pipeline.activations import HiddenStates
-from gptq_cli.pipeline.events import LayerReport, Report, Resumed, Warned, WorkKept
+from gptq_cli.pipeline.events import ExpertsCovered, LayerReport, Report, Resumed, Warned, WorkKept
 from gptq_cli.pipeline.identity import Identity, differences
 from gptq_cli.pipeline.record import Record
 
@@ -43,7 +43,7 @@ class SavedBlocks:
         self._journal = Journal(work.journal, digest(identity))
         self._tensors: dict[str, str] = {}
         self.first = self._recover()
-        self._n_layers = len(record.layers)
+        self._n_layers, self._n_experts = len(record.layers), len(record.experts)
 
     def __enter__(self) -> SavedBlocks:
         return self
@@ -75,10 +75,13 @@ class SavedBlocks:
         """Make `block` survive: its tensors, then the `hidden` states after it, then the line that says so."""
         self._writer.sync()
         layers = [asdict(layer) for layer in self._record.layers[self._n_layers :]]
+        experts = [asdict(covered) for covered in self._record.experts[self._n_experts :]]
         last = block + 1 == self._n_steps
         saved = None if last else _save(self._work.hidden(block), stream, hidden)
-        self._journal.append({"block": block, "tensors": self._tensors, "layers": layers, "hidden": saved})
-        self._tensors, self._n_layers = {}, len(self._record.layers)
+        told = {"layers": layers, "experts": experts}
+        self._journal.append({"block": block, "tensors": self._tensors, **told, "hidden": saved})
+        self._tensors = {}
+        self._n_layers, self._n_experts = len(self._record.layers), len(self._record.experts)
 
     def _recover(self) -> int:
         entries = self._journal.entries
@@ -95,6 +98,7 @@ class SavedBlocks:
         for entry in entries[:first]:
             self._writer.adopt(entry["tensors"])
             self._record.layers += [LayerReport(**layer) for layer in entry["layers"]]
+            self._record.experts += [ExpertsCovered(**covered) for covered in entry["experts"]]
         self._journal.cut(first)
         if first:
             self._record(Resumed(first, self._n_steps, self._work.path))

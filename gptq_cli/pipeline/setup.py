@@ -14,6 +14,7 @@ from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.errors import ConfigError, InputError, ResourceError
 from gptq_cli.models.skeleton import build_skeleton, load_config
 from gptq_cli.models.stream import ModelStream
+from gptq_cli.pipeline.windows import bounded_seqlen as bounded_seqlen
 
 CONFIG_FILE = "gptq_config.yaml"  # the resolved configuration, beside the weights
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -58,26 +59,7 @@ def open_stream(
         device,
         trust_remote_code=trust_remote_code,
     )
-    return ModelStream(skeleton, reader.read, device, set(reader.names()) - set(checkpoint.tensors))
-
-
-def longest_window(checkpoint: Checkpoint) -> int | None:
-    """Positions that the model knows, if its config says."""
-    config: dict[str, Any] = checkpoint.config.get("text_config") or checkpoint.config
-    found = config.get("max_position_embeddings") or config.get("n_positions")
-    return found if isinstance(found, int) else None
-
-
-def bounded_seqlen(seqlen: int, *, said: bool, checkpoint: Checkpoint) -> int:
-    """`seqlen`, or the model's positions if they are fewer; ConfigError E_CFG_SEQLEN if the user said more."""
-    limit = longest_window(checkpoint)
-    if limit is None or seqlen <= limit:
-        return seqlen
-    if said:
-        raise ConfigError(
-            "E_CFG_SEQLEN", f"seqlen {seqlen} is more than the model's {limit} positions", hint=f"use --seqlen {limit}"
-        )
-    return limit
+    return ModelStream(skeleton, reader.read, device, set(reader.names()) - set(checkpoint.tensors), reader.expect)
 
 
 @contextmanager

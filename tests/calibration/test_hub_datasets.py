@@ -154,7 +154,7 @@ def test_offline_wikitext2_is_read_from_the_cache_and_a_stream_is_not_there(
         hub, home, [{"dataset": "wikitext2"}, {"dataset": "someone/texts"}, {"dataset": "never/seen"}], offline=True
     )
     assert cached == found[0]
-    assert (stream["code"], unknown["code"]) == ("E_DATA_HUB", "E_DATA_HUB")
+    assert (stream["code"], unknown["code"]) == ("E_HUB_OFFLINE", "E_HUB_OFFLINE")
     assert "offline mode is on" in unknown["message"]
     assert "HF_HUB_OFFLINE" in unknown["hint"]
     assert len(hub.requests) == asked
@@ -165,7 +165,7 @@ REFUSALS: list[tuple[dict[str, Any], str, str]] = [
     ({"dataset": "wikitext"}, "E_DATA_NOT_FOUND", "`wikitext` is not on the Hub"),
     ({"dataset": "someone/card"}, "E_DATA_NOT_FOUND", "has no files of text"),
     ({"dataset": "someone/scripted"}, "E_DATA_SCRIPT", "needs a loading script"),
-    ({"dataset": "someone/gated"}, "E_DATA_HUB", "is gated on the Hub"),
+    ({"dataset": "someone/gated"}, "E_HUB_GATED", "is gated on the Hub"),
     ({"dataset": "someone/configs"}, "E_DATA_CONFIG", "available configs: ['a', 'b']"),
     ({"dataset": "someone/configs", "config": "c"}, "E_DATA_CONFIG", "Available: ['a', 'b']"),
     ({"dataset": "someone/texts", "split": "dev"}, "E_DATA_SPLIT", "Available splits: ['train', 'test']"),
@@ -181,3 +181,20 @@ def test_what_the_hub_refuses_is_said_in_one_line_with_a_hint(hub: Hub, home: Pa
         assert error["hint"]
         assert "\n" not in error["message"]
     assert errors[1]["hint"] == "did you mean `wikitext2`?"
+
+
+def test_a_hub_that_cannot_be_reached_is_said_at_once_and_not_tried_for_half_a_minute(tmp_path: Path) -> None:
+    with serve({}) as gone:
+        environment = gone.environment(tmp_path)
+    script = "import time\nnaps = []\ntime.sleep = naps.append\n" + READ + "\nprint(json.dumps(naps))"
+    sources = json.dumps([{"dataset": "wikitext2"}, {"dataset": "someone/texts"}])
+    done = subprocess.run(
+        [sys.executable, "-c", script, sources], env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    *found, naps = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(one["code"], one["message"].split(":")[0]) for one in found] == [
+        ("E_HUB_NETWORK", "dataset `wikitext2` could not be fetched from the Hub"),
+        ("E_HUB_NETWORK", "dataset `someone/texts` could not be fetched from the Hub"),
+    ]
+    assert all("HF_HUB_OFFLINE=1" in one["hint"] for one in found)
+    assert (naps, done.stderr) == ([], "")

@@ -13,7 +13,7 @@ import pytest
 from gptq_cli.checkpoint.hub import locate_model
 from gptq_cli.errors import InputError
 from tests.families import save_model
-from tests.hub import serve
+from tests.hub import Fault, Reply, serve
 
 LOCATE = """
 import json, sys
@@ -25,6 +25,8 @@ try:
 except GptqError as error:
     print(json.dumps({"code": error.code, "exit": error.exit_code, "message": str(error), "hint": error.hint}))
 """
+
+ENTRY = Reply(404, headers={"X-Error-Code": "EntryNotFound"})
 
 
 def locate(model: str, environment: dict[str, str], revision: str = "") -> dict[str, str]:
@@ -60,11 +62,11 @@ def test_the_hubs_refusals_have_codes_and_hints(files: dict[str, bytes], tmp_pat
         unknown = locate("someone/nothing", environment)
         revision = locate("someone/tiny", environment, revision="v9")
         gated = locate("someone/gated", environment)
-    assert (unknown["code"], unknown["exit"]) == ("E_MODEL_NOT_FOUND", 3)
-    assert "no model on the Hub" in unknown["message"]
-    assert revision["code"] == "E_MODEL_HUB"
+    assert (unknown["code"], unknown["exit"]) == ("E_HUB_NOT_FOUND", 3)
+    assert "is not on the Hub" in unknown["message"]
+    assert revision["code"] == "E_HUB_NOT_FOUND"
     assert "no revision 'v9'" in revision["message"]
-    assert gated["code"] == "E_MODEL_HUB"
+    assert gated["code"] == "E_HUB_GATED"
     assert "hf auth login" in gated["hint"]
 
 
@@ -72,9 +74,9 @@ def test_a_hub_that_cannot_be_reached_is_an_input_error(tmp_path: Path) -> None:
     with serve({}, kind="model") as hub:
         gone = hub.environment(tmp_path)
     found = locate("someone/tiny", gone)
-    assert found["code"] == "E_MODEL_HUB"
+    assert found["code"] == "E_HUB_NETWORK"
     assert "HF_ENDPOINT" in found["hint"]
-    assert locate("someone/tiny", {**gone, "HF_HUB_OFFLINE": "1"})["code"] == "E_MODEL_HUB"
+    assert locate("someone/tiny", {**gone, "HF_HUB_OFFLINE": "1"})["code"] == "E_HUB_OFFLINE"
 
 
 @pytest.mark.parametrize("model", ["./nothing", "/nothing/here", "~/nothing-here", "a b", "x/y/z", "file.txt"])
@@ -96,3 +98,50 @@ def test_what_looks_like_a_path_is_never_sent_to_the_hub(
 def test_a_revision_of_a_local_directory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has no revision 'main'"):
         locate_model(str(tmp_path), "main")
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "message"),
+    [
+        (Fault("/api/", Reply(401, headers={"X-Error-Code": "RepoNotFound"})), "E_HUB_NOT_FOUND", "not on the Hub"),
+        (Fault("/api/", Reply(401)), "E_HUB_AUTH", "the Hub does not let you read model `someone/tiny`"),
+        (Fault("/resolve/", Reply(403)), "E_HUB_AUTH", "the Hub does not let you read model `someone/tiny`"),
+        (Fault("/api/", Reply(429)), "E_HUB_NETWORK", "429 Too Many"),
+        (Fault("/api/", Reply(500)), "E_HUB_NETWORK", "500 Internal"),
+        (Fault("/resolve/.*/config.json", ENTRY), "E_HUB_NOT_FOUND", "lacks a file: 404"),
+    ],
+)
+def test_a_fault_of_the_hub_has_its_code_hint_and_exit_code(
+    fault: Fault, code: str, message: str, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    with serve({"someone/tiny": files}, kind="model") as hub:
+        hub.faults.append(fault)
+        found = locate("someone/tiny", hub.environment(tmp_path))
+    assert (found["code"], found["exit"]) == (code, 3)
+    assert message in found["message"]
+    assert "`someone/tiny`" in found["message"]
+    assert found["hint"]
+    assert "\n" not in found["message"]
+
+
+def test_a_download_that_breaks_off_is_continued_by_the_same_command(files: dict[str, bytes], tmp_path: Path) -> None:
+    with serve({"someone/tiny": files}, kind="model") as hub:
+        hub.faults.append(Fault("GET .*/resolve/.*/model.safetensors", Reply(500), times=20))
+        broken = locate("someone/tiny", hub.environment(tmp_path))
+        asked = len(hub.requests)
+        hub.faults.clear()
+        found = locate("someone/tiny", hub.environment(tmp_path))
+        again = [request for request in hub.requests[asked:] if request.startswith("GET") and "/resolve/" in request]
+    assert broken["code"] == "E_HUB_NETWORK"
+    assert "run again" in broken["hint"]
+    assert (Path(found["directory"]) / "model.safetensors").read_bytes() == files["model.safetensors"]
+    assert {request.rpartition("/")[2] for request in again} == {"model.safetensors"}
+
+
+def test_a_connection_that_is_cut_in_the_middle_is_taken_up_by_the_client(
+    files: dict[str, bytes], tmp_path: Path
+) -> None:
+    with serve({"someone/tiny": files}, kind="model") as hub:
+        hub.faults.append(Fault("GET .*/resolve/.*/model.safetensors", None, times=1))
+        found = locate("someone/tiny", hub.environment(tmp_path))
+    assert (Path(found["directory"]) / "model.safetensors").read_bytes() == files["model.safetensors"]

@@ -134,8 +134,8 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str, str]] = {
         "E_CKPT_INDEX",
         "puts `z` into model-00001",
     ),
-    "path traversal": (index_change(a="../secret.safetensors"), "E_CKPT_UNSAFE", "outside its directory"),
-    "absolute path": (index_change(a="/etc/secret.safetensors"), "E_CKPT_UNSAFE", "outside its directory"),
+    "path traversal": (index_change(a="../secret.safetensors"), "E_UNSAFE_PATH", "outside its directory"),
+    "absolute path": (index_change(a="/etc/secret.safetensors"), "E_UNSAFE_PATH", "outside its directory"),
     "pickles only": (only("config.json", "pytorch_model.bin"), "E_CKPT_PICKLE", "pickled weights only"),
     "adapter": (only("adapter_config.json", "adapter_model.bin"), "E_CKPT_KIND", "is an adapter"),
     "gguf": (only("model.gguf"), "E_CKPT_KIND", "GGUF"),
@@ -177,3 +177,38 @@ def test_no_mutated_header_byte_leads_to_anything_but_a_clean_refusal_or_a_sound
             else:
                 assert sum(tensor.nbytes for tensor in tensors.values()) == 32
     assert refused > len(original)
+
+
+def cached(tmp_path: Path) -> Path:
+    """A snapshot as the Hub's cache keeps it: every file a link into the blobs of its repository."""
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "0123", tmp_path / "models--a--b" / "blobs"
+    blobs.mkdir(parents=True)
+    write_checkpoint(snapshot.parent.parent / "written")
+    snapshot.mkdir(parents=True)
+    for number, file in enumerate(sorted((snapshot.parent.parent / "written").iterdir())):
+        file.rename(blobs / str(number))
+        (snapshot / file.name).symlink_to(Path("..") / ".." / "blobs" / str(number))
+    return snapshot
+
+
+def test_links_of_the_hubs_cache_are_its_own_files(tmp_path: Path) -> None:
+    snapshot = cached(tmp_path)
+    assert len(open_checkpoint(snapshot).tensors) == 4
+    (tmp_path / "elsewhere").symlink_to(snapshot)
+    assert len(open_checkpoint(tmp_path / "elsewhere").tensors) == 4
+
+
+def test_a_link_out_of_the_hubs_cache_is_refused(tmp_path: Path) -> None:
+    snapshot = cached(tmp_path)
+    (tmp_path / "secret").write_text("x")
+    (snapshot / "tokenizer.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(InputError, match="leads out of its directory") as caught:
+        open_checkpoint(snapshot)
+    assert (caught.value.code, caught.value.exit_code) == ("E_UNSAFE_PATH", 3)
+
+
+def test_blobs_beside_a_directory_that_is_no_snapshot_are_foreign(tmp_path: Path) -> None:
+    snapshot = cached(tmp_path)
+    snapshot.parent.rename(snapshot.parent.parent / "mine")
+    with pytest.raises(InputError, match="leads out of its directory"):
+        open_checkpoint(tmp_path / "models--a--b" / "mine" / "0123")

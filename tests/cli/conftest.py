@@ -17,6 +17,7 @@ from gptq_cli.cli.app import app
 from gptq_cli.pipeline.events import (
     BlockFinished,
     BlockStarted,
+    ExpertsCovered,
     LayerReport,
     LayerSolved,
     LayerStarted,
@@ -93,6 +94,8 @@ class FakeQuantizer:
 class FakeQuantized:
     output: Path
     layers: tuple[LayerReport, ...]
+    experts: tuple[ExpertsCovered, ...] = ()
+    split_experts: tuple[str, ...] = ()
     seconds: float = 3723.4
     bytes_before: int = 8_000_000
     bytes_after: int = 2_500_000

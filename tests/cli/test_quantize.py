@@ -189,7 +189,7 @@ def test_a_policy_that_does_not_exist_is_refused(gptq: Run, quantizer: FakeQuant
 
 def test_what_was_done_before_is_said(gptq: Run, quantizer: FakeQuantizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeQuantized, "already_done", True)
-    monkeypatch.setattr(FakeQuantized.__init__, "__defaults__", (3723.4, 8_000_000, 2_500_000, True))
+    monkeypatch.setattr(FakeQuantized.__init__, "__defaults__", ((), (), 3723.4, 8_000_000, 2_500_000, True))
     result = gptq("quantize", "m", "-b", "4")
     assert "done   before, by the same command\n" in result.stdout
     assert len(quantizer.calls) == 1

@@ -44,7 +44,8 @@ def _grid() -> Iterator[Case]:
         (2, 3, 4, 8), (True, False), ("gptq", "gptq_v2"), (False, True)
     ):
         words = (f"{bits}bit", "sym" if sym else "asym", format, *(["desc_act"] if desc_act else []))
-        yield Case("-".join(words), {"bits": bits, "sym": sym, "format": format, "desc_act": desc_act})
+        settings = {"bits": bits, "sym": sym, "format": format, "desc_act": desc_act}
+        yield Case("-".join(words), settings | {"preset": "gptq"})
 
 
 def _families() -> Iterator[Case]:
@@ -52,14 +53,15 @@ def _families() -> Iterator[Case]:
         yield Case(f"{family}-{bits}bit", {"bits": bits}, family)
 
 
+SIGNED = ("balanced", "best")
 CASES = (
     *_grid(),
     *_families(),
     *(Case(f"{bits}bit-group{size}", {"bits": bits, "group_size": size}) for bits in (3, 4) for size in (-1, 32, 128)),
-    Case("plain-order", {"bits": 4, "act_group_aware": False}),
-    Case("static-groups", {"bits": 4, "desc_act": True, "static_groups": True}),
-    *(Case(f"signed-{bits}bit", {"bits": bits, "preset": "balanced"}) for bits in (2, 3, 4, 8)),
-    Case("signed-bfloat16", {"bits": 4, "preset": "balanced"}, dtype="bfloat16"),
+    Case("plain-order", {"bits": 4, "act_group_aware": False, "preset": "gptq"}),
+    Case("static-groups", {"bits": 4, "desc_act": True, "static_groups": True, "preset": "gptq"}),
+    *(Case(f"{preset}-{bits}bit", {"bits": bits, "preset": preset}) for preset in SIGNED for bits in (2, 3, 4, 8)),
+    Case("signed-desc_act", {"bits": 4, "desc_act": True}),
     Case("whole-rows-desc_act", {"bits": 4, "group_size": -1, "desc_act": True}),
     Case("kept-by-rule", {"bits": 4, "dynamic": {f"-:{O_PROJ}": {}}}),
     Case("kept-by-list", {"bits": 4, "modules_in_block_to_quantize": ALL_BUT_DOWN_PROJ}),

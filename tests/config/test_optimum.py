@@ -48,7 +48,7 @@ def test_transformers_dict_is_taken_as_it_is(said: dict[str, Any], tmp_path: Pat
 
     found = resolved(GPTQConfig(bits=4, **said).to_dict(), tmp_path)
     ours = {"seqlen" if key == "model_seqlen" else key: value for key, value in said.items()}
-    assert found.config == QuantizeConfig(bits=4, batch_size=1, backend="auto", format="gptq", **ours)
+    assert found.config == QuantizeConfig(bits=4, batch_size=1, backend="auto", format="gptq", damp_percent=0.1, **ours)
     assert found.notes == ()
 
 

@@ -1,4 +1,4 @@
-"""The recipes that ship are valid and do what they say."""
+"""The recipes that ship are valid, belong to the package, and do what they say."""
 
 from __future__ import annotations
 
@@ -6,31 +6,62 @@ from pathlib import Path
 
 import pytest
 
+import gptq_cli
+from gptq_cli.config.layer import LayerConfig
+from gptq_cli.config.recipe import describe_recipe, recipes
 from gptq_cli.config.resolve import resolve
+from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.targets import Export, verdicts
 
-RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+NAMES = ["cpu-small", "gptq-paper", "mixed-4-8bit", "moe", "smallest-2bit", "vllm-4bit", "vllm-8bit"]
 
 
-def test_there_are_recipes() -> None:
-    assert "vllm-4bit.yaml" in {path.name for path in RECIPES}
+def recipe(name: str) -> QuantizeConfig:
+    return resolve({}, {}, Path(name)).config
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
-def test_a_recipe_resolves_without_remarks(path: Path) -> None:
-    found = resolve({}, {}, path)
+def judged(config: QuantizeConfig) -> dict[str, str]:
+    layers: list[LayerConfig] = [
+        layer for name in ("model.layers.0.mlp.down_proj", "x") if (layer := config.for_layer(name))
+    ]
+    found = verdicts(Export.of(layers, config.format, config.lm_head))
+    return {verdict.engine: verdict.outcome for verdict in found}
+
+
+def test_the_recipes_lie_in_the_package_and_are_described() -> None:
+    assert list(recipes()) == NAMES
+    for file in recipes().values():
+        assert file.is_relative_to(Path(gptq_cli.__file__).parent)
+        assert 20 < len(describe_recipe(file)) < 120
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_resolves_without_remarks(name: str) -> None:
+    found = resolve({}, {}, Path(name))
     assert found.notes == ()
-    assert found.config.bits == 4
+    assert {"2": 2, "8": 8}.get(next((d for d in name if d in "28"), ""), 4) == found.config.bits or "mixed" in name
 
 
-def test_the_vllm_recipe_loads_everywhere() -> None:
-    config = resolve({}, {}, RECIPES[0].with_name("vllm-4bit.yaml")).config
-    layers = [layer for name in ("model.layers.0.mlp.down_proj", "x") if (layer := config.for_layer(name))]
-    judged = verdicts(Export.of(layers, config.format, config.lm_head))
-    assert {verdict.outcome for verdict in judged} == {"yes"}
+def test_the_vllm_recipes_load_in_vllm_and_the_first_everywhere() -> None:
+    assert set(judged(recipe("vllm-4bit")).values()) == {"yes"}
+    assert judged(recipe("vllm-8bit"))["vllm"] == "limited"  # on GPU only
+    assert judged(recipe("moe"))["vllm"] == "yes"
+
+
+def test_the_smallest_recipe_loads_where_it_says() -> None:
+    found = judged(recipe("smallest-2bit"))
+    assert [engine for engine in ("transformers", "gptqmodel", "llama.cpp") if found[engine] != "yes"] == []
+    assert found["sglang"] == "limited"
+    assert found["vllm"] == "no"
+
+
+def test_the_paper_recipe_is_the_papers_setting() -> None:
+    config = recipe("gptq-paper")
+    assert (config.sym, config.group_size, config.damp_percent, config.dataset) == (False, -1, 0.01, "c4")
+    assert (config.desc_act, config.act_group_aware, config.static_groups) == (False, False, False)
 
 
 def test_the_mixed_recipe_gives_eight_bits_to_down_proj_alone() -> None:
-    config = resolve({}, {}, RECIPES[0].with_name("mixed-4-8bit.yaml")).config
+    config = recipe("mixed-4-8bit")
     names = ["model.layers.10.mlp.down_proj", "model.layers.10.mlp.up_proj", "model.layers.0.mlp.down_proj.x"]
     assert [layer.bits for name in names if (layer := config.for_layer(name))] == [8, 4, 4]

@@ -12,12 +12,12 @@ from gptq_cli.config.presets import PRESETS
 from gptq_cli.config.schema import LayerOverrides, QuantizeConfig, size_in_bytes
 
 
-def test_defaults_are_those_of_optimum() -> None:
+def test_defaults_are_those_of_the_preset_balanced_and_of_optimum_beyond_it() -> None:
     config = QuantizeConfig(bits=4)
     expected = {
         "dataset": None,
         "group_size": 128,
-        "damp_percent": 0.1,
+        "damp_percent": 0.05,
         "desc_act": False,
         "act_group_aware": True,
         "sym": True,
@@ -28,12 +28,13 @@ def test_defaults_are_those_of_optimum() -> None:
         "nsamples": 128,
         "batch_size": 8,
         "seed": 0,
-        "static_groups": False,
-        "signed_scales": False,
-        "scale_search": "none",
-        "refine_sweeps": 0,
-        "damp_mode": "mean",
-        "preset": "gptq",
+        "static_groups": True,
+        "signed_scales": True,
+        "scale_search": "mse",
+        "refine_sweeps": 4,
+        "asymmetric_calibration": 0.0,
+        "damp_mode": "diagonal",
+        "preset": "balanced",
         "modules_in_block_to_quantize": None,
         "dynamic": {},
         "lm_head": False,
@@ -48,7 +49,8 @@ def test_defaults_are_those_of_optimum() -> None:
 @pytest.mark.parametrize(
     ("said", "derived"),
     [
-        ({"desc_act": True}, {"act_group_aware": False, "format": "gptq"}),
+        ({"desc_act": True}, {"act_group_aware": False, "static_groups": False, "format": "gptq"}),
+        ({"desc_act": True, "static_groups": True}, {"act_group_aware": False, "static_groups": True}),
         ({"desc_act": True, "act_group_aware": False}, {"act_group_aware": False}),
         ({"sym": False}, {"format": "gptq_v2"}),
         ({"sym": False, "format": "gptq"}, {"format": "gptq"}),
@@ -62,7 +64,10 @@ def test_defaults_are_those_of_optimum() -> None:
         ({"preset": "balanced", "sym": False}, {"static_groups": True, "signed_scales": False, "format": "gptq_v2"}),
         ({"preset": "balanced", "signed_scales": False, "damp_mode": "mean"}, {"signed_scales": False}),
         ({"preset": "balanced", "damp_percent": 0.3}, {"damp_percent": 0.3, "damp_mode": "diagonal"}),
-        ({"signed_scales": None, "scale_search": None}, {"signed_scales": False, "scale_search": "none"}),
+        ({"preset": "best"}, {"asymmetric_calibration": 0.75, "signed_scales": True, "refine_sweeps": 4}),
+        ({"preset": "best", "asymmetric_calibration": 0.0}, {"asymmetric_calibration": 0.0, "refine_sweeps": 4}),
+        ({"preset": "fast"}, {"scale_search": "none", "refine_sweeps": 0, "signed_scales": True}),
+        ({"signed_scales": None, "scale_search": None}, {"signed_scales": True, "scale_search": "mse"}),
         ({"group_size": None, "dynamic": None, "sym": None}, {"group_size": 128, "dynamic": {}, "sym": True}),
     ],
 )
@@ -72,7 +77,8 @@ def test_what_was_left_open_follows_what_was_said(said: dict[str, Any], derived:
 
 
 def test_only_what_was_said_or_derived_counts_as_set() -> None:
-    assert QuantizeConfig(bits=4, desc_act=True).model_fields_set == {"bits", "desc_act", "act_group_aware"}
+    config = QuantizeConfig(bits=4, desc_act=True, preset="gptq")
+    assert config.model_fields_set == {"bits", "desc_act", "preset", "act_group_aware", "static_groups"}
 
 
 @pytest.mark.parametrize(
@@ -90,6 +96,9 @@ def test_only_what_was_said_or_derived_counts_as_set() -> None:
         {"refine_sweeps": -1},
         {"refine_sweeps": 1.0},
         {"refine_sweeps": True},
+        {"asymmetric_calibration": 1.1},
+        {"asymmetric_calibration": -0.1},
+        {"asymmetric_calibration": "0.5"},
         {"scale_search": "hessian"},
         {"scale_search": False},
         {"damp_mode": "median"},
@@ -128,6 +137,7 @@ def test_what_is_no_size_is_refused(size: int | str) -> None:
 def test_negative_rules_go_first_then_the_first_match_in_order_alone_decides() -> None:
     config = QuantizeConfig(
         bits=4,
+        preset="gptq",
         dynamic={
             r"+:.*\.mlp\..*": {"bits": 8, "group_size": 64},
             r".*\.down_proj": {"bits": 3},
@@ -155,9 +165,9 @@ def test_each_choice_names_its_reason() -> None:
 
 
 def test_a_rule_that_says_desc_act_turns_group_aware_order_off_for_its_layers() -> None:
-    config = QuantizeConfig(bits=4, dynamic={"+:a": {"desc_act": True}})
+    config = QuantizeConfig(bits=4, preset="act-order", dynamic={"+:a": {"desc_act": True}})
     assert config.for_layer("a") == LayerConfig(desc_act=True, act_group_aware=False)
-    assert config.for_layer("b") == LayerConfig()
+    assert config.for_layer("b") == LayerConfig(static_groups=True)
 
 
 def test_modules_in_block_match_the_end_of_a_name() -> None:
@@ -171,6 +181,7 @@ def test_every_layer_setting_reaches_its_layer_and_can_be_overridden() -> None:
     settings = {
         "bits": 3, "group_size": 64, "sym": True, "desc_act": False, "act_group_aware": False, "static_groups": True,
         "signed_scales": True, "scale_search": "mse", "refine_sweeps": 2, "damp_mode": "diagonal", "damp_percent": 0.2,
+        "asymmetric_calibration": 0.5,
     }  # fmt: skip
     expected = LayerConfig(**settings)
     assert set(settings) == set(LayerConfig.__slots__) == set(LayerOverrides.__annotations__)
@@ -179,10 +190,12 @@ def test_every_layer_setting_reaches_its_layer_and_can_be_overridden() -> None:
 
 
 def test_a_rule_that_says_asym_turns_signed_scales_off_for_its_layers() -> None:
-    config = QuantizeConfig(bits=4, signed_scales=True, dynamic={"+:a": {"sym": False}})
+    config = QuantizeConfig(bits=4, preset="gptq", signed_scales=True, dynamic={"+:a": {"sym": False}})
     assert config.for_layer("a") == LayerConfig(sym=False)
     assert config.for_layer("b") == LayerConfig(signed_scales=True)
-    turned_back = QuantizeConfig(bits=4, sym=False, dynamic={"+:a": {"sym": True, "signed_scales": True}})
+    turned_back = QuantizeConfig(
+        bits=4, preset="gptq", sym=False, dynamic={"+:a": {"sym": True, "signed_scales": True}}
+    )
     assert turned_back.for_layer("a") == LayerConfig(signed_scales=True)
 
 

@@ -55,3 +55,25 @@ def test_every_remark_has_a_reason_and_every_engine_a_dated_source() -> None:
     for engine in ENGINES:
         assert "2026" in engine.source
         assert all(rule.reason and rule.outcome != "yes" for rule in engine.rules)
+
+
+def test_experts_are_read_by_engines_that_know_their_names() -> None:
+    def judged(*parts: str, split: bool = False) -> dict[str, str]:
+        names = [f"model.layers.0.mlp.experts.3.{part}" for part in parts]
+        export = Export.of([LayerConfig()], "gptq", False, names=names, split_experts=split)
+        return {verdict.engine: verdict.outcome for verdict in verdicts(export)}
+
+    plain, renamed, split = (
+        judged("gate_proj", "up_proj", "down_proj"),
+        judged("w1", "w2"),
+        judged("up_proj", split=True),
+    )
+    assert (plain["vllm"], plain["transformers"], plain["gptqmodel"], plain["auto-round"]) == (
+        "yes",
+        "wrong",
+        "yes",
+        "yes",
+    )
+    assert (renamed["vllm"], renamed["gptqmodel"], renamed["auto-round"]) == ("yes", "no", "wrong")
+    assert (split["vllm"], split["sglang"]) == ("no", "no")
+    assert judged()["transformers"] == "yes"

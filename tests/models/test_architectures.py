@@ -24,18 +24,19 @@ WORKING = [
     "gemma4_text",  # keys and values shared between blocks
     "git",  # a vision tower beside the decoder
     "gpt2",  # Conv1D
+    "granitemoe",  # experts stored in one tensor, under a name of their own
+    "kimi_linear",  # convolutions that loading makes of several tensors
+    "llama4",  # experts stored in one tensor, and a vision tower
     "minicpm3",  # low-rank attention
     "qwen3_5_text",  # linear attention between full attention
     "recurrent_gemma",  # recurrences
 ]
 REFUSED = {
-    "bart": "never calls `model.decoder.layers.0.encoder_attn.k_proj`",
-    "gpt_oss": r"`model.layers.0.mlp.experts.gate_up_proj` [4, 64, 256]: stacked matrices, as mixtures of experts",
-    "granitemoe": "no linear layer, first of all `model.layers.0.block_sparse_moe.experts.gate_up_proj`",
-    "mixtral": "`model.layers.0.block_sparse_moe.experts.0.w1.weight` is fused with other tensors into "
-    "`model.layers.0.mlp.experts.gate_up_proj` of MixtralForCausalLM, which is not supported: stacked matrices",
+    "gpt_oss": "`model.layers.0.mlp.experts.gate_up_proj` [4, 64, 256]: stacked matrices that are not of experts",
+    "hrm_text": "`model.H_module.layers.0.attn.gqkv_proj.weight` is split into",
+    "inkling2_text": "the experts of `model.layers.0.mlp.experts` are stored as",
     "zamba2": "`model.layers.6.shared_transformer.self_attn.q_proj` is shared by several blocks",
-    "olmo_hybrid": "fused with other tensors into `model.layers.0.linear_attn.conv1d.weight` of OlmoHybridForCausalLM",
+    "zaya": "`model.layers.1` is called with more results of earlier blocks than hidden states",
     "xlm": "what enters `transformer.ffns.1` is not what `transformer.ffns.0` returns",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -130,8 +131,8 @@ def test_a_run_ends_when_its_last_input_has_been_seen() -> None:
     for index, module in enumerate(block):
         module.register_forward_hook(lambda *_, index=index: calls.__setitem__(index, calls[index] + 1))
     inputs = [torch.randn(2, 4), torch.randn(3, 4)]
-    runs = [lambda x=x: block(x) for x in inputs]
-    watch_inputs([Stage(("1",), 1)], linears, lambda stage, x: seen.append((stage.names, x)), runs)
+    for x in inputs:
+        watch_inputs([Stage(("1",), 1)], linears, lambda stage, x: seen.append((stage.names, x)), partial(block, x))
     assert calls == [2, 0, 0]
     assert [names for names, _ in seen] == [("1",), ("1",)]
     assert all(torch.equal(x, block[0](wanted)) for (_, x), wanted in zip(seen, inputs, strict=True))
@@ -141,7 +142,7 @@ def test_a_run_ends_when_its_last_input_has_been_seen() -> None:
 def test_hooks_are_removed_when_a_forward_raises() -> None:
     block = nn.Linear(4, 4)
     with pytest.raises(RuntimeError):
-        watch_inputs([Stage(("a",), 2)], {"a": block}, lambda *_: None, [lambda: block(torch.randn(2, 3))])
+        watch_inputs([Stage(("a",), 2)], {"a": block}, lambda *_: None, lambda: block(torch.randn(2, 3)))
     assert not block._forward_pre_hooks
 
 

@@ -14,17 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from gptq_cli.engine.hessian import HessianAccumulator
-from gptq_cli.errors import GateError
+from gptq_cli.errors import GateError, ResourceError
 from gptq_cli.models.recording import Call
 from gptq_cli.models.stages import Prober
 from gptq_cli.models.stream import LoadedBlock
 from gptq_cli.pipeline import blocks, memory
 from gptq_cli.pipeline.activations import HiddenStates
-from gptq_cli.pipeline.blocks import LayerSolver, quantize_block
+from gptq_cli.pipeline.blocks import quantize_block
 from gptq_cli.pipeline.events import Event, Warned, ignore
-from gptq_cli.pipeline.memory import WaitingRoom, free_bytes, give_back_freed_tensors, host_bytes
+from gptq_cli.pipeline.memory import Memory, WaitingRoom, free_bytes, give_back_freed_tensors, host_bytes
 from gptq_cli.pipeline.plan import LayerPlan, plan_run
 from gptq_cli.pipeline.quantize import quantize_checkpoint
+from gptq_cli.pipeline.solver import LayerSolver
 from tests.families import FAMILIES, save_model
 from tests.pipeline.runs import config, digest
 
@@ -89,6 +90,52 @@ def test_each_linear_runs_once_per_batch_and_writes_what_replaying_writes(
     assert digest(tmp_path / "lockstep") == digest(tmp_path / "replay")
 
 
+@pytest.mark.parametrize("n_waiting", [1, 2])
+@pytest.mark.parametrize("settings", [{}, {"preset": "best", "bits": 2}], ids=str)
+@pytest.mark.parametrize("family", ["llama", "phi", "gemma2"])
+def test_some_batches_may_wait_while_the_block_is_run_again_for_the_others(
+    family: str,
+    settings: dict[str, object],
+    n_waiting: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    executions: Counter[nn.Module],
+) -> None:
+    model = save_model(tmp_path / "model", family)
+    quantize(model, tmp_path / "all", **settings)
+    executions.clear()
+    monkeypatch.setattr(WaitingRoom, "places", lambda *_: n_waiting)
+    quantize(model, tmp_path / "some", **settings)
+    assert digest(tmp_path / "some") == digest(tmp_path / "all")
+    if family == "llama" and not settings:  # the first linears once for each later stage and once to the end
+        n_again = N_BATCHES - n_waiting
+        assert executions_by_block(executions)[-1] == {N_BATCHES + later * n_again for later in range(4)}
+
+
+def test_a_memory_budget_decides_how_many_batches_wait_and_changes_no_byte(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    assert [event for event in quantize(model, tmp_path / "free") if isinstance(event, Warned)] == []
+    told = quantize(model, tmp_path / "tight", max_ram=host_bytes() + 2**27)
+    assert [event.code for event in told if isinstance(event, Warned)] in ([], ["W_MEM_REPLAY"])
+    assert digest(tmp_path / "tight")["model.safetensors"] == digest(tmp_path / "free")["model.safetensors"]
+
+
+def test_a_budget_counts_what_is_held_already(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda _device: 8_000)
+    monkeypatch.setattr(memory, "host_bytes", lambda: 1_000)
+    frees = [Memory(CPU, None, limit).free() for limit in (None, 5_000, 9_001, 100)]
+    assert frees == [8_000, 4_000, 8_000, 0]
+    assert Memory(CPU, 10, None).free() == 8_000  # of an accelerator that is not used
+
+
+def test_a_run_that_holds_more_than_it_may_stops_with_flags_that_help(tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match=r"max_ram allows 0\.00 GB") as caught:
+        quantize(save_model(tmp_path / "model"), tmp_path / "out", max_ram="1MB")
+    assert (caught.value.code, caught.value.exit_code) == ("E_OOM", 5)
+    assert "--max-ram" in (caught.value.hint or "")
+    assert not (tmp_path / "out").exists()
+
+
 SETTINGS: list[dict[str, object]] = [
     {"desc_act": True},
     {"static_groups": True, "bits": 2},
@@ -104,7 +151,16 @@ SETTINGS: list[dict[str, object]] = [
     {"dynamic": {r"-:.*layers\.1\.": {}}},
     {"modules_in_block_to_quantize": [["self_attn.o_proj", "self_attn.dense"], ["mlp.down_proj", "mlp.fc1"]]},
     {"batch_size": 1, "nsamples": 9},
+    {"preset": "best", "bits": 2, "lm_head": True},
+    {"preset": "best", "dynamic": {r"+:.*layers\.1\.": {"asymmetric_calibration": 0.0}}},
 ]
+
+
+def test_the_unquantized_block_runs_beside_the_quantized_one_once_per_batch(
+    tmp_path: Path, executions: Counter[nn.Module]
+) -> None:
+    quantize(save_model(tmp_path / "model"), tmp_path / "out", preset="best")
+    assert Counter(executions.values()) == {N_BATCHES + 2: 7, N_BATCHES: 2 * 3 * 7 - 7}
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
@@ -123,7 +179,7 @@ def test_every_setting_writes_the_same_bytes_in_both_ways(
 def test_without_true_sequential_nothing_waits_and_two_forwards_are_enough(
     tmp_path: Path, executions: Counter[nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blocks, "waiting_batches", None)
+    monkeypatch.setattr(WaitingRoom, "places", None)
     quantize(save_model(tmp_path / "model"), tmp_path / "out", true_sequential=False)
     down_proj, others = N_BATCHES, 2 * N_BATCHES  # a forward that only gathers inputs ends before the last linear
     assert executions_by_block(executions) == [{down_proj + 2, others + 2}, {down_proj, others}, {down_proj, others}]
@@ -177,14 +233,14 @@ class HessianKeeper(LayerSolver):
 def test_a_linear_that_is_called_twice_is_replayed_and_sees_both_inputs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blocks, "waiting_batches", None)
+    monkeypatch.setattr(WaitingRoom, "places", None)
     some_layer = plan_run(save_model(tmp_path / "model"), config()).quantized[0]
     layers = {name: replace(some_layer, name=name, in_features=32) for name in ("first", "last")}
     module, solver = TwiceInARow(), HessianKeeper()
     states = [torch.randn(2, 8, 32) for _ in range(N_BATCHES)]
     block = LoadedBlock(module, {"first": module.first, "last": module.last}, [Call((), {}, True)] * N_BATCHES)
-    hidden, room = HiddenStates(states, CPU), WaitingRoom(CPU, ignore)
-    quantize_block(block, layers, hidden, solver, Prober(), room, true_sequential=True)
+    hidden, room = HiddenStates(states, Memory(CPU)), WaitingRoom(Memory(CPU), ignore)
+    quantize_block(block, layers, hidden, None, solver, Prober(), room, true_sequential=True)
     assert [tokens for tokens, _ in solver.seen] == [2 * 16 * N_BATCHES, 16 * N_BATCHES]
     assert all(torch.equal(hidden[batch], module(state)) for batch, state in enumerate(states))
     lasts = [module.first(module.first(state)).flatten(0, 1) for state in states]
@@ -194,23 +250,27 @@ def test_a_linear_that_is_called_twice_is_replayed_and_sees_both_inputs(
 def test_batches_may_fill_half_of_the_free_memory_and_are_refused_once_aloud(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "free_bytes", lambda _device: 8_000)
     events: list[Event] = []
-    room = WaitingRoom(CPU, events.append)
-    assert room.takes(4, 1_000)
+    room = WaitingRoom(Memory(CPU), events.append)
+    assert room.places(4, 1_000) == 4
     assert events == []
-    assert not room.takes(4, 1_001)
-    assert not room.takes(5, 1_000)
+    assert room.places(4, 1_001) == 3
+    assert room.places(5, 1_000) == 4
+    assert room.places(5, 1_000, 2) == 2
+    assert room.places(5, 4_001) == 0
     assert [event.code for event in events if isinstance(event, Warned)] == ["W_MEM_REPLAY"]
-    assert room.takes(2, 2_000)
+    assert room.places(2, 2_000) == 2
+    assert room.places(7, 0) == 7
 
 
 def test_threads_that_wait_are_counted_with_their_teams(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
     events: list[Event] = []
-    room = WaitingRoom(CPU, events.append)
-    assert room.takes(16, 0)
-    assert not room.takes(17, 0)
+    room = WaitingRoom(Memory(CPU), events.append)
+    assert room.places(16, 0) == 16
+    assert events == []
+    assert room.places(17, 0) == 16
     (warning,) = [event for event in events if isinstance(event, Warned)]
-    assert "17 batches cannot wait" in warning.message
+    assert "16 of 17 batches wait" in warning.message
     assert "1088 threads" in warning.message
 
 

@@ -25,7 +25,7 @@ from gptq_cli.pipeline.plan import plan_run
 from gptq_cli.pipeline.quantize import quantize_checkpoint
 from tests.families import FAMILIES, save_model
 from tests.pipeline.runs import config, digest, quantize, reader
-from tests.reference import gptq
+from tests.reference import follow, gptq
 
 
 def input_of(whole: PreTrainedModel, name: str, windows: Tensor) -> Tensor:
@@ -41,6 +41,7 @@ def input_of(whole: PreTrainedModel, name: str, windows: Tensor) -> Tensor:
 def slow_quantize(model: Path, windows: Tensor, settings: QuantizeConfig, stages: list[list[str]]) -> dict[str, Tensor]:
     """Codes of every layer, by running the whole transformers model anew for each stage, in float64 Hessians."""
     whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    untouched = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     modules = dict(whole.named_modules())
     codes = {}
     for block in range(len(whole.model.layers)):
@@ -48,8 +49,12 @@ def slow_quantize(model: Path, windows: Tensor, settings: QuantizeConfig, stages
             full = [f"model.layers.{block}.{name}" for name in names]
             tokens = input_of(whole, full[0], windows)
             hessian = tokens.T @ tokens
+            originals = input_of(untouched, full[0], windows)
             for name in full:
-                found = gptq(modules[name].weight.detach(), hessian, settings.base, len(tokens))
+                weight = modules[name].weight.detach()
+                if settings.asymmetric_calibration:
+                    weight = follow(weight.double(), tokens, originals, settings.base)
+                found = gptq(weight, hessian, settings.base, len(tokens))
                 codes[name] = found.codes
                 group = torch.tensor(found.g_idx)
                 modules[name].weight.data = (found.scales[:, group] * (found.codes - found.zeros[:, group])).float()
@@ -59,12 +64,15 @@ def slow_quantize(model: Path, windows: Tensor, settings: QuantizeConfig, stages
 @pytest.mark.parametrize(
     "settings",
     [
-        {},
-        {"bits": 3, "sym": False},
-        {"desc_act": True},
-        {"static_groups": True, "bits": 2},
-        {"act_group_aware": False},
-        {"preset": "balanced", "scale_search": "activation", "refine_sweeps": 0},
+        {"preset": "gptq"},
+        {"preset": "gptq", "bits": 3, "sym": False},
+        {"preset": "gptq", "desc_act": True},
+        {"preset": "act-order", "bits": 2},
+        {"preset": "gptq", "act_group_aware": False},
+        {"preset": "fast"},
+        {"preset": "fast", "scale_search": "activation"},
+        {"preset": "fast", "asymmetric_calibration": 0.75},
+        {"preset": "gptq", "bits": 3, "asymmetric_calibration": 0.25},
     ],
     ids=str,
 )
@@ -117,7 +125,7 @@ def test_every_family_is_quantized_and_reads_back(family: str, tmp_path: Path) -
     for name in source.tensors:
         if name.removesuffix(".weight") in quantized:
             error = (ours.read(name) - original.read(name).float()).norm() / original.read(name).float().norm()
-            assert error < 0.2
+            assert error < (0.3 if family == "opt" else 0.2)  # few tokens for many columns: weights follow their loss
         else:
             assert torch.equal(TensorReader(written).read(name), original.read(name))
     names = {name for name in source.tensors if name.removesuffix(".weight") not in quantized}
@@ -142,7 +150,7 @@ def test_config_files_say_what_every_reader_needs(tmp_path: Path) -> None:
     assert described == {
         "quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True,
         "checkpoint_format": "gptq", "format": "gptq", "lm_head": False, "true_sequential": True,
-        "static_groups": False, "act_group_aware": True, "damp_percent": 0.1, "pack_dtype": "int32",
+        "static_groups": True, "act_group_aware": True, "damp_percent": 0.05, "pack_dtype": "int32",
     }  # fmt: skip
     legacy = json.loads((output / "quantize_config.json").read_text())
     meta = legacy.pop("meta")

@@ -11,10 +11,10 @@ import torch
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.engine.factor import NotPositiveDefiniteError
 from gptq_cli.errors import ConfigError, ExistsError, GateError, InputError
-from gptq_cli.pipeline.blocks import located
 from gptq_cli.pipeline.events import Event, Warned
 from gptq_cli.pipeline.plan import plan_run
 from gptq_cli.pipeline.quantize import quantize_checkpoint
+from gptq_cli.pipeline.solver import located
 from tests.families import save_model
 from tests.pipeline.runs import config, digest, quantize
 
@@ -137,7 +137,7 @@ def test_a_model_that_does_not_exist_is_refused(tmp_path: Path) -> None:
 
 def test_raised_damping_is_reported_with_the_value_used(tmp_path: Path) -> None:
     events: list[Event] = []
-    settings = config(damp_percent=1e-9, nsamples=1, batch_size=1, seqlen=16)
+    settings = config(preset="gptq", damp_percent=1e-9, nsamples=1, batch_size=1, seqlen=16)
     result = quantize_checkpoint(str(save_model(tmp_path / "model")), tmp_path / "out", settings, report=events.append)
     raised = [layer for layer in result.layers if layer.damp_retries]
     assert raised
@@ -154,7 +154,7 @@ def test_the_damping_ladder_is_reported_and_ends_in_an_error_that_names_the_laye
     layer = replace(layer, name="model.layers.0.mlp.gate_proj")
     with (
         pytest.raises(GateError, match=r"`model\.layers\.0\.mlp\.gate_proj` \(block 0\).*damp_percent 0\.4") as caught,
-        located(layer),
+        located([layer]),
     ):
         raise NotPositiveDefiniteError(0.4)
     assert (caught.value.code, caught.value.exit_code) == ("E_NUM_HESSIAN", 4)

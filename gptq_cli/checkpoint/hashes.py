@@ -1,0 +1,46 @@
+"""`gptq_manifest.json`: size and SHA-256 of every file of a published checkpoint, {"files": {name: {...}}}."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gptq_cli.checkpoint.durable import file_sha256
+from gptq_cli.checkpoint.manifest import MANIFEST
+from gptq_cli.checkpoint.module_checks import Defect
+from gptq_cli.checkpoint.source import is_safe_path, read_json
+from gptq_cli.errors import InputError
+
+
+def check_manifest(directory: Path, *, full: bool) -> tuple[int, list[Defect]]:
+    """How many files were hashed, and which differ from what the manifest, if there is one, says of them.
+
+    Without `full` only names and sizes are compared.
+    """
+    if not (directory / MANIFEST).is_file():
+        return 0, []
+    try:
+        content = read_json(directory / MANIFEST)
+    except InputError as error:
+        return 0, [Defect("E_CKPT_HASH", str(error), MANIFEST)]
+    files = content.get("files") if isinstance(content, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
+        return 0, [Defect("E_CKPT_HASH", "has no mapping `files`", MANIFEST)]
+    defects = [defect for name, entry in files.items() for defect in _check_file(directory, name, entry, full=full)]
+    unlisted = sorted(path.name for path in directory.glob("*.safetensors") if path.name not in files)
+    defects += [Defect("E_CKPT_HASH", "is not in the manifest", name) for name in unlisted]
+    return len(files) if full else 0, defects
+
+
+def _check_file(directory: Path, name: str, entry: dict[str, Any], *, full: bool) -> Iterator[Defect]:
+    file = directory / name
+    if not is_safe_path(directory, name):
+        yield Defect("E_UNSAFE_PATH", f"names a file outside the directory: {name!r}", MANIFEST)
+    elif not file.is_file():
+        yield Defect("E_CKPT_MISSING", "is in the manifest and not here", name)
+    elif file.stat().st_size != entry.get("size"):
+        yield Defect("E_CKPT_HASH", f"has {file.stat().st_size} bytes, the manifest says {entry.get('size')}", name)
+    elif full and (found := file_sha256(file)) != entry.get("sha256"):
+        said = str(entry.get("sha256"))[:12]
+        yield Defect("E_CKPT_HASH", f"has SHA-256 {found[:12]}..., the manifest says {said}...", name)

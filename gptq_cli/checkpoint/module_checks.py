@@ -1,0 +1,137 @@
+"""What must hold for the tensors of one quantized module.
+
+qweight int32 [I * bits / 32, O], qzeros int32 [G, O * bits / 32], scales [G, O], g_idx [I]; w = s (q - z).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from gptq_cli.checkpoint.headers import TensorInfo
+from gptq_cli.checkpoint.raw import Array, read_array, unpack_words
+from gptq_cli.checkpoint.stored import Settings
+
+# Readers may flush subnormal float16 numbers to zero, and hold every scale in float16 or bfloat16.
+SMALLEST_SCALE, LARGEST_SCALE = 2.0**-14, 65504.0
+DTYPES = {
+    "qweight": ("I32",),
+    "qzeros": ("I32",),
+    "scales": ("F16", "BF16", "F32"),
+    "g_idx": ("I32", "I64"),
+}
+PARTS = frozenset(DTYPES)
+
+
+@dataclass(frozen=True, slots=True)
+class Defect:
+    """One thing that is wrong with a checkpoint; `tensor` may be a module, None where a file or all is meant."""
+
+    code: str
+    message: str
+    file: str | None = None
+    tensor: str | None = None
+
+    @property
+    def place(self) -> str:
+        return ": ".join(part for part in (self.file, self.tensor) if part)
+
+    def __str__(self) -> str:
+        return f"{self.code} {self.place}: {self.message}" if self.place else f"{self.code} {self.message}"
+
+
+def check_module(
+    module: str, stored: Mapping[str, TensorInfo], bias: TensorInfo | None, settings: Settings
+) -> Iterator[Defect]:
+    """What headers tell: the four tensors are there and have the dtypes and shapes that the settings ask for."""
+    for part in sorted(PARTS - set(stored)):
+        yield Defect("E_CKPT_INCOMPLETE", f"no {part}", None, module)
+    for part, tensor in stored.items():
+        if tensor.dtype not in DTYPES[part]:
+            yield _defect("E_CKPT_SHAPE", tensor, f"{tensor.dtype}, not {' or '.join(DTYPES[part])}")
+    if len(stored) == len(PARTS):
+        tensors = {**stored, "bias": bias} if bias else stored
+        yield from _check_shapes(module, tensors, settings)
+
+
+def _check_shapes(module: str, stored: Mapping[str, TensorInfo], settings: Settings) -> Iterator[Defect]:
+    in_features = math.prod(stored["g_idx"].shape)
+    out_features = stored["scales"].shape[-1] if stored["scales"].shape else 0
+    group_size = in_features if settings.group_size == -1 else settings.group_size
+    if in_features == 0 or out_features == 0 or in_features % 32 or out_features % 32 or in_features % group_size:
+        said = f"{in_features} inputs, {out_features} outputs and groups of {group_size}"
+        yield Defect("E_CKPT_SHAPE", f"{said} cannot be packed into 32-bit words", stored["qweight"].file.name, module)
+        return
+    groups = in_features // group_size
+    expected = {
+        "qweight": (in_features * settings.bits // 32, out_features),
+        "qzeros": (groups, out_features * settings.bits // 32),
+        "scales": (groups, out_features),
+        "g_idx": (in_features,),
+        "bias": (out_features,),
+    }
+    for part, tensor in stored.items():
+        if tensor.shape != expected[part]:
+            said = f"{settings.bits} bits and groups of {group_size} ask for {list(expected[part])}"
+            yield _defect("E_CKPT_SHAPE", tensor, f"has shape {list(tensor.shape)}, {said}")
+
+
+def check_values(stored: Mapping[str, TensorInfo], settings: Settings, format: str) -> Iterator[Defect]:
+    """What the numbers tell, of a module whose headers are right."""
+    yield from _check_groups(stored["g_idx"], stored["scales"].shape[0], settings)
+    yield from _check_zeros(stored["qzeros"], settings, format)
+    yield from _check_scales(stored["scales"])
+
+
+def _check_groups(tensor: TensorInfo, groups: int, settings: Settings) -> Iterator[Defect]:
+    g_idx = read_array(tensor)
+    if g_idx.min() < 0 or g_idx.max() >= groups:
+        yield _defect("E_CKPT_GROUPS", tensor, f"holds {g_idx.min()} to {g_idx.max()}, there are {groups} groups")
+        return
+    group_size = g_idx.size // groups
+    sizes = np.bincount(g_idx, minlength=groups)
+    if (sizes != group_size).any():
+        odd = int((sizes != group_size).argmax())
+        yield _defect("E_CKPT_GROUPS", tensor, f"group {odd} has {sizes[odd]} of the columns, not {group_size}")
+    elif not settings.desc_act and (g_idx != np.arange(g_idx.size) // group_size).any():
+        yield _defect("E_CKPT_GROUPS", tensor, "is not in the order of columns, and desc_act is false")
+
+
+def _check_zeros(tensor: TensorInfo, settings: Settings, format: str) -> Iterator[Defect]:
+    fields = unpack_words(read_array(tensor), settings.bits).astype(np.int32)
+    offset = 1 if format == "gptq" else 0  # v1 files store zero - 1 and readers add it back
+    middle, top = 2 ** (settings.bits - 1), 2**settings.bits - 1
+    if settings.sym:
+        yield from _check_symmetric(tensor, fields, middle, offset)
+    elif offset and (wrapped := int((fields == top).sum())):
+        message = f"{wrapped} of {fields.size} zero points are 0, which readers of gptq (v1) decode in different ways"
+        yield _defect("E_CKPT_ZEROS", tensor, message)
+
+
+def _check_symmetric(tensor: TensorInfo, fields: Array, middle: int, offset: int) -> Iterator[Defect]:
+    wrong = int((fields != middle - offset).sum())
+    if not wrong:
+        return
+    if (fields == middle - 1 + offset).all():
+        held, said = ("gptq_v2", "gptq") if offset else ("gptq", "gptq_v2")
+        yield _defect("E_CKPT_ZEROS", tensor, f"holds zero points as {held} stores them, config.json says {said}")
+    else:
+        message = f"{wrong} of {fields.size} zero points are not {middle}, and sym is true"
+        yield _defect("E_CKPT_ZEROS", tensor, message)
+
+
+def _check_scales(tensor: TensorInfo) -> Iterator[Defect]:
+    size = np.abs(read_array(tensor).astype(np.float32))
+    if not_finite := int((~np.isfinite(size)).sum()):
+        yield _defect("E_CKPT_NONFINITE", tensor, f"{not_finite} of {size.size} scales are NaN or infinite")
+    if tiny := int((size < SMALLEST_SCALE).sum()):
+        yield _defect("E_CKPT_SCALES", tensor, f"{tiny} of {size.size} scales are zero or subnormal in float16")
+    if huge := int((np.isfinite(size) & (size > LARGEST_SCALE)).sum()):
+        yield _defect("E_CKPT_SCALES", tensor, f"{huge} of {size.size} scales are beyond float16")
+
+
+def _defect(code: str, tensor: TensorInfo, message: str) -> Defect:
+    return Defect(code, message, tensor.file.name, tensor.name)

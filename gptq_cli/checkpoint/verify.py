@@ -1,0 +1,191 @@
+"""Whether a GPTQ checkpoint, ours or another tool's, is whole and means the same to every reader. Needs no torch.
+
+What is asked: headers against index against files; what the configuration says against what is stored; for each
+quantized module its tensors, shapes, zero points, groups and scales; with `full` every byte. A property that only some
+engine cannot serve is no defect: that is `config/targets.py`. Source: what readers of the format require.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from gptq_cli.checkpoint.hashes import check_manifest
+from gptq_cli.checkpoint.headers import TensorInfo
+from gptq_cli.checkpoint.module_checks import PARTS, Defect, check_module, check_values
+from gptq_cli.checkpoint.raw import FLOATS, read_chunks
+from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
+from gptq_cli.checkpoint.stored import StoredConfig, stored_config
+from gptq_cli.errors import InputError
+
+HEAD = "lm_head"
+_NUMBER = re.compile(r"\.\d+(?=\.)")
+_IN_LIST = re.compile(r"(?P<list>.*?)\.(?P<index>\d+)\.")
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What was looked at, and what is wrong with it; `bits` are those that occur, `nbytes` those of the tensors."""
+
+    defects: tuple[Defect, ...]
+    modules: int
+    tensors: int
+    nbytes: int
+    bits: tuple[int, ...]
+    format: str
+    full: bool
+    hashed: int
+
+    @property
+    def ok(self) -> bool:
+        return not self.defects
+
+
+def verify_checkpoint(directory: Path, *, full: bool = False) -> Verification:
+    """Every defect of the GPTQ checkpoint in `directory`.
+
+    Headers, configuration, g_idx, qzeros and scales are read; with `full` also every other number, which must be
+    finite, and every file that `gptq_manifest.json` lists, whose hash must agree. One tensor is in memory at a time.
+    InputError E_CKPT_KIND if there is no quantized tensor and no configuration that promises one, E_CKPT_QUANTIZED for
+    another method than GPTQ.
+    """
+    try:
+        checkpoint = open_checkpoint(directory)
+    except InputError as error:
+        refused = tuple(Defect(problem.code, problem.message) for problem in error.problems)
+        return Verification(refused, 0, 0, 0, (), "", full, 0)
+    modules = packed_modules(checkpoint.tensors)
+    if not modules and checkpoint.quantization is None:
+        hint = "name a GPTQ checkpoint, for example one that `gptq quantize` wrote"
+        raise InputError("E_CKPT_KIND", f"`{directory}` is not quantized", hint=hint)
+    config, wrong = stored_config(checkpoint)
+    defects = [Defect("E_CKPT_CONFIG", text, "config.json") for text in wrong]
+    if config is not None:
+        defects += _against_config(checkpoint, config, modules)
+        for module in modules:
+            defects += _module(checkpoint, config, module)
+    if full:
+        defects += [defect for tensor in _kept(checkpoint, modules) for defect in _check_finite(tensor)]
+    hashed, torn = check_manifest(directory, full=full)
+    settings = [config.settings(module) for module in modules] if config else []
+    return Verification(
+        defects=(*defects, *torn),
+        modules=len(modules),
+        tensors=len(checkpoint.tensors),
+        nbytes=checkpoint.nbytes,
+        bits=tuple(sorted({setting.bits for setting in settings})),
+        format=config.format if config else "",
+        full=full,
+        hashed=hashed,
+    )
+
+
+def packed_modules(tensors: Iterable[str]) -> list[str]:
+    """Names of modules that have any of qweight, qzeros and g_idx, in file order."""
+    found = {name.rpartition(".")[0]: None for name in tensors if name.rpartition(".")[2] in PARTS - {"scales"}}
+    return list(found)
+
+
+def _module(checkpoint: Checkpoint, config: StoredConfig, module: str) -> Iterator[Defect]:
+    stored = {part: tensor for part in PARTS if (tensor := checkpoint.tensors.get(f"{module}.{part}"))}
+    bias = checkpoint.tensors.get(f"{module}.bias")
+    settings = config.settings(module)
+    defects = list(check_module(module, stored, bias, settings))
+    yield from defects
+    if not defects:
+        yield from check_values(stored, settings, config.format)
+
+
+def _against_config(checkpoint: Checkpoint, config: StoredConfig, modules: list[str]) -> Iterator[Defect]:
+    """What the rules say is quantized and is not, the reverse, and what is stored twice or not at all."""
+    tensors = checkpoint.tensors
+    if not modules:
+        yield Defect("E_CKPT_RULES", "the configuration says gptq, and no tensor is quantized", "config.json")
+    for module in modules:
+        if rule := config.skip_rule(module):
+            yield _unruly(f"`{module}` is quantized, and rule '{rule}' says that it is not", module)
+        if not config.is_listed(module) and module != HEAD:
+            yield _unruly(f"`{module}` is quantized, and modules_in_block_to_quantize does not name it", module)
+        if (plain := tensors.get(f"{module}.weight")) is not None:
+            yield Defect("E_CKPT_RULES", "stored beside its packed form", plain.file.name, plain.name)
+    for item in config.listed or ():
+        if modules and not any(module.endswith(item) for module in modules):
+            yield _unruly(f"modules_in_block_to_quantize names `{item}`, and nothing of that name is quantized", item)
+    yield from _check_head(checkpoint, config, HEAD in modules)
+    yield from _check_siblings(checkpoint, config, modules)
+    yield from _check_blocks(checkpoint, modules)
+
+
+def _check_head(checkpoint: Checkpoint, config: StoredConfig, quantized: bool) -> Iterator[Defect]:
+    if config.lm_head and not quantized:
+        yield _unruly(f"lm_head is true, and there is no {HEAD}.qweight", HEAD)
+    if quantized and not config.lm_head:
+        yield _unruly(f"{HEAD} is quantized, and lm_head is not true", HEAD)
+    if quantized and checkpoint.config.get("tie_word_embeddings"):
+        yield _unruly(f"{HEAD} is quantized, and tie_word_embeddings lets readers take the embeddings for it", HEAD)
+
+
+def _check_siblings(checkpoint: Checkpoint, config: StoredConfig, modules: list[str]) -> Iterator[Defect]:
+    """Linears that are packed in other blocks and plain in this one, without a rule that says so."""
+    kinds, packed = {_NUMBER.sub(".N", module) for module in modules}, set(modules)
+    for name, tensor in checkpoint.tensors.items():
+        module = name.removesuffix(".weight")
+        if module == name or len(tensor.shape) != 2 or _NUMBER.sub(".N", module) not in kinds or module in packed:
+            continue
+        unsaid = config.skip_rule(module) is None and (config.listed is None or config.is_listed(module))
+        if unsaid and not _is_beyond(checkpoint, module):
+            message = "not quantized as the same module of other blocks is, and no rule says so"
+            yield Defect("E_CKPT_RULES", message, tensor.file.name, name)
+
+
+def _check_blocks(checkpoint: Checkpoint, modules: list[str]) -> Iterator[Defect]:
+    """Blocks that are missing as a whole, in the list that most quantized modules are in."""
+    lists = Counter(match["list"] for module in modules if (match := _IN_LIST.match(module)))
+    if not lists:
+        return
+    (name, _), *_ = lists.most_common(1)
+    found = [match for tensor in checkpoint.tensors if (match := _IN_LIST.match(tensor)) and match["list"] == name]
+    present = {int(match["index"]) for match in found}
+    expected = max(max(present) + 1, _n_blocks(checkpoint) or 0)
+    for index in sorted(set(range(min(expected, 10_000))) - present):
+        yield Defect("E_CKPT_INCOMPLETE", f"no tensor of `{name}.{index}`", None, f"{name}.{index}")
+
+
+def _n_blocks(checkpoint: Checkpoint) -> int | None:
+    nested = checkpoint.config.get("text_config")
+    said = (nested if isinstance(nested, dict) else checkpoint.config).get("num_hidden_layers")
+    return said if type(said) is int else None
+
+
+def _is_beyond(checkpoint: Checkpoint, module: str) -> bool:
+    """Whether a block lies behind the model's last one, as layers that predict several tokens do."""
+    match, n_blocks = _IN_LIST.match(module), _n_blocks(checkpoint)
+    return match is not None and n_blocks is not None and int(match["index"]) >= n_blocks
+
+
+def _kept(checkpoint: Checkpoint, modules: list[str]) -> Iterator[TensorInfo]:
+    """Tensors whose numbers the quick checks have not read."""
+    small = {f"{module}.{part}" for module in modules for part in PARTS - {"qweight"}}
+    return (tensor for name, tensor in checkpoint.tensors.items() if name not in small)
+
+
+def _check_finite(tensor: TensorInfo) -> Iterator[Defect]:
+    if tensor.name.endswith(".qweight"):
+        if tensor.dtype == "I32" and tensor.nbytes and not any(chunk.any() for chunk in read_chunks(tensor)):
+            message = "holds nothing but zeros, as a file that was never written does"
+            yield Defect("E_CKPT_CORRUPT", message, tensor.file.name, tensor.name)
+    elif tensor.dtype in FLOATS and (count := _not_finite(tensor)):
+        yield Defect("E_CKPT_NONFINITE", f"holds NaN or infinity, {count} times", tensor.file.name, tensor.name)
+
+
+def _not_finite(tensor: TensorInfo) -> int:
+    return sum(chunk.size - int(np.isfinite(chunk).sum()) for chunk in read_chunks(tensor))
+
+
+def _unruly(message: str, module: str) -> Defect:
+    return Defect("E_CKPT_RULES", message, "config.json", module)

@@ -1,0 +1,105 @@
+"""`gptq compare`: how far one checkpoint is from another, by weights and by what they predict."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gptq_cli.cli import options as o
+from gptq_cli.cli.console import Console, clock
+from gptq_cli.cli.progress import Progress
+from gptq_cli.cli.table import aligned
+from gptq_cli.config.resolve import check_flags
+from gptq_cli.errors import ConfigError
+
+if TYPE_CHECKING:
+    from gptq_cli.pipeline.compare import Comparison
+    from gptq_cli.pipeline.evaluate import EvalResult
+
+WORST = 10
+WITH_TEXT = ("seqlen", "max_windows", "device", "dtype")
+
+
+def compare(
+    a: Annotated[str, typer.Argument(metavar="A", help="checkpoint to judge: directory or Hub id", show_default=False)],
+    b: Annotated[str, typer.Argument(metavar="B", help="reference, most often the original", show_default=False)],
+    text: Annotated[
+        str | None,
+        o.plain("--text", help="measure KL and top-1 agreement on it: a dataset, a file or a folder", metavar="TEXT"),
+    ] = None,
+    seqlen: o.SeqLen = None,
+    max_windows: Annotated[
+        int | None, o.plain("--max-windows", help="stop after so many windows", metavar="N", panel=o.TEXT)
+    ] = None,
+    device: o.Device = None,
+    dtype: o.DType = None,
+    as_json: o.AsJson = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Compare two checkpoints: weights, and with --text what they predict.
+
+    Each may be quantized or not. The error of a weight is |A-B|^2 / |B|^2.
+    With --text both models run block by block on the CPU or one GPU.
+
+    Example: gptq compare ./Qwen3-0.6B-GPTQ-Int4-g128 ./Qwen3-0.6B
+    """
+    said = {key: value for key, value in locals().items() if value is not None}
+    _check(said)
+    console = Console(as_json, quiet)
+    from gptq_cli.pipeline.compare import compare_checkpoints
+
+    weights = compare_checkpoints(a, b)
+    predictions = _evaluate(console, said) if text is not None else None
+    data = {"a": a, "b": b, **weights.to_json(), "predictions": predictions.to_json() if predictions else None}
+    console.result(data, "\n".join(_lines(weights, predictions)), f"{_mean_error(weights):.6g}")
+
+
+def _check(said: dict[str, Any]) -> None:
+    alone = [key for key in WITH_TEXT if key in said and "text" not in said]
+    if alone:
+        name = alone[0].replace("_", "-")
+        raise ConfigError("E_CFG_CONFLICT", f"--{name} needs --text", hint="add --text, or leave it out")
+    check_flags(said)
+    if said.get("max_windows", 1) < 1:
+        raise ConfigError(
+            "E_CFG_RANGE", f"--max-windows must be a whole number of 1 or more, got {said['max_windows']}"
+        )
+
+
+def _evaluate(console: Console, said: dict[str, Any]) -> EvalResult:
+    from gptq_cli.pipeline.evaluate import EvalRequest, evaluate_perplexity
+
+    request = EvalRequest(
+        dataset=said["text"], baseline=said["b"], **{key: said[key] for key in WITH_TEXT if key in said}
+    )
+    with Progress(console) as progress:
+        return evaluate_perplexity(said["a"], request, progress)
+
+
+def _mean_error(found: Comparison) -> float:
+    """Mean over the tensors that differ."""
+    errors = [tensor.relative_error for tensor in found.different]
+    return sum(errors) / len(errors) if errors else 0.0
+
+
+def _lines(found: Comparison, predictions: EvalResult | None) -> list[str]:
+    different = sorted(found.different, key=lambda tensor: -tensor.relative_error)
+    same = len(found.tensors) - len(different)
+    lines = [f"{same} of {len(found.tensors)} tensors are the same, {len(different)} differ"]
+    if different:
+        lines[0] += f": mean error {_mean_error(found):.2e}"
+        lines.append("worst")
+        cells = [("error", "largest", "tensor")]
+        cells += [(f"{t.relative_error:.2e}", f"{t.largest:.2e}", t.name) for t in different[:WORST]]
+        lines += [f"  {line}" for line in aligned(cells)]
+    for label, names in (("A", found.only_a), ("B", found.only_b)):
+        lines += [f"only in {label}  {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"] if names else []
+    if predictions is not None:
+        p = predictions
+        lines.append(f"perplexity  {p.perplexity:.4f}, reference {p.baseline_perplexity:.4f}")
+        lines.append(f"agreement   KL {p.kl:.4g}, top-1 {p.top1_agreement:.2%}")
+        lines.append(
+            f"protocol    {p.dataset}, {p.windows} windows of {p.seqlen} tokens, {p.dtype}, {clock(p.seconds)}"
+        )
+    return lines

@@ -1,0 +1,40 @@
+"""`gptq convert`: a GPTQ checkpoint in the other version of its format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from gptq_cli.cli import options as o
+from gptq_cli.cli.console import Console
+from gptq_cli.cli.progress import Progress
+from gptq_cli.config.finding import shown
+from gptq_cli.errors import ConfigError
+
+FORMATS = ("gptq", "gptq_v2")
+
+
+def convert(
+    model: o.Model,
+    to: Annotated[str, o.plain("--to", help="format to write", metavar="gptq|gptq_v2", panel=o.OUTPUT)],
+    output: Annotated[Path, o.plain("--output", "-o", help="directory to write", metavar="DIR", panel=o.OUTPUT)],
+    overwrite: o.Overwrite = False,
+    as_json: o.AsJson = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Convert a GPTQ checkpoint between the formats gptq and gptq_v2.
+
+    The formats differ in how they store zero points; codes, scales and
+    all that is not quantized are copied byte for byte.
+
+    Example: gptq convert ./out --to gptq_v2 -o ./out-v2
+    """
+    if to not in FORMATS:
+        raise ConfigError("E_CFG_RANGE", f"--to must be {' or '.join(FORMATS)}, got {shown(to)}")
+    console = Console(as_json, quiet)
+    from gptq_cli.pipeline.rewrite import convert_checkpoint
+
+    with Progress(console) as progress:
+        found = convert_checkpoint(model, output, to, overwrite=overwrite, report=progress)
+    text = f"{output}\n{found.layers} layers are now in format {to}, nothing else has changed"
+    console.result({**found.to_json(), "format": to}, text, str(output))

@@ -1,0 +1,41 @@
+"""`gptq recipes`: configurations that ship with the program."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from gptq_cli.cli.console import Console
+from gptq_cli.cli.options import AsJson
+from gptq_cli.cli.table import aligned
+from gptq_cli.config.finding import nearest
+from gptq_cli.config.recipe import describe_recipe
+from gptq_cli.config.recipe import recipes as known_recipes
+from gptq_cli.errors import ConfigError
+
+
+def recipes(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="recipe to print; all if left out", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the recipes that --config takes by name, or print one.
+
+    gptq quantize MODEL --config vllm-4bit runs one as it is; printed into
+    a file, it is a start for a configuration of one's own.
+
+    Example: gptq recipes vllm-4bit > my.yaml
+    """
+    console, known = Console(as_json), known_recipes()
+    if name is None:
+        told = {recipe: describe_recipe(file) for recipe, file in known.items()}
+        console.result({"recipes": told}, "\n".join(aligned([*told.items()])), "\n".join(told))
+        return
+    if name not in known:
+        near = nearest(name, known)
+        hint = f"did you mean {near}?" if near else "gptq recipes lists them"
+        raise ConfigError("E_CFG_FILE", f"there is no recipe `{name}`", hint=hint)
+    text = known[name].read_text(encoding="utf-8").rstrip("\n")
+    console.result({"name": name, "text": text}, text, text)

@@ -1,0 +1,41 @@
+"""`gptq report`: the page about a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gptq_cli.cli import options as o
+from gptq_cli.cli.console import Console, size
+
+
+def report(
+    directory: Annotated[
+        Path, typer.Argument(metavar="OUT", help="what gptq quantize --report has written", show_default=False)
+    ],
+    output: Annotated[
+        Path | None, o.plain("--output", "-o", help="file to write; default gptq_report.html in OUT", metavar="FILE")
+    ] = None,
+    png: Annotated[Path | None, o.plain("--png", help="write the heat map here too", metavar="FILE")] = None,
+    evaluation: Annotated[
+        Path | None, o.plain("--evaluation", help="result of gptq eval-ppl --json to show", metavar="FILE")
+    ] = None,
+    as_json: o.AsJson = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Write a page about a run: errors, time, memory, the command.
+
+    One HTML file without scripts that needs nothing beside it. Reads the
+    gptq_report.json that quantize --report has left in OUT.
+
+    Example: gptq report ./out --evaluation ppl.json
+    """
+    from gptq_cli.pipeline.report import PAGE, write_page
+
+    page = write_page(directory, output or directory / PAGE, evaluation=evaluation, png=png)
+    n_bytes = page.stat().st_size
+    Console(as_json, quiet).result(
+        {"output": str(page), "bytes": n_bytes}, f"{page}\n{size(n_bytes)}, open it in a browser", str(page)
+    )

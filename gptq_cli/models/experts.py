@@ -1,0 +1,229 @@
+"""Mixtures of experts: transformers stacks their matrices into one tensor, here each is a linear layer of its own.
+
+`Experts` takes the place of the stacked module in the skeleton. It computes what that module computes, proven on random
+numbers when it is made, and shows who is sent where, so that each expert can be calibrated on its own tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from copy import copy
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
+GATE_UP = "gate_up_proj"
+_PROOF_FEATURES, _PROOF_TOKENS, _PROOF_TOLERANCE = 16, 24, 1e-4
+
+
+class Routed(NamedTuple):
+    """What the experts of a block were given for one batch: hidden states [T, H] and, for each, its experts [T, K].
+
+    Without `experts`, `hidden` [E * T, H] holds the tokens of each expert one after the other, zero where it has none.
+    """
+
+    hidden: Tensor
+    experts: Tensor | None = None
+
+    def clone(self) -> Routed:
+        return Routed(*(None if tensor is None else tensor.clone() for tensor in self))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """The weight [O, I] of one expert's linear inside a stacked tensor of the checkpoint."""
+
+    stack: str
+    expert: int
+    rows: slice  # of the matrix as [O, I]
+    turned: bool  # the stack holds matrices [I, O]
+
+    @property
+    def stored(self) -> tuple[str]:
+        """The tensor that is read for it."""
+        return (self.stack,)
+
+    def read(self, read: Callable[[str], Tensor]) -> Tensor:
+        """The weight [O, I], a view of the stack that `read` gives."""
+        matrix: Tensor = read(self.stack)[self.expert]
+        turned: Tensor = matrix.T if self.turned else matrix
+        return turned[self.rows]
+
+
+class Expert(nn.Module):
+    """The linears of one expert; `gate_proj` is None where there is no gate."""
+
+    def __init__(self, hidden: int, intermediate: int, *, gated: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        like: dict[str, Any] = {"bias": False, "device": "meta", "dtype": dtype}
+        self.gate_proj = nn.Linear(hidden, intermediate, **like) if gated else None
+        self.up_proj = nn.Linear(hidden, intermediate, **like)
+        self.down_proj = nn.Linear(intermediate, hidden, **like)
+
+
+class Experts(nn.Module):
+    """The experts of a block with a linear for each matrix; `kind` is the stacked module, whose activation they use."""
+
+    def __init__(self, kind: nn.Module) -> None:
+        super().__init__()
+        shape = StackShape.of(kind)
+        assert shape is not None
+        self.kind = copy(kind)
+        self.kind._parameters = {}
+        self.n_experts = shape.n_experts
+        dtype = kind.get_parameter(DOWN).dtype
+        for number in range(shape.n_experts):
+            expert = Expert(shape.hidden, shape.intermediate, gated=shape.gated, dtype=dtype)
+            self.add_module(str(number), expert.requires_grad_(False))
+
+    def __getitem__(self, number: int) -> Expert:
+        expert = self._modules[str(number)]
+        assert isinstance(expert, Expert)
+        return expert
+
+    def forward(
+        self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
+    ) -> Tensor:
+        """As the stacked module's: [T, H], the weighted sum of the outputs of each token's experts."""
+        routed = Routed(hidden_states, top_k_index)
+        output = torch.zeros_like(hidden_states)
+        for number, rows in enumerate(self.rows(routed)):
+            if rows.numel():
+                down = self[number].down_proj(self.intermediate(number, hidden_states[rows]))
+                if top_k_weights is not None:
+                    assert top_k_index is not None
+                    # a token comes once for each of its choices that is this expert, first choices first
+                    down = down * top_k_weights.T[number == top_k_index.T][:, None]
+                output.index_add_(0, rows, down.to(output.dtype))
+        return output
+
+    def intermediate(self, number: int, tokens: Tensor) -> Tensor:
+        """What expert `number` gives to its down_proj for `tokens` [N, H]: [N, I]."""
+        expert = self[number]
+        up = expert.up_proj(tokens)
+        if expert.gate_proj is None:
+            activated: Tensor = self.kind.act_fn(up)  # type: ignore[operator]
+            return activated
+        gate = expert.gate_proj(tokens)
+        if not hasattr(self.kind, "_apply_gate"):
+            return self.kind.act_fn(gate) * up  # type: ignore[operator, no-any-return]
+        gated: Tensor = self.kind._apply_gate(torch.cat([gate, up], dim=-1))  # type: ignore[operator]
+        return gated
+
+    def rows(self, routed: Routed) -> Iterator[Tensor]:
+        """For each expert which rows of `routed.hidden` it is given."""
+        hidden, chosen = routed
+        if chosen is None:
+            n_tokens = hidden.shape[0] // self.n_experts
+            for number, tokens in enumerate(hidden.split(n_tokens)):
+                yield number * n_tokens + tokens.any(-1).nonzero()[:, 0]
+        else:
+            for number in range(self.n_experts):
+                mine = chosen.T.eq(number)
+                yield mine.nonzero()[:, 1]
+
+
+@dataclass(frozen=True, slots=True)
+class StackShape:
+    """Sizes of a module that holds the matrices of `n_experts` experts stacked, [E, O, I] or, `turned`, [E, I, O]."""
+
+    n_experts: int
+    hidden: int
+    intermediate: int
+    gated: bool
+    turned: bool
+
+    @classmethod
+    def of(cls, module: nn.Module) -> StackShape | None:
+        """The sizes of `module`, None if it is not such a module or has biases or other weights besides."""
+        own = module._parameters
+        first = GATE_UP if GATE_UP in own else UP
+        if set(own) != {first, DOWN} or any(p is None or p.dim() != 3 for p in own.values()):
+            return None
+        if getattr(module, "is_concatenated", True) is False or any(
+            True for c in module.children() for _ in c.parameters()
+        ):
+            return None
+        (n_experts, *outer), down = own[first].shape, own[DOWN].shape  # type: ignore[union-attr]
+        factor = 2 if first == GATE_UP else 1
+        for turned in (False, True):
+            wide, hidden = reversed(outer) if turned else outer
+            intermediate = wide // factor
+            expected = (n_experts, intermediate, hidden) if turned else (n_experts, hidden, intermediate)
+            if wide == factor * intermediate and tuple(down) == expected:
+                return cls(n_experts, hidden, intermediate, factor == 2, turned)
+        return None
+
+    def slices(self, parameter: str, stack: str) -> Iterator[tuple[int, str, Slice]]:
+        """(expert, linear, slice) for all that `parameter` holds, when the checkpoint has it as one tensor `stack`."""
+        halves = self.intermediate
+        parts = {GATE_UP: {GATE: slice(0, halves), UP: slice(halves, None)}}.get(parameter, {parameter: slice(None)})
+        for number in range(self.n_experts):
+            for part, rows in parts.items():
+                yield number, part, Slice(stack, number, rows, self.turned)
+
+
+def computes_the_same(kind: nn.Module) -> bool:
+    """Whether `Experts` computes what the stacked module `kind` does, tried on random numbers, few hidden features."""
+    shape = StackShape.of(kind)
+    assert shape is not None
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=generator).div_(sizes[-1] ** 0.5)
+
+    e, h, i = shape.n_experts, shape.hidden, _PROOF_FEATURES
+    wide = i * (2 if shape.gated else 1)
+    stacks = {
+        GATE_UP if shape.gated else UP: random(*((e, h, wide) if shape.turned else (e, wide, h))),
+        DOWN: random(*((e, i, h) if shape.turned else (e, h, i))),
+    }
+    stacked = copy(kind)
+    stacked._parameters = {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in stacks.items()}
+    small = StackShape.of(stacked)
+    assert small is not None
+    experts = Experts(stacked)
+    for name in stacks:
+        for number, part, piece in small.slices(name, name):
+            linear = experts[number].get_submodule(part)
+            linear._parameters["weight"] = nn.Parameter(piece.read(stacks.__getitem__), requires_grad=False)
+    tokens = random(_PROOF_TOKENS, h) * h**0.5
+    k = min(2, e)
+    chosen = torch.stack([torch.randperm(e, generator=generator)[:k] for _ in range(_PROOF_TOKENS)])
+    weights = torch.rand(chosen.shape, generator=generator)
+    spread = torch.zeros(e, _PROOF_TOKENS, h)
+    spread[chosen[:, 0], torch.arange(_PROOF_TOKENS)] = tokens
+    for args in ((tokens, chosen, weights), (spread.view(-1, h),)):
+        try:
+            expected = stacked(*args)
+        except TypeError:  # called with what it does not take: the other way of routing
+            continue
+        found = experts(*args)
+        return bool((found - expected).abs().max() <= _PROOF_TOLERANCE * expected.abs().max())
+    return False
+
+
+def find_stacks(model: nn.Module) -> dict[str, StackShape]:
+    """The modules of `model` that `Experts` can take the place of, by name."""
+    proven: dict[object, bool] = {}
+    found = {}
+    for path, module in model.named_modules():
+        shape = StackShape.of(module)
+        if shape is None:
+            continue
+        kind = (type(module), shape)
+        if kind not in proven:
+            proven[kind] = computes_the_same(module)
+        if proven[kind]:
+            found[path] = shape
+    return found
+
+
+def separate(model: nn.Module, paths: Iterable[str]) -> None:
+    """Put `Experts` in the place of the stacked modules `paths` of `model`."""
+    for path in paths:
+        parent, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, Experts(model.get_submodule(path)))

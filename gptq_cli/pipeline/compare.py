@@ -1,0 +1,104 @@
+"""How far the weights of one checkpoint are from another's, tensor by tensor."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptq_cli.checkpoint.hub import locate_model
+from gptq_cli.checkpoint.orientation import stores_transposed
+from gptq_cli.checkpoint.reader import DequantizingReader, TensorReader, quantized_modules
+from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
+from gptq_cli.errors import InputError
+
+ELEMENTS_PER_CHUNK = 2**24
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorDifference:
+    """One tensor of both: `relative_error` is ‖A - B‖² / ‖B‖², 0 where both are the same numbers; `largest` is the
+    largest |A - B|."""
+
+    name: str
+    shape: tuple[int, ...]
+    relative_error: float
+    largest: float
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Tensors of both checkpoints in B's order, and names that only one of them has."""
+
+    tensors: tuple[TensorDifference, ...]
+    only_a: tuple[str, ...]
+    only_b: tuple[str, ...]
+    seconds: float
+
+    @property
+    def different(self) -> tuple[TensorDifference, ...]:
+        return tuple(tensor for tensor in self.tensors if tensor.largest > 0)
+
+    def to_json(self) -> dict[str, Any]:
+        """The comparison as plain JSON values."""
+        tensors = [{key: getattr(tensor, key) for key in tensor.__slots__} for tensor in self.tensors]
+        return {"tensors": tensors, "only_a": self.only_a, "only_b": self.only_b, "seconds": self.seconds}
+
+
+@torch.inference_mode()
+def compare_checkpoints(a: str, b: str) -> Comparison:
+    """The difference of A from the reference B, each quantized or not, with one tensor of each in memory.
+
+    Raises InputError as opening does, and E_COMPARE if the two have no tensor in common or one with two shapes.
+    """
+    started = time.perf_counter()
+    first, second = _Weights(a), _Weights(b)
+    common = [name for name in second.names if name in first.names]
+    if not common:
+        hint = "compare a model with what was made from it"
+        raise InputError("E_COMPARE", f"`{a}` and `{b}` have no tensor name in common", hint=hint)
+    return Comparison(
+        tensors=tuple(_difference(name, first.read(name), second.read(name)) for name in common),
+        only_a=tuple(name for name in first.names if name not in second.names),
+        only_b=tuple(name for name in second.names if name not in first.names),
+        seconds=time.perf_counter() - started,
+    )
+
+
+class _Weights:
+    """The tensors of a checkpoint as its model would hold them, packed linears dequantized."""
+
+    def __init__(self, model: str) -> None:
+        self._checkpoint: Checkpoint = open_checkpoint(locate_model(model).directory)
+        quantized = self._checkpoint.quantization is not None
+        self._reader = (
+            DequantizingReader(self._checkpoint, CPU, "torch") if quantized else TensorReader(self._checkpoint)
+        )
+        self.names = dict.fromkeys(self._reader.names())
+        turned = quantized and stores_transposed(self._checkpoint.config)
+        self._turned = {f"{name}.weight" for name in quantized_modules(self._checkpoint.tensors)} if turned else set()
+
+    def read(self, name: str) -> Tensor:
+        tensor = self._reader.read(name)
+        return tensor.T if name in self._turned else tensor
+
+
+def _difference(name: str, a: Tensor, b: Tensor) -> TensorDifference:
+    if a.shape != b.shape:
+        raise InputError("E_COMPARE", f"`{name}` is {list(a.shape)} in one and {list(b.shape)} in the other")
+    error = energy = torch.zeros((), dtype=torch.float64)
+    largest = 0.0
+    for mine, reference in zip(_chunks(a), _chunks(b), strict=True):
+        delta = mine.double() - reference.double()
+        error, energy = error + delta.square().sum(), energy + reference.double().square().sum()
+        largest = max(largest, float(delta.abs().max())) if delta.numel() else largest
+    relative = float(error / energy) if energy else float(error)
+    return TensorDifference(name, tuple(b.shape), relative, largest)
+
+
+def _chunks(tensor: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(tensor.reshape(-1), ELEMENTS_PER_CHUNK)

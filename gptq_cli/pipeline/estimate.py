@@ -1,0 +1,114 @@
+"""How much memory and disk a run will take, estimated from its plan alone. Needs no torch.
+
+Every figure is a sum of named terms, so that a reader can see where it comes from; `scripts/bench_plan.py` compares the
+sum for the CPU with measured peaks.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from gptq_cli.checkpoint.headers import BITS_OF_DTYPE
+from gptq_cli.config.schema import QuantizeConfig
+from gptq_cli.pipeline.plan import LayerPlan, RunPlan
+from gptq_cli.pipeline.windows import bounded_seqlen
+
+LIBRARIES = 320_000_000  # private memory of Python with torch and transformers at work, as measured on Linux
+TOKENS_PER_CHUNK = 8192  # of the inputs that the Hessian takes in float32 at a time
+FLOAT, CODE = 4, 1
+WORD_BITS = {"float64": 64, "float32": 32, "bfloat16": 16, "float16": 16}
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One part of a peak: what for, and bytes."""
+
+    what: str
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Terms of the peak memory of a run on the CPU, and of a run on an accelerator: its own and the host's."""
+
+    cpu: tuple[Term, ...]
+    accelerator: tuple[Term, ...]
+    accelerator_host: tuple[Term, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """Bytes that the run writes beside its output, and what is free there; None when nothing of the path exists."""
+
+    needed: int
+    free: int | None
+
+    @property
+    def fits(self) -> bool:
+        return self.free is None or self.needed <= self.free
+
+
+def total(terms: tuple[Term, ...]) -> int:
+    """Bytes of all terms."""
+    return sum(term.nbytes for term in terms)
+
+
+def estimate_memory(plan: RunPlan, config: QuantizeConfig) -> Estimate:
+    """The peak of the block loop: what lives at once while the costliest layer of the largest block is solved.
+
+    hidden states    tokens x hidden, of all calibration windows; twice with asymmetric calibration, as waiting batches
+    waiting batches  tokens x (2 hidden + the widest input): what forwards hold that stop inside a block; without
+                     true_sequential only one batch's
+    block            the weights of the largest block, in the forward's dtype
+    solver           3 float32 matrices [I, I] while a Hessian is factorised, or 2 and 3 of [O, I] while columns are
+                     rounded
+    """
+    bits = _forward_bits(plan, config)
+    seqlen = bounded_seqlen(config.seqlen, said="seqlen" in config.model_fields_set, checkpoint=plan.source)
+    hidden = Counter(layer.in_features for layer in plan.layers if layer.block < plan.n_blocks).most_common(1)[0][0]
+    widest = max(layer.in_features for layer in plan.layers)
+    tokens = config.nsamples * seqlen
+    waiting = tokens if config.true_sequential else min(tokens, config.batch_size * seqlen)
+    chunk = min(TOKENS_PER_CHUNK, config.batch_size * seqlen)
+    block = _largest_block(plan) * bits // 8
+    solver = max(map(_solver_bytes, plan.quantized))
+    streams = 2 if plan.asymmetric else 1
+    states = Term("hidden states", streams * tokens * hidden * bits // 8)
+    work = (
+        Term("waiting batches", streams * waiting * (2 * hidden + widest) * bits // 8),
+        Term("block", block),
+        Term("solver", solver + chunk * widest * FLOAT),
+    )
+    libraries = Term("libraries", LIBRARIES)
+    return Estimate((libraries, states, *work), (states, *work), (libraries, states, Term("block", block)))
+
+
+def estimate_disk(plan: RunPlan, output: Path) -> Disk:
+    """The output is written once, under another name beside its own, while whatever stands there stays."""
+    place = next((folder for folder in (output, *output.absolute().parents) if folder.is_dir()), None)
+    return Disk(plan.layout.nbytes, shutil.disk_usage(place).free if place else None)
+
+
+def _forward_bits(plan: RunPlan, config: QuantizeConfig) -> int:
+    declared = plan.source.config.get("text_config") or plan.source.config
+    name = config.dtype if config.dtype != "auto" else declared.get("dtype") or declared.get("torch_dtype")
+    stored = BITS_OF_DTYPE[plan.layers[0].weight.dtype]
+    return WORD_BITS.get(str(name).removeprefix("torch."), stored)
+
+
+def _largest_block(plan: RunPlan) -> int:
+    """Weights in the linears of the largest block."""
+    sizes: Counter[int] = Counter()
+    for layer in plan.layers:
+        sizes[layer.block] += layer.out_features * layer.in_features
+    return max(sizes.values())
+
+
+def _solver_bytes(layer: LayerPlan) -> int:
+    square, matrix = layer.in_features**2, layer.in_features * layer.out_features
+    factorising = 3 * square * FLOAT
+    rounding = 2 * square * FLOAT + 3 * matrix * FLOAT + 2 * matrix * CODE
+    return max(factorising, rounding)

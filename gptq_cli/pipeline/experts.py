@@ -1,0 +1,111 @@
+"""Mixtures of experts: each expert calibrated on the tokens that it is sent, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+from gptq_cli.engine.hessian import HessianAccumulator
+from gptq_cli.errors import GateError
+from gptq_cli.models.experts import Experts, Routed
+from gptq_cli.pipeline.events import ExpertsCovered
+from gptq_cli.pipeline.plan import LayerPlan
+from gptq_cli.pipeline.solver import LayerSolver
+
+LISTED = 8  # experts that an error names
+
+
+@dataclass(frozen=True, slots=True)
+class RoutedInputs:
+    """What the experts of a block are given, batch by batch, on each way through the block, the quantized one first.
+
+    Who is sent where is what the first way says. Kept are inputs, not Hessians: there is one of these at a time.
+    """
+
+    name: str  # what the names of the experts' linears begin with
+    experts: Sequence[Experts]  # of each way
+    batches: list[tuple[Routed, ...]] = field(default_factory=list)
+
+    def add(self, *inputs: Routed) -> None:
+        """One batch on all ways."""
+        self.batches.append(inputs)
+
+    def rows(self) -> list[tuple[Tensor, ...]]:
+        """For each expert, which rows it is sent of each batch."""
+        return list(zip(*(self.experts[0].rows(first) for first, *_ in self.batches), strict=True))
+
+    def hessian(
+        self, number: int, rows: Sequence[Tensor | slice], device: torch.device, *, down: bool
+    ) -> HessianAccumulator:
+        """Of what expert `number` is given in `rows` of the batches, or of what it then gives its down_proj."""
+        expert = self.experts[0][number]
+        hessian = HessianAccumulator((expert.down_proj if down else expert.up_proj).in_features, device)
+        for batch, mine in zip(self.batches, rows, strict=True):
+            inputs = _taken(batch, mine)
+            if down:
+                inputs = [way.intermediate(number, given) for way, given in zip(self.experts, inputs, strict=True)]
+            hessian.add(*inputs)
+        return hessian
+
+
+def quantize_experts(
+    inputs: RoutedInputs,
+    layers: Mapping[str, LayerPlan],
+    linears: Mapping[str, nn.Module],
+    solver: LayerSolver,
+    *,
+    true_sequential: bool,
+) -> None:
+    """Solve the planned layers expert by expert; `true_sequential`: down_proj sees what quantized gate and up give it.
+
+    GateError E_NUM_EXPERT where an expert saw no token and `solver.moe_uncovered` is "error".
+    """
+    rows = inputs.rows()
+    report_coverage(inputs.name, [sum(map(len, batches)) for batches in rows], solver)
+    for number, mine in enumerate(rows):
+        expert = inputs.experts[0][number]
+        planned = [
+            layers[name] for name, linear in linears.items() if name in layers and linear in set(expert.children())
+        ]
+        first = [layer for layer in planned if linears[layer.name] is not expert.down_proj]
+        parts = [part for part in (first, [layer for layer in planned if layer not in first]) if part]
+        hessians = (_hessian(inputs, number, mine, solver, down=part[0] not in first) for part in parts)
+        for part, hessian in zip(parts, hessians if true_sequential else list(hessians), strict=True):
+            solver.solve(part, linears, hessian)
+
+
+def _hessian(
+    inputs: RoutedInputs, number: int, rows: Sequence[Tensor], solver: LayerSolver, *, down: bool
+) -> HessianAccumulator:
+    if any(map(len, rows)):
+        return inputs.hessian(number, rows, solver.device, down=down)
+    if solver.moe_uncovered == "all-tokens":
+        return inputs.hessian(number, [slice(None)] * len(rows), solver.device, down=down)
+    hessian = inputs.hessian(number, rows, solver.device, down=down)
+    hessian.add_nothing_known()
+    return hessian
+
+
+def report_coverage(name: str, tokens: Sequence[int], solver: LayerSolver) -> None:
+    """Tell how many tokens each expert of the layer `name` was sent; GateError E_NUM_EXPERT as the policy says."""
+    uncovered = tuple(number for number, seen in enumerate(tokens) if not seen)
+    solver.report(ExpertsCovered(name, tuple(tokens), min(tokens), median(tokens), uncovered))
+    if uncovered and solver.moe_uncovered == "error":
+        listed = ", ".join(map(str, uncovered[:LISTED])) + (", ..." if len(uncovered) > LISTED else "")
+        raise GateError(
+            "E_NUM_EXPERT",
+            f"{len(uncovered)} of {len(tokens)} experts of `{name}` were sent no calibration token: {listed}",
+            hint="use more or other text (--nsamples, --dataset), or say --moe-uncovered rtn or all-tokens",
+        )
+
+
+def _taken(batch: Sequence[Routed], rows: Tensor | slice) -> list[Tensor]:
+    """The same rows on each way; where another way sends no such token, the first one's stands in."""
+    first, *others = (way.hidden[rows] for way in batch)
+    if batch[0].experts is None:
+        others = [torch.where(other.any(-1, keepdim=True), other, first) for other in others]
+    return [first, *others]

@@ -1,0 +1,81 @@
+"""The report of a run: what is kept of it beside the weights, and the page made from that."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from gptq_cli import __version__
+from gptq_cli.checkpoint.durable import write_file
+from gptq_cli.checkpoint.source import read_json
+from gptq_cli.errors import InputError
+from gptq_cli.pipeline.events import BlockFinished, Event, Report
+
+DATA, PAGE = "gptq_report.json", "gptq_report.html"
+VERSION = 1
+NEEDED = ("jinja2", "matplotlib")
+
+
+class BlockLog:
+    """Passes events on and keeps the time and memory of each block."""
+
+    def __init__(self, report: Report) -> None:
+        self._report = report
+        self.blocks: list[dict[str, Any]] = []
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, BlockFinished):
+            self.blocks.append(asdict(event))
+        self._report(event)
+
+
+def check_report() -> None:
+    """InputError E_REPORT if a package that reports need is not installed."""
+    absent = [name for name in NEEDED if find_spec(name) is None]
+    if absent:
+        hint = "install them: pip install 'gptq_cli[report]'"
+        raise InputError("E_REPORT", f"reports need {' and '.join(absent)}", hint=hint)
+
+
+def save_report(output: Path, result: Mapping[str, Any], log: BlockLog, command: str) -> Path:
+    """Keep the data of a finished run in its output, and the page made of it, whose path is returned."""
+    data = {"report": VERSION, "version": __version__, "command": command, "name": output.resolve().name}
+    data |= {key: value for key, value in result.items() if key != "output"} | {"blocks": log.blocks}
+    write_file(output / DATA, (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode())
+    return write_page(output, output / PAGE)
+
+
+def write_page(directory: Path, page: Path, *, evaluation: Path | None = None, png: Path | None = None) -> Path:
+    """The page of the run that made `directory`, with the result of `gptq eval-ppl --json` if a file of it is given.
+
+    InputError E_REPORT if there is no data of a run, or it or the evaluation is of another kind.
+    """
+    check_report()
+    file = directory / DATA
+    if not file.is_file():
+        hint = "quantize with --report"
+        raise InputError("E_REPORT", f"`{directory}` holds no {DATA}", hint=hint)
+    run = read_json(file)
+    if not isinstance(run, dict) or run.get("report") != VERSION:
+        raise InputError(
+            "E_REPORT", f"`{file}` is not the data of a report of version {VERSION}", hint="quantize again"
+        )
+    run["evaluation"] = _evaluation(evaluation) if evaluation else None
+    from gptq_cli.report.page import picture, render
+
+    write_file(page, render(run).encode())
+    if png is not None:
+        write_file(png, picture(run))
+    return page
+
+
+def _evaluation(file: Path) -> dict[str, Any]:
+    content = read_json(file)
+    if not isinstance(content, dict) or not isinstance(content.get("perplexity"), int | float):
+        hint = "write one: gptq eval-ppl MODEL --json > FILE"
+        raise InputError("E_REPORT", f"`{file}` is not the result of an evaluation", hint=hint)
+    return content

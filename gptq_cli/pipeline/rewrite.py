@@ -1,0 +1,232 @@
+"""A quantized checkpoint in another form: the other GPTQ format, or plain floats again; one linear at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptq_cli.checkpoint.durable import write_file, write_json
+from gptq_cli.checkpoint.gptq_format import STORED_OFFSET
+from gptq_cli.checkpoint.headers import TensorInfo
+from gptq_cli.checkpoint.hub import locate_model
+from gptq_cli.checkpoint.layout import Layout, TensorSpec, plan_layout
+from gptq_cli.checkpoint.manifest import MANIFEST
+from gptq_cli.checkpoint.orientation import stores_transposed
+from gptq_cli.checkpoint.packing import pack, unpack
+from gptq_cli.checkpoint.reader import SAFETENSORS_DTYPE, DequantizingReader, TensorReader
+from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint, read_json
+from gptq_cli.checkpoint.work_directory import WorkDirectory, locked
+from gptq_cli.checkpoint.writer import CheckpointWriter
+from gptq_cli.config.resolve import resolve
+from gptq_cli.config.schema import QuantizeConfig, size_in_bytes
+from gptq_cli.config.yaml_writer import to_yaml
+from gptq_cli.errors import ConfigError, ExistsError, InputError
+from gptq_cli.pipeline.events import LayerStarted, PhaseStarted, Report, ignore
+from gptq_cli.pipeline.inspect import PARTS, PackedModule, packed_modules
+from gptq_cli.pipeline.preflight import check_output
+from gptq_cli.pipeline.setup import CONFIG_FILE, DTYPES, STORED_DTYPES
+
+OF_THE_RUN = {CONFIG_FILE, MANIFEST, "gptq_report.json", "gptq_report.html"}
+FLOATS = set(STORED_DTYPES)
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class Rewritten:
+    """What was written: number of packed linears, bytes of tensors before and after."""
+
+    output: Path
+    layers: int
+    bytes_before: int
+    bytes_after: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as plain JSON values."""
+        return {name: getattr(self, name) for name in self.__slots__} | {"output": str(self.output)}
+
+
+def convert_checkpoint(
+    model: str, output: Path, to: str, *, overwrite: bool = False, report: Report = ignore
+) -> Rewritten:
+    """The GPTQ checkpoint MODEL in format `to`: zero points and settings change, all other bytes are copied.
+
+    ConfigError E_CFG_NOTHING_TO_DO if it is in that format already; InputError E_CKPT_QUANTIZED if it is no GPTQ
+    checkpoint, E_CKPT_ZEROS if a zero point of 0 would have to be stored as -1, which readers disagree about.
+    """
+    source, modules = _open(model, output, overwrite=overwrite)
+    said = dict(source.quantization or {})
+    format = said.get("checkpoint_format") or said.get("format") or "gptq"
+    if format == to:
+        raise ConfigError("E_CFG_NOTHING_TO_DO", f"`{model}` is of format {to} already", hint="use it as it is")
+    of_module = {module.name: module for module in modules}
+    reader = TensorReader(source)
+
+    def write(writer: CheckpointWriter) -> None:
+        for name, tensor in source.tensors.items():
+            module = of_module.get(name.removesuffix(".qzeros"))
+            if module is None:
+                writer.copy(tensor)
+            else:
+                report(LayerStarted(module.name))
+                writer.write(name, _moved_zeros(reader.read(name), module, format, to))
+
+    changes = {"checkpoint_format": to, "format": to}
+    units = _units(source, of_module, lambda tensor: TensorSpec(tensor.name, tensor.dtype, tensor.shape))
+    with _fresh(output) as work:
+        report(PhaseStarted("convert", f"{len(modules)} layers from {format} to {to}"))
+        layout = _write_tensors(work.stage, units, write)
+        _copy_others(source, work.stage, without={CONFIG_FILE, MANIFEST})
+        write_json(work.stage / "config.json", source.config | {"quantization_config": said | changes})
+        write_json(work.stage / "quantize_config.json", _quantize_config(source, said) | changes)
+        if (source.directory / CONFIG_FILE).is_file():
+            config = resolve({}, {}, source.directory / CONFIG_FILE).config.model_copy(update={"format": to})
+            write_file(work.stage / CONFIG_FILE, to_yaml(config).encode())
+        open_checkpoint(work.stage)
+        work.publish(overwrite=overwrite)
+    return Rewritten(output, len(modules), source.nbytes, sum(spec.nbytes for spec in layout.specs.values()))
+
+
+def dequantize_checkpoint(
+    model: str, output: Path, dtype: str = "auto", *, overwrite: bool = False, report: Report = ignore
+) -> Rewritten:
+    """The GPTQ checkpoint MODEL as plain weights, which any reader of its architecture loads without a quantizer.
+
+    With `dtype` auto, weights get the dtype that config.json names, or else that of the tensors beside them, and those
+    are copied byte for byte; any other is given to all floats. Raises InputError E_CKPT_QUANTIZED if it is no GPTQ
+    checkpoint, E_CKPT_NONFINITE if a weight does not fit the dtype.
+    """
+    source, modules = _open(model, output, overwrite=overwrite)
+    wanted = _declared_dtype(source) if dtype == "auto" else DTYPES[dtype]
+    plain = _PlainWeights(source, {module.name: module for module in modules}, wanted, cast=dtype != "auto")
+    with _fresh(output) as work:
+        report(PhaseStarted("dequantize", f"{len(modules)} layers to {str(wanted).removeprefix('torch.')}"))
+        layout = _write_tensors(work.stage, _units(source, {}, plain.spec), lambda writer: plain.write(writer, report))
+        _copy_others(source, work.stage, without=OF_THE_RUN)
+        config = {key: value for key, value in source.config.items() if key != "quantization_config"}
+        if dtype != "auto":
+            config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
+        write_json(work.stage / "config.json", config)
+        open_checkpoint(work.stage)
+        work.publish(overwrite=overwrite)
+    return Rewritten(output, len(modules), source.nbytes, sum(spec.nbytes for spec in layout.specs.values()))
+
+
+class _PlainWeights:
+    """The tensors of a GPTQ checkpoint as floats; with `cast` those that are not quantized get `dtype` as well."""
+
+    def __init__(self, source: Checkpoint, modules: dict[str, PackedModule], dtype: torch.dtype, *, cast: bool) -> None:
+        self._source, self._modules, self._dtype, self._cast = source, modules, dtype, cast
+        self._reader = DequantizingReader(source, CPU, "torch")
+        self._turned = stores_transposed(source.config)
+
+    def spec(self, tensor: TensorInfo) -> TensorSpec | None:
+        """What becomes of a stored tensor; None for the parts of a linear beside its qweight."""
+        name, _, part = tensor.name.rpartition(".")
+        code = SAFETENSORS_DTYPE[self._dtype]
+        if name in self._modules and part in PARTS:
+            shape = (self._modules[name].out_features, self._modules[name].in_features)
+            whole = TensorSpec(f"{name}.weight", code, shape[::-1] if self._turned else shape)
+            return whole if part == "qweight" else None
+        return TensorSpec(tensor.name, code if self._cast and tensor.dtype in FLOATS else tensor.dtype, tensor.shape)
+
+    def write(self, writer: CheckpointWriter, report: Report) -> None:
+        """Every tensor, one after the other; bytes are copied where the dtype stays."""
+        for name, tensor in self._source.tensors.items():
+            planned = self.spec(tensor)
+            if planned is None:
+                continue
+            if (planned.name, planned.dtype) == (name, tensor.dtype):
+                writer.copy(tensor)
+                continue
+            report(LayerStarted(planned.name))
+            weight = self._reader.read(planned.name).to(self._dtype)
+            if not bool(weight.isfinite().all()):
+                dtype = str(self._dtype).removeprefix("torch.")
+                raise InputError(
+                    "E_CKPT_NONFINITE", f"`{planned.name}` has values that are not finite as {dtype}",
+                    hint="choose --dtype bfloat16 or float32; if that fails too, the checkpoint is damaged",
+                )  # fmt: skip
+            writer.write(planned.name, weight.T if planned.name != name and self._turned else weight)
+
+
+def _open(model: str, output: Path, *, overwrite: bool) -> tuple[Checkpoint, tuple[PackedModule, ...]]:
+    check_output(output, Path(model).expanduser(), overwrite=overwrite)
+    source = open_checkpoint(locate_model(model).directory)
+    if source.quantization is None:
+        hint = "give a checkpoint that gptq or another GPTQ tool has written"
+        raise InputError("E_CKPT_QUANTIZED", f"`{model}` is not quantized", hint=hint)
+    DequantizingReader(source, CPU, "torch")  # refuses methods that are not read here
+    return source, packed_modules(source.tensors)
+
+
+@contextmanager
+def _fresh(output: Path) -> Iterator[WorkDirectory]:
+    """The work directory of `output`; ExistsError E_RESUME_MISMATCH if a quantization has left work there."""
+    with locked(output) as work:
+        if work.journal.exists():
+            raise ExistsError(
+                "E_RESUME_MISMATCH", f"`{work.path}` holds finished blocks of a quantization to the same output",
+                hint=f"finish it: gptq resume {work.path}, or choose another -o",
+            )  # fmt: skip
+        yield work
+
+
+def _moved_zeros(stored: Tensor, module: PackedModule, origin: str, to: str) -> Tensor:
+    """Zero points [G, O * bits / 32] of one format as the other stores them."""
+    zeros = (unpack(stored.T, module.bits).int() + STORED_OFFSET[origin]) & (2**module.bits - 1)
+    if STORED_OFFSET[to] and not bool((zeros >= 1).all()):
+        raise InputError(
+            "E_CKPT_ZEROS", f"layer `{module.name}` has zero points of 0, which format {to} cannot store",
+            hint="stay with gptq_v2: readers disagree about what such a zero point is in format gptq",
+        )  # fmt: skip
+    return pack(zeros - STORED_OFFSET[to], module.bits).T.contiguous()
+
+
+def _units(
+    source: Checkpoint, together: dict[str, PackedModule], spec: Callable[[TensorInfo], TensorSpec | None]
+) -> list[tuple[TensorSpec, ...]]:
+    """What to write, in file order; the parts of a linear in `together` are one unit."""
+    units: dict[str, tuple[TensorSpec, ...]] = {}
+    for tensor in source.tensors.values():
+        planned = spec(tensor)
+        module = tensor.name.rpartition(".")[0]
+        key = module if module in together and tensor.name.endswith(PARTS) else tensor.name
+        if planned is not None:
+            units[key] = (*units.get(key, ()), planned)
+    return list(units.values())
+
+
+def _write_tensors(
+    directory: Path, units: list[tuple[TensorSpec, ...]], write: Callable[[CheckpointWriter], None]
+) -> Layout:
+    layout = plan_layout(units, size_in_bytes(QuantizeConfig.model_fields["max_shard_size"].default))
+    with CheckpointWriter(directory, layout) as writer:
+        write(writer)
+        writer.finish()
+    return layout
+
+
+def _copy_others(source: Checkpoint, directory: Path, *, without: set[str]) -> None:
+    for file in source.other_files():
+        if str(file) not in without:
+            write_file(directory / file, (source.directory / file).read_bytes())
+
+
+def _quantize_config(source: Checkpoint, said: dict[str, Any]) -> dict[str, Any]:
+    file = source.directory / "quantize_config.json"
+    content = read_json(file) if file.is_file() else said
+    return dict(content) if isinstance(content, dict) else said
+
+
+def _declared_dtype(source: Checkpoint) -> torch.dtype:
+    config = source.config.get("text_config") or source.config
+    named = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
+    parts = tuple(f".{part}" for part in PARTS)
+    kept = [t.dtype for t in source.tensors.values() if t.dtype in FLOATS and not t.name.endswith(parts)]
+    return DTYPES.get(named) or STORED_DTYPES[kept[0] if kept else "BF16"]

@@ -1,0 +1,113 @@
+"""Pictures of a run as inline SVG, in the colours of the page around them, or as PNG."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+
+INK = "#010203"  # stands for the colour of the page's text
+LINE = 0.5
+MOST_NUMBERS = 24  # blocks; with more the cells are too small for numbers
+TALLEST = 9.0  # inches
+GB = 1e9
+
+Grid = Sequence[Sequence[float | None]]
+_STYLE: Mapping[str, Any] = {
+    "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
+    "axes.linewidth": LINE, "xtick.major.width": LINE, "ytick.major.width": LINE, "font.size": 9,
+    "svg.fonttype": "none", "font.family": "sans-serif", "axes.spines.top": False, "axes.spines.right": False,
+}  # fmt: skip
+
+
+def heat_maps(blocks: Sequence[int], linears: Sequence[str], error: Grid, against_rtn: Grid) -> Any:
+    """Two maps side by side, rows are blocks and columns linears: the error, and its share of round-to-nearest's."""
+    with pyplot.rc_context(dict(_STYLE)):
+        figure, axes = pyplot.subplots(
+            1,
+            2,
+            figsize=(2.4 + 1.1 * len(linears), 1.6 + min(0.26 * len(blocks), TALLEST)),
+            layout="constrained",
+            sharey=True,
+        )
+        _map(figure, axes[0], error, "error", blocks, linears, log=True)
+        _map(figure, axes[1], against_rtn, "error / round-to-nearest", blocks, linears, log=False)
+        axes[0].set_ylabel("block")
+    return figure
+
+
+def bars(blocks: Sequence[int], seconds: Sequence[float], host: Sequence[int], device: Sequence[int]) -> Any:
+    """Time of each block above the memory after it."""
+    with pyplot.rc_context(dict(_STYLE)):
+        figure, axes = pyplot.subplots(2, 1, figsize=(10, 3.6), layout="constrained", sharex=True)
+        axes[0].bar(blocks, seconds, color="#3b82c4")
+        axes[0].set_ylabel("seconds")
+        axes[1].plot(blocks, [n / GB for n in host], "o-", ms=3, color="#3b82c4", label="host")
+        if any(device):
+            axes[1].plot(blocks, [n / GB for n in device], "o-", ms=3, color="#d9822b", label="device, peak so far")
+        axes[1].set(ylabel="GB", xlabel="block", ylim=(0, None))
+        axes[1].xaxis.get_major_locator().set_params(integer=True)
+        axes[1].legend(frameon=False, loc="lower right")
+    return figure
+
+
+def as_svg(figure: Any, salt: str) -> str:
+    """The figure as an SVG element whose ink is the page's own; `salt` keeps names apart on one page."""
+    with pyplot.rc_context({**_STYLE, "svg.hashsalt": salt}):
+        text = io.StringIO()
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    pyplot.close(figure)
+    svg = text.getvalue()
+    return svg[svg.index("<svg") :].replace(INK, "currentColor")
+
+
+def as_png(figure: Any) -> bytes:
+    """The figure as a PNG on white."""
+    data = io.BytesIO()
+    with pyplot.rc_context(dict(_STYLE)):
+        figure.savefig(data, format="png", dpi=160, facecolor="white", metadata={"Software": None})
+    pyplot.close(figure)
+    return data.getvalue()
+
+
+def _map(
+    figure: Any, axes: Axes, grid: Grid, title: str, blocks: Sequence[int], linears: Sequence[str], *, log: bool
+) -> None:
+    values = [value for row in grid for value in row if value is not None and value > 0]
+    lowest, highest = (min(values), max(values)) if values else (0.1, 1.0)
+    if log:
+        norm: Any = LogNorm(lowest / 1.0001, highest * 1.0001)
+    else:
+        norm = matplotlib.colors.Normalize(min(lowest, 1.0), max(highest, 1.0))
+    cells = [[float("nan") if value is None or value <= 0 else value for value in row] for row in grid]
+    mesh = axes.pcolormesh(cells, norm=norm, cmap="viridis", edgecolors="face", linewidth=0.4)
+    axes.set_title(title, fontsize=10)
+    axes.set_xticks([i + 0.5 for i in range(len(linears))], linears, rotation=35, ha="right", rotation_mode="anchor")
+    step = -(-len(blocks) // MOST_NUMBERS)
+    axes.set_yticks([i + 0.5 for i in range(0, len(blocks), step)], [str(block) for block in blocks[::step]])
+    axes.set_ylim(len(blocks), 0)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    if len(blocks) <= MOST_NUMBERS:
+        _numbers(axes, cells, norm, "{:.1e}" if log else "{:.2f}")
+    bar = figure.colorbar(mesh, ax=axes, pad=0.02, fraction=0.03, aspect=20 + len(blocks))
+    bar.outline.set_visible(False)
+    bar.ax.minorticks_off()
+
+
+def _numbers(axes: Axes, cells: Sequence[Sequence[float]], norm: Any, pattern: str) -> None:
+    for row, values in enumerate(cells):
+        for column, value in enumerate(values):
+            if value == value:
+                ink = "black" if norm(value) > 0.55 else "white"
+                axes.text(
+                    column + 0.5, row + 0.5, pattern.format(value), ha="center", va="center", fontsize=7, color=ink
+                )

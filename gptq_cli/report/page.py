@@ -1,0 +1,106 @@
+"""The report of a run as one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from gptq_cli.report.charts import as_png, as_svg, bars, heat_maps
+
+WORST = 10
+UNITS = ("B", "KB", "MB", "GB", "TB")
+
+
+@dataclass(frozen=True, slots=True)
+class Grids:
+    """Errors by block and linear; None where a block has no such linear. Experts of a block are one, by their mean."""
+
+    blocks: tuple[int, ...]
+    linears: tuple[str, ...]
+    error: tuple[tuple[float | None, ...], ...]
+    against_rtn: tuple[tuple[float | None, ...], ...]
+
+
+def render(run: Mapping[str, Any]) -> str:
+    """The page for the data of a run, as `gptq quantize --report` leaves it."""
+    environment = Environment(
+        loader=PackageLoader("gptq_cli.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters |= {"size": _size, "clock": _clock, "short": _short}
+    worst = sorted(run["layers"], key=lambda layer: -(layer["relative_error"] or 0))[:WORST]
+    return environment.get_template("report.html.j2").render(
+        run=run,
+        worst=worst,
+        mean=_mean(run["layers"], "relative_error"),
+        rtn=_mean(run["layers"], "rtn_relative_error"),
+        heat=Markup(as_svg(_heat(run), "heat")),
+        bars=Markup(as_svg(_bars(run), "bars")) if run["blocks"] else None,
+    )
+
+
+def picture(run: Mapping[str, Any]) -> bytes:
+    """The heat maps alone, as PNG."""
+    return as_png(_heat(run))
+
+
+def grids(layers: Sequence[Mapping[str, Any]]) -> Grids:
+    """The errors of `layers` in rows and columns, in the order in which they come."""
+    cells: dict[tuple[int, str], list[Mapping[str, Any]]] = defaultdict(list)
+    for layer in layers:
+        cells[layer["block"], _linear(layer["name"])].append(layer)
+    blocks = tuple(sorted({block for block, _ in cells}))
+    linears = tuple(dict.fromkeys(linear for _, linear in cells))
+
+    def rows(value: Any) -> tuple[tuple[float | None, ...], ...]:
+        return tuple(tuple(value(cells.get((block, linear), [])) for linear in linears) for block in blocks)
+
+    return Grids(blocks, linears, rows(lambda found: _mean(found, "relative_error")), rows(_ratio))
+
+
+def _heat(run: Mapping[str, Any]) -> Any:
+    found = grids(run["layers"])
+    return heat_maps(found.blocks, found.linears, found.error, found.against_rtn)
+
+
+def _bars(run: Mapping[str, Any]) -> Any:
+    columns = [[block[key] for block in run["blocks"]] for key in ("index", "seconds", "host_bytes", "device_bytes")]
+    return bars(*columns)
+
+
+def _linear(name: str) -> str:
+    """The last two parts of a name, without numbers: mlp.up_proj; lm_head as it is."""
+    inner = re.sub(r"^.*?\.\d+\.", "", name)
+    return ".".join(part for part in inner.split(".") if not part.isdigit()).removeprefix("self_attn.")
+
+
+def _mean(layers: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    values = [layer[key] for layer in layers if layer[key] is not None]
+    return math.fsum(values) / len(values) if values else None
+
+
+def _ratio(layers: Sequence[Mapping[str, Any]]) -> float | None:
+    mine, rtn = _mean(layers, "relative_error"), _mean(layers, "rtn_relative_error")
+    return mine / rtn if mine is not None and rtn else None
+
+
+def _size(n_bytes: float) -> str:
+    unit = 0
+    while n_bytes >= 999.5 and unit < len(UNITS) - 1:
+        n_bytes, unit = n_bytes / 1000, unit + 1
+    return f"{n_bytes:.3g} {UNITS[unit]}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def _short(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2e}"

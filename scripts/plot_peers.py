@@ -1,0 +1,88 @@
+#!/usr/bin/env python3
+"""The chart of the README and the table of docs/accuracy.md, from what scripts/bench_peers.py has written.
+
+    python scripts/plot_peers.py docs/benchmarks/peers-[432]bit-g*.json --png docs/images/peers.png
+
+KL of each tool's output as a share of GPTQModel's, at the same bits, group size and calibration tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+REFERENCE = "gptqmodel"
+NAMES = {
+    "gptqmodel": "GPTQModel 7.7",
+    "llmcompressor": "llm-compressor 0.14",
+    "gptq_cli gptq": "gptq_cli, preset gptq",
+    "gptq_cli fast": "gptq_cli, preset fast",
+    "gptq_cli balanced": "gptq_cli, preset balanced (default)",
+    "gptq_cli best": "gptq_cli, preset best",
+}
+COLOURS = dict(zip(NAMES, ("#9aa0a6", "#c5c9ce", "#f4b183", "#e8964f", "#2f6fb5", "#0b3c72"), strict=True))
+INK = "#1f2328"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="+", help="files of bench_peers.py --json with an evaluation")
+    parser.add_argument("--png", type=Path)
+    arguments = parser.parse_args()
+    runs = sorted(
+        (json.loads(file.read_text()) for file in arguments.results), key=lambda run: setting(run), reverse=True
+    )
+    print(table(runs))
+    if arguments.png:
+        picture(runs).savefig(arguments.png, dpi=110)
+
+
+def setting(run: dict[str, Any]) -> tuple[int, int]:
+    """Bits and group size."""
+    return int(run["arguments"]["bits"]), int(run["arguments"]["group_size"])
+
+
+def share(run: dict[str, Any], name: str) -> float:
+    return run["quality"][name]["kl"] / run["quality"][REFERENCE]["kl"]
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """KL times 1000, and in brackets its share of GPTQModel's, in Markdown."""
+    heads = [f"{bits} bits, g{group}" for bits, group in map(setting, runs)]
+    lines = [f"| | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
+    for name in NAMES:
+        cells = [f"{1000 * run['quality'][name]['kl']:.2f} ({share(run, name):.2f})" for run in runs]
+        lines.append(f"| {NAMES[name]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def picture(runs: list[dict[str, Any]]) -> plt.Figure:
+    """Bars in groups, one for each setting."""
+    figure, axes = plt.subplots(figsize=(9.6, 3.9), layout="constrained")
+    width = 0.8 / len(NAMES)
+    for place, name in enumerate(NAMES):
+        heights = [share(run, name) for run in runs]
+        lefts = [index + (place - (len(NAMES) - 1) / 2) * width for index in range(len(runs))]
+        bars = axes.bar(lefts, heights, width * 0.92, color=COLOURS[name], label=NAMES[name])
+        if name in ("gptq_cli balanced", "gptq_cli best"):
+            axes.bar_label(bars, fmt="%.2f", fontsize=7, color=INK, padding=1)
+    axes.axhline(1, color=INK, linewidth=0.6, linestyle=":")
+    axes.set_xticks(range(len(runs)), [f"{bits} bits\ngroup {group}" for bits, group in map(setting, runs)])
+    axes.set_ylabel("KL to the original, share of GPTQModel's", fontsize=9)
+    axes.set_title(
+        "Lower is better. Small trained Qwen3, same calibration tokens, one reader for all", fontsize=10, color=INK
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(ncols=3, fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    return figure
+
+
+if __name__ == "__main__":
+    main()

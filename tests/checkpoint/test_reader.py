@@ -1,0 +1,70 @@
+"""What readers tell the system to read ahead; that they read rightly is seen wherever a checkpoint is used."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from gptq_cli.checkpoint.reader import TensorReader
+from gptq_cli.checkpoint.source import open_checkpoint
+from tests.families import save_model
+from tests.pipeline.runs import quantize, reader
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="needs posix_fadvise")
+
+
+@pytest.fixture
+def advised(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
+    """File name, first byte and number of bytes of everything that was announced."""
+    seen: list[tuple[str, int, int]] = []
+
+    def advise(descriptor: int, start: int, length: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_WILLNEED
+        seen.append((Path(f"/proc/self/fd/{descriptor}").readlink().name, start, length))
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    return seen
+
+
+def test_the_bytes_of_the_tensors_are_announced_and_no_others(
+    tmp_path: Path, advised: list[tuple[str, int, int]]
+) -> None:
+    checkpoint = open_checkpoint(save_model(tmp_path, max_shard_size="200KB"))
+    names = [name for name in checkpoint.tensors if ".layers.1." in name or ".layers.2." in name]
+    TensorReader(checkpoint).expect(names)
+    expected = [checkpoint.tensors[name] for name in names]
+    assert len({tensor.file for tensor in expected}) > 1
+    assert sorted(advised) == sorted((t.file.name, t.start, t.end - t.start) for t in expected)
+
+
+def test_of_a_quantized_weight_all_that_stands_for_it_is_announced(
+    tmp_path: Path, advised: list[tuple[str, int, int]]
+) -> None:
+    output, _ = quantize(tmp_path, save_model(tmp_path / "model"))
+    advised.clear()
+    reader(output).expect(["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
+    tensors = open_checkpoint(output).tensors
+    parts = [f"model.layers.1.mlp.up_proj.{part}" for part in ("qweight", "qzeros", "scales", "g_idx")]
+    expected = [tensors[name] for name in (*parts, "model.norm.weight")]
+    assert sorted(advised) == sorted((t.file.name, t.start, t.end - t.start) for t in expected)
+
+
+def test_a_run_announces_each_block_but_the_first_once_before_its_turn(
+    tmp_path: Path, advised: list[tuple[str, int, int]]
+) -> None:
+    model = save_model(tmp_path / "model")
+    quantize(tmp_path, model)
+    tensors = open_checkpoint(model).tensors
+    later = [t for name, t in tensors.items() if ".layers.1." in name or ".layers.2." in name]
+    assert sorted(advised) == sorted((t.file.name, t.start, t.end - t.start) for t in later)
+
+
+def test_without_read_ahead_in_the_system_nothing_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = open_checkpoint(save_model(tmp_path))
+    monkeypatch.delattr(os, "posix_fadvise")
+    opened: list[object] = []
+    monkeypatch.setattr(Path, "open", lambda *arguments, **_: opened.append(arguments))
+    TensorReader(checkpoint).expect(list(checkpoint.tensors))
+    assert opened == []

@@ -1,0 +1,431 @@
+"""Sound checkpoints pass, whoever wrote them; each kind of defect is found, by code and place."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from gptq_cli.checkpoint.module_checks import Defect
+from gptq_cli.checkpoint.raw import unpack_words
+from gptq_cli.checkpoint.verify import verify_checkpoint
+from gptq_cli.errors import InputError
+from tests.checkpoint.gptq_files import HIDDEN, MODULES, SHARDS, Files, gptq_files, module, words
+
+Q0, DOWN1 = MODULES[0], MODULES[5]
+
+
+def defects(directory: Path, *, full: bool = False) -> list[Defect]:
+    return list(verify_checkpoint(directory, full=full).defects)
+
+
+@pytest.mark.parametrize("desc_act", [False, True])
+@pytest.mark.parametrize("group_size", [-1, 32, 64])
+@pytest.mark.parametrize("format", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("sym", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_sound_checkpoints_of_every_setting_pass(
+    bits: int, sym: bool, format: str, group_size: int, desc_act: bool, tmp_path: Path
+) -> None:
+    files = gptq_files(bits, group_size, sym, format, desc_act)
+    found = verify_checkpoint(files.write(tmp_path / "c"), full=True)
+    assert found.defects == ()
+    assert (found.modules, found.bits, found.format) == (len(MODULES), (bits,), format)
+    assert found.tensors == len(files.tensors)
+    assert found.nbytes == sum(array.nbytes for array in files.tensors.values())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_fields_come_out_of_words_as_they_went_in(bits: int) -> None:
+    rows = [[(7 * column + row * column) % 2**bits for column in range(64)] for row in range(3)]
+    packed = np.array([words(row, bits) for row in rows], np.int32)
+    assert unpack_words(packed, bits).tolist() == rows
+
+
+def as_autogptq(files: Files) -> None:
+    files.shards, files.quantize_config = 1, files.config.pop("quantization_config")
+    files.quantize_config["checkpoint_format"] = "gptq"
+    del files.quantize_config["format"], files.quantize_config["quant_method"]
+
+
+def as_gptqmodel(files: Files) -> None:
+    files.quantize_config = dict(files.quantization, meta={"quantizer": ["gptqmodel:7.7.0"]})
+    files.quantization["meta"] = {"quantizer": ["gptqmodel:7.7.0"]}
+    files.quantization["pack_dtype"] = "int32"
+    files.quantization["dynamic"] = {r"-:.*layers\.1\.mlp\.gate$": {}, r"+:.*down_proj": {"group_size": 64}}
+    for block in range(2):
+        name = f"model.layers.{block}.mlp.down_proj"
+        for part, array in module((64, 128), 4, 64, True, "gptq", False, block).items():
+            files.tensors[f"{name}.{part}"] = array
+
+
+def as_autoround(files: Files) -> None:
+    files.quantization.update(
+        {"autoround_version": "0.15.1", "iters": 0, "modules_in_block_to_quantize": list(MODULES)}
+    )
+    for name in MODULES:
+        files.tensors[f"{name}.scales"] = files.tensors[f"{name}.scales"].astype(np.float32)
+        files.tensors[f"{name}.g_idx"] = files.tensors[f"{name}.g_idx"].astype(np.int64)
+
+
+def as_optimum(files: Files) -> None:
+    inner = [[name.split(".", 3)[3]] for name in MODULES[:3]]
+    files.quantization.update({"modules_in_block_to_quantize": inner, "dataset": "wikitext2", "model_seqlen": 2048})
+    del files.quantization["format"], files.quantization["checkpoint_format"]
+
+
+def with_an_mtp_block(files: Files) -> None:
+    for part, array in {"q_proj": (32, 64), "k_proj": (32, 64)}.items():
+        files.tensors[f"model.layers.2.self_attn.{part}.weight"] = np.ones(array, np.float16)
+
+
+def with_a_kept_block(files: Files) -> None:
+    unpack(files, MODULES[3])
+    files.quantization["dynamic"] = {"-:" + MODULES[3].replace(".", r"\.") + "$": {}}
+    files.quantization["modules_in_block_to_quantize"] = [[name for name in MODULES if name != MODULES[3]]]
+
+
+def with_a_head(files: Files) -> None:
+    del files.tensors["lm_head.weight"]
+    for part, array in module((64, HIDDEN), 4, 32, True, "gptq", False, 9).items():
+        files.tensors[f"lm_head.{part}"] = array
+    files.quantization["lm_head"] = True
+    files.config["tie_word_embeddings"] = False
+
+
+def with_biases(files: Files) -> None:
+    files.tensors[f"{Q0}.bias"] = np.zeros(32, np.float16)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        as_autogptq,
+        as_gptqmodel,
+        as_autoround,
+        as_optimum,
+        with_an_mtp_block,
+        with_a_kept_block,
+        with_a_head,
+        with_biases,
+    ],
+)
+def test_what_other_tools_write_passes(change: Callable[[Files], None], tmp_path: Path) -> None:
+    files = gptq_files()
+    change(files)
+    assert defects(files.write(tmp_path / "c"), full=True) == []
+
+
+def unpack(files: Files, name: str) -> None:
+    """Stores a linear plain."""
+    for part in ("qweight", "qzeros", "scales", "g_idx"):
+        del files.tensors[f"{name}.{part}"]
+    files.tensors[f"{name}.weight"] = np.ones((32, 64), np.float16)
+
+
+def put(name: str, value: object) -> Callable[[Files], None]:
+    """Sets what the configuration says."""
+    return lambda files: files.quantization.update({name: value})
+
+
+def drop(name: str) -> Callable[[Files], None]:
+    return lambda files: (files.tensors if name in files.tensors else files.quantization).pop(name)
+
+
+def set_at(name: str, place: tuple[int, ...], value: float) -> Callable[[Files], None]:
+    def plant(files: Files) -> None:
+        files.tensors[name][place] = value
+
+    return plant
+
+
+def swap(name: str, change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Files], None]:
+    def plant(files: Files) -> None:
+        files.tensors[name] = np.ascontiguousarray(change(files.tensors[name]))
+
+    return plant
+
+
+def zeros_as_v2(files: Files) -> None:
+    files.quantization.update({"checkpoint_format": "gptq_v2", "format": "gptq_v2"})
+
+
+def format_of_nothing(files: Files) -> None:
+    files.quantization["checkpoint_format"] = files.quantization.pop("format")[:0]
+
+
+def wrapped_zero(files: Files) -> None:
+    files.quantization["sym"] = False
+    files.tensors[f"{Q0}.qzeros"][1, 2] |= 0xF0
+
+
+def lost_block(files: Files) -> None:
+    for name in [name for name in files.tensors if ".layers.0." in name]:
+        del files.tensors[name]
+
+
+def two_configs(files: Files) -> None:
+    files.quantize_config = dict(files.quantization, bits=8)
+
+
+def unused_head(files: Files) -> None:
+    with_a_head(files)
+    files.quantization["lm_head"] = False
+
+
+def tied_head(files: Files) -> None:
+    with_a_head(files)
+    files.config["tie_word_embeddings"] = True
+
+
+def both_forms(files: Files) -> None:
+    files.tensors[f"{Q0}.weight"] = np.ones((32, 64), np.float16)
+
+
+def no_codes(files: Files) -> None:
+    for name in MODULES:
+        unpack(files, name)
+
+
+PLANTED = {
+    "bits": (put("bits", 8), "SHAPE", f"{Q0}.qweight", "ask for [16, 32]"),
+    "bits unknown": (put("bits", 5), "CONFIG", None, "bits is 5"),
+    "bits as text": (put("bits", "4"), "CONFIG", None, "bits is '4'"),
+    "group size": (put("group_size", 64), "SHAPE", f"{Q0}.qzeros", "ask for [1, 4]"),
+    "group size 0": (put("group_size", 0), "CONFIG", None, "group_size is 0"),
+    "group size 48": (put("group_size", 48), "SHAPE", Q0, "cannot be packed"),
+    "sym unsaid": (drop("sym"), "CONFIG", None, "sym is missing"),
+    "desc_act as text": (put("desc_act", "false"), "CONFIG", None, "desc_act is 'false'"),
+    "upper case": (put("quant_method", "GPTQ"), "CONFIG", None, "transformers knows only 'gptq'"),
+    "formats differ": (put("format", "gptq_v2"), "CONFIG", None, "readers take one or the other"),
+    "format as mapping": (put("format", {}), "CONFIG", None, "readers take one or the other"),
+    "format of nothing": (format_of_nothing, "CONFIG", None, "format is None and checkpoint_format ''"),
+    "two configs": (two_configs, "CONFIG", None, "bits is 4 in config.json and 8 in quantize_config.json"),
+    "bad rule": (put("dynamic", {"-:(": {}}), "CONFIG", None, "not a regular expression"),
+    "bad rules": (put("dynamic", ["-:x"]), "CONFIG", None, "not a mapping"),
+    "bad override": (put("dynamic", {"+:.*q_proj": {"bits": 7}}), "CONFIG", None, "bits is 7"),
+    "bad list": (put("modules_in_block_to_quantize", [[4]]), "CONFIG", None, "list of lists"),
+    "no qweight": (drop(f"{Q0}.qweight"), "INCOMPLETE", Q0, "no qweight"),
+    "no qzeros": (drop(f"{Q0}.qzeros"), "INCOMPLETE", Q0, "no qzeros"),
+    "no scales": (drop(f"{Q0}.scales"), "INCOMPLETE", Q0, "no scales"),
+    "no g_idx": (drop(f"{DOWN1}.g_idx"), "INCOMPLETE", DOWN1, "no g_idx"),
+    "lost block": (lost_block, "INCOMPLETE", "model.layers.0", "no tensor of"),
+    "more blocks said": (
+        lambda files: files.config.update(num_hidden_layers=3),
+        "INCOMPLETE",
+        "model.layers.2",
+        "no tensor",
+    ),
+    "words as int64": (swap(f"{Q0}.qweight", lambda a: a.astype(np.int64)), "SHAPE", f"{Q0}.qweight", "I64, not I32"),
+    "scales as float64": (
+        swap(f"{Q0}.scales", lambda a: a.astype(np.float64)),
+        "SHAPE",
+        f"{Q0}.scales",
+        "F64, not F16",
+    ),
+    "scales turned": (swap(f"{DOWN1}.scales", lambda a: a.T), "SHAPE", DOWN1, "4 outputs"),
+    "qweight turned": (swap(f"{Q0}.qweight", lambda a: a.T), "SHAPE", f"{Q0}.qweight", "has shape [32, 8]"),
+    "short bias": (lambda f: f.tensors.update({f"{Q0}.bias": np.ones(31, np.float16)}), "SHAPE", f"{Q0}.bias", "[32]"),
+    "group too large": (set_at(f"{Q0}.g_idx", (5,), 2), "GROUPS", f"{Q0}.g_idx", "0 to 2, there are 2 groups"),
+    "group negative": (set_at(f"{Q0}.g_idx", (5,), -1), "GROUPS", f"{Q0}.g_idx", "-1 to 1"),
+    "group uneven": (set_at(f"{Q0}.g_idx", (5,), 1), "GROUPS", f"{Q0}.g_idx", "group 0 has 31 of the columns, not 32"),
+    "all in one group": (swap(f"{DOWN1}.g_idx", np.zeros_like), "GROUPS", f"{DOWN1}.g_idx", "group 0 has 128"),
+    "hidden order": (swap(f"{DOWN1}.g_idx", lambda a: a[::-1]), "GROUPS", f"{DOWN1}.g_idx", "desc_act is false"),
+    "mislabelled v2": (zeros_as_v2, "ZEROS", f"{Q0}.qzeros", "as gptq stores them, config.json says gptq_v2"),
+    "one odd zero": (
+        set_at(f"{DOWN1}.qzeros", (1, 2), 0x77767777),
+        "ZEROS",
+        f"{DOWN1}.qzeros",
+        "1 of 256 zero points are not 8",
+    ),
+    "wrapped zero": (wrapped_zero, "ZEROS", f"{Q0}.qzeros", "1 of 64 zero points are 0"),
+    "scale zero": (set_at(f"{Q0}.scales", (1, 3), 0), "SCALES", f"{Q0}.scales", "1 of 64 scales are zero"),
+    "scale subnormal": (set_at(f"{Q0}.scales", (1, 3), -6e-5), "SCALES", f"{Q0}.scales", "subnormal"),
+    "scale infinite": (set_at(f"{Q0}.scales", (1, 3), np.inf), "NONFINITE", f"{Q0}.scales", "1 of 64"),
+    "scale nan": (set_at(f"{DOWN1}.scales", (3, 3), np.nan), "NONFINITE", f"{DOWN1}.scales", "1 of 256"),
+    "scale beyond": (
+        swap(f"{Q0}.scales", lambda a: a.astype(np.float32) * 1e7),
+        "SCALES",
+        f"{Q0}.scales",
+        "64 of 64 scales are beyond",
+    ),
+    "kept by rule": (put("dynamic", {"-:.*k_proj": {}}), "RULES", MODULES[1], "rule '-:.*k_proj' says that it is not"),
+    "not listed": (
+        put("modules_in_block_to_quantize", [["q_proj", "k_proj"]]),
+        "RULES",
+        MODULES[2],
+        "does not name it",
+    ),
+    "listed in vain": (
+        put("modules_in_block_to_quantize", [["q_proj", "k_proj", "down_proj", "up_proj"]]),
+        "RULES",
+        "up_proj",
+        "nothing of that name",
+    ),
+    "plain and packed": (both_forms, "RULES", f"{Q0}.weight", "beside its packed form"),
+    "plain unsaid": (lambda files: unpack(files, MODULES[4]), "RULES", f"{MODULES[4]}.weight", "no rule says so"),
+    "nothing packed": (no_codes, "RULES", None, "no tensor is quantized"),
+    "head promised": (put("lm_head", True), "RULES", "lm_head", "there is no lm_head.qweight"),
+    "head unsaid": (unused_head, "RULES", "lm_head", "lm_head is not true"),
+    "head tied": (tied_head, "RULES", "lm_head", "take the embeddings for it"),
+}
+
+
+@pytest.mark.parametrize("plant", PLANTED)
+def test_a_planted_defect_is_found_where_it_is(plant: str, tmp_path: Path) -> None:
+    change, kind, tensor, words_of_it = PLANTED[plant]
+    code = f"E_CKPT_{kind}"
+    files = gptq_files()
+    change(files)
+    found = defects(files.write(tmp_path / "c"))
+    assert (code, tensor) in {(defect.code, defect.tensor) for defect in found}
+    assert any(words_of_it in defect.message for defect in found if (defect.code, defect.tensor) == (code, tensor))
+    assert {defect.code for defect in found} == {code}
+
+
+def test_only_the_planted_module_is_accused(tmp_path: Path) -> None:
+    files = gptq_files()
+    files.tensors[f"{DOWN1}.scales"][2, 5] = 0
+    (found,) = defects(files.write(tmp_path / "c"))
+    expected = f"E_CKPT_SCALES {SHARDS[1]}: {DOWN1}.scales: 1 of 256 scales are zero or subnormal in float16"
+    assert str(found) == expected
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.1.norm.weight", "lm_head.weight"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_kept_tensors_are_finite_when_every_byte_is_read(name: str, value: float, tmp_path: Path) -> None:
+    files = gptq_files()
+    files.tensors[name].flat[[0, -1]] = value
+    directory = files.write(tmp_path / "c")
+    assert defects(directory) == []
+    (found,) = defects(directory, full=True)
+    assert (found.code, found.tensor, found.message) == ("E_CKPT_NONFINITE", name, "holds NaN or infinity, 2 times")
+
+
+def test_numbers_are_checked_in_every_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gptq_cli.checkpoint.raw.CHUNK_BYTES", 64)
+    files = gptq_files()
+    files.tensors["lm_head.weight"].flat[[5, 700, -1]] = np.nan
+    (found,) = defects(files.write(tmp_path / "c"), full=True)
+    assert found.message == "holds NaN or infinity, 3 times"
+
+
+def test_codes_that_were_never_written_are_found(tmp_path: Path) -> None:
+    files = gptq_files()
+    files.tensors[f"{DOWN1}.qweight"][:] = 0
+    (found,) = defects(files.write(tmp_path / "c"), full=True)
+    assert (found.code, found.tensor) == ("E_CKPT_CORRUPT", f"{DOWN1}.qweight")
+
+
+def test_bfloat16_numbers_are_read_as_they_are(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file as save_torch
+
+    files = gptq_files()
+    directory = files.write(tmp_path / "c")
+    tensors = {name: torch.from_numpy(array) for name, array in load_file(directory / SHARDS[0]).items()}
+    scales = tensors[f"{Q0}.scales"].bfloat16()
+    save_torch(tensors | {f"{Q0}.scales": scales}, directory / SHARDS[0], metadata={"format": "pt"})
+    assert defects(directory, full=True) == []
+    scales[1, 7] = float("inf")
+    norm = torch.ones(HIDDEN, dtype=torch.bfloat16)
+    norm[9] = float("nan")
+    planted = {f"{Q0}.scales": scales, "model.layers.0.norm.weight": norm}
+    save_torch(tensors | planted, directory / SHARDS[0], metadata={"format": "pt"})
+    assert {defect.tensor for defect in defects(directory, full=True)} == set(planted)
+
+
+def test_torn_and_missing_files_are_all_listed(tmp_path: Path) -> None:
+    directory = gptq_files().write(tmp_path / "c")
+    for shard in SHARDS:
+        (directory / shard).write_bytes((directory / shard).read_bytes()[:-1])
+    found = defects(directory)
+    assert [defect.code for defect in found] == ["E_CKPT_CORRUPT"] * 2
+    assert all(shard in defect.message for shard, defect in zip(SHARDS, found, strict=True))
+    (directory / SHARDS[1]).unlink()
+    assert [defect.code for defect in defects(directory)] == ["E_CKPT_MISSING"]
+
+
+def test_shards_of_two_revisions_do_not_pass(tmp_path: Path) -> None:
+    directory = gptq_files().write(tmp_path / "c")
+    tensors = load_file(directory / SHARDS[1])
+    tensors["model.layers.1.norm2.weight"] = tensors.pop("model.layers.1.norm.weight")
+    save_file(tensors, directory / SHARDS[1])
+    assert [defect.code for defect in defects(directory)] == ["E_CKPT_INDEX"]
+
+
+def with_manifest(directory: Path) -> Path:
+    entries = {
+        path.name: {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "size": path.stat().st_size}
+        for path in directory.iterdir()
+    }
+    (directory / "gptq_manifest.json").write_text(json.dumps({"files": entries}))
+    return directory
+
+
+def test_hashes_and_sizes_are_those_of_the_manifest(tmp_path: Path) -> None:
+    directory = with_manifest(gptq_files().write(tmp_path / "c"))
+    found = verify_checkpoint(directory, full=True)
+    assert (found.defects, found.hashed) == ((), 4)
+    shard = directory / SHARDS[1]
+    original = shard.read_bytes()
+    for position in (len(original) - 1, len(original) - 5000):
+        shard.write_bytes(original[:position] + bytes([original[position] ^ 1]) + original[position + 1 :])
+        found = verify_checkpoint(directory, full=True)
+        assert "E_CKPT_HASH" in {defect.code for defect in found.defects if defect.file == SHARDS[1]}
+    shard.write_bytes(original)
+    (directory / "config.json").write_text((directory / "config.json").read_text() + " ")
+    (quick,) = defects(directory)
+    assert (quick.code, quick.file) == ("E_CKPT_HASH", "config.json")
+
+
+def test_a_manifest_with_strange_names_or_missing_files_is_a_defect(tmp_path: Path) -> None:
+    directory = with_manifest(gptq_files(format="gptq").write(tmp_path / "c"))
+    content = json.loads((directory / "gptq_manifest.json").read_text())
+    content["files"]["../secret"] = content["files"]["gone.json"] = {"sha256": "0", "size": 1}
+    (directory / "gptq_manifest.json").write_text(json.dumps(content))
+    save_file({"x": np.ones(1)}, directory / "stray.safetensors")
+    found = {(defect.code, defect.file) for defect in defects(directory)}
+    assert found == {
+        ("E_UNSAFE_PATH", "gptq_manifest.json"),
+        ("E_CKPT_MISSING", "gone.json"),
+        ("E_CKPT_HASH", "stray.safetensors"),
+    }
+    for broken in ("{", "[]", '{"files": {"x": 1}}'):
+        (directory / "gptq_manifest.json").write_text(broken)
+        assert [defect.code for defect in defects(directory)] == ["E_CKPT_HASH"]
+
+
+def test_what_is_no_gptq_checkpoint_is_refused(tmp_path: Path) -> None:
+    files = gptq_files()
+    no_codes(files)
+    del files.config["quantization_config"]
+    with pytest.raises(InputError, match="is not quantized") as caught:
+        verify_checkpoint(files.write(tmp_path / "plain"))
+    assert (caught.value.code, caught.value.exit_code) == ("E_CKPT_KIND", 3)
+    for key, value in (("quant_method", "awq"), ("checkpoint_format", "marlin"), ("pack_dtype", "int16")):
+        other = gptq_files()
+        other.quantization[key] = value
+        with pytest.raises(InputError, match="not read here") as caught:
+            verify_checkpoint(other.write(tmp_path / key))
+        assert caught.value.code == "E_CKPT_QUANTIZED"
+
+
+def test_verifying_needs_no_torch(tmp_path: Path) -> None:
+    directory = gptq_files().write(tmp_path / "c")
+    script = f"""
+import sys
+from pathlib import Path
+from gptq_cli.checkpoint.verify import verify_checkpoint
+verify_checkpoint(Path({str(directory)!r}), full=True)
+print(sorted({{"torch", "transformers", "safetensors"}} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

@@ -1,0 +1,66 @@
+"""Every code that the program can print is explained, and no other."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gptq_cli.cli.explain import explanations
+
+from .conftest import Run
+
+PACKAGE = Path(__file__).parents[2] / "gptq_cli"
+CODES = PACKAGE / "cli" / "codes.yaml"
+
+
+def used_codes() -> set[str]:
+    return {
+        code for file in PACKAGE.rglob("*.py") for code in re.findall(r"[\"']([EW]_[A-Z0-9_]+)[\"']", file.read_text())
+    }
+
+
+def test_every_code_of_the_sources_has_a_text() -> None:
+    missing = sorted(used_codes() - set(explanations()))
+    assert not missing, f"say in {CODES.relative_to(PACKAGE.parent)} what these mean and what to do: {missing}"
+
+
+def test_every_text_is_of_a_code_of_the_sources() -> None:
+    stale = sorted(set(explanations()) - used_codes())
+    assert not stale, (
+        f"no source has these codes any more, delete them from {CODES.relative_to(PACKAGE.parent)}: {stale}"
+    )
+
+
+def test_texts_are_sorted_say_what_and_then_what_to_do() -> None:
+    texts = explanations()
+    assert list(texts) == sorted(texts)
+    for code, text in texts.items():
+        first, *rest = text.splitlines()
+        assert first.endswith("."), code
+        assert rest, code
+        assert max(map(len, text.splitlines())) <= 120
+    keys = re.findall(r"^([EW]_\w+):", CODES.read_text(), flags=re.MULTILINE)
+    assert len(keys) == len(set(keys)) == len(yaml.safe_load(CODES.read_text()))
+
+
+def test_a_code_is_explained_however_it_is_written(gptq: Run) -> None:
+    for code in ("E_SHAPE", "e_shape", "e-shape"):
+        result = gptq("explain", code)
+        assert (result.exit_code, result.stderr) == (0, "")
+        assert result.stdout.startswith("E_SHAPE\n\nA layer's size does not fit the group size")
+    assert json.loads(gptq("explain", "E_SHAPE", "--json").stdout)["code"] == "E_SHAPE"
+    listing = gptq("explain").stdout.splitlines()
+    assert len(listing) == len(explanations())
+
+
+@pytest.mark.parametrize(
+    ("code", "hint"), [("E_SHAP", "did you mean E_SHAPE?"), ("zzz", "gptq explain lists all codes")]
+)
+def test_a_code_that_is_none_is_refused_with_the_nearest(code: str, hint: str, gptq: Run) -> None:
+    result = gptq("explain", code)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == f"error[E_CODE]: there is no code `{code}`\n\nhint: {hint}\n"

@@ -1,0 +1,112 @@
+"""`gptq inspect`, `compare`, `convert` and `dequantize` at the prompt: words, JSON, refusals, streams."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.families import save_model, texts
+from tests.pipeline.runs import quantize
+
+from .conftest import Run
+from .test_plan import run_process
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("look")
+    model = save_model(folder / "Tiny-1M")
+    output, _ = quantize(folder, model, dynamic={r"-:.*\.0\.mlp": {}})
+    (folder / "text.txt").write_text(texts()[0], encoding="utf-8")
+    return output, model
+
+
+def test_inspect_tells_layers_sizes_origin_and_readers_without_torch(pair: tuple[Path, Path]) -> None:
+    code, stdout, stderr, loaded = run_process(["inspect", str(pair[0])], {})
+    assert (code, stderr, loaded) == (0, "", [])
+    lines = stdout.splitlines()
+    assert "quantized (gptq)" in lines
+    assert "  3 x  self_attn.q_proj                 128x64  4 bit g32" in lines
+    assert "  1 x  mlp.down_proj                    64x128  F32" in lines
+    assert any(line.startswith("bits     ") and "a quantized weight" in line for line in lines)
+    assert any(line.split() == ["model_type", "llama"] for line in lines)
+    assert any(line.startswith("loads in ") for line in lines)
+
+
+def test_inspect_as_json_and_in_short(gptq: Run, pair: tuple[Path, Path]) -> None:
+    data = json.loads(gptq("inspect", pair[0], "--json").stdout)
+    assert (data["status"], data["method"], data["format"]) == ("ok", "gptq", "gptq")
+    assert len(data["layers"]) == sum(row["count"] for row in data["quantized"]) == 18
+    assert gptq("inspect", pair[0], "-q").stdout == "gptq\n"
+    assert gptq("inspect", pair[1], "-q").stdout == "not quantized\n"
+
+
+def test_inspect_a_layer_draws_its_codes(gptq: Run, pair: tuple[Path, Path]) -> None:
+    result = gptq("inspect", pair[0], "--layer", "1.self_attn.q_proj")
+    lines = result.stdout.splitlines()
+    assert lines[0] == "model.layers.1.self_attn.q_proj  128x64  4 bit"
+    start = next(i for i, line in enumerate(lines) if line.startswith("codes"))
+    codes = [line.split() for line in lines[start + 1 : start + 17]]
+    assert [int(row[0]) for row in codes] == list(range(16))
+    assert sum(int(row[1]) for row in codes) == 128 * 64
+    assert max(len(row[2]) for row in codes if len(row) > 2) == 40
+    assert max(map(len, lines)) <= 80
+    data = json.loads(gptq("inspect", pair[0], "--layer", "1.self_attn.q_proj", "--json").stdout)
+    assert [int(row[1]) for row in codes] == data["layer"]["packed"]["codes"]["counts"]
+
+
+def test_compare_tells_the_worst_and_with_text_the_divergence(gptq: Run, pair: tuple[Path, Path]) -> None:
+    result = gptq("compare", *pair)
+    assert result.exit_code == 0
+    assert result.stdout.startswith("12 of 30 tensors are the same, 18 differ: mean error ")
+    data = json.loads(gptq("compare", *pair, "--json").stdout)
+    worst = max(data["tensors"], key=lambda tensor: tensor["relative_error"])
+    assert result.stdout.splitlines()[3].split()[-1] == worst["name"]
+    assert data["predictions"] is None
+    text = pair[0].parent / "text.txt"
+    seen = gptq("compare", *pair, "--text", text, "--seqlen", "64", "--max-windows", "3", "--json")
+    found = json.loads(seen.stdout)["predictions"]
+    assert found["kl"] > 0
+    assert (found["windows"], found["seqlen"]) == (3, 64)
+    assert "block 3/3" in seen.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "exit_code", "message", "hint"),
+    [
+        (["inspect", "./none"], 3, "error[E_MODEL_NOT_FOUND]", "a Hub id"),
+        (["inspect", "OUT", "--layer", "zzz"], 2, "error[E_LAYER]: there is no layer `zzz`", "for example"),
+        (["compare", "OUT", "./none"], 3, "error[E_MODEL_NOT_FOUND]", "a Hub id"),
+        (["compare", "OUT", "MODEL", "--seqlen", "8"], 2, "--seqlen needs --text", "add --text"),
+        (["compare", "OUT", "MODEL", "--text", "t", "--max-windows", "0"], 2, "--max-windows must be", ""),
+        (["convert", "OUT", "--to", "gptq_v3", "-o", "x"], 2, '--to must be gptq or gptq_v2, got "gptq_v3"', ""),
+        (["convert", "OUT", "--to", "gptq", "-o", "x"], 2, "E_CFG_NOTHING_TO_DO", "as it is"),
+        (["convert", "OUT", "--to", "gptq_v2", "-o", "MODEL"], 6, "error[E_OUT_EXISTS]", "--overwrite"),
+        (["convert", "OUT", "-o", "x"], 2, "Missing option '--to'", "see --help"),
+        (["dequantize", "MODEL", "-o", "x"], 3, "is not quantized", "GPTQ"),
+        (["dequantize", "OUT", "-o", "x", "--dtype", "half"], 2, "--dtype must be auto, bfloat16", ""),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_a_line_and_a_hint(
+    words: list[str], exit_code: int, message: str, hint: str, gptq: Run, pair: tuple[Path, Path]
+) -> None:
+    names = {"OUT": str(pair[0]), "MODEL": str(pair[1])}
+    result = gptq(*[names.get(word, word) for word in words])
+    assert (result.exit_code, result.stdout) == (exit_code, "")
+    assert message in result.stderr
+    assert hint in result.stderr
+    assert len([line for line in result.stderr.splitlines() if not line.startswith("note:")]) <= 4
+
+
+def test_convert_and_dequantize_print_the_path_they_wrote(gptq: Run, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    result = gptq("convert", pair[0], "--to", "gptq_v2", "-o", tmp_path / "v2")
+    assert result.stdout.splitlines()[0] == str(tmp_path / "v2")
+    assert gptq("inspect", tmp_path / "v2", "-q").stdout == "gptq_v2\n"
+    assert gptq("dequantize", tmp_path / "v2", "-o", tmp_path / "plain", "-q").stdout == f"{tmp_path / 'plain'}\n"
+    again = gptq("dequantize", tmp_path / "v2", "-o", tmp_path / "plain", "--overwrite", "--json")
+    data = json.loads(again.stdout)
+    assert (data["output"], data["layers"]) == (str(tmp_path / "plain"), 18)
+    compared = json.loads(gptq("compare", tmp_path / "plain", pair[0], "--json").stdout)
+    assert max(tensor["relative_error"] for tensor in compared["tensors"]) == 0  # float32 holds all of it

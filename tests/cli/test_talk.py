@@ -1,0 +1,123 @@
+"""What is said where: --verbose, --log-file, tokens, narrow and wide terminals, completion, the machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gptq_cli.cli.app import COMMANDS
+from gptq_cli.errors import GateError
+
+from .conftest import FakeQuantizer, Run
+from .test_process import shell
+
+TOKEN = "hf_" + "aB3" * 11
+
+
+def test_verbose_adds_a_line_a_layer(gptq: Run, quantizer: FakeQuantizer) -> None:
+    short, long = (gptq("quantize", "m", "-b", "4", *more) for more in ([], ["--verbose"]))
+    assert "layer model.layers" not in short.stderr
+    layers = [line for line in long.stderr.splitlines() if line.startswith("layer ")]
+    assert len(layers) == 4
+    assert layers[0] == (
+        "layer model.layers.0.q_proj error 1.0e-04 (rtn 3.0e-04) 4 bit group_size 128 damp 0.1 tokens 4096 0.50 s"
+    )
+    assert long.stdout == short.stdout
+    assert len(quantizer.calls) == 2
+
+
+def test_the_log_keeps_what_was_said_and_more_with_times(gptq: Run, quantizer: FakeQuantizer, tmp_path: Path) -> None:
+    log = tmp_path / "run.log"
+    result = gptq("quantize", "m", "-b", "4", "-q", "--log-file", log)
+    assert "layer " not in result.stderr
+    assert "block 1/2" not in result.stderr
+    lines = log.read_text(encoding="utf-8").splitlines()
+    assert all(re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z ", line) for line in lines)
+    said = [line.split(" ", 1)[1] for line in lines]
+    assert sum(line.startswith("layer ") for line in said) == 4
+    assert sum(line.startswith("block ") for line in said) == 2
+    assert sum(line.startswith("warning[W_TEST]") for line in said) == 2
+    quantizer.error = GateError("E_NUM_ACT", "broken")
+    result = gptq("quantize", "m", "-b", "4", "-q", "--log-file", log)
+    assert "Traceback" not in result.stderr
+    text = log.read_text(encoding="utf-8")
+    assert text.startswith("\n".join(lines))
+    assert "Traceback" in text
+    assert "error[E_NUM_ACT]: broken" in text
+    gptq("explain", "nothing")
+    assert log.read_text(encoding="utf-8") == text  # the log ends with its command
+
+
+def test_a_log_that_cannot_be_written_is_refused_before_the_run(
+    gptq: Run, quantizer: FakeQuantizer, tmp_path: Path
+) -> None:
+    result = gptq("quantize", "m", "-b", "4", "--log-file", tmp_path / "none" / "run.log")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"error[E_LOG_FILE]: cannot write the log file `{tmp_path}/none/run.log`: No such")
+    assert "hint: choose another place" in result.stderr
+    assert quantizer.calls == []
+
+
+def test_tokens_of_the_hub_are_never_shown(
+    gptq: Run, quantizer: FakeQuantizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    quantizer.error = GateError("E_NUM_ACT", f"refused with {TOKEN}", hint=TOKEN)
+    results = [gptq("quantize", "m", "-b", "4", "-v", "--json", "--log-file", tmp_path / "log"), gptq("env", "--json")]
+    for text in (*(r.stdout + r.stderr for r in results), (tmp_path / "log").read_text()):
+        assert TOKEN not in text
+    assert json.loads(results[1].stdout)["variables"]["HF_TOKEN"] == "set"
+
+
+def test_the_environment_tells_versions_and_loads_nothing(gptq: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPTQ_BITS", "4")
+    data = json.loads(gptq("env", "--json").stdout)
+    assert data["versions"]["torch"].startswith("2.")
+    assert data["variables"]["GPTQ_BITS"] == "4"
+    assert "torch" in gptq("env").stdout
+    assert gptq("env", "-q").stdout == "0.1.0\n"
+
+
+@pytest.mark.parametrize("columns", ["40", "80", "200"])
+def test_help_fits_the_terminal(columns: str) -> None:
+    for words in ("--help", "quantize --help", "plan --help"):
+        lines = shell(f"$GPTQ {words}", COLUMNS=columns, TERM="dumb").stdout.splitlines()
+        assert lines
+        assert max(map(len, lines)) <= int(columns)
+
+
+def test_a_long_path_is_never_broken(tmp_path: Path) -> None:
+    path = tmp_path / ("a-long-name-" * 12)
+    for words in (f"inspect {path}", f"report {path}", f"plan {path} -b 4", f"explain x --log-file {path}/x"):
+        assert f"`{path}" in shell(f"$GPTQ {words}", COLUMNS="40").stderr
+
+
+def test_completion_knows_commands_and_options_and_loads_no_torch() -> None:
+    script = """
+import os, sys
+os.environ.update(_GPTQ_COMPLETE="complete_bash", COMP_WORDS=sys.argv[1], COMP_CWORD=sys.argv[2])
+sys.argv = ["gptq"]
+from gptq_cli.__main__ import main
+try:
+    main()
+finally:
+    print("LOADED", "torch" in sys.modules or "transformers" in sys.modules)
+"""
+    for words, position, expected in (("gptq de", "1", "dequantize"), ("gptq quantize --gr", "2", "--group-size")):
+        done = subprocess.run([sys.executable, "-c", script, words, position], capture_output=True, text=True,
+                              env=os.environ, check=False)  # fmt: skip
+        assert done.stdout.splitlines() == [expected, "LOADED False"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_misspelt_command_or_option_is_recognised(command: str, gptq: Run) -> None:
+    result = gptq(command[:-1] + "x")
+    assert result.exit_code == 2
+    assert "hint: did you mean" in result.stderr
+    assert "did you mean --verbose?" in gptq(command, "--verbos").stderr

@@ -1,0 +1,74 @@
+"""`gptq verify`: one line when all is well, a list and exit code 4 when it is not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from tests.checkpoint.gptq_files import MODULES, SHARDS, gptq_files
+
+from .conftest import Run
+
+
+def test_a_sound_checkpoint_is_one_line_that_says_what_was_checked(gptq: Run, tmp_path: Path) -> None:
+    directory = gptq_files().write(tmp_path / "c")
+    found = gptq("verify", directory)
+    assert (found.exit_code, found.stderr) == (0, "")
+    said = "ok, 6 modules of 4 bits (gptq) in 30 tensors, 29.8 KB; read headers, groups, zero points and scales\n"
+    assert found.stdout == f"{directory}: {said}"
+    assert gptq("verify", directory, "--full").stdout.endswith("; read every byte\n")
+    assert gptq("verify", directory, "-q").stdout == "ok\n"
+    data = json.loads(gptq("verify", directory, "--json").stdout)
+    assert (data["status"], data["defects"], data["modules"], data["format"]) == ("ok", [], 6, "gptq")
+
+
+def test_defects_are_listed_and_the_exit_code_is_4(gptq: Run, tmp_path: Path) -> None:
+    files = gptq_files()
+    files.tensors[f"{MODULES[5]}.scales"][0, 0] = 0
+    files.tensors[f"{MODULES[0]}.g_idx"][0] = 7
+    directory = files.write(tmp_path / "c")
+    found = gptq("verify", directory)
+    assert found.exit_code == 4
+    lines = found.stdout.splitlines()
+    assert lines == [
+        f"E_CKPT_GROUPS {SHARDS[0]}: {MODULES[0]}.g_idx: holds 0 to 7, there are 2 groups",
+        f"E_CKPT_SCALES {SHARDS[1]}: {MODULES[5]}.scales: 1 of 256 scales are zero or subnormal in float16",
+    ]
+    assert found.stderr.startswith(f"error[E_VERIFY]: `{directory}` has 2 defects\n\nhint: ")
+    data = json.loads(gptq("verify", directory, "--json").stdout)
+    assert (data["status"], data["exit_code"], data["problems"][0]["code"]) == ("error", 4, "E_VERIFY")
+    place = {"file": SHARDS[1], "tensor": f"{MODULES[5]}.scales"}
+    assert place.items() <= data["defects"][1].items()
+
+
+def test_many_defects_of_one_kind_are_counted(gptq: Run, tmp_path: Path) -> None:
+    files = gptq_files()
+    for name in MODULES:
+        files.tensors[f"{name}.scales"] = np.zeros_like(files.tensors[f"{name}.scales"])
+    found = gptq("verify", files.write(tmp_path / "c"))
+    assert len(found.stdout.splitlines()) == 6
+    assert found.stdout.endswith("E_CKPT_SCALES 1 more, see --json\n")
+
+
+def test_a_torn_checkpoint_is_a_defect_and_none_at_all_a_refusal(gptq: Run, tmp_path: Path) -> None:
+    directory = gptq_files().write(tmp_path / "c")
+    (directory / SHARDS[0]).write_bytes(b"torn")
+    found = gptq("verify", directory)
+    assert (found.exit_code, len(found.stderr.splitlines())) == (4, 3)
+    assert "E_CKPT_CORRUPT" in found.stdout
+    for path, code in ((tmp_path / "none", "E_MODEL_NOT_FOUND"), (tmp_path, "E_CKPT_CONFIG")):
+        refused = gptq("verify", path)
+        assert code in refused.stderr + refused.stdout
+    assert gptq("verify", tmp_path / "none").exit_code == 3
+
+
+def test_names_with_escapes_and_markup_are_shown_and_not_obeyed(gptq: Run, tmp_path: Path) -> None:
+    files = gptq_files()
+    for part in ("qweight", "qzeros", "scales"):
+        files.tensors[f"model.layers.0.\x1b[31m[red]evil[/red].{part}"] = np.zeros((2, 2), np.float32)
+    found = gptq("verify", files.write(tmp_path / "c"))
+    assert found.exit_code == 4
+    assert "\\x1b[31m[red]evil[/red]: no g_idx" in found.stdout
+    assert "\x1b" not in found.stdout + found.stderr

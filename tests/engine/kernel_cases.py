@@ -1,0 +1,83 @@
+"""Layers that the kernels solve in their tests: every order and kind of grid; widths, groups and shapes in turn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import cycle, product
+
+import torch
+from torch import Tensor
+
+from gptq_cli.config.layer import LayerConfig
+from gptq_cli.engine.factor import prepare
+from gptq_cli.engine.layer import QuantizedLinear
+from gptq_cli.engine.solve import solve
+from tests.engine.samples import ORDERS, correlated_layer, layer_config
+
+KINDS: dict[str, dict[str, object]] = {"sym": {}, "asym": {"sym": False}, "signed": {"signed_scales": True}}
+SEARCHES = ("none", "mse", "activation")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer and how to solve it; `column_block` columns meet in one launch unless groups are larger.
+
+    With `ties` half of the weights lie in the middle between two points of their grid, and no error moves another.
+    """
+
+    config: LayerConfig
+    out_features: int = 13
+    in_features: int = 72
+    column_block: int = 32
+    ties: bool = False
+
+    def layer(self) -> tuple[Tensor, Tensor]:
+        if self.ties:
+            halves = torch.randint(-15, 16, (self.out_features, self.in_features), generator=torch.Generator())
+            halves[:, ::8] = 15  # the largest, in every group: with 4 bits the scale is two halves
+            return halves / 32, torch.arange(1.0, self.in_features + 1).diag()
+        weight, hessian = correlated_layer(self.out_features, self.in_features, seed=self.config.bits)
+        return weight.float(), hessian.float()
+
+
+def _case(
+    order: str, kind: str, *, refine_sweeps: int = 0, shape: dict[str, int] | None = None, **fields: object
+) -> Case:
+    return Case(layer_config(order, refine_sweeps=refine_sweeps, **KINDS[kind], **fields), **(shape or {}))
+
+
+# Launches of 32, 32 and 8 columns; groups smaller and larger than a launch, some of them cut by its end.
+_TURNS = cycle([(2, 24, "none"), (3, 36, "mse"), (4, 8, "activation"), (8, -1, "none"), (4, 18, "mse")])
+CASES: dict[str, Case] = {}
+for (_order, _kind), (_bits, _group, _search) in zip(product(ORDERS, KINDS), _TURNS, strict=False):
+    _name = f"{_order}, {_kind}, {_bits} bits, group {_group}, search {_search}"
+    CASES[_name] = _case(_order, _kind, bits=_bits, group_size=_group, scale_search=_search)
+# More rows than one program has, more columns than a launch, a group larger than a launch.
+_LARGE = {"out_features": 21, "column_block": 128}
+_LONG = {"out_features": 5, "in_features": 272, "column_block": 128}
+CASES |= {
+    "two programs, two launches": _case(
+        "static group aware", "signed", bits=4, group_size=16, shape=_LARGE | {"in_features": 144}
+    ),
+    "a found group of two launches": _case(
+        "group aware", "asym", bits=3, group_size=136, shape=_LONG
+    ),
+    "a static group of two launches": _case(
+        "static desc_act", "asym", bits=2, group_size=136, scale_search="activation",
+        shape=_LONG,
+    ),
+    "ties": Case(layer_config("static desc_act", bits=4, group_size=8), ties=True),
+    "refined, signed": _case("static group aware", "signed", bits=4, group_size=24, refine_sweeps=2),
+    "refined, asym, scattered groups": _case("desc_act", "asym", bits=2, group_size=36, refine_sweeps=1),
+    "refined, one group a row": _case("natural", "sym", bits=3, group_size=-1, refine_sweeps=1),
+    "refined, two programs, two launches": _case(
+        "static group aware", "signed", bits=3, group_size=48, refine_sweeps=1, shape=_LARGE | {"in_features": 144}
+    ),
+}  # fmt: skip
+
+
+def solved(case: Case, device: str = "cpu") -> QuantizedLinear:
+    """The case's layer on `device`, by whatever steps are switched on."""
+    weight, hessian = (tensor.to(device) for tensor in case.layer())
+    prepared = prepare(hessian, case.config)
+    return solve(weight, hessian, prepared, case.config, column_block=case.column_block).quantized

@@ -1,0 +1,29 @@
+"""Solve the cases of `kernel_cases` with Triton kernels that are interpreted on the CPU.
+
+usage: solve_in_interpreter.py SOLUTIONS.npz        with TRITON_INTERPRET=1 set from outside
+"""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import torch
+
+from gptq_cli.engine import triton_solver
+from tests.engine.kernel_cases import CASES, solved
+
+
+def main(solutions_file: str) -> None:
+    torch.set_num_threads(1)
+    triton_solver.KERNEL_DEVICES.add("cpu")
+    solutions = {}
+    for name, case in CASES.items():
+        quantized = solved(case)
+        for part in ("codes", "scales", "zeros"):
+            solutions[f"{name}/{part}"] = getattr(quantized, part).numpy()
+    np.savez(solutions_file, **solutions)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,303 @@
+"""Ways in which a configuration, a model or a dataset is wrong, each a function that breaks a sound model directory.
+
+A case's number is the one of its row in the project's catalogue of faults; `tests/test_faults.py` runs them all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.checkpoint.gptq_files import gptq_files
+
+INDEX = "model.safetensors.index.json"
+SHARD = "model-00002-of-00003.safetensors"
+ESCAPE = "\x1b[31m[red]evil<b>[/red]"
+Arrange = Callable[[Path], list[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What to run and what it must say; `arrange` gets a folder with `model` and `text.txt` in it.
+
+    `begun`: the fault is met by a run that has begun, whose finished blocks are kept.
+    """
+
+    row: int
+    name: str
+    arrange: Arrange
+    code: str
+    message: str
+    hint: str = ""
+    exit_code: int = 3
+    begun: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.row}-{self.name}"
+
+
+def run(folder: Path, *more: str) -> list[str]:
+    """A quantization that would work."""
+    given = {word.partition("=")[0] for word in more}
+    defaults = [f"--dataset={folder}/text.txt", "--bits=4", "--group-size=32", "--nsamples=2", "--batch-size=1",
+                "--seqlen=32", "--device=cpu", f"--output={folder}/out"]  # fmt: skip
+    words = [word for word in defaults if word.partition("=")[0] not in given]
+    return ["quantize", str(folder / "model"), *words, *more]
+
+
+def flags(*more: str) -> Arrange:
+    return lambda folder: run(folder, *more)
+
+
+def recipe(text: str | bytes) -> Arrange:
+    """A configuration file with this content, checked."""
+
+    def arrange(folder: Path) -> list[str]:
+        (folder / "cfg.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+        return ["validate-config", str(folder / "cfg.yaml")]
+
+    return arrange
+
+
+def broken(break_it: Callable[[Path], object], *more: str) -> Arrange:
+    """The quantization after `break_it(model directory)`."""
+
+    def arrange(folder: Path) -> list[str]:
+        break_it(folder / "model")
+        return run(folder, *more)
+
+    return arrange
+
+
+def dataset(name: str, content: str | bytes, *more: str) -> Arrange:
+    def arrange(folder: Path) -> list[str]:
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        return run(folder, f"--dataset={folder / name}", *more)
+
+    return arrange
+
+
+def config(**changes: object) -> Callable[[Path], object]:
+    def break_it(model: Path) -> None:
+        file = model / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return break_it
+
+
+def tensor(name: str, change: Callable[[torch.Tensor], torch.Tensor | None]) -> Callable[[Path], object]:
+    """Replaces one tensor of a model of three shards, or takes it out of its shard."""
+
+    def break_it(model: Path) -> None:
+        index = json.loads((model / INDEX).read_text())
+        file = model / index["weight_map"][name]
+        tensors = load_file(file)
+        changed = change(tensors.pop(name).clone())
+        if changed is None:
+            del index["weight_map"][name]
+            (model / INDEX).write_text(json.dumps(index))
+        save_file(tensors if changed is None else {**tensors, name: changed}, file, metadata={"format": "pt"})
+
+    return break_it
+
+
+def poisoned(value: torch.Tensor) -> torch.Tensor:
+    value.view(-1)[3] = float("nan")
+    return value
+
+
+def replaced(name: str, content: bytes) -> Callable[[Path], object]:
+    return lambda model: (model / name).write_bytes(content)
+
+
+def mapped(name: str) -> Callable[[Path], object]:
+    """Lets the index put a tensor into the file `name`."""
+
+    def break_it(model: Path) -> None:
+        index = json.loads((model / INDEX).read_text())
+        index["weight_map"]["model.embed_tokens.weight"] = name
+        (model / INDEX).write_text(json.dumps(index))
+
+    return break_it
+
+
+def header(text: str) -> bytes:
+    return len(text).to_bytes(8, "little") + text.encode()
+
+
+def only(**files: bytes) -> Callable[[Path], object]:
+    """Leaves nothing but `files` beside the configuration."""
+
+    def break_it(model: Path) -> None:
+        for path in list(model.iterdir()):
+            if path.name != "config.json":
+                path.unlink()
+        for name, content in files.items():
+            (model / name.replace("__", ".")).write_bytes(content)
+
+    return break_it
+
+
+def linked(name: str) -> Callable[[Path], object]:
+    """Moves a file out of the model and links to it."""
+
+    def break_it(model: Path) -> None:
+        outside = model.parent / "outside"
+        outside.mkdir()
+        shutil.move(model / name, outside / name)
+        (model / name).symlink_to(outside / name)
+
+    return break_it
+
+
+def nested(depth: int) -> bytes:
+    return b'{"a":' * depth + b"1" + b"}" * depth
+
+
+def without_tokenizer(model: Path) -> None:
+    for file in model.glob("tokenizer*"):
+        file.unlink()
+
+
+def evaluated(change: Callable[[Path], object]) -> Arrange:
+    """The perplexity of a quantized checkpoint after `change`."""
+
+    def arrange(folder: Path) -> list[str]:
+        directory = gptq_files().write(folder / "quantized")
+        change(directory)
+        return ["eval-ppl", str(directory), f"--dataset={folder}/text.txt", "--seqlen=32"]
+
+    return arrange
+
+
+def truncated(file: str, n_bytes: int = 1) -> Callable[[Path], object]:
+    return lambda model: os.truncate(model / file, (model / file).stat().st_size - n_bytes)
+
+
+def appended(file: str) -> Callable[[Path], object]:
+    return lambda model: (model / file).write_bytes((model / file).read_bytes() + b"x")
+
+
+def relabelled(directory: Path) -> None:
+    content = json.loads((directory / "config.json").read_text())
+    content["quantization_config"].update(format="gptq_v2", checkpoint_format="gptq_v2")
+    (directory / "config.json").write_text(json.dumps(content))
+
+
+CONFIGURATION = [
+    Case(1, "flag", flags("--bitz=4"), "E_USAGE", "No such option: --bitz", "--bits", 2),
+    Case(1, "command", lambda _: ["quantise", "m"], "E_USAGE", "No such command 'quantise'", "'quantize'", 2),
+    Case(2, "key", recipe("bits: 4\ngroup_sise: 8\n"), "E_CFG_UNKNOWN_KEY", "group_sise", "group_size", 2),
+    Case(3, "type", recipe('bits: 4\nnsamples: "128"\n'), "E_CFG_TYPE", '"128"', "without quotes", 2),
+    *(Case(4, f"bits {bits}", recipe(f"bits: {bits}\n"), code, "bits must be 2, 3, 4 or 8", "", 2)
+      for bits, code in (("5", "E_CFG_RANGE"), ("0", "E_CFG_RANGE"), ("4.5", "E_CFG_RANGE"))),
+    Case(5, "group 0", recipe("bits: 4\ngroup_size: 0\n"), "E_CFG_RANGE", "got 0", "write -1", 2),
+    Case(5, "group -2", recipe("bits: 4\ngroup_size: -2\n"), "E_CFG_RANGE", "-1 for one group per row, got -2", "", 2),
+    *(Case(7, f"damp {damp}", recipe(f"bits: 4\ndamp_percent: {damp}\n"), "E_CFG_RANGE",
+           "strictly between 0 and 1", "0.01 to 0.1", 2) for damp in ("0", "1", ".nan", ".inf", "-0.1")),
+    Case(8, "twice", recipe("bits: 4\nbits: 8\n"), "E_CFG_YAML", "given twice, first in", "keep one", 2),
+    Case(8, "tab", recipe("bits: 4\ndynamic:\n\t'-:a': {}\n"), "E_CFG_YAML", "tab", "spaces", 2),
+    Case(8, "indent", recipe("bits: 4\n  seed: 1\n"), "E_CFG_YAML", "cannot stand here", "indentation", 2),
+    Case(8, "latin1", recipe(b"bits: 4\npreset: gptq # \xe9\n"), "E_CFG_YAML", "0xe9 is not UTF-8", "UTF-8", 2),
+    Case(8, "bom", recipe(b"\xef\xbb\xbfbits: 4\n"), "E_CFG_YAML", "byte order mark", "without BOM", 2),
+    Case(9, "tag", recipe("bits: !!python/object/apply:os.system ['x']\n"), "E_CFG_YAML", "not allowed", "", 2),
+    Case(9, "alias", recipe("bits: &a 4\nseed: *a\n"), "E_CFG_YAML", "not allowed", "", 2),
+    Case(9, "large", recipe("#" * 1_000_001), "E_CFG_YAML", "larger than 1 MB", "", 2),
+    Case(10, "missing", lambda f: ["validate-config", f"{f}/none"], "E_CFG_FILE", "No such file", "", 2),
+    Case(10, "folder", lambda f: ["validate-config", str(f)], "E_CFG_FILE", "is a directory", "", 2),
+    Case(11, "regex", flags("--dynamic=-:("), "E_CFG_REGEX", "is not a regular expression", ".*", 2),
+    Case(11, "no match", flags("--dynamic=-:down_proj"), "E_CFG_NO_MATCH", "matches no layer", "model.layers.N", 2),
+    Case(12, "nothing", flags("--dynamic=-:.*"), "E_CFG_NOTHING_TO_DO", "no layer to quantize", "", 2),
+    Case(13, "conflict", flags("--desc-act", "--act-group-aware"), "E_CFG_CONFLICT", "exclude each other",
+         "leave it out", 2),
+    Case(14, "seqlen", flags("--seqlen=4096"), "E_CFG_SEQLEN", "the model's 128 positions", "--seqlen 128", 2),
+    Case(15, "samples", flags("--nsamples=0"), "E_CFG_RANGE", "--nsamples must be a whole number of 1 or more", "", 2),
+    Case(15, "batch", flags("--batch-size=9"), "E_CFG_RANGE", "a batch of 9 from 2 samples", "batch_size to 2", 2),
+]  # fmt: skip
+DATA = [
+    Case(17, "file", flags("--dataset=./none.txt"), "E_DATA_NOT_FOUND", "does not exist", "Hub id"),
+    Case(17, "kind", dataset("x.doc", "a"), "E_DATA_NOT_FOUND", "not", ".jsonl"),
+    Case(18, "short", dataset("x.txt", "a few words"), "E_DATA_SHORT", "gives 0 windows of 32 tokens", "--nsamples"),
+    Case(18, "empty", dataset("x.txt", ""), "E_DATA_EMPTY", "empty file", "holds text"),
+    Case(18, "no rows", dataset("x.csv", "text\n"), "E_DATA_EMPTY", "has no rows", "holds text"),
+    Case(19, "column", dataset("x.jsonl", '{"body": "a"}\n'), "E_DATA_COLUMN", "it has `body`", "--text-column"),
+    Case(
+        19,
+        "numbers",
+        dataset("x.jsonl", '{"text": 4}\n'),
+        "E_DATA_COLUMN",
+        "column `text` holds int64",
+        "--text-column",
+    ),
+    Case(19, "null", dataset("x.jsonl", '{"text": "a"}\n{"text": null}\n'), "E_DATA_COLUMN", "null", "--text-column"),
+    Case(20, "script", flags("--dataset=ptb"), "E_DATA_SCRIPT", "loading script", "wikitext2"),
+    Case(21, "none", broken(without_tokenizer), "E_TOKENIZER", "no usable tokenizer", "copy the tokenizer"),
+]
+MODEL = [
+    Case(16, "path", lambda _: ["quantize", "./none", "-b", "4"], "E_MODEL_NOT_FOUND", "not a directory", "Hub id"),
+    Case(23, "shard", broken(lambda m: (m / SHARD).unlink()), "E_CKPT_MISSING", "lacks 1 of 3 shards", "hf download"),
+    Case(24, "cut", broken(truncated(SHARD)), "E_CKPT_CORRUPT", "bytes, found", "again"),
+    Case(24, "cut header", broken(replaced(SHARD, b"\x40")), "E_CKPT_CORRUPT", "in a file of 1 bytes", "again"),
+    Case(24, "trailing", broken(appended(SHARD)), "E_CKPT_CORRUPT", "expected", "again"),
+    Case(25, "claims", broken(mapped(SHARD)), "E_CKPT_INDEX", "holds it", "of one revision"),
+    Case(25, "absent", broken(tensor("model.layers.1.mlp.up_proj.weight", lambda _: None)), "E_CKPT_INCOMPLETE",
+         "no tensor"),
+    Case(25, "key twice", broken(replaced(SHARD, header('{"a":1,"a":2}'))), "E_CKPT_CORRUPT", "duplicate key 'a'"),
+    Case(26, "tensor", broken(tensor("model.norm.weight", lambda _: None)), "E_CKPT_INCOMPLETE",
+         "no tensor for 1 parameters, first `model.norm.weight`", "download"),
+    Case(27, "shape", broken(tensor("model.norm.weight", lambda t: t[:-1].clone())), "E_CKPT_SHAPE", "norm"),
+    Case(27, "config", broken(config(intermediate_size=96)), "E_CKPT_SHAPE", "mlp"),
+    Case(28, "nan", broken(tensor("model.layers.1.mlp.up_proj.weight", poisoned)), "E_CKPT_NONFINITE",
+         "`model.layers.1.mlp.up_proj` (block 1)", "download", begun=True),
+    Case(29, "fp8", broken(tensor("model.layers.0.mlp.up_proj.weight", lambda t: t.to(torch.float8_e4m3fn))),
+         "E_CKPT_FP8", "holds F8_E4M3 weights", "float16 or bfloat16 version"),
+    *(Case(30, method, broken(config(quantization_config={"quant_method": method})), "E_CKPT_QUANTIZED", method,
+           "full-precision") for method in ("gptq", "awq", "bitsandbytes", "compressed-tensors")),
+    Case(31, "pickle", broken(only(pytorch_model__bin=b"x")), "E_CKPT_PICKLE", "pickled weights only", "safetensors"),
+    Case(32, "gguf", broken(only(model__gguf=b"GGUF")), "E_CKPT_KIND", "GGUF", "safetensors"),
+    Case(32, "onnx", broken(only(model__onnx=b"x")), "E_CKPT_KIND", "ONNX", "safetensors"),
+    Case(32, "adapter", broken(only(adapter_config__json=b"{}", adapter_model__safetensors=header("{}"))),
+         "E_CKPT_KIND", "an adapter, not a model", "merge"),
+    Case(34, "unknown", broken(config(model_type="nonsense")), "E_ARCH", "nonsense"),
+    Case(35, "code", broken(config(model_type="own", auto_map={"AutoConfig": "configuration_own.Own"})),
+         "E_REMOTE_CODE", "needs its own Python code", "--trust-remote-code"),
+    Case(36, "no json", broken(replaced("config.json", b"{")), "E_CKPT_CONFIG", "cannot be read as JSON", "again"),
+    Case(36, "no object", broken(replaced("config.json", b"[]")), "E_CKPT_CONFIG", "is not a JSON object"),
+    Case(36, "quantized", broken(config(quantization_config="gptq")), "E_CKPT_CONFIG", "is not a JSON object", "again"),
+    Case(36, "more layers", broken(config(num_hidden_layers=9)), "E_CKPT_INCOMPLETE", "no tensor for", "download"),
+    Case(37, "device", flags("--device=cuda:7"), "E_DEVICE", "no CUDA device 7", "--device cpu"),
+    *(Case(71, f"index {name!r}", broken(mapped(name)), "E_UNSAFE_PATH", "points outside its directory",
+           "do not use this checkpoint")
+      for name in ("../x.safetensors", "/etc/x.safetensors", "C:\\x.safetensors", "a\\b.safetensors", "C:x.safetensors",
+                   "sub/x.safetensors", "..", "", "a\0.safetensors", "a\x1b.safetensors", "a" * 300)),
+    *(Case(71, f"link {name}", broken(linked(name)), "E_UNSAFE_PATH",
+           "outside", "") for name in (SHARD, "config.json", INDEX, "tokenizer.json")),
+    Case(73, "header", broken(replaced(SHARD, (2**62).to_bytes(8, "little") + b"{}")), "E_CKPT_CORRUPT", "a header of"),
+    Case(73, "deep header", broken(replaced(SHARD, header(nested(100_000).decode()))), "E_CKPT_CORRUPT", "unreadable"),
+    Case(73, "deep config", broken(replaced("config.json", nested(65))), "E_CKPT_CONFIG", "deeper than 64 levels"),
+    Case(73, "deeper config", broken(replaced("config.json", nested(100_000))), "E_CKPT_CONFIG", "cannot be read"),
+    Case(73, "config", broken(replaced("config.json", b" " * 5_000_001)), "E_CKPT_CONFIG", "larger than 5 MB"),
+    Case(73, "index", broken(lambda m: os.truncate(m / INDEX, 2**31)), "E_CKPT_CONFIG", "larger than 50 MB"),
+    Case(74, "overflow", broken(replaced(SHARD, header(
+        '{"a":{"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,0]}}'))), "E_CKPT_CORRUPT", "fit bytes"),
+    Case(74, "text as size", broken(replaced(SHARD, header(
+        '{"a":{"dtype":"F32","shape":["' + "x" * 99 + '",99999],"data_offsets":[0,0]}}'))),
+         "E_CKPT_CORRUPT", "sizes"),
+    Case(74, "truth as size", broken(replaced(SHARD, header(
+        '{"a":{"dtype":"U8","shape":[true],"data_offsets":[0,1]}}') + b"x")), "E_CKPT_CORRUPT", "sizes"),
+    Case(74, "dtype", broken(replaced(SHARD, header('{"a":{"dtype":"F3","shape":[],"data_offsets":[0,0]}}'))),
+         "E_CKPT_CORRUPT", "malformed"),
+    Case(76, "escapes", broken(replaced(SHARD, header(json.dumps({ESCAPE: 1})))), "E_CKPT_CORRUPT", "[red]evil<b>"),
+]  # fmt: skip
+EVALUATION = [
+    Case(82, "torn", evaluated(truncated("model-00001-of-00002.safetensors")), "E_CKPT_CORRUPT", "found", "again"),
+    Case(82, "mislabelled", evaluated(relabelled), "E_CKPT_ZEROS", "as gptq stores them", "gptq verify"),
+]
+CASES = [*CONFIGURATION, *DATA, *MODEL, *EVALUATION]

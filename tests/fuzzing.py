@@ -1,0 +1,194 @@
+"""Random damage to configurations, safetensors headers, index files and quantization configs, from a seed.
+
+An input is damaged as bytes or, where it is JSON, as a value. Whatever comes out must be accepted or refused with exit
+code 2 or 3 (a checkpoint that is verified: with a list of defects), within seconds and without any other exception.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gptq_cli.checkpoint.headers import read_header
+from gptq_cli.checkpoint.source import INDEX_NAME, open_checkpoint
+from gptq_cli.checkpoint.verify import verify_checkpoint
+from gptq_cli.config.resolve import resolve
+from gptq_cli.errors import GptqError
+from tests.checkpoint.gptq_files import SHARDS, gptq_files
+
+SECONDS = 5
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = [file.read_bytes() for file in sorted((ROOT / "configs").glob("*.y*ml"))]
+TOKENS = [
+    b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"---\n", b"!!python/object:os.system ", b"&a ", b"*a", b"<<: ", b"{", b"}",
+    b"[" * 200, b'{"a":' * 200, b"9" * 5000, b"1e999", b".nan", b"NaN", b"-0", b"\t", b"\r\n", b'"\\ud800"', b"../",
+    b": ", b"? ", b"| \n", b"%YAML 9.9\n", "\u2028".encode(), b"'-:(': {}\n", b"bits: 4\n",
+]  # fmt: skip
+ODD: list[Any] = [
+    None, True, -1, 0, 1, 2**31, 2**63, 2**64, 10**400, 0.5, 1e308, float("nan"), float("inf"), "", "../x", "C:\\x",
+    "a\0b", "\ud800", "x" * 5000, [], {}, [[]], [None], {"": ""}, ["a", 10**9], {"-:(": {}}, {"+:.*": {"bits": 9}},
+    {"+:.*": None}, [["q_proj", 4]], "gptq_v2", "4", "I32", "F4",
+]  # fmt: skip
+
+
+class TooSlowError(Exception):
+    """An input took more than SECONDS."""
+
+
+@dataclass
+class Tally:
+    """What became of the inputs; a failure holds the seed that makes the input again and the traceback."""
+
+    inputs: int = 0
+    outcomes: Counter[str] = field(default_factory=Counter)
+    failures: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Valid inputs, and what reads one: it returns what it says of an input that it does not refuse."""
+
+    originals: list[bytes]
+    read: Callable[[bytes, Path], str]
+
+
+def fuzz(subject: Subject, inputs: int, seed: int, folder: Path) -> Tally:
+    """The outcomes of `inputs` damaged inputs, read in `folder`."""
+    tally = Tally()
+    for number in range(inputs):
+        choose = random.Random(f"{seed}-{number}")
+        content = damaged(choose.choice(subject.originals), choose)
+        tally.inputs += 1
+        try:
+            with time_limit():
+                tally.outcomes[subject.read(content, folder)] += 1
+        except GptqError as error:
+            tally.outcomes[error.code] += 1
+            if error.exit_code not in (2, 3):
+                tally.failures.append({"number": number, "what": f"exit code {error.exit_code}: {error}"})
+        except BaseException:  # noqa: BLE001
+            tally.failures.append({"number": number, "what": traceback.format_exc()[-2000:]})
+    return tally
+
+
+def damaged(content: bytes, choose: random.Random) -> bytes:
+    """`content` after one to four changes of bytes or, if it is JSON, of values."""
+    for _ in range(choose.randint(1, 4)):
+        content = choose.choice((_bytes, _bytes, _value))(content, choose)
+    return content
+
+
+def _bytes(content: bytes, choose: random.Random) -> bytes:
+    first, second = sorted(choose.randint(0, len(content)) for _ in range(2))
+    short = content[first : min(second, first + 40)]
+    flipped = bytes([content[first] ^ (1 << choose.randrange(8))]) if first < len(content) else b""
+    return choose.choice([
+        content[:first] + flipped + content[first + 1 :],
+        content[:first] + choose.choice(TOKENS) + content[first:],
+        content[:first] + content[first + len(short) :],
+        content[:first] + short + content[first:],
+        content[:first],
+    ])  # fmt: skip
+
+
+def _value(content: bytes, choose: random.Random) -> bytes:
+    prefix = b""
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        prefix, value = content[:8], None
+        try:
+            value = json.loads(content[8 : 8 + int.from_bytes(prefix, "little")])
+        except (ValueError, RecursionError):
+            return _bytes(content, choose)
+    text = json.dumps(_changed(value, choose)).encode()
+    tail = content[8 + int.from_bytes(prefix, "little") :] if prefix else b""
+    return (len(text).to_bytes(8, "little") if prefix else b"") + text + tail
+
+
+def _changed(value: Any, choose: random.Random) -> Any:
+    """The value with something odd somewhere in it."""
+    if isinstance(value, dict) and value and choose.random() < 0.9:
+        key = choose.choice(list(value))
+        if choose.random() < 0.2:
+            value[choose.choice(["", "__metadata__", "\ud800", "a.qweight", key + ".g_idx"])] = value.pop(key)
+            return value
+        return value | {key: _changed(value[key], choose)}
+    if isinstance(value, list) and value and choose.random() < 0.7:
+        place = choose.randrange(len(value))
+        return [*value[:place], _changed(value[place], choose), *value[place + 1 :]]
+    return choose.choice(ODD)
+
+
+@contextmanager
+def time_limit() -> Iterator[None]:
+    def late(*_: object) -> None:
+        raise TooSlowError
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _read_configuration(content: bytes, folder: Path) -> str:
+    (folder / "cfg.yaml").write_bytes(content)
+    resolve({}, {}, folder / "cfg.yaml")
+    return "accepted"
+
+
+def _read_header(content: bytes, folder: Path) -> str:
+    file = folder / "x.safetensors"
+    file.write_bytes(content)
+    tensors = read_header(file)
+    ends = sorted((tensor.start, tensor.end) for tensor in tensors.values())
+    assert all(0 <= start <= end <= len(content) for start, end in ends)
+    return "accepted"
+
+
+def _read_index(content: bytes, folder: Path) -> str:
+    _checkpoint(folder)
+    (folder / "c" / INDEX_NAME).write_bytes(content)
+    return f"{len(open_checkpoint(folder / 'c').tensors)} tensors"
+
+
+def _verify(content: bytes, folder: Path) -> str:
+    directory = _checkpoint(folder)
+    (directory / "config.json").write_bytes(content)
+    try:
+        found = verify_checkpoint(directory)
+    finally:
+        (directory / "config.json").write_bytes(_CONFIG)
+    return found.defects[0].code if found.defects else "accepted"
+
+
+def _checkpoint(folder: Path) -> Path:
+    return folder / "c" if (folder / "c").exists() else gptq_files().write(folder / "c")
+
+
+def _parts(name: str) -> bytes:
+    """A file of a small sound checkpoint."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        return (_checkpoint(Path(folder)) / name).read_bytes()
+
+
+_CONFIG = _parts("config.json")
+SUBJECTS = {
+    "configurations": Subject(RECIPES, _read_configuration),
+    "headers": Subject([_parts(SHARDS[0])], _read_header),
+    "indexes": Subject([_parts(INDEX_NAME)], _read_index),
+    "quantization configs": Subject([_CONFIG], _verify),
+}

@@ -1,0 +1,100 @@
+"""Experts as linears of their own: the same numbers as transformers' stacked module, and names from its own mapping."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssConfig, GptOssExperts
+from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralExperts
+
+from gptq_cli.models.experts import DOWN, GATE_UP, Experts, Routed, StackShape, computes_the_same, find_stacks
+from tests.architectures import build, relative, save, streamed_logits, token_batches
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_local_experts": 4}
+
+
+def mixtral_experts() -> MixtralExperts:
+    config = MixtralConfig(**SIZES)
+    config._experts_implementation = "eager"
+    torch.manual_seed(0)
+    experts = MixtralExperts(config)
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return experts.requires_grad_(False)
+
+
+def separated(kind: nn.Module) -> Experts:
+    shape = StackShape.of(kind)
+    assert shape is not None
+    experts = Experts(kind)
+    for name in (GATE_UP, DOWN):
+        for number, part, piece in shape.slices(name, name):
+            weight = nn.Parameter(piece.read(kind.get_parameter), requires_grad=False)
+            experts[number].get_submodule(part)._parameters["weight"] = weight
+    return experts
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        "mixtral",
+        "qwen2_moe",
+        "qwen3_moe",
+        "olmoe",
+        "deepseek_v2",
+        "deepseek_v3",
+        "glm4_moe",
+        "llama4_text",
+        "nemotron_h",
+    ],
+)
+def test_logits_are_those_of_the_stacked_model(model_type: str, tmp_path: Path) -> None:
+    directory = save(build(model_type), tmp_path)
+    whole = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, experts_implementation="eager").eval()
+    with torch.inference_mode():
+        expected = [whole(input_ids=ids, use_cache=False).logits for ids in token_batches()]
+    assert relative(streamed_logits(directory), expected) < 1e-6
+
+
+def test_each_expert_is_given_its_tokens_in_the_order_of_the_stacked_module() -> None:
+    experts = separated(mixtral_experts())
+    chosen = torch.tensor([[0, 2], [2, 1], [0, 1], [2, 0]])
+    rows = [mine.tolist() for mine in experts.rows(Routed(torch.zeros(4, 32), chosen))]
+    assert rows == [[0, 2, 3], [1, 2], [1, 3, 0], []]
+    zeros_but = torch.zeros(4, 3, 32)
+    zeros_but[0, 1], zeros_but[2, 0], zeros_but[2, 2] = 1, 1, -1
+    rows = [mine.tolist() for mine in experts.rows(Routed(zeros_but.view(12, 32)))]
+    assert rows == [[1], [], [6, 8], []]
+
+
+def test_a_token_may_choose_the_same_expert_twice() -> None:
+    kind = mixtral_experts()
+    tokens, chosen, weights = torch.randn(5, 32), torch.full((5, 2), 3), torch.rand(5, 2)
+    assert torch.allclose(separated(kind)(tokens, chosen, weights), kind(tokens, chosen, weights), atol=1e-6)
+
+
+def test_a_module_that_computes_something_else_is_left_alone() -> None:
+    class Louder(MixtralExperts):
+        def forward(self, *args: Tensor) -> Tensor:
+            return 1.01 * super().forward(*args)
+
+    kind = mixtral_experts()
+    assert computes_the_same(kind)
+    other = Louder(kind.config)
+    assert StackShape.of(other) == StackShape.of(kind)
+    assert not computes_the_same(other)
+    holder = nn.ModuleDict({"plain": kind, "louder": other, "again": mixtral_experts()})
+    assert set(find_stacks(holder)) == {"plain", "again"}
+
+
+def test_experts_with_biases_or_interleaved_rows_are_left_alone() -> None:
+    assert StackShape.of(GptOssExperts(GptOssConfig(**SIZES))) is None
+    kind = mixtral_experts()
+    kind.is_concatenated = False
+    assert StackShape.of(kind) is None
+    assert StackShape.of(nn.Linear(2, 2)) is None

@@ -1,0 +1,105 @@
+"""Layers that share an input are solved as the rows of one, and stay layers of their own to everybody else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from gptq_cli.checkpoint.source import open_checkpoint
+from gptq_cli.engine.factor import prepare
+from gptq_cli.engine.grid import ScaleRangeError
+from gptq_cli.engine.solve import Solution, solve, solve_together
+from gptq_cli.errors import InputError
+from gptq_cli.pipeline import solver
+from gptq_cli.pipeline.plan import LayerPlan, plan_checkpoint
+from gptq_cli.pipeline.solver import located, solved_together
+from tests.engine.samples import ORDERS, correlated_layer, layer_config
+from tests.families import save_model
+from tests.pipeline.runs import config, quantize, reader
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_rows_solved_together_are_solved_as_alone(order: str) -> None:
+    (first, hessian), (second, _), (third, _) = (correlated_layer(rows, 96, rows) for rows in (20, 7, 12))
+    settings = layer_config(order, bits=3, group_size=24, signed_scales=True, refine_sweeps=1)
+    prepared = prepare(hessian, settings)
+    together = solve_together([first, second, third], hessian, prepared, settings)
+    for weight, found in zip((first, second, third), together, strict=True):
+        alone = solve(weight, hessian, prepared, settings)
+        assert torch.equal(found.quantized.codes, alone.quantized.codes)
+        assert torch.equal(found.quantized.scales, alone.quantized.scales)
+        assert torch.equal(found.quantized.zeros, alone.quantized.zeros)
+        assert found.relative_error == pytest.approx(alone.relative_error, rel=1e-12)
+        assert found.rtn_relative_error == pytest.approx(alone.rtn_relative_error, rel=1e-12)
+
+
+@pytest.fixture
+def layers(tmp_path: Path) -> list[LayerPlan]:
+    """The seven layers of one block; k_proj has bits of its own."""
+    source = open_checkpoint(save_model(tmp_path / "model"))
+    plan = plan_checkpoint(source, config(dynamic={r"+:.*k_proj": {"bits": 8}}))
+    return [layer for layer in plan.quantized if layer.block == 1]
+
+
+def names(batches: Sequence[Sequence[LayerPlan]]) -> list[str]:
+    return [" ".join(layer.name.rpartition(".")[2] for layer in batch) for batch in batches]
+
+
+def test_layers_of_one_configuration_are_solved_together_within_the_limit(
+    layers: list[LayerPlan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = {layer.name.rpartition(".")[2]: layer for layer in layers}
+    attention = [named[name] for name in ("q_proj", "k_proj", "v_proj")]
+    assert names(solved_together(attention)) == ["q_proj v_proj", "k_proj"]
+    mlp = [named["gate_proj"], named["up_proj"]]
+    weights = mlp[0].out_features * mlp[0].in_features
+    monkeypatch.setattr(solver, "WEIGHTS_TOGETHER", 2 * weights)
+    assert names(solved_together(mlp)) == ["gate_proj up_proj"]
+    monkeypatch.setattr(solver, "WEIGHTS_TOGETHER", 2 * weights - 1)
+    assert names(solved_together(mlp)) == ["gate_proj", "up_proj"]
+    monkeypatch.setattr(solver, "WEIGHTS_TOGETHER", 1)
+    assert names(solved_together([*attention, *mlp])) == ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]
+
+
+@pytest.mark.parametrize(("row", "owner"), [(0, "a"), (4, "a"), (5, "b"), (7, "b"), (8, "c"), (19, "c")])
+def test_a_row_that_no_scale_reaches_names_the_layer_it_is_of(row: int, owner: str, layers: list[LayerPlan]) -> None:
+    together = [replace(layers[0], name=name, out_features=rows) for name, rows in {"a": 5, "b": 3, "c": 12}.items()]
+    with pytest.raises(InputError, match=rf"layer `{owner}` \(block 1\)") as caught, located(together):
+        raise ScaleRangeError(row)
+    assert caught.value.code == "E_CKPT_NONFINITE"
+
+
+@pytest.mark.parametrize("order", ["group aware", "static group aware"])
+def test_the_first_bad_row_of_all_is_named(order: str) -> None:
+    (first, hessian), (second, _) = (correlated_layer(rows, 96, rows) for rows in (20, 7))
+    second[[3, 5], 40] = float("nan")
+    settings = layer_config(order, group_size=24)
+    with pytest.raises(ScaleRangeError, match="row 23 ") as caught:
+        solve_together([first, second], hessian, prepare(hessian, settings), settings)
+    assert caught.value.row == 23
+
+
+def test_a_run_writes_what_solving_each_layer_alone_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, usual = save_model(tmp_path / "model"), solver.solve_together
+    rows: list[list[int]] = []
+
+    def note(weights: Sequence[Tensor], *arguments: object) -> list[Solution]:
+        rows.append([len(weight) for weight in weights])
+        return usual(weights, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(solver, "solve_together", note)
+    output, result = quantize(tmp_path, model)
+    assert rows == [[128, 64, 64], [64], [128, 128], [64]] * 3
+    monkeypatch.setattr(solver, "WEIGHTS_TOGETHER", 1)
+    alone, expected = quantize(tmp_path, model)
+    assert [layer.name for layer in result.layers] == [layer.name for layer in expected.layers]
+    for found, other in zip(result.layers, expected.layers, strict=True):
+        assert found.relative_error == pytest.approx(other.relative_error, rel=1e-3)
+        assert found.seconds > 0
+        ours, theirs = (reader(directory).linear(found.name) for directory in (output, alone))
+        assert (ours.codes == theirs.codes).double().mean() > 0.99

@@ -1,0 +1,151 @@
+"""The page about a run: it shows the run's numbers, stands alone, and obeys no text of the run."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gptq_cli.errors import InputError
+from gptq_cli.pipeline.events import ignore
+from gptq_cli.pipeline.quantize import quantize_checkpoint
+from gptq_cli.pipeline.report import BlockLog, check_report, save_report, write_page
+from gptq_cli.report.page import grids, render
+from tests.cli.conftest import layer_report, play
+from tests.families import save_model
+from tests.pipeline.runs import config
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    log = BlockLog(ignore)
+    output = folder / "Tiny-GPTQ-Int4-g32"
+    result = quantize_checkpoint(str(save_model(folder / "model")), output, config(), report=log)
+    save_report(output, result.to_json(), log, "gptq quantize model -b 4 --report")
+    return output
+
+
+def data_of(directory: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((directory / "gptq_report.json").read_text())
+    return found
+
+
+class Tags(HTMLParser):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+
+def test_the_page_shows_layers_errors_blocks_and_the_command(finished: Path) -> None:
+    page, run = (finished / "gptq_report.html").read_text(), data_of(finished)
+    worst = sorted(run["layers"], key=lambda layer: -layer["relative_error"])[:10]
+    shown = re.findall(r"<tr><td>(model[^<]*)</td><td>4</td><td>([^<]*)</td>", page)
+    assert shown == [(layer["name"], f"{layer['relative_error']:.2e}") for layer in worst]
+    for words in ("Tiny-GPTQ-Int4-g32", "gptq quantize model -b 4 --report", f"{run['tokens']} tokens of calibration"):
+        assert words in page
+    assert len(run["blocks"]) == 3
+    assert page.count("<svg") == 2
+    first = next(layer for layer in run["layers"] if layer["name"] == "model.layers.0.self_attn.q_proj")
+    ratio = first["relative_error"] / first["rtn_relative_error"]
+    numbers = re.findall(r"<text[^>]*>\s*([^<]*?)\s*</text>", page)
+    assert {f"{first['relative_error']:.1e}", f"{ratio:.2f}"} <= set(numbers)
+
+
+def test_the_page_needs_nothing_else_and_runs_nothing(finished: Path) -> None:
+    page = (finished / "gptq_report.html").read_text()
+    found = Tags(page).found
+    assert not {"script", "link", "img", "iframe", "object"} & {tag for tag, _ in found}
+    addresses = [
+        value for _, attributes in found for key, value in attributes.items() if key in ("href", "src", "xlink:href")
+    ]
+    assert all((value or "").startswith(("#", "data:image/png;base64,")) for value in addresses)
+    assert not re.findall(r"url\((?!#)", page)
+    assert "default-src 'none'" in page
+    ids = [attributes["id"] for _, attributes in found if attributes.get("id")]
+    assert "currentColor" in page
+    assert len(ids) > 10
+
+
+def test_names_are_text_and_never_markup(finished: Path) -> None:
+    evil = "<script>alert(1)</script>"
+    run = data_of(finished) | {"name": evil, "command": f"gptq '{evil}' & more", "model": evil, "evaluation": None}
+    run["layers"][0]["name"] = f"model.layers.0.{evil}"
+    page = render(run)
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;") >= 3
+    assert "&amp; more" in page
+
+
+def test_grids_have_a_row_a_block_and_join_experts() -> None:
+    layers = [
+        {"name": f"model.layers.{block}.mlp.experts.{expert}.up_proj", "block": block, "relative_error": error}
+        for block, expert, error in ((0, 0, 0.1), (0, 1, 0.3), (1, 0, 0.2))
+    ]
+    layers = [layer | {"rtn_relative_error": 0.5} for layer in layers]
+    layers.append({"name": "lm_head", "block": 2, "relative_error": None, "rtn_relative_error": 0.0})
+    found = grids(layers)
+    assert found.blocks == (0, 1, 2)
+    assert found.linears == ("mlp.experts.up_proj", "lm_head")
+    assert found.error == ((pytest.approx(0.2), None), (0.2, None), (None, None))
+    assert found.against_rtn == ((pytest.approx(0.4), None), (pytest.approx(0.4), None), (None, None))
+
+
+def test_a_perplexity_is_shown_if_it_is_known(finished: Path, tmp_path: Path) -> None:
+    measured = {"perplexity": 12.3456, "baseline_perplexity": 11.5, "kl": 0.0123, "top1_agreement": 0.987,
+                "dataset": "wikitext2", "windows": 3, "seqlen": 64, "dtype": "float32"}  # fmt: skip
+    (tmp_path / "ppl.json").write_text(json.dumps(measured))
+    page = write_page(finished, tmp_path / "page.html", evaluation=tmp_path / "ppl.json", png=tmp_path / "map.png")
+    for words in ("12.3456", "11.5000 before", "KL 0.0123", "98.70 %", "wikitext2, 3 windows of 64 tokens, float32"):
+        assert words in page.read_text()
+    assert "Perplexity" not in (finished / "gptq_report.html").read_text()
+    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_same_run_gives_the_same_page(finished: Path, tmp_path: Path) -> None:
+    first, second = (write_page(finished, tmp_path / name) for name in ("a.html", "b.html"))
+    assert first.read_bytes() == second.read_bytes() == (finished / "gptq_report.html").read_bytes()
+
+
+def test_a_run_of_many_blocks_is_drawn_without_numbers(finished: Path) -> None:
+    run = data_of(finished) | {"evaluation": None}
+    run["layers"] = [dict(layer, block=layer["block"] + 3 * i) for i in range(20) for layer in run["layers"]]
+    assert not re.search(r">\s*\d\.\de-\d\d\s*</text>", render(run))
+
+
+def test_what_is_no_report_is_refused(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match=r"holds no gptq_report\.json") as absent:
+        write_page(tmp_path, tmp_path / "x.html")
+    assert (absent.value.code, absent.value.exit_code) == ("E_REPORT", 3)
+    assert absent.value.hint == "quantize with --report"
+    (tmp_path / "gptq_report.json").write_text('{"report": 99}')
+    with pytest.raises(InputError, match="not the data of a report of version 1"):
+        write_page(tmp_path, tmp_path / "x.html")
+    (tmp_path / "e.json").write_text("{}")
+    with pytest.raises(InputError, match="not the result of an evaluation") as wrong:
+        write_page(finished, tmp_path / "x.html", evaluation=tmp_path / "e.json")
+    assert "gptq eval-ppl" in (wrong.value.hint or "")
+    assert not (tmp_path / "x.html").exists()
+    monkeypatch.setattr("gptq_cli.pipeline.report.find_spec", lambda name: None if name == "matplotlib" else name)
+    with pytest.raises(InputError, match="reports need matplotlib") as missing:
+        check_report()
+    assert "gptq_cli[report]" in (missing.value.hint or "")
+
+
+def test_blocks_are_logged_and_passed_on() -> None:
+    seen: list[object] = []
+    log = BlockLog(seen.append)
+    play(log)
+    assert [block["index"] for block in log.blocks] == [0, 1]
+    assert log.blocks[0]["seconds"] == 18.2
+    assert len(seen) == 2 + 2 * 7
+    assert layer_report(0).block == 0

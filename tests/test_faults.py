@@ -1,0 +1,96 @@
+"""Faults that a user can bring in: the same short refusal, with code, hint and exit code; nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from gptq_cli.cli.app import app
+from tests.families import save_model, texts
+from tests.faults import CASES, Case
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model of three shards and a text."""
+    folder = tmp_path_factory.mktemp("sound")
+    save_model(folder / "model", num_hidden_layers=2, max_shard_size="280KB")
+    assert len(list((folder / "model").glob("*.safetensors"))) == 3
+    (folder / "text.txt").write_text(texts(2_000)[0])
+    return folder
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_fault_is_refused_in_a_few_lines_and_leaves_nothing(
+    case: Case, sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "run"
+    shutil.copytree(sound, folder)
+    words = case.arrange(folder)
+    before = sorted(folder.rglob("*"))
+    human = CliRunner().invoke(app, [*words, "--quiet"] if words[0] in ("quantize", "eval-ppl") else words)
+    assert human.exit_code == case.exit_code, human.output
+    assert human.stdout == ""
+    lines = [line for line in human.stderr.splitlines() if line]
+    if case.begun:  # a run that had begun says first how to go on with what it keeps
+        assert ".out.gptq-work" in lines.pop(0)
+    assert lines[0].startswith(f"error[{case.code}]: ")
+    assert case.message in human.stderr
+    assert "Traceback" not in human.stderr
+    assert "\x1b" not in human.stderr
+    hints = [line for line in lines if line.startswith("hint: ")]
+    assert case.hint in "".join(hints)
+    left = set(folder.rglob("*")) - set(before)
+    assert not {path for path in left if not (case.begun and ".out.gptq-work" in path.parts)}
+    data = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
+    assert (data["exit_code"], data["problems"][0]["code"]) == (case.exit_code, case.code)
+    assert len(lines) <= (4 if len(data["problems"]) == 1 else 3 * len(data["problems"]) + 1)
+
+
+def test_the_run_that_the_faults_break_works(sound: Path, tmp_path: Path) -> None:
+    from tests.faults import run
+
+    folder = tmp_path / "run"
+    shutil.copytree(sound, folder)
+    assert CliRunner().invoke(app, [*run(folder), "--quiet"]).exit_code == 0
+
+
+SEEN_ELSEWHERE = {
+    6: ("tests/pipeline/test_refusals.py", "test_a_group_size_that_does_not_divide_names_every_kind_of_layer_at_once"),
+    21: ("tests/pipeline/test_refusals.py", "test_token_ids_beyond_the_vocabulary_are_refused"),
+    33: ("tests/pipeline/test_quantize.py", "test_the_head_is_quantized_on_request_and_untied"),
+    58: (
+        "tests/pipeline/test_quantize.py",
+        "test_infinite_activations_stop_the_run_with_the_layers_name_and_no_output",
+    ),
+    59: ("tests/pipeline/test_quantize.py", "test_an_input_that_is_always_zero_is_reported_and_its_weights_become"),
+    60: ("tests/pipeline/test_experts.py", "test_an_expert_without_tokens_stops_the_run_by_default"),
+    61: ("tests/pipeline/test_refusals.py", "test_raised_damping_is_reported_with_the_value_used"),
+    64: ("tests/checkpoint/test_hub.py", "test_a_fault_of_the_hub_has_its_code_hint_and_exit_code"),
+    65: ("tests/checkpoint/test_hub.py", "test_the_hubs_refusals_have_codes_and_hints"),
+    66: ("tests/checkpoint/test_hub.py", "test_the_hubs_refusals_have_codes_and_hints"),
+    67: ("tests/checkpoint/test_hub.py", "test_a_hub_that_cannot_be_reached_is_an_input_error"),
+    68: ("tests/checkpoint/test_hub.py", "test_a_download_that_breaks_off_is_continued_by_the_same_command"),
+    69: ("tests/checkpoint/test_hub.py", "test_a_hub_id_is_downloaded_at_one_commit_without_pickles"),
+    72: ("tests/test_secrets.py", "test_only_files_of_the_model_itself_reach_the_output"),
+    75: ("tests/test_secrets.py", "test_a_token_is_in_no_output_of_the_program"),
+}
+NOT_HERE = {
+    22: "calibration reads texts, so a chat template is never applied",
+    38: "needs a machine with a driver that does not fit",
+    70: "there is no command that pushes",
+    77: "there are no evaluation tasks with code",
+}
+
+
+def test_every_row_about_inputs_and_numbers_is_tested_somewhere() -> None:
+    rows = {*range(1, 39), *range(58, 62), *range(64, 78), 82}
+    assert rows == {case.row for case in CASES} | set(SEEN_ELSEWHERE) | set(NOT_HERE)
+    root = Path(__file__).resolve().parents[1]
+    for file, name in SEEN_ELSEWHERE.values():
+        assert f"def {name}" in (root / file).read_text()

@@ -1,0 +1,79 @@
+"""The checks for a GPU, as far as they run without one: every part starts, and none takes another's figures with it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "scripts" / "gpu_checks.sh"
+PARTS = {
+    "1": ["tests", "measure", "engine", "llama-3-8b"],
+    "2": ["capped", "llama-3-70b", "qwen3-30b-a3b", "best", "profile"],
+}
+
+
+def checks(*arguments: str, python: str = sys.executable) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHON": python}
+    return subprocess.run([SCRIPT, *arguments], env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("call", PARTS)
+def test_a_part_that_fails_is_told_of_and_the_others_run(call: str, tmp_path: Path) -> None:
+    failing = PARTS[call][1]
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$@"\ncase "$*" in *{failing}*) exit 7;; esac\n')
+    python.chmod(0o755)
+    found = checks(call, str(tmp_path), python=str(python))
+    assert found.returncode == 1
+    told = re.findall(r"^(\S+): exit code (\d+) after", (tmp_path / "parts.txt").read_text(), flags=re.MULTILINE)
+    assert told == [(name, "7" if name == failing else "0") for name in PARTS[call]]
+    assert all((tmp_path / f"{name}.log").read_text() for name in PARTS[call])
+
+
+@pytest.mark.parametrize("call", PARTS)
+def test_the_limits_of_a_call_leave_it_under_ten_minutes(call: str) -> None:
+    lines = re.findall(r"^  (?:part|run) (\S+) (\d+) ", SCRIPT.read_text(), flags=re.MULTILINE)
+    limits = {name: int(seconds) for name, seconds in lines}
+    assert set(limits) == {name for names in PARTS.values() for name in names}
+    assert sum(limits[name] for name in PARTS[call]) <= 570
+
+
+@pytest.mark.parametrize("arguments", [(), ("1", "--tidy")])
+def test_what_it_does_not_know_is_refused(arguments: tuple[str, ...]) -> None:
+    assert checks(*arguments).returncode in (1, 2)
+
+
+@pytest.mark.slow
+def test_kernels_and_parts_are_measured_on_a_cpu_with_tiny_shapes(tmp_path: Path) -> None:
+    found = checks("1", str(tmp_path), "--device", "cpu", "--tiny")
+    assert found.returncode == 0, found.stdout
+    engine, measured, run = (
+        json.loads((tmp_path / f"{n}.json").read_text()) for n in ("engine", "measure", "llama-3-8b")
+    )
+    assert all(row["seconds"] > 0 for row in engine["block"].values())
+    assert engine["next_bottleneck"] in engine["block"]
+    assert measured["solver"]["codes_that_differ"] == 0
+    assert measured["factorisation"]["64"]["relative_difference"] < 1e-5
+    assert run["finished"]
+    assert len(run["block_seconds"]) == run["blocks"] == 2
+    assert run["relative_error"] < run["rtn_relative_error"]
+
+
+@pytest.mark.slow
+def test_whole_runs_are_measured_on_a_cpu_with_tiny_shapes(tmp_path: Path) -> None:
+    found = checks("2", str(tmp_path), "--device", "cpu", "--tiny")
+    runs = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in PARTS["2"]}
+    told = dict(re.findall(r"^(\S+): exit code (\d+)", found.stdout, flags=re.MULTILINE))
+    for name, run in runs.items():
+        assert run["finished"] == (told[name] == "0"), found.stdout
+        assert run["finished"] or run["error"]
+    assert all(runs[name]["finished"] for name in ("capped", "llama-3-70b", "best", "profile"))
+    assert runs["best"]["arguments"]["preset"] == "best"
+    assert "aten::" in (tmp_path / "profile.txt").read_text()

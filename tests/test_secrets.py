@@ -1,0 +1,123 @@
+"""Tokens and credentials stay out of everything that is printed or written; so do strangers' files and escapes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from gptq_cli.cli import validate_config
+from gptq_cli.cli.app import app
+from gptq_cli.cli.console import visible
+from gptq_cli.errors import without_secrets
+from tests.families import save_model, texts
+from tests.hub import Fault, Reply, serve
+
+CANARY = "hf_" + "CanaryCanary0123456789abcdef"
+
+
+def small_run(folder: Path) -> list[str]:
+    """Options for a quick run on a text that is written into `folder`."""
+    (folder / "text.txt").write_text(texts(2_000)[0])
+    given = {"bits": 4, "group-size": 32, "dataset": folder / "text.txt", "nsamples": 2, "batch-size": 1, "seqlen": 32}
+    return [f"--{name}={value}" for name, value in given.items()]
+
+
+def gptq(folder: Path, environment: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "HF_TOKEN": CANARY, **environment}
+    command = [sys.executable, "-m", "gptq_cli", *words]
+    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=folder, check=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (f"token {CANARY}!", "token hf_***!"),
+        (f"{{'authorization': 'Bearer {CANARY}'}}", "{'authorization': 'Bearer hf_***'}"),
+        ("authorization: Basic dXNlcjpwYXNz=", "authorization: Basic ***"),
+        ("https://user:pass@host/x and http://t@h", "https://***@host/x and http://***@h"),
+        ("hf_short, a@b.c, file:///a/b@c, bearer of news", "hf_short, a@b.c, file:///a/b@c, bearer of news"),
+    ],
+)
+def test_secrets_are_struck_out_and_nothing_else(text: str, shown: str) -> None:
+    assert without_secrets(text) == shown
+    assert visible(text) == shown
+
+
+def test_a_token_is_in_no_output_of_the_program(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", num_hidden_layers=2)
+    files = {path.name: path.read_bytes() for path in model.iterdir()}
+    words = small_run(tmp_path)
+    with serve({"someone/tiny": files}, kind="model") as hub:
+        done = gptq(
+            tmp_path, hub.environment(tmp_path / "a"), "quantize", "someone/tiny", "-o", "out", "--json", *words
+        )
+        assert done.returncode == 0, done.stderr
+        assert f"Bearer {CANARY}" in hub.tokens  # the client does send it
+        hub.faults.append(Fault("/api/", Reply(401, headers={"X-Error-Message": f"Bearer {CANARY} is not allowed"})))
+        refused = gptq(tmp_path, hub.environment(tmp_path / "b"), "quantize", "someone/tiny", "-o", "no", *words)
+        assert refused.returncode == 3
+    assert not any(CANARY in process.stdout + process.stderr for process in (done, refused))
+    written = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert len(written) > 5
+    assert not any(CANARY.encode() in path.read_bytes() for path in written)
+
+
+@pytest.mark.parametrize("option", ["model", "--dataset", "--config", "--device"])
+def test_credentials_in_what_the_user_said_are_not_repeated(option: str) -> None:
+    secret = f"https://user:{CANARY}@huggingface.co/x"
+    words = [
+        "quantize",
+        secret if option == "model" else "m",
+        "-b",
+        "4",
+        *([] if option == "model" else [option, secret]),
+    ]
+    found = CliRunner().invoke(app, [*words, "--json"])
+    assert found.exit_code in (2, 3)
+    assert CANARY not in found.stdout + found.stderr
+
+
+def test_a_traceback_of_a_bug_holds_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError(f"while sending Bearer {CANARY}")
+
+    monkeypatch.setattr(validate_config, "resolve", fail)
+    found = CliRunner().invoke(app, ["validate-config", "x.yaml", "--json"])
+    assert found.exit_code == 1
+    assert "Traceback" in found.stderr
+    assert CANARY not in found.stderr + found.stdout
+
+
+def test_only_files_of_the_model_itself_reach_the_output(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", num_hidden_layers=2)
+    for name in (".env", ".git/config", "original/params.json", "pytorch_model.bin", "notes.md", "folder/inside.json"):
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_text("x")
+    done = CliRunner().invoke(app, ["quantize", str(model), "-o", str(tmp_path / "out"), *small_run(tmp_path)])
+    assert done.exit_code == 0, done.stderr
+    written = {
+        path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()
+    }
+    own = {"model.safetensors", "config.json", "quantize_config.json", "gptq_config.yaml"}
+    copied = {"generation_config.json", "tokenizer.json", "tokenizer_config.json", "notes.md", "folder/inside.json"}
+    assert written - {"gptq_manifest.json"} == own | copied
+
+
+def test_a_models_name_with_escapes_and_markup_is_text_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = "\x1b[31m[red]evil<script>"
+    save_model(tmp_path / name, num_hidden_layers=2)
+    done = CliRunner().invoke(app, ["quantize", f"./{name}", *small_run(tmp_path)])
+    assert done.exit_code == 0, done.stderr
+    assert "\x1b" not in done.stdout + done.stderr
+    assert done.stdout.startswith("\\x1b[31m[red]evil<script>-GPTQ-Int4-g32\n")
+    checked = CliRunner().invoke(app, ["verify", f"{name}-GPTQ-Int4-g32", "--json"])
+    assert (checked.exit_code, json.loads(checked.stdout)["modules"]) == (0, 14)
