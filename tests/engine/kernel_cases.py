@@ -27,8 +27,8 @@ class Case:
 
     config: LayerConfig
     out_features: int = 13
-    in_features: int = 72
-    column_block: int = 32
+    in_features: int = 48
+    column_block: int = 20
     ties: bool = False
 
     def layer(self) -> tuple[Tensor, Tensor]:
@@ -46,34 +46,30 @@ def _case(
     return Case(layer_config(order, refine_sweeps=refine_sweeps, **KINDS[kind], **fields), **(shape or {}))
 
 
-# Launches of 32, 32 and 8 columns; groups smaller and larger than a launch, some of them cut by its end.
-_TURNS = cycle([(2, 24, "none"), (3, 36, "mse"), (4, 8, "activation"), (8, -1, "none"), (4, 18, "mse")])
+# Launches of 20, 20 and 8 columns; groups smaller and larger than a launch, some of them cut by its end.
+_TURNS = cycle([(2, 24, "none"), (3, 16, "mse"), (4, 8, "activation"), (8, -1, "none"), (4, 12, "mse")])
 CASES: dict[str, Case] = {}
 for (_order, _kind), (_bits, _group, _search) in zip(product(ORDERS, KINDS), _TURNS, strict=False):
     _name = f"{_order}, {_kind}, {_bits} bits, group {_group}, search {_search}"
     CASES[_name] = _case(_order, _kind, bits=_bits, group_size=_group, scale_search=_search)
-# More rows than one program has, more columns than a launch, a group larger than a launch.
-_LARGE = {"out_features": 21, "column_block": 128}
-_LONG = {"out_features": 5, "in_features": 272, "column_block": 128}
+# More rows than one program has, more columns than a launch, a group larger than a launch of MOST_COLUMNS.
+MOST_COLUMNS = 32
+_LARGE = {"out_features": 21, "column_block": MOST_COLUMNS}
+_LONG = {"out_features": 5, "in_features": 80, "column_block": MOST_COLUMNS}
 CASES |= {
-    "two programs, two launches": _case(
-        "static group aware", "signed", bits=4, group_size=16, shape=_LARGE | {"in_features": 144}
-    ),
-    "a found group of two launches": _case(
-        "group aware", "asym", bits=3, group_size=136, shape=_LONG
-    ),
+    "two programs, two launches": _case("static group aware", "signed", bits=4, group_size=16, shape=_LARGE),
+    "a found group of two launches": _case("group aware", "asym", bits=3, group_size=40, shape=_LONG),
     "a static group of two launches": _case(
-        "static desc_act", "asym", bits=2, group_size=136, scale_search="activation",
-        shape=_LONG,
+        "static desc_act", "asym", bits=2, group_size=40, scale_search="activation", shape=_LONG
     ),
     "ties": Case(layer_config("static desc_act", bits=4, group_size=8), ties=True),
     "refined, signed": _case("static group aware", "signed", bits=4, group_size=24, refine_sweeps=2),
-    "refined, asym, scattered groups": _case("desc_act", "asym", bits=2, group_size=36, refine_sweeps=1),
+    "refined, asym, scattered groups": _case("desc_act", "asym", bits=2, group_size=16, refine_sweeps=1),
     "refined, one group a row": _case("natural", "sym", bits=3, group_size=-1, refine_sweeps=1),
     "refined, two programs, two launches": _case(
-        "static group aware", "signed", bits=3, group_size=48, refine_sweeps=1, shape=_LARGE | {"in_features": 144}
+        "static group aware", "signed", bits=3, group_size=24, refine_sweeps=1, shape=_LARGE
     ),
-}  # fmt: skip
+}
 
 
 def solved(case: Case, device: str = "cpu") -> QuantizedLinear:

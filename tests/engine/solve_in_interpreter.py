@@ -10,13 +10,15 @@ import sys
 import numpy as np
 import torch
 
-from gptq_cli.engine import triton_solver
-from tests.engine.kernel_cases import CASES, solved
+from gptq_cli.engine import refine, solve, triton_solver
+from tests.engine.kernel_cases import CASES, MOST_COLUMNS, solved
 
 
 def main(solutions_file: str) -> None:
     torch.set_num_threads(1)
     triton_solver.KERNEL_DEVICES.add("cpu")
+    # Launches of fewer columns, as a step takes milliseconds here.
+    solve.KERNEL_BLOCKS, refine.COLUMN_BLOCK = (MOST_COLUMNS,), MOST_COLUMNS
     solutions = {}
     for name, case in CASES.items():
         quantized = solved(case)
