@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -16,10 +15,9 @@ from gptq_cli.cli import options as o
 from gptq_cli.cli.console import Console, clock, size, visible
 from gptq_cli.cli.engines import engine_lines
 from gptq_cli.cli.progress import Progress
+from gptq_cli.cli.said import default_name, said_fields
 from gptq_cli.cli.signals import stoppable
-from gptq_cli.config.check import FIELDS
 from gptq_cli.config.resolve import Resolved, resolve
-from gptq_cli.config.rules import parse_rule
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.targets import Export, verdicts
 from gptq_cli.config.yaml_writer import to_yaml
@@ -97,22 +95,9 @@ def quantize(
 
 
 def _plan(console: Console, resolved: Resolved, model: str, output: Path | None, revision: str | None) -> None:
-    from gptq_cli.cli.plan import show_plan
+    from gptq_cli.cli.plan_view import show_plan
 
     show_plan(console, resolved, model, output, revision)
-
-
-def said_fields(said: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of the configuration among the options `said`, as the configuration takes them."""
-    lists = {"dataset": _one_or_many(said["dataset"]), "dynamic": _rules(said["dynamic"])}
-    return {key: value for key, value in {**said, **lists}.items() if key in FIELDS}
-
-
-def default_name(model: str, config: QuantizeConfig) -> str:
-    """The output's name as published checkpoints are called: Qwen3-0.6B-GPTQ-Int4-g128."""
-    name = Path(model).expanduser().resolve().name if Path(model).expanduser().exists() else model.rsplit("/", 1)[-1]
-    group = f"g{config.group_size}" if config.group_size > 0 else "channel"
-    return f"{name}-GPTQ-Int{config.bits}-{group}"
 
 
 def run(
@@ -199,23 +184,6 @@ def _policy(resume: str | None) -> str:
         hint = "leave it out to go on with unfinished work if there is some"
         raise ConfigError("E_CFG_RANGE", f"--resume must be auto, require or never, got {resume!r}", hint=hint)
     return resume or "auto"
-
-
-def _one_or_many(dataset: list[str] | None) -> str | list[str] | None:
-    return dataset[0] if dataset and len(dataset) == 1 else dataset or None
-
-
-def _rules(texts: list[str] | None) -> Mapping[str, Any] | None:
-    """`dynamic` from its rules; an empty list is "not said"."""
-    rules: dict[str, Any] = {}
-    for rule, settings in map(parse_rule, texts or ()):
-        if rule in rules:
-            raise ConfigError("E_CFG_CONFLICT", f"--dynamic says {rule!r} twice", hint="keep one of them")
-        if not settings and not rule.startswith("-:"):
-            hint = f"write '{rule}={{bits: 8}}', or '-:{rule.removeprefix('+:')}' to keep the layers"
-            raise ConfigError("E_CFG_MISSING", f"--dynamic {rule!r} says nothing to change", hint=hint)
-        rules[rule] = settings
-    return rules or None
 
 
 def _refuse_missing_path(model: str) -> None:

@@ -70,7 +70,7 @@ def _plan(model: Path, resolved: Resolved) -> tuple[RunPlan, tuple[Verdict, ...]
 
 
 def _plan_data(plan: RunPlan, judged: Sequence[Verdict]) -> dict[str, Any]:
-    from gptq_cli.cli.plan import layer_data
+    from gptq_cli.cli.plan_view import layer_data
 
     return {"layers": layer_data(plan), "engines": engine_data(judged)}
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from gptq_cli.cli.quantize import default_name, quantize, seconds
+from gptq_cli.cli.quantize import quantize, seconds
+from gptq_cli.cli.said import default_name
 from gptq_cli.config.schema import QuantizeConfig
 
 from .conftest import FakeQuantized, FakeQuantizer, Run

@@ -1,0 +1,117 @@
+"""What `gptq plan` and `gptq quantize --dry-run` print."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from textwrap import wrap
+from typing import Any
+
+from gptq_cli.cli.console import Console, size
+from gptq_cli.cli.engines import engine_data, engine_lines
+from gptq_cli.cli.said import default_name
+from gptq_cli.cli.table import row_data, row_lines
+from gptq_cli.config.resolve import Resolved
+from gptq_cli.config.targets import Export, verdicts
+from gptq_cli.pipeline.estimate import Term, estimate_disk, estimate_memory, total
+from gptq_cli.pipeline.overview import plan_rows
+from gptq_cli.pipeline.plan import RunPlan, plan_checkpoint
+
+
+def show_plan(console: Console, resolved: Resolved, model: str, output: Path | None, revision: str | None) -> None:
+    """Print the plan of a run, the reasons for it and what it will take."""
+    from gptq_cli.checkpoint.hub import peek_model
+
+    config = resolved.config
+    for note in resolved.notes:
+        console.say(f"note: {note}")
+    source, checkpoint = peek_model(model, revision)
+    found = plan_checkpoint(checkpoint, config)
+    output = output or Path(default_name(model, config))
+    data = {"model": source.name, "commit": source.commit, "output": str(output), **_data(found, resolved, output)}
+    if output.exists():
+        console.say(f"note: `{output}` exists: quantize will refuse it if it is not empty and --overwrite is not given")
+    disk = data["disk"]
+    if disk["free_bytes"] is not None and disk["free_bytes"] < disk["needed_bytes"]:
+        console.warn(
+            "W_DISK", f"{size(disk['free_bytes'])} are free at `{output}`, {size(disk['needed_bytes'])} needed"
+        )
+    text = "\n".join([f"{source.name} -> {output}", "", *_lines(found, resolved, output)])
+    console.result(data, text, str(found.layout.nbytes))
+
+
+def _data(plan: RunPlan, resolved: Resolved, output: Path) -> dict[str, Any]:
+    config = resolved.config
+    quantized, kept = plan_rows(plan)
+    memory, disk = estimate_memory(plan, config), estimate_disk(plan, output)
+    return {
+        "blocks": plan.n_blocks,
+        "quantized": row_data(quantized),
+        "kept": row_data(kept),
+        "layers": layer_data(plan),
+        "bits_per_weight": plan.bits_per_weight,
+        "bytes_before": plan.source.nbytes,
+        "bytes_after": plan.layout.nbytes,
+        "files": {shard.file: shard.size for shard in plan.layout.shards},
+        "memory": {
+            "estimate": True,
+            "cpu": _peak(memory.cpu),
+            "accelerator": _peak(memory.accelerator),
+            "accelerator_host": _peak(memory.accelerator_host),
+        },
+        "disk": {"needed_bytes": disk.needed, "free_bytes": disk.free},
+        "engines": engine_data(_judge(plan, resolved)),
+    }
+
+
+def layer_data(plan: RunPlan) -> list[dict[str, Any]]:
+    """Every linear of a plan as plain JSON values."""
+    return [
+        {
+            "name": layer.name,
+            "block": layer.block,
+            "shape": [layer.out_features, layer.in_features],
+            "bits": layer.config.bits if layer.config else None,
+            "group_size": layer.config.group_size if layer.config else None,
+            "why": layer.why,
+        }
+        for layer in plan.layers
+    ]
+
+
+def _lines(plan: RunPlan, resolved: Resolved, output: Path) -> list[str]:
+    quantized, kept = plan_rows(plan)
+    rows = row_lines([*quantized, *kept])
+    memory, disk = estimate_memory(plan, resolved.config), estimate_disk(plan, output)
+    files = f"{len(plan.layout.shards)} file" + ("s" if len(plan.layout.shards) > 1 else "")
+    free = f", {size(disk.free)} free" if disk.free is not None else ""
+    smaller = plan.source.nbytes / plan.layout.nbytes
+    return [
+        "quantized",
+        *(f"  {line}" for line in rows[: len(quantized)]),
+        *(["stays as it is"] if kept else []),
+        *(f"  {line}" for line in rows[len(quantized) :]),
+        "",
+        f"size    {size(plan.source.nbytes)} -> {size(plan.layout.nbytes)} ({smaller:.2f}x smaller) in {files}, "
+        f"{plan.layout.nbytes} bytes",
+        f"bits    {plan.bits_per_weight:.3g} a quantized weight, with scales, zero points and g_idx",
+        f"memory  about {size(total(memory.cpu))} on the CPU (estimate):",
+        *wrap(_terms(memory.cpu), 78, initial_indent=" " * 10, subsequent_indent=" " * 10),
+        f"        about {size(total(memory.accelerator))} on a GPU and {size(total(memory.accelerator_host))} "
+        "on its host (estimate, not measured)",
+        f"disk    {size(disk.needed)}{free}",
+        *engine_lines(_judge(plan, resolved)),
+    ]
+
+
+def _judge(plan: RunPlan, resolved: Resolved) -> Sequence[Any]:
+    layers = [layer.config for layer in plan.layers if layer.config]
+    return verdicts(Export.of(layers, resolved.config.format, resolved.config.lm_head))
+
+
+def _terms(terms: tuple[Term, ...]) -> str:
+    return ", ".join(f"{term.what} {size(term.nbytes)}" for term in terms)
+
+
+def _peak(terms: tuple[Term, ...]) -> dict[str, Any]:
+    return {"peak_bytes": total(terms), "terms": {term.what: term.nbytes for term in terms}}
