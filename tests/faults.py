@@ -25,7 +25,10 @@ Arrange = Callable[[Path], list[str]]
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What to run and what it must say; `arrange` gets a folder with `model` and `text.txt` in it."""
+    """What to run and what it must say; `arrange` gets a folder with `model` and `text.txt` in it.
+
+    `begun`: the fault is met by a run that has begun, whose finished blocks are kept.
+    """
 
     row: int
     name: str
@@ -34,6 +37,7 @@ class Case:
     message: str
     hint: str = ""
     exit_code: int = 3
+    begun: bool = False
 
     def __str__(self) -> str:
         return f"{self.row}-{self.name}"
@@ -251,7 +255,7 @@ MODEL = [
     Case(27, "shape", broken(tensor("model.norm.weight", lambda t: t[:-1].clone())), "E_CKPT_SHAPE", "norm"),
     Case(27, "config", broken(config(intermediate_size=96)), "E_CKPT_SHAPE", "mlp"),
     Case(28, "nan", broken(tensor("model.layers.1.mlp.up_proj.weight", poisoned)), "E_CKPT_NONFINITE",
-         "`model.layers.1.mlp.up_proj` (block 1)", "download"),
+         "`model.layers.1.mlp.up_proj` (block 1)", "download", begun=True),
     Case(29, "fp8", broken(tensor("model.layers.0.mlp.up_proj.weight", lambda t: t.to(torch.float8_e4m3fn))),
          "E_CKPT_FP8", "holds F8_E4M3 weights", "float16 or bfloat16 version"),
     *(Case(30, method, broken(config(quantization_config={"quant_method": method})), "E_CKPT_QUANTIZED", method,

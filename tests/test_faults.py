@@ -37,13 +37,16 @@ def test_a_fault_is_refused_in_a_few_lines_and_leaves_nothing(
     assert human.exit_code == case.exit_code, human.output
     assert human.stdout == ""
     lines = [line for line in human.stderr.splitlines() if line]
+    if case.begun:  # a run that had begun says first how to go on with what it keeps
+        assert ".out.gptq-work" in lines.pop(0)
     assert lines[0].startswith(f"error[{case.code}]: ")
     assert case.message in human.stderr
     assert "Traceback" not in human.stderr
     assert "\x1b" not in human.stderr
     hints = [line for line in lines if line.startswith("hint: ")]
     assert case.hint in "".join(hints)
-    assert sorted(folder.rglob("*")) == before
+    left = set(folder.rglob("*")) - set(before)
+    assert not {path for path in left if not (case.begun and ".out.gptq-work" in path.parts)}
     data = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
     assert (data["exit_code"], data["problems"][0]["code"]) == (case.exit_code, case.code)
     assert len(lines) <= (4 if len(data["problems"]) == 1 else 3 * len(data["problems"]) + 1)
@@ -61,8 +64,12 @@ SEEN_ELSEWHERE = {
     6: ("tests/pipeline/test_refusals.py", "test_a_group_size_that_does_not_divide_names_every_kind_of_layer_at_once"),
     21: ("tests/pipeline/test_refusals.py", "test_token_ids_beyond_the_vocabulary_are_refused"),
     33: ("tests/pipeline/test_quantize.py", "test_the_head_is_quantized_on_request_and_untied"),
-    58: ("tests/pipeline/test_quantize.py", "test_infinite_activations_stop_the_run_with_the_layers_name_and_leave"),
+    58: (
+        "tests/pipeline/test_quantize.py",
+        "test_infinite_activations_stop_the_run_with_the_layers_name_and_no_output",
+    ),
     59: ("tests/pipeline/test_quantize.py", "test_an_input_that_is_always_zero_is_reported_and_its_weights_become"),
+    60: ("tests/pipeline/test_experts.py", "test_an_expert_without_tokens_stops_the_run_by_default"),
     61: ("tests/pipeline/test_refusals.py", "test_raised_damping_is_reported_with_the_value_used"),
     64: ("tests/checkpoint/test_hub.py", "test_a_fault_of_the_hub_has_its_code_hint_and_exit_code"),
     65: ("tests/checkpoint/test_hub.py", "test_the_hubs_refusals_have_codes_and_hints"),
@@ -76,7 +83,6 @@ SEEN_ELSEWHERE = {
 NOT_HERE = {
     22: "calibration reads texts, so a chat template is never applied",
     38: "needs a machine with a driver that does not fit",
-    60: "needs experts, which are refused so far",
     70: "there is no command that pushes",
     77: "there are no evaluation tasks with code",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -39,6 +40,8 @@ def resume(
         hint = "give the hidden directory .OUT.gptq-work beside an unfinished output"
         raise InputError("E_RESUME_NOTHING", f"`{directory}` holds no unfinished run", hint=hint)
     request = begun["request"]
+    if Path(request["directory"]).is_dir():
+        os.chdir(request["directory"])
     run(
         Console(as_json, quiet),
         QuantizeConfig(**request["config"]),

@@ -129,7 +129,7 @@ ENGINES: tuple[_Engine, ...] = (
         "gptqmodel",
         "gptqmodel 7.7, run on CPU in November 2026",
         (
-            _Rule(lambda e: not e.experts <= EXPERT_NAMES, "no", "it knows no such names of experts"),
+            _Rule(lambda e: not e.experts <= EXPERT_NAMES, "no", "it knows experts as gate_proj, up_proj, down_proj"),
             _Rule(lambda e: e.asym and not e.v2, "no", "it takes asymmetric v1 from itself only: use format gptq_v2"),
             _Rule(lambda e: not e.group_sizes <= TORCH_GROUPS, "no", "no kernel for this group_size"),
             _Rule(lambda e: 4 in e.bits and 16 in e.group_sizes, "limited", "group_size 16 not on CPU"),

@@ -110,7 +110,7 @@ def quantize_checkpoint(
         plan_checkpoint(source, config)  # a downloaded model has not been looked at before
         seqlen = bounded_seqlen(config.seqlen, said="seqlen" in config.model_fields_set, checkpoint=source)
         config = config.model_copy(update={"seqlen": seqlen})
-        record(PhaseStarted("source", f"{source.nbytes / 1e9:.3g} GB"))
+        record(PhaseStarted("source", f"identifying {source.nbytes / 1e9:.3g} GB"))
         identity = identify(source, located.commit, config, device)
         finished_output(work.output, identity, overwrite=overwrite)
         check_resumable(work, identity, "never" if resume == "never" else "auto", record)
@@ -218,6 +218,7 @@ def _request(model: str, output: Path, config: QuantizeConfig, revision: str | N
         "config": config.model_dump(mode="json"),
         "revision": revision,
         "overwrite": overwrite,
+        "directory": str(Path.cwd()),  # a dataset may be a path relative to it
     }
 
 

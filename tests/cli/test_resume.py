@@ -18,15 +18,23 @@ from .conftest import FakeQuantizer, Run
 def begun(directory: Path) -> QuantizeConfig:
     config = QuantizeConfig(bits=3, sym=False, dynamic={"-:.*x": {}}, seqlen=64, dataset=["a", "b"])
     request = {"model": "org/m", "output": str(directory / "o"), "config": config.model_dump(mode="json")}
-    write_run(directory, {"any": 1}, {**request, "revision": "abc", "overwrite": True})
+    rest = {"revision": "abc", "overwrite": True, "directory": str(directory / "there")}
+    write_run(directory, {"any": 1}, {**request, **rest})
     return config
 
 
-def test_the_call_is_repeated_with_all_it_was_given(gptq: Run, quantizer: FakeQuantizer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("there", [False, True])
+def test_the_call_is_repeated_where_it_was_made_with_all_it_was_given(
+    there: bool, gptq: Run, quantizer: FakeQuantizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     config = begun(tmp_path)
+    if there:
+        (tmp_path / "there").mkdir()
     result = gptq("resume", tmp_path, "--max-runtime", "2m", "--quiet")
     assert result.exit_code == 0, result.stderr
     assert result.stdout == f"{tmp_path}/o\n"
+    assert Path.cwd() == (tmp_path / "there" if there else tmp_path)
     (call,) = quantizer.calls
     del call["report"]
     assert call == {

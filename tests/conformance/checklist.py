@@ -243,13 +243,40 @@ def exllamav2_reads_it(pair: Pair) -> Iterator[str]:
             yield str(error)
 
 
+def routers_are_kept_and_said(pair: Pair) -> Iterator[str]:
+    names = [name.rpartition(".")[0] for name in Directory(pair.output).tensors]
+    rules = [rule[2:] for rule in pair.described.get("dynamic", {}) if rule.startswith("-:")]
+    if any(".experts." in name for name in names):
+        for name in {name for name in names if re.search(r"(mlp|block_sparse_moe)\.(shared_expert_)?gate$", name)}:
+            if f"{name}.weight" not in Directory(pair.output).tensors or not any(re.match(r, name) for r in rules):
+                yield f"{name} is packed, or no rule keeps it"
+
+
+def experts_are_alike(pair: Pair) -> Iterator[str]:
+    read = Directory(pair.output)
+    base = {key: pair.described[key] for key in ENGINE_KEYS}
+    layers: dict[str, list[str]] = {}
+    for name in read.linears():
+        if ".experts." in name:
+            layers.setdefault(name.partition(".experts.")[0] + ".experts", []).append(name)
+    for prefix, experts in layers.items():
+        if {f"{expert}.qweight" in read.tensors for expert in experts} != {True}:
+            yield f"{prefix} is packed in part"
+        try:
+            overridden(read, base, prefix, experts)
+        except Refused as error:
+            yield str(error)
+
+
 CHECKS: dict[int, Callable[[Pair], Iterator[str]]] = {
     2: keys_are_there, 4: formats_agree, 5: nothing_that_breaks_a_reader, 6: both_files_say_the_same,
     7: damping_is_inside, 8: list_is_exact, 9: rules_are_anchored, 10: kept_is_said_twice, 11: fused_modules_are_alike,
-    13: the_head_is_as_said, 15: configuration_is_the_sources, 16: class_and_dtype_are_there,
-    17: nothing_else_beside_a_module, 18: dtypes_are_the_writers, 19: shapes_match_the_source,
+    12: routers_are_kept_and_said, 13: the_head_is_as_said, 15: configuration_is_the_sources,
+    16: class_and_dtype_are_there, 17: nothing_else_beside_a_module, 18: dtypes_are_the_writers,
+    19: shapes_match_the_source,
     22: fused_modules_share_an_order, 29: biases_are_the_sources, 30: kept_tensors_are_the_sources,
-    32: names_are_the_sources, 36: the_index_counts, 37: headers_say_pt, 38: no_other_weights, 39: parts_share_a_file,
+    32: names_are_the_sources, 34: experts_are_alike, 36: the_index_counts, 37: headers_say_pt, 38: no_other_weights,
+    39: parts_share_a_file,
     41: other_files_are_the_sources, 43: nothing_is_left_over, 49: vllm_reads_it, 50: exllamav2_reads_it,
 }  # fmt: skip
 
@@ -265,6 +292,7 @@ BY_TEST: dict[int, tuple[str, str]] = {
     27: ("tests/pipeline/test_quantize.py", "test_both_formats_hold_the_same_weights"),
     28: ("tests/checkpoint/test_packing.py", "test_three_bit_words_have_the_layout_of_autogptq"),
     31: ("tests/checkpoint/test_source.py", "test_a_faulty_checkpoint_is_refused_with_its_code"),
+    33: ("tests/pipeline/test_experts.py", "test_experts_stored_in_one_tensor_are_written_one_by_one"),
     40: ("tests/pipeline/test_quantize.py", "test_other_files_are_copied_byte_for_byte_with_usual_modes"),
     42: ("tests/checkpoint/test_durable.py", "test_publishing"),
     44: (_COMPAT, "test_logits_are_those_of_the_dequantized_weights"),
@@ -275,8 +303,5 @@ BY_TEST: dict[int, tuple[str, str]] = {
 }  # fmt: skip
 
 NOT_HERE: dict[int, str] = {
-    12: "mixtures of experts are not written yet",
-    33: "experts that are stacked on disk are refused",
-    34: "mixtures of experts are not written yet",
     35: "how many devices will share a layer is not known when it is written",
 }

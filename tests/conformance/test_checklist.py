@@ -12,10 +12,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from gptq_cli.checkpoint.source import INDEX_NAME
+from gptq_cli.checkpoint.verify import verify_checkpoint
 from tests.checkpoint.test_verify import PLANTED
 from tests.conformance.checklist import BY_TEST, BY_VERIFY, CHECKS, NOT_HERE, Pair
 from tests.conformance.test_readers import CASES, KEPT
-from tests.conformance.written import write
+from tests.conformance.written import write, write_mixture
 
 ROOT = Path(__file__).resolve().parents[2]
 Plant = Callable[[Pair], object]
@@ -35,6 +36,14 @@ def test_what_we_write_meets_every_point(case: str, tmp_path: Path) -> None:
     written = write(tmp_path, **CASES.get(case, {"bits": 4, "group_size": 32}))
     pair = Pair(written.source, written.output)
     assert {number: list(check(pair)) for number, check in CHECKS.items() if list(check(pair))} == {}
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_mixtures_of_experts_meet_every_point(bits: int, tmp_path: Path) -> None:
+    written = write_mixture(tmp_path, bits=bits, group_size=32)
+    pair = Pair(written.source, written.output)
+    assert {number: list(check(pair)) for number, check in CHECKS.items() if list(check(pair))} == {}
+    assert verify_checkpoint(written.output, full=True).defects == ()
 
 
 def config(change: Callable[[dict[str, Any]], object], file: str = "config.json") -> Plant:
@@ -109,6 +118,7 @@ SLIPS: dict[int, Plant] = {
     9: said(dynamic=FUSED_RULES),
     10: unsaid("modules_in_block_to_quantize"),
     11: said(dynamic={"+:.*q_proj": {"bits": 8}}),
+    12: unsaid("dynamic"),
     13: said(lm_head=True),
     15: config(lambda content: content.update(rope_theta=1)),
     16: config(lambda content: content.pop("architectures")),
@@ -119,6 +129,7 @@ SLIPS: dict[int, Plant] = {
     29: tensors(lambda found: found[f"{Q0}.bias"].__setitem__(3, 1)),
     30: tensors(lambda found: found[NORM].__setitem__(3, 1)),
     32: renamed(NORM, "model.layers.0.norm1.weight"),
+    34: said(dynamic={r"+:.*experts\.1\.": {"bits": 8}}),
     36: index(lambda content: content["metadata"].update(total_size=1)),
     37: tensors(lambda _: None, {"format": "pt", "made_by": "x"}),
     38: file("consolidated.safetensors", b""),
@@ -132,7 +143,9 @@ SLIPS: dict[int, Plant] = {
 
 @pytest.mark.parametrize("number", CHECKS)
 def test_a_slip_is_noticed_by_its_point(number: int, tmp_path: Path) -> None:
-    written = write(tmp_path, bits=4, group_size=32, dynamic=KEPT)
+    mixture = number in (12, 34)
+    settings = {"bits": 4, "group_size": 32}
+    written = write_mixture(tmp_path, **settings) if mixture else write(tmp_path, dynamic=KEPT, **settings)
     pair = Pair(written.source, written.output)
     assert list(CHECKS[number](pair)) == []
     SLIPS[number](pair)

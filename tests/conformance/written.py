@@ -25,6 +25,11 @@ LINEARS = {
     "self_attn.o_proj": (HIDDEN, 64), "mlp.gate_proj": (INNER, HIDDEN), "mlp.up_proj": (INNER, HIDDEN),
     "mlp.down_proj": (HIDDEN, INNER),
 }  # fmt: skip
+EXPERTS = {
+    f"mlp.experts.{expert}.{name}": shape
+    for expert in range(3)
+    for name, shape in {"gate_proj": (32, HIDDEN), "up_proj": (32, HIDDEN), "down_proj": (HIDDEN, 32)}.items()
+}
 INPUTS = {
     "q_proj": 0,
     "k_proj": 0,
@@ -47,12 +52,12 @@ class Written:
     weights: dict[str, np.ndarray]
 
 
-def write_source(directory: Path) -> Path:
-    """A model of two blocks with biases and files that must survive; norms are no linears."""
+def write_source(directory: Path, linears: dict[str, tuple[int, int]]) -> Path:
+    """A model of two blocks with biases and files that must survive; norms are no linears, nor are routers."""
     torch.manual_seed(0)
     tensors = {"model.embed_tokens.weight": torch.randn(VOCABULARY, HIDDEN).half()}
     for block in range(BLOCKS):
-        for name, shape in LINEARS.items():
+        for name, shape in linears.items():
             tensors[f"model.layers.{block}.{name}.weight"] = torch.randn(shape).half()
         tensors[f"model.layers.{block}.self_attn.q_proj.bias"] = torch.randn(64).half()
         tensors[f"model.layers.{block}.input_layernorm.weight"] = torch.randn(HIDDEN).half()
@@ -75,9 +80,16 @@ def write_source(directory: Path) -> Path:
     return directory
 
 
-def write(folder: Path, **settings: object) -> Written:
+def write_mixture(folder: Path, **settings: object) -> Written:
+    """As `write`, with three experts in each block, whose router is kept by rule."""
+    attention = {name: shape for name, shape in LINEARS.items() if name.startswith("self_attn")}
+    linears = {**attention, **EXPERTS, "mlp.gate": (3, HIDDEN)}
+    return write(folder, linears, dynamic={r"-:.*\.mlp\.gate$": {}}, **settings)
+
+
+def write(folder: Path, linears: dict[str, tuple[int, int]] = LINEARS, **settings: object) -> Written:
     """A checkpoint with these settings: plan, encode, describe and write as a run does."""
-    source = write_source(folder / "source")
+    source = write_source(folder / "source", linears)
     config = QuantizeConfig(**{"max_shard_size": "60KB", **settings})
     plan = plan_run(source, config)
     output = folder / "out"
