@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from gptq_cli.config.targets import Outcome, Verdict
+from gptq_cli.config.schema import QuantizeConfig
+from gptq_cli.config.targets import Export, Outcome, Verdict, verdicts
+
+if TYPE_CHECKING:
+    from gptq_cli.pipeline.plan import RunPlan
 
 WORDS: dict[Outcome, str] = {
     "yes": "loads in",
@@ -13,6 +17,19 @@ WORDS: dict[Outcome, str] = {
     "wrong": "loads WRONGLY in",
     "no": "does not load in",
 }
+
+
+def judge_plan(plan: RunPlan, config: QuantizeConfig) -> tuple[Verdict, ...]:
+    """Who will load what `plan` makes."""
+    return verdicts(
+        Export.of(
+            [layer.config for layer in plan.quantized if layer.config],
+            config.format,
+            config.lm_head,
+            names=[layer.name for layer in plan.quantized],
+            split_experts=bool(plan.split_experts),
+        )
+    )
 
 
 def engine_lines(judged: Sequence[Verdict]) -> list[str]:

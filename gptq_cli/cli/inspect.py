@@ -67,7 +67,9 @@ def _judge(found: Inspection) -> tuple[Verdict, ...]:
     if not found.modules or found.format is None:
         return ()
     head = any(module.name == "lm_head" for module in found.modules)
-    return verdicts(Export.of(found.layer_configs(), found.format, head))
+    return verdicts(
+        Export.of(found.layer_configs(), found.format, head, names=[module.name for module in found.modules])
+    )
 
 
 def _data(found: Inspection, judged: Sequence[Verdict]) -> dict[str, Any]:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
 from gptq_cli.cli.console import Console, size
-from gptq_cli.cli.engines import engine_data, engine_lines
+from gptq_cli.cli.engines import engine_data, engine_lines, judge_plan
 from gptq_cli.cli.said import default_name
 from gptq_cli.cli.table import row_data, row_lines
 from gptq_cli.config.resolve import Resolved
-from gptq_cli.config.targets import Export, verdicts
 from gptq_cli.pipeline.estimate import Term, estimate_disk, estimate_memory, total
 from gptq_cli.pipeline.overview import plan_rows
 from gptq_cli.pipeline.plan import RunPlan, plan_checkpoint
@@ -60,7 +58,7 @@ def _data(plan: RunPlan, resolved: Resolved, output: Path) -> dict[str, Any]:
             "accelerator_host": _peak(memory.accelerator_host),
         },
         "disk": {"needed_bytes": disk.needed, "free_bytes": disk.free},
-        "engines": engine_data(_judge(plan, resolved)),
+        "engines": engine_data(judge_plan(plan, resolved.config)),
     }
 
 
@@ -100,13 +98,8 @@ def _lines(plan: RunPlan, resolved: Resolved, output: Path) -> list[str]:
         f"        about {size(total(memory.accelerator))} on a GPU and {size(total(memory.accelerator_host))} "
         "on its host (estimate, not measured)",
         f"disk    {size(disk.needed)}{free}",
-        *engine_lines(_judge(plan, resolved)),
+        *engine_lines(judge_plan(plan, resolved.config)),
     ]
-
-
-def _judge(plan: RunPlan, resolved: Resolved) -> Sequence[Any]:
-    layers = [layer.config for layer in plan.layers if layer.config]
-    return verdicts(Export.of(layers, resolved.config.format, resolved.config.lm_head))
 
 
 def _terms(terms: tuple[Term, ...]) -> str:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gptq_cli.cli.console import Console
-from gptq_cli.cli.engines import engine_data, engine_lines
+from gptq_cli.cli.engines import engine_data, engine_lines, judge_plan
 from gptq_cli.cli.options import AsJson, plain
 from gptq_cli.config.resolve import Resolved, resolve
-from gptq_cli.config.targets import Export, Verdict, verdicts
+from gptq_cli.config.targets import Verdict
 from gptq_cli.config.yaml_writer import to_yaml
 from gptq_cli.errors import InputError
 
@@ -55,18 +55,8 @@ def _plan(model: Path, resolved: Resolved) -> tuple[RunPlan, tuple[Verdict, ...]
     if not model.is_dir():
         hint = "--model takes a model directory on this machine"
         raise InputError("E_MODEL_NOT_FOUND", f"`{model}` is not a directory", hint=hint)
-    config = resolved.config
-    plan = plan_run(model, config)
-    layers = [layer.config for layer in plan.layers if layer.config]
-    return plan, verdicts(
-        Export.of(
-            layers,
-            config.format,
-            config.lm_head,
-            names=[layer.name for layer in plan.quantized],
-            split_experts=bool(plan.split_experts),
-        )
-    )
+    plan = plan_run(model, resolved.config)
+    return plan, judge_plan(plan, resolved.config)
 
 
 def _plan_data(plan: RunPlan, judged: Sequence[Verdict]) -> dict[str, Any]:
