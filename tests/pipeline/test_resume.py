@@ -15,6 +15,7 @@ from gptq_cli.pipeline.events import BlockFinished, BlockStarted, Event, LayerSt
 from gptq_cli.pipeline.time_limit import TimeLimit
 from tests.architectures import build, save
 from tests.disks import CountingDisk, DyingDisk, FailingDisk, Killed, using
+from tests.families import save_model
 from tests.pipeline.runs import digest
 from tests.pipeline.tiny import WORK, Case, kill_after_block, killer
 
@@ -239,13 +240,33 @@ def test_overwriting_after_a_kill_goes_on_and_drops_the_old_output(case: Case, t
 
 
 @pytest.mark.parametrize(
-    "settings", [{"true_sequential": False}, {"batch_size": 2}, {"desc_act": True, "bits": 3}], ids=str
+    "settings",
+    [
+        {"true_sequential": False},
+        {"batch_size": 2},
+        {"desc_act": True, "bits": 3},
+        {"asymmetric_calibration": 0.5},
+        {"asymmetric_calibration": 0.5, "true_sequential": False},
+    ],
+    ids=str,
 )
 def test_settings_of_all_kinds_are_gone_on_with(settings: dict[str, object], case: Case, tmp_path: Path) -> None:
     case.run(tmp_path / "whole", **settings)
     with pytest.raises(Killed):
         case.run(tmp_path / "out", report=killer(0), **settings)
     assert case.run(tmp_path / "out", **settings).resumed_blocks == 1
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+
+
+def test_experts_are_gone_on_with_and_their_counts_kept(tmp_path: Path) -> None:
+    tiny = Case(save_model(tmp_path / "model", "mixtral", hidden_size=32, intermediate_size=64), {}, [])
+    changes = {"dynamic": {}, "lm_head": False, "nsamples": 6, "seqlen": 64}
+    whole = tiny.run(tmp_path / "whole", **changes)
+    with pytest.raises(Killed):
+        tiny.run(tmp_path / "out", report=killer(0), **changes)
+    result = tiny.run(tmp_path / "out", **changes)
+    assert result.resumed_blocks == 1
+    assert [(layer.name, layer.tokens) for layer in result.layers] == [(a.name, a.tokens) for a in whole.layers]
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
 
 
