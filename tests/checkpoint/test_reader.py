@@ -21,8 +21,8 @@ def advised(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
     seen: list[tuple[str, int, int]] = []
 
     def advise(descriptor: int, start: int, length: int, advice: int) -> None:
-        assert advice == os.POSIX_FADV_WILLNEED
-        seen.append((Path(f"/proc/self/fd/{descriptor}").readlink().name, start, length))
+        if advice == os.POSIX_FADV_WILLNEED:
+            seen.append((Path(f"/proc/self/fd/{descriptor}").readlink().name, start, length))
 
     monkeypatch.setattr(os, "posix_fadvise", advise)
     return seen
