@@ -28,8 +28,8 @@ def describe(config: QuantizeConfig, quantized: Iterable[str], kept: Iterable[st
 
     When a linear of a block is kept, both dialects say so: transformers reads `modules_in_block_to_quantize`, GPTQModel
     and SGLang read `dynamic`. Mixtures say it in `dynamic` alone: transformers 5 cannot load quantized experts at all,
-    and the list would hold tens of thousands of names. No value is null, `desc_act` is true if and only if a g_idx is
-    not trivial, `format` and `checkpoint_format` agree: each of these was seen to break a reader.
+    and the list would hold tens of thousands of names. No value is null, `desc_act` is true and `static_groups` false
+    if any g_idx is not trivial, `format` and `checkpoint_format` agree: each of these was seen to break a reader.
     """
     quantized, kept = list(quantized), list(kept)
     chosen = [choice for name in quantized if (choice := config.for_layer(name))]
@@ -44,7 +44,7 @@ def describe(config: QuantizeConfig, quantized: Iterable[str], kept: Iterable[st
         "format": config.format,
         "lm_head": "lm_head" in quantized,
         "true_sequential": config.true_sequential,
-        "static_groups": config.static_groups,
+        "static_groups": config.static_groups and not ordered,
         "act_group_aware": config.act_group_aware and not ordered,
         "damp_percent": config.damp_percent,
         "pack_dtype": "int32",

@@ -263,7 +263,7 @@ def test_one_layer_with_its_own_order_makes_desc_act_true(tmp_path: Path) -> Non
     rules = {r"+:.*layers\.1\.mlp\.down_proj": {"desc_act": True}}
     output, _ = quantize(tmp_path, save_model(tmp_path / "model"), dynamic=rules)
     described = json.loads((output / "config.json").read_text())["quantization_config"]
-    assert (described["desc_act"], described["act_group_aware"]) == (True, False)
+    assert (described["desc_act"], described["act_group_aware"], described["static_groups"]) == (True, False, False)
     groups = reader(output).linear("model.layers.1.mlp.down_proj").group_of_column
     assert not torch.equal(groups, torch.arange(128, dtype=torch.int32) // 32)
 
