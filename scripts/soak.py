@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import random
 import shutil
 import signal
@@ -83,12 +82,10 @@ def kills(model: Path, golden: dict[str, str], folder: Path, count: int, seed: i
             child = CHILDREN.Process(target=quantize, args=(model, output))
             child.start()
             child.join(chance.uniform(0, longest))
-            if child.is_alive():
-                os.kill(child.pid, signal.SIGKILL)
-                killed += 1
-            else:
-                lived += 1
+            child.kill()
             child.join()
+            dead = child.exitcode == -signal.SIGKILL
+            killed, lived = killed + dead, lived + (not dead)
             if wrong := judge(output, golden):
                 violations.append(wrong)
         answer = call(model, output)
