@@ -39,7 +39,7 @@ from gptq_cli.engine import solve as solver
 from gptq_cli.engine.factor import Prepared, prepare
 from gptq_cli.engine.grid import split_groups
 from gptq_cli.engine.hessian import HessianAccumulator
-from gptq_cli.engine.output_error import relative_output_errors
+from gptq_cli.engine.output_error import output_energies
 from gptq_cli.engine.precision import feedback_precision
 from gptq_cli.engine.refine import refine
 from gptq_cli.engine.rtn import round_to_nearest
@@ -193,7 +193,7 @@ def weight_parts(
         "feedback": (feedback, product / 2 / tf32),
         "refine": (bench.seconds(refined, runs=2), 2 * sweeps * product / tf32),
         "errors": (
-            bench.seconds(lambda: relative_output_errors(weight, hessian, (quantized, nearest)), runs=2),
+            bench.seconds(lambda: output_energies(weight, hessian, (quantized, nearest)), runs=2),
             3 * product / 2 / rates["gemm_fp32"],
         ),
         "dequantize": (bench.seconds(lambda: quantized.dequantize(weight.dtype)), 3 * n / copy),

@@ -24,7 +24,7 @@ import transformers
 
 from gptq_cli import __version__
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.engine.output_error import relative_output_errors
+from gptq_cli.engine.output_error import output_energies
 from gptq_cli.engine.rtn import round_to_nearest
 from gptq_cli.engine.solve import Solution
 from gptq_cli.pipeline.evaluate import EvalRequest, evaluate_perplexity
@@ -110,8 +110,8 @@ def only_rounding() -> AbstractContextManager[object]:
 
     def solve(weight: Any, hessian: Any, prepared: Any, config: Any) -> Solution:
         nearest = round_to_nearest(weight, config, prepared.order.group_of_column)
-        (error,) = relative_output_errors(weight, hessian, [nearest])
-        return Solution(nearest, error, error)
+        energy, error = output_energies(weight, hessian, [nearest])
+        return Solution(nearest, energy, error, error)
 
     return patch("gptq_cli.pipeline.solver.solve", solve)
 

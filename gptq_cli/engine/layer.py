@@ -5,6 +5,7 @@ Letters for shapes:  O out_features   I in_features   G groups
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,6 +25,12 @@ class QuantizedLinear:
     def rows(self, rows: slice) -> QuantizedLinear:
         """The layer that has only these rows, on the same memory."""
         return replace(self, codes=self.codes[rows], scales=self.scales[rows], zeros=self.zeros[rows])
+
+    @classmethod
+    def of_rows(cls, parts: Sequence[QuantizedLinear]) -> QuantizedLinear:
+        """The layer whose rows are those of `parts`, which share their groups."""
+        codes, scales, zeros = (torch.cat(t) for t in zip(*((p.codes, p.scales, p.zeros) for p in parts), strict=True))
+        return cls(codes, scales, zeros, parts[0].group_of_column, parts[0].bits)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [O, I] these codes stand for, computed in float32 and then cast to `dtype`."""

@@ -17,11 +17,10 @@ COLUMNS_PER_PANEL = 256
 
 
 @torch.no_grad()
-def relative_output_errors(weight: Tensor, hessian: Tensor, candidates: Sequence[QuantizedLinear]) -> list[float]:
-    """The relative output error of each candidate for the weight [O, I], under the undamped Hessian [I, I].
+def output_energies(weight: Tensor, hessian: Tensor, candidates: Sequence[QuantizedLinear]) -> list[float]:
+    """tr(W H Wᵀ) of the weight [O, I] under the undamped Hessian [I, I], then tr(E H Eᵀ) of each candidate for it.
 
-    Rows are taken a chunk at a time, so no float copy of a large weight is needed. A layer whose output is always zero
-    has an error of 0.
+    Rows are taken a chunk at a time, so no float copy of a large weight is needed.
     """
     energies = torch.zeros(1 + len(candidates), dtype=torch.float64, device=weight.device)
     rows_per_chunk = max(1, ELEMENTS_PER_CHUNK // weight.shape[1])
@@ -30,8 +29,8 @@ def relative_output_errors(weight: Tensor, hessian: Tensor, candidates: Sequence
         original = weight[rows].to(hessian.dtype)
         errors = [original - candidate.rows(rows).dequantize(hessian.dtype) for candidate in candidates]
         energies += torch.stack([_energy(matrix, hessian) for matrix in (original, *errors)])
-    total, *rest = energies.tolist()
-    return [energy / total if total else 0.0 for energy in rest]
+    found: list[float] = energies.tolist()
+    return found
 
 
 def _energy(matrix: Tensor, hessian: Tensor) -> Tensor:

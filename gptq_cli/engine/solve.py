@@ -25,7 +25,7 @@ from gptq_cli.config.layer import LayerConfig
 from gptq_cli.engine.factor import Prepared
 from gptq_cli.engine.grid import check_scales, round_to_grid, split_groups
 from gptq_cli.engine.layer import QuantizedLinear
-from gptq_cli.engine.output_error import relative_output_errors
+from gptq_cli.engine.output_error import output_energies
 from gptq_cli.engine.precision import feedback_precision
 from gptq_cli.engine.refine import refine
 from gptq_cli.engine.rtn import round_to_nearest
@@ -42,8 +42,26 @@ class Solution:
     """A quantized layer, and its output error beside that of round to nearest with the same groups."""
 
     quantized: QuantizedLinear
-    relative_error: float  # tr(E H Eᵀ) / tr(W H Wᵀ), H without damping
-    rtn_relative_error: float
+    energy: float  # tr(W H Wᵀ), H without damping
+    error: float  # tr(E H Eᵀ)
+    rtn_error: float
+
+    @property
+    def relative_error(self) -> float:
+        """The error as a share of the energy; 0 for a layer whose output is always zero."""
+        return self.error / self.energy if self.energy else 0.0
+
+    @property
+    def rtn_relative_error(self) -> float:
+        return self.rtn_error / self.energy if self.energy else 0.0
+
+    @classmethod
+    def of_rows(cls, parts: Sequence[Solution]) -> Solution:
+        """The layer whose rows are those of `parts`, one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        energies = (sum(energies) for energies in zip(*((p.energy, p.error, p.rtn_error) for p in parts), strict=True))
+        return cls(QuantizedLinear.of_rows([part.quantized for part in parts]), *energies)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +145,7 @@ def solve_together(
     for weight in weights:
         own = slice(start, start := start + len(weight))
         candidates = (quantized.rows(own), baseline.rows(own))
-        solutions.append(Solution(candidates[0], *relative_output_errors(weight, hessian, candidates)))
+        solutions.append(Solution(candidates[0], *output_energies(weight, hessian, candidates)))
     return solutions
 
 

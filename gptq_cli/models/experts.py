@@ -84,6 +84,9 @@ class Experts(nn.Module):
         assert isinstance(expert, Expert)
         return expert
 
+    def __iter__(self) -> Iterator[Expert]:
+        return (self[number] for number in range(self.n_experts))
+
     def forward(
         self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
     ) -> Tensor:

@@ -153,9 +153,9 @@ class ModelStream:
         }
 
     def stored_weight(self, name: str) -> Tensor:
-        """The weight of a linear as the checkpoint stores it, on the device."""
+        """The weight of a linear as the checkpoint stores it, where it was read: on the host, pages of its file."""
         key = f"{name}.weight"
-        return self._read(self._sources.get(key, key)).to(self.device)
+        return self._read(self._sources.get(key, key))
 
     def embed(self, batches: Sequence[Tensor]) -> list[Tensor]:
         """Hidden states [batch, seqlen, features] that enter block 0, for token ids [batch, seqlen] each.

@@ -13,17 +13,21 @@ DEVICE_SHARE = 4  # hidden states may fill a quarter of the free memory of an ac
 
 
 class HiddenStates:
-    """A list of tensors [batch, seqlen, features] that are handed out on the device, wherever they are kept."""
+    """A list of tensors [batch, seqlen, features] that are handed out on the device, wherever they are kept.
 
-    def __init__(self, states: Iterable[Tensor], memory: Memory) -> None:
+    Of `n_all` batches these are the ones from number `first` on; all of them if nothing is said.
+    """
+
+    def __init__(self, states: Iterable[Tensor], memory: Memory, first: int = 0, n_all: int | None = None) -> None:
         self._states = list(states)
+        self.first, self.n_all = first, len(self._states) if n_all is None else n_all
         self._memory, self._device = memory, memory.device
         if self._device.type == "cuda" and self.nbytes * DEVICE_SHARE > memory.free() + self.nbytes:
             self._states = [state.cpu().pin_memory() for state in self._states]
 
     def copy(self) -> HiddenStates:
         """The same states, to go another way from here."""
-        other = HiddenStates((), self._memory)
+        other = HiddenStates((), self._memory, self.first, self.n_all)
         for state in self._states:
             kept = state.device != self._device  # on the host, and written into: see __setitem__
             other._states.append(torch.empty_like(state, pin_memory=True).copy_(state) if kept else state)

@@ -11,7 +11,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from gptq_cli.config.layer import Uncovered
-from gptq_cli.engine.hessian import HessianAccumulator
+from gptq_cli.engine.hessian import HessianOfBatches
 from gptq_cli.errors import InputError
 from gptq_cli.models.experts import Experts
 from gptq_cli.models.stages import Prober, Stage
@@ -24,6 +24,7 @@ from gptq_cli.pipeline.passage import Passage
 from gptq_cli.pipeline.plan import HEAD, LayerPlan, RunPlan
 from gptq_cli.pipeline.resume import SavedBlocks
 from gptq_cli.pipeline.solver import Keep, LayerSolver
+from gptq_cli.pipeline.team import ALONE, Team
 
 
 def quantize_blocks(
@@ -37,18 +38,22 @@ def quantize_blocks(
     keep: Keep,
     saved: SavedBlocks,
     report: Report,
+    team: Team = ALONE,
 ) -> None:
     """Quantize every layer of `plan`, calibrated on token ids [batch, seqlen] each; `keep` gets each solved layer.
 
-    Begins after the blocks that `saved` has, and gives it each finished block; the head counts as the last one.
+    `team` shares the batches and the solving. Begins after the blocks that `saved` has, and gives it each finished
+    block; the head counts as the last one.
     GateError E_NUM_* when activations or Hessians are not usable, located by layer; InputError E_ARCH when a planned
     layer is never called; ResourceError E_OOM if `memory` does not suffice.
     """
     layers = {layer.name: layer for layer in plan.quantized}
-    solver = LayerSolver(stream, keep, report, moe_uncovered)
+    solver = LayerSolver(stream, keep, report, moe_uncovered, team)
+    share = team.share(len(batches))
+    mine = batches[share.start : share.stop]
     give_back_freed_tensors()
     report(PhaseStarted("embeddings", f"{len(batches)} batches"))
-    hidden = HiddenStates(stream.embed(batches), memory)
+    hidden = HiddenStates(stream.embed(mine), memory, share.start, len(batches))
     original = hidden.copy() if plan.asymmetric else None
     states = [way for way in (hidden, original) if way is not None]
     prober, room = Prober(), WaitingRoom(memory, report)
@@ -62,7 +67,7 @@ def quantize_blocks(
         memory.check_host()
     if HEAD in layers:
         report(PhaseStarted("head", HEAD))
-        quantize_head(stream, layers, batches, hidden, original, solver)
+        quantize_head(stream, layers, mine, hidden, original, solver)
         saved.finished(stream.n_blocks, stream, [])
 
 
@@ -109,16 +114,17 @@ def quantize_stages(
 ) -> None:
     """Gather what each stage sees over all batches, then solve the stage's layers of the first of `ways` with it."""
     gathered = {stage: _nothing_seen(stage, layers, ways, solver) for stage in stages}
-    for seen in zip(*(way.inputs(stages) for way in ways), strict=True):
+    for batch, seen in enumerate(zip(*(way.inputs(stages) for way in ways), strict=True), ways[0].first):
         for calls in zip(*seen, strict=True):
             stage = calls[0][0]
-            gathered[stage].add(*(inputs for _, inputs in calls))
+            gathered[stage].add(batch, *(inputs for _, inputs in calls))
     for stage in stages:
         inputs = gathered.pop(stage)
         if isinstance(inputs, RoutedInputs):
             quantize_experts(inputs, layers, ways[0].linears, solver, true_sequential=true_sequential)
         else:
-            solver.solve([layers[name] for name in stage.names], ways[0].linears, inputs)
+            hessian = solver.team.hessian(inputs, ways[0].n_all)
+            solver.solve([layers[name] for name in stage.names], ways[0].linears, hessian)
 
 
 def quantize_head(
@@ -147,10 +153,10 @@ def _head(logits: Callable[[Tensor, Tensor], Tensor], ids: Tensor, hidden: Hidde
 
 def _nothing_seen(
     stage: Stage, layers: Mapping[str, LayerPlan], ways: Sequence[Passage], solver: LayerSolver
-) -> HessianAccumulator | RoutedInputs:
+) -> HessianOfBatches | RoutedInputs:
     name = stage.names[0]
     experts = [module for way in ways if isinstance(module := way.called[name], Experts)]
-    return RoutedInputs(name, experts) if experts else HessianAccumulator(layers[name].in_features, solver.device)
+    return RoutedInputs(name, experts) if experts else HessianOfBatches(layers[name].in_features, solver.device)
 
 
 def _check_reached(linears: Mapping[str, nn.Module], stages: Sequence[Stage]) -> None:

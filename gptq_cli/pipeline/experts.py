@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 
 import torch
@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from gptq_cli.engine.hessian import HessianAccumulator
 from gptq_cli.errors import GateError
 from gptq_cli.models.experts import Experts, Routed
+from gptq_cli.pipeline.cost import expert_cost
 from gptq_cli.pipeline.events import ExpertsCovered
 from gptq_cli.pipeline.plan import LayerPlan
-from gptq_cli.pipeline.solver import LayerSolver
+from gptq_cli.pipeline.solver import LayerSolver, Solved
+from gptq_cli.pipeline.team import ALONE
 
 LISTED = 8  # experts that an error names
 
@@ -30,8 +32,9 @@ class RoutedInputs:
     experts: Sequence[Experts]  # of each way
     batches: list[tuple[Routed, ...]] = field(default_factory=list)
 
-    def add(self, *inputs: Routed) -> None:
+    def add(self, batch: int, *inputs: Routed) -> None:
         """One batch on all ways."""
+        del batch  # they come in order
         self.batches.append(inputs)
 
     def rows(self) -> list[tuple[Tensor, ...]]:
@@ -64,18 +67,35 @@ def quantize_experts(
 
     GateError E_NUM_EXPERT where an expert saw no token and `solver.moe_uncovered` is "error".
     """
+    inputs = replace(inputs, batches=solver.team.every(inputs.batches))
     rows = inputs.rows()
-    report_coverage(inputs.name, [sum(map(len, batches)) for batches in rows], solver)
-    for number, mine in enumerate(rows):
-        expert = inputs.experts[0][number]
-        planned = [
-            layers[name] for name, linear in linears.items() if name in layers and linear in set(expert.children())
-        ]
-        first = [layer for layer in planned if linears[layer.name] is not expert.down_proj]
-        parts = [part for part in (first, [layer for layer in planned if layer not in first]) if part]
+    tokens = [sum(map(len, batches)) for batches in rows]
+    report_coverage(inputs.name, tokens, solver)
+    planned = [_planned(expert, layers, linears) for expert in inputs.experts[0]]
+
+    def solve(number: int) -> list[Solved]:
+        expert, mine = inputs.experts[0][number], rows[number]
+        first = [layer for layer in planned[number] if linears[layer.name] is not expert.down_proj]
+        parts = [part for part in (first, [layer for layer in planned[number] if layer not in first]) if part]
         hessians = (_hessian(inputs, number, mine, solver, down=part[0] not in first) for part in parts)
+        found = []
         for part, hessian in zip(parts, hessians if true_sequential else list(hessians), strict=True):
-            solver.solve(part, linears, hessian)
+            for solved in solver.solutions(part, hessian, ALONE):
+                solver.put_back(solved, linears)
+                found.append(solved)
+        return found
+
+    costs = [expert_cost(mine, seen) for mine, seen in zip(planned, tokens, strict=True)]
+    for _, found, is_mine in solver.team.shared(solve, costs):
+        for solved in found:
+            if not is_mine:
+                solver.put_back(solved, linears)
+            solver.finish(solved)
+
+
+def _planned(expert: nn.Module, layers: Mapping[str, LayerPlan], linears: Mapping[str, nn.Module]) -> list[LayerPlan]:
+    own = set(expert.children())
+    return [layers[name] for name, linear in linears.items() if name in layers and linear in own]
 
 
 def _hessian(

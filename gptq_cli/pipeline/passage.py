@@ -34,6 +34,7 @@ class Passage:
         hidden: HiddenStates,
     ) -> None:
         self.linears, self.called, self.runs, self._hidden = linears, called, runs, hidden
+        self.first, self.n_all = hidden.first, hidden.n_all
         self._waiting: WaitingBatches | None = None
         self._n_waiting = 0
 

@@ -7,7 +7,7 @@ import torch
 
 from gptq_cli.config.layer import LayerConfig
 from gptq_cli.engine import output_error
-from gptq_cli.engine.output_error import relative_output_errors
+from gptq_cli.engine.output_error import output_energies
 from gptq_cli.engine.rtn import round_to_nearest
 from tests.engine.samples import correlated_inputs
 
@@ -24,16 +24,16 @@ def test_relative_errors_are_those_of_the_outputs_on_the_tokens(dtype: torch.dty
     inputs = correlated_inputs(200, 96)
     weight = torch.randn(37, 96, generator=torch.Generator().manual_seed(5))
     candidates = [round_to_nearest(weight, LayerConfig(bits=bits, group_size=32)) for bits in (2, 8)]
-    errors = relative_output_errors(weight, (inputs.T @ inputs).to(dtype), candidates)
+    energy, *errors = output_energies(weight, (inputs.T @ inputs).to(dtype), candidates)
     outputs = inputs @ weight.double().T
     for error, candidate in zip(errors, candidates, strict=True):
         change = inputs @ candidate.dequantize().double().T - outputs
-        assert error == pytest.approx((change.square().sum() / outputs.square().sum()).item(), rel=1e-4)
+        assert error / energy == pytest.approx((change.square().sum() / outputs.square().sum()).item(), rel=1e-4)
 
 
 def test_layer_without_output_has_no_error() -> None:
     quantized = round_to_nearest(torch.zeros(4, 64), LayerConfig(group_size=32))
-    assert relative_output_errors(torch.zeros(4, 64), torch.eye(64), [quantized]) == [0.0]
+    assert output_energies(torch.zeros(4, 64), torch.eye(64), [quantized]) == [0.0, 0.0]
 
 
 def test_weight_and_hessian_are_left_as_they_were() -> None:
@@ -41,7 +41,7 @@ def test_weight_and_hessian_are_left_as_they_were() -> None:
     before = weight.clone()
     quantized = round_to_nearest(weight, LayerConfig(bits=2, group_size=32))
     codes = replace(quantized, codes=quantized.codes.clone())
-    assert relative_output_errors(weight, hessian, [quantized])[0] > 0
+    assert output_energies(weight, hessian, [quantized])[1] > 0
     assert torch.equal(weight, before)
     assert torch.equal(hessian, torch.eye(64))
     assert torch.equal(quantized.codes, codes.codes)

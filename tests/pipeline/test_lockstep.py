@@ -26,6 +26,7 @@ from gptq_cli.pipeline.memory import Memory, WaitingRoom, free_bytes, give_back_
 from gptq_cli.pipeline.plan import LayerPlan, plan_run
 from gptq_cli.pipeline.quantize import quantize_checkpoint
 from gptq_cli.pipeline.solver import LayerSolver
+from gptq_cli.pipeline.team import ALONE
 from tests.families import FAMILIES, save_model
 from tests.pipeline.runs import config, digest
 
@@ -185,7 +186,7 @@ def test_without_true_sequential_nothing_waits_and_two_forwards_are_enough(
     assert executions_by_block(executions) == [{down_proj + 2, others + 2}, {down_proj, others}, {down_proj, others}]
 
 
-@pytest.mark.parametrize("patched", ["HessianAccumulator.add", "LayerSolver.solve"])
+@pytest.mark.parametrize("patched", ["HessianOfBatches.add", "LayerSolver.solve"])
 def test_an_error_in_the_hessian_or_the_solver_ends_the_run_and_every_thread(
     patched: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,7 +222,7 @@ class HessianKeeper(LayerSolver):
     """Keeps the Hessians that it is given, and changes weights by them."""
 
     def __init__(self) -> None:
-        self.device, self.seen = CPU, []
+        self.device, self.seen, self.team = CPU, [], ALONE
 
     def solve(self, layers: Sequence[LayerPlan], linears: Mapping[str, nn.Module], inputs: HessianAccumulator) -> None:
         self.seen.append((inputs.tokens, inputs.hessian.clone()))

@@ -17,7 +17,7 @@ from gptq_cli.engine.solve import Solution, solve, solve_together
 from gptq_cli.errors import InputError
 from gptq_cli.pipeline import solver
 from gptq_cli.pipeline.plan import LayerPlan, plan_checkpoint
-from gptq_cli.pipeline.solver import located, solved_together
+from gptq_cli.pipeline.solver import Rows, located, of_one_configuration, row_parts
 from tests.engine.samples import ORDERS, correlated_layer, layer_config
 from tests.families import save_model
 from tests.pipeline.runs import config, quantize, reader
@@ -50,26 +50,27 @@ def names(batches: Sequence[Sequence[LayerPlan]]) -> list[str]:
     return [" ".join(layer.name.rpartition(".")[2] for layer in batch) for batch in batches]
 
 
-def test_layers_of_one_configuration_are_solved_together_within_the_limit(
-    layers: list[LayerPlan], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_layers_of_one_configuration_are_solved_as_the_rows_of_one(layers: list[LayerPlan]) -> None:
     named = {layer.name.rpartition(".")[2]: layer for layer in layers}
     attention = [named[name] for name in ("q_proj", "k_proj", "v_proj")]
-    assert names(solved_together(attention)) == ["q_proj v_proj", "k_proj"]
-    mlp = [named["gate_proj"], named["up_proj"]]
-    weights = mlp[0].out_features * mlp[0].in_features
-    monkeypatch.setattr(solver, "WEIGHTS_TOGETHER", 2 * weights)
-    assert names(solved_together(mlp)) == ["gate_proj up_proj"]
-    monkeypatch.setattr(solver, "WEIGHTS_TOGETHER", 2 * weights - 1)
-    assert names(solved_together(mlp)) == ["gate_proj", "up_proj"]
-    monkeypatch.setattr(solver, "WEIGHTS_TOGETHER", 1)
-    assert names(solved_together([*attention, *mlp])) == ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]
+    assert names(of_one_configuration(attention)) == ["q_proj v_proj", "k_proj"]
+
+
+def test_rows_are_cut_into_parts_whatever_layer_they_are_of(layers: list[LayerPlan]) -> None:
+    a, b, c = (replace(layers[0], name=name, out_features=rows) for name, rows in {"a": 5, "b": 2, "c": 9}.items())
+    assert row_parts([a, b, c], 4) == [
+        [Rows(a, 0, 4)],
+        [Rows(a, 4, 5), Rows(b, 0, 2), Rows(c, 0, 1)],
+        [Rows(c, 1, 5)],
+        [Rows(c, 5, 9)],
+    ]
+    assert row_parts([a, b], 7) == [[Rows(a, 0, 5), Rows(b, 0, 2)]]
 
 
 @pytest.mark.parametrize(("row", "owner"), [(0, "a"), (4, "a"), (5, "b"), (7, "b"), (8, "c"), (19, "c")])
 def test_a_row_that_no_scale_reaches_names_the_layer_it_is_of(row: int, owner: str, layers: list[LayerPlan]) -> None:
     together = [replace(layers[0], name=name, out_features=rows) for name, rows in {"a": 5, "b": 3, "c": 12}.items()]
-    with pytest.raises(InputError, match=rf"layer `{owner}` \(block 1\)") as caught, located(together):
+    with pytest.raises(InputError, match=rf"layer `{owner}` \(block 1\)") as caught, located(together, [5, 3, 12]):
         raise ScaleRangeError(row)
     assert caught.value.code == "E_CKPT_NONFINITE"
 
@@ -95,8 +96,12 @@ def test_a_run_writes_what_solving_each_layer_alone_gives(tmp_path: Path, monkey
     monkeypatch.setattr(solver, "solve_together", note)
     output, result = quantize(tmp_path, model)
     assert rows == [[128, 64, 64], [64], [128, 128], [64]] * 3
-    monkeypatch.setattr(solver, "WEIGHTS_TOGETHER", 1)
+    monkeypatch.setattr(solver, "ROWS_OF_A_PART", {"cpu": 48})
+    rows.clear()
     alone, expected = quantize(tmp_path, model)
+    attention, output_or_down = [[48], [48], [32, 16], [48], [48], [16]], [[48], [16]]
+    gate_and_up = [[48], [48], [32, 16], [48], [48], [16]]
+    assert rows == [*attention, *output_or_down, *gate_and_up, *output_or_down] * 3
     assert [layer.name for layer in result.layers] == [layer.name for layer in expected.layers]
     for found, other in zip(result.layers, expected.layers, strict=True):
         assert found.relative_error == pytest.approx(other.relative_error, rel=1e-3)
