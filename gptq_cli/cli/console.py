@@ -73,12 +73,13 @@ class Talk:
 
     def __init__(self) -> None:
         self.verbose = False
+        self.muted = os.environ.get("RANK", "0") != "0"  # of several processes the first one talks
         self._handler: FileHandler | None = None
 
     def begin(self, *, verbose: bool, log_file: Path | None) -> None:
         """Say more, and keep a copy in a file, with the time of each line; ConfigError E_LOG_FILE if it cannot be."""
         self.verbose = verbose
-        if log_file is None:
+        if log_file is None or self.muted:
             return
         from logging import FileHandler, Formatter
 
@@ -169,7 +170,7 @@ def write(stream: TextIO | None, text: str) -> None:
 
 
 def _print(stream: TextIO | None, text: str) -> None:
-    if stream is not None and not stream.closed:
+    if stream is not None and not stream.closed and not talk.muted:
         encoding = stream.encoding or "utf-8"
         stream.write(visible(text).encode(encoding, "backslashreplace").decode(encoding) + "\n")
         stream.flush()

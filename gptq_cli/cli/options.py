@@ -131,6 +131,13 @@ AllowNetworkFs = Annotated[
     bool, plain("--allow-network-fs", help="write to a network file system, whose locks may not hold", panel=RUN)
 ]
 Device = Annotated[str | None, setting("device", panel=RUN, metavar="auto|cpu|cuda:N")]
+Devices = Annotated[
+    str | None,
+    plain(
+        "--devices", help="devices that share the work, a process each: GPUs, or cpu:N; the result is the same",
+        panel=RUN, metavar="0,1,..",
+    ),
+]  # fmt: skip
 DType = Annotated[str | None, setting("dtype", panel=RUN)]
 MaxVram = Annotated[str | None, setting("max_vram", panel=RUN, metavar="SIZE")]
 MaxRam = Annotated[str | None, setting("max_ram", panel=RUN, metavar="SIZE")]

@@ -11,9 +11,12 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from gptq_cli.cli import options as o
 from gptq_cli.cli.console import Console, clock, size, visible
 from gptq_cli.cli.engines import engine_lines
+from gptq_cli.cli.launch import launch, leads, member, parse_devices, started_by_torchrun
 from gptq_cli.cli.progress import Progress
 from gptq_cli.cli.said import default_name, said_fields
 from gptq_cli.cli.signals import stoppable
@@ -59,6 +62,7 @@ def quantize(
     batch_size: o.BatchSize = None,
     seed: o.Seed = None,
     device: o.Device = None,
+    devices: o.Devices = None,
     dtype: o.DType = None,
     max_vram: o.MaxVram = None,
     max_ram: o.MaxRam = None,
@@ -91,7 +95,8 @@ def quantize(
         console.say(f"note: {note}")
     output = output or Path(default_name(model, resolved.config))
     manner = {"resume": _policy(resume), "max_seconds": seconds(max_runtime), "allow_network_fs": allow_network_fs}
-    return run(console, resolved.config, model, output, overwrite=overwrite, page=report, revision=revision, **manner)
+    manner |= {"overwrite": overwrite, "revision": revision}
+    return run(console, resolved.config, model, output, devices=devices, page=report, **manner)
 
 
 def _plan(console: Console, resolved: Resolved, model: str, output: Path | None, revision: str | None) -> None:
@@ -106,31 +111,38 @@ def run(
     model: str,
     output: Path,
     *,
-    overwrite: bool,
+    devices: str | None = None,
     page: bool = False,
     **manner: Any,
 ) -> None:
     """Quantize, show how it goes, print the result; `manner` are the other arguments of `quantize_checkpoint`.
 
-    With `page` a report of the run is left in the output.
+    `devices`, as `--devices` takes them: several share the work, a process each. With `page` a report of the run is
+    left in the output.
     """
     from gptq_cli.pipeline.preflight import preflight
     from gptq_cli.pipeline.report import BlockLog, check_report, save_report
 
+    named = parse_devices(devices)
     if page:
         check_report()
+    if leads():
+        preflight(model, output, config, overwrite=manner["overwrite"])  # cheap refusals before the slow import
+    if len(named) > 1 and not started_by_torchrun():
+        raise typer.Exit(launch(named, as_json=console.as_json))
 
-    preflight(model, output, config, overwrite=overwrite)  # cheap refusals before the slow import
+    from gptq_cli.pipeline.quantize import assist, quantize_checkpoint
 
-    from gptq_cli.pipeline.quantize import quantize_checkpoint
-
-    with Progress(console) as progress, stoppable(console):
-        log = BlockLog(progress)
-        result = quantize_checkpoint(model, output, config, overwrite=overwrite, report=log, **manner)
+    with stoppable(console), member(config.device, named, as_json=console.as_json) as (team, device):
+        if not team.leads:
+            return assist(model, config, team, device, revision=manner["revision"])
+        with Progress(console) as progress:
+            log = BlockLog(progress)
+            result = quantize_checkpoint(model, output, config, report=log, team=team, device=device, **manner)
     if page:
         said = visible(shlex.join(["gptq", *sys.argv[1:]]))
         console.say(f"report: {save_report(output, result.to_json(), log, said)}")
-    console.result(result.to_json(), _summary(result, config), str(result.output))
+    return console.result(result.to_json(), _summary(result, config), str(result.output))
 
 
 def seconds(duration: str | None) -> float | None:

@@ -21,6 +21,7 @@ Directory = Annotated[
 
 def resume(
     directory: Directory,
+    devices: o.Devices = None,
     max_runtime: o.MaxRuntime = None,
     allow_network_fs: o.AllowNetworkFs = False,
     as_json: o.AsJson = False,
@@ -47,6 +48,7 @@ def resume(
         QuantizeConfig(**request["config"]),
         request["model"],
         Path(request["output"]),
+        devices=devices,
         revision=request["revision"],
         overwrite=request["overwrite"],
         resume="auto",

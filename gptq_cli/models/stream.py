@@ -86,7 +86,7 @@ class ModelStream:
         self._blocks = list(skeleton.blocks)
         self._calls: list[list[Call]] = [[] for _ in self._blocks]
         self._extras: tuple[Any, ...] | None = None
-        self.carried: list[Container] = []  # what blocks fill for later ones, known after `embed`
+        self.carried: list[list[Container]] = []  # of each batch: what blocks fill for later ones, known after `embed`
 
     @property
     def n_blocks(self) -> int:
@@ -175,7 +175,7 @@ class ModelStream:
                 hidden.append(recorders[0].seen[0][0])
                 for calls, recorder in zip(self._calls, recorders, strict=True):
                     calls.append(share(recorder.seen[0][1], calls[0] if calls else None))
-        self.carried = unfilled(self._calls)
+        self.carried = [unfilled([calls[batch] for calls in self._calls]) for batch in range(len(hidden))]
         return hidden
 
     @contextmanager

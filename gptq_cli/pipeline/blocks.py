@@ -22,7 +22,7 @@ from gptq_cli.pipeline.experts import RoutedInputs, quantize_experts
 from gptq_cli.pipeline.memory import Memory, WaitingRoom, block_finished, give_back_freed_tensors
 from gptq_cli.pipeline.passage import Passage
 from gptq_cli.pipeline.plan import HEAD, LayerPlan, RunPlan
-from gptq_cli.pipeline.resume import SavedBlocks
+from gptq_cli.pipeline.resume import FinishedBlocks
 from gptq_cli.pipeline.solver import Keep, LayerSolver
 from gptq_cli.pipeline.team import ALONE, Team
 
@@ -36,7 +36,7 @@ def quantize_blocks(
     moe_uncovered: Uncovered = "error",
     memory: Memory,
     keep: Keep,
-    saved: SavedBlocks,
+    saved: FinishedBlocks,
     report: Report,
     team: Team = ALONE,
 ) -> None:

@@ -17,18 +17,23 @@ from gptq_cli.calibration.sampling import Windows
 from gptq_cli.checkpoint.durable import file_sha256
 from gptq_cli.checkpoint.source import INDEX_NAME, Checkpoint
 from gptq_cli.config.schema import QuantizeConfig
+from gptq_cli.errors import InputError
+from gptq_cli.pipeline.team import Team
 
-REVISION = 1  # of what is written: a release that writes other bytes, or keeps its work otherwise, counts it up
+REVISION = 2  # of what is written: a release that writes other bytes, or keeps its work otherwise, counts it up
 
 Identity = dict[str, Any]
 
 
-def identify(source: Checkpoint, commit: str | None, config: QuantizeConfig, device: torch.device) -> Identity:
+def identify(
+    source: Checkpoint, commit: str | None, config: QuantizeConfig, device: torch.device, *, hashed: bool = True
+) -> Identity:
     """The identity of a run before its calibration text is known; paths of model and output are no part of it.
 
-    Weights of a commit of the Hub are known by its hash; those of a directory are read and hashed.
+    Weights of a commit of the Hub are known by its hash; those of a directory are read and hashed, unless that is left
+    to another process on this machine: then it says nothing of the source.
     """
-    return {
+    known = {
         "versions": {
             "gptq_cli": __version__,
             "revision": REVISION,
@@ -37,8 +42,20 @@ def identify(source: Checkpoint, commit: str | None, config: QuantizeConfig, dev
         },
         "device": _device(device),
         "config": _settings(config),
-        "source": {"commit": commit, "files": _files(source, commit)},
     }
+    return known | ({"source": {"commit": commit, "files": _files(source, commit)}} if hashed else {})
+
+
+def check_agreement(team: Team, identity: Identity) -> None:
+    """InputError E_RANK_MISMATCH if the processes of `team` would not do the same as the first one."""
+    first, *others = team.every([identity])
+    for rank, other in enumerate(others, 1):
+        different = differences({key: first[key] for key in other}, other)
+        if different:
+            raise InputError(
+                "E_RANK_MISMATCH", f"process {rank} is not like process 0: {'; '.join(different)}",
+                hint="run on equal devices and versions, with equal copies of the model",
+            )  # fmt: skip
 
 
 def with_calibration(identity: Identity, windows: Windows) -> Identity:
@@ -66,7 +83,7 @@ def _device(device: torch.device) -> dict[str, Any]:
 
 
 def _settings(config: QuantizeConfig) -> dict[str, Any]:
-    settings = config.model_dump(mode="json", exclude={"max_ram", "max_vram"})  # they change no byte
+    settings = config.model_dump(mode="json", exclude={"max_ram", "max_vram", "device"})  # `device` stands beside
     if isinstance(config.dataset, list):
         settings["dataset"] = f"{len(config.dataset)} texts, sha256 {_text_hash(config.dataset)}"
     return settings

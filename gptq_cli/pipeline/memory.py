@@ -85,12 +85,15 @@ class Memory:
     device: torch.device
     max_device_bytes: int | None = None
     max_host_bytes: int | None = None
+    neighbours: int = 1  # processes that share the host, this one included
 
     def free(self) -> int:
         """Bytes that tensors on the device may still take."""
         on_device = self.device.type == "cuda"
         limit = self.max_device_bytes if on_device else self.max_host_bytes
         free = free_bytes(self.device)
+        if not on_device:
+            free, limit = free // self.neighbours, None if limit is None else limit // self.neighbours
         if limit is None:
             return free
         held = torch.cuda.memory_allocated(self.device) if on_device else host_bytes()
@@ -104,7 +107,7 @@ class Memory:
 
     def check_host(self) -> None:
         """ResourceError E_OOM if the process holds more host memory than it may."""
-        held = host_bytes()
+        held = host_bytes() * self.neighbours
         if self.max_host_bytes is not None and held > self.max_host_bytes:
             allowed = f"max_ram allows {self.max_host_bytes / 1e9:.2f} GB"
             raise ResourceError(

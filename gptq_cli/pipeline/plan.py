@@ -73,6 +73,11 @@ class RunPlan:
         return tuple(layer for layer in self.layers if layer.config is None)
 
     @property
+    def n_steps(self) -> int:
+        """Blocks, and the head if it is quantized."""
+        return self.n_blocks + any(layer.name == HEAD for layer in self.quantized)
+
+    @property
     def asymmetric(self) -> bool:
         """Whether some layer is calibrated on what the unquantized model does as well."""
         return any(layer.config and layer.config.asymmetric_calibration > 0 for layer in self.layers)

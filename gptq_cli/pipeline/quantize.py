@@ -31,14 +31,18 @@ from gptq_cli.models.stream import ModelStream
 from gptq_cli.models.tokenizer import load_encoder
 from gptq_cli.pipeline.blocks import quantize_blocks
 from gptq_cli.pipeline.events import ExpertsCovered, LayerReport, PhaseStarted, Report, RunPlanned, Warned, ignore
-from gptq_cli.pipeline.identity import Identity, identify, with_calibration
+from gptq_cli.pipeline.identity import Identity, check_agreement, identify, with_calibration
 from gptq_cli.pipeline.memory import Memory
 from gptq_cli.pipeline.plan import HEAD, LayerPlan, RunPlan, plan_checkpoint
 from gptq_cli.pipeline.preflight import check_disk, check_output, preflight
 from gptq_cli.pipeline.record import Record
-from gptq_cli.pipeline.resume import SavedBlocks, check_resumable, finished_output, telling_what_is_kept
+from gptq_cli.pipeline.resume import FinishedBlocks, SavedBlocks, check_resumable, finished_output, telling_what_is_kept
 from gptq_cli.pipeline.setup import CONFIG_FILE, bounded_seqlen, memory_errors, open_stream, resolve_device
+from gptq_cli.pipeline.solver import Keep
+from gptq_cli.pipeline.team import ALONE, Team
 from gptq_cli.pipeline.time_limit import TimeLimit
+
+NOTHING_TO_DO = torch.empty(0, 0, dtype=torch.long)  # instead of token ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +94,14 @@ def quantize_checkpoint(
     max_seconds: float | None = None,
     allow_network_fs: bool = False,
     report: Report = ignore,
+    team: Team = ALONE,
+    device: torch.device | None = None,
 ) -> QuantizeResult:
     """Quantize MODEL (a directory or a Hub id) into the directory `output`, which appears complete or not at all.
 
     Goes on where an earlier call that ended early has come to, unless `resume` is "never"; with "require" it must. An
-    output that is what this call would write is left as it is. PausedError when `max_seconds` are over.
+    output that is what this call would write is left as it is. PausedError when `max_seconds` are over. This is the
+    leading process of `team`, and works on `device` if that is given; the others call `assist`.
 
     Raises ConfigError, InputError, GateError, ResourceError and ExistsError as their codes say; nothing that existed
     before is touched unless `overwrite` is set and the new checkpoint is complete.
@@ -102,7 +109,7 @@ def quantize_checkpoint(
     started = time.perf_counter()
     record = Record(report if max_seconds is None else TimeLimit(report, max_seconds))
     preflight(model, output, config, overwrite=overwrite)
-    device = resolve_device(config.device)
+    device = device or resolve_device(config.device)
     with locked(output, allow_network_fs=allow_network_fs) as work, telling_what_is_kept(work, record):
         check_output(output, Path(model).expanduser(), overwrite=overwrite)
         located = locate_model(model, revision)
@@ -112,6 +119,7 @@ def quantize_checkpoint(
         config = config.model_copy(update={"seqlen": seqlen})
         record(PhaseStarted("source", f"identifying {source.nbytes / 1e9:.3g} GB"))
         identity = identify(source, located.commit, config, device)
+        check_agreement(team, identity)
         finished_output(work.output, identity, overwrite=overwrite)
         check_resumable(work, identity, "never" if resume == "never" else "auto", record)
         with torch.inference_mode(), memory_errors():
@@ -129,9 +137,11 @@ def quantize_checkpoint(
                 check_resumable(work, identity, resume, record)
                 request = _request(model, work.output, config, located.commit or revision, overwrite)
                 write_run(work.path, identity, request)
-                _write(work, plan, config, stream, windows, identity, record)
+                team.told(windows.ids)
+                _write(work, plan, config, stream, windows, identity, record, team)
                 work.publish(overwrite=overwrite)
             else:
+                team.told(NOTHING_TO_DO)
                 record.already_done = True
                 record.layers = [LayerReport(**layer, seconds=0.0) for layer in manifest["layers"]]
                 record.experts = [ExpertsCovered(**layer) for layer in manifest["experts"]]
@@ -230,32 +240,19 @@ def _write(
     windows: Windows,
     identity: Identity,
     record: Record,
+    team: Team,
 ) -> None:
     """Everything of the output but its name."""
-    n_steps = plan.n_blocks + any(layer.name == HEAD for layer in plan.quantized)
     with CheckpointWriter(work.stage, plan.layout) as writer:
-        with SavedBlocks(work, identity, writer, record, n_steps) as saved:
+        with SavedBlocks(work, identity, writer, record, plan.n_steps, team) as saved:
 
             def keep(layer: LayerPlan, linear: QuantizedLinear) -> None:
                 for suffix, tensor in encode(linear, config.format).items():
                     name = f"{layer.name}.{suffix}"
                     saved.written(name, writer.write(name, tensor))
 
-            batches: list[Tensor] = list(torch.as_tensor(windows.ids).split(config.batch_size))
-            memory = Memory(stream.device, config.max_vram_bytes, config.max_ram_bytes)
-            memory.enforce()
-            if not saved.complete:
-                quantize_blocks(
-                    stream,
-                    plan,
-                    batches,
-                    true_sequential=config.true_sequential,
-                    moe_uncovered=config.moe_uncovered,
-                    memory=memory,
-                    keep=keep,
-                    saved=saved,
-                    report=record,
-                )
+            team.told(saved.first)
+            do_blocks(stream, plan, config, windows.ids, keep, saved, record, team)
         record(PhaseStarted("copy", f"{len(plan.copied)} other tensors"))
         for tensor in plan.copied:
             writer.copy(tensor)
@@ -268,6 +265,52 @@ def _write(
         del layer["seconds"]
     experts = [asdict(covered) for covered in record.experts]
     write_manifest(work.stage, {"identity": identity, "layers": layers, "experts": experts})
+
+
+def do_blocks(
+    stream: ModelStream,
+    plan: RunPlan,
+    config: QuantizeConfig,
+    ids: Tensor,
+    keep: Keep,
+    saved: FinishedBlocks,
+    report: Report,
+    team: Team,
+) -> None:
+    """The blocks that are left to do, as one process of `team`."""
+    memory = Memory(stream.device, config.max_vram_bytes, config.max_ram_bytes, team.neighbours)
+    memory.enforce()
+    if not saved.complete:
+        quantize_blocks(
+            stream,
+            plan,
+            ids.split(config.batch_size),
+            true_sequential=config.true_sequential,
+            moe_uncovered=config.moe_uncovered,
+            memory=memory,
+            keep=keep,
+            saved=saved,
+            report=report,
+            team=team,
+        )
+
+
+def assist(
+    model: str, config: QuantizeConfig, team: Team, device: torch.device, *, revision: str | None = None
+) -> None:
+    """Do this process's share of what another one does with `quantize_checkpoint`; nothing is written here."""
+    located = locate_model(model, revision)
+    source = open_checkpoint(located.directory)
+    seqlen = bounded_seqlen(config.seqlen, said="seqlen" in config.model_fields_set, checkpoint=source)
+    config = config.model_copy(update={"seqlen": seqlen})
+    check_agreement(team, identify(source, located.commit, config, device, hashed=team.first_here))
+    with torch.inference_mode(), memory_errors():
+        stream = open_stream(source, device=device, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
+        plan = plan_checkpoint(source, config, stream.all_linears(), stream.stacked_linears())
+        ids: Tensor = team.told()
+        if ids.numel():
+            finished = FinishedBlocks(team, team.told(), plan.n_steps)
+            do_blocks(stream, plan, config, ids.cpu(), lambda *_: None, finished, ignore, team)
 
 
 def _verify(stage: Path) -> None:

@@ -26,20 +26,69 @@ from gptq_cli.checkpoint.run_file import digest, read_run
 from gptq_cli.checkpoint.work_directory import WorkDirectory
 from gptq_cli.checkpoint.writer import CheckpointWriter
 from gptq_cli.errors import ExistsError
+from gptq_cli.models.recording import Container
 from gptq_cli.models.stream import ModelStream
 from gptq_cli.pipeline.activations import HiddenStates
 from gptq_cli.pipeline.events import ExpertsCovered, LayerReport, Report, Resumed, Warned, WorkKept
 from gptq_cli.pipeline.identity import Identity, differences
 from gptq_cli.pipeline.record import Record
+from gptq_cli.pipeline.team import ALONE, Team
+
+# Of one batch: the hidden states of each way through the blocks, and what the blocks carry along beside them.
+Batch = tuple[tuple[Tensor, ...], list[Any]]
 
 
-class SavedBlocks:
-    """What is finished of a run of `n_steps` blocks, the head counted as the last one; opened, it has been checked."""
+class FinishedBlocks:
+    """What is finished of a run of `n_steps` blocks, the head counted as the last one: the first `first` of them.
+
+    So it is for the processes that write nothing: what they need is dealt out to them, what they have is gathered.
+    """
+
+    def __init__(self, team: Team, first: int, n_steps: int) -> None:
+        self._team, self._n_steps = team, n_steps
+        self.first = first
+
+    @property
+    def complete(self) -> bool:
+        """Whether there is no block left to do."""
+        return self.first == self._n_steps
+
+    def restore(self, stream: ModelStream, hidden: Sequence[HiddenStates]) -> int:
+        """Bring `hidden`, and what the blocks of `stream` carry along, to where the first block to do needs them."""
+        if self.first:
+            batches = self._team.dealt(self._saved(), hidden[0].n_all)
+            for way, states in zip(hidden, zip(*(states for states, _ in batches), strict=True), strict=True):
+                way.restore(states)
+            for containers, (_, carried) in zip(stream.carried, batches, strict=True):
+                _fill(containers, carried, stream.device)
+        return self.first
+
+    def finished(self, block: int, stream: ModelStream, hidden: Sequence[HiddenStates]) -> None:
+        """Make `block` survive, and the `hidden` states after it."""
+        last = block + 1 == self._n_steps
+        self._keep(block, None if last else self._team.gathered(_batches(stream, hidden)))
+
+    def _saved(self) -> list[Batch] | None:
+        return None
+
+    def _keep(self, block: int, batches: list[Batch] | None) -> None:
+        del block, batches
+
+
+class SavedBlocks(FinishedBlocks):
+    """What is finished as the leading process has it on the disk; opened, it has been checked."""
 
     def __init__(
-        self, work: WorkDirectory, identity: Identity, writer: CheckpointWriter, record: Record, n_steps: int
+        self,
+        work: WorkDirectory,
+        identity: Identity,
+        writer: CheckpointWriter,
+        record: Record,
+        n_steps: int,
+        team: Team = ALONE,
     ) -> None:
-        self._work, self._writer, self._record, self._n_steps = work, writer, record, n_steps
+        super().__init__(team, 0, n_steps)
+        self._work, self._writer, self._record = work, writer, record
         self._journal = Journal(work.journal, digest(identity))
         self._tensors: dict[str, str] = {}
         self.first = self._recover()
@@ -51,33 +100,20 @@ class SavedBlocks:
     def __exit__(self, *_: object) -> None:
         self._journal.close()
 
-    @property
-    def complete(self) -> bool:
-        """Whether there is no block left to do."""
-        return self.first == self._n_steps
-
     def written(self, name: str, sha256: str) -> None:
         """Tensor `name` of the block at work is in its shard."""
         self._tensors[name] = sha256
 
-    def restore(self, stream: ModelStream, hidden: Sequence[HiddenStates]) -> int:
-        """Bring `hidden`, and what the blocks of `stream` carry along, to where the first block to do needs them."""
-        if self.first:
-            states, carried = torch.load(self._work.hidden(self.first - 1), map_location="cpu", weights_only=True)
-            for target, saved in zip(hidden, states, strict=True):
-                target.restore(saved)
-            for container, saved in zip(stream.carried, carried, strict=True):
-                saved = tree_map_only(Tensor, lambda tensor: tensor.to(stream.device), saved)
-                container.update(saved) if isinstance(container, MutableMapping) else container.extend(saved)
-        return self.first
+    def _saved(self) -> list[Batch]:
+        found: list[Batch] = torch.load(self._work.hidden(self.first - 1), map_location="cpu", weights_only=True)
+        return found
 
-    def finished(self, block: int, stream: ModelStream, hidden: Sequence[HiddenStates]) -> None:
-        """Make `block` survive: its tensors, then the `hidden` states after it, then the line that says so."""
+    def _keep(self, block: int, batches: list[Batch] | None) -> None:
+        """Its tensors, then the hidden states after it, then the line that says so."""
         self._writer.sync()
         layers = [asdict(layer) for layer in self._record.layers[self._n_layers :]]
         experts = [asdict(covered) for covered in self._record.experts[self._n_experts :]]
-        last = block + 1 == self._n_steps
-        saved = None if last else _save(self._work.hidden(block), stream, hidden)
+        saved = None if batches is None else _save(self._work.hidden(block), batches)
         told = {"layers": layers, "experts": experts}
         self._journal.append({"block": block, "tensors": self._tensors, **told, "hidden": saved})
         self._tensors = {}
@@ -186,14 +222,28 @@ class _HashedFile(io.RawIOBase):
         return len(data)
 
 
-def _save(path: Path, stream: ModelStream, hidden: Sequence[HiddenStates]) -> str:
-    """Write hidden states, and what the blocks carry along beside them; the hash of the file."""
-    carried = [dict(kept) if isinstance(kept, MutableMapping) else list(kept) for kept in stream.carried]
-    content = ([states.stored for states in hidden], carried)
+def _batches(stream: ModelStream, hidden: Sequence[HiddenStates]) -> list[Batch]:
+    states = zip(*(way.stored for way in hidden), strict=True)
+    carried = ([_copied(container) for container in containers] for containers in stream.carried)
+    return list(zip(states, carried, strict=True))
+
+
+def _copied(container: Container) -> dict[Any, Any] | list[Any]:
+    return dict(container) if isinstance(container, MutableMapping) else list(container)
+
+
+def _fill(containers: Sequence[Container], carried: Sequence[Any], device: torch.device) -> None:
+    for container, saved in zip(containers, carried, strict=True):
+        saved = tree_map_only(Tensor, lambda tensor: tensor.to(device), saved)
+        container.update(saved) if isinstance(container, MutableMapping) else container.extend(saved)
+
+
+def _save(path: Path, batches: list[Batch]) -> str:
+    """Write what is kept of all batches; the hash of the file."""
     with OpenFile(path, 0) as file:
         raw = _HashedFile(file)
         with io.BufferedWriter(raw, COPY_BYTES) as buffered:
-            torch.save(tree_map_only(Tensor, _alone, content), buffered)
+            torch.save(tree_map_only(Tensor, _alone, batches), buffered)
         file.sync()
     sync_directory(path.parent)
     return raw.digest.hexdigest()

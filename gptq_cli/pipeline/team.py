@@ -32,6 +32,7 @@ class Team:
     rank = 0
     size = 1
     neighbours = 1  # processes of the team on this machine, this one included
+    first_here = True  # of those
 
     @property
     def leads(self) -> bool:
@@ -89,8 +90,9 @@ ALONE = Team()
 class Ranks(Team):
     """Several processes, of which this one is `rank`; ResourceError E_RANK_LOST as soon as one of them is gone."""
 
-    def __init__(self, device: torch.device, neighbours: int = 1) -> None:
-        self.rank, self.size, self.neighbours = dist.get_rank(), dist.get_world_size(), neighbours
+    def __init__(self, device: torch.device, *, neighbours: int = 1, first_here: bool = True) -> None:
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.neighbours, self.first_here = neighbours, first_here
         self._device = device
 
     def shared(self, work: Callable[[int], Value], costs: Sequence[float]) -> Iterator[tuple[int, Value, bool]]:
@@ -171,7 +173,7 @@ class Ranks(Team):
             dist.broadcast_object_list(said, owner, device=torch.device("cpu"))
             if owner == self.rank:
                 for tensor in tensors:
-                    dist.broadcast(tensor.contiguous(), owner)
+                    dist.broadcast(tensor.to(self._device).contiguous(), owner)
                 assert value is not None
                 return value
             assert said[0] is not None

@@ -1,0 +1,126 @@
+"""`--devices`: the same command once for each device, started by torchrun's own agent."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+import sys
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import typer
+
+from gptq_cli.cli.console import report_problems, talk
+from gptq_cli.errors import ConfigError, GptqError, ResourceError
+
+if TYPE_CHECKING:
+    import torch
+
+    from gptq_cli.pipeline.team import Team
+
+FORMS = "numbers of GPUs as in 0,1,2,3, or cpu:4 for four processes on the CPU"
+
+
+def parse_devices(said: str | None) -> list[str]:
+    """The devices that `--devices` names, one for each process; ConfigError E_CFG_RANGE for what is none."""
+    devices: list[str] = []
+    for part in said.split(",") if said is not None else []:
+        match = re.fullmatch(r"cpu(?::(\d{1,3}))?|(?:cuda:)?(\d{1,3})", part.strip())
+        if not match or match[1] == "0":
+            raise ConfigError("E_CFG_RANGE", f"--devices must be {FORMS}, got {said!r}", hint="--devices 0,1")
+        devices += [f"cuda:{int(match[2])}"] if match[2] else ["cpu"] * int(match[1] or 1)
+    twice = [device for device in devices if device != "cpu" and devices.count(device) > 1]
+    if twice or len({device.partition(":")[0] for device in devices}) > 1:
+        why = f"names {twice[0]} twice" if twice else "mixes GPUs and the CPU"
+        raise ConfigError("E_CFG_CONFLICT", f"--devices {why}", hint=f"give {FORMS}")
+    return devices
+
+
+def started_by_torchrun() -> bool:
+    """Whether this process is one of several already."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def leads() -> bool:
+    """Whether this process is the first of several, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def member(device: str, devices: list[str], *, as_json: bool) -> Iterator[tuple[Team, torch.device]]:
+    """This process's team and device for the body; of errors that end it one process tells."""
+    from gptq_cli.pipeline.joining import SaidElsewhere, joined
+
+    def end(error: ResourceError | None) -> None:
+        if error is not None:
+            _tell(error, as_json)
+        os._exit(ResourceError.exit_code)
+
+    try:
+        with joined(device, devices, end) as team:
+            yield team
+    except SaidElsewhere as ending:
+        talk.muted = True
+        raise typer.Exit(ending.exit_code) from None
+    except GptqError as error:
+        talk.muted = error.code == "E_RANK_LOST" and "LAUNCHED_BY_GPTQ" in os.environ  # the one that has launched us tells
+        raise
+    except BaseException:
+        talk.muted = False
+        raise
+
+
+def launch(devices: list[str], *, as_json: bool) -> int:
+    """Run this command once for each of `devices`; the exit code, when all have ended.
+
+    What a process has to say it says itself; only if one was killed it is said here.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    if devices[0] == "cpu":  # as torchrun does, and everybody may have a part of the cores
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // len(devices))))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=len(devices),
+        run_id=str(uuid.uuid4()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        local_addr="localhost",
+    )
+    os.environ["LAUNCHED_BY_GPTQ"] = "1"
+    talk.end()
+    try:
+        elastic_launch(config, sys.executable)("-m", "gptq_cli", *sys.argv[1:])
+    except ChildFailedError as error:
+        return _exit_code({rank: failure.exitcode for rank, failure in error.failures.items()}, len(devices), as_json)
+    except SignalException as stop:
+        return 128 + int(stop.sigval)
+    return 0
+
+
+def _exit_code(exit_codes: dict[int, int], n: int, as_json: bool) -> int:
+    """The code of a process that has ended by itself, and has told why; else what has become of the others."""
+    spoken = [code for code in exit_codes.values() if code > 0]
+    if spoken:
+        return spoken[0]
+    rank, code = next(iter(exit_codes.items()))
+    lost = ResourceError(
+        "E_RANK_LOST", f"process {rank} of {n} (the first is 0) was killed by {signal.Signals(-code).name}",
+        hint="see whether the machine ran out of memory; the same command goes on after the last finished block",
+    )  # fmt: skip
+    _tell(lost, as_json)
+    return lost.exit_code
+
+
+def _tell(error: GptqError, as_json: bool) -> None:
+    talk.muted = False
+    report_problems(error.problems, error.exit_code, as_json=as_json)
