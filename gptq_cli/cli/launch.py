@@ -67,7 +67,9 @@ def member(device: str, devices: list[str], *, as_json: bool) -> Iterator[tuple[
         talk.muted = True
         raise typer.Exit(ending.exit_code) from None
     except GptqError as error:
-        talk.muted = error.code == "E_RANK_LOST" and "LAUNCHED_BY_GPTQ" in os.environ  # the one that has launched us tells
+        talk.muted = (
+            error.code == "E_RANK_LOST" and "LAUNCHED_BY_GPTQ" in os.environ
+        )  # the one that has launched us tells
         raise
     except BaseException:
         talk.muted = False

@@ -33,6 +33,7 @@ class HessianAccumulator:
         self.shift: Tensor | None = None
         self._size = in_features
         self._panels = [torch.zeros(stop, stop - start, device=device) for start, stop in _panels(in_features)]
+        self.finite: list[Tensor] = []  # after each `add`, whether the diagonal was
         self._whole: Tensor | None = None  # once H was asked for, and then what the panels are views of
 
     @torch.no_grad()
@@ -49,10 +50,17 @@ class HessianAccumulator:
         if original is not None:
             self._add_shift(tokens, original.reshape(tokens.shape))
         self.tokens += tokens.shape[0]
+        self.finite.append(torch.isfinite(torch.cat(self._diagonal())).all())
+
+    @property
+    def in_features(self) -> int:
+        """The size I of the sum."""
+        return self._size
 
     def absorb(self, other: HessianAccumulator) -> None:
         """Add what `other` has seen, in the same way."""
         self.tokens += other.tokens
+        self.finite += other.finite
         for mine, theirs in zip(self.sums, other.sums, strict=True):
             mine += theirs
 
@@ -80,13 +88,14 @@ class HessianAccumulator:
             corner.copy_(corner.triu() + corner.triu(1).T)
         return self._whole
 
-    @property
-    def is_finite(self) -> bool:
-        """Whether every input so far was finite and no sum overflowed; waits for the device once.
+    def first_not_finite(self) -> tuple[int, int] | None:
+        """Which `add`, counted from 0, of how many, first brought an input that is not finite or overflowed the sum.
 
-        The diagonal tells: an input that is not finite leaves its mark on the sum of its own squares.
+        None if all is finite; waits for the device once. The diagonal tells: an input that is not finite leaves its
+        mark on the sum of its own squares.
         """
-        return bool(torch.isfinite(torch.cat(self._diagonal())).all())
+        finite = torch.stack(self.finite).tolist() if self.finite else []
+        return (finite.index(False), len(finite)) if False in finite else None
 
     def _diagonal(self) -> list[Tensor]:
         return [panel.diagonal(panel.shape[1] - panel.shape[0]) for panel in self._panels]

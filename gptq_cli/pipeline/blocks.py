@@ -10,7 +10,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from gptq_cli.config.layer import Uncovered
+from gptq_cli.config.layer import FaultPolicy
 from gptq_cli.engine.hessian import HessianOfBatches
 from gptq_cli.errors import InputError
 from gptq_cli.models.experts import Experts
@@ -33,7 +33,7 @@ def quantize_blocks(
     batches: Sequence[Tensor],
     *,
     true_sequential: bool,
-    moe_uncovered: Uncovered = "error",
+    policy: FaultPolicy,
     memory: Memory,
     keep: Keep,
     saved: FinishedBlocks,
@@ -48,7 +48,7 @@ def quantize_blocks(
     layer is never called; ResourceError E_OOM if `memory` does not suffice.
     """
     layers = {layer.name: layer for layer in plan.quantized}
-    solver = LayerSolver(stream, keep, report, moe_uncovered, team)
+    solver = LayerSolver(stream, keep, report, policy, [len(batch) for batch in batches], team)
     share = team.share(len(batches))
     mine = batches[share.start : share.stop]
     give_back_freed_tensors()

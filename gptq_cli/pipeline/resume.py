@@ -131,13 +131,14 @@ class SavedBlocks(FinishedBlocks):
             first -= 1
         if first < intact:
             self._warn(f"the hidden states after block {intact - 1} are not as they were written")
-        for entry in entries[:first]:
+        done = entries[:first]
+        for entry in done:
             self._writer.adopt(entry["tensors"])
-            self._record.layers += [LayerReport(**layer) for layer in entry["layers"]]
-            self._record.experts += [ExpertsCovered(**covered) for covered in entry["experts"]]
         self._journal.cut(first)
         if first:
-            self._record(Resumed(first, self._n_steps, self._work.path))
+            layers = tuple(LayerReport(**layer) for entry in done for layer in entry["layers"])
+            experts = tuple(ExpertsCovered(**covered) for entry in done for covered in entry["experts"])
+            self._record(Resumed(first, self._n_steps, self._work.path, layers, experts))
         return first
 
     def _has_hidden(self, block: int) -> bool:

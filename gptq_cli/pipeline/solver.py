@@ -11,7 +11,7 @@ from itertools import accumulate
 
 from torch import Tensor, nn
 
-from gptq_cli.config.layer import LayerConfig, Uncovered
+from gptq_cli.config.layer import FaultPolicy, LayerConfig
 from gptq_cli.engine.asymmetric import follow_original
 from gptq_cli.engine.factor import NonFiniteHessianError, NotPositiveDefiniteError, Prepared, prepare
 from gptq_cli.engine.grid import ScaleRangeError
@@ -21,7 +21,7 @@ from gptq_cli.engine.solve import Solution, solve_together
 from gptq_cli.errors import GateError, InputError
 from gptq_cli.models.skeleton import place
 from gptq_cli.models.stream import ModelStream
-from gptq_cli.pipeline.events import LayerReport, LayerSolved, LayerStarted, Report, Warned
+from gptq_cli.pipeline.events import Fallback, LayerReport, LayerSolved, LayerStarted, Report, Warned
 from gptq_cli.pipeline.plan import LayerPlan
 from gptq_cli.pipeline.team import ALONE, Team
 
@@ -34,23 +34,42 @@ Keep = Callable[[LayerPlan, QuantizedLinear], None]
 
 @dataclass(frozen=True, slots=True)
 class Solved:
-    """A layer, what became of it, and what there is to say about that."""
+    """A layer, what became of it, and in which windows of the text its inputs were not finite, if so."""
 
     layer: LayerPlan
     quantized: QuantizedLinear
     report: LayerReport
-    warnings: tuple[Warned, ...]
+    windows: str
+
+
+@dataclass(frozen=True, slots=True)
+class Usable:
+    """What layers are solved with: inputs that can be worked with, their factor, and why they are not those seen."""
+
+    inputs: HessianAccumulator
+    factor: Prepared
+    fallback: Fallback | None
 
 
 class LayerSolver:
-    """Solves layers that share an input, puts the dequantized weights back and hands the codes to `keep`."""
+    """Solves layers that share an input, puts the dequantized weights back and hands the codes to `keep`.
+
+    `batches` is how many windows there are in each batch of the calibration text, to say where a fault lies.
+    """
 
     def __init__(
-        self, stream: ModelStream, keep: Keep, report: Report, moe_uncovered: Uncovered, team: Team = ALONE
+        self,
+        stream: ModelStream,
+        keep: Keep,
+        report: Report,
+        policy: FaultPolicy,
+        batches: Sequence[int],
+        team: Team = ALONE,
     ) -> None:
         self._stream, self._keep, self.report = stream, keep, report
-        self.moe_uncovered, self.team = moe_uncovered, team
+        self.policy, self._batches, self.team = policy, batches, team
         self.device = stream.device
+        self._told_few = False
 
     def solve(self, layers: Sequence[LayerPlan], linears: Mapping[str, nn.Module], inputs: HessianAccumulator) -> None:
         """Quantize `layers`, all of which have seen `inputs`, each process some of their rows."""
@@ -60,26 +79,26 @@ class LayerSolver:
 
     def solutions(self, layers: Sequence[LayerPlan], inputs: HessianAccumulator, team: Team) -> Iterator[Solved]:
         """What becomes of `layers` if `team` solves them; all of its processes have the same `inputs`."""
-        hessian = inputs.hessian
         for together in of_one_configuration(layers):
             started = time.perf_counter()
             config = together[0].config
             assert config is not None
             for layer in together:
                 self.report(LayerStarted(layer.name))
-            with located(together):
-                factor = prepare(hessian, config, inputs.tokens)
+            with located(together, windows=partial(self._windows, inputs)):
+                usable = self._usable(inputs, config)
             parts = row_parts(together, ROWS_OF_A_PART[self.device.type])
-            solve = partial(self._solve_part, parts, inputs, factor, config)
+            solve = partial(self._solve_part, parts, usable, config)
             found: dict[str, list[Solution]] = {layer.name: [] for layer in together}
-            for number, solutions, _ in team.shared(solve, [sum(rows.number for rows in part) for part in parts]):
+            for number, solutions, _ in team.shared(solve, [sum(map(len, part)) for part in parts]):
                 for rows, solution in zip(parts[number], solutions, strict=True):
                     found[rows.layer.name].append(solution)
             seconds = (time.perf_counter() - started) / sum(layer.out_features for layer in together)
             for layer in together:
                 solution = Solution.of_rows(found.pop(layer.name))
-                report = _report_of(layer, config, solution, factor, inputs.tokens, seconds * layer.out_features)
-                yield Solved(layer, solution.quantized, report, tuple(_warnings(layer, factor)))
+                report = _report_of(layer, config, solution, usable, inputs.tokens, seconds * layer.out_features)
+                windows = self._windows(inputs) if usable.fallback == "inputs" else ""
+                yield Solved(layer, solution.quantized, report, windows)
 
     def put_back(self, solved: Solved, linears: Mapping[str, nn.Module]) -> None:
         """Let the linear compute with what its codes stand for."""
@@ -90,25 +109,64 @@ class LayerSolver:
     def finish(self, solved: Solved) -> None:
         """Keep the codes and tell what became of the layer."""
         self._keep(solved.layer, solved.quantized)
-        for warning in solved.warnings:
-            self.report(warning)
+        self._warn(solved)
         self.report(LayerSolved(solved.report))
 
     def _solve_part(
-        self, parts: Sequence[Sequence[Rows]], inputs: HessianAccumulator, factor: Prepared, config: LayerConfig, n: int
+        self, parts: Sequence[Sequence[Rows]], usable: Usable, config: LayerConfig, number: int
     ) -> list[Solution]:
-        with located([rows.layer for rows in parts[n]], [rows.number for rows in parts[n]]):
-            weights = [self._weight(rows, inputs, factor) for rows in parts[n]]
-            return solve_together(weights, inputs.hessian, factor, config)
+        with located([rows.layer for rows in parts[number]], list(map(len, parts[number]))):
+            weights = [self._weight(rows, usable) for rows in parts[number]]
+            return solve_together(weights, usable.inputs.hessian, usable.factor, config)
 
-    def _weight(self, rows: Rows, inputs: HessianAccumulator, factor: Prepared) -> Tensor:
+    def _usable(self, inputs: HessianAccumulator, config: LayerConfig) -> Usable:
+        """`inputs` and their factor; where these are of no use and the policy allows it, as if nothing were known."""
+        try:
+            return Usable(inputs, prepare(inputs.hessian, config, inputs.tokens), None if inputs.tokens else "tokens")
+        except (NonFiniteHessianError, NotPositiveDefiniteError) as error:
+            if self.policy.on_numeric_fault == "error":
+                raise
+            unknown = HessianAccumulator(inputs.in_features, self.device)
+            unknown.add_nothing_known()
+            factor = prepare(unknown.hessian, config, unknown.tokens)
+            return Usable(unknown, factor, "inputs" if isinstance(error, NonFiniteHessianError) else "hessian")
+
+    def _weight(self, rows: Rows, usable: Usable) -> Tensor:
         layer = rows.layer
         assert layer.config is not None
         weight = self._stream.stored_weight(layer.name)
         weight = (weight.T if layer.transposed else weight)[rows.start : rows.stop].to(self.device)
-        if layer.config.asymmetric_calibration and inputs.shift is not None:
-            return follow_original(weight, inputs.shift, factor, layer.config.asymmetric_calibration)
+        if layer.config.asymmetric_calibration and usable.inputs.shift is not None:
+            return follow_original(weight, usable.inputs.shift, usable.factor, layer.config.asymmetric_calibration)
         return weight
+
+    def _warn(self, solved: Solved) -> None:
+        layer, report = solved.layer, solved.report
+        if report.fallback in ("inputs", "hessian"):
+            not_finite = f"its inputs hold NaN or infinity{solved.windows}"
+            why = not_finite if report.fallback == "inputs" else "its Hessian is not positive definite"
+            self.report(Warned("W_NUM_FALLBACK", f"{_where(layer)} was rounded to nearest: {why}"))
+        if 0 < report.tokens < layer.in_features and not self._told_few:
+            self._told_few = True
+            few = f"saw {report.tokens} calibration tokens for {layer.in_features} inputs; others may have as few"
+            self.report(Warned("W_NUM_TOKENS", f"{_where(layer)} {few}"))
+        if report.damp_retries:
+            used = f"damp_percent was raised to {report.damp_percent:g} to make its Hessian positive definite"
+            self.report(Warned("W_NUM_DAMPING", f"layer `{layer.name}`: {used}"))
+        if report.dead_columns:
+            seen = f"{report.dead_columns} of {layer.in_features} inputs were always zero, their weights become zero"
+            self.report(Warned("W_NUM_DEAD", f"layer `{layer.name}`: {seen}"))
+
+    def _windows(self, inputs: HessianAccumulator) -> str:
+        """Where in the calibration text, counted from 1, something first was not finite."""
+        found = inputs.first_not_finite()
+        if found is None:
+            return ""
+        addition, n_additions = found
+        batch = addition * len(self._batches) // n_additions  # a layer may be called several times for each batch
+        first = 1 + sum(self._batches[:batch])
+        last = first + self._batches[batch] - 1
+        return f", first in window {first}" if first == last else f", first in one of the windows {first} to {last}"
 
 
 def of_one_configuration(layers: Sequence[LayerPlan]) -> list[list[LayerPlan]]:
@@ -127,8 +185,7 @@ class Rows:
     start: int
     stop: int
 
-    @property
-    def number(self) -> int:
+    def __len__(self) -> int:
         return self.stop - self.start
 
 
@@ -150,7 +207,7 @@ def row_parts(layers: Sequence[LayerPlan], most: int) -> list[list[Rows]]:
 
 
 def _report_of(
-    layer: LayerPlan, config: LayerConfig, solution: Solution, factor: Prepared, tokens: int, seconds: float
+    layer: LayerPlan, config: LayerConfig, solution: Solution, usable: Usable, tokens: int, seconds: float
 ) -> LayerReport:
     return LayerReport(
         name=layer.name,
@@ -159,21 +216,13 @@ def _report_of(
         group_size=config.group_size,
         relative_error=solution.relative_error,
         rtn_relative_error=solution.rtn_relative_error,
-        damp_percent=factor.damp_percent,
-        damp_retries=factor.retries,
-        dead_columns=factor.dead_columns,
+        damp_percent=usable.factor.damp_percent,
+        damp_retries=usable.factor.retries,
+        dead_columns=usable.factor.dead_columns,
         tokens=tokens,
         seconds=seconds,
+        fallback=usable.fallback,
     )
-
-
-def _warnings(layer: LayerPlan, factor: Prepared) -> Iterator[Warned]:
-    if factor.retries:
-        used = f"damp_percent was raised to {factor.damp_percent:g} to make its Hessian positive definite"
-        yield Warned("W_NUM_DAMPING", f"layer `{layer.name}`: {used}")
-    if factor.dead_columns:
-        seen = f"{factor.dead_columns} of {layer.in_features} inputs were always zero, their weights become zero"
-        yield Warned("W_NUM_DEAD", f"layer `{layer.name}`: {seen}")
 
 
 def _where(layer: LayerPlan) -> str:
@@ -181,21 +230,25 @@ def _where(layer: LayerPlan) -> str:
 
 
 @contextmanager
-def located(together: Sequence[LayerPlan], rows: Sequence[int] = ()) -> Iterator[None]:
-    """Turn what the maths refuses into an error that names the layer, of several with so many `rows` solved as one."""
+def located(
+    together: Sequence[LayerPlan], rows: Sequence[int] = (), windows: Callable[[], str] = str
+) -> Iterator[None]:
+    """Turn what the maths refuses into an error that names the layer, of several with so many `rows` each.
+
+    `windows` says where in the text an input was not finite.
+    """
     first = together[0]
     try:
         yield
     except NonFiniteHessianError as error:
         raise GateError(
-            "E_NUM_ACT",
-            f"{_where(first)}: its inputs hold NaN or infinity",
-            hint="run the model in float32 or bfloat16: --dtype float32",
-        ) from error
+            "E_NUM_ACT", f"{_where(first)}: its inputs hold NaN or infinity{windows()}",
+            hint="run the model in float32: --dtype float32, or round such layers: --on-numeric-fault rtn",
+        ) from error  # fmt: skip
     except NotPositiveDefiniteError as error:
         raise GateError(
             "E_NUM_HESSIAN", f"{_where(first)}: {error}",
-            hint=f"use more calibration text, or keep the layer: --dynamic '-:{first.name}'",
+            hint=f"use more calibration text, or keep it: --dynamic '-:{first.name}', or --on-numeric-fault rtn",
         ) from error  # fmt: skip
     except ScaleRangeError as error:
         ends = accumulate(rows)

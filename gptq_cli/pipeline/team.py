@@ -107,7 +107,9 @@ class Ranks(Team):
         for sums in zip(*(part.sums for part in mine), strict=True):
             self._add_up(sums, spans)
         whole = mine[0]
-        whole.tokens = sum(self.every([part.tokens for part in mine]))
+        seen = self.every([(part.tokens, torch.stack(part.finite).tolist()) for part in mine])
+        whole.tokens = sum(tokens for tokens, _ in seen)
+        whole.finite = [torch.tensor(finite) for _, additions in seen for finite in additions]
         return whole
 
     def every(self, mine: Sequence[Value]) -> list[Value]:
