@@ -94,9 +94,10 @@ class Ranks(Team):
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.neighbours, self.first_here = neighbours, first_here
         self._device = device
+        self._done = [0.0] * self.size  # of each process, what its work has cost so far
 
     def shared(self, work: Callable[[int], Value], costs: Sequence[float]) -> Iterator[tuple[int, Value, bool]]:
-        owners = owners_of(costs, self.size)
+        owners = owners_of(costs, self._done)
         done = {unit: work(unit) for unit, owner in enumerate(owners) if owner == self.rank}
         for unit, owner in enumerate(owners):
             yield unit, self._from(owner, done.pop(unit, None)), owner == self.rank
@@ -196,12 +197,17 @@ class Ranks(Team):
             return _unpickled(said[0], self._device, lambda tensor: dist.recv(tensor, sender))
 
 
-def owners_of(costs: Sequence[float], n_ranks: int) -> list[int]:
-    """Who does what: units of work by falling cost, each for the process that has the least to do so far."""
-    owners, loads = [0] * len(costs), [0.0] * n_ranks
+def owners_of(costs: Sequence[float], done: list[float]) -> list[int]:
+    """Who does what: units of work by falling cost, each for the process that has the least to do so far.
+
+    Of those with as little the one that has `done` the least before, to which its share is added.
+    """
+    owners, loads = [0] * len(costs), [0.0] * len(done)
     for unit in sorted(range(len(costs)), key=lambda unit: -costs[unit]):
-        owners[unit] = loads.index(min(loads))
-        loads[owners[unit]] += costs[unit]
+        owner = min(range(len(done)), key=lambda rank: (loads[rank], done[rank]))
+        owners[unit] = owner
+        loads[owner] += costs[unit]
+        done[owner] += costs[unit]
     return owners
 
 
