@@ -66,11 +66,6 @@ def member(device: str, devices: list[str], *, as_json: bool) -> Iterator[tuple[
     except SaidElsewhere as ending:
         talk.muted = True
         raise typer.Exit(ending.exit_code) from None
-    except GptqError as error:
-        talk.muted = (
-            error.code == "E_RANK_LOST" and "LAUNCHED_BY_GPTQ" in os.environ
-        )  # the one that has launched us tells
-        raise
     except BaseException:
         talk.muted = False
         raise
@@ -85,7 +80,7 @@ def launch(devices: list[str], *, as_json: bool) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    logging.disable()  # what torchrun's agent says, the processes say better
     if devices[0] == "cpu":  # as torchrun does, and everybody may have a part of the cores
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // len(devices))))
     config = LaunchConfig(
@@ -98,23 +93,20 @@ def launch(devices: list[str], *, as_json: bool) -> int:
         max_restarts=0,
         local_addr="localhost",
     )
-    os.environ["LAUNCHED_BY_GPTQ"] = "1"
     talk.end()
     try:
         elastic_launch(config, sys.executable)("-m", "gptq_cli", *sys.argv[1:])
     except ChildFailedError as error:
-        return _exit_code({rank: failure.exitcode for rank, failure in error.failures.items()}, len(devices), as_json)
+        rank, failure = error.get_first_failure()
+        spoken = [other.exitcode for other in error.failures.values() if other.exitcode > 0]
+        return spoken[0] if spoken else _killed(rank, len(devices), failure.exitcode, as_json)
     except SignalException as stop:
         return 128 + int(stop.sigval)
     return 0
 
 
-def _exit_code(exit_codes: dict[int, int], n: int, as_json: bool) -> int:
-    """The code of a process that has ended by itself, and has told why; else what has become of the others."""
-    spoken = [code for code in exit_codes.values() if code > 0]
-    if spoken:
-        return spoken[0]
-    rank, code = next(iter(exit_codes.items()))
+def _killed(rank: int, n: int, code: int, as_json: bool) -> int:
+    """Say that a process was killed, which no other one could."""
     lost = ResourceError(
         "E_RANK_LOST", f"process {rank} of {n} (the first is 0) was killed by {signal.Signals(-code).name}",
         hint="see whether the machine ran out of memory; the same command goes on after the last finished block",

@@ -11,8 +11,6 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-import typer
-
 from gptq_cli.cli import options as o
 from gptq_cli.cli.console import Console, clock, size, visible
 from gptq_cli.cli.engines import engine_lines
@@ -131,7 +129,7 @@ def run(
     if leads():
         preflight(model, output, config, overwrite=manner["overwrite"])  # cheap refusals before the slow import
     if len(named) > 1 and not started_by_torchrun():
-        raise typer.Exit(launch(named, as_json=console.as_json))
+        sys.exit(launch(named, as_json=console.as_json))
 
     from gptq_cli.pipeline.quantize import assist, quantize_checkpoint
 

@@ -18,16 +18,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from gptq_cli.errors import ConfigError, GptqError, ResourceError, Stopped
 from gptq_cli.pipeline.setup import resolve_device
 from gptq_cli.pipeline.team import ALONE, Ranks, Team
 
 WAIT = timedelta(days=7)  # for others that work: who is gone is noticed otherwise
+MEETING = timedelta(minutes=15)  # for others that download the model, or start later
 SIGN_SECONDS = 5.0  # between two signs of life
 MISSING_SECONDS = 45.0  # without a sign: gone
 PATIENCE = 3.0  # seconds in which processes that are told to end do say so
-CLAIMED, ENDED, ALIVE = "gptq/claimed", "gptq/ended", "gptq/alive"
+HERE, CLAIMED, ENDED, ALIVE = "gptq/here", "gptq/claimed", "gptq/ended", "gptq/alive"
 END_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 Lost = Callable[[ResourceError | None], None]
@@ -58,8 +60,11 @@ def joined(device: str, devices: Sequence[str], lost: Lost) -> Iterator[tuple[Te
         return
     if own.type == "cuda":
         torch.cuda.set_device(own)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo", timeout=WAIT)
-    store: Any = dist.distributed_c10d._get_default_store()
+    store: Any = _meet()
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo", store=store, rank=int(os.environ["RANK"]),
+        world_size=size, timeout=WAIT,
+    )  # fmt: skip
     watch = Watch(store.clone(), dist.get_rank(), size, lost)
     watch.start()
     try:
@@ -67,9 +72,28 @@ def joined(device: str, devices: Sequence[str], lost: Lost) -> Iterator[tuple[Te
     except BaseException as error:
         for number in END_SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # torchrun ends the others of a process that has failed
+        _let_go()
         raise watch.last_words(error) from error
     watch.stop()
     dist.destroy_process_group()
+
+
+def _meet() -> Any:
+    """The store of all processes, once all are there; ResourceError E_RANK_LOST if they are not in time."""
+    store, rank, size = next(rendezvous("env://", timeout=MEETING))
+    store.set(f"{HERE}/{rank}", socket.gethostname())
+    try:
+        store.wait([f"{HERE}/{other}" for other in range(size)], MEETING)
+    except RuntimeError:
+        raise rank_lost([other for other in range(size) if not store.check([f"{HERE}/{other}"])], size) from None
+    return store
+
+
+def _let_go() -> None:
+    """Close the connections, so that whoever waits for this process learns that it ends."""
+    closing = threading.Thread(target=dist.destroy_process_group, daemon=True)  # which may wait for a kernel
+    closing.start()
+    closing.join(PATIENCE)
 
 
 class Watch:

@@ -18,7 +18,7 @@ from gptq_cli.engine.factor import Prepared
 from gptq_cli.engine.grid import ScaleRangeError
 from gptq_cli.errors import GptqError
 from gptq_cli.models.stream import LoadedBlock
-from gptq_cli.pipeline import blocks, experts, joining, resume, solver
+from gptq_cli.pipeline import blocks, experts, joining, quantize, resume, solver
 from gptq_cli.pipeline.events import BlockFinished, Event
 from gptq_cli.pipeline.quantize import assist, quantize_checkpoint
 
@@ -113,6 +113,7 @@ def _die_after_the_first_block(self: resume.FinishedBlocks, block: int, *argumen
 
 _finished = resume.FinishedBlocks.finished
 PLANTS: dict[str, tuple[Any, str, Any]] = {
+    "start": (quantize, "check_agreement", _die),
     "forward": (LoadedBlock, "run", _die),
     "solve": (solver, "solve_together", _die),
     "expert": (experts, "expert_cost", _die),
@@ -125,9 +126,7 @@ PLANTS: dict[str, tuple[Any, str, Any]] = {
 def _doom(when: str) -> None:
     global _dying
     _dying = when
-    if when == "start":
-        _die()
-    elif when == "unlike":
+    if when == "unlike":
         torch.set_num_threads(2)
     elif when in PLANTS:
         setattr(*PLANTS[when])
