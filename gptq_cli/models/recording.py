@@ -91,3 +91,16 @@ def unfilled(value: Any) -> list[Container]:
 
     visit(value)
     return list(found.values())
+
+
+def with_own(value: Any, own: Mapping[int, Container]) -> Any:
+    """`value` with the containers of `own`, by the id of those they stand for, in their place."""
+    if id(value) in own:
+        return own[id(value)]
+    if isinstance(value, Call):
+        return Call(with_own(value.args, own), with_own(value.kwargs, own), value.positional)
+    if type(value) is dict:
+        return {key: with_own(item, own) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(with_own(item, own) for item in value)
+    return value

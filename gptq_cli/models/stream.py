@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from gptq_cli.errors import InputError
 from gptq_cli.models.dependence import check_chain
 from gptq_cli.models.experts import Experts
-from gptq_cli.models.recording import Call, Container, Recorder, share, unfilled
+from gptq_cli.models.recording import Call, Container, Recorder, share, unfilled, with_own
 from gptq_cli.models.skeleton import Skeleton, check_linears, is_linear, is_transposed, place
 
 Read = Callable[[str], Tensor]
@@ -39,6 +39,7 @@ class LoadedBlock:
     module: nn.Module
     linears: dict[str, nn.Module]  # by checkpoint name
     calls: list[Call]
+    twin_calls: list[Call]  # the same, with containers of its own for what blocks keep for later ones
     experts: dict[str, Experts] = field(
         default_factory=dict
     )  # by what the checkpoint's names of their linears begin with
@@ -60,7 +61,7 @@ class LoadedBlock:
         module = deepcopy(self.module, known)
         linears = {name: known[id(linear)] for name, linear in self.linears.items()}
         experts = {name: known[id(found)] for name, found in self.experts.items()}
-        return LoadedBlock(module, linears, self.calls, experts)
+        return LoadedBlock(module, linears, self.twin_calls, self.twin_calls, experts)
 
 
 class ModelStream:
@@ -85,6 +86,7 @@ class ModelStream:
         self._path, self._list = skeleton.blocks_name, skeleton.blocks
         self._blocks = list(skeleton.blocks)
         self._calls: list[list[Call]] = [[] for _ in self._blocks]
+        self._twin_calls = self._calls
         self._extras: tuple[Any, ...] | None = None
         self.carried: list[Container] = []  # what blocks fill for later ones, known after `embed`
 
@@ -175,7 +177,10 @@ class ModelStream:
                 hidden.append(recorders[0].seen[0][0])
                 for calls, recorder in zip(self._calls, recorders, strict=True):
                     calls.append(share(recorder.seen[0][1], calls[0] if calls else None))
-        self.carried = unfilled(self._calls)
+        shared = unfilled(self._calls)
+        own = {id(container): copy(container) for container in shared}
+        self._twin_calls = with_own(self._calls, own)
+        self.carried = [*shared, *own.values()]
         return hidden
 
     @contextmanager
@@ -187,7 +192,9 @@ class ModelStream:
                 following = f"{self.block_name(index + 1)}."
                 names = [self._sources[f"{following}{name}"] for name in self._blocks[index + 1].state_dict()]
                 self._expect(dict.fromkeys(stored for name in names for stored in self._derived.stored(name)))
-            yield LoadedBlock(module, self.linears(index), self._calls[index], self._experts(index))
+            yield LoadedBlock(
+                module, self.linears(index), self._calls[index], self._twin_calls[index], self._experts(index)
+            )
 
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
