@@ -359,6 +359,13 @@ def test_shards_of_two_revisions_do_not_pass(tmp_path: Path) -> None:
     assert [defect.code for defect in defects(directory)] == ["E_CKPT_INDEX"]
 
 
+def test_a_torn_quantize_config_is_a_defect(tmp_path: Path) -> None:
+    directory = gptq_files().write(tmp_path / "c")
+    (directory / "quantize_config.json").write_bytes(b'{"bits": 4, \xb1')
+    (found,) = defects(directory)
+    assert (found.code, "quantize_config.json` cannot be read as JSON" in found.message) == ("E_CKPT_CONFIG", True)
+
+
 def test_what_is_no_gptq_checkpoint_is_refused(tmp_path: Path) -> None:
     files = gptq_files()
     no_codes(files)
