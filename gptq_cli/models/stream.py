@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from gptq_cli.errors import InputError
 from gptq_cli.models.dependence import check_chain
 from gptq_cli.models.experts import Experts
-from gptq_cli.models.recording import Call, Container, Recorder, share, unfilled
+from gptq_cli.models.recording import Call, Container, Extras, Recorder, State, share, unfilled
 from gptq_cli.models.skeleton import Skeleton, check_linears, is_linear, is_transposed, place
 
 Read = Callable[[str], Tensor]
@@ -49,9 +49,9 @@ class LoadedBlock:
         inside = {module for experts in self.experts.values() for module in experts.modules()}
         return {name: linear for name, linear in self.linears.items() if linear not in inside} | self.experts
 
-    def run(self, batch: int, hidden: Tensor) -> Tensor:
-        """Hidden states after this block for batch number `batch`."""
-        return self.calls[batch].run(self.module, hidden)
+    def run(self, batch: int, state: State) -> State:
+        """Hidden states, and what else goes on to the next block, after this block for batch number `batch`."""
+        return self.calls[batch].run(self.module, state)
 
     def twin(self) -> LoadedBlock:
         """A block that holds the weights of this one as they are now, whatever will be put in their place here."""
@@ -85,7 +85,7 @@ class ModelStream:
         self._path, self._list = skeleton.blocks_name, skeleton.blocks
         self._blocks = list(skeleton.blocks)
         self._calls: list[list[Call]] = [[] for _ in self._blocks]
-        self._extras: tuple[Any, ...] | None = None
+        self._extras: Extras | None = None
         self.carried: list[Container] = []  # what blocks fill for later ones, known after `embed`
 
     @property
@@ -157,26 +157,27 @@ class ModelStream:
         key = f"{name}.weight"
         return self._read(self._sources.get(key, key)).to(self.device)
 
-    def embed(self, batches: Sequence[Tensor]) -> list[Tensor]:
+    def embed(self, batches: Sequence[Tensor]) -> list[State]:
         """Hidden states [batch, seqlen, features] that enter block 0, for token ids [batch, seqlen] each.
 
-        Notes on the way what every block will be called with.
+        In a tuple if blocks hand on more than hidden states. Notes on the way what every block will be called with.
         """
         base = self._model.base_model
         with self._outside(base):
             self._extras = self._learn_output(batches[0][:1])
             names = [self.block_name(index) for index in range(self.n_blocks)]
-            check_chain(
-                lambda outputs, extras: self._run_recorders(base, batches[0][:1], outputs, extras), names, self._extras
+            handed_on = check_chain(
+                lambda outputs: self._run_recorders(base, batches[0][:1], outputs), names, self._extras
             )
-            hidden = []
+            states: list[State] = []
             for ids in batches:
-                recorders, _ = self._run_recorders(base, ids, [None] * self.n_blocks, self._extras)
-                hidden.append(recorders[0].seen[0][0])
+                recorders, _ = self._run_recorders(base, ids, [None] * self.n_blocks)
+                hidden = recorders[0].seen[0][0]
+                states.append((hidden,) if handed_on else hidden)
                 for calls, recorder in zip(self._calls, recorders, strict=True):
                     calls.append(share(recorder.seen[0][1], calls[0] if calls else None))
         self.carried = unfilled(self._calls)
-        return hidden
+        return states
 
     @contextmanager
     def block(self, index: int) -> Iterator[LoadedBlock]:
@@ -190,16 +191,16 @@ class ModelStream:
             yield LoadedBlock(module, self.linears(index), self._calls[index], self._experts(index))
 
     @contextmanager
-    def head(self) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
-        """A function (token ids, hidden states after the last block) -> logits [batch, seqlen, vocabulary].
+    def head(self) -> Iterator[Callable[[Tensor, State], Tensor]]:
+        """A function (token ids, what the last block gave) -> logits [batch, seqlen, vocabulary].
 
         Runs the model's own forward with the hidden states put in at the end of the blocks, so that final norms,
         scaling and capping of logits are the model's own.
         """
 
-        def logits(ids: Tensor, hidden: Tensor) -> Tensor:
-            outputs = [*[None] * (self.n_blocks - 1), hidden]
-            _, output = self._run_recorders(self._model, ids, outputs, self._extras)
+        def logits(ids: Tensor, state: State) -> Tensor:
+            outputs = [*[None] * (self.n_blocks - 1), state]
+            _, output = self._run_recorders(self._model, ids, outputs)
             found: Tensor = output.logits
             return found
 
@@ -212,7 +213,7 @@ class ModelStream:
         module: nn.Module = self._model.get_output_embeddings()
         return module
 
-    def _learn_output(self, ids: Tensor) -> tuple[Any, ...] | None:
+    def _learn_output(self, ids: Tensor) -> Extras | None:
         """What a block returns beside hidden states, None if nothing: seen by running the first block once."""
         outputs: list[object] = []
 
@@ -232,12 +233,14 @@ class ModelStream:
         return tuple(outputs[0][1:]) if isinstance(outputs[0], tuple | list) else None
 
     def _run_recorders(
-        self, model: nn.Module, ids: Tensor, outputs: Sequence[Tensor | None], extras: tuple[Any, ...] | None
+        self, model: nn.Module, ids: Tensor, outputs: Sequence[State | None]
     ) -> tuple[list[Recorder], Any]:
         """`model` run on `ids` with recorders in place of its blocks, which return `outputs` (None: their input)."""
-        recorders = [Recorder(block, extras) for block in self._blocks]
-        for index, (recorder, output) in enumerate(zip(recorders, outputs, strict=True)):
-            recorder.inject = output
+        recorders: list[Recorder] = []
+        for block, output in zip(self._blocks, outputs, strict=True):
+            recorders.append(Recorder(block, self._extras, recorders[-1] if recorders else None))
+            recorders[-1].inject = output
+        for index, recorder in enumerate(recorders):
             self._list[index] = recorder
         try:
             result = model(input_ids=ids.to(self.device), use_cache=False)
