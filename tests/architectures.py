@@ -106,12 +106,13 @@ TWEAKS: dict[str, dict[str, Any]] = {  # by model type, of parts too: what the s
     "falcon_h1": {"mamba_d_ssm": 128},
     "gemma4_text": {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2},
     "gemma4_unified_text": {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2},
-    "glm_moe_dsa": {"num_key_value_heads": 4},
+    "glm_moe_dsa": {"num_key_value_heads": 4, "index_topk": 16, "indexer_types": ["full", "shared"] * 2},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "gptj": {"rotary_dim": 16},
     "helium": {"head_dim": 16},
+    "hy_v4": {"index_topk": 16, "indexer_types": ["full", "shared"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
-    "longcat_flash": {"head_dim": 16, "num_key_value_heads": 4},
+    "longcat_flash": {"head_dim": 16, "num_key_value_heads": 4, "num_layers": 2, "zero_expert_num": 2},
     "mamba2": {"num_heads": 4, "n_groups": 1},
     "nemotron_h": {"n_groups": 1},
     "qwen4_exp_text": {"indexer_budget": 32, "indexer_compress_ratio": 4},
@@ -290,7 +291,8 @@ def restack(tensors: dict[str, Tensor], name: str, weight: Tensor) -> None:
     stacks = [stack for key, stack in tensors.items() if key.startswith(f"{holder}.") and stack.dim() == 3]
     matrices = [way for stack in stacks for way in (stack[int(number)], stack[int(number)].T)]
     rows = len(weight)
-    places = [part for matrix in matrices for part in (matrix[:rows], matrix[-rows:]) if part.shape == weight.shape]
+    ways = (slice(rows), slice(-rows, None), slice(0, None, 2), slice(1, None, 2))
+    places = [part for matrix in matrices for way in ways if (part := matrix[way]).shape == weight.shape]
     min(places, key=lambda part: (part - weight).norm().item()).copy_(weight)
 
 

@@ -9,6 +9,7 @@ logits = stream.logits(ids, hidden)
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import deepcopy
@@ -22,7 +23,7 @@ from gptq_cli.errors import InputError
 from gptq_cli.models.dependence import check_chain
 from gptq_cli.models.experts import Experts
 from gptq_cli.models.recording import Call, Container, Extras, Recorder, State, share, unfilled
-from gptq_cli.models.skeleton import Skeleton, check_linears, is_linear, is_transposed, place
+from gptq_cli.models.skeleton import Skeleton, is_linear, is_transposed, outside_linears, place
 
 Read = Callable[[str], Tensor]
 Expect = Callable[[Iterable[str]], None]
@@ -128,19 +129,20 @@ class ModelStream:
         return found
 
     def all_linears(self) -> dict[str, bool]:
-        """Checkpoint names of every linear of the blocks and the head, and whether it is stored [I, O].
-
-        InputError E_ARCH if two blocks share a weight, which each would calibrate for itself, or if much of the blocks
-        is in no linear.
-        """
-        check_linears(self._path, self._list)
+        """Checkpoint names of every linear of the blocks and the head, and whether it is stored [I, O]."""
         found = {"lm_head": False}
         for index in range(self.n_blocks):
-            for name, module in self.linears(index).items():
-                if name in found:
-                    raise InputError("E_ARCH", f"`{name}` is shared by several blocks, which is not supported")
-                found[name] = is_transposed(module)
+            found |= {name: is_transposed(module) for name, module in self.linears(index).items()}
         return found
+
+    def shared_linears(self) -> set[str]:
+        """Those that several blocks share, each of which would calibrate them for itself."""
+        names = Counter(name for index in range(self.n_blocks) for name in self.linears(index))
+        return {name for name, blocks in names.items() if blocks > 1}
+
+    def outside_linears(self) -> str | None:
+        """What `outside_linears` says of the blocks."""
+        return outside_linears(self._path, self._list)
 
     def stacked_linears(self) -> dict[str, tuple[str, int, int]]:
         """Of linears that are a part of one tensor of the checkpoint: that tensor, and their rows and columns."""

@@ -123,6 +123,15 @@ def test_masks_are_kept_once_for_all_batches(tmp_path: Path) -> None:
     assert len({mask.data_ptr() for mask in masks if mask is not None}) <= 2  # one sliding, one full
 
 
+def test_linears_that_several_blocks_share_are_found_by_their_tensor(tmp_path: Path) -> None:
+    stream = open_stream(save_model(tmp_path))
+    assert stream.shared_linears() == set()
+    own, other = (f"model.layers.{block}.mlp.up_proj.weight" for block in (2, 1))
+    stream._sources[own] = other
+    assert stream.shared_linears() == {"model.layers.1.mlp.up_proj"}
+    assert len(stream.all_linears()) == 3 * 7
+
+
 def test_a_run_ends_when_its_last_input_has_been_seen() -> None:
     block = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
     linears = {str(index): module for index, module in enumerate(block)}
