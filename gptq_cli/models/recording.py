@@ -130,3 +130,16 @@ def unfilled(value: Any) -> list[Container]:
 
     visit(value)
     return list(found.values())
+
+
+def apart(value: Any, copies: dict[int, Container]) -> Any:
+    """`value` with empty containers of its own: `copies`, by the id of the one that each takes the place of."""
+    if isinstance(value, MutableMapping | MutableSequence) and not value:
+        return copies.setdefault(id(value), type(value)())
+    if isinstance(value, Call):
+        return Call(apart(value.args, copies), apart(value.kwargs, copies), value.positional)
+    if isinstance(value, dict):
+        return {key: apart(item, copies) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(apart(item, copies) for item in value)
+    return value

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from gptq_cli.errors import InputError
 from gptq_cli.models.dependence import check_chain
 from gptq_cli.models.experts import Experts
-from gptq_cli.models.recording import Call, Container, Extras, Recorder, State, share, unfilled
+from gptq_cli.models.recording import Call, Container, Extras, Recorder, State, apart, share, unfilled
 from gptq_cli.models.skeleton import Skeleton, is_linear, is_transposed, outside_linears, place
 
 Read = Callable[[str], Tensor]
@@ -40,6 +40,7 @@ class LoadedBlock:
     module: nn.Module
     linears: dict[str, nn.Module]  # by checkpoint name
     calls: list[Call]
+    twin_calls: list[Call] = field(default_factory=list)  # the same, with other containers for blocks to fill
     experts: dict[str, Experts] = field(
         default_factory=dict
     )  # by what the checkpoint's names of their linears begin with
@@ -55,13 +56,16 @@ class LoadedBlock:
         return self.calls[batch].run(self.module, state)
 
     def twin(self) -> LoadedBlock:
-        """A block that holds the weights of this one as they are now, whatever will be put in their place here."""
+        """A block that holds the weights of this one as they are now, whatever will be put in their place here.
+
+        What its forward fills for later blocks it fills for their twins.
+        """
         tensors = (*self.module.parameters(), *self.module.buffers())
         known: dict[int, Any] = {id(tensor): tensor for tensor in tensors}  # shared, not copied
         module = deepcopy(self.module, known)
         linears = {name: known[id(linear)] for name, linear in self.linears.items()}
         experts = {name: known[id(found)] for name, found in self.experts.items()}
-        return LoadedBlock(module, linears, self.calls, experts)
+        return LoadedBlock(module, linears, self.twin_calls, experts=experts)
 
 
 class ModelStream:
@@ -86,6 +90,7 @@ class ModelStream:
         self._path, self._list = skeleton.blocks_name, skeleton.blocks
         self._blocks = list(skeleton.blocks)
         self._calls: list[list[Call]] = [[] for _ in self._blocks]
+        self._twin_calls = self._calls
         self._extras: Extras | None = None
         self.carried: list[Container] = []  # what blocks fill for later ones, known after `embed`
 
@@ -178,7 +183,8 @@ class ModelStream:
                 states.append((hidden,) if handed_on else hidden)
                 for calls, recorder in zip(self._calls, recorders, strict=True):
                     calls.append(share(recorder.seen[0][1], calls[0] if calls else None))
-        self.carried = unfilled(self._calls)
+        self._twin_calls = apart(self._calls, {})
+        self.carried = unfilled(self._calls) + unfilled(self._twin_calls)
         return states
 
     @contextmanager
@@ -190,7 +196,8 @@ class ModelStream:
                 following = f"{self.block_name(index + 1)}."
                 names = [self._sources[f"{following}{name}"] for name in self._blocks[index + 1].state_dict()]
                 self._expect(dict.fromkeys(stored for name in names for stored in self._derived.stored(name)))
-            yield LoadedBlock(module, self.linears(index), self._calls[index], self._experts(index))
+            calls, twin_calls = self._calls[index], self._twin_calls[index]
+            yield LoadedBlock(module, self.linears(index), calls, twin_calls, self._experts(index))
 
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor, State], Tensor]]:
