@@ -15,12 +15,15 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from gptq_cli.checkpoint.source import open_checkpoint
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import ConfigError, GateError, InputError
+from gptq_cli.models.experts import Routed
 from gptq_cli.pipeline import quantize as pipeline
 from gptq_cli.pipeline.events import Event, Warned, ignore
+from gptq_cli.pipeline.experts import RoutedInputs
 from gptq_cli.pipeline.memory import WaitingRoom
 from gptq_cli.pipeline.quantize import quantize_checkpoint
 from gptq_cli.pipeline.setup import open_stream
 from tests.families import random_model, save_tokenizer
+from tests.models.test_experts import mixtral_experts, separated
 from tests.pipeline.runs import config, digest, quantize, reader
 from tests.reference import follow, gptq
 
@@ -166,6 +169,47 @@ def test_an_expert_without_tokens_is_rounded_or_sees_all_tokens_on_demand(family
         assert {layer.name: layer.tokens for layer in result.layers}[idle] == 0
     assert [layer.uncovered for layer in result.experts] == [(IDLE,), (IDLE,)]
     assert [layer["min_tokens"] for layer in json.loads(json.dumps(result.to_json(), default=str))["experts"]] == [0, 0]
+
+
+def test_an_expert_without_tokens_has_no_original_to_follow(tmp_path: Path) -> None:
+    model = save_mixture(tmp_path / "model", "qwen3_moe", idle=True)
+    plain = {"preset": "gptq", "act_group_aware": False, "moe_uncovered": "rtn"}
+    output, _ = quantize(tmp_path, model, asymmetric_calibration=0.75, **plain)
+    pattern, parts = NAMES["qwen3_moe"]
+    for name in (pattern.format(block, IDLE, part) for block in range(2) for part in parts):
+        weight = load_file(model / "model.safetensors")[f"{name}.weight"]
+        alone = gptq(weight, torch.eye(weight.shape[1], dtype=torch.float64), config(**plain).base, 1)
+        assert torch.equal(reader(output).linear(name).codes, alone.codes)
+
+
+def test_a_token_that_the_unquantized_model_sends_elsewhere_stands_for_itself() -> None:
+    """Where tokens come in rows of each expert, a row of zeros is no token but one that was sent elsewhere."""
+    ways = [separated(mixtral_experts()) for _ in range(2)]
+    ways[1][2].up_proj.weight.data.mul_(1.1)
+    sent = [({0, 2}, {0, 1}), ({1}, {1}), ({0, 1, 2}, set())]  # of three tokens, to expert 2, on both ways, by batch
+    inputs, pairs = RoutedInputs("experts", ways), []
+    for tokens in sent:
+        batch = []
+        for mine in tokens:
+            hidden = torch.randn(4, 3, 32)
+            hidden[2, sorted({0, 1, 2} - mine)] = 0
+            batch.append(Routed(hidden.reshape(12, 32)))
+        inputs.add(*batch)
+        first, other = (routed.hidden.view(4, 3, 32)[2] for routed in batch)
+        pairs += [(first[token], (other if token in tokens[1] else first)[token]) for token in sorted(tokens[0])]
+    rows = inputs.rows()[2]
+    assert [mine.tolist() for mine in rows] == [[6, 8], [7], [6, 7, 8]]
+    for down in (False, True):
+        if down:
+            pairs = [
+                tuple(way.intermediate(2, x[None])[0] for way, x in zip(ways, pair, strict=True)) for pair in pairs
+            ]
+        hessian = inputs.hessian(2, rows, torch.device("cpu"), down=down)
+        expected = [sum(torch.outer(x, x) for x, _ in pairs), sum(torch.outer(old - x, x) for x, old in pairs)]
+        assert hessian.shift is not None
+        assert torch.allclose(hessian.hessian, expected[0], atol=1e-4)
+        assert torch.allclose(hessian.shift, expected[1], atol=1e-4)
+        assert hessian.tokens == 6
 
 
 @pytest.mark.parametrize("family", [*NAMES, "llama4_text"])
