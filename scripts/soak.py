@@ -176,6 +176,25 @@ def damage(model: Path, golden: dict[str, str], folder: Path, count: int, seed: 
     return {"damages": count, "violations": violations}
 
 
+def flips(golden: Path, count: int, seed: int) -> dict[str, Any]:
+    """One bit of one file of a finished checkpoint, which `gptq verify --full` must notice."""
+    from gptq_cli.checkpoint.verify import verify_checkpoint
+    from gptq_cli.errors import GptqError
+
+    chance, missed = random.Random(seed), []
+    files = sorted(path for path in golden.rglob("*") if path.is_file())
+    for _ in range(count):
+        path = chance.choice(files)
+        original = path.read_bytes()
+        where, bit = chance.randrange(len(original)), chance.randrange(8)
+        path.write_bytes(original[:where] + bytes([original[where] ^ 1 << bit]) + original[where + 1 :])
+        with suppress(GptqError):
+            if verify_checkpoint(golden, full=True).ok:
+                missed.append(f"bit {bit} of byte {where} of {path.name}")
+        path.write_bytes(original)
+    return {"flips": count, "files": len(files), "violations": missed}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=1000)
@@ -206,6 +225,7 @@ def main() -> None:
     for name, run in {
         "disk_sizes": lambda _: disk_sizes(model, golden, chosen.sizes, 2 * n_bytes),
         "damage": lambda work: damage(model, golden, work, chosen.damages, chosen.seed),
+        "flipped_outputs": lambda _: flips(folder / "golden", chosen.damages, chosen.seed),
         "random_kills": lambda work: kills(model, golden, work, chosen.kills, chosen.seed),
     }.items():
         (folder / name).mkdir()

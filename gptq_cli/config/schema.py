@@ -7,6 +7,7 @@ is valid input again and gives an equal one.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from decimal import Decimal
@@ -63,8 +64,10 @@ def _preset(name: str) -> str:
 
 def _rule(rule: str) -> str:
     try:
-        re.compile(pattern_of(rule))
-    except (re.error, RecursionError, OverflowError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # of what later versions of Python read otherwise, such as [[a]
+            re.compile(pattern_of(rule))
+    except (re.error, RecursionError, OverflowError, FutureWarning) as error:
         raise PydanticCustomError("regex", "{reason}", {"reason": str(error)}) from None
     return rule
 

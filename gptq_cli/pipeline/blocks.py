@@ -14,6 +14,7 @@ from gptq_cli.config.layer import FaultPolicy
 from gptq_cli.engine.hessian import HessianOfBatches
 from gptq_cli.errors import InputError
 from gptq_cli.models.experts import Experts
+from gptq_cli.models.recording import State
 from gptq_cli.models.stages import Prober, Stage
 from gptq_cli.models.stream import LoadedBlock, ModelStream
 from gptq_cli.pipeline.activations import HiddenStates
@@ -147,7 +148,7 @@ def quantize_head(
         quantize_stages([Stage((HEAD,), 1)], layers, ways, solver, true_sequential=True)
 
 
-def _head(logits: Callable[[Tensor, Tensor], Tensor], ids: Tensor, hidden: HiddenStates, batch: int) -> Tensor:
+def _head(logits: Callable[[Tensor, State], Tensor], ids: Tensor, hidden: HiddenStates, batch: int) -> Tensor:
     return logits(ids, hidden[batch])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -271,6 +271,18 @@ def _check_rules(config: QuantizeConfig, layers: list[LayerPlan]) -> None:
         raise ConfigError("E_CFG_NOTHING_TO_DO", "the rules leave no layer to quantize")
 
 
+def check_shared(plan: RunPlan, shared: Collection[str]) -> None:
+    """InputError E_ARCH if a linear among those that several blocks share is to be quantized."""
+    found = [layer for layer in plan.quantized if layer.name in shared]
+    if found:
+        kinds = "|".join(_rule(kind) for kind in dict.fromkeys(map(_kind, found)))
+        raise InputError(
+            "E_ARCH",
+            f"`{found[0].name}` is shared by several blocks, each of which would calibrate it for itself",
+            hint=f"keep {'it' if len(found) == 1 else f'all {len(found)} of them'}: --dynamic '-:({kinds})$'",
+        )
+
+
 def _check_shapes(layers: list[LayerPlan]) -> None:
     wrong = [(layer, why) for layer in layers if layer.config and (why := _unfit(layer, layer.config))]
     kinds = Counter((_kind(layer), why) for layer, why in wrong)
@@ -280,7 +292,7 @@ def _check_shapes(layers: list[LayerPlan]) -> None:
                 Problem(
                     "E_SHAPE",
                     f"{why}: `{name}`" + (f" ({count} layers)" if count > 1 else ""),
-                    f"choose another group_size, or keep it: --dynamic '-:{name.replace('.N.', '[.][0-9]+[.]')}$'",
+                    f"choose another group_size, or keep it: --dynamic '-:{_rule(name)}$'",
                 )
                 for (name, why), count in kinds.items()
             ]
@@ -290,6 +302,10 @@ def _check_shapes(layers: list[LayerPlan]) -> None:
 def _kind(layer: LayerPlan) -> str:
     """The name that the same layer of every block shares."""
     return re.sub(r"\.\d+(?=\.)", ".N", layer.name)
+
+
+def _rule(kind: str) -> str:
+    return kind.replace(".N.", "[.][0-9]+[.]")
 
 
 def _unfit(layer: LayerPlan, config: LayerConfig) -> str | None:

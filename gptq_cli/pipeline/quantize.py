@@ -34,7 +34,7 @@ from gptq_cli.pipeline.events import ExpertsCovered, LayerReport, PhaseStarted, 
 from gptq_cli.pipeline.fallbacks import FallbackLimit
 from gptq_cli.pipeline.identity import Identity, check_agreement, identify, with_calibration
 from gptq_cli.pipeline.memory import Memory
-from gptq_cli.pipeline.plan import HEAD, LayerPlan, RunPlan, plan_checkpoint
+from gptq_cli.pipeline.plan import HEAD, LayerPlan, RunPlan, check_shared, plan_checkpoint
 from gptq_cli.pipeline.preflight import check_disk, check_finite, check_output, preflight
 from gptq_cli.pipeline.record import Record
 from gptq_cli.pipeline.resume import FinishedBlocks, SavedBlocks, check_resumable, finished_output, telling_what_is_kept
@@ -126,11 +126,8 @@ def quantize_checkpoint(
         check_resumable(work, identity, "never" if resume == "never" else "auto", record)
         with torch.inference_mode(), memory_errors():
             stream = open_stream(source, device=device, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
-            plan = plan_checkpoint(source, config, stream.all_linears(), stream.stacked_linears())
+            plan = _plan(source, config, stream, record)
             record(_planned(model, plan))
-            for name in plan.split_experts[:1]:
-                says = f"the experts of `{name}` differ in settings: vLLM and SGLang refuse that"
-                record(Warned("W_CFG_EXPERTS", says))
             check_finite(plan.copied)
             check_disk(work, plan.layout.nbytes, (1 + plan.asymmetric) * _hidden_bytes(config, stream))
             windows = _calibrate(source, config, stream, record)
@@ -150,6 +147,19 @@ def quantize_checkpoint(
                 record.experts = [ExpertsCovered(**layer) for layer in manifest["experts"]]
                 limit.check(record.layers)
     return _result(output, located, config, plan, windows, record, time.perf_counter() - started)
+
+
+def _plan(source: Checkpoint, config: QuantizeConfig, stream: ModelStream, report: Report) -> RunPlan:
+    """The plan with the model at hand, and warnings of what stays or will not be loaded."""
+    outside = stream.outside_linears()
+    plan = plan_checkpoint(source, config, stream.all_linears(), stream.stacked_linears())
+    check_shared(plan, stream.shared_linears())
+    if outside:
+        report(Warned("W_ARCH_KEPT", f"{outside}: they stay as they are"))
+    for name in plan.split_experts[:1]:
+        says = f"the experts of `{name}` differ in settings: vLLM and SGLang refuse that"
+        report(Warned("W_CFG_EXPERTS", says))
+    return plan
 
 
 def _result(

@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from gptq_cli.checkpoint.durable import COPY_BYTES, OpenFile, file_sha256, remove, sync_directory
-from gptq_cli.checkpoint.journal import Journal
-from gptq_cli.checkpoint.manifest import damaged_files, read_manifest
-from gptq_cli.checkpoint.run_file import digest, read_run
+from gptq_cli.checkpoint.hashes import check_manifest
+from gptq_cli.checkpoint.journal import Journal, digest
+from gptq_cli.checkpoint.manifest import read_manifest
+from gptq_cli.checkpoint.run_file import read_run
 from gptq_cli.checkpoint.work_directory import WorkDirectory
 from gptq_cli.checkpoint.writer import CheckpointWriter
 from gptq_cli.errors import ExistsError
@@ -185,7 +186,7 @@ def finished_output(output: Path, identity: Identity, *, overwrite: bool) -> dic
         return None
     different = differences(manifest.get("identity", {}), identity)
     if "calibration_sha256" in identity and not different:
-        different = [f"{name} is damaged" for name in damaged_files(output, manifest)]
+        different = [f"{defect.place} is damaged" for defect in check_manifest(output, full=True)[1]]
         if not different:
             return manifest
     if different and not overwrite:
