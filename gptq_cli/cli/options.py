@@ -26,9 +26,9 @@ def setting(field: str, *names: str, panel: str, metavar: str | None = None, not
     )
 
 
-def plain(*names: str, help: str, panel: str | None = None, metavar: str | None = None) -> Any:
+def plain(*names: str, help: str, panel: str | None = None, metavar: str | None = None, min: int | None = None) -> Any:
     """The typer option for something that is no field of the configuration."""
-    return typer.Option(*names, help=help, metavar=metavar, rich_help_panel=panel, show_default=False)
+    return typer.Option(*names, help=help, metavar=metavar, rich_help_panel=panel, show_default=False, min=min)
 
 
 def _word(default: object) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
+from gptq_cli.cli import options as o
 from gptq_cli.cli.console import Console
 from gptq_cli.cli.plan_view import show_plan
 from gptq_cli.cli.quantize import quantize
@@ -15,12 +16,16 @@ from gptq_cli.config.check import FIELDS
 from gptq_cli.config.resolve import resolve
 
 SHARED = {*FIELDS, "model", "output", "revision", "config", "as_json", "quiet"}
+Devices = Annotated[
+    int, o.plain("--devices", help="how many devices share the work; default 1", panel=o.RUN, metavar="N", min=1)
+]
 
 
 def _as_quantize(function: Callable[..., None]) -> Callable[..., None]:
     """`function` with the parameters of `quantize` that decide about its outcome, as typer sees them."""
     known = inspect.signature(quantize, eval_str=True)
     kept = [parameter for name, parameter in known.parameters.items() if name in SHARED]
+    kept.append(inspect.Parameter("devices", inspect.Parameter.KEYWORD_ONLY, default=1, annotation=Devices))
     function.__signature__ = known.replace(parameters=kept)  # type: ignore[attr-defined]
     function.__annotations__ = {parameter.name: parameter.annotation for parameter in kept}
     return function
@@ -32,9 +37,11 @@ def plan(**said: Any) -> None:
 
     Reads config.json and the headers of the weights; of a Hub id nothing
     else is downloaded. Takes the options of quantize. Sizes are exact,
-    memory is an estimate; there is no estimate of time.
+    memory is an estimate, and so is the time on a GPU, whose rates are
+    assumed and not measured.
 
     Example: gptq plan ./Qwen3-0.6B --bits 4
     """
     resolved = resolve(said_fields(said), os.environ, said["config"])
-    show_plan(Console(said["as_json"], said["quiet"]), resolved, said["model"], said["output"], said["revision"])
+    console = Console(said["as_json"], said["quiet"])
+    show_plan(console, resolved, said["model"], said["output"], said["revision"], said["devices"])

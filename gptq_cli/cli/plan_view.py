@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-from gptq_cli.cli.console import Console, size
+from gptq_cli.cli.console import Console, clock, size
 from gptq_cli.cli.engines import engine_data, engine_lines, judge_plan
 from gptq_cli.cli.said import default_name
 from gptq_cli.cli.table import row_data, row_lines
 from gptq_cli.config.resolve import Resolved
-from gptq_cli.pipeline.estimate import Term, estimate_disk, estimate_memory, total
+from gptq_cli.pipeline.estimate import Term, estimate_disk, estimate_memory, estimate_time, total
 from gptq_cli.pipeline.overview import plan_rows
 from gptq_cli.pipeline.plan import RunPlan, plan_checkpoint
 
 
-def show_plan(console: Console, resolved: Resolved, model: str, output: Path | None, revision: str | None) -> None:
-    """Print the plan of a run, the reasons for it and what it will take."""
+def show_plan(
+    console: Console, resolved: Resolved, model: str, output: Path | None, revision: str | None, devices: int = 1
+) -> None:
+    """Print the plan of a run, the reasons for it and what it will take of each of so many devices."""
     from gptq_cli.checkpoint.hub import peek_model
 
     config = resolved.config
@@ -26,7 +29,12 @@ def show_plan(console: Console, resolved: Resolved, model: str, output: Path | N
     source, checkpoint = peek_model(model, revision)
     found = plan_checkpoint(checkpoint, config)
     output = output or Path(default_name(model, config))
-    data = {"model": source.name, "commit": source.commit, "output": str(output), **_data(found, resolved, output)}
+    data = {
+        "model": source.name,
+        "commit": source.commit,
+        "output": str(output),
+        **_data(found, resolved, output, devices),
+    }
     if output.exists():
         console.say(f"note: `{output}` exists: quantize will refuse it if it is not empty and --overwrite is not given")
     disk = data["disk"]
@@ -34,14 +42,14 @@ def show_plan(console: Console, resolved: Resolved, model: str, output: Path | N
         console.warn(
             "W_DISK", f"{size(disk['free_bytes'])} are free at `{output}`, {size(disk['needed_bytes'])} needed"
         )
-    text = "\n".join([f"{source.name} -> {output}", "", *_lines(found, resolved, output)])
+    text = "\n".join([f"{source.name} -> {output}", "", *_lines(found, resolved, output, devices)])
     console.result(data, text, str(found.layout.nbytes))
 
 
-def _data(plan: RunPlan, resolved: Resolved, output: Path) -> dict[str, Any]:
+def _data(plan: RunPlan, resolved: Resolved, output: Path, devices: int) -> dict[str, Any]:
     config = resolved.config
     quantized, kept = plan_rows(plan)
-    memory, disk = estimate_memory(plan, config), estimate_disk(plan, output)
+    memory, disk = estimate_memory(plan, config, devices), estimate_disk(plan, output)
     return {
         "blocks": plan.n_blocks,
         "quantized": row_data(quantized),
@@ -57,6 +65,8 @@ def _data(plan: RunPlan, resolved: Resolved, output: Path) -> dict[str, Any]:
             "accelerator": _peak(memory.accelerator),
             "accelerator_host": _peak(memory.accelerator_host),
         },
+        "devices": devices,
+        "seconds": {"estimate": True, "rates": "assumed", **_seconds(plan, resolved, devices)},
         "disk": {"needed_bytes": disk.needed, "free_bytes": disk.free},
         "engines": engine_data(judge_plan(plan, resolved.config)),
     }
@@ -77,10 +87,12 @@ def layer_data(plan: RunPlan) -> list[dict[str, Any]]:
     ]
 
 
-def _lines(plan: RunPlan, resolved: Resolved, output: Path) -> list[str]:
+def _lines(plan: RunPlan, resolved: Resolved, output: Path, devices: int) -> list[str]:
     quantized, kept = plan_rows(plan)
     rows = row_lines([*quantized, *kept])
-    memory, disk = estimate_memory(plan, resolved.config), estimate_disk(plan, output)
+    memory, disk = estimate_memory(plan, resolved.config, devices), estimate_disk(plan, output)
+    seconds = estimate_time(plan, resolved.config, devices)
+    each = f" for each of {devices} processes" if devices > 1 else ""
     files = f"{len(plan.layout.shards)} file" + ("s" if len(plan.layout.shards) > 1 else "")
     free = f", {size(disk.free)} free" if disk.free is not None else ""
     smaller = plan.source.nbytes / plan.layout.nbytes
@@ -93,13 +105,20 @@ def _lines(plan: RunPlan, resolved: Resolved, output: Path) -> list[str]:
         f"size    {size(plan.source.nbytes)} -> {size(plan.layout.nbytes)} ({smaller:.2f}x smaller) in {files}, "
         f"{plan.layout.nbytes} bytes",
         f"bits    {plan.bits_per_weight:.3g} a quantized weight, with scales, zero points and g_idx",
-        f"memory  about {size(total(memory.cpu))} on the CPU (estimate):",
+        f"memory  about {size(total(memory.cpu))} on the CPU{each} (estimate):",
         *wrap(_terms(memory.cpu), 78, initial_indent=" " * 10, subsequent_indent=" " * 10),
         f"        about {size(total(memory.accelerator))} on a GPU and {size(total(memory.accelerator_host))} "
         "on its host (estimate, not measured)",
+        f"time    about {clock(seconds.total)} on {devices} GPU{'s' * (devices > 1)} "
+        "(estimate: rates of an H100 assumed, none measured)",
         f"disk    {size(disk.needed)}{free}",
         *engine_lines(judge_plan(plan, resolved.config)),
     ]
+
+
+def _seconds(plan: RunPlan, resolved: Resolved, devices: int) -> dict[str, float]:
+    found = estimate_time(plan, resolved.config, devices)
+    return {"total": found.total, **asdict(found)}
 
 
 def _terms(terms: tuple[Term, ...]) -> str:

@@ -89,7 +89,7 @@ def quantize(
     if print_config:
         return _print_config(console, resolved)
     if dry_run:
-        return _plan(console, resolved, model, output, revision)
+        return _plan(console, resolved, model, output, revision, max(1, len(parse_devices(devices))))
     _refuse_missing_path(model)
     for note in resolved.notes:
         console.say(f"note: {note}")
@@ -99,10 +99,12 @@ def quantize(
     return run(console, resolved.config, model, output, devices=devices, page=report, **manner)
 
 
-def _plan(console: Console, resolved: Resolved, model: str, output: Path | None, revision: str | None) -> None:
+def _plan(
+    console: Console, resolved: Resolved, model: str, output: Path | None, revision: str | None, devices: int
+) -> None:
     from gptq_cli.cli.plan_view import show_plan
 
-    show_plan(console, resolved, model, output, revision)
+    show_plan(console, resolved, model, output, revision, devices)
 
 
 def run(

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptq_cli.checkpoint.headers import BITS_OF_DTYPE
+from gptq_cli.config.rules import expert_part
 from gptq_cli.config.schema import QuantizeConfig
+from gptq_cli.pipeline.cost import HESSIAN_SHARE, Calibration, Seconds, estimate_seconds
 from gptq_cli.pipeline.plan import LayerPlan, RunPlan
 from gptq_cli.pipeline.windows import bounded_seqlen
 
@@ -56,34 +58,58 @@ def total(terms: tuple[Term, ...]) -> int:
     return sum(term.nbytes for term in terms)
 
 
-def estimate_memory(plan: RunPlan, config: QuantizeConfig) -> Estimate:
-    """The peak of the block loop: what lives at once while the costliest layer of the largest block is solved.
+def estimate_memory(plan: RunPlan, config: QuantizeConfig, devices: int = 1) -> Estimate:
+    """The peak of the block loop on each of `devices`: what lives at once while the costliest layer of the largest
+    block is calibrated or solved.
 
-    hidden states    tokens x hidden, of all calibration windows; twice with asymmetric calibration, as waiting batches
+    hidden states    tokens x hidden, of its calibration windows; twice with asymmetric calibration, as waiting batches
     waiting batches  tokens x (2 hidden + the widest input): what forwards hold that stop inside a block; without
                      true_sequential only one batch's
     block            the weights of the largest block, in the forward's dtype
     solver           3 float32 matrices [I, I] while a Hessian is factorised, or 2 and 3 of [O, I] while columns are
-                     rounded
+                     rounded; or as many panels of [I, I] as sums of batches wait for each other
+    experts' inputs  tokens x hidden of all calibration windows, if there are several devices
     """
     bits = _forward_bits(plan, config)
     seqlen = bounded_seqlen(config.seqlen, said="seqlen" in config.model_fields_set, checkpoint=plan.source)
     hidden = Counter(layer.in_features for layer in plan.layers if layer.block < plan.n_blocks).most_common(1)[0][0]
     widest = max(layer.in_features for layer in plan.layers)
-    tokens = config.nsamples * seqlen
+    batches = -(-config.nsamples // config.batch_size)
+    mine = -(-batches // devices)
+    tokens = min(config.nsamples, mine * config.batch_size) * seqlen
     waiting = tokens if config.true_sequential else min(tokens, config.batch_size * seqlen)
     chunk = min(TOKENS_PER_CHUNK, config.batch_size * seqlen)
     block = _largest_block(plan) * bits // 8
-    solver = max(map(_solver_bytes, plan.quantized))
     streams = 2 if plan.asymmetric else 1
+    waiting_sums = mine.bit_length() * (HESSIAN_SHARE + streams - 1)
+    most = max(layer.in_features for layer in plan.quantized)
+    solver = max(*map(_solver_bytes, plan.quantized), int(waiting_sums * most**2 * FLOAT))
     states = Term("hidden states", streams * tokens * hidden * bits // 8)
-    work = (
+    work: tuple[Term, ...] = (
         Term("waiting batches", streams * waiting * (2 * hidden + widest) * bits // 8),
         Term("block", block),
         Term("solver", solver + chunk * widest * FLOAT),
     )
+    if devices > 1 and any(expert_part(layer.name) for layer in plan.layers):
+        everything = config.nsamples * seqlen * hidden * bits // 8
+        work = (*work, Term("experts' inputs", streams * everything))
     libraries = Term("libraries", LIBRARIES)
     return Estimate((libraries, states, *work), (states, *work), (libraries, states, Term("block", block)))
+
+
+def estimate_time(plan: RunPlan, config: QuantizeConfig, devices: int) -> Seconds:
+    """About how long the run takes on so many GPUs, by rates that are assumed: see `cost.ASSUMED`."""
+    seqlen = bounded_seqlen(config.seqlen, said="seqlen" in config.model_fields_set, checkpoint=plan.source)
+    hidden = Counter(layer.in_features for layer in plan.layers if layer.block < plan.n_blocks).most_common(1)[0][0]
+    declared = plan.source.config.get("text_config") or plan.source.config
+    chosen = declared.get("num_experts_per_tok") or declared.get("top_k")
+    text = Calibration(
+        tokens=config.nsamples * seqlen,
+        experts_per_token=chosen if isinstance(chosen, int) else 1,
+        batches=-(-config.nsamples // config.batch_size),
+        state_bytes=hidden * _forward_bits(plan, config) // 8,
+    )
+    return estimate_seconds(plan.layers, text, devices, plan.source.nbytes)
 
 
 def estimate_disk(plan: RunPlan, output: Path) -> Disk:

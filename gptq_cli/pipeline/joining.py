@@ -28,7 +28,7 @@ WAIT = timedelta(days=7)  # for others that work: who is gone is noticed otherwi
 MEETING = timedelta(minutes=15)  # for others that download the model, or start later
 SIGN_SECONDS = 5.0  # between two signs of life
 MISSING_SECONDS = 45.0  # without a sign: gone
-PATIENCE = 3.0  # seconds in which processes that are told to end do say so
+PATIENCE = 5.0  # seconds in which processes that are told to end do say so
 HERE, CLAIMED, ENDED, ALIVE = "gptq/here", "gptq/claimed", "gptq/ended", "gptq/alive"
 END_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -72,7 +72,6 @@ def joined(device: str, devices: Sequence[str], lost: Lost) -> Iterator[tuple[Te
     except BaseException as error:
         for number in END_SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # torchrun ends the others of a process that has failed
-        _let_go()
         raise watch.last_words(error) from error
     watch.stop()
     dist.destroy_process_group()
@@ -119,6 +118,7 @@ class Watch:
         self._stopped.set()
         try:
             self._mark_ended()
+            _let_go()
             if isinstance(error, Stopped) or (isinstance(error, GptqError) and error.code == "E_RANK_LOST"):
                 missing = self._missing()
                 error = rank_lost(missing, self._size) if missing else error

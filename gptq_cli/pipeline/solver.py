@@ -21,13 +21,10 @@ from gptq_cli.engine.solve import Solution, solve_together
 from gptq_cli.errors import GateError, InputError
 from gptq_cli.models.skeleton import place
 from gptq_cli.models.stream import ModelStream
+from gptq_cli.pipeline.cost import ROWS_OF_A_PART
 from gptq_cli.pipeline.events import Fallback, LayerReport, LayerSolved, LayerStarted, Report, Warned
 from gptq_cli.pipeline.plan import LayerPlan
 from gptq_cli.pipeline.team import ALONE, Team
-
-# Rows that one process solves at a time. Everybody cuts alike, so that products have the same shape, and the same bits,
-# whoever multiplies them. Smaller parts balance better among processes; larger ones fill an accelerator.
-ROWS_OF_A_PART = {"cpu": 1024, "cuda": 4096}
 
 Keep = Callable[[LayerPlan, QuantizedLinear], None]
 
