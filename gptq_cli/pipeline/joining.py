@@ -11,6 +11,7 @@ import signal
 import socket
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -88,8 +89,11 @@ def _meet() -> Any:
     return store
 
 
-def _let_go() -> None:
-    """Close the connections, so that whoever waits for this process learns that it ends."""
+def _let_go(error: BaseException | None) -> None:
+    """Close the connections, so that whoever waits for this process learns that it ends; `error` may hold on to one."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
     closing = threading.Thread(target=dist.destroy_process_group, daemon=True)  # which may wait for a kernel
     closing.start()
     closing.join(PATIENCE)
@@ -118,7 +122,7 @@ class Watch:
         self._stopped.set()
         try:
             self._mark_ended()
-            _let_go()
+            _let_go(error)
             if isinstance(error, Stopped) or (isinstance(error, GptqError) and error.code == "E_RANK_LOST"):
                 missing = self._missing()
                 error = rank_lost(missing, self._size) if missing else error
