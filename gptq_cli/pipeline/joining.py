@@ -106,15 +106,18 @@ class Watch:
         self._store, self._rank, self._size, self._lost = store, rank, size, lost
         self._others = [other for other in (range(size) if rank == 0 else range(1)) if other != rank]
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True, name="signs of life")
+        self._looked = time.monotonic()
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._look, self._look_after)]
 
     def start(self) -> None:
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
         """This process has done its part."""
         self._stopped.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
         self._mark_ended()
 
     def last_words(self, error: BaseException) -> BaseException:
@@ -153,6 +156,7 @@ class Watch:
         count = 0
         while not self._stopped.wait(SIGN_SECONDS):
             count += 1
+            self._looked = time.monotonic()
             try:
                 self._store.set(f"{ALIVE}/{self._rank}", str(count))
                 missing = [other for other in self._others if self._is_missing(other, seen)]
@@ -164,6 +168,12 @@ class Watch:
             except RuntimeError:
                 missing, speaks = [0], True
             self._lost(rank_lost(missing, self._size) if speaks else None)
+
+    def _look_after(self) -> None:
+        """The store is on the first process's machine: who gets no answer from it cannot reach that machine."""
+        while not self._stopped.wait(SIGN_SECONDS):
+            if time.monotonic() - self._looked > MISSING_SECONDS:
+                self._lost(rank_lost([0], self._size))
 
     def _is_missing(self, other: int, seen: dict[int, tuple[int, float]]) -> bool:
         now = time.monotonic()

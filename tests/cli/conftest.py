@@ -109,7 +109,7 @@ class FakeQuantized:
 def quantizer(monkeypatch: pytest.MonkeyPatch) -> FakeQuantizer:
     fake = FakeQuantizer()
     module = ModuleType("gptq_cli.pipeline.quantize")
-    module.quantize_checkpoint = fake  # type: ignore[attr-defined]
+    module.quantize_checkpoint = module.assist = fake  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "gptq_cli.pipeline.quantize", module)
     return fake
 

@@ -1,0 +1,187 @@
+"""`--devices` and torchrun: which devices are meant, several processes that look like one, and two machines."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gptq_cli.cli.console import talk
+from gptq_cli.cli.launch import parse_devices
+from gptq_cli.errors import ConfigError, InputError, ResourceError
+from gptq_cli.pipeline import joining
+from gptq_cli.pipeline.joining import rank_lost
+from gptq_cli.pipeline.quantize import quantize_checkpoint
+from tests.cli.conftest import Run
+from tests.families import save_model
+from tests.pipeline.runs import config, digest
+from tests.pipeline.tiny import SETTINGS, SMALL, WORK
+
+ALONE = {**os.environ, "OMP_NUM_THREADS": "1"}
+TWO_NODES = """
+set -e
+ip link set lo up
+ip link add gq0 type veth peer name gq1
+unshare -n sleep 300 & other=$!
+until [ "$(readlink /proc/$other/ns/net)" != "$(readlink /proc/self/ns/net)" ]; do sleep 0.1; done
+ip link set gq1 netns $other
+ip addr add 10.99.0.1/24 dev gq0 && ip link set gq0 up
+nsenter -t $other -n sh -c "ip addr add 10.99.0.2/24 dev gq1 && ip link set gq1 up && ip link set lo up"
+node() { "$PYTHON" -m torch.distributed.run --nnodes 2 --nproc-per-node 1 --master-addr 10.99.0.1 --master-port 29511 "$@"; }
+export -f node
+GLOO_SOCKET_IFNAME=gq1 nsenter -t $other -n bash -c 'node --node-rank 1 -m gptq_cli "$@"' two quantize "$COPY" -o /no/where -c "$RECIPE" &
+second=$!
+GLOO_SOCKET_IFNAME=gq0 node --node-rank 0 -m gptq_cli quantize "$MODEL" -o "$OUT" -c "$RECIPE" && first=0 || first=$?
+wait $second
+kill $other
+exit $first
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize(
+    ("said", "devices"),
+    [
+        ("0,1,2", ["cuda:0", "cuda:1", "cuda:2"]),
+        ("cuda:3, 05", ["cuda:3", "cuda:5"]),
+        ("cpu:3", ["cpu"] * 3),
+        ("cpu,cpu", ["cpu"] * 2),
+        ("cpu", ["cpu"]),
+        (None, []),
+    ],
+)
+def test_devices_are_gpus_by_number_or_so_many_processes_on_the_cpu(said: str | None, devices: list[str]) -> None:
+    assert parse_devices(said) == devices
+
+
+@pytest.mark.parametrize("said", ["", "cpu:0", "0,,1", "gpu", "-1", "cuda", "0;1"])
+def test_what_names_no_device_is_refused(said: str) -> None:
+    with pytest.raises(ConfigError, match=r"--devices must be numbers of GPUs as in 0,1,2,3, or cpu:4") as caught:
+        parse_devices(said)
+    assert (caught.value.code, caught.value.exit_code, caught.value.hint) == ("E_CFG_RANGE", 2, "--devices 0,1")
+
+
+@pytest.mark.parametrize(("said", "why"), [("0,1,cuda:0", "names cuda:0 twice"), ("0,cpu", "mixes GPUs and the CPU")])
+def test_devices_that_cannot_work_together_are_refused(said: str, why: str) -> None:
+    with pytest.raises(ConfigError, match=f"--devices {why}") as caught:
+        parse_devices(said)
+    assert caught.value.code == "E_CFG_CONFLICT"
+
+
+def test_a_wrong_path_is_told_once_and_before_any_process_is_started(gptq: Run, tmp_path: Path) -> None:
+    result = gptq("quantize", str(tmp_path / "none"), "--bits", "4", "--devices", "cpu:2")
+    assert result.exit_code == InputError.exit_code
+    assert result.stderr.count("error[") == 1
+
+
+def test_one_device_for_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joining.torch.cuda, "is_available", lambda: True)
+    assert joining._device_of(1, 2, "auto", []) == "cuda:1"
+    assert joining._device_of(1, 2, "cpu", []) == "cpu"
+    assert joining._device_of(1, 2, "auto", ["cuda:4", "cuda:6"]) == "cuda:6"
+    with pytest.raises(ConfigError, match="device cuda:1 is one, and 2 processes run here") as caught:
+        joining._device_of(0, 2, "cuda:1", [])
+    assert caught.value.hint == "say which: --devices 0,1"
+    with pytest.raises(ConfigError, match="--devices names 3 devices, and 2 processes run here"):
+        joining._device_of(0, 2, "auto", ["cpu"] * 3)
+
+
+def test_a_lost_process_is_named_with_what_to_look_at() -> None:
+    error = rank_lost([1, 3], 4)
+    assert str(error) == "process 1, 3 of 4 (the first is 0) was killed or cannot be reached"
+    assert (error.code, error.exit_code) == ("E_RANK_LOST", ResourceError.exit_code)
+    assert error.hint is not None
+    assert error.hint.endswith("the same command goes on after the last finished block")
+
+
+def test_only_the_first_of_several_processes_talks(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    talk.muted = True
+    try:
+        from gptq_cli.cli.console import Console
+
+        console = Console()
+        console.say("progress")
+        console.warn("W_X", "a warning")
+        console.result({}, "result", "short")
+    finally:
+        talk.muted = False
+    assert capsys.readouterr() == ("", "")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(config(**SETTINGS).model_dump(mode="json")))
+    return path
+
+
+def start(model: Path, recipe: Path, *words: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "gptq_cli", "quantize", model, "-o", recipe.parent / "out", "-c", recipe, *words]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(list(map(str, command)), stdout=pipe, stderr=pipe, text=True, env=ALONE)
+
+
+@pytest.mark.slow
+def test_several_devices_look_like_one(recipe: Path, tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", **SMALL)
+    run = start(model, recipe, "--devices", "cpu:2", "--quiet")
+    stdout, stderr = run.communicate(timeout=120)
+    assert (run.returncode, stdout, stderr) == (0, f"{tmp_path / 'out'}\n", "")
+    quantize_checkpoint(str(model), tmp_path / "alone", config(**SETTINGS))
+    assert digest(tmp_path / "out") == digest(tmp_path / "alone")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "code", "says"),
+    [
+        (signal.SIGKILL, 5, "error[E_RANK_LOST]: process 1 of 2 (the first is 0) was killed or cannot be reached"),
+        (signal.SIGTERM, 143, "error[E_INTERRUPTED]: stopped by SIGTERM"),
+    ],
+)
+def test_what_ends_one_process_ends_all_and_is_said_once(
+    number: int, code: int, says: str, recipe: Path, tmp_path: Path
+) -> None:
+    model = save_model(tmp_path / "model", **SMALL)
+    run = start(model, recipe, "--devices", "cpu:2", "--nsamples", "400", "--batch-size", "1")
+    journal = tmp_path / WORK / "journal.jsonl"
+    while not journal.exists() and run.poll() is None:
+        time.sleep(0.02)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    os.kill(int(children[1]) if number == signal.SIGKILL else run.pid, number)
+    began = time.monotonic()
+    _, stderr = run.communicate(timeout=120)
+    assert run.returncode == code, stderr
+    assert stderr.count("error[") == 1, stderr
+    assert says in stderr
+    assert "go on with: gptq resume" in stderr
+    assert time.monotonic() - began < 60
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (shutil.which("unshare") and shutil.which("ip") and shutil.which("nsenter")), reason="needs network namespaces"
+)
+def test_two_machines_each_read_their_own_copy_and_one_writes(recipe: Path, tmp_path: Path) -> None:
+    if subprocess.run(["unshare", "-rn", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("network namespaces are not allowed")
+    model = save_model(tmp_path / "model", **SMALL)
+    shutil.copytree(model, tmp_path / "copy")
+    places = {"MODEL": model, "COPY": tmp_path / "copy", "OUT": tmp_path / "out", "RECIPE": recipe}
+    environment = {**ALONE, "PYTHON": sys.executable, **{name: str(path) for name, path in places.items()}}
+    run = subprocess.run(
+        ["unshare", "-rn", "bash", "-c", TWO_NODES], capture_output=True, text=True, env=environment, timeout=180,
+        check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert len(re.findall(r"^verify: ", run.stderr, flags=re.MULTILINE)) == 1
+    quantize_checkpoint(str(model), tmp_path / "alone", config(**SETTINGS))
+    assert digest(tmp_path / "out") == digest(tmp_path / "alone")
