@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from gptq_cli.cli import options as o
 from gptq_cli.cli.console import Console, size
-from gptq_cli.cli.engines import engine_data, engine_lines
+from gptq_cli.cli.engines import engine_lines
 from gptq_cli.cli.table import aligned, row_data, row_lines
 from gptq_cli.config.finding import shown
-from gptq_cli.config.targets import Export, Verdict, verdicts
+from gptq_cli.config.targets import Verdict, engine_data, verdicts
 from gptq_cli.pipeline.inspect import Inspection, inspect_checkpoint
 
 if TYPE_CHECKING:
@@ -64,12 +64,9 @@ def _show_layer(console: Console, model: str, revision: str | None, name: str) -
 
 
 def _judge(found: Inspection) -> tuple[Verdict, ...]:
-    if not found.modules or found.format is None:
+    if found.export is None:
         return ()
-    head = any(module.name == "lm_head" for module in found.modules)
-    return verdicts(
-        Export.of(found.layer_configs(), found.format, head, names=[module.name for module in found.modules])
-    )
+    return verdicts(found.export)
 
 
 def _data(found: Inspection, judged: Sequence[Verdict]) -> dict[str, Any]:

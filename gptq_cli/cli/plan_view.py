@@ -7,13 +7,15 @@ from textwrap import wrap
 from typing import Any
 
 from gptq_cli.cli.console import Console, size
-from gptq_cli.cli.engines import engine_data, engine_lines, judge_plan
+from gptq_cli.cli.engines import engine_lines
 from gptq_cli.cli.said import default_name
 from gptq_cli.cli.table import row_data, row_lines
 from gptq_cli.config.resolve import Resolved
+from gptq_cli.config.targets import engine_data
 from gptq_cli.pipeline.estimate import Term, estimate_disk, estimate_memory, total
 from gptq_cli.pipeline.overview import plan_rows
 from gptq_cli.pipeline.plan import RunPlan, plan_checkpoint
+from gptq_cli.pipeline.readers import judge_plan, remarks
 
 
 def show_plan(console: Console, resolved: Resolved, model: str, output: Path | None, revision: str | None) -> None:
@@ -34,6 +36,8 @@ def show_plan(console: Console, resolved: Resolved, model: str, output: Path | N
         console.warn(
             "W_DISK", f"{size(disk['free_bytes'])} are free at `{output}`, {size(disk['needed_bytes'])} needed"
         )
+    for code, remark in remarks(found, config):
+        console.warn(code, remark)
     text = "\n".join([f"{source.name} -> {output}", "", *_lines(found, resolved, output)])
     console.result(data, text, str(found.layout.nbytes))
 

@@ -66,7 +66,7 @@ def _device(device: torch.device) -> dict[str, Any]:
 
 
 def _settings(config: QuantizeConfig) -> dict[str, Any]:
-    settings = config.model_dump(mode="json", exclude={"max_ram", "max_vram"})  # they change no byte
+    settings = config.model_dump(mode="json", exclude={"max_ram", "max_vram", "target"})  # they change no byte
     if isinstance(config.dataset, list):
         settings["dataset"] = f"{len(config.dataset)} texts, sha256 {_text_hash(config.dataset)}"
     return settings

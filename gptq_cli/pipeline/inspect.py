@@ -13,10 +13,14 @@ from typing import Any
 import yaml
 
 from gptq_cli.checkpoint.headers import TensorInfo
+from gptq_cli.checkpoint.orientation import stores_transposed
 from gptq_cli.checkpoint.source import Checkpoint, read_json
+from gptq_cli.config.engines import Export
 from gptq_cli.config.layer import LayerConfig
+from gptq_cli.config.targets import export_of
 from gptq_cli.errors import InputError
 from gptq_cli.pipeline.overview import Row, collapse, kind_of, other_rows, settings
+from gptq_cli.pipeline.readers import HEAD, has_narrow_experts
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 FROM_CONFIG = ("model_type", "architectures", "transformers_version")
@@ -49,6 +53,7 @@ class PackedModule:
 class Inspection:
     """`method` is None for a checkpoint that is not quantized; of methods other than gptq only tensors are told.
 
+    `matrices` are what has a 2-D weight, `transposed` says whether the original stores its linears [I, O].
     `parameters` counts a packed linear by the weights it stands for. `provenance` is what files say about how the
     checkpoint came to be.
     """
@@ -58,6 +63,8 @@ class Inspection:
     sym: bool
     desc_act: bool
     modules: tuple[PackedModule, ...]
+    matrices: tuple[str, ...]
+    transposed: bool
     quantized: tuple[Row, ...]
     kept: tuple[Row, ...]
     parameters: int
@@ -76,12 +83,23 @@ class Inspection:
         """Stored bits of everything, per parameter."""
         return 8 * self.nbytes / self.parameters
 
-    def layer_configs(self) -> list[LayerConfig]:
-        """The settings that occur, as readers see them."""
-        return [
-            LayerConfig(bits=m.bits, group_size=m.group_size, sym=self.sym, desc_act=self.desc_act)
+    @property
+    def export(self) -> Export | None:
+        """What readers see of it; None where nothing is quantized that they would ask a table about."""
+        if not self.modules or self.format is None:
+            return None
+        settings: dict[str, LayerConfig | None] = dict.fromkeys(self.matrices)
+        settings |= {
+            m.name: LayerConfig(bits=m.bits, group_size=m.group_size, sym=self.sym, desc_act=self.desc_act)
             for m in self.modules
-        ]
+        }
+        return export_of(
+            settings,
+            self.format,
+            lm_head=HEAD in settings and settings[HEAD] is not None,
+            narrow_experts=has_narrow_experts({m.name: m.out_features for m in self.modules}),
+            transposed=self.transposed,
+        )
 
 
 def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
@@ -100,6 +118,8 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         sym=sym,
         desc_act=bool(said.get("desc_act")),
         modules=modules,
+        matrices=tuple(t.name.removesuffix(".weight") for t in others if len(t.shape) == 2),
+        transposed=stores_transposed(checkpoint.config),
         quantized=tuple(collapse(_row(module, blocks, sym=sym) for module in modules)),
         kept=tuple(replace(row, why="") for row in other_rows(others, blocks)),
         parameters=sum(module.weights for module in modules) + sum(math.prod(tensor.shape) for tensor in others),

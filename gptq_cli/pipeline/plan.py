@@ -16,9 +16,10 @@ from gptq_cli.config.layer import LayerConfig
 from gptq_cli.config.rules import expert_part, unmatched_rules
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import ConfigError, InputError, Problem
+from gptq_cli.pipeline.readers import HEAD as HEAD
+from gptq_cli.pipeline.readers import check_target
 
 PACK_MULTIPLE = 32  # 32-bit words hold whole columns and whole rows of zero points
-HEAD = "lm_head"
 _IN_LIST = re.compile(r"^(?P<list>.*?)\.(?P<index>\d+)\.(?P<inner>.+)\.weight$")
 
 
@@ -42,6 +43,11 @@ class LayerPlan:
     weight: TensorInfo
     transposed: bool = False
     stack: str | None = None
+
+    @property
+    def stored(self) -> tuple[int, int, bool] | None:
+        """What readers see of the settings: bits, group_size, sym; None if the layer stays as it is."""
+        return (self.config.bits, self.config.group_size, self.config.sym) if self.config else None
 
     @property
     def groups(self) -> int:
@@ -114,8 +120,8 @@ def plan_checkpoint(
     `linears`, the names of the model's linear modules and whether each is stored [I, O], tells 2-D tensors that are no
     linears apart when the model is at hand, and `stacked` where those are that share a tensor. ConfigError E_SHAPE
     lists every layer that cannot be packed, E_CFG_NO_MATCH every rule that matches nothing, E_CFG_CONFLICT rules
-    that keep a part of a tensor; InputError E_CKPT_QUANTIZED refuses a quantized source, E_ARCH one without repeated
-    blocks or with linears of blocks elsewhere.
+    that keep a part of a tensor, E_TARGET what the target cannot load; InputError E_CKPT_QUANTIZED refuses a quantized
+    source, E_ARCH one without repeated blocks or with linears of blocks elsewhere.
     """
     if source.quantization is not None:
         method = source.quantization.get("quant_method", "gptq")
@@ -135,6 +141,7 @@ def plan_checkpoint(
         _check_rules(config, layers)
     _check_shapes(layers)
     _check_stacks(layers)
+    check_target(layers, config)
     return RunPlan(
         source=source,
         blocks=blocks,
@@ -262,6 +269,12 @@ def _check_rules(config: QuantizeConfig, layers: list[LayerPlan]) -> None:
         known = sorted({_kind(layer) for layer in layers})
         hint = f"rules match from the start of the full name, for example {known[0]}"
         raise ConfigError.of([Problem("E_CFG_NO_MATCH", f"rule {rule!r} matches no layer", hint) for rule in unused])
+    listed = [item for stage in config.modules_in_block_to_quantize or () for item in stage]
+    absent = [item for item in listed if not any(layer.name.endswith(item) for layer in layers)]
+    if absent:
+        hint = f"a name stands for all layers that end with it; one of them is {_kind(layers[0])}"
+        said = "modules_in_block_to_quantize names {!r}, and no layer ends so"
+        raise ConfigError.of([Problem("E_CFG_NO_MATCH", said.format(item), hint) for item in absent])
     if not any(layer.config for layer in layers):
         raise ConfigError("E_CFG_NOTHING_TO_DO", "the rules leave no layer to quantize")
 

@@ -10,16 +10,15 @@ from gptq_cli.checkpoint.manifest import read_manifest
 from gptq_cli.checkpoint.work_directory import WorkDirectory, refuse_locked
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import ConfigError, ExistsError, ResourceError
-from gptq_cli.pipeline.plan import plan_run
+from gptq_cli.pipeline.plan import RunPlan, plan_run
 
 
-def preflight(model: str, output: Path, config: QuantizeConfig, *, overwrite: bool) -> None:
-    """Raise whatever output, headers and rules tell against a run; a Hub id is looked at after its download."""
+def preflight(model: str, output: Path, config: QuantizeConfig, *, overwrite: bool) -> RunPlan | None:
+    """The plan of a run, None of a Hub id, which is not here yet; raises whatever output, headers and rules tell."""
     directory = Path(model).expanduser()
     check_output(output, directory, overwrite=overwrite)
     refuse_locked(output)
-    if directory.is_dir():
-        plan_run(directory, config)
+    return plan_run(directory, config) if directory.is_dir() else None
 
 
 def check_disk(work: WorkDirectory, output_bytes: int, hidden_bytes: int) -> None:

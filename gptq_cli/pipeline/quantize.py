@@ -24,6 +24,7 @@ from gptq_cli.checkpoint.verify import verify_checkpoint
 from gptq_cli.checkpoint.work_directory import WorkDirectory, locked
 from gptq_cli.checkpoint.writer import CheckpointWriter, write_side_files
 from gptq_cli.config.schema import QuantizeConfig
+from gptq_cli.config.targets import Verdict, engine_data
 from gptq_cli.config.yaml_writer import to_yaml
 from gptq_cli.engine.layer import QuantizedLinear
 from gptq_cli.errors import GateError
@@ -35,6 +36,7 @@ from gptq_cli.pipeline.identity import Identity, identify, with_calibration
 from gptq_cli.pipeline.memory import Memory
 from gptq_cli.pipeline.plan import HEAD, LayerPlan, RunPlan, plan_checkpoint
 from gptq_cli.pipeline.preflight import check_disk, check_output, preflight
+from gptq_cli.pipeline.readers import judge_plan, remarks
 from gptq_cli.pipeline.record import Record
 from gptq_cli.pipeline.resume import SavedBlocks, check_resumable, finished_output, telling_what_is_kept
 from gptq_cli.pipeline.setup import CONFIG_FILE, bounded_seqlen, memory_errors, open_stream, resolve_device
@@ -56,6 +58,7 @@ class QuantizeResult:
     layers: tuple[LayerReport, ...]
     experts: tuple[ExpertsCovered, ...]
     split_experts: tuple[str, ...]
+    engines: tuple[Verdict, ...]
     kept: tuple[str, ...]
     bits_per_weight: float
     tokens: int
@@ -76,6 +79,7 @@ class QuantizeResult:
             "config": self.config.model_dump(mode="json"),
             "layers": [asdict(layer) for layer in self.layers],
             "experts": [asdict(layer) for layer in self.experts],
+            "engines": engine_data(self.engines),
         }
 
 
@@ -118,9 +122,8 @@ def quantize_checkpoint(
             stream = open_stream(source, device=device, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
             plan = plan_checkpoint(source, config, stream.all_linears(), stream.stacked_linears())
             record(_planned(model, plan))
-            for name in plan.split_experts[:1]:
-                says = f"the experts of `{name}` differ in settings: vLLM and SGLang refuse that"
-                record(Warned("W_CFG_EXPERTS", says))
+            for code, text in remarks(plan, config):
+                record(Warned(code, text))
             check_disk(work, plan.layout.nbytes, (1 + plan.asymmetric) * _hidden_bytes(config, stream))
             windows = _calibrate(source, config, stream, record)
             identity = with_calibration(identity, windows)
@@ -155,6 +158,7 @@ def _result(
         layers=tuple(record.layers),
         experts=tuple(record.experts),
         split_experts=tuple(plan.split_experts),
+        engines=judge_plan(plan, config),
         kept=tuple(layer.name for layer in plan.kept),
         bits_per_weight=plan.bits_per_weight,
         tokens=windows.tokens,
