@@ -102,8 +102,12 @@ def _how(found: Inspection) -> str:
 def _lines(found: Inspection, judged: Sequence[Verdict]) -> list[str]:
     rows = row_lines([*found.quantized, *found.kept])
     files = f"{len(found.files)} file" + ("s" if len(found.files) != 1 else "")
-    lines = [f"quantized ({found.format})", *_indented(rows[: len(found.quantized)])] if found.quantized else []
-    if found.method is not None and not found.modules:
+    lines = (
+        [f"quantized ({found.format or found.method})", *_indented(rows[: len(found.quantized)])]
+        if found.quantized
+        else []
+    )
+    if found.method is not None and not found.quantized:
         lines.append(f"quantized as {found.method}, whose tensors are not decoded here")
     lines.append("as it was" if found.quantized else "tensors")
     lines += [*_indented(rows[len(found.quantized) :]), ""]

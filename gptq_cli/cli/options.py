@@ -84,6 +84,7 @@ Preset = Annotated[str | None, setting("preset", panel=ALGORITHM, metavar="NAME"
 
 MoeUncovered = Annotated[str | None, setting("moe_uncovered", panel=LAYERS)]
 LmHead = Annotated[bool | None, setting("lm_head", "--lm-head/--no-lm-head", panel=LAYERS)]
+AllowRequantize = Annotated[bool | None, setting("allow_requantize", "--allow-requantize", panel=LAYERS)]
 Target = Annotated[str | None, setting("target", panel=LAYERS, metavar="ENGINE", note=f": {', '.join(TARGETS)}")]
 Dynamic = Annotated[
     list[str] | None,

@@ -52,6 +52,7 @@ def _data(plan: RunPlan, resolved: Resolved, output: Path) -> dict[str, Any]:
         "kept": row_data(kept),
         "layers": layer_data(plan),
         "bits_per_weight": plan.bits_per_weight,
+        "source_quantization": plan.plain.how,
         "bytes_before": plan.source.nbytes,
         "bytes_after": plan.layout.nbytes,
         "files": {shard.file: shard.size for shard in plan.layout.shards},
@@ -94,6 +95,7 @@ def _lines(plan: RunPlan, resolved: Resolved, output: Path) -> list[str]:
         *(["stays as it is"] if kept else []),
         *(f"  {line}" for line in rows[len(quantized) :]),
         "",
+        *([f"source  {plan.plain.how}, decoded while it is read"] if plan.plain.how else []),
         f"size    {size(plan.source.nbytes)} -> {size(plan.layout.nbytes)} ({smaller:.2f}x smaller) in {files}, "
         f"{plan.layout.nbytes} bytes",
         f"bits    {plan.bits_per_weight:.3g} a quantized weight, with scales, zero points and g_idx",

@@ -50,6 +50,7 @@ def quantize(
     lm_head: o.LmHead = None,
     moe_uncovered: o.MoeUncovered = None,
     target: o.Target = None,
+    allow_requantize: o.AllowRequantize = None,
     dataset: o.Datasets = None,
     dataset_config: o.DatasetConfig = None,
     dataset_split: o.DatasetSplit = None,

@@ -147,6 +147,9 @@ class QuantizeConfig(BaseModel):
         dict[Rule, LayerOverrides], Accepts("a mapping from `+:regex` or `-:regex` to a mapping of settings")
     ] = Field({}, description="rules for single layers")
     lm_head: Flag = Field(False, description="quantize the output head too")
+    allow_requantize: Flag = Field(
+        False, description="take a GPTQ checkpoint as the source and round its weights a second time"
+    )
     target: Annotated[str | None, AfterValidator(_target), Accepts(", ".join(TARGETS) + " or null")] = Field(
         None, description="engine that must load the result, or the run is refused before any work"
     )

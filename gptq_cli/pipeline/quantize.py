@@ -31,6 +31,7 @@ from gptq_cli.errors import GateError
 from gptq_cli.models.stream import ModelStream
 from gptq_cli.models.tokenizer import load_encoder
 from gptq_cli.pipeline.blocks import quantize_blocks
+from gptq_cli.pipeline.copying import copy_others
 from gptq_cli.pipeline.events import ExpertsCovered, LayerReport, PhaseStarted, Report, RunPlanned, Warned, ignore
 from gptq_cli.pipeline.identity import Identity, identify, with_calibration
 from gptq_cli.pipeline.memory import Memory
@@ -39,7 +40,14 @@ from gptq_cli.pipeline.preflight import check_disk, check_output, preflight
 from gptq_cli.pipeline.readers import judge_plan, remarks
 from gptq_cli.pipeline.record import Record
 from gptq_cli.pipeline.resume import SavedBlocks, check_resumable, finished_output, telling_what_is_kept
-from gptq_cli.pipeline.setup import CONFIG_FILE, bounded_seqlen, memory_errors, open_stream, resolve_device
+from gptq_cli.pipeline.setup import (
+    CONFIG_FILE,
+    bounded_seqlen,
+    memory_errors,
+    open_stream,
+    refuse_wrong_numbers,
+    resolve_device,
+)
 from gptq_cli.pipeline.time_limit import TimeLimit
 
 
@@ -47,8 +55,8 @@ from gptq_cli.pipeline.time_limit import TimeLimit
 class QuantizeResult:
     """What a script needs to know about a finished run. Sizes in bytes, peaks as seen after each block.
 
-    `resumed_blocks` were finished before; seconds and peaks are those of this run. With `already_done` the output was
-    complete before, and a layer's seconds are 0.
+    `source_quantization` tells how a source that is not plain is stored. `resumed_blocks` were finished before; seconds
+    and peaks are those of this run. With `already_done` the output was complete before, and a layer's seconds are 0.
     """
 
     output: Path
@@ -64,6 +72,7 @@ class QuantizeResult:
     tokens: int
     calibration_sha256: str
     seconds: float
+    source_quantization: str | None
     bytes_before: int
     bytes_after: int
     peak_host_bytes: int
@@ -112,6 +121,7 @@ def quantize_checkpoint(
         located = locate_model(model, revision)
         source = open_checkpoint(located.directory)
         plan_checkpoint(source, config)  # a downloaded model has not been looked at before
+        refuse_wrong_numbers(source)
         seqlen = bounded_seqlen(config.seqlen, said="seqlen" in config.model_fields_set, checkpoint=source)
         config = config.model_copy(update={"seqlen": seqlen})
         record(PhaseStarted("source", f"identifying {source.nbytes / 1e9:.3g} GB"))
@@ -164,6 +174,7 @@ def _result(
         tokens=windows.tokens,
         calibration_sha256=windows.sha256,
         seconds=seconds,
+        source_quantization=plan.plain.how,
         bytes_before=plan.source.nbytes,
         bytes_after=plan.layout.nbytes,
         peak_host_bytes=record.host_bytes,
@@ -261,8 +272,7 @@ def _write(
                     report=record,
                 )
         record(PhaseStarted("copy", f"{len(plan.copied)} other tensors"))
-        for tensor in plan.copied:
-            writer.copy(tensor)
+        copy_others(writer, plan)
         record(PhaseStarted("verify", f"{plan.layout.nbytes / 1e9:.3g} GB"))
         writer.finish()
     _write_beside(work.stage, plan, config, windows)
@@ -291,7 +301,11 @@ def _write_beside(stage: Path, plan: RunPlan, config: QuantizeConfig, windows: W
         plan.source,
         stage,
         describe(config, names, kept),
-        {"quantizer": [f"gptq_cli:{__version__}"], "calibration_sha256": windows.sha256},
+        {
+            "quantizer": [f"gptq_cli:{__version__}"],
+            "calibration_sha256": windows.sha256,
+            **({"source_quantization": plan.plain.how} if plan.plain.how else {}),
+        },
         untie=HEAD in names,
     )
     write_file(stage / CONFIG_FILE, to_yaml(config).encode())

@@ -50,6 +50,7 @@ def judge_plan(plan: RunPlan, config: QuantizeConfig) -> tuple[Verdict, ...]:
 def remarks(plan: RunPlan, config: QuantizeConfig) -> list[tuple[str, str]]:
     """Codes and texts of warnings about the choice of layers and settings."""
     found = [("W_TARGET", text) for text in limits(export_of_layers(plan.layers, config), config.target)]
+    found += _about_codes(plan)
     if split := plan.split_experts:
         found.append(("W_CFG_EXPERTS", f"the experts of `{split[0]}` differ in settings: {_against(SPLIT_EXPERTS)}"))
     settings = {layer.name: layer.stored for layer in plan.layers if not expert_part(layer.name)}
@@ -58,10 +59,24 @@ def remarks(plan: RunPlan, config: QuantizeConfig) -> list[tuple[str, str]]:
         found.append(("W_CFG_FUSED", text))
     head = next((layer for layer in plan.quantized if layer.name == HEAD), None)
     if head is not None:
-        tied = f"{HEAD}.weight" not in plan.source.tensors
+        tied = f"{HEAD}.weight" not in plan.plain.tensors
         how = "is untied from the embeddings and stored beside them" if tied else "is quantized"
         size = sum(spec.nbytes for spec in head.packed())
         found.append(("W_CFG_HEAD", f"{HEAD} {how}, {size / 1e6:.3g} MB: {_against(LM_HEAD)}"))
+    return found
+
+
+def _about_codes(plan: RunPlan) -> list[tuple[str, str]]:
+    """Of a source that is stored in codes: that it is rounded twice, and what becomes of weights that stay."""
+    found, decoded = [], plan.decoded
+    if plan.source.method == "gptq":
+        text = f"the source is quantized ({plan.plain.how}): its rounded weights are rounded a second time"
+        found.append(("W_CKPT_REQUANTIZED", text))
+    if decoded:
+        parts = [plan.source.tensors[part] for tensor in decoded for part in plan.plain.parts[tensor.name]]
+        more = sum(tensor.nbytes for tensor in decoded) - sum(part.nbytes for part in parts)
+        text = f"kept weights that are stored as {plan.plain.how} become {decoded[0].dtype}, {more / 1e6:.3g} MB more"
+        found.append(("W_CKPT_DECODED", f"{text}: {len(decoded)}, first `{decoded[0].name}`"))
     return found
 
 
