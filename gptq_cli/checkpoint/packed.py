@@ -41,11 +41,18 @@ def _module(name: str, tensors: dict[str, TensorInfo]) -> PackedModule:
     absent = [part for part in PARTS[:3] if part not in found]
     if absent:
         raise InputError("E_CKPT_INCOMPLETE", f"`{name}` has a qweight but no {', '.join(absent)}")
-    (rows, out_features), (groups, words) = found["qweight"].shape, found["qzeros"].shape
+    shapes = {part: tensor.shape for part, tensor in found.items()}
+    if any(len(shapes[part]) != 2 or 0 in shapes[part] for part in PARTS[:3]):
+        raise _misfit(name, shapes)
+    (rows, out_features), (groups, words) = shapes["qweight"], shapes["qzeros"]
     bits, rest = divmod(words * 32, out_features)
-    if rest or not bits or rows * 32 % bits or found["scales"].shape != (groups, out_features) or not groups:
-        shapes = ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in found.items())
-        raise InputError("E_CKPT_INCOMPLETE", f"the parts of `{name}` do not fit each other: {shapes}")
+    if rest or not bits or rows * 32 % bits or shapes["scales"] != (groups, out_features):
+        raise _misfit(name, shapes)
     return PackedModule(
         name, out_features, rows * 32 // bits, bits, groups, sum(tensor.nbytes for tensor in found.values())
     )
+
+
+def _misfit(name: str, shapes: dict[str, tuple[int, ...]]) -> InputError:
+    said = ", ".join(f"{part} {list(shape)}" for part, shape in shapes.items())
+    return InputError("E_CKPT_INCOMPLETE", f"the parts of `{name}` do not fit each other: {said}")

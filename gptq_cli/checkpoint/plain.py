@@ -77,6 +77,11 @@ def declared_dtype(checkpoint: Checkpoint) -> str:
 def _unpacked(checkpoint: Checkpoint) -> Plain:
     format, dtype = format_of(checkpoint), declared_dtype(checkpoint)
     modules = {module.name: module for module in packed_modules(checkpoint.tensors)}
+    if not modules:
+        raise InputError(
+            "E_CKPT_INCOMPLETE", f"`{checkpoint.directory}` says that it is quantized with GPTQ, and no linear is",
+            hint="download the checkpoint again, or take quantization_config out of a config.json that is not its own",
+        )  # fmt: skip
     tensors: dict[str, TensorInfo] = {}
     parts: dict[str, tuple[str, ...]] = {}
     for name, tensor in checkpoint.tensors.items():

@@ -60,6 +60,15 @@ def split_groups(settings: Mapping[str, object]) -> list[str]:
     return [name for name, stored in found.items() if len(stored) > 1]
 
 
+def split_experts(settings: Mapping[str, object]) -> list[str]:
+    """Experts of one layer, by the name they share, that do not all have the same of `settings`, by name of linears."""
+    found: dict[str, set[object]] = defaultdict(set)
+    for name, stored in settings.items():
+        if part := expert_part(name):
+            found[part[0]].add(stored)
+    return [name for name, stored in found.items() if len(stored) > 1]
+
+
 def keeps(rule: str) -> bool:
     """Whether a `dynamic` rule keeps its layers in full precision."""
     return rule.startswith(KEEP)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 from gptq_cli.config.engines import ANY, ENGINES, Engine, Export, Outcome, Trait
 from gptq_cli.config.layer import LayerConfig
-from gptq_cli.config.rules import expert_part, keeps, split_groups
+from gptq_cli.config.rules import expert_part, keeps, split_experts, split_groups
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import Problem
 
@@ -37,10 +37,7 @@ def export_of(
     """
     quantized = {name: config for name, config in layers.items() if config}
     stored = {name: config and (config.bits, config.group_size, config.sym) for name, config in layers.items()}
-    parts = {name: part for name in layers if (part := expert_part(name))}
-    of_layer: dict[str, set[object]] = {}
-    for name, (layer, _) in parts.items():
-        of_layer.setdefault(layer, set()).add(stored[name])
+    parts = {name: part[1] for name in layers if (part := expert_part(name))}
     return Export(
         bits=frozenset(config.bits for config in quantized.values()),
         group_sizes=frozenset(config.group_size for config in quantized.values()),
@@ -49,9 +46,9 @@ def export_of(
         mixed=len({stored[name] for name in quantized}) > 1,
         v2=format == "gptq_v2",
         lm_head=lm_head,
-        experts=frozenset(parts[name][1] for name in quantized if name in parts),
-        split_experts=any(len(found) > 1 for found in of_layer.values()),
-        split_fused=bool(split_groups({name: stored[name] for name in layers if name not in parts})),
+        experts=frozenset(parts[name] for name in quantized if name in parts),
+        split_experts=bool(split_experts(stored)),
+        split_fused=bool(split_groups({name: found for name, found in stored.items() if name not in parts})),
         narrow_experts=narrow_experts,
         transposed=transposed,
     )

@@ -14,7 +14,7 @@ from gptq_cli.checkpoint.orientation import stores_transposed
 from gptq_cli.checkpoint.plain import Plain, plain_view
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from gptq_cli.config.layer import LayerConfig
-from gptq_cli.config.rules import expert_part, unmatched_rules
+from gptq_cli.config.rules import split_experts, unmatched_rules
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import ConfigError, InputError, Problem
 from gptq_cli.pipeline.readers import HEAD as HEAD
@@ -90,12 +90,8 @@ class RunPlan:
 
     @property
     def split_experts(self) -> list[str]:
-        """Experts of one layer, by the name they share, that do not all have the same settings."""
-        settings: dict[str, set[LayerConfig | None]] = defaultdict(set)
-        for layer in self.layers:
-            if part := expert_part(layer.name):
-                settings[part[0]].add(layer.config)
-        return [name for name, found in settings.items() if len(found) > 1]
+        """Experts of one layer, by the name they share, that readers do not see stored alike."""
+        return split_experts({layer.name: layer.stored for layer in self.layers})
 
     @property
     def copied(self) -> list[TensorInfo]:
