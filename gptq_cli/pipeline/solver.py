@@ -90,8 +90,7 @@ class LayerSolver:
 
     def _weight(self, layer: LayerPlan, usable: Usable) -> Tensor:
         assert layer.config is not None
-        weight = self._stream.stored_weight(layer.name)
-        weight = weight.T if layer.transposed else weight
+        weight = self._stream.linear_weight(layer.name, transposed=layer.transposed)
         if layer.config.asymmetric_calibration and usable.inputs.shift is not None:
             return follow_original(weight, usable.inputs.shift, usable.factor, layer.config.asymmetric_calibration)
         return weight
