@@ -12,6 +12,8 @@ from gptq_cli.checkpoint.durable import file_sha256, write_json
 from gptq_cli.checkpoint.journal import digest
 
 MANIFEST = "gptq_manifest.json"
+CONFIG_FILE = "gptq_config.yaml"  # the resolved configuration
+OF_THE_RUN = {CONFIG_FILE, MANIFEST, "gptq_report.json", "gptq_report.html"}  # what is about a run, not of the model
 SCHEMA = 1
 
 

@@ -60,13 +60,14 @@ class StoredConfig:
 def format_of(checkpoint: Checkpoint) -> str:
     """The version of the format, "gptq" or "gptq_v2"; InputError E_CKPT_QUANTIZED for what is not read here."""
     said = checkpoint.quantization or {}
-    method = str(said.get("quant_method", "gptq")).lower()
+    method = checkpoint.method or "gptq"
     format = said.get("checkpoint_format") or said.get("format") or "gptq"
     packing = said.get("pack_dtype", "int32")
     if method != "gptq" or format not in FORMATS or packing != "int32":
+        what = f"{method} ({format}, {packing})" if method == "gptq" else method
         raise InputError(
             "E_CKPT_QUANTIZED",
-            f"`{checkpoint.directory}` is quantized as {method} ({format}, {packing}), which is not read here",
+            f"`{checkpoint.directory}` is quantized as {what}, which is not read here",
             hint="use a full-precision, gptq or gptq_v2 checkpoint",
         )
     return str(format)

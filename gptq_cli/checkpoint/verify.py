@@ -2,7 +2,7 @@
 
 What is asked: headers against index against files; what the configuration says against what is stored; for each
 quantized module its tensors, shapes, zero points, groups and scales; with `full` every byte. A property that only some
-engine cannot serve is no defect: that is `config/targets.py`. Source: what readers of the format require.
+engine cannot serve is no defect: that is `config/engines.py`. Source: what readers of the format require.
 """
 
 from __future__ import annotations

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from gptq_cli.cli import options as o
 from gptq_cli.cli.console import Console, size
-from gptq_cli.cli.engines import engine_data, engine_lines
+from gptq_cli.cli.engines import engine_lines
 from gptq_cli.cli.table import aligned, row_data, row_lines
 from gptq_cli.config.finding import shown
-from gptq_cli.config.targets import Export, Verdict, verdicts
+from gptq_cli.config.targets import Verdict, engine_data, verdicts
 from gptq_cli.pipeline.inspect import Inspection, inspect_checkpoint
 
 if TYPE_CHECKING:
@@ -64,12 +64,9 @@ def _show_layer(console: Console, model: str, revision: str | None, name: str) -
 
 
 def _judge(found: Inspection) -> tuple[Verdict, ...]:
-    if not found.modules or found.format is None:
+    if found.export is None:
         return ()
-    head = any(module.name == "lm_head" for module in found.modules)
-    return verdicts(
-        Export.of(found.layer_configs(), found.format, head, names=[module.name for module in found.modules])
-    )
+    return verdicts(found.export)
 
 
 def _data(found: Inspection, judged: Sequence[Verdict]) -> dict[str, Any]:
@@ -105,8 +102,12 @@ def _how(found: Inspection) -> str:
 def _lines(found: Inspection, judged: Sequence[Verdict]) -> list[str]:
     rows = row_lines([*found.quantized, *found.kept])
     files = f"{len(found.files)} file" + ("s" if len(found.files) != 1 else "")
-    lines = [f"quantized ({found.format})", *_indented(rows[: len(found.quantized)])] if found.quantized else []
-    if found.method is not None and not found.modules:
+    lines = (
+        [f"quantized ({found.format or found.method})", *_indented(rows[: len(found.quantized)])]
+        if found.quantized
+        else []
+    )
+    if found.method is not None and not found.quantized:
         lines.append(f"quantized as {found.method}, whose tensors are not decoded here")
     lines.append("as it was" if found.quantized else "tensors")
     lines += [*_indented(rows[len(found.quantized) :]), ""]

@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from gptq_cli.cli import options as o
 from gptq_cli.cli.console import Console, clock, size, visible
-from gptq_cli.cli.engines import engine_lines
+from gptq_cli.cli.engines import engine_lines, unread_line
 from gptq_cli.cli.launch import launch, leads, member, parse_devices, started_by_torchrun
 from gptq_cli.cli.progress import Progress
 from gptq_cli.cli.said import default_name, said_fields
 from gptq_cli.cli.signals import stoppable
 from gptq_cli.config.resolve import Resolved, resolve
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.config.targets import Export, verdicts
 from gptq_cli.config.yaml_writer import to_yaml
 from gptq_cli.errors import ConfigError, InputError
 
@@ -53,6 +52,8 @@ def quantize(
     moe_uncovered: o.MoeUncovered = None,
     on_numeric_fault: o.OnNumericFault = None,
     max_fallbacks: o.MaxFallbacks = None,
+    target: o.Target = None,
+    allow_requantize: o.AllowRequantize = None,
     dataset: o.Datasets = None,
     dataset_config: o.DatasetConfig = None,
     dataset_split: o.DatasetSplit = None,
@@ -123,15 +124,18 @@ def run(
     left in the output.
     """
     from gptq_cli.pipeline.preflight import preflight
+    from gptq_cli.pipeline.readers import judge_plan
     from gptq_cli.pipeline.report import BlockLog, check_report, save_report
 
     named = parse_devices(devices)
     if page:
         check_report()
-    if leads():
-        preflight(model, output, config, overwrite=manner["overwrite"])  # cheap refusals before the slow import
+    # cheap refusals before the slow import
+    plan = preflight(model, output, config, overwrite=manner["overwrite"]) if leads() else None
     if len(named) > 1 and not started_by_torchrun():
         sys.exit(launch(named, as_json=console.as_json))
+    if plan is not None and config.target is None and (line := unread_line(judge_plan(plan, config))):
+        console.say(f"note: the output {line}")
 
     from gptq_cli.pipeline.quantize import assist, quantize_checkpoint
 
@@ -174,15 +178,7 @@ def _summary(result: QuantizeResult, config: QuantizeConfig) -> str:
             f"rtn    {len(rounded)} of {len(result.layers)} layers were rounded to nearest, first {rounded[0]}"
         )
     lines.append("done   before, by the same command" if result.already_done else f"time   {clock(result.seconds)}")
-    layers = [chosen for layer in result.layers if (chosen := config.for_layer(layer.name))]
-    export = Export.of(
-        layers,
-        config.format,
-        config.lm_head,
-        names=[layer.name for layer in result.layers],
-        split_experts=bool(result.split_experts),
-    )
-    return "\n".join([*lines, *engine_lines(verdicts(export))])
+    return "\n".join([*lines, *engine_lines(result.engines)])
 
 
 def _coverage(result: QuantizeResult, config: QuantizeConfig) -> str:

@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
+from gptq_cli.config.engines import TARGETS
 from gptq_cli.config.finding import Finding, KeyPath, name_of
 from gptq_cli.config.layer import DampMode, FaultPolicy, LayerConfig, OnFault, ScaleSearch, Uncovered
 from gptq_cli.config.presets import DEFAULT_PRESET, PRESETS
@@ -59,6 +60,12 @@ def _size(size: int | str) -> int | str:
 def _preset(name: str) -> str:
     if name not in PRESETS:
         raise ValueError("preset")
+    return name
+
+
+def _target(name: str | None) -> str | None:
+    if name not in (None, *TARGETS):
+        raise ValueError("target")
     return name
 
 
@@ -143,6 +150,12 @@ class QuantizeConfig(BaseModel):
         dict[Rule, LayerOverrides], Accepts("a mapping from `+:regex` or `-:regex` to a mapping of settings")
     ] = Field({}, description="rules for single layers")
     lm_head: Flag = Field(False, description="quantize the output head too")
+    allow_requantize: Flag = Field(
+        False, description="take a GPTQ checkpoint as the source and round its weights a second time"
+    )
+    target: Annotated[str | None, AfterValidator(_target), Accepts(", ".join(TARGETS) + " or null")] = Field(
+        None, description="engine that must load the result, or the run is refused before any work"
+    )
     moe_uncovered: Annotated[Uncovered, Accepts("error, rtn or all-tokens")] = Field(
         "error",
         description="an expert without calibration tokens: stop, round it to nearest, or calibrate it on all tokens",
@@ -243,7 +256,11 @@ class QuantizeConfig(BaseModel):
             return LayerChoice(self.base, "default")
         if keeps(rule):
             return LayerChoice(None, f"rule '{rule}': kept")
-        return LayerChoice(_override(self.base, self.dynamic[rule]), f"rule '{rule}'")
+        return LayerChoice(self.changed_by(rule), f"rule '{rule}'")
+
+    def changed_by(self, rule: str) -> LayerConfig:
+        """Settings of a layer that the `+:` rule of `dynamic` decides about."""
+        return _override(self.base, self.dynamic[rule])
 
     def for_layer(self, name: str) -> LayerConfig | None:
         """Settings of the layer with the full module name `name`; None when a `-:` rule keeps it as it is."""

@@ -159,10 +159,12 @@ class ModelStream:
             if f"{name}.weight" in slices
         }
 
-    def stored_weight(self, name: str) -> Tensor:
-        """The weight of a linear as the checkpoint stores it, where it was read: on the host, pages of its file."""
+    def linear_weight(self, name: str, *, transposed: bool) -> Tensor:
+        """The weight [O, I] of a linear on the device; `transposed`: the model, if not its file, holds it [I, O]."""
         key = f"{name}.weight"
-        return self._read(self._sources.get(key, key))
+        source = self._sources.get(key, key)
+        weight = self._read(source).to(self.device)
+        return weight.T if transposed and source not in self._dequantized else weight
 
     def embed(self, batches: Sequence[Tensor]) -> list[State]:
         """Hidden states [batch, seqlen, features] that enter block 0, for token ids [batch, seqlen] each.

@@ -83,7 +83,7 @@ def _device(device: torch.device) -> dict[str, Any]:
 
 
 def _settings(config: QuantizeConfig) -> dict[str, Any]:
-    no_byte = {"max_ram", "max_vram", "on_numeric_fault", "max_fallbacks"}  # of a layer that is finished
+    no_byte = {"max_ram", "max_vram", "target", "on_numeric_fault", "max_fallbacks"}  # of a layer that is finished
     no_byte |= {"device"}  # it has a place of its own
     settings = config.model_dump(mode="json", exclude=no_byte)
     if isinstance(config.dataset, list):

@@ -67,6 +67,7 @@ class LayerSolver:
         self.policy, self._batches, self.team = policy, batches, team
         self.device = stream.device
         self._told_few = False
+        self._read: tuple[str, Tensor] | None = None  # the layer whose rows were solved last
 
     def solve(self, layers: Sequence[LayerPlan], linears: Mapping[str, nn.Module], inputs: HessianAccumulator) -> None:
         """Quantize `layers`, all of which have seen `inputs`, each process some of their rows."""
@@ -90,6 +91,7 @@ class LayerSolver:
             for number, solutions, _ in team.shared(solve, [sum(map(len, part)) for part in parts]):
                 for rows, solution in zip(parts[number], solutions, strict=True):
                     found[rows.layer.name].append(solution)
+            self._read = None
             seconds = (time.perf_counter() - started) / sum(layer.out_features for layer in together)
             for layer in together:
                 solution = Solution.of_rows(found.pop(layer.name))
@@ -131,11 +133,16 @@ class LayerSolver:
     def _weight(self, rows: Rows, usable: Usable) -> Tensor:
         layer = rows.layer
         assert layer.config is not None
-        weight = self._stream.stored_weight(layer.name)
-        weight = (weight.T if layer.transposed else weight)[rows.start : rows.stop].to(self.device)
+        weight = self._whole(layer)[rows.start : rows.stop]
         if layer.config.asymmetric_calibration and usable.inputs.shift is not None:
             return follow_original(weight, usable.inputs.shift, usable.factor, layer.config.asymmetric_calibration)
         return weight
+
+    def _whole(self, layer: LayerPlan) -> Tensor:
+        if self._read is None or self._read[0] != layer.name:
+            self._read = None  # before another takes its place
+            self._read = layer.name, self._stream.linear_weight(layer.name, transposed=layer.transposed)
+        return self._read[1]
 
     def _warn(self, solved: Solved) -> None:
         layer, report = solved.layer, solved.report

@@ -276,7 +276,7 @@ def test_rules_that_split_the_experts_of_a_layer_are_told(tmp_path: Path) -> Non
     assert result.split_experts == ("model.layers.1.mlp.experts",)
     warned = [event for event in events if isinstance(event, Warned) and event.code == "W_CFG_EXPERTS"]
     assert [event.message for event in warned] == [
-        "the experts of `model.layers.1.mlp.experts` differ in settings: vLLM and SGLang refuse that"
+        "the experts of `model.layers.1.mlp.experts` differ in settings: not loaded by vllm, sglang"
     ]
 
 
