@@ -334,7 +334,7 @@ def assist(
     check_agreement(team, identify(source, located.commit, config, device, hashed=team.first_here))
     with torch.inference_mode(), memory_errors():
         stream = open_stream(source, device=device, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
-        plan = plan_checkpoint(source, config, stream.all_linears(), stream.stacked_linears())
+        plan = _plan(source, config, stream, ignore)
         ids: Tensor = team.told()
         if ids.numel():
             finished = FinishedBlocks(team, team.told(), plan.n_steps)
