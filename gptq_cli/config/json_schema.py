@@ -21,5 +21,6 @@ def config_schema() -> dict[str, Any]:
         fields[name]["description"] = f"{info.description}. Accepts {accepts}." if accepts else f"{info.description}."
         fields[name].pop("title", None)
     fields["preset"]["enum"] = list(PRESETS)
+    schema["description"] = schema["description"].partition("\n")[0]
     definitions = schema.pop("$defs", {})
     return {"$schema": DRAFT, **schema, "title": "gptq configuration", "definitions": definitions}

@@ -12,7 +12,15 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
@@ -106,7 +114,19 @@ class LayerOverrides(TypedDict, total=False):
 
 
 class QuantizeConfig(BaseModel):
-    """Everything that decides about a run, resolved; construct it from what was said, the rest is derived."""
+    """Everything that decides about a run, resolved; construct it from what was said, the rest is derived.
+
+    ConfigError, with every problem at once, if that cannot be.
+
+    >>> from gptq_cli import QuantizeConfig
+    >>> config = QuantizeConfig(bits=4, sym=False, dynamic={"-:.*down_proj": {}})
+    >>> config.group_size, config.format, config.preset
+    (128, 'gptq_v2', 'balanced')
+    >>> QuantizeConfig(bits=5, group_sise=64)
+    Traceback (most recent call last):
+        ...
+    gptq_cli.errors.ConfigError: bits must be 2, 3, 4 or 8, got 5; group_sise is not a known key
+    """
 
     model_config = STRICT
 
@@ -187,6 +207,17 @@ class QuantizeConfig(BaseModel):
             subject = " and ".join(map(name_of, finding.paths))
             raise PydanticCustomError("conflict", "{message}", {"message": f"{subject} {finding.predicate}"})
         return self
+
+    @model_validator(mode="wrap")  # the last one, which sees what all others raise
+    @classmethod
+    def _refuse(cls, values: Any, handler: ModelWrapValidatorHandler[QuantizeConfig]) -> QuantizeConfig:
+        """Whatever is wrong is a ConfigError in the words of a person."""
+        try:
+            return handler(values)
+        except ValidationError as error:
+            from gptq_cli.config.check import findings_of, refusal
+
+            raise refusal(findings_of(error, values) or conflicts(fill(values)[0])) from error
 
     @property
     def max_shard_bytes(self) -> int:

@@ -14,6 +14,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from gptq_cli.cli.app import app
+from gptq_cli.pipeline.eval_request import EvalRequest
 from gptq_cli.pipeline.events import (
     BlockFinished,
     BlockStarted,
@@ -114,23 +115,6 @@ def quantizer(monkeypatch: pytest.MonkeyPatch) -> FakeQuantizer:
     return fake
 
 
-@dataclass(frozen=True, slots=True)
-class EvalRequest:
-    dataset: str | None = None
-    dataset_config: str | None = None
-    dataset_split: str | None = None
-    text_column: str = "text"
-    seqlen: int | None = None
-    batch_size: int = 1
-    max_windows: int | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    backend: str | None = None
-    revision: str | None = None
-    trust_remote_code: bool = False
-    baseline: str | None = None
-
-
 @dataclass(frozen=True)
 class FakeEvaluated:
     perplexity: float = 12.5
@@ -164,6 +148,6 @@ class FakeEvaluator:
 def evaluator(monkeypatch: pytest.MonkeyPatch) -> FakeEvaluator:
     fake = FakeEvaluator()
     module = ModuleType("gptq_cli.pipeline.evaluate")
-    module.evaluate_perplexity, module.EvalRequest = fake, EvalRequest  # type: ignore[attr-defined]
+    module.evaluate_perplexity = fake  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "gptq_cli.pipeline.evaluate", module)
     return fake

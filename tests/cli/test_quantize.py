@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from gptq_cli.cli.quantize import quantize, seconds
-from gptq_cli.cli.said import default_name
+from gptq_cli.cli.quantize import quantize
 from gptq_cli.config.schema import QuantizeConfig
+from gptq_cli.pipeline.run import default_name
+from gptq_cli.pipeline.time_limit import seconds
 
 from .conftest import FakeQuantized, FakeQuantizer, Run
 

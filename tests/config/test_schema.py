@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from gptq_cli.config.layer import LayerConfig
 from gptq_cli.config.presets import PRESETS
 from gptq_cli.config.schema import LayerOverrides, QuantizeConfig, size_in_bytes
+from gptq_cli.errors import ConfigError
 
 
 def test_defaults_are_those_of_the_preset_balanced_and_of_optimum_beyond_it() -> None:
@@ -109,7 +110,7 @@ def test_only_what_was_said_or_derived_counts_as_set() -> None:
     ],
 )
 def test_contradictions_and_wrong_values_cannot_be_constructed(said: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError):
+    with pytest.raises(ConfigError):
         QuantizeConfig(**{"bits": 4, **said})
 
 
