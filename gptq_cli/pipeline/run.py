@@ -111,7 +111,8 @@ def evaluate_perplexity(
 
 def default_name(model: str, config: QuantizeConfig) -> str:
     """The output's name as published checkpoints are called: Qwen3-0.6B-GPTQ-Int4-g128."""
-    name = Path(model).expanduser().resolve().name if Path(model).expanduser().exists() else model.rsplit("/", 1)[-1]
+    path = Path(model).expanduser()
+    name = path.name if path.name not in ("", "..") else path.resolve().name  # a link is called as its owner calls it
     group = f"g{config.group_size}" if config.group_size > 0 else "channel"
     return f"{name}-GPTQ-Int{config.bits}-{group}"
 
