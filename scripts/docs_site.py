@@ -48,6 +48,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_content(html: str, **_: Any) -> str:
     """mkdocs: draw the equations of a page."""
+
     def draw(found: re.Match[str]) -> str:
         drawn = convert(unescape(found[3]), display="block" if found[2] == "[" else "inline")
         return f'<{found[1]} class="arithmatex">{drawn}</{found[1]}>'
@@ -111,21 +112,47 @@ def _parameter(parameter: Any) -> tuple[str, str, str]:
 
 def configuration() -> str:
     """Every field of the configuration, the presets and the recipes."""
-    lines = ["# Configuration", "", "Keys of a YAML or JSON file, fields of `gptq_cli.QuantizeConfig`, and with `-` for"]
-    lines += ["`_` options of `gptq quantize`; `GPTQ_` and the name in capitals is the environment variable. What is said"]
-    lines += ["first counts: flag, environment, file, preset, default. Nothing unknown is accepted and ignored. Editors"]
-    lines += ["complete and check a file that begins with `# yaml-language-server: $schema=gptq.schema.json` beside the"]
+    lines = [
+        "# Configuration",
+        "",
+        "Keys of a YAML or JSON file, fields of `gptq_cli.QuantizeConfig`, and with `-` for",
+    ]
+    lines += [
+        "`_` options of `gptq quantize`; `GPTQ_` and the name in capitals is the environment variable. What is said"
+    ]
+    lines += [
+        "first counts: flag, environment, file, preset, default. Nothing unknown is accepted and ignored. Editors"
+    ]
+    lines += [
+        "complete and check a file that begins with `# yaml-language-server: $schema=gptq.schema.json` beside the"
+    ]
     lines += ["[JSON Schema](gptq.schema.json) that `gptq schema` prints.", ""]
     lines += table(("key", "default", "meaning"), [_field(name) for name in QuantizeConfig.model_fields])
-    lines += ["Settings of single layers, in rules of `dynamic`: " + ", ".join(map(_code, LayerOverrides.__annotations__))]
-    lines += ["", "## Presets", "", f"What a preset fills in where nothing else was said. `{DEFAULT_PRESET}` is the default."]
+    lines += [
+        "Settings of single layers, in rules of `dynamic`: " + ", ".join(map(_code, LayerOverrides.__annotations__))
+    ]
+    lines += [
+        "",
+        "## Presets",
+        "",
+        f"What a preset fills in where nothing else was said. `{DEFAULT_PRESET}` is the default.",
+    ]
     keys = sorted({key for preset in PRESETS.values() for key in preset})
     chosen = {name: QuantizeConfig(bits=4, preset=name) for name in PRESETS}
     rows = [(_code(key), *(_value(getattr(config, key)) for config in chosen.values())) for key in keys]
     lines += table(("key", *map(_code, chosen)), rows)
     lines += ["## Recipes", "", "`--config NAME` takes one of these, `gptq recipes NAME` prints it.", ""]
     for name, file in recipes().items():
-        lines += [f"### {name}", "", describe_recipe(file), "", "```yaml", file.read_text(encoding="utf-8").strip(), "```", ""]
+        lines += [
+            f"### {name}",
+            "",
+            describe_recipe(file),
+            "",
+            "```yaml",
+            file.read_text(encoding="utf-8").strip(),
+            "```",
+            "",
+        ]
     return "\n".join(lines)
 
 
@@ -258,7 +285,9 @@ def _docstring(text: str) -> list[str]:
 def engines() -> str:
     """What each engine's reader takes, as `plan`, `inspect` and `validate-config --model` judge."""
     lines = ["# Engines", "", "What each engine does with a checkpoint, as `gptq plan`, `gptq inspect` and"]
-    lines += ["`gptq validate-config --model` say it. The first line that applies counts; without one the engine loads it."]
+    lines += [
+        "`gptq validate-config --model` say it. The first line that applies counts; without one the engine loads it."
+    ]
     for engine in ENGINES:
         lines += ["", f"## {engine.name}", "", f"Source: {_text(engine.source)}."]
         lines += table(("", "reason"), [(OUTCOMES[rule.outcome], _text(rule.reason)) for rule in engine.rules])

@@ -19,25 +19,31 @@ from gptq_cli.cli.quantize import quantize as quantize_command
 from gptq_cli.config.schema import fill
 from tests.cli.conftest import Run, gptq  # noqa: F401
 from tests.pipeline.runs import digest
-from tests.workspace import MODEL, QUANTIZED, SETTINGS, copy_workspace, make_workspace, stop_after_the_first_block
+from tests.workspace import (
+    MODEL,
+    QUANTIZED,
+    SETTINGS,
+    copy_workspace,
+    make_workspace,
+    stop_after_the_first_block,
+    supply,
+)
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = make_workspace(tmp_path_factory.mktemp("api"))
-    quantize(directory / MODEL, config(str(directory / "calibration.txt")), directory / QUANTIZED)
-    return directory
+    return make_workspace(tmp_path_factory.mktemp("api"))
 
 
 @pytest.fixture
 def workspace(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    directory = copy_workspace(files, tmp_path / "here")
-    monkeypatch.chdir(directory)
-    return directory
+    monkeypatch.chdir(copy_workspace(files, tmp_path))
+    supply(files, QUANTIZED)
+    return tmp_path
 
 
-def config(dataset: str = "calibration.txt") -> QuantizeConfig:
-    return QuantizeConfig(bits=4, **(SETTINGS | {"dataset": dataset}))
+def config() -> QuantizeConfig:
+    return QuantizeConfig(bits=4, **SETTINGS)
 
 
 def examples() -> list[doctest.DocTest]:
