@@ -6,7 +6,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-from gptq_cli.cli.console import Console, size
+from gptq_cli.cli.console import Console, fitted, size
 from gptq_cli.cli.engines import engine_data, engine_lines, judge_plan
 from gptq_cli.cli.table import row_data, row_lines
 from gptq_cli.config.resolve import Resolved
@@ -98,7 +98,7 @@ def _lines(plan: RunPlan, resolved: Resolved, output: Path) -> list[str]:
         f"        about {size(total(memory.accelerator))} on a GPU and {size(total(memory.accelerator_host))} "
         "on its host (estimate, not measured)",
         f"disk    {size(disk.needed)}{free}",
-        *engine_lines(judge_plan(plan, resolved.config)),
+        *map(fitted, engine_lines(judge_plan(plan, resolved.config))),
     ]
 
 

@@ -11,7 +11,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from gptq_cli.cli import options as o
-from gptq_cli.cli.console import Console, clock, size, visible
+from gptq_cli.cli.console import Console, clock, fitted, size, visible
 from gptq_cli.cli.engines import engine_lines
 from gptq_cli.cli.progress import Progress
 from gptq_cli.cli.said import said_fields
@@ -132,7 +132,7 @@ def _summary(result: QuantizeResult, config: QuantizeConfig) -> str:
         names=[layer.name for layer in result.layers],
         split_experts=bool(result.split_experts),
     )
-    return "\n".join([*lines, *engine_lines(verdicts(export))])
+    return "\n".join([*lines, *map(fitted, engine_lines(verdicts(export)))])
 
 
 def _coverage(result: QuantizeResult, config: QuantizeConfig) -> str:

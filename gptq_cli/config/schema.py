@@ -131,69 +131,85 @@ class QuantizeConfig(BaseModel):
     model_config = STRICT
 
     bits: Bits = Field(description="bits per weight")
-    group_size: GroupSize = Field(128, description="input columns that share one scale")
-    sym: Flag = Field(True, description="symmetric grid; false stores a zero point per group")
-    desc_act: Flag = Field(False, description="quantize columns in order of falling activation, groups follow (g_idx)")
-    act_group_aware: Flag = Field(True, description="activation order that keeps groups whole (GAR)")
-    static_groups: Flag = Field(False, description="fix all scales first; columns in activation order, trivial g_idx")
-    true_sequential: Flag = Field(True, description="layers of a block see inputs of already quantized layers")
-    signed_scales: Flag = Field(False, description="symmetric scales may be negative: the larger end gets a level more")
-    scale_search: Search = Field(
-        "none", description="shrink scales to least |error|^2.4 (mse) or error^2 weighted by input energy (activation)"
+    group_size: GroupSize = Field(default=128, description="input columns that share one scale")
+    sym: Flag = Field(default=True, description="symmetric grid; false stores a zero point per group")
+    desc_act: Flag = Field(
+        default=False, description="quantize columns in order of falling activation, groups follow (g_idx)"
     )
-    refine_sweeps: Sweeps = Field(0, description="rounds of fitting scales, then codes, after a layer is solved")
+    act_group_aware: Flag = Field(default=True, description="activation order that keeps groups whole (GAR)")
+    static_groups: Flag = Field(
+        default=False, description="fix all scales first; columns in activation order, trivial g_idx"
+    )
+    true_sequential: Flag = Field(default=True, description="layers of a block see inputs of already quantized layers")
+    signed_scales: Flag = Field(
+        default=False, description="symmetric scales may be negative: the larger end gets a level more"
+    )
+    scale_search: Search = Field(
+        default="none",
+        description="shrink scales to least |error|^2.4 (mse) or error^2 weighted by input energy (activation)",
+    )
+    refine_sweeps: Sweeps = Field(
+        default=0, description="rounds of fitting scales, then codes, after a layer is solved"
+    )
     asymmetric_calibration: Strength = Field(
-        0.0, description="how far weights follow the unquantized model's inputs, 0 to 1; above 0 each block runs twice"
+        default=0.0,
+        description="how far weights follow the unquantized model's inputs, 0 to 1; above 0 each block runs twice",
     )
     damp_mode: Damping = Field(
-        "mean", description="damp every column alike, or each by its own energy (diagonal), more when tokens are few"
+        default="mean",
+        description="damp every column alike, or each by its own energy (diagonal), more when tokens are few",
     )
     damp_percent: DampPercent = Field(
-        0.1, description="damping, as a share of the Hessian's mean diagonal; with damp_mode diagonal the least share"
+        default=0.1,
+        description="damping, as a share of the Hessian's mean diagonal; with damp_mode diagonal the least share",
     )
     modules_in_block_to_quantize: Annotated[
         list[Annotated[list[Text], Field(min_length=1)]] | None,
         Field(min_length=1),
         Accepts("a list of lists of module names, like [[self_attn.q_proj], [mlp.down_proj]]"),
-    ] = Field(None, description="the only linears of a block to quantize")
+    ] = Field(default=None, description="the only linears of a block to quantize")
     dynamic: Annotated[
         dict[Rule, LayerOverrides], Accepts("a mapping from `+:regex` or `-:regex` to a mapping of settings")
-    ] = Field({}, description="rules for single layers")
-    lm_head: Flag = Field(False, description="quantize the output head too")
+    ] = Field(default={}, description="rules for single layers")
+    lm_head: Flag = Field(default=False, description="quantize the output head too")
     moe_uncovered: Annotated[Uncovered, Accepts("error, rtn or all-tokens")] = Field(
-        "error",
+        default="error",
         description="an expert without calibration tokens: stop, round it to nearest, or calibrate it on all tokens",
     )
     dataset: Annotated[
         str | list[str] | None, Field(min_length=1), Accepts("a dataset name, a path, or a list of texts")
-    ] = Field(None, description="calibration text; null means wikitext2")
-    dataset_config: Name = Field(None, description="configuration of a Hub dataset")
-    dataset_split: Name = Field(None, description="split of a Hub dataset")
-    text_column: Text = Field("text", description="column that holds the text")
-    seqlen: Count = Field(2048, description="tokens per window, at most the model's positions")
-    nsamples: Count = Field(128, description="calibration windows")
-    batch_size: Count = Field(8, description="windows per forward pass")
+    ] = Field(default=None, description="calibration text; null means wikitext2")
+    dataset_config: Name = Field(default=None, description="configuration of a Hub dataset")
+    dataset_split: Name = Field(default=None, description="split of a Hub dataset")
+    text_column: Text = Field(default="text", description="column that holds the text")
+    seqlen: Count = Field(default=2048, description="tokens per window, at most the model's positions")
+    nsamples: Count = Field(default=128, description="calibration windows")
+    batch_size: Count = Field(default=8, description="windows per forward pass")
     seed: Annotated[int, Field(ge=0, lt=2**63), Accepts("a whole number of 0 or more")] = Field(
-        0, description="chooses the calibration windows"
+        default=0, description="chooses the calibration windows"
     )
     format: Annotated[Literal["gptq", "gptq_v2"], Accepts("gptq or gptq_v2")] = Field(
-        "gptq", description="checkpoint format"
+        default="gptq", description="checkpoint format"
     )
-    max_shard_size: Size = Field("5GB", description="largest safetensors file written")
-    max_vram: Size | None = Field(None, description="device memory that may be used; null: what is free")
-    max_ram: Size | None = Field(None, description="host memory that may be used; null: what is free")
+    max_shard_size: Size = Field(default="5GB", description="largest safetensors file written")
+    max_vram: Annotated[Size | None, Accepts("a size such as 24GB, a number of bytes, or null")] = Field(
+        default=None, description="device memory that may be used; null: what is free"
+    )
+    max_ram: Annotated[Size | None, Accepts("a size such as 64GB, a number of bytes, or null")] = Field(
+        default=None, description="host memory that may be used; null: what is free"
+    )
     backend: Annotated[Literal["auto", "torch", "triton"] | None, Accepts("auto, torch, triton or null")] = Field(
-        None, description="kernel that runs quantized linears when evaluating"
+        default=None, description="kernel that runs quantized linears when evaluating"
     )
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$"), Accepts("auto, cpu, cuda or cuda:N")] = (
-        Field("auto", description="device that does the work")
+        Field(default="auto", description="device that does the work")
     )
     dtype: Annotated[
         Literal["auto", "bfloat16", "float16", "float32"], Accepts("auto, bfloat16, float16 or float32")
-    ] = Field("auto", description="dtype of the forward passes")
-    trust_remote_code: Flag = Field(False, description="run Python code that comes with the model")
+    ] = Field(default="auto", description="dtype of the forward passes")
+    trust_remote_code: Flag = Field(default=False, description="run Python code that comes with the model")
     preset: Annotated[str, AfterValidator(_preset), Accepts(" or ".join(PRESETS))] = Field(
-        DEFAULT_PRESET, description="named starting point for the fields left open"
+        default=DEFAULT_PRESET, description="named starting point for the fields left open"
     )
 
     @model_validator(mode="before")

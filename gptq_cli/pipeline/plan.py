@@ -268,18 +268,23 @@ def _check_rules(config: QuantizeConfig, layers: list[LayerPlan]) -> None:
 
 def _check_shapes(layers: list[LayerPlan]) -> None:
     wrong = [(layer, why) for layer in layers if layer.config and (why := _unfit(layer, layer.config))]
-    kinds = Counter((_kind(layer), why) for layer, why in wrong)
+    kinds: dict[str, Counter[str]] = defaultdict(Counter)
+    for layer, why in wrong:
+        kinds[why][_kind(layer)] += 1
     if kinds:
-        raise ConfigError.of(
-            [
-                Problem(
-                    "E_SHAPE",
-                    f"{why}: `{name}`" + (f" ({count} layers)" if count > 1 else ""),
-                    f"choose another group_size, or keep it: --dynamic '-:{name.replace('.N.', '[.][0-9]+[.]')}$'",
-                )
-                for (name, why), count in kinds.items()
-            ]
-        )
+        raise ConfigError.of([_misfit(why, names) for why, names in kinds.items()])
+
+
+def _misfit(why: str, kinds: Counter[str]) -> Problem:
+    """One problem for all kinds of layers that do not fit for the same reason, with a rule that keeps them."""
+    named, count = ", ".join(f"`{name}`" for name in kinds), kinds.total()
+    rules = [name.replace(".N.", "[.][0-9]+[.]") for name in kinds]
+    rule, them = (f"({'|'.join(rules)})", "them") if len(rules) > 1 else (rules[0], "it")
+    return Problem(
+        "E_SHAPE",
+        f"{why}: {named}" + (f" ({count} layers)" if count > 1 else ""),
+        f"choose another group_size, or keep {them}: --dynamic '-:{rule}$'",
+    )
 
 
 def _kind(layer: LayerPlan) -> str:

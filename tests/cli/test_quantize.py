@@ -107,6 +107,13 @@ def test_wrong_settings_stop_before_anything_is_loaded(
     assert quantizer.calls == []
 
 
+def test_a_dataset_that_is_not_there_stops_before_anything_is_loaded(gptq: Run, quantizer: FakeQuantizer) -> None:
+    result = gptq("quantize", "org/m", "-b", "4", "--dataset", "none.txt")
+    assert result.exit_code == 3
+    assert result.stderr.startswith("error[E_DATA_NOT_FOUND]: dataset `none.txt` does not exist\n\nhint: give a .txt")
+    assert quantizer.calls == []
+
+
 @pytest.mark.parametrize("model", ["./none", "/none", "~/none", "a/b/c", "none dir"])
 def test_a_wrong_path_stops_before_anything_is_loaded(model: str, gptq: Run, quantizer: FakeQuantizer) -> None:
     result = gptq("quantize", model, "-b", "4")

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from gptq_cli.config.layer import LayerConfig
 from gptq_cli.config.presets import PRESETS
-from gptq_cli.config.schema import LayerOverrides, QuantizeConfig, size_in_bytes
+from gptq_cli.config.schema import Accepts, LayerOverrides, QuantizeConfig, size_in_bytes
 from gptq_cli.errors import ConfigError
 
 
@@ -206,3 +206,12 @@ def test_gptq_and_every_other_preset_say_what_they_are() -> None:
         config = QuantizeConfig(bits=4, preset=preset)
         assert {key: getattr(config, key) for key in values} == values
         assert QuantizeConfig(bits=4, preset=preset, sym=False).base.signed_scales is False
+
+
+def test_every_field_says_what_it_accepts_and_refuses_in_those_words() -> None:
+    assert [name for name, info in QuantizeConfig.model_fields.items()
+            if not any(isinstance(item, Accepts) for item in info.metadata)] == []  # fmt: skip
+    for field in ("max_ram", "max_vram", "max_shard_size"):
+        with pytest.raises(ConfigError, match=f'{field} must be a size such as .*, got "lots"'):
+            QuantizeConfig(**{"bits": 4, field: "lots"})
+    assert QuantizeConfig(bits=4, max_ram="64GB", max_vram=10**9).max_ram_bytes == 64 * 10**9
