@@ -11,9 +11,9 @@ from gptq_cli.cli.engines import engine_data, engine_lines, judge_plan
 from gptq_cli.cli.table import row_data, row_lines
 from gptq_cli.config.resolve import Resolved
 from gptq_cli.pipeline.estimate import Term, estimate_disk, estimate_memory, total
+from gptq_cli.pipeline.naming import default_name
 from gptq_cli.pipeline.overview import plan_rows
 from gptq_cli.pipeline.plan import RunPlan, plan_checkpoint
-from gptq_cli.pipeline.run import default_name
 
 
 def show_plan(console: Console, resolved: Resolved, model: str, output: Path | None, revision: str | None) -> None:

@@ -278,8 +278,10 @@ def _check_shapes(layers: list[LayerPlan]) -> None:
 def _misfit(why: str, kinds: Counter[str]) -> Problem:
     """One problem for all kinds of layers that do not fit for the same reason, with a rule that keeps them."""
     named, count = ", ".join(f"`{name}`" for name in kinds), kinds.total()
-    rules = [name.replace(".N.", "[.][0-9]+[.]") for name in kinds]
-    rule, them = (f"({'|'.join(rules)})", "them") if len(rules) > 1 else (rules[0], "it")
+    names = sorted({name.rpartition(".")[2] for name in kinds})
+    rule, them = next(iter(kinds)).replace(".N.", "[.][0-9]+[.]"), "it"
+    if len(kinds) > 1:
+        rule, them = f".*[.]({'|'.join(names)})", "them"
     return Problem(
         "E_SHAPE",
         f"{why}: {named}" + (f" ({count} layers)" if count > 1 else ""),

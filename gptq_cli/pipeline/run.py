@@ -13,6 +13,7 @@ from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import ConfigError, InputError
 from gptq_cli.pipeline.eval_request import EvalRequest
 from gptq_cli.pipeline.events import Report, ignore
+from gptq_cli.pipeline.naming import default_name
 from gptq_cli.pipeline.preflight import preflight
 from gptq_cli.pipeline.report import BlockLog, check_report, save_report
 from gptq_cli.pipeline.time_limit import seconds
@@ -107,14 +108,6 @@ def evaluate_perplexity(
     from gptq_cli.pipeline.evaluate import evaluate_perplexity as evaluate
 
     return evaluate(str(model), request or EvalRequest(), on_event)
-
-
-def default_name(model: str, config: QuantizeConfig) -> str:
-    """The output's name as published checkpoints are called: Qwen3-0.6B-GPTQ-Int4-g128."""
-    path = Path(model).expanduser()
-    name = path.name if path.name not in ("", "..") else path.resolve().name  # a link is called as its owner calls it
-    group = f"g{config.group_size}" if config.group_size > 0 else "channel"
-    return f"{name}-GPTQ-Int{config.bits}-{group}"
 
 
 def refuse_missing_path(model: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from gptq_cli.cli.quantize import quantize
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.pipeline.run import default_name
+from gptq_cli.pipeline.naming import default_name
 from gptq_cli.pipeline.time_limit import seconds
 
 from .conftest import FakeQuantized, FakeQuantizer, Run
@@ -173,6 +173,9 @@ def test_outputs_are_named_as_published_checkpoints_are(tmp_path: Path) -> None:
     model.mkdir()
     config = QuantizeConfig(bits=8, group_size=-1)
     assert default_name(f"{model}/", config) == "Tiny-1B-GPTQ-Int8-channel"
+    (tmp_path / "Linked-2B").symlink_to(model)
+    assert default_name(str(tmp_path / "Linked-2B"), config) == "Linked-2B-GPTQ-Int8-channel"
+    assert default_name(str(model / ".."), config) == f"{tmp_path.name}-GPTQ-Int8-channel"
     assert default_name("hf://org/Big", QuantizeConfig(bits=4, group_size=64)) == "Big-GPTQ-Int4-g64"
 
 
