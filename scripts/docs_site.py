@@ -195,7 +195,8 @@ def json_output() -> str:
     schema = json.loads(_output_schema())
     lines = ["# JSON output", "", _text(schema["description"]), "", "[The schema](output.schema.json), which"]
     lines += ["`gptq schema output` prints.", ""]
-    for name, part in schema["$defs"].items():
+    parts = sorted(schema["$defs"].items(), key=lambda part: part[0] not in COMMANDS)  # what commands share comes after
+    for name, part in parts:
         rows = [(_code(path), kind, _text(about)) for path, kind, about in _fields(part)]
         lines += [f"## {name}", "", _text(part.get("description", "")), *table(("field", "type", ""), rows)]
     return "\n".join(lines)
