@@ -51,7 +51,7 @@ class Gptq(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, _, rest = super().resolve_command(ctx, args)
-        return name, _load(str(name)), rest
+        return name, load_command(str(name)), rest
 
     def main(
         self,
@@ -129,7 +129,7 @@ def _kebab(word: str) -> str:
     return name.replace("_", "-") + equals + value if name.startswith("--") else word
 
 
-def _load(name: str) -> Any:
+def load_command(name: str) -> Any:
     """The command `name` from its module."""
     function = name.replace("-", "_")
     single = typer.Typer(add_completion=False, rich_markup_mode="rich")

@@ -68,13 +68,14 @@ def _check(said: dict[str, Any]) -> None:
 
 
 def _evaluate(console: Console, said: dict[str, Any]) -> EvalResult:
-    from gptq_cli.pipeline.evaluate import EvalRequest, evaluate_perplexity
+    from gptq_cli.pipeline.eval_request import EvalRequest
+    from gptq_cli.pipeline.run import evaluate_perplexity
 
     request = EvalRequest(
         dataset=said["text"], baseline=said["b"], **{key: said[key] for key in WITH_TEXT if key in said}
     )
     with Progress(console) as progress:
-        return evaluate_perplexity(said["a"], request, progress)
+        return evaluate_perplexity(said["a"], request, on_event=progress)
 
 
 def _mean_error(found: Comparison) -> float:

@@ -20,6 +20,7 @@ from gptq_cli.evaluation.perplexity import Divergence, Perplexity
 from gptq_cli.models.stream import ModelStream
 from gptq_cli.models.tokenizer import load_encoder
 from gptq_cli.pipeline.activations import HiddenStates
+from gptq_cli.pipeline.eval_request import EvalRequest
 from gptq_cli.pipeline.events import BlockStarted, PhaseStarted, Report, ignore
 from gptq_cli.pipeline.memory import Memory, block_finished
 from gptq_cli.pipeline.record import Record
@@ -34,29 +35,6 @@ from gptq_cli.pipeline.setup import (
 )
 
 DEFAULT_SEQLEN = 2048
-
-
-@dataclass(frozen=True, slots=True)
-class EvalRequest:
-    """What to evaluate on and how.
-
-    `seqlen` None means 2048, or the model's positions if it has fewer; `backend` None means the one that the
-    configuration beside the checkpoint names, if it does.
-    """
-
-    dataset: str | list[str] | None = None
-    dataset_config: str | None = None
-    dataset_split: str | None = None
-    text_column: str = "text"
-    seqlen: int | None = None
-    batch_size: int = 1
-    max_windows: int | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    backend: str | None = None
-    revision: str | None = None
-    trust_remote_code: bool = False
-    baseline: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -311,18 +311,25 @@ def check_shared(plan: RunPlan, shared: Collection[str]) -> None:
 
 def _check_shapes(layers: list[LayerPlan]) -> None:
     wrong = [(layer, why) for layer in layers if layer.config and (why := _unfit(layer, layer.config))]
-    kinds = Counter((_kind(layer), why) for layer, why in wrong)
+    kinds: dict[str, Counter[str]] = defaultdict(Counter)
+    for layer, why in wrong:
+        kinds[why][_kind(layer)] += 1
     if kinds:
-        raise ConfigError.of(
-            [
-                Problem(
-                    "E_SHAPE",
-                    f"{why}: `{name}`" + (f" ({count} layers)" if count > 1 else ""),
-                    f"choose another group_size, or keep it: --dynamic '-:{_rule(name)}$'",
-                )
-                for (name, why), count in kinds.items()
-            ]
-        )
+        raise ConfigError.of([_misfit(why, names) for why, names in kinds.items()])
+
+
+def _misfit(why: str, kinds: Counter[str]) -> Problem:
+    """One problem for all kinds of layers that do not fit for the same reason, with a rule that keeps them."""
+    named, count = ", ".join(f"`{name}`" for name in kinds), kinds.total()
+    names = sorted({name.rpartition(".")[2] for name in kinds})
+    rule, them = _rule(next(iter(kinds))), "it"
+    if len(kinds) > 1:
+        rule, them = f".*[.]({'|'.join(names)})", "them"
+    return Problem(
+        "E_SHAPE",
+        f"{why}: {named}" + (f" ({count} layers)" if count > 1 else ""),
+        f"choose another group_size, or keep {them}: --dynamic '-:{rule}$'",
+    )
 
 
 def _kind(layer: LayerPlan) -> str:

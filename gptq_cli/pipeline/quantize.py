@@ -133,7 +133,7 @@ def quantize_checkpoint(
         with torch.inference_mode(), memory_errors():
             stream = open_stream(source, device=device, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
             plan = _plan(source, config, stream, record)
-            record(_planned(model, plan))
+            record(_planned(model, plan, config))
             check_finite(plan)
             check_disk(work, plan.layout.nbytes, (1 + plan.asymmetric) * _hidden_bytes(config, stream))
             windows = _calibrate(source, config, stream, record)
@@ -198,7 +198,7 @@ def _result(
     )
 
 
-def _planned(model: str, plan: RunPlan) -> RunPlanned:
+def _planned(model: str, plan: RunPlan, config: QuantizeConfig) -> RunPlanned:
     return RunPlanned(
         model=model,
         n_blocks=plan.n_blocks,
@@ -207,6 +207,8 @@ def _planned(model: str, plan: RunPlan) -> RunPlanned:
         bytes_before=plan.source.nbytes,
         bytes_after=plan.layout.nbytes,
         bits_per_weight=plan.bits_per_weight,
+        engines=judge_plan(plan, config),
+        target=config.target,
     )
 
 

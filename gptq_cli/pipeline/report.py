@@ -74,6 +74,9 @@ def write_page(directory: Path, page: Path, *, evaluation: Path | None = None, p
 
 
 def _evaluation(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        hint = "write one: gptq eval-ppl MODEL --json > FILE"
+        raise InputError("E_REPORT", f"there is no file `{file}`", hint=hint)
     content = read_json(file)
     if not isinstance(content, dict) or not isinstance(content.get("perplexity"), int | float):
         hint = "write one: gptq eval-ppl MODEL --json > FILE"

@@ -102,7 +102,13 @@ def test_a_group_size_that_does_not_divide_names_every_kind_of_layer_at_once(tmp
     assert "does not divide the 96 input features: `model.layers.N.mlp.down_proj` (3 layers)" in problems[0].message
     with pytest.raises(ConfigError) as caught:
         quantize_checkpoint(str(model), tmp_path / "out", config(group_size=48))
-    assert len(caught.value.problems) == 6  # every kind but down_proj
+    problems = caught.value.problems
+    assert [problem.message.rpartition(" ")[0].rpartition(" ")[2] for problem in problems] == ["(15", "(3"]
+    named = re.findall(r"`model\.layers\.N\.\w+\.(\w+_proj)`", str(caught.value))
+    assert sorted(named) == ["gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]  # every kind but down_proj
+    rules = [(problem.hint or "").partition("--dynamic '")[2].rstrip("'") for problem in problems]
+    plan = plan_run(model, config(group_size=48, dynamic={rule: {} for rule in rules}))
+    assert {layer.name.rpartition(".")[2] for layer in plan.quantized} == {"down_proj"}
     assert not (tmp_path / "out").exists()
 
 

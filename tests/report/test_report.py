@@ -134,6 +134,9 @@ def test_what_is_no_report_is_refused(finished: Path, tmp_path: Path, monkeypatc
     with pytest.raises(InputError, match="not the result of an evaluation") as wrong:
         write_page(finished, tmp_path / "x.html", evaluation=tmp_path / "e.json")
     assert "gptq eval-ppl" in (wrong.value.hint or "")
+    with pytest.raises(InputError, match=r"there is no file `none\.json`") as nothing:
+        write_page(finished, tmp_path / "x.html", evaluation=Path("none.json"))
+    assert (nothing.value.code, nothing.value.hint) == ("E_REPORT", wrong.value.hint)
     assert not (tmp_path / "x.html").exists()
     monkeypatch.setattr("gptq_cli.pipeline.report.find_spec", lambda name: None if name == "matplotlib" else name)
     with pytest.raises(InputError, match="reports need matplotlib") as missing:
