@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from gptq_cli.checkpoint.source import open_checkpoint
 from gptq_cli.config.schema import QuantizeConfig
+from gptq_cli.engine.hessian import HessianAccumulator
 from gptq_cli.errors import ConfigError, GateError, InputError
 from gptq_cli.models.experts import Routed
 from gptq_cli.pipeline import quantize as pipeline
@@ -223,6 +226,27 @@ def test_waiting_and_running_again_write_the_same_bytes(
     monkeypatch.setattr(WaitingRoom, "places", lambda *_: 0)
     replayed, _ = quantize(tmp_path, model, asymmetric_calibration=asymmetric)
     assert digest(waited) == digest(again) == digest(replayed)
+
+
+@pytest.mark.parametrize("true_sequential", [True, False])
+def test_hessians_of_experts_live_one_after_the_other(
+    true_sequential: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: WeakSet[HessianAccumulator] = WeakSet()
+    most = 0
+
+    class Counted(HessianAccumulator):
+        def __init__(self, *args: Any) -> None:
+            nonlocal most
+            super().__init__(*args)
+            alive.add(self)
+            most = max(most, len(alive))
+
+    monkeypatch.setattr("gptq_cli.pipeline.experts.HessianAccumulator", Counted)
+    model = save_mixture(tmp_path / "model", "qwen3_moe", num_hidden_layers=1, num_experts=12)
+    _, result = quantize(tmp_path, model, true_sequential=true_sequential, moe_uncovered="rtn", preset="gptq")
+    assert len(result.layers) == 4 + 3 * 12
+    assert most == (1 if true_sequential else 2)
 
 
 def test_without_true_sequential_down_proj_sees_what_the_unquantized_expert_gives(tmp_path: Path) -> None:
