@@ -142,6 +142,9 @@ def _plan(source: Checkpoint, config: QuantizeConfig, stream: ModelStream, repor
     check_shared(plan, stream.shared_linears())
     if outside:
         report(Warned("W_ARCH_KEPT", f"{outside}: they stay as they are"))
+    for name in stream.biased_experts()[:1]:
+        says = f"the experts of `{name}` have biases: no engine is known to load them quantized, `gptq eval-ppl` does"
+        report(Warned("W_ARCH_EXPERTS", says))
     for name in plan.split_experts[:1]:
         says = f"the experts of `{name}` differ in settings: vLLM and SGLang refuse that"
         report(Warned("W_CFG_EXPERTS", says))

@@ -312,6 +312,23 @@ def test_rules_that_split_the_experts_of_a_layer_are_told(tmp_path: Path) -> Non
     ]
 
 
+@pytest.mark.filterwarnings("ignore")  # what transformers says about its own models is not at stake
+def test_experts_with_biases_are_told_of(tmp_path: Path) -> None:
+    events: list[Event] = []
+    model = save_mixture(tmp_path / "model", "gpt_oss", num_hidden_layers=1)
+    quantize_checkpoint(str(model), tmp_path / "out", config(preset="fast"), report=events.append)
+    warned = [event for event in events if isinstance(event, Warned) and event.code == "W_ARCH_EXPERTS"]
+    assert [event.message for event in warned] == [
+        "the experts of `model.layers.0.mlp.experts` have biases: no engine is known to load them quantized, "
+        "`gptq eval-ppl` does"
+    ]
+    written = open_checkpoint(tmp_path / "out").tensors
+    assert {"model.layers.0.mlp.experts.gate_up_proj_bias", "model.layers.0.mlp.experts.4.up_proj.qweight"} < set(
+        written
+    )
+    assert not {"model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj"} & set(written)
+
+
 def test_a_checkpoint_that_lacks_an_expert_is_refused(tmp_path: Path) -> None:
     model = save_mixture(tmp_path / "model", "mixtral")
     tensors = load_file(model / "model.safetensors")
