@@ -99,6 +99,7 @@ modules: the blocks, but also those of a vision tower.
 def to_markdown(outcomes: Sequence[Outcome], versions: dict[str, str]) -> str:
     """The table as a document."""
     counts = Counter(outcome.status for outcome in outcomes)
+    built = len(outcomes) - counts["not built"]
     said = " and ".join(f"{name} {version}" for name, version in versions.items())
     lines = [
         "# Architectures",
@@ -106,6 +107,8 @@ def to_markdown(outcomes: Sequence[Outcome], versions: dict[str, str]) -> str:
         "| outcome | types | meaning |",
         "|---|---|---|",
         *(f"| {status} | {counts[status]} | {meaning} |" for status, meaning in STATUSES.items()),
+        "",
+        f"Of the {built} types that can be built {counts['worked']} worked: {counts['worked'] / max(1, built):.1%}.",
         "",
         f"| type | outcome | layers | kept | share | {' | '.join(f'difference, {bits} bits' for bits in BITS)} | why |",
         "|---|---|---|---|---|" + "---|" * len(BITS) + "---|",
