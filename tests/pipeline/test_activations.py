@@ -1,4 +1,4 @@
-"""States between blocks, wherever they are kept; another device than the one at work is played by torch's meta device."""
+"""States between blocks, wherever they are kept; torch's meta device plays another one than that at work."""
 
 from __future__ import annotations
 
