@@ -137,7 +137,10 @@ def _flat(listed: Iterable[Any]) -> list[Any]:
 def _disagreements(checkpoint: Checkpoint, said: Mapping[str, Any]) -> list[str]:
     """Where config.json and quantize_config.json differ: some readers take the first, some the second."""
     file = checkpoint.directory / QUANTIZE_CONFIG
-    other = read_json(file) if file.is_file() else said
+    try:
+        other = read_json(file) if file.is_file() else said
+    except InputError as error:
+        return [str(error)]
     if not isinstance(other, dict):
         return [f"{QUANTIZE_CONFIG} is not a JSON object"]
     keys = ("bits", "group_size", "sym", "desc_act", "checkpoint_format", "format", "lm_head", "dynamic")

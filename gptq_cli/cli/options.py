@@ -82,6 +82,8 @@ DampPercent = Annotated[float | None, setting("damp_percent", panel=ALGORITHM)]
 Preset = Annotated[str | None, setting("preset", panel=ALGORITHM, metavar="NAME")]
 
 MoeUncovered = Annotated[str | None, setting("moe_uncovered", panel=LAYERS)]
+OnNumericFault = Annotated[str | None, setting("on_numeric_fault", panel=LAYERS)]
+MaxFallbacks = Annotated[int | None, setting("max_fallbacks", panel=LAYERS)]
 LmHead = Annotated[bool | None, setting("lm_head", "--lm-head/--no-lm-head", panel=LAYERS)]
 Dynamic = Annotated[
     list[str] | None,

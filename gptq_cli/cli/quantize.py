@@ -50,6 +50,8 @@ def quantize(
     dynamic: o.Dynamic = None,
     lm_head: o.LmHead = None,
     moe_uncovered: o.MoeUncovered = None,
+    on_numeric_fault: o.OnNumericFault = None,
+    max_fallbacks: o.MaxFallbacks = None,
     dataset: o.Datasets = None,
     dataset_config: o.DatasetConfig = None,
     dataset_split: o.DatasetSplit = None,
@@ -154,6 +156,11 @@ def _summary(result: QuantizeResult, config: QuantizeConfig) -> str:
         lines.append(f"error  {mine:.2e} mean of {len(result.layers)} layers, round-to-nearest {rtn:.2e}")
     if result.experts:
         lines.append(_coverage(result, config))
+    rounded = [layer.name for layer in result.layers if layer.fallback]
+    if rounded:
+        lines.append(
+            f"rtn    {len(rounded)} of {len(result.layers)} layers were rounded to nearest, first {rounded[0]}"
+        )
     lines.append("done   before, by the same command" if result.already_done else f"time   {clock(result.seconds)}")
     layers = [chosen for layer in result.layers if (chosen := config.for_layer(layer.name))]
     export = Export.of(

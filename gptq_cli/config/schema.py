@@ -7,6 +7,7 @@ is valid input again and gives an equal one.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from decimal import Decimal
@@ -17,7 +18,7 @@ from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
 from gptq_cli.config.finding import Finding, KeyPath, name_of
-from gptq_cli.config.layer import DampMode, LayerConfig, ScaleSearch, Uncovered
+from gptq_cli.config.layer import DampMode, FaultPolicy, LayerConfig, OnFault, ScaleSearch, Uncovered
 from gptq_cli.config.presets import DEFAULT_PRESET, PRESETS
 from gptq_cli.config.rules import LayerChoice, first_match, is_listed, keeps, pattern_of
 
@@ -63,8 +64,10 @@ def _preset(name: str) -> str:
 
 def _rule(rule: str) -> str:
     try:
-        re.compile(pattern_of(rule))
-    except (re.error, RecursionError, OverflowError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # of what later versions of Python read otherwise, such as [[a]
+            re.compile(pattern_of(rule))
+    except (re.error, RecursionError, OverflowError, FutureWarning) as error:
         raise PydanticCustomError("regex", "{reason}", {"reason": str(error)}) from None
     return rule
 
@@ -144,6 +147,13 @@ class QuantizeConfig(BaseModel):
         "error",
         description="an expert without calibration tokens: stop, round it to nearest, or calibrate it on all tokens",
     )
+    on_numeric_fault: Annotated[OnFault, Accepts("error or rtn")] = Field(
+        "error",
+        description="a layer whose inputs are not finite or whose Hessian has no factor: stop, or round it to nearest",
+    )
+    max_fallbacks: Annotated[int | None, Field(ge=0), Accepts("a whole number of 0 or more, or null")] = Field(
+        None, description="stop when more layers than this had to be rounded to nearest; null: any number"
+    )
     dataset: Annotated[
         str | list[str] | None, Field(min_length=1), Accepts("a dataset name, a path, or a list of texts")
     ] = Field(None, description="calibration text; null means wikitext2")
@@ -202,6 +212,11 @@ class QuantizeConfig(BaseModel):
     def max_ram_bytes(self) -> int | None:
         """Host memory that may be used, in bytes; None if all that is free."""
         return None if self.max_ram is None else size_in_bytes(self.max_ram)
+
+    @property
+    def fault_policy(self) -> FaultPolicy:
+        """What becomes of layers that cannot be calibrated."""
+        return FaultPolicy(self.on_numeric_fault, self.moe_uncovered)
 
     @property
     def base(self) -> LayerConfig:

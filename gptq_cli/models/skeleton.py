@@ -204,7 +204,14 @@ def _unknown(directory: Path, error: Exception) -> InputError:
     text = str(error).strip().split("\n")[0]
     if "trust_remote_code" in str(error):
         return InputError(
-            "E_REMOTE_CODE", f"`{directory}` needs its own Python code to run",
+            "E_REMOTE_CODE", f"`{directory}` needs its own Python code to run{_own_code(directory)}",
             hint="read that code, then add --trust-remote-code",
         )  # fmt: skip
     return InputError("E_ARCH", f"transformers cannot build the model in `{directory}`: {text}")
+
+
+def _own_code(directory: Path) -> str:
+    """Which code that is. A directory of the Hub's cache is named after its commit."""
+    files = sorted(path.name for path in directory.glob("*.py"))
+    commit = f", at commit {directory.name}" if directory.parent.name == "snapshots" else ""
+    return f": {', '.join(files[:5])}{', ...' if len(files) > 5 else ''}{commit}" if files else commit

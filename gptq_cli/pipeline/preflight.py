@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from gptq_cli.checkpoint.durable import is_occupied
+from gptq_cli.checkpoint.headers import TensorInfo
 from gptq_cli.checkpoint.manifest import read_manifest
+from gptq_cli.checkpoint.raw import count_not_finite
 from gptq_cli.checkpoint.work_directory import WorkDirectory, refuse_locked
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.errors import ConfigError, ExistsError, ResourceError
+from gptq_cli.errors import ConfigError, ExistsError, InputError, ResourceError
 from gptq_cli.pipeline.plan import plan_run
 
 
@@ -37,6 +40,17 @@ def check_disk(work: WorkDirectory, output_bytes: int, hidden_bytes: int) -> Non
             "E_DISK", f"`{work.output.parent}` has {free / 1e9:.3g} GB free, {needed / 1e9:.3g} GB are needed: {parts}",
             hint="free some space, write to another disk with -o, or use fewer --nsamples",
         )  # fmt: skip
+
+
+def check_finite(tensors: Iterable[TensorInfo]) -> None:
+    """InputError E_CKPT_NONFINITE if one of `tensors`, which are copied as they are, holds NaN or infinity."""
+    for tensor in tensors:
+        count = count_not_finite(tensor)
+        if count:
+            raise InputError(
+                "E_CKPT_NONFINITE", f"`{tensor.name}` in {tensor.file.name} holds NaN or infinity, {count} times",
+                hint="download the checkpoint again",
+            )  # fmt: skip
 
 
 def check_output(output: Path, model: Path, *, overwrite: bool) -> None:

@@ -31,10 +31,11 @@ from gptq_cli.models.stream import ModelStream
 from gptq_cli.models.tokenizer import load_encoder
 from gptq_cli.pipeline.blocks import quantize_blocks
 from gptq_cli.pipeline.events import ExpertsCovered, LayerReport, PhaseStarted, Report, RunPlanned, Warned, ignore
+from gptq_cli.pipeline.fallbacks import FallbackLimit
 from gptq_cli.pipeline.identity import Identity, identify, with_calibration
 from gptq_cli.pipeline.memory import Memory
 from gptq_cli.pipeline.plan import HEAD, LayerPlan, RunPlan, check_shared, plan_checkpoint
-from gptq_cli.pipeline.preflight import check_disk, check_output, preflight
+from gptq_cli.pipeline.preflight import check_disk, check_finite, check_output, preflight
 from gptq_cli.pipeline.record import Record
 from gptq_cli.pipeline.resume import SavedBlocks, check_resumable, finished_output, telling_what_is_kept
 from gptq_cli.pipeline.setup import CONFIG_FILE, bounded_seqlen, memory_errors, open_stream, resolve_device
@@ -100,7 +101,8 @@ def quantize_checkpoint(
     before is touched unless `overwrite` is set and the new checkpoint is complete.
     """
     started = time.perf_counter()
-    record = Record(report if max_seconds is None else TimeLimit(report, max_seconds))
+    limit = FallbackLimit(report if max_seconds is None else TimeLimit(report, max_seconds), config)
+    record = Record(limit)
     preflight(model, output, config, overwrite=overwrite)
     device = resolve_device(config.device)
     with locked(output, allow_network_fs=allow_network_fs) as work, telling_what_is_kept(work, record):
@@ -118,6 +120,7 @@ def quantize_checkpoint(
             stream = open_stream(source, device=device, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
             plan = _plan(source, config, stream, record)
             record(_planned(model, plan))
+            check_finite(plan.copied)
             check_disk(work, plan.layout.nbytes, (1 + plan.asymmetric) * _hidden_bytes(config, stream))
             windows = _calibrate(source, config, stream, record)
             identity = with_calibration(identity, windows)
@@ -132,6 +135,7 @@ def quantize_checkpoint(
                 record.already_done = True
                 record.layers = [LayerReport(**layer, seconds=0.0) for layer in manifest["layers"]]
                 record.experts = [ExpertsCovered(**layer) for layer in manifest["experts"]]
+                limit.check(record.layers)
     return _result(output, located, config, plan, windows, record, time.perf_counter() - started)
 
 
@@ -263,7 +267,7 @@ def _write(
                     plan,
                     batches,
                     true_sequential=config.true_sequential,
-                    moe_uncovered=config.moe_uncovered,
+                    policy=config.fault_policy,
                     memory=memory,
                     keep=keep,
                     saved=saved,

@@ -19,15 +19,13 @@ from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.engine.hessian import HessianAccumulator
 from gptq_cli.errors import ConfigError, GateError, InputError
 from gptq_cli.models.experts import Routed
-from gptq_cli.pipeline import quantize as pipeline
-from gptq_cli.pipeline.events import Event, Warned, ignore
+from gptq_cli.pipeline.events import Event, Warned
 from gptq_cli.pipeline.experts import RoutedInputs
 from gptq_cli.pipeline.memory import WaitingRoom
 from gptq_cli.pipeline.quantize import quantize_checkpoint
-from gptq_cli.pipeline.setup import open_stream
 from tests.families import random_model, save_tokenizer
 from tests.models.test_experts import mixtral_experts, separated
-from tests.pipeline.runs import config, digest, quantize, reader
+from tests.pipeline.runs import calibration_ids, config, digest, quantize, reader
 from tests.reference import follow, gptq
 
 N_EXPERTS, IDLE = 5, 4
@@ -133,12 +131,6 @@ def test_codes_of_experts_equal_the_whole_model_reference(family: str, asymmetri
         assert (reader(output).linear(name).codes == codes).float().mean() > 0.995, name
     seen = [sum(layer.tokens) for layer in result.experts]
     assert seen == [2 * windows.numel()] * 2
-
-
-def calibration_ids(model: Path, settings: QuantizeConfig) -> Tensor:
-    source = open_checkpoint(model)
-    stream = open_stream(source, device=torch.device("cpu"), dtype="float32", trust_remote_code=False)
-    return torch.as_tensor(pipeline._calibrate(source, settings, stream, ignore).ids)
 
 
 @pytest.mark.parametrize("family", NAMES)

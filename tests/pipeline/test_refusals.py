@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,13 +9,11 @@ import torch
 from torch import nn
 
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.engine.factor import NotPositiveDefiniteError
-from gptq_cli.errors import ConfigError, ExistsError, GateError, InputError
+from gptq_cli.errors import ConfigError, ExistsError, InputError
 from gptq_cli.models.skeleton import outside_linears
 from gptq_cli.pipeline.events import Event, Warned
 from gptq_cli.pipeline.plan import check_shared, plan_run
 from gptq_cli.pipeline.quantize import quantize_checkpoint
-from gptq_cli.pipeline.solver import located
 from tests.families import save_model
 from tests.pipeline.runs import config, digest, quantize
 
@@ -189,19 +186,8 @@ def test_raised_damping_is_reported_with_the_value_used(tmp_path: Path) -> None:
     raised = [layer for layer in result.layers if layer.damp_retries]
     assert raised
     assert all(layer.damp_percent == pytest.approx(1e-9 * 4**layer.damp_retries) for layer in result.layers)
-    warnings = [event.message for event in events if isinstance(event, Warned)]
+    warnings = [event.message for event in events if isinstance(event, Warned) and event.code == "W_NUM_DAMPING"]
     assert [
         f"`{layer.name}`: damp_percent was raised to {layer.damp_percent:g}" in text
         for layer, text in zip(raised, warnings, strict=True)
     ] == [True] * len(raised)
-
-
-def test_the_damping_ladder_is_reported_and_ends_in_an_error_that_names_the_layer(tmp_path: Path) -> None:
-    layer = plan_run(save_model(tmp_path / "model"), config()).quantized[4]
-    layer = replace(layer, name="model.layers.0.mlp.gate_proj")
-    with (
-        pytest.raises(GateError, match=r"`model\.layers\.0\.mlp\.gate_proj` \(block 0\).*damp_percent 0\.4") as caught,
-        located([layer]),
-    ):
-        raise NotPositiveDefiniteError(0.4)
-    assert (caught.value.code, caught.value.exit_code) == ("E_NUM_HESSIAN", 4)
