@@ -88,8 +88,9 @@ refuses by what it finds.
 
 `python scripts/architecture_matrix.py` with {versions}, on a CPU in float32.
 A tiny random model is not a trained one: this tests structure, names and formats, not quality. Layers whose shape
-cannot be packed at these sizes (small projections), and those that a forward never calls, are kept by the rules that
-refusals hint at; they are named in the last column. Experts that no token reaches are rounded to nearest.
+cannot be packed at these sizes (small projections), those that a forward never calls, and those that several blocks
+share are kept by the rules that refusals hint at; they are named in the last column. Experts that no token reaches are
+rounded to nearest.
 
 *Difference* is that of the logits, relative to the largest. *Share* is the quantized part of all weights in numbered
 modules: the blocks, but also those of a vision tower.
