@@ -71,11 +71,14 @@ def quantize_experts(
         planned = [
             layers[name] for name, linear in linears.items() if name in layers and linear in set(expert.children())
         ]
-        first = [layer for layer in planned if linears[layer.name] is not expert.down_proj]
-        parts = [part for part in (first, [layer for layer in planned if layer not in first]) if part]
-        hessians = (_hessian(inputs, number, mine, solver, down=part[0] not in first) for part in parts)
-        for part, hessian in zip(parts, hessians if true_sequential else list(hessians), strict=True):
-            solver.solve(part, linears, hessian)
+        last = [layer for layer in planned if linears[layer.name] is expert.down_proj]
+        parts = [([layer for layer in planned if layer not in last], False), (last, True)]
+        parts = [(part, down) for part, down in parts if part]
+        gathered = [] if true_sequential else [_hessian(inputs, number, mine, solver, down=down) for _, down in parts]
+        for part, down in parts:  # a Hessian lives no longer than it is used
+            solver.solve(
+                part, linears, gathered.pop(0) if gathered else _hessian(inputs, number, mine, solver, down=down)
+            )
 
 
 def _hessian(

@@ -6,6 +6,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from os.path import commonpath
 from pathlib import Path
 
 from gptq_cli.checkpoint.headers import BITS_OF_DTYPE, TensorInfo
@@ -301,11 +302,14 @@ def check_shared(plan: RunPlan, shared: Collection[str]) -> None:
     """InputError E_ARCH if a linear among those that several blocks share is to be quantized."""
     found = [layer for layer in plan.quantized if layer.name in shared]
     if found:
-        kinds = "|".join(_rule(kind) for kind in dict.fromkeys(map(_kind, found)))
+        kinds = list(dict.fromkeys(map(_kind, found)))
+        holder = f"{commonpath([kind.replace('.', '/') for kind in kinds]).replace('/', '.')}."
+        inside = [layer for layer in plan.quantized if _kind(layer).startswith(holder)]
+        rule = _rule(holder) if inside == found else f"({'|'.join(map(_rule, kinds))})$"
         raise InputError(
             "E_ARCH",
             f"`{found[0].name}` is shared by several blocks, each of which would calibrate it for itself",
-            hint=f"keep {'it' if len(found) == 1 else f'all {len(found)} of them'}: --dynamic '-:({kinds})$'",
+            hint=f"keep {'it' if len(found) == 1 else f'all {len(found)} of them'}: --dynamic '-:{rule}'",
         )
 
 

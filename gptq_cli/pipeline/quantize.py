@@ -162,6 +162,9 @@ def _plan(source: Checkpoint, config: QuantizeConfig, stream: ModelStream, repor
         report(Warned("W_ARCH_KEPT", f"{outside}: they stay as they are"))
     for code, text in remarks(plan, config):
         report(Warned(code, text))
+    for name in stream.biased_experts()[:1]:
+        says = f"the experts of `{name}` have biases: no engine is known to load them quantized, `gptq eval-ppl` does"
+        report(Warned("W_ARCH_EXPERTS", says))
     return plan
 
 
