@@ -37,6 +37,7 @@ def test_options_of_the_readme_exist() -> None:
         "help",
         "full",
     }
+    known |= {"base-model", "evaluation", "public", "card"}
     known |= {"dry-run", "layer", "text", "report", "verbose", "log-file"}
     known |= {"resume", "max-runtime", "allow-network-fs"}
     assert named <= known

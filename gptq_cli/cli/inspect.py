@@ -12,7 +12,7 @@ from gptq_cli.cli.console import Console, size
 from gptq_cli.cli.engines import engine_data, engine_lines
 from gptq_cli.cli.table import aligned, row_data, row_lines
 from gptq_cli.config.finding import shown
-from gptq_cli.config.targets import Export, Verdict, verdicts
+from gptq_cli.config.targets import Verdict
 from gptq_cli.pipeline.inspect import Inspection, inspect_checkpoint
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def inspect(
 
     source, checkpoint = peek_model(model, revision)
     found = inspect_checkpoint(checkpoint)
-    judged = _judge(found)
+    judged = found.readers()
     data = {"model": source.name, "commit": source.commit, **_data(found, judged)}
     console.result(data, "\n".join([source.name, "", *_lines(found, judged)]), _how(found))
 
@@ -61,15 +61,6 @@ def _show_layer(console: Console, model: str, revision: str | None, name: str) -
 
     view = view_layer(checkpoint, name)
     console.result({"layer": asdict(view)}, "\n".join(_layer_lines(view)), view.name)
-
-
-def _judge(found: Inspection) -> tuple[Verdict, ...]:
-    if not found.modules or found.format is None:
-        return ()
-    head = any(module.name == "lm_head" for module in found.modules)
-    return verdicts(
-        Export.of(found.layer_configs(), found.format, head, names=[module.name for module in found.modules])
-    )
 
 
 def _data(found: Inspection, judged: Sequence[Verdict]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import yaml
 from gptq_cli.checkpoint.headers import TensorInfo
 from gptq_cli.checkpoint.source import Checkpoint, read_json
 from gptq_cli.config.layer import LayerConfig
+from gptq_cli.config.targets import Export, Verdict, verdicts
 from gptq_cli.errors import InputError
 from gptq_cli.pipeline.overview import Row, collapse, kind_of, other_rows, settings
 
@@ -82,6 +83,13 @@ class Inspection:
             LayerConfig(bits=m.bits, group_size=m.group_size, sym=self.sym, desc_act=self.desc_act)
             for m in self.modules
         ]
+
+    def readers(self) -> tuple[Verdict, ...]:
+        """What each engine makes of it; empty where nothing is quantized."""
+        if not self.modules or self.format is None:
+            return ()
+        names = [module.name for module in self.modules]
+        return verdicts(Export.of(self.layer_configs(), self.format, "lm_head" in names, names=names))
 
 
 def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:

@@ -12,10 +12,10 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from gptq_cli.report.card import size
 from gptq_cli.report.charts import as_png, as_svg, bars, heat_maps
 
 WORST = 10
-UNITS = ("B", "KB", "MB", "GB", "TB")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ def render(run: Mapping[str, Any]) -> str:
     environment = Environment(
         loader=PackageLoader("gptq_cli.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters |= {"size": _size, "clock": _clock, "short": _short}
+    environment.filters |= {"size": size, "clock": _clock, "short": _short}
     worst = sorted(run["layers"], key=lambda layer: -(layer["relative_error"] or 0))[:WORST]
     return environment.get_template("report.html.j2").render(
         run=run,
@@ -88,13 +88,6 @@ def _mean(layers: Sequence[Mapping[str, Any]], key: str) -> float | None:
 def _ratio(layers: Sequence[Mapping[str, Any]]) -> float | None:
     mine, rtn = _mean(layers, "relative_error"), _mean(layers, "rtn_relative_error")
     return mine / rtn if mine is not None and rtn else None
-
-
-def _size(n_bytes: float) -> str:
-    unit = 0
-    while n_bytes >= 999.5 and unit < len(UNITS) - 1:
-        n_bytes, unit = n_bytes / 1000, unit + 1
-    return f"{n_bytes:.3g} {UNITS[unit]}"
 
 
 def _clock(seconds: float) -> str:
