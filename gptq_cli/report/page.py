@@ -7,13 +7,14 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from gptq_cli.report.card import size
-from gptq_cli.report.charts import as_png, as_svg, bars, heat_maps
+from gptq_cli.report.charts import as_png, as_svg, bars, coverage, heat_maps
 
 WORST = 10
 
@@ -41,8 +42,44 @@ def render(run: Mapping[str, Any]) -> str:
         mean=_mean(run["layers"], "relative_error"),
         rtn=_mean(run["layers"], "rtn_relative_error"),
         heat=Markup(as_svg(_heat(run), "heat")),
+        experts=experts_of(run["experts"]) if run.get("experts") else None,
+        coverage=Markup(as_svg(_coverage(run), "coverage")) if run.get("experts") else None,
         bars=Markup(as_svg(_bars(run), "bars")) if run["blocks"] else None,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertRow:
+    """Tokens of the experts of one layer."""
+
+    name: str
+    least: int
+    median: float
+    most: int
+    uncovered: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertTable:
+    """The layers with the least calibrated experts, and figures of all."""
+
+    rows: tuple[ExpertRow, ...]
+    count: int
+    least: int
+    median: float
+    uncovered: int
+
+
+def experts_of(layers: Sequence[Mapping[str, Any]]) -> ExpertTable:
+    """What the page says of the tokens that each expert has seen."""
+    rows = [
+        ExpertRow(layer["name"], min(layer["tokens"]), median(layer["tokens"]), max(layer["tokens"]),
+                  sum(not seen for seen in layer["tokens"]))
+        for layer in layers
+    ]  # fmt: skip
+    seen = [count for layer in layers for count in layer["tokens"]]
+    worst = sorted(rows, key=lambda row: (-row.uncovered, row.least, row.median))[:WORST]
+    return ExpertTable(tuple(worst), len(seen), min(seen), median(seen), sum(not count for count in seen))
 
 
 def picture(run: Mapping[str, Any]) -> bytes:
@@ -67,6 +104,12 @@ def grids(layers: Sequence[Mapping[str, Any]]) -> Grids:
 def _heat(run: Mapping[str, Any]) -> Any:
     found = grids(run["layers"])
     return heat_maps(found.blocks, found.linears, found.error, found.against_rtn)
+
+
+def _coverage(run: Mapping[str, Any]) -> Any:
+    blocks = [int(found[1]) if (found := re.search(r"\.(\d+)\.", layer["name"])) else index
+              for index, layer in enumerate(run["experts"])]  # fmt: skip
+    return coverage(blocks, [layer["tokens"] for layer in run["experts"]])
 
 
 def _bars(run: Mapping[str, Any]) -> Any:
