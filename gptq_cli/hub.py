@@ -35,8 +35,11 @@ def push_refusal(error: BaseException, what: str) -> InputError | None:
     answer = next((link for link in links if isinstance(link, hub.HfHubHTTPError)), None)
     if answer is None or answer.response.status_code in (429, *range(500, 600)):
         silent = _from_silence(links, what)
-        if silent is None or silent.code == "E_HUB_OFFLINE":
-            return silent
+        if silent is None:
+            return None
+        if silent.code == "E_HUB_OFFLINE":
+            message = f"{what} cannot be reached: offline mode is on"
+            return InputError("E_HUB_OFFLINE", message, hint="unset HF_HUB_OFFLINE, or see the card with --dry-run")
         reason = _line(answer or next(link for link in reversed(links) if _is_network(link)))
         return InputError("E_HUB_NETWORK", f"{what} could not be reached on the Hub: {reason}", hint=AGAIN)
     if isinstance(answer, hub.GatedRepoError):

@@ -23,6 +23,8 @@ from tests.hub import Fault, Hub, Reply, serve
 from tests.hub_uploads import Uploads, blob_id, refusal
 from tests.pipeline.runs import digest, quantize
 
+from .conftest import Run
+
 SCHEMA = json.loads((Path(__file__).parents[2] / "gptq_cli" / "cli" / "output.schema.json").read_text(encoding="utf-8"))
 CANARY = "hf_" + "CanaryCanary0123456789abcdef"
 SOURCE_CARD = """---
@@ -315,6 +317,26 @@ def test_a_dry_run_prints_the_card_that_can_be_edited_and_sent(push: Push, hub: 
     (tmp_path / "card.md").write_text(printed.stdout + "\nMine.\n")
     assert push("--card", tmp_path / "card.md").exit_code == 0
     assert blob_id(hub.repos["me/tiny"]["README.md"]) == blob_id((tmp_path / "card.md").read_bytes())
+
+
+def test_a_checkpoint_of_another_tool_gets_a_card_of_what_is_known(
+    push: Push, hub: Hub, output: Path, tmp_path: Path
+) -> None:
+    foreign = Path(shutil.copytree(output, tmp_path / "foreign"))
+    for name in ("gptq_manifest.json", "gptq_config.yaml", "README.md", "gptq_report.json"):
+        (foreign / name).unlink()
+    assert push(directory=foreign).exit_code == 0
+    card = hub.repos["me/tiny"]["README.md"].decode()
+    assert "org/tiny, quantized to 4 bits with GPTQ." in card
+    assert "| format | gptq, 4 bits, group size 32, symmetric |" in card
+    assert not [words for words in ("gptq quantize", "Worst layers", "Versions", "license") if words in card]
+
+
+def test_offline_mode_sends_nothing_and_says_so(gptq: Run, output: Path) -> None:
+    done = gptq("push", output, "me/tiny", "--base-model", "org/tiny")  # these tests run in offline mode
+    assert (done.exit_code, done.stdout) == (3, "")
+    assert "error[E_HUB_OFFLINE]: model `me/tiny` cannot be reached: offline mode is on" in done.stderr
+    assert "unset HF_HUB_OFFLINE" in done.stderr
 
 
 @pytest.mark.parametrize(
