@@ -27,6 +27,7 @@ CARD = "README.md"
 CONFIG_FILE = "gptq_config.yaml"
 LOCAL = {DATA, PAGE, CARD}  # about the run, with times and paths; and the card of the source
 WORST = 10
+JUDGED = ("bits", "relative_error", "rtn_relative_error")
 MAX_CARD_BYTES = 1_000_000
 _ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -109,7 +110,7 @@ def _contents(checkpoint: Checkpoint, card: str) -> dict[str, Path | bytes]:
     files: dict[str, Path | bytes] = {name: directory / name for name in sorted(names)}
     if MANIFEST in files:
         manifest = read_json(directory / MANIFEST)
-        manifest["files"].pop(CARD, None)
+        _mapping(manifest, "files").pop(CARD, None)
         files[MANIFEST] = (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode()
     return files | {CARD: card.encode()}
 
@@ -130,7 +131,7 @@ def _card(
         message = f"`{checkpoint.directory}` does not say which model on the Hub it was made from"
         raise ConfigError("E_CFG_MISSING", message, hint=hint)
     settings = _settings(checkpoint.directory, report)
-    layers = [layer for layer in manifest.get("layers", []) if isinstance(layer.get("relative_error"), float)]
+    layers = [layer for layer in _rows(manifest, "layers") if _is_judged(layer)]
     commit = origin.get("commit") if base == origin.get("model") else None
     return model_card(
         CardFacts(
@@ -150,7 +151,7 @@ def _card(
             dataset=_hub_dataset(origin.get("dataset")),
             worst=sorted(layers, key=lambda layer: -layer["relative_error"])[:WORST],
             n_layers=len(layers),
-            uncovered=sum(len(layer.get("uncovered", ())) for layer in manifest.get("experts", [])),
+            uncovered=sum(len(layer.get("uncovered") or ()) for layer in _rows(manifest, "experts")),
             readers=[(verdict.engine, verdict.outcome, verdict.reason) for verdict in found.readers()],
             evaluation=evaluation,
             evaluation_dataset=_evaluation_dataset(evaluation),
@@ -181,6 +182,15 @@ def _mapping(content: Mapping[str, Any], key: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def _rows(content: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
+    value = content.get(key)
+    return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
+
+
+def _is_judged(layer: Mapping[str, Any]) -> bool:
+    return "name" in layer and all(isinstance(layer.get(key), int | float) for key in JUDGED)
+
+
 def _settings(directory: Path, report: Report) -> dict[str, Any]:
     """The configuration of the run, if it is one of ours; a path in it is told before it is published."""
     if not (directory / CONFIG_FILE).is_file():
@@ -202,7 +212,8 @@ def _front_matter(file: Path) -> dict[str, Any]:
         return {}
     found = _YAML_BLOCK.search(file.read_text(encoding="utf-8-sig", errors="replace"))
     try:
-        content = yaml.safe_load(found[1]) if found else {}
+        # Texts and nothing else: `no` is a language here, and 1.10 a version.
+        content = yaml.load(found[1], Loader=yaml.BaseLoader) if found else {}
     except (yaml.YAMLError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

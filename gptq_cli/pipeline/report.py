@@ -17,6 +17,9 @@ from gptq_cli.pipeline.events import BlockFinished, Event, Report
 
 DATA, PAGE = "gptq_report.json", "gptq_report.html"
 VERSION = 1
+MEASURED = ("perplexity", "windows", "seqlen")
+COMPARED = ("baseline_perplexity", "kl", "top1_agreement")
+UNSAID = ("dataset_config", "dataset_split", "dataset_revision", *COMPARED)  # null where there is none
 
 
 class BlockLog:
@@ -73,7 +76,10 @@ def write_page(directory: Path, page: Path, *, evaluation: Path | None = None, p
 def read_evaluation(file: Path) -> dict[str, Any]:
     """What `gptq eval-ppl --json` has written into `file`; InputError E_REPORT if it is something else."""
     content = read_json(file)
-    if not isinstance(content, dict) or not isinstance(content.get("perplexity"), int | float):
+    found: dict[str, Any] = dict.fromkeys(UNSAID) | (content if isinstance(content, dict) else {})
+    numbers = MEASURED if found["baseline_perplexity"] is None else MEASURED + COMPARED
+    numeric = all(isinstance(found.get(key), int | float) for key in numbers)
+    if not numeric or not all(isinstance(found.get(key), str) for key in ("dataset", "dtype")):
         hint = "write one: gptq eval-ppl MODEL --json > FILE"
         raise InputError("E_REPORT", f"`{file}` is not the result of an evaluation", hint=hint)
-    return content
+    return found

@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 COPIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
+PROTOCOL = ("dataset_config", "dataset_split", "dataset_revision")
 PUNCTUATION = re.compile(r"([!-/:-@\[-`{-~])")  # CommonMark: any of ASCII's may follow a backslash
 UNITS = ("B", "KB", "MB", "GB", "TB")
 PLAIN = ",.-+%/()="  # these mean nothing inside a line, and escaped they are hard to read in the source
@@ -106,7 +107,7 @@ def _metadata(facts: CardFacts) -> ModelCardData:
         library_name="transformers",
         pipeline_tag=pipeline_tag,
         tags=["gptq", f"{facts.method['bits']}-bit", "quantized"],
-        datasets=[facts.dataset] if facts.dataset else None,
+        datasets=[_one_line(facts.dataset)] if facts.dataset else None,
         model_name=facts.repo.rpartition("/")[2] if results else None,
         eval_results=results,
         **copied,
@@ -117,14 +118,13 @@ def _results(facts: CardFacts) -> list[EvalResult] | None:
     measured = facts.evaluation
     if measured is None or facts.evaluation_dataset is None:
         return None
+    said: dict[str, Any] = {key: _one_line(str(measured[key])) for key in PROTOCOL if measured.get(key) is not None}
     return [
         EvalResult(
             task_type="text-generation",
             dataset_type=facts.evaluation_dataset,
-            dataset_name=measured["dataset"],
-            dataset_config=measured.get("dataset_config"),
-            dataset_split=measured.get("dataset_split"),
-            dataset_revision=measured.get("dataset_revision"),
+            dataset_name=_one_line(measured["dataset"]),
+            **said,
             metric_type="perplexity",
             metric_value=measured["perplexity"],
         )
@@ -137,7 +137,7 @@ def _as_yaml(settings: Mapping[str, Any]) -> str:
 
 def _is_words(value: object) -> bool:
     items = value if isinstance(value, list) else [value]
-    return bool(items) and all(isinstance(item, str) and 0 < len(item) <= 500 for item in items)
+    return bool(items) and all(isinstance(item, str) and item.isprintable() and 0 < len(item) <= 500 for item in items)
 
 
 def _longest_run(text: str) -> int:

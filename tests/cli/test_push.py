@@ -31,7 +31,7 @@ SOURCE_CARD = """---
 license: other
 license_name: ours
 license_link: LICENSE
-language: [en, de]
+language: [en, no]
 base_model: a/b
 ---
 # Source
@@ -284,7 +284,7 @@ def test_the_card_says_where_the_model_comes_from_and_never_a_path(
     data = front_matter(card)
     assert (data["base_model"], data["base_model_relation"]) == ("org/tiny", "quantized")
     assert (data["license"], data["license_name"], data["license_link"]) == ("other", "ours", "LICENSE")
-    assert (data["language"], data["pipeline_tag"]) == (["en", "de"], "text-generation")
+    assert (data["language"], data["pipeline_tag"]) == (["en", "no"], "text-generation")
     result = data["model-index"][0]["results"][0]
     assert result["dataset"]["type"] == "Salesforce/wikitext"
     assert result["metrics"] == [{"type": "perplexity", "value": 12.3456}]
@@ -296,6 +296,22 @@ def test_the_card_says_where_the_model_comes_from_and_never_a_path(
     assert f"| `{worst['name']}` | 4 | {worst['relative_error']:.2e} |" in card
     assert str(output.parent) not in card
     assert "datasets" not in data
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"origin": 3, "identity": [], "layers": {}}, {"layers": [1, {}, {"name": "x"}], "experts": [{"uncovered": None}]}],
+)
+def test_a_manifest_that_says_nothing_of_use_gives_a_shorter_card(
+    change: dict[str, Any], push: Push, output: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(output, tmp_path / "copy"))
+    manifest = json.loads((copy / "gptq_manifest.json").read_text()) | change
+    (copy / "gptq_manifest.json").write_text(json.dumps(manifest))
+    done = push("--dry-run", directory=copy)
+    assert done.exit_code == 0, done.stderr
+    assert "Worst layers" not in done.stdout
+    assert "gptq quantize org/tiny" in done.stdout
 
 
 def test_what_came_from_the_hub_needs_no_base_model(push: Push, hub: Hub, output: Path, tmp_path: Path) -> None:

@@ -36,6 +36,11 @@ def data_of(directory: Path) -> dict[str, Any]:
     return found
 
 
+def stored(file: Path, content: object) -> Path:
+    file.write_text(json.dumps(content))
+    return file
+
+
 class Tags(HTMLParser):
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -166,9 +171,11 @@ def test_what_is_no_report_is_refused(finished: Path, tmp_path: Path, monkeypatc
     (tmp_path / "gptq_report.json").write_text('{"report": 99}')
     with pytest.raises(InputError, match="not the data of a report of version 1"):
         write_page(tmp_path, tmp_path / "x.html")
-    (tmp_path / "e.json").write_text("{}")
-    with pytest.raises(InputError, match="not the result of an evaluation") as wrong:
-        write_page(finished, tmp_path / "x.html", evaluation=tmp_path / "e.json")
+    whole = {"perplexity": 2.5, "dataset": "c4", "windows": 3, "seqlen": 64, "dtype": "float32"}
+    write_page(finished, tmp_path / "fine.html", evaluation=stored(tmp_path / "e.json", whole))
+    for content in ({}, [], whole | {"windows": None}, whole | {"dataset": 1}, whole | {"baseline_perplexity": 2.0}):
+        with pytest.raises(InputError, match="not the result of an evaluation") as wrong:
+            write_page(finished, tmp_path / "x.html", evaluation=stored(tmp_path / "e.json", content))
     assert "gptq eval-ppl" in (wrong.value.hint or "")
     assert not (tmp_path / "x.html").exists()
     monkeypatch.setattr("gptq_cli.pipeline.report.find_spec", lambda name: None if name == "matplotlib" else name)
