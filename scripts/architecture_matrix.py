@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Every causal language model of the installed transformers: built tiny, quantized, read back, compared.
 
-    python scripts/architecture_matrix.py [TYPE ...]
+    python scripts/architecture_matrix.py [--jobs N] [TYPE ...]
 
 Each type runs in a process of its own, with limits of time and memory; nothing is downloaded. The outcomes go to
 docs/architectures.md and docs/benchmarks/architectures.json. Where only some types are tried, the rows of the others
@@ -21,6 +21,7 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -33,9 +34,9 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-from tests.architectures import TOLERANCE, TYPES, Outcome, try_type  # noqa: E402
+from tests.architectures import BITS, TOLERANCE, TYPES, Outcome, try_type  # noqa: E402
 
-SECONDS = 120  # of one phase: building, or quantizing and comparing
+SECONDS = 600  # of one phase: building, or quantizing and comparing
 BYTES = 100 << 30  # of address space: every tensor that is read maps its file once more
 DOCUMENT = ROOT / "docs" / "architectures.md"
 FIGURES = ROOT / "docs" / "benchmarks" / "architectures.json"
@@ -81,8 +82,8 @@ def _child(model_type: str, connection: Connection) -> None:
 
 INTRODUCTION = """
 The {count} model types of transformers' mapping for causal language models, each built tiny and random from its config
-class, quantized to 4 bits in groups of 32, read back, and compared: the logits of the block stream with those of
-transformers' own forward over the dequantized weights. The tool has no table of architectures; what it refuses, it
+class, quantized to {bits} bits in groups of 32, read back, and compared: the logits of the block stream with those
+of transformers' own forward over the dequantized weights. The tool has no table of architectures; what it refuses, it
 refuses by what it finds.
 
 `python scripts/architecture_matrix.py` with {versions}, on a CPU in float32.
@@ -90,7 +91,8 @@ A tiny random model is not a trained one: this tests structure, names and format
 cannot be packed at these sizes (small projections), and those that a forward never calls, are kept by the rules that
 refusals hint at; they are named in the last column. Experts that no token reaches are rounded to nearest.
 
-*Share* is the quantized part of all weights in numbered modules: the blocks, but also those of a vision tower.
+*Difference* is that of the logits, relative to the largest. *Share* is the quantized part of all weights in numbered
+modules: the blocks, but also those of a vision tower.
 """
 
 
@@ -100,23 +102,23 @@ def to_markdown(outcomes: Sequence[Outcome], versions: dict[str, str]) -> str:
     said = " and ".join(f"{name} {version}" for name, version in versions.items())
     lines = [
         "# Architectures",
-        INTRODUCTION.format(count=len(outcomes), versions=said),
+        INTRODUCTION.format(count=len(outcomes), versions=said, bits=" and to ".join(map(str, BITS))),
         "| outcome | types | meaning |",
         "|---|---|---|",
         *(f"| {status} | {counts[status]} | {meaning} |" for status, meaning in STATUSES.items()),
         "",
-        "| type | outcome | layers | kept | share | logits differ | why |",
-        "|---|---|---|---|---|---|---|",
+        f"| type | outcome | layers | kept | share | {' | '.join(f'difference, {bits} bits' for bits in BITS)} | why |",
+        "|---|---|---|---|---|" + "---|" * len(BITS) + "---|",
         *(_row(outcome) for outcome in outcomes),
     ]
     return "\n".join(lines) + "\n"
 
 
 def _row(outcome: Outcome) -> str:
-    figures = ["", "", "", ""]
+    figures = [""] * (3 + len(BITS))
     if outcome.quantized:
-        difference = f"{outcome.difference:.0e}" if outcome.difference else "0"
-        figures = [str(outcome.quantized), str(outcome.kept), f"{outcome.share:.0%}", difference]
+        differences = [f"{difference:.0e}" if difference else "0" for difference in outcome.differences]
+        figures = [str(outcome.quantized), str(outcome.kept), f"{outcome.share:.0%}", *differences]
     cells = [outcome.model_type, outcome.status, *figures, outcome.why.replace("|", "\\|")]
     return f"| {' | '.join(cells)} |"
 
@@ -124,7 +126,7 @@ def _row(outcome: Outcome) -> str:
 def recorded(versions: dict[str, str]) -> dict[str, Outcome]:
     """Outcomes of the last run by type, if it was made with the same versions."""
     content = json.loads(FIGURES.read_text()) if FIGURES.is_file() else {}
-    if content.get("versions") != versions:
+    if (content.get("versions"), content.get("bits")) != (versions, list(BITS)):
         return {}
     return {row["model_type"]: Outcome(**row) for row in content["rows"]}
 
@@ -132,23 +134,28 @@ def recorded(versions: dict[str, str]) -> dict[str, Outcome]:
 def write(rows: Sequence[Outcome], versions: dict[str, str]) -> None:
     """Both documents, so that a run that is cut off leaves what it has found."""
     DOCUMENT.write_text(to_markdown(rows, versions))
-    FIGURES.write_text(json.dumps({"versions": versions, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    content = {"versions": versions, "bits": BITS, "rows": [asdict(row) for row in rows]}
+    FIGURES.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*", default=TYPES)
-    types = parser.parse_args().types
+    parser.add_argument("--jobs", type=int, default=1, help="types at a time")
+    arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     versions = {"transformers": transformers.__version__, "torch": torch.__version__.partition("+")[0]}
     outcomes = recorded(versions)
-    for model_type in types:
-        outcomes[model_type] = last = attempt(model_type)
-        print(f"{model_type:24s} {last.status:10s} {last.quantized:3d} {last.share:5.0%} {last.why}", flush=True)
-        write([outcomes[known] for known in sorted(outcomes)], versions)
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        for last in pool.map(attempt, arguments.types):
+            outcomes[last.model_type] = last
+            print(
+                f"{last.model_type:24s} {last.status:10s} {last.quantized:3d} {last.share:5.0%} {last.why}", flush=True
+            )
+            write([outcomes[known] for known in sorted(outcomes)], versions)
     print(dict(Counter(outcome.status for outcome in outcomes.values())))
 
 

@@ -49,8 +49,15 @@ def setting(run: dict[str, Any]) -> tuple[int, int]:
     return int(run["arguments"]["bits"]), int(run["arguments"]["group_size"])
 
 
-def share(run: dict[str, Any], name: str) -> float:
-    return run["quality"][name]["kl"] / run["quality"][REFERENCE]["kl"]
+def share(run: dict[str, Any], name: str) -> float | None:
+    """None if the tool was not run."""
+    found = run["quality"].get(name)
+    return found["kl"] / run["quality"][REFERENCE]["kl"] if found else None
+
+
+def cell(run: dict[str, Any], name: str) -> str:
+    part = share(run, name)
+    return "not run" if part is None else f"{1000 * run['quality'][name]['kl']:.2f} ({part:.2f})"
 
 
 def table(runs: list[dict[str, Any]]) -> str:
@@ -58,7 +65,7 @@ def table(runs: list[dict[str, Any]]) -> str:
     heads = [f"{bits} bits, g{group}" for bits, group in map(setting, runs)]
     lines = [f"| | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
     for name in NAMES:
-        cells = [f"{1000 * run['quality'][name]['kl']:.2f} ({share(run, name):.2f})" for run in runs]
+        cells = [cell(run, name) for run in runs]
         lines.append(f"| {NAMES[name]} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -68,7 +75,7 @@ def picture(runs: list[dict[str, Any]]) -> plt.Figure:
     figure, axes = plt.subplots(figsize=(9.6, 3.9), layout="constrained")
     width = 0.8 / len(NAMES)
     for place, name in enumerate(NAMES):
-        heights = [share(run, name) for run in runs]
+        heights = [share(run, name) or 0.0 for run in runs]
         lefts = [index + (place - (len(NAMES) - 1) / 2) * width for index in range(len(runs))]
         bars = axes.bar(lefts, heights, width * 0.92, color=COLOURS[name], label=NAMES[name])
         if name in ("gptq_cli balanced", "gptq_cli best"):

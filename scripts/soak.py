@@ -97,11 +97,12 @@ def kills(model: Path, golden: dict[str, str], folder: Path, count: int, seed: i
     return {"kills": killed, "chains": chains, "came_too_late": lived, "resumed": resumed, "violations": violations}
 
 
-def disk_sizes(model: Path, golden: dict[str, str], count: int) -> dict[str, Any]:
+def disk_sizes(model: Path, golden: dict[str, str], count: int, largest: int) -> dict[str, Any]:
     """A tmpfs of each of `count` sizes, mounted without privileges; enlarged until the run fits."""
     if subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode:
         return {"skipped": "no unprivileged mounts here"}
     command = ["unshare", "-rm", sys.executable, __file__, "--inside", str(model), "--sizes", str(count)]
+    command += ["--largest", str(largest)]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     if answer.returncode:
         return {"sizes": count, "violations": [answer.stderr[-2000:]]}
@@ -110,7 +111,7 @@ def disk_sizes(model: Path, golden: dict[str, str], count: int) -> dict[str, Any
     return found
 
 
-def inside(model: Path, count: int) -> dict[str, Any]:
+def inside(model: Path, count: int, largest: int) -> dict[str, Any]:
     """In a user namespace: run on a small tmpfs, see it fail cleanly, enlarge it, run again."""
     import gptq_cli.pipeline.quantize as pipeline
 
@@ -120,7 +121,7 @@ def inside(model: Path, count: int) -> dict[str, Any]:
     violations, trees = [], []
     mount = Path(tempfile.mkdtemp())
     for number in range(count):
-        size = 8192 + number * 6144 * 50 // count  # up to what the run needs
+        size = 8192 + number * largest // count  # the largest ones suffice
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(mount)], check=True)
         pipeline.check_disk = preflight if number % 2 else lambda *_: None
         code = attempt(model, mount / "out")
@@ -175,6 +176,25 @@ def damage(model: Path, golden: dict[str, str], folder: Path, count: int, seed: 
     return {"damages": count, "violations": violations}
 
 
+def flips(golden: Path, count: int, seed: int) -> dict[str, Any]:
+    """One bit of one file of a finished checkpoint, which `gptq verify --full` must notice."""
+    from gptq_cli.checkpoint.verify import verify_checkpoint
+    from gptq_cli.errors import GptqError
+
+    chance, missed = random.Random(seed), []
+    files = sorted(path for path in golden.rglob("*") if path.is_file())
+    for _ in range(count):
+        path = chance.choice(files)
+        original = path.read_bytes()
+        where, bit = chance.randrange(len(original)), chance.randrange(8)
+        path.write_bytes(original[:where] + bytes([original[where] ^ 1 << bit]) + original[where + 1 :])
+        with suppress(GptqError):
+            if verify_checkpoint(golden, full=True).ok:
+                missed.append(f"bit {bit} of byte {where} of {path.name}")
+        path.write_bytes(original)
+    return {"flips": count, "files": len(files), "violations": missed}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=1000)
@@ -183,12 +203,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "benchmarks" / "soak.json")
     parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--largest", type=int, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     import torch
 
     torch.set_num_threads(1)
     if chosen.inside:
-        print(json.dumps(inside(chosen.inside, chosen.sizes)))
+        print(json.dumps(inside(chosen.inside, chosen.sizes, chosen.largest)))
         return
     CHILDREN.set_forkserver_preload(["tests.pipeline.children"])
     from tests.families import save_model
@@ -199,10 +220,12 @@ def main() -> None:
     model = save_model(folder / "model", **SMALL | {"num_hidden_layers": 6})  # most of the time goes into blocks
     Case(model, {}, []).run(folder / "golden")
     golden = tree(folder / "golden")
+    n_bytes = sum(path.stat().st_size for path in (folder / "golden").rglob("*"))
     result: dict[str, Any] = {"seed": chosen.seed}
     for name, run in {
-        "disk_sizes": lambda _: disk_sizes(model, golden, chosen.sizes),
+        "disk_sizes": lambda _: disk_sizes(model, golden, chosen.sizes, 2 * n_bytes),
         "damage": lambda work: damage(model, golden, work, chosen.damages, chosen.seed),
+        "flipped_outputs": lambda _: flips(folder / "golden", chosen.damages, chosen.seed),
         "random_kills": lambda work: kills(model, golden, work, chosen.kills, chosen.seed),
     }.items():
         (folder / name).mkdir()

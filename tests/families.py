@@ -54,6 +54,7 @@ MIXTURES: dict[str, dict[str, object]] = {  # five experts, two of them for each
     "mixtral": _COMMON | {"num_hidden_layers": 2, "num_local_experts": 5},
     "qwen3_moe": _COMMON
     | {"num_hidden_layers": 2, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+    "gpt_oss": _COMMON | {"num_hidden_layers": 2, "num_local_experts": 5, "num_experts_per_tok": 2, "head_dim": 32},
     "llama4_text": _COMMON
     | {"num_hidden_layers": 2, "num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size_mlp": 64},
 }

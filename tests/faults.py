@@ -46,7 +46,7 @@ class Case:
 def run(folder: Path, *more: str) -> list[str]:
     """A quantization that would work."""
     given = {word.partition("=")[0] for word in more}
-    defaults = [f"--dataset={folder}/text.txt", "--bits=4", "--group-size=32", "--nsamples=2", "--batch-size=1",
+    defaults = [f"--dataset={folder}/text.txt", "--bits=4", "--group-size=32", "--nsamples=4", "--batch-size=1",
                 "--seqlen=32", "--device=cpu", f"--output={folder}/out"]  # fmt: skip
     words = [word for word in defaults if word.partition("=")[0] not in given]
     return ["quantize", str(folder / "model"), *words, *more]
@@ -128,6 +128,10 @@ def mapped(name: str) -> Callable[[Path], object]:
     return break_it
 
 
+def both(*breaks: Callable[[Path], object]) -> Callable[[Path], object]:
+    return lambda model: [break_it(model) for break_it in breaks]
+
+
 def header(text: str) -> bytes:
     return len(text).to_bytes(8, "little") + text.encode()
 
@@ -166,13 +170,13 @@ def without_tokenizer(model: Path) -> None:
         file.unlink()
 
 
-def evaluated(change: Callable[[Path], object]) -> Arrange:
+def evaluated(change: Callable[[Path], object], *more: str) -> Arrange:
     """The perplexity of a quantized checkpoint after `change`."""
 
     def arrange(folder: Path) -> list[str]:
         directory = gptq_files().write(folder / "quantized")
         change(directory)
-        return ["eval-ppl", str(directory), f"--dataset={folder}/text.txt", "--seqlen=32"]
+        return ["eval-ppl", str(directory), f"--dataset={folder}/text.txt", "--seqlen=32", *more]
 
     return arrange
 
@@ -213,13 +217,19 @@ CONFIGURATION = [
     Case(10, "missing", lambda f: ["validate-config", f"{f}/none"], "E_CFG_FILE", "No such file", "", 2),
     Case(10, "folder", lambda f: ["validate-config", str(f)], "E_CFG_FILE", "is a directory", "", 2),
     Case(11, "regex", flags("--dynamic=-:("), "E_CFG_REGEX", "is not a regular expression", ".*", 2),
+    Case(11, "nested", flags("--dynamic=-:[[a]"), "E_CFG_REGEX", "nested set", ".*", 2),
     Case(11, "no match", flags("--dynamic=-:down_proj"), "E_CFG_NO_MATCH", "matches no layer", "model.layers.N", 2),
     Case(12, "nothing", flags("--dynamic=-:.*"), "E_CFG_NOTHING_TO_DO", "no layer to quantize", "", 2),
     Case(13, "conflict", flags("--desc-act", "--act-group-aware"), "E_CFG_CONFLICT", "exclude each other",
          "leave it out", 2),
+    Case(13, "target", recipe("bits: 4\nsym: false\ntarget: vllm\n"), "E_TARGET", "vllm does not load asymmetric grids",
+         "--sym", 2),
     Case(14, "seqlen", flags("--seqlen=4096"), "E_CFG_SEQLEN", "the model's 128 positions", "--seqlen 128", 2),
     Case(15, "samples", flags("--nsamples=0"), "E_CFG_RANGE", "--nsamples must be a whole number of 1 or more", "", 2),
-    Case(15, "batch", flags("--batch-size=9"), "E_CFG_RANGE", "a batch of 9 from 2 samples", "batch_size to 2", 2),
+    Case(61, "fallbacks", flags("--max-fallbacks=-1"), "E_CFG_RANGE", "0 or more", "", 2),
+    Case(61, "policy", flags("--on-numeric-fault=skip"), "E_CFG_RANGE", "error or rtn", "", 2),
+    Case(82, "limit", evaluated(lambda _: None, "--max-ppl=0"), "E_CFG_RANGE", "above 0", "", 2),
+    Case(15, "batch", flags("--batch-size=9"), "E_CFG_RANGE", "a batch of 9 from 4 samples", "batch_size to 4", 2),
 ]  # fmt: skip
 DATA = [
     Case(17, "file", flags("--dataset=./none.txt"), "E_DATA_NOT_FOUND", "does not exist", "Hub id"),
@@ -256,10 +266,18 @@ MODEL = [
     Case(27, "config", broken(config(intermediate_size=96)), "E_CKPT_SHAPE", "mlp"),
     Case(28, "nan", broken(tensor("model.layers.1.mlp.up_proj.weight", poisoned)), "E_CKPT_NONFINITE",
          "`model.layers.1.mlp.up_proj` (block 1)", "download", begun=True),
+    *(Case(28, f"kept {name}", broken(tensor(name, poisoned)), "E_CKPT_NONFINITE", f"`{name}` in model-0000",
+           "download") for name in ("model.norm.weight", "model.embed_tokens.weight")),
     Case(29, "fp8", broken(tensor("model.layers.0.mlp.up_proj.weight", lambda t: t.to(torch.float8_e4m3fn))),
          "E_CKPT_FP8", "holds F8_E4M3 weights", "float16 or bfloat16 version"),
     *(Case(30, method, broken(config(quantization_config={"quant_method": method})), "E_CKPT_QUANTIZED", method,
            "full-precision") for method in ("gptq", "awq", "bitsandbytes", "compressed-tensors")),
+    Case(30, "gptq without", broken(config(quantization_config={"quant_method": "gptq"}), "--allow-requantize"),
+         "E_CKPT_INCOMPLETE", "says that it is quantized with GPTQ, and no linear is", "quantization_config"),
+    Case(30, "mxfp4", broken(config(quantization_config={"quant_method": "mxfp4"})), "E_CKPT_QUANTIZED",
+         "already quantized (mxfp4)", "serve gpt-oss as it is"),
+    *(Case(30, f"{method} allowed", broken(config(quantization_config={"quant_method": method}), "--allow-requantize"),
+           "E_CKPT_QUANTIZED", method, "full-precision") for method in ("awq", "bitsandbytes", "compressed-tensors")),
     Case(31, "pickle", broken(only(pytorch_model__bin=b"x")), "E_CKPT_PICKLE", "pickled weights only", "safetensors"),
     Case(32, "gguf", broken(only(model__gguf=b"GGUF")), "E_CKPT_KIND", "GGUF", "safetensors"),
     Case(32, "onnx", broken(only(model__onnx=b"x")), "E_CKPT_KIND", "ONNX", "safetensors"),
@@ -268,6 +286,8 @@ MODEL = [
     Case(34, "unknown", broken(config(model_type="nonsense")), "E_ARCH", "nonsense"),
     Case(35, "code", broken(config(model_type="own", auto_map={"AutoConfig": "configuration_own.Own"})),
          "E_REMOTE_CODE", "needs its own Python code", "--trust-remote-code"),
+    Case(35, "named code", broken(both(config(model_type="own", auto_map={"AutoConfig": "configuration_own.Own"}),
+         replaced("configuration_own.py", b""))), "E_REMOTE_CODE", "to run: configuration_own.py", "read that code"),
     Case(36, "no json", broken(replaced("config.json", b"{")), "E_CKPT_CONFIG", "cannot be read as JSON", "again"),
     Case(36, "no object", broken(replaced("config.json", b"[]")), "E_CKPT_CONFIG", "is not a JSON object"),
     Case(36, "quantized", broken(config(quantization_config="gptq")), "E_CKPT_CONFIG", "is not a JSON object", "again"),

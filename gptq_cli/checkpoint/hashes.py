@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gptq_cli.checkpoint.durable import file_sha256
-from gptq_cli.checkpoint.manifest import MANIFEST
+from gptq_cli.checkpoint.manifest import MANIFEST, is_intact
 from gptq_cli.checkpoint.module_checks import Defect
 from gptq_cli.checkpoint.source import is_safe_path, read_json
 from gptq_cli.errors import InputError
@@ -27,7 +27,8 @@ def check_manifest(directory: Path, *, full: bool) -> tuple[int, list[Defect]]:
     files = content.get("files") if isinstance(content, dict) else None
     if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
         return 0, [Defect("E_CKPT_HASH", "has no mapping `files`", MANIFEST)]
-    defects = [defect for name, entry in files.items() for defect in _check_file(directory, name, entry, full=full)]
+    defects = [] if is_intact(content) else [Defect("E_CKPT_HASH", "is not as it was written", MANIFEST)]
+    defects += [defect for name, entry in files.items() for defect in _check_file(directory, name, entry, full=full)]
     unlisted = sorted(path.name for path in directory.glob("*.safetensors") if path.name not in files)
     defects += [Defect("E_CKPT_HASH", "is not in the manifest", name) for name in unlisted]
     return len(files) if full else 0, defects

@@ -29,7 +29,7 @@ BITS_OF_DTYPE = {
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor on disk: `start` and `end` are byte offsets in `file`."""
+    """One tensor on disk: `start` and `end` are byte offsets in `file`, `nbytes` what dtype and shape take."""
 
     name: str
     dtype: str
@@ -40,7 +40,7 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        return self.end - self.start
+        return BITS_OF_DTYPE[self.dtype] * math.prod(self.shape) // 8
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:

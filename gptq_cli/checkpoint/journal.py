@@ -84,3 +84,8 @@ class Journal:
 def canonical(value: Any) -> str:
     """JSON that is the same for equal values."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def digest(value: Any) -> str:
+    """A hash of JSON data."""
+    return sha256(canonical(value).encode()).hexdigest()

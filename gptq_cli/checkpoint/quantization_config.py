@@ -10,14 +10,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
-from gptq_cli.config.rules import expert_part, keeps
+from gptq_cli.config.rules import FUSED_ALIASES, expert_part, keeps
 from gptq_cli.config.schema import QuantizeConfig
-
-# Engines that fuse these linears match rules against the fused name.
-FUSED_ALIASES = {
-    frozenset({"q_proj", "k_proj", "v_proj"}): "qkv_proj",
-    frozenset({"gate_proj", "up_proj"}): "gate_up_proj",
-}
 
 # Fields of this tool alone: they shape codes and scales, and no reader needs or knows them.
 UNKNOWN_TO_READERS = {"signed_scales", "scale_search", "refine_sweeps", "asymmetric_calibration", "damp_mode"}

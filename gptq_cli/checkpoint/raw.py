@@ -14,6 +14,8 @@ from gptq_cli.errors import InputError
 Array = NDArray[Any]
 CHUNK_BYTES = 2**24
 FLOATS = {"F16": "<f2", "BF16": "<u2", "F32": "<f4", "F64": "<f8"}
+# Bits of infinity without sign, as an unsigned number: whatever is as large or larger is no finite number.
+INFINITY = {"F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80), "F32": ("<u4", 0x7F800000), "F64": ("<u8", 0x7FF << 52)}
 INTEGERS = {"I32": "<i4", "I64": "<i8", "U32": "<u4", "U8": "u1", "I8": "i1", "I16": "<i2"}
 
 
@@ -24,12 +26,25 @@ def read_array(tensor: TensorInfo) -> Array:
         return _array(tensor, stream.read(tensor.nbytes)).reshape(tensor.shape)
 
 
-def read_chunks(tensor: TensorInfo) -> Iterator[Array]:
-    """The tensor's numbers in order, 1-D, CHUNK_BYTES at a time."""
+def read_chunks(tensor: TensorInfo, dtype: str) -> Iterator[Array]:
+    """The tensor's bytes in order as numbers of numpy's `dtype`, 1-D, CHUNK_BYTES at a time."""
     with tensor.file.open("rb", buffering=0) as stream:
         stream.seek(tensor.start)
         for start in range(tensor.start, tensor.end, CHUNK_BYTES):
-            yield _array(tensor, stream.read(min(CHUNK_BYTES, tensor.end - start)))
+            yield _numbers(tensor, stream.read(min(CHUNK_BYTES, tensor.end - start)), dtype)
+
+
+def count_not_finite(tensor: TensorInfo) -> int:
+    """How many numbers of a tensor of floats are NaN or infinite; 0 for other types. One chunk is in memory."""
+    if tensor.dtype not in INFINITY:
+        return 0
+    dtype, infinity = INFINITY[tensor.dtype]
+    count = 0
+    for bits in read_chunks(tensor, dtype):
+        magnitude = bits & (np.iinfo(bits.dtype).max >> 1)
+        if magnitude.max() >= infinity:
+            count += int((magnitude >= infinity).sum())
+    return count
 
 
 def unpack_words(words: Array, bits: int) -> Array:
@@ -41,8 +56,11 @@ def unpack_words(words: Array, bits: int) -> Array:
 
 
 def _array(tensor: TensorInfo, data: bytes) -> Array:
-    dtype = np.dtype((FLOATS | INTEGERS)[tensor.dtype])
-    if not data or len(data) % dtype.itemsize:
-        raise InputError("E_CKPT_CORRUPT", f"`{tensor.file}` ends inside `{tensor.name}`")
-    array = np.frombuffer(data, dtype)
+    array = _numbers(tensor, data, (FLOATS | INTEGERS)[tensor.dtype])
     return (array.astype(np.uint32) << 16).view(np.float32) if tensor.dtype == "BF16" else array
+
+
+def _numbers(tensor: TensorInfo, data: bytes, dtype: str) -> Array:
+    if not data or len(data) % np.dtype(dtype).itemsize:
+        raise InputError("E_CKPT_CORRUPT", f"`{tensor.file}` ends inside `{tensor.name}`")
+    return np.frombuffer(data, dtype)

@@ -11,6 +11,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from gptq_cli.checkpoint.block_float import METHOD as FP8
+from gptq_cli.checkpoint.block_float import block_size, scales_of
 from gptq_cli.checkpoint.gptq_format import SUFFIXES, decode
 from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.checkpoint.stored import format_of
@@ -23,6 +25,7 @@ SAFETENSORS_DTYPE = {
     torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64",
 }  # fmt: skip
 
+CPU = torch.device("cpu")
 Read = Callable[[str], Tensor]
 
 
@@ -80,7 +83,8 @@ class DequantizingReader:
         if self._backend == "triton":
             moved = {suffix: tensor.to(self._device) for suffix, tensor in packed.items()}
             return dequantize_packed(**moved, bits=_bits_of(packed), v2=self._format == "gptq_v2", dtype=torch.float32)
-        return decode(packed, _bits_of(packed), self._format).dequantize()
+        # As a stored weight would lie in memory: products of the other layout differ in their last bits.
+        return decode(packed, _bits_of(packed), self._format).dequantize().contiguous()
 
     def expect(self, names: Iterable[str]) -> None:
         """As TensorReader does, for weights and what stands for them."""
@@ -103,6 +107,51 @@ class DequantizingReader:
         if "g_idx" not in packed:
             packed["g_idx"] = _trivial_groups(packed)
         return packed
+
+
+class BlockFloatReader:
+    """A checkpoint of 8-bit floats seen as the bfloat16 one it stands for: scales are applied and do not appear."""
+
+    def __init__(self, checkpoint: Checkpoint, scales: dict[str, str]) -> None:
+        block = block_size(checkpoint.quantization or {})
+        assert block is not None
+        self._raw, self._scales, self._block = TensorReader(checkpoint), scales, block
+
+    def names(self) -> list[str]:
+        hidden = set(self._scales.values())
+        return [name for name in self._raw.names() if name not in hidden]
+
+    def read(self, name: str) -> Tensor:
+        """The stored tensor, or the weight that it and its scales stand for, in bfloat16."""
+        tensor = self._raw.read(name)
+        if name not in self._scales:
+            return tensor
+        return scale_blocks(tensor, self._raw.read(self._scales[name]), self._block)
+
+    def expect(self, names: Iterable[str]) -> None:
+        """As TensorReader does, for weights and their scales."""
+        self._raw.expect(part for name in names for part in (name, self._scales.get(name)) if part)
+
+
+PlainReader = TensorReader | DequantizingReader | BlockFloatReader
+
+
+def open_reader(checkpoint: Checkpoint, device: torch.device = CPU, backend: str = "torch") -> PlainReader:
+    """A reader of the plain weights that `checkpoint` stands for; InputError as `format_of` and `scales_of` say."""
+    if scales := scales_of(checkpoint.directory, checkpoint.quantization, checkpoint.tensors):
+        return BlockFloatReader(checkpoint, scales)
+    quantized = checkpoint.method not in (None, FP8)
+    return DequantizingReader(checkpoint, device, backend) if quantized else TensorReader(checkpoint)
+
+
+def scale_blocks(weight: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
+    """`weight` [O, I] times the scale [ceil(O / rows), ceil(I / columns)] of each block, in bfloat16."""
+    rows, columns = block
+    scaled = weight.float()
+    of_columns = scales.float().repeat_interleave(columns, 1)[:, : weight.shape[1]]
+    for band, scale in zip(scaled.split(rows), of_columns, strict=True):
+        band.mul_(scale)
+    return scaled.bfloat16()
 
 
 def quantized_modules(tensors: dict[str, Any]) -> list[str]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from gptq_cli.checkpoint.durable import write_json
-from gptq_cli.checkpoint.journal import canonical
+from gptq_cli.checkpoint.journal import digest
 from gptq_cli.checkpoint.work_directory import RUN
 
 
@@ -27,8 +26,3 @@ def read_run(work: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return content if checksum == digest(content) else None
-
-
-def digest(value: Any) -> str:
-    """A hash of JSON data."""
-    return sha256(canonical(value).encode()).hexdigest()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
+from gptq_cli.checkpoint.block_float import scales_of
 from gptq_cli.checkpoint.headers import TensorInfo, read_header, unique_keys
 from gptq_cli.errors import InputError, Problem
 
@@ -38,6 +39,12 @@ class Checkpoint:
             hint = "download config.json and quantize_config.json again"
             raise InputError("E_CKPT_CONFIG", f"the quantization of `{self.directory}` is not a JSON object", hint=hint)
         return found
+
+    @property
+    def method(self) -> str | None:
+        """How weights are stored in other than plain numbers: gptq, awq, fp8, ...; None if they are not."""
+        said = self.quantization
+        return None if said is None else str(said.get("quant_method", "gptq")).lower()
 
     @property
     def nbytes(self) -> int:
@@ -74,8 +81,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     checkpoint = Checkpoint(directory, config, _read_tensors(directory))
     for file in checkpoint.other_files():
         _refuse_escape(directory, directory / file)
-    _refuse_fp8(checkpoint)
-    checkpoint.quantization  # noqa: B018
+    scales_of(directory, checkpoint.quantization, checkpoint.tensors)
     return checkpoint
 
 
@@ -238,13 +244,4 @@ def refuse_other_kinds(directory: str, files: Iterable[str]) -> None:
         raise InputError(
             "E_CKPT_PICKLE", f"`{directory}` holds pickled weights only, which can run code when they are loaded",
             hint="convert the weights to safetensors in a place you trust, or find a safetensors revision",
-        )  # fmt: skip
-
-
-def _refuse_fp8(checkpoint: Checkpoint) -> None:
-    found = next((tensor for tensor in checkpoint.tensors.values() if tensor.dtype.startswith(("F8_", "F4"))), None)
-    if found is not None:
-        raise InputError(
-            "E_CKPT_FP8", f"`{checkpoint.directory}` holds {found.dtype} weights, first `{found.name}`",
-            hint="use a float16 or bfloat16 version of the model: 8-bit floats mean nothing without their scales",
         )  # fmt: skip

@@ -60,13 +60,14 @@ class StoredConfig:
 def format_of(checkpoint: Checkpoint) -> str:
     """The version of the format, "gptq" or "gptq_v2"; InputError E_CKPT_QUANTIZED for what is not read here."""
     said = checkpoint.quantization or {}
-    method = str(said.get("quant_method", "gptq")).lower()
+    method = checkpoint.method or "gptq"
     format = said.get("checkpoint_format") or said.get("format") or "gptq"
     packing = said.get("pack_dtype", "int32")
     if method != "gptq" or format not in FORMATS or packing != "int32":
+        what = f"{method} ({format}, {packing})" if method == "gptq" else method
         raise InputError(
             "E_CKPT_QUANTIZED",
-            f"`{checkpoint.directory}` is quantized as {method} ({format}, {packing}), which is not read here",
+            f"`{checkpoint.directory}` is quantized as {what}, which is not read here",
             hint="use a full-precision, gptq or gptq_v2 checkpoint",
         )
     return str(format)
@@ -137,7 +138,10 @@ def _flat(listed: Iterable[Any]) -> list[Any]:
 def _disagreements(checkpoint: Checkpoint, said: Mapping[str, Any]) -> list[str]:
     """Where config.json and quantize_config.json differ: some readers take the first, some the second."""
     file = checkpoint.directory / QUANTIZE_CONFIG
-    other = read_json(file) if file.is_file() else said
+    try:
+        other = read_json(file) if file.is_file() else said
+    except InputError as error:
+        return [str(error)]
     if not isinstance(other, dict):
         return [f"{QUANTIZE_CONFIG} is not a JSON object"]
     keys = ("bits", "group_size", "sym", "desc_act", "checkpoint_format", "format", "lm_head", "dynamic")

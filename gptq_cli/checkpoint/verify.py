@@ -2,7 +2,7 @@
 
 What is asked: headers against index against files; what the configuration says against what is stored; for each
 quantized module its tensors, shapes, zero points, groups and scales; with `full` every byte. A property that only some
-engine cannot serve is no defect: that is `config/targets.py`. Source: what readers of the format require.
+engine cannot serve is no defect: that is `config/engines.py`. Source: what readers of the format require.
 """
 
 from __future__ import annotations
@@ -13,12 +13,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from gptq_cli.checkpoint.hashes import check_manifest
 from gptq_cli.checkpoint.headers import TensorInfo
 from gptq_cli.checkpoint.module_checks import PARTS, Defect, check_module, check_values
-from gptq_cli.checkpoint.raw import FLOATS, read_chunks
+from gptq_cli.checkpoint.raw import INTEGERS, count_not_finite, read_chunks
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from gptq_cli.checkpoint.stored import StoredConfig, stored_config
 from gptq_cli.errors import InputError
@@ -176,15 +174,15 @@ def _kept(checkpoint: Checkpoint, modules: list[str]) -> Iterator[TensorInfo]:
 
 def _check_finite(tensor: TensorInfo) -> Iterator[Defect]:
     if tensor.name.endswith(".qweight"):
-        if tensor.dtype == "I32" and tensor.nbytes and not any(chunk.any() for chunk in read_chunks(tensor)):
+        if (
+            tensor.dtype == "I32"
+            and tensor.nbytes
+            and not any(chunk.any() for chunk in read_chunks(tensor, INTEGERS["I32"]))
+        ):
             message = "holds nothing but zeros, as a file that was never written does"
             yield Defect("E_CKPT_CORRUPT", message, tensor.file.name, tensor.name)
-    elif tensor.dtype in FLOATS and (count := _not_finite(tensor)):
+    elif count := count_not_finite(tensor):
         yield Defect("E_CKPT_NONFINITE", f"holds NaN or infinity, {count} times", tensor.file.name, tensor.name)
-
-
-def _not_finite(tensor: TensorInfo) -> int:
-    return sum(chunk.size - int(np.isfinite(chunk).sum()) for chunk in read_chunks(tensor))
 
 
 def _unruly(message: str, module: str) -> Defect:

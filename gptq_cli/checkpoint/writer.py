@@ -21,6 +21,7 @@ from gptq_cli.checkpoint.durable import (
 )
 from gptq_cli.checkpoint.headers import TensorInfo
 from gptq_cli.checkpoint.layout import Layout, Shard
+from gptq_cli.checkpoint.manifest import OF_THE_RUN
 from gptq_cli.checkpoint.reader import SAFETENSORS_DTYPE, tensor_bytes
 from gptq_cli.checkpoint.source import INDEX_NAME, Checkpoint
 from gptq_cli.errors import GateError
@@ -141,10 +142,12 @@ def write_side_files(
 ) -> None:
     """config.json, quantize_config.json and every other file of the source, the latter byte for byte.
 
+    Files that an earlier run of this tool has left about itself are left out.
+
     config.json is the source's JSON plus `quantization_config`: re-serialising it through a library would rename keys
     that older readers need. `meta` goes into quantize_config.json only, because some readers refuse it in config.json.
     """
-    for file in source.other_files():
+    for file in (file for file in source.other_files() if str(file) not in OF_THE_RUN):
         write_file(directory / file, (source.directory / file).read_bytes())
     config = dict(source.config) | {"quantization_config": quantization}
     if untie:

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
-from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.config.targets import Export, Outcome, Verdict, verdicts
-
-if TYPE_CHECKING:
-    from gptq_cli.pipeline.plan import RunPlan
+from gptq_cli.config.engines import Outcome
+from gptq_cli.config.targets import Verdict
 
 WORDS: dict[Outcome, str] = {
     "yes": "loads in",
@@ -17,19 +13,6 @@ WORDS: dict[Outcome, str] = {
     "wrong": "loads WRONGLY in",
     "no": "does not load in",
 }
-
-
-def judge_plan(plan: RunPlan, config: QuantizeConfig) -> tuple[Verdict, ...]:
-    """Who will load what `plan` makes."""
-    return verdicts(
-        Export.of(
-            [layer.config for layer in plan.quantized if layer.config],
-            config.format,
-            config.lm_head,
-            names=[layer.name for layer in plan.quantized],
-            split_experts=bool(plan.split_experts),
-        )
-    )
 
 
 def engine_lines(judged: Sequence[Verdict]) -> list[str]:
@@ -40,6 +23,10 @@ def engine_lines(judged: Sequence[Verdict]) -> list[str]:
     return lines + [f"{WORDS[verdict.outcome]} {verdict.engine}: {verdict.reason}" for verdict in remarks]
 
 
-def engine_data(judged: Sequence[Verdict]) -> dict[str, Any]:
-    """What each engine makes of a checkpoint, as plain JSON values."""
-    return {verdict.engine: {"outcome": verdict.outcome, "reason": verdict.reason} for verdict in judged}
+def unread_line(judged: Sequence[Verdict]) -> str | None:
+    """One line that names who will not load a checkpoint, None if all will."""
+    found: dict[str, list[str]] = {}
+    for verdict in judged:
+        if verdict.outcome in ("no", "wrong"):
+            found.setdefault(WORDS[verdict.outcome], []).append(verdict.engine)
+    return "; ".join(f"{word} {', '.join(names)}" for word, names in found.items()) or None

@@ -14,6 +14,8 @@ from gptq_cli.errors import ConfigError, GateError
 if TYPE_CHECKING:
     from gptq_cli.pipeline.evaluate import EvalResult
 
+MAX_PPL = 10_000.0  # far above what any model of language gives that is read rightly
+
 
 def eval_ppl(
     model: o.Model,
@@ -37,6 +39,9 @@ def eval_ppl(
             "--max-increase", help="exit 4 if perplexity exceeds the baseline's by more", metavar="X", panel=o.GATE
         ),
     ] = None,
+    max_ppl: Annotated[
+        float, o.plain("--max-ppl", help="exit 4 if perplexity is higher than this", metavar="X", panel=o.GATE)
+    ] = MAX_PPL,
     device: o.Device = None,
     dtype: o.DType = None,
     backend: o.Backend = None,
@@ -61,7 +66,7 @@ def eval_ppl(
     with Progress(console) as progress:
         result = evaluate_perplexity(model, request, progress)
     spoken = (result.to_json(), _summary(result), f"{result.perplexity:.6g}")
-    failure = _gate(result, max_increase)
+    failure = _gate(result, max_increase, max_ppl)
     if failure:
         console.refused(*spoken, failure)
     console.result(*spoken)
@@ -73,6 +78,8 @@ def _check(said: dict[str, Any]) -> None:
         raise ConfigError(
             "E_CFG_RANGE", f"--max-windows must be a whole number of 1 or more, got {said['max_windows']}"
         )
+    if not said["max_ppl"] > 0:
+        raise ConfigError("E_CFG_RANGE", f"--max-ppl must be a number above 0, got {said['max_ppl']}")
     increase = said.get("max_increase")
     if increase is None:
         return
@@ -83,10 +90,15 @@ def _check(said: dict[str, Any]) -> None:
         raise ConfigError("E_CFG_RANGE", f"--max-increase must be a number of 0 or more, got {increase}")
 
 
-def _gate(result: EvalResult, max_increase: float | None) -> GateError | None:
-    """The failure if perplexity is not a finite number, or rose by more than `max_increase`."""
+def _gate(result: EvalResult, max_increase: float | None, max_ppl: float) -> GateError | None:
+    """The failure if perplexity is not a finite number, is above `max_ppl`, or rose by more than `max_increase`."""
+    hint = "try --dtype float32; for a quantized model: gptq verify DIR --full"
+    if result.perplexity > max_ppl:
+        says = (
+            f"perplexity {result.perplexity:.6g} is above the {max_ppl:g} of --max-ppl: such a model predicts nothing"
+        )
+        return GateError("E_NUM_PPL", says, hint=hint)
     if not math.isfinite(result.perplexity):
-        hint = "try --dtype float32; for a quantized model: gptq verify DIR --full"
         return GateError(
             "E_NUM_PPL", f"perplexity is {result.perplexity}: the model's outputs are not usable", hint=hint
         )

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from gptq_cli.cli import options as o
 from gptq_cli.cli.console import Console, size
-from gptq_cli.cli.engines import engine_data, engine_lines
+from gptq_cli.cli.engines import engine_lines
 from gptq_cli.cli.table import aligned, row_data, row_lines
 from gptq_cli.config.finding import shown
-from gptq_cli.config.targets import Verdict
+from gptq_cli.config.targets import Verdict, engine_data, verdicts
 from gptq_cli.pipeline.inspect import Inspection, inspect_checkpoint
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def inspect(
 
     source, checkpoint = peek_model(model, revision)
     found = inspect_checkpoint(checkpoint)
-    judged = found.readers()
+    judged = _judge(found)
     data = {"model": source.name, "commit": source.commit, **_data(found, judged)}
     console.result(data, "\n".join([source.name, "", *_lines(found, judged)]), _how(found))
 
@@ -61,6 +61,12 @@ def _show_layer(console: Console, model: str, revision: str | None, name: str) -
 
     view = view_layer(checkpoint, name)
     console.result({"layer": asdict(view)}, "\n".join(_layer_lines(view)), view.name)
+
+
+def _judge(found: Inspection) -> tuple[Verdict, ...]:
+    if found.export is None:
+        return ()
+    return verdicts(found.export)
 
 
 def _data(found: Inspection, judged: Sequence[Verdict]) -> dict[str, Any]:
@@ -96,8 +102,12 @@ def _how(found: Inspection) -> str:
 def _lines(found: Inspection, judged: Sequence[Verdict]) -> list[str]:
     rows = row_lines([*found.quantized, *found.kept])
     files = f"{len(found.files)} file" + ("s" if len(found.files) != 1 else "")
-    lines = [f"quantized ({found.format})", *_indented(rows[: len(found.quantized)])] if found.quantized else []
-    if found.method is not None and not found.modules:
+    lines = (
+        [f"quantized ({found.format or found.method})", *_indented(rows[: len(found.quantized)])]
+        if found.quantized
+        else []
+    )
+    if found.method is not None and not found.quantized:
         lines.append(f"quantized as {found.method}, whose tensors are not decoded here")
     lines.append("as it was" if found.quantized else "tensors")
     lines += [*_indented(rows[len(found.quantized) :]), ""]

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
+from gptq_cli.config.engines import TARGETS
 from gptq_cli.config.schema import QuantizeConfig
 
 ALGORITHM, LAYERS, TEXT, OUTPUT, RUN, GATE = "Algorithm", "Layers", "Text", "Output", "Run", "Comparison"
@@ -82,7 +83,11 @@ DampPercent = Annotated[float | None, setting("damp_percent", panel=ALGORITHM)]
 Preset = Annotated[str | None, setting("preset", panel=ALGORITHM, metavar="NAME")]
 
 MoeUncovered = Annotated[str | None, setting("moe_uncovered", panel=LAYERS)]
+OnNumericFault = Annotated[str | None, setting("on_numeric_fault", panel=LAYERS)]
+MaxFallbacks = Annotated[int | None, setting("max_fallbacks", panel=LAYERS)]
 LmHead = Annotated[bool | None, setting("lm_head", "--lm-head/--no-lm-head", panel=LAYERS)]
+AllowRequantize = Annotated[bool | None, setting("allow_requantize", "--allow-requantize", panel=LAYERS)]
+Target = Annotated[str | None, setting("target", panel=LAYERS, metavar="ENGINE", note=f": {', '.join(TARGETS)}")]
 Dynamic = Annotated[
     list[str] | None,
     setting("dynamic", panel=LAYERS, metavar="RULE", note=": '-:regex' keeps, '+:regex={bits: 8}' changes; repeatable"),

@@ -7,13 +7,15 @@ from textwrap import wrap
 from typing import Any
 
 from gptq_cli.cli.console import Console, size
-from gptq_cli.cli.engines import engine_data, engine_lines, judge_plan
+from gptq_cli.cli.engines import engine_lines
 from gptq_cli.cli.said import default_name
 from gptq_cli.cli.table import row_data, row_lines
 from gptq_cli.config.resolve import Resolved
+from gptq_cli.config.targets import engine_data
 from gptq_cli.pipeline.estimate import Term, estimate_disk, estimate_memory, total
 from gptq_cli.pipeline.overview import plan_rows
 from gptq_cli.pipeline.plan import RunPlan, plan_checkpoint
+from gptq_cli.pipeline.readers import judge_plan, remarks
 
 
 def show_plan(console: Console, resolved: Resolved, model: str, output: Path | None, revision: str | None) -> None:
@@ -34,6 +36,8 @@ def show_plan(console: Console, resolved: Resolved, model: str, output: Path | N
         console.warn(
             "W_DISK", f"{size(disk['free_bytes'])} are free at `{output}`, {size(disk['needed_bytes'])} needed"
         )
+    for code, remark in remarks(found, config):
+        console.warn(code, remark)
     text = "\n".join([f"{source.name} -> {output}", "", *_lines(found, resolved, output)])
     console.result(data, text, str(found.layout.nbytes))
 
@@ -48,6 +52,7 @@ def _data(plan: RunPlan, resolved: Resolved, output: Path) -> dict[str, Any]:
         "kept": row_data(kept),
         "layers": layer_data(plan),
         "bits_per_weight": plan.bits_per_weight,
+        "source_quantization": plan.plain.how,
         "bytes_before": plan.source.nbytes,
         "bytes_after": plan.layout.nbytes,
         "files": {shard.file: shard.size for shard in plan.layout.shards},
@@ -90,6 +95,7 @@ def _lines(plan: RunPlan, resolved: Resolved, output: Path) -> list[str]:
         *(["stays as it is"] if kept else []),
         *(f"  {line}" for line in rows[len(quantized) :]),
         "",
+        *([f"source  {plan.plain.how}, decoded while it is read"] if plan.plain.how else []),
         f"size    {size(plan.source.nbytes)} -> {size(plan.layout.nbytes)} ({smaller:.2f}x smaller) in {files}, "
         f"{plan.layout.nbytes} bytes",
         f"bits    {plan.bits_per_weight:.3g} a quantized weight, with scales, zero points and g_idx",

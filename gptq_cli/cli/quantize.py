@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from gptq_cli.cli import options as o
 from gptq_cli.cli.console import Console, clock, size, visible
-from gptq_cli.cli.engines import engine_lines
+from gptq_cli.cli.engines import engine_lines, unread_line
 from gptq_cli.cli.progress import Progress
 from gptq_cli.cli.said import default_name, said_fields
 from gptq_cli.cli.signals import stoppable
 from gptq_cli.config.resolve import Resolved, resolve
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.config.targets import Export, verdicts
 from gptq_cli.config.yaml_writer import to_yaml
 from gptq_cli.errors import ConfigError, InputError
 
@@ -50,6 +49,10 @@ def quantize(
     dynamic: o.Dynamic = None,
     lm_head: o.LmHead = None,
     moe_uncovered: o.MoeUncovered = None,
+    on_numeric_fault: o.OnNumericFault = None,
+    max_fallbacks: o.MaxFallbacks = None,
+    target: o.Target = None,
+    allow_requantize: o.AllowRequantize = None,
     dataset: o.Datasets = None,
     dataset_config: o.DatasetConfig = None,
     dataset_split: o.DatasetSplit = None,
@@ -115,12 +118,15 @@ def run(
     With `page` a report of the run is left in the output.
     """
     from gptq_cli.pipeline.preflight import preflight
+    from gptq_cli.pipeline.readers import judge_plan
     from gptq_cli.pipeline.report import BlockLog, check_report, save_report
 
     if page:
         check_report()
 
-    preflight(model, output, config, overwrite=overwrite)  # cheap refusals before the slow import
+    plan = preflight(model, output, config, overwrite=overwrite)  # cheap refusals before the slow import
+    if plan is not None and config.target is None and (line := unread_line(judge_plan(plan, config))):
+        console.say(f"note: the output {line}")
 
     from gptq_cli.pipeline.quantize import quantize_checkpoint
 
@@ -154,16 +160,13 @@ def _summary(result: QuantizeResult, config: QuantizeConfig) -> str:
         lines.append(f"error  {mine:.2e} mean of {len(result.layers)} layers, round-to-nearest {rtn:.2e}")
     if result.experts:
         lines.append(_coverage(result, config))
+    rounded = [layer.name for layer in result.layers if layer.fallback]
+    if rounded:
+        lines.append(
+            f"rtn    {len(rounded)} of {len(result.layers)} layers were rounded to nearest, first {rounded[0]}"
+        )
     lines.append("done   before, by the same command" if result.already_done else f"time   {clock(result.seconds)}")
-    layers = [chosen for layer in result.layers if (chosen := config.for_layer(layer.name))]
-    export = Export.of(
-        layers,
-        config.format,
-        config.lm_head,
-        names=[layer.name for layer in result.layers],
-        split_experts=bool(result.split_experts),
-    )
-    return "\n".join([*lines, *engine_lines(verdicts(export))])
+    return "\n".join([*lines, *engine_lines(result.engines)])
 
 
 def _coverage(result: QuantizeResult, config: QuantizeConfig) -> str:

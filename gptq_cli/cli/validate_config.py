@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gptq_cli.cli.console import Console
-from gptq_cli.cli.engines import engine_data, engine_lines, judge_plan
+from gptq_cli.cli.engines import engine_lines
 from gptq_cli.cli.options import AsJson, plain
 from gptq_cli.config.resolve import Resolved, resolve
-from gptq_cli.config.targets import Verdict
+from gptq_cli.config.targets import Verdict, engine_data
 from gptq_cli.config.yaml_writer import to_yaml
 from gptq_cli.errors import InputError
 
@@ -43,19 +43,22 @@ def validate_config(
     data: dict[str, Any] = {"config": resolved.config.model_dump(mode="json"), "notes": list(resolved.notes)}
     text = to_yaml(resolved.config)
     if model is not None:
-        plan, judged = _plan(model, resolved)
+        plan, judged = _plan(console, model, resolved)
         data["plan"] = _plan_data(plan, judged)
         text += "\n" + "".join(f"# {line}\n" for line in [*_plan_lines(plan.layers), *engine_lines(judged)])
     console.result(data, text.rstrip("\n"), text.rstrip("\n"))
 
 
-def _plan(model: Path, resolved: Resolved) -> tuple[RunPlan, tuple[Verdict, ...]]:
+def _plan(console: Console, model: Path, resolved: Resolved) -> tuple[RunPlan, tuple[Verdict, ...]]:
     from gptq_cli.pipeline.plan import plan_run
+    from gptq_cli.pipeline.readers import judge_plan, remarks
 
     if not model.is_dir():
         hint = "--model takes a model directory on this machine"
         raise InputError("E_MODEL_NOT_FOUND", f"`{model}` is not a directory", hint=hint)
     plan = plan_run(model, resolved.config)
+    for code, remark in remarks(plan, resolved.config):
+        console.warn(code, remark)
     return plan, judge_plan(plan, resolved.config)
 
 

@@ -8,10 +8,12 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from gptq_cli.config.engines import TARGETS
 from gptq_cli.config.finding import Finding, KeyPath, nearest, shown
 from gptq_cli.config.presets import PRESETS
 from gptq_cli.config.schema import Accepts, LayerOverrides, QuantizeConfig
 
+NAMES = {"preset": tuple(PRESETS), "target": TARGETS}
 FIELDS = tuple(QuantizeConfig.model_fields)
 OUT_OF_RANGE = {
     "greater_than",
@@ -137,8 +139,8 @@ def _hint_for_text(field: str, value: str) -> str | None:
 
 
 def _choices(field: str) -> tuple[str, ...]:
-    if field == "preset":
-        return tuple(PRESETS)
+    if field in NAMES:
+        return NAMES[field]
     schema = QuantizeConfig.model_json_schema()["properties"][field]
     options = [schema, *schema.get("anyOf", ())]
     return tuple(word for option in options for word in option.get("enum", ()) if isinstance(word, str))

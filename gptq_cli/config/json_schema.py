@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from gptq_cli.config.engines import TARGETS
 from gptq_cli.config.presets import PRESETS
 from gptq_cli.config.schema import Accepts, QuantizeConfig
 
@@ -21,5 +22,6 @@ def config_schema() -> dict[str, Any]:
         fields[name]["description"] = f"{info.description}. Accepts {accepts}." if accepts else f"{info.description}."
         fields[name].pop("title", None)
     fields["preset"]["enum"] = list(PRESETS)
+    fields["target"]["enum"] = [*TARGETS, None]
     definitions = schema.pop("$defs", {})
     return {"$schema": DRAFT, **schema, "title": "gptq configuration", "definitions": definitions}

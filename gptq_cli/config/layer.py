@@ -8,6 +8,15 @@ from typing import Literal
 ScaleSearch = Literal["none", "mse", "activation"]
 DampMode = Literal["mean", "diagonal"]
 Uncovered = Literal["error", "rtn", "all-tokens"]
+OnFault = Literal["error", "rtn"]
+
+
+@dataclass(frozen=True, slots=True)
+class FaultPolicy:
+    """What becomes of layers that cannot be calibrated: numbers that are of no use, experts without a token."""
+
+    on_numeric_fault: OnFault = "error"
+    moe_uncovered: Uncovered = "error"
 
 
 @dataclass(frozen=True, slots=True)

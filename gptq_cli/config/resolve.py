@@ -9,7 +9,7 @@ unknown one may belong to another program and is only noted.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from gptq_cli.config.finding import Finding, KeyPath, name_of, nearest
 from gptq_cli.config.optimum import adopt
 from gptq_cli.config.recipe import find_config
 from gptq_cli.config.schema import QuantizeConfig, conflicts, fill
+from gptq_cli.config.targets import settings_export, target_problems
 from gptq_cli.config.yaml_loader import Place, load, parse_scalar
 from gptq_cli.errors import ConfigError, Location, Problem
 
@@ -90,7 +91,7 @@ def resolve(flags: Mapping[str, Any], env: Mapping[str, str], file: Path | None 
     """The configuration that flags (None: not said), environment and file give together.
 
     Raises ConfigError with every problem of every source: E_CFG_FILE, E_CFG_YAML, E_CFG_UNKNOWN_KEY, E_CFG_TYPE,
-    E_CFG_RANGE, E_CFG_REGEX, E_CFG_MISSING, E_CFG_CONFLICT.
+    E_CFG_RANGE, E_CFG_REGEX, E_CFG_MISSING, E_CFG_CONFLICT; when all is well otherwise, E_TARGET.
     """
     from_file, problems = _read_file(find_config(file)) if file else (_File({}), [])
     readable = not problems
@@ -109,9 +110,11 @@ def resolve(flags: Mapping[str, Any], env: Mapping[str, str], file: Path | None 
 
     origins = {key: why.get(key, "default") for key in FIELDS}
     origins |= {key: source.origin(key) for key, source in said_by.items()}
-    return Resolved(
-        QuantizeConfig.model_validate(filled), origins, tuple(note for source in sources for note in source.notes)
-    )
+    config = QuantizeConfig.model_validate(filled)
+    if refused := target_problems(settings_export(config), config.target):
+        at = said_by["target"].locate(("target",), at_key=False)
+        raise ConfigError.of([replace(problem, location=at) for problem in refused])
+    return Resolved(config, origins, tuple(note for source in sources for note in source.notes))
 
 
 def check_flags(flags: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ which they were written; the first match decides alone.
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,11 @@ from gptq_cli.config.yaml_loader import parse_scalar
 KEEP, CHANGE = "-:", "+:"
 
 
+# Engines that hold these linears as one ask rules for the fused name, and want all of a group stored alike.
+FUSED_ALIASES = {
+    frozenset({"q_proj", "k_proj", "v_proj"}): "qkv_proj",
+    frozenset({"gate_proj", "up_proj"}): "gate_up_proj",
+}
 _OF_EXPERT = re.compile(r"(.+\.\d+\..+)\.\d+\.([^.]+)")
 
 
@@ -37,6 +43,30 @@ def expert_part(name: str) -> tuple[str, str] | None:
     """
     match = _OF_EXPERT.fullmatch(name)
     return (match[1], match[2]) if match else None
+
+
+def split_groups(settings: Mapping[str, object]) -> list[str]:
+    """Fused names of linears that engines hold as one and that do not all have the same of `settings`, by name.
+
+    >>> split_groups({"layers.0.q_proj": 4, "layers.0.k_proj": 8, "layers.1.q_proj": 8, "layers.1.k_proj": 8})
+    ['layers.0.qkv_proj']
+    """
+    found: dict[str, set[object]] = defaultdict(set)
+    for name, stored in settings.items():
+        parent, _, leaf = name.rpartition(".")
+        for parts, alias in FUSED_ALIASES.items():
+            if leaf in parts:
+                found[f"{parent}.{alias}"].add(stored)
+    return [name for name, stored in found.items() if len(stored) > 1]
+
+
+def split_experts(settings: Mapping[str, object]) -> list[str]:
+    """Experts of one layer, by the name they share, that do not all have the same of `settings`, by name of linears."""
+    found: dict[str, set[object]] = defaultdict(set)
+    for name, stored in settings.items():
+        if part := expert_part(name):
+            found[part[0]].add(stored)
+    return [name for name, stored in found.items() if len(stored) > 1]
 
 
 def keeps(rule: str) -> bool:

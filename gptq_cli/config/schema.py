@@ -7,6 +7,7 @@ is valid input again and gives an equal one.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from decimal import Decimal
@@ -16,8 +17,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
+from gptq_cli.config.engines import TARGETS
 from gptq_cli.config.finding import Finding, KeyPath, name_of
-from gptq_cli.config.layer import DampMode, LayerConfig, ScaleSearch, Uncovered
+from gptq_cli.config.layer import DampMode, FaultPolicy, LayerConfig, OnFault, ScaleSearch, Uncovered
 from gptq_cli.config.presets import DEFAULT_PRESET, PRESETS
 from gptq_cli.config.rules import LayerChoice, first_match, is_listed, keeps, pattern_of
 
@@ -61,10 +63,18 @@ def _preset(name: str) -> str:
     return name
 
 
+def _target(name: str | None) -> str | None:
+    if name not in (None, *TARGETS):
+        raise ValueError("target")
+    return name
+
+
 def _rule(rule: str) -> str:
     try:
-        re.compile(pattern_of(rule))
-    except (re.error, RecursionError, OverflowError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # of what later versions of Python read otherwise, such as [[a]
+            re.compile(pattern_of(rule))
+    except (re.error, RecursionError, OverflowError, FutureWarning) as error:
         raise PydanticCustomError("regex", "{reason}", {"reason": str(error)}) from None
     return rule
 
@@ -140,9 +150,22 @@ class QuantizeConfig(BaseModel):
         dict[Rule, LayerOverrides], Accepts("a mapping from `+:regex` or `-:regex` to a mapping of settings")
     ] = Field({}, description="rules for single layers")
     lm_head: Flag = Field(False, description="quantize the output head too")
+    allow_requantize: Flag = Field(
+        False, description="take a GPTQ checkpoint as the source and round its weights a second time"
+    )
+    target: Annotated[str | None, AfterValidator(_target), Accepts(", ".join(TARGETS) + " or null")] = Field(
+        None, description="engine that must load the result, or the run is refused before any work"
+    )
     moe_uncovered: Annotated[Uncovered, Accepts("error, rtn or all-tokens")] = Field(
         "error",
         description="an expert without calibration tokens: stop, round it to nearest, or calibrate it on all tokens",
+    )
+    on_numeric_fault: Annotated[OnFault, Accepts("error or rtn")] = Field(
+        "error",
+        description="a layer whose inputs are not finite or whose Hessian has no factor: stop, or round it to nearest",
+    )
+    max_fallbacks: Annotated[int | None, Field(ge=0), Accepts("a whole number of 0 or more, or null")] = Field(
+        None, description="stop when more layers than this had to be rounded to nearest; null: any number"
     )
     dataset: Annotated[
         str | list[str] | None, Field(min_length=1), Accepts("a dataset name, a path, or a list of texts")
@@ -204,6 +227,11 @@ class QuantizeConfig(BaseModel):
         return None if self.max_ram is None else size_in_bytes(self.max_ram)
 
     @property
+    def fault_policy(self) -> FaultPolicy:
+        """What becomes of layers that cannot be calibrated."""
+        return FaultPolicy(self.on_numeric_fault, self.moe_uncovered)
+
+    @property
     def base(self) -> LayerConfig:
         """Settings of a layer that no `dynamic` rule matches."""
         return LayerConfig(
@@ -228,7 +256,11 @@ class QuantizeConfig(BaseModel):
             return LayerChoice(self.base, "default")
         if keeps(rule):
             return LayerChoice(None, f"rule '{rule}': kept")
-        return LayerChoice(_override(self.base, self.dynamic[rule]), f"rule '{rule}'")
+        return LayerChoice(self.changed_by(rule), f"rule '{rule}'")
+
+    def changed_by(self, rule: str) -> LayerConfig:
+        """Settings of a layer that the `+:` rule of `dynamic` decides about."""
+        return _override(self.base, self.dynamic[rule])
 
     def for_layer(self, name: str) -> LayerConfig | None:
         """Settings of the layer with the full module name `name`; None when a `-:` rule keeps it as it is."""

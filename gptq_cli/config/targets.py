@@ -1,61 +1,17 @@
-"""Who will load a checkpoint with given settings: what each engine's reader accepts, as data.
-
-For each engine the rules are asked in order and the first that applies decides; without one the engine loads it.
-"""
+"""What the engines of `config/engines.py` make of a checkpoint, and the refusal of one that a target cannot load."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 
+from gptq_cli.config.engines import ANY, ENGINES, Engine, Export, Outcome, Trait
 from gptq_cli.config.layer import LayerConfig
-from gptq_cli.config.rules import expert_part
+from gptq_cli.config.rules import expert_part, keeps, split_experts, split_groups
+from gptq_cli.config.schema import QuantizeConfig
+from gptq_cli.errors import Problem
 
-Outcome = Literal["yes", "limited", "wrong", "no"]
-
-MARLIN_GROUPS = {-1, 32, 64, 128}
-EXPERT_NAMES = {"gate_proj", "up_proj", "down_proj"}
-TORCH_GROUPS = {-1, 16, 32, 64, 128, 256, 512, 1024}
-
-
-@dataclass(frozen=True, slots=True)
-class Export:
-    """What a reader sees of a checkpoint: the settings that occur in it."""
-
-    bits: frozenset[int]
-    group_sizes: frozenset[int]
-    asym: bool
-    real_g_idx: bool
-    mixed: bool
-    v2: bool
-    lm_head: bool
-    experts: frozenset[str]  # what the linears of experts are called, gate_proj or w1
-    split_experts: bool  # experts of one layer have different settings
-
-    @classmethod
-    def of(
-        cls,
-        layers: Iterable[LayerConfig],
-        format: str,
-        lm_head: bool,
-        *,
-        names: Iterable[str] = (),
-        split_experts: bool = False,
-    ) -> Export:
-        """The export of these quantized layers, `names`; static_groups make g_idx trivial whatever desc_act says."""
-        layers = set(layers)
-        return cls(
-            bits=frozenset(layer.bits for layer in layers),
-            group_sizes=frozenset(layer.group_size for layer in layers),
-            asym=any(not layer.sym for layer in layers),
-            real_g_idx=any(layer.desc_act and not layer.static_groups for layer in layers),
-            mixed=len({(layer.bits, layer.group_size, layer.sym) for layer in layers}) > 1,
-            v2=format == "gptq_v2",
-            lm_head=lm_head,
-            experts=frozenset(part[1] for name in names if (part := expert_part(name))),
-            split_experts=split_experts,
-        )
+LOADS: tuple[Outcome, ...] = ("yes", "limited")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,115 +23,41 @@ class Verdict:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Rule:
-    applies: Callable[[Export], bool]
-    outcome: Outcome
-    reason: str
+def export_of(
+    layers: Mapping[str, LayerConfig | None],
+    format: str,
+    *,
+    lm_head: bool,
+    narrow_experts: bool = False,
+    transposed: bool = False,
+) -> Export:
+    """What readers see of linears with these settings by name, None for one that is kept.
+
+    static_groups make g_idx trivial whatever desc_act says.
+    """
+    quantized = {name: config for name, config in layers.items() if config}
+    stored = {name: config and (config.bits, config.group_size, config.sym) for name, config in layers.items()}
+    parts = {name: part[1] for name in layers if (part := expert_part(name))}
+    return Export(
+        bits=frozenset(config.bits for config in quantized.values()),
+        group_sizes=frozenset(config.group_size for config in quantized.values()),
+        asym=any(not config.sym for config in quantized.values()),
+        real_g_idx=any(config.desc_act and not config.static_groups for config in quantized.values()),
+        mixed=len({stored[name] for name in quantized}) > 1,
+        v2=format == "gptq_v2",
+        lm_head=lm_head,
+        experts=frozenset(parts[name] for name in quantized if name in parts),
+        split_experts=bool(split_experts(stored)),
+        split_fused=bool(split_groups({name: found for name, found in stored.items() if name not in parts})),
+        narrow_experts=narrow_experts,
+        transposed=transposed,
+    )
 
 
-@dataclass(frozen=True, slots=True)
-class _Engine:
-    name: str
-    source: str
-    rules: tuple[_Rule, ...]
-
-
-def _marlin(export: Export) -> bool:
-    return export.bits <= {4, 8} and not export.asym and export.group_sizes <= MARLIN_GROUPS
-
-
-def _odd_groups(export: Export) -> bool:
-    return not export.group_sizes <= MARLIN_GROUPS
-
-
-ENGINES: tuple[_Engine, ...] = (
-    _Engine(
-        "vllm",
-        "vllm-project/vllm, layers/quantization/auto_gptq.py and gptq_utils.py, read in mid 2026",
-        (
-            _Rule(lambda e: not e.bits <= {4, 8}, "no", "it serves 4 and 8 bits only"),
-            _Rule(lambda e: e.asym, "no", "it serves symmetric checkpoints only"),
-            _Rule(_odd_groups, "no", "group_size must be -1, 32, 64 or 128"),
-            _Rule(lambda e: e.split_experts, "no", "the experts of a layer must share their settings"),
-            _Rule(lambda e: e.real_g_idx, "limited", "desc_act is slow, and refused from 0.30 on"),
-            _Rule(lambda e: e.mixed, "limited", "layers it fuses (q, k, v; gate, up) must share their settings"),
-            _Rule(lambda e: 8 in e.bits, "limited", "8 bits on GPU only"),
-        ),
-    ),
-    _Engine(
-        "sglang",
-        "sgl-project/sglang, layers/quantization/gptq, read in mid 2026",
-        (
-            _Rule(lambda e: e.v2 and not _marlin(e), "wrong", "its kernel for these settings reads v2 zeros as v1"),
-            _Rule(_odd_groups, "no", "group_size must be -1, 32, 64 or 128"),
-            _Rule(lambda e: e.split_experts, "no", "the experts of a layer must share their settings"),
-            _Rule(lambda e: not _marlin(e), "limited", "without Marlin: plain float16 kernel"),
-            _Rule(lambda e: e.mixed, "limited", "layers it fuses (q, k, v; gate, up) must share their settings"),
-        ),
-    ),
-    _Engine(
-        "transformers",
-        "transformers 5.23 with optimum 2.3 and gptqmodel 7.7, run on CPU in November 2026",
-        (
-            _Rule(lambda e: bool(e.experts), "wrong", "it leaves quantized experts random"),
-            _Rule(lambda e: e.lm_head, "wrong", "it ignores a quantized lm_head"),
-            _Rule(lambda e: e.mixed, "no", "it ignores `dynamic`, all layers must share their settings"),
-            _Rule(lambda e: not e.group_sizes <= TORCH_GROUPS, "no", "gptqmodel has no kernel for this group_size"),
-            _Rule(lambda e: 4 in e.bits and 16 in e.group_sizes, "limited", "group_size 16 not on CPU"),
-        ),
-    ),
-    _Engine(
-        "gptqmodel",
-        "gptqmodel 7.7, run on CPU in November 2026",
-        (
-            _Rule(lambda e: not e.experts <= EXPERT_NAMES, "no", "it knows experts as gate_proj, up_proj, down_proj"),
-            _Rule(lambda e: e.asym and not e.v2, "no", "it takes asymmetric v1 from itself only: use format gptq_v2"),
-            _Rule(lambda e: not e.group_sizes <= TORCH_GROUPS, "no", "no kernel for this group_size"),
-            _Rule(lambda e: 4 in e.bits and 16 in e.group_sizes, "limited", "group_size 16 not on CPU"),
-        ),
-    ),
-    _Engine(
-        "llama.cpp",
-        "ggml-org/llama.cpp, conversion/base.py (converts to GGUF), read in mid 2026",
-        (
-            _Rule(lambda e: 3 in e.bits, "no", "its converter has no 3 bits"),
-            _Rule(lambda e: e.mixed, "no", "its converter knows one setting for all layers"),
-        ),
-    ),
-    _Engine(
-        "exllamav2",
-        "turboderp-org/exllamav2, exllamav2/config.py, read in mid 2026",
-        (
-            _Rule(lambda e: e.bits != {4}, "no", "it runs 4 bits only"),
-            _Rule(lambda e: e.mixed, "no", "all layers must share their settings"),
-            _Rule(lambda e: any(size & (size - 1) for size in e.group_sizes if size > 0), "no",
-                  "group_size must be a power of two"),
-        ),
-    ),
-    _Engine(
-        "tgi",
-        "huggingface/text-generation-inference, server/utils/quantization.py, read in mid 2026",
-        (
-            _Rule(lambda e: 3 in e.bits, "no", "it has no 3 bits"),
-            _Rule(lambda e: e.mixed, "no", "it ignores `dynamic`, all layers must share their settings"),
-            _Rule(lambda e: e.v2 and not _marlin(e), "wrong", "it reads v2 zeros as v1"),
-            _Rule(lambda e: e.lm_head, "limited", "a quantized lm_head was not tried"),
-            _Rule(lambda e: not _marlin(e), "limited", "without Marlin: exllama or Triton kernel"),
-        ),
-    ),
-    _Engine(
-        "auto-round",
-        "auto-round 0.15.1, its CPU loader, run in November 2026",
-        (
-            _Rule(lambda e: not e.experts <= EXPERT_NAMES, "wrong", "it knows no such names of experts"),
-            _Rule(lambda e: e.asym, "no", "its CPU loader takes symmetric checkpoints only"),
-            _Rule(lambda e: e.v2, "wrong", "it reads v2 zeros as v1"),
-            _Rule(lambda e: e.lm_head, "wrong", "it ignores a quantized lm_head"),
-            _Rule(lambda e: e.real_g_idx, "no", "it refuses desc_act without static_groups"),
-        ),
-    ),
-)  # fmt: skip
+def settings_export(config: QuantizeConfig) -> Export:
+    """What a configuration says by itself, whatever the model, about a checkpoint that is made with it."""
+    layers = {rule: config.changed_by(rule) for rule in config.dynamic if not keeps(rule)}
+    return export_of({"": config.base, **layers}, config.format, lm_head=config.lm_head)
 
 
 def verdicts(export: Export) -> tuple[Verdict, ...]:
@@ -183,8 +65,51 @@ def verdicts(export: Export) -> tuple[Verdict, ...]:
     return tuple(_judge(engine, export) for engine in ENGINES)
 
 
-def _judge(engine: _Engine, export: Export) -> Verdict:
+def _judge(engine: Engine, export: Export) -> Verdict:
     for rule in engine.rules:
-        if rule.applies(export):
+        if rule.trait.has(export):
             return Verdict(engine.name, rule.outcome, rule.reason)
     return Verdict(engine.name, "yes", "")
+
+
+def target_problems(export: Export, target: str | None) -> list[Problem]:
+    """E_TARGET for each trait of the checkpoint that keeps `target` from loading it; nothing if target is None.
+
+    An engine with limits loads; one that would compute something else does not.
+    """
+    found: dict[Trait, list[str]] = {}
+    asked = [engine for engine in ENGINES if target in (engine.name, ANY)]
+    for engine in asked:
+        for rule in engine.rules:
+            if rule.outcome not in LOADS and rule.trait.has(export):
+                verb = "does not load" if rule.outcome == "no" else "would misread"
+                reason = f": {rule.reason}" if len(asked) == 1 else ""
+                found.setdefault(rule.trait, []).append(f"{engine.name} {verb} {_named(rule.trait, export)}{reason}")
+    loads = [verdict.engine for verdict in verdicts(export) if verdict.outcome in LOADS]
+    others = f"; as it is, it loads in {', '.join(loads)}" if loads else ""
+    return [
+        Problem("E_TARGET", "; ".join(said), f"what would load: {trait.instead}{others}")
+        for trait, said in found.items()
+    ]
+
+
+def limits(export: Export, target: str | None) -> list[str]:
+    """What the user should know about a `target` that loads the checkpoint, but not always or not well."""
+    return [
+        f"{verdict.engine}: {verdict.reason}"
+        for verdict in verdicts(export)
+        if verdict.outcome == "limited" and target in (verdict.engine, ANY)
+    ]
+
+
+def engine_data(judged: Sequence[Verdict]) -> dict[str, dict[str, str]]:
+    """What each engine makes of a checkpoint, as plain JSON values."""
+    return {verdict.engine: {"outcome": verdict.outcome, "reason": verdict.reason} for verdict in judged}
+
+
+def _named(trait: Trait, export: Export) -> str:
+    values = {field.name: getattr(export, field.name) for field in fields(export)}
+    listed = {
+        name: ", ".join(map(str, sorted(value))) for name, value in values.items() if isinstance(value, frozenset)
+    }
+    return trait.called.format(**listed)

@@ -29,6 +29,7 @@ class HessianAccumulator:
         self.tokens = 0
         self.shift: Tensor | None = None
         self._sum = torch.zeros(in_features, in_features, device=device)
+        self._finite: list[Tensor] = []
 
     @torch.no_grad()
     def add(self, inputs: Tensor, original: Tensor | None = None) -> None:
@@ -44,6 +45,12 @@ class HessianAccumulator:
         if original is not None:
             self._add_shift(tokens, original.reshape(tokens.shape))
         self.tokens += tokens.shape[0]
+        self._finite.append(torch.isfinite(self._sum.diagonal()).all())
+
+    @property
+    def in_features(self) -> int:
+        """The size I of the sum."""
+        return self._sum.shape[0]
 
     def add_nothing_known(self) -> None:
         """Add the identity, without tokens: as if all inputs were alike, so that solving is rounding to nearest."""
@@ -58,13 +65,14 @@ class HessianAccumulator:
             corner.copy_(corner.triu() + corner.triu(1).T)
         return self._sum
 
-    @property
-    def is_finite(self) -> bool:
-        """Whether every input so far was finite and no sum overflowed; waits for the device once.
+    def first_not_finite(self) -> tuple[int, int] | None:
+        """Which `add`, counted from 0, of how many, first brought an input that is not finite or overflowed the sum.
 
-        The diagonal tells: an input that is not finite leaves its mark on the sum of its own squares.
+        None if all is finite; waits for the device once. The diagonal tells: an input that is not finite leaves its
+        mark on the sum of its own squares.
         """
-        return bool(torch.isfinite(self._sum.diagonal()).all())
+        finite = torch.stack(self._finite).tolist() if self._finite else []
+        return (finite.index(False), len(finite)) if False in finite else None
 
     def _add_chunk(self, tokens: Tensor) -> None:
         # Products of two 16-bit floats are exact in float32: tensor cores lose nothing and need no float32 copy.

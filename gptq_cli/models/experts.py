@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
 GATE_UP = "gate_up_proj"
+BIAS = "_bias"  # behind the name of the stacked matrices that it is added to
 _PROOF_FEATURES, _PROOF_TOKENS, _PROOF_TOLERANCE = 16, 24, 1e-4
 
 
@@ -38,7 +39,7 @@ class Slice:
 
     stack: str
     expert: int
-    rows: slice  # of the matrix as [O, I]
+    rows: slice  # of the matrix as [O, I]; every other one where gate and up are interleaved
     turned: bool  # the stack holds matrices [I, O]
 
     @property
@@ -65,7 +66,10 @@ class Expert(nn.Module):
 
 
 class Experts(nn.Module):
-    """The experts of a block with a linear for each matrix; `kind` is the stacked module, whose activation they use."""
+    """The experts of a block with a linear for each matrix; `kind` is the stacked module, whose activation they use.
+
+    Biases stay stacked, under their own names. A choice beyond the experts gives a token back as it is.
+    """
 
     def __init__(self, kind: nn.Module) -> None:
         super().__init__()
@@ -73,11 +77,14 @@ class Experts(nn.Module):
         assert shape is not None
         self.kind = copy(kind)
         self.kind._parameters = {}
-        self.n_experts = shape.n_experts
+        self.n_experts, self.n_choices = shape.n_experts, shape.n_choices
+        self._interleaved, self._first = shape.interleaved, GATE_UP if shape.gated else UP
         dtype = kind.get_parameter(DOWN).dtype
         for number in range(shape.n_experts):
             expert = Expert(shape.hidden, shape.intermediate, gated=shape.gated, dtype=dtype)
             self.add_module(str(number), expert.requires_grad_(False))
+        for name in (self._first + BIAS, DOWN + BIAS):
+            self.register_parameter(name, kind._parameters.get(name))
 
     def __getitem__(self, number: int) -> Expert:
         expert = self._modules[str(number)]
@@ -93,11 +100,17 @@ class Experts(nn.Module):
         for number, rows in enumerate(self.rows(routed)):
             if rows.numel():
                 down = self[number].down_proj(self.intermediate(number, hidden_states[rows]))
+                down = self._with_bias(DOWN, number, down)
                 if top_k_weights is not None:
                     assert top_k_index is not None
                     # a token comes once for each of its choices that is this expert, first choices first
                     down = down * top_k_weights.T[number == top_k_index.T][:, None]
                 output.index_add_(0, rows, down.to(output.dtype))
+        if self.n_choices > self.n_experts:
+            assert top_k_index is not None
+            assert top_k_weights is not None
+            as_it_is = top_k_weights.masked_fill(top_k_index < self.n_experts, 0).sum(-1, keepdim=True)
+            output += (hidden_states * as_it_is).to(output.dtype)
         return output
 
     def intermediate(self, number: int, tokens: Tensor) -> Tensor:
@@ -105,13 +118,18 @@ class Experts(nn.Module):
         expert = self[number]
         up = expert.up_proj(tokens)
         if expert.gate_proj is None:
-            activated: Tensor = self.kind.act_fn(up)  # type: ignore[operator]
+            activated: Tensor = self.kind.act_fn(self._with_bias(UP, number, up))  # type: ignore[operator]
             return activated
         gate = expert.gate_proj(tokens)
         if not hasattr(self.kind, "_apply_gate"):
             return self.kind.act_fn(gate) * up  # type: ignore[operator, no-any-return]
-        gated: Tensor = self.kind._apply_gate(torch.cat([gate, up], dim=-1))  # type: ignore[operator]
+        joined = torch.stack([gate, up], -1).flatten(-2) if self._interleaved else torch.cat([gate, up], dim=-1)
+        gated: Tensor = self.kind._apply_gate(self._with_bias(GATE_UP, number, joined))  # type: ignore[operator]
         return gated
+
+    def _with_bias(self, name: str, number: int, output: Tensor) -> Tensor:
+        bias = self._parameters.get(name + BIAS)
+        return output if bias is None else output + bias[number]
 
     def rows(self, routed: Routed) -> Iterator[Tensor]:
         """For each expert which rows of `routed.hidden` it is given."""
@@ -128,39 +146,63 @@ class Experts(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class StackShape:
-    """Sizes of a module that holds the matrices of `n_experts` experts stacked, [E, O, I] or, `turned`, [E, I, O]."""
+    """Sizes of a module that holds the matrices of `n_experts` experts stacked, [E, O, I] or, `turned`, [E, I, O].
+
+    `interleaved`: rows of gate and up take turns, else those of gate come first. `n_choices`: of a token, those that
+    are no expert included.
+    """
 
     n_experts: int
+    n_choices: int
     hidden: int
     intermediate: int
     gated: bool
     turned: bool
+    interleaved: bool
+    biased: bool
 
     @classmethod
     def of(cls, module: nn.Module) -> StackShape | None:
-        """The sizes of `module`, None if it is not such a module or has biases or other weights besides."""
-        own = module._parameters
+        """The sizes of `module`, None if it is not such a module or has other weights besides."""
+        own = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
         first = GATE_UP if GATE_UP in own else UP
-        if set(own) != {first, DOWN} or any(p is None or p.dim() != 3 for p in own.values()):
+        biased = DOWN + BIAS in own
+        names = {first, DOWN} | ({first + BIAS, DOWN + BIAS} if biased else set())
+        if set(own) != names or any(own[name].dim() != 3 for name in (first, DOWN)):
             return None
-        if getattr(module, "is_concatenated", True) is False or any(
-            True for c in module.children() for _ in c.parameters()
-        ):
+        if any(True for child in module.children() for _ in child.parameters()):
             return None
-        (n_experts, *outer), down = own[first].shape, own[DOWN].shape  # type: ignore[union-attr]
+        (n_choices, *outer), (n_experts, *_) = own[first].shape, own[DOWN].shape
         factor = 2 if first == GATE_UP else 1
+        interleaved = not getattr(module, "is_concatenated", True)
         for turned in (False, True):
             wide, hidden = reversed(outer) if turned else outer
             intermediate = wide // factor
             expected = (n_experts, intermediate, hidden) if turned else (n_experts, hidden, intermediate)
-            if wide == factor * intermediate and tuple(down) == expected:
-                return cls(n_experts, hidden, intermediate, factor == 2, turned)
+            if wide == factor * intermediate and tuple(own[DOWN].shape) == expected and n_choices >= n_experts:
+                return cls(
+                    n_experts,
+                    n_choices,
+                    hidden,
+                    intermediate,
+                    factor == 2,
+                    turned,
+                    interleaved=interleaved,
+                    biased=biased,
+                )
         return None
 
-    def slices(self, parameter: str, stack: str) -> Iterator[tuple[int, str, Slice]]:
-        """(expert, linear, slice) for all that `parameter` holds, when the checkpoint has it as one tensor `stack`."""
-        halves = self.intermediate
-        parts = {GATE_UP: {GATE: slice(0, halves), UP: slice(halves, None)}}.get(parameter, {parameter: slice(None)})
+    def slices(
+        self, parameter: str, stack: str, *, interleaved: bool | None = None
+    ) -> Iterator[tuple[int, str, Slice]]:
+        """(expert, linear, slice) for all that `parameter` holds, when the checkpoint has it as one tensor `stack`.
+
+        `interleaved`: of that tensor, if it is not as in the module.
+        """
+        halves = (slice(0, self.intermediate), slice(self.intermediate, None))
+        if self.interleaved if interleaved is None else interleaved:
+            halves = (slice(0, None, 2), slice(1, None, 2))
+        parts = {GATE_UP: dict(zip((GATE, UP), halves, strict=True))}.get(parameter, {parameter: slice(None)})
         for number in range(self.n_experts):
             for part, rows in parts.items():
                 yield number, part, Slice(stack, number, rows, self.turned)
@@ -176,13 +218,16 @@ def computes_the_same(kind: nn.Module) -> bool:
         return torch.randn(sizes, generator=generator).div_(sizes[-1] ** 0.5)
 
     e, h, i = shape.n_experts, shape.hidden, _PROOF_FEATURES
-    wide = i * (2 if shape.gated else 1)
+    first, wide = (GATE_UP, 2 * i) if shape.gated else (UP, i)
     stacks = {
-        GATE_UP if shape.gated else UP: random(*((e, h, wide) if shape.turned else (e, wide, h))),
-        DOWN: random(*((e, i, h) if shape.turned else (e, h, i))),
+        first: random(shape.n_choices, *((h, wide) if shape.turned else (wide, h))),
+        DOWN: random(e, *((i, h) if shape.turned else (h, i))),
     }
+    biases = {first + BIAS: random(shape.n_choices, wide), DOWN + BIAS: random(e, h)} if shape.biased else {}
     stacked = copy(kind)
-    stacked._parameters = {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in stacks.items()}
+    stacked._parameters = {
+        name: nn.Parameter(tensor, requires_grad=False) for name, tensor in (stacks | biases).items()
+    }
     small = StackShape.of(stacked)
     assert small is not None
     experts = Experts(stacked)
@@ -192,9 +237,9 @@ def computes_the_same(kind: nn.Module) -> bool:
             linear._parameters["weight"] = nn.Parameter(piece.read(stacks.__getitem__), requires_grad=False)
     tokens = random(_PROOF_TOKENS, h) * h**0.5
     k = min(2, e)
-    chosen = torch.stack([torch.randperm(e, generator=generator)[:k] for _ in range(_PROOF_TOKENS)])
+    chosen = torch.stack([torch.randperm(shape.n_choices, generator=generator)[:k] for _ in range(_PROOF_TOKENS)])
     weights = torch.rand(chosen.shape, generator=generator)
-    spread = torch.zeros(e, _PROOF_TOKENS, h)
+    spread = torch.zeros(shape.n_choices, _PROOF_TOKENS, h)
     spread[chosen[:, 0], torch.arange(_PROOF_TOKENS)] = tokens
     for args in ((tokens, chosen, weights), (spread.view(-1, h),)):
         try:

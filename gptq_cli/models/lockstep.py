@@ -21,9 +21,10 @@ from threading import Semaphore, Thread, current_thread
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gptq_cli.errors import InputError
+from gptq_cli.models.recording import State
 from gptq_cli.models.stages import Hook, Input, Stage, given, hooked, same_memory
 
 Surroundings = Callable[[], AbstractContextManager[None]]
@@ -31,7 +32,7 @@ Surroundings = Callable[[], AbstractContextManager[None]]
 
 @contextmanager
 def waiting_batches(
-    stages: Sequence[Stage], linears: Mapping[str, nn.Module], runs: Sequence[Callable[[], Tensor]]
+    stages: Sequence[Stage], linears: Mapping[str, nn.Module], runs: Sequence[Callable[[], State]]
 ) -> Iterator[WaitingBatches]:
     """The forwards `runs` of one block, none of them begun; whatever happens, their threads have ended on leaving.
 
@@ -52,7 +53,7 @@ class WaitingBatches:
     promise.
     """
 
-    def __init__(self, runs: Sequence[Callable[[], Tensor]]) -> None:
+    def __init__(self, runs: Sequence[Callable[[], State]]) -> None:
         surroundings = _surroundings()
         self._batches = [_Batch(number, run, surroundings) for number, run in enumerate(runs)]
         self._moving: _Batch | None = None
@@ -61,7 +62,7 @@ class WaitingBatches:
         """Let each batch run as far as `stage`; yields the input, [..., I] or routed, that it waits with there."""
         return self._go_on(stage)
 
-    def finish(self) -> Iterator[Tensor]:
+    def finish(self) -> Iterator[State]:
         """Let each batch run to its end; yields its output."""
         return self._go_on(None)
 
@@ -99,17 +100,17 @@ class _Released(BaseException):
 class _Batch:
     """One forward in a thread of its own, which moves only while somebody is inside `go_on`."""
 
-    def __init__(self, number: int, run: Callable[[], Tensor], surroundings: Surroundings) -> None:
+    def __init__(self, number: int, run: Callable[[], State], surroundings: Surroundings) -> None:
         self.number = number
         self.waits_at: Stage | None = None
-        self._value: Input | None = None
+        self._value: Input | State | None = None
         self._error: BaseException | None = None
         self._released = False
         self._due: dict[str, Input] = {}  # linears yet to be called, with an input that their stage has seen
         self._told_to_go, self._stopped = Semaphore(0), Semaphore(0)
         self._thread = Thread(target=self._forward, args=(run, surroundings), name=f"calibration batch {number}")
 
-    def go_on(self) -> Input:
+    def go_on(self) -> Input | State:
         """Run to the first linear of the next stage, `waits_at`, for its input; or to the end, for the output."""
         if self._thread.ident is None:
             self._thread.start()
@@ -149,12 +150,12 @@ class _Batch:
         if self._thread.ident is not None:
             self._thread.join()
 
-    def _stop(self, stage: Stage | None, value: Input | None) -> None:
+    def _stop(self, stage: Stage | None, value: Input | State | None) -> None:
         self.waits_at, self._value = stage, value
         self._stopped.release()
 
-    def _forward(self, run: Callable[[], Tensor], surroundings: Surroundings) -> None:
-        value = None
+    def _forward(self, run: Callable[[], State], surroundings: Surroundings) -> None:
+        value: State | None = None
         try:
             with surroundings():
                 value = run()

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
+    Interleave,
     MergeModulelist,
     WeightConverter,
     WeightRenaming,
@@ -95,8 +96,12 @@ def match_names(model: PreTrainedModel, names: Iterable[str], stacks: Mapping[st
             first = next(iter(parts.values()))[0]
             raise InputError("E_ARCH", f"`{first}` is split into `{key}` and others, which is not supported")
         path, _, leaf = key.rpartition(".")
-        if path in stacks and _stacks_linears(converter):
+        stacked = path in stacks and leaf in (GATE_UP, UP, DOWN)
+        if stacked and _stacks_linears(converter):
             found.names.update(_single(path, leaf, stacks[path], converter, parts))
+        elif stacked and _interleaves(converter, stacks[path]):
+            (stored,) = next(iter(parts.values()))
+            _slice(found, path, leaf, stacks[path], stored, interleaved=True)
         else:
             found.names[key] = key
             found.derived[key] = Fusion(key, converter, parts, model)
@@ -141,6 +146,14 @@ def _stacks_linears(converter: WeightConverter) -> bool:
     return operations == stacked[: len(converter.source_patterns)]
 
 
+def _interleaves(converter: WeightConverter, shape: StackShape) -> bool:
+    """Whether a rule brings the outputs of gate and up, which take turns in one tensor, one after the other."""
+    (operation, *others) = converter.operations
+    outputs = 2 if shape.turned else 1
+    taking_turns = isinstance(operation, Interleave) and not operation.inverse and operation.dim == outputs
+    return taking_turns and not others and not shape.interleaved
+
+
 def _single(
     path: str, leaf: str, shape: StackShape, converter: WeightConverter, parts: Mapping[str, list[str]]
 ) -> dict[str, str]:
@@ -148,27 +161,30 @@ def _single(
     linears = (GATE, UP) if leaf == GATE_UP else (leaf,)
     for linear, pattern in zip(linears, converter.source_patterns, strict=True):
         stored = parts.get(pattern, [])
-        if len(stored) != shape.n_experts:
+        if len(stored) not in (shape.n_experts, shape.n_choices):  # choices that are no expert may have tensors, too
             raise InputError(
                 "E_CKPT_INCOMPLETE",
                 f"the checkpoint has {len(stored)} tensors for {linear} of `{path}`, not {shape.n_experts}",
                 hint="download the checkpoint again",
             )
-        names |= {f"{path}.{number}.{linear}.weight": name for number, name in enumerate(stored)}
+        names |= {f"{path}.{number}.{linear}.weight": name for number, name in enumerate(stored[: shape.n_experts])}
     return names
 
 
-def _slice(found: Sources, path: str, leaf: str, shape: StackShape, stack: str) -> None:
+def _slice(
+    found: Sources, path: str, leaf: str, shape: StackShape, stack: str, *, interleaved: bool | None = None
+) -> None:
     """Name each expert's part of the tensor `stack`, as engines do when experts are stored one by one."""
-    if stack.endswith(f".{leaf}"):
-        prefix = stack.removesuffix(f".{leaf}")
+    holder, _, _ = stack.rpartition(".")
+    if stack not in found.derived and holder.rpartition(".")[2] == path.rpartition(".")[2]:
+        prefix = holder
     elif stack not in found.derived and stack.startswith(f"{path.rpartition('.')[0]}."):
         prefix = path
     else:
         fused = found.derived.get(stack)
         stored = next(iter(fused.stored)) if fused else stack
         raise InputError("E_ARCH", f"the experts of `{path}` are stored as `{stored}`, in an order of their own")
-    for number, part, piece in shape.slices(leaf, stack):
+    for number, part, piece in shape.slices(leaf, stack, interleaved=interleaved):
         name = f"{prefix}.{number}.{part}.weight"
         found.names[f"{path}.{number}.{part}.weight"] = name
         found.derived[name] = piece

@@ -19,8 +19,9 @@ from gptq_cli.errors import InputError
 from gptq_cli.models.experts import find_stacks, separate
 from gptq_cli.models.names import Fusion, Sources, match_names
 
-MAX_OTHER_SHARE = 0.1  # of the blocks' parameters: matrices that no linear layer holds, such as stacked experts
-STACKED = ": stacked matrices that are not of experts without biases, as transformers describes them"
+MAX_OTHER_SHARE = 0.5  # of the blocks' parameters: matrices that no linear layer holds
+TOLD_OTHER_SHARE = 0.1
+STACKED = ": stacked matrices that are not of experts as transformers describes them"
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -105,10 +106,10 @@ def is_transposed(module: nn.Module) -> bool:
     return isinstance(module, Conv1D)
 
 
-def check_linears(name: str, blocks: nn.ModuleList) -> None:
-    """InputError E_ARCH if much of the blocks is in matrices that are no linear layers, such as stacked experts.
+def outside_linears(name: str, blocks: nn.ModuleList) -> str | None:
+    """A sentence if a part of `blocks` that shows is in matrices of no linear layer, such as stacked ones.
 
-    They would stay as they are, and the model would hardly get smaller.
+    They stay as they are. InputError E_ARCH if it is most of the weights: the model would hardly get smaller.
     """
     others = {
         f"{name}.{path}.{leaf}": parameter
@@ -118,13 +119,15 @@ def check_linears(name: str, blocks: nn.ModuleList) -> None:
         if _dimensions(parameter) > 1
     }
     share = sum(parameter.numel() for parameter in others.values()) / _size(blocks)
+    if share <= TOLD_OTHER_SHARE:
+        return None
+    largest, parameter = max(others.items(), key=lambda item: item[1].numel())
+    says = (
+        f"{share:.0%} of the blocks' weights are in no linear layer, first of all `{largest}` {list(parameter.shape)}"
+    )
     if share > MAX_OTHER_SHARE:
-        largest, parameter = max(others.items(), key=lambda item: item[1].numel())
-        raise InputError(
-            "E_ARCH",
-            f"{share:.0%} of the blocks' weights are in no linear layer, first of all `{largest}` "
-            f"{list(parameter.shape)}{STACKED if _dimensions(parameter) > 2 else ''}",
-        )
+        raise InputError("E_ARCH", says + (STACKED if _dimensions(parameter) > 2 else ""))
+    return says
 
 
 def _check_single(model: PreTrainedModel, blocks_name: str, sources: Sources) -> None:
@@ -201,7 +204,14 @@ def _unknown(directory: Path, error: Exception) -> InputError:
     text = str(error).strip().split("\n")[0]
     if "trust_remote_code" in str(error):
         return InputError(
-            "E_REMOTE_CODE", f"`{directory}` needs its own Python code to run",
+            "E_REMOTE_CODE", f"`{directory}` needs its own Python code to run{_own_code(directory)}",
             hint="read that code, then add --trust-remote-code",
         )  # fmt: skip
     return InputError("E_ARCH", f"transformers cannot build the model in `{directory}`: {text}")
+
+
+def _own_code(directory: Path) -> str:
+    """Which code that is. A directory of the Hub's cache is named after its commit."""
+    files = sorted(path.name for path in directory.glob("*.py"))
+    commit = f", at commit {directory.name}" if directory.parent.name == "snapshots" else ""
+    return f": {', '.join(files[:5])}{', ...' if len(files) > 5 else ''}{commit}" if files else commit

@@ -9,6 +9,7 @@ logits = stream.logits(ids, hidden)
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import deepcopy
@@ -21,8 +22,8 @@ from torch import Tensor, nn
 from gptq_cli.errors import InputError
 from gptq_cli.models.dependence import check_chain
 from gptq_cli.models.experts import Experts
-from gptq_cli.models.recording import Call, Container, Recorder, share, unfilled
-from gptq_cli.models.skeleton import Skeleton, check_linears, is_linear, is_transposed, place
+from gptq_cli.models.recording import Call, Container, Extras, Recorder, State, apart, share, unfilled
+from gptq_cli.models.skeleton import Skeleton, is_linear, is_transposed, outside_linears, place
 
 Read = Callable[[str], Tensor]
 Expect = Callable[[Iterable[str]], None]
@@ -39,6 +40,7 @@ class LoadedBlock:
     module: nn.Module
     linears: dict[str, nn.Module]  # by checkpoint name
     calls: list[Call]
+    twin_calls: list[Call] = field(default_factory=list)  # the same, with other containers for blocks to fill
     experts: dict[str, Experts] = field(
         default_factory=dict
     )  # by what the checkpoint's names of their linears begin with
@@ -49,18 +51,21 @@ class LoadedBlock:
         inside = {module for experts in self.experts.values() for module in experts.modules()}
         return {name: linear for name, linear in self.linears.items() if linear not in inside} | self.experts
 
-    def run(self, batch: int, hidden: Tensor) -> Tensor:
-        """Hidden states after this block for batch number `batch`."""
-        return self.calls[batch].run(self.module, hidden)
+    def run(self, batch: int, state: State) -> State:
+        """Hidden states, and what else goes on to the next block, after this block for batch number `batch`."""
+        return self.calls[batch].run(self.module, state)
 
     def twin(self) -> LoadedBlock:
-        """A block that holds the weights of this one as they are now, whatever will be put in their place here."""
+        """A block that holds the weights of this one as they are now, whatever will be put in their place here.
+
+        What its forward fills for later blocks it fills for their twins.
+        """
         tensors = (*self.module.parameters(), *self.module.buffers())
         known: dict[int, Any] = {id(tensor): tensor for tensor in tensors}  # shared, not copied
         module = deepcopy(self.module, known)
         linears = {name: known[id(linear)] for name, linear in self.linears.items()}
         experts = {name: known[id(found)] for name, found in self.experts.items()}
-        return LoadedBlock(module, linears, self.calls, experts)
+        return LoadedBlock(module, linears, self.twin_calls, experts=experts)
 
 
 class ModelStream:
@@ -85,7 +90,8 @@ class ModelStream:
         self._path, self._list = skeleton.blocks_name, skeleton.blocks
         self._blocks = list(skeleton.blocks)
         self._calls: list[list[Call]] = [[] for _ in self._blocks]
-        self._extras: tuple[Any, ...] | None = None
+        self._twin_calls = self._calls
+        self._extras: Extras | None = None
         self.carried: list[Container] = []  # what blocks fill for later ones, known after `embed`
 
     @property
@@ -128,19 +134,20 @@ class ModelStream:
         return found
 
     def all_linears(self) -> dict[str, bool]:
-        """Checkpoint names of every linear of the blocks and the head, and whether it is stored [I, O].
-
-        InputError E_ARCH if two blocks share a weight, which each would calibrate for itself, or if much of the blocks
-        is in no linear.
-        """
-        check_linears(self._path, self._list)
+        """Checkpoint names of every linear of the blocks and the head, and whether it is stored [I, O]."""
         found = {"lm_head": False}
         for index in range(self.n_blocks):
-            for name, module in self.linears(index).items():
-                if name in found:
-                    raise InputError("E_ARCH", f"`{name}` is shared by several blocks, which is not supported")
-                found[name] = is_transposed(module)
+            found |= {name: is_transposed(module) for name, module in self.linears(index).items()}
         return found
+
+    def shared_linears(self) -> set[str]:
+        """Those that several blocks share, each of which would calibrate them for itself."""
+        names = Counter(name for index in range(self.n_blocks) for name in self.linears(index))
+        return {name for name, blocks in names.items() if blocks > 1}
+
+    def outside_linears(self) -> str | None:
+        """What `outside_linears` says of the blocks."""
+        return outside_linears(self._path, self._list)
 
     def stacked_linears(self) -> dict[str, tuple[str, int, int]]:
         """Of linears that are a part of one tensor of the checkpoint: that tensor, and their rows and columns."""
@@ -152,31 +159,35 @@ class ModelStream:
             if f"{name}.weight" in slices
         }
 
-    def stored_weight(self, name: str) -> Tensor:
-        """The weight of a linear as the checkpoint stores it, on the device."""
+    def linear_weight(self, name: str, *, transposed: bool) -> Tensor:
+        """The weight [O, I] of a linear on the device; `transposed`: the model, if not its file, holds it [I, O]."""
         key = f"{name}.weight"
-        return self._read(self._sources.get(key, key)).to(self.device)
+        source = self._sources.get(key, key)
+        weight = self._read(source).to(self.device)
+        return weight.T if transposed and source not in self._dequantized else weight
 
-    def embed(self, batches: Sequence[Tensor]) -> list[Tensor]:
+    def embed(self, batches: Sequence[Tensor]) -> list[State]:
         """Hidden states [batch, seqlen, features] that enter block 0, for token ids [batch, seqlen] each.
 
-        Notes on the way what every block will be called with.
+        In a tuple if blocks hand on more than hidden states. Notes on the way what every block will be called with.
         """
         base = self._model.base_model
         with self._outside(base):
             self._extras = self._learn_output(batches[0][:1])
             names = [self.block_name(index) for index in range(self.n_blocks)]
-            check_chain(
-                lambda outputs, extras: self._run_recorders(base, batches[0][:1], outputs, extras), names, self._extras
+            handed_on = check_chain(
+                lambda outputs: self._run_recorders(base, batches[0][:1], outputs), names, self._extras
             )
-            hidden = []
+            states: list[State] = []
             for ids in batches:
-                recorders, _ = self._run_recorders(base, ids, [None] * self.n_blocks, self._extras)
-                hidden.append(recorders[0].seen[0][0])
+                recorders, _ = self._run_recorders(base, ids, [None] * self.n_blocks)
+                hidden = recorders[0].seen[0][0]
+                states.append((hidden,) if handed_on else hidden)
                 for calls, recorder in zip(self._calls, recorders, strict=True):
                     calls.append(share(recorder.seen[0][1], calls[0] if calls else None))
-        self.carried = unfilled(self._calls)
-        return hidden
+        self._twin_calls = apart(self._calls, {})
+        self.carried = unfilled(self._calls) + unfilled(self._twin_calls)
+        return states
 
     @contextmanager
     def block(self, index: int) -> Iterator[LoadedBlock]:
@@ -187,19 +198,20 @@ class ModelStream:
                 following = f"{self.block_name(index + 1)}."
                 names = [self._sources[f"{following}{name}"] for name in self._blocks[index + 1].state_dict()]
                 self._expect(dict.fromkeys(stored for name in names for stored in self._derived.stored(name)))
-            yield LoadedBlock(module, self.linears(index), self._calls[index], self._experts(index))
+            calls, twin_calls = self._calls[index], self._twin_calls[index]
+            yield LoadedBlock(module, self.linears(index), calls, twin_calls, self._experts(index))
 
     @contextmanager
-    def head(self) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
-        """A function (token ids, hidden states after the last block) -> logits [batch, seqlen, vocabulary].
+    def head(self) -> Iterator[Callable[[Tensor, State], Tensor]]:
+        """A function (token ids, what the last block gave) -> logits [batch, seqlen, vocabulary].
 
         Runs the model's own forward with the hidden states put in at the end of the blocks, so that final norms,
         scaling and capping of logits are the model's own.
         """
 
-        def logits(ids: Tensor, hidden: Tensor) -> Tensor:
-            outputs = [*[None] * (self.n_blocks - 1), hidden]
-            _, output = self._run_recorders(self._model, ids, outputs, self._extras)
+        def logits(ids: Tensor, state: State) -> Tensor:
+            outputs = [*[None] * (self.n_blocks - 1), state]
+            _, output = self._run_recorders(self._model, ids, outputs)
             found: Tensor = output.logits
             return found
 
@@ -212,7 +224,7 @@ class ModelStream:
         module: nn.Module = self._model.get_output_embeddings()
         return module
 
-    def _learn_output(self, ids: Tensor) -> tuple[Any, ...] | None:
+    def _learn_output(self, ids: Tensor) -> Extras | None:
         """What a block returns beside hidden states, None if nothing: seen by running the first block once."""
         outputs: list[object] = []
 
@@ -232,12 +244,14 @@ class ModelStream:
         return tuple(outputs[0][1:]) if isinstance(outputs[0], tuple | list) else None
 
     def _run_recorders(
-        self, model: nn.Module, ids: Tensor, outputs: Sequence[Tensor | None], extras: tuple[Any, ...] | None
+        self, model: nn.Module, ids: Tensor, outputs: Sequence[State | None]
     ) -> tuple[list[Recorder], Any]:
         """`model` run on `ids` with recorders in place of its blocks, which return `outputs` (None: their input)."""
-        recorders = [Recorder(block, extras) for block in self._blocks]
-        for index, (recorder, output) in enumerate(zip(recorders, outputs, strict=True)):
-            recorder.inject = output
+        recorders: list[Recorder] = []
+        for block, output in zip(self._blocks, outputs, strict=True):
+            recorders.append(Recorder(block, self._extras, recorders[-1] if recorders else None))
+            recorders[-1].inject = output
+        for index, recorder in enumerate(recorders):
             self._list[index] = recorder
         try:
             result = model(input_ids=ids.to(self.device), use_cache=False)

@@ -1,56 +1,80 @@
-"""Hidden states between two blocks: one tensor a batch, on the device if they fit there easily, else on the host."""
+"""What goes from block to block: a state for each batch, on the device if they fit there easily, else on the host."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
+from gptq_cli.models.recording import State
 from gptq_cli.pipeline.memory import Memory
 
 DEVICE_SHARE = 4  # hidden states may fill a quarter of the free memory of an accelerator
 
 
 class HiddenStates:
-    """A list of tensors [batch, seqlen, features] that are handed out on the device, wherever they are kept."""
+    """A list of states, each tensors of one batch, that are handed out on the device, wherever they are kept."""
 
-    def __init__(self, states: Iterable[Tensor], memory: Memory) -> None:
+    def __init__(self, states: Iterable[State], memory: Memory) -> None:
         self._states = list(states)
         self._memory, self._device = memory, memory.device
         if self._device.type == "cuda" and self.nbytes * DEVICE_SHARE > memory.free() + self.nbytes:
-            self._states = [state.cpu().pin_memory() for state in self._states]
+            self._states = [_each(state, lambda tensor: tensor.cpu().pin_memory()) for state in self._states]
 
     def copy(self) -> HiddenStates:
         """The same states, to go another way from here."""
         other = HiddenStates((), self._memory)
-        for state in self._states:
-            kept = state.device != self._device  # on the host, and written into: see __setitem__
-            other._states.append(torch.empty_like(state, pin_memory=True).copy_(state) if kept else state)
+        other._states = [_each(state, self._copied) for state in self._states]
         return other
 
     @property
     def nbytes(self) -> int:
-        return sum(state.nbytes for state in self._states)
+        return sum(tensor.nbytes for tensor in tree_leaves(self._states) if tensor is not None)
 
     @property
-    def stored(self) -> tuple[Tensor, ...]:
-        """The tensors where they are kept."""
+    def stored(self) -> tuple[State, ...]:
+        """The states where they are kept."""
         return tuple(self._states)
 
-    def restore(self, states: Iterable[Tensor]) -> None:
+    def restore(self, states: Iterable[State]) -> None:
         """Put other `states` of as many batches in place of these, kept where these were."""
-        self._states = [state.to(kept.device) for state, kept in zip(states, self._states, strict=True)]
+        self._states = [_moved(state, _hidden(kept).device) for state, kept in zip(states, self._states, strict=True)]
 
     def __len__(self) -> int:
         return len(self._states)
 
-    def __getitem__(self, batch: int) -> Tensor:
-        return self._states[batch].to(self._device, non_blocking=True)
+    def __getitem__(self, batch: int) -> State:
+        return _each(self._states[batch], lambda tensor: tensor.to(self._device, non_blocking=True))
 
-    def __setitem__(self, batch: int, state: Tensor) -> None:
-        kept = self._states[batch]
-        self._states[batch] = state if kept.device == state.device else kept.copy_(state)
+    def __setitem__(self, batch: int, state: State) -> None:
+        kept = _hidden(self._states[batch])
+        if kept.device == _hidden(state).device:
+            self._states[batch] = state
+        elif isinstance(state, tuple):
+            self._states[batch] = (kept.copy_(state[0]), *_moved(state[1:], kept.device))
+        else:
+            self._states[batch] = kept.copy_(state)
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[State]:
         return (self[batch] for batch in range(len(self)))
+
+    def _copied(self, tensor: Tensor) -> Tensor:
+        if tensor.device == self._device:
+            return tensor
+        return torch.empty_like(tensor, pin_memory=True).copy_(tensor)  # on the host, and written into: see __setitem__
+
+
+def _hidden(state: State) -> Tensor:
+    hidden: Tensor = state[0] if isinstance(state, tuple) else state
+    return hidden
+
+
+def _moved(state: State, device: torch.device) -> State:
+    return _each(state, lambda tensor: tensor.to(device))
+
+
+def _each(state: State, change: Callable[[Tensor], Tensor]) -> State:
+    changed: State = tree_map_only(Tensor, change, state)
+    return changed

@@ -10,10 +10,11 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from gptq_cli.config.layer import Uncovered
+from gptq_cli.config.layer import FaultPolicy
 from gptq_cli.engine.hessian import HessianAccumulator
 from gptq_cli.errors import InputError
 from gptq_cli.models.experts import Experts
+from gptq_cli.models.recording import State
 from gptq_cli.models.stages import Prober, Stage
 from gptq_cli.models.stream import LoadedBlock, ModelStream
 from gptq_cli.pipeline.activations import HiddenStates
@@ -32,7 +33,7 @@ def quantize_blocks(
     batches: Sequence[Tensor],
     *,
     true_sequential: bool,
-    moe_uncovered: Uncovered = "error",
+    policy: FaultPolicy,
     memory: Memory,
     keep: Keep,
     saved: SavedBlocks,
@@ -45,7 +46,7 @@ def quantize_blocks(
     layer is never called; ResourceError E_OOM if `memory` does not suffice.
     """
     layers = {layer.name: layer for layer in plan.quantized}
-    solver = LayerSolver(stream, keep, report, moe_uncovered)
+    solver = LayerSolver(stream, keep, report, policy, [len(batch) for batch in batches])
     give_back_freed_tensors()
     report(PhaseStarted("embeddings", f"{len(batches)} batches"))
     hidden = HiddenStates(stream.embed(batches), memory)
@@ -141,7 +142,7 @@ def quantize_head(
         quantize_stages([Stage((HEAD,), 1)], layers, ways, solver, true_sequential=True)
 
 
-def _head(logits: Callable[[Tensor, Tensor], Tensor], ids: Tensor, hidden: HiddenStates, batch: int) -> Tensor:
+def _head(logits: Callable[[Tensor, State], Tensor], ids: Tensor, hidden: HiddenStates, batch: int) -> Tensor:
     return logits(ids, hidden[batch])
 
 

@@ -11,12 +11,11 @@ from torch import Tensor
 
 from gptq_cli.checkpoint.hub import locate_model
 from gptq_cli.checkpoint.orientation import stores_transposed
-from gptq_cli.checkpoint.reader import DequantizingReader, TensorReader, quantized_modules
+from gptq_cli.checkpoint.reader import open_reader, quantized_modules
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from gptq_cli.errors import InputError
 
 ELEMENTS_PER_CHUNK = 2**24
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +73,9 @@ class _Weights:
 
     def __init__(self, model: str) -> None:
         self._checkpoint: Checkpoint = open_checkpoint(locate_model(model).directory)
-        quantized = self._checkpoint.quantization is not None
-        self._reader = (
-            DequantizingReader(self._checkpoint, CPU, "torch") if quantized else TensorReader(self._checkpoint)
-        )
+        self._reader = open_reader(self._checkpoint)
         self.names = dict.fromkeys(self._reader.names())
-        turned = quantized and stores_transposed(self._checkpoint.config)
+        turned = stores_transposed(self._checkpoint.config)
         self._turned = {f"{name}.weight" for name in quantized_modules(self._checkpoint.tensors)} if turned else set()
 
     def read(self, name: str) -> Tensor:

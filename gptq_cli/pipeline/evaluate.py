@@ -15,7 +15,6 @@ from gptq_cli.calibration.corpus import DatasetSource, Documents, load_documents
 from gptq_cli.calibration.sampling import Windows, check_token_ids, evaluation_windows
 from gptq_cli.checkpoint.hub import locate_model
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
-from gptq_cli.checkpoint.verify import verify_checkpoint
 from gptq_cli.errors import InputError
 from gptq_cli.evaluation.perplexity import Divergence, Perplexity
 from gptq_cli.models.stream import ModelStream
@@ -29,12 +28,12 @@ from gptq_cli.pipeline.setup import (
     bounded_seqlen,
     memory_errors,
     open_stream,
+    refuse_wrong_numbers,
     resolve_backend,
     resolve_device,
 )
 
 DEFAULT_SEQLEN = 2048
-WRONG_NUMBERS = {"E_CKPT_ZEROS", "E_CKPT_GROUPS", "E_CKPT_SCALES", "E_CKPT_NONFINITE", "E_CKPT_SHAPE"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +114,7 @@ def evaluate_perplexity(model: str, request: EvalRequest, report: Report = ignor
     if request.baseline is not None:
         checkpoints.append(open_checkpoint(locate_model(request.baseline).directory))
     for checkpoint in checkpoints:
-        _refuse_wrong_numbers(checkpoint)
+        refuse_wrong_numbers(checkpoint)
     backend = resolve_backend(request.backend or _recorded_backend(checkpoints[0]), device)
     record = Record(report)
     with torch.inference_mode(), memory_errors():
@@ -163,16 +162,6 @@ class _Run:
 
     stream: ModelStream
     hidden: HiddenStates
-
-
-def _refuse_wrong_numbers(checkpoint: Checkpoint) -> None:
-    """A quantized checkpoint that would be decoded to other weights than were meant has no perplexity of its own."""
-    if checkpoint.quantization is None:
-        return
-    for defect in verify_checkpoint(checkpoint.directory).defects:
-        if defect.code in WRONG_NUMBERS:
-            hint = f"all of it: gptq verify {checkpoint.directory}"
-            raise InputError(defect.code, f"`{checkpoint.directory}`, {defect.place}: {defect.message}", hint=hint)
 
 
 def _recorded_backend(checkpoint: Checkpoint) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +29,16 @@ class RunPlanned:
     bits_per_weight: float
 
 
+Fallback = Literal["inputs", "hessian", "tokens"]
+
+
 @dataclass(frozen=True, slots=True)
 class LayerReport:
     """One solved layer. Errors are relative to the layer's output energy on the calibration tokens:
     tr(E H E') / tr(W H W'); `rtn_relative_error` is the same for round-to-nearest on the min/max grid of its groups.
     `damp_percent` is what was used, in the configuration's `damp_mode`. Layers solved together share their `seconds` by
-    their weights."""
+    their weights. `fallback` says why a layer was rounded to nearest: its inputs were not finite, its Hessian could not
+    be factored, it saw no tokens; its errors are then those of the weights, H being the identity."""
 
     name: str
     block: int
@@ -46,6 +51,7 @@ class LayerReport:
     dead_columns: int
     tokens: int
     seconds: float
+    fallback: Fallback | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,11 +109,14 @@ class Warned:
 
 @dataclass(frozen=True, slots=True)
 class Resumed:
-    """The run goes on where an earlier one ended: `index` blocks of `n_blocks` are taken from `directory`."""
+    """The run goes on where an earlier one ended: `index` blocks of `n_blocks`, with what was said of their layers and
+    experts, are taken from `directory`."""
 
     index: int
     n_blocks: int
     directory: Path
+    layers: tuple[LayerReport, ...] = ()
+    experts: tuple[ExpertsCovered, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

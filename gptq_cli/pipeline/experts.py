@@ -62,7 +62,7 @@ def quantize_experts(
 ) -> None:
     """Solve the planned layers expert by expert; `true_sequential`: down_proj sees what quantized gate and up give it.
 
-    GateError E_NUM_EXPERT where an expert saw no token and `solver.moe_uncovered` is "error".
+    GateError E_NUM_EXPERT where an expert saw no token and the policy is "error".
     """
     rows = inputs.rows()
     report_coverage(inputs.name, [sum(map(len, batches)) for batches in rows], solver)
@@ -83,7 +83,7 @@ def _hessian(
 ) -> HessianAccumulator:
     if any(map(len, rows)):
         return inputs.hessian(number, rows, solver.device, down=down)
-    if solver.moe_uncovered == "all-tokens":
+    if solver.policy.moe_uncovered == "all-tokens":
         return inputs.hessian(number, [slice(None)] * len(rows), solver.device, down=down)
     hessian = inputs.hessian(number, rows, solver.device, down=down)
     hessian.add_nothing_known()
@@ -94,7 +94,7 @@ def report_coverage(name: str, tokens: Sequence[int], solver: LayerSolver) -> No
     """Tell how many tokens each expert of the layer `name` was sent; GateError E_NUM_EXPERT as the policy says."""
     uncovered = tuple(number for number, seen in enumerate(tokens) if not seen)
     solver.report(ExpertsCovered(name, tuple(tokens), min(tokens), median(tokens), uncovered))
-    if uncovered and solver.moe_uncovered == "error":
+    if uncovered and solver.policy.moe_uncovered == "error":
         listed = ", ".join(map(str, uncovered[:LISTED])) + (", ..." if len(uncovered) > LISTED else "")
         raise GateError(
             "E_NUM_EXPERT",

@@ -66,7 +66,8 @@ def _device(device: torch.device) -> dict[str, Any]:
 
 
 def _settings(config: QuantizeConfig) -> dict[str, Any]:
-    settings = config.model_dump(mode="json", exclude={"max_ram", "max_vram"})  # they change no byte
+    no_byte = {"max_ram", "max_vram", "target", "on_numeric_fault", "max_fallbacks"}  # of a layer that is finished
+    settings = config.model_dump(mode="json", exclude=no_byte)
     if isinstance(config.dataset, list):
         settings["dataset"] = f"{len(config.dataset)} texts, sha256 {_text_hash(config.dataset)}"
     return settings

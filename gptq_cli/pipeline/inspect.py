@@ -12,44 +12,27 @@ from typing import Any
 
 import yaml
 
+from gptq_cli.checkpoint.block_float import SCALES, block_size, scales_of
 from gptq_cli.checkpoint.headers import TensorInfo
+from gptq_cli.checkpoint.orientation import stores_transposed
+from gptq_cli.checkpoint.packed import PARTS, PackedModule, packed_modules
 from gptq_cli.checkpoint.source import Checkpoint, read_json
+from gptq_cli.config.engines import Export
 from gptq_cli.config.layer import LayerConfig
-from gptq_cli.config.targets import Export, Verdict, verdicts
-from gptq_cli.errors import InputError
+from gptq_cli.config.targets import export_of
 from gptq_cli.pipeline.overview import Row, collapse, kind_of, other_rows, settings
+from gptq_cli.pipeline.readers import HEAD, has_narrow_experts
 
-PARTS = ("qweight", "qzeros", "scales", "g_idx")
 FROM_CONFIG = ("model_type", "architectures", "transformers_version")
 FROM_RUN = ("preset", "dataset", "nsamples", "seqlen", "seed")
 _IN_LIST = re.compile(r"^(.*?)\.\d+\.")
 
 
 @dataclass(frozen=True, slots=True)
-class PackedModule:
-    """A linear as its packed tensors tell; `nbytes` of all of them."""
-
-    name: str
-    out_features: int
-    in_features: int
-    bits: int
-    groups: int
-    nbytes: int
-
-    @property
-    def group_size(self) -> int:
-        """Columns that share a scale, -1 for one group a row."""
-        return -1 if self.groups == 1 else self.in_features // self.groups
-
-    @property
-    def weights(self) -> int:
-        return self.out_features * self.in_features
-
-
-@dataclass(frozen=True, slots=True)
 class Inspection:
-    """`method` is None for a checkpoint that is not quantized; of methods other than gptq only tensors are told.
+    """`method` is None for a checkpoint that is not quantized; of methods but gptq and fp8 only tensors are told.
 
+    `matrices` are what has a 2-D weight, `transposed` says whether the original stores its linears [I, O].
     `parameters` counts a packed linear by the weights it stands for. `provenance` is what files say about how the
     checkpoint came to be.
     """
@@ -59,6 +42,8 @@ class Inspection:
     sym: bool
     desc_act: bool
     modules: tuple[PackedModule, ...]
+    matrices: tuple[str, ...]
+    transposed: bool
     quantized: tuple[Row, ...]
     kept: tuple[Row, ...]
     parameters: int
@@ -77,28 +62,35 @@ class Inspection:
         """Stored bits of everything, per parameter."""
         return 8 * self.nbytes / self.parameters
 
-    def layer_configs(self) -> list[LayerConfig]:
-        """The settings that occur, as readers see them."""
-        return [
-            LayerConfig(bits=m.bits, group_size=m.group_size, sym=self.sym, desc_act=self.desc_act)
-            for m in self.modules
-        ]
-
-    def readers(self) -> tuple[Verdict, ...]:
-        """What each engine makes of it; empty where nothing is quantized."""
+    @property
+    def export(self) -> Export | None:
+        """What readers see of it; None where nothing is quantized that they would ask a table about."""
         if not self.modules or self.format is None:
-            return ()
-        names = [module.name for module in self.modules]
-        return verdicts(Export.of(self.layer_configs(), self.format, "lm_head" in names, names=names))
+            return None
+        settings: dict[str, LayerConfig | None] = dict.fromkeys(self.matrices)
+        settings |= {
+            m.name: LayerConfig(bits=m.bits, group_size=m.group_size, sym=self.sym, desc_act=self.desc_act)
+            for m in self.modules
+        }
+        return export_of(
+            settings,
+            self.format,
+            lm_head=HEAD in settings and settings[HEAD] is not None,
+            narrow_experts=has_narrow_experts({m.name: m.out_features for m in self.modules}),
+            transposed=self.transposed,
+        )
 
 
 def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     """What `checkpoint` holds; InputError E_CKPT_INCOMPLETE if the parts of a linear lack one or do not fit."""
     said = checkpoint.quantization
-    method = str(said.get("quant_method", "gptq")).lower() if said is not None else None
+    method = checkpoint.method
     modules = packed_modules(checkpoint.tensors) if method == "gptq" else ()
     packed = {f"{module.name}.{part}" for module in modules for part in PARTS}
-    others = [tensor for name, tensor in checkpoint.tensors.items() if name not in packed]
+    scales = scales_of(checkpoint.directory, said, checkpoint.tensors)
+    hidden = packed | set(scales) | set(scales.values())
+    others = [tensor for name, tensor in checkpoint.tensors.items() if name not in hidden]
+    scaled = [checkpoint.tensors[name] for name in scales]
     blocks = _blocks(checkpoint.tensors)
     said = said or {}
     sym = bool(said.get("sym", True))
@@ -108,32 +100,19 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         sym=sym,
         desc_act=bool(said.get("desc_act")),
         modules=modules,
-        quantized=tuple(collapse(_row(module, blocks, sym=sym) for module in modules)),
+        matrices=tuple(t.name.removesuffix(".weight") for t in others if len(t.shape) == 2),
+        transposed=stores_transposed(checkpoint.config),
+        quantized=tuple(
+            collapse(
+                [*(_row(module, blocks, sym=sym) for module in modules), *_scaled_rows(checkpoint, scaled, blocks)]
+            )
+        ),
         kept=tuple(replace(row, why="") for row in other_rows(others, blocks)),
-        parameters=sum(module.weights for module in modules) + sum(math.prod(tensor.shape) for tensor in others),
+        parameters=sum(module.weights for module in modules)
+        + sum(math.prod(tensor.shape) for tensor in [*others, *scaled]),
         nbytes=checkpoint.nbytes,
         files=_files(checkpoint),
         provenance=_provenance(checkpoint),
-    )
-
-
-def packed_modules(tensors: dict[str, TensorInfo]) -> tuple[PackedModule, ...]:
-    """The quantized linears among `tensors`, in file order, each by the shapes of its parts."""
-    return tuple(_module(name.removesuffix(".qweight"), tensors) for name in tensors if name.endswith(".qweight"))
-
-
-def _module(name: str, tensors: dict[str, TensorInfo]) -> PackedModule:
-    found = {part: tensors[f"{name}.{part}"] for part in PARTS if f"{name}.{part}" in tensors}
-    absent = [part for part in PARTS[:3] if part not in found]
-    if absent:
-        raise InputError("E_CKPT_INCOMPLETE", f"`{name}` has a qweight but no {', '.join(absent)}")
-    (rows, out_features), (groups, words) = found["qweight"].shape, found["qzeros"].shape
-    bits, rest = divmod(words * 32, out_features)
-    if rest or not bits or rows * 32 % bits or found["scales"].shape != (groups, out_features) or not groups:
-        shapes = ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in found.items())
-        raise InputError("E_CKPT_INCOMPLETE", f"the parts of `{name}` do not fit each other: {shapes}")
-    return PackedModule(
-        name, out_features, rows * 32 // bits, bits, groups, sum(tensor.nbytes for tensor in found.values())
     )
 
 
@@ -142,6 +121,21 @@ def _row(module: PackedModule, blocks: str, *, sym: bool) -> Row:
     return Row(
         kind_of(module.name, blocks), (module.out_features, module.in_features), how, count=1, nbytes=module.nbytes
     )
+
+
+def _scaled_rows(checkpoint: Checkpoint, scaled: list[TensorInfo], blocks: str) -> list[Row]:
+    """Weights in 8-bit floats, each with its scales."""
+    rows, columns = block_size(checkpoint.quantization or {}) or (0, 0)
+    how = f"{{}} in blocks of {rows}x{columns}"
+    return [
+        Row(
+            kind_of(weight.name.removesuffix(".weight"), blocks),
+            weight.shape,
+            how.format(weight.dtype),
+            nbytes=weight.nbytes + checkpoint.tensors[f"{weight.name}{SCALES}"].nbytes,
+        )
+        for weight in scaled
+    ]
 
 
 def _blocks(names: Iterable[str]) -> str:

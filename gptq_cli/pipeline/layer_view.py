@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gptq_cli.checkpoint.reader import DequantizingReader, TensorReader
+from gptq_cli.checkpoint.packed import packed_modules
+from gptq_cli.checkpoint.reader import DequantizingReader, open_reader
 from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.config.finding import nearest
 from gptq_cli.engine.layer import QuantizedLinear
 from gptq_cli.errors import ConfigError, InputError
-from gptq_cli.pipeline.inspect import packed_modules
 
 BINS = 16
 
@@ -64,7 +64,7 @@ def view_layer(checkpoint: Checkpoint, name: str) -> LayerView:
     }
     full = _find(name, sorted(modules | plain))
     if full not in modules:
-        weight = TensorReader(checkpoint).read(f"{full}.weight")
+        weight = open_reader(checkpoint).read(f"{full}.weight")
         return _view(full, weight.float(), str(weight.dtype).removeprefix("torch."), None)
     linear = DequantizingReader(checkpoint, torch.device("cpu"), "torch").linear(full)
     return _view(full, linear.dequantize(), f"{linear.bits} bit", _packed(linear))

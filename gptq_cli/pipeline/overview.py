@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
 from gptq_cli.checkpoint.headers import TensorInfo
@@ -32,17 +32,18 @@ def plan_rows(plan: RunPlan) -> tuple[list[Row], list[Row]]:
         linears.add(layer.weight.name)
         name, shape = kind_of(layer.name, plan.blocks), (layer.out_features, layer.in_features)
         if layer.config is None:
-            kept.append(Row(name, shape, layer.weight.dtype, layer.why, nbytes=layer.weight.nbytes))
+            how = _stored(layer.weight, plan.plain.parts)
+            kept.append(Row(name, shape, how, layer.why, nbytes=layer.weight.nbytes))
         else:
             how = settings(layer.config.bits, layer.config.group_size, sym=layer.config.sym)
             why = "" if layer.why == "default" else layer.why
             changed.append(Row(name, shape, how, why, nbytes=sum(spec.nbytes for spec in layer.packed())))
     others = [tensor for tensor in plan.copied if tensor.name not in linears]
-    return collapse(changed), collapse(kept) + other_rows(others, plan.blocks)
+    return collapse(changed), collapse(kept) + other_rows(others, plan.blocks, plan.plain.parts)
 
 
-def other_rows(tensors: Iterable[TensorInfo], blocks: str) -> list[Row]:
-    """Tensors that are no linears to quantize; all vectors together are the last row."""
+def other_rows(tensors: Iterable[TensorInfo], blocks: str, decoded: Collection[str] = ()) -> list[Row]:
+    """Tensors that are no linears to quantize, `decoded` ones not stored so; all vectors together are the last row."""
     rows, vectors = [], Row(VECTORS, (), "", count=0)
     for tensor in tensors:
         if len(tensor.shape) < 2:
@@ -50,8 +51,12 @@ def other_rows(tensors: Iterable[TensorInfo], blocks: str) -> list[Row]:
         else:
             why = "output head, see --lm-head" if tensor.name == "lm_head.weight" else "no linear layer of a block"
             name = kind_of(tensor.name.removesuffix(".weight"), blocks)
-            rows.append(Row(name, tensor.shape, tensor.dtype, why, nbytes=tensor.nbytes))
+            rows.append(Row(name, tensor.shape, _stored(tensor, decoded), why, nbytes=tensor.nbytes))
     return collapse(rows) + ([vectors] if vectors.count else [])
+
+
+def _stored(tensor: TensorInfo, decoded: Collection[str]) -> str:
+    return f"{tensor.dtype} (decoded)" if tensor.name in decoded else tensor.dtype
 
 
 def collapse(rows: Iterable[Row]) -> list[Row]:

@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from gptq_cli.models.lockstep import WaitingBatches, waiting_batches
+from gptq_cli.models.recording import State
 from gptq_cli.models.stages import Stage, watch_inputs
 from gptq_cli.models.stream import LoadedBlock
 from gptq_cli.pipeline.activations import HiddenStates
@@ -30,7 +31,7 @@ class Passage:
         self,
         linears: Mapping[str, nn.Module],
         called: Mapping[str, nn.Module],
-        runs: Sequence[Callable[[], Tensor]],
+        runs: Sequence[Callable[[], State]],
         hidden: HiddenStates,
     ) -> None:
         self.linears, self.called, self.runs, self._hidden = linears, called, runs, hidden
@@ -70,7 +71,7 @@ class Passage:
             self._hidden[batch] = self.runs[batch]()
 
 
-def _run(block: LoadedBlock, hidden: HiddenStates, batch: int) -> Tensor:
+def _run(block: LoadedBlock, hidden: HiddenStates, batch: int) -> State:
     return block.run(batch, hidden[batch])
 
 

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gptq_cli.checkpoint.headers import BITS_OF_DTYPE, TensorInfo
 from gptq_cli.checkpoint.layout import Layout, TensorSpec, packed_specs, plan_layout
 from gptq_cli.checkpoint.orientation import stores_transposed
+from gptq_cli.checkpoint.plain import Plain, plain_view
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from gptq_cli.config.layer import LayerConfig
-from gptq_cli.config.rules import expert_part, unmatched_rules
+from gptq_cli.config.rules import split_experts, unmatched_rules
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import ConfigError, InputError, Problem
+from gptq_cli.pipeline.readers import HEAD as HEAD
+from gptq_cli.pipeline.readers import check_target
 
 PACK_MULTIPLE = 32  # 32-bit words hold whole columns and whole rows of zero points
-HEAD = "lm_head"
 _IN_LIST = re.compile(r"^(?P<list>.*?)\.(?P<index>\d+)\.(?P<inner>.+)\.weight$")
 
 
@@ -44,6 +46,11 @@ class LayerPlan:
     stack: str | None = None
 
     @property
+    def stored(self) -> tuple[int, int, bool] | None:
+        """What readers see of the settings: bits, group_size, sym; None if the layer stays as it is."""
+        return (self.config.bits, self.config.group_size, self.config.sym) if self.config else None
+
+    @property
     def groups(self) -> int:
         assert self.config is not None
         return self.in_features // self.config.columns_per_group(self.in_features)
@@ -56,9 +63,13 @@ class LayerPlan:
 
 @dataclass(frozen=True, slots=True)
 class RunPlan:
-    """Every linear of the blocks (and the head, if it is to be quantized), and where each output byte will go."""
+    """Every linear of the blocks (and the head, if it is to be quantized), and where each output byte will go.
+
+    `plain` are the tensors that `source` stands for, which are its own unless it is stored in codes.
+    """
 
     source: Checkpoint
+    plain: Plain
     blocks: str
     n_blocks: int
     layers: tuple[LayerPlan, ...]
@@ -79,17 +90,18 @@ class RunPlan:
 
     @property
     def split_experts(self) -> list[str]:
-        """Experts of one layer, by the name they share, that do not all have the same settings."""
-        settings: dict[str, set[LayerConfig | None]] = defaultdict(set)
-        for layer in self.layers:
-            if part := expert_part(layer.name):
-                settings[part[0]].add(layer.config)
-        return [name for name, found in settings.items() if len(found) > 1]
+        """Experts of one layer, by the name they share, that readers do not see stored alike."""
+        return split_experts({layer.name: layer.stored for layer in self.layers})
 
     @property
     def copied(self) -> list[TensorInfo]:
-        """Source tensors that reach the output unchanged."""
-        return [tensor for name, tensor in self.source.tensors.items() if name in self.layout.specs]
+        """Tensors that are not quantized: bytes of the source, or weights `decoded` from what it stores."""
+        return [tensor for name, tensor in self.plain.tensors.items() if name in self.layout.specs]
+
+    @property
+    def decoded(self) -> list[TensorInfo]:
+        """Of `copied` those that the source stores in codes, which mean nothing in the output."""
+        return [tensor for tensor in self.copied if tensor.name in self.plain.parts]
 
     @property
     def bits_per_weight(self) -> float:
@@ -114,33 +126,31 @@ def plan_checkpoint(
     `linears`, the names of the model's linear modules and whether each is stored [I, O], tells 2-D tensors that are no
     linears apart when the model is at hand, and `stacked` where those are that share a tensor. ConfigError E_SHAPE
     lists every layer that cannot be packed, E_CFG_NO_MATCH every rule that matches nothing, E_CFG_CONFLICT rules
-    that keep a part of a tensor; InputError E_CKPT_QUANTIZED refuses a quantized source, E_ARCH one without repeated
-    blocks or with linears of blocks elsewhere.
+    that keep a part of a tensor, E_TARGET what the target cannot load; InputError E_CKPT_QUANTIZED as `plain_view`
+    refuses quantized sources, E_ARCH one without repeated blocks or with linears of blocks elsewhere.
     """
-    if source.quantization is not None:
-        method = source.quantization.get("quant_method", "gptq")
-        raise InputError(
-            "E_CKPT_QUANTIZED", f"`{source.directory}` is already quantized ({method})",
-            hint="start from the full-precision model it was made from",
-        )  # fmt: skip
-    blocks, found = find_block_linears(source.tensors.values(), linears)
-    routers = find_routers(source.tensors.values(), blocks)
-    layers = [_choose(source, blocks, tensor, config, linears, routers) for tensor in found]
-    layers += [_choose_stacked(blocks, source, config, name, place) for name, place in (stacked or {}).items()]
+    plain = plain_view(source, allow_requantize=config.allow_requantize)
+    blocks, found = find_block_linears(plain.tensors.values(), linears)
+    routers = find_routers(plain.tensors.values(), blocks)
+    layers = [_choose(source, plain, blocks, tensor, config, linears, routers) for tensor in found]
+    layers += [_choose_stacked(source, plain, blocks, config, name, place) for name, place in (stacked or {}).items()]
     layers.sort(key=lambda layer: layer.block)
+    plain = _as_kept(plain, layers)
     _check_found(layers, linears or {})
     if config.lm_head:
-        layers.append(_head(source, config, len({layer.block for layer in layers})))
-    if linears is not None or not _has_stacks(source, blocks):
+        layers.append(_head(source, plain, config, len({layer.block for layer in layers})))
+    if linears is not None or not _has_stacks(plain, blocks):
         _check_rules(config, layers)
     _check_shapes(layers)
     _check_stacks(layers)
+    check_target(layers, config)
     return RunPlan(
         source=source,
+        plain=plain,
         blocks=blocks,
         n_blocks=len({layer.block for layer in layers if layer.name != HEAD}),
         layers=tuple(layers),
-        layout=_lay_out(source, layers, config.max_shard_bytes),
+        layout=_lay_out(plain, layers, config.max_shard_bytes),
     )
 
 
@@ -165,8 +175,8 @@ def find_routers(tensors: Iterable[TensorInfo], blocks: str) -> set[str]:
     }
 
 
-def _has_stacks(source: Checkpoint, blocks: str) -> bool:
-    return any(len(tensor.shape) == 3 and name.startswith(f"{blocks}.") for name, tensor in source.tensors.items())
+def _has_stacks(plain: Plain, blocks: str) -> bool:
+    return any(len(tensor.shape) == 3 and name.startswith(f"{blocks}.") for name, tensor in plain.tensors.items())
 
 
 def find_block_linears(
@@ -194,6 +204,7 @@ def find_block_linears(
 
 def _choose(
     source: Checkpoint,
+    plain: Plain,
     blocks: str,
     tensor: TensorInfo,
     config: QuantizeConfig,
@@ -203,7 +214,8 @@ def _choose(
     name = tensor.name.removesuffix(".weight")
     index, _, inner = name.removeprefix(f"{blocks}.").partition(".")
     transposed = stores_transposed(source.config) if linears is None else linears.get(name, False)
-    out_features, in_features = reversed(tensor.shape) if transposed else tensor.shape
+    turned = transposed and not plain.is_packed(tensor.name)
+    out_features, in_features = reversed(tensor.shape) if turned else tensor.shape
     if tensor.name in routers:
         chosen, why = None, "router of experts"
     elif linears is not None and name not in linears:
@@ -216,10 +228,23 @@ def _choose(
     return LayerPlan(name, int(index), out_features, in_features, chosen, why, tensor, transposed)
 
 
-def _choose_stacked(blocks: str, source: Checkpoint, config: QuantizeConfig, name: str, place: Stacked) -> LayerPlan:
+def _as_kept(plain: Plain, layers: list[LayerPlan]) -> Plain:
+    """`plain` with packed weights that are kept as the model stores them, which may be [I, O]."""
+    kept = {layer.weight.name for layer in layers if layer.transposed and layer.config is None}
+    turned = {
+        name: replace(plain.tensors[name], shape=plain.tensors[name].shape[::-1])
+        for name in kept
+        if plain.is_packed(name)
+    }
+    return replace(plain, tensors=plain.tensors | turned) if turned else plain
+
+
+def _choose_stacked(
+    source: Checkpoint, plain: Plain, blocks: str, config: QuantizeConfig, name: str, place: Stacked
+) -> LayerPlan:
     stack, out_features, in_features = place
-    weight = replace(source.tensors[stack], name=f"{name}.weight", shape=(out_features, in_features))
-    layer = _choose(source, blocks, weight, config, {name: False}, set())
+    weight = replace(plain.tensors[stack], name=f"{name}.weight", shape=(out_features, in_features))
+    layer = _choose(source, plain, blocks, weight, config, {name: False}, set())
     return replace(layer, stack=stack)
 
 
@@ -244,11 +269,11 @@ def _check_found(layers: list[LayerPlan], linears: Mapping[str, bool]) -> None:
         )
 
 
-def _head(source: Checkpoint, config: QuantizeConfig, block: int) -> LayerPlan:
-    weight = source.tensors.get(f"{HEAD}.weight")
+def _head(source: Checkpoint, plain: Plain, config: QuantizeConfig, block: int) -> LayerPlan:
+    weight = plain.tensors.get(f"{HEAD}.weight")
     if weight is None and source.config.get("tie_word_embeddings", True):
         rows = source.config.get("vocab_size")
-        tables = [t for t in source.tensors.values() if len(t.shape) == 2 and t.shape[0] == rows]
+        tables = [t for t in plain.tensors.values() if len(t.shape) == 2 and t.shape[0] == rows]
         weight = replace(tables[0], name=f"{HEAD}.weight") if len(tables) == 1 else None
     if weight is None:
         raise InputError("E_ARCH", f"`{source.directory}` has no {HEAD}.weight to quantize", hint="leave out --lm-head")
@@ -262,8 +287,26 @@ def _check_rules(config: QuantizeConfig, layers: list[LayerPlan]) -> None:
         known = sorted({_kind(layer) for layer in layers})
         hint = f"rules match from the start of the full name, for example {known[0]}"
         raise ConfigError.of([Problem("E_CFG_NO_MATCH", f"rule {rule!r} matches no layer", hint) for rule in unused])
+    listed = [item for stage in config.modules_in_block_to_quantize or () for item in stage]
+    absent = [item for item in listed if not any(layer.name.endswith(item) for layer in layers)]
+    if absent:
+        hint = f"a name stands for all layers that end with it; one of them is {_kind(layers[0])}"
+        said = "modules_in_block_to_quantize names {!r}, and no layer ends so"
+        raise ConfigError.of([Problem("E_CFG_NO_MATCH", said.format(item), hint) for item in absent])
     if not any(layer.config for layer in layers):
         raise ConfigError("E_CFG_NOTHING_TO_DO", "the rules leave no layer to quantize")
+
+
+def check_shared(plan: RunPlan, shared: Collection[str]) -> None:
+    """InputError E_ARCH if a linear among those that several blocks share is to be quantized."""
+    found = [layer for layer in plan.quantized if layer.name in shared]
+    if found:
+        kinds = "|".join(_rule(kind) for kind in dict.fromkeys(map(_kind, found)))
+        raise InputError(
+            "E_ARCH",
+            f"`{found[0].name}` is shared by several blocks, each of which would calibrate it for itself",
+            hint=f"keep {'it' if len(found) == 1 else f'all {len(found)} of them'}: --dynamic '-:({kinds})$'",
+        )
 
 
 def _check_shapes(layers: list[LayerPlan]) -> None:
@@ -275,7 +318,7 @@ def _check_shapes(layers: list[LayerPlan]) -> None:
                 Problem(
                     "E_SHAPE",
                     f"{why}: `{name}`" + (f" ({count} layers)" if count > 1 else ""),
-                    f"choose another group_size, or keep it: --dynamic '-:{name.replace('.N.', '[.][0-9]+[.]')}$'",
+                    f"choose another group_size, or keep it: --dynamic '-:{_rule(name)}$'",
                 )
                 for (name, why), count in kinds.items()
             ]
@@ -285,6 +328,10 @@ def _check_shapes(layers: list[LayerPlan]) -> None:
 def _kind(layer: LayerPlan) -> str:
     """The name that the same layer of every block shares."""
     return re.sub(r"\.\d+(?=\.)", ".N", layer.name)
+
+
+def _rule(kind: str) -> str:
+    return kind.replace(".N.", "[.][0-9]+[.]")
 
 
 def _unfit(layer: LayerPlan, config: LayerConfig) -> str | None:
@@ -297,13 +344,13 @@ def _unfit(layer: LayerPlan, config: LayerConfig) -> str | None:
     return None
 
 
-def _lay_out(source: Checkpoint, layers: list[LayerPlan], max_shard_bytes: int) -> Layout:
+def _lay_out(plain: Plain, layers: list[LayerPlan], max_shard_bytes: int) -> Layout:
     packed: dict[str, list[tuple[TensorSpec, ...]]] = defaultdict(list)
     for layer in layers:
         if layer.config:
             packed[layer.stack or layer.weight.name].append(layer.packed())
     units = []
-    for tensor in source.tensors.values():
+    for tensor in plain.tensors.values():
         units += packed.pop(tensor.name, [(TensorSpec(tensor.name, tensor.dtype, tensor.shape),)])
     for tied_head in packed.values():
         units += tied_head

@@ -7,19 +7,19 @@ from pathlib import Path
 
 from gptq_cli.checkpoint.durable import is_occupied
 from gptq_cli.checkpoint.manifest import read_manifest
+from gptq_cli.checkpoint.raw import count_not_finite
 from gptq_cli.checkpoint.work_directory import WorkDirectory, refuse_locked
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.errors import ConfigError, ExistsError, ResourceError
-from gptq_cli.pipeline.plan import plan_run
+from gptq_cli.errors import ConfigError, ExistsError, InputError, ResourceError
+from gptq_cli.pipeline.plan import RunPlan, plan_run
 
 
-def preflight(model: str, output: Path, config: QuantizeConfig, *, overwrite: bool) -> None:
-    """Raise whatever output, headers and rules tell against a run; a Hub id is looked at after its download."""
+def preflight(model: str, output: Path, config: QuantizeConfig, *, overwrite: bool) -> RunPlan | None:
+    """The plan of a run, None of a Hub id, which is not here yet; raises whatever output, headers and rules tell."""
     directory = Path(model).expanduser()
     check_output(output, directory, overwrite=overwrite)
     refuse_locked(output)
-    if directory.is_dir():
-        plan_run(directory, config)
+    return plan_run(directory, config) if directory.is_dir() else None
 
 
 def check_disk(work: WorkDirectory, output_bytes: int, hidden_bytes: int) -> None:
@@ -37,6 +37,18 @@ def check_disk(work: WorkDirectory, output_bytes: int, hidden_bytes: int) -> Non
             "E_DISK", f"`{work.output.parent}` has {free / 1e9:.3g} GB free, {needed / 1e9:.3g} GB are needed: {parts}",
             hint="free some space, write to another disk with -o, or use fewer --nsamples",
         )  # fmt: skip
+
+
+def check_finite(plan: RunPlan) -> None:
+    """InputError E_CKPT_NONFINITE if a tensor whose bytes are copied holds NaN or infinity."""
+    decoded = set(plan.decoded)
+    for tensor in plan.copied:
+        count = 0 if tensor in decoded else count_not_finite(tensor)
+        if count:
+            raise InputError(
+                "E_CKPT_NONFINITE", f"`{tensor.name}` in {tensor.file.name} holds NaN or infinity, {count} times",
+                hint="download the checkpoint again",
+            )  # fmt: skip
 
 
 def check_output(output: Path, model: Path, *, overwrite: bool) -> None:

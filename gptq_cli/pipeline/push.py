@@ -12,11 +12,12 @@ from typing import Any
 import yaml
 
 from gptq_cli.calibration.corpus import CORPORA, is_path
-from gptq_cli.checkpoint.manifest import MANIFEST
+from gptq_cli.checkpoint.manifest import CONFIG_FILE, MANIFEST, sealed
 from gptq_cli.checkpoint.source import CONFIG_NAMES, INDEX_NAME, Checkpoint, open_checkpoint, read_json
 from gptq_cli.checkpoint.upload import Published, publish
 from gptq_cli.checkpoint.verify import verify_checkpoint
 from gptq_cli.config.resolve import resolve
+from gptq_cli.config.targets import verdicts
 from gptq_cli.errors import ConfigError, GateError, InputError
 from gptq_cli.pipeline.events import PhaseStarted, Report, Warned, ignore
 from gptq_cli.pipeline.inspect import Inspection, inspect_checkpoint
@@ -24,7 +25,6 @@ from gptq_cli.pipeline.report import DATA, PAGE, read_evaluation
 from gptq_cli.report.card import CardFacts, model_card
 
 CARD = "README.md"
-CONFIG_FILE = "gptq_config.yaml"
 LOCAL = {DATA, PAGE, CARD}  # about the run, with times and paths; and the card of the source
 WORST = 10
 JUDGED = ("bits", "relative_error", "rtn_relative_error")
@@ -111,7 +111,7 @@ def _contents(checkpoint: Checkpoint, card: str) -> dict[str, Path | bytes]:
     if MANIFEST in files:
         manifest = read_json(directory / MANIFEST)
         _mapping(manifest, "files").pop(CARD, None)
-        files[MANIFEST] = (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode()
+        files[MANIFEST] = (json.dumps(sealed(manifest), indent=2, ensure_ascii=False) + "\n").encode()
     return files | {CARD: card.encode()}
 
 
@@ -131,6 +131,7 @@ def _card(
         message = f"`{checkpoint.directory}` does not say which model on the Hub it was made from"
         raise ConfigError("E_CFG_MISSING", message, hint=hint)
     settings = _settings(checkpoint.directory, report)
+    judged = verdicts(found.export) if found.export else ()
     layers = [layer for layer in _rows(manifest, "layers") if _is_judged(layer)]
     commit = origin.get("commit") if base == origin.get("model") else None
     return model_card(
@@ -152,7 +153,7 @@ def _card(
             worst=sorted(layers, key=lambda layer: -layer["relative_error"])[:WORST],
             n_layers=len(layers),
             uncovered=sum(len(layer.get("uncovered") or ()) for layer in _rows(manifest, "experts")),
-            readers=[(verdict.engine, verdict.outcome, verdict.reason) for verdict in found.readers()],
+            readers=[(verdict.engine, verdict.outcome, verdict.reason) for verdict in judged],
             evaluation=evaluation,
             evaluation_dataset=_evaluation_dataset(evaluation),
         )

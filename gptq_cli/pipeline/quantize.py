@@ -24,20 +24,31 @@ from gptq_cli.checkpoint.verify import verify_checkpoint
 from gptq_cli.checkpoint.work_directory import WorkDirectory, locked
 from gptq_cli.checkpoint.writer import CheckpointWriter, write_side_files
 from gptq_cli.config.schema import QuantizeConfig
+from gptq_cli.config.targets import Verdict, engine_data
 from gptq_cli.config.yaml_writer import to_yaml
 from gptq_cli.engine.layer import QuantizedLinear
 from gptq_cli.errors import GateError
 from gptq_cli.models.stream import ModelStream
 from gptq_cli.models.tokenizer import load_encoder
 from gptq_cli.pipeline.blocks import quantize_blocks
+from gptq_cli.pipeline.copying import copy_others
 from gptq_cli.pipeline.events import ExpertsCovered, LayerReport, PhaseStarted, Report, RunPlanned, Warned, ignore
+from gptq_cli.pipeline.fallbacks import FallbackLimit
 from gptq_cli.pipeline.identity import Identity, identify, with_calibration
 from gptq_cli.pipeline.memory import Memory
-from gptq_cli.pipeline.plan import HEAD, LayerPlan, RunPlan, plan_checkpoint
-from gptq_cli.pipeline.preflight import check_disk, check_output, preflight
+from gptq_cli.pipeline.plan import HEAD, LayerPlan, RunPlan, check_shared, plan_checkpoint
+from gptq_cli.pipeline.preflight import check_disk, check_finite, check_output, preflight
+from gptq_cli.pipeline.readers import judge_plan, remarks
 from gptq_cli.pipeline.record import Record
 from gptq_cli.pipeline.resume import SavedBlocks, check_resumable, finished_output, telling_what_is_kept
-from gptq_cli.pipeline.setup import CONFIG_FILE, bounded_seqlen, memory_errors, open_stream, resolve_device
+from gptq_cli.pipeline.setup import (
+    CONFIG_FILE,
+    bounded_seqlen,
+    memory_errors,
+    open_stream,
+    refuse_wrong_numbers,
+    resolve_device,
+)
 from gptq_cli.pipeline.time_limit import TimeLimit
 
 
@@ -45,8 +56,8 @@ from gptq_cli.pipeline.time_limit import TimeLimit
 class QuantizeResult:
     """What a script needs to know about a finished run. Sizes in bytes, peaks as seen after each block.
 
-    `resumed_blocks` were finished before; seconds and peaks are those of this run. With `already_done` the output was
-    complete before, and a layer's seconds are 0.
+    `source_quantization` tells how a source that is not plain is stored. `resumed_blocks` were finished before; seconds
+    and peaks are those of this run. With `already_done` the output was complete before, and a layer's seconds are 0.
     """
 
     output: Path
@@ -56,11 +67,13 @@ class QuantizeResult:
     layers: tuple[LayerReport, ...]
     experts: tuple[ExpertsCovered, ...]
     split_experts: tuple[str, ...]
+    engines: tuple[Verdict, ...]
     kept: tuple[str, ...]
     bits_per_weight: float
     tokens: int
     calibration_sha256: str
     seconds: float
+    source_quantization: str | None
     bytes_before: int
     bytes_after: int
     peak_host_bytes: int
@@ -76,6 +89,7 @@ class QuantizeResult:
             "config": self.config.model_dump(mode="json"),
             "layers": [asdict(layer) for layer in self.layers],
             "experts": [asdict(layer) for layer in self.experts],
+            "engines": engine_data(self.engines),
         }
 
 
@@ -100,7 +114,8 @@ def quantize_checkpoint(
     before is touched unless `overwrite` is set and the new checkpoint is complete.
     """
     started = time.perf_counter()
-    record = Record(report if max_seconds is None else TimeLimit(report, max_seconds))
+    limit = FallbackLimit(report if max_seconds is None else TimeLimit(report, max_seconds), config)
+    record = Record(limit)
     preflight(model, output, config, overwrite=overwrite)
     device = resolve_device(config.device)
     with locked(output, allow_network_fs=allow_network_fs) as work, telling_what_is_kept(work, record):
@@ -108,6 +123,7 @@ def quantize_checkpoint(
         located = locate_model(model, revision)
         source = open_checkpoint(located.directory)
         plan_checkpoint(source, config)  # a downloaded model has not been looked at before
+        refuse_wrong_numbers(source)
         seqlen = bounded_seqlen(config.seqlen, said="seqlen" in config.model_fields_set, checkpoint=source)
         config = config.model_copy(update={"seqlen": seqlen})
         record(PhaseStarted("source", f"identifying {source.nbytes / 1e9:.3g} GB"))
@@ -116,11 +132,9 @@ def quantize_checkpoint(
         check_resumable(work, identity, "never" if resume == "never" else "auto", record)
         with torch.inference_mode(), memory_errors():
             stream = open_stream(source, device=device, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
-            plan = plan_checkpoint(source, config, stream.all_linears(), stream.stacked_linears())
+            plan = _plan(source, config, stream, record)
             record(_planned(model, plan))
-            for name in plan.split_experts[:1]:
-                says = f"the experts of `{name}` differ in settings: vLLM and SGLang refuse that"
-                record(Warned("W_CFG_EXPERTS", says))
+            check_finite(plan)
             check_disk(work, plan.layout.nbytes, (1 + plan.asymmetric) * _hidden_bytes(config, stream))
             windows, documents = _calibrate(source, config, stream, record)
             identity = with_calibration(identity, windows)
@@ -136,7 +150,20 @@ def quantize_checkpoint(
                 record.already_done = True
                 record.layers = [LayerReport(**layer, seconds=0.0) for layer in manifest["layers"]]
                 record.experts = [ExpertsCovered(**layer) for layer in manifest["experts"]]
+                limit.check(record.layers)
     return _result(output, located, config, plan, windows, record, time.perf_counter() - started)
+
+
+def _plan(source: Checkpoint, config: QuantizeConfig, stream: ModelStream, report: Report) -> RunPlan:
+    """The plan with the model at hand, and warnings of what stays or will not be loaded."""
+    outside = stream.outside_linears()
+    plan = plan_checkpoint(source, config, stream.all_linears(), stream.stacked_linears())
+    check_shared(plan, stream.shared_linears())
+    if outside:
+        report(Warned("W_ARCH_KEPT", f"{outside}: they stay as they are"))
+    for code, text in remarks(plan, config):
+        report(Warned(code, text))
+    return plan
 
 
 def _result(
@@ -156,11 +183,13 @@ def _result(
         layers=tuple(record.layers),
         experts=tuple(record.experts),
         split_experts=tuple(plan.split_experts),
+        engines=judge_plan(plan, config),
         kept=tuple(layer.name for layer in plan.kept),
         bits_per_weight=plan.bits_per_weight,
         tokens=windows.tokens,
         calibration_sha256=windows.sha256,
         seconds=seconds,
+        source_quantization=plan.plain.how,
         bytes_before=plan.source.nbytes,
         bytes_after=plan.layout.nbytes,
         peak_host_bytes=record.host_bytes,
@@ -265,15 +294,14 @@ def _write(
                     plan,
                     batches,
                     true_sequential=config.true_sequential,
-                    moe_uncovered=config.moe_uncovered,
+                    policy=config.fault_policy,
                     memory=memory,
                     keep=keep,
                     saved=saved,
                     report=record,
                 )
         record(PhaseStarted("copy", f"{len(plan.copied)} other tensors"))
-        for tensor in plan.copied:
-            writer.copy(tensor)
+        copy_others(writer, plan)
         record(PhaseStarted("verify", f"{plan.layout.nbytes / 1e9:.3g} GB"))
         writer.finish()
     _write_beside(work.stage, plan, config, windows)
@@ -302,7 +330,11 @@ def _write_beside(stage: Path, plan: RunPlan, config: QuantizeConfig, windows: W
         plan.source,
         stage,
         describe(config, names, kept),
-        {"quantizer": [f"gptq_cli:{__version__}"], "calibration_sha256": windows.sha256},
+        {
+            "quantizer": [f"gptq_cli:{__version__}"],
+            "calibration_sha256": windows.sha256,
+            **({"source_quantization": plan.plain.how} if plan.plain.how else {}),
+        },
         untie=HEAD in names,
     )
     write_file(stage / CONFIG_FILE, to_yaml(config).encode())

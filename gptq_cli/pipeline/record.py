@@ -27,4 +27,6 @@ class Record:
             self.device_bytes = max(self.device_bytes, event.device_bytes)
         elif isinstance(event, Resumed):
             self.resumed_blocks = event.index
+            self.layers += event.layers
+            self.experts += event.experts
         self._report(event)

@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from gptq_cli.checkpoint.durable import COPY_BYTES, OpenFile, file_sha256, remove, sync_directory
-from gptq_cli.checkpoint.journal import Journal
-from gptq_cli.checkpoint.manifest import damaged_files, read_manifest
-from gptq_cli.checkpoint.run_file import digest, read_run
+from gptq_cli.checkpoint.hashes import check_manifest
+from gptq_cli.checkpoint.journal import Journal, digest
+from gptq_cli.checkpoint.manifest import read_manifest
+from gptq_cli.checkpoint.run_file import read_run
 from gptq_cli.checkpoint.work_directory import WorkDirectory
 from gptq_cli.checkpoint.writer import CheckpointWriter
 from gptq_cli.errors import ExistsError
@@ -95,13 +96,14 @@ class SavedBlocks:
             first -= 1
         if first < intact:
             self._warn(f"the hidden states after block {intact - 1} are not as they were written")
-        for entry in entries[:first]:
+        done = entries[:first]
+        for entry in done:
             self._writer.adopt(entry["tensors"])
-            self._record.layers += [LayerReport(**layer) for layer in entry["layers"]]
-            self._record.experts += [ExpertsCovered(**covered) for covered in entry["experts"]]
         self._journal.cut(first)
         if first:
-            self._record(Resumed(first, self._n_steps, self._work.path))
+            layers = tuple(LayerReport(**layer) for entry in done for layer in entry["layers"])
+            experts = tuple(ExpertsCovered(**covered) for entry in done for covered in entry["experts"])
+            self._record(Resumed(first, self._n_steps, self._work.path, layers, experts))
         return first
 
     def _has_hidden(self, block: int) -> bool:
@@ -148,7 +150,7 @@ def finished_output(output: Path, identity: Identity, *, overwrite: bool) -> dic
         return None
     different = differences(manifest.get("identity", {}), identity)
     if "calibration_sha256" in identity and not different:
-        different = [f"{name} is damaged" for name in damaged_files(output, manifest)]
+        different = [f"{defect.place} is damaged" for defect in check_manifest(output, full=True)[1]]
         if not different:
             return manifest
     if different and not overwrite:

@@ -16,9 +16,11 @@ from gptq_cli.checkpoint.gptq_format import STORED_OFFSET
 from gptq_cli.checkpoint.headers import TensorInfo
 from gptq_cli.checkpoint.hub import locate_model
 from gptq_cli.checkpoint.layout import Layout, TensorSpec, plan_layout
-from gptq_cli.checkpoint.manifest import MANIFEST
+from gptq_cli.checkpoint.manifest import CONFIG_FILE, MANIFEST, OF_THE_RUN
 from gptq_cli.checkpoint.orientation import stores_transposed
+from gptq_cli.checkpoint.packed import PARTS, PackedModule, packed_modules
 from gptq_cli.checkpoint.packing import pack, unpack
+from gptq_cli.checkpoint.plain import declared_dtype
 from gptq_cli.checkpoint.reader import SAFETENSORS_DTYPE, DequantizingReader, TensorReader
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint, read_json
 from gptq_cli.checkpoint.work_directory import WorkDirectory, locked
@@ -28,11 +30,9 @@ from gptq_cli.config.schema import QuantizeConfig, size_in_bytes
 from gptq_cli.config.yaml_writer import to_yaml
 from gptq_cli.errors import ConfigError, ExistsError, InputError
 from gptq_cli.pipeline.events import LayerStarted, PhaseStarted, Report, ignore
-from gptq_cli.pipeline.inspect import PARTS, PackedModule, packed_modules
 from gptq_cli.pipeline.preflight import check_output
-from gptq_cli.pipeline.setup import CONFIG_FILE, DTYPES, STORED_DTYPES
+from gptq_cli.pipeline.setup import DTYPES, STORED_DTYPES
 
-OF_THE_RUN = {CONFIG_FILE, MANIFEST, "gptq_report.json", "gptq_report.html"}
 FLOATS = set(STORED_DTYPES)
 CPU = torch.device("cpu")
 
@@ -85,7 +85,9 @@ def convert_checkpoint(
         write_json(work.stage / "config.json", source.config | {"quantization_config": said | changes})
         write_json(work.stage / "quantize_config.json", _quantize_config(source, said) | changes)
         if (source.directory / CONFIG_FILE).is_file():
-            config = resolve({}, {}, source.directory / CONFIG_FILE).config.model_copy(update={"format": to})
+            config = resolve({}, {}, source.directory / CONFIG_FILE).config.model_copy(
+                update={"format": to, "target": None}
+            )
             write_file(work.stage / CONFIG_FILE, to_yaml(config).encode())
         open_checkpoint(work.stage)
         work.publish(overwrite=overwrite)
@@ -102,7 +104,7 @@ def dequantize_checkpoint(
     checkpoint, E_CKPT_NONFINITE if a weight does not fit the dtype.
     """
     source, modules = _open(model, output, overwrite=overwrite)
-    wanted = _declared_dtype(source) if dtype == "auto" else DTYPES[dtype]
+    wanted = STORED_DTYPES[declared_dtype(source)] if dtype == "auto" else DTYPES[dtype]
     plain = _PlainWeights(source, {module.name: module for module in modules}, wanted, cast=dtype != "auto")
     with _fresh(output) as work:
         report(PhaseStarted("dequantize", f"{len(modules)} layers to {str(wanted).removeprefix('torch.')}"))
@@ -222,11 +224,3 @@ def _quantize_config(source: Checkpoint, said: dict[str, Any]) -> dict[str, Any]
     file = source.directory / "quantize_config.json"
     content = read_json(file) if file.is_file() else said
     return dict(content) if isinstance(content, dict) else said
-
-
-def _declared_dtype(source: Checkpoint) -> torch.dtype:
-    config = source.config.get("text_config") or source.config
-    named = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
-    parts = tuple(f".{part}" for part in PARTS)
-    kept = [t.dtype for t in source.tensors.values() if t.dtype in FLOATS and not t.name.endswith(parts)]
-    return DTYPES.get(named) or STORED_DTYPES[kept[0] if kept else "BF16"]

@@ -9,15 +9,17 @@ from typing import Any
 import torch
 
 from gptq_cli.checkpoint.headers import TensorInfo
-from gptq_cli.checkpoint.reader import DequantizingReader, TensorReader
+from gptq_cli.checkpoint.manifest import CONFIG_FILE as CONFIG_FILE
+from gptq_cli.checkpoint.reader import open_reader
 from gptq_cli.checkpoint.source import Checkpoint
+from gptq_cli.checkpoint.verify import verify_checkpoint
 from gptq_cli.errors import ConfigError, InputError, ResourceError
 from gptq_cli.models.skeleton import build_skeleton, load_config
 from gptq_cli.models.stream import ModelStream
 from gptq_cli.pipeline.windows import bounded_seqlen as bounded_seqlen
 
-CONFIG_FILE = "gptq_config.yaml"  # the resolved configuration, beside the weights
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+WRONG_NUMBERS = {"E_CKPT_ZEROS", "E_CKPT_GROUPS", "E_CKPT_SCALES", "E_CKPT_NONFINITE", "E_CKPT_SHAPE"}
 STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
@@ -49,8 +51,7 @@ def open_stream(
 ) -> ModelStream:
     """The model of `checkpoint`, quantized or not, ready to be run block by block."""
     config = load_config(checkpoint.directory, trust_remote_code=trust_remote_code)
-    quantized = checkpoint.quantization is not None
-    reader = DequantizingReader(checkpoint, device, backend) if quantized else TensorReader(checkpoint)
+    reader = open_reader(checkpoint, device, backend)
     skeleton = build_skeleton(
         checkpoint.directory,
         config,
@@ -60,6 +61,16 @@ def open_stream(
         trust_remote_code=trust_remote_code,
     )
     return ModelStream(skeleton, reader.read, device, set(reader.names()) - set(checkpoint.tensors), reader.expect)
+
+
+def refuse_wrong_numbers(checkpoint: Checkpoint) -> None:
+    """InputError if a GPTQ checkpoint would be decoded to other weights than were meant; others pass."""
+    if checkpoint.method != "gptq":
+        return
+    for defect in verify_checkpoint(checkpoint.directory).defects:
+        if defect.code in WRONG_NUMBERS:
+            hint = f"all of it: gptq verify {checkpoint.directory}"
+            raise InputError(defect.code, f"`{checkpoint.directory}`, {defect.place}: {defect.message}", hint=hint)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from gptq_cli.cli.app import app
+from gptq_cli.config.targets import Verdict, settings_export, verdicts
 from gptq_cli.pipeline.events import (
     BlockFinished,
     BlockStarted,
@@ -87,7 +88,7 @@ class FakeQuantizer:
         layers = play(rest["report"])
         if self.error:
             raise self.error
-        return FakeQuantized(output, layers)
+        return FakeQuantized(output, layers, engines=verdicts(settings_export(config)))
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class FakeQuantized:
     output: Path
     layers: tuple[LayerReport, ...]
     experts: tuple[ExpertsCovered, ...] = ()
-    split_experts: tuple[str, ...] = ()
+    engines: tuple[Verdict, ...] = ()
     seconds: float = 3723.4
     bytes_before: int = 8_000_000
     bytes_after: int = 2_500_000

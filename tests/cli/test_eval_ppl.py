@@ -74,6 +74,17 @@ def test_a_gate_passes_at_its_limit_and_fails_on_nan(gptq: Run, evaluator: FakeE
     assert gptq("eval-ppl", "m", "--baseline", "b", "--max-increase", "0.25").exit_code == 4
 
 
+@pytest.mark.parametrize(("limit", "exit_code"), [([], 4), (["--max-ppl", "1e5"], 0), (["--max-ppl", "1e4"], 4)])
+def test_a_perplexity_that_no_sound_model_has_is_a_failed_gate(
+    limit: list[str], exit_code: int, gptq: Run, evaluator: FakeEvaluator
+) -> None:
+    evaluator.result = FakeEvaluated(10_001.0, None, None, None)
+    result = gptq("eval-ppl", "m", *limit)
+    assert result.exit_code == exit_code
+    assert ("error[E_NUM_PPL]: perplexity 10001 is above the 10000 of --max-ppl" in result.stderr) == bool(exit_code)
+    assert ("gptq verify DIR --full" in result.stderr) == bool(exit_code)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -17,6 +17,7 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
+from gptq_cli.checkpoint.manifest import sealed
 from gptq_cli.checkpoint.verify import verify_checkpoint
 from tests.families import save_model, texts
 from tests.hub import Fault, Hub, Reply, serve
@@ -307,7 +308,7 @@ def test_a_manifest_that_says_nothing_of_use_gives_a_shorter_card(
 ) -> None:
     copy = Path(shutil.copytree(output, tmp_path / "copy"))
     manifest = json.loads((copy / "gptq_manifest.json").read_text()) | change
-    (copy / "gptq_manifest.json").write_text(json.dumps(manifest))
+    (copy / "gptq_manifest.json").write_text(json.dumps(sealed(manifest)))
     done = push("--dry-run", directory=copy)
     assert done.exit_code == 0, done.stderr
     assert "Worst layers" not in done.stdout
@@ -318,7 +319,7 @@ def test_what_came_from_the_hub_needs_no_base_model(push: Push, hub: Hub, output
     copy = Path(shutil.copytree(output, tmp_path / "copy"))
     manifest = json.loads((copy / "gptq_manifest.json").read_text())
     manifest["origin"] = {"model": "org/source", "commit": "b" * 40, "dataset": "wikitext2", "dataset_revision": "c"}
-    (copy / "gptq_manifest.json").write_text(json.dumps(manifest))
+    (copy / "gptq_manifest.json").write_text(json.dumps(sealed(manifest)))
     assert push(directory=copy, base=None).exit_code == 0
     card = hub.repos["me/tiny"]["README.md"].decode()
     assert front_matter(card)["base_model"] == "org/source"

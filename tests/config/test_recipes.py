@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 
 import gptq_cli
-from gptq_cli.config.layer import LayerConfig
 from gptq_cli.config.recipe import describe_recipe, recipes
 from gptq_cli.config.resolve import resolve
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.config.targets import Export, verdicts
+from gptq_cli.config.targets import export_of, verdicts
 
 NAMES = ["cpu-small", "gptq-paper", "mixed-4-8bit", "moe", "smallest-2bit", "vllm-4bit", "vllm-8bit"]
 
@@ -21,10 +20,8 @@ def recipe(name: str) -> QuantizeConfig:
 
 
 def judged(config: QuantizeConfig) -> dict[str, str]:
-    layers: list[LayerConfig] = [
-        layer for name in ("model.layers.0.mlp.down_proj", "x") if (layer := config.for_layer(name))
-    ]
-    found = verdicts(Export.of(layers, config.format, config.lm_head))
+    layers = {name: config.for_layer(name) for name in ("model.layers.0.mlp.down_proj", "x")}
+    found = verdicts(export_of(layers, config.format, lm_head=config.lm_head))
     return {verdict.engine: verdict.outcome for verdict in found}
 
 

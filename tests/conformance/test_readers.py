@@ -1,4 +1,4 @@
-"""What each engine would compute with, by its own rules, is what was written, or what `config/targets.py` says."""
+"""What each engine would compute with, by its own rules, is what was written, or what `config/engines.py` says."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from gptq_cli.checkpoint.verify import verify_checkpoint
-from gptq_cli.config.targets import Export, verdicts
+from gptq_cli.config.targets import verdicts
+from gptq_cli.pipeline.readers import export_of_layers
 from tests.conformance.readers import READERS, Refused, Weights, fused_modules
 from tests.conformance.written import LINEARS, Written, write
 
@@ -34,10 +35,9 @@ def agree(found: Weights, truth: Weights) -> bool:
     return same and covered == set(truth)
 
 
-def promised(written: Written, format: str) -> dict[str, str]:
-    """What `config/targets.py` says, where "limited" loads as "yes" does."""
-    layers = [layer.config for layer in written.plan.quantized if layer.config]
-    judged = verdicts(Export.of(layers, format, "lm_head" in written.weights))
+def promised(written: Written) -> dict[str, str]:
+    """What `config/engines.py` says, where "limited" loads as "yes" does."""
+    judged = verdicts(export_of_layers(written.plan.layers, written.config))
     return {verdict.engine: verdict.outcome.replace("limited", "yes") for verdict in judged}
 
 
@@ -52,7 +52,7 @@ def test_every_engine_does_with_a_checkpoint_what_is_said_of_it(
     order = {"desc_act": desc_act, "act_group_aware": not desc_act}
     written = write(tmp_path, bits=bits, sym=sym, format=format, group_size=group_size, **order)
     assert verify_checkpoint(written.output, full=True).defects == ()
-    said, found = promised(written, format), {reader: outcome(reader, written) for reader in READERS}
+    said, found = promised(written), {reader: outcome(reader, written) for reader in READERS}
     if group_size == 16:  # whether SGLang refuses these or goes on with a plain kernel is not clear from its source
         assert said.pop("sglang") in ("no", "wrong")
         del found["sglang"]
@@ -72,12 +72,27 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+SPLIT = {
+    "one of a fused group kept": {"bits": 4, "group_size": 32, "dynamic": {r"-:.*layers\.1\.self_attn\.k_proj": {}}},
+    "one of a fused group with other bits": {
+        "bits": 4,
+        "group_size": 32,
+        "dynamic": {r"+:.*layers\.0\.mlp\.up_proj": {"bits": 8}},
+    },
+    "a fused group with other bits": {
+        "bits": 4,
+        "group_size": 32,
+        "dynamic": {r"+:.*\.(up_proj|gate_proj|gate_up_proj)": {"bits": 8}},
+    },
+}
+
+
+@pytest.mark.parametrize("case", [*CASES, *SPLIT])
 def test_every_engine_reads_what_rules_and_lists_made(case: str, tmp_path: Path) -> None:
-    settings = CASES[case]
+    settings = (CASES | SPLIT)[case]
     written = write(tmp_path, **settings)
     assert verify_checkpoint(written.output, full=True).defects == ()
-    said = promised(written, "gptq")
+    said = promised(written)
     assert {reader: outcome(reader, written) for reader in READERS} == {reader: said[reader] for reader in READERS}
 
 

@@ -44,11 +44,12 @@ INPUTS = {
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A source, the checkpoint made of it, the plan of it, and the weights [O, I] that it must be read as."""
+    """A source, the checkpoint made of it, plan and configuration of it, and the weights [O, I] it must be read as."""
 
     source: Path
     output: Path
     plan: RunPlan
+    config: QuantizeConfig
     weights: dict[str, np.ndarray]
 
 
@@ -109,7 +110,7 @@ def write(folder: Path, linears: dict[str, tuple[int, int]] = LINEARS, **setting
     described = describe(config, [layer.name for layer in plan.quantized], kept)
     meta = {"quantizer": [f"gptq_cli:{__version__}"]}
     write_side_files(plan.source, output, described, meta, untie="lm_head" in weights)
-    return Written(source, output, plan, weights)
+    return Written(source, output, plan, config, weights)
 
 
 def random_linear(seed: int, shape: tuple[int, int], config: LayerConfig, name: str, block: int) -> QuantizedLinear:

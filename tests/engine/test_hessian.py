@@ -70,12 +70,12 @@ def test_inputs_are_left_as_they_were() -> None:
 def test_one_input_that_is_not_finite_shows(bad: float) -> None:
     accumulator = HessianAccumulator(WIDE, "cpu")
     accumulator.add(torch.ones(4, WIDE))
-    assert accumulator.is_finite
+    assert accumulator.first_not_finite() is None
     inputs = torch.ones(2, 3, WIDE)
     inputs[1, 2, 170] = bad
     accumulator.add(inputs)
     accumulator.add(torch.ones(4, WIDE))
-    assert not accumulator.is_finite
+    assert accumulator.first_not_finite() == (1, 3)
 
 
 @pytest.mark.gpu

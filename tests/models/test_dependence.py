@@ -10,22 +10,23 @@ from torch import Tensor, nn
 
 from gptq_cli.errors import InputError
 from gptq_cli.models.dependence import check_chain
-from gptq_cli.models.recording import Recorder, share
+from gptq_cli.models.recording import Call, Handed, Recorder, State, share
 
 Forward = Callable[[list[nn.Module], Tensor], object]
 NAMES = ["blocks.0", "blocks.1", "blocks.2"]
 
 
-def check(forward: Forward, extras: tuple[object, ...] | None = None) -> None:
+def check(forward: Forward, extras: tuple[object, ...] | None = None) -> bool:
     """The check on three blocks that `forward` calls."""
 
-    def run(outputs: list[Tensor | None], returned: tuple[object, ...] | None) -> tuple[list[Recorder], object]:
-        recorders = [Recorder(nn.Identity(), returned) for _ in outputs]
-        for recorder, output in zip(recorders, outputs, strict=True):
-            recorder.inject = output
+    def run(outputs: list[State | None]) -> tuple[list[Recorder], object]:
+        recorders: list[Recorder] = []
+        for output in outputs:
+            recorders.append(Recorder(nn.Identity(), extras, recorders[-1] if recorders else None))
+            recorders[-1].inject = output
         return recorders, forward(list(recorders), torch.arange(24.0).reshape(2, 3, 4))
 
-    check_chain(run, NAMES, extras)
+    return check_chain(run, NAMES, extras)
 
 
 def plain(blocks: list[nn.Module], x: Tensor) -> tuple[Tensor]:
@@ -47,9 +48,43 @@ def inputs_of_each_layer(blocks: list[nn.Module], x: Tensor) -> tuple[Tensor]:
     return (x,)
 
 
+def handed_on(blocks: list[nn.Module], x: Tensor) -> tuple[Tensor]:
+    seen = None
+    for block in blocks:
+        x, seen = block(x, seen=seen)
+    return (x,)
+
+
+def handed_on_to_the_end(blocks: list[nn.Module], x: Tensor) -> tuple[Tensor]:
+    seen = None
+    for block in blocks:
+        x, seen = block(x, seen)
+    return (x * seen.sum(),)
+
+
 @pytest.mark.parametrize(("forward", "extras"), [(plain, None), (pairs, (None,)), (inputs_of_each_layer, None)])
 def test_a_chain_passes(forward: Forward, extras: tuple[object, ...] | None) -> None:
-    check(forward, extras)
+    assert not check(forward, extras)
+
+
+@pytest.mark.parametrize("extra", [torch.arange(5), torch.ones(2)], ids=["integers", "floats"])
+@pytest.mark.parametrize("forward", [handed_on, handed_on_to_the_end])
+def test_blocks_may_hand_more_than_hidden_states_to_the_next(forward: Forward, extra: Tensor) -> None:
+    assert check(forward, (extra,))
+    assert not check(pairs, (extra,))
+
+
+def test_a_call_takes_what_was_handed_on_in_the_place_where_it_was_seen() -> None:
+    class Block(nn.Module):
+        def forward(self, hidden: Tensor, mask: int, seen: Tensor, *, scale: Tensor) -> tuple[Tensor, ...]:
+            return hidden + mask, seen * 2, scale * 3
+
+    first, second = torch.ones(1), torch.ones(1)
+    call = Call((10, second), {"scale": first}, True).handed((first, second))
+    assert call == Call((10, Handed(1)), {"scale": Handed(0)}, True)
+    given = tuple(torch.tensor(float(number)) for number in (1, 5, 7))
+    assert call.run(Block(), given) == (11, 14, 15)
+    assert Call((10, second), {"scale": first}, True).run(Block(), given[0]) == 11
 
 
 def changed_between(blocks: list[nn.Module], x: Tensor) -> tuple[Tensor]:
@@ -58,11 +93,24 @@ def changed_between(blocks: list[nn.Module], x: Tensor) -> tuple[Tensor]:
     return (x,)
 
 
-def handed_on(blocks: list[nn.Module], x: Tensor) -> tuple[Tensor]:
+def handed_on_otherwise(blocks: list[nn.Module], x: Tensor) -> tuple[Tensor]:
     seen = None
     for block in blocks:
-        x, seen = block(x, seen=seen)
+        x, seen = block(x, seen)
+        seen = seen.clone()
     return (x,)
+
+
+def handed_to_the_next_but_one(blocks: list[nn.Module], x: Tensor) -> tuple[Tensor]:
+    x, seen = blocks[0](x)
+    x, _ = blocks[1](x)
+    return blocks[2](x, seen)
+
+
+def extra_at_the_end(blocks: list[nn.Module], x: Tensor) -> tuple[Tensor]:
+    for block in blocks:
+        x, seen = block(x)
+    return (x * seen.sum(),)
 
 
 def earlier_output_as_argument(blocks: list[nn.Module], x: Tensor) -> tuple[Tensor]:
@@ -87,9 +135,11 @@ def skipped(blocks: list[nn.Module], x: Tensor) -> tuple[Tensor]:
     ("forward", "extras", "message"),
     [
         (changed_between, None, "what enters `blocks.1` is not what `blocks.0` returns"),
-        (handed_on, (torch.arange(5),), "`blocks.1` is called with more results of earlier blocks"),
-        (handed_on, (torch.zeros(5),), "`blocks.1` is called with more results of earlier blocks"),
-        (earlier_output_as_argument, None, "`blocks.2` is called with more results of earlier blocks"),
+        (handed_on_otherwise, (torch.arange(5),), "`blocks.1` is called with results of blocks that are not handed on"),
+        (handed_on_otherwise, (torch.zeros(5),), "`blocks.1` is called with results of blocks that are not handed on"),
+        (handed_to_the_next_but_one, (torch.zeros(5),), "`blocks.2` is called with results of blocks that are not"),
+        (extra_at_the_end, (torch.ones(5),), "what follows `blocks.2` depends on outputs of the blocks before it"),
+        (earlier_output_as_argument, None, "`blocks.2` is called with results of blocks that are not handed on"),
         (earlier_output_at_the_end, None, "what follows `blocks.2` depends on outputs of the blocks before it"),
         (shared, None, "calls `blocks.1` 2 times, not once"),
         (skipped, None, "calls `blocks.2` 0 times, not once"),

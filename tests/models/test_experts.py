@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssConfig, GptOssExperts
+from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashConfig, LongcatFlashExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralExperts
 
 from gptq_cli.models.experts import DOWN, GATE_UP, Experts, Routed, StackShape, computes_the_same, find_stacks
 from tests.architectures import build, relative, save, streamed_logits, token_batches
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_local_experts": 4}
+LONGCAT = {"hidden_size": 32, "n_routed_experts": 3, "zero_expert_num": 2}
 
 
 def mixtral_experts() -> MixtralExperts:
@@ -49,7 +51,10 @@ def separated(kind: nn.Module) -> Experts:
         "deepseek_v2",
         "deepseek_v3",
         "glm4_moe",
+        "gpt_oss",
+        "inkling2_text",
         "llama4_text",
+        "longcat_flash",
         "nemotron_h",
     ],
 )
@@ -92,9 +97,34 @@ def test_a_module_that_computes_something_else_is_left_alone() -> None:
     assert set(find_stacks(holder)) == {"plain", "again"}
 
 
-def test_experts_with_biases_or_interleaved_rows_are_left_alone() -> None:
-    assert StackShape.of(GptOssExperts(GptOssConfig(**SIZES))) is None
-    kind = mixtral_experts()
-    kind.is_concatenated = False
-    assert StackShape.of(kind) is None
+def test_experts_may_have_biases_and_gate_and_up_take_turns() -> None:
+    config = GptOssConfig(**SIZES)
+    config._experts_implementation = "eager"
+    kind = GptOssExperts(config)
+    for parameter in kind.requires_grad_(False).parameters():
+        nn.init.normal_(parameter, std=0.2)
+    shape = StackShape.of(kind)
+    assert shape is not None
+    assert (shape.turned, shape.interleaved, shape.biased) == (True, True, True)
+    assert computes_the_same(kind)
+    experts = separated(kind)
+    assert torch.equal(experts[3].gate_proj.weight, kind.gate_up_proj[3].T[0::2])
+    assert torch.equal(experts[3].up_proj.weight, kind.gate_up_proj[3].T[1::2])
+    assert torch.equal(experts[3].down_proj.weight, kind.down_proj[3].T)
+    tokens, chosen, weights = torch.randn(5, 32), torch.randint(4, (5, 2)), torch.rand(5, 2)
+    assert torch.allclose(experts(tokens, chosen, weights), kind(tokens, chosen, weights), atol=1e-5)
     assert StackShape.of(nn.Linear(2, 2)) is None
+
+
+def test_a_choice_beyond_the_experts_gives_a_token_back_as_it_is() -> None:
+    kind = LongcatFlashExperts(LongcatFlashConfig(expert_ffn_hidden_size=48, **LONGCAT))
+    for parameter in kind.requires_grad_(False).parameters():
+        nn.init.normal_(parameter, std=0.2)
+    assert computes_the_same(kind)
+    experts = separated(kind)
+    assert (experts.n_experts, experts.n_choices) == (3, 5)
+    tokens, weights = torch.randn(4, 32), torch.rand(4, 2)
+    chosen = torch.tensor([[0, 3], [4, 3], [1, 2], [4, 0]])
+    assert torch.allclose(experts(tokens, chosen, weights), kind(tokens, chosen, weights), atol=1e-6)
+    assert torch.allclose(experts(tokens, chosen, weights)[1], tokens[1] * weights[1].sum(), atol=1e-6)
+    assert [len(mine) for mine in experts.rows(Routed(tokens, chosen))] == [2, 1, 1]

@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM
 from gptq_cli.checkpoint.reader import TensorReader
 from gptq_cli.checkpoint.source import open_checkpoint
 from gptq_cli.errors import InputError
-from gptq_cli.models.skeleton import build_skeleton, find_blocks, load_config
+from gptq_cli.models.skeleton import build_skeleton, find_blocks, load_config, place
 from gptq_cli.models.stages import Stage, probe_block, watch_inputs
 from gptq_cli.models.stream import ModelStream
+from tests.architectures import build, save
 from tests.families import FAMILIES, VOCABULARY, save_model
 
 CPU = torch.device("cpu")
@@ -121,6 +122,39 @@ def test_masks_are_kept_once_for_all_batches(tmp_path: Path) -> None:
     stream.embed(token_batches(2, 2, 2))
     masks = [calls[batch].kwargs["attention_mask"] for calls in stream._calls for batch in range(3)]
     assert len({mask.data_ptr() for mask in masks if mask is not None}) <= 2  # one sliding, one full
+
+
+@pytest.mark.filterwarnings("ignore")  # what transformers says about its own models is not at stake
+def test_what_a_block_leaves_for_later_ones_is_not_overwritten_by_its_twin(tmp_path: Path) -> None:
+    directory, batches = save(build("gemma4_text"), tmp_path), token_batches(2, 1)
+
+    def run(*, changed: bool, beside: bool) -> tuple[list[Tensor], list[Tensor]]:
+        stream = open_stream(directory)
+        states = stream.embed(batches)
+        others = list(states)
+        for index in range(stream.n_blocks):
+            with stream.block(index) as block:
+                twin = block.twin()
+                for linear in block.linears.values() if changed else ():
+                    place(linear, "weight", linear.get_parameter("weight") * 0.9)
+                states = [block.run(batch, state) for batch, state in enumerate(states)]
+                if beside:
+                    others = [twin.run(batch, state) for batch, state in enumerate(others)]
+        return states, others
+
+    changed, original = run(changed=True, beside=True)
+    assert all(map(torch.equal, changed, run(changed=True, beside=False)[0]))
+    assert all(map(torch.equal, original, run(changed=False, beside=False)[0]))
+    assert not torch.equal(changed[0], original[0])
+
+
+def test_linears_that_several_blocks_share_are_found_by_their_tensor(tmp_path: Path) -> None:
+    stream = open_stream(save_model(tmp_path))
+    assert stream.shared_linears() == set()
+    own, other = (f"model.layers.{block}.mlp.up_proj.weight" for block in (2, 1))
+    stream._sources[own] = other
+    assert stream.shared_linears() == {"model.layers.1.mlp.up_proj"}
+    assert len(stream.all_linears()) == 3 * 7
 
 
 def test_a_run_ends_when_its_last_input_has_been_seen() -> None:

@@ -6,11 +6,15 @@ import hashlib
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from gptq_cli.checkpoint.reader import DequantizingReader
 from gptq_cli.checkpoint.source import open_checkpoint
 from gptq_cli.config.schema import QuantizeConfig
+from gptq_cli.pipeline import quantize as pipeline
+from gptq_cli.pipeline.events import ignore
 from gptq_cli.pipeline.quantize import QuantizeResult, quantize_checkpoint
+from gptq_cli.pipeline.setup import open_stream
 from tests.families import texts
 
 CPU = torch.device("cpu")
@@ -33,3 +37,10 @@ def digest(directory: Path) -> dict[str, str]:
 
 def reader(directory: Path) -> DequantizingReader:
     return DequantizingReader(open_checkpoint(directory), CPU, "torch")
+
+
+def calibration_ids(model: Path, settings: QuantizeConfig) -> Tensor:
+    """The windows [nsamples, seqlen] that a run of `model` would be calibrated on."""
+    source = open_checkpoint(model)
+    stream = open_stream(source, device=CPU, dtype="float32", trust_remote_code=False)
+    return torch.as_tensor(pipeline._calibrate(source, settings, stream, ignore).ids)

@@ -9,19 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from gptq_cli.checkpoint.source import open_checkpoint
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import ConfigError, GateError, InputError
-from gptq_cli.pipeline import quantize as pipeline
-from gptq_cli.pipeline.events import Event, Warned, ignore
+from gptq_cli.models.experts import Routed
+from gptq_cli.pipeline.events import Event, Warned
+from gptq_cli.pipeline.experts import RoutedInputs
 from gptq_cli.pipeline.memory import WaitingRoom
 from gptq_cli.pipeline.quantize import quantize_checkpoint
-from gptq_cli.pipeline.setup import open_stream
 from tests.families import random_model, save_tokenizer
-from tests.pipeline.runs import config, digest, quantize, reader
+from tests.models.test_experts import mixtral_experts, separated
+from tests.pipeline.runs import calibration_ids, config, digest, quantize, reader
 from tests.reference import follow, gptq
 
 N_EXPERTS, IDLE = 5, 4
@@ -29,6 +30,8 @@ NAMES = {  # of an expert's gate, up and down in the checkpoint
     "mixtral": ("model.layers.{}.block_sparse_moe.experts.{}.w{}", (1, 3, 2)),
     "qwen3_moe": ("model.layers.{}.mlp.experts.{}.{}_proj", ("gate", "up", "down")),
 }
+SEEDS = {"gpt_oss": 1}  # where no value lies between two codes: one that falls the other way changes what follows
+STACKED = {"gpt_oss": ("model.layers.{}.mlp.experts.{}.{}_proj", ("gate", "up", "down"))}  # turned, interleaved, biases
 ATTENTION = [["q_proj", "k_proj", "v_proj"], ["o_proj"]]
 
 
@@ -53,6 +56,25 @@ def seen_by(whole: PreTrainedModel, path: str, windows: Tensor) -> tuple[Tensor,
     return calls[0]
 
 
+def matrices(experts: nn.Module, number: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Views [O, I] of the gate, up and down of one expert."""
+    gate_up, down = experts.gate_up_proj.data[number], experts.down_proj.data[number]
+    return (gate_up[:, ::2].T, gate_up[:, 1::2].T, down.T) if biased(experts) else (*gate_up.chunk(2), down)
+
+
+def between(experts: nn.Module, number: int, tokens: Tensor) -> Tensor:
+    """What one expert gives to its down_proj."""
+    gate_up = experts.gate_up_proj[number]
+    if biased(experts):
+        return experts._apply_gate(tokens @ gate_up + experts.gate_up_proj_bias[number])
+    gate, up = (tokens @ half.T for half in gate_up.chunk(2))
+    return torch.nn.functional.silu(gate) * up
+
+
+def biased(experts: nn.Module) -> bool:
+    return hasattr(experts, "gate_up_proj_bias")
+
+
 def slow_codes(model: Path, family: str, windows: Tensor, settings: QuantizeConfig) -> dict[str, Tensor]:
     """Codes of every layer, by running the whole model anew for each stage and each expert's down_proj."""
     whole, untouched = (
@@ -60,7 +82,7 @@ def slow_codes(model: Path, family: str, windows: Tensor, settings: QuantizeConf
         for _ in range(2)
     )
     codes = {}
-    pattern, parts = NAMES[family]
+    pattern, parts = (NAMES | STACKED)[family]
 
     def solve(name: str, weight: Tensor, tokens: Tensor, originals: Tensor) -> None:
         tokens, originals, moved = tokens.double(), originals.double(), weight.clone()
@@ -82,23 +104,19 @@ def slow_codes(model: Path, family: str, windows: Tensor, settings: QuantizeConf
         (hidden, chosen, _), (before, _, _) = (seen_by(way, path, windows) for way in (whole, untouched))
         for number in range(N_EXPERTS):
             mine = [token for token in range(len(hidden)) if number in chosen[token].tolist()]
-            halves = experts.gate_up_proj.data[number].chunk(2)
-            old = untouched.get_submodule(path)
+            *halves, down = matrices(experts, number)
             for part, weight in zip(parts, halves, strict=False):
                 solve(pattern.format(block, number, part), weight, hidden[mine], before[mine])
-            between = [
-                torch.nn.functional.silu(x @ w[:half].T) * (x @ w[half:].T)
-                for x, w in ((hidden[mine], experts.gate_up_proj[number]), (before[mine], old.gate_up_proj[number]))
-                for half in [len(w) // 2]
-            ]
-            solve(pattern.format(block, number, parts[2]), experts.down_proj.data[number], *between)
+            old = untouched.get_submodule(path)
+            given = (between(experts, number, hidden[mine]), between(old, number, before[mine]))
+            solve(pattern.format(block, number, parts[2]), down, *given)
     return codes
 
 
 @pytest.mark.parametrize("asymmetric", [0.0, 0.75])
-@pytest.mark.parametrize("family", NAMES)
+@pytest.mark.parametrize("family", NAMES | STACKED)
 def test_codes_of_experts_equal_the_whole_model_reference(family: str, asymmetric: float, tmp_path: Path) -> None:
-    model = save_mixture(tmp_path / "model", family)
+    model = save_mixture(tmp_path / "model", family, seed=SEEDS.get(family, 0))
     settings = config(preset="gptq", act_group_aware=False, asymmetric_calibration=asymmetric)
     output = tmp_path / "out"
     result = quantize_checkpoint(str(model), output, settings)
@@ -110,12 +128,6 @@ def test_codes_of_experts_equal_the_whole_model_reference(family: str, asymmetri
         assert (reader(output).linear(name).codes == codes).float().mean() > 0.995, name
     seen = [sum(layer.tokens) for layer in result.experts]
     assert seen == [2 * windows.numel()] * 2
-
-
-def calibration_ids(model: Path, settings: QuantizeConfig) -> Tensor:
-    source = open_checkpoint(model)
-    stream = open_stream(source, device=torch.device("cpu"), dtype="float32", trust_remote_code=False)
-    return torch.as_tensor(pipeline._calibrate(source, settings, stream, ignore).ids)
 
 
 @pytest.mark.parametrize("family", NAMES)
@@ -149,6 +161,47 @@ def test_an_expert_without_tokens_is_rounded_or_sees_all_tokens_on_demand(family
         assert {layer.name: layer.tokens for layer in result.layers}[idle] == 0
     assert [layer.uncovered for layer in result.experts] == [(IDLE,), (IDLE,)]
     assert [layer["min_tokens"] for layer in json.loads(json.dumps(result.to_json(), default=str))["experts"]] == [0, 0]
+
+
+def test_an_expert_without_tokens_has_no_original_to_follow(tmp_path: Path) -> None:
+    model = save_mixture(tmp_path / "model", "qwen3_moe", idle=True)
+    plain = {"preset": "gptq", "act_group_aware": False, "moe_uncovered": "rtn"}
+    output, _ = quantize(tmp_path, model, asymmetric_calibration=0.75, **plain)
+    pattern, parts = NAMES["qwen3_moe"]
+    for name in (pattern.format(block, IDLE, part) for block in range(2) for part in parts):
+        weight = load_file(model / "model.safetensors")[f"{name}.weight"]
+        alone = gptq(weight, torch.eye(weight.shape[1], dtype=torch.float64), config(**plain).base, 1)
+        assert torch.equal(reader(output).linear(name).codes, alone.codes)
+
+
+def test_a_token_that_the_unquantized_model_sends_elsewhere_stands_for_itself() -> None:
+    """Where tokens come in rows of each expert, a row of zeros is no token but one that was sent elsewhere."""
+    ways = [separated(mixtral_experts()) for _ in range(2)]
+    ways[1][2].up_proj.weight.data.mul_(1.1)
+    sent = [({0, 2}, {0, 1}), ({1}, {1}), ({0, 1, 2}, set())]  # of three tokens, to expert 2, on both ways, by batch
+    inputs, pairs = RoutedInputs("experts", ways), []
+    for tokens in sent:
+        batch = []
+        for mine in tokens:
+            hidden = torch.randn(4, 3, 32)
+            hidden[2, sorted({0, 1, 2} - mine)] = 0
+            batch.append(Routed(hidden.reshape(12, 32)))
+        inputs.add(*batch)
+        first, other = (routed.hidden.view(4, 3, 32)[2] for routed in batch)
+        pairs += [(first[token], (other if token in tokens[1] else first)[token]) for token in sorted(tokens[0])]
+    rows = inputs.rows()[2]
+    assert [mine.tolist() for mine in rows] == [[6, 8], [7], [6, 7, 8]]
+    for down in (False, True):
+        if down:
+            pairs = [
+                tuple(way.intermediate(2, x[None])[0] for way, x in zip(ways, pair, strict=True)) for pair in pairs
+            ]
+        hessian = inputs.hessian(2, rows, torch.device("cpu"), down=down)
+        expected = [sum(torch.outer(x, x) for x, _ in pairs), sum(torch.outer(old - x, x) for x, old in pairs)]
+        assert hessian.shift is not None
+        assert torch.allclose(hessian.hessian, expected[0], atol=1e-4)
+        assert torch.allclose(hessian.shift, expected[1], atol=1e-4)
+        assert hessian.tokens == 6
 
 
 @pytest.mark.parametrize("family", [*NAMES, "llama4_text"])
@@ -223,7 +276,7 @@ def test_rules_that_split_the_experts_of_a_layer_are_told(tmp_path: Path) -> Non
     assert result.split_experts == ("model.layers.1.mlp.experts",)
     warned = [event for event in events if isinstance(event, Warned) and event.code == "W_CFG_EXPERTS"]
     assert [event.message for event in warned] == [
-        "the experts of `model.layers.1.mlp.experts` differ in settings: vLLM and SGLang refuse that"
+        "the experts of `model.layers.1.mlp.experts` differ in settings: not loaded by vllm, sglang"
     ]
 
 

@@ -138,3 +138,16 @@ def test_a_layer_that_is_not_there_or_not_one_is_refused(name: str, message: str
         view_layer(open_checkpoint(mixed), name)
     assert (caught.value.code, caught.value.exit_code) == ("E_LAYER", 2)
     assert hint in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize(("part", "shape"), [("qweight", (8,)), ("qzeros", (2, 0)), ("scales", (2, 64, 1))])
+def test_parts_of_strange_shapes_are_refused(part: str, shape: tuple[int, ...], mixed: Path, tmp_path: Path) -> None:
+    tensors = load_file(mixed / "model.safetensors")
+    name = f"model.layers.0.mlp.up_proj.{part}"
+    save_file(tensors | {name: torch.zeros(shape, dtype=tensors[name].dtype)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((mixed / "config.json").read_bytes())
+    with pytest.raises(
+        InputError, match=r"the parts of `model\.layers\.0\.mlp\.up_proj` do not fit each other"
+    ) as caught:
+        inspect_checkpoint(open_checkpoint(tmp_path))
+    assert caught.value.code == "E_CKPT_INCOMPLETE"

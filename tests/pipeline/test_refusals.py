@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.engine.factor import NotPositiveDefiniteError
-from gptq_cli.errors import ConfigError, ExistsError, GateError, InputError
+from gptq_cli.errors import ConfigError, ExistsError, InputError
+from gptq_cli.models.skeleton import outside_linears
 from gptq_cli.pipeline.events import Event, Warned
-from gptq_cli.pipeline.plan import plan_run
+from gptq_cli.pipeline.plan import check_shared, plan_run
 from gptq_cli.pipeline.quantize import quantize_checkpoint
-from gptq_cli.pipeline.solver import located
 from tests.families import save_model
 from tests.pipeline.runs import config, digest, quantize
 
@@ -33,6 +33,40 @@ def test_an_output_that_holds_something_is_refused_and_replaced_only_on_request(
     assert not (output / "precious").exists()
     assert (output / "model.safetensors").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
+
+
+def test_linears_that_blocks_share_are_refused_by_a_rule_that_keeps_them(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    shared = {f"model.layers.{block}.self_attn.{leaf}_proj" for block in (0, 1) for leaf in "qv"}
+    with pytest.raises(InputError) as caught:
+        check_shared(plan_run(model, config()), shared)
+    assert (caught.value.code, caught.value.exit_code) == ("E_ARCH", 3)
+    first = "model.layers.0.self_attn.q_proj"
+    assert str(caught.value) == f"`{first}` is shared by several blocks, each of which would calibrate it for itself"
+    match = re.fullmatch(r"keep all 4 of them: --dynamic '(.*)'", caught.value.hint or "")
+    assert match
+    check_shared(plan_run(model, config(dynamic={match[1]: {}})), shared)
+
+
+@pytest.mark.parametrize(("rows", "share"), [(8, None), (30, "25%"), (200, "refused")])
+def test_weights_outside_linears_are_told_and_refused_if_they_are_most(rows: int, share: str | None) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(9, 10, bias=False)
+            self.matrix = nn.Parameter(torch.zeros(2, rows // 2))
+
+    blocks = nn.ModuleList([Block(), Block()])
+    if share == "refused":
+        with pytest.raises(InputError, match=r"69% of the blocks' weights .*`b\.0\.matrix` \[2, 100\]") as caught:
+            outside_linears("b", blocks)
+        assert (caught.value.code, caught.value.exit_code) == ("E_ARCH", 3)
+    else:
+        says = (
+            share
+            and f"{share} of the blocks' weights are in no linear layer, first of all `b.0.matrix` [2, {rows // 2}]"
+        )
+        assert outside_linears("b", blocks) == says
 
 
 def test_an_empty_output_directory_is_used(tmp_path: Path) -> None:
@@ -142,19 +176,8 @@ def test_raised_damping_is_reported_with_the_value_used(tmp_path: Path) -> None:
     raised = [layer for layer in result.layers if layer.damp_retries]
     assert raised
     assert all(layer.damp_percent == pytest.approx(1e-9 * 4**layer.damp_retries) for layer in result.layers)
-    warnings = [event.message for event in events if isinstance(event, Warned)]
+    warnings = [event.message for event in events if isinstance(event, Warned) and event.code == "W_NUM_DAMPING"]
     assert [
         f"`{layer.name}`: damp_percent was raised to {layer.damp_percent:g}" in text
         for layer, text in zip(raised, warnings, strict=True)
     ] == [True] * len(raised)
-
-
-def test_the_damping_ladder_is_reported_and_ends_in_an_error_that_names_the_layer(tmp_path: Path) -> None:
-    layer = plan_run(save_model(tmp_path / "model"), config()).quantized[4]
-    layer = replace(layer, name="model.layers.0.mlp.gate_proj")
-    with (
-        pytest.raises(GateError, match=r"`model\.layers\.0\.mlp\.gate_proj` \(block 0\).*damp_percent 0\.4") as caught,
-        located([layer]),
-    ):
-        raise NotPositiveDefiniteError(0.4)
-    assert (caught.value.code, caught.value.exit_code) == ("E_NUM_HESSIAN", 4)

@@ -1,0 +1,70 @@
+"""The manifest of a finished checkpoint: every file is the one it lists, and it is itself as it was written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from gptq_cli.checkpoint.journal import digest
+from gptq_cli.checkpoint.verify import verify_checkpoint
+from tests.checkpoint.gptq_files import SHARDS, gptq_files
+
+
+def with_manifest(directory: Path) -> Path:
+    entries = {
+        path.name: {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "size": path.stat().st_size}
+        for path in directory.iterdir()
+    }
+    return with_content(directory, {"files": entries})
+
+
+def with_content(directory: Path, content: dict[str, object]) -> Path:
+    (directory / "gptq_manifest.json").write_text(json.dumps({**content, "checksum": digest(content)}))
+    return directory
+
+
+def test_hashes_and_sizes_are_those_of_the_manifest(tmp_path: Path) -> None:
+    directory = with_manifest(gptq_files().write(tmp_path / "c"))
+    found = verify_checkpoint(directory, full=True)
+    assert (found.defects, found.hashed) == ((), 4)
+    shard = directory / SHARDS[1]
+    original = shard.read_bytes()
+    for position in (len(original) - 1, len(original) - 5000):
+        shard.write_bytes(original[:position] + bytes([original[position] ^ 1]) + original[position + 1 :])
+        found = verify_checkpoint(directory, full=True)
+        assert "E_CKPT_HASH" in {defect.code for defect in found.defects if defect.file == SHARDS[1]}
+    shard.write_bytes(original)
+    (directory / "config.json").write_text((directory / "config.json").read_text() + " ")
+    (quick,) = verify_checkpoint(directory).defects
+    assert (quick.code, quick.file) == ("E_CKPT_HASH", "config.json")
+
+
+def test_a_manifest_with_strange_names_or_missing_files_is_a_defect(tmp_path: Path) -> None:
+    directory = with_manifest(gptq_files(format="gptq").write(tmp_path / "c"))
+    content = json.loads((directory / "gptq_manifest.json").read_text())
+    content["files"]["../secret"] = content["files"]["gone.json"] = {"sha256": "0", "size": 1}
+    del content["checksum"]
+    with_content(directory, content)
+    save_file({"x": np.ones(1)}, directory / "stray.safetensors")
+    found = {(defect.code, defect.file) for defect in verify_checkpoint(directory).defects}
+    assert found == {
+        ("E_UNSAFE_PATH", "gptq_manifest.json"),
+        ("E_CKPT_MISSING", "gone.json"),
+        ("E_CKPT_HASH", "stray.safetensors"),
+    }
+    for broken in ("{", "[]", '{"files": {"x": 1}}'):
+        (directory / "gptq_manifest.json").write_text(broken)
+        assert [defect.code for defect in verify_checkpoint(directory).defects] == ["E_CKPT_HASH"]
+
+
+def test_a_bit_that_flips_anywhere_in_the_manifest_is_a_defect(tmp_path: Path) -> None:
+    directory = with_manifest(gptq_files().write(tmp_path / "c"))
+    original = (directory / "gptq_manifest.json").read_bytes()
+    for position in range(0, len(original), 3):
+        flipped = bytes([original[position] ^ 1 << position % 8])
+        (directory / "gptq_manifest.json").write_bytes(original[:position] + flipped + original[position + 1 :])
+        assert "E_CKPT_HASH" in {defect.code for defect in verify_checkpoint(directory).defects}

@@ -1,0 +1,139 @@
+"""`--target`, and who is told of not loading the result: before any work, in quantize, plan, validate-config."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.families import save_model
+
+from .conftest import FakeQuantizer, Run
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("target") / "Tiny", tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("target") / "Experts", "qwen3_moe")
+
+
+def test_settings_that_the_target_cannot_load_are_refused_whatever_the_model(
+    gptq: Run, quantizer: FakeQuantizer
+) -> None:
+    for command in ("quantize", "plan"):
+        result = gptq(command, "org/name", "-b", "3", "--target", "vllm")
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert result.stderr == (
+            "error[E_TARGET]: vllm does not load 3 bits: it serves 4 and 8 bits only\n\nhint: what would load: --bits "
+            "4 or 8; as it is, it loads in sglang, transformers, gptqmodel, auto-round\n"
+        )
+    assert quantizer.calls == []
+
+
+def test_a_target_in_a_file_is_refused_with_its_line(gptq: Run, tmp_path: Path) -> None:
+    (tmp_path / "cfg.yaml").write_text("bits: 4\nsym: false\ntarget: sglang\n")
+    result = gptq("validate-config", tmp_path / "cfg.yaml", "--json")
+    data = json.loads(result.stdout)
+    assert (result.exit_code, data["exit_code"]) == (2, 2)
+    (problem,) = data["problems"]
+    assert (problem["code"], problem["location"]["line"]) == ("E_TARGET", 3)
+    assert problem["message"].startswith("sglang would misread format gptq_v2 with these settings")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--target", "llama.cpp", "--dynamic", "+:.*down_proj={bits: 8}"], "llama.cpp does not load layers with diff"),
+        (["--target", "vllm", "--dynamic", r"-:.*\.0\..*q_proj"], "vllm does not load q, k and v (or gate and up) of"),
+        (["--target", "transformers", "--lm-head"], "transformers would misread a quantized lm_head: it ignores"),
+        (["--target", "any", "--desc-act"], "auto-round does not load desc_act"),
+    ],
+)
+def test_what_rules_and_layers_make_is_judged_before_any_work(
+    more: list[str], message: str, gptq: Run, model: Path, quantizer: FakeQuantizer, tmp_path: Path
+) -> None:
+    for command in ("quantize", "plan"):
+        result = gptq(command, model, "-b", "4", "-g", "32", "-o", tmp_path / "out", *more)
+        assert (result.exit_code, result.stdout) == (2, ""), result.stderr
+        assert f"error[E_TARGET]: {message}" in result.stderr
+        assert "hint: what would load: " in result.stderr
+        assert len([line for line in result.stderr.splitlines() if line]) <= 4
+    assert quantizer.calls == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mixture_is_refused_for_transformers_and_loads_in_vllm(gptq: Run, mixture: Path) -> None:
+    words = ["plan", mixture, "-b", "4", "-g", "32", "--target"]
+    result = gptq(*words, "transformers")
+    # the experts of these tiny models are stacked in memory only: on disk each has a name
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "transformers would misread quantized experts: it leaves quantized experts random" in result.stderr
+    served = gptq(*words, "vllm")
+    assert served.exit_code == 0
+    assert "warning[W_TARGET]: vllm: a slower kernel for experts whose hidden size is no multiple of 128" in (
+        served.stderr
+    )
+    ordered = gptq(*words, "vllm", "--desc-act")
+    assert "vllm would misread experts of this width with desc_act" in ordered.stderr
+
+
+def test_validate_config_judges_a_target_for_a_model(gptq: Run, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "cfg.yaml").write_text("bits: 4\ngroup_size: 32\ntarget: vllm\ndynamic: {'-:.*k_proj': {}}\n")
+    assert gptq("validate-config", tmp_path / "cfg.yaml").exit_code == 0
+    result = gptq("validate-config", tmp_path / "cfg.yaml", "--model", model)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "error[E_TARGET]: vllm does not load q, k and v (or gate and up)" in result.stderr
+
+
+def test_a_target_that_is_unknown_is_refused_with_the_nearest(gptq: Run) -> None:
+    result = gptq("plan", "m", "-b", "4", "--target", "vlm")
+    assert result.exit_code == 2
+    assert "error[E_CFG_RANGE]: --target must be vllm, sglang, transformers" in result.stderr
+    assert "did you mean vllm?" in result.stderr
+
+
+def test_a_target_that_loads_changes_nothing(gptq: Run, model: Path) -> None:
+    words = ["plan", model, "-b", "4", "-g", "32", "--json"]
+    plain, aimed = (json.loads(gptq(*words, *more).stdout) for more in ([], ["--target", "any"]))
+    assert aimed["disk"].pop("free_bytes")
+    assert aimed == plain | {"disk": aimed["disk"]}
+
+
+def test_without_a_target_a_line_before_the_work_names_who_will_not_load_it(
+    gptq: Run, model: Path, quantizer: FakeQuantizer, tmp_path: Path
+) -> None:
+    words = ["quantize", model, "-g", "32", "-o", tmp_path / "out", "-b"]
+    first = gptq(*words, "3").stderr.splitlines()[0]
+    assert first == "note: the output does not load in vllm, llama.cpp, exllamav2, tgi"
+    assert "note: the output loads WRONGLY in transformers" in gptq(*words, "4", "--lm-head").stderr
+    assert "note:" not in gptq(*words, "4").stderr
+    assert "note:" not in gptq(*words, "8", "--target", "vllm").stderr
+    assert len(quantizer.calls) == 4
+
+
+def test_rules_that_split_a_fused_group_and_a_quantized_head_are_warned_of(gptq: Run, model: Path) -> None:
+    words = ["plan", model, "-b", "4", "-g", "32"]
+    split = gptq(*words, "--dynamic", r"-:.*\.1\..*up_proj")
+    assert split.exit_code == 0
+    assert split.stderr == (
+        "warning[W_CFG_FUSED]: the layers that engines fuse to `model.layers.1.mlp.gate_up_proj` differ in settings: "
+        "not loaded by vllm, sglang\n"
+    )
+    head = gptq(*words, "--lm-head").stderr
+    assert "warning[W_CFG_HEAD]: lm_head is untied from the embeddings and stored beside them, 0.0" in head
+    assert "misread by transformers, auto-round; loaded with limits by tgi" in head
+
+
+def test_a_listed_module_that_no_layer_has_is_an_error(gptq: Run, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "cfg.yaml").write_text(
+        "bits: 4\ngroup_size: 32\nmodules_in_block_to_quantize: [[self_attn.q_proj], [mlp.down_prj]]\n"
+    )
+    result = gptq("plan", model, "--config", tmp_path / "cfg.yaml")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "error[E_CFG_NO_MATCH]: modules_in_block_to_quantize names 'mlp.down_prj', and no layer" in result.stderr
+    assert "hint: a name stands for all layers that end with it" in result.stderr
