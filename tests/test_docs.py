@@ -42,7 +42,7 @@ def test_pages_name_options() -> None:
 def test_files_and_targets_of_the_readme_exist() -> None:
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     assert set(re.findall(r"(?:^|`)make ([a-z-]+)", README, flags=re.MULTILINE)) <= set(targets)
-    paths = re.findall(r"[`(]((?:docs|scripts|configs)/[\w./-]*)[`)]", README)
+    paths = re.findall(r"[`(]((?:docs|scripts|configs|examples)/[\w./-]*)[`)]", README)
     assert len(paths) > 20
     assert [path for path in paths if not (ROOT / path).exists()] == []
 

@@ -38,6 +38,7 @@ COMMANDS = {
     "verify": "Check that a GPTQ checkpoint is whole and means the same to every reader.",
     "eval-ppl": "Measure the perplexity of a checkpoint, quantized or not.",
     "report": "Write a page about a run: errors, time, memory, the command.",
+    "push": "Send a checkpoint with a model card to the Hub.",
     "recipes": "List the recipes that --config takes by name, or print one.",
     "schema": "Print the JSON Schema of the configuration, or of --json output.",
     "explain": "Explain the code of an error or a warning.",

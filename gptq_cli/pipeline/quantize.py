@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gptq_cli import __version__
-from gptq_cli.calibration.corpus import DatasetSource, load_documents
+from gptq_cli.calibration.corpus import DatasetSource, Documents, load_documents
 from gptq_cli.calibration.sampling import Windows, calibration_windows, check_token_ids
 from gptq_cli.checkpoint.durable import write_file
 from gptq_cli.checkpoint.gptq_format import encode
@@ -136,14 +136,15 @@ def quantize_checkpoint(
             record(_planned(model, plan, config))
             check_finite(plan)
             check_disk(work, plan.layout.nbytes, (1 + plan.asymmetric) * _hidden_bytes(config, stream))
-            windows = _calibrate(source, config, stream, record)
+            windows, documents = _calibrate(source, config, stream, record)
             identity = with_calibration(identity, windows)
             manifest = finished_output(work.output, identity, overwrite=overwrite)
             if manifest is None:
                 check_resumable(work, identity, resume, record)
                 request = _request(model, work.output, config, located.commit or revision, overwrite)
                 write_run(work.path, identity, request)
-                _write(work, plan, config, stream, windows, identity, record)
+                origin = _origin(located, documents)
+                _write(work, plan, config, stream, windows, identity, origin, record)
                 work.publish(overwrite=overwrite)
             else:
                 record.already_done = True
@@ -215,7 +216,20 @@ def _planned(model: str, plan: RunPlan, config: QuantizeConfig) -> RunPlanned:
     )
 
 
-def _calibrate(source: Checkpoint, config: QuantizeConfig, stream: ModelStream, report: Report) -> Windows:
+def _origin(located: ModelSource, documents: Documents) -> dict[str, str | None]:
+    """What the run took from the Hub, for a model card; None for what lies on this machine, whose path is nobody's."""
+    dataset = documents.name if documents.revision else None
+    return {
+        "model": located.name if located.commit else None,
+        "commit": located.commit,
+        "dataset": dataset,
+        "dataset_revision": documents.revision,
+    }
+
+
+def _calibrate(
+    source: Checkpoint, config: QuantizeConfig, stream: ModelStream, report: Report
+) -> tuple[Windows, Documents]:
     report(PhaseStarted("calibration", f"{config.nsamples} windows of {config.seqlen} tokens"))
     encoder = load_encoder(source.directory, trust_remote_code=config.trust_remote_code)
     documents = load_documents(
@@ -236,7 +250,7 @@ def _calibrate(source: Checkpoint, config: QuantizeConfig, stream: ModelStream, 
         bos_token_id=encoder.bos_token_id,
     )
     check_token_ids(windows.ids, stream.vocabulary_rows)
-    return windows
+    return windows, documents
 
 
 def _hidden_bytes(config: QuantizeConfig, stream: ModelStream) -> int:
@@ -263,6 +277,7 @@ def _write(
     stream: ModelStream,
     windows: Windows,
     identity: Identity,
+    origin: dict[str, str | None],
     record: Record,
 ) -> None:
     """Everything of the output but its name."""
@@ -300,7 +315,7 @@ def _write(
     for layer in layers:
         del layer["seconds"]
     experts = [asdict(covered) for covered in record.experts]
-    write_manifest(work.stage, {"identity": identity, "layers": layers, "experts": experts})
+    write_manifest(work.stage, {"identity": identity, "origin": origin, "layers": layers, "experts": experts})
 
 
 def _verify(stage: Path) -> None:
