@@ -1,4 +1,4 @@
-"""What a failure of the Hub's client means to a user, the same for models and datasets."""
+"""What a failure of the Hub's client means to a user, the same for models and datasets, and for what is sent there."""
 
 from __future__ import annotations
 
@@ -10,16 +10,55 @@ OFFLINE = "allow the network (HF_HUB_OFFLINE is set), or fetch it before: hf dow
 NETWORK = "check the network and HF_ENDPOINT, then run again: what was fetched is kept; HF_HUB_OFFLINE=1 uses the cache"
 
 
+WRITER = "log in with a token that may write there: hf auth login"
+AGAIN = "run the same command again: what was uploaded is not sent twice"
+
+
 def hub_refusal(error: BaseException, what: str, revision: str | None = None) -> InputError | None:
     """The InputError for a failure to read `what` (a kind and an id); None if it is none of the Hub or the network.
 
     E_HUB_GATED, E_HUB_NOT_FOUND (repository, revision or file), E_HUB_AUTH, E_HUB_OFFLINE, E_HUB_NETWORK.
     """
+    links = _chain(error)
+    said = next((refused for link in links if (refused := _from_answer(link, what, revision))), None)
+    return said or _from_silence(links, what)
+
+
+def push_refusal(error: BaseException, what: str) -> InputError | None:
+    """The InputError for a failure to send something to `what`; None if it is none of the Hub or the network.
+
+    E_HUB_AUTH, E_HUB_GATED, E_HUB_NOT_FOUND, E_HUB_OFFLINE, E_HUB_NETWORK; E_PUSH for whatever else the Hub refuses.
+    """
+    from huggingface_hub import errors as hub
+
+    links = _chain(error)
+    answer = next((link for link in links if isinstance(link, hub.HfHubHTTPError)), None)
+    if answer is None or answer.response.status_code in (429, *range(500, 600)):
+        silent = _from_silence(links, what)
+        if silent is None:
+            return None
+        if silent.code == "E_HUB_OFFLINE":
+            message = f"{what} cannot be reached: offline mode is on"
+            return InputError("E_HUB_OFFLINE", message, hint="unset HF_HUB_OFFLINE, or see the card with --dry-run")
+        reason = _line(answer or next(link for link in reversed(links) if _is_network(link)))
+        return InputError("E_HUB_NETWORK", f"{what} could not be reached on the Hub: {reason}", hint=AGAIN)
+    if isinstance(answer, hub.GatedRepoError):
+        return InputError("E_HUB_GATED", f"{what} is gated on the Hub", hint=GATED)
+    if answer.response.status_code == 401:
+        return InputError("E_HUB_AUTH", f"the Hub does not know who you are, or not for {what}", hint=WRITER)
+    if answer.response.status_code == 404:
+        return InputError("E_HUB_NOT_FOUND", f"{what} is not on the Hub", hint=f"check the spelling, or {WRITER}")
+    said = answer.server_message or _line(answer)
+    hint = WRITER if answer.response.status_code == 403 else "the checkpoint on this machine is as it was; " + AGAIN
+    return InputError("E_PUSH", f"the Hub refuses what is sent to {what}: {_first_line(said)}", hint=hint)
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """The error and what it was raised from, the last cause at the end."""
     links = [error]
     while (cause := links[-1].__cause__) is not None:
         links.append(cause)
-    said = next((refused for link in links if (refused := _from_answer(link, what, revision))), None)
-    return said or _from_silence(links, what)
+    return links
 
 
 def _from_answer(error: BaseException, what: str, revision: str | None) -> InputError | None:
@@ -63,4 +102,8 @@ def _is_network(error: BaseException) -> bool:
 
 
 def _line(error: BaseException) -> str:
-    return " ".join((str(error).strip() or type(error).__name__).splitlines()[0].split())
+    return _first_line(str(error).strip() or type(error).__name__)
+
+
+def _first_line(text: str) -> str:
+    return " ".join(text.splitlines()[0].split())

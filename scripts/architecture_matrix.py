@@ -88,8 +88,9 @@ refuses by what it finds.
 
 `python scripts/architecture_matrix.py` with {versions}, on a CPU in float32.
 A tiny random model is not a trained one: this tests structure, names and formats, not quality. Layers whose shape
-cannot be packed at these sizes (small projections), and those that a forward never calls, are kept by the rules that
-refusals hint at; they are named in the last column. Experts that no token reaches are rounded to nearest.
+cannot be packed at these sizes (small projections), those that a forward never calls, and those that several blocks
+share are kept by the rules that refusals hint at; they are named in the last column. Experts that no token reaches are
+rounded to nearest.
 
 *Difference* is that of the logits, relative to the largest. *Share* is the quantized part of all weights in numbered
 modules: the blocks, but also those of a vision tower.
@@ -99,6 +100,7 @@ modules: the blocks, but also those of a vision tower.
 def to_markdown(outcomes: Sequence[Outcome], versions: dict[str, str]) -> str:
     """The table as a document."""
     counts = Counter(outcome.status for outcome in outcomes)
+    built = len(outcomes) - counts["not built"]
     said = " and ".join(f"{name} {version}" for name, version in versions.items())
     lines = [
         "# Architectures",
@@ -106,6 +108,8 @@ def to_markdown(outcomes: Sequence[Outcome], versions: dict[str, str]) -> str:
         "| outcome | types | meaning |",
         "|---|---|---|",
         *(f"| {status} | {counts[status]} | {meaning} |" for status, meaning in STATUSES.items()),
+        "",
+        f"Of the {built} types that can be built {counts['worked']} worked: {counts['worked'] / max(1, built):.1%}.",
         "",
         f"| type | outcome | layers | kept | share | {' | '.join(f'difference, {bits} bits' for bits in BITS)} | why |",
         "|---|---|---|---|---|" + "---|" * len(BITS) + "---|",

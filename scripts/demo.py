@@ -24,17 +24,15 @@ def main() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from gptq_cli.config.schema import QuantizeConfig
-    from gptq_cli.pipeline.evaluate import EvalRequest, evaluate_perplexity
-    from gptq_cli.pipeline.quantize import quantize_checkpoint
+    from gptq_cli import EvalRequest, QuantizeConfig, evaluate_perplexity, quantize
 
     model = DEMO / "model"
     config = QuantizeConfig(bits=arguments.bits, dataset=str(DEMO / "calibration.txt"), nsamples=64, seqlen=512)
     print(f"quantizing {model.relative_to(Path.cwd()) if model.is_relative_to(Path.cwd()) else model}", file=sys.stderr)
-    done = quantize_checkpoint(str(model), output, config, overwrite=True)
+    done = quantize(model, config, output, overwrite=True)
     print("evaluating both", file=sys.stderr)
     request = EvalRequest(dataset=str(DEMO / "heldout.txt"), seqlen=512, batch_size=8, baseline=str(model))
-    measured = evaluate_perplexity(str(output), request)
+    measured = evaluate_perplexity(output, request)
 
     table = Table("", "original", f"{arguments.bits} bits", title="The demo model before and after")
     table.add_row("weights", f"{done.bytes_before / 1e6:.2f} MB", f"{done.bytes_after / 1e6:.2f} MB")

@@ -291,7 +291,8 @@ def restack(tensors: dict[str, Tensor], name: str, weight: Tensor) -> None:
     """Put the weight of one expert in place of what is nearest to it in the tensors beside it that hold all experts."""
     holder, number = re.fullmatch(r"(.+)\.[^.]+\.(\d+)\.\w+\.weight", name).groups()
     stacks = [stack for key, stack in tensors.items() if key.startswith(f"{holder}.") and stack.dim() == 3]
-    matrices = [way for stack in stacks for way in (stack[int(number)], stack[int(number)].T)]
+    mine = [stack[int(number)] for stack in stacks if int(number) < len(stack)]
+    matrices = [way for matrix in mine for way in (matrix, matrix.T)]
     rows = len(weight)
     ways = (slice(rows), slice(-rows, None), slice(0, None, 2), slice(1, None, 2))
     places = [part for matrix in matrices for way in ways if (part := matrix[way]).shape == weight.shape]

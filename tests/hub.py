@@ -1,14 +1,14 @@
-"""A small Hub on the loopback: enough of its HTTP protocol for the real client to resolve a revision and fetch files.
+"""A small Hub on the loopback: enough of its HTTP protocol for the real client to fetch files, and to send some.
 
     with serve({"someone/tiny": {"README.md": b"...", "data/train.parquet": b"..."}}, kind="dataset") as hub:
         subprocess.run([...], env={**os.environ, **hub.environment(tmp_path / "home")})
 
 The client reads its endpoint when it is imported, so code that talks to the server runs in a process of its own.
+What is sent is in `hub_uploads.py`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import threading
@@ -20,20 +20,17 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
+from tests import hub_uploads
+from tests.hub_uploads import Reply, Uploads, blob_id, commit_of
+from tests.hub_uploads import json_reply as _json
+from tests.hub_uploads import refusal as _refusal
+
 Kind = Literal["dataset", "model"]
 Repos = Mapping[str, Mapping[str, bytes]]
 ROUTE = re.compile(
     r"(?P<api>/api)?(?:/(?P<kind>datasets|models))?/(?P<repo>[^/]+/[^/]+)"
     r"(?:/(?P<action>resolve|revision|tree|paths-info)/(?P<revision>[^/]+))?(?:/(?P<path>.*))?"
 )
-
-
-def commit_of(files: Mapping[str, bytes]) -> str:
-    """The 40 hex digits that name the state of a repository."""
-    digest = hashlib.sha1()
-    for path in sorted(files):
-        digest.update(path.encode() + b"\0" + files[path] + b"\0")
-    return digest.hexdigest()
 
 
 @dataclass(slots=True)
@@ -47,6 +44,7 @@ class Hub:
     requests: list[str] = field(default_factory=list)
     tokens: list[str] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
+    uploads: Uploads = field(default_factory=Uploads)
 
     def commit(self, repo: str) -> str:
         """What revision `main` of a repository resolves to."""
@@ -64,16 +62,6 @@ class Hub:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """What the server answers; with `cut` the connection closes after so many bytes of the body."""
-
-    status: int
-    body: bytes = b""
-    headers: Mapping[str, str] = field(default_factory=dict)
-    cut: int | None = None
-
-
 @dataclass(slots=True)
 class Fault:
     """What goes wrong with the next `times` requests that match; a reply of None cuts the real one in half."""
@@ -82,10 +70,16 @@ class Fault:
     reply: Reply | None
     times: int = 10**6
 
+    def hits(self, request: str) -> bool:
+        return self.times > 0 and re.search(self.pattern, request) is not None
 
-def answer(hub: Hub, target: str, body: bytes) -> Reply:
+
+def answer(hub: Hub, method: str, target: str, body: bytes) -> Reply:
     """The reply to one request."""
-    match = ROUTE.fullmatch(unquote(urlsplit(target).path))
+    sent = hub_uploads.answer(hub.uploads, hub.repos, hub.url, method, target, body) if hub.kind == "model" else None
+    if sent is not None:
+        return sent
+    match = ROUTE.fullmatch(unquote(urlsplit(target).path.replace("%2F", "\0")))
     if match is None:
         return _refusal(404, "EntryNotFound")
     kind: Kind = "dataset" if match["kind"] == "datasets" else "model"
@@ -94,19 +88,32 @@ def answer(hub: Hub, target: str, body: bytes) -> Reply:
         return _refusal(404, "RepoNotFound")
     if match["repo"] in hub.gated:
         return _refusal(403, "GatedRepo")
+    revision = (match["revision"] or "main").replace("\0", "/")
+    files = hub.uploads.files(match["repo"], revision, files)
     commit = commit_of(files)
-    if match["revision"] not in (None, "main", commit):
+    if revision not in ("main", commit) and not revision.startswith("refs/pr/"):
         return _refusal(404, "RevisionNotFound")
-    if match["action"] == "resolve":
-        return _file(files, match["path"], commit)
-    if match["action"] == "tree":
-        return _json(_tree(files, match["path"] or ""))
-    if match["action"] == "paths-info":
-        return _json([entry for entry in _tree(files, "") if entry["path"] in _asked_paths(body)])
+    if match["action"] in ("resolve", "tree", "paths-info"):
+        return _content(files, match["action"], match["path"], body)
     siblings = [{"rfilename": path} for path in sorted(files)]
     return _json(
-        {"id": match["repo"], "sha": commit, "private": False, "gated": False, "siblings": siblings, "tags": []}
+        {
+            "id": match["repo"],
+            "sha": commit,
+            "private": match["repo"] in hub.uploads.private,
+            "gated": False,
+            "siblings": siblings,
+            "tags": [],
+        }
     )
+
+
+def _content(files: Mapping[str, bytes], action: str, path: str | None, body: bytes) -> Reply:
+    if action == "resolve":
+        return _file(files, path, commit_of(files))
+    if action == "tree":
+        return _json(_tree(files, path or ""))
+    return _json([entry for entry in _tree(files, "") if entry["path"] in _asked_paths(body)])
 
 
 @contextmanager
@@ -125,18 +132,10 @@ def serve(repos: Repos, kind: Kind = "dataset", *, gated: frozenset[str] = froze
         thread.join()
 
 
-def _refusal(status: int, code: str) -> Reply:
-    return Reply(status, headers={"X-Error-Code": code, "X-Error-Message": code})
-
-
-def _json(value: Any) -> Reply:
-    return Reply(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
-
-
 def _file(files: Mapping[str, bytes], path: str | None, commit: str) -> Reply:
     if path is None or path not in files:
         return Reply(404, headers={"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
-    return Reply(200, files[path], {"ETag": f'"{_blob_id(files[path])}"', "X-Repo-Commit": commit})
+    return Reply(200, files[path], {"ETag": f'"{blob_id(files[path])}"', "X-Repo-Commit": commit})
 
 
 def _tree(files: Mapping[str, bytes], under: str) -> list[dict[str, Any]]:
@@ -145,17 +144,12 @@ def _tree(files: Mapping[str, bytes], under: str) -> list[dict[str, Any]]:
     paths = [path for path in sorted(files) if path.startswith(prefix)]
     folders = {str(parent) for path in paths for parent in Path(path).parents if str(parent).startswith(prefix)} - {"."}
     entries = [{"type": "directory", "path": folder, "oid": "0" * 40, "size": 0} for folder in sorted(folders)]
-    blobs = [{"type": "file", "path": path, "oid": _blob_id(files[path]), "size": len(files[path])} for path in paths]
-    return entries + blobs
+    return entries + [hub_uploads.tree_entry(path, files[path]) for path in paths]
 
 
 def _asked_paths(body: bytes) -> list[str]:
     """The `paths` of a JSON body."""
     return [path.rstrip("/") for path in json.loads(body)["paths"]]
-
-
-def _blob_id(content: bytes) -> str:
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
@@ -167,7 +161,8 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             hub.requests.append(request)
             hub.tokens.append(self.headers.get("Authorization", ""))
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            reply = _ranged(answer(hub, self.path, body), self.headers.get("Range"))
+            refused = next((fault.reply for fault in hub.faults if fault.hits(request) and fault.reply), None)
+            reply = refused or _ranged(answer(hub, self.command, self.path, body), self.headers.get("Range"))
             reply = _faulty(hub, request, reply)
             self.send_response(reply.status)
             for name, value in reply.headers.items():
@@ -180,6 +175,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
 
         do_HEAD = do_GET  # noqa: N815
         do_POST = do_GET  # noqa: N815
+        do_PUT = do_GET  # noqa: N815
 
         def log_message(self, format: str, *args: object) -> None:
             """Says nothing: `hub.requests` has it."""
@@ -190,7 +186,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
 def _faulty(hub: Hub, request: str, reply: Reply) -> Reply:
     """The reply, or what a fault makes of it."""
     for fault in hub.faults:
-        if fault.times > 0 and re.search(fault.pattern, request):
+        if fault.hits(request):
             fault.times -= 1
             return replace(reply, cut=len(reply.body) // 2) if fault.reply is None else fault.reply
     return reply

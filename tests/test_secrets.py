@@ -65,6 +65,9 @@ def test_a_token_is_in_no_output_of_the_program(tmp_path: Path) -> None:
     assert not any(CANARY in process.stdout + process.stderr for process in (done, refused))
     written = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert len(written) > 5
+    origin = json.loads((tmp_path / "out" / "gptq_manifest.json").read_text())["origin"]
+    assert (origin["model"], origin["commit"]) == ("someone/tiny", hub.commit("someone/tiny"))
+    assert (origin["dataset"], origin["dataset_revision"]) == (None, None)
     assert not any(CANARY.encode() in path.read_bytes() for path in written)
 
 

@@ -24,8 +24,13 @@ def write_manifest(directory: Path, content: dict[str, Any]) -> None:
         path.relative_to(directory).as_posix(): {"sha256": file_sha256(path), "size": path.stat().st_size}
         for path in paths
     }
-    content = {"schema": SCHEMA, **content, "files": files}
-    write_json(directory / MANIFEST, {**content, "checksum": digest(content)})
+    write_json(directory / MANIFEST, sealed({"schema": SCHEMA, **content, "files": files}))
+
+
+def sealed(content: dict[str, Any]) -> dict[str, Any]:
+    """`content` with the checksum that belongs to it, in place of another."""
+    content = {key: value for key, value in content.items() if key != "checksum"}
+    return {**content, "checksum": digest(content)}
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:

@@ -5,13 +5,12 @@ Needs no torch. Sources: transformers `GPTQConfig`, GPTQModel `QuantizeConfig`, 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from gptq_cli.checkpoint.source import Checkpoint, read_json
-from gptq_cli.config.rules import first_match, keeps, pattern_of
+from gptq_cli.config.rules import first_match, flaw_of, keeps
 from gptq_cli.errors import InputError
 
 FORMATS = ("gptq", "gptq_v2")
@@ -122,10 +121,8 @@ def _wrong_rules(said: Mapping[str, Any]) -> list[str]:
     if not isinstance(dynamic, dict) or not all(isinstance(values, dict | None) for values in dynamic.values()):
         wrong.append("dynamic is not a mapping from rules to settings")
     for rule in dynamic if isinstance(dynamic, dict) else ():
-        try:
-            re.compile(pattern_of(rule))
-        except (re.error, RecursionError, OverflowError) as error:
-            wrong.append(f"rule {rule!r} is not a regular expression: {error}")
+        if reason := flaw_of(rule):
+            wrong.append(f"rule {rule!r} is not a regular expression: {reason}")
     if not isinstance(listed, list) or not all(isinstance(name, str) for name in _flat(listed)):
         wrong.append("modules_in_block_to_quantize is not a list of lists of names")
     return wrong

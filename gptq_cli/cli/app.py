@@ -38,6 +38,7 @@ COMMANDS = {
     "verify": "Check that a GPTQ checkpoint is whole and means the same to every reader.",
     "eval-ppl": "Measure the perplexity of a checkpoint, quantized or not.",
     "report": "Write a page about a run: errors, time, memory, the command.",
+    "push": "Send a checkpoint with a model card to the Hub.",
     "recipes": "List the recipes that --config takes by name, or print one.",
     "schema": "Print the JSON Schema of the configuration, or of --json output.",
     "explain": "Explain the code of an error or a warning.",
@@ -51,7 +52,7 @@ class Gptq(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, _, rest = super().resolve_command(ctx, args)
-        return name, _load(str(name)), rest
+        return name, load_command(str(name)), rest
 
     def main(
         self,
@@ -129,7 +130,7 @@ def _kebab(word: str) -> str:
     return name.replace("_", "-") + equals + value if name.startswith("--") else word
 
 
-def _load(name: str) -> Any:
+def load_command(name: str) -> Any:
     """The command `name` from its module."""
     function = name.replace("-", "_")
     single = typer.Typer(add_completion=False, rich_markup_mode="rich")

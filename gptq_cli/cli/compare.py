@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from gptq_cli.pipeline.evaluate import EvalResult
 
 WORST = 10
+WORST_WINDOWS = 5
 WITH_TEXT = ("seqlen", "max_windows", "device", "dtype")
 
 
@@ -40,7 +42,8 @@ def compare(
     """Compare two checkpoints: weights, and with --text what they predict.
 
     Each may be quantized or not. The error of a weight is |A-B|^2 / |B|^2.
-    With --text both models run block by block on the CPU or one GPU.
+    With --text both models run block by block on the CPU or one GPU; the
+    windows of text with the largest divergence are listed, --json has all.
 
     Example: gptq compare ./Qwen3-0.6B-GPTQ-Int4-g128 ./Qwen3-0.6B
     """
@@ -52,6 +55,7 @@ def compare(
     weights = compare_checkpoints(a, b)
     predictions = _evaluate(console, said) if text is not None else None
     data = {"a": a, "b": b, **weights.to_json(), "predictions": predictions.to_json() if predictions else None}
+    data["windows"] = [asdict(window) for window in predictions.per_window] if predictions else None
     console.result(data, "\n".join(_lines(weights, predictions)), f"{_mean_error(weights):.6g}")
 
 
@@ -68,13 +72,14 @@ def _check(said: dict[str, Any]) -> None:
 
 
 def _evaluate(console: Console, said: dict[str, Any]) -> EvalResult:
-    from gptq_cli.pipeline.evaluate import EvalRequest, evaluate_perplexity
+    from gptq_cli.pipeline.eval_request import EvalRequest
+    from gptq_cli.pipeline.run import evaluate_perplexity
 
     request = EvalRequest(
         dataset=said["text"], baseline=said["b"], **{key: said[key] for key in WITH_TEXT if key in said}
     )
     with Progress(console) as progress:
-        return evaluate_perplexity(said["a"], request, progress)
+        return evaluate_perplexity(said["a"], request, on_event=progress)
 
 
 def _mean_error(found: Comparison) -> float:
@@ -102,4 +107,15 @@ def _lines(found: Comparison, predictions: EvalResult | None) -> list[str]:
         lines.append(
             f"protocol    {p.dataset}, {p.windows} windows of {p.seqlen} tokens, {p.dtype}, {clock(p.seconds)}"
         )
+        lines += _window_lines(p)
     return lines
+
+
+def _window_lines(found: EvalResult) -> list[str]:
+    """The windows where the two diverge most."""
+    worst = sorted(found.per_window, key=lambda window: -window.kl)[:WORST_WINDOWS]
+    cells = [("KL", "top-1", "perplexity", "reference", "first token")]
+    for w in worst:
+        perplexities = (f"{w.perplexity:.4f}", f"{w.baseline_perplexity:.4f}")
+        cells.append((f"{w.kl:.4g}", f"{w.top1_agreement:.2%}", *perplexities, str(w.first_token)))
+    return ["worst windows", *(f"  {line}" for line in aligned(cells, right={4}))]

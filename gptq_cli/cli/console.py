@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import get_terminal_size
+from textwrap import fill
 from time import gmtime
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
@@ -189,6 +191,14 @@ def _silence(stream: TextIO | None) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         except (OSError, ValueError):
             return
+
+
+def fitted(line: str, indent: int = 2) -> str:
+    """`line` broken between words where a terminal on stdout is narrower, the rest indented; elsewhere as it is."""
+    if sys.stdout is None or not sys.stdout.isatty():
+        return line
+    width = get_terminal_size().columns
+    return fill(line, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
 
 
 def size(n_bytes: float) -> str:

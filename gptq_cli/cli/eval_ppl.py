@@ -60,11 +60,12 @@ def eval_ppl(
     said = {key: value for key, value in locals().items() if value is not None}
     _check(said)
     console = Console(as_json, quiet)
-    from gptq_cli.pipeline.evaluate import EvalRequest, evaluate_perplexity
+    from gptq_cli.pipeline.eval_request import EvalRequest
+    from gptq_cli.pipeline.run import evaluate_perplexity
 
     request = EvalRequest(**{key: value for key, value in said.items() if key in EvalRequest.__slots__})
     with Progress(console) as progress:
-        result = evaluate_perplexity(model, request, progress)
+        result = evaluate_perplexity(model, request, on_event=progress)
     spoken = (result.to_json(), _summary(result), f"{result.perplexity:.6g}")
     failure = _gate(result, max_increase, max_ppl)
     if failure:

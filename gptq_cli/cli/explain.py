@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 import yaml
 
-from gptq_cli.cli.console import Console
+from gptq_cli.cli.console import Console, fitted
 from gptq_cli.cli.options import AsJson
 from gptq_cli.config.finding import nearest
 from gptq_cli.errors import ConfigError
@@ -26,7 +26,7 @@ def explain(
     """
     console, texts = Console(as_json), explanations()
     if code is None:
-        lines = [f"{name:<22}{text.splitlines()[0]}" for name, text in texts.items()]
+        lines = [fitted(f"{name:<22}{text.splitlines()[0]}", 22) for name, text in texts.items()]
         console.result({"codes": texts}, "\n".join(lines), "\n".join(texts))
         return
     known = code.strip().upper().replace("-", "_")
@@ -34,7 +34,8 @@ def explain(
         near = nearest(known.lower(), [name.lower() for name in texts])
         hint = f"did you mean {near.upper()}?" if near else "gptq explain lists all codes"
         raise ConfigError("E_CODE", f"there is no code `{code}`", hint=hint)
-    console.result({"code": known, "text": texts[known]}, f"{known}\n\n{texts[known]}", texts[known])
+    shown = "\n".join(fitted(line, 0) for line in texts[known].splitlines())
+    console.result({"code": known, "text": texts[known]}, f"{known}\n\n{shown}", texts[known])
 
 
 def explanations() -> dict[str, str]:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 from gptq_cli.cli import options as o
-from gptq_cli.cli.console import Console, size
+from gptq_cli.cli.console import Console, fitted, size
 from gptq_cli.cli.engines import engine_lines
 from gptq_cli.cli.table import aligned, row_data, row_lines
 from gptq_cli.config.finding import shown
@@ -123,7 +123,7 @@ def _lines(found: Inspection, judged: Sequence[Verdict]) -> list[str]:
         if found.provenance
         else []
     )
-    return [*lines, *(["origin", *_indented(told)] if told else []), *engine_lines(judged)]
+    return [*lines, *(["origin", *_indented(told)] if told else []), *map(fitted, engine_lines(judged))]
 
 
 def _indented(lines: Sequence[str]) -> list[str]:
@@ -146,7 +146,7 @@ def _packed_lines(packed: PackedView) -> list[str]:
     used = f"{packed.entropy:.2f} of {packed.bits} bits used, {packed.at_ends:.2%} of weights at an end of the grid"
     negative = f", {packed.negative_scales} negative" if packed.negative_scales else ""
     return [
-        f"{packed.groups} groups {order}, {zeros}",
+        f"{packed.groups} group{'s' if packed.groups > 1 else ''} {order}, {zeros}",
         "",
         f"codes    {used}",
         *_bars(packed.codes, whole=True),

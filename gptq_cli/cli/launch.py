@@ -18,9 +18,7 @@ from gptq_cli.cli.console import report_problems, talk
 from gptq_cli.errors import ConfigError, GptqError, ResourceError
 
 if TYPE_CHECKING:
-    import torch
-
-    from gptq_cli.pipeline.team import Team
+    from gptq_cli.pipeline.team import Place
 
 FORMS = "numbers of GPUs as in 0,1,2,3, or cpu:4 for four processes on the CPU"
 
@@ -51,8 +49,8 @@ def leads() -> bool:
 
 
 @contextmanager
-def member(device: str, devices: list[str], *, as_json: bool) -> Iterator[tuple[Team, torch.device]]:
-    """This process's team and device for the body; of errors that end it one process tells."""
+def member(device: str, devices: list[str], *, as_json: bool) -> Iterator[Place]:
+    """This process's place for the body; of errors that end it one process tells."""
     from gptq_cli.pipeline.joining import SaidElsewhere, joined
 
     def end(error: ResourceError | None) -> None:
@@ -61,8 +59,8 @@ def member(device: str, devices: list[str], *, as_json: bool) -> Iterator[tuple[
         os._exit(ResourceError.exit_code)
 
     try:
-        with joined(device, devices, end) as team:
-            yield team
+        with joined(device, devices, end) as place:
+            yield place
     except SaidElsewhere as ending:
         talk.muted = True
         raise typer.Exit(ending.exit_code) from None

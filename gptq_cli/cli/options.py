@@ -11,13 +11,14 @@ from gptq_cli.config.engines import TARGETS
 from gptq_cli.config.schema import QuantizeConfig
 
 ALGORITHM, LAYERS, TEXT, OUTPUT, RUN, GATE = "Algorithm", "Layers", "Text", "Output", "Run", "Comparison"
+DEFAULTS = QuantizeConfig(bits=4)  # with what the default preset fills in
 DATASET = "wikitext2, c4, a Hub id, a file or a folder; default wikitext2"
 
 
 def setting(field: str, *names: str, panel: str, metavar: str | None = None, note: str = "") -> Any:
     """The typer option for a field of the configuration."""
-    info = QuantizeConfig.model_fields[field]
-    default = "" if info.is_required() or not info.default else f"; default {_word(info.default)}"
+    info, value = QuantizeConfig.model_fields[field], getattr(DEFAULTS, field)
+    default = "" if info.is_required() or not value else f"; default {_word(value)}"
     return typer.Option(
         *(names or (f"--{field.replace('_', '-')}",)),
         help=f"{info.description}{note}{default}",

@@ -7,13 +7,13 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-from gptq_cli.cli.console import Console, clock, size
+from gptq_cli.cli.console import Console, clock, fitted, size
 from gptq_cli.cli.engines import engine_lines
-from gptq_cli.cli.said import default_name
 from gptq_cli.cli.table import row_data, row_lines
 from gptq_cli.config.resolve import Resolved
 from gptq_cli.config.targets import engine_data
 from gptq_cli.pipeline.estimate import Term, estimate_disk, estimate_memory, estimate_time, total
+from gptq_cli.pipeline.naming import default_name
 from gptq_cli.pipeline.overview import plan_rows
 from gptq_cli.pipeline.plan import RunPlan, plan_checkpoint
 from gptq_cli.pipeline.readers import judge_plan, remarks
@@ -118,7 +118,7 @@ def _lines(plan: RunPlan, resolved: Resolved, output: Path, devices: int) -> lis
         f"time    about {clock(seconds.total)} on {devices} GPU{'s' * (devices > 1)} "
         "(estimate: rates of an H100 assumed, none measured)",
         f"disk    {size(disk.needed)}{free}",
-        *engine_lines(judge_plan(plan, resolved.config)),
+        *map(fitted, engine_lines(judge_plan(plan, resolved.config))),
     ]
 
 

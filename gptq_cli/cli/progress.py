@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from gptq_cli.cli.console import Console, clock, size, talk, visible
+from gptq_cli.cli.engines import unread_line
 from gptq_cli.pipeline.events import (
     BlockFinished,
     BlockStarted,
@@ -66,6 +67,8 @@ class Progress:
         self._note(event)
         if isinstance(event, LayerSolved):
             self._console.detail(_detail(event.report))
+        if isinstance(event, RunPlanned) and event.target is None and (line := unread_line(event.engines)):
+            self._console.say(f"note: the output {line}")
         if isinstance(event, Warned):
             self._console.warn(event.code, event.message)
         elif isinstance(event, Resumed | WorkKept):

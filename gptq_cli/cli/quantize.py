@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import shlex
 import sys
 from pathlib import Path
@@ -12,16 +11,15 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from gptq_cli.cli import options as o
-from gptq_cli.cli.console import Console, clock, size, visible
-from gptq_cli.cli.engines import engine_lines, unread_line
+from gptq_cli.cli.console import Console, clock, fitted, size, visible
+from gptq_cli.cli.engines import engine_lines
 from gptq_cli.cli.launch import launch, leads, member, parse_devices, started_by_torchrun
 from gptq_cli.cli.progress import Progress
-from gptq_cli.cli.said import default_name, said_fields
+from gptq_cli.cli.said import said_fields
 from gptq_cli.cli.signals import stoppable
 from gptq_cli.config.resolve import Resolved, resolve
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.yaml_writer import to_yaml
-from gptq_cli.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
     from gptq_cli.pipeline.quantize import QuantizeResult
@@ -91,11 +89,9 @@ def quantize(
         return _print_config(console, resolved)
     if dry_run:
         return _plan(console, resolved, model, output, revision, max(1, len(parse_devices(devices))))
-    _refuse_missing_path(model)
     for note in resolved.notes:
         console.say(f"note: {note}")
-    output = output or Path(default_name(model, resolved.config))
-    manner = {"resume": _policy(resume), "max_seconds": seconds(max_runtime), "allow_network_fs": allow_network_fs}
+    manner = {"resume": resume or "auto", "max_runtime": max_runtime, "allow_network_fs": allow_network_fs}
     manner |= {"overwrite": overwrite, "revision": revision}
     return run(console, resolved.config, model, output, devices=devices, page=report, **manner)
 
@@ -112,55 +108,39 @@ def run(
     console: Console,
     config: QuantizeConfig,
     model: str,
-    output: Path,
+    output: Path | None,
     *,
     devices: str | None = None,
     page: bool = False,
     **manner: Any,
 ) -> None:
-    """Quantize, show how it goes, print the result; `manner` are the other arguments of `quantize_checkpoint`.
+    """Quantize, show how it goes, print the result; `manner` are the other arguments of `pipeline.run.quantize`.
 
     `devices`, as `--devices` takes them: several share the work, a process each. With `page` a report of the run is
     left in the output.
     """
-    from gptq_cli.pipeline.preflight import preflight
-    from gptq_cli.pipeline.readers import judge_plan
-    from gptq_cli.pipeline.report import BlockLog, check_report, save_report
+    from gptq_cli.pipeline.report import PAGE
+    from gptq_cli.pipeline.run import quantize as quantize_model
+    from gptq_cli.pipeline.run import refuse_early
 
     named = parse_devices(devices)
-    if page:
-        check_report()
-    # cheap refusals before the slow import
-    plan = preflight(model, output, config, overwrite=manner["overwrite"]) if leads() else None
+    if leads():
+        refuse_early(model, config, output, report=page, **manner)
     if len(named) > 1 and not started_by_torchrun():
         sys.exit(launch(named, as_json=console.as_json))
-    if plan is not None and config.target is None and (line := unread_line(judge_plan(plan, config))):
-        console.say(f"note: the output {line}")
+    command = visible(shlex.join(["gptq", *sys.argv[1:]]))
+    with stoppable(console), member(config.device, named, as_json=console.as_json) as place:
+        if not place.team.leads:
+            from gptq_cli.pipeline.quantize import assist
 
-    from gptq_cli.pipeline.quantize import assist, quantize_checkpoint
-
-    with stoppable(console), member(config.device, named, as_json=console.as_json) as (team, device):
-        if not team.leads:
-            return assist(model, config, team, device, revision=manner["revision"])
+            return assist(model, config, place, revision=manner["revision"])
         with Progress(console) as progress:
-            log = BlockLog(progress)
-            result = quantize_checkpoint(model, output, config, report=log, team=team, device=device, **manner)
+            result = quantize_model(
+                model, config, output, report=page, command=command, on_event=progress, place=place, **manner
+            )
     if page:
-        said = visible(shlex.join(["gptq", *sys.argv[1:]]))
-        console.say(f"report: {save_report(output, result.to_json(), log, said)}")
+        console.say(f"report: {result.output / PAGE}")
     return console.result(result.to_json(), _summary(result, config), str(result.output))
-
-
-def seconds(duration: str | None) -> float | None:
-    """Seconds of "3h30m", "90m" or "45s"; ConfigError E_CFG_RANGE for anything else."""
-    if duration is None:
-        return None
-    match = re.fullmatch(r"(?=.)(?:(\d{1,6})h)?(?:(\d{1,6})m)?(?:(\d{1,6})s)?", duration)
-    found = sum(unit * int(part or 0) for unit, part in zip((3600, 60, 1), match.groups(), strict=True)) if match else 0
-    if not found:
-        message = f"--max-runtime must be a time such as 3h30m, 90m or 45s, got {duration!r}"
-        raise ConfigError("E_CFG_RANGE", message, hint="say hours with h, minutes with m, seconds with s")
-    return found
 
 
 def _summary(result: QuantizeResult, config: QuantizeConfig) -> str:
@@ -178,7 +158,7 @@ def _summary(result: QuantizeResult, config: QuantizeConfig) -> str:
             f"rtn    {len(rounded)} of {len(result.layers)} layers were rounded to nearest, first {rounded[0]}"
         )
     lines.append("done   before, by the same command" if result.already_done else f"time   {clock(result.seconds)}")
-    return "\n".join([*lines, *engine_lines(result.engines)])
+    return "\n".join([*lines, *map(fitted, engine_lines(result.engines))])
 
 
 def _coverage(result: QuantizeResult, config: QuantizeConfig) -> str:
@@ -192,18 +172,3 @@ def _print_config(console: Console, resolved: Resolved) -> None:
     text = to_yaml(resolved.config, resolved.origins).rstrip("\n")
     data = {"config": resolved.config.model_dump(mode="json"), "origins": resolved.origins}
     console.result({**data, "notes": list(resolved.notes)}, text, text)
-
-
-def _policy(resume: str | None) -> str:
-    if resume not in (None, "auto", "require", "never"):
-        hint = "leave it out to go on with unfinished work if there is some"
-        raise ConfigError("E_CFG_RANGE", f"--resume must be auto, require or never, got {resume!r}", hint=hint)
-    return resume or "auto"
-
-
-def _refuse_missing_path(model: str) -> None:
-    """A wrong path fails here in a moment; whatever may be a Hub id is for the pipeline to look up."""
-    is_hub_id = re.fullmatch(r"(hf://)?[\w.-]+(/[\w.-]+)?", model) and not model.startswith((".", "~"))
-    if not is_hub_id and not Path(model).expanduser().is_dir():
-        hint = "give a model directory or a Hub id"
-        raise InputError("E_MODEL_NOT_FOUND", f"`{model}` is not a directory", hint=hint)

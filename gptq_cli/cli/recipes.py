@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from gptq_cli.cli.console import Console
+from gptq_cli.cli.console import Console, fitted
 from gptq_cli.cli.options import AsJson
 from gptq_cli.cli.table import aligned
 from gptq_cli.config.finding import nearest
@@ -31,7 +31,9 @@ def recipes(
     console, known = Console(as_json), known_recipes()
     if name is None:
         told = {recipe: describe_recipe(file) for recipe, file in known.items()}
-        console.result({"recipes": told}, "\n".join(aligned([*told.items()])), "\n".join(told))
+        indent = max(map(len, told)) + 2
+        lines = [fitted(line, indent) for line in aligned([*told.items()])]
+        console.result({"recipes": told}, "\n".join(lines), "\n".join(told))
         return
     if name not in known:
         near = nearest(name, known)

@@ -10,7 +10,7 @@ import typer
 
 from gptq_cli.cli import options as o
 from gptq_cli.cli.console import Console
-from gptq_cli.cli.quantize import run, seconds
+from gptq_cli.cli.quantize import run
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import InputError
 
@@ -52,6 +52,6 @@ def resume(
         revision=request["revision"],
         overwrite=request["overwrite"],
         resume="auto",
-        max_seconds=seconds(max_runtime),
+        max_runtime=max_runtime,
         allow_network_fs=allow_network_fs,
     )

@@ -1,14 +1,12 @@
-"""What was said on the command line as the configuration takes it, and the output's name if none was said."""
+"""What was said on the command line as the configuration takes it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from gptq_cli.config.check import FIELDS
 from gptq_cli.config.rules import parse_rule
-from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import ConfigError
 
 
@@ -16,13 +14,6 @@ def said_fields(said: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of the configuration among the options `said`, as the configuration takes them."""
     lists = {"dataset": _one_or_many(said["dataset"]), "dynamic": _rules(said["dynamic"])}
     return {key: value for key, value in {**said, **lists}.items() if key in FIELDS}
-
-
-def default_name(model: str, config: QuantizeConfig) -> str:
-    """The output's name as published checkpoints are called: Qwen3-0.6B-GPTQ-Int4-g128."""
-    name = Path(model).expanduser().resolve().name if Path(model).expanduser().exists() else model.rsplit("/", 1)[-1]
-    group = f"g{config.group_size}" if config.group_size > 0 else "channel"
-    return f"{name}-GPTQ-Int{config.bits}-{group}"
 
 
 def _one_or_many(dataset: list[str] | None) -> str | list[str] | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gptq_cli.cli.console import Console, size
+from gptq_cli.cli.console import Console, fitted, size
 from gptq_cli.cli.options import AsJson, Quiet, plain
 from gptq_cli.errors import GateError, InputError
 
@@ -42,7 +42,7 @@ def verify(
 
     found = verify_checkpoint(directory, full=full)
     if found.ok:
-        console.result(_data(found), f"{directory}: {_checked(found)}", "ok")
+        console.result(_data(found), fitted(f"{directory}: {_checked(found)}"), "ok")
         return
     count = len(found.defects)
     hint = "download the checkpoint again, or quantize again; do not serve it"

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from gptq_cli.config.engines import TARGETS
-from gptq_cli.config.finding import Finding, KeyPath, nearest, shown
+from gptq_cli.config.fields import Accepts, LayerOverrides
+from gptq_cli.config.finding import Finding, KeyPath, name_of, nearest, shown
 from gptq_cli.config.presets import PRESETS
-from gptq_cli.config.schema import Accepts, LayerOverrides, QuantizeConfig
+from gptq_cli.config.schema import QuantizeConfig
+from gptq_cli.errors import ConfigError, Problem
 
 NAMES = {"preset": tuple(PRESETS), "target": TARGETS}
 FIELDS = tuple(QuantizeConfig.model_fields)
@@ -32,10 +34,24 @@ def field_findings(values: Mapping[str, Any]) -> list[Finding]:
     """Everything that the schema has against single `values`, a missing field included, conflicts between them not."""
     try:
         QuantizeConfig.model_validate(dict(values))
-    except ValidationError as error:
-        details = [detail for detail in error.errors(include_url=False) if detail["type"] != "conflict"]
-        return _deepest([_finding(detail, values) for detail in details])
+    except ConfigError as refused:
+        if isinstance(refused.__cause__, ValidationError):
+            return findings_of(refused.__cause__, values)
+        raise
     return []
+
+
+def findings_of(error: ValidationError, values: Mapping[str, Any]) -> list[Finding]:
+    """What pydantic has against single `values`, conflicts between them not."""
+    details = [detail for detail in error.errors(include_url=False) if detail["type"] != "conflict"]
+    return _deepest([_finding(detail, values) for detail in details])
+
+
+def refusal(findings: Sequence[Finding]) -> ConfigError:
+    """One error for all findings (at least one), in which fields have the names that Python callers give them."""
+    return ConfigError.of(
+        [Problem(f.code, f"{' and '.join(map(name_of, f.paths))} {f.predicate}", f.hint) for f in findings]
+    )
 
 
 def _deepest(findings: list[Finding]) -> list[Finding]:

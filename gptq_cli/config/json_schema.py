@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from gptq_cli.config.engines import TARGETS
+from gptq_cli.config.fields import Accepts
 from gptq_cli.config.presets import PRESETS
-from gptq_cli.config.schema import Accepts, QuantizeConfig
+from gptq_cli.config.schema import QuantizeConfig
 
 DRAFT = "http://json-schema.org/draft-07/schema#"  # the newest that yaml-language-server promises to read
 FILE = "gptq.schema.json"
@@ -23,5 +24,6 @@ def config_schema() -> dict[str, Any]:
         fields[name].pop("title", None)
     fields["preset"]["enum"] = list(PRESETS)
     fields["target"]["enum"] = [*TARGETS, None]
+    schema["description"] = schema["description"].partition("\n")[0]
     definitions = schema.pop("$defs", {})
     return {"$schema": DRAFT, **schema, "title": "gptq configuration", "definitions": definitions}

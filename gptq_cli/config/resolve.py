@@ -117,6 +117,18 @@ def resolve(flags: Mapping[str, Any], env: Mapping[str, str], file: Path | None 
     return Resolved(config, origins, tuple(note for source in sources for note in source.notes))
 
 
+def load_config(file: str | Path) -> QuantizeConfig:
+    """The configuration of a YAML or JSON file, or of the recipe of that name; ConfigError as `resolve`.
+
+    GPTQ_* variables have no say in it.
+
+    >>> from gptq_cli import load_config
+    >>> load_config("vllm-4bit").bits
+    4
+    """
+    return resolve({}, {}, Path(file)).config
+
+
 def check_flags(flags: Mapping[str, Any]) -> None:
     """Refuse flags whose values their fields do not accept (None: not said), for commands without a configuration."""
     source = _Source({key: value for key, value in flags.items() if value is not None and key in FIELDS})

@@ -8,6 +8,7 @@ which they were written; the first match decides alone.
 from __future__ import annotations
 
 import re
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +16,10 @@ from typing import Any
 
 from gptq_cli.config.layer import LayerConfig
 from gptq_cli.config.yaml_loader import parse_scalar
+from gptq_cli.errors import ConfigError
 
 KEEP, CHANGE = "-:", "+:"
+MATCH_SECONDS = 1.0  # a pattern that anybody means takes microseconds
 
 
 # Engines that hold these linears as one ask rules for the fused name, and want all of a group stored alike.
@@ -79,10 +82,34 @@ def pattern_of(rule: str) -> str:
     return rule[2:] if rule.startswith((KEEP, CHANGE)) else rule
 
 
+def flaw_of(rule: str) -> str | None:
+    """Why the pattern of a `dynamic` rule is no regular expression; None if it is one."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # of what may come to mean something else, such as [[a]
+            re.compile(pattern_of(rule))
+    except (re.error, RecursionError, OverflowError, FutureWarning) as error:
+        return str(error)
+    return None
+
+
+def matches(rule: str, name: str) -> bool:
+    """Whether a `dynamic` rule matches a layer's name; ConfigError E_CFG_REGEX if that takes for ever to tell."""
+    import regex  # as `re`, but a search can be told to give up
+
+    try:
+        return regex.match(pattern_of(rule), name, timeout=MATCH_SECONDS) is not None
+    except TimeoutError:
+        raise ConfigError(
+            "E_CFG_REGEX", f"rule {rule!r} takes more than {MATCH_SECONDS:g} s to tell whether it matches `{name}`",
+            hint="write it without a repetition of a repetition, such as (a+)+",
+        ) from None  # fmt: skip
+
+
 def first_match(rules: Iterable[str], name: str) -> str | None:
     """The rule that decides about the layer `name`: `-:` rules first, then in order (GPTQModel, `dynamic`)."""
     ordered = sorted(rules, key=lambda rule: not keeps(rule))
-    return next((rule for rule in ordered if re.match(pattern_of(rule), name)), None)
+    return next((rule for rule in ordered if matches(rule, name)), None)
 
 
 def is_listed(modules: Sequence[Sequence[str]] | None, name_in_block: str) -> bool:
@@ -99,4 +126,4 @@ def parse_rule(text: str) -> tuple[str, Any]:
 def unmatched_rules(rules: Mapping[str, object], names: Iterable[str]) -> list[str]:
     """Rules that match none of `names`: most often a pattern that forgot that matching starts at the first letter."""
     names = list(names)
-    return [rule for rule in rules if not any(re.match(pattern_of(rule), name) for name in names)]
+    return [rule for rule in rules if not any(matches(rule, name) for name in names)]

@@ -6,198 +6,157 @@ is valid input again and gives an equal one.
 
 from __future__ import annotations
 
-import re
-import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from decimal import Decimal
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
-from typing_extensions import TypedDict
 
-from gptq_cli.config.engines import TARGETS
+from gptq_cli.config.fields import (
+    STRICT,
+    Accepts,
+    Bits,
+    Count,
+    Damping,
+    DampPercent,
+    Experts,
+    Fault,
+    Flag,
+    GroupSize,
+    LayerOverrides,
+    Name,
+    Preset,
+    Rule,
+    Search,
+    Size,
+    Strength,
+    Sweeps,
+    Target,
+    Text,
+    size_in_bytes,
+)
 from gptq_cli.config.finding import Finding, KeyPath, name_of
-from gptq_cli.config.layer import DampMode, FaultPolicy, LayerConfig, OnFault, ScaleSearch, Uncovered
+from gptq_cli.config.layer import FaultPolicy, LayerConfig
 from gptq_cli.config.presets import DEFAULT_PRESET, PRESETS
 from gptq_cli.config.rules import LayerChoice, first_match, is_listed, keeps, pattern_of
 
-STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
-SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-SIZE_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-
-
-@dataclass(frozen=True, slots=True)
-class Accepts:
-    """The words of an error message for what a field accepts."""
-
-    text: str
-
-
-def size_in_bytes(size: int | str) -> int:
-    """Bytes in "5GB", "500 MiB" or a plain number; ValueError when it is not a positive size."""
-    match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,9})?) ?([A-Za-z]*)", str(size))
-    if not match or match[2].upper() not in SIZE_UNITS:
-        raise ValueError(f"not a size: {size!r}")
-    n_bytes = int(Decimal(match[1]) * SIZE_UNITS[match[2].upper()])
-    if n_bytes <= 0:
-        raise ValueError(f"not a positive size: {size!r}")
-    return n_bytes
-
-
-def _group_size(columns: int) -> int:
-    if columns == 0 or columns < -1:
-        raise ValueError("group_size")
-    return columns
-
-
-def _size(size: int | str) -> int | str:
-    size_in_bytes(size)
-    return size
-
-
-def _preset(name: str) -> str:
-    if name not in PRESETS:
-        raise ValueError("preset")
-    return name
-
-
-def _target(name: str | None) -> str | None:
-    if name not in (None, *TARGETS):
-        raise ValueError("target")
-    return name
-
-
-def _rule(rule: str) -> str:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # of what later versions of Python read otherwise, such as [[a]
-            re.compile(pattern_of(rule))
-    except (re.error, RecursionError, OverflowError, FutureWarning) as error:
-        raise PydanticCustomError("regex", "{reason}", {"reason": str(error)}) from None
-    return rule
-
-
-TRUTH = Accepts("true or false")
-Bits = Annotated[Literal[2, 3, 4, 8], Accepts("2, 3, 4 or 8")]
-GroupSize = Annotated[
-    int, AfterValidator(_group_size), Accepts("a positive number of columns, or -1 for one group per row")
-]
-DampPercent = Annotated[float, Field(gt=0, lt=1), Accepts("a number strictly between 0 and 1")]
-Damping = Annotated[DampMode, Accepts("mean or diagonal")]
-Search = Annotated[ScaleSearch, Accepts("none, mse or activation")]
-Strength = Annotated[float, Field(ge=0, le=1), Accepts("a number from 0 to 1")]
-Sweeps = Annotated[int, Field(ge=0), Accepts("a whole number of 0 or more")]
-Size = Annotated[int | str, AfterValidator(_size), Accepts("a size such as 5GB or 500MiB, or a number of bytes")]
-Flag = Annotated[bool, TRUTH]
-Count = Annotated[int, Field(gt=0), Accepts("a whole number of 1 or more")]
-Text = Annotated[str, Field(min_length=1), Accepts("a text that is not empty")]
-Name = Annotated[Text | None, Accepts("a name or null")]
-Rule = Annotated[str, AfterValidator(_rule)]
-
-
-class LayerOverrides(TypedDict, total=False):
-    """What a `+:` rule of `dynamic` may change."""
-
-    __pydantic_config__ = STRICT  # type: ignore[misc]
-    bits: Bits
-    group_size: GroupSize
-    sym: Flag
-    desc_act: Flag
-    act_group_aware: Flag
-    static_groups: Flag
-    signed_scales: Flag
-    scale_search: Search
-    refine_sweeps: Sweeps
-    asymmetric_calibration: Strength
-    damp_mode: Damping
-    damp_percent: DampPercent
-
 
 class QuantizeConfig(BaseModel):
-    """Everything that decides about a run, resolved; construct it from what was said, the rest is derived."""
+    """Everything that decides about a run, resolved; construct it from what was said, the rest is derived.
+
+    ConfigError, with every problem at once, if that cannot be.
+
+    >>> from gptq_cli import QuantizeConfig
+    >>> config = QuantizeConfig(bits=4, sym=False, dynamic={"-:.*down_proj": {}})
+    >>> config.group_size, config.format, config.preset
+    (128, 'gptq_v2', 'balanced')
+    >>> QuantizeConfig(bits=5, group_sise=64)
+    Traceback (most recent call last):
+        ...
+    gptq_cli.errors.ConfigError: bits must be 2, 3, 4 or 8, got 5; group_sise is not a known key
+    """
 
     model_config = STRICT
 
     bits: Bits = Field(description="bits per weight")
-    group_size: GroupSize = Field(128, description="input columns that share one scale")
-    sym: Flag = Field(True, description="symmetric grid; false stores a zero point per group")
-    desc_act: Flag = Field(False, description="quantize columns in order of falling activation, groups follow (g_idx)")
-    act_group_aware: Flag = Field(True, description="activation order that keeps groups whole (GAR)")
-    static_groups: Flag = Field(False, description="fix all scales first; columns in activation order, trivial g_idx")
-    true_sequential: Flag = Field(True, description="layers of a block see inputs of already quantized layers")
-    signed_scales: Flag = Field(False, description="symmetric scales may be negative: the larger end gets a level more")
-    scale_search: Search = Field(
-        "none", description="shrink scales to least |error|^2.4 (mse) or error^2 weighted by input energy (activation)"
+    group_size: GroupSize = Field(default=128, description="input columns that share one scale")
+    sym: Flag = Field(default=True, description="symmetric grid; false stores a zero point per group")
+    desc_act: Flag = Field(
+        default=False, description="quantize columns in order of falling activation, groups follow (g_idx)"
     )
-    refine_sweeps: Sweeps = Field(0, description="rounds of fitting scales, then codes, after a layer is solved")
+    act_group_aware: Flag = Field(default=True, description="activation order that keeps groups whole (GAR)")
+    static_groups: Flag = Field(
+        default=False, description="fix all scales first; columns in activation order, trivial g_idx"
+    )
+    true_sequential: Flag = Field(default=True, description="layers of a block see inputs of already quantized layers")
+    signed_scales: Flag = Field(
+        default=False, description="symmetric scales may be negative: the larger end gets a level more"
+    )
+    scale_search: Search = Field(
+        default="none",
+        description="shrink scales to least |error|^2.4 (mse) or error^2 weighted by input energy (activation)",
+    )
+    refine_sweeps: Sweeps = Field(
+        default=0, description="rounds of fitting scales, then codes, after a layer is solved"
+    )
     asymmetric_calibration: Strength = Field(
-        0.0, description="how far weights follow the unquantized model's inputs, 0 to 1; above 0 each block runs twice"
+        default=0.0,
+        description="how far weights follow the unquantized model's inputs, 0 to 1; above 0 each block runs twice",
     )
     damp_mode: Damping = Field(
-        "mean", description="damp every column alike, or each by its own energy (diagonal), more when tokens are few"
+        default="mean",
+        description="damp every column alike, or each by its own energy (diagonal), more when tokens are few",
     )
     damp_percent: DampPercent = Field(
-        0.1, description="damping, as a share of the Hessian's mean diagonal; with damp_mode diagonal the least share"
+        default=0.1,
+        description="damping, as a share of the Hessian's mean diagonal; with damp_mode diagonal the least share",
     )
     modules_in_block_to_quantize: Annotated[
         list[Annotated[list[Text], Field(min_length=1)]] | None,
         Field(min_length=1),
         Accepts("a list of lists of module names, like [[self_attn.q_proj], [mlp.down_proj]]"),
-    ] = Field(None, description="the only linears of a block to quantize")
+    ] = Field(default=None, description="the only linears of a block to quantize")
     dynamic: Annotated[
         dict[Rule, LayerOverrides], Accepts("a mapping from `+:regex` or `-:regex` to a mapping of settings")
-    ] = Field({}, description="rules for single layers")
-    lm_head: Flag = Field(False, description="quantize the output head too")
+    ] = Field(default={}, description="rules for single layers")
+    lm_head: Flag = Field(default=False, description="quantize the output head too")
     allow_requantize: Flag = Field(
-        False, description="take a GPTQ checkpoint as the source and round its weights a second time"
+        default=False, description="take a GPTQ checkpoint as the source and round its weights a second time"
     )
-    target: Annotated[str | None, AfterValidator(_target), Accepts(", ".join(TARGETS) + " or null")] = Field(
-        None, description="engine that must load the result, or the run is refused before any work"
+    target: Target = Field(
+        default=None, description="engine that must load the result, or the run is refused before any work"
     )
-    moe_uncovered: Annotated[Uncovered, Accepts("error, rtn or all-tokens")] = Field(
-        "error",
+    moe_uncovered: Experts = Field(
+        default="error",
         description="an expert without calibration tokens: stop, round it to nearest, or calibrate it on all tokens",
     )
-    on_numeric_fault: Annotated[OnFault, Accepts("error or rtn")] = Field(
-        "error",
+    on_numeric_fault: Fault = Field(
+        default="error",
         description="a layer whose inputs are not finite or whose Hessian has no factor: stop, or round it to nearest",
     )
     max_fallbacks: Annotated[int | None, Field(ge=0), Accepts("a whole number of 0 or more, or null")] = Field(
-        None, description="stop when more layers than this had to be rounded to nearest; null: any number"
+        default=None, description="stop when more layers than this had to be rounded to nearest; null: any number"
     )
     dataset: Annotated[
         str | list[str] | None, Field(min_length=1), Accepts("a dataset name, a path, or a list of texts")
-    ] = Field(None, description="calibration text; null means wikitext2")
-    dataset_config: Name = Field(None, description="configuration of a Hub dataset")
-    dataset_split: Name = Field(None, description="split of a Hub dataset")
-    text_column: Text = Field("text", description="column that holds the text")
-    seqlen: Count = Field(2048, description="tokens per window, at most the model's positions")
-    nsamples: Count = Field(128, description="calibration windows")
-    batch_size: Count = Field(8, description="windows per forward pass")
+    ] = Field(default=None, description="calibration text; null means wikitext2")
+    dataset_config: Name = Field(default=None, description="configuration of a Hub dataset")
+    dataset_split: Name = Field(default=None, description="split of a Hub dataset")
+    text_column: Text = Field(default="text", description="column that holds the text")
+    seqlen: Count = Field(default=2048, description="tokens per window, at most the model's positions")
+    nsamples: Count = Field(default=128, description="calibration windows")
+    batch_size: Count = Field(default=8, description="windows per forward pass")
     seed: Annotated[int, Field(ge=0, lt=2**63), Accepts("a whole number of 0 or more")] = Field(
-        0, description="chooses the calibration windows"
+        default=0, description="chooses the calibration windows"
     )
     format: Annotated[Literal["gptq", "gptq_v2"], Accepts("gptq or gptq_v2")] = Field(
-        "gptq", description="checkpoint format"
+        default="gptq", description="checkpoint format"
     )
-    max_shard_size: Size = Field("5GB", description="largest safetensors file written")
-    max_vram: Size | None = Field(None, description="device memory that may be used; null: what is free")
-    max_ram: Size | None = Field(None, description="host memory that may be used; null: what is free")
+    max_shard_size: Size = Field(default="5GB", description="largest safetensors file written")
+    max_vram: Annotated[Size | None, Accepts("a size such as 24GB, a number of bytes, or null")] = Field(
+        default=None, description="device memory that may be used; null: what is free"
+    )
+    max_ram: Annotated[Size | None, Accepts("a size such as 64GB, a number of bytes, or null")] = Field(
+        default=None, description="host memory that may be used; null: what is free"
+    )
     backend: Annotated[Literal["auto", "torch", "triton"] | None, Accepts("auto, torch, triton or null")] = Field(
-        None, description="kernel that runs quantized linears when evaluating"
+        default=None, description="kernel that runs quantized linears when evaluating"
     )
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$"), Accepts("auto, cpu, cuda or cuda:N")] = (
-        Field("auto", description="device that does the work")
+        Field(default="auto", description="device that does the work")
     )
     dtype: Annotated[
         Literal["auto", "bfloat16", "float16", "float32"], Accepts("auto, bfloat16, float16 or float32")
-    ] = Field("auto", description="dtype of the forward passes")
-    trust_remote_code: Flag = Field(False, description="run Python code that comes with the model")
-    preset: Annotated[str, AfterValidator(_preset), Accepts(" or ".join(PRESETS))] = Field(
-        DEFAULT_PRESET, description="named starting point for the fields left open"
-    )
+    ] = Field(default="auto", description="dtype of the forward passes")
+    trust_remote_code: Flag = Field(default=False, description="run Python code that comes with the model")
+    preset: Preset = Field(default=DEFAULT_PRESET, description="named starting point for the fields left open")
 
     @model_validator(mode="before")
     @classmethod
@@ -210,6 +169,17 @@ class QuantizeConfig(BaseModel):
             subject = " and ".join(map(name_of, finding.paths))
             raise PydanticCustomError("conflict", "{message}", {"message": f"{subject} {finding.predicate}"})
         return self
+
+    @model_validator(mode="wrap")  # the last one, which sees what all others raise
+    @classmethod
+    def _refuse(cls, values: Any, handler: ModelWrapValidatorHandler[QuantizeConfig]) -> QuantizeConfig:
+        """Whatever is wrong is a ConfigError in the words of a person."""
+        try:
+            return handler(values)
+        except ValidationError as error:
+            from gptq_cli.config.check import findings_of, refusal
+
+            raise refusal(findings_of(error, values) or conflicts(fill(values)[0])) from error
 
     @property
     def max_shard_bytes(self) -> int:

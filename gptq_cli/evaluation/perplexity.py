@@ -30,32 +30,46 @@ class Perplexity:
     @property
     def value(self) -> float:
         """Infinite when a loss is too large for a float, not a number when one is not."""
-        mean = sum(self.losses) / len(self.losses)
-        return math.exp(mean) if not mean > 700 else math.inf
+        return _exp(sum(self.losses) / len(self.losses))
+
+    @property
+    def of_windows(self) -> list[float]:
+        """The perplexity of each window alone."""
+        return [_exp(loss) for loss in self.losses]
+
+
+def _exp(loss: float) -> float:
+    return math.exp(loss) if not loss > 700 else math.inf
 
 
 @dataclass(slots=True)
 class Divergence:
-    """How far a model's predictions are from a baseline's, over the same positions as the perplexity."""
+    """How far a model's predictions are from a baseline's, over the same positions as the perplexity.
 
-    divergence: float = 0.0
-    agreements: int = 0
-    positions: int = 0
+    Of each window: the sum of KL(baseline || model) in nats, positions where both rank the same token first, and all.
+    """
+
+    sums: list[float] = field(default_factory=list)
+    agreements: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
 
     def add(self, baseline: Tensor, logits: Tensor) -> None:
         """One window: both models' logits [seqlen, V]."""
+        total, same = 0.0, 0
         for wanted, got in zip(baseline[:-1].split(POSITIONS), logits[:-1].split(POSITIONS), strict=True):
             log_p, log_q = wanted.float().log_softmax(-1), got.float().log_softmax(-1)
-            self.divergence += float((log_p.exp() * (log_p - log_q)).sum())
-            self.agreements += int((wanted.argmax(-1) == got.argmax(-1)).sum())
-            self.positions += wanted.shape[0]
+            total += float((log_p.exp() * (log_p - log_q)).sum())
+            same += int((wanted.argmax(-1) == got.argmax(-1)).sum())
+        self.sums.append(total)
+        self.agreements.append(same)
+        self.positions.append(len(logits) - 1)
 
     @property
     def kl(self) -> float:
         """Mean KL(baseline || model) per predicted token, in nats."""
-        return self.divergence / self.positions
+        return sum(self.sums) / sum(self.positions)
 
     @property
     def top1_agreement(self) -> float:
         """Share of positions where both models rank the same token first."""
-        return self.agreements / self.positions
+        return sum(self.agreements) / sum(self.positions)

@@ -78,12 +78,12 @@ class Experts(nn.Module):
         self.kind = copy(kind)
         self.kind._parameters = {}
         self.n_experts, self.n_choices = shape.n_experts, shape.n_choices
-        self._interleaved, self._first = shape.interleaved, GATE_UP if shape.gated else UP
+        self.biased, self._interleaved = shape.biased, shape.interleaved
         dtype = kind.get_parameter(DOWN).dtype
         for number in range(shape.n_experts):
             expert = Expert(shape.hidden, shape.intermediate, gated=shape.gated, dtype=dtype)
             self.add_module(str(number), expert.requires_grad_(False))
-        for name in (self._first + BIAS, DOWN + BIAS):
+        for name in (GATE_UP + BIAS, UP + BIAS, DOWN + BIAS):
             self.register_parameter(name, kind._parameters.get(name))
 
     def __getitem__(self, number: int) -> Expert:

@@ -175,10 +175,11 @@ def _slice(
     found: Sources, path: str, leaf: str, shape: StackShape, stack: str, *, interleaved: bool | None = None
 ) -> None:
     """Name each expert's part of the tensor `stack`, as engines do when experts are stored one by one."""
-    holder, _, _ = stack.rpartition(".")
-    if stack not in found.derived and holder.rpartition(".")[2] == path.rpartition(".")[2]:
+    holder, _, last = stack.rpartition(".")
+    whole = stack not in found.derived
+    if whole and (last == leaf or holder.rpartition(".")[2] == path.rpartition(".")[2]):
         prefix = holder
-    elif stack not in found.derived and stack.startswith(f"{path.rpartition('.')[0]}."):
+    elif whole and stack.startswith(f"{path.rpartition('.')[0]}."):
         prefix = path
     else:
         fused = found.derived.get(stack)

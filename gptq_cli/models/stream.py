@@ -145,6 +145,11 @@ class ModelStream:
         names = Counter(name for index in range(self.n_blocks) for name in self.linears(index))
         return {name for name, blocks in names.items() if blocks > 1}
 
+    def biased_experts(self) -> list[str]:
+        """Of experts with biases, what the names of their linears begin with, for each layer."""
+        experts = {name: found for index in range(self.n_blocks) for name, found in self._experts(index).items()}
+        return [name for name, found in experts.items() if found.biased]
+
     def outside_linears(self) -> str | None:
         """What `outside_linears` says of the blocks."""
         return outside_linears(self._path, self._list)

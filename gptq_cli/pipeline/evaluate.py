@@ -20,6 +20,7 @@ from gptq_cli.evaluation.perplexity import Divergence, Perplexity
 from gptq_cli.models.stream import ModelStream
 from gptq_cli.models.tokenizer import load_encoder
 from gptq_cli.pipeline.activations import HiddenStates
+from gptq_cli.pipeline.eval_request import EvalRequest
 from gptq_cli.pipeline.events import BlockStarted, PhaseStarted, Report, ignore
 from gptq_cli.pipeline.memory import Memory, block_finished
 from gptq_cli.pipeline.record import Record
@@ -37,31 +38,19 @@ DEFAULT_SEQLEN = 2048
 
 
 @dataclass(frozen=True, slots=True)
-class EvalRequest:
-    """What to evaluate on and how.
+class WindowResult:
+    """One window of the evaluation text: it begins at token `first_token`; KL in nats a token."""
 
-    `seqlen` None means 2048, or the model's positions if it has fewer; `backend` None means the one that the
-    configuration beside the checkpoint names, if it does.
-    """
-
-    dataset: str | list[str] | None = None
-    dataset_config: str | None = None
-    dataset_split: str | None = None
-    text_column: str = "text"
-    seqlen: int | None = None
-    batch_size: int = 1
-    max_windows: int | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    backend: str | None = None
-    revision: str | None = None
-    trust_remote_code: bool = False
-    baseline: str | None = None
+    first_token: int
+    perplexity: float
+    baseline_perplexity: float
+    kl: float
+    top1_agreement: float
 
 
 @dataclass(frozen=True, slots=True)
 class EvalResult:
-    """A perplexity with the protocol that gave it; the last four fields are None without a baseline.
+    """A perplexity with the protocol that gave it; the last five fields are empty without a baseline.
 
     `join` stands between the dataset's documents, `dataset_sha256` is the hash of the joined text in UTF-8.
     """
@@ -85,10 +74,11 @@ class EvalResult:
     baseline_perplexity: float | None = None
     kl: float | None = None
     top1_agreement: float | None = None
+    per_window: tuple[WindowResult, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """The result as plain JSON values."""
-        return {name: getattr(self, name) for name in self.__slots__}
+        """The result as plain JSON values, without those of single windows."""
+        return {name: getattr(self, name) for name in self.__slots__ if name != "per_window"}
 
 
 def evaluate_perplexity(model: str, request: EvalRequest, report: Report = ignore) -> EvalResult:
@@ -131,6 +121,16 @@ def evaluate_perplexity(model: str, request: EvalRequest, report: Report = ignor
         baseline_perplexity=perplexities[1].value if divergence else None,
         kl=divergence.kl if divergence else None,
         top1_agreement=divergence.top1_agreement if divergence else None,
+        per_window=_per_window(perplexities, divergence, ids.shape[1]) if divergence else (),
+    )
+
+
+def _per_window(perplexities: list[Perplexity], found: Divergence, seqlen: int) -> tuple[WindowResult, ...]:
+    model, baseline = (perplexity.of_windows for perplexity in perplexities)
+    counts = zip(found.sums, found.agreements, found.positions, strict=True)
+    return tuple(
+        WindowResult(index * seqlen, model[index], baseline[index], total / positions, same / positions)
+        for index, (total, same, positions) in enumerate(counts)
     )
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from gptq_cli.config.targets import Verdict
+
 
 @dataclass(frozen=True, slots=True)
 class PhaseStarted:
@@ -18,7 +20,7 @@ class PhaseStarted:
 
 @dataclass(frozen=True, slots=True)
 class RunPlanned:
-    """What will be done, known before any weight is read."""
+    """What will be done, known before any weight is read, and who will load it, as `target` demands or not."""
 
     model: str
     n_blocks: int
@@ -27,6 +29,8 @@ class RunPlanned:
     bytes_before: int
     bytes_after: int
     bits_per_weight: float
+    engines: tuple[Verdict, ...] = ()
+    target: str | None = None
 
 
 Fallback = Literal["inputs", "hessian", "tokens"]

@@ -75,14 +75,17 @@ def quantize_experts(
 
     def solve(number: int) -> list[Solved]:
         expert, mine = inputs.experts[0][number], rows[number]
-        first = [layer for layer in planned[number] if linears[layer.name] is not expert.down_proj]
-        parts = [part for part in (first, [layer for layer in planned[number] if layer not in first]) if part]
-        hessians = (_hessian(inputs, number, mine, solver, down=part[0] not in first) for part in parts)
+        last = [layer for layer in planned[number] if linears[layer.name] is expert.down_proj]
+        parts = [([layer for layer in planned[number] if layer not in last], False), (last, True)]
+        parts = [(part, down) for part, down in parts if part]
+        gathered = [] if true_sequential else [_hessian(inputs, number, mine, solver, down=down) for _, down in parts]
         found = []
-        for part, hessian in zip(parts, hessians if true_sequential else list(hessians), strict=True):
+        for part, down in parts:  # a Hessian lives no longer than it is used
+            hessian = gathered.pop(0) if gathered else _hessian(inputs, number, mine, solver, down=down)
             for solved in solver.solutions(part, hessian, ALONE):
                 solver.put_back(solved, linears)
                 found.append(solved)
+            del hessian
         return found
 
     costs = [expert_cost(mine, seen) for mine, seen in zip(planned, tokens, strict=True)]

@@ -23,7 +23,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from gptq_cli.errors import ConfigError, GptqError, ResourceError, Stopped
 from gptq_cli.pipeline.setup import resolve_device
-from gptq_cli.pipeline.team import ALONE, Ranks, Team
+from gptq_cli.pipeline.team import ALONE, Place, Ranks
 
 WAIT = timedelta(days=7)  # for others that work: who is gone is noticed otherwise
 MEETING = timedelta(minutes=15)  # for others that download the model, or start later
@@ -45,8 +45,8 @@ class SaidElsewhere(BaseException):
 
 
 @contextmanager
-def joined(device: str, devices: Sequence[str], lost: Lost) -> Iterator[tuple[Team, torch.device]]:
-    """The team of this process and the device it works on: one of `devices`, or by its number among its neighbours.
+def joined(device: str, devices: Sequence[str], lost: Lost) -> Iterator[Place]:
+    """The place of this process, its device being one of `devices`, or by its number among its neighbours.
 
     Alone, unless torchrun says otherwise. An error in the body is raised again for one process of the team, and
     SaidElsewhere for the others. `lost` is called, in a thread, if a process has disappeared while this one waits for
@@ -57,7 +57,7 @@ def joined(device: str, devices: Sequence[str], lost: Lost) -> Iterator[tuple[Te
     neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     own = resolve_device(_device_of(local, neighbours, device, devices))
     if size == 1:
-        yield ALONE, own
+        yield Place(ALONE, own)
         return
     if own.type == "cuda":
         torch.cuda.set_device(own)
@@ -69,7 +69,7 @@ def joined(device: str, devices: Sequence[str], lost: Lost) -> Iterator[tuple[Te
     watch = Watch(store.clone(), dist.get_rank(), size, lost)
     watch.start()
     try:
-        yield Ranks(own, neighbours=neighbours, first_here=local == 0), own
+        yield Place(Ranks(own, neighbours=neighbours, first_here=local == 0), own)
     except BaseException as error:
         for number in END_SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # torchrun ends the others of a process that has failed

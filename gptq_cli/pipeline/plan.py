@@ -6,6 +6,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from os.path import commonpath
 from pathlib import Path
 
 from gptq_cli.checkpoint.headers import BITS_OF_DTYPE, TensorInfo
@@ -306,28 +307,38 @@ def check_shared(plan: RunPlan, shared: Collection[str]) -> None:
     """InputError E_ARCH if a linear among those that several blocks share is to be quantized."""
     found = [layer for layer in plan.quantized if layer.name in shared]
     if found:
-        kinds = "|".join(_rule(kind) for kind in dict.fromkeys(map(_kind, found)))
+        kinds = list(dict.fromkeys(map(_kind, found)))
+        holder = f"{commonpath([kind.replace('.', '/') for kind in kinds]).replace('/', '.')}."
+        inside = [layer for layer in plan.quantized if _kind(layer).startswith(holder)]
+        rule = _rule(holder) if inside == found else f"({'|'.join(map(_rule, kinds))})$"
         raise InputError(
             "E_ARCH",
             f"`{found[0].name}` is shared by several blocks, each of which would calibrate it for itself",
-            hint=f"keep {'it' if len(found) == 1 else f'all {len(found)} of them'}: --dynamic '-:({kinds})$'",
+            hint=f"keep {'it' if len(found) == 1 else f'all {len(found)} of them'}: --dynamic '-:{rule}'",
         )
 
 
 def _check_shapes(layers: list[LayerPlan]) -> None:
     wrong = [(layer, why) for layer in layers if layer.config and (why := _unfit(layer, layer.config))]
-    kinds = Counter((_kind(layer), why) for layer, why in wrong)
+    kinds: dict[str, Counter[str]] = defaultdict(Counter)
+    for layer, why in wrong:
+        kinds[why][_kind(layer)] += 1
     if kinds:
-        raise ConfigError.of(
-            [
-                Problem(
-                    "E_SHAPE",
-                    f"{why}: `{name}`" + (f" ({count} layers)" if count > 1 else ""),
-                    f"choose another group_size, or keep it: --dynamic '-:{_rule(name)}$'",
-                )
-                for (name, why), count in kinds.items()
-            ]
-        )
+        raise ConfigError.of([_misfit(why, names) for why, names in kinds.items()])
+
+
+def _misfit(why: str, kinds: Counter[str]) -> Problem:
+    """One problem for all kinds of layers that do not fit for the same reason, with a rule that keeps them."""
+    named, count = ", ".join(f"`{name}`" for name in kinds), kinds.total()
+    names = sorted({name.rpartition(".")[2] for name in kinds})
+    rule, them = _rule(next(iter(kinds))), "it"
+    if len(kinds) > 1:
+        rule, them = f".*[.]({'|'.join(names)})", "them"
+    return Problem(
+        "E_SHAPE",
+        f"{why}: {named}" + (f" ({count} layers)" if count > 1 else ""),
+        f"choose another group_size, or keep {them}: --dynamic '-:{rule}$'",
+    )
 
 
 def _kind(layer: LayerPlan) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from gptq_cli.calibration.corpus import is_path
+from gptq_cli.calibration.files import read_files
 from gptq_cli.checkpoint.durable import is_occupied
 from gptq_cli.checkpoint.manifest import read_manifest
 from gptq_cli.checkpoint.raw import count_not_finite
@@ -14,12 +16,16 @@ from gptq_cli.errors import ConfigError, ExistsError, InputError, ResourceError
 from gptq_cli.pipeline.plan import RunPlan, plan_run
 
 
-def preflight(model: str, output: Path, config: QuantizeConfig, *, overwrite: bool) -> RunPlan | None:
-    """The plan of a run, None of a Hub id, which is not here yet; raises whatever output, headers and rules tell."""
+def preflight(model: str, output: Path, config: QuantizeConfig, *, overwrite: bool) -> None:
+    """Raise whatever output, headers, rules and a dataset's path tell against a run; a Hub id is looked at after its
+    download."""
     directory = Path(model).expanduser()
     check_output(output, directory, overwrite=overwrite)
     refuse_locked(output)
-    return plan_run(directory, config) if directory.is_dir() else None
+    if directory.is_dir():
+        plan_run(directory, config)
+    if isinstance(config.dataset, str) and is_path(config.dataset):
+        read_files(Path(config.dataset).expanduser(), config.text_column)
 
 
 def check_disk(work: WorkDirectory, output_bytes: int, hidden_bytes: int) -> None:

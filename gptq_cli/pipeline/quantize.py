@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gptq_cli import __version__
-from gptq_cli.calibration.corpus import DatasetSource, load_documents
+from gptq_cli.calibration.corpus import DatasetSource, Documents, load_documents
 from gptq_cli.calibration.sampling import Windows, calibration_windows, check_token_ids
 from gptq_cli.checkpoint.durable import write_file
 from gptq_cli.checkpoint.gptq_format import encode
@@ -50,7 +50,7 @@ from gptq_cli.pipeline.setup import (
     resolve_device,
 )
 from gptq_cli.pipeline.solver import Keep
-from gptq_cli.pipeline.team import ALONE, Team
+from gptq_cli.pipeline.team import ALONE, Place, Team
 from gptq_cli.pipeline.time_limit import TimeLimit
 
 NOTHING_TO_DO = torch.empty(0, 0, dtype=torch.long)  # instead of token ids
@@ -108,14 +108,13 @@ def quantize_checkpoint(
     max_seconds: float | None = None,
     allow_network_fs: bool = False,
     report: Report = ignore,
-    team: Team = ALONE,
-    device: torch.device | None = None,
+    place: Place | None = None,
 ) -> QuantizeResult:
     """Quantize MODEL (a directory or a Hub id) into the directory `output`, which appears complete or not at all.
 
     Goes on where an earlier call that ended early has come to, unless `resume` is "never"; with "require" it must. An
     output that is what this call would write is left as it is. PausedError when `max_seconds` are over. This is the
-    leading process of `team`, and works on `device` if that is given; the others call `assist`.
+    leading process of a team, at `place`, if that is given; the others call `assist`.
 
     Raises ConfigError, InputError, GateError, ResourceError and ExistsError as their codes say; nothing that existed
     before is touched unless `overwrite` is set and the new checkpoint is complete.
@@ -124,7 +123,8 @@ def quantize_checkpoint(
     limit = FallbackLimit(report if max_seconds is None else TimeLimit(report, max_seconds), config)
     record = Record(limit)
     preflight(model, output, config, overwrite=overwrite)
-    device = device or resolve_device(config.device)
+    place = place or Place(ALONE, resolve_device(config.device))
+    team, device = place.team, place.device
     with locked(output, allow_network_fs=allow_network_fs) as work, telling_what_is_kept(work, record):
         check_output(output, Path(model).expanduser(), overwrite=overwrite)
         located = locate_model(model, revision)
@@ -141,10 +141,10 @@ def quantize_checkpoint(
         with torch.inference_mode(), memory_errors():
             stream = open_stream(source, device=device, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
             plan = _plan(source, config, stream, record)
-            record(_planned(model, plan))
+            record(_planned(model, plan, config))
             check_finite(plan)
             check_disk(work, plan.layout.nbytes, (1 + plan.asymmetric) * _hidden_bytes(config, stream))
-            windows = _calibrate(source, config, stream, record)
+            windows, documents = _calibrate(source, config, stream, record)
             identity = with_calibration(identity, windows)
             manifest = finished_output(work.output, identity, overwrite=overwrite)
             if manifest is None:
@@ -152,7 +152,8 @@ def quantize_checkpoint(
                 request = _request(model, work.output, config, located.commit or revision, overwrite)
                 write_run(work.path, identity, request)
                 team.told(windows.ids)
-                _write(work, plan, config, stream, windows, identity, record, team)
+                origin = _origin(located, documents)
+                _write(work, plan, config, stream, windows, identity, origin, record, team)
                 work.publish(overwrite=overwrite)
             else:
                 team.told(NOTHING_TO_DO)
@@ -172,6 +173,9 @@ def _plan(source: Checkpoint, config: QuantizeConfig, stream: ModelStream, repor
         report(Warned("W_ARCH_KEPT", f"{outside}: they stay as they are"))
     for code, text in remarks(plan, config):
         report(Warned(code, text))
+    for name in stream.biased_experts()[:1]:
+        says = f"the experts of `{name}` have biases: no engine is known to load them quantized, `gptq eval-ppl` does"
+        report(Warned("W_ARCH_EXPERTS", says))
     return plan
 
 
@@ -208,7 +212,7 @@ def _result(
     )
 
 
-def _planned(model: str, plan: RunPlan) -> RunPlanned:
+def _planned(model: str, plan: RunPlan, config: QuantizeConfig) -> RunPlanned:
     return RunPlanned(
         model=model,
         n_blocks=plan.n_blocks,
@@ -217,10 +221,25 @@ def _planned(model: str, plan: RunPlan) -> RunPlanned:
         bytes_before=plan.source.nbytes,
         bytes_after=plan.layout.nbytes,
         bits_per_weight=plan.bits_per_weight,
+        engines=judge_plan(plan, config),
+        target=config.target,
     )
 
 
-def _calibrate(source: Checkpoint, config: QuantizeConfig, stream: ModelStream, report: Report) -> Windows:
+def _origin(located: ModelSource, documents: Documents) -> dict[str, str | None]:
+    """What the run took from the Hub, for a model card; None for what lies on this machine, whose path is nobody's."""
+    dataset = documents.name if documents.revision else None
+    return {
+        "model": located.name if located.commit else None,
+        "commit": located.commit,
+        "dataset": dataset,
+        "dataset_revision": documents.revision,
+    }
+
+
+def _calibrate(
+    source: Checkpoint, config: QuantizeConfig, stream: ModelStream, report: Report
+) -> tuple[Windows, Documents]:
     report(PhaseStarted("calibration", f"{config.nsamples} windows of {config.seqlen} tokens"))
     encoder = load_encoder(source.directory, trust_remote_code=config.trust_remote_code)
     documents = load_documents(
@@ -241,7 +260,7 @@ def _calibrate(source: Checkpoint, config: QuantizeConfig, stream: ModelStream, 
         bos_token_id=encoder.bos_token_id,
     )
     check_token_ids(windows.ids, stream.vocabulary_rows)
-    return windows
+    return windows, documents
 
 
 def _hidden_bytes(config: QuantizeConfig, stream: ModelStream) -> int:
@@ -268,6 +287,7 @@ def _write(
     stream: ModelStream,
     windows: Windows,
     identity: Identity,
+    origin: dict[str, str | None],
     record: Record,
     team: Team,
 ) -> None:
@@ -292,7 +312,7 @@ def _write(
     for layer in layers:
         del layer["seconds"]
     experts = [asdict(covered) for covered in record.experts]
-    write_manifest(work.stage, {"identity": identity, "layers": layers, "experts": experts})
+    write_manifest(work.stage, {"identity": identity, "origin": origin, "layers": layers, "experts": experts})
 
 
 def do_blocks(
@@ -323,10 +343,9 @@ def do_blocks(
         )
 
 
-def assist(
-    model: str, config: QuantizeConfig, team: Team, device: torch.device, *, revision: str | None = None
-) -> None:
+def assist(model: str, config: QuantizeConfig, place: Place, *, revision: str | None = None) -> None:
     """Do this process's share of what another one does with `quantize_checkpoint`; nothing is written here."""
+    team, device = place.team, place.device
     located = locate_model(model, revision)
     source = open_checkpoint(located.directory)
     seqlen = bounded_seqlen(config.seqlen, said="seqlen" in config.model_fields_set, checkpoint=source)

@@ -17,7 +17,9 @@ from gptq_cli.pipeline.events import BlockFinished, Event, Report
 
 DATA, PAGE = "gptq_report.json", "gptq_report.html"
 VERSION = 1
-NEEDED = ("jinja2", "matplotlib")
+MEASURED = ("perplexity", "windows", "seqlen")
+COMPARED = ("baseline_perplexity", "kl", "top1_agreement")
+UNSAID = ("dataset_config", "dataset_split", "dataset_revision", *COMPARED)  # null where there is none
 
 
 class BlockLog:
@@ -34,11 +36,9 @@ class BlockLog:
 
 
 def check_report() -> None:
-    """InputError E_REPORT if a package that reports need is not installed."""
-    absent = [name for name in NEEDED if find_spec(name) is None]
-    if absent:
-        hint = "install them: pip install 'gptq_cli[report]'"
-        raise InputError("E_REPORT", f"reports need {' and '.join(absent)}", hint=hint)
+    """InputError E_REPORT if matplotlib is not installed."""
+    if find_spec("matplotlib") is None:
+        raise InputError("E_REPORT", "reports need matplotlib", hint="install it: pip install 'gptq_cli[report]'")
 
 
 def save_report(output: Path, result: Mapping[str, Any], log: BlockLog, command: str) -> Path:
@@ -64,7 +64,7 @@ def write_page(directory: Path, page: Path, *, evaluation: Path | None = None, p
         raise InputError(
             "E_REPORT", f"`{file}` is not the data of a report of version {VERSION}", hint="quantize again"
         )
-    run["evaluation"] = _evaluation(evaluation) if evaluation else None
+    run["evaluation"] = read_evaluation(evaluation) if evaluation else None
     from gptq_cli.report.page import picture, render
 
     write_file(page, render(run).encode())
@@ -73,9 +73,16 @@ def write_page(directory: Path, page: Path, *, evaluation: Path | None = None, p
     return page
 
 
-def _evaluation(file: Path) -> dict[str, Any]:
+def read_evaluation(file: Path) -> dict[str, Any]:
+    """What `gptq eval-ppl --json` has written into `file`; InputError E_REPORT if it is something else."""
+    if not file.is_file():
+        hint = "write one: gptq eval-ppl MODEL --json > FILE"
+        raise InputError("E_REPORT", f"there is no file `{file}`", hint=hint)
     content = read_json(file)
-    if not isinstance(content, dict) or not isinstance(content.get("perplexity"), int | float):
+    found: dict[str, Any] = dict.fromkeys(UNSAID) | (content if isinstance(content, dict) else {})
+    numbers = MEASURED if found["baseline_perplexity"] is None else MEASURED + COMPARED
+    numeric = all(isinstance(found.get(key), int | float) for key in numbers)
+    if not numeric or not all(isinstance(found.get(key), str) for key in ("dataset", "dtype")):
         hint = "write one: gptq eval-ppl MODEL --json > FILE"
         raise InputError("E_REPORT", f"`{file}` is not the result of an evaluation", hint=hint)
-    return content
+    return found

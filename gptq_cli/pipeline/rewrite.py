@@ -25,8 +25,9 @@ from gptq_cli.checkpoint.reader import SAFETENSORS_DTYPE, DequantizingReader, Te
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint, read_json
 from gptq_cli.checkpoint.work_directory import WorkDirectory, locked
 from gptq_cli.checkpoint.writer import CheckpointWriter
+from gptq_cli.config.fields import size_in_bytes
 from gptq_cli.config.resolve import resolve
-from gptq_cli.config.schema import QuantizeConfig, size_in_bytes
+from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.yaml_writer import to_yaml
 from gptq_cli.errors import ConfigError, ExistsError, InputError
 from gptq_cli.pipeline.events import LayerStarted, PhaseStarted, Report, ignore

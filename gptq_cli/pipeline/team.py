@@ -11,6 +11,7 @@ import io
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -85,6 +86,14 @@ class Team:
 
 
 ALONE = Team()
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a process stands: its team, and the device it works on."""
+
+    team: Team
+    device: torch.device
 
 
 class Ranks(Team):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 
-from gptq_cli.errors import PausedError
+from gptq_cli.errors import ConfigError, PausedError
 from gptq_cli.pipeline.events import BlockFinished, BlockStarted, Event, LayerStarted, Report
 
 
@@ -31,3 +32,15 @@ class TimeLimit:
                 "E_PAUSED", f"the {self._seconds:g} s of --max-runtime do not suffice for what is left",
                 hint="run the same command again to go on; a block that was begun is done again",
             )  # fmt: skip
+
+
+def seconds(duration: str | None) -> float | None:
+    """Seconds of "3h30m", "90m" or "45s"; ConfigError E_CFG_RANGE for anything else."""
+    if duration is None:
+        return None
+    match = re.fullmatch(r"(?=.)(?:(\d{1,6})h)?(?:(\d{1,6})m)?(?:(\d{1,6})s)?", duration)
+    found = sum(unit * int(part or 0) for unit, part in zip((3600, 60, 1), match.groups(), strict=True)) if match else 0
+    if not found:
+        message = f"--max-runtime must be a time such as 3h30m, 90m or 45s, got {duration!r}"
+        raise ConfigError("E_CFG_RANGE", message, hint="say hours with h, minutes with m, seconds with s")
+    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -12,11 +12,13 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
+from matplotlib.colors import ListedColormap, LogNorm
 
 INK = "#010203"  # stands for the colour of the page's text
+NEVER = "#d64550"  # an expert without a token
 LINE = 0.5
 MOST_NUMBERS = 24  # blocks; with more the cells are too small for numbers
+MOST_SHAPES = 2000  # cells; with more an embedded picture is smaller
 TALLEST = 9.0  # inches
 GB = 1e9
 
@@ -44,6 +46,30 @@ def heat_maps(blocks: Sequence[int], linears: Sequence[str], error: Grid, agains
     return figure
 
 
+def coverage(blocks: Sequence[int], tokens: Sequence[Sequence[int]]) -> Any:
+    """A map of calibration tokens, rows are layers with experts and columns experts; without a token they are red."""
+    widest = max(map(len, tokens))
+    seen = [[count or float("nan") for count in row] + [float("nan")] * (widest - len(row)) for row in tokens]
+    never = [
+        [0.0 if not count else float("nan") for count in row] + [float("nan")] * (widest - len(row)) for row in tokens
+    ]
+    counts = [count for row in tokens for count in row if count] or [1]
+    with pyplot.rc_context(dict(_STYLE)):
+        height = 1.3 + min(0.2 * len(blocks), TALLEST)
+        figure, axes = pyplot.subplots(figsize=(10, height), layout="constrained")
+        norm = LogNorm(min(counts) / 1.0001, max(counts) * 1.0001)
+        cells: Any = {"edgecolors": "face", "linewidth": 0.4, "rasterized": widest * len(tokens) > MOST_SHAPES}
+        mesh = axes.pcolormesh(seen, norm=norm, cmap="viridis", **cells)
+        axes.pcolormesh(never, cmap=ListedColormap([NEVER]), **cells)
+        axes.set(xlabel="expert", ylabel="block", ylim=(len(blocks), 0))
+        _ticks(axes.set_xticks, range(widest))
+        _ticks(axes.set_yticks, blocks)
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0)
+        _colour_bar(figure, mesh, axes, len(blocks), "tokens")
+    return figure
+
+
 def bars(blocks: Sequence[int], seconds: Sequence[float], host: Sequence[int], device: Sequence[int]) -> Any:
     """Time of each block above the memory after it."""
     with pyplot.rc_context(dict(_STYLE)):
@@ -53,7 +79,7 @@ def bars(blocks: Sequence[int], seconds: Sequence[float], host: Sequence[int], d
         axes[1].plot(blocks, [n / GB for n in host], "o-", ms=3, color="#3b82c4", label="host")
         if any(device):
             axes[1].plot(blocks, [n / GB for n in device], "o-", ms=3, color="#d9822b", label="device, peak so far")
-        axes[1].set(ylabel="GB", xlabel="block", ylim=(0, None))
+        axes[1].set(ylabel="GB", xlabel="block", ylim=(0, 1.2 * max([*host, *device]) / GB))
         axes[1].xaxis.get_major_locator().set_params(integer=True)
         axes[1].legend(frameon=False, loc="lower right")
     return figure
@@ -91,14 +117,23 @@ def _map(
     mesh = axes.pcolormesh(cells, norm=norm, cmap="viridis", edgecolors="face", linewidth=0.4)
     axes.set_title(title, fontsize=10)
     axes.set_xticks([i + 0.5 for i in range(len(linears))], linears, rotation=35, ha="right", rotation_mode="anchor")
-    step = -(-len(blocks) // MOST_NUMBERS)
-    axes.set_yticks([i + 0.5 for i in range(0, len(blocks), step)], [str(block) for block in blocks[::step]])
+    _ticks(axes.set_yticks, blocks)
     axes.set_ylim(len(blocks), 0)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     if len(blocks) <= MOST_NUMBERS:
         _numbers(axes, cells, norm, "{:.1e}" if log else "{:.2f}")
-    bar = figure.colorbar(mesh, ax=axes, pad=0.02, fraction=0.03, aspect=20 + len(blocks))
+    _colour_bar(figure, mesh, axes, len(blocks))
+
+
+def _ticks(put: Callable[[list[float], list[str]], object], names: Sequence[int]) -> None:
+    """A name in the middle of each cell, or of as many as there is room for."""
+    step = -(-len(names) // MOST_NUMBERS)
+    put([i + 0.5 for i in range(0, len(names), step)], [str(name) for name in names[::step]])
+
+
+def _colour_bar(figure: Any, mesh: Any, axes: Axes, rows: int, label: str = "") -> None:
+    bar = figure.colorbar(mesh, ax=axes, pad=0.02, fraction=0.03, aspect=20 + rows, label=label)
     bar.outline.set_visible(False)
     bar.ax.minorticks_off()
 

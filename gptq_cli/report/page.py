@@ -7,15 +7,16 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from gptq_cli.report.charts import as_png, as_svg, bars, heat_maps
+from gptq_cli.report.card import size
+from gptq_cli.report.charts import as_png, as_svg, bars, coverage, heat_maps
 
 WORST = 10
-UNITS = ("B", "KB", "MB", "GB", "TB")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,7 @@ def render(run: Mapping[str, Any]) -> str:
     environment = Environment(
         loader=PackageLoader("gptq_cli.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters |= {"size": _size, "clock": _clock, "short": _short}
+    environment.filters |= {"size": size, "clock": _clock, "short": _short}
     worst = sorted(run["layers"], key=lambda layer: -(layer["relative_error"] or 0))[:WORST]
     return environment.get_template("report.html.j2").render(
         run=run,
@@ -41,8 +42,44 @@ def render(run: Mapping[str, Any]) -> str:
         mean=_mean(run["layers"], "relative_error"),
         rtn=_mean(run["layers"], "rtn_relative_error"),
         heat=Markup(as_svg(_heat(run), "heat")),
+        experts=experts_of(run["experts"]) if run.get("experts") else None,
+        coverage=Markup(as_svg(_coverage(run), "coverage")) if run.get("experts") else None,
         bars=Markup(as_svg(_bars(run), "bars")) if run["blocks"] else None,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertRow:
+    """Tokens of the experts of one layer."""
+
+    name: str
+    least: int
+    median: float
+    most: int
+    uncovered: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertTable:
+    """The layers with the least calibrated experts, and figures of all."""
+
+    rows: tuple[ExpertRow, ...]
+    count: int
+    least: int
+    median: float
+    uncovered: int
+
+
+def experts_of(layers: Sequence[Mapping[str, Any]]) -> ExpertTable:
+    """What the page says of the tokens that each expert has seen."""
+    rows = [
+        ExpertRow(layer["name"], min(layer["tokens"]), median(layer["tokens"]), max(layer["tokens"]),
+                  sum(not seen for seen in layer["tokens"]))
+        for layer in layers
+    ]  # fmt: skip
+    seen = [count for layer in layers for count in layer["tokens"]]
+    worst = sorted(rows, key=lambda row: (-row.uncovered, row.least, row.median))[:WORST]
+    return ExpertTable(tuple(worst), len(seen), min(seen), median(seen), sum(not count for count in seen))
 
 
 def picture(run: Mapping[str, Any]) -> bytes:
@@ -69,6 +106,12 @@ def _heat(run: Mapping[str, Any]) -> Any:
     return heat_maps(found.blocks, found.linears, found.error, found.against_rtn)
 
 
+def _coverage(run: Mapping[str, Any]) -> Any:
+    blocks = [int(found[1]) if (found := re.search(r"\.(\d+)\.", layer["name"])) else index
+              for index, layer in enumerate(run["experts"])]  # fmt: skip
+    return coverage(blocks, [layer["tokens"] for layer in run["experts"]])
+
+
 def _bars(run: Mapping[str, Any]) -> Any:
     columns = [[block[key] for block in run["blocks"]] for key in ("index", "seconds", "host_bytes", "device_bytes")]
     return bars(*columns)
@@ -88,13 +131,6 @@ def _mean(layers: Sequence[Mapping[str, Any]], key: str) -> float | None:
 def _ratio(layers: Sequence[Mapping[str, Any]]) -> float | None:
     mine, rtn = _mean(layers, "relative_error"), _mean(layers, "rtn_relative_error")
     return mine / rtn if mine is not None and rtn else None
-
-
-def _size(n_bytes: float) -> str:
-    unit = 0
-    while n_bytes >= 999.5 and unit < len(UNITS) - 1:
-        n_bytes, unit = n_bytes / 1000, unit + 1
-    return f"{n_bytes:.3g} {UNITS[unit]}"
 
 
 def _clock(seconds: float) -> str:

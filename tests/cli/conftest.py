@@ -14,7 +14,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from gptq_cli.cli.app import app
+from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.targets import Verdict, settings_export, verdicts
+from gptq_cli.pipeline.eval_request import EvalRequest
 from gptq_cli.pipeline.events import (
     BlockFinished,
     BlockStarted,
@@ -60,10 +62,12 @@ def layer_report(index: int, name: str = "q_proj", error: float = 1e-4) -> Layer
     )
 
 
-def play(report: Report, n_blocks: int = 2) -> tuple[LayerReport, ...]:
+def play(report: Report, n_blocks: int = 2, config: QuantizeConfig | None = None) -> tuple[LayerReport, ...]:
     """The events of a small run, in order."""
     solved = []
-    report(RunPlanned("m", n_blocks, 2 * n_blocks, 1, 8_000_000, 2_500_000, 4.25))
+    judged = verdicts(settings_export(config)) if config else ()
+    target = config.target if config else None
+    report(RunPlanned("m", n_blocks, 2 * n_blocks, 1, 8_000_000, 2_500_000, 4.25, judged, target))
     report(PhaseStarted("calibration", "128 windows"))
     for index in range(n_blocks):
         report(BlockStarted(index, n_blocks, f"model.layers.{index}"))
@@ -85,7 +89,7 @@ class FakeQuantizer:
 
     def __call__(self, model: str, output: Path, config: Any, **rest: Any) -> Any:
         self.calls.append({"model": model, "output": output, "config": config, **rest})
-        layers = play(rest["report"])
+        layers = play(rest["report"], config=config)
         if self.error:
             raise self.error
         return FakeQuantized(output, layers, engines=verdicts(settings_export(config)))
@@ -113,23 +117,6 @@ def quantizer(monkeypatch: pytest.MonkeyPatch) -> FakeQuantizer:
     module.quantize_checkpoint = module.assist = fake  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "gptq_cli.pipeline.quantize", module)
     return fake
-
-
-@dataclass(frozen=True, slots=True)
-class EvalRequest:
-    dataset: str | None = None
-    dataset_config: str | None = None
-    dataset_split: str | None = None
-    text_column: str = "text"
-    seqlen: int | None = None
-    batch_size: int = 1
-    max_windows: int | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    backend: str | None = None
-    revision: str | None = None
-    trust_remote_code: bool = False
-    baseline: str | None = None
 
 
 @dataclass(frozen=True)
@@ -165,6 +152,6 @@ class FakeEvaluator:
 def evaluator(monkeypatch: pytest.MonkeyPatch) -> FakeEvaluator:
     fake = FakeEvaluator()
     module = ModuleType("gptq_cli.pipeline.evaluate")
-    module.evaluate_perplexity, module.EvalRequest = fake, EvalRequest  # type: ignore[attr-defined]
+    module.evaluate_perplexity = fake  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "gptq_cli.pipeline.evaluate", module)
     return fake

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from gptq_cli.cli.console import as_json_text, clock, size
+from gptq_cli.cli.console import as_json_text, clock, fitted, size
 
 
 @pytest.mark.parametrize(
@@ -27,3 +27,15 @@ def test_times_are_hours_minutes_seconds(seconds: float, text: str) -> None:
 def test_json_has_null_for_what_it_cannot_say() -> None:
     data = {"a": [math.nan, math.inf, 1.5], "b": {"c": (-math.inf, True)}}
     assert json.loads(as_json_text(data)) == {"a": [None, None, 1.5], "b": {"c": [None, True]}}
+
+
+def test_prose_is_broken_between_words_on_a_narrow_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = "NAME      what it is for, and /a/path/that/is/longer/than/the/terminal/is/wide"
+    monkeypatch.setenv("COLUMNS", "40")
+    assert fitted(line, 10) == line
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    shown = fitted(line, 10).splitlines()
+    assert shown[0] == "NAME      what it is for, and"
+    assert shown[1:] == [" " * 10 + "/a/path/that/is/longer/than/the/terminal/is/wide"]
+    monkeypatch.setenv("COLUMNS", "200")
+    assert fitted(line, 10) == line

@@ -19,12 +19,9 @@ def test_the_pipeline_takes_the_calls_that_the_command_line_makes() -> None:
 
 def test_requests_and_results_have_the_fields_that_the_command_line_uses() -> None:
     pairs = [
-        (conftest.EvalRequest, evaluate.EvalRequest),
         (conftest.FakeEvaluated, evaluate.EvalResult),
         (conftest.FakeQuantized, quantize.QuantizeResult),
     ]
     for fake, real in pairs:
         assert {item.name for item in dataclasses.fields(fake)} <= {item.name for item in dataclasses.fields(real)}
         assert hasattr(real, "to_json") == hasattr(fake, "to_json")
-    defaults = {item.name: item.default for item in dataclasses.fields(evaluate.EvalRequest)}
-    assert defaults == {item.name: item.default for item in dataclasses.fields(conftest.EvalRequest)}

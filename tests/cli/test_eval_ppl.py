@@ -7,7 +7,9 @@ import math
 
 import pytest
 
-from .conftest import EvalRequest, FakeEvaluated, FakeEvaluator, Run
+from gptq_cli.pipeline.eval_request import EvalRequest
+
+from .conftest import FakeEvaluated, FakeEvaluator, Run
 
 COMPARED = FakeEvaluated(perplexity=12.5, baseline_perplexity=12.25, kl=0.0123, top1_agreement=0.956)
 

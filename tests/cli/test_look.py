@@ -70,6 +70,15 @@ def test_compare_tells_the_worst_and_with_text_the_divergence(gptq: Run, pair: t
     found = json.loads(seen.stdout)["predictions"]
     assert found["kl"] > 0
     assert (found["windows"], found["seqlen"]) == (3, 64)
+    windows = json.loads(seen.stdout)["windows"]
+    assert [window["first_token"] for window in windows] == [0, 64, 128]
+    assert sum(window["kl"] for window in windows) / 3 == pytest.approx(found["kl"])
+    lines = gptq("compare", *pair, "--text", text, "--seqlen", "64", "--max-windows", "7").stdout.splitlines()
+    table = [line.split() for line in lines[lines.index("worst windows") + 2 :]]
+    divergences = [float(row[0]) for row in table]
+    assert len(table) == 5
+    assert divergences == sorted(divergences, reverse=True)
+    assert max(map(len, lines[lines.index("worst windows") :])) <= 80
     assert "block 3/3" in seen.stderr
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from gptq_cli.cli.quantize import quantize, seconds
-from gptq_cli.cli.said import default_name
+from gptq_cli.cli.quantize import quantize
 from gptq_cli.config.schema import QuantizeConfig
+from gptq_cli.pipeline.naming import default_name
+from gptq_cli.pipeline.time_limit import seconds
 
 from .conftest import FakeQuantized, FakeQuantizer, Run
 
@@ -28,7 +29,7 @@ def test_every_flag_reaches_its_field(gptq: Run, quantizer: FakeQuantizer, tmp_p
     result = gptq("quantize", "org/m", "-o", tmp_path / "out", "--revision", "v1", "--overwrite", *HOW, *EVERY_FLAG)
     assert result.exit_code == 0, result.stderr
     (call,) = quantizer.calls
-    del call["report"], call["team"], call["device"]
+    del call["report"], call["place"]
     assert call == {
         "model": "org/m",
         "output": tmp_path / "out",
@@ -106,6 +107,13 @@ def test_wrong_settings_stop_before_anything_is_loaded(
     assert quantizer.calls == []
 
 
+def test_a_dataset_that_is_not_there_stops_before_anything_is_loaded(gptq: Run, quantizer: FakeQuantizer) -> None:
+    result = gptq("quantize", "org/m", "-b", "4", "--dataset", "none.txt")
+    assert result.exit_code == 3
+    assert result.stderr.startswith("error[E_DATA_NOT_FOUND]: dataset `none.txt` does not exist\n\nhint: give a .txt")
+    assert quantizer.calls == []
+
+
 @pytest.mark.parametrize("model", ["./none", "/none", "~/none", "a/b/c", "none dir"])
 def test_a_wrong_path_stops_before_anything_is_loaded(model: str, gptq: Run, quantizer: FakeQuantizer) -> None:
     result = gptq("quantize", model, "-b", "4")
@@ -165,6 +173,9 @@ def test_outputs_are_named_as_published_checkpoints_are(tmp_path: Path) -> None:
     model.mkdir()
     config = QuantizeConfig(bits=8, group_size=-1)
     assert default_name(f"{model}/", config) == "Tiny-1B-GPTQ-Int8-channel"
+    (tmp_path / "Linked-2B").symlink_to(model)
+    assert default_name(str(tmp_path / "Linked-2B"), config) == "Linked-2B-GPTQ-Int8-channel"
+    assert default_name(str(model / ".."), config) == f"{tmp_path.name}-GPTQ-Int8-channel"
     assert default_name("hf://org/Big", QuantizeConfig(bits=4, group_size=64)) == "Big-GPTQ-Int4-g64"
 
 

@@ -36,7 +36,7 @@ def test_the_call_is_repeated_where_it_was_made_with_all_it_was_given(
     assert result.stdout == f"{tmp_path}/o\n"
     assert Path.cwd() == (tmp_path / "there" if there else tmp_path)
     (call,) = quantizer.calls
-    del call["report"], call["team"], call["device"]
+    del call["report"], call["place"]
     assert call == {
         "model": "org/m", "output": tmp_path / "o", "config": config, "revision": "abc", "overwrite": True,
         "resume": "auto", "max_seconds": 120, "allow_network_fs": False,

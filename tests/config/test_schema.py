@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from gptq_cli.config.fields import Accepts, LayerOverrides, size_in_bytes
 from gptq_cli.config.layer import LayerConfig
 from gptq_cli.config.presets import PRESETS
-from gptq_cli.config.schema import LayerOverrides, QuantizeConfig, size_in_bytes
+from gptq_cli.config.schema import QuantizeConfig
+from gptq_cli.errors import ConfigError
 
 
 def test_defaults_are_those_of_the_preset_balanced_and_of_optimum_beyond_it() -> None:
@@ -109,7 +111,7 @@ def test_only_what_was_said_or_derived_counts_as_set() -> None:
     ],
 )
 def test_contradictions_and_wrong_values_cannot_be_constructed(said: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError):
+    with pytest.raises(ConfigError):
         QuantizeConfig(**{"bits": 4, **said})
 
 
@@ -205,3 +207,12 @@ def test_gptq_and_every_other_preset_say_what_they_are() -> None:
         config = QuantizeConfig(bits=4, preset=preset)
         assert {key: getattr(config, key) for key in values} == values
         assert QuantizeConfig(bits=4, preset=preset, sym=False).base.signed_scales is False
+
+
+def test_every_field_says_what_it_accepts_and_refuses_in_those_words() -> None:
+    assert [name for name, info in QuantizeConfig.model_fields.items()
+            if not any(isinstance(item, Accepts) for item in info.metadata)] == []  # fmt: skip
+    for field in ("max_ram", "max_vram", "max_shard_size"):
+        with pytest.raises(ConfigError, match=f'{field} must be a size such as .*, got "lots"'):
+            QuantizeConfig(**{"bits": 4, field: "lots"})
+    assert QuantizeConfig(bits=4, max_ram="64GB", max_vram=10**9).max_ram_bytes == 64 * 10**9

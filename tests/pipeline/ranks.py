@@ -63,11 +63,11 @@ def member(
     if rank == dies:
         _doom(when)
     try:
-        with joining.joined("cpu", [], lambda _: os._exit(9)) as (ranks, device):
-            if ranks.leads:
-                quantize_checkpoint(str(model), output, settings, team=ranks, device=device, report=_doomed_report)
+        with joining.joined("cpu", [], lambda _: os._exit(9)) as place:
+            if place.team.leads:
+                quantize_checkpoint(str(model), output, settings, place=place, report=_doomed_report)
             else:
-                assist(str(model), settings, ranks, device)
+                assist(str(model), settings, place)
         answers.put((rank, done, None))
     except GptqError as error:
         answers.put((rank, done, f"{error.code}: {error}"))

@@ -72,6 +72,7 @@ def test_perplexity_of_a_full_precision_checkpoint_equals_a_direct_computation(f
     assert result.perplexity == pytest.approx(direct_perplexity(windows, logits), rel=1e-6)
     assert (result.windows, result.tokens) == (len(windows), windows.numel())
     assert result.windows > 10
+    assert result.per_window == ()
 
 
 @pytest.mark.parametrize(
@@ -102,6 +103,14 @@ def test_perplexity_kl_and_agreement_of_a_quantized_checkpoint_equal_a_direct_co
     assert result.top1_agreement == pytest.approx(float(same.double().mean()), abs=1e-9)
     assert 0 < result.kl < 1
     assert result.top1_agreement < 1
+    for index, window in enumerate(result.per_window):
+        assert window.first_token == index * SEQLEN
+        assert window.kl == pytest.approx(float((log_p[index].exp() * (log_p - log_q)[index]).sum(-1).mean()), rel=1e-4)
+        assert window.top1_agreement == pytest.approx(float(same[index].double().mean()), abs=1e-9)
+        one = slice(index, index + 1)
+        assert window.perplexity == pytest.approx(direct_perplexity(windows[one], got[one]), rel=1e-5)
+        assert window.baseline_perplexity == pytest.approx(direct_perplexity(windows[one], wanted[one]), rel=1e-5)
+    assert len(result.per_window) == len(windows) > 10
 
 
 def test_a_model_does_not_diverge_from_itself(tmp_path: Path) -> None:
@@ -189,7 +198,7 @@ def test_perplexity_over_chunks_of_positions_equals_one_piece() -> None:
     assert perplexity.value == pytest.approx(direct_perplexity(ids, logits.double()), rel=1e-6)
     p, q = logits[:, :-1].double().log_softmax(-1), (logits[:, :-1] * 0.9).double().log_softmax(-1)
     assert divergence.kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-5)
-    assert divergence.positions == 2 * 599
+    assert divergence.positions == [599, 599]
 
 
 def test_a_loss_that_is_not_a_number_stays_visible() -> None:

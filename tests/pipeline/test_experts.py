@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from gptq_cli.checkpoint.source import open_checkpoint
 from gptq_cli.config.schema import QuantizeConfig
+from gptq_cli.engine.hessian import HessianAccumulator
 from gptq_cli.errors import ConfigError, GateError, InputError
 from gptq_cli.models.experts import Routed
 from gptq_cli.pipeline.events import Event, Warned
@@ -217,6 +220,27 @@ def test_waiting_and_running_again_write_the_same_bytes(
     assert digest(waited) == digest(again) == digest(replayed)
 
 
+@pytest.mark.parametrize("true_sequential", [True, False])
+def test_hessians_of_experts_live_one_after_the_other(
+    true_sequential: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: WeakSet[HessianAccumulator] = WeakSet()
+    most = 0
+
+    class Counted(HessianAccumulator):
+        def __init__(self, *args: Any) -> None:
+            nonlocal most
+            super().__init__(*args)
+            alive.add(self)
+            most = max(most, len(alive))
+
+    monkeypatch.setattr("gptq_cli.pipeline.experts.HessianAccumulator", Counted)
+    model = save_mixture(tmp_path / "model", "qwen3_moe", num_hidden_layers=1, num_experts=12)
+    _, result = quantize(tmp_path, model, true_sequential=true_sequential, moe_uncovered="rtn", preset="gptq")
+    assert len(result.layers) == 4 + 3 * 12
+    assert most == (1 if true_sequential else 2)
+
+
 def test_without_true_sequential_down_proj_sees_what_the_unquantized_expert_gives(tmp_path: Path) -> None:
     model = save_mixture(tmp_path / "model", "qwen3_moe", num_hidden_layers=1)
     plain = {"preset": "gptq", "act_group_aware": False}
@@ -278,6 +302,23 @@ def test_rules_that_split_the_experts_of_a_layer_are_told(tmp_path: Path) -> Non
     assert [event.message for event in warned] == [
         "the experts of `model.layers.1.mlp.experts` differ in settings: not loaded by vllm, sglang"
     ]
+
+
+@pytest.mark.filterwarnings("ignore")  # what transformers says about its own models is not at stake
+def test_experts_with_biases_are_told_of(tmp_path: Path) -> None:
+    events: list[Event] = []
+    model = save_mixture(tmp_path / "model", "gpt_oss", num_hidden_layers=1)
+    quantize_checkpoint(str(model), tmp_path / "out", config(preset="fast"), report=events.append)
+    warned = [event for event in events if isinstance(event, Warned) and event.code == "W_ARCH_EXPERTS"]
+    assert [event.message for event in warned] == [
+        "the experts of `model.layers.0.mlp.experts` have biases: no engine is known to load them quantized, "
+        "`gptq eval-ppl` does"
+    ]
+    written = open_checkpoint(tmp_path / "out").tensors
+    assert {"model.layers.0.mlp.experts.gate_up_proj_bias", "model.layers.0.mlp.experts.4.up_proj.qweight"} < set(
+        written
+    )
+    assert not {"model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj"} & set(written)
 
 
 def test_a_checkpoint_that_lacks_an_expert_is_refused(tmp_path: Path) -> None:

@@ -35,17 +35,28 @@ def test_an_output_that_holds_something_is_refused_and_replaced_only_on_request(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
 
 
-def test_linears_that_blocks_share_are_refused_by_a_rule_that_keeps_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("leaves", "rule"),
+    [
+        ("qv", "-:(model.layers[.][0-9]+[.]self_attn.q_proj|model.layers[.][0-9]+[.]self_attn.v_proj)$"),
+        ("qkvo", "-:model.layers[.][0-9]+[.]self_attn."),
+        ("k", "-:(model.layers[.][0-9]+[.]self_attn.k_proj)$"),
+    ],
+)
+def test_linears_that_blocks_share_are_refused_with_a_rule_that_keeps_them(
+    leaves: str, rule: str, tmp_path: Path
+) -> None:
     model = save_model(tmp_path / "model")
-    shared = {f"model.layers.{block}.self_attn.{leaf}_proj" for block in (0, 1) for leaf in "qv"}
+    shared = {f"model.layers.{block}.self_attn.{leaf}_proj" for block in range(3) for leaf in leaves}
     with pytest.raises(InputError) as caught:
         check_shared(plan_run(model, config()), shared)
     assert (caught.value.code, caught.value.exit_code) == ("E_ARCH", 3)
-    first = "model.layers.0.self_attn.q_proj"
+    first = f"model.layers.0.self_attn.{min(leaves)}_proj"
     assert str(caught.value) == f"`{first}` is shared by several blocks, each of which would calibrate it for itself"
-    match = re.fullmatch(r"keep all 4 of them: --dynamic '(.*)'", caught.value.hint or "")
-    assert match
-    check_shared(plan_run(model, config(dynamic={match[1]: {}})), shared)
+    assert caught.value.hint == f"keep all {len(shared)} of them: --dynamic '{rule}'"
+    kept = plan_run(model, config(dynamic={rule: {}}))
+    check_shared(kept, shared)
+    assert {layer.name for layer in kept.kept} == shared
 
 
 @pytest.mark.parametrize(("rows", "share"), [(8, None), (30, "25%"), (200, "refused")])
@@ -102,7 +113,13 @@ def test_a_group_size_that_does_not_divide_names_every_kind_of_layer_at_once(tmp
     assert "does not divide the 96 input features: `model.layers.N.mlp.down_proj` (3 layers)" in problems[0].message
     with pytest.raises(ConfigError) as caught:
         quantize_checkpoint(str(model), tmp_path / "out", config(group_size=48))
-    assert len(caught.value.problems) == 6  # every kind but down_proj
+    problems = caught.value.problems
+    assert [problem.message.rpartition(" ")[0].rpartition(" ")[2] for problem in problems] == ["(15", "(3"]
+    named = re.findall(r"`model\.layers\.N\.\w+\.(\w+_proj)`", str(caught.value))
+    assert sorted(named) == ["gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]  # every kind but down_proj
+    rules = [(problem.hint or "").partition("--dynamic '")[2].rstrip("'") for problem in problems]
+    plan = plan_run(model, config(group_size=48, dynamic={rule: {} for rule in rules}))
+    assert {layer.name.rpartition(".")[2] for layer in plan.quantized} == {"down_proj"}
     assert not (tmp_path / "out").exists()
 
 

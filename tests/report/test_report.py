@@ -14,7 +14,8 @@ from gptq_cli.errors import InputError
 from gptq_cli.pipeline.events import ignore
 from gptq_cli.pipeline.quantize import quantize_checkpoint
 from gptq_cli.pipeline.report import BlockLog, check_report, save_report, write_page
-from gptq_cli.report.page import grids, render
+from gptq_cli.report.charts import NEVER
+from gptq_cli.report.page import experts_of, grids, render
 from tests.cli.conftest import layer_report, play
 from tests.families import save_model
 from tests.pipeline.runs import config
@@ -33,6 +34,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def data_of(directory: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((directory / "gptq_report.json").read_text())
     return found
+
+
+def stored(file: Path, content: object) -> Path:
+    file.write_text(json.dumps(content))
+    return file
 
 
 class Tags(HTMLParser):
@@ -111,6 +117,41 @@ def test_a_perplexity_is_shown_if_it_is_known(finished: Path, tmp_path: Path) ->
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
 
 
+def experts(tokens: list[list[int]]) -> list[dict[str, Any]]:
+    """What `quantize --json` says of mixtures, as far as the page reads it."""
+    return [{"name": f"model.layers.{2 * i + 1}.mlp.experts", "tokens": row} for i, row in enumerate(tokens)]
+
+
+def test_tokens_of_experts_are_counted_layer_by_layer_the_worst_first() -> None:
+    found = experts_of(experts([[5, 7, 9, 100], [1, 0, 0, 8], [0, 3, 4, 5]]))
+    assert [row.name.split(".")[2] for row in found.rows] == ["3", "5", "1"]
+    assert [(row.least, row.median, row.most, row.uncovered) for row in found.rows] == [
+        (0, 0.5, 8, 2),
+        (0, 3.5, 5, 1),
+        (5, 8.0, 100, 0),
+    ]
+    assert (found.count, found.least, found.median, found.uncovered) == (12, 0, 4.5, 3)
+
+
+def test_the_page_maps_tokens_of_experts_and_marks_those_without(finished: Path) -> None:
+    run = data_of(finished) | {"evaluation": None}
+    assert "Tokens of each expert" not in render(run)
+    page = render(run | {"experts": experts([[5, 7, 9], [1, 0, 8]])})
+    assert page.count("<svg") == 3
+    assert "6 experts, 0 tokens or more, median 6;" in page
+    assert "1 without a token</strong>, red in the map and rounded to nearest" in page
+    assert page.count(f"fill: {NEVER}") == 1  # one red cell
+    assert re.search(r"<tr><td>model\.layers\.3\.mlp\.experts</td><td>0</td><td>1</td><td>8</td><td>1</td>", page)
+    labels = re.findall(r"<text[^>]*>\s*([^<]*?)\s*</text>", page)
+    assert {"expert", "tokens", "3"} <= set(labels)
+    covered = render(run | {"experts": experts([[5, 7], [1, 2, 8]])})
+    assert "without a token" not in covered
+    assert NEVER not in covered
+    many = render(run | {"experts": experts([[0, *range(1, 128)] for _ in range(48)])})
+    assert len(many) - len(covered) < 300_000
+    assert NEVER not in many  # a picture then
+
+
 def test_the_same_run_gives_the_same_page(finished: Path, tmp_path: Path) -> None:
     first, second = (write_page(finished, tmp_path / name) for name in ("a.html", "b.html"))
     assert first.read_bytes() == second.read_bytes() == (finished / "gptq_report.html").read_bytes()
@@ -130,10 +171,15 @@ def test_what_is_no_report_is_refused(finished: Path, tmp_path: Path, monkeypatc
     (tmp_path / "gptq_report.json").write_text('{"report": 99}')
     with pytest.raises(InputError, match="not the data of a report of version 1"):
         write_page(tmp_path, tmp_path / "x.html")
-    (tmp_path / "e.json").write_text("{}")
-    with pytest.raises(InputError, match="not the result of an evaluation") as wrong:
-        write_page(finished, tmp_path / "x.html", evaluation=tmp_path / "e.json")
+    whole = {"perplexity": 2.5, "dataset": "c4", "windows": 3, "seqlen": 64, "dtype": "float32"}
+    write_page(finished, tmp_path / "fine.html", evaluation=stored(tmp_path / "e.json", whole))
+    for content in ({}, [], whole | {"windows": None}, whole | {"dataset": 1}, whole | {"baseline_perplexity": 2.0}):
+        with pytest.raises(InputError, match="not the result of an evaluation") as wrong:
+            write_page(finished, tmp_path / "x.html", evaluation=stored(tmp_path / "e.json", content))
     assert "gptq eval-ppl" in (wrong.value.hint or "")
+    with pytest.raises(InputError, match=r"there is no file `none\.json`") as nothing:
+        write_page(finished, tmp_path / "x.html", evaluation=Path("none.json"))
+    assert (nothing.value.code, nothing.value.hint) == ("E_REPORT", wrong.value.hint)
     assert not (tmp_path / "x.html").exists()
     monkeypatch.setattr("gptq_cli.pipeline.report.find_spec", lambda name: None if name == "matplotlib" else name)
     with pytest.raises(InputError, match="reports need matplotlib") as missing:

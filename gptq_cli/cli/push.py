@@ -1,0 +1,74 @@
+"""`gptq push`: a checkpoint and its model card to the Hub."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gptq_cli.cli import options as o
+from gptq_cli.cli.console import Console, size
+from gptq_cli.cli.progress import Progress
+
+if TYPE_CHECKING:
+    from gptq_cli.checkpoint.upload import Published
+    from gptq_cli.pipeline.push import Parcel
+
+
+def push(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="GPTQ checkpoint", show_default=False)],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="where to: NAMESPACE/NAME", show_default=False)],
+    base_model: Annotated[
+        str | None,
+        o.plain("--base-model", help="Hub id of what it was made from, if DIR does not say", metavar="ID"),
+    ] = None,
+    evaluation: Annotated[
+        Path | None, o.plain("--evaluation", help="result of gptq eval-ppl --json for the card", metavar="FILE")
+    ] = None,
+    card: Annotated[Path | None, o.plain("--card", help="README.md to send instead of the own", metavar="FILE")] = None,
+    public: Annotated[bool, o.plain("--public", help="let everybody read it; private if left out")] = False,
+    overwrite: Annotated[bool, o.plain("--overwrite", help="replace what the repository holds")] = False,
+    dry_run: Annotated[bool, o.plain("--dry-run", "-n", help="print the card and leave, without the network")] = False,
+    as_json: o.AsJson = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Send a checkpoint with a model card to the Hub.
+
+    DIR is verified first and stays as it is. Files go to a pull request, which
+    is compared with them and then merged: readers never see half a model.
+    Run it again if it ends early. Log in before: hf auth login.
+
+    Example: gptq push ./Qwen3-0.6B-GPTQ-Int4-g128 me/small --base-model Qwen/Qwen3-0.6B --dry-run
+    """
+    console = Console(as_json, quiet)
+    from gptq_cli.pipeline.push import prepare_push, push_parcel
+
+    with Progress(console) as progress:
+        parcel = prepare_push(directory, repo, base_model=base_model, evaluation=evaluation, card=card, report=progress)
+    if dry_run:
+        return console.result({"repo": repo, "files": parcel.sizes, "card": parcel.card}, parcel.card, parcel.card)
+    bars = not (as_json or quiet) and sys.stderr is not None and sys.stderr.isatty()
+    done = push_parcel(parcel, public=public, overwrite=overwrite, progress=bars, report=Progress(console))
+    return console.result(_data(parcel, done, public), _text(parcel, done, public), done.url)
+
+
+def _data(parcel: Parcel, done: Published, public: bool) -> dict[str, Any]:
+    return {
+        "repo": parcel.repo,
+        "url": done.url,
+        "commit": done.commit,
+        "pull_request": done.pull_request,
+        "private": not public,
+        "files": parcel.sizes,
+        "deleted": list(done.deleted),
+        "already_there": done.already_there,
+    }
+
+
+def _text(parcel: Parcel, done: Published, public: bool) -> str:
+    files = f"{len(parcel.files)} files, {size(sum(parcel.sizes.values()))}, {'public' if public else 'private'}"
+    how = "was there already" if done.already_there else f"merged from pull request {done.pull_request}"
+    lines = [done.url, f"files  {files}", f"main   {done.commit[:12]}, {how}"]
+    return "\n".join([*lines, *(f"gone   {name}" for name in done.deleted)])

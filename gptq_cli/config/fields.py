@@ -1,0 +1,108 @@
+"""The types that fields of a configuration have, each with what it accepts."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+from typing_extensions import TypedDict
+
+from gptq_cli.config.engines import TARGETS
+from gptq_cli.config.layer import DampMode, OnFault, ScaleSearch, Uncovered
+from gptq_cli.config.presets import PRESETS
+from gptq_cli.config.rules import flaw_of
+
+STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+SIZE_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+@dataclass(frozen=True, slots=True)
+class Accepts:
+    """The words of an error message for what a field accepts."""
+
+    text: str
+
+
+def size_in_bytes(size: int | str) -> int:
+    """Bytes in "5GB", "500 MiB" or a plain number; ValueError when it is not a positive size."""
+    match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,9})?) ?([A-Za-z]*)", str(size))
+    if not match or match[2].upper() not in SIZE_UNITS:
+        raise ValueError(f"not a size: {size!r}")
+    n_bytes = int(Decimal(match[1]) * SIZE_UNITS[match[2].upper()])
+    if n_bytes <= 0:
+        raise ValueError(f"not a positive size: {size!r}")
+    return n_bytes
+
+
+def _group_size(columns: int) -> int:
+    if columns == 0 or columns < -1:
+        raise ValueError("group_size")
+    return columns
+
+
+def _size(size: int | str) -> int | str:
+    size_in_bytes(size)
+    return size
+
+
+def _preset(name: str) -> str:
+    if name not in PRESETS:
+        raise ValueError("preset")
+    return name
+
+
+def _target(name: str | None) -> str | None:
+    if name not in (None, *TARGETS):
+        raise ValueError("target")
+    return name
+
+
+def _rule(rule: str) -> str:
+    if reason := flaw_of(rule):
+        raise PydanticCustomError("regex", "{reason}", {"reason": reason})
+    return rule
+
+
+TRUTH = Accepts("true or false")
+Bits = Annotated[Literal[2, 3, 4, 8], Accepts("2, 3, 4 or 8")]
+GroupSize = Annotated[
+    int, AfterValidator(_group_size), Accepts("a positive number of columns, or -1 for one group per row")
+]
+DampPercent = Annotated[float, Field(gt=0, lt=1), Accepts("a number strictly between 0 and 1")]
+Damping = Annotated[DampMode, Accepts("mean or diagonal")]
+Search = Annotated[ScaleSearch, Accepts("none, mse or activation")]
+Strength = Annotated[float, Field(ge=0, le=1), Accepts("a number from 0 to 1")]
+Sweeps = Annotated[int, Field(ge=0), Accepts("a whole number of 0 or more")]
+Size = Annotated[int | str, AfterValidator(_size), Accepts("a size such as 5GB or 500MiB, or a number of bytes")]
+Flag = Annotated[bool, TRUTH]
+Count = Annotated[int, Field(gt=0), Accepts("a whole number of 1 or more")]
+Text = Annotated[str, Field(min_length=1), Accepts("a text that is not empty")]
+Name = Annotated[Text | None, Accepts("a name or null")]
+Rule = Annotated[str, AfterValidator(_rule)]
+Preset = Annotated[str, AfterValidator(_preset), Accepts(" or ".join(PRESETS))]
+Target = Annotated[str | None, AfterValidator(_target), Accepts(", ".join(TARGETS) + " or null")]
+Experts = Annotated[Uncovered, Accepts("error, rtn or all-tokens")]
+Fault = Annotated[OnFault, Accepts("error or rtn")]
+
+
+class LayerOverrides(TypedDict, total=False):
+    """What a `+:` rule of `dynamic` may change."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+    bits: Bits
+    group_size: GroupSize
+    sym: Flag
+    desc_act: Flag
+    act_group_aware: Flag
+    static_groups: Flag
+    signed_scales: Flag
+    scale_search: Search
+    refine_sweeps: Sweeps
+    asymmetric_calibration: Strength
+    damp_mode: Damping
+    damp_percent: DampPercent

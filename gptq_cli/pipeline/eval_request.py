@@ -1,0 +1,46 @@
+"""What `evaluate_perplexity` is asked for; known without torch, so that a wrong request fails at once."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from gptq_cli.config.check import FIELDS, field_findings, refusal
+from gptq_cli.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class EvalRequest:
+    """What to evaluate on and how; the fields are the options of `gptq eval-ppl`.
+
+    `seqlen` None means 2048, or the model's positions if it has fewer; `backend` None means the one that the
+    configuration beside the checkpoint names, if it does. ConfigError if a value is not accepted.
+
+    >>> EvalRequest(dataset="heldout.txt", seqlen=512).batch_size
+    1
+    >>> EvalRequest(seqlen=0)
+    Traceback (most recent call last):
+        ...
+    gptq_cli.errors.ConfigError: seqlen must be a whole number of 1 or more, got 0
+    """
+
+    dataset: str | list[str] | None = None
+    dataset_config: str | None = None
+    dataset_split: str | None = None
+    text_column: str = "text"
+    seqlen: int | None = None
+    batch_size: int = 1
+    max_windows: int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    backend: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    baseline: str | None = None
+
+    def __post_init__(self) -> None:
+        said = {key: value for key, value in asdict(self).items() if key in FIELDS and value is not None}
+        if findings := [finding for finding in field_findings(said) if finding.code != "E_CFG_MISSING"]:
+            raise refusal(findings)
+        if self.max_windows is not None and self.max_windows < 1:
+            message = f"max_windows must be a whole number of 1 or more, got {self.max_windows}"
+            raise ConfigError("E_CFG_RANGE", message)

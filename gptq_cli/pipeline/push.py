@@ -1,0 +1,242 @@
+"""`gptq push`: a checkpoint that has been verified, with a model card, to a repository of the Hub. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gptq_cli.calibration.corpus import CORPORA, is_path
+from gptq_cli.checkpoint.manifest import CONFIG_FILE, MANIFEST, sealed
+from gptq_cli.checkpoint.source import CONFIG_NAMES, INDEX_NAME, Checkpoint, open_checkpoint, read_json
+from gptq_cli.checkpoint.upload import Published, publish
+from gptq_cli.checkpoint.verify import verify_checkpoint
+from gptq_cli.config.resolve import resolve
+from gptq_cli.config.targets import verdicts
+from gptq_cli.errors import ConfigError, GateError, InputError
+from gptq_cli.pipeline.events import PhaseStarted, Report, Warned, ignore
+from gptq_cli.pipeline.inspect import Inspection, inspect_checkpoint
+from gptq_cli.pipeline.report import DATA, PAGE, read_evaluation
+from gptq_cli.report.card import CardFacts, model_card
+
+CARD = "README.md"
+LOCAL = {DATA, PAGE, CARD}  # about the run, with times and paths; and the card of the source
+WORST = 10
+JUDGED = ("bits", "relative_error", "rtn_relative_error")
+MAX_CARD_BYTES = 1_000_000
+_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_YAML_BLOCK = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """What a push sends: the path in the repository of each file, with the file here or its bytes."""
+
+    repo: str
+    card: str
+    files: dict[str, Path | bytes]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file."""
+        return {
+            path: len(content) if isinstance(content, bytes) else content.stat().st_size
+            for path, content in self.files.items()
+        }
+
+
+def prepare_push(
+    directory: Path,
+    repo: str,
+    *,
+    base_model: str | None = None,
+    evaluation: Path | None = None,
+    card: Path | None = None,
+    report: Report = ignore,
+) -> Parcel:
+    """The checkpoint in `directory` as it will be sent to `repo` (NAMESPACE/NAME); nothing is written or sent.
+
+    The card is made of the checkpoint's own files, or is the file `card`. ConfigError E_CFG_RANGE for a name that the
+    Hub would refuse and E_CFG_MISSING if nobody says what the model was made from; InputError as opening does, E_REPORT
+    for an evaluation that is none; GateError E_VERIFY for a checkpoint with defects.
+    """
+    if "/" not in repo or not _ID.fullmatch(repo):
+        raise ConfigError("E_CFG_RANGE", f"REPO must be NAMESPACE/NAME, got {repo!r}", hint="for example me/my-model")
+    if base_model is not None and not _ID.fullmatch(base_model):
+        hint = "say what it is called on the Hub, for example Qwen/Qwen3-0.6B"
+        raise ConfigError("E_CFG_RANGE", f"--base-model must be the id of a Hub model, got {base_model!r}", hint=hint)
+    if not directory.is_dir():
+        hint = "give the directory of a GPTQ checkpoint on this machine"
+        raise InputError("E_MODEL_NOT_FOUND", f"`{directory}` is not a directory", hint=hint)
+    measured = read_evaluation(evaluation) if evaluation else None
+    checkpoint = open_checkpoint(directory)
+    found = inspect_checkpoint(checkpoint)
+    text = _read_card(card) if card else _card(checkpoint, found, repo, base_model, measured, report)
+    report(PhaseStarted("verify", f"{found.nbytes / 1e9:.3g} GB, every byte"))
+    _verify(directory)
+    return Parcel(repo, text, _contents(checkpoint, text))
+
+
+def push_parcel(parcel: Parcel, *, public: bool, overwrite: bool, progress: bool, report: Report = ignore) -> Published:
+    """Send it; raises as `publish` does."""
+
+    def say(phase: str, detail: str) -> None:
+        report(PhaseStarted(phase, detail))
+
+    return publish(parcel.repo, parcel.files, public=public, overwrite=overwrite, progress=progress, say=say)
+
+
+def _verify(directory: Path) -> None:
+    found = verify_checkpoint(directory, full=True)
+    if not found.ok:
+        hint = f"all of it: gptq verify {directory} --full"
+        count = len(found.defects)
+        message = f"`{directory}` has {count} defect{'s' if count > 1 else ''}, the first: {found.defects[0]}"
+        raise GateError("E_VERIFY", message, hint=hint)
+
+
+def _contents(checkpoint: Checkpoint, card: str) -> dict[str, Path | bytes]:
+    """Weights, settings and files beside them, the card, and a manifest that leaves the card to its editors."""
+    directory = checkpoint.directory
+    names = {tensor.file.name for tensor in checkpoint.tensors.values()}
+    names |= {name for name in (*CONFIG_NAMES, INDEX_NAME) if (directory / name).is_file()}
+    names |= {file.as_posix() for file in checkpoint.other_files()} - LOCAL
+    files: dict[str, Path | bytes] = {name: directory / name for name in sorted(names)}
+    if MANIFEST in files:
+        manifest = read_json(directory / MANIFEST)
+        _mapping(manifest, "files").pop(CARD, None)
+        files[MANIFEST] = (json.dumps(sealed(manifest), indent=2, ensure_ascii=False) + "\n").encode()
+    return files | {CARD: card.encode()}
+
+
+def _card(
+    checkpoint: Checkpoint,
+    found: Inspection,
+    repo: str,
+    base_model: str | None,
+    evaluation: Mapping[str, Any] | None,
+    report: Report,
+) -> str:
+    manifest = _manifest(checkpoint.directory)
+    origin = _mapping(manifest, "origin")
+    base = base_model or origin.get("model")
+    if not isinstance(base, str) or not _ID.fullmatch(base):
+        hint = "name the model on the Hub that it was made from: --base-model Qwen/Qwen3-0.6B"
+        message = f"`{checkpoint.directory}` does not say which model on the Hub it was made from"
+        raise ConfigError("E_CFG_MISSING", message, hint=hint)
+    settings = _settings(checkpoint.directory, report)
+    judged = verdicts(found.export) if found.export else ()
+    layers = [layer for layer in _rows(manifest, "layers") if _is_judged(layer)]
+    commit = origin.get("commit") if base == origin.get("model") else None
+    return model_card(
+        CardFacts(
+            repo=repo,
+            base_model=base,
+            commit=commit if isinstance(commit, str) and _COMMIT.fullmatch(commit) else None,
+            source_card=_front_matter(checkpoint.directory / CARD),
+            method=_method(found),
+            bits_per_weight=found.bits_per_weight or 0.0,
+            nbytes=found.nbytes,
+            versions={
+                key: value
+                for key, value in _mapping(_mapping(manifest, "identity"), "versions").items()
+                if isinstance(value, str)
+            },
+            settings=settings,
+            dataset=_hub_dataset(origin.get("dataset")),
+            worst=sorted(layers, key=lambda layer: -layer["relative_error"])[:WORST],
+            n_layers=len(layers),
+            uncovered=sum(len(layer.get("uncovered") or ()) for layer in _rows(manifest, "experts")),
+            readers=[(verdict.engine, verdict.outcome, verdict.reason) for verdict in judged],
+            evaluation=evaluation,
+            evaluation_dataset=_evaluation_dataset(evaluation),
+        )
+    )
+
+
+def _method(found: Inspection) -> dict[str, Any]:
+    """The settings most linears have."""
+    pairs = [(module.bits, module.group_size) for module in found.modules]
+    bits, group_size = max(pairs, key=pairs.count) if pairs else (0, 0)
+    return {
+        "bits": bits,
+        "group_size": group_size,
+        "sym": found.sym,
+        "desc_act": found.desc_act,
+        "format": found.format,
+    }
+
+
+def _manifest(directory: Path) -> dict[str, Any]:
+    content = read_json(directory / MANIFEST) if (directory / MANIFEST).is_file() else {}
+    return content if isinstance(content, dict) else {}
+
+
+def _mapping(content: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = content.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _rows(content: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
+    value = content.get(key)
+    return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
+
+
+def _is_judged(layer: Mapping[str, Any]) -> bool:
+    return "name" in layer and all(isinstance(layer.get(key), int | float) for key in JUDGED)
+
+
+def _settings(directory: Path, report: Report) -> dict[str, Any]:
+    """The configuration of the run, if it is one of ours; a path in it is told before it is published."""
+    if not (directory / CONFIG_FILE).is_file():
+        return {}
+    config = resolve({}, {}, directory / CONFIG_FILE).config
+    settings = {key: value for key, value in config.model_dump(mode="json").items() if value not in (None, {})}
+    if isinstance(config.dataset, list):
+        settings["dataset"] = f"{len(config.dataset)} texts"
+    elif config.dataset is not None and is_path(config.dataset):
+        settings["dataset"] = Path(config.dataset).name
+        says = f"{CONFIG_FILE} names the dataset by its path here, and is published: {config.dataset}"
+        report(Warned("W_PUSH_PATH", says))
+    return settings
+
+
+def _front_matter(file: Path) -> dict[str, Any]:
+    """What the card of the source says to the Hub; nothing if it cannot be read."""
+    if not file.is_file() or file.stat().st_size > MAX_CARD_BYTES:
+        return {}
+    found = _YAML_BLOCK.search(file.read_text(encoding="utf-8-sig", errors="replace"))
+    try:
+        # Texts and nothing else: `no` is a language here, and 1.10 a version.
+        content = yaml.load(found[1], Loader=yaml.BaseLoader) if found else {}
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _read_card(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ConfigError("E_CFG_FILE", f"cannot read the card `{file}`: {reason}") from None
+
+
+def _hub_dataset(name: object) -> str | None:
+    """The id of a Hub dataset that a run has read, also of one with a registered name."""
+    if not isinstance(name, str):
+        return None
+    known = CORPORA.get(name)
+    repo = known.repo if known else name
+    return repo if _ID.fullmatch(repo) else None
+
+
+def _evaluation_dataset(evaluation: Mapping[str, Any] | None) -> str | None:
+    published = evaluation is not None and evaluation.get("dataset_revision")
+    return _hub_dataset(evaluation.get("dataset")) if evaluation is not None and published else None

@@ -1,0 +1,376 @@
+"""`gptq push`: the real client of the Hub against a server on the loopback that keeps what it is sent."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from jsonschema import Draft202012Validator
+
+from gptq_cli.checkpoint.manifest import sealed
+from gptq_cli.checkpoint.verify import verify_checkpoint
+from tests.families import save_model, texts
+from tests.hub import Fault, Hub, Reply, serve
+from tests.hub_uploads import Uploads, blob_id, refusal
+from tests.pipeline.runs import digest, quantize
+
+from .conftest import Run
+
+SCHEMA = json.loads((Path(__file__).parents[2] / "gptq_cli" / "cli" / "output.schema.json").read_text(encoding="utf-8"))
+CANARY = "hf_" + "CanaryCanary0123456789abcdef"
+SOURCE_CARD = """---
+license: other
+license_name: ours
+license_link: LICENSE
+language: [en, no]
+base_model: a/b
+---
+# Source
+"""
+# The client reads its endpoint when it is imported: one process for all tests, a line of arguments in, a line out.
+CLIENT = """
+import json, sys
+from typer.testing import CliRunner
+from gptq_cli.cli.app import app
+for line in sys.stdin:
+    done = CliRunner().invoke(app, ["push", *json.loads(line)])
+    heavy = [name for name in ("torch", "transformers", "datasets") if name in sys.modules]
+    print(json.dumps([done.exit_code, done.stdout, done.stderr, heavy]), flush=True)
+"""
+
+
+@dataclass(frozen=True)
+class Done:
+    exit_code: int
+    stdout: str
+    stderr: str
+
+
+Push = Callable[..., Done]
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("push")
+    model = save_model(folder / "model", num_hidden_layers=2)
+    (model / "README.md").write_text(SOURCE_CARD)
+    (model / "LICENSE").write_text("be kind")
+    (folder / "text.txt").write_text(texts()[0])
+    made, _ = quantize(folder, model, dataset=str(folder / "text.txt"), max_shard_size="150KB")
+    (made / "gptq_report.json").write_text('{"command": "gptq quantize /secret/path"}')
+    return made
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Hub, subprocess.Popen[str]]]:
+    with serve({}, kind="model") as hub:
+        environment = hub.environment(tmp_path_factory.mktemp("home")) | {"HF_TOKEN": CANARY}
+        process = subprocess.Popen(
+            [sys.executable, "-c", CLIENT],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **environment},
+        )
+        yield hub, process
+        process.communicate(timeout=30)
+
+
+@pytest.fixture
+def hub(client: tuple[Hub, subprocess.Popen[str]]) -> Hub:
+    found = client[0]
+    found.repos, found.uploads = {}, Uploads()
+    found.requests.clear(), found.faults.clear(), found.tokens.clear()
+    return found
+
+
+@pytest.fixture
+def push(client: tuple[Hub, subprocess.Popen[str]], output: Path, hub: Hub) -> Push:
+    process = client[1]
+    assert hub.repos == {}
+
+    def run(*words: object, directory: Path = output, base: str | None = "org/tiny") -> Done:
+        named = ["--base-model", base] if base else []
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(json.dumps([str(directory), "me/tiny", *named, *map(str, words)]) + "\n")
+        process.stdin.flush()
+        code, stdout, stderr, heavy = json.loads(process.stdout.readline())
+        assert heavy == []
+        assert CANARY not in stdout + stderr
+        return Done(code, stdout, stderr)
+
+    return run
+
+
+def front_matter(card: bytes | str) -> dict[str, Any]:
+    text = card.decode() if isinstance(card, bytes) else card
+    found: dict[str, Any] = yaml.safe_load(text.split("---\n")[1])
+    return found
+
+
+def sent(hub: Hub, pattern: str) -> int:
+    return sum(pattern in request for request in hub.requests)
+
+
+def test_a_push_makes_a_private_repository_that_verifies_after_a_download(
+    push: Push, hub: Hub, output: Path, tmp_path: Path
+) -> None:
+    before = digest(output)
+    done = push("--json")
+    assert (done.exit_code, done.stderr.count("error")) == (0, 0), done.stderr
+    data = json.loads(done.stdout)
+    Draft202012Validator({"$defs": SCHEMA["$defs"], "$ref": "#/$defs/push"}).validate(data)
+    assert hub.uploads.private == {"me/tiny"}
+    assert data["commit"] == hub.commit("me/tiny")
+    files = dict(hub.repos["me/tiny"])
+    del files[".gitattributes"]
+    assert {path: len(content) for path, content in files.items()} == data["files"]
+    changed = {"README.md", "gptq_manifest.json"}
+    same = {path for path in before if files.get(path) == (output / path).read_bytes()}
+    assert same == set(before) - changed - {"gptq_report.json"}
+    assert len([path for path in files if path.endswith(".safetensors")]) >= 2
+    for path, content in files.items():
+        (tmp_path / path).write_bytes(content)
+    assert verify_checkpoint(tmp_path, full=True).ok
+    assert digest(output) == before
+    assert f"Bearer {CANARY}" in hub.tokens  # the client does send it
+    assert not any(b"/secret/path" in content or CANARY.encode() in content for content in files.values())
+
+
+def test_main_changes_once_by_a_merge_after_the_pull_request_was_compared(push: Push, hub: Hub) -> None:
+    assert push().exit_code == 0
+    order = [sent for sent in hub.requests if any(word in sent for word in ("/commit/", "refs%2Fpr%2F1", "/merge"))]
+    assert [request.split("/")[-1].split("?")[0] for request in order] == ["main", "refs%2Fpr%2F1", "merge"]
+    assert "create_pr=1" in order[0]
+
+
+def test_a_pull_request_that_is_a_draft_is_opened_and_merged(push: Push, hub: Hub) -> None:
+    hub.uploads.draft = True
+    assert push().exit_code == 0
+    assert [pull.status for pull in hub.uploads.pulls] == ["merged"]
+
+
+def test_what_is_there_already_is_not_sent_again(push: Push, hub: Hub) -> None:
+    assert push().exit_code == 0
+    state, asked = hub.commit("me/tiny"), len(hub.requests)
+    again = json.loads(push("--json").stdout)
+    assert (again["already_there"], again["pull_request"], again["commit"]) == (True, None, state)
+    assert not [request for request in hub.requests[asked:] if not request.startswith("GET ")]
+
+
+def test_an_upload_that_broke_off_sends_only_what_is_missing(push: Push, hub: Hub, output: Path) -> None:
+    shards = sorted(output.glob("*.safetensors"))
+    last = hashlib.sha256(shards[-1].read_bytes()).hexdigest()
+    hub.faults.append(Fault(f"PUT /lfs/{last}", Reply(403)))
+    broken = push()
+    assert (broken.exit_code, "error[E_PUSH]" in broken.stderr) == (3, True)
+    assert set(hub.repos["me/tiny"]) == {".gitattributes"}
+    hub.faults.clear()
+    hub.requests.clear()
+    assert push().exit_code == 0
+    assert [request for request in hub.requests if request.startswith("PUT")] == [f"PUT /lfs/{last}"]
+
+
+def test_a_pull_request_that_was_not_merged_is_gone_on_with(push: Push, hub: Hub) -> None:
+    hub.faults.append(Fault("/merge", Reply(500)))
+    broken = push()
+    assert (broken.exit_code, "error[E_HUB_NETWORK]" in broken.stderr) == (3, True)
+    assert "run the same command again" in broken.stderr
+    assert set(hub.repos["me/tiny"]) == {".gitattributes"}
+    hub.faults.clear()
+    hub.requests.clear()
+    assert json.loads(push("--json").stdout)["pull_request"] == 1
+    assert sent(hub, "/commit/") == 0
+
+
+def test_somebody_elses_pull_request_of_that_name_is_not_merged(push: Push, hub: Hub) -> None:
+    hub.faults.append(Fault("/merge", Reply(500)))
+    push()
+    hub.faults.clear()
+    hub.uploads.pulls[0].files["evil.py"] = b"import os"
+    assert json.loads(push("--json").stdout)["pull_request"] == 2
+    assert "evil.py" not in hub.repos["me/tiny"]
+
+
+def test_bytes_that_the_hub_garbles_are_never_merged(push: Push, hub: Hub) -> None:
+    hub.uploads.corrupt = "config.json"
+    done = push()
+    assert (done.exit_code, done.stdout) == (3, "")
+    assert "error[E_PUSH]: what the Hub holds at refs/pr/1 of model `me/tiny` is not what was sent" in done.stderr
+    assert set(hub.repos["me/tiny"]) == {".gitattributes"}
+
+
+def test_another_model_is_replaced_on_demand_and_its_weights_go(push: Push, hub: Hub) -> None:
+    old = {"model.safetensors": b"old", "config.json": b"{}", "picture.png": b"!", ".gitattributes": b""}
+    hub.repos = {"me/tiny": dict(old)}
+    hub.uploads.private.add("me/tiny")
+    refused = push()
+    assert (refused.exit_code, refused.stdout) == (6, "")
+    assert "error[E_OUT_EXISTS]: model `me/tiny` holds something else already: config.json, model" in refused.stderr
+    assert "--overwrite" in refused.stderr
+    assert hub.repos["me/tiny"] == old
+    done = push("--overwrite", "--json")
+    assert json.loads(done.stdout)["deleted"] == ["model.safetensors"]
+    assert hub.repos["me/tiny"]["picture.png"] == b"!"
+    assert "model.safetensors" not in hub.repos["me/tiny"]
+
+
+def test_privacy_is_what_was_said_or_the_push_is_refused(push: Push, hub: Hub) -> None:
+    hub.repos = {"me/tiny": {".gitattributes": b""}}
+    assert "is public already" in push().stderr
+    assert hub.repos["me/tiny"] == {".gitattributes": b""}
+    assert push("--public").exit_code == 0
+    hub.repos, hub.uploads.private = {}, set()
+    assert push("--public").exit_code == 0
+    assert hub.uploads.private == set()
+    hub.uploads.private.add("me/tiny")
+    refused = push("--public")
+    assert (refused.exit_code, "leave out --public" in refused.stderr) == (3, True)
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "message", "hint"),
+    [
+        (Fault("/api/repos/create", Reply(401)), "E_HUB_AUTH", "does not know who you are", "hf auth login"),
+        (Fault("/api/repos/create", Reply(403)), "E_PUSH", "the Hub refuses what is sent to", "may write there"),
+        (Fault("POST .*/commit/", Reply(413)), "E_PUSH", "refuses", "as it was"),
+        (Fault("/merge", Reply(409, b'{"error": "conflict"}')), "E_PUSH", "conflict", "same command again"),
+        (Fault("GET /api/models/me/tiny$", refusal(403, "GatedRepo")), "E_HUB_GATED", "is gated", "accept its terms"),
+        (Fault("/commit/", refusal(404, "RepoNotFound")), "E_HUB_NOT_FOUND", "is not on the Hub", "spelling"),
+        (Fault("/commit/", Reply(429)), "E_HUB_NETWORK", "429", "not sent twice"),
+    ],
+)  # fmt: skip
+def test_a_refusal_of_the_hub_has_its_code_hint_and_exit_code(
+    fault: Fault, code: str, message: str, hint: str, push: Push, hub: Hub
+) -> None:
+    hub.faults.append(fault)
+    done = push()
+    assert (done.exit_code, done.stdout) == (3, "")
+    lines = done.stderr.splitlines()
+    error = next(line for line in lines if line.startswith(f"error[{code}]: "))
+    assert message in error
+    assert "`me/tiny`" in error
+    assert hint in lines[-1]
+
+
+def test_a_damaged_checkpoint_is_not_sent(push: Push, hub: Hub, output: Path, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(output, tmp_path / "broken"))
+    (broken / "tokenizer.json").write_text("{}")
+    done = push(directory=broken)
+    assert (done.exit_code, hub.requests) == (4, [])
+    assert "error[E_VERIFY]" in done.stderr
+    assert "gptq verify" in done.stderr
+
+
+def test_the_card_says_where_the_model_comes_from_and_never_a_path(
+    push: Push, hub: Hub, output: Path, tmp_path: Path
+) -> None:
+    measured = {"perplexity": 12.3456, "baseline_perplexity": 11.5, "kl": 0.0123, "top1_agreement": 0.987,
+                "dataset": "wikitext2", "dataset_config": "wikitext-2-raw-v1", "dataset_split": "test",
+                "dataset_revision": "a" * 40, "windows": 3, "seqlen": 64, "dtype": "float32"}  # fmt: skip
+    (tmp_path / "ppl.json").write_text(json.dumps(measured))
+    assert push("--evaluation", tmp_path / "ppl.json").exit_code == 0
+    card = hub.repos["me/tiny"]["README.md"].decode()
+    data = front_matter(card)
+    assert (data["base_model"], data["base_model_relation"]) == ("org/tiny", "quantized")
+    assert (data["license"], data["license_name"], data["license_link"]) == ("other", "ours", "LICENSE")
+    assert (data["language"], data["pipeline_tag"]) == (["en", "no"], "text-generation")
+    result = data["model-index"][0]["results"][0]
+    assert result["dataset"]["type"] == "Salesforce/wikitext"
+    assert result["metrics"] == [{"type": "perplexity", "value": 12.3456}]
+    for words in ("| this checkpoint | 12.3456 |", "| before | 11.5000 |", "0.0123 nats", "98.70 %", "3 windows of 64"):
+        assert words in card
+    manifest = json.loads((output / "gptq_manifest.json").read_text())
+    assert set(manifest["origin"].values()) == {None}  # all of it lay here
+    worst = max(manifest["layers"], key=lambda layer: layer["relative_error"])
+    assert f"| `{worst['name']}` | 4 | {worst['relative_error']:.2e} |" in card
+    assert str(output.parent) not in card
+    assert "datasets" not in data
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"origin": 3, "identity": [], "layers": {}}, {"layers": [1, {}, {"name": "x"}], "experts": [{"uncovered": None}]}],
+)
+def test_a_manifest_that_says_nothing_of_use_gives_a_shorter_card(
+    change: dict[str, Any], push: Push, output: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(output, tmp_path / "copy"))
+    manifest = json.loads((copy / "gptq_manifest.json").read_text()) | change
+    (copy / "gptq_manifest.json").write_text(json.dumps(sealed(manifest)))
+    done = push("--dry-run", directory=copy)
+    assert done.exit_code == 0, done.stderr
+    assert "Worst layers" not in done.stdout
+    assert "gptq quantize org/tiny" in done.stdout
+
+
+def test_what_came_from_the_hub_needs_no_base_model(push: Push, hub: Hub, output: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(output, tmp_path / "copy"))
+    manifest = json.loads((copy / "gptq_manifest.json").read_text())
+    manifest["origin"] = {"model": "org/source", "commit": "b" * 40, "dataset": "wikitext2", "dataset_revision": "c"}
+    (copy / "gptq_manifest.json").write_text(json.dumps(sealed(manifest)))
+    assert push(directory=copy, base=None).exit_code == 0
+    card = hub.repos["me/tiny"]["README.md"].decode()
+    assert front_matter(card)["base_model"] == "org/source"
+    assert front_matter(card)["datasets"] == ["Salesforce/wikitext"]
+    assert f"gptq quantize org/source --revision {'b' * 40} --config gptq_config.yaml" in card
+
+
+def test_a_dry_run_prints_the_card_that_can_be_edited_and_sent(push: Push, hub: Hub, tmp_path: Path) -> None:
+    printed = push("--dry-run")
+    assert (printed.exit_code, hub.requests) == (0, [])
+    assert "warning[W_PUSH_PATH]" in printed.stderr
+    (tmp_path / "card.md").write_text(printed.stdout + "\nMine.\n")
+    assert push("--card", tmp_path / "card.md").exit_code == 0
+    assert blob_id(hub.repos["me/tiny"]["README.md"]) == blob_id((tmp_path / "card.md").read_bytes())
+
+
+def test_a_checkpoint_of_another_tool_gets_a_card_of_what_is_known(
+    push: Push, hub: Hub, output: Path, tmp_path: Path
+) -> None:
+    foreign = Path(shutil.copytree(output, tmp_path / "foreign"))
+    for name in ("gptq_manifest.json", "gptq_config.yaml", "README.md", "gptq_report.json"):
+        (foreign / name).unlink()
+    assert push(directory=foreign).exit_code == 0
+    card = hub.repos["me/tiny"]["README.md"].decode()
+    assert "org/tiny, quantized to 4 bits with GPTQ." in card
+    assert "| format | gptq, 4 bits, group size 32, symmetric |" in card
+    assert not [words for words in ("gptq quantize", "Worst layers", "Versions", "license") if words in card]
+
+
+def test_offline_mode_sends_nothing_and_says_so(gptq: Run, output: Path) -> None:
+    done = gptq("push", output, "me/tiny", "--base-model", "org/tiny")  # these tests run in offline mode
+    assert (done.exit_code, done.stdout) == (3, "")
+    assert "error[E_HUB_OFFLINE]: model `me/tiny` cannot be reached: offline mode is on" in done.stderr
+    assert "unset HF_HUB_OFFLINE" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "base", "exit_code", "message", "hint"),
+    [
+        ([], None, 2, "error[E_CFG_MISSING]", "--base-model Qwen/Qwen3-0.6B"),
+        ([], "./model", 2, "--base-model must be the id of a Hub model, got './model'", "called on the Hub"),
+        ([], "/abs/path", 2, "error[E_CFG_RANGE]", "called on the Hub"),
+        (["--card", "none.md"], "org/tiny", 2, "error[E_CFG_FILE]: cannot read the card `none.md`: No such file", ""),
+        (["--evaluation", "none.json"], "org/tiny", 3, "error[E_REPORT]: there is no file `none.json`", "eval-ppl"),
+    ],
+)
+def test_what_cannot_be_pushed_is_said_before_anything_is_sent(
+    words: list[str], base: str | None, exit_code: int, message: str, hint: str, push: Push, hub: Hub
+) -> None:
+    done = push(*words, base=base)
+    assert (done.exit_code, done.stdout, hub.requests) == (exit_code, "", [])
+    assert message in done.stderr
+    assert hint in done.stderr
+    assert len(done.stderr.splitlines()) <= 4

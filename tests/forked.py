@@ -1,0 +1,77 @@
+"""`gptq` as a command that starts at once: a process that has loaded everything forks for each call.
+
+    python tests/forked.py serve SOCKET        prints a line when it is ready
+    python tests/forked.py call SOCKET ...     is `gptq ...`: its directory, variables, streams and exit code
+
+Scripts that call the program several times are tried with it in a fraction of the time that imports take.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+
+
+def serve(path: str) -> None:
+    """Run the program for each connection, one after the other, for as long as this process lives."""
+    import datasets  # noqa: F401
+    import torch
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    import gptq_cli.pipeline.evaluate
+    import gptq_cli.pipeline.quantize  # noqa: F401
+
+    torch.set_num_threads(1)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path)
+    listener.listen()
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
+    while True:
+        connection, _ = listener.accept()
+        message, streams, _, _ = socket.recv_fds(connection, 2**20, 3)
+        child = os.fork()
+        if not child:
+            _become(json.loads(message), streams)
+        for stream in streams:
+            os.close(stream)
+        _, status = os.waitpid(child, 0)
+        connection.sendall(str(os.waitstatus_to_exitcode(status)).encode())
+        connection.close()
+
+
+def call(path: str, words: list[str]) -> int:
+    """The exit code of `gptq` with `words`, here."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(path)
+        message = json.dumps({"words": words, "directory": str(Path.cwd()), "variables": dict(os.environ)})
+        socket.send_fds(connection, [message.encode()], [0, 1, 2])
+        return int(connection.recv(16))
+
+
+def _become(called: dict[str, object], streams: list[int]) -> None:
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+    os.chdir(str(called["directory"]))
+    os.environ.clear()
+    os.environ.update(called["variables"])  # type: ignore[call-overload]
+    sys.argv = ["gptq", *called["words"]]  # type: ignore[misc]
+    from gptq_cli.__main__ import main
+
+    try:
+        main()
+    except SystemExit as end:
+        sys.stdout.flush()
+        os._exit(end.code if isinstance(end.code, int) else 0)
+    finally:
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "serve":
+        serve(sys.argv[2])
+    else:
+        sys.exit(call(sys.argv[2], sys.argv[3:]))

@@ -1,0 +1,211 @@
+"""What the Hub on the loopback does with what is sent: repositories, large files, commits, pull requests, merges.
+
+The protocol is that of huggingface_hub's client with the LFS transfer; the Hub's own rules are kept where
+they matter: a pull request is of the state of `main` when it was opened, and changes nothing before it is merged.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+LARGE = ".safetensors"  # what the Hub keeps as large files
+API = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)/(?P<action>preupload|commit|discussions)(?:/(?P<rest>.*))?")
+BATCH = re.compile(r"/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch")
+TIME = "2026-11-20T00:00:00.000Z"
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What the server answers; with `cut` the connection closes after so many bytes of the body."""
+
+    status: int
+    body: bytes = b""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    cut: int | None = None
+
+
+@dataclass(slots=True)
+class Pull:
+    """A pull request; `files` are those of its branch."""
+
+    repo: str
+    number: int
+    title: str
+    files: dict[str, bytes]
+    status: str = "open"
+
+
+@dataclass(slots=True)
+class Uploads:
+    """The state that requests change beside `Hub.repos`; `draft` opens pull requests as drafts."""
+
+    private: set[str] = field(default_factory=set)
+    large: dict[str, bytes] = field(default_factory=dict)
+    pulls: list[Pull] = field(default_factory=list)
+    draft: bool = False
+    corrupt: str | None = None  # a file that commits garble
+
+    def files(self, repo: str, revision: str, main: Mapping[str, bytes]) -> Mapping[str, bytes]:
+        found = [pull for pull in self.pulls if pull.repo == repo and revision == f"refs/pr/{pull.number}"]
+        return found[0].files if found else main
+
+
+def answer(state: Uploads, repos: Any, url: str, method: str, target: str, body: bytes) -> Reply | None:
+    """The reply to a request that sends something or is about that; None for any other."""
+    parts = urlsplit(target)
+    if parts.path == "/api/repos/create":
+        return _create(state, repos, url, json.loads(body))
+    if parts.path == "/api/validate-yaml":
+        return json_reply({"errors": [], "warnings": []})
+    if BATCH.fullmatch(parts.path):
+        return _batch(state, url, json.loads(body))
+    if method == "PUT" and parts.path.startswith("/lfs/"):
+        return _store(state, parts.path.rpartition("/")[2], body)
+    match = API.fullmatch(parts.path)
+    if match is None or match["repo"] not in repos:
+        return None
+    if match["action"] == "preupload":
+        return _preupload(repos[match["repo"]], json.loads(body))
+    if match["action"] == "commit":
+        return _commit(state, repos, url, match["repo"], parse_qs(parts.query), body)
+    return _discussion(state, repos, match["repo"], match["rest"], parse_qs(parts.query))
+
+
+def commit_of(files: Mapping[str, bytes]) -> str:
+    """The 40 hex digits that name the state of a repository."""
+    digest = hashlib.sha1()
+    for path in sorted(files):
+        digest.update(path.encode() + b"\0" + files[path] + b"\0")
+    return digest.hexdigest()
+
+
+def blob_id(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def tree_entry(path: str, content: bytes) -> dict[str, Any]:
+    """A file as the API lists it."""
+    entry: dict[str, Any] = {"type": "file", "path": path, "oid": blob_id(content), "size": len(content)}
+    if path.endswith(LARGE):
+        entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
+    return entry
+
+
+def json_reply(value: Any) -> Reply:
+    return Reply(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+
+def refusal(status: int, code: str) -> Reply:
+    return Reply(status, headers={"X-Error-Code": code, "X-Error-Message": code})
+
+
+def _create(state: Uploads, repos: Any, url: str, asked: dict[str, Any]) -> Reply:
+    repo = f"{asked['organization']}/{asked['name']}"
+    if repo in repos:
+        return Reply(409, json.dumps({"url": f"{url}/{repo}"}).encode())
+    repos[repo] = {".gitattributes": b"*.safetensors filter=lfs\n"}
+    if asked.get("visibility") == "private":
+        state.private.add(repo)
+    return json_reply({"url": f"{url}/{repo}"})
+
+
+def _preupload(files: Mapping[str, bytes], asked: dict[str, Any]) -> Reply:
+    listed = [
+        {
+            "path": file["path"],
+            "uploadMode": "lfs" if file["path"].endswith(LARGE) else "regular",
+            "shouldIgnore": False,
+            "oid": blob_id(files[file["path"]]) if file["path"] in files else None,
+        }
+        for file in asked["files"]
+    ]
+    return json_reply({"files": listed})
+
+
+def _batch(state: Uploads, url: str, asked: dict[str, Any]) -> Reply:
+    objects = [
+        dict(item) if item["oid"] in state.large
+        else dict(item) | {"actions": {"upload": {"href": f"{url}/lfs/{item['oid']}"}}}
+        for item in asked["objects"]
+    ]  # fmt: skip
+    return json_reply({"transfer": "basic", "objects": objects})
+
+
+def _store(state: Uploads, oid: str, body: bytes) -> Reply:
+    if hashlib.sha256(body).hexdigest() != oid:
+        return Reply(400)
+    state.large[oid] = body
+    return Reply(200)
+
+
+def _commit(state: Uploads, repos: Any, url: str, repo: str, query: dict[str, list[str]], body: bytes) -> Reply:
+    files, title = dict(repos[repo]), ""
+    for item in map(json.loads, body.splitlines()):
+        value = item["value"]
+        if item["key"] == "header":
+            title = value["summary"]
+        elif item["key"] == "deletedFile":
+            del files[value["path"]]
+        elif item["key"] == "lfsFile":
+            files[value["path"]] = state.large[value["oid"]]
+        else:
+            files[value["path"]] = base64.b64decode(value["content"])
+    if state.corrupt in files:
+        files[str(state.corrupt)] += b"?"
+    assert "create_pr" in query, "nothing is committed to main"
+    pull = Pull(repo, len(state.pulls) + 1, title, files, "draft" if state.draft else "open")
+    state.pulls.append(pull)
+    commit = commit_of(files)
+    return json_reply(
+        {
+            "commitUrl": f"{url}/{repo}/commit/{commit}",
+            "commitOid": commit,
+            "pullRequestUrl": f"{url}/{repo}/discussions/{pull.number}",
+        }
+    )
+
+
+def _discussion(state: Uploads, repos: Any, repo: str, rest: str | None, query: dict[str, list[str]]) -> Reply:
+    pulls = [pull for pull in state.pulls if pull.repo == repo]
+    if rest is None:
+        listed = [_described(pull) for pull in pulls if pull.status in query.get("status", [pull.status])]
+        return json_reply({"discussions": listed, "count": len(listed), "start": 0})
+    number, _, action = rest.partition("/")
+    pull = next(pull for pull in pulls if pull.number == int(number))
+    if action == "merge":
+        if pull.status != "open":
+            return Reply(400, json.dumps({"error": "a draft cannot be merged"}).encode())
+        repos[repo], pull.status = pull.files, "merged"
+    elif action == "status":
+        pull.status = "open"
+    if action:
+        event = {
+            "id": "1",
+            "type": "status-change",
+            "createdAt": TIME,
+            "author": {"name": "me"},
+            "data": {"status": "open"},
+        }
+        return json_reply({"newStatus": event})
+    return json_reply(
+        _described(pull) | {"changes": {"base": "refs/heads/main"}, "filesWithConflicts": [], "events": []}
+    )
+
+
+def _described(pull: Pull) -> dict[str, Any]:
+    return {
+        "title": pull.title,
+        "num": pull.number,
+        "author": {"name": "me"},
+        "createdAt": TIME,
+        "status": pull.status,
+        "isPullRequest": True,
+        "repo": {"name": pull.repo, "type": "model"},
+    }

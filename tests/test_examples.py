@@ -1,0 +1,133 @@
+"""Every command that a document shows is run here, on small files under the names that readers know, or says what it
+needs that is not here: `<!-- needs: network -->` in the line above its block.
+"""
+
+from __future__ import annotations
+
+import doctest
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from gptq_cli.calibration import corpus
+from gptq_cli.cli.app import COMMANDS, app, load_command
+from tests.workspace import ROOT, SMALL, copy_workspace, make_workspace, supply
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FENCE = re.compile(r"(?:<!-- needs: (?P<needs>[^>]+) -->\n)?^```(?P<language>\w*)\n(?P<body>.*?)^```$", re.M | re.S)
+PROGRAMS = {"vLLM", "SGLang", "llama.cpp"}
+
+
+@dataclass(frozen=True)
+class Block:
+    page: Path
+    language: str
+    needs: str | None
+    body: str
+
+    @property
+    def commands(self) -> list[str]:
+        return self.body.replace("\\\n", " ").splitlines()
+
+
+def blocks(page: Path) -> list[Block]:
+    found = FENCE.finditer(page.read_text(encoding="utf-8"))
+    return [Block(page, block["language"], block["needs"], block["body"]) for block in found]
+
+
+def pages_with(language: str) -> list[Path]:
+    return [page for page in PAGES if any(block.language == language for block in blocks(page))]
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_workspace(tmp_path_factory.mktemp("files"))
+
+
+@pytest.fixture
+def here(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A reader's directory, and a text in place of the Hub's."""
+
+    def stand_in(request: object, column: str) -> tuple[list[str], str]:
+        del request, column
+        return (files / "heldout.txt").read_text(encoding="utf-8").split(";"), "0" * 40
+
+    monkeypatch.setattr(corpus, "open_column", stand_in)
+    monkeypatch.chdir(copy_workspace(files, tmp_path))
+    return tmp_path
+
+
+def run(command: str, files: Path) -> None:
+    """Run one line of a document and compare its exit code with what the line says.
+
+    Settings are small, if the command leaves them open, but for those with the demo model, which say all they need.
+    """
+    line, _, expected = command.partition("  # exit code ")
+    words, _, target = line.partition(" > ")
+    program, *arguments = shlex.split(words, comments=True)
+    assert program == "gptq", f"not a command of ours, mark what it needs: {command}"
+    outputs = {arguments[at + 1] for at, word in enumerate(arguments[:-1]) if word in ("-o", "--output")}
+    for word in arguments:
+        if word not in outputs and not Path(word).exists():
+            supply(files, word)
+    result = CliRunner().invoke(app, arguments, env={} if "scripts/demo" in command else SMALL)
+    allowed = {int(expected or 0)} | ({4} if "--max-increase" in arguments else set())  # a gate may close
+    assert result.exit_code in allowed, f"{command}\n{result.stdout}{result.stderr}"
+    if target:
+        Path(target.strip()).write_text(result.stdout, encoding="utf-8")
+
+
+def commands(page: Path) -> Iterator[str]:
+    for block in blocks(page):
+        if block.language == "bash" and block.needs is None:
+            yield from (line for line in block.commands if line and not line.startswith("#"))
+
+
+@pytest.mark.parametrize("page", pages_with("bash"), ids=name_of)
+@pytest.mark.usefixtures("here")
+def test_the_commands_of_a_page_run_in_their_order(page: Path, files: Path) -> None:
+    for command in commands(page):
+        run(command, files)
+
+
+@pytest.mark.usefixtures("here")
+def test_the_examples_of_help_run(files: Path) -> None:
+    for name in COMMANDS:
+        example = load_command(name).help.partition("Example: ")[2]
+        assert example, name
+        run(example.strip(), files)
+
+
+@pytest.mark.parametrize("page", pages_with("pycon"), ids=name_of)
+@pytest.mark.usefixtures("here")
+def test_the_python_of_a_page_does_what_it_shows(page: Path) -> None:
+    text = "\n".join(block.body for block in blocks(page) if block.language == "pycon")
+    names: dict[str, Any] = {}
+    said: list[str] = []
+    test = doctest.DocTestParser().get_doctest(text, names, name_of(page), None, None)
+    failed, tried = doctest.DocTestRunner(verbose=False).run(test, out=said.append)
+    assert (failed, tried > 3) == (0, True), "".join(said)
+
+
+def test_commands_stand_in_blocks_that_are_run_and_needs_are_known() -> None:
+    every = [block for page in PAGES for block in blocks(page)]
+    hidden = [b for b in every if b.language not in ("bash", "text") and re.search(r"^\s*gptq ", b.body, re.M)]
+    assert [(name_of(block.page), block.body) for block in hidden] == []
+    needs = {need for block in every if block.needs for need in re.split(r", and |, ", block.needs)}
+    assert needs <= {"network", "gpu", "the repository"} | PROGRAMS
+    assert sum(block.language == "bash" and block.needs is None for block in every) > 20
+
+
+def test_every_command_is_shown_somewhere() -> None:
+    shown = {line.split()[1] for page in PAGES for line in commands(page)}
+    assert set(COMMANDS) <= shown

@@ -1,0 +1,174 @@
+"""`from gptq_cli import ...`: the command line's code under its names, quick to import, with examples that run."""
+
+from __future__ import annotations
+
+import dataclasses
+import doctest
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import gptq_cli
+from gptq_cli import EvalRequest, GptqError, QuantizeConfig, events, quantize
+from gptq_cli.cli.eval_ppl import eval_ppl
+from gptq_cli.cli.quantize import quantize as quantize_command
+from gptq_cli.config.schema import fill
+from tests.cli.conftest import Run, gptq  # noqa: F401
+from tests.pipeline.runs import digest
+from tests.workspace import (
+    MODEL,
+    QUANTIZED,
+    SETTINGS,
+    copy_workspace,
+    make_workspace,
+    stop_after_the_first_block,
+    supply,
+)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_workspace(tmp_path_factory.mktemp("api"))
+
+
+@pytest.fixture
+def workspace(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(copy_workspace(files, tmp_path))
+    supply(files, QUANTIZED)
+    return tmp_path
+
+
+def config() -> QuantizeConfig:
+    return QuantizeConfig(bits=4, **SETTINGS)
+
+
+def examples() -> list[doctest.DocTest]:
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    found = []
+    for name in gptq_cli.__all__:
+        public = getattr(gptq_cli, name)
+        if not inspect.ismodule(public):
+            found += finder.find(public, name, module=inspect.getmodule(public))
+    return [example for example in found if example.examples]
+
+
+@pytest.mark.parametrize("example", examples(), ids=lambda example: example.name)
+@pytest.mark.usefixtures("workspace")
+def test_the_examples_of_docstrings_do_what_they_show(example: doctest.DocTest) -> None:
+    said: list[str] = []
+    failed, tried = doctest.DocTestRunner(verbose=False).run(example, out=said.append)
+    assert not failed, "".join(said)
+    assert tried
+
+
+def test_functions_have_examples() -> None:
+    named = {example.name for example in examples()}
+    assert {"quantize", "evaluate_perplexity", "load_config", "QuantizeConfig", "EvalRequest"} <= named
+
+
+@pytest.mark.parametrize(
+    ("statement", "allowed"),
+    [("import gptq_cli", set()), ("from gptq_cli import QuantizeConfig, quantize, evaluate_perplexity", {"pydantic"})],
+)
+def test_importing_loads_nothing_heavy(statement: str, allowed: set[str]) -> None:
+    script = f"import sys, json; {statement}; print(json.dumps([*sys.modules]))"
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    heavy = {"torch", "transformers", "datasets", "safetensors", "typer", "rich", "pydantic"}
+    assert heavy & set(json.loads(found.stdout)) == allowed
+
+
+def test_every_public_name_is_there_and_no_other() -> None:
+    assert set(gptq_cli.__all__) <= set(dir(gptq_cli))
+    assert all(getattr(gptq_cli, name) is not None for name in gptq_cli.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'quantise'"):
+        gptq_cli.quantise  # noqa: B018
+    assert (Path(gptq_cli.__file__).parent / "py.typed").is_file()
+
+
+def test_arguments_have_the_names_of_the_options() -> None:
+    ours = set(inspect.signature(quantize).parameters) - {"on_event", "command"}
+    assert ours <= set(quantize_command.__annotations__)
+    asked = {field.name for field in dataclasses.fields(EvalRequest)}
+    assert set(eval_ppl.__annotations__) - asked == {
+        "model",
+        "max_increase",
+        "max_ppl",
+        "as_json",
+        "quiet",
+        "return",
+    }
+    assert asked <= set(eval_ppl.__annotations__)
+
+
+def test_python_and_the_command_line_write_the_same_bytes(workspace: Path, gptq: Run) -> None:  # noqa: F811
+    quantize(MODEL, config(), "from-python")
+    words = [f"--{key.replace('_', '-')}={value}" for key, value in SETTINGS.items()]
+    done = gptq("quantize", MODEL, "--bits", "4", "-o", "from-shell", *words)
+    assert done.exit_code == 0, done.stderr
+    assert digest(workspace / "from-python") == digest(workspace / "from-shell")
+
+
+def test_a_callback_that_raises_ends_the_run_and_the_same_call_goes_on(workspace: Path) -> None:
+    with pytest.raises(GptqError, match="one block is enough") as stopped:
+        quantize(MODEL, config(), "out", on_event=stop_after_the_first_block)
+    assert stopped.value.exit_code == 75
+    assert not (workspace / "out").exists()
+    seen: list[events.Event] = []
+    result = quantize(MODEL, config(), "out", on_event=seen.append)
+    assert result.resumed_blocks == 1
+    assert [event.index for event in seen if isinstance(event, events.BlockFinished)] == [1]
+
+
+def test_a_report_names_the_command(workspace: Path) -> None:
+    quantize(MODEL, config(), "out", report=True, command="my program")
+    assert "my program" in (workspace / "out" / "gptq_report.html").read_text(encoding="utf-8")
+
+
+def test_all_that_is_wrong_with_a_configuration_is_one_error_with_hints() -> None:
+    with pytest.raises(GptqError) as refused:
+        QuantizeConfig(bits=5, group_sise=64, dynamic={"+:x": {"bits": 7}})
+    said = [(problem.code, problem.message, problem.hint) for problem in refused.value.problems]
+    assert said == [
+        ("E_CFG_RANGE", "bits must be 2, 3, 4 or 8, got 5", None),
+        ("E_CFG_RANGE", "dynamic['+:x'].bits must be 2, 3, 4 or 8, got 7", None),
+        ("E_CFG_UNKNOWN_KEY", "group_sise is not a known key", "did you mean group_size?"),
+    ]
+    with pytest.raises(GptqError, match="signed_scales and sym exclude each other") as refused:
+        QuantizeConfig(bits=4, signed_scales=True, sym=False)
+    assert refused.value.hint == "set signed_scales to false, or leave it out: an asymmetric grid has no larger end"
+    assert refused.value.exit_code == 2
+
+
+def test_a_configuration_is_its_own_copy_and_derives_as_before() -> None:
+    whole = QuantizeConfig(bits=3, desc_act=True)
+    assert QuantizeConfig.model_validate(whole) is whole
+    assert QuantizeConfig(**whole.model_dump()) == whole
+    assert whole.act_group_aware is False
+    assert fill({"bits": 3, "desc_act": True})[0]["act_group_aware"] is False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ({"model": "./none"}, "E_MODEL_NOT_FOUND", "`./none` is not a directory"),
+        ({"resume": "always"}, "E_CFG_RANGE", "--resume must be auto, require or never, got 'always'"),
+        ({"max_runtime": "soon"}, "E_CFG_RANGE", "--max-runtime must be a time such as 3h30m"),
+        ({"output": MODEL}, "E_OUT_IS_INPUT", "is the model's own directory"),
+    ],
+)
+@pytest.mark.usefixtures("workspace")
+def test_wrong_arguments_are_refused(arguments: dict[str, str], code: str, message: str) -> None:
+    with pytest.raises(GptqError) as refused:
+        quantize(**({"model": MODEL, "config": config(), "output": "out"} | arguments))  # type: ignore[arg-type]
+    assert (refused.value.code, message in str(refused.value)) == (code, True)
+
+
+@pytest.mark.parametrize("said", [{"max_windows": 0}, {"seqlen": "64"}, {"device": "gpu"}, {"backend": "marlin"}])
+def test_wrong_requests_cannot_be_made(said: dict[str, object]) -> None:
+    with pytest.raises(GptqError, match=f"{next(iter(said))} must be") as refused:
+        EvalRequest(**said)  # type: ignore[arg-type]
+    assert refused.value.exit_code == 2

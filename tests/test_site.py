@@ -1,0 +1,97 @@
+"""The site builds without a warning, and its reference has all that the program has."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from gptq_cli import errors
+from gptq_cli.cli.app import COMMANDS
+from gptq_cli.cli.explain import explanations
+from gptq_cli.config.presets import PRESETS
+from gptq_cli.config.recipe import recipes
+from gptq_cli.config.schema import QuantizeConfig
+from gptq_cli.config.targets import ENGINES
+from tests.test_docs import options
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built site; mkdocs raises Abort where a link or a page of the navigation leads nowhere."""
+    from mkdocs.commands.build import build
+    from mkdocs.config import load_config
+
+    directory = tmp_path_factory.mktemp("site")
+    level = logging.getLogger("mkdocs").level
+    build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(directory), strict=True))
+    logging.getLogger("mkdocs").setLevel(level)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def docs_site() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("docs_site", ROOT / "scripts" / "docs_site.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_site_is_whole_and_fetches_nothing(site: Path) -> None:
+    pages = {str(page.relative_to(site)): page.read_text(encoding="utf-8") for page in site.rglob("*.html")}
+    assert {"index.html", "tutorial.html", "reference/cli.html", "benchmarks/index.html"} <= set(pages)
+    fetched = [
+        (name, at) for name, page in pages.items() for at in re.findall(r'(?:src|<link[^>]*href)="(http[^"]+)', page)
+    ]
+    assert fetched == []
+
+
+def test_equations_are_drawn(site: Path) -> None:
+    page = (site / "algorithm.html").read_text(encoding="utf-8")
+    source = (ROOT / "docs" / "algorithm.md").read_text(encoding="utf-8")
+    assert page.count("<math") == source.count(r"\(") + source.count(r"\[") > 30
+    assert not re.search(r"\\[(\[]", page)
+
+
+def test_the_reference_has_every_command_option_key_code_and_engine(docs_site: ModuleType) -> None:
+    pages = docs_site.pages()
+    cli, keys, codes = (pages[f"reference/{name}.md"] for name in ("cli", "configuration", "error-codes"))
+    assert [name for name in COMMANDS if f"## gptq {name}\n" not in cli] == []
+    assert [option for option in options() - {"--help"} if f"`{option}`" not in cli] == []
+    assert [key for key in QuantizeConfig.model_fields if f"| `{key}` |" not in keys] == []
+    assert [name for name in [*PRESETS, *recipes()] if name not in keys] == []
+    assert [code for code in explanations() if f"## {code}\n" not in codes] == []
+    assert [engine.name for engine in ENGINES if f"## {engine.name}\n" not in pages["reference/engines.md"]] == []
+
+
+def test_defaults_of_the_reference_are_those_of_the_default_preset(docs_site: ModuleType) -> None:
+    keys = docs_site.pages()["reference/configuration.md"]
+    assert '| `scale_search` | `"mse"` |' in keys
+    assert "| `refine_sweeps` | `4` |" in keys
+
+
+def test_exit_codes_of_the_reference_are_those_of_the_errors(docs_site: ModuleType) -> None:
+    documented = {int(code) for code in re.findall(r"^\| (\d+) \|", docs_site.exit_codes(), flags=re.MULTILINE)}
+    classes = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
+    assert {kind.exit_code for kind in classes} | {0, 130, 143} == documented
+
+
+def test_every_part_of_the_output_schema_and_every_decision_has_its_place(docs_site: ModuleType) -> None:
+    pages = docs_site.pages()
+    shown = pages["reference/json.md"]
+    assert [name for name in COMMANDS if name != "schema" and f"## {name}\n" not in shown] == []
+    parts = json.loads((ROOT / "gptq_cli" / "cli" / "output.schema.json").read_text(encoding="utf-8"))["$defs"]
+    fields = {field for part in parts.values() for field in part.get("properties", {})}
+    assert [field for field in sorted(fields) if f"| `{field}` |" not in shown] == []
+    assert "| `memory.cpu` | [memory_peak](#memory_peak) |" in shown
+    written = sorted(file.name for file in (ROOT / "docs" / "decisions").glob("*.md"))
+    assert re.findall(r"\]\((\d\S+\.md)\)", pages["decisions/index.md"]) == written

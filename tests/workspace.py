@@ -1,0 +1,68 @@
+"""The files that examples in documents speak of, tiny: what a reader has before typing the first command."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from gptq_cli.config.resolve import resolve
+from gptq_cli.config.schema import QuantizeConfig
+from gptq_cli.errors import PausedError
+from gptq_cli.pipeline.eval_request import EvalRequest
+from gptq_cli.pipeline.events import BlockFinished, Event
+from gptq_cli.pipeline.run import evaluate_perplexity, quantize
+from tests.families import save_model, texts
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL, QUANTIZED = "Qwen3-0.6B", "Qwen3-0.6B-GPTQ-Int4-g128"
+FILES = ("calibration.txt", "heldout.txt", "recipe.yaml", "ppl.json")
+SMALL = {"GPTQ_NSAMPLES": "4", "GPTQ_SEQLEN": "64", "GPTQ_BATCH_SIZE": "2", "GPTQ_DEVICE": "cpu"}
+SETTINGS = {"dataset": "calibration.txt", "nsamples": 4, "seqlen": 64, "batch_size": 2, "device": "cpu"}
+
+
+def make_workspace(directory: Path) -> Path:
+    """A model with two blocks, texts, a configuration, and what earlier commands have made of them."""
+    save_model(directory / MODEL, "qwen3", num_hidden_layers=2, hidden_size=128, intermediate_size=128)
+    for seed, name in enumerate(FILES[:2]):
+        (directory / name).write_text(texts(4000, seed)[0], encoding="utf-8")
+    (directory / "recipe.yaml").write_text("bits: 4\n", encoding="utf-8")
+    config = QuantizeConfig(bits=4, **(SETTINGS | {"dataset": str(directory / FILES[0])}))
+    quantize(directory / MODEL, config, directory / "made" / QUANTIZED, report=True)
+    request = EvalRequest(dataset=str(directory / FILES[1]), seqlen=64, max_windows=2)
+    found = evaluate_perplexity(directory / MODEL, request).to_json()
+    (directory / "ppl.json").write_text(json.dumps(found), encoding="utf-8")
+    return directory
+
+
+def copy_workspace(workspace: Path, directory: Path) -> Path:
+    """What a reader begins with, in another, empty directory."""
+    shutil.copytree(workspace / MODEL, directory / MODEL)
+    for name in FILES:
+        shutil.copy(workspace / name, directory)
+    (directory / "scripts").symlink_to(ROOT / "scripts")
+    return directory
+
+
+def supply(workspace: Path, word: str) -> None:
+    """What a command takes for granted under the name `word`, put here if it is not: a checkpoint, unfinished work."""
+    name = word.removeprefix("./")
+    if name.startswith(".") and name.endswith(".gptq-work"):
+        leave_unfinished(name.removeprefix(".").removesuffix(".gptq-work"))
+    elif name in (QUANTIZED, "out"):
+        shutil.copytree(workspace / "made" / QUANTIZED, name)
+
+
+def stop_after_the_first_block(event: Event) -> None:
+    if isinstance(event, BlockFinished):
+        raise PausedError("E_PAUSED", "one block is enough")
+
+
+def leave_unfinished(output: str) -> None:
+    """The work directory of a run into `output` that ended after one of two blocks."""
+    shutil.rmtree(output, ignore_errors=True)
+    try:
+        quantize(MODEL, resolve({"bits": 4}, SMALL).config, output, on_event=stop_after_the_first_block)
+    except PausedError:
+        return
+    raise AssertionError("the run was not stopped")
