@@ -157,9 +157,7 @@ def quantize_checkpoint(
                 work.publish(overwrite=overwrite)
             else:
                 team.told(NOTHING_TO_DO)
-                record.already_done = True
-                record.layers = [LayerReport(**layer, seconds=0.0) for layer in manifest["layers"]]
-                record.experts = [ExpertsCovered(**layer) for layer in manifest["experts"]]
+                record.take_over(manifest)
                 limit.check(record.layers)
     return _result(output, located, config, plan, windows, record, time.perf_counter() - started)
 

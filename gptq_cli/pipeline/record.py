@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from gptq_cli.pipeline.events import BlockFinished, Event, ExpertsCovered, LayerReport, LayerSolved, Report, Resumed
 
 
@@ -16,6 +19,12 @@ class Record:
         self.device_bytes = 0
         self.resumed_blocks = 0
         self.already_done = False
+
+    def take_over(self, manifest: Mapping[str, Any]) -> None:
+        """What an earlier call, which has finished the output of `manifest`, has recorded."""
+        self.already_done = True
+        self.layers = [LayerReport(**layer, seconds=0.0) for layer in manifest["layers"]]
+        self.experts = [ExpertsCovered(**layer) for layer in manifest["experts"]]
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, LayerSolved):
