@@ -12,6 +12,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from gptq_cli.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from gptq_cli.config.resolve import load_config
     from gptq_cli.config.schema import QuantizeConfig
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
     from gptq_cli.pipeline.quantize import QuantizeResult
     from gptq_cli.pipeline.run import evaluate_perplexity, quantize
 
-__version__ = "0.1.0"
 __all__ = [
     "EvalRequest",
     "EvalResult",

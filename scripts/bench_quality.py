@@ -22,13 +22,13 @@ from unittest.mock import patch
 import torch
 import transformers
 
-from gptq_cli import __version__
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.engine.output_error import output_energies
 from gptq_cli.engine.rtn import round_to_nearest
 from gptq_cli.engine.solve import Solution
 from gptq_cli.pipeline.evaluate import EvalRequest, evaluate_perplexity
 from gptq_cli.pipeline.quantize import quantize_checkpoint
+from gptq_cli.version import __version__
 
 SIGNED = {"static_groups": True, "signed_scales": True}
 DIAGONAL = {"damp_mode": "diagonal", "damp_percent": 0.05}

@@ -77,13 +77,13 @@ SEEN_ELSEWHERE = {
     67: ("tests/checkpoint/test_hub.py", "test_a_hub_that_cannot_be_reached_is_an_input_error"),
     68: ("tests/checkpoint/test_hub.py", "test_a_download_that_breaks_off_is_continued_by_the_same_command"),
     69: ("tests/checkpoint/test_hub.py", "test_a_hub_id_is_downloaded_at_one_commit_without_pickles"),
+    70: ("tests/cli/test_push.py", "test_a_refusal_of_the_hub_has_its_code_hint_and_exit_code"),
     72: ("tests/test_secrets.py", "test_only_files_of_the_model_itself_reach_the_output"),
     75: ("tests/test_secrets.py", "test_a_token_is_in_no_output_of_the_program"),
 }
 NOT_HERE = {
     22: "calibration reads texts, so a chat template is never applied",
     38: "needs a machine with a driver that does not fit",
-    70: "there is no command that pushes",
     77: "there are no evaluation tasks with code",
 }
 

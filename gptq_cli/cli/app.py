@@ -20,10 +20,10 @@ import typer
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
-from gptq_cli import __version__
 from gptq_cli.cli.console import Console, report_problems, talk, write, write_result
 from gptq_cli.cli.signals import name_of
 from gptq_cli.errors import GptqError, Problem, Stopped
+from gptq_cli.version import __version__
 
 # command -> what it does; the function of that name lives in the module of that name, with _ for -
 COMMANDS = {

@@ -12,8 +12,8 @@ from gptq_cli.cli.console import Console
 from gptq_cli.cli.plan_view import show_plan
 from gptq_cli.cli.quantize import quantize
 from gptq_cli.cli.said import said_fields
-from gptq_cli.config.check import FIELDS
 from gptq_cli.config.resolve import resolve
+from gptq_cli.config.schema import FIELDS
 
 SHARED = {*FIELDS, "model", "output", "revision", "config", "as_json", "quiet"}
 Devices = Annotated[

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gptq_cli.config.check import FIELDS
 from gptq_cli.config.rules import parse_rule
+from gptq_cli.config.schema import FIELDS
 from gptq_cli.errors import ConfigError
 
 

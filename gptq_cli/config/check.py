@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from gptq_cli.config.engines import TARGETS
 from gptq_cli.config.fields import Accepts, LayerOverrides
 from gptq_cli.config.finding import Finding, KeyPath, name_of, nearest, shown
 from gptq_cli.config.presets import PRESETS
-from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import ConfigError, Problem
 
 NAMES = {"preset": tuple(PRESETS), "target": TARGETS}
-FIELDS = tuple(QuantizeConfig.model_fields)
 OUT_OF_RANGE = {
     "greater_than",
     "greater_than_equal",
@@ -30,21 +28,10 @@ OUT_OF_RANGE = {
 }
 
 
-def field_findings(values: Mapping[str, Any]) -> list[Finding]:
-    """Everything that the schema has against single `values`, a missing field included, conflicts between them not."""
-    try:
-        QuantizeConfig.model_validate(dict(values))
-    except ConfigError as refused:
-        if isinstance(refused.__cause__, ValidationError):
-            return findings_of(refused.__cause__, values)
-        raise
-    return []
-
-
-def findings_of(error: ValidationError, values: Mapping[str, Any]) -> list[Finding]:
-    """What pydantic has against single `values`, conflicts between them not."""
+def findings_of(error: ValidationError, values: Mapping[str, Any], model: type[BaseModel]) -> list[Finding]:
+    """What pydantic has against single `values` of a `model`, conflicts between them not."""
     details = [detail for detail in error.errors(include_url=False) if detail["type"] != "conflict"]
-    return _deepest([_finding(detail, values) for detail in details])
+    return _deepest([_finding(detail, values, model) for detail in details])
 
 
 def refusal(findings: Sequence[Finding]) -> ConfigError:
@@ -61,7 +48,7 @@ def _deepest(findings: list[Finding]) -> list[Finding]:
     return [finding for (path, _), finding in reversed(once.items()) if path not in deep]
 
 
-def _finding(detail: ErrorDetails, values: Mapping[str, Any]) -> Finding:
+def _finding(detail: ErrorDetails, values: Mapping[str, Any], model: type[BaseModel]) -> Finding:
     path = _path(detail["loc"])
     value = path[-1] if detail["loc"][-1] == "[key]" else value_at(values, path)
     kind = detail["type"]
@@ -69,14 +56,14 @@ def _finding(detail: ErrorDetails, values: Mapping[str, Any]) -> Finding:
         hint = "4 is the usual choice" if path == ("bits",) else None
         return Finding((path,), "E_CFG_MISSING", "is required", hint)
     if kind == "extra_forbidden":
-        return _unknown(path)
+        return _unknown(path, model)
     if kind == "regex":
         reason = detail["ctx"]["reason"]
         hint = "rules are regular expressions: write \\. for a dot and .* for anything"
         return Finding((path,), "E_CFG_REGEX", f"is not a regular expression: {reason}", hint)
     field = str(path[2] if len(path) > 2 and path[0] == "dynamic" else path[0])
-    predicate = f"must be {_accepted(path, field)}, got {shown(value)}{_item(path)}"
-    return Finding((path,), _code(detail, value), predicate, _hint(field, value))
+    predicate = f"must be {_accepted(path, field, model)}, got {shown(value)}{_item(path)}"
+    return Finding((path,), _code(detail, value), predicate, _hint(field, value, model))
 
 
 def _path(loc: tuple[str | int, ...]) -> KeyPath:
@@ -96,17 +83,17 @@ def value_at(values: Any, path: KeyPath) -> Any:
     return values
 
 
-def _unknown(path: KeyPath) -> Finding:
-    known = tuple(LayerOverrides.__annotations__) if len(path) > 1 else FIELDS
+def _unknown(path: KeyPath, model: type[BaseModel]) -> Finding:
+    known = tuple(LayerOverrides.__annotations__) if len(path) > 1 else tuple(model.model_fields)
     near = nearest(str(path[-1]), known)
     hint = f"did you mean {near}?" if near else "known are: " + ", ".join(known)
     return Finding((path,), "E_CFG_UNKNOWN_KEY", "is not a known key", hint)
 
 
-def _accepted(path: KeyPath, field: str) -> str:
+def _accepted(path: KeyPath, field: str, model: type[BaseModel]) -> str:
     if path[0] == "dynamic" and len(path) == 2:
         return "a text" if not isinstance(path[1], str) else "a mapping of settings such as {bits: 8}"
-    metadata = QuantizeConfig.model_fields[field].metadata
+    metadata = model.model_fields[field].metadata
     return next(item.text for item in metadata if isinstance(item, Accepts))
 
 
@@ -124,8 +111,8 @@ def _code(detail: ErrorDetails, value: object) -> str:
     return "E_CFG_RANGE" if detail["type"] in OUT_OF_RANGE else "E_CFG_TYPE"
 
 
-def _hint(field: str, value: object) -> str | None:
-    annotation = QuantizeConfig.model_fields[field].annotation
+def _hint(field: str, value: object, model: type[BaseModel]) -> str | None:
+    annotation = model.model_fields[field].annotation
     if annotation is bool:
         return _hint_for_truth(value)
     if field == "group_size" and value == 0:
@@ -133,7 +120,7 @@ def _hint(field: str, value: object) -> str | None:
     if field == "damp_percent" and not isinstance(value, str):
         return "typical values are 0.01 to 0.1"
     if isinstance(value, str):
-        return _hint_for_text(field, value)
+        return _hint_for_text(field, value, model)
     return None
 
 
@@ -144,19 +131,19 @@ def _hint_for_truth(value: object) -> str | None:
     return "write false, without quotes" if word in {"no", "off", "n", "0", "false"} else None
 
 
-def _hint_for_text(field: str, value: str) -> str | None:
+def _hint_for_text(field: str, value: str, model: type[BaseModel]) -> str | None:
     try:
         float(value)
     except ValueError:
-        choices = _choices(field)
+        choices = _choices(field, model)
         near = nearest(value, choices) if choices else None
         return f"did you mean {near}?" if near else None
     return f"write {value.strip()} without quotes"
 
 
-def _choices(field: str) -> tuple[str, ...]:
+def _choices(field: str, model: type[BaseModel]) -> tuple[str, ...]:
     if field in NAMES:
         return NAMES[field]
-    schema = QuantizeConfig.model_json_schema()["properties"][field]
+    schema = model.model_json_schema()["properties"][field]
     options = [schema, *schema.get("anyOf", ())]
     return tuple(word for option in options for word in option.get("enum", ()) if isinstance(word, str))

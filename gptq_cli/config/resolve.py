@@ -13,11 +13,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from gptq_cli.config.check import FIELDS, field_findings
 from gptq_cli.config.finding import Finding, KeyPath, name_of, nearest
 from gptq_cli.config.optimum import adopt
 from gptq_cli.config.recipe import find_config
-from gptq_cli.config.schema import QuantizeConfig, conflicts, fill
+from gptq_cli.config.schema import FIELDS, QuantizeConfig, conflicts, field_findings, fill
 from gptq_cli.config.targets import settings_export, target_problems
 from gptq_cli.config.yaml_loader import Place, load, parse_scalar
 from gptq_cli.errors import ConfigError, Location, Problem

@@ -19,6 +19,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from gptq_cli.config.check import findings_of, refusal
 from gptq_cli.config.fields import (
     STRICT,
     Accepts,
@@ -46,6 +47,7 @@ from gptq_cli.config.finding import Finding, KeyPath, name_of
 from gptq_cli.config.layer import FaultPolicy, LayerConfig
 from gptq_cli.config.presets import DEFAULT_PRESET, PRESETS
 from gptq_cli.config.rules import LayerChoice, first_match, is_listed, keeps, pattern_of
+from gptq_cli.errors import ConfigError
 
 
 class QuantizeConfig(BaseModel):
@@ -177,9 +179,7 @@ class QuantizeConfig(BaseModel):
         try:
             return handler(values)
         except ValidationError as error:
-            from gptq_cli.config.check import findings_of, refusal
-
-            raise refusal(findings_of(error, values) or conflicts(fill(values)[0])) from error
+            raise refusal(findings_of(error, values, cls) or conflicts(fill(values)[0])) from error
 
     @property
     def max_shard_bytes(self) -> int:
@@ -239,6 +239,20 @@ class QuantizeConfig(BaseModel):
     def reaches(self, name_in_block: str) -> bool:
         """Whether `modules_in_block_to_quantize` leaves this linear of a block to be quantized."""
         return is_listed(self.modules_in_block_to_quantize, name_in_block)
+
+
+FIELDS = tuple(QuantizeConfig.model_fields)
+
+
+def field_findings(values: Mapping[str, Any]) -> list[Finding]:
+    """Everything that the schema has against single `values`, a missing field included, conflicts between them not."""
+    try:
+        QuantizeConfig.model_validate(dict(values))
+    except ConfigError as refused:
+        if isinstance(refused.__cause__, ValidationError):
+            return findings_of(refused.__cause__, values, QuantizeConfig)
+        raise
+    return []
 
 
 def _override(base: LayerConfig, overrides: LayerOverrides) -> LayerConfig:

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 import transformers
 
-from gptq_cli import __version__
 from gptq_cli.calibration.sampling import Windows
 from gptq_cli.checkpoint.durable import file_sha256
 from gptq_cli.checkpoint.source import INDEX_NAME, Checkpoint
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import InputError
 from gptq_cli.pipeline.team import Team
+from gptq_cli.version import __version__
 
 REVISION = 2  # of what is written: a release that writes other bytes, or keeps its work otherwise, counts it up
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptq_cli import __version__
 from gptq_cli.calibration.corpus import DatasetSource, Documents, load_documents
 from gptq_cli.calibration.sampling import Windows, calibration_windows, check_token_ids
 from gptq_cli.checkpoint.durable import write_file
@@ -52,6 +51,7 @@ from gptq_cli.pipeline.setup import (
 from gptq_cli.pipeline.solver import Keep
 from gptq_cli.pipeline.team import ALONE, Place, Team
 from gptq_cli.pipeline.time_limit import TimeLimit
+from gptq_cli.version import __version__
 
 NOTHING_TO_DO = torch.empty(0, 0, dtype=torch.long)  # instead of token ids
 

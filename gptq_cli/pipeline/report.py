@@ -9,11 +9,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from gptq_cli import __version__
 from gptq_cli.checkpoint.durable import write_file
 from gptq_cli.checkpoint.source import read_json
 from gptq_cli.errors import InputError
 from gptq_cli.pipeline.events import BlockFinished, Event, Report
+from gptq_cli.version import __version__
 
 DATA, PAGE = "gptq_report.json", "gptq_report.html"
 VERSION = 1

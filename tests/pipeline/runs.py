@@ -43,4 +43,4 @@ def calibration_ids(model: Path, settings: QuantizeConfig) -> Tensor:
     """The windows [nsamples, seqlen] that a run of `model` would be calibrated on."""
     source = open_checkpoint(model)
     stream = open_stream(source, device=CPU, dtype="float32", trust_remote_code=False)
-    return torch.as_tensor(pipeline._calibrate(source, settings, stream, ignore).ids)
+    return torch.as_tensor(pipeline._calibrate(source, settings, stream, ignore)[0].ids)
