@@ -183,13 +183,13 @@ def test_a_token_that_the_unquantized_model_sends_elsewhere_stands_for_itself() 
     ways[1][2].up_proj.weight.data.mul_(1.1)
     sent = [({0, 2}, {0, 1}), ({1}, {1}), ({0, 1, 2}, set())]  # of three tokens, to expert 2, on both ways, by batch
     inputs, pairs = RoutedInputs("experts", ways), []
-    for tokens in sent:
+    for number, tokens in enumerate(sent):
         batch = []
         for mine in tokens:
             hidden = torch.randn(4, 3, 32)
             hidden[2, sorted({0, 1, 2} - mine)] = 0
             batch.append(Routed(hidden.reshape(12, 32)))
-        inputs.add(*batch)
+        inputs.add(number, *batch)
         first, other = (routed.hidden.view(4, 3, 32)[2] for routed in batch)
         pairs += [(first[token], (other if token in tokens[1] else first)[token]) for token in sorted(tokens[0])]
     rows = inputs.rows()[2]
