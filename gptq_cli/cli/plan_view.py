@@ -15,8 +15,9 @@ from gptq_cli.config.targets import engine_data
 from gptq_cli.pipeline.estimate import Term, estimate_disk, estimate_memory, estimate_time, total
 from gptq_cli.pipeline.naming import default_name
 from gptq_cli.pipeline.overview import plan_rows
-from gptq_cli.pipeline.plan import RunPlan, plan_checkpoint
+from gptq_cli.pipeline.plan import plan_checkpoint
 from gptq_cli.pipeline.readers import judge_plan, remarks
+from gptq_cli.pipeline.run_plan import RunPlan
 
 
 def show_plan(

@@ -18,7 +18,7 @@ from gptq_cli.config.yaml_writer import to_yaml
 from gptq_cli.errors import InputError
 
 if TYPE_CHECKING:
-    from gptq_cli.pipeline.plan import LayerPlan, RunPlan
+    from gptq_cli.pipeline.run_plan import LayerPlan, RunPlan
 
 
 def validate_config(

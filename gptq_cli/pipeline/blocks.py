@@ -22,8 +22,8 @@ from gptq_cli.pipeline.events import BlockStarted, PhaseStarted, Report
 from gptq_cli.pipeline.experts import RoutedInputs, quantize_experts
 from gptq_cli.pipeline.memory import Memory, WaitingRoom, block_finished, give_back_freed_tensors
 from gptq_cli.pipeline.passage import Passage
-from gptq_cli.pipeline.plan import HEAD, LayerPlan, RunPlan
 from gptq_cli.pipeline.resume import FinishedBlocks
+from gptq_cli.pipeline.run_plan import HEAD, LayerPlan, RunPlan
 from gptq_cli.pipeline.solver import Keep, LayerSolver
 from gptq_cli.pipeline.team import ALONE, Team
 

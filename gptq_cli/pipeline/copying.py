@@ -5,7 +5,7 @@ from __future__ import annotations
 from gptq_cli.checkpoint.reader import open_reader
 from gptq_cli.checkpoint.writer import CheckpointWriter
 from gptq_cli.errors import InputError
-from gptq_cli.pipeline.plan import RunPlan
+from gptq_cli.pipeline.run_plan import RunPlan
 from gptq_cli.pipeline.setup import STORED_DTYPES
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from gptq_cli.config.rules import expert_part
-from gptq_cli.pipeline.plan import LayerPlan
+from gptq_cli.pipeline.run_plan import LayerPlan
 
 HESSIAN_SHARE = 9 / 16  # of a full product, as the Hessian is symmetric
 # Rows that one process solves at a time. Everybody cuts alike, so that products have the same shape, and the same bits,

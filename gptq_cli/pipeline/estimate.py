@@ -15,7 +15,7 @@ from gptq_cli.checkpoint.headers import BITS_OF_DTYPE
 from gptq_cli.config.rules import expert_part
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.pipeline.cost import HESSIAN_SHARE, Calibration, Seconds, estimate_seconds
-from gptq_cli.pipeline.plan import LayerPlan, RunPlan
+from gptq_cli.pipeline.run_plan import LayerPlan, RunPlan
 from gptq_cli.pipeline.windows import bounded_seqlen
 
 LIBRARIES = 320_000_000  # private memory of Python with torch and transformers at work, as measured on Linux

@@ -14,7 +14,7 @@ from gptq_cli.errors import GateError
 from gptq_cli.models.experts import Experts, Routed
 from gptq_cli.pipeline.cost import expert_cost
 from gptq_cli.pipeline.events import ExpertsCovered
-from gptq_cli.pipeline.plan import LayerPlan
+from gptq_cli.pipeline.run_plan import LayerPlan
 from gptq_cli.pipeline.solver import LayerSolver, Solved
 from gptq_cli.pipeline.team import ALONE
 

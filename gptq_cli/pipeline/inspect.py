@@ -21,7 +21,8 @@ from gptq_cli.config.engines import Export
 from gptq_cli.config.layer import LayerConfig
 from gptq_cli.config.targets import export_of
 from gptq_cli.pipeline.overview import Row, collapse, kind_of, other_rows, settings
-from gptq_cli.pipeline.readers import HEAD, has_narrow_experts
+from gptq_cli.pipeline.readers import has_narrow_experts
+from gptq_cli.pipeline.run_plan import HEAD
 
 FROM_CONFIG = ("model_type", "architectures", "transformers_version")
 FROM_RUN = ("preset", "dataset", "nsamples", "seqlen", "seed")

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
 from gptq_cli.checkpoint.headers import TensorInfo
-from gptq_cli.pipeline.plan import RunPlan
+from gptq_cli.pipeline.run_plan import RunPlan
 
 VECTORS = "norms, biases and other vectors"
 

@@ -5,115 +5,27 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from os.path import commonpath
 from pathlib import Path
 
 from gptq_cli.checkpoint.headers import BITS_OF_DTYPE, TensorInfo
-from gptq_cli.checkpoint.layout import Layout, TensorSpec, packed_specs, plan_layout
+from gptq_cli.checkpoint.layout import Layout, TensorSpec, plan_layout
 from gptq_cli.checkpoint.orientation import stores_transposed
 from gptq_cli.checkpoint.plain import Plain, plain_view
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from gptq_cli.config.layer import LayerConfig
-from gptq_cli.config.rules import split_experts, unmatched_rules
+from gptq_cli.config.rules import unmatched_rules
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import ConfigError, InputError, Problem
-from gptq_cli.pipeline.readers import HEAD as HEAD
 from gptq_cli.pipeline.readers import check_target
+from gptq_cli.pipeline.run_plan import HEAD, LayerPlan, RunPlan
 
 PACK_MULTIPLE = 32  # 32-bit words hold whole columns and whole rows of zero points
 _IN_LIST = re.compile(r"^(?P<list>.*?)\.(?P<index>\d+)\.(?P<inner>.+)\.weight$")
 
 
 Stacked = tuple[str, int, int]  # the tensor that holds a linear, out_features, in_features
-
-
-@dataclass(frozen=True, slots=True)
-class LayerPlan:
-    """One linear layer: `config` None means that it stays as it is, and `why` says for what reason.
-
-    `transposed`: the source stores its weight [I, O], as GPT-2 does; quantized it is [O, I] as every other. `stack` is
-    the source tensor that holds `weight` beside those of other experts; a tensor of its own it becomes here.
-    """
-
-    name: str
-    block: int
-    out_features: int
-    in_features: int
-    config: LayerConfig | None
-    why: str
-    weight: TensorInfo
-    transposed: bool = False
-    stack: str | None = None
-
-    @property
-    def stored(self) -> tuple[int, int, bool] | None:
-        """What readers see of the settings: bits, group_size, sym; None if the layer stays as it is."""
-        return (self.config.bits, self.config.group_size, self.config.sym) if self.config else None
-
-    @property
-    def groups(self) -> int:
-        assert self.config is not None
-        return self.in_features // self.config.columns_per_group(self.in_features)
-
-    def packed(self) -> tuple[TensorSpec, ...]:
-        """The tensors that replace this layer's weight."""
-        assert self.config is not None
-        return packed_specs(self.weight.name, self.out_features, self.in_features, self.groups, self.config.bits)
-
-
-@dataclass(frozen=True, slots=True)
-class RunPlan:
-    """Every linear of the blocks (and the head, if it is to be quantized), and where each output byte will go.
-
-    `plain` are the tensors that `source` stands for, which are its own unless it is stored in codes.
-    """
-
-    source: Checkpoint
-    plain: Plain
-    blocks: str
-    n_blocks: int
-    layers: tuple[LayerPlan, ...]
-    layout: Layout
-
-    @property
-    def quantized(self) -> tuple[LayerPlan, ...]:
-        return tuple(layer for layer in self.layers if layer.config is not None)
-
-    @property
-    def kept(self) -> tuple[LayerPlan, ...]:
-        return tuple(layer for layer in self.layers if layer.config is None)
-
-    @property
-    def n_steps(self) -> int:
-        """Blocks, and the head if it is quantized."""
-        return self.n_blocks + any(layer.name == HEAD for layer in self.quantized)
-
-    @property
-    def asymmetric(self) -> bool:
-        """Whether some layer is calibrated on what the unquantized model does as well."""
-        return any(layer.config and layer.config.asymmetric_calibration > 0 for layer in self.layers)
-
-    @property
-    def split_experts(self) -> list[str]:
-        """Experts of one layer, by the name they share, that readers do not see stored alike."""
-        return split_experts({layer.name: layer.stored for layer in self.layers})
-
-    @property
-    def copied(self) -> list[TensorInfo]:
-        """Tensors that are not quantized: bytes of the source, or weights `decoded` from what it stores."""
-        return [tensor for name, tensor in self.plain.tensors.items() if name in self.layout.specs]
-
-    @property
-    def decoded(self) -> list[TensorInfo]:
-        """Of `copied` those that the source stores in codes, which mean nothing in the output."""
-        return [tensor for tensor in self.copied if tensor.name in self.plain.parts]
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Stored bits of the quantized linears, scales and zero points included, per weight."""
-        stored = sum(spec.nbytes for layer in self.quantized for spec in layer.packed())
-        return 8 * stored / sum(layer.out_features * layer.in_features for layer in self.quantized)
 
 
 def plan_run(model_dir: Path, config: QuantizeConfig) -> RunPlan:

@@ -13,7 +13,8 @@ from gptq_cli.checkpoint.raw import count_not_finite
 from gptq_cli.checkpoint.work_directory import WorkDirectory, refuse_locked
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import ConfigError, ExistsError, InputError, ResourceError
-from gptq_cli.pipeline.plan import RunPlan, plan_run
+from gptq_cli.pipeline.plan import plan_run
+from gptq_cli.pipeline.run_plan import RunPlan
 
 
 def preflight(model: str, output: Path, config: QuantizeConfig, *, overwrite: bool) -> None:

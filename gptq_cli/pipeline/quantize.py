@@ -35,11 +35,12 @@ from gptq_cli.pipeline.events import ExpertsCovered, LayerReport, PhaseStarted, 
 from gptq_cli.pipeline.fallbacks import FallbackLimit
 from gptq_cli.pipeline.identity import Identity, check_agreement, identify, with_calibration
 from gptq_cli.pipeline.memory import Memory
-from gptq_cli.pipeline.plan import HEAD, LayerPlan, RunPlan, check_shared, plan_checkpoint
+from gptq_cli.pipeline.plan import check_shared, plan_checkpoint
 from gptq_cli.pipeline.preflight import check_disk, check_finite, check_output, preflight
 from gptq_cli.pipeline.readers import judge_plan, remarks
 from gptq_cli.pipeline.record import Record
 from gptq_cli.pipeline.resume import FinishedBlocks, SavedBlocks, check_resumable, finished_output, telling_what_is_kept
+from gptq_cli.pipeline.run_plan import HEAD, LayerPlan, RunPlan
 from gptq_cli.pipeline.setup import (
     CONFIG_FILE,
     bounded_seqlen,

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from gptq_cli.config.engines import ENGINES, LM_HEAD, SPLIT_EXPERTS, SPLIT_FUSED, Export, Trait
 from gptq_cli.config.rules import expert_part, split_groups
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.targets import Verdict, export_of, limits, target_problems, verdicts
 from gptq_cli.errors import ConfigError
+from gptq_cli.pipeline.run_plan import HEAD, LayerPlan, RunPlan
 
-if TYPE_CHECKING:
-    from gptq_cli.pipeline.plan import LayerPlan, RunPlan
-
-HEAD = "lm_head"
 MARLIN_WIDTH = 128  # of which the hidden size must be a multiple for the kernels that serve experts
 INTO_HIDDEN = {"down_proj", "w2"}  # linears of an expert whose outputs are hidden states
 

@@ -23,7 +23,7 @@ from gptq_cli.models.skeleton import place
 from gptq_cli.models.stream import ModelStream
 from gptq_cli.pipeline.cost import ROWS_OF_A_PART
 from gptq_cli.pipeline.events import Fallback, LayerReport, LayerSolved, LayerStarted, Report, Warned
-from gptq_cli.pipeline.plan import LayerPlan
+from gptq_cli.pipeline.run_plan import LayerPlan
 from gptq_cli.pipeline.team import ALONE, Team
 
 Keep = Callable[[LayerPlan, QuantizedLinear], None]

@@ -17,7 +17,8 @@ from gptq_cli.checkpoint.writer import CheckpointWriter, write_side_files
 from gptq_cli.config.layer import LayerConfig
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.engine.layer import QuantizedLinear
-from gptq_cli.pipeline.plan import RunPlan, plan_run
+from gptq_cli.pipeline.plan import plan_run
+from gptq_cli.pipeline.run_plan import RunPlan
 
 HIDDEN, INNER, BLOCKS, VOCABULARY = 64, 128, 2, 96
 LINEARS = {

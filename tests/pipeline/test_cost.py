@@ -12,7 +12,8 @@ from gptq_cli.config.layer import LayerConfig
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.pipeline.cost import Calibration, Rates, estimate_seconds, expert_cost, solve_cost
 from gptq_cli.pipeline.estimate import estimate_memory, total
-from gptq_cli.pipeline.plan import LayerPlan, plan_run
+from gptq_cli.pipeline.plan import plan_run
+from gptq_cli.pipeline.run_plan import LayerPlan
 from tests.families import save_model
 from tests.pipeline.runs import config
 from tests.pipeline.test_experts import save_mixture

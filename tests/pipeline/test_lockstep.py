@@ -23,8 +23,9 @@ from gptq_cli.pipeline.activations import HiddenStates
 from gptq_cli.pipeline.blocks import quantize_block
 from gptq_cli.pipeline.events import Event, Warned, ignore
 from gptq_cli.pipeline.memory import Memory, WaitingRoom, free_bytes, give_back_freed_tensors, host_bytes
-from gptq_cli.pipeline.plan import LayerPlan, plan_run
+from gptq_cli.pipeline.plan import plan_run
 from gptq_cli.pipeline.quantize import quantize_checkpoint
+from gptq_cli.pipeline.run_plan import LayerPlan
 from gptq_cli.pipeline.solver import LayerSolver
 from gptq_cli.pipeline.team import ALONE
 from tests.families import FAMILIES, save_model

@@ -16,7 +16,8 @@ from gptq_cli.engine.grid import ScaleRangeError
 from gptq_cli.engine.solve import Solution, solve, solve_together
 from gptq_cli.errors import InputError
 from gptq_cli.pipeline import solver
-from gptq_cli.pipeline.plan import LayerPlan, plan_checkpoint
+from gptq_cli.pipeline.plan import plan_checkpoint
+from gptq_cli.pipeline.run_plan import LayerPlan
 from gptq_cli.pipeline.solver import Rows, located, of_one_configuration, row_parts
 from tests.engine.samples import ORDERS, correlated_layer, layer_config
 from tests.families import save_model
