@@ -45,8 +45,9 @@ bench: $(READY) ## start-up times and memory against depth
 	$(BIN)/python scripts/bench_startup.py
 	$(BIN)/python scripts/bench_memory.py
 
-soak: $(READY) ## kill, starve and damage a thousand small runs: half an hour
+soak: $(READY) ## kill, starve, damage a thousand small runs, fuzz 400,000 inputs: about an hour
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/soak.py
+	$(BIN)/python scripts/fuzz.py --inputs 100000 --output docs/benchmarks/fuzz.json
 
 clean: ## remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
