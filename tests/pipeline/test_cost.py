@@ -46,6 +46,15 @@ def test_dense_work_is_shared_but_for_the_factor() -> None:
     assert four.total == pytest.approx(four.forward + four.hessian + four.factor + four.solve + four.network)
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_kept_layer_beside_a_quantized_one_costs_a_forward_alone(order: int) -> None:
+    quantized, kept = linear("a.gate_proj", 64, 12, PLAIN), linear("a.up_proj", 32, 12, None)
+    found = estimate_seconds([quantized, kept][::order], TEXT, 2, 0, ONE)
+    alone = estimate_seconds([quantized], TEXT, 2, 0, ONE)
+    assert found.forward == alone.forward + 32 * 12 * 100 / 2
+    assert replace(found, forward=0.0) == replace(alone, forward=0.0)
+
+
 def test_experts_see_their_share_of_the_tokens_and_are_shared_whole() -> None:
     layers = [linear(f"model.layers.0.mlp.experts.{n}.up_proj", 16, 12, PLAIN) for n in range(8)]
     one, four = (estimate_seconds(layers, TEXT, devices, 0, ONE) for devices in (1, 4))
