@@ -10,6 +10,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from gptq_cli.checkpoint.journal import digest
+from gptq_cli.checkpoint.manifest import read_manifest, write_manifest
 from gptq_cli.checkpoint.verify import verify_checkpoint
 from tests.checkpoint.gptq_files import SHARDS, gptq_files
 
@@ -68,3 +69,14 @@ def test_a_bit_that_flips_anywhere_in_the_manifest_is_a_defect(tmp_path: Path) -
         flipped = bytes([original[position] ^ 1 << position % 8])
         (directory / "gptq_manifest.json").write_bytes(original[:position] + flipped + original[position + 1 :])
         assert "E_CKPT_HASH" in {defect.code for defect in verify_checkpoint(directory).defects}
+
+
+def test_what_is_no_manifest_of_ours_is_none(tmp_path: Path) -> None:
+    write_manifest(tmp_path, {"identity": {"a": 1}})
+    known = read_manifest(tmp_path)
+    assert known is not None
+    assert known["identity"] == {"a": 1}
+    file = tmp_path / "gptq_manifest.json"
+    for other in ("", "[]", "{}", "[" * 100_000, json.dumps(known | {"identity": {}}), json.dumps({"schema": 1})):
+        file.write_text(other)
+        assert read_manifest(tmp_path) is None

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from gptq_cli.checkpoint.source import open_checkpoint
-from gptq_cli.pipeline.identity import differences, identify
+from gptq_cli.errors import InputError
+from gptq_cli.pipeline.identity import Identity, check_agreement, differences, identify
+from gptq_cli.pipeline.team import Team
 from tests.families import save_model
 from tests.pipeline.runs import config
 
@@ -68,3 +70,27 @@ def test_differences_wait_for_what_is_not_known_yet() -> None:
         "config.dynamic was {}, is not there",
         "config.dynamic.-:x was not there, is {}",
     ]
+
+
+class TeamOf(Team):
+    """A team whose processes have these identities."""
+
+    def __init__(self, *identities: Identity) -> None:
+        self.identities = list(identities)
+
+    def every(self, mine: object) -> list[Identity]:  # type: ignore[override]
+        del mine
+        return self.identities
+
+
+def test_a_process_that_would_not_do_the_same_is_refused(tmp_path: Path) -> None:
+    source = open_checkpoint(save_model(tmp_path / "model"))
+    first = identify(source, None, config(), CPU)
+    beside_it = identify(source, None, config(), CPU, hashed=False)
+    assert first.keys() - beside_it.keys() == {"source"}  # whose hashes the first one on that machine tells
+    check_agreement(TeamOf(first, beside_it, first), first)
+    with pytest.raises(InputError) as caught:
+        check_agreement(TeamOf(first, first, identify(source, "c0ffee", config(seed=7), CPU)), first)
+    assert str(caught.value).startswith("process 2 is not like process 0: config.seed was 0, is 7; source.commit was")
+    assert (caught.value.code, caught.value.exit_code) == ("E_RANK_MISMATCH", 3)
+    assert caught.value.hint == "run on equal devices and versions, with equal copies of the model"

@@ -5,13 +5,21 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
 from gptq_cli.errors import ConfigError, ExistsError, PausedError, ResourceError
+from gptq_cli.models.stream import ModelStream
+from gptq_cli.pipeline.activations import HiddenStates
 from gptq_cli.pipeline.events import BlockFinished, BlockStarted, Event, LayerStarted, Resumed, WorkKept
+from gptq_cli.pipeline.memory import Memory
+from gptq_cli.pipeline.resume import FinishedBlocks
+from gptq_cli.pipeline.team import Team
 from gptq_cli.pipeline.time_limit import TimeLimit
 from tests.architectures import build, save
 from tests.disks import CountingDisk, DyingDisk, FailingDisk, Killed, using
@@ -281,3 +289,35 @@ def test_what_blocks_carry_along_beside_hidden_states_is_kept_too(model_type: st
         tiny.run(tmp_path / "out", report=killer(1), **changes)
     assert tiny.run(tmp_path / "out", **changes).resumed_blocks == 2
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+
+
+class Dealer(Team):
+    """The team of a process that writes nothing: the leading one has `states`, and gets what is gathered."""
+
+    size, rank = 2, 1
+
+    def __init__(self, states: list[tuple[tuple[torch.Tensor, ...], list[dict[str, int]]]]) -> None:
+        self.states, self.kept = states, []
+
+    def dealt(self, values: object, n_batches: int) -> list[Any]:
+        assert (values, n_batches) == (None, 4)
+        return self.states[2:]
+
+    def gathered(self, mine: Sequence[Any]) -> None:
+        self.kept.append(list(mine))
+
+
+def test_a_process_that_writes_nothing_gets_its_share_and_gives_it_back() -> None:
+    cpu = torch.device("cpu")
+    states = [((torch.full((1,), float(n)), torch.full((1,), -float(n))), [{"keys": n}]) for n in range(4)]
+    ways = [HiddenStates([torch.zeros(1), torch.zeros(1)], Memory(cpu), 2, 4) for _ in range(2)]
+    stream = cast(ModelStream, SimpleNamespace(device=cpu, carried=[[{}], [{}]]))
+    team = Dealer(states)
+    blocks = FinishedBlocks(team, 1, 3)
+    assert (blocks.restore(stream, ways), blocks.complete) == (1, False)
+    assert [[float(state) for state in way.stored] for way in ways] == [[2.0, 3.0], [-2.0, -3.0]]
+    assert stream.carried == [[{"keys": 2}], [{"keys": 3}]]
+    blocks.finished(1, stream, ways)
+    blocks.finished(2, stream, [])  # after the last block nothing is needed
+    assert team.kept == [states[2:]]
+    assert FinishedBlocks(team, 3, 3).complete
