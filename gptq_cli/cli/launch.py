@@ -72,12 +72,17 @@ def member(device: str, devices: list[str], *, as_json: bool) -> Iterator[Place]
 def launch(devices: list[str], *, as_json: bool) -> int:
     """Run this command once for each of `devices`; the exit code, when all have ended.
 
-    What a process has to say it says itself; only if one was killed it is said here.
+    What a process has to say it says itself; only if one was killed it is said here. InputError E_DEVICE for a device
+    that is not there.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    from gptq_cli.pipeline.setup import resolve_device
+
+    for device in devices:
+        resolve_device(device)
     logging.disable()  # what torchrun's agent says, the processes say better
     if devices[0] == "cpu":  # as torchrun does, and everybody may have a part of the cores
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // len(devices))))

@@ -116,11 +116,15 @@ def _lines(plan: RunPlan, resolved: Resolved, output: Path, devices: int) -> lis
         *wrap(_terms(memory.cpu), 78, initial_indent=" " * 10, subsequent_indent=" " * 10),
         f"        about {size(total(memory.accelerator))} on a GPU and {size(total(memory.accelerator_host))} "
         "on its host (estimate, not measured)",
-        f"time    about {clock(seconds.total)} on {devices} GPU{'s' * (devices > 1)} "
+        f"time    {_about(seconds.total)} on {devices} GPU{'s' * (devices > 1)} "
         "(estimate: rates of an H100 assumed, none measured)",
         f"disk    {size(disk.needed)}{free}",
         *map(fitted, engine_lines(judge_plan(plan, resolved.config))),
     ]
+
+
+def _about(seconds: float) -> str:
+    return f"about {clock(seconds)}" if seconds >= 1 else "less than a second"
 
 
 def _seconds(plan: RunPlan, resolved: Resolved, devices: int) -> dict[str, float]:

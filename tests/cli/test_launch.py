@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 import yaml
 
 from gptq_cli.cli.console import talk
@@ -60,6 +61,19 @@ exit $first
 )
 def test_devices_are_gpus_by_number_or_so_many_processes_on_the_cpu(said: str | None, devices: list[str]) -> None:
     assert parse_devices(said) == devices
+
+
+def test_a_device_that_is_not_there_is_said_once_before_anything_is_started(
+    gptq: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "text.txt").write_text("some words")
+    words = ["quantize", save_model(tmp_path / "model"), "-b", "4", "-g", "32", "--dataset", tmp_path / "text.txt"]
+    result = gptq(*words, "-o", tmp_path / "out", "--devices", "0,1")
+    assert (result.exit_code, result.stdout) == (3, "")
+    assert result.stderr.startswith("error[E_DEVICE]: no CUDA device 0")
+    assert result.stderr.count("error[") == 1
+    assert "hint: use --device cpu" in result.stderr
 
 
 @pytest.mark.parametrize("said", ["", "cpu:0", "0,,1", "gpu", "-1", "cuda", "0;1"])
