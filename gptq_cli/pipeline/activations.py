@@ -9,9 +9,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from gptq_cli.models.recording import State
+from gptq_cli.pipeline.estimate import DEVICE_SHARE
 from gptq_cli.pipeline.memory import Memory
-
-DEVICE_SHARE = 4  # hidden states may fill a quarter of the free memory of an accelerator
 
 
 class HiddenStates:

@@ -18,7 +18,9 @@ from gptq_cli.pipeline.cost import HESSIAN_SHARE, Calibration, Seconds, estimate
 from gptq_cli.pipeline.run_plan import LayerPlan, RunPlan
 from gptq_cli.pipeline.windows import bounded_seqlen
 
-LIBRARIES = 320_000_000  # private memory of Python with torch and transformers at work, as measured on Linux
+STATES, LIBRARIES = "hidden states", "libraries"  # names of terms that others look for
+DEVICE_SHARE = 4  # hidden states may fill a quarter of the free memory of an accelerator
+LIBRARIES_BYTES = 320_000_000  # private memory of Python with torch and transformers at work, as measured on Linux
 TOKENS_PER_CHUNK = 8192  # of the inputs that the Hessian takes in float32 at a time
 FLOAT, CODE = 4, 1
 WORD_BITS = {"float64": 64, "float32": 32, "bfloat16": 16, "float16": 16}
@@ -84,7 +86,7 @@ def estimate_memory(plan: RunPlan, config: QuantizeConfig, devices: int = 1) -> 
     waiting_sums = mine.bit_length() * (HESSIAN_SHARE + streams - 1)
     most = max(layer.in_features for layer in plan.quantized)
     solver = max(*map(_solver_bytes, plan.quantized), int(waiting_sums * most**2 * FLOAT))
-    states = Term("hidden states", streams * tokens * hidden * bits // 8)
+    states = Term(STATES, streams * tokens * hidden * bits // 8)
     work: tuple[Term, ...] = (
         Term("waiting batches", streams * waiting * (2 * hidden + widest) * bits // 8),
         Term("block", block),
@@ -93,7 +95,7 @@ def estimate_memory(plan: RunPlan, config: QuantizeConfig, devices: int = 1) -> 
     if devices > 1 and any(expert_part(layer.name) for layer in plan.layers):
         everything = config.nsamples * seqlen * hidden * bits // 8
         work = (*work, Term("experts' inputs", streams * everything))
-    libraries = Term("libraries", LIBRARIES)
+    libraries = Term(LIBRARIES, LIBRARIES_BYTES)
     return Estimate((libraries, states, *work), (states, *work), (libraries, states, Term("block", block)))
 
 

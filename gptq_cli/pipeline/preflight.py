@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from gptq_cli.calibration.corpus import is_path
@@ -13,6 +14,7 @@ from gptq_cli.checkpoint.raw import count_not_finite
 from gptq_cli.checkpoint.work_directory import WorkDirectory, refuse_locked
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import ConfigError, ExistsError, InputError, ResourceError
+from gptq_cli.pipeline.estimate import DEVICE_SHARE, LIBRARIES, STATES, Term, estimate_memory, total
 from gptq_cli.pipeline.plan import plan_run
 from gptq_cli.pipeline.run_plan import RunPlan
 
@@ -43,6 +45,35 @@ def check_disk(work: WorkDirectory, output_bytes: int, hidden_bytes: int) -> Non
         raise ResourceError(
             "E_DISK", f"`{work.output.parent}` has {free / 1e9:.3g} GB free, {needed / 1e9:.3g} GB are needed: {parts}",
             hint="free some space, write to another disk with -o, or use fewer --nsamples",
+        )  # fmt: skip
+
+
+def check_memory(
+    plan: RunPlan, config: QuantizeConfig, host_bytes: int, device_bytes: int | None, devices: int = 1
+) -> None:
+    """ResourceError E_OOM if what must live at once will not fit into so much free memory of the host and, unless that
+    is None, of the accelerator.
+
+    Of batches that may wait inside a block one is counted, and hidden states where they will lie.
+    """
+    one_waits = config.model_copy(update={"true_sequential": False})
+    estimate = estimate_memory(plan, one_waits, devices)
+    if device_bytes is None:
+        _check_fit([term for term in estimate.cpu if term.what != LIBRARIES], host_bytes, "host")
+        return
+    states = [term for term in estimate.accelerator if term.what == STATES]
+    _check_fit([term for term in estimate.accelerator if term.what != STATES], device_bytes, "device")
+    if total(tuple(states)) * DEVICE_SHARE > device_bytes:
+        _check_fit(states, host_bytes, "host")
+
+
+def _check_fit(terms: Sequence[Term], free: int, where: str) -> None:
+    needed = total(tuple(terms))
+    if needed > free:
+        parts = ", ".join(f"{term.what} {term.nbytes / 1e9:.3g} GB" for term in terms)
+        raise ResourceError(
+            "E_OOM", f"about {needed / 1e9:.3g} GB of {where} memory are needed, {free / 1e9:.3g} GB are free: {parts}",
+            hint="use a smaller --batch-size, --seqlen or --nsamples, or a larger --max-ram or --max-vram",
         )  # fmt: skip
 
 

@@ -36,7 +36,7 @@ from gptq_cli.pipeline.fallbacks import FallbackLimit
 from gptq_cli.pipeline.identity import Identity, check_agreement, identify, with_calibration
 from gptq_cli.pipeline.memory import Memory
 from gptq_cli.pipeline.plan import check_shared, plan_checkpoint
-from gptq_cli.pipeline.preflight import check_disk, check_finite, check_output, preflight
+from gptq_cli.pipeline.preflight import check_disk, check_finite, check_memory, check_output, preflight
 from gptq_cli.pipeline.readers import judge_plan, remarks
 from gptq_cli.pipeline.record import Record
 from gptq_cli.pipeline.resume import FinishedBlocks, SavedBlocks, check_resumable, finished_output, telling_what_is_kept
@@ -145,6 +145,7 @@ def quantize_checkpoint(
             record(_planned(model, plan, config))
             check_finite(plan)
             check_disk(work, plan.layout.nbytes, (1 + plan.asymmetric) * _hidden_bytes(config, stream))
+            _check_memory(plan, config, place)
             windows, documents = _calibrate(source, config, stream, record)
             identity = with_calibration(identity, windows)
             manifest = finished_output(work.output, identity, overwrite=overwrite)
@@ -161,6 +162,12 @@ def quantize_checkpoint(
                 record.take_over(manifest)
                 limit.check(record.layers)
     return _result(output, located, config, plan, windows, record, time.perf_counter() - started)
+
+
+def _check_memory(plan: RunPlan, config: QuantizeConfig, place: Place) -> None:
+    host = Memory(torch.device("cpu"), None, config.max_ram_bytes, place.team.neighbours).free()
+    device = Memory(place.device, config.max_vram_bytes).free() if place.device.type == "cuda" else None
+    check_memory(plan, config, host, device, place.team.size)
 
 
 def _plan(source: Checkpoint, config: QuantizeConfig, stream: ModelStream, report: Report) -> RunPlan:

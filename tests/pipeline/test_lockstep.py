@@ -67,7 +67,7 @@ def quantize(model: Path, output: Path, **changes: object) -> list[Event]:
 
 def replay(model: Path, output: Path, monkeypatch: pytest.MonkeyPatch, **changes: object) -> list[Event]:
     with monkeypatch.context() as patch:
-        patch.setattr(memory, "free_bytes", lambda _device: 0)
+        patch.setattr(memory, "WAITING_SHARE", 0.0)
         return quantize(model, output, **changes)
 
 
@@ -130,9 +130,13 @@ def test_a_budget_counts_what_is_held_already(monkeypatch: pytest.MonkeyPatch) -
     assert Memory(CPU, 10, None).free() == 8_000  # of an accelerator that is not used
 
 
-def test_a_run_that_holds_more_than_it_may_stops_with_flags_that_help(tmp_path: Path) -> None:
-    with pytest.raises(ResourceError, match=r"max_ram allows 0\.00 GB") as caught:
-        quantize(save_model(tmp_path / "model"), tmp_path / "out", max_ram="1MB")
+def test_a_run_that_holds_more_than_it_may_stops_with_flags_that_help(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit, held = host_bytes() + 2**27, iter([0, 0, 0])
+    monkeypatch.setattr(memory, "host_bytes", lambda: next(held, limit + 1))  # grows after the second block
+    with pytest.raises(ResourceError, match=rf"holds {(limit + 1) / 1e9:.2f} GB of host memory, max_ram") as caught:
+        quantize(save_model(tmp_path / "model"), tmp_path / "out", max_ram=limit)
     assert (caught.value.code, caught.value.exit_code) == ("E_OOM", 5)
     assert "--max-ram" in (caught.value.hint or "")
     assert not (tmp_path / "out").exists()

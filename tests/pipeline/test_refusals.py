@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.errors import ConfigError, ExistsError, InputError
+from gptq_cli.errors import ConfigError, ExistsError, InputError, ResourceError
 from gptq_cli.models.skeleton import outside_linears
+from gptq_cli.pipeline.estimate import estimate_memory
 from gptq_cli.pipeline.events import Event, Warned
 from gptq_cli.pipeline.plan import check_shared, plan_run
+from gptq_cli.pipeline.preflight import check_memory
 from gptq_cli.pipeline.quantize import quantize_checkpoint
 from tests.families import save_model
 from tests.pipeline.runs import config, digest, quantize
@@ -198,3 +200,37 @@ def test_raised_damping_is_reported_with_the_value_used(tmp_path: Path) -> None:
         f"`{layer.name}`: damp_percent was raised to {layer.damp_percent:g}" in text
         for layer, text in zip(raised, warnings, strict=True)
     ] == [True] * len(raised)
+
+
+def test_a_run_that_cannot_fit_into_memory_ends_before_the_work(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    with pytest.raises(ResourceError) as caught:
+        quantize(tmp_path, model, max_ram="1MB")
+    assert (caught.value.code, caught.value.exit_code) == ("E_OOM", 5)
+    assert re.fullmatch(
+        r"about \S+ GB of host memory are needed, 0 GB are free: hidden states \S+ GB, waiting batches \S+ GB, "
+        r"block \S+ GB, solver \S+ GB",
+        str(caught.value),
+    )
+    assert [flag in (caught.value.hint or "") for flag in ("--batch-size", "--seqlen", "--nsamples", "--max-ram")]
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("preset", ["fast", "best"])
+def test_memory_is_refused_below_what_the_plan_counts_and_not_above(preset: str, tmp_path: Path) -> None:
+    settings = config(preset=preset, nsamples=64, batch_size=4)
+    plan = plan_run(save_model(tmp_path / "model"), settings)
+    alone = settings.model_copy(update={"true_sequential": False})
+    terms = {term.what: term.nbytes for term in estimate_memory(plan, alone).cpu if term.what != "libraries"}
+    states, work = terms["hidden states"], sum(terms.values()) - terms["hidden states"]
+    check_memory(plan, settings, states + work, None)
+    with pytest.raises(ResourceError, match="of host memory"):
+        check_memory(plan, settings, states + work - 1, None)
+    roomy = max(work, 4 * states)
+    check_memory(plan, settings, 0, roomy)  # all on the device
+    with pytest.raises(ResourceError, match="of device memory"):
+        check_memory(plan, settings, 10**12, work - 1)
+    if work < 4 * states:
+        check_memory(plan, settings, states, work)
+        with pytest.raises(ResourceError, match=r"of host memory are needed.*: hidden states"):
+            check_memory(plan, settings, states - 1, work)
