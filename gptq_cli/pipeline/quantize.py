@@ -144,8 +144,7 @@ def quantize_checkpoint(
             plan = _plan(source, config, stream, record)
             record(_planned(model, plan, config))
             check_finite(plan)
-            check_disk(work, plan.layout.nbytes, (1 + plan.asymmetric) * _hidden_bytes(config, stream))
-            _check_memory(plan, config, place)
+            _check_room(work, plan, config, stream, place)
             windows, documents = _calibrate(source, config, stream, record)
             identity = with_calibration(identity, windows)
             manifest = finished_output(work.output, identity, overwrite=overwrite)
@@ -164,7 +163,9 @@ def quantize_checkpoint(
     return _result(output, located, config, plan, windows, record, time.perf_counter() - started)
 
 
-def _check_memory(plan: RunPlan, config: QuantizeConfig, place: Place) -> None:
+def _check_room(work: WorkDirectory, plan: RunPlan, config: QuantizeConfig, stream: ModelStream, place: Place) -> None:
+    """ResourceError E_DISK or E_OOM if disk or memory will not suffice."""
+    check_disk(work, plan.layout.nbytes, (1 + plan.asymmetric) * _hidden_bytes(config, stream))
     host = Memory(torch.device("cpu"), None, config.max_ram_bytes, place.team.neighbours).free()
     device = Memory(place.device, config.max_vram_bytes).free() if place.device.type == "cuda" else None
     check_memory(plan, config, host, device, place.team.size)
