@@ -38,7 +38,7 @@ check: $(READY) ## format, lint, types, import contracts
 	$(BIN)/lint-imports --no-cache
 
 docs: $(READY) ## the documentation as a site in build/site, links checked
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 	@echo "open build/site/index.html"
 
 bench: $(READY) ## start-up times and memory against depth

@@ -240,7 +240,7 @@ def quantize_and_compare(model_type: str, model: PreTrainedModel, source: Path, 
     return Outcome(
         model_type=model_type,
         status="worked",
-        why=f"kept by rule: {', '.join(rules)}" if rules else "",
+        why="kept by rule: " + ", ".join(f"`{rule}`" for rule in rules) if rules else "",
         quantized=len(result.layers),
         kept=len(result.kept),
         share=quantized / in_blocks,
