@@ -90,7 +90,7 @@ def test_every_public_name_is_there_and_no_other() -> None:
 
 
 def test_arguments_have_the_names_of_the_options() -> None:
-    ours = set(inspect.signature(quantize).parameters) - {"on_event", "command", "place"}
+    ours = set(inspect.signature(quantize).parameters) - {"on_event", "command"}
     assert ours <= set(quantize_command.__annotations__)
     asked = {field.name for field in dataclasses.fields(EvalRequest)}
     assert set(eval_ppl.__annotations__) - asked == {

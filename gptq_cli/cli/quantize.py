@@ -120,12 +120,11 @@ def run(
     left in the output.
     """
     from gptq_cli.pipeline.report import PAGE
-    from gptq_cli.pipeline.run import quantize as quantize_model
-    from gptq_cli.pipeline.run import refuse_early
+    from gptq_cli.pipeline.run import carry_out, refuse_early
 
     named = parse_devices(devices)
-    if leads():
-        refuse_early(model, config, output, report=page, **manner)
+    if leads():  # the others never look at the output
+        output = refuse_early(model, config, output, report=page, **manner)
     if len(named) > 1 and not started_by_torchrun():
         sys.exit(launch(named, as_json=console.as_json))
     command = visible(shlex.join(["gptq", *sys.argv[1:]]))
@@ -134,8 +133,9 @@ def run(
             from gptq_cli.pipeline.quantize import assist
 
             return assist(model, config, place, revision=manner["revision"])
+        assert output is not None
         with Progress(console) as progress:
-            result = quantize_model(
+            result = carry_out(
                 model, config, output, report=page, command=command, on_event=progress, place=place, **manner
             )
     if page:

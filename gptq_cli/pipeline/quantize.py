@@ -36,7 +36,7 @@ from gptq_cli.pipeline.fallbacks import FallbackLimit
 from gptq_cli.pipeline.identity import Identity, check_agreement, identify, with_calibration
 from gptq_cli.pipeline.memory import Memory
 from gptq_cli.pipeline.plan import check_shared, plan_checkpoint
-from gptq_cli.pipeline.preflight import check_disk, check_finite, check_memory, check_output, preflight
+from gptq_cli.pipeline.preflight import check_disk, check_finite, check_memory, check_output
 from gptq_cli.pipeline.readers import judge_plan, remarks
 from gptq_cli.pipeline.record import Record
 from gptq_cli.pipeline.resume import FinishedBlocks, SavedBlocks, check_resumable, finished_output, telling_what_is_kept
@@ -123,7 +123,6 @@ def quantize_checkpoint(
     started = time.perf_counter()
     limit = FallbackLimit(report if max_seconds is None else TimeLimit(report, max_seconds), config)
     record = Record(limit)
-    preflight(model, output, config, overwrite=overwrite)
     place = place or Place(ALONE, resolve_device(config.device))
     team, device = place.team, place.device
     with locked(output, allow_network_fs=allow_network_fs) as work, telling_what_is_kept(work, record):

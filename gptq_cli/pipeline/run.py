@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import ConfigError, InputError
@@ -21,7 +21,6 @@ from gptq_cli.pipeline.time_limit import seconds
 if TYPE_CHECKING:
     from gptq_cli.pipeline.evaluate import EvalResult
     from gptq_cli.pipeline.quantize import QuantizeResult
-    from gptq_cli.pipeline.team import Place
 
 
 def quantize(
@@ -37,15 +36,13 @@ def quantize(
     report: bool = False,
     command: str = "gptq_cli.quantize",
     on_event: Report = ignore,
-    place: Place | None = None,
 ) -> QuantizeResult:
     """Quantize `model` (a directory or a Hub id) into the directory `output`, which appears complete or not at all.
 
     The arguments are the options of `gptq quantize`: `output` None means NAME-GPTQ-Int4-g128 here, `resume` is "auto",
     "require" or "never", `max_runtime` a time such as "3h30m", after which PausedError is raised and the same call goes
     on. With `report` a page about the run, naming `command`, is left in the output. `on_event` is called with each of
-    `gptq_cli.events` as it happens, in this thread; what it raises ends the run, and finished blocks are kept. `place`
-    is that of the command line in a team of processes.
+    `gptq_cli.events` as it happens, in this thread; what it raises ends the run, and finished blocks are kept.
 
     Raises a GptqError for every expected failure: ConfigError, InputError, GateError, ResourceError, ExistsError or
     PausedError, with `code`, `hint` and the `exit_code` that the command would end with.
@@ -63,26 +60,28 @@ def quantize(
     >>> all(layer.relative_error < layer.rtn_relative_error for layer in result.layers)
     True
     """
-    name, max_seconds = str(model), seconds(max_runtime)
-    output = refuse_early(
-        name, config, output, overwrite=overwrite, resume=resume, max_runtime=max_runtime, report=report
-    )
+    manner: dict[str, Any] = {"overwrite": overwrite, "resume": resume, "max_runtime": max_runtime}
+    output = refuse_early(str(model), config, output, report=report, **manner)
+    manner |= {"revision": revision, "allow_network_fs": allow_network_fs}
+    return carry_out(str(model), config, output, report=report, command=command, on_event=on_event, **manner)
 
+
+def carry_out(
+    model: str,
+    config: QuantizeConfig,
+    output: Path,
+    *,
+    report: bool,
+    command: str,
+    on_event: Report,
+    max_runtime: str | None,
+    **manner: Any,
+) -> QuantizeResult:
+    """What `quantize` does after `refuse_early`; `manner` are the other arguments of `quantize_checkpoint`."""
     from gptq_cli.pipeline.quantize import quantize_checkpoint
 
     log = BlockLog(on_event)
-    result = quantize_checkpoint(
-        name,
-        output,
-        config,
-        revision=revision,
-        overwrite=overwrite,
-        resume=resume,
-        max_seconds=max_seconds,
-        allow_network_fs=allow_network_fs,
-        report=log,
-        place=place,
-    )
+    result = quantize_checkpoint(model, output, config, max_seconds=seconds(max_runtime), report=log, **manner)
     if report:
         save_report(output, result.to_json(), log, command)
     return result

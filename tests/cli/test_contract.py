@@ -11,10 +11,12 @@ from . import conftest
 
 
 def test_the_pipeline_takes_the_calls_that_the_command_line_makes() -> None:
-    inspect.signature(quantize.quantize_checkpoint).bind(
-        "m", "out", "config", revision=None, overwrite=False, report=print
-    )
-    inspect.signature(evaluate.evaluate_perplexity).bind("m", "request", print)
+    manner = {"revision": None, "overwrite": False, "resume": "auto", "max_seconds": None, "allow_network_fs": False}
+    manner |= {"report": print, "place": None}
+    bound = inspect.signature(quantize.quantize_checkpoint).bind("m", "out", "config", **manner)
+    assert bound.arguments == {"model": "m", "output": "out", "config": "config", **manner}
+    bound = inspect.signature(evaluate.evaluate_perplexity).bind("m", "request", print)
+    assert bound.arguments == {"model": "m", "request": "request", "report": print}
 
 
 def test_requests_and_results_have_the_fields_that_the_command_line_uses() -> None:
