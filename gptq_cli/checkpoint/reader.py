@@ -56,6 +56,10 @@ class TensorReader:
                 for tensor in tensors:
                     os.posix_fadvise(opened.fileno(), tensor.start, tensor.nbytes, os.POSIX_FADV_WILLNEED)
 
+    def release(self) -> None:
+        """Let go of the files: their pages no longer count as this process's once the tensors read are gone, too."""
+        self._open.clear()
+
 
 class DequantizingReader:
     """A GPTQ checkpoint seen as the full-precision model it stands for: `X.qweight`, ... appear as `X.weight`.
@@ -89,6 +93,10 @@ class DequantizingReader:
     def expect(self, names: Iterable[str]) -> None:
         """As TensorReader does, for weights and what stands for them."""
         self._raw.expect(stored for name in names for stored in self._stored(name))
+
+    def release(self) -> None:
+        """As TensorReader does."""
+        self._raw.release()
 
     def linear(self, module: str) -> QuantizedLinear:
         """The codes and the grid of one quantized linear."""
@@ -131,6 +139,10 @@ class BlockFloatReader:
     def expect(self, names: Iterable[str]) -> None:
         """As TensorReader does, for weights and their scales."""
         self._raw.expect(part for name in names for part in (name, self._scales.get(name)) if part)
+
+    def release(self) -> None:
+        """As TensorReader does."""
+        self._raw.release()
 
 
 PlainReader = TensorReader | DequantizingReader | BlockFloatReader

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,18 @@ from gptq_cli.models.experts import Experts
 from gptq_cli.models.recording import Call, Container, Extras, Recorder, State, apart, share, unfilled
 from gptq_cli.models.skeleton import Skeleton, is_linear, is_transposed, outside_linears, place
 
-Read = Callable[[str], Tensor]
-Expect = Callable[[Iterable[str]], None]
+
+class Source(Protocol):
+    """Where the weights come from."""
+
+    def read(self, name: str) -> Tensor:
+        """A tensor of the checkpoint; its memory may be the file's own pages."""
+
+    def expect(self, names: Iterable[str]) -> None:
+        """Be told what will be read next, while what was read before is at work."""
+
+    def release(self) -> None:
+        """Hold on to no file any more."""
 
 
 class _FirstBlockDone(Exception):
@@ -74,18 +84,14 @@ class ModelStream:
     def __init__(
         self,
         skeleton: Skeleton,
-        read: Read,
+        source: Source,
         device: torch.device,
         dequantized: Collection[str] = (),
-        expect: Expect | None = None,
     ) -> None:
-        """`dequantized`: names of weights that `read` gives as [O, I] whatever way round the module holds them.
-
-        `expect` is told what will be read next, while the block before it is at work.
-        """
+        """`dequantized`: names of weights that `source` gives as [O, I] whatever way round the module holds them."""
         self._model, self._derived, self.device = skeleton.model, skeleton.sources, device
-        self._sources, self._read = skeleton.sources.names, skeleton.sources.reader(read)
-        self._expect = expect
+        self._sources, self._read = skeleton.sources.names, skeleton.sources.reader(source.read)
+        self._source = source
         self._dequantized = dequantized
         self._path, self._list = skeleton.blocks_name, skeleton.blocks
         self._blocks = list(skeleton.blocks)
@@ -200,10 +206,10 @@ class ModelStream:
         """Block `index` with its weights on the device; they are dropped on leaving."""
         module = self._blocks[index]
         with self._filled(module, f"{self.block_name(index)}."):
-            if self._expect is not None and index + 1 < self.n_blocks:
+            if index + 1 < self.n_blocks:
                 following = f"{self.block_name(index + 1)}."
                 names = [self._sources[f"{following}{name}"] for name in self._blocks[index + 1].state_dict()]
-                self._expect(dict.fromkeys(stored for name in names for stored in self._derived.stored(name)))
+                self._source.expect(dict.fromkeys(stored for name in names for stored in self._derived.stored(name)))
             calls, twin_calls = self._calls[index], self._twin_calls[index]
             yield LoadedBlock(module, self.linears(index), calls, twin_calls, self._experts(index))
 
@@ -291,6 +297,7 @@ class ModelStream:
         finally:
             for name, tensor in empty.items():
                 place(module, name, tensor)
+            self._source.release()
 
     def _load(self, source: str, like: Tensor, *, turned: bool) -> Tensor:
         tensor = self._read(source).T if turned else self._read(source)

@@ -60,7 +60,7 @@ def open_stream(
         device,
         trust_remote_code=trust_remote_code,
     )
-    return ModelStream(skeleton, reader.read, device, set(reader.names()) - set(checkpoint.tensors), reader.expect)
+    return ModelStream(skeleton, reader, device, set(reader.names()) - set(checkpoint.tensors))
 
 
 def refuse_wrong_numbers(checkpoint: Checkpoint) -> None:

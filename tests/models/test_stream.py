@@ -34,7 +34,7 @@ def open_stream(directory: Path, dtype: torch.dtype = torch.float32) -> ModelStr
     config = load_config(directory, trust_remote_code=False)
     reader = TensorReader(checkpoint)
     skeleton = build_skeleton(directory, config, reader.names(), dtype, CPU, trust_remote_code=False)
-    return ModelStream(skeleton, reader.read, CPU)
+    return ModelStream(skeleton, reader, CPU)
 
 
 def own_forward(directory: Path, batches: list[Tensor]) -> tuple[list[list[Tensor]], list[Tensor]]:
@@ -213,3 +213,22 @@ def test_a_model_with_its_own_code_is_refused_without_consent(tmp_path: Path) ->
         load_config(tmp_path, trust_remote_code=False)
     assert caught.value.code == "E_REMOTE_CODE"
     assert "--trust-remote-code" in (caught.value.hint or "")
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs a list of mapped files")
+def test_no_file_of_the_checkpoint_stays_mapped_once_a_block_or_the_embedding_is_left(tmp_path: Path) -> None:
+    directory = save_model(tmp_path / "model", max_shard_size="200KB")
+
+    def mapped() -> set[str]:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        return {Path(line.split()[-1]).name for line in lines if str(directory) in line}
+
+    stream = open_stream(directory)
+    states = stream.embed(token_batches(2, 3))
+    assert mapped() == set()
+    for index in range(2):
+        with stream.block(index) as block:
+            states = [block.run(batch, state) for batch, state in enumerate(states)]
+            assert mapped()
+        del block
+        assert mapped() == set()
