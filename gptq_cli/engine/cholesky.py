@@ -15,15 +15,15 @@ ELEMENTS_PER_CHUNK = 2**24
 
 
 @torch.no_grad()
-def cholesky_(matrix: Tensor) -> int:
+def cholesky_(matrix: Tensor, panel: int = PANEL) -> int:
     """Turn a symmetric positive definite matrix [n, n] into its lower Cholesky factor, in place.
 
     Returns 0, or as `torch.linalg.cholesky_ex` the order of the first leading minor that is not positive; the matrix is
     then neither one nor the other. Reads the lower triangle only; waits for the device once a panel.
     """
     size = len(matrix)
-    for start in range(0, size, PANEL):
-        stop = min(start + PANEL, size)
+    for start in range(0, size, panel):
+        stop = min(start + panel, size)
         corner = matrix[start:stop, start:stop]
         factor, failed_at = torch.linalg.cholesky_ex(corner)
         if bool(failed_at):
@@ -33,7 +33,7 @@ def cholesky_(matrix: Tensor) -> int:
         if stop < size:
             below = matrix[stop:, start:stop]
             below.copy_(torch.linalg.solve_triangular(factor.T, below, upper=True, left=False))
-            _subtract_square_(matrix[stop:, stop:], below)
+            _subtract_square_(matrix[stop:, stop:], below, panel)
     return 0
 
 
@@ -49,14 +49,14 @@ def reverse_(matrix: Tensor) -> None:
         back.copy_(kept)
 
 
-def _subtract_square_(matrix: Tensor, factor: Tensor) -> None:
+def _subtract_square_(matrix: Tensor, factor: Tensor, panel: int) -> None:
     """matrix -= factor factorᵀ on and below the diagonal, and some more beside it."""
     on_tensor_cores = factor.is_cuda and factor.dtype == torch.float32
     if on_tensor_cores:
         high = factor.bfloat16()
         low = (factor - high).bfloat16()
-    for start in range(0, len(matrix), PANEL):
-        stop = min(start + PANEL, len(matrix))
+    for start in range(0, len(matrix), panel):
+        stop = min(start + panel, len(matrix))
         target = matrix[start:, start:stop]
         if not on_tensor_cores:
             target.addmm_(factor[start:], factor[start:stop].T, alpha=-1)

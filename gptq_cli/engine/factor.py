@@ -2,8 +2,7 @@
 
 H + λI = R D Rᵀ with R unit upper triangular and D diagonal. A Cholesky factor is lower triangular; reversing rows and
 columns before and after makes it upper, and no inverse is needed:
-R = flip(cholesky(flip(H + λI))), each column divided by its diagonal entry; from BLOCKED_FROM columns on by panels, in
-one matrix.
+R = flip(cholesky(flip(H + λI))), each column divided by its diagonal entry; from BLOCKED_FROM columns on by panels.
 
 Damping by the mean, λ = ρ mean(diag H) for every column, follows the loudest channels and may exceed all that a quiet
 one carries. Diagonal damping, λ_j = ρ H_jj, shrinks every correlation by 1 + ρ, whatever the units of its channels.
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gptq_cli.config.layer import LayerConfig
-from gptq_cli.engine.cholesky import cholesky_, reverse_
+from gptq_cli.engine.cholesky import PANEL, cholesky_, reverse_
 from gptq_cli.engine.order import ColumnOrder, column_order
 
 DAMPING_STEP = 4.0
@@ -93,10 +92,7 @@ def _upper_factor(hessian: Tensor, diagonal: Tensor, permutation: Tensor) -> Ten
     backwards = permutation.flip(0)
     matrix = hessian[backwards[:, None], backwards]
     matrix.diagonal().copy_(diagonal[backwards])
-    if len(matrix) < BLOCKED_FROM:
-        lower, failed_at = torch.linalg.cholesky_ex(matrix)
-        return None if bool(failed_at) else lower.flip(0, 1)
-    if cholesky_(matrix):
+    if cholesky_(matrix, panel=PANEL if len(matrix) >= BLOCKED_FROM else len(matrix)):
         return None
     reverse_(matrix)
     return matrix

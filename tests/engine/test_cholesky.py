@@ -18,31 +18,28 @@ def positive_definite(size: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("size", "panel"), [(48, 16), (50, 16), (33, 32), (20, 64), (7, 1)])
-def test_factor_by_panels_is_that_of_lapack(size: int, panel: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cholesky_module, "PANEL", panel)
+def test_factor_by_panels_is_that_of_lapack(size: int, panel: int) -> None:
     matrix = positive_definite(size)
     expected = torch.linalg.cholesky(matrix)
     matrix += torch.full_like(matrix, 1e6).triu(1)  # never read
-    assert cholesky_(matrix) == 0
+    assert cholesky_(matrix, panel) == 0
     torch.testing.assert_close(matrix, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_float32_factor_is_as_near_as_that_of_lapack(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cholesky_module, "PANEL", 64)
+def test_float32_factor_is_as_near_as_that_of_lapack() -> None:
     exact = torch.linalg.cholesky(positive_definite(300))
     matrix = positive_definite(300).float()
     usual = torch.linalg.cholesky(matrix)
-    assert cholesky_(matrix) == 0
+    assert cholesky_(matrix, 64) == 0
     assert (matrix - exact).norm() <= 1.5 * (usual - exact).norm()
 
 
 @pytest.mark.parametrize("at", [0, 5, 16, 31, 47])
-def test_first_minor_that_is_not_positive_is_named_as_lapack_names_it(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cholesky_module, "PANEL", 16)
+def test_first_minor_that_is_not_positive_is_named_as_lapack_names_it(at: int) -> None:
     matrix = positive_definite(48)
     matrix[at, at] = -1.0
     _, expected = torch.linalg.cholesky_ex(matrix)
-    assert cholesky_(matrix.clone()) == expected.item() == at + 1
+    assert cholesky_(matrix.clone(), 16) == expected.item() == at + 1
 
 
 @pytest.mark.parametrize(("rows", "chunk"), [(6, 5), (7, 4), (1, 2), (5, 1000)])
@@ -62,7 +59,7 @@ def test_large_hessians_get_the_same_factors_and_the_same_ladder(order: str, mon
     config = layer_config(order, group_size=32, damp_percent=0.16)
     usual = prepare(hessian, config)
     monkeypatch.setattr(factor, "BLOCKED_FROM", 96)
-    monkeypatch.setattr(cholesky_module, "PANEL", 40)
+    monkeypatch.setattr(factor, "PANEL", 40)
     blocked = prepare(hessian, config)
     assert usual.retries == blocked.retries == 1
     assert usual.damp_percent == blocked.damp_percent
@@ -75,12 +72,11 @@ def test_large_hessians_get_the_same_factors_and_the_same_ladder(order: str, mon
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_factor_on_tensor_cores_multiplies_to_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cholesky_module, "PANEL", 256)
+def test_factor_on_tensor_cores_multiplies_to_the_matrix() -> None:
     matrix = positive_definite(1000).float().cuda()
     factored = matrix.clone()
-    assert cholesky_(factored) == 0
+    assert cholesky_(factored, 256) == 0
     found = factored.double() @ factored.double().T
     assert (found - matrix).norm() < 2e-5 * matrix.norm()
     matrix[700, 700] = -1.0
-    assert cholesky_(matrix) == 701
+    assert cholesky_(matrix, 256) == 701
