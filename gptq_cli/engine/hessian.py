@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gptq_cli.engine.pairwise import Node, push
 
-TOKENS_PER_CHUNK = 8192  # bounds the float32 copy of the inputs
+TOKENS_PER_CHUNK = 2048  # bounds the float32 copy of the inputs, where one is made
 PANELS = 8  # 9/16 of the products of a full multiplication
 SMALLEST_PANEL = 128
 
@@ -45,8 +45,13 @@ class HessianAccumulator:
         tokens = inputs.reshape(-1, self._size)
         if tokens.dtype == torch.float64 != self._panels[0].dtype:
             self._panels, self._whole = [panel.double() for panel in self._panels], None
-        for chunk in torch.split(tokens, TOKENS_PER_CHUNK):
-            self._add_chunk(chunk)
+        # Products of two 16-bit floats are exact in float32: tensor cores lose nothing and need no float32 copy.
+        on_tensor_cores = tokens.is_cuda and tokens.dtype in (torch.bfloat16, torch.float16)
+        if on_tensor_cores or tokens.dtype == self._panels[0].dtype:
+            self._add_products(tokens)
+        else:
+            for chunk in torch.split(tokens, TOKENS_PER_CHUNK):
+                self._add_products(chunk.to(self._panels[0].dtype))
         if original is not None:
             self._add_shift(tokens, original.reshape(tokens.shape))
         self.tokens += tokens.shape[0]
@@ -100,17 +105,13 @@ class HessianAccumulator:
     def _diagonal(self) -> list[Tensor]:
         return [panel.diagonal(panel.shape[1] - panel.shape[0]) for panel in self._panels]
 
-    def _add_chunk(self, tokens: Tensor) -> None:
-        # Products of two 16-bit floats are exact in float32: tensor cores lose nothing and need no float32 copy.
-        on_tensor_cores = tokens.is_cuda and tokens.dtype in (torch.bfloat16, torch.float16)
-        if not on_tensor_cores:
-            tokens = tokens.to(self._panels[0].dtype)
+    def _add_products(self, tokens: Tensor) -> None:
         for panel, (start, stop) in zip(self._panels, _panels(self._size), strict=True):
             left, right = tokens[:, :stop].T, tokens[:, start:stop]
-            if on_tensor_cores:
-                panel += torch.mm(left, right, out_dtype=torch.float32)
-            else:
+            if tokens.dtype == panel.dtype:
                 panel.addmm_(left, right)
+            else:
+                panel += torch.mm(left, right, out_dtype=torch.float32)
 
     def _add_shift(self, tokens: Tensor, original: Tensor) -> None:
         if self.shift is None:

@@ -64,6 +64,7 @@ def quantize_blocks(
         with stream.block(index) as block:
             quantize_block(block, layers, hidden, original, solver, prober, room, true_sequential=true_sequential)
         saved.finished(index, stream, states)
+        give_back_freed_tensors()
         report(block_finished(index, stream, started))
         memory.check_host()
     if HEAD in layers:

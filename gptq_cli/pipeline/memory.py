@@ -68,14 +68,16 @@ def free_bytes(device: torch.device) -> int:
 
 
 def give_back_freed_tensors() -> None:
-    """Let the C library take tensors of a megabyte or more from the system one by one, and give each back when freed.
+    """Give back what has been freed so far, and let the C library take tensors of a megabyte or more from the system
+    one by one, and give each back when freed.
 
     By default the GNU C library learns to keep them, in an arena for each thread: batches that wait would hold on to
     what their forwards have freed long ago. Other C libraries are left as they are.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, MAPPED_BYTES)
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt") and hasattr(library, "malloc_trim"):
+        library.mallopt(_M_MMAP_THRESHOLD, MAPPED_BYTES)
+        library.malloc_trim(0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from tests.engine.samples import correlated_inputs
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(output_error, "ELEMENTS_PER_CHUNK", 1000)
+    monkeypatch.setattr(output_error, "ELEMENTS_PER_CHUNK", {"cpu": 1000})
     monkeypatch.setattr(output_error, "COLUMNS_PER_PANEL", 40)
 
 
