@@ -28,9 +28,10 @@ from gptq_cli.errors import GateError
 
 
 class CheckpointWriter:
-    """Shards of a planned layout in `directory`; each tensor must be written or known once before `finish`.
+    """Shards of a planned layout in `directory`; each tensor must be written or known before `finish`.
 
-    Whatever else is in the directory is removed; shards that an earlier run began are gone on with, in place.
+    What is written again takes the place of what was. Whatever else is in the directory is removed; shards that an
+    earlier run began are gone on with, in place.
     """
 
     def __init__(self, directory: Path, layout: Layout) -> None:
@@ -64,7 +65,7 @@ class CheckpointWriter:
         spec = self._layout.specs[name]
         if (SAFETENSORS_DTYPE[tensor.dtype], tuple(tensor.shape)) != (spec.dtype, spec.shape):
             raise ValueError(f"{name}: planned {spec.dtype} {spec.shape}, got {tensor.dtype} {tuple(tensor.shape)}")
-        file, offset = self._place.pop(name)
+        file, offset = self._place[name]
         data = tensor_bytes(tensor)
         self._write_at(file, offset, data)
         self._hashes[name] = sha256(data).hexdigest()
@@ -72,7 +73,7 @@ class CheckpointWriter:
 
     def copy(self, tensor: TensorInfo) -> None:
         """The bytes of one source tensor, unchanged, a few MB at a time."""
-        file, offset = self._place.pop(tensor.name)
+        file, offset = self._place[tensor.name]
         digest = sha256()
         with tensor.file.open("rb", buffering=0) as source:
             for start in range(tensor.start, tensor.end, COPY_BYTES):
@@ -95,8 +96,6 @@ class CheckpointWriter:
 
     def adopt(self, hashes: Mapping[str, str]) -> None:
         """Take tensors that an earlier run wrote for written."""
-        for name in hashes:
-            del self._place[name]
         self._hashes |= hashes
 
     def finish(self) -> None:
@@ -104,8 +103,8 @@ class CheckpointWriter:
 
         GateError E_VERIFY for a tensor whose bytes are not those that were written.
         """
-        if self._place:
-            raise ValueError(f"never written: {', '.join(sorted(self._place)[:5])}")
+        if missing := self._place.keys() - self._hashes.keys():
+            raise ValueError(f"never written: {', '.join(sorted(missing)[:5])}")
         self.sync()
         self.close()
         if self._layout.index is not None:

@@ -43,6 +43,7 @@ class Progress:
         self._now = now
         self._last_line = now()
         self._block: BlockStarted | None = None
+        self._done = 0  # blocks, those that an earlier call has finished included
         self._layer = ""
         self._solved: list[LayerReport] = []
         self._seconds: list[float] = []
@@ -85,7 +86,7 @@ class Progress:
             case PhaseStarted():
                 self._block, self._seconds, self._layer = None, [], f"{event.name}: {event.detail}"
             case BlockStarted():
-                self._block, self._layer, self._solved = event, event.name, []
+                self._block, self._done, self._layer, self._solved = event, event.index, event.name, []
             case LayerStarted():
                 self._layer = event.name
             case LayerSolved():
@@ -93,6 +94,7 @@ class Progress:
                 self._layer = f"{event.report.name}  error {_errors([event.report])}"
             case BlockFinished():
                 self._seconds.append(event.seconds)
+                self._done = event.index + 1
                 self._memory = _memory(event)
 
     def _line(self, event: Event) -> str | None:
@@ -117,9 +119,9 @@ class Progress:
         """Three short lines: how far, what now, how much memory."""
         if self._block is None:
             return self._layer
-        done, n_blocks = len(self._seconds), self._block.n_blocks
-        bar = ("█" * (BAR * done // n_blocks)).ljust(BAR, "░")
-        lines = [f"block {self._block.index + 1}/{n_blocks} {bar} {self._eta(done, n_blocks)} left"]
+        n_blocks = self._block.n_blocks
+        bar = ("█" * (BAR * self._done // n_blocks)).ljust(BAR, "░")
+        lines = [f"block {self._block.index + 1}/{n_blocks} {bar} {self._eta(self._done, n_blocks)} left"]
         return "\n".join([*lines, self._layer, *([f"memory {self._memory}"] if self._memory else [])])
 
 

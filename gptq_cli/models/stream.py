@@ -183,6 +183,7 @@ class ModelStream:
         In a tuple if blocks hand on more than hidden states. Notes on the way what every block will be called with.
         """
         base = self._model.base_model
+        self._calls, self._twin_calls, self.carried = [[] for _ in self._blocks], [], []
         with self._outside(base):
             self._extras = self._learn_output(batches[0][:1])
             names = [self.block_name(index) for index in range(self.n_blocks)]

@@ -23,7 +23,7 @@ class HiddenStates:
         self._states = list(states)
         self.first, self.n_all = first, len(self._states) if n_all is None else n_all
         self._memory, self._device = memory, memory.device
-        if self._device.type == "cuda" and self.nbytes * DEVICE_SHARE > memory.free() + self.nbytes:
+        if self._device.type == "cuda" and (memory.spared or self.nbytes * DEVICE_SHARE > memory.free() + self.nbytes):
             self._states = [_each(state, lambda tensor: tensor.cpu().pin_memory()) for state in self._states]
 
     def copy(self) -> HiddenStates:

@@ -20,7 +20,7 @@ from gptq_cli.models.stream import LoadedBlock, ModelStream
 from gptq_cli.pipeline.activations import HiddenStates
 from gptq_cli.pipeline.events import BlockStarted, PhaseStarted, Report
 from gptq_cli.pipeline.experts import RoutedInputs, quantize_experts
-from gptq_cli.pipeline.memory import Memory, WaitingRoom, block_finished, give_back_freed_tensors
+from gptq_cli.pipeline.memory import WaitingRoom, block_finished, give_back_freed_tensors
 from gptq_cli.pipeline.passage import Passage
 from gptq_cli.pipeline.resume import FinishedBlocks
 from gptq_cli.pipeline.run_plan import HEAD, LayerPlan, RunPlan
@@ -35,7 +35,7 @@ def quantize_blocks(
     *,
     true_sequential: bool,
     policy: FaultPolicy,
-    memory: Memory,
+    room: WaitingRoom,
     keep: Keep,
     saved: FinishedBlocks,
     report: Report,
@@ -46,7 +46,7 @@ def quantize_blocks(
     `team` shares the batches and the solving. Begins after the blocks that `saved` has, and gives it each finished
     block; the head counts as the last one.
     GateError E_NUM_* when activations or Hessians are not usable, located by layer; InputError E_ARCH when a planned
-    layer is never called; ResourceError E_OOM if `memory` does not suffice.
+    layer is never called; ResourceError E_OOM if the memory of `room` does not suffice.
     """
     layers = {layer.name: layer for layer in plan.quantized}
     solver = LayerSolver(stream, keep, report, policy, [len(batch) for batch in batches], team)
@@ -54,10 +54,10 @@ def quantize_blocks(
     mine = batches[share.start : share.stop]
     give_back_freed_tensors()
     report(PhaseStarted("embeddings", f"{len(batches)} batches"))
-    hidden = HiddenStates(stream.embed(mine), memory, share.start, len(batches))
+    hidden = HiddenStates(stream.embed(mine), room.memory, share.start, len(batches))
     original = hidden.copy() if plan.asymmetric else None
     states = [way for way in (hidden, original) if way is not None]
-    prober, room = Prober(), WaitingRoom(memory, report)
+    prober = Prober()
     for index in range(saved.restore(stream, states), stream.n_blocks):
         started = time.perf_counter()
         report(BlockStarted(index, stream.n_blocks, stream.block_name(index)))
@@ -66,7 +66,7 @@ def quantize_blocks(
         saved.finished(index, stream, states)
         give_back_freed_tensors()
         report(block_finished(index, stream, started))
-        memory.check_host()
+        room.memory.check_host()
     if HEAD in layers:
         report(PhaseStarted("head", HEAD))
         quantize_head(stream, layers, mine, hidden, original, solver)

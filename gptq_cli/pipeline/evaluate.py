@@ -20,6 +20,7 @@ from gptq_cli.evaluation.perplexity import Divergence, Perplexity
 from gptq_cli.models.stream import ModelStream
 from gptq_cli.models.tokenizer import load_encoder
 from gptq_cli.pipeline.activations import HiddenStates
+from gptq_cli.pipeline.device_errors import device_errors
 from gptq_cli.pipeline.eval_request import EvalRequest
 from gptq_cli.pipeline.events import BlockStarted, PhaseStarted, Report, ignore
 from gptq_cli.pipeline.memory import Memory, block_finished
@@ -27,7 +28,6 @@ from gptq_cli.pipeline.record import Record
 from gptq_cli.pipeline.setup import (
     CONFIG_FILE,
     bounded_seqlen,
-    memory_errors,
     open_stream,
     refuse_wrong_numbers,
     resolve_backend,
@@ -95,7 +95,7 @@ def evaluate_perplexity(model: str, request: EvalRequest, report: Report = ignor
         refuse_wrong_numbers(checkpoint)
     backend = resolve_backend(request.backend or _recorded_backend(checkpoints[0]), device)
     record = Record(report)
-    with torch.inference_mode(), memory_errors():
+    with torch.inference_mode(), device_errors():
         windows, documents = _windows(checkpoints[0], request, record)
         ids = torch.as_tensor(windows.ids)
         batches = list(ids.split(request.batch_size))

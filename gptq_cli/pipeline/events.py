@@ -60,6 +60,8 @@ class LayerReport:
 
 @dataclass(frozen=True, slots=True)
 class BlockStarted:
+    """A block begins, or begins again because it ran out of memory: then its layers are told of again, too."""
+
     index: int
     n_blocks: int
     name: str

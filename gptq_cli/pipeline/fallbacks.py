@@ -17,7 +17,7 @@ class FallbackLimit:
 
     def __init__(self, report: Report, config: QuantizeConfig) -> None:
         self._report, self._config = report, config
-        self._count = 0
+        self._rounded: set[str] = set()  # a layer may be solved again
 
     def __call__(self, event: Event) -> None:
         self._report(event)
@@ -30,14 +30,14 @@ class FallbackLimit:
         """Count what was rounded to nearest of these `layers` too."""
         allowed = self._config.max_fallbacks
         for layer in layers:
-            self._count += layer.fallback is not None
+            self._rounded |= {layer.name} if layer.fallback else set()
             if layer.fallback in ("inputs", "hessian") and self._config.on_numeric_fault == "error":
                 says = f"`{layer.name}` was rounded to nearest by an earlier call; --on-numeric-fault is error now"
                 raise GateError("E_NUM_FALLBACKS", says, hint="say --on-numeric-fault rtn, or --resume never")
-            if allowed is not None and self._count > allowed:
+            if allowed is not None and len(self._rounded) > allowed:
                 raise GateError(
                     "E_NUM_FALLBACKS",
-                    f"{self._count} layers had to be rounded to nearest, the last `{layer.name}`; "
+                    f"{len(self._rounded)} layers had to be rounded to nearest, the last `{layer.name}`; "
                     f"--max-fallbacks allows {allowed}",
                     hint="use more or other calibration text, or allow more",
                 )

@@ -7,7 +7,7 @@ import os
 import resource
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -88,6 +88,7 @@ class Memory:
     max_device_bytes: int | None = None
     max_host_bytes: int | None = None
     neighbours: int = 1  # processes that share the host, this one included
+    spared: bool = False  # no hidden states on the device
 
     def free(self) -> int:
         """Bytes that tensors on the device may still take."""
@@ -122,20 +123,25 @@ class WaitingRoom:
     """Decides for each block how many batches may wait inside it, and says once when not all of them may."""
 
     def __init__(self, memory: Memory, report: Report) -> None:
-        self._memory, self._report, self._told = memory, report, False
+        self.memory, self._report, self._told = memory, report, False
+        self._given = self._limit = MAX_WAITING_THREADS
+        self._closed = False
 
     def places(self, n_batches: int, bytes_each: int, ways: int = 1) -> int:
         """How many of `n_batches` fit half of the free memory, and their threads, if each holds `bytes_each` on each
         of its `ways` while it waits."""
+        if self._closed:
+            self._closed = False
+            return 0
         threads_each = ways
         bytes_each = ways * bytes_each
-        if self._memory.device.type == "cuda":
+        if self.memory.device.type == "cuda":
             bytes_each += ways * CUBLAS_WORKSPACE_BYTES
         else:
             threads_each *= torch.get_num_threads()  # OpenMP keeps a team of threads for each thread that computes
-        free = self._memory.free()
+        free = self.memory.free()
         by_memory = int(WAITING_SHARE * free) // bytes_each if bytes_each else n_batches
-        places = max(0, min(n_batches, by_memory, MAX_WAITING_THREADS // threads_each))
+        places = max(0, min(n_batches, by_memory, MAX_WAITING_THREADS // threads_each, self._limit))
         if places < n_batches and not self._told:
             self._told = True
             needed, threads = n_batches * bytes_each, n_batches * threads_each
@@ -143,7 +149,15 @@ class WaitingRoom:
             slower = "the block is run again for every stage with the others"
             who = f"{places} of {n_batches} batches wait inside a block"
             self._report(Warned("W_MEM_REPLAY", f"{who}, {slower}: {why}"))
+        self._given = places or self._given
         return places
+
+    def narrow(self) -> None:
+        """Memory has run out: in the next block nobody waits, later at most half as many as last; nor do hidden states
+        stay on the device."""
+        self.memory = replace(self.memory, spared=True)
+        self._limit = min(self._given, self._limit) // 2
+        self._closed = self._told = True
 
 
 def _fields(file: Path) -> dict[str, str]:

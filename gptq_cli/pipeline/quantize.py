@@ -29,8 +29,8 @@ from gptq_cli.engine.layer import QuantizedLinear
 from gptq_cli.errors import GateError
 from gptq_cli.models.stream import ModelStream
 from gptq_cli.models.tokenizer import load_encoder
-from gptq_cli.pipeline.blocks import quantize_blocks
 from gptq_cli.pipeline.copying import copy_others
+from gptq_cli.pipeline.device_errors import device_errors
 from gptq_cli.pipeline.events import ExpertsCovered, LayerReport, PhaseStarted, Report, RunPlanned, Warned, ignore
 from gptq_cli.pipeline.fallbacks import FallbackLimit
 from gptq_cli.pipeline.identity import Identity, check_agreement, identify, with_calibration
@@ -40,16 +40,15 @@ from gptq_cli.pipeline.preflight import check_disk, check_finite, check_memory, 
 from gptq_cli.pipeline.readers import judge_plan, remarks
 from gptq_cli.pipeline.record import Record
 from gptq_cli.pipeline.resume import FinishedBlocks, SavedBlocks, check_resumable, finished_output, telling_what_is_kept
+from gptq_cli.pipeline.retry import do_blocks
 from gptq_cli.pipeline.run_plan import HEAD, LayerPlan, RunPlan
 from gptq_cli.pipeline.setup import (
     CONFIG_FILE,
     bounded_seqlen,
-    memory_errors,
     open_stream,
     refuse_wrong_numbers,
     resolve_device,
 )
-from gptq_cli.pipeline.solver import Keep
 from gptq_cli.pipeline.team import ALONE, Place, Team
 from gptq_cli.pipeline.time_limit import TimeLimit
 from gptq_cli.version import __version__
@@ -138,7 +137,7 @@ def quantize_checkpoint(
         check_agreement(team, identity)
         finished_output(work.output, identity, overwrite=overwrite)
         check_resumable(work, identity, "never" if resume == "never" else "auto", record)
-        with torch.inference_mode(), memory_errors():
+        with torch.inference_mode(), device_errors():
             stream = open_stream(source, device=device, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
             plan = _plan(source, config, stream, record)
             record(_planned(model, plan, config))
@@ -321,34 +320,6 @@ def _write(
     write_manifest(work.stage, {"identity": identity, "origin": origin, "layers": layers, "experts": experts})
 
 
-def do_blocks(
-    stream: ModelStream,
-    plan: RunPlan,
-    config: QuantizeConfig,
-    ids: Tensor,
-    keep: Keep,
-    saved: FinishedBlocks,
-    report: Report,
-    team: Team,
-) -> None:
-    """The blocks that are left to do, as one process of `team`."""
-    memory = Memory(stream.device, config.max_vram_bytes, config.max_ram_bytes, team.neighbours)
-    memory.enforce()
-    if not saved.complete:
-        quantize_blocks(
-            stream,
-            plan,
-            ids.split(config.batch_size),
-            true_sequential=config.true_sequential,
-            policy=config.fault_policy,
-            memory=memory,
-            keep=keep,
-            saved=saved,
-            report=report,
-            team=team,
-        )
-
-
 def assist(model: str, config: QuantizeConfig, place: Place, *, revision: str | None = None) -> None:
     """Do this process's share of what another one does with `quantize_checkpoint`; nothing is written here."""
     team, device = place.team, place.device
@@ -357,7 +328,7 @@ def assist(model: str, config: QuantizeConfig, place: Place, *, revision: str | 
     seqlen = bounded_seqlen(config.seqlen, said="seqlen" in config.model_fields_set, checkpoint=source)
     config = config.model_copy(update={"seqlen": seqlen})
     check_agreement(team, identify(source, located.commit, config, device, hashed=team.first_here))
-    with torch.inference_mode(), memory_errors():
+    with torch.inference_mode(), device_errors():
         stream = open_stream(source, device=device, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
         plan = _plan(source, config, stream, ignore)
         ids: Tensor = team.told()

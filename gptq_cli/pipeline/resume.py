@@ -68,6 +68,7 @@ class FinishedBlocks:
         """Make `block` survive, and the `hidden` states after it."""
         last = block + 1 == self._n_steps
         self._keep(block, None if last else self._team.gathered(_batches(stream, hidden)))
+        self.first = block + 1
 
     def _saved(self) -> list[Batch] | None:
         return None

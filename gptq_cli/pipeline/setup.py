@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +11,7 @@ from gptq_cli.checkpoint.manifest import CONFIG_FILE as CONFIG_FILE
 from gptq_cli.checkpoint.reader import open_reader
 from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.checkpoint.verify import verify_checkpoint
-from gptq_cli.errors import ConfigError, InputError, ResourceError
+from gptq_cli.errors import ConfigError, InputError
 from gptq_cli.models.skeleton import build_skeleton, load_config
 from gptq_cli.models.stream import ModelStream
 from gptq_cli.pipeline.windows import bounded_seqlen as bounded_seqlen
@@ -71,20 +69,6 @@ def refuse_wrong_numbers(checkpoint: Checkpoint) -> None:
         if defect.code in WRONG_NUMBERS:
             hint = f"all of it: gptq verify {checkpoint.directory}"
             raise InputError(defect.code, f"`{checkpoint.directory}`, {defect.place}: {defect.message}", hint=hint)
-
-
-@contextmanager
-def memory_errors() -> Iterator[None]:
-    """Turn an exhausted device or host into ResourceError E_OOM with flags that help."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        host = isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
-        if not (host or isinstance(error, torch.OutOfMemoryError)):
-            raise
-        reason = str(error).split(". ")[0] or "the host has no more"
-        hint = "use --batch-size 1, a smaller --seqlen, or --device cpu, with --resume never if blocks are finished"
-        raise ResourceError("E_OOM", f"there is not enough memory: {reason}", hint=hint) from error
 
 
 def _forward_dtype(dtype: str, config: Any, checkpoint: Checkpoint) -> torch.dtype:

@@ -22,6 +22,7 @@ from torch import Tensor
 from gptq_cli.engine.hessian import HessianAccumulator, HessianOfBatches
 from gptq_cli.engine.pairwise import Node, kept_apart, push, total
 from gptq_cli.errors import ConfigError, ResourceError
+from gptq_cli.pipeline.device_errors import gpu_lost, out_of_memory
 
 Value = TypeVar("Value")
 ELEMENTS_AT_A_TIME = 2**25  # of a Hessian, between all ranks: bounds the copies that are on their way
@@ -276,7 +277,7 @@ def _peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if out_of_memory(error) or gpu_lost(error):
             raise
         reason = str(error).strip().splitlines()[-1]
         raise ResourceError(

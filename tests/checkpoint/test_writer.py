@@ -37,6 +37,17 @@ def test_tensors_reach_their_shards_in_any_order_and_are_read_back(
         again.finish()
 
 
+def test_what_is_written_again_takes_the_place_of_what_was(tmp_path: Path) -> None:
+    with CheckpointWriter(tmp_path / "out", LAYOUT) as writer:
+        old = writer.write("a", A - 1)
+        writer.sync()
+        hashes = {"b": writer.write("b", B), "a": writer.write("a", A)}
+        writer.finish()
+    with CheckpointWriter(tmp_path / "out", LAYOUT) as again:
+        assert again.holds(hashes)
+        assert not again.holds({"a": old})
+
+
 def test_what_was_not_planned_or_never_came_is_a_mistake(tmp_path: Path) -> None:
     with CheckpointWriter(tmp_path / "out", LAYOUT) as writer:
         with pytest.raises(ValueError, match=r"a: planned F32 \(2, 3\), got torch.float32 \(3, 2\)"):

@@ -9,7 +9,7 @@ import pytest
 
 from gptq_cli.cli.console import Console
 from gptq_cli.cli.progress import SILENCE, Progress
-from gptq_cli.pipeline.events import BlockStarted, LayerSolved
+from gptq_cli.pipeline.events import BlockFinished, BlockStarted, LayerSolved, PhaseStarted
 
 from .conftest import layer_report, play
 
@@ -64,6 +64,18 @@ def test_a_terminal_sees_block_layer_time_and_memory_and_is_left_clean(monkeypat
     assert "[bold]down  error 1.0e-04" not in seen  # the error of the layer before it
     assert seen.index("warning[W_TEST]: a warning in block 0") < seen.index("block 2/2 ")
     assert "\x1b[?25h" in seen  # the cursor is shown again
+
+
+def test_a_view_counts_the_blocks_that_were_finished_before(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(Console())
+    progress(BlockStarted(5, 8, "model.layers.5"))
+    assert progress._view().startswith("block 6/8 ███████████████░░░░░░░░░ ? left")
+    progress(BlockFinished(index=5, n_blocks=8, name="model.layers.5", seconds=10.0, host_bytes=0, device_bytes=0))
+    assert progress._view().startswith("block 6/8 ██████████████████░░░░░░ 0:00:20 left")
+    progress(PhaseStarted("embeddings", "3 batches"))  # as when a block has run out of memory
+    progress(BlockStarted(6, 8, "model.layers.6"))
+    assert progress._view().startswith("block 7/8 ██████████████████░░░░░░ ? left")
+    capsys.readouterr()
 
 
 def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,8 @@ from gptq_cli.engine.rtn import round_to_nearest
 from gptq_cli.errors import GateError
 from gptq_cli.models.stream import ModelStream
 from gptq_cli.pipeline import solver
-from gptq_cli.pipeline.events import Event, Resumed, Warned, ignore
+from gptq_cli.pipeline.events import Event, LayerReport, LayerSolved, Resumed, Warned, ignore
+from gptq_cli.pipeline.fallbacks import FallbackLimit
 from gptq_cli.pipeline.plan import plan_run
 from gptq_cli.pipeline.quantize import QuantizeResult, quantize_checkpoint
 from gptq_cli.pipeline.solver import LayerSolver
@@ -188,3 +189,14 @@ def test_fewer_tokens_than_inputs_are_told_once(tmp_path: Path) -> None:
         "layer `model.layers.0.self_attn.q_proj` (block 0) saw 48 calibration tokens for 64 inputs; "
         "others may have as few"
     ]
+
+
+def test_a_layer_that_is_solved_again_counts_once_as_rounded_to_nearest() -> None:
+    limit = FallbackLimit(ignore, config(max_fallbacks=2))
+    solved = [
+        LayerSolved(LayerReport(f"layer {n}", 0, 4, 32, 0.1, 0.1, 0.01, 0, 0, 9, 1.0, "tokens")) for n in range(3)
+    ]
+    for layer in (0, 1, 0, 1):
+        limit(solved[layer])
+    with pytest.raises(GateError, match=r"3 layers had to be rounded to nearest, the last `layer 2`; .* allows 2"):
+        limit(solved[2])

@@ -28,7 +28,8 @@ class Case:
     operations: list[str]
 
     def run(self, output: Path, **changes: object) -> QuantizeResult:
-        manner = {key: changes.pop(key) for key in ("resume", "overwrite", "max_seconds", "report") if key in changes}
+        named = ("resume", "overwrite", "max_seconds", "report", "place")
+        manner = {key: changes.pop(key) for key in named if key in changes}
         return quantize_checkpoint(str(self.model), output, config(**(SETTINGS | changes)), **manner)
 
     def interrupted(self, output: Path, last: int) -> bool:
