@@ -64,15 +64,15 @@ def peek_model(model: str, revision: str | None = None) -> tuple[ModelSource, Ch
 
     The directory of a Hub id holds its configuration only. Raises as `locate_model` and `open_checkpoint` do.
     """
+    if local := _local(model, revision):
+        return local, open_checkpoint(local.directory)
     from huggingface_hub import HfApi
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
-    local = _local(model, revision)
-    if local is None and HF_HUB_OFFLINE:
-        local = _download(_hub_id(model), revision)  # from the cache, or refused
-    if local is not None:
-        return local, open_checkpoint(local.directory)
     identifier = _hub_id(model)
+    if HF_HUB_OFFLINE:
+        cached = _download(identifier, revision)  # from the cache, or refused
+        return cached, open_checkpoint(cached.directory)
     with _hub_errors(identifier, revision):
         return _peek(HfApi(), identifier, revision)
 

@@ -15,7 +15,7 @@ from tests.hub import serve
 
 from .conftest import FakeQuantizer, Run
 
-HEAVY = ("torch", "transformers", "datasets", "safetensors")
+HEAVY = ("torch", "transformers", "datasets", "safetensors", "huggingface_hub")
 
 
 @pytest.fixture(scope="module")
@@ -123,10 +123,12 @@ def test_a_hub_model_is_planned_from_ranges_of_its_files(model: Path, tmp_path: 
         asked = [request for request in hub.requests if ".safetensors" in request and "index" not in request]
         refused = run_process(["plan", "someone/single", "-b", "4"], environment)
         unknown = run_process(["plan", "someone/nothing", "-b", "4"], environment)
-    assert (code, stderr, loaded) == (0, "", [])
+    assert (code, stderr, loaded) == (0, "", ["huggingface_hub"])
     remote = json.loads(stdout)
     assert remote["commit"] == hub.commit("someone/Tiny-1M")
-    local = json.loads(run_process(["plan", str(model), *words[2:]], {})[1])
+    _, stdout, _, loaded = run_process(["plan", str(model), *words[2:]], {})
+    assert loaded == []
+    local = json.loads(stdout)
     for key in ("layers", "quantized", "kept", "files", "bytes_before", "bytes_after"):
         assert remote[key] == local[key]
     assert {request.split()[0] for request in asked} <= {"GET", "HEAD"}
