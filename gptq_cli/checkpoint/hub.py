@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 
 from gptq_cli.checkpoint.headers import TensorInfo, tensor_info
 from gptq_cli.checkpoint.source import (
+    CONFIG_NAMES,
     INDEX_NAME,
+    WEIGHT_SUFFIXES,
     Checkpoint,
     merge_shards,
     open_checkpoint,
@@ -24,20 +26,7 @@ from gptq_cli.hub import hub_refusal
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-SKIPPED = [
-    "*.bin",
-    "*.pt",
-    "*.pth",
-    "*.ckpt",
-    "*.gguf",
-    "*.onnx",
-    "*.h5",
-    "*.msgpack",
-    "*.tflite",
-    "original/*",
-    "onnx/*",
-]
-SETTINGS = ("config.json", "quantize_config.json")
+SKIPPED = [*(f"*{suffix}" for suffix in WEIGHT_SUFFIXES if suffix != ".safetensors"), "original/*", "onnx/*"]
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -113,7 +102,7 @@ def _peek(api: HfApi, identifier: str, revision: str | None) -> tuple[ModelSourc
     if "config.json" not in files:
         refuse_other_kinds(identifier, files)
         raise InputError("E_CKPT_CONFIG", f"`{identifier}` has no config.json", hint="name a Hugging Face model")
-    fetched = [Path(api.hf_hub_download(identifier, name, revision=info.sha)) for name in SETTINGS if name in files]
+    fetched = [Path(api.hf_hub_download(identifier, name, revision=info.sha)) for name in CONFIG_NAMES if name in files]
     try:
         tensors = _remote_tensors(api, identifier, info.sha)
     except NotASafetensorsRepoError:

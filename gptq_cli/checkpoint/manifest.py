@@ -13,7 +13,8 @@ from gptq_cli.checkpoint.journal import digest
 
 MANIFEST = "gptq_manifest.json"
 CONFIG_FILE = "gptq_config.yaml"  # the resolved configuration
-OF_THE_RUN = {CONFIG_FILE, MANIFEST, "gptq_report.json", "gptq_report.html"}  # what is about a run, not of the model
+REPORT_DATA, REPORT_PAGE = "gptq_report.json", "gptq_report.html"  # the report of the run
+OF_THE_RUN = {CONFIG_FILE, MANIFEST, REPORT_DATA, REPORT_PAGE}  # what is about a run, not of the model
 SCHEMA = 1
 
 

@@ -9,12 +9,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gptq_cli.checkpoint.source import Checkpoint, read_json
+from gptq_cli.checkpoint.source import QUANTIZE_CONFIG, Checkpoint, read_json
 from gptq_cli.config.rules import first_match, flaw_of, keeps
 from gptq_cli.errors import InputError
 
 FORMATS = ("gptq", "gptq_v2")
-QUANTIZE_CONFIG = "quantize_config.json"
 BITS = (2, 3, 4, 8)
 
 

@@ -23,7 +23,7 @@ from gptq_cli.checkpoint.headers import TensorInfo
 from gptq_cli.checkpoint.layout import Layout, Shard
 from gptq_cli.checkpoint.manifest import OF_THE_RUN
 from gptq_cli.checkpoint.reader import SAFETENSORS_DTYPE, tensor_bytes
-from gptq_cli.checkpoint.source import INDEX_NAME, Checkpoint
+from gptq_cli.checkpoint.source import INDEX_NAME, QUANTIZE_CONFIG, Checkpoint
 from gptq_cli.errors import GateError
 
 
@@ -153,7 +153,7 @@ def write_side_files(
     if untie:
         config["tie_word_embeddings"] = False
     write_json(directory / "config.json", config)
-    write_json(directory / "quantize_config.json", quantization | {"meta": meta})
+    write_json(directory / QUANTIZE_CONFIG, quantization | {"meta": meta})
 
 
 def _hash_of(path: Path, start: int, size: int) -> str:

@@ -120,7 +120,7 @@ def run(
     `devices`, as `--devices` takes them: several share the work, a process each. With `page` a report of the run is
     left in the output.
     """
-    from gptq_cli.pipeline.report import PAGE
+    from gptq_cli.checkpoint.manifest import REPORT_PAGE
     from gptq_cli.pipeline.run import carry_out, refuse_early
 
     named = parse_devices(devices)
@@ -140,7 +140,7 @@ def run(
                 model, config, output, report=page, command=command, on_event=progress, place=place, **manner
             )
     if page:
-        console.say(f"report: {result.output / PAGE}")
+        console.say(f"report: {result.output / REPORT_PAGE}")
     return console.result(result.to_json(), _summary(result, config), str(result.output))
 
 

@@ -22,7 +22,7 @@ from gptq_cli.checkpoint.packed import PARTS, PackedModule, packed_modules
 from gptq_cli.checkpoint.packing import pack, unpack
 from gptq_cli.checkpoint.plain import declared_dtype
 from gptq_cli.checkpoint.reader import SAFETENSORS_DTYPE, DequantizingReader, TensorReader
-from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint, read_json
+from gptq_cli.checkpoint.source import QUANTIZE_CONFIG, Checkpoint, open_checkpoint, read_json
 from gptq_cli.checkpoint.work_directory import WorkDirectory, locked
 from gptq_cli.checkpoint.writer import CheckpointWriter
 from gptq_cli.config.fields import size_in_bytes
@@ -84,7 +84,7 @@ def convert_checkpoint(
         layout = _write_tensors(work.stage, units, write)
         _copy_others(source, work.stage, without={CONFIG_FILE, MANIFEST})
         write_json(work.stage / "config.json", source.config | {"quantization_config": said | changes})
-        write_json(work.stage / "quantize_config.json", _quantize_config(source, said) | changes)
+        write_json(work.stage / QUANTIZE_CONFIG, _quantize_config(source, said) | changes)
         if (source.directory / CONFIG_FILE).is_file():
             config = resolve({}, {}, source.directory / CONFIG_FILE).config.model_copy(
                 update={"format": to, "target": None}
@@ -222,6 +222,6 @@ def _copy_others(source: Checkpoint, directory: Path, *, without: set[str]) -> N
 
 
 def _quantize_config(source: Checkpoint, said: dict[str, Any]) -> dict[str, Any]:
-    file = source.directory / "quantize_config.json"
+    file = source.directory / QUANTIZE_CONFIG
     content = read_json(file) if file.is_file() else said
     return dict(content) if isinstance(content, dict) else said
