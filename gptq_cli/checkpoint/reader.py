@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from gptq_cli.checkpoint.block_float import METHOD as FP8
-from gptq_cli.checkpoint.block_float import block_size, scales_of
+from gptq_cli.checkpoint.block_float import block_size
 from gptq_cli.checkpoint.gptq_format import decode
 from gptq_cli.checkpoint.packed import PARTS, PackedModule, packed_modules
 from gptq_cli.checkpoint.source import Checkpoint
@@ -139,8 +139,8 @@ PlainReader = TensorReader | DequantizingReader | BlockFloatReader
 
 
 def open_reader(checkpoint: Checkpoint, device: torch.device = CPU, backend: str = "torch") -> PlainReader:
-    """A reader of the plain weights that `checkpoint` stands for; InputError as `format_of` and `scales_of` say."""
-    if scales := scales_of(checkpoint.directory, checkpoint.quantization, checkpoint.tensors):
+    """A reader of the plain weights that `checkpoint` stands for; InputError as `format_of` and `scales` say."""
+    if scales := checkpoint.scales():
         return BlockFloatReader(checkpoint, scales)
     quantized = checkpoint.method not in (None, FP8)
     return DequantizingReader(checkpoint, device, backend) if quantized else TensorReader(checkpoint)

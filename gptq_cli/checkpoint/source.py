@@ -47,8 +47,18 @@ class Checkpoint:
         return None if said is None else str(said.get("quant_method", "gptq")).lower()
 
     @property
+    def text_config(self) -> dict[str, Any]:
+        """What config.json says of the language model, which may be one part of several."""
+        nested = self.config.get("text_config")
+        return nested if nested and isinstance(nested, dict) else self.config
+
+    @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def scales(self) -> dict[str, str]:
+        """The name of the scales of each weight that is stored in 8-bit floats; InputError as `scales_of` says."""
+        return scales_of(self.directory, self.quantization, self.tensors)
 
     def other_files(self) -> list[Path]:
         """Files beside the weights (tokenizer, generation config, licence, code), relative to the directory, sorted."""
@@ -81,7 +91,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     checkpoint = Checkpoint(directory, config, _read_tensors(directory))
     for file in checkpoint.other_files():
         _refuse_escape(directory, directory / file)
-    scales_of(directory, checkpoint.quantization, checkpoint.tensors)
+    checkpoint.scales()  # refuses 8-bit floats that are stored otherwise than they can be read
     return checkpoint
 
 

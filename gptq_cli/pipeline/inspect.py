@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from gptq_cli.checkpoint.block_float import SCALES, block_size, scales_of
+from gptq_cli.checkpoint.block_float import SCALES, block_size
 from gptq_cli.checkpoint.headers import TensorInfo
 from gptq_cli.checkpoint.manifest import CONFIG_FILE
 from gptq_cli.checkpoint.orientation import stores_transposed
@@ -85,16 +85,14 @@ class Inspection:
 
 def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     """What `checkpoint` holds; InputError E_CKPT_INCOMPLETE if the parts of a linear lack one or do not fit."""
-    said = checkpoint.quantization
-    method = checkpoint.method
+    said, method = checkpoint.quantization or {}, checkpoint.method
     modules = packed_modules(checkpoint.tensors) if method == "gptq" else ()
     packed = {f"{module.name}.{part}" for module in modules for part in PARTS}
-    scales = scales_of(checkpoint.directory, said, checkpoint.tensors)
+    scales = checkpoint.scales()
     hidden = packed | set(scales) | set(scales.values())
     others = [tensor for name, tensor in checkpoint.tensors.items() if name not in hidden]
     scaled = [checkpoint.tensors[name] for name in scales]
     blocks = _blocks(checkpoint.tensors)
-    said = said or {}
     sym = bool(said.get("sym", True))
     return Inspection(
         method=method,

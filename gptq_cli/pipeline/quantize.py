@@ -15,7 +15,7 @@ from gptq_cli.calibration.sampling import Windows, calibration_windows, check_to
 from gptq_cli.checkpoint.durable import write_file
 from gptq_cli.checkpoint.gptq_format import encode
 from gptq_cli.checkpoint.hub import ModelSource, locate_model
-from gptq_cli.checkpoint.manifest import write_manifest
+from gptq_cli.checkpoint.manifest import CONFIG_FILE, write_manifest
 from gptq_cli.checkpoint.quantization_config import describe
 from gptq_cli.checkpoint.run_file import write_run
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
@@ -41,17 +41,11 @@ from gptq_cli.pipeline.readers import judge_plan, remarks
 from gptq_cli.pipeline.record import Record
 from gptq_cli.pipeline.resume import FinishedBlocks, SavedBlocks, check_resumable, finished_output, telling_what_is_kept
 from gptq_cli.pipeline.run_plan import HEAD, LayerPlan, RunPlan
-from gptq_cli.pipeline.setup import (
-    CONFIG_FILE,
-    bounded_seqlen,
-    memory_errors,
-    open_stream,
-    refuse_wrong_numbers,
-    resolve_device,
-)
+from gptq_cli.pipeline.setup import memory_errors, open_stream, refuse_wrong_numbers, resolve_device
 from gptq_cli.pipeline.solver import Keep
 from gptq_cli.pipeline.team import ALONE, Place, Team
 from gptq_cli.pipeline.time_limit import TimeLimit
+from gptq_cli.pipeline.windows import bounded
 from gptq_cli.version import __version__
 
 NOTHING_TO_DO = torch.empty(0, 0, dtype=torch.long)  # instead of token ids
@@ -131,8 +125,7 @@ def quantize_checkpoint(
         source = open_checkpoint(located.directory)
         plan_checkpoint(source, config)  # a downloaded model has not been looked at before
         refuse_wrong_numbers(source)
-        seqlen = bounded_seqlen(config.seqlen, said="seqlen" in config.model_fields_set, checkpoint=source)
-        config = config.model_copy(update={"seqlen": seqlen})
+        config = bounded(config, source)
         record(PhaseStarted("source", f"identifying {source.nbytes / 1e9:.3g} GB"))
         identity = identify(source, located.commit, config, device)
         check_agreement(team, identity)
@@ -354,8 +347,7 @@ def assist(model: str, config: QuantizeConfig, place: Place, *, revision: str | 
     team, device = place.team, place.device
     located = locate_model(model, revision)
     source = open_checkpoint(located.directory)
-    seqlen = bounded_seqlen(config.seqlen, said="seqlen" in config.model_fields_set, checkpoint=source)
-    config = config.model_copy(update={"seqlen": seqlen})
+    config = bounded(config, source)
     check_agreement(team, identify(source, located.commit, config, device, hashed=team.first_here))
     with torch.inference_mode(), memory_errors():
         stream = open_stream(source, device=device, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
