@@ -45,7 +45,7 @@ def locate_model(model: str, revision: str | None = None) -> ModelSource:
     What starts with ".", "/" or "~" or exists here is never sent to the Hub. InputError E_MODEL_NOT_FOUND when nothing
     is there, E_HUB_* when the Hub refuses or cannot be reached; ResourceError E_DISK when the cache is full.
     """
-    return _local(model, revision) or _download(_hub_id(model), revision)
+    return _local(model, revision) or _download(hub_id(model), revision)
 
 
 def peek_model(model: str, revision: str | None = None) -> tuple[ModelSource, Checkpoint]:
@@ -58,12 +58,23 @@ def peek_model(model: str, revision: str | None = None) -> tuple[ModelSource, Ch
     from huggingface_hub import HfApi
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
-    identifier = _hub_id(model)
+    identifier = hub_id(model)
     if HF_HUB_OFFLINE:
         cached = _download(identifier, revision)  # from the cache, or refused
         return cached, open_checkpoint(cached.directory)
     with _hub_errors(identifier, revision):
         return _peek(HfApi(), identifier, revision)
+
+
+def hub_id(model: str) -> str:
+    """The id that MODEL, which is no directory, has on the Hub; InputError E_MODEL_NOT_FOUND if it can be none."""
+    identifier = model.removeprefix("hf://")
+    exists = Path(model).expanduser().exists()
+    if model.startswith((".", "/", "~")) or exists or not _HUB_ID.fullmatch(identifier):
+        raise InputError(
+            "E_MODEL_NOT_FOUND", f"`{model}` is not a directory", hint="give a model directory or a Hub id"
+        )
+    return identifier
 
 
 def _local(model: str, revision: str | None) -> ModelSource | None:
@@ -73,16 +84,6 @@ def _local(model: str, revision: str | None) -> ModelSource | None:
     if revision is not None:
         raise InputError("E_MODEL_NOT_FOUND", f"`{model}` is a local directory and has no revision {revision!r}")
     return ModelSource(path, path.resolve().name, None)
-
-
-def _hub_id(model: str) -> str:
-    identifier = model.removeprefix("hf://")
-    exists = Path(model).expanduser().exists()
-    if model.startswith((".", "/", "~")) or exists or not _HUB_ID.fullmatch(identifier):
-        raise InputError(
-            "E_MODEL_NOT_FOUND", f"`{model}` is not a directory", hint="give a model directory or a Hub id"
-        )
-    return identifier
 
 
 def _download(identifier: str, revision: str | None) -> ModelSource:
