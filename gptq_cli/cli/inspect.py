@@ -48,7 +48,7 @@ def inspect(
 
     source, checkpoint = peek_model(model, revision)
     found = inspect_checkpoint(checkpoint)
-    judged = _judge(found)
+    judged = verdicts(found.export) if found.export else ()
     data = {"model": source.name, "commit": source.commit, **_data(found, judged)}
     console.result(data, "\n".join([source.name, "", *_lines(found, judged)]), _how(found))
 
@@ -62,12 +62,6 @@ def _show_layer(console: Console, model: str, revision: str | None, name: str) -
 
     view = view_layer(checkpoint, name)
     console.result({"layer": asdict(view)}, "\n".join(_layer_lines(view)), view.name)
-
-
-def _judge(found: Inspection) -> tuple[Verdict, ...]:
-    if found.export is None:
-        return ()
-    return verdicts(found.export)
 
 
 def _data(found: Inspection, judged: Sequence[Verdict]) -> dict[str, Any]:
@@ -97,7 +91,7 @@ def _data(found: Inspection, judged: Sequence[Verdict]) -> dict[str, Any]:
 
 
 def _how(found: Inspection) -> str:
-    return "not quantized" if found.method is None else " ".join(filter(None, [found.format or found.method]))
+    return "not quantized" if found.method is None else found.format or found.method
 
 
 def _lines(found: Inspection, judged: Sequence[Verdict]) -> list[str]:

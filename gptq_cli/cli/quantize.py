@@ -89,20 +89,14 @@ def quantize(
     if print_config:
         return _print_config(console, resolved)
     if dry_run:
-        return _plan(console, resolved, model, output, revision, max(1, len(parse_devices(devices))))
+        from gptq_cli.cli.plan_view import show_plan
+
+        return show_plan(console, resolved, model, output, revision, max(1, len(parse_devices(devices))))
     for note in resolved.notes:
         console.say(f"note: {note}")
     manner = {"resume": resume or "auto", "max_runtime": max_runtime, "allow_network_fs": allow_network_fs}
     manner |= {"overwrite": overwrite, "revision": revision}
     return run(console, resolved.config, model, output, devices=devices, page=report, **manner)
-
-
-def _plan(
-    console: Console, resolved: Resolved, model: str, output: Path | None, revision: str | None, devices: int
-) -> None:
-    from gptq_cli.cli.plan_view import show_plan
-
-    show_plan(console, resolved, model, output, revision, devices)
 
 
 def run(
