@@ -21,7 +21,7 @@ from gptq_cli.checkpoint.source import (
     refuse_other_kinds,
 )
 from gptq_cli.errors import GptqError, InputError, ResourceError
-from gptq_cli.hub import hub_refusal
+from gptq_cli.hub import first_line, hub_refusal
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -111,7 +111,7 @@ def _peek(api: HfApi, identifier: str, revision: str | None) -> tuple[ModelSourc
         message = f"`{identifier}` holds no model.safetensors and no {INDEX_NAME}"
         raise InputError("E_CKPT_MISSING", message, hint="name a model with safetensors weights") from None
     except SafetensorsParsingError as error:
-        raise InputError("E_CKPT_CORRUPT", f"`{identifier}`: {_first_line(error)}") from None
+        raise InputError("E_CKPT_CORRUPT", f"`{identifier}`: {first_line(error)}") from None
     directory = fetched[0].parent
     return ModelSource(directory, identifier, info.sha), Checkpoint(directory, read_json(fetched[0]), tensors)
 
@@ -151,7 +151,3 @@ def _refused_by_disk(error: Exception) -> ResourceError | None:
         return None
     hint = "free some space or move the cache (HF_HOME), then run again: what was fetched is kept"
     return ResourceError("E_DISK", f"cannot write the Hub's cache: {error.strerror or error}", hint=hint)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n")[0]
