@@ -24,7 +24,7 @@ from gptq_cli.checkpoint.reader import SAFETENSORS_DTYPE, DequantizingReader, Te
 from gptq_cli.checkpoint.source import QUANTIZE_CONFIG, Checkpoint, open_checkpoint, read_json
 from gptq_cli.checkpoint.stored import STORED_OFFSET, format_of
 from gptq_cli.checkpoint.work_directory import WorkDirectory, locked
-from gptq_cli.checkpoint.writer import CheckpointWriter
+from gptq_cli.checkpoint.writer import CheckpointWriter, copy_side_files
 from gptq_cli.config.fields import size_in_bytes
 from gptq_cli.config.resolve import resolve
 from gptq_cli.config.schema import QuantizeConfig
@@ -82,7 +82,7 @@ def convert_checkpoint(
     with _fresh(output) as work:
         report(PhaseStarted("convert", f"{len(modules)} layers from {format} to {to}"))
         written = _write_tensors(work.stage, units, write)
-        _copy_others(source, work.stage, without={CONFIG_FILE, MANIFEST})
+        copy_side_files(source, work.stage, without={CONFIG_FILE, MANIFEST})
         write_json(work.stage / "config.json", source.config | {"quantization_config": said | changes})
         write_json(work.stage / QUANTIZE_CONFIG, _quantize_config(source, said) | changes)
         if (source.directory / CONFIG_FILE).is_file():
@@ -110,7 +110,7 @@ def dequantize_checkpoint(
     with _fresh(output) as work:
         report(PhaseStarted("dequantize", f"{len(modules)} layers to {str(wanted).removeprefix('torch.')}"))
         written = _write_tensors(work.stage, _units(source, {}, plain.spec), lambda writer: plain.write(writer, report))
-        _copy_others(source, work.stage, without=OF_THE_RUN)
+        copy_side_files(source, work.stage, without=OF_THE_RUN)
         config = {key: value for key, value in source.config.items() if key != "quantization_config"}
         if dtype != "auto":
             config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
@@ -214,12 +214,6 @@ def _write_tensors(
         write(writer)
         writer.finish()
     return sum(spec.nbytes for spec in layout.specs.values())
-
-
-def _copy_others(source: Checkpoint, directory: Path, *, without: set[str]) -> None:
-    for file in source.other_files():
-        if str(file) not in without:
-            write_file(directory / file, (source.directory / file).read_bytes())
 
 
 def _quantize_config(source: Checkpoint, said: dict[str, Any]) -> dict[str, Any]:
