@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,7 +56,7 @@ class Disk:
         return self.free is None or self.needed <= self.free
 
 
-def total(terms: tuple[Term, ...]) -> int:
+def total(terms: Iterable[Term]) -> int:
     """Bytes of all terms."""
     return sum(term.nbytes for term in terms)
 
