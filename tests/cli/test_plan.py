@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -100,6 +101,14 @@ def test_what_a_run_would_refuse_the_plan_refuses(
     assert (result.exit_code, result.stdout) == (exit_code, "")
     assert message in result.stderr
     assert hint in result.stderr
+
+
+def test_a_text_config_that_is_no_mapping_is_not_asked(gptq: Run, model: Path, tmp_path: Path) -> None:
+    odd = Path(shutil.copytree(model, tmp_path / "odd"))
+    content = json.loads((odd / "config.json").read_text(encoding="utf-8"))
+    (odd / "config.json").write_text(json.dumps(content | {"text_config": "none"}), encoding="utf-8")
+    result, usual = (gptq("plan", directory, "-b", "4", "-g", "32", "-q") for directory in (odd, model))
+    assert (result.exit_code, result.stdout) == (0, usual.stdout)
 
 
 def test_an_output_in_the_way_and_a_full_disk_are_said(
