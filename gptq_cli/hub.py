@@ -8,8 +8,6 @@ LOGIN = "log in with a token that may read it: hf auth login"
 GATED = "accept its terms on its page on the Hub, then log in: hf auth login"
 OFFLINE = "allow the network (HF_HUB_OFFLINE is set), or fetch it before: hf download"
 NETWORK = "check the network and HF_ENDPOINT, then run again: what was fetched is kept; HF_HUB_OFFLINE=1 uses the cache"
-
-
 WRITER = "log in with a token that may write there: hf auth login"
 AGAIN = "run the same command again: what was uploaded is not sent twice"
 
@@ -40,7 +38,7 @@ def push_refusal(error: BaseException, what: str) -> InputError | None:
         if silent.code == "E_HUB_OFFLINE":
             message = f"{what} cannot be reached: offline mode is on"
             return InputError("E_HUB_OFFLINE", message, hint="unset HF_HUB_OFFLINE, or see the card with --dry-run")
-        reason = _line(answer or next(link for link in reversed(links) if _is_network(link)))
+        reason = first_line(answer or next(link for link in reversed(links) if _is_network(link)))
         return InputError("E_HUB_NETWORK", f"{what} could not be reached on the Hub: {reason}", hint=AGAIN)
     if isinstance(answer, hub.GatedRepoError):
         return InputError("E_HUB_GATED", f"{what} is gated on the Hub", hint=GATED)
@@ -48,7 +46,7 @@ def push_refusal(error: BaseException, what: str) -> InputError | None:
         return InputError("E_HUB_AUTH", f"the Hub does not know who you are, or not for {what}", hint=WRITER)
     if answer.response.status_code == 404:
         return InputError("E_HUB_NOT_FOUND", f"{what} is not on the Hub", hint=f"check the spelling, or {WRITER}")
-    said = answer.server_message or _line(answer)
+    said = answer.server_message or first_line(answer)
     hint = WRITER if answer.response.status_code == 403 else "the checkpoint on this machine is as it was; " + AGAIN
     return InputError("E_PUSH", f"the Hub refuses what is sent to {what}: {_first_line(said)}", hint=hint)
 
@@ -75,7 +73,7 @@ def _from_answer(error: BaseException, what: str, revision: str | None) -> Input
         return InputError("E_HUB_NOT_FOUND", f"{what} is not on the Hub", hint=hint)
     if isinstance(error, hub.RemoteEntryNotFoundError):
         hint = "look at its files on the Hub: it may have changed while it was read"
-        return InputError("E_HUB_NOT_FOUND", f"{what} lacks a file: {_line(error)}", hint=hint)
+        return InputError("E_HUB_NOT_FOUND", f"{what} lacks a file: {first_line(error)}", hint=hint)
     if isinstance(error, hub.HfHubHTTPError) and error.response.status_code in (401, 403):
         return InputError("E_HUB_AUTH", f"the Hub does not let you read {what}", hint=LOGIN)
     return None
@@ -92,7 +90,7 @@ def _from_silence(links: list[BaseException], what: str) -> InputError | None:
         message = f"{what} is not in the cache, at least not all of it, and offline mode is on"
         return InputError("E_HUB_OFFLINE", message, hint=OFFLINE)
     if network or absent:
-        reason = _line(network[-1] if network else links[0])
+        reason = first_line(network[-1] if network else links[0])
         return InputError("E_HUB_NETWORK", f"{what} could not be fetched from the Hub: {reason}", hint=NETWORK)
     return None
 
@@ -101,7 +99,8 @@ def _is_network(error: BaseException) -> bool:
     return isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.startswith(("httpx", "httpcore"))
 
 
-def _line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What `error` says, as far as one line goes; its class where it says nothing."""
     return _first_line(str(error).strip() or type(error).__name__)
 
 

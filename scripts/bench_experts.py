@@ -11,25 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-from bench_memory import ROOT, quantize_and_watch
+from bench_memory import flags, quantize_and_watch, save_random_model
 
 HIDDEN, INTERMEDIATE = 768, 256
-
-
-def make_model(directory: Path, n_experts: int) -> None:
-    """Save a random mixture of two blocks in a process of its own, so that it leaves nothing in this one."""
-    code = f"""
-from pathlib import Path
-from tests.families import save_model
-save_model(Path({str(directory)!r}), "qwen3_moe", hidden_size={HIDDEN}, moe_intermediate_size={INTERMEDIATE},
-           num_attention_heads=8, num_key_value_heads=8, head_dim=64, num_experts={n_experts})
-"""
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+SHAPE = {"hidden_size": HIDDEN, "moe_intermediate_size": INTERMEDIATE}
+SHAPE |= {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64}
 
 
 def main() -> None:
@@ -39,13 +28,11 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        text = Path(folder) / "text.txt"
-        text.write_text("some words to calibrate on, more or less different each time " * 400)
+        words = [*flags(Path(folder)), "--preset", "gptq", "--moe-uncovered", "rtn"]
         for n_experts in arguments.experts:
             model = Path(folder) / f"model-{n_experts}"
-            make_model(model, n_experts)
-            flags = ["--preset", "gptq", "--moe-uncovered", "rtn"]
-            peak, seconds = quantize_and_watch(model, Path(folder) / f"out-{n_experts}", text, *flags)
+            save_random_model(model, "qwen3_moe", num_experts=n_experts, **SHAPE)
+            peak, seconds = quantize_and_watch(model, Path(folder) / f"out-{n_experts}", words)
             rows.append(
                 {
                     "experts": n_experts,

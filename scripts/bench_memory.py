@@ -18,16 +18,22 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+SHAPE = {
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+}
 
 
-def make_model(directory: Path, n_blocks: int) -> None:
-    """Save a random Llama in a process of its own, so that it leaves nothing in this one."""
+def save_random_model(directory: Path, family: str, *, dtype: str = "float32", **shape: object) -> None:
+    """As `tests.families.save_model`, in a process of its own, so that it leaves nothing in this one."""
     code = f"""
+import torch
 from pathlib import Path
 from tests.families import save_model
-save_model(Path({str(directory)!r}), "llama", hidden_size=512, intermediate_size=1536, num_hidden_layers={n_blocks},
-           num_attention_heads=8, num_key_value_heads=8, head_dim=64, max_shard_size="200MB")
+save_model(Path({str(directory)!r}), {family!r}, dtype=torch.{dtype}, **{shape!r})
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
 
@@ -41,30 +47,25 @@ def private_bytes(pid: int) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)
 
 
-def quantize_and_watch(model: Path, output: Path, text: Path, *more: str) -> tuple[int, float]:
-    """Peak private memory in bytes and wall time in seconds of one `gptq quantize`, with `more` flags."""
-    command = [sys.executable, "-m", "gptq_cli", "quantize", str(model), "-o", str(output), "--bits", "4", "--quiet"]
-    command += [
-        "--dataset",
-        str(text),
-        "--nsamples",
-        "8",
-        "--seqlen",
-        "128",
-        "--batch-size",
-        "4",
-        "--device",
-        "cpu",
-        *more,
-    ]
+def quantize_and_watch(model: Path, output: Path, words: list[str]) -> tuple[int, float]:
+    """Peak private memory in bytes and wall time in seconds of one `gptq quantize` with the flags `words`."""
+    command = [sys.executable, "-m", "gptq_cli", "quantize", str(model), "-o", str(output), "--quiet", *words]
     started, peak = time.perf_counter(), 0
-    process = subprocess.Popen(command, cwd=ROOT)
+    process = subprocess.Popen([*command, "--device", "cpu"], cwd=ROOT, stdout=subprocess.DEVNULL)
     while process.poll() is None:
         peak = max(peak, private_bytes(process.pid))
         time.sleep(0.01)
     if process.returncode:
         raise SystemExit(f"gptq quantize failed with exit code {process.returncode}")
     return peak, time.perf_counter() - started
+
+
+def flags(folder: Path, *, windows: int = 8, seqlen: int = 128, repeats: int = 400) -> list[str]:
+    """Those of a short run at 4 bits, on a text in `folder` that is made here."""
+    text = folder / "text.txt"
+    text.write_text("some words to calibrate on, more or less different each time " * repeats)
+    words = ["--bits", "4", "--dataset", str(text), "--nsamples", str(windows), "--seqlen", str(seqlen)]
+    return [*words, "--batch-size", "4"]
 
 
 def main() -> None:
@@ -74,13 +75,12 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        text = Path(folder) / "text.txt"
-        text.write_text("some words to calibrate on, more or less different each time " * 400)
+        words = flags(Path(folder))
         for n_blocks in arguments.blocks:
             model = Path(folder) / f"model-{n_blocks}"
-            make_model(model, n_blocks)
+            save_random_model(model, "llama", num_hidden_layers=n_blocks, max_shard_size="200MB", **SHAPE)
             weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
-            peak, seconds = quantize_and_watch(model, Path(folder) / f"out-{n_blocks}", text)
+            peak, seconds = quantize_and_watch(model, Path(folder) / f"out-{n_blocks}", words)
             rows.append({"blocks": n_blocks, "weights_bytes": weights, "peak_bytes": peak, "seconds": seconds})
             print(f"{n_blocks:3d} blocks  weights {weights / 1e6:6.0f} MB  peak {peak / 1e6:6.0f} MB  {seconds:5.1f} s")
     ratio = rows[1]["peak_bytes"] / rows[0]["peak_bytes"]

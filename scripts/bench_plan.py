@@ -14,14 +14,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from scripts.bench_memory import private_bytes  # noqa: E402
+from bench_memory import ROOT, flags, quantize_and_watch, save_random_model
 
 TOLERANCE = 0.25
-CASES = [
+CASES: list[dict[str, Any]] = [
     {"hidden": 256, "width": 768, "dtype": "float32", "samples": 8, "seqlen": 128},
     {"hidden": 512, "width": 1536, "dtype": "float32", "samples": 8, "seqlen": 128},
     {"hidden": 1024, "width": 4096, "dtype": "float32", "samples": 8, "seqlen": 128},
@@ -31,22 +29,11 @@ CASES = [
 ]
 
 
-def make_model(directory: Path, case: dict[str, object]) -> None:
-    """A random Llama of three blocks, saved by a process of its own."""
-    code = f"""
-import torch
-from pathlib import Path
-from tests.families import save_model
-save_model(Path({str(directory)!r}), "llama", hidden_size={case["hidden"]}, intermediate_size={case["width"]},
-           num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=8, head_dim={case["hidden"]} // 8,
-           max_position_embeddings=2048, dtype=torch.{case["dtype"]})
-"""
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
-
-
-def flags(case: dict[str, object], text: Path) -> list[str]:
-    words = ["--bits", "4", "--dataset", str(text), "--nsamples", str(case["samples"]), "--seqlen", str(case["seqlen"])]
-    return [*words, "--batch-size", "4", *(["--no-true-sequential"] if case.get("no_sequential") else [])]
+def shape_of(case: dict[str, Any]) -> dict[str, Any]:
+    """A Llama of three blocks."""
+    shape = {"hidden_size": case["hidden"], "intermediate_size": case["width"], "head_dim": case["hidden"] // 8}
+    shape |= {"num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 8}
+    return shape | {"max_position_embeddings": 2048, "dtype": case["dtype"]}
 
 
 def estimated(model: Path, words: list[str]) -> int:
@@ -54,21 +41,6 @@ def estimated(model: Path, words: list[str]) -> int:
     command = [sys.executable, "-m", "gptq_cli", "plan", str(model), *words, "--json"]
     found = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     peak: int = json.loads(found.stdout)["memory"]["cpu"]["peak_bytes"]
-    return peak
-
-
-def measured(model: Path, output: Path, words: list[str]) -> int:
-    """The peak of a run."""
-    command = [sys.executable, "-m", "gptq_cli", "quantize", str(model), "-o", str(output), "--quiet", *words]
-    process, peak = subprocess.Popen([*command, "--device", "cpu"], cwd=ROOT, stdout=subprocess.DEVNULL), 0
-    while True:
-        try:
-            process.wait(0.01)
-            break
-        except subprocess.TimeoutExpired:
-            peak = max(peak, private_bytes(process.pid))
-    if process.returncode:
-        raise SystemExit(f"gptq quantize failed with exit code {process.returncode}")
     return peak
 
 
@@ -80,11 +52,12 @@ def main() -> int:
     rows = []
     for case in CASES:
         with tempfile.TemporaryDirectory() as folder:
-            model, text = Path(folder) / "model", Path(folder) / "text.txt"
-            text.write_text("some words to calibrate on, more or less different each time " * 4000)
-            make_model(model, case)
-            words = flags(case, text)
-            said, seen = estimated(model, words), measured(model, Path(folder) / "out", words)
+            model = Path(folder) / "model"
+            save_random_model(model, "llama", **shape_of(case))
+            words = flags(Path(folder), windows=case["samples"], seqlen=case["seqlen"], repeats=4000)
+            words += ["--no-true-sequential"] if case.get("no_sequential") else []
+            said = estimated(model, words)
+            seen, _ = quantize_and_watch(model, Path(folder) / "out", words)
         rows.append({**case, "estimated_bytes": said, "measured_bytes": seen, "ratio": said / seen})
         print(
             f"{case}: estimated {said / 1e6:.0f} MB, measured {seen / 1e6:.0f} MB, ratio {said / seen:.2f}", flush=True

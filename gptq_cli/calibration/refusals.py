@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from gptq_cli.errors import InputError
-from gptq_cli.hub import GATED, hub_refusal
+from gptq_cli.hub import GATED, first_line, hub_refusal
 
 ASK = "check the id; a private dataset needs `hf auth login`"
 
@@ -23,7 +23,7 @@ def refusal(error: Exception, label: str, *, local: bool, hint: str | None = Non
         if refused is not None:
             return refused
     if local and isinstance(error, (ValueError, OSError, DatasetsError)):
-        reason = _first_line(list(_chain(error))[-1])
+        reason = first_line(list(_chain(error))[-1])
         return InputError(
             "E_DATA_FORMAT", f"dataset `{label}` cannot be read: {reason}", hint="check the file's content"
         )
@@ -73,7 +73,3 @@ def _from_request(error: BaseException, label: str) -> InputError | None:
     if isinstance(error, ValueError) and ("Unknown split" in text or "Bad split" in text):
         return InputError("E_DATA_SPLIT", f"dataset `{label}`: {text}", hint="name a split with --dataset-split")
     return None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 
 from gptq_cli.checkpoint.packing import pack, unpack
+from gptq_cli.checkpoint.stored import STORED_OFFSET
 from gptq_cli.engine.layer import QuantizedLinear
-
-SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
-STORED_OFFSET = {"gptq": 1, "gptq_v2": 0}  # v1 files store zero - 1 and readers add it back
 
 
 def encode(linear: QuantizedLinear, format: str) -> dict[str, Tensor]:

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 
 from gptq_cli.checkpoint.headers import TensorInfo, tensor_info
 from gptq_cli.checkpoint.source import (
+    CONFIG_NAMES,
     INDEX_NAME,
+    WEIGHT_SUFFIXES,
     Checkpoint,
     merge_shards,
     open_checkpoint,
@@ -19,25 +21,12 @@ from gptq_cli.checkpoint.source import (
     refuse_other_kinds,
 )
 from gptq_cli.errors import GptqError, InputError, ResourceError
-from gptq_cli.hub import hub_refusal
+from gptq_cli.hub import first_line, hub_refusal
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-SKIPPED = [
-    "*.bin",
-    "*.pt",
-    "*.pth",
-    "*.ckpt",
-    "*.gguf",
-    "*.onnx",
-    "*.h5",
-    "*.msgpack",
-    "*.tflite",
-    "original/*",
-    "onnx/*",
-]
-SETTINGS = ("config.json", "quantize_config.json")
+SKIPPED = [*(f"*{suffix}" for suffix in WEIGHT_SUFFIXES if suffix != ".safetensors"), "original/*", "onnx/*"]
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -56,7 +45,7 @@ def locate_model(model: str, revision: str | None = None) -> ModelSource:
     What starts with ".", "/" or "~" or exists here is never sent to the Hub. InputError E_MODEL_NOT_FOUND when nothing
     is there, E_HUB_* when the Hub refuses or cannot be reached; ResourceError E_DISK when the cache is full.
     """
-    return _local(model, revision) or _download(_hub_id(model), revision)
+    return _local(model, revision) or _download(hub_id(model), revision)
 
 
 def peek_model(model: str, revision: str | None = None) -> tuple[ModelSource, Checkpoint]:
@@ -64,17 +53,28 @@ def peek_model(model: str, revision: str | None = None) -> tuple[ModelSource, Ch
 
     The directory of a Hub id holds its configuration only. Raises as `locate_model` and `open_checkpoint` do.
     """
+    if local := _local(model, revision):
+        return local, open_checkpoint(local.directory)
     from huggingface_hub import HfApi
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
-    local = _local(model, revision)
-    if local is None and HF_HUB_OFFLINE:
-        local = _download(_hub_id(model), revision)  # from the cache, or refused
-    if local is not None:
-        return local, open_checkpoint(local.directory)
-    identifier = _hub_id(model)
+    identifier = hub_id(model)
+    if HF_HUB_OFFLINE:
+        cached = _download(identifier, revision)  # from the cache, or refused
+        return cached, open_checkpoint(cached.directory)
     with _hub_errors(identifier, revision):
         return _peek(HfApi(), identifier, revision)
+
+
+def hub_id(model: str) -> str:
+    """The id that MODEL, which is no directory, has on the Hub; InputError E_MODEL_NOT_FOUND if it can be none."""
+    identifier = model.removeprefix("hf://")
+    exists = Path(model).expanduser().exists()
+    if model.startswith((".", "/", "~")) or exists or not _HUB_ID.fullmatch(identifier):
+        raise InputError(
+            "E_MODEL_NOT_FOUND", f"`{model}` is not a directory", hint="give a model directory or a Hub id"
+        )
+    return identifier
 
 
 def _local(model: str, revision: str | None) -> ModelSource | None:
@@ -84,16 +84,6 @@ def _local(model: str, revision: str | None) -> ModelSource | None:
     if revision is not None:
         raise InputError("E_MODEL_NOT_FOUND", f"`{model}` is a local directory and has no revision {revision!r}")
     return ModelSource(path, path.resolve().name, None)
-
-
-def _hub_id(model: str) -> str:
-    identifier = model.removeprefix("hf://")
-    exists = Path(model).expanduser().exists()
-    if model.startswith((".", "/", "~")) or exists or not _HUB_ID.fullmatch(identifier):
-        raise InputError(
-            "E_MODEL_NOT_FOUND", f"`{model}` is not a directory", hint="give a model directory or a Hub id"
-        )
-    return identifier
 
 
 def _download(identifier: str, revision: str | None) -> ModelSource:
@@ -113,7 +103,7 @@ def _peek(api: HfApi, identifier: str, revision: str | None) -> tuple[ModelSourc
     if "config.json" not in files:
         refuse_other_kinds(identifier, files)
         raise InputError("E_CKPT_CONFIG", f"`{identifier}` has no config.json", hint="name a Hugging Face model")
-    fetched = [Path(api.hf_hub_download(identifier, name, revision=info.sha)) for name in SETTINGS if name in files]
+    fetched = [Path(api.hf_hub_download(identifier, name, revision=info.sha)) for name in CONFIG_NAMES if name in files]
     try:
         tensors = _remote_tensors(api, identifier, info.sha)
     except NotASafetensorsRepoError:
@@ -121,7 +111,7 @@ def _peek(api: HfApi, identifier: str, revision: str | None) -> tuple[ModelSourc
         message = f"`{identifier}` holds no model.safetensors and no {INDEX_NAME}"
         raise InputError("E_CKPT_MISSING", message, hint="name a model with safetensors weights") from None
     except SafetensorsParsingError as error:
-        raise InputError("E_CKPT_CORRUPT", f"`{identifier}`: {_first_line(error)}") from None
+        raise InputError("E_CKPT_CORRUPT", f"`{identifier}`: {first_line(error)}") from None
     directory = fetched[0].parent
     return ModelSource(directory, identifier, info.sha), Checkpoint(directory, read_json(fetched[0]), tensors)
 
@@ -161,7 +151,3 @@ def _refused_by_disk(error: Exception) -> ResourceError | None:
         return None
     hint = "free some space or move the cache (HF_HOME), then run again: what was fetched is kept"
     return ResourceError("E_DISK", f"cannot write the Hub's cache: {error.strerror or error}", hint=hint)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n")[0]

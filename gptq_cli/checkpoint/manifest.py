@@ -13,7 +13,8 @@ from gptq_cli.checkpoint.journal import digest
 
 MANIFEST = "gptq_manifest.json"
 CONFIG_FILE = "gptq_config.yaml"  # the resolved configuration
-OF_THE_RUN = {CONFIG_FILE, MANIFEST, "gptq_report.json", "gptq_report.html"}  # what is about a run, not of the model
+REPORT_DATA, REPORT_PAGE = "gptq_report.json", "gptq_report.html"  # the report of the run
+OF_THE_RUN = {CONFIG_FILE, MANIFEST, REPORT_DATA, REPORT_PAGE}  # what is about a run, not of the model
 SCHEMA = 1
 
 
@@ -33,17 +34,21 @@ def sealed(content: dict[str, Any]) -> dict[str, Any]:
     return {**content, "checksum": digest(content)}
 
 
-def read_manifest(directory: Path) -> dict[str, Any] | None:
-    """The manifest in `directory`; None if there is none of ours that can be read."""
+def read_sealed(file: Path) -> dict[str, Any] | None:
+    """The JSON object in `file`; None if there is none as it was written, by its own checksum."""
     try:
-        content = json.loads((directory / MANIFEST).read_bytes())
+        content = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
-    return content if is_intact(content) and content.get("schema") == SCHEMA else None
+    return content if is_intact(content) else None
+
+
+def read_manifest(directory: Path) -> dict[str, Any] | None:
+    """The manifest in `directory`; None if there is none of ours that can be read."""
+    content = read_sealed(directory / MANIFEST)
+    return content if content is not None and content.get("schema") == SCHEMA else None
 
 
 def is_intact(content: Any) -> bool:
-    """Whether what was read is a manifest as it was written, by its own checksum."""
-    if not isinstance(content, dict):
-        return False
-    return bool(content.get("checksum") == digest({key: content[key] for key in content.keys() - {"checksum"}}))
+    """Whether what was read is as it was written, by its own checksum."""
+    return isinstance(content, dict) and content == sealed(content)

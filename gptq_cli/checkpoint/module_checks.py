@@ -13,7 +13,7 @@ import numpy as np
 
 from gptq_cli.checkpoint.headers import TensorInfo
 from gptq_cli.checkpoint.raw import Array, read_array, unpack_words
-from gptq_cli.checkpoint.stored import Settings
+from gptq_cli.checkpoint.stored import STORED_OFFSET, Settings
 
 # Readers may flush subnormal float16 numbers to zero, and hold every scale in float16 or bfloat16.
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-14, 65504.0
@@ -102,8 +102,7 @@ def _check_groups(tensor: TensorInfo, groups: int, settings: Settings) -> Iterat
 
 def _check_zeros(tensor: TensorInfo, settings: Settings, format: str) -> Iterator[Defect]:
     fields = unpack_words(read_array(tensor), settings.bits).astype(np.int32)
-    offset = 1 if format == "gptq" else 0  # v1 files store zero - 1 and readers add it back
-    middle, top = 2 ** (settings.bits - 1), 2**settings.bits - 1
+    offset, middle, top = STORED_OFFSET[format], 2 ** (settings.bits - 1), 2**settings.bits - 1
     if settings.sym:
         yield from _check_symmetric(tensor, fields, middle, offset)
     elif offset and (wrapped := int((fields == top).sum())):

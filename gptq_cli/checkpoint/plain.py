@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from gptq_cli.checkpoint.block_float import METHOD as FP8
-from gptq_cli.checkpoint.block_float import block_size, scales_of
+from gptq_cli.checkpoint.block_float import block_size
 from gptq_cli.checkpoint.headers import TensorInfo
 from gptq_cli.checkpoint.packed import PARTS, packed_modules
 from gptq_cli.checkpoint.source import Checkpoint
@@ -41,7 +41,7 @@ def plain_view(checkpoint: Checkpoint, *, allow_requantize: bool = False) -> Pla
     """What `checkpoint` stands for; a plain one stands for itself.
 
     Weights in 8-bit floats with scales are those of the model itself. InputError E_CKPT_QUANTIZED for one that another
-    method has made, and for GPTQ unless `allow_requantize`; otherwise as `scales_of` and `packed_modules` say.
+    method has made, and for GPTQ unless `allow_requantize`; otherwise as `Checkpoint.scales` and `packed_modules` say.
     """
     method = checkpoint.method
     if method == "gptq" and allow_requantize:
@@ -51,8 +51,7 @@ def plain_view(checkpoint: Checkpoint, *, allow_requantize: bool = False) -> Pla
             "E_CKPT_QUANTIZED", f"`{checkpoint.directory}` is already quantized ({method})",
             hint=INSTEAD.get(method, FULL_PRECISION),
         )  # fmt: skip
-    said = checkpoint.quantization or {}
-    scales = scales_of(checkpoint.directory, said, checkpoint.tensors)
+    scales = checkpoint.scales()
     if not scales:
         return Plain(checkpoint.tensors, {})
     hidden = set(scales.values())
@@ -61,13 +60,13 @@ def plain_view(checkpoint: Checkpoint, *, allow_requantize: bool = False) -> Pla
         for name, tensor in checkpoint.tensors.items()
         if name not in hidden
     }
-    rows, columns = block_size(said) or (0, 0)
+    rows, columns = block_size(checkpoint.quantization or {}) or (0, 0)
     return Plain(tensors, {name: (name, scale) for name, scale in scales.items()}, f"fp8 in blocks of {rows}x{columns}")
 
 
 def declared_dtype(checkpoint: Checkpoint) -> str:
     """What weights are stored in: the dtype that config.json names, else that of the tensors that are not packed."""
-    config = checkpoint.config.get("text_config") or checkpoint.config
+    config = checkpoint.text_config
     named = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
     parts = tuple(f".{part}" for part in PARTS)
     kept = [t.dtype for t in checkpoint.tensors.values() if t.dtype in DTYPES.values() and not t.name.endswith(parts)]

@@ -12,13 +12,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from gptq_cli.checkpoint.block_float import METHOD as FP8
-from gptq_cli.checkpoint.block_float import block_size, scales_of
-from gptq_cli.checkpoint.gptq_format import SUFFIXES, decode
+from gptq_cli.checkpoint.block_float import block_size
+from gptq_cli.checkpoint.gptq_format import decode
+from gptq_cli.checkpoint.packed import PARTS, PackedModule, packed_modules
 from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.checkpoint.stored import format_of
 from gptq_cli.engine.layer import QuantizedLinear
 from gptq_cli.engine.triton_dequantize import dequantize_packed
-from gptq_cli.errors import InputError
 
 SAFETENSORS_DTYPE = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
@@ -72,23 +72,25 @@ class DequantizingReader:
         self._tensors = checkpoint.tensors
         self._raw = TensorReader(checkpoint)
         self._format = format_of(checkpoint)
+        self._modules = {module.name: module for module in packed_modules(checkpoint.tensors)}
         self._device, self._backend = device, backend
 
     def names(self) -> list[str]:
-        packed = tuple(f".{suffix}" for suffix in SUFFIXES)
+        packed = tuple(f".{part}" for part in PARTS)
         plain = [name for name in self._tensors if not name.endswith(packed)]
-        return plain + [f"{module}.weight" for module in quantized_modules(self._tensors)]
+        return plain + [f"{module}.weight" for module in self._modules]
 
     def read(self, name: str) -> Tensor:
         """The stored tensor, or the dequantized weight [O, I] in float32."""
         if name in self._tensors:
             return self._raw.read(name)
-        packed = self._packed(name.removesuffix(".weight"))
+        module = self._modules[name.removesuffix(".weight")]
+        packed = self._packed(module)
         if self._backend == "triton":
-            moved = {suffix: tensor.to(self._device) for suffix, tensor in packed.items()}
-            return dequantize_packed(**moved, bits=_bits_of(packed), v2=self._format == "gptq_v2", dtype=torch.float32)
+            moved = {part: tensor.to(self._device) for part, tensor in packed.items()}
+            return dequantize_packed(**moved, bits=module.bits, v2=self._format == "gptq_v2", dtype=torch.float32)
         # As a stored weight would lie in memory: products of the other layout differ in their last bits.
-        return decode(packed, _bits_of(packed), self._format).dequantize().contiguous()
+        return decode(packed, module.bits, self._format).dequantize().contiguous()
 
     def expect(self, names: Iterable[str]) -> None:
         """As TensorReader does, for weights and what stands for them."""
@@ -98,22 +100,22 @@ class DequantizingReader:
         """As TensorReader does."""
         self._raw.release()
 
-    def linear(self, module: str) -> QuantizedLinear:
+    def linear(self, name: str) -> QuantizedLinear:
         """The codes and the grid of one quantized linear."""
-        packed = self._packed(module)
-        return decode(packed, _bits_of(packed), self._format)
+        module = self._modules[name]
+        return decode(self._packed(module), module.bits, self._format)
 
     def _stored(self, name: str) -> list[str]:
-        parts = (f"{name.removesuffix('.weight')}.{suffix}" for suffix in SUFFIXES)
-        return [name] if name in self._tensors else [part for part in parts if part in self._tensors]
+        return [name] if name in self._tensors else self._parts(name.removesuffix(".weight"))
 
-    def _packed(self, module: str) -> dict[str, Tensor]:
-        absent = [s for s in SUFFIXES if f"{module}.{s}" not in self._tensors and s != "g_idx"]
-        if absent:
-            raise InputError("E_CKPT_INCOMPLETE", f"`{module}` has a qweight but no {', '.join(absent)}")
-        packed = {s: self._raw.read(f"{module}.{s}") for s in SUFFIXES if f"{module}.{s}" in self._tensors}
+    def _parts(self, module: str) -> list[str]:
+        return [name for part in PARTS if (name := f"{module}.{part}") in self._tensors]
+
+    def _packed(self, module: PackedModule) -> dict[str, Tensor]:
+        packed = {name.rpartition(".")[2]: self._raw.read(name) for name in self._parts(module.name)}
         if "g_idx" not in packed:
-            packed["g_idx"] = _trivial_groups(packed)
+            columns = torch.arange(module.in_features, dtype=torch.int32)
+            packed["g_idx"] = columns // (module.in_features // module.groups)
         return packed
 
 
@@ -149,8 +151,8 @@ PlainReader = TensorReader | DequantizingReader | BlockFloatReader
 
 
 def open_reader(checkpoint: Checkpoint, device: torch.device = CPU, backend: str = "torch") -> PlainReader:
-    """A reader of the plain weights that `checkpoint` stands for; InputError as `format_of` and `scales_of` say."""
-    if scales := scales_of(checkpoint.directory, checkpoint.quantization, checkpoint.tensors):
+    """A reader of the plain weights that `checkpoint` stands for; InputError as `format_of` and `scales` say."""
+    if scales := checkpoint.scales():
         return BlockFloatReader(checkpoint, scales)
     quantized = checkpoint.method not in (None, FP8)
     return DequantizingReader(checkpoint, device, backend) if quantized else TensorReader(checkpoint)
@@ -166,23 +168,7 @@ def scale_blocks(weight: Tensor, scales: Tensor, block: tuple[int, int]) -> Tens
     return scaled.bfloat16()
 
 
-def quantized_modules(tensors: dict[str, Any]) -> list[str]:
-    """Names of the linears that are stored packed."""
-    return [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
-
-
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The bytes of `tensor` as they are stored, without a copy when it is contiguous on the CPU."""
     array: Any = tensor.detach().cpu().contiguous().view(torch.uint8).reshape(-1).numpy()
     return memoryview(array)
-
-
-def _bits_of(packed: dict[str, Tensor]) -> int:
-    in_features = packed["g_idx"].shape[0]
-    return int(packed["qweight"].shape[0]) * 32 // in_features
-
-
-def _trivial_groups(packed: dict[str, Tensor]) -> Tensor:
-    bits = packed["qzeros"].shape[1] * 32 // packed["scales"].shape[1]
-    in_features = packed["qweight"].shape[0] * 32 // bits
-    return torch.arange(in_features, dtype=torch.int32) // (in_features // packed["scales"].shape[0])

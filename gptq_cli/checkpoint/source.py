@@ -13,11 +13,11 @@ from gptq_cli.checkpoint.headers import TensorInfo, read_header, unique_keys
 from gptq_cli.errors import InputError, Problem
 
 INDEX_NAME = "model.safetensors.index.json"
-CONFIG_NAMES = ("config.json", "quantize_config.json")
+QUANTIZE_CONFIG = "quantize_config.json"
+CONFIG_NAMES = ("config.json", QUANTIZE_CONFIG)
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".tflite")
 SKIPPED_FOLDERS = {"original", "onnx", "runs"}  # weights in other formats and training logs
-MAX_JSON_BYTES = {"config.json": 5_000_000, "quantize_config.json": 5_000_000, INDEX_NAME: 50_000_000}
-MAX_OTHER_JSON_BYTES = 50_000_000
+MAX_CONFIG_BYTES, MAX_JSON_BYTES = 5_000_000, 50_000_000
 MAX_DEPTH = 64
 
 
@@ -33,8 +33,8 @@ class Checkpoint:
     def quantization(self) -> dict[str, Any] | None:
         """The `quantization_config` of a checkpoint that is already quantized; E_CKPT_CONFIG if malformed."""
         found = self.config.get("quantization_config")
-        if found is None and (self.directory / "quantize_config.json").is_file():
-            found = read_json(self.directory / "quantize_config.json")
+        if found is None and (self.directory / QUANTIZE_CONFIG).is_file():
+            found = read_json(self.directory / QUANTIZE_CONFIG)
         if found is not None and not isinstance(found, dict):
             hint = "download config.json and quantize_config.json again"
             raise InputError("E_CKPT_CONFIG", f"the quantization of `{self.directory}` is not a JSON object", hint=hint)
@@ -47,8 +47,18 @@ class Checkpoint:
         return None if said is None else str(said.get("quant_method", "gptq")).lower()
 
     @property
+    def text_config(self) -> dict[str, Any]:
+        """What config.json says of the language model, which may be one part of several."""
+        nested = self.config.get("text_config")
+        return nested if nested and isinstance(nested, dict) else self.config
+
+    @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def scales(self) -> dict[str, str]:
+        """The name of the scales of each weight that is stored in 8-bit floats; InputError as `scales_of` says."""
+        return scales_of(self.directory, self.quantization, self.tensors)
 
     def other_files(self) -> list[Path]:
         """Files beside the weights (tokenizer, generation config, licence, code), relative to the directory, sorted."""
@@ -81,7 +91,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     checkpoint = Checkpoint(directory, config, _read_tensors(directory))
     for file in checkpoint.other_files():
         _refuse_escape(directory, directory / file)
-    scales_of(directory, checkpoint.quantization, checkpoint.tensors)
+    checkpoint.scales()  # refuses 8-bit floats that are stored otherwise than they can be read
     return checkpoint
 
 
@@ -90,7 +100,7 @@ def read_json(file: Path) -> Any:
 
     Keys that come twice are refused: readers would take either.
     """
-    limit = MAX_JSON_BYTES.get(file.name, MAX_OTHER_JSON_BYTES)
+    limit = MAX_CONFIG_BYTES if file.name in CONFIG_NAMES else MAX_JSON_BYTES
     try:
         if file.stat().st_size > limit:
             raise ValueError(f"it is larger than {limit // 10**6} MB")

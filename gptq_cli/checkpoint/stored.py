@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gptq_cli.checkpoint.source import Checkpoint, read_json
+from gptq_cli.checkpoint.source import QUANTIZE_CONFIG, Checkpoint, read_json
 from gptq_cli.config.rules import first_match, flaw_of, keeps
 from gptq_cli.errors import InputError
 
-FORMATS = ("gptq", "gptq_v2")
-QUANTIZE_CONFIG = "quantize_config.json"
+STORED_OFFSET = {"gptq": 1, "gptq_v2": 0}  # v1 files store zero - 1 and readers add it back
+FORMATS = tuple(STORED_OFFSET)
 BITS = (2, 3, 4, 8)
 
 

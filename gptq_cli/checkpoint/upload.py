@@ -12,6 +12,8 @@ from hashlib import sha1, sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gptq_cli.checkpoint.manifest import CONFIG_FILE, MANIFEST
+from gptq_cli.checkpoint.source import QUANTIZE_CONFIG
 from gptq_cli.errors import ExistsError, GptqError, InputError
 from gptq_cli.hub import AGAIN, push_refusal
 
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
 MAIN = "main"
 OF_A_CHECKPOINT = (".safetensors", ".safetensors.index.json")
-SETTINGS = {"quantize_config.json", "gptq_config.yaml", "gptq_manifest.json"}
+SETTINGS = {QUANTIZE_CONFIG, CONFIG_FILE, MANIFEST}
 LISTED = 3  # files that an error names
 
 Say = Callable[[str, str], None]

@@ -155,8 +155,7 @@ def _check_blocks(checkpoint: Checkpoint, modules: list[str]) -> Iterator[Defect
 
 
 def _n_blocks(checkpoint: Checkpoint) -> int | None:
-    nested = checkpoint.config.get("text_config")
-    said = (nested if isinstance(nested, dict) else checkpoint.config).get("num_hidden_layers")
+    said = checkpoint.text_config.get("num_hidden_layers")
     return said if type(said) is int else None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from gptq_cli.checkpoint.headers import TensorInfo
 from gptq_cli.checkpoint.layout import Layout, Shard
 from gptq_cli.checkpoint.manifest import OF_THE_RUN
 from gptq_cli.checkpoint.reader import SAFETENSORS_DTYPE, tensor_bytes
-from gptq_cli.checkpoint.source import INDEX_NAME, Checkpoint
+from gptq_cli.checkpoint.source import INDEX_NAME, QUANTIZE_CONFIG, Checkpoint
 from gptq_cli.errors import GateError
 
 
@@ -146,13 +146,19 @@ def write_side_files(
     config.json is the source's JSON plus `quantization_config`: re-serialising it through a library would rename keys
     that older readers need. `meta` goes into quantize_config.json only, because some readers refuse it in config.json.
     """
-    for file in (file for file in source.other_files() if str(file) not in OF_THE_RUN):
-        write_file(directory / file, (source.directory / file).read_bytes())
+    copy_side_files(source, directory, without=OF_THE_RUN)
     config = dict(source.config) | {"quantization_config": quantization}
     if untie:
         config["tie_word_embeddings"] = False
     write_json(directory / "config.json", config)
-    write_json(directory / "quantize_config.json", quantization | {"meta": meta})
+    write_json(directory / QUANTIZE_CONFIG, quantization | {"meta": meta})
+
+
+def copy_side_files(source: Checkpoint, directory: Path, *, without: Collection[str]) -> None:
+    """The files of the source beside its weights and settings, byte for byte, but those of these names."""
+    for file in source.other_files():
+        if str(file) not in without:
+            write_file(directory / file, (source.directory / file).read_bytes())
 
 
 def _hash_of(path: Path, start: int, size: int) -> str:

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from logging import FileHandler
 
 SCHEMA = 1
-UNITS = ("B", "KB", "MB", "GB", "TB")
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,17 +198,3 @@ def fitted(line: str, indent: int = 2) -> str:
         return line
     width = get_terminal_size().columns
     return fill(line, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
-
-
-def size(n_bytes: float) -> str:
-    """Bytes as people say them, in powers of 1000: 5.4 MB."""
-    unit = 0
-    while n_bytes >= 999.5 and unit < len(UNITS) - 1:
-        n_bytes, unit = n_bytes / 1000, unit + 1
-    return f"{n_bytes:.3g} {UNITS[unit]}"
-
-
-def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

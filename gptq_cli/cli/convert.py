@@ -5,18 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+from gptq_cli.checkpoint.stored import FORMATS
 from gptq_cli.cli import options as o
 from gptq_cli.cli.console import Console
 from gptq_cli.cli.progress import Progress
 from gptq_cli.config.finding import shown
 from gptq_cli.errors import ConfigError
 
-FORMATS = ("gptq", "gptq_v2")
-
 
 def convert(
     model: o.Model,
-    to: Annotated[str, o.plain("--to", help="format to write", metavar="gptq|gptq_v2", panel=o.OUTPUT)],
+    to: Annotated[str, o.plain("--to", help="format to write", metavar="|".join(FORMATS), panel=o.OUTPUT)],
     output: Annotated[Path, o.plain("--output", "-o", help="directory to write", metavar="DIR", panel=o.OUTPUT)],
     overwrite: o.Overwrite = False,
     as_json: o.AsJson = False,

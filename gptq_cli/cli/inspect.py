@@ -8,12 +8,13 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 from gptq_cli.cli import options as o
-from gptq_cli.cli.console import Console, fitted, size
+from gptq_cli.cli.console import Console, fitted
 from gptq_cli.cli.engines import engine_lines
 from gptq_cli.cli.table import aligned, row_data, row_lines
 from gptq_cli.config.finding import shown
 from gptq_cli.config.targets import Verdict, engine_data, verdicts
 from gptq_cli.pipeline.inspect import Inspection, inspect_checkpoint
+from gptq_cli.report.units import size
 
 if TYPE_CHECKING:
     from gptq_cli.pipeline.layer_view import Histogram, LayerView, PackedView
@@ -47,7 +48,7 @@ def inspect(
 
     source, checkpoint = peek_model(model, revision)
     found = inspect_checkpoint(checkpoint)
-    judged = _judge(found)
+    judged = verdicts(found.export) if found.export else ()
     data = {"model": source.name, "commit": source.commit, **_data(found, judged)}
     console.result(data, "\n".join([source.name, "", *_lines(found, judged)]), _how(found))
 
@@ -61,12 +62,6 @@ def _show_layer(console: Console, model: str, revision: str | None, name: str) -
 
     view = view_layer(checkpoint, name)
     console.result({"layer": asdict(view)}, "\n".join(_layer_lines(view)), view.name)
-
-
-def _judge(found: Inspection) -> tuple[Verdict, ...]:
-    if found.export is None:
-        return ()
-    return verdicts(found.export)
 
 
 def _data(found: Inspection, judged: Sequence[Verdict]) -> dict[str, Any]:
@@ -96,7 +91,7 @@ def _data(found: Inspection, judged: Sequence[Verdict]) -> dict[str, Any]:
 
 
 def _how(found: Inspection) -> str:
-    return "not quantized" if found.method is None else " ".join(filter(None, [found.format or found.method]))
+    return "not quantized" if found.method is None else found.format or found.method
 
 
 def _lines(found: Inspection, judged: Sequence[Verdict]) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-from gptq_cli.cli.console import Console, clock, fitted, size
+from gptq_cli.cli.console import Console, fitted
 from gptq_cli.cli.engines import engine_lines
 from gptq_cli.cli.table import row_data, row_lines
 from gptq_cli.config.resolve import Resolved
@@ -18,6 +18,7 @@ from gptq_cli.pipeline.overview import plan_rows
 from gptq_cli.pipeline.plan import plan_checkpoint
 from gptq_cli.pipeline.readers import judge_plan, remarks
 from gptq_cli.pipeline.run_plan import RunPlan
+from gptq_cli.report.units import clock, size
 
 
 def show_plan(

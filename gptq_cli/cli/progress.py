@@ -11,7 +11,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from gptq_cli.cli.console import Console, clock, size, talk, visible
+from gptq_cli.cli.console import Console, talk, visible
 from gptq_cli.cli.engines import unread_line
 from gptq_cli.pipeline.events import (
     BlockFinished,
@@ -26,6 +26,7 @@ from gptq_cli.pipeline.events import (
     Warned,
     WorkKept,
 )
+from gptq_cli.report.units import clock, size
 
 if TYPE_CHECKING:
     from rich.live import Live

@@ -11,7 +11,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from gptq_cli.cli import options as o
-from gptq_cli.cli.console import Console, clock, fitted, size, visible
+from gptq_cli.cli.console import Console, fitted, visible
 from gptq_cli.cli.engines import engine_lines
 from gptq_cli.cli.launch import launch, leads, member, parse_devices, started_by_torchrun
 from gptq_cli.cli.progress import Progress
@@ -20,6 +20,7 @@ from gptq_cli.cli.signals import stoppable
 from gptq_cli.config.resolve import Resolved, resolve
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.yaml_writer import to_yaml
+from gptq_cli.report.units import clock, size
 
 if TYPE_CHECKING:
     from gptq_cli.pipeline.quantize import QuantizeResult
@@ -88,20 +89,14 @@ def quantize(
     if print_config:
         return _print_config(console, resolved)
     if dry_run:
-        return _plan(console, resolved, model, output, revision, max(1, len(parse_devices(devices))))
+        from gptq_cli.cli.plan_view import show_plan
+
+        return show_plan(console, resolved, model, output, revision, max(1, len(parse_devices(devices))))
     for note in resolved.notes:
         console.say(f"note: {note}")
     manner = {"resume": resume or "auto", "max_runtime": max_runtime, "allow_network_fs": allow_network_fs}
     manner |= {"overwrite": overwrite, "revision": revision}
     return run(console, resolved.config, model, output, devices=devices, page=report, **manner)
-
-
-def _plan(
-    console: Console, resolved: Resolved, model: str, output: Path | None, revision: str | None, devices: int
-) -> None:
-    from gptq_cli.cli.plan_view import show_plan
-
-    show_plan(console, resolved, model, output, revision, devices)
 
 
 def run(
@@ -119,7 +114,7 @@ def run(
     `devices`, as `--devices` takes them: several share the work, a process each. With `page` a report of the run is
     left in the output.
     """
-    from gptq_cli.pipeline.report import PAGE
+    from gptq_cli.checkpoint.manifest import REPORT_PAGE
     from gptq_cli.pipeline.run import carry_out, refuse_early
 
     named = parse_devices(devices)
@@ -139,7 +134,7 @@ def run(
                 model, config, output, report=page, command=command, on_event=progress, place=place, **manner
             )
     if page:
-        console.say(f"report: {result.output / PAGE}")
+        console.say(f"report: {result.output / REPORT_PAGE}")
     return console.result(result.to_json(), _summary(result, config), str(result.output))
 
 

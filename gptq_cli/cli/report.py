@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from gptq_cli.cli import options as o
-from gptq_cli.cli.console import Console, size
+from gptq_cli.cli.console import Console
+from gptq_cli.report.units import size
 
 
 def report(
@@ -32,9 +33,10 @@ def report(
 
     Example: gptq report ./out --evaluation ppl.json
     """
-    from gptq_cli.pipeline.report import PAGE, write_page
+    from gptq_cli.checkpoint.manifest import REPORT_PAGE
+    from gptq_cli.pipeline.report import write_page
 
-    page = write_page(directory, output or directory / PAGE, evaluation=evaluation, png=png)
+    page = write_page(directory, output or directory / REPORT_PAGE, evaluation=evaluation, png=png)
     n_bytes = page.stat().st_size
     Console(as_json, quiet).result(
         {"output": str(page), "bytes": n_bytes}, f"{page}\n{size(n_bytes)}, open it in a browser", str(page)

@@ -43,8 +43,10 @@ def validate_config(
     data: dict[str, Any] = {"config": resolved.config.model_dump(mode="json"), "notes": list(resolved.notes)}
     text = to_yaml(resolved.config)
     if model is not None:
+        from gptq_cli.cli.plan_view import layer_data
+
         plan, judged = _plan(console, model, resolved)
-        data["plan"] = _plan_data(plan, judged)
+        data["plan"] = {"layers": layer_data(plan), "engines": engine_data(judged)}
         text += "\n" + "".join(f"# {line}\n" for line in [*_plan_lines(plan.layers), *engine_lines(judged)])
     console.result(data, text.rstrip("\n"), text.rstrip("\n"))
 
@@ -60,12 +62,6 @@ def _plan(console: Console, model: Path, resolved: Resolved) -> tuple[RunPlan, t
     for code, remark in remarks(plan, resolved.config):
         console.warn(code, remark)
     return plan, judge_plan(plan, resolved.config)
-
-
-def _plan_data(plan: RunPlan, judged: Sequence[Verdict]) -> dict[str, Any]:
-    from gptq_cli.cli.plan_view import layer_data
-
-    return {"layers": layer_data(plan), "engines": engine_data(judged)}
 
 
 def _plan_lines(layers: Sequence[LayerPlan]) -> list[str]:

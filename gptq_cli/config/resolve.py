@@ -159,7 +159,7 @@ def _read_environment(env: Mapping[str, str]) -> _Environment:
 
 
 def _findings(source: _Source) -> list[Finding]:
-    return source.findings + [finding for finding in field_findings(source.values) if finding.code != "E_CFG_MISSING"]
+    return source.findings + field_findings(source.values)
 
 
 def _problem(finding: Finding, source: _Source) -> Problem:

@@ -10,13 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    Field,
-    ModelWrapValidatorHandler,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from gptq_cli.config.check import findings_of, refusal
@@ -204,20 +198,7 @@ class QuantizeConfig(BaseModel):
     @property
     def base(self) -> LayerConfig:
         """Settings of a layer that no `dynamic` rule matches."""
-        return LayerConfig(
-            bits=self.bits,
-            group_size=self.group_size,
-            sym=self.sym,
-            desc_act=self.desc_act,
-            act_group_aware=self.act_group_aware,
-            static_groups=self.static_groups,
-            signed_scales=self.signed_scales,
-            scale_search=self.scale_search,
-            refine_sweeps=self.refine_sweeps,
-            asymmetric_calibration=self.asymmetric_calibration,
-            damp_mode=self.damp_mode,
-            damp_percent=self.damp_percent,
-        )
+        return LayerConfig(**{name: getattr(self, name) for name in LayerConfig.__slots__})
 
     def choose(self, name: str) -> LayerChoice:
         """What `dynamic` decides about the layer with the full module name `name`, and why."""
@@ -245,13 +226,14 @@ FIELDS = tuple(QuantizeConfig.model_fields)
 
 
 def field_findings(values: Mapping[str, Any]) -> list[Finding]:
-    """Everything that the schema has against single `values`, a missing field included, conflicts between them not."""
+    """Everything that the schema has against single `values`; not what is missing, nor conflicts between them."""
     try:
         QuantizeConfig.model_validate(dict(values))
     except ConfigError as refused:
-        if isinstance(refused.__cause__, ValidationError):
-            return findings_of(refused.__cause__, values, QuantizeConfig)
-        raise
+        if not isinstance(refused.__cause__, ValidationError):
+            raise
+        found = findings_of(refused.__cause__, values, QuantizeConfig)
+        return [finding for finding in found if finding.code != "E_CFG_MISSING"]
     return []
 
 

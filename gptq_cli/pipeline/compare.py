@@ -11,7 +11,8 @@ from torch import Tensor
 
 from gptq_cli.checkpoint.hub import locate_model
 from gptq_cli.checkpoint.orientation import stores_transposed
-from gptq_cli.checkpoint.reader import open_reader, quantized_modules
+from gptq_cli.checkpoint.packed import packed_modules
+from gptq_cli.checkpoint.reader import open_reader
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from gptq_cli.errors import InputError
 
@@ -75,8 +76,8 @@ class _Weights:
         self._checkpoint: Checkpoint = open_checkpoint(locate_model(model).directory)
         self._reader = open_reader(self._checkpoint)
         self.names = dict.fromkeys(self._reader.names())
-        turned = stores_transposed(self._checkpoint.config)
-        self._turned = {f"{name}.weight" for name in quantized_modules(self._checkpoint.tensors)} if turned else set()
+        modules = packed_modules(self._checkpoint.tensors) if stores_transposed(self._checkpoint.config) else ()
+        self._turned = {f"{module.name}.weight" for module in modules}
 
     def read(self, name: str) -> Tensor:
         tensor = self._reader.read(name)

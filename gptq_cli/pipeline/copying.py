@@ -1,12 +1,21 @@
-"""What reaches the output beside quantized linears: the source's bytes, or weights decoded from codes it stores."""
+"""What reaches the output beside quantized linears: tensors as they were or decoded, settings, other files."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+from gptq_cli.checkpoint.durable import write_file
+from gptq_cli.checkpoint.manifest import CONFIG_FILE
+from gptq_cli.checkpoint.quantization_config import describe
 from gptq_cli.checkpoint.reader import open_reader
-from gptq_cli.checkpoint.writer import CheckpointWriter
+from gptq_cli.checkpoint.writer import CheckpointWriter, write_side_files
+from gptq_cli.config.schema import QuantizeConfig
+from gptq_cli.config.yaml_writer import to_yaml
 from gptq_cli.errors import InputError
-from gptq_cli.pipeline.run_plan import RunPlan
+from gptq_cli.pipeline.run_plan import HEAD, RunPlan
 from gptq_cli.pipeline.setup import STORED_DTYPES
+from gptq_cli.version import __version__
 
 
 def copy_others(writer: CheckpointWriter, plan: RunPlan) -> None:
@@ -25,3 +34,13 @@ def copy_others(writer: CheckpointWriter, plan: RunPlan) -> None:
                 hint="the checkpoint is damaged: download it again",
             )  # fmt: skip
         writer.write(tensor.name, weight.T.contiguous() if tensor.name in turned else weight)
+
+
+def write_beside(directory: Path, plan: RunPlan, config: QuantizeConfig, calibration_sha256: str) -> None:
+    """config.json and its like, the configuration of the run, and the files that the source has beside its weights."""
+    names = [layer.name for layer in plan.quantized]
+    kept = [layer.name for layer in plan.kept if layer.name != HEAD]
+    meta: dict[str, Any] = {"quantizer": [f"gptq_cli:{__version__}"], "calibration_sha256": calibration_sha256}
+    meta |= {"source_quantization": plan.plain.how} if plan.plain.how else {}
+    write_side_files(plan.source, directory, describe(config, names, kept), meta, untie=HEAD in names)
+    write_file(directory / CONFIG_FILE, to_yaml(config).encode())

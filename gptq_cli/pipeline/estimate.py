@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from gptq_cli.config.rules import expert_part
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.pipeline.cost import HESSIAN_SHARE, Calibration, Seconds, estimate_seconds
 from gptq_cli.pipeline.run_plan import LayerPlan, RunPlan
-from gptq_cli.pipeline.windows import bounded_seqlen
+from gptq_cli.pipeline.windows import bounded
 
 STATES, LIBRARIES = "hidden states", "libraries"  # names of terms that others look for
 DEVICE_SHARE = 4  # hidden states may fill a quarter of the free memory of an accelerator
@@ -55,7 +56,7 @@ class Disk:
         return self.free is None or self.needed <= self.free
 
 
-def total(terms: tuple[Term, ...]) -> int:
+def total(terms: Iterable[Term]) -> int:
     """Bytes of all terms."""
     return sum(term.nbytes for term in terms)
 
@@ -73,8 +74,7 @@ def estimate_memory(plan: RunPlan, config: QuantizeConfig, devices: int = 1) -> 
     experts' inputs  tokens x hidden of all calibration windows, if there are several devices
     """
     bits = _forward_bits(plan, config)
-    seqlen = bounded_seqlen(config.seqlen, said="seqlen" in config.model_fields_set, checkpoint=plan.source)
-    hidden = Counter(layer.in_features for layer in plan.layers if layer.block < plan.n_blocks).most_common(1)[0][0]
+    seqlen, hidden = bounded(config, plan.source).seqlen, _hidden_size(plan)
     widest = max(layer.in_features for layer in plan.layers)
     batches = -(-config.nsamples // config.batch_size)
     mine = -(-batches // devices)
@@ -101,9 +101,8 @@ def estimate_memory(plan: RunPlan, config: QuantizeConfig, devices: int = 1) -> 
 
 def estimate_time(plan: RunPlan, config: QuantizeConfig, devices: int) -> Seconds:
     """About how long the run takes on so many GPUs, by rates that are assumed: see `cost.ASSUMED`."""
-    seqlen = bounded_seqlen(config.seqlen, said="seqlen" in config.model_fields_set, checkpoint=plan.source)
-    hidden = Counter(layer.in_features for layer in plan.layers if layer.block < plan.n_blocks).most_common(1)[0][0]
-    declared = plan.source.config.get("text_config") or plan.source.config
+    seqlen, hidden = bounded(config, plan.source).seqlen, _hidden_size(plan)
+    declared = plan.source.text_config
     chosen = declared.get("num_experts_per_tok") or declared.get("top_k")
     text = Calibration(
         tokens=config.nsamples * seqlen,
@@ -120,8 +119,12 @@ def estimate_disk(plan: RunPlan, output: Path) -> Disk:
     return Disk(plan.layout.nbytes, shutil.disk_usage(place).free if place else None)
 
 
+def _hidden_size(plan: RunPlan) -> int:
+    return Counter(layer.in_features for layer in plan.layers if layer.block < plan.n_blocks).most_common(1)[0][0]
+
+
 def _forward_bits(plan: RunPlan, config: QuantizeConfig) -> int:
-    declared = plan.source.config.get("text_config") or plan.source.config
+    declared = plan.source.text_config
     name = config.dtype if config.dtype != "auto" else declared.get("dtype") or declared.get("torch_dtype")
     stored = BITS_OF_DTYPE[plan.layers[0].weight.dtype]
     return WORD_BITS.get(str(name).removeprefix("torch."), stored)

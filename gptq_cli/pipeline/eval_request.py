@@ -40,7 +40,7 @@ class EvalRequest:
 
     def __post_init__(self) -> None:
         said = {key: value for key, value in asdict(self).items() if key in FIELDS and value is not None}
-        if findings := [finding for finding in field_findings(said) if finding.code != "E_CFG_MISSING"]:
+        if findings := field_findings(said):
             raise refusal(findings)
         if self.max_windows is not None and self.max_windows < 1:
             message = f"max_windows must be a whole number of 1 or more, got {self.max_windows}"

@@ -14,6 +14,7 @@ from torch import Tensor
 from gptq_cli.calibration.corpus import DatasetSource, Documents, load_documents
 from gptq_cli.calibration.sampling import Windows, check_token_ids, evaluation_windows
 from gptq_cli.checkpoint.hub import locate_model
+from gptq_cli.checkpoint.manifest import CONFIG_FILE
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from gptq_cli.errors import InputError
 from gptq_cli.evaluation.perplexity import Divergence, Perplexity
@@ -25,14 +26,8 @@ from gptq_cli.pipeline.eval_request import EvalRequest
 from gptq_cli.pipeline.events import BlockStarted, PhaseStarted, Report, ignore
 from gptq_cli.pipeline.memory import Memory, block_finished
 from gptq_cli.pipeline.record import Record
-from gptq_cli.pipeline.setup import (
-    CONFIG_FILE,
-    bounded_seqlen,
-    open_stream,
-    refuse_wrong_numbers,
-    resolve_backend,
-    resolve_device,
-)
+from gptq_cli.pipeline.setup import open_stream, refuse_wrong_numbers, resolve_backend, resolve_device
+from gptq_cli.pipeline.windows import bounded_seqlen
 
 DEFAULT_SEQLEN = 2048
 
@@ -97,7 +92,7 @@ def evaluate_perplexity(model: str, request: EvalRequest, report: Report = ignor
     record = Record(report)
     with torch.inference_mode(), device_errors():
         windows, documents = _windows(checkpoints[0], request, record)
-        ids = torch.as_tensor(windows.ids)
+        ids = windows.ids
         batches = list(ids.split(request.batch_size))
         runs = [_run(checkpoint, batches, request, device, backend, record) for checkpoint in checkpoints]
         perplexities, divergence = _compare(runs, batches)

@@ -12,11 +12,12 @@ from typing import Any
 
 import yaml
 
-from gptq_cli.checkpoint.block_float import SCALES, block_size, scales_of
+from gptq_cli.checkpoint.block_float import SCALES, block_size
 from gptq_cli.checkpoint.headers import TensorInfo
+from gptq_cli.checkpoint.manifest import CONFIG_FILE
 from gptq_cli.checkpoint.orientation import stores_transposed
 from gptq_cli.checkpoint.packed import PARTS, PackedModule, packed_modules
-from gptq_cli.checkpoint.source import Checkpoint, read_json
+from gptq_cli.checkpoint.source import QUANTIZE_CONFIG, Checkpoint, read_json
 from gptq_cli.config.engines import Export
 from gptq_cli.config.layer import LayerConfig
 from gptq_cli.config.targets import export_of
@@ -84,16 +85,14 @@ class Inspection:
 
 def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     """What `checkpoint` holds; InputError E_CKPT_INCOMPLETE if the parts of a linear lack one or do not fit."""
-    said = checkpoint.quantization
-    method = checkpoint.method
+    said, method = checkpoint.quantization or {}, checkpoint.method
     modules = packed_modules(checkpoint.tensors) if method == "gptq" else ()
     packed = {f"{module.name}.{part}" for module in modules for part in PARTS}
-    scales = scales_of(checkpoint.directory, said, checkpoint.tensors)
+    scales = checkpoint.scales()
     hidden = packed | set(scales) | set(scales.values())
     others = [tensor for name, tensor in checkpoint.tensors.items() if name not in hidden]
     scaled = [checkpoint.tensors[name] for name in scales]
     blocks = _blocks(checkpoint.tensors)
-    said = said or {}
     sym = bool(said.get("sym", True))
     return Inspection(
         method=method,
@@ -154,11 +153,11 @@ def _files(checkpoint: Checkpoint) -> dict[str, int]:
 
 def _provenance(checkpoint: Checkpoint) -> dict[str, Any]:
     found = {key: checkpoint.config[key] for key in FROM_CONFIG if checkpoint.config.get(key) is not None}
-    file = checkpoint.directory / "quantize_config.json"
+    file = checkpoint.directory / QUANTIZE_CONFIG
     content = read_json(file) if file.is_file() else checkpoint.quantization
     meta = content.get("meta") if isinstance(content, dict) else None
     found |= {key: value for key, value in meta.items() if value is not None} if isinstance(meta, dict) else {}
-    return found | _run_settings(checkpoint.directory / "gptq_config.yaml")
+    return found | _run_settings(checkpoint.directory / CONFIG_FILE)
 
 
 def _run_settings(file: Path) -> dict[str, Any]:

@@ -63,12 +63,12 @@ def check_memory(
         return
     states = [term for term in estimate.accelerator if term.what == STATES]
     _check_fit([term for term in estimate.accelerator if term.what != STATES], device_bytes, "device")
-    if total(tuple(states)) * DEVICE_SHARE > device_bytes:
+    if total(states) * DEVICE_SHARE > device_bytes:
         _check_fit(states, host_bytes, "host")
 
 
 def _check_fit(terms: Sequence[Term], free: int, where: str) -> None:
-    needed = total(tuple(terms))
+    needed = total(terms)
     if needed > free:
         parts = ", ".join(f"{term.what} {term.nbytes / 1e9:.3g} GB" for term in terms)
         raise ResourceError(

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from gptq_cli.calibration.corpus import CORPORA, is_path
-from gptq_cli.checkpoint.manifest import CONFIG_FILE, MANIFEST, sealed
+from gptq_cli.checkpoint.manifest import CONFIG_FILE, MANIFEST, REPORT_DATA, REPORT_PAGE, sealed
 from gptq_cli.checkpoint.source import CONFIG_NAMES, INDEX_NAME, Checkpoint, open_checkpoint, read_json
 from gptq_cli.checkpoint.upload import Published, publish
 from gptq_cli.checkpoint.verify import verify_checkpoint
@@ -21,11 +21,11 @@ from gptq_cli.config.targets import verdicts
 from gptq_cli.errors import ConfigError, GateError, InputError
 from gptq_cli.pipeline.events import PhaseStarted, Report, Warned, ignore
 from gptq_cli.pipeline.inspect import Inspection, inspect_checkpoint
-from gptq_cli.pipeline.report import DATA, PAGE, read_evaluation
+from gptq_cli.pipeline.report import read_evaluation
 from gptq_cli.report.card import CardFacts, model_card
 
 CARD = "README.md"
-LOCAL = {DATA, PAGE, CARD}  # about the run, with times and paths; and the card of the source
+LOCAL = {REPORT_DATA, REPORT_PAGE, CARD}  # about the run, with times and paths; and the card of the source
 WORST = 10
 JUDGED = ("bits", "relative_error", "rtn_relative_error")
 MAX_CARD_BYTES = 1_000_000

@@ -12,24 +12,21 @@ from torch import Tensor
 
 from gptq_cli.calibration.corpus import DatasetSource, Documents, load_documents
 from gptq_cli.calibration.sampling import Windows, calibration_windows, check_token_ids
-from gptq_cli.checkpoint.durable import write_file
 from gptq_cli.checkpoint.gptq_format import encode
 from gptq_cli.checkpoint.hub import ModelSource, locate_model
 from gptq_cli.checkpoint.manifest import write_manifest
-from gptq_cli.checkpoint.quantization_config import describe
 from gptq_cli.checkpoint.run_file import write_run
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from gptq_cli.checkpoint.verify import verify_checkpoint
 from gptq_cli.checkpoint.work_directory import WorkDirectory, locked
-from gptq_cli.checkpoint.writer import CheckpointWriter, write_side_files
+from gptq_cli.checkpoint.writer import CheckpointWriter
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.targets import Verdict, engine_data
-from gptq_cli.config.yaml_writer import to_yaml
 from gptq_cli.engine.layer import QuantizedLinear
 from gptq_cli.errors import GateError
 from gptq_cli.models.stream import ModelStream
 from gptq_cli.models.tokenizer import load_encoder
-from gptq_cli.pipeline.copying import copy_others
+from gptq_cli.pipeline.copying import copy_others, write_beside
 from gptq_cli.pipeline.device_errors import device_errors
 from gptq_cli.pipeline.events import ExpertsCovered, LayerReport, PhaseStarted, Report, RunPlanned, Warned, ignore
 from gptq_cli.pipeline.fallbacks import FallbackLimit
@@ -41,17 +38,11 @@ from gptq_cli.pipeline.readers import judge_plan, remarks
 from gptq_cli.pipeline.record import Record
 from gptq_cli.pipeline.resume import FinishedBlocks, SavedBlocks, check_resumable, finished_output, telling_what_is_kept
 from gptq_cli.pipeline.retry import do_blocks
-from gptq_cli.pipeline.run_plan import HEAD, LayerPlan, RunPlan
-from gptq_cli.pipeline.setup import (
-    CONFIG_FILE,
-    bounded_seqlen,
-    open_stream,
-    refuse_wrong_numbers,
-    resolve_device,
-)
+from gptq_cli.pipeline.run_plan import LayerPlan, RunPlan
+from gptq_cli.pipeline.setup import open_stream, refuse_wrong_numbers, resolve_device
 from gptq_cli.pipeline.team import ALONE, Place, Team
 from gptq_cli.pipeline.time_limit import TimeLimit
-from gptq_cli.version import __version__
+from gptq_cli.pipeline.windows import bounded
 
 NOTHING_TO_DO = torch.empty(0, 0, dtype=torch.long)  # instead of token ids
 
@@ -130,8 +121,7 @@ def quantize_checkpoint(
         source = open_checkpoint(located.directory)
         plan_checkpoint(source, config)  # a downloaded model has not been looked at before
         refuse_wrong_numbers(source)
-        seqlen = bounded_seqlen(config.seqlen, said="seqlen" in config.model_fields_set, checkpoint=source)
-        config = config.model_copy(update={"seqlen": seqlen})
+        config = bounded(config, source)
         record(PhaseStarted("source", f"identifying {source.nbytes / 1e9:.3g} GB"))
         identity = identify(source, located.commit, config, device)
         check_agreement(team, identity)
@@ -311,11 +301,9 @@ def _write(
         copy_others(writer, plan)
         record(PhaseStarted("verify", f"{plan.layout.nbytes / 1e9:.3g} GB"))
         writer.finish()
-    _write_beside(work.stage, plan, config, windows)
+    write_beside(work.stage, plan, config, windows.sha256)
     _verify(work.stage)
-    layers = [asdict(layer) for layer in record.layers]
-    for layer in layers:
-        del layer["seconds"]
+    layers = [{key: value for key, value in asdict(layer).items() if key != "seconds"} for layer in record.layers]
     experts = [asdict(covered) for covered in record.experts]
     write_manifest(work.stage, {"identity": identity, "origin": origin, "layers": layers, "experts": experts})
 
@@ -325,8 +313,7 @@ def assist(model: str, config: QuantizeConfig, place: Place, *, revision: str | 
     team, device = place.team, place.device
     located = locate_model(model, revision)
     source = open_checkpoint(located.directory)
-    seqlen = bounded_seqlen(config.seqlen, said="seqlen" in config.model_fields_set, checkpoint=source)
-    config = config.model_copy(update={"seqlen": seqlen})
+    config = bounded(config, source)
     check_agreement(team, identify(source, located.commit, config, device, hashed=team.first_here))
     with torch.inference_mode(), device_errors():
         stream = open_stream(source, device=device, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
@@ -345,20 +332,3 @@ def _verify(stage: Path) -> None:
             "E_VERIFY", f"what was written has {len(defects)} defects, the first: {defects[0]}",
             hint="this is a fault of gptq: please report it, with the command and the model",
         )  # fmt: skip
-
-
-def _write_beside(stage: Path, plan: RunPlan, config: QuantizeConfig, windows: Windows) -> None:
-    names = [layer.name for layer in plan.quantized]
-    kept = [layer.name for layer in plan.kept if layer.name != HEAD]
-    write_side_files(
-        plan.source,
-        stage,
-        describe(config, names, kept),
-        {
-            "quantizer": [f"gptq_cli:{__version__}"],
-            "calibration_sha256": windows.sha256,
-            **({"source_quantization": plan.plain.how} if plan.plain.how else {}),
-        },
-        untie=HEAD in names,
-    )
-    write_file(stage / CONFIG_FILE, to_yaml(config).encode())

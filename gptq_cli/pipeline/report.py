@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from gptq_cli.checkpoint.durable import write_file
+from gptq_cli.checkpoint.manifest import REPORT_DATA, REPORT_PAGE
 from gptq_cli.checkpoint.source import read_json
 from gptq_cli.errors import InputError
 from gptq_cli.pipeline.events import BlockFinished, Event, Report
 from gptq_cli.version import __version__
 
-DATA, PAGE = "gptq_report.json", "gptq_report.html"
 VERSION = 1
 MEASURED = ("perplexity", "windows", "seqlen")
 COMPARED = ("baseline_perplexity", "kl", "top1_agreement")
@@ -45,8 +45,8 @@ def save_report(output: Path, result: Mapping[str, Any], log: BlockLog, command:
     """Keep the data of a finished run in its output, and the page made of it, whose path is returned."""
     data = {"report": VERSION, "version": __version__, "command": command, "name": output.resolve().name}
     data |= {key: value for key, value in result.items() if key != "output"} | {"blocks": log.blocks}
-    write_file(output / DATA, (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode())
-    return write_page(output, output / PAGE)
+    write_file(output / REPORT_DATA, (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode())
+    return write_page(output, output / REPORT_PAGE)
 
 
 def write_page(directory: Path, page: Path, *, evaluation: Path | None = None, png: Path | None = None) -> Path:
@@ -55,10 +55,10 @@ def write_page(directory: Path, page: Path, *, evaluation: Path | None = None, p
     InputError E_REPORT if there is no data of a run, or it or the evaluation is of another kind.
     """
     check_report()
-    file = directory / DATA
+    file = directory / REPORT_DATA
     if not file.is_file():
         hint = "quantize with --report"
-        raise InputError("E_REPORT", f"`{directory}` holds no {DATA}", hint=hint)
+        raise InputError("E_REPORT", f"`{directory}` holds no {REPORT_DATA}", hint=hint)
     run = read_json(file)
     if not isinstance(run, dict) or run.get("report") != VERSION:
         raise InputError(

@@ -12,19 +12,19 @@ import torch
 from torch import Tensor
 
 from gptq_cli.checkpoint.durable import write_file, write_json
-from gptq_cli.checkpoint.gptq_format import STORED_OFFSET
 from gptq_cli.checkpoint.headers import TensorInfo
 from gptq_cli.checkpoint.hub import locate_model
-from gptq_cli.checkpoint.layout import Layout, TensorSpec, plan_layout
+from gptq_cli.checkpoint.layout import TensorSpec, plan_layout
 from gptq_cli.checkpoint.manifest import CONFIG_FILE, MANIFEST, OF_THE_RUN
 from gptq_cli.checkpoint.orientation import stores_transposed
 from gptq_cli.checkpoint.packed import PARTS, PackedModule, packed_modules
 from gptq_cli.checkpoint.packing import pack, unpack
 from gptq_cli.checkpoint.plain import declared_dtype
 from gptq_cli.checkpoint.reader import SAFETENSORS_DTYPE, DequantizingReader, TensorReader
-from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint, read_json
+from gptq_cli.checkpoint.source import QUANTIZE_CONFIG, Checkpoint, open_checkpoint, read_json
+from gptq_cli.checkpoint.stored import STORED_OFFSET, format_of
 from gptq_cli.checkpoint.work_directory import WorkDirectory, locked
-from gptq_cli.checkpoint.writer import CheckpointWriter
+from gptq_cli.checkpoint.writer import CheckpointWriter, copy_side_files
 from gptq_cli.config.fields import size_in_bytes
 from gptq_cli.config.resolve import resolve
 from gptq_cli.config.schema import QuantizeConfig
@@ -62,7 +62,7 @@ def convert_checkpoint(
     """
     source, modules = _open(model, output, overwrite=overwrite)
     said = dict(source.quantization or {})
-    format = said.get("checkpoint_format") or said.get("format") or "gptq"
+    format = format_of(source)
     if format == to:
         raise ConfigError("E_CFG_NOTHING_TO_DO", f"`{model}` is of format {to} already", hint="use it as it is")
     of_module = {module.name: module for module in modules}
@@ -81,10 +81,10 @@ def convert_checkpoint(
     units = _units(source, of_module, lambda tensor: TensorSpec(tensor.name, tensor.dtype, tensor.shape))
     with _fresh(output) as work:
         report(PhaseStarted("convert", f"{len(modules)} layers from {format} to {to}"))
-        layout = _write_tensors(work.stage, units, write)
-        _copy_others(source, work.stage, without={CONFIG_FILE, MANIFEST})
+        written = _write_tensors(work.stage, units, write)
+        copy_side_files(source, work.stage, without={CONFIG_FILE, MANIFEST})
         write_json(work.stage / "config.json", source.config | {"quantization_config": said | changes})
-        write_json(work.stage / "quantize_config.json", _quantize_config(source, said) | changes)
+        write_json(work.stage / QUANTIZE_CONFIG, _quantize_config(source, said) | changes)
         if (source.directory / CONFIG_FILE).is_file():
             config = resolve({}, {}, source.directory / CONFIG_FILE).config.model_copy(
                 update={"format": to, "target": None}
@@ -92,7 +92,7 @@ def convert_checkpoint(
             write_file(work.stage / CONFIG_FILE, to_yaml(config).encode())
         open_checkpoint(work.stage)
         work.publish(overwrite=overwrite)
-    return Rewritten(output, len(modules), source.nbytes, sum(spec.nbytes for spec in layout.specs.values()))
+    return Rewritten(output, len(modules), source.nbytes, written)
 
 
 def dequantize_checkpoint(
@@ -109,15 +109,15 @@ def dequantize_checkpoint(
     plain = _PlainWeights(source, {module.name: module for module in modules}, wanted, cast=dtype != "auto")
     with _fresh(output) as work:
         report(PhaseStarted("dequantize", f"{len(modules)} layers to {str(wanted).removeprefix('torch.')}"))
-        layout = _write_tensors(work.stage, _units(source, {}, plain.spec), lambda writer: plain.write(writer, report))
-        _copy_others(source, work.stage, without=OF_THE_RUN)
+        written = _write_tensors(work.stage, _units(source, {}, plain.spec), lambda writer: plain.write(writer, report))
+        copy_side_files(source, work.stage, without=OF_THE_RUN)
         config = {key: value for key, value in source.config.items() if key != "quantization_config"}
         if dtype != "auto":
             config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
         write_json(work.stage / "config.json", config)
         open_checkpoint(work.stage)
         work.publish(overwrite=overwrite)
-    return Rewritten(output, len(modules), source.nbytes, sum(spec.nbytes for spec in layout.specs.values()))
+    return Rewritten(output, len(modules), source.nbytes, written)
 
 
 class _PlainWeights:
@@ -164,7 +164,7 @@ def _open(model: str, output: Path, *, overwrite: bool) -> tuple[Checkpoint, tup
     if source.quantization is None:
         hint = "give a checkpoint that gptq or another GPTQ tool has written"
         raise InputError("E_CKPT_QUANTIZED", f"`{model}` is not quantized", hint=hint)
-    DequantizingReader(source, CPU, "torch")  # refuses methods that are not read here
+    format_of(source)  # refuses methods that are not read here
     return source, packed_modules(source.tensors)
 
 
@@ -207,21 +207,16 @@ def _units(
 
 def _write_tensors(
     directory: Path, units: list[tuple[TensorSpec, ...]], write: Callable[[CheckpointWriter], None]
-) -> Layout:
+) -> int:
+    """Write the tensors of a checkpoint; how many bytes they are, without headers."""
     layout = plan_layout(units, size_in_bytes(QuantizeConfig.model_fields["max_shard_size"].default))
     with CheckpointWriter(directory, layout) as writer:
         write(writer)
         writer.finish()
-    return layout
-
-
-def _copy_others(source: Checkpoint, directory: Path, *, without: set[str]) -> None:
-    for file in source.other_files():
-        if str(file) not in without:
-            write_file(directory / file, (source.directory / file).read_bytes())
+    return sum(spec.nbytes for spec in layout.specs.values())
 
 
 def _quantize_config(source: Checkpoint, said: dict[str, Any]) -> dict[str, Any]:
-    file = source.directory / "quantize_config.json"
+    file = source.directory / QUANTIZE_CONFIG
     content = read_json(file) if file.is_file() else said
     return dict(content) if isinstance(content, dict) else said

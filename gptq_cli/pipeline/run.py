@@ -5,12 +5,12 @@ What can be refused at once is refused before torch is imported.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gptq_cli.checkpoint.hub import hub_id
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.errors import ConfigError, InputError
+from gptq_cli.errors import ConfigError
 from gptq_cli.pipeline.eval_request import EvalRequest
 from gptq_cli.pipeline.events import Report, ignore
 from gptq_cli.pipeline.naming import default_name
@@ -96,7 +96,8 @@ def refuse_early(
     if resume not in ("auto", "require", "never"):
         hint = "leave it out to go on with unfinished work if there is some"
         raise ConfigError("E_CFG_RANGE", f"--resume must be auto, require or never, got {resume!r}", hint=hint)
-    refuse_missing_path(model)
+    if not Path(model).expanduser().is_dir():
+        hub_id(model)  # a wrong path fails here in a moment, what may be a Hub id is looked up later
     output = Path(output or default_name(model, config))
     if report:
         check_report()
@@ -123,11 +124,3 @@ def evaluate_perplexity(
     from gptq_cli.pipeline.evaluate import evaluate_perplexity as evaluate
 
     return evaluate(str(model), request or EvalRequest(), on_event)
-
-
-def refuse_missing_path(model: str) -> None:
-    """A wrong path fails here in a moment; whatever may be a Hub id is for the pipeline to look up."""
-    is_hub_id = re.fullmatch(r"(hf://)?[\w.-]+(/[\w.-]+)?", model) and not model.startswith((".", "~"))
-    if not is_hub_id and not Path(model).expanduser().is_dir():
-        hint = "give a model directory or a Hub id"
-        raise InputError("E_MODEL_NOT_FOUND", f"`{model}` is not a directory", hint=hint)

@@ -7,14 +7,12 @@ from typing import Any
 import torch
 
 from gptq_cli.checkpoint.headers import TensorInfo
-from gptq_cli.checkpoint.manifest import CONFIG_FILE as CONFIG_FILE
 from gptq_cli.checkpoint.reader import open_reader
 from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.checkpoint.verify import verify_checkpoint
 from gptq_cli.errors import ConfigError, InputError
 from gptq_cli.models.skeleton import build_skeleton, load_config
 from gptq_cli.models.stream import ModelStream
-from gptq_cli.pipeline.windows import bounded_seqlen as bounded_seqlen
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 WRONG_NUMBERS = {"E_CKPT_ZEROS", "E_CKPT_GROUPS", "E_CKPT_SCALES", "E_CKPT_NONFINITE", "E_CKPT_SHAPE"}

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from gptq_cli.checkpoint.source import Checkpoint
+from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import ConfigError
 
 
-def longest_window(checkpoint: Checkpoint) -> int | None:
-    """Positions that the model knows, if its config says."""
-    config: dict[str, Any] = checkpoint.config.get("text_config") or checkpoint.config
-    found = config.get("max_position_embeddings") or config.get("n_positions")
-    return found if isinstance(found, int) else None
+def bounded(config: QuantizeConfig, checkpoint: Checkpoint) -> QuantizeConfig:
+    """`config` with windows for which the model has positions; ConfigError as `bounded_seqlen`."""
+    seqlen = bounded_seqlen(config.seqlen, said="seqlen" in config.model_fields_set, checkpoint=checkpoint)
+    return config.model_copy(update={"seqlen": seqlen})
 
 
 def bounded_seqlen(seqlen: int, *, said: bool, checkpoint: Checkpoint) -> int:
     """`seqlen`, or the model's positions if they are fewer; ConfigError E_CFG_SEQLEN if the user said more."""
-    limit = longest_window(checkpoint)
-    if limit is None or seqlen <= limit:
+    declared = checkpoint.text_config
+    limit = declared.get("max_position_embeddings") or declared.get("n_positions")
+    if not isinstance(limit, int) or seqlen <= limit:
         return seqlen
     if said:
         raise ConfigError(

@@ -13,8 +13,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from gptq_cli.report.card import size
 from gptq_cli.report.charts import as_png, as_svg, bars, coverage, heat_maps
+from gptq_cli.report.units import clock, size
 
 WORST = 10
 
@@ -34,7 +34,7 @@ def render(run: Mapping[str, Any]) -> str:
     environment = Environment(
         loader=PackageLoader("gptq_cli.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters |= {"size": size, "clock": _clock, "short": _short}
+    environment.filters |= {"size": size, "clock": clock, "short": _short}
     worst = sorted(run["layers"], key=lambda layer: -(layer["relative_error"] or 0))[:WORST]
     return environment.get_template("report.html.j2").render(
         run=run,
@@ -131,11 +131,6 @@ def _mean(layers: Sequence[Mapping[str, Any]], key: str) -> float | None:
 def _ratio(layers: Sequence[Mapping[str, Any]]) -> float | None:
     mine, rtn = _mean(layers, "relative_error"), _mean(layers, "rtn_relative_error")
     return mine / rtn if mine is not None and rtn else None
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
 def _short(value: float | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from tests.hub import serve
 
 from .conftest import FakeQuantizer, Run
 
-HEAVY = ("torch", "transformers", "datasets", "safetensors")
+HEAVY = ("torch", "transformers", "datasets", "safetensors", "huggingface_hub")
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +103,14 @@ def test_what_a_run_would_refuse_the_plan_refuses(
     assert hint in result.stderr
 
 
+def test_a_text_config_that_is_no_mapping_is_not_asked(gptq: Run, model: Path, tmp_path: Path) -> None:
+    odd = Path(shutil.copytree(model, tmp_path / "odd"))
+    content = json.loads((odd / "config.json").read_text(encoding="utf-8"))
+    (odd / "config.json").write_text(json.dumps(content | {"text_config": "none"}), encoding="utf-8")
+    result, usual = (gptq("plan", directory, "-b", "4", "-g", "32", "-q") for directory in (odd, model))
+    assert (result.exit_code, result.stdout) == (0, usual.stdout)
+
+
 def test_an_output_in_the_way_and_a_full_disk_are_said(
     gptq: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,10 +132,12 @@ def test_a_hub_model_is_planned_from_ranges_of_its_files(model: Path, tmp_path: 
         asked = [request for request in hub.requests if ".safetensors" in request and "index" not in request]
         refused = run_process(["plan", "someone/single", "-b", "4"], environment)
         unknown = run_process(["plan", "someone/nothing", "-b", "4"], environment)
-    assert (code, stderr, loaded) == (0, "", [])
+    assert (code, stderr, loaded) == (0, "", ["huggingface_hub"])
     remote = json.loads(stdout)
     assert remote["commit"] == hub.commit("someone/Tiny-1M")
-    local = json.loads(run_process(["plan", str(model), *words[2:]], {})[1])
+    _, stdout, _, loaded = run_process(["plan", str(model), *words[2:]], {})
+    assert loaded == []
+    local = json.loads(stdout)
     for key in ("layers", "quantized", "kept", "files", "bytes_before", "bytes_after"):
         assert remote[key] == local[key]
     assert {request.split()[0] for request in asked} <= {"GET", "HEAD"}

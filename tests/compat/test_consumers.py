@@ -23,7 +23,8 @@ from consumers import VENV_OF, Case, Consumer, limit_of
 from tiny_checkpoints import make_checkpoint, make_texts
 from transformers import AutoModelForCausalLM
 
-from gptq_cli.checkpoint.reader import DequantizingReader, quantized_modules
+from gptq_cli.checkpoint.packed import packed_modules
+from gptq_cli.checkpoint.reader import DequantizingReader
 from gptq_cli.checkpoint.source import open_checkpoint
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.pipeline.quantize import quantize_checkpoint
@@ -196,7 +197,7 @@ def _logits_of_dequantized(source: Path, quantized: Path, ids: torch.Tensor) -> 
     checkpoint = open_checkpoint(quantized)
     reader = DequantizingReader(checkpoint, torch.device("cpu"), "torch")
     with torch.inference_mode():
-        for name in quantized_modules(checkpoint.tensors):
+        for name in (module.name for module in packed_modules(checkpoint.tensors)):
             # a new parameter: the old one may be the embedding's too
             model.get_submodule(name).weight = torch.nn.Parameter(reader.read(f"{name}.weight"))
         return model(input_ids=ids).logits.numpy()

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gptq_cli.checkpoint.reader import DequantizingReader, quantized_modules
+from gptq_cli.checkpoint.packed import packed_modules
+from gptq_cli.checkpoint.reader import DequantizingReader
 from gptq_cli.checkpoint.source import open_checkpoint
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import ConfigError, InputError
@@ -43,7 +44,7 @@ def whole_model(directory: Path, original: Path) -> AutoModelForCausalLM:
     model = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32).eval()
     checkpoint = open_checkpoint(directory)
     reader = DequantizingReader(checkpoint, torch.device("cpu"), "torch")
-    for name in quantized_modules(checkpoint.tensors):
+    for name in (module.name for module in packed_modules(checkpoint.tensors)):
         linear = reader.linear(name)
         group = linear.group_of_column.long()
         codes = linear.codes.float() - linear.zeros.float()[:, group]

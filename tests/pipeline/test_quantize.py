@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from gptq_cli.checkpoint.gptq_format import SUFFIXES
+from gptq_cli.checkpoint.packed import PARTS
 from gptq_cli.checkpoint.reader import TensorReader
 from gptq_cli.checkpoint.source import open_checkpoint
 from gptq_cli.config.schema import QuantizeConfig
@@ -129,7 +129,7 @@ def test_every_family_is_quantized_and_reads_back(family: str, tmp_path: Path) -
         else:
             assert torch.equal(TensorReader(written).read(name), original.read(name))
     names = {name for name in source.tensors if name.removesuffix(".weight") not in quantized}
-    assert set(written.tensors) == names | {f"{name}.{suffix}" for name in quantized for suffix in SUFFIXES}
+    assert set(written.tensors) == names | {f"{name}.{part}" for name in quantized for part in PARTS}
 
 
 def test_two_runs_write_identical_bytes_and_another_seed_does_not(tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_shards_keep_the_tensors_of_a_layer_together_and_the_index_agrees(tmp_pa
     assert len(set(index["weight_map"].values())) > 3
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     for layer in result.layers:
-        assert len({index["weight_map"][f"{layer.name}.{suffix}"] for suffix in SUFFIXES}) == 1
+        assert len({index["weight_map"][f"{layer.name}.{part}"] for part in PARTS}) == 1
     a, b = TensorReader(open_checkpoint(whole)), TensorReader(checkpoint)
     assert all(torch.equal(a.read(name), b.read(name)) for name in b.names())
     assert set(a.names()) == set(b.names())
