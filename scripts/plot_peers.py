@@ -81,12 +81,12 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 def picture(runs: list[dict[str, Any]]) -> plt.Figure:
     """Bars in groups, one for each setting."""
-    figure, axes = plt.subplots(figsize=(9.6, 3.9), layout="constrained")
+    figure, axes = plt.subplots(figsize=(11, 4.2), layout="constrained")
     width = 0.8 / len(NAMES)
     for place, name in enumerate(NAMES):
-        heights = [share(run, name) or 0.0 for run in runs]
-        lefts = [index + (place - (len(NAMES) - 1) / 2) * width for index in range(len(runs))]
-        bars = axes.bar(lefts, heights, width * 0.92, color=COLOURS[name], label=NAMES[name])
+        heights = {index: part for index, run in enumerate(runs) if (part := share(run, name)) is not None}
+        lefts = [index + (place - (len(NAMES) - 1) / 2) * width for index in heights]
+        bars = axes.bar(lefts, list(heights.values()), width * 0.92, color=COLOURS[name], label=NAMES[name])
         if name in ("autoround", "gptq_cli balanced", "gptq_cli best"):
             axes.bar_label(bars, fmt="%.2f", fontsize=7, color=INK, padding=1)
     axes.axhline(1, color=INK, linewidth=0.6, linestyle=":")
