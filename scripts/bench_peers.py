@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Whole quantization runs side by side: this tool, GPTQModel and llm-compressor, each in a process of its own.
+"""Whole quantization runs side by side, each in a process of its own: this tool, GPTQModel, llm-compressor, auto-round.
 
-    python scripts/bench_peers.py --gptqmodel PYTHON --llmcompressor PYTHON [--runs 3] [--json FILE]
+    python scripts/bench_peers.py --gptqmodel PYTHON --llmcompressor PYTHON --autoround PYTHON [--runs 3] [--json FILE]
     python scripts/bench_peers.py ... --model DIR --calibration FILE --evaluation FILE --bits 4 --group-size 64
 
 The tools take turns. All calibrate on the same token windows. Without --model a random Llama (4 blocks, hidden 1024) is
@@ -64,7 +64,7 @@ def tools(arguments: argparse.Namespace, model: Path, text: Path, ids: Path) -> 
     ours += ["--bits", bits, "--group-size", group_size, "--dataset", str(text)]
     ours += ["--nsamples", str(arguments.nsamples), "--seqlen", str(arguments.seqlen)]
     found = [Tool(f"gptq_cli {preset}", [*ours, "--preset", preset]) for preset in arguments.presets]
-    for name in ("gptqmodel", "llmcompressor"):
+    for name in ("gptqmodel", "llmcompressor", "autoround"):
         if python := getattr(arguments, name):
             runner = ROOT / "scripts" / "peers" / f"run_{name}.py"
             found.append(Tool(name, [python, str(runner), str(model), "OUT", str(ids), bits, group_size]))
@@ -133,6 +133,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gptqmodel", metavar="PYTHON", help="python of an environment with gptqmodel")
     parser.add_argument("--llmcompressor", metavar="PYTHON", help="python of an environment with llmcompressor")
+    parser.add_argument("--autoround", metavar="PYTHON", help="python of an environment with auto-round")
     parser.add_argument("--presets", nargs="+", default=["gptq"])
     parser.add_argument("--model", type=Path)
     parser.add_argument("--calibration", type=Path, help="text file")

@@ -113,7 +113,10 @@ def only_rounding() -> AbstractContextManager[object]:
         energy, error = output_energies(weight, hessian, [nearest])
         return Solution(nearest, energy, error, error)
 
-    return patch("gptq_cli.pipeline.solver.solve", solve)
+    def solve_together(weights: Any, *others: Any) -> list[Solution]:
+        return [solve(weight, *others) for weight in weights]
+
+    return patch("gptq_cli.pipeline.solver.solve_together", solve_together)
 
 
 def print_row(row: dict[str, Any], rows: list[dict[str, Any]]) -> None:

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """The chart of the README and the table of docs/accuracy.md, from what scripts/bench_peers.py has written.
 
-    python scripts/plot_peers.py docs/benchmarks/peers-[432]bit-g*.json --png docs/images/peers.png
+    python scripts/plot_peers.py docs/benchmarks/peers-*bit-g*.json --png docs/images/peers.png
 
-KL of each tool's output as a share of GPTQModel's, at the same bits, group size and calibration tokens.
+KL of each tool's output as a share of GPTQModel's, at the same bits, group size and calibration tokens. Of a tool that
+was run twice with a setting, the file that is named first counts.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ REFERENCE = "gptqmodel"
 NAMES = {
     "gptqmodel": "GPTQModel 7.7",
     "llmcompressor": "llm-compressor 0.14",
+    "autoround": "auto-round 0.15",
     "gptq_cli gptq": "gptq_cli, preset gptq",
     "gptq_cli fast": "gptq_cli, preset fast",
     "gptq_cli balanced": "gptq_cli, preset balanced (default)",
     "gptq_cli best": "gptq_cli, preset best",
 }
-COLOURS = dict(zip(NAMES, ("#9aa0a6", "#c5c9ce", "#f4b183", "#e8964f", "#2f6fb5", "#0b3c72"), strict=True))
+COLOURS = dict(zip(NAMES, ("#9aa0a6", "#c5c9ce", "#6aa384", "#f4b183", "#e8964f", "#2f6fb5", "#0b3c72"), strict=True))
 INK = "#1f2328"
 
 
@@ -36,12 +38,19 @@ def main() -> None:
     parser.add_argument("results", type=Path, nargs="+", help="files of bench_peers.py --json with an evaluation")
     parser.add_argument("--png", type=Path)
     arguments = parser.parse_args()
-    runs = sorted(
-        (json.loads(file.read_text()) for file in arguments.results), key=lambda run: setting(run), reverse=True
-    )
+    runs = by_setting([json.loads(file.read_text()) for file in arguments.results])
     print(table(runs))
     if arguments.png:
         picture(runs).savefig(arguments.png, dpi=110)
+
+
+def by_setting(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One run for each setting, with the tools of all of them."""
+    found: dict[tuple[int, int], dict[str, Any]] = {}
+    for run in runs:
+        first = found.setdefault(setting(run), run)
+        first["quality"] = run["quality"] | first["quality"]
+    return [found[key] for key in sorted(found, reverse=True)]
 
 
 def setting(run: dict[str, Any]) -> tuple[int, int]:
@@ -72,13 +81,13 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 def picture(runs: list[dict[str, Any]]) -> plt.Figure:
     """Bars in groups, one for each setting."""
-    figure, axes = plt.subplots(figsize=(9.6, 3.9), layout="constrained")
+    figure, axes = plt.subplots(figsize=(11, 4.2), layout="constrained")
     width = 0.8 / len(NAMES)
     for place, name in enumerate(NAMES):
-        heights = [share(run, name) or 0.0 for run in runs]
-        lefts = [index + (place - (len(NAMES) - 1) / 2) * width for index in range(len(runs))]
-        bars = axes.bar(lefts, heights, width * 0.92, color=COLOURS[name], label=NAMES[name])
-        if name in ("gptq_cli balanced", "gptq_cli best"):
+        heights = {index: part for index, run in enumerate(runs) if (part := share(run, name)) is not None}
+        lefts = [index + (place - (len(NAMES) - 1) / 2) * width for index in heights]
+        bars = axes.bar(lefts, list(heights.values()), width * 0.92, color=COLOURS[name], label=NAMES[name])
+        if name in ("autoround", "gptq_cli balanced", "gptq_cli best"):
             axes.bar_label(bars, fmt="%.2f", fontsize=7, color=INK, padding=1)
     axes.axhline(1, color=INK, linewidth=0.6, linestyle=":")
     axes.set_xticks(range(len(runs)), [f"{bits} bits\ngroup {group}" for bits, group in map(setting, runs)])

@@ -1,0 +1,30 @@
+"""Tunes MODEL with auto-round's defaults and saves it as a plain gptq checkpoint.
+
+run_autoround.py MODEL OUT IDS.json BITS GROUP_SIZE, in an environment that has it.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+import torch
+from auto_round import AutoRound
+
+model, output, ids, bits, group_size = sys.argv[1:]
+rows = torch.tensor(json.loads(Path(ids).read_text()))
+tuned = AutoRound(
+    model,
+    scheme={"bits": int(bits), "group_size": int(group_size), "sym": True, "data_type": "int", "act_bits": 16},
+    dataset=list(rows.split(8)),  # what its own loader hands out, with its default batch_size
+    seqlen=rows.shape[1],
+    nsamples=len(rows),
+    device_map="cpu",
+)
+tuned.quantize_and_save(output, format="auto_gptq")
+(folder,) = Path(output).iterdir()  # named after the model, the bits and the group size
+for file in folder.iterdir():
+    file.rename(Path(output, file.name))
+folder.rmdir()
