@@ -6,8 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from gptq_cli.calibration.corpus import is_path
-from gptq_cli.calibration.files import read_files
+from gptq_cli.calibration.corpus import DatasetSource, check_source
 from gptq_cli.checkpoint.durable import is_occupied
 from gptq_cli.checkpoint.manifest import read_manifest
 from gptq_cli.checkpoint.raw import count_not_finite
@@ -27,8 +26,7 @@ def preflight(model: str, output: Path, config: QuantizeConfig, *, overwrite: bo
     refuse_locked(output)
     if directory.is_dir():
         plan_run(directory, config)
-    if isinstance(config.dataset, str) and is_path(config.dataset):
-        read_files(Path(config.dataset).expanduser(), config.text_column)
+    check_source(DatasetSource(config.dataset, config.dataset_config, config.dataset_split, config.text_column))
 
 
 def check_disk(work: WorkDirectory, output_bytes: int, hidden_bytes: int) -> None:
