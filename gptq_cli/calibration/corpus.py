@@ -6,7 +6,6 @@ ends like a data file, or exists) is only ever looked for on this machine; what 
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -149,11 +148,18 @@ def check_source(source: DatasetSource) -> None:
 
 def is_path(name: str) -> bool:
     """Whether a dataset name means something on this machine, and so is never sent to the Hub."""
-    return name.startswith((".", "/", "~")) or Path(name).suffix in READERS or (bool(name) and os.path.exists(name))
+    return name.startswith((".", "/", "~")) or Path(name).suffix in READERS or (bool(name) and _exists(name))
+
+
+def _exists(name: str) -> bool:
+    try:
+        return Path(name).exists()
+    except OSError:  # a text too long for a path
+        return False
 
 
 def _refuse_files(texts: Sequence[str]) -> None:
-    files = [text for text in texts if text.endswith(tuple(READERS)) or os.path.exists(text)]
+    files = [text for text in texts if text.endswith(tuple(READERS)) or _exists(text)]
     if files:
         message = f"`{files[0]}` is a file, and a dataset given twice or more holds the texts themselves"
         raise ConfigError("E_CFG_CONFLICT", message, hint="put the files into a folder and give that")

@@ -38,6 +38,7 @@ SKIPPED = [
     "onnx/*",
 ]
 SETTINGS = ("config.json", "quantize_config.json")
+UNSEEN = ("E_HUB_NOT_FOUND", "E_HUB_OFFLINE", "E_HUB_NETWORK")  # what a misspelt path ends in
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -90,9 +91,8 @@ def _hub_id(model: str) -> str:
     identifier = model.removeprefix("hf://")
     exists = Path(model).expanduser().exists()
     if model.startswith((".", "/", "~")) or exists or not _HUB_ID.fullmatch(identifier):
-        raise InputError(
-            "E_MODEL_NOT_FOUND", f"`{model}` is not a directory", hint="give a model directory or a Hub id"
-        )
+        hint = "give the directory of a safetensors checkpoint" if exists else "give a model directory or a Hub id"
+        raise InputError("E_MODEL_NOT_FOUND", f"`{model}` is not a directory", hint=hint)
     return identifier
 
 
@@ -153,6 +153,10 @@ def _hub_errors(identifier: str, revision: str | None) -> Iterator[None]:
         refused = hub_refusal(error, f"model `{identifier}`", revision) or _refused_by_disk(error)
         if refused is None:
             raise
+        if refused.code in UNSEEN:
+            raise InputError(
+                refused.code, str(refused), hint=f"no directory of that name is here; {refused.hint}"
+            ) from error
         raise refused from error
 
 

@@ -162,6 +162,9 @@ def _read_sharded(directory: Path) -> dict[str, TensorInfo]:
     weight_map = _weight_map(index)
     names = sorted(set(weight_map.values()))
     unsafe = [name for name in names if not is_safe_path(directory, name)]
+    for name in unsafe:
+        if PureWindowsPath(name).name == name and (directory / name).is_symlink():
+            _refuse_escape(directory, directory / name)
     if unsafe:
         raise InputError(
             "E_UNSAFE_PATH", f"`{index}` points outside its directory: {unsafe[0]!r}",
@@ -235,6 +238,10 @@ def refuse_other_kinds(directory: str, files: Iterable[str]) -> None:
             "E_CKPT_KIND",
             f"`{directory}` is an adapter, not a model",
             hint="merge the adapter into its base model first",
+        )
+    if "model_index.json" in files:
+        raise InputError(
+            "E_CKPT_KIND", f"`{directory}` is a diffusers pipeline, not a language model", hint="name a language model"
         )
     if holds(".gguf", ".onnx"):
         raise InputError(

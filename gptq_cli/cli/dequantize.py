@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 from gptq_cli.cli import options as o
-from gptq_cli.cli.console import Console, size
+from gptq_cli.cli.console import Console
 from gptq_cli.cli.progress import Progress
 from gptq_cli.config.resolve import check_flags
+from gptq_cli.config.sizes import size
 
 DTYPE = "auto|bfloat16|float16|float32"
 

@@ -8,10 +8,11 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 from gptq_cli.cli import options as o
-from gptq_cli.cli.console import Console, fitted, size
+from gptq_cli.cli.console import Console, fitted
 from gptq_cli.cli.engines import engine_lines
 from gptq_cli.cli.table import aligned, row_data, row_lines
 from gptq_cli.config.finding import shown
+from gptq_cli.config.sizes import size
 from gptq_cli.config.targets import Verdict, engine_data, verdicts
 from gptq_cli.pipeline.inspect import Inspection, inspect_checkpoint
 

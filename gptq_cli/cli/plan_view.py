@@ -7,10 +7,11 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-from gptq_cli.cli.console import Console, clock, fitted, size
+from gptq_cli.cli.console import Console, clock, fitted
 from gptq_cli.cli.engines import engine_lines
 from gptq_cli.cli.table import row_data, row_lines
 from gptq_cli.config.resolve import Resolved
+from gptq_cli.config.sizes import size
 from gptq_cli.config.targets import engine_data
 from gptq_cli.pipeline.estimate import Term, estimate_disk, estimate_memory, estimate_time, total
 from gptq_cli.pipeline.naming import default_name

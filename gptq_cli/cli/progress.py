@@ -11,8 +11,9 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from gptq_cli.cli.console import Console, clock, size, talk, visible
+from gptq_cli.cli.console import Console, clock, talk, visible
 from gptq_cli.cli.engines import unread_line
+from gptq_cli.config.sizes import size
 from gptq_cli.pipeline.events import (
     BlockFinished,
     BlockStarted,
@@ -163,5 +164,5 @@ def _errors(reports: list[LayerReport]) -> str:
 
 
 def _memory(event: BlockFinished) -> str:
-    device = f" device {event.device_bytes / 2**30:.1f} GiB" if event.device_bytes else ""
-    return f"{event.host_bytes / 2**30:.1f} GiB{device}"
+    device = f" device {size(event.device_bytes)}" if event.device_bytes else ""
+    return f"{size(event.host_bytes)}{device}"

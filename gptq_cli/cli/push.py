@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gptq_cli.cli import options as o
-from gptq_cli.cli.console import Console, size
+from gptq_cli.cli.console import Console
 from gptq_cli.cli.progress import Progress
+from gptq_cli.config.sizes import size
 
 if TYPE_CHECKING:
     from gptq_cli.checkpoint.upload import Published

@@ -11,7 +11,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from gptq_cli.cli import options as o
-from gptq_cli.cli.console import Console, clock, fitted, size, visible
+from gptq_cli.cli.console import Console, clock, fitted, visible
 from gptq_cli.cli.engines import engine_lines
 from gptq_cli.cli.launch import launch, leads, member, parse_devices, started_by_torchrun
 from gptq_cli.cli.progress import Progress
@@ -19,6 +19,7 @@ from gptq_cli.cli.said import said_fields
 from gptq_cli.cli.signals import stoppable
 from gptq_cli.config.resolve import Resolved, resolve
 from gptq_cli.config.schema import QuantizeConfig
+from gptq_cli.config.sizes import size
 from gptq_cli.config.yaml_writer import to_yaml
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from gptq_cli.cli import options as o
-from gptq_cli.cli.console import Console, size
+from gptq_cli.cli.console import Console
+from gptq_cli.config.sizes import size
 
 
 def report(

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gptq_cli.cli.console import Console, fitted, size
+from gptq_cli.cli.console import Console, fitted
 from gptq_cli.cli.options import AsJson, Quiet, plain
+from gptq_cli.config.sizes import size
 from gptq_cli.errors import GateError, InputError
 
 if TYPE_CHECKING:

@@ -23,6 +23,7 @@ from gptq_cli.checkpoint.verify import verify_checkpoint
 from gptq_cli.checkpoint.work_directory import WorkDirectory, locked
 from gptq_cli.checkpoint.writer import CheckpointWriter, write_side_files
 from gptq_cli.config.schema import QuantizeConfig
+from gptq_cli.config.sizes import size
 from gptq_cli.config.targets import Verdict, engine_data
 from gptq_cli.config.yaml_writer import to_yaml
 from gptq_cli.engine.layer import QuantizedLinear
@@ -133,7 +134,7 @@ def quantize_checkpoint(
         refuse_wrong_numbers(source)
         seqlen = bounded_seqlen(config.seqlen, said="seqlen" in config.model_fields_set, checkpoint=source)
         config = config.model_copy(update={"seqlen": seqlen})
-        record(PhaseStarted("source", f"identifying {source.nbytes / 1e9:.3g} GB"))
+        record(PhaseStarted("source", f"identifying {size(source.nbytes)}"))
         identity = identify(source, located.commit, config, device)
         check_agreement(team, identity)
         finished_output(work.output, identity, overwrite=overwrite)
@@ -310,7 +311,7 @@ def _write(
             do_blocks(stream, plan, config, windows.ids, keep, saved, record, team)
         record(PhaseStarted("copy", f"{len(plan.copied)} other tensors"))
         copy_others(writer, plan)
-        record(PhaseStarted("verify", f"{plan.layout.nbytes / 1e9:.3g} GB"))
+        record(PhaseStarted("verify", size(plan.layout.nbytes)))
         writer.finish()
     _write_beside(work.stage, plan, config, windows)
     _verify(work.stage)

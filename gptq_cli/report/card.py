@@ -12,10 +12,11 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
+from gptq_cli.config.sizes import size
+
 COPIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 PROTOCOL = ("dataset_config", "dataset_split", "dataset_revision")
 PUNCTUATION = re.compile(r"([!-/:-@\[-`{-~])")  # CommonMark: any of ASCII's may follow a backslash
-UNITS = ("B", "KB", "MB", "GB", "TB")
 PLAIN = ",.-+%/()="  # these mean nothing inside a line, and escaped they are hard to read in the source
 
 
@@ -87,14 +88,6 @@ def code_block(text: str, language: str = "") -> Code:
     fence = "`" * max(3, _longest_run(text) + 1)
     lines = [_one_line(line, keep_blanks=True) for line in text.strip("\n").split("\n")]
     return Code("\n".join([fence + language, *lines, fence]))
-
-
-def size(n_bytes: float) -> str:
-    """Bytes as people say them, in powers of 1000: 5.4 MB."""
-    unit = 0
-    while n_bytes >= 999.5 and unit < len(UNITS) - 1:
-        n_bytes, unit = n_bytes / 1000, unit + 1
-    return f"{n_bytes:.3g} {UNITS[unit]}"
 
 
 def _metadata(facts: CardFacts) -> ModelCardData:

@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from gptq_cli.report.card import size
+from gptq_cli.config.sizes import size
 from gptq_cli.report.charts import as_png, as_svg, bars, coverage, heat_maps
 
 WORST = 10

@@ -7,7 +7,8 @@ import math
 
 import pytest
 
-from gptq_cli.cli.console import as_json_text, clock, fitted, size
+from gptq_cli.cli.console import as_json_text, clock, fitted
+from gptq_cli.config.sizes import size
 
 
 @pytest.mark.parametrize(

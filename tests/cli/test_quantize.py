@@ -42,9 +42,9 @@ def test_every_flag_reaches_its_field(gptq: Run, quantizer: FakeQuantizer, tmp_p
             bits=3, group_size=-1, sym=False, desc_act=True, act_group_aware=False, static_groups=True,
             signed_scales=False, scale_search="mse", refine_sweeps=2, damp_mode="diagonal",
             true_sequential=False, damp_percent=0.02, preset="act-order",
-            dynamic={"-:.*x": {}, "+:.*y": {"bits": 8, "sym": True}}, lm_head=True, dataset="org/t", dataset_config="en",
-            dataset_split="train", text_column="body", nsamples=6, seqlen=64, batch_size=2, seed=7, format="gptq",
-            max_shard_size="1GB", device="cpu", dtype="float32", trust_remote_code=True,
+            dynamic={"-:.*x": {}, "+:.*y": {"bits": 8, "sym": True}}, lm_head=True, dataset="org/t",
+            dataset_config="en", dataset_split="train", text_column="body", nsamples=6, seqlen=64, batch_size=2, seed=7,
+            format="gptq", max_shard_size="1GB", device="cpu", dtype="float32", trust_remote_code=True,
         ),
     }  # fmt: skip
 
