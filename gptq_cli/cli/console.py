@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from logging import FileHandler
 
 SCHEMA = 1
-UNITS = ("B", "KB", "MB", "GB", "TB")
+SHOWN = 8  # problems on a terminal
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,9 +127,10 @@ def _finite(value: Any) -> Any:
 
 def report_problems(problems: Sequence[Problem], exit_code: int, *, as_json: bool) -> None:
     """What went wrong, for people on stderr and with `as_json` for scripts on stdout."""
-    write(sys.stderr, "\n\n".join(_as_text(problem) for problem in problems))
+    write(sys.stderr, "\n\n".join(_as_text(problem) for problem in problems[:SHOWN]))
     if len(problems) > 1:
-        write(sys.stderr, f"\n{len(problems)} problems")
+        rest = f", {len(problems) - SHOWN} more with --json" if len(problems) > SHOWN else ""
+        write(sys.stderr, f"\n{len(problems)} problems{rest}")
     if as_json:
         write_result(as_json_text(_failure(problems, exit_code)))
 
@@ -199,14 +200,6 @@ def fitted(line: str, indent: int = 2) -> str:
         return line
     width = get_terminal_size().columns
     return fill(line, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
-
-
-def size(n_bytes: float) -> str:
-    """Bytes as people say them, in powers of 1000: 5.4 MB."""
-    unit = 0
-    while n_bytes >= 999.5 and unit < len(UNITS) - 1:
-        n_bytes, unit = n_bytes / 1000, unit + 1
-    return f"{n_bytes:.3g} {UNITS[unit]}"
 
 
 def clock(seconds: float) -> str:

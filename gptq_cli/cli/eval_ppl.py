@@ -95,10 +95,10 @@ def _gate(result: EvalResult, max_increase: float | None, max_ppl: float) -> Gat
     """The failure if perplexity is not a finite number, is above `max_ppl`, or rose by more than `max_increase`."""
     hint = "try --dtype float32; for a quantized model: gptq verify DIR --full"
     if result.perplexity > max_ppl:
-        says = (
-            f"perplexity {result.perplexity:.6g} is above the {max_ppl:g} of --max-ppl: such a model predicts nothing"
-        )
-        return GateError("E_NUM_PPL", says, hint=hint)
+        says = f"perplexity {result.perplexity:.6g} is above the {max_ppl:g} of --max-ppl"
+        if max_ppl < MAX_PPL:
+            return GateError("E_NUM_PPL", says)
+        return GateError("E_NUM_PPL", f"{says}: such a model predicts nothing", hint=hint)
     if not math.isfinite(result.perplexity):
         return GateError(
             "E_NUM_PPL", f"perplexity is {result.perplexity}: the model's outputs are not usable", hint=hint
