@@ -217,7 +217,7 @@ def test_a_disk_without_room_for_the_output_is_refused_before_any_work(
     full = os.statvfs_result((real.f_bsize, 4096, real.f_blocks, 10, 10, *list(real)[5:]))
     monkeypatch.setattr("gptq_cli.pipeline.preflight.os.statvfs", lambda _: full)
     with pytest.raises(
-        ResourceError, match=r" B free, \d+ KB are needed: \S+ KB of output, \S+ KB of hidden states"
+        ResourceError, match=r"has \S+ KB free, \d+ KB are needed: \S+ KB of output, \S+ KB of hidden states"
     ) as caught:
         case.run(tmp_path / "out")
     assert (caught.value.code, caught.value.exit_code) == ("E_DISK", 5)
