@@ -162,9 +162,8 @@ def _read_sharded(directory: Path) -> dict[str, TensorInfo]:
     weight_map = _weight_map(index)
     names = sorted(set(weight_map.values()))
     unsafe = [name for name in names if not is_safe_path(directory, name)]
-    for name in unsafe:
-        if PureWindowsPath(name).name == name and (directory / name).is_symlink():
-            _refuse_escape(directory, directory / name)
+    for link in sorted(path for path in directory.iterdir() if path.is_symlink() and path.name in unsafe):
+        _refuse_escape(directory, link)
     if unsafe:
         raise InputError(
             "E_UNSAFE_PATH", f"`{index}` points outside its directory: {unsafe[0]!r}",
