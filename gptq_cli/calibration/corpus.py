@@ -148,12 +148,12 @@ def check_source(source: DatasetSource) -> None:
 
 def is_path(name: str) -> bool:
     """Whether a dataset name means something on this machine, and so is never sent to the Hub."""
-    return name.startswith((".", "/", "~")) or Path(name).suffix in READERS or (bool(name) and _exists(name))
+    return name.startswith((".", "/", "~")) or Path(name).suffix in READERS or _exists(name)
 
 
 def _exists(name: str) -> bool:
     try:
-        return Path(name).exists()
+        return bool(name) and Path(name).exists()
     except OSError:  # a text too long for a path
         return False
 
