@@ -159,7 +159,7 @@ def _exists(name: str) -> bool:
 
 
 def _refuse_files(texts: Sequence[str]) -> None:
-    files = [text for text in texts if text.endswith(tuple(READERS)) or _exists(text)]
+    files = [text for text in texts if _exists(text) or (text.endswith(tuple(READERS)) and len(text.split()) == 1)]
     if files:
         message = f"`{files[0]}` is a file, and a dataset given twice or more holds the texts themselves"
         raise ConfigError("E_CFG_CONFLICT", message, hint="put the files into a folder and give that")

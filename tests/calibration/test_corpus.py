@@ -175,7 +175,7 @@ def test_files_given_as_literal_texts_are_refused(texts: list[str], tmp_path: Pa
 
 
 def test_a_text_too_long_for_a_path_is_no_file() -> None:
-    texts = ["a word " * 1000, "another\0"]
+    texts = ["a word " * 1000, "another\0", "it lies in notes.txt"]
     assert list(load_documents(DatasetSource(texts)).texts) == texts
     with pytest.raises(InputError, match="is not a registered name, a file, a folder or the id") as caught:
         load_documents(DatasetSource(texts[0]))
