@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 
 def main() -> None:
@@ -10,9 +11,12 @@ def main() -> None:
     # Threads that wait by spinning take the cores that the working ones need when anything else runs: seen to make a
     # block five times slower. OpenMP reads this once, when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from gptq_cli.cli.app import app
+    try:
+        from gptq_cli.cli.app import app
 
-    app(prog_name="gptq")
+        app(prog_name="gptq")
+    except KeyboardInterrupt:  # before there is a command that could say more
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -245,11 +245,11 @@ DATA = [
         dataset("x.jsonl", '{"text": 4}\n'),
         "E_DATA_COLUMN",
         "column `text` holds int64",
-        "--text-column",
+        "mend it",
     ),
-    Case(19, "null", dataset("x.jsonl", '{"text": "a"}\n{"text": null}\n'), "E_DATA_COLUMN", "null", "--text-column"),
+    Case(19, "null", dataset("x.jsonl", '{"text": "a"}\n{"text": null}\n'), "E_DATA_COLUMN", "null", "mend it"),
     Case(20, "script", flags("--dataset=ptb"), "E_DATA_SCRIPT", "loading script", "wikitext2"),
-    Case(21, "none", broken(without_tokenizer), "E_TOKENIZER", "no usable tokenizer", "copy the tokenizer"),
+    Case(21, "none", broken(without_tokenizer), "E_TOKENIZER", "has no tokenizer", "copy the tokenizer"),
 ]
 MODEL = [
     Case(16, "path", lambda _: ["quantize", "./none", "-b", "4"], "E_MODEL_NOT_FOUND", "not a directory", "Hub id"),

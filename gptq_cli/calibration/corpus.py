@@ -15,13 +15,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from gptq_cli.calibration.files import READERS, read_files
+from gptq_cli.calibration.files import READERS, has_columns, read_files
 from gptq_cli.calibration.loading import LoadRequest, open_column
 from gptq_cli.errors import ConfigError, InputError
 
 Purpose = Literal["calibration", "evaluation"]
 PARAGRAPH = "\n\n"
 DEFAULT_DATASET = "wikitext2"
+DEFAULT_COLUMN = "text"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,7 @@ class DatasetSource:
     dataset: str | Sequence[str] | None = None
     config: str | None = None
     split: str | None = None
-    text_column: str = "text"
+    text_column: str = DEFAULT_COLUMN
     purpose: Purpose = "calibration"
 
 
@@ -106,13 +107,14 @@ SCRIPTED = ("ptb", "ptb-new")
 def load_documents(source: DatasetSource) -> Documents:
     """The documents that `source` names, in the order of their files and rows.
 
-    Raises ConfigError E_CFG_CONFLICT for a config or split of what has none, and InputError: E_DATA_NOT_FOUND,
-    E_DATA_COLUMN, E_DATA_SCRIPT, E_DATA_EMPTY, E_DATA_ENCODING, E_DATA_FORMAT, E_DATA_CONFIG, E_DATA_SPLIT, E_HUB_*.
-    Texts read on demand raise the same errors when they are read.
+    Raises what `check_source` does, and InputError: E_DATA_NOT_FOUND, E_DATA_COLUMN, E_DATA_SCRIPT, E_DATA_EMPTY,
+    E_DATA_ENCODING, E_DATA_FORMAT, E_DATA_CONFIG, E_DATA_SPLIT, E_HUB_*. Texts read on demand raise the same errors
+    when they are read.
     """
+    check_source(source)
     name = DEFAULT_DATASET if source.dataset is None else source.dataset
     if not isinstance(name, str):
-        documents = _literal(list(name), source)
+        documents = _literal(list(name))
     elif name in CORPORA:
         documents = _registered(name, source)
     elif name in SCRIPTED:
@@ -126,27 +128,56 @@ def load_documents(source: DatasetSource) -> Documents:
     return documents
 
 
+def check_source(source: DatasetSource) -> None:
+    """Raise what is wrong with `source` before a text is read or fetched.
+
+    ConfigError E_CFG_CONFLICT for a config, split or column of what has none, and for files where texts belong;
+    InputError E_DATA_NOT_FOUND for a path that leads to nothing.
+    """
+    name = DEFAULT_DATASET if source.dataset is None else source.dataset
+    if not isinstance(name, str):
+        _refuse_options("literal texts", source)
+        _refuse_files(name)
+    elif name in CORPORA:
+        _refuse_options(f"the registered dataset `{name}`", source)
+    elif is_path(name):
+        path = Path(name).expanduser()
+        _refuse_options(f"`{name}`", source, columns=has_columns(path))
+        read_files(path, source.text_column)
+
+
 def is_path(name: str) -> bool:
     """Whether a dataset name means something on this machine, and so is never sent to the Hub."""
-    return name.startswith((".", "/", "~")) or Path(name).suffix in READERS or (bool(name) and Path(name).exists())
+    return name.startswith((".", "/", "~")) or Path(name).suffix in READERS or _exists(name)
 
 
-def _literal(texts: list[str], source: DatasetSource) -> Documents:
-    _refuse_hub_options("literal texts", source)
+def _exists(name: str) -> bool:
+    try:
+        return bool(name) and Path(name).exists()
+    except OSError:  # a text too long for a path
+        return False
+
+
+def _refuse_files(texts: Sequence[str]) -> None:
+    files = [text for text in texts if _exists(text) or (text.endswith(tuple(READERS)) and len(text.split()) == 1)]
+    if files:
+        message = f"`{files[0]}` is a file, and a dataset given twice or more holds the texts themselves"
+        raise ConfigError("E_CFG_CONFLICT", message, hint="put the files into a folder and give that")
+
+
+def _literal(texts: list[str]) -> Documents:
     if not any(text.strip() for text in texts):
         raise InputError("E_DATA_EMPTY", "the list of texts holds no text", hint="give at least one text, or a dataset")
     return Documents("texts", texts)
 
 
 def _local(path: Path, name: str, source: DatasetSource) -> Documents:
-    _refuse_hub_options(f"`{name}`", source)
     return Documents(name, read_files(path, source.text_column))
 
 
 def _registered(name: str, source: DatasetSource) -> Documents:
     corpus = CORPORA[name]
     part = corpus.parts[source.purpose]
-    _refuse_hub_options(f"the registered dataset `{name}`", source)
     request = LoadRequest(
         path=corpus.repo,
         label=name,
@@ -155,7 +186,7 @@ def _registered(name: str, source: DatasetSource) -> Documents:
         data_files=None if part.file is None else {part.split: part.file},
         stream=corpus.stream,
     )
-    column, revision = open_column(request, "text")
+    column, revision = open_column(request, DEFAULT_COLUMN)
     texts: Iterable[str] = column if part.limit is None else list(islice(column, part.limit))
     return Documents(name, texts, part.join, corpus.config, part.split, revision, part.max_windows)
 
@@ -178,7 +209,10 @@ def _nearest(name: str) -> str | None:
     return f"did you mean `{near[0]}`?" if near else None
 
 
-def _refuse_hub_options(what: str, source: DatasetSource) -> None:
+def _refuse_options(what: str, source: DatasetSource, *, columns: bool = False) -> None:
+    if source.text_column != DEFAULT_COLUMN and not columns:
+        message = f"text_column `{source.text_column}` has no meaning for {what}"
+        raise ConfigError("E_CFG_CONFLICT", message, hint="leave text_column out")
     for option, value in (("dataset_config", source.config), ("dataset_split", source.split)):
         if value is not None:
             raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ class FileTexts:
             if file.suffix == ".txt":
                 yield _read_text(file)
             else:
-                yield from open_column(_request(file), self.column)[0]
+                yield from _read_rows(file, self.column)
 
 
 def read_files(path: Path, column: str) -> Iterable[str]:
@@ -48,13 +49,19 @@ def read_files(path: Path, column: str) -> Iterable[str]:
     return FileTexts(_files_at(path), column)
 
 
+def has_columns(path: Path) -> bool:
+    """Whether what lies at `path` is read by column: a file of rows, or a folder that holds one."""
+    files = path.iterdir() if path.is_dir() else [path]
+    return any(file.suffix in READERS and file.suffix != ".txt" for file in files)
+
+
 def _files_at(path: Path) -> tuple[Path, ...]:
     kinds = ", ".join(READERS)
     if not path.exists():
         raise InputError(
             "E_DATA_NOT_FOUND", f"dataset `{path}` does not exist", hint=f"give a {kinds} file, a folder or a Hub id"
         )
-    if path.is_file() and path.suffix not in READERS:
+    if not path.is_dir() and not (path.is_file() and path.suffix in READERS):
         raise InputError(
             "E_DATA_NOT_FOUND", f"dataset `{path}` is not a kind of file that is read", hint=f"give {kinds}"
         )
@@ -66,6 +73,30 @@ def _files_at(path: Path) -> tuple[Path, ...]:
             "E_DATA_NOT_FOUND", f"folder `{path}` holds no file that is read", hint=f"put {kinds} files there"
         )
     return files
+
+
+def _read_rows(file: Path, column: str) -> Iterator[str]:
+    try:
+        yield from open_column(_request(file), column)[0]
+    except InputError as error:
+        broken = _broken_line(file) if error.code == "E_DATA_FORMAT" and file.suffix == ".jsonl" else None
+        if broken is None:
+            raise
+        raise InputError(
+            "E_DATA_FORMAT", f"dataset `{file}` cannot be read: {broken}", hint="mend that line"
+        ) from error
+
+
+def _broken_line(file: Path) -> str | None:
+    """The first line of a file of one JSON object a line that is none, and why."""
+    with file.open(encoding="utf-8-sig", errors="replace") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                if line.strip():
+                    json.loads(line)
+            except (ValueError, RecursionError) as error:
+                return f"line {number} is not JSON: {error}"
+    return None
 
 
 def _read_text(file: Path) -> str:

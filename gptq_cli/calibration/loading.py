@@ -14,6 +14,7 @@ from gptq_cli.calibration.refusals import refusal
 from gptq_cli.errors import InputError
 
 REACH_SECONDS = 10.0
+LISTED = 8  # columns named in a message
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,11 +128,13 @@ def _no_column(column: str, columns: list[str], request: LoadRequest) -> InputEr
 
 def _no_string(what: str, column: str, columns: list[str], request: LoadRequest) -> InputError:
     message = f"dataset `{request.label}`: column `{column}` {what}"
-    return InputError("E_DATA_COLUMN", message, hint=f"mend it, or name another with --text-column: {_listed(columns)}")
+    others = [name for name in columns if name != column]
+    hint = f"mend it, or name another with --text-column: {_listed(others)}" if others else "mend it"
+    return InputError("E_DATA_COLUMN", message, hint=hint)
 
 
 def _listed(columns: list[str]) -> str:
-    return ", ".join(f"`{name}`" for name in columns)
+    return ", ".join(f"`{name}`" for name in columns[:LISTED]) + (", ..." if len(columns) > LISTED else "")
 
 
 @contextmanager

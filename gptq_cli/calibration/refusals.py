@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from shlex import quote
 
 from gptq_cli.errors import InputError
 from gptq_cli.hub import GATED, first_line, hub_refusal
 
+OWN = ", or give a file of your own"
 ASK = "check the id; a private dataset needs `hf auth login`"
 
 
@@ -34,7 +37,10 @@ def encoding_refusal(label: str, error: UnicodeDecodeError, *, whole_file: bool)
     """E_DATA_ENCODING with the first byte that is not UTF-8, and its place if the whole file was decoded at once."""
     place = f" at offset {error.start}" if whole_file else ""
     message = f"dataset `{label}` is not UTF-8: byte 0x{error.object[error.start]:02x}{place}"
-    return InputError("E_DATA_ENCODING", message, hint=f"convert it: iconv -f latin1 -t utf-8 {label}")
+    path = Path(label)
+    target = path.with_name(f"{path.stem}-utf8{path.suffix}")
+    command = f"iconv -f latin1 -t utf-8 {quote(label)} > {quote(str(target))}"
+    return InputError("E_DATA_ENCODING", message, hint=f"if it is Latin-1, convert it: {command}")
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
@@ -57,7 +63,10 @@ def _from_hub(error: BaseException, label: str, hint: str | None) -> InputError 
     missing = isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError)
     if missing or isinstance(error, DatasetNotFoundError):
         return InputError("E_DATA_NOT_FOUND", f"dataset `{label}` is not on the Hub", hint=hint or ASK)
-    return hub_refusal(error, f"dataset `{label}`")
+    refused = hub_refusal(error, f"dataset `{label}`")
+    if refused is not None and refused.code in ("E_HUB_NETWORK", "E_HUB_OFFLINE"):
+        return InputError(refused.code, str(refused), hint=f"{refused.hint}{OWN}")
+    return refused
 
 
 def _from_request(error: BaseException, label: str) -> InputError | None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from gptq_cli.errors import InputError
 
+LFS_POINTER = b"version "
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 MAX_SIZE = 2**63 - 1  # of one dimension
 MAX_DIMENSIONS = 64
@@ -67,7 +68,11 @@ def _read_raw(file: Path) -> tuple[bytes, int]:
         if not stat.S_ISREG(status.st_mode):
             raise _corrupt(file, "not a regular file")
         with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
+            first = stream.read(8)
+            if first == LFS_POINTER:
+                message = f"`{file}` is a pointer of Git LFS, not the weights"
+                raise InputError("E_CKPT_CORRUPT", message, hint="fetch them: git lfs pull")
+            length = int.from_bytes(first, "little")
             if status.st_size < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, status.st_size - 8):
                 raise _corrupt(file, f"a header of {length} bytes in a file of {status.st_size} bytes")
             raw = stream.read(length)

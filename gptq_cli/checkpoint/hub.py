@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 SKIPPED = [*(f"*{suffix}" for suffix in WEIGHT_SUFFIXES if suffix != ".safetensors"), "original/*", "onnx/*"]
+UNSEEN = ("E_HUB_NOT_FOUND", "E_HUB_OFFLINE", "E_HUB_NETWORK")  # what a misspelt path ends in
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -71,9 +72,8 @@ def hub_id(model: str) -> str:
     identifier = model.removeprefix("hf://")
     exists = Path(model).expanduser().exists()
     if model.startswith((".", "/", "~")) or exists or not _HUB_ID.fullmatch(identifier):
-        raise InputError(
-            "E_MODEL_NOT_FOUND", f"`{model}` is not a directory", hint="give a model directory or a Hub id"
-        )
+        hint = "give the directory of a safetensors checkpoint" if exists else "give a model directory or a Hub id"
+        raise InputError("E_MODEL_NOT_FOUND", f"`{model}` is not a directory", hint=hint)
     return identifier
 
 
@@ -143,6 +143,10 @@ def _hub_errors(identifier: str, revision: str | None) -> Iterator[None]:
         refused = hub_refusal(error, f"model `{identifier}`", revision) or _refused_by_disk(error)
         if refused is None:
             raise
+        if refused.code in UNSEEN:
+            raise InputError(
+                refused.code, str(refused), hint=f"no directory of that name is here; {refused.hint}"
+            ) from error
         raise refused from error
 
 

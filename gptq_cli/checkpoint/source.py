@@ -172,6 +172,8 @@ def _read_sharded(directory: Path) -> dict[str, TensorInfo]:
     weight_map = _weight_map(index)
     names = sorted(set(weight_map.values()))
     unsafe = [name for name in names if not is_safe_path(directory, name)]
+    for link in sorted(path for path in directory.iterdir() if path.is_symlink() and path.name in unsafe):
+        _refuse_escape(directory, link)
     if unsafe:
         raise InputError(
             "E_UNSAFE_PATH", f"`{index}` points outside its directory: {unsafe[0]!r}",
@@ -245,6 +247,10 @@ def refuse_other_kinds(directory: str, files: Iterable[str]) -> None:
             "E_CKPT_KIND",
             f"`{directory}` is an adapter, not a model",
             hint="merge the adapter into its base model first",
+        )
+    if "model_index.json" in files:
+        raise InputError(
+            "E_CKPT_KIND", f"`{directory}` is a diffusers pipeline, not a language model", hint="name a language model"
         )
     if holds(".gguf", ".onnx"):
         raise InputError(

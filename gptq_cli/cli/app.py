@@ -45,6 +45,10 @@ COMMANDS = {
     "env": "Print versions, devices and variables for a bug report.",
 }
 BUG, USAGE, INTERRUPTED = 1, 2, 130
+PLAIN_WORDS = {  # what typer's checks say of a value: what it means
+    "Input should be a valid integer, unable to parse string as an integer": "this is not a whole number",
+    "Input should be a valid number, unable to parse string as a number": "this is not a number",
+}
 
 
 class Gptq(TyperGroup):
@@ -115,7 +119,19 @@ def _usage(error: TyperException) -> Problem:
     if possible := getattr(error, "possibilities", None):
         message, near = error.message, f"{get_close_matches(error.message, possible, n=1, cutoff=0)[0]}?"
     nearest = near.split(",")[0].rstrip("?")
-    return Problem("E_USAGE", message.rstrip("."), f"did you mean {nearest}?" if near else "see --help")
+    hint = f"did you mean {nearest}?" if near else _where_to_look(error, message)
+    for said, plain in PLAIN_WORDS.items():
+        message = message.replace(said, plain)
+    return Problem("E_USAGE", message.rstrip("."), hint)
+
+
+def _where_to_look(error: TyperException, message: str) -> str:
+    context = getattr(error, "ctx", None)
+    if context is None:
+        return "see --help"
+    takes_output = any("-o" in parameter.opts for parameter in context.command.params)
+    output = "the output is given with -o; " if "unexpected extra argument" in message and takes_output else ""
+    return f"{output}see {context.command_path} --help"
 
 
 def _stay_plain_in_pipes() -> None:

@@ -12,8 +12,8 @@ from gptq_cli.cli.console import Console
 from gptq_cli.cli.progress import Progress
 from gptq_cli.cli.table import aligned
 from gptq_cli.config.resolve import check_flags
+from gptq_cli.config.units import clock
 from gptq_cli.errors import ConfigError
-from gptq_cli.report.units import clock
 
 if TYPE_CHECKING:
     from gptq_cli.pipeline.compare import Comparison

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from logging import FileHandler
 
 SCHEMA = 1
+SHOWN = 8  # problems on a terminal
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,9 +127,10 @@ def _finite(value: Any) -> Any:
 
 def report_problems(problems: Sequence[Problem], exit_code: int, *, as_json: bool) -> None:
     """What went wrong, for people on stderr and with `as_json` for scripts on stdout."""
-    write(sys.stderr, "\n\n".join(_as_text(problem) for problem in problems))
+    write(sys.stderr, "\n\n".join(_as_text(problem) for problem in problems[:SHOWN]))
     if len(problems) > 1:
-        write(sys.stderr, f"\n{len(problems)} problems")
+        rest = f", {len(problems) - SHOWN} more with --json" if len(problems) > SHOWN else ""
+        write(sys.stderr, f"\n{len(problems)} problems{rest}")
     if as_json:
         write_result(as_json_text(_failure(problems, exit_code)))
 

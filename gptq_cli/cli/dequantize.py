@@ -9,7 +9,7 @@ from gptq_cli.cli import options as o
 from gptq_cli.cli.console import Console
 from gptq_cli.cli.progress import Progress
 from gptq_cli.config.resolve import check_flags
-from gptq_cli.report.units import size
+from gptq_cli.config.units import size
 
 DTYPE = "auto|bfloat16|float16|float32"
 

@@ -9,8 +9,8 @@ from gptq_cli.cli import options as o
 from gptq_cli.cli.console import Console
 from gptq_cli.cli.progress import Progress
 from gptq_cli.config.resolve import check_flags
+from gptq_cli.config.units import clock
 from gptq_cli.errors import ConfigError, GateError
-from gptq_cli.report.units import clock
 
 if TYPE_CHECKING:
     from gptq_cli.pipeline.evaluate import EvalResult
@@ -96,10 +96,10 @@ def _gate(result: EvalResult, max_increase: float | None, max_ppl: float) -> Gat
     """The failure if perplexity is not a finite number, is above `max_ppl`, or rose by more than `max_increase`."""
     hint = "try --dtype float32; for a quantized model: gptq verify DIR --full"
     if result.perplexity > max_ppl:
-        says = (
-            f"perplexity {result.perplexity:.6g} is above the {max_ppl:g} of --max-ppl: such a model predicts nothing"
-        )
-        return GateError("E_NUM_PPL", says, hint=hint)
+        says = f"perplexity {result.perplexity:.6g} is above the {max_ppl:g} of --max-ppl"
+        if max_ppl < MAX_PPL:
+            return GateError("E_NUM_PPL", says)
+        return GateError("E_NUM_PPL", f"{says}: such a model predicts nothing", hint=hint)
     if not math.isfinite(result.perplexity):
         return GateError(
             "E_NUM_PPL", f"perplexity is {result.perplexity}: the model's outputs are not usable", hint=hint

@@ -13,8 +13,8 @@ from gptq_cli.cli.engines import engine_lines
 from gptq_cli.cli.table import aligned, row_data, row_lines
 from gptq_cli.config.finding import shown
 from gptq_cli.config.targets import Verdict, engine_data, verdicts
+from gptq_cli.config.units import size
 from gptq_cli.pipeline.inspect import Inspection, inspect_checkpoint
-from gptq_cli.report.units import size
 
 if TYPE_CHECKING:
     from gptq_cli.pipeline.layer_view import Histogram, LayerView, PackedView

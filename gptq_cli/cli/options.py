@@ -10,7 +10,8 @@ import typer
 from gptq_cli.config.engines import TARGETS
 from gptq_cli.config.schema import QuantizeConfig
 
-ALGORITHM, LAYERS, TEXT, OUTPUT, RUN, GATE = "Algorithm", "Layers", "Text", "Output", "Run", "Comparison"
+ALGORITHM, SWITCHES, LAYERS, TEXT = "Algorithm", "Algorithm, on or off", "Layers", "Text"  # long names stand apart
+OUTPUT, RUN, GATE = "Output", "Run", "Comparison"
 DEFAULTS = QuantizeConfig(bits=4)  # with what the default preset fills in
 DATASET = "wikitext2, c4, a Hub id, a file or a folder; default wikitext2"
 
@@ -66,17 +67,17 @@ Bits = Annotated[int | None, setting("bits", "--bits", "-b", panel=ALGORITHM)]
 GroupSize = Annotated[
     int | None, setting("group_size", "--group-size", "-g", panel=ALGORITHM, note=", -1 for one group a row")
 ]
-Sym = Annotated[bool | None, setting("sym", "--sym/--asym", panel=ALGORITHM)]
-DescAct = Annotated[bool | None, setting("desc_act", "--desc-act/--no-desc-act", panel=ALGORITHM)]
+Sym = Annotated[bool | None, setting("sym", "--sym/--asym", panel=SWITCHES)]
+DescAct = Annotated[bool | None, setting("desc_act", "--desc-act/--no-desc-act", panel=SWITCHES)]
 ActGroupAware = Annotated[
-    bool | None, setting("act_group_aware", "--act-group-aware/--no-act-group-aware", panel=ALGORITHM)
+    bool | None, setting("act_group_aware", "--act-group-aware/--no-act-group-aware", panel=SWITCHES)
 ]
-StaticGroups = Annotated[bool | None, setting("static_groups", "--static-groups/--no-static-groups", panel=ALGORITHM)]
+StaticGroups = Annotated[bool | None, setting("static_groups", "--static-groups/--no-static-groups", panel=SWITCHES)]
 TrueSequential = Annotated[
-    bool | None, setting("true_sequential", "--true-sequential/--no-true-sequential", panel=ALGORITHM)
+    bool | None, setting("true_sequential", "--true-sequential/--no-true-sequential", panel=SWITCHES)
 ]
-SignedScales = Annotated[bool | None, setting("signed_scales", "--signed-scales/--no-signed-scales", panel=ALGORITHM)]
-ScaleSearch = Annotated[str | None, setting("scale_search", panel=ALGORITHM)]
+SignedScales = Annotated[bool | None, setting("signed_scales", "--signed-scales/--no-signed-scales", panel=SWITCHES)]
+ScaleSearch = Annotated[str | None, setting("scale_search", panel=ALGORITHM, metavar="HOW", note=", or none")]
 RefineSweeps = Annotated[int | None, setting("refine_sweeps", panel=ALGORITHM)]
 AsymmetricCalibration = Annotated[float | None, setting("asymmetric_calibration", panel=ALGORITHM, metavar="0..1")]
 DampMode = Annotated[str | None, setting("damp_mode", panel=ALGORITHM)]
@@ -85,7 +86,7 @@ Preset = Annotated[str | None, setting("preset", panel=ALGORITHM, metavar="NAME"
 
 MoeUncovered = Annotated[str | None, setting("moe_uncovered", panel=LAYERS)]
 OnNumericFault = Annotated[str | None, setting("on_numeric_fault", panel=LAYERS)]
-MaxFallbacks = Annotated[int | None, setting("max_fallbacks", panel=LAYERS)]
+MaxFallbacks = Annotated[int | None, setting("max_fallbacks", panel=LAYERS, metavar="N")]
 LmHead = Annotated[bool | None, setting("lm_head", "--lm-head/--no-lm-head", panel=LAYERS)]
 AllowRequantize = Annotated[bool | None, setting("allow_requantize", "--allow-requantize", panel=LAYERS)]
 Target = Annotated[str | None, setting("target", panel=LAYERS, metavar="ENGINE", note=f": {', '.join(TARGETS)}")]

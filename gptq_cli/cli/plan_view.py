@@ -12,13 +12,13 @@ from gptq_cli.cli.engines import engine_lines
 from gptq_cli.cli.table import row_data, row_lines
 from gptq_cli.config.resolve import Resolved
 from gptq_cli.config.targets import engine_data
+from gptq_cli.config.units import clock, size
 from gptq_cli.pipeline.estimate import Term, estimate_disk, estimate_memory, estimate_time, total
 from gptq_cli.pipeline.naming import default_name
 from gptq_cli.pipeline.overview import plan_rows
 from gptq_cli.pipeline.plan import plan_checkpoint
 from gptq_cli.pipeline.readers import judge_plan, remarks
 from gptq_cli.pipeline.run_plan import RunPlan
-from gptq_cli.report.units import clock, size
 
 
 def show_plan(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from gptq_cli.cli.console import Console, talk, visible
 from gptq_cli.cli.engines import unread_line
+from gptq_cli.config.units import clock, size
 from gptq_cli.pipeline.events import (
     BlockFinished,
     BlockStarted,
@@ -26,7 +27,6 @@ from gptq_cli.pipeline.events import (
     Warned,
     WorkKept,
 )
-from gptq_cli.report.units import clock, size
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -166,5 +166,5 @@ def _errors(reports: list[LayerReport]) -> str:
 
 
 def _memory(event: BlockFinished) -> str:
-    device = f" device {event.device_bytes / 2**30:.1f} GiB" if event.device_bytes else ""
-    return f"{event.host_bytes / 2**30:.1f} GiB{device}"
+    device = f" device {size(event.device_bytes)}" if event.device_bytes else ""
+    return f"{size(event.host_bytes)}{device}"

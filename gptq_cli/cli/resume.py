@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -38,7 +39,7 @@ def resume(
 
     begun = read_run(directory)
     if begun is None:
-        hint = "give the hidden directory .OUT.gptq-work beside an unfinished output"
+        hint = _unfinished_at(directory) or "give the hidden directory .OUT.gptq-work beside an unfinished output"
         raise InputError("E_RESUME_NOTHING", f"`{directory}` holds no unfinished run", hint=hint)
     request = begun["request"]
     if Path(request["directory"]).is_dir():
@@ -55,3 +56,11 @@ def resume(
         max_runtime=max_runtime,
         allow_network_fs=allow_network_fs,
     )
+
+
+def _unfinished_at(output: Path) -> str | None:
+    from gptq_cli.checkpoint.run_file import read_run
+    from gptq_cli.checkpoint.work_directory import WorkDirectory
+
+    work = WorkDirectory(output).path
+    return f"did you mean gptq resume {shlex.quote(str(work))}?" if read_run(work) else None

@@ -11,8 +11,8 @@ import typer
 
 from gptq_cli.cli.console import Console, fitted
 from gptq_cli.cli.options import AsJson, Quiet, plain
+from gptq_cli.config.units import size
 from gptq_cli.errors import GateError, InputError
-from gptq_cli.report.units import size
 
 if TYPE_CHECKING:
     from gptq_cli.checkpoint.module_checks import Defect

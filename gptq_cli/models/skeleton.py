@@ -207,7 +207,10 @@ def _unknown(directory: Path, error: Exception) -> InputError:
             "E_REMOTE_CODE", f"`{directory}` needs its own Python code to run{_own_code(directory)}",
             hint="read that code, then add --trust-remote-code",
         )  # fmt: skip
-    return InputError("E_ARCH", f"transformers cannot build the model in `{directory}`: {text}")
+    newer = "a newer transformers may know it: pip install --upgrade transformers"
+    hint = newer if "does not recognize" in text else None
+    text = text.partition(" This could be because")[0]
+    return InputError("E_ARCH", f"transformers cannot build the model in `{directory}`: {text}", hint=hint)
 
 
 def _own_code(directory: Path) -> str:

@@ -32,7 +32,10 @@ def load_encoder(directory: Path, *, trust_remote_code: bool) -> Encoder:
         )
         first = tokenizer("a", add_special_tokens=True)["input_ids"][:1]
     except Exception as error:
-        text = str(error).strip().split("\n")[0]
+        if not any(directory.glob("*token*")) and not any(directory.glob("*vocab*")):
+            hint = "copy the tokenizer's files into it, such as tokenizer.json and tokenizer_config.json"
+            raise InputError("E_TOKENIZER", f"`{directory}` has no tokenizer", hint=hint) from error
+        text = " ".join(str(error).split())[:200]
         raise InputError(
             "E_TOKENIZER", f"`{directory}` has no usable tokenizer: {text}", hint="copy the tokenizer files into it"
         ) from error

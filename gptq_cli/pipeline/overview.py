@@ -60,13 +60,14 @@ def _stored(tensor: TensorInfo, decoded: Collection[str]) -> str:
 
 
 def collapse(rows: Iterable[Row]) -> list[Row]:
-    """Rows that differ in count and bytes only become one, in order of first appearance."""
+    """Rows that differ in count and bytes only become one; those of one name together, in order of first appearance."""
     found: dict[Row, Row] = {}
     for row in rows:
         key = replace(row, count=0, nbytes=0)
         seen = found.get(key, key)
         found[key] = replace(seen, count=seen.count + row.count, nbytes=seen.nbytes + row.nbytes)
-    return list(found.values())
+    names = {name: place for place, name in enumerate(dict.fromkeys(row.name for row in found))}
+    return sorted(found.values(), key=lambda row: names[row.name])
 
 
 def kind_of(name: str, blocks: str) -> str:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 
-from gptq_cli.calibration.corpus import is_path
-from gptq_cli.calibration.files import read_files
+from gptq_cli.calibration.corpus import DatasetSource, check_source
 from gptq_cli.checkpoint.durable import is_occupied
 from gptq_cli.checkpoint.manifest import read_manifest
 from gptq_cli.checkpoint.raw import count_not_finite
 from gptq_cli.checkpoint.work_directory import WorkDirectory, refuse_locked
 from gptq_cli.config.schema import QuantizeConfig
+from gptq_cli.config.units import size
 from gptq_cli.errors import ConfigError, ExistsError, InputError, ResourceError
 from gptq_cli.pipeline.estimate import DEVICE_SHARE, LIBRARIES, STATES, Term, estimate_memory, total
 from gptq_cli.pipeline.plan import plan_run
@@ -27,8 +28,7 @@ def preflight(model: str, output: Path, config: QuantizeConfig, *, overwrite: bo
     refuse_locked(output)
     if directory.is_dir():
         plan_run(directory, config)
-    if isinstance(config.dataset, str) and is_path(config.dataset):
-        read_files(Path(config.dataset).expanduser(), config.text_column)
+    check_source(DatasetSource(config.dataset, config.dataset_config, config.dataset_split, config.text_column))
 
 
 def check_disk(work: WorkDirectory, output_bytes: int, hidden_bytes: int) -> None:
@@ -41,9 +41,9 @@ def check_disk(work: WorkDirectory, output_bytes: int, hidden_bytes: int) -> Non
     free = disk.f_bavail * disk.f_frsize + written
     needed = output_bytes + 2 * hidden_bytes
     if needed > free:
-        parts = f"{output_bytes / 1e9:.3g} GB of output, {2 * hidden_bytes / 1e9:.3g} GB of hidden states"
+        parts = f"{size(output_bytes)} of output, {size(2 * hidden_bytes)} of hidden states"
         raise ResourceError(
-            "E_DISK", f"`{work.output.parent}` has {free / 1e9:.3g} GB free, {needed / 1e9:.3g} GB are needed: {parts}",
+            "E_DISK", f"`{work.output.parent}` has {size(free)} free, {size(needed)} are needed: {parts}",
             hint="free some space, write to another disk with -o, or use fewer --nsamples",
         )  # fmt: skip
 
@@ -70,9 +70,9 @@ def check_memory(
 def _check_fit(terms: Sequence[Term], free: int, where: str) -> None:
     needed = total(terms)
     if needed > free:
-        parts = ", ".join(f"{term.what} {term.nbytes / 1e9:.3g} GB" for term in terms)
+        parts = ", ".join(f"{term.what} {size(term.nbytes)}" for term in terms)
         raise ResourceError(
-            "E_OOM", f"about {needed / 1e9:.3g} GB of {where} memory are needed, {free / 1e9:.3g} GB are free: {parts}",
+            "E_OOM", f"about {size(needed)} of {where} memory are needed, {size(free)} are free: {parts}",
             hint="use a smaller --batch-size, --seqlen or --nsamples, or a larger --max-ram or --max-vram",
         )  # fmt: skip
 
@@ -89,12 +89,18 @@ def check_finite(plan: RunPlan) -> None:
             )  # fmt: skip
 
 
+def _beside(model: Path, output: Path) -> Path:
+    name = output.resolve().name
+    return model.resolve().parent / (name if name != model.resolve().name else f"{name}-GPTQ")
+
+
 def check_output(output: Path, model: Path, *, overwrite: bool) -> None:
     """Refuse an output that holds something (ExistsError E_OUT_EXISTS) or is the model (ConfigError E_OUT_IS_INPUT)."""
     if model.is_dir() and output.resolve().is_relative_to(model.resolve()):
         raise ConfigError(
-            "E_OUT_IS_INPUT", f"`{output}` is the model's own directory or inside it", hint="choose another -o"
-        )
+            "E_OUT_IS_INPUT", f"`{output}` is the model's own directory or inside it",
+            hint=f"choose another -o: -o {quote(str(_beside(model, output)))}",
+        )  # fmt: skip
     if model.is_dir() and model.resolve().is_relative_to(output.resolve()):
         raise ConfigError("E_OUT_IS_INPUT", f"`{output}` contains the model", hint="choose another -o")
     if output.is_dir() and os.path.ismount(output):

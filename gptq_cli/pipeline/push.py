@@ -18,6 +18,7 @@ from gptq_cli.checkpoint.upload import Published, publish
 from gptq_cli.checkpoint.verify import verify_checkpoint
 from gptq_cli.config.resolve import resolve
 from gptq_cli.config.targets import verdicts
+from gptq_cli.config.units import size
 from gptq_cli.errors import ConfigError, GateError, InputError
 from gptq_cli.pipeline.events import PhaseStarted, Report, Warned, ignore
 from gptq_cli.pipeline.inspect import Inspection, inspect_checkpoint
@@ -78,7 +79,7 @@ def prepare_push(
     checkpoint = open_checkpoint(directory)
     found = inspect_checkpoint(checkpoint)
     text = _read_card(card) if card else _card(checkpoint, found, repo, base_model, measured, report)
-    report(PhaseStarted("verify", f"{found.nbytes / 1e9:.3g} GB, every byte"))
+    report(PhaseStarted("verify", f"{size(found.nbytes)}, every byte"))
     _verify(directory)
     return Parcel(repo, text, _contents(checkpoint, text))
 

@@ -22,6 +22,7 @@ from gptq_cli.checkpoint.work_directory import WorkDirectory, locked
 from gptq_cli.checkpoint.writer import CheckpointWriter
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.targets import Verdict, engine_data
+from gptq_cli.config.units import size
 from gptq_cli.engine.layer import QuantizedLinear
 from gptq_cli.errors import GateError
 from gptq_cli.models.stream import ModelStream
@@ -122,7 +123,7 @@ def quantize_checkpoint(
         plan_checkpoint(source, config)  # a downloaded model has not been looked at before
         refuse_wrong_numbers(source)
         config = bounded(config, source)
-        record(PhaseStarted("source", f"identifying {source.nbytes / 1e9:.3g} GB"))
+        record(PhaseStarted("source", f"identifying {size(source.nbytes)}"))
         identity = identify(source, located.commit, config, device)
         check_agreement(team, identity)
         finished_output(work.output, identity, overwrite=overwrite)
@@ -299,7 +300,7 @@ def _write(
             do_blocks(stream, plan, config, windows.ids, keep, saved, record, team)
         record(PhaseStarted("copy", f"{len(plan.copied)} other tensors"))
         copy_others(writer, plan)
-        record(PhaseStarted("verify", f"{plan.layout.nbytes / 1e9:.3g} GB"))
+        record(PhaseStarted("verify", size(plan.layout.nbytes)))
         writer.finish()
     write_beside(work.stage, plan, config, windows.sha256)
     _verify(work.stage)

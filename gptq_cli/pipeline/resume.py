@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -173,7 +174,7 @@ def check_resumable(work: WorkDirectory, identity: Identity, policy: str, report
         raise ExistsError(
             "E_RESUME_MISMATCH",
             f"`{work.path}` holds {len(journal.entries)} finished blocks of a run that differs: {'; '.join(different)}",
-            hint="go on with that one: gptq resume DIR, or drop it: --resume never",
+            hint=f"go on with that one: gptq resume {quote(str(work.path))}, or drop it: --resume never",
         )
 
 

@@ -13,8 +13,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from gptq_cli.config.units import clock, size
 from gptq_cli.report.charts import as_png, as_svg, bars, coverage, heat_maps
-from gptq_cli.report.units import clock, size
 
 WORST = 10
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import io
 import json
+import os
+import subprocess
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -147,6 +149,39 @@ def test_config_and_split_without_a_hub_id_are_refused(
     assert builders == []
 
 
+@pytest.mark.parametrize("dataset", ["wikitext2", "./notes.txt", ["a text"]])
+def test_a_column_of_what_has_none_is_refused(dataset: Any, builders: list[FakeBuilder]) -> None:
+    with pytest.raises(ConfigError, match="text_column `body` has no meaning for") as caught:
+        load_documents(DatasetSource(dataset, text_column="body"))
+    assert (caught.value.code, caught.value.hint) == ("E_CFG_CONFLICT", "leave text_column out")
+    assert builders == []
+
+
+def test_a_folder_of_texts_alone_has_no_column_and_one_with_rows_has(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one")
+    with pytest.raises(ConfigError, match="text_column `body` has no meaning"):
+        load(tmp_path, text_column="body")
+    (tmp_path / "b.jsonl").write_text('{"body": "two"}\n')
+    assert list(load(tmp_path, text_column="body").texts) == ["one", "two"]
+
+
+@pytest.mark.parametrize("texts", [["a text", "gone.jsonl"], ["{file}", "a text"], ["a text", "{folder}"]])
+def test_files_given_as_literal_texts_are_refused(texts: list[str], tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("a text")
+    paths = {"file": tmp_path / "notes", "folder": tmp_path}
+    with pytest.raises(ConfigError, match="is a file, and a dataset given twice or more holds the texts") as caught:
+        load_documents(DatasetSource([text.format(**paths) for text in texts]))
+    assert (caught.value.code, caught.value.hint) == ("E_CFG_CONFLICT", "put the files into a folder and give that")
+
+
+def test_a_text_too_long_for_a_path_is_no_file() -> None:
+    texts = ["a word " * 1000, "another\0", "it lies in notes.txt"]
+    assert list(load_documents(DatasetSource(texts)).texts) == texts
+    with pytest.raises(InputError, match="is not a registered name, a file, a folder or the id") as caught:
+        load_documents(DatasetSource(texts[0]))
+    assert caught.value.code == "E_DATA_NOT_FOUND"
+
+
 @pytest.mark.parametrize("name", [".hidden", "./gone", "../gone", "/gone", "~/gone", "gone.txt", "data/gone.jsonl"])
 def test_what_looks_like_a_path_is_never_sent_to_the_hub(name: str, builders: list[FakeBuilder]) -> None:
     with pytest.raises(InputError, match="does not exist") as caught:
@@ -286,6 +321,38 @@ def test_a_file_that_cannot_be_used_is_refused_with_the_reason(
     assert capfd.readouterr() == ("", "")
     del error
     gc.collect()
+
+
+def test_a_broken_line_of_many_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"text": "a"}\n\n{"text": "b"}\n{"text": \n{"text": "d"}\n')
+    error = refused(tmp_path / "x.jsonl")
+    assert (error.code, error.hint) == ("E_DATA_FORMAT", "mend that line")
+    assert "cannot be read: line 4 is not JSON" in str(error)
+
+
+def test_what_is_neither_file_nor_folder_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    for path in (tmp_path / "pipe.txt", Path(os.devnull)):
+        error = refused(path)
+        assert error.code == "E_DATA_NOT_FOUND"
+        assert "is not a kind of file that is read" in str(error)
+
+
+def test_the_command_that_converts_a_file_works_as_it_stands(tmp_path: Path) -> None:
+    file = tmp_path / "my notes.txt"
+    file.write_bytes("naïve".encode("latin1"))
+    command = (refused(file).hint or "").partition(": ")[2]
+    assert subprocess.run(command, shell=True, capture_output=True, check=True).stdout == b""
+    assert list(load(tmp_path / "my notes-utf8.txt").texts) == ["naïve"]
+
+
+def test_a_hint_names_other_columns_alone_and_a_message_not_too_many(tmp_path: Path) -> None:
+    (tmp_path / "one.jsonl").write_text('{"text": 5}\n')
+    assert refused(tmp_path / "one.jsonl").hint == "mend it"
+    (tmp_path / "two.jsonl").write_text('{"text": 5, "body": "a"}\n')
+    assert refused(tmp_path / "two.jsonl").hint == "mend it, or name another with --text-column: `body`"
+    (tmp_path / "many.jsonl").write_text(json.dumps({f"c{number}": "a" for number in range(30)}))
+    assert str(refused(tmp_path / "many.jsonl")).endswith("`c6`, `c7`, ...")
 
 
 def test_a_folder_without_texts_is_refused(tmp_path: Path) -> None:

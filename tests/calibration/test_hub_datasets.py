@@ -197,4 +197,5 @@ def test_a_hub_that_cannot_be_reached_is_said_at_once_and_not_tried_for_half_a_m
         ("E_HUB_NETWORK", "dataset `someone/texts` could not be fetched from the Hub"),
     ]
     assert all("HF_HUB_OFFLINE=1" in one["hint"] for one in found)
+    assert all(one["hint"].endswith("or give a file of your own") for one in found)
     assert (naps, done.stderr) == ([], "")

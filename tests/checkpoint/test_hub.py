@@ -76,6 +76,7 @@ def test_a_hub_that_cannot_be_reached_is_an_input_error(tmp_path: Path) -> None:
     found = locate("someone/tiny", gone)
     assert found["code"] == "E_HUB_NETWORK"
     assert "HF_ENDPOINT" in found["hint"]
+    assert found["hint"].startswith("no directory of that name is here; ")
     assert locate("someone/tiny", {**gone, "HF_HUB_OFFLINE": "1"})["code"] == "E_HUB_OFFLINE"
 
 
@@ -93,6 +94,8 @@ def test_what_looks_like_a_path_is_never_sent_to_the_hub(
     with pytest.raises(InputError) as caught:
         locate_model(model)
     assert caught.value.code == "E_MODEL_NOT_FOUND"
+    file = model == "file.txt"
+    assert ("a safetensors checkpoint" in (caught.value.hint or "")) == file
 
 
 def test_a_revision_of_a_local_directory_is_refused(tmp_path: Path) -> None:

@@ -95,6 +95,16 @@ def missing_shard(directory: Path) -> None:
     (directory / "model-00002-of-00002.safetensors").unlink()
 
 
+def lfs_pointer(directory: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 5775952\n"
+    (directory / "model-00002-of-00002.safetensors").write_text(pointer)
+
+
+def linked_shard(directory: Path) -> None:
+    shard = directory / "model-00002-of-00002.safetensors"
+    shard.symlink_to(shard.rename(directory.parent / "elsewhere.safetensors"))
+
+
 def index_change(**changes: str | None) -> Callable[[Path], None]:
     def change(directory: Path) -> None:
         index = json.loads((directory / INDEX_NAME).read_text())
@@ -136,8 +146,11 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str, str]] = {
     ),
     "path traversal": (index_change(a="../secret.safetensors"), "E_UNSAFE_PATH", "outside its directory"),
     "absolute path": (index_change(a="/etc/secret.safetensors"), "E_UNSAFE_PATH", "outside its directory"),
+    "pointer of Git LFS": (lfs_pointer, "E_CKPT_CORRUPT", "00002.safetensors` is a pointer of Git LFS"),
+    "linked shard": (linked_shard, "E_UNSAFE_PATH", "00002.safetensors` is a link that leads out of its directory, to"),
     "pickles only": (only("config.json", "pytorch_model.bin"), "E_CKPT_PICKLE", "pickled weights only"),
     "adapter": (only("adapter_config.json", "adapter_model.bin"), "E_CKPT_KIND", "is an adapter"),
+    "diffusers": (only("model_index.json"), "E_CKPT_KIND", "is a diffusers pipeline"),
     "gguf": (only("model.gguf"), "E_CKPT_KIND", "GGUF"),
     "no weights": (only("config.json"), "E_CKPT_MISSING", "no \\*.safetensors"),
     "no config": (only("model.safetensors"), "E_CKPT_CONFIG", "no config.json"),
@@ -148,9 +161,10 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str, str]] = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_faulty_checkpoint_is_refused_with_its_code(fault: str, tmp_path: Path) -> None:
     break_it, code, message = FAULTS[fault]
-    break_it(write_checkpoint(tmp_path))
+    (tmp_path / "model").mkdir()
+    break_it(write_checkpoint(tmp_path / "model"))
     with pytest.raises(InputError, match=message) as caught:
-        open_checkpoint(tmp_path)
+        open_checkpoint(tmp_path / "model")
     assert caught.value.code == code
     assert caught.value.exit_code == 3
 

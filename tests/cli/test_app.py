@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
+from gptq_cli.__main__ import main
 from gptq_cli.cli.app import COMMANDS
 from gptq_cli.errors import ConfigError, ExistsError, GateError, GptqError, InputError, Problem, ResourceError
 
@@ -39,11 +41,18 @@ def test_nothing_said_shows_help_and_is_a_usage_error(gptq: Run) -> None:
     [
         (["quantise", "m"], "error[E_USAGE]: No such command 'quantise'", "did you mean 'quantize'?"),
         (["quantize", "m", "--group-sise", "4"], "error[E_USAGE]: No such option: --group-sise", "--group-size?"),
-        (["quantize", "m", "--bits", "four"], "error[E_USAGE]: Invalid value for '--bits'", "see --help"),
-        (["quantize"], "error[E_USAGE]: Missing argument 'MODEL'", "see --help"),
+        (
+            ["quantize", "m", "--bits", "four"],
+            "'--bits' / '-b': this is not a whole number",
+            "see gptq quantize --help",
+        ),
+        (["quantize", "m", "--damp-percent", "x"], "'--damp-percent': this is not a number", "quantize --help"),
+        (["quantize"], "error[E_USAGE]: Missing argument 'MODEL'", "see gptq quantize --help"),
+        (["help"], "No such command 'help'", "hint: see gptq --help"),
         (["quantize", "m", "--bit", "3"], "No such option: --bit", "--bits?"),
         (["quantize", "m", "--bits"], "requires an argument", "see --help"),
-        (["quantize", "m", "more"], "unexpected extra argument", "see --help"),
+        (["quantize", "m", "more"], "unexpected extra argument", "given with -o; see gptq quantize --help"),
+        (["inspect", "m", "more"], "unexpected extra argument", "hint: see gptq inspect --help"),
     ],
 )
 def test_usage_errors_say_what_was_meant(words: list[str], message: str, hint: str, gptq: Run) -> None:
@@ -111,3 +120,21 @@ def test_terminal_escapes_in_names_are_shown_not_obeyed(gptq: Run) -> None:
     assert result.exit_code == 2
     assert "no\\x1b[31m.yaml" in result.stderr
     assert "\x1b" not in result.stderr
+
+
+def test_an_interrupt_before_there_is_a_command_is_130_and_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(**_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gptq_cli.cli.app.app", interrupted)
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as caught:
+        main()
+    assert str(caught.value) == "130"
+
+
+def test_of_many_problems_the_first_are_said_and_all_are_in_json(gptq: Run, tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"bits": 4, **{f"other_{number}": 1 for number in range(30)}}))
+    said = gptq("validate-config", file).stderr
+    assert (said.count("error["), said.splitlines()[-1]) == (8, "30 problems, 22 more with --json")
+    assert len(json.loads(gptq("validate-config", file, "--json").stdout)["problems"]) == 30

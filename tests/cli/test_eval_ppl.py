@@ -46,7 +46,7 @@ protocol    wikitext2, 3 windows of 128 tokens, bfloat16
 time        0:01:01
 """
     )
-    assert "block 1/1 model.layers.0 1.0 s eta 0:00:00 mem 1.0 GiB device 3.0 GiB" in result.stderr
+    assert "block 1/1 model.layers.0 1.0 s eta 0:00:00 mem 1.07 GB device 3.22 GB" in result.stderr
 
 
 def test_quiet_prints_the_number_alone(gptq: Run, evaluator: FakeEvaluator) -> None:
@@ -85,6 +85,14 @@ def test_a_perplexity_that_no_sound_model_has_is_a_failed_gate(
     assert result.exit_code == exit_code
     assert ("error[E_NUM_PPL]: perplexity 10001 is above the 10000 of --max-ppl" in result.stderr) == bool(exit_code)
     assert ("gptq verify DIR --full" in result.stderr) == bool(exit_code)
+
+
+@pytest.mark.usefixtures("evaluator")
+def test_a_limit_of_ones_own_says_no_more_than_that_it_was_passed(gptq: Run) -> None:
+    result = gptq("eval-ppl", "m", "--max-ppl", "12")
+    assert (result.exit_code, result.stderr.splitlines()[-1]) == (
+        4, "error[E_NUM_PPL]: perplexity 12.5 is above the 12 of --max-ppl"
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def test_compare_tells_the_worst_and_with_text_the_divergence(gptq: Run, pair: t
         (["convert", "OUT", "--to", "gptq_v3", "-o", "x"], 2, '--to must be gptq or gptq_v2, got "gptq_v3"', ""),
         (["convert", "OUT", "--to", "gptq", "-o", "x"], 2, "E_CFG_NOTHING_TO_DO", "as it is"),
         (["convert", "OUT", "--to", "gptq_v2", "-o", "MODEL"], 6, "error[E_OUT_EXISTS]", "--overwrite"),
-        (["convert", "OUT", "-o", "x"], 2, "Missing option '--to'", "see --help"),
+        (["convert", "OUT", "-o", "x"], 2, "Missing option '--to'", "see gptq convert --help"),
         (["dequantize", "MODEL", "-o", "x"], 3, "is not quantized", "GPTQ"),
         (["dequantize", "OUT", "-o", "x", "--dtype", "half"], 2, "--dtype must be auto, bfloat16", ""),
     ],

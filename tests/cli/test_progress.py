@@ -30,9 +30,9 @@ def test_a_log_gets_a_line_a_block_with_error_time_and_memory(capsys: pytest.Cap
 plan: 4 layers in 2 blocks, 1 kept, 8 MB -> 2.5 MB, 4.25 bits a weight
 calibration: 128 windows
 warning[W_TEST]: a warning in block 0
-block 1/2 model.layers.0 error 2.0e-04 (rtn 6.0e-04) 18.2 s eta 0:00:18 mem 2.0 GiB
+block 1/2 model.layers.0 error 2.0e-04 (rtn 6.0e-04) 18.2 s eta 0:00:18 mem 2.15 GB
 warning[W_TEST]: a warning in block 1
-block 2/2 model.layers.1 error 2.0e-04 (rtn 6.0e-04) 18.2 s eta 0:00:00 mem 2.0 GiB
+block 2/2 model.layers.1 error 2.0e-04 (rtn 6.0e-04) 18.2 s eta 0:00:00 mem 2.15 GB
 """
     )
 
@@ -58,7 +58,7 @@ def test_a_terminal_sees_block_layer_time_and_memory_and_is_left_clean(monkeypat
         "block 1/2 ",
         "0:00:18 left",
         "model.layers.1.[bold]down  error 3.0e-04 (rtn 9.0e-04)",
-        "memory 2.0 GiB",
+        "memory 2.15 GB",
     ):
         assert words in seen
     assert "[bold]down  error 1.0e-04" not in seen  # the error of the layer before it

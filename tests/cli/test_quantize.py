@@ -19,7 +19,7 @@ EVERY_FLAG = [
     "--bits=3", "--group-size=-1", "--asym", "--desc-act", "--no-act-group-aware", "--static-groups",
     "--no-signed-scales", "--scale-search=mse", "--refine-sweeps=2", "--damp-mode=diagonal",
     "--no-true-sequential", "--damp-percent=0.02", "--preset=act-order", "--dynamic", "-:.*x", "--dynamic",
-    "+:.*y={bits: 8, sym: true}", "--lm-head", "--dataset=c4", "--dataset-config=en", "--dataset-split=train",
+    "+:.*y={bits: 8, sym: true}", "--lm-head", "--dataset=org/t", "--dataset-config=en", "--dataset-split=train",
     "--text-column=body", "--nsamples=6", "--seqlen=64", "--batch-size=2", "--seed=7", "--format=gptq",
     "--max-shard-size=1GB", "--device=cpu", "--dtype=float32", "--trust-remote-code",
 ]  # fmt: skip
@@ -42,9 +42,9 @@ def test_every_flag_reaches_its_field(gptq: Run, quantizer: FakeQuantizer, tmp_p
             bits=3, group_size=-1, sym=False, desc_act=True, act_group_aware=False, static_groups=True,
             signed_scales=False, scale_search="mse", refine_sweeps=2, damp_mode="diagonal",
             true_sequential=False, damp_percent=0.02, preset="act-order",
-            dynamic={"-:.*x": {}, "+:.*y": {"bits": 8, "sym": True}}, lm_head=True, dataset="c4", dataset_config="en",
-            dataset_split="train", text_column="body", nsamples=6, seqlen=64, batch_size=2, seed=7, format="gptq",
-            max_shard_size="1GB", device="cpu", dtype="float32", trust_remote_code=True,
+            dynamic={"-:.*x": {}, "+:.*y": {"bits": 8, "sym": True}}, lm_head=True, dataset="org/t",
+            dataset_config="en", dataset_split="train", text_column="body", nsamples=6, seqlen=64, batch_size=2, seed=7,
+            format="gptq", max_shard_size="1GB", device="cpu", dtype="float32", trust_remote_code=True,
         ),
     }  # fmt: skip
 
@@ -55,7 +55,8 @@ def test_every_field_has_a_flag_but_those_that_quantizing_does_not_use() -> None
 
 
 def test_flags_may_be_spelt_with_underscores_and_values_stay(gptq: Run, quantizer: FakeQuantizer) -> None:
-    result = gptq("quantize", "m", "-b", "4", "--group_size", "64", "--no-act_group_aware", "--text_column=my_text")
+    text = ("--dataset=org/t", "--text_column=my_text")
+    result = gptq("quantize", "m", "-b", "4", "--group_size", "64", "--no-act_group_aware", *text)
     assert result.exit_code == 0, result.stderr
     config = quantizer.calls[0]["config"]
     assert (config.group_size, config.act_group_aware, config.text_column) == (64, False, "my_text")

@@ -56,6 +56,17 @@ def test_a_directory_that_holds_no_run_is_refused(
     assert quantizer.calls == []
 
 
+def test_the_output_instead_of_the_work_beside_it_is_recognised(
+    gptq: Run, quantizer: FakeQuantizer, tmp_path: Path
+) -> None:
+    work = tmp_path / ".my out.gptq-work"
+    work.mkdir()
+    begun(work)
+    result = gptq("resume", tmp_path / "my out")
+    assert (result.exit_code, result.stderr.splitlines()[-1]) == (3, f"hint: did you mean gptq resume '{work}'?")
+    assert quantizer.calls == []
+
+
 def test_resuming_and_what_is_kept_are_said_even_when_quiet(capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress(Console(quiet=True))
     progress(Resumed(2, 5, Path("/d/.o.gptq-work")))

@@ -92,6 +92,11 @@ def test_help_fits_the_terminal(columns: str) -> None:
         assert max(map(len, lines)) <= int(columns)
 
 
+def test_help_at_80_columns_spells_every_option_out() -> None:
+    for command in COMMANDS:
+        assert "\N{HORIZONTAL ELLIPSIS}" not in shell(f"$GPTQ {command} --help", COLUMNS="80", TERM="dumb").stdout
+
+
 def test_a_long_path_is_never_broken(tmp_path: Path) -> None:
     path = tmp_path / ("a-long-name-" * 12)
     for words in (f"inspect {path}", f"report {path}", f"plan {path} -b 4", f"explain x --log-file {path}/x"):

@@ -109,3 +109,13 @@ def test_a_plan_needs_no_more_than_headers(tmp_path: Path) -> None:
         stream.truncate(start)
         stream.truncate(start + checkpoint.nbytes)
     assert len(plan_run(model, config()).quantized) == 21
+
+
+def test_rows_of_one_kind_of_layer_stand_together(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    plan = plan_run(model, config(dynamic={r"+:.*\.0\.mlp\.(down|up)_proj": {"bits": 8}}))
+    names = [row.name for row in plan_rows(plan)[0]]
+    assert len(names) > len(set(names))
+    assert [name for name, after in zip(names, [*names[1:], None], strict=True) if name != after] == list(
+        dict.fromkeys(names)
+    )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from shlex import quote
 
 import pytest
 import torch
@@ -89,13 +91,17 @@ def test_an_empty_output_directory_is_used(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "config.json").exists()
 
 
-@pytest.mark.parametrize("where", ["model", "model/inside", "."])
-def test_an_output_in_or_around_the_model_is_refused(where: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("where", "beside"), [("model", "model-GPTQ"), ("model/inside", "inside"), (".", None), ("model/a b", "a b")]
+)
+def test_an_output_in_or_around_the_model_is_refused(where: str, beside: str | None, tmp_path: Path) -> None:
     model = save_model(tmp_path / "parent" / "model")
     before = digest(model)
     with pytest.raises(ConfigError) as caught:
         quantize_checkpoint(str(model), tmp_path / "parent" / where, config(), overwrite=True)
     assert caught.value.code == "E_OUT_IS_INPUT"
+    place = f": -o {quote(str(tmp_path / 'parent' / beside))}" if beside else ""
+    assert caught.value.hint == f"choose another -o{place}"
     assert digest(model) == before
 
 
@@ -172,7 +178,18 @@ def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
         file.unlink()
     with pytest.raises(InputError) as caught:
         quantize_checkpoint(str(model), tmp_path / "out", config())
-    assert caught.value.code == "E_TOKENIZER"
+    assert (caught.value.code, str(caught.value)) == ("E_TOKENIZER", f"`{model}` has no tokenizer")
+    assert "tokenizer.json" in (caught.value.hint or "")
+
+
+def test_a_kind_of_model_that_transformers_does_not_know_is_refused(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**settings, "model_type": "llamma"}))
+    with pytest.raises(InputError, match="model type `llamma` but Transformers does not recognize") as caught:
+        quantize_checkpoint(str(model), tmp_path / "out", config())
+    assert caught.value.code == "E_ARCH"
+    assert caught.value.hint == "a newer transformers may know it: pip install --upgrade transformers"
 
 
 def test_token_ids_beyond_the_vocabulary_are_refused(tmp_path: Path) -> None:
@@ -208,8 +225,8 @@ def test_a_run_that_cannot_fit_into_memory_ends_before_the_work(tmp_path: Path) 
         quantize(tmp_path, model, max_ram="1MB")
     assert (caught.value.code, caught.value.exit_code) == ("E_OOM", 5)
     assert re.fullmatch(
-        r"about \S+ GB of host memory are needed, 0 GB are free: hidden states \S+ GB, waiting batches \S+ GB, "
-        r"block \S+ GB, solver \S+ GB",
+        r"about \S+ KB of host memory are needed, 0 B are free: hidden states \S+ KB, waiting batches \S+ [KM]B, "
+        r"block \S+ KB, solver \S+ [KM]B",
         str(caught.value),
     )
     assert [flag in (caught.value.hint or "") for flag in ("--batch-size", "--seqlen", "--nsamples", "--max-ram")]

@@ -112,6 +112,7 @@ def test_unfinished_work_of_another_run_is_neither_used_nor_dropped(
     assert "holds 1 finished blocks of a run that differs" in str(caught.value)
     assert field in str(caught.value)
     assert "--resume never" in (caught.value.hint or "")
+    assert f"gptq resume {tmp_path / WORK}," in (caught.value.hint or "")
     assert {name: old for name, old in before.items() if name != "holder.json"}.items() <= digest(
         tmp_path / WORK
     ).items()
@@ -216,7 +217,7 @@ def test_a_disk_without_room_for_the_output_is_refused_before_any_work(
     full = os.statvfs_result((real.f_bsize, 4096, real.f_blocks, 10, 10, *list(real)[5:]))
     monkeypatch.setattr("gptq_cli.pipeline.preflight.os.statvfs", lambda _: full)
     with pytest.raises(
-        ResourceError, match=r"GB free, .* GB are needed: .* GB of output, .* of hidden states"
+        ResourceError, match=r"has \S+ KB free, \d+ KB are needed: \S+ KB of output, \S+ KB of hidden states"
     ) as caught:
         case.run(tmp_path / "out")
     assert (caught.value.code, caught.value.exit_code) == ("E_DISK", 5)
