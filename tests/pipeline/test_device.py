@@ -104,6 +104,7 @@ def test_a_run_with_its_states_on_the_host_goes_on_and_is_evaluated(
         quantize_checkpoint(model, tmp_path / "gpu", settings, report=stop)
     assert waits(gpu, "pipeline.activations") >= 2 * BATCHES  # to pinned memory and, after the block, back to it
     assert quantize_checkpoint(model, tmp_path / "gpu", settings).resumed_blocks == 1
+    assert waits(gpu, "pipeline.activations.<lambda>: to the device") == 0, gpu.waits
     assert written(tmp_path / "gpu") == written(tmp_path / "cpu")
     request = EvalRequest(dataset=texts(), seqlen=64, max_windows=2, baseline=model)
     found, expected = (
