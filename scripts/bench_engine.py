@@ -175,8 +175,9 @@ def weight_parts(
     n, in_features = weight.numel(), weight.shape[1]
     product, copy, tf32 = 2 * n * in_features, rates["copy"], max(rates["gemm_tf32"], rates["gemm_fp32"])
     group_of = prepared.order.group_of_column
-    groups = split_groups(weight.float(), group_of)
-    energy = split_groups(prepared.energy, group_of)
+    group_size = config.columns_per_group(in_features)
+    groups = split_groups(weight.float(), group_of, group_size)
+    energy = split_groups(prepared.energy, group_of, group_size)
     solution = solver.solve(weight, hessian, prepared, replace(config, refine_sweeps=0))
     quantized, nearest = solution.quantized, round_to_nearest(weight, config, group_of)
     packed = sum(tensor.nbytes for tensor in encode(quantized, "gptq").values())

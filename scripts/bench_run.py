@@ -64,7 +64,7 @@ def settings(arguments: argparse.Namespace) -> QuantizeConfig:
     fields: dict[str, Any] = {
         "bits": 4, "group_size": arguments.group_size, "preset": arguments.preset, "device": arguments.device,
         "dataset": texts(2 * size), "nsamples": arguments.nsamples, "seqlen": arguments.seqlen,
-        "batch_size": arguments.batch_size,
+        "batch_size": arguments.batch_size, "moe_uncovered": "rtn",
     }  # fmt: skip
     if arguments.cap_gb:
         fields["max_vram"] = f"{arguments.cap_gb}GB"

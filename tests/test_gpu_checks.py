@@ -45,6 +45,27 @@ def test_the_limits_of_a_call_leave_it_under_ten_minutes(call: str) -> None:
     assert sum(limits[name] for name in PARTS[call]) <= 570
 
 
+def test_the_tests_it_runs_need_no_package_for_development_but_pytest(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"""#!{sys.executable}
+import sys
+class Absent:
+    def find_spec(self, name, *_):
+        if name.split(".")[0] in ("hypothesis", "datasets", "jsonschema", "matplotlib", "psutil"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+if sys.argv[1:3] == ["-m", "pytest"]:
+    import pytest
+    sys.exit(pytest.main([*sys.argv[3:], "--collect-only", "-p", "no:hypothesispytest", "-p", "no:xdist"]))
+""")
+    python.chmod(0o755)
+    checks("1", str(tmp_path), python=str(python))
+    collected = re.search(r"(\d+)/\d+ tests collected", (tmp_path / "tests.log").read_text())
+    assert (tmp_path / "parts.txt").read_text().startswith("tests: exit code 0 ")
+    assert collected is not None
+    assert int(collected[1]) > 50
+
+
 @pytest.mark.parametrize("arguments", [(), ("1", "--tidy")])
 def test_what_it_does_not_know_is_refused(arguments: tuple[str, ...]) -> None:
     assert checks(*arguments).returncode in (1, 2)

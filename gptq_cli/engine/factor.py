@@ -49,14 +49,11 @@ class Prepared:
     R: Tensor  # [I, I], unit upper triangular
     D: Tensor  # [I], positive
     dead: Tensor  # bool [I], columns of the layer whose input was always zero
+    dead_columns: int  # how many
     energy: Tensor  # [I], diag H as it came, in the natural order of columns
     damping: Tensor  # [I], what R D Rᵀ has on its diagonal beyond that, in the same order
     damp_percent: float  # the damping in R and D: λ / mean(diag H), or λ_j / H_jj
     retries: int  # how often it was raised before the factorisation succeeded
-
-    @property
-    def dead_columns(self) -> int:
-        return int(self.dead.sum())
 
 
 @torch.no_grad()
@@ -72,10 +69,11 @@ def prepare(hessian: Tensor, config: LayerConfig, tokens: int | None = None) -> 
     Source: GPTQ (Frantar et al. 2022), section 3.3, in the LDL form of QuIP (Chee et al. 2023).
     """
     energy = hessian.diagonal().clone()
-    if not bool(torch.isfinite(energy.mean())):
+    dead = energy == 0
+    finite, dead_columns = torch.stack([torch.isfinite(energy.mean()), dead.sum()]).tolist()  # waits once for both
+    if not finite:
         raise NonFiniteHessianError
     order = column_order(energy, config)
-    dead = energy == 0
     undamped, unit = _diagonal(energy, dead, config)
     damp_percent, retries = _first_damping(config, energy.numel(), tokens), 0
     while True:
@@ -85,7 +83,8 @@ def prepare(hessian: Tensor, config: LayerConfig, tokens: int | None = None) -> 
             break
         damp_percent, retries = _next_damping(damp_percent, config), retries + 1
     root = R.diagonal().clone()
-    return Prepared(order, R.div_(root), root.square(), dead, energy, damped - energy, damp_percent, retries)
+    factors = (R.div_(root), root.square())
+    return Prepared(order, *factors, dead, dead_columns, energy, damped - energy, damp_percent, retries)
 
 
 def _upper_factor(hessian: Tensor, diagonal: Tensor, permutation: Tensor) -> Tensor | None:

@@ -51,15 +51,10 @@ def find_signed_grid(weights: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return scales, torch.full_like(scales, half)
 
 
-def find_group_grids(weight: Tensor, group_of_column: Tensor, bits: int, sym: bool) -> tuple[Tensor, Tensor]:
-    """Scales and zeros [O, G] of a weight [O, I], for the equal-sized groups that `group_of_column` [I] names."""
-    return find_grid(split_groups(weight, group_of_column), bits, sym)
-
-
-def split_groups(columns: Tensor, group_of_column: Tensor) -> Tensor:
-    """What belongs to columns [..., I] as [..., G, n], for the equal-sized groups that `group_of_column` [I] names."""
+def split_groups(columns: Tensor, group_of_column: Tensor, group_size: int) -> Tensor:
+    """What belongs to columns [..., I] as [..., G, n], for the groups of n columns that `group_of_column` [I] names."""
     order = group_of_column.argsort(stable=True)
-    return columns[..., order].reshape(*columns.shape[:-1], int(group_of_column.max()) + 1, -1)
+    return columns[..., order].reshape(*columns.shape[:-1], -1, group_size)
 
 
 def round_to_grid(weights: Tensor, scales: Tensor, zeros: Tensor, bits: int, *, out: Tensor | None = None) -> Tensor:

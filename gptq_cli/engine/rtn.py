@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gptq_cli.config.layer import LayerConfig
-from gptq_cli.engine.grid import check_scales, find_group_grids, round_to_grid
+from gptq_cli.engine.grid import check_scales, find_grid, round_to_grid, split_groups
 from gptq_cli.engine.layer import QuantizedLinear
 
 
@@ -24,7 +24,7 @@ def round_to_nearest(weight: Tensor, config: LayerConfig, group_of_column: Tenso
     if group_of_column is None:
         group_of_column = (torch.arange(in_features, device=weight.device) // group_size).int()
     weight = weight.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
-    scales, zeros = find_group_grids(weight, group_of_column, config.bits, config.sym)
+    scales, zeros = find_grid(split_groups(weight, group_of_column, group_size), config.bits, config.sym)
     check_scales(scales)
     group = group_of_column.long()
     codes = round_to_grid(weight, scales[:, group], zeros[:, group], config.bits)

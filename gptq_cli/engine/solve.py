@@ -175,14 +175,14 @@ def _quantize(weight: Tensor, prepared: Prepared, config: LayerConfig, column_bl
 
 def _initial_grid(weight: Tensor, prepared: Prepared, config: LayerConfig) -> _Grid:
     """All grids from the original weights [O, I] if they are static; else room for them."""
-    order = prepared.order
+    order, group_size = prepared.order, config.columns_per_group(weight.shape[1])
     if order.static_grid:
-        energy = split_groups(prepared.energy.to(weight.dtype), order.group_of_column)
-        scales, zeros = choose_grid(split_groups(weight, order.group_of_column), energy, config)
+        energy = split_groups(prepared.energy.to(weight.dtype), order.group_of_column, group_size)
+        scales, zeros = choose_grid(split_groups(weight, order.group_of_column, group_size), energy, config)
         return _Grid(scales.T.contiguous(), zeros.T.contiguous(), energy, config)
     # A group's columns reach its search in processing order.
     energy = prepared.energy[order.permutation].to(weight.dtype)
-    energy = split_groups(energy, order.group_of_column[order.permutation])
+    energy = split_groups(energy, order.group_of_column[order.permutation], group_size)
     scales = weight.new_empty(len(energy), weight.shape[0])
     return _Grid(scales, torch.empty_like(scales), energy, config)
 

@@ -28,6 +28,14 @@ def dequantize_packed(
     programs = (-(-in_features // BLOCK_I), -(-out_features // BLOCK_O))
     packed = (qweight.contiguous(), qzeros.contiguous(), scales.contiguous(), g_idx.contiguous())
     dequantize_kernel[programs](
-        *packed, weight, out_features, in_features, 0 if v2 else 1, BITS=bits, BLOCK_O=BLOCK_O, BLOCK_I=BLOCK_I
+        *packed,
+        weight,
+        out_features,
+        in_features,
+        0 if v2 else 1,
+        BITS=bits,
+        BLOCK_O=BLOCK_O,
+        BLOCK_I=BLOCK_I,
+        enable_fp_fusion=True,
     )
     return weight

@@ -17,6 +17,7 @@ KERNEL_DEVICES = {"cuda"}
 
 MOST_COLUMNS = 128  # of one launch of `round_columns` and `fit_codes`, held in registers
 ROWS, WARPS = 16, 4
+FUSED = True  # multiply and add in one step; said, as Triton's own choice depends on its release
 ELEMENTS = 4096  # of a tile whose rows are short
 
 
@@ -43,7 +44,7 @@ def round_columns(
     grids = (scales, zeros, group_of)
     round_columns_kernel[(_programs(values.shape[1], ROWS),)](
         values, errors, R.contiguous(), *grids, values.shape[1], len(values), float(2**bits - 1),
-        B=_power(len(values)), ROWS=ROWS, num_warps=WARPS,
+        B=_power(len(values)), ROWS=ROWS, num_warps=WARPS, enable_fp_fusion=FUSED,
     )  # fmt: skip
 
 
@@ -61,7 +62,7 @@ def fit_codes(
     grids = (scales, zeros, group_of)
     fit_codes_kernel[(_programs(slopes.shape[1], ROWS),)](
         slopes, errors, levels, hessian.contiguous(), *grids, slopes.shape[1], len(slopes), float(2**bits - 1),
-        B=_power(len(slopes)), ROWS=ROWS, num_warps=WARPS,
+        B=_power(len(slopes)), ROWS=ROWS, num_warps=WARPS, enable_fp_fusion=FUSED,
     )  # fmt: skip
 
 
@@ -85,6 +86,7 @@ def fit_scales(slopes: Tensor, bends: Tensor, levels: Tensor, errors: Tensor, sc
         B=width,
         ROWS=rows,
         num_warps=WARPS,
+        enable_fp_fusion=FUSED,
     )
 
 
@@ -109,7 +111,8 @@ def best_candidates(
     best_candidate_kernel[(_programs(best.numel(), rows),)](
         weights.contiguous(), scales if energy is None else energy.contiguous(), scales, zeros, factors, offsets, best,
         best.numel(), n_groups, n_columns, len(factors), float(2**bits - 1), norm,
-        BY_ENERGY=energy is not None, B=width, ROWS=rows, CANDIDATES=_power(len(factors)), num_warps=WARPS,
+        BY_ENERGY=energy is not None, B=width, ROWS=rows, CANDIDATES=_power(len(factors)),
+        num_warps=WARPS, enable_fp_fusion=FUSED,
     )  # fmt: skip
     return best
 

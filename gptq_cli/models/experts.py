@@ -6,9 +6,10 @@ numbers when it is made, and shows who is sent where, so that each expert can be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -98,16 +99,15 @@ class Experts(nn.Module):
         self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
     ) -> Tensor:
         """As the stacked module's: [T, H], the weighted sum of the outputs of each token's experts."""
-        routed = Routed(hidden_states, top_k_index)
         output = torch.zeros_like(hidden_states)
-        for number, rows in enumerate(self.rows(routed)):
+        weights = None if top_k_weights is None else top_k_weights.T.flatten()
+        for number, places in enumerate(self._choices(Routed(hidden_states, top_k_index))):
+            rows = _row_of(places, hidden_states, top_k_index)
             if rows.numel():
                 down = self[number].down_proj(self.intermediate(number, hidden_states[rows]))
                 down = self._with_bias(DOWN, number, down)
-                if top_k_weights is not None:
-                    assert top_k_index is not None
-                    # a token comes once for each of its choices that is this expert, first choices first
-                    down = down * top_k_weights.T[number == top_k_index.T][:, None]
+                if weights is not None:
+                    down = down * weights[places][:, None]
                 output.index_add_(0, rows, down.to(output.dtype))
         if self.n_choices > self.n_experts:
             assert top_k_index is not None
@@ -134,17 +134,29 @@ class Experts(nn.Module):
         bias = self._parameters.get(name + BIAS)
         return output if bias is None else output + bias[number]
 
-    def rows(self, routed: Routed) -> Iterator[Tensor]:
-        """For each expert which rows of `routed.hidden` it is given."""
+    def rows(self, routed: Routed) -> list[Tensor]:
+        """For each expert which rows of `routed.hidden` it is given; waits for the device once or twice for them all.
+
+        A token comes once for each of its choices that is this expert, first choices first.
+        """
+        return [_row_of(places, *routed) for places in self._choices(routed)]
+
+    def _choices(self, routed: Routed) -> Sequence[Tensor]:
+        """For each expert the choices that are this expert, numbered as in [K, T]; without choices, its rows."""
         hidden, chosen = routed
         if chosen is None:
-            n_tokens = hidden.shape[0] // self.n_experts
-            for number, tokens in enumerate(hidden.split(n_tokens)):
-                yield number * n_tokens + tokens.any(-1).nonzero()[:, 0]
-        else:
-            for number in range(self.n_experts):
-                mine = chosen.T.eq(number)
-                yield mine.nonzero()[:, 1]
+            sent = hidden.any(-1)
+            counts: list[int] = sent.view(self.n_experts, -1).sum(1).tolist()
+            rows: tuple[Tensor, ...] = sent.nonzero()[:, 0].split(counts)
+            return rows
+        choices, numbers = chosen.T.flatten().sort(stable=True)
+        experts = torch.arange(self.n_experts + 1, device=choices.device, dtype=choices.dtype)
+        bounds = torch.searchsorted(choices, experts).tolist()
+        return [numbers[start:stop] for start, stop in pairwise(bounds)]
+
+
+def _row_of(choices: Tensor, hidden: Tensor, chosen: Tensor | None) -> Tensor:
+    return choices if chosen is None else choices % len(hidden)
 
 
 @dataclass(frozen=True, slots=True)

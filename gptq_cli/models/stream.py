@@ -98,6 +98,7 @@ class ModelStream:
         self._calls: list[list[Call]] = [[] for _ in self._blocks]
         self._twin_calls = self._calls
         self._extras: Extras | None = None
+        self._at_hand: dict[str, nn.Module] = {}  # linears of the block that is loaded
         self.carried: list[list[Container]] = []  # of each batch: what blocks fill for later ones, known after `embed`
 
     @property
@@ -171,10 +172,14 @@ class ModelStream:
         }
 
     def linear_weight(self, name: str, *, transposed: bool) -> Tensor:
-        """The weight [O, I] of a linear on the device; `transposed`: the model, if not its file, holds it [I, O]."""
+        """The weight [O, I] of a linear on the device, as stored; `transposed`: the model, if not its file, holds it
+        [I, O]. Of the block at hand it is not read again if it is held as it is stored: replace it afterwards."""
         key = f"{name}.weight"
         source = self._sources.get(key, key)
-        weight = self._read(source).to(self.device)
+        stored = self._read(source)
+        if name in self._at_hand and (held := self._at_hand[name].get_parameter("weight")).dtype == stored.dtype:
+            return held.T if transposed else held
+        weight = stored.to(self.device)
         return weight.T if transposed and source not in self._dequantized else weight
 
     def embed(self, batches: Sequence[Tensor]) -> list[State]:
@@ -211,8 +216,11 @@ class ModelStream:
                 following = f"{self.block_name(index + 1)}."
                 names = [self._sources[f"{following}{name}"] for name in self._blocks[index + 1].state_dict()]
                 self._source.expect(dict.fromkeys(stored for name in names for stored in self._derived.stored(name)))
-            calls, twin_calls = self._calls[index], self._twin_calls[index]
-            yield LoadedBlock(module, self.linears(index), calls, twin_calls, self._experts(index))
+            calls, twin_calls, self._at_hand = self._calls[index], self._twin_calls[index], self.linears(index)
+            try:
+                yield LoadedBlock(module, self._at_hand, calls, twin_calls, self._experts(index))
+            finally:
+                self._at_hand = {}
 
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor, State], Tensor]]:

@@ -24,7 +24,7 @@ class HiddenStates:
         self.first, self.n_all = first, len(self._states) if n_all is None else n_all
         self._memory, self._device = memory, memory.device
         if self._device.type == "cuda" and (memory.spared or self.nbytes * DEVICE_SHARE > memory.free() + self.nbytes):
-            self._states = [_each(state, lambda tensor: tensor.cpu().pin_memory()) for state in self._states]
+            self._states = [_each(state, lambda tensor: _pinned(tensor.cpu())) for state in self._states]
 
     def copy(self) -> HiddenStates:
         """The same states, to go another way from here."""
@@ -44,6 +44,8 @@ class HiddenStates:
     def restore(self, states: Iterable[State]) -> None:
         """Put other `states` of as many batches in place of these, kept where these were."""
         self._states = [_moved(state, _hidden(kept).device) for state, kept in zip(states, self._states, strict=True)]
+        if self._device.type == "cuda":
+            self._states = [_each(state, _pinned) for state in self._states]
 
     def __len__(self) -> int:
         return len(self._states)
@@ -67,6 +69,11 @@ class HiddenStates:
         if tensor.device == self._device:
             return tensor
         return torch.empty_like(tensor, pin_memory=True).copy_(tensor)  # on the host, and written into: see __setitem__
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    """`tensor` where copies to a device go on by themselves, if it is on the host."""
+    return tensor.pin_memory() if tensor.device.type == "cpu" else tensor
 
 
 def _hidden(state: State) -> Tensor:

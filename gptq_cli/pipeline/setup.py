@@ -20,9 +20,12 @@ STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.floa
 
 
 def resolve_device(device: str) -> torch.device:
-    """The device that `device` names ("auto": CUDA if there is one); InputError E_DEVICE if it is not there."""
+    """The device that `device` names ("auto": CUDA if there is one); InputError E_DEVICE if it is not there.
+
+    With its number, as its tensors will give it: `cuda` and `cuda:0` are not equal.
+    """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     if not device.startswith("cuda"):
         return torch.device(device)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -45,7 +48,9 @@ def resolve_backend(backend: str | None, device: torch.device) -> str:
 def open_stream(
     checkpoint: Checkpoint, *, device: torch.device, dtype: str, trust_remote_code: bool, backend: str = "torch"
 ) -> ModelStream:
-    """The model of `checkpoint`, quantized or not, ready to be run block by block."""
+    """The model of `checkpoint`, quantized or not, ready to be run block by block on `device`, the current one then."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # Triton launches on the current one, wherever tensors are
     config = load_config(checkpoint.directory, trust_remote_code=trust_remote_code)
     reader = open_reader(checkpoint, device, backend)
     skeleton = build_skeleton(

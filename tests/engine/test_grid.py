@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptq_cli.config.layer import LayerConfig
-from gptq_cli.engine.grid import SMALLEST_SCALE, ScaleRangeError, find_grid, find_group_grids, round_to_grid
+from gptq_cli.engine.grid import SMALLEST_SCALE, ScaleRangeError, find_grid, round_to_grid, split_groups
 from gptq_cli.engine.rtn import round_to_nearest
 
 BITS = (2, 3, 4, 8)
@@ -79,7 +79,7 @@ def test_weights_leave_the_grid_only_by_clamping() -> None:
 def test_scattered_groups_get_the_grids_of_their_own_columns() -> None:
     weight = torch.randn(5, 12, generator=torch.Generator().manual_seed(0))
     group_of_column = torch.tensor([2, 0, 1, 1, 0, 2, 2, 1, 0, 0, 1, 2], dtype=torch.int32)
-    scales, zeros = find_group_grids(weight, group_of_column, bits=4, sym=False)
+    scales, zeros = find_grid(split_groups(weight, group_of_column, 4), bits=4, sym=False)
     for group in range(3):
         expected_scales, expected_zeros = find_grid(weight[:, group_of_column == group], bits=4, sym=False)
         assert torch.equal(scales[:, group], expected_scales)
