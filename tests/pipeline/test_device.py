@@ -68,8 +68,9 @@ def test_solving_waits_for_the_device_a_few_times_and_reads_no_weight_twice(gpu:
     gpu.waits.clear()
     quantize_checkpoint(str(model), tmp_path / "gpu", config(device="cuda", **all_steps))
     assert written(tmp_path / "gpu") == written(tmp_path / "cpu")
-    assert waits(gpu, "engine.factor") == 2 * BLOCKS * INPUTS
-    solving = waits(gpu, "engine") - waits(gpu, "engine.factor", "engine.solve._round_one_by_one")
+    factors = "engine.factor", "engine.cholesky"
+    assert waits(gpu, *factors) == 2 * BLOCKS * INPUTS
+    solving = waits(gpu, "engine") - waits(gpu, *factors, "engine.solve._round_one_by_one")
     assert solving == BLOCKS * (2 * INPUTS + LINEARS), gpu.waits
     assert waits(gpu, "models.stream.linear_weight") == 0
     assert waits(gpu, "checkpoint") == 4 * BLOCKS * LINEARS
