@@ -10,18 +10,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-PANEL = 4096
+PANEL = {"cpu": 512, "cuda": 4096}
 ELEMENTS_PER_CHUNK = 2**24
 
 
 @torch.no_grad()
-def cholesky_(matrix: Tensor, panel: int = PANEL) -> int:
+def cholesky_(matrix: Tensor, panel: int | None = None) -> int:
     """Turn a symmetric positive definite matrix [n, n] into its lower Cholesky factor, in place.
+
+    A panel of so many columns is done at a time; the default is what suits the device.
 
     Returns 0, or as `torch.linalg.cholesky_ex` the order of the first leading minor that is not positive; the matrix is
     then neither one nor the other. Reads the lower triangle only; waits for the device once a panel.
     """
     size = len(matrix)
+    panel = panel or PANEL[matrix.device.type]
     for start in range(0, size, panel):
         stop = min(start + panel, size)
         corner = matrix[start:stop, start:stop]

@@ -2,7 +2,7 @@
 
 H + λI = R D Rᵀ with R unit upper triangular and D diagonal. A Cholesky factor is lower triangular; reversing rows and
 columns before and after makes it upper, and no inverse is needed:
-R = flip(cholesky(flip(H + λI))), each column divided by its diagonal entry; from BLOCKED_FROM columns on by panels.
+R = flip(cholesky(flip(H + λI))), each column divided by its diagonal entry, in the memory of one matrix.
 
 Damping by the mean, λ = ρ mean(diag H) for every column, follows the loudest channels and may exceed all that a quiet
 one carries. Diagonal damping, λ_j = ρ H_jj, shrinks every correlation by 1 + ρ, whatever the units of its channels.
@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from gptq_cli.config.layer import LayerConfig
-from gptq_cli.engine.cholesky import PANEL, cholesky_, reverse_
+from gptq_cli.engine.cholesky import cholesky_, reverse_
 from gptq_cli.engine.order import ColumnOrder, column_order
 
 DAMPING_STEP = 4.0
 # Correlations that few tokens measured are noise: diagonal damping is 1/2 where there is a token per column.
 COLUMNS_PER_TOKEN = 0.5
-BLOCKED_FROM = 16384
+BLOCKED_FROM = 16384  # on CUDA, whose library factorises smaller ones in one go and in full float32
 QUIETEST = 1e-10  # of the loudest channel's energy: below it diagonal damping takes a channel to be as loud
 
 
@@ -91,7 +91,7 @@ def _upper_factor(hessian: Tensor, diagonal: Tensor, permutation: Tensor) -> Ten
     backwards = permutation.flip(0)
     matrix = hessian[backwards[:, None], backwards]
     matrix.diagonal().copy_(diagonal[backwards])
-    if cholesky_(matrix, panel=PANEL if len(matrix) >= BLOCKED_FROM else len(matrix)):
+    if cholesky_(matrix, panel=len(matrix) if matrix.is_cuda and len(matrix) < BLOCKED_FROM else None):
         return None
     reverse_(matrix)
     return matrix

@@ -35,6 +35,4 @@ class QuantizedLinear:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [O, I] these codes stand for, computed in float32 and then cast to `dtype`."""
         group = self.group_of_column.long()
-        scales = self.scales.float()[:, group]
-        zeros = self.zeros.float()[:, group]
-        return (self.codes.float().sub_(zeros).mul_(scales)).to(dtype)
+        return self.codes.float().sub_(self.zeros.float()[:, group]).mul_(self.scales.float()[:, group]).to(dtype)

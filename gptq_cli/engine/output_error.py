@@ -27,8 +27,8 @@ def output_energies(weight: Tensor, hessian: Tensor, candidates: Sequence[Quanti
     for start in range(0, weight.shape[0], rows_per_chunk):
         rows = slice(start, start + rows_per_chunk)
         original = weight[rows].to(hessian.dtype)
-        errors = [original - candidate.rows(rows).dequantize(hessian.dtype) for candidate in candidates]
-        energies += torch.stack([_energy(matrix, hessian) for matrix in (original, *errors)])
+        errors = (original - candidate.rows(rows).dequantize(hessian.dtype) for candidate in candidates)
+        energies += torch.stack([_energy(original, hessian), *(_energy(error, hessian) for error in errors)])
     found: list[float] = energies.tolist()
     return found
 

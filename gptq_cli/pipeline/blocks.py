@@ -64,7 +64,6 @@ def quantize_blocks(
         with stream.block(index) as block:
             quantize_block(block, layers, hidden, original, solver, prober, room, true_sequential=true_sequential)
         saved.finished(index, stream, states)
-        give_back_freed_tensors()
         report(block_finished(index, stream, started))
         room.memory.check_host()
     if HEAD in layers:
@@ -120,6 +119,7 @@ def quantize_stages(
         for calls in zip(*seen, strict=True):
             stage = calls[0][0]
             gathered[stage].add(batch, *(inputs for _, inputs in calls))
+    give_back_freed_tensors()
     for stage in stages:
         inputs = gathered.pop(stage)
         if isinstance(inputs, RoutedInputs):

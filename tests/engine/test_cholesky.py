@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from gptq_cli.engine import cholesky as cholesky_module
-from gptq_cli.engine import factor
 from gptq_cli.engine.cholesky import cholesky_, reverse_
 from gptq_cli.engine.factor import NotPositiveDefiniteError, prepare
 from tests.engine.samples import ORDERS, correlated_layer, layer_config
@@ -58,8 +57,7 @@ def test_large_hessians_get_the_same_factors_and_the_same_ladder(order: str, mon
     before = hessian.clone()
     config = layer_config(order, group_size=32, damp_percent=0.16)
     usual = prepare(hessian, config)
-    monkeypatch.setattr(factor, "BLOCKED_FROM", 96)
-    monkeypatch.setattr(factor, "PANEL", 40)
+    monkeypatch.setitem(cholesky_module.PANEL, "cpu", 40)
     blocked = prepare(hessian, config)
     assert usual.retries == blocked.retries == 1
     assert usual.damp_percent == blocked.damp_percent
