@@ -91,6 +91,7 @@ class SimulatedGpu:
         self.total_bytes = total_bytes
         self.waits: Counter[str] = Counter()
         self.limit_bytes: int | None = None
+        self.peak_bytes = 0  # while there is a limit
         self.current = torch.device("cuda", 7)  # until somebody says which one
         self._storages: WeakSet[torch.UntypedStorage] = WeakSet()
         self.pinned: WeakSet[torch.UntypedStorage] = WeakSet()
@@ -121,8 +122,10 @@ class SimulatedGpu:
             assert before.shape == host.shape, f"resized from {before.shape} to {host.shape}"
             return before
         self._storages.add(host.untyped_storage())
-        if self.limit_bytes is not None and self.allocated > self.limit_bytes:
-            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {host.nbytes / 2**20:.2f} MiB. ")
+        if self.limit_bytes is not None:
+            if (allocated := self.allocated) > self.limit_bytes:
+                raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {host.nbytes / 2**20:.2f} MiB. ")
+            self.peak_bytes = max(self.peak_bytes, allocated)
         return DeviceTensor(host)
 
     def wait(self, operation: str) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Collection, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gptq_cli.checkpoint.durable import (
@@ -26,12 +29,15 @@ from gptq_cli.checkpoint.reader import SAFETENSORS_DTYPE, tensor_bytes
 from gptq_cli.checkpoint.source import INDEX_NAME, QUANTIZE_CONFIG, Checkpoint
 from gptq_cli.errors import GateError
 
+MOST_WAITING = 4  # tensors that may wait for the disk: what stands for one linear
+
 
 class CheckpointWriter:
     """Shards of a planned layout in `directory`; each tensor must be written or known before `finish`.
 
-    What is written again takes the place of what was. Whatever else is in the directory is removed; shards that an
-    earlier run began are gone on with, in place.
+    A thread takes tensors from their device, hashes and writes them, one after the other, while the caller goes on;
+    what goes wrong there is raised by a later `write`, or by `sync`. What is written again takes the place of what was.
+    Whatever else is in the directory is removed; shards that an earlier run began are gone on with, in place.
     """
 
     def __init__(self, directory: Path, layout: Layout) -> None:
@@ -40,6 +46,9 @@ class CheckpointWriter:
         self._files: list[OpenFile] = []
         self._dirty: set[OpenFile] = set()
         self._hashes: dict[str, str] = {}
+        self._new: dict[str, str] = {}  # of these, what came since the last `sync`
+        self._hand = ThreadPoolExecutor(1, "writer")
+        self._waiting: deque[Future[None]] = deque()
         make_directory(directory)
         sweep(directory, [shard.file for shard in layout.shards])
 
@@ -60,16 +69,16 @@ class CheckpointWriter:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def write(self, name: str, tensor: Tensor) -> str:
-        """One tensor at its planned place; its hash. ValueError if it is not the tensor that was planned."""
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Have one tensor written at its planned place; it must not change any more.
+
+        ValueError if it is not the tensor that was planned.
+        """
         spec = self._layout.specs[name]
         if (SAFETENSORS_DTYPE[tensor.dtype], tuple(tensor.shape)) != (spec.dtype, spec.shape):
             raise ValueError(f"{name}: planned {spec.dtype} {spec.shape}, got {tensor.dtype} {tuple(tensor.shape)}")
-        file, offset = self._place[name]
-        data = tensor_bytes(tensor)
-        self._write_at(file, offset, data)
-        self._hashes[name] = sha256(data).hexdigest()
-        return self._hashes[name]
+        self._settle(MOST_WAITING - 1)
+        self._waiting.append(self._hand.submit(self._write, name, tensor))
 
     def copy(self, tensor: TensorInfo) -> None:
         """The bytes of one source tensor, unchanged, a few MB at a time."""
@@ -82,11 +91,14 @@ class CheckpointWriter:
                 digest.update(chunk)
         self._hashes[tensor.name] = digest.hexdigest()
 
-    def sync(self) -> None:
-        """What was written so far survives."""
+    def sync(self) -> dict[str, str]:
+        """What was written so far survives; the hashes of the tensors that were since the last time."""
+        self._settle(0)
         for file in list(self._dirty):
             file.sync()
         self._dirty.clear()
+        new, self._new = self._new, {}
+        return new
 
     def holds(self, hashes: Mapping[str, str]) -> bool:
         """Whether the tensors that an earlier run wrote are there, planned as then and with these hashes."""
@@ -103,6 +115,7 @@ class CheckpointWriter:
 
         GateError E_VERIFY for a tensor whose bytes are not those that were written.
         """
+        self._settle(0)
         if missing := self._place.keys() - self._hashes.keys():
             raise ValueError(f"never written: {', '.join(sorted(missing)[:5])}")
         self.sync()
@@ -114,8 +127,26 @@ class CheckpointWriter:
 
     def close(self) -> None:
         """Give the files back; promises nothing that `sync` has not."""
+        self._hand.shutdown(cancel_futures=True)
         while self._files:
             self._files.pop().close()
+
+    def _settle(self, most: int) -> None:
+        """Wait until `most` tensors at most are yet to be written; after an error none is."""
+        try:
+            while len(self._waiting) > most:
+                self._waiting.popleft().result()
+        except BaseException:
+            while self._waiting:
+                self._waiting.popleft().cancel()
+            raise
+
+    @torch.inference_mode()
+    def _write(self, name: str, tensor: Tensor) -> None:
+        file, offset = self._place[name]
+        data = tensor_bytes(tensor)
+        self._write_at(file, offset, data)
+        self._hashes[name] = self._new[name] = sha256(data).hexdigest()
 
     def _write_at(self, file: OpenFile, offset: int, data: bytes | memoryview) -> None:
         self._dirty.add(file)

@@ -293,8 +293,7 @@ def _write(
 
             def keep(layer: LayerPlan, linear: QuantizedLinear) -> None:
                 for suffix, tensor in encode(linear, config.format).items():
-                    name = f"{layer.name}.{suffix}"
-                    saved.written(name, writer.write(name, tensor))
+                    writer.write(f"{layer.name}.{suffix}", tensor)
 
             team.told(saved.first)
             do_blocks(stream, plan, config, windows.ids, keep, saved, record, team)

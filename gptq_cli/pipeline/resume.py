@@ -93,7 +93,6 @@ class SavedBlocks(FinishedBlocks):
         super().__init__(team, 0, n_steps)
         self._work, self._writer, self._record = work, writer, record
         self._journal = Journal(work.journal, digest(identity))
-        self._tensors: dict[str, str] = {}
         self.first = self._recover()
         self._n_layers, self._n_experts = len(record.layers), len(record.experts)
 
@@ -103,23 +102,18 @@ class SavedBlocks(FinishedBlocks):
     def __exit__(self, *_: object) -> None:
         self._journal.close()
 
-    def written(self, name: str, sha256: str) -> None:
-        """Tensor `name` of the block at work is in its shard."""
-        self._tensors[name] = sha256
-
     def _saved(self) -> list[Batch]:
         found: list[Batch] = torch.load(self._work.hidden(self.first - 1), map_location="cpu", weights_only=True)
         return found
 
     def _keep(self, block: int, batches: list[Batch] | None) -> None:
         """Its tensors, then the hidden states after it, then the line that says so."""
-        self._writer.sync()
+        tensors = self._writer.sync()
         layers = [asdict(layer) for layer in self._record.layers[self._n_layers :]]
         experts = [asdict(covered) for covered in self._record.experts[self._n_experts :]]
         saved = None if batches is None else _save(self._work.hidden(block), batches)
         told = {"layers": layers, "experts": experts}
-        self._journal.append({"block": block, "tensors": self._tensors, **told, "hidden": saved})
-        self._tensors = {}
+        self._journal.append({"block": block, "tensors": tensors, **told, "hidden": saved})
         self._n_layers, self._n_experts = len(self._record.layers), len(self._record.experts)
 
     def _recover(self) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
+from threading import Event, Timer, current_thread, main_thread
+from threading import enumerate as enumerate_threads
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ import torch
 from gptq_cli.checkpoint.durable import Disk
 from gptq_cli.checkpoint.layout import TensorSpec, plan_layout
 from gptq_cli.checkpoint.source import open_checkpoint
-from gptq_cli.checkpoint.writer import CheckpointWriter
+from gptq_cli.checkpoint.writer import MOST_WAITING, CheckpointWriter
 from gptq_cli.errors import ResourceError
 from tests.disks import using
 
@@ -25,7 +27,9 @@ def test_tensors_reach_their_shards_in_any_order_and_are_read_back(
 ) -> None:
     monkeypatch.delattr(os, "posix_fadvise")
     with CheckpointWriter(tmp_path / "out", LAYOUT) as writer:
-        hashes = {"b": writer.write("b", B), "a": writer.write("a", A)}
+        writer.write("b", B)
+        writer.write("a", A)
+        hashes = writer.sync()
         writer.finish()
     (tmp_path / "out" / "config.json").write_text("{}")
     assert sorted(open_checkpoint(tmp_path / "out").tensors) == ["a", "b"]
@@ -39,13 +43,15 @@ def test_tensors_reach_their_shards_in_any_order_and_are_read_back(
 
 def test_what_is_written_again_takes_the_place_of_what_was(tmp_path: Path) -> None:
     with CheckpointWriter(tmp_path / "out", LAYOUT) as writer:
-        old = writer.write("a", A - 1)
-        writer.sync()
-        hashes = {"b": writer.write("b", B), "a": writer.write("a", A)}
+        writer.write("a", A - 1)
+        old = writer.sync()
+        writer.write("b", B)
+        writer.write("a", A)
+        hashes = writer.sync()
         writer.finish()
     with CheckpointWriter(tmp_path / "out", LAYOUT) as again:
         assert again.holds(hashes)
-        assert not again.holds({"a": old})
+        assert not again.holds(old)
 
 
 def test_what_was_not_planned_or_never_came_is_a_mistake(tmp_path: Path) -> None:
@@ -72,3 +78,43 @@ def test_shards_that_cannot_all_be_opened_are_given_back(tmp_path: Path) -> None
         pass
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(disk.opened[-1])
+
+
+def test_the_caller_goes_on_while_tensors_are_written_and_waits_when_too_many_are_left(tmp_path: Path) -> None:
+    class Slow(Disk):
+        may_write = Event()
+        writing = 0
+
+        def write(self, descriptor: int, data: memoryview, offset: int) -> int:
+            if current_thread() is not main_thread():
+                self.writing += 1
+                assert self.may_write.wait(60)
+            return super().write(descriptor, data, offset)
+
+    disk, names = Slow(), [f"t{number}" for number in range(MOST_WAITING + 1)]
+    layout = plan_layout([(TensorSpec(name, "F32", (2, 3)),) for name in names], 10**9)
+    with using(disk), CheckpointWriter(tmp_path / "out", layout) as writer:
+        for name in names[:MOST_WAITING]:
+            writer.write(name, A)
+        assert disk.writing <= 1
+        Timer(0.05, disk.may_write.set).start()
+        writer.write(names[-1], A)
+        assert disk.may_write.is_set()
+        assert writer.sync().keys() == set(names)
+        assert writer.sync() == {}
+
+
+def test_what_goes_wrong_while_a_tensor_is_written_is_raised_when_all_must_survive(
+    tmp_path: Path,
+) -> None:
+    class Full(Disk):
+        def write(self, descriptor: int, data: memoryview, offset: int) -> int:
+            if current_thread() is not main_thread():
+                raise OSError(errno.ENOSPC, "no room")
+            return super().write(descriptor, data, offset)
+
+    with using(Full()), CheckpointWriter(tmp_path / "out", LAYOUT) as writer:
+        writer.write("a", A)
+        with pytest.raises(ResourceError, match="no room"):
+            writer.sync()
+    assert "writer" not in {thread.name.partition("_")[0] for thread in enumerate_threads()}

@@ -46,6 +46,15 @@ except SystemExit:
     assert found.stdout.splitlines()[-1] == "LOADED []"
 
 
+def test_threads_sleep_and_large_tensors_get_large_pages_unless_the_user_says_otherwise() -> None:
+    names = ("OMP_WAIT_POLICY", "THP_MEM_ALLOC_ENABLE")
+    found = json.loads(shell(f"unset {' '.join(names)}; $GPTQ env --json").stdout)["variables"]
+    assert [found[name] for name in names] == ["PASSIVE", "1"]
+    said = shell("$GPTQ env --json", OMP_WAIT_POLICY="ACTIVE", THP_MEM_ALLOC_ENABLE="0")
+    found = json.loads(said.stdout)["variables"]
+    assert [found[name] for name in names] == ["ACTIVE", "0"]
+
+
 def test_a_reader_who_leaves_early_is_no_failure(recipe: Path) -> None:
     found = shell(f"set -o pipefail; $GPTQ validate-config {recipe} | (exec <&-; sleep 0)")
     assert (found.returncode, found.stderr) == (0, "")

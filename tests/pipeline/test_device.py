@@ -15,11 +15,11 @@ import torch
 from gptq_cli.checkpoint.source import open_checkpoint
 from gptq_cli.engine import triton_solver
 from gptq_cli.errors import PausedError
-from gptq_cli.pipeline import activations
+from gptq_cli.pipeline import activations, memory
 from gptq_cli.pipeline.activations import HiddenStates
 from gptq_cli.pipeline.eval_request import EvalRequest
 from gptq_cli.pipeline.evaluate import evaluate_perplexity
-from gptq_cli.pipeline.events import BlockFinished, Event
+from gptq_cli.pipeline.events import BlockFinished, Event, Warned
 from gptq_cli.pipeline.memory import Memory
 from gptq_cli.pipeline.quantize import quantize_checkpoint
 from gptq_cli.pipeline.setup import open_stream, resolve_device
@@ -112,3 +112,23 @@ def test_a_run_with_its_states_on_the_host_goes_on_and_is_evaluated(
         evaluate_perplexity(str(tmp_path / "gpu"), replace(request, device=device)) for device in ("cuda", "cpu")
     )
     assert (found.perplexity, found.kl) == (expected.perplexity, expected.kl)
+
+
+def test_a_run_that_needs_more_than_the_device_has_goes_on_with_fewer_waiting_and_writes_the_same(
+    gpu: SimulatedGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "WAITING_SHARE", 1000)  # as if far less were needed
+    model = str(save_model(tmp_path / "model", num_hidden_layers=BLOCKS))
+    settings = config(preset="fast", device="cuda", nsamples=16, batch_size=2)
+
+    def run(output: str, limit_bytes: int) -> list[str]:
+        events: list[Event] = []
+        gpu.limit_bytes, gpu.peak_bytes = limit_bytes, 0
+        quantize_checkpoint(model, tmp_path / output, settings, report=events.append)
+        return [event.code for event in events if isinstance(event, Warned)]
+
+    assert "W_OOM_RETRY" not in run("roomy", 2**60)
+    limit = gpu.peak_bytes // 2
+    assert "W_OOM_RETRY" in run("tight", limit)
+    assert 0 < gpu.peak_bytes <= limit
+    assert written(tmp_path / "tight") == written(tmp_path / "roomy")
