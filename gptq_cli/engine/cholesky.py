@@ -19,7 +19,6 @@ def cholesky_(matrix: Tensor, panel: int | None = None) -> int:
     """Turn a symmetric positive definite matrix [n, n] into its lower Cholesky factor, in place.
 
     A panel of so many columns is done at a time; the default is what suits the device.
-
     Returns 0, or as `torch.linalg.cholesky_ex` the order of the first leading minor that is not positive; the matrix is
     then neither one nor the other. Reads the lower triangle only; waits for the device once a panel.
     """
