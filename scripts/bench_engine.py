@@ -185,14 +185,14 @@ def weight_parts(
 
     def refined() -> None:
         if sweeps:
-            refine(alive, hessian, prepared.damping, quantized, sweeps=sweeps, signed=config.signed_scales)
+            refine(alive, hessian, prepared, quantized, sweeps=sweeps, signed=config.signed_scales)
 
     columns, feedback = solve_parts(bench, alive, prepared, config)
     return {
         "search": (bench.seconds(lambda: choose_grid(groups, energy, config)), 4 * n / copy),
         "columns": (columns, 16 * n / copy),
         "feedback": (feedback, product / 2 / tf32),
-        "refine": (bench.seconds(refined, runs=2), 2 * sweeps * product / tf32),
+        "refine": (bench.seconds(refined, runs=2), (1 + sweeps) * product / tf32 if sweeps else 0.0),
         "errors": (
             bench.seconds(lambda: output_energies(weight, hessian, (quantized, nearest)), runs=2),
             3 * product / 2 / rates["gemm_fp32"],

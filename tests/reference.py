@@ -126,20 +126,20 @@ def follow(weight: Tensor, inputs: Tensor, originals: Tensor, config: LayerConfi
 
 
 def refine(weight: Tensor, damped: Tensor, found: Reference, config: LayerConfig, sweeps: int) -> list[float]:
-    """Improve `found` in place for the damped Hessian, group by group, then column by column; the losses after each
-    step: least squares for a scale, all codes tried for a weight."""
+    """Improve `found` in place for the damped Hessian: all scales, then in each sweep a group's scale and its columns;
+    the losses after each step: least squares for a scale, all codes tried for a weight."""
     L = torch.linalg.cholesky(damped)
-    columns = sorted(range(weight.shape[1]), key=lambda column: found.g_idx[column])
+    groups = range(found.scales.shape[1])
+    members = [[column for column, of in enumerate(found.g_idx) if of == group] for group in groups]
     losses = [loss(weight, L, found)]
-    for _ in range(sweeps):
-        for group in range(found.scales.shape[1]):
-            members = [column for column in columns if found.g_idx[column] == group]
+    for sweep in range(1 + sweeps):
+        for group in groups:
             for row in range(len(weight)):
-                refine_scale(weight, L, found, config, row, group, members)
+                refine_scale(weight, L, found, config, row, group, members[group])
             losses.append(loss(weight, L, found))
-        for column in columns:
-            refine_code(weight, L, found, config.bits, column)
-            losses.append(loss(weight, L, found))
+            for column in members[group] if sweep else []:
+                refine_code(weight, L, found, config.bits, column)
+                losses.append(loss(weight, L, found))
     return losses
 
 

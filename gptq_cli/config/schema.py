@@ -79,9 +79,7 @@ class QuantizeConfig(BaseModel):
         default="none",
         description="shrink scales to least |error|^2.4 (mse) or error^2 weighted by input energy (activation)",
     )
-    refine_sweeps: Sweeps = Field(
-        default=0, description="rounds of fitting scales, then codes, after a layer is solved"
-    )
+    refine_sweeps: Sweeps = Field(default=0, description="rounds of fitting scales and codes after a layer is solved")
     asymmetric_calibration: Strength = Field(
         default=0.0,
         description="how far weights follow the unquantized model's inputs, 0 to 1; above 0 each block runs twice",

@@ -26,6 +26,7 @@ class ColumnOrder:
     permutation: Tensor  # int64 [I]: position j of the order is column permutation[j]
     group_of_column: Tensor  # int32 [I], the g_idx of the checkpoint
     static_grid: bool  # scales come from the original weights
+    scattered: bool  # columns of a group need not be neighbours
 
 
 def column_order(diagonal: Tensor, config: LayerConfig) -> ColumnOrder:
@@ -41,15 +42,16 @@ def column_order(diagonal: Tensor, config: LayerConfig) -> ColumnOrder:
     groups = (positions // group_size).int()
     # One group for a whole row is found before any column is rounded, so its grid is static in every order.
     static_grid = config.static_groups or group_size == in_features
+    scattered = config.desc_act and not static_grid
     if config.desc_act or (config.act_group_aware and static_grid):
         permutation = diagonal.argsort(descending=True, stable=True)
-        if not static_grid:
+        if scattered:
             groups = torch.empty_like(groups).index_copy_(0, permutation, groups)
     elif config.act_group_aware:
         permutation = _group_aware(diagonal.reshape(-1, group_size))
     else:
         permutation = positions
-    return ColumnOrder(permutation, groups, static_grid)
+    return ColumnOrder(permutation, groups, static_grid, scattered)
 
 
 def _group_aware(diagonal: Tensor) -> Tensor:

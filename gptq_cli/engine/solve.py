@@ -138,7 +138,7 @@ def solve_together(
     quantized = _quantize(rows, prepared, config, column_block)
     if config.refine_sweeps:
         alive, signed = rows.masked_fill(prepared.dead, 0), config.signed_scales
-        quantized = refine(alive, hessian, prepared.damping, quantized, sweeps=config.refine_sweeps, signed=signed)
+        quantized = refine(alive, hessian, prepared, quantized, sweeps=config.refine_sweeps, signed=signed)
         del alive
     baseline = round_to_nearest(rows, config, prepared.order.group_of_column)
     solutions, start = [], 0

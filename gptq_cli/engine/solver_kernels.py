@@ -77,7 +77,6 @@ def fit_codes_kernel(  # type: ignore[no-untyped-def]
     hessian,
     scales,
     zeros,
-    group_of,
     out_features,
     n_columns,
     max_code,
@@ -86,20 +85,19 @@ def fit_codes_kernel(  # type: ignore[no-untyped-def]
 ):
     """Coordinate descent over n columns: move each code to the best point, keep the slopes of the others up to date.
 
-    slopes [n, O]: P, not written; errors, levels [n, O]: in place; hessian [n, n]; scales, zeros [G, O]; group_of [n].
+    slopes [n, O]: P, not written; errors, levels [n, O]: in place; hessian [n, n]; scales, zeros [O] of their group.
     """
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     inside = rows < out_features
     columns = tl.arange(0, B)
     tile = columns[None, :].to(tl.int64) * out_features + rows[:, None]
     p = tl.load(slopes + tile, mask=inside[:, None] & (columns < n_columns)[None, :], other=0.0)
+    scale = tl.load(scales + rows, mask=inside, other=1.0)
+    zero = tl.load(zeros + rows, mask=inside, other=0.0)
     place = rows
     for column in range(n_columns):
-        group = tl.load(group_of + column).to(tl.int64)
         level = tl.load(levels + place, mask=inside, other=0.0)
         error = tl.load(errors + place, mask=inside, other=0.0)
-        scale = tl.load(scales + group * out_features + rows, mask=inside, other=1.0)
-        zero = tl.load(zeros + group * out_features + rows, mask=inside, other=0.0)
         curvature = tl.load(hessian + column * n_columns + column)
         right = tl.load(
             hessian + column * n_columns + columns, mask=(columns > column) & (columns < n_columns), other=0.0
@@ -130,7 +128,7 @@ def fit_scales_kernel(  # type: ignore[no-untyped-def]
 ):
     """Fit the scale of a group to the loss while its levels stand still, if that lowers the loss.
 
-    slopes [n, O]: P; bends [n, O]: H_gg b; levels [n, O]: b; errors [n, O] and scales [O]: in place.
+    bends [n, O]: H_gg b; levels [n, O]: b; slopes P and errors [n, O] and scales [O]: in place.
     """
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     inside = rows < out_features
@@ -156,7 +154,10 @@ def fit_scales_kernel(  # type: ignore[no-untyped-def]
         here = (start + columns < n_columns)[:, None] & inside[None, :]
         level = tl.load(levels + tile, mask=here, other=0.0)
         error = tl.load(errors + tile, mask=here, other=0.0)
+        steep = tl.load(slopes + tile, mask=here, other=0.0)
+        bend = tl.load(bends + tile, mask=here, other=0.0)
         tl.store(errors + tile, error - level * step[None, :], mask=here)
+        tl.store(slopes + tile, steep - bend * step[None, :], mask=here)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -49,25 +49,27 @@ def round_columns(
 
 
 def fit_codes(
-    slopes: Tensor, errors: Tensor, levels: Tensor, hessian: Tensor, scales: Tensor, zeros: Tensor, group_of: Tensor,
-    bits: int,
-) -> None:  # fmt: skip
-    """One round of coordinate descent over up to MOST_COLUMNS columns; errors and levels [n, O] change in place.
+    slopes: Tensor, errors: Tensor, levels: Tensor, hessian: Tensor, scales: Tensor, zeros: Tensor, bits: int
+) -> None:
+    """One round of coordinate descent over up to MOST_COLUMNS columns of a group; errors and levels [n, O] change in
+    place.
 
-    slopes [n, O] are those of all n columns at the start; hessian [n, n]; the rest as in `round_columns`.
+    slopes [n, O] are those of all n columns at the start; hessian [n, n]; scales and zeros [O] of the group.
     """
     from gptq_cli.engine.solver_kernels import fit_codes_kernel
 
-    _check_contiguous(slopes, errors, levels, scales, zeros, group_of)
-    grids = (scales, zeros, group_of)
+    _check_contiguous(slopes, errors, levels, scales, zeros)
     fit_codes_kernel[(_programs(slopes.shape[1], ROWS),)](
-        slopes, errors, levels, hessian.contiguous(), *grids, slopes.shape[1], len(slopes), float(2**bits - 1),
+        slopes, errors, levels, hessian.contiguous(), scales, zeros, slopes.shape[1], len(slopes), float(2**bits - 1),
         B=_power(len(slopes)), ROWS=ROWS, num_warps=WARPS, enable_fp_fusion=FUSED,
     )  # fmt: skip
 
 
 def fit_scales(slopes: Tensor, bends: Tensor, levels: Tensor, errors: Tensor, scales: Tensor, *, signed: bool) -> None:
-    """Fit the scales [O] of one group to slopes P and bends H_gg b, both [n, O]; scales and errors change in place."""
+    """Fit the scales [O] of one group to slopes P and bends H_gg b, both [n, O].
+
+    Scales change in place, and with them errors and slopes [n, O].
+    """
     from gptq_cli.engine.solver_kernels import fit_scales_kernel
 
     _check_contiguous(slopes, bends, levels, errors, scales)

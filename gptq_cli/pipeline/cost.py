@@ -32,7 +32,8 @@ def factor_cost(in_features: int) -> float:
 def solve_cost(layer: LayerPlan) -> float:
     """Of passing on the errors of all columns, of refining, and of the error that is reported."""
     assert layer.config is not None
-    products = 0.5 + layer.config.refine_sweeps + 1 + bool(layer.config.asymmetric_calibration)
+    sweeps = layer.config.refine_sweeps
+    products = 0.5 + (1 + sweeps if sweeps else 0) + 1 + bool(layer.config.asymmetric_calibration)
     return products * layer.out_features * layer.in_features**2
 
 

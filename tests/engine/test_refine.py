@@ -62,22 +62,25 @@ def test_no_sweep_raises_the_damped_loss_and_the_first_lowers_it(start: str, kin
     losses = [damped_loss(weight, hessian, prepared.damping, quantized)]
     for _ in range(4):
         signed = config.signed_scales
-        quantized = refine(weight, hessian, prepared.damping, quantized, sweeps=1, signed=signed)
+        quantized = refine(weight, hessian, prepared, quantized, sweeps=1, signed=signed)
         losses.append(damped_loss(weight, hessian, prepared.damping, quantized))
     assert losses[1] < 0.99 * losses[0]
     assert all(after <= before * (1 + 1e-6) for before, after in pairwise(losses)), losses
 
 
-def test_sweeps_one_after_the_other_are_the_sweeps_of_one_call() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_a_sweep_only_scales_are_fitted_and_each_sweep_lowers_the_loss_further(kind: str) -> None:
     weight, hessian = correlated_layer(12, 192)
-    config = layer_config("desc_act", bits=2, group_size=48)
+    config = layer_config("desc_act", bits=2, group_size=48, **KINDS[kind])
     prepared = prepare(hessian, config)
-    quantized = solve(weight, hessian, prepared, config).quantized
-    once = refine(weight, hessian, prepared.damping, quantized, sweeps=3, signed=False)
-    for _ in range(3):
-        quantized = refine(weight, hessian, prepared.damping, quantized, sweeps=1, signed=False)
-    assert torch.equal(once.codes, quantized.codes)
-    assert torch.equal(once.scales, quantized.scales)
+    plain = solve(weight, hessian, prepared, config).quantized
+    swept = [
+        refine(weight, hessian, prepared, plain, sweeps=sweeps, signed=config.signed_scales) for sweeps in range(4)
+    ]
+    losses = [damped_loss(weight, hessian, prepared.damping, quantized) for quantized in (plain, *swept)]
+    assert torch.equal(swept[0].codes, plain.codes)
+    assert not torch.equal(swept[0].scales, plain.scales)
+    assert all(after < before for before, after in pairwise(losses)), losses
 
 
 def test_reference_losses_never_rise() -> None:
@@ -85,7 +88,7 @@ def test_reference_losses_never_rise() -> None:
     config = layer_config("natural", bits=2, group_size=16)
     found = reference.gptq(weight, hessian, config)
     losses = reference.refine(weight, hessian, found, config, sweeps=2)
-    assert len(losses) == 1 + 2 * (3 + 48)
+    assert len(losses) == 1 + 3 + 2 * (3 + 48)
     assert all(after <= before * (1 + 1e-12) for before, after in pairwise(losses))
     assert losses[-1] < 0.95 * losses[0]
 
@@ -108,17 +111,19 @@ def test_arguments_are_left_as_they_were() -> None:
     quantized = solve(weight, hessian, prepared, config).quantized
     tensors = (weight, hessian, prepared.damping, quantized.codes, quantized.scales, quantized.zeros)
     before = [tensor.clone() for tensor in tensors]
-    refine(weight, hessian, prepared.damping, quantized, sweeps=2, signed=True)
+    refine(weight, hessian, prepared, quantized, sweeps=2, signed=True)
     assert all(torch.equal(tensor, copy) for tensor, copy in zip(tensors, before, strict=True))
 
 
 def test_scales_that_should_turn_negative_do_so_only_where_they_may() -> None:
     weight, hessian = correlated_layer(10, 96)
     config = layer_config("natural", bits=3, group_size=32)
-    damping = prepare(hessian, config).damping
+    prepared = prepare(hessian, config)
     mirrored = round_to_nearest(-weight, config)
-    signed, unsigned = (refine(weight, hessian, damping, mirrored, sweeps=1, signed=signed) for signed in (True, False))
+    signed, unsigned = (
+        refine(weight, hessian, prepared, mirrored, sweeps=1, signed=signed) for signed in (True, False)
+    )
     assert (signed.scales < 0).double().mean() > 0.5
     assert (unsigned.scales > 0).all()
-    losses = [damped_loss(weight, hessian, damping, found) for found in (signed, unsigned, mirrored)]
+    losses = [damped_loss(weight, hessian, prepared.damping, found) for found in (signed, unsigned, mirrored)]
     assert losses == sorted(losses)

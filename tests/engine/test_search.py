@@ -102,6 +102,20 @@ def test_group_of_zeros_decodes_to_zero(scale_search: str, kind: str) -> None:
     assert solved(weight, hessian.diagonal().diag(), config).quantized.dequantize()[:, :48].abs().sum() == 0
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("bits", "fewest"), [(2, 25), (4, 1), (8, 1)])
+def test_scales_that_cannot_win_are_not_tried(
+    bits: int, fewest: int, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+    error = search._error
+    monkeypatch.setattr(search, "_error", lambda *arguments: tried.append(arguments[1]) or error(*arguments))
+    weights = torch.randn(50, 4, 128, generator=torch.Generator().manual_seed(bits))
+    choose_grid(weights, torch.ones(4, 128), LayerConfig(bits=bits, scale_search="mse", **KINDS[kind]))
+    each = {"sym": 1, "signed": 2, "asym": 3}[kind]
+    assert fewest * each <= len(tried) <= (25 if bits == 2 else 15) * each
+
+
 def test_clipping_pays_where_weights_have_tails() -> None:
     weights, energy = groups_with_outliers()
     for scale_search in ("mse", "activation"):

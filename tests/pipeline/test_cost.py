@@ -69,7 +69,7 @@ def test_refinement_and_asymmetric_calibration_cost_more() -> None:
     refined = replace(plain, config=LayerConfig(refine_sweeps=4))
     followed = replace(plain, config=LayerConfig(asymmetric_calibration=0.5))
     assert solve_cost(plain) == 1.5 * 16 * 12**2
-    assert solve_cost(refined) == solve_cost(plain) + 4 * 16 * 12**2
+    assert solve_cost(refined) == solve_cost(plain) + 5 * 16 * 12**2
     assert solve_cost(followed) == solve_cost(plain) + 16 * 12**2
     assert expert_cost([plain], 10) == 10 * 16 * 12 + 9 / 16 * 10 * 12**2 + 12**3 / 6 + solve_cost(plain)
     ways = [estimate_seconds([layer], TEXT, 1, 0, ONE).forward for layer in (plain, followed)]
