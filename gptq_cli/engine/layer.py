@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from gptq_cli.engine.chunks import row_chunks
+
 
 @dataclass(frozen=True, slots=True)
 class QuantizedLinear:
@@ -34,5 +36,8 @@ class QuantizedLinear:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [O, I] these codes stand for, computed in float32 and then cast to `dtype`."""
+        return torch.cat([self.rows(rows)._values().to(dtype) for rows in row_chunks(self.codes)])
+
+    def _values(self) -> Tensor:
         group = self.group_of_column.long()
-        return self.codes.float().sub_(self.zeros.float()[:, group]).mul_(self.scales.float()[:, group]).to(dtype)
+        return self.codes.float().sub_(self.zeros.float()[:, group]).mul_(self.scales.float()[:, group])

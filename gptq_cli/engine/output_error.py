@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gptq_cli.engine.chunks import row_chunks
 from gptq_cli.engine.layer import QuantizedLinear
 
-ELEMENTS_PER_CHUNK = {"cpu": 2**22, "cuda": 2**24}
 COLUMNS_PER_PANEL = 256
 
 
@@ -23,9 +23,7 @@ def output_energies(weight: Tensor, hessian: Tensor, candidates: Sequence[Quanti
     Rows are taken a chunk at a time, so no float copy of a large weight is needed.
     """
     energies = torch.zeros(1 + len(candidates), dtype=torch.float64, device=weight.device)
-    rows_per_chunk = max(1, ELEMENTS_PER_CHUNK[weight.device.type] // weight.shape[1])
-    for start in range(0, weight.shape[0], rows_per_chunk):
-        rows = slice(start, start + rows_per_chunk)
+    for rows in row_chunks(weight):
         original = weight[rows].to(hessian.dtype)
         errors = (original - candidate.rows(rows).dequantize(hessian.dtype) for candidate in candidates)
         energies += torch.stack([_energy(original, hessian), *(_energy(error, hessian) for error in errors)])

@@ -67,18 +67,25 @@ def refine(
     for _ in range(sweeps):
         for group in range(len(state.scales)):
             _fit_codes(state, group, _fit_scale(state, group))
-    codes = (state.levels + state.zeros[group_of_column[columns]])[columns.argsort()]
-    return replace(quantized, codes=codes.T.contiguous().byte(), scales=state.scales.T.contiguous().half())
+    codes = _by_group(state.levels, state.zeros).add_(state.zeros[:, None]).byte().flatten(0, 1)
+    codes = codes[columns.argsort()].T.contiguous()
+    return replace(quantized, codes=codes, scales=state.scales.T.contiguous().half())
 
 
 def _start(
     weight: Tensor, hessian: Tensor, damping: Tensor, quantized: QuantizedLinear, columns: Tensor, signed: bool
 ) -> _State:
-    dtype, group = hessian.dtype, quantized.group_of_column.long()
+    dtype = hessian.dtype
     scales, zeros = (grid.to(dtype).T.contiguous() for grid in (quantized.scales, quantized.zeros))
-    levels = quantized.codes.T.index_select(0, columns).to(dtype).sub_(zeros[group[columns]])
-    errors = weight.T.index_select(0, columns).to(dtype) - levels * scales[group[columns]]
+    levels, errors = (matrix.T.index_select(0, columns).to(dtype) for matrix in (quantized.codes, weight))
+    _by_group(levels, zeros).sub_(zeros[:, None])
+    _by_group(errors, zeros).addcmul_(_by_group(levels, zeros), scales[:, None], value=-1)
     return _State(hessian, damping[columns].to(dtype), errors, levels, scales, zeros, quantized.bits, signed)
+
+
+def _by_group(matrix: Tensor, grids: Tensor) -> Tensor:
+    """The columns [I, O] of groups with grids [G, O], as [G, n, O]."""
+    return matrix.view(len(grids), -1, matrix.shape[1])
 
 
 def _slopes(state: _State, columns: slice) -> Tensor:

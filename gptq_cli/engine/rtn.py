@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gptq_cli.config.layer import LayerConfig
+from gptq_cli.engine.chunks import row_chunks
 from gptq_cli.engine.grid import check_scales, find_grid, round_to_grid, split_groups
 from gptq_cli.engine.layer import QuantizedLinear
 
@@ -23,9 +24,15 @@ def round_to_nearest(weight: Tensor, config: LayerConfig, group_of_column: Tenso
         raise ValueError(f"group_size {group_size} does not divide in_features {in_features}")
     if group_of_column is None:
         group_of_column = (torch.arange(in_features, device=weight.device) // group_size).int()
+    nearest = QuantizedLinear.of_rows([_round(weight[rows], config, group_of_column) for rows in row_chunks(weight)])
+    check_scales(nearest.scales)
+    return nearest
+
+
+def _round(weight: Tensor, config: LayerConfig, group_of_column: Tensor) -> QuantizedLinear:
     weight = weight.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
-    scales, zeros = find_grid(split_groups(weight, group_of_column, group_size), config.bits, config.sym)
-    check_scales(scales)
+    groups = split_groups(weight, group_of_column, config.columns_per_group(weight.shape[1]))
+    scales, zeros = find_grid(groups, config.bits, config.sym)
     group = group_of_column.long()
     codes = round_to_grid(weight, scales[:, group], zeros[:, group], config.bits)
     return QuantizedLinear(codes.byte(), scales.half(), zeros.byte(), group_of_column, config.bits)

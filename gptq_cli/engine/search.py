@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from gptq_cli.config.layer import LayerConfig
+from gptq_cli.engine.chunks import row_chunks
 from gptq_cli.engine.grid import find_grid, find_signed_grid, round_scales, round_to_grid
 from gptq_cli.engine.triton_solver import best_candidates, uses_kernels
 
 NORM = 2.4
 SHRINKS = tuple(1 - step / 40 for step in range(25))
-WEIGHTS_PER_CHUNK = 2**20  # bounds the temporary copies
 
 
 def choose_grid(weights: Tensor, energy: Tensor, config: LayerConfig) -> tuple[Tensor, Tensor]:
@@ -35,8 +35,7 @@ def choose_grid(weights: Tensor, energy: Tensor, config: LayerConfig) -> tuple[T
     loudness = energy if config.scale_search == "activation" else None
     if uses_kernels(weights):
         return _search_fused(weights, loudness, config)
-    rows = max(1, WEIGHTS_PER_CHUNK * len(weights) // max(1, weights.numel()))
-    found = [_search(chunk, loudness, config) for chunk in weights.split(rows)]
+    found = [_search(weights[rows], loudness, config) for rows in row_chunks(weights)]
     return torch.cat([scales for scales, _ in found]), torch.cat([zeros for _, zeros in found])
 
 

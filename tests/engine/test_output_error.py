@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gptq_cli.config.layer import LayerConfig
-from gptq_cli.engine import output_error
+from gptq_cli.engine import chunks, output_error
 from gptq_cli.engine.output_error import output_energies
 from gptq_cli.engine.rtn import round_to_nearest
 from tests.engine.samples import correlated_inputs
@@ -14,7 +14,7 @@ from tests.engine.samples import correlated_inputs
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(output_error, "ELEMENTS_PER_CHUNK", {"cpu": 1000})
+    monkeypatch.setattr(chunks, "ELEMENTS_PER_CHUNK", {"cpu": 1000})
     monkeypatch.setattr(output_error, "COLUMNS_PER_PANEL", 40)
 
 

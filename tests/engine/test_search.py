@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gptq_cli.config.layer import LayerConfig
-from gptq_cli.engine import search
+from gptq_cli.engine import chunks, search
 from gptq_cli.engine.grid import SMALLEST_SCALE, ScaleRangeError, find_signed_grid, round_scales, round_to_grid
 from gptq_cli.engine.search import choose_grid
 from tests import reference
@@ -88,7 +88,7 @@ def test_rows_taken_in_chunks_give_the_same_grids(monkeypatch: pytest.MonkeyPatc
     weights, energy = groups_with_outliers()
     config = LayerConfig(bits=3, signed_scales=True, scale_search="activation")
     whole = choose_grid(weights, energy, config)
-    monkeypatch.setattr(search, "WEIGHTS_PER_CHUNK", 2 * 3 * 20)
+    monkeypatch.setattr(chunks, "ELEMENTS_PER_CHUNK", {"cpu": 2 * 3 * 20})
     chunked = choose_grid(weights, energy, config)
     assert all(torch.equal(left, right) for left, right in zip(whole, chunked, strict=True))
 
