@@ -13,6 +13,7 @@ from gptq_cli.checkpoint.headers import TensorInfo, tensor_info
 from gptq_cli.checkpoint.source import (
     CONFIG_NAMES,
     INDEX_NAME,
+    SKIPPED_FOLDERS,
     WEIGHT_SUFFIXES,
     Checkpoint,
     merge_shards,
@@ -26,7 +27,10 @@ from gptq_cli.hub import first_line, hub_refusal
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-SKIPPED = [*(f"*{suffix}" for suffix in WEIGHT_SUFFIXES if suffix != ".safetensors"), "original/*", "onnx/*"]
+SKIPPED = [
+    *(f"*{suffix}" for suffix in WEIGHT_SUFFIXES if suffix != ".safetensors"),
+    *(f"{folder}/*" for folder in sorted(SKIPPED_FOLDERS)),
+]
 UNSEEN = ("E_HUB_NOT_FOUND", "E_HUB_OFFLINE", "E_HUB_NETWORK")  # what a misspelt path ends in
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 

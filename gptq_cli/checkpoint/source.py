@@ -53,6 +53,12 @@ class Checkpoint:
         return nested if nested and isinstance(nested, dict) else self.config
 
     @property
+    def n_blocks(self) -> int | None:
+        """How many blocks config.json says the language model has."""
+        said = self.text_config.get("num_hidden_layers")
+        return said if type(said) is int else None
+
+    @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 

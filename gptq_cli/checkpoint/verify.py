@@ -149,19 +149,14 @@ def _check_blocks(checkpoint: Checkpoint, modules: list[str]) -> Iterator[Defect
     (name, _), *_ = lists.most_common(1)
     found = [match for tensor in checkpoint.tensors if (match := _IN_LIST.match(tensor)) and match["list"] == name]
     present = {int(match["index"]) for match in found}
-    expected = max(max(present) + 1, _n_blocks(checkpoint) or 0)
+    expected = max(max(present) + 1, checkpoint.n_blocks or 0)
     for index in sorted(set(range(min(expected, 10_000))) - present):
         yield Defect("E_CKPT_INCOMPLETE", f"no tensor of `{name}.{index}`", None, f"{name}.{index}")
 
 
-def _n_blocks(checkpoint: Checkpoint) -> int | None:
-    said = checkpoint.text_config.get("num_hidden_layers")
-    return said if type(said) is int else None
-
-
 def _is_beyond(checkpoint: Checkpoint, module: str) -> bool:
     """Whether a block lies behind the model's last one, as layers that predict several tokens do."""
-    match, n_blocks = _IN_LIST.match(module), _n_blocks(checkpoint)
+    match, n_blocks = _IN_LIST.match(module), checkpoint.n_blocks
     return match is not None and n_blocks is not None and int(match["index"]) >= n_blocks
 
 

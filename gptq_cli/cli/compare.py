@@ -32,9 +32,7 @@ def compare(
         o.plain("--text", help="measure KL and top-1 agreement on it: a dataset, a file or a folder", metavar="TEXT"),
     ] = None,
     seqlen: o.SeqLen = None,
-    max_windows: Annotated[
-        int | None, o.plain("--max-windows", help="stop after so many windows", metavar="N", panel=o.TEXT)
-    ] = None,
+    max_windows: o.MaxWindows = None,
     device: o.Device = None,
     dtype: o.DType = None,
     as_json: o.AsJson = False,
@@ -66,10 +64,6 @@ def _check(said: dict[str, Any]) -> None:
         name = alone[0].replace("_", "-")
         raise ConfigError("E_CFG_CONFLICT", f"--{name} needs --text", hint="add --text, or leave it out")
     check_flags(said)
-    if said.get("max_windows", 1) < 1:
-        raise ConfigError(
-            "E_CFG_RANGE", f"--max-windows must be a whole number of 1 or more, got {said['max_windows']}"
-        )
 
 
 def _evaluate(console: Console, said: dict[str, Any]) -> EvalResult:

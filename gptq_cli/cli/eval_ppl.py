@@ -28,9 +28,7 @@ def eval_ppl(
     batch_size: Annotated[
         int | None, o.plain("--batch-size", help="windows per forward pass; default 1", metavar="N", panel=o.RUN)
     ] = None,
-    max_windows: Annotated[
-        int | None, o.plain("--max-windows", help="stop after so many windows", metavar="N", panel=o.TEXT)
-    ] = None,
+    max_windows: o.MaxWindows = None,
     baseline: Annotated[
         str | None, o.plain("--baseline", help="model to compare with", metavar="MODEL", panel=o.GATE)
     ] = None,
@@ -76,10 +74,6 @@ def eval_ppl(
 
 def _check(said: dict[str, Any]) -> None:
     check_flags(said)
-    if said.get("max_windows", 1) < 1:
-        raise ConfigError(
-            "E_CFG_RANGE", f"--max-windows must be a whole number of 1 or more, got {said['max_windows']}"
-        )
     if not said["max_ppl"] > 0:
         raise ConfigError("E_CFG_RANGE", f"--max-ppl must be a number above 0, got {said['max_ppl']}")
     increase = said.get("max_increase")

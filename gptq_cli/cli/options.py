@@ -108,6 +108,9 @@ DatasetSplit = Annotated[str | None, setting("dataset_split", panel=TEXT)]
 TextColumn = Annotated[str | None, setting("text_column", panel=TEXT)]
 NSamples = Annotated[int | None, setting("nsamples", panel=TEXT)]
 SeqLen = Annotated[int | None, setting("seqlen", panel=TEXT)]
+MaxWindows = Annotated[
+    int | None, plain("--max-windows", help="stop after so many windows", metavar="N", panel=TEXT, min=1)
+]
 BatchSize = Annotated[int | None, setting("batch_size", panel=TEXT)]
 Seed = Annotated[int | None, setting("seed", panel=TEXT)]
 

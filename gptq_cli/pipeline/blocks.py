@@ -53,7 +53,7 @@ def quantize_blocks(
     share = team.share(len(batches))
     mine = batches[share.start : share.stop]
     give_back_freed_tensors()
-    report(PhaseStarted("embeddings", f"{len(batches)} batches"))
+    report(PhaseStarted("embeddings", f"{len(batches)} batch{'es' if len(batches) != 1 else ''}"))
     hidden = HiddenStates(stream.embed(mine), room.memory, share.start, len(batches))
     original = hidden.copy() if plan.asymmetric else None
     states = [way for way in (hidden, original) if way is not None]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from gptq_cli.config.units import size
 from gptq_cli.errors import ResourceError
 from gptq_cli.models.stream import ModelStream
 from gptq_cli.pipeline.events import BlockFinished, Report, Warned
@@ -112,9 +113,9 @@ class Memory:
         """ResourceError E_OOM if the process holds more host memory than it may."""
         held = host_bytes() * self.neighbours
         if self.max_host_bytes is not None and held > self.max_host_bytes:
-            allowed = f"max_ram allows {self.max_host_bytes / 1e9:.2f} GB"
+            allowed = f"max_ram allows {size(self.max_host_bytes)}"
             raise ResourceError(
-                "E_OOM", f"the run holds {held / 1e9:.2f} GB of host memory, {allowed}",
+                "E_OOM", f"the run holds {size(held)} of host memory, {allowed}",
                 hint="use a smaller --batch-size, --seqlen or --nsamples, or a larger --max-ram",
             )  # fmt: skip
 
@@ -145,7 +146,7 @@ class WaitingRoom:
         if places < n_batches and not self._told:
             self._told = True
             needed, threads = n_batches * bytes_each, n_batches * threads_each
-            why = f"all would hold {needed / 1e9:.1f} GB of {free / 1e9:.1f} GB free memory, and {threads} threads"
+            why = f"all would hold {size(needed)} of {size(free)} free memory, and {threads} threads"
             slower = "the block is run again for every stage with the others"
             who = f"{places} of {n_batches} batches wait inside a block"
             self._report(Warned("W_MEM_REPLAY", f"{who}, {slower}: {why}"))

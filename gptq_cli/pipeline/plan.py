@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
@@ -22,6 +23,8 @@ from gptq_cli.pipeline.readers import check_target
 from gptq_cli.pipeline.run_plan import HEAD, LayerPlan, RunPlan
 
 PACK_MULTIPLE = 32  # 32-bit words hold whole columns and whole rows of zero points
+USUAL_GROUP_SIZES = (128, 64, PACK_MULTIPLE)
+BEYOND = "of a block that the model does not run"
 _IN_LIST = re.compile(r"^(?P<list>.*?)\.(?P<index>\d+)\.(?P<inner>.+)\.weight$")
 
 
@@ -52,11 +55,14 @@ def plan_checkpoint(
     routers = find_routers(plain.tensors.values(), blocks)
     layers = [_choose(source, plain, blocks, tensor, config, linears, routers) for tensor in found]
     layers += [_choose_stacked(source, plain, blocks, config, name, place) for name, place in (stacked or {}).items()]
+    end = _end_of_blocks(source, blocks, linears)
+    layers = [replace(layer, config=None, why=BEYOND) if layer.block >= end else layer for layer in layers]
     layers.sort(key=lambda layer: layer.block)
+    n_blocks = len({layer.block for layer in layers if layer.block < end})
     plain = _as_kept(plain, layers)
     _check_found(layers, linears or {})
     if config.lm_head:
-        layers.append(_head(source, plain, config, len({layer.block for layer in layers})))
+        layers.append(_head(source, plain, config, n_blocks))
     if linears is not None or not _has_stacks(plain, blocks):
         _check_rules(config, layers)
     _check_shapes(layers)
@@ -66,10 +72,18 @@ def plan_checkpoint(
         source=source,
         plain=plain,
         blocks=blocks,
-        n_blocks=len({layer.block for layer in layers if layer.name != HEAD}),
+        n_blocks=n_blocks,
         layers=tuple(layers),
         layout=_lay_out(plain, layers, config.max_shard_bytes),
     )
+
+
+def _end_of_blocks(source: Checkpoint, blocks: str, linears: Mapping[str, bool] | None) -> int:
+    """The number behind that of the model's last block; a checkpoint may hold more, that predict several tokens."""
+    if linears is None:
+        return sys.maxsize if source.n_blocks is None else source.n_blocks
+    numbers = (name.removeprefix(f"{blocks}.").partition(".")[0] for name in linears if name.startswith(f"{blocks}."))
+    return 1 + max(map(int, numbers), default=-1)
 
 
 def find_routers(tensors: Iterable[TensorInfo], blocks: str) -> set[str]:
@@ -232,14 +246,14 @@ def check_shared(plan: RunPlan, shared: Collection[str]) -> None:
 
 def _check_shapes(layers: list[LayerPlan]) -> None:
     wrong = [(layer, why) for layer in layers if layer.config and (why := _unfit(layer, layer.config))]
-    kinds: dict[str, Counter[str]] = defaultdict(Counter)
+    kinds: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     for layer, why in wrong:
         kinds[why][_kind(layer)] += 1
     if kinds:
-        raise ConfigError.of([_misfit(why, names) for why, names in kinds.items()])
+        raise ConfigError.of([_misfit(*why, names) for why, names in kinds.items()])
 
 
-def _misfit(why: str, kinds: Counter[str]) -> Problem:
+def _misfit(why: str, remedy: str, kinds: Counter[str]) -> Problem:
     """One problem for all kinds of layers that do not fit for the same reason, with a rule that keeps them."""
     named, count = ", ".join(f"`{name}`" for name in kinds), kinds.total()
     names = sorted({name.rpartition(".")[2] for name in kinds})
@@ -249,7 +263,7 @@ def _misfit(why: str, kinds: Counter[str]) -> Problem:
     return Problem(
         "E_SHAPE",
         f"{why}: {named}" + (f" ({count} layers)" if count > 1 else ""),
-        f"choose another group_size, or keep {them}: --dynamic '-:{rule}$'",
+        f"{remedy}keep {them}: --dynamic '-:{rule}$'",
     )
 
 
@@ -262,13 +276,16 @@ def _rule(kind: str) -> str:
     return kind.replace(".N.", "[.][0-9]+[.]")
 
 
-def _unfit(layer: LayerPlan, config: LayerConfig) -> str | None:
-    if layer.in_features % config.columns_per_group(layer.in_features):
-        return f"group_size {config.group_size} does not divide the {layer.in_features} input features"
+def _unfit(layer: LayerPlan, config: LayerConfig) -> tuple[str, str] | None:
+    """Why a layer does not fit, and what else than keeping it would help."""
     if layer.in_features % PACK_MULTIPLE:
-        return f"{layer.in_features} input features are no multiple of {PACK_MULTIPLE}"
+        return f"{layer.in_features} input features are no multiple of {PACK_MULTIPLE}", ""
     if layer.out_features % PACK_MULTIPLE:
-        return f"{layer.out_features} output features are no multiple of {PACK_MULTIPLE}"
+        return f"{layer.out_features} output features are no multiple of {PACK_MULTIPLE}", ""
+    if layer.in_features % config.columns_per_group(layer.in_features):
+        fitting = next(size for size in USUAL_GROUP_SIZES if layer.in_features % size == 0)
+        why = f"group_size {config.group_size} does not divide the {layer.in_features} input features"
+        return why, f"use a group_size that does, such as {fitting} or -1, or "
     return None
 
 

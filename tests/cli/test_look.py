@@ -89,7 +89,12 @@ def test_compare_tells_the_worst_and_with_text_the_divergence(gptq: Run, pair: t
         (["inspect", "OUT", "--layer", "zzz"], 2, "error[E_LAYER]: there is no layer `zzz`", "for example"),
         (["compare", "OUT", "./none"], 3, "error[E_MODEL_NOT_FOUND]", "a Hub id"),
         (["compare", "OUT", "MODEL", "--seqlen", "8"], 2, "--seqlen needs --text", "add --text"),
-        (["compare", "OUT", "MODEL", "--text", "t", "--max-windows", "0"], 2, "--max-windows must be", ""),
+        (
+            ["compare", "OUT", "MODEL", "--text", "t", "--max-windows", "0"],
+            2,
+            "Invalid value for '--max-windows'",
+            "gptq compare --help",
+        ),
         (["convert", "OUT", "--to", "gptq_v3", "-o", "x"], 2, '--to must be gptq or gptq_v2, got "gptq_v3"', ""),
         (["convert", "OUT", "--to", "gptq", "-o", "x"], 2, "E_CFG_NOTHING_TO_DO", "as it is"),
         (["convert", "OUT", "--to", "gptq_v2", "-o", "MODEL"], 6, "error[E_OUT_EXISTS]", "--overwrite"),

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gptq_cli.config.units import size
 from gptq_cli.engine.hessian import HessianAccumulator
 from gptq_cli.errors import GateError, ResourceError
 from gptq_cli.models.recording import Call
@@ -135,7 +136,7 @@ def test_a_run_that_holds_more_than_it_may_stops_with_flags_that_help(
 ) -> None:
     limit, held = host_bytes() + 2**27, iter([0, 0, 0])
     monkeypatch.setattr(memory, "host_bytes", lambda: next(held, limit + 1))  # grows after the second block
-    with pytest.raises(ResourceError, match=rf"holds {(limit + 1) / 1e9:.2f} GB of host memory, max_ram") as caught:
+    with pytest.raises(ResourceError, match=rf"holds {size(limit + 1)} of host memory, max_ram") as caught:
         quantize(save_model(tmp_path / "model"), tmp_path / "out", max_ram=limit)
     assert (caught.value.code, caught.value.exit_code) == ("E_OOM", 5)
     assert "--max-ram" in (caught.value.hint or "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,20 @@ def test_planned_bytes_are_the_sizes_of_the_files(
     assert planned_files(source, **run) == written
     assert result.bytes_after == sum(written.values())
     assert len(written) > 1 or "max_shard_size" not in run
+
+
+@pytest.mark.parametrize("lm_head", [False, True])
+def test_blocks_behind_the_models_last_one_are_kept_by_plan_and_run_alike(lm_head: bool, tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", num_hidden_layers=3, tie_word_embeddings=False)
+    declared = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(declared | {"num_hidden_layers": 2}))
+    plan = plan_run(model, config(lm_head=lm_head))
+    assert (plan.n_blocks, plan.n_steps) == (2, 2 + lm_head)
+    assert {layer.block for layer in plan.quantized} == set(range(2 + lm_head))
+    assert {layer.why for layer in plan.kept} == {"of a block that the model does not run"}
+    output, _ = quantize(tmp_path, model, lm_head=lm_head)
+    written = {file.name: file.stat().st_size for file in output.glob("*.safetensors")}
+    assert planned_files(model, lm_head=lm_head) == written
 
 
 def test_alike_layers_are_one_row_and_every_byte_is_in_a_row(tmp_path: Path) -> None:

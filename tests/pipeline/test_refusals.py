@@ -131,6 +131,15 @@ def test_a_group_size_that_does_not_divide_names_every_kind_of_layer_at_once(tmp
     assert not (tmp_path / "out").exists()
 
 
+def test_a_width_that_no_group_size_mends_is_only_to_be_kept(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", intermediate_size=80)
+    with pytest.raises(ConfigError) as caught:
+        plan_run(model, config(group_size=32))
+    messages = [problem.message.partition(":")[0] for problem in caught.value.problems]
+    assert sorted(messages) == ["80 input features are no multiple of 32", "80 output features are no multiple of 32"]
+    assert all((problem.hint or "").startswith("keep ") for problem in caught.value.problems)
+
+
 def test_the_hint_for_a_layer_that_does_not_fit_works(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", intermediate_size=96)
     with pytest.raises(ConfigError) as caught:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ import torch
 from gptq_cli.errors import ConfigError, ExistsError, PausedError, ResourceError
 from gptq_cli.models.stream import ModelStream
 from gptq_cli.pipeline.activations import HiddenStates
-from gptq_cli.pipeline.events import BlockFinished, BlockStarted, Event, LayerStarted, Resumed, WorkKept
+from gptq_cli.pipeline.events import BlockFinished, BlockStarted, Event, LayerStarted, PhaseStarted, Resumed, WorkKept
 from gptq_cli.pipeline.memory import Memory
 from gptq_cli.pipeline.resume import FinishedBlocks
 from gptq_cli.pipeline.team import Team
@@ -25,7 +26,7 @@ from tests.architectures import build, save
 from tests.disks import CountingDisk, DyingDisk, FailingDisk, Killed, using
 from tests.families import save_model
 from tests.pipeline.runs import digest
-from tests.pipeline.tiny import WORK, Case, kill_after_block, killer
+from tests.pipeline.tiny import SMALL, WORK, Case, kill_after_block, killer
 
 PARTS = 2  # of a test that takes every operation in turn, for as many processes
 
@@ -78,6 +79,26 @@ def test_no_more_than_the_block_at_work_is_lost(case: Case, tmp_path: Path) -> N
     assert (result.resumed_blocks, len(result.layers)) == (1, 5)
     assert [layer.block for layer in result.layers] == [0, 0, 1, 1, 2]
     assert digest(output) == case.tree
+
+
+@pytest.mark.parametrize("lm_head", [False, True])
+def test_blocks_in_the_file_that_the_model_does_not_run_are_no_steps_to_finish(lm_head: bool, tmp_path: Path) -> None:
+    model, output = save_model(tmp_path / "model", **(SMALL | {"num_hidden_layers": 3})), tmp_path / "out"
+    declared = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(declared | {"num_hidden_layers": 2}))
+    case = Case(model, {}, [])
+
+    def stop_before_verifying(event: Event) -> None:
+        if isinstance(event, PhaseStarted) and event.name == "verify":
+            raise Killed
+
+    with pytest.raises(Killed):
+        case.run(output, lm_head=lm_head, report=stop_before_verifying)
+    events: list[Event] = []
+    result = case.run(output, lm_head=lm_head, report=events.append)
+    assert [(event.index, event.n_blocks) for event in events if isinstance(event, Resumed)] == [(2 + lm_head,) * 2]
+    assert not [event for event in events if isinstance(event, BlockStarted | LayerStarted)]
+    assert {layer.block for layer in result.layers} == set(range(2 + lm_head))
 
 
 def test_what_is_complete_already_is_left_alone(case: Case, tmp_path: Path) -> None:
