@@ -15,7 +15,7 @@ from pathlib import Path
 from gptq_cli.checkpoint.headers import BITS_OF_DTYPE
 from gptq_cli.config.rules import expert_part
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.pipeline.cost import HESSIAN_SHARE, Calibration, Seconds, estimate_seconds
+from gptq_cli.pipeline.cost import HESSIAN_SHARE, ROWS_OF_A_PART, Calibration, Seconds, estimate_seconds
 from gptq_cli.pipeline.run_plan import LayerPlan, RunPlan
 from gptq_cli.pipeline.windows import bounded
 
@@ -69,8 +69,9 @@ def estimate_memory(plan: RunPlan, config: QuantizeConfig, devices: int = 1) -> 
     waiting batches  tokens x (2 hidden + the widest input): what forwards hold that stop inside a block; without
                      true_sequential only one batch's
     block            the weights of the largest block, in the forward's dtype
-    solver           3 float32 matrices [I, I] while a Hessian is factorised, or 2 and 3 of [O, I] while columns are
-                     rounded; or as many panels of [I, I] as sums of batches wait for each other
+    solver           2 float32 matrices [I, I], a Hessian and its factor, and 3 of [rows of a part, I] while columns are
+                     rounded, beside the layer's weights and codes; or as many panels of [I, I] as sums of batches wait
+                     for each other
     experts' inputs  tokens x hidden of all calibration windows, if there are several devices
     """
     bits = _forward_bits(plan, config)
@@ -85,18 +86,19 @@ def estimate_memory(plan: RunPlan, config: QuantizeConfig, devices: int = 1) -> 
     streams = 2 if plan.asymmetric else 1
     waiting_sums = mine.bit_length() * (HESSIAN_SHARE + streams - 1)
     most = max(layer.in_features for layer in plan.quantized)
-    solver = max(*map(_solver_bytes, plan.quantized), int(waiting_sums * most**2 * FLOAT))
     states = Term(STATES, streams * tokens * hidden * bits // 8)
-    work: tuple[Term, ...] = (
-        Term("waiting batches", streams * waiting * (2 * hidden + widest) * bits // 8),
-        Term("block", block),
-        Term("solver", solver + chunk * widest * FLOAT),
-    )
+    work = [Term("waiting batches", streams * waiting * (2 * hidden + widest) * bits // 8), Term("block", block)]
     if devices > 1 and any(expert_part(layer.name) for layer in plan.layers):
         everything = config.nsamples * seqlen * hidden * bits // 8
-        work = (*work, Term("experts' inputs", streams * everything))
+        work.append(Term("experts' inputs", streams * everything))
+
+    def solver(device: str) -> Term:
+        solving = max(_solver_bytes(layer, bits, ROWS_OF_A_PART[device]) for layer in plan.quantized)
+        return Term("solver", max(solving, int(waiting_sums * most**2 * FLOAT)) + chunk * widest * FLOAT)
+
     libraries = Term(LIBRARIES, LIBRARIES_BYTES)
-    return Estimate((libraries, states, *work), (states, *work), (libraries, states, Term("block", block)))
+    on_cpu, on_accelerator = (states, *work, solver("cpu")), (states, *work, solver("cuda"))
+    return Estimate((libraries, *on_cpu), on_accelerator, (libraries, states, Term("block", block)))
 
 
 def estimate_time(plan: RunPlan, config: QuantizeConfig, devices: int) -> Seconds:
@@ -138,8 +140,7 @@ def _largest_block(plan: RunPlan) -> int:
     return max(sizes.values())
 
 
-def _solver_bytes(layer: LayerPlan) -> int:
-    square, matrix = layer.in_features**2, layer.in_features * layer.out_features
-    factorising = 3 * square * FLOAT
-    rounding = 2 * square * FLOAT + 3 * matrix * FLOAT + 2 * matrix * CODE
-    return max(factorising, rounding)
+def _solver_bytes(layer: LayerPlan, bits: int, rows_of_part: int) -> int:
+    n, rows = layer.in_features, min(layer.out_features, rows_of_part)
+    layer_bytes = n * layer.out_features * (bits // 8 + CODE)
+    return 2 * n**2 * FLOAT + rows * n * (3 * FLOAT + 2 * CODE) + layer_bytes

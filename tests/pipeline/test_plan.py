@@ -91,7 +91,7 @@ def test_the_memory_estimate_is_the_sum_of_its_terms_as_documented(tmp_path: Pat
     assert terms["hidden states"] == tokens * 64 * 2
     assert terms["waiting batches"] == tokens * (2 * 64 + 128) * 2
     assert terms["block"] == block * 2
-    assert terms["solver"] == 2 * 128**2 * 4 + 64 * 128 * (3 * 4 + 2) + 4 * 64 * 128 * 4
+    assert terms["solver"] == 2 * 128**2 * 4 + 64 * 128 * (3 * 4 + 2 + 2 + 1) + 4 * 64 * 128 * 4
     replayed = estimate_memory(plan, config(nsamples=6, seqlen=64, batch_size=2, true_sequential=False))
     assert {t.what: t.nbytes for t in replayed.cpu}["waiting batches"] == 2 * 64 * (2 * 64 + 128) * 2
     assert total(replayed.accelerator) < total(replayed.cpu)
