@@ -332,6 +332,7 @@ def _pinning(gpu: SimulatedGpu) -> Iterator[None]:
 
     with (
         patch.object(Tensor, "pin_memory", lambda tensor: gpu.pin(tensor)),
+        patch.object(Tensor, "is_pinned", lambda tensor: _host(tensor).untyped_storage() in gpu.pinned),
         patch.object(torch, "empty_like", pinned_empty_like),
     ):
         yield

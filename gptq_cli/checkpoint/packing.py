@@ -14,13 +14,14 @@ VALUES = 32  # values packed together
 
 def pack(values: Tensor, bits: int) -> Tensor:
     """Words int32 [N * bits / 32, C] of unsigned integers `values` [N, C] below 2**bits; N must be a multiple of 32."""
-    groups = values.to(torch.int32).unflatten(0, (-1, VALUES))
+    groups = values.unflatten(0, (-1, VALUES))
     words = torch.zeros(groups.shape[0], bits, *values.shape[1:], dtype=torch.int32, device=values.device)
     for index in range(VALUES):
         word, offset = divmod(index * bits, 32)
-        words[:, word] |= groups[:, index] << offset
+        value = groups[:, index].to(torch.int32)
+        words[:, word] |= value << offset
         if offset + bits > 32:
-            words[:, word + 1] |= groups[:, index] >> (32 - offset)
+            words[:, word + 1] |= value >> (32 - offset)
     return words.flatten(0, 1)
 
 

@@ -42,9 +42,10 @@ class TensorReader:
     def read(self, name: str) -> Tensor:
         """The tensor as stored; its memory may be the file's own pages."""
         file = str(self._tensors[name].file)
-        if file not in self._open:
-            self._open[file] = safe_open(file, framework="pt", device="cpu")
-        tensor: Tensor = self._open[file].get_tensor(name)
+        opened = self._open.get(file)  # another thread may release it meanwhile
+        if opened is None:
+            opened = self._open[file] = safe_open(file, framework="pt", device="cpu")
+        tensor: Tensor = opened.get_tensor(name)
         return tensor
 
     def expect(self, names: Iterable[str]) -> None:

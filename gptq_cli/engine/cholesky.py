@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gptq_cli.engine.chunks import row_chunks
+
 PANEL = {"cpu": 512, "cuda": 4096}
-ELEMENTS_PER_CHUNK = 2**24
 
 
 @torch.no_grad()
@@ -43,9 +44,8 @@ def reverse_(matrix: Tensor) -> None:
     """Reverse the rows and the columns of a contiguous matrix in place."""
     numbers = matrix.view(-1)
     size = len(numbers)
-    for start in range(0, size // 2, ELEMENTS_PER_CHUNK):
-        stop = min(start + ELEMENTS_PER_CHUNK, size // 2)
-        front, back = numbers[start:stop], numbers[size - stop : size - start]
+    for part in row_chunks(numbers[: size // 2]):
+        front, back = numbers[part], numbers[size - part.stop : size - part.start]
         kept = front.flip(0)
         front.copy_(back.flip(0))
         back.copy_(kept)

@@ -14,4 +14,4 @@ def row_chunks(tensor: Tensor) -> Iterator[slice]:
     elements = max(1, tensor.numel() // max(1, len(tensor)))
     rows = max(1, ELEMENTS_PER_CHUNK[tensor.device.type] // elements)
     for start in range(0, len(tensor), rows):
-        yield slice(start, start + rows)
+        yield slice(start, min(start + rows, len(tensor)))

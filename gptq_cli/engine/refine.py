@@ -54,14 +54,15 @@ def refine(
 ) -> QuantizedLinear:
     """`quantized` with all scales fitted to the weight [O, I], then in `sweeps` rounds each group's scale and codes.
 
-    The Hessian [I, I] is damped as `prepared` says. Zeros stay; scales that change are exact in float16 and bfloat16,
-    and positive unless `signed`. Sums are in the dtype of the Hessian, which is copied only if groups are scattered.
+    The Hessian [I, I] is damped as `prepared` says, and dead columns stay zero. Zero points stay; scales that change are
+    exact in float16 and bfloat16, and positive unless `signed`. Sums are in the dtype of the Hessian, which is copied
+    only if groups are scattered.
     """
     group_of_column = quantized.group_of_column.long()
     columns = group_of_column.argsort(stable=True)
     if prepared.order.scattered:
         hessian = hessian[columns[:, None], columns]
-    state = _start(weight, hessian, prepared.damping, quantized, columns, signed)
+    state = _start(weight, hessian, prepared, quantized, columns, signed)
     for group in range(len(state.scales)):
         _fit_scale(state, group)
     for _ in range(sweeps):
@@ -73,14 +74,16 @@ def refine(
 
 
 def _start(
-    weight: Tensor, hessian: Tensor, damping: Tensor, quantized: QuantizedLinear, columns: Tensor, signed: bool
+    weight: Tensor, hessian: Tensor, prepared: Prepared, quantized: QuantizedLinear, columns: Tensor, signed: bool
 ) -> _State:
     dtype = hessian.dtype
     scales, zeros = (grid.to(dtype).T.contiguous() for grid in (quantized.scales, quantized.zeros))
     levels, errors = (matrix.T.index_select(0, columns).to(dtype) for matrix in (quantized.codes, weight))
+    errors.masked_fill_(prepared.dead[columns, None], 0)
     _by_group(levels, zeros).sub_(zeros[:, None])
     _by_group(errors, zeros).addcmul_(_by_group(levels, zeros), scales[:, None], value=-1)
-    return _State(hessian, damping[columns].to(dtype), errors, levels, scales, zeros, quantized.bits, signed)
+    damping = prepared.damping[columns].to(dtype)
+    return _State(hessian, damping, errors, levels, scales, zeros, quantized.bits, signed)
 
 
 def _by_group(matrix: Tensor, grids: Tensor) -> Tensor:

@@ -137,9 +137,8 @@ def solve_together(
     rows = torch.cat(list(weights)) if len(weights) > 1 else weights[0]
     quantized = _quantize(rows, prepared, config, column_block)
     if config.refine_sweeps:
-        alive, signed = rows.masked_fill(prepared.dead, 0), config.signed_scales
-        quantized = refine(alive, hessian, prepared, quantized, sweeps=config.refine_sweeps, signed=signed)
-        del alive
+        sweeps, signed = config.refine_sweeps, config.signed_scales
+        quantized = refine(rows, hessian, prepared, quantized, sweeps=sweeps, signed=signed)
     baseline = round_to_nearest(rows, config, prepared.order.group_of_column)
     solutions, start = [], 0
     for weight in weights:

@@ -10,11 +10,11 @@ logits = stream.logits(ids, hidden)
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,21 +22,9 @@ from torch import Tensor, nn
 from gptq_cli.errors import InputError
 from gptq_cli.models.dependence import check_chain
 from gptq_cli.models.experts import Experts
+from gptq_cli.models.read_ahead import Source
 from gptq_cli.models.recording import Call, Container, Extras, Recorder, State, apart, share, unfilled
 from gptq_cli.models.skeleton import Skeleton, is_linear, is_transposed, outside_linears, place
-
-
-class Source(Protocol):
-    """Where the weights come from."""
-
-    def read(self, name: str) -> Tensor:
-        """A tensor of the checkpoint; its memory may be the file's own pages."""
-
-    def expect(self, names: Iterable[str]) -> None:
-        """Be told what will be read next, while what was read before is at work."""
-
-    def release(self) -> None:
-        """Hold on to no file any more."""
 
 
 class _FirstBlockDone(Exception):
@@ -212,15 +200,21 @@ class ModelStream:
         """Block `index` with its weights on the device; they are dropped on leaving."""
         module = self._blocks[index]
         with self._filled(module, f"{self.block_name(index)}."):
-            if index + 1 < self.n_blocks:
-                following = f"{self.block_name(index + 1)}."
-                names = [self._sources[f"{following}{name}"] for name in self._blocks[index + 1].state_dict()]
-                self._source.expect(dict.fromkeys(stored for name in names for stored in self._derived.stored(name)))
+            self._source.expect(self._stored(index + 1))
             calls, twin_calls, self._at_hand = self._calls[index], self._twin_calls[index], self.linears(index)
             try:
                 yield LoadedBlock(module, self._at_hand, calls, twin_calls, self._experts(index))
+            except BaseException:
+                self._source.expect(())
+                raise
             finally:
                 self._at_hand = {}
+
+    def _stored(self, index: int) -> Iterator[str]:
+        """The tensors of the checkpoint that fill block `index`; none behind the last one."""
+        for block in self._blocks[index : index + 1]:
+            for name in block.state_dict():
+                yield from self._derived.stored(self._sources[f"{self.block_name(index)}.{name}"])
 
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor, State], Tensor]]:
@@ -315,4 +309,5 @@ class ModelStream:
                 "E_CKPT_SHAPE",
                 f"`{source}` is {list(tensor.shape)} in the checkpoint, {list(like.shape)} in config.json",
             )
-        return tensor.to(self.device, like.dtype if tensor.is_floating_point() else tensor.dtype)
+        dtype = like.dtype if tensor.is_floating_point() else tensor.dtype
+        return tensor.to(self.device, dtype, non_blocking=tensor.is_pinned())

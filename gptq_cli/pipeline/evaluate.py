@@ -170,8 +170,9 @@ def _run(
 ) -> _Run:
     report(PhaseStarted("evaluation", str(checkpoint.directory)))
     stream = open_stream(
-        checkpoint, device=device, dtype=request.dtype, trust_remote_code=request.trust_remote_code, backend=backend
-    )
+        checkpoint, device=device, dtype=request.dtype, trust_remote_code=request.trust_remote_code, backend=backend,
+        host=Memory(torch.device("cpu")),
+    )  # fmt: skip
     for ids in batches:
         check_token_ids(ids, stream.vocabulary_rows)
     hidden = HiddenStates(stream.embed(batches), Memory(device))

@@ -129,7 +129,7 @@ def quantize_checkpoint(
         finished_output(work.output, identity, overwrite=overwrite)
         check_resumable(work, identity, "never" if resume == "never" else "auto", record)
         with torch.inference_mode(), device_errors():
-            stream = open_stream(source, device=device, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
+            stream = _open_stream(source, config, place)
             plan = _plan(source, config, stream, record)
             record(_planned(model, plan, config))
             check_finite(plan)
@@ -152,12 +152,22 @@ def quantize_checkpoint(
     return _result(output, located, config, plan, windows, record, time.perf_counter() - started)
 
 
+def _open_stream(source: Checkpoint, config: QuantizeConfig, place: Place) -> ModelStream:
+    return open_stream(
+        source, device=place.device, dtype=config.dtype, trust_remote_code=config.trust_remote_code,
+        host=_host(config, place),
+    )  # fmt: skip
+
+
+def _host(config: QuantizeConfig, place: Place) -> Memory:
+    return Memory(torch.device("cpu"), None, config.max_ram_bytes, place.team.neighbours)
+
+
 def _check_room(work: WorkDirectory, plan: RunPlan, config: QuantizeConfig, stream: ModelStream, place: Place) -> None:
     """ResourceError E_DISK or E_OOM if disk or memory will not suffice."""
     check_disk(work, plan.layout.nbytes, (1 + plan.asymmetric) * _hidden_bytes(config, stream))
-    host = Memory(torch.device("cpu"), None, config.max_ram_bytes, place.team.neighbours).free()
     device = Memory(place.device, config.max_vram_bytes).free() if place.device.type == "cuda" else None
-    check_memory(plan, config, host, device, place.team.size)
+    check_memory(plan, config, _host(config, place).free(), device, place.team.size)
 
 
 def _plan(source: Checkpoint, config: QuantizeConfig, stream: ModelStream, report: Report) -> RunPlan:
@@ -316,7 +326,7 @@ def assist(model: str, config: QuantizeConfig, place: Place, *, revision: str | 
     config = bounded(config, source)
     check_agreement(team, identify(source, located.commit, config, device, hashed=team.first_here))
     with torch.inference_mode(), device_errors():
-        stream = open_stream(source, device=device, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
+        stream = _open_stream(source, config, place)
         plan = _plan(source, config, stream, ignore)
         ids: Tensor = team.told()
         if ids.numel():

@@ -11,10 +11,13 @@ from gptq_cli.checkpoint.reader import open_reader
 from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.checkpoint.verify import verify_checkpoint
 from gptq_cli.errors import ConfigError, InputError
+from gptq_cli.models.read_ahead import ReadAhead
 from gptq_cli.models.skeleton import build_skeleton, load_config
 from gptq_cli.models.stream import ModelStream
+from gptq_cli.pipeline.memory import Memory
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+AHEAD_SHARE = 8  # a block that is read ahead may fill an eighth of the host's free memory
 WRONG_NUMBERS = {"E_CKPT_ZEROS", "E_CKPT_GROUPS", "E_CKPT_SCALES", "E_CKPT_NONFINITE", "E_CKPT_SHAPE"}
 STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -46,9 +49,18 @@ def resolve_backend(backend: str | None, device: torch.device) -> str:
 
 
 def open_stream(
-    checkpoint: Checkpoint, *, device: torch.device, dtype: str, trust_remote_code: bool, backend: str = "torch"
+    checkpoint: Checkpoint,
+    *,
+    device: torch.device,
+    dtype: str,
+    trust_remote_code: bool,
+    backend: str = "torch",
+    host: Memory | None = None,
 ) -> ModelStream:
-    """The model of `checkpoint`, quantized or not, ready to be run block by block on `device`, the current one then."""
+    """The model of `checkpoint`, quantized or not, ready to be run block by block on `device`, the current one then.
+
+    For an accelerator the next block is read ahead, into a share of what is free of `host`.
+    """
     if device.type == "cuda":
         torch.cuda.set_device(device)  # Triton launches on the current one, wherever tensors are
     config = load_config(checkpoint.directory, trust_remote_code=trust_remote_code)
@@ -61,7 +73,10 @@ def open_stream(
         device,
         trust_remote_code=trust_remote_code,
     )
-    return ModelStream(skeleton, reader, device, set(reader.names()) - set(checkpoint.tensors))
+    dequantized = set(reader.names()) - set(checkpoint.tensors)
+    if device.type == "cpu" or host is None or backend == "triton":  # which decodes on the device itself
+        return ModelStream(skeleton, reader, device, dequantized)
+    return ModelStream(skeleton, ReadAhead(reader, host.free() // AHEAD_SHARE), device, dequantized)
 
 
 def refuse_wrong_numbers(checkpoint: Checkpoint) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gptq_cli.engine import cholesky as cholesky_module
+from gptq_cli.engine import chunks
 from gptq_cli.engine.cholesky import cholesky_, reverse_
 from gptq_cli.engine.factor import NotPositiveDefiniteError, prepare
 from tests.engine.samples import ORDERS, correlated_layer, layer_config
@@ -43,7 +44,7 @@ def test_first_minor_that_is_not_positive_is_named_as_lapack_names_it(at: int) -
 
 @pytest.mark.parametrize(("rows", "chunk"), [(6, 5), (7, 4), (1, 2), (5, 1000)])
 def test_rows_and_columns_are_reversed_in_place(rows: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cholesky_module, "ELEMENTS_PER_CHUNK", chunk)
+    monkeypatch.setattr(chunks, "ELEMENTS_PER_CHUNK", {"cpu": chunk})
     matrix = torch.arange(float(rows * rows)).reshape(rows, rows)
     expected = matrix.flip(0, 1)
     reverse_(matrix)

@@ -15,7 +15,7 @@ import torch
 from gptq_cli.checkpoint.source import open_checkpoint
 from gptq_cli.engine import triton_solver
 from gptq_cli.errors import PausedError
-from gptq_cli.pipeline import activations, memory
+from gptq_cli.pipeline import activations, memory, setup
 from gptq_cli.pipeline.activations import HiddenStates
 from gptq_cli.pipeline.eval_request import EvalRequest
 from gptq_cli.pipeline.evaluate import evaluate_perplexity
@@ -59,6 +59,21 @@ def test_a_model_is_opened_on_the_device_that_kernels_will_be_launched_on(gpu: S
     model = open_checkpoint(save_model(tmp_path / "model"))
     stream = open_stream(model, device=resolve_device("auto"), dtype="float32", trust_remote_code=False)
     assert gpu.current == stream.device
+
+
+def test_blocks_behind_the_first_are_copied_from_pinned_memory_without_the_host_waiting(
+    gpu: SimulatedGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save_model(tmp_path / "model", num_hidden_layers=4, dtype=torch.bfloat16)
+    found = []
+    for place, share in (("ahead", 8), ("in turn", 2**60)):
+        monkeypatch.setattr(setup, "AHEAD_SHARE", share)
+        gpu.waits.clear()
+        quantize_checkpoint(str(model), tmp_path / place, config(device="cuda", preset="fast", **SETTINGS))
+        found.append(waits(gpu, "models.stream._load"))
+    tensors_of_a_block = LINEARS + 2
+    assert found[1] - found[0] == 3 * tensors_of_a_block
+    assert written(tmp_path / "ahead") == written(tmp_path / "in turn")
 
 
 def test_solving_waits_for_the_device_a_few_times_and_reads_no_weight_twice(gpu: SimulatedGpu, tmp_path: Path) -> None:

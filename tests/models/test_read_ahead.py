@@ -1,0 +1,115 @@
+"""Tensors that are read ahead: the same ones, pinned, no more of them than there may be, and none for ever."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from weakref import ref
+
+import pytest
+import torch
+from torch import Tensor
+
+from gptq_cli.checkpoint.reader import TensorReader
+from gptq_cli.checkpoint.source import open_checkpoint
+from gptq_cli.errors import InputError
+from gptq_cli.models.read_ahead import ReadAhead
+from tests.families import save_model
+from tests.simulated_gpu import SimulatedGpu, simulated_gpu
+
+pytestmark = pytest.mark.skipif(torch.version.cuda is not None, reason="torch pins memory of its own")
+NAMES = [f"t{number}" for number in range(6)]
+BYTES = 400  # of each
+
+
+class Numbers:
+    """A source of six tensors that notes what is asked of it; some cannot be read."""
+
+    def __init__(self, broken: Iterable[str] = ()) -> None:
+        self.reads: list[str] = []
+        self.told: list[list[str]] = []
+        self.broken = set(broken)
+
+    def read(self, name: str) -> Tensor:
+        self.reads.append(name)
+        if name in self.broken:
+            raise InputError("E_CKPT_CORRUPT", f"{name} is torn")
+        return torch.full((100,), float(name[1:]))
+
+    def expect(self, names: Iterable[str]) -> None:
+        self.told.append(list(names))
+
+    def release(self) -> None:
+        self.reads.append("release")
+
+
+@pytest.fixture(autouse=True)
+def gpu() -> Iterator[SimulatedGpu]:
+    with simulated_gpu() as device:
+        yield device
+
+
+def test_what_was_expected_is_read_once_and_pinned_and_all_else_when_its_turn_comes() -> None:
+    source = Numbers()
+    ahead = ReadAhead(source, 10_000)
+    ahead.expect(["t1", "t2", "t1"])
+    found = {name: ahead.read(name) for name in ("t2", "t1", "t1", "t3")}
+    assert source.told == [["t1", "t2"]]
+    assert source.reads == ["t1", "t2", "t3"]
+    assert {name: tensor.is_pinned() for name, tensor in found.items()} == {"t2": True, "t1": True, "t3": False}
+    assert all(tensor.tolist() == [float(name[1:])] * 100 for name, tensor in found.items())
+    ahead.release()
+    assert source.reads[-1] == "release"
+
+
+@pytest.mark.parametrize("fitting", [0, 1, 4])
+def test_no_more_is_pinned_than_there_may_be(fitting: int) -> None:
+    ahead = ReadAhead(Numbers(), fitting * BYTES + BYTES - 1)
+    for _ in range(2):  # the room is there again for the next block
+        ahead.expect(NAMES)
+        tensors = [ahead.read(name) for name in NAMES]
+        assert [tensor.is_pinned() for tensor in tensors] == [True] * fitting + [False] * (6 - fitting)
+        assert [tensor[0].item() for tensor in tensors] == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_new_expectation_lets_go_of_the_old_one() -> None:
+    ahead = ReadAhead(Numbers(), 10_000)
+    ahead.expect(["t1", "t2"])
+    held = [ref(ahead.read(name)) for name in ("t1", "t2")]
+    gc.collect()
+    assert all(tensor() is not None for tensor in held)
+    ahead.expect([])
+    gc.collect()
+    assert all(tensor() is None for tensor in held)
+    assert not ahead.read("t1").is_pinned()
+
+
+def test_a_tensor_that_cannot_be_read_is_an_error_when_it_is_needed_and_not_before() -> None:
+    ahead = ReadAhead(Numbers(broken=["t2"]), 10_000)
+    ahead.expect(["t1", "t2", "t3"])
+    assert ahead.read("t3").is_pinned()
+    with pytest.raises(InputError, match="t2 is torn"):
+        ahead.read("t2")
+    ahead.expect(["t1"])
+    assert ahead.read("t1").is_pinned()
+
+
+def test_without_memory_that_can_be_pinned_tensors_are_read_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_tensor: Tensor) -> Tensor:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(Tensor, "pin_memory", refuse)
+    ahead = ReadAhead(Numbers(), 10_000)
+    ahead.expect(NAMES)
+    assert [ahead.read(name)[0].item() for name in NAMES] == [0, 1, 2, 3, 4, 5]
+
+
+def test_files_may_be_released_while_the_thread_reads_them(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(save_model(tmp_path / "model", max_shard_size="50KB"))
+    ahead, plain = ReadAhead(TensorReader(checkpoint), 10**9), TensorReader(checkpoint)
+    for _ in range(20):
+        ahead.expect(checkpoint.tensors)
+        for name in checkpoint.tensors:
+            ahead.release()
+            assert torch.equal(ahead.read(name), plain.read(name))
