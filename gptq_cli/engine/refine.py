@@ -54,9 +54,9 @@ def refine(
 ) -> QuantizedLinear:
     """`quantized` with all scales fitted to the weight [O, I], then in `sweeps` rounds each group's scale and codes.
 
-    The Hessian [I, I] is damped as `prepared` says, and dead columns stay zero. Zero points stay; scales that change are
-    exact in float16 and bfloat16, and positive unless `signed`. Sums are in the dtype of the Hessian, which is copied
-    only if groups are scattered.
+    The Hessian [I, I] is damped as `prepared` says, and dead columns stay zero. Zero points stay; scales that change
+    are exact in float16 and bfloat16, and positive unless `signed`. Sums are in the dtype of the Hessian, which is
+    copied only if groups are scattered.
     """
     group_of_column = quantized.group_of_column.long()
     columns = group_of_column.argsort(stable=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from threading import Event
 from weakref import ref
 
 import pytest
@@ -85,6 +86,25 @@ def test_a_new_expectation_lets_go_of_the_old_one() -> None:
     assert not ahead.read("t1").is_pinned()
 
 
+def test_what_is_not_expected_any_more_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, began, goes_on = Numbers(), Event(), Event()
+    read = source.read
+
+    def slowly(name: str) -> Tensor:
+        began.set()
+        assert goes_on.wait(60)
+        return read(name)
+
+    monkeypatch.setattr(source, "read", slowly)
+    ahead = ReadAhead(source, 10_000)
+    ahead.expect(["t1", "t2", "t3"])
+    assert began.wait(60)
+    ahead.expect(["t4"])
+    goes_on.set()
+    assert ahead.read("t4").is_pinned()
+    assert source.reads == ["t1", "t4"]
+
+
 def test_a_tensor_that_cannot_be_read_is_an_error_when_it_is_needed_and_not_before() -> None:
     ahead = ReadAhead(Numbers(broken=["t2"]), 10_000)
     ahead.expect(["t1", "t2", "t3"])
@@ -103,6 +123,17 @@ def test_without_memory_that_can_be_pinned_tensors_are_read_as_ever(monkeypatch:
     ahead = ReadAhead(Numbers(), 10_000)
     ahead.expect(NAMES)
     assert [ahead.read(name)[0].item() for name in NAMES] == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_file_may_be_released_by_one_thread_the_moment_another_has_opened_it(tmp_path: Path) -> None:
+    class Forgetful(dict[str, object]):
+        def __setitem__(self, _file: str, _opened: object) -> None:
+            """Released before anybody could look."""
+
+    checkpoint = open_checkpoint(save_model(tmp_path / "model"))
+    reader, plain = TensorReader(checkpoint), TensorReader(checkpoint)
+    reader._open = Forgetful()
+    assert all(torch.equal(reader.read(name), plain.read(name)) for name in checkpoint.tensors)
 
 
 def test_files_may_be_released_while_the_thread_reads_them(tmp_path: Path) -> None:

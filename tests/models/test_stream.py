@@ -107,6 +107,25 @@ def test_stages_are_those_one_would_write_by_hand(family: str, tmp_path: Path) -
     assert [tuple(name.rpartition(".")[2] for name in stage.names) for stage in stages] == STAGES[family]
 
 
+def test_the_next_block_is_expected_and_nothing_behind_the_last_or_a_failed_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[list[str]] = []
+    monkeypatch.setattr(TensorReader, "expect", lambda _self, names: told.append(sorted(names)))
+    directory = save_model(tmp_path, num_hidden_layers=3)
+    names = sorted(open_checkpoint(directory).tensors)
+    blocks = [[name for name in names if name.startswith(f"model.layers.{index}.")] for index in range(3)]
+    stream = open_stream(directory)
+    stream.embed(token_batches(1))
+    for index in range(3):
+        with stream.block(index):
+            pass
+    assert told == [blocks[1], blocks[2], []]
+    with pytest.raises(ArithmeticError), stream.block(0):
+        raise ArithmeticError
+    assert told[3:] == [blocks[1], []]
+
+
 def test_a_model_with_one_block_streams_too(tmp_path: Path) -> None:
     directory = save_model(tmp_path, num_hidden_layers=1)
     batches = token_batches(1, 1)
