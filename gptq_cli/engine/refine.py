@@ -15,6 +15,8 @@ Matrices are held transposed, [I, O]; columns are sorted by group.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -34,8 +36,7 @@ INNER_BLOCK = 16
 class _State:
     """A layer while it is refined; tensors are updated in place."""
 
-    hessian: Tensor  # [I, I], symmetric, without the damping
-    damping: Tensor  # [I], on its diagonal
+    hessian: Tensor  # [I, I], symmetric, positive definite
     errors: Tensor  # [I, O], W - Q
     levels: Tensor  # [I, O], codes - zeros
     scales: Tensor  # [G, O]
@@ -56,34 +57,44 @@ def refine(
 
     The Hessian [I, I] is damped as `prepared` says, and dead columns stay zero. Zero points stay; scales that change
     are exact in float16 and bfloat16, and positive unless `signed`. Sums are in the dtype of the Hessian, which is
-    copied only if groups are scattered.
+    copied only if groups are scattered; else its own diagonal is damped for as long as this takes.
     """
-    group_of_column = quantized.group_of_column.long()
-    columns = group_of_column.argsort(stable=True)
+    columns, damping = quantized.group_of_column.argsort(stable=True), prepared.damping
     if prepared.order.scattered:
-        hessian = hessian[columns[:, None], columns]
-    state = _start(weight, hessian, prepared, quantized, columns, signed)
-    for group in range(len(state.scales)):
-        _fit_scale(state, group)
-    for _ in range(sweeps):
+        hessian, damping = hessian[columns[:, None], columns], damping[columns]
+    state = _start(weight, hessian, prepared.dead, quantized, columns, signed)
+    with _damped(hessian, damping):
         for group in range(len(state.scales)):
-            _fit_codes(state, group, _fit_scale(state, group))
+            _fit_scale(state, group)
+        for _ in range(sweeps):
+            for group in range(len(state.scales)):
+                _fit_codes(state, group, _fit_scale(state, group))
     codes = _by_group(state.levels, state.zeros).add_(state.zeros[:, None]).byte().flatten(0, 1)
     codes = codes[columns.argsort()].T.contiguous()
     return replace(quantized, codes=codes, scales=state.scales.T.contiguous().half())
 
 
+@contextmanager
+def _damped(hessian: Tensor, damping: Tensor) -> Iterator[None]:
+    diagonal = hessian.diagonal()
+    undamped = diagonal.clone()
+    diagonal += damping
+    try:
+        yield
+    finally:
+        diagonal.copy_(undamped)
+
+
 def _start(
-    weight: Tensor, hessian: Tensor, prepared: Prepared, quantized: QuantizedLinear, columns: Tensor, signed: bool
+    weight: Tensor, hessian: Tensor, dead: Tensor, quantized: QuantizedLinear, columns: Tensor, signed: bool
 ) -> _State:
     dtype = hessian.dtype
     scales, zeros = (grid.to(dtype).T.contiguous() for grid in (quantized.scales, quantized.zeros))
     levels, errors = (matrix.T.index_select(0, columns).to(dtype) for matrix in (quantized.codes, weight))
-    errors.masked_fill_(prepared.dead[columns, None], 0)
+    errors.masked_fill_(dead[columns, None], 0)
     _by_group(levels, zeros).sub_(zeros[:, None])
     _by_group(errors, zeros).addcmul_(_by_group(levels, zeros), scales[:, None], value=-1)
-    damping = prepared.damping[columns].to(dtype)
-    return _State(hessian, damping, errors, levels, scales, zeros, quantized.bits, signed)
+    return _State(hessian, errors, levels, scales, zeros, quantized.bits, signed)
 
 
 def _by_group(matrix: Tensor, grids: Tensor) -> Tensor:
@@ -94,20 +105,14 @@ def _by_group(matrix: Tensor, grids: Tensor) -> Tensor:
 def _slopes(state: _State, columns: slice) -> Tensor:
     """P = E H of the columns, [n, O]."""
     with feedback_precision(state.errors):
-        products = state.hessian[columns] @ state.errors
-    return products.addcmul_(state.damping[columns, None], state.errors[columns])
-
-
-def _near(state: _State, columns: slice) -> Tensor:
-    """H between the columns, [n, n]."""
-    return state.hessian[columns, columns] + state.damping[columns].diag()
+        return state.hessian[columns] @ state.errors
 
 
 def _fit_scale(state: _State, group: int) -> Tensor:
     """Fit the scale of a group. Returns the slopes P of its columns with the new scale, [n, O]."""
     columns = state.columns_of(group)
     levels, errors, scales = state.levels[columns], state.errors[columns], state.scales[group]
-    slopes, bends = _slopes(state, columns), _near(state, columns) @ levels
+    slopes, bends = _slopes(state, columns), state.hessian[columns, columns] @ levels
     if uses_kernels(levels):
         fit_scales(slopes, bends, levels, errors, scales, signed=state.signed)
         return slopes
@@ -133,7 +138,7 @@ def _fit_codes(state: _State, group: int, slopes: Tensor) -> None:
 
 def _fit_block(state: _State, group: int, columns: slice, slopes: Tensor) -> None:
     """The same for some columns of the group, whose slopes are kept up to date among themselves."""
-    hessian, errors, levels = _near(state, columns), state.errors[columns], state.levels[columns]
+    hessian, errors, levels = state.hessian[columns, columns], state.errors[columns], state.levels[columns]
     scales, zeros = state.scales[group], state.zeros[group]
     if uses_kernels(slopes):
         fit_codes(slopes, errors, levels, hessian, scales, zeros, state.bits)

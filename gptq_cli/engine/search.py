@@ -51,6 +51,7 @@ def _search(weights: Tensor, energy: Tensor | None, config: LayerConfig) -> tupl
     least = torch.full_like(scales, torch.inf)
     for steps in _steps(config):
         candidates = [_candidate(whole, *step, config) for step in steps]
+        # On an accelerator the host would wait for the answer.
         if weights.is_cpu and energy is None and _none_can_win(ends, candidates, least, config.bits):
             break  # nor can one with a smaller scale
         for candidate in candidates:

@@ -39,8 +39,8 @@ class ReadAhead:
         return self._source.read(name) if ahead is None else ahead
 
     def expect(self, names: Iterable[str]) -> None:
-        """Let go of what was expected before, and begin to read `names`, each of them once."""
-        names = list(dict.fromkeys(names))
+        """Let go of what was expected before, and begin to read `names`."""
+        names = list(names)
         for future in self._ahead.values():
             future.cancel()
         self._source.expect(names)

@@ -200,7 +200,7 @@ class ModelStream:
         """Block `index` with its weights on the device; they are dropped on leaving."""
         module = self._blocks[index]
         with self._filled(module, f"{self.block_name(index)}."):
-            self._source.expect(self._stored(index + 1))
+            self._source.expect(dict.fromkeys(self._stored(index + 1)))
             calls, twin_calls, self._at_hand = self._calls[index], self._twin_calls[index], self.linears(index)
             try:
                 yield LoadedBlock(module, self._at_hand, calls, twin_calls, self._experts(index))
