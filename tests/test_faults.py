@@ -76,7 +76,7 @@ SEEN_ELSEWHERE = {
     66: ("tests/checkpoint/test_hub.py", "test_the_hubs_refusals_have_codes_and_hints"),
     67: ("tests/checkpoint/test_hub.py", "test_a_hub_that_cannot_be_reached_is_an_input_error"),
     68: ("tests/checkpoint/test_hub.py", "test_a_download_that_breaks_off_is_continued_by_the_same_command"),
-    69: ("tests/checkpoint/test_hub.py", "test_a_hub_id_is_downloaded_at_one_commit_without_pickles"),
+    69: ("tests/checkpoint/test_hub.py", "test_a_hub_id_is_downloaded_at_one_commit_without_what_nobody_reads"),
     70: ("tests/cli/test_push.py", "test_a_refusal_of_the_hub_has_its_code_hint_and_exit_code"),
     72: ("tests/test_secrets.py", "test_only_files_of_the_model_itself_reach_the_output"),
     75: ("tests/test_secrets.py", "test_a_token_is_in_no_output_of_the_program"),
