@@ -36,7 +36,10 @@ class QuantizedLinear:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [O, I] these codes stand for, computed in float32 and then cast to `dtype`."""
-        return torch.cat([self.rows(rows)._values().to(dtype) for rows in row_chunks(self.codes)])
+        weight = torch.empty_like(self.codes, dtype=dtype)
+        for rows in row_chunks(weight):
+            weight[rows] = self.rows(rows)._values()
+        return weight
 
     def _values(self) -> Tensor:
         group = self.group_of_column.long()

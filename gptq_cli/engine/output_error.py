@@ -1,4 +1,4 @@
-"""How much of a layer's output quantization changes: tr(E H Eᵀ) / tr(W H Wᵀ) with E = W - Q and H = Σ x xᵀ.
+"""How much of a layer's output quantization changes: tr(E H Eᵀ) / tr(W H Wᵀ) with E = Q - W and H = Σ x xᵀ.
 
 That is Σ ‖E x‖² / Σ ‖W x‖² over the calibration tokens, without looking at a token again.
 """
@@ -25,7 +25,7 @@ def output_energies(weight: Tensor, hessian: Tensor, candidates: Sequence[Quanti
     energies = torch.zeros(1 + len(candidates), dtype=torch.float64, device=weight.device)
     for rows in row_chunks(weight):
         original = weight[rows].to(hessian.dtype)
-        errors = (original - candidate.rows(rows).dequantize(hessian.dtype) for candidate in candidates)
+        errors = (candidate.rows(rows).dequantize(hessian.dtype).sub_(original) for candidate in candidates)
         energies += torch.stack([_energy(original, hessian), *(_energy(error, hessian) for error in errors)])
     found: list[float] = energies.tolist()
     return found

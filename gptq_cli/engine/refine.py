@@ -29,7 +29,7 @@ from gptq_cli.engine.precision import feedback_precision
 from gptq_cli.engine.triton_solver import fit_codes, fit_scales, uses_kernels
 
 COLUMN_BLOCK = 128
-INNER_BLOCK = 16
+INNER_BLOCK = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,20 +143,20 @@ def _fit_block(state: _State, group: int, columns: slice, slopes: Tensor) -> Non
     if uses_kernels(slopes):
         fit_codes(slopes, errors, levels, hessian, scales, zeros, state.bits)
         return
-    ends = -zeros, 2**state.bits - 1 - zeros
-    for start in range(0, len(slopes), INNER_BLOCK):
+    bends, ends = hessian.diagonal()[:, None], (-zeros, 2**state.bits - 1 - zeros)
+    targets, couplings = slopes.div_(bends).div_(scales).add_(levels), hessian / bends
+    for start in range(0, len(targets), INNER_BLOCK):
         few, rest = slice(start, start + INNER_BLOCK), slice(start + INNER_BLOCK, None)
-        moves = _fit_few(slopes[few], levels[few], hessian[few, few], scales, ends)
-        errors[few] -= moves
-        slopes[rest].addmm_(hessian[rest, few], moves, alpha=-1)
+        _fit_few(targets[few], levels[few], couplings[few, few], ends)
+        targets[rest].addmm_(couplings[rest, few], levels[few])
+    errors.addcmul_(levels, scales)
+    levels.copy_(targets)
 
 
-def _fit_few(slopes: Tensor, levels: Tensor, hessian: Tensor, scales: Tensor, ends: tuple[Tensor, Tensor]) -> Tensor:
-    """Move the codes of columns one after the other, each to the best point. Returns by how much they moved, [n, O]."""
-    moves, steps = torch.empty_like(levels), torch.mul(hessian.diagonal()[:, None], scales).reciprocal_()
-    for column, (slope, level, step, move) in enumerate(zip(slopes, levels, steps, moves, strict=True)):
-        nearest = torch.addcmul(level, slope, step).round_().clamp_(*ends)
-        torch.sub(nearest, level, out=move).mul_(scales)
-        level.copy_(nearest)
-        slopes[column + 1 :].addr_(hessian[column, column + 1 :], move, alpha=-1)
-    return moves
+def _fit_few(targets: Tensor, levels: Tensor, couplings: Tensor, ends: tuple[Tensor, Tensor]) -> None:
+    """Round the targets of columns one after the other; their levels become how far each has moved down."""
+    for column, (target, level) in enumerate(zip(targets, levels, strict=True)):
+        if column:
+            target.addmv_(levels[:column].T, couplings[column, :column])
+        target.round_().clamp_(*ends)
+        level.sub_(target)

@@ -48,14 +48,14 @@ def _whole_range(weights: Tensor, config: LayerConfig) -> tuple[Tensor, Tensor]:
 def _search(weights: Tensor, energy: Tensor | None, config: LayerConfig) -> tuple[Tensor, Tensor]:
     whole, ends = _whole_range(weights, config), torch.stack(weights.aminmax(dim=-1), dim=-1)
     scales, zeros = whole
-    least = torch.full_like(scales, torch.inf)
+    least, room = torch.full_like(scales, torch.inf), torch.empty_like(weights)
     for steps in _steps(config):
         candidates = [_candidate(whole, *step, config) for step in steps]
         # On an accelerator the host would wait for the answer.
         if weights.is_cpu and energy is None and _none_can_win(ends, candidates, least, config.bits):
             break  # nor can one with a smaller scale
         for candidate in candidates:
-            error = _error(weights, *candidate, energy, config.bits)
+            error = _error(weights, *candidate, energy, config.bits, room)
             better = error < least
             scales, zeros = (torch.where(better, *pair) for pair in zip(candidate, (scales, zeros), strict=True))
             least = torch.where(better, error, least)
@@ -94,9 +94,13 @@ def _candidate(
     return round_scales(scales * factor), (zeros + offset).clamp_(1, 2**config.bits - 1)
 
 
-def _error(weights: Tensor, scales: Tensor, zeros: Tensor, energy: Tensor | None, bits: int) -> Tensor:
+def _error(
+    weights: Tensor, scales: Tensor, zeros: Tensor, energy: Tensor | None, bits: int, room: Tensor
+) -> Tensor:
+    """What a candidate loses in each group; `room` is overwritten."""
     scales, zeros = scales.unsqueeze(-1), zeros.unsqueeze(-1)
-    return _loss(round_to_grid(weights, scales, zeros, bits).sub_(zeros).mul_(scales).sub_(weights), energy)
+    codes = round_to_grid(weights, scales, zeros, bits, out=room)
+    return _loss(codes.sub_(zeros).mul_(scales).sub_(weights), energy)
 
 
 def _loss(errors: Tensor, energy: Tensor | None) -> Tensor:

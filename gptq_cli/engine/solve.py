@@ -33,7 +33,7 @@ from gptq_cli.engine.search import choose_grid
 from gptq_cli.engine.triton_solver import MOST_COLUMNS, round_columns, uses_kernels
 
 COLUMN_BLOCK = 128
-INNER_BLOCKS = (128, 32, 8)
+INNER_BLOCKS = (128, 32)
 KERNEL_BLOCKS = (MOST_COLUMNS,)
 
 
@@ -224,10 +224,11 @@ def _round_at_once(block: _Block, grid: _Grid, start: int, stop: int) -> None:
 
 
 def _round_one_by_one(block: _Block, grid: _Grid, start: int, stop: int) -> None:
-    for column, group in enumerate(block.group_of[start:stop].tolist(), start):
-        value, error = block.values[column], block.errors[column]
+    values, errors, R = block.values[start:stop], block.errors[start:stop], block.R[start:stop, start:stop]
+    for column, group in enumerate(block.group_of[start:stop].tolist()):
+        value, error = values[column], errors[column]
         scales, zeros = grid.scales[group], grid.zeros[group]
+        if column:
+            value.addmv_(errors[:column].T, R[:column, column])
         round_to_grid(value, scales, zeros, grid.config.bits, out=value)
         error.addcmul_(value - zeros, scales, value=-1)
-        if column + 1 < stop:
-            block.values[column + 1 : stop].addr_(block.R[column, column + 1 : stop], error)
