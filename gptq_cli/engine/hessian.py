@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from gptq_cli.engine.pairwise import Node, push
+from gptq_cli.engine.precision import bfloat16_factors
 
-TOKENS_PER_CHUNK = 2048  # bounds the float32 copy of the inputs, where one is made
+TOKENS_PER_CHUNK = 1024  # bounds the float32 copy of the inputs, where one is made
 PANELS = 8  # 9/16 of the products of a full multiplication
 SMALLEST_PANEL = 128
 
@@ -50,8 +51,9 @@ class HessianAccumulator:
         if on_tensor_cores or tokens.dtype == self._panels[0].dtype:
             self._add_products(tokens)
         else:
-            for chunk in torch.split(tokens, TOKENS_PER_CHUNK):
-                self._add_products(chunk.to(self._panels[0].dtype))
+            with bfloat16_factors(tokens):
+                for chunk in torch.split(tokens, TOKENS_PER_CHUNK):
+                    self._add_products(chunk.to(self._panels[0].dtype))
         if original is not None:
             self._add_shift(tokens, original.reshape(tokens.shape))
         self.tokens += tokens.shape[0]

@@ -1,13 +1,10 @@
-"""Where tensor cores may round: products that pass the errors of columns on, on CUDA, and nothing else.
-
-TF32 keeps 11 bits of each factor. What reaches a column that way changes by less than a thousandth of itself, and is
-then rounded to 16 levels or fewer.
-"""
+"""How products of float32 matrices may be computed: where they may round, and where a shorter way loses nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,16 +12,36 @@ from torch import Tensor
 
 @contextmanager
 def feedback_precision(tensor: Tensor) -> Iterator[None]:
-    """Let products of float32 matrices on a CUDA device run in TF32 while the context lasts.
+    """Let products of float32 matrices on a CUDA device run in TF32: those that pass the errors of columns on.
 
-    The setting belongs to the whole process: nothing else may multiply meanwhile.
+    TF32 keeps 11 bits of each factor. What reaches a column that way changes by less than a thousandth of itself, and
+    is then rounded to 16 levels or fewer.
     """
-    if not tensor.is_cuda:
+    with _precision(torch.backends.cuda.matmul, "tf32", wanted=tensor.is_cuda):
+        yield
+
+
+@contextmanager
+def bfloat16_factors(tensor: Tensor) -> Iterator[None]:
+    """Let products of float32 copies of `tensor` on the CPU take their factors as bfloat16, if that is what it is.
+
+    Nothing is lost: products of two such numbers are exact in float32, in which they are added up. Processors with
+    units for them are faster by it, and others multiply float32 with another library, oneDNN.
+    """
+    library: Any = torch.backends.mkldnn
+    with _precision(library.matmul, "bf16", wanted=tensor.is_cpu and tensor.dtype == torch.bfloat16):
+        yield
+
+
+@contextmanager
+def _precision(products: Any, precision: str, *, wanted: bool) -> Iterator[None]:
+    """The setting belongs to the whole process: nothing else may multiply meanwhile."""
+    if not wanted:
         yield
         return
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    before = products.fp32_precision
+    products.fp32_precision = precision
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.fp32_precision = before
+        products.fp32_precision = before

@@ -94,9 +94,7 @@ def _candidate(
     return round_scales(scales * factor), (zeros + offset).clamp_(1, 2**config.bits - 1)
 
 
-def _error(
-    weights: Tensor, scales: Tensor, zeros: Tensor, energy: Tensor | None, bits: int, room: Tensor
-) -> Tensor:
+def _error(weights: Tensor, scales: Tensor, zeros: Tensor, energy: Tensor | None, bits: int, room: Tensor) -> Tensor:
     """What a candidate loses in each group; `room` is overwritten."""
     scales, zeros = scales.unsqueeze(-1), zeros.unsqueeze(-1)
     codes = round_to_grid(weights, scales, zeros, bits, out=room)

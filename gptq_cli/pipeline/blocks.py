@@ -119,7 +119,6 @@ def quantize_stages(
         for calls in zip(*seen, strict=True):
             stage = calls[0][0]
             gathered[stage].add(batch, *(inputs for _, inputs in calls))
-    give_back_freed_tensors()
     for stage in stages:
         inputs = gathered.pop(stage)
         if isinstance(inputs, RoutedInputs):

@@ -22,7 +22,7 @@ from gptq_cli.pipeline.windows import bounded
 STATES, LIBRARIES = "hidden states", "libraries"  # names of terms that others look for
 DEVICE_SHARE = 4  # hidden states may fill a quarter of the free memory of an accelerator
 LIBRARIES_BYTES = 320_000_000  # private memory of Python with torch and transformers at work, as measured on Linux
-TOKENS_PER_CHUNK = 2048  # of the inputs that the Hessian takes in float32 at a time
+TOKENS_PER_CHUNK = 1024  # of the inputs that the Hessian takes in float32 at a time
 FLOAT, CODE = 4, 1
 WORD_BITS = {"float64": 64, "float32": 32, "bfloat16": 16, "float16": 16}
 

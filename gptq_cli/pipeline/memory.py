@@ -21,7 +21,7 @@ WAITING_SHARE = 0.5  # of the free memory; Hessians, factors and the solver shar
 MAX_WAITING_THREADS = 1024
 CUBLAS_WORKSPACE_BYTES = 32 * 2**20  # of each thread, on the newest devices
 MAPPED_BYTES = 2**20
-_M_MMAP_THRESHOLD = -3  # malloc.h of the GNU C library
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # malloc.h of the GNU C library
 _STATUS = Path("/proc/self/status")
 _MEMORY = Path("/proc/meminfo")
 _CONTROL_GROUP = Path("/sys/fs/cgroup")
@@ -70,7 +70,7 @@ def free_bytes(device: torch.device) -> int:
 
 def give_back_freed_tensors() -> None:
     """Give back what has been freed so far, and let the C library take tensors of a megabyte or more from the system
-    one by one, and give each back when freed.
+    one by one, and give each back when freed; what is smaller comes from one place for all threads from now on.
 
     By default the GNU C library learns to keep them, in an arena for each thread: batches that wait would hold on to
     what their forwards have freed long ago. Other C libraries are left as they are.
@@ -78,6 +78,7 @@ def give_back_freed_tensors() -> None:
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt") and hasattr(library, "malloc_trim"):
         library.mallopt(_M_MMAP_THRESHOLD, MAPPED_BYTES)
+        library.mallopt(_M_ARENA_MAX, 1)
         library.malloc_trim(0)
 
 

@@ -23,6 +23,7 @@ from gptq_cli.models.skeleton import place
 from gptq_cli.models.stream import ModelStream
 from gptq_cli.pipeline.cost import ROWS_OF_A_PART
 from gptq_cli.pipeline.events import Fallback, LayerReport, LayerSolved, LayerStarted, Report, Warned
+from gptq_cli.pipeline.memory import give_back_freed_tensors
 from gptq_cli.pipeline.run_plan import LayerPlan
 from gptq_cli.pipeline.team import ALONE, Team
 
@@ -85,6 +86,8 @@ class LayerSolver:
                 self.report(LayerStarted(layer.name))
             with located(together, windows=partial(self._windows, inputs)):
                 usable = self._usable(inputs, config)
+            if self.device.type == "cpu":
+                give_back_freed_tensors()  # of forwards and of factorising: solving wants as much
             parts = row_parts(together, ROWS_OF_A_PART[self.device.type])
             solve = partial(self._solve_part, parts, usable, config)
             found: dict[str, list[Solution]] = {layer.name: [] for layer in together}

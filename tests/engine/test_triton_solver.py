@@ -19,7 +19,6 @@ from gptq_cli.engine import refine as refine_module
 from gptq_cli.engine import solve as solve_module
 from gptq_cli.engine import triton_solver
 from gptq_cli.engine.factor import prepare
-from gptq_cli.engine.precision import feedback_precision
 from gptq_cli.engine.solve import solve
 from tests.engine.kernel_cases import CASES, solved
 from tests.engine.samples import correlated_layer, layer_config
@@ -73,23 +72,6 @@ def test_solver_imports_and_solves_without_triton() -> None:
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert run.returncode == 0, run.stderr
     assert "[13, 48]" in run.stdout
-
-
-def test_products_on_the_cpu_touch_no_setting_of_the_process() -> None:
-    before = torch.backends.cuda.matmul.fp32_precision
-    with feedback_precision(torch.zeros(1)):
-        assert torch.backends.cuda.matmul.fp32_precision == before
-
-
-@pytest.mark.gpu
-@needs_cuda
-def test_tf32_holds_for_one_product_also_when_it_fails() -> None:
-    before = torch.backends.cuda.matmul.fp32_precision
-    with feedback_precision(torch.zeros(1, device="cuda")):
-        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
-    with pytest.raises(ArithmeticError), feedback_precision(torch.zeros(1, device="cuda")):
-        raise ArithmeticError
-    assert torch.backends.cuda.matmul.fp32_precision == before
 
 
 @pytest.mark.gpu
