@@ -22,7 +22,7 @@ from typer.exceptions import TyperException
 
 from gptq_cli.cli.console import Console, report_problems, talk, write, write_result
 from gptq_cli.cli.signals import name_of
-from gptq_cli.errors import GptqError, Problem, Stopped
+from gptq_cli.errors import ConfigError, GptqError, Problem, Stopped
 from gptq_cli.version import __version__
 
 # command -> what it does; the function of that name lives in the module of that name, with _ for -
@@ -57,6 +57,10 @@ class Gptq(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, _, rest = super().resolve_command(ctx, args)
         return name, load_command(str(name)), rest
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        _refuse_empty(args)
+        return super().parse_args(ctx, args)
 
     def main(
         self,
@@ -144,6 +148,14 @@ def _kebab(word: str) -> str:
     """`--group_size` as `--group-size`: people come from tools that spell it so."""
     name, equals, value = word.partition("=")
     return name.replace("_", "-") + equals + value if name.startswith("--") else word
+
+
+def _refuse_empty(words: Sequence[str]) -> None:
+    """An empty word for a path is the current directory, which nobody meant."""
+    if "" in words:
+        before = " ".join(["gptq", *words[: words.index("")]])
+        hint = "is a variable of the shell not set? leave the word out if it is not needed"
+        raise ConfigError("E_USAGE", f"the word after `{before}` is empty", hint=hint)
 
 
 def load_command(name: str) -> Any:

@@ -118,7 +118,7 @@ def _lines(plan: RunPlan, resolved: Resolved, output: Path, devices: int) -> lis
         f"        about {size(total(memory.accelerator))} on a GPU and {size(total(memory.accelerator_host))} "
         "on its host (estimate, not measured)",
         f"time    {_about(seconds.total)} on {devices} GPU{'s' * (devices > 1)} "
-        "(estimate: rates of an H100 assumed, none measured)",
+        "(estimate from assumed rates of an H100)",
         f"disk    {size(disk.needed)}{free}",
         *map(fitted, engine_lines(judge_plan(plan, resolved.config))),
     ]

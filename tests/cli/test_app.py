@@ -115,6 +115,21 @@ def test_usage_errors_are_json_too(gptq: Run) -> None:
     assert json.loads(result.stdout)["problems"][0]["code"] == "E_USAGE"
 
 
+@pytest.mark.parametrize(
+    ("words", "before"),
+    [
+        (["quantize", "", "-b", "4"], "gptq quantize"),
+        (["verify", ""], "gptq verify"),
+        (["plan", "m", "-o", ""], "gptq plan m -o"),
+    ],
+)
+def test_an_empty_word_is_not_the_current_directory(words: list[str], before: str, gptq: Run) -> None:
+    result = gptq(*words)
+    assert result.exit_code == 2
+    assert f"error[E_USAGE]: the word after `{before}` is empty" in result.stderr
+    assert "is a variable of the shell not set?" in result.stderr
+
+
 def test_terminal_escapes_in_names_are_shown_not_obeyed(gptq: Run) -> None:
     result = gptq("validate-config", "no\x1b[31m.yaml")
     assert result.exit_code == 2
