@@ -64,6 +64,7 @@ SEEN_ELSEWHERE = {
     6: ("tests/pipeline/test_refusals.py", "test_a_group_size_that_does_not_divide_names_every_kind_of_layer_at_once"),
     21: ("tests/pipeline/test_refusals.py", "test_token_ids_beyond_the_vocabulary_are_refused"),
     33: ("tests/pipeline/test_quantize.py", "test_the_head_is_quantized_on_request_and_untied"),
+    38: ("tests/pipeline/test_device_errors.py", "test_a_gpu_that_torch_was_not_built_for_is_an_input_error_with_the"),
     58: (
         "tests/pipeline/test_quantize.py",
         "test_infinite_activations_stop_the_run_with_the_layers_name_and_no_output",
@@ -83,7 +84,6 @@ SEEN_ELSEWHERE = {
 }
 NOT_HERE = {
     22: "calibration reads texts, so a chat template is never applied",
-    38: "needs a machine with a driver that does not fit",
     77: "there are no evaluation tasks with code",
 }
 

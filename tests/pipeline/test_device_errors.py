@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gptq_cli.cli.app import exit_code_of
-from gptq_cli.errors import ResourceError
+from gptq_cli.errors import InputError, ResourceError
 from gptq_cli.pipeline.device_errors import device_errors, gpu_lost, out_of_memory, reason
 from gptq_cli.pipeline.events import Event, LayerStarted, Warned
 from gptq_cli.pipeline.team import _peers
@@ -63,12 +63,25 @@ LOST = {
 }
 MISTAKES = [
     torch.AcceleratorError(f"CUDA error: invalid configuration argument{ADVICE}"),
-    torch.AcceleratorError(f"CUDA error: no kernel image is available for execution on the device{ADVICE}"),
     RuntimeError("CUDA error: CUBLAS_STATUS_INVALID_VALUE when calling `cublasSgemm(h)`"),
     RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 2x3)"),
     OSError(errno.EIO, "Input/output error"),
     ValueError("CUDA error: out of memory"),
+    ValueError("CUDA error: no kernel image is available for execution on the device"),
+    RuntimeError("no kernel image"),
 ]
+UNFIT = {
+    torch.AcceleratorError(f"CUDA error: {why}{ADVICE}"): f"CUDA error: {why}"
+    for why in (
+        "no kernel image is available for execution on the device",
+        "invalid device function",
+        "CUDA driver version is insufficient for CUDA runtime version",
+    )
+} | {
+    RuntimeError("Triton Error [CUDA]: the provided PTX was compiled with an unsupported toolchain."): (
+        "Triton Error [CUDA]: the provided PTX was compiled with an unsupported toolchain"
+    ),
+}
 
 
 @pytest.mark.parametrize("error", EXHAUSTED, ids=str)
@@ -88,6 +101,21 @@ def test_a_gpu_that_has_failed_is_said_with_its_reason(error: Exception) -> None
     assert (caught.value.code, caught.value.exit_code) == ("E_GPU_LOST", 5)
     assert str(caught.value) == f"the GPU has failed: {LOST[error]}"
     assert caught.value.hint == "look at `nvidia-smi`, and for Xid in `dmesg`, then run the same command again"
+
+
+@pytest.mark.parametrize("error", UNFIT, ids=str)
+def test_a_gpu_that_torch_was_not_built_for_is_an_input_error_with_the_build(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert (out_of_memory(error), gpu_lost(error)) == (False, False)
+    with pytest.raises(InputError) as caught, device_errors():
+        raise error
+    assert (caught.value.code, caught.value.exit_code) == ("E_DEVICE", 3)
+    assert str(caught.value) == f"torch {torch.__version__} with CUDA 13.0 cannot run on this GPU: {UNFIT[error]}"
+    assert caught.value.hint == (
+        "install a torch that was built for the GPU and its driver, which `gptq env` shows, or use --device cpu"
+    )
 
 
 @pytest.mark.parametrize("error", MISTAKES, ids=str)
