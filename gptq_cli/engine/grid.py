@@ -52,9 +52,31 @@ def find_signed_grid(weights: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def split_groups(columns: Tensor, group_of_column: Tensor, group_size: int) -> Tensor:
-    """What belongs to columns [..., I] as [..., G, n], for the groups of n columns that `group_of_column` [I] names."""
-    order = group_of_column.argsort(stable=True)
-    return columns[..., order].reshape(*columns.shape[:-1], -1, group_size)
+    """What belongs to columns [..., I] as [..., G, n], for the groups of n columns that `group_of_column` [I] names.
+
+    May be the same memory.
+    """
+    if not are_runs(group_of_column, group_size):
+        columns = columns[..., group_of_column.argsort(stable=True)]
+    return columns.reshape(*columns.shape[:-1], -1, group_size)
+
+
+def join_groups(groups: Tensor, group_of_column: Tensor) -> Tensor:
+    """The columns [..., I] of which `split_groups` makes `groups` [..., G, n]."""
+    columns = groups.flatten(-2)
+    if are_runs(group_of_column, groups.shape[-1]):
+        return columns
+    return columns[..., group_of_column.argsort(stable=True).argsort()]
+
+
+def are_runs(group_of_column: Tensor, group_size: int) -> bool:
+    """Whether each group is known to have `group_size` columns one after the other, the groups in their order.
+
+    An accelerator is not asked: its host would wait for the answer.
+    """
+    if not group_of_column.is_cpu:
+        return False
+    return torch.equal(group_of_column.long(), torch.arange(len(group_of_column)) // group_size)
 
 
 def round_to_grid(weights: Tensor, scales: Tensor, zeros: Tensor, bits: int, *, out: Tensor | None = None) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gptq_cli.engine.chunks import row_chunks
+from gptq_cli.engine.grid import are_runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,5 +43,10 @@ class QuantizedLinear:
         return weight
 
     def _values(self) -> Tensor:
+        codes, zeros, scales = self.codes.float(), self.zeros.float(), self.scales.float()
+        columns = codes.shape[1] // zeros.shape[1]
+        if are_runs(self.group_of_column, columns):  # spares a zero point and a scale for each code
+            codes.view(*zeros.shape, columns).sub_(zeros.unsqueeze(-1)).mul_(scales.unsqueeze(-1))
+            return codes
         group = self.group_of_column.long()
-        return self.codes.float().sub_(self.zeros.float()[:, group]).mul_(self.scales.float()[:, group])
+        return codes.sub_(zeros[:, group]).mul_(scales[:, group])

@@ -137,7 +137,7 @@ def _fit_codes(state: _State, group: int, slopes: Tensor) -> None:
 
 
 def _fit_block(state: _State, group: int, columns: slice, slopes: Tensor) -> None:
-    """The same for some columns of the group, whose slopes are kept up to date among themselves."""
+    """The same for some columns of the group. Those that are done move the targets of the others, in levels."""
     hessian, errors, levels = state.hessian[columns, columns], state.errors[columns], state.levels[columns]
     scales, zeros = state.scales[group], state.zeros[group]
     if uses_kernels(slopes):

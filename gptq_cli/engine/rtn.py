@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gptq_cli.config.layer import LayerConfig
 from gptq_cli.engine.chunks import row_chunks
-from gptq_cli.engine.grid import check_scales, find_grid, round_to_grid, split_groups
+from gptq_cli.engine.grid import check_scales, find_grid, join_groups, round_to_grid, split_groups
 from gptq_cli.engine.layer import QuantizedLinear
 
 
@@ -33,6 +33,7 @@ def _round(weight: Tensor, config: LayerConfig, group_of_column: Tensor) -> Quan
     weight = weight.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
     groups = split_groups(weight, group_of_column, config.columns_per_group(weight.shape[1]))
     scales, zeros = find_grid(groups, config.bits, config.sym)
-    group = group_of_column.long()
-    codes = round_to_grid(weight, scales[:, group], zeros[:, group], config.bits)
-    return QuantizedLinear(codes.byte(), scales.half(), zeros.byte(), group_of_column, config.bits)
+    codes = round_to_grid(groups, scales.unsqueeze(-1), zeros.unsqueeze(-1), config.bits).byte()
+    return QuantizedLinear(
+        join_groups(codes, group_of_column), scales.half(), zeros.byte(), group_of_column, config.bits
+    )

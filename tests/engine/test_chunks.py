@@ -11,6 +11,9 @@ from gptq_cli.engine.chunks import row_chunks
 from gptq_cli.engine.grid import ScaleRangeError
 from gptq_cli.engine.rtn import round_to_nearest
 
+RUNS = torch.arange(64).int() // 16
+SCATTERED = torch.randperm(64, generator=torch.Generator().manual_seed(3)).int() % 4
+
 
 @pytest.mark.parametrize("shape", [(7, 10), (7, 2, 5), (1, 100), (8, 1), (0, 10), (3, 0)], ids=str)
 @pytest.mark.parametrize("elements", [1, 20, 29, 1000])
@@ -26,10 +29,12 @@ def test_chunks_hold_every_row_once_in_order(
     assert all(0 < len(part) <= most for part in parts)
 
 
+@pytest.mark.parametrize("groups", [SCATTERED, RUNS, RUNS.flip(0)], ids=["scattered", "runs", "runs backwards"])
 @pytest.mark.parametrize("sym", [True, False])
-def test_rounded_and_dequantized_rows_do_not_depend_on_chunks(sym: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounded_and_dequantized_rows_do_not_depend_on_chunks(
+    sym: bool, groups: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weight = torch.randn(9, 64, generator=torch.Generator().manual_seed(2))
-    groups = torch.randperm(64, generator=torch.Generator().manual_seed(3)).int() % 4
     config = LayerConfig(bits=3, group_size=16, sym=sym)
     whole = round_to_nearest(weight, config, groups)
     monkeypatch.setattr(chunks, "ELEMENTS_PER_CHUNK", {"cpu": 2 * 64})

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptq_cli.config.layer import LayerConfig
-from gptq_cli.engine.grid import SMALLEST_SCALE, ScaleRangeError, find_grid, round_to_grid, split_groups
+from gptq_cli.engine.grid import SMALLEST_SCALE, ScaleRangeError, find_grid, join_groups, round_to_grid, split_groups
 from gptq_cli.engine.rtn import round_to_nearest
 
 BITS = (2, 3, 4, 8)
@@ -84,6 +84,19 @@ def test_scattered_groups_get_the_grids_of_their_own_columns() -> None:
         expected_scales, expected_zeros = find_grid(weight[:, group_of_column == group], bits=4, sym=False)
         assert torch.equal(scales[:, group], expected_scales)
         assert torch.equal(zeros[:, group], expected_zeros)
+
+
+@pytest.mark.parametrize("group_of_column", [[0, 0, 1, 1, 2, 2], [2, 2, 0, 0, 1, 1], [1, 0, 2, 2, 0, 1]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_groups_have_their_columns_in_order_and_go_back_to_where_they_were(
+    group_of_column: list[int], dtype: torch.dtype
+) -> None:
+    columns, groups = torch.arange(2 * 6).view(2, 6), torch.tensor(group_of_column, dtype=dtype)
+    split = split_groups(columns, groups, 2)
+    assert split.shape == (2, 3, 2)
+    for group in range(3):
+        assert torch.equal(split[:, group], columns[:, groups == group])
+    assert torch.equal(join_groups(split, groups), columns)
 
 
 @pytest.mark.parametrize("bad", [1e6, float("inf"), float("nan")])
