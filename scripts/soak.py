@@ -23,7 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from gptq_cli.checkpoint.durable import file_sha256  # noqa: E402
+from gptq_cli.checkpoint.hashing import file_hash  # noqa: E402
 
 CHILDREN = multiprocessing.get_context("forkserver")
 
@@ -31,7 +31,7 @@ CHILDREN = multiprocessing.get_context("forkserver")
 def tree(directory: Path) -> dict[str, str]:
     """Hashes of all files by name."""
     return {
-        str(path.relative_to(directory)): file_sha256(path) for path in sorted(directory.rglob("*")) if path.is_file()
+        str(path.relative_to(directory)): file_hash(path) for path in sorted(directory.rglob("*")) if path.is_file()
     }
 
 

@@ -13,7 +13,6 @@ import json
 import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -204,15 +203,6 @@ def repair(output: Path, aside: Path) -> None:
 def is_occupied(output: Path) -> bool:
     """Whether something stands at `output` that renaming a directory onto it would not replace."""
     return output.exists() and not (output.is_dir() and not any(output.iterdir()))
-
-
-def file_sha256(path: Path) -> str:
-    """The hash of a file's bytes."""
-    digest = sha256()
-    with path.open("rb", buffering=0) as stream:
-        while chunk := stream.read(COPY_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 @contextmanager

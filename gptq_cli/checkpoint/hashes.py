@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gptq_cli.checkpoint.durable import file_sha256
+from gptq_cli.checkpoint.hashing import file_hash, side_by_side
 from gptq_cli.checkpoint.manifest import MANIFEST, is_intact
 from gptq_cli.checkpoint.module_checks import Defect
 from gptq_cli.checkpoint.source import is_safe_path, read_json
@@ -28,7 +28,8 @@ def check_manifest(directory: Path, *, full: bool) -> tuple[int, list[Defect]]:
     if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
         return 0, [Defect("E_CKPT_HASH", "has no mapping `files`", MANIFEST)]
     defects = [] if is_intact(content) else [Defect("E_CKPT_HASH", "is not as it was written", MANIFEST)]
-    defects += [defect for name, entry in files.items() for defect in _check_file(directory, name, entry, full=full)]
+    checks = side_by_side(lambda item: list(_check_file(directory, *item, full=full)), files.items())
+    defects += [defect for found in checks for defect in found]
     unlisted = sorted(path.name for path in directory.glob("*.safetensors") if path.name not in files)
     defects += [Defect("E_CKPT_HASH", "is not in the manifest", name) for name in unlisted]
     return len(files) if full else 0, defects
@@ -42,6 +43,6 @@ def _check_file(directory: Path, name: str, entry: dict[str, Any], *, full: bool
         yield Defect("E_CKPT_MISSING", "is in the manifest and not here", name)
     elif file.stat().st_size != entry.get("size"):
         yield Defect("E_CKPT_HASH", f"has {file.stat().st_size} bytes, the manifest says {entry.get('size')}", name)
-    elif full and (found := file_sha256(file)) != entry.get("sha256"):
+    elif full and (found := file_hash(file)) != entry.get("sha256"):
         said = str(entry.get("sha256"))[:12]
         yield Defect("E_CKPT_HASH", f"has SHA-256 {found[:12]}..., the manifest says {said}...", name)

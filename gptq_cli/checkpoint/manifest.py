@@ -8,7 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gptq_cli.checkpoint.durable import file_sha256, write_json
+from gptq_cli.checkpoint.durable import write_json
+from gptq_cli.checkpoint.hashing import file_hashes
 from gptq_cli.checkpoint.journal import digest
 
 MANIFEST = "gptq_manifest.json"
@@ -22,8 +23,8 @@ def write_manifest(directory: Path, content: dict[str, Any]) -> None:
     """`content` and the hashes of all files in `directory`, as its last file."""
     paths = sorted(path for path in directory.rglob("*") if path.is_file())
     files = {
-        path.relative_to(directory).as_posix(): {"sha256": file_sha256(path), "size": path.stat().st_size}
-        for path in paths
+        path.relative_to(directory).as_posix(): {"sha256": found, "size": path.stat().st_size}
+        for path, found in zip(paths, file_hashes(paths), strict=True)
     }
     write_json(directory / MANIFEST, sealed({"schema": SCHEMA, **content, "files": files}))
 

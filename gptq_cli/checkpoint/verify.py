@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptq_cli.checkpoint.hashes import check_manifest
+from gptq_cli.checkpoint.hashing import side_by_side
 from gptq_cli.checkpoint.headers import TensorInfo
 from gptq_cli.checkpoint.module_checks import PARTS, Defect, check_module, check_values
 from gptq_cli.checkpoint.raw import INTEGERS, count_not_finite, read_chunks
@@ -48,7 +49,7 @@ def verify_checkpoint(directory: Path, *, full: bool = False) -> Verification:
     """Every defect of the GPTQ checkpoint in `directory`.
 
     Headers, configuration, g_idx, qzeros and scales are read; with `full` also every other number, which must be
-    finite, and every file that `gptq_manifest.json` lists, whose hash must agree. One tensor is in memory at a time.
+    finite, and every file that `gptq_manifest.json` lists, whose hash must agree. A few tensors are in memory.
     InputError E_CKPT_KIND if there is no quantized tensor and no configuration that promises one, E_CKPT_QUANTIZED for
     another method than GPTQ.
     """
@@ -65,10 +66,11 @@ def verify_checkpoint(directory: Path, *, full: bool = False) -> Verification:
     defects = [Defect("E_CKPT_CONFIG", text, "config.json") for text in wrong]
     if config is not None:
         defects += _against_config(checkpoint, config, modules)
-        for module in modules:
-            defects += _module(checkpoint, config, module)
+        for found in side_by_side(lambda module: list(_module(checkpoint, config, module)), modules):
+            defects += found
     if full:
-        defects += [defect for tensor in _kept(checkpoint, modules) for defect in _check_finite(tensor)]
+        for found in side_by_side(lambda tensor: list(_check_finite(tensor)), _kept(checkpoint, modules)):
+            defects += found
     hashed, torn = check_manifest(directory, full=full)
     settings = [config.settings(module) for module in modules] if config else []
     return Verification(

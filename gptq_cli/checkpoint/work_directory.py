@@ -55,9 +55,9 @@ class WorkDirectory:
         self.stage, self.aside, self.lock = self.path / STAGE, self.path / ASIDE, self.path / LOCK
         self.journal = self.path / JOURNAL
 
-    def hidden(self, block: int) -> Path:
-        """Where the hidden states after `block` are kept until two more blocks are finished."""
-        return self.path / HIDDEN[block % 2]
+    def hidden(self, save: int) -> Path:
+        """Where hidden states are kept that were saved with line `save` of the journal, for two lines."""
+        return self.path / HIDDEN[save % 2]
 
     def publish(self, *, overwrite: bool) -> None:
         """Give the finished `stage` the name of the output."""

@@ -22,8 +22,9 @@ from gptq_cli.checkpoint.durable import (
     write_file,
     write_json,
 )
+from gptq_cli.checkpoint.hashing import Span, span_hashes
 from gptq_cli.checkpoint.headers import TensorInfo
-from gptq_cli.checkpoint.layout import Layout, Shard
+from gptq_cli.checkpoint.layout import Layout
 from gptq_cli.checkpoint.manifest import OF_THE_RUN
 from gptq_cli.checkpoint.reader import SAFETENSORS_DTYPE, tensor_bytes
 from gptq_cli.checkpoint.source import INDEX_NAME, QUANTIZE_CONFIG, Checkpoint
@@ -104,7 +105,8 @@ class CheckpointWriter:
         """Whether the tensors that an earlier run wrote are there, planned as then and with these hashes."""
         if not hashes.keys() <= self._place.keys():
             return False
-        return all(self._stored_hash(name) == expected for name, expected in hashes.items())
+        stored = span_hashes(map(self._span, hashes))
+        return all(found == expected for found, expected in zip(stored, hashes.values(), strict=True))
 
     def adopt(self, hashes: Mapping[str, str]) -> None:
         """Take tensors that an earlier run wrote for written."""
@@ -122,8 +124,7 @@ class CheckpointWriter:
         self.close()
         if self._layout.index is not None:
             write_file(self._directory / INDEX_NAME, self._layout.index.encode())
-        for shard in self._layout.shards:
-            self._read_back(shard)
+        self._read_back()
 
     def close(self) -> None:
         """Give the files back; promises nothing that `sync` has not."""
@@ -152,17 +153,18 @@ class CheckpointWriter:
         self._dirty.add(file)
         file.write_at(offset, data)
 
-    def _stored_hash(self, name: str) -> str:
+    def _span(self, name: str) -> Span:
         file, offset = self._place[name]
-        return _hash_of(file.path, offset, self._layout.specs[name].nbytes)
+        return Span(file.path, offset, self._layout.specs[name].nbytes)
 
-    def _read_back(self, shard: Shard) -> None:
-        path = self._directory / shard.file
-        _forget_cached(path)
-        for name, offset in shard.offsets.items():
-            if _hash_of(path, offset, self._layout.specs[name].nbytes) != self._hashes[name]:
+    def _read_back(self) -> None:
+        for shard in self._layout.shards:
+            _forget_cached(self._directory / shard.file)
+        for name, found in zip(self._place, span_hashes(map(self._span, self._place)), strict=True):
+            if found != self._hashes[name]:
+                file = self._span(name).path.name
                 raise GateError(
-                    "E_VERIFY", f"`{name}` in {shard.file} reads back with other bytes than were written",
+                    "E_VERIFY", f"`{name}` in {file} reads back with other bytes than were written",
                     hint="the disk or its driver is at fault: write to another one",
                 )  # fmt: skip
 
@@ -190,14 +192,6 @@ def copy_side_files(source: Checkpoint, directory: Path, *, without: Collection[
     for file in source.other_files():
         if str(file) not in without:
             write_file(directory / file, (source.directory / file).read_bytes())
-
-
-def _hash_of(path: Path, start: int, size: int) -> str:
-    digest = sha256()
-    with path.open("rb", buffering=0) as stream:
-        for offset in range(start, start + size, COPY_BYTES):
-            digest.update(os.pread(stream.fileno(), min(COPY_BYTES, start + size - offset), offset))
-    return digest.hexdigest()
 
 
 def _forget_cached(path: Path) -> None:

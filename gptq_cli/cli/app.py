@@ -114,7 +114,7 @@ def _fail(problems: Sequence[Problem], exit_code: int, as_json: bool) -> int:
 
 
 def _stopped(stop: Stopped) -> Problem:
-    hint = "run the same command again to go on; a block that was begun is done again"
+    hint = "run the same command again to go on; what was not saved yet is done again"
     return Problem("E_INTERRUPTED", f"stopped by {name_of(stop.exit_code)}", hint)
 
 

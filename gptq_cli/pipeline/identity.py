@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from gptq_cli.calibration.sampling import Windows
-from gptq_cli.checkpoint.durable import file_sha256
+from gptq_cli.checkpoint.hashing import file_hashes
 from gptq_cli.checkpoint.source import INDEX_NAME, Checkpoint
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import InputError
@@ -101,12 +101,12 @@ def _files(source: Checkpoint, commit: str | None) -> dict[str, Any]:
     for tensor in source.tensors.values():
         header_bytes[tensor.file] = min(tensor.start, header_bytes.get(tensor.file, tensor.start))
     beside = [source.directory / name for name in ("config.json", INDEX_NAME, *map(str, source.other_files()))]
+    hashed = [path for path in beside if path.is_file()] + ([] if commit else list(header_bytes))
     known: dict[str, Any] = {
-        path.relative_to(source.directory).as_posix(): file_sha256(path) for path in beside if path.is_file()
+        path.relative_to(source.directory).as_posix(): found
+        for path, found in zip(hashed, file_hashes(hashed), strict=True)
     }
-    for path, n_bytes in header_bytes.items():
-        known[path.name] = file_sha256(path) if commit is None else _header(path, n_bytes)
-    return known
+    return known | ({path.name: _header(path, size) for path, size in header_bytes.items()} if commit else {})
 
 
 def _header(path: Path, n_bytes: int) -> str:

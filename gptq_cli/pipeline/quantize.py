@@ -40,6 +40,7 @@ from gptq_cli.pipeline.record import Record
 from gptq_cli.pipeline.resume import FinishedBlocks, SavedBlocks, check_resumable, finished_output, telling_what_is_kept
 from gptq_cli.pipeline.retry import do_blocks
 from gptq_cli.pipeline.run_plan import LayerPlan, RunPlan
+from gptq_cli.pipeline.saving import SavingTimes
 from gptq_cli.pipeline.setup import open_stream, refuse_wrong_numbers, resolve_device
 from gptq_cli.pipeline.team import ALONE, Place, Team
 from gptq_cli.pipeline.time_limit import TimeLimit
@@ -143,7 +144,8 @@ def quantize_checkpoint(
                 write_run(work.path, identity, request)
                 team.told(windows.ids)
                 origin = _origin(located, documents)
-                _write(work, plan, config, stream, windows, identity, origin, record, team)
+                times = SavingTimes(always=max_seconds is not None)  # it will be stopped between two blocks
+                _write(work, plan, config, stream, windows, identity, origin, record, team, times)
                 work.publish(overwrite=overwrite)
             else:
                 team.told(NOTHING_TO_DO)
@@ -296,10 +298,11 @@ def _write(
     origin: dict[str, str | None],
     record: Record,
     team: Team,
+    times: SavingTimes,
 ) -> None:
     """Everything of the output but its name."""
     with CheckpointWriter(work.stage, plan.layout) as writer:
-        with SavedBlocks(work, identity, writer, record, plan.n_steps, team) as saved:
+        with SavedBlocks(work, identity, writer, record, plan.n_steps, team, times) as saved:
 
             def keep(layer: LayerPlan, linear: QuantizedLinear) -> None:
                 for suffix, tensor in encode(linear, config.format).items():

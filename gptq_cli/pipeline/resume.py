@@ -1,8 +1,8 @@
 """Going on where an earlier run of the same identity ended: finished blocks, and the hidden states after the last one.
 
 A block is finished when the journal says so. Its tensors lie in the shards, where they belong in the output; the
-journal holds their hashes, those of the hidden states, and the reports of its layers. What does not match its hash is
-done again, with everything after it.
+journal holds their hashes, those of the hidden states, and the reports of its layers. A line of it may stand for
+several blocks, see `saving`. What does not match its hash is done again, with everything after it.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from gptq_cli.checkpoint.durable import COPY_BYTES, OpenFile, file_sha256, remove, sync_directory
+from gptq_cli.checkpoint.durable import COPY_BYTES, OpenFile, remove, sync_directory
 from gptq_cli.checkpoint.hashes import check_manifest
-from gptq_cli.checkpoint.journal import Journal, digest
+from gptq_cli.checkpoint.hashing import file_hash
+from gptq_cli.checkpoint.journal import Entry, Journal, digest
 from gptq_cli.checkpoint.manifest import read_manifest
 from gptq_cli.checkpoint.run_file import read_run
 from gptq_cli.checkpoint.work_directory import WorkDirectory
@@ -34,6 +35,7 @@ from gptq_cli.pipeline.activations import HiddenStates
 from gptq_cli.pipeline.events import ExpertsCovered, LayerReport, Report, Resumed, Warned, WorkKept
 from gptq_cli.pipeline.identity import Identity, differences
 from gptq_cli.pipeline.record import Record
+from gptq_cli.pipeline.saving import SavingTimes
 from gptq_cli.pipeline.team import ALONE, Team
 
 # Of one batch: the hidden states of each way through the blocks, and what the blocks carry along beside them.
@@ -66,10 +68,20 @@ class FinishedBlocks:
         return self.first
 
     def finished(self, block: int, stream: ModelStream, hidden: Sequence[HiddenStates]) -> None:
-        """Make `block` survive, and the `hidden` states after it."""
+        """Make the blocks up to `block` survive, and the `hidden` states after it, if it is time to save them."""
         last = block + 1 == self._n_steps
+        if not (last or self._team.told(self._is_due(hidden))):
+            return
         self._keep(block, None if last else self._team.gathered(_batches(stream, hidden)))
         self.first = block + 1
+
+    def save_every_block(self) -> None:
+        """From now on, however long that takes."""
+
+    def _is_due(self, hidden: Sequence[HiddenStates]) -> bool | None:
+        """Whether it is time to save these; None where another process decides."""
+        del hidden
+        return None
 
     def _saved(self) -> list[Batch] | None:
         return None
@@ -89,8 +101,10 @@ class SavedBlocks(FinishedBlocks):
         record: Record,
         n_steps: int,
         team: Team = ALONE,
+        times: SavingTimes | None = None,
     ) -> None:
         super().__init__(team, 0, n_steps)
+        self._times = times or SavingTimes()
         self._work, self._writer, self._record = work, writer, record
         self._journal = Journal(work.journal, digest(identity))
         self.first = self._recover()
@@ -102,8 +116,15 @@ class SavedBlocks(FinishedBlocks):
     def __exit__(self, *_: object) -> None:
         self._journal.close()
 
+    def save_every_block(self) -> None:
+        self._times.always = True
+
+    def _is_due(self, hidden: Sequence[HiddenStates]) -> bool:
+        return self._times.is_due(self._team.size * sum(way.nbytes for way in hidden))
+
     def _saved(self) -> list[Batch]:
-        found: list[Batch] = torch.load(self._work.hidden(self.first - 1), map_location="cpu", weights_only=True)
+        last = self._work.hidden(len(self._journal.entries) - 1)
+        found: list[Batch] = torch.load(last, map_location="cpu", weights_only=True)
         return found
 
     def _keep(self, block: int, batches: list[Batch] | None) -> None:
@@ -111,10 +132,11 @@ class SavedBlocks(FinishedBlocks):
         tensors = self._writer.sync()
         layers = [asdict(layer) for layer in self._record.layers[self._n_layers :]]
         experts = [asdict(covered) for covered in self._record.experts[self._n_experts :]]
-        saved = None if batches is None else _save(self._work.hidden(block), batches)
+        saved = None if batches is None else _save(self._work.hidden(len(self._journal.entries)), batches)
         told = {"layers": layers, "experts": experts}
         self._journal.append({"block": block, "tensors": tensors, **told, "hidden": saved})
         self._n_layers, self._n_experts = len(self._record.layers), len(self._record.experts)
+        self._times.saved()
 
     def _recover(self) -> int:
         entries = self._journal.entries
@@ -122,25 +144,25 @@ class SavedBlocks(FinishedBlocks):
             self._warn(f"the last {self._journal.damaged_bytes} bytes of the journal are not valid")
         intact = next((i for i, entry in enumerate(entries) if not self._writer.holds(entry["tensors"])), len(entries))
         if intact < len(entries):
-            self._warn(f"block {intact} is not as it was written")
-        first = intact
-        while 0 < first < self._n_steps and not self._has_hidden(first - 1):
-            first -= 1
-        if first < intact:
-            self._warn(f"the hidden states after block {intact - 1} are not as they were written")
-        done = entries[:first]
+            self._warn(f"block {_blocks(entries[:intact])} is not as it was written")
+        kept = intact
+        while 0 < _blocks(entries[:kept]) < self._n_steps and not self._has_hidden(kept - 1):
+            kept -= 1
+        if kept < intact:
+            self._warn(f"the hidden states after block {entries[intact - 1]['block']} are not as they were written")
+        done, first = entries[:kept], _blocks(entries[:kept])
         for entry in done:
             self._writer.adopt(entry["tensors"])
-        self._journal.cut(first)
+        self._journal.cut(kept)
         if first:
             layers = tuple(LayerReport(**layer) for entry in done for layer in entry["layers"])
             experts = tuple(ExpertsCovered(**covered) for entry in done for covered in entry["experts"])
             self._record(Resumed(first, self._n_steps, self._work.path, layers, experts))
         return first
 
-    def _has_hidden(self, block: int) -> bool:
-        path = self._work.hidden(block)
-        return path.is_file() and file_sha256(path) == self._journal.entries[block]["hidden"]
+    def _has_hidden(self, save: int) -> bool:
+        path = self._work.hidden(save)
+        return path.is_file() and file_hash(path) == self._journal.entries[save]["hidden"]
 
     def _warn(self, what: str) -> None:
         self._record(Warned("W_RESUME_DAMAGED", f"{what} in `{self._work.path}`: what depends on it is done again"))
@@ -165,9 +187,10 @@ def check_resumable(work: WorkDirectory, identity: Identity, policy: str, report
         )
     different = differences(run["identity"], identity) if run and journal.entries else []
     if different:
+        finished = f"{_blocks(journal.entries)} finished blocks of a run that differs"
         raise ExistsError(
             "E_RESUME_MISMATCH",
-            f"`{work.path}` holds {len(journal.entries)} finished blocks of a run that differs: {'; '.join(different)}",
+            f"`{work.path}` holds {finished}: {'; '.join(different)}",
             hint=f"go on with that one: gptq resume {quote(str(work.path))}, or drop it: --resume never",
         )
 
@@ -218,6 +241,11 @@ class _HashedFile(io.RawIOBase):
         self.digest.update(data)
         self._end += len(data)
         return len(data)
+
+
+def _blocks(entries: Sequence[Entry]) -> int:
+    """How many blocks are finished after these lines of the journal."""
+    return int(entries[-1]["block"]) + 1 if entries else 0
 
 
 def _batches(stream: ModelStream, hidden: Sequence[HiddenStates]) -> list[Batch]:

@@ -32,8 +32,8 @@ def do_blocks(
     """Do what `saved` has not yet, as one process of `team`.
 
     Where memory runs out, all of it is given back and the run goes on from what is saved, as the next call would: the
-    same bytes. What runs out a second time in the same block ends the run; so does the first time in one process of
-    several, since the others wait for it in the middle of that block.
+    same bytes. From then on every block is saved. What runs out a second time in the same block ends the run; so does
+    the first time in one process of several, since the others wait for it in the middle of that block.
     """
     memory = Memory(stream.device, config.max_vram_bytes, config.max_ram_bytes, team.neighbours)
     memory.enforce()
@@ -62,9 +62,10 @@ def do_blocks(
         done_again = saved.first
         _give_back(stream.device)
         room.narrow()
+        saved.save_every_block()
         name = HEAD if done_again == stream.n_blocks else stream.block_name(done_again)
-        again = "it is done again with no batch waiting inside it, later blocks with half as many"
-        report(Warned("W_OOM_RETRY", f"`{name}` ran out of memory: {again}; {_advice(memory)} ({why})"))
+        again = f"`{name}` is done again with no batch waiting inside it, later blocks with half as many"
+        report(Warned("W_OOM_RETRY", f"memory ran out: {again}; {_advice(memory)} ({why})"))
 
 
 def _give_back(device: torch.device) -> None:

@@ -319,7 +319,7 @@ class Dealer(Team):
     size, rank = 2, 1
 
     def __init__(self, states: list[tuple[tuple[torch.Tensor, ...], list[dict[str, int]]]]) -> None:
-        self.states, self.kept = states, []
+        self.states, self.kept, self.due = states, [], [False, True]
 
     def dealt(self, values: object, n_batches: int) -> list[Any]:
         assert (values, n_batches) == (None, 4)
@@ -328,6 +328,10 @@ class Dealer(Team):
     def gathered(self, mine: Sequence[Any]) -> None:
         self.kept.append(list(mine))
 
+    def told(self, value: object = None) -> Any:
+        assert value is None
+        return self.due.pop(0)
+
 
 def test_a_process_that_writes_nothing_gets_its_share_and_gives_it_back() -> None:
     cpu = torch.device("cpu")
@@ -335,11 +339,14 @@ def test_a_process_that_writes_nothing_gets_its_share_and_gives_it_back() -> Non
     ways = [HiddenStates([torch.zeros(1), torch.zeros(1)], Memory(cpu), 2, 4) for _ in range(2)]
     stream = cast(ModelStream, SimpleNamespace(device=cpu, carried=[[{}], [{}]]))
     team = Dealer(states)
-    blocks = FinishedBlocks(team, 1, 3)
+    blocks = FinishedBlocks(team, 1, 4)
     assert (blocks.restore(stream, ways), blocks.complete) == (1, False)
     assert [[float(state) for state in way.stored] for way in ways] == [[2.0, 3.0], [-2.0, -3.0]]
     assert stream.carried == [[{"keys": 2}], [{"keys": 3}]]
     blocks.finished(1, stream, ways)
-    blocks.finished(2, stream, [])  # after the last block nothing is needed
-    assert team.kept == [states[2:]]
+    assert (team.kept, blocks.first) == ([], 1)  # the leading process said that it was not time
+    blocks.finished(2, stream, ways)
+    assert (team.kept, blocks.first) == ([states[2:]], 3)
+    blocks.finished(3, stream, [])  # after the last block nothing is needed
+    assert (team.kept, team.due, blocks.complete) == ([states[2:]], [], True)
     assert FinishedBlocks(team, 3, 3).complete

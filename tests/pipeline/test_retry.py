@@ -151,8 +151,8 @@ def test_wherever_memory_runs_out_in_every_step_once_the_output_is_the_same(
     watched(site, shortage, monkeypatch)
     result = case.run(tmp_path / "out", report=shortage, **SETTINGS)
     assert len(steps) >= 2 or site == "saving the states"
-    names = [["`model.layers.0`", "`model.layers.1`", "`lm_head`"][step] for step in steps]
-    assert [message.partition(" ")[0] for message in shortage.warnings] == names
+    names = [["model.layers.0", "model.layers.1", "lm_head"][step] for step in steps]
+    assert [message.split("`")[1] for message in shortage.warnings] == names
     assert digest(tmp_path / "out") == digest(output)
     assert layers(result) == layers(expected)
     assert [event.index for event in shortage.events if isinstance(event, BlockFinished)] == [0, 1]
@@ -201,7 +201,7 @@ def test_the_embeddings_are_part_of_the_first_block(
     shortage = Shortage(Counter(), int)
     case.run(tmp_path / "out", report=shortage, **SETTINGS)
     (said,) = shortage.warnings
-    assert said.startswith("`model.layers.0` ran out of memory: ")
+    assert said.startswith("memory ran out: `model.layers.0` is done again ")
     assert said.endswith("(the host has no more)")
     assert digest(tmp_path / "out") == digest(undisturbed[0])
 
@@ -211,7 +211,7 @@ def test_what_a_shortage_says(case: Case, tmp_path: Path, monkeypatch: pytest.Mo
     watched("the unquantized twin", shortage, monkeypatch)
     case.run(tmp_path / "out", report=shortage, **SETTINGS)
     assert shortage.warnings == [
-        "`model.layers.1` ran out of memory: it is done again with no batch waiting inside it, later blocks with half "
+        "memory ran out: `model.layers.1` is done again with no batch waiting inside it, later blocks with half "
         f"as many; a smaller --max-ram lets fewer wait from the start ({SAID})"
     ]
     gpu = torch.device("cuda", 0)
