@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gptq_cli.checkpoint.hashing import file_hash, side_by_side
+from gptq_cli.checkpoint.hashing import file_hash
 from gptq_cli.checkpoint.manifest import MANIFEST, is_intact
 from gptq_cli.checkpoint.module_checks import Defect
 from gptq_cli.checkpoint.source import is_safe_path, read_json
@@ -28,8 +28,7 @@ def check_manifest(directory: Path, *, full: bool) -> tuple[int, list[Defect]]:
     if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
         return 0, [Defect("E_CKPT_HASH", "has no mapping `files`", MANIFEST)]
     defects = [] if is_intact(content) else [Defect("E_CKPT_HASH", "is not as it was written", MANIFEST)]
-    checks = side_by_side(lambda item: list(_check_file(directory, *item, full=full)), files.items())
-    defects += [defect for found in checks for defect in found]
+    defects += [defect for name, entry in files.items() for defect in _check_file(directory, name, entry, full=full)]
     unlisted = sorted(path.name for path in directory.glob("*.safetensors") if path.name not in files)
     defects += [Defect("E_CKPT_HASH", "is not in the manifest", name) for name in unlisted]
     return len(files) if full else 0, defects

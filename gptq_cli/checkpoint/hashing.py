@@ -26,8 +26,7 @@ class Span(NamedTuple):
 
 def file_hash(path: Path) -> str:
     """The hash of a file's bytes."""
-    (found,) = file_hashes([path])
-    return found
+    return _hash(Span(path, 0, path.stat().st_size), Event())
 
 
 def file_hashes(paths: Iterable[Path]) -> Iterator[str]:
@@ -46,7 +45,10 @@ def span_hashes(spans: Iterable[Span]) -> Iterator[str]:
 
 
 def side_by_side(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """What `work` makes of each of `items`, in their order, while threads are at work on the next ones."""
+    """What `work` makes of each of `items`, in their order, while threads are at work on the next ones.
+
+    Whoever stops asking waits for what is at work: it must be short.
+    """
     with _threads() as threads:
         yield from threads.map(work, items)
 

@@ -69,8 +69,7 @@ def verify_checkpoint(directory: Path, *, full: bool = False) -> Verification:
         for found in side_by_side(lambda module: list(_module(checkpoint, config, module)), modules):
             defects += found
     if full:
-        for found in side_by_side(lambda tensor: list(_check_finite(tensor)), _kept(checkpoint, modules)):
-            defects += found
+        defects += [defect for tensor in _kept(checkpoint, modules) for defect in _check_finite(tensor)]
     hashed, torn = check_manifest(directory, full=full)
     settings = [config.settings(module) for module in modules] if config else []
     return Verification(

@@ -9,7 +9,6 @@ from shlex import quote
 
 from gptq_cli.calibration.corpus import DatasetSource, check_source
 from gptq_cli.checkpoint.durable import is_occupied
-from gptq_cli.checkpoint.hashing import side_by_side
 from gptq_cli.checkpoint.manifest import read_manifest
 from gptq_cli.checkpoint.raw import count_not_finite
 from gptq_cli.checkpoint.work_directory import WorkDirectory, refuse_locked
@@ -81,8 +80,8 @@ def _check_fit(terms: Sequence[Term], free: int, where: str) -> None:
 def check_finite(plan: RunPlan) -> None:
     """InputError E_CKPT_NONFINITE if a tensor whose bytes are copied holds NaN or infinity."""
     decoded = set(plan.decoded)
-    stored = [tensor for tensor in plan.copied if tensor not in decoded]
-    for tensor, count in zip(stored, side_by_side(count_not_finite, stored), strict=True):
+    for tensor in plan.copied:
+        count = 0 if tensor in decoded else count_not_finite(tensor)
         if count:
             raise InputError(
                 "E_CKPT_NONFINITE", f"`{tensor.name}` in {tensor.file.name} holds NaN or infinity, {count} times",

@@ -36,7 +36,7 @@ from gptq_cli.pipeline.events import ExpertsCovered, LayerReport, Report, Resume
 from gptq_cli.pipeline.identity import Identity, differences
 from gptq_cli.pipeline.record import Record
 from gptq_cli.pipeline.saving import SavingTimes
-from gptq_cli.pipeline.team import ALONE, Team
+from gptq_cli.pipeline.team import Team
 
 # Of one batch: the hidden states of each way through the blocks, and what the blocks carry along beside them.
 Batch = tuple[tuple[Tensor, ...], list[Any]]
@@ -100,11 +100,11 @@ class SavedBlocks(FinishedBlocks):
         writer: CheckpointWriter,
         record: Record,
         n_steps: int,
-        team: Team = ALONE,
-        times: SavingTimes | None = None,
+        team: Team,
+        times: SavingTimes,
     ) -> None:
         super().__init__(team, 0, n_steps)
-        self._times = times or SavingTimes()
+        self._times = times
         self._work, self._writer, self._record = work, writer, record
         self._journal = Journal(work.journal, digest(identity))
         self.first = self._recover()

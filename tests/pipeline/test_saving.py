@@ -27,10 +27,8 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Case:
     """A model of five blocks and a head, and what comes of it if all are saved."""
     tmp_path = tmp_path_factory.mktemp("deep")
     plain = Case(save_model(tmp_path / "model", **(SMALL | {"num_hidden_layers": BLOCKS})), {}, [])
-    disk = CountingDisk()
-    with using(disk):
-        plain.run(tmp_path / "out")
-    return Case(plain.model, digest(tmp_path / "out"), disk.operations)
+    operations = counted(plain, tmp_path / "out")
+    return Case(plain.model, digest(tmp_path / "out"), operations)
 
 
 @pytest.fixture
@@ -47,6 +45,14 @@ def saved_after(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(SavingTimes, "is_due", is_due)
 
     return only
+
+
+def counted(case: Case, output: Path, **changes: object) -> list[str]:
+    """The operations on the disk that a run takes."""
+    disk = CountingDisk()
+    with using(disk):
+        case.run(output, **changes)
+    return disk.operations
 
 
 def journal(tmp_path: Path) -> list[int]:
@@ -125,11 +131,8 @@ def test_where_saving_takes_too_long_only_the_last_block_is(
     deep: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(saving, "BYTES_PER_SECOND", 1.0)
-    disk = CountingDisk()
-    with using(disk):
-        assert deep.run(tmp_path / "out").resumed_blocks == 0
+    assert len(counted(deep, tmp_path / "out")) < len(deep.operations)
     assert digest(tmp_path / "out") == deep.tree
-    assert len(disk.operations) < len(deep.operations)
     kill_after_block(deep, tmp_path / "other", BLOCKS - 2)
     assert not list(tmp_path.glob(".other.gptq-work/hidden-*"))
 
@@ -183,7 +186,4 @@ def test_a_run_with_a_limit_of_time_saves_every_block(
     deep: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(saving, "BYTES_PER_SECOND", 1.0)
-    disk = CountingDisk()
-    with using(disk):
-        deep.run(tmp_path / "out", max_seconds=1e6)
-    assert disk.operations == deep.operations
+    assert counted(deep, tmp_path / "out", max_seconds=1e6) == deep.operations
