@@ -89,9 +89,8 @@ def answer(hub: Hub, method: str, target: str, body: bytes) -> Reply:
     if match["repo"] in hub.gated:
         return _refusal(403, "GatedRepo")
     revision = (match["revision"] or "main").replace("\0", "/")
-    files = hub.uploads.files(match["repo"], revision, files)
     commit = commit_of(files)
-    if revision not in ("main", commit) and not revision.startswith("refs/pr/"):
+    if revision not in ("main", commit):
         return _refusal(404, "RevisionNotFound")
     if match["action"] in ("resolve", "tree", "paths-info"):
         return _content(files, match["action"], match["path"], body)

@@ -1,7 +1,7 @@
-"""What the Hub on the loopback does with what is sent: repositories, large files, commits, pull requests, merges.
+"""The write side of the loopback Hub: repositories, large files, commits.
 
-The protocol is that of huggingface_hub's client with the LFS transfer; the Hub's own rules are kept where
-they matter: a pull request is of the state of `main` when it was opened, and changes nothing before it is merged.
+The protocol is that of huggingface_hub's client with the LFS transfer. As on the Hub, a commit is atomic, and one
+whose parent is no longer the head of `main` is refused.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import urlsplit
 
 LARGE = ".safetensors"  # what the Hub keeps as large files
-API = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)/(?P<action>preupload|commit|discussions)(?:/(?P<rest>.*))?")
+API = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)/(?P<action>preupload|commit)(?:/(?P<rest>.*))?")
 BATCH = re.compile(r"/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch")
-TIME = "2026-11-20T00:00:00.000Z"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,29 +31,13 @@ class Reply:
 
 
 @dataclass(slots=True)
-class Pull:
-    """A pull request; `files` are those of its branch."""
-
-    repo: str
-    number: int
-    title: str
-    files: dict[str, bytes]
-    status: str = "open"
-
-
-@dataclass(slots=True)
 class Uploads:
-    """The state that requests change beside `Hub.repos`; `draft` opens pull requests as drafts."""
+    """The state that requests change beside `Hub.repos`."""
 
     private: set[str] = field(default_factory=set)
     large: dict[str, bytes] = field(default_factory=dict)
-    pulls: list[Pull] = field(default_factory=list)
-    draft: bool = False
     corrupt: str | None = None  # a file that commits garble
-
-    def files(self, repo: str, revision: str, main: Mapping[str, bytes]) -> Mapping[str, bytes]:
-        found = [pull for pull in self.pulls if pull.repo == repo and revision == f"refs/pr/{pull.number}"]
-        return found[0].files if found else main
+    rival: dict[str, bytes] = field(default_factory=dict)  # files that somebody else pushes before the next commit
 
 
 def answer(state: Uploads, repos: Any, url: str, method: str, target: str, body: bytes) -> Reply | None:
@@ -73,9 +56,7 @@ def answer(state: Uploads, repos: Any, url: str, method: str, target: str, body:
         return None
     if match["action"] == "preupload":
         return _preupload(repos[match["repo"]], json.loads(body))
-    if match["action"] == "commit":
-        return _commit(state, repos, url, match["repo"], parse_qs(parts.query), body)
-    return _discussion(state, repos, match["repo"], match["rest"], parse_qs(parts.query))
+    return _commit(state, repos, url, match["repo"], body)
 
 
 def commit_of(files: Mapping[str, bytes]) -> str:
@@ -145,67 +126,23 @@ def _store(state: Uploads, oid: str, body: bytes) -> Reply:
     return Reply(200)
 
 
-def _commit(state: Uploads, repos: Any, url: str, repo: str, query: dict[str, list[str]], body: bytes) -> Reply:
-    files, title = dict(repos[repo]), ""
+def _commit(state: Uploads, repos: Any, url: str, repo: str, body: bytes) -> Reply:
+    repos[repo] = dict(repos[repo]) | state.rival
+    files, parent = dict(repos[repo]), None
     for item in map(json.loads, body.splitlines()):
         value = item["value"]
         if item["key"] == "header":
-            title = value["summary"]
+            parent = value["parentCommit"]
         elif item["key"] == "deletedFile":
             del files[value["path"]]
         elif item["key"] == "lfsFile":
             files[value["path"]] = state.large[value["oid"]]
         else:
             files[value["path"]] = base64.b64decode(value["content"])
+    if parent != commit_of(repos[repo]):
+        return Reply(412, json.dumps({"error": "A commit has happened since."}).encode())
     if state.corrupt in files:
         files[str(state.corrupt)] += b"?"
-    assert "create_pr" in query, "nothing is committed to main"
-    pull = Pull(repo, len(state.pulls) + 1, title, files, "draft" if state.draft else "open")
-    state.pulls.append(pull)
+    repos[repo] = files
     commit = commit_of(files)
-    return json_reply(
-        {
-            "commitUrl": f"{url}/{repo}/commit/{commit}",
-            "commitOid": commit,
-            "pullRequestUrl": f"{url}/{repo}/discussions/{pull.number}",
-        }
-    )
-
-
-def _discussion(state: Uploads, repos: Any, repo: str, rest: str | None, query: dict[str, list[str]]) -> Reply:
-    pulls = [pull for pull in state.pulls if pull.repo == repo]
-    if rest is None:
-        listed = [_described(pull) for pull in pulls if pull.status in query.get("status", [pull.status])]
-        return json_reply({"discussions": listed, "count": len(listed), "start": 0})
-    number, _, action = rest.partition("/")
-    pull = next(pull for pull in pulls if pull.number == int(number))
-    if action == "merge":
-        if pull.status != "open":
-            return Reply(400, json.dumps({"error": "a draft cannot be merged"}).encode())
-        repos[repo], pull.status = pull.files, "merged"
-    elif action == "status":
-        pull.status = "open"
-    if action:
-        event = {
-            "id": "1",
-            "type": "status-change",
-            "createdAt": TIME,
-            "author": {"name": "me"},
-            "data": {"status": "open"},
-        }
-        return json_reply({"newStatus": event})
-    return json_reply(
-        _described(pull) | {"changes": {"base": "refs/heads/main"}, "filesWithConflicts": [], "events": []}
-    )
-
-
-def _described(pull: Pull) -> dict[str, Any]:
-    return {
-        "title": pull.title,
-        "num": pull.number,
-        "author": {"name": "me"},
-        "createdAt": TIME,
-        "status": pull.status,
-        "isPullRequest": True,
-        "repo": {"name": pull.repo, "type": "model"},
-    }
+    return json_reply({"commitUrl": f"{url}/{repo}/commit/{commit}", "commitOid": commit})

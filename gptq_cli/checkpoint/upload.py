@@ -1,6 +1,7 @@
-"""A finished checkpoint to the Hub: through a pull request that is compared with what is here before it is merged.
+"""Upload of a finished checkpoint to the Hub, in one commit.
 
-Readers of `main` see the old state or the new one. What was uploaded stays with the Hub, so that another try goes on.
+A commit is atomic: readers of `main` see the old state or the new one. The Hub keeps the large files that it has
+received, so a repeated push sends only the missing ones.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from hashlib import sha1, sha256
+from hashlib import sha1
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.hf_api import RepoFile
 
-MAIN = "main"
 OF_A_CHECKPOINT = (".safetensors", ".safetensors.index.json")
 SETTINGS = {QUANTIZE_CONFIG, CONFIG_FILE, MANIFEST}
 LISTED = 3  # files that an error names
@@ -31,20 +31,32 @@ Say = Callable[[str, str], None]
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """What became of a repository: `commit` is its `main` now, `deleted` are files of an earlier checkpoint."""
+    """The state of a repository after a push.
+
+    `commit` is the head of its `main`; `deleted` are files of an earlier checkpoint that the push removed.
+    """
 
     url: str
     commit: str
-    pull_request: int | None
     deleted: tuple[str, ...]
     already_there: bool
 
 
 class _Hub:
-    """One repository: what it holds, and what is to be there."""
+    """One repository on the Hub and the files that it shall hold."""
 
     def __init__(self, api: HfApi, repo: str, files: Sequence[CommitOperationAdd]) -> None:
         self.api, self.repo, self.files = api, repo, {file.path_in_repo: file for file in files}
+
+    @property
+    def url(self) -> str:
+        return f"{self.api.endpoint}/{self.repo}"
+
+    def head(self) -> str:
+        """Return the commit that `main` names."""
+        commit = self.api.model_info(self.repo).sha
+        assert commit is not None
+        return commit
 
     def tree(self, revision: str) -> dict[str, RepoFile]:
         from huggingface_hub.hf_api import RepoFile
@@ -53,27 +65,12 @@ class _Hub:
         return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
     def differing(self, tree: Mapping[str, RepoFile]) -> list[str]:
-        """Files that `tree` has not, or otherwise."""
+        """List our files that `tree` lacks or holds with other bytes."""
         return [path for path, file in self.files.items() if path not in tree or not _is_same(file, tree[path])]
 
     def stale(self, tree: Mapping[str, RepoFile]) -> list[str]:
-        """Weights and settings of another checkpoint: beside ours they would make a mixture."""
+        """List weights and settings of another checkpoint, which would make a mixture with ours."""
         return [path for path in tree if path not in self.files and _is_of_a_checkpoint(path)]
-
-    def is_wanted(self, tree: Mapping[str, RepoFile], main: Mapping[str, RepoFile]) -> bool:
-        """Whether `tree` is `main` with our files, without stale ones, and nothing else."""
-        others = {path: file.blob_id for path, file in main.items()}
-        others = {path: others[path] for path in others.keys() - self.files.keys() - set(self.stale(main))}
-        found = {path: file.blob_id for path, file in tree.items() if path not in self.files}
-        return not self.differing(tree) and found == others
-
-    @property
-    def title(self) -> str:
-        """Names the pull request by what it brings, so that another try finds it."""
-        digest = sha256()
-        for path, file in sorted(self.files.items()):
-            digest.update(f"{path}\0{file.upload_info.sha256.hex()}\n".encode())
-        return f"Upload with gptq, {digest.hexdigest()[:16]}"
 
 
 def publish(
@@ -81,9 +78,9 @@ def publish(
 ) -> Published:
     """Make `main` of the model repository `repo` hold `files` (path in the repository -> a file here, or its bytes).
 
-    The repository is made if it is not there, private unless `public`. Nothing is done where all is there already.
-    ExistsError E_OUT_EXISTS for other content under these names without `overwrite`; InputError E_PUSH if the Hub
-    refuses or holds something else afterwards, E_HUB_* as `push_refusal` says.
+    Creates the repository if it does not exist, private unless `public`. Sends nothing if `main` holds all of it.
+    Raises ExistsError E_OUT_EXISTS for other content under these names without `overwrite`; InputError E_PUSH if the
+    Hub refuses or holds something else afterwards, E_HUB_* as `push_refusal` says.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.utils.tqdm import disable_progress_bars
@@ -94,27 +91,24 @@ def publish(
     with _push_errors(f"model `{repo}`"):
         hub = _Hub(HfApi(), repo, additions)
         _open(hub, public=public)
-        main = hub.tree(MAIN)
+        head = hub.head()
+        main = hub.tree(head)
         different, stale = hub.differing(main), hub.stale(main)
         if not different and not stale:
-            return _published(hub, None, (), already_there=True)
-        _refuse_occupied(repo, [path for path in different if path in main] + stale, overwrite=overwrite)
-        number = _begun(hub, main)
-        if number is None:
-            say("upload", f"{len(different)} files to a pull request of {repo}")
-            number = _commit(hub, stale)
-        say("compare", f"refs/pr/{number} with the files here")
-        if not hub.is_wanted(hub.tree(f"refs/pr/{number}"), main):
-            raise _not_as_sent(hub, f"refs/pr/{number}")
-        say("merge", f"pull request {number}")
-        _merge(hub, number)
-        if hub.differing(hub.tree(MAIN)):
-            raise _not_as_sent(hub, MAIN)
-        return _published(hub, number, tuple(stale), already_there=False)
+            return Published(hub.url, head, (), already_there=True)
+        occupied = [path for path in different if path in main] + stale
+        _refuse_occupied(repo, occupied, overwrite=overwrite)
+        say("upload", f"{len(different)} files to {repo}")
+        commit = _commit(hub, stale, head)
+        say("compare", f"{repo} with the files here")
+        if hub.differing(hub.tree(commit)):
+            message = f"commit {commit[:12]} of model `{repo}` does not hold what was sent"
+            raise InputError("E_PUSH", message, hint=f"{AGAIN}; if it persists, look at the repository's history")
+        return Published(hub.url, commit, tuple(stale), already_there=False)
 
 
 def _open(hub: _Hub, *, public: bool) -> None:
-    """See to it that the repository is there, and as private as was said."""
+    """Create the repository if there is none; refuse one whose visibility differs from `public`."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
@@ -137,34 +131,15 @@ def _refuse_occupied(repo: str, occupied: Sequence[str], *, overwrite: bool) -> 
         raise ExistsError("E_OUT_EXISTS", f"model `{repo}` holds something else already: {listed}", hint=hint)
 
 
-def _begun(hub: _Hub, main: Mapping[str, RepoFile]) -> int | None:
-    """The pull request of an earlier try that brings just this."""
-    for found in hub.api.get_repo_discussions(hub.repo, discussion_type="pull_request", discussion_status="open"):
-        if found.title == hub.title and hub.is_wanted(hub.tree(f"refs/pr/{found.num}"), main):
-            return int(found.num)
-    return None
-
-
-def _commit(hub: _Hub, stale: Sequence[str]) -> int:
-    """All files in one commit on a new pull request, its number."""
+def _commit(hub: _Hub, stale: Sequence[str], head: str) -> str:
+    """Send all files in one commit on top of `head` and return the new commit."""
     from huggingface_hub import CommitOperationDelete
 
-    operations: list[Any] = [*hub.files.values(), *(CommitOperationDelete(path) for path in stale)]
-    number = hub.api.create_commit(hub.repo, operations, commit_message=hub.title, create_pr=True).pr_num
-    assert number is not None
-    return number
-
-
-def _merge(hub: _Hub, number: int) -> None:
-    if hub.api.get_discussion_details(hub.repo, number).status == "draft":
-        hub.api.change_discussion_status(hub.repo, number, "open")
-    hub.api.merge_pull_request(hub.repo, number)
-
-
-def _published(hub: _Hub, number: int | None, deleted: tuple[str, ...], *, already_there: bool) -> Published:
-    commit = hub.api.model_info(hub.repo).sha
-    assert commit is not None
-    return Published(f"{hub.api.endpoint}/{hub.repo}", commit, number, deleted, already_there)
+    deletions = [CommitOperationDelete(path) for path in stale]
+    operations: list[Any] = [*hub.files.values(), *deletions]
+    # With `parent_commit` the Hub refuses the commit if somebody else has pushed since `head` was read.
+    done = hub.api.create_commit(hub.repo, operations, commit_message="Upload with gptq", parent_commit=head)
+    return str(done.oid)
 
 
 def _is_of_a_checkpoint(path: str) -> bool:
@@ -182,14 +157,9 @@ def _is_same(file: CommitOperationAdd, entry: RepoFile) -> bool:
     return bool(entry.blob_id == sha1(b"blob %d\0" % len(content) + content).hexdigest())
 
 
-def _not_as_sent(hub: _Hub, revision: str) -> InputError:
-    message = f"what the Hub holds at {revision} of model `{hub.repo}` is not what was sent"
-    return InputError("E_PUSH", message, hint=f"{AGAIN}; if it persists, look at the repository's history")
-
-
 @contextmanager
 def _push_errors(what: str) -> Iterator[None]:
-    """Turn what the Hub and the way to it refuse into InputError."""
+    """Translate errors of the Hub and of the network into InputError."""
     try:
         yield
     except GptqError:

@@ -37,9 +37,9 @@ def push(
 ) -> None:
     """Send a checkpoint with a model card to the Hub.
 
-    DIR is verified first and stays as it is. Files go to a pull request, which
-    is compared with them and then merged: readers never see half a model.
-    Run it again if it ends early. Log in before: hf auth login.
+    DIR is verified first and not changed. All files go up in one commit, so
+    readers never see half a model. If a push ends early, run it again: it
+    sends only what is missing. Log in first: hf auth login.
 
     Example: gptq push ./Qwen3-0.6B-GPTQ-Int4-g128 me/small --base-model Qwen/Qwen3-0.6B --dry-run
     """
@@ -60,7 +60,6 @@ def _data(parcel: Parcel, done: Published, public: bool) -> dict[str, Any]:
         "repo": parcel.repo,
         "url": done.url,
         "commit": done.commit,
-        "pull_request": done.pull_request,
         "private": not public,
         "files": parcel.sizes,
         "deleted": list(done.deleted),
@@ -70,6 +69,7 @@ def _data(parcel: Parcel, done: Published, public: bool) -> dict[str, Any]:
 
 def _text(parcel: Parcel, done: Published, public: bool) -> str:
     files = f"{len(parcel.files)} files, {size(sum(parcel.sizes.values()))}, {'public' if public else 'private'}"
-    how = "was there already" if done.already_there else f"merged from pull request {done.pull_request}"
-    lines = [done.url, f"files  {files}", f"main   {done.commit[:12]}, {how}"]
-    return "\n".join([*lines, *(f"gone   {name}" for name in done.deleted)])
+    how = "unchanged" if done.already_there else "new commit"
+    lines = [done.url, f"files    {files}", f"main     {done.commit[:12]}, {how}"]
+    lines += [f"deleted  {name}" for name in done.deleted]
+    return "\n".join(lines)

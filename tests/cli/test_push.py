@@ -119,10 +119,6 @@ def front_matter(card: bytes | str) -> dict[str, Any]:
     return found
 
 
-def sent(hub: Hub, pattern: str) -> int:
-    return sum(pattern in request for request in hub.requests)
-
-
 def test_a_push_makes_a_private_repository_that_verifies_after_a_download(
     push: Push, hub: Hub, output: Path, tmp_path: Path
 ) -> None:
@@ -148,24 +144,26 @@ def test_a_push_makes_a_private_repository_that_verifies_after_a_download(
     assert not any(b"/secret/path" in content or CANARY.encode() in content for content in files.values())
 
 
-def test_main_changes_once_by_a_merge_after_the_pull_request_was_compared(push: Push, hub: Hub) -> None:
+def test_all_files_go_up_in_one_commit_on_the_head_of_main(push: Push, hub: Hub) -> None:
     assert push().exit_code == 0
-    order = [sent for sent in hub.requests if any(word in sent for word in ("/commit/", "refs%2Fpr%2F1", "/merge"))]
-    assert [request.split("/")[-1].split("?")[0] for request in order] == ["main", "refs%2Fpr%2F1", "merge"]
-    assert "create_pr=1" in order[0]
+    commits = [request for request in hub.requests if "/commit/" in request]
+    assert [request.split("/")[-1].split("?")[0] for request in commits] == ["main"]
 
 
-def test_a_pull_request_that_is_a_draft_is_opened_and_merged(push: Push, hub: Hub) -> None:
-    hub.uploads.draft = True
-    assert push().exit_code == 0
-    assert [pull.status for pull in hub.uploads.pulls] == ["merged"]
+def test_a_push_is_refused_if_somebody_else_pushed_meanwhile(push: Push, hub: Hub) -> None:
+    hub.uploads.rival = {"theirs.txt": b"new"}
+    done = push()
+    assert (done.exit_code, done.stdout) == (3, "")
+    assert "error[E_PUSH]" in done.stderr
+    assert "run the same command again" in done.stderr
+    assert set(hub.repos["me/tiny"]) == {".gitattributes", "theirs.txt"}
 
 
-def test_what_is_there_already_is_not_sent_again(push: Push, hub: Hub) -> None:
+def test_a_repeated_push_sends_nothing(push: Push, hub: Hub) -> None:
     assert push().exit_code == 0
     state, asked = hub.commit("me/tiny"), len(hub.requests)
     again = json.loads(push("--json").stdout)
-    assert (again["already_there"], again["pull_request"], again["commit"]) == (True, None, state)
+    assert (again["already_there"], again["commit"]) == (True, state)
     assert not [request for request in hub.requests[asked:] if not request.startswith("GET ")]
 
 
@@ -182,33 +180,12 @@ def test_an_upload_that_broke_off_sends_only_what_is_missing(push: Push, hub: Hu
     assert [request for request in hub.requests if request.startswith("PUT")] == [f"PUT /lfs/{last}"]
 
 
-def test_a_pull_request_that_was_not_merged_is_gone_on_with(push: Push, hub: Hub) -> None:
-    hub.faults.append(Fault("/merge", Reply(500)))
-    broken = push()
-    assert (broken.exit_code, "error[E_HUB_NETWORK]" in broken.stderr) == (3, True)
-    assert "run the same command again" in broken.stderr
-    assert set(hub.repos["me/tiny"]) == {".gitattributes"}
-    hub.faults.clear()
-    hub.requests.clear()
-    assert json.loads(push("--json").stdout)["pull_request"] == 1
-    assert sent(hub, "/commit/") == 0
-
-
-def test_somebody_elses_pull_request_of_that_name_is_not_merged(push: Push, hub: Hub) -> None:
-    hub.faults.append(Fault("/merge", Reply(500)))
-    push()
-    hub.faults.clear()
-    hub.uploads.pulls[0].files["evil.py"] = b"import os"
-    assert json.loads(push("--json").stdout)["pull_request"] == 2
-    assert "evil.py" not in hub.repos["me/tiny"]
-
-
-def test_bytes_that_the_hub_garbles_are_never_merged(push: Push, hub: Hub) -> None:
+def test_bytes_that_the_hub_garbles_fail_the_push(push: Push, hub: Hub) -> None:
     hub.uploads.corrupt = "config.json"
     done = push()
     assert (done.exit_code, done.stdout) == (3, "")
-    assert "error[E_PUSH]: what the Hub holds at refs/pr/1 of model `me/tiny` is not what was sent" in done.stderr
-    assert set(hub.repos["me/tiny"]) == {".gitattributes"}
+    assert "error[E_PUSH]: commit" in done.stderr
+    assert "of model `me/tiny` does not hold what was sent" in done.stderr
 
 
 def test_another_model_is_replaced_on_demand_and_its_weights_go(push: Push, hub: Hub) -> None:
@@ -245,7 +222,7 @@ def test_privacy_is_what_was_said_or_the_push_is_refused(push: Push, hub: Hub) -
         (Fault("/api/repos/create", Reply(401)), "E_HUB_AUTH", "does not know who you are", "hf auth login"),
         (Fault("/api/repos/create", Reply(403)), "E_PUSH", "the Hub refuses what is sent to", "may write there"),
         (Fault("POST .*/commit/", Reply(413)), "E_PUSH", "refuses", "as it was"),
-        (Fault("/merge", Reply(409, b'{"error": "conflict"}')), "E_PUSH", "conflict", "same command again"),
+        (Fault("/commit/", Reply(409, b'{"error": "conflict"}')), "E_PUSH", "conflict", "same command again"),
         (Fault("GET /api/models/me/tiny$", refusal(403, "GatedRepo")), "E_HUB_GATED", "is gated", "accept its terms"),
         (Fault("/commit/", refusal(404, "RepoNotFound")), "E_HUB_NOT_FOUND", "is not on the Hub", "spelling"),
         (Fault("/commit/", Reply(429)), "E_HUB_NETWORK", "429", "not sent twice"),
