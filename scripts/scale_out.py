@@ -1,4 +1,4 @@
-"""What several devices would gain, by the cost model of `gptq plan --devices`: an estimate, nothing of it measured.
+"""What several devices would gain, by the cost model of `gptq plan --time` at assumed rates: nothing of it is measured.
 
 python scripts/scale_out.py [--json FILE]
 """
@@ -18,7 +18,7 @@ from gptq_cli.pipeline.run_plan import LayerPlan
 
 DEVICES = (1, 2, 4, 8, 16, 64)
 NODE = 8
-# As `cost.ASSUMED`; between nodes 400 Gb/s for each device.
+# From data sheets of an H100 with NVLink and the share that such kernels usually reach; between nodes 400 Gb/s each.
 WITHIN = Rates(forward=3e14, hessian=3e14, factor=1e13, solve=1e14, columns=4e10, network=2e11, disk=6e9)
 BETWEEN = Rates(forward=3e14, hessian=3e14, factor=1e13, solve=1e14, columns=4e10, network=4e10, disk=6e9)
 

@@ -16,6 +16,9 @@ from gptq_cli.config.resolve import resolve
 from gptq_cli.config.schema import FIELDS
 
 SHARED = {*FIELDS, "model", "output", "revision", "config", "as_json", "quiet"}
+WithTime = Annotated[
+    bool, o.plain("--time", help="measure this device for a few seconds and estimate the time of a run", panel=o.RUN)
+]
 Devices = Annotated[
     int, o.plain("--devices", help="how many devices share the work; default 1", panel=o.RUN, metavar="N", min=1)
 ]
@@ -26,6 +29,7 @@ def _as_quantize(function: Callable[..., None]) -> Callable[..., None]:
     known = inspect.signature(quantize, eval_str=True)
     kept = [parameter for name, parameter in known.parameters.items() if name in SHARED]
     kept.append(inspect.Parameter("devices", inspect.Parameter.KEYWORD_ONLY, default=1, annotation=Devices))
+    kept.append(inspect.Parameter("time", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=WithTime))
     function.__signature__ = known.replace(parameters=kept)  # type: ignore[attr-defined]
     function.__annotations__ = {parameter.name: parameter.annotation for parameter in kept}
     return function
@@ -37,11 +41,19 @@ def plan(**said: Any) -> None:
 
     Reads config.json and the headers of the weights; of a Hub id nothing
     else is downloaded. Takes the options of quantize. Sizes are exact,
-    memory is an estimate, and so is the time on a GPU, whose rates are
-    assumed and not measured.
+    memory is an estimate. With --time this device is measured, to estimate
+    how long a run takes.
 
     Example: gptq plan ./Qwen3-0.6B --bits 4
     """
     resolved = resolve(said_fields(said), os.environ, said["config"])
     console = Console(said["as_json"], said["quiet"])
-    show_plan(console, resolved, said["model"], said["output"], said["revision"], said["devices"])
+    show_plan(
+        console,
+        resolved,
+        said["model"],
+        said["output"],
+        said["revision"],
+        devices=said["devices"],
+        with_time=said["time"],
+    )

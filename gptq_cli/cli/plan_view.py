@@ -11,9 +11,12 @@ from gptq_cli.cli.console import Console, fitted
 from gptq_cli.cli.engines import engine_lines
 from gptq_cli.cli.table import row_data, row_lines
 from gptq_cli.config.resolve import Resolved
+from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.targets import engine_data
 from gptq_cli.config.units import clock, size
-from gptq_cli.pipeline.estimate import Term, estimate_disk, estimate_memory, estimate_time, total
+from gptq_cli.errors import ConfigError
+from gptq_cli.pipeline.cost import Seconds
+from gptq_cli.pipeline.estimate import Term, estimate_disk, estimate_memory, estimate_time, forward_dtype, total
 from gptq_cli.pipeline.naming import default_name
 from gptq_cli.pipeline.overview import plan_rows
 from gptq_cli.pipeline.plan import plan_checkpoint
@@ -22,9 +25,19 @@ from gptq_cli.pipeline.run_plan import RunPlan
 
 
 def show_plan(
-    console: Console, resolved: Resolved, model: str, output: Path | None, revision: str | None, devices: int = 1
+    console: Console,
+    resolved: Resolved,
+    model: str,
+    output: Path | None,
+    revision: str | None,
+    *,
+    devices: int = 1,
+    with_time: bool = False,
 ) -> None:
-    """Print the plan of a run, the reasons for it and what it will take of each of so many devices."""
+    """Print the plan of a run, the reasons for it and what it takes of each of so many devices.
+
+    With `with_time` the device of the run is measured first, to estimate how long the run takes on it.
+    """
     from gptq_cli.checkpoint.hub import peek_model
 
     config = resolved.config
@@ -33,11 +46,15 @@ def show_plan(
     source, checkpoint = peek_model(model, revision)
     found = plan_checkpoint(checkpoint, config)
     output = output or Path(default_name(model, config))
+    seconds = None
+    if with_time:
+        seconds = _measured_seconds(found, config, devices)
     data = {
         "model": source.name,
         "commit": source.commit,
         "output": str(output),
         **_data(found, resolved, output, devices),
+        "seconds": _seconds_data(seconds),
     }
     if output.exists():
         console.say(f"note: `{output}` exists: quantize will refuse it if it is not empty and --overwrite is not given")
@@ -48,7 +65,7 @@ def show_plan(
         )
     for code, remark in remarks(found, config):
         console.warn(code, remark)
-    text = "\n".join([f"{source.name} -> {output}", "", *_lines(found, resolved, output, devices)])
+    text = "\n".join([f"{source.name} -> {output}", "", *_lines(found, resolved, output, devices, seconds)])
     console.result(data, text, str(found.layout.nbytes))
 
 
@@ -73,7 +90,6 @@ def _data(plan: RunPlan, resolved: Resolved, output: Path, devices: int) -> dict
             "accelerator_host": _peak(memory.accelerator_host),
         },
         "devices": devices,
-        "seconds": {"estimate": True, "rates": "assumed", **_seconds(plan, resolved, devices)},
         "disk": {"needed_bytes": disk.needed, "free_bytes": disk.free},
         "engines": engine_data(judge_plan(plan, resolved.config)),
     }
@@ -94,11 +110,10 @@ def layer_data(plan: RunPlan) -> list[dict[str, Any]]:
     ]
 
 
-def _lines(plan: RunPlan, resolved: Resolved, output: Path, devices: int) -> list[str]:
+def _lines(plan: RunPlan, resolved: Resolved, output: Path, devices: int, seconds: Seconds | None) -> list[str]:
     quantized, kept = plan_rows(plan)
     rows = row_lines([*quantized, *kept])
     memory, disk = estimate_memory(plan, resolved.config, devices), estimate_disk(plan, output)
-    seconds = estimate_time(plan, resolved.config, devices)
     each = f" for each of {devices} processes" if devices > 1 else ""
     files = f"{len(plan.layout.shards)} file" + ("s" if len(plan.layout.shards) > 1 else "")
     free = f", {size(disk.free)} free" if disk.free is not None else ""
@@ -117,20 +132,44 @@ def _lines(plan: RunPlan, resolved: Resolved, output: Path, devices: int) -> lis
         *wrap(_terms(memory.cpu), 78, initial_indent=" " * 10, subsequent_indent=" " * 10),
         f"        about {size(total(memory.accelerator))} on a GPU and {size(total(memory.accelerator_host))} "
         "on its host (estimate, not measured)",
-        f"time    {_about(seconds.total)} on {devices} GPU{'s' * (devices > 1)} "
-        "(estimate from assumed rates of an H100)",
+        *_time_lines(seconds),
         f"disk    {size(disk.needed)}{free}",
         *map(fitted, engine_lines(judge_plan(plan, resolved.config))),
     ]
 
 
-def _about(seconds: float) -> str:
-    return f"about {clock(seconds)}" if seconds >= 1 else "less than a second"
+def _measured_seconds(plan: RunPlan, config: QuantizeConfig, devices: int) -> Seconds:
+    """Measure the device of the run and estimate its time; ConfigError E_CFG_CONFLICT for several devices."""
+    from gptq_cli.pipeline.rates import measure_rates
+    from gptq_cli.pipeline.setup import DTYPES, resolve_device
+
+    if devices > 1:
+        message = f"--time measures one device, but --devices is {devices}"
+        raise ConfigError("E_CFG_CONFLICT", message, hint="leave out --devices or --time")
+    widest = max(plan.quantized, key=lambda layer: layer.in_features)
+    assert widest.config is not None
+    dtype = DTYPES[forward_dtype(plan, config)]
+    device = resolve_device(config.device)
+    rates = measure_rates(device, dtype, widest.in_features, widest.config, widest.weight.file)
+    return estimate_time(plan, config, rates)
 
 
-def _seconds(plan: RunPlan, resolved: Resolved, devices: int) -> dict[str, float]:
-    found = estimate_time(plan, resolved.config, devices)
-    return {"total": found.total, **asdict(found)}
+def _time_lines(seconds: Seconds | None) -> list[str]:
+    """Lines about the time of a run; none if it was not asked for."""
+    if seconds is None:
+        return []
+    solving = clock(seconds.factor + seconds.solve)
+    parts = f"forwards {clock(seconds.forward)}, Hessians {clock(seconds.hessian)}, solving {solving}"
+    return [
+        f"time    about {clock(seconds.total)} (estimate from rates measured on this device):",
+        f"          {parts}, reading {clock(seconds.reading)}",
+    ]
+
+
+def _seconds_data(seconds: Seconds | None) -> dict[str, float | bool] | None:
+    if seconds is None:
+        return None
+    return {"estimate": True, "total": seconds.total, **asdict(seconds)}
 
 
 def _terms(terms: tuple[Term, ...]) -> str:

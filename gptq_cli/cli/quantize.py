@@ -91,7 +91,7 @@ def quantize(
     if dry_run:
         from gptq_cli.cli.plan_view import show_plan
 
-        return show_plan(console, resolved, model, output, revision, max(1, len(parse_devices(devices))))
+        return show_plan(console, resolved, model, output, revision, devices=max(1, len(parse_devices(devices))))
     for note in resolved.notes:
         console.say(f"note: {note}")
     manner = {"resume": resume or "auto", "max_runtime": max_runtime, "allow_network_fs": allow_network_fs}

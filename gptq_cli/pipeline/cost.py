@@ -1,15 +1,17 @@
-"""How much there is to compute, and about how long that takes on so many devices. Needs no torch.
+"""The amount of computation in a run, and how long it takes at given rates. Needs no torch.
 
-Work is counted in multiplications with an addition. Shares of it are balanced by these counts; times come from them by
-rates, which are assumptions until somebody has measured them: see docs/scale-out.md.
+Work is counted in multiplications with an addition. Processes share it by these counts; `gptq plan --time` measures the
+rates that turn it into seconds, and docs/scale-out.md does the sum for several devices with rates of data sheets.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from gptq_cli.config.layer import LayerConfig
 from gptq_cli.config.rules import expert_part
 from gptq_cli.pipeline.run_plan import LayerPlan
 
@@ -20,25 +22,33 @@ ROWS_OF_A_PART = {"cpu": 1024, "cuda": 4096}
 
 
 def hessian_cost(in_features: int, tokens: float) -> float:
-    """Of Σ x xᵀ over so many tokens."""
+    """Cost of Σ x xᵀ over so many tokens."""
     return HESSIAN_SHARE * tokens * in_features**2
 
 
 def factor_cost(in_features: int) -> float:
-    """Of one Cholesky factor."""
+    """Cost of one Cholesky factor."""
     return in_features**3 / 6
 
 
 def solve_cost(layer: LayerPlan) -> float:
-    """Of passing on the errors of all columns, of refining, and of the error that is reported."""
+    """Cost of passing on the errors of all columns, of refining, and of the error that is reported."""
     assert layer.config is not None
-    sweeps = layer.config.refine_sweeps
-    products = 0.5 + (1 + sweeps if sweeps else 0) + 1 + bool(layer.config.asymmetric_calibration)
-    return products * layer.out_features * layer.in_features**2
+    return solve_products(layer.config) * layer.out_features * layer.in_features**2
+
+
+def solve_products(config: LayerConfig) -> float:
+    """Number of products of the weight [O, I] with a matrix [I, I] in solving a layer."""
+    passing_on, reporting = 0.5, 1.0
+    refining = 0
+    if config.refine_sweeps:
+        refining = 1 + config.refine_sweeps
+    following = int(config.asymmetric_calibration > 0)
+    return passing_on + refining + reporting + following
 
 
 def expert_cost(layers: Sequence[LayerPlan], tokens: float) -> float:
-    """Of all that quantizing one expert takes, if it was sent so many tokens."""
+    """Cost of quantizing one expert that was sent so many tokens."""
     inputs = {layer.in_features for layer in layers}
     forward = sum(layer.out_features * layer.in_features for layer in layers) * tokens
     return forward + sum(hessian_cost(n, tokens) + factor_cost(n) for n in inputs) + sum(map(solve_cost, layers))
@@ -54,13 +64,8 @@ class Rates:
     factor: float
     solve: float
     columns: float
-    network: float
     disk: float
-
-
-# By data sheets and the shares of them that such kernels usually reach, for an H100 with NVLink; nothing of this
-# program has been measured there.
-ASSUMED = Rates(forward=3e14, hessian=3e14, factor=1e13, solve=1e14, columns=4e10, network=2e11, disk=6e9)
+    network: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +96,7 @@ class Calibration:
 
 
 def estimate_seconds(
-    layers: Iterable[LayerPlan], text: Calibration, devices: int, nbytes: int, rates: Rates = ASSUMED
+    layers: Iterable[LayerPlan], text: Calibration, devices: int, nbytes: int, rates: Rates
 ) -> Seconds:
     """About how long quantizing `layers` takes on `devices` devices, each of which reads `nbytes`.
 

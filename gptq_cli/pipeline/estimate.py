@@ -12,10 +12,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from gptq_cli.checkpoint.headers import BITS_OF_DTYPE
 from gptq_cli.config.rules import expert_part
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.pipeline.cost import HESSIAN_SHARE, ROWS_OF_A_PART, Calibration, Seconds, estimate_seconds
+from gptq_cli.pipeline.cost import HESSIAN_SHARE, ROWS_OF_A_PART, Calibration, Rates, Seconds, estimate_seconds
 from gptq_cli.pipeline.run_plan import LayerPlan, RunPlan
 from gptq_cli.pipeline.windows import bounded
 
@@ -24,7 +23,8 @@ DEVICE_SHARE = 4  # hidden states may fill a quarter of the free memory of an ac
 LIBRARIES_BYTES = 320_000_000  # private memory of Python with torch and transformers at work, as measured on Linux
 TOKENS_PER_CHUNK = 1024  # of the inputs that the Hessian takes in float32 at a time
 FLOAT, CODE = 4, 1
-WORD_BITS = {"float64": 64, "float32": 32, "bfloat16": 16, "float16": 16}
+WORD_BITS = {"float32": 32, "bfloat16": 16, "float16": 16}
+STORED_NAMES = {"BF16": "bfloat16", "F16": "float16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ def estimate_memory(plan: RunPlan, config: QuantizeConfig, devices: int = 1) -> 
                      for each other
     experts' inputs  tokens x hidden of all calibration windows, if there are several devices
     """
-    bits = _forward_bits(plan, config)
+    bits = WORD_BITS[forward_dtype(plan, config)]
     seqlen, hidden = bounded(config, plan.source).seqlen, _hidden_size(plan)
     widest = max(layer.in_features for layer in plan.layers)
     batches = -(-config.nsamples // config.batch_size)
@@ -101,8 +101,8 @@ def estimate_memory(plan: RunPlan, config: QuantizeConfig, devices: int = 1) -> 
     return Estimate((libraries, *on_cpu), on_accelerator, (libraries, states, Term("block", block)))
 
 
-def estimate_time(plan: RunPlan, config: QuantizeConfig, devices: int) -> Seconds:
-    """About how long the run takes on so many GPUs, by rates that are assumed: see `cost.ASSUMED`."""
+def estimate_time(plan: RunPlan, config: QuantizeConfig, rates: Rates) -> Seconds:
+    """Estimate how long the run takes on one device with these rates."""
     seqlen, hidden = bounded(config, plan.source).seqlen, _hidden_size(plan)
     declared = plan.source.text_config
     chosen = declared.get("num_experts_per_tok") or declared.get("top_k")
@@ -110,9 +110,9 @@ def estimate_time(plan: RunPlan, config: QuantizeConfig, devices: int) -> Second
         tokens=config.nsamples * seqlen,
         experts_per_token=chosen if isinstance(chosen, int) else 1,
         batches=-(-config.nsamples // config.batch_size),
-        state_bytes=hidden * _forward_bits(plan, config) // 8,
+        state_bytes=hidden * WORD_BITS[forward_dtype(plan, config)] // 8,
     )
-    return estimate_seconds(plan.layers, text, devices, plan.source.nbytes)
+    return estimate_seconds(plan.layers, text, 1, plan.source.nbytes, rates)
 
 
 def estimate_disk(plan: RunPlan, output: Path) -> Disk:
@@ -125,11 +125,15 @@ def _hidden_size(plan: RunPlan) -> int:
     return Counter(layer.in_features for layer in plan.layers if layer.block < plan.n_blocks).most_common(1)[0][0]
 
 
-def _forward_bits(plan: RunPlan, config: QuantizeConfig) -> int:
+def forward_dtype(plan: RunPlan, config: QuantizeConfig) -> str:
+    """Name the dtype that the model runs in, as far as headers and config.json tell."""
     declared = plan.source.text_config
-    name = config.dtype if config.dtype != "auto" else declared.get("dtype") or declared.get("torch_dtype")
-    stored = BITS_OF_DTYPE[plan.layers[0].weight.dtype]
-    return WORD_BITS.get(str(name).removeprefix("torch."), stored)
+    name: str = config.dtype
+    if name == "auto":
+        name = str(declared.get("dtype") or declared.get("torch_dtype")).removeprefix("torch.")
+    if name in WORD_BITS:
+        return name
+    return STORED_NAMES.get(plan.layers[0].weight.dtype, "float32")
 
 
 def _largest_block(plan: RunPlan) -> int:

@@ -78,6 +78,27 @@ def test_a_dry_run_prints_the_same_and_runs_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_plan_has_a_time_only_if_it_is_asked_for(gptq: Run, model: Path) -> None:
+    words = ["plan", str(model), "-b", "4", "-g", "32", "--device", "cpu"]
+    plain, timed = gptq(*words, "--json"), gptq(*words, "--time", "--json")
+    assert (plain.exit_code, timed.exit_code) == (0, 0)
+    assert json.loads(plain.stdout)["seconds"] is None
+    seconds = json.loads(timed.stdout)["seconds"]
+    parts = sum(seconds[part] for part in ("forward", "hessian", "factor", "solve", "network"))
+    assert seconds["total"] == max(parts, seconds["reading"]) > 0
+    assert "time" not in [line.split(" ")[0] for line in gptq(*words).stdout.splitlines()]
+    shown = gptq(*words, "--time").stdout
+    assert "\ntime    about 0:00:0" in shown
+    assert "rates measured on this device" in shown
+
+
+def test_time_for_several_devices_is_refused(gptq: Run, model: Path) -> None:
+    result = gptq("plan", model, "-b", "4", "-g", "32", "--time", "--devices", "4")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "error[E_CFG_CONFLICT]: --time measures one device, but --devices is 4" in result.stderr
+    assert "leave out --devices or --time" in result.stderr
+
+
 def test_quiet_prints_the_bytes_alone(gptq: Run, model: Path) -> None:
     result = gptq("plan", model, "-b", "4", "-g", "32", "-q")
     assert result.stdout.strip().isdigit()

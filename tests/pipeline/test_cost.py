@@ -1,11 +1,13 @@
-"""What a run is said to take on so many devices, against counts written out by hand."""
+"""The cost of a run on several devices, against counts written out by hand, and the rates of this device."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from gptq_cli.checkpoint.headers import TensorInfo
 from gptq_cli.config.layer import LayerConfig
@@ -13,6 +15,7 @@ from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.pipeline.cost import Calibration, Rates, estimate_seconds, expert_cost, solve_cost
 from gptq_cli.pipeline.estimate import estimate_memory, total
 from gptq_cli.pipeline.plan import plan_run
+from gptq_cli.pipeline.rates import measure_rates
 from gptq_cli.pipeline.run_plan import LayerPlan
 from tests.families import save_model
 from tests.pipeline.runs import config
@@ -74,6 +77,23 @@ def test_refinement_and_asymmetric_calibration_cost_more() -> None:
     assert expert_cost([plain], 10) == 10 * 16 * 12 + 9 / 16 * 10 * 12**2 + 12**3 / 6 + solve_cost(plain)
     ways = [estimate_seconds([layer], TEXT, 1, 0, ONE).forward for layer in (plain, followed)]
     assert ways[1] == 2 * ways[0]
+
+
+@pytest.mark.parametrize("settings", [LayerConfig(group_size=32), LayerConfig(group_size=-1, refine_sweeps=2)])
+def test_measured_rates_are_positive_and_finite(settings: LayerConfig, tmp_path: Path) -> None:
+    file = tmp_path / "weights"
+    file.write_bytes(bytes(100_000))
+    rates = measure_rates(torch.device("cpu"), torch.float32, 96, settings, file)
+    measured = [rates.forward, rates.hessian, rates.factor, rates.solve, rates.columns, rates.disk]
+    assert all(0 < rate < math.inf for rate in measured)
+    assert rates.network == math.inf
+
+
+def test_the_disk_of_a_file_that_is_not_here_has_no_rate(tmp_path: Path) -> None:
+    rates = measure_rates(torch.device("cpu"), torch.float32, 32, LayerConfig(group_size=32), tmp_path / "none")
+    assert rates.disk == math.inf
+    seconds = estimate_seconds([linear("a.up_proj", 64, 32, PLAIN)], TEXT, 1, 10**9, rates)
+    assert seconds.reading == 0
 
 
 def test_each_of_several_devices_holds_its_share_of_the_states(tmp_path: Path) -> None:
