@@ -1,7 +1,7 @@
 """The fifty points that a checkpoint must meet to be loaded everywhere, and where each is checked.
 
 `CHECKS` are functions that complain about a source and the checkpoint made of it; the other points are checked by
-`gptq verify` (named by a defect planted in its tests), by another test, or do not apply, for the reason given.
+`gptq verify` (named by a defect planted in its tests), by tests of other parts, or do not apply, for the reason given.
 """
 
 from __future__ import annotations
@@ -285,22 +285,8 @@ BY_VERIFY: dict[int, str] = {
     24: "wrapped zero", 25: "scale subnormal",
 }  # fmt: skip
 
-_COMPAT, _READERS = "tests/compat/test_consumers.py", "tests/conformance/test_readers.py"
-BY_TEST: dict[int, tuple[str, str]] = {
-    3: (_READERS, "test_every_engine_does_with_a_checkpoint_what_is_said_of_it"),
-    26: (_READERS, "test_every_engine_does_with_a_checkpoint_what_is_said_of_it"),
-    27: ("tests/pipeline/test_quantize.py", "test_both_formats_hold_the_same_weights"),
-    28: ("tests/checkpoint/test_packing.py", "test_three_bit_words_have_the_layout_of_autogptq"),
-    31: ("tests/checkpoint/test_source.py", "test_a_faulty_checkpoint_is_refused_with_its_code"),
-    33: ("tests/pipeline/test_experts.py", "test_experts_stored_in_one_tensor_are_written_one_by_one"),
-    40: ("tests/pipeline/test_quantize.py", "test_other_files_are_copied_byte_for_byte_with_usual_modes"),
-    42: ("tests/checkpoint/test_durable.py", "test_publishing"),
-    44: (_COMPAT, "test_logits_are_those_of_the_dequantized_weights"),
-    45: (_COMPAT, "test_logits_are_those_of_the_dequantized_weights"),
-    46: (_COMPAT, "test_logits_are_those_of_the_dequantized_weights"),
-    47: (_COMPAT, "test_settings_that_a_consumer_cannot_read_are_refused_by_it"),
-    48: (_COMPAT, "test_settings_known_to_be_misread_are_still_misread"),
-}  # fmt: skip
+# What engines do with a checkpoint, packing, sharding, publishing: points that tests of these parts check.
+BY_OTHER_TESTS = (3, 26, 27, 28, 31, 33, 40, 42, 44, 45, 46, 47, 48)
 
 NOT_HERE: dict[int, str] = {
     35: "how many devices will share a layer is not known when it is written",
