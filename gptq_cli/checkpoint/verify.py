@@ -19,7 +19,7 @@ from gptq_cli.checkpoint.headers import TensorInfo
 from gptq_cli.checkpoint.module_checks import PARTS, Defect, check_module, check_values
 from gptq_cli.checkpoint.raw import INTEGERS, count_not_finite, read_chunks
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
-from gptq_cli.checkpoint.stored import StoredConfig, stored_config
+from gptq_cli.checkpoint.stored import Settings, StoredConfig, stored_config
 from gptq_cli.errors import InputError
 
 HEAD = "lm_head"
@@ -64,20 +64,21 @@ def verify_checkpoint(directory: Path, *, full: bool = False) -> Verification:
         raise InputError("E_CKPT_KIND", f"`{directory}` is not quantized", hint=hint)
     config, wrong = stored_config(checkpoint)
     defects = [Defect("E_CKPT_CONFIG", text, "config.json") for text in wrong]
+    # Rules are matched here and not beside each other: only the main thread can give up a pattern without a process.
+    settings = {module: config.settings(module) for module in modules} if config else {}
     if config is not None:
         defects += _against_config(checkpoint, config, modules)
-        for found in side_by_side(lambda module: list(_module(checkpoint, config, module)), modules):
+        for found in side_by_side(lambda name: list(_module(checkpoint, config, name, settings[name])), modules):
             defects += found
     if full:
         defects += [defect for tensor in _kept(checkpoint, modules) for defect in _check_finite(tensor)]
     hashed, torn = check_manifest(directory, full=full)
-    settings = [config.settings(module) for module in modules] if config else []
     return Verification(
         defects=(*defects, *torn),
         modules=len(modules),
         tensors=len(checkpoint.tensors),
         nbytes=checkpoint.nbytes,
-        bits=tuple(sorted({setting.bits for setting in settings})),
+        bits=tuple(sorted({setting.bits for setting in settings.values()})),
         format=config.format if config else "",
         full=full,
         hashed=hashed,
@@ -90,10 +91,9 @@ def packed_modules(tensors: Iterable[str]) -> list[str]:
     return list(found)
 
 
-def _module(checkpoint: Checkpoint, config: StoredConfig, module: str) -> Iterator[Defect]:
+def _module(checkpoint: Checkpoint, config: StoredConfig, module: str, settings: Settings) -> Iterator[Defect]:
     stored = {part: tensor for part in PARTS if (tensor := checkpoint.tensors.get(f"{module}.{part}"))}
     bias = checkpoint.tensors.get(f"{module}.bias")
-    settings = config.settings(module)
     defects = list(check_module(module, stored, bias, settings))
     yield from defects
     if not defects:

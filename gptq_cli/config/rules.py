@@ -1,8 +1,9 @@
 """Which layers a configuration reaches, with the meaning GPTQModel and Optimum give to their fields.
 
-A `dynamic` rule is a regular expression, matched from the start of the full module name, behind `+:` (or nothing) for
-other settings or `-:` for "keep in full precision". All `-:` rules are asked first, then the others in the order in
-which they were written; the first match decides alone.
+A `dynamic` rule is a regular expression in the dialect of Python's `re`, as GPTQModel and vLLM read it. It is matched
+from the start of the full module name, behind `+:` (or nothing) for other settings or `-:` for "keep in full
+precision". All `-:` rules are asked first, then the others in the order in which they were written; the first match
+decides alone.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from gptq_cli.config.layer import LayerConfig
+from gptq_cli.config.patterns import SECONDS, matches_in_time
 from gptq_cli.config.yaml_loader import parse_scalar
 from gptq_cli.errors import ConfigError
 
 KEEP, CHANGE = "-:", "+:"
-MATCH_SECONDS = 1.0  # a pattern that anybody means takes microseconds
 
 
 # Engines that hold these linears as one ask rules for the fused name, and want all of a group stored alike.
@@ -95,13 +96,11 @@ def flaw_of(rule: str) -> str | None:
 
 def matches(rule: str, name: str) -> bool:
     """Whether a `dynamic` rule matches a layer's name; ConfigError E_CFG_REGEX if that takes for ever to tell."""
-    import regex  # as `re`, but a search can be told to give up
-
     try:
-        return regex.match(pattern_of(rule), name, timeout=MATCH_SECONDS) is not None
+        return matches_in_time(pattern_of(rule), name)
     except TimeoutError:
         raise ConfigError(
-            "E_CFG_REGEX", f"rule {rule!r} takes more than {MATCH_SECONDS:g} s to tell whether it matches `{name}`",
+            "E_CFG_REGEX", f"rule {rule!r} takes more than {SECONDS:g} s to tell whether it matches `{name}`",
             hint="write it without a repetition of a repetition, such as (a+)+",
         ) from None  # fmt: skip
 

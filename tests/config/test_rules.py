@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
-from gptq_cli.config.rules import first_match, parse_rule, unmatched_rules
+from gptq_cli.config import patterns
+from gptq_cli.config.rules import first_match, matches, parse_rule, unmatched_rules
+from gptq_cli.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -41,3 +45,58 @@ def test_rules_that_reach_no_layer_are_found() -> None:
         "-:down_proj",
         "lm_head",
     ]
+
+
+@pytest.mark.parametrize(
+    ("rule", "name", "matched"),
+    [
+        (r".*\.(?:k){s}_proj", "model.layers.1.self_attn.q_proj", False),  # to `regex`: but for one letter
+        (r".*\.(?:k){s}_proj", "model.k{s}_proj", True),
+        (r".*(?:k_proj){e<=1}$", "model.layers.1.self_attn.q_proj", False),
+        (r"(?:x|model)\.(?:mlp){i,d,s,e}.*", "model.attn", False),
+        (r"(?i:MODEL)\.[0-9]{1,2}$", "model.12", True),
+        (r"model\.\d+$", "model.123.x", False),
+        (r"q_proj", "model.q_proj", False),
+    ],
+)
+@pytest.mark.parametrize("threads", [0, 1])
+def test_rules_mean_what_they_mean_to_re(rule: str, name: str, matched: bool, threads: int) -> None:
+    if threads:
+        with ThreadPoolExecutor(threads) as pool:
+            assert pool.submit(matches, rule, name).result() is matched
+    assert matches(rule, name) is matched
+
+
+@pytest.mark.parametrize("rule", ["-:(a+)+$", "+:(.|..|...)+(?!.|$)"])
+@pytest.mark.parametrize("threads", [0, 1])
+def test_a_rule_that_takes_for_ever_is_given_up(rule: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patterns, "SECONDS", 0.05)
+    monkeypatch.setattr(patterns, "SECONDS_OF_CHILD", 1.0)
+    with pytest.raises(ConfigError, match=r"takes more than .* `aaaa") as caught:  # noqa: PT012
+        if threads:
+            with ThreadPoolExecutor(threads) as pool:
+                pool.submit(matches, rule, "a" * 60 + "b").result()
+        matches(rule, "a" * 60 + "b")
+    assert (caught.value.code, caught.value.exit_code) == ("E_CFG_REGEX", 2)
+    assert "(a+)+" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("rule", ["a+", "(a+)+$"])
+def test_matching_puts_a_timer_of_others_back(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def of_others(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(patterns, "SECONDS", 0.05)
+    usual = signal.signal(signal.SIGVTALRM, of_others)
+    signal.setitimer(signal.ITIMER_VIRTUAL, 500.0)
+    try:
+        if rule == "a+":
+            assert matches(rule, "aa")
+        else:
+            with pytest.raises(ConfigError):
+                matches(rule, "a" * 60 + "b")
+        assert signal.getsignal(signal.SIGVTALRM) is of_others
+        assert 400 < signal.getitimer(signal.ITIMER_VIRTUAL)[0] < 501  # in ticks of the clock
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, usual)
