@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gptq_cli.checkpoint.headers import TensorInfo, tensor_info
+from gptq_cli.checkpoint.side_files import CONFIG_NAMES, SKIPPED_FOLDERS, WEIGHT_SUFFIXES
 from gptq_cli.checkpoint.source import (
-    CONFIG_NAMES,
     INDEX_NAME,
-    SKIPPED_FOLDERS,
-    WEIGHT_SUFFIXES,
     Checkpoint,
     merge_shards,
     open_checkpoint,
     read_json,
     refuse_other_kinds,
+    remarks_on_files,
 )
 from gptq_cli.errors import GptqError, InputError, ResourceError
 from gptq_cli.hub import first_line, hub_refusal
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 
 SKIPPED = [
     *(f"*{suffix}" for suffix in WEIGHT_SUFFIXES if suffix != ".safetensors"),
-    *(f"{folder}/*" for folder in sorted(SKIPPED_FOLDERS)),
+    *(f"{folder}/*" for folder in SKIPPED_FOLDERS),
 ]
 UNSEEN = ("E_HUB_NOT_FOUND", "E_HUB_OFFLINE", "E_HUB_NETWORK")  # what a misspelt path ends in
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -117,7 +116,9 @@ def _peek(api: HfApi, identifier: str, revision: str | None) -> tuple[ModelSourc
     except SafetensorsParsingError as error:
         raise InputError("E_CKPT_CORRUPT", f"`{identifier}`: {first_line(error)}") from None
     directory = fetched[0].parent
-    return ModelSource(directory, identifier, info.sha), Checkpoint(directory, read_json(fetched[0]), tensors)
+    remarks = remarks_on_files(identifier, files)
+    config = read_json(fetched[0])
+    return ModelSource(directory, identifier, info.sha), Checkpoint(directory, config, tensors, remarks=remarks)
 
 
 def _remote_tensors(api: HfApi, identifier: str, commit: str) -> dict[str, TensorInfo]:

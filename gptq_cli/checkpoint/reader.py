@@ -33,17 +33,18 @@ class TensorReader:
     """Reads the tensors of one checkpoint by name, straight from its files, on the CPU."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self._tensors = checkpoint.tensors
+        self._checkpoint, self._tensors = checkpoint, checkpoint.tensors
         self._open: dict[str, Any] = {}
 
     def names(self) -> list[str]:
         return list(self._tensors)
 
     def read(self, name: str) -> Tensor:
-        """The tensor as stored; its memory may be the file's own pages."""
+        """The tensor as stored; its memory may be the file's own pages. InputError as `check_unchanged` says."""
         file = str(self._tensors[name].file)
         opened = self._open.get(file)  # another thread may release it meanwhile
         if opened is None:
+            self.check_unchanged()
             opened = self._open[file] = safe_open(file, framework="pt", device="cpu")
         tensor: Tensor = opened.get_tensor(name)
         return tensor
@@ -56,6 +57,10 @@ class TensorReader:
             with file.open("rb") as opened:
                 for tensor in tensors:
                     os.posix_fadvise(opened.fileno(), tensor.start, tensor.nbytes, os.POSIX_FADV_WILLNEED)
+
+    def check_unchanged(self) -> None:
+        """InputError E_SOURCE_CHANGED if what was read may be of other files than those that were opened first."""
+        self._checkpoint.check_unchanged()
 
     def release(self) -> None:
         """Let go of the files: their pages no longer count as this process's once the tensors read are gone, too."""
@@ -96,6 +101,10 @@ class DequantizingReader:
     def expect(self, names: Iterable[str]) -> None:
         """As TensorReader does, for weights and what stands for them."""
         self._raw.expect(stored for name in names for stored in self._stored(name))
+
+    def check_unchanged(self) -> None:
+        """As TensorReader does."""
+        self._raw.check_unchanged()
 
     def release(self) -> None:
         """As TensorReader does."""
@@ -142,6 +151,10 @@ class BlockFloatReader:
     def expect(self, names: Iterable[str]) -> None:
         """As TensorReader does, for weights and their scales."""
         self._raw.expect(part for name in names for part in (name, self._scales.get(name)) if part)
+
+    def check_unchanged(self) -> None:
+        """As TensorReader does."""
+        self._raw.check_unchanged()
 
     def release(self) -> None:
         """As TensorReader does."""

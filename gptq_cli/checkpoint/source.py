@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from gptq_cli.checkpoint.block_float import scales_of
 from gptq_cli.checkpoint.headers import TensorInfo, read_header, unique_keys
+from gptq_cli.checkpoint.side_files import ADAPTER_CONFIG, CONFIG_NAMES, side_files
+from gptq_cli.checkpoint.stamps import Stamp, check_stamps, stamp_of
 from gptq_cli.errors import InputError, Problem
 
 INDEX_NAME = "model.safetensors.index.json"
 QUANTIZE_CONFIG = "quantize_config.json"
-CONFIG_NAMES = ("config.json", QUANTIZE_CONFIG)
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".tflite")
-SKIPPED_FOLDERS = {"original", "onnx", "runs"}  # weights in other formats and training logs
 MAX_CONFIG_BYTES, MAX_JSON_BYTES = 5_000_000, 50_000_000
 MAX_DEPTH = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A model directory whose headers agree with each other; `tensors` is in file order."""
+    """A model directory whose headers agree with each other; `tensors` is in file order.
+
+    `stamps` are those of all its files, from before the first one was read; `remarks` are codes and texts of warnings.
+    """
 
     directory: Path
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
+    stamps: Mapping[Path, Stamp] = field(default_factory=dict)
+    remarks: tuple[tuple[str, str], ...] = ()
 
     @property
     def quantization(self) -> dict[str, Any] | None:
@@ -68,14 +72,11 @@ class Checkpoint:
 
     def other_files(self) -> list[Path]:
         """Files beside the weights (tokenizer, generation config, licence, code), relative to the directory, sorted."""
-        return sorted(path.relative_to(self.directory) for path in self.directory.rglob("*") if self._is_other(path))
+        return [Path(file) for file in side_files(path.relative_to(self.directory) for path in self.stamps)]
 
-    def _is_other(self, path: Path) -> bool:
-        relative = path.relative_to(self.directory)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        skipped = relative.parts[0] in SKIPPED_FOLDERS or path.name.endswith(".index.json")
-        own = relative.as_posix() in CONFIG_NAMES
-        return path.is_file() and not (hidden or skipped or own or path.suffix in WEIGHT_SUFFIXES)
+    def check_unchanged(self) -> None:
+        """InputError E_SOURCE_CHANGED if a file is not the one that was there when the checkpoint was opened."""
+        check_stamps(self.stamps)
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:
@@ -91,14 +92,42 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         )
     for name in (*CONFIG_NAMES, INDEX_NAME):
         _refuse_escape(directory, directory / name)
+    stamps = _stamps(directory)
     config = read_json(directory / "config.json")
     if not isinstance(config, dict):
         raise InputError("E_CKPT_CONFIG", f"`{directory / 'config.json'}` is not a JSON object")
-    checkpoint = Checkpoint(directory, config, _read_tensors(directory))
+    tensors = _read_tensors(directory)
+    remarks = remarks_on_files(str(directory), [path.name for path in stamps if path.parent == directory])
+    checkpoint = Checkpoint(directory, config, tensors, _of_the_model(directory, stamps, tensors), remarks)
     for file in checkpoint.other_files():
         _refuse_escape(directory, directory / file)
     checkpoint.scales()  # refuses 8-bit floats that are stored otherwise than they can be read
     return checkpoint
+
+
+def _stamps(directory: Path) -> dict[Path, Stamp]:
+    """Of every file in the directory, by name."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {path: stamp for path in files if (stamp := stamp_of(path))}
+
+
+def _of_the_model(
+    directory: Path, stamps: Mapping[Path, Stamp], tensors: Mapping[str, TensorInfo]
+) -> dict[Path, Stamp]:
+    """The stamps of files that are read or copied."""
+    used = {tensor.file for tensor in tensors.values()}
+    used |= {directory / name for name in (*CONFIG_NAMES, INDEX_NAME)}
+    used |= {directory / file for file in side_files(path.relative_to(directory) for path in stamps)}
+    return {path: stamp for path, stamp in stamps.items() if path in used}
+
+
+def remarks_on_files(directory: str, files: Collection[str]) -> tuple[tuple[str, str], ...]:
+    """Codes and texts of warnings about the names of what `directory` holds."""
+    found = []
+    if ADAPTER_CONFIG in files:
+        text = f"`{directory}` holds an adapter beside the model ({ADAPTER_CONFIG}): it is not applied and not copied"
+        found.append(("W_CKPT_ADAPTER", text))
+    return tuple(found)
 
 
 def read_json(file: Path) -> Any:

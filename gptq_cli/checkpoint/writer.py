@@ -28,6 +28,7 @@ from gptq_cli.checkpoint.layout import Layout
 from gptq_cli.checkpoint.manifest import OF_THE_RUN
 from gptq_cli.checkpoint.reader import SAFETENSORS_DTYPE, tensor_bytes
 from gptq_cli.checkpoint.source import INDEX_NAME, QUANTIZE_CONFIG, Checkpoint
+from gptq_cli.checkpoint.stamps import source_changed
 from gptq_cli.errors import GateError
 
 MOST_WAITING = 4  # tensors that may wait for the disk: what stands for one linear
@@ -170,7 +171,13 @@ class CheckpointWriter:
 
 
 def write_side_files(
-    source: Checkpoint, directory: Path, quantization: dict[str, Any], meta: dict[str, Any], *, untie: bool
+    source: Checkpoint,
+    directory: Path,
+    quantization: dict[str, Any],
+    meta: dict[str, Any],
+    *,
+    untie: bool,
+    hashes: Mapping[str, str] | None = None,
 ) -> None:
     """config.json, quantize_config.json and every other file of the source, the latter byte for byte.
 
@@ -178,8 +185,9 @@ def write_side_files(
 
     config.json is the source's JSON plus `quantization_config`: re-serialising it through a library would rename keys
     that older readers need. `meta` goes into quantize_config.json only, because some readers refuse it in config.json.
+    `hashes` and errors as in `copy_side_files`.
     """
-    copy_side_files(source, directory, without=OF_THE_RUN)
+    copy_side_files(source, directory, without=OF_THE_RUN, hashes=hashes)
     config = dict(source.config) | {"quantization_config": quantization}
     if untie:
         config["tie_word_embeddings"] = False
@@ -187,11 +195,21 @@ def write_side_files(
     write_json(directory / QUANTIZE_CONFIG, quantization | {"meta": meta})
 
 
-def copy_side_files(source: Checkpoint, directory: Path, *, without: Collection[str]) -> None:
-    """The files of the source beside its weights and settings, byte for byte, but those of these names."""
+def copy_side_files(
+    source: Checkpoint, directory: Path, *, without: Collection[str], hashes: Mapping[str, str] | None = None
+) -> None:
+    """The files of the source beside its weights and settings, byte for byte, but those of these names.
+
+    InputError E_SOURCE_CHANGED if the bytes of a file are not those of its SHA-256 in `hashes`, as far as it is there.
+    """
     for file in source.other_files():
-        if str(file) not in without:
-            write_file(directory / file, (source.directory / file).read_bytes())
+        if str(file) in without:
+            continue
+        content = (source.directory / file).read_bytes()
+        known = (hashes or {}).get(file.as_posix())
+        if known is not None and sha256(content).hexdigest() != known:
+            raise source_changed(source.directory / file, "holds other bytes")
+        write_file(directory / file, content)
 
 
 def _forget_cached(path: Path) -> None:

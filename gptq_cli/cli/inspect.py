@@ -47,6 +47,8 @@ def inspect(
     from gptq_cli.checkpoint.hub import peek_model
 
     source, checkpoint = peek_model(model, revision)
+    for code, remark in checkpoint.remarks:
+        console.warn(code, remark)
     found = inspect_checkpoint(checkpoint)
     judged = verdicts(found.export) if found.export else ()
     data = {"model": source.name, "commit": source.commit, **_data(found, judged)}

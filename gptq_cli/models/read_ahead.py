@@ -18,6 +18,9 @@ class Source(Protocol):
     def expect(self, names: Iterable[str]) -> None:
         """Be told what will be read next, instead of what was said before, while what was read is at work."""
 
+    def check_unchanged(self) -> None:
+        """InputError if a file is no longer the one that was read."""
+
     def release(self) -> None:
         """Hold on to no file any more."""
 
@@ -46,6 +49,10 @@ class ReadAhead:
         self._source.expect(names)
         room = _Room(self._most_bytes)
         self._ahead = {name: self._thread.submit(self._fetch, name, room) for name in names}
+
+    def check_unchanged(self) -> None:
+        """As the source does."""
+        self._source.check_unchanged()
 
     def release(self) -> None:
         """As the source does."""

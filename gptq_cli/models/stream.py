@@ -297,6 +297,7 @@ class ModelStream:
                     loaded[source] = self._load(source, empty[name], turned=turned)
                 place(module, name, loaded[source])
             yield
+            self._source.check_unchanged()  # weights may be a file's own pages until now
         finally:
             for name, tensor in empty.items():
                 place(module, name, tensor)

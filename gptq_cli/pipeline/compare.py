@@ -61,8 +61,11 @@ def compare_checkpoints(a: str, b: str) -> Comparison:
     if not common:
         hint = "compare a model with what was made from it"
         raise InputError("E_COMPARE", f"`{a}` and `{b}` have no tensor name in common", hint=hint)
+    tensors = tuple(_difference(name, first.read(name), second.read(name)) for name in common)
+    for weights in (first, second):
+        weights.check_unchanged()
     return Comparison(
-        tensors=tuple(_difference(name, first.read(name), second.read(name)) for name in common),
+        tensors=tensors,
         only_a=tuple(name for name in first.names if name not in second.names),
         only_b=tuple(name for name in second.names if name not in first.names),
         seconds=time.perf_counter() - started,
@@ -78,6 +81,10 @@ class _Weights:
         self.names = dict.fromkeys(self._reader.names())
         modules = packed_modules(self._checkpoint.tensors) if stores_transposed(self._checkpoint.config) else ()
         self._turned = {f"{module.name}.weight" for module in modules}
+
+    def check_unchanged(self) -> None:
+        """As the checkpoint does."""
+        self._checkpoint.check_unchanged()
 
     def read(self, name: str) -> Tensor:
         tensor = self._reader.read(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,17 @@ def copy_others(writer: CheckpointWriter, plan: RunPlan) -> None:
         writer.write(tensor.name, weight.T.contiguous() if tensor.name in turned else weight)
 
 
-def write_beside(directory: Path, plan: RunPlan, config: QuantizeConfig, calibration_sha256: str) -> None:
-    """config.json and its like, the configuration of the run, and the files that the source has beside its weights."""
+def write_beside(
+    directory: Path, plan: RunPlan, config: QuantizeConfig, calibration_sha256: str, hashes: Mapping[str, str]
+) -> None:
+    """config.json and its like, the configuration of the run, and the files that the source has beside its weights.
+
+    `hashes` are those by which the source is identified; InputError E_SOURCE_CHANGED if a file has another one.
+    """
     names = [layer.name for layer in plan.quantized]
     kept = [layer.name for layer in plan.kept if layer.name != HEAD]
     meta: dict[str, Any] = {"quantizer": [f"gptq_cli:{__version__}"], "calibration_sha256": calibration_sha256}
     meta |= {"source_quantization": plan.plain.how} if plan.plain.how else {}
-    write_side_files(plan.source, directory, describe(config, names, kept), meta, untie=HEAD in names)
+    described = describe(config, names, kept)
+    write_side_files(plan.source, directory, described, meta, untie=HEAD in names, hashes=hashes)
     write_file(directory / CONFIG_FILE, to_yaml(config).encode())

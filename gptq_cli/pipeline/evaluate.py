@@ -26,7 +26,7 @@ from gptq_cli.pipeline.eval_request import EvalRequest
 from gptq_cli.pipeline.events import BlockStarted, PhaseStarted, Report, ignore
 from gptq_cli.pipeline.memory import Memory, block_finished
 from gptq_cli.pipeline.record import Record
-from gptq_cli.pipeline.setup import open_stream, refuse_wrong_numbers, resolve_backend, resolve_device
+from gptq_cli.pipeline.setup import open_stream, refuse_wrong_numbers, resolve_backend, resolve_device, warn_of
 from gptq_cli.pipeline.windows import bounded_seqlen
 
 DEFAULT_SEQLEN = 2048
@@ -90,6 +90,8 @@ def evaluate_perplexity(model: str, request: EvalRequest, report: Report = ignor
         refuse_wrong_numbers(checkpoint)
     backend = resolve_backend(request.backend or _recorded_backend(checkpoints[0]), device)
     record = Record(report)
+    for checkpoint in checkpoints:
+        warn_of(checkpoint, record)
     with torch.inference_mode(), device_errors():
         windows, documents = _windows(checkpoints[0], request, record)
         ids = windows.ids

@@ -43,7 +43,11 @@ def identify(
         "device": _device(device),
         "config": _settings(config),
     }
-    return known | ({"source": {"commit": commit, "files": _files(source, commit)}} if hashed else {})
+    if not hashed:
+        return known
+    files = _files(source, commit)
+    source.check_unchanged()
+    return known | {"source": {"commit": commit, "files": files}}
 
 
 def check_agreement(team: Team, identity: Identity) -> None:

@@ -13,7 +13,8 @@ import yaml
 
 from gptq_cli.calibration.corpus import CORPORA, is_path
 from gptq_cli.checkpoint.manifest import CONFIG_FILE, MANIFEST, REPORT_DATA, REPORT_PAGE, sealed
-from gptq_cli.checkpoint.source import CONFIG_NAMES, INDEX_NAME, Checkpoint, open_checkpoint, read_json
+from gptq_cli.checkpoint.side_files import CONFIG_NAMES
+from gptq_cli.checkpoint.source import INDEX_NAME, Checkpoint, open_checkpoint, read_json
 from gptq_cli.checkpoint.upload import Published, publish
 from gptq_cli.checkpoint.verify import verify_checkpoint
 from gptq_cli.config.resolve import resolve

@@ -136,6 +136,7 @@ def quantize_checkpoint(
             check_finite(plan)
             _check_room(work, plan, config, stream, place)
             windows, documents = _calibrate(source, config, stream, record)
+            source.check_unchanged()
             identity = with_calibration(identity, windows)
             manifest = finished_output(work.output, identity, overwrite=overwrite)
             if manifest is None:
@@ -146,6 +147,7 @@ def quantize_checkpoint(
                 origin = _origin(located, documents)
                 times = SavingTimes(always=max_seconds is not None)  # it will be stopped between two blocks
                 _write(work, plan, config, stream, windows, identity, origin, record, team, times)
+                source.check_unchanged()
                 work.publish(overwrite=overwrite)
             else:
                 team.told(NOTHING_TO_DO)
@@ -314,7 +316,7 @@ def _write(
         copy_others(writer, plan)
         record(PhaseStarted("verify", size(plan.layout.nbytes)))
         writer.finish()
-    write_beside(work.stage, plan, config, windows.sha256)
+    write_beside(work.stage, plan, config, windows.sha256, identity["source"]["files"])
     _verify(work.stage)
     layers = [{key: value for key, value in asdict(layer).items() if key != "seconds"} for layer in record.layers]
     experts = [asdict(covered) for covered in record.experts]

@@ -44,8 +44,9 @@ def judge_plan(plan: RunPlan, config: QuantizeConfig) -> tuple[Verdict, ...]:
 
 
 def remarks(plan: RunPlan, config: QuantizeConfig) -> list[tuple[str, str]]:
-    """Codes and texts of warnings about the choice of layers and settings."""
-    found = [("W_TARGET", text) for text in limits(export_of_layers(plan.layers, config), config.target)]
+    """Codes and texts of warnings about the source, the choice of layers and settings."""
+    found = list(plan.source.remarks)
+    found += [("W_TARGET", text) for text in limits(export_of_layers(plan.layers, config), config.target)]
     found += _about_codes(plan)
     if split := plan.split_experts:
         found.append(("W_CFG_EXPERTS", f"the experts of `{split[0]}` differ in settings: {_against(SPLIT_EXPERTS)}"))

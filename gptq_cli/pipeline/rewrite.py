@@ -32,7 +32,7 @@ from gptq_cli.config.yaml_writer import to_yaml
 from gptq_cli.errors import ConfigError, ExistsError, InputError
 from gptq_cli.pipeline.events import LayerStarted, PhaseStarted, Report, ignore
 from gptq_cli.pipeline.preflight import check_output
-from gptq_cli.pipeline.setup import DTYPES, STORED_DTYPES
+from gptq_cli.pipeline.setup import DTYPES, STORED_DTYPES, warn_of
 
 FLOATS = set(STORED_DTYPES)
 CPU = torch.device("cpu")
@@ -61,6 +61,7 @@ def convert_checkpoint(
     checkpoint, E_CKPT_ZEROS if a zero point of 0 would have to be stored as -1, which readers disagree about.
     """
     source, modules = _open(model, output, overwrite=overwrite)
+    warn_of(source, report)
     said = dict(source.quantization or {})
     format = format_of(source)
     if format == to:
@@ -91,6 +92,7 @@ def convert_checkpoint(
             )
             write_file(work.stage / CONFIG_FILE, to_yaml(config).encode())
         open_checkpoint(work.stage)
+        source.check_unchanged()
         work.publish(overwrite=overwrite)
     return Rewritten(output, len(modules), source.nbytes, written)
 
@@ -105,6 +107,7 @@ def dequantize_checkpoint(
     checkpoint, E_CKPT_NONFINITE if a weight does not fit the dtype.
     """
     source, modules = _open(model, output, overwrite=overwrite)
+    warn_of(source, report)
     wanted = STORED_DTYPES[declared_dtype(source)] if dtype == "auto" else DTYPES[dtype]
     plain = _PlainWeights(source, {module.name: module for module in modules}, wanted, cast=dtype != "auto")
     with _fresh(output) as work:
@@ -116,6 +119,7 @@ def dequantize_checkpoint(
             config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
         write_json(work.stage / "config.json", config)
         open_checkpoint(work.stage)
+        source.check_unchanged()
         work.publish(overwrite=overwrite)
     return Rewritten(output, len(modules), source.nbytes, written)
 

@@ -14,6 +14,7 @@ from gptq_cli.errors import ConfigError, InputError
 from gptq_cli.models.read_ahead import ReadAhead
 from gptq_cli.models.skeleton import build_skeleton, load_config
 from gptq_cli.models.stream import ModelStream
+from gptq_cli.pipeline.events import Report, Warned
 from gptq_cli.pipeline.memory import Memory
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -87,6 +88,12 @@ def refuse_wrong_numbers(checkpoint: Checkpoint) -> None:
         if defect.code in WRONG_NUMBERS:
             hint = f"all of it: gptq verify {checkpoint.directory}"
             raise InputError(defect.code, f"`{checkpoint.directory}`, {defect.place}: {defect.message}", hint=hint)
+
+
+def warn_of(checkpoint: Checkpoint, report: Report) -> None:
+    """Report what a user should know about a checkpoint before anything is made of it."""
+    for code, text in checkpoint.remarks:
+        report(Warned(code, text))
 
 
 def _forward_dtype(dtype: str, config: Any, checkpoint: Checkpoint) -> torch.dtype:

@@ -16,6 +16,7 @@ from tests.families import save_model
 from tests.hub import Fault, Reply, serve
 
 NOT_WANTED = ("pytorch_model.bin", "original/consolidated.safetensors", "onnx/model.onnx", "runs/events.safetensors")
+NOT_WANTED += ("checkpoint-500/model.safetensors", "wandb/run.json")
 
 LOCATE = """
 import json, sys

@@ -61,6 +61,35 @@ def test_other_files_are_those_that_are_neither_weights_nor_hidden(tmp_path: Pat
     assert found == ["LICENSE", "modeling.py", "templates/chat.jinja", "tokenizer.json"]
 
 
+LEFT_BY_TRAINING = [
+    "trainer_state.json", "training_args.bin", "training_args.json", "optimizer.pt", "scheduler.pt", "rng_state_0.pth",
+    "all_results.json", "eval_results.json", "trainer_log.jsonl", "zero_to_fp32.py", "train.log",
+    "events.out.tfevents.1.host", ".git/config", ".cache/huggingface/x.lock", "model.lock", "half.incomplete",
+    "__pycache__/modeling.txt", "code/__pycache__/x.pyc", "runs/Nov29/events", "wandb/run/config.yaml",
+    "checkpoint-500/config.json", "checkpoint-500/trainer_state.json", "global_step500/README",
+]  # fmt: skip
+OF_OTHER_MODELS = ["lora/adapter_config.json", "lora/adapter_model.safetensors", "draft/deep/config.json"]
+OF_OTHER_MODELS += ["draft/model.safetensors", "adapter_config.json", "adapter_model.safetensors"]
+OF_THE_MODEL = ["LICENSE", "chat_template.jinja", "code/modeling.py", "latest/readme.md", "modeling.py"]
+OF_THE_MODEL += ["tokenizer.json", "tokenizer.model"]
+
+
+def test_what_training_and_other_models_leave_is_no_side_file(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    for name in [*LEFT_BY_TRAINING, *OF_OTHER_MODELS, *OF_THE_MODEL]:
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text("x")
+    found = [file.as_posix() for file in open_checkpoint(tmp_path).other_files()]
+    assert found == sorted(OF_THE_MODEL)
+
+
+def test_an_adapter_beside_the_model_is_told(tmp_path: Path) -> None:
+    assert open_checkpoint(write_checkpoint(tmp_path)).remarks == ()
+    (tmp_path / "adapter_config.json").write_text("{}")
+    text = "holds an adapter beside the model (adapter_config.json): it is not applied and not copied"
+    assert open_checkpoint(tmp_path).remarks == (("W_CKPT_ADAPTER", f"`{tmp_path}` {text}"),)
+
+
 def truncate(directory: Path) -> None:
     shard = directory / "model-00002-of-00002.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
