@@ -53,7 +53,8 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         raise _corrupt(file, f"unreadable header: {error}") from None
     if not isinstance(entries, dict):
         raise _corrupt(file, "the header is not an object")
-    metadata = entries.pop("__metadata__", {})
+    metadata = entries.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # the safetensors library takes null, too
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise _corrupt(file, "its metadata is not a mapping of texts")
     tensors = {name: tensor_info(file, name, entry, 8 + len(raw)) for name, entry in entries.items()}

@@ -14,11 +14,12 @@ from gptq_cli.checkpoint.side_files import CONFIG_NAMES, SKIPPED_FOLDERS, WEIGHT
 from gptq_cli.checkpoint.source import (
     INDEX_NAME,
     Checkpoint,
+    Stored,
     merge_shards,
     open_checkpoint,
-    read_json,
+    read_config,
     refuse_other_kinds,
-    remarks_on_files,
+    remarks_on,
 )
 from gptq_cli.errors import GptqError, InputError, ResourceError
 from gptq_cli.hub import first_line, hub_refusal
@@ -108,7 +109,7 @@ def _peek(api: HfApi, identifier: str, revision: str | None) -> tuple[ModelSourc
         raise InputError("E_CKPT_CONFIG", f"`{identifier}` has no config.json", hint="name a Hugging Face model")
     fetched = [Path(api.hf_hub_download(identifier, name, revision=info.sha)) for name in CONFIG_NAMES if name in files]
     try:
-        tensors = _remote_tensors(api, identifier, info.sha)
+        stored = _remote_tensors(api, identifier, info.sha)
     except NotASafetensorsRepoError:
         refuse_other_kinds(identifier, files)
         message = f"`{identifier}` holds no model.safetensors and no {INDEX_NAME}"
@@ -116,12 +117,13 @@ def _peek(api: HfApi, identifier: str, revision: str | None) -> tuple[ModelSourc
     except SafetensorsParsingError as error:
         raise InputError("E_CKPT_CORRUPT", f"`{identifier}`: {first_line(error)}") from None
     directory = fetched[0].parent
-    remarks = remarks_on_files(identifier, files)
-    config = read_json(fetched[0])
-    return ModelSource(directory, identifier, info.sha), Checkpoint(directory, config, tensors, remarks=remarks)
+    config, twice = read_config(fetched[0])
+    remarks = (*twice, *stored.remarks, *remarks_on(identifier, files, config, stored.tensors))
+    found = Checkpoint(directory, config, stored.tensors, stored.absent, remarks=remarks)
+    return ModelSource(directory, identifier, info.sha), found
 
 
-def _remote_tensors(api: HfApi, identifier: str, commit: str) -> dict[str, TensorInfo]:
+def _remote_tensors(api: HfApi, identifier: str, commit: str) -> Stored:
     """The headers of a Hub model by range requests; offsets count from the end of a file's header."""
     from huggingface_hub.utils.tqdm import disable_progress_bars
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PureWindowsPath
-from typing import Any
+from shlex import quote
+from typing import Any, NamedTuple
 
 from gptq_cli.checkpoint.block_float import scales_of
 from gptq_cli.checkpoint.headers import TensorInfo, read_header, unique_keys
@@ -15,34 +17,44 @@ from gptq_cli.checkpoint.stamps import Stamp, check_stamps, stamp_of
 from gptq_cli.errors import InputError, Problem
 
 INDEX_NAME = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
 QUANTIZE_CONFIG = "quantize_config.json"
+CODES_OF_BITSANDBYTES = ("U8", "I8")
+BYTE_ORDER_MARK = "\ufeff"
 MAX_CONFIG_BYTES, MAX_JSON_BYTES = 5_000_000, 50_000_000
 MAX_DEPTH = 64
+MOST_SHOWN = 40  # characters of a value in a message
+Remark = tuple[str, str]  # code and text of a warning
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A model directory whose headers agree with each other; `tensors` is in file order.
 
-    `stamps` are those of all its files, from before the first one was read; `remarks` are codes and texts of warnings.
+    `absent` are names of its index that no shard holds. `stamps` are those of all its files, from before the first one
+    was read; `remarks` are codes and texts of warnings.
     """
 
     directory: Path
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
+    absent: tuple[str, ...] = ()
     stamps: Mapping[Path, Stamp] = field(default_factory=dict)
-    remarks: tuple[tuple[str, str], ...] = ()
+    remarks: tuple[Remark, ...] = ()
 
     @property
     def quantization(self) -> dict[str, Any] | None:
-        """The `quantization_config` of a checkpoint that is already quantized; E_CKPT_CONFIG if malformed."""
+        """The `quantization_config` of a checkpoint that is already quantized; E_CKPT_CONFIG if malformed.
+
+        None for a leftover of bitsandbytes, which quantizes while it loads: weights that are plain floats are these.
+        """
         found = self.config.get("quantization_config")
         if found is None and (self.directory / QUANTIZE_CONFIG).is_file():
             found = read_json(self.directory / QUANTIZE_CONFIG)
         if found is not None and not isinstance(found, dict):
             hint = "download config.json and quantize_config.json again"
             raise InputError("E_CKPT_CONFIG", f"the quantization of `{self.directory}` is not a JSON object", hint=hint)
-        return found
+        return None if is_leftover(found, self.tensors) else found
 
     @property
     def method(self) -> str | None:
@@ -93,12 +105,12 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     for name in (*CONFIG_NAMES, INDEX_NAME):
         _refuse_escape(directory, directory / name)
     stamps = _stamps(directory)
-    config = read_json(directory / "config.json")
-    if not isinstance(config, dict):
-        raise InputError("E_CKPT_CONFIG", f"`{directory / 'config.json'}` is not a JSON object")
-    tensors = _read_tensors(directory)
-    remarks = remarks_on_files(str(directory), [path.name for path in stamps if path.parent == directory])
-    checkpoint = Checkpoint(directory, config, tensors, _of_the_model(directory, stamps, tensors), remarks)
+    config, twice = read_config(directory / "config.json")
+    found = _read_tensors(directory)
+    files = [path.name for path in stamps if path.parent == directory]
+    remarks = (*twice, *found.remarks, *remarks_on(str(directory), files, config, found.tensors))
+    of_the_model = _of_the_model(directory, stamps, found.tensors)
+    checkpoint = Checkpoint(directory, config, found.tensors, found.absent, of_the_model, remarks)
     for file in checkpoint.other_files():
         _refuse_escape(directory, directory / file)
     checkpoint.scales()  # refuses 8-bit floats that are stored otherwise than they can be read
@@ -121,25 +133,57 @@ def _of_the_model(
     return {path: stamp for path, stamp in stamps.items() if path in used}
 
 
-def remarks_on_files(directory: str, files: Collection[str]) -> tuple[tuple[str, str], ...]:
-    """Codes and texts of warnings about the names of what `directory` holds."""
+def remarks_on(
+    directory: str, files: Collection[str], config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
+) -> list[Remark]:
+    """Warnings about what `directory` holds and its config says, beside what its tensors are."""
     found = []
+    if is_leftover(config.get("quantization_config"), tensors):
+        text = (
+            f"config.json of `{directory}` says bitsandbytes, but the weights are plain floats: they are read as such"
+        )
+        found.append(("W_CKPT_CONFIG", text))
     if ADAPTER_CONFIG in files:
         text = f"`{directory}` holds an adapter beside the model ({ADAPTER_CONFIG}): it is not applied and not copied"
         found.append(("W_CKPT_ADAPTER", text))
-    return tuple(found)
+    return found
 
 
-def read_json(file: Path) -> Any:
+def is_leftover(quantization: object, tensors: Mapping[str, TensorInfo]) -> bool:
+    """Whether a `quantization_config` is of bitsandbytes and no tensor is stored in its codes."""
+    if not isinstance(quantization, dict) or str(quantization.get("quant_method")).lower() != "bitsandbytes":
+        return False
+    return not any(tensor.dtype in CODES_OF_BITSANDBYTES for tensor in tensors.values())
+
+
+def read_config(file: Path) -> tuple[dict[str, Any], list[Remark]]:
+    """A JSON object as transformers reads it, which takes the last of several values; warnings of such keys."""
+    repeated: list[str] = []
+    content = read_json(file, repeated)
+    if not isinstance(content, dict):
+        raise InputError("E_CKPT_CONFIG", f"`{file}` is not a JSON object")
+    text = f"`{file}` has keys with two values, and the last one counts, as in transformers: {'; '.join(repeated[:3])}"
+    return content, [("W_CKPT_CONFIG", text)] if repeated else []
+
+
+def read_json(file: Path, repeated: list[str] | None = None) -> Any:
     """The parsed content of a JSON file; InputError E_CKPT_CONFIG if it is not readable as JSON, too large or too deep.
 
-    Keys that come twice are refused: readers would take either.
+    Keys that come twice are refused, since readers would take either; with `repeated` the last value counts, and a
+    value that it takes the place of is noted there.
     """
     limit = MAX_CONFIG_BYTES if file.name in CONFIG_NAMES else MAX_JSON_BYTES
     try:
         if file.stat().st_size > limit:
             raise ValueError(f"it is larger than {limit // 10**6} MB")
-        content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
+        text = file.read_text(encoding="utf-8")
+        if text.startswith(BYTE_ORDER_MARK):
+            raise InputError(
+                "E_CKPT_CONFIG", f"`{file}` begins with a byte order mark, with which transformers cannot read it",
+                hint=f"take the mark away: sed -i '1s/^\\xEF\\xBB\\xBF//' {quote(str(file))}",
+            )  # fmt: skip
+        pairs = unique_keys if repeated is None else partial(_last_values, repeated)
+        content = json.loads(text, object_pairs_hook=pairs)
         if _depth(content) > MAX_DEPTH:
             raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
     except (ValueError, OSError, RecursionError) as error:
@@ -147,6 +191,20 @@ def read_json(file: Path) -> Any:
             "E_CKPT_CONFIG", f"`{file}` cannot be read as JSON: {error}", hint="download or copy the file again"
         ) from None
     return content
+
+
+def _last_values(repeated: list[str], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found and found[key] != value:
+            repeated.append(f"{key} is {_short(found[key])}, then {_short(value)}")
+        found[key] = value
+    return found
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
 
 
 def _depth(content: Any) -> int:
@@ -182,7 +240,15 @@ def _refuse_escape(directory: Path, file: Path) -> None:
         )  # fmt: skip
 
 
-def _read_tensors(directory: Path) -> dict[str, TensorInfo]:
+class Stored(NamedTuple):
+    """The tensors of a checkpoint, names of its index that no shard holds, and warnings."""
+
+    tensors: dict[str, TensorInfo]
+    absent: tuple[str, ...] = ()
+    remarks: tuple[Remark, ...] = ()
+
+
+def _read_tensors(directory: Path) -> Stored:
     if (directory / INDEX_NAME).is_file():
         return _read_sharded(directory)
     files = sorted(directory.glob("*.safetensors"))
@@ -192,19 +258,19 @@ def _read_tensors(directory: Path) -> dict[str, TensorInfo]:
         raise InputError(
             "E_CKPT_MISSING", f"`{directory}` holds no *.safetensors file", hint="download the weights first"
         )
-    if len(files) > 1 and not (directory / "model.safetensors").is_file():
+    if len(files) > 1 and not (directory / SINGLE_FILE).is_file():
         raise InputError(
             "E_CKPT_INDEX", f"`{directory}` holds {len(files)} safetensors files and no {INDEX_NAME}",
             hint=f"download {INDEX_NAME} as well",
         )  # fmt: skip
-    file = directory / "model.safetensors" if len(files) > 1 else files[0]
+    file = directory / SINGLE_FILE if len(files) > 1 else files[0]
     _refuse_escape(directory, file)
-    return read_header(file)
+    return Stored(read_header(file))
 
 
-def _read_sharded(directory: Path) -> dict[str, TensorInfo]:
+def _read_sharded(directory: Path) -> Stored:
     index = directory / INDEX_NAME
-    weight_map = _weight_map(index)
+    weight_map, twice = _weight_map(index)
     names = sorted(set(weight_map.values()))
     unsafe = [name for name in names if not is_safe_path(directory, name)]
     for link in sorted(path for path in directory.iterdir() if path.is_symlink() and path.name in unsafe):
@@ -223,18 +289,27 @@ def _read_sharded(directory: Path) -> dict[str, TensorInfo]:
             "E_CKPT_MISSING", f"`{directory}` lacks {len(missing)} of {len(names)} shards: {', '.join(missing[:3])}",
             hint="finish the download, for example with `hf download MODEL --local-dir DIR`",
         )  # fmt: skip
-    return merge_shards(str(index), weight_map, _read_headers(directory, names))
+    stored = merge_shards(str(index), weight_map, _read_headers(directory, names))
+    return stored._replace(remarks=(*twice, *stored.remarks, *_second_weights(directory, names)))
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    content = read_json(index)
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+def _second_weights(directory: Path, shards: list[str]) -> list[Remark]:
+    if SINGLE_FILE in shards or not (directory / SINGLE_FILE).is_file():
+        return []
+    text = f"`{directory}` holds {SINGLE_FILE} as well, which transformers reads instead of the shards of the index"
+    return [("W_CKPT_INDEX", text)]
+
+
+def _weight_map(index: Path) -> tuple[dict[str, str], list[Remark]]:
+    """Which file holds each tensor, and warnings of keys that come twice."""
+    content, twice = read_config(index)
+    weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise InputError(
             "E_CKPT_INDEX", f"`{index}` has no weight_map from tensor names to file names",
             hint="download the index again",
         )  # fmt: skip
-    return weight_map
+    return {name: file.removeprefix("./") for name, file in weight_map.items()}, twice
 
 
 def _read_headers(directory: Path, names: list[str]) -> dict[str, dict[str, TensorInfo]]:
@@ -250,24 +325,32 @@ def _read_headers(directory: Path, names: list[str]) -> dict[str, dict[str, Tens
     return shards
 
 
-def merge_shards(
-    index: str, weight_map: Mapping[str, str], shards: Mapping[str, Mapping[str, TensorInfo]]
-) -> dict[str, TensorInfo]:
-    """The tensors of all shards, file by file; InputError E_CKPT_INDEX where `weight_map` and headers disagree."""
-    hint = "download the index and the shards again, of one revision"
+def merge_shards(index: str, weight_map: Mapping[str, str], shards: Mapping[str, Mapping[str, TensorInfo]]) -> Stored:
+    """The tensors of all shards, file by file, as transformers reads them: those that the index does not list as well.
+
+    InputError E_CKPT_INDEX for a tensor in another shard than the index says, or in two.
+    """
     tensors: dict[str, TensorInfo] = {}
     for file, header in shards.items():
         for name, tensor in header.items():
-            if weight_map.get(name) != file:
-                claimed = weight_map.get(name, "no shard")
-                message = f"`{index}` puts `{name}` into {claimed}, but {file} holds it"
-                raise InputError("E_CKPT_INDEX", message, hint=hint)
+            claimed = weight_map.get(name, tensors[name].file.name if name in tensors else file)
+            if claimed != file:
+                says = f"`{index}` puts `{name}` into {claimed}" if name in weight_map else f"{claimed} holds `{name}`"
+                hint = "download the index and the shards again, of one revision"
+                raise InputError("E_CKPT_INDEX", f"{says}, but {file} holds it", hint=hint)
             tensors[name] = tensor
-    absent = [name for name in weight_map if name not in tensors]
+    absent = tuple(name for name in weight_map if name not in tensors)
+    unlisted = [name for name in tensors if name not in weight_map]
+    remarks = []
     if absent:
-        message = f"`{index}` puts `{absent[0]}` into {weight_map[absent[0]]}, which does not hold it"
-        raise InputError("E_CKPT_INDEX", message, hint=hint)
-    return tensors
+        remarks.append(("W_CKPT_INDEX", f"`{index}` lists {_some(absent)}, which no shard holds"))
+    if unlisted:
+        remarks.append(("W_CKPT_INDEX", f"`{index}` does not list {_some(unlisted)}, which its shards hold"))
+    return Stored(tensors, absent, tuple(remarks))
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"`{names[0]}`" + (f" and {len(names) - 1} other tensors" if len(names) > 1 else "")
 
 
 def refuse_other_kinds(directory: str, files: Iterable[str]) -> None:

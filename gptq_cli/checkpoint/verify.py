@@ -64,6 +64,8 @@ def verify_checkpoint(directory: Path, *, full: bool = False) -> Verification:
         raise InputError("E_CKPT_KIND", f"`{directory}` is not quantized", hint=hint)
     config, wrong = stored_config(checkpoint)
     defects = [Defect("E_CKPT_CONFIG", text, "config.json") for text in wrong]
+    # A model may be loaded all the same, but no tool that writes whole checkpoints makes such an index.
+    defects += [Defect("E_CKPT_INDEX", text) for code, text in checkpoint.remarks if code == "W_CKPT_INDEX"]
     # Rules are matched here and not beside each other: only the main thread can give up a pattern without a process.
     settings = {module: config.settings(module) for module in modules} if config else {}
     if config is not None:

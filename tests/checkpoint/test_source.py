@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from gptq_cli.checkpoint.headers import read_header
 from gptq_cli.checkpoint.source import INDEX_NAME, open_checkpoint
@@ -144,6 +145,44 @@ def index_change(**changes: str | None) -> Callable[[Path], None]:
     return change
 
 
+def hold_twice(name: str) -> Callable[[Path], None]:
+    """Lets the second shard hold a tensor of the first one as well."""
+
+    def change(directory: Path) -> None:
+        first, second = (directory / f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
+        save_file(load_file(second) | {name: load_file(first)[name]}, second, metadata={"format": "pt"})
+
+    return change
+
+
+def both(*changes: Callable[[Path], None]) -> Callable[[Path], None]:
+    def change(directory: Path) -> None:
+        for each in changes:
+            each(directory)
+
+    return change
+
+
+def prefixed(name: str, content: bytes) -> Callable[[Path], None]:
+    def change(directory: Path) -> None:
+        (directory / name).write_bytes(content + (directory / name).read_bytes())
+
+    return change
+
+
+def metadata(content: bytes) -> Callable[[Path], None]:
+    """Puts `content` in the place of the metadata of the first shard."""
+
+    def change(directory: Path) -> None:
+        shard = directory / "model-00001-of-00002.safetensors"
+        whole = shard.read_bytes()
+        length = int.from_bytes(whole[:8], "little")
+        header = whole[8 : 8 + length].replace(b'{"format":"pt"}', content)
+        shard.write_bytes(len(header).to_bytes(8, "little") + header + whole[8 + length :])
+
+    return change
+
+
 def only(*names: str) -> Callable[[Path], None]:
     def keep(directory: Path) -> None:
         for path in directory.iterdir():
@@ -167,12 +206,20 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str, str]] = {
         "E_CKPT_INDEX",
         "puts `a` into model-00002",
     ),
-    "index lacks a tensor": (index_change(a=None), "E_CKPT_INDEX", "puts `a` into no shard"),
-    "index has a tensor too many": (
-        index_change(z="model-00001-of-00002.safetensors"),
+    "tensor in two shards": (hold_twice("a"), "E_CKPT_INDEX", "puts `a` into model-00001.*00002.* holds it"),
+    "unlisted tensor in two shards": (
+        both(hold_twice("a"), index_change(a=None)),
         "E_CKPT_INDEX",
-        "puts `z` into model-00001",
+        "model-00001-of-00002.safetensors holds `a`, but model-00002-of-00002.safetensors holds it",
     ),
+    "byte order mark": (
+        prefixed("config.json", b"\xef\xbb\xbf"),
+        "E_CKPT_CONFIG",
+        "config.json` begins with a byte order",
+    ),
+    "byte order mark in the index": (prefixed(INDEX_NAME, b"\xef\xbb\xbf"), "E_CKPT_CONFIG", "index.json` begins with"),
+    "metadata that is no object": (metadata(b"[]"), "E_CKPT_CORRUPT", "metadata is not a mapping"),
+    "metadata that is no text": (metadata(b'{"a":0}'), "E_CKPT_CORRUPT", "metadata is not a mapping"),
     "path traversal": (index_change(a="../secret.safetensors"), "E_UNSAFE_PATH", "outside its directory"),
     "absolute path": (index_change(a="/etc/secret.safetensors"), "E_UNSAFE_PATH", "outside its directory"),
     "pointer of Git LFS": (lfs_pointer, "E_CKPT_CORRUPT", "00002.safetensors` is a pointer of Git LFS"),
@@ -196,6 +243,93 @@ def test_a_faulty_checkpoint_is_refused_with_its_code(fault: str, tmp_path: Path
         open_checkpoint(tmp_path / "model")
     assert caught.value.code == code
     assert caught.value.exit_code == 3
+
+
+def told(directory: Path) -> list[tuple[str, str]]:
+    return [(code, text.replace(str(directory), "DIR")) for code, text in open_checkpoint(directory).remarks]
+
+
+def test_entries_of_the_index_without_a_tensor_are_told(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    assert told(tmp_path) == []
+    index_change(z="model-00001-of-00002.safetensors")(tmp_path)
+    one = "`DIR/model.safetensors.index.json` lists `z`, which no shard holds"
+    assert told(tmp_path) == [("W_CKPT_INDEX", one)]
+    index_change(y="model-00002-of-00002.safetensors")(tmp_path)
+    two = "`DIR/model.safetensors.index.json` lists `z` and 1 other tensors, which no shard holds"
+    assert told(tmp_path) == [("W_CKPT_INDEX", two)]
+    assert open_checkpoint(tmp_path).absent == ("z", "y")
+    assert set(open_checkpoint(tmp_path).tensors) == set("abcd")
+
+
+def test_tensors_of_a_listed_shard_are_read_without_an_entry(tmp_path: Path) -> None:
+    index_change(b=None)(write_checkpoint(tmp_path))
+    assert set(open_checkpoint(tmp_path).tensors) == set("abcd")
+    text = "`DIR/model.safetensors.index.json` does not list `b`, which its shards hold"
+    assert told(tmp_path) == [("W_CKPT_INDEX", text)]
+
+
+def test_names_of_shards_may_begin_with_the_directory_itself(tmp_path: Path) -> None:
+    known = open_checkpoint(write_checkpoint(tmp_path)).tensors
+    index_change(a="./model-00001-of-00002.safetensors", c="./model-00002-of-00002.safetensors")(tmp_path)
+    assert open_checkpoint(tmp_path).tensors == known
+    assert told(tmp_path) == []
+
+
+def test_a_second_set_of_weights_is_told(tmp_path: Path) -> None:
+    known = open_checkpoint(write_checkpoint(tmp_path)).tensors
+    save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
+    text = "`DIR` holds model.safetensors as well, which transformers reads instead of the shards of the index"
+    assert told(tmp_path) == [("W_CKPT_INDEX", text)]
+    assert open_checkpoint(tmp_path).tensors == known
+
+
+def test_metadata_of_null_is_none(tmp_path: Path) -> None:
+    metadata(b"null")(write_checkpoint(tmp_path))
+    assert set(open_checkpoint(tmp_path).tensors) == set("abcd")
+    file = tmp_path / "model-00001-of-00002.safetensors"
+    assert set(load_file(file)) == {"a", "b"}  # as the library does
+
+
+def test_the_last_of_two_values_counts_and_is_told_if_they_differ(tmp_path: Path) -> None:
+    config = write_checkpoint(tmp_path) / "config.json"
+    config.write_text('{"model_type": "llama", "vocab_size": 5, "x": {"y": [1], "y": [1]}, "vocab_size": 5}')
+    assert told(tmp_path) == []
+    config.write_text(
+        '{"model_type": "llama", "vocab_size": 5, "x": {"y": [1], "y": "%s"}, "vocab_size": 6}' % ("z" * 99)
+    )
+    checkpoint = open_checkpoint(tmp_path)
+    assert (
+        checkpoint.config
+        == json.loads(config.read_text())
+        == {"model_type": "llama", "vocab_size": 6, "x": {"y": "z" * 99}}
+    )
+    differing = f'y is [1], then "{"z" * 39}...; vocab_size is 5, then 6'
+    text = f"`DIR/config.json` has keys with two values, and the last one counts, as in transformers: {differing}"
+    assert told(tmp_path) == [("W_CKPT_CONFIG", text)]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
+def test_bitsandbytes_counts_only_where_weights_are_in_its_codes(dtype: torch.dtype, tmp_path: Path) -> None:
+    said = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (write_checkpoint(tmp_path) / "config.json").write_text(json.dumps({"quantization_config": said}))
+    checkpoint = open_checkpoint(tmp_path)
+    assert (checkpoint.method, checkpoint.quantization) == (None, None)
+    text = "config.json of `DIR` says bitsandbytes, but the weights are plain floats: they are read as such"
+    assert told(tmp_path) == [("W_CKPT_CONFIG", text)]
+    shard = tmp_path / "model-00002-of-00002.safetensors"
+    save_file(load_file(shard) | {"d": torch.ones(2, 2, dtype=dtype)}, shard)
+    assert open_checkpoint(tmp_path).method == "bitsandbytes"
+    assert told(tmp_path) == []
+
+
+def test_the_hint_for_a_byte_order_mark_takes_it_away(tmp_path: Path) -> None:
+    prefixed("config.json", b"\xef\xbb\xbf")(write_checkpoint(tmp_path / "a b"))
+    with pytest.raises(InputError) as caught:
+        open_checkpoint(tmp_path / "a b")
+    command = (caught.value.hint or "").partition(": ")[2]
+    subprocess.run(command, shell=True, check=True)
+    assert open_checkpoint(tmp_path / "a b").config == {"model_type": "llama"}
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", "\x00"])

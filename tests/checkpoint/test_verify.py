@@ -356,7 +356,11 @@ def test_shards_of_two_revisions_do_not_pass(tmp_path: Path) -> None:
     tensors = load_file(directory / SHARDS[1])
     tensors["model.layers.1.norm2.weight"] = tensors.pop("model.layers.1.norm.weight")
     save_file(tensors, directory / SHARDS[1])
-    assert [defect.code for defect in defects(directory)] == ["E_CKPT_INDEX"]
+    index = directory / "model.safetensors.index.json"
+    assert [(defect.code, defect.message) for defect in defects(directory)] == [
+        ("E_CKPT_INDEX", f"`{index}` lists `model.layers.1.norm.weight`, which no shard holds"),
+        ("E_CKPT_INDEX", f"`{index}` does not list `model.layers.1.norm2.weight`, which its shards hold"),
+    ]
 
 
 def test_a_torn_quantize_config_is_a_defect(tmp_path: Path) -> None:
