@@ -1,20 +1,19 @@
-"""`--devices`: the same command once for each device, started by torchrun's own agent."""
+"""`--devices`: the same command once for each device."""
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import signal
-import sys
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
 from gptq_cli.cli.console import report_problems, talk
+from gptq_cli.cli.signals import handled
 from gptq_cli.errors import ConfigError, GptqError, ResourceError
 
 if TYPE_CHECKING:
@@ -38,8 +37,8 @@ def parse_devices(said: str | None) -> list[str]:
     return devices
 
 
-def started_by_torchrun() -> bool:
-    """Whether this process is one of several already."""
+def is_one_of_several() -> bool:
+    """Whether this process is one of several already, started by `launch` or by torchrun."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
@@ -52,6 +51,7 @@ def leads() -> bool:
 def member(device: str, devices: list[str], *, as_json: bool) -> Iterator[Place]:
     """This process's place for the body; of errors that end it one process tells."""
     from gptq_cli.pipeline.joining import SaidElsewhere, joined
+    from gptq_cli.pipeline.processes import SAID_ELSEWHERE
 
     def end(error: ResourceError | None) -> None:
         if error is not None:
@@ -61,51 +61,38 @@ def member(device: str, devices: list[str], *, as_json: bool) -> Iterator[Place]
     try:
         with joined(device, devices, end) as place:
             yield place
-    except SaidElsewhere as ending:
+    except SaidElsewhere:
         talk.muted = True
-        raise typer.Exit(ending.exit_code) from None
+        raise typer.Exit(SAID_ELSEWHERE) from None
     except BaseException:
         talk.muted = False
         raise
 
 
-def launch(devices: list[str], *, as_json: bool) -> int:
-    """Run this command once for each of `devices`; the exit code, when all have ended.
+def launch(devices: list[str], *, as_json: bool, directory: Path) -> int:
+    """Run this command once for each of `devices`, in `directory`; the exit code, when all have ended.
 
     What a process has to say it says itself; only if one was killed it is said here. InputError E_DEVICE for a device
     that is not there.
     """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
+    from gptq_cli.pipeline.processes import SAID_ELSEWHERE, Processes, local_environment
     from gptq_cli.pipeline.setup import resolve_device
 
     for device in devices:
         resolve_device(device)
-    logging.disable()  # what torchrun's agent says, the processes say better
+    environment = local_environment()
     if devices[0] == "cpu":  # as torchrun does, and everybody may have a part of the cores
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // len(devices))))
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=len(devices),
-        run_id=str(uuid.uuid4()),
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        local_addr="localhost",
-    )
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // len(devices))))
     talk.end()
-    try:
-        elastic_launch(config, sys.executable)("-m", "gptq_cli", *sys.argv[1:])
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        spoken = [other.exitcode for other in error.failures.values() if other.exitcode > 0]
-        return spoken[0] if spoken else _killed(rank, len(devices), failure.exitcode, as_json)
-    except SignalException as stop:
-        return 128 + int(stop.sigval)
-    return 0
+    processes = Processes(len(devices))
+    with handled(processes.forward):
+        codes = processes.run(directory, environment)
+    failed = [rank for rank in processes.ended if codes[rank]]
+    spoken = [codes[rank] for rank in failed if codes[rank] > 0 and codes[rank] != SAID_ELSEWHERE]
+    if spoken or not failed:
+        return spoken[0] if spoken else 0
+    killed = next(rank for rank in failed if codes[rank] < 0)
+    return _killed(killed, len(devices), codes[killed], as_json)
 
 
 def _killed(rank: int, n: int, code: int, as_json: bool) -> int:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from gptq_cli.cli import options as o
 from gptq_cli.cli.console import Console, fitted, visible
 from gptq_cli.cli.engines import engine_lines
-from gptq_cli.cli.launch import launch, leads, member, parse_devices, started_by_torchrun
+from gptq_cli.cli.launch import is_one_of_several, launch, leads, member, parse_devices
 from gptq_cli.cli.progress import Progress
 from gptq_cli.cli.said import said_fields
 from gptq_cli.cli.signals import stoppable
@@ -94,7 +94,11 @@ def quantize(
         return show_plan(console, resolved, model, output, revision, devices=max(1, len(parse_devices(devices))))
     for note in resolved.notes:
         console.say(f"note: {note}")
-    manner = {"resume": resume or "auto", "max_runtime": max_runtime, "allow_network_fs": allow_network_fs}
+    manner: dict[str, Any] = {
+        "resume": resume or "auto",
+        "max_runtime": max_runtime,
+        "allow_network_fs": allow_network_fs,
+    }
     manner |= {"overwrite": overwrite, "revision": revision}
     return run(console, resolved.config, model, output, devices=devices, page=report, **manner)
 
@@ -106,13 +110,14 @@ def run(
     output: Path | None,
     *,
     devices: str | None = None,
+    directory: Path | None = None,
     page: bool = False,
     **manner: Any,
 ) -> None:
     """Quantize, show how it goes, print the result; `manner` are the other arguments of `pipeline.run.quantize`.
 
-    `devices`, as `--devices` takes them: several share the work, a process each. With `page` a report of the run is
-    left in the output.
+    `devices`, as `--devices` takes them: several share the work, a process each, started in `directory` (by default the
+    current one). With `page` a report of the run is left in the output.
     """
     from gptq_cli.checkpoint.manifest import REPORT_PAGE
     from gptq_cli.pipeline.run import carry_out, refuse_early
@@ -120,8 +125,8 @@ def run(
     named = parse_devices(devices)
     if leads():  # the others never look at the output
         output = refuse_early(model, config, output, report=page, **manner)
-    if len(named) > 1 and not started_by_torchrun():
-        sys.exit(launch(named, as_json=console.as_json))
+    if len(named) > 1 and not is_one_of_several():
+        sys.exit(launch(named, as_json=console.as_json, directory=directory or Path.cwd()))
     command = visible(shlex.join(["gptq", *sys.argv[1:]]))
     with stoppable(console), member(config.device, named, as_json=console.as_json) as place:
         if not place.team.leads:

@@ -37,7 +37,7 @@ def identify(
         "versions": {
             "gptq_cli": __version__,
             "revision": REVISION,
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),  # which is a class of its own
             "transformers": transformers.__version__,
         },
         "device": _device(device),

@@ -1,7 +1,8 @@
-"""How a process joins the team that torchrun has started it for, watches over it, and leaves it.
+"""How a process joins the team that it has been started for, watches over it, and leaves it.
 
-The processes meet in torchrun's store. One that fails claims the right to speak there, so that a run that fails says
-why once. One that disappears without a word is missed: its connections close, or it gives no sign of life any more.
+The processes meet in a file if `processes` has started them, else in torchrun's store. One that fails claims the right
+to speak there, so that a run that fails says why once. One that disappears without a word is missed: its connections
+close, or it gives no sign of life any more.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from gptq_cli.errors import ConfigError, GptqError, ResourceError, Stopped
+from gptq_cli.pipeline.processes import MEETING, launcher_is_gone
 from gptq_cli.pipeline.setup import resolve_device
 from gptq_cli.pipeline.team import ALONE, Place, Ranks
 
 WAIT = timedelta(days=7)  # for others that work: who is gone is noticed otherwise
-MEETING = timedelta(minutes=15)  # for others that download the model, or start later
+MEETING_TIME = timedelta(minutes=15)  # for others that download the model, or start later
 SIGN_SECONDS = 5.0  # between two signs of life
 MISSING_SECONDS = 45.0  # without a sign: gone
 PATIENCE = 5.0  # seconds in which processes that are told to end do say so
@@ -39,16 +41,12 @@ Lost = Callable[[ResourceError | None], None]
 class SaidElsewhere(BaseException):
     """This process ends because another one has failed, which has said why."""
 
-    def __init__(self, exit_code: int) -> None:
-        super().__init__(exit_code)
-        self.exit_code = exit_code
-
 
 @contextmanager
 def joined(device: str, devices: Sequence[str], lost: Lost) -> Iterator[Place]:
     """The place of this process, its device being one of `devices`, or by its number among its neighbours.
 
-    Alone, unless torchrun says otherwise. An error in the body is raised again for one process of the team, and
+    Alone, unless the environment says otherwise. An error in the body is raised again for one process of the team, and
     SaidElsewhere for the others. `lost` is called, in a thread, if a process has disappeared while this one waits for
     it, with the error to show or None; it must end the process. ConfigError E_CFG_CONFLICT for `devices` that are not
     as many as the processes, or one device for all.
@@ -72,7 +70,7 @@ def joined(device: str, devices: Sequence[str], lost: Lost) -> Iterator[Place]:
         yield Place(Ranks(own, neighbours=neighbours, first_here=local == 0), own)
     except BaseException as error:
         for number in END_SIGNALS:
-            signal.signal(number, signal.SIG_IGN)  # torchrun ends the others of a process that has failed
+            signal.signal(number, signal.SIG_IGN)  # who started it ends the others of a process that has failed
         raise watch.last_words(error) from error
     watch.stop()
     dist.destroy_process_group()
@@ -80,12 +78,17 @@ def joined(device: str, devices: Sequence[str], lost: Lost) -> Iterator[Place]:
 
 def _meet() -> Any:
     """The store of all processes, once all are there; ResourceError E_RANK_LOST if they are not in time."""
-    store, rank, size = next(rendezvous("env://", timeout=MEETING))
+    if MEETING in os.environ:
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        store: Any = dist.FileStore(os.environ[MEETING], size)  # type: ignore[attr-defined]
+    else:
+        store, rank, size = next(rendezvous("env://", timeout=MEETING_TIME))
     store.set(f"{HERE}/{rank}", socket.gethostname())
-    try:
-        store.wait([f"{HERE}/{other}" for other in range(size)], MEETING)
-    except RuntimeError:
-        raise rank_lost([other for other in range(size) if not store.check([f"{HERE}/{other}"])], size) from None
+    end = time.monotonic() + MEETING_TIME.total_seconds()
+    while missing := [other for other in range(size) if not store.check([f"{HERE}/{other}"])]:
+        if time.monotonic() > end:
+            raise rank_lost(missing, size)
+        time.sleep(0.05)  # where a signal is noticed, unlike in the store's own waiting
     return store
 
 
@@ -133,7 +136,7 @@ class Watch:
                 return error
         except RuntimeError:  # the store is gone, and who keeps it
             return error
-        return SaidElsewhere(getattr(error, "exit_code", 1))
+        return SaidElsewhere()
 
     def _claimed(self) -> int:
         """Who may speak: the first one to ask."""
@@ -157,6 +160,9 @@ class Watch:
         while not self._stopped.wait(SIGN_SECONDS):
             count += 1
             self._looked = time.monotonic()
+            if launcher_is_gone():  # nobody waits for this run, or could end it
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
             try:
                 self._store.set(f"{ALIVE}/{self._rank}", str(count))
                 missing = [other for other in self._others if self._is_missing(other, seen)]

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import io
 import pickle
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -25,6 +26,9 @@ from gptq_cli.errors import ConfigError, ResourceError
 from gptq_cli.pipeline.device_errors import gpu_lost, out_of_memory
 
 Value = TypeVar("Value")
+# Classes beside dtypes and this program's dataclasses that a process takes from another one
+PLAIN = {("builtins", "range"), ("builtins", "set"), ("builtins", "frozenset"), ("collections", "OrderedDict"),
+         ("pathlib", "PosixPath"), ("pathlib._local", "PosixPath"), ("torch", "Size"), ("torch", "device")}  # fmt: skip
 ELEMENTS_AT_A_TIME = 2**25  # of a Hessian, between all ranks: bounds the copies that are on their way
 
 
@@ -124,16 +128,12 @@ class Ranks(Team):
         return whole
 
     def every(self, mine: Sequence[Value]) -> list[Value]:
-        counts: list[int] = [0] * self.size
-        with _peers():
-            dist.all_gather_object(counts, len(mine))
+        counts = self._counts(len(mine))
         parts = [[mine[n] if rank == self.rank else None for n in range(count)] for rank, count in enumerate(counts)]
         return [self._from(rank, value) for rank, part in enumerate(parts) for value in part]
 
     def gathered(self, mine: Sequence[Value]) -> list[Value] | None:
-        counts: list[int] = [0] * self.size
-        with _peers():
-            dist.all_gather_object(counts, len(mine))
+        counts = self._counts(len(mine))
         found = [_on_host(value) for value in mine] if self.leads else []
         for rank in range(1, self.size):
             for number in range(counts[rank]):
@@ -178,33 +178,35 @@ class Ranks(Team):
                     if piece.numel():
                         dist.broadcast(piece.copy_(added) if rank == self.rank else piece, rank)
 
+    def _counts(self, mine: int) -> list[int]:
+        """A number that each process has, of all."""
+        counts = torch.zeros(self.size, dtype=torch.int64)
+        counts[self.rank] = mine
+        with _peers():
+            dist.all_reduce(counts)
+        return [int(count) for count in counts]
+
     def _from(self, owner: int, value: Value | None) -> Value:
         """What process `owner` has, on all of them; its tensors on each one's device."""
-        tensors: list[Tensor] = []
-        said = [_pickled(value, tensors) if owner == self.rank else None]
+
+        def pass_on(tensor: Tensor) -> None:
+            dist.broadcast(tensor, owner)
+
         with _peers():
-            dist.broadcast_object_list(said, owner, device=torch.device("cpu"))
-            if owner == self.rank:
-                for tensor in tensors:
-                    dist.broadcast(tensor.to(self._device).contiguous(), owner)
-                assert value is not None
-                return value
-            assert said[0] is not None
-            found: Value = _unpickled(said[0], self._device, lambda tensor: dist.broadcast(tensor, owner))
-            return found
+            if owner != self.rank:
+                found: Value = _taken(pass_on, self._device)
+                return found
+            assert value is not None
+            _given(value, pass_on, self._device)
+            return value
 
     def _send(self, value: object, to: int) -> None:
-        tensors: list[Tensor] = []
         with _peers():
-            dist.send_object_list([_pickled(value, tensors)], to, device=torch.device("cpu"))
-            for tensor in tensors:
-                dist.send(tensor.to(self._device).contiguous(), to)
+            _given(value, lambda tensor: dist.send(tensor, to), self._device)
 
     def _receive(self, sender: int) -> Any:
-        said: list[Any] = [None]
         with _peers():
-            dist.recv_object_list(said, sender, device=torch.device("cpu"))
-            return _unpickled(said[0], self._device, lambda tensor: dist.recv(tensor, sender))
+            return _taken(lambda tensor: dist.recv(tensor, sender), self._device)
 
 
 def owners_of(costs: Sequence[float], done: list[float]) -> list[int]:
@@ -244,25 +246,49 @@ class _Pickler(pickle.Pickler):
 
 
 class _Unpickler(pickle.Unpickler):
+    """Makes plain values, dataclasses and named tuples of this program alone: who reaches a port can run no code."""
+
     def __init__(self, file: io.BytesIO, load: Callable[[Any], Tensor]) -> None:
         super().__init__(file)
         self.persistent_load = load  # type: ignore[method-assign]
 
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if (module, name) in PLAIN:
+            return super().find_class(module, name)
+        if module.startswith("gptq_cli."):
+            found = getattr(sys.modules.get(module), name, None)
+            if isinstance(found, type) and (is_dataclass(found) or issubclass(found, tuple)):
+                return found
+        raise pickle.UnpicklingError(f"another process of this run has sent `{module}.{name}`, which is no value")
 
-def _pickled(value: object, tensors: list[Tensor]) -> bytes:
-    file = io.BytesIO()
+
+def _given(value: object, send: Callable[[Tensor], object], device: torch.device) -> None:
+    """Send `value`: how many bytes it takes without its tensors, these bytes, the tensors by way of `device`."""
+    file, tensors = io.BytesIO(), list[Tensor]()
     _Pickler(file, tensors).dump(value)
-    return file.getvalue()
+    said = torch.frombuffer(file.getbuffer(), dtype=torch.uint8)
+    send(torch.tensor(said.numel()))
+    send(said)
+    for tensor in tensors:
+        send(tensor.to(device).contiguous())
 
 
-def _unpickled(said: bytes, device: torch.device, fill: Callable[[Tensor], object]) -> Any:
+def _taken(receive: Callable[[Tensor], object], device: torch.device) -> Any:
+    """What `_given` sends; its tensors on `device`. `receive` fills a tensor."""
+
     def load(like: Any) -> Tensor:
         shape, dtype = like
         tensor = torch.empty(shape, dtype=dtype, device=device)
-        fill(tensor)
+        receive(tensor)
         return tensor
 
-    return _Unpickler(io.BytesIO(said), load).load()
+    n_bytes = torch.tensor(0)
+    receive(n_bytes)
+    said = torch.empty(int(n_bytes), dtype=torch.uint8)
+    receive(said)
+    return _Unpickler(io.BytesIO(said.numpy().tobytes()), load).load()
 
 
 def _on_host(value: Any) -> Any:

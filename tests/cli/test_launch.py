@@ -138,10 +138,10 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
-def start(model: Path, recipe: Path, *words: str) -> subprocess.Popen[str]:
+def start(model: Path, recipe: Path, *words: str, cwd: Path | None = None) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "gptq_cli", "quantize", model, "-o", recipe.parent / "out", "-c", recipe, *words]
     pipe = subprocess.PIPE
-    return subprocess.Popen(list(map(str, command)), stdout=pipe, stderr=pipe, text=True, env=ALONE)
+    return subprocess.Popen(list(map(str, command)), stdout=pipe, stderr=pipe, text=True, env=ALONE, cwd=cwd)
 
 
 @pytest.mark.slow
@@ -183,6 +183,48 @@ def test_what_ends_one_process_ends_all_and_is_said_once(
     assert says in stderr
     assert "go on with: gptq resume" in stderr
     assert time.monotonic() - began < 60
+
+
+@pytest.mark.slow
+def test_processes_of_one_machine_listen_on_loopback_alone(recipe: Path, tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", num_hidden_layers=2)
+    (model / "yaml.py").write_text(f"open({str(tmp_path / 'harmed')!r}, 'w').close()")
+    recipe.write_text(yaml.safe_dump(config(nsamples=40, batch_size=1).model_dump(mode="json")))
+    run = start(model, recipe, "--devices", "cpu:2", cwd=model)
+    addresses: set[str] = set()
+    while run.poll() is None:
+        addresses |= listening(psutil.Process(run.pid))
+        time.sleep(0.02)
+    _, stderr = run.communicate()
+    assert run.returncode == 0, stderr
+    assert addresses == {"127.0.0.1"}
+    assert not (tmp_path / "harmed").exists()
+    assert not list(model.glob("__pycache__"))
+
+
+def listening(process: psutil.Process) -> set[str]:
+    """The addresses at which `process` and its children take connections."""
+    try:
+        everyone = [process, *process.children(recursive=True)]
+        sockets = [socket for one in everyone for socket in one.net_connections(kind="inet")]
+    except psutil.Error:  # it has just ended
+        return set()
+    return {socket.laddr.ip for socket in sockets if socket.status == psutil.CONN_LISTEN}
+
+
+@pytest.mark.slow
+def test_processes_end_when_what_started_them_was_killed(recipe: Path, tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", num_hidden_layers=12)
+    recipe.write_text(yaml.safe_dump(config(nsamples=100, batch_size=1).model_dump(mode="json")))
+    run = start(model, recipe, "--devices", "cpu:2")
+    journal = tmp_path / WORK / "journal.jsonl"
+    while not journal.exists() and run.poll() is None:
+        time.sleep(0.02)
+    assert len(psutil.Process(run.pid).children()) == 2
+    run.kill()
+    _, stderr = run.communicate(timeout=120)  # which ends when nobody can write there any more
+    assert stderr.count("error[E_INTERRUPTED]: stopped by SIGTERM") == 1, stderr
+    assert journal.exists()
 
 
 @pytest.mark.slow
