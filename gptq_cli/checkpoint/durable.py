@@ -18,6 +18,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from gptq_cli.checkpoint.places import is_mount
 from gptq_cli.errors import ExistsError, GptqError, ResourceError
 
 COPY_BYTES = 16 * 2**20
@@ -154,9 +155,11 @@ def sync_directory(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Whatever is at `path`, gone; nothing there is no error."""
+    """Whatever is at `path`, gone; nothing there is no error. A mount point is not entered: E_DISK."""
     with disk_errors(path), suppress(FileNotFoundError):
         if path.is_dir() and not path.is_symlink():
+            if is_mount(path):
+                raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
             sweep(path, ())
             disk.rmdir(path)
         else:
@@ -173,8 +176,9 @@ def sweep(directory: Path, keep: Collection[str]) -> None:
 def publish(stage: Path, output: Path, aside: Path, *, overwrite: bool) -> None:
     """Give the finished directory `stage`, whose files are durable, the name `output` in one step.
 
-    What stood there has the name `stage` afterwards. Where the system cannot swap names it goes `aside` first; if the
-    process ends then, `repair` puts it back. ExistsError E_OUT_EXISTS for an occupied output without `overwrite`.
+    What stood there has the name `stage` afterwards. Where the system cannot swap names it goes `aside` first, and
+    stays there; if the process ends in between, `repair` puts it back. ExistsError E_OUT_EXISTS for an occupied output
+    without `overwrite`.
     """
     with disk_errors(output):
         try:
@@ -192,12 +196,11 @@ def publish(stage: Path, output: Path, aside: Path, *, overwrite: bool) -> None:
 
 
 def repair(output: Path, aside: Path) -> None:
-    """Put back what an interrupted `publish` had put aside; drop it if the new output is there."""
+    """Put back what an interrupted `publish` had put aside, unless the new output is there."""
     if aside.is_dir() and not output.exists():
         with disk_errors(output):
             disk.rename(aside, output)
         sync_directory(output.parent)
-    remove(aside)
 
 
 def is_occupied(output: Path) -> bool:

@@ -20,8 +20,9 @@ SCHEMA = 1
 
 
 def write_manifest(directory: Path, content: dict[str, Any]) -> None:
-    """`content` and the hashes of all files in `directory`, as its last file."""
-    paths = sorted(path for path in directory.rglob("*") if path.is_file())
+    """`content` and the hashes of all files in `directory`, as its last file; not of a report, which may change."""
+    reports = {directory / REPORT_DATA, directory / REPORT_PAGE}
+    paths = sorted(path for path in directory.rglob("*") if path.is_file() and path not in reports)
     files = {
         path.relative_to(directory).as_posix(): {"sha256": found, "size": path.stat().st_size}
         for path, found in zip(paths, file_hashes(paths), strict=True)

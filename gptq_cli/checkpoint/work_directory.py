@@ -7,6 +7,7 @@
     journal.jsonl what is finished
     hidden-0, -1  hidden states after the last two finished blocks
     out/          becomes OUT
+    replaced-0    an output that was replaced, while it is removed; what cannot be removed of it stays
 """
 
 from __future__ import annotations
@@ -24,21 +25,22 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from gptq_cli.checkpoint import durable
+from gptq_cli.checkpoint import durable, replacing
 from gptq_cli.checkpoint.durable import (
     disk_error,
     disk_errors,
     make_directory,
     remove,
-    repair,
     sweep,
     sync_directory,
     write_file,
 )
+from gptq_cli.checkpoint.manifest import MANIFEST
 from gptq_cli.errors import ExistsError, GptqError, ResourceError
 
 LOCK, HOLDER, RUN, JOURNAL, STAGE, ASIDE = "lock", "holder.json", "run.json", "journal.jsonl", "out", "old"
 HIDDEN = ("hidden-0", "hidden-1")
+REPLACED = "replaced-"
 # statfs(2) of file systems that other machines write too, or that promise no durable rename
 NETWORK_FILE_SYSTEMS = {
     0x6969: "NFS", 0x517B: "SMB", 0xFE534D42: "SMB", 0xFF534D42: "CIFS", 0x0BD00BD0: "Lustre", 0x65735546: "FUSE",
@@ -47,27 +49,50 @@ NETWORK_FILE_SYSTEMS = {
 
 
 class WorkDirectory:
-    """Names in the work directory of `output`."""
+    """Names in the work directory of `output`; `left` tells what could not be removed of outputs replaced."""
 
     def __init__(self, output: Path) -> None:
         self.output = output.resolve()
         self.path = self.output.with_name(f".{self.output.name}.gptq-work")
         self.stage, self.aside, self.lock = self.path / STAGE, self.path / ASIDE, self.path / LOCK
         self.journal = self.path / JOURNAL
+        self.left: list[str] = []
 
     def hidden(self, save: int) -> Path:
         """Where hidden states are kept that were saved with line `save` of the journal, for two lines."""
         return self.path / HIDDEN[save % 2]
 
-    def publish(self, *, overwrite: bool) -> None:
-        """Give the finished `stage` the name of the output."""
+    def publish(self, model: Path, *, overwrite: bool) -> None:
+        """Give the finished `stage`, made from `model`, the name of the output; what it replaces is looked at anew."""
+        if overwrite:
+            replacing.check_replaceable(self.output, model)
         durable.publish(self.stage, self.output, self.aside, overwrite=overwrite)
+        self._part_with(self.stage)
+        self._part_with(self.aside)
+
+    def drop(self) -> None:
+        """Whatever was finished here is no longer."""
+        remove(self.journal)
+        self._part_with_an_old_output()
+
+    def repair(self) -> None:
+        """Undo or finish what an earlier run has begun to replace."""
+        durable.repair(self.output, self.aside)
+        self._part_with(self.aside)
+        if not self.journal.exists():
+            self._part_with_an_old_output()
 
     def remove(self) -> None:
-        """All of it, the lock last; somebody who waits for it may then have made it anew."""
+        """All of it, the lock last; somebody who waits for it may then have made it anew.
+
+        What cannot be removed of an output that was replaced stays, and is told in `left`.
+        """
         sync_directory(self.output.parent)  # the output's name, if an earlier run ended between giving and syncing it
-        remove(self.journal)  # first: without it nothing here is anybody's work
-        sweep(self.path, (LOCK,))
+        self.drop()  # first: without the journal nothing here is anybody's work
+        self.left = []
+        for old in self.replaced():
+            self.left += replacing.remove_replaced(old)
+        sweep(self.path, (LOCK, *(old.name for old in self.replaced())))
         remove(self.lock)
         with disk_errors(self.path):
             try:
@@ -75,6 +100,24 @@ class WorkDirectory:
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
                     raise
+
+    def replaced(self) -> list[Path]:
+        """Outputs that were replaced and are not removed yet."""
+        return sorted(self.path.glob(f"{REPLACED}*"))
+
+    def _part_with_an_old_output(self) -> None:
+        """Stage may be an old output, if a run was killed when it had swapped them; then it has a manifest."""
+        if (self.stage / MANIFEST).exists():
+            self._part_with(self.stage)
+
+    def _part_with(self, old: Path) -> None:
+        """Give an output that was replaced, if it is there, a name under which it can stay if it must."""
+        if not old.exists():
+            return
+        taken = [path.name for path in self.replaced()]
+        free = next(name for number in range(len(taken) + 1) if (name := f"{REPLACED}{number}") not in taken)
+        with disk_errors(old):
+            durable.disk.rename(old, self.path / free)
 
 
 @contextmanager
@@ -138,8 +181,8 @@ def _lock(work: WorkDirectory) -> FileLock:
 
 def _prepare(work: WorkDirectory) -> None:
     sync_directory(work.path.parent)  # a run that was killed may have made the directory and not synced its name
-    repair(work.output, work.aside)
-    sweep(work.path, (LOCK, RUN, JOURNAL, STAGE, *HIDDEN))
+    work.repair()
+    sweep(work.path, (LOCK, RUN, JOURNAL, STAGE, *HIDDEN, *(old.name for old in work.replaced())))
     write_file(work.path / HOLDER, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
 
 

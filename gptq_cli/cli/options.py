@@ -118,7 +118,9 @@ Output = Annotated[
     Path | None,
     plain("--output", "-o", help="directory to write; default NAME-GPTQ-Int4-g128 here", panel=OUTPUT, metavar="DIR"),
 ]
-Overwrite = Annotated[bool, plain("--overwrite", help="replace the output when the new one is complete", panel=OUTPUT)]
+Overwrite = Annotated[
+    bool, plain("--overwrite", help="replace a checkpoint at the output when the new one is complete", panel=OUTPUT)
+]
 Format = Annotated[str | None, setting("format", panel=OUTPUT)]
 MaxShardSize = Annotated[str | None, setting("max_shard_size", panel=OUTPUT, metavar="SIZE")]
 

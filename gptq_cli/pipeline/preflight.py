@@ -5,16 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from shlex import quote
 
 from gptq_cli.calibration.corpus import DatasetSource, check_source
-from gptq_cli.checkpoint.durable import is_occupied
-from gptq_cli.checkpoint.manifest import read_manifest
 from gptq_cli.checkpoint.raw import count_not_finite
+from gptq_cli.checkpoint.replacing import check_output
 from gptq_cli.checkpoint.work_directory import WorkDirectory, refuse_locked
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.units import size
-from gptq_cli.errors import ConfigError, ExistsError, InputError, ResourceError
+from gptq_cli.errors import InputError, ResourceError
 from gptq_cli.pipeline.estimate import DEVICE_SHARE, LIBRARIES, STATES, Term, estimate_memory, total
 from gptq_cli.pipeline.plan import plan_run
 from gptq_cli.pipeline.run_plan import RunPlan
@@ -24,7 +22,7 @@ def preflight(model: str, output: Path, config: QuantizeConfig, *, overwrite: bo
     """Raise whatever output, headers, rules and a dataset's path tell against a run; a Hub id is looked at after its
     download."""
     directory = Path(model).expanduser()
-    check_output(output, directory, overwrite=overwrite)
+    check_output(output, directory, overwrite=overwrite, may_be_done=True)
     refuse_locked(output)
     if directory.is_dir():
         plan_run(directory, config)
@@ -87,26 +85,3 @@ def check_finite(plan: RunPlan) -> None:
                 "E_CKPT_NONFINITE", f"`{tensor.name}` in {tensor.file.name} holds NaN or infinity, {count} times",
                 hint="download the checkpoint again",
             )  # fmt: skip
-
-
-def _beside(model: Path, output: Path) -> Path:
-    name = output.resolve().name
-    return model.resolve().parent / (name if name != model.resolve().name else f"{name}-GPTQ")
-
-
-def check_output(output: Path, model: Path, *, overwrite: bool) -> None:
-    """Refuse an output that holds something (ExistsError E_OUT_EXISTS) or is the model (ConfigError E_OUT_IS_INPUT)."""
-    if model.is_dir() and output.resolve().is_relative_to(model.resolve()):
-        raise ConfigError(
-            "E_OUT_IS_INPUT", f"`{output}` is the model's own directory or inside it",
-            hint=f"choose another -o: -o {quote(str(_beside(model, output)))}",
-        )  # fmt: skip
-    if model.is_dir() and model.resolve().is_relative_to(output.resolve()):
-        raise ConfigError("E_OUT_IS_INPUT", f"`{output}` contains the model", hint="choose another -o")
-    if output.is_dir() and os.path.ismount(output):
-        hint = f"choose a directory inside it: -o {output}/NAME"
-        raise ConfigError("E_OUT_MOUNT", f"`{output}` is a mount point, which cannot be given to another", hint=hint)
-    ours = read_manifest(output) is not None  # whether it is this run's is told when that is known
-    if is_occupied(output) and not ((overwrite or ours) and output.is_dir()):
-        hint = "add --overwrite to replace it, or choose another -o" if output.is_dir() else "choose another -o"
-        raise ExistsError("E_OUT_EXISTS", f"`{output}` exists and is not an empty directory", hint=hint)

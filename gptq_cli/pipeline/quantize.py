@@ -15,10 +15,11 @@ from gptq_cli.calibration.sampling import Windows, calibration_windows, check_to
 from gptq_cli.checkpoint.gptq_format import encode
 from gptq_cli.checkpoint.hub import ModelSource, locate_model
 from gptq_cli.checkpoint.manifest import write_manifest
+from gptq_cli.checkpoint.replacing import check_output
 from gptq_cli.checkpoint.run_file import write_run
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from gptq_cli.checkpoint.verify import verify_checkpoint
-from gptq_cli.checkpoint.work_directory import WorkDirectory, locked
+from gptq_cli.checkpoint.work_directory import WorkDirectory
 from gptq_cli.checkpoint.writer import CheckpointWriter
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.targets import Verdict, engine_data
@@ -34,10 +35,17 @@ from gptq_cli.pipeline.fallbacks import FallbackLimit
 from gptq_cli.pipeline.identity import Identity, check_agreement, identify, with_calibration
 from gptq_cli.pipeline.memory import Memory
 from gptq_cli.pipeline.plan import check_shared, plan_checkpoint
-from gptq_cli.pipeline.preflight import check_disk, check_finite, check_memory, check_output
+from gptq_cli.pipeline.preflight import check_disk, check_finite, check_memory
 from gptq_cli.pipeline.readers import judge_plan, remarks
 from gptq_cli.pipeline.record import Record
-from gptq_cli.pipeline.resume import FinishedBlocks, SavedBlocks, check_resumable, finished_output, telling_what_is_kept
+from gptq_cli.pipeline.resume import (
+    FinishedBlocks,
+    SavedBlocks,
+    check_resumable,
+    finished_output,
+    telling_what_is_kept,
+    working_on,
+)
 from gptq_cli.pipeline.retry import do_blocks
 from gptq_cli.pipeline.run_plan import LayerPlan, RunPlan
 from gptq_cli.pipeline.saving import SavingTimes
@@ -117,17 +125,16 @@ def quantize_checkpoint(
     record = Record(limit)
     place = place or Place(ALONE, resolve_device(config.device))
     team, device = place.team, place.device
-    with locked(output, allow_network_fs=allow_network_fs) as work, telling_what_is_kept(work, record):
-        check_output(output, Path(model).expanduser(), overwrite=overwrite)
-        located = locate_model(model, revision)
-        source = open_checkpoint(located.directory)
+    working = working_on(output, record, allow_network_fs=allow_network_fs)
+    with working as work, telling_what_is_kept(work, record):
+        located, source = _source(model, revision, output, overwrite=overwrite)
         plan_checkpoint(source, config)  # a downloaded model has not been looked at before
         refuse_wrong_numbers(source)
         config = bounded(config, source)
         record(PhaseStarted("source", f"identifying {size(source.nbytes)}"))
         identity = identify(source, located.commit, config, device)
         check_agreement(team, identity)
-        finished_output(work.output, identity, overwrite=overwrite)
+        finished_output(work.output, source.directory, identity, overwrite=overwrite)
         check_resumable(work, identity, "never" if resume == "never" else "auto", record)
         with torch.inference_mode(), device_errors():
             stream = _open_stream(source, config, place)
@@ -138,7 +145,7 @@ def quantize_checkpoint(
             windows, documents = _calibrate(source, config, stream, record)
             source.check_unchanged()
             identity = with_calibration(identity, windows)
-            manifest = finished_output(work.output, identity, overwrite=overwrite)
+            manifest = finished_output(work.output, source.directory, identity, overwrite=overwrite)
             if manifest is None:
                 check_resumable(work, identity, resume, record)
                 request = _request(model, work.output, config, located.commit or revision, overwrite)
@@ -148,12 +155,20 @@ def quantize_checkpoint(
                 times = SavingTimes(always=max_seconds is not None)  # it will be stopped between two blocks
                 _write(work, plan, config, stream, windows, identity, origin, record, team, times)
                 source.check_unchanged()
-                work.publish(overwrite=overwrite)
+                work.publish(source.directory, overwrite=overwrite)
             else:
                 team.told(NOTHING_TO_DO)
                 record.take_over(manifest)
                 limit.check(record.layers)
     return _result(output, located, config, plan, windows, record, time.perf_counter() - started)
+
+
+def _source(model: str, revision: str | None, output: Path, *, overwrite: bool) -> tuple[ModelSource, Checkpoint]:
+    """The model, which may be downloaded first; refused, before and after, if `output` is no place for this run."""
+    check_output(output, Path(model).expanduser(), overwrite=overwrite, may_be_done=True)
+    located = locate_model(model, revision)
+    check_output(output, located.directory, overwrite=overwrite, may_be_done=True)
+    return located, open_checkpoint(located.directory)
 
 
 def _open_stream(source: Checkpoint, config: QuantizeConfig, place: Place) -> ModelStream:

@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from gptq_cli.checkpoint.durable import COPY_BYTES, OpenFile, remove, sync_directory
+from gptq_cli.checkpoint.durable import COPY_BYTES, OpenFile, sync_directory
 from gptq_cli.checkpoint.hashes import check_manifest
 from gptq_cli.checkpoint.hashing import file_hash
 from gptq_cli.checkpoint.journal import Entry, Journal, digest
 from gptq_cli.checkpoint.manifest import read_manifest
+from gptq_cli.checkpoint.replacing import check_replaceable, way_out
 from gptq_cli.checkpoint.run_file import read_run
-from gptq_cli.checkpoint.work_directory import WorkDirectory
+from gptq_cli.checkpoint.work_directory import WorkDirectory, locked
 from gptq_cli.checkpoint.writer import CheckpointWriter
 from gptq_cli.errors import ExistsError
 from gptq_cli.models.recording import Container
@@ -175,11 +176,11 @@ def check_resumable(work: WorkDirectory, identity: Identity, policy: str, report
     lists the fields in which the runs differ.
     """
     if policy == "never":
-        remove(work.journal)
+        work.drop()
     run = read_run(work.path)
     if run is None and work.journal.exists():
         report(Warned("W_RESUME_DAMAGED", f"`{work.path}/run.json` cannot be read: everything is done again"))
-        remove(work.journal)
+        work.drop()
     journal = Journal(work.journal, digest(run["identity"]) if run else "")
     if policy == "require" and not journal.entries:
         raise ExistsError(
@@ -195,10 +196,10 @@ def check_resumable(work: WorkDirectory, identity: Identity, policy: str, report
         )
 
 
-def finished_output(output: Path, identity: Identity, *, overwrite: bool) -> dict[str, Any] | None:
+def finished_output(output: Path, model: Path, identity: Identity, *, overwrite: bool) -> dict[str, Any] | None:
     """The manifest of `output` if it is a finished checkpoint of `identity`, whole; None if it may be written.
 
-    ExistsError E_OUT_EXISTS if it holds something else and may not be overwritten.
+    ExistsError E_OUT_EXISTS if it holds something else and may not be overwritten; else as `check_replaceable` says.
     """
     manifest = read_manifest(output)
     if manifest is None:
@@ -211,9 +212,22 @@ def finished_output(output: Path, identity: Identity, *, overwrite: bool) -> dic
     if different and not overwrite:
         raise ExistsError(
             "E_OUT_EXISTS", f"`{output}` is not what this run writes: {'; '.join(different)}",
-            hint="add --overwrite to replace it, or choose another -o",
+            hint=way_out(output),
         )  # fmt: skip
+    if different:
+        check_replaceable(output, model)
     return None
+
+
+@contextmanager
+def working_on(output: Path, report: Report, *, allow_network_fs: bool = False) -> Iterator[WorkDirectory]:
+    """The work directory of `output` as `locked` gives it; a warning if an output that was replaced is not all gone."""
+    with locked(output, allow_network_fs=allow_network_fs) as work:
+        yield work
+    if work.left:
+        more = f", and {len(work.left) - 1} more" if len(work.left) > 1 else ""
+        told = f"`{work.path}` holds what could not be removed of the old `{output}`: {work.left[0]}{more}"
+        report(Warned("W_OUT_LEFT", told))
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,24 +15,26 @@ from gptq_cli.checkpoint.durable import write_file, write_json
 from gptq_cli.checkpoint.headers import TensorInfo
 from gptq_cli.checkpoint.hub import locate_model
 from gptq_cli.checkpoint.layout import TensorSpec, plan_layout
-from gptq_cli.checkpoint.manifest import CONFIG_FILE, MANIFEST, OF_THE_RUN
+from gptq_cli.checkpoint.manifest import CONFIG_FILE, MANIFEST, OF_THE_RUN, write_manifest
 from gptq_cli.checkpoint.orientation import stores_transposed
 from gptq_cli.checkpoint.packed import PARTS, PackedModule, packed_modules
 from gptq_cli.checkpoint.packing import pack, unpack
 from gptq_cli.checkpoint.plain import declared_dtype
 from gptq_cli.checkpoint.reader import SAFETENSORS_DTYPE, DequantizingReader, TensorReader
+from gptq_cli.checkpoint.replacing import check_output
 from gptq_cli.checkpoint.source import QUANTIZE_CONFIG, Checkpoint, open_checkpoint, read_json
 from gptq_cli.checkpoint.stored import STORED_OFFSET, format_of
-from gptq_cli.checkpoint.work_directory import WorkDirectory, locked
+from gptq_cli.checkpoint.work_directory import WorkDirectory
 from gptq_cli.checkpoint.writer import CheckpointWriter, copy_side_files
 from gptq_cli.config.fields import size_in_bytes
 from gptq_cli.config.resolve import resolve
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.yaml_writer import to_yaml
-from gptq_cli.errors import ConfigError, ExistsError, InputError
+from gptq_cli.errors import ConfigError, ExistsError, GptqError, InputError
 from gptq_cli.pipeline.events import LayerStarted, PhaseStarted, Report, ignore
-from gptq_cli.pipeline.preflight import check_output
+from gptq_cli.pipeline.resume import working_on
 from gptq_cli.pipeline.setup import DTYPES, STORED_DTYPES, warn_of
+from gptq_cli.version import __version__
 
 FLOATS = set(STORED_DTYPES)
 CPU = torch.device("cpu")
@@ -60,7 +62,7 @@ def convert_checkpoint(
     ConfigError E_CFG_NOTHING_TO_DO if it is in that format already; InputError E_CKPT_QUANTIZED if it is no GPTQ
     checkpoint, E_CKPT_ZEROS if a zero point of 0 would have to be stored as -1, which readers disagree about.
     """
-    source, modules = _open(model, output, overwrite=overwrite)
+    source, modules = _open(model, output, report, overwrite=overwrite)
     warn_of(source, report)
     said = dict(source.quantization or {})
     format = format_of(source)
@@ -80,7 +82,7 @@ def convert_checkpoint(
 
     changes = {"checkpoint_format": to, "format": to}
     units = _units(source, of_module, lambda tensor: TensorSpec(tensor.name, tensor.dtype, tensor.shape))
-    with _fresh(output) as work:
+    with _fresh(output, report) as work:
         report(PhaseStarted("convert", f"{len(modules)} layers from {format} to {to}"))
         written = _write_tensors(work.stage, units, write)
         copy_side_files(source, work.stage, without={CONFIG_FILE, MANIFEST})
@@ -91,9 +93,7 @@ def convert_checkpoint(
                 update={"format": to, "target": None}
             )
             write_file(work.stage / CONFIG_FILE, to_yaml(config).encode())
-        open_checkpoint(work.stage)
-        source.check_unchanged()
-        work.publish(overwrite=overwrite)
+        _publish(work, source, overwrite=overwrite, command="convert", format=to)
     return Rewritten(output, len(modules), source.nbytes, written)
 
 
@@ -106,11 +106,11 @@ def dequantize_checkpoint(
     are copied byte for byte; any other is given to all floats. Raises InputError E_CKPT_QUANTIZED if it is no GPTQ
     checkpoint, E_CKPT_NONFINITE if a weight does not fit the dtype.
     """
-    source, modules = _open(model, output, overwrite=overwrite)
+    source, modules = _open(model, output, report, overwrite=overwrite)
     warn_of(source, report)
     wanted = STORED_DTYPES[declared_dtype(source)] if dtype == "auto" else DTYPES[dtype]
     plain = _PlainWeights(source, {module.name: module for module in modules}, wanted, cast=dtype != "auto")
-    with _fresh(output) as work:
+    with _fresh(output, report) as work:
         report(PhaseStarted("dequantize", f"{len(modules)} layers to {str(wanted).removeprefix('torch.')}"))
         written = _write_tensors(work.stage, _units(source, {}, plain.spec), lambda writer: plain.write(writer, report))
         copy_side_files(source, work.stage, without=OF_THE_RUN)
@@ -118,9 +118,7 @@ def dequantize_checkpoint(
         if dtype != "auto":
             config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
         write_json(work.stage / "config.json", config)
-        open_checkpoint(work.stage)
-        source.check_unchanged()
-        work.publish(overwrite=overwrite)
+        _publish(work, source, overwrite=overwrite, command="dequantize", dtype=dtype)
     return Rewritten(output, len(modules), source.nbytes, written)
 
 
@@ -162,9 +160,14 @@ class _PlainWeights:
             writer.write(planned.name, weight.T if planned.name != name and self._turned else weight)
 
 
-def _open(model: str, output: Path, *, overwrite: bool) -> tuple[Checkpoint, tuple[PackedModule, ...]]:
-    check_output(output, Path(model).expanduser(), overwrite=overwrite)
+def _open(model: str, output: Path, report: Report, *, overwrite: bool) -> tuple[Checkpoint, tuple[PackedModule, ...]]:
+    try:
+        check_output(output, Path(model).expanduser(), overwrite=overwrite)
+    except ExistsError:
+        _clear_up(output, report)
+        raise
     source = open_checkpoint(locate_model(model).directory)
+    check_output(output, source.directory, overwrite=overwrite)
     if source.quantization is None:
         hint = "give a checkpoint that gptq or another GPTQ tool has written"
         raise InputError("E_CKPT_QUANTIZED", f"`{model}` is not quantized", hint=hint)
@@ -172,10 +175,25 @@ def _open(model: str, output: Path, *, overwrite: bool) -> tuple[Checkpoint, tup
     return source, packed_modules(source.tensors)
 
 
+def _clear_up(output: Path, report: Report) -> None:
+    """Remove a work directory that a call like this one has left, if it was killed when its output had its name."""
+    if WorkDirectory(output).path.exists():
+        with suppress(GptqError), _fresh(output, report):
+            pass
+
+
+def _publish(work: WorkDirectory, source: Checkpoint, *, overwrite: bool, **identity: str) -> None:
+    """Give what is written its name, when it is a checkpoint; its manifest tells later runs whose it is."""
+    open_checkpoint(work.stage)
+    write_manifest(work.stage, {"identity": {"versions": {"gptq_cli": __version__}, **identity}})
+    source.check_unchanged()
+    work.publish(source.directory, overwrite=overwrite)
+
+
 @contextmanager
-def _fresh(output: Path) -> Iterator[WorkDirectory]:
+def _fresh(output: Path, report: Report) -> Iterator[WorkDirectory]:
     """The work directory of `output`; ExistsError E_RESUME_MISMATCH if a quantization has left work there."""
-    with locked(output) as work:
+    with working_on(output, report) as work:
         if work.journal.exists():
             raise ExistsError(
                 "E_RESUME_MISMATCH", f"`{work.path}` holds finished blocks of a quantization to the same output",

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from gptq_cli.checkpoint.verify import verify_checkpoint
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import ConfigError, ExistsError, InputError, ResourceError
 from gptq_cli.models.skeleton import outside_linears
@@ -23,19 +24,16 @@ from tests.families import save_model
 from tests.pipeline.runs import config, digest, quantize
 
 
-def test_an_output_that_holds_something_is_refused_and_replaced_only_on_request(tmp_path: Path) -> None:
-    model = save_model(tmp_path / "model")
-    output = tmp_path / "out"
-    output.mkdir()
-    (output / "precious").write_text("x")
+def test_a_checkpoint_is_refused_and_replaced_only_on_request(tmp_path: Path) -> None:
+    model, output = save_model(tmp_path / "model"), save_model(tmp_path / "out")
+    before = digest(output)
     with pytest.raises(ExistsError, match="not an empty directory") as caught:
         quantize_checkpoint(str(model), output, config())
     assert (caught.value.code, caught.value.exit_code) == ("E_OUT_EXISTS", 6)
-    assert "--overwrite" in (caught.value.hint or "")
-    assert [path.name for path in output.iterdir()] == ["precious"]
+    assert caught.value.hint == "add --overwrite to replace it, or choose another -o"
+    assert digest(output) == before
     quantize_checkpoint(str(model), output, config(), overwrite=True)
-    assert not (output / "precious").exists()
-    assert (output / "model.safetensors").exists()
+    assert verify_checkpoint(output, full=True).ok
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,15 +13,20 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from typer.testing import CliRunner
 
 from gptq_cli.checkpoint.orientation import TRANSPOSED
 from gptq_cli.checkpoint.source import open_checkpoint
+from gptq_cli.checkpoint.verify import verify_checkpoint
+from gptq_cli.cli.app import app
 from gptq_cli.config.resolve import resolve
 from gptq_cli.errors import ConfigError, ExistsError, InputError
 from gptq_cli.pipeline.compare import compare_checkpoints
+from gptq_cli.pipeline.events import Event, Warned
+from gptq_cli.pipeline.quantize import quantize_checkpoint
 from gptq_cli.pipeline.rewrite import convert_checkpoint, dequantize_checkpoint
 from tests.families import FAMILIES, save_model
-from tests.pipeline.runs import digest, quantize, reader
+from tests.pipeline.runs import config, digest, quantize, reader
 
 GPT2: dict[str, object] = {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 128, "vocab_size": 512}
 MIXED = {r".*\.1\.mlp": {"bits": 8}, r".*q_proj": {"bits": 3, "group_size": 64}, r".*k_proj": {"bits": 2}}
@@ -51,8 +57,9 @@ def test_converting_moves_zero_points_by_one_and_nothing_else(
     for name in reader(source).names():
         assert torch.equal(reader(source).read(name), reader(there).read(name))
     convert_checkpoint(str(there), back, first)
-    run_file = {"gptq_manifest.json"}  # it tells how the run went that made the source
-    assert digest(back) == {name: found for name, found in digest(source).items() if name not in run_file}
+    original, converted = digest(source), digest(back)
+    assert original.pop("gptq_manifest.json") != converted.pop("gptq_manifest.json")  # how each was made
+    assert converted == original
 
 
 def test_settings_follow_the_format_and_keep_all_else(model: Path, tmp_path: Path) -> None:
@@ -64,7 +71,7 @@ def test_settings_follow_the_format_and_keep_all_else(model: Path, tmp_path: Pat
         old, new = (old[place], new[place]) if place else (old, new)
         assert new == old | {"checkpoint_format": "gptq_v2", "format": "gptq_v2"}
     assert resolve({}, {}, tmp_path / "v2" / "gptq_config.yaml").config.format == "gptq_v2"
-    assert not (tmp_path / "v2" / "gptq_manifest.json").exists()  # its hashes would be wrong
+    assert verify_checkpoint(tmp_path / "v2", full=True).ok  # with a manifest of its own
     assert (tmp_path / "v2" / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
 
 
@@ -198,3 +205,77 @@ def test_names_of_one_side_and_unlike_shapes_are_told(model: Path, tmp_path: Pat
     save_file({"x": torch.ones(2)}, other / "model.safetensors")
     with pytest.raises(InputError, match="no tensor name in common"):
         compare_checkpoints(str(model), str(other))
+
+
+@pytest.mark.parametrize("command", ["convert", "dequantize"])
+def test_a_rewritten_checkpoint_is_gptqs_to_replace(command: str, model: Path, tmp_path: Path) -> None:
+    (model / "picture.png").write_bytes(b"of the model card")
+    source, _ = quantize(tmp_path, model)
+    output = tmp_path / "out"
+
+    def rewrite(**manner: bool) -> object:
+        if command == "convert":
+            return convert_checkpoint(str(source), output, "gptq_v2", **manner)
+        return dequantize_checkpoint(str(source), output, **manner)
+
+    rewrite()
+    first = digest(output)
+    assert {"gptq_manifest.json", "picture.png"} <= set(first)
+    rewrite(overwrite=True)
+    assert digest(output) == first
+    (output / "mine.txt").write_text("x")
+    with pytest.raises(ExistsError, match=r"mine\.txt") as caught:
+        rewrite(overwrite=True)
+    assert (caught.value.code, caught.value.exit_code) == ("E_OUT_FOREIGN", 6)
+    assert digest(output).keys() == first.keys() | {"mine.txt"}
+
+
+@pytest.mark.parametrize("command", ["convert", "dequantize"])
+def test_a_call_removes_what_one_like_it_has_left(command: str, model: Path, tmp_path: Path) -> None:
+    source, _ = quantize(tmp_path, model)
+    words = [command, str(source), *(["--to", "gptq_v2"] if command == "convert" else []), "-o", str(tmp_path / "out")]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    work = tmp_path / ".out.gptq-work"
+    (work / "out").mkdir(parents=True, mode=0o700)
+    work.chmod(0o700)
+    for name in ("lock", "holder.json", "out/model.safetensors"):
+        (work / name).touch()
+    result = CliRunner().invoke(app, words)
+    assert (result.exit_code, "error[E_OUT_EXISTS]" in result.stderr) == (6, True)
+    assert not work.exists()
+
+
+def test_work_of_a_quantization_is_not_cleared_up(model: Path, tmp_path: Path) -> None:
+    source, _ = quantize(tmp_path, model)
+    convert_checkpoint(str(source), tmp_path / "out", "gptq_v2")
+    work = tmp_path / ".out.gptq-work"
+    work.mkdir(mode=0o700)
+    (work / "journal.jsonl").write_text("finished blocks")
+    with pytest.raises(ExistsError) as caught:
+        convert_checkpoint(str(source), tmp_path / "out", "gptq_v2")
+    assert caught.value.code == "E_OUT_EXISTS"
+    assert (work / "journal.jsonl").read_text() == "finished blocks"
+
+
+@pytest.mark.parametrize("command", ["quantize", "convert"])
+def test_an_old_output_that_stays_is_a_warning_each_time(
+    command: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, _ = quantize(tmp_path, model)
+    output = shutil.copytree(source, tmp_path / "out")
+    (output / "fixed").mkdir()
+    (output / "fixed" / "file").write_text("x")
+    monkeypatch.setattr("gptq_cli.checkpoint.replacing.os.access", lambda path, _: path.name != "fixed")
+    for _ in range(2):
+        events: list[Event] = []
+        if command == "quantize":
+            quantize_checkpoint(str(model), output, config(seed=3), overwrite=True, report=events.append)
+        else:
+            convert_checkpoint(str(source), output, "gptq_v2", overwrite=True, report=events.append)
+        told = [event for event in events if isinstance(event, Warned) and event.code == "W_OUT_LEFT"]
+        assert [event.message for event in told] == [
+            f"`{tmp_path}/.out.gptq-work` holds what could not be removed of the old `{output}`: "
+            "fixed/file: gptq has not written it"
+        ]
+        assert verify_checkpoint(output, full=True).ok
+    assert [path.read_text() for path in (tmp_path / ".out.gptq-work").rglob("file")] == ["x"]
