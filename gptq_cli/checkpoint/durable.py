@@ -127,7 +127,13 @@ def write_file(path: Path, content: bytes) -> None:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """`content` as a JSON file for people and programs, written as `write_file` does."""
-    write_file(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    write_file(path, json_bytes(content, indent=2))
+
+
+def json_bytes(content: Any, *, indent: int) -> bytes:
+    """A JSON file of `content` in UTF-8. What UTF-8 does not know, as a byte of a file's name, becomes an escape."""
+    text = json.dumps(content, indent=indent, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", "backslashreplace")  # \udcff means the same in JSON, and strings alone hold it
 
 
 def make_directory(path: Path, mode: int = 0o777) -> None:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 from gptq_cli.checkpoint import durable
@@ -23,6 +22,7 @@ from gptq_cli.checkpoint.hashing import file_hash
 from gptq_cli.checkpoint.manifest import MANIFEST, OF_THE_RUN, REPORT_DATA, REPORT_PAGE, read_manifest
 from gptq_cli.checkpoint.places import at_and_above, identity, is_inside, is_mount, mounts_below
 from gptq_cli.checkpoint.source import INDEX_NAME, MAX_CONFIG_BYTES, QUANTIZE_CONFIG
+from gptq_cli.config.units import shell_word
 from gptq_cli.errors import ConfigError, ExistsError
 
 SHOWN = 3
@@ -158,7 +158,7 @@ def _refuse_input(output: Path, model: Path) -> None:
     if is_inside(output, model):
         raise ConfigError(
             "E_OUT_IS_INPUT", f"`{output}` is the model's own directory or inside it",
-            hint=f"choose another -o: -o {quote(str(_beside(model, output)))}",
+            hint=f"choose another -o: -o {shell_word(str(_beside(model, output)))}",
         )  # fmt: skip
     if is_inside(model, output):
         raise _contains(output)
@@ -184,10 +184,10 @@ def _refuse_place(output: Path) -> None:
             hint="choose a new directory: -o ./NAME",
         )  # fmt: skip
     if here in map(identity, _homes()):
-        hint = f"choose a directory inside it: -o {quote(str(output / 'NAME'))}"
+        hint = f"choose a directory inside it: -o {shell_word(str(output / 'NAME'))}"
         raise ExistsError("E_OUT_FOREIGN", f"`{output}` is a home directory, and is never replaced", hint=hint)
     if is_mount(output):
-        hint = f"choose a directory inside it: -o {quote(str(output / 'NAME'))}"
+        hint = f"choose a directory inside it: -o {shell_word(str(output / 'NAME'))}"
         raise ConfigError("E_OUT_MOUNT", f"`{output}` is a mount point, which cannot be given to another", hint=hint)
     mounts = mounts_below(output)
     if mounts:

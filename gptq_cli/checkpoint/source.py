@@ -7,13 +7,13 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PureWindowsPath
-from shlex import quote
 from typing import Any, NamedTuple
 
 from gptq_cli.checkpoint.block_float import scales_of
 from gptq_cli.checkpoint.headers import TensorInfo, read_header, unique_keys
 from gptq_cli.checkpoint.side_files import ADAPTER_CONFIG, CONFIG_NAMES, side_files
 from gptq_cli.checkpoint.stamps import Stamp, check_stamps, stamp_of
+from gptq_cli.config.units import shell_word
 from gptq_cli.errors import InputError, Problem
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -180,7 +180,7 @@ def read_json(file: Path, repeated: list[str] | None = None) -> Any:
         if text.startswith(BYTE_ORDER_MARK):
             raise InputError(
                 "E_CKPT_CONFIG", f"`{file}` begins with a byte order mark, with which transformers cannot read it",
-                hint=f"take the mark away: sed -i '1s/^\\xEF\\xBB\\xBF//' {quote(str(file))}",
+                hint=f"take the mark away: sed -i '1s/^\\xEF\\xBB\\xBF//' {shell_word(str(file))}",
             )  # fmt: skip
         pairs = unique_keys if repeated is None else partial(_last_values, repeated)
         content = json.loads(text, object_pairs_hook=pairs)

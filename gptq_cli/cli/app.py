@@ -72,7 +72,7 @@ class Gptq(TyperGroup):
         **extra: Any,
     ) -> Any:
         _stay_plain_in_pipes()
-        words = [_kebab(word) for word in (sys.argv[1:] if args is None else args)]
+        words = _kebab_options(sys.argv[1:] if args is None else args)
         run = partial(super().main, words, prog_name or "gptq", complete_var, False, windows_expand_args, **extra)
         try:
             code = exit_code_of(run, as_json="--json" in words)
@@ -142,6 +142,12 @@ def _stay_plain_in_pipes() -> None:
     """Typer would colour its help wherever it sees a CI system; a pipe gets text."""
     if os.environ.get("NO_COLOR") or sys.stdout is None or not sys.stdout.isatty():
         os.environ.setdefault("_TYPER_FORCE_DISABLE_TERMINAL", "1")
+
+
+def _kebab_options(words: Sequence[str]) -> list[str]:
+    """`words` with options in kebab case; what comes after `--` is no option, whatever it looks like."""
+    end = list(words).index("--") if "--" in words else len(words)
+    return [*map(_kebab, words[:end]), *words[end:]]
 
 
 def _kebab(word: str) -> str:

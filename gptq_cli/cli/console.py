@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import get_terminal_size
@@ -53,12 +54,26 @@ class Console:
         """A line on stderr that the user needs to go on; `--quiet` does not hide it."""
         write(sys.stderr, line)
 
-    def result(self, data: dict[str, Any], human: str, short: str) -> None:
-        """The result on stdout, in the form asked for; GptqError E_STDOUT if stdout cannot take it."""
+    def result(self, data: dict[str, Any], human: str, short: str | Path) -> None:
+        """The result on stdout, in the form asked for; GptqError E_STDOUT if stdout cannot take it.
+
+        A path as `short` is printed byte for byte, so that it can be opened.
+        """
         if self.as_json:
             write_result(as_json_text({"schema": SCHEMA, "status": "ok", **data}))
+        elif not self.quiet:
+            write_result(human)
+        elif isinstance(short, Path):
+            write_exactly(str(short), os.fsencode(short))
         else:
-            write_result(short if self.quiet else human)
+            write_result(short)
+
+    def document(self, data: dict[str, Any], text: str) -> None:
+        """A result that is itself the content of a file: UTF-8 and unchanged, with `--json` as part of `data`."""
+        if self.as_json:
+            self.result(data, text, text)
+        else:
+            write_exactly(text, text.encode())
 
     def refused(self, data: dict[str, Any], human: str, short: str, error: GptqError) -> NoReturn:
         """A result that did not pass: printed like any other, with `error` after it and as one object with `--json`."""
@@ -99,7 +114,7 @@ class Talk:
         if self._handler is not None:
             from logging import INFO, LogRecord
 
-            for line in visible(text).splitlines():
+            for line in visible(without_secrets(text)).splitlines():
                 self._handler.emit(LogRecord("gptq", INFO, "", 0, line, None, None))
 
     def end(self) -> None:
@@ -113,8 +128,8 @@ talk = Talk()
 
 
 def as_json_text(data: dict[str, Any]) -> str:
-    """One JSON object on one line; floats that JSON does not know become null."""
-    return json.dumps(_finite(data), ensure_ascii=False, allow_nan=False)
+    """One JSON object on one line of printable ASCII; floats that JSON does not know become null."""
+    return json.dumps(_finite(data), allow_nan=False).replace("\x7f", "\\u007f")
 
 
 def _finite(value: Any) -> Any:
@@ -149,14 +164,32 @@ def _as_text(problem: Problem) -> str:
 
 def _as_data(problem: Problem) -> dict[str, Any]:
     at = problem.location
-    location = {"file": at.file, "line": at.line, "column": at.column} if at else None
-    return {"code": problem.code, "message": problem.message, "hint": problem.hint, "location": location}
+    location = {"file": without_secrets(at.file), "line": at.line, "column": at.column} if at else None
+    hint = without_secrets(problem.hint) if problem.hint else None
+    return {"code": problem.code, "message": without_secrets(problem.message), "hint": hint, "location": location}
 
 
 def write_result(text: str) -> None:
     """`text` on stdout; a reader who went away is no failure, a full disk is E_STDOUT."""
-    try:
+    with _stdout_errors():
         _print(sys.stdout, text)
+
+
+def write_exactly(text: str, data: bytes) -> None:
+    """`data` and an end of line on stdout; a terminal gets `text`, which cannot control it."""
+    with _stdout_errors():
+        if sys.stdout is None or sys.stdout.isatty():
+            _print(sys.stdout, text)
+        elif not (sys.stdout.closed or talk.muted):
+            sys.stdout.flush()
+            sys.stdout.buffer.write(data + b"\n")
+            sys.stdout.buffer.flush()
+
+
+@contextmanager
+def _stdout_errors() -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         _silence(sys.stdout)
         if not isinstance(error, BrokenPipeError):
@@ -164,7 +197,8 @@ def write_result(text: str) -> None:
 
 
 def write(stream: TextIO | None, text: str) -> None:
-    """`text` on `stream` if it takes it: talk that nobody can hear must not stop a run."""
+    """`text` without secrets on `stream` if it takes it: talk that nobody can hear must not stop a run."""
+    text = without_secrets(text)
     talk.log(text)
     try:
         _print(stream, text)
@@ -180,9 +214,14 @@ def _print(stream: TextIO | None, text: str) -> None:
 
 
 def visible(text: str) -> str:
-    """`text` without terminal control, since names in files could hold escape sequences, and without secrets."""
-    text = without_secrets(text)
-    return "".join(letter if letter.isprintable() or letter in "\n\t" else f"\\x{ord(letter):02x}" for letter in text)
+    """`text` without terminal control, since names in files could hold escape sequences."""
+    return "".join(map(_visible_letter, text))
+
+
+def _visible_letter(letter: str) -> str:
+    if letter.isprintable() or letter in "\n\t":
+        return letter
+    return letter.encode("unicode-escape", "surrogatepass").decode()
 
 
 def _silence(stream: TextIO | None) -> None:

@@ -36,4 +36,4 @@ def convert(
     with Progress(console) as progress:
         found = convert_checkpoint(model, output, to, overwrite=overwrite, report=progress)
     text = f"{output}\n{found.layers} layers are now in format {to}, nothing else has changed"
-    console.result({**found.to_json(), "format": to}, text, str(output))
+    console.result({**found.to_json(), "format": to}, text, output)

@@ -45,4 +45,4 @@ def dequantize(
     with Progress(console) as progress:
         found = dequantize_checkpoint(model, output, dtype, overwrite=overwrite, report=progress)
     sizes = f"{size(found.bytes_before)} -> {size(found.bytes_after)}"
-    console.result(found.to_json(), f"{output}\n{found.layers} layers dequantized, {sizes}", str(output))
+    console.result(found.to_json(), f"{output}\n{found.layers} layers dequantized, {sizes}", output)

@@ -13,6 +13,7 @@ from typing import Any
 from gptq_cli.cli.console import Console
 from gptq_cli.cli.options import AsJson, Quiet
 from gptq_cli.cli.table import aligned
+from gptq_cli.errors import without_secrets
 from gptq_cli.version import __version__
 
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "huggingface_hub", "datasets", "pydantic",
@@ -76,4 +77,5 @@ def _devices() -> list[str]:
 def _variables() -> dict[str, str]:
     said = {name: os.environ[name] for name in VARIABLES if name in os.environ}
     said |= {name: value for name, value in sorted(os.environ.items()) if name.startswith("GPTQ_")}
+    said = {name: without_secrets(value) for name, value in said.items()}  # people paste them into public pages
     return said | {name: "set" if os.environ.get(name) else "not set" for name in SECRET}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -13,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from gptq_cli.cli.console import Console, talk, visible
 from gptq_cli.cli.engines import unread_line
-from gptq_cli.config.units import clock, size
+from gptq_cli.config.units import clock, shell_word, size
+from gptq_cli.errors import without_secrets
 from gptq_cli.pipeline.events import (
     BlockFinished,
     BlockStarted,
@@ -137,13 +137,13 @@ def _live_view() -> Live:
 def _cropped(view: str) -> Text:
     from rich.text import Text
 
-    return Text(visible(view), no_wrap=True, overflow="ellipsis")
+    return Text(visible(without_secrets(view)), no_wrap=True, overflow="ellipsis")
 
 
 def _about_work(event: Resumed | WorkKept) -> str:
     if isinstance(event, Resumed):
         return f"resuming after {event.index} of {event.n_blocks} blocks, from {event.directory}"
-    return f"finished blocks are kept; go on with: gptq resume {shlex.quote(str(event.directory))}"
+    return f"finished blocks are kept; go on with: gptq resume {shell_word(str(event.directory))}"
 
 
 def _planned(event: RunPlanned) -> str:

@@ -49,7 +49,7 @@ def push(
     with Progress(console) as progress:
         parcel = prepare_push(directory, repo, base_model=base_model, evaluation=evaluation, card=card, report=progress)
     if dry_run:
-        return console.result({"repo": repo, "files": parcel.sizes, "card": parcel.card}, parcel.card, parcel.card)
+        return console.document({"repo": repo, "files": parcel.sizes, "card": parcel.card}, parcel.card)
     bars = not (as_json or quiet) and sys.stderr is not None and sys.stderr.isatty()
     done = push_parcel(parcel, public=public, overwrite=overwrite, progress=bars, report=Progress(console))
     return console.result(_data(parcel, done, public), _text(parcel, done, public), done.url)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-import shlex
 import sys
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from gptq_cli.cli import options as o
-from gptq_cli.cli.console import Console, fitted, visible
+from gptq_cli.cli.console import Console, fitted
 from gptq_cli.cli.engines import engine_lines
 from gptq_cli.cli.launch import is_one_of_several, launch, leads, member, parse_devices
 from gptq_cli.cli.progress import Progress
@@ -19,7 +18,7 @@ from gptq_cli.cli.said import said_fields
 from gptq_cli.cli.signals import stoppable
 from gptq_cli.config.resolve import Resolved, resolve
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.config.units import clock, size
+from gptq_cli.config.units import clock, shell_words, size
 from gptq_cli.config.yaml_writer import to_yaml
 
 if TYPE_CHECKING:
@@ -127,7 +126,7 @@ def run(
         output = refuse_early(model, config, output, report=page, **manner)
     if len(named) > 1 and not is_one_of_several():
         sys.exit(launch(named, as_json=console.as_json, directory=directory or Path.cwd()))
-    command = visible(shlex.join(["gptq", *sys.argv[1:]]))
+    command = shell_words(["gptq", *sys.argv[1:]])
     with stoppable(console), member(config.device, named, as_json=console.as_json) as place:
         if not place.team.leads:
             from gptq_cli.pipeline.quantize import assist
@@ -140,7 +139,7 @@ def run(
             )
     if page:
         console.say(f"report: {result.output / REPORT_PAGE}")
-    return console.result(result.to_json(), _summary(result, config), str(result.output))
+    return console.result(result.to_json(), _summary(result, config), result.output)
 
 
 def _summary(result: QuantizeResult, config: QuantizeConfig) -> str:
@@ -171,4 +170,4 @@ def _coverage(result: QuantizeResult, config: QuantizeConfig) -> str:
 def _print_config(console: Console, resolved: Resolved) -> None:
     text = to_yaml(resolved.config, resolved.origins).rstrip("\n")
     data = {"config": resolved.config.model_dump(mode="json"), "origins": resolved.origins}
-    console.result({**data, "notes": list(resolved.notes)}, text, text)
+    console.document({**data, "notes": list(resolved.notes)}, text)

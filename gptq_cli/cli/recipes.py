@@ -40,4 +40,4 @@ def recipes(
         hint = f"did you mean {near}?" if near else "gptq recipes lists them"
         raise ConfigError("E_CFG_FILE", f"there is no recipe `{name}`", hint=hint)
     text = known[name].read_text(encoding="utf-8").rstrip("\n")
-    console.result({"name": name, "text": text}, text, text)
+    console.document({"name": name, "text": text}, text)

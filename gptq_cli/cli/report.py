@@ -39,5 +39,5 @@ def report(
     page = write_page(directory, output or directory / REPORT_PAGE, evaluation=evaluation, png=png)
     n_bytes = page.stat().st_size
     Console(as_json, quiet).result(
-        {"output": str(page), "bytes": n_bytes}, f"{page}\n{size(n_bytes)}, open it in a browser", str(page)
+        {"output": str(page), "bytes": n_bytes}, f"{page}\n{size(n_bytes)}, open it in a browser", page
     )

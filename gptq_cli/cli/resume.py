@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +12,7 @@ from gptq_cli.cli import options as o
 from gptq_cli.cli.console import Console
 from gptq_cli.cli.quantize import run
 from gptq_cli.config.schema import QuantizeConfig
+from gptq_cli.config.units import shell_word
 from gptq_cli.errors import InputError
 
 Directory = Annotated[
@@ -63,4 +63,4 @@ def _unfinished_at(output: Path) -> str | None:
     from gptq_cli.checkpoint.work_directory import WorkDirectory
 
     work = WorkDirectory(output).path
-    return f"did you mean gptq resume {shlex.quote(str(work))}?" if read_run(work) else None
+    return f"did you mean gptq resume {shell_word(str(work))}?" if read_run(work) else None

@@ -48,7 +48,7 @@ def validate_config(
         plan, judged = _plan(console, model, resolved)
         data["plan"] = {"layers": layer_data(plan), "engines": engine_data(judged)}
         text += "\n" + "".join(f"# {line}\n" for line in [*_plan_lines(plan.layers), *engine_lines(judged)])
-    console.result(data, text.rstrip("\n"), text.rstrip("\n"))
+    console.document(data, text.rstrip("\n"))
 
 
 def _plan(console: Console, model: Path, resolved: Resolved) -> tuple[RunPlan, tuple[Verdict, ...]]:

@@ -272,7 +272,17 @@ def _text(text: str) -> str:
     try:
         return text.encode("utf-16", "surrogatepass").decode("utf-16")  # JSON writes one emoji as two escapes
     except UnicodeDecodeError:
+        if _names_a_file(text):
+            return text
         raise ValueError("a text holds half of a surrogate pair") from None
+
+
+def _names_a_file(text: str) -> bool:
+    """Whether the halves in `text` are bytes of a file's name that is not UTF-8, as Python holds such names."""
+    try:
+        return bool(text.encode("utf-8", "surrogateescape"))
+    except UnicodeEncodeError:
+        return False
 
 
 _CONSTRUCT: dict[str, Any] = {

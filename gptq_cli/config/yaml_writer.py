@@ -19,7 +19,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
-    # PyYAML folds NEL and its like to blanks in every style but this one.
+    # PyYAML folds NEL and its like to blanks in every style but this one
     style = None if text.isprintable() else '"'
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
@@ -33,8 +33,8 @@ def to_yaml(config: QuantizeConfig, origins: Mapping[str, str] | None = None) ->
     """`config` as YAML, each value with its entry in `origins` as a comment; loading the text gives an equal config."""
     blocks = []
     for key, value in config.model_dump().items():
-        block = yaml.dump({key: value}, Dumper=_Dumper, allow_unicode=True, width=10**9, sort_keys=False)
-        origin = (origins or {}).get(key)
+        block = printable_yaml({key: value})
+        origin = _one_line((origins or {}).get(key))
         if origin is None:
             blocks.append(block)
         elif block.count("\n") == 1:
@@ -42,3 +42,20 @@ def to_yaml(config: QuantizeConfig, origins: Mapping[str, str] | None = None) ->
         else:
             blocks.append(f"# {origin}\n{block}")
     return "".join(blocks)
+
+
+def printable_yaml(values: Mapping[str, Any]) -> str:
+    """`values` as YAML in which every letter prints: one that does not is an escape, as a terminal needs it."""
+    text = _as_yaml(values, allow_unicode=True)
+    return text if text.replace("\n", "").isprintable() else _as_yaml(values, allow_unicode=False)
+
+
+def _as_yaml(values: Mapping[str, Any], *, allow_unicode: bool) -> str:
+    return str(yaml.dump(values, Dumper=_Dumper, allow_unicode=allow_unicode, width=10**9, sort_keys=False))
+
+
+def _one_line(origin: str | None) -> str | None:
+    """`origin` as a comment can hold it: a file's name may break lines."""
+    if origin is None or origin.isprintable():
+        return origin
+    return origin.encode("unicode-escape", "surrogatepass").decode("ascii")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 import yaml
 
 from gptq_cli.calibration.corpus import CORPORA, is_path
+from gptq_cli.checkpoint.durable import json_bytes
 from gptq_cli.checkpoint.manifest import CONFIG_FILE, MANIFEST, REPORT_DATA, REPORT_PAGE, sealed
 from gptq_cli.checkpoint.side_files import CONFIG_NAMES
 from gptq_cli.checkpoint.source import INDEX_NAME, Checkpoint, open_checkpoint, read_json
@@ -113,7 +113,7 @@ def _contents(checkpoint: Checkpoint, card: str) -> dict[str, Path | bytes]:
     if MANIFEST in files:
         manifest = read_json(directory / MANIFEST)
         _mapping(manifest, "files").pop(CARD, None)
-        files[MANIFEST] = (json.dumps(sealed(manifest), indent=2, ensure_ascii=False) + "\n").encode()
+        files[MANIFEST] = json_bytes(sealed(manifest), indent=2)
     return files | {CARD: card.encode()}
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from gptq_cli.checkpoint.durable import write_file
+from gptq_cli.checkpoint.durable import json_bytes, write_file
 from gptq_cli.checkpoint.manifest import REPORT_DATA, REPORT_PAGE
 from gptq_cli.checkpoint.source import read_json
 from gptq_cli.errors import InputError
@@ -45,7 +44,7 @@ def save_report(output: Path, result: Mapping[str, Any], log: BlockLog, command:
     """Keep the data of a finished run in its output, and the page made of it, whose path is returned."""
     data = {"report": VERSION, "version": __version__, "command": command, "name": output.resolve().name}
     data |= {key: value for key, value in result.items() if key != "output"} | {"blocks": log.blocks}
-    write_file(output / REPORT_DATA, (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode())
+    write_file(output / REPORT_DATA, json_bytes(data, indent=1))
     return write_page(output, output / REPORT_PAGE)
 
 
@@ -67,7 +66,7 @@ def write_page(directory: Path, page: Path, *, evaluation: Path | None = None, p
     run["evaluation"] = read_evaluation(evaluation) if evaluation else None
     from gptq_cli.report.page import picture, render
 
-    write_file(page, render(run).encode())
+    write_file(page, render(run).encode("utf-8", "backslashreplace"))  # names need not be UTF-8
     if png is not None:
         write_file(png, picture(run))
     return page

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from gptq_cli.checkpoint.replacing import check_replaceable, way_out
 from gptq_cli.checkpoint.run_file import read_run
 from gptq_cli.checkpoint.work_directory import WorkDirectory, locked
 from gptq_cli.checkpoint.writer import CheckpointWriter
+from gptq_cli.config.units import shell_word
 from gptq_cli.errors import ExistsError
 from gptq_cli.models.recording import Container
 from gptq_cli.models.stream import ModelStream
@@ -192,7 +192,7 @@ def check_resumable(work: WorkDirectory, identity: Identity, policy: str, report
         raise ExistsError(
             "E_RESUME_MISMATCH",
             f"`{work.path}` holds {finished}: {'; '.join(different)}",
-            hint=f"go on with that one: gptq resume {quote(str(work.path))}, or drop it: --resume never",
+            hint=f"go on with that one: gptq resume {shell_word(str(work.path))}, or drop it: --resume never",
         )
 
 

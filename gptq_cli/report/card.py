@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from gptq_cli.config.units import size
+from gptq_cli.config.yaml_writer import printable_yaml
 
 COPIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 PROTOCOL = ("dataset_config", "dataset_split", "dataset_revision")
@@ -64,7 +64,7 @@ def _template() -> Template:
         finalize=escaped,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"code": code, "block": code_block, "size": size, "settings": _as_yaml}
+    environment.filters |= {"code": code, "block": code_block, "size": size, "settings": printable_yaml}
     return environment.get_template("card.md.j2")
 
 
@@ -122,10 +122,6 @@ def _results(facts: CardFacts) -> list[EvalResult] | None:
             metric_value=measured["perplexity"],
         )
     ]
-
-
-def _as_yaml(settings: Mapping[str, Any]) -> str:
-    return str(yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True, width=10**9))
 
 
 def _is_words(value: object) -> bool:

@@ -49,6 +49,26 @@ def test_any_text_survives_for_readers_of_either_yaml(texts: list[str]) -> None:
     assert yaml.safe_load(written)["dataset"] == texts
 
 
+@pytest.mark.parametrize("text", ["a\u00a0b", "\u200dé", "\u202e[31m\x1b", "\x85 \x7f", "not utf-8 \udcff"])
+def test_what_is_written_prints_and_comes_back(text: str) -> None:
+    written = to_yaml(QuantizeConfig(bits=4, dataset=[text, "é"]))
+    assert written.replace("\n", "").isprintable()
+    assert parse(written.encode(), "c.yaml").values["dataset"] == [text, "é"]
+
+
+@pytest.mark.parametrize("name", ["a\nbits: 8", "a\u2028bits: 8", "\udcff"])
+def test_a_file_name_cannot_break_out_of_its_comment(name: str) -> None:
+    written = to_yaml(QuantizeConfig(bits=4, dataset=["a", "b"]), {"bits": f"{name}:1", "dataset": f"{name}:2"})
+    found = parse(written.encode(), "c.yaml")
+    assert (found.values["bits"], found.values["dataset"], found.problems) == (4, ["a", "b"], ())
+
+
+def test_half_of_a_pair_that_is_no_byte_is_refused() -> None:
+    (problem,) = parse(b'dataset: "\\uD800"', "c.yaml").problems
+    assert problem.message == "a text holds half of a surrogate pair"
+    assert parse(b'dataset: "\\uDCFF"', "c.yaml").values["dataset"] == "\udcff"
+
+
 def test_each_value_carries_where_it_comes_from() -> None:
     text = to_yaml(QuantizeConfig(bits=4, dynamic={"a": {"bits": 8}}), {"bits": "--bits", "dynamic": "c.yaml:3"})
     assert "bits: 4  # --bits\n" in text

@@ -1,0 +1,131 @@
+"""What reaches stdout is the result itself: JSON for any letters, paths byte for byte, texts unchanged."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gptq_cli.cli.console import Console, as_json_text, visible
+from gptq_cli.config.units import shell_word, shell_words
+from tests.families import save_model, texts
+
+from .conftest import FakeQuantizer, Run
+
+NAMES = ["mes\u00a0mod\u00e8les-\u200d", "soft\u00adhyphen \u3000", "\x1b[31m\x7f\x85", "emoji \U0001f600\U000e0001",
+         "\udcff\udc80 é", "a\nb\tc\r", "it's \\ \"quoted\""]  # fmt: skip
+SECRETS = ["The basic principles of thermodynamics.", "the bearer certificate was lost", "hf_" + "a1B2" * 8,
+           "see ftp://me:you@host/x"]  # fmt: skip
+
+
+def gptq_bytes(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "-m", "gptq_cli", *words]
+    return subprocess.run(command, capture_output=True, env={**os.environ, **environment}, cwd=folder, check=False)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_json_is_json_for_every_name(name: str) -> None:
+    text = as_json_text({"output": name, name: [name]})
+    assert text.isascii()
+    assert text.isprintable()
+    assert json.loads(text) == {"output": name, name: [name]}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "ascii"])
+def test_plan_prints_json_of_odd_paths_in_any_locale(encoding: str, tmp_path: Path) -> None:
+    for name in (NAMES[0], NAMES[2], NAMES[5]):
+        save_model(tmp_path / name, num_hidden_layers=2)
+        words = ["plan", f"./{name}", "-b", "4", "-g", "32", "-o", f"out {name}", "--json"]
+        done = gptq_bytes(tmp_path, *words, PYTHONIOENCODING=encoding)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["output"] == f"out {name}"
+        assert json.loads(done.stdout)["model"] == name
+    missing = gptq_bytes(tmp_path, "verify", "none\udcff", "--json", PYTHONIOENCODING=encoding)
+    assert missing.returncode == 3
+    assert json.loads(missing.stdout)["problems"][0]["message"] == "`none\udcff` is not a directory"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_quiet_prints_the_path_byte_for_byte(name: str, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    Console(quiet=True).result({}, "human", Path(name))
+    assert capfdbinary.readouterr().out == os.fsencode(name) + b"\n"
+
+
+def test_a_terminal_gets_no_control_from_a_path(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    Console(quiet=True).result({}, "human", Path("a\x1b[31m\u202eé"))
+    Console().document({}, "b\x1b[31m\u202eé")
+    assert capsys.readouterr().out == "a\\x1b[31m\\u202eé\nb\\x1b[31m\\u202eé\n"
+    assert visible("\r\x85\U000e0001 \udcff") == "\\r\\x85\\U000e0001 \\udcff"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_print_config_gives_back_what_was_asked_for(encoding: str, tmp_path: Path) -> None:
+    asked = [*SECRETS, "é\u00a0\u200d\U0001f600", "\x1b[31m"]
+    words = ["quantize", "m", "-b", "4"]
+    for text in asked:
+        words += ["--dataset", text]
+    shown = gptq_bytes(tmp_path, *words, "--print-config", PYTHONIOENCODING=encoding)
+    (tmp_path / "c.yaml").write_bytes(shown.stdout)
+    checked = gptq_bytes(tmp_path, "validate-config", "c.yaml", "--json", PYTHONIOENCODING=encoding)
+    assert checked.returncode == 0, checked.stderr
+    assert json.loads(checked.stdout)["config"]["dataset"] == asked
+    again = gptq_bytes(tmp_path, "validate-config", "c.yaml", PYTHONIOENCODING=encoding)
+    (tmp_path / "d.yaml").write_bytes(again.stdout)
+    assert json.loads(gptq_bytes(tmp_path, "validate-config", "d.yaml", "--json").stdout)["config"]["dataset"] == asked
+
+
+def test_results_keep_what_looks_like_a_secret(gptq: Run) -> None:
+    for text in SECRETS:
+        result = gptq("quantize", "m", "-b", "4", "--dataset", text, "--dataset", "x", "--print-config", "--json")
+        assert json.loads(result.stdout)["config"]["dataset"] == [text, "x"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_word_that_is_pasted_into_a_shell_is_the_same(name: str) -> None:
+    assert shell_word(name).isprintable()
+    done = subprocess.run(["bash", "-c", f"printf %s {shell_words([name, ''])}"], capture_output=True, check=True)
+    assert done.stdout == os.fsencode(name)
+
+
+def test_an_output_whose_name_is_not_utf_8_is_whole(tmp_path: Path) -> None:
+    save_model(tmp_path / "model", num_hidden_layers=2)
+    (tmp_path / "text\udcff.txt").write_text(texts(2_000)[0])
+    sizes = ["-b", "4", "-g", "32", "--nsamples", "2", "--batch-size", "1", "--seqlen", "32"]
+    words = ["quantize", "model", "-o", "out\udcff", "--dataset", "text\udcff.txt", "--report", *sizes]
+    done = gptq_bytes(tmp_path, *words, "--quiet")
+    assert (done.returncode, done.stdout) == (0, b"out\xff\n"), done.stderr
+    again = gptq_bytes(tmp_path, *words, "--json")
+    assert json.loads(again.stdout)["already_done"] is True
+    assert gptq_bytes(tmp_path, "verify", "out\udcff", "--full").returncode == 0
+    assert gptq_bytes(tmp_path, "report", "out\udcff", "--quiet").stdout == b"out\xff/gptq_report.html\n"
+    run = json.loads((tmp_path / "out\udcff" / "gptq_report.json").read_bytes())
+    assert run["command"] == "gptq " + shell_words([*words, "--json"])
+    config = gptq_bytes(tmp_path, "validate-config", "out\udcff/gptq_config.yaml", "--json")
+    assert json.loads(config.stdout)["config"]["dataset"] == "text\udcff.txt"
+
+
+def test_words_after_two_dashes_are_no_options(gptq: Run) -> None:
+    assert "`--my_model` is not a directory" in gptq("verify", "--", "--my_model").stderr
+
+
+def test_the_command_in_a_report_is_the_one_that_was_given(
+    quantizer: FakeQuantizer, gptq: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[str] = []
+
+    def keep(*_: object, command: str, **__: object) -> object:
+        commands.append(command)
+        return quantizer("m", Path("o"), None, report=lambda _: None)
+
+    monkeypatch.setattr("gptq_cli.pipeline.run.carry_out", keep)
+    for text in SECRETS:
+        monkeypatch.setattr(sys, "argv", ["gptq", "quantize", "m", "--dataset", text])
+        gptq("quantize", "m", "-b", "4", "--dataset", text, "--dataset", "x")
+    assert commands == [shell_words(["gptq", "quantize", "m", "--dataset", text]) for text in SECRETS]
