@@ -9,6 +9,7 @@ from typing import Any
 from gptq_cli.checkpoint.durable import write_json
 from gptq_cli.checkpoint.manifest import read_sealed, sealed
 from gptq_cli.checkpoint.work_directory import RUN
+from gptq_cli.config.units import shell_word
 
 
 def write_run(work: Path, identity: Mapping[str, Any], request: Mapping[str, Any]) -> None:
@@ -19,3 +20,10 @@ def write_run(work: Path, identity: Mapping[str, Any], request: Mapping[str, Any
 def read_run(work: Path) -> dict[str, Any] | None:
     """The `identity` and the `request` of `write_run`; None if they are not there as they were written."""
     return read_sealed(work / RUN)
+
+
+def resume_command(work: Path) -> str:
+    """The command that goes on with the run of a work directory."""
+    run = read_run(work) or {}
+    trusts = run.get("request", {}).get("config", {}).get("trust_remote_code")
+    return f"gptq resume {shell_word(str(work))}" + (" --trust-remote-code" if trusts else "")

@@ -41,6 +41,7 @@ from gptq_cli.errors import ExistsError, GptqError, ResourceError
 LOCK, HOLDER, RUN, JOURNAL, STAGE, ASIDE = "lock", "holder.json", "run.json", "journal.jsonl", "out", "old"
 HIDDEN = ("hidden-0", "hidden-1")
 REPLACED = "replaced-"
+SUFFIX = ".gptq-work"
 # statfs(2) of file systems that other machines write too, or that promise no durable rename
 NETWORK_FILE_SYSTEMS = {
     0x6969: "NFS", 0x517B: "SMB", 0xFE534D42: "SMB", 0xFF534D42: "CIFS", 0x0BD00BD0: "Lustre", 0x65735546: "FUSE",
@@ -53,7 +54,7 @@ class WorkDirectory:
 
     def __init__(self, output: Path) -> None:
         self.output = output.resolve()
-        self.path = self.output.with_name(f".{self.output.name}.gptq-work")
+        self.path = self.output.with_name(f".{self.output.name}{SUFFIX}")
         self.stage, self.aside, self.lock = self.path / STAGE, self.path / ASIDE, self.path / LOCK
         self.journal = self.path / JOURNAL
         self.left: list[str] = []
@@ -118,6 +119,22 @@ class WorkDirectory:
         free = next(name for number in range(len(taken) + 1) if (name := f"{REPLACED}{number}") not in taken)
         with disk_errors(old):
             durable.disk.rename(old, self.path / free)
+
+
+def output_of(work: Path) -> Path | None:
+    """The output that a work directory of this place and name belongs to; None for any other path."""
+    name = work.name.removeprefix(".").removesuffix(SUFFIX)
+    if name in ("", ".", "..") or work.name != f".{name}{SUFFIX}":
+        return None
+    output = work.with_name(name)
+    return output if WorkDirectory(output).path == work else None  # it may be a link to another place
+
+
+def refuse_foreign(work: Path) -> None:
+    """ExistsError E_WORK_UNSAFE if another user owns the work directory or its run.json, or may read or write it."""
+    _check_private(work)
+    if (work / RUN).lstat().st_uid != os.geteuid():
+        raise _unsafe(work)
 
 
 @contextmanager
@@ -197,10 +214,14 @@ def _holder(work: WorkDirectory) -> str:
 def _check_private(path: Path) -> None:
     found = path.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
-        raise ExistsError(
-            "E_WORK_UNSAFE", f"`{path}` is not a directory that you alone may read and write",
-            hint="look at what it holds, then remove it",
-        )  # fmt: skip
+        raise _unsafe(path)
+
+
+def _unsafe(path: Path) -> ExistsError:
+    return ExistsError(
+        "E_WORK_UNSAFE", f"`{path}` is not a directory that you alone own, read and write",
+        hint="look at what it holds, then remove it",
+    )  # fmt: skip
 
 
 def _file_system(directory: Path) -> int:

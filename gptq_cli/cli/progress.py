@@ -10,9 +10,10 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from gptq_cli.checkpoint.run_file import resume_command
 from gptq_cli.cli.console import Console, talk, visible
 from gptq_cli.cli.engines import unread_line
-from gptq_cli.config.units import clock, shell_word, size
+from gptq_cli.config.units import clock, size
 from gptq_cli.errors import without_secrets
 from gptq_cli.pipeline.events import (
     BlockFinished,
@@ -143,7 +144,7 @@ def _cropped(view: str) -> Text:
 def _about_work(event: Resumed | WorkKept) -> str:
     if isinstance(event, Resumed):
         return f"resuming after {event.index} of {event.n_blocks} blocks, from {event.directory}"
-    return f"finished blocks are kept; go on with: gptq resume {shell_word(str(event.directory))}"
+    return f"finished blocks are kept; go on with: {resume_command(event.directory)}"
 
 
 def _planned(event: RunPlanned) -> str:

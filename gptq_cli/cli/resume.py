@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from pydantic import BaseModel, BeforeValidator, StrictBool, TypeAdapter
 
 from gptq_cli.cli import options as o
 from gptq_cli.cli.console import Console
 from gptq_cli.cli.quantize import run
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.units import shell_word
-from gptq_cli.errors import InputError
+from gptq_cli.errors import ConfigError, InputError
 
 Directory = Annotated[
     Path, typer.Argument(metavar="WORKDIR", help="the hidden .OUT.gptq-work beside the output", show_default=False)
@@ -22,7 +23,9 @@ Directory = Annotated[
 
 def resume(
     directory: Directory,
+    overwrite: o.Overwrite = False,
     devices: o.Devices = None,
+    trust_remote_code: o.TrustRemoteCode = None,
     max_runtime: o.MaxRuntime = None,
     allow_network_fs: o.AllowNetworkFs = False,
     as_json: o.AsJson = False,
@@ -30,32 +33,68 @@ def resume(
 ) -> None:
     """Go on with a quantization that ended early.
 
-    The model, the output and all settings are those of the command that
-    began it. Repeating that command does the same.
+    The model and all settings are those of the command that began it,
+    and OUT is beside WORKDIR. Code that comes with the model runs only
+    if --trust-remote-code is given again. Repeating the command that
+    began the run does the same.
 
     Example: gptq resume .Qwen3-0.6B-4bit.gptq-work
     """
-    from gptq_cli.checkpoint.run_file import read_run
-
-    begun = read_run(directory)
-    if begun is None:
-        hint = _unfinished_at(directory) or "give the hidden directory .OUT.gptq-work beside an unfinished output"
-        raise InputError("E_RESUME_NOTHING", f"`{directory}` holds no unfinished run", hint=hint)
-    request = begun["request"]
-    if Path(request["directory"]).is_dir():
-        os.chdir(request["directory"])
+    started_in, directory = Path.cwd(), directory.resolve()
+    begun, output = _read(directory)
+    if begun.config.trust_remote_code and not trust_remote_code:
+        raise InputError(
+            "E_REMOTE_CODE", f"the run in `{directory}` needs Python code that comes with `{begun.model}`",
+            hint=f"read that code, then: gptq resume {shell_word(str(directory))} --trust-remote-code",
+        )  # fmt: skip
+    if begun.directory.is_dir():
+        os.chdir(begun.directory)
     run(
         Console(as_json, quiet),
-        QuantizeConfig(**request["config"]),
-        request["model"],
-        Path(request["output"]),
+        begun.config.model_copy(update={"trust_remote_code": bool(trust_remote_code)}),
+        begun.model,
+        output,
         devices=devices,
-        revision=request["revision"],
-        overwrite=request["overwrite"],
+        directory=started_in,
+        revision=begun.revision,
+        overwrite=overwrite or (begun.overwrite and begun.output == output),
         resume="auto",
         max_runtime=max_runtime,
         allow_network_fs=allow_network_fs,
     )
+
+
+class _Begun(BaseModel):
+    """What run.json says of the command that began a run."""
+
+    model: str
+    output: Path
+    config: Annotated[QuantizeConfig, BeforeValidator(TypeAdapter(dict[str, Any]).validate_python)]
+    revision: str | None
+    overwrite: StrictBool
+    directory: Path
+
+
+def _read(directory: Path) -> tuple[_Begun, Path]:
+    """The run of a work directory, and the output that the directory belongs to by its place.
+
+    InputError E_RESUME_NOTHING if there is none, ExistsError E_WORK_UNSAFE if somebody else may have written it.
+    """
+    from gptq_cli.checkpoint.run_file import read_run
+    from gptq_cli.checkpoint.work_directory import RUN, output_of, refuse_foreign
+
+    output = output_of(directory)
+    if output is None or not (directory / RUN).is_file():
+        hint = _unfinished_at(directory) or "give the hidden directory .OUT.gptq-work beside an unfinished output"
+        raise InputError("E_RESUME_NOTHING", f"`{directory}` holds no unfinished run", hint=hint)
+    refuse_foreign(directory)
+    try:
+        return _Begun.model_validate((read_run(directory) or {})["request"]), output
+    except (ConfigError, KeyError, ValueError):
+        raise InputError(
+            "E_RESUME_NOTHING", f"`{directory / RUN}` is not as this version of gptq writes it",
+            hint="repeat the command that began the run, with --resume never if another version began it",
+        ) from None  # fmt: skip
 
 
 def _unfinished_at(output: Path) -> str | None:

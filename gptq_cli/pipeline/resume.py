@@ -25,10 +25,9 @@ from gptq_cli.checkpoint.hashing import file_hash
 from gptq_cli.checkpoint.journal import Entry, Journal, digest
 from gptq_cli.checkpoint.manifest import read_manifest
 from gptq_cli.checkpoint.replacing import check_replaceable, way_out
-from gptq_cli.checkpoint.run_file import read_run
+from gptq_cli.checkpoint.run_file import read_run, resume_command
 from gptq_cli.checkpoint.work_directory import WorkDirectory, locked
 from gptq_cli.checkpoint.writer import CheckpointWriter
-from gptq_cli.config.units import shell_word
 from gptq_cli.errors import ExistsError
 from gptq_cli.models.recording import Container
 from gptq_cli.models.stream import ModelStream
@@ -192,7 +191,7 @@ def check_resumable(work: WorkDirectory, identity: Identity, policy: str, report
         raise ExistsError(
             "E_RESUME_MISMATCH",
             f"`{work.path}` holds {finished}: {'; '.join(different)}",
-            hint=f"go on with that one: gptq resume {shell_word(str(work.path))}, or drop it: --resume never",
+            hint=f"go on with that one: {resume_command(work.path)}, or drop it: --resume never",
         )
 
 

@@ -22,6 +22,7 @@ from gptq_cli.checkpoint.packing import pack, unpack
 from gptq_cli.checkpoint.plain import declared_dtype
 from gptq_cli.checkpoint.reader import SAFETENSORS_DTYPE, DequantizingReader, TensorReader
 from gptq_cli.checkpoint.replacing import check_output
+from gptq_cli.checkpoint.run_file import resume_command
 from gptq_cli.checkpoint.source import QUANTIZE_CONFIG, Checkpoint, open_checkpoint, read_json
 from gptq_cli.checkpoint.stored import STORED_OFFSET, format_of
 from gptq_cli.checkpoint.work_directory import WorkDirectory
@@ -197,7 +198,7 @@ def _fresh(output: Path, report: Report) -> Iterator[WorkDirectory]:
         if work.journal.exists():
             raise ExistsError(
                 "E_RESUME_MISMATCH", f"`{work.path}` holds finished blocks of a quantization to the same output",
-                hint=f"finish it: gptq resume {work.path}, or choose another -o",
+                hint=f"finish it: {resume_command(work.path)}, or choose another -o",
             )  # fmt: skip
         yield work
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,12 +18,19 @@ from gptq_cli.pipeline.events import Resumed, WorkKept
 from .conftest import FakeQuantizer, Run
 
 
-def begun(directory: Path) -> QuantizeConfig:
+def begun(beside: Path, **claims: Any) -> Path:
+    """A work directory in `beside`, with a run.json that says so of its run."""
+    work = beside / ".o.gptq-work"
+    work.mkdir(mode=0o700)
     config = QuantizeConfig(bits=3, sym=False, dynamic={"-:.*x": {}}, seqlen=64, dataset=["a", "b"])
-    request = {"model": "org/m", "output": str(directory / "o"), "config": config.model_dump(mode="json")}
-    rest = {"revision": "abc", "overwrite": True, "directory": str(directory / "there")}
-    write_run(directory, {"any": 1}, {**request, **rest})
-    return config
+    request = {"model": "org/m", "output": str(beside / "o"), "config": config.model_dump(mode="json")}
+    rest = {"revision": "abc", "overwrite": True, "directory": str(beside / "there")}
+    write_run(work, {"any": 1}, {**request, **rest, **claims})
+    return work
+
+
+def trusting() -> dict[str, Any]:
+    return QuantizeConfig(bits=3, trust_remote_code=True).model_dump(mode="json")
 
 
 @pytest.mark.parametrize("there", [False, True])
@@ -28,15 +38,16 @@ def test_the_call_is_repeated_where_it_was_made_with_all_it_was_given(
     there: bool, gptq: Run, quantizer: FakeQuantizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    config = begun(tmp_path)
+    work = begun(tmp_path)
     if there:
         (tmp_path / "there").mkdir()
-    result = gptq("resume", tmp_path, "--max-runtime", "2m", "--quiet")
+    result = gptq("resume", work.name, "--max-runtime", "2m", "--quiet")
     assert result.exit_code == 0, result.stderr
     assert result.stdout == f"{tmp_path}/o\n"
     assert Path.cwd() == (tmp_path / "there" if there else tmp_path)
     (call,) = quantizer.calls
     del call["report"], call["place"]
+    config = QuantizeConfig(bits=3, sym=False, dynamic={"-:.*x": {}}, seqlen=64, dataset=["a", "b"])
     assert call == {
         "model": "org/m", "output": tmp_path / "o", "config": config, "revision": "abc", "overwrite": True,
         "resume": "auto", "max_seconds": 120, "allow_network_fs": False,
@@ -47,21 +58,129 @@ def test_the_call_is_repeated_where_it_was_made_with_all_it_was_given(
 def test_a_directory_that_holds_no_run_is_refused(
     content: str | None, gptq: Run, quantizer: FakeQuantizer, tmp_path: Path
 ) -> None:
+    work = tmp_path / ".o.gptq-work"
+    work.mkdir(mode=0o700)
+    said = f"`{work}` holds no unfinished run\n\nhint: give the hidden directory"
     if content is not None:
-        (tmp_path / "run.json").write_text(content)
-    result = gptq("resume", tmp_path)
+        (work / "run.json").write_text(content)
+        said = f"`{work}/run.json` is not as this version of gptq writes it\n\nhint: repeat the command"
+    result = gptq("resume", work)
     assert result.exit_code == 3
-    expected = f"error[E_RESUME_NOTHING]: `{tmp_path}` holds no unfinished run\n\nhint: give the hidden directory"
-    assert result.stderr.startswith(expected)
+    assert result.stderr.startswith(f"error[E_RESUME_NOTHING]: {said}")
     assert quantizer.calls == []
+
+
+@pytest.mark.parametrize(
+    "claims",
+    [
+        {"config": {"bits": 5}},
+        {"config": {"bits": 4, "who": 1}},
+        {"config": []},
+        {"model": 3},
+        {"model": None},
+        {"overwrite": "yes"},
+        {"directory": 7},
+        {"revision": {}},
+        {"more": 1, "config": None},
+    ],
+)
+def test_what_no_version_of_gptq_writes_is_refused(
+    claims: dict[str, Any], gptq: Run, quantizer: FakeQuantizer, tmp_path: Path
+) -> None:
+    result = gptq("resume", begun(tmp_path, **claims))
+    assert result.exit_code == 3
+    assert "run.json` is not as this version of gptq writes it" in result.stderr
+    assert quantizer.calls == []
+
+
+@pytest.mark.parametrize("name", ["o", "work", ".o.gptq", "o.gptq-work", ".gptq-work", "..gptq-work", "...gptq-work"])
+def test_a_directory_that_belongs_to_no_output_is_refused(
+    name: str, gptq: Run, quantizer: FakeQuantizer, tmp_path: Path
+) -> None:
+    begun(tmp_path).rename(tmp_path / name)
+    result = gptq("resume", tmp_path / name)
+    assert result.exit_code == 3
+    assert result.stderr.startswith(f"error[E_RESUME_NOTHING]: `{tmp_path / name}` holds no unfinished run")
+    assert quantizer.calls == []
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o707, 0o755, 0o701])
+def test_a_directory_that_others_may_enter_is_refused(
+    mode: int, gptq: Run, quantizer: FakeQuantizer, tmp_path: Path
+) -> None:
+    work = begun(tmp_path)
+    work.chmod(mode)
+    result = gptq("resume", work)
+    assert result.exit_code == 6
+    said = f"error[E_WORK_UNSAFE]: `{work}` is not a directory that you alone own, read and write\n\nhint: look at what"
+    assert result.stderr.startswith(said)
+    assert quantizer.calls == []
+
+
+@pytest.mark.parametrize("place", ["", "run.json"])
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs the right to give files away")
+def test_what_belongs_to_another_user_is_refused(
+    place: str, gptq: Run, quantizer: FakeQuantizer, tmp_path: Path
+) -> None:
+    work = begun(tmp_path)
+    os.chown(work / place, 65534, 65534)
+    result = gptq("resume", work)
+    assert (result.exit_code, "error[E_WORK_UNSAFE]" in result.stderr) == (6, True)
+    assert quantizer.calls == []
+
+
+def test_the_output_is_beside_the_work_whatever_was_written_there(
+    gptq: Run, quantizer: FakeQuantizer, tmp_path: Path
+) -> None:
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    work = begun(tmp_path, output=str(victim))
+    assert gptq("resume", work).exit_code == 0
+    assert gptq("resume", work, "--overwrite").exit_code == 0
+    assert [(call["output"], call["overwrite"]) for call in quantizer.calls] == [
+        (tmp_path / "o", False),
+        (tmp_path / "o", True),
+    ]
+
+
+def test_a_moved_work_directory_overwrites_only_if_that_is_said_again(
+    gptq: Run, quantizer: FakeQuantizer, tmp_path: Path
+) -> None:
+    moved = tmp_path / "elsewhere"
+    (moved / "o").mkdir(parents=True)
+    (moved / "o" / "file").write_text("of somebody")
+    work = begun(tmp_path).rename(moved / ".o.gptq-work")
+    result = gptq("resume", work)
+    assert (result.exit_code, "error[E_OUT_EXISTS]" in result.stderr) == (6, True)
+    assert quantizer.calls == []
+
+
+def test_code_of_the_model_runs_only_if_that_is_said_again(gptq: Run, quantizer: FakeQuantizer, tmp_path: Path) -> None:
+    work = begun(tmp_path, config=trusting())
+    result = gptq("resume", work)
+    assert result.exit_code == 3
+    said = f"error[E_REMOTE_CODE]: the run in `{work}` needs Python code that comes with `org/m`"
+    hint = f"hint: read that code, then: gptq resume {work} --trust-remote-code"
+    assert (result.stderr.splitlines()[0], result.stderr.splitlines()[-1]) == (said, hint)
+    assert quantizer.calls == []
+    assert gptq("resume", work, "--trust-remote-code").exit_code == 0
+    assert quantizer.calls[0]["config"] == QuantizeConfig(bits=3, trust_remote_code=True)
+
+
+def test_what_is_told_to_type_next_works(
+    gptq: Run, quantizer: FakeQuantizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work = begun(tmp_path, config=trusting())
+    Progress(Console())(WorkKept(work))
+    _, _, command = capsys.readouterr().err.partition("go on with: gptq ")
+    assert gptq(*shlex.split(command)).exit_code == 0
+    assert len(quantizer.calls) == 1
 
 
 def test_the_output_instead_of_the_work_beside_it_is_recognised(
     gptq: Run, quantizer: FakeQuantizer, tmp_path: Path
 ) -> None:
-    work = tmp_path / ".my out.gptq-work"
-    work.mkdir()
-    begun(work)
+    work = begun(tmp_path).rename(tmp_path / ".my out.gptq-work")
     result = gptq("resume", tmp_path / "my out")
     assert (result.exit_code, result.stderr.splitlines()[-1]) == (3, f"hint: did you mean gptq resume '{work}'?")
     assert quantizer.calls == []
