@@ -57,12 +57,19 @@ def fit(weights: Tensor, config: LayerConfig) -> tuple[Tensor, Tensor]:
 
 
 def in_float16(scale: Tensor) -> Tensor:
-    return scale.clamp(min=2.0**-14).half().double()
+    sizes = [value if value >= 2.0**-14 else subnormal(value) for value in scale.tolist()]
+    return torch.tensor(sizes, dtype=torch.float64).half().double()
+
+
+def subnormal(scale: float) -> float:
+    """A positive number below 2**-14 as the next multiple of 2**-24; 0 stands for a group of zeros."""
+    return math.ceil(scale * 2.0**24) / 2.0**24 if scale > 0 else 2.0**-14
 
 
 def in_both(scale: float) -> float:
     """The nearest number that float16 and bfloat16 both hold: 8 significant bits."""
-    mantissa, exponent = math.frexp(max(abs(scale), 2.0**-14))
+    size = abs(scale)
+    mantissa, exponent = math.frexp(size if size >= 2.0**-14 else subnormal(size))
     return math.copysign(math.ldexp(round(mantissa * 256), exponent - 8), scale)
 
 
@@ -87,7 +94,7 @@ def fit_row(row: list[float], energy: list[float], config: LayerConfig) -> tuple
     if config.scale_search == "none":
         return scale, zero
     tried = [
-        (in_both(scale * sign * (40 - step) / 40), min(max(zero + offset, 1), 2 * half - 1))
+        (in_both(scale * (sign * (1 - step / 40))), min(max(zero + offset, 1), 2 * half - 1))
         for step in range(25)
         for sign in ([1, -1] if config.signed_scales else [1])
         for offset in ([0] if config.sym else [0, -1, 1])

@@ -14,9 +14,8 @@ import numpy as np
 from gptq_cli.checkpoint.headers import TensorInfo
 from gptq_cli.checkpoint.raw import Array, read_array, unpack_words
 from gptq_cli.checkpoint.stored import STORED_OFFSET, Settings
+from gptq_cli.engine.float16 import LARGEST, SMALLEST
 
-# Readers may flush subnormal float16 numbers to zero, and hold every scale in float16 or bfloat16.
-SMALLEST_SCALE, LARGEST_SCALE = 2.0**-14, 65504.0
 DTYPES = {
     "qweight": ("I32",),
     "qzeros": ("I32",),
@@ -84,6 +83,7 @@ def check_values(stored: Mapping[str, TensorInfo], settings: Settings, format: s
     yield from _check_groups(stored["g_idx"], stored["scales"].shape[0], settings)
     yield from _check_zeros(stored["qzeros"], settings, format)
     yield from _check_scales(stored["scales"])
+    yield from _check_decoded(stored, settings, format)
 
 
 def _check_groups(tensor: TensorInfo, groups: int, settings: Settings) -> Iterator[Defect]:
@@ -126,10 +126,28 @@ def _check_scales(tensor: TensorInfo) -> Iterator[Defect]:
     size = np.abs(read_array(tensor).astype(np.float32))
     if not_finite := int((~np.isfinite(size)).sum()):
         yield _defect("E_CKPT_NONFINITE", tensor, f"{not_finite} of {size.size} scales are NaN or infinite")
-    if tiny := int((size < SMALLEST_SCALE).sum()):
-        yield _defect("E_CKPT_SCALES", tensor, f"{tiny} of {size.size} scales are zero or subnormal in float16")
-    if huge := int((np.isfinite(size) & (size > LARGEST_SCALE)).sum()):
+    if tiny := int((size < SMALLEST).sum()):
+        yield _defect("E_CKPT_SCALES", tensor, f"{tiny} of {size.size} scales are zero in float16")
+    if huge := int((np.isfinite(size) & (size > LARGEST)).sum()):
         yield _defect("E_CKPT_SCALES", tensor, f"{huge} of {size.size} scales are beyond float16")
+
+
+def _check_decoded(stored: Mapping[str, TensorInfo], settings: Settings, format: str) -> Iterator[Defect]:
+    """Weights beyond float16. Codes [I] are read only of outputs that have a scale large enough for such a weight."""
+    scales, top = read_array(stored["scales"]).astype(np.float32), 2**settings.bits - 1
+    scales[~(np.abs(scales) <= LARGEST)] = 0  # a defect of their own
+    wide = np.flatnonzero((np.abs(scales) > LARGEST / top).any(0))
+    g_idx = read_array(stored["g_idx"])
+    if not wide.size or g_idx.min() < 0 or g_idx.max() >= len(scales):
+        return
+    zeros = (unpack_words(read_array(stored["qzeros"]), settings.bits).astype(np.int32) + STORED_OFFSET[format]) & top
+    words, beyond = read_array(stored["qweight"]), 0
+    for output in wide:
+        codes = unpack_words(words[None, :, output], settings.bits)[0].astype(np.int32)
+        weights = scales[g_idx, output] * (codes - zeros[g_idx, output])
+        beyond += int((np.abs(weights) > LARGEST).sum())
+    if beyond:
+        yield _defect("E_CKPT_NONFINITE", stored["qweight"], f"{beyond} of its weights are beyond float16")
 
 
 def _defect(code: str, tensor: TensorInfo, message: str) -> Defect:

@@ -8,15 +8,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Readers may flush subnormal float16 numbers to zero, so no scale is smaller than the smallest normal one.
-SMALLEST_SCALE = 2.0**-14
+from gptq_cli.engine.float16 import SMALLEST, SMALLEST_NORMAL
 
 
 class ScaleRangeError(ArithmeticError):
-    """A scale of `row` is not a finite float16 number: its weights are too large, or not finite themselves."""
+    """A scale of `row`, or a weight that its codes stand for, is not a finite float16 number.
+
+    The weights are too large, or not finite themselves.
+    """
 
     def __init__(self, row: int) -> None:
-        super().__init__(f"a scale of row {row} is not finite in float16")
+        super().__init__(f"row {row} is not finite in float16")
         self.row = row
 
 
@@ -95,10 +97,19 @@ def check_scales(scales: Tensor) -> None:
 
 
 def round_scales(scales: Tensor) -> Tensor:
-    """The nearest scales that float16 and bfloat16 both hold exactly, so that no reader's dtype moves them."""
-    stored = scales.abs().clamp(min=SMALLEST_SCALE).bfloat16().half().to(scales.dtype)
+    """The scales, rounded to numbers that float16 and bfloat16 both hold exactly, so that no reader's dtype moves them.
+
+    A scale of 0, as groups of zeros have, becomes the smallest normal number.
+    """
+    stored = _in_range(scales.abs()).bfloat16().half().to(scales.dtype)
     return stored.copysign(scales)
 
 
 def _stored(scales: Tensor) -> Tensor:
-    return scales.clamp(min=SMALLEST_SCALE).half().to(scales.dtype)
+    return _in_range(scales.clamp(min=0)).half().to(scales.dtype)
+
+
+def _in_range(scales: Tensor) -> Tensor:
+    """Subnormal scales are rounded up: float16 holds few digits of them, and a smaller scale would clip weights."""
+    subnormal = (scales / SMALLEST).ceil().mul_(SMALLEST).masked_fill_(scales == 0, SMALLEST_NORMAL)
+    return torch.where(scales < SMALLEST_NORMAL, subnormal, scales)

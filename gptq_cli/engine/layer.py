@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from gptq_cli.engine.chunks import row_chunks
-from gptq_cli.engine.grid import are_runs
+from gptq_cli.engine.float16 import LARGEST
+from gptq_cli.engine.grid import ScaleRangeError, are_runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,3 +51,13 @@ class QuantizedLinear:
             return codes
         group = self.group_of_column.long()
         return codes.sub_(zeros[:, group]).mul_(scales[:, group])
+
+
+def check_decoded(linear: QuantizedLinear) -> None:
+    """Raise ScaleRangeError for the first row with a weight beyond float16; waits for the device once."""
+    steps = torch.maximum(linear.zeros, 2**linear.bits - 1 - linear.zeros)
+    if bool((linear.scales.float().abs() * steps <= LARGEST).all()):
+        return  # whatever the codes are
+    beyond = (linear.dequantize().abs() > LARGEST).any(1)
+    if bool(beyond.any()):
+        raise ScaleRangeError(int(beyond.nonzero()[0]))

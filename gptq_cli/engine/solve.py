@@ -24,7 +24,7 @@ from torch import Tensor
 from gptq_cli.config.layer import LayerConfig
 from gptq_cli.engine.factor import Prepared
 from gptq_cli.engine.grid import check_scales, round_to_grid, split_groups
-from gptq_cli.engine.layer import QuantizedLinear
+from gptq_cli.engine.layer import QuantizedLinear, check_decoded
 from gptq_cli.engine.output_error import output_energies
 from gptq_cli.engine.precision import feedback_precision
 from gptq_cli.engine.refine import refine
@@ -139,6 +139,7 @@ def solve_together(
     if config.refine_sweeps:
         sweeps, signed = config.refine_sweeps, config.signed_scales
         quantized = refine(rows, hessian, prepared, quantized, sweeps=sweeps, signed=signed)
+    check_decoded(quantized)
     baseline = round_to_nearest(rows, config, prepared.order.group_of_column)
     solutions, start = [], 0
     for weight in weights:

@@ -10,6 +10,12 @@ Letters for shapes:  O out_features   G groups   n columns taken together   B, R
 import triton
 import triton.language as tl
 
+from gptq_cli.engine import float16
+
+SMALLEST = tl.constexpr(float16.SMALLEST)
+SMALLEST_NORMAL = tl.constexpr(float16.SMALLEST_NORMAL)
+LARGEST = tl.constexpr(float16.LARGEST)
+
 
 @triton.jit
 def nearest_level(value, zero, max_code):  # type: ignore[no-untyped-def]
@@ -21,11 +27,15 @@ def nearest_level(value, zero, max_code):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def stored_scale(scale):  # type: ignore[no-untyped-def]
-    """`grid.round_scales`: the nearest number with 8 significant bits, at least 2**-14, infinite beyond float16."""
-    pattern = tl.maximum(tl.abs(scale), 0.00006103515625).to(tl.int32, bitcast=True)
+    """`grid.round_scales`: the nearest number with 8 significant bits, infinite beyond float16; subnormal ones up."""
+    magnitude = tl.abs(scale)
+    subnormal = tl.ceil(magnitude * (1.0 / SMALLEST)) * SMALLEST
+    subnormal = tl.where(magnitude == 0, SMALLEST_NORMAL, subnormal)
+    magnitude = tl.where(magnitude < SMALLEST_NORMAL, subnormal, magnitude)
+    pattern = magnitude.to(tl.int32, bitcast=True)
     pattern = (pattern + 0x7FFF + ((pattern >> 16) & 1)) & -65536
     magnitude = pattern.to(tl.float32, bitcast=True)
-    magnitude = tl.where(magnitude > 65504.0, float("inf"), magnitude)
+    magnitude = tl.where(magnitude > LARGEST, float("inf"), magnitude)
     return tl.where(scale < 0, -magnitude, magnitude)
 
 

@@ -20,7 +20,7 @@ from gptq_cli.errors import InputError
 from gptq_cli.pipeline.team import Team
 from gptq_cli.version import __version__
 
-REVISION = 4  # of what is written: a release that writes other bytes, or keeps its work otherwise, counts it up
+REVISION = 5  # of what is written: a release that writes other bytes, or keeps its work otherwise, counts it up
 
 Identity = dict[str, Any]
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gptq_cli.config.layer import FaultPolicy, LayerConfig
 from gptq_cli.engine.asymmetric import follow_original
 from gptq_cli.engine.factor import NonFiniteHessianError, NotPositiveDefiniteError, Prepared, prepare
+from gptq_cli.engine.float16 import SMALLEST, SMALLEST_NORMAL
 from gptq_cli.engine.grid import ScaleRangeError
 from gptq_cli.engine.hessian import HessianAccumulator
 from gptq_cli.engine.layer import QuantizedLinear
@@ -28,6 +29,8 @@ from gptq_cli.pipeline.run_plan import LayerPlan
 from gptq_cli.pipeline.team import ALONE, Team
 
 Keep = Callable[[LayerPlan, QuantizedLinear], None]
+LOST_SHARE = 0.01  # of a layer's scales at the smallest number: it gets a warning of its own
+SUBNORMAL_SHARE = 0.5  # of a layer's scales: somebody should know, once
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +70,8 @@ class LayerSolver:
         self._stream, self._keep, self.report = stream, keep, report
         self.policy, self._batches, self.team = policy, batches, team
         self.device = stream.device
-        self._told_few = False
+        self._told_few = self._told_subnormal = False
+        self._lost: str | None = None  # the last layer whose weights were too small for its scales
         self._read: tuple[str, Tensor] | None = None  # the layer whose rows were solved last
 
     def solve(self, layers: Sequence[LayerPlan], linears: Mapping[str, nn.Module], inputs: HessianAccumulator) -> None:
@@ -162,7 +166,25 @@ class LayerSolver:
             self.report(Warned("W_NUM_DAMPING", f"layer `{layer.name}`: {used}"))
         if report.dead_columns:
             seen = f"{report.dead_columns} of {layer.in_features} inputs were always zero, their weights become zero"
-            self.report(Warned("W_NUM_DEAD", f"layer `{layer.name}`: {seen}"))
+            before = f"; `{self._lost}` before it has lost weights" if self._lost else ""
+            self.report(Warned("W_NUM_DEAD", f"layer `{layer.name}`: {seen}{before}"))
+        self._warn_of_scales(solved)
+
+    def _warn_of_scales(self, solved: Solved) -> None:
+        """Tell of scales that are too small for float16; a group of zeros has none of them."""
+        layer, sizes = solved.layer, solved.quantized.scales.abs()
+        subnormal = int((sizes < SMALLEST_NORMAL).sum())
+        smallest = int((sizes == SMALLEST).sum()) if subnormal else 0
+        if smallest > LOST_SHARE * sizes.numel():
+            self._lost = layer.name
+            held = f"{smallest} of {sizes.numel()} scales are held at 2^-24, the smallest number of float16"
+            error = f"its relative error is {solved.report.relative_error:.2g}"
+            self.report(Warned("W_NUM_SCALES", f"{_where(layer)} has so small weights that {held}; {error}"))
+        elif subnormal >= SUBNORMAL_SHARE * sizes.numel() and not self._told_subnormal:
+            self._told_subnormal = True
+            small = f"{subnormal} of {sizes.numel()} scales are below 2^-14, which makes them subnormal in float16"
+            others = "hardware that flushes such numbers reads zeros; other layers may have them, too"
+            self.report(Warned("W_NUM_SCALES", f"{_where(layer)} has so small weights that {small}; {others}"))
 
     def _windows(self, inputs: HessianAccumulator) -> str:
         """Where in the calibration text, counted from 1, something first was not finite."""

@@ -245,7 +245,19 @@ PLANTED = {
     ),
     "wrapped zero": (wrapped_zero, "ZEROS", f"{Q0}.qzeros", "1 of 64 zero points are 0"),
     "scale zero": (set_at(f"{Q0}.scales", (1, 3), 0), "SCALES", f"{Q0}.scales", "1 of 64 scales are zero"),
-    "scale subnormal": (set_at(f"{Q0}.scales", (1, 3), -6e-5), "SCALES", f"{Q0}.scales", "subnormal"),
+    "scale too small": (
+        swap(f"{Q0}.scales", lambda a: a.astype(np.float32) * 1e-7),
+        "SCALES",
+        f"{Q0}.scales",
+        "64 of 64 scales are zero",
+    ),
+    "weight beyond": (set_at(f"{Q0}.scales", (1, 3), 9000), "NONFINITE", f"{Q0}.qweight", "weights are beyond float16"),
+    "weights beyond": (
+        set_at(f"{DOWN1}.scales", (2, 5), -30000),
+        "NONFINITE",
+        f"{DOWN1}.qweight",
+        "are beyond float16",
+    ),
     "scale infinite": (set_at(f"{Q0}.scales", (1, 3), np.inf), "NONFINITE", f"{Q0}.scales", "1 of 64"),
     "scale nan": (set_at(f"{DOWN1}.scales", (3, 3), np.nan), "NONFINITE", f"{DOWN1}.scales", "1 of 256"),
     "scale beyond": (
@@ -288,11 +300,33 @@ def test_a_planted_defect_is_found_where_it_is(plant: str, tmp_path: Path) -> No
     assert {defect.code for defect in found} == {code}
 
 
+@pytest.mark.parametrize("format", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize(("code", "scale", "beyond"), [(0, 9000, 8), (1, 9000, 0), (15, -9000, 0), (15, 9360, 8)])
+def test_only_weights_that_leave_float16_are_counted(
+    code: int, scale: float, beyond: int, format: str, tmp_path: Path
+) -> None:
+    files = gptq_files(format=format)  # symmetric with 4 bits: a code stands for scale * (code - 8)
+    files.tensors[f"{Q0}.qweight"][4:, 3] = words([8] * 32, 4)  # eight words hold 64 columns, the last four group 1
+    files.tensors[f"{Q0}.qweight"][5, 3] = words([code] * 8, 4)[0]
+    files.tensors[f"{Q0}.scales"][1, 3] = scale
+    found = [str(defect) for defect in defects(files.write(tmp_path / "c"))]
+    told = f"E_CKPT_NONFINITE {SHARDS[0]}: {Q0}.qweight: {beyond} of its weights are beyond float16"
+    assert found == ([told] if beyond else [])
+
+
+@pytest.mark.parametrize("size", [2.0**-24, 2.0**-20, 2.0**-15])
+def test_subnormal_scales_are_no_defect(size: float, tmp_path: Path) -> None:
+    files = gptq_files()
+    files.tensors[f"{Q0}.scales"][:] = size
+    files.tensors[f"{DOWN1}.scales"][1] = -size
+    assert not defects(files.write(tmp_path / "c"))
+
+
 def test_only_the_planted_module_is_accused(tmp_path: Path) -> None:
     files = gptq_files()
     files.tensors[f"{DOWN1}.scales"][2, 5] = 0
     (found,) = defects(files.write(tmp_path / "c"))
-    expected = f"E_CKPT_SCALES {SHARDS[1]}: {DOWN1}.scales: 1 of 256 scales are zero or subnormal in float16"
+    expected = f"E_CKPT_SCALES {SHARDS[1]}: {DOWN1}.scales: 1 of 256 scales are zero in float16"
     assert str(found) == expected
 
 

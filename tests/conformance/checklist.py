@@ -282,7 +282,7 @@ CHECKS: dict[int, Callable[[Pair], Iterator[str]]] = {
 
 BY_VERIFY: dict[int, str] = {
     1: "upper case", 14: "hidden order", 20: "group size 48", 21: "group uneven", 23: "one odd zero",
-    24: "wrapped zero", 25: "scale subnormal",
+    24: "wrapped zero", 25: "scale too small",
 }  # fmt: skip
 
 # What engines do with a checkpoint, packing, sharding, publishing: points that tests of these parts check.

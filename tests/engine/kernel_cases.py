@@ -23,6 +23,7 @@ class Case:
     """A layer and how to solve it; `column_block` columns meet in one launch unless groups are larger.
 
     With `ties` half of the weights lie in the middle between two points of their grid, and no error moves another.
+    With `shrink` weights are multiplied by it, and the first group of each row is 0.
     """
 
     config: LayerConfig
@@ -30,6 +31,7 @@ class Case:
     in_features: int = 48
     column_block: int = 20
     ties: bool = False
+    shrink: float = 1.0
 
     def layer(self) -> tuple[Tensor, Tensor]:
         if self.ties:
@@ -37,13 +39,15 @@ class Case:
             halves[:, ::8] = 15  # the largest, in every group: with 4 bits the scale is two halves
             return halves / 32, torch.arange(1.0, self.in_features + 1).diag()
         weight, hessian = correlated_layer(self.out_features, self.in_features, seed=self.config.bits)
-        return weight.float(), hessian.float()
+        if self.shrink != 1:
+            weight[:, : self.config.group_size] = 0
+        return self.shrink * weight.float(), hessian.float()
 
 
 def _case(
-    order: str, kind: str, *, refine_sweeps: int = 0, shape: dict[str, int] | None = None, **fields: object
+    order: str, kind: str, *, refine_sweeps: int = 0, shape: dict[str, float] | None = None, **fields: object
 ) -> Case:
-    return Case(layer_config(order, refine_sweeps=refine_sweeps, **KINDS[kind], **fields), **(shape or {}))
+    return Case(layer_config(order, refine_sweeps=refine_sweeps, **KINDS[kind], **fields), **(shape or {}))  # type: ignore[arg-type]
 
 
 # Launches of 20, 20 and 8 columns; groups smaller and larger than a launch, some of them cut by its end.
@@ -68,6 +72,15 @@ CASES |= {
     "refined, one group a row": _case("natural", "sym", bits=3, group_size=-1, refine_sweeps=1),
     "refined, two programs, two launches": _case(
         "static group aware", "signed", bits=3, group_size=24, refine_sweeps=1, shape=_LARGE
+    ),
+    "subnormal scales, signed": _case(
+        "natural", "signed", bits=8, group_size=16, scale_search="mse", refine_sweeps=1, shape={"shrink": 2.0**-7}
+    ),
+    "subnormal scales, asym": _case(
+        "static group aware", "asym", bits=4, group_size=24, scale_search="activation", shape={"shrink": 2.0**-14}
+    ),
+    "the smallest scales": _case(
+        "natural", "signed", bits=4, group_size=16, scale_search="mse", shape={"shrink": 2.0**-24}
     ),
 }
 

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptq_cli.config.layer import LayerConfig
-from gptq_cli.engine.grid import SMALLEST_SCALE, ScaleRangeError, find_grid, join_groups, round_to_grid, split_groups
+from gptq_cli.engine.float16 import SMALLEST
+from gptq_cli.engine.grid import ScaleRangeError, find_grid, join_groups, round_to_grid, split_groups
 from gptq_cli.engine.rtn import round_to_nearest
 
 BITS = (2, 3, 4, 8)
@@ -19,7 +20,7 @@ def test_every_weight_lies_within_half_a_step_of_its_grid(weights: list[float], 
     scale, zero = find_grid(group, bits, sym)
     maxq = 2**bits - 1
     assert torch.equal(scale, scale.half().double())
-    assert scale.item() >= SMALLEST_SCALE
+    assert scale.item() >= SMALLEST
     assert zero.item() in range(1, maxq + 1)
     codes = round_to_grid(group, scale[:, None], zero[:, None], bits)
     assert codes.min() >= 0
@@ -59,7 +60,7 @@ def test_slightly_negative_group_keeps_its_lowest_weight_when_its_zero_is_raised
 @pytest.mark.parametrize("bits", BITS)
 def test_group_of_zeros_has_a_valid_scale_and_decodes_to_zero(bits: int, sym: bool) -> None:
     quantized = round_to_nearest(torch.zeros(3, 64), LayerConfig(bits=bits, sym=sym, group_size=32))
-    assert (quantized.scales > 0).all()
+    assert (quantized.scales == 2.0**-14).all()  # a normal number: its weights are not too small
     assert torch.equal(quantized.dequantize(), torch.zeros(3, 64))
     assert torch.equal(quantized.codes, quantized.zeros.repeat_interleave(32, dim=1))
 
@@ -106,3 +107,29 @@ def test_weight_that_no_float16_scale_can_reach_is_an_error(bad: float, sym: boo
     weight[2, 40] = bad
     with pytest.raises(ScaleRangeError, match="not finite in float16"):
         round_to_nearest(weight, LayerConfig(group_size=32, sym=sym))
+
+
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize(("shrink", "costs"), [(2.0**-7, 0.02), (2.0**-9, 0.07), (2.0**-11, 0.2)])
+def test_accuracy_does_not_depend_on_the_size_of_weights(shrink: float, costs: float, sym: bool) -> None:
+    weight = 0.05 * torch.randn(64, 256, generator=torch.Generator().manual_seed(1))
+    config = LayerConfig(bits=8, sym=sym, group_size=32)
+
+    def error(size: float) -> float:
+        quantized = round_to_nearest(size * weight, config)
+        assert size == 1 or quantized.scales.max() < 2.0**-14
+        return float((quantized.dequantize() / size - weight).square().mean())
+
+    assert 0.9 < error(shrink) / error(1) < 1 + costs
+
+
+@pytest.mark.parametrize("sym", [True, False])
+def test_a_subnormal_scale_clips_no_weight(sym: bool) -> None:
+    weight = 2.0**-17 * torch.randn(32, 4, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    scales, zeros = find_grid(weight, 8, sym)
+    assert torch.equal(scales, scales.half().double())
+    assert torch.equal(scales, scales.bfloat16().double())
+    assert (scales < 2.0**-20).all()
+    steps = weight / scales[..., None] + zeros[..., None]
+    assert steps.min() >= -0.5
+    assert steps.max() <= 255.5

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from gptq_cli.config.layer import LayerConfig
 from gptq_cli.engine import chunks, search
-from gptq_cli.engine.grid import SMALLEST_SCALE, ScaleRangeError, find_signed_grid, round_scales, round_to_grid
+from gptq_cli.engine.float16 import SMALLEST
+from gptq_cli.engine.grid import ScaleRangeError, find_signed_grid, round_scales, round_to_grid
 from gptq_cli.engine.search import choose_grid
 from tests import reference
 from tests.engine.samples import ORDERS, correlated_layer, layer_config
@@ -77,11 +78,30 @@ def test_searched_unsigned_scales_are_positive_and_exact_in_both_16_bit_formats(
     assert zeros.max() <= 7
 
 
-def test_rounded_scales_keep_their_sign_and_stay_normal_numbers() -> None:
+def test_rounded_scales_keep_their_sign_and_stay_in_float16() -> None:
     scales = round_scales(torch.tensor([-1e-9, 1e-9, -0.3, 0.3, 1e6], dtype=torch.float64))
-    assert scales[:2].tolist() == [-SMALLEST_SCALE, SMALLEST_SCALE]
+    assert scales[:2].tolist() == [-SMALLEST, SMALLEST]
     assert scales[2] == -scales[3] == -0.30078125
     assert scales[4].isinf()
+
+
+def test_subnormal_scales_are_rounded_up_and_zero_is_normal() -> None:
+    wanted = {2.0**-24 * 1.01: 2.0**-23, 2.0**-20: 2.0**-20, -(2.0**-20) * 1.001: -(2.0**-20) * 1.0625, 0.0: 2.0**-14}
+    assert round_scales(torch.tensor(list(wanted), dtype=torch.float64)).tolist() == list(wanted.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scale_search", ["none", "mse", "activation"])
+@pytest.mark.parametrize("shrink", [2.0**-10, 2.0**-17])
+def test_subnormal_grids_are_the_best_of_all_candidates(shrink: float, scale_search: str, kind: str) -> None:
+    weights, energy = groups_with_outliers(3)
+    config = LayerConfig(bits=4, scale_search=scale_search, **KINDS[kind])
+    scales, zeros = choose_grid(shrink * weights, energy, config)
+    assert scales.abs().max() < 2.0**-14
+    for group in range(3):
+        expected_scales, expected_zeros = reference.fit_any(shrink * weights[:, group], energy[group], config)
+        assert torch.equal(scales[:, group], expected_scales)
+        assert torch.equal(zeros[:, group], expected_zeros)
 
 
 def test_rows_taken_in_chunks_give_the_same_grids(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -212,3 +212,17 @@ def test_cuda_gives_the_codes_of_the_reference(order: str) -> None:
     config = layer_config(order, bits=3, sym=False, group_size=48)
     quantized = solved(weight.cuda(), hessian.cuda(), config).quantized
     assert (quantized.codes.cpu().double() == reference.gptq(weight, hessian, config).codes).double().mean() > 0.999
+
+
+@pytest.mark.parametrize(("largest", "fits"), [(65024.0, True), (65504.0, False)])
+@pytest.mark.parametrize("row", [0, 5])
+def test_a_weight_that_decodes_beyond_float16_is_refused(largest: float, fits: bool, row: int) -> None:
+    weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
+    weight[row, 40] = -largest  # its scale, 8188, becomes 8192 in eight bits, and -8 * 8192 is -65536
+    config = layer_config("natural", bits=4, group_size=32, signed_scales=True)
+    if fits:
+        assert solved(weight, torch.eye(64), config).quantized.dequantize()[row, 40] == -largest
+        return
+    with pytest.raises(ScaleRangeError) as caught:
+        solved(weight, torch.eye(64), config)
+    assert caught.value.row == row

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gptq_cli.checkpoint.source import open_checkpoint
@@ -16,7 +18,9 @@ from gptq_cli.engine.grid import ScaleRangeError
 from gptq_cli.engine.solve import Solution, solve, solve_together
 from gptq_cli.errors import InputError
 from gptq_cli.pipeline import solver
+from gptq_cli.pipeline.events import Event, Warned
 from gptq_cli.pipeline.plan import plan_checkpoint
+from gptq_cli.pipeline.quantize import quantize_checkpoint
 from gptq_cli.pipeline.run_plan import LayerPlan
 from gptq_cli.pipeline.solver import Rows, located, of_one_configuration, row_parts
 from tests.engine.samples import ORDERS, correlated_layer, layer_config
@@ -109,3 +113,61 @@ def test_a_run_writes_what_solving_each_layer_alone_gives(tmp_path: Path, monkey
         assert found.seconds > 0
         ours, theirs = (reader(directory).linear(found.name) for directory in (output, alone))
         assert (ours.codes == theirs.codes).double().mean() > 0.99
+
+
+def scaled(model: Path, **factors: float) -> Path:
+    """The model with weights of the second block multiplied: `v_proj` and the like are names of layers."""
+    tensors = load_file(model / "model.safetensors")
+    for name in tensors:
+        layer = name.removesuffix(".weight").rpartition(".")[2]
+        if ".layers.1." in name and layer in factors:
+            tensors[name] = tensors[name] * factors[layer]
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    return model
+
+
+def warned(model: Path, output: Path, **changes: object) -> list[str]:
+    events: list[Event] = []
+    quantize_checkpoint(str(model), output, config(**changes), report=events.append)
+    return [f"{event.code} {event.message}" for event in events if isinstance(event, Warned)]
+
+
+@pytest.mark.parametrize("preset", ["gptq", "best"])
+def test_a_layer_that_loses_its_weights_is_named(preset: str, tmp_path: Path) -> None:
+    model = scaled(save_model(tmp_path / "model"), v_proj=2.0**-27)
+    first, *others = warned(model, tmp_path / "out", preset=preset)
+    name = "model.layers.1.self_attn.v_proj"
+    start = rf"W_NUM_SCALES layer `{name}` \(block 1\) has so small weights that 128 of 128 scales are held at 2\^-24, "
+    assert re.match(start + r"the smallest number of float16; its relative error is (1|0\.9)", first)
+    for other in others:  # its outputs are zero, and the next layer is not to blame
+        assert other.startswith("W_NUM_DEAD layer `model.layers.1.self_attn.o_proj`")
+        assert other.endswith(f"their weights become zero; `{name}` before it has lost weights")
+    assert others
+
+
+def test_subnormal_scales_are_told_once(tmp_path: Path) -> None:
+    model = scaled(save_model(tmp_path / "model"), v_proj=2.0**-12, up_proj=2.0**-12)
+    (told,) = warned(model, tmp_path / "out")
+    assert told.startswith(
+        "W_NUM_SCALES layer `model.layers.1.self_attn.v_proj` (block 1) has so small weights that 128 "
+    )
+    assert "of 128 scales are below 2^-14, which makes them subnormal in float16" in told
+
+
+def test_groups_of_zeros_are_not_too_small(tmp_path: Path) -> None:
+    found = warned(scaled(save_model(tmp_path / "model"), up_proj=0.0, k_proj=0.0), tmp_path / "out")
+    dead = (
+        "W_NUM_DEAD layer `model.layers.1.mlp.down_proj`: 128 of 128 inputs were always zero, their weights become zero"
+    )
+    assert found == [dead]
+
+
+@pytest.mark.parametrize("layer", ["q_proj", "v_proj"])
+def test_a_layer_that_decodes_beyond_float16_is_named(layer: str, tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors[f"model.layers.0.self_attn.{layer}.weight"][3, 4] = -65504
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=rf"layer `model.layers.0.self_attn.{layer}` .*beyond the range") as caught:
+        quantize(tmp_path, model, preset="fast")
+    assert (caught.value.code, caught.value.exit_code) == ("E_CKPT_NONFINITE", 3)
