@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
+from urllib.parse import unquote, urlsplit
+
 from gptq_cli.errors import InputError
 
 LOGIN = "log in with a token that may read it: hf auth login"
@@ -10,6 +14,66 @@ OFFLINE = "allow the network (HF_HUB_OFFLINE is set), or fetch it before: hf dow
 NETWORK = "check the network and HF_ENDPOINT, then run again: what was fetched is kept; HF_HUB_OFFLINE=1 uses the cache"
 WRITER = "log in with a token that may write there: hf auth login"
 AGAIN = "run the same command again: what was uploaded is not sent twice"
+
+_HOSTS = {"huggingface.co", "www.huggingface.co", "hf.co"}
+_KINDS = {"models", "datasets", "spaces"}
+_VIEWS = {"tree", "blob", "resolve", "raw", "commit", "commits", "discussions"}  # pages of a repository
+_OF_THE_CACHE = re.compile(r"(?:models|datasets)--([^/]+?)(?:--([^/]+))?/?")
+
+
+@dataclass(frozen=True, slots=True)
+class Pasted:
+    """The id that somebody meant with an address of the Hub, or with the name of a folder in its cache."""
+
+    id: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        said = self.revision not in (None, "main")
+        return f"{self.id} --revision {self.revision}" if said else self.id
+
+
+def pasted_id(text: str) -> Pasted | None:
+    """What `text` means if it is an address or a folder's name, where an id belongs; None if it is neither."""
+    if cached := _OF_THE_CACHE.fullmatch(text):
+        return Pasted("/".join(part for part in cached.groups() if part))
+    if text.startswith("git@hf.co:"):
+        text = "https://hf.co/" + text.removeprefix("git@hf.co:")
+    address = text if "://" in text else f"https://{text}"
+    try:
+        host, path = urlsplit(address).hostname, urlsplit(address).path
+    except ValueError:  # brackets, as an IPv6 address has them
+        return None
+    if text.startswith("hf://"):
+        host, path = "hf.co", text.removeprefix("hf://")
+    parts = [unquote(part) for part in path.split("/") if part]
+    if host not in _HOSTS or not parts or (text.startswith("hf://") and "@" not in text and parts[0] not in _KINDS):
+        return None
+    parts = parts[1:] if parts[0] in _KINDS else parts
+    n_parts = 1 if len(parts) > 1 and parts[1] in _VIEWS else 2
+    name, _, revision = "/".join(parts[:n_parts]).removesuffix(".git").partition("@")
+    view = parts[n_parts:]
+    if len(view) > 1 and view[0] in _VIEWS - {"discussions"}:
+        revision = view[1]
+    return Pasted(name, revision or None) if name else None
+
+
+def plain_name(folder: str) -> str:
+    """What a model is called whose directory has this name: in the Hub's cache its owner is a part of it."""
+    return folder.rpartition("--")[2] if folder.startswith("models--") else folder
+
+
+def id_flaw(name: str) -> str | None:
+    """Why the Hub's client takes `name` for no id; None if it takes it."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._validators import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        rule = "letters, digits, `-`, `_` and `.`, no `--` or `..`, none of these at an end, 96 at most"
+        return f"an id is NAME or OWNER/NAME, each of {rule}"
+    return None
 
 
 def hub_refusal(error: BaseException, what: str, revision: str | None = None) -> InputError | None:

@@ -6,10 +6,10 @@ ends like a data file, or exists) is only ever looked for on this machine; what 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from errno import ENAMETOOLONG
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
@@ -17,7 +17,9 @@ from typing import Literal
 
 from gptq_cli.calibration.files import READERS, has_columns, read_files
 from gptq_cli.calibration.loading import LoadRequest, open_column
-from gptq_cli.errors import ConfigError, InputError
+from gptq_cli.errors import ConfigError, GptqError, InputError
+from gptq_cli.files import expanded, status_of
+from gptq_cli.hub import id_flaw, pasted_id
 
 Purpose = Literal["calibration", "evaluation"]
 PARAGRAPH = "\n\n"
@@ -120,7 +122,7 @@ def load_documents(source: DatasetSource) -> Documents:
     elif name in SCRIPTED:
         raise _scripted(name)
     elif is_path(name):
-        documents = _local(Path(name).expanduser(), name, source)
+        documents = _local(expanded(name), name, source)
     else:
         documents = _hub(name, source)
     if source.purpose == "evaluation":
@@ -141,7 +143,7 @@ def check_source(source: DatasetSource) -> None:
     elif name in CORPORA:
         _refuse_options(f"the registered dataset `{name}`", source)
     elif is_path(name):
-        path = Path(name).expanduser()
+        path = expanded(name)
         _refuse_options(f"`{name}`", source, columns=has_columns(path))
         read_files(path, source.text_column)
 
@@ -152,10 +154,11 @@ def is_path(name: str) -> bool:
 
 
 def _exists(name: str) -> bool:
+    """Whether something is there, or behind a folder that may not be entered; a long text is no path."""
     try:
-        return bool(name) and Path(name).exists()
-    except OSError:  # a text too long for a path
-        return False
+        return bool(name) and status_of(name) is not None
+    except GptqError as error:
+        return not isinstance(error.__cause__, OSError) or error.__cause__.errno != ENAMETOOLONG
 
 
 def _refuse_files(texts: Sequence[str]) -> None:
@@ -192,11 +195,13 @@ def _registered(name: str, source: DatasetSource) -> Documents:
 
 
 def _hub(name: str, source: DatasetSource) -> Documents:
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+    if flaw := id_flaw(name):
+        pasted = pasted_id(name)
+        listed = f"registered are {', '.join(CORPORA)}; literal texts are given as a list"
         raise InputError(
             "E_DATA_NOT_FOUND",
-            f"dataset `{name}` is not a registered name, a file, a folder or the id of a Hub dataset",
-            hint=f"registered are {', '.join(CORPORA)}; literal texts are given as a list",
+            f"dataset `{name}` is not a registered name, a file, a folder or the id of a Hub dataset: {flaw}",
+            hint=f"use --dataset {pasted.id}" if pasted else listed,
         )
     split = source.split or ("train" if source.purpose == "calibration" else "test")
     request = LoadRequest(path=name, label=name, config=source.config, split=split, stream=True, hint=_nearest(name))

@@ -11,6 +11,7 @@ from typing import Any
 from gptq_cli.calibration.loading import LoadRequest, open_column
 from gptq_cli.calibration.refusals import encoding_refusal
 from gptq_cli.errors import InputError
+from gptq_cli.files import file_errors, is_directory, status_of
 
 # pandas would read the words "NA" and "None" of a CSV file as null; a Parquet file without rows has no batch size
 READERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -31,7 +32,10 @@ class FileTexts:
 
     def __iter__(self) -> Iterator[str]:
         for file in self.files:
-            if file.stat().st_size == 0:
+            with file_errors(file, writing=False):
+                file.open("rb").close()  # libraries say less of what may not be read
+                size = file.stat().st_size
+            if size == 0:
                 raise InputError(
                     "E_DATA_EMPTY", f"dataset `{file}` is an empty file", hint="choose a file that holds text"
                 )
@@ -49,15 +53,20 @@ def read_files(path: Path, column: str) -> Iterable[str]:
     return FileTexts(_files_at(path), column)
 
 
+def _listed(folder: Path) -> list[Path]:
+    with file_errors(folder, writing=False):
+        return list(folder.iterdir())
+
+
 def has_columns(path: Path) -> bool:
     """Whether what lies at `path` is read by column: a file of rows, or a folder that holds one."""
-    files = path.iterdir() if path.is_dir() else [path]
+    files = _listed(path) if is_directory(path) else [path]
     return any(file.suffix in READERS and file.suffix != ".txt" for file in files)
 
 
 def _files_at(path: Path) -> tuple[Path, ...]:
     kinds = ", ".join(READERS)
-    if not path.exists():
+    if status_of(path) is None:
         raise InputError(
             "E_DATA_NOT_FOUND", f"dataset `{path}` does not exist", hint=f"give a {kinds} file, a folder or a Hub id"
         )
@@ -67,7 +76,7 @@ def _files_at(path: Path) -> tuple[Path, ...]:
         )
     if path.is_file():
         return (path,)
-    files = tuple(sorted(file for file in path.iterdir() if file.suffix in READERS and not file.name.startswith(".")))
+    files = tuple(sorted(file for file in _listed(path) if file.suffix in READERS and not file.name.startswith(".")))
     if not files:
         raise InputError(
             "E_DATA_NOT_FOUND", f"folder `{path}` holds no file that is read", hint=f"put {kinds} files there"
@@ -101,13 +110,10 @@ def _broken_line(file: Path) -> str | None:
 
 def _read_text(file: Path) -> str:
     try:
-        return file.read_bytes().decode("utf-8-sig")
+        with file_errors(file, writing=False):
+            return file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise encoding_refusal(str(file), error, whole_file=True) from error
-    except OSError as error:
-        raise InputError(
-            "E_DATA_NOT_FOUND", f"dataset `{file}` cannot be read: {error.strerror}", hint="check its permissions"
-        ) from error
 
 
 def _request(file: Path) -> LoadRequest:

@@ -6,15 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from shlex import quote
 
-from gptq_cli.errors import InputError
+from gptq_cli.errors import GptqError, InputError
+from gptq_cli.files import file_error
 from gptq_cli.hub import GATED, first_line, hub_refusal
 
 OWN = ", or give a file of your own"
 ASK = "check the id; a private dataset needs `hf auth login`"
 
 
-def refusal(error: Exception, label: str, *, local: bool, hint: str | None = None) -> InputError | None:
-    """The InputError that says what `error` means for dataset `label`; None if it is not a known way to fail.
+def refusal(error: Exception, label: str, *, local: bool, hint: str | None = None) -> GptqError | None:
+    """The GptqError that says what `error` means for dataset `label`; None if it is not a known way to fail.
 
     `local` says that files of this machine were read: then whatever else went wrong is their content. `hint` is said
     when the Hub does not know the dataset.
@@ -22,6 +23,8 @@ def refusal(error: Exception, label: str, *, local: bool, hint: str | None = Non
     from datasets.exceptions import DatasetsError
 
     for link in _chain(error):
+        if local and isinstance(link, OSError) and (unreadable := file_error(link)):
+            return unreadable
         refused = _from_hub(link, label, hint) or _from_request(link, label)
         if refused is not None:
             return refused

@@ -13,16 +13,17 @@ import json
 import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
 from gptq_cli.checkpoint.places import is_mount
-from gptq_cli.errors import ExistsError, GptqError, ResourceError
+from gptq_cli.errors import ExistsError, GptqError
+from gptq_cli.files import MAX_NAME, file_error, file_errors, is_directory, status_of
 
 COPY_BYTES = 16 * 2**20
-_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL}
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # fcntl.h and linux/fs.h
 
@@ -116,7 +117,7 @@ class OpenFile:
 def write_file(path: Path, content: bytes) -> None:
     """`content` under its final name, or nothing; parents are made. It survives once this has returned."""
     make_directory(path.parent)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = _temporary(path)
     with OpenFile(temporary, len(content)) as file:
         file.write_at(0, content)
         file.sync()
@@ -138,14 +139,14 @@ def json_bytes(content: Any, *, indent: int) -> bytes:
 
 def make_directory(path: Path, mode: int = 0o777) -> None:
     """A directory that survives, and its parents; one that is there is left as it is."""
-    if path.is_dir():
+    if is_directory(path, writing=True):
         return
     make_directory(path.parent)
     with disk_errors(path):
         try:
             disk.mkdir(path, mode)
         except FileExistsError:
-            if not path.is_dir():  # and not made by somebody else just now
+            if not is_directory(path, writing=True):  # and not made by somebody else just now
                 raise
     sync_directory(path.parent)
 
@@ -174,7 +175,9 @@ def remove(path: Path) -> None:
 
 def sweep(directory: Path, keep: Collection[str]) -> None:
     """Remove what is in `directory` under any name but those of `keep`."""
-    for path in sorted(directory.iterdir()):
+    with disk_errors(directory):
+        found = sorted(directory.iterdir())
+    for path in found:
         if path.name not in keep:
             remove(path)
 
@@ -203,7 +206,7 @@ def publish(stage: Path, output: Path, aside: Path, *, overwrite: bool) -> None:
 
 def repair(output: Path, aside: Path) -> None:
     """Put back what an interrupted `publish` had put aside, unless the new output is there."""
-    if aside.is_dir() and not output.exists():
+    if is_directory(aside) and status_of(output, writing=True) is None:
         with disk_errors(output):
             disk.rename(aside, output)
         sync_directory(output.parent)
@@ -211,24 +214,32 @@ def repair(output: Path, aside: Path) -> None:
 
 def is_occupied(output: Path) -> bool:
     """Whether something stands at `output` that renaming a directory onto it would not replace."""
-    return output.exists() and not (output.is_dir() and not any(output.iterdir()))
+    if not is_directory(output, writing=True):
+        return status_of(output, writing=True) is not None
+    with file_errors(output, writing=True):
+        return any(output.iterdir())
 
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Turn what the disk refuses into ResourceError E_DISK with the path and the reason."""
-    try:
+    with file_errors(path, writing=True):
         yield
-    except GptqError:
-        raise
-    except OSError as error:
-        raise disk_error(path, error) from error
 
 
-def disk_error(path: Path, error: OSError) -> ResourceError:
+def disk_error(path: Path, error: OSError) -> GptqError:
     """ResourceError E_DISK with the path, the reason and what to do."""
-    hint = "free some space" if error.errno in _NO_SPACE else "choose an output you may write to"
-    return ResourceError("E_DISK", f"cannot write `{path}`: {error.strerror}", hint=f"{hint}, then run again")
+    refused = file_error(error, path, writing=True)
+    assert refused is not None
+    return refused
+
+
+def _temporary(path: Path) -> Path:
+    """The hidden name that `path` has until it is complete; a name as long as names may be gets a short one."""
+    name = f".{path.name}.tmp"
+    if len(os.fsencode(name)) > MAX_NAME:
+        name = f".{sha256(os.fsencode(path.name)).hexdigest()[:16]}.tmp"
+    return path.with_name(name)
 
 
 def _swap(stage: Path, output: Path, aside: Path) -> None:

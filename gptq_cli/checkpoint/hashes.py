@@ -11,6 +11,7 @@ from gptq_cli.checkpoint.manifest import MANIFEST, is_intact
 from gptq_cli.checkpoint.module_checks import Defect
 from gptq_cli.checkpoint.source import is_safe_path, read_json
 from gptq_cli.errors import InputError
+from gptq_cli.files import UNREADABLE, is_file
 
 
 def check_manifest(directory: Path, *, full: bool) -> tuple[int, list[Defect]]:
@@ -18,11 +19,13 @@ def check_manifest(directory: Path, *, full: bool) -> tuple[int, list[Defect]]:
 
     Without `full` only names and sizes are compared.
     """
-    if not (directory / MANIFEST).is_file():
+    if not is_file(directory / MANIFEST):
         return 0, []
     try:
         content = read_json(directory / MANIFEST)
     except InputError as error:
+        if error.code == UNREADABLE:
+            raise
         return 0, [Defect("E_CKPT_HASH", str(error), MANIFEST)]
     files = content.get("files") if isinstance(content, dict) else None
     if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
@@ -38,7 +41,7 @@ def _check_file(directory: Path, name: str, entry: dict[str, Any], *, full: bool
     file = directory / name
     if not is_safe_path(directory, name):
         yield Defect("E_UNSAFE_PATH", f"names a file outside the directory: {name!r}", MANIFEST)
-    elif not file.is_file():
+    elif not is_file(file):
         yield Defect("E_CKPT_MISSING", "is in the manifest and not here", name)
     elif file.stat().st_size != entry.get("size"):
         yield Defect("E_CKPT_HASH", f"has {file.stat().st_size} bytes, the manifest says {entry.get('size')}", name)

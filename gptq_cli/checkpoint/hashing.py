@@ -10,6 +10,8 @@ from pathlib import Path
 from threading import Event
 from typing import NamedTuple, TypeVar
 
+from gptq_cli.files import file_errors
+
 MOST_THREADS = 8
 CHUNK_BYTES = 16 * 2**20
 Item = TypeVar("Item")
@@ -59,7 +61,7 @@ def _threads() -> ThreadPoolExecutor:
 
 def _hash(span: Span, given_up: Event) -> str:
     digest, end = sha256(), span.start + span.size
-    with span.path.open("rb", buffering=0) as stream:
+    with file_errors(span.path, writing=False), span.path.open("rb", buffering=0) as stream:
         for start in range(span.start, end, CHUNK_BYTES):
             if given_up.is_set():  # whoever asked has been interrupted, and waits for this thread
                 break

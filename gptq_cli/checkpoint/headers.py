@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gptq_cli.errors import InputError
+from gptq_cli.files import file_errors
 
 LFS_POINTER = b"version "
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
@@ -64,7 +65,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
 
 def _read_raw(file: Path) -> tuple[bytes, int]:
     """The JSON of the header, and the size of the file."""
-    try:
+    with file_errors(file, writing=False):
         status = file.stat()
         if not stat.S_ISREG(status.st_mode):
             raise _corrupt(file, "not a regular file")
@@ -77,8 +78,6 @@ def _read_raw(file: Path) -> tuple[bytes, int]:
             if status.st_size < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, status.st_size - 8):
                 raise _corrupt(file, f"a header of {length} bytes in a file of {status.st_size} bytes")
             raw = stream.read(length)
-    except OSError as error:
-        raise _corrupt(file, f"cannot be read: {error.strerror}") from None
     if len(raw) < length:
         raise _corrupt(file, f"a header of {length} bytes, {len(raw)} are there")
     return raw, status.st_size

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from gptq_cli.checkpoint.headers import TensorInfo, tensor_info
@@ -22,7 +22,8 @@ from gptq_cli.checkpoint.source import (
     remarks_on,
 )
 from gptq_cli.errors import GptqError, InputError, ResourceError
-from gptq_cli.hub import first_line, hub_refusal
+from gptq_cli.files import expanded, file_cause, file_errors, is_directory, is_file, resolved, status_of
+from gptq_cli.hub import first_line, hub_refusal, id_flaw, pasted_id, plain_name
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -32,7 +33,6 @@ SKIPPED = [
     *(f"{folder}/*" for folder in SKIPPED_FOLDERS),
 ]
 UNSEEN = ("E_HUB_NOT_FOUND", "E_HUB_OFFLINE", "E_HUB_NETWORK")  # what a misspelt path ends in
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,21 +73,80 @@ def peek_model(model: str, revision: str | None = None) -> tuple[ModelSource, Ch
 
 def hub_id(model: str) -> str:
     """The id that MODEL, which is no directory, has on the Hub; InputError E_MODEL_NOT_FOUND if it can be none."""
+    path = expanded(model)
+    if status_of(path) is not None:
+        raise InputError("E_MODEL_NOT_FOUND", f"`{model}` is not a directory", hint=_instead_of(path))
     identifier = model.removeprefix("hf://")
-    exists = Path(model).expanduser().exists()
-    if model.startswith((".", "/", "~")) or exists or not _HUB_ID.fullmatch(identifier):
-        hint = "give the directory of a safetensors checkpoint" if exists else "give a model directory or a Hub id"
+    if model.startswith((".", "/", "~")):
+        hint = "give a model directory or a Hub id"
         raise InputError("E_MODEL_NOT_FOUND", f"`{model}` is not a directory", hint=hint)
+    if pasted := pasted_id(model):
+        message = f"`{model}` is not a directory and not an id, but an address or a name that holds one"
+        raise InputError("E_MODEL_NOT_FOUND", message, hint=f"use {pasted}")
+    if flaw := id_flaw(identifier):
+        message = f"`{model}` is not a directory, and no id of the Hub: {flaw}"
+        raise InputError("E_MODEL_NOT_FOUND", message, hint="give a model directory or a Hub id")
     return identifier
 
 
+def model_directory(model: str | Path) -> Path | None:
+    """The directory on this machine that MODEL names; None if it names none.
+
+    The folder of a model in the Hub's cache stands for its snapshot. InputError E_FILE for what may not be looked at,
+    E_MODEL_NOT_FOUND for a folder of the cache with several snapshots.
+    """
+    path = expanded(model)
+    if not is_directory(path):
+        return None
+    return _snapshot(path) if is_cache_folder(path) else path
+
+
+def local_model(model: Path) -> Path:
+    """The directory that MODEL names, for commands that fetch nothing; InputError E_MODEL_NOT_FOUND if it is none."""
+    directory = model_directory(model)
+    if directory is not None:
+        return directory
+    path = expanded(model)
+    hint = "give the directory of a GPTQ checkpoint on this machine"
+    hint = _instead_of(path) if status_of(path) is not None else hint
+    raise InputError("E_MODEL_NOT_FOUND", f"`{model}` is not a directory", hint=hint)
+
+
+def is_cache_folder(path: Path) -> bool:
+    """Whether `path` is a model's own folder in the Hub's cache, which holds its snapshots."""
+    return resolved(path).name.startswith("models--") and is_directory(path / "snapshots")
+
+
+def _snapshot(folder: Path) -> Path:
+    """The snapshot of the main branch in a model's folder of the cache, or the only one."""
+    with file_errors(writing=False):
+        found = sorted(path for path in (folder / "snapshots").iterdir() if path.is_dir())
+        main = (folder / "refs" / "main").read_text().strip() if is_file(folder / "refs" / "main") else ""
+    chosen = [path for path in found if path.name == main] or found
+    if len(chosen) == 1:
+        return chosen[0]
+    message = f"`{folder}` is a folder of the Hub's cache with {len(found)} snapshots and none of its main branch"
+    hint = f"give one of them: {found[0]}" if found else f"use {pasted_id(resolved(folder).name)}"
+    raise InputError("E_MODEL_NOT_FOUND", message, hint=hint)
+
+
+def _instead_of(file: Path) -> str:
+    """What to give instead of a file."""
+    if file.suffix in (".gguf", ".onnx"):
+        return "GGUF and ONNX are not read: give the directory of the safetensors checkpoint that it was made from"
+    if is_file(file.absolute().parent / "config.json"):
+        return f"give its directory: {quote(str(file.absolute().parent))}"
+    return "give the directory of a safetensors checkpoint"
+
+
 def _local(model: str, revision: str | None) -> ModelSource | None:
-    path = Path(model).expanduser()
-    if not path.is_dir():
+    directory = model_directory(model)
+    if directory is None:
         return None
     if revision is not None:
-        raise InputError("E_MODEL_NOT_FOUND", f"`{model}` is a local directory and has no revision {revision!r}")
-    return ModelSource(path, path.resolve().name, None)
+        message = f"`{model}` is a local directory and has no revision {revision!r}"
+        raise InputError("E_MODEL_NOT_FOUND", message, hint="leave --revision out")
+    return ModelSource(directory, plain_name(resolved(expanded(model)).name), None)
 
 
 def _download(identifier: str, revision: str | None) -> ModelSource:
@@ -157,8 +216,10 @@ def _hub_errors(identifier: str, revision: str | None) -> Iterator[None]:
         raise refused from error
 
 
-def _refused_by_disk(error: Exception) -> ResourceError | None:
+def _refused_by_disk(error: Exception) -> GptqError | None:
     if not isinstance(error, OSError):
         return None
+    if refused := file_cause(error):
+        return refused
     hint = "free some space or move the cache (HF_HOME), then run again: what was fetched is kept"
     return ResourceError("E_DISK", f"cannot write the Hub's cache: {error.strerror or error}", hint=hint)

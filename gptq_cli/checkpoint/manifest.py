@@ -11,6 +11,7 @@ from typing import Any
 from gptq_cli.checkpoint.durable import write_json
 from gptq_cli.checkpoint.hashing import file_hashes
 from gptq_cli.checkpoint.journal import digest
+from gptq_cli.files import file_errors, files_below, is_file
 
 MANIFEST = "gptq_manifest.json"
 CONFIG_FILE = "gptq_config.yaml"  # the resolved configuration
@@ -22,7 +23,7 @@ SCHEMA = 1
 def write_manifest(directory: Path, content: dict[str, Any]) -> None:
     """`content` and the hashes of all files in `directory`, as its last file; not of a report, which may change."""
     reports = {directory / REPORT_DATA, directory / REPORT_PAGE}
-    paths = sorted(path for path in directory.rglob("*") if path.is_file() and path not in reports)
+    paths = [path for path in files_below(directory) if path.is_file() and path not in reports]
     files = {
         path.relative_to(directory).as_posix(): {"sha256": found, "size": path.stat().st_size}
         for path, found in zip(paths, file_hashes(paths), strict=True)
@@ -37,10 +38,17 @@ def sealed(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_sealed(file: Path) -> dict[str, Any] | None:
-    """The JSON object in `file`; None if there is none as it was written, by its own checksum."""
+    """The JSON object in `file`; None if there is none as it was written, by its own checksum.
+
+    A GptqError if the file may not be read: then nobody knows what it is.
+    """
+    if not is_file(file):
+        return None
+    with file_errors(file, writing=False):
+        raw = file.read_bytes()
     try:
-        content = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        content = json.loads(raw)
+    except (ValueError, RecursionError):
         return None
     return content if is_intact(content) else None
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from gptq_cli.checkpoint.headers import TensorInfo
 from gptq_cli.errors import InputError
+from gptq_cli.files import file_errors
 
 Array = NDArray[Any]
 CHUNK_BYTES = 2**24
@@ -21,14 +22,14 @@ INTEGERS = {"I32": "<i4", "I64": "<i8", "U32": "<u4", "U8": "u1", "I8": "i1", "I
 
 def read_array(tensor: TensorInfo) -> Array:
     """The whole tensor; bfloat16 as float32. InputError E_CKPT_CORRUPT if the file is shorter than its header says."""
-    with tensor.file.open("rb") as stream:
+    with file_errors(tensor.file, writing=False), tensor.file.open("rb") as stream:
         stream.seek(tensor.start)
         return _array(tensor, stream.read(tensor.nbytes)).reshape(tensor.shape)
 
 
 def read_chunks(tensor: TensorInfo, dtype: str) -> Iterator[Array]:
     """The tensor's bytes in order as numbers of numpy's `dtype`, 1-D, CHUNK_BYTES at a time."""
-    with tensor.file.open("rb", buffering=0) as stream:
+    with file_errors(tensor.file, writing=False), tensor.file.open("rb", buffering=0) as stream:
         stream.seek(tensor.start)
         for start in range(tensor.start, tensor.end, CHUNK_BYTES):
             yield _numbers(tensor, stream.read(min(CHUNK_BYTES, tensor.end - start)), dtype)

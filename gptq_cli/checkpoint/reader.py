@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.checkpoint.stored import format_of
 from gptq_cli.engine.layer import QuantizedLinear
 from gptq_cli.engine.triton_dequantize import dequantize_packed
+from gptq_cli.files import file_errors
 
 SAFETENSORS_DTYPE = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
@@ -45,7 +47,8 @@ class TensorReader:
         opened = self._open.get(file)  # another thread may release it meanwhile
         if opened is None:
             self.check_unchanged()
-            opened = self._open[file] = safe_open(file, framework="pt", device="cpu")
+            with file_errors(file, writing=False), Path(file).open("rb"):  # it tells less of why it cannot be opened
+                opened = self._open[file] = safe_open(file, framework="pt", device="cpu")
         tensor: Tensor = opened.get_tensor(name)
         return tensor
 

@@ -23,7 +23,7 @@ from gptq_cli.checkpoint.manifest import MANIFEST, OF_THE_RUN, REPORT_DATA, REPO
 from gptq_cli.checkpoint.places import at_and_above, identity, is_inside, is_mount, mounts_below
 from gptq_cli.checkpoint.source import INDEX_NAME, MAX_CONFIG_BYTES, QUANTIZE_CONFIG
 from gptq_cli.config.units import shell_word
-from gptq_cli.errors import ConfigError, ExistsError
+from gptq_cli.errors import ConfigError, ExistsError, GptqError
 
 SHOWN = 3
 WEIGHTS = re.compile(  # model-00001-of-00002.safetensors, consolidated.00.safetensors, gptq_model-4bit-128g.safetensors
@@ -149,6 +149,8 @@ def _tried(name: Path, action: Callable[[], object]) -> list[str]:
         action()
     except OSError as error:
         return [f"{name}: {error.strerror}"]
+    except GptqError as error:  # it cannot be read
+        return [f"{name}: {error}"]
     return []
 
 

@@ -35,9 +35,13 @@ def side_files(files: Iterable[PurePath]) -> list[PurePath]:
 def _belongs(file: PurePath) -> bool:
     if file.as_posix() in CONFIG_NAMES or file.suffix in WEIGHT_SUFFIXES:
         return False
-    hidden = any(part.startswith(".") for part in file.parts)
-    skipped = any(_is_like(folder, SKIPPED_FOLDERS) for folder in file.parts[:-1])
-    return not (hidden or skipped or _is_like(file.name, SKIPPED_FILES))
+    hidden = file.name.startswith(".")
+    return not (hidden or is_skipped(file.parent) or _is_like(file.name, SKIPPED_FILES))
+
+
+def is_skipped(folder: PurePath) -> bool:
+    """Whether no file in `folder`, which is relative to the model's directory, belongs to the model."""
+    return any(part.startswith(".") or _is_like(part, SKIPPED_FOLDERS) for part in folder.parts)
 
 
 def _is_like(name: str, patterns: Iterable[str]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,10 +12,11 @@ from typing import Any, NamedTuple
 
 from gptq_cli.checkpoint.block_float import scales_of
 from gptq_cli.checkpoint.headers import TensorInfo, read_header, unique_keys
-from gptq_cli.checkpoint.side_files import ADAPTER_CONFIG, CONFIG_NAMES, side_files
+from gptq_cli.checkpoint.side_files import ADAPTER_CONFIG, CONFIG_NAMES, is_skipped, side_files
 from gptq_cli.checkpoint.stamps import Stamp, check_stamps, stamp_of
 from gptq_cli.config.units import shell_word
 from gptq_cli.errors import InputError, Problem
+from gptq_cli.files import file_errors, files_below, is_file, resolved, status_of
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -49,7 +51,7 @@ class Checkpoint:
         None for a leftover of bitsandbytes, which quantizes while it loads: weights that are plain floats are these.
         """
         found = self.config.get("quantization_config")
-        if found is None and (self.directory / QUANTIZE_CONFIG).is_file():
+        if found is None and is_file(self.directory / QUANTIZE_CONFIG):
             found = read_json(self.directory / QUANTIZE_CONFIG)
         if found is not None and not isinstance(found, dict):
             hint = "download config.json and quantize_config.json again"
@@ -97,8 +99,8 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     InputError E_CKPT_* when files are missing, torn, pickled, of a kind that is not read here or disagree, with every
     file that is; E_UNSAFE_PATH when a name or a link leads out of the directory.
     """
-    if not (directory / "config.json").is_file():
-        refuse_other_kinds(str(directory), [path.name for path in directory.iterdir()])
+    if not is_file(directory / "config.json"):
+        refuse_other_kinds(str(directory), _names(directory))
         raise InputError(
             "E_CKPT_CONFIG", f"`{directory}` has no config.json", hint="point to a Hugging Face model directory"
         )
@@ -118,9 +120,11 @@ def open_checkpoint(directory: Path) -> Checkpoint:
 
 
 def _stamps(directory: Path) -> dict[Path, Stamp]:
-    """Of every file in the directory, by name."""
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
-    return {path: stamp for path in files if (stamp := stamp_of(path))}
+    """Of every file in the directory, by name; InputError E_FILE for one of the model that may not be looked at."""
+    found = files_below(directory, lambda folder: not is_skipped(folder.relative_to(directory)))
+    for file in side_files(path.relative_to(directory) for path in found):
+        status_of(directory / file)
+    return {path: stamp for path in found if path.is_file() and (stamp := stamp_of(path))}
 
 
 def _of_the_model(
@@ -174,9 +178,10 @@ def read_json(file: Path, repeated: list[str] | None = None) -> Any:
     """
     limit = MAX_CONFIG_BYTES if file.name in CONFIG_NAMES else MAX_JSON_BYTES
     try:
-        if file.stat().st_size > limit:
-            raise ValueError(f"it is larger than {limit // 10**6} MB")
-        text = file.read_text(encoding="utf-8")
+        with file_errors(file, writing=False):
+            if file.stat().st_size > limit:
+                raise ValueError(f"it is larger than {limit // 10**6} MB")
+            text = file.read_bytes().decode("utf-8")
         if text.startswith(BYTE_ORDER_MARK):
             raise InputError(
                 "E_CKPT_CONFIG", f"`{file}` begins with a byte order mark, with which transformers cannot read it",
@@ -186,7 +191,7 @@ def read_json(file: Path, repeated: list[str] | None = None) -> Any:
         content = json.loads(text, object_pairs_hook=pairs)
         if _depth(content) > MAX_DEPTH:
             raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
-    except (ValueError, OSError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(
             "E_CKPT_CONFIG", f"`{file}` cannot be read as JSON: {error}", hint="download or copy the file again"
         ) from None
@@ -215,6 +220,11 @@ def _depth(content: Any) -> int:
     return depth
 
 
+def _names(directory: Path) -> list[str]:
+    with file_errors(directory, writing=False):
+        return [path.name for path in directory.iterdir()]
+
+
 def is_safe_path(directory: Path, name: str) -> bool:
     """Whether `name` is a plain file name on every system, and a link of that name stays in `directory`.
 
@@ -227,7 +237,7 @@ def is_safe_path(directory: Path, name: str) -> bool:
 
 
 def _stays_inside(directory: Path, file: Path) -> bool:
-    root, target = directory.resolve(), file.resolve()
+    root, target = resolved(directory), Path(os.path.realpath(file))
     blobs = root.parent.parent / "blobs"
     return target.is_relative_to(root) or (root.parent.name == "snapshots" and target.is_relative_to(blobs))
 
@@ -235,7 +245,7 @@ def _stays_inside(directory: Path, file: Path) -> bool:
 def _refuse_escape(directory: Path, file: Path) -> None:
     if not _stays_inside(directory, file):
         raise InputError(
-            "E_UNSAFE_PATH", f"`{file}` is a link that leads out of its directory, to `{file.resolve()}`",
+            "E_UNSAFE_PATH", f"`{file}` is a link that leads out of its directory, to `{os.path.realpath(file)}`",
             hint="copy the file, or give the directory that it lies in",
         )  # fmt: skip
 
@@ -249,16 +259,16 @@ class Stored(NamedTuple):
 
 
 def _read_tensors(directory: Path) -> Stored:
-    if (directory / INDEX_NAME).is_file():
+    if is_file(directory / INDEX_NAME):
         return _read_sharded(directory)
-    files = sorted(directory.glob("*.safetensors"))
-    adapter = (directory / "adapter_config.json").is_file() and all("adapter" in file.name for file in files)
+    files = sorted(directory / name for name in _names(directory) if name.endswith(".safetensors"))
+    adapter = is_file(directory / "adapter_config.json") and all("adapter" in file.name for file in files)
     if not files or adapter:
-        refuse_other_kinds(str(directory), [path.name for path in directory.iterdir()])
+        refuse_other_kinds(str(directory), _names(directory))
         raise InputError(
             "E_CKPT_MISSING", f"`{directory}` holds no *.safetensors file", hint="download the weights first"
         )
-    if len(files) > 1 and not (directory / SINGLE_FILE).is_file():
+    if len(files) > 1 and not is_file(directory / SINGLE_FILE):
         raise InputError(
             "E_CKPT_INDEX", f"`{directory}` holds {len(files)} safetensors files and no {INDEX_NAME}",
             hint=f"download {INDEX_NAME} as well",
@@ -273,7 +283,8 @@ def _read_sharded(directory: Path) -> Stored:
     weight_map, twice = _weight_map(index)
     names = sorted(set(weight_map.values()))
     unsafe = [name for name in names if not is_safe_path(directory, name)]
-    for link in sorted(path for path in directory.iterdir() if path.is_symlink() and path.name in unsafe):
+    links = [directory / name for name in _names(directory) if name in unsafe]
+    for link in sorted(path for path in links if path.is_symlink()):
         _refuse_escape(directory, link)
     if unsafe:
         raise InputError(
@@ -283,7 +294,7 @@ def _read_sharded(directory: Path) -> Stored:
     other = [name for name in names if not name.endswith(".safetensors")]
     if other:
         raise InputError("E_CKPT_INDEX", f"`{index}` names a file that is no safetensors file: {other[0]!r}")
-    missing = [name for name in names if not (directory / name).is_file()]
+    missing = [name for name in names if not is_file(directory / name)]
     if missing:
         raise InputError(
             "E_CKPT_MISSING", f"`{directory}` lacks {len(missing)} of {len(names)} shards: {', '.join(missing[:3])}",

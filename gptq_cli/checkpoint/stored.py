@@ -12,6 +12,7 @@ from typing import Any
 from gptq_cli.checkpoint.source import QUANTIZE_CONFIG, Checkpoint, read_json
 from gptq_cli.config.rules import first_match, flaw_of, keeps
 from gptq_cli.errors import InputError
+from gptq_cli.files import UNREADABLE, is_file
 
 STORED_OFFSET = {"gptq": 1, "gptq_v2": 0}  # v1 files store zero - 1 and readers add it back
 FORMATS = tuple(STORED_OFFSET)
@@ -136,8 +137,10 @@ def _disagreements(checkpoint: Checkpoint, said: Mapping[str, Any]) -> list[str]
     """Where config.json and quantize_config.json differ: some readers take the first, some the second."""
     file = checkpoint.directory / QUANTIZE_CONFIG
     try:
-        other = read_json(file) if file.is_file() else said
+        other = read_json(file) if is_file(file) else said
     except InputError as error:
+        if error.code == UNREADABLE:
+            raise
         return [str(error)]
     if not isinstance(other, dict):
         return [f"{QUANTIZE_CONFIG} is not a JSON object"]

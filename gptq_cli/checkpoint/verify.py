@@ -21,6 +21,7 @@ from gptq_cli.checkpoint.raw import INTEGERS, count_not_finite, read_chunks
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from gptq_cli.checkpoint.stored import Settings, StoredConfig, stored_config
 from gptq_cli.errors import InputError
+from gptq_cli.files import UNREADABLE
 
 HEAD = "lm_head"
 _NUMBER = re.compile(r"\.\d+(?=\.)")
@@ -56,6 +57,8 @@ def verify_checkpoint(directory: Path, *, full: bool = False) -> Verification:
     try:
         checkpoint = open_checkpoint(directory)
     except InputError as error:
+        if error.code == UNREADABLE:
+            raise  # nobody knows whether it is defective
         refused = tuple(Defect(problem.code, problem.message) for problem in error.problems)
         return Verification(refused, 0, 0, 0, (), "", full, 0)
     modules = packed_modules(checkpoint.tensors)

@@ -27,7 +27,6 @@ from filelock import FileLock, Timeout
 
 from gptq_cli.checkpoint import durable, replacing
 from gptq_cli.checkpoint.durable import (
-    disk_error,
     disk_errors,
     make_directory,
     remove,
@@ -37,6 +36,7 @@ from gptq_cli.checkpoint.durable import (
 )
 from gptq_cli.checkpoint.manifest import MANIFEST
 from gptq_cli.errors import ExistsError, GptqError, ResourceError
+from gptq_cli.files import resolved, status_of
 
 LOCK, HOLDER, RUN, JOURNAL, STAGE, ASIDE = "lock", "holder.json", "run.json", "journal.jsonl", "out", "old"
 HIDDEN = ("hidden-0", "hidden-1")
@@ -53,7 +53,7 @@ class WorkDirectory:
     """Names in the work directory of `output`; `left` tells what could not be removed of outputs replaced."""
 
     def __init__(self, output: Path) -> None:
-        self.output = output.resolve()
+        self.output = resolved(output, writing=True)
         self.path = self.output.with_name(f".{self.output.name}{SUFFIX}")
         self.stage, self.aside, self.lock = self.path / STAGE, self.path / ASIDE, self.path / LOCK
         self.journal = self.path / JOURNAL
@@ -166,7 +166,7 @@ def locked(output: Path, *, allow_network_fs: bool = False) -> Iterator[WorkDire
 def refuse_locked(output: Path) -> None:
     """ExistsError E_LOCKED if a run is working on `output` now."""
     work = WorkDirectory(output)
-    if work.lock.exists():
+    if status_of(work.lock, writing=True) is not None:
         _lock(work).release()
 
 
@@ -188,12 +188,11 @@ def _acquire(work: WorkDirectory) -> FileLock:
 
 def _lock(work: WorkDirectory) -> FileLock:
     try:
-        return durable.disk.lock(work.lock)
+        with disk_errors(work.lock):
+            return durable.disk.lock(work.lock)
     except Timeout:
         hint = "wait for it, or choose another -o"
         raise ExistsError("E_LOCKED", f"{_holder(work)} is writing `{work.output}`", hint=hint) from None
-    except OSError as error:
-        raise disk_error(work.lock, error) from error
 
 
 def _prepare(work: WorkDirectory) -> None:
@@ -212,7 +211,8 @@ def _holder(work: WorkDirectory) -> str:
 
 
 def _check_private(path: Path) -> None:
-    found = path.lstat()
+    with disk_errors(path):
+        found = path.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
         raise _unsafe(path)
 

@@ -30,6 +30,7 @@ from gptq_cli.checkpoint.reader import SAFETENSORS_DTYPE, tensor_bytes
 from gptq_cli.checkpoint.source import INDEX_NAME, QUANTIZE_CONFIG, Checkpoint
 from gptq_cli.checkpoint.stamps import source_changed
 from gptq_cli.errors import GateError
+from gptq_cli.files import file_errors
 
 MOST_WAITING = 4  # tensors that may wait for the disk: what stands for one linear
 
@@ -86,7 +87,7 @@ class CheckpointWriter:
         """The bytes of one source tensor, unchanged, a few MB at a time."""
         file, offset = self._place[tensor.name]
         digest = sha256()
-        with tensor.file.open("rb", buffering=0) as source:
+        with file_errors(tensor.file, writing=False), tensor.file.open("rb", buffering=0) as source:
             for start in range(tensor.start, tensor.end, COPY_BYTES):
                 chunk = os.pread(source.fileno(), min(COPY_BYTES, tensor.end - start), start)
                 self._write_at(file, offset + start - tensor.start, chunk)

@@ -23,6 +23,7 @@ from typer.exceptions import TyperException
 from gptq_cli.cli.console import Console, report_problems, talk, write, write_result
 from gptq_cli.cli.signals import name_of
 from gptq_cli.errors import ConfigError, GptqError, Problem, Stopped
+from gptq_cli.files import file_cause
 from gptq_cli.version import __version__
 
 # command -> what it does; the function of that name lives in the module of that name, with _ for -
@@ -97,6 +98,9 @@ def exit_code_of(run: Callable[[], Any], *, as_json: bool) -> int:
     except KeyboardInterrupt:
         code = INTERRUPTED
     except Exception as error:  # noqa: BLE001
+        if isinstance(error, OSError) and (refused := file_cause(error)):
+            Console().detail(traceback.format_exc())
+            return _fail(refused.problems, refused.exit_code, as_json)
         write(sys.stderr, traceback.format_exc())
         hint = "this is a bug in gptq: please report it with the lines above"
         return _fail((Problem("E_BUG", f"{type(error).__name__}: {error}", hint),), BUG, as_json)

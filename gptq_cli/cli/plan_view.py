@@ -15,6 +15,7 @@ from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.targets import engine_data
 from gptq_cli.config.units import clock, size
 from gptq_cli.errors import ConfigError
+from gptq_cli.files import status_of
 from gptq_cli.pipeline.cost import Seconds
 from gptq_cli.pipeline.estimate import Term, estimate_disk, estimate_memory, estimate_time, forward_dtype, total
 from gptq_cli.pipeline.naming import default_name
@@ -56,7 +57,7 @@ def show_plan(
         **_data(found, resolved, output, devices),
         "seconds": _seconds_data(seconds),
     }
-    if output.exists():
+    if status_of(output, writing=True) is not None:
         console.say(f"note: `{output}` exists: quantize will refuse it if it is not empty and --overwrite is not given")
     disk = data["disk"]
     if disk["free_bytes"] is not None and disk["free_bytes"] < disk["needed_bytes"]:

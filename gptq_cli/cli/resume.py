@@ -15,6 +15,7 @@ from gptq_cli.cli.quantize import run
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.units import shell_word
 from gptq_cli.errors import ConfigError, InputError
+from gptq_cli.files import is_directory, resolved
 
 Directory = Annotated[
     Path, typer.Argument(metavar="WORKDIR", help="the hidden .OUT.gptq-work beside the output", show_default=False)
@@ -40,14 +41,14 @@ def resume(
 
     Example: gptq resume .Qwen3-0.6B-4bit.gptq-work
     """
-    started_in, directory = Path.cwd(), directory.resolve()
+    started_in, directory = Path.cwd(), resolved(directory)
     begun, output = _read(directory)
     if begun.config.trust_remote_code and not trust_remote_code:
         raise InputError(
             "E_REMOTE_CODE", f"the run in `{directory}` needs Python code that comes with `{begun.model}`",
             hint=f"read that code, then: gptq resume {shell_word(str(directory))} --trust-remote-code",
         )  # fmt: skip
-    if begun.directory.is_dir():
+    if is_directory(begun.directory):
         os.chdir(begun.directory)
     run(
         Console(as_json, quiet),

@@ -15,7 +15,6 @@ from gptq_cli.cli.options import AsJson, plain
 from gptq_cli.config.resolve import Resolved, resolve
 from gptq_cli.config.targets import Verdict, engine_data
 from gptq_cli.config.yaml_writer import to_yaml
-from gptq_cli.errors import InputError
 
 if TYPE_CHECKING:
     from gptq_cli.pipeline.run_plan import LayerPlan, RunPlan
@@ -52,13 +51,11 @@ def validate_config(
 
 
 def _plan(console: Console, model: Path, resolved: Resolved) -> tuple[RunPlan, tuple[Verdict, ...]]:
+    from gptq_cli.checkpoint.hub import local_model
     from gptq_cli.pipeline.plan import plan_run
     from gptq_cli.pipeline.readers import judge_plan, remarks
 
-    if not model.is_dir():
-        hint = "--model takes a model directory on this machine"
-        raise InputError("E_MODEL_NOT_FOUND", f"`{model}` is not a directory", hint=hint)
-    plan = plan_run(model, resolved.config)
+    plan = plan_run(local_model(model), resolved.config)
     for code, remark in remarks(plan, resolved.config):
         console.warn(code, remark)
     return plan, judge_plan(plan, resolved.config)

@@ -12,7 +12,7 @@ import typer
 from gptq_cli.cli.console import Console, fitted
 from gptq_cli.cli.options import AsJson, Quiet, plain
 from gptq_cli.config.units import size
-from gptq_cli.errors import GateError, InputError
+from gptq_cli.errors import GateError
 
 if TYPE_CHECKING:
     from gptq_cli.checkpoint.module_checks import Defect
@@ -36,12 +36,10 @@ def verify(
     Example: gptq verify ./Qwen3-0.6B-GPTQ-Int4-g128 --full
     """
     console = Console(as_json, quiet)
-    if not directory.is_dir():
-        hint = "give the directory of a GPTQ checkpoint on this machine"
-        raise InputError("E_MODEL_NOT_FOUND", f"`{directory}` is not a directory", hint=hint)
+    from gptq_cli.checkpoint.hub import local_model
     from gptq_cli.checkpoint.verify import verify_checkpoint
 
-    found = verify_checkpoint(directory, full=full)
+    found = verify_checkpoint(local_model(directory), full=full)
     if found.ok:
         console.result(_data(found), fitted(f"{directory}: {_checked(found)}"), "ok")
         return

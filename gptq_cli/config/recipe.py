@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from gptq_cli.config.finding import nearest
@@ -25,7 +26,7 @@ def find_config(file: Path) -> Path:
     """`file`, or the recipe of that name if there is no such file; ConfigError E_CFG_FILE if it could be neither."""
     known = recipes()
     name = str(file)
-    if file.exists() or file.name != name or file.suffix:
+    if os.path.lexists(file) or file.name != name or file.suffix:
         return file
     if name in known:
         return known[name]

@@ -20,6 +20,7 @@ from gptq_cli.config.schema import FIELDS, QuantizeConfig, conflicts, field_find
 from gptq_cli.config.targets import settings_export, target_problems
 from gptq_cli.config.yaml_loader import Place, load, parse_scalar
 from gptq_cli.errors import ConfigError, Location, Problem
+from gptq_cli.files import file_errors
 
 ENVIRONMENT = "GPTQ_"
 AT_KEY = {"E_CFG_UNKNOWN_KEY", "E_CFG_REGEX"}
@@ -116,6 +117,7 @@ def resolve(flags: Mapping[str, Any], env: Mapping[str, str], file: Path | None 
     return Resolved(config, origins, tuple(note for source in sources for note in source.notes))
 
 
+@file_errors()
 def load_config(file: str | Path) -> QuantizeConfig:
     """The configuration of a YAML or JSON file, or of the recipe of that name; ConfigError as `resolve`.
 

@@ -20,6 +20,7 @@ from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from gptq_cli.config.finding import KeyPath
 from gptq_cli.errors import ConfigError, Location, Problem
+from gptq_cli.files import advice
 
 MAX_BYTES = 10**6
 MAX_DEPTH = 64
@@ -122,9 +123,12 @@ def _read(path: Path) -> bytes:
             raise ConfigError("E_CFG_FILE", f"{path} is {what}, a configuration is a YAML or JSON file")
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ConfigError("E_CFG_FILE", f"cannot read the configuration {path}: {reason}") from None
+    except OSError as error:
+        reason = error.strerror or str(error)
+        message = f"cannot read the configuration {path}: {reason}"
+        raise ConfigError("E_CFG_FILE", message, hint=advice(error, path)) from None
+    except ValueError as error:  # a NUL in its name
+        raise ConfigError("E_CFG_FILE", f"cannot read the configuration {path}: {error}") from None
     if len(data) > MAX_BYTES:
         hint = "put calibration text into a file of its own and name it in dataset"
         raise ConfigError("E_CFG_YAML", f"{path} is larger than {MAX_BYTES // 10**6} MB", hint=hint)

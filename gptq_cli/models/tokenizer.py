@@ -8,7 +8,8 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from gptq_cli.errors import InputError
+from gptq_cli.errors import GptqError, InputError
+from gptq_cli.files import file_cause, file_errors
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,8 @@ def load_encoder(directory: Path, *, trust_remote_code: bool) -> Encoder:
         )
         first = tokenizer("a", add_special_tokens=True)["input_ids"][:1]
     except Exception as error:
+        if refused := file_cause(error) or _unreadable(directory):
+            raise refused from error
         if not any(directory.glob("*token*")) and not any(directory.glob("*vocab*")):
             hint = "copy the tokenizer's files into it, such as tokenizer.json and tokenizer_config.json"
             raise InputError("E_TOKENIZER", f"`{directory}` has no tokenizer", hint=hint) from error
@@ -41,3 +44,15 @@ def load_encoder(directory: Path, *, trust_remote_code: bool) -> Encoder:
         ) from error
     bos = tokenizer.bos_token_id
     return Encoder(tokenizer, bos if bos is not None and first == [bos] else None)
+
+
+def _unreadable(directory: Path) -> GptqError | None:
+    """The error for the first file in `directory` that may not be read; some libraries say less."""
+    try:
+        for file in sorted(directory.iterdir()):
+            if file.is_file():
+                with file_errors(file, writing=False), file.open("rb"):
+                    pass
+    except GptqError as error:
+        return error
+    return None

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from gptq_cli.config.rules import expert_part
 from gptq_cli.config.schema import QuantizeConfig
+from gptq_cli.files import is_directory
 from gptq_cli.pipeline.cost import HESSIAN_SHARE, ROWS_OF_A_PART, Calibration, Rates, Seconds, estimate_seconds
 from gptq_cli.pipeline.run_plan import LayerPlan, RunPlan
 from gptq_cli.pipeline.windows import bounded
@@ -117,7 +118,8 @@ def estimate_time(plan: RunPlan, config: QuantizeConfig, rates: Rates) -> Second
 
 def estimate_disk(plan: RunPlan, output: Path) -> Disk:
     """The output is written once, under another name beside its own, while whatever stands there stays."""
-    place = next((folder for folder in (output, *output.absolute().parents) if folder.is_dir()), None)
+    folders = (output, *output.absolute().parents)
+    place = next((folder for folder in folders if is_directory(folder, writing=True)), None)
     return Disk(plan.layout.nbytes, shutil.disk_usage(place).free if place else None)
 
 

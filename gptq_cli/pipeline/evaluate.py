@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from gptq_cli.calibration.corpus import DatasetSource, Documents, load_documents
 from gptq_cli.calibration.sampling import Windows, check_token_ids, evaluation_windows
 from gptq_cli.checkpoint.hub import locate_model
-from gptq_cli.checkpoint.manifest import CONFIG_FILE
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from gptq_cli.errors import InputError
 from gptq_cli.evaluation.perplexity import Divergence, Perplexity
@@ -26,6 +24,7 @@ from gptq_cli.pipeline.eval_request import EvalRequest
 from gptq_cli.pipeline.events import BlockStarted, PhaseStarted, Report, ignore
 from gptq_cli.pipeline.memory import Memory, block_finished
 from gptq_cli.pipeline.record import Record
+from gptq_cli.pipeline.recorded import recorded_settings
 from gptq_cli.pipeline.setup import open_stream, refuse_wrong_numbers, resolve_backend, resolve_device, warn_of
 from gptq_cli.pipeline.windows import bounded_seqlen
 
@@ -141,9 +140,8 @@ class _Run:
 
 def _recorded_backend(checkpoint: Checkpoint) -> str | None:
     """The `backend` of the configuration that a checkpoint of ours was made with."""
-    file = checkpoint.directory / CONFIG_FILE
-    content = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
-    return content.get("backend") if isinstance(content, dict) else None
+    backend = recorded_settings(checkpoint.directory).get("backend")
+    return backend if isinstance(backend, str) else None
 
 
 def _windows(checkpoint: Checkpoint, request: EvalRequest, report: Report) -> tuple[Windows, Documents]:

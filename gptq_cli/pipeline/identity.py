@@ -17,6 +17,7 @@ from gptq_cli.checkpoint.hashing import file_hashes
 from gptq_cli.checkpoint.source import INDEX_NAME, Checkpoint
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import InputError
+from gptq_cli.files import file_errors, is_file
 from gptq_cli.pipeline.team import Team
 from gptq_cli.version import __version__
 
@@ -105,7 +106,7 @@ def _files(source: Checkpoint, commit: str | None) -> dict[str, Any]:
     for tensor in source.tensors.values():
         header_bytes[tensor.file] = min(tensor.start, header_bytes.get(tensor.file, tensor.start))
     beside = [source.directory / name for name in ("config.json", INDEX_NAME, *map(str, source.other_files()))]
-    hashed = [path for path in beside if path.is_file()] + ([] if commit else list(header_bytes))
+    hashed = [path for path in beside if is_file(path)] + ([] if commit else list(header_bytes))
     known: dict[str, Any] = {
         path.relative_to(source.directory).as_posix(): found
         for path, found in zip(hashed, file_hashes(hashed), strict=True)
@@ -114,7 +115,7 @@ def _files(source: Checkpoint, commit: str | None) -> dict[str, Any]:
 
 
 def _header(path: Path, n_bytes: int) -> str:
-    with path.open("rb") as stream:
+    with file_errors(path, writing=False), path.open("rb") as stream:
         return f"{path.stat().st_size} bytes, header {sha256(stream.read(n_bytes)).hexdigest()}"
 
 

@@ -10,19 +10,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from gptq_cli.checkpoint.block_float import SCALES, block_size
 from gptq_cli.checkpoint.headers import TensorInfo
-from gptq_cli.checkpoint.manifest import CONFIG_FILE
 from gptq_cli.checkpoint.orientation import stores_transposed
 from gptq_cli.checkpoint.packed import PARTS, PackedModule, packed_modules
 from gptq_cli.checkpoint.source import QUANTIZE_CONFIG, Checkpoint, read_json
 from gptq_cli.config.engines import Export
 from gptq_cli.config.layer import LayerConfig
 from gptq_cli.config.targets import export_of
+from gptq_cli.files import is_file
 from gptq_cli.pipeline.overview import Row, collapse, kind_of, other_rows, settings
 from gptq_cli.pipeline.readers import has_narrow_experts
+from gptq_cli.pipeline.recorded import recorded_settings
 from gptq_cli.pipeline.run_plan import HEAD
 
 FROM_CONFIG = ("model_type", "architectures", "transformers_version")
@@ -154,19 +153,15 @@ def _files(checkpoint: Checkpoint) -> dict[str, int]:
 def _provenance(checkpoint: Checkpoint) -> dict[str, Any]:
     found = {key: checkpoint.config[key] for key in FROM_CONFIG if checkpoint.config.get(key) is not None}
     file = checkpoint.directory / QUANTIZE_CONFIG
-    content = read_json(file) if file.is_file() else checkpoint.quantization
+    content = read_json(file) if is_file(file) else checkpoint.quantization
     meta = content.get("meta") if isinstance(content, dict) else None
     found |= {key: value for key, value in meta.items() if value is not None} if isinstance(meta, dict) else {}
-    return found | _run_settings(checkpoint.directory / CONFIG_FILE)
+    return found | _run_settings(checkpoint.directory)
 
 
-def _run_settings(file: Path) -> dict[str, Any]:
+def _run_settings(directory: Path) -> dict[str, Any]:
     """What the configuration of a run of ours says about its text."""
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
-    except (yaml.YAMLError, UnicodeDecodeError):
-        return {}
-    content = content if isinstance(content, dict) else {}
+    content = recorded_settings(directory)
     if isinstance(content.get("dataset"), list):
         content["dataset"] = f"{len(content['dataset'])} texts"
     return {key: content[key] for key in FROM_RUN if content.get(key) is not None}

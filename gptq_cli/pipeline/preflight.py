@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gptq_cli.calibration.corpus import DatasetSource, check_source
+from gptq_cli.checkpoint.hub import model_directory
 from gptq_cli.checkpoint.raw import count_not_finite
 from gptq_cli.checkpoint.replacing import check_output
 from gptq_cli.checkpoint.work_directory import WorkDirectory, refuse_locked
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.units import size
 from gptq_cli.errors import InputError, ResourceError
+from gptq_cli.files import expanded, file_errors, files_below
 from gptq_cli.pipeline.estimate import DEVICE_SHARE, LIBRARIES, STATES, Term, estimate_memory, total
 from gptq_cli.pipeline.plan import plan_run
 from gptq_cli.pipeline.run_plan import RunPlan
@@ -21,10 +23,10 @@ from gptq_cli.pipeline.run_plan import RunPlan
 def preflight(model: str, output: Path, config: QuantizeConfig, *, overwrite: bool) -> None:
     """Raise whatever output, headers, rules and a dataset's path tell against a run; a Hub id is looked at after its
     download."""
-    directory = Path(model).expanduser()
-    check_output(output, directory, overwrite=overwrite, may_be_done=True)
+    directory = model_directory(model)
+    check_output(output, directory or expanded(model), overwrite=overwrite, may_be_done=True)
     refuse_locked(output)
-    if directory.is_dir():
+    if directory is not None:
         plan_run(directory, config)
     check_source(DatasetSource(config.dataset, config.dataset_config, config.dataset_split, config.text_column))
 
@@ -34,8 +36,9 @@ def check_disk(work: WorkDirectory, output_bytes: int, hidden_bytes: int) -> Non
 
     What an earlier run has written to `work` already counts as free.
     """
-    written = sum(path.stat().st_blocks * 512 for path in work.path.rglob("*"))
-    disk = os.statvfs(work.path)
+    with file_errors(work.path):
+        written = sum(path.lstat().st_blocks * 512 for path in files_below(work.path))
+        disk = os.statvfs(work.path)
     free = disk.f_bavail * disk.f_frsize + written
     needed = output_bytes + 2 * hidden_bytes
     if needed > free:

@@ -12,6 +12,7 @@ import yaml
 
 from gptq_cli.calibration.corpus import CORPORA, is_path
 from gptq_cli.checkpoint.durable import json_bytes
+from gptq_cli.checkpoint.hub import local_model
 from gptq_cli.checkpoint.manifest import CONFIG_FILE, MANIFEST, REPORT_DATA, REPORT_PAGE, sealed
 from gptq_cli.checkpoint.side_files import CONFIG_NAMES
 from gptq_cli.checkpoint.source import INDEX_NAME, Checkpoint, open_checkpoint, read_json
@@ -20,7 +21,9 @@ from gptq_cli.checkpoint.verify import verify_checkpoint
 from gptq_cli.config.resolve import resolve
 from gptq_cli.config.targets import verdicts
 from gptq_cli.config.units import size
-from gptq_cli.errors import ConfigError, GateError, InputError
+from gptq_cli.errors import ConfigError, GateError
+from gptq_cli.files import advice, file_errors, is_file
+from gptq_cli.hub import id_flaw, pasted_id
 from gptq_cli.pipeline.events import PhaseStarted, Report, Warned, ignore
 from gptq_cli.pipeline.inspect import Inspection, inspect_checkpoint
 from gptq_cli.pipeline.report import read_evaluation
@@ -68,14 +71,13 @@ def prepare_push(
     Hub would refuse and E_CFG_MISSING if nobody says what the model was made from; InputError as opening does, E_REPORT
     for an evaluation that is none; GateError E_VERIFY for a checkpoint with defects.
     """
-    if "/" not in repo or not _ID.fullmatch(repo):
-        raise ConfigError("E_CFG_RANGE", f"REPO must be NAMESPACE/NAME, got {repo!r}", hint="for example me/my-model")
-    if base_model is not None and not _ID.fullmatch(base_model):
-        hint = "say what it is called on the Hub, for example Qwen/Qwen3-0.6B"
+    if "/" not in repo or not _is_id(repo):
+        hint = _meant(repo) or "for example me/my-model"
+        raise ConfigError("E_CFG_RANGE", f"REPO must be NAMESPACE/NAME, got {repo!r}", hint=hint)
+    if base_model is not None and not _is_id(base_model):
+        hint = _meant(base_model) or "give what it is called on the Hub, for example Qwen/Qwen3-0.6B"
         raise ConfigError("E_CFG_RANGE", f"--base-model must be the id of a Hub model, got {base_model!r}", hint=hint)
-    if not directory.is_dir():
-        hint = "give the directory of a GPTQ checkpoint on this machine"
-        raise InputError("E_MODEL_NOT_FOUND", f"`{directory}` is not a directory", hint=hint)
+    directory = local_model(directory)
     measured = read_evaluation(evaluation) if evaluation else None
     checkpoint = open_checkpoint(directory)
     found = inspect_checkpoint(checkpoint)
@@ -107,7 +109,7 @@ def _contents(checkpoint: Checkpoint, card: str) -> dict[str, Path | bytes]:
     """Weights, settings and files beside them, the card, and a manifest that leaves the card to its editors."""
     directory = checkpoint.directory
     names = {tensor.file.name for tensor in checkpoint.tensors.values()}
-    names |= {name for name in (*CONFIG_NAMES, INDEX_NAME) if (directory / name).is_file()}
+    names |= {name for name in (*CONFIG_NAMES, INDEX_NAME) if is_file(directory / name)}
     names |= {file.as_posix() for file in checkpoint.other_files()} - LOCAL
     files: dict[str, Path | bytes] = {name: directory / name for name in sorted(names)}
     if MANIFEST in files:
@@ -128,7 +130,7 @@ def _card(
     manifest = _manifest(checkpoint.directory)
     origin = _mapping(manifest, "origin")
     base = base_model or origin.get("model")
-    if not isinstance(base, str) or not _ID.fullmatch(base):
+    if not isinstance(base, str) or not _is_id(base):
         hint = "name the model on the Hub that it was made from: --base-model Qwen/Qwen3-0.6B"
         message = f"`{checkpoint.directory}` does not say which model on the Hub it was made from"
         raise ConfigError("E_CFG_MISSING", message, hint=hint)
@@ -162,6 +164,16 @@ def _card(
     )
 
 
+def _is_id(name: str) -> bool:
+    """Whether both the Hub and its client take `name` for an id."""
+    return bool(_ID.fullmatch(name)) and id_flaw(name) is None
+
+
+def _meant(name: str) -> str | None:
+    pasted = pasted_id(name)
+    return f"use {pasted.id}" if pasted and _is_id(pasted.id) else None
+
+
 def _method(found: Inspection) -> dict[str, Any]:
     """The settings most linears have."""
     pairs = [(module.bits, module.group_size) for module in found.modules]
@@ -176,7 +188,7 @@ def _method(found: Inspection) -> dict[str, Any]:
 
 
 def _manifest(directory: Path) -> dict[str, Any]:
-    content = read_json(directory / MANIFEST) if (directory / MANIFEST).is_file() else {}
+    content = read_json(directory / MANIFEST) if is_file(directory / MANIFEST) else {}
     return content if isinstance(content, dict) else {}
 
 
@@ -196,7 +208,7 @@ def _is_judged(layer: Mapping[str, Any]) -> bool:
 
 def _settings(directory: Path, report: Report) -> dict[str, Any]:
     """The configuration of the run, if it is one of ours; a path in it is told before it is published."""
-    if not (directory / CONFIG_FILE).is_file():
+    if not is_file(directory / CONFIG_FILE):
         return {}
     config = resolve({}, {}, directory / CONFIG_FILE).config
     settings = {key: value for key, value in config.model_dump(mode="json").items() if value not in (None, {})}
@@ -211,9 +223,11 @@ def _settings(directory: Path, report: Report) -> dict[str, Any]:
 
 def _front_matter(file: Path) -> dict[str, Any]:
     """What the card of the source says to the Hub; nothing if it cannot be read."""
-    if not file.is_file() or file.stat().st_size > MAX_CARD_BYTES:
+    if not is_file(file) or file.stat().st_size > MAX_CARD_BYTES:
         return {}
-    found = _YAML_BLOCK.search(file.read_text(encoding="utf-8-sig", errors="replace"))
+    with file_errors(file, writing=False):
+        text = file.read_text(encoding="utf-8-sig", errors="replace")
+    found = _YAML_BLOCK.search(text)
     try:
         # Texts and nothing else: `no` is a language here, and 1.10 a version.
         content = yaml.load(found[1], Loader=yaml.BaseLoader) if found else {}
@@ -227,7 +241,8 @@ def _read_card(file: Path) -> str:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise ConfigError("E_CFG_FILE", f"cannot read the card `{file}`: {reason}") from None
+        hint = advice(error, file) if isinstance(error, OSError) else "save it as UTF-8"
+        raise ConfigError("E_CFG_FILE", f"cannot read the card `{file}`: {reason}", hint=hint) from None
 
 
 def _hub_dataset(name: object) -> str | None:
@@ -236,7 +251,7 @@ def _hub_dataset(name: object) -> str | None:
         return None
     known = CORPORA.get(name)
     repo = known.repo if known else name
-    return repo if _ID.fullmatch(repo) else None
+    return repo if _is_id(repo) else None
 
 
 def _evaluation_dataset(evaluation: Mapping[str, Any] | None) -> str | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from gptq_cli.calibration.corpus import DatasetSource, Documents, load_documents
 from gptq_cli.calibration.sampling import Windows, calibration_windows, check_token_ids
 from gptq_cli.checkpoint.gptq_format import encode
-from gptq_cli.checkpoint.hub import ModelSource, locate_model
+from gptq_cli.checkpoint.hub import ModelSource, locate_model, model_directory
 from gptq_cli.checkpoint.manifest import write_manifest
 from gptq_cli.checkpoint.replacing import check_output
 from gptq_cli.checkpoint.run_file import write_run
@@ -26,6 +26,7 @@ from gptq_cli.config.targets import Verdict, engine_data
 from gptq_cli.config.units import size
 from gptq_cli.engine.layer import QuantizedLinear
 from gptq_cli.errors import GateError
+from gptq_cli.files import expanded, resolved
 from gptq_cli.models.stream import ModelStream
 from gptq_cli.models.tokenizer import load_encoder
 from gptq_cli.pipeline.copying import copy_others, write_beside
@@ -165,7 +166,7 @@ def quantize_checkpoint(
 
 def _source(model: str, revision: str | None, output: Path, *, overwrite: bool) -> tuple[ModelSource, Checkpoint]:
     """The model, which may be downloaded first; refused, before and after, if `output` is no place for this run."""
-    check_output(output, Path(model).expanduser(), overwrite=overwrite, may_be_done=True)
+    check_output(output, model_directory(model) or expanded(model), overwrite=overwrite, may_be_done=True)
     located = locate_model(model, revision)
     check_output(output, located.directory, overwrite=overwrite, may_be_done=True)
     return located, open_checkpoint(located.directory)
@@ -294,9 +295,9 @@ def _hidden_bytes(config: QuantizeConfig, stream: ModelStream) -> int:
 
 def _request(model: str, output: Path, config: QuantizeConfig, revision: str | None, overwrite: bool) -> dict[str, Any]:
     """The call that goes on with this run from anywhere."""
-    directory = Path(model).expanduser()
+    directory = model_directory(model)
     return {
-        "model": str(directory.resolve()) if directory.is_dir() else model,
+        "model": model if directory is None else str(resolved(directory)),
         "output": str(output),
         "config": config.model_dump(mode="json"),
         "revision": revision,

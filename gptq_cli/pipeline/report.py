@@ -12,6 +12,7 @@ from gptq_cli.checkpoint.durable import json_bytes, write_file
 from gptq_cli.checkpoint.manifest import REPORT_DATA, REPORT_PAGE
 from gptq_cli.checkpoint.source import read_json
 from gptq_cli.errors import InputError
+from gptq_cli.files import is_file, resolved
 from gptq_cli.pipeline.events import BlockFinished, Event, Report
 from gptq_cli.version import __version__
 
@@ -42,7 +43,7 @@ def check_report() -> None:
 
 def save_report(output: Path, result: Mapping[str, Any], log: BlockLog, command: str) -> Path:
     """Keep the data of a finished run in its output, and the page made of it, whose path is returned."""
-    data = {"report": VERSION, "version": __version__, "command": command, "name": output.resolve().name}
+    data = {"report": VERSION, "version": __version__, "command": command, "name": resolved(output).name}
     data |= {key: value for key, value in result.items() if key != "output"} | {"blocks": log.blocks}
     write_file(output / REPORT_DATA, json_bytes(data, indent=1))
     return write_page(output, output / REPORT_PAGE)
@@ -55,7 +56,7 @@ def write_page(directory: Path, page: Path, *, evaluation: Path | None = None, p
     """
     check_report()
     file = directory / REPORT_DATA
-    if not file.is_file():
+    if not is_file(file):
         hint = "quantize with --report"
         raise InputError("E_REPORT", f"`{directory}` holds no {REPORT_DATA}", hint=hint)
     run = read_json(file)
@@ -74,7 +75,7 @@ def write_page(directory: Path, page: Path, *, evaluation: Path | None = None, p
 
 def read_evaluation(file: Path) -> dict[str, Any]:
     """What `gptq eval-ppl --json` has written into `file`; InputError E_REPORT if it is something else."""
-    if not file.is_file():
+    if not is_file(file):
         hint = "write one: gptq eval-ppl MODEL --json > FILE"
         raise InputError("E_REPORT", f"there is no file `{file}`", hint=hint)
     content = read_json(file)

@@ -29,6 +29,7 @@ from gptq_cli.checkpoint.run_file import read_run, resume_command
 from gptq_cli.checkpoint.work_directory import WorkDirectory, locked
 from gptq_cli.checkpoint.writer import CheckpointWriter
 from gptq_cli.errors import ExistsError
+from gptq_cli.files import is_file
 from gptq_cli.models.recording import Container
 from gptq_cli.models.stream import ModelStream
 from gptq_cli.pipeline.activations import HiddenStates
@@ -162,7 +163,7 @@ class SavedBlocks(FinishedBlocks):
 
     def _has_hidden(self, save: int) -> bool:
         path = self._work.hidden(save)
-        return path.is_file() and file_hash(path) == self._journal.entries[save]["hidden"]
+        return is_file(path) and file_hash(path) == self._journal.entries[save]["hidden"]
 
     def _warn(self, what: str) -> None:
         self._record(Warned("W_RESUME_DAMAGED", f"{what} in `{self._work.path}`: what depends on it is done again"))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gptq_cli.checkpoint.durable import write_file, write_json
 from gptq_cli.checkpoint.headers import TensorInfo
-from gptq_cli.checkpoint.hub import locate_model
+from gptq_cli.checkpoint.hub import locate_model, model_directory
 from gptq_cli.checkpoint.layout import TensorSpec, plan_layout
 from gptq_cli.checkpoint.manifest import CONFIG_FILE, MANIFEST, OF_THE_RUN, write_manifest
 from gptq_cli.checkpoint.orientation import stores_transposed
@@ -32,6 +32,7 @@ from gptq_cli.config.resolve import resolve
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.yaml_writer import to_yaml
 from gptq_cli.errors import ConfigError, ExistsError, GptqError, InputError
+from gptq_cli.files import expanded, is_file
 from gptq_cli.pipeline.events import LayerStarted, PhaseStarted, Report, ignore
 from gptq_cli.pipeline.resume import working_on
 from gptq_cli.pipeline.setup import DTYPES, STORED_DTYPES, warn_of
@@ -89,7 +90,7 @@ def convert_checkpoint(
         copy_side_files(source, work.stage, without={CONFIG_FILE, MANIFEST})
         write_json(work.stage / "config.json", source.config | {"quantization_config": said | changes})
         write_json(work.stage / QUANTIZE_CONFIG, _quantize_config(source, said) | changes)
-        if (source.directory / CONFIG_FILE).is_file():
+        if is_file(source.directory / CONFIG_FILE):
             config = resolve({}, {}, source.directory / CONFIG_FILE).config.model_copy(
                 update={"format": to, "target": None}
             )
@@ -163,7 +164,7 @@ class _PlainWeights:
 
 def _open(model: str, output: Path, report: Report, *, overwrite: bool) -> tuple[Checkpoint, tuple[PackedModule, ...]]:
     try:
-        check_output(output, Path(model).expanduser(), overwrite=overwrite)
+        check_output(output, model_directory(model) or expanded(model), overwrite=overwrite)
     except ExistsError:
         _clear_up(output, report)
         raise
@@ -241,5 +242,5 @@ def _write_tensors(
 
 def _quantize_config(source: Checkpoint, said: dict[str, Any]) -> dict[str, Any]:
     file = source.directory / QUANTIZE_CONFIG
-    content = read_json(file) if file.is_file() else said
+    content = read_json(file) if is_file(file) else said
     return dict(content) if isinstance(content, dict) else said

@@ -8,9 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptq_cli.checkpoint.hub import hub_id
+from gptq_cli.checkpoint.hub import hub_id, model_directory
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import ConfigError
+from gptq_cli.files import file_errors
 from gptq_cli.pipeline.eval_request import EvalRequest
 from gptq_cli.pipeline.events import Report, ignore
 from gptq_cli.pipeline.naming import default_name
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from gptq_cli.pipeline.quantize import QuantizeResult
 
 
+@file_errors()
 def quantize(
     model: str | Path,
     config: QuantizeConfig,
@@ -96,7 +98,7 @@ def refuse_early(
     if resume not in ("auto", "require", "never"):
         hint = "leave it out to go on with unfinished work if there is some"
         raise ConfigError("E_CFG_RANGE", f"--resume must be auto, require or never, got {resume!r}", hint=hint)
-    if not Path(model).expanduser().is_dir():
+    if model_directory(model) is None:
         hub_id(model)  # a wrong path fails here in a moment, what may be a Hub id is looked up later
     output = Path(output or default_name(model, config))
     if report:
@@ -105,6 +107,7 @@ def refuse_early(
     return output
 
 
+@file_errors()
 def evaluate_perplexity(
     model: str | Path, request: EvalRequest | None = None, *, on_event: Report = ignore
 ) -> EvalResult:

@@ -11,6 +11,7 @@ import pytest
 
 from gptq_cli.checkpoint import hashing
 from gptq_cli.checkpoint.hashing import Span, file_hash, file_hashes, side_by_side, span_hashes
+from gptq_cli.errors import InputError
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def test_a_span_is_hashed_as_far_as_its_file_goes(start: int, size: int, files: 
 
 def test_a_file_that_is_not_there_is_an_error_of_its_own(files: list[Path]) -> None:
     files[3].unlink()
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(InputError, match=r"cannot read `.*3`: No such file"):
         list(span_hashes(Span(path, 0, 4) for path in files))
 
 

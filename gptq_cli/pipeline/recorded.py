@@ -1,0 +1,27 @@
+"""The configuration of a run as it lies in the checkpoint that the run has made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from gptq_cli.checkpoint.manifest import CONFIG_FILE
+from gptq_cli.config.yaml_loader import load
+from gptq_cli.errors import ConfigError
+from gptq_cli.files import is_file
+
+
+def recorded_settings(directory: Path) -> dict[str, Any]:
+    """What gptq_config.yaml in `directory` says; nothing if it is not there or no configuration.
+
+    ConfigError E_CFG_FILE if it may not be read.
+    """
+    file = directory / CONFIG_FILE
+    if not is_file(file):
+        return {}
+    try:
+        return dict(load(file).values)
+    except ConfigError as error:
+        if error.code == "E_CFG_FILE":
+            raise
+        return {}

@@ -1,0 +1,147 @@
+"""What a file system refuses has a code, the path, the reason and what to do; a mistake of the program stays one."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from gptq_cli.errors import GptqError, InputError, ResourceError
+from gptq_cli.files import expanded, file_cause, file_error, file_errors, files_below, is_directory, resolved, status_of
+
+READ = [
+    (errno.EACCES, "E_FILE", 3, "Permission denied", "right to read it|chmod u"),
+    (errno.ENOENT, "E_FILE", 3, "No such file", "moved or removed"),
+    (errno.ELOOP, "E_FILE", 3, "symbolic links", "leads back to itself"),
+    (errno.EISDIR, "E_FILE", 3, "Is a directory", "name a file in it"),
+    (errno.EIO, "E_DISK", 5, "Input/output error", "dmesg"),
+    (errno.ESTALE, "E_DISK", 5, "Stale", "mount it again"),
+    (errno.EMFILE, "E_OPEN_FILES", 5, "Too many open files", "ulimit -n"),
+    (errno.ENFILE, "E_OPEN_FILES", 5, "Too many open files", "ulimit -n"),
+    (errno.ENOMEM, "E_OOM", 5, "Cannot allocate", "memory"),
+    (errno.EBUSY, "E_FILE", 3, "busy", "run again"),
+]
+WRITTEN = [
+    (errno.EACCES, "Permission denied", "an output you may write to"),
+    (errno.EROFS, "Read-only", "not read-only"),
+    (errno.ENOSPC, "No space", "free some space"),
+    (errno.EDQUOT, "quota", "free some space"),
+    (errno.ELOOP, "symbolic links", "remove the link"),
+    (errno.ENOENT, "No such file", "somebody removes"),
+    (errno.EIO, "Input/output", "another disk"),
+]
+
+
+def failed(number: int, *names: str | bytes | int) -> OSError:
+    return OSError(number, os.strerror(number), *names)
+
+
+@pytest.mark.parametrize(("number", "code", "exit_code", "reason", "hint"), READ)
+def test_what_cannot_be_read_is_told_with_path_and_advice(
+    number: int, code: str, exit_code: int, reason: str, hint: str, tmp_path: Path
+) -> None:
+    (tmp_path / "a.json").touch()
+    with pytest.raises(GptqError, match=reason) as caught, file_errors(tmp_path / "a.json", writing=False):
+        raise failed(number)
+    assert (caught.value.code, caught.value.exit_code) == (code, exit_code)
+    assert "a.json" in str(caught.value)
+    assert any(word in (caught.value.hint or "") for word in hint.split("|"))
+
+
+@pytest.mark.parametrize(("number", "reason", "hint"), WRITTEN)
+def test_what_cannot_be_written_is_told_with_path_and_advice(
+    number: int, reason: str, hint: str, tmp_path: Path
+) -> None:
+    message = rf"cannot write `.*out`: .*{reason}"
+    with pytest.raises(ResourceError, match=message) as caught, file_errors(tmp_path / "out", writing=True):
+        raise failed(number)
+    assert (caught.value.code, caught.value.exit_code) == ("E_DISK", 5)
+    assert hint in (caught.value.hint or "")
+
+
+def test_an_error_that_names_its_file_needs_no_other_name(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"none\.json") as caught, file_errors():
+        (tmp_path / "none.json").read_bytes()
+    assert caught.value.code == "E_FILE"
+    named = [file_error(failed(errno.ENOENT, name)) for name in (b"/a/\xff", "/a/b")]
+    assert [str(error).split("`")[1] for error in named] == ["/a/\udcff", "/a/b"]
+
+
+def test_what_is_no_matter_of_files_stays_what_it_is() -> None:
+    assert file_error(failed(errno.EBADF)) is None
+    assert file_error(failed(errno.ENOENT)) is None
+    assert file_error(failed(errno.EINVAL, 7)) is None
+    assert file_error(OSError("words of a library")) is None
+    with pytest.raises(ConnectionRefusedError), file_errors():
+        raise ConnectionRefusedError(errno.ECONNREFUSED, "refused")
+    with pytest.raises(ValueError, match="a mistake"), file_errors("x"):
+        raise ValueError("a mistake")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.ESTALE])
+def test_a_disk_that_fails_is_one_even_without_a_name(number: int) -> None:
+    refused = file_error(failed(number))
+    assert refused is not None
+    assert (refused.code, refused.exit_code) == ("E_DISK", 5)
+    assert os.strerror(number) in str(refused)
+
+
+def test_the_cause_is_found_below_what_libraries_make_of_it() -> None:
+    try:
+        try:
+            raise failed(errno.EACCES, "/root/x")
+        except OSError as inner:
+            raise OSError("cannot load the tokenizer") from inner
+    except OSError as outer:
+        found = file_cause(outer)
+    assert found is not None
+    assert "/root/x" in str(found)
+    assert file_cause(ValueError("no file")) is None
+
+
+def test_a_name_that_is_too_long_is_told_by_how_much(tmp_path: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        status_of(tmp_path / ("ä" * 130))
+    assert "name too long" in str(caught.value)
+    assert "5 bytes shorter: the file system takes 255" in (caught.value.hint or "")
+    with pytest.raises(InputError) as caught:
+        status_of("/".join(["x" * 100] * 50))
+    assert "choose a shorter path: it has 5049 bytes, 4095 are allowed" in (caught.value.hint or "")
+
+
+def test_loops_and_links_to_nothing_are_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for look in (status_of, is_directory, resolved):
+        for name, hint in (("loop", "leads back to itself"), ("dangling", "nowhere`, which does not exist")):
+            with pytest.raises(InputError) as caught:
+                look(tmp_path / name)
+            assert hint in (caught.value.hint or "")
+    assert resolved(tmp_path / "dangling", writing=True) == tmp_path / "nowhere"
+    with pytest.raises(ResourceError, match="cannot write"):
+        resolved(tmp_path / "loop", writing=True)
+
+
+def test_a_file_in_place_of_a_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert status_of(tmp_path / "file" / "x") is None
+    with pytest.raises(InputError) as caught, file_errors():
+        (tmp_path / "file" / "x" / "y").read_bytes()
+    assert caught.value.hint == f"`{tmp_path}/file` is not a directory: check the path"
+
+
+def test_every_file_below_a_folder_is_found_or_refused(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    for name in ("x", "a/y", "a/b/z"):
+        (tmp_path / name).touch()
+    assert [str(path.relative_to(tmp_path)) for path in files_below(tmp_path)] == ["a/b/z", "a/y", "x"]
+    assert files_below(tmp_path, lambda folder: folder.name != "a") == [tmp_path / "x"]
+    with pytest.raises(InputError, match="none"):
+        files_below(tmp_path / "none")
+
+
+def test_a_home_that_does_not_exist_is_no_error() -> None:
+    assert expanded("~nobody-of-that-name/x") == Path("~nobody-of-that-name/x")
+    assert expanded("~") == Path.home()
