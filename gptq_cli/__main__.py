@@ -34,6 +34,8 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Tensors of megabytes are taken from the system and given back one by one; pages of 2 MB make that quicker.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    # transformers would load code from the Hub for some types of models if the package `kernels` is installed.
+    os.environ.setdefault("USE_HUB_KERNELS", "NO")
     try:
         from gptq_cli.cli.app import app
 

@@ -18,9 +18,9 @@ from gptq_cli.version import __version__
 
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "huggingface_hub", "datasets", "pydantic",
             "typer", "rich", "numpy")  # fmt: skip
-VARIABLES = ("HF_HOME", "HF_HUB_CACHE", "HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "CUDA_VISIBLE_DEVICES",
-             "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "THP_MEM_ALLOC_ENABLE", "TMPDIR", "CI", "NO_COLOR", "TERM",
-             "COLUMNS")  # fmt: skip
+VARIABLES = ("HF_HOME", "HF_HUB_CACHE", "HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "USE_HUB_KERNELS",
+             "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "THP_MEM_ALLOC_ENABLE", "TMPDIR", "CI",
+             "NO_COLOR", "TERM", "COLUMNS")  # fmt: skip
 SECRET = ("HF_TOKEN",)
 ASK_NVIDIA = ["--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
 

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from gptq_cli.errors import InputError
 from gptq_cli.models.experts import find_stacks, separate
 from gptq_cli.models.names import Fusion, Sources, match_names
 
+MAX_BUFFER_BYTES = 2**32  # of buffers that are computed: rotary frequencies, masks of old models
 MAX_OTHER_SHARE = 0.5  # of the blocks' parameters: matrices that no linear layer holds
 TOLD_OTHER_SHARE = 0.1
 STACKED = ": stacked matrices that are not of experts as transformers describes them"
@@ -43,7 +44,21 @@ def load_config(directory: Path, *, trust_remote_code: bool) -> Any:
         raise _unknown(directory, error) from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the weights arrive dequantized
+    if not trust_remote_code:
+        _forget_code(config)
     return config
+
+
+def _forget_code(config: PreTrainedConfig) -> None:
+    """Take from `config` and its parts the names of code, about which transformers would ask the user at the terminal.
+
+    It has known classes for them: `load_config` refuses others.
+    """
+    for part in [config, *vars(config).values()]:
+        if isinstance(part, PreTrainedConfig):
+            vars(part).pop("auto_map", None)
+            if part is not config:
+                _forget_code(part)
 
 
 def build_skeleton(
@@ -186,6 +201,7 @@ def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
 def _restore_buffers(model: PreTrainedModel, device: torch.device) -> None:
     """Compute the buffers that no checkpoint stores (rotary frequencies, embedding scales) by the model's own code."""
     restored: list[tuple[str, nn.Module, str]] = []
+    _check_buffers(model)
     for path, module in model.named_modules():
         for leaf in module._non_persistent_buffers_set:
             buffer = module._buffers.get(leaf)
@@ -198,6 +214,18 @@ def _restore_buffers(model: PreTrainedModel, device: torch.device) -> None:
     for name, module, leaf in restored:
         if module._buffers[leaf].isnan().any():  # type: ignore[union-attr]
             raise InputError("E_ARCH", f"{type(model).__name__} does not say how to compute its buffer `{name}`")
+
+
+def _check_buffers(model: PreTrainedModel) -> None:
+    """InputError E_ARCH if the sizes in config.json would fill the memory with buffers that are computed."""
+    stored = model.state_dict()
+    computed = [(buffer.nbytes, name, buffer) for name, buffer in model.named_buffers() if name not in stored]
+    total = sum(nbytes for nbytes, _, _ in computed)
+    if total > MAX_BUFFER_BYTES:
+        _, name, largest = max(computed)
+        says = f"config.json asks for {total / 1e9:.0f} GB of buffers, such as `{name}` {list(largest.shape)}"
+        hint = "compare max_position_embeddings, n_positions and head_dim in config.json with those of the original"
+        raise InputError("E_ARCH", says, hint=hint)
 
 
 def _unknown(directory: Path, error: Exception) -> InputError:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from os.path import commonpath
 from pathlib import Path
 
+from gptq_cli.checkpoint.claims import check_claims
 from gptq_cli.checkpoint.headers import BITS_OF_DTYPE, TensorInfo
 from gptq_cli.checkpoint.layout import Layout, TensorSpec, plan_layout
 from gptq_cli.checkpoint.orientation import stores_transposed
@@ -48,10 +49,12 @@ def plan_checkpoint(
     linears apart when the model is at hand, and `stacked` where those are that share a tensor. ConfigError E_SHAPE
     lists every layer that cannot be packed, E_CFG_NO_MATCH every rule that matches nothing, E_CFG_CONFLICT rules
     that keep a part of a tensor, E_TARGET what the target cannot load; InputError E_CKPT_QUANTIZED as `plain_view`
-    refuses quantized sources, E_ARCH one without repeated blocks or with linears of blocks elsewhere.
+    refuses quantized sources, what `check_claims` refuses, E_ARCH one without repeated blocks or with linears of blocks
+    elsewhere.
     """
     plain = plain_view(source, allow_requantize=config.allow_requantize)
     blocks, found = find_block_linears(plain.tensors.values(), linears)
+    check_claims(source)
     routers = find_routers(plain.tensors.values(), blocks)
     layers = [_choose(source, plain, blocks, tensor, config, linears, routers) for tensor in found]
     layers += [_choose_stacked(source, plain, blocks, config, name, place) for name, place in (stacked or {}).items()]

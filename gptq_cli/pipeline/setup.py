@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from gptq_cli.checkpoint.claims import check_claims
 from gptq_cli.checkpoint.headers import TensorInfo
 from gptq_cli.checkpoint.reader import open_reader
 from gptq_cli.checkpoint.source import Checkpoint
@@ -64,6 +65,7 @@ def open_stream(
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)  # Triton launches on the current one, wherever tensors are
+    check_claims(checkpoint)
     config = load_config(checkpoint.directory, trust_remote_code=trust_remote_code)
     reader = open_reader(checkpoint, device, backend)
     skeleton = build_skeleton(

@@ -46,13 +46,13 @@ except SystemExit:
     assert found.stdout.splitlines()[-1] == "LOADED []"
 
 
-def test_threads_sleep_and_large_tensors_get_large_pages_unless_the_user_says_otherwise() -> None:
-    names = ("OMP_WAIT_POLICY", "THP_MEM_ALLOC_ENABLE")
+def test_what_libraries_are_told_is_what_the_user_says() -> None:
+    names = ("OMP_WAIT_POLICY", "THP_MEM_ALLOC_ENABLE", "USE_HUB_KERNELS")
     found = json.loads(shell(f"unset {' '.join(names)}; $GPTQ env --json").stdout)["variables"]
-    assert [found[name] for name in names] == ["PASSIVE", "1"]
-    said = shell("$GPTQ env --json", OMP_WAIT_POLICY="ACTIVE", THP_MEM_ALLOC_ENABLE="0")
+    assert [found[name] for name in names] == ["PASSIVE", "1", "NO"]
+    said = shell("$GPTQ env --json", OMP_WAIT_POLICY="ACTIVE", THP_MEM_ALLOC_ENABLE="0", USE_HUB_KERNELS="YES")
     found = json.loads(said.stdout)["variables"]
-    assert [found[name] for name in names] == ["ACTIVE", "0"]
+    assert [found[name] for name in names] == ["ACTIVE", "0", "YES"]
 
 
 def test_a_reader_who_leaves_early_is_no_failure(recipe: Path) -> None:

@@ -1,0 +1,166 @@
+"""What config.json may not make transformers do: load code from the Hub, build what no tensor is of."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig, PreTrainedConfig
+
+from gptq_cli.checkpoint import claims
+from gptq_cli.checkpoint.claims import check_claims
+from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
+from gptq_cli.errors import InputError
+from gptq_cli.models.skeleton import load_config
+from gptq_cli.pipeline.eval_request import EvalRequest
+from gptq_cli.pipeline.evaluate import evaluate_perplexity
+from gptq_cli.pipeline.plan import plan_run
+from gptq_cli.pipeline.quantize import quantize_checkpoint
+from tests.families import save_model
+from tests.pipeline.runs import config as settings
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("claims") / "model", num_hidden_layers=2)
+
+
+def saying(model: Path, directory: Path, **claimed: Any) -> Path:
+    """`model` once more, with a config.json that says so as well."""
+    shutil.copytree(model, directory)
+    said = json.loads((model / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(said | claimed))
+    return directory
+
+
+def checkpoint(model: Path, **claimed: Any) -> Checkpoint:
+    source = open_checkpoint(model)
+    source.config.update(claimed)
+    return source
+
+
+KERNELS = [
+    ({"attn_implementation": "org/repo"}, "attn_implementation: `org/repo`"),
+    ({"_attn_implementation": "org/repo@v1:attention"}, "_attn_implementation: `org/repo@v1:attention`"),
+    ({"_attn_implementation_internal": "org/repo"}, "_attn_implementation_internal: `org/repo`"),
+    ({"attn_implementation": "paged|org/repo"}, "attn_implementation: `paged|org/repo`"),
+    ({"attn_implementation": {"": "eager", "text_config": "o/r"}}, "attn_implementation: `o/r`"),
+    ({"experts_implementation": "org/repo"}, "experts_implementation: `org/repo`"),
+    ({"text_config": {"_experts_implementation": "o/r"}}, "text_config._experts_implementation: `o/r`"),
+    ({"parts": [{"attn_implementation": "o/r"}]}, "parts.attn_implementation: `o/r`"),
+    ({"attn_implementation": "flash_attention_2"}, "attn_implementation: `flash_attention_2`"),
+    ({"use_kernels": True}, "use_kernels: `use_kernels`"),
+    ({"vision_config": {"kernel_config": {"RMSNorm": "o/r:x"}}}, "vision_config.kernel_config: `kernel_config`"),
+]
+
+
+@pytest.mark.parametrize(("claimed", "says"), KERNELS)
+def test_a_kernel_of_the_hub_is_refused(claimed: dict[str, Any], says: str, model: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        check_claims(checkpoint(model, **claimed))
+    assert (caught.value.code, caught.value.exit_code) == ("E_REMOTE_CODE", 3)
+    assert str(caught.value) == f"config.json of `{model}` says {says}, for which code would come from the Hub"
+    place = says.partition(":")[0]
+    assert caught.value.hint == f"take `{place}` out of config.json: transformers then uses what is installed"
+
+
+@pytest.mark.parametrize(
+    "claimed",
+    [
+        {"attn_implementation": "sdpa"},
+        {"_attn_implementation": "eager"},
+        {"attn_implementation": None},
+        {"attn_implementation": {"": "eager"}},
+        {"use_kernels": False},
+        {"conv_kernel": 4, "use_mamba_kernels": True},
+        {"num_hidden_layers": 2, "n_layer": 1},
+        {"num_experts": 8, "num_labels": 2, "num_nextn_predict_layers": 1},
+        {"vision_config": {"depth": 32, "num_hidden_layers": 48}},
+        {"max_position_embeddings": 10_485_760, "rope_theta": 10**9, "num_parameters": 7 * 10**9},
+    ],
+)
+def test_what_is_usual_is_taken(claimed: dict[str, Any], model: Path) -> None:
+    check_claims(checkpoint(model, **claimed))
+
+
+def test_a_package_that_is_installed_is_used(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        claims, "find_spec", lambda name: importlib.util.find_spec("os") if name == "flash_attn" else None
+    )
+    check_claims(checkpoint(model, attn_implementation="flash_attention_2"))
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "n_layer", "n_layers", "num_layers"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_more_blocks_than_the_tensors_are_of_are_refused(nested: bool, key: str, model: Path) -> None:
+    claimed = {key: 200_000}
+    with pytest.raises(InputError) as caught:
+        check_claims(checkpoint(model, **({"text_config": claimed} if nested else claimed)))
+    assert caught.value.code == "E_CKPT_INCOMPLETE"
+    assert str(caught.value) == f"config.json says {key} 200000, but the tensors are of 2 blocks"
+    assert caught.value.hint == "download config.json and the weights again, of one revision"
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("vision_config.num_hidden_layers", 200_000),
+        ("vision_config.depth", 1025),
+        ("encoder_layers", 10**12),
+        ("num_local_experts", 10**7),
+        ("text_config.n_routed_experts", 1025),
+        ("num_labels", 10**9),
+    ],
+)
+def test_more_parts_than_the_tensors_are_of_are_refused(place: str, value: int, model: Path) -> None:
+    outer, _, inner = place.rpartition(".")
+    with pytest.raises(InputError) as caught:
+        check_claims(checkpoint(model, **({outer: {inner: value}} if outer else {inner: value})))
+    assert (caught.value.code, caught.value.hint) == ("E_CKPT_CONFIG", "download config.json again")
+    assert str(caught.value) == f"config.json says {place} {value}, and no tensors are of so many"
+
+
+@pytest.mark.parametrize(
+    ("claimed", "code"),
+    [({"num_hidden_layers": 10**12}, "E_CKPT_INCOMPLETE"), ({"attn_implementation": "org/repo"}, "E_REMOTE_CODE")],
+)
+def test_plan_quantize_and_evaluate_refuse_before_anything_is_built(
+    claimed: dict[str, Any], code: str, model: Path, tmp_path: Path
+) -> None:
+    source = saying(model, tmp_path / "model", **claimed)
+    (tmp_path / "text.txt").write_text("some words " * 500)
+    request = EvalRequest(dataset=str(tmp_path / "text.txt"), seqlen=32)
+    for run in (
+        lambda: plan_run(source, settings()),
+        lambda: quantize_checkpoint(str(source), tmp_path / "out", settings(trust_remote_code=True)),
+        lambda: evaluate_perplexity(str(source), request, lambda _: None),
+    ):
+        with pytest.raises(InputError) as caught:
+            run()
+        assert caught.value.code == code
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_name_of_code_is_left_where_code_is_not_trusted(model: Path, tmp_path: Path) -> None:
+    code = {"AutoConfig": "evil.Config", "AutoModel": "org/repo--evil.Model"}
+    nested = AutoConfig.for_model("gemma3").to_dict()
+    nested["text_config"]["auto_map"] = nested["vision_config"]["auto_map"] = code
+    for name, said in (("plain", {"auto_map": {"AutoModelForCausalLM": "evil.Model"}}), ("nested", nested)):
+        source = saying(model, tmp_path / name, **said)
+        found = load_config(source, trust_remote_code=False)
+        parts = [found, *(part for part in vars(found).values() if isinstance(part, PreTrainedConfig))]
+        assert len(parts) == (1 if name == "plain" else 3)
+        assert not any(hasattr(part, "auto_map") for part in parts)
+
+
+def test_sizes_that_would_fill_the_memory_are_refused(model: Path, tmp_path: Path) -> None:
+    source = saying(model, tmp_path / "model", head_dim=2**33)
+    with pytest.raises(InputError, match=r"^config.json asks for 34 GB of buffers, such as `model") as caught:
+        quantize_checkpoint(str(source), tmp_path / "out", settings())
+    assert caught.value.code == "E_ARCH"
+    assert caught.value.hint is not None
+    assert "head_dim in config.json" in caught.value.hint
