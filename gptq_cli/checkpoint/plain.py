@@ -47,6 +47,8 @@ def plain_view(checkpoint: Checkpoint, *, allow_requantize: bool = False) -> Pla
     if method == "gptq" and allow_requantize:
         return _unpacked(checkpoint)
     if method not in (None, FP8):
+        if method == "gptq":
+            format_of(checkpoint)  # what cannot be decoded cannot be rounded a second time either
         raise InputError(
             "E_CKPT_QUANTIZED", f"`{checkpoint.directory}` is already quantized ({method})",
             hint=INSTEAD.get(method, FULL_PRECISION),

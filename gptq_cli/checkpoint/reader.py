@@ -127,8 +127,7 @@ class DequantizingReader:
     def _packed(self, module: PackedModule) -> dict[str, Tensor]:
         packed = {name.rpartition(".")[2]: self._raw.read(name) for name in self._parts(module.name)}
         if "g_idx" not in packed:
-            columns = torch.arange(module.in_features, dtype=torch.int32)
-            packed["g_idx"] = columns // (module.in_features // module.groups)
+            packed["g_idx"] = columns_in_order(module)
         return packed
 
 
@@ -183,6 +182,12 @@ def scale_blocks(weight: Tensor, scales: Tensor, block: tuple[int, int]) -> Tens
     for band, scale in zip(scaled.split(rows), of_columns, strict=True):
         band.mul_(scale)
     return scaled.bfloat16()
+
+
+def columns_in_order(module: PackedModule) -> Tensor:
+    """The g_idx [I] of a linear whose groups are runs of columns."""
+    columns = torch.arange(module.in_features, dtype=torch.int32)
+    return columns // (module.in_features // module.groups)
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

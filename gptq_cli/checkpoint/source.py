@@ -48,9 +48,12 @@ class Checkpoint:
     def quantization(self) -> dict[str, Any] | None:
         """The `quantization_config` of a checkpoint that is already quantized; E_CKPT_CONFIG if malformed.
 
-        None for a leftover of bitsandbytes, which quantizes while it loads: weights that are plain floats are these.
+        It may stand in `text_config` or in a file of its own, too; not every reader looks there. None for a leftover
+        of bitsandbytes, which quantizes while it loads: weights that are plain floats are these.
         """
         found = self.config.get("quantization_config")
+        if found is None:
+            found = self.text_config.get("quantization_config")
         if found is None and is_file(self.directory / QUANTIZE_CONFIG):
             found = read_json(self.directory / QUANTIZE_CONFIG)
         if found is not None and not isinstance(found, dict):
@@ -62,7 +65,7 @@ class Checkpoint:
     def method(self) -> str | None:
         """How weights are stored in other than plain numbers: gptq, awq, fp8, ...; None if they are not."""
         said = self.quantization
-        return None if said is None else str(said.get("quant_method", "gptq")).lower()
+        return None if said is None else _method_of(said)
 
     @property
     def text_config(self) -> dict[str, Any]:
@@ -91,6 +94,17 @@ class Checkpoint:
     def check_unchanged(self) -> None:
         """InputError E_SOURCE_CHANGED if a file is not the one that was there when the checkpoint was opened."""
         check_stamps(self.stamps)
+
+
+def _method_of(said: Mapping[str, Any]) -> str:
+    """The method of a `quantization_config`: what the first tools have written has no `quant_method`."""
+    if said.get("quant_method"):
+        return str(said["quant_method"]).lower()
+    if any(key.removeprefix("_").startswith(("load_in_", "bnb_")) for key in said):
+        return "bitsandbytes"
+    if "w_bit" in said or "zero_point" in said:
+        return "awq"
+    return "compressed-tensors" if "config_groups" in said else "gptq"
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:
@@ -155,7 +169,7 @@ def remarks_on(
 
 def is_leftover(quantization: object, tensors: Mapping[str, TensorInfo]) -> bool:
     """Whether a `quantization_config` is of bitsandbytes and no tensor is stored in its codes."""
-    if not isinstance(quantization, dict) or str(quantization.get("quant_method")).lower() != "bitsandbytes":
+    if not isinstance(quantization, dict) or _method_of(quantization) != "bitsandbytes":
         return False
     return not any(tensor.dtype in CODES_OF_BITSANDBYTES for tensor in tensors.values())
 
@@ -230,10 +244,17 @@ def is_safe_path(directory: Path, name: str) -> bool:
 
     The Hub's cache keeps a snapshot's files as links into the `blobs` beside the snapshots; these are its own.
     """
-    windows = PureWindowsPath(name)
-    if windows.name != name or name in ("", ".", "..") or len(name) > 255 or not name.isprintable():
-        return False
-    return _stays_inside(directory, directory / name)
+    return _is_plain(name) and _stays_inside(directory, directory / name)
+
+
+def is_safe_file(directory: Path, name: str) -> bool:
+    """Whether the same holds for a file that may lie in folders of `directory`."""
+    return all(map(_is_plain, name.split("/"))) and _stays_inside(directory, directory / name)
+
+
+def _is_plain(name: str) -> bool:
+    plain = PureWindowsPath(name).name == name and name not in ("", ".", "..")
+    return plain and len(name) <= 255 and name.isprintable()
 
 
 def _stays_inside(directory: Path, file: Path) -> bool:

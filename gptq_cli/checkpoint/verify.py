@@ -11,19 +11,30 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from gptq_cli.checkpoint.defect import Defect, Effect, convert_command
+from gptq_cli.checkpoint.file_checks import check_files
 from gptq_cli.checkpoint.hashes import check_manifest
 from gptq_cli.checkpoint.hashing import side_by_side
 from gptq_cli.checkpoint.headers import TensorInfo
-from gptq_cli.checkpoint.module_checks import PARTS, Defect, check_module, check_values
+from gptq_cli.checkpoint.module_checks import PARTS, check_module, check_values
 from gptq_cli.checkpoint.raw import INTEGERS, count_not_finite, read_chunks
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
-from gptq_cli.checkpoint.stored import Settings, StoredConfig, stored_config
+from gptq_cli.checkpoint.stored import (
+    FORMATS,
+    Settings,
+    StoredConfig,
+    other_packing,
+    said_format,
+    stored_config,
+)
 from gptq_cli.errors import InputError
 from gptq_cli.files import UNREADABLE
 
 HEAD = "lm_head"
+CORRECT = "correct it in config.json and quantize_config.json"
 _NUMBER = re.compile(r"\.\d+(?=\.)")
 _IN_LIST = re.compile(r"(?P<list>.*?)\.(?P<index>\d+)\.")
 
@@ -46,13 +57,22 @@ class Verification:
         return not self.defects
 
 
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """What was found of a checkpoint that calls itself GPTQ; `config` None if its settings are not usable."""
+
+    config: StoredConfig | None
+    modules: tuple[str, ...]
+    defects: tuple[Defect, ...]
+
+
 def verify_checkpoint(directory: Path, *, full: bool = False) -> Verification:
     """Every defect of the GPTQ checkpoint in `directory`.
 
     Headers, configuration, g_idx, qzeros and scales are read; with `full` also every other number, which must be
     finite, and every file that `gptq_manifest.json` lists, whose hash must agree. A few tensors are in memory.
     InputError E_CKPT_KIND if there is no quantized tensor and no configuration that promises one, E_CKPT_QUANTIZED for
-    another method than GPTQ.
+    one that calls itself something else than GPTQ.
     """
     try:
         checkpoint = open_checkpoint(directory)
@@ -61,33 +81,54 @@ def verify_checkpoint(directory: Path, *, full: bool = False) -> Verification:
             raise  # nobody knows whether it is defective
         refused = tuple(Defect(problem.code, problem.message) for problem in error.problems)
         return Verification(refused, 0, 0, 0, (), "", full, 0)
-    modules = packed_modules(checkpoint.tensors)
-    if not modules and checkpoint.quantization is None:
+    if checkpoint.quantization is None and not packed_modules(checkpoint.tensors):
         hint = "name a GPTQ checkpoint, for example one that `gptq quantize` wrote"
         raise InputError("E_CKPT_KIND", f"`{directory}` is not quantized", hint=hint)
-    config, wrong = stored_config(checkpoint)
-    defects = [Defect("E_CKPT_CONFIG", text, "config.json") for text in wrong]
-    # A model may be loaded all the same, but no tool that writes whole checkpoints makes such an index.
-    defects += [Defect("E_CKPT_INDEX", text) for code, text in checkpoint.remarks if code == "W_CKPT_INDEX"]
-    # Rules are matched here and not beside each other: only the main thread can give up a pattern without a process.
-    settings = {module: config.settings(module) for module in modules} if config else {}
-    if config is not None:
-        defects += _against_config(checkpoint, config, modules)
-        for found in side_by_side(lambda name: list(_module(checkpoint, config, name, settings[name])), modules):
-            defects += found
+    found = examine(checkpoint)
+    defects, config, modules = list(found.defects), found.config, found.modules
     if full:
         defects += [defect for tensor in _kept(checkpoint, modules) for defect in _check_finite(tensor)]
     hashed, torn = check_manifest(directory, full=full)
+    settings = [config.settings(module) for module in modules] if config else []
     return Verification(
         defects=(*defects, *torn),
         modules=len(modules),
         tensors=len(checkpoint.tensors),
         nbytes=checkpoint.nbytes,
-        bits=tuple(sorted({setting.bits for setting in settings.values()})),
+        bits=tuple(sorted({setting.bits for setting in settings})),
         format=config.format if config else "",
         full=full,
         hashed=hashed,
     )
+
+
+def examine(checkpoint: Checkpoint, *, numbers: bool = True) -> Examined:
+    """What is wrong with settings, files and packed linears; without `numbers` only headers are read.
+
+    InputError E_CKPT_QUANTIZED as `format_of` says, but a defect for one that calls itself gptq and is not.
+    """
+    modules = packed_modules(checkpoint.tensors)
+    packing = other_packing(checkpoint)
+    calls_itself_gptq = said_format(checkpoint.quantization or {}) in FORMATS
+    if packing and checkpoint.method == "gptq" and calls_itself_gptq:
+        message = f"calls itself gptq, but its linears are packed for {packing}"
+        hint = "use a full-precision, gptq or gptq_v2 checkpoint of the model"
+        found = Defect("E_CKPT_QUANTIZED", message, "config.json", None, hint)
+        return Examined(None, (), (found,))
+    config, defects = stored_config(checkpoint)
+    # A model may be loaded all the same, but no tool that writes whole checkpoints makes such an index.
+    odd_index = [text for code, text in checkpoint.remarks if code == "W_CKPT_INDEX"]
+    defects += [Defect("E_CKPT_INDEX", text, effect="form") for text in odd_index]
+    defects += check_files(checkpoint)
+    if config is not None:
+        # Rules are matched here and not beside each other: only the main thread can give up
+        # a pattern without a process.
+        settings = {module: config.settings(module) for module in modules}
+        defects += _against_config(checkpoint, config, modules)
+        check = partial(_module, checkpoint, config, numbers=numbers)
+        for of_module in side_by_side(lambda name: list(check(name, settings[name])), modules):
+            defects += of_module
+    return Examined(config, tuple(modules), tuple(defects))
 
 
 def packed_modules(tensors: Iterable[str]) -> list[str]:
@@ -96,12 +137,14 @@ def packed_modules(tensors: Iterable[str]) -> list[str]:
     return list(found)
 
 
-def _module(checkpoint: Checkpoint, config: StoredConfig, module: str, settings: Settings) -> Iterator[Defect]:
+def _module(
+    checkpoint: Checkpoint, config: StoredConfig, module: str, settings: Settings, *, numbers: bool
+) -> Iterator[Defect]:
     stored = {part: tensor for part in PARTS if (tensor := checkpoint.tensors.get(f"{module}.{part}"))}
     bias = checkpoint.tensors.get(f"{module}.bias")
-    defects = list(check_module(module, stored, bias, settings))
+    defects = list(check_module(module, stored, bias, settings, config.format))
     yield from defects
-    if not defects:
+    if numbers and not any(defect.effect == "numbers" for defect in defects):
         yield from check_values(stored, settings, config.format)
 
 
@@ -109,14 +152,17 @@ def _against_config(checkpoint: Checkpoint, config: StoredConfig, modules: list[
     """What the rules say is quantized and is not, the reverse, and what is stored twice or not at all."""
     tensors = checkpoint.tensors
     if not modules:
-        yield Defect("E_CKPT_RULES", "the configuration says gptq, and no tensor is quantized", "config.json")
+        message = "the configuration says gptq, and no tensor is quantized"
+        hint = "download the checkpoint again, or remove a quantization_config that is not its own"
+        yield Defect("E_CKPT_RULES", message, "config.json", None, hint)
     for module in modules:
         if rule := config.skip_rule(module):
             yield _unruly(f"`{module}` is quantized, and rule '{rule}' says that it is not", module)
         if not config.is_listed(module) and module != HEAD:
             yield _unruly(f"`{module}` is quantized, and modules_in_block_to_quantize does not name it", module)
         if (plain := tensors.get(f"{module}.weight")) is not None:
-            yield Defect("E_CKPT_RULES", "stored beside its packed form", plain.file.name, plain.name)
+            hint = "remove one of the two from the file: readers take one or the other"
+            yield Defect("E_CKPT_RULES", "stored beside its packed form", plain.file.name, plain.name, hint)
     for item in config.listed or ():
         if modules and not any(module.endswith(item) for module in modules):
             yield _unruly(f"modules_in_block_to_quantize names `{item}`, and nothing of that name is quantized", item)
@@ -126,12 +172,15 @@ def _against_config(checkpoint: Checkpoint, config: StoredConfig, modules: list[
 
 
 def _check_head(checkpoint: Checkpoint, config: StoredConfig, quantized: bool) -> Iterator[Defect]:
+    hint = f"{convert_command(checkpoint.directory, config.format)} corrects it"
     if config.lm_head and not quantized:
-        yield _unruly(f"lm_head is true, and there is no {HEAD}.qweight", HEAD)
+        yield _unruly(f"lm_head is true, and there is no {HEAD}.qweight", HEAD, hint, "form")
     if quantized and not config.lm_head:
-        yield _unruly(f"{HEAD} is quantized, and lm_head is not true", HEAD)
+        yield _unruly(f"{HEAD} is quantized, and lm_head is not true", HEAD, hint, "form")
     if quantized and checkpoint.config.get("tie_word_embeddings"):
-        yield _unruly(f"{HEAD} is quantized, and tie_word_embeddings lets readers take the embeddings for it", HEAD)
+        hint = "set tie_word_embeddings to false in config.json if the head is one of its own"
+        message = f"{HEAD} is quantized, and tie_word_embeddings lets readers take the embeddings for it"
+        yield _unruly(message, HEAD, hint, "numbers")
 
 
 def _check_siblings(checkpoint: Checkpoint, config: StoredConfig, modules: list[str]) -> Iterator[Defect]:
@@ -144,7 +193,8 @@ def _check_siblings(checkpoint: Checkpoint, config: StoredConfig, modules: list[
         unsaid = config.skip_rule(module) is None and (config.listed is None or config.is_listed(module))
         if unsaid and not _is_beyond(checkpoint, module):
             message = "not quantized as the same module of other blocks is, and no rule says so"
-            yield Defect("E_CKPT_RULES", message, tensor.file.name, name)
+            hint = "say so in config.json: as a `-:` rule of dynamic, and by modules_in_block_to_quantize"
+            yield Defect("E_CKPT_RULES", message, tensor.file.name, name, hint, "readers")
 
 
 def _check_blocks(checkpoint: Checkpoint, modules: list[str]) -> Iterator[Defect]:
@@ -166,7 +216,7 @@ def _is_beyond(checkpoint: Checkpoint, module: str) -> bool:
     return match is not None and n_blocks is not None and int(match["index"]) >= n_blocks
 
 
-def _kept(checkpoint: Checkpoint, modules: list[str]) -> Iterator[TensorInfo]:
+def _kept(checkpoint: Checkpoint, modules: Iterable[str]) -> Iterator[TensorInfo]:
     """Tensors whose numbers the quick checks have not read."""
     small = {f"{module}.{part}" for module in modules for part in PARTS - {"qweight"}}
     return (tensor for name, tensor in checkpoint.tensors.items() if name not in small)
@@ -185,5 +235,5 @@ def _check_finite(tensor: TensorInfo) -> Iterator[Defect]:
         yield Defect("E_CKPT_NONFINITE", f"holds NaN or infinity, {count} times", tensor.file.name, tensor.name)
 
 
-def _unruly(message: str, module: str) -> Defect:
-    return Defect("E_CKPT_RULES", message, "config.json", module)
+def _unruly(message: str, module: str, hint: str = CORRECT, effect: Effect = "readers") -> Defect:
+    return Defect("E_CKPT_RULES", message, "config.json", module, hint, effect)

@@ -29,6 +29,7 @@ from gptq_cli.checkpoint.manifest import OF_THE_RUN
 from gptq_cli.checkpoint.reader import SAFETENSORS_DTYPE, tensor_bytes
 from gptq_cli.checkpoint.source import INDEX_NAME, QUANTIZE_CONFIG, Checkpoint
 from gptq_cli.checkpoint.stamps import source_changed
+from gptq_cli.checkpoint.stored import with_quantization
 from gptq_cli.errors import GateError
 from gptq_cli.files import file_errors
 
@@ -189,7 +190,7 @@ def write_side_files(
     `hashes` and errors as in `copy_side_files`.
     """
     copy_side_files(source, directory, without=OF_THE_RUN, hashes=hashes)
-    config = dict(source.config) | {"quantization_config": quantization}
+    config = with_quantization(source.config, quantization)
     if untie:
         config["tie_word_embeddings"] = False
     write_json(directory / "config.json", config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,8 @@ from gptq_cli.cli.console import Console
 from gptq_cli.cli.progress import Progress
 from gptq_cli.config.finding import shown
 from gptq_cli.errors import ConfigError
+
+SHOWN = 5  # corrected defects in the human report
 
 
 def convert(
@@ -24,7 +27,10 @@ def convert(
     """Convert a GPTQ checkpoint between the formats gptq and gptq_v2.
 
     The formats differ in how they store zero points; codes, scales and
-    all that is not quantized are copied byte for byte.
+    all that is not quantized are copied byte for byte. What only some
+    readers take (settings in quantize_config.json alone, a missing g_idx,
+    a name of the file) is written as all take it, also with --to the
+    format that the checkpoint has.
 
     Example: gptq convert ./out --to gptq_v2 -o ./out-v2
     """
@@ -35,5 +41,11 @@ def convert(
 
     with Progress(console) as progress:
         found = convert_checkpoint(model, output, to, overwrite=overwrite, report=progress)
-    text = f"{output}\n{found.layers} layers are now in format {to}, nothing else has changed"
-    console.result({**found.to_json(), "format": to}, text, output)
+    done = f"{found.layers} layers are now in format {to}"
+    lines = [str(output), f"{done}, corrected:" if found.corrected else f"{done}, nothing else has changed"]
+    lines += [f"  {defect}" for defect in found.corrected[:SHOWN]]
+    if len(found.corrected) > SHOWN:
+        lines.append(f"  {len(found.corrected) - SHOWN} more, see --json")
+    corrected = [asdict(defect) for defect in found.corrected]
+    data = {**found.to_json(), "format": to, "corrected": corrected}
+    console.result(data, "\n".join(lines), output)

@@ -17,6 +17,7 @@ from gptq_cli.config.units import size
 from gptq_cli.pipeline.inspect import Inspection, inspect_checkpoint
 
 if TYPE_CHECKING:
+    from gptq_cli.checkpoint.defect import Defect
     from gptq_cli.pipeline.layer_view import Histogram, LayerView, PackedView
 
 MOST_BARS = 32
@@ -56,10 +57,10 @@ def inspect(
 
 
 def _show_layer(console: Console, model: str, revision: str | None, name: str) -> None:
+    from gptq_cli.checkpoint.decodable import open_decodable
     from gptq_cli.checkpoint.hub import locate_model
-    from gptq_cli.checkpoint.source import open_checkpoint
 
-    checkpoint = open_checkpoint(locate_model(model, revision).directory)
+    checkpoint = open_decodable(locate_model(model, revision).directory)
     from gptq_cli.pipeline.layer_view import view_layer
 
     view = view_layer(checkpoint, name)
@@ -88,6 +89,7 @@ def _data(found: Inspection, judged: Sequence[Verdict]) -> dict[str, Any]:
         "bytes": found.nbytes,
         "files": found.files,
         "provenance": found.provenance,
+        "defects": [asdict(defect) for defect in found.defects],
         "engines": engine_data(judged),
     }
 
@@ -120,7 +122,18 @@ def _lines(found: Inspection, judged: Sequence[Verdict]) -> list[str]:
         if found.provenance
         else []
     )
-    return [*lines, *(["origin", *_indented(told)] if told else []), *map(fitted, engine_lines(judged))]
+    if told:
+        lines += ["origin", *_indented(told)]
+    return [*lines, *_defect_lines(found.defects), *map(fitted, engine_lines(judged))]
+
+
+def _defect_lines(defects: Sequence[Defect]) -> list[str]:
+    """The first defect and its remedy; no engine is said to load such a checkpoint."""
+    if not defects:
+        return []
+    count = f"{len(defects)} defect" + ("s" if len(defects) > 1 else "")
+    lines = [f"defects  {count}: engines fail or differ, `gptq verify` lists all", f"  {defects[0]}"]
+    return [*lines, f"  hint: {defects[0].hint}"] if defects[0].hint else lines
 
 
 def _indented(lines: Sequence[str]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +16,7 @@ from gptq_cli.config.units import size
 from gptq_cli.errors import GateError
 
 if TYPE_CHECKING:
-    from gptq_cli.checkpoint.module_checks import Defect
+    from gptq_cli.checkpoint.defect import Defect
     from gptq_cli.checkpoint.verify import Verification
 
 SHOWN = 5  # defects of one code in the human report
@@ -44,7 +45,7 @@ def verify(
         console.result(_data(found), fitted(f"{directory}: {_checked(found)}"), "ok")
         return
     count = len(found.defects)
-    hint = "download the checkpoint again, or quantize again; do not serve it"
+    hint = _remedy(found.defects)
     message = f"`{directory}` has {count} defect{'s' if count > 1 else ''}"
     console.refused(
         _data(found), "\n".join(_lines(found.defects)), str(count), GateError("E_VERIFY", message, hint=hint)
@@ -52,8 +53,14 @@ def verify(
 
 
 def _data(found: Verification) -> dict[str, Any]:
-    defects = [{key: getattr(defect, key) for key in defect.__slots__} for defect in found.defects]
+    defects = [asdict(defect) for defect in found.defects]
     return {**{key: getattr(found, key) for key in found.__slots__}, "defects": defects}
+
+
+def _remedy(defects: Sequence[Defect]) -> str:
+    """What helps against the worst defect: one that changes numbers, if there is one."""
+    worst = next((defect for defect in defects if defect.effect == "numbers"), defects[0])
+    return worst.hint or "download the checkpoint again, or quantize again; do not serve it"
 
 
 def _checked(found: Verification) -> str:

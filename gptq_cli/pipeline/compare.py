@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptq_cli.checkpoint.decodable import open_decodable
 from gptq_cli.checkpoint.hub import locate_model
-from gptq_cli.checkpoint.orientation import stores_transposed
+from gptq_cli.checkpoint.orientation import is_stored_transposed
 from gptq_cli.checkpoint.packed import packed_modules
 from gptq_cli.checkpoint.reader import open_reader
-from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
+from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.errors import InputError
 
 ELEMENTS_PER_CHUNK = 2**24
@@ -76,11 +77,11 @@ class _Weights:
     """The tensors of a checkpoint as its model would hold them, packed linears dequantized."""
 
     def __init__(self, model: str) -> None:
-        self._checkpoint: Checkpoint = open_checkpoint(locate_model(model).directory)
+        self._checkpoint: Checkpoint = open_decodable(locate_model(model).directory)
         self._reader = open_reader(self._checkpoint)
         self.names = dict.fromkeys(self._reader.names())
-        modules = packed_modules(self._checkpoint.tensors) if stores_transposed(self._checkpoint.config) else ()
-        self._turned = {f"{module.name}.weight" for module in modules}
+        config, modules = self._checkpoint.config, packed_modules(self._checkpoint.tensors)
+        self._turned = {f"{module.name}.weight" for module in modules if is_stored_transposed(config, module.name)}
 
     def check_unchanged(self) -> None:
         """As the checkpoint does."""

@@ -10,10 +10,11 @@ from gptq_cli.checkpoint.durable import write_file
 from gptq_cli.checkpoint.manifest import CONFIG_FILE
 from gptq_cli.checkpoint.quantization_config import describe
 from gptq_cli.checkpoint.reader import open_reader
+from gptq_cli.checkpoint.verify import verify_checkpoint
 from gptq_cli.checkpoint.writer import CheckpointWriter, write_side_files
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.yaml_writer import to_yaml
-from gptq_cli.errors import InputError
+from gptq_cli.errors import GateError, InputError
 from gptq_cli.pipeline.run_plan import HEAD, RunPlan
 from gptq_cli.pipeline.setup import STORED_DTYPES
 from gptq_cli.version import __version__
@@ -51,3 +52,13 @@ def write_beside(
     described = describe(config, names, kept)
     write_side_files(plan.source, directory, described, meta, untie=HEAD in names, hashes=hashes)
     write_file(directory / CONFIG_FILE, to_yaml(config).encode())
+
+
+def check_written(stage: Path) -> None:
+    """GateError E_VERIFY if what was written is not a checkpoint that every reader understands alike."""
+    defects = verify_checkpoint(stage).defects
+    if defects:
+        raise GateError(
+            "E_VERIFY", f"what was written has {len(defects)} defects, the first: {defects[0]}",
+            hint="this is a fault of gptq: please report it, with the command and the model",
+        )  # fmt: skip

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from gptq_cli.calibration.corpus import DatasetSource, Documents, load_documents
 from gptq_cli.calibration.sampling import Windows, check_token_ids, evaluation_windows
+from gptq_cli.checkpoint.decodable import open_decodable
 from gptq_cli.checkpoint.hub import locate_model
-from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
+from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.errors import InputError
 from gptq_cli.evaluation.perplexity import Divergence, Perplexity
 from gptq_cli.models.stream import ModelStream
@@ -25,7 +26,7 @@ from gptq_cli.pipeline.events import BlockStarted, PhaseStarted, Report, ignore
 from gptq_cli.pipeline.memory import Memory, block_finished
 from gptq_cli.pipeline.record import Record
 from gptq_cli.pipeline.recorded import recorded_settings
-from gptq_cli.pipeline.setup import open_stream, refuse_wrong_numbers, resolve_backend, resolve_device, warn_of
+from gptq_cli.pipeline.setup import open_stream, resolve_backend, resolve_device, warn_of
 from gptq_cli.pipeline.windows import bounded_seqlen
 
 DEFAULT_SEQLEN = 2048
@@ -82,11 +83,9 @@ def evaluate_perplexity(model: str, request: EvalRequest, report: Report = ignor
     """
     started = time.perf_counter()
     device = resolve_device(request.device)
-    checkpoints = [open_checkpoint(locate_model(model, request.revision).directory)]
+    checkpoints = [open_decodable(locate_model(model, request.revision).directory)]
     if request.baseline is not None:
-        checkpoints.append(open_checkpoint(locate_model(request.baseline).directory))
-    for checkpoint in checkpoints:
-        refuse_wrong_numbers(checkpoint)
+        checkpoints.append(open_decodable(locate_model(request.baseline).directory))
     backend = resolve_backend(request.backend or _recorded_backend(checkpoints[0]), device)
     record = Record(report)
     for checkpoint in checkpoints:

@@ -11,13 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from gptq_cli.checkpoint.block_float import SCALES, block_size
+from gptq_cli.checkpoint.defect import Defect
 from gptq_cli.checkpoint.headers import TensorInfo
 from gptq_cli.checkpoint.orientation import stores_transposed
 from gptq_cli.checkpoint.packed import PARTS, PackedModule, packed_modules
 from gptq_cli.checkpoint.source import QUANTIZE_CONFIG, Checkpoint, read_json
+from gptq_cli.checkpoint.stored import other_packing, said_format
+from gptq_cli.checkpoint.verify import examine
 from gptq_cli.config.engines import Export
 from gptq_cli.config.layer import LayerConfig
 from gptq_cli.config.targets import export_of
+from gptq_cli.errors import InputError
 from gptq_cli.files import is_file
 from gptq_cli.pipeline.overview import Row, collapse, kind_of, other_rows, settings
 from gptq_cli.pipeline.readers import has_narrow_experts
@@ -31,7 +35,9 @@ _IN_LIST = re.compile(r"^(.*?)\.\d+\.")
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """`method` is None for a checkpoint that is not quantized; of methods but gptq and fp8 only tensors are told.
+    """What was found; `defects` are those of a GPTQ checkpoint.
+
+    `method` is None for a checkpoint that is not quantized; of methods but gptq and fp8 only tensors are told.
 
     `matrices` are what has a 2-D weight, `transposed` says whether the original stores its linears [I, O].
     `parameters` counts a packed linear by the weights it stands for. `provenance` is what files say about how the
@@ -51,6 +57,7 @@ class Inspection:
     nbytes: int
     files: dict[str, int]
     provenance: dict[str, Any]
+    defects: tuple[Defect, ...] = ()
 
     @property
     def bits_per_weight(self) -> float | None:
@@ -65,8 +72,8 @@ class Inspection:
 
     @property
     def export(self) -> Export | None:
-        """What readers see of it; None where nothing is quantized that they would ask a table about."""
-        if not self.modules or self.format is None:
+        """What readers see of it; None for a defective one, and where nothing is quantized that the table is about."""
+        if not self.modules or self.format is None or self.defects:
             return None
         settings: dict[str, LayerConfig | None] = dict.fromkeys(self.matrices)
         settings |= {
@@ -83,9 +90,14 @@ class Inspection:
 
 
 def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
-    """What `checkpoint` holds; InputError E_CKPT_INCOMPLETE if the parts of a linear lack one or do not fit."""
+    """What `checkpoint` holds; InputError E_CKPT_INCOMPLETE if the parts of a linear lack one or do not fit.
+
+    Of a GPTQ checkpoint on this machine the zero points, scales and g_idx are read, too: one with
+    defects is not what engines load.
+    """
     said, method = checkpoint.quantization or {}, checkpoint.method
-    modules = packed_modules(checkpoint.tensors) if method == "gptq" else ()
+    is_read = method == "gptq" and other_packing(checkpoint) is None
+    modules = packed_modules(checkpoint.tensors) if is_read else ()
     packed = {f"{module.name}.{part}" for module in modules for part in PARTS}
     scales = checkpoint.scales()
     hidden = packed | set(scales) | set(scales.values())
@@ -95,7 +107,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     sym = bool(said.get("sym", True))
     return Inspection(
         method=method,
-        format=str(said.get("checkpoint_format") or said.get("format") or "gptq") if method == "gptq" else None,
+        format=_format(checkpoint) if method == "gptq" else None,
         sym=sym,
         desc_act=bool(said.get("desc_act")),
         modules=modules,
@@ -112,7 +124,22 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         nbytes=checkpoint.nbytes,
         files=_files(checkpoint),
         provenance=_provenance(checkpoint),
+        defects=_defects(checkpoint) if method == "gptq" else (),
     )
+
+
+def _format(checkpoint: Checkpoint) -> str:
+    packing = other_packing(checkpoint)
+    return packing.lower() if packing else str(said_format(checkpoint.quantization or {}))
+
+
+def _defects(checkpoint: Checkpoint) -> tuple[Defect, ...]:
+    """What is wrong with a GPTQ checkpoint as far as is seen from here; of the Hub's only headers are here."""
+    here = all(tensor.file.is_file() for tensor in checkpoint.tensors.values())
+    try:
+        return examine(checkpoint, numbers=here).defects
+    except InputError as error:  # a form that is not read here
+        return tuple(Defect(problem.code, problem.message, hint=problem.hint) for problem in error.problems)
 
 
 def _row(module: PackedModule, blocks: str, *, sym: bool) -> Row:

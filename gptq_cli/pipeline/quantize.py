@@ -12,24 +12,23 @@ from torch import Tensor
 
 from gptq_cli.calibration.corpus import DatasetSource, Documents, load_documents
 from gptq_cli.calibration.sampling import Windows, calibration_windows, check_token_ids
+from gptq_cli.checkpoint.decodable import open_decodable, refuse_wrong_numbers
 from gptq_cli.checkpoint.gptq_format import encode
 from gptq_cli.checkpoint.hub import ModelSource, locate_model, model_directory
 from gptq_cli.checkpoint.manifest import write_manifest
 from gptq_cli.checkpoint.replacing import check_output
 from gptq_cli.checkpoint.run_file import write_run
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
-from gptq_cli.checkpoint.verify import verify_checkpoint
 from gptq_cli.checkpoint.work_directory import WorkDirectory
 from gptq_cli.checkpoint.writer import CheckpointWriter
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.targets import Verdict, engine_data
 from gptq_cli.config.units import size
 from gptq_cli.engine.layer import QuantizedLinear
-from gptq_cli.errors import GateError
 from gptq_cli.files import expanded, resolved
 from gptq_cli.models.stream import ModelStream
 from gptq_cli.models.tokenizer import load_encoder
-from gptq_cli.pipeline.copying import copy_others, write_beside
+from gptq_cli.pipeline.copying import check_written, copy_others, write_beside
 from gptq_cli.pipeline.device_errors import device_errors
 from gptq_cli.pipeline.events import ExpertsCovered, LayerReport, PhaseStarted, Report, RunPlanned, Warned, ignore
 from gptq_cli.pipeline.fallbacks import FallbackLimit
@@ -50,7 +49,7 @@ from gptq_cli.pipeline.resume import (
 from gptq_cli.pipeline.retry import do_blocks
 from gptq_cli.pipeline.run_plan import LayerPlan, RunPlan
 from gptq_cli.pipeline.saving import SavingTimes
-from gptq_cli.pipeline.setup import open_stream, refuse_wrong_numbers, resolve_device
+from gptq_cli.pipeline.setup import open_stream, resolve_device
 from gptq_cli.pipeline.team import ALONE, Place, Team
 from gptq_cli.pipeline.time_limit import TimeLimit
 from gptq_cli.pipeline.windows import bounded
@@ -333,7 +332,7 @@ def _write(
         record(PhaseStarted("verify", size(plan.layout.nbytes)))
         writer.finish()
     write_beside(work.stage, plan, config, windows.sha256, identity["source"]["files"])
-    _verify(work.stage)
+    check_written(work.stage)
     layers = [{key: value for key, value in asdict(layer).items() if key != "seconds"} for layer in record.layers]
     experts = [asdict(covered) for covered in record.experts]
     write_manifest(work.stage, {"identity": identity, "origin": origin, "layers": layers, "experts": experts})
@@ -343,7 +342,7 @@ def assist(model: str, config: QuantizeConfig, place: Place, *, revision: str | 
     """Do this process's share of what another one does with `quantize_checkpoint`; nothing is written here."""
     team, device = place.team, place.device
     located = locate_model(model, revision)
-    source = open_checkpoint(located.directory)
+    source = open_decodable(located.directory)
     config = bounded(config, source)
     check_agreement(team, identify(source, located.commit, config, device, hashed=team.first_here))
     with torch.inference_mode(), device_errors():
@@ -353,13 +352,3 @@ def assist(model: str, config: QuantizeConfig, place: Place, *, revision: str | 
         if ids.numel():
             finished = FinishedBlocks(team, team.told(), plan.n_steps)
             do_blocks(stream, plan, config, ids.cpu(), lambda *_: None, finished, ignore, team)
-
-
-def _verify(stage: Path) -> None:
-    """GateError E_VERIFY if what was written is not a checkpoint that every reader understands alike."""
-    defects = verify_checkpoint(stage).defects
-    if defects:
-        raise GateError(
-            "E_VERIFY", f"what was written has {len(defects)} defects, the first: {defects[0]}",
-            hint="this is a fault of gptq: please report it, with the command and the model",
-        )  # fmt: skip

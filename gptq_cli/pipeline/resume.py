@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from gptq_cli.checkpoint.defect import Defect
 from gptq_cli.checkpoint.durable import COPY_BYTES, OpenFile, sync_directory
 from gptq_cli.checkpoint.hashes import check_manifest
 from gptq_cli.checkpoint.hashing import file_hash
@@ -204,19 +205,27 @@ def finished_output(output: Path, model: Path, identity: Identity, *, overwrite:
     manifest = read_manifest(output)
     if manifest is None:
         return None
+    hint = way_out(output)
     different = differences(manifest.get("identity", {}), identity)
     if "calibration_sha256" in identity and not different:
-        different = [f"{defect.place} is damaged" for defect in check_manifest(output, full=True)[1]]
-        if not different:
+        defects = check_manifest(output, full=True)[1]
+        if not defects:
             return manifest
+        different = [_difference(defect) for defect in defects]
+        if all(defect.effect == "readers" for defect in defects):
+            hint = "move what is not of the checkpoint out of it, or choose another -o"
     if different and not overwrite:
-        raise ExistsError(
-            "E_OUT_EXISTS", f"`{output}` is not what this run writes: {'; '.join(different)}",
-            hint=way_out(output),
-        )  # fmt: skip
+        message = f"`{output}` is not what this run writes: {'; '.join(different)}"
+        raise ExistsError("E_OUT_EXISTS", message, hint=hint)
     if different:
         check_replaceable(output, model)
     return None
+
+
+def _difference(defect: Defect) -> str:
+    """What was changed, or added, in a finished checkpoint."""
+    added = defect.effect == "readers"
+    return f"{defect.place} {defect.message}" if added else f"{defect.place} is damaged"
 
 
 @contextmanager

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gptq_cli.checkpoint.decodable import refuse_wrong_numbers
+from gptq_cli.checkpoint.defect import Defect
 from gptq_cli.checkpoint.durable import write_file, write_json
 from gptq_cli.checkpoint.headers import TensorInfo
 from gptq_cli.checkpoint.hub import locate_model, model_directory
 from gptq_cli.checkpoint.layout import TensorSpec, plan_layout
 from gptq_cli.checkpoint.manifest import CONFIG_FILE, MANIFEST, OF_THE_RUN, write_manifest
-from gptq_cli.checkpoint.orientation import stores_transposed
+from gptq_cli.checkpoint.orientation import is_stored_transposed
 from gptq_cli.checkpoint.packed import PARTS, PackedModule, packed_modules
 from gptq_cli.checkpoint.packing import pack, unpack
 from gptq_cli.checkpoint.plain import declared_dtype
-from gptq_cli.checkpoint.reader import SAFETENSORS_DTYPE, DequantizingReader, TensorReader
+from gptq_cli.checkpoint.reader import SAFETENSORS_DTYPE, DequantizingReader, TensorReader, columns_in_order
 from gptq_cli.checkpoint.replacing import check_output
 from gptq_cli.checkpoint.run_file import resume_command
 from gptq_cli.checkpoint.source import QUANTIZE_CONFIG, Checkpoint, open_checkpoint, read_json
-from gptq_cli.checkpoint.stored import STORED_OFFSET, format_of
+from gptq_cli.checkpoint.stored import (
+    STORED_OFFSET,
+    as_all_take_it,
+    format_of,
+    with_quantization,
+    without_quantization,
+)
 from gptq_cli.checkpoint.work_directory import WorkDirectory
 from gptq_cli.checkpoint.writer import CheckpointWriter, copy_side_files
 from gptq_cli.config.fields import size_in_bytes
@@ -33,8 +42,10 @@ from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.yaml_writer import to_yaml
 from gptq_cli.errors import ConfigError, ExistsError, GptqError, InputError
 from gptq_cli.files import expanded, is_file
+from gptq_cli.pipeline.copying import check_written
 from gptq_cli.pipeline.events import LayerStarted, PhaseStarted, Report, ignore
 from gptq_cli.pipeline.resume import working_on
+from gptq_cli.pipeline.run_plan import HEAD
 from gptq_cli.pipeline.setup import DTYPES, STORED_DTYPES, warn_of
 from gptq_cli.version import __version__
 
@@ -44,33 +55,41 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True, slots=True)
 class Rewritten:
-    """What was written: number of packed linears, bytes of tensors before and after."""
+    """What was written: number of packed linears, bytes of tensors before and after.
+
+    `corrected` tells what not every reader would have taken of the source.
+    """
 
     output: Path
     layers: int
     bytes_before: int
     bytes_after: int
+    corrected: tuple[Defect, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """The result as plain JSON values."""
-        return {name: getattr(self, name) for name in self.__slots__} | {"output": str(self.output)}
+        """The result as plain JSON values, without what was corrected."""
+        told = {name: getattr(self, name) for name in self.__slots__ if name != "corrected"}
+        return told | {"output": str(self.output)}
 
 
 def convert_checkpoint(
     model: str, output: Path, to: str, *, overwrite: bool = False, report: Report = ignore
 ) -> Rewritten:
-    """The GPTQ checkpoint MODEL in format `to`: zero points and settings change, all other bytes are copied.
+    """The GPTQ checkpoint MODEL in format `to`, as all readers take it: all other bytes are copied.
 
-    ConfigError E_CFG_NOTHING_TO_DO if it is in that format already; InputError E_CKPT_QUANTIZED if it is no GPTQ
-    checkpoint, E_CKPT_ZEROS if a zero point of 0 would have to be stored as -1, which readers disagree about.
+    Zero points and settings change, and what only some readers take as it is. ConfigError E_CFG_NOTHING_TO_DO if it is
+    so already; InputError E_CKPT_QUANTIZED if it is no GPTQ checkpoint, E_CKPT_ZEROS if a zero point of 0 would have to
+    be stored as -1, which readers disagree about, the code of a defect that this does not correct.
     """
-    source, modules = _open(model, output, report, overwrite=overwrite)
+    source, modules, defects = _open(model, output, report, overwrite=overwrite)
+    _refuse_lasting(source, defects)
     warn_of(source, report)
-    said = dict(source.quantization or {})
+    said = source.quantization or {}
     format = format_of(source)
-    if format == to:
+    if format == to and not defects:
         raise ConfigError("E_CFG_NOTHING_TO_DO", f"`{model}` is of format {to} already", hint="use it as it is")
     of_module = {module.name: module for module in modules}
+    without_g_idx = {name for name in of_module if f"{name}.g_idx" not in source.tensors}
     reader = TensorReader(source)
 
     def write(writer: CheckpointWriter) -> None:
@@ -78,25 +97,29 @@ def convert_checkpoint(
             module = of_module.get(name.removesuffix(".qzeros"))
             if module is None:
                 writer.copy(tensor)
-            else:
-                report(LayerStarted(module.name))
-                writer.write(name, _moved_zeros(reader.read(name), module, format, to))
+                continue
+            report(LayerStarted(module.name))
+            writer.write(name, _moved_zeros(reader.read(name), module, format, to))
+            if module.name in without_g_idx:
+                writer.write(f"{module.name}.g_idx", columns_in_order(module))
 
-    changes = {"checkpoint_format": to, "format": to}
+    settings = as_all_take_it(said, to, lm_head=HEAD in of_module)
     units = _units(source, of_module, lambda tensor: TensorSpec(tensor.name, tensor.dtype, tensor.shape))
+    units = [_with_g_idx(unit, of_module, without_g_idx) for unit in units]
     with _fresh(output, report) as work:
         report(PhaseStarted("convert", f"{len(modules)} layers from {format} to {to}"))
         written = _write_tensors(work.stage, units, write)
         copy_side_files(source, work.stage, without={CONFIG_FILE, MANIFEST})
-        write_json(work.stage / "config.json", source.config | {"quantization_config": said | changes})
-        write_json(work.stage / QUANTIZE_CONFIG, _quantize_config(source, said) | changes)
+        write_json(work.stage / "config.json", with_quantization(source.config, settings))
+        write_json(work.stage / QUANTIZE_CONFIG, settings | _meta(source))
         if is_file(source.directory / CONFIG_FILE):
             config = resolve({}, {}, source.directory / CONFIG_FILE).config.model_copy(
                 update={"format": to, "target": None}
             )
             write_file(work.stage / CONFIG_FILE, to_yaml(config).encode())
+        check_written(work.stage)
         _publish(work, source, overwrite=overwrite, command="convert", format=to)
-    return Rewritten(output, len(modules), source.nbytes, written)
+    return Rewritten(output, len(modules), source.nbytes, written, defects)
 
 
 def dequantize_checkpoint(
@@ -108,7 +131,7 @@ def dequantize_checkpoint(
     are copied byte for byte; any other is given to all floats. Raises InputError E_CKPT_QUANTIZED if it is no GPTQ
     checkpoint, E_CKPT_NONFINITE if a weight does not fit the dtype.
     """
-    source, modules = _open(model, output, report, overwrite=overwrite)
+    source, modules, _ = _open(model, output, report, overwrite=overwrite)
     warn_of(source, report)
     wanted = STORED_DTYPES[declared_dtype(source)] if dtype == "auto" else DTYPES[dtype]
     plain = _PlainWeights(source, {module.name: module for module in modules}, wanted, cast=dtype != "auto")
@@ -116,7 +139,7 @@ def dequantize_checkpoint(
         report(PhaseStarted("dequantize", f"{len(modules)} layers to {str(wanted).removeprefix('torch.')}"))
         written = _write_tensors(work.stage, _units(source, {}, plain.spec), lambda writer: plain.write(writer, report))
         copy_side_files(source, work.stage, without=OF_THE_RUN)
-        config = {key: value for key, value in source.config.items() if key != "quantization_config"}
+        config = without_quantization(source.config)
         if dtype != "auto":
             config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
         write_json(work.stage / "config.json", config)
@@ -130,7 +153,6 @@ class _PlainWeights:
     def __init__(self, source: Checkpoint, modules: dict[str, PackedModule], dtype: torch.dtype, *, cast: bool) -> None:
         self._source, self._modules, self._dtype, self._cast = source, modules, dtype, cast
         self._reader = DequantizingReader(source, CPU, "torch")
-        self._turned = stores_transposed(source.config)
 
     def spec(self, tensor: TensorInfo) -> TensorSpec | None:
         """What becomes of a stored tensor; None for the parts of a linear beside its qweight."""
@@ -138,7 +160,8 @@ class _PlainWeights:
         code = SAFETENSORS_DTYPE[self._dtype]
         if name in self._modules and part in PARTS:
             shape = (self._modules[name].out_features, self._modules[name].in_features)
-            whole = TensorSpec(f"{name}.weight", code, shape[::-1] if self._turned else shape)
+            turned = is_stored_transposed(self._source.config, name)
+            whole = TensorSpec(f"{name}.weight", code, shape[::-1] if turned else shape)
             return whole if part == "qweight" else None
         return TensorSpec(tensor.name, code if self._cast and tensor.dtype in FLOATS else tensor.dtype, tensor.shape)
 
@@ -159,10 +182,16 @@ class _PlainWeights:
                     "E_CKPT_NONFINITE", f"`{planned.name}` has values that are not finite as {dtype}",
                     hint="choose --dtype bfloat16 or float32; if that fails too, the checkpoint is damaged",
                 )  # fmt: skip
-            writer.write(planned.name, weight.T if planned.name != name and self._turned else weight)
+            module = planned.name.removesuffix(".weight")
+            turned = planned.name != name and is_stored_transposed(self._source.config, module)
+            writer.write(planned.name, weight.T if turned else weight)
 
 
-def _open(model: str, output: Path, report: Report, *, overwrite: bool) -> tuple[Checkpoint, tuple[PackedModule, ...]]:
+Opened = tuple[Checkpoint, tuple[PackedModule, ...], tuple[Defect, ...]]
+
+
+def _open(model: str, output: Path, report: Report, *, overwrite: bool) -> Opened:
+    """A checkpoint whose weights can be decoded, its packed linears, and the defects that it has all the same."""
     try:
         check_output(output, model_directory(model) or expanded(model), overwrite=overwrite)
     except ExistsError:
@@ -170,11 +199,21 @@ def _open(model: str, output: Path, report: Report, *, overwrite: bool) -> tuple
         raise
     source = open_checkpoint(locate_model(model).directory)
     check_output(output, source.directory, overwrite=overwrite)
+    defects = refuse_wrong_numbers(source)
     if source.quantization is None:
         hint = "give a checkpoint that gptq or another GPTQ tool has written"
         raise InputError("E_CKPT_QUANTIZED", f"`{model}` is not quantized", hint=hint)
     format_of(source)  # refuses methods that are not read here
-    return source, packed_modules(source.tensors)
+    return source, packed_modules(source.tensors), defects
+
+
+def _refuse_lasting(source: Checkpoint, defects: Iterable[Defect]) -> None:
+    """InputError with the code of the first defect that would be in the output, too."""
+    for defect in defects:
+        if defect.effect == "readers":
+            everything = f"all of it: gptq verify {quote(str(source.directory))}"
+            hint = f"{defect.hint}; {everything}" if defect.hint else everything
+            raise InputError(defect.code, f"`{source.directory}`, {defect.place}: {defect.message}", hint=hint)
 
 
 def _clear_up(output: Path, report: Report) -> None:
@@ -215,6 +254,16 @@ def _moved_zeros(stored: Tensor, module: PackedModule, origin: str, to: str) -> 
     return pack(zeros - STORED_OFFSET[to], module.bits).T.contiguous()
 
 
+def _with_g_idx(
+    unit: tuple[TensorSpec, ...], of_module: dict[str, PackedModule], without: Collection[str]
+) -> tuple[TensorSpec, ...]:
+    """The tensors of one linear with the g_idx that the source has not."""
+    module = unit[0].name.rpartition(".")[0]
+    if module not in without or not unit[0].name.endswith(PARTS):
+        return unit
+    return (*unit, TensorSpec(f"{module}.g_idx", "I32", (of_module[module].in_features,)))
+
+
 def _units(
     source: Checkpoint, together: dict[str, PackedModule], spec: Callable[[TensorInfo], TensorSpec | None]
 ) -> list[tuple[TensorSpec, ...]]:
@@ -240,7 +289,14 @@ def _write_tensors(
     return sum(spec.nbytes for spec in layout.specs.values())
 
 
-def _quantize_config(source: Checkpoint, said: dict[str, Any]) -> dict[str, Any]:
+def _meta(source: Checkpoint) -> dict[str, Any]:
+    """What tools have written about themselves; readers of config.json do not take it there."""
     file = source.directory / QUANTIZE_CONFIG
-    content = read_json(file) if is_file(file) else said
-    return dict(content) if isinstance(content, dict) else said
+    try:
+        content = read_json(file) if is_file(file) else None
+    except InputError:  # it was a defect, and a new one is written
+        content = None
+    for told in (content, source.quantization):
+        if isinstance(told, dict) and isinstance(told.get("meta"), dict):
+            return {"meta": told["meta"]}
+    return {}

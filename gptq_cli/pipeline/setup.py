@@ -10,7 +10,6 @@ from gptq_cli.checkpoint.claims import check_claims
 from gptq_cli.checkpoint.headers import TensorInfo
 from gptq_cli.checkpoint.reader import open_reader
 from gptq_cli.checkpoint.source import Checkpoint
-from gptq_cli.checkpoint.verify import verify_checkpoint
 from gptq_cli.errors import ConfigError, InputError
 from gptq_cli.models.read_ahead import ReadAhead
 from gptq_cli.models.skeleton import build_skeleton, load_config
@@ -20,7 +19,6 @@ from gptq_cli.pipeline.memory import Memory
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 AHEAD_SHARE = 8  # a block that is read ahead may fill an eighth of the host's free memory
-WRONG_NUMBERS = {"E_CKPT_ZEROS", "E_CKPT_GROUPS", "E_CKPT_SCALES", "E_CKPT_NONFINITE", "E_CKPT_SHAPE"}
 STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
@@ -80,16 +78,6 @@ def open_stream(
     if device.type == "cpu" or host is None or backend == "triton":  # which decodes on the device itself
         return ModelStream(skeleton, reader, device, dequantized)
     return ModelStream(skeleton, ReadAhead(reader, host.free() // AHEAD_SHARE), device, dequantized)
-
-
-def refuse_wrong_numbers(checkpoint: Checkpoint) -> None:
-    """InputError if a GPTQ checkpoint would be decoded to other weights than were meant; others pass."""
-    if checkpoint.method != "gptq":
-        return
-    for defect in verify_checkpoint(checkpoint.directory).defects:
-        if defect.code in WRONG_NUMBERS:
-            hint = f"all of it: gptq verify {checkpoint.directory}"
-            raise InputError(defect.code, f"`{checkpoint.directory}`, {defect.place}: {defect.message}", hint=hint)
 
 
 def warn_of(checkpoint: Checkpoint, report: Report) -> None:

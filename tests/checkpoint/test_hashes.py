@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 from safetensors.numpy import save_file
 
 from gptq_cli.checkpoint.journal import digest
@@ -60,6 +61,48 @@ def test_a_manifest_with_strange_names_or_missing_files_is_a_defect(tmp_path: Pa
     for broken in ("{", "[]", '{"files": {"x": 1}}'):
         (directory / "gptq_manifest.json").write_text(broken)
         assert [defect.code for defect in verify_checkpoint(directory).defects] == ["E_CKPT_HASH"]
+
+
+ADDED = [
+    "adapter_config.json", "modeling_llama.py", "pytorch_model.bin", "chat_template.jinja", "extra.safetensors",
+    "generation_config.json", "additional_chat_templates/tool.jinja", "vocab.txt",
+]  # fmt: skip
+BESIDE = ["gptq_report.json", "gptq_report.html", "README.md", "LICENSE", ".gitattributes", ".cache/huggingface/x.lock"]
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("name", ADDED)
+def test_a_file_added_to_an_output_is_a_defect(name: str, full: bool, tmp_path: Path) -> None:
+    directory = with_manifest(gptq_files().write(tmp_path / "c"))
+    (directory / name).parent.mkdir(exist_ok=True)
+    (directory / name).write_bytes(b"{}")
+    found = [defect for defect in verify_checkpoint(directory, full=full).defects if defect.code == "E_CKPT_HASH"]
+    assert [(defect.file, defect.message) for defect in found] == [(name, "is not in the manifest")]
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_what_no_reader_loads_may_come_to_an_output(name: str, tmp_path: Path) -> None:
+    directory = with_manifest(gptq_files().write(tmp_path / "c"))
+    (directory / name).parent.mkdir(parents=True, exist_ok=True)
+    (directory / name).write_bytes(b"{}")
+    assert verify_checkpoint(directory, full=True).ok
+
+
+def test_files_in_folders_may_be_listed(tmp_path: Path) -> None:
+    directory = gptq_files().write(tmp_path / "c")
+    (directory / "additional_chat_templates").mkdir()
+    (directory / "additional_chat_templates" / "tool.jinja").write_text("{}")
+    write_manifest(directory, {})
+    assert verify_checkpoint(directory, full=True).ok
+    (directory / "additional_chat_templates" / "tool.jinja").write_text("[]")
+    assert [defect.code for defect in verify_checkpoint(directory, full=True).defects] == ["E_CKPT_HASH"]
+
+
+def test_a_link_to_a_folder_is_an_added_file(tmp_path: Path) -> None:
+    directory = with_manifest(gptq_files().write(tmp_path / "c"))
+    (tmp_path / "elsewhere").mkdir()
+    (directory / "additional_chat_templates").symlink_to(tmp_path / "elsewhere")
+    assert [defect.file for defect in verify_checkpoint(directory).defects] == ["additional_chat_templates"]
 
 
 def test_a_bit_that_flips_anywhere_in_the_manifest_is_a_defect(tmp_path: Path) -> None:

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from gptq_cli.checkpoint.module_checks import Defect
+from gptq_cli.checkpoint.defect import Defect
 from gptq_cli.checkpoint.raw import unpack_words
 from gptq_cli.checkpoint.verify import verify_checkpoint
 from gptq_cli.errors import InputError
-from tests.checkpoint.gptq_files import HIDDEN, MODULES, SHARDS, Files, gptq_files, module, words
+from tests.checkpoint.gptq_files import HIDDEN, MODULES, SHAPES, SHARDS, Files, gptq_files, module, words
 
 Q0, DOWN1 = MODULES[0], MODULES[5]
 
@@ -79,6 +79,57 @@ def as_optimum(files: Files) -> None:
     del files.quantization["format"], files.quantization["checkpoint_format"]
 
 
+def in_text_config(files: Files) -> None:
+    files.config["text_config"] = {"quantization_config": files.config.pop("quantization_config")}
+
+
+def unsaid_method(files: Files) -> None:
+    del files.quantization["quant_method"]
+
+
+def v2_by_one_key(files: Files) -> None:
+    files.quantization["format"] = "gptq_v2"
+    del files.quantization["checkpoint_format"]
+    for name in MODULES:
+        files.tensors[f"{name}.qzeros"] += 0x11111111
+
+
+def two_formats(files: Files) -> None:
+    files.quantize_config = dict(files.quantization, checkpoint_format="gptq_v2", format="gptq_v2")
+
+
+def with_an_adapter(files: Files) -> None:
+    files.extra["adapter_config.json"] = b"{}"
+
+
+def with_other_weights(files: Files) -> None:
+    files.shards = 1
+    files.extra["gptq_model-4bit-32g.safetensors"] = b"x"
+
+
+def no_settings(files: Files) -> None:
+    del files.config["quantization_config"]
+
+
+def marlin_flag(files: Files) -> None:
+    files.quantization["is_marlin_format"] = True
+
+
+def marlin_tensors(files: Files) -> None:
+    for name in MODULES:
+        for part in ("qweight", "qzeros", "g_idx"):
+            del files.tensors[f"{name}.{part}"]
+        files.tensors[f"{name}.s"] = files.tensors.pop(f"{name}.scales")
+        files.tensors[f"{name}.B"] = np.zeros((4, 64), np.int32)
+
+
+def awq_tensors(files: Files) -> None:
+    for name in MODULES:
+        out_features, in_features = SHAPES[name.split(".", 3)[3]]
+        del files.tensors[f"{name}.g_idx"]
+        files.tensors[f"{name}.qweight"] = np.zeros((in_features, out_features // 8), np.int32)
+
+
 def with_an_mtp_block(files: Files) -> None:
     for part, array in {"q_proj": (32, 64), "k_proj": (32, 64)}.items():
         files.tensors[f"model.layers.2.self_attn.{part}.weight"] = np.ones(array, np.float16)
@@ -105,7 +156,6 @@ def with_biases(files: Files) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        as_autogptq,
         as_gptqmodel,
         as_autoround,
         as_optimum,
@@ -210,6 +260,17 @@ PLANTED = {
     "bad rules": (put("dynamic", ["-:x"]), "CONFIG", None, "not a mapping"),
     "bad override": (put("dynamic", {"+:.*q_proj": {"bits": 7}}), "CONFIG", None, "bits is 7"),
     "bad list": (put("modules_in_block_to_quantize", [[4]]), "CONFIG", None, "list of lists"),
+    "only in quantize_config": (as_autogptq, "CONFIG", None, "stands in quantize_config.json alone"),
+    "in text_config": (in_text_config, "CONFIG", None, "stands in text_config: transformers would not see it"),
+    "no method": (unsaid_method, "CONFIG", None, "quant_method is missing"),
+    "v2 by one key": (v2_by_one_key, "CONFIG", None, "llama.cpp would not take format 'gptq_v2'"),
+    "two formats": (two_formats, "CONFIG", None, "is 'gptq' in config.json and 'gptq_v2' in quantize_config.json"),
+    "no settings": (no_settings, "CONFIG", None, "neither config.json nor quantize_config.json says"),
+    "marlin flag": (marlin_flag, "QUANTIZED", None, "packed for Marlin"),
+    "marlin tensors": (marlin_tensors, "QUANTIZED", None, "packed for Marlin"),
+    "awq tensors": (awq_tensors, "QUANTIZED", None, "packed for AWQ"),
+    "adapter": (with_an_adapter, "KIND", None, "an adapter of another model"),
+    "other weights": (with_other_weights, "INDEX", None, "beside the weights"),
     "no qweight": (drop(f"{Q0}.qweight"), "INCOMPLETE", Q0, "no qweight"),
     "no qzeros": (drop(f"{Q0}.qzeros"), "INCOMPLETE", Q0, "no qzeros"),
     "no scales": (drop(f"{Q0}.scales"), "INCOMPLETE", Q0, "no scales"),
@@ -320,6 +381,53 @@ def test_subnormal_scales_are_no_defect(size: float, tmp_path: Path) -> None:
     files.tensors[f"{Q0}.scales"][:] = size
     files.tensors[f"{DOWN1}.scales"][1] = -size
     assert not defects(files.write(tmp_path / "c"))
+
+
+EFFECTS = {
+    "form": ["only in quantize_config", "in text_config", "no method", "upper case", "v2 by one key", "two formats"],
+    "readers": ["kept by rule", "not listed", "listed in vain", "plain unsaid"],
+    "numbers": ["mislabelled v2", "wrapped zero", "one odd zero", "all in one group", "sym unsaid", "no scales"],
+}
+EFFECTS["form"] += ["adapter", "other weights"]
+
+
+@pytest.mark.parametrize(("effect", "plant"), [(effect, plant) for effect in EFFECTS for plant in EFFECTS[effect]])
+def test_a_defect_tells_its_effect_and_a_remedy(effect: str, plant: str, tmp_path: Path) -> None:
+    files = gptq_files()
+    PLANTED[plant][0](files)
+    found = defects(files.write(tmp_path / "c"))
+    assert {defect.effect for defect in found} == {effect}
+    assert plant == "no scales" or all(defect.hint for defect in found)
+
+
+def test_formats_that_differ_change_asymmetric_weights(tmp_path: Path) -> None:
+    symmetric, asymmetric = gptq_files(), gptq_files(sym=False)
+    for files in (symmetric, asymmetric):
+        two_formats(files)
+    assert [defect.effect for defect in defects(symmetric.write(tmp_path / "sym"))] == ["form"]
+    (found,) = defects(asymmetric.write(tmp_path / "asym"))
+    assert (found.effect, found.hint) == (
+        "numbers", "set checkpoint_format and format to the one that is meant in config.json and quantize_config.json",
+    )  # fmt: skip
+
+
+def test_a_g_idx_in_order_may_be_missing_and_others_not(tmp_path: Path) -> None:
+    for desc_act, effect in ((False, "form"), (True, "numbers")):
+        files = gptq_files(desc_act=desc_act)
+        del files.tensors[f"{Q0}.g_idx"]
+        (found,) = defects(files.write(tmp_path / effect))
+        assert (found.code, found.tensor, found.effect) == ("E_CKPT_INCOMPLETE", Q0, effect)
+
+
+def test_zero_points_are_checked_without_a_g_idx_too(tmp_path: Path) -> None:
+    files = gptq_files()
+    files.tensors[f"{Q0}.qzeros"] += 0x11111111
+    del files.tensors[f"{Q0}.g_idx"]
+    found = defects(files.write(tmp_path / "c"))
+    assert [(defect.code, defect.effect) for defect in found] == [
+        ("E_CKPT_INCOMPLETE", "form"),
+        ("E_CKPT_ZEROS", "numbers"),
+    ]
 
 
 def test_only_the_planted_module_is_accused(tmp_path: Path) -> None:

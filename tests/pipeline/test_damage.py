@@ -167,6 +167,18 @@ def test_a_finished_output_that_was_damaged_is_not_taken_for_done(case: Case, tm
         case.run(tmp_path / "out", bits=3)
 
 
+@pytest.mark.parametrize("name", ["adapter_config.json", "code.py", "chat_template.jinja", "pytorch_model.bin"])
+def test_a_finished_output_with_a_file_more_is_not_done(name: str, case: Case, tmp_path: Path) -> None:
+    case.run(tmp_path / "out")
+    (tmp_path / "out" / name).write_text("{}")
+    with pytest.raises(ExistsError, match=f"is not what this run writes: {name} is not in the manifest") as caught:
+        case.run(tmp_path / "out")
+    assert (caught.value.code, caught.value.exit_code) == ("E_OUT_EXISTS", 6)
+    assert (caught.value.hint or "").startswith("move what is not of the checkpoint out of it")
+    (tmp_path / "out" / name).unlink()
+    assert case.run(tmp_path / "out").already_done
+
+
 def change_report(directory: Path) -> None:
     journal = directory / WORK / "journal.jsonl"
     journal.write_bytes(journal.read_bytes().replace(b'"dead_columns": 0', b'"dead_columns": 7'))
