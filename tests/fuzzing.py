@@ -1,4 +1,4 @@
-"""Random damage to configurations, safetensors headers, index files and quantization configs, from a seed.
+"""Random damage to configurations, safetensors headers, index files, quantization configs and reports, from a seed.
 
 An input is damaged as bytes or, where it is JSON, as a value. Whatever comes out must be accepted or refused with exit
 code 2 or 3 (a checkpoint that is verified: with a list of defects), within seconds and without any other exception.
@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from gptq_cli.checkpoint.headers import read_header
+from gptq_cli.checkpoint.manifest import REPORT_DATA
 from gptq_cli.checkpoint.source import INDEX_NAME, open_checkpoint
 from gptq_cli.checkpoint.verify import verify_checkpoint
 from gptq_cli.config.resolve import resolve
 from gptq_cli.errors import GptqError
+from gptq_cli.pipeline.report import read_evaluation, read_run
 from tests.checkpoint.gptq_files import SHARDS, gptq_files
 
 SECONDS = 5
@@ -37,6 +39,23 @@ ODD: list[Any] = [
     "a\0b", "\ud800", "x" * 5000, [], {}, [[]], [None], {"": ""}, ["a", 10**9], {"-:(": {}}, {"+:.*": {"bits": 9}},
     {"+:.*": None}, [["q_proj", 4]], "gptq_v2", "4", "I32", "F4",
 ]  # fmt: skip
+
+
+LAYER: dict[str, Any] = {
+    "name": "model.layers.0.mlp.up_proj", "block": 0, "bits": 4, "group_size": 32, "relative_error": 1e-3,
+    "rtn_relative_error": 2e-3, "damp_percent": 0.1, "damp_retries": 0, "tokens": 256, "fallback": None,
+}  # fmt: skip
+REPORT: dict[str, Any] = {
+    "report": 1, "version": "0", "command": "gptq quantize m", "name": "out", "model": "m", "commit": None,
+    "config": {"bits": 4, "moe_uncovered": "error"}, "layers": [LAYER, {**LAYER, "block": 1, "fallback": "tokens"}],
+    "experts": [{"name": "model.layers.0.mlp.experts", "tokens": [3, 0]}], "bits_per_weight": 4.5, "tokens": 256,
+    "seconds": 3.5, "bytes_before": 1000, "bytes_after": 300, "peak_host_bytes": 5000, "peak_device_bytes": 0,
+    "blocks": [{"index": 0, "seconds": 1.5, "host_bytes": 5000, "device_bytes": 0}],
+}  # fmt: skip
+EVALUATION: dict[str, Any] = {
+    "perplexity": 12.5, "baseline_perplexity": 11.5, "kl": 0.01, "top1_agreement": 0.9, "dataset": "wikitext2",
+    "windows": 3, "seqlen": 64, "dtype": "float32", "dataset_revision": None,
+}  # fmt: skip
 
 
 class TooSlowError(Exception):
@@ -173,6 +192,19 @@ def _verify(content: bytes, folder: Path) -> str:
     return found.defects[0].code if found.defects else "accepted"
 
 
+def _read_report(content: bytes, folder: Path) -> str:
+    (folder / REPORT_DATA).write_bytes(content)
+    found = read_run(folder)
+    json.dumps(found, allow_nan=False).encode()
+    return "accepted"
+
+
+def _read_evaluation(content: bytes, folder: Path) -> str:
+    (folder / "ppl.json").write_bytes(content)
+    json.dumps(read_evaluation(folder / "ppl.json"), allow_nan=False).encode()
+    return "accepted"
+
+
 def _checkpoint(folder: Path) -> Path:
     return folder / "c" if (folder / "c").exists() else gptq_files().write(folder / "c")
 
@@ -191,4 +223,6 @@ SUBJECTS = {
     "headers": Subject([_parts(SHARDS[0])], _read_header),
     "indexes": Subject([_parts(INDEX_NAME)], _read_index),
     "quantization configs": Subject([_CONFIG], _verify),
+    "reports": Subject([json.dumps(REPORT).encode()], _read_report),
+    "evaluations": Subject([json.dumps(EVALUATION).encode()], _read_evaluation),
 }

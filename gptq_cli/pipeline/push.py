@@ -34,6 +34,7 @@ LOCAL = {REPORT_DATA, REPORT_PAGE, CARD}  # about the run, with times and paths;
 WORST = 10
 JUDGED = ("bits", "relative_error", "rtn_relative_error")
 MAX_CARD_BYTES = 1_000_000
+MOST = 1e15  # of a number that a card shows
 _ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _YAML_BLOCK = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
@@ -156,7 +157,7 @@ def _card(
             dataset=_hub_dataset(origin.get("dataset")),
             worst=sorted(layers, key=lambda layer: -layer["relative_error"])[:WORST],
             n_layers=len(layers),
-            uncovered=sum(len(layer.get("uncovered") or ()) for layer in _rows(manifest, "experts")),
+            uncovered=sum(_length(layer.get("uncovered")) for layer in _rows(manifest, "experts")),
             readers=[(verdict.engine, verdict.outcome, verdict.reason) for verdict in judged],
             evaluation=evaluation,
             evaluation_dataset=_evaluation_dataset(evaluation),
@@ -203,7 +204,16 @@ def _rows(content: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
 
 
 def _is_judged(layer: Mapping[str, Any]) -> bool:
-    return "name" in layer and all(isinstance(layer.get(key), int | float) for key in JUDGED)
+    return isinstance(layer.get("name"), str) and all(_is_number(layer.get(key)) for key in JUDGED)
+
+
+def _is_number(value: object) -> bool:
+    """Whether `value` is a number that can be shown, and not what JSON of others may hold instead."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MOST
+
+
+def _length(value: object) -> int:
+    return len(value) if isinstance(value, list) else 0
 
 
 def _settings(directory: Path, report: Report) -> dict[str, Any]:

@@ -12,14 +12,14 @@ from gptq_cli.checkpoint.durable import json_bytes, write_file
 from gptq_cli.checkpoint.manifest import REPORT_DATA, REPORT_PAGE
 from gptq_cli.checkpoint.source import read_json
 from gptq_cli.errors import InputError
-from gptq_cli.files import is_file, resolved
+from gptq_cli.files import UNREADABLE, is_file, resolved
 from gptq_cli.pipeline.events import BlockFinished, Event, Report
+from gptq_cli.report.data import Damaged, checked_evaluation, checked_run
 from gptq_cli.version import __version__
 
 VERSION = 1
-MEASURED = ("perplexity", "windows", "seqlen")
-COMPARED = ("baseline_perplexity", "kl", "top1_agreement")
-UNSAID = ("dataset_config", "dataset_split", "dataset_revision", *COMPARED)  # null where there is none
+AGAIN = "quantize again with --report"
+MEASURE = "write one: gptq eval-ppl MODEL --json > FILE"
 
 
 class BlockLog:
@@ -55,34 +55,51 @@ def write_page(directory: Path, page: Path, *, evaluation: Path | None = None, p
     InputError E_REPORT if there is no data of a run, or it or the evaluation is of another kind.
     """
     check_report()
-    file = directory / REPORT_DATA
-    if not is_file(file):
-        hint = "quantize with --report"
-        raise InputError("E_REPORT", f"`{directory}` holds no {REPORT_DATA}", hint=hint)
-    run = read_json(file)
-    if not isinstance(run, dict) or run.get("report") != VERSION:
-        raise InputError(
-            "E_REPORT", f"`{file}` is not the data of a report of version {VERSION}", hint="quantize again"
-        )
-    run["evaluation"] = read_evaluation(evaluation) if evaluation else None
+    run = read_run(directory) | {"evaluation": read_evaluation(evaluation) if evaluation else None}
     from gptq_cli.report.page import picture, render
 
-    write_file(page, render(run).encode("utf-8", "backslashreplace"))  # names need not be UTF-8
-    if png is not None:
-        write_file(png, picture(run))
+    try:
+        text, image = render(run), picture(run) if png else None
+    except Damaged as error:
+        raise _damaged(directory / REPORT_DATA, error) from None
+    write_file(page, text.encode())
+    if png is not None and image is not None:
+        write_file(png, image)
     return page
+
+
+def read_run(directory: Path) -> dict[str, Any]:
+    """What a run has left of itself in `directory`; InputError E_REPORT if that is nothing, or damaged."""
+    file = directory / REPORT_DATA
+    if not is_file(file):
+        raise InputError("E_REPORT", f"`{directory}` holds no {REPORT_DATA}", hint="quantize with --report")
+    content = _json(file, AGAIN)
+    if not isinstance(content, dict) or content.get("report") != VERSION:
+        raise InputError("E_REPORT", f"`{file}` is not the data of a report of version {VERSION}", hint=AGAIN)
+    try:
+        return checked_run(content)
+    except Damaged as error:
+        raise _damaged(file, error) from None
+
+
+def _damaged(file: Path, error: Damaged) -> InputError:
+    return InputError("E_REPORT", f"`{file}` is damaged: {error}", hint=AGAIN)
 
 
 def read_evaluation(file: Path) -> dict[str, Any]:
     """What `gptq eval-ppl --json` has written into `file`; InputError E_REPORT if it is something else."""
     if not is_file(file):
-        hint = "write one: gptq eval-ppl MODEL --json > FILE"
-        raise InputError("E_REPORT", f"there is no file `{file}`", hint=hint)
-    content = read_json(file)
-    found: dict[str, Any] = dict.fromkeys(UNSAID) | (content if isinstance(content, dict) else {})
-    numbers = MEASURED if found["baseline_perplexity"] is None else MEASURED + COMPARED
-    numeric = all(isinstance(found.get(key), int | float) for key in numbers)
-    if not numeric or not all(isinstance(found.get(key), str) for key in ("dataset", "dtype")):
-        hint = "write one: gptq eval-ppl MODEL --json > FILE"
-        raise InputError("E_REPORT", f"`{file}` is not the result of an evaluation", hint=hint)
-    return found
+        raise InputError("E_REPORT", f"there is no file `{file}`", hint=MEASURE)
+    try:
+        return checked_evaluation(_json(file, MEASURE))
+    except Damaged as error:
+        raise InputError("E_REPORT", f"`{file}` is not the result of an evaluation: {error}", hint=MEASURE) from None
+
+
+def _json(file: Path, hint: str) -> Any:
+    try:
+        return read_json(file)
+    except InputError as error:
+        if error.code == UNREADABLE:
+            raise
+        raise InputError("E_REPORT", str(error), hint=hint) from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import matplotlib
 
@@ -20,6 +20,7 @@ LINE = 0.5
 MOST_NUMBERS = 24  # blocks; with more the cells are too small for numbers
 MOST_SHAPES = 2000  # cells; with more an embedded picture is smaller
 TALLEST = 9.0  # inches
+LONGEST_NAME = 24  # letters
 GB = 1e9
 
 Grid = Sequence[Sequence[float | None]]
@@ -107,16 +108,18 @@ def as_png(figure: Any) -> bytes:
 def _map(
     figure: Any, axes: Axes, grid: Grid, title: str, blocks: Sequence[int], linears: Sequence[str], *, log: bool
 ) -> None:
-    values = [value for row in grid for value in row if value is not None and value > 0]
+    values = [value for row in grid for value in row if _is_drawn(value)]
     lowest, highest = (min(values), max(values)) if values else (0.1, 1.0)
     if log:
         norm: Any = LogNorm(lowest / 1.0001, highest * 1.0001)
     else:
         norm = matplotlib.colors.Normalize(min(lowest, 1.0), max(highest, 1.0))
-    cells = [[float("nan") if value is None or value <= 0 else value for value in row] for row in grid]
+    cells = [[value if _is_drawn(value) else float("nan") for value in row] for row in grid]
     mesh = axes.pcolormesh(cells, norm=norm, cmap="viridis", edgecolors="face", linewidth=0.4)
     axes.set_title(title, fontsize=10)
-    axes.set_xticks([i + 0.5 for i in range(len(linears))], linears, rotation=35, ha="right", rotation_mode="anchor")
+    names = [name if len(name) <= LONGEST_NAME else f"...{name[3 - LONGEST_NAME :]}" for name in linears]
+    words: Any = {"rotation": 35, "ha": "right", "rotation_mode": "anchor", "parse_math": False}  # a $ is a letter
+    axes.set_xticks([i + 0.5 for i in range(len(linears))], names, **words)
     _ticks(axes.set_yticks, blocks)
     axes.set_ylim(len(blocks), 0)
     axes.spines[:].set_visible(False)
@@ -124,6 +127,11 @@ def _map(
     if len(blocks) <= MOST_NUMBERS:
         _numbers(axes, cells, norm, "{:.1e}" if log else "{:.2f}")
     _colour_bar(figure, mesh, axes, len(blocks))
+
+
+def _is_drawn(value: float | None) -> TypeGuard[float]:
+    """Whether a logarithmic scale has a place for `value`, with some room beside it."""
+    return value is not None and 1e-300 < value < 1e300
 
 
 def _ticks(put: Callable[[list[float], list[str]], object], names: Sequence[int]) -> None:

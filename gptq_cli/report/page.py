@@ -15,8 +15,10 @@ from markupsafe import Markup
 
 from gptq_cli.config.units import clock, size
 from gptq_cli.report.charts import as_png, as_svg, bars, coverage, heat_maps
+from gptq_cli.report.data import Damaged
 
 WORST = 10
+MOST_LINEARS, MOST_CELLS = 200, 50_000  # of the heat maps
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +105,8 @@ def grids(layers: Sequence[Mapping[str, Any]]) -> Grids:
 
 def _heat(run: Mapping[str, Any]) -> Any:
     found = grids(run["layers"])
+    if len(found.blocks) * len(found.linears) > MOST_CELLS or len(found.linears) > MOST_LINEARS:
+        raise Damaged(f"{len(found.linears)} kinds of layers in {len(found.blocks)} blocks are too many to be drawn")
     return heat_maps(found.blocks, found.linears, found.error, found.against_rtn)
 
 

@@ -1,0 +1,142 @@
+"""What files say of a run and of an evaluation, checked whole before anything is drawn: they may come from others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, model_validator
+
+MOST_BLOCKS, MOST_LAYERS = 10_000, 1_000_000
+MOST_TOKEN_COUNTS = 1_000_000  # of experts, with the widest row for all
+LONGEST_TEXT = 100_000
+
+
+class Damaged(ValueError):
+    """Data that cannot be shown; the text says where and why."""
+
+
+def _shown(value: object) -> object:
+    """A text in which every letter can be shown; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in value)
+
+
+def _finite_or_none(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+Text = Annotated[str, BeforeValidator(_shown), Field(max_length=LONGEST_TEXT)]
+Count = Annotated[int, Field(strict=True, ge=0, lt=2**53)]
+Index = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
+Number = Annotated[float, Field(strict=True, ge=0, lt=1e15)]
+Share = Annotated[float | None, Field(strict=True), AfterValidator(_finite_or_none)]
+
+
+class Layer(BaseModel):
+    """One solved layer; see `LayerReport`."""
+
+    name: Text
+    block: Index
+    bits: Index
+    relative_error: Share
+    rtn_relative_error: Share
+    damp_percent: Number
+    damp_retries: Count
+    tokens: Count
+    fallback: Text | None = None
+
+
+class Block(BaseModel):
+    """Time and memory of a block; see `BlockFinished`."""
+
+    index: Index
+    seconds: Number
+    host_bytes: Count
+    device_bytes: Count
+
+
+class Experts(BaseModel):
+    """Tokens of each expert of a layer; see `ExpertsCovered`."""
+
+    name: Text
+    tokens: Annotated[list[Count], Field(min_length=1)]
+
+
+class Settings(BaseModel):
+    """What the page says of the configuration."""
+
+    moe_uncovered: Text = ""
+
+
+class Evaluation(BaseModel):
+    """The result of `gptq eval-ppl --json`. With a baseline all that compares with it is known."""
+
+    perplexity: Number
+    windows: Count
+    seqlen: Count
+    dataset: Text
+    dtype: Text
+    dataset_config: Text | None = None
+    dataset_split: Text | None = None
+    dataset_revision: Text | None = None
+    baseline_perplexity: Number | None = None
+    kl: Number | None = None
+    top1_agreement: Number | None = None
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Evaluation:
+        if self.baseline_perplexity is not None and (self.kl is None or self.top1_agreement is None):
+            raise ValueError("a baseline has no kl or no top1_agreement beside it")
+        return self
+
+
+class Run(BaseModel):
+    """The data of a run, as `gptq quantize --report` writes it."""
+
+    name: Text
+    model: Text
+    commit: Text | None
+    version: Text
+    command: Text
+    bytes_before: Count
+    bytes_after: Annotated[Count, Field(gt=0)]
+    bits_per_weight: Number
+    seconds: Number
+    tokens: Count
+    peak_host_bytes: Count
+    peak_device_bytes: Count
+    config: Settings
+    layers: Annotated[list[Layer], Field(min_length=1, max_length=MOST_LAYERS)]
+    blocks: Annotated[list[Block], Field(max_length=MOST_BLOCKS)]
+    experts: Annotated[list[Experts], Field(max_length=MOST_BLOCKS)] = []
+
+    @model_validator(mode="after")
+    def _can_be_drawn(self) -> Run:
+        widest = max((len(layer.tokens) for layer in self.experts), default=0)
+        if widest * len(self.experts) > MOST_TOKEN_COUNTS:
+            raise ValueError(f"{len(self.experts)} layers of {widest} experts are too many")
+        return self
+
+
+def checked_run(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What `content` says of a run, and nothing else; Damaged if a value is missing or cannot be."""
+    return _checked(Run, content)
+
+
+def checked_evaluation(content: object) -> dict[str, Any]:
+    """What `content` says of an evaluation, and nothing else; Damaged if a value is missing or cannot be."""
+    return _checked(Evaluation, content)
+
+
+def _checked(kind: type[BaseModel], content: object) -> dict[str, Any]:
+    try:
+        return kind.model_validate(content).model_dump()
+    except ValidationError as error:
+        first, *more = error.errors(include_url=False, include_input=False, include_context=False)
+        place = ".".join(map(str, first["loc"]))
+        what = first["msg"].removeprefix("Value error, ")
+        rest = f", and {len(more)} more" if more else ""
+        raise Damaged(f"{place}: {what}{rest}" if place else f"{what}{rest}") from None
