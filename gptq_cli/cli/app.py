@@ -20,7 +20,8 @@ import typer
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
-from gptq_cli.cli.console import Console, report_problems, talk, write, write_result
+from gptq_cli.cli.console import Console, indented, report_problems, talk, write, write_result
+from gptq_cli.cli.foreign_talk import libraries_quoted
 from gptq_cli.cli.signals import name_of
 from gptq_cli.errors import ConfigError, GptqError, Problem, Stopped
 from gptq_cli.files import file_cause
@@ -76,7 +77,8 @@ class Gptq(TyperGroup):
         words = _kebab_options(sys.argv[1:] if args is None else args)
         run = partial(super().main, words, prog_name or "gptq", complete_var, False, windows_expand_args, **extra)
         try:
-            code = exit_code_of(run, as_json="--json" in words)
+            with libraries_quoted():
+                code = exit_code_of(run, as_json="--json" in words)
         finally:
             talk.end()
         if standalone_mode:
@@ -91,7 +93,7 @@ def exit_code_of(run: Callable[[], Any], *, as_json: bool) -> int:
     except TyperException as error:
         return _fail((_usage(error),), USAGE, as_json)
     except GptqError as error:
-        Console().detail(traceback.format_exc())
+        _detail_traceback()
         return _fail(error.problems, error.exit_code, as_json)
     except Stopped as stop:
         return _fail((_stopped(stop),), stop.exit_code, as_json)
@@ -99,14 +101,19 @@ def exit_code_of(run: Callable[[], Any], *, as_json: bool) -> int:
         code = INTERRUPTED
     except Exception as error:  # noqa: BLE001
         if isinstance(error, OSError) and (refused := file_cause(error)):
-            Console().detail(traceback.format_exc())
+            _detail_traceback()
             return _fail(refused.problems, refused.exit_code, as_json)
-        write(sys.stderr, traceback.format_exc())
+        write(sys.stderr, indented(traceback.format_exc().rstrip("\n")))
         hint = "this is a bug in gptq: please report it with the lines above"
         return _fail((Problem("E_BUG", f"{type(error).__name__}: {error}", hint),), BUG, as_json)
     if code == INTERRUPTED:
         return _fail((Problem("E_INTERRUPTED", "interrupted"),), INTERRUPTED, as_json)
     return code if isinstance(code, int) else 0
+
+
+def _detail_traceback() -> None:
+    for line in indented(traceback.format_exc()).splitlines():
+        Console().detail(line)
 
 
 def _fail(problems: Sequence[Problem], exit_code: int, as_json: bool) -> int:

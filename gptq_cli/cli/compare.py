@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gptq_cli.cli import options as o
-from gptq_cli.cli.console import Console
+from gptq_cli.cli.console import Console, on_one_line
 from gptq_cli.cli.progress import Progress
 from gptq_cli.cli.table import aligned
 from gptq_cli.config.resolve import check_flags
@@ -94,7 +94,8 @@ def _lines(found: Comparison, predictions: EvalResult | None) -> list[str]:
         cells += [(f"{t.relative_error:.2e}", f"{t.largest:.2e}", t.name) for t in different[:WORST]]
         lines += [f"  {line}" for line in aligned(cells)]
     for label, names in (("A", found.only_a), ("B", found.only_b)):
-        lines += [f"only in {label}  {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"] if names else []
+        shown = f"only in {label}  {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+        lines += [on_one_line(shown)] if names else []
     if predictions is not None:
         p = predictions
         lines.append(f"perplexity  {p.perplexity:.4f}, reference {p.baseline_perplexity:.4f}")

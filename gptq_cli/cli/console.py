@@ -34,6 +34,7 @@ class Console:
 
     def say(self, line: str) -> None:
         """A line of progress or advice, on stderr; not with `--quiet`."""
+        line = on_one_line(line)
         if self.quiet:
             talk.log(line)
         else:
@@ -41,6 +42,7 @@ class Console:
 
     def detail(self, line: str) -> None:
         """A line for those who asked for more: on stderr with `--verbose`, in the log file always."""
+        line = on_one_line(line)
         if talk.verbose and not self.quiet:
             write(sys.stderr, line)
         else:
@@ -48,11 +50,11 @@ class Console:
 
     def warn(self, code: str, message: str) -> None:
         """A line on stderr that `--quiet` does not hide."""
-        write(sys.stderr, f"warning[{code}]: {message}")
+        write(sys.stderr, on_one_line(f"warning[{code}]: {message}"))
 
     def advise(self, line: str) -> None:
         """A line on stderr that the user needs to go on; `--quiet` does not hide it."""
-        write(sys.stderr, line)
+        write(sys.stderr, on_one_line(line))
 
     def result(self, data: dict[str, Any], human: str, short: str | Path) -> None:
         """The result on stdout, in the form asked for; GptqError E_STDOUT if stdout cannot take it.
@@ -159,7 +161,7 @@ def _as_text(problem: Problem) -> str:
     lines = [f"error[{problem.code}]: {problem.message}"]
     lines += [f"  --> {problem.location}"] if problem.location else []
     lines += ["", f"hint: {problem.hint}"] if problem.hint else []
-    return "\n".join(lines)
+    return "\n".join(map(on_one_line, lines))
 
 
 def _as_data(problem: Problem) -> dict[str, Any]:
@@ -216,6 +218,16 @@ def _print(stream: TextIO | None, text: str) -> None:
 def visible(text: str) -> str:
     """`text` without terminal control, since names in files could hold escape sequences."""
     return "".join(map(_visible_letter, text))
+
+
+def on_one_line(text: str) -> str:
+    """`text` as it is shown in a line of its own: a name in a file could hold an end of line and forge the next one."""
+    return visible(text).replace("\n", "\\n")
+
+
+def indented(text: str) -> str:
+    """`text` of several lines, of which none but the first begins where lines of this program do."""
+    return visible(text).replace("\n", "\n  ")
 
 
 def _visible_letter(letter: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from gptq_cli.cli.console import on_one_line
 from gptq_cli.config.engines import Outcome
 from gptq_cli.config.targets import Verdict
 
@@ -20,7 +21,8 @@ def engine_lines(judged: Sequence[Verdict]) -> list[str]:
     clean = [verdict.engine for verdict in judged if verdict.outcome == "yes"]
     remarks = [verdict for verdict in judged if verdict.outcome != "yes"]
     lines = [f"{WORDS['yes']} {', '.join(clean)}"] if clean else []
-    return lines + [f"{WORDS[verdict.outcome]} {verdict.engine}: {verdict.reason}" for verdict in remarks]
+    lines += [f"{WORDS[verdict.outcome]} {verdict.engine}: {verdict.reason}" for verdict in remarks]
+    return list(map(on_one_line, lines))
 
 
 def unread_line(judged: Sequence[Verdict]) -> str | None:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 from gptq_cli.cli import options as o
-from gptq_cli.cli.console import Console, fitted
+from gptq_cli.cli.console import Console, fitted, on_one_line
 from gptq_cli.cli.engines import engine_lines
 from gptq_cli.cli.table import aligned, row_data, row_lines
 from gptq_cli.config.finding import shown
@@ -53,7 +53,7 @@ def inspect(
     found = inspect_checkpoint(checkpoint)
     judged = verdicts(found.export) if found.export else ()
     data = {"model": source.name, "commit": source.commit, **_data(found, judged)}
-    console.result(data, "\n".join([source.name, "", *_lines(found, judged)]), _how(found))
+    console.result(data, "\n".join([on_one_line(source.name), "", *_lines(found, judged)]), _how(found))
 
 
 def _show_layer(console: Console, model: str, revision: str | None, name: str) -> None:
@@ -64,7 +64,7 @@ def _show_layer(console: Console, model: str, revision: str | None, name: str) -
     from gptq_cli.pipeline.layer_view import view_layer
 
     view = view_layer(checkpoint, name)
-    console.result({"layer": asdict(view)}, "\n".join(_layer_lines(view)), view.name)
+    console.result({"layer": asdict(view)}, "\n".join(_layer_lines(view)), on_one_line(view.name))
 
 
 def _data(found: Inspection, judged: Sequence[Verdict]) -> dict[str, Any]:
@@ -95,19 +95,15 @@ def _data(found: Inspection, judged: Sequence[Verdict]) -> dict[str, Any]:
 
 
 def _how(found: Inspection) -> str:
-    return "not quantized" if found.method is None else found.format or found.method
+    return "not quantized" if found.method is None else on_one_line(found.format or found.method)
 
 
 def _lines(found: Inspection, judged: Sequence[Verdict]) -> list[str]:
     rows = row_lines([*found.quantized, *found.kept])
     files = f"{len(found.files)} file" + ("s" if len(found.files) != 1 else "")
-    lines = (
-        [f"quantized ({found.format or found.method})", *_indented(rows[: len(found.quantized)])]
-        if found.quantized
-        else []
-    )
+    lines = [f"quantized ({_how(found)})", *_indented(rows[: len(found.quantized)])] if found.quantized else []
     if found.method is not None and not found.quantized:
-        lines.append(f"quantized as {found.method}, whose tensors are not decoded here")
+        lines.append(f"quantized as {_how(found)}, whose tensors are not decoded here")
     lines.append("as it was" if found.quantized else "tensors")
     lines += [*_indented(rows[len(found.quantized) :]), ""]
     lines.append(f"size     {size(found.nbytes)} in {files}, {found.parameters / 1e6:.4g} million parameters")
@@ -142,7 +138,7 @@ def _indented(lines: Sequence[str]) -> list[str]:
 
 def _layer_lines(view: LayerView) -> list[str]:
     shape = "x".join(map(str, view.shape))
-    lines = [f"{view.name}  {shape}  {view.dtype}"]
+    lines = [f"{on_one_line(view.name)}  {shape}  {view.dtype}"]
     if view.packed:
         lines += _packed_lines(view.packed)
     lines += ["", f"weights  mean {view.mean:.3g}, standard deviation {view.std:.3g}", *_bars(view.weights)]

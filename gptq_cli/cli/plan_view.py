@@ -7,7 +7,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-from gptq_cli.cli.console import Console, fitted
+from gptq_cli.cli.console import Console, fitted, on_one_line
 from gptq_cli.cli.engines import engine_lines
 from gptq_cli.cli.table import row_data, row_lines
 from gptq_cli.config.resolve import Resolved
@@ -66,7 +66,9 @@ def show_plan(
         )
     for code, remark in remarks(found, config):
         console.warn(code, remark)
-    text = "\n".join([f"{source.name} -> {output}", "", *_lines(found, resolved, output, devices, seconds)])
+    text = "\n".join(
+        [on_one_line(f"{source.name} -> {output}"), "", *_lines(found, resolved, output, devices, seconds)]
+    )
     console.result(data, text, str(found.layout.nbytes))
 
 
@@ -125,7 +127,7 @@ def _lines(plan: RunPlan, resolved: Resolved, output: Path, devices: int, second
         *(["stays as it is"] if kept else []),
         *(f"  {line}" for line in rows[len(quantized) :]),
         "",
-        *([f"source  {plan.plain.how}, decoded while it is read"] if plan.plain.how else []),
+        *([f"source  {on_one_line(plan.plain.how)}, decoded while it is read"] if plan.plain.how else []),
         f"size    {size(plan.source.nbytes)} -> {size(plan.layout.nbytes)} ({smaller:.2f}x smaller) in {files}, "
         f"{plan.layout.nbytes} bytes",
         f"bits    {plan.bits_per_weight:.3g} a quantized weight, with scales, zero points and g_idx",

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from gptq_cli.checkpoint.run_file import resume_command
-from gptq_cli.cli.console import Console, talk, visible
+from gptq_cli.cli.console import Console, on_one_line, talk, visible
 from gptq_cli.cli.engines import unread_line
 from gptq_cli.config.units import clock, size
 from gptq_cli.errors import without_secrets
@@ -78,7 +78,7 @@ class Progress:
             self._console.advise(_about_work(event))
         elif self._live:
             self._live.update(_cropped(self._view()), refresh=isinstance(event, BlockFinished))
-            talk.log(self._line(event) or "")
+            talk.log(on_one_line(self._line(event) or ""))
         elif line := self._line(event):
             self._last_line = self._now()
             self._console.say(line)
@@ -120,11 +120,12 @@ class Progress:
     def _view(self) -> str:
         """Three short lines: how far, what now, how much memory."""
         if self._block is None:
-            return self._layer
+            return on_one_line(self._layer)
         n_blocks = self._block.n_blocks
         bar = ("█" * (BAR * self._done // n_blocks)).ljust(BAR, "░")
         lines = [f"block {self._block.index + 1}/{n_blocks} {bar} {self._eta(self._done, n_blocks)} left"]
-        return "\n".join([*lines, self._layer, *([f"memory {self._memory}"] if self._memory else [])])
+        lines += [on_one_line(self._layer), *([f"memory {self._memory}"] if self._memory else [])]
+        return "\n".join(lines)
 
 
 def _live_view() -> Live:

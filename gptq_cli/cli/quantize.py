@@ -10,7 +10,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from gptq_cli.cli import options as o
-from gptq_cli.cli.console import Console, fitted
+from gptq_cli.cli.console import Console, fitted, on_one_line
 from gptq_cli.cli.engines import engine_lines
 from gptq_cli.cli.launch import is_one_of_several, launch, leads, member, parse_devices
 from gptq_cli.cli.progress import Progress
@@ -157,7 +157,7 @@ def _summary(result: QuantizeResult, config: QuantizeConfig) -> str:
             f"rtn    {len(rounded)} of {len(result.layers)} layers were rounded to nearest, first {rounded[0]}"
         )
     lines.append("done   before, by the same command" if result.already_done else f"time   {clock(result.seconds)}")
-    return "\n".join([*lines, *map(fitted, engine_lines(result.engines))])
+    return "\n".join([*map(on_one_line, lines), *map(fitted, engine_lines(result.engines))])
 
 
 def _coverage(result: QuantizeResult, config: QuantizeConfig) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from gptq_cli.cli.console import on_one_line
 from gptq_cli.pipeline.overview import Row
 
 
@@ -15,6 +16,7 @@ def row_lines(rows: Sequence[Row]) -> list[str]:
 
 def aligned(cells: Sequence[Sequence[str]], right: set[int] | None = None) -> list[str]:
     """Lines with each column as wide as its longest cell, two blanks apart; columns in `right` are flush right."""
+    cells = [[on_one_line(cell) for cell in line] for line in cells]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return ["  ".join(_fit(cell, i, width, right) for i, (cell, width) in enumerate(zip(line, widths, strict=True)))
             .rstrip() for line in cells]  # fmt: skip

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gptq_cli.cli.console import Console, fitted
+from gptq_cli.cli.console import Console, fitted, on_one_line
 from gptq_cli.cli.options import AsJson, Quiet, plain
 from gptq_cli.config.units import size
 from gptq_cli.errors import GateError
@@ -78,6 +78,6 @@ def _lines(defects: Sequence[Defect]) -> list[str]:
     for defect in defects:
         seen[defect.code] += 1
         if seen[defect.code] <= SHOWN:
-            lines.append(str(defect))
+            lines.append(on_one_line(str(defect)))
     more = [f"{code} {count - SHOWN} more, see --json" for code, count in seen.items() if count > SHOWN]
     return lines + more

@@ -1,0 +1,158 @@
+"""Names and texts in files that were downloaded cannot look like lines of the program, or control the terminal."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers.utils import logging as transformers_logging
+
+from gptq_cli.cli.app import exit_code_of
+from gptq_cli.cli.console import Console, indented, on_one_line, talk
+from gptq_cli.cli.engines import engine_lines
+from gptq_cli.cli.foreign_talk import libraries_quoted
+from gptq_cli.cli.table import aligned
+from gptq_cli.config.targets import Verdict
+from gptq_cli.errors import InputError
+from tests.checkpoint.gptq_files import gptq_files
+from tests.families import save_model, texts
+
+from .conftest import Run
+
+EVIL = "x\nerror[E_OK]: everything is fine\r\x1b[31m\u202e\u2028error[E_OK]: yes\x85"
+SHOWN = r"x\nerror[E_OK]: everything is fine\r\x1b[31m\u202e\u2028error[E_OK]: yes\x85"
+
+
+def honest(*streams: str) -> bool:
+    """Whether no line is forged, and nothing but printable letters is there."""
+    lines = [line for stream in streams for line in stream.split("\n")]
+    return all(line.isprintable() and not line.startswith("error[E_OK]") for line in lines)
+
+
+def test_an_end_of_line_is_shown_as_what_it_is() -> None:
+    assert on_one_line(EVIL) == SHOWN
+    assert on_one_line("a\tb ä 漢") == "a\tb ä 漢"
+    assert indented("a\nb\x1b") == "a\n  b\\x1b"
+
+
+SPOKEN: list[Callable[[Console], None]] = [
+    lambda console: console.say(EVIL),
+    lambda console: console.detail(EVIL),
+    lambda console: console.warn("W_X", EVIL),
+    lambda console: console.advise(EVIL),
+]
+
+
+@pytest.mark.parametrize("speak", SPOKEN)
+@pytest.mark.parametrize("quiet", [False, True])
+def test_whatever_is_said_is_one_line(
+    quiet: bool, speak: Callable[[Console], None], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    talk.begin(verbose=True, log_file=tmp_path / "log")
+    try:
+        speak(Console(quiet=quiet))
+    finally:
+        talk.end()
+    said, kept = capsys.readouterr().err, (tmp_path / "log").read_text()
+    assert honest(said)
+    assert len(kept.splitlines()) == 1
+    assert kept.rstrip("\n").endswith(SHOWN)
+
+
+def test_a_message_and_its_hint_are_one_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse() -> None:
+        raise InputError("E_ARCH", EVIL, hint=EVIL)
+
+    assert exit_code_of(refuse, as_json=True) == 3
+    found = capsys.readouterr()
+    assert found.err == f"error[E_ARCH]: {SHOWN}\n\nhint: {SHOWN}\n"
+    assert json.loads(found.out)["problems"][0]["message"] == EVIL
+
+
+def test_the_lines_of_a_traceback_are_no_messages(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise LookupError(EVIL)
+
+    assert exit_code_of(fail, as_json=False) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("Traceback (most recent call last):\n")
+    assert said.count("\nerror[") == 1
+    assert f"\nerror[E_BUG]: LookupError: {SHOWN}\n" in said
+    assert honest(said)
+
+
+def test_cells_and_lists_are_one_line_each() -> None:
+    assert aligned([(EVIL, "b"), ("a", EVIL)]) == [f"{SHOWN}  b", f"a{' ' * (len(SHOWN) - 1)}  {SHOWN}"]
+    assert engine_lines([Verdict("vllm", "no", EVIL)]) == [f"does not load in vllm: {SHOWN}"]
+
+
+def test_logs_and_warnings_of_libraries_are_quoted(capsys: pytest.CaptureFixture[str]) -> None:
+    factory, formatting = logging.getLogRecordFactory(), warnings.formatwarning
+    logger = transformers_logging.get_logger("transformers.tests")
+    with libraries_quoted(), warnings.catch_warnings():
+        warnings.simplefilter("always")
+        logger.warning("key %s", EVIL)
+        record = logging.getLogRecordFactory()("n", logging.INFO, "f", 1, "key %s", (EVIL,), None)
+        text = warnings.formatwarning(EVIL, UserWarning, "f.py", 1)
+    assert (logging.getLogRecordFactory(), warnings.formatwarning) == (factory, formatting)
+    assert honest(capsys.readouterr().err, record.getMessage(), text.rstrip("\n"))
+    assert record.getMessage().startswith("key x\n  error[E_OK]")
+
+
+@pytest.fixture
+def evil_model(tmp_path: Path) -> Path:
+    """A model with a tensor, a file and settings of such names, that transformers is said to speak of."""
+    model = save_model(tmp_path / "model", num_hidden_layers=1)
+    tensors = load_file(model / "model.safetensors")
+    for name in (EVIL, f"model.layers.0.{EVIL}.weight"):
+        tensors[name] = torch.zeros(32, 32)
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((model / "config.json").read_text())
+    config |= {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, EVIL: 1},
+        EVIL: EVIL,
+        "eos_token_id": 10**9,
+    }
+    (model / "config.json").write_text(json.dumps(config))
+    (model / f"{EVIL.replace('/', '')}.txt").write_text("x")
+    (tmp_path / "text.txt").write_text(texts(4000)[0])
+    return model
+
+
+WORDS = ["-b", "4", "-g", "32", "--nsamples", "4", "--seqlen", "64", "--device", "cpu", "--batch-size", "2"]
+
+
+@pytest.mark.parametrize("command", ["plan", "inspect", "quantize", "layer", "compare"])
+def test_no_command_forges_a_line(command: str, evil_model: Path, gptq: Run, tmp_path: Path) -> None:
+    log, text = tmp_path / "log", tmp_path / "text.txt"
+    commands = {
+        "plan": ["plan", evil_model, *WORDS],
+        "inspect": ["inspect", evil_model],
+        "layer": ["inspect", evil_model, "--layer", EVIL],
+        "compare": ["compare", evil_model, save_model(tmp_path / "other", num_hidden_layers=1)],
+        "quantize": ["quantize", evil_model, "-o", tmp_path / "out", "--dataset", text, *WORDS, "--verbose"],
+    }
+    result = gptq(*commands[command], "--log-file", log)
+    assert honest(result.stdout, result.stderr), result.output
+    assert ("E_OK" in result.output) == (command != "quantize")
+    assert not any(line.partition("Z ")[2].startswith("error[E_OK]") for line in log.read_text().splitlines())
+
+
+@pytest.mark.parametrize("place", ["quant_method", "checkpoint_format", "format", "model_type", "dtype"])
+def test_no_setting_forges_a_line(place: str, gptq: Run, tmp_path: Path) -> None:
+    directory = gptq_files().write(tmp_path / "c")
+    config = json.loads((directory / "config.json").read_text())
+    (config if place in ("model_type", "dtype") else config["quantization_config"])[place] = EVIL
+    (directory / "config.json").write_text(json.dumps(config))
+    for command in (["inspect", directory], ["verify", directory], ["dequantize", directory, "-o", tmp_path / "out"]):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        result = gptq(*command)
+        assert honest(result.stdout, result.stderr), result.output
+        assert result.exit_code in (0, 3, 4), result.output
