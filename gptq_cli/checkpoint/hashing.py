@@ -38,10 +38,15 @@ def file_hashes(paths: Iterable[Path]) -> Iterator[str]:
 
 def span_hashes(spans: Iterable[Span]) -> Iterator[str]:
     """The hash of each span, in their order; of as many bytes as are there, if the file is shorter."""
+    return in_threads(_hash, spans)
+
+
+def in_threads(work: Callable[[Item, Event], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """What `work` makes of each of `items`, in their order; it ends early once the event is set that it is given."""
     given_up = Event()
     with _threads() as threads:
         try:
-            yield from threads.map(lambda span: _hash(span, given_up), spans)
+            yield from threads.map(lambda item: work(item, given_up), items)
         finally:
             given_up.set()
 

@@ -14,9 +14,13 @@ from gptq_cli.files import file_errors
 
 Array = NDArray[Any]
 CHUNK_BYTES = 2**24
+DAMAGED = "compare the file's hash with the original's: download it again if they differ, or use another revision"
 FLOATS = {"F16": "<f2", "BF16": "<u2", "F32": "<f4", "F64": "<f8"}
 # Bits of infinity without sign, as an unsigned number: whatever is as large or larger is no finite number.
-INFINITY = {"F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80), "F32": ("<u4", 0x7F800000), "F64": ("<u8", 0x7FF << 52)}
+INFINITY = {
+    "F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80), "F32": ("<u4", 0x7F800000), "F64": ("<u8", 0x7FF << 52),
+    "F8_E5M2": ("u1", 0x7C), "F8_E4M3": ("u1", 0x7F),  # which has no infinity, but NaN there
+}  # fmt: skip
 INTEGERS = {"I32": "<i4", "I64": "<i8", "U32": "<u4", "U8": "u1", "I8": "i1", "I16": "<i2"}
 
 
@@ -46,6 +50,27 @@ def count_not_finite(tensor: TensorInfo) -> int:
         if magnitude.max() >= infinity:
             count += int((magnitude >= infinity).sum())
     return count
+
+
+def is_finite(data: bytes, dtype: str) -> bool:
+    """Whether none of the numbers of a `dtype` is NaN or infinite; true for what are no floats.
+
+    Positive ones that are not finite would be the largest of all as signed integers, negative ones as unsigned.
+    """
+    if dtype not in INFINITY:
+        return True
+    unsigned, infinity = INFINITY[dtype]
+    bits = np.frombuffer(data, unsigned, len(data) // np.dtype(unsigned).itemsize)
+    if not bits.size:
+        return True
+    negative = infinity | 1 << 8 * bits.itemsize - 1
+    return bool(bits.max() < negative and bits.view(unsigned.replace("u", "i")).max() < infinity)
+
+
+def not_finite(tensor: TensorInfo) -> InputError:
+    """InputError E_CKPT_NONFINITE for a tensor that holds numbers that are not finite."""
+    message = f"`{tensor.name}` in {tensor.file.name} holds NaN or infinity, {count_not_finite(tensor)} times"
+    return InputError("E_CKPT_NONFINITE", message, hint=DAMAGED)
 
 
 def unpack_words(words: Array, bits: int) -> Array:

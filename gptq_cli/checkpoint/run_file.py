@@ -17,8 +17,16 @@ def write_run(work: Path, identity: Mapping[str, Any], request: Mapping[str, Any
     write_json(work / RUN, sealed({"identity": identity, "request": request}))
 
 
+def mark_failed(work: Path, code: str) -> None:
+    """Note that the run has ended with `code`, and would end so again."""
+    run = read_run(work)
+    if run is not None:
+        write_json(work / RUN, sealed({**run, "failed": code}))
+
+
 def read_run(work: Path) -> dict[str, Any] | None:
-    """The `identity` and the `request` of `write_run`; None if they are not there as they were written."""
+    """The `identity` and the `request` of `write_run`, and `failed` if the run was marked; None if they are not there
+    as they were written."""
     return read_sealed(work / RUN)
 
 

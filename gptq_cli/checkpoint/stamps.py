@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gptq_cli.errors import InputError
+from gptq_cli.files import status_of
 
 HINT = "let nothing write to the model while it is read, then run the same command again"
 
@@ -22,12 +23,13 @@ class Stamp(NamedTuple):
 
 
 def stamp_of(path: Path) -> Stamp | None:
-    """The stamp of a file, or of what a link leads to; None if there is nothing."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return Stamp(found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev)
+    """The stamp of a file, or of what a link leads to, None if nothing is there; a GptqError if that cannot be told."""
+    found = status_of(path)
+    return (
+        None
+        if found is None
+        else Stamp(found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev)
+    )
 
 
 def check_stamps(stamps: Mapping[Path, Stamp]) -> None:

@@ -26,6 +26,7 @@ from gptq_cli.checkpoint.hashing import Span, span_hashes
 from gptq_cli.checkpoint.headers import TensorInfo
 from gptq_cli.checkpoint.layout import Layout
 from gptq_cli.checkpoint.manifest import OF_THE_RUN
+from gptq_cli.checkpoint.raw import is_finite, not_finite
 from gptq_cli.checkpoint.reader import SAFETENSORS_DTYPE, tensor_bytes
 from gptq_cli.checkpoint.source import INDEX_NAME, QUANTIZE_CONFIG, Checkpoint
 from gptq_cli.checkpoint.stamps import source_changed
@@ -85,12 +86,14 @@ class CheckpointWriter:
         self._waiting.append(self._hand.submit(self._write, name, tensor))
 
     def copy(self, tensor: TensorInfo) -> None:
-        """The bytes of one source tensor, unchanged, a few MB at a time."""
+        """The bytes of one source tensor, unchanged, a few MB at a time; InputError E_CKPT_NONFINITE as of a scan."""
         file, offset = self._place[tensor.name]
         digest = sha256()
         with file_errors(tensor.file, writing=False), tensor.file.open("rb", buffering=0) as source:
             for start in range(tensor.start, tensor.end, COPY_BYTES):
                 chunk = os.pread(source.fileno(), min(COPY_BYTES, tensor.end - start), start)
+                if not is_finite(chunk, tensor.dtype):
+                    raise not_finite(tensor)
                 self._write_at(file, offset + start - tensor.start, chunk)
                 digest.update(chunk)
         self._hashes[tensor.name] = digest.hexdigest()

@@ -145,6 +145,8 @@ def _cropped(view: str) -> Text:
 def _about_work(event: Resumed | WorkKept) -> str:
     if isinstance(event, Resumed):
         return f"resuming after {event.index} of {event.n_blocks} blocks, from {event.directory}"
+    if event.failed:
+        return f"finished blocks are kept in {event.directory} until a run with other settings begins"
     return f"finished blocks are kept; go on with: {resume_command(event.directory)}"
 
 

@@ -13,6 +13,7 @@ from gptq_cli.checkpoint.decodable import open_decodable
 from gptq_cli.checkpoint.hub import locate_model
 from gptq_cli.checkpoint.orientation import is_stored_transposed
 from gptq_cli.checkpoint.packed import packed_modules
+from gptq_cli.checkpoint.raw import DAMAGED
 from gptq_cli.checkpoint.reader import open_reader
 from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.errors import InputError
@@ -54,7 +55,8 @@ class Comparison:
 def compare_checkpoints(a: str, b: str) -> Comparison:
     """The difference of A from the reference B, each quantized or not, with one tensor of each in memory.
 
-    Raises InputError as opening does, and E_COMPARE if the two have no tensor in common or one with two shapes.
+    Raises InputError as opening does, and E_COMPARE if the two have no tensor in common or one with two shapes,
+    E_CKPT_NONFINITE for numbers that are not finite, whose difference is no number.
     """
     started = time.perf_counter()
     first, second = _Weights(a), _Weights(b)
@@ -98,8 +100,13 @@ def _difference(name: str, a: Tensor, b: Tensor) -> TensorDifference:
     error = energy = torch.zeros((), dtype=torch.float64)
     largest = 0.0
     for mine, reference in zip(_chunks(a), _chunks(b), strict=True):
-        delta = mine.double() - reference.double()
-        error, energy = error + delta.square().sum(), energy + reference.double().square().sum()
+        exact, meant = mine.double(), reference.double()
+        for which, numbers in (("first", exact), ("second", meant)):
+            if not bool(numbers.isfinite().all()):
+                message = f"`{name}` of the {which} checkpoint holds NaN or infinity"
+                raise InputError("E_CKPT_NONFINITE", message, hint=DAMAGED)
+        delta = exact - meant
+        error, energy = error + delta.square().sum(), energy + meant.square().sum()
         largest = max(largest, float(delta.abs().max())) if delta.numel() else largest
     relative = float(error / energy) if energy else float(error)
     return TensorDifference(name, tuple(b.shape), relative, largest)

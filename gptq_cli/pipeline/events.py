@@ -127,9 +127,10 @@ class Resumed:
 
 @dataclass(frozen=True, slots=True)
 class WorkKept:
-    """The run ends early; what it has finished stays in `directory`."""
+    """The run ends early; what it has finished stays in `directory`. `failed`: the same call would end so again."""
 
     directory: Path
+    failed: bool = False
 
 
 Event = (

@@ -14,6 +14,7 @@ import transformers
 
 from gptq_cli.calibration.sampling import Windows
 from gptq_cli.checkpoint.hashing import file_hashes
+from gptq_cli.checkpoint.scan import scan_weights
 from gptq_cli.checkpoint.source import INDEX_NAME, Checkpoint
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import InputError
@@ -32,7 +33,8 @@ def identify(
     """The identity of a run before its calibration text is known; paths of model and output are no part of it.
 
     Weights of a commit of the Hub are known by its hash; those of a directory are read and hashed, unless that is left
-    to another process on this machine: then it says nothing of the source.
+    to another process on this machine: then it says nothing of the source. InputError E_CKPT_NONFINITE for weights that
+    are not finite, E_SOURCE_CHANGED for files that have changed.
     """
     known = {
         "versions": {
@@ -101,16 +103,19 @@ def _text_hash(texts: list[str]) -> str:
 
 
 def _files(source: Checkpoint, commit: str | None) -> dict[str, Any]:
-    """What is known of each file that is read: a hash of all, or of its header where a commit tells the rest."""
+    """What is known of each file that is read: a hash of all, or of its header where a commit tells the rest.
+
+    InputError E_CKPT_NONFINITE if a weight is not finite: every byte is read here anyway, or must be for this.
+    """
     header_bytes: dict[Path, int] = {}
     for tensor in source.tensors.values():
         header_bytes[tensor.file] = min(tensor.start, header_bytes.get(tensor.file, tensor.start))
     beside = [source.directory / name for name in ("config.json", INDEX_NAME, *map(str, source.other_files()))]
-    hashed = [path for path in beside if is_file(path)] + ([] if commit else list(header_bytes))
-    known: dict[str, Any] = {
-        path.relative_to(source.directory).as_posix(): found
-        for path, found in zip(hashed, file_hashes(hashed), strict=True)
-    }
+    hashed = [path for path in beside if is_file(path)]
+    hashes = dict(zip(hashed, file_hashes(hashed), strict=True)) | scan_weights(
+        source.tensors.values(), hashed=commit is None
+    )
+    known: dict[str, Any] = {path.relative_to(source.directory).as_posix(): found for path, found in hashes.items()}
     return known | ({path.name: _header(path, size) for path, size in header_bytes.items()} if commit else {})
 
 

@@ -8,12 +8,11 @@ from pathlib import Path
 
 from gptq_cli.calibration.corpus import DatasetSource, check_source
 from gptq_cli.checkpoint.hub import model_directory
-from gptq_cli.checkpoint.raw import count_not_finite
 from gptq_cli.checkpoint.replacing import check_output
 from gptq_cli.checkpoint.work_directory import WorkDirectory, refuse_locked
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.units import size
-from gptq_cli.errors import InputError, ResourceError
+from gptq_cli.errors import ResourceError
 from gptq_cli.files import expanded, file_errors, files_below
 from gptq_cli.pipeline.estimate import DEVICE_SHARE, LIBRARIES, STATES, Term, estimate_memory, total
 from gptq_cli.pipeline.plan import plan_run
@@ -76,15 +75,3 @@ def _check_fit(terms: Sequence[Term], free: int, where: str) -> None:
             "E_OOM", f"about {size(needed)} of {where} memory are needed, {size(free)} are free: {parts}",
             hint="use a smaller --batch-size, --seqlen or --nsamples, or a larger --max-ram or --max-vram",
         )  # fmt: skip
-
-
-def check_finite(plan: RunPlan) -> None:
-    """InputError E_CKPT_NONFINITE if a tensor whose bytes are copied holds NaN or infinity."""
-    decoded = set(plan.decoded)
-    for tensor in plan.copied:
-        count = 0 if tensor in decoded else count_not_finite(tensor)
-        if count:
-            raise InputError(
-                "E_CKPT_NONFINITE", f"`{tensor.name}` in {tensor.file.name} holds NaN or infinity, {count} times",
-                hint="download the checkpoint again",
-            )  # fmt: skip

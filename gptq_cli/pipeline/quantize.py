@@ -35,7 +35,7 @@ from gptq_cli.pipeline.fallbacks import FallbackLimit
 from gptq_cli.pipeline.identity import Identity, check_agreement, identify, with_calibration
 from gptq_cli.pipeline.memory import Memory
 from gptq_cli.pipeline.plan import check_shared, plan_checkpoint
-from gptq_cli.pipeline.preflight import check_disk, check_finite, check_memory
+from gptq_cli.pipeline.preflight import check_disk, check_memory
 from gptq_cli.pipeline.readers import judge_plan, remarks
 from gptq_cli.pipeline.record import Record
 from gptq_cli.pipeline.resume import (
@@ -43,6 +43,7 @@ from gptq_cli.pipeline.resume import (
     SavedBlocks,
     check_resumable,
     finished_output,
+    marking_failures,
     telling_what_is_kept,
     working_on,
 )
@@ -135,26 +136,26 @@ def quantize_checkpoint(
         identity = identify(source, located.commit, config, device)
         check_agreement(team, identity)
         finished_output(work.output, source.directory, identity, overwrite=overwrite)
-        check_resumable(work, identity, "never" if resume == "never" else "auto", record)
+        check_resumable(work, identity, resume, record, model=located.directory, early=True)
         with torch.inference_mode(), device_errors():
             stream = _open_stream(source, config, place)
             plan = _plan(source, config, stream, record)
             record(_planned(model, plan, config))
-            check_finite(plan)
             _check_room(work, plan, config, stream, place)
             windows, documents = _calibrate(source, config, stream, record)
             source.check_unchanged()
             identity = with_calibration(identity, windows)
             manifest = finished_output(work.output, source.directory, identity, overwrite=overwrite)
             if manifest is None:
-                check_resumable(work, identity, resume, record)
+                check_resumable(work, identity, resume, record, model=located.directory)
                 request = _request(model, work.output, config, located.commit or revision, overwrite)
                 write_run(work.path, identity, request)
                 team.told(windows.ids)
                 origin = _origin(located, documents)
                 times = SavingTimes(always=max_seconds is not None)  # it will be stopped between two blocks
-                _write(work, plan, config, stream, windows, identity, origin, record, team, times)
-                source.check_unchanged()
+                with marking_failures(work):
+                    _write(work, plan, config, stream, windows, identity, origin, record, team, times)
+                    source.check_unchanged()
                 work.publish(source.directory, overwrite=overwrite)
             else:
                 team.told(NOTHING_TO_DO)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -26,11 +26,11 @@ from gptq_cli.checkpoint.hashing import file_hash
 from gptq_cli.checkpoint.journal import Entry, Journal, digest
 from gptq_cli.checkpoint.manifest import read_manifest
 from gptq_cli.checkpoint.replacing import check_replaceable, way_out
-from gptq_cli.checkpoint.run_file import read_run, resume_command
+from gptq_cli.checkpoint.run_file import mark_failed, read_run, resume_command
 from gptq_cli.checkpoint.work_directory import WorkDirectory, locked
 from gptq_cli.checkpoint.writer import CheckpointWriter
-from gptq_cli.errors import ExistsError
-from gptq_cli.files import is_file
+from gptq_cli.errors import ExistsError, GateError, GptqError, InputError
+from gptq_cli.files import UNREADABLE, is_file
 from gptq_cli.models.recording import Container
 from gptq_cli.models.stream import ModelStream
 from gptq_cli.pipeline.activations import HiddenStates
@@ -170,11 +170,14 @@ class SavedBlocks(FinishedBlocks):
         self._record(Warned("W_RESUME_DAMAGED", f"{what} in `{self._work.path}`: what depends on it is done again"))
 
 
-def check_resumable(work: WorkDirectory, identity: Identity, policy: str, report: Report) -> None:
-    """See that what is finished in `work`, if anything, belongs to the run `identity`, as far as that is known.
+def check_resumable(
+    work: WorkDirectory, identity: Identity, policy: str, report: Report, *, model: Path, early: bool = False
+) -> None:
+    """See that what is finished in `work`, if anything, belongs to the run `identity` of the directory `model`.
 
-    `policy` "never" drops it, "require" raises ExistsError E_RESUME_NOTHING where there is none. E_RESUME_MISMATCH
-    lists the fields in which the runs differ.
+    `policy` "never" drops it; with "require" it must be there, unless it is too `early` to know: ExistsError
+    E_RESUME_NOTHING. E_RESUME_MISMATCH lists the fields in which the runs differ, as far as they are known. What was
+    finished by a run that has failed is dropped for one that differs, unless `policy` is "require".
     """
     if policy == "never":
         work.drop()
@@ -183,18 +186,54 @@ def check_resumable(work: WorkDirectory, identity: Identity, policy: str, report
         report(Warned("W_RESUME_DAMAGED", f"`{work.path}/run.json` cannot be read: everything is done again"))
         work.drop()
     journal = Journal(work.journal, digest(run["identity"]) if run else "")
-    if policy == "require" and not journal.entries:
+    if policy == "require" and not journal.entries and not early:
         raise ExistsError(
             "E_RESUME_NOTHING", f"there is no finished block to go on from in `{work.path}`", hint="leave out --resume"
         )
     different = differences(run["identity"], identity) if run and journal.entries else []
-    if different:
-        finished = f"{_blocks(journal.entries)} finished blocks of a run that differs"
-        raise ExistsError(
-            "E_RESUME_MISMATCH",
-            f"`{work.path}` holds {finished}: {'; '.join(different)}",
-            hint=f"go on with that one: {resume_command(work.path)}, or drop it: --resume never",
-        )
+    if not (run and different):
+        return
+    if policy == "auto" and drop_failed(work, report):
+        return
+    finished = f"{_blocks(journal.entries)} finished blocks of a run that differs"
+    drop = "drop it: --resume never"
+    goes_on = not any(_is_of_this_place(line, run["request"], model) for line in different)
+    raise ExistsError(
+        "E_RESUME_MISMATCH",
+        f"`{work.path}` holds {finished}: {'; '.join(different)}",
+        hint=f"go on with that one: {resume_command(work.path)}, or {drop}" if goes_on else drop,
+    )
+
+
+def drop_failed(work: WorkDirectory, report: Report) -> bool:
+    """Whether what is finished in `work` was of a run that has failed and would fail again: then it is gone."""
+    run = read_run(work.path)
+    failed = run.get("failed") if run else None
+    if failed is None:
+        return False
+    text = f"the finished blocks in `{work.path}` are dropped: their run ended with {failed}, and would end so again"
+    report(Warned("W_RESUME_DROPPED", text))
+    work.drop()
+    return True
+
+
+def _is_of_this_place(difference: str, request: dict[str, Any], model: Path) -> bool:
+    """Whether two runs differ in what a command cannot choose: versions, the device, a model that has changed."""
+    if difference.startswith("source."):
+        return Path(request["model"]) == model.resolve()
+    return difference.startswith(("versions.", "device."))
+
+
+@contextmanager
+def marking_failures(work: WorkDirectory) -> Iterator[None]:
+    """Note it in `work` if the body ends for a reason that holds the next time as well: the model, or its numbers."""
+    try:
+        yield
+    except (InputError, GateError) as error:
+        with suppress(GptqError, OSError):  # what ended the run is what to tell
+            if error.code != UNREADABLE:  # which can be put right
+                mark_failed(work.path, error.code)
+        raise
 
 
 def finished_output(output: Path, model: Path, identity: Identity, *, overwrite: bool) -> dict[str, Any] | None:
@@ -246,7 +285,8 @@ def telling_what_is_kept(work: WorkDirectory, report: Report) -> Iterator[None]:
         yield
     except BaseException:
         if work.journal.exists():
-            report(WorkKept(work.path))
+            run = read_run(work.path)
+            report(WorkKept(work.path, failed=run is not None and "failed" in run))
         raise
 
 

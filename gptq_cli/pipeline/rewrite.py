@@ -44,7 +44,7 @@ from gptq_cli.errors import ConfigError, ExistsError, GptqError, InputError
 from gptq_cli.files import expanded, is_file
 from gptq_cli.pipeline.copying import check_written
 from gptq_cli.pipeline.events import LayerStarted, PhaseStarted, Report, ignore
-from gptq_cli.pipeline.resume import working_on
+from gptq_cli.pipeline.resume import drop_failed, working_on
 from gptq_cli.pipeline.run_plan import HEAD
 from gptq_cli.pipeline.setup import DTYPES, STORED_DTYPES, warn_of
 from gptq_cli.version import __version__
@@ -235,7 +235,7 @@ def _publish(work: WorkDirectory, source: Checkpoint, *, overwrite: bool, **iden
 def _fresh(output: Path, report: Report) -> Iterator[WorkDirectory]:
     """The work directory of `output`; ExistsError E_RESUME_MISMATCH if a quantization has left work there."""
     with working_on(output, report) as work:
-        if work.journal.exists():
+        if work.journal.exists() and not drop_failed(work, report):
             raise ExistsError(
                 "E_RESUME_MISMATCH", f"`{work.path}` holds finished blocks of a quantization to the same output",
                 hint=f"finish it: {resume_command(work.path)}, or choose another -o",

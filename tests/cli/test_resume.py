@@ -190,7 +190,9 @@ def test_resuming_and_what_is_kept_are_said_even_when_quiet(capsys: pytest.Captu
     progress = Progress(Console(quiet=True))
     progress(Resumed(2, 5, Path("/d/.o.gptq-work")))
     progress(WorkKept(Path("/d/.a b.gptq-work")))
+    progress(WorkKept(Path("/d/.o.gptq-work"), failed=True))
     assert capsys.readouterr().err == (
         "resuming after 2 of 5 blocks, from /d/.o.gptq-work\n"
         "finished blocks are kept; go on with: gptq resume '/d/.a b.gptq-work'\n"
+        "finished blocks are kept in /d/.o.gptq-work until a run with other settings begins\n"
     )

@@ -20,7 +20,7 @@ from gptq_cli.checkpoint.source import open_checkpoint
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import GateError, InputError
 from gptq_cli.pipeline import quantize as pipeline
-from gptq_cli.pipeline.events import BlockFinished, Event, LayerSolved, RunPlanned, Warned
+from gptq_cli.pipeline.events import BlockFinished, BlockStarted, Event, LayerSolved, RunPlanned, Warned
 from gptq_cli.pipeline.plan import plan_run
 from gptq_cli.pipeline.quantize import quantize_checkpoint
 from tests.families import FAMILIES, save_model
@@ -353,9 +353,14 @@ def test_weights_that_are_not_finite_are_refused_by_name(tmp_path: Path) -> None
     tensors = load_file(model / "model.safetensors")
     tensors["model.layers.2.mlp.up_proj.weight"][3, 4] = float("nan")
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match=r"model\.layers\.2\.mlp\.up_proj.*not finite") as caught:
-        quantize(tmp_path, model)
-    assert caught.value.code == "E_CKPT_NONFINITE"
+    name = "model.layers.2.mlp.up_proj.weight"
+    events: list[Event] = []
+    with pytest.raises(InputError) as caught:
+        quantize_checkpoint(str(model), tmp_path / "out", config(), report=events.append)
+    assert (caught.value.code, caught.value.exit_code) == ("E_CKPT_NONFINITE", 3)
+    assert str(caught.value) == f"`{name}` in model.safetensors holds NaN or infinity, 1 times"
+    assert not [event for event in events if isinstance(event, BlockStarted)]
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_what_readers_do_not_know_stays_out_of_their_configuration(tmp_path: Path) -> None:

@@ -279,3 +279,19 @@ def test_an_old_output_that_stays_is_a_warning_each_time(
         ]
         assert verify_checkpoint(output, full=True).ok
     assert [path.read_text() for path in (tmp_path / ".out.gptq-work").rglob("file")] == ["x"]
+
+
+@pytest.mark.parametrize(("spoilt", "which"), [("a", "first"), ("b", "second")])
+@pytest.mark.parametrize("value", [float("nan"), -float("inf")])
+def test_numbers_that_are_not_finite_have_no_difference(spoilt: str, which: str, value: float, tmp_path: Path) -> None:
+    models = {name: save_model(tmp_path / name, num_hidden_layers=1) for name in "ab"}
+    assert compare_checkpoints(str(models["a"]), str(models["b"])).different == ()
+    file, name = models[spoilt] / "model.safetensors", "model.layers.0.mlp.up_proj.weight"
+    tensors = load_file(file)
+    tensors[name][2, 3] = value
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(InputError) as caught:
+        compare_checkpoints(str(models["a"]), str(models["b"]))
+    assert (caught.value.code, caught.value.exit_code) == ("E_CKPT_NONFINITE", 3)
+    assert str(caught.value) == f"`{name}` of the {which} checkpoint holds NaN or infinity"
+    assert "download it again" in (caught.value.hint or "")

@@ -1,0 +1,106 @@
+"""One pass over weights: hashes as of the whole files, and every number that is not finite found."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from gptq_cli.checkpoint import scan
+from gptq_cli.checkpoint.headers import read_header
+from gptq_cli.checkpoint.layout import TensorSpec, plan_layout
+from gptq_cli.checkpoint.raw import is_finite
+from gptq_cli.checkpoint.scan import scan_weights
+from gptq_cli.checkpoint.writer import CheckpointWriter
+from gptq_cli.errors import InputError
+
+FLOATS = {
+    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_numbers_are_finite_exactly_where_torch_says_so(dtype: str) -> None:
+    kind = FLOATS[dtype]
+    n_bytes = kind.itemsize
+    if n_bytes < 4:
+        patterns = torch.arange(2 ** (8 * n_bytes)).to(WIDTH[n_bytes])
+    else:
+        ends = (
+            [2**31 - 1, 0x7F800000, 0x7F7FFFFF, 0, 1] if n_bytes == 4 else [2**63 - 1, 0x7FF << 52, (0x7FF << 52) - 1]
+        )
+        patterns = torch.cat([torch.tensor([*ends, *(~end for end in ends)]), torch.arange(-(2**31), 2**31, 2**22)])
+        patterns = patterns.to(WIDTH[n_bytes])
+    values = patterns.view(kind)
+    expected = values.double().isfinite()
+    assert not expected.all()
+    for pattern, finite in zip(patterns, expected.tolist(), strict=True):
+        among = torch.stack([torch.zeros_like(pattern), pattern, torch.zeros_like(pattern)])
+        assert is_finite(among.numpy().tobytes(), dtype) == finite
+    assert is_finite(patterns[expected].numpy().tobytes(), dtype)
+
+
+def test_integers_and_nothing_are_finite() -> None:
+    assert is_finite(b"\xff" * 8, "I32")
+    assert is_finite(b"", "F32")
+    assert is_finite(b"\xff", "F16")  # a file that ends inside a number: headers tell that
+
+
+def two_shards(directory: Path, **changes: torch.Tensor) -> list[Path]:
+    directory.mkdir(exist_ok=True)
+    weights = {
+        "a": torch.arange(40.0).half(),
+        "b": torch.ones(3, dtype=torch.uint8),
+        "c": -torch.arange(37.0),
+    } | changes
+    files = [directory / "1.safetensors", directory / "2.safetensors"]
+    save_file({name: weights[name] for name in "ab"}, files[0])
+    save_file({name: weights[name] for name in "c"}, files[1])
+    return files
+
+
+@pytest.fixture(params=[7, 16, 2**24])
+def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Bytes that are read at a time, also such as end inside a number."""
+    monkeypatch.setattr(scan, "CHUNK_BYTES", request.param)
+    return int(request.param)
+
+
+@pytest.mark.usefixtures("chunks")
+def test_hashes_are_those_of_whole_files(tmp_path: Path) -> None:
+    files = two_shards(tmp_path)
+    tensors = [tensor for file in files for tensor in read_header(file).values()]
+    found = scan_weights(reversed(tensors))
+    assert found == {file: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    assert scan_weights(tensors, hashed=False) == {}
+
+
+@pytest.mark.parametrize("hashed", [True, False])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(("name", "file"), [("a", "1.safetensors"), ("c", "2.safetensors")])
+def test_the_tensor_that_is_not_finite_is_named(
+    name: str, file: str, value: float, hashed: bool, tmp_path: Path
+) -> None:
+    tensor = torch.arange(40.0).to(torch.float16 if name == "a" else torch.float32)
+    tensor[[5, 39]] = value
+    tensors = [t for path in two_shards(tmp_path, **{name: tensor}) for t in read_header(path).values()]
+    with pytest.raises(InputError) as caught:
+        scan_weights(tensors, hashed=hashed)
+    assert (caught.value.code, caught.value.exit_code) == ("E_CKPT_NONFINITE", 3)
+    assert str(caught.value) == f"`{name}` in {file} holds NaN or infinity, 2 times"
+    assert "the file's hash with the original's" in (caught.value.hint or "")
+
+
+def test_no_number_that_is_not_finite_is_copied(tmp_path: Path) -> None:
+    spoilt = torch.ones(4)
+    spoilt[3] = float("nan")
+    (_, file) = two_shards(tmp_path / "source", c=spoilt)
+    layout = plan_layout([(TensorSpec("c", "F32", (4,)),)], 2**20)
+    refused = pytest.raises(InputError, match=r"`c` in 2\.safetensors holds NaN or infinity, 1 times")
+    with CheckpointWriter(tmp_path / "out", layout) as writer, refused:
+        writer.copy(read_header(file)["c"])
