@@ -26,6 +26,7 @@ from gptq_cli.config.units import shell_word
 from gptq_cli.errors import ConfigError, ExistsError, GptqError
 
 SHOWN = 3
+MARKED_BYTES = 4096  # in which a file says who has written it
 WEIGHTS = re.compile(  # model-00001-of-00002.safetensors, consolidated.00.safetensors, gptq_model-4bit-128g.safetensors
     r"((model|pytorch_model|consolidated)(\.(fp16|bf16|fp32))?([.-]\d{2,5}(-of-\d{5})?)?"
     r"|gptq_model-\dbit--?\d+g(-\d{5}-of-\d{5})?)\.(safetensors|bin)"
@@ -96,6 +97,24 @@ def way_out(output: Path) -> str:
     if next(_foreign_files(output, None), None) is None and not (output / ".git").exists():
         return "add --overwrite to replace it, or choose another -o"
     return "choose another -o: --overwrite replaces only a checkpoint with nothing else beside it"
+
+
+def check_file(file: Path, mark: bytes) -> None:
+    """ExistsError E_OUT_FOREIGN if `file` is something else than gptq writes there: that has `mark` near its start."""
+    if not file.exists():
+        return
+    if not file.is_file():
+        raise ExistsError("E_OUT_FOREIGN", f"`{file}` exists and is not a file", hint="choose another name")
+    with file.open("rb") as stream:
+        head = stream.read(MARKED_BYTES)
+    if head and mark not in head:
+        message = f"`{file}` exists, and gptq has not written it"
+        raise ExistsError("E_OUT_FOREIGN", message, hint="choose another name, or move that file elsewhere first")
+
+
+def is_an_output(directory: Path) -> bool:
+    """True for a directory that gptq has written, or that is plainly a model's."""
+    return read_manifest(directory) is not None or _is_checkpoint(directory)
 
 
 def remove_replaced(directory: Path) -> list[str]:
@@ -211,7 +230,7 @@ def _foreign_files(directory: Path, model: Path | None) -> Iterator[str]:
     removed, and it is kept. Raises ConfigError E_OUT_IS_INPUT where the model is found inside.
     """
     manifest = read_manifest(directory)
-    plain = manifest is not None or _is_checkpoint(directory)
+    plain = is_an_output(directory)
     listed = _listed(manifest)
     for name in _files(directory, Path(), model and identity(model), skip_fixed=manifest is not None):
         if not plain or not _is_ours(directory / name, name, listed):

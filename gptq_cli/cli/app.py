@@ -188,6 +188,10 @@ def _talkative(function: Callable[..., None]) -> Callable[..., None]:
     from gptq_cli.cli.options import LogFile, Verbose
 
     def run(*, verbose: bool, log_file: Path | None, **said: Any) -> None:
+        if log_file is not None:
+            from gptq_cli.cli.log_file import check_log_file
+
+            check_log_file(log_file, said)
         talk.begin(verbose=verbose, log_file=log_file)
         function(**said)
 

@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 import typer
 
 from gptq_cli.errors import ConfigError, GptqError, Problem, without_secrets
+from gptq_cli.version import __version__
 
 if TYPE_CHECKING:
     from logging import FileHandler
 
 SCHEMA = 1
 SHOWN = 8  # problems on a terminal
+LOG_MARK = "log of gptq"
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +112,7 @@ class Talk:
         formatter = Formatter("%(asctime)s.%(msecs)03dZ %(message)s", "%Y-%m-%dT%H:%M:%S")
         formatter.converter = gmtime
         self._handler.setFormatter(formatter)
+        self.log(f"{LOG_MARK} {__version__}")  # a later command recognises the file by its first line
 
     def log(self, text: str) -> None:
         """The lines of `text` in the log file, if there is one."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from gptq_cli.checkpoint.durable import json_bytes, write_file
 from gptq_cli.checkpoint.manifest import REPORT_DATA, REPORT_PAGE
+from gptq_cli.checkpoint.replacing import check_file
 from gptq_cli.checkpoint.source import read_json
 from gptq_cli.errors import InputError
 from gptq_cli.files import UNREADABLE, is_file, resolved
@@ -20,6 +21,8 @@ from gptq_cli.version import __version__
 VERSION = 1
 AGAIN = "quantize again with --report"
 MEASURE = "write one: gptq eval-ppl MODEL --json > FILE"
+PAGE_MARK = b'<meta name="generator" content="gptq_cli">'
+PNG_MARK = b"Software\0gptq_cli"
 
 
 class BlockLog:
@@ -52,10 +55,15 @@ def save_report(output: Path, result: Mapping[str, Any], log: BlockLog, command:
 def write_page(directory: Path, page: Path, *, evaluation: Path | None = None, png: Path | None = None) -> Path:
     """The page of the run that made `directory`, with the result of `gptq eval-ppl --json` if a file of it is given.
 
-    InputError E_REPORT if there is no data of a run, or it or the evaluation is of another kind.
+    InputError E_REPORT if there is no data of a run, or it or the evaluation is of another kind; ExistsError
+    E_OUT_FOREIGN if a file is in the way that is no page or picture of gptq.
     """
     check_report()
     run = read_run(directory) | {"evaluation": read_evaluation(evaluation) if evaluation else None}
+    if page != directory / REPORT_PAGE:
+        check_file(page, PAGE_MARK)
+    if png is not None:
+        check_file(png, PNG_MARK)
     from gptq_cli.report.page import picture, render
 
     try:

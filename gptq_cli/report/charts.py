@@ -100,7 +100,7 @@ def as_png(figure: Any) -> bytes:
     """The figure as a PNG on white."""
     data = io.BytesIO()
     with pyplot.rc_context(dict(_STYLE)):
-        figure.savefig(data, format="png", dpi=160, facecolor="white", metadata={"Software": None})
+        figure.savefig(data, format="png", dpi=160, facecolor="white", metadata={"Software": "gptq_cli"})
     pyplot.close(figure)
     return data.getvalue()
 

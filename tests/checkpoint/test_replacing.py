@@ -106,14 +106,16 @@ def test_a_manifest_makes_no_project_an_output(model: Path, tmp_path: Path) -> N
     assert str(refusal(written, model)).endswith(": run.py")
 
 
-def test_links_are_foreign_and_never_followed(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["link", "vocab.json"])
+def test_links_are_foreign_and_never_followed(name: str, model: Path, tmp_path: Path) -> None:
     output = ours(tmp_path / "out")
-    (tmp_path / "precious").mkdir()
-    (tmp_path / "precious" / "file").touch()
-    (output / "link").symlink_to(tmp_path / "precious")
-    assert str(refusal(output, model)).endswith(": link")
-    assert remove_replaced(output) == ["link: gptq has not written it"]
-    assert (tmp_path / "precious" / "file").exists()
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "file").touch()
+    (output / name).symlink_to(precious if name == "link" else precious / "file")
+    assert str(refusal(output, model)).endswith(f": {name}")
+    assert remove_replaced(output) == [f"{name}: gptq has not written it"]
+    assert (precious / "file").exists()
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from gptq_cli.cli.app import app
 from gptq_cli.errors import InputError
 from gptq_cli.pipeline.events import ignore
 from gptq_cli.pipeline.quantize import quantize_checkpoint
@@ -195,3 +197,42 @@ def test_blocks_are_logged_and_passed_on() -> None:
     assert log.blocks[0]["seconds"] == 18.2
     assert len(seen) == 2 + 2 * 7
     assert layer_report(0).block == 0
+
+
+@pytest.mark.parametrize("option", ["--output", "--png"])
+@pytest.mark.parametrize("name", ["thesis.html", "model.safetensors", "folder"])
+def test_a_file_that_is_no_page_of_gptq_stays(option: str, name: str, finished: Path, tmp_path: Path) -> None:
+    place = tmp_path / name
+    if name == "folder":
+        place.mkdir()
+    else:
+        place.write_text("mine")
+    before = sorted(tmp_path.iterdir())
+    words = [
+        "report",
+        str(finished),
+        *(["-o", str(tmp_path / "page")] if option == "--png" else []),
+        option,
+        str(place),
+    ]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 6
+    reason = "exists and is not a file" if name == "folder" else "exists, and gptq has not written it"
+    assert result.stderr.startswith(f"error[E_OUT_FOREIGN]: `{place}` {reason}\n")
+    assert "hint: choose another name" in result.stderr
+    assert sorted(tmp_path.iterdir()) == before
+    assert name == "folder" or place.read_text() == "mine"
+
+
+def test_pages_and_pictures_of_gptq_are_written_again(finished: Path, tmp_path: Path) -> None:
+    page, png = tmp_path / "page.html", tmp_path / "heat.png"
+    page.touch()
+    for _ in range(2):
+        words = ["report", str(finished), "-o", str(page), "--png", str(png)]
+        assert CliRunner().invoke(app, words).exit_code == 0
+    assert page.read_text().startswith("<!doctype html>")
+    assert png.read_bytes().startswith(b"\x89PNG")
+    (finished / "gptq_report.html").write_text("an old page")
+    assert CliRunner().invoke(app, ["report", str(finished)]).exit_code == 0
+    swapped = CliRunner().invoke(app, ["report", str(finished), "-o", str(png)])
+    assert swapped.exit_code == 6  # a picture is no page

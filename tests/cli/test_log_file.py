@@ -1,0 +1,128 @@
+"""Where --log-file may write: no file that is not a log, no model, no output, no work directory."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from gptq_cli.checkpoint.run_file import write_run
+from tests.pipeline.runs import digest
+
+from .conftest import FakeQuantizer, Run
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """Enough of a model for a command that is refused before it reads one."""
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (tmp_path / "m" / "model.safetensors").write_bytes(b"weights")
+    return Path("m")
+
+
+def refused(gptq: Run, log: str | Path, *words: str) -> str:
+    """What is said of `log`; nothing may change by the command."""
+    before = digest(Path.cwd())
+    result = gptq(*words, "--log-file", log)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert digest(Path.cwd()) == before
+    assert "hint: choose another place for --log-file" in result.stderr
+    return result.stderr.splitlines()[0]
+
+
+QUANTIZE = ("quantize", "m", "-b", "4")
+
+
+@pytest.mark.parametrize("log", ["m/run.log", "m/config.json", "link/run.log", "m/../m/run.log", "m"])
+def test_no_log_is_written_into_the_model(log: str, model: Path, gptq: Run, quantizer: FakeQuantizer) -> None:
+    Path("link").symlink_to(model)
+    assert refused(gptq, log, *QUANTIZE) == f"error[E_LOG_FILE]: `{log}` is in `m`, which this command reads or writes"
+    assert quantizer.calls == []
+
+
+@pytest.mark.usefixtures("model", "quantizer")
+@pytest.mark.parametrize(
+    ("log", "output"),
+    [("out", "out"), ("new", "deep/../new"), ("old/run.log", "old"), (".old.gptq-work/run.log", "old"), ("x/y", "./x")],
+)
+def test_no_log_is_written_into_the_output(log: str, output: str, gptq: Run) -> None:
+    """Some of these outputs do not exist yet."""
+    for name in ("deep", "old", ".old.gptq-work", "x"):
+        Path(name).mkdir()
+    assert "which this command reads or writes" in refused(gptq, log, *QUANTIZE, "-o", output)
+
+
+@pytest.mark.usefixtures("model", "quantizer")
+@pytest.mark.parametrize("exists", [False, True])
+def test_an_output_that_nobody_named_is_an_output(exists: bool, gptq: Run) -> None:
+    name = "m-GPTQ-Int4-g128"
+    if exists:
+        Path(name).mkdir()
+    log = f"{name}/run.log" if exists else name
+    assert f"is in `{name}`" in refused(gptq, log, *QUANTIZE)
+
+
+@pytest.mark.usefixtures("model")
+def test_commands_that_only_read_keep_checkpoints_as_they_are(gptq: Run) -> None:
+    for words in (("verify", "m"), ("inspect", "m"), ("push", "m", "me/m"), ("compare", "x", "m"), ("env",)):
+        assert "is in `" in refused(gptq, "m/run.log", *words)
+    assert "a checkpoint" in refused(gptq, "m/run.log", "env")
+
+
+def test_no_log_is_written_where_a_resumed_run_works(model: Path, gptq: Run) -> None:
+    work = Path(".out.gptq-work")
+    for place in (work, Path("out"), Path("elsewhere")):
+        place.mkdir()
+    model.rename("elsewhere/m")
+    write_run(work, {}, {"model": str(Path("elsewhere").resolve()), "output": "out"})
+    for log in (".out.gptq-work/log", "out/log", "elsewhere/log"):
+        assert "is in `" in refused(gptq, log, "resume", str(work))
+
+
+@pytest.mark.usefixtures("quantizer")
+@pytest.mark.parametrize("content", ["\\documentclass{book}", "\n", "log of gptq 0.1.0\n", "{}"])
+def test_a_file_that_is_no_log_of_gptq_stays(content: str, gptq: Run) -> None:
+    Path("thesis.tex").write_text(content)
+    Path("link").symlink_to("thesis.tex")
+    for log in ("thesis.tex", "link"):
+        assert refused(gptq, log, *QUANTIZE) == f"error[E_LOG_FILE]: `{log}` exists and is not a log of gptq"
+
+
+@pytest.mark.usefixtures("quantizer")
+def test_a_directory_or_an_unreadable_file_is_no_log(gptq: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("folder").mkdir()
+    assert "exists and is not a log of gptq" in refused(gptq, "folder", *QUANTIZE)
+    Path("secret").write_text("x")
+    real = Path.open
+
+    def closed(path: Path, *how: object, **more: object) -> object:
+        if path.name == "secret":
+            raise PermissionError(13, "Permission denied")
+        return real(path, *how, **more)  # type: ignore[call-overload]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", closed)
+        result = gptq(*QUANTIZE, "--log-file", "secret")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error[E_LOG_FILE]: cannot read `secret`: Permission denied")
+    assert Path("secret").read_text() == "x"
+
+
+@pytest.mark.usefixtures("quantizer")
+def test_new_empty_and_own_logs_are_written_and_continued(gptq: Run) -> None:
+    Path("empty").touch()
+    for log in ("new", "empty", "new", "empty"):
+        assert gptq(*QUANTIZE, "--log-file", log).exit_code == 0
+    for log in ("new", "empty"):
+        lines = Path(log).read_text().splitlines()
+        assert [line.split(" ", 1)[1] for line in lines].count("log of gptq 0.1.0") == 2
+        assert lines[0].endswith("Z log of gptq 0.1.0")
+    assert gptq(*QUANTIZE, "--log-file", os.devnull).exit_code == 0
