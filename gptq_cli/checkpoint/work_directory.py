@@ -35,6 +35,7 @@ from gptq_cli.checkpoint.durable import (
     write_file,
 )
 from gptq_cli.checkpoint.manifest import MANIFEST
+from gptq_cli.checkpoint.places import Identity, identity
 from gptq_cli.errors import ExistsError, GptqError, ResourceError
 from gptq_cli.files import resolved, status_of
 
@@ -58,6 +59,23 @@ class WorkDirectory:
         self.stage, self.aside, self.lock = self.path / STAGE, self.path / ASIDE, self.path / LOCK
         self.journal = self.path / JOURNAL
         self.left: list[str] = []
+        self._held: Identity | None = None
+
+    def hold(self) -> None:
+        """Remember which lock was taken: the name of a directory may lead to another one later."""
+        self._held = identity(self.lock)
+
+    def is_held(self) -> bool:
+        """Whether the directory is still the one whose lock was taken."""
+        return identity(self.lock) == self._held
+
+    def refuse_gone(self) -> None:
+        """ResourceError E_WORK_GONE if somebody has removed the directory, or replaced it by another."""
+        if not self.is_held():
+            raise ResourceError(
+                "E_WORK_GONE", f"`{self.path}` was removed while this run was working in it",
+                hint="let nothing remove it, then run the same command again",
+            )  # fmt: skip
 
     def hidden(self, save: int) -> Path:
         """Where hidden states are kept that were saved with line `save` of the journal, for two lines."""
@@ -65,6 +83,7 @@ class WorkDirectory:
 
     def publish(self, model: Path, *, overwrite: bool) -> None:
         """Give the finished `stage`, made from `model`, the name of the output; what it replaces is looked at anew."""
+        self.refuse_gone()
         if overwrite:
             replacing.check_replaceable(self.output, model)
         durable.publish(self.stage, self.output, self.aside, overwrite=overwrite)
@@ -142,20 +161,27 @@ def locked(output: Path, *, allow_network_fs: bool = False) -> Iterator[WorkDire
     """The work directory of `output`, for this run alone. It stays if the body raises and has finished a block.
 
     ExistsError E_LOCKED with the other run's process and host, E_WORK_UNSAFE if the directory is not private;
-    ResourceError E_DISK if its parent cannot be written, E_FS_UNSAFE on a network file system.
+    ResourceError E_DISK if its parent cannot be written, E_FS_UNSAFE on a network file system, E_WORK_GONE if somebody
+    removes it meanwhile.
     """
     work = WorkDirectory(output)
     make_directory(work.output.parent)
     if not allow_network_fs:
         refuse_network_fs(work.output.parent)
     lock = _acquire(work)
+    work.hold()
+    removing = False
     try:
         _check_private(work.path)  # once more: the lock makes the directory anew if another run is just removing it
         _prepare(work)
         yield work
-        work.remove()
-    except BaseException:
-        if not work.journal.exists():
+        removing = work.is_held()  # otherwise what is there, if anything, is another run's
+        if removing:
+            work.remove()
+    except BaseException as error:
+        if not removing and isinstance(error, Exception):
+            work.refuse_gone()  # what the run ended with is a consequence
+        if (removing or work.is_held()) and not work.journal.exists():
             with suppress(GptqError, OSError):  # what ended the run is what to tell
                 work.remove()
         raise

@@ -332,6 +332,7 @@ def _write(
         copy_others(writer, plan)
         record(PhaseStarted("verify", size(plan.layout.nbytes)))
         writer.finish()
+    work.refuse_gone()
     write_beside(work.stage, plan, config, windows.sha256, identity["source"]["files"])
     check_written(work.stage)
     layers = [{key: value for key, value in asdict(layer).items() if key != "seconds"} for layer in record.layers]

@@ -1,0 +1,79 @@
+"""A run whose work directory is taken away ends with that as its reason, and touches nobody else's."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from gptq_cli.checkpoint.durable import write_file
+from gptq_cli.checkpoint.work_directory import WorkDirectory, locked
+from gptq_cli.errors import GptqError, ResourceError, Stopped
+
+
+def end_without_it(output: Path, error: BaseException) -> None:
+    """A run that loses its directory and ends with `error`."""
+    with locked(output) as work:
+        shutil.rmtree(work.path)
+        raise error
+
+
+def publish_from_another(output: Path) -> None:
+    with locked(output) as work:
+        begin_another(work)
+        write_file(work.stage / "config.json", b"{}")
+        work.publish(output.parent, overwrite=False)
+
+
+def begin_another(work: WorkDirectory) -> None:
+    """Remove the directory and let another run begin and finish something in its place."""
+    shutil.rmtree(work.path)
+    work.path.mkdir(0o700)
+    work.lock.touch()
+    work.journal.write_text("finished")
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(2, "No such file", "x"), ResourceError("E_DISK", "x"), KeyError()])
+def test_a_directory_that_was_removed_is_the_reason(error: Exception, tmp_path: Path) -> None:
+    with pytest.raises(GptqError) as caught:
+        end_without_it(tmp_path / "out", error)
+    assert (caught.value.code, caught.value.exit_code) == ("E_WORK_GONE", 5)
+    assert str(caught.value) == f"`{tmp_path}/.out.gptq-work` was removed while this run was working in it"
+    assert caught.value.hint == "let nothing remove it, then run the same command again"
+    assert caught.value.__context__ is error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_published_from_a_directory_of_another_run(tmp_path: Path) -> None:
+    with pytest.raises(ResourceError) as caught:
+        publish_from_another(tmp_path / "out")
+    assert caught.value.code == "E_WORK_GONE"
+    assert not (tmp_path / "out").exists()
+    assert WorkDirectory(tmp_path / "out").journal.read_text() == "finished"
+
+
+def test_what_another_run_has_begun_stays_after_a_success(tmp_path: Path) -> None:
+    with locked(tmp_path / "out") as work:
+        write_file(work.stage / "config.json", b"{}")
+        work.publish(tmp_path, overwrite=False)
+        begin_another(work)
+    assert (tmp_path / "out" / "config.json").read_bytes() == b"{}"
+    assert work.journal.read_text() == "finished"
+    with locked(tmp_path / "next") as work:
+        write_file(work.stage / "config.json", b"{}")
+        work.publish(tmp_path, overwrite=False)
+        shutil.rmtree(work.path)
+    assert (tmp_path / "next" / "config.json").exists()
+
+
+@pytest.mark.parametrize("error", [Stopped(15), KeyboardInterrupt()])
+def test_a_signal_stays_a_signal(error: BaseException, tmp_path: Path) -> None:
+    with pytest.raises(type(error)):
+        end_without_it(tmp_path / "out", error)
+
+
+def test_an_error_beside_a_directory_that_is_there_stays_itself(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), locked(tmp_path / "out"):
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
