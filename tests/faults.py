@@ -219,7 +219,7 @@ CONFIGURATION = [
     Case(11, "regex", flags("--dynamic=-:("), "E_CFG_REGEX", "is not a regular expression", ".*", 2),
     Case(11, "nested", flags("--dynamic=-:[[a]"), "E_CFG_REGEX", "nested set", ".*", 2),
     Case(11, "endless", flags("--dynamic=-:(.|..|...)+(?!.|$)"), "E_CFG_REGEX", "takes more than", "repetition", 2),
-    Case(11, "no match", flags("--dynamic=-:down_proj"), "E_CFG_NO_MATCH", "matches no layer", "model.layers.N", 2),
+    Case(11, "no match", flags("--dynamic=-:down_proj"), "E_CFG_NO_MATCH", "matches no layer", "mlp[.]down_proj$", 2),
     Case(12, "nothing", flags("--dynamic=-:.*"), "E_CFG_NOTHING_TO_DO", "no layer to quantize", "", 2),
     Case(13, "conflict", flags("--desc-act", "--act-group-aware"), "E_CFG_CONFLICT", "exclude each other",
          "leave it out", 2),

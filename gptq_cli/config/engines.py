@@ -76,7 +76,9 @@ ASYM = Trait(lambda e: e.asym, "asymmetric grids", "--sym")
 ASYM_V1 = Trait(lambda e: e.asym and not e.v2, "asymmetric grids in format gptq", "--format gptq_v2 or --sym")
 V2 = Trait(lambda e: e.v2, "format gptq_v2", "--format gptq")
 V2_PLAIN = Trait(
-    lambda e: e.v2 and not e.marlin, "format gptq_v2 with these settings", "--format gptq, or 4 or 8 bits with --sym"
+    lambda e: e.v2 and not e.marlin,
+    "format gptq_v2 with these settings",
+    "--format gptq, or 4 or 8 bits, --sym and --group-size 128",
 )
 PLAIN = Trait(lambda e: not e.marlin, "settings without a Marlin kernel", "4 or 8 bits, --sym and --group-size 128")
 GROUPS = Trait(

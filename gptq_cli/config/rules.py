@@ -9,6 +9,7 @@ decides alone.
 from __future__ import annotations
 
 import re
+import shlex
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -81,6 +82,30 @@ def keeps(rule: str) -> bool:
 def pattern_of(rule: str) -> str:
     """The regular expression of a `dynamic` rule without its prefix."""
     return rule[2:] if rule.startswith((KEEP, CHANGE)) else rule
+
+
+def keeping(names: Iterable[str], *, in_all_blocks: bool = False) -> tuple[str, str]:
+    """A rule that keeps layers, and with each one those that engines hold as one with it; and the option that says so.
+
+    With `in_all_blocks` numbers inside the names stand for all numbers.
+
+    >>> keeping(["model.layers.3.mlp.down_proj"])[1]
+    "--dynamic '-:model[.]layers[.]3[.]mlp[.]down_proj$'"
+    >>> keeping(["m.0.k_proj", "m.1.k_proj"], in_all_blocks=True)[0]
+    '-:m[.][0-9]+[.](k_proj|q_proj|v_proj)$'
+    """
+    patterns = list(dict.fromkeys(_pattern_for(name, in_all_blocks=in_all_blocks) for name in names))
+    pattern = patterns[0] if len(patterns) == 1 else f"({'|'.join(patterns)})"
+    rule = f"{KEEP}{pattern}$"
+    return rule, f"--dynamic {shlex.quote(rule)}"
+
+
+def _pattern_for(name: str, *, in_all_blocks: bool) -> str:
+    *holders, leaf = name.split(".")
+    fused = next((sorted(parts) for parts in FUSED_ALIASES if leaf in parts), [leaf])
+    leaves = "|".join(map(re.escape, fused))
+    words = ["[0-9]+" if in_all_blocks and word.isdecimal() else re.escape(word) for word in holders]
+    return "[.]".join([*words, leaves if len(fused) == 1 else f"({leaves})"])
 
 
 def flaw_of(rule: str) -> str | None:

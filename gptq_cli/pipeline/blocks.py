@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -11,6 +10,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from gptq_cli.config.layer import FaultPolicy
+from gptq_cli.config.rules import keeping
 from gptq_cli.engine.hessian import HessianOfBatches
 from gptq_cli.errors import InputError
 from gptq_cli.models.experts import Experts
@@ -163,10 +163,9 @@ def _nothing_seen(
 def _check_reached(linears: Mapping[str, nn.Module], stages: Sequence[Stage]) -> None:
     missed = sorted(set(linears) - {name for stage in stages for name in stage.names})
     if missed:
-        kinds = dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".[0-9]+", name).replace(".", "[.]") for name in missed)
         raise InputError(
             "E_ARCH",
             f"the model's forward never calls {len(missed)} linears of the block, so they cannot be calibrated, "
             f"first `{missed[0]}`",
-            hint=f"keep them: --dynamic '-:({'|'.join(kinds)})$'",
+            hint=f"keep them: {keeping(missed, in_all_blocks=True)[1]}",
         )

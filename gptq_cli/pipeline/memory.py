@@ -16,6 +16,7 @@ from gptq_cli.config.units import size
 from gptq_cli.errors import ResourceError
 from gptq_cli.models.stream import ModelStream
 from gptq_cli.pipeline.events import BlockFinished, Report, Warned
+from gptq_cli.pipeline.limit import Limit
 
 WAITING_SHARE = 0.5  # of the free memory; Hessians, factors and the solver share the rest
 MAX_WAITING_THREADS = 1024
@@ -94,15 +95,21 @@ class Memory:
 
     def free(self) -> int:
         """Bytes that tensors on the device may still take."""
+        return self.free_and_limit()[0]
+
+    def free_and_limit(self) -> tuple[int, Limit | None]:
+        """Bytes that tensors on the device may still take, and the user's limit if less is free because of it."""
         on_device = self.device.type == "cuda"
-        limit = self.max_device_bytes if on_device else self.max_host_bytes
-        free = free_bytes(self.device)
-        if not on_device:
-            free, limit = free // self.neighbours, None if limit is None else limit // self.neighbours
-        if limit is None:
-            return free
+        allowed = self.max_device_bytes if on_device else self.max_host_bytes
+        sharers = 1 if on_device else self.neighbours
+        free = free_bytes(self.device) // sharers
+        if allowed is None:
+            return free, None
         held = torch.cuda.memory_allocated(self.device) if on_device else host_bytes()
-        return max(0, min(free, limit - held))
+        left = max(0, allowed // sharers - held)
+        if left >= free:
+            return free, None
+        return left, Limit("--max-vram" if on_device else "--max-ram", allowed, held, free, sharers)
 
     def enforce(self) -> None:
         """Have torch refuse to take more of an accelerator than is allowed."""
@@ -117,7 +124,8 @@ class Memory:
             allowed = f"max_ram allows {size(self.max_host_bytes)}"
             raise ResourceError(
                 "E_OOM", f"the run holds {size(held)} of host memory, {allowed}",
-                hint="use a smaller --batch-size, --seqlen or --nsamples, or a larger --max-ram",
+                hint="allow more with --max-ram: finished blocks are kept; a smaller --batch-size, --seqlen or "
+                "--nsamples needs less, and begins anew with --resume never",
             )  # fmt: skip
 
 
@@ -141,13 +149,14 @@ class WaitingRoom:
             bytes_each += ways * CUBLAS_WORKSPACE_BYTES
         else:
             threads_each *= torch.get_num_threads()  # OpenMP keeps a team of threads for each thread that computes
-        free = self.memory.free()
+        free, limit = self.memory.free_and_limit()
         by_memory = int(WAITING_SHARE * free) // bytes_each if bytes_each else n_batches
         places = max(0, min(n_batches, by_memory, MAX_WAITING_THREADS // threads_each, self._limit))
         if places < n_batches and not self._told:
             self._told = True
             needed, threads = n_batches * bytes_each, n_batches * threads_each
-            why = f"all would hold {size(needed)} of {size(free)} free memory, and {threads} threads"
+            room = f"{size(free)} that {limit.option} leaves" if limit else f"{size(free)} free memory"
+            why = f"all would hold {size(needed)} of {room}, and {threads} threads"
             slower = "the block is run again for every stage with the others"
             who = f"{places} of {n_batches} batches wait inside a block"
             self._report(Warned("W_MEM_REPLAY", f"{who}, {slower}: {why}"))

@@ -16,9 +16,9 @@ from gptq_cli.checkpoint.layout import Layout, TensorSpec, plan_layout
 from gptq_cli.checkpoint.orientation import stores_transposed
 from gptq_cli.checkpoint.plain import Plain, plain_view
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
-from gptq_cli.config.layer import LayerConfig
-from gptq_cli.config.rules import unmatched_rules
+from gptq_cli.config.rules import keeping, matches, unmatched_rules
 from gptq_cli.config.schema import QuantizeConfig
+from gptq_cli.config.targets import settings_export, target_problems
 from gptq_cli.errors import ConfigError, InputError, Problem
 from gptq_cli.pipeline.readers import check_target
 from gptq_cli.pipeline.run_plan import HEAD, LayerPlan, RunPlan
@@ -68,7 +68,7 @@ def plan_checkpoint(
         layers.append(_head(source, plain, config, n_blocks))
     if linears is not None or not _has_stacks(plain, blocks):
         _check_rules(config, layers)
-    _check_shapes(layers)
+    _check_shapes(layers, config)
     _check_stacks(layers)
     check_target(layers, config)
     return RunPlan(
@@ -219,13 +219,14 @@ def _head(source: Checkpoint, plain: Plain, config: QuantizeConfig, block: int) 
 def _check_rules(config: QuantizeConfig, layers: list[LayerPlan]) -> None:
     unused = unmatched_rules(config.dynamic, [layer.name for layer in layers])
     if unused:
-        known = sorted({_kind(layer) for layer in layers})
-        hint = f"rules match from the start of the full name, for example {known[0]}"
+        _, example = keeping([min(layer.name for layer in layers)], in_all_blocks=True)
+        hint = f"rules match from the start of the full name, for example {example}"
         raise ConfigError.of([Problem("E_CFG_NO_MATCH", f"rule {rule!r} matches no layer", hint) for rule in unused])
     listed = [item for stage in config.modules_in_block_to_quantize or () for item in stage]
     absent = [item for item in listed if not any(layer.name.endswith(item) for layer in layers)]
     if absent:
-        hint = f"a name stands for all layers that end with it; one of them is {_kind(layers[0])}"
+        known = min(layer.name for layer in layers).rpartition(".")[2]
+        hint = f"a name stands for all layers that end with it, for example {known}"
         said = "modules_in_block_to_quantize names {!r}, and no layer ends so"
         raise ConfigError.of([Problem("E_CFG_NO_MATCH", said.format(item), hint) for item in absent])
     if not any(layer.config for layer in layers):
@@ -247,27 +248,58 @@ def check_shared(plan: RunPlan, shared: Collection[str]) -> None:
         )
 
 
-def _check_shapes(layers: list[LayerPlan]) -> None:
-    wrong = [(layer, why) for layer in layers if layer.config and (why := _unfit(layer, layer.config))]
-    kinds: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+def _check_shapes(layers: list[LayerPlan], config: QuantizeConfig) -> None:
+    quantized = [layer for layer in layers if layer.config]
+    wrong = [(layer, why) for layer in quantized if (why := _unfit(layer))]
+    kinds: dict[str, Counter[str]] = defaultdict(Counter)
     for layer, why in wrong:
         kinds[why][_kind(layer)] += 1
-    if kinds:
-        raise ConfigError.of([_misfit(*why, names) for why, names in kinds.items()])
+    if not kinds:
+        return
+    misfits = [layer for layer, _ in wrong]
+    remedies = [_other_groups(misfits, quantized, config), _keeping(misfits, quantized)]
+    hint = ", or ".join(remedy for remedy in remedies if remedy) or None
+    raise ConfigError.of([_misfit(why, names, hint) for why, names in kinds.items()])
 
 
-def _misfit(why: str, remedy: str, kinds: Counter[str]) -> Problem:
-    """One problem for all kinds of layers that do not fit for the same reason, with a rule that keeps them."""
+def _misfit(why: str, kinds: Counter[str], hint: str | None) -> Problem:
+    """One problem for all kinds of layers that do not fit for the same reason."""
     named, count = ", ".join(f"`{name}`" for name in kinds), kinds.total()
-    names = sorted({name.rpartition(".")[2] for name in kinds})
-    rule, them = _rule(next(iter(kinds))), "it"
-    if len(kinds) > 1:
-        rule, them = f".*[.]({'|'.join(names)})", "them"
-    return Problem(
-        "E_SHAPE",
-        f"{why}: {named}" + (f" ({count} layers)" if count > 1 else ""),
-        f"{remedy}keep {them}: --dynamic '-:{rule}$'",
-    )
+    return Problem("E_SHAPE", f"{why}: {named}" + (f" ({count} layers)" if count > 1 else ""), hint)
+
+
+def _other_groups(misfits: list[LayerPlan], quantized: list[LayerPlan], config: QuantizeConfig) -> str:
+    """The advice to choose another group size; empty if there is none that all layers and the target take."""
+    if any(not _packs(layer) for layer in misfits):
+        return ""
+    origins = {_rule_of_size(layer, config) for layer in misfits}
+    if len(origins) > 1:
+        return ""
+    (origin,) = origins
+    alike = [layer for layer in quantized if _rule_of_size(layer, config) == origin]
+    fitting = [size for size in USUAL_GROUP_SIZES if all(layer.in_features % size == 0 for layer in alike)]
+    loaded = [str(size) for size in (*fitting[:1], -1) if origin or _loads(config, size)]
+    where = f"all layers of rule '{origin}'" if origin else "all layers"
+    return f"use a group_size that fits {where}, such as {' or '.join(loaded)}" if loaded else ""
+
+
+def _rule_of_size(layer: LayerPlan, config: QuantizeConfig) -> str | None:
+    """The rule that says the layer's group size, if one does."""
+    rules = [rule for rule, changes in config.dynamic.items() if "group_size" in changes]
+    return next((rule for rule in rules if layer.why == f"rule '{rule}'"), None)
+
+
+def _loads(config: QuantizeConfig, group_size: int) -> bool:
+    changed = config.model_copy(update={"group_size": group_size})
+    return not target_problems(settings_export(changed), config.target)
+
+
+def _keeping(misfits: list[LayerPlan], quantized: list[LayerPlan]) -> str:
+    """The advice to keep layers that do not fit; empty if no layer would be left to quantize."""
+    rule, option = keeping([layer.name for layer in misfits], in_all_blocks=True)
+    if all(matches(rule, layer.name) for layer in quantized):
+        return ""
+    return f"keep {'it' if len(misfits) == 1 else 'them'}: {option}"
 
 
 def _kind(layer: LayerPlan) -> str:
@@ -276,19 +308,22 @@ def _kind(layer: LayerPlan) -> str:
 
 
 def _rule(kind: str) -> str:
-    return kind.replace(".N.", "[.][0-9]+[.]")
+    return re.sub(r"\.N\.(N\.)*", lambda numbers: "[.]" + "[0-9]+[.]" * numbers[0].count("N"), kind)
 
 
-def _unfit(layer: LayerPlan, config: LayerConfig) -> tuple[str, str] | None:
-    """Why a layer does not fit, and what else than keeping it would help."""
+def _packs(layer: LayerPlan) -> bool:
+    return layer.in_features % PACK_MULTIPLE == layer.out_features % PACK_MULTIPLE == 0
+
+
+def _unfit(layer: LayerPlan) -> str | None:
+    """Why a layer that is to be quantized does not fit."""
     if layer.in_features % PACK_MULTIPLE:
-        return f"{layer.in_features} input features are no multiple of {PACK_MULTIPLE}", ""
+        return f"{layer.in_features} input features are no multiple of {PACK_MULTIPLE}"
     if layer.out_features % PACK_MULTIPLE:
-        return f"{layer.out_features} output features are no multiple of {PACK_MULTIPLE}", ""
-    if layer.in_features % config.columns_per_group(layer.in_features):
-        fitting = next(size for size in USUAL_GROUP_SIZES if layer.in_features % size == 0)
-        why = f"group_size {config.group_size} does not divide the {layer.in_features} input features"
-        return why, f"use a group_size that does, such as {fitting} or -1, or "
+        return f"{layer.out_features} output features are no multiple of {PACK_MULTIPLE}"
+    assert layer.config is not None
+    if layer.in_features % layer.config.columns_per_group(layer.in_features):
+        return f"group_size {layer.config.group_size} does not divide the {layer.in_features} input features"
     return None
 
 

@@ -15,6 +15,7 @@ from gptq_cli.config.units import size
 from gptq_cli.errors import ResourceError
 from gptq_cli.files import expanded, file_errors, files_below
 from gptq_cli.pipeline.estimate import DEVICE_SHARE, LIBRARIES, STATES, Term, estimate_memory, total
+from gptq_cli.pipeline.limit import Limit
 from gptq_cli.pipeline.plan import plan_run
 from gptq_cli.pipeline.run_plan import RunPlan
 
@@ -49,29 +50,42 @@ def check_disk(work: WorkDirectory, output_bytes: int, hidden_bytes: int) -> Non
 
 
 def check_memory(
-    plan: RunPlan, config: QuantizeConfig, host_bytes: int, device_bytes: int | None, devices: int = 1
+    plan: RunPlan,
+    config: QuantizeConfig,
+    host_bytes: int,
+    device_bytes: int | None,
+    devices: int = 1,
+    limits: Sequence[Limit] = (),
 ) -> None:
     """ResourceError E_OOM if what must live at once will not fit into so much free memory of the host and, unless that
     is None, of the accelerator.
 
-    Of batches that may wait inside a block one is counted, and hidden states where they will lie.
+    `limits` are those of the user that leave less than is free. Of batches that may wait inside a block one is
+    counted, and hidden states where they will lie.
     """
     one_waits = config.model_copy(update={"true_sequential": False})
     estimate = estimate_memory(plan, one_waits, devices)
+    of_option = {limit.option: limit for limit in limits}
+    on_host, on_device = of_option.get("--max-ram"), of_option.get("--max-vram")
     if device_bytes is None:
-        _check_fit([term for term in estimate.cpu if term.what != LIBRARIES], host_bytes, "host")
+        _check_fit([term for term in estimate.cpu if term.what != LIBRARIES], host_bytes, "host", on_host)
         return
     states = [term for term in estimate.accelerator if term.what == STATES]
-    _check_fit([term for term in estimate.accelerator if term.what != STATES], device_bytes, "device")
+    work = [term for term in estimate.accelerator if term.what != STATES]
+    _check_fit(work, device_bytes, "device", on_device)
     if total(states) * DEVICE_SHARE > device_bytes:
-        _check_fit(states, host_bytes, "host")
+        _check_fit(states, host_bytes, "host", on_host)
 
 
-def _check_fit(terms: Sequence[Term], free: int, where: str) -> None:
+def _check_fit(terms: Sequence[Term], free: int, where: str, limit: Limit | None) -> None:
     needed = total(terms)
     if needed > free:
         parts = ", ".join(f"{term.what} {size(term.nbytes)}" for term in terms)
+        room = f"{limit}, and {size(limit.free)} are free" if limit else f"{size(free)} are free"
+        more = limit.way_out(needed) if limit else None
+        hint = less = "use a smaller --batch-size, --seqlen or --nsamples"
+        if more:
+            hint = f"allow more: {more}" + (f", or {less}" if free else "")
         raise ResourceError(
-            "E_OOM", f"about {size(needed)} of {where} memory are needed, {size(free)} are free: {parts}",
-            hint="use a smaller --batch-size, --seqlen or --nsamples, or a larger --max-ram or --max-vram",
+            "E_OOM", f"about {size(needed)} of {where} memory are needed; {room}: {parts}", hint=hint
         )  # fmt: skip

@@ -186,8 +186,12 @@ def _host(config: QuantizeConfig, place: Place) -> Memory:
 def _check_room(work: WorkDirectory, plan: RunPlan, config: QuantizeConfig, stream: ModelStream, place: Place) -> None:
     """ResourceError E_DISK or E_OOM if disk or memory will not suffice."""
     check_disk(work, plan.layout.nbytes, (1 + plan.asymmetric) * _hidden_bytes(config, stream))
-    device = Memory(place.device, config.max_vram_bytes).free() if place.device.type == "cuda" else None
-    check_memory(plan, config, _host(config, place).free(), device, place.team.size)
+    host, host_limit = _host(config, place).free_and_limit()
+    device, device_limit = None, None
+    if place.device.type == "cuda":
+        device, device_limit = Memory(place.device, config.max_vram_bytes).free_and_limit()
+    limits = [limit for limit in (host_limit, device_limit) if limit]
+    check_memory(plan, config, host, device, place.team.size, limits)
 
 
 def _plan(source: Checkpoint, config: QuantizeConfig, stream: ModelStream, report: Report) -> RunPlan:

@@ -12,6 +12,7 @@ from itertools import accumulate
 from torch import Tensor, nn
 
 from gptq_cli.config.layer import FaultPolicy, LayerConfig
+from gptq_cli.config.rules import keeping
 from gptq_cli.engine.asymmetric import follow_original
 from gptq_cli.engine.factor import NonFiniteHessianError, NotPositiveDefiniteError, Prepared, prepare
 from gptq_cli.engine.float16 import SMALLEST, SMALLEST_NORMAL
@@ -277,12 +278,12 @@ def located(
     except NotPositiveDefiniteError as error:
         raise GateError(
             "E_NUM_HESSIAN", f"{_where(first)}: {error}",
-            hint=f"use more calibration text, or keep it: --dynamic '-:{first.name}', or --on-numeric-fault rtn",
+            hint=f"use more calibration text, or keep it: {keeping([first.name])[1]}, or --on-numeric-fault rtn",
         ) from error  # fmt: skip
     except ScaleRangeError as error:
         ends = accumulate(rows)
         owner = next(layer for layer, end in zip(together, ends, strict=True) if error.row < end)
         raise InputError(
             "E_CKPT_NONFINITE", f"{_where(owner)}: its weights are not finite or beyond the range of float16",
-            hint="download the checkpoint again, or keep the layer with --dynamic",
+            hint=f"keep the layer: {keeping([owner.name])[1]}; if it is not finite, download the checkpoint again",
         ) from error  # fmt: skip

@@ -49,7 +49,9 @@ def test_rules_that_reach_no_layer_are_found() -> None:
 
 @pytest.mark.parametrize(
     ("rule", "name", "matched"),
-    [
+    [  # the first ones take a timer or a process
+        (r"()()()(?:q)_proj", "model.q_proj", False),
+        (r"()()()(?:.*)_proj", "model.q_proj", True),
         (r".*\.(?:k){s}_proj", "model.layers.1.self_attn.q_proj", False),  # to `regex`: but for one letter
         (r".*\.(?:k){s}_proj", "model.k{s}_proj", True),
         (r".*(?:k_proj){e<=1}$", "model.layers.1.self_attn.q_proj", False),
@@ -67,7 +69,7 @@ def test_rules_mean_what_they_mean_to_re(rule: str, name: str, matched: bool, th
     assert matches(rule, name) is matched
 
 
-@pytest.mark.parametrize("rule", ["-:(a+)+$", "+:(.|..|...)+(?!.|$)"])
+@pytest.mark.parametrize("rule", ["-:(a+)+$", "+:(.|..|...)+(?!.|$)", "a?" * 60 + "a" * 60 + "$"])
 @pytest.mark.parametrize("threads", [0, 1])
 def test_a_rule_that_takes_for_ever_is_given_up(rule: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patterns, "SECONDS", 0.05)
@@ -81,7 +83,15 @@ def test_a_rule_that_takes_for_ever_is_given_up(rule: str, threads: int, monkeyp
     assert "(a+)+" in str(caught.value.hint)
 
 
-@pytest.mark.parametrize("rule", ["a+", "(a+)+$"])
+def test_usual_rules_take_no_process_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patterns.subprocess, "run", lambda *_, **__: pytest.fail("a child process"))
+    rules = [r".*\.(?:q|k|v)_proj$", r"model[.]layers[.](0|[0-9]+1)[.]mlp[.].*", "lm_head", r".*(?<!up)_proj"]
+    with ThreadPoolExecutor(1) as pool:
+        found = [pool.submit(matches, rule, "model.layers.11.mlp.up_proj").result() for rule in rules]
+    assert found == [False, True, False, False]
+
+
+@pytest.mark.parametrize("rule", ["(a+)+", "(a+)+$"])
 def test_matching_puts_a_timer_of_others_back(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def of_others(*_: object) -> None:
         raise AssertionError
@@ -90,7 +100,7 @@ def test_matching_puts_a_timer_of_others_back(rule: str, monkeypatch: pytest.Mon
     usual = signal.signal(signal.SIGVTALRM, of_others)
     signal.setitimer(signal.ITIMER_VIRTUAL, 500.0)
     try:
-        if rule == "a+":
+        if rule == "(a+)+":
             assert matches(rule, "aa")
         else:
             with pytest.raises(ConfigError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from shlex import quote
 
@@ -17,6 +18,7 @@ from gptq_cli.errors import ConfigError, ExistsError, InputError, ResourceError
 from gptq_cli.models.skeleton import outside_linears
 from gptq_cli.pipeline.estimate import estimate_memory
 from gptq_cli.pipeline.events import Event, Warned
+from gptq_cli.pipeline.limit import Limit
 from gptq_cli.pipeline.plan import check_shared, plan_run
 from gptq_cli.pipeline.preflight import check_memory
 from gptq_cli.pipeline.quantize import quantize_checkpoint
@@ -147,6 +149,66 @@ def test_the_hint_for_a_layer_that_does_not_fit_works(tmp_path: Path) -> None:
     assert {layer.name.rpartition(".")[2] for layer in plan.kept} == {"down_proj"}
 
 
+@pytest.mark.parametrize(("asked", "fits"), [(256, ["64", "-1"]), (48, ["64", "-1"]), (320, ["64", "-1"])])
+def test_proposed_group_sizes_fit_all_layers(asked: int, fits: list[str], tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", intermediate_size=320)  # 320 inputs beside 64 and 128
+    with pytest.raises(ConfigError) as caught:
+        plan_run(model, config(group_size=asked))
+    (hint,) = {problem.hint or "" for problem in caught.value.problems}
+    found = re.search(r"use a group_size that fits all layers, such as (\S+) or ([-0-9]+)", hint)
+    assert found
+    assert list(found.groups()) == fits
+    for size in fits:
+        assert len(plan_run(model, config(group_size=int(size))).quantized) == 21
+
+
+def test_the_size_that_a_rule_says_is_changed_in_the_rule(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", intermediate_size=96)
+    rule, others = "+:.*(down|up)_proj", {"+:.*v_proj": {"bits": 8}}
+    with pytest.raises(ConfigError) as caught:
+        plan_run(model, config(dynamic={rule: {"group_size": 128}, **others}))
+    (hint,) = {problem.hint or "" for problem in caught.value.problems}
+    assert hint.startswith(f"use a group_size that fits all layers of rule '{rule}', such as 32 or -1, or keep them: ")
+    for size in (32, -1):
+        assert plan_run(model, config(dynamic={rule: {"group_size": size}, **others})).quantized
+
+
+@pytest.mark.parametrize("target", [None, "vllm", "transformers"])
+def test_a_layer_is_kept_with_what_engines_fuse_it_to(target: str | None, tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", num_key_value_heads=1, head_dim=16, num_attention_heads=4)
+    with pytest.raises(ConfigError) as caught:  # 16 outputs of k and v
+        plan_run(model, config(target=target))
+    option, rule = shlex.split((caught.value.hint or "").removeprefix("keep them: "))
+    assert option == "--dynamic"
+    plan = plan_run(model, config(target=target, dynamic={rule: {}}))
+    assert {layer.name.rpartition(".")[2] for layer in plan.kept} == {"q_proj", "k_proj", "v_proj"}
+
+
+def test_nothing_is_proposed_that_leaves_no_layer(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", hidden_size=48, intermediate_size=80, num_attention_heads=3)
+    with pytest.raises(ConfigError) as caught:
+        plan_run(model, config())
+    assert {problem.hint for problem in caught.value.problems} == {None}
+
+
+@pytest.mark.parametrize("rule", ["-:down_proj", "+:layers.*"])
+def test_the_example_of_a_rule_matches(rule: str, tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    with pytest.raises(ConfigError) as caught:
+        plan_run(model, config(dynamic={rule: {}}))
+    example = shlex.split((caught.value.hint or "").partition("for example ")[2])
+    assert example == ["--dynamic", "-:model[.]layers[.][0-9]+[.]mlp[.]down_proj$"]
+    assert len(plan_run(model, config(dynamic={example[1]: {}})).kept) == 3
+
+
+def test_the_example_of_a_listed_name_is_one(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    with pytest.raises(ConfigError) as caught:
+        plan_run(model, config(modules_in_block_to_quantize=[["mlp.down_prj"]]))
+    example = (caught.value.hint or "").partition("for example ")[2]
+    assert len(plan_run(model, config(modules_in_block_to_quantize=[[example]])).quantized) == 3
+
+
 def test_a_rule_that_matches_nothing_is_an_error(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     with pytest.raises(ConfigError, match=r"'-:down_proj' matches no layer") as caught:
@@ -232,11 +294,36 @@ def test_a_run_that_cannot_fit_into_memory_ends_before_the_work(tmp_path: Path) 
         quantize(tmp_path, model, max_ram="1MB")
     assert (caught.value.code, caught.value.exit_code) == ("E_OOM", 5)
     assert re.fullmatch(
-        r"about \S+ KB of host memory are needed, 0 B are free: hidden states \S+ KB, waiting batches \S+ [KM]B, "
-        r"block \S+ KB, solver \S+ [KM]B",
+        r"about \S+ [KM]B of host memory are needed; --max-ram allows 1 MB, the run holds \S+ MB already, and \S+ "
+        r"[GT]B are free: hidden states \S+ KB, waiting batches \S+ [KM]B, block \S+ KB, solver \S+ [KM]B",
         str(caught.value),
     )
-    assert [flag in (caught.value.hint or "") for flag in ("--batch-size", "--seqlen", "--nsamples", "--max-ram")]
+    option, allowed = shlex.split((caught.value.hint or "").removeprefix("allow more: "))
+    assert option == "--max-ram"
+    quantize(tmp_path, model, max_ram=allowed)
+
+
+def test_a_limit_above_what_is_free_is_not_proposed(tmp_path: Path) -> None:
+    plan = plan_run(save_model(tmp_path / "model"), config())
+
+    def refused(limits: list[Limit]) -> tuple[str, str]:
+        with pytest.raises(ResourceError) as caught:
+            check_memory(plan, config(), 10_000, None, limits=limits)
+        return str(caught.value).partition(": hidden")[0].partition("; ")[2], str(caught.value.hint)
+
+    less = "use a smaller --batch-size, --seqlen or --nsamples"
+    assert refused([]) == ("10 KB are free", less)
+    said = "--max-ram allows 1.01 MB, the run holds 1 MB already, and {} are free"
+    assert refused([Limit("--max-ram", 1_010_000, 1_000_000, 20_000)]) == (said.format("20 KB"), less)
+    more = f"allow more: --max-ram 130MB, or {less}"
+    assert refused([Limit("--max-ram", 1_010_000, 1_000_000, 10**9)]) == (said.format("1 GB"), more)
+    assert Limit("--max-ram", 10, 10**6, 10**9, sharers=2).way_out(10**6) == "--max-ram 260MB"
+
+
+def test_a_refused_run_without_memory_leaves_nothing(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    with pytest.raises(ResourceError):
+        quantize(tmp_path, model, max_ram="1MB")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
