@@ -12,9 +12,9 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from shlex import quote
 
 from gptq_cli.errors import GptqError, InputError, ResourceError
+from gptq_cli.shell import shell_word
 
 StrPath = str | os.PathLike[str]
 
@@ -209,7 +209,7 @@ def _advice_about_rights(named: str) -> str:
     right = "read and enter" if closed or path.is_dir() else "read"
     with suppress(OSError):
         if place.lstat().st_uid == os.geteuid():
-            return f"you own `{place}`: chmod u+{'rx' if right != 'read' else 'r'} {quote(str(place))}"
+            return f"you own `{place}`: chmod u+{'rx' if right != 'read' else 'r'} {shell_word(str(place))}"
     return f"ask the owner of `{place}` for the right to {right} it"
 
 

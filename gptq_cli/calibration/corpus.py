@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from gptq_cli.calibration.files import READERS, has_columns, read_files
+from gptq_cli.calibration.files import SUFFIXES, has_columns, read_files, suffix_of
 from gptq_cli.calibration.loading import LoadRequest, open_column
 from gptq_cli.errors import ConfigError, GptqError, InputError
 from gptq_cli.files import expanded, status_of
@@ -150,7 +150,8 @@ def check_source(source: DatasetSource) -> None:
 
 def is_path(name: str) -> bool:
     """Whether a dataset name means something on this machine, and so is never sent to the Hub."""
-    return name.startswith((".", "/", "~")) or Path(name).suffix in READERS or _exists(name)
+    ends_like_one = suffix_of(Path(name)) in SUFFIXES and "://" not in name
+    return name.startswith((".", "/", "~")) or ends_like_one or _exists(name)
 
 
 def _exists(name: str) -> bool:
@@ -162,7 +163,7 @@ def _exists(name: str) -> bool:
 
 
 def _refuse_files(texts: Sequence[str]) -> None:
-    files = [text for text in texts if _exists(text) or (text.endswith(tuple(READERS)) and len(text.split()) == 1)]
+    files = [text for text in texts if _exists(text) or (text.lower().endswith(SUFFIXES) and len(text.split()) == 1)]
     if files:
         message = f"`{files[0]}` is a file, and a dataset given twice or more holds the texts themselves"
         raise ConfigError("E_CFG_CONFLICT", message, hint="put the files into a folder and give that")

@@ -5,24 +5,24 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from itertools import count
+from dataclasses import dataclass
 from logging import CRITICAL
+from pathlib import Path
 from typing import Any
 
+from gptq_cli.calibration.columns import Row, check_schema, texts_of
 from gptq_cli.calibration.refusals import refusal
 from gptq_cli.errors import InputError
 
 REACH_SECONDS = 10.0
-LISTED = 8  # columns named in a message
 
 
 @dataclass(frozen=True, slots=True)
 class LoadRequest:
-    """What `datasets` is asked for: a Hub id or the name of a file reader, and which rows of it.
+    """Which rows of a Hub dataset are asked for.
 
-    `label` is what the user called it; `local` rows come from files of this machine; `stream` reads rows on demand and
-    keeps no copy; `hint` is said when nothing is found.
+    `label` is what the user called it; `stream` reads rows on demand and keeps no copy; `hint` is said when nothing is
+    found.
     """
 
     path: str
@@ -30,44 +30,29 @@ class LoadRequest:
     split: str
     config: str | None = None
     data_files: Mapping[str, str] | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-    local: bool = False
     stream: bool = False
     hint: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class TextColumn:
-    """The strings of one column, row by row; may be read again.
+    """The strings of one column, row by row; may be read again. Reading raises InputError as `texts_of`."""
 
-    Reading raises InputError E_DATA_COLUMN at a row without a string, E_DATA_EMPTY if there is no row.
-    """
-
-    rows: Iterable[Mapping[str, Any]]
+    rows: Iterable[Row]
     column: str
     request: LoadRequest
 
     def __iter__(self) -> Iterator[str]:
+        return texts_of(self._rows(), self.column, self.request.label)
+
+    def _rows(self) -> Iterator[Row]:
         rows = iter(self.rows)
-        for number in count(1):
+        while True:
             with refusals(self.request):
                 row = next(rows, None)
             if row is None:
-                break
-            text = row.get(self.column)
-            if not isinstance(text, str):
-                raise self._no_text(number, row, text)
-            yield text
-        if number == 1:
-            raise InputError(
-                "E_DATA_EMPTY", f"dataset `{self.request.label}` has no rows", hint="choose a dataset that holds text"
-            )
-
-    def _no_text(self, number: int, row: Mapping[str, Any], value: object) -> InputError:
-        if self.column not in row:
-            return _no_column(self.column, list(row), self.request)
-        found = "null" if value is None else type(value).__name__
-        return _no_string(f"of row {number} holds {found}, not a string", self.column, list(row), self.request)
+                return
+            yield row
 
 
 def open_column(request: LoadRequest, column: str) -> tuple[TextColumn, str | None]:
@@ -75,12 +60,26 @@ def open_column(request: LoadRequest, column: str) -> tuple[TextColumn, str | No
 
     Raises InputError as `refusal` says, and E_DATA_COLUMN if the schema has no such column of strings.
     """
+    _refuse_namesakes(request)
     with refusals(request):
-        if not request.local:
-            _reach_hub(request.path)
+        _reach_hub(request.path)
         rows, revision = _open(request)
-    _check_schema(rows, column, request)
+    features = getattr(rows, "features", None)  # of a stream they may not be known before a row is read
+    if features:
+        check_schema(features.arrow_schema, column, request.label)
     return TextColumn(rows, column, request), revision
+
+
+def _refuse_namesakes(request: LoadRequest) -> None:
+    """`datasets` would rather read a folder of this name here, or take the name for a kind of file."""
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as KINDS
+
+    if request.path in KINDS:
+        message = f"dataset `{request.label}` is a kind of file to `datasets`, and no Hub dataset"
+        raise InputError("E_DATA_NOT_FOUND", message, hint="give the path of the file itself")
+    if Path(request.path).exists():
+        message = f"`{request.path}` in the current directory has the name of the Hub dataset `{request.label}`"
+        raise InputError("E_DATA_NOT_FOUND", message, hint="run in another directory, or rename what is there")
 
 
 def _reach_hub(dataset: str) -> None:
@@ -97,9 +96,7 @@ def _reach_hub(dataset: str) -> None:
 def _open(request: LoadRequest) -> tuple[Iterable[Mapping[str, Any]], str | None]:
     import datasets
 
-    builder = datasets.load_dataset_builder(
-        request.path, request.config, data_files=request.data_files, **request.options
-    )
+    builder = datasets.load_dataset_builder(request.path, request.config, data_files=request.data_files)
     if request.stream:
         rows = builder.as_streaming_dataset(split=request.split)
     else:
@@ -109,34 +106,6 @@ def _open(request: LoadRequest) -> tuple[Iterable[Mapping[str, Any]], str | None
     return rows, builder.hash if re.fullmatch(r"[0-9a-f]{40}", builder.hash or "") else None
 
 
-def _check_schema(rows: Iterable[Mapping[str, Any]], column: str, request: LoadRequest) -> None:
-    """Refuses by the schema, where one is known before a row is read."""
-    features = getattr(rows, "features", None)
-    if not features:
-        return
-    if column not in features:
-        raise _no_column(column, list(features), request)
-    dtype = getattr(features[column], "dtype", None)
-    if dtype not in ("string", "large_string"):
-        raise _no_string(f"holds {dtype}, not strings", column, list(features), request)
-
-
-def _no_column(column: str, columns: list[str], request: LoadRequest) -> InputError:
-    message = f"dataset `{request.label}` has no column `{column}`; it has {_listed(columns)}"
-    return InputError("E_DATA_COLUMN", message, hint="name the column that holds the text with --text-column")
-
-
-def _no_string(what: str, column: str, columns: list[str], request: LoadRequest) -> InputError:
-    message = f"dataset `{request.label}`: column `{column}` {what}"
-    others = [name for name in columns if name != column]
-    hint = f"mend it, or name another with --text-column: {_listed(others)}" if others else "mend it"
-    return InputError("E_DATA_COLUMN", message, hint=hint)
-
-
-def _listed(columns: list[str]) -> str:
-    return ", ".join(f"`{name}`" for name in columns[:LISTED]) + (", ..." if len(columns) > LISTED else "")
-
-
 @contextmanager
 def refusals(request: LoadRequest) -> Iterator[None]:
     """Failures of `datasets` inside it leave as InputError, and it shows no logs and progress bars of its own."""
@@ -144,7 +113,7 @@ def refusals(request: LoadRequest) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            refused = refusal(error, request.label, local=request.local, hint=request.hint)
+            refused = refusal(error, request.label, request.hint)
             if refused is None:
                 raise
             raise refused from error

@@ -3,47 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
-from shlex import quote
 
-from gptq_cli.errors import GptqError, InputError
-from gptq_cli.files import file_error
-from gptq_cli.hub import GATED, first_line, hub_refusal
+from gptq_cli.errors import InputError
+from gptq_cli.hub import GATED, hub_refusal
 
 OWN = ", or give a file of your own"
 ASK = "check the id; a private dataset needs `hf auth login`"
 
 
-def refusal(error: Exception, label: str, *, local: bool, hint: str | None = None) -> GptqError | None:
-    """The GptqError that says what `error` means for dataset `label`; None if it is not a known way to fail.
+def refusal(error: Exception, label: str, hint: str | None = None) -> InputError | None:
+    """The InputError that says what `error` means for dataset `label`; None if it is not a known way to fail.
 
-    `local` says that files of this machine were read: then whatever else went wrong is their content. `hint` is said
-    when the Hub does not know the dataset.
+    `hint` is said when the Hub does not know the dataset.
     """
-    from datasets.exceptions import DatasetsError
-
     for link in _chain(error):
-        if local and isinstance(link, OSError) and (unreadable := file_error(link)):
-            return unreadable
         refused = _from_hub(link, label, hint) or _from_request(link, label)
         if refused is not None:
             return refused
-    if local and isinstance(error, (ValueError, OSError, DatasetsError)):
-        reason = first_line(list(_chain(error))[-1])
-        return InputError(
-            "E_DATA_FORMAT", f"dataset `{label}` cannot be read: {reason}", hint="check the file's content"
-        )
     return None
-
-
-def encoding_refusal(label: str, error: UnicodeDecodeError, *, whole_file: bool) -> InputError:
-    """E_DATA_ENCODING with the first byte that is not UTF-8, and its place if the whole file was decoded at once."""
-    place = f" at offset {error.start}" if whole_file else ""
-    message = f"dataset `{label}` is not UTF-8: byte 0x{error.object[error.start]:02x}{place}"
-    path = Path(label)
-    target = path.with_name(f"{path.stem}-utf8{path.suffix}")
-    command = f"iconv -f latin1 -t utf-8 {quote(label)} > {quote(str(target))}"
-    return InputError("E_DATA_ENCODING", message, hint=f"if it is Latin-1, convert it: {command}")
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
@@ -75,7 +52,8 @@ def _from_hub(error: BaseException, label: str, hint: str | None) -> InputError 
 def _from_request(error: BaseException, label: str) -> InputError | None:
     text = str(error)
     if isinstance(error, UnicodeDecodeError):
-        return encoding_refusal(label, error, whole_file=False)
+        message = f"dataset `{label}` is not UTF-8: byte 0x{error.object[error.start]:02x}"
+        return InputError("E_DATA_ENCODING", message, hint="choose another dataset, or convert a copy of it")
     if "Dataset scripts are no longer supported" in text:
         message = f"dataset `{label}` needs a loading script, which `datasets` 4 and later do not run"
         return InputError("E_DATA_SCRIPT", message, hint="look for a copy of it in Parquet, or use a file of your own")

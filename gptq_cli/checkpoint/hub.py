@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from shlex import quote
 from typing import TYPE_CHECKING
 
 from gptq_cli.checkpoint.headers import TensorInfo, tensor_info
@@ -24,6 +23,7 @@ from gptq_cli.checkpoint.source import (
 from gptq_cli.errors import GptqError, InputError, ResourceError
 from gptq_cli.files import expanded, file_cause, file_errors, is_directory, is_file, resolved, status_of
 from gptq_cli.hub import first_line, hub_refusal, id_flaw, pasted_id, plain_name
+from gptq_cli.shell import shell_word
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -135,7 +135,7 @@ def _instead_of(file: Path) -> str:
     if file.suffix in (".gguf", ".onnx"):
         return "GGUF and ONNX are not read: give the directory of the safetensors checkpoint that it was made from"
     if is_file(file.absolute().parent / "config.json"):
-        return f"give its directory: {quote(str(file.absolute().parent))}"
+        return f"give its directory: {shell_word(str(file.absolute().parent))}"
     return "give the directory of a safetensors checkpoint"
 
 

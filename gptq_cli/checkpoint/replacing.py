@@ -22,8 +22,8 @@ from gptq_cli.checkpoint.hashing import file_hash
 from gptq_cli.checkpoint.manifest import MANIFEST, OF_THE_RUN, REPORT_DATA, REPORT_PAGE, read_manifest
 from gptq_cli.checkpoint.places import at_and_above, identity, is_inside, is_mount, mounts_below
 from gptq_cli.checkpoint.source import INDEX_NAME, MAX_CONFIG_BYTES, QUANTIZE_CONFIG
-from gptq_cli.config.units import shell_word
 from gptq_cli.errors import ConfigError, ExistsError, GptqError
+from gptq_cli.shell import shell_word
 
 SHOWN = 3
 MARKED_BYTES = 4096  # in which a file says who has written it

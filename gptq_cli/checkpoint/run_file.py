@@ -9,7 +9,7 @@ from typing import Any
 from gptq_cli.checkpoint.durable import write_json
 from gptq_cli.checkpoint.manifest import read_sealed, sealed
 from gptq_cli.checkpoint.work_directory import RUN
-from gptq_cli.config.units import shell_word
+from gptq_cli.shell import shell_word
 
 
 def write_run(work: Path, identity: Mapping[str, Any], request: Mapping[str, Any]) -> None:

@@ -14,9 +14,9 @@ from gptq_cli.checkpoint.block_float import scales_of
 from gptq_cli.checkpoint.headers import TensorInfo, read_header, unique_keys
 from gptq_cli.checkpoint.side_files import ADAPTER_CONFIG, CONFIG_NAMES, is_skipped, side_files
 from gptq_cli.checkpoint.stamps import Stamp, check_stamps, stamp_of
-from gptq_cli.config.units import shell_word
 from gptq_cli.errors import InputError, Problem
 from gptq_cli.files import file_errors, files_below, is_file, resolved, status_of
+from gptq_cli.shell import shell_word
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"

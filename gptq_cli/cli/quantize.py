@@ -18,8 +18,9 @@ from gptq_cli.cli.said import said_fields
 from gptq_cli.cli.signals import stoppable
 from gptq_cli.config.resolve import Resolved, resolve
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.config.units import clock, shell_words, size
+from gptq_cli.config.units import clock, size
 from gptq_cli.config.yaml_writer import to_yaml
+from gptq_cli.shell import shell_words
 
 if TYPE_CHECKING:
     from gptq_cli.pipeline.quantize import QuantizeResult

@@ -13,9 +13,9 @@ from gptq_cli.cli import options as o
 from gptq_cli.cli.console import Console
 from gptq_cli.cli.quantize import run
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.config.units import shell_word
 from gptq_cli.errors import ConfigError, InputError
 from gptq_cli.files import is_directory, resolved
+from gptq_cli.shell import shell_word
 
 Directory = Annotated[
     Path, typer.Argument(metavar="WORKDIR", help="the hidden .OUT.gptq-work beside the output", show_default=False)

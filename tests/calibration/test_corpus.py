@@ -282,14 +282,14 @@ REFUSALS: dict[str, tuple[str, bytes, str, str]] = {
     ),
     "no such column of csv": ("x.csv", b"body,n\na,1\n", "E_DATA_COLUMN", "has no column `text`; it has `body`, `n`"),
     "no such column of a list": ("x.json", b'[{"body": "a"}]', "E_DATA_COLUMN", "has no column `text`; it has `body`"),
-    "numbers": ("x.jsonl", b'{"text": 5}\n', "E_DATA_COLUMN", "column `text` holds int64, not strings"),
+    "numbers": ("x.jsonl", b'{"text": 5}\n', "E_DATA_COLUMN", "of row 1 holds a number, not a string"),
     "numbers of a list": (
         "x.json",
         b'[{"text": 5}]',
         "E_DATA_COLUMN",
-        "column `text` of row 1 holds int, not a string",
+        "column `text` of row 1 holds a number, not a string",
     ),
-    "numbers of parquet": ("x.parquet", as_parquet(text=[1.5]), "E_DATA_COLUMN", "holds float64, not strings"),
+    "numbers of parquet": ("x.parquet", as_parquet(text=[1.5]), "E_DATA_COLUMN", "holds double, not strings"),
     "null row": ("x.jsonl", b'{"text": "a"}\n{"text": null}\n', "E_DATA_COLUMN", "column `text` of row 2 holds null"),
     "null row of parquet": ("x.parquet", as_parquet(text=["a", None]), "E_DATA_COLUMN", "of row 2 holds null"),
     "latin1 text": ("x.txt", "na\xefve".encode("latin1"), "E_DATA_ENCODING", "is not UTF-8: byte 0xef at offset 2"),
@@ -302,6 +302,29 @@ REFUSALS: dict[str, tuple[str, bytes, str, str]] = {
     "no rows of parquet": ("x.parquet", as_parquet(text=pyarrow.array([], "string")), "E_DATA_EMPTY", "has no rows"),
     "broken jsonl": ("x.jsonl", b'{"text": "a"\n{"te', "E_DATA_FORMAT", "cannot be read"),
     "broken parquet": ("x.parquet", b"PAR1 no", "E_DATA_FORMAT", "cannot be read"),
+    "later row": ("x.jsonl", b'{"text": "a"}\n{"body": "b"}\n', "E_DATA_COLUMN", "row 2 of dataset"),
+    "list": ("x.jsonl", b'{"text": ["a"]}\n', "E_DATA_COLUMN", "of row 1 holds a list, not a string"),
+    "list of parquet": (
+        "x.parquet",
+        as_parquet(text=[["a"]]),
+        "E_DATA_COLUMN",
+        "holds a list in each row, not",
+    ),
+    "no object": ("x.jsonl", b'{"text": "a"}\n5\n', "E_DATA_FORMAT", "line 2 holds a number, not an object"),
+    "no object of a list": ("x.json", b'[{"text": "a"}, null]', "E_DATA_FORMAT", "item 2 holds null, not an object"),
+    "half a pair": ("x.jsonl", b'{"text": "\\ud800"}\n', "E_DATA_FORMAT", "of row 1 holds half of a surrogate pair"),
+    "deep": ("x.jsonl", b'{"text": ' + b"[" * 10**5 + b"\n", "E_DATA_FORMAT", "line 1 cannot be taken"),
+    "broken list": ("x.json", b'[{"text": "a"},\n {"te', "E_DATA_FORMAT", "line 2 is not JSON"),
+    "two documents": ("x.json", b'{\n"text": "a"\n}\n{\n', "E_DATA_FORMAT", "line 4 is not JSON: Extra data"),
+    "long record": ("x.csv", b"text,n\na,1,2\n", "E_DATA_FORMAT", "line 2 has 3 fields, the header 2"),
+    "short record": ("x.csv", b"n,text\n1\n", "E_DATA_COLUMN", "column `text` of row 1 holds null"),
+    "open quote": ("x.csv", b'text\n"a\nb\n', "E_DATA_FORMAT", "is not CSV: unexpected end of data"),
+    "header twice": ("x.csv", b"text,text\na,b\n", "E_DATA_FORMAT", "its header has the column `text` twice"),
+    "nuls": ("x.txt", b"\0" * 5000, "E_DATA_FORMAT", "is no text: it holds a NUL byte at offset 0"),
+    "nul in a text": ("x.txt", b"some text" * 9 + b"\0", "E_DATA_FORMAT", "it holds a NUL byte at offset 81"),
+    "nul in rows": ("x.jsonl", b'{"text": "a"}\n{"text": "\0"}\n', "E_DATA_FORMAT", "a NUL byte at offset 24"),
+    "nul in csv": ("x.csv", b"text\na\0b\n", "E_DATA_FORMAT", "it holds a NUL byte at offset 6"),
+    "binary": ("x.TXT", b"\x7fELF\2\1\1" + bytes(range(256)), "E_DATA_FORMAT", "is no text: it holds a NUL byte"),
     "other kind": ("x.md", b"text", "E_DATA_NOT_FOUND", "is not a kind of file that is read"),
 }
 
@@ -326,7 +349,7 @@ def test_a_file_that_cannot_be_used_is_refused_with_the_reason(
 def test_a_broken_line_of_many_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"text": "a"}\n\n{"text": "b"}\n{"text": \n{"text": "d"}\n')
     error = refused(tmp_path / "x.jsonl")
-    assert (error.code, error.hint) == ("E_DATA_FORMAT", "mend that line")
+    assert (error.code, error.hint) == ("E_DATA_FORMAT", "fix that line")
     assert "cannot be read: line 4 is not JSON" in str(error)
 
 
@@ -348,9 +371,9 @@ def test_the_command_that_converts_a_file_works_as_it_stands(tmp_path: Path) -> 
 
 def test_a_hint_names_other_columns_alone_and_a_message_not_too_many(tmp_path: Path) -> None:
     (tmp_path / "one.jsonl").write_text('{"text": 5}\n')
-    assert refused(tmp_path / "one.jsonl").hint == "mend it"
+    assert refused(tmp_path / "one.jsonl").hint == "fix it"
     (tmp_path / "two.jsonl").write_text('{"text": 5, "body": "a"}\n')
-    assert refused(tmp_path / "two.jsonl").hint == "mend it, or name another with --text-column: `body`"
+    assert refused(tmp_path / "two.jsonl").hint == "fix it, or name another with --text-column: `body`"
     (tmp_path / "many.jsonl").write_text(json.dumps({f"c{number}": "a" for number in range(30)}))
     assert str(refused(tmp_path / "many.jsonl")).endswith("`c6`, `c7`, ...")
 
@@ -371,11 +394,104 @@ def test_a_defect_of_a_later_file_is_an_error_when_it_is_read(tmp_path: Path) ->
         next(texts)
 
 
+NAMES = ["data[1]", "a*", "b?", "{c,d}", "e::f", "~", "~nobody", "zip:", "hf:", "g%20h", "i#j?k=l", "[!m]", "**", " n "]
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json", ".csv", ".parquet", ".TXT", ".Jsonl", ".CSV"])
+def test_a_path_is_a_path_and_no_pattern(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def content(text: str) -> bytes:
+        rows = {".txt": text, ".csv": f'text\n"{text}"\n', ".parquet": ""}
+        written = rows.get(suffix.lower(), json.dumps({"text": text}))
+        return as_parquet(text=[text]) if suffix == ".parquet" else written.encode()
+
+    for decoy in ("data1", "axx", "bx", "c", "d", "e", "l", "m", "x"):
+        Path(f"{decoy}{suffix}").write_bytes(content("decoy"))
+    for name in NAMES:
+        Path(f"{name}{suffix}").write_bytes(content(name))
+        assert list(load_documents(DatasetSource(f"{name}{suffix}")).texts) == [name]
+        folder = Path(f"folder {name}")
+        folder.mkdir()
+        (folder / f"{name}{suffix}").write_bytes(content(f"in {name}"))
+        assert list(load(folder).texts) == [f"in {name}"]
+        assert list(load(folder.absolute()).texts) == [f"in {name}"]
+
+
+@pytest.mark.parametrize("name", ["a[1].jsonl", "*.jsonl", "x::a.jsonl", "zip://a.jsonl::b.zip", "https://h/a.jsonl",
+                                  "hf://datasets/a/b.jsonl", "file:///etc/a.txt", "memory://a.json"])  # fmt: skip
+def test_what_no_file_has_as_its_name_is_not_found(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for other in ("a1.jsonl", "a.jsonl", "x"):
+        (tmp_path / other).write_text('{"text": "another"}')
+    with pytest.raises(InputError) as caught:
+        load_documents(DatasetSource(name))
+    assert caught.value.code == "E_DATA_NOT_FOUND"
+    assert f"`{name}`" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["json", "csv", "text", "parquet", "imagefolder"])
+def test_the_name_of_a_kind_of_file_is_no_dataset(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, builders: list[FakeBuilder]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.json").write_text('{"text": "what lies around"}')
+    with pytest.raises(InputError, match=f"`{kind}` is a kind of file to `datasets`") as caught:
+        load_documents(DatasetSource(kind))
+    assert (caught.value.code, caught.value.hint) == ("E_DATA_NOT_FOUND", "give the path of the file itself")
+    assert builders == []
+
+
+@pytest.mark.parametrize(("name", "repo"), [("wikitext2", "Salesforce/wikitext"), ("c4", "allenai/c4")])
+def test_a_folder_cannot_stand_in_for_a_registered_corpus(
+    name: str, repo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, builders: list[FakeBuilder]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / repo).mkdir(parents=True)
+    with pytest.raises(InputError, match=f"`{repo}` in the current directory has the name of the Hub") as caught:
+        load_documents(DatasetSource(name))
+    assert caught.value.code == "E_DATA_NOT_FOUND"
+    assert "another directory" in (caught.value.hint or "")
+    assert builders == []
+
+
+def test_json_of_every_shape_gives_its_rows(tmp_path: Path) -> None:
+    shapes = {
+        "lines.json": '{"text": "a"}\n\n{"text": "b"}',
+        "list.jsonl": ' [{"text": "a"},\n {"text": "b"}]',
+        "texts.json": '["a", "b"]',
+        "marked.jsonl": '\ufeff{"text": "a"}\r\n{"text": "b"}\r\n',
+    }
+    for name, content in shapes.items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        assert list(load(tmp_path / name).texts) == ["a", "b"], name
+    (tmp_path / "one.json").write_text('{\n "text": "a\\u00e9",\n "n": 1\n}\n')
+    assert list(load(tmp_path / "one.json").texts) == ["a\u00e9"]
+
+
+def test_csv_fields_may_hold_lines_commas_and_quotes(tmp_path: Path) -> None:
+    content = b'\xef\xbb\xbfn,text\r\n1,"a, ""b""\r\nc"\r\n\r\n2,null\r\n3,' + b"x" * 200_000 + b"\n"
+    (tmp_path / "x.csv").write_bytes(content)
+    assert list(load(tmp_path / "x.csv").texts) == ['a, "b"\r\nc', "null", "x" * 200_000]
+
+
+def test_rows_are_read_no_further_than_needed(tmp_path: Path) -> None:
+    texts = [f"row {number}" for number in range(3000)]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    for name, content in (("x.jsonl", lines), ("x.csv", "text\n" + "\n".join(texts) + "\n")):
+        (tmp_path / name).write_bytes(content.encode() + b"\xff")
+        found = iter(load(tmp_path / name).texts)
+        assert [next(found) for _ in range(3)] == ["row 0", "row 1", "row 2"]
+
+
 def test_a_mistake_of_our_own_is_not_blamed_on_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any, **__: Any) -> None:
         raise AttributeError("a slip in the program")
 
     monkeypatch.setattr(datasets, "load_dataset_builder", broken)
+    with pytest.raises(AttributeError, match="a slip"):
+        list(load_documents(DatasetSource("someone/texts")).texts)
+    monkeypatch.setattr(json, "loads", broken)
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
     with pytest.raises(AttributeError, match="a slip"):
         list(load(tmp_path / "rows.jsonl").texts)

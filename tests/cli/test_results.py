@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gptq_cli.cli.console import Console, as_json_text, visible
-from gptq_cli.config.units import shell_word, shell_words
+from gptq_cli.shell import shell_word, shell_words
 from tests.families import save_model, texts
 
 from .conftest import FakeQuantizer, Run
