@@ -190,9 +190,10 @@ def locked(output: Path, *, allow_network_fs: bool = False) -> Iterator[WorkDire
 
 
 def refuse_locked(output: Path) -> None:
-    """ExistsError E_LOCKED if a run is working on `output` now."""
+    """ExistsError E_LOCKED if a run is working on `output` now, E_WORK_UNSAFE if its directory is not private."""
     work = WorkDirectory(output)
     if status_of(work.lock, writing=True) is not None:
+        _check_private(work.path)
         _lock(work).release()
 
 

@@ -284,6 +284,16 @@ def test_a_work_directory_that_others_could_have_filled_is_refused(kind: str, tm
     assert caught.value.code == ("E_DISK" if kind == "file" else "E_WORK_UNSAFE")
 
 
+def test_a_lock_that_others_could_have_placed_is_not_opened(tmp_path: Path) -> None:
+    work = WorkDirectory(tmp_path / "out")
+    work.path.mkdir(mode=0o755)
+    (tmp_path / "precious").write_text("precious")
+    work.lock.hardlink_to(tmp_path / "precious")
+    with pytest.raises(ExistsError) as caught:
+        refuse_locked(tmp_path / "out")
+    assert (caught.value.code, (tmp_path / "precious").read_text()) == ("E_WORK_UNSAFE", "precious")
+
+
 def test_a_parent_that_cannot_be_written_is_a_resource_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no directory")
     with pytest.raises(ResourceError) as caught, locked(tmp_path / "file" / "out"):

@@ -23,9 +23,10 @@ from gptq_cli.pipeline import joining
 from gptq_cli.pipeline.joining import rank_lost
 from gptq_cli.pipeline.quantize import quantize_checkpoint
 from tests.cli.conftest import Run
+from tests.disks import Killed
 from tests.families import save_model
 from tests.pipeline.runs import config, digest
-from tests.pipeline.tiny import SETTINGS, SMALL, WORK
+from tests.pipeline.tiny import SETTINGS, SMALL, WORK, killer
 
 ALONE = {**os.environ, "OMP_NUM_THREADS": "1"}
 TWO_NODES = """
@@ -153,6 +154,23 @@ def test_several_devices_look_like_one(recipe: Path, tmp_path: Path) -> None:
     codes = re.findall(r"^warning\[(\w+)\]", stderr, flags=re.MULTILINE)
     assert len(codes) == len(set(codes)) == len(stderr.splitlines()), stderr
     quantize_checkpoint(str(model), tmp_path / "alone", config(**SETTINGS))
+    assert digest(tmp_path / "out") == digest(tmp_path / "alone")
+
+
+@pytest.mark.slow
+def test_several_devices_resume_from_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = save_model(tmp_path / "model", **SMALL)
+    for name in ("begun", "elsewhere"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "begun")
+    settings = config(**SETTINGS)
+    with pytest.raises(Killed):
+        quantize_checkpoint(str(model), Path("../out"), settings, report=killer(0))
+    words = [sys.executable, "-m", "gptq_cli", "resume", f"../{WORK}", "--devices", "cpu:2"]
+    run = subprocess.run(words, capture_output=True, text=True, env=ALONE, cwd=tmp_path / "elsewhere", check=False)
+    assert run.returncode == 0, run.stderr
+    assert "resuming after 1 of" in run.stderr
+    quantize_checkpoint(str(model), tmp_path / "alone", settings)
     assert digest(tmp_path / "out") == digest(tmp_path / "alone")
 
 
