@@ -8,11 +8,10 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
 from importlib import import_module
-from inspect import Parameter, signature
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -177,34 +176,21 @@ def _refuse_empty(words: Sequence[str]) -> None:
 
 def load_command(name: str) -> Any:
     """The command `name` from its module."""
+    from gptq_cli.cli.options import as_typer_sees
+
     function = name.replace("-", "_")
     single = typer.Typer(add_completion=False, rich_markup_mode="rich")
-    single.command(name=name)(_talkative(getattr(import_module(f"gptq_cli.cli.{function}"), function)))
+    command = getattr(import_module(f"gptq_cli.cli.{function}"), function)
+    single.command(name=name)(as_typer_sees(command, begin=_begin_talk))
     return typer.main.get_command(single)
 
 
-def _talkative(function: Callable[..., None]) -> Callable[..., None]:
-    """`function` as a command that takes `--verbose` and `--log-file` as well, as every command does."""
-    from gptq_cli.cli.options import LogFile, Verbose
+def _begin_talk(verbose: bool, log_file: Path | None, values: Mapping[str, Any]) -> None:
+    if log_file is not None:
+        from gptq_cli.cli.log_file import check_log_file
 
-    def run(*, verbose: bool, log_file: Path | None, **said: Any) -> None:
-        if log_file is not None:
-            from gptq_cli.cli.log_file import check_log_file
-
-            check_log_file(log_file, said)
-        talk.begin(verbose=verbose, log_file=log_file)
-        function(**said)
-
-    own = signature(function, eval_str=True)
-    more = [
-        Parameter("verbose", Parameter.KEYWORD_ONLY, default=False, annotation=Verbose),
-        Parameter("log_file", Parameter.KEYWORD_ONLY, default=None, annotation=LogFile),
-    ]
-    parameters = [*own.parameters.values(), *more]
-    run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    run.__doc__ = function.__doc__
-    return run
+        check_log_file(log_file, values)
+    talk.begin(verbose=verbose, log_file=log_file)
 
 
 app = typer.Typer(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,20 +21,23 @@ if TYPE_CHECKING:
 
 WORST = 10
 WORST_WINDOWS = 5
-WITH_TEXT = ("seqlen", "max_windows", "device", "dtype")
+WITH_TEXT = ("seqlen", "device", "dtype")
+A = Annotated[str, typer.Argument(metavar="A", help="checkpoint to judge: directory or Hub id", show_default=False)]
+B = Annotated[str, typer.Argument(metavar="B", help="reference, most often the original", show_default=False)]
+Text = Annotated[
+    str | None,
+    o.plain("--text", help="measure KL and top-1 agreement on it: a dataset, a file or a folder", metavar="TEXT"),
+]
 
 
+@o.takes_settings(*WITH_TEXT)
 def compare(
-    a: Annotated[str, typer.Argument(metavar="A", help="checkpoint to judge: directory or Hub id", show_default=False)],
-    b: Annotated[str, typer.Argument(metavar="B", help="reference, most often the original", show_default=False)],
-    text: Annotated[
-        str | None,
-        o.plain("--text", help="measure KL and top-1 agreement on it: a dataset, a file or a folder", metavar="TEXT"),
-    ] = None,
-    seqlen: o.SeqLen = None,
+    a: A,
+    b: B,
+    *,
+    text: Text = None,
+    settings: o.Settings,
     max_windows: o.MaxWindows = None,
-    device: o.Device = None,
-    dtype: o.DType = None,
     as_json: o.AsJson = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -46,35 +49,41 @@ def compare(
 
     Example: gptq compare ./Qwen3-0.6B-GPTQ-Int4-g128 ./Qwen3-0.6B
     """
-    said = {key: value for key, value in locals().items() if value is not None}
-    _check(said)
+    if text is None:
+        _check_alone(settings, max_windows)
+    check_flags(settings)
     console = Console(as_json, quiet)
     from gptq_cli.pipeline.compare import compare_checkpoints
 
     weights = compare_checkpoints(a, b)
-    predictions = _evaluate(console, said) if text is not None else None
-    data = {"a": a, "b": b, **weights.to_json(), "predictions": predictions.to_json() if predictions else None}
-    data["windows"] = [asdict(window) for window in predictions.per_window] if predictions else None
+    data = {"a": a, "b": b, **weights.to_json(), "predictions": None, "windows": None}
+    predictions = None
+    if text is not None:
+        predictions = _evaluate(console, a, b, text, settings, max_windows)
+        data["predictions"] = predictions.to_json()
+        data["windows"] = [asdict(window) for window in predictions.per_window]
     console.result(data, "\n".join(_lines(weights, predictions)), f"{_mean_error(weights):.6g}")
 
 
-def _check(said: dict[str, Any]) -> None:
-    alone = [key for key in WITH_TEXT if key in said and "text" not in said]
+def _check_alone(settings: o.Settings, max_windows: int | None) -> None:
+    """ConfigError E_CFG_CONFLICT for options that mean nothing without --text."""
+    alone = list(settings)
+    if max_windows is not None:
+        alone.append("max_windows")
     if alone:
         name = alone[0].replace("_", "-")
         raise ConfigError("E_CFG_CONFLICT", f"--{name} needs --text", hint="add --text, or leave it out")
-    check_flags(said)
 
 
-def _evaluate(console: Console, said: dict[str, Any]) -> EvalResult:
+def _evaluate(
+    console: Console, model: str, baseline: str, text: str, settings: o.Settings, max_windows: int | None
+) -> EvalResult:
     from gptq_cli.pipeline.eval_request import EvalRequest
     from gptq_cli.pipeline.run import evaluate_perplexity
 
-    request = EvalRequest(
-        dataset=said["text"], baseline=said["b"], **{key: said[key] for key in WITH_TEXT if key in said}
-    )
+    request = EvalRequest(dataset=text, baseline=baseline, max_windows=max_windows, **settings)
     with Progress(console) as progress:
-        return evaluate_perplexity(said["a"], request, on_event=progress)
+        return evaluate_perplexity(model, request, on_event=progress)
 
 
 def _mean_error(found: Comparison) -> float:

@@ -10,6 +10,7 @@ from gptq_cli.checkpoint.stored import FORMATS
 from gptq_cli.cli import options as o
 from gptq_cli.cli.console import Console
 from gptq_cli.cli.progress import Progress
+from gptq_cli.config.fields import Panel
 from gptq_cli.config.finding import shown
 from gptq_cli.errors import ConfigError
 
@@ -18,8 +19,8 @@ SHOWN = 5  # corrected defects in the human report
 
 def convert(
     model: o.Model,
-    to: Annotated[str, o.plain("--to", help="format to write", metavar="|".join(FORMATS), panel=o.OUTPUT)],
-    output: Annotated[Path, o.plain("--output", "-o", help="directory to write", metavar="DIR", panel=o.OUTPUT)],
+    to: Annotated[str, o.plain("--to", help="format to write", metavar="|".join(FORMATS), panel=Panel.OUTPUT)],
+    output: Annotated[Path, o.plain("--output", "-o", help="directory to write", metavar="DIR", panel=Panel.OUTPUT)],
     overwrite: o.Overwrite = False,
     as_json: o.AsJson = False,
     quiet: o.Quiet = False,

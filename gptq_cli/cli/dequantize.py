@@ -8,6 +8,7 @@ from typing import Annotated
 from gptq_cli.cli import options as o
 from gptq_cli.cli.console import Console
 from gptq_cli.cli.progress import Progress
+from gptq_cli.config.fields import Panel
 from gptq_cli.config.resolve import check_flags
 from gptq_cli.config.units import size
 
@@ -16,14 +17,14 @@ DTYPE = "auto|bfloat16|float16|float32"
 
 def dequantize(
     model: o.Model,
-    output: Annotated[Path, o.plain("--output", "-o", help="directory to write", metavar="DIR", panel=o.OUTPUT)],
+    output: Annotated[Path, o.plain("--output", "-o", help="directory to write", metavar="DIR", panel=Panel.OUTPUT)],
     dtype: Annotated[
         str,
         o.plain(
             "--dtype",
             help="of all floats; default auto: as config.json says, and what is not quantized is copied",
             metavar=DTYPE,
-            panel=o.OUTPUT,
+            panel=Panel.OUTPUT,
         ),
     ] = "auto",
     overwrite: o.Overwrite = False,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from gptq_cli.cli import options as o
 from gptq_cli.cli.console import Console
 from gptq_cli.cli.progress import Progress
+from gptq_cli.config.fields import Panel
 from gptq_cli.config.resolve import check_flags
 from gptq_cli.config.units import clock
 from gptq_cli.errors import ConfigError, GateError
@@ -18,33 +19,34 @@ if TYPE_CHECKING:
 MAX_PPL = 10_000.0  # far above what any model of language gives that is read rightly
 
 
+TEXT = ("dataset_config", "dataset_split", "text_column", "seqlen")
+RUN = ("device", "dtype", "backend", "trust_remote_code")
+BatchSize = Annotated[
+    int, o.plain("--batch-size", help="windows per forward pass; default 1", metavar="N", panel=Panel.RUN)
+]
+Baseline = Annotated[str | None, o.plain("--baseline", help="model to compare with", metavar="MODEL", panel=Panel.GATE)]
+MaxIncrease = Annotated[
+    float | None,
+    o.plain(
+        "--max-increase", help="exit 4 if perplexity exceeds the baseline's by more", metavar="X", panel=Panel.GATE
+    ),
+]
+MaxPpl = Annotated[
+    float, o.plain("--max-ppl", help="exit 4 if perplexity is higher than this", metavar="X", panel=Panel.GATE)
+]
+
+
+@o.takes_settings(*TEXT, *RUN)
 def eval_ppl(
     model: o.Model,
+    *,
     dataset: o.Dataset = None,
-    dataset_config: o.DatasetConfig = None,
-    dataset_split: o.DatasetSplit = None,
-    text_column: o.TextColumn = None,
-    seqlen: o.SeqLen = None,
-    batch_size: Annotated[
-        int | None, o.plain("--batch-size", help="windows per forward pass; default 1", metavar="N", panel=o.RUN)
-    ] = None,
+    settings: o.Settings,
     max_windows: o.MaxWindows = None,
-    baseline: Annotated[
-        str | None, o.plain("--baseline", help="model to compare with", metavar="MODEL", panel=o.GATE)
-    ] = None,
-    max_increase: Annotated[
-        float | None,
-        o.plain(
-            "--max-increase", help="exit 4 if perplexity exceeds the baseline's by more", metavar="X", panel=o.GATE
-        ),
-    ] = None,
-    max_ppl: Annotated[
-        float, o.plain("--max-ppl", help="exit 4 if perplexity is higher than this", metavar="X", panel=o.GATE)
-    ] = MAX_PPL,
-    device: o.Device = None,
-    dtype: o.DType = None,
-    backend: o.Backend = None,
-    trust_remote_code: o.TrustRemoteCode = None,
+    batch_size: BatchSize = 1,
+    baseline: Baseline = None,
+    max_increase: MaxIncrease = None,
+    max_ppl: MaxPpl = MAX_PPL,
     revision: o.Revision = None,
     as_json: o.AsJson = False,
     quiet: o.Quiet = False,
@@ -56,13 +58,20 @@ def eval_ppl(
 
     Example: gptq eval-ppl ./out --baseline ./Qwen3-0.6B --max-increase 0.2
     """
-    said = {key: value for key, value in locals().items() if value is not None}
-    _check(said)
+    check_flags({**settings, "batch_size": batch_size})
+    _check_gates(baseline, max_increase, max_ppl)
     console = Console(as_json, quiet)
     from gptq_cli.pipeline.eval_request import EvalRequest
     from gptq_cli.pipeline.run import evaluate_perplexity
 
-    request = EvalRequest(**{key: value for key, value in said.items() if key in EvalRequest.__slots__})
+    request = EvalRequest(
+        dataset=dataset,
+        batch_size=batch_size,
+        max_windows=max_windows,
+        baseline=baseline,
+        revision=revision,
+        **settings,
+    )
     with Progress(console) as progress:
         result = evaluate_perplexity(model, request, on_event=progress)
     spoken = (result.to_json(), _summary(result), f"{result.perplexity:.6g}")
@@ -72,18 +81,17 @@ def eval_ppl(
     console.result(*spoken)
 
 
-def _check(said: dict[str, Any]) -> None:
-    check_flags(said)
-    if not said["max_ppl"] > 0:
-        raise ConfigError("E_CFG_RANGE", f"--max-ppl must be a number above 0, got {said['max_ppl']}")
-    increase = said.get("max_increase")
-    if increase is None:
+def _check_gates(baseline: str | None, max_increase: float | None, max_ppl: float) -> None:
+    """ConfigError for a threshold out of range, or for one without the baseline that it needs."""
+    if not max_ppl > 0:
+        raise ConfigError("E_CFG_RANGE", f"--max-ppl must be a number above 0, got {max_ppl}")
+    if max_increase is None:
         return
-    if "baseline" not in said:
+    if baseline is None:
         hint = "add --baseline MODEL, most often the model before quantization"
         raise ConfigError("E_CFG_CONFLICT", "--max-increase needs --baseline to compare with", hint=hint)
-    if not 0 <= increase < math.inf:
-        raise ConfigError("E_CFG_RANGE", f"--max-increase must be a number of 0 or more, got {increase}")
+    if not 0 <= max_increase < math.inf:
+        raise ConfigError("E_CFG_RANGE", f"--max-increase must be a number of 0 or more, got {max_increase}")
 
 
 def _gate(result: EvalResult, max_increase: float | None, max_ppl: float) -> GateError | None:

@@ -1,50 +1,169 @@
-"""The options that commands share. Each defaults to None, "not said"; words and defaults are the configuration's."""
+"""The options of commands.
+
+Options for fields of the configuration are made from the schema: type, description, panel and default stand there. A
+command that takes some has a parameter `settings`, a mapping of the fields that were given, and names them with
+`@takes_settings`. The options that several commands share besides are written out here.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
+from inspect import Parameter, signature
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import typer
 
-from gptq_cli.config.engines import TARGETS
-from gptq_cli.config.schema import QuantizeConfig
+from gptq_cli.config.fields import Option, Panel
+from gptq_cli.config.rules import parse_rule
+from gptq_cli.config.schema import DEFAULTS, QuantizeConfig
+from gptq_cli.errors import ConfigError
 
-ALGORITHM, SWITCHES, LAYERS, TEXT = "Algorithm", "Algorithm, on or off", "Layers", "Text"  # long names stand apart
-OUTPUT, RUN, GATE = "Output", "Run", "Comparison"
-DEFAULTS = QuantizeConfig(bits=4)  # with what the default preset fills in
 DATASET = "wikitext2, c4, a Hub id, a file or a folder; default wikitext2"
+Command = TypeVar("Command", bound=Callable[..., None])
+Begin = Callable[[bool, Path | None, Mapping[str, Any]], None]
+Settings = Mapping[str, Any]  # fields of the configuration that were given as options
 
 
-def setting(field: str, *names: str, panel: str, metavar: str | None = None, note: str = "") -> Any:
-    """The typer option for a field of the configuration."""
-    info, value = QuantizeConfig.model_fields[field], getattr(DEFAULTS, field)
-    default = "" if info.is_required() or not value else f"; default {_word(value)}"
-    return typer.Option(
-        *(names or (f"--{field.replace('_', '-')}",)),
-        help=f"{info.description}{note}{default}",
-        metavar=metavar or _metavar(info.annotation),
-        rich_help_panel=panel,
-        show_default=False,
-    )
+def configurable_fields() -> list[str]:
+    """List the fields of the configuration that have an option."""
+    return [name for name in QuantizeConfig.model_fields if _option_of(name) is not None]
+
+
+def takes_settings(*fields: str) -> Callable[[Command], Command]:
+    """Mark a command that has an option for each of `fields`; its parameter `settings` holds those that were given."""
+
+    def mark(command: Command) -> Command:
+        command.fields = fields  # type: ignore[attr-defined]
+        return command
+
+    return mark
+
+
+def as_typer_sees(command: Callable[..., None], begin: Begin) -> Callable[..., None]:
+    """Return `command` as a function whose signature names every option.
+
+    An option for each field stands in the place of `settings`. Each command also takes --verbose and --log-file;
+    `begin` is called with these two and the values of all other options before the command.
+    """
+    fields = getattr(command, "fields", ())
+    parameters: list[Parameter] = []
+    for parameter in signature(command, eval_str=True).parameters.values():
+        if parameter.name == "settings":
+            parameters += [_parameter(name, _annotation(name), None) for name in fields]
+        else:
+            parameters.append(parameter.replace(kind=Parameter.KEYWORD_ONLY))
+    parameters += [_parameter("verbose", Verbose, False), _parameter("log_file", LogFile, None)]
+
+    def run(*, verbose: bool, log_file: Path | None, **values: Any) -> None:
+        begin(verbose, log_file, values)
+        if fields:
+            values["settings"] = _given({name: values.pop(name) for name in fields})
+        command(**values)
+
+    run.__signature__ = signature(command).replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    run.__doc__ = command.__doc__
+    return run
+
+
+def _parameter(name: str, annotation: Any, default: object) -> Parameter:
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that were given, as the configuration takes them."""
+    given = {}
+    for name, value in values.items():
+        if value is None or value == []:
+            continue
+        if name == "dynamic":
+            value = _rules(value)
+        elif name == "dataset" and len(value) == 1:
+            value = value[0]
+        given[name] = value
+    return given
+
+
+def _rules(texts: Iterable[str]) -> dict[str, Any]:
+    """Return `dynamic` as a mapping of its rules; ConfigError for a rule that is given twice or changes nothing."""
+    rules: dict[str, Any] = {}
+    for text in texts:
+        rule, settings = parse_rule(text)
+        if rule in rules:
+            raise ConfigError("E_CFG_CONFLICT", f"--dynamic says {rule!r} twice", hint="keep one of them")
+        if not settings and not rule.startswith("-:"):
+            hint = f"write '{rule}={{bits: 8}}', or '-:{rule.removeprefix('+:')}' to keep the layers"
+            raise ConfigError("E_CFG_MISSING", f"--dynamic {rule!r} says nothing to change", hint=hint)
+        rules[rule] = settings
+    return rules
+
+
+def _option_of(field: str) -> Option | None:
+    for item in QuantizeConfig.model_fields[field].metadata:
+        if isinstance(item, Option):
+            return item
+    return None
+
+
+def _annotation(field: str) -> Any:
+    """Return the annotation that makes typer show the option of `field`; None stands for "not given"."""
+    info = QuantizeConfig.model_fields[field]
+    option = _option_of(field)
+    assert option is not None
+    kind = _value_type(info.annotation)
+    default = getattr(DEFAULTS, field)
+    help_text = f"{info.description}{option.note}"
+    if default and not info.is_required():
+        help_text += f"; default {_word(default)}"
+    spellings = option.names or _spellings(field, kind)
+    shown = plain(*spellings, help=help_text, panel=option.panel, metavar=option.metavar or _metavar(info.annotation))
+    return Annotated[kind | None, shown]
+
+
+def _spellings(field: str, kind: type) -> tuple[str, ...]:
+    word = field.replace("_", "-")
+    if kind is bool:
+        return (f"--{word}/--no-{word}",)
+    return (f"--{word}",)
+
+
+def _value_type(annotation: Any) -> Any:
+    """Return the type that an option's word is turned into: a plain type, or list[str] if it may be repeated."""
+    if annotation in (bool, int, float):
+        return annotation
+    if get_origin(annotation) is dict:
+        return list[str]
+    members = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return type(members[0])
+    if any(get_origin(member) is list for member in members):
+        return list[str]
+    if int in members and str not in members:
+        return int
+    return str
+
+
+def _metavar(annotation: Any) -> str | None:
+    """Return the values of a literal type, or a letter for a number."""
+    members = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return "|".join(map(str, members))
+    for member in members:
+        if get_origin(member) is Literal:
+            return "|".join(map(str, get_args(member)))
+    return {int: "N", float: "X", bool: None}.get(annotation, "TEXT")
+
+
+def _word(default: object) -> str:
+    if isinstance(default, bool):
+        return {True: "on", False: "off"}[default]
+    return str(default)
 
 
 def plain(*names: str, help: str, panel: str | None = None, metavar: str | None = None, min: int | None = None) -> Any:
     """The typer option for something that is no field of the configuration."""
     return typer.Option(*names, help=help, metavar=metavar, rich_help_panel=panel, show_default=False, min=min)
-
-
-def _word(default: object) -> str:
-    return {True: "on", False: "off"}[default] if isinstance(default, bool) else str(default)
-
-
-def _metavar(annotation: Any) -> str | None:
-    """The values of a literal type, or a letter for a number."""
-    members = get_args(annotation) if get_origin(annotation) is not Literal else (annotation,)
-    literal = next((member for member in members if get_origin(member) is Literal), None)
-    if literal is not None:
-        return "|".join(map(str, get_args(literal)))
-    return {int: "N", float: "X", bool: None}.get(annotation, "TEXT")
 
 
 Model = Annotated[
@@ -55,7 +174,7 @@ ConfigFile = Annotated[
     plain(
         "--config",
         "-c",
-        help="YAML or JSON file, or a recipe's name; flags and GPTQ_* variables go first",
+        help="YAML or JSON file, or a recipe's name; flags and GPTQ_* variables override it",
         metavar="FILE",
     ),
 ]
@@ -63,101 +182,69 @@ Revision = Annotated[
     str | None, plain("--revision", help="branch, tag or commit of a Hub model", metavar="REV", panel="Input")
 ]
 
-Bits = Annotated[int | None, setting("bits", "--bits", "-b", panel=ALGORITHM)]
-GroupSize = Annotated[
-    int | None, setting("group_size", "--group-size", "-g", panel=ALGORITHM, note=", -1 for one group a row")
-]
-Sym = Annotated[bool | None, setting("sym", "--sym/--asym", panel=SWITCHES)]
-DescAct = Annotated[bool | None, setting("desc_act", "--desc-act/--no-desc-act", panel=SWITCHES)]
-ActGroupAware = Annotated[
-    bool | None, setting("act_group_aware", "--act-group-aware/--no-act-group-aware", panel=SWITCHES)
-]
-StaticGroups = Annotated[bool | None, setting("static_groups", "--static-groups/--no-static-groups", panel=SWITCHES)]
-TrueSequential = Annotated[
-    bool | None, setting("true_sequential", "--true-sequential/--no-true-sequential", panel=SWITCHES)
-]
-SignedScales = Annotated[bool | None, setting("signed_scales", "--signed-scales/--no-signed-scales", panel=SWITCHES)]
-ScaleSearch = Annotated[str | None, setting("scale_search", panel=ALGORITHM, metavar="HOW", note=", or none")]
-RefineSweeps = Annotated[int | None, setting("refine_sweeps", panel=ALGORITHM)]
-AsymmetricCalibration = Annotated[float | None, setting("asymmetric_calibration", panel=ALGORITHM, metavar="0..1")]
-DampMode = Annotated[str | None, setting("damp_mode", panel=ALGORITHM)]
-DampPercent = Annotated[float | None, setting("damp_percent", panel=ALGORITHM)]
-Preset = Annotated[str | None, setting("preset", panel=ALGORITHM, metavar="NAME")]
-
-MoeUncovered = Annotated[str | None, setting("moe_uncovered", panel=LAYERS)]
-OnNumericFault = Annotated[str | None, setting("on_numeric_fault", panel=LAYERS)]
-MaxFallbacks = Annotated[int | None, setting("max_fallbacks", panel=LAYERS, metavar="N")]
-LmHead = Annotated[bool | None, setting("lm_head", "--lm-head/--no-lm-head", panel=LAYERS)]
-AllowRequantize = Annotated[bool | None, setting("allow_requantize", "--allow-requantize", panel=LAYERS)]
-Target = Annotated[str | None, setting("target", panel=LAYERS, metavar="ENGINE", note=f": {', '.join(TARGETS)}")]
-Dynamic = Annotated[
-    list[str] | None,
-    setting("dynamic", panel=LAYERS, metavar="RULE", note=": '-:regex' keeps, '+:regex={bits: 8}' changes; repeatable"),
-]
 
 Dataset = Annotated[
     str | None,
-    plain("--dataset", help=DATASET, metavar="TEXT", panel=TEXT),
+    plain("--dataset", help=DATASET, metavar="TEXT", panel=Panel.TEXT),
 ]
-Datasets = Annotated[
-    list[str] | None,
-    plain("--dataset", help=f"{DATASET}; given twice or more: the texts themselves", metavar="TEXT", panel=TEXT),
-]
-DatasetConfig = Annotated[str | None, setting("dataset_config", panel=TEXT)]
-DatasetSplit = Annotated[str | None, setting("dataset_split", panel=TEXT)]
-TextColumn = Annotated[str | None, setting("text_column", panel=TEXT)]
-NSamples = Annotated[int | None, setting("nsamples", panel=TEXT)]
-SeqLen = Annotated[int | None, setting("seqlen", panel=TEXT)]
 MaxWindows = Annotated[
-    int | None, plain("--max-windows", help="stop after so many windows", metavar="N", panel=TEXT, min=1)
+    int | None, plain("--max-windows", help="stop after this many windows", metavar="N", panel=Panel.TEXT, min=1)
 ]
-BatchSize = Annotated[int | None, setting("batch_size", panel=TEXT)]
-Seed = Annotated[int | None, setting("seed", panel=TEXT)]
 
 Output = Annotated[
     Path | None,
-    plain("--output", "-o", help="directory to write; default NAME-GPTQ-Int4-g128 here", panel=OUTPUT, metavar="DIR"),
+    plain(
+        "--output", "-o", help="directory to write; default ./NAME-GPTQ-Int4-g128", panel=Panel.OUTPUT, metavar="DIR"
+    ),
 ]
 Overwrite = Annotated[
-    bool, plain("--overwrite", help="replace a checkpoint at the output when the new one is complete", panel=OUTPUT)
+    bool,
+    plain("--overwrite", help="replace a checkpoint at the output when the new one is complete", panel=Panel.OUTPUT),
 ]
-Format = Annotated[str | None, setting("format", panel=OUTPUT)]
-MaxShardSize = Annotated[str | None, setting("max_shard_size", panel=OUTPUT, metavar="SIZE")]
 
-WithReport = Annotated[bool, plain("--report", help="leave a page about the run in the output", panel=OUTPUT)]
-PrintConfig = Annotated[bool, plain("--print-config", help="print the resolved configuration and leave")]
-DryRun = Annotated[bool, plain("--dry-run", "-n", help="show the plan and leave, as gptq plan does")]
+WithReport = Annotated[
+    bool, plain("--report", help="write an HTML report into the output directory", panel=Panel.OUTPUT)
+]
+PrintConfig = Annotated[bool, plain("--print-config", help="print the resolved configuration and exit")]
+DryRun = Annotated[bool, plain("--dry-run", "-n", help="show the plan and exit, like gptq plan")]
 
 Resume = Annotated[
     str | None,
     plain(
-        "--resume", help="go on with unfinished work: if there is some, only then, not at all; default auto",
-        panel=RUN, metavar="auto|require|never",
+        "--resume",
+        help="resume unfinished work: auto = if there is any, require = or fail, never = start over; default auto",
+        panel=Panel.RUN,
+        metavar="auto|require|never",
     ),
-]  # fmt: skip
+]
 MaxRuntime = Annotated[
     str | None,
-    plain("--max-runtime", help="stop in time with exit code 75, the work kept", panel=RUN, metavar="3h30m"),
+    plain(
+        "--max-runtime",
+        help="stop before this much time has passed; finished blocks are kept (exit code 75)",
+        panel=Panel.RUN,
+        metavar="3h30m",
+    ),
 ]
 AllowNetworkFs = Annotated[
-    bool, plain("--allow-network-fs", help="write to a network file system, whose locks may not hold", panel=RUN)
+    bool,
+    plain(
+        "--allow-network-fs", help="allow an output on a network file system, whose locks may not hold", panel=Panel.RUN
+    ),
 ]
-Device = Annotated[str | None, setting("device", panel=RUN, metavar="auto|cpu|cuda:N")]
 Devices = Annotated[
     str | None,
     plain(
-        "--devices", help="devices that share the work, a process each: GPUs, or cpu:N; the result is the same",
-        panel=RUN, metavar="0,1,..",
+        "--devices",
+        help="devices that share the work, one process each: GPUs, or cpu:N; the result is the same",
+        panel=Panel.RUN,
+        metavar="0,1,..",
     ),
-]  # fmt: skip
-DType = Annotated[str | None, setting("dtype", panel=RUN)]
-MaxVram = Annotated[str | None, setting("max_vram", panel=RUN, metavar="SIZE")]
-MaxRam = Annotated[str | None, setting("max_ram", panel=RUN, metavar="SIZE")]
-Backend = Annotated[str | None, setting("backend", panel=RUN)]
-TrustRemoteCode = Annotated[bool | None, setting("trust_remote_code", "--trust-remote-code", panel=RUN)]
-AsJson = Annotated[bool, plain("--json", help="the result, or what went wrong, as one JSON object on stdout")]
-Quiet = Annotated[bool, plain("--quiet", "-q", help="no progress, the shortest result")]
-Verbose = Annotated[bool, plain("--verbose", "-v", help="a line for each layer, the traceback of a failure")]
+]
+AsJson = Annotated[bool, plain("--json", help="print the result or the error as one JSON object on stdout")]
+Quiet = Annotated[bool, plain("--quiet", "-q", help="show no progress and the shortest result")]
+Verbose = Annotated[bool, plain("--verbose", "-v", help="show a line for each layer, and the traceback of a failure")]
 LogFile = Annotated[
-    Path | None, plain("--log-file", help="keep what is said on stderr, and what --verbose adds, here", metavar="FILE")
+    Path | None,
+    plain("--log-file", help="also write messages, including --verbose details, to this file", metavar="FILE"),
 ]

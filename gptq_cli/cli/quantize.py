@@ -14,7 +14,6 @@ from gptq_cli.cli.console import Console, fitted, on_one_line
 from gptq_cli.cli.engines import engine_lines
 from gptq_cli.cli.launch import is_one_of_several, launch, leads, member, parse_devices
 from gptq_cli.cli.progress import Progress
-from gptq_cli.cli.said import said_fields
 from gptq_cli.cli.signals import stoppable
 from gptq_cli.config.resolve import Resolved, resolve
 from gptq_cli.config.schema import QuantizeConfig
@@ -26,47 +25,19 @@ if TYPE_CHECKING:
     from gptq_cli.pipeline.quantize import QuantizeResult
 
 
+# The kernel that runs quantized linears matters only when a checkpoint is evaluated.
+SETTINGS = [name for name in o.configurable_fields() if name != "backend"]
+
+
+@o.takes_settings(*SETTINGS)
 def quantize(
     model: o.Model,
+    *,
     output: o.Output = None,
     overwrite: o.Overwrite = False,
-    format: o.Format = None,
-    max_shard_size: o.MaxShardSize = None,
-    bits: o.Bits = None,
-    group_size: o.GroupSize = None,
-    sym: o.Sym = None,
-    desc_act: o.DescAct = None,
-    act_group_aware: o.ActGroupAware = None,
-    static_groups: o.StaticGroups = None,
-    true_sequential: o.TrueSequential = None,
-    signed_scales: o.SignedScales = None,
-    scale_search: o.ScaleSearch = None,
-    refine_sweeps: o.RefineSweeps = None,
-    asymmetric_calibration: o.AsymmetricCalibration = None,
-    damp_mode: o.DampMode = None,
-    damp_percent: o.DampPercent = None,
-    preset: o.Preset = None,
-    dynamic: o.Dynamic = None,
-    lm_head: o.LmHead = None,
-    moe_uncovered: o.MoeUncovered = None,
-    on_numeric_fault: o.OnNumericFault = None,
-    max_fallbacks: o.MaxFallbacks = None,
-    target: o.Target = None,
-    allow_requantize: o.AllowRequantize = None,
-    dataset: o.Datasets = None,
-    dataset_config: o.DatasetConfig = None,
-    dataset_split: o.DatasetSplit = None,
-    text_column: o.TextColumn = None,
-    nsamples: o.NSamples = None,
-    seqlen: o.SeqLen = None,
-    batch_size: o.BatchSize = None,
-    seed: o.Seed = None,
-    device: o.Device = None,
+    report: o.WithReport = False,
+    settings: o.Settings,
     devices: o.Devices = None,
-    dtype: o.DType = None,
-    max_vram: o.MaxVram = None,
-    max_ram: o.MaxRam = None,
-    trust_remote_code: o.TrustRemoteCode = None,
     revision: o.Revision = None,
     resume: o.Resume = None,
     max_runtime: o.MaxRuntime = None,
@@ -74,18 +45,18 @@ def quantize(
     config: o.ConfigFile = None,
     print_config: o.PrintConfig = False,
     dry_run: o.DryRun = False,
-    report: o.WithReport = False,
     as_json: o.AsJson = False,
     quiet: o.Quiet = False,
 ) -> None:
     """Quantize a model to a GPTQ checkpoint.
 
-    What is not said here comes from GPTQ_* variables, then from --config,
-    then from the preset, then from the defaults.
+    Options not given here are taken from GPTQ_* variables, then --config,
+    then the preset, then the defaults.
 
     Example: gptq quantize ./Qwen3-0.6B -b 4 -o ./Qwen3-0.6B-4bit
     """
-    console, resolved = Console(as_json, quiet), resolve(said_fields(locals()), os.environ, config)
+    console = Console(as_json, quiet)
+    resolved = resolve(settings, os.environ, config)
     if print_config:
         return _print_config(console, resolved)
     if dry_run:

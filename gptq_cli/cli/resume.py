@@ -22,11 +22,13 @@ Directory = Annotated[
 ]
 
 
+@o.takes_settings("trust_remote_code")
 def resume(
     directory: Directory,
+    *,
     overwrite: o.Overwrite = False,
     devices: o.Devices = None,
-    trust_remote_code: o.TrustRemoteCode = None,
+    settings: o.Settings,
     max_runtime: o.MaxRuntime = None,
     allow_network_fs: o.AllowNetworkFs = False,
     as_json: o.AsJson = False,
@@ -41,6 +43,7 @@ def resume(
 
     Example: gptq resume .Qwen3-0.6B-4bit.gptq-work
     """
+    trust_remote_code = bool(settings.get("trust_remote_code"))
     started_in, directory = Path.cwd(), resolved(directory)
     begun, output = _read(directory)
     if begun.config.trust_remote_code and not trust_remote_code:
@@ -52,7 +55,7 @@ def resume(
         os.chdir(begun.directory)
     run(
         Console(as_json, quiet),
-        begun.config.model_copy(update={"trust_remote_code": bool(trust_remote_code)}),
+        begun.config.model_copy(update={"trust_remote_code": trust_remote_code}),
         begun.model,
         output,
         devices=devices,

@@ -28,6 +28,32 @@ class Accepts:
     text: str
 
 
+class Panel:
+    """Titles of the groups that options form in `--help`."""
+
+    ALGORITHM = "Algorithm"
+    SWITCHES = "Algorithm, on or off"  # their long names stand apart
+    LAYERS = "Layers"
+    TEXT = "Text"
+    OUTPUT = "Output"
+    RUN = "Run"
+    GATE = "Comparison"
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """The command-line option of a field: its panel, and what its type and name do not tell.
+
+    `names` are the spellings, --field-name by default and --field-name/--no-field-name for a switch; `metavar` is
+    the word for a value; `note` continues the field's description.
+    """
+
+    panel: str
+    names: tuple[str, ...] = ()
+    metavar: str | None = None
+    note: str = ""
+
+
 def size_in_bytes(size: int | str) -> int:
     """Bytes in "5GB", "500 MiB" or a plain number; ValueError when it is not a positive size."""
     match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,9})?) ?([A-Za-z]*)", str(size))

@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, ModelWrapValidatorHandler, ValidationErro
 from pydantic_core import PydanticCustomError
 
 from gptq_cli.config.check import findings_of, refusal
+from gptq_cli.config.engines import TARGETS
 from gptq_cli.config.fields import (
     STRICT,
     Accepts,
@@ -27,6 +28,8 @@ from gptq_cli.config.fields import (
     GroupSize,
     LayerOverrides,
     Name,
+    Option,
+    Panel,
     Preset,
     Rule,
     Search,
@@ -61,34 +64,44 @@ class QuantizeConfig(BaseModel):
 
     model_config = STRICT
 
-    bits: Bits = Field(description="bits per weight")
-    group_size: GroupSize = Field(default=128, description="input columns that share one scale")
-    sym: Flag = Field(default=True, description="symmetric grid; false stores a zero point per group")
-    desc_act: Flag = Field(
+    bits: Annotated[Bits, Option(Panel.ALGORITHM, ("--bits", "-b"))] = Field(description="bits per weight")
+    group_size: Annotated[
+        GroupSize, Option(Panel.ALGORITHM, ("--group-size", "-g"), note=", -1 for one group a row")
+    ] = Field(default=128, description="input columns that share one scale")
+    sym: Annotated[Flag, Option(Panel.SWITCHES, ("--sym/--asym",))] = Field(
+        default=True, description="symmetric grid; false stores a zero point per group"
+    )
+    desc_act: Annotated[Flag, Option(Panel.SWITCHES)] = Field(
         default=False, description="quantize columns in order of falling activation, groups follow (g_idx)"
     )
-    act_group_aware: Flag = Field(default=True, description="activation order that keeps groups whole (GAR)")
-    static_groups: Flag = Field(
+    act_group_aware: Annotated[Flag, Option(Panel.SWITCHES)] = Field(
+        default=True, description="activation order that keeps groups whole (GAR)"
+    )
+    static_groups: Annotated[Flag, Option(Panel.SWITCHES)] = Field(
         default=False, description="fix all scales first; columns in activation order, trivial g_idx"
     )
-    true_sequential: Flag = Field(default=True, description="layers of a block see inputs of already quantized layers")
-    signed_scales: Flag = Field(
+    true_sequential: Annotated[Flag, Option(Panel.SWITCHES)] = Field(
+        default=True, description="layers of a block see inputs of already quantized layers"
+    )
+    signed_scales: Annotated[Flag, Option(Panel.SWITCHES)] = Field(
         default=False, description="symmetric scales may be negative: the larger end gets a level more"
     )
-    scale_search: Search = Field(
+    scale_search: Annotated[Search, Option(Panel.ALGORITHM, metavar="HOW", note=", or none")] = Field(
         default="none",
         description="shrink scales to least |error|^2.4 (mse) or error^2 weighted by input energy (activation)",
     )
-    refine_sweeps: Sweeps = Field(default=0, description="rounds of fitting scales and codes after a layer is solved")
-    asymmetric_calibration: Strength = Field(
+    refine_sweeps: Annotated[Sweeps, Option(Panel.ALGORITHM)] = Field(
+        default=0, description="rounds of fitting scales and codes after a layer is solved"
+    )
+    asymmetric_calibration: Annotated[Strength, Option(Panel.ALGORITHM, metavar="0..1")] = Field(
         default=0.0,
         description="how far weights follow the unquantized model's inputs, 0 to 1; above 0 each block runs twice",
     )
-    damp_mode: Damping = Field(
+    damp_mode: Annotated[Damping, Option(Panel.ALGORITHM)] = Field(
         default="mean",
         description="damp every column alike, or each by its own energy (diagonal), more when tokens are few",
     )
-    damp_percent: DampPercent = Field(
+    damp_percent: Annotated[DampPercent, Option(Panel.ALGORITHM)] = Field(
         default=0.1,
         description="damping, as a share of the Hessian's mean diagonal; with damp_mode diagonal the least share",
     )
@@ -98,59 +111,83 @@ class QuantizeConfig(BaseModel):
         Accepts("a list of lists of module names, like [[self_attn.q_proj], [mlp.down_proj]]"),
     ] = Field(default=None, description="the only linears of a block to quantize")
     dynamic: Annotated[
-        dict[Rule, LayerOverrides], Accepts("a mapping from `+:regex` or `-:regex` to a mapping of settings")
+        dict[Rule, LayerOverrides],
+        Accepts("a mapping from `+:regex` or `-:regex` to a mapping of settings"),
+        Option(Panel.LAYERS, metavar="RULE", note=": '-:regex' keeps, '+:regex={bits: 8}' changes; repeatable"),
     ] = Field(default={}, description="rules for single layers")
-    lm_head: Flag = Field(default=False, description="quantize the output head too")
-    allow_requantize: Flag = Field(
+    lm_head: Annotated[Flag, Option(Panel.LAYERS)] = Field(default=False, description="quantize the output head too")
+    allow_requantize: Annotated[Flag, Option(Panel.LAYERS, ("--allow-requantize",))] = Field(
         default=False, description="take a GPTQ checkpoint as the source and round its weights a second time"
     )
-    target: Target = Field(
+    target: Annotated[Target, Option(Panel.LAYERS, metavar="ENGINE", note=f": {', '.join(TARGETS)}")] = Field(
         default=None, description="engine that must load the result, or the run is refused before any work"
     )
-    moe_uncovered: Experts = Field(
+    moe_uncovered: Annotated[Experts, Option(Panel.LAYERS)] = Field(
         default="error",
         description="an expert without calibration tokens: stop, round it to nearest, or calibrate it on all tokens",
     )
-    on_numeric_fault: Fault = Field(
+    on_numeric_fault: Annotated[Fault, Option(Panel.LAYERS)] = Field(
         default="error",
         description="a layer whose inputs are not finite or whose Hessian has no factor: stop, or round it to nearest",
     )
-    max_fallbacks: Annotated[int | None, Field(ge=0), Accepts("a whole number of 0 or more, or null")] = Field(
+    max_fallbacks: Annotated[
+        int | None, Field(ge=0), Accepts("a whole number of 0 or more, or null"), Option(Panel.LAYERS, metavar="N")
+    ] = Field(
         default=None, description="stop when more layers than this had to be rounded to nearest; null: any number"
     )
     dataset: Annotated[
-        str | list[str] | None, Field(min_length=1), Accepts("a dataset name, a path, or a list of texts")
-    ] = Field(default=None, description="calibration text; null means wikitext2")
-    dataset_config: Name = Field(default=None, description="configuration of a Hub dataset")
-    dataset_split: Name = Field(default=None, description="split of a Hub dataset")
-    text_column: Text = Field(default="text", description="column that holds the text")
-    seqlen: Count = Field(default=2048, description="tokens per window, at most the model's positions")
-    nsamples: Count = Field(default=128, description="calibration windows")
-    batch_size: Count = Field(default=8, description="windows per forward pass")
-    seed: Annotated[int, Field(ge=0, lt=2**63), Accepts("a whole number of 0 or more")] = Field(
+        str | list[str] | None,
+        Field(min_length=1),
+        Accepts("a dataset name, a path, or a list of texts"),
+        Option(
+            Panel.TEXT, note=": wikitext2, c4, a Hub id, a file or a folder; given twice or more: the texts themselves"
+        ),
+    ] = Field(default=None, description="calibration text: wikitext2 (also if null), c4, a Hub id, a file or a folder")
+    dataset_config: Annotated[Name, Option(Panel.TEXT)] = Field(
+        default=None, description="configuration of a Hub dataset"
+    )
+    dataset_split: Annotated[Name, Option(Panel.TEXT)] = Field(default=None, description="split of a Hub dataset")
+    text_column: Annotated[Text, Option(Panel.TEXT)] = Field(default="text", description="column that holds the text")
+    seqlen: Annotated[Count, Option(Panel.TEXT)] = Field(
+        default=2048, description="tokens per window, at most the model's positions"
+    )
+    nsamples: Annotated[Count, Option(Panel.TEXT)] = Field(default=128, description="calibration windows")
+    batch_size: Annotated[Count, Option(Panel.TEXT)] = Field(default=8, description="windows per forward pass")
+    seed: Annotated[int, Field(ge=0, lt=2**63), Accepts("a whole number of 0 or more"), Option(Panel.TEXT)] = Field(
         default=0, description="chooses the calibration windows"
     )
-    format: Annotated[Literal["gptq", "gptq_v2"], Accepts("gptq or gptq_v2")] = Field(
+    format: Annotated[Literal["gptq", "gptq_v2"], Accepts("gptq or gptq_v2"), Option(Panel.OUTPUT)] = Field(
         default="gptq", description="checkpoint format"
     )
-    max_shard_size: Size = Field(default="5GB", description="largest safetensors file written")
-    max_vram: Annotated[Size | None, Accepts("a size such as 24GB, a number of bytes, or null")] = Field(
-        default=None, description="device memory that may be used; null: what is free"
+    max_shard_size: Annotated[Size, Option(Panel.OUTPUT, metavar="SIZE")] = Field(
+        default="5GB", description="largest safetensors file written"
     )
-    max_ram: Annotated[Size | None, Accepts("a size such as 64GB, a number of bytes, or null")] = Field(
-        default=None, description="host memory that may be used; null: what is free"
-    )
-    backend: Annotated[Literal["auto", "torch", "triton"] | None, Accepts("auto, torch, triton or null")] = Field(
-        default=None, description="kernel that runs quantized linears when evaluating"
-    )
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$"), Accepts("auto, cpu, cuda or cuda:N")] = (
-        Field(default="auto", description="device that does the work")
-    )
+    max_vram: Annotated[
+        Size | None, Accepts("a size such as 24GB, a number of bytes, or null"), Option(Panel.RUN, metavar="SIZE")
+    ] = Field(default=None, description="device memory that may be used; null: what is free")
+    max_ram: Annotated[
+        Size | None, Accepts("a size such as 64GB, a number of bytes, or null"), Option(Panel.RUN, metavar="SIZE")
+    ] = Field(default=None, description="host memory that may be used; null: what is free")
+    backend: Annotated[
+        Literal["auto", "torch", "triton"] | None, Accepts("auto, torch, triton or null"), Option(Panel.RUN)
+    ] = Field(default=None, description="kernel that runs quantized linears when evaluating")
+    device: Annotated[
+        str,
+        Field(pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$"),
+        Accepts("auto, cpu, cuda or cuda:N"),
+        Option(Panel.RUN, metavar="auto|cpu|cuda:N"),
+    ] = Field(default="auto", description="device that does the work")
     dtype: Annotated[
-        Literal["auto", "bfloat16", "float16", "float32"], Accepts("auto, bfloat16, float16 or float32")
+        Literal["auto", "bfloat16", "float16", "float32"],
+        Accepts("auto, bfloat16, float16 or float32"),
+        Option(Panel.RUN),
     ] = Field(default="auto", description="dtype of the forward passes")
-    trust_remote_code: Flag = Field(default=False, description="run Python code that comes with the model")
-    preset: Preset = Field(default=DEFAULT_PRESET, description="named starting point for the fields left open")
+    trust_remote_code: Annotated[Flag, Option(Panel.RUN, ("--trust-remote-code",))] = Field(
+        default=False, description="run Python code that comes with the model"
+    )
+    preset: Annotated[Preset, Option(Panel.ALGORITHM, metavar="NAME")] = Field(
+        default=DEFAULT_PRESET, description="named starting point for the fields left open"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -329,3 +366,6 @@ def _both_orders(*paths: KeyPath) -> Finding:
 def _signed_asymmetry(*paths: KeyPath) -> Finding:
     hint = "set signed_scales to false, or leave it out: an asymmetric grid has no larger end"
     return Finding(paths, "E_CFG_CONFLICT", "exclude each other: only a symmetric grid has signed scales", hint)
+
+
+DEFAULTS = QuantizeConfig(bits=4)  # with what the default preset fills in
