@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 from pathlib import Path
 
@@ -45,15 +44,6 @@ def test_files_and_targets_of_the_readme_exist() -> None:
     paths = re.findall(r"[`(]((?:docs|scripts|configs|examples)/[\w./-]*)[`)]", README)
     assert len(paths) > 20
     assert [path for path in paths if not (ROOT / path).exists()] == []
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_file_is_one_idea_and_a_function_half_a_page(path: Path) -> None:
-    text = path.read_text()
-    assert len(text.splitlines()) <= 400
-    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
-    # What is counted is the body: a signature that lists every option of a command is no code to follow.
-    assert [f.name for f in functions if f.end_lineno and f.end_lineno - f.body[0].lineno >= 50] == []
 
 
 def test_the_changelog_knows_the_version_or_what_comes() -> None:

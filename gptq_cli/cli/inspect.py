@@ -128,8 +128,10 @@ def _defect_lines(defects: Sequence[Defect]) -> list[str]:
     if not defects:
         return []
     count = f"{len(defects)} defect" + ("s" if len(defects) > 1 else "")
-    lines = [f"defects  {count}: engines fail or differ, `gptq verify` lists all", f"  {defects[0]}"]
-    return [*lines, f"  hint: {defects[0].hint}"] if defects[0].hint else lines
+    lines = [f"defects  {count}: engines fail or differ, `gptq verify` lists all", f"  {on_one_line(str(defects[0]))}"]
+    if defects[0].hint:
+        lines.append(f"  hint: {on_one_line(defects[0].hint)}")
+    return lines
 
 
 def _indented(lines: Sequence[str]) -> list[str]:

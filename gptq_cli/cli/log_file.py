@@ -14,8 +14,8 @@ from gptq_cli.checkpoint.replacing import is_an_output
 from gptq_cli.checkpoint.run_file import read_run
 from gptq_cli.checkpoint.work_directory import WorkDirectory, output_of
 from gptq_cli.cli.console import LOG_MARK
-from gptq_cli.cli.said import said_fields
 from gptq_cli.config.resolve import resolve
+from gptq_cli.config.schema import FIELDS
 from gptq_cli.errors import ConfigError, GptqError
 from gptq_cli.pipeline.naming import default_name
 
@@ -60,9 +60,10 @@ def _outputs(said: Mapping[str, Any]) -> Iterator[Path]:
         yield unfinished
     if said.get("output") is not None:
         yield Path(said["output"])
-    elif "output" in said and "bits" in said:
+    elif "output" in said and "config" in said:
+        settings = {name: said[name] for name in FIELDS if name in said}
         try:
-            config = resolve(said_fields(said), os.environ, said.get("config")).config
+            config = resolve(settings, os.environ, said["config"]).config
         except GptqError:  # the command itself tells what is wrong
             return
         yield Path(default_name(said["model"], config))

@@ -44,7 +44,7 @@ def as_typer_sees(command: Callable[..., None], begin: Begin) -> Callable[..., N
     """Return `command` as a function whose signature names every option.
 
     An option for each field stands in the place of `settings`. Each command also takes --verbose and --log-file;
-    `begin` is called with these two and the values of all other options before the command.
+    `begin` is called with these two and all other values before the command.
     """
     fields = getattr(command, "fields", ())
     parameters: list[Parameter] = []
@@ -56,9 +56,10 @@ def as_typer_sees(command: Callable[..., None], begin: Begin) -> Callable[..., N
     parameters += [_parameter("verbose", Verbose, False), _parameter("log_file", LogFile, None)]
 
     def run(*, verbose: bool, log_file: Path | None, **values: Any) -> None:
-        begin(verbose, log_file, values)
+        settings = _given({name: values.pop(name) for name in fields})
+        begin(verbose, log_file, {**values, **settings})
         if fields:
-            values["settings"] = _given({name: values.pop(name) for name in fields})
+            values["settings"] = settings
         command(**values)
 
     run.__signature__ = signature(command).replace(parameters=parameters)  # type: ignore[attr-defined]
