@@ -382,7 +382,7 @@ def merge_shards(index: str, weight_map: Mapping[str, str], shards: Mapping[str,
 
 
 def _some(names: Sequence[str]) -> str:
-    return f"`{names[0]}`" + (f" and {len(names) - 1} other tensors" if len(names) > 1 else "")
+    return f"`{names[0]}`" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def refuse_other_kinds(directory: str, files: Iterable[str]) -> None:

@@ -25,6 +25,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from gptq_cli.config.leftovers import OF_ONE_REVISION
 from gptq_cli.errors import InputError
 from gptq_cli.models.experts import DOWN, GATE, GATE_UP, UP, Slice, StackShape
 
@@ -165,7 +166,7 @@ def _single(
             raise InputError(
                 "E_CKPT_INCOMPLETE",
                 f"the checkpoint has {len(stored)} tensors for {linear} of `{path}`, not {shape.n_experts}",
-                hint="download the checkpoint again",
+                hint=OF_ONE_REVISION,
             )
         names |= {f"{path}.{number}.{linear}.weight": name for number, name in enumerate(stored[: shape.n_experts])}
     return names

@@ -5,7 +5,8 @@ Names: the checkpoint's own names are the truth; transformers' conversion mappin
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from gptq_cli.config.leftovers import misfit
 from gptq_cli.errors import InputError
 from gptq_cli.models.experts import find_stacks, separate
 from gptq_cli.models.names import Fusion, Sources, match_names
@@ -23,17 +25,22 @@ MAX_BUFFER_BYTES = 2**32  # of buffers that are computed: rotary frequencies, ma
 MAX_OTHER_SHARE = 0.5  # of the blocks' parameters: matrices that no linear layer holds
 TOLD_OTHER_SHARE = 0.1
 STACKED = ": stacked matrices that are not of experts as transformers describes them"
+SILENT = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")  # buffers that older versions have stored
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True, slots=True)
 class Skeleton:
-    """A causal language model on meta; `sources` tell for each parameter which checkpoint tensor fills it."""
+    """A causal language model on meta; `sources` tell for each parameter which checkpoint tensor fills it.
+
+    `unused` are tensors that fill none and that transformers would warn of.
+    """
 
     model: PreTrainedModel
     sources: Sources
     blocks_name: str
     blocks: nn.ModuleList
+    unused: tuple[str, ...] = ()
 
 
 def load_config(directory: Path, *, trust_remote_code: bool) -> Any:
@@ -69,11 +76,12 @@ def build_skeleton(
     device: torch.device,
     *,
     trust_remote_code: bool,
+    listed: Collection[str] = (),
 ) -> Skeleton:
     """The model of `config` with every parameter on meta in `dtype` and its computed buffers on `device`.
 
-    `names` are the checkpoint's tensor names. InputError E_ARCH if the model cannot be built or has no repeated blocks,
-    E_CKPT_INCOMPLETE if a parameter has no tensor.
+    `names` are the checkpoint's tensor names, `listed` those of its index that no shard holds. InputError E_ARCH if the
+    model cannot be built or has no repeated blocks, E_CKPT_INCOMPLETE if a parameter has no tensor.
     """
     try:
         with torch.device("meta"):
@@ -84,12 +92,14 @@ def build_skeleton(
     _keep_in_float32(model, dtype)
     _restore_buffers(model, device)
     stacks = find_stacks(model)
+    names = list(names)
     sources = match_names(model, names, stacks)
     separate(model, stacks)
-    _fill_tied(model, sources.names)
+    unused = _unused(model, sources, names)
+    _fill_tied(model, sources.names, unused, listed)
     name, blocks = find_blocks(model)
     _check_single(model, name, sources)
-    return Skeleton(model, sources, name, blocks)
+    return Skeleton(model, sources, name, blocks, unused)
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -163,7 +173,14 @@ def _size(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _fill_tied(model: PreTrainedModel, names: dict[str, str]) -> None:
+def _unused(model: PreTrainedModel, sources: Sources, names: Iterable[str]) -> tuple[str, ...]:
+    """Those of `names` that fill no parameter, but what transformers leaves out without a word, too."""
+    used = {stored for name in sources.names.values() for stored in sources.stored(name)}
+    silent = [*(model._keys_to_ignore_on_load_unexpected or ()), *SILENT]
+    return tuple(name for name in names if name not in used and not any(re.search(key, name) for key in silent))
+
+
+def _fill_tied(model: PreTrainedModel, names: dict[str, str], left: Sequence[str], listed: Collection[str]) -> None:
     """Add sources of tied parameters to `names`; InputError E_CKPT_INCOMPLETE if a parameter has none."""
     targets = model.state_dict()
     tied = {target: source for pair in model.all_tied_weights_keys.items() for target, source in (pair, pair[::-1])}
@@ -172,10 +189,12 @@ def _fill_tied(model: PreTrainedModel, names: dict[str, str]) -> None:
             names[key] = names[tied[key]]
     absent = sorted(set(targets) - set(names))
     if absent:
-        raise InputError(
-            "E_CKPT_INCOMPLETE", f"the checkpoint has no tensor for {len(absent)} parameters, first `{absent[0]}`",
-            hint="download the checkpoint again",
-        )  # fmt: skip
+        text = model.config.get_text_config()
+        config = {
+            "architectures": model.config.architectures,
+            "tie_word_embeddings": getattr(text, "tie_word_embeddings", model.config.tie_word_embeddings),
+        }
+        raise misfit(absent, left, config, listed)
 
 
 def place(module: nn.Module, name: str, tensor: Tensor) -> None:

@@ -78,6 +78,7 @@ class ModelStream:
     ) -> None:
         """`dequantized`: names of weights that `source` gives as [O, I] whatever way round the module holds them."""
         self._model, self._derived, self.device = skeleton.model, skeleton.sources, device
+        self.unused = skeleton.unused  # tensors of the checkpoint that the model does not ask for
         self._sources, self._read = skeleton.sources.names, skeleton.sources.reader(source.read)
         self._source = source
         self._dequantized = dequantized

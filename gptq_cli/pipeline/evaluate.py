@@ -22,8 +22,9 @@ from gptq_cli.models.tokenizer import load_encoder
 from gptq_cli.pipeline.activations import HiddenStates
 from gptq_cli.pipeline.device_errors import device_errors
 from gptq_cli.pipeline.eval_request import EvalRequest
-from gptq_cli.pipeline.events import BlockStarted, PhaseStarted, Report, ignore
+from gptq_cli.pipeline.events import BlockStarted, PhaseStarted, Report, Warned, ignore
 from gptq_cli.pipeline.memory import Memory, block_finished
+from gptq_cli.pipeline.readers import about_unused
 from gptq_cli.pipeline.record import Record
 from gptq_cli.pipeline.recorded import recorded_settings
 from gptq_cli.pipeline.setup import open_stream, resolve_backend, resolve_device, warn_of
@@ -172,6 +173,8 @@ def _run(
         checkpoint, device=device, dtype=request.dtype, trust_remote_code=request.trust_remote_code, backend=backend,
         host=Memory(torch.device("cpu")),
     )  # fmt: skip
+    for code, text in about_unused(stream.unused):
+        report(Warned(code, text))
     for ids in batches:
         check_token_ids(ids, stream.vocabulary_rows)
     hidden = HiddenStates(stream.embed(batches), Memory(device))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from os.path import commonpath
 from pathlib import Path
@@ -16,6 +16,7 @@ from gptq_cli.checkpoint.layout import Layout, TensorSpec, plan_layout
 from gptq_cli.checkpoint.orientation import stores_transposed
 from gptq_cli.checkpoint.plain import Plain, plain_view
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
+from gptq_cli.config.leftovers import foreign_names, refuse_wrapped
 from gptq_cli.config.rules import keeping, matches, unmatched_rules
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.targets import settings_export, target_problems
@@ -42,20 +43,29 @@ def plan_checkpoint(
     config: QuantizeConfig,
     linears: Mapping[str, bool] | None = None,
     stacked: Mapping[str, Stacked] | None = None,
+    unused: Sequence[str] | None = None,
 ) -> RunPlan:
     """What becomes of each tensor of `source`.
 
     `linears`, the names of the model's linear modules and whether each is stored [I, O], tells 2-D tensors that are no
-    linears apart when the model is at hand, and `stacked` where those are that share a tensor. ConfigError E_SHAPE
-    lists every layer that cannot be packed, E_CFG_NO_MATCH every rule that matches nothing, E_CFG_CONFLICT rules
-    that keep a part of a tensor, E_TARGET what the target cannot load; InputError E_CKPT_QUANTIZED as `plain_view`
-    refuses quantized sources, what `check_claims` refuses, E_ARCH one without repeated blocks or with linears of blocks
+    linears apart when the model is at hand, `stacked` where those are that share a tensor, and `unused` what it has no
+    place for; else names alone tell that. ConfigError E_SHAPE lists every layer that cannot be packed, E_CFG_NO_MATCH
+    every rule that matches nothing, E_CFG_CONFLICT rules that keep a part of a tensor, E_TARGET what the target cannot
+    load; InputError E_CKPT_QUANTIZED as `plain_view` refuses quantized sources, E_CKPT_INCOMPLETE for names that a tool
+    has put others before, what `check_claims` refuses, E_ARCH one without repeated blocks or with linears of blocks
     elsewhere.
     """
     plain = plain_view(source, allow_requantize=config.allow_requantize)
-    blocks, found = find_block_linears(plain.tensors.values(), linears)
+    if linears is None:
+        refuse_wrapped(plain.tensors.keys(), own_code="auto_map" in source.config)
+    known = {f"{name}.weight" for name in linears or ()}
+    shapes = {name: tensor.shape for name, tensor in plain.tensors.items()}
+    foreign = [name for name in foreign_names(shapes) if name not in known]
+    others = set(foreign)
+    asked_for = [tensor for name, tensor in plain.tensors.items() if name not in others]
+    blocks, found = find_block_linears(asked_for, linears)
     check_claims(source)
-    routers = find_routers(plain.tensors.values(), blocks)
+    routers = find_routers(asked_for, blocks)
     layers = [_choose(source, plain, blocks, tensor, config, linears, routers) for tensor in found]
     layers += [_choose_stacked(source, plain, blocks, config, name, place) for name, place in (stacked or {}).items()]
     end = _end_of_blocks(source, blocks, linears)
@@ -78,6 +88,7 @@ def plan_checkpoint(
         n_blocks=n_blocks,
         layers=tuple(layers),
         layout=_lay_out(plain, layers, config.max_shard_bytes),
+        unused=tuple(foreign if unused is None else unused),
     )
 
 

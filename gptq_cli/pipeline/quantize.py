@@ -197,7 +197,7 @@ def _check_room(work: WorkDirectory, plan: RunPlan, config: QuantizeConfig, stre
 def _plan(source: Checkpoint, config: QuantizeConfig, stream: ModelStream, report: Report) -> RunPlan:
     """The plan with the model at hand, and warnings of what stays or will not be loaded."""
     outside = stream.outside_linears()
-    plan = plan_checkpoint(source, config, stream.all_linears(), stream.stacked_linears())
+    plan = plan_checkpoint(source, config, stream.all_linears(), stream.stacked_linears(), stream.unused)
     check_shared(plan, stream.shared_linears())
     if outside:
         report(Warned("W_ARCH_KEPT", f"{outside}: they stay as they are"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from gptq_cli.config.engines import ENGINES, LM_HEAD, SPLIT_EXPERTS, SPLIT_FUSED, Export, Trait
+from gptq_cli.config.leftovers import is_of_adapter
 from gptq_cli.config.rules import expert_part, split_groups
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.targets import Verdict, export_of, limits, target_problems, verdicts
@@ -45,7 +46,7 @@ def judge_plan(plan: RunPlan, config: QuantizeConfig) -> tuple[Verdict, ...]:
 
 def remarks(plan: RunPlan, config: QuantizeConfig) -> list[tuple[str, str]]:
     """Codes and texts of warnings about the source, the choice of layers and settings."""
-    found = list(plan.source.remarks)
+    found = [*plan.source.remarks, *about_unused(plan.unused)]
     found += [("W_TARGET", text) for text in limits(export_of_layers(plan.layers, config), config.target)]
     found += _about_codes(plan)
     if split := plan.split_experts:
@@ -61,6 +62,17 @@ def remarks(plan: RunPlan, config: QuantizeConfig) -> list[tuple[str, str]]:
         size = sum(spec.nbytes for spec in head.packed())
         found.append(("W_CFG_HEAD", f"{HEAD} {how}, {size / 1e6:.3g} MB: {_against(LM_HEAD)}"))
     return found
+
+
+def about_unused(names: Sequence[str]) -> list[tuple[str, str]]:
+    """A warning of tensors that the model does not ask for, if there are any."""
+    if not names:
+        return []
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    text = f"the model has no place for `{names[0]}`{more}: without effect in transformers"
+    if any(is_of_adapter(name) for name in names):
+        text += ", an adapter that is not merged"
+    return [("W_CKPT_UNUSED", text)]
 
 
 def _about_codes(plan: RunPlan) -> list[tuple[str, str]]:

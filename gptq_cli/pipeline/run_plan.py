@@ -52,7 +52,8 @@ class LayerPlan:
 class RunPlan:
     """Every linear of the blocks (and the head, if it is to be quantized), and where each output byte will go.
 
-    `plain` are the tensors that `source` stands for, which are its own unless it is stored in codes.
+    `plain` are the tensors that `source` stands for, which are its own unless it is stored in codes. `unused` are those
+    that the model does not ask for, as far as names tell or the model is at hand: they are copied.
     """
 
     source: Checkpoint
@@ -61,6 +62,7 @@ class RunPlan:
     n_blocks: int
     layers: tuple[LayerPlan, ...]
     layout: Layout
+    unused: tuple[str, ...] = ()
 
     @property
     def quantized(self) -> tuple[LayerPlan, ...]:

@@ -73,6 +73,7 @@ def open_stream(
         _forward_dtype(dtype, config, checkpoint),
         device,
         trust_remote_code=trust_remote_code,
+        listed=checkpoint.absent,
     )
     dequantized = set(reader.names()) - set(checkpoint.tensors)
     if device.type == "cpu" or host is None or backend == "triton":  # which decodes on the device itself

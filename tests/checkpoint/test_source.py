@@ -256,7 +256,7 @@ def test_entries_of_the_index_without_a_tensor_are_told(tmp_path: Path) -> None:
     one = "`DIR/model.safetensors.index.json` lists `z`, which no shard holds"
     assert told(tmp_path) == [("W_CKPT_INDEX", one)]
     index_change(y="model-00002-of-00002.safetensors")(tmp_path)
-    two = "`DIR/model.safetensors.index.json` lists `z` and 1 other tensors, which no shard holds"
+    two = "`DIR/model.safetensors.index.json` lists `z` and 1 more, which no shard holds"
     assert told(tmp_path) == [("W_CKPT_INDEX", two)]
     assert open_checkpoint(tmp_path).absent == ("z", "y")
     assert set(open_checkpoint(tmp_path).tensors) == set("abcd")
