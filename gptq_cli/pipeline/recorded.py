@@ -8,20 +8,20 @@ from typing import Any
 from gptq_cli.checkpoint.manifest import CONFIG_FILE
 from gptq_cli.config.yaml_loader import load
 from gptq_cli.errors import ConfigError
-from gptq_cli.files import is_file
+from gptq_cli.files import file_errors, is_file
 
 
 def recorded_settings(directory: Path) -> dict[str, Any]:
     """What gptq_config.yaml in `directory` says; nothing if it is not there or no configuration.
 
-    ConfigError E_CFG_FILE if it may not be read.
+    InputError E_FILE if it may not be read.
     """
     file = directory / CONFIG_FILE
     if not is_file(file):
         return {}
+    with file_errors(file, writing=False):
+        file.open("rb").close()
     try:
         return dict(load(file).values)
-    except ConfigError as error:
-        if error.code == "E_CFG_FILE":
-            raise
+    except ConfigError:
         return {}
