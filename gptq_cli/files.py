@@ -15,7 +15,6 @@ from pathlib import Path
 
 from gptq_cli.errors import GptqError, InputError, ResourceError
 from gptq_cli.shell import shell_word
-from gptq_cli.shell import shell_word
 
 StrPath = str | os.PathLike[str]
 
