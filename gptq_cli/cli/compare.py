@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gptq_cli.cli import options as o
-from gptq_cli.cli.console import Console, on_one_line
+from gptq_cli.cli.console import Console, joined
 from gptq_cli.cli.progress import Progress
 from gptq_cli.cli.table import aligned
 from gptq_cli.config.resolve import check_flags
@@ -62,7 +62,7 @@ def compare(
         predictions = _evaluate(console, a, b, text, settings, max_windows)
         data["predictions"] = predictions.to_json()
         data["windows"] = [asdict(window) for window in predictions.per_window]
-    console.result(data, "\n".join(_lines(weights, predictions)), f"{_mean_error(weights):.6g}")
+    console.result(data, joined(_lines(weights, predictions)), f"{_mean_error(weights):.6g}")
 
 
 def _check_alone(settings: o.Settings, max_windows: int | None) -> None:
@@ -103,8 +103,7 @@ def _lines(found: Comparison, predictions: EvalResult | None) -> list[str]:
         cells += [(f"{t.relative_error:.2e}", f"{t.largest:.2e}", t.name) for t in different[:WORST]]
         lines += [f"  {line}" for line in aligned(cells)]
     for label, names in (("A", found.only_a), ("B", found.only_b)):
-        shown = f"only in {label}  {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
-        lines += [on_one_line(shown)] if names else []
+        lines += [f"only in {label}  {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"] if names else []
     if predictions is not None:
         p = predictions
         lines.append(f"perplexity  {p.perplexity:.4f}, reference {p.baseline_perplexity:.4f}")

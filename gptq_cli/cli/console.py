@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,7 +164,7 @@ def _as_text(problem: Problem) -> str:
     lines = [f"error[{problem.code}]: {problem.message}"]
     lines += [f"  --> {problem.location}"] if problem.location else []
     lines += ["", f"hint: {problem.hint}"] if problem.hint else []
-    return "\n".join(map(on_one_line, lines))
+    return joined(lines)
 
 
 def _as_data(problem: Problem) -> dict[str, Any]:
@@ -226,6 +226,11 @@ def visible(text: str) -> str:
 def on_one_line(text: str) -> str:
     """`text` as it is shown in a line of its own: a name in a file could hold an end of line and forge the next one."""
     return visible(text).replace("\n", "\\n")
+
+
+def joined(lines: Iterable[str]) -> str:
+    """A result of several lines, each of which stays one."""
+    return "\n".join(map(on_one_line, lines))
 
 
 def indented(text: str) -> str:

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Annotated
 
 from gptq_cli.cli import options as o
-from gptq_cli.cli.console import Console
+from gptq_cli.cli.console import Console, joined
 from gptq_cli.cli.progress import Progress
 from gptq_cli.config.fields import Panel
 from gptq_cli.config.resolve import check_flags
@@ -126,4 +126,4 @@ def _summary(result: EvalResult) -> str:
         increase = result.perplexity - result.baseline_perplexity
         lines.insert(1, f"baseline    {result.baseline_perplexity:.4f} ({increase:+.4f})")
         lines.insert(2, f"agreement   KL {result.kl:.4g}, top-1 {result.top1_agreement:.2%}")
-    return "\n".join(lines)
+    return joined(lines)

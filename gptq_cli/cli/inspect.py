@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 from gptq_cli.cli import options as o
-from gptq_cli.cli.console import Console, fitted, on_one_line
+from gptq_cli.cli.console import Console, fitted, joined, on_one_line
 from gptq_cli.cli.engines import engine_lines
 from gptq_cli.cli.table import aligned, row_data, row_lines
 from gptq_cli.config.finding import shown
@@ -64,7 +64,7 @@ def _show_layer(console: Console, model: str, revision: str | None, name: str) -
     from gptq_cli.pipeline.layer_view import view_layer
 
     view = view_layer(checkpoint, name)
-    console.result({"layer": asdict(view)}, "\n".join(_layer_lines(view)), on_one_line(view.name))
+    console.result({"layer": asdict(view)}, joined(_layer_lines(view)), on_one_line(view.name))
 
 
 def _data(found: Inspection, judged: Sequence[Verdict]) -> dict[str, Any]:
@@ -120,7 +120,8 @@ def _lines(found: Inspection, judged: Sequence[Verdict]) -> list[str]:
     )
     if told:
         lines += ["origin", *_indented(told)]
-    return [*lines, *_defect_lines(found.defects), *map(fitted, engine_lines(judged))]
+    lines += _defect_lines(found.defects)
+    return [*map(on_one_line, lines), *map(fitted, engine_lines(judged))]
 
 
 def _defect_lines(defects: Sequence[Defect]) -> list[str]:
@@ -140,7 +141,7 @@ def _indented(lines: Sequence[str]) -> list[str]:
 
 def _layer_lines(view: LayerView) -> list[str]:
     shape = "x".join(map(str, view.shape))
-    lines = [f"{on_one_line(view.name)}  {shape}  {view.dtype}"]
+    lines = [f"{view.name}  {shape}  {view.dtype}"]
     if view.packed:
         lines += _packed_lines(view.packed)
     lines += ["", f"weights  mean {view.mean:.3g}, standard deviation {view.std:.3g}", *_bars(view.weights)]

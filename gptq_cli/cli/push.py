@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gptq_cli.cli import options as o
-from gptq_cli.cli.console import Console
+from gptq_cli.cli.console import Console, joined
 from gptq_cli.cli.progress import Progress
 from gptq_cli.config.units import size
 
@@ -72,4 +72,4 @@ def _text(parcel: Parcel, done: Published, public: bool) -> str:
     how = "unchanged" if done.already_there else "new commit"
     lines = [done.url, f"files    {files}", f"main     {done.commit[:12]}, {how}"]
     lines += [f"deleted  {name}" for name in done.deleted]
-    return "\n".join(lines)
+    return joined(lines)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gptq_cli.cli.console import Console, fitted, on_one_line
+from gptq_cli.cli.console import Console, fitted, joined
 from gptq_cli.cli.options import AsJson, Quiet, plain
 from gptq_cli.config.units import size
 from gptq_cli.errors import GateError
@@ -47,9 +47,7 @@ def verify(
     count = len(found.defects)
     hint = _remedy(found.defects)
     message = f"`{directory}` has {count} defect{'s' if count > 1 else ''}"
-    console.refused(
-        _data(found), "\n".join(_lines(found.defects)), str(count), GateError("E_VERIFY", message, hint=hint)
-    )
+    console.refused(_data(found), joined(_lines(found.defects)), str(count), GateError("E_VERIFY", message, hint=hint))
 
 
 def _data(found: Verification) -> dict[str, Any]:
@@ -78,6 +76,6 @@ def _lines(defects: Sequence[Defect]) -> list[str]:
     for defect in defects:
         seen[defect.code] += 1
         if seen[defect.code] <= SHOWN:
-            lines.append(on_one_line(str(defect)))
+            lines.append(str(defect))
     more = [f"{code} {count - SHOWN} more, see --json" for code, count in seen.items() if count > SHOWN]
     return lines + more
