@@ -14,6 +14,7 @@ from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.errors import InputError
 
 DECODER_BLOCKS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+MOST_TURNS = 16  # of a model that runs the same blocks several times and counts them as often
 USUAL_PARTS = 1024  # of a list in another part of a model, which a checkpoint may lack
 MAX_LABELS = 10**6
 _IMPLEMENTATION = re.compile(r"_?\w+_implementation(_internal)?")
@@ -27,15 +28,15 @@ _NUMBERED = re.compile(r"(?:^|\.)(\d+)(?=\.)")
 def check_claims(source: Checkpoint) -> None:
     """Refuse a config that transformers would obey at the cost of others' code, or of memory without end.
 
-    InputError E_REMOTE_CODE if it names a kernel of the Hub, E_CKPT_INCOMPLETE if it speaks of more blocks than the
-    tensors are of, E_CKPT_CONFIG if it counts other parts that no tensor is of.
+    InputError E_REMOTE_CODE if it names a kernel of the Hub, E_CKPT_INCOMPLETE if it speaks of many more blocks
+    than the tensors are of, E_CKPT_CONFIG if it counts other parts that no tensor is of.
     """
     for place, value in _named(source.config):
         _refuse_kernel(source.directory, place, value)
     longest = _longest_list(source.tensors)
     for key in DECODER_BLOCKS:
         said = source.text_config.get(key)
-        if type(said) is int and said > longest:
+        if type(said) is int and said > longest * MOST_TURNS:
             raise InputError(
                 "E_CKPT_INCOMPLETE", f"config.json says {key} {said}, but the tensors are of {longest} blocks",
                 hint="download config.json and the weights again, of one revision",
