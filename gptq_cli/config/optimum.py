@@ -1,4 +1,4 @@
-"""The dict that Optimum's GPTQQuantizer and transformers' GPTQConfig write, taken as it is and without loss.
+"""The dicts that Optimum, transformers 4 and 5, AutoGPTQ and GPTQModel write, taken as they are and without loss.
 
 A foreign field is renamed when we have the same thing under another name, noted when it cannot change our result, and
 refused when its value asks for something that we would not do.
@@ -12,7 +12,12 @@ from typing import Any
 
 from gptq_cli.config.finding import Finding, KeyPath, shown
 
-RENAMED = {"checkpoint_format": "format", "model_seqlen": "seqlen"}
+RENAMED = {"checkpoint_format": "format", "model_seqlen": "seqlen", "hyb_act": "act_group_aware"}
+
+KERNEL = "it chooses a kernel that reads the output"
+SOURCE = "it names the checkpoint that the dict was written for"
+PLACES = "it says where another tool keeps and computes things"
+NO_ALPHA = "it belongs to a setting that is off"
 
 # field -> why no value of it can change the result
 WITHOUT_EFFECT = {
@@ -21,14 +26,42 @@ WITHOUT_EFFECT = {
     "max_input_length": "it sizes a buffer of a kernel that is not used here",
     "cache_block_outputs": "block outputs are always kept for the next block",
     "module_name_preceding_first_block": "the model's own forward runs what comes before the blocks",
+    "damp_auto_increment": "a Hessian without a factor is damped more by steps of this tool",
+    **dict.fromkeys(("use_exllama", "disable_exllama", "exllama_config", "use_cuda_fp16", "use_marlin"), KERNEL),
+    **dict.fromkeys(("model_name_or_path", "model_file_base_name", "uri"), SOURCE),
+    **dict.fromkeys(("offload_to_disk", "offload_to_disk_path", "calibration_data_device"), PLACES),
+    **dict.fromkeys(("dense_vram_strategy", "dense_vram_strategy_devices"), PLACES),
+    **dict.fromkeys(("moe_vram_strategy", "moe_vram_strategy_devices"), PLACES),
+    **dict.fromkeys(("auto_forward_data_parallel", "wait_for_submodule_finalizers", "gc_mode"), PLACES),
+    **dict.fromkeys(("buffered_fwd", "compute_device_filter", "hessian_chunk_size", "hessian_chunk_bytes"), PLACES),
+    **dict.fromkeys(("pack_impl", "parallel_packing"), "codes are packed the same way by any code"),
+    **dict.fromkeys(("v2_alpha", "v2_memory_device", "gptaq_alpha", "gptaq_memory_device"), NO_ALPHA),
 }
+RECORDED = ("damp_percent", "static_groups", "true_sequential", "act_group_aware")
+READERS = {"auto_trainable", "exllama", "exllama_v1", "exllama_v2", "exllama_eora", "marlin", "marlin_fp16", "machete"}
+READERS |= {"bitblas", "ipex", "torch_fused", "cuda", "vllm", "sglang", "mlx"}
 
 # field -> (the only value we can honour besides null, what happens here instead)
 ONLY = {
     "quant_method": ("gptq", "this tool writes GPTQ"),
+    "method": ("gptq", "this tool writes GPTQ"),
     "pack_dtype": ("int32", "codes are packed into int32 words"),
     "tokenizer": (None, "calibration uses the tokenizer that comes with the model"),
     "block_name_to_quantize": (None, "the blocks are found by running the model"),
+    "is_marlin_format": (False, "codes are written in the layouts gptq and gptq_v2"),
+    "mse": (0, "scales are searched for with `scale_search: mse`"),
+    "v2": (False, "inputs before and after quantization are weighed by asymmetric_calibration"),
+    "gptaq": (False, "inputs before and after quantization are weighed by asymmetric_calibration"),
+    "foem": (False, "this tool has no such method"),
+    "rotation": (None, "weights are not rotated"),
+    "adapter": (None, "no adapter is trained"),
+    "activation": (None, "activations are not quantized"),
+    "moe": (None, "experts without tokens are a matter of moe_uncovered"),
+    "fail_safe": (False, "layers without usable inputs are a matter of on_numeric_fault and moe_uncovered"),
+    "failsafe": (None, "layers without usable inputs are a matter of on_numeric_fault and moe_uncovered"),
+    "fallback": (None, "layers without usable inputs are a matter of on_numeric_fault and moe_uncovered"),
+    "mock_quantization": (False, "layers are really quantized"),
+    "hessian_use_bfloat16_staging": (False, "Hessians are summed in float32"),
 }
 SILENT_DEFAULTS = {"cache_block_outputs": True}
 
@@ -44,19 +77,27 @@ class Adopted:
 
 
 def adopt(values: Mapping[str, Any]) -> Adopted:
-    """`values` with the fields of Optimum 2.3 and transformers 5 translated, noted or refused."""
+    """`values` with the fields of other tools translated, noted or refused."""
     adopted = Adopted({})
     for key, value in values.items():
         if key in RENAMED:
             _rename(adopted, values, key, value)
         elif key in WITHOUT_EFFECT:
             if value not in (None, {}, [], SILENT_DEFAULTS.get(key)):
-                adopted.notes.append(f"{key} has no effect: {WITHOUT_EFFECT[key]}")
+                adopted.notes.append(f"{key} has no effect: {WITHOUT_EFFECT[key]}{_settings_in(value)}")
         elif key in ONLY:
             _insist(adopted, key, value)
+        elif key == "backend" and isinstance(value, str) and value in READERS:
+            adopted.notes.append(f"backend {value} has no effect: {KERNEL}")
         elif value is not None or key not in adopted.values:
             adopted.values[key] = value
     return adopted
+
+
+def _settings_in(meta: Any) -> str:
+    """The settings that GPTQModel notes in `meta`, which one may want."""
+    found = [key for key in RECORDED if isinstance(meta, Mapping) and meta.get(key) is not None]
+    return f"; of its settings these may be given beside it: {', '.join(found)}" if found else ""
 
 
 def _rename(adopted: Adopted, values: Mapping[str, Any], key: str, value: Any) -> None:
@@ -75,6 +116,6 @@ def _insist(adopted: Adopted, key: str, value: Any) -> None:
     only, why = ONLY[key]
     if value is None or value == only:
         return
-    accepted = "left out" if only is None else f"{only}"
+    accepted = "left out" if only is None else shown(only).strip('"')
     hint = f"remove it: {why}"
     adopted.findings.append(Finding(((key,),), "E_CFG_RANGE", f"must be {accepted}, got {shown(value)}", hint))

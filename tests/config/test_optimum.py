@@ -52,6 +52,80 @@ def test_transformers_dict_is_taken_as_it_is(said: dict[str, Any], tmp_path: Pat
     assert found.notes == ()
 
 
+# GPTQConfig(bits=4, ...).to_dict() of transformers 4.39, as in the config.json of Qwen2.5-Coder-1.5B-Instruct-GPTQ-Int4
+TRANSFORMERS_4 = {
+    "batch_size": 1, "bits": 4, "block_name_to_quantize": None, "cache_block_outputs": True, "damp_percent": 0.01,
+    "dataset": None, "desc_act": False, "exllama_config": {"version": 1}, "group_size": 128, "max_input_length": None,
+    "model_seqlen": None, "module_name_preceding_first_block": None, "modules_in_block_to_quantize": None,
+    "pad_token_id": None, "quant_method": "gptq", "sym": True, "tokenizer": None, "true_sequential": True,
+    "use_cuda_fp16": False, "use_exllama": True,
+}  # fmt: skip
+# what transformers 4.57 adds and changes
+TRANSFORMERS_4_57 = {
+    **TRANSFORMERS_4, "backend": "auto_trainable", "checkpoint_format": "gptq",
+    "meta": {"quantizer": ["optimum:1.24.0", "gptqmodel:2.2.0"]},
+}  # fmt: skip
+# quantize_config.json of AutoGPTQ 0.6, and of the many checkpoints that were made with it
+AUTOGPTQ = {
+    "bits": 4, "group_size": 128, "damp_percent": 0.1, "desc_act": True, "static_groups": False, "sym": True,
+    "true_sequential": True, "model_name_or_path": None, "model_file_base_name": "model", "is_marlin_format": False,
+    "quant_method": "gptq",
+}  # fmt: skip
+# quantize_config.json of GPTQModel 0.9, 4 and 5.6
+GPTQMODEL_0 = {
+    "bits": 4, "dynamic": None, "group_size": 128, "damp_percent": 0.005, "true_sequential": True, "desc_act": True,
+    "static_groups": False, "sym": True, "lm_head": False, "model_name_or_path": "", "model_file_base_name": "model",
+    "quant_method": "gptq", "checkpoint_format": "gptq", "meta": {"quantizer": "gptqmodel:0.9.8"},
+}  # fmt: skip
+GPTQMODEL_4 = {
+    "bits": 4, "group_size": 128, "desc_act": False, "hyb_act": True, "sym": True, "lm_head": False,
+    "quant_method": "gptq", "checkpoint_format": "gptq", "pack_dtype": "int32",
+    "meta": {"quantizer": ["gptqmodel:4.0.0"], "uri": "https://github.com/modelcloud/gptqmodel", "damp_percent": 0.05,
+             "damp_auto_increment": 0.01, "static_groups": False, "true_sequential": True, "mse": 0.0, "v2": False,
+             "v2_alpha": 0.25},
+}  # fmt: skip
+GPTQMODEL_5 = {
+    **{key: value for key, value in GPTQMODEL_4.items() if key != "hyb_act"},
+    "method": "gptq", "format": "gptq", "pack_impl": "cpu", "damp_auto_increment": 0.01, "mse": 0.0, "v2": False,
+    "v2_alpha": 0.25, "gptaq": None, "rotation": None, "adapter": None, "fail_safe": False, "act_group_aware": True,
+    "mock_quantization": False, "hessian_chunk_size": None, "offload_to_disk": True, "offload_to_disk_path": "/tmp/x",
+}  # fmt: skip
+KERNELS = ("exllama_config", "use_cuda_fp16", "use_exllama")
+
+
+@pytest.mark.parametrize(
+    ("values", "noted", "config"),
+    [
+        (TRANSFORMERS_4, KERNELS, {"damp_percent": 0.01, "batch_size": 1}),
+        (TRANSFORMERS_4_57, (*KERNELS, "backend", "meta"), {"damp_percent": 0.01, "batch_size": 1}),
+        (AUTOGPTQ, ("model_file_base_name",), {"damp_percent": 0.1, "desc_act": True}),
+        (GPTQMODEL_0, ("model_name_or_path", "model_file_base_name", "meta"), {"damp_percent": 0.005}),
+        (GPTQMODEL_4, ("meta",), {"act_group_aware": True}),
+        (GPTQMODEL_5, ("meta", "pack_impl", "damp_auto_increment", "v2_alpha", "offload_to_disk",
+                       "offload_to_disk_path"), {"act_group_aware": True}),
+    ],
+)  # fmt: skip
+def test_dicts_of_older_tools_are_taken_with_a_note(
+    values: dict[str, Any], noted: tuple[str, ...], config: dict[str, Any], tmp_path: Path
+) -> None:
+    found = resolved(values, tmp_path)
+    said = {key: value for key, value in values.items() if value is not None and key in QuantizeConfig.model_fields}
+    assert found.config == QuantizeConfig(**{**said, "backend": None, **config})
+    assert [note.split()[0] for note in found.notes] == list(noted)
+    assert all(" has no effect: " in note for note in found.notes)
+
+
+def test_settings_that_a_tool_has_noted_in_meta_are_named(tmp_path: Path) -> None:
+    (note,) = resolved(GPTQMODEL_4, tmp_path).notes
+    assert note.endswith("these may be given beside it: damp_percent, static_groups, true_sequential")
+
+
+def test_another_name_for_act_group_aware_is_known(tmp_path: Path) -> None:
+    assert resolved({"bits": 4, "hyb_act": False}, tmp_path).config.act_group_aware is False
+    with pytest.raises(ConfigError, match="hyb_act and act_group_aware mean the same and differ"):
+        resolved({"bits": 4, "hyb_act": False, "act_group_aware": True}, tmp_path)
+
+
 def test_other_names_for_format_and_seqlen_are_known(tmp_path: Path) -> None:
     found = resolved({"bits": 4, "checkpoint_format": "gptq_v2", "format": None, "model_seqlen": 77}, tmp_path)
     assert (found.config.format, found.config.seqlen) == ("gptq_v2", 77)
@@ -79,6 +153,18 @@ def test_fields_without_effect_are_noted_and_nulls_are_not(tmp_path: Path) -> No
         ({"tokenizer": "gpt2"}, 'tokenizer must be left out, got "gpt2"', 3),
         ({"block_name_to_quantize": "h"}, 'block_name_to_quantize must be left out, got "h"', 3),
         ({"pack_dtype": "int8"}, 'pack_dtype must be int32, got "int8"', 3),
+        ({"method": "qqq"}, 'method must be gptq, got "qqq"', 3),
+        ({"is_marlin_format": True}, "is_marlin_format must be false, got true", 3),
+        ({"mse": 2.4}, "mse must be 0, got 2.4", 3),
+        ({"mse": True}, "mse must be 0, got true", 3),
+        ({"v2": True}, "v2 must be false, got true", 3),
+        ({"gptaq": {"alpha": 0.25}}, 'gptaq must be false, got {"alpha": 0.25}', 3),
+        ({"rotation": "hadamard"}, 'rotation must be left out, got "hadamard"', 3),
+        ({"adapter": {"rank": 8}}, 'adapter must be left out, got {"rank": 8}', 3),
+        ({"fail_safe": True}, "fail_safe must be false, got true", 3),
+        ({"mock_quantization": True}, "mock_quantization must be false, got true", 3),
+        ({"backend": ["marlin"]}, 'backend must be auto, torch, triton or null, got ["marlin"]', 3),
+        ({"backend": "unknown"}, 'backend must be auto, torch, triton or null, got "unknown"', 3),
         ({"checkpoint_format": "marlin"}, 'checkpoint_format must be gptq or gptq_v2, got "marlin"', 3),
         (
             {"checkpoint_format": "gptq", "format": "gptq_v2"},
