@@ -57,7 +57,7 @@ class GptqError(Exception):
 
     @classmethod
     def of(cls, problems: Sequence[Problem]) -> Self:
-        """One error for all `problems` (at least one), so that a user mends what is wrong in one go."""
+        """One error for all `problems` (at least one), so that a user can fix all of it in one go."""
         error = cls(problems[0].code, "; ".join(problem.message for problem in problems))
         error.problems = tuple(problems)
         return error

@@ -165,6 +165,9 @@ def nested(depth: int) -> bytes:
     return b'{"a":' * depth + b"1" + b"}" * depth
 
 
+OWN_TOKENIZER = b'{"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["tokenization_own.Own", null]}}'
+
+
 def without_tokenizer(model: Path) -> None:
     for file in model.glob("tokenizer*"):
         file.unlink()
@@ -239,18 +242,16 @@ DATA = [
     Case(18, "empty", dataset("x.txt", ""), "E_DATA_EMPTY", "empty file", "holds text"),
     Case(18, "no rows", dataset("x.csv", "text\n"), "E_DATA_EMPTY", "has no rows", "holds text"),
     Case(19, "column", dataset("x.jsonl", '{"body": "a"}\n'), "E_DATA_COLUMN", "it has `body`", "--text-column"),
-    Case(
-        19,
-        "numbers",
-        dataset("x.jsonl", '{"text": 4}\n'),
-        "E_DATA_COLUMN",
-        "column `text` holds int64",
-        "mend it",
-    ),
-    Case(19, "null", dataset("x.jsonl", '{"text": "a"}\n{"text": null}\n'), "E_DATA_COLUMN", "null", "mend it"),
+    Case(19, "numbers", dataset("x.jsonl", '{"text": 4}\n'), "E_DATA_COLUMN", "row 1 holds a number", "fix it"),
+    Case(19, "chats", dataset("x.jsonl", '{"text": [{"role": "user", "content": "a"}]}'), "E_DATA_COLUMN",
+         "holds a list of chat messages", "apply_chat_template"),
+    Case(19, "no text", dataset("x.jsonl", '{"messages": []}'), "E_DATA_COLUMN", "it has `messages`", "chat_template"),
+    Case(19, "null", dataset("x.jsonl", '{"text": "a"}\n{"text": null}\n'), "E_DATA_COLUMN", "null", "fix it"),
+    Case(19, "utf-16", dataset("x.TXT", "words".encode("utf-16")), "E_DATA_ENCODING", "is UTF-16", "iconv -f utf-16 "),
+    Case(19, "nuls", dataset("x.TXT", bytes(99)), "E_DATA_FORMAT", "a NUL byte at offset 0", "holds text"),
     Case(20, "script", flags("--dataset=ptb"), "E_DATA_SCRIPT", "loading script", "wikitext2"),
     Case(21, "none", broken(without_tokenizer), "E_TOKENIZER", "has no tokenizer", "copy the tokenizer"),
-]
+]  # fmt: skip
 MODEL = [
     Case(16, "path", lambda _: ["quantize", "./none", "-b", "4"], "E_MODEL_NOT_FOUND", "not a directory", "Hub id"),
     Case(23, "shard", broken(lambda m: (m / SHARD).unlink()), "E_CKPT_MISSING", "lacks 1 of 3 shards", "hf download"),
@@ -291,6 +292,10 @@ MODEL = [
          "E_REMOTE_CODE", "needs its own Python code", "--trust-remote-code"),
     Case(35, "named code", broken(both(config(model_type="own", auto_map={"AutoConfig": "configuration_own.Own"}),
          replaced("configuration_own.py", b""))), "E_REMOTE_CODE", "to run: configuration_own.py", "read that code"),
+    Case(35, "tokenizer", broken(both(replaced("tokenizer_config.json", OWN_TOKENIZER), replaced("tokenization_own.py",
+         b""))), "E_REMOTE_CODE", "the tokenizer of", "read that code, then add --trust-remote-code"),
+    Case(35, "named tokenizer", broken(both(replaced("tokenizer_config.json", OWN_TOKENIZER),
+         replaced("tokenization_own.py", b""))), "E_REMOTE_CODE", "to run: tokenization_own.py", "--trust-remote-code"),
     Case(36, "no json", broken(replaced("config.json", b"{")), "E_CKPT_CONFIG", "cannot be read as JSON", "again"),
     Case(36, "no object", broken(replaced("config.json", b"[]")), "E_CKPT_CONFIG", "is not a JSON object"),
     Case(36, "quantized", broken(config(quantization_config="gptq")), "E_CKPT_CONFIG", "is not a JSON object", "again"),

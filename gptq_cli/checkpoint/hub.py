@@ -56,7 +56,8 @@ def locate_model(model: str, revision: str | None = None) -> ModelSource:
 def peek_model(model: str, revision: str | None = None) -> tuple[ModelSource, Checkpoint]:
     """MODEL with its config and the headers of its weights; of a Hub id not more than these is fetched.
 
-    The directory of a Hub id holds its configuration only. Raises as `locate_model` and `open_checkpoint` do.
+    The directory of a Hub id holds its configuration only, unless the Hub cannot be asked and the cache has all of it.
+    Raises as `locate_model` and `open_checkpoint` do.
     """
     if local := _local(model, revision):
         return local, open_checkpoint(local.directory)
@@ -67,8 +68,14 @@ def peek_model(model: str, revision: str | None = None) -> tuple[ModelSource, Ch
     if HF_HUB_OFFLINE:
         cached = _download(identifier, revision)  # from the cache, or refused
         return cached, open_checkpoint(cached.directory)
-    with _hub_errors(identifier, revision):
-        return _peek(HfApi(), identifier, revision)
+    try:
+        with _hub_errors(identifier, revision):
+            return _peek(HfApi(), identifier, revision)
+    except InputError as refused:
+        cached_model = _cached(identifier, revision) if _is_silence(refused) else None
+        if cached_model is None:
+            raise
+        return cached_model
 
 
 def hub_id(model: str) -> str:
@@ -155,6 +162,30 @@ def _download(identifier: str, revision: str | None) -> ModelSource:
     with _hub_errors(identifier, revision):
         directory = Path(snapshot_download(identifier, revision=revision, ignore_patterns=SKIPPED))
     return ModelSource(directory, identifier, directory.name)  # the cache names a snapshot by its commit
+
+
+def _is_silence(refused: InputError) -> bool:
+    """Whether the Hub has not let itself be asked for the model: then `snapshot_download` takes what the cache has."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    return refused.code in ("E_HUB_NETWORK", "E_HUB_AUTH") or isinstance(refused.__cause__, RepositoryNotFoundError)
+
+
+def _cached(identifier: str, revision: str | None) -> tuple[ModelSource, Checkpoint] | None:
+    """A model in the cache; None if it is not there, or not all of it."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        found = snapshot_download(identifier, revision=revision, ignore_patterns=SKIPPED, local_files_only=True)
+        directory = Path(found)
+        return ModelSource(directory, identifier, directory.name), open_checkpoint(directory)
+    except LocalEntryNotFoundError:
+        return None
+    except InputError as error:
+        if error.code in ("E_CKPT_MISSING", "E_CKPT_CONFIG"):
+            return None
+        raise
 
 
 def _peek(api: HfApi, identifier: str, revision: str | None) -> tuple[ModelSource, Checkpoint]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 WORST = 10
 WORST_WINDOWS = 5
-WITH_TEXT = ("seqlen", "device", "dtype")
+WITH_TEXT = ("seqlen", "device", "dtype", "trust_remote_code")
 A = Annotated[str, typer.Argument(metavar="A", help="checkpoint to judge: directory or Hub id", show_default=False)]
 B = Annotated[str, typer.Argument(metavar="B", help="reference, most often the original", show_default=False)]
 Text = Annotated[

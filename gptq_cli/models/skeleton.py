@@ -20,6 +20,7 @@ from gptq_cli.config.leftovers import misfit
 from gptq_cli.errors import InputError
 from gptq_cli.models.experts import find_stacks, separate
 from gptq_cli.models.names import Fusion, Sources, match_names
+from gptq_cli.models.remote_code import remote_code_refusal
 
 MAX_BUFFER_BYTES = 2**32  # of buffers that are computed: rotary frequencies, masks of old models
 MAX_OTHER_SHARE = 0.5  # of the blocks' parameters: matrices that no linear layer holds
@@ -248,20 +249,10 @@ def _check_buffers(model: PreTrainedModel) -> None:
 
 
 def _unknown(directory: Path, error: Exception) -> InputError:
+    if refused := remote_code_refusal(error, directory):
+        return refused
     text = str(error).strip().split("\n")[0]
-    if "trust_remote_code" in str(error):
-        return InputError(
-            "E_REMOTE_CODE", f"`{directory}` needs its own Python code to run{_own_code(directory)}",
-            hint="read that code, then add --trust-remote-code",
-        )  # fmt: skip
     newer = "a newer transformers may know it: pip install --upgrade transformers"
     hint = newer if "does not recognize" in text else None
     text = text.partition(" This could be because")[0]
     return InputError("E_ARCH", f"transformers cannot build the model in `{directory}`: {text}", hint=hint)
-
-
-def _own_code(directory: Path) -> str:
-    """Which code that is. A directory of the Hub's cache is named after its commit."""
-    files = sorted(path.name for path in directory.glob("*.py"))
-    commit = f", at commit {directory.name}" if directory.parent.name == "snapshots" else ""
-    return f": {', '.join(files[:5])}{', ...' if len(files) > 5 else ''}{commit}" if files else commit

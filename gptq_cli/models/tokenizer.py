@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from gptq_cli.errors import GptqError, InputError
 from gptq_cli.files import file_cause, file_errors
+from gptq_cli.models.remote_code import remote_code_refusal
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,14 +27,15 @@ class Encoder:
 
 
 def load_encoder(directory: Path, *, trust_remote_code: bool) -> Encoder:
-    """The tokenizer in `directory`; InputError E_TOKENIZER if there is none that works."""
+    """The tokenizer in `directory`; InputError E_TOKENIZER if there is none that works, E_REMOTE_CODE if it is code."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             directory, trust_remote_code=trust_remote_code, local_files_only=True, use_fast=True
         )
         first = tokenizer("a", add_special_tokens=True)["input_ids"][:1]
     except Exception as error:
-        if refused := file_cause(error) or _unreadable(directory):
+        own_code = remote_code_refusal(error, directory, "the tokenizer of ")
+        if refused := own_code or file_cause(error) or _unreadable(directory):
             raise refused from error
         if not any(directory.glob("*token*")) and not any(directory.glob("*vocab*")):
             hint = "copy the tokenizer's files into it, such as tokenizer.json and tokenizer_config.json"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from gptq_cli.checkpoint import hub as client
 from gptq_cli.checkpoint.hub import locate_model
 from gptq_cli.errors import InputError
 from tests.families import save_model
@@ -20,6 +21,7 @@ NOT_WANTED += ("checkpoint-500/model.safetensors", "wandb/run.json")
 
 LOCATE = """
 import json, sys
+from gptq_cli.checkpoint import hub as client
 from gptq_cli.checkpoint.hub import locate_model
 from gptq_cli.errors import GptqError
 try:
@@ -29,11 +31,26 @@ except GptqError as error:
     print(json.dumps({"code": error.code, "exit": error.exit_code, "message": str(error), "hint": error.hint}))
 """
 
+PEEK = """
+import json, sys
+from gptq_cli.checkpoint.hub import peek_model
+from gptq_cli.errors import GptqError
+try:
+    source, checkpoint = peek_model(sys.argv[1], sys.argv[2] or None)
+    print(json.dumps({"name": source.name, "commit": source.commit, "tensors": sorted(checkpoint.tensors)}))
+except GptqError as error:
+    print(json.dumps({"code": error.code, "exit": error.exit_code, "message": str(error), "hint": error.hint}))
+"""
+
 ENTRY = Reply(404, headers={"X-Error-Code": "EntryNotFound"})
 
 
 def locate(model: str, environment: dict[str, str], revision: str = "") -> dict[str, str]:
-    command = [sys.executable, "-c", LOCATE, model, revision]
+    return asked(LOCATE, model, environment, revision)
+
+
+def asked(script: str, model: str, environment: dict[str, str], revision: str = "") -> dict[str, str]:
+    command = [sys.executable, "-c", script, model, revision]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, check=True)
     found: dict[str, str] = json.loads(done.stdout)
     return found
@@ -153,3 +170,67 @@ def test_a_connection_that_is_cut_in_the_middle_is_taken_up_by_the_client(
         hub.faults.append(Fault("GET .*/resolve/.*/model.safetensors", None, times=1))
         found = locate("someone/tiny", hub.environment(tmp_path))
     assert (Path(found["directory"]) / "model.safetensors").read_bytes() == files["model.safetensors"]
+
+
+@pytest.mark.parametrize("revision", ["", "main"])
+def test_headers_come_from_the_cache_when_there_is_no_network(
+    revision: str, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    with serve({"someone/tiny": files}, kind="model") as hub:
+        environment = hub.environment(tmp_path)
+        locate("someone/tiny", environment)
+        there = asked(PEEK, "someone/tiny", environment, revision)
+    assert asked(PEEK, "someone/tiny", environment, revision) == there
+    assert asked(PEEK, "someone/tiny", {**environment, "HF_HUB_OFFLINE": "1"}, revision) == there
+    assert len(there["tensors"]) > 10
+    assert asked(PEEK, "someone/tiny", environment, "v9")["code"] == "E_HUB_NETWORK"
+    assert asked(PEEK, "someone/other", environment)["code"] == "E_HUB_NETWORK"
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("/api/", Reply(500)),
+        Fault("/api/", Reply(401)),
+        Fault("/api/", Reply(401, headers={"X-Error-Code": "RepoNotFound"})),
+        Fault("/api/", Reply(403, headers={"X-Error-Code": "GatedRepo"})),
+    ],
+)
+def test_plan_takes_from_the_cache_what_quantize_takes(fault: Fault, files: dict[str, bytes], tmp_path: Path) -> None:
+    with serve({"someone/tiny": files}, kind="model") as hub:
+        environment = hub.environment(tmp_path)
+        there = locate("someone/tiny", environment)
+        hub.faults.append(fault)
+        assert locate("someone/tiny", environment) == there
+        asked_before = len(hub.requests)
+        peeked = asked(PEEK, "someone/tiny", environment)
+        assert (peeked["commit"], peeked["name"]) == (there["commit"], "someone/tiny")
+        assert not any("safetensors" in request for request in hub.requests[asked_before:])
+
+
+def test_a_revision_that_the_hub_does_not_know_is_not_looked_for_in_the_cache(
+    files: dict[str, bytes], tmp_path: Path
+) -> None:
+    with serve({"someone/tiny": files}, kind="model") as hub:
+        environment = hub.environment(tmp_path)
+        locate("someone/tiny", environment)
+        hub.faults.append(Fault("/api/", Reply(404, headers={"X-Error-Code": "RevisionNotFound"})))
+        assert asked(PEEK, "someone/tiny", environment, "main")["code"] == "E_HUB_NOT_FOUND"
+
+
+def test_what_the_cache_has_in_part_is_not_taken_for_the_model(files: dict[str, bytes], tmp_path: Path) -> None:
+    with serve({"someone/tiny": files}, kind="model") as hub:
+        environment = hub.environment(tmp_path)
+        asked(PEEK, "someone/tiny", environment)  # fetches config.json alone
+    found = asked(PEEK, "someone/tiny", environment)
+    assert (found["code"], found["exit"]) == ("E_HUB_NETWORK", 3)
+    assert "check the network" in found["hint"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_a_snapshot_without_weights_is_no_model_in_the_cache(
+    name: str, files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / name).write_bytes(files[name])
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
+    assert client._cached("someone/tiny", None) is None
