@@ -19,6 +19,7 @@ from gptq_cli.pipeline.report import BlockLog, check_report, save_report, write_
 from gptq_cli.report.charts import NEVER
 from gptq_cli.report.page import experts_of, grids, render
 from tests.cli.conftest import layer_report, play
+from tests.disks import CountingDisk, DyingDisk, Killed, using
 from tests.families import save_model
 from tests.pipeline.runs import config
 
@@ -236,3 +237,15 @@ def test_pages_and_pictures_of_gptq_are_written_again(finished: Path, tmp_path: 
     assert CliRunner().invoke(app, ["report", str(finished)]).exit_code == 0
     swapped = CliRunner().invoke(app, ["report", str(finished), "-o", str(png)])
     assert swapped.exit_code == 6  # a picture is no page
+
+
+def test_a_report_that_was_killed_is_finished_by_the_same_call(finished: Path, tmp_path: Path) -> None:
+    operations = CountingDisk()
+    with using(operations):
+        write_page(finished, tmp_path / "page.html", png=tmp_path / "heat.png")
+    whole = {path.name for path in tmp_path.iterdir()}
+    for last in range(1, len(operations.operations)):
+        with pytest.raises(Killed), using(DyingDisk(last)):
+            write_page(finished, tmp_path / "page.html", png=tmp_path / "heat.png")
+        write_page(finished, tmp_path / "page.html", png=tmp_path / "heat.png")
+        assert {path.name for path in tmp_path.iterdir()} == whole == {"page.html", "heat.png"}
