@@ -74,10 +74,18 @@ class _Hub:
 
 
 def publish(
-    repo: str, files: Mapping[str, Path | bytes], *, public: bool, overwrite: bool, progress: bool, say: Say
+    repo: str,
+    files: Mapping[str, Path | bytes],
+    *,
+    public: bool,
+    overwrite: bool,
+    progress: bool,
+    say: Say,
+    check: Callable[[], None],
 ) -> Published:
     """Make `main` of the model repository `repo` hold `files` (path in the repository -> a file here, or its bytes).
 
+    `check` is called when the bytes to send are known, and raises if they are not those that are meant.
     Creates the repository if it does not exist, private unless `public`. Sends nothing if `main` holds all of it.
     Raises ExistsError E_OUT_EXISTS for other content under these names without `overwrite`; InputError E_PUSH if the
     Hub refuses or holds something else afterwards, E_HUB_* as `push_refusal` says.
@@ -88,6 +96,7 @@ def publish(
     if not progress:
         disable_progress_bars()
     additions = [CommitOperationAdd(path, content) for path, content in sorted(files.items())]
+    check()
     with _push_errors(f"model `{repo}`"):
         hub = _Hub(HfApi(), repo, additions)
         _open(hub, public=public)

@@ -72,7 +72,7 @@ def verify_checkpoint(directory: Path, *, full: bool = False) -> Verification:
     Headers, configuration, g_idx, qzeros and scales are read; with `full` also every other number, which must be
     finite, and every file that `gptq_manifest.json` lists, whose hash must agree. A few tensors are in memory.
     InputError E_CKPT_KIND if there is no quantized tensor and no configuration that promises one, E_CKPT_QUANTIZED for
-    one that calls itself something else than GPTQ.
+    one that calls itself something else than GPTQ, E_SOURCE_CHANGED for files that change meanwhile.
     """
     try:
         checkpoint = open_checkpoint(directory)
@@ -89,6 +89,7 @@ def verify_checkpoint(directory: Path, *, full: bool = False) -> Verification:
     if full:
         defects += [defect for tensor in _kept(checkpoint, modules) for defect in _check_finite(tensor)]
     hashed, torn = check_manifest(directory, full=full)
+    checkpoint.check_unchanged()
     settings = [config.settings(module) for module in modules] if config else []
     return Verification(
         defects=(*defects, *torn),

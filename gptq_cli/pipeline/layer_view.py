@@ -56,6 +56,12 @@ class LayerView:
 
 def view_layer(checkpoint: Checkpoint, name: str) -> LayerView:
     """The layer called `name`, or the only one whose name ends so; ConfigError E_LAYER if there is none or several."""
+    view = _looked_at(checkpoint, name)
+    checkpoint.check_unchanged()
+    return view
+
+
+def _looked_at(checkpoint: Checkpoint, name: str) -> LayerView:
     modules = {module.name for module in packed_modules(checkpoint.tensors)} if checkpoint.quantization else set()
     plain = {
         tensor.removesuffix(".weight")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,11 +42,15 @@ _YAML_BLOCK = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", 
 
 @dataclass(frozen=True, slots=True)
 class Parcel:
-    """What a push sends: the path in the repository of each file, with the file here or its bytes."""
+    """What a push sends: the path in the repository of each file, with the file here or its bytes.
+
+    `check_unchanged` raises if they are not the files that were verified.
+    """
 
     repo: str
     card: str
     files: dict[str, Path | bytes]
+    check_unchanged: Callable[[], None]
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -85,16 +89,19 @@ def prepare_push(
     text = _read_card(card) if card else _card(checkpoint, found, repo, base_model, measured, report)
     report(PhaseStarted("verify", f"{size(found.nbytes)}, every byte"))
     _verify(directory)
-    return Parcel(repo, text, _contents(checkpoint, text))
+    return Parcel(repo, text, _contents(checkpoint, text), checkpoint.check_unchanged)
 
 
 def push_parcel(parcel: Parcel, *, public: bool, overwrite: bool, progress: bool, report: Report = ignore) -> Published:
-    """Send it; raises as `publish` does."""
+    """Send it; raises as `publish` does, and InputError E_SOURCE_CHANGED if a file is not the one that was verified."""
 
     def say(phase: str, detail: str) -> None:
         report(PhaseStarted(phase, detail))
 
-    return publish(parcel.repo, parcel.files, public=public, overwrite=overwrite, progress=progress, say=say)
+    return publish(
+        parcel.repo, parcel.files, public=public, overwrite=overwrite, progress=progress, say=say,
+        check=parcel.check_unchanged,
+    )  # fmt: skip
 
 
 def _verify(directory: Path) -> None:

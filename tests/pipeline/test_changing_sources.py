@@ -14,15 +14,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from gptq_cli.checkpoint import verify
 from gptq_cli.checkpoint.source import open_checkpoint
+from gptq_cli.checkpoint.verify import verify_checkpoint
 from gptq_cli.checkpoint.writer import copy_side_files
 from gptq_cli.errors import InputError
-from gptq_cli.pipeline import compare, identity, rewrite
+from gptq_cli.pipeline import compare, identity, layer_view, rewrite
 from gptq_cli.pipeline.compare import compare_checkpoints
 from gptq_cli.pipeline.eval_request import EvalRequest
 from gptq_cli.pipeline.evaluate import evaluate_perplexity
 from gptq_cli.pipeline.events import BlockFinished, BlockStarted, Event, LayerSolved, LayerStarted, PhaseStarted
 from gptq_cli.pipeline.identity import identify
+from gptq_cli.pipeline.layer_view import view_layer
+from gptq_cli.pipeline.push import prepare_push, push_parcel
 from gptq_cli.pipeline.rewrite import convert_checkpoint, dequantize_checkpoint
 from tests.families import save_model, texts
 from tests.pipeline.runs import CPU, config, digest
@@ -242,3 +246,37 @@ def test_a_shard_that_is_replaced_is_found_at_the_next_block(tmp_path: Path) -> 
     with pytest.raises(InputError, match=f"`{file}` has changed"):
         Case(model, {}, []).run(tmp_path / "out", report=report, seqlen=16, nsamples=2)
     assert started == [0, 1]
+
+
+@pytest.mark.parametrize("command", ["verify", "inspect"])
+def test_nothing_is_told_of_a_checkpoint_that_changes(
+    command: str, own: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own.run(tmp_path / "quantized")
+    file = tmp_path / "quantized" / "config.json"
+    module, called = (verify, "check_manifest") if command == "verify" else (layer_view, "_view")
+    usual = getattr(module, called)
+
+    def late(*arguments: object, **manner: object) -> object:
+        in_place_with_its_old_time(file)
+        return usual(*arguments, **manner)
+
+    monkeypatch.setattr(module, called, late)
+    source = open_checkpoint(tmp_path / "quantized")
+    look: dict[str, Callable[[], object]] = {
+        "verify": lambda: verify_checkpoint(source.directory, full=True),
+        "inspect": lambda: view_layer(source, "layers.1.mlp.down_proj"),
+    }
+    with pytest.raises(InputError) as caught:
+        look[command]()
+    check(caught.value, file, "was written again")
+
+
+def test_no_other_bytes_are_pushed_than_were_verified(own: Case, tmp_path: Path) -> None:
+    own.run(tmp_path / "quantized")
+    parcel = prepare_push(tmp_path / "quantized", "me/tiny", base_model="org/tiny")
+    file = sorted((tmp_path / "quantized").glob("*.safetensors"))[0]
+    in_place_with_its_old_time(file)
+    with pytest.raises(InputError) as caught:
+        push_parcel(parcel, public=False, overwrite=False, progress=False)
+    check(caught.value, file, "was written again")
