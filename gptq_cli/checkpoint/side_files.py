@@ -11,8 +11,8 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".on
 ADAPTER_CONFIG = "adapter_config.json"
 # Weights in other formats, states of a training and its logs.
 SKIPPED_FOLDERS = (
-    "original", "onnx", "openvino", "checkpoint-*", "global_step*", "runs", "wandb", "mlruns", "lightning_logs",
-    "__pycache__",
+    "original", "onnx", "openvino", "checkpoint-*", "global_step*", "runs", "logs", "tensorboard", "wandb", "mlruns",
+    "lightning_logs", "__pycache__",
 )  # fmt: skip
 SKIPPED_FILES = (
     ADAPTER_CONFIG, "*.index.json", "trainer_state.json", "trainer_log.jsonl", "training_args.*", "all_results.json",

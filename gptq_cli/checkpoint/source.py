@@ -156,7 +156,9 @@ def remarks_on(
 ) -> list[Remark]:
     """Warnings about what `directory` holds and its config says, beside what its tensors are."""
     found = []
-    if is_leftover(config.get("quantization_config"), tensors):
+    nested = config.get("text_config")
+    places = [config, nested if isinstance(nested, dict) else {}]
+    if any(is_leftover(place.get("quantization_config"), tensors) for place in places):
         text = (
             f"config.json of `{directory}` says bitsandbytes, but the weights are plain floats: they are read as such"
         )

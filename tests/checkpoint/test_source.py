@@ -67,6 +67,7 @@ LEFT_BY_TRAINING = [
     "all_results.json", "eval_results.json", "trainer_log.jsonl", "zero_to_fp32.py", "train.log",
     "events.out.tfevents.1.host", ".git/config", ".cache/huggingface/x.lock", "model.lock", "half.incomplete",
     "__pycache__/modeling.txt", "code/__pycache__/x.pyc", "runs/Nov29/events", "wandb/run/config.yaml",
+    "logs/a.json", "tensorboard/b.json",
     "checkpoint-500/config.json", "checkpoint-500/trainer_state.json", "global_step500/README",
 ]  # fmt: skip
 OF_OTHER_MODELS = ["lora/adapter_config.json", "lora/adapter_model.safetensors", "draft/deep/config.json"]
@@ -309,10 +310,14 @@ def test_the_last_of_two_values_counts_and_is_told_if_they_differ(tmp_path: Path
     assert told(tmp_path) == [("W_CKPT_CONFIG", text)]
 
 
+@pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
-def test_bitsandbytes_counts_only_where_weights_are_in_its_codes(dtype: torch.dtype, tmp_path: Path) -> None:
-    said = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    (write_checkpoint(tmp_path) / "config.json").write_text(json.dumps({"quantization_config": said}))
+def test_bitsandbytes_counts_only_where_weights_are_in_its_codes(
+    dtype: torch.dtype, nested: bool, tmp_path: Path
+) -> None:
+    content: dict[str, object] = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    content = {"text_config": content} if nested else content
+    (write_checkpoint(tmp_path) / "config.json").write_text(json.dumps(content))
     checkpoint = open_checkpoint(tmp_path)
     assert (checkpoint.method, checkpoint.quantization) == (None, None)
     text = "config.json of `DIR` says bitsandbytes, but the weights are plain floats: they are read as such"
