@@ -54,6 +54,9 @@ def as_typer_sees(command: Callable[..., None], begin: Begin) -> Callable[..., N
         else:
             parameters.append(parameter.replace(kind=Parameter.KEYWORD_ONLY))
     parameters += [_parameter("verbose", Verbose, False), _parameter("log_file", LogFile, None)]
+    for parameter in parameters:
+        for info in getattr(parameter.annotation, "__metadata__", ()):
+            info.readable = False  # typer would check paths, but whoever opens one tells more
 
     def run(*, verbose: bool, log_file: Path | None, **values: Any) -> None:
         settings = _given({name: values.pop(name) for name in fields})
