@@ -184,21 +184,8 @@ def _was_writing(error: OSError, named: str) -> bool:
 
 
 def _advice_to_write(error: OSError, named: str) -> str:
-    if error.errno in _NO_SPACE:
-        return "free some space"
-    if error.errno == errno.ENAMETOOLONG:
-        return _advice_about_length(named)
-    if error.errno == errno.ELOOP:
-        return "remove the link that is there, or choose another output"
-    if error.errno == errno.ENOTDIR:
-        return f"choose another output: `{_first_file(named)}` is not a directory"
-    if error.errno == errno.ENOENT:
-        return "see whether somebody removes directories there while a run is going"
-    if error.errno == errno.EROFS:
-        return "choose an output on a file system that is not read-only"
-    if error.errno in {*_LOST, errno.EIO}:
-        return "choose an output on another disk, or look at `dmesg`"
-    return "choose an output you may write to"
+    say = _ADVICE_TO_WRITE.get(error.errno or 0)
+    return say(named) if say else "choose an output you may write to"
 
 
 def _advice_about_rights(named: str) -> str:
@@ -261,4 +248,15 @@ _ADVICE: dict[int, Callable[[str], str]] = {
     errno.EISDIR: lambda _: "it is a directory: name a file in it",
     errno.ELOOP: lambda _: "a link in this path leads back to itself: remove it, or let it lead somewhere",
     errno.EIO: lambda _: "the disk or its driver is at fault: look at `dmesg`, then copy the file from elsewhere",
+}
+_ADVICE_TO_WRITE: dict[int, Callable[[str], str]] = {
+    **dict.fromkeys(_NO_SPACE, lambda _: "free some space"),
+    **dict.fromkeys({*_LOST, errno.EIO}, lambda _: "choose an output on another disk, or look at `dmesg`"),
+    **dict.fromkeys(
+        {errno.ENOTDIR, errno.EEXIST}, lambda named: f"choose another output: `{_first_file(named)}` is not a directory"
+    ),
+    errno.ENAMETOOLONG: _advice_about_length,
+    errno.ELOOP: lambda _: "remove the link that is there, or choose another output",
+    errno.ENOENT: lambda _: "see whether somebody removes directories there while a run is going",
+    errno.EROFS: lambda _: "choose an output on a file system that is not read-only",
 }

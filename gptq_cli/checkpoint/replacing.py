@@ -23,6 +23,7 @@ from gptq_cli.checkpoint.manifest import MANIFEST, OF_THE_RUN, REPORT_DATA, REPO
 from gptq_cli.checkpoint.places import at_and_above, identity, is_inside, is_mount, mounts_below
 from gptq_cli.checkpoint.source import INDEX_NAME, MAX_CONFIG_BYTES, QUANTIZE_CONFIG
 from gptq_cli.errors import ConfigError, ExistsError, GptqError
+from gptq_cli.files import status_of
 from gptq_cli.shell import shell_word
 
 SHOWN = 3
@@ -51,8 +52,9 @@ def check_output(output: Path, model: Path, *, overwrite: bool, may_be_done: boo
 
     With `may_be_done` an output that gptq has written passes, for `check_replaceable` to look at when it is known
     whether this run would write the same. ConfigError E_OUT_IS_INPUT and E_OUT_MOUNT, ExistsError E_OUT_EXISTS and
-    E_OUT_FOREIGN.
+    E_OUT_FOREIGN. ResourceError E_DISK for a place that may not even be looked at.
     """
+    status_of(output, writing=True)
     _refuse_input(output, model)
     _refuse_place(output)
     if not is_occupied(output):
