@@ -23,7 +23,7 @@ from gptq_cli.checkpoint.manifest import MANIFEST, OF_THE_RUN, REPORT_DATA, REPO
 from gptq_cli.checkpoint.places import at_and_above, identity, is_inside, is_mount, mounts_below
 from gptq_cli.checkpoint.source import INDEX_NAME, MAX_CONFIG_BYTES, QUANTIZE_CONFIG
 from gptq_cli.errors import ConfigError, ExistsError, GptqError
-from gptq_cli.files import status_of
+from gptq_cli.files import file_errors, status_of
 from gptq_cli.shell import shell_word
 
 SHOWN = 3
@@ -103,11 +103,11 @@ def way_out(output: Path) -> str:
 
 def check_file(file: Path, mark: bytes) -> None:
     """ExistsError E_OUT_FOREIGN if `file` is something else than gptq writes there: that has `mark` near its start."""
-    if not file.exists():
+    if status_of(file, writing=True) is None:
         return
     if not file.is_file():
         raise ExistsError("E_OUT_FOREIGN", f"`{file}` exists and is not a file", hint="choose another name")
-    with file.open("rb") as stream:
+    with file_errors(file, writing=False), file.open("rb") as stream:
         head = stream.read(MARKED_BYTES)
     if head and mark not in head:
         message = f"`{file}` exists, and gptq has not written it"
