@@ -18,6 +18,8 @@ def check_files(checkpoint: Checkpoint) -> Iterator[Defect]:
     A checkpoint of which only headers were fetched from the Hub has no other files here.
     """
     directory = checkpoint.directory
+    if any(tensor.file.parent != directory for tensor in checkpoint.tensors.values()):
+        return
     used = sorted({tensor.file.name for tensor in checkpoint.tensors.values()})
     present = sorted(path.name for path in directory.glob("*.safetensors"))
     sharded = (directory / INDEX_NAME).is_file()

@@ -8,7 +8,7 @@ from typing import Any
 
 from gptq_cli.checkpoint.defect import Defect
 from gptq_cli.checkpoint.hashing import file_hash
-from gptq_cli.checkpoint.manifest import MANIFEST, OF_THE_RUN, is_intact
+from gptq_cli.checkpoint.manifest import MANIFEST, REPORT_DATA, REPORT_PAGE, is_intact
 from gptq_cli.checkpoint.source import is_safe_file, read_json
 from gptq_cli.errors import InputError
 from gptq_cli.files import UNREADABLE, is_file
@@ -51,7 +51,8 @@ def _is_beside(name: str) -> bool:
     """Whether a file may come to a finished checkpoint: about the run, a page or picture, or hidden, as git's are."""
     path = PurePosixPath(name)
     hidden = any(part.startswith(".") for part in path.parts)
-    return hidden or name in OF_THE_RUN or path.suffix.lower() in PAGES or path.name.startswith("LICENSE")
+    about_the_run = name in (MANIFEST, REPORT_DATA, REPORT_PAGE)
+    return hidden or about_the_run or path.suffix.lower() in PAGES or path.name.startswith("LICENSE")
 
 
 def _check_file(directory: Path, name: str, entry: dict[str, Any], *, full: bool) -> Iterator[Defect]:

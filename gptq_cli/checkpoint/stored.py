@@ -191,6 +191,8 @@ def _lenient(checkpoint: Checkpoint, said: Mapping[str, Any]) -> list[str]:
         if "quantization_config" in checkpoint.text_config:
             place = "text_config"
         found.append(f"has no quantization_config, which stands in {place}: transformers would not see it")
+    elif checkpoint.text_config.get("quantization_config", said) != said:
+        found.append("text_config has another quantization_config: readers take one or the other")
     if said.get("quant_method") != "gptq":
         told = f"quant_method is {said['quant_method']!r}" if "quant_method" in said else "quant_method is missing"
         found.append(f"{told}: transformers knows only 'gptq' and would skip it")

@@ -65,7 +65,7 @@ def test_a_manifest_with_strange_names_or_missing_files_is_a_defect(tmp_path: Pa
 
 ADDED = [
     "adapter_config.json", "modeling_llama.py", "pytorch_model.bin", "chat_template.jinja", "extra.safetensors",
-    "generation_config.json", "additional_chat_templates/tool.jinja", "vocab.txt",
+    "generation_config.json", "gptq_config.yaml", "additional_chat_templates/tool.jinja", "vocab.txt",
 ]  # fmt: skip
 BESIDE = ["gptq_report.json", "gptq_report.html", "README.md", "LICENSE", ".gitattributes", ".cache/huggingface/x.lock"]
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gptq_cli.checkpoint.source import open_checkpoint
+from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from gptq_cli.errors import ConfigError, InputError
 from gptq_cli.pipeline.inspect import inspect_checkpoint
 from gptq_cli.pipeline.layer_view import view_layer
+from tests.checkpoint.gptq_files import gptq_files
 from tests.families import save_model
 from tests.pipeline.runs import quantize, reader
 
@@ -71,6 +73,19 @@ def test_a_plain_checkpoint_and_a_foreign_method_are_told_too(mixed: Path, tmp_p
     (foreign / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
     found = inspect_checkpoint(open_checkpoint(foreign))
     assert (found.method, found.format, found.modules) == ("awq", None, ())
+
+
+def test_headers_from_the_hub_have_no_defects_of_files(tmp_path: Path) -> None:
+    found = open_checkpoint(gptq_files().write(tmp_path / "c"))
+    (tmp_path / "cache").mkdir()
+    for name in ("config.json", "model-00001-of-00002.safetensors"):
+        (tmp_path / "cache" / name).write_bytes((tmp_path / "c" / name).read_bytes())
+    tensors = {name: replace(tensor, file=Path("a/b") / tensor.file.name) for name, tensor in found.tensors.items()}
+    remote = Checkpoint(tmp_path / "cache", found.config, tensors)
+    assert inspect_checkpoint(remote).defects == ()
+    assert inspect_checkpoint(remote).export is not None
+    headless = dict(found.config, quantization_config=found.config["quantization_config"] | {"bits": 8})
+    assert inspect_checkpoint(replace(remote, config=headless)).export is None
 
 
 @pytest.mark.parametrize(("drop", "reshape"), [("scales", None), (None, "scales"), (None, "qzeros")])
