@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from gptq_cli.checkpoint.defect import Defect, convert_command
-from gptq_cli.checkpoint.source import INDEX_NAME, Checkpoint
+from gptq_cli.checkpoint.source import INDEX_NAME, Checkpoint, index_file
 from gptq_cli.checkpoint.stored import format_of
 
 WEIGHTS = "model.safetensors"
@@ -24,9 +24,10 @@ def check_files(checkpoint: Checkpoint) -> Iterator[Defect]:
     present = sorted(path.name for path in directory.glob("*.safetensors"))
     sharded = (directory / INDEX_NAME).is_file()
     if not sharded and used and WEIGHTS not in used:
+        used_names = used[0] if len(used) == 1 else index_file(directory).name
         message = f"transformers looks for {WEIGHTS} or {INDEX_NAME}, and not for this name"
         hint = f"{convert_command(directory, format_of(checkpoint))} gives it that name"
-        yield Defect("E_CKPT_MISSING", message, used[0], None, hint, "form")
+        yield Defect("E_CKPT_MISSING", message, used_names, None, hint, "form")
     for name in present:
         if name not in used and not sharded:
             message = "lies beside the weights, and readers differ in whether they load it"

@@ -19,6 +19,7 @@ from gptq_cli.files import file_errors, files_below, is_file, resolved, status_o
 from gptq_cli.shell import shell_word
 
 INDEX_NAME = "model.safetensors.index.json"
+INDEX_OF_AUTOGPTQ = "gptq_model-*.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 QUANTIZE_CONFIG = "quantize_config.json"
 CODES_OF_BITSANDBYTES = ("U8", "I8")
@@ -118,8 +119,8 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         raise InputError(
             "E_CKPT_CONFIG", f"`{directory}` has no config.json", hint="point to a Hugging Face model directory"
         )
-    for name in (*CONFIG_NAMES, INDEX_NAME):
-        _refuse_escape(directory, directory / name)
+    for file in (*(directory / name for name in CONFIG_NAMES), index_file(directory)):
+        _refuse_escape(directory, file)
     stamps = _stamps(directory)
     config, twice = read_config(directory / "config.json")
     found = _read_tensors(directory)
@@ -146,7 +147,7 @@ def _of_the_model(
 ) -> dict[Path, Stamp]:
     """The stamps of files that are read or copied."""
     used = {tensor.file for tensor in tensors.values()}
-    used |= {directory / name for name in (*CONFIG_NAMES, INDEX_NAME)}
+    used |= {*(directory / name for name in CONFIG_NAMES), index_file(directory)}
     used |= {directory / file for file in side_files(path.relative_to(directory) for path in stamps)}
     return {path: stamp for path, stamp in stamps.items() if path in used}
 
@@ -281,8 +282,16 @@ class Stored(NamedTuple):
     remarks: tuple[Remark, ...] = ()
 
 
+def index_file(directory: Path) -> Path:
+    """The index of the shards, if there is one; AutoGPTQ gave it a name that few readers look for."""
+    usual = directory / INDEX_NAME
+    others = sorted(directory.glob(INDEX_OF_AUTOGPTQ))
+    is_other = len(others) == 1 and not is_file(usual) and not is_file(directory / SINGLE_FILE)
+    return others[0] if is_other else usual
+
+
 def _read_tensors(directory: Path) -> Stored:
-    if is_file(directory / INDEX_NAME):
+    if is_file(index_file(directory)):
         return _read_sharded(directory)
     files = sorted(directory / name for name in _names(directory) if name.endswith(".safetensors"))
     adapter = is_file(directory / "adapter_config.json") and all("adapter" in file.name for file in files)
@@ -302,7 +311,7 @@ def _read_tensors(directory: Path) -> Stored:
 
 
 def _read_sharded(directory: Path) -> Stored:
-    index = directory / INDEX_NAME
+    index = index_file(directory)
     weight_map, twice = _weight_map(index)
     names = sorted(set(weight_map.values()))
     unsafe = [name for name in names if not is_safe_path(directory, name)]

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from gptq_cli.checkpoint.stored import FORMATS
 from gptq_cli.cli import options as o
-from gptq_cli.cli.console import Console
+from gptq_cli.cli.console import Console, on_one_line
 from gptq_cli.cli.progress import Progress
 from gptq_cli.config.fields import Panel
 from gptq_cli.config.finding import shown
@@ -44,7 +44,7 @@ def convert(
         found = convert_checkpoint(model, output, to, overwrite=overwrite, report=progress)
     done = f"{found.layers} layers are now in format {to}"
     lines = [str(output), f"{done}, corrected:" if found.corrected else f"{done}, nothing else has changed"]
-    lines += [f"  {defect}" for defect in found.corrected[:SHOWN]]
+    lines += [on_one_line(f"  {defect}") for defect in found.corrected[:SHOWN]]
     if len(found.corrected) > SHOWN:
         lines.append(f"  {len(found.corrected) - SHOWN} more, see --json")
     corrected = [asdict(defect) for defect in found.corrected]

@@ -15,7 +15,7 @@ import transformers
 from gptq_cli.calibration.sampling import Windows
 from gptq_cli.checkpoint.hashing import file_hashes
 from gptq_cli.checkpoint.scan import scan_weights
-from gptq_cli.checkpoint.source import INDEX_NAME, Checkpoint
+from gptq_cli.checkpoint.source import Checkpoint, index_file
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import InputError
 from gptq_cli.files import file_errors, is_file
@@ -110,7 +110,8 @@ def _files(source: Checkpoint, commit: str | None) -> dict[str, Any]:
     header_bytes: dict[Path, int] = {}
     for tensor in source.tensors.values():
         header_bytes[tensor.file] = min(tensor.start, header_bytes.get(tensor.file, tensor.start))
-    beside = [source.directory / name for name in ("config.json", INDEX_NAME, *map(str, source.other_files()))]
+    others = [source.directory / file for file in source.other_files()]
+    beside = [source.directory / "config.json", index_file(source.directory), *others]
     hashed = [path for path in beside if is_file(path)]
     hashes = dict(zip(hashed, file_hashes(hashed), strict=True)) | scan_weights(
         source.tensors.values(), hashed=commit is None

@@ -318,6 +318,19 @@ def other_name(directory: Path) -> None:
     (directory / "model.safetensors").rename(directory / "gptq_model-4bit-128g.safetensors")
 
 
+def other_index(directory: Path) -> None:
+    """Two shards as AutoGPTQ named them."""
+    tensors = sorted(load_file(directory / "model.safetensors").items())
+    weight_map: dict[str, str] = {}
+    for number, part in enumerate((tensors[:20], tensors[20:]), 1):
+        file = f"gptq_model-4bit-128g-0000{number}-of-00002.safetensors"
+        save_file(dict(part), directory / file, metadata={"format": "pt"})
+        weight_map |= {name: file for name, _ in part}
+    index = {"metadata": {}, "weight_map": weight_map}
+    (directory / "gptq_model-4bit-128g.safetensors.index.json").write_text(json.dumps(index))
+    (directory / "model.safetensors").unlink()
+
+
 def stumbling_blocks(directory: Path) -> None:
     """Readers refuse each of these; they come along with a method that is missing."""
     listed = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
@@ -331,6 +344,7 @@ LENIENT: dict[str, Plant] = {
     "config.json without": no_settings_in_config,
     "text_config": in_text_config,
     "other name": other_name,
+    "other index": other_index,
     "no method": settings(quant_method=None),
     "upper case": settings(quant_method="GPTQ"),
     "lm_head": settings(lm_head=True),
@@ -375,6 +389,21 @@ def test_what_convert_cannot_correct_is_refused(packed: Path, gptq: Run, tmp_pat
     assert "error[E_CKPT_RULES]" in found.stderr
     assert "gptq verify" in found.stderr
     assert gptq("dequantize", packed, "-o", tmp_path / "plain").exit_code == 0
+
+
+def test_names_with_line_breaks_forge_no_line(packed: Path, gptq: Run, tmp_path: Path) -> None:
+    evil = "model.layers.0.mlp.up_proj\nerror[E_FORGED]: x"
+
+    def change(tensors: Tensors) -> None:
+        for part in ("qweight", "qzeros", "scales"):
+            tensors[f"{evil}.{part}"] = tensors[f"{LAYER}.{part}"].clone()
+
+    change_tensors(packed, change)
+    for arguments in (("inspect", packed), ("convert", packed, "--to", "gptq", "-o", tmp_path / "new")):
+        found = gptq(*arguments)
+        assert found.exit_code == 0, found.stderr
+        assert "no g_idx" in found.stdout
+        assert not [line for line in (found.stdout + found.stderr).splitlines() if line.startswith("error[")]
 
 
 def test_plain_weights_say_nothing_of_a_quantization(packed: Path, gptq: Run, tmp_path: Path) -> None:
