@@ -87,11 +87,17 @@ def adopt(values: Mapping[str, Any]) -> Adopted:
                 adopted.notes.append(f"{key} has no effect: {WITHOUT_EFFECT[key]}{_settings_in(value)}")
         elif key in ONLY:
             _insist(adopted, key, value)
-        elif key == "backend" and isinstance(value, str) and value in READERS:
+        elif key == "backend" and _is_reader(values):
             adopted.notes.append(f"backend {value} has no effect: {KERNEL}")
         elif value is not None or key not in adopted.values:
             adopted.values[key] = value
     return adopted
+
+
+def _is_reader(values: Mapping[str, Any]) -> bool:
+    """Whether `backend` is the kernel that a checkpoint's dict asks a reader for, and no mistake of a user."""
+    backend = values["backend"]
+    return "quant_method" in values and isinstance(backend, str) and backend in READERS
 
 
 def _settings_in(meta: Any) -> str:

@@ -163,6 +163,7 @@ def test_fields_without_effect_are_noted_and_nulls_are_not(tmp_path: Path) -> No
         ({"adapter": {"rank": 8}}, 'adapter must be left out, got {"rank": 8}', 3),
         ({"fail_safe": True}, "fail_safe must be false, got true", 3),
         ({"mock_quantization": True}, "mock_quantization must be false, got true", 3),
+        ({"backend": "marlin"}, 'backend must be auto, torch, triton or null, got "marlin"', 3),
         ({"backend": ["marlin"]}, 'backend must be auto, torch, triton or null, got ["marlin"]', 3),
         ({"backend": "unknown"}, 'backend must be auto, torch, triton or null, got "unknown"', 3),
         ({"checkpoint_format": "marlin"}, 'checkpoint_format must be gptq or gptq_v2, got "marlin"', 3),
