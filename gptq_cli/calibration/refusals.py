@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from gptq_cli.errors import InputError
-from gptq_cli.hub import GATED, hub_refusal
+from gptq_cli.hub import GATED, first_line, hub_refusal
 
 OWN = ", or give a file of your own"
+READERS = ("datasets", "pyarrow", "pandas")  # whose errors are about the content of files
 ASK = "check the id; a private dataset needs `hf auth login`"
 
 
@@ -20,6 +21,9 @@ def refusal(error: Exception, label: str, hint: str | None = None) -> InputError
         refused = _from_hub(link, label, hint) or _from_request(link, label)
         if refused is not None:
             return refused
+    if type(error).__module__.partition(".")[0] in READERS:
+        message = f"dataset `{label}` cannot be read: {first_line(list(_chain(error))[-1])}"
+        return InputError("E_DATA_FORMAT", message, hint="a file of it is damaged on the Hub: choose another dataset")
     return None
 
 

@@ -43,6 +43,12 @@ def as_json_gz(texts: list[str]) -> bytes:
     return gzip.compress("".join(json.dumps({"text": text, "url": "x"}) + "\n" for text in texts).encode())
 
 
+def as_chats() -> bytes:
+    buffer = io.BytesIO()
+    parquet.write_table(pyarrow.table({"messages": [[{"role": "user", "content": "a question"}]]}), buffer)
+    return buffer.getvalue()
+
+
 WIKITEXT_CARD = b"""---
 configs:
 - config_name: wikitext-2-raw-v1
@@ -74,6 +80,10 @@ REPOS = {
     "someone/scripted": {"scripted.py": b"print('never run')"},
     "someone/gated": {"train.jsonl": b'{"text": "secret"}\n'},
     "someone/card": {"README.md": b"no data"},
+    "someone/broken": {"train.jsonl": b'{"text": "a"}\n{"te'},
+    "someone/ragged": {"train.csv": b"text\na\nb,c,d\n"},
+    "someone/latin": {"train.jsonl": '{"text": "na\xefve"}\n'.encode("latin1")},
+    "someone/chats": {"data/train-00000.parquet": as_chats()},
     "someone/configs": {
         "README.md": b"---\nconfigs:\n"
         b"- {config_name: a, data_files: a.jsonl}\n- {config_name: b, data_files: b.jsonl}\n---\n",
@@ -169,6 +179,11 @@ REFUSALS: list[tuple[dict[str, Any], str, str]] = [
     ({"dataset": "someone/configs"}, "E_DATA_CONFIG", "available configs: ['a', 'b']"),
     ({"dataset": "someone/configs", "config": "c"}, "E_DATA_CONFIG", "Available: ['a', 'b']"),
     ({"dataset": "someone/texts", "split": "dev"}, "E_DATA_SPLIT", "Available splits: ['train', 'test']"),
+    ({"dataset": "someone/broken"}, "E_DATA_FORMAT", "dataset `someone/broken` cannot be read: "),
+    ({"dataset": "someone/ragged"}, "E_DATA_FORMAT", "dataset `someone/ragged` cannot be read: "),
+    ({"dataset": "someone/latin"}, "E_DATA_ENCODING", "is not UTF-8: byte 0xef"),
+    ({"dataset": "someone/chats"}, "E_DATA_COLUMN", "has no column `text`; it has `messages`"),
+    ({"dataset": "someone/chats", "text_column": "messages"}, "E_DATA_COLUMN", "holds a list of chat messages in each"),
     ({"dataset": "someone/texts", "text_column": "body"}, "E_DATA_COLUMN", "has no column `body`; it has `text`"),
 ]
 
