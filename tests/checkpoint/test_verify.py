@@ -430,6 +430,17 @@ def test_zero_points_are_checked_without_a_g_idx_too(tmp_path: Path) -> None:
     ]
 
 
+def test_shapes_are_checked_without_a_g_idx_too(tmp_path: Path) -> None:
+    files = gptq_files()
+    del files.tensors[f"{Q0}.g_idx"]
+    files.tensors[f"{Q0}.scales"] = files.tensors[f"{Q0}.scales"][:1].copy()
+    found = defects(files.write(tmp_path / "c"))
+    assert [(defect.code, defect.tensor) for defect in found] == [
+        ("E_CKPT_INCOMPLETE", Q0),
+        ("E_CKPT_SHAPE", f"{Q0}.scales"),
+    ]
+
+
 def test_only_the_planted_module_is_accused(tmp_path: Path) -> None:
     files = gptq_files()
     files.tensors[f"{DOWN1}.scales"][2, 5] = 0
