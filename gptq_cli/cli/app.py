@@ -23,7 +23,7 @@ from gptq_cli.cli.console import Console, indented, report_problems, talk, write
 from gptq_cli.cli.foreign_talk import libraries_quoted
 from gptq_cli.cli.signals import name_of
 from gptq_cli.errors import ConfigError, GptqError, Problem, Stopped
-from gptq_cli.files import file_cause
+from gptq_cli.files import file_cause, file_errors
 from gptq_cli.version import __version__
 
 # command -> what it does; the function of that name lives in the module of that name, with _ for -
@@ -186,6 +186,8 @@ def load_command(name: str) -> Any:
 
 
 def _begin_talk(verbose: bool, log_file: Path | None, values: Mapping[str, Any]) -> None:
+    with file_errors():
+        Path.cwd()  # where it is gone some libraries end the process at once
     if log_file is not None:
         from gptq_cli.cli.log_file import check_log_file
 

@@ -120,7 +120,8 @@ def _read(path: Path) -> bytes:
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode):
             what = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
-            raise ConfigError("E_CFG_FILE", f"{path} is {what}, a configuration is a YAML or JSON file")
+            hint = "name a file in it, or a recipe: `gptq recipes` lists them"
+            raise ConfigError("E_CFG_FILE", f"{path} is {what}, a configuration is a YAML or JSON file", hint=hint)
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except OSError as error:

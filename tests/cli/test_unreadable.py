@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from tests.checkpoint.gptq_files import gptq_files
 from tests.families import save_model, texts
 from tests.fuzzing import REPORT
-from tests.rights import Said, held_back
+from tests.rights import Said, held_back, in_a_child
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +119,19 @@ def test_a_configuration_and_a_card_are_of_the_command_line(here: Path) -> None:
         refused(held_back(*words), "recipe.yaml", "E_CFG_FILE", 2)
     said = held_back("push", "packed", "me/tiny", "--card=recipe.yaml", "-n")
     refused(said, "recipe.yaml", "E_CFG_FILE", 2)
+
+
+def test_a_directory_that_was_removed_below_ones_feet_is_named(here: Path) -> None:
+    def run() -> list[object]:
+        (here / "gone").mkdir()
+        os.chdir(here / "gone")
+        (here / "gone").rmdir()
+        return [*held_back("plan", here / "model", "-b4"), *held_back("verify", ".")]
+
+    said = in_a_child(run)
+    for found in (Said(*said[:3]), Said(*said[3:])):
+        expected = "error[E_FILE]: the current directory has been removed\n\nhint: change to another one: cd\n"
+        assert found == (3, "", expected)
 
 
 def test_a_folder_below_the_model_is_not_missed_in_silence(here: Path) -> None:
