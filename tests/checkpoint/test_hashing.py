@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from gptq_cli.checkpoint import hashing
 from gptq_cli.checkpoint.hashing import Span, file_hash, file_hashes, side_by_side, span_hashes
-from gptq_cli.errors import InputError
+from gptq_cli.errors import InputError, ResourceError
 
 
 @pytest.fixture
@@ -73,3 +74,16 @@ def test_who_stops_asking_does_not_wait_for_the_rest_of_a_large_file(
     hashes.close()
     assert given_up.is_set()
     assert read in ([], [0])
+
+
+def test_a_disk_that_fails_while_it_reads_is_told_with_the_path(
+    files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("os.pread", fail)
+    with pytest.raises(ResourceError, match=r"cannot read `.*3`: Input/output error") as caught:
+        file_hash(files[3])
+    assert (caught.value.code, caught.value.exit_code) == ("E_DISK", 5)
+    assert "dmesg" in (caught.value.hint or "")
