@@ -26,12 +26,17 @@ def mark_failed(work: Path, code: str) -> None:
 
 def read_run(work: Path) -> dict[str, Any] | None:
     """The `identity` and the `request` of `write_run`, and `failed` if the run was marked; None if they are not there
-    as they were written."""
-    return read_sealed(work / RUN)
+    as they were written. The checksum is no signature: what is in the request may still be anything.
+    """
+    run = read_sealed(work / RUN)
+    if run is None or not isinstance(run.get("identity"), dict) or not isinstance(run.get("request"), dict):
+        return None
+    return run
 
 
 def resume_command(work: Path) -> str:
     """The command that goes on with the run of a work directory."""
-    run = read_run(work) or {}
-    trusts = run.get("request", {}).get("config", {}).get("trust_remote_code")
+    run = read_run(work) or {"request": {}}
+    config = run["request"].get("config")
+    trusts = isinstance(config, dict) and config.get("trust_remote_code")
     return f"gptq resume {shell_word(str(work))}" + (" --trust-remote-code" if trusts else "")

@@ -130,6 +130,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     checkpoint = Checkpoint(directory, config, found.tensors, found.absent, of_the_model, remarks)
     for file in checkpoint.other_files():
         _refuse_escape(directory, directory / file)
+        _refuse_name(directory, file)
     checkpoint.scales()  # refuses 8-bit floats that are stored otherwise than they can be read
     return checkpoint
 
@@ -271,6 +272,15 @@ def _refuse_escape(directory: Path, file: Path) -> None:
         raise InputError(
             "E_UNSAFE_PATH", f"`{file}` is a link that leads out of its directory, to `{os.path.realpath(file)}`",
             hint="copy the file, or give the directory that it lies in",
+        )  # fmt: skip
+
+
+def _refuse_name(directory: Path, file: Path) -> None:
+    """InputError E_UNSAFE_PATH for a file whose name cannot stand in a manifest; `file` is relative to `directory`."""
+    if not all(map(_is_plain, file.parts)):
+        raise InputError(
+            "E_UNSAFE_PATH", f"`{directory / file}` has a name that not every system takes or shows",
+            hint="rename it, without backslash, drive and letters that cannot be shown, or move it elsewhere",
         )  # fmt: skip
 
 

@@ -48,9 +48,9 @@ def _named(said: Mapping[str, Any]) -> Iterator[Path]:
         yield output
         yield WorkDirectory(output).path
     begun = read_run(said["directory"]) if "directory" in said else None
-    request = begun.get("request") if begun else None
-    if isinstance(request, dict) and isinstance(request.get("model"), str):
-        yield Path(request["model"])
+    model = begun["request"].get("model") if begun else None
+    if isinstance(model, str):
+        yield Path(model)
 
 
 def _outputs(said: Mapping[str, Any]) -> Iterator[Path]:

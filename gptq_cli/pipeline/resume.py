@@ -220,7 +220,7 @@ def drop_failed(work: WorkDirectory, report: Report) -> bool:
 def _is_of_this_place(difference: str, request: dict[str, Any], model: Path) -> bool:
     """Whether two runs differ in what a command cannot choose: versions, the device, a model that has changed."""
     if difference.startswith("source."):
-        return Path(request["model"]) == model.resolve()
+        return request.get("model") == str(model.resolve())
     return difference.startswith(("versions.", "device."))
 
 

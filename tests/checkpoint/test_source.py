@@ -389,6 +389,26 @@ def test_a_link_out_of_the_hubs_cache_is_refused(tmp_path: Path) -> None:
     assert (caught.value.code, caught.value.exit_code) == ("E_UNSAFE_PATH", 3)
 
 
+@pytest.mark.parametrize("name", ["a\\b.txt", "C:x", "a\nb.txt", "\x1b[2J", "code/\u202etxt.py", "\udcff.md"])
+def test_a_side_file_that_no_manifest_could_list_is_refused(name: str, tmp_path: Path) -> None:
+    file = write_checkpoint(tmp_path) / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("x")
+    with pytest.raises(InputError) as caught:
+        open_checkpoint(tmp_path)
+    assert (caught.value.code, caught.value.exit_code) == ("E_UNSAFE_PATH", 3)
+    assert str(caught.value) == f"`{file}` has a name that not every system takes or shows"
+    assert (caught.value.hint or "").startswith("rename it, without backslash")
+    file.rename(tmp_path / ".hidden\\name")  # which is not copied
+    assert open_checkpoint(tmp_path).other_files() == []
+
+
+@pytest.mark.parametrize("name", ["\u00e9 x.txt", "-o", "*", "~", "CON", "$(x)", "\u8bf4\u660e.md"])
+def test_side_files_keep_all_other_names(name: str, tmp_path: Path) -> None:
+    (write_checkpoint(tmp_path) / name).write_text("x")
+    assert open_checkpoint(tmp_path).other_files() == [Path(name)]
+
+
 def test_blobs_beside_a_directory_that_is_no_snapshot_are_foreign(tmp_path: Path) -> None:
     snapshot = cached(tmp_path)
     snapshot.parent.rename(snapshot.parent.parent / "mine")

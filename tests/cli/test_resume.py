@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from gptq_cli.checkpoint.run_file import write_run
+from gptq_cli.checkpoint.manifest import sealed
+from gptq_cli.checkpoint.run_file import resume_command, write_run
 from gptq_cli.cli.console import Console
 from gptq_cli.cli.progress import Progress
 from gptq_cli.config.schema import QuantizeConfig
@@ -33,6 +35,13 @@ def trusting() -> dict[str, Any]:
     return QuantizeConfig(bits=3, trust_remote_code=True).model_dump(mode="json")
 
 
+@pytest.mark.parametrize("config", [None, 7, [], "x"])
+def test_the_command_to_go_on_is_told_of_any_run_file(config: object, tmp_path: Path) -> None:
+    work = begun(tmp_path, config=config)
+    assert resume_command(work) == f"gptq resume {work}"
+    assert resume_command(tmp_path) == f"gptq resume {tmp_path}"
+
+
 @pytest.mark.parametrize("there", [False, True])
 def test_the_call_is_repeated_where_it_was_made_with_all_it_was_given(
     there: bool, gptq: Run, quantizer: FakeQuantizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -54,7 +63,12 @@ def test_the_call_is_repeated_where_it_was_made_with_all_it_was_given(
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("content", [None, "", "{", "[]", "7", '{"checksum": "0"}', '{"request": {}, "checksum": 3}'])
+SEALED = [json.dumps(sealed(run)) for run in ({}, {"identity": {}}, {"identity": {}, "request": []})]
+
+
+@pytest.mark.parametrize(
+    "content", [None, "", "{", "[]", "7", '{"checksum": "0"}', '{"request": {}, "checksum": 3}', *SEALED]
+)
 def test_a_directory_that_holds_no_run_is_refused(
     content: str | None, gptq: Run, quantizer: FakeQuantizer, tmp_path: Path
 ) -> None:

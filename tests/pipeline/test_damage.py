@@ -10,6 +10,7 @@ import pytest
 
 from gptq_cli.checkpoint.journal import Journal
 from gptq_cli.checkpoint.journal import digest as digest_of
+from gptq_cli.checkpoint.manifest import sealed
 from gptq_cli.checkpoint.writer import CheckpointWriter
 from gptq_cli.errors import ExistsError, GateError
 from gptq_cli.pipeline.events import Event, Resumed, Warned
@@ -97,6 +98,33 @@ def test_damage_is_said_and_costs_what_depends_on_it(
     assert words in warned[0].message
     assert [event.index for event in events if isinstance(event, Resumed)] == ([first] if first else [])
     assert tree == case.tree
+
+
+@pytest.mark.parametrize("missing", [["identity"], ["request"], ["identity", "request"]])
+def test_a_run_file_without_its_parts_is_damaged(
+    missing: list[str], case: Case, unfinished: Path, tmp_path: Path
+) -> None:
+    directory = copy_of(unfinished, tmp_path / "work")
+    file = directory / WORK / "run.json"
+    run = json.loads(file.read_bytes())
+    file.write_text(json.dumps(sealed({key: value for key, value in run.items() if key not in missing})))
+    events, tree = resumed(case, directory)
+    warned = [event.code for event in events if isinstance(event, Warned) and event.code.startswith("W_RESUME")]
+    assert (warned, tree) == (["W_RESUME_DAMAGED"], case.tree)
+
+
+def test_a_run_file_that_names_no_model_is_another_run(case: Case, unfinished: Path, tmp_path: Path) -> None:
+    directory = copy_of(unfinished, tmp_path / "work")
+    file = directory / WORK / "run.json"
+    run = json.loads(file.read_bytes())
+    for request in ({}, {"model": 7, "config": 7}):
+        identity = run["identity"] | {"source": {"files": 1}}
+        file.write_text(json.dumps(sealed({"identity": identity, "request": request})))
+        (directory / WORK / "journal.jsonl").unlink(missing_ok=True)
+        Journal(directory / WORK / "journal.jsonl", digest_of(identity)).append({"block": 0})
+        with pytest.raises(ExistsError) as caught:
+            resumed(case, directory)
+        assert (caught.value.code, caught.value.exit_code) == ("E_RESUME_MISMATCH", 6)
 
 
 def test_a_damaged_tensor_costs_its_block_and_those_after_it(case: Case, unfinished: Path, tmp_path: Path) -> None:
