@@ -45,9 +45,9 @@ bench: $(READY) ## start-up times and memory against depth
 	$(BIN)/python scripts/bench_startup.py
 	$(BIN)/python scripts/bench_memory.py
 
-soak: $(READY) ## kill, starve, damage a thousand small runs, fuzz 400,000 inputs: about 40 minutes
+soak: $(READY) ## kill, starve, damage thousands of small runs, fuzz 300,000 inputs: about 40 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/soak.py
-	$(BIN)/python scripts/fuzz.py --inputs 100000 --output docs/benchmarks/fuzz.json
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/fuzz.py --inputs 50000 --output docs/benchmarks/fuzz.json
 
 clean: ## remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info

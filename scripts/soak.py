@@ -1,7 +1,8 @@
 """Kill, starve and damage many small runs; write what became of them as JSON. `make soak` runs all of it.
 
-Each run quantizes a tiny model in a process of its own, forked from a server that has torch imported. What must hold
-after each: OUT is absent or the whole checkpoint, the same call afterwards writes the same bytes.
+Each run quantizes a tiny model, or converts or dequantizes what came of it, in a process of its own, forked from a
+server that has torch imported. What must hold after each: OUT is absent, what it was, or the whole checkpoint; the same
+call afterwards writes the same bytes and keeps nothing beside them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +97,116 @@ def kills(model: Path, golden: dict[str, str], folder: Path, count: int, seed: i
         shutil.rmtree(folder)
         folder.mkdir()
     return {"kills": killed, "chains": chains, "came_too_late": lived, "resumed": resumed, "violations": violations}
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of which OUT is made from `source`, over the checkpoint `old` if there is one."""
+
+    name: str
+    source: Path
+    old: Path | None
+
+    def run(self, output: Path) -> None:
+        from gptq_cli.pipeline.rewrite import convert_checkpoint, dequantize_checkpoint
+        from tests.pipeline.tiny import Case
+
+        overwrite = self.old is not None
+        if self.name == "quantize":
+            Case(self.source, {}, []).run(output, overwrite=overwrite)
+        elif self.name == "convert":
+            convert_checkpoint(str(self.source), output, "gptq_v2", overwrite=overwrite)
+        else:
+            dequantize_checkpoint(str(self.source), output, overwrite=overwrite)
+
+    def prepare(self, folder: Path) -> Path:
+        """OUT in an empty `folder`, as it is before the command runs."""
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        if self.old is not None:
+            shutil.copytree(self.old, folder / "out")
+        return folder / "out"
+
+
+def die(command: Command, output: Path, last: int) -> None:
+    """In a child: be killed after operation `last` on the disk; a call that is refused ends before."""
+    from gptq_cli.checkpoint import durable
+    from gptq_cli.errors import GptqError
+    from tests.pipeline.children import DeadlyDisk
+
+    durable.disk = DeadlyDisk(last)
+    with suppress(GptqError):
+        command.run(output)
+
+
+def killed_commands(model: Path, folder: Path, count: int, seed: int) -> dict[str, Any]:
+    """Commands with and without an old output, each killed after operations on the disk, `count` times or more."""
+    made = {}
+    for name, source in {"quantize": model, "convert": folder / "quantize", "dequantize": folder / "quantize"}.items():
+        made[name] = folder / name
+        Command(name, source, None).run(made[name])
+    olds = {"quantize": made["convert"], "convert": made["dequantize"], "dequantize": made["convert"]}
+    foreign = Path(shutil.copytree(model, folder / "foreign"))  # a checkpoint that gptq has not written
+    (foreign / "vocab.txt").write_text("a file that no new output has")
+    found: dict[str, Any] = {"kills": 0, "violations": []}
+    for name, old in olds.items():
+        source = model if name == "quantize" else made["quantize"]
+        # `quantize` without an old output is what `kills` does, and the suite after each operation.
+        bare: dict[str, Path | None] = {} if name == "quantize" else {"": None}
+        for over, what in {**bare, " over an output": old, " over a foreign checkpoint": foreign}.items():
+            one = killed_command(Command(name, source, what), folder / "work", count, seed)
+            found["kills"] += one["kills"]
+            found["violations"] += [f"{name}{over}: {violation}" for violation in one.pop("violations")]
+            found[name + over] = one
+            print(f"{name}{over}: {one}", file=sys.stderr, flush=True)
+    return found
+
+
+def killed_command(command: Command, folder: Path, count: int, seed: int) -> dict[str, Any]:
+    """SIGKILL after an operation, each time another, then up to three times more after any; then a call that lives."""
+    from tests.disks import CountingDisk, using
+
+    chance, counting = random.Random(seed), CountingDisk()
+    output = command.prepare(folder)
+    before = tree(output)
+    with using(counting):
+        command.run(output)
+    operations, golden = len(counting.operations), tree(output)
+    order = chance.sample(range(1, operations + 1), operations)
+    chains, kills, violations = 0, 0, []
+    while kills < count:
+        first = order[chains % operations]
+        others = [chance.randint(1, operations) for _ in range(chance.randint(0, 3))]
+        chains += 1
+        command.prepare(folder)
+        for last in (first, *others):
+            child = CHILDREN.Process(target=die, args=(command, output, last))
+            child.start()
+            child.join()
+            kills += child.exitcode == -signal.SIGKILL
+            if tree(output) not in (before, golden):
+                violations.append(f"torn output after operations {first}, {others}")
+        was_whole = tree(output) == golden
+        code = lives(command, output)
+        if code != "done" and not (code == "E_OUT_EXISTS" and was_whole and command.old is None):
+            violations.append(f"{code} after operations {first}, {others}")
+        if tree(output) != golden or [path.name for path in folder.iterdir()] != ["out"]:
+            violations.append(f"other files after operations {first}, {others}")
+    places = {"operations": operations, "killed_first_after": min(chains, operations)}
+    return {**places, "chains": chains, "kills": kills, "violations": violations}
+
+
+def lives(command: Command, output: Path) -> str:
+    """`done`, or the code that a call in this process ends with."""
+    from gptq_cli.errors import GptqError
+    from tests.disks import CountingDisk, using
+
+    try:
+        with using(CountingDisk()):
+            command.run(output)
+    except GptqError as error:
+        return error.code
+    return "done"
 
 
 def disk_sizes(model: Path, golden: dict[str, str], count: int, largest: int) -> dict[str, Any]:
@@ -197,9 +309,10 @@ def flips(golden: Path, count: int, seed: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=1000)
+    parser.add_argument("--kills", type=int, default=700)
+    parser.add_argument("--operation-kills", type=int, default=300, help="at least, of each command")
     parser.add_argument("--sizes", type=int, default=50)
-    parser.add_argument("--damages", type=int, default=1000)
+    parser.add_argument("--damages", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "benchmarks" / "soak.json")
     parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
@@ -211,13 +324,14 @@ def main() -> None:
     if chosen.inside:
         print(json.dumps(inside(chosen.inside, chosen.sizes, chosen.largest)))
         return
-    CHILDREN.set_forkserver_preload(["tests.pipeline.children"])
+    CHILDREN.set_forkserver_preload(["tests.pipeline.children", "gptq_cli.pipeline.rewrite"])
     from tests.families import save_model
     from tests.pipeline.tiny import SMALL, Case
 
     folder = Path(tempfile.mkdtemp())
     started = time.time()
     model = save_model(folder / "model", **SMALL | {"num_hidden_layers": 6})  # most of the time goes into blocks
+    small = save_model(folder / "small", **SMALL)
     Case(model, {}, []).run(folder / "golden")
     golden = tree(folder / "golden")
     n_bytes = sum(path.stat().st_size for path in (folder / "golden").rglob("*"))
@@ -226,6 +340,7 @@ def main() -> None:
         "disk_sizes": lambda _: disk_sizes(model, golden, chosen.sizes, 2 * n_bytes),
         "damage": lambda work: damage(model, golden, work, chosen.damages, chosen.seed),
         "flipped_outputs": lambda _: flips(folder / "golden", chosen.damages, chosen.seed),
+        "operation_kills": lambda work: killed_commands(small, work, chosen.operation_kills, chosen.seed),
         "random_kills": lambda work: kills(model, golden, work, chosen.kills, chosen.seed),
     }.items():
         (folder / name).mkdir()

@@ -73,21 +73,27 @@ class Tally:
 
 @dataclass(frozen=True)
 class Subject:
-    """Valid inputs, and what reads one: it returns what it says of an input that it does not refuse."""
+    """Valid inputs, or what makes them in a folder, and what reads one: it returns what it says of an input that it
+    does not refuse. One input in `weight` is tried, for as many times as long.
+    """
 
-    originals: list[bytes]
+    originals: list[bytes] | Callable[[Path], list[bytes]]
     read: Callable[[bytes, Path], str]
+    weight: int = 1
+    within: bool = False  # damage it as bytes only now and then, since it is refused at once if it is no JSON
 
 
 def fuzz(subject: Subject, inputs: int, seed: int, folder: Path) -> Tally:
-    """The outcomes of `inputs` damaged inputs, read in `folder`."""
+    """The outcomes of `inputs` damaged inputs, by their weight fewer, read in `folder`."""
     tally = Tally()
-    for number in range(inputs):
+    originals = subject.originals if isinstance(subject.originals, list) else subject.originals(folder)
+    for number in range(inputs // subject.weight):
         choose = random.Random(f"{seed}-{number}")
-        content = damaged(choose.choice(subject.originals), choose)
+        damage = _value if subject.within and choose.random() < 0.9 else damaged
+        content = damage(choose.choice(originals), choose)
         tally.inputs += 1
         try:
-            with time_limit():
+            with time_limit(SECONDS * subject.weight):
                 tally.outcomes[subject.read(content, folder)] += 1
         except GptqError as error:
             tally.outcomes[error.code] += 1
@@ -148,12 +154,12 @@ def _changed(value: Any, choose: random.Random) -> Any:
 
 
 @contextmanager
-def time_limit() -> Iterator[None]:
+def time_limit(seconds: float) -> Iterator[None]:
     def late(*_: object) -> None:
         raise TooSlowError
 
     before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:

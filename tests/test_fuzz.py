@@ -1,14 +1,20 @@
-"""A thousand damaged inputs of each kind: refused or accepted, never a traceback, never a hang; 10^5 by the script."""
+"""A thousand damaged inputs of each kind, and some of commands: refused or accepted, never a traceback, never a hang.
+
+The script takes a hundred times as many.
+"""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from tests.fuzzing import SUBJECTS, Subject, fuzz
+from gptq_cli.checkpoint.manifest import REPORT_DATA, REPORT_PAGE
+from tests.fuzzing import REPORT, SUBJECTS, Subject, fuzz
+from tests.fuzzing_commands import CALLS, call
 
-INPUTS = 1000
+INPUTS, CALLED = 1000, 40
 
 
 @pytest.mark.parametrize("kind", SUBJECTS)
@@ -17,6 +23,34 @@ def test_damaged_inputs_are_refused_or_accepted(kind: str, tmp_path: Path) -> No
     assert tally.failures == []
     assert sum(tally.outcomes.values()) == INPUTS
     assert len(tally.outcomes) > 1  # neither is all of it noticed, nor nothing
+
+
+@pytest.mark.parametrize("kind", CALLS)
+def test_commands_work_or_refuse_what_others_have_made(kind: str, tmp_path: Path) -> None:
+    tally = fuzz(CALLS[kind], CALLED * CALLS[kind].weight, seed=0, folder=tmp_path)
+    assert tally.failures == []
+    assert (tally.inputs, sum(tally.outcomes.values())) == (CALLED, CALLED)
+    assert len(tally.outcomes) > 1
+
+
+def test_a_command_that_writes_beside_its_output_is_found(tmp_path: Path) -> None:
+    output = tmp_path / "trial" / "out"
+    output.mkdir(parents=True)
+    (output / REPORT_DATA).write_text(json.dumps(REPORT))
+    assert call(tmp_path, "report", output, may_change=[output / REPORT_PAGE]) == "done"
+    with pytest.raises(AssertionError, match=r"gptq .*report.*: exit code 0"):
+        call(tmp_path, "report", output, "-o", tmp_path / "page.html", may_change=[output])
+    assert call(tmp_path, "report", tmp_path, may_change=[]) == "E_REPORT"
+
+
+def test_a_traceback_of_a_command_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise KeyError("layers")
+
+    monkeypatch.setattr("gptq_cli.pipeline.report.read_run", fail)
+    (tmp_path / "trial").mkdir()
+    with pytest.raises(AssertionError, match="KeyError: 'layers'"):
+        call(tmp_path, "report", tmp_path)
 
 
 @pytest.mark.parametrize("error", [ValueError("x"), RecursionError("deep"), AssertionError("lies"), KeyError("k")])
