@@ -6,6 +6,7 @@ import dataclasses
 import doctest
 import inspect
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import gptq_cli
-from gptq_cli import EvalRequest, GptqError, QuantizeConfig, events, quantize
+from gptq_cli import EvalRequest, GptqError, QuantizeConfig, evaluate_perplexity, events, load_config, quantize
 from gptq_cli.cli.eval_ppl import eval_ppl
 from gptq_cli.cli.quantize import quantize as quantize_command
 from gptq_cli.config.schema import fill
@@ -165,6 +166,39 @@ def test_wrong_arguments_are_refused(arguments: dict[str, str], code: str, messa
     with pytest.raises(GptqError) as refused:
         quantize(**({"model": MODEL, "config": config(), "output": "out"} | arguments))  # type: ignore[arg-type]
     assert (refused.value.code, message in str(refused.value)) == (code, True)
+
+
+@pytest.mark.usefixtures("workspace")
+def test_what_the_file_system_refuses_is_a_gptq_error() -> None:
+    Path("loop").symlink_to("loop")
+    for call in (
+        lambda: quantize("loop", config(), "out"),
+        lambda: evaluate_perplexity(MODEL, EvalRequest(dataset="./loop", seqlen=32, device="cpu")),
+        lambda: evaluate_perplexity("loop"),
+    ):
+        with pytest.raises(GptqError, match=r"cannot read `.*loop`: Too many levels of symbolic links") as refused:
+            call()
+        assert (refused.value.code, refused.value.exit_code) == ("E_FILE", 3)
+    with pytest.raises(GptqError, match="cannot read the configuration loop") as wrong:
+        load_config("loop")
+    assert wrong.value.code == "E_CFG_FILE"
+    with pytest.raises(GptqError, match="cannot write `loop`") as output:
+        quantize(MODEL, config(), "loop")
+    assert (output.value.code, output.value.exit_code) == ("E_DISK", 5)
+
+
+@pytest.mark.usefixtures("workspace")
+@pytest.mark.parametrize("when", ["block", "copy", "verify"])
+def test_a_work_directory_that_is_removed_ends_the_call(when: str) -> None:
+    def remove(event: object) -> None:
+        block = isinstance(event, events.BlockFinished) and when == "block"
+        if block or (isinstance(event, events.PhaseStarted) and event.name == when):
+            shutil.rmtree(".out.gptq-work", ignore_errors=True)
+
+    with pytest.raises(GptqError, match="was removed while this run was working in it") as refused:
+        quantize(MODEL, config(), "out", on_event=remove)
+    assert (refused.value.code, refused.value.exit_code) == ("E_WORK_GONE", 5)
+    assert not Path("out").exists()
 
 
 @pytest.mark.parametrize("said", [{"max_windows": 0}, {"seqlen": "64"}, {"device": "gpu"}, {"backend": "marlin"}])
