@@ -12,17 +12,17 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from gptq_cli.version import __version__ as __version__
+from gptq_cli.errors import __version__ as __version__
 
 if TYPE_CHECKING:
+    from gptq_cli import events
+    from gptq_cli.api import evaluate_perplexity, quantize
     from gptq_cli.config.resolve import load_config
     from gptq_cli.config.schema import QuantizeConfig
     from gptq_cli.errors import GptqError
-    from gptq_cli.pipeline import events
-    from gptq_cli.pipeline.eval_request import EvalRequest
-    from gptq_cli.pipeline.evaluate import EvalResult
-    from gptq_cli.pipeline.quantize import QuantizeResult
-    from gptq_cli.pipeline.run import evaluate_perplexity, quantize
+    from gptq_cli.evaluation.perplexity import EvalResult
+    from gptq_cli.evaluation.request import EvalRequest
+    from gptq_cli.quantization.run import QuantizeResult
 
 __all__ = [
     "EvalRequest",
@@ -36,20 +36,20 @@ __all__ = [
     "quantize",
 ]
 _HOMES = {
-    "EvalRequest": "pipeline.eval_request",
-    "EvalResult": "pipeline.evaluate",
+    "EvalRequest": "evaluation.request",
+    "EvalResult": "evaluation.perplexity",
     "GptqError": "errors",
     "QuantizeConfig": "config.schema",
-    "QuantizeResult": "pipeline.quantize",
-    "evaluate_perplexity": "pipeline.run",
+    "QuantizeResult": "quantization.run",
+    "evaluate_perplexity": "api",
     "load_config": "config.resolve",
-    "quantize": "pipeline.run",
+    "quantize": "api",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name == "events":
-        return import_module(f"{__name__}.pipeline.events")
+        return import_module(f"{__name__}.events")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

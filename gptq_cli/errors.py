@@ -1,4 +1,6 @@
-"""Every expected failure: one small tree, each class one exit code, each raise a code, a message and usually a hint."""
+"""Every expected failure: one small tree, each class one exit code, each raise a code, a message
+and usually a hint. Here is also the version of the program, which needs nothing else to be known.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +12,14 @@ from typing import TYPE_CHECKING, ClassVar
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+
 _SECRETS = (
     (re.compile(r"\bhf_[A-Za-z0-9]{20,}"), "hf_***"),
     (re.compile(r"(?i)\b(bearer|basic)\s+[\w.~+/=-]{8,}"), r"\1 ***"),
     (re.compile(r"(\w+://)[^/\s@]+@"), r"\1***@"),
 )
+
+__version__ = "0.1.0"
 
 
 def without_secrets(text: str) -> str:

@@ -24,11 +24,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from gptq_cli.checkpoint import durable  # noqa: E402
 from gptq_cli.checkpoint.writer import CheckpointWriter  # noqa: E402
 from gptq_cli.config.schema import QuantizeConfig  # noqa: E402
-from gptq_cli.pipeline import quantize as pipeline  # noqa: E402
-from gptq_cli.pipeline.resume import SavedBlocks  # noqa: E402
+from gptq_cli.quantization import run as pipeline  # noqa: E402
+from gptq_cli.quantization.resume import SavedBlocks  # noqa: E402
+from gptq_cli.storage import durable  # noqa: E402
 from tests.families import save_model, texts  # noqa: E402
 
 SHAPE = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "num_attention_heads": 16}

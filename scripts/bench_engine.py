@@ -32,18 +32,16 @@ from shapes import SHAPES, Shape
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from gptq_cli.checkpoint.gptq_format import encode
+from gptq_cli.checkpoint.codec import encode
 from gptq_cli.config.layer import LayerConfig
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.engine import solve as solver
-from gptq_cli.engine.factor import Prepared, prepare
-from gptq_cli.engine.grid import split_groups
-from gptq_cli.engine.hessian import HessianAccumulator
-from gptq_cli.engine.output_error import output_energies
-from gptq_cli.engine.precision import feedback_precision
-from gptq_cli.engine.refine import refine
-from gptq_cli.engine.rtn import round_to_nearest
-from gptq_cli.engine.search import choose_grid
+from gptq_cli.solver import solve as solver
+from gptq_cli.solver.baseline import output_energies, round_to_nearest
+from gptq_cli.solver.factor import Prepared, prepare
+from gptq_cli.solver.grid import choose_grid, split_groups
+from gptq_cli.solver.hessian import HessianAccumulator
+from gptq_cli.solver.numerics import feedback_precision
+from gptq_cli.solver.refine import refine
 
 SEQLEN = 2048
 TOKENS_AT_ONCE = 8 * SEQLEN

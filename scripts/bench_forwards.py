@@ -29,9 +29,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from gptq_cli.config.schema import QuantizeConfig  # noqa: E402
-from gptq_cli.pipeline import memory  # noqa: E402
-from gptq_cli.pipeline.events import BlockFinished, Event  # noqa: E402
-from gptq_cli.pipeline.quantize import quantize_checkpoint  # noqa: E402
+from gptq_cli.events import BlockFinished, Event  # noqa: E402
+from gptq_cli.quantization.run import quantize_checkpoint  # noqa: E402
+from gptq_cli.runtime import memory  # noqa: E402
 from tests.families import save_model, texts  # noqa: E402
 
 WINDOWS, SEQLEN, BATCH_SIZE = 64, 256, 4

@@ -74,8 +74,7 @@ def tools(arguments: argparse.Namespace, model: Path, text: Path, ids: Path) -> 
 def windows(arguments: argparse.Namespace, model: Path, text: Path) -> list[list[int]]:
     """The calibration windows that `gptq quantize` draws from `text`."""
     from gptq_cli.calibration.corpus import DatasetSource, load_documents
-    from gptq_cli.calibration.sampling import calibration_windows
-    from gptq_cli.models.tokenizer import load_encoder
+    from gptq_cli.calibration.windows import calibration_windows, load_encoder
 
     encoder = load_encoder(model, trust_remote_code=False)
     documents = load_documents(DatasetSource(dataset=str(text)))
@@ -92,7 +91,7 @@ def windows(arguments: argparse.Namespace, model: Path, text: Path) -> list[list
 
 
 def quality(output: Path, model: Path, text: Path, seqlen: int) -> dict[str, float | None]:
-    from gptq_cli.pipeline.evaluate import EvalRequest, evaluate_perplexity
+    from gptq_cli.evaluation.perplexity import EvalRequest, evaluate_perplexity
 
     request = EvalRequest(dataset=str(text), seqlen=seqlen, dtype="float32", baseline=str(model), batch_size=8)
     result = evaluate_perplexity(str(output), request)

@@ -23,12 +23,11 @@ import torch
 import transformers
 
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.engine.output_error import output_energies
-from gptq_cli.engine.rtn import round_to_nearest
-from gptq_cli.engine.solve import Solution
-from gptq_cli.pipeline.evaluate import EvalRequest, evaluate_perplexity
-from gptq_cli.pipeline.quantize import quantize_checkpoint
-from gptq_cli.version import __version__
+from gptq_cli.errors import __version__
+from gptq_cli.evaluation.perplexity import EvalRequest, evaluate_perplexity
+from gptq_cli.quantization.run import quantize_checkpoint
+from gptq_cli.solver.baseline import output_energies, round_to_nearest
+from gptq_cli.solver.solve import Solution
 
 SIGNED = {"static_groups": True, "signed_scales": True}
 DIAGONAL = {"damp_mode": "diagonal", "damp_percent": 0.05}
@@ -116,7 +115,7 @@ def only_rounding() -> AbstractContextManager[object]:
     def solve_together(weights: Any, *others: Any) -> list[Solution]:
         return [solve(weight, *others) for weight in weights]
 
-    return patch("gptq_cli.pipeline.solver.solve_together", solve_together)
+    return patch("gptq_cli.quantization.layers.solve_together", solve_together)
 
 
 def print_row(row: dict[str, Any], rows: list[dict[str, Any]]) -> None:

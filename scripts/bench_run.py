@@ -28,8 +28,8 @@ import torch
 from shapes import SHAPES, write_random_model
 
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.pipeline.events import BlockFinished, Event, Warned
-from gptq_cli.pipeline.quantize import quantize_checkpoint
+from gptq_cli.events import BlockFinished, Event, Warned
+from gptq_cli.quantization.run import quantize_checkpoint
 from tests.families import texts
 
 

@@ -20,12 +20,12 @@ import gptq_cli
 from gptq_cli import errors, events
 from gptq_cli.cli.app import COMMANDS, app, load_command
 from gptq_cli.cli.explain import explanations
+from gptq_cli.cli.schema import config_schema
 from gptq_cli.config.fields import Accepts, LayerOverrides
-from gptq_cli.config.json_schema import config_schema
-from gptq_cli.config.presets import DEFAULT_PRESET, PRESETS
-from gptq_cli.config.recipe import describe_recipe, recipes
+from gptq_cli.config.layer import DEFAULT_PRESET, PRESETS
+from gptq_cli.config.resolve import describe_recipe, recipes
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.config.targets import ENGINES
+from gptq_cli.config.serving import ENGINES
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 EQUATION = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)

@@ -58,7 +58,7 @@ mapfile -t tests < <(grep -l "mark.gpu" -r tests --include "test_*.py") # the ot
 tests=(-W default -m gpu "${tests[@]}") # a warning of that machine is no reason to lose a test
 if [[ $tiny ]]; then
   engine=(--shape tiny --runs 1 --tokens 256 --group-size 32)
-  tests=(tests/engine/test_output_error.py)
+  tests=(tests/solver/test_output_error.py)
 fi
 
 : >"$out/parts.txt"

@@ -21,12 +21,11 @@ from shapes import SHAPES
 from torch import Tensor
 
 from gptq_cli.config.layer import LayerConfig
-from gptq_cli.engine import triton_solver
-from gptq_cli.engine.cholesky import cholesky_
-from gptq_cli.engine.factor import prepare
-from gptq_cli.engine.hessian import HessianAccumulator
-from gptq_cli.engine.solve import solve
-from gptq_cli.engine.triton_dequantize import dequantize_packed
+from gptq_cli.solver import triton_launch
+from gptq_cli.solver.factor import cholesky_, prepare
+from gptq_cli.solver.hessian import HessianAccumulator
+from gptq_cli.solver.solve import solve
+from gptq_cli.solver.triton_launch import dequantize_packed
 
 
 class Measurements:
@@ -94,20 +93,20 @@ class Measurements:
         """Seconds of one column block by rows of the layer, rows of a program, and warps."""
         if not self.bench.on_gpu:
             return {"skipped": "needs a GPU"}
-        found, usual = {}, (triton_solver.ROWS, triton_solver.WARPS)
+        found, usual = {}, (triton_launch.ROWS, triton_launch.WARPS)
         for rows in (1024, 4096, 28672):
             values, R = (self.bench.random(128, n, dtype=torch.float32) for n in (rows, 128))
             scales, zeros = torch.full((32, rows), 0.1, device=values.device), torch.full_like(values[:32], 8.0)
             group_of = torch.zeros(128, dtype=torch.int32, device=values.device)
             for tile in ((16, 4), (16, 2), (16, 8), (32, 4), (32, 8), (64, 4), (64, 8), (8, 1), (8, 2)):
-                triton_solver.ROWS, triton_solver.WARPS = tile
+                triton_launch.ROWS, triton_launch.WARPS = tile
                 errors = values.clone()
                 found[f"{rows} rows, {tile[0]} a program, {tile[1]} warps"] = self.bench.seconds(
-                    lambda v=values, e=errors, r=R / 1e3, s=scales, z=zeros, g=group_of: triton_solver.round_columns(
+                    lambda v=values, e=errors, r=R / 1e3, s=scales, z=zeros, g=group_of: triton_launch.round_columns(
                         v, e, r, s, z, g, 4
                     )
                 )
-        triton_solver.ROWS, triton_solver.WARPS = usual
+        triton_launch.ROWS, triton_launch.WARPS = usual
         return found
 
     def forward(self) -> dict[str, Any]:
@@ -129,12 +128,12 @@ class Measurements:
             refine_sweeps=1,
         )  # fmt: skip
         prepared = prepare(hessian, config)
-        devices, found, codes = set(triton_solver.KERNEL_DEVICES), {}, []
+        devices, found, codes = set(triton_launch.KERNEL_DEVICES), {}, []
         for name, switched_on in (("kernels", devices), ("torch", set[str]())):
-            triton_solver.KERNEL_DEVICES = switched_on
+            triton_launch.KERNEL_DEVICES = switched_on
             found[name] = self.bench.seconds(lambda: solve(weight, hessian, prepared, config), runs=2)
             codes.append(solve(weight, hessian, prepared, config).quantized.codes)
-        triton_solver.KERNEL_DEVICES = devices
+        triton_launch.KERNEL_DEVICES = devices
         return found | {"codes_that_differ": (codes[0] != codes[1]).double().mean().item()}
 
     def evaluation(self) -> dict[str, Any]:

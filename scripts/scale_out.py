@@ -13,8 +13,8 @@ from pathlib import Path
 
 from gptq_cli.checkpoint.headers import TensorInfo
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.pipeline.cost import Calibration, Rates, estimate_seconds
-from gptq_cli.pipeline.run_plan import LayerPlan
+from gptq_cli.planning.estimate import Calibration, Rates, estimate_seconds
+from gptq_cli.planning.run_plan import LayerPlan
 
 DEVICES = (1, 2, 4, 8, 16, 64)
 NODE = 8

@@ -25,7 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from gptq_cli.checkpoint.hashing import file_hash  # noqa: E402
+from gptq_cli.storage.manifest import file_hash  # noqa: E402
 
 CHILDREN = multiprocessing.get_context("forkserver")
 
@@ -40,7 +40,7 @@ def tree(directory: Path) -> dict[str, str]:
 def quantize(model: Path, output: Path, answers: Any = None) -> None:
     """In a child: quantize, and answer how many blocks were there before, or with which code it failed."""
     from gptq_cli.errors import GptqError
-    from tests.pipeline.tiny import Case
+    from tests.tiny import Case
 
     try:
         answer: object = Case(model, {}, []).run(output).resumed_blocks
@@ -108,8 +108,8 @@ class Command:
     old: Path | None
 
     def run(self, output: Path) -> None:
-        from gptq_cli.pipeline.rewrite import convert_checkpoint, dequantize_checkpoint
-        from tests.pipeline.tiny import Case
+        from gptq_cli.inspection.convert import convert_checkpoint, dequantize_checkpoint
+        from tests.tiny import Case
 
         overwrite = self.old is not None
         if self.name == "quantize":
@@ -130,9 +130,9 @@ class Command:
 
 def die(command: Command, output: Path, last: int) -> None:
     """In a child: be killed after operation `last` on the disk; a call that is refused ends before."""
-    from gptq_cli.checkpoint import durable
     from gptq_cli.errors import GptqError
-    from tests.pipeline.children import DeadlyDisk
+    from gptq_cli.storage import durable
+    from tests.quantization.children import DeadlyDisk
 
     durable.disk = DeadlyDisk(last)
     with suppress(GptqError):
@@ -225,7 +225,7 @@ def disk_sizes(model: Path, golden: dict[str, str], count: int, largest: int) ->
 
 def inside(model: Path, count: int, largest: int) -> dict[str, Any]:
     """In a user namespace: run on a small tmpfs, see it fail cleanly, enlarge it, run again."""
-    import gptq_cli.pipeline.quantize as pipeline
+    import gptq_cli.quantization.run as pipeline
 
     # The check before the run would refuse most sizes: let the disk itself refuse on every second one.
     preflight = pipeline.check_disk
@@ -250,7 +250,7 @@ def inside(model: Path, count: int, largest: int) -> dict[str, Any]:
 
 def attempt(model: Path, output: Path) -> str:
     from gptq_cli.errors import GptqError
-    from tests.pipeline.tiny import Case
+    from tests.tiny import Case
 
     try:
         Case(model, {}, []).run(output)
@@ -262,7 +262,7 @@ def attempt(model: Path, output: Path) -> str:
 def damage(model: Path, golden: dict[str, str], folder: Path, count: int, seed: int) -> dict[str, Any]:
     """One bit of one file of an unfinished work directory, or a cut journal; then a call that lives."""
     from tests.disks import CountingDisk, Killed, using
-    from tests.pipeline.tiny import WORK, Case, killer
+    from tests.tiny import WORK, Case, killer
 
     chance = random.Random(seed)
     case, unfinished = Case(model, {}, []), folder / "unfinished"
@@ -324,9 +324,9 @@ def main() -> None:
     if chosen.inside:
         print(json.dumps(inside(chosen.inside, chosen.sizes, chosen.largest)))
         return
-    CHILDREN.set_forkserver_preload(["tests.pipeline.children", "gptq_cli.pipeline.rewrite"])
+    CHILDREN.set_forkserver_preload(["tests.quantization.children", "gptq_cli.inspection.convert"])
     from tests.families import save_model
-    from tests.pipeline.tiny import SMALL, Case
+    from tests.tiny import SMALL, Case
 
     folder = Path(tempfile.mkdtemp())
     started = time.time()

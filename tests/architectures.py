@@ -24,8 +24,8 @@ from gptq_cli.checkpoint.reader import DequantizingReader, TensorReader
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import GptqError
-from gptq_cli.pipeline.quantize import QuantizeResult, quantize_checkpoint
-from gptq_cli.pipeline.setup import open_stream
+from gptq_cli.quantization.run import QuantizeResult, quantize_checkpoint
+from gptq_cli.runtime.open_model import open_stream
 from tests.families import save_tokenizer, texts
 
 TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)

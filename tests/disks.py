@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from gptq_cli.checkpoint import durable
-from gptq_cli.checkpoint.durable import Disk
+from gptq_cli.storage import durable
+from gptq_cli.storage.durable import Disk
 
 OPERATIONS = tuple(name for name in vars(Disk) if not name.startswith("_"))
 

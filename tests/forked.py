@@ -21,8 +21,8 @@ def serve(path: str) -> None:
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    import gptq_cli.pipeline.evaluate
-    import gptq_cli.pipeline.quantize  # noqa: F401
+    import gptq_cli.evaluation.perplexity
+    import gptq_cli.quantization.run  # noqa: F401
 
     torch.set_num_threads(1)
     listener = socket.socket(socket.AF_UNIX)

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from gptq_cli.checkpoint.headers import read_header
-from gptq_cli.checkpoint.manifest import REPORT_DATA
-from gptq_cli.checkpoint.source import INDEX_NAME, open_checkpoint
+from gptq_cli.checkpoint.source import open_checkpoint
 from gptq_cli.checkpoint.verify import verify_checkpoint
 from gptq_cli.config.resolve import resolve
 from gptq_cli.errors import GptqError
-from gptq_cli.pipeline.report import read_evaluation, read_run
+from gptq_cli.publish.report import read_evaluation, read_run
+from gptq_cli.storage.manifest import INDEX_NAME, REPORT_DATA
 from tests.checkpoint.gptq_files import SHARDS, gptq_files
 
 SECONDS = 5

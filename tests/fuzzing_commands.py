@@ -19,18 +19,16 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-from gptq_cli.checkpoint.manifest import MANIFEST, REPORT_DATA, REPORT_PAGE, sealed
-from gptq_cli.checkpoint.run_file import read_run
-from gptq_cli.checkpoint.source import INDEX_NAME
 from gptq_cli.checkpoint.verify import verify_checkpoint
-from gptq_cli.checkpoint.work_directory import RUN
 from gptq_cli.cli.app import app
-from gptq_cli.pipeline.rewrite import convert_checkpoint
+from gptq_cli.inspection.convert import convert_checkpoint
+from gptq_cli.storage.manifest import INDEX_NAME, MANIFEST, REPORT_DATA, REPORT_PAGE, sealed
+from gptq_cli.storage.work_directory import RUN, read_run
 from tests.checkpoint.gptq_files import gptq_files
 from tests.disks import CountingDisk, using
 from tests.families import save_model
 from tests.fuzzing import EVALUATION, REPORT, Subject
-from tests.pipeline.tiny import SMALL, WORK, Case, kill_after_block
+from tests.tiny import SMALL, WORK, Case, kill_after_block
 
 HERE = b"FOLDER"  # stands in the inputs for the folder of the trials, whose name differs from run to run
 CODE = re.compile(r"\bE_[A-Z_]+")

@@ -10,10 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gptq_cli.config.layer import LayerConfig
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.engine.rtn import round_to_nearest
-from gptq_cli.evaluation.perplexity import Perplexity
-from gptq_cli.pipeline.evaluate import EvalRequest, evaluate_perplexity
-from gptq_cli.pipeline.quantize import quantize_checkpoint
+from gptq_cli.evaluation.perplexity import EvalRequest, Perplexity, evaluate_perplexity
+from gptq_cli.quantization.run import quantize_checkpoint
+from gptq_cli.solver.baseline import round_to_nearest
 
 DEMO = Path(__file__).resolve().parents[1] / "scripts" / "demo"
 MODEL = DEMO / "model"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gptq_cli.checkpoint.manifest import REPORT_DATA, REPORT_PAGE
+from gptq_cli.storage.manifest import REPORT_DATA, REPORT_PAGE
 from tests.fuzzing import REPORT, SUBJECTS, Subject, fuzz
 from tests.fuzzing_commands import CALLS, call
 
@@ -47,7 +47,7 @@ def test_a_traceback_of_a_command_is_found(tmp_path: Path, monkeypatch: pytest.M
     def fail(*_: object) -> None:
         raise KeyError("layers")
 
-    monkeypatch.setattr("gptq_cli.pipeline.report.read_run", fail)
+    monkeypatch.setattr("gptq_cli.publish.report.read_run", fail)
     (tmp_path / "trial").mkdir()
     with pytest.raises(AssertionError, match="KeyError: 'layers'"):
         call(tmp_path, "report", tmp_path)

@@ -19,7 +19,7 @@ from gptq_cli.cli.eval_ppl import eval_ppl
 from gptq_cli.cli.quantize import quantize as quantize_command
 from gptq_cli.config.schema import fill
 from tests.cli.conftest import Run, gptq  # noqa: F401
-from tests.pipeline.runs import digest
+from tests.runs import digest
 from tests.workspace import (
     MODEL,
     QUANTIZED,

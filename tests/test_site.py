@@ -14,10 +14,10 @@ import pytest
 from gptq_cli import errors
 from gptq_cli.cli.app import COMMANDS
 from gptq_cli.cli.explain import explanations
-from gptq_cli.config.presets import PRESETS
-from gptq_cli.config.recipe import recipes
+from gptq_cli.config.layer import PRESETS
+from gptq_cli.config.resolve import recipes
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.config.targets import ENGINES
+from gptq_cli.config.serving import ENGINES
 from tests.test_docs import options
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -6,12 +6,12 @@ import json
 import shutil
 from pathlib import Path
 
+from gptq_cli.api import evaluate_perplexity, quantize
 from gptq_cli.config.resolve import resolve
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import PausedError
-from gptq_cli.pipeline.eval_request import EvalRequest
-from gptq_cli.pipeline.events import BlockFinished, Event
-from gptq_cli.pipeline.run import evaluate_perplexity, quantize
+from gptq_cli.evaluation.request import EvalRequest
+from gptq_cli.events import BlockFinished, Event
 from tests.families import save_model, texts
 
 ROOT = Path(__file__).resolve().parents[1]

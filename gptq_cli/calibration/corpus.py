@@ -19,7 +19,7 @@ from gptq_cli.calibration.files import SUFFIXES, has_columns, read_files, suffix
 from gptq_cli.calibration.loading import LoadRequest, open_column
 from gptq_cli.errors import ConfigError, GptqError, InputError
 from gptq_cli.files import expanded, status_of
-from gptq_cli.hub import id_flaw, pasted_id
+from gptq_cli.hub_errors import id_flaw, pasted_id
 
 Purpose = Literal["calibration", "evaluation"]
 PARAGRAPH = "\n\n"

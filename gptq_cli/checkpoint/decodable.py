@@ -8,10 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from shlex import quote
 
-from gptq_cli.checkpoint.block_float import METHOD as FP8
 from gptq_cli.checkpoint.defect import Defect
+from gptq_cli.checkpoint.quantization_config import format_of
+from gptq_cli.checkpoint.source import METHOD as FP8
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
-from gptq_cli.checkpoint.stored import format_of
 from gptq_cli.checkpoint.verify import examine, packed_modules
 from gptq_cli.errors import InputError
 

@@ -12,15 +12,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from gptq_cli.checkpoint.block_float import METHOD as FP8
-from gptq_cli.checkpoint.block_float import block_size
-from gptq_cli.checkpoint.gptq_format import decode
+from gptq_cli.checkpoint.codec import decode
 from gptq_cli.checkpoint.packed import PARTS, PackedModule, packed_modules
-from gptq_cli.checkpoint.source import Checkpoint
-from gptq_cli.checkpoint.stored import format_of
-from gptq_cli.engine.layer import QuantizedLinear
-from gptq_cli.engine.triton_dequantize import dequantize_packed
+from gptq_cli.checkpoint.quantization_config import format_of
+from gptq_cli.checkpoint.source import METHOD as FP8
+from gptq_cli.checkpoint.source import Checkpoint, block_size
 from gptq_cli.files import file_errors
+from gptq_cli.solver.quantized_linear import QuantizedLinear
+from gptq_cli.solver.triton_launch import dequantize_packed
 
 SAFETENSORS_DTYPE = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",

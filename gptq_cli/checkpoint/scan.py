@@ -9,9 +9,8 @@ from hashlib import sha256
 from pathlib import Path
 from threading import Event
 
-from gptq_cli.checkpoint.hashing import CHUNK_BYTES, in_threads
-from gptq_cli.checkpoint.headers import TensorInfo
-from gptq_cli.checkpoint.raw import is_finite, not_finite
+from gptq_cli.checkpoint.headers import TensorInfo, is_finite, not_finite
+from gptq_cli.storage.manifest import CHUNK_BYTES, in_threads
 
 
 def scan_weights(tensors: Iterable[TensorInfo], *, hashed: bool = True) -> dict[Path, str]:

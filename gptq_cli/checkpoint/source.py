@@ -1,4 +1,9 @@
-"""A checkpoint directory as it lies on disk: its config, its tensors, its other files. Reads headers only, no torch."""
+"""A checkpoint directory as it lies on disk: its config, its tensors, its other files. Reads
+headers only, no torch.
+
+Weights of FP8 checkpoints come with a scale for each block of them: SCALES holds how they are
+called.
+"""
 
 from __future__ import annotations
 
@@ -10,24 +15,26 @@ from functools import partial
 from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
 
-from gptq_cli.checkpoint.block_float import scales_of
 from gptq_cli.checkpoint.headers import TensorInfo, read_header, unique_keys
 from gptq_cli.checkpoint.side_files import ADAPTER_CONFIG, CONFIG_NAMES, is_skipped, side_files
 from gptq_cli.checkpoint.stamps import Stamp, check_stamps, stamp_of
 from gptq_cli.errors import InputError, Problem
 from gptq_cli.files import file_errors, files_below, is_file, resolved, status_of
 from gptq_cli.shell import shell_word
+from gptq_cli.storage.manifest import INDEX_NAME, MAX_CONFIG_BYTES, MAX_JSON_BYTES, QUANTIZE_CONFIG
 
-INDEX_NAME = "model.safetensors.index.json"
 INDEX_OF_AUTOGPTQ = "gptq_model-*.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-QUANTIZE_CONFIG = "quantize_config.json"
 CODES_OF_BITSANDBYTES = ("U8", "I8")
 BYTE_ORDER_MARK = "\ufeff"
-MAX_CONFIG_BYTES, MAX_JSON_BYTES = 5_000_000, 50_000_000
 MAX_DEPTH = 64
 MOST_SHOWN = 40  # characters of a value in a message
 Remark = tuple[str, str]  # code and text of a warning
+
+METHOD = "fp8"
+SCALES = "_scale_inv"
+SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
+FEW_BITS = ("F8_", "F4")
 
 
 @dataclass(frozen=True, slots=True)
@@ -432,3 +439,60 @@ def refuse_other_kinds(directory: str, files: Iterable[str]) -> None:
             "E_CKPT_PICKLE", f"`{directory}` holds pickled weights only, which can run code when they are loaded",
             hint="convert the weights to safetensors in a place you trust, or find a safetensors revision",
         )  # fmt: skip
+
+
+def block_size(said: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns that share a scale, as a `quantization_config` says; None if it says something else."""
+    size = said.get("weight_block_size")
+    is_pair = isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)
+    dynamic = said.get("activation_scheme", "dynamic") == "dynamic"
+    return (size[0], size[1]) if said.get("quant_method") == METHOD and is_pair and dynamic and size else None
+
+
+def scales_of(directory: Path, said: Mapping[str, Any] | None, tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
+    """The name of the scales of each weight that is stored in 8-bit floats; `said` is the `quantization_config`.
+
+    InputError E_CKPT_FP8 for floats of 8 or 4 bits that are stored otherwise, E_CKPT_INCOMPLETE for a weight without
+    scales, E_CKPT_SHAPE where the two do not fit.
+    """
+    few = [
+        tensor for tensor in tensors.values() if tensor.dtype.startswith(FEW_BITS) and not _is_scale(tensor, tensors)
+    ]
+    if not few:
+        return {}
+    block = block_size(said or {})
+    odd = next((t for t in few if block is None or t.dtype != "F8_E4M3" or not _is_matrix(t)), None)
+    if odd is not None or block is None:
+        odd = odd or few[0]
+        raise InputError(
+            "E_CKPT_FP8", f"`{directory}` holds {odd.dtype} weights, first `{odd.name}`",
+            hint="use a float16 or bfloat16 version of the model: 8-bit floats are read as DeepSeek stores them, with "
+            "quant_method fp8, a weight_block_size, and a tensor of scales for each weight",
+        )  # fmt: skip
+    for weight in few:
+        _check_scales(weight, tensors.get(f"{weight.name}{SCALES}"), block)
+    return {weight.name: f"{weight.name}{SCALES}" for weight in few}
+
+
+def _is_scale(tensor: TensorInfo, tensors: Mapping[str, TensorInfo]) -> bool:
+    weight = tensors.get(tensor.name.removesuffix(SCALES)) if tensor.name.endswith(SCALES) else None
+    return weight is not None and weight.dtype.startswith(FEW_BITS)
+
+
+def _is_matrix(tensor: TensorInfo) -> bool:
+    return len(tensor.shape) == 2 and tensor.name.endswith(".weight")
+
+
+def _check_scales(weight: TensorInfo, scales: TensorInfo | None, block: tuple[int, int]) -> None:
+    if scales is None:
+        raise InputError(
+            "E_CKPT_INCOMPLETE", f"`{weight.name}` is stored in 8-bit floats, and its scales `{weight.name}{SCALES}` "
+            "are missing", hint="download the checkpoint again",
+        )  # fmt: skip
+    expected = tuple(-(-size // step) for size, step in zip(weight.shape, block, strict=True))
+    if scales.shape != expected or scales.dtype not in SCALE_DTYPES:
+        raise InputError(
+            "E_CKPT_SHAPE",
+            f"`{scales.name}` is {scales.dtype} {list(scales.shape)}, blocks of {block[0]}x{block[1]} in "
+            f"{list(weight.shape)} ask for {list(expected)} floats",
+        )

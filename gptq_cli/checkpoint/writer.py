@@ -13,26 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptq_cli.checkpoint.durable import (
-    COPY_BYTES,
-    OpenFile,
-    make_directory,
-    sweep,
-    sync_directory,
-    write_file,
-    write_json,
-)
-from gptq_cli.checkpoint.hashing import Span, span_hashes
-from gptq_cli.checkpoint.headers import TensorInfo
+from gptq_cli.checkpoint.headers import TensorInfo, is_finite, not_finite
 from gptq_cli.checkpoint.layout import Layout
-from gptq_cli.checkpoint.manifest import OF_THE_RUN
-from gptq_cli.checkpoint.raw import is_finite, not_finite
+from gptq_cli.checkpoint.quantization_config import with_quantization
 from gptq_cli.checkpoint.reader import SAFETENSORS_DTYPE, tensor_bytes
-from gptq_cli.checkpoint.source import INDEX_NAME, QUANTIZE_CONFIG, Checkpoint
+from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.checkpoint.stamps import source_changed
-from gptq_cli.checkpoint.stored import with_quantization
 from gptq_cli.errors import GateError
 from gptq_cli.files import file_errors
+from gptq_cli.storage.durable import COPY_BYTES, OpenFile, make_directory, sweep, sync_directory, write_file, write_json
+from gptq_cli.storage.manifest import INDEX_NAME, OF_THE_RUN, QUANTIZE_CONFIG, Span, span_hashes
 
 MOST_WAITING = 4  # tensors that may wait for the disk: what stands for one linear
 

@@ -22,11 +22,11 @@ from typer.exceptions import TyperException
 from gptq_cli.cli.console import Console, indented, report_problems, talk, write, write_result
 from gptq_cli.cli.foreign_talk import libraries_quoted
 from gptq_cli.cli.signals import name_of
-from gptq_cli.errors import ConfigError, GptqError, Problem, Stopped
+from gptq_cli.errors import ConfigError, GptqError, Problem, Stopped, __version__
 from gptq_cli.files import file_cause, file_errors
-from gptq_cli.version import __version__
 
-# command -> what it does; the function of that name lives in the module of that name, with _ for -
+# command -> what it does; the function of that name lives in the module of that name, with _ for -,
+# or in the one that MODULES names
 COMMANDS = {
     "quantize": "Quantize a model to a GPTQ checkpoint.",
     "plan": "Show what quantize would do, without doing it.",
@@ -45,6 +45,7 @@ COMMANDS = {
     "explain": "Explain the code of an error or a warning.",
     "env": "Print versions, devices and variables for a bug report.",
 }
+MODULES = {"dequantize": "convert", "resume": "quantize"}
 BUG, USAGE, INTERRUPTED = 1, 2, 130
 PLAIN_WORDS = {  # what typer's checks say of a value: what it means
     "Input should be a valid integer, unable to parse string as an integer": "this is not a whole number",
@@ -180,7 +181,7 @@ def load_command(name: str) -> Any:
 
     function = name.replace("-", "_")
     single = typer.Typer(add_completion=False, rich_markup_mode="rich")
-    command = getattr(import_module(f"gptq_cli.cli.{function}"), function)
+    command = getattr(import_module(f"gptq_cli.cli.{MODULES.get(function, function)}"), function)
     single.command(name=name)(as_typer_sees(command, begin=_begin_talk))
     return typer.main.get_command(single)
 

@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gptq_cli.cli import options as o
-from gptq_cli.cli.console import Console, joined
+from gptq_cli.cli.console import Console, aligned, joined
 from gptq_cli.cli.progress import Progress
-from gptq_cli.cli.table import aligned
 from gptq_cli.config.resolve import check_flags
 from gptq_cli.config.units import clock
 from gptq_cli.errors import ConfigError
 
 if TYPE_CHECKING:
-    from gptq_cli.pipeline.compare import Comparison
-    from gptq_cli.pipeline.evaluate import EvalResult
+    from gptq_cli.evaluation.perplexity import EvalResult
+    from gptq_cli.inspection.compare import Comparison
 
 WORST = 10
 WORST_WINDOWS = 5
@@ -53,7 +52,7 @@ def compare(
         _check_alone(settings, max_windows)
     check_flags(settings)
     console = Console(as_json, quiet)
-    from gptq_cli.pipeline.compare import compare_checkpoints
+    from gptq_cli.inspection.compare import compare_checkpoints
 
     weights = compare_checkpoints(a, b)
     data = {"a": a, "b": b, **weights.to_json(), "predictions": None, "windows": None}
@@ -78,8 +77,8 @@ def _check_alone(settings: o.Settings, max_windows: int | None) -> None:
 def _evaluate(
     console: Console, model: str, baseline: str, text: str, settings: o.Settings, max_windows: int | None
 ) -> EvalResult:
-    from gptq_cli.pipeline.eval_request import EvalRequest
-    from gptq_cli.pipeline.run import evaluate_perplexity
+    from gptq_cli.api import evaluate_perplexity
+    from gptq_cli.evaluation.request import EvalRequest
 
     request = EvalRequest(dataset=text, baseline=baseline, max_windows=max_windows, **settings)
     with Progress(console) as progress:

@@ -1,4 +1,9 @@
-"""Where words go: stdout holds the result and nothing else, stderr the talk; user text is never markup."""
+"""The two streams: stdout holds the result and nothing else, stderr the messages; user text is
+never markup.
+
+Rows and verdicts about engines become aligned text; nothing is wrapped or cut, whatever the width
+of the terminal.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +21,26 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import typer
 
-from gptq_cli.errors import ConfigError, GptqError, Problem, without_secrets
-from gptq_cli.version import __version__
+from gptq_cli.errors import ConfigError, GptqError, Problem, __version__, without_secrets
 
 if TYPE_CHECKING:
     from logging import FileHandler
 
+    from gptq_cli.config.serving import Verdict
+    from gptq_cli.config.serving_table import Outcome
+    from gptq_cli.inspection.summary import Row
+
+
 SCHEMA = 1
 SHOWN = 8  # problems on a terminal
 LOG_MARK = "log of gptq"
+
+WORDS: dict[Outcome, str] = {
+    "yes": "loads in",
+    "limited": "loads with limits in",
+    "wrong": "loads WRONGLY in",
+    "no": "does not load in",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,3 +275,54 @@ def fitted(line: str, indent: int = 2) -> str:
         return line
     width = get_terminal_size().columns
     return fill(line, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
+
+
+def row_lines(rows: Sequence[Row]) -> list[str]:
+    """A line a row: count, name, shape, settings, reason."""
+    cells = [(f"{row.count} x", row.name, "x".join(map(str, row.shape)), row.settings, row.why) for row in rows]
+    return aligned(cells, right={0})
+
+
+def aligned(cells: Sequence[Sequence[str]], right: set[int] | None = None) -> list[str]:
+    """Lines with each column as wide as its longest cell, two blanks apart; columns in `right` are flush right."""
+    cells = [[on_one_line(cell) for cell in line] for line in cells]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(_fit(cell, i, width, right) for i, (cell, width) in enumerate(zip(line, widths, strict=True)))
+            .rstrip() for line in cells]  # fmt: skip
+
+
+def _fit(cell: str, column: int, width: int, right: set[int] | None) -> str:
+    return cell.rjust(width) if column in (right or ()) else cell.ljust(width)
+
+
+def row_data(rows: Sequence[Row]) -> list[dict[str, object]]:
+    """Rows as plain JSON values."""
+    return [
+        {
+            "count": row.count,
+            "name": row.name,
+            "shape": list(row.shape),
+            "settings": row.settings,
+            "why": row.why,
+            "bytes": row.nbytes,
+        }
+        for row in rows
+    ]
+
+
+def engine_lines(judged: Sequence[Verdict]) -> list[str]:
+    """A line for the engines without a remark, then one for each with its reason."""
+    clean = [verdict.engine for verdict in judged if verdict.outcome == "yes"]
+    remarks = [verdict for verdict in judged if verdict.outcome != "yes"]
+    lines = [f"{WORDS['yes']} {', '.join(clean)}"] if clean else []
+    lines += [f"{WORDS[verdict.outcome]} {verdict.engine}: {verdict.reason}" for verdict in remarks]
+    return list(map(on_one_line, lines))
+
+
+def unread_line(judged: Sequence[Verdict]) -> str | None:
+    """One line that names who will not load a checkpoint, None if all will."""
+    found: dict[str, list[str]] = {}
+    for verdict in judged:
+        if verdict.outcome in ("no", "wrong"):
+            found.setdefault(WORDS[verdict.outcome], []).append(verdict.engine)
+    return "; ".join(f"{word} {', '.join(names)}" for word, names in found.items()) or None

@@ -10,11 +10,9 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from gptq_cli.cli.console import Console
+from gptq_cli.cli.console import Console, aligned
 from gptq_cli.cli.options import AsJson, Quiet
-from gptq_cli.cli.table import aligned
-from gptq_cli.errors import without_secrets
-from gptq_cli.version import __version__
+from gptq_cli.errors import __version__, without_secrets
 
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "huggingface_hub", "datasets", "pydantic",
             "typer", "rich", "numpy")  # fmt: skip

@@ -1,4 +1,4 @@
-"""`gptq eval-ppl`: parse, call the pipeline, show, judge."""
+"""`gptq eval-ppl`: parse, call the program, show, judge."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gptq_cli.config.units import clock
 from gptq_cli.errors import ConfigError, GateError
 
 if TYPE_CHECKING:
-    from gptq_cli.pipeline.evaluate import EvalResult
+    from gptq_cli.evaluation.perplexity import EvalResult
 
 MAX_PPL = 10_000.0  # far above what any model of language gives that is read rightly
 
@@ -61,8 +61,8 @@ def eval_ppl(
     check_flags({**settings, "batch_size": batch_size})
     _check_gates(baseline, max_increase, max_ppl)
     console = Console(as_json, quiet)
-    from gptq_cli.pipeline.eval_request import EvalRequest
-    from gptq_cli.pipeline.run import evaluate_perplexity
+    from gptq_cli.api import evaluate_perplexity
+    from gptq_cli.evaluation.request import EvalRequest
 
     request = EvalRequest(
         dataset=dataset,

@@ -8,17 +8,15 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 from gptq_cli.cli import options as o
-from gptq_cli.cli.console import Console, fitted, joined, on_one_line
-from gptq_cli.cli.engines import engine_lines
-from gptq_cli.cli.table import aligned, row_data, row_lines
+from gptq_cli.cli.console import Console, aligned, engine_lines, fitted, joined, on_one_line, row_data, row_lines
 from gptq_cli.config.finding import shown
-from gptq_cli.config.targets import Verdict, engine_data, verdicts
+from gptq_cli.config.serving import Verdict, engine_data, verdicts
 from gptq_cli.config.units import size
-from gptq_cli.pipeline.inspect import Inspection, inspect_checkpoint
+from gptq_cli.inspection.summary import Inspection, inspect_checkpoint
 
 if TYPE_CHECKING:
     from gptq_cli.checkpoint.defect import Defect
-    from gptq_cli.pipeline.layer_view import Histogram, LayerView, PackedView
+    from gptq_cli.inspection.layer import Histogram, LayerView, PackedView
 
 MOST_BARS = 32
 BAR = 40
@@ -45,7 +43,7 @@ def inspect(
     if layer is not None:
         _show_layer(console, model, revision, layer)
         return
-    from gptq_cli.checkpoint.hub import peek_model
+    from gptq_cli.checkpoint.locate import peek_model
 
     source, checkpoint = peek_model(model, revision)
     for code, remark in checkpoint.remarks:
@@ -58,10 +56,10 @@ def inspect(
 
 def _show_layer(console: Console, model: str, revision: str | None, name: str) -> None:
     from gptq_cli.checkpoint.decodable import open_decodable
-    from gptq_cli.checkpoint.hub import locate_model
+    from gptq_cli.checkpoint.locate import locate_model
 
     checkpoint = open_decodable(locate_model(model, revision).directory)
-    from gptq_cli.pipeline.layer_view import view_layer
+    from gptq_cli.inspection.layer import view_layer
 
     view = view_layer(checkpoint, name)
     console.result({"layer": asdict(view)}, joined(_layer_lines(view)), on_one_line(view.name))

@@ -17,7 +17,7 @@ from gptq_cli.cli.signals import handled
 from gptq_cli.errors import ConfigError, GptqError, ResourceError
 
 if TYPE_CHECKING:
-    from gptq_cli.pipeline.team import Place
+    from gptq_cli.runtime.ranks import Place
 
 FORMS = "numbers of GPUs as in 0,1,2,3, or cpu:4 for four processes on the CPU"
 
@@ -50,8 +50,8 @@ def leads() -> bool:
 @contextmanager
 def member(device: str, devices: list[str], *, as_json: bool) -> Iterator[Place]:
     """This process's place for the body; of errors that end it one process tells."""
-    from gptq_cli.pipeline.joining import SaidElsewhere, joined
-    from gptq_cli.pipeline.processes import SAID_ELSEWHERE
+    from gptq_cli.runtime.processes import SAID_ELSEWHERE
+    from gptq_cli.runtime.torchrun import SaidElsewhere, joined
 
     def end(error: ResourceError | None) -> None:
         if error is not None:
@@ -75,8 +75,8 @@ def launch(devices: list[str], *, as_json: bool, directory: Path) -> int:
     What a process has to say it says itself; only if one was killed it is said here. InputError E_DEVICE for a device
     that is not there.
     """
-    from gptq_cli.pipeline.processes import SAID_ELSEWHERE, Processes, local_environment
-    from gptq_cli.pipeline.setup import resolve_device
+    from gptq_cli.runtime.open_model import resolve_device
+    from gptq_cli.runtime.processes import SAID_ELSEWHERE, Processes, local_environment
 
     for device in devices:
         resolve_device(device)

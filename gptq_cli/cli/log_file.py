@@ -9,15 +9,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gptq_cli.checkpoint.places import identity, is_inside
-from gptq_cli.checkpoint.replacing import is_an_output
-from gptq_cli.checkpoint.run_file import read_run
-from gptq_cli.checkpoint.work_directory import WorkDirectory, output_of
 from gptq_cli.cli.console import LOG_MARK
 from gptq_cli.config.resolve import resolve
 from gptq_cli.config.schema import FIELDS
 from gptq_cli.errors import ConfigError, GptqError
-from gptq_cli.pipeline.naming import default_name
+from gptq_cli.planning.run_plan import default_name
+from gptq_cli.storage.places import identity, is_inside
+from gptq_cli.storage.replacing import is_an_output
+from gptq_cli.storage.work_directory import WorkDirectory, output_of, read_run
 
 NAMED = ("model", "baseline", "a", "b", "directory", "text", "dataset")  # what commands read directories from
 _FIRST_LINE = re.compile(rb"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z " + LOG_MARK.encode())

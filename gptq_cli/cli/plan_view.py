@@ -7,22 +7,26 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-from gptq_cli.cli.console import Console, fitted, on_one_line
-from gptq_cli.cli.engines import engine_lines
-from gptq_cli.cli.table import row_data, row_lines
+from gptq_cli.cli.console import Console, engine_lines, fitted, on_one_line, row_data, row_lines
 from gptq_cli.config.resolve import Resolved
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.config.targets import engine_data
+from gptq_cli.config.serving import engine_data
 from gptq_cli.config.units import clock, size
 from gptq_cli.errors import ConfigError
 from gptq_cli.files import status_of
-from gptq_cli.pipeline.cost import Seconds
-from gptq_cli.pipeline.estimate import Term, estimate_disk, estimate_memory, estimate_time, forward_dtype, total
-from gptq_cli.pipeline.naming import default_name
-from gptq_cli.pipeline.overview import plan_rows
-from gptq_cli.pipeline.plan import plan_checkpoint
-from gptq_cli.pipeline.readers import judge_plan, remarks
-from gptq_cli.pipeline.run_plan import RunPlan
+from gptq_cli.inspection.summary import plan_rows
+from gptq_cli.planning.estimate import (
+    Seconds,
+    Term,
+    estimate_disk,
+    estimate_memory,
+    estimate_time,
+    forward_dtype,
+    total,
+)
+from gptq_cli.planning.plan import plan_checkpoint
+from gptq_cli.planning.run_plan import RunPlan, default_name
+from gptq_cli.planning.serving import judge_plan, remarks
 
 
 def show_plan(
@@ -39,7 +43,7 @@ def show_plan(
 
     With `with_time` the device of the run is measured first, to estimate how long the run takes on it.
     """
-    from gptq_cli.checkpoint.hub import peek_model
+    from gptq_cli.checkpoint.locate import peek_model
 
     config = resolved.config
     for note in resolved.notes:
@@ -143,8 +147,8 @@ def _lines(plan: RunPlan, resolved: Resolved, output: Path, devices: int, second
 
 def _measured_seconds(plan: RunPlan, config: QuantizeConfig, devices: int) -> Seconds:
     """Measure the device of the run and estimate its time; ConfigError E_CFG_CONFLICT for several devices."""
-    from gptq_cli.pipeline.rates import measure_rates
-    from gptq_cli.pipeline.setup import DTYPES, resolve_device
+    from gptq_cli.runtime.open_model import DTYPES, resolve_device
+    from gptq_cli.runtime.rates import measure_rates
 
     if devices > 1:
         message = f"--time measures one device, but --devices is {devices}"

@@ -10,12 +10,10 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from gptq_cli.checkpoint.run_file import resume_command
-from gptq_cli.cli.console import Console, on_one_line, talk, visible
-from gptq_cli.cli.engines import unread_line
+from gptq_cli.cli.console import Console, on_one_line, talk, unread_line, visible
 from gptq_cli.config.units import clock, size
 from gptq_cli.errors import without_secrets
-from gptq_cli.pipeline.events import (
+from gptq_cli.events import (
     BlockFinished,
     BlockStarted,
     Event,
@@ -28,6 +26,7 @@ from gptq_cli.pipeline.events import (
     Warned,
     WorkKept,
 )
+from gptq_cli.storage.work_directory import resume_command
 
 if TYPE_CHECKING:
     from rich.live import Live

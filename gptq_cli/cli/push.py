@@ -14,8 +14,8 @@ from gptq_cli.cli.progress import Progress
 from gptq_cli.config.units import size
 
 if TYPE_CHECKING:
-    from gptq_cli.checkpoint.upload import Published
-    from gptq_cli.pipeline.push import Parcel
+    from gptq_cli.publish.push import Parcel
+    from gptq_cli.publish.upload import Published
 
 
 def push(
@@ -44,7 +44,7 @@ def push(
     Example: gptq push ./Qwen3-0.6B-GPTQ-Int4-g128 me/small --base-model Qwen/Qwen3-0.6B --dry-run
     """
     console = Console(as_json, quiet)
-    from gptq_cli.pipeline.push import prepare_push, push_parcel
+    from gptq_cli.publish.push import prepare_push, push_parcel
 
     with Progress(console) as progress:
         parcel = prepare_push(directory, repo, base_model=base_model, evaluation=evaluation, card=card, report=progress)

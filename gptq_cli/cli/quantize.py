@@ -1,4 +1,4 @@
-"""`gptq quantize`: parse, call the pipeline, show."""
+"""`gptq quantize` and `gptq resume`: parse, call the program, show."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import os
 import sys
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from pydantic import BaseModel, BeforeValidator, StrictBool, TypeAdapter
 
 from gptq_cli.cli import options as o
-from gptq_cli.cli.console import Console, fitted, on_one_line
-from gptq_cli.cli.engines import engine_lines
+from gptq_cli.cli.console import Console, engine_lines, fitted, on_one_line
 from gptq_cli.cli.launch import is_one_of_several, launch, leads, member, parse_devices
 from gptq_cli.cli.progress import Progress
 from gptq_cli.cli.signals import stoppable
@@ -19,14 +21,20 @@ from gptq_cli.config.resolve import Resolved, resolve
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.units import clock, size
 from gptq_cli.config.yaml_writer import to_yaml
-from gptq_cli.shell import shell_words
+from gptq_cli.errors import ConfigError, InputError
+from gptq_cli.files import is_directory, resolved
+from gptq_cli.shell import shell_word, shell_words
 
 if TYPE_CHECKING:
-    from gptq_cli.pipeline.quantize import QuantizeResult
+    from gptq_cli.quantization.run import QuantizeResult
 
 
 # The kernel that runs quantized linears matters only when a checkpoint is evaluated.
 SETTINGS = [name for name in o.configurable_fields() if name != "backend"]
+
+Directory = Annotated[
+    Path, typer.Argument(metavar="WORKDIR", help="the hidden .OUT.gptq-work beside the output", show_default=False)
+]
 
 
 @o.takes_settings(*SETTINGS)
@@ -85,13 +93,13 @@ def run(
     page: bool = False,
     **manner: Any,
 ) -> None:
-    """Quantize, show how it goes, print the result; `manner` are the other arguments of `pipeline.run.quantize`.
+    """Quantize, show how it goes, print the result; `manner` are the other arguments of `api.quantize`.
 
     `devices`, as `--devices` takes them: several share the work, a process each, started in `directory` (by default the
     current one). With `page` a report of the run is left in the output.
     """
-    from gptq_cli.checkpoint.manifest import REPORT_PAGE
-    from gptq_cli.pipeline.run import carry_out, refuse_early
+    from gptq_cli.api import carry_out, refuse_early
+    from gptq_cli.storage.manifest import REPORT_PAGE
 
     named = parse_devices(devices)
     if leads():  # the others never look at the output
@@ -101,7 +109,7 @@ def run(
     command = shell_words(["gptq", *sys.argv[1:]])
     with stoppable(console), member(config.device, named, as_json=console.as_json) as place:
         if not place.team.leads:
-            from gptq_cli.pipeline.quantize import assist
+            from gptq_cli.quantization.run import assist
 
             return assist(model, config, place, revision=manner["revision"])
         assert output is not None
@@ -143,3 +151,88 @@ def _print_config(console: Console, resolved: Resolved) -> None:
     text = to_yaml(resolved.config, resolved.origins).rstrip("\n")
     data = {"config": resolved.config.model_dump(mode="json"), "origins": resolved.origins}
     console.document({**data, "notes": list(resolved.notes)}, text)
+
+
+@o.takes_settings("trust_remote_code")
+def resume(
+    directory: Directory,
+    *,
+    overwrite: o.Overwrite = False,
+    devices: o.Devices = None,
+    settings: o.Settings,
+    max_runtime: o.MaxRuntime = None,
+    allow_network_fs: o.AllowNetworkFs = False,
+    as_json: o.AsJson = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Go on with a quantization that ended early.
+
+    The model and all settings are those of the command that began it,
+    and OUT is beside WORKDIR. Code that comes with the model runs only
+    if --trust-remote-code is given again. Repeating the command that
+    began the run does the same.
+
+    Example: gptq resume .Qwen3-0.6B-4bit.gptq-work
+    """
+    trust_remote_code = bool(settings.get("trust_remote_code"))
+    started_in, directory = Path.cwd(), resolved(directory)
+    begun, output = _read(directory)
+    if begun.config.trust_remote_code and not trust_remote_code:
+        raise InputError(
+            "E_REMOTE_CODE", f"the run in `{directory}` needs Python code that comes with `{begun.model}`",
+            hint=f"read that code, then: gptq resume {shell_word(str(directory))} --trust-remote-code",
+        )  # fmt: skip
+    if is_directory(begun.directory):
+        os.chdir(begun.directory)
+    run(
+        Console(as_json, quiet),
+        begun.config.model_copy(update={"trust_remote_code": trust_remote_code}),
+        begun.model,
+        output,
+        devices=devices,
+        directory=started_in,
+        revision=begun.revision,
+        overwrite=overwrite or (begun.overwrite and begun.output == output),
+        resume="auto",
+        max_runtime=max_runtime,
+        allow_network_fs=allow_network_fs,
+    )
+
+
+class _Begun(BaseModel):
+    """What run.json says of the command that began a run."""
+
+    model: str
+    output: Path
+    config: Annotated[QuantizeConfig, BeforeValidator(TypeAdapter(dict[str, Any]).validate_python)]
+    revision: str | None
+    overwrite: StrictBool
+    directory: Path
+
+
+def _read(directory: Path) -> tuple[_Begun, Path]:
+    """The run of a work directory, and the output that the directory belongs to by its place.
+
+    InputError E_RESUME_NOTHING if there is none, ExistsError E_WORK_UNSAFE if somebody else may have written it.
+    """
+    from gptq_cli.storage.work_directory import RUN, output_of, read_run, refuse_foreign
+
+    output = output_of(directory)
+    if output is None or not (directory / RUN).is_file():
+        hint = _unfinished_at(directory) or "give the hidden directory .OUT.gptq-work beside an unfinished output"
+        raise InputError("E_RESUME_NOTHING", f"`{directory}` holds no unfinished run", hint=hint)
+    refuse_foreign(directory)
+    try:
+        return _Begun.model_validate((read_run(directory) or {})["request"]), output
+    except (ConfigError, KeyError, ValueError):
+        raise InputError(
+            "E_RESUME_NOTHING", f"`{directory / RUN}` is not as this version of gptq writes it",
+            hint="repeat the command that began the run, with --resume never if another version began it",
+        ) from None  # fmt: skip
+
+
+def _unfinished_at(output: Path) -> str | None:
+    from gptq_cli.storage.work_directory import WorkDirectory, read_run
+
+    work = WorkDirectory(output).path
+    return f"did you mean gptq resume {shell_word(str(work))}?" if read_run(work) else None

@@ -6,12 +6,11 @@ from typing import Annotated
 
 import typer
 
-from gptq_cli.cli.console import Console, fitted
+from gptq_cli.cli.console import Console, aligned, fitted
 from gptq_cli.cli.options import AsJson
-from gptq_cli.cli.table import aligned
 from gptq_cli.config.finding import nearest
-from gptq_cli.config.recipe import describe_recipe
-from gptq_cli.config.recipe import recipes as known_recipes
+from gptq_cli.config.resolve import describe_recipe
+from gptq_cli.config.resolve import recipes as known_recipes
 from gptq_cli.errors import ConfigError
 
 

@@ -33,8 +33,8 @@ def report(
 
     Example: gptq report ./out --evaluation ppl.json
     """
-    from gptq_cli.checkpoint.manifest import REPORT_PAGE
-    from gptq_cli.pipeline.report import write_page
+    from gptq_cli.publish.report import write_page
+    from gptq_cli.storage.manifest import REPORT_PAGE
 
     page = write_page(directory, output or directory / REPORT_PAGE, evaluation=evaluation, png=png)
     n_bytes = page.stat().st_size

@@ -1,19 +1,26 @@
-"""`gptq schema`: the JSON Schemas of what goes in and what comes out."""
+"""`gptq schema`: the JSON Schemas of what goes in and what comes out, the first for editors too."""
 
 from __future__ import annotations
 
 import json
 from importlib.resources import files
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from gptq_cli.cli.console import write_result
+from gptq_cli.config.fields import Accepts
 from gptq_cli.config.finding import nearest, shown
-from gptq_cli.config.json_schema import config_schema
+from gptq_cli.config.layer import PRESETS
+from gptq_cli.config.schema import DEFAULTS, QuantizeConfig
+from gptq_cli.config.serving_table import TARGETS
 from gptq_cli.errors import ConfigError
 
 KINDS = ("config", "output")
+
+DRAFT = "http://json-schema.org/draft-07/schema#"  # the newest that yaml-language-server promises to read
+FILE = "gptq.schema.json"
+MODELINE = f"# yaml-language-server: $schema={FILE}"
 
 
 def schema(
@@ -38,3 +45,21 @@ def schema(
         write_result(json.dumps(config_schema(), indent=2, ensure_ascii=False))
     else:
         write_result(files("gptq_cli.cli").joinpath("output.schema.json").read_text(encoding="utf-8").rstrip("\n"))
+
+
+def config_schema() -> dict[str, Any]:
+    """The JSON Schema of a configuration file, each field with its meaning and what it accepts."""
+    schema = QuantizeConfig.model_json_schema(ref_template="#/definitions/{model}")
+    fields = schema["properties"]
+    effective = DEFAULTS.model_dump(mode="json")  # what a run really has, which the default preset decides
+    for name, info in QuantizeConfig.model_fields.items():
+        accepts = next((item.text for item in info.metadata if isinstance(item, Accepts)), None)
+        fields[name]["description"] = f"{info.description}. Accepts {accepts}." if accepts else f"{info.description}."
+        fields[name].pop("title", None)
+        if "default" in fields[name]:
+            fields[name]["default"] = effective[name]
+    fields["preset"]["enum"] = list(PRESETS)
+    fields["target"]["enum"] = [*TARGETS, None]
+    schema["description"] = schema["description"].partition("\n")[0]
+    definitions = schema.pop("$defs", {})
+    return {"$schema": DRAFT, **schema, "title": "gptq configuration", "definitions": definitions}

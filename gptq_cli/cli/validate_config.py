@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gptq_cli.cli.console import Console
-from gptq_cli.cli.engines import engine_lines
+from gptq_cli.cli.console import Console, engine_lines
 from gptq_cli.cli.options import AsJson, plain
 from gptq_cli.config.resolve import Resolved, resolve
-from gptq_cli.config.targets import Verdict, engine_data
+from gptq_cli.config.serving import Verdict, engine_data
 from gptq_cli.config.yaml_writer import to_yaml
 
 if TYPE_CHECKING:
-    from gptq_cli.pipeline.run_plan import LayerPlan, RunPlan
+    from gptq_cli.planning.run_plan import LayerPlan, RunPlan
 
 
 def validate_config(
@@ -51,9 +50,9 @@ def validate_config(
 
 
 def _plan(console: Console, model: Path, resolved: Resolved) -> tuple[RunPlan, tuple[Verdict, ...]]:
-    from gptq_cli.checkpoint.hub import local_model
-    from gptq_cli.pipeline.plan import plan_run
-    from gptq_cli.pipeline.readers import judge_plan, remarks
+    from gptq_cli.checkpoint.locate import local_model
+    from gptq_cli.planning.plan import plan_run
+    from gptq_cli.planning.serving import judge_plan, remarks
 
     plan = plan_run(local_model(model), resolved.config)
     for code, remark in remarks(plan, resolved.config):

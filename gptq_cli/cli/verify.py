@@ -37,7 +37,7 @@ def verify(
     Example: gptq verify ./Qwen3-0.6B-GPTQ-Int4-g128 --full
     """
     console = Console(as_json, quiet)
-    from gptq_cli.checkpoint.hub import local_model
+    from gptq_cli.checkpoint.locate import local_model
     from gptq_cli.checkpoint.verify import verify_checkpoint
 
     found = verify_checkpoint(local_model(directory), full=full)

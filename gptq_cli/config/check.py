@@ -8,10 +8,10 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from gptq_cli.config.engines import TARGETS
 from gptq_cli.config.fields import Accepts, LayerOverrides
 from gptq_cli.config.finding import Finding, KeyPath, name_of, nearest, shown
-from gptq_cli.config.presets import PRESETS
+from gptq_cli.config.layer import PRESETS
+from gptq_cli.config.serving_table import TARGETS
 from gptq_cli.errors import ConfigError, Problem
 
 NAMES = {"preset": tuple(PRESETS), "target": TARGETS}

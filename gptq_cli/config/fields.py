@@ -11,10 +11,9 @@ from pydantic import AfterValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
-from gptq_cli.config.engines import TARGETS
-from gptq_cli.config.layer import DampMode, OnFault, ScaleSearch, Uncovered
-from gptq_cli.config.presets import PRESETS
+from gptq_cli.config.layer import PRESETS, DampMode, OnFault, ScaleSearch, Uncovered
 from gptq_cli.config.rules import flaw_of
+from gptq_cli.config.serving_table import TARGETS
 
 STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}

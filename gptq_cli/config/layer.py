@@ -1,14 +1,41 @@
-"""What the solver needs to know about one linear layer, after all rules have been applied."""
+"""The settings of one linear layer that the solver needs, after all rules have been applied, and
+the presets.
+
+A preset is a named starting point: it fills only the fields that the user left open.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 ScaleSearch = Literal["none", "mse", "activation"]
 DampMode = Literal["mean", "diagonal"]
 Uncovered = Literal["error", "rtn", "all-tokens"]
 OnFault = Literal["error", "rtn"]
+
+DEFAULT_PRESET = "balanced"
+BALANCED: dict[str, Any] = {
+    "static_groups": True,
+    "signed_scales": True,
+    "scale_search": "mse",
+    "refine_sweeps": 4,
+    "damp_mode": "diagonal",
+    "damp_percent": 0.05,
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # the published algorithm with the defaults of Optimum's GPTQQuantizer
+    "gptq": {},
+    # columns in activation order, groups by position: g_idx stays trivial
+    "act-order": {"static_groups": True},
+    # what lowers the divergence from the original in the same kind of checkpoint: docs/accuracy.md
+    "balanced": BALANCED,
+    # of `balanced` what costs no time
+    "fast": BALANCED | {"scale_search": "none", "refine_sweeps": 0},
+    # a second, unquantized stream of hidden states on top
+    "best": BALANCED | {"asymmetric_calibration": 0.75},
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ unknown one may belong to another program and is only noted.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,15 +16,16 @@ from typing import Any
 
 from gptq_cli.config.finding import Finding, KeyPath, name_of, nearest
 from gptq_cli.config.optimum import adopt
-from gptq_cli.config.recipe import find_config
 from gptq_cli.config.schema import FIELDS, QuantizeConfig, conflicts, field_findings, fill
-from gptq_cli.config.targets import settings_export, target_problems
-from gptq_cli.config.yaml_loader import Place, load, parse_scalar
+from gptq_cli.config.serving import settings_export, target_problems
+from gptq_cli.config.strict_yaml import Place, load, parse_scalar
 from gptq_cli.errors import ConfigError, Location, Problem
 from gptq_cli.files import file_errors
 
 ENVIRONMENT = "GPTQ_"
 AT_KEY = {"E_CFG_UNKNOWN_KEY", "E_CFG_REGEX"}
+
+FOLDER = Path(__file__).with_name("recipes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,3 +191,27 @@ def _conflict(finding: Finding, said_by: Mapping[str, _Source], why: Mapping[str
 def _position(problem: Problem) -> tuple[bool, int, int]:
     at = problem.location
     return (at is not None, at.line if at else 0, at.column if at else 0)
+
+
+def recipes() -> dict[str, Path]:
+    """The file of each recipe by name."""
+    return {file.stem: file for file in sorted(FOLDER.glob("*.yaml"))}
+
+
+def describe_recipe(file: Path) -> str:
+    """What a recipe is for: its first comment that is not for editors."""
+    comments = (line[2:] for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("# "))
+    return next(comment for comment in comments if not comment.startswith("yaml-language-server"))
+
+
+def find_config(file: Path) -> Path:
+    """`file`, or the recipe of that name if there is no such file; ConfigError E_CFG_FILE if it could be neither."""
+    known = recipes()
+    name = str(file)
+    if os.path.lexists(file) or file.name != name or file.suffix:
+        return file
+    if name in known:
+        return known[name]
+    near = nearest(name, known)
+    hint = f"did you mean the recipe {near}?" if near else "`gptq recipes` lists the names; a file needs its suffix"
+    raise ConfigError("E_CFG_FILE", f"there is no file and no recipe `{name}`", hint=hint)

@@ -18,7 +18,7 @@ from typing import Any
 
 from gptq_cli.config.layer import LayerConfig
 from gptq_cli.config.patterns import SECONDS, matches_in_time
-from gptq_cli.config.yaml_loader import parse_scalar
+from gptq_cli.config.strict_yaml import parse_scalar
 from gptq_cli.errors import ConfigError
 
 KEEP, CHANGE = "-:", "+:"

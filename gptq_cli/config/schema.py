@@ -14,7 +14,6 @@ from pydantic import BaseModel, Field, ModelWrapValidatorHandler, ValidationErro
 from pydantic_core import PydanticCustomError
 
 from gptq_cli.config.check import findings_of, refusal
-from gptq_cli.config.engines import TARGETS
 from gptq_cli.config.fields import (
     STRICT,
     Accepts,
@@ -41,9 +40,9 @@ from gptq_cli.config.fields import (
     size_in_bytes,
 )
 from gptq_cli.config.finding import Finding, KeyPath, name_of
-from gptq_cli.config.layer import FaultPolicy, LayerConfig
-from gptq_cli.config.presets import DEFAULT_PRESET, PRESETS
+from gptq_cli.config.layer import DEFAULT_PRESET, PRESETS, FaultPolicy, LayerConfig
 from gptq_cli.config.rules import LayerChoice, first_match, is_listed, keeps, pattern_of
+from gptq_cli.config.serving_table import TARGETS
 from gptq_cli.errors import ConfigError
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.config.yaml_loader import CORE_SCHEMA
+from gptq_cli.config.strict_yaml import CORE_SCHEMA
 
 
 class _Dumper(yaml.SafeDumper):

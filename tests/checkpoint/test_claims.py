@@ -15,13 +15,13 @@ from gptq_cli.checkpoint import claims
 from gptq_cli.checkpoint.claims import check_claims
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from gptq_cli.errors import InputError
+from gptq_cli.evaluation.perplexity import evaluate_perplexity
+from gptq_cli.evaluation.request import EvalRequest
 from gptq_cli.models.skeleton import load_config
-from gptq_cli.pipeline.eval_request import EvalRequest
-from gptq_cli.pipeline.evaluate import evaluate_perplexity
-from gptq_cli.pipeline.plan import plan_run
-from gptq_cli.pipeline.quantize import quantize_checkpoint
+from gptq_cli.planning.plan import plan_run
+from gptq_cli.quantization.run import quantize_checkpoint
 from tests.families import save_model
-from tests.pipeline.runs import config as settings
+from tests.runs import config as settings
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from gptq_cli.checkpoint.journal import digest
-from gptq_cli.checkpoint.manifest import read_manifest, write_manifest
 from gptq_cli.checkpoint.verify import verify_checkpoint
+from gptq_cli.storage.journal import digest
+from gptq_cli.storage.manifest import read_manifest, write_manifest
 from tests.checkpoint.gptq_files import SHARDS, gptq_files
 
 

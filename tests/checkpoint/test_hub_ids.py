@@ -9,12 +9,12 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from gptq_cli.calibration.corpus import DatasetSource, load_documents
-from gptq_cli.checkpoint.hub import hub_id, local_model, locate_model, model_directory
+from gptq_cli.checkpoint.locate import hub_id, local_model, locate_model, model_directory
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import ConfigError, InputError
-from gptq_cli.hub import id_flaw, pasted_id
-from gptq_cli.pipeline.naming import default_name
-from gptq_cli.pipeline.push import prepare_push
+from gptq_cli.hub_errors import id_flaw, pasted_id
+from gptq_cli.planning.run_plan import default_name
+from gptq_cli.publish.push import prepare_push
 
 PASTED = [
     ("https://huggingface.co/org/name", "org/name"),

@@ -12,8 +12,8 @@ from safetensors import safe_open
 
 from gptq_cli.checkpoint.layout import TensorSpec, packed_specs, plan_layout
 from gptq_cli.checkpoint.quantization_config import skip_rules
-from gptq_cli.checkpoint.source import INDEX_NAME
 from gptq_cli.checkpoint.writer import CheckpointWriter
+from gptq_cli.storage.manifest import INDEX_NAME
 
 SPECS = [
     (TensorSpec("a.weight", "F32", (3, 5)),),

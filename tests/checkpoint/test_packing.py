@@ -8,9 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptq_cli.checkpoint.gptq_format import decode, encode
-from gptq_cli.checkpoint.packing import pack, unpack
-from gptq_cli.engine.layer import QuantizedLinear
+from gptq_cli.checkpoint.codec import decode, encode, pack, unpack
+from gptq_cli.solver.quantized_linear import QuantizedLinear
 
 BITS = [2, 3, 4, 8]
 FORMATS = ["gptq", "gptq_v2"]

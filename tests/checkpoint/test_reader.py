@@ -10,7 +10,7 @@ import pytest
 from gptq_cli.checkpoint.reader import TensorReader
 from gptq_cli.checkpoint.source import open_checkpoint
 from tests.families import save_model
-from tests.pipeline.runs import quantize, reader
+from tests.runs import quantize, reader
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="needs posix_fadvise")
 

@@ -10,9 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from gptq_cli.checkpoint import scan
-from gptq_cli.checkpoint.headers import read_header
+from gptq_cli.checkpoint.headers import is_finite, read_header
 from gptq_cli.checkpoint.layout import TensorSpec, plan_layout
-from gptq_cli.checkpoint.raw import is_finite
 from gptq_cli.checkpoint.scan import scan_weights
 from gptq_cli.checkpoint.writer import CheckpointWriter
 from gptq_cli.errors import InputError

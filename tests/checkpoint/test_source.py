@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gptq_cli.checkpoint.headers import read_header
-from gptq_cli.checkpoint.source import INDEX_NAME, open_checkpoint
+from gptq_cli.checkpoint.source import open_checkpoint
 from gptq_cli.errors import InputError
+from gptq_cli.storage.manifest import INDEX_NAME
 
 
 def write_checkpoint(directory: Path) -> Path:

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from gptq_cli.checkpoint.defect import Defect
-from gptq_cli.checkpoint.raw import unpack_words
+from gptq_cli.checkpoint.headers import unpack_words
 from gptq_cli.checkpoint.verify import verify_checkpoint
 from gptq_cli.errors import InputError
 from tests.checkpoint.gptq_files import HIDDEN, MODULES, SHAPES, SHARDS, Files, gptq_files, module, words
@@ -461,7 +461,7 @@ def test_kept_tensors_are_finite_when_every_byte_is_read(name: str, value: float
 
 
 def test_numbers_are_checked_in_every_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gptq_cli.checkpoint.raw.CHUNK_BYTES", 64)
+    monkeypatch.setattr("gptq_cli.checkpoint.headers.CHUNK_BYTES", 64)
     files = gptq_files()
     files.tensors["lm_head.weight"].flat[[5, 700, -1]] = np.nan
     (found,) = defects(files.write(tmp_path / "c"), full=True)

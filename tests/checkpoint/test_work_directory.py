@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from gptq_cli.checkpoint.durable import write_file
-from gptq_cli.checkpoint.work_directory import WorkDirectory, locked
 from gptq_cli.errors import GptqError, ResourceError, Stopped
+from gptq_cli.storage.durable import write_file
+from gptq_cli.storage.work_directory import WorkDirectory, locked
 
 
 def end_without_it(output: Path, error: BaseException) -> None:

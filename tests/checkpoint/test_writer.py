@@ -11,11 +11,11 @@ from threading import enumerate as enumerate_threads
 import pytest
 import torch
 
-from gptq_cli.checkpoint.durable import Disk
 from gptq_cli.checkpoint.layout import TensorSpec, plan_layout
 from gptq_cli.checkpoint.source import open_checkpoint
 from gptq_cli.checkpoint.writer import MOST_WAITING, CheckpointWriter
 from gptq_cli.errors import ResourceError
+from gptq_cli.storage.durable import Disk
 from tests.disks import using
 
 LAYOUT = plan_layout([(TensorSpec("a", "F32", (2, 3)),), (TensorSpec("b", "I32", (4,)),)], 30)

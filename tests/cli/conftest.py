@@ -15,9 +15,9 @@ from typer.testing import CliRunner, Result
 
 from gptq_cli.cli.app import app
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.config.targets import Verdict, settings_export, verdicts
-from gptq_cli.pipeline.eval_request import EvalRequest
-from gptq_cli.pipeline.events import (
+from gptq_cli.config.serving import Verdict, settings_export, verdicts
+from gptq_cli.evaluation.request import EvalRequest
+from gptq_cli.events import (
     BlockFinished,
     BlockStarted,
     ExpertsCovered,
@@ -113,9 +113,9 @@ class FakeQuantized:
 @pytest.fixture
 def quantizer(monkeypatch: pytest.MonkeyPatch) -> FakeQuantizer:
     fake = FakeQuantizer()
-    module = ModuleType("gptq_cli.pipeline.quantize")
+    module = ModuleType("gptq_cli.quantization.run")
     module.quantize_checkpoint = module.assist = fake  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "gptq_cli.pipeline.quantize", module)
+    monkeypatch.setitem(sys.modules, "gptq_cli.quantization.run", module)
     return fake
 
 
@@ -151,7 +151,7 @@ class FakeEvaluator:
 @pytest.fixture
 def evaluator(monkeypatch: pytest.MonkeyPatch) -> FakeEvaluator:
     fake = FakeEvaluator()
-    module = ModuleType("gptq_cli.pipeline.evaluate")
+    module = ModuleType("gptq_cli.evaluation.perplexity")
     module.evaluate_perplexity = fake  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "gptq_cli.pipeline.evaluate", module)
+    monkeypatch.setitem(sys.modules, "gptq_cli.evaluation.perplexity", module)
     return fake

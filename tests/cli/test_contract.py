@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 
-from gptq_cli.pipeline import evaluate, quantize
+from gptq_cli.evaluation import perplexity
+from gptq_cli.quantization import run
 
 from . import conftest
 
@@ -13,16 +14,16 @@ from . import conftest
 def test_the_pipeline_takes_the_calls_that_the_command_line_makes() -> None:
     manner = {"revision": None, "overwrite": False, "resume": "auto", "max_seconds": None, "allow_network_fs": False}
     manner |= {"report": print, "place": None}
-    bound = inspect.signature(quantize.quantize_checkpoint).bind("m", "out", "config", **manner)
+    bound = inspect.signature(run.quantize_checkpoint).bind("m", "out", "config", **manner)
     assert bound.arguments == {"model": "m", "output": "out", "config": "config", **manner}
-    bound = inspect.signature(evaluate.evaluate_perplexity).bind("m", "request", print)
+    bound = inspect.signature(perplexity.evaluate_perplexity).bind("m", "request", print)
     assert bound.arguments == {"model": "m", "request": "request", "report": print}
 
 
 def test_requests_and_results_have_the_fields_that_the_command_line_uses() -> None:
     pairs = [
-        (conftest.FakeEvaluated, evaluate.EvalResult),
-        (conftest.FakeQuantized, quantize.QuantizeResult),
+        (conftest.FakeEvaluated, perplexity.EvalResult),
+        (conftest.FakeQuantized, run.QuantizeResult),
     ]
     for fake, real in pairs:
         assert {item.name for item in dataclasses.fields(fake)} <= {item.name for item in dataclasses.fields(real)}

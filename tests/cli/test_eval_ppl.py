@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from gptq_cli.pipeline.eval_request import EvalRequest
+from gptq_cli.evaluation.request import EvalRequest
 
 from .conftest import FakeEvaluated, FakeEvaluator, Run
 

@@ -15,11 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
 from gptq_cli.cli.app import exit_code_of
-from gptq_cli.cli.console import Console, indented, on_one_line, talk
-from gptq_cli.cli.engines import engine_lines
+from gptq_cli.cli.console import Console, aligned, engine_lines, indented, on_one_line, talk
 from gptq_cli.cli.foreign_talk import libraries_quoted
-from gptq_cli.cli.table import aligned
-from gptq_cli.config.targets import Verdict
+from gptq_cli.config.serving import Verdict
 from gptq_cli.errors import InputError
 from tests.checkpoint.gptq_files import gptq_files
 from tests.families import save_model, texts

@@ -11,8 +11,8 @@ from jsonschema import Draft202012Validator
 
 from gptq_cli.cli.app import COMMANDS
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.pipeline.events import BlockFinished, Event
-from gptq_cli.pipeline.quantize import quantize_checkpoint
+from gptq_cli.events import BlockFinished, Event
+from gptq_cli.quantization.run import quantize_checkpoint
 from tests.families import save_model, texts
 
 from .conftest import Run

@@ -19,14 +19,14 @@ import yaml
 from gptq_cli.cli.console import talk
 from gptq_cli.cli.launch import parse_devices
 from gptq_cli.errors import ConfigError, InputError, ResourceError
-from gptq_cli.pipeline import joining
-from gptq_cli.pipeline.joining import rank_lost
-from gptq_cli.pipeline.quantize import quantize_checkpoint
+from gptq_cli.quantization.run import quantize_checkpoint
+from gptq_cli.runtime import torchrun
+from gptq_cli.runtime.torchrun import rank_lost
 from tests.cli.conftest import Run
 from tests.disks import Killed
 from tests.families import save_model
-from tests.pipeline.runs import config, digest
-from tests.pipeline.tiny import SETTINGS, SMALL, WORK, killer
+from tests.runs import config, digest
+from tests.tiny import SETTINGS, SMALL, WORK, killer
 
 ALONE = {**os.environ, "OMP_NUM_THREADS": "1"}
 TWO_NODES = """
@@ -98,15 +98,15 @@ def test_a_wrong_path_is_told_once_and_before_any_process_is_started(gptq: Run, 
 
 
 def test_one_device_for_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(joining.torch.cuda, "is_available", lambda: True)
-    assert joining._device_of(1, 2, "auto", []) == "cuda:1"
-    assert joining._device_of(1, 2, "cpu", []) == "cpu"
-    assert joining._device_of(1, 2, "auto", ["cuda:4", "cuda:6"]) == "cuda:6"
+    monkeypatch.setattr(torchrun.torch.cuda, "is_available", lambda: True)
+    assert torchrun._device_of(1, 2, "auto", []) == "cuda:1"
+    assert torchrun._device_of(1, 2, "cpu", []) == "cpu"
+    assert torchrun._device_of(1, 2, "auto", ["cuda:4", "cuda:6"]) == "cuda:6"
     with pytest.raises(ConfigError, match="device cuda:1 is one, and 2 processes run here") as caught:
-        joining._device_of(0, 2, "cuda:1", [])
+        torchrun._device_of(0, 2, "cuda:1", [])
     assert caught.value.hint == "say which: --devices 0,1"
     with pytest.raises(ConfigError, match="--devices names 3 devices, and 2 processes run here"):
-        joining._device_of(0, 2, "auto", ["cpu"] * 3)
+        torchrun._device_of(0, 2, "auto", ["cpu"] * 3)
 
 
 def test_a_lost_process_is_named_with_what_to_look_at() -> None:

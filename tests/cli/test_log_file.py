@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from gptq_cli.checkpoint.run_file import write_run
-from tests.pipeline.runs import digest
+from gptq_cli.storage.work_directory import write_run
+from tests.runs import digest
 
 from .conftest import FakeQuantizer, Run
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.families import save_model, texts
-from tests.pipeline.runs import quantize
+from tests.runs import quantize
 
 from .conftest import Run
 from .test_plan import run_process

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.families import FAMILIES, save_model, texts
-from tests.pipeline.runs import digest, quantize
+from tests.runs import digest, quantize
 
 from .conftest import Run
 

@@ -9,7 +9,7 @@ import pytest
 
 from gptq_cli.cli.console import Console
 from gptq_cli.cli.progress import SILENCE, Progress
-from gptq_cli.pipeline.events import BlockFinished, BlockStarted, LayerSolved, PhaseStarted
+from gptq_cli.events import BlockFinished, BlockStarted, LayerSolved, PhaseStarted
 
 from .conftest import layer_report, play
 

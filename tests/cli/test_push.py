@@ -17,12 +17,12 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
-from gptq_cli.checkpoint.manifest import sealed
 from gptq_cli.checkpoint.verify import verify_checkpoint
+from gptq_cli.storage.manifest import sealed
 from tests.families import save_model, texts
 from tests.hub import Fault, Hub, Reply, serve
 from tests.hub_uploads import Uploads, blob_id, refusal
-from tests.pipeline.runs import digest, quantize
+from tests.runs import digest, quantize
 
 from .conftest import Run
 

@@ -9,8 +9,8 @@ import pytest
 
 from gptq_cli.cli.app import load_command
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.pipeline.naming import default_name
-from gptq_cli.pipeline.time_limit import seconds
+from gptq_cli.planning.run_plan import default_name
+from gptq_cli.quantization.record import seconds
 
 from .conftest import FakeQuantized, FakeQuantizer, Run
 

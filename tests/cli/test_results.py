@@ -124,7 +124,7 @@ def test_the_command_in_a_report_is_the_one_that_was_given(
         commands.append(command)
         return quantizer("m", Path("o"), None, report=lambda _: None)
 
-    monkeypatch.setattr("gptq_cli.pipeline.run.carry_out", keep)
+    monkeypatch.setattr("gptq_cli.api.carry_out", keep)
     for text in SECRETS:
         monkeypatch.setattr(sys, "argv", ["gptq", "quantize", "m", "--dataset", text])
         gptq("quantize", "m", "-b", "4", "--dataset", text, "--dataset", "x")

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from gptq_cli.checkpoint.manifest import sealed
-from gptq_cli.checkpoint.run_file import resume_command, write_run
 from gptq_cli.cli.console import Console
 from gptq_cli.cli.progress import Progress
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.pipeline.events import Resumed, WorkKept
+from gptq_cli.events import Resumed, WorkKept
+from gptq_cli.storage.manifest import sealed
+from gptq_cli.storage.work_directory import resume_command, write_run
 
 from .conftest import FakeQuantizer, Run
 

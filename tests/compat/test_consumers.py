@@ -27,7 +27,7 @@ from gptq_cli.checkpoint.packed import packed_modules
 from gptq_cli.checkpoint.reader import DequantizingReader
 from gptq_cli.checkpoint.source import open_checkpoint
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.pipeline.quantize import quantize_checkpoint
+from gptq_cli.quantization.run import quantize_checkpoint
 
 # The consumers compute in the model's dtype, the reference in float32; a zero point off by one gives 0.07 or more.
 LARGEST_DIFFERENCE = {"float16": 5e-3, "bfloat16": 2e-2}

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 import gptq_cli
-from gptq_cli.config.recipe import describe_recipe, recipes
-from gptq_cli.config.resolve import resolve
+from gptq_cli.config.resolve import describe_recipe, recipes, resolve
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.config.targets import export_of, verdicts
+from gptq_cli.config.serving import export_of, verdicts
 
 NAMES = ["cpu-small", "gptq-paper", "mixed-4-8bit", "moe", "smallest-2bit", "vllm-4bit", "vllm-8bit"]
 

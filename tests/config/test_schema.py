@@ -8,8 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from gptq_cli.config.fields import Accepts, LayerOverrides, size_in_bytes
-from gptq_cli.config.layer import LayerConfig
-from gptq_cli.config.presets import PRESETS
+from gptq_cli.config.layer import PRESETS, LayerConfig
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import ConfigError
 

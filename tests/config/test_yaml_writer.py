@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from gptq_cli.config.resolve import resolve
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.config.yaml_loader import parse
+from gptq_cli.config.strict_yaml import parse
 from gptq_cli.config.yaml_writer import to_yaml
 
 SAMPLES: list[dict[str, Any]] = [

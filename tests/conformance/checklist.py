@@ -15,7 +15,8 @@ from typing import Any
 
 from safetensors import safe_open
 
-from gptq_cli.checkpoint.source import INDEX_NAME, open_checkpoint
+from gptq_cli.checkpoint.source import open_checkpoint
+from gptq_cli.storage.manifest import INDEX_NAME
 from tests.conformance.readers import Directory, Refused, exllamav2, fused_modules, overridden, vllm
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")

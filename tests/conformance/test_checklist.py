@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from gptq_cli.checkpoint.source import INDEX_NAME
 from gptq_cli.checkpoint.verify import verify_checkpoint
+from gptq_cli.storage.manifest import INDEX_NAME
 from tests.checkpoint.test_verify import PLANTED
 from tests.conformance.checklist import BY_OTHER_TESTS, BY_VERIFY, CHECKS, NOT_HERE, Pair
 from tests.conformance.test_readers import CASES, KEPT

@@ -1,4 +1,4 @@
-"""What each engine would compute with, by its own rules, is what was written, or what `config/engines.py` says."""
+"""What each engine would compute with, by its own rules, is what was written, or what `serving_table` says."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from gptq_cli.checkpoint.verify import verify_checkpoint
-from gptq_cli.config.targets import verdicts
-from gptq_cli.pipeline.readers import export_of_layers
+from gptq_cli.config.serving import verdicts
+from gptq_cli.planning.serving import export_of_layers
 from tests.conformance.readers import READERS, Refused, Weights, fused_modules
 from tests.conformance.written import LINEARS, Written, write
 
@@ -36,7 +36,7 @@ def agree(found: Weights, truth: Weights) -> bool:
 
 
 def promised(written: Written) -> dict[str, str]:
-    """What `config/engines.py` says, where "limited" loads as "yes" does."""
+    """What `config/serving_table.py` says, where "limited" loads as "yes" does."""
     judged = verdicts(export_of_layers(written.plan.layers, written.config))
     return {verdict.engine: verdict.outcome.replace("limited", "yes") for verdict in judged}
 

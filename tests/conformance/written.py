@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import save_file
 
 from gptq_cli import __version__
-from gptq_cli.checkpoint.gptq_format import encode
+from gptq_cli.checkpoint.codec import encode
 from gptq_cli.checkpoint.quantization_config import describe
 from gptq_cli.checkpoint.writer import CheckpointWriter, write_side_files
 from gptq_cli.config.layer import LayerConfig
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.engine.layer import QuantizedLinear
-from gptq_cli.pipeline.plan import plan_run
-from gptq_cli.pipeline.run_plan import RunPlan
+from gptq_cli.planning.plan import plan_run
+from gptq_cli.planning.run_plan import RunPlan
+from gptq_cli.solver.quantized_linear import QuantizedLinear
 
 HIDDEN, INNER, BLOCKS, VOCABULARY = 64, 128, 2, 96
 LINEARS = {

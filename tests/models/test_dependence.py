@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gptq_cli.errors import InputError
-from gptq_cli.models.dependence import check_chain
-from gptq_cli.models.recording import Call, Handed, Recorder, State, share
+from gptq_cli.models.recording import Call, Handed, Recorder, State, check_chain, share
 
 Forward = Callable[[list[nn.Module], Tensor], object]
 NAMES = ["blocks.0", "blocks.1", "blocks.2"]

@@ -15,7 +15,7 @@ from torch import Tensor
 from gptq_cli.checkpoint.reader import TensorReader
 from gptq_cli.checkpoint.source import open_checkpoint
 from gptq_cli.errors import InputError
-from gptq_cli.models.read_ahead import ReadAhead
+from gptq_cli.models.stream import ReadAhead
 from tests.families import save_model
 from tests.simulated_gpu import SimulatedGpu, simulated_gpu
 

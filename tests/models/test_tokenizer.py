@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from gptq_cli.calibration.windows import load_encoder
 from gptq_cli.errors import InputError
-from gptq_cli.models.tokenizer import load_encoder
 from tests.families import save_model
 
 CODE = """

@@ -1,0 +1,129 @@
+"""The two things this program is for, as the command line and Python callers ask for them.
+
+What can be refused at once is refused before torch is imported.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gptq_cli.checkpoint.locate import hub_id, model_directory
+from gptq_cli.config.schema import QuantizeConfig
+from gptq_cli.errors import ConfigError
+from gptq_cli.evaluation.request import EvalRequest
+from gptq_cli.events import Report, ignore
+from gptq_cli.files import file_errors
+from gptq_cli.planning.checks import preflight
+from gptq_cli.planning.run_plan import default_name
+from gptq_cli.publish.report import BlockLog, check_report, save_report
+from gptq_cli.quantization.record import seconds
+
+if TYPE_CHECKING:
+    from gptq_cli.evaluation.perplexity import EvalResult
+    from gptq_cli.quantization.run import QuantizeResult
+
+
+@file_errors()
+def quantize(
+    model: str | Path,
+    config: QuantizeConfig,
+    output: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    overwrite: bool = False,
+    resume: str = "auto",
+    max_runtime: str | None = None,
+    allow_network_fs: bool = False,
+    report: bool = False,
+    command: str = "gptq_cli.quantize",
+    on_event: Report = ignore,
+) -> QuantizeResult:
+    """Quantize `model` (a directory or a Hub id) into the directory `output`, which appears complete or not at all.
+
+    The arguments are the options of `gptq quantize`: `output` None means NAME-GPTQ-Int4-g128 here, `resume` is "auto",
+    "require" or "never", `max_runtime` a time such as "3h30m", after which PausedError is raised and the same call goes
+    on. With `report` a page about the run, naming `command`, is left in the output. `on_event` is called with each of
+    `gptq_cli.events` as it happens, in this thread; what it raises ends the run, and finished blocks are kept.
+
+    Raises a GptqError for every expected failure: ConfigError, InputError, GateError, ResourceError, ExistsError or
+    PausedError, with `code`, `hint` and the `exit_code` that the command would end with.
+
+    >>> from gptq_cli import QuantizeConfig, events, quantize
+    >>> def show(event):
+    ...     if isinstance(event, events.BlockFinished):
+    ...         print(f"block {event.index + 1} of {event.n_blocks}: {event.name}")
+    >>> config = QuantizeConfig(bits=4, group_size=32, dataset="calibration.txt", nsamples=8, seqlen=64)
+    >>> result = quantize("Qwen3-0.6B", config, on_event=show)
+    block 1 of 2: model.layers.0
+    block 2 of 2: model.layers.1
+    >>> result.output
+    PosixPath('Qwen3-0.6B-GPTQ-Int4-g32')
+    >>> all(layer.relative_error < layer.rtn_relative_error for layer in result.layers)
+    True
+    """
+    manner: dict[str, Any] = {"overwrite": overwrite, "resume": resume, "max_runtime": max_runtime}
+    output = refuse_early(str(model), config, output, report=report, **manner)
+    manner |= {"revision": revision, "allow_network_fs": allow_network_fs}
+    return carry_out(str(model), config, output, report=report, command=command, on_event=on_event, **manner)
+
+
+def carry_out(
+    model: str,
+    config: QuantizeConfig,
+    output: Path,
+    *,
+    report: bool,
+    command: str,
+    on_event: Report,
+    max_runtime: str | None,
+    **manner: Any,
+) -> QuantizeResult:
+    """What `quantize` does after `refuse_early`; `manner` are the other arguments of `quantize_checkpoint`."""
+    from gptq_cli.quantization.run import quantize_checkpoint
+
+    log = BlockLog(on_event)
+    result = quantize_checkpoint(model, output, config, max_seconds=seconds(max_runtime), report=log, **manner)
+    if report:
+        save_report(output, result.to_json(), log, command)
+    return result
+
+
+def refuse_early(
+    model: str, config: QuantizeConfig, output: str | Path | None, *, overwrite: bool, resume: str, report: bool,
+    max_runtime: str | None = None, **_: object,
+) -> Path:  # fmt: skip
+    """The output that `quantize` will write, refused without torch if that is possible."""
+    seconds(max_runtime)
+    if resume not in ("auto", "require", "never"):
+        hint = "leave it out to go on with unfinished work if there is some"
+        raise ConfigError("E_CFG_RANGE", f"--resume must be auto, require or never, got {resume!r}", hint=hint)
+    if model_directory(model) is None:
+        hub_id(model)  # a wrong path fails here in a moment, what may be a Hub id is looked up later
+    output = Path(output or default_name(model, config))
+    if report:
+        check_report()
+    preflight(model, output, config, overwrite=overwrite)
+    return output
+
+
+@file_errors()
+def evaluate_perplexity(
+    model: str | Path, request: EvalRequest | None = None, *, on_event: Report = ignore
+) -> EvalResult:
+    """Perplexity of `model` (a directory or a Hub id, quantized or not) with the protocol that gave it.
+
+    A `request` with a `baseline` adds the baseline's perplexity, the KL divergence from it in nats per token, and the
+    share of tokens with the same first choice. `on_event` is called as in `quantize`, GptqError raised as there.
+
+    >>> from gptq_cli import EvalRequest, evaluate_perplexity
+    >>> request = EvalRequest(dataset="heldout.txt", seqlen=64, baseline="Qwen3-0.6B")
+    >>> measured = evaluate_perplexity("Qwen3-0.6B-GPTQ-Int4-g128", request)
+    >>> 0 < measured.kl < 0.1
+    True
+    >>> abs(measured.perplexity / measured.baseline_perplexity - 1) < 0.1
+    True
+    """
+    from gptq_cli.evaluation.perplexity import evaluate_perplexity as evaluate
+
+    return evaluate(str(model), request or EvalRequest(), on_event)

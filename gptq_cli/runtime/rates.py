@@ -1,0 +1,88 @@
+"""The rates of this machine's device, measured in a few seconds for `gptq plan --time`."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gptq_cli.config.layer import LayerConfig
+from gptq_cli.planning.estimate import ROWS_OF_A_PART, Rates, factor_cost, hessian_cost, solve_products
+from gptq_cli.solver.factor import Prepared, prepare
+from gptq_cli.solver.hessian import HessianAccumulator
+from gptq_cli.solver.solve import solve
+
+SECONDS_EACH = 0.3  # of repeating one piece of work
+MOST_COLUMNS = 4096  # of a layer that stands for the model's: larger ones only take longer
+TOKENS = 2048
+READ_BYTES = 128 * 2**20
+
+
+def measure_rates(device: torch.device, dtype: torch.dtype, in_features: int, config: LayerConfig, file: Path) -> Rates:
+    """Return what `device` does in a second, by doing a little of each kind of work.
+
+    The work has the sizes of a layer with `in_features` inputs under `config`; `file` is read to learn the rate of the
+    disk, or of the cache if it lies there. Two rates are not measured and count as infinite: the one between devices,
+    and that of the disk if `file` does not exist, as for a model that is not downloaded yet.
+    """
+    group_size = config.columns_per_group(in_features)
+    columns = min(in_features, max(group_size, MOST_COLUMNS // group_size * group_size))
+    rows = ROWS_OF_A_PART[device.type]
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(TOKENS, columns, generator=generator).to(device, dtype)
+    weight = torch.randn(rows, columns, generator=generator).to(device) / columns**0.5
+    seen = HessianAccumulator(columns, device)
+    seen.add(inputs)
+    hessian = seen.hessian
+    prepared = prepare(hessian, config, seen.tokens)
+    same_dtype = weight.to(dtype)
+    forward = _seconds(lambda: inputs @ same_dtype.T, device)
+    product = _seconds(lambda: weight @ hessian, device)
+    adding = _seconds(lambda: HessianAccumulator(columns, device).add(inputs), device)
+    factoring = _seconds(lambda: prepare(hessian, config, TOKENS), device)
+    solving = _seconds(lambda: _solved(weight, hessian, prepared, config), device)
+    products = solve_products(config) * product
+    rounding = max(solving - products, solving / 100)  # products inside the solver may be faster than alone
+    return Rates(
+        forward=rows * columns * TOKENS / forward,
+        hessian=hessian_cost(columns, TOKENS) / adding,
+        factor=factor_cost(columns) / factoring,
+        solve=rows * columns**2 / product,
+        columns=rows * columns * (1 + config.refine_sweeps) / rounding,
+        disk=_reading_rate(file),
+    )
+
+
+def _solved(weight: Tensor, hessian: Tensor, prepared: Prepared, config: LayerConfig) -> None:
+    solve(weight, hessian, prepared, config)
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Return the mean seconds of `work`, repeated for SECONDS_EACH after one call that warms it up."""
+    work()
+    _wait(device)
+    started = time.perf_counter()
+    calls = 0
+    while calls == 0 or time.perf_counter() - started < SECONDS_EACH:
+        work()
+        _wait(device)
+        calls += 1
+    return (time.perf_counter() - started) / calls
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _reading_rate(file: Path) -> float:
+    if not file.is_file():
+        return math.inf
+    started = time.perf_counter()
+    with file.open("rb") as stream:
+        n_bytes = len(stream.read(READ_BYTES))
+    return n_bytes / (time.perf_counter() - started)

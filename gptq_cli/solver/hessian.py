@@ -1,0 +1,159 @@
+"""The Hessian of a layer's output error, H = Σ x xᵀ over all calibration tokens x, accumulated batch by batch.
+
+GPTQ does not change when H is scaled, so it stays a plain sum. H is symmetric: only the blocks on and above the
+diagonal are multiplied out and kept, a little over half of the work and memory, and mirrored when H is asked for.
+
+With the inputs x₀ that the unquantized model has in their place, the shift C = Σ (x₀ - x) xᵀ is summed beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from gptq_cli.solver.numerics import bfloat16_factors
+from gptq_cli.solver.pairwise import Node, push
+
+TOKENS_PER_CHUNK = 1024  # bounds the float32 copy of the inputs, where one is made
+PANELS = 8  # 9/16 of the products of a full multiplication
+SMALLEST_PANEL = 128
+
+
+class HessianAccumulator:
+    """Sums x xᵀ over the inputs of one or more linear layers that see the same tensor.
+
+    The sum is float32, or float64 once float64 inputs were added. `tokens` counts the rows added so far; `shift` [I, I]
+    is Σ (x₀ - x) xᵀ over those that came with their original x₀, None if none did.
+    """
+
+    def __init__(self, in_features: int, device: torch.device | str) -> None:
+        self.tokens = 0
+        self.shift: Tensor | None = None
+        self._size = in_features
+        self._panels = [torch.zeros(stop, stop - start, device=device) for start, stop in _panels(in_features)]
+        self.finite: list[Tensor] = []  # after each `add`, whether the diagonal was
+        self._whole: Tensor | None = None  # once H was asked for, and then what the panels are views of
+
+    @torch.no_grad()
+    def add(self, inputs: Tensor, original: Tensor | None = None) -> None:
+        """Add inputs [..., I]; every leading dimension counts tokens, so padding must have been removed.
+
+        `original` [..., I] are the same tokens in the unquantized model.
+        """
+        tokens = inputs.reshape(-1, self._size)
+        if tokens.dtype == torch.float64 != self._panels[0].dtype:
+            self._panels, self._whole = [panel.double() for panel in self._panels], None
+        # Products of two 16-bit floats are exact in float32: tensor cores lose nothing and need no float32 copy.
+        on_tensor_cores = tokens.is_cuda and tokens.dtype in (torch.bfloat16, torch.float16)
+        if on_tensor_cores or tokens.dtype == self._panels[0].dtype:
+            self._add_products(tokens)
+        else:
+            with bfloat16_factors(tokens):
+                for chunk in torch.split(tokens, TOKENS_PER_CHUNK):
+                    self._add_products(chunk.to(self._panels[0].dtype))
+        if original is not None:
+            self._add_shift(tokens, original.reshape(tokens.shape))
+        self.tokens += tokens.shape[0]
+        self.finite.append(torch.isfinite(torch.cat(self._diagonal())).all())
+
+    @property
+    def in_features(self) -> int:
+        """The size I of the sum."""
+        return self._size
+
+    def absorb(self, other: HessianAccumulator) -> None:
+        """Add what `other` has seen, in the same way."""
+        self.tokens += other.tokens
+        self.finite += other.finite
+        for mine, theirs in zip(self.sums, other.sums, strict=True):
+            mine += theirs
+
+    @property
+    def sums(self) -> list[Tensor]:
+        """The tensors in which the sums are kept, the same list for all that have seen inputs of one kind."""
+        return [*self._panels, *([] if self.shift is None else [self.shift])]
+
+    def add_nothing_known(self) -> None:
+        """Add the identity, without tokens: as if all inputs were alike, so that solving is rounding to nearest."""
+        for diagonal in self._diagonal():
+            diagonal.add_(1)
+
+    @property
+    def hessian(self) -> Tensor:
+        """The symmetric sum [I, I] over all tokens so far: the accumulator's own tensor, not a copy."""
+        if self._whole is None:
+            self._whole = self._panels[0].new_empty(self._size, self._size)
+            for number, (start, stop) in enumerate(_panels(self._size)):
+                view = self._whole[:stop, start:stop]
+                self._panels[number] = view.copy_(self._panels[number])
+        for start, stop in _panels(self._size):
+            self._whole[stop:, start:stop] = self._whole[start:stop, stop:].T
+            corner = self._whole[start:stop, start:stop]
+            corner.copy_(corner.triu() + corner.triu(1).T)
+        return self._whole
+
+    def first_not_finite(self) -> tuple[int, int] | None:
+        """Which `add`, counted from 0, of how many, first brought an input that is not finite or overflowed the sum.
+
+        None if all is finite; waits for the device once. The diagonal tells: an input that is not finite leaves its
+        mark on the sum of its own squares.
+        """
+        finite = torch.stack(self.finite).tolist() if self.finite else []
+        return (finite.index(False), len(finite)) if False in finite else None
+
+    def _diagonal(self) -> list[Tensor]:
+        return [panel.diagonal(panel.shape[1] - panel.shape[0]) for panel in self._panels]
+
+    def _add_products(self, tokens: Tensor) -> None:
+        for panel, (start, stop) in zip(self._panels, _panels(self._size), strict=True):
+            left, right = tokens[:, :stop].T, tokens[:, start:stop]
+            if tokens.dtype == panel.dtype:
+                panel.addmm_(left, right)
+            else:
+                panel += torch.mm(left, right, out_dtype=torch.float32)
+
+    def _add_shift(self, tokens: Tensor, original: Tensor) -> None:
+        if self.shift is None:
+            self.shift = self._panels[0].new_zeros(self._size, self._size)
+        for chunk, before in zip(tokens.split(TOKENS_PER_CHUNK), original.split(TOKENS_PER_CHUNK), strict=True):
+            inputs = chunk.to(self.shift.dtype)
+            self.shift.addmm_((before.to(self.shift.dtype) - inputs).T, inputs)
+
+
+class HessianOfBatches:
+    """The Hessian of numbered batches, in any order of processes: `nodes` are the sums that wait for others.
+
+    See `pairwise`. Batches come in the order of their numbers.
+    """
+
+    def __init__(self, in_features: int, device: torch.device | str) -> None:
+        self._new = partial(HessianAccumulator, in_features, device)
+        self._batch = -1
+        self._open: HessianAccumulator | None = None
+        self._nodes: list[Node[HessianAccumulator]] = []
+
+    def add(self, batch: int, inputs: Tensor, original: Tensor | None = None) -> None:
+        """Inputs of a batch, which may have several, one after the other; see `HessianAccumulator.add`."""
+        if batch != self._batch or self._open is None:
+            self._close()
+            self._batch, self._open = batch, self._new()
+        self._open.add(inputs, original)
+
+    def nodes(self) -> list[Node[HessianAccumulator]]:
+        """The sums over all batches so far, as few as the order of additions allows."""
+        self._close()
+        return self._nodes
+
+    def _close(self) -> None:
+        if self._open is not None:
+            push(self._nodes, Node(self._batch, self._batch + 1, self._open), HessianAccumulator.absorb)
+            self._open = None
+
+
+def _panels(size: int) -> Iterator[tuple[int, int]]:
+    width = max(SMALLEST_PANEL, -(-size // PANELS))
+    for start in range(0, size, width):
+        yield start, min(start + width, size)

@@ -1,0 +1,162 @@
+"""Codes and scales of a solved layer improved in turns, each step the best one while everything else stands still.
+
+The loss is tr(E H Eᵀ) with E = W - Q and H the damped Hessian that the layer was solved with. With P = E H:
+
+* scale of a group g, whose levels b = codes - zero stand still:  s += P_g bᵀ / (b H_gg bᵀ),
+* code of a column j:  q_j moves to the point of its grid nearest to q_j + P_j / H_jj.
+
+Neither can raise the loss: a scale is taken only if it lowers it after rounding to what a checkpoint stores.
+A group's codes follow its scale at once, so that one product with H serves both.
+Source: coordinate descent as in QuantEase (Behdin et al. 2023); scales as in stage 2 of arXiv 2602.02126.
+
+Letters for shapes:  O out_features   I in_features   G groups   n columns of a block
+Matrices are held transposed, [I, O]; columns are sorted by group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from gptq_cli.solver.factor import Prepared
+from gptq_cli.solver.grid import round_scales
+from gptq_cli.solver.numerics import feedback_precision
+from gptq_cli.solver.quantized_linear import QuantizedLinear
+from gptq_cli.solver.triton_launch import fit_codes, fit_scales, uses_kernels
+
+COLUMN_BLOCK = 128
+INNER_BLOCK = 32
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """A layer while it is refined; tensors are updated in place."""
+
+    hessian: Tensor  # [I, I], symmetric, positive definite
+    errors: Tensor  # [I, O], W - Q
+    levels: Tensor  # [I, O], codes - zeros
+    scales: Tensor  # [G, O]
+    zeros: Tensor  # [G, O]
+    bits: int
+    signed: bool
+
+    def columns_of(self, group: int) -> slice:
+        size = len(self.errors) // len(self.scales)
+        return slice(group * size, (group + 1) * size)
+
+
+@torch.no_grad()
+def refine(
+    weight: Tensor, hessian: Tensor, prepared: Prepared, quantized: QuantizedLinear, *, sweeps: int, signed: bool
+) -> QuantizedLinear:
+    """`quantized` with all scales fitted to the weight [O, I], then in `sweeps` rounds each group's scale and codes.
+
+    The Hessian [I, I] is damped as `prepared` says, and dead columns stay zero. Zero points stay; scales that change
+    are exact in float16 and bfloat16, and positive unless `signed`. Sums are in the dtype of the Hessian, which is
+    copied only if groups are scattered; else its own diagonal is damped for as long as this takes.
+    """
+    columns, damping = quantized.group_of_column.argsort(stable=True), prepared.damping
+    if prepared.order.scattered:
+        hessian, damping = hessian[columns[:, None], columns], damping[columns]
+    state = _start(weight, hessian, prepared.dead, quantized, columns, signed)
+    with _damped(hessian, damping):
+        for group in range(len(state.scales)):
+            _fit_scale(state, group)
+        for _ in range(sweeps):
+            for group in range(len(state.scales)):
+                _fit_codes(state, group, _fit_scale(state, group))
+    codes = _by_group(state.levels, state.zeros).add_(state.zeros[:, None]).byte().flatten(0, 1)
+    codes = codes[columns.argsort()].T.contiguous()
+    return replace(quantized, codes=codes, scales=state.scales.T.contiguous().half())
+
+
+@contextmanager
+def _damped(hessian: Tensor, damping: Tensor) -> Iterator[None]:
+    diagonal = hessian.diagonal()
+    undamped = diagonal.clone()
+    diagonal += damping
+    try:
+        yield
+    finally:
+        diagonal.copy_(undamped)
+
+
+def _start(
+    weight: Tensor, hessian: Tensor, dead: Tensor, quantized: QuantizedLinear, columns: Tensor, signed: bool
+) -> _State:
+    dtype = hessian.dtype
+    scales, zeros = (grid.to(dtype).T.contiguous() for grid in (quantized.scales, quantized.zeros))
+    levels, errors = (matrix.T.index_select(0, columns).to(dtype) for matrix in (quantized.codes, weight))
+    errors.masked_fill_(dead[columns, None], 0)
+    _by_group(levels, zeros).sub_(zeros[:, None])
+    _by_group(errors, zeros).addcmul_(_by_group(levels, zeros), scales[:, None], value=-1)
+    return _State(hessian, errors, levels, scales, zeros, quantized.bits, signed)
+
+
+def _by_group(matrix: Tensor, grids: Tensor) -> Tensor:
+    """The columns [I, O] of groups with grids [G, O], as [G, n, O]."""
+    return matrix.view(len(grids), -1, matrix.shape[1])
+
+
+def _slopes(state: _State, columns: slice) -> Tensor:
+    """P = E H of the columns, [n, O]."""
+    with feedback_precision(state.errors):
+        return state.hessian[columns] @ state.errors
+
+
+def _fit_scale(state: _State, group: int) -> Tensor:
+    """Fit the scale of a group. Returns the slopes P of its columns with the new scale, [n, O]."""
+    columns = state.columns_of(group)
+    levels, errors, scales = state.levels[columns], state.errors[columns], state.scales[group]
+    slopes, bends = _slopes(state, columns), state.hessian[columns, columns] @ levels
+    if uses_kernels(levels):
+        fit_scales(slopes, bends, levels, errors, scales, signed=state.signed)
+        return slopes
+    slope, curvature = (levels * slopes).sum(0), (levels * bends).sum(0)
+    best = scales + slope / curvature.clamp(min=torch.finfo(curvature.dtype).tiny)
+    step = round_scales(best if state.signed else best.clamp(min=0)) - scales
+    lower = step * (curvature * step - 2 * slope) < 0  # the change of the loss, after rounding
+    step = torch.where(lower, step, 0)
+    scales += step
+    errors.addcmul_(levels, step, value=-1)
+    return slopes.addcmul_(bends, step, value=-1)
+
+
+def _fit_codes(state: _State, group: int, slopes: Tensor) -> None:
+    """One round of coordinate descent over the columns of a group, whose slopes are P."""
+    group_columns = state.columns_of(group)
+    for start in range(group_columns.start, group_columns.stop, COLUMN_BLOCK):
+        columns = slice(start, min(start + COLUMN_BLOCK, group_columns.stop))
+        if start > group_columns.start:
+            slopes = _slopes(state, columns)
+        _fit_block(state, group, columns, slopes[:COLUMN_BLOCK])
+
+
+def _fit_block(state: _State, group: int, columns: slice, slopes: Tensor) -> None:
+    """The same for some columns of the group. Those that are done move the targets of the others, in levels."""
+    hessian, errors, levels = state.hessian[columns, columns], state.errors[columns], state.levels[columns]
+    scales, zeros = state.scales[group], state.zeros[group]
+    if uses_kernels(slopes):
+        fit_codes(slopes, errors, levels, hessian, scales, zeros, state.bits)
+        return
+    bends, ends = hessian.diagonal()[:, None], (-zeros, 2**state.bits - 1 - zeros)
+    targets, couplings = slopes.div_(bends).div_(scales).add_(levels), hessian / bends
+    for start in range(0, len(targets), INNER_BLOCK):
+        few, rest = slice(start, start + INNER_BLOCK), slice(start + INNER_BLOCK, None)
+        _fit_few(targets[few], levels[few], couplings[few, few], ends)
+        targets[rest].addmm_(couplings[rest, few], levels[few])
+    errors.addcmul_(levels, scales)
+    levels.copy_(targets)
+
+
+def _fit_few(targets: Tensor, levels: Tensor, couplings: Tensor, ends: tuple[Tensor, Tensor]) -> None:
+    """Round the targets of columns one after the other; their levels become how far each has moved down."""
+    for column, (target, level) in enumerate(zip(targets, levels, strict=True)):
+        if column:
+            target.addmv_(levels[:column].T, couplings[column, :column])
+        target.round_().clamp_(*ends)
+        level.sub_(target)

@@ -1,0 +1,254 @@
+"""Bytes that survive: the only module that opens files for writing, and the only one that changes a directory.
+
+Whatever happens, a file or directory is absent, or complete under its final name. The rule is the one of databases:
+write under a temporary name, fsync the file, rename it, fsync the directory that holds the name. A failed fsync is
+final, since the kernel may have dropped the data (https://wiki.postgresql.org/wiki/Fsync_Errors).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from gptq_cli.errors import ExistsError, GptqError
+from gptq_cli.files import MAX_NAME, file_error, file_errors, is_directory, status_of
+from gptq_cli.storage.places import is_mount
+
+COPY_BYTES = 16 * 2**20
+_NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL}
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # fcntl.h and linux/fs.h
+
+
+class Disk:
+    """Every operation that changes what is on a disk, so that tests can count, refuse or end them."""
+
+    def open(self, path: Path, flags: int) -> int:
+        return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)  # the umask decides who may read
+
+    def write(self, descriptor: int, data: memoryview, offset: int) -> int:
+        return os.pwrite(descriptor, data, offset)
+
+    def truncate(self, descriptor: int, size: int) -> None:
+        os.ftruncate(descriptor, size)
+
+    def fsync(self, descriptor: int) -> None:
+        os.fsync(descriptor)
+
+    def rename(self, source: Path, target: Path) -> None:
+        source.rename(target)
+
+    def exchange(self, one: Path, other: Path) -> None:
+        """Swap two names in one step; OSError ENOSYS or EINVAL where the system cannot."""
+        swap = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+        if swap is None:
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+        if swap(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+    def mkdir(self, path: Path, mode: int) -> None:
+        path.mkdir(mode)
+
+    def unlink(self, path: Path) -> None:
+        path.unlink()
+
+    def rmdir(self, path: Path) -> None:
+        path.rmdir()
+
+    def lock(self, path: Path) -> FileLock:
+        """The lock of `path`, held until it is released or the process ends; filelock.Timeout if another holds it."""
+        lock = FileLock(path, timeout=0, fallback_to_soft=False)
+        lock.acquire()
+        return lock
+
+
+disk = Disk()
+
+
+class OpenFile:
+    """A file that is written in parts, in any order; what was written survives once `sync` has returned.
+
+    `size` sets its length, and what it held there stays. ResourceError E_DISK when the disk refuses.
+    """
+
+    def __init__(self, path: Path, size: int) -> None:
+        self.path = path
+        with disk_errors(path):
+            self._descriptor = disk.open(path, os.O_RDWR | os.O_CREAT)
+        try:
+            with disk_errors(path):
+                disk.truncate(self._descriptor, size)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> OpenFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def write_at(self, offset: int, data: bytes | memoryview) -> None:
+        """`data` at byte `offset`."""
+        view = memoryview(data).cast("B")
+        with disk_errors(self.path):
+            while view:
+                written = disk.write(self._descriptor, view, offset)
+                view, offset = view[written:], offset + written
+
+    def sync(self) -> None:
+        """Flush to the disk; an error here is final."""
+        with disk_errors(self.path):
+            disk.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Give the file back; promises nothing that `sync` has not."""
+        os.close(self._descriptor)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """`content` under its final name, or nothing; parents are made. It survives once this has returned."""
+    make_directory(path.parent)
+    temporary = _temporary(path)
+    with OpenFile(temporary, len(content)) as file:
+        file.write_at(0, content)
+        file.sync()
+    with disk_errors(path):
+        disk.rename(temporary, path)
+    sync_directory(path.parent)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """`content` as a JSON file for people and programs, written as `write_file` does."""
+    write_file(path, json_bytes(content, indent=2))
+
+
+def json_bytes(content: Any, *, indent: int) -> bytes:
+    """A JSON file of `content` in UTF-8. What UTF-8 does not know, as a byte of a file's name, becomes an escape."""
+    text = json.dumps(content, indent=indent, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", "backslashreplace")  # \udcff means the same in JSON, and strings alone hold it
+
+
+def make_directory(path: Path, mode: int = 0o777) -> None:
+    """A directory that survives, and its parents; one that is there is left as it is."""
+    if is_directory(path, writing=True):
+        return
+    make_directory(path.parent)
+    with disk_errors(path):
+        try:
+            disk.mkdir(path, mode)
+        except FileExistsError:
+            if not is_directory(path, writing=True):  # and not made by somebody else just now
+                raise
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Let the names in a directory survive."""
+    with disk_errors(path):
+        descriptor = disk.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            disk.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Whatever is at `path`, gone; nothing there is no error. A mount point is not entered: E_DISK."""
+    with disk_errors(path), suppress(FileNotFoundError):
+        if path.is_dir() and not path.is_symlink():
+            if is_mount(path):
+                raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+            sweep(path, ())
+            disk.rmdir(path)
+        else:
+            disk.unlink(path)
+
+
+def sweep(directory: Path, keep: Collection[str]) -> None:
+    """Remove what is in `directory` under any name but those of `keep`."""
+    with disk_errors(directory):
+        found = sorted(directory.iterdir())
+    for path in found:
+        if path.name not in keep:
+            remove(path)
+
+
+def publish(stage: Path, output: Path, aside: Path, *, overwrite: bool) -> None:
+    """Give the finished directory `stage`, whose files are durable, the name `output` in one step.
+
+    What stood there has the name `stage` afterwards. Where the system cannot swap names it goes `aside` first, and
+    stays there; if the process ends in between, `repair` puts it back. ExistsError E_OUT_EXISTS for an occupied output
+    without `overwrite`.
+    """
+    with disk_errors(output):
+        try:
+            if overwrite and is_occupied(output):
+                _swap(stage, output, aside)
+            else:
+                disk.rename(stage, output)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                message = f"`{output}` appeared while this run was working"
+                raise ExistsError("E_OUT_EXISTS", message, hint="choose another -o, or add --overwrite") from None
+            raise
+    sync_directory(output.parent)
+    sync_directory(stage.parent)
+
+
+def repair(output: Path, aside: Path) -> None:
+    """Put back what an interrupted `publish` had put aside, unless the new output is there."""
+    if is_directory(aside) and status_of(output, writing=True) is None:
+        with disk_errors(output):
+            disk.rename(aside, output)
+        sync_directory(output.parent)
+
+
+def is_occupied(output: Path) -> bool:
+    """Whether something stands at `output` that renaming a directory onto it would not replace."""
+    if not is_directory(output, writing=True):
+        return status_of(output, writing=True) is not None
+    with file_errors(output, writing=True):
+        return any(output.iterdir())
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn what the disk refuses into ResourceError E_DISK with the path and the reason."""
+    with file_errors(path, writing=True):
+        yield
+
+
+def disk_error(path: Path, error: OSError) -> GptqError:
+    """ResourceError E_DISK with the path, the reason and what to do."""
+    refused = file_error(error, path, writing=True)
+    assert refused is not None
+    return refused
+
+
+def _temporary(path: Path) -> Path:
+    """The hidden name that `path` has until it is complete; a name as long as names may be gets a short one."""
+    name = f".{path.name}.tmp"
+    if len(os.fsencode(name)) > MAX_NAME:
+        name = f".{sha256(os.fsencode(path.name)).hexdigest()[:16]}.tmp"
+    return path.with_name(name)
+
+
+def _swap(stage: Path, output: Path, aside: Path) -> None:
+    try:
+        disk.exchange(stage, output)
+    except OSError as error:
+        if error.errno not in _NO_EXCHANGE:
+            raise
+        disk.rename(output, aside)
+        sync_directory(aside.parent)
+        sync_directory(output.parent)
+        disk.rename(stage, output)

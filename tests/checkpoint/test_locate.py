@@ -1,0 +1,236 @@
+"""MODEL as a Hub id: the real client against a server on the loopback."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gptq_cli.checkpoint import locate as client
+from gptq_cli.checkpoint.locate import locate_model
+from gptq_cli.errors import InputError
+from tests.families import save_model
+from tests.hub import Fault, Reply, serve
+
+NOT_WANTED = ("pytorch_model.bin", "original/consolidated.safetensors", "onnx/model.onnx", "runs/events.safetensors")
+NOT_WANTED += ("checkpoint-500/model.safetensors", "wandb/run.json")
+
+LOCATE = """
+import json, sys
+from gptq_cli.checkpoint import hub as client
+from gptq_cli.checkpoint.locate import locate_model
+from gptq_cli.errors import GptqError
+try:
+    found = locate_model(sys.argv[1], sys.argv[2] or None)
+    print(json.dumps({"directory": str(found.directory), "name": found.name, "commit": found.commit}))
+except GptqError as error:
+    print(json.dumps({"code": error.code, "exit": error.exit_code, "message": str(error), "hint": error.hint}))
+"""
+
+PEEK = """
+import json, sys
+from gptq_cli.checkpoint.locate import peek_model
+from gptq_cli.errors import GptqError
+try:
+    source, checkpoint = peek_model(sys.argv[1], sys.argv[2] or None)
+    print(json.dumps({"name": source.name, "commit": source.commit, "tensors": sorted(checkpoint.tensors)}))
+except GptqError as error:
+    print(json.dumps({"code": error.code, "exit": error.exit_code, "message": str(error), "hint": error.hint}))
+"""
+
+ENTRY = Reply(404, headers={"X-Error-Code": "EntryNotFound"})
+
+
+def locate(model: str, environment: dict[str, str], revision: str = "") -> dict[str, str]:
+    return asked(LOCATE, model, environment, revision)
+
+
+def asked(script: str, model: str, environment: dict[str, str], revision: str = "") -> dict[str, str]:
+    command = [sys.executable, "-c", script, model, revision]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, check=True)
+    found: dict[str, str] = json.loads(done.stdout)
+    return found
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    model = save_model(tmp_path_factory.mktemp("hub") / "model", num_hidden_layers=2)
+    return {path.name: path.read_bytes() for path in model.iterdir()} | dict.fromkeys(NOT_WANTED, b"of no use")
+
+
+def test_a_hub_id_is_downloaded_at_one_commit_without_what_nobody_reads(
+    files: dict[str, bytes], tmp_path: Path
+) -> None:
+    with serve({"someone/tiny": files}, kind="model") as hub:
+        found = locate("someone/tiny", hub.environment(tmp_path))
+        assert found["commit"] == hub.commit("someone/tiny")
+        assert found["name"] == "someone/tiny"
+        again = locate("hf://someone/tiny", hub.environment(tmp_path, offline=True), revision=found["commit"])
+        assert again == found  # from the cache
+    downloaded = {path.name for path in Path(found["directory"]).iterdir()}
+    assert downloaded == {name for name in files if name not in NOT_WANTED}
+    assert (Path(found["directory"]) / "model.safetensors").read_bytes() == files["model.safetensors"]
+
+
+def test_the_hubs_refusals_have_codes_and_hints(files: dict[str, bytes], tmp_path: Path) -> None:
+    with serve(
+        {"someone/tiny": files, "someone/gated": files}, kind="model", gated=frozenset({"someone/gated"})
+    ) as hub:
+        environment = hub.environment(tmp_path)
+        unknown = locate("someone/nothing", environment)
+        revision = locate("someone/tiny", environment, revision="v9")
+        gated = locate("someone/gated", environment)
+    assert (unknown["code"], unknown["exit"]) == ("E_HUB_NOT_FOUND", 3)
+    assert "is not on the Hub" in unknown["message"]
+    assert revision["code"] == "E_HUB_NOT_FOUND"
+    assert "no revision 'v9'" in revision["message"]
+    assert gated["code"] == "E_HUB_GATED"
+    assert "hf auth login" in gated["hint"]
+
+
+def test_a_hub_that_cannot_be_reached_is_an_input_error(tmp_path: Path) -> None:
+    with serve({}, kind="model") as hub:
+        gone = hub.environment(tmp_path)
+    found = locate("someone/tiny", gone)
+    assert found["code"] == "E_HUB_NETWORK"
+    assert "HF_ENDPOINT" in found["hint"]
+    assert found["hint"].startswith("no directory of that name is here; ")
+    assert locate("someone/tiny", {**gone, "HF_HUB_OFFLINE": "1"})["code"] == "E_HUB_OFFLINE"
+
+
+@pytest.mark.parametrize("model", ["./nothing", "/nothing/here", "~/nothing-here", "a b", "x/y/z", "file.txt"])
+def test_what_looks_like_a_path_is_never_sent_to_the_hub(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file.txt").write_text("no model")
+
+    def download(*_: object, **__: object) -> None:
+        raise AssertionError("sent to the Hub")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(InputError) as caught:
+        locate_model(model)
+    assert caught.value.code == "E_MODEL_NOT_FOUND"
+    file = model == "file.txt"
+    assert ("a safetensors checkpoint" in (caught.value.hint or "")) == file
+
+
+def test_a_revision_of_a_local_directory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="has no revision 'main'"):
+        locate_model(str(tmp_path), "main")
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "message"),
+    [
+        (Fault("/api/", Reply(401, headers={"X-Error-Code": "RepoNotFound"})), "E_HUB_NOT_FOUND", "not on the Hub"),
+        (Fault("/api/", Reply(401)), "E_HUB_AUTH", "the Hub does not let you read model `someone/tiny`"),
+        (Fault("/resolve/", Reply(403)), "E_HUB_AUTH", "the Hub does not let you read model `someone/tiny`"),
+        (Fault("/api/", Reply(429)), "E_HUB_NETWORK", "429 Too Many"),
+        (Fault("/api/", Reply(500)), "E_HUB_NETWORK", "500 Internal"),
+        (Fault("/resolve/.*/config.json", ENTRY), "E_HUB_NOT_FOUND", "lacks a file: 404"),
+    ],
+)
+def test_a_fault_of_the_hub_has_its_code_hint_and_exit_code(
+    fault: Fault, code: str, message: str, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    with serve({"someone/tiny": files}, kind="model") as hub:
+        hub.faults.append(fault)
+        found = locate("someone/tiny", hub.environment(tmp_path))
+    assert (found["code"], found["exit"]) == (code, 3)
+    assert message in found["message"]
+    assert "`someone/tiny`" in found["message"]
+    assert found["hint"]
+    assert "\n" not in found["message"]
+
+
+def test_a_download_that_breaks_off_is_continued_by_the_same_command(files: dict[str, bytes], tmp_path: Path) -> None:
+    with serve({"someone/tiny": files}, kind="model") as hub:
+        hub.faults.append(Fault("GET .*/resolve/.*/model.safetensors", Reply(500), times=20))
+        broken = locate("someone/tiny", hub.environment(tmp_path))
+        asked = len(hub.requests)
+        hub.faults.clear()
+        found = locate("someone/tiny", hub.environment(tmp_path))
+        again = [request for request in hub.requests[asked:] if request.startswith("GET") and "/resolve/" in request]
+    assert broken["code"] == "E_HUB_NETWORK"
+    assert "run again" in broken["hint"]
+    assert (Path(found["directory"]) / "model.safetensors").read_bytes() == files["model.safetensors"]
+    assert {request.rpartition("/")[2] for request in again} == {"model.safetensors"}
+
+
+def test_a_connection_that_is_cut_in_the_middle_is_taken_up_by_the_client(
+    files: dict[str, bytes], tmp_path: Path
+) -> None:
+    with serve({"someone/tiny": files}, kind="model") as hub:
+        hub.faults.append(Fault("GET .*/resolve/.*/model.safetensors", None, times=1))
+        found = locate("someone/tiny", hub.environment(tmp_path))
+    assert (Path(found["directory"]) / "model.safetensors").read_bytes() == files["model.safetensors"]
+
+
+@pytest.mark.parametrize("revision", ["", "main"])
+def test_headers_come_from_the_cache_when_there_is_no_network(
+    revision: str, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    with serve({"someone/tiny": files}, kind="model") as hub:
+        environment = hub.environment(tmp_path)
+        locate("someone/tiny", environment)
+        there = asked(PEEK, "someone/tiny", environment, revision)
+    assert asked(PEEK, "someone/tiny", environment, revision) == there
+    assert asked(PEEK, "someone/tiny", {**environment, "HF_HUB_OFFLINE": "1"}, revision) == there
+    assert len(there["tensors"]) > 10
+    assert asked(PEEK, "someone/tiny", environment, "v9")["code"] == "E_HUB_NETWORK"
+    assert asked(PEEK, "someone/other", environment)["code"] == "E_HUB_NETWORK"
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("/api/", Reply(500)),
+        Fault("/api/", Reply(401)),
+        Fault("/api/", Reply(401, headers={"X-Error-Code": "RepoNotFound"})),
+        Fault("/api/", Reply(403, headers={"X-Error-Code": "GatedRepo"})),
+    ],
+)
+def test_plan_takes_from_the_cache_what_quantize_takes(fault: Fault, files: dict[str, bytes], tmp_path: Path) -> None:
+    with serve({"someone/tiny": files}, kind="model") as hub:
+        environment = hub.environment(tmp_path)
+        there = locate("someone/tiny", environment)
+        hub.faults.append(fault)
+        assert locate("someone/tiny", environment) == there
+        asked_before = len(hub.requests)
+        peeked = asked(PEEK, "someone/tiny", environment)
+        assert (peeked["commit"], peeked["name"]) == (there["commit"], "someone/tiny")
+        assert not any("safetensors" in request for request in hub.requests[asked_before:])
+
+
+def test_a_revision_that_the_hub_does_not_know_is_not_looked_for_in_the_cache(
+    files: dict[str, bytes], tmp_path: Path
+) -> None:
+    with serve({"someone/tiny": files}, kind="model") as hub:
+        environment = hub.environment(tmp_path)
+        locate("someone/tiny", environment)
+        hub.faults.append(Fault("/api/", Reply(404, headers={"X-Error-Code": "RevisionNotFound"})))
+        assert asked(PEEK, "someone/tiny", environment, "main")["code"] == "E_HUB_NOT_FOUND"
+
+
+def test_what_the_cache_has_in_part_is_not_taken_for_the_model(files: dict[str, bytes], tmp_path: Path) -> None:
+    with serve({"someone/tiny": files}, kind="model") as hub:
+        environment = hub.environment(tmp_path)
+        asked(PEEK, "someone/tiny", environment)  # fetches config.json alone
+    found = asked(PEEK, "someone/tiny", environment)
+    assert (found["code"], found["exit"]) == ("E_HUB_NETWORK", 3)
+    assert "check the network" in found["hint"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_a_snapshot_without_weights_is_no_model_in_the_cache(
+    name: str, files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / name).write_bytes(files[name])
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
+    assert client._cached("someone/tiny", None) is None

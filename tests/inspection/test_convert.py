@@ -1,0 +1,297 @@
+"""Converted and dequantized checkpoints hold the same numbers in another form, and all else byte for byte."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from typer.testing import CliRunner
+
+from gptq_cli.checkpoint.decoded import TRANSPOSED
+from gptq_cli.checkpoint.source import open_checkpoint
+from gptq_cli.checkpoint.verify import verify_checkpoint
+from gptq_cli.cli.app import app
+from gptq_cli.config.resolve import resolve
+from gptq_cli.errors import ConfigError, ExistsError, InputError
+from gptq_cli.events import Event, Warned
+from gptq_cli.inspection.compare import compare_checkpoints
+from gptq_cli.inspection.convert import convert_checkpoint, dequantize_checkpoint
+from gptq_cli.quantization.run import quantize_checkpoint
+from tests.families import FAMILIES, save_model
+from tests.runs import config, digest, quantize, reader
+
+GPT2: dict[str, object] = {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 128, "vocab_size": 512}
+MIXED = {r".*\.1\.mlp": {"bits": 8}, r".*q_proj": {"bits": 3, "group_size": 64}, r".*k_proj": {"bits": 2}}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("rewrite") / "model", dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(("sym", "first", "second"), [(True, "gptq", "gptq_v2"), (False, "gptq_v2", "gptq")])
+def test_converting_moves_zero_points_by_one_and_nothing_else(
+    sym: bool, first: str, second: str, model: Path, tmp_path: Path
+) -> None:
+    source, _ = quantize(tmp_path, model, sym=sym, dynamic=MIXED)
+    there, back = tmp_path / "there", tmp_path / "back"
+    assert convert_checkpoint(str(source), there, second).layers == 21
+    before, after = load_file(source / "model.safetensors"), load_file(there / "model.safetensors")
+    assert list(before) == list(after)
+    step = 1 if second == "gptq_v2" else -1
+    for name in before:
+        if not name.endswith("qzeros"):
+            assert torch.equal(before[name], after[name])
+    words = zip(*(t["model.layers.0.mlp.up_proj.qzeros"].flatten().tolist() for t in (before, after)), strict=True)
+    for one, other in words:  # 4 bits: eight zero points a word
+        nibbles = [(((one >> 4 * i) & 15) + step, (other >> 4 * i) & 15) for i in range(8)]
+        assert all(expected == got for expected, got in nibbles)
+    for name in reader(source).names():
+        assert torch.equal(reader(source).read(name), reader(there).read(name))
+    convert_checkpoint(str(there), back, first)
+    original, converted = digest(source), digest(back)
+    assert original.pop("gptq_manifest.json") != converted.pop("gptq_manifest.json")  # how each was made
+    assert converted == original
+
+
+def test_settings_follow_the_format_and_keep_all_else(model: Path, tmp_path: Path) -> None:
+    source, _ = quantize(tmp_path, model)
+    (source / "gptq_manifest.json").write_text("{}")
+    convert_checkpoint(str(source), tmp_path / "v2", "gptq_v2")
+    for file, place in (("config.json", "quantization_config"), ("quantize_config.json", None)):
+        old, new = (json.loads((folder / file).read_text()) for folder in (source, tmp_path / "v2"))
+        old, new = (old[place], new[place]) if place else (old, new)
+        assert new == old | {"checkpoint_format": "gptq_v2", "format": "gptq_v2"}
+    assert resolve({}, {}, tmp_path / "v2" / "gptq_config.yaml").config.format == "gptq_v2"
+    assert verify_checkpoint(tmp_path / "v2", full=True).ok  # with a manifest of its own
+    assert (tmp_path / "v2" / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
+
+
+def test_a_zero_point_of_zero_does_not_go_into_the_first_format(model: Path, tmp_path: Path) -> None:
+    source, _ = quantize(tmp_path, model, format="gptq_v2", sym=False)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.qzeros"][1, 3] &= ~(15 << 8)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"`model\.layers\.1\.mlp\.up_proj` has zero points of 0") as caught:
+        convert_checkpoint(str(source), tmp_path / "v1", "gptq")
+    assert (caught.value.code, caught.value.exit_code) == ("E_CKPT_ZEROS", 3)
+    assert "stay with gptq_v2" in (caught.value.hint or "")
+    assert not (tmp_path / "v1").exists()
+    assert [path.name for path in tmp_path.iterdir()] == [source.name]
+
+
+def test_conversions_that_make_no_sense_are_refused(model: Path, tmp_path: Path) -> None:
+    source, _ = quantize(tmp_path, model)
+    with pytest.raises(ConfigError, match="is of format gptq already") as same:
+        convert_checkpoint(str(source), tmp_path / "out", "gptq")
+    with pytest.raises(InputError, match="is not quantized") as plain:
+        convert_checkpoint(str(model), tmp_path / "out", "gptq")
+    with pytest.raises(InputError, match="is not quantized"):
+        dequantize_checkpoint(str(model), tmp_path / "out")
+    with pytest.raises(ExistsError):
+        convert_checkpoint(str(source), model.parent, "gptq_v2")
+    with pytest.raises(ConfigError, match="own directory"):
+        dequantize_checkpoint(str(source), source)
+    assert (same.value.code, plain.value.code) == ("E_CFG_NOTHING_TO_DO", "E_CKPT_QUANTIZED")
+    assert not (tmp_path / "out").exists()
+
+
+def test_dequantized_weights_are_those_the_model_computes_with(model: Path, tmp_path: Path) -> None:
+    rules = {r".*k_proj": {"bits": 4}, r"-:.*v_proj": {}}
+    source, _ = quantize(tmp_path, model, bits=8, dynamic=rules, lm_head=True)
+    plain = tmp_path / "plain"
+    found = dequantize_checkpoint(str(source), plain)
+    assert found.layers == 3 * 6 + 1
+    tensors, original = load_file(plain / "model.safetensors"), load_file(model / "model.safetensors")
+    assert {name: (t.shape, t.dtype) for name, t in tensors.items()} == {
+        name: (t.shape, t.dtype) for name, t in original.items()
+    }
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, reader(source).read(name).bfloat16())
+    kept = "model.layers.2.self_attn.v_proj.weight"
+    assert torch.equal(tensors[kept], original[kept])
+    assert not torch.equal(tensors["lm_head.weight"], original["lm_head.weight"])
+    config = json.loads((plain / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert config == json.loads((model / "config.json").read_text()) | {"tie_word_embeddings": False}
+    assert not {"quantize_config.json", "gptq_config.yaml"} & {path.name for path in plain.iterdir()}
+    truth = AutoModelForCausalLM.from_pretrained(model)
+    truth.load_state_dict({name: reader(source).read(name).bfloat16() for name in tensors})
+    ids = torch.arange(20)[None]
+    with torch.inference_mode():
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(plain)(ids).logits, truth(ids).logits)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_dtype_is_given_to_all_floats(dtype: str, model: Path, tmp_path: Path) -> None:
+    source, _ = quantize(tmp_path, model)
+    dequantize_checkpoint(str(source), tmp_path / "plain", dtype)
+    tensors = load_file(tmp_path / "plain" / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {getattr(torch, dtype)}
+    assert json.loads((tmp_path / "plain" / "config.json").read_text())["dtype"] == dtype
+    norm = "model.layers.0.input_layernorm.weight"
+    assert torch.equal(tensors[norm], load_file(model / "model.safetensors")[norm].to(getattr(torch, dtype)))
+
+
+def test_weights_that_a_dtype_cannot_hold_are_refused(model: Path, tmp_path: Path) -> None:
+    source, _ = quantize(tmp_path, model)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.scales"][0, 0] = 60_000.0
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="not finite as float16") as caught:
+        dequantize_checkpoint(str(source), tmp_path / "plain", "float16")
+    assert (caught.value.code, caught.value.exit_code) == ("E_CKPT_NONFINITE", 3)
+    assert "bfloat16" in (caught.value.hint or "")
+    dequantize_checkpoint(str(source), tmp_path / "plain", "bfloat16")
+
+
+def test_models_that_store_their_linears_transposed_get_them_back_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FAMILIES, "gpt2", GPT2)
+    model = save_model(tmp_path / "model", "gpt2")
+    source, _ = quantize(tmp_path, model, bits=8)
+    dequantize_checkpoint(str(source), tmp_path / "plain")
+    found = compare_checkpoints(str(tmp_path / "plain"), str(model))
+    assert {tensor.name for tensor in found.tensors} == set(open_checkpoint(model).tensors)
+    assert all(tensor.relative_error < 1e-3 for tensor in found.tensors)  # c_proj is square: shapes alone do not tell
+    packed = compare_checkpoints(str(source), str(model))
+    assert packed.tensors == found.tensors
+
+
+def test_the_models_of_conv1d_are_all_that_transformers_has() -> None:
+    folder = Path(transformers.__file__).parent / "models"
+    sources = [text for file in folder.glob("*/modeling_*.py") if re.search(r"\bConv1D\(", text := file.read_text())]
+    assert sources
+    found = {
+        kind
+        for kind, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()
+        if any(f"class {name}(" in text for text in sources)
+    }
+    assert found == TRANSPOSED
+
+
+def test_the_difference_of_two_checkpoints_is_that_of_their_weights(model: Path, tmp_path: Path) -> None:
+    source, _ = quantize(tmp_path, model, dynamic={r"-:.*v_proj": {}})
+    found = {tensor.name: tensor for tensor in compare_checkpoints(str(source), str(model)).tensors}
+    original = load_file(model / "model.safetensors")
+    assert set(found) == set(original)
+    for name, tensor in found.items():
+        a, b = reader(source).read(name).double().numpy(), original[name].double().numpy()
+        assert tensor.relative_error == pytest.approx(((a - b) ** 2).sum() / (b**2).sum(), rel=1e-9)
+        assert tensor.largest == pytest.approx(abs(a - b).max(), rel=1e-9)
+    assert found["model.layers.0.self_attn.v_proj.weight"].largest == 0
+    assert found["model.layers.0.self_attn.q_proj.weight"].largest > 0
+
+
+def test_names_of_one_side_and_unlike_shapes_are_told(model: Path, tmp_path: Path) -> None:
+    deeper = save_model(tmp_path / "deeper", num_hidden_layers=4)
+    found = compare_checkpoints(str(model), str(deeper))
+    assert found.only_a == ()
+    assert len(found.only_b) == 9
+    wider = save_model(tmp_path / "wider", intermediate_size=160)
+    with pytest.raises(InputError, match="in one and") as caught:
+        compare_checkpoints(str(model), str(wider))
+    assert (caught.value.code, caught.value.exit_code) == ("E_COMPARE", 3)
+    other = save_model(tmp_path / "other", "gpt_neox")
+    save_file({"x": torch.ones(2)}, other / "model.safetensors")
+    with pytest.raises(InputError, match="no tensor name in common"):
+        compare_checkpoints(str(model), str(other))
+
+
+@pytest.mark.parametrize("command", ["convert", "dequantize"])
+def test_a_rewritten_checkpoint_is_gptqs_to_replace(command: str, model: Path, tmp_path: Path) -> None:
+    (model / "picture.png").write_bytes(b"of the model card")
+    source, _ = quantize(tmp_path, model)
+    output = tmp_path / "out"
+
+    def rewrite(**manner: bool) -> object:
+        if command == "convert":
+            return convert_checkpoint(str(source), output, "gptq_v2", **manner)
+        return dequantize_checkpoint(str(source), output, **manner)
+
+    rewrite()
+    first = digest(output)
+    assert {"gptq_manifest.json", "picture.png"} <= set(first)
+    rewrite(overwrite=True)
+    assert digest(output) == first
+    (output / "mine.txt").write_text("x")
+    with pytest.raises(ExistsError, match=r"mine\.txt") as caught:
+        rewrite(overwrite=True)
+    assert (caught.value.code, caught.value.exit_code) == ("E_OUT_FOREIGN", 6)
+    assert digest(output).keys() == first.keys() | {"mine.txt"}
+
+
+@pytest.mark.parametrize("command", ["convert", "dequantize"])
+def test_a_call_removes_what_one_like_it_has_left(command: str, model: Path, tmp_path: Path) -> None:
+    source, _ = quantize(tmp_path, model)
+    words = [command, str(source), *(["--to", "gptq_v2"] if command == "convert" else []), "-o", str(tmp_path / "out")]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    work = tmp_path / ".out.gptq-work"
+    (work / "out").mkdir(parents=True, mode=0o700)
+    work.chmod(0o700)
+    for name in ("lock", "holder.json", "out/model.safetensors"):
+        (work / name).touch()
+    result = CliRunner().invoke(app, words)
+    assert (result.exit_code, "error[E_OUT_EXISTS]" in result.stderr) == (6, True)
+    assert not work.exists()
+
+
+def test_work_of_a_quantization_is_not_cleared_up(model: Path, tmp_path: Path) -> None:
+    source, _ = quantize(tmp_path, model)
+    convert_checkpoint(str(source), tmp_path / "out", "gptq_v2")
+    work = tmp_path / ".out.gptq-work"
+    work.mkdir(mode=0o700)
+    (work / "journal.jsonl").write_text("finished blocks")
+    with pytest.raises(ExistsError) as caught:
+        convert_checkpoint(str(source), tmp_path / "out", "gptq_v2")
+    assert caught.value.code == "E_OUT_EXISTS"
+    assert (work / "journal.jsonl").read_text() == "finished blocks"
+
+
+@pytest.mark.parametrize("command", ["quantize", "convert"])
+def test_an_old_output_that_stays_is_a_warning_each_time(
+    command: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, _ = quantize(tmp_path, model)
+    output = shutil.copytree(source, tmp_path / "out")
+    (output / "fixed").mkdir()
+    (output / "fixed" / "file").write_text("x")
+    monkeypatch.setattr("gptq_cli.storage.replacing.os.access", lambda path, _: path.name != "fixed")
+    for _ in range(2):
+        events: list[Event] = []
+        if command == "quantize":
+            quantize_checkpoint(str(model), output, config(seed=3), overwrite=True, report=events.append)
+        else:
+            convert_checkpoint(str(source), output, "gptq_v2", overwrite=True, report=events.append)
+        told = [event for event in events if isinstance(event, Warned) and event.code == "W_OUT_LEFT"]
+        assert [event.message for event in told] == [
+            f"`{tmp_path}/.out.gptq-work` holds what could not be removed of the old `{output}`: "
+            "fixed/file: gptq has not written it"
+        ]
+        assert verify_checkpoint(output, full=True).ok
+    assert [path.read_text() for path in (tmp_path / ".out.gptq-work").rglob("file")] == ["x"]
+
+
+@pytest.mark.parametrize(("spoilt", "which"), [("a", "first"), ("b", "second")])
+@pytest.mark.parametrize("value", [float("nan"), -float("inf")])
+def test_numbers_that_are_not_finite_have_no_difference(spoilt: str, which: str, value: float, tmp_path: Path) -> None:
+    models = {name: save_model(tmp_path / name, num_hidden_layers=1) for name in "ab"}
+    assert compare_checkpoints(str(models["a"]), str(models["b"])).different == ()
+    file, name = models[spoilt] / "model.safetensors", "model.layers.0.mlp.up_proj.weight"
+    tensors = load_file(file)
+    tensors[name][2, 3] = value
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(InputError) as caught:
+        compare_checkpoints(str(models["a"]), str(models["b"]))
+    assert (caught.value.code, caught.value.exit_code) == ("E_CKPT_NONFINITE", 3)
+    assert str(caught.value) == f"`{name}` of the {which} checkpoint holds NaN or infinity"
+    assert "download it again" in (caught.value.hint or "")

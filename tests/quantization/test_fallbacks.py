@@ -1,0 +1,202 @@
+"""Layers about whose inputs nothing useful is known: located, refused by default, rounded and counted on request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gptq_cli.checkpoint.reader import TensorReader
+from gptq_cli.checkpoint.source import open_checkpoint
+from gptq_cli.config.layer import FaultPolicy
+from gptq_cli.errors import GateError
+from gptq_cli.events import Event, LayerReport, LayerSolved, Resumed, Warned, ignore
+from gptq_cli.models.stream import ModelStream
+from gptq_cli.planning.plan import plan_run
+from gptq_cli.quantization import layers
+from gptq_cli.quantization.layers import LayerSolver
+from gptq_cli.quantization.record import FallbackLimit
+from gptq_cli.quantization.run import QuantizeResult, quantize_checkpoint
+from gptq_cli.solver.baseline import round_to_nearest
+from gptq_cli.solver.factor import NotPositiveDefiniteError, Prepared, prepare
+from gptq_cli.solver.hessian import HessianAccumulator
+from tests.families import save_model
+from tests.runs import calibration_ids, config, digest, reader
+
+BROKEN = "model.layers.1.self_attn.o_proj"
+PLAIN: dict[str, object] = {"preset": "gptq", "dynamic": {"-:.*v_proj": {}}, "batch_size": 4, "nsamples": 10}
+PLAIN["dataset"] = [("a quick brown fox " * 60 + "~ ") * 20]
+
+
+def changed(model: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
+    tensors = load_file(model / "model.safetensors")
+    change(tensors)
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    return model
+
+
+def overflowing(model: Path) -> list[int]:
+    """Lets the value projection of block 1 overflow on the rarest token of the text; the windows that have it."""
+    ids = calibration_ids(model, config(**PLAIN))
+    where = {int(token): (ids == token).any(1).nonzero().flatten().tolist() for token in ids.unique()}
+    token = min(where, key=lambda token: len(where[token]))
+    assert len(where[token]) < len(ids)
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():  # the first channel is the token's own, all through the model
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                tensor[0] = 0
+        tensors["model.embed_tokens.weight"][:, 0] = 0
+        tensors["model.embed_tokens.weight"][token, 0] = 1
+        tensors["model.layers.1.self_attn.v_proj.weight"][5, 0] = 1e30
+
+    changed(model, change)
+    return where[token]
+
+
+def run(model: Path, output: Path, **settings: object) -> tuple[QuantizeResult, list[Event]]:
+    events: list[Event] = []
+    return quantize_checkpoint(str(model), output, config(**(PLAIN | settings)), report=events.append), events
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_the_first_window_with_infinite_activations_is_named(batch_size: int, tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    windows = overflowing(model)
+    assert windows[0] >= batch_size  # not the first that is looked at
+    with pytest.raises(GateError) as caught:
+        run(model, tmp_path / "out", batch_size=batch_size)
+    first = windows[0] // batch_size * batch_size + 1
+    last = min(first + batch_size - 1, 10)
+    where = f"in window {first}" if batch_size == 1 else f"in one of the windows {first} to {last}"
+    assert str(caught.value) == f"layer `{BROKEN}` (block 1): its inputs hold NaN or infinity, first {where}"
+    assert (caught.value.code, caught.value.exit_code) == ("E_NUM_ACT", 4)
+    assert "--on-numeric-fault rtn" in (caught.value.hint or "")
+
+
+def test_a_layer_that_is_called_twice_a_batch_names_the_batch(tmp_path: Path) -> None:
+    layer = plan_run(save_model(tmp_path / "model"), config(**PLAIN)).quantized[0]
+    inputs = HessianAccumulator(layer.in_features, "cpu")
+    for value in (1.0, 1.0, 1.0, 1.0, 1.0, float("nan"), 1.0, 1.0):
+        inputs.add(torch.full((3, layer.in_features), value))
+    stream = cast(ModelStream, SimpleNamespace(device=torch.device("cpu")))
+    alone = LayerSolver(stream, lambda *_: None, ignore, FaultPolicy(), [4, 4, 4, 2])
+    with pytest.raises(GateError, match="first in one of the windows 9 to 12"):
+        alone.solve([layer], {}, inputs)
+
+
+def test_layers_with_infinite_inputs_are_rounded_to_nearest_on_request_and_counted(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    overflowing(model)
+    result, events = run(model, tmp_path / "out", on_numeric_fault="rtn")
+    rounded = [layer.name for layer in result.layers if layer.fallback == "inputs"]
+    assert rounded == [BROKEN]  # the norm after it makes its outputs finite again
+    warned = [event.message for event in events if isinstance(event, Warned) and event.code == "W_NUM_FALLBACK"]
+    assert [f"`{name}`" in text for name, text in zip(rounded, warned, strict=True)] == [True] * len(rounded)
+    source = TensorReader(open_checkpoint(model))
+    for name in rounded:
+        nearest = round_to_nearest(source.read(f"{name}.weight"), config(**PLAIN).base)
+        assert torch.equal(reader(tmp_path / "out").linear(name).codes, nearest.codes)
+
+
+def test_a_run_that_stopped_at_such_a_layer_goes_on_with_rounding(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    overflowing(model)
+    with pytest.raises(GateError):
+        run(model, tmp_path / "out")
+    result, _ = run(model, tmp_path / "out", on_numeric_fault="rtn")
+    assert result.resumed_blocks == 1
+    run(model, tmp_path / "whole", on_numeric_fault="rtn")
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+
+
+def refusing(monkeypatch: pytest.MonkeyPatch, in_features: int) -> None:
+    """Let no Hessian of this size have a factor, unless nothing is known."""
+
+    def fails(hessian: Tensor, settings: object, tokens: int | None) -> Prepared:
+        if len(hessian) == in_features and tokens:
+            raise NotPositiveDefiniteError(0.4)
+        return prepare(hessian, settings, tokens)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(layers, "prepare", fails)
+
+
+def test_a_hessian_without_a_factor_stops_the_run_or_is_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save_model(tmp_path / "model", hidden_size=64, intermediate_size=96)
+    refusing(monkeypatch, 96)
+    with pytest.raises(GateError, match=r"`model\.layers\.0\.mlp\.down_proj` \(block 0\).*damp_percent 0\.4") as caught:
+        run(model, tmp_path / "out")
+    assert (caught.value.code, caught.value.exit_code) == ("E_NUM_HESSIAN", 4)
+    assert "--on-numeric-fault rtn" in (caught.value.hint or "")
+    result, events = run(model, tmp_path / "out", on_numeric_fault="rtn")
+    rounded = [layer.name for layer in result.layers if layer.fallback == "hessian"]
+    assert rounded == [f"model.layers.{block}.mlp.down_proj" for block in range(3)]
+    warned = [event.code for event in events if isinstance(event, Warned) and event.code != "W_CFG_FUSED"]
+    assert warned == ["W_NUM_FALLBACK"] * 3
+    assert all(layer.relative_error < layer.rtn_relative_error for layer in result.layers if not layer.fallback)
+    assert result.to_json()["layers"][6]["fallback"] is None
+
+
+def test_more_fallbacks_than_allowed_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = save_model(tmp_path / "model", hidden_size=64, intermediate_size=96)
+    refusing(monkeypatch, 96)
+    with pytest.raises(GateError) as caught:
+        run(model, tmp_path / "out", on_numeric_fault="rtn", max_fallbacks=1)
+    expected = (
+        "2 layers had to be rounded to nearest, the last `model.layers.1.mlp.down_proj`; --max-fallbacks allows 1"
+    )
+    assert (caught.value.code, caught.value.exit_code, str(caught.value)) == ("E_NUM_FALLBACKS", 4, expected)
+    assert caught.value.hint == "use more or other calibration text, or allow more"
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(GateError, match=r"3 layers .* allows 2"):  # one of a finished block, two of this call
+        run(model, tmp_path / "out", on_numeric_fault="rtn", max_fallbacks=2)
+    result, events = run(model, tmp_path / "out", on_numeric_fault="rtn", max_fallbacks=3)
+    assert [event.index for event in events if isinstance(event, Resumed)] == [2]
+    assert sum(layer.fallback is not None for layer in result.layers) == 3
+
+
+def test_finished_work_with_fallbacks_does_not_pass_a_stricter_policy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save_model(tmp_path / "model", hidden_size=64, intermediate_size=96)
+    refusing(monkeypatch, 96)
+    with pytest.raises(GateError):
+        run(model, tmp_path / "out", on_numeric_fault="rtn", max_fallbacks=1)
+    with pytest.raises(GateError, match=r"`model\.layers\.0\.mlp\.down_proj` was rounded .* is error now") as caught:
+        run(model, tmp_path / "out")
+    assert (caught.value.code, caught.value.hint) == (
+        "E_NUM_FALLBACKS",
+        "say --on-numeric-fault rtn, or --resume never",
+    )
+    run(model, tmp_path / "out", on_numeric_fault="rtn")
+    with pytest.raises(GateError, match="allows 0"):  # done before, and still too many
+        run(model, tmp_path / "out", on_numeric_fault="rtn", max_fallbacks=0)
+
+
+def test_fewer_tokens_than_inputs_are_told_once(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    _, events = run(model, tmp_path / "out", nsamples=3, seqlen=16, batch_size=1)
+    few = [event.message for event in events if isinstance(event, Warned) and event.code == "W_NUM_TOKENS"]
+    assert few == [
+        "layer `model.layers.0.self_attn.q_proj` (block 0) saw 48 calibration tokens for 64 inputs; "
+        "others may have as few"
+    ]
+
+
+def test_a_layer_that_is_solved_again_counts_once_as_rounded_to_nearest() -> None:
+    limit = FallbackLimit(ignore, config(max_fallbacks=2))
+    solved = [
+        LayerSolved(LayerReport(f"layer {n}", 0, 4, 32, 0.1, 0.1, 0.01, 0, 0, 9, 1.0, "tokens")) for n in range(3)
+    ]
+    for layer in (0, 1, 0, 1):
+        limit(solved[layer])
+    with pytest.raises(GateError, match=r"3 layers had to be rounded to nearest, the last `layer 2`; .* allows 2"):
+        limit(solved[2])

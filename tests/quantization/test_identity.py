@@ -1,0 +1,96 @@
+"""What counts as the same run, and what does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from gptq_cli.checkpoint.source import open_checkpoint
+from gptq_cli.errors import InputError
+from gptq_cli.quantization.identity import Identity, check_agreement, differences, identify
+from gptq_cli.runtime.ranks import Team
+from tests.families import save_model
+from tests.runs import config
+
+CPU = torch.device("cpu")
+
+
+def test_paths_are_no_part_of_it_and_every_byte_that_is_read_is(tmp_path: Path) -> None:
+    one, other = save_model(tmp_path / "a", max_shard_size="200KB"), save_model(tmp_path / "b", max_shard_size="200KB")
+    known = identify(open_checkpoint(one), None, config(), CPU)
+    assert identify(open_checkpoint(other), None, config(), CPU) == known
+    assert str(tmp_path) not in str(known)
+    files = known["source"]["files"]
+    assert {"config.json", "tokenizer.json", "model.safetensors.index.json"} < set(files)
+    assert len([name for name in files if name.endswith(".safetensors")]) > 2
+    for name in files:
+        path = other / name
+        whole = path.read_bytes()
+        last = bytes([whole[-1] ^ 1]) if path.suffix == ".safetensors" else whole[-1:] + b" "
+        path.write_bytes(whole[:-1] + last)
+        changed = identify(open_checkpoint(other), None, config(), CPU)
+        assert [line.partition(" ")[0] for line in differences(known, changed)] == [f"source.files.{name}"]
+        path.write_bytes(whole)
+
+
+def test_weights_of_a_commit_are_known_by_it_and_their_headers(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    known = identify(open_checkpoint(model), "c0ffee", config(), CPU)
+    assert known["source"]["commit"] == "c0ffee"
+    weights = model / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    assert known["source"]["files"]["model.safetensors"].startswith(f"{len(content)} bytes, header ")
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert identify(open_checkpoint(model), "c0ffee", config(), CPU) == known
+    assert differences(known, identify(open_checkpoint(model), "beef", config(), CPU)) == [
+        'source.commit was "c0ffee", is "beef"'
+    ]
+
+
+def test_threads_and_devices_are_part_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_checkpoint(save_model(tmp_path / "model"))
+    known = identify(source, None, config(), CPU)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    assert differences(known, identify(source, None, config(), CPU)) == ["device.threads was 1, is 7"]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "H100")
+    on_gpu = identify(source, None, config(), torch.device("cuda", 1))
+    assert (on_gpu["device"]["name"], on_gpu["device"]["capability"]) == ("H100", "9.0")
+    assert "device.threads was 1, is not there" in differences(known, on_gpu)
+
+
+def test_differences_wait_for_what_is_not_known_yet() -> None:
+    known = {"config": {"bits": 4, "dynamic": {}}, "calibration_sha256": "a"}
+    assert differences(known, {"config": {"bits": 4, "dynamic": {}}}) == []
+    assert differences(known, {**known, "calibration_sha256": "b"}) == ['calibration_sha256 was "a", is "b"']
+    assert differences(known, {"config": {"bits": 4, "dynamic": {"-:x": {}}}}) == [
+        "config.dynamic was {}, is not there",
+        "config.dynamic.-:x was not there, is {}",
+    ]
+
+
+class TeamOf(Team):
+    """A team whose processes have these identities."""
+
+    def __init__(self, *identities: Identity) -> None:
+        self.identities = list(identities)
+
+    def every(self, mine: object) -> list[Identity]:  # type: ignore[override]
+        del mine
+        return self.identities
+
+
+def test_a_process_that_would_not_do_the_same_is_refused(tmp_path: Path) -> None:
+    source = open_checkpoint(save_model(tmp_path / "model"))
+    first = identify(source, None, config(), CPU)
+    beside_it = identify(source, None, config(), CPU, hashed=False)
+    assert first.keys() - beside_it.keys() == {"source"}  # whose hashes the first one on that machine tells
+    check_agreement(TeamOf(first, beside_it, first), first)
+    with pytest.raises(InputError) as caught:
+        check_agreement(TeamOf(first, first, identify(source, "c0ffee", config(seed=7), CPU)), first)
+    assert str(caught.value).startswith("process 2 is not like process 0: config.seed was 0, is 7; source.commit was")
+    assert (caught.value.code, caught.value.exit_code) == ("E_RANK_MISMATCH", 3)
+    assert caught.value.hint == "run on equal devices and versions, with equal copies of the model"

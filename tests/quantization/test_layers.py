@@ -1,0 +1,173 @@
+"""Layers that share an input are solved as the rows of one, and stay layers of their own to everybody else."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gptq_cli.checkpoint.source import open_checkpoint
+from gptq_cli.errors import InputError
+from gptq_cli.events import Event, Warned
+from gptq_cli.planning.plan import plan_checkpoint
+from gptq_cli.planning.run_plan import LayerPlan
+from gptq_cli.quantization import layers as solver
+from gptq_cli.quantization.layers import Rows, located, of_one_configuration, row_parts
+from gptq_cli.quantization.run import quantize_checkpoint
+from gptq_cli.solver.factor import prepare
+from gptq_cli.solver.grid import ScaleRangeError
+from gptq_cli.solver.solve import Solution, solve, solve_together
+from tests.families import save_model
+from tests.runs import config, quantize, reader
+from tests.solver.samples import ORDERS, correlated_layer, layer_config
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_rows_solved_together_are_solved_as_alone(order: str) -> None:
+    (first, hessian), (second, _), (third, _) = (correlated_layer(rows, 96, rows) for rows in (20, 7, 12))
+    settings = layer_config(order, bits=3, group_size=24, signed_scales=True, refine_sweeps=1)
+    prepared = prepare(hessian, settings)
+    together = solve_together([first, second, third], hessian, prepared, settings)
+    for weight, found in zip((first, second, third), together, strict=True):
+        alone = solve(weight, hessian, prepared, settings)
+        assert torch.equal(found.quantized.codes, alone.quantized.codes)
+        assert torch.equal(found.quantized.scales, alone.quantized.scales)
+        assert torch.equal(found.quantized.zeros, alone.quantized.zeros)
+        assert found.relative_error == pytest.approx(alone.relative_error, rel=1e-12)
+        assert found.rtn_relative_error == pytest.approx(alone.rtn_relative_error, rel=1e-12)
+
+
+@pytest.fixture
+def layers(tmp_path: Path) -> list[LayerPlan]:
+    """The seven layers of one block; k_proj has bits of its own."""
+    source = open_checkpoint(save_model(tmp_path / "model"))
+    plan = plan_checkpoint(source, config(dynamic={r"+:.*k_proj": {"bits": 8}}))
+    return [layer for layer in plan.quantized if layer.block == 1]
+
+
+def names(batches: Sequence[Sequence[LayerPlan]]) -> list[str]:
+    return [" ".join(layer.name.rpartition(".")[2] for layer in batch) for batch in batches]
+
+
+def test_layers_of_one_configuration_are_solved_as_the_rows_of_one(layers: list[LayerPlan]) -> None:
+    named = {layer.name.rpartition(".")[2]: layer for layer in layers}
+    attention = [named[name] for name in ("q_proj", "k_proj", "v_proj")]
+    assert names(of_one_configuration(attention)) == ["q_proj v_proj", "k_proj"]
+
+
+def test_rows_are_cut_into_parts_whatever_layer_they_are_of(layers: list[LayerPlan]) -> None:
+    a, b, c = (replace(layers[0], name=name, out_features=rows) for name, rows in {"a": 5, "b": 2, "c": 9}.items())
+    assert row_parts([a, b, c], 4) == [
+        [Rows(a, 0, 4)],
+        [Rows(a, 4, 5), Rows(b, 0, 2), Rows(c, 0, 1)],
+        [Rows(c, 1, 5)],
+        [Rows(c, 5, 9)],
+    ]
+    assert row_parts([a, b], 7) == [[Rows(a, 0, 5), Rows(b, 0, 2)]]
+
+
+@pytest.mark.parametrize(("row", "owner"), [(0, "a"), (4, "a"), (5, "b"), (7, "b"), (8, "c"), (19, "c")])
+def test_a_row_that_no_scale_reaches_names_the_layer_it_is_of(row: int, owner: str, layers: list[LayerPlan]) -> None:
+    together = [replace(layers[0], name=name, out_features=rows) for name, rows in {"a": 5, "b": 3, "c": 12}.items()]
+    with pytest.raises(InputError, match=rf"layer `{owner}` \(block 1\)") as caught, located(together, [5, 3, 12]):
+        raise ScaleRangeError(row)
+    assert caught.value.code == "E_CKPT_NONFINITE"
+
+
+@pytest.mark.parametrize("order", ["group aware", "static group aware"])
+def test_the_first_bad_row_of_all_is_named(order: str) -> None:
+    (first, hessian), (second, _) = (correlated_layer(rows, 96, rows) for rows in (20, 7))
+    second[[3, 5], 40] = float("nan")
+    settings = layer_config(order, group_size=24)
+    with pytest.raises(ScaleRangeError, match="row 23 ") as caught:
+        solve_together([first, second], hessian, prepare(hessian, settings), settings)
+    assert caught.value.row == 23
+
+
+def test_a_run_writes_what_solving_each_layer_alone_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, usual = save_model(tmp_path / "model"), solver.solve_together
+    rows: list[list[int]] = []
+
+    def note(weights: Sequence[Tensor], *arguments: object) -> list[Solution]:
+        rows.append([len(weight) for weight in weights])
+        return usual(weights, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(solver, "solve_together", note)
+    output, result = quantize(tmp_path, model)
+    assert rows == [[128, 64, 64], [64], [128, 128], [64]] * 3
+    monkeypatch.setattr(solver, "ROWS_OF_A_PART", {"cpu": 48})
+    rows.clear()
+    alone, expected = quantize(tmp_path, model)
+    attention, output_or_down = [[48], [48], [32, 16], [48], [48], [16]], [[48], [16]]
+    gate_and_up = [[48], [48], [32, 16], [48], [48], [16]]
+    assert rows == [*attention, *output_or_down, *gate_and_up, *output_or_down] * 3
+    assert [layer.name for layer in result.layers] == [layer.name for layer in expected.layers]
+    for found, other in zip(result.layers, expected.layers, strict=True):
+        assert found.relative_error == pytest.approx(other.relative_error, rel=1e-3)
+        assert found.seconds > 0
+        ours, theirs = (reader(directory).linear(found.name) for directory in (output, alone))
+        assert (ours.codes == theirs.codes).double().mean() > 0.99
+
+
+def scaled(model: Path, **factors: float) -> Path:
+    """The model with weights of the second block multiplied: `v_proj` and the like are names of layers."""
+    tensors = load_file(model / "model.safetensors")
+    for name in tensors:
+        layer = name.removesuffix(".weight").rpartition(".")[2]
+        if ".layers.1." in name and layer in factors:
+            tensors[name] = tensors[name] * factors[layer]
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    return model
+
+
+def warned(model: Path, output: Path, **changes: object) -> list[str]:
+    events: list[Event] = []
+    quantize_checkpoint(str(model), output, config(**changes), report=events.append)
+    return [f"{event.code} {event.message}" for event in events if isinstance(event, Warned)]
+
+
+@pytest.mark.parametrize("preset", ["gptq", "best"])
+def test_a_layer_that_loses_its_weights_is_named(preset: str, tmp_path: Path) -> None:
+    model = scaled(save_model(tmp_path / "model"), v_proj=2.0**-27)
+    first, *others = warned(model, tmp_path / "out", preset=preset)
+    name = "model.layers.1.self_attn.v_proj"
+    start = rf"W_NUM_SCALES layer `{name}` \(block 1\) has so small weights that 128 of 128 scales are held at 2\^-24, "
+    assert re.match(start + r"the smallest number of float16; its relative error is (1|0\.9)", first)
+    for other in others:  # its outputs are zero, and the next layer is not to blame
+        assert other.startswith("W_NUM_DEAD layer `model.layers.1.self_attn.o_proj`")
+        assert other.endswith(f"their weights become zero; `{name}` before it has lost weights")
+    assert others
+
+
+def test_subnormal_scales_are_told_once(tmp_path: Path) -> None:
+    model = scaled(save_model(tmp_path / "model"), v_proj=2.0**-12, up_proj=2.0**-12)
+    (told,) = warned(model, tmp_path / "out")
+    assert told.startswith(
+        "W_NUM_SCALES layer `model.layers.1.self_attn.v_proj` (block 1) has so small weights that 128 "
+    )
+    assert "of 128 scales are below 2^-14, which makes them subnormal in float16" in told
+
+
+def test_groups_of_zeros_are_not_too_small(tmp_path: Path) -> None:
+    found = warned(scaled(save_model(tmp_path / "model"), up_proj=0.0, k_proj=0.0), tmp_path / "out")
+    dead = (
+        "W_NUM_DEAD layer `model.layers.1.mlp.down_proj`: 128 of 128 inputs were always zero, their weights become zero"
+    )
+    assert found == [dead]
+
+
+@pytest.mark.parametrize("layer", ["q_proj", "v_proj"])
+def test_a_layer_that_decodes_beyond_float16_is_named(layer: str, tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors[f"model.layers.0.self_attn.{layer}.weight"][3, 4] = -65504
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=rf"layer `model.layers.0.self_attn.{layer}` .*beyond the range") as caught:
+        quantize(tmp_path, model, preset="fast")
+    assert (caught.value.code, caught.value.exit_code) == ("E_CKPT_NONFINITE", 3)

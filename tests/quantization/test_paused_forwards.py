@@ -1,0 +1,326 @@
+"""The block loop with waiting batches against the block loop that runs each block again for every stage."""
+
+from __future__ import annotations
+
+import faulthandler
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gptq_cli.config.units import size
+from gptq_cli.errors import GateError, ResourceError
+from gptq_cli.events import Event, Warned, ignore
+from gptq_cli.models.recording import Call
+from gptq_cli.models.stages import Prober
+from gptq_cli.models.stream import LoadedBlock
+from gptq_cli.planning.plan import plan_run
+from gptq_cli.planning.run_plan import LayerPlan
+from gptq_cli.quantization import block_loop
+from gptq_cli.quantization.block_loop import quantize_block
+from gptq_cli.quantization.layers import LayerSolver
+from gptq_cli.quantization.run import quantize_checkpoint
+from gptq_cli.runtime import memory
+from gptq_cli.runtime.hidden_states import HiddenStates
+from gptq_cli.runtime.memory import Memory, WaitingRoom, free_bytes, give_back_freed_tensors, host_bytes
+from gptq_cli.runtime.ranks import ALONE
+from gptq_cli.solver.hessian import HessianAccumulator
+from tests.families import FAMILIES, save_model
+from tests.runs import config, digest
+
+CPU = torch.device("cpu")
+N_BATCHES = 3  # of 2 windows and 1
+
+
+@pytest.fixture(autouse=True)
+def _nothing_hangs_or_leaks() -> Iterator[None]:
+    threads = threading.active_count()
+    faulthandler.dump_traceback_later(300, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+    assert threading.active_count() == threads
+
+
+@pytest.fixture
+def executions(monkeypatch: pytest.MonkeyPatch) -> Counter[nn.Module]:
+    """How often each linear was executed."""
+    counted: Counter[nn.Module] = Counter()
+    forward = nn.Linear.forward
+
+    def count(self: nn.Linear, inputs: Tensor) -> Tensor:
+        counted[self] += 1
+        return forward(self, inputs)
+
+    monkeypatch.setattr(nn.Linear, "forward", count)
+    return counted
+
+
+def quantize(model: Path, output: Path, **changes: object) -> list[Event]:
+    events: list[Event] = []
+    settings = config(**({"nsamples": 5, "batch_size": 2} | changes))
+    quantize_checkpoint(str(model), output, settings, report=events.append)
+    return events
+
+
+def replay(model: Path, output: Path, monkeypatch: pytest.MonkeyPatch, **changes: object) -> list[Event]:
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "WAITING_SHARE", 0.0)
+        return quantize(model, output, **changes)
+
+
+def executions_by_block(executions: Counter[nn.Module]) -> list[set[int]]:
+    """The counts of the linears of each of three blocks; linears appear in the order in which blocks are run."""
+    counts = list(executions.values())
+    per_block = len(counts) // 3
+    return [set(counts[start : start + per_block]) for start in range(0, len(counts), per_block)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_linear_runs_once_per_batch_and_writes_what_replaying_writes(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, executions: Counter[nn.Module]
+) -> None:
+    model = save_model(tmp_path / "model", family, dtype=torch.bfloat16)
+    quantize(model, tmp_path / "lockstep")
+    # The first block runs once to show what it returns and once to show its stages; the others are of its kind.
+    assert executions_by_block(executions) == [{N_BATCHES + 2}, {N_BATCHES}, {N_BATCHES}]
+    executions.clear()
+    replay(model, tmp_path / "replay", monkeypatch)
+    assert max(executions.values()) > 2 * N_BATCHES
+    assert digest(tmp_path / "lockstep") == digest(tmp_path / "replay")
+
+
+@pytest.mark.parametrize("n_waiting", [1, 2])
+@pytest.mark.parametrize("settings", [{}, {"preset": "best", "bits": 2}], ids=str)
+@pytest.mark.parametrize("family", ["llama", "phi", "gemma2"])
+def test_some_batches_may_wait_while_the_block_is_run_again_for_the_others(
+    family: str,
+    settings: dict[str, object],
+    n_waiting: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    executions: Counter[nn.Module],
+) -> None:
+    model = save_model(tmp_path / "model", family)
+    quantize(model, tmp_path / "all", **settings)
+    executions.clear()
+    monkeypatch.setattr(WaitingRoom, "places", lambda *_: n_waiting)
+    quantize(model, tmp_path / "some", **settings)
+    assert digest(tmp_path / "some") == digest(tmp_path / "all")
+    if family == "llama" and not settings:  # the first linears once for each later stage and once to the end
+        n_again = N_BATCHES - n_waiting
+        assert executions_by_block(executions)[-1] == {N_BATCHES + later * n_again for later in range(4)}
+
+
+def test_a_memory_budget_decides_how_many_batches_wait_and_changes_no_byte(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    assert [event for event in quantize(model, tmp_path / "free") if isinstance(event, Warned)] == []
+    told = quantize(model, tmp_path / "tight", max_ram=host_bytes() + 2**27)
+    assert [event.code for event in told if isinstance(event, Warned)] in ([], ["W_MEM_REPLAY"])
+    assert digest(tmp_path / "tight")["model.safetensors"] == digest(tmp_path / "free")["model.safetensors"]
+
+
+def test_a_budget_counts_what_is_held_already(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda _device: 8_000)
+    monkeypatch.setattr(memory, "host_bytes", lambda: 1_000)
+    frees = [Memory(CPU, None, limit).free() for limit in (None, 5_000, 9_001, 100)]
+    assert frees == [8_000, 4_000, 8_000, 0]
+    assert Memory(CPU, 10, None).free() == 8_000  # of an accelerator that is not used
+
+
+def test_a_run_that_holds_more_than_it_may_stops_with_flags_that_help(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit, held = host_bytes() + 2**27, iter([0, 0, 0])
+    monkeypatch.setattr(memory, "host_bytes", lambda: next(held, limit + 1))  # grows after the second block
+    with pytest.raises(ResourceError, match=rf"holds {size(limit + 1)} of host memory, max_ram") as caught:
+        quantize(save_model(tmp_path / "model"), tmp_path / "out", max_ram=limit)
+    assert (caught.value.code, caught.value.exit_code) == ("E_OOM", 5)
+    assert "--max-ram" in (caught.value.hint or "")
+    assert not (tmp_path / "out").exists()
+
+
+SETTINGS: list[dict[str, object]] = [
+    {"desc_act": True},
+    {"static_groups": True, "bits": 2},
+    {"bits": 3, "sym": False, "act_group_aware": False},
+    {"lm_head": True, "group_size": -1},
+    {
+        "dynamic": {
+            r"-:.*layers\.1\.self_attn\.(q|k)_proj": {},
+            r"-:.*(up_proj|fc1)": {},
+            r"+:.*(down_proj|fc2)": {"bits": 8},
+        }
+    },
+    {"dynamic": {r"-:.*layers\.1\.": {}}},
+    {"modules_in_block_to_quantize": [["self_attn.q_proj"], ["v_proj", "self_attn.k_proj"]]},
+    {"batch_size": 1, "nsamples": 9},
+    {"preset": "best", "bits": 2, "lm_head": True},
+    {"preset": "best", "dynamic": {r"+:.*layers\.1\.": {"asymmetric_calibration": 0.0}}},
+]
+
+
+def test_the_unquantized_block_runs_beside_the_quantized_one_once_per_batch(
+    tmp_path: Path, executions: Counter[nn.Module]
+) -> None:
+    quantize(save_model(tmp_path / "model"), tmp_path / "out", preset="best")
+    assert Counter(executions.values()) == {N_BATCHES + 2: 7, N_BATCHES: 2 * 3 * 7 - 7}
+
+
+def warnings(events: Sequence[Event]) -> list[str]:
+    return [event.code for event in events if isinstance(event, Warned)]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("family", ["llama", "phi"])
+def test_every_setting_writes_the_same_bytes_in_both_ways(
+    family: str, settings: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save_model(tmp_path / "model", family)
+    told = quantize(model, tmp_path / "lockstep", **settings)
+    told_by_replay = replay(model, tmp_path / "replay", monkeypatch, **settings)
+    assert digest(tmp_path / "lockstep") == digest(tmp_path / "replay")
+    assert [code for code in warnings(told) if not code.startswith("W_CFG")] == []
+    assert [code for code in warnings(told_by_replay) if not code.startswith("W_CFG")] == ["W_MEM_REPLAY"]
+
+
+def test_without_true_sequential_nothing_waits_and_two_forwards_are_enough(
+    tmp_path: Path, executions: Counter[nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(WaitingRoom, "places", None)
+    quantize(save_model(tmp_path / "model"), tmp_path / "out", true_sequential=False)
+    down_proj, others = N_BATCHES, 2 * N_BATCHES  # a forward that only gathers inputs ends before the last linear
+    assert executions_by_block(executions) == [{down_proj + 2, others + 2}, {down_proj, others}, {down_proj, others}]
+
+
+@pytest.mark.parametrize("patched", ["HessianOfBatches.add", "LayerSolver.solve"])
+def test_an_error_in_the_hessian_or_the_solver_ends_the_run_and_every_thread(
+    patched: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner, _, method = patched.partition(".")
+    usual, calls = getattr(getattr(block_loop, owner), method), []
+
+    def fail_at_the_eleventh_call(*arguments: object) -> object:
+        calls.append(arguments)
+        if len(calls) == 11:
+            raise GateError("E_NUM_ACT", "the eleventh")
+        return usual(*arguments)
+
+    monkeypatch.setattr(getattr(block_loop, owner), method, fail_at_the_eleventh_call)
+    with pytest.raises(GateError, match="the eleventh"):
+        quantize(save_model(tmp_path / "model"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+class TwiceInARow(nn.Module):
+    """A block that calls its first linear twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(32, 32), nn.Linear(32, 32)
+        self.requires_grad_(False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + self.last(self.first(self.first(hidden)))
+
+
+class HessianKeeper(LayerSolver):
+    """Keeps the Hessians that it is given, and changes weights by them."""
+
+    def __init__(self) -> None:
+        self.device, self.seen, self.team = CPU, [], ALONE
+
+    def solve(self, layers: Sequence[LayerPlan], linears: Mapping[str, nn.Module], inputs: HessianAccumulator) -> None:
+        self.seen.append((inputs.tokens, inputs.hessian.clone()))
+        for layer in layers:
+            linear = linears[layer.name]
+            linear.weight = nn.Parameter(linear.weight + inputs.hessian / 1e4, requires_grad=False)
+
+
+def test_a_linear_that_is_called_twice_is_replayed_and_sees_both_inputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(WaitingRoom, "places", None)
+    some_layer = plan_run(save_model(tmp_path / "model"), config()).quantized[0]
+    layers = {name: replace(some_layer, name=name, in_features=32) for name in ("first", "last")}
+    module, solver = TwiceInARow(), HessianKeeper()
+    states = [torch.randn(2, 8, 32) for _ in range(N_BATCHES)]
+    block = LoadedBlock(module, {"first": module.first, "last": module.last}, [Call((), {}, True)] * N_BATCHES)
+    hidden, room = HiddenStates(states, Memory(CPU)), WaitingRoom(Memory(CPU), ignore)
+    quantize_block(block, layers, hidden, None, solver, Prober(), room, true_sequential=True)
+    assert [tokens for tokens, _ in solver.seen] == [2 * 16 * N_BATCHES, 16 * N_BATCHES]
+    assert all(torch.equal(hidden[batch], module(state)) for batch, state in enumerate(states))
+    lasts = [module.first(module.first(state)).flatten(0, 1) for state in states]
+    assert torch.allclose(solver.seen[1][1], sum(x.T @ x for x in lasts), rtol=1e-4)
+
+
+def test_batches_may_fill_half_of_the_free_memory_and_are_refused_once_aloud(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda _device: 8_000)
+    events: list[Event] = []
+    room = WaitingRoom(Memory(CPU), events.append)
+    assert room.places(4, 1_000) == 4
+    assert events == []
+    assert room.places(4, 1_001) == 3
+    assert room.places(5, 1_000) == 4
+    assert room.places(5, 1_000, 2) == 2
+    assert room.places(5, 4_001) == 0
+    assert [event.code for event in events if isinstance(event, Warned)] == ["W_MEM_REPLAY"]
+    assert room.places(2, 2_000) == 2
+    assert room.places(7, 0) == 7
+
+
+def test_threads_that_wait_are_counted_with_their_teams(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    events: list[Event] = []
+    room = WaitingRoom(Memory(CPU), events.append)
+    assert room.places(16, 0) == 16
+    assert events == []
+    assert room.places(17, 0) == 16
+    (warning,) = [event for event in events if isinstance(event, Warned)]
+    assert "16 of 17 batches wait" in warning.message
+    assert "1088 threads" in warning.message
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="reads /proc")
+def test_free_memory_is_bounded_by_the_machine_and_by_the_control_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    total = int(Path("/proc/meminfo").read_text().split()[1]) * 1024
+    monkeypatch.setattr(memory, "_CONTROL_GROUP", tmp_path)
+    assert 2**20 < free_bytes(CPU) < total
+    for name, content in {"max": "5000", "current": "3000", "stat": "anon 7\ninactive_file 500\n"}.items():
+        (tmp_path / f"memory.{name}").write_text(content)
+    assert free_bytes(CPU) == 5000 - 3000 + 500
+    (tmp_path / "memory.max").write_text("max\n")
+    assert 2**20 < free_bytes(CPU) < total
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_a_thread_that_waits_does_not_keep_what_it_has_freed() -> None:
+    give_back_freed_tensors()
+    freed, go_on = threading.Semaphore(0), threading.Semaphore(0)
+
+    def work() -> None:
+        for _ in range(3):  # from the second round on the default is to keep it
+            tensors = [torch.ones(4 * 2**20 // 4) for _ in range(20)]
+            kept = torch.ones(2**10)  # above the others in their arena
+            del tensors
+        freed.release()
+        go_on.acquire()
+        del kept
+
+    before = host_bytes()
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+        freed.acquire()
+    held = host_bytes() - before
+    go_on.release(len(threads))
+    for thread in threads:
+        thread.join()
+    assert held < 20 * 2**20

@@ -1,0 +1,163 @@
+"""After a power cut at any moment nothing torn stands under the output's name, and no finished block is lost."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from gptq_cli.storage import durable
+from gptq_cli.storage.journal import Journal
+from tests.disks import CountingDisk, using
+from tests.power_loss import Forgets, PowerLossDisk, State, materialise
+from tests.runs import digest
+from tests.tiny import Case
+
+WORK, OUT = "disk/.out.gptq-work/", "disk/out"
+RERUNS = 25
+
+
+def tree_in(state: State, directory: str = OUT) -> dict[str, str] | None:
+    """Hashes of the files below `directory`; None if it is not there."""
+    if directory not in state:
+        return None
+    start = f"{directory}/"
+    files = {name.removeprefix(start): content for name, content in state.items() if name.startswith(start)}
+    return {name: hashlib.sha256(content).hexdigest() for name, content in files.items() if content is not None}
+
+
+def blocks_in(state: State) -> int:
+    """How many blocks a run could take from the work directory: read with code of its own, from bytes."""
+    lines = (state.get(f"{WORK}journal.jsonl") or b"").split(b"\n")
+    tensors = dict(stored_tensors(state))
+    count = 0
+    if not state.get(f"{WORK}run.json"):
+        return 0
+    for number, line in enumerate(lines):
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            break
+        if any(tensors.get(name) != sha256 for name, sha256 in entry["tensors"].items()):
+            break
+        hidden = hashlib.sha256(state.get(f"{WORK}hidden-{number % 2}") or b"").hexdigest()
+        if entry["hidden"] in (None, hidden):
+            count = number + 1
+    return count
+
+
+def stored_tensors(state: State) -> Iterator[tuple[str, str]]:
+    """Hashes of the tensors in the shards of the work directory."""
+    for name, content in state.items():
+        if name.startswith(f"{WORK}out/") and name.endswith(".safetensors") and content:
+            length = int.from_bytes(content[:8], "little")
+            try:
+                header = json.loads(content[8 : 8 + length])
+            except ValueError:
+                continue
+            for tensor, entry in header.items():
+                if tensor != "__metadata__":
+                    start, end = (8 + length + offset for offset in entry["data_offsets"])
+                    yield tensor, hashlib.sha256(content[start:end]).hexdigest()
+
+
+class Violated(BaseException):
+    """A power cut could leave what must not be."""
+
+
+@dataclass
+class Observer:
+    """Looks at every state a power cut could leave, and notes what must not be."""
+
+    allowed: list[dict[str, str] | None]
+    final: dict[str, str]
+    finished: int = 0
+    published: bool = False
+    states: dict[str, tuple[State, int]] = field(default_factory=dict)
+
+    def __call__(self, disk: PowerLossDisk) -> None:
+        for state in disk.states():
+            name = hashlib.sha256(repr(sorted(state.items())).encode()).hexdigest() + str(
+                (self.finished, self.published)
+            )
+            if name in self.states:
+                continue
+            self.states[name] = state, self.finished
+            found = tree_in(state)
+            if found not in self.allowed:
+                raise Violated("torn output")
+            if found != self.final and (self.published or blocks_in(state) < self.finished):
+                raise Violated("lost work")
+
+
+def observe(
+    case: Case,
+    root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    old: dict[str, str] | None = None,
+    forgets: Forgets = lambda _: False,
+) -> Observer:
+    """One run below `root`, looked at after each of its operations."""
+    observer = Observer([old, case.tree], case.tree)
+    append, publish = Journal.append, durable.publish
+
+    def appended(journal: Journal, entry: dict[str, object]) -> None:
+        append(journal, entry)
+        observer.finished += 1
+
+    def published(*arguments: object, **manner: object) -> None:
+        publish(*arguments, **manner)  # type: ignore[arg-type]
+        observer.published = True
+
+    with monkeypatch.context() as patched, using(PowerLossDisk(root, observer, forgets)):
+        patched.setattr(Journal, "append", appended)
+        patched.setattr(durable, "publish", published)
+        case.run(root / OUT, overwrite=old is not None)
+    return observer
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_after_any_power_cut_the_output_is_whole_and_a_rerun_writes_the_same(
+    overwrite: bool, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, old = tmp_path / "root", None
+    (root / "disk").mkdir(parents=True)
+    if overwrite:
+        (root / OUT).mkdir()
+        (root / OUT / "file").write_text("old")
+        old = digest(root / OUT)
+    observer = observe(case, root, monkeypatch, old=old)
+    assert len(observer.states) > 200
+    found = list(observer.states.values())
+    for number, (state, finished) in enumerate(found[:: len(found) // RERUNS]):
+        after = tmp_path / f"after-{number}"
+        after.mkdir()
+        materialise(state, after)
+        (after / "disk").mkdir(exist_ok=True)
+        with using(CountingDisk()):
+            result = case.run(after / OUT, overwrite=overwrite)
+        assert result.already_done or result.resumed_blocks >= min(finished, 3)
+        assert digest(after / OUT) == case.tree
+
+
+FORGOTTEN: dict[str, Callable[[Path], bool]] = {
+    "of directories": Path.is_dir,
+    "of shards": lambda path: path.suffix == ".safetensors",
+    "of the journal": lambda path: path.name == "journal.jsonl",
+    "of hidden states": lambda path: path.name.startswith("hidden-"),
+    "before a rename": lambda path: path.suffix == ".tmp",
+}
+
+
+@pytest.mark.parametrize("kind", FORGOTTEN)
+def test_without_an_fsync_the_model_finds_what_goes_wrong(
+    kind: str, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "disk").mkdir()
+    with pytest.raises(Violated):
+        observe(case, tmp_path, monkeypatch, forgets=FORGOTTEN[kind])

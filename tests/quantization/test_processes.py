@@ -1,0 +1,127 @@
+"""Real processes: killed, asked to end, and racing for one output."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.quantization import children
+from tests.runs import config, digest
+from tests.tiny import SETTINGS, WORK, Case
+
+CHILDREN = multiprocessing.get_context("forkserver")
+CHILDREN.set_forkserver_preload(["tests.quantization.children"])
+
+# Runs the command line and does to itself, when a block is finished or a layer begun, what a test asks for.
+PROGRAM = """
+import os, sys, torch
+torch.set_num_threads(1)
+from gptq_cli.quantization import resume
+from gptq_cli.__main__ import main
+from gptq_cli.checkpoint import durable
+when, signals = sys.argv.pop(1), [int(number) for number in sys.argv.pop(1).split(",")]
+def send():
+    for number in signals:
+        os.kill(os.getpid(), number)
+if when == "block":
+    usual = resume.SavedBlocks.finished
+    def finished(*arguments):
+        usual(*arguments)
+        send()
+    resume.SavedBlocks.finished = finished
+elif when == "forward":
+    from gptq_cli.models import lockstep
+    meet = lockstep._Batch.meet
+    def met(self, stage, name, inputs):
+        if "layers.1.mlp.down" in name:
+            send()
+        return meet(self, stage, name, inputs)
+    lockstep._Batch.meet = met
+main()
+"""
+
+
+def recipe(directory: Path) -> Path:
+    path = directory / "recipe.yaml"
+    path.write_text(yaml.safe_dump(config(**SETTINGS).model_dump(mode="json")))
+    return path
+
+
+def start(when: str, signals: list[int], *words: str | Path) -> subprocess.Popen[str]:
+    numbers = ",".join(str(int(number)) for number in signals) or "0"
+    command = [sys.executable, "-c", PROGRAM, when, numbers, *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def run(when: str, signals: list[int], *words: str | Path) -> tuple[int, str, str]:
+    process = start(when, signals, *words)
+    stdout, stderr = process.communicate(timeout=120)
+    return process.returncode, stdout, stderr
+
+
+def quantize(case: Case, directory: Path) -> list[str | Path]:
+    return ["quantize", case.model, "-o", directory / "out", "-c", recipe(directory)]
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.7, 0.9])
+def test_a_killed_process_is_gone_on_with_by_the_same_call(share: float, case: Case, tmp_path: Path) -> None:
+    process = CHILDREN.Process(
+        target=children.die, args=(case.model, tmp_path / "out", int(share * len(case.operations)))
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists() or digest(tmp_path / "out") == case.tree
+    result = case.run(tmp_path / "out")
+    assert digest(tmp_path / "out") == case.tree
+    assert len(result.layers) == 5
+
+
+def test_of_eight_processes_that_race_for_one_output_one_works(case: Case, tmp_path: Path) -> None:
+    barrier, answers = CHILDREN.Barrier(8), CHILDREN.Queue()
+    processes = [
+        CHILDREN.Process(target=children.race, args=(case.model, tmp_path / "out", barrier, answers)) for _ in range(8)
+    ]
+    for process in processes:
+        process.start()
+    found = [answers.get(timeout=300) for _ in processes]
+    for process in processes:
+        process.join()
+    assert found.count("worked") == 1, found
+    others = [answer for answer in found if answer not in ("worked", "already done")]
+    for answer in others:
+        assert re.match(r"E_LOCKED: another run( \(process \d+ on .+\))? is writing `.*/out`$", answer)
+    assert digest(tmp_path / "out") == case.tree
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("name", "when", "blocks"),
+    [("SIGINT", "block", 1), ("SIGTERM", "forward", 1)],
+)
+def test_a_signal_ends_the_run_keeps_the_work_and_says_how_to_go_on(
+    name: str, when: str, blocks: int, case: Case, tmp_path: Path
+) -> None:
+    number = getattr(signal, name)
+    code, stdout, stderr = run(when, [number], *quantize(case, tmp_path), "--json")
+    assert code == 128 + number, stderr
+    assert "Traceback" not in stderr
+    assert f"stopping on {name}; once more to end at once" in stderr
+    assert f"go on with: gptq resume {tmp_path}/{WORK}\n" in stderr
+    assert f"error[E_INTERRUPTED]: stopped by {name}\n\nhint: run the same command again to go on" in stderr
+    assert json.loads(stdout)["exit_code"] == 128 + number
+    code, stdout, stderr = run("never", [], "resume", tmp_path / WORK, "--json")
+    assert code == 0, stderr
+    assert f"resuming after {blocks} of 3 blocks" in stderr
+    assert json.loads(stdout)["resumed_blocks"] == blocks
+    assert digest(tmp_path / "out") == case.tree

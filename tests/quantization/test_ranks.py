@@ -1,0 +1,165 @@
+"""Several processes write what one writes, share the work, and end together; in a team of gloo on the CPU."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from gptq_cli.config.schema import QuantizeConfig
+from gptq_cli.errors import ConfigError
+from gptq_cli.quantization import layers
+from gptq_cli.quantization.run import quantize_checkpoint
+from gptq_cli.runtime.ranks import Team, owners_of
+from tests.disks import Killed
+from tests.families import save_model
+from tests.quantization.ranks import ROWS, RUNS, team
+from tests.quantization.test_experts import save_mixture
+from tests.runs import config, digest
+from tests.tiny import WORK, killer
+
+SETTINGS = {"nsamples": 12, "batch_size": 1, "seqlen": 32, "group_size": 16}
+DENSE = {"preset": "best", "lm_head": True}
+MIXTURE = {"preset": "balanced", "moe_uncovered": "rtn"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_parts() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layers, "ROWS_OF_A_PART", {"cpu": 16})
+        yield
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, and what one process makes of it."""
+
+    model: Path
+    settings: QuantizeConfig
+    tree: dict[str, str]
+
+
+def made(directory: Path, model: Path, settings: QuantizeConfig) -> Case:
+    quantize_checkpoint(str(model), directory / "alone", settings)
+    return Case(model, settings, digest(directory / "alone"))
+
+
+@pytest.fixture(scope="module")
+def dense(small_parts: None, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    del small_parts
+    directory = tmp_path_factory.mktemp("dense")
+    return made(directory, save_model(directory / "model", num_hidden_layers=2), config(**SETTINGS, **DENSE))
+
+
+@pytest.fixture(scope="module")
+def mixture(small_parts: None, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    del small_parts
+    directory = tmp_path_factory.mktemp("mixture")
+    model = save_mixture(directory / "model", "qwen3_moe", num_experts=8)
+    return made(directory, model, config(**SETTINGS, **MIXTURE))
+
+
+def balanced(work: list[int]) -> bool:
+    return max(work) <= 1.15 * sum(work) / len(work)
+
+
+FEW = pytest.mark.parametrize(
+    "size", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
+)
+
+
+@FEW
+@pytest.mark.parametrize("kind", ["dense", "mixture"])
+def test_several_processes_write_the_bytes_of_one_and_share_its_work(
+    kind: str, size: int, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    case: Case = request.getfixturevalue(kind)
+    work, said, _ = team(size, case.model, tmp_path / "out", case.settings)
+    assert said == [None] * size
+    assert digest(tmp_path / "out") == case.tree
+    assert balanced([done[RUNS] for done in work])
+    assert balanced([done[ROWS] for done in work])
+
+
+@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2), pytest.param(2, 3, marks=pytest.mark.slow)])
+def test_any_number_of_processes_goes_on_with_the_work_of_any_other(
+    first: int, then: int, dense: Case, tmp_path: Path
+) -> None:
+    model, settings = dense.model, dense.settings
+    if first == 1:
+        with pytest.raises(Killed):
+            quantize_checkpoint(str(model), tmp_path / "out", settings, report=killer(0))
+    else:
+        _, said, codes = team(first, model, tmp_path / "out", settings, dies=1, when="finished")
+        assert said[0] is not None
+        assert said[0].startswith("E_RANK_LOST: process 1 of 2 (the first is 0) was killed or cannot be reached")
+        assert codes == [0, -signal.SIGKILL]
+    assert len((tmp_path / WORK / "journal.jsonl").read_bytes().splitlines()) == 1
+    if then == 1:
+        assert quantize_checkpoint(str(model), tmp_path / "out", settings).resumed_blocks == 1
+    else:
+        assert team(then, model, tmp_path / "out", settings)[1] == [None] * then
+    assert digest(tmp_path / "out") == dense.tree
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("when", "dies"), [("start", 2), ("forward", 0), ("solve", 1), ("solve", 0), ("finished", 0), ("head", 2)]
+)
+def test_a_process_killed_at_any_stage_is_told_of_once_and_its_work_done_again(
+    when: str, dies: int, dense: Case, tmp_path: Path
+) -> None:
+    model, settings = dense.model, dense.settings
+    _, said, codes = team(3, model, tmp_path / "out", settings, dies=dies, when=when)
+    (words,) = filter(None, said)
+    assert words.startswith(f"E_RANK_LOST: process {dies} of 3")
+    assert codes[dies] == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    assert team(2, model, tmp_path / "out", settings)[1] == [None] * 2
+    assert digest(tmp_path / "out") == dense.tree
+
+
+def test_one_process_says_what_ends_them_all(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", num_hidden_layers=1)
+    _, said, codes = team(2, model, tmp_path / "out", config(**SETTINGS), dies=1, when="refused")
+    (words,) = filter(None, said)
+    assert words.startswith("E_CKPT_NONFINITE: layer `model.layers.0.self_attn.")
+    assert codes == [0, 0]
+    assert not (tmp_path / WORK).exists()
+
+
+def test_processes_that_would_write_other_bytes_are_refused(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", num_hidden_layers=1)
+    _, said, _ = team(2, model, tmp_path / "out", config(**SETTINGS), dies=1, when="unlike")
+    (words,) = filter(None, said)
+    assert words == "E_RANK_MISMATCH: process 1 is not like process 0: device.threads was 1, is 2"
+
+
+def test_more_processes_than_batches_are_refused() -> None:
+    ranks = Team()
+    ranks.size = 5
+    with pytest.raises(ConfigError, match="5 processes cannot share 4 calibration batches") as caught:
+        ranks.share(4)
+    assert (caught.value.code, caught.value.exit_code) == ("E_CFG_RANKS", 2)
+    assert caught.value.hint == "use fewer processes, a smaller --batch-size or more --nsamples"
+
+
+@pytest.mark.parametrize("size", range(1, 8))
+def test_batches_are_shared_out_in_order_and_evenly(size: int) -> None:
+    shares = []
+    for rank in range(size):
+        ranks = Team()
+        ranks.rank, ranks.size = rank, size
+        shares.append(ranks.share(7 + size))
+    assert [number for share in shares for number in share] == list(range(7 + size))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_the_costliest_units_go_to_who_has_the_least_to_do() -> None:
+    done = [0.0, 0.0]
+    assert owners_of([1, 5, 2, 2, 3], done) == [1, 0, 1, 0, 1]
+    assert done == [7, 6]
+    assert owners_of([4], done) == [1]  # who has done less before

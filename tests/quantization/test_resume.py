@@ -1,0 +1,351 @@
+"""A run that ends early, wherever it does, is gone on with by the same call, and nothing shows of it in the output."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+
+from gptq_cli.errors import ConfigError, ExistsError, PausedError, ResourceError
+from gptq_cli.events import BlockFinished, BlockStarted, Event, LayerStarted, PhaseStarted, Resumed, WorkKept
+from gptq_cli.models.stream import ModelStream
+from gptq_cli.quantization.record import TimeLimit
+from gptq_cli.quantization.resume import FinishedBlocks
+from gptq_cli.runtime.hidden_states import HiddenStates
+from gptq_cli.runtime.memory import Memory
+from gptq_cli.runtime.ranks import Team
+from tests.architectures import build, save
+from tests.disks import CountingDisk, DyingDisk, FailingDisk, Killed, using
+from tests.families import save_model
+from tests.runs import digest
+from tests.tiny import SMALL, WORK, Case, kill_after_block, killer
+
+PARTS = 2  # of a test that takes every operation in turn, for as many processes
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_killed_after_any_operation_the_output_is_absent_or_whole_and_the_rerun_writes_the_same(
+    part: int, case: Case, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    for last in range(1 + part, len(case.operations) + 1, PARTS):
+        assert case.interrupted(output, last)
+        assert not output.exists() or digest(output) == case.tree, f"torn output after operation {last}"
+        with using(CountingDisk()):
+            case.run(output)
+        assert digest(output) == case.tree, f"another output after a kill at operation {last}"
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        shutil.rmtree(output)
+    assert len(case.operations) > 100
+    assert not case.interrupted(output, len(case.operations) + 1)
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("for_ever", [False, True])
+def test_an_error_of_any_operation_is_said_as_such_and_the_rerun_writes_the_same(
+    for_ever: bool, part: int, case: Case, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    codes = [errno.ENOSPC, errno.EIO, errno.EDQUOT]
+    for first in range(1 + part, len(case.operations) + 1, PARTS):
+        code = codes[first // PARTS % 3]
+        with using(FailingDisk(first, code, for_ever=for_ever)), pytest.raises(ResourceError) as caught:
+            case.run(output)
+        assert caught.value.code == "E_DISK"
+        assert os.strerror(code) in str(caught.value)
+        assert not output.exists() or digest(output) == case.tree
+        with using(CountingDisk()):
+            case.run(output)
+        assert digest(output) == case.tree, f"another output after an error at operation {first}"
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        shutil.rmtree(output)
+
+
+def test_no_more_than_the_block_at_work_is_lost(case: Case, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    kill_after_block(case, output, 0)
+    events: list[Event] = []
+    result = case.run(output, report=events.append)
+    assert [event.index for event in events if isinstance(event, Resumed)] == [1]
+    assert [event.index for event in events if isinstance(event, BlockStarted)] == [1]
+    assert (result.resumed_blocks, len(result.layers)) == (1, 5)
+    assert [layer.block for layer in result.layers] == [0, 0, 1, 1, 2]
+    assert digest(output) == case.tree
+
+
+@pytest.mark.parametrize("lm_head", [False, True])
+def test_blocks_in_the_file_that_the_model_does_not_run_are_no_steps_to_finish(lm_head: bool, tmp_path: Path) -> None:
+    model, output = save_model(tmp_path / "model", **(SMALL | {"num_hidden_layers": 3})), tmp_path / "out"
+    declared = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(declared | {"num_hidden_layers": 2}))
+    case = Case(model, {}, [])
+
+    def stop_before_verifying(event: Event) -> None:
+        if isinstance(event, PhaseStarted) and event.name == "verify":
+            raise Killed
+
+    with pytest.raises(Killed):
+        case.run(output, lm_head=lm_head, report=stop_before_verifying)
+    events: list[Event] = []
+    result = case.run(output, lm_head=lm_head, report=events.append)
+    assert [(event.index, event.n_blocks) for event in events if isinstance(event, Resumed)] == [(2 + lm_head,) * 2]
+    assert not [event for event in events if isinstance(event, BlockStarted | LayerStarted)]
+    assert {layer.block for layer in result.layers} == set(range(2 + lm_head))
+
+
+def test_what_is_complete_already_is_left_alone(case: Case, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    first = case.run(output)
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+    for manner in ({}, {"overwrite": True}, {"resume": "require"}):
+        again = case.run(output, **manner)
+        assert again.already_done
+        assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
+        assert [layer.relative_error for layer in again.layers] == [layer.relative_error for layer in first.layers]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"bits": 3}, "config.bits was 4, is 3"),
+        ({"seed": 1}, "config.seed was 0, is 1"),
+        ({"dataset": ["another text of a hundred words or so, " * 20]}, "config.dataset was"),
+    ],
+)
+def test_unfinished_work_of_another_run_is_neither_used_nor_dropped(
+    changes: dict[str, object], field: str, case: Case, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    kill_after_block(case, output, 0)
+    before = digest(tmp_path / WORK)
+    with pytest.raises(ExistsError) as caught:
+        case.run(output, **changes)
+    assert (caught.value.code, caught.value.exit_code) == ("E_RESUME_MISMATCH", 6)
+    assert "holds 1 finished blocks of a run that differs" in str(caught.value)
+    assert field in str(caught.value)
+    assert "--resume never" in (caught.value.hint or "")
+    assert f"gptq resume {tmp_path / WORK}," in (caught.value.hint or "")
+    assert {name: old for name, old in before.items() if name != "holder.json"}.items() <= digest(
+        tmp_path / WORK
+    ).items()
+    case.run(output)
+    assert digest(output) == case.tree
+
+
+def test_texts_that_changed_under_the_same_name_are_another_run(case: Case, tmp_path: Path) -> None:
+    text, output = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("one " * 400)
+
+    with pytest.raises(Killed):
+        case.run(output, dataset=str(text), report=killer(0))
+    text.write_text("two " * 400)
+    with pytest.raises(ExistsError, match=r"holds 1 finished blocks .*differs: calibration_sha256 was"):
+        case.run(output, dataset=str(text))
+
+
+def test_weights_that_changed_under_the_same_name_are_another_run(case: Case, tmp_path: Path) -> None:
+    model, output = shutil.copytree(case.model, tmp_path / "model"), tmp_path / "out"
+    other = Case(model, {}, [])
+    kill_after_block(other, output, 0)
+    weights = model / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ExistsError, match=r"differs: source\.files\.model\.safetensors was"):
+        other.run(output)
+
+
+def test_resume_never_starts_afresh_and_require_refuses_to(case: Case, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    with pytest.raises(ExistsError, match="no finished block to go on from") as caught:
+        case.run(output, resume="require")
+    assert caught.value.code == "E_RESUME_NOTHING"
+    assert list(tmp_path.iterdir()) == []
+    kill_after_block(case, output, 0)
+    assert case.run(output, resume="never").resumed_blocks == 0
+    shutil.rmtree(output)
+    kill_after_block(case, output, 0)
+    assert case.run(output, resume="require").resumed_blocks == 1
+    assert digest(output) == case.tree
+
+
+def test_the_time_that_was_given_ends_the_run_before_a_block_that_would_not_end_in_time() -> None:
+    clock = [100.0]
+    limit = TimeLimit(lambda _: None, 60, now=lambda: clock[0])
+    block = {"n_blocks": 4, "name": "b", "host_bytes": 0, "device_bytes": 0}
+    limit(BlockStarted(0, 4, "b"))
+    clock[0] = 130.0
+    limit(BlockFinished(index=0, seconds=25.0, **block))
+    limit(BlockStarted(1, 4, "b"))
+    clock[0] = 136.0
+    limit(LayerStarted("l"))
+    with pytest.raises(PausedError, match=r"the 60 s of --max-runtime do not suffice") as caught:
+        limit(BlockStarted(2, 4, "b"))
+    assert (caught.value.code, caught.value.exit_code) == ("E_PAUSED", 75)
+    assert "same command again" in (caught.value.hint or "")
+    clock[0] = 161.0
+    with pytest.raises(PausedError):
+        limit(LayerStarted("l"))
+
+
+def test_a_run_out_of_time_keeps_its_work_and_says_where(case: Case, tmp_path: Path) -> None:
+    events: list[Event] = []
+    with pytest.raises(PausedError):
+        case.run(tmp_path / "out", max_seconds=0, report=events.append)
+    assert list(tmp_path.iterdir()) == []
+    assert not [event for event in events if isinstance(event, WorkKept)]
+    kill_after_block(case, tmp_path / "out", 0)
+    with pytest.raises(PausedError):
+        case.run(tmp_path / "out", max_seconds=0, report=events.append)
+    assert [event.directory for event in events if isinstance(event, WorkKept)] == [tmp_path / WORK]
+    case.run(tmp_path / "out")
+    assert digest(tmp_path / "out") == case.tree
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("no memory"), MemoryError(), RuntimeError("DefaultCPUAllocator: not enough memory")],
+)
+def test_memory_that_runs_out_in_the_middle_keeps_the_work_and_names_flags(
+    error: Exception, case: Case, tmp_path: Path
+) -> None:
+    def exhaust(event: Event) -> None:
+        if isinstance(event, LayerStarted) and event.name.startswith("model.layers.1."):
+            raise error
+
+    with pytest.raises(ResourceError) as caught:
+        case.run(tmp_path / "out", report=exhaust)
+    assert (caught.value.code, caught.value.exit_code) == ("E_OOM", 5)
+    for flag in ("--batch-size 1", "--seqlen", "--device cpu"):
+        assert flag in (caught.value.hint or "")
+    assert case.run(tmp_path / "out").resumed_blocks == 1
+    assert digest(tmp_path / "out") == case.tree
+
+
+def test_a_disk_without_room_for_the_output_is_refused_before_any_work(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.statvfs(tmp_path)
+    full = os.statvfs_result((real.f_bsize, 4096, real.f_blocks, 10, 10, *list(real)[5:]))
+    monkeypatch.setattr("gptq_cli.planning.checks.os.statvfs", lambda _: full)
+    with pytest.raises(
+        ResourceError, match=r"has \S+ KB free, \d+ KB are needed: \S+ KB of output, \S+ KB of hidden states"
+    ) as caught:
+        case.run(tmp_path / "out")
+    assert (caught.value.code, caught.value.exit_code) == ("E_DISK", 5)
+    assert "fewer --nsamples" in (caught.value.hint or "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mount_point_cannot_become_the_output(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr("gptq_cli.storage.places.os.path.ismount", lambda path: path == tmp_path / "out")
+    with pytest.raises(ConfigError, match="is a mount point") as caught:
+        case.run(tmp_path / "out")
+    assert (caught.value.code, caught.value.exit_code) == ("E_OUT_MOUNT", 2)
+
+
+def test_overwriting_after_a_kill_goes_on_and_drops_the_old_output(case: Case, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    last = case.operations.index("unlink")  # the output has its name, the work directory is not removed yet
+    for extra in (-8, -4, 0, 2, 4):
+        shutil.copytree(case.model, output)
+        with pytest.raises(Killed), using(DyingDisk(last + extra)):
+            case.run(output, overwrite=True)
+        assert digest(output) in (case.tree, digest(case.model))
+        case.run(output, overwrite=True)
+        assert digest(output) == case.tree
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        shutil.rmtree(output)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"true_sequential": False},
+        {"batch_size": 2},
+        {"desc_act": True, "bits": 3},
+        {"asymmetric_calibration": 0.5},
+        {"asymmetric_calibration": 0.5, "true_sequential": False},
+    ],
+    ids=str,
+)
+def test_settings_of_all_kinds_are_gone_on_with(settings: dict[str, object], case: Case, tmp_path: Path) -> None:
+    case.run(tmp_path / "whole", **settings)
+    with pytest.raises(Killed):
+        case.run(tmp_path / "out", report=killer(0), **settings)
+    assert case.run(tmp_path / "out", **settings).resumed_blocks == 1
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+
+
+def test_experts_are_gone_on_with_and_their_counts_kept(tmp_path: Path) -> None:
+    tiny = Case(save_model(tmp_path / "model", "mixtral", hidden_size=32, intermediate_size=64), {}, [])
+    changes = {"dynamic": {}, "lm_head": False, "nsamples": 6, "seqlen": 64}
+    whole = tiny.run(tmp_path / "whole", **changes)
+    with pytest.raises(Killed):
+        tiny.run(tmp_path / "out", report=killer(0), **changes)
+    result = tiny.run(tmp_path / "out", **changes)
+    assert result.resumed_blocks == 1
+    assert [(layer.name, layer.tokens) for layer in result.layers] == [(a.name, a.tokens) for a in whole.layers]
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+
+
+@pytest.mark.filterwarnings("ignore")  # what transformers says about its own models is not at stake
+@pytest.mark.parametrize("model_type", ["gemma4_text", "gpt2", "zaya"])
+def test_what_blocks_carry_along_beside_hidden_states_is_kept_too(model_type: str, tmp_path: Path) -> None:
+    tiny = Case(save(build(model_type), tmp_path / "model"), {}, [])
+    rules = {"-:.*router_mlp": {}} if model_type == "zaya" else {}
+    changes = {"dynamic": rules, "lm_head": False, "moe_uncovered": "rtn", "asymmetric_calibration": 0.5}
+    tiny.run(tmp_path / "whole", **changes)
+    with pytest.raises(Killed):
+        tiny.run(tmp_path / "out", report=killer(1), **changes)
+    assert tiny.run(tmp_path / "out", **changes).resumed_blocks == 2
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+
+
+class Dealer(Team):
+    """The team of a process that writes nothing: the leading one has `states`, and gets what is gathered."""
+
+    size, rank = 2, 1
+
+    def __init__(self, states: list[tuple[tuple[torch.Tensor, ...], list[dict[str, int]]]]) -> None:
+        self.states, self.kept, self.due = states, [], [False, True]
+
+    def dealt(self, values: object, n_batches: int) -> list[Any]:
+        assert (values, n_batches) == (None, 4)
+        return self.states[2:]
+
+    def gathered(self, mine: Sequence[Any]) -> None:
+        self.kept.append(list(mine))
+
+    def told(self, value: object = None) -> Any:
+        assert value is None
+        return self.due.pop(0)
+
+
+def test_a_process_that_writes_nothing_gets_its_share_and_gives_it_back() -> None:
+    cpu = torch.device("cpu")
+    states = [((torch.full((1,), float(n)), torch.full((1,), -float(n))), [{"keys": n}]) for n in range(4)]
+    ways = [HiddenStates([torch.zeros(1), torch.zeros(1)], Memory(cpu), 2, 4) for _ in range(2)]
+    stream = cast(ModelStream, SimpleNamespace(device=cpu, carried=[[{}], [{}]]))
+    team = Dealer(states)
+    blocks = FinishedBlocks(team, 1, 4)
+    assert (blocks.restore(stream, ways), blocks.complete) == (1, False)
+    assert [[float(state) for state in way.stored] for way in ways] == [[2.0, 3.0], [-2.0, -3.0]]
+    assert stream.carried == [[{"keys": 2}], [{"keys": 3}]]
+    blocks.finished(1, stream, ways)
+    assert (team.kept, blocks.first) == ([], 1)  # the leading process said that it was not time
+    blocks.finished(2, stream, ways)
+    assert (team.kept, blocks.first) == ([states[2:]], 3)
+    blocks.finished(3, stream, [])  # after the last block nothing is needed
+    assert (team.kept, team.due, blocks.complete) == ([states[2:]], [], True)
+    assert FinishedBlocks(team, 3, 3).complete

@@ -1,0 +1,336 @@
+"""A block that runs out of memory, wherever it does, is done once more, and nothing shows of it in the output."""
+
+from __future__ import annotations
+
+import faulthandler
+import gc
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from gptq_cli.checkpoint.writer import CheckpointWriter
+from gptq_cli.errors import ResourceError
+from gptq_cli.events import BlockFinished, BlockStarted, Event, PhaseStarted, Resumed, Warned
+from gptq_cli.models.stream import LoadedBlock, ModelStream
+from gptq_cli.quantization import block_loop, resume
+from gptq_cli.quantization import layers as solver
+from gptq_cli.quantization.block_loop import HessianOfBatches
+from gptq_cli.quantization.run import QuantizeResult
+from gptq_cli.runtime import memory
+from gptq_cli.runtime.hidden_states import HiddenStates
+from gptq_cli.runtime.memory import Memory, WaitingRoom
+from gptq_cli.runtime.ranks import Place, Team
+from gptq_cli.solver.hessian import HessianAccumulator
+from tests.architectures import build, save
+from tests.families import save_model
+from tests.runs import digest
+from tests.tiny import Case
+
+CPU = torch.device("cpu")
+SETTINGS: dict[str, object] = {"asymmetric_calibration": 0.5, "nsamples": 3}
+SAID = "CUDA out of memory. Tried to allocate 2 MiB. GPU 0 has none"
+HEAD = 2  # the step after two blocks
+SITES: dict[str, tuple[object, str]] = {
+    "a forward": (nn.Linear, "forward"),
+    "a Hessian": (HessianOfBatches, "add"),
+    "the solver": (solver, "solve_together"),
+    "reading a weight": (ModelStream, "linear_weight"),
+    "keeping a layer": (CheckpointWriter, "write"),
+    "taking a tensor from its device": (CheckpointWriter, "_write"),
+    "the unquantized twin": (LoadedBlock, "twin"),
+    "the states after the block": (HiddenStates, "__setitem__"),
+    "saving the states": (resume, "_save"),
+}
+
+
+class Shortage:
+    """Memory that runs out in each step of a run, at the call that `when` chooses from as many as are `expected`.
+
+    Takes the events of the run, to know the step. `failures`: in how many attempts at each of `steps`.
+    """
+
+    def __init__(self, expected: Counter[int], when: Callable[[int], int], failures: int = 1) -> None:
+        self.expected, self.when, self.failures = expected, when, failures
+        self.steps: tuple[int, ...] = (0, 1, HEAD)
+        self.step = -1
+        self.calls: Counter[int] = Counter()
+        self.attempts: Counter[int] = Counter()
+        self.events: list[Event] = []
+
+    def __call__(self, event: Event) -> None:
+        self.events.append(event)
+        if isinstance(event, BlockStarted):
+            self.begin(event.index)
+        elif isinstance(event, PhaseStarted):
+            self.begin(HEAD if event.name == "head" else -1)
+
+    def begin(self, step: int) -> None:
+        self.step = step
+        self.calls[step] = 0
+        self.attempts[step] += 1
+
+    def count(self) -> None:
+        self.calls[self.step] += 1
+        total, due = self.expected[self.step], self.attempts[self.step] <= self.failures
+        if self.step in self.steps and due and self.calls[self.step] == max(1, self.when(total)) <= total:
+            error = torch.OutOfMemoryError(f"{SAID}. Process 7 has more")
+            raise error  # which this frame holds, so that only a collector of garbage can free it
+
+    @property
+    def warnings(self) -> list[str]:
+        return [event.message for event in self.events if isinstance(event, Warned) and event.code == "W_OOM_RETRY"]
+
+
+def watched(site: str, shortage: Shortage, patch: pytest.MonkeyPatch) -> None:
+    owner, name = SITES[site]
+    usual = getattr(owner, name)
+
+    @wraps(usual)
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        shortage.count()
+        return usual(*args, **kwargs)
+
+    patch.setattr(owner, name, counted)
+
+
+def layers(result: QuantizeResult) -> list[tuple[str, float, int]]:
+    return [(layer.name, layer.relative_error, layer.tokens) for layer in result.layers]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(case: Case, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, QuantizeResult, dict[str, Any]]:
+    """The output, its result, and for each site how often each step calls it."""
+    output = tmp_path_factory.mktemp("undisturbed") / "out"
+    counters = {site: Shortage(Counter(), int) for site in SITES}
+
+    def tell(event: Event) -> None:
+        for counter in counters.values():
+            counter(event)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for site, counter in counters.items():
+            watched(site, counter, patch)
+        result = case.run(output, report=tell, **SETTINGS)
+    return output, result, {site: counter.calls for site, counter in counters.items()}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_hangs_or_leaks() -> Iterator[None]:
+    threads = threading.active_count()
+    faulthandler.dump_traceback_later(300, exit=True)
+    gc.freeze()  # what is there already need not be searched for garbage again and again
+    yield
+    gc.unfreeze()
+    faulthandler.cancel_dump_traceback_later()
+    assert threading.active_count() == threads
+
+
+PLACES = {"first": lambda _: 1, "a third": lambda n: n // 3, "late": lambda n: n * 4 // 5, "last": int}
+TRIED = [("a forward", when) for when in PLACES] + [("a Hessian", "last"), ("the states after the block", "last")]
+TRIED += [(site, "late") for site in SITES if site != "a forward"]
+
+
+@pytest.mark.parametrize(("site", "when"), TRIED)
+def test_wherever_memory_runs_out_in_every_step_once_the_output_is_the_same(
+    site: str,
+    when: str,
+    case: Case,
+    undisturbed: tuple[Path, QuantizeResult, dict[str, Counter[int]]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    output, expected, calls = undisturbed
+    steps = [step for step in (0, 1, HEAD) if calls[site][step]]
+    shortage = Shortage(calls[site], PLACES[when])
+    watched(site, shortage, monkeypatch)
+    result = case.run(tmp_path / "out", report=shortage, **SETTINGS)
+    assert len(steps) >= 2 or site == "saving the states"
+    names = [["model.layers.0", "model.layers.1", "lm_head"][step] for step in steps]
+    assert [message.split("`")[1] for message in shortage.warnings] == names
+    assert digest(tmp_path / "out") == digest(output)
+    assert layers(result) == layers(expected)
+    assert [event.index for event in shortage.events if isinstance(event, BlockFinished)] == [0, 1]
+    assert not [event for event in shortage.events if isinstance(event, Resumed)]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("site", ["a forward", "keeping a layer"])
+def test_memory_that_runs_out_twice_in_a_block_ends_the_run_which_the_next_call_goes_on_with(
+    site: str,
+    case: Case,
+    undisturbed: tuple[Path, QuantizeResult, dict[str, Counter[int]]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    output, _, calls = undisturbed
+    shortage = Shortage(calls[site], PLACES["late"], failures=2)
+    shortage.steps = (1,)
+    with monkeypatch.context() as patch:
+        watched(site, shortage, patch)
+        with pytest.raises(ResourceError) as caught:
+            case.run(tmp_path / "out", report=shortage, **SETTINGS)
+    assert (caught.value.code, caught.value.exit_code) == ("E_OOM", 5)
+    assert str(caught.value) == f"there is not enough memory: {SAID}"
+    for flag in ("--batch-size 1", "--seqlen", "--device cpu"):
+        assert flag in (caught.value.hint or "")
+    assert len(shortage.warnings) == 1
+    assert not (tmp_path / "out").exists()
+    assert case.run(tmp_path / "out", **SETTINGS).resumed_blocks == 1
+    assert digest(tmp_path / "out") == digest(output)
+
+
+def test_the_embeddings_are_part_of_the_first_block(
+    case: Case, undisturbed: tuple[Path, QuantizeResult, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual, calls = ModelStream.embed, []
+
+    def embed(*arguments: Any) -> object:
+        calls.append(arguments)
+        states = usual(*arguments)
+        if len(calls) == 1:
+            raise MemoryError
+        return states
+
+    monkeypatch.setattr(ModelStream, "embed", embed)
+    shortage = Shortage(Counter(), int)
+    case.run(tmp_path / "out", report=shortage, **SETTINGS)
+    (said,) = shortage.warnings
+    assert said.startswith("memory ran out: `model.layers.0` is done again ")
+    assert said.endswith("(the host has no more)")
+    assert digest(tmp_path / "out") == digest(undisturbed[0])
+
+
+def test_what_a_shortage_says(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shortage = Shortage(Counter({1: 1}), int)
+    watched("the unquantized twin", shortage, monkeypatch)
+    case.run(tmp_path / "out", report=shortage, **SETTINGS)
+    assert shortage.warnings == [
+        "memory ran out: `model.layers.1` is done again with no batch waiting inside it, later blocks with half "
+        f"as many; a smaller --max-ram lets fewer wait from the start ({SAID})"
+    ]
+    gpu = torch.device("cuda", 0)
+    assert block_loop._advice(Memory(gpu, 2**30)) == "a larger --max-vram avoids it"
+    assert block_loop._advice(Memory(gpu)) == "fewer --nsamples or a shorter --seqlen avoid it"
+
+
+def test_experts_of_a_block_that_is_done_again_are_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = Case(save_model(tmp_path / "model", "mixtral", hidden_size=32, intermediate_size=64), {}, [])
+    changes = {"dynamic": {}, "lm_head": False, "nsamples": 6, "seqlen": 64, "preset": "gptq"}
+    changes |= {"moe_uncovered": "rtn", "max_fallbacks": None}
+    whole = tiny.run(tmp_path / "whole", **changes)
+    shortage = Shortage(Counter({0: 20, 1: 20}), int)
+    watched("keeping a layer", shortage, monkeypatch)
+    result = tiny.run(tmp_path / "out", report=shortage, **changes)
+    assert len(shortage.warnings) == 2
+    assert (layers(result), result.experts) == (layers(whole), whole.experts)
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+
+
+@pytest.mark.filterwarnings("ignore")  # what transformers says about its own models is not at stake
+def test_what_blocks_carry_along_beside_hidden_states_is_as_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = Case(save(build("gemma4_text"), tmp_path / "model"), {}, [])
+    changes = {"dynamic": {}, "lm_head": False, "asymmetric_calibration": 0.5}
+    tiny.run(tmp_path / "whole", **changes)
+    shortage = Shortage(Counter({0: 2, 1: 2}), int)
+    watched("the states after the block", shortage, monkeypatch)
+    tiny.run(tmp_path / "out", report=shortage, **changes)
+    assert len(shortage.warnings) == 2
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+
+
+def test_nothing_of_the_first_attempt_is_held_when_the_second_one_begins(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[weakref.ref[Any]] = []
+    usual_sum, usual_state = HessianAccumulator.__init__, HiddenStates.__getitem__
+
+    def sums(self: HessianAccumulator, *arguments: Any) -> None:
+        usual_sum(self, *arguments)
+        held.append(weakref.ref(self._panels[0]))
+
+    def state(self: HiddenStates, batch: int) -> Any:
+        found = usual_state(self, batch)
+        held.extend([weakref.ref(found), weakref.ref(self)])
+        return found
+
+    monkeypatch.setattr(HessianAccumulator, "__init__", sums)
+    monkeypatch.setattr(HiddenStates, "__getitem__", state)
+    alive: list[int] = []
+
+    class Look(Shortage):
+        def __call__(self, event: Event) -> None:
+            super().__call__(event)
+            if isinstance(event, Warned) and event.code == "W_OOM_RETRY":
+                assert not [thread for thread in threading.enumerate() if "batch" in thread.name]
+                alive.append(sum(reference() is not None for reference in held))
+
+    shortage = Look(Counter({1: 30}), int)
+    watched("a forward", shortage, monkeypatch)
+    case.run(tmp_path / "out", report=shortage, **SETTINGS)
+    assert len(held) > 20
+    assert alive == [0]
+
+
+class Pair(Team):
+    """Two processes, as far as this one can tell, which has all of the work."""
+
+    size = 2
+
+    def share(self, n_batches: int) -> range:
+        return range(n_batches)
+
+
+def test_one_process_of_several_does_not_try_again_while_the_others_wait_for_it(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shortage = Shortage(Counter({1: 1}), int)
+    watched("the solver", shortage, monkeypatch)
+    with pytest.raises(ResourceError) as caught:
+        case.run(tmp_path / "out", report=shortage, place=Place(Pair(), CPU))
+    assert (caught.value.code, shortage.warnings, shortage.attempts[1]) == ("E_OOM", [], 1)
+    assert case.run(tmp_path / "out").resumed_blocks == 1
+    assert digest(tmp_path / "out") == case.tree
+
+
+def test_after_a_shortage_nobody_waits_in_the_next_block_and_half_as_many_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda _device: 20_000)
+    events: list[Event] = []
+    room = WaitingRoom(Memory(CPU), events.append)
+    assert room.places(9, 1_000) == 9
+    room.narrow()
+    assert [room.places(9, 1_000) for _ in range(3)] == [0, 4, 4]
+    assert room.places(9, 5_000) == 2
+    assert room.places(9, 1_000) == 4
+    room.narrow()
+    assert [room.places(9, 1_000) for _ in range(2)] == [0, 2]
+    room.narrow()
+    room.places(9, 1_000)
+    room.narrow()
+    assert [room.places(9, 1_000) for _ in range(3)] == [0, 0, 0]
+    assert events == []
+
+
+def test_after_a_shortage_states_that_would_fit_the_device_are_kept_on_the_host(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda _device: 2**30)
+    pinned = torch.zeros(2, 3)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda _self: pinned)
+    room = WaitingRoom(Memory(torch.device("cuda", 0)), lambda _: None)
+    states = [torch.ones(2, 3), torch.ones(2, 3)]
+    assert HiddenStates(states, room.memory).stored == tuple(states)
+    room.narrow()
+    assert all(state is pinned for state in HiddenStates(states, room.memory).stored)
+    assert HiddenStates([torch.ones(2, 3)], Memory(CPU, spared=True)).stored[0] is not pinned

@@ -1,0 +1,189 @@
+"""Blocks are saved when that takes little of the time; whichever are, what is gone on with writes the same."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gptq_cli.events import BlockFinished, BlockStarted, Event, LayerStarted, PhaseStarted, Warned
+from gptq_cli.quantization import resume
+from gptq_cli.quantization.resume import SavingTimes
+from tests.disks import CountingDisk, DyingDisk, Killed, using
+from tests.families import save_model
+from tests.runs import digest
+from tests.tiny import SMALL, WORK, Case, kill_after_block
+
+BLOCKS = 5
+KILLS = 7  # every so many operations
+MANNERS = [(), (1,), (0, 2), (1, 2, 3), (0, 1, 2, 3)]  # after which of the blocks it is time to save
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """A model of five blocks and a head, and what comes of it if all are saved."""
+    tmp_path = tmp_path_factory.mktemp("deep")
+    plain = Case(save_model(tmp_path / "model", **(SMALL | {"num_hidden_layers": BLOCKS})), {}, [])
+    operations = counted(plain, tmp_path / "out")
+    return Case(plain.model, digest(tmp_path / "out"), operations)
+
+
+@pytest.fixture
+def saved_after(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Has every run from now on save after blocks of these numbers only, the last one not counted."""
+
+    def only(*blocks: int) -> None:
+        def is_due(self: SavingTimes, nbytes: int) -> bool:
+            assert nbytes == 2 * 16 * 32 * 4  # two windows of 16 tokens, 32 float32 features each
+            seen = vars(self).setdefault("seen", 0)
+            vars(self)["seen"] = seen + 1
+            return self.always or seen in blocks
+
+        monkeypatch.setattr(SavingTimes, "is_due", is_due)
+
+    return only
+
+
+def counted(case: Case, output: Path, **changes: object) -> list[str]:
+    """The operations on the disk that a run takes."""
+    disk = CountingDisk()
+    with using(disk):
+        case.run(output, **changes)
+    return disk.operations
+
+
+def journal(tmp_path: Path) -> list[int]:
+    file = tmp_path / WORK / "journal.jsonl"
+    return [json.loads(line)["block"] for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def ticking(*times: float) -> Any:
+    return iter(times).__next__
+
+
+def test_it_is_time_when_a_twentieth_of_what_has_passed_is_enough() -> None:
+    gigabyte = 10**9
+    times = SavingTimes(now=ticking(100.0, 119.0, 120.0, 121.0, 140.0, 141.0, 141.0))
+    assert [times.is_due(gigabyte), times.is_due(gigabyte)] == [False, True]
+    times.saved()
+    assert [times.is_due(gigabyte), times.is_due(gigabyte), times.is_due(2 * gigabyte)] == [False, True, False]
+
+
+def test_with_a_limit_of_time_it_always_is() -> None:
+    assert SavingTimes(always=True, now=ticking(0.0)).is_due(10**15)
+
+
+@pytest.mark.parametrize("blocks", MANNERS, ids=str)
+def test_a_run_that_ends_early_goes_on_after_the_last_block_that_was_saved(
+    blocks: tuple[int, ...], deep: Case, tmp_path: Path, saved_after: Any
+) -> None:
+    output, finished = tmp_path / "out", max([-1, *blocks]) + 1
+    saved_after(*blocks)
+    kill_after_block(deep, output, BLOCKS - 2)
+    assert journal(tmp_path) == list(blocks)
+    result = deep.run(output)
+    assert result.resumed_blocks == finished
+    assert [layer.block for layer in result.layers] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5]
+    assert digest(output) == deep.tree
+
+
+@pytest.mark.parametrize("blocks", [(), (0, 2)], ids=str)
+def test_killed_after_any_operation_the_rerun_writes_the_same_whatever_was_saved(
+    blocks: tuple[int, ...], deep: Case, tmp_path: Path, saved_after: Any
+) -> None:
+    output = tmp_path / "out"
+    saved_after(*blocks)
+    operations = iter(range(1, len(deep.operations), KILLS))
+    for last in operations:
+        try:
+            with using(DyingDisk(last)):
+                deep.run(output)
+        except Killed:
+            assert not output.exists() or digest(output) == deep.tree
+            deep.run(output)
+            assert digest(output) == deep.tree, f"another output after a kill at operation {last}"
+            shutil.rmtree(output)
+        else:
+            break  # with fewer saves there are fewer operations
+    assert last > 60
+
+
+@pytest.mark.parametrize(("blocks", "gone_back_to"), [((0, 2), 1), ((1,), 0), ((0, 1, 3), 2), ((1, 2), 2)], ids=str)
+def test_states_that_are_damaged_are_gone_behind_to_those_saved_before(
+    blocks: tuple[int, ...], gone_back_to: int, deep: Case, tmp_path: Path, saved_after: Any
+) -> None:
+    output = tmp_path / "out"
+    saved_after(*blocks)
+    kill_after_block(deep, output, BLOCKS - 2)
+    states = tmp_path / WORK / f"hidden-{(len(blocks) - 1) % 2}"
+    states.write_bytes(states.read_bytes()[:-1] + b"?")
+    events: list[Event] = []
+    assert deep.run(output, report=events.append).resumed_blocks == gone_back_to
+    (warned,) = [event.message for event in events if isinstance(event, Warned) and event.code == "W_RESUME_DAMAGED"]
+    assert warned.startswith(f"the hidden states after block {blocks[-1]} are not as they were written")
+    assert digest(output) == deep.tree
+
+
+def test_where_saving_takes_too_long_only_the_last_block_is(
+    deep: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resume, "BYTES_PER_SECOND", 1.0)
+    assert len(counted(deep, tmp_path / "out")) < len(deep.operations)
+    assert digest(tmp_path / "out") == deep.tree
+    kill_after_block(deep, tmp_path / "other", BLOCKS - 2)
+    assert not list(tmp_path.glob(".other.gptq-work/hidden-*"))
+
+
+def test_what_is_finished_but_for_verifying_is_not_done_again(deep: Case, tmp_path: Path, saved_after: Any) -> None:
+    def stop_before_verifying(event: Event) -> None:
+        if isinstance(event, PhaseStarted) and event.name == "verify":
+            raise Killed
+
+    saved_after(1)
+    with pytest.raises(Killed):
+        deep.run(tmp_path / "out", report=stop_before_verifying)
+    assert journal(tmp_path) == [1, BLOCKS]
+    assert deep.run(tmp_path / "out").resumed_blocks == BLOCKS + 1
+    assert digest(tmp_path / "out") == deep.tree
+
+
+def test_after_memory_has_run_out_every_block_is_saved(deep: Case, tmp_path: Path, saved_after: Any) -> None:
+    events: list[Event] = []
+
+    def run_out_once_and_end(event: Event) -> None:
+        begun = [known.index for known in events if isinstance(known, BlockStarted)]
+        events.append(event)
+        if isinstance(event, LayerStarted) and begun == [0, 1, 2]:
+            raise MemoryError
+        if isinstance(event, BlockFinished) and event.index == 3:
+            raise Killed
+
+    saved_after(0)
+    with pytest.raises(Killed):
+        deep.run(tmp_path / "out", report=run_out_once_and_end)
+    assert [event.index for event in events if isinstance(event, BlockStarted)] == [0, 1, 2, 1, 2, 3]
+    (said,) = [event.message for event in events if isinstance(event, Warned) and event.code == "W_OOM_RETRY"]
+    assert said.startswith("memory ran out: `model.layers.1` is done again with no batch waiting inside it")
+    assert journal(tmp_path) == [0, 1, 2, 3]
+    deep.run(tmp_path / "out")
+    assert digest(tmp_path / "out") == deep.tree
+
+
+def test_the_time_since_the_last_save_is_what_counts(
+    deep: Case, tmp_path: Path, saved_after: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[list[int]] = []
+    monkeypatch.setattr(SavingTimes, "saved", lambda _: told.append(journal(tmp_path)))
+    saved_after(1, 3)
+    deep.run(tmp_path / "out")
+    assert told == [[1], [1, 3], [1, 3, BLOCKS]]
+
+
+def test_a_run_with_a_limit_of_time_saves_every_block(
+    deep: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resume, "BYTES_PER_SECOND", 1.0)
+    assert counted(deep, tmp_path / "out", max_seconds=1e6) == deep.operations

@@ -1,0 +1,149 @@
+"""Runs on a device that is simulated: the same bytes as on the CPU, and what the host waits for.
+
+Kernels are left out: what is compiled for a GPU cannot be simulated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from gptq_cli.checkpoint.source import open_checkpoint
+from gptq_cli.errors import PausedError
+from gptq_cli.evaluation.perplexity import evaluate_perplexity
+from gptq_cli.evaluation.request import EvalRequest
+from gptq_cli.events import BlockFinished, Event, Warned
+from gptq_cli.quantization.run import quantize_checkpoint
+from gptq_cli.runtime import hidden_states, memory, open_model
+from gptq_cli.runtime.hidden_states import HiddenStates
+from gptq_cli.runtime.memory import Memory
+from gptq_cli.runtime.open_model import open_stream, resolve_device
+from gptq_cli.solver import triton_launch
+from tests.families import save_model, texts
+from tests.runs import config, digest
+from tests.simulated_gpu import SimulatedGpu, simulated_gpu
+
+pytestmark = pytest.mark.skipif(torch.version.cuda is not None, reason="torch has a device of its own")
+BLOCKS, BATCHES, LINEARS, INPUTS = 2, 2, 7, 4  # of the runs below; linears and inputs of a block of Llama
+SETTINGS = {"nsamples": 4, "batch_size": 2, "moe_uncovered": "rtn"}
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimulatedGpu]:
+    monkeypatch.setattr(triton_launch, "KERNEL_DEVICES", set())
+    with simulated_gpu() as device:
+        yield device
+
+
+def waits(gpu: SimulatedGpu, *places: str) -> int:
+    return sum(count for place, count in gpu.waits.items() if place.startswith(places))
+
+
+def written(directory: Path) -> str:
+    return digest(directory)["model.safetensors"]
+
+
+@pytest.mark.usefixtures("gpu")
+def test_the_device_that_is_there_is_named_as_its_tensors_name_it() -> None:
+    device = resolve_device("auto")
+    assert device == resolve_device("cuda") == resolve_device("cuda:0") == torch.zeros(1, device=device).device
+    states = HiddenStates([torch.zeros(2, 3, device=device)], Memory(device)).copy()
+    assert states.stored[0].device == device
+
+
+def test_a_model_is_opened_on_the_device_that_kernels_will_be_launched_on(gpu: SimulatedGpu, tmp_path: Path) -> None:
+    model = open_checkpoint(save_model(tmp_path / "model"))
+    stream = open_stream(model, device=resolve_device("auto"), dtype="float32", trust_remote_code=False)
+    assert gpu.current == stream.device
+
+
+def test_blocks_behind_the_first_are_copied_from_pinned_memory_without_the_host_waiting(
+    gpu: SimulatedGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save_model(tmp_path / "model", num_hidden_layers=4, dtype=torch.bfloat16)
+    found = []
+    for place, share in (("ahead", 8), ("in turn", 2**60)):
+        monkeypatch.setattr(open_model, "AHEAD_SHARE", share)
+        gpu.waits.clear()
+        quantize_checkpoint(str(model), tmp_path / place, config(device="cuda", preset="fast", **SETTINGS))
+        found.append(waits(gpu, "models.stream._load"))
+    tensors_of_a_block = LINEARS + 2
+    assert found[1] - found[0] == 3 * tensors_of_a_block
+    assert written(tmp_path / "ahead") == written(tmp_path / "in turn")
+
+
+def test_solving_waits_for_the_device_a_few_times_and_reads_no_weight_twice(gpu: SimulatedGpu, tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", num_hidden_layers=BLOCKS, dtype=torch.bfloat16)
+    all_steps = {"preset": "fast", "refine_sweeps": 1, "scale_search": "mse", "asymmetric_calibration": 0.5} | SETTINGS
+    quantize_checkpoint(str(model), tmp_path / "cpu", config(**all_steps))
+    gpu.waits.clear()
+    quantize_checkpoint(str(model), tmp_path / "gpu", config(device="cuda", **all_steps))
+    assert written(tmp_path / "gpu") == written(tmp_path / "cpu")
+    factors = "engine.factor", "engine.cholesky"
+    assert waits(gpu, *factors) == 2 * BLOCKS * INPUTS
+    solving = waits(gpu, "engine") - waits(gpu, *factors, "engine.solve._round_one_by_one")
+    assert solving == BLOCKS * (2 * INPUTS + LINEARS), gpu.waits
+    assert waits(gpu, "models.stream.linear_weight") == 0
+    assert waits(gpu, "checkpoint") == 4 * BLOCKS * LINEARS
+    assert waits(gpu, "pipeline") == 0, gpu.waits
+
+
+@pytest.mark.parametrize(("family", "each"), [("mixtral", 1), ("llama4_text", 2)])
+def test_the_host_waits_once_or_twice_for_all_experts_of_a_batch(
+    family: str, each: int, gpu: SimulatedGpu, tmp_path: Path
+) -> None:
+    model = save_model(tmp_path / "model", family)
+    quantize_checkpoint(str(model), tmp_path / "cpu", config(preset="fast", **SETTINGS))
+    gpu.waits.clear()
+    quantize_checkpoint(str(model), tmp_path / "gpu", config(preset="fast", device="cuda", **SETTINGS))
+    assert written(tmp_path / "gpu") == written(tmp_path / "cpu")
+    forwards = BLOCKS * BATCHES + 2  # of the first block two more, to see what it returns and which stages it has
+    assert waits(gpu, "models.experts", "models.stages") == each * (BLOCKS * BATCHES + forwards), gpu.waits
+
+
+def test_a_run_with_its_states_on_the_host_goes_on_and_is_evaluated(
+    gpu: SimulatedGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(event: Event) -> None:
+        if isinstance(event, BlockFinished):
+            raise PausedError("E_PAUSED", "one block is enough")
+
+    model, settings = str(save_model(tmp_path / "model", num_hidden_layers=BLOCKS)), config(preset="fast", **SETTINGS)
+    quantize_checkpoint(model, tmp_path / "cpu", settings)
+    monkeypatch.setattr(hidden_states, "DEVICE_SHARE", 10**9)
+    settings = settings.model_copy(update={"device": "cuda"})
+    with pytest.raises(PausedError):
+        quantize_checkpoint(model, tmp_path / "gpu", settings, report=stop)
+    assert waits(gpu, "pipeline.activations") >= 2 * BATCHES  # to pinned memory and, after the block, back to it
+    assert quantize_checkpoint(model, tmp_path / "gpu", settings).resumed_blocks == 1
+    assert waits(gpu, "pipeline.activations.<lambda>: to the device") == 0, gpu.waits
+    assert written(tmp_path / "gpu") == written(tmp_path / "cpu")
+    request = EvalRequest(dataset=texts(), seqlen=64, max_windows=2, baseline=model)
+    found, expected = (
+        evaluate_perplexity(str(tmp_path / "gpu"), replace(request, device=device)) for device in ("cuda", "cpu")
+    )
+    assert (found.perplexity, found.kl) == (expected.perplexity, expected.kl)
+
+
+def test_a_run_that_needs_more_than_the_device_has_goes_on_with_fewer_waiting_and_writes_the_same(
+    gpu: SimulatedGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "WAITING_SHARE", 1000)  # as if far less were needed
+    model = str(save_model(tmp_path / "model", num_hidden_layers=BLOCKS))
+    settings = config(preset="fast", device="cuda", nsamples=16, batch_size=2)
+
+    def run(output: str, limit_bytes: int) -> list[str]:
+        events: list[Event] = []
+        gpu.limit_bytes, gpu.peak_bytes = limit_bytes, 0
+        quantize_checkpoint(model, tmp_path / output, settings, report=events.append)
+        return [event.code for event in events if isinstance(event, Warned)]
+
+    assert "W_OOM_RETRY" not in run("roomy", 2**60)
+    limit = gpu.peak_bytes // 2
+    assert "W_OOM_RETRY" in run("tight", limit)
+    assert 0 < gpu.peak_bytes <= limit
+    assert written(tmp_path / "tight") == written(tmp_path / "roomy")

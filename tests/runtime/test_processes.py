@@ -1,0 +1,225 @@
+"""The processes of `--devices`: how one end becomes that of all, where they meet, whose modules they load."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gptq_cli.cli.launch import launch
+from gptq_cli.errors import ResourceError, Stopped
+from gptq_cli.runtime import processes
+from gptq_cli.runtime.processes import SAID_ELSEWHERE, Processes, launcher_is_gone, local_environment
+from gptq_cli.runtime.ranks import _given, _taken
+
+HERE = Path.cwd()
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """Let every process run `script`, which knows its number as `rank`."""
+    code = f"import os, signal, sys, time; rank = int(os.environ['RANK']); {script}"
+    monkeypatch.setattr(processes, "_command", lambda: [sys.executable, "-c", code])
+
+
+def test_all_have_ended_when_the_run_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    scripted(monkeypatch, "time.sleep(0.3 * rank); open(str(rank), 'w').close()")
+    assert Processes(3).run(tmp_path, local_environment()) == [0, 0, 0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2"]
+
+
+def test_when_one_fails_the_others_are_told_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted(monkeypatch, "sys.exit(3) if rank == 1 else time.sleep(60)")
+    run = Processes(3)
+    assert run.run(HERE, local_environment()) == [-signal.SIGTERM, 3, -signal.SIGTERM]
+    assert run.ended[0] == 1
+
+
+def test_one_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "PATIENCE", 0.5)
+    scripted(
+        monkeypatch, "signal.signal(15, signal.SIG_IGN); time.sleep(60) if rank else (time.sleep(0.5), sys.exit(5))"
+    )
+    assert Processes(2).run(HERE, local_environment()) == [5, -signal.SIGKILL]
+
+
+def test_a_signal_reaches_every_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    scripted(
+        monkeypatch,
+        "signal.signal(10, lambda *_: sys.exit(138)); open(str(rank), 'w').close(); time.sleep(60)",
+    )
+    run = Processes(2)
+
+    def send() -> None:
+        while len(list(tmp_path.iterdir())) < 2:
+            time.sleep(0.02)
+        run.forward(signal.SIGUSR1, None)
+
+    sending = threading.Thread(target=send)
+    sending.start()
+    assert run.run(tmp_path, local_environment()) == [138, 138]
+    sending.join()
+
+
+def test_a_signal_that_no_process_tells_of_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted(monkeypatch, "time.sleep(60)")
+    run = Processes(2)
+    threading.Timer(0.3, run.forward, (signal.SIGTERM, None)).start()
+    with pytest.raises(Stopped) as caught:
+        run.run(HERE, local_environment())
+    assert caught.value.exit_code == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("script", "code"),
+    [
+        ("sys.exit([76, 3][rank])", 3),
+        ("signal.signal(15, signal.SIG_IGN); time.sleep([1.5, 0.7][rank]); sys.exit([4, 76][rank])", 4),
+        ("sys.exit(0)", 0),
+        ("os.kill(os.getpid(), 9) if rank else time.sleep(60)", ResourceError.exit_code),
+    ],
+)
+def test_the_exit_code_is_that_of_the_process_that_tells_why(
+    script: str, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert SAID_ELSEWHERE == 76
+    scripted(monkeypatch, script)
+    assert launch(["cpu", "cpu"], as_json=False, directory=HERE) == code
+    lost = "error[E_RANK_LOST]: process 1 of 2 (the first is 0) was killed by SIGKILL"
+    assert capsys.readouterr().err.startswith(lost if code == ResourceError.exit_code else "")
+
+
+def test_they_meet_in_a_directory_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    scripted(monkeypatch, "store = os.environ['_GPTQ_STORE']; mode = os.stat(os.path.dirname(store)).st_mode; "
+                "print(store, mode, sep='\\n', end='', file=open(str(rank), 'w'))")  # fmt: skip
+    Processes(2).run(tmp_path, local_environment())
+    (first, mode), (second, _) = ((tmp_path / name).read_text().split("\n") for name in "01")
+    assert first == second
+    assert (stat.S_IMODE(int(mode)), Path(first).parent.exists()) == (0o700, False)
+
+
+def test_no_place_to_meet_is_told_with_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(processes.tempfile, "TemporaryDirectory", full)
+    with pytest.raises(ResourceError, match="cannot make a temporary directory: No space left on device") as caught:
+        Processes(2).run(HERE, {})
+    assert (caught.value.code, caught.value.exit_code) == ("E_DISK", 5)
+    assert caught.value.hint == "set TMPDIR to a directory that you may write"
+
+
+def test_the_environment_names_loopback_whatever_it_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "GLOO_SOCKET_IFNAME": "eth0",
+        "NCCL_SOCKET_IFNAME": "eth",
+        "NCCL_COMM_ID": "10.0.0.1:5",
+    }.items():
+        monkeypatch.setenv(name, value)
+    environment = local_environment()
+    assert (environment["GLOO_SOCKET_IFNAME"], environment["NCCL_SOCKET_IFNAME"]) == ("lo", "=lo")
+    assert "NCCL_COMM_ID" not in environment
+
+
+def test_who_was_started_notices_that_the_launcher_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not launcher_is_gone()
+    monkeypatch.setenv("_GPTQ_LAUNCHER", str(os.getppid()))
+    assert not launcher_is_gone()
+    monkeypatch.setenv("_GPTQ_LAUNCHER", str(os.getppid() + 1))
+    assert launcher_is_gone()
+
+
+class Harm:
+    """Something whose pickle runs a command."""
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("harmed",)
+
+
+def sent(message: bytes) -> list[torch.Tensor]:
+    return [torch.tensor(len(message)), torch.frombuffer(bytearray(message), dtype=torch.uint8)]
+
+
+def taken(tensors: list[torch.Tensor]) -> Any:
+    coming = iter(tensors)
+    return _taken(lambda tensor: tensor.copy_(next(coming)), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("harm", [Harm(), {"a": [Harm()]}, exec, os.system, type, subprocess.Popen, pickle.loads])
+def test_what_another_process_sends_can_run_no_code(
+    harm: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(pickle.UnpicklingError, match="which is no value"):
+        taken(sent(pickle.dumps(harm)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_attribute_of_a_module_of_ours_is_no_value_either() -> None:
+    module, name = b"gptq_cli.runtime.ranks", b"pickle.Pickler"
+    words = b"".join(b"\x8c" + bytes([len(word)]) + word for word in (module, name))
+    with pytest.raises(pickle.UnpicklingError, match="which is no value"):
+        taken(sent(b"\x80\x05" + words + b"\x93."))
+
+
+@pytest.mark.parametrize("value", [{"a": (1, 2.5, None, True)}, [b"x", "y", {3}, range(2)], torch.float16, Path("a/b")])
+def test_values_arrive_as_they_were_sent(value: object) -> None:
+    tensors: list[torch.Tensor] = []
+    weight = torch.arange(6).view(2, 3)
+    _given([value, weight], tensors.append, torch.device("cpu"))
+    found, other = taken(tensors)
+    assert found == value
+    assert torch.equal(other, weight)
+
+
+PROBE = "import json, sys; print(json.dumps(sys.path))"
+
+
+def test_children_look_for_modules_where_this_process_does(tmp_path: Path) -> None:
+    (tmp_path / "yaml.py").write_text("open('harmed', 'w').close()")
+    command = processes._command()
+    code = command[2].replace(
+        "from gptq_cli.__main__ import main; main()", "import yaml; print(sys.path, yaml.__file__)"
+    )
+    found = subprocess.run([command[0], "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert found.stdout.startswith(repr(sys.path))
+    assert not (tmp_path / "harmed").exists()
+
+
+@pytest.mark.parametrize("name", ["yaml", "typer", "pydantic", "json"])
+@pytest.mark.parametrize("words", [None, "", ".", ":/nowhere", "/nowhere:"])
+def test_python_m_loads_no_module_of_the_current_directory(name: str, words: str | None, tmp_path: Path) -> None:
+    (tmp_path / f"{name}.py").write_text("open('harmed', 'w').close()\nraise ImportError('not the real one')")
+    (tmp_path / "recipe.txt").write_text("bits: 4\n")
+    environment = {**os.environ} if words is None else {**os.environ, "PYTHONPATH": words}
+    for command in ([sys.executable, "-m", "gptq_cli"], [Path(sys.executable).with_name("gptq")]):
+        run = [*map(str, command), "validate-config", "recipe.txt"]
+        found = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert (found.returncode, found.stderr) == (0, "")
+    assert not (tmp_path / "harmed").exists()
+
+
+def test_a_directory_that_pythonpath_names_in_full_is_used(tmp_path: Path) -> None:
+    code = f"from gptq_cli.__main__ import leave_out_current_directory as do; do(); {PROBE}"
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}/:"}
+    environment.pop("PYTHONSAFEPATH", None)
+    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, check=True)
+    assert json.loads(found.stdout)[0] == str(tmp_path)
+
+
+def test_a_current_directory_that_was_removed_is_no_failure(tmp_path: Path) -> None:
+    command = (
+        f"mkdir {tmp_path}/gone && cd {tmp_path}/gone && rmdir ../gone && exec {sys.executable} -m gptq_cli --version"
+    )
+    found = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stderr) == (0, "")

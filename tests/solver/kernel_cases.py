@@ -1,0 +1,92 @@
+"""Layers that the kernels solve in their tests: every order and kind of grid; widths, groups and shapes in turn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import cycle, product
+
+import torch
+from torch import Tensor
+
+from gptq_cli.config.layer import LayerConfig
+from gptq_cli.solver.factor import prepare
+from gptq_cli.solver.quantized_linear import QuantizedLinear
+from gptq_cli.solver.solve import solve
+from tests.solver.samples import ORDERS, correlated_layer, layer_config
+
+KINDS: dict[str, dict[str, object]] = {"sym": {}, "asym": {"sym": False}, "signed": {"signed_scales": True}}
+SEARCHES = ("none", "mse", "activation")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer and how to solve it; `column_block` columns meet in one launch unless groups are larger.
+
+    With `ties` half of the weights lie in the middle between two points of their grid, and no error moves another.
+    With `shrink` weights are multiplied by it, and the first group of each row is 0.
+    """
+
+    config: LayerConfig
+    out_features: int = 13
+    in_features: int = 48
+    column_block: int = 20
+    ties: bool = False
+    shrink: float = 1.0
+
+    def layer(self) -> tuple[Tensor, Tensor]:
+        if self.ties:
+            halves = torch.randint(-15, 16, (self.out_features, self.in_features), generator=torch.Generator())
+            halves[:, ::8] = 15  # the largest, in every group: with 4 bits the scale is two halves
+            return halves / 32, torch.arange(1.0, self.in_features + 1).diag()
+        weight, hessian = correlated_layer(self.out_features, self.in_features, seed=self.config.bits)
+        if self.shrink != 1:
+            weight[:, : self.config.group_size] = 0
+        return self.shrink * weight.float(), hessian.float()
+
+
+def _case(
+    order: str, kind: str, *, refine_sweeps: int = 0, shape: dict[str, float] | None = None, **fields: object
+) -> Case:
+    return Case(layer_config(order, refine_sweeps=refine_sweeps, **KINDS[kind], **fields), **(shape or {}))  # type: ignore[arg-type]
+
+
+# Launches of 20, 20 and 8 columns; groups smaller and larger than a launch, some of them cut by its end.
+_TURNS = cycle([(2, 24, "none"), (3, 16, "mse"), (4, 8, "activation"), (8, -1, "none"), (4, 12, "mse")])
+CASES: dict[str, Case] = {}
+for (_order, _kind), (_bits, _group, _search) in zip(product(ORDERS, KINDS), _TURNS, strict=False):
+    _name = f"{_order}, {_kind}, {_bits} bits, group {_group}, search {_search}"
+    CASES[_name] = _case(_order, _kind, bits=_bits, group_size=_group, scale_search=_search)
+# More rows than one program has, more columns than a launch, a group larger than a launch of MOST_COLUMNS.
+MOST_COLUMNS = 32
+_LARGE = {"out_features": 21, "column_block": MOST_COLUMNS}
+_LONG = {"out_features": 5, "in_features": 80, "column_block": MOST_COLUMNS}
+CASES |= {
+    "two programs, two launches": _case("static group aware", "signed", bits=4, group_size=16, shape=_LARGE),
+    "a found group of two launches": _case("group aware", "asym", bits=3, group_size=40, shape=_LONG),
+    "a static group of two launches": _case(
+        "static desc_act", "asym", bits=2, group_size=40, scale_search="activation", shape=_LONG
+    ),
+    "ties": Case(layer_config("static desc_act", bits=4, group_size=8), ties=True),
+    "refined, signed": _case("static group aware", "signed", bits=4, group_size=24, refine_sweeps=2),
+    "refined, asym, scattered groups": _case("desc_act", "asym", bits=2, group_size=16, refine_sweeps=1),
+    "refined, one group a row": _case("natural", "sym", bits=3, group_size=-1, refine_sweeps=1),
+    "refined, two programs, two launches": _case(
+        "static group aware", "signed", bits=3, group_size=24, refine_sweeps=1, shape=_LARGE
+    ),
+    "subnormal scales, signed": _case(
+        "natural", "signed", bits=8, group_size=16, scale_search="mse", refine_sweeps=1, shape={"shrink": 2.0**-7}
+    ),
+    "subnormal scales, asym": _case(
+        "static group aware", "asym", bits=4, group_size=24, scale_search="activation", shape={"shrink": 2.0**-14}
+    ),
+    "the smallest scales": _case(
+        "natural", "signed", bits=4, group_size=16, scale_search="mse", shape={"shrink": 2.0**-24}
+    ),
+}
+
+
+def solved(case: Case, device: str = "cpu") -> QuantizedLinear:
+    """The case's layer on `device`, by whatever steps are switched on."""
+    weight, hessian = (tensor.to(device) for tensor in case.layer())
+    prepared = prepare(hessian, case.config)
+    return solve(weight, hessian, prepared, case.config, column_block=case.column_block).quantized

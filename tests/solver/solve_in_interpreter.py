@@ -1,0 +1,31 @@
+"""Solve the cases of `kernel_cases` with Triton kernels that are interpreted on the CPU.
+
+usage: solve_in_interpreter.py SOLUTIONS.npz        with TRITON_INTERPRET=1 set from outside
+"""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import torch
+
+from gptq_cli.solver import refine, solve, triton_launch
+from tests.solver.kernel_cases import CASES, MOST_COLUMNS, solved
+
+
+def main(solutions_file: str) -> None:
+    torch.set_num_threads(1)
+    triton_launch.KERNEL_DEVICES.add("cpu")
+    # Launches of fewer columns, as a step takes milliseconds here.
+    solve.KERNEL_BLOCKS, refine.COLUMN_BLOCK = (MOST_COLUMNS,), MOST_COLUMNS
+    solutions = {}
+    for name, case in CASES.items():
+        quantized = solved(case)
+        for part in ("codes", "scales", "zeros"):
+            solutions[f"{name}/{part}"] = getattr(quantized, part).numpy()
+    np.savez(solutions_file, **solutions)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

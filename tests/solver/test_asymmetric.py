@@ -1,0 +1,106 @@
+"""Weights that follow the unquantized model, against ridge regression on the inputs themselves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from gptq_cli.config.layer import LayerConfig
+from gptq_cli.solver import hessian as hessian_module
+from gptq_cli.solver.factor import follow_original, prepare
+from gptq_cli.solver.hessian import HessianAccumulator
+from tests.reference import follow
+from tests.solver.samples import ORDERS, correlated_inputs, layer_config
+
+ROWS, COLUMNS, TOKENS = 6, 48, 300
+
+
+def disturbed(inputs: Tensor, seed: int = 3) -> Tensor:
+    """Inputs as quantized layers would change them: a linear slip and some noise."""
+    random = torch.Generator().manual_seed(seed)
+    slip = torch.eye(COLUMNS, dtype=torch.float64) + 0.05 * torch.randn(
+        COLUMNS, COLUMNS, generator=random, dtype=torch.float64
+    )
+    return inputs @ slip + 0.1 * torch.randn(inputs.shape, generator=random, dtype=torch.float64)
+
+
+def weight() -> Tensor:
+    return 0.05 * torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+
+def gathered(inputs: Tensor, originals: Tensor) -> HessianAccumulator:
+    accumulator = HessianAccumulator(COLUMNS, "cpu")
+    for batch, before in zip(inputs.split(70), originals.split(70), strict=True):
+        accumulator.add(batch, before)
+    return accumulator
+
+
+def ours(inputs: Tensor, originals: Tensor, config: LayerConfig) -> Tensor:
+    seen = gathered(inputs, originals)
+    assert seen.shift is not None
+    factor = prepare(seen.hessian, config, seen.tokens)
+    return follow_original(weight(), seen.shift, factor, config.asymmetric_calibration)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("fields", [{}, {"damp_mode": "diagonal"}, {"damp_percent": 0.3}], ids=str)
+@pytest.mark.parametrize("strength", [0.25, 1.0])
+def test_the_weight_is_that_of_ridge_regression_in_every_order(
+    order: str, fields: dict[str, object], strength: float
+) -> None:
+    config = layer_config(order, group_size=16, asymmetric_calibration=strength, **fields)
+    originals = correlated_inputs(TOKENS, COLUMNS)
+    inputs = disturbed(originals)
+    expected = follow(weight(), inputs, originals, config)
+    assert (expected - weight()).abs().max() > 1e-3
+    torch.testing.assert_close(ours(inputs, originals, config), expected, rtol=1e-8, atol=1e-11)
+
+
+def test_outputs_come_nearer_to_the_original_ones_also_on_tokens_not_seen() -> None:
+    config = layer_config("natural", group_size=16, asymmetric_calibration=1.0)
+    originals = correlated_inputs(4 * TOKENS, COLUMNS)
+    inputs = disturbed(originals)
+    found = ours(inputs[:TOKENS], originals[:TOKENS], config)
+    before = ((originals - inputs)[TOKENS:] @ weight().T).square().sum()
+    after = (originals[TOKENS:] @ weight().T - inputs[TOKENS:] @ found.T).square().sum()
+    assert after < 0.5 * before
+
+
+@pytest.mark.parametrize("mode", ["mean", "diagonal"])
+def test_a_column_without_input_keeps_its_weight(mode: str) -> None:
+    config = layer_config("static group aware", group_size=16, asymmetric_calibration=1.0, damp_mode=mode)
+    originals = correlated_inputs(TOKENS, COLUMNS)
+    inputs = disturbed(originals)
+    inputs[:, [7, 40]] = 0
+    found = ours(inputs, originals, config)
+    torch.testing.assert_close(found[:, [7, 40]], weight()[:, [7, 40]], rtol=0, atol=1e-12)
+    assert not torch.allclose(found[:, 8], weight()[:, 8])
+
+
+def test_inputs_that_are_the_original_ones_change_nothing() -> None:
+    config = layer_config("natural", group_size=16, asymmetric_calibration=1.0)
+    originals = correlated_inputs(TOKENS, COLUMNS)
+    assert torch.equal(ours(originals, originals.clone(), config), weight())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_shift_is_a_float32_sum_over_chunks(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hessian_module, "TOKENS_PER_CHUNK", 32)
+    originals = (correlated_inputs(TOKENS, COLUMNS) / 10).to(dtype)
+    inputs = (disturbed(correlated_inputs(TOKENS, COLUMNS)) / 10).to(dtype)
+    kept = inputs.clone(), originals.clone()
+    seen = gathered(inputs.reshape(3, -1, COLUMNS).flatten(0, 1), originals)
+    exact = (originals.double() - inputs.double()).T @ inputs.double()
+    assert seen.shift is not None
+    assert seen.shift.dtype == torch.float32
+    torch.testing.assert_close(seen.shift.double(), exact, rtol=1e-4, atol=1e-4 * exact.abs().max().item())
+    assert torch.equal(inputs, kept[0])
+    assert torch.equal(originals, kept[1])
+    assert gathered(inputs, originals).tokens == TOKENS
+
+
+def test_there_is_no_shift_without_original_inputs() -> None:
+    accumulator = HessianAccumulator(COLUMNS, "cpu")
+    accumulator.add(correlated_inputs(10, COLUMNS))
+    assert accumulator.shift is None

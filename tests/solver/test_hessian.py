@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gptq_cli.solver import hessian as hessian_module
+from gptq_cli.solver.hessian import HessianAccumulator
+from tests.solver.samples import correlated_inputs
+
+WIDE = 300  # three panels of columns
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hessian_module, "TOKENS_PER_CHUNK", 16)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("in_features", [40, WIDE])
+def test_hessian_of_several_batches_equals_the_dense_product(in_features: int) -> None:
+    inputs = correlated_inputs(105, in_features)
+    accumulator = HessianAccumulator(in_features, "cpu")
+    for batch in (inputs[:60].reshape(3, 20, in_features), inputs[60:61], inputs[61:].reshape(2, 2, 11, in_features)):
+        accumulator.add(batch)
+    assert accumulator.tokens == 105
+    assert accumulator.hessian.dtype == torch.float64
+    torch.testing.assert_close(accumulator.hessian, inputs.T @ inputs, rtol=1e-12, atol=1e-9)
+    assert torch.equal(accumulator.hessian, accumulator.hessian.T)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_sums_are_float32_whatever_the_dtype_of_the_inputs(dtype: torch.dtype) -> None:
+    inputs = (correlated_inputs(90, WIDE) / 100).to(dtype)
+    accumulator = HessianAccumulator(WIDE, "cpu")
+    accumulator.add(inputs)
+    exact = inputs.double().T @ inputs.double()
+    assert accumulator.hessian.dtype == torch.float32
+    torch.testing.assert_close(
+        accumulator.hessian.double(), exact, rtol=1e-5, atol=1e-5 * exact.diagonal().max().item()
+    )
+
+
+def test_hessian_may_be_read_between_batches() -> None:
+    inputs = correlated_inputs(64, WIDE)
+    accumulator = HessianAccumulator(WIDE, "cpu")
+    for batch in inputs.split(16):
+        accumulator.add(batch)
+        assert accumulator.hessian[0, -1] == accumulator.hessian[-1, 0]
+    torch.testing.assert_close(accumulator.hessian, inputs.T @ inputs, rtol=1e-12, atol=1e-9)
+
+
+def test_hessian_before_any_batch_is_zero() -> None:
+    accumulator = HessianAccumulator(WIDE, "cpu")
+    accumulator.add(torch.empty(2, 0, WIDE))
+    assert accumulator.tokens == 0
+    assert torch.equal(accumulator.hessian, torch.zeros(WIDE, WIDE))
+
+
+def test_inputs_are_left_as_they_were() -> None:
+    inputs = correlated_inputs(20, 40).float().requires_grad_()
+    before = inputs.detach().clone()
+    accumulator = HessianAccumulator(40, "cpu")
+    accumulator.add(inputs)
+    assert torch.equal(inputs, before)
+    assert not accumulator.hessian.requires_grad
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30])
+def test_one_input_that_is_not_finite_shows(bad: float) -> None:
+    accumulator = HessianAccumulator(WIDE, "cpu")
+    accumulator.add(torch.ones(4, WIDE))
+    assert accumulator.first_not_finite() is None
+    inputs = torch.ones(2, 3, WIDE)
+    inputs[1, 2, 170] = bad
+    accumulator.add(inputs)
+    accumulator.add(torch.ones(4, WIDE))
+    assert accumulator.first_not_finite() == (1, 3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_products_lose_nothing_on_cuda(dtype: torch.dtype) -> None:
+    inputs = (correlated_inputs(500, WIDE) / 100).to(dtype)
+    accumulator = HessianAccumulator(WIDE, "cuda")
+    accumulator.add(inputs.cuda())
+    exact = inputs.double().T @ inputs.double()
+    torch.testing.assert_close(
+        accumulator.hessian.cpu().double(), exact, rtol=1e-5, atol=1e-5 * exact.diagonal().max().item()
+    )

@@ -1,0 +1,337 @@
+"""What --overwrite replaces and what it does not, and that nothing foreign is removed with an old output."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from gptq_cli.errors import ConfigError, ExistsError, GptqError, ResourceError
+from gptq_cli.storage import durable, places, replacing
+from gptq_cli.storage.manifest import write_manifest
+from gptq_cli.storage.places import is_inside, mounts_below
+from gptq_cli.storage.replacing import check_output, check_replaceable, remove_replaced, way_out
+from gptq_cli.storage.work_directory import locked
+from tests.disks import Disk, using
+
+MODEL = ("config.json", "model.safetensors", "tokenizer.json", "README.md", "generation_config.json")
+
+
+def checkpoint(directory: Path, *more: str) -> Path:
+    """A directory with the names of a checkpoint's files, and `more`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in (*MODEL, *more):
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_text("x")
+    (directory / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    return directory
+
+
+def ours(directory: Path, *more: str) -> Path:
+    """The same as gptq writes it; `more` are listed in the manifest."""
+    write_manifest(checkpoint(directory, *more), {"identity": {}})
+    return directory
+
+
+def refusal(output: Path, model: Path, *, overwrite: bool = True) -> GptqError:
+    with pytest.raises(GptqError) as caught:
+        check_output(output, model, overwrite=overwrite)
+    return caught.value
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return checkpoint(tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", ["out", "out-v2"])
+def test_checkpoints_and_what_gptq_has_written_are_replaceable(name: str, model: Path, tmp_path: Path) -> None:
+    downloaded = (
+        ".gitattributes",
+        ".cache/huggingface/download/config.json.metadata",
+        "model-00001-of-00002.safetensors",
+    )
+    check_output(checkpoint(tmp_path / name, *downloaded), model, overwrite=True)
+    check_output(ours(tmp_path / "ours" / name, "modeling_own.py", "images/a.png"), model, overwrite=True)
+    check_output(tmp_path / "none", model, overwrite=True)
+    (tmp_path / "empty").mkdir()
+    check_output(tmp_path / "empty", model, overwrite=False)
+
+
+@pytest.mark.parametrize("made", [checkpoint, ours])
+@pytest.mark.parametrize("name", ["thesis.tex", "notes/a.txt", "modeling_own.py", "weights.safetensors", ".env"])
+def test_one_foreign_file_is_enough_to_refuse(made: object, name: str, model: Path, tmp_path: Path) -> None:
+    output = (checkpoint if made is checkpoint else ours)(tmp_path / "out")
+    (output / name).parent.mkdir(exist_ok=True)
+    (output / name).write_text("mine")
+    error = refusal(output, model)
+    assert (error.code, error.exit_code) == ("E_OUT_FOREIGN", 6)
+    assert str(error) == f"`{output}` holds files that gptq has not written and no checkpoint has: {name}"
+    assert error.hint == "choose another -o, or move these files elsewhere first"
+
+
+def test_up_to_three_foreign_files_are_named(model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "project"
+    for name in ("a.py", "b.py", "sub/c.py"):
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        (output / name).touch()
+    assert str(refusal(output, model)).endswith(": a.py, b.py, sub/c.py")
+    (output / "sub" / "d.py").touch()
+    assert str(refusal(output, model)).endswith(": a.py, b.py, sub/c.py and more")
+
+
+@pytest.mark.parametrize("lacks", ["config.json", "model.safetensors"])
+def test_half_a_checkpoint_is_none(lacks: str, model: Path, tmp_path: Path) -> None:
+    output = checkpoint(tmp_path / "out")
+    (output / lacks).unlink()
+    assert refusal(output, model).code == "E_OUT_FOREIGN"
+    output = checkpoint(tmp_path / "other")
+    (output / "config.json").write_text(json.dumps({"port": 8080}))
+    assert refusal(output, model).code == "E_OUT_FOREIGN"
+
+
+def test_a_manifest_makes_no_project_an_output(model: Path, tmp_path: Path) -> None:
+    written = ours(tmp_path / "written", "run.py")
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "gptq_manifest.json").write_bytes((written / "gptq_manifest.json").read_bytes())
+    (project / "run.py").write_text("another file under a listed name")
+    assert str(refusal(project, model)).endswith(": run.py")
+    (written / "gptq_manifest.json").write_text("{}")
+    assert str(refusal(written, model)).endswith(": run.py")
+
+
+@pytest.mark.parametrize("name", ["link", "vocab.json"])
+def test_links_are_foreign_and_never_followed(name: str, model: Path, tmp_path: Path) -> None:
+    output = ours(tmp_path / "out")
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "file").touch()
+    (output / name).symlink_to(precious if name == "link" else precious / "file")
+    assert str(refusal(output, model)).endswith(f": {name}")
+    assert remove_replaced(output) == [f"{name}: gptq has not written it"]
+    assert (precious / "file").exists()
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_a_repository_is_never_replaced(kind: str, model: Path, tmp_path: Path) -> None:
+    output = ours(tmp_path / "out")
+    (output / ".git").mkdir() if kind == "folder" else (output / ".git").touch()
+    error = refusal(output, model)
+    assert (error.code, error.exit_code) == ("E_OUT_FOREIGN", 6)
+    assert "is a repository" in str(error)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("above", [0, 1, 2])
+def test_the_current_directory_and_those_above_stay(
+    above: int, overwrite: bool, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = checkpoint(tmp_path / "a" / "b" / "c")
+    monkeypatch.chdir(here)
+    error = refusal(Path("../" * above or "."), model, overwrite=overwrite)
+    assert (error.code, error.exit_code) == ("E_OUT_FOREIGN", 6)
+    assert "is the current directory or above it" in str(error)
+    assert error.hint == "choose a new directory: -o ./NAME"
+
+
+@pytest.mark.parametrize("whose", ["variable", "list"])
+def test_a_home_directory_stays_even_if_it_is_empty(
+    whose: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    (tmp_path / "link").symlink_to(home)
+    if whose == "variable":
+        monkeypatch.setenv("HOME", str(home))
+    else:
+        monkeypatch.setattr(replacing.pwd, "getpwall", lambda: [SimpleNamespace(pw_dir=str(home))])
+    for name in ("home", "link"):
+        error = refusal(tmp_path / name, model)
+        assert (error.code, error.exit_code) == ("E_OUT_FOREIGN", 6)
+        assert "is a home directory" in str(error)
+        assert error.hint == f"choose a directory inside it: -o {tmp_path / name / 'NAME'}"
+
+
+def listing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *mounts: Path) -> None:
+    """Let the system list `mounts` as mount points, on the file system that they are on."""
+    lines = [f"30 23 0:26 /x {str(mount).replace(' ', chr(92) + '040')} rw - ext4 /dev/sda rw" for mount in mounts]
+    (tmp_path / "mountinfo").write_text("\n".join(lines))
+    monkeypatch.setattr(places, "MOUNTS", tmp_path / "mountinfo")
+
+
+def test_a_mount_point_and_what_holds_one_stay(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = ours(tmp_path / "out")
+    mount = output / "my data" / "deep"
+    mount.mkdir(parents=True)
+    listing(tmp_path, monkeypatch, mount)
+    assert mounts_below(output) == [mount]
+    error = refusal(output, model)
+    assert (error.code, error.exit_code) == ("E_OUT_MOUNT", 2)
+    assert str(error) == f"`{output}` holds a mount point, `{mount}`, and is never replaced"
+    assert "unmount it first" in (error.hint or "")
+    assert "is a mount point" in str(refusal(mount, model))
+    monkeypatch.setattr(places, "MOUNTS", tmp_path / "none")
+    assert mounts_below(output) == []
+
+
+def test_removing_enters_no_mount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = ours(tmp_path / "out", "data/listed")
+    listing(tmp_path, monkeypatch, output / "data")
+    assert remove_replaced(output) == ["data is a mount point"]
+    with pytest.raises(ResourceError, match="busy"):
+        durable.remove(output)
+    assert (output / "data" / "listed").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounts in a namespace of its own")
+def test_a_bind_mount_of_the_model_is_the_model(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "seen").mkdir()
+    (tmp_path / "around" / "inner").mkdir(parents=True)
+    script = f"""
+from pathlib import Path
+from gptq_cli.storage.replacing import check_output
+from gptq_cli.errors import GptqError
+for output, model in (("seen", "model"), ("seen/new", "model"), ("around", "around/inner")):
+    try:
+        check_output(Path({str(tmp_path)!r}, output), Path({str(tmp_path)!r}, model), overwrite=True)
+    except GptqError as error:
+        print(error.code)
+"""
+    mounts = f"mount --bind {model} {tmp_path}/seen && mount --bind {model} {tmp_path}/around/inner"
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", f'{mounts} && exec "$0" -c "$1"', sys.executable, script],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if "mount" in done.stderr:
+        pytest.skip("mounting is not allowed here")
+    assert done.stdout.split() == ["E_OUT_IS_INPUT"] * 3, done.stderr
+
+
+def test_directories_are_compared_by_device_and_inode(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "alias").symlink_to(model)
+    (tmp_path / "up").symlink_to(tmp_path)
+    for name in ("alias", "alias/new/deep", "up/model", "up/alias/.."):
+        error = refusal(tmp_path / name, model)
+        assert (error.code, error.exit_code) == ("E_OUT_IS_INPUT", 2)
+    assert is_inside(tmp_path / "alias" / "none", model)
+    assert not is_inside(tmp_path / "model-2", model)
+
+
+def test_a_model_that_is_mounted_elsewhere_is_found_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bind mount of a folder in OUT is MODEL: no directory above MODEL is OUT, but one inside OUT is MODEL."""
+    output = ours(tmp_path / "out", "inner/listed")
+    monkeypatch.setattr(replacing, "at_and_above", lambda _: set())
+    monkeypatch.setattr(replacing, "is_inside", lambda *_: False)
+    with pytest.raises(ConfigError, match="contains the model") as caught:
+        check_replaceable(output, output / "inner")
+    assert caught.value.code == "E_OUT_IS_INPUT"
+
+
+def test_overwrite_is_advised_only_where_it_works(model: Path, tmp_path: Path) -> None:
+    output = ours(tmp_path / "out")
+    assert refusal(output, model, overwrite=False).hint == "add --overwrite to replace it, or choose another -o"
+    (output / "mine").touch()
+    error = refusal(output, model, overwrite=False)
+    assert error.code == "E_OUT_EXISTS"
+    assert error.hint == "choose another -o: --overwrite replaces only a checkpoint with nothing else beside it"
+    assert way_out(output) == error.hint
+    file = tmp_path / "file"
+    file.touch()
+    for overwrite in (False, True):
+        assert refusal(file, model, overwrite=overwrite).hint == "choose another -o"
+
+
+def test_publishing_looks_again_before_it_replaces(model: Path, tmp_path: Path) -> None:
+    output = ours(tmp_path / "out")
+    check_output(output, model, overwrite=True)
+    with locked(output) as work:
+        checkpoint(work.stage)
+        (output / "late").touch()
+        with pytest.raises(ExistsError, match="late") as caught:
+            work.publish(model, overwrite=True)
+    assert caught.value.code == "E_OUT_FOREIGN"
+    assert (output / "late").exists()
+
+
+class NoExchange(Disk):
+    """A system that cannot swap two names; `late` appears in the old output when it is put aside."""
+
+    def exchange(self, one: Path, other: Path) -> None:
+        (other / "late").write_text("mine")
+        if self.swaps:
+            return super().exchange(one, other)
+        raise OSError(38, "not implemented")
+
+    swaps = False
+
+
+class Exchange(NoExchange):
+    swaps = True
+
+
+@pytest.mark.parametrize("disk", [NoExchange(), Exchange()])
+def test_what_comes_between_check_and_exchange_is_kept(disk: Disk, model: Path, tmp_path: Path) -> None:
+    output = ours(tmp_path / "out")
+    with using(disk), locked(output) as work:
+        checkpoint(work.stage)
+        work.publish(model, overwrite=True)
+    assert work.left == ["late: gptq has not written it"]
+    assert not (output / "late").exists()
+    kept = tmp_path / ".out.gptq-work" / "replaced-0"
+    for _ in range(2):  # a later run tries again, and the one after
+        assert {path.name for path in kept.iterdir()} == {"late", "gptq_manifest.json"}
+        with locked(output) as work:
+            pass
+        assert work.left == ["late: gptq has not written it"]
+    (kept / "late").unlink()
+    with locked(output) as work:
+        pass
+    assert (work.left, sorted(path.name for path in tmp_path.iterdir())) == ([], ["model", "out"])
+
+
+def test_what_the_disk_does_not_remove_is_told_and_the_rest_goes(tmp_path: Path) -> None:
+    output = ours(tmp_path / "out", "sub/listed", "sub/other")
+
+    class Refusing(Disk):
+        def unlink(self, path: Path) -> None:
+            if path.name == "listed":
+                raise PermissionError(13, "Permission denied")
+            super().unlink(path)
+
+    with using(Refusing()):
+        assert remove_replaced(output) == ["sub/listed: Permission denied"]
+    left = sorted(path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file())
+    assert left == ["gptq_manifest.json", "sub/listed"]
+    assert remove_replaced(output) == []
+    assert not output.exists()
+
+
+def test_a_folder_that_nobody_may_change_does_not_block(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing in it can be removed; only an output that is gptq's own is taken so."""
+    for made, refused in ((ours, False), (checkpoint, True)):
+        output = made(tmp_path / made.__name__)
+        (output / "sub").mkdir()
+        (output / "sub" / "f").touch()
+        monkeypatch.setattr(replacing.os, "access", lambda path, _: Path(path).name != "sub")
+        if refused:
+            assert str(refusal(output, model)).endswith(": sub/f")
+        else:
+            check_output(output, model, overwrite=True)
+
+
+def test_an_output_that_may_not_be_moved_is_told_before_work(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = ours(tmp_path / "out")
+    monkeypatch.setattr(replacing.os, "access", lambda *_: False)
+    error = refusal(output, model)
+    assert (error.code, error.exit_code) == ("E_DISK", 5)
+    assert f"cannot write `{output}`: Permission denied" in str(error)

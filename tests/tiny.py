@@ -1,0 +1,58 @@
+"""A model that is quantized in a tenth of a second, and what must come out of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from gptq_cli.events import BlockFinished, Event, Report
+from gptq_cli.quantization.run import QuantizeResult, quantize_checkpoint
+from tests.disks import DyingDisk, Killed, using
+from tests.runs import config
+
+WORK = ".out.gptq-work"
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+SETTINGS = {"nsamples": 2, "batch_size": 1, "seqlen": 16, "lm_head": True, "max_shard_size": "60KB"}
+SETTINGS |= {"dynamic": {"-:.*(q|k|v|gate|up)_proj": {}}}
+SETTINGS |= {"dataset": ["a quick brown fox jumps over the lazy dog and then some more " * 20]}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A small model, what quantizing it gives, and how many operations on the disk that takes."""
+
+    model: Path
+    tree: dict[str, str]
+    operations: list[str]
+
+    def run(self, output: Path, **changes: object) -> QuantizeResult:
+        named = ("resume", "overwrite", "max_seconds", "report", "place")
+        manner = {key: changes.pop(key) for key in named if key in changes}
+        return quantize_checkpoint(str(self.model), output, config(**(SETTINGS | changes)), **manner)
+
+    def interrupted(self, output: Path, last: int) -> bool:
+        """Run with a kill after operation `last`; whether the run lived that long."""
+        try:
+            with using(DyingDisk(last)):
+                self.run(output)
+        except Killed:
+            return True
+        return False
+
+
+def killer(block: int) -> Report:
+    """A report that ends the run when `block` is finished and durable."""
+
+    def stop(event: Event) -> None:
+        if isinstance(event, BlockFinished) and event.index == block:
+            raise Killed
+
+    return stop
+
+
+def kill_after_block(case: Case, output: Path, block: int) -> None:
+    """Run until `block` is finished and durable."""
+    with pytest.raises(Killed):
+        case.run(output, report=killer(block))
