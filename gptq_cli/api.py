@@ -17,7 +17,7 @@ from gptq_cli.files import file_errors
 from gptq_cli.planning.checks import preflight
 from gptq_cli.planning.run_plan import default_name
 from gptq_cli.publish.report import BlockLog, check_report, save_report
-from gptq_cli.quantization.record import seconds
+from gptq_cli.quantization.run_record import seconds
 
 if TYPE_CHECKING:
     from gptq_cli.evaluation.perplexity import EvalResult
@@ -62,10 +62,10 @@ def quantize(
     >>> all(layer.relative_error < layer.rtn_relative_error for layer in result.layers)
     True
     """
-    manner: dict[str, Any] = {"overwrite": overwrite, "resume": resume, "max_runtime": max_runtime}
-    output = refuse_early(str(model), config, output, report=report, **manner)
-    manner |= {"revision": revision, "allow_network_fs": allow_network_fs}
-    return carry_out(str(model), config, output, report=report, command=command, on_event=on_event, **manner)
+    options: dict[str, Any] = {"overwrite": overwrite, "resume": resume, "max_runtime": max_runtime}
+    output = refuse_early(str(model), config, output, report=report, **options)
+    options |= {"revision": revision, "allow_network_fs": allow_network_fs}
+    return carry_out(str(model), config, output, report=report, command=command, on_event=on_event, **options)
 
 
 def carry_out(
@@ -77,13 +77,13 @@ def carry_out(
     command: str,
     on_event: Report,
     max_runtime: str | None,
-    **manner: Any,
+    **options: Any,
 ) -> QuantizeResult:
-    """What `quantize` does after `refuse_early`; `manner` are the other arguments of `quantize_checkpoint`."""
+    """What `quantize` does after `refuse_early`; `options` are the other arguments of `quantize_checkpoint`."""
     from gptq_cli.quantization.run import quantize_checkpoint
 
     log = BlockLog(on_event)
-    result = quantize_checkpoint(model, output, config, max_seconds=seconds(max_runtime), report=log, **manner)
+    result = quantize_checkpoint(model, output, config, max_seconds=seconds(max_runtime), report=log, **options)
     if report:
         save_report(output, result.to_json(), log, command)
     return result

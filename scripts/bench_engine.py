@@ -37,7 +37,7 @@ from gptq_cli.config.layer import LayerConfig
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.solver import solve as solver
 from gptq_cli.solver.baseline import output_energies, round_to_nearest
-from gptq_cli.solver.factor import Prepared, prepare
+from gptq_cli.solver.factor import HessianFactor, prepare
 from gptq_cli.solver.grid import choose_grid, split_groups
 from gptq_cli.solver.hessian import HessianAccumulator
 from gptq_cli.solver.numerics import feedback_precision
@@ -167,7 +167,7 @@ def stage_parts(
 
 
 def weight_parts(
-    bench: Bench, weight: Tensor, hessian: Tensor, prepared: Prepared, config: LayerConfig, rates: dict[str, float]
+    bench: Bench, weight: Tensor, hessian: Tensor, prepared: HessianFactor, config: LayerConfig, rates: dict[str, float]
 ) -> dict[str, tuple[float, float]]:
     """Seconds and floor of what is done to the rows of linears that share one Hessian."""
     n, in_features = weight.numel(), weight.shape[1]
@@ -200,7 +200,7 @@ def weight_parts(
     }
 
 
-def solve_parts(bench: Bench, weight: Tensor, prepared: Prepared, config: LayerConfig) -> tuple[float, float]:
+def solve_parts(bench: Bench, weight: Tensor, prepared: HessianFactor, config: LayerConfig) -> tuple[float, float]:
     """Seconds of all column blocks without the products between them, and of those products alone."""
     order, width = prepared.order, solver.COLUMN_BLOCK
     if not order.static_grid:

@@ -20,8 +20,8 @@ sys.path.insert(0, str(ROOT))
 
 from tests.families import save_model  # noqa: E402
 from tests.quantization.ranks import ROWS, RUNS, team  # noqa: E402
-from tests.quantization.test_experts import save_mixture  # noqa: E402
 from tests.quantization.test_ranks import DENSE, MIXTURE, SETTINGS  # noqa: E402
+from tests.quantization.test_routed_experts import save_mixture  # noqa: E402
 from tests.runs import config, digest  # noqa: E402
 
 

@@ -51,7 +51,7 @@ class TensorReader:
         tensor: Tensor = opened.get_tensor(name)
         return tensor
 
-    def expect(self, names: Iterable[str]) -> None:
+    def prefetch(self, names: Iterable[str]) -> None:
         """Have the system read these tensors from the disk by itself (Linux): they will be asked for soon."""
         if not hasattr(os, "posix_fadvise"):
             return
@@ -100,9 +100,9 @@ class DequantizingReader:
         # As a stored weight would lie in memory: products of the other layout differ in their last bits.
         return decode(packed, module.bits, self._format).dequantize().contiguous()
 
-    def expect(self, names: Iterable[str]) -> None:
+    def prefetch(self, names: Iterable[str]) -> None:
         """As TensorReader does, for weights and what stands for them."""
-        self._raw.expect(stored for name in names for stored in self._stored(name))
+        self._raw.prefetch(stored for name in names for stored in self._stored(name))
 
     def check_unchanged(self) -> None:
         """As TensorReader does."""
@@ -149,9 +149,9 @@ class BlockFloatReader:
             return tensor
         return scale_blocks(tensor, self._raw.read(self._scales[name]), self._block)
 
-    def expect(self, names: Iterable[str]) -> None:
+    def prefetch(self, names: Iterable[str]) -> None:
         """As TensorReader does, for weights and their scales."""
-        self._raw.expect(part for name in names for part in (name, self._scales.get(name)) if part)
+        self._raw.prefetch(part for name in names for part in (name, self._scales.get(name)) if part)
 
     def check_unchanged(self) -> None:
         """As TensorReader does."""

@@ -72,7 +72,7 @@ class CheckpointWriter:
         spec = self._layout.specs[name]
         if (SAFETENSORS_DTYPE[tensor.dtype], tuple(tensor.shape)) != (spec.dtype, spec.shape):
             raise ValueError(f"{name}: planned {spec.dtype} {spec.shape}, got {tensor.dtype} {tuple(tensor.shape)}")
-        self._settle(MOST_WAITING - 1)
+        self._wait_until(MOST_WAITING - 1)
         self._waiting.append(self._hand.submit(self._write, name, tensor))
 
     def copy(self, tensor: TensorInfo) -> None:
@@ -90,7 +90,7 @@ class CheckpointWriter:
 
     def sync(self) -> dict[str, str]:
         """What was written so far survives; the hashes of the tensors that were since the last time."""
-        self._settle(0)
+        self._wait_until(0)
         for file in list(self._dirty):
             file.sync()
         self._dirty.clear()
@@ -104,7 +104,7 @@ class CheckpointWriter:
         stored = span_hashes(map(self._span, hashes))
         return all(found == expected for found, expected in zip(stored, hashes.values(), strict=True))
 
-    def adopt(self, hashes: Mapping[str, str]) -> None:
+    def mark_written(self, hashes: Mapping[str, str]) -> None:
         """Take tensors that an earlier run wrote for written."""
         self._hashes |= hashes
 
@@ -113,7 +113,7 @@ class CheckpointWriter:
 
         GateError E_VERIFY for a tensor whose bytes are not those that were written.
         """
-        self._settle(0)
+        self._wait_until(0)
         if missing := self._place.keys() - self._hashes.keys():
             raise ValueError(f"never written: {', '.join(sorted(missing)[:5])}")
         self.sync()
@@ -128,7 +128,7 @@ class CheckpointWriter:
         while self._files:
             self._files.pop().close()
 
-    def _settle(self, most: int) -> None:
+    def _wait_until(self, most: int) -> None:
         """Wait until `most` tensors at most are yet to be written; after an error none is."""
         try:
             while len(self._waiting) > most:

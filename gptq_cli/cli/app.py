@@ -19,7 +19,7 @@ import typer
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
-from gptq_cli.cli.console import Console, indented, report_problems, talk, write, write_result
+from gptq_cli.cli.console import Console, indented, log, report_problems, write, write_result
 from gptq_cli.cli.foreign_talk import libraries_quoted
 from gptq_cli.cli.signals import name_of
 from gptq_cli.errors import ConfigError, GptqError, Problem, Stopped, __version__
@@ -80,7 +80,7 @@ class Gptq(TyperGroup):
             with libraries_quoted():
                 code = exit_code_of(run, as_json="--json" in words)
         finally:
-            talk.end()
+            log.end()
         if standalone_mode:
             sys.exit(code)
         return code
@@ -193,7 +193,7 @@ def _begin_talk(verbose: bool, log_file: Path | None, values: Mapping[str, Any])
         from gptq_cli.cli.log_file import check_log_file
 
         check_log_file(log_file, values)
-    talk.begin(verbose=verbose, log_file=log_file)
+    log.begin(verbose=verbose, log_file=log_file)
 
 
 app = typer.Typer(

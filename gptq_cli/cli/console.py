@@ -54,17 +54,17 @@ class Console:
         """A line of progress or advice, on stderr; not with `--quiet`."""
         line = on_one_line(line)
         if self.quiet:
-            talk.log(line)
+            log.write(line)
         else:
             write(sys.stderr, line)
 
     def detail(self, line: str) -> None:
         """A line for those who asked for more: on stderr with `--verbose`, in the log file always."""
         line = on_one_line(line)
-        if talk.verbose and not self.quiet:
+        if log.verbose and not self.quiet:
             write(sys.stderr, line)
         else:
-            talk.log(line)
+            log.write(line)
 
     def warn(self, code: str, message: str) -> None:
         """A line on stderr that `--quiet` does not hide."""
@@ -105,7 +105,7 @@ class Console:
         raise typer.Exit(error.exit_code)
 
 
-class Talk:
+class Log:
     """What `--verbose` and `--log-file` ask of everything that is said on stderr, for as long as a command runs."""
 
     def __init__(self) -> None:
@@ -128,9 +128,9 @@ class Talk:
         formatter = Formatter("%(asctime)s.%(msecs)03dZ %(message)s", "%Y-%m-%dT%H:%M:%S")
         formatter.converter = gmtime
         self._handler.setFormatter(formatter)
-        self.log(f"{LOG_MARK} {__version__}")  # a later command recognises the file by its first line
+        self.write(f"{LOG_MARK} {__version__}")  # a later command recognises the file by its first line
 
-    def log(self, text: str) -> None:
+    def write(self, text: str) -> None:
         """The lines of `text` in the log file, if there is one."""
         if self._handler is not None:
             from logging import INFO, LogRecord
@@ -145,7 +145,7 @@ class Talk:
         self.verbose, self._handler = False, None
 
 
-talk = Talk()
+log = Log()
 
 
 def as_json_text(data: dict[str, Any]) -> str:
@@ -201,7 +201,7 @@ def write_exactly(text: str, data: bytes) -> None:
     with _stdout_errors():
         if sys.stdout is None or sys.stdout.isatty():
             _print(sys.stdout, text)
-        elif not (sys.stdout.closed or talk.muted):
+        elif not (sys.stdout.closed or log.muted):
             sys.stdout.flush()
             sys.stdout.buffer.write(data + b"\n")
             sys.stdout.buffer.flush()
@@ -220,7 +220,7 @@ def _stdout_errors() -> Iterator[None]:
 def write(stream: TextIO | None, text: str) -> None:
     """`text` without secrets on `stream` if it takes it: talk that nobody can hear must not stop a run."""
     text = without_secrets(text)
-    talk.log(text)
+    log.write(text)
     try:
         _print(stream, text)
     except OSError:
@@ -228,7 +228,7 @@ def write(stream: TextIO | None, text: str) -> None:
 
 
 def _print(stream: TextIO | None, text: str) -> None:
-    if stream is not None and not stream.closed and not talk.muted:
+    if stream is not None and not stream.closed and not log.muted:
         encoding = stream.encoding or "utf-8"
         stream.write(visible(text).encode(encoding, "backslashreplace").decode(encoding) + "\n")
         stream.flush()

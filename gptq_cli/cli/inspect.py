@@ -16,7 +16,7 @@ from gptq_cli.inspection.summary import Inspection, inspect_checkpoint
 
 if TYPE_CHECKING:
     from gptq_cli.checkpoint.defect import Defect
-    from gptq_cli.inspection.layer import Histogram, LayerView, PackedView
+    from gptq_cli.inspection.layer_statistics import Histogram, LayerView, PackedView
 
 MOST_BARS = 32
 BAR = 40
@@ -59,7 +59,7 @@ def _show_layer(console: Console, model: str, revision: str | None, name: str) -
     from gptq_cli.checkpoint.locate import locate_model
 
     checkpoint = open_decodable(locate_model(model, revision).directory)
-    from gptq_cli.inspection.layer import view_layer
+    from gptq_cli.inspection.layer_statistics import view_layer
 
     view = view_layer(checkpoint, name)
     console.result({"layer": asdict(view)}, joined(_layer_lines(view)), on_one_line(view.name))

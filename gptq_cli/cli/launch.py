@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from gptq_cli.cli.console import report_problems, talk
+from gptq_cli.cli.console import log, report_problems
 from gptq_cli.cli.signals import handled
 from gptq_cli.errors import ConfigError, GptqError, ResourceError
 
 if TYPE_CHECKING:
-    from gptq_cli.runtime.ranks import Place
+    from gptq_cli.runtime.ranks import Worker
 
 FORMS = "numbers of GPUs as in 0,1,2,3, or cpu:4 for four processes on the CPU"
 
@@ -42,16 +42,16 @@ def is_one_of_several() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def leads() -> bool:
+def is_leader() -> bool:
     """Whether this process is the first of several, or the only one."""
     return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
-def member(device: str, devices: list[str], *, as_json: bool) -> Iterator[Place]:
+def member(device: str, devices: list[str], *, as_json: bool) -> Iterator[Worker]:
     """This process's place for the body; of errors that end it one process tells."""
     from gptq_cli.runtime.processes import SAID_ELSEWHERE
-    from gptq_cli.runtime.torchrun import SaidElsewhere, joined
+    from gptq_cli.runtime.torchrun import ReportedByAnotherRank, joined
 
     def end(error: ResourceError | None) -> None:
         if error is not None:
@@ -61,11 +61,11 @@ def member(device: str, devices: list[str], *, as_json: bool) -> Iterator[Place]
     try:
         with joined(device, devices, end) as place:
             yield place
-    except SaidElsewhere:
-        talk.muted = True
+    except ReportedByAnotherRank:
+        log.muted = True
         raise typer.Exit(SAID_ELSEWHERE) from None
     except BaseException:
-        talk.muted = False
+        log.muted = False
         raise
 
 
@@ -83,7 +83,7 @@ def launch(devices: list[str], *, as_json: bool, directory: Path) -> int:
     environment = local_environment()
     if devices[0] == "cpu":  # as torchrun does, and everybody may have a part of the cores
         environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // len(devices))))
-    talk.end()
+    log.end()
     processes = Processes(len(devices))
     with handled(processes.forward):
         codes = processes.run(directory, environment)
@@ -106,5 +106,5 @@ def _killed(rank: int, n: int, code: int, as_json: bool) -> int:
 
 
 def _tell(error: GptqError, as_json: bool) -> None:
-    talk.muted = False
+    log.muted = False
     report_problems(error.problems, error.exit_code, as_json=as_json)

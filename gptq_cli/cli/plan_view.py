@@ -26,7 +26,7 @@ from gptq_cli.planning.estimate import (
 )
 from gptq_cli.planning.plan import plan_checkpoint
 from gptq_cli.planning.run_plan import RunPlan, default_name
-from gptq_cli.planning.serving import judge_plan, remarks
+from gptq_cli.planning.serving_warnings import judge_plan, remarks
 
 
 def show_plan(

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from gptq_cli.cli.console import Console, on_one_line, talk, unread_line, visible
+from gptq_cli.cli.console import Console, log, on_one_line, unread_line, visible
 from gptq_cli.config.units import clock, size
 from gptq_cli.errors import without_secrets
 from gptq_cli.events import (
@@ -77,7 +77,7 @@ class Progress:
             self._console.advise(_about_work(event))
         elif self._live:
             self._live.update(_cropped(self._view()), refresh=isinstance(event, BlockFinished))
-            talk.log(on_one_line(self._line(event) or ""))
+            log.write(on_one_line(self._line(event) or ""))
         elif line := self._line(event):
             self._last_line = self._now()
             self._console.say(line)

@@ -14,7 +14,7 @@ from gptq_cli.cli.progress import Progress
 from gptq_cli.config.units import size
 
 if TYPE_CHECKING:
-    from gptq_cli.publish.push import Parcel
+    from gptq_cli.publish.push import Upload
     from gptq_cli.publish.upload import Published
 
 
@@ -44,31 +44,31 @@ def push(
     Example: gptq push ./Qwen3-0.6B-GPTQ-Int4-g128 me/small --base-model Qwen/Qwen3-0.6B --dry-run
     """
     console = Console(as_json, quiet)
-    from gptq_cli.publish.push import prepare_push, push_parcel
+    from gptq_cli.publish.push import prepare_push, push_upload
 
     with Progress(console) as progress:
-        parcel = prepare_push(directory, repo, base_model=base_model, evaluation=evaluation, card=card, report=progress)
+        upload = prepare_push(directory, repo, base_model=base_model, evaluation=evaluation, card=card, report=progress)
     if dry_run:
-        return console.document({"repo": repo, "files": parcel.sizes, "card": parcel.card}, parcel.card)
+        return console.document({"repo": repo, "files": upload.sizes, "card": upload.card}, upload.card)
     bars = not (as_json or quiet) and sys.stderr is not None and sys.stderr.isatty()
-    done = push_parcel(parcel, public=public, overwrite=overwrite, progress=bars, report=Progress(console))
-    return console.result(_data(parcel, done, public), _text(parcel, done, public), done.url)
+    done = push_upload(upload, public=public, overwrite=overwrite, progress=bars, report=Progress(console))
+    return console.result(_data(upload, done, public), _text(upload, done, public), done.url)
 
 
-def _data(parcel: Parcel, done: Published, public: bool) -> dict[str, Any]:
+def _data(upload: Upload, done: Published, public: bool) -> dict[str, Any]:
     return {
-        "repo": parcel.repo,
+        "repo": upload.repo,
         "url": done.url,
         "commit": done.commit,
         "private": not public,
-        "files": parcel.sizes,
+        "files": upload.sizes,
         "deleted": list(done.deleted),
         "already_there": done.already_there,
     }
 
 
-def _text(parcel: Parcel, done: Published, public: bool) -> str:
-    files = f"{len(parcel.files)} files, {size(sum(parcel.sizes.values()))}, {'public' if public else 'private'}"
+def _text(upload: Upload, done: Published, public: bool) -> str:
+    files = f"{len(upload.files)} files, {size(sum(upload.sizes.values()))}, {'public' if public else 'private'}"
     how = "unchanged" if done.already_there else "new commit"
     lines = [done.url, f"files    {files}", f"main     {done.commit[:12]}, {how}"]
     lines += [f"deleted  {name}" for name in done.deleted]

@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, StrictBool, TypeAdapter
 
 from gptq_cli.cli import options as o
 from gptq_cli.cli.console import Console, engine_lines, fitted, on_one_line
-from gptq_cli.cli.launch import is_one_of_several, launch, leads, member, parse_devices
+from gptq_cli.cli.launch import is_leader, is_one_of_several, launch, member, parse_devices
 from gptq_cli.cli.progress import Progress
 from gptq_cli.cli.signals import stoppable
 from gptq_cli.config.resolve import Resolved, resolve
@@ -73,13 +73,13 @@ def quantize(
         return show_plan(console, resolved, model, output, revision, devices=max(1, len(parse_devices(devices))))
     for note in resolved.notes:
         console.say(f"note: {note}")
-    manner: dict[str, Any] = {
+    options: dict[str, Any] = {
         "resume": resume or "auto",
         "max_runtime": max_runtime,
         "allow_network_fs": allow_network_fs,
     }
-    manner |= {"overwrite": overwrite, "revision": revision}
-    return run(console, resolved.config, model, output, devices=devices, page=report, **manner)
+    options |= {"overwrite": overwrite, "revision": revision}
+    return run(console, resolved.config, model, output, devices=devices, page=report, **options)
 
 
 def run(
@@ -91,9 +91,9 @@ def run(
     devices: str | None = None,
     directory: Path | None = None,
     page: bool = False,
-    **manner: Any,
+    **options: Any,
 ) -> None:
-    """Quantize, show how it goes, print the result; `manner` are the other arguments of `api.quantize`.
+    """Quantize, show how it goes, print the result; `options` are the other arguments of `api.quantize`.
 
     `devices`, as `--devices` takes them: several share the work, a process each, started in `directory` (by default the
     current one). With `page` a report of the run is left in the output.
@@ -102,20 +102,20 @@ def run(
     from gptq_cli.storage.manifest import REPORT_PAGE
 
     named = parse_devices(devices)
-    if leads():  # the others never look at the output
-        output = refuse_early(model, config, output, report=page, **manner)
+    if is_leader():  # the others never look at the output
+        output = refuse_early(model, config, output, report=page, **options)
     if len(named) > 1 and not is_one_of_several():
         sys.exit(launch(named, as_json=console.as_json, directory=directory or Path.cwd()))
     command = shell_words(["gptq", *sys.argv[1:]])
     with stoppable(console), member(config.device, named, as_json=console.as_json) as place:
-        if not place.team.leads:
+        if not place.team.is_leader:
             from gptq_cli.quantization.run import assist
 
-            return assist(model, config, place, revision=manner["revision"])
+            return assist(model, config, place, revision=options["revision"])
         assert output is not None
         with Progress(console) as progress:
             result = carry_out(
-                model, config, output, report=page, command=command, on_event=progress, place=place, **manner
+                model, config, output, report=page, command=command, on_event=progress, place=place, **options
             )
     if page:
         console.say(f"report: {result.output / REPORT_PAGE}")

@@ -52,7 +52,7 @@ def validate_config(
 def _plan(console: Console, model: Path, resolved: Resolved) -> tuple[RunPlan, tuple[Verdict, ...]]:
     from gptq_cli.checkpoint.locate import local_model
     from gptq_cli.planning.plan import plan_run
-    from gptq_cli.planning.serving import judge_plan, remarks
+    from gptq_cli.planning.serving_warnings import judge_plan, remarks
 
     plan = plan_run(local_model(model), resolved.config)
     for code, remark in remarks(plan, resolved.config):

@@ -28,8 +28,8 @@ from gptq_cli.evaluation.request import EvalRequest
 from gptq_cli.events import BlockStarted, PhaseStarted, Report, Warned, ignore
 from gptq_cli.models.stream import ModelStream
 from gptq_cli.planning.run_plan import bounded_seqlen
-from gptq_cli.planning.serving import about_unused
-from gptq_cli.quantization.record import Record
+from gptq_cli.planning.serving_warnings import about_unused
+from gptq_cli.quantization.run_record import Record
 from gptq_cli.runtime.hidden_states import HiddenStates
 from gptq_cli.runtime.memory import Memory, block_finished, device_errors
 from gptq_cli.runtime.open_model import open_stream, resolve_backend, resolve_device, warn_of

@@ -26,7 +26,7 @@ from gptq_cli.config.serving_table import Export
 from gptq_cli.errors import InputError
 from gptq_cli.files import is_file
 from gptq_cli.planning.run_plan import HEAD, RunPlan
-from gptq_cli.planning.serving import has_narrow_experts
+from gptq_cli.planning.serving_warnings import has_narrow_experts
 from gptq_cli.storage.manifest import QUANTIZE_CONFIG
 
 FROM_CONFIG = ("model_type", "architectures", "transformers_version")

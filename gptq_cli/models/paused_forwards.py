@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from gptq_cli.errors import InputError
-from gptq_cli.models.recording import State
+from gptq_cli.models.block_calls import State
 from gptq_cli.models.stages import Hook, Input, Stage, given, hooked, same_memory
 
 Surroundings = Callable[[], AbstractContextManager[None]]

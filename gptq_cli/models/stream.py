@@ -21,8 +21,18 @@ import torch
 from torch import Tensor, nn
 
 from gptq_cli.errors import InputError
+from gptq_cli.models.block_calls import (
+    Call,
+    Container,
+    Extras,
+    Recorder,
+    State,
+    check_chain,
+    empty_containers,
+    reuse_equal_tensors,
+    with_own_containers,
+)
 from gptq_cli.models.experts import Experts
-from gptq_cli.models.recording import Call, Container, Extras, Recorder, State, apart, check_chain, share, unfilled
 from gptq_cli.models.skeleton import Skeleton, is_linear, is_transposed, outside_linears, place
 
 
@@ -52,7 +62,7 @@ class LoadedBlock:
         """Hidden states, and what else goes on to the next block, after this block for batch number `batch`."""
         return self.calls[batch].run(self.module, state)
 
-    def twin(self) -> LoadedBlock:
+    def unquantized_copy(self) -> LoadedBlock:
         """A block that holds the weights of this one as they are now, whatever will be put in their place here.
 
         What its forward fills for later blocks it fills for their twins.
@@ -189,10 +199,10 @@ class ModelStream:
                 hidden = recorders[0].seen[0][0]
                 states.append((hidden,) if handed_on else hidden)
                 for calls, recorder in zip(self._calls, recorders, strict=True):
-                    calls.append(share(recorder.seen[0][1], calls[0] if calls else None))
-        self._twin_calls = apart(self._calls, {})
+                    calls.append(reuse_equal_tensors(recorder.seen[0][1], calls[0] if calls else None))
+        self._twin_calls = with_own_containers(self._calls, {})
         calls_of_batches = zip(zip(*self._calls, strict=True), zip(*self._twin_calls, strict=True), strict=True)
-        self.carried = [unfilled(calls) + unfilled(twins) for calls, twins in calls_of_batches]
+        self.carried = [empty_containers(calls) + empty_containers(twins) for calls, twins in calls_of_batches]
         return states
 
     @contextmanager
@@ -200,12 +210,12 @@ class ModelStream:
         """Block `index` with its weights on the device; they are dropped on leaving."""
         module = self._blocks[index]
         with self._filled(module, f"{self.block_name(index)}."):
-            self._source.expect(dict.fromkeys(self._stored(index + 1)))
+            self._source.prefetch(dict.fromkeys(self._stored(index + 1)))
             calls, twin_calls, self._at_hand = self._calls[index], self._twin_calls[index], self.linears(index)
             try:
                 yield LoadedBlock(module, self._at_hand, calls, twin_calls, self._experts(index))
             except BaseException:
-                self._source.expect(())
+                self._source.prefetch(())
                 raise
             finally:
                 self._at_hand = {}
@@ -320,7 +330,7 @@ class Source(Protocol):
     def read(self, name: str) -> Tensor:
         """A tensor of the checkpoint; its memory may be the file's own pages."""
 
-    def expect(self, names: Iterable[str]) -> None:
+    def prefetch(self, names: Iterable[str]) -> None:
         """Be told what will be read next, instead of what was said before, while what was read is at work."""
 
     def check_unchanged(self) -> None:
@@ -346,14 +356,14 @@ class ReadAhead:
         ahead = self._ahead[name].result() if name in self._ahead else None
         return self._source.read(name) if ahead is None else ahead
 
-    def expect(self, names: Iterable[str]) -> None:
+    def prefetch(self, names: Iterable[str]) -> None:
         """Let go of what was expected before, and begin to read `names`."""
         names = list(names)
         for future in self._ahead.values():
             future.cancel()
-        self._source.expect(names)
-        room = _Room(self._most_bytes)
-        self._ahead = {name: self._thread.submit(self._fetch, name, room) for name in names}
+        self._source.prefetch(names)
+        budget = _Budget(self._most_bytes)
+        self._ahead = {name: self._thread.submit(self._fetch, name, budget) for name in names}
 
     def check_unchanged(self) -> None:
         """As the source does."""
@@ -363,9 +373,9 @@ class ReadAhead:
         """As the source does."""
         self._source.release()
 
-    def _fetch(self, name: str, room: _Room) -> Tensor | None:
+    def _fetch(self, name: str, budget: _Budget) -> Tensor | None:
         tensor = self._source.read(name)
-        if not room.take(tensor.nbytes):
+        if not budget.take(tensor.nbytes):
             return None
         try:
             return tensor.pin_memory()
@@ -373,7 +383,7 @@ class ReadAhead:
             return None
 
 
-class _Room:
+class _Budget:
     def __init__(self, n_bytes: int) -> None:
         self._left = n_bytes
 

@@ -269,17 +269,17 @@ def _stage(
     n, all_rows = together[0].in_features, sum(layer.out_features for layer in together)
     quantized = [layer for layer in together if layer.config is not None]
     config = quantized[0].config if quantized else None
-    ways = 1 + bool(config and config.asymmetric_calibration)
+    streams = 1 + bool(config and config.asymmetric_calibration)
     busiest = -(-text.batches // devices) / text.batches  # the share of whoever has the most
-    forward = ways * all_rows * n * tokens * busiest / rates.forward
+    forward = streams * all_rows * n * tokens * busiest / rates.forward
     if config is None:
         return forward, 0.0, 0.0, 0.0, 0.0
     rows = sum(layer.out_features for layer in quantized)
     parts = -(-rows // ROWS_OF_A_PART["cuda"])
     alone, share = (1 / devices, 1 / devices) if expert else (1.0, -(-parts // devices) / parts)
-    hessian = hessian_cost(n, tokens) * ways * (1 / devices if expert else busiest) / rates.hessian
+    hessian = hessian_cost(n, tokens) * streams * (1 / devices if expert else busiest) / rates.hessian
     columns = rows * n * (1 + config.refine_sweeps) / rates.columns
     solve = (sum(map(solve_cost, quantized)) / rates.solve + columns) * share
-    sent = rows * n + (0 if expert else 2 * HESSIAN_SHARE * 4 * n**2 + (ways - 1) * 2 * 4 * n**2)
+    sent = rows * n + (0 if expert else 2 * HESSIAN_SHARE * 4 * n**2 + (streams - 1) * 2 * 4 * n**2)
     network = sent * (devices - 1) / devices / rates.network
     return forward, hessian, factor_cost(n) * alone / rates.factor, solve, network

@@ -41,7 +41,7 @@ _YAML_BLOCK = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", 
 
 
 @dataclass(frozen=True, slots=True)
-class Parcel:
+class Upload:
     """What a push sends: the path in the repository of each file, with the file here or its bytes.
 
     `check_unchanged` raises if they are not the files that were verified.
@@ -69,7 +69,7 @@ def prepare_push(
     evaluation: Path | None = None,
     card: Path | None = None,
     report: Report = ignore,
-) -> Parcel:
+) -> Upload:
     """The checkpoint in `directory` as it will be sent to `repo` (NAMESPACE/NAME); nothing is written or sent.
 
     The card is made of the checkpoint's own files, or is the file `card`. ConfigError E_CFG_RANGE for a name that the
@@ -89,18 +89,18 @@ def prepare_push(
     text = _read_card(card) if card else _card(checkpoint, found, repo, base_model, measured, report)
     report(PhaseStarted("verify", f"{size(found.nbytes)}, every byte"))
     _verify(directory)
-    return Parcel(repo, text, _contents(checkpoint, text), checkpoint.check_unchanged)
+    return Upload(repo, text, _contents(checkpoint, text), checkpoint.check_unchanged)
 
 
-def push_parcel(parcel: Parcel, *, public: bool, overwrite: bool, progress: bool, report: Report = ignore) -> Published:
+def push_upload(upload: Upload, *, public: bool, overwrite: bool, progress: bool, report: Report = ignore) -> Published:
     """Send it; raises as `publish` does, and InputError E_SOURCE_CHANGED if a file is not the one that was verified."""
 
     def say(phase: str, detail: str) -> None:
         report(PhaseStarted(phase, detail))
 
     return publish(
-        parcel.repo, parcel.files, public=public, overwrite=overwrite, progress=progress, say=say,
-        check=parcel.check_unchanged,
+        upload.repo, upload.files, public=public, overwrite=overwrite, progress=progress, say=say,
+        check=upload.check_unchanged,
     )  # fmt: skip
 
 

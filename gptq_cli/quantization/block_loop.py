@@ -21,18 +21,18 @@ from gptq_cli.config.rules import keeping
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import InputError
 from gptq_cli.events import BlockStarted, PhaseStarted, Report, Warned
+from gptq_cli.models.block_calls import State
 from gptq_cli.models.experts import Experts
 from gptq_cli.models.paused_forwards import WaitingBatches, waiting_batches
-from gptq_cli.models.recording import State
 from gptq_cli.models.stages import Prober, Stage, watch_inputs
 from gptq_cli.models.stream import LoadedBlock, ModelStream
 from gptq_cli.planning.run_plan import HEAD, LayerPlan, RunPlan
-from gptq_cli.quantization.experts import RoutedInputs, quantize_experts
 from gptq_cli.quantization.layers import Keep, LayerSolver
 from gptq_cli.quantization.resume import FinishedBlocks
+from gptq_cli.quantization.routed_experts import RoutedInputs, quantize_experts
 from gptq_cli.runtime.hidden_states import HiddenStates
 from gptq_cli.runtime.memory import Memory, WaitingRoom, block_finished, give_back_freed_tensors, out_of_memory, reason
-from gptq_cli.runtime.ranks import ALONE, Team
+from gptq_cli.runtime.ranks import SINGLE_PROCESS, Ranks
 from gptq_cli.solver.hessian import HessianOfBatches
 
 Seen = list[tuple[Stage, Any]]
@@ -45,18 +45,18 @@ def quantize_blocks(
     *,
     true_sequential: bool,
     policy: FaultPolicy,
-    room: WaitingRoom,
+    budget: WaitingRoom,
     keep: Keep,
     saved: FinishedBlocks,
     report: Report,
-    team: Team = ALONE,
+    team: Ranks = SINGLE_PROCESS,
 ) -> None:
     """Quantize every layer of `plan`, calibrated on token ids [batch, seqlen] each; `keep` gets each solved layer.
 
     `team` shares the batches and the solving. Begins after the blocks that `saved` has, and gives it each finished
     block; the head counts as the last one.
     GateError E_NUM_* when activations or Hessians are not usable, located by layer; InputError E_ARCH when a planned
-    layer is never called; ResourceError E_OOM if the memory of `room` does not suffice.
+    layer is never called; ResourceError E_OOM if the memory of `budget` does not suffice.
     """
     layers = {layer.name: layer for layer in plan.quantized}
     solver = LayerSolver(stream, keep, report, policy, [len(batch) for batch in batches], team)
@@ -64,7 +64,7 @@ def quantize_blocks(
     mine = batches[share.start : share.stop]
     give_back_freed_tensors()
     report(PhaseStarted("embeddings", f"{len(batches)} batch{'es' if len(batches) != 1 else ''}"))
-    hidden = HiddenStates(stream.embed(mine), room.memory, share.start, len(batches))
+    hidden = HiddenStates(stream.embed(mine), budget.memory, share.start, len(batches))
     original = hidden.copy() if plan.asymmetric else None
     states = [way for way in (hidden, original) if way is not None]
     prober = Prober()
@@ -72,10 +72,10 @@ def quantize_blocks(
         started = time.perf_counter()
         report(BlockStarted(index, stream.n_blocks, stream.block_name(index)))
         with stream.block(index) as block:
-            quantize_block(block, layers, hidden, original, solver, prober, room, true_sequential=true_sequential)
+            quantize_block(block, layers, hidden, original, solver, prober, budget, true_sequential=true_sequential)
         saved.finished(index, stream, states)
         report(block_finished(index, stream, started))
-        room.memory.check_host()
+        budget.memory.check_host()
     if HEAD in layers:
         report(PhaseStarted("head", HEAD))
         quantize_head(stream, layers, mine, hidden, original, solver)
@@ -89,53 +89,53 @@ def quantize_block(
     original: HiddenStates | None,
     solver: LayerSolver,
     prober: Prober,
-    room: WaitingRoom,
+    budget: WaitingRoom,
     *,
     true_sequential: bool,
 ) -> None:
     """Solve the block's layers, move `hidden` past it; `true_sequential`: each stage sees earlier ones quantized.
 
-    `original` passes through the block as it was. As many batches as `room` takes wait inside the block while its
+    `original` passes through the block as it was. As many batches as `budget` takes wait inside the block while its
     stages are solved; for the others the block is run again for each stage, with the same results.
     """
-    ways = [Passage.through(block, hidden, layers)]
+    streams = [Passage.through(block, hidden, layers)]
     if original is not None:
-        ways.append(Passage.through(block.twin(), original, layers))
-    probe = prober(block.module, block.called, ways[0].runs[0])
-    stages = probe.stages(ways[0].called)
-    _check_reached(ways[0].called, stages)
+        streams.append(Passage.through(block.unquantized_copy(), original, layers))
+    probe = prober(block.module, block.called, streams[0].runs[0])
+    stages = probe.stages(streams[0].called)
+    _check_reached(streams[0].called, stages)
     may_wait = true_sequential and all(stage.calls == 1 for stage in stages)
-    n_waiting = room.places(len(hidden), probe.waiting_bytes, len(ways)) if may_wait else 0
+    n_waiting = budget.places(len(hidden), probe.waiting_bytes, len(streams)) if may_wait else 0
     with ExitStack() as waiting:
-        for way in ways:
+        for way in streams:
             waiting.enter_context(way.waiting(stages, n_waiting))
         for together in [[stage] for stage in stages] if true_sequential else [stages]:
-            quantize_stages(together, layers, ways, solver, true_sequential=true_sequential)
-        for way in ways:
+            quantize_stages(together, layers, streams, solver, true_sequential=true_sequential)
+        for way in streams:
             way.finish()
 
 
 def quantize_stages(
     stages: Sequence[Stage],
     layers: Mapping[str, LayerPlan],
-    ways: Sequence[Passage],
+    streams: Sequence[Passage],
     solver: LayerSolver,
     *,
     true_sequential: bool,
 ) -> None:
-    """Gather what each stage sees over all batches, then solve the stage's layers of the first of `ways` with it."""
-    gathered = {stage: _nothing_seen(stage, layers, ways, solver) for stage in stages}
-    for batch, seen in enumerate(zip(*(way.inputs(stages) for way in ways), strict=True), ways[0].first):
+    """Gather what each stage sees over all batches, then solve the stage's layers of the first of `streams` with it."""
+    gathered = {stage: _nothing_seen(stage, layers, streams, solver) for stage in stages}
+    for batch, seen in enumerate(zip(*(way.inputs(stages) for way in streams), strict=True), streams[0].first):
         for calls in zip(*seen, strict=True):
             stage = calls[0][0]
             gathered[stage].add(batch, *(inputs for _, inputs in calls))
     for stage in stages:
         inputs = gathered.pop(stage)
         if isinstance(inputs, RoutedInputs):
-            quantize_experts(inputs, layers, ways[0].linears, solver, true_sequential=true_sequential)
+            quantize_experts(inputs, layers, streams[0].linears, solver, true_sequential=true_sequential)
         else:
-            hessian = solver.team.hessian(inputs, ways[0].n_all)
-            solver.solve([layers[name] for name in stage.names], ways[0].linears, hessian)
+            hessian = solver.team.sum_hessians(inputs, streams[0].n_all)
+            solver.solve([layers[name] for name in stage.names], streams[0].linears, hessian)
 
 
 def quantize_head(
@@ -154,8 +154,8 @@ def quantize_head(
             runs = [partial(_head, logits, ids, states, n) for n, ids in enumerate(batches)]
             return Passage(linears, linears, runs, states)
 
-        ways = [passage(states) for states in (hidden, original) if states is not None]
-        quantize_stages([Stage((HEAD,), 1)], layers, ways, solver, true_sequential=True)
+        streams = [passage(states) for states in (hidden, original) if states is not None]
+        quantize_stages([Stage((HEAD,), 1)], layers, streams, solver, true_sequential=True)
 
 
 def _head(logits: Callable[[Tensor, State], Tensor], ids: Tensor, hidden: HiddenStates, batch: int) -> Tensor:
@@ -163,10 +163,10 @@ def _head(logits: Callable[[Tensor, State], Tensor], ids: Tensor, hidden: Hidden
 
 
 def _nothing_seen(
-    stage: Stage, layers: Mapping[str, LayerPlan], ways: Sequence[Passage], solver: LayerSolver
+    stage: Stage, layers: Mapping[str, LayerPlan], streams: Sequence[Passage], solver: LayerSolver
 ) -> HessianOfBatches | RoutedInputs:
     name = stage.names[0]
-    experts = [module for way in ways if isinstance(module := way.called[name], Experts)]
+    experts = [module for way in streams if isinstance(module := way.called[name], Experts)]
     return RoutedInputs(name, experts) if experts else HessianOfBatches(layers[name].in_features, solver.device)
 
 
@@ -251,7 +251,7 @@ def do_blocks(
     keep: Keep,
     saved: FinishedBlocks,
     report: Report,
-    team: Team,
+    team: Ranks,
 ) -> None:
     """Do what `saved` has not yet, as one process of `team`.
 
@@ -259,9 +259,9 @@ def do_blocks(
     same bytes. From then on every block is saved. What runs out a second time in the same block ends the run; so does
     the first time in one process of several, since the others wait for it in the middle of that block.
     """
-    memory = Memory(stream.device, config.max_vram_bytes, config.max_ram_bytes, team.neighbours)
+    memory = Memory(stream.device, config.max_vram_bytes, config.max_ram_bytes, team.local_world_size)
     memory.enforce()
-    room = WaitingRoom(memory, report)
+    budget = WaitingRoom(memory, report)
     done_again = None
     while not saved.complete:
         try:
@@ -271,7 +271,7 @@ def do_blocks(
                 ids.split(config.batch_size),
                 true_sequential=config.true_sequential,
                 policy=config.fault_policy,
-                room=room,
+                budget=budget,
                 keep=keep,
                 saved=saved,
                 report=report,
@@ -285,7 +285,7 @@ def do_blocks(
             return
         done_again = saved.first
         _give_back(stream.device)
-        room.narrow()
+        budget.shrink_after_oom()
         saved.save_every_block()
         name = HEAD if done_again == stream.n_blocks else stream.block_name(done_again)
         again = f"`{name}` is done again with no batch waiting inside it, later blocks with half as many"

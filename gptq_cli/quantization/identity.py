@@ -18,7 +18,7 @@ from gptq_cli.checkpoint.source import Checkpoint, index_file
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import InputError, __version__
 from gptq_cli.files import file_errors, is_file
-from gptq_cli.runtime.ranks import Team
+from gptq_cli.runtime.ranks import Ranks
 from gptq_cli.storage.manifest import file_hashes
 
 REVISION = 5  # of what is written: a release that writes other bytes, or keeps its work otherwise, counts it up
@@ -52,9 +52,9 @@ def identify(
     return known | {"source": {"commit": commit, "files": files}}
 
 
-def check_agreement(team: Team, identity: Identity) -> None:
+def check_agreement(team: Ranks, identity: Identity) -> None:
     """InputError E_RANK_MISMATCH if the processes of `team` would not do the same as the first one."""
-    first, *others = team.every([identity])
+    first, *others = team.all_gather([identity])
     for rank, other in enumerate(others, 1):
         different = differences({key: first[key] for key in other}, other)
         if different:
@@ -89,9 +89,15 @@ def _device(device: torch.device) -> dict[str, Any]:
 
 
 def _settings(config: QuantizeConfig) -> dict[str, Any]:
-    no_byte = {"max_ram", "max_vram", "target", "on_numeric_fault", "max_fallbacks"}  # of a layer that is finished
-    no_byte |= {"device"}  # it has a place of its own
-    settings = config.model_dump(mode="json", exclude=no_byte)
+    not_in_output = {
+        "max_ram",
+        "max_vram",
+        "target",
+        "on_numeric_fault",
+        "max_fallbacks",
+    }  # of a layer that is finished
+    not_in_output |= {"device"}  # it has a place of its own
+    settings = config.model_dump(mode="json", exclude=not_in_output)
     if isinstance(config.dataset, list):
         settings["dataset"] = f"{len(config.dataset)} texts, sha256 {_text_hash(config.dataset)}"
     return settings

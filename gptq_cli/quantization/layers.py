@@ -20,8 +20,14 @@ from gptq_cli.models.stream import ModelStream
 from gptq_cli.planning.estimate import ROWS_OF_A_PART
 from gptq_cli.planning.run_plan import LayerPlan
 from gptq_cli.runtime.memory import give_back_freed_tensors
-from gptq_cli.runtime.ranks import ALONE, Team
-from gptq_cli.solver.factor import NonFiniteHessianError, NotPositiveDefiniteError, Prepared, follow_original, prepare
+from gptq_cli.runtime.ranks import SINGLE_PROCESS, Ranks
+from gptq_cli.solver.factor import (
+    HessianFactor,
+    NonFiniteHessianError,
+    NotPositiveDefiniteError,
+    follow_original,
+    prepare,
+)
 from gptq_cli.solver.float16 import SMALLEST, SMALLEST_NORMAL
 from gptq_cli.solver.grid import ScaleRangeError
 from gptq_cli.solver.hessian import HessianAccumulator
@@ -34,7 +40,7 @@ SUBNORMAL_SHARE = 0.5  # of a layer's scales: somebody should know, once
 
 
 @dataclass(frozen=True, slots=True)
-class Solved:
+class SolvedLayer:
     """A layer, what became of it, and in which windows of the text its inputs were not finite, if so."""
 
     layer: LayerPlan
@@ -44,11 +50,11 @@ class Solved:
 
 
 @dataclass(frozen=True, slots=True)
-class Usable:
+class UsableHessian:
     """What layers are solved with: inputs that can be worked with, their factor, and why they are not those seen."""
 
     inputs: HessianAccumulator
-    factor: Prepared
+    factor: HessianFactor
     fallback: Fallback | None
 
 
@@ -65,7 +71,7 @@ class LayerSolver:
         report: Report,
         policy: FaultPolicy,
         batches: Sequence[int],
-        team: Team = ALONE,
+        team: Ranks = SINGLE_PROCESS,
     ) -> None:
         self._stream, self._keep, self.report = stream, keep, report
         self.policy, self._batches, self.team = policy, batches, team
@@ -80,7 +86,7 @@ class LayerSolver:
             self.put_back(solved, linears)
             self.finish(solved)
 
-    def solutions(self, layers: Sequence[LayerPlan], inputs: HessianAccumulator, team: Team) -> Iterator[Solved]:
+    def solutions(self, layers: Sequence[LayerPlan], inputs: HessianAccumulator, team: Ranks) -> Iterator[SolvedLayer]:
         """What becomes of `layers` if `team` solves them; all of its processes have the same `inputs`."""
         for together in of_one_configuration(layers):
             started = time.perf_counter()
@@ -95,7 +101,7 @@ class LayerSolver:
             parts = row_parts(together, ROWS_OF_A_PART[self.device.type])
             solve = partial(self._solve_part, parts, usable, config)
             found: dict[str, list[Solution]] = {layer.name: [] for layer in together}
-            for number, solutions, _ in team.shared(solve, [sum(map(len, part)) for part in parts]):
+            for number, solutions, _ in team.map_units(solve, [sum(map(len, part)) for part in parts]):
                 for rows, solution in zip(parts[number], solutions, strict=True):
                     found[rows.layer.name].append(solution)
             self._read = None
@@ -104,40 +110,42 @@ class LayerSolver:
                 solution = Solution.of_rows(found.pop(layer.name))
                 report = _report_of(layer, config, solution, usable, inputs.tokens, seconds * layer.out_features)
                 windows = self._windows(inputs) if usable.fallback == "inputs" else ""
-                yield Solved(layer, solution.quantized, report, windows)
+                yield SolvedLayer(layer, solution.quantized, report, windows)
 
-    def put_back(self, solved: Solved, linears: Mapping[str, nn.Module]) -> None:
+    def put_back(self, solved: SolvedLayer, linears: Mapping[str, nn.Module]) -> None:
         """Let the linear compute with what its codes stand for."""
         linear = linears[solved.layer.name]
         dequantized = solved.quantized.dequantize(linear.get_parameter("weight").dtype)
         place(linear, "weight", dequantized.T if solved.layer.transposed else dequantized)
 
-    def finish(self, solved: Solved) -> None:
+    def finish(self, solved: SolvedLayer) -> None:
         """Keep the codes and tell what became of the layer."""
         self._keep(solved.layer, solved.quantized)
         self._warn(solved)
         self.report(LayerSolved(solved.report))
 
     def _solve_part(
-        self, parts: Sequence[Sequence[Rows]], usable: Usable, config: LayerConfig, number: int
+        self, parts: Sequence[Sequence[Rows]], usable: UsableHessian, config: LayerConfig, number: int
     ) -> list[Solution]:
         with located([rows.layer for rows in parts[number]], list(map(len, parts[number]))):
             weights = [self._weight(rows, usable) for rows in parts[number]]
             return solve_together(weights, usable.inputs.hessian, usable.factor, config)
 
-    def _usable(self, inputs: HessianAccumulator, config: LayerConfig) -> Usable:
+    def _usable(self, inputs: HessianAccumulator, config: LayerConfig) -> UsableHessian:
         """`inputs` and their factor; where these are of no use and the policy allows it, as if nothing were known."""
         try:
-            return Usable(inputs, prepare(inputs.hessian, config, inputs.tokens), None if inputs.tokens else "tokens")
+            return UsableHessian(
+                inputs, prepare(inputs.hessian, config, inputs.tokens), None if inputs.tokens else "tokens"
+            )
         except (NonFiniteHessianError, NotPositiveDefiniteError) as error:
             if self.policy.on_numeric_fault == "error":
                 raise
             unknown = HessianAccumulator(inputs.in_features, self.device)
-            unknown.add_nothing_known()
+            unknown.add_identity()
             factor = prepare(unknown.hessian, config, unknown.tokens)
-            return Usable(unknown, factor, "inputs" if isinstance(error, NonFiniteHessianError) else "hessian")
+            return UsableHessian(unknown, factor, "inputs" if isinstance(error, NonFiniteHessianError) else "hessian")
 
-    def _weight(self, rows: Rows, usable: Usable) -> Tensor:
+    def _weight(self, rows: Rows, usable: UsableHessian) -> Tensor:
         layer = rows.layer
         assert layer.config is not None
         weight = self._whole(layer)[rows.start : rows.stop]
@@ -151,7 +159,7 @@ class LayerSolver:
             self._read = layer.name, self._stream.linear_weight(layer.name, transposed=layer.transposed)
         return self._read[1]
 
-    def _warn(self, solved: Solved) -> None:
+    def _warn(self, solved: SolvedLayer) -> None:
         layer, report = solved.layer, solved.report
         if report.fallback in ("inputs", "hessian"):
             not_finite = f"its inputs hold NaN or infinity{solved.windows}"
@@ -170,7 +178,7 @@ class LayerSolver:
             self.report(Warned("W_NUM_DEAD", f"layer `{layer.name}`: {seen}{before}"))
         self._warn_of_scales(solved)
 
-    def _warn_of_scales(self, solved: Solved) -> None:
+    def _warn_of_scales(self, solved: SolvedLayer) -> None:
         """Tell of scales that are too small for float16; a group of zeros has none of them."""
         layer, sizes = solved.layer, solved.quantized.scales.abs()
         subnormal = int((sizes < SMALLEST_NORMAL).sum())
@@ -236,7 +244,7 @@ def row_parts(layers: Sequence[LayerPlan], most: int) -> list[list[Rows]]:
 
 
 def _report_of(
-    layer: LayerPlan, config: LayerConfig, solution: Solution, usable: Usable, tokens: int, seconds: float
+    layer: LayerPlan, config: LayerConfig, solution: Solution, usable: UsableHessian, tokens: int, seconds: float
 ) -> LayerReport:
     return LayerReport(
         name=layer.name,

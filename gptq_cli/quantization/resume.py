@@ -29,12 +29,12 @@ from gptq_cli.checkpoint.writer import CheckpointWriter
 from gptq_cli.errors import ExistsError, GateError, GptqError, InputError
 from gptq_cli.events import ExpertsCovered, LayerReport, Report, Resumed, Warned, WorkKept
 from gptq_cli.files import UNREADABLE, is_file
-from gptq_cli.models.recording import Container
+from gptq_cli.models.block_calls import Container
 from gptq_cli.models.stream import ModelStream
 from gptq_cli.quantization.identity import Identity, differences
-from gptq_cli.quantization.record import Record
+from gptq_cli.quantization.run_record import Record
 from gptq_cli.runtime.hidden_states import HiddenStates
-from gptq_cli.runtime.ranks import Team
+from gptq_cli.runtime.ranks import Ranks
 from gptq_cli.storage.durable import COPY_BYTES, OpenFile, sync_directory
 from gptq_cli.storage.journal import Entry, Journal, digest
 from gptq_cli.storage.manifest import file_hash, read_manifest
@@ -60,7 +60,7 @@ class FinishedBlocks:
     So it is for the processes that write nothing: what they need is dealt out to them, what they have is gathered.
     """
 
-    def __init__(self, team: Team, first: int, n_steps: int) -> None:
+    def __init__(self, team: Ranks, first: int, n_steps: int) -> None:
         self._team, self._n_steps = team, n_steps
         self.first = first
 
@@ -72,7 +72,7 @@ class FinishedBlocks:
     def restore(self, stream: ModelStream, hidden: Sequence[HiddenStates]) -> int:
         """Bring `hidden`, and what the blocks of `stream` carry along, to where the first block to do needs them."""
         if self.first:
-            batches = self._team.dealt(self._saved(), hidden[0].n_all)
+            batches = self._team.scatter(self._saved(), hidden[0].n_all)
             for way, states in zip(hidden, zip(*(states for states, _ in batches), strict=True), strict=True):
                 way.restore(states)
             for containers, (_, carried) in zip(stream.carried, batches, strict=True):
@@ -82,9 +82,9 @@ class FinishedBlocks:
     def finished(self, block: int, stream: ModelStream, hidden: Sequence[HiddenStates]) -> None:
         """Make the blocks up to `block` survive, and the `hidden` states after it, if it is time to save them."""
         last = block + 1 == self._n_steps
-        if not (last or self._team.told(self._is_due(hidden))):
+        if not (last or self._team.broadcast(self._is_due(hidden))):
             return
-        self._keep(block, None if last else self._team.gathered(_batches(stream, hidden)))
+        self._keep(block, None if last else self._team.gather(_batches(stream, hidden)))
         self.first = block + 1
 
     def save_every_block(self) -> None:
@@ -112,7 +112,7 @@ class SavedBlocks(FinishedBlocks):
         writer: CheckpointWriter,
         record: Record,
         n_steps: int,
-        team: Team,
+        team: Ranks,
         times: SavingTimes,
     ) -> None:
         super().__init__(team, 0, n_steps)
@@ -164,7 +164,7 @@ class SavedBlocks(FinishedBlocks):
             self._warn(f"the hidden states after block {entries[intact - 1]['block']} are not as they were written")
         done, first = entries[:kept], _blocks(entries[:kept])
         for entry in done:
-            self._writer.adopt(entry["tensors"])
+            self._writer.mark_written(entry["tensors"])
         self._journal.cut(kept)
         if first:
             layers = tuple(LayerReport(**layer) for entry in done for layer in entry["layers"])

@@ -36,10 +36,9 @@ from gptq_cli.models.stream import ModelStream
 from gptq_cli.planning.checks import check_disk, check_memory
 from gptq_cli.planning.plan import check_shared, plan_checkpoint
 from gptq_cli.planning.run_plan import HEAD, LayerPlan, RunPlan, bounded
-from gptq_cli.planning.serving import judge_plan, remarks
+from gptq_cli.planning.serving_warnings import judge_plan, remarks
 from gptq_cli.quantization.block_loop import do_blocks
 from gptq_cli.quantization.identity import Identity, check_agreement, identify, with_calibration
-from gptq_cli.quantization.record import FallbackLimit, Record, TimeLimit
 from gptq_cli.quantization.resume import (
     FinishedBlocks,
     SavedBlocks,
@@ -49,9 +48,10 @@ from gptq_cli.quantization.resume import (
     marking_failures,
     telling_what_is_kept,
 )
+from gptq_cli.quantization.run_record import FallbackLimit, Record, TimeLimit
 from gptq_cli.runtime.memory import Memory, device_errors
 from gptq_cli.runtime.open_model import STORED_DTYPES, open_stream, resolve_device
-from gptq_cli.runtime.ranks import ALONE, Place, Team
+from gptq_cli.runtime.ranks import SINGLE_PROCESS, Ranks, Worker
 from gptq_cli.solver.quantized_linear import QuantizedLinear
 from gptq_cli.storage.durable import write_file
 from gptq_cli.storage.manifest import CONFIG_FILE, write_manifest
@@ -113,7 +113,7 @@ def quantize_checkpoint(
     max_seconds: float | None = None,
     allow_network_fs: bool = False,
     report: Report = ignore,
-    place: Place | None = None,
+    place: Worker | None = None,
 ) -> QuantizeResult:
     """Quantize MODEL (a directory or a Hub id) into the directory `output`, which appears complete or not at all.
 
@@ -127,7 +127,7 @@ def quantize_checkpoint(
     started = time.perf_counter()
     limit = FallbackLimit(report if max_seconds is None else TimeLimit(report, max_seconds), config)
     record = Record(limit)
-    place = place or Place(ALONE, resolve_device(config.device))
+    place = place or Worker(SINGLE_PROCESS, resolve_device(config.device))
     team, device = place.team, place.device
     working = working_on(output, record, allow_network_fs=allow_network_fs)
     with working as work, telling_what_is_kept(work, record):
@@ -153,7 +153,7 @@ def quantize_checkpoint(
                 check_resumable(work, identity, resume, record, model=located.directory)
                 request = _request(model, work.output, config, located.commit or revision, overwrite)
                 write_run(work.path, identity, request)
-                team.told(windows.ids)
+                team.broadcast(windows.ids)
                 origin = _origin(located, documents)
                 times = SavingTimes(always=max_seconds is not None)  # it will be stopped between two blocks
                 with marking_failures(work):
@@ -161,7 +161,7 @@ def quantize_checkpoint(
                     source.check_unchanged()
                 work.publish(source.directory, overwrite=overwrite)
             else:
-                team.told(NOTHING_TO_DO)
+                team.broadcast(NOTHING_TO_DO)
                 record.take_over(manifest)
                 limit.check(record.layers)
     return _result(output, located, config, plan, windows, record, time.perf_counter() - started)
@@ -175,18 +175,18 @@ def _source(model: str, revision: str | None, output: Path, *, overwrite: bool) 
     return located, open_checkpoint(located.directory)
 
 
-def _open_stream(source: Checkpoint, config: QuantizeConfig, place: Place) -> ModelStream:
+def _open_stream(source: Checkpoint, config: QuantizeConfig, place: Worker) -> ModelStream:
     return open_stream(
         source, device=place.device, dtype=config.dtype, trust_remote_code=config.trust_remote_code,
         host=_host(config, place),
     )  # fmt: skip
 
 
-def _host(config: QuantizeConfig, place: Place) -> Memory:
-    return Memory(torch.device("cpu"), None, config.max_ram_bytes, place.team.neighbours)
+def _host(config: QuantizeConfig, place: Worker) -> Memory:
+    return Memory(torch.device("cpu"), None, config.max_ram_bytes, place.team.local_world_size)
 
 
-def _check_room(work: WorkDirectory, plan: RunPlan, config: QuantizeConfig, stream: ModelStream, place: Place) -> None:
+def _check_room(work: WorkDirectory, plan: RunPlan, config: QuantizeConfig, stream: ModelStream, place: Worker) -> None:
     """ResourceError E_DISK or E_OOM if disk or memory will not suffice."""
     check_disk(work, plan.layout.nbytes, (1 + plan.asymmetric) * _hidden_bytes(config, stream))
     host, host_limit = _host(config, place).free_and_limit()
@@ -322,7 +322,7 @@ def _write(
     identity: Identity,
     origin: dict[str, str | None],
     record: Record,
-    team: Team,
+    team: Ranks,
     times: SavingTimes,
 ) -> None:
     """Everything of the output but its name."""
@@ -333,7 +333,7 @@ def _write(
                 for suffix, tensor in encode(linear, config.format).items():
                     writer.write(f"{layer.name}.{suffix}", tensor)
 
-            team.told(saved.first)
+            team.broadcast(saved.first)
             do_blocks(stream, plan, config, windows.ids, keep, saved, record, team)
         record(PhaseStarted("copy", f"{len(plan.copied)} other tensors"))
         copy_others(writer, plan)
@@ -347,7 +347,7 @@ def _write(
     write_manifest(work.stage, {"identity": identity, "origin": origin, "layers": layers, "experts": experts})
 
 
-def assist(model: str, config: QuantizeConfig, place: Place, *, revision: str | None = None) -> None:
+def assist(model: str, config: QuantizeConfig, place: Worker, *, revision: str | None = None) -> None:
     """Do this process's share of what another one does with `quantize_checkpoint`; nothing is written here."""
     team, device = place.team, place.device
     located = locate_model(model, revision)
@@ -357,9 +357,9 @@ def assist(model: str, config: QuantizeConfig, place: Place, *, revision: str | 
     with torch.inference_mode(), device_errors():
         stream = _open_stream(source, config, place)
         plan = _plan(source, config, stream, ignore)
-        ids: Tensor = team.told()
+        ids: Tensor = team.broadcast()
         if ids.numel():
-            finished = FinishedBlocks(team, team.told(), plan.n_steps)
+            finished = FinishedBlocks(team, team.broadcast(), plan.n_steps)
             do_blocks(stream, plan, config, ids.cpu(), lambda *_: None, finished, ignore, team)
 
 

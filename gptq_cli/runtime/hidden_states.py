@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from gptq_cli.models.recording import State
+from gptq_cli.models.block_calls import State
 from gptq_cli.planning.estimate import DEVICE_SHARE
 from gptq_cli.runtime.memory import Memory
 

@@ -123,7 +123,7 @@ class Memory:
     device: torch.device
     max_device_bytes: int | None = None
     max_host_bytes: int | None = None
-    neighbours: int = 1  # processes that share the host, this one included
+    local_world_size: int = 1  # processes that share the host, this one included
     spared: bool = False  # no hidden states on the device
 
     def free(self) -> int:
@@ -134,7 +134,7 @@ class Memory:
         """Bytes that tensors on the device may still take, and the user's limit if less is free because of it."""
         on_device = self.device.type == "cuda"
         allowed = self.max_device_bytes if on_device else self.max_host_bytes
-        sharers = 1 if on_device else self.neighbours
+        sharers = 1 if on_device else self.local_world_size
         free = free_bytes(self.device) // sharers
         if allowed is None:
             return free, None
@@ -152,7 +152,7 @@ class Memory:
 
     def check_host(self) -> None:
         """ResourceError E_OOM if the process holds more host memory than it may."""
-        held = host_bytes() * self.neighbours
+        held = host_bytes() * self.local_world_size
         if self.max_host_bytes is not None and held > self.max_host_bytes:
             allowed = f"max_ram allows {size(self.max_host_bytes)}"
             raise ResourceError(
@@ -170,16 +170,16 @@ class WaitingRoom:
         self._given = self._limit = MAX_WAITING_THREADS
         self._closed = False
 
-    def places(self, n_batches: int, bytes_each: int, ways: int = 1) -> int:
+    def places(self, n_batches: int, bytes_each: int, streams: int = 1) -> int:
         """How many of `n_batches` fit half of the free memory, and their threads, if each holds `bytes_each` on each
-        of its `ways` while it waits."""
+        of its `streams` while it waits."""
         if self._closed:
             self._closed = False
             return 0
-        threads_each = ways
-        bytes_each = ways * bytes_each
+        threads_each = streams
+        bytes_each = streams * bytes_each
         if self.memory.device.type == "cuda":
-            bytes_each += ways * CUBLAS_WORKSPACE_BYTES
+            bytes_each += streams * CUBLAS_WORKSPACE_BYTES
         else:
             threads_each *= torch.get_num_threads()  # OpenMP keeps a team of threads for each thread that computes
         free, limit = self.memory.free_and_limit()
@@ -196,7 +196,7 @@ class WaitingRoom:
         self._given = places or self._given
         return places
 
-    def narrow(self) -> None:
+    def shrink_after_oom(self) -> None:
         """Memory has run out: in the next block nobody waits, later at most half as many as last; nor do hidden states
         stay on the device."""
         self.memory = replace(self.memory, spared=True)

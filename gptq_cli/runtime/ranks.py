@@ -2,7 +2,7 @@
 
 Each process has a share of the calibration batches. What they work out is put together in ways that do not depend on
 how many there are: sums in the order of `engine.pairwise`, everything else in the order of batches, experts or rows.
-A `Team` is one process by itself, for which there is nothing to put together; `Ranks` are several.
+A `Ranks` is one process by itself, for which there is nothing to put together; `DistributedRanks` are several.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ PLAIN = {("builtins", "range"), ("builtins", "set"), ("builtins", "frozenset"), 
 ELEMENTS_AT_A_TIME = 2**25  # of a Hessian, between all ranks: bounds the copies that are on their way
 
 
-class Team:
+class Ranks:
     """One process that does everything: `rank` 0 of `size` 1."""
 
     rank = 0
     size = 1
-    neighbours = 1  # processes of the team on this machine, this one included
+    local_world_size = 1  # processes of the team on this machine, this one included
     first_here = True  # of those
 
     @property
-    def leads(self) -> bool:
+    def is_leader(self) -> bool:
         """Whether this process writes and talks."""
         return self.rank == 0
 
@@ -57,7 +57,7 @@ class Team:
             )  # fmt: skip
         return _share(n_batches, self.rank, self.size)
 
-    def shared(self, work: Callable[[int], Value], costs: Sequence[float]) -> Iterator[tuple[int, Value, bool]]:
+    def map_units(self, work: Callable[[int], Value], costs: Sequence[float]) -> Iterator[tuple[int, Value, bool]]:
         """For each unit of work, in order: its number, its result, and whether this process has done it.
 
         Every unit is done by one process, so that what each has to do costs about the same; all get every result.
@@ -65,85 +65,85 @@ class Team:
         for unit in range(len(costs)):
             yield unit, work(unit), True
 
-    def hessian(self, batches: HessianOfBatches, n_batches: int) -> HessianAccumulator:
+    def sum_hessians(self, batches: HessianOfBatches, n_batches: int) -> HessianAccumulator:
         """The sum over all batches, of which `batches` has this process's share; the same bits on every process."""
         del n_batches
         return total(batches.nodes(), HessianAccumulator.absorb)
 
-    def every(self, mine: Sequence[Value]) -> list[Value]:
+    def all_gather(self, mine: Sequence[Value]) -> list[Value]:
         """What all processes have, in their order."""
         return list(mine)
 
-    def gathered(self, mine: Sequence[Value]) -> list[Value] | None:
+    def gather(self, mine: Sequence[Value]) -> list[Value] | None:
         """What all processes have, in their order, with its tensors on the host; None but for the one that leads."""
         return list(mine)
 
-    def dealt(self, values: Sequence[Value] | None, n_batches: int) -> list[Value]:
+    def scatter(self, values: Sequence[Value] | None, n_batches: int) -> list[Value]:
         """This process's share of `values`, one for each batch, which the leading process has."""
         del n_batches
         assert values is not None
         return list(values)
 
-    def told(self, value: Value | None = None) -> Value:
+    def broadcast(self, value: Value | None = None) -> Value:
         """What the leading process says."""
         assert value is not None
         return value
 
 
-ALONE = Team()
+SINGLE_PROCESS = Ranks()
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Worker:
     """Where a process stands: its team, and the device it works on."""
 
-    team: Team
+    team: Ranks
     device: torch.device
 
 
-class Ranks(Team):
+class DistributedRanks(Ranks):
     """Several processes, of which this one is `rank`; ResourceError E_RANK_LOST as soon as one of them is gone."""
 
-    def __init__(self, device: torch.device, *, neighbours: int = 1, first_here: bool = True) -> None:
+    def __init__(self, device: torch.device, *, local_world_size: int = 1, first_here: bool = True) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self.neighbours, self.first_here = neighbours, first_here
+        self.local_world_size, self.first_here = local_world_size, first_here
         self._device = device
         self._done = [0.0] * self.size  # of each process, what its work has cost so far
 
-    def shared(self, work: Callable[[int], Value], costs: Sequence[float]) -> Iterator[tuple[int, Value, bool]]:
+    def map_units(self, work: Callable[[int], Value], costs: Sequence[float]) -> Iterator[tuple[int, Value, bool]]:
         owners = owners_of(costs, self._done)
         done = {unit: work(unit) for unit, owner in enumerate(owners) if owner == self.rank}
         for unit, owner in enumerate(owners):
             yield unit, self._from(owner, done.pop(unit, None)), owner == self.rank
 
-    def hessian(self, batches: HessianOfBatches, n_batches: int) -> HessianAccumulator:
+    def sum_hessians(self, batches: HessianOfBatches, n_batches: int) -> HessianAccumulator:
         spans = [kept_apart(_share(n_batches, rank, self.size)) for rank in range(self.size)]
         mine = [node.value for node in batches.nodes()]
         for sums in zip(*(part.sums for part in mine), strict=True):
             self._add_up(sums, spans)
         whole = mine[0]
-        seen = self.every([(part.tokens, torch.stack(part.finite).tolist()) for part in mine])
+        seen = self.all_gather([(part.tokens, torch.stack(part.finite).tolist()) for part in mine])
         whole.tokens = sum(tokens for tokens, _ in seen)
         whole.finite = [torch.tensor(finite) for _, additions in seen for finite in additions]
         return whole
 
-    def every(self, mine: Sequence[Value]) -> list[Value]:
+    def all_gather(self, mine: Sequence[Value]) -> list[Value]:
         counts = self._counts(len(mine))
         parts = [[mine[n] if rank == self.rank else None for n in range(count)] for rank, count in enumerate(counts)]
         return [self._from(rank, value) for rank, part in enumerate(parts) for value in part]
 
-    def gathered(self, mine: Sequence[Value]) -> list[Value] | None:
+    def gather(self, mine: Sequence[Value]) -> list[Value] | None:
         counts = self._counts(len(mine))
-        found = [_on_host(value) for value in mine] if self.leads else []
+        found = [_on_host(value) for value in mine] if self.is_leader else []
         for rank in range(1, self.size):
             for number in range(counts[rank]):
-                if self.leads:
+                if self.is_leader:
                     found.append(_on_host(self._receive(rank)))
                 elif rank == self.rank:
                     self._send(mine[number], 0)
-        return found if self.leads else None
+        return found if self.is_leader else None
 
-    def dealt(self, values: Sequence[Value] | None, n_batches: int) -> list[Value]:
+    def scatter(self, values: Sequence[Value] | None, n_batches: int) -> list[Value]:
         if values is None:
             return [self._receive(0) for _ in self.share(n_batches)]
         for rank in range(1, self.size):
@@ -151,7 +151,7 @@ class Ranks(Team):
                 self._send(values[number], rank)
         return [values[number] for number in self.share(n_batches)]
 
-    def told(self, value: Value | None = None) -> Value:
+    def broadcast(self, value: Value | None = None) -> Value:
         return self._from(0, value)
 
     def _add_up(self, mine: Sequence[Tensor], spans: Sequence[Sequence[range]]) -> None:

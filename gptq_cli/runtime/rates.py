@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gptq_cli.config.layer import LayerConfig
 from gptq_cli.planning.estimate import ROWS_OF_A_PART, Rates, factor_cost, hessian_cost, solve_products
-from gptq_cli.solver.factor import Prepared, prepare
+from gptq_cli.solver.factor import HessianFactor, prepare
 from gptq_cli.solver.hessian import HessianAccumulator
 from gptq_cli.solver.solve import solve
 
@@ -57,7 +57,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype, in_features: int, co
     )
 
 
-def _solved(weight: Tensor, hessian: Tensor, prepared: Prepared, config: LayerConfig) -> None:
+def _solved(weight: Tensor, hessian: Tensor, prepared: HessianFactor, config: LayerConfig) -> None:
     solve(weight, hessian, prepared, config)
 
 

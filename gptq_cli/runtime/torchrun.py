@@ -25,7 +25,7 @@ from torch.distributed.rendezvous import rendezvous
 from gptq_cli.errors import ConfigError, GptqError, ResourceError, Stopped
 from gptq_cli.runtime.open_model import resolve_device
 from gptq_cli.runtime.processes import MEETING, launcher_is_gone
-from gptq_cli.runtime.ranks import ALONE, Place, Ranks
+from gptq_cli.runtime.ranks import SINGLE_PROCESS, DistributedRanks, Worker
 
 WAIT = timedelta(days=7)  # for others that work: who is gone is noticed otherwise
 MEETING_TIME = timedelta(minutes=15)  # for others that download the model, or start later
@@ -38,12 +38,12 @@ END_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 Lost = Callable[[ResourceError | None], None]
 
 
-class SaidElsewhere(BaseException):
+class ReportedByAnotherRank(BaseException):
     """This process ends because another one has failed, which has said why."""
 
 
 @contextmanager
-def joined(device: str, devices: Sequence[str], lost: Lost) -> Iterator[Place]:
+def joined(device: str, devices: Sequence[str], lost: Lost) -> Iterator[Worker]:
     """The place of this process, its device being one of `devices`, or by its number among its neighbours.
 
     Alone, unless the environment says otherwise. An error in the body is raised again for one process of the team, and
@@ -52,10 +52,10 @@ def joined(device: str, devices: Sequence[str], lost: Lost) -> Iterator[Place]:
     as many as the processes, or one device for all.
     """
     size, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-    own = resolve_device(_device_of(local, neighbours, device, devices))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    own = resolve_device(_device_of(local, local_world_size, device, devices))
     if size == 1:
-        yield Place(ALONE, own)
+        yield Worker(SINGLE_PROCESS, own)
         return
     if own.type == "cuda":
         torch.cuda.set_device(own)
@@ -67,11 +67,11 @@ def joined(device: str, devices: Sequence[str], lost: Lost) -> Iterator[Place]:
     watch = Watch(store.clone(), dist.get_rank(), size, lost)
     watch.start()
     try:
-        yield Place(Ranks(own, neighbours=neighbours, first_here=local == 0), own)
+        yield Worker(DistributedRanks(own, local_world_size=local_world_size, first_here=local == 0), own)
     except BaseException as error:
         for number in END_SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # who started it ends the others of a process that has failed
-        raise watch.last_words(error) from error
+        raise watch.error_to_raise(error) from error
     watch.stop()
     dist.destroy_process_group()
 
@@ -123,7 +123,7 @@ class Watch:
             thread.join()
         self._mark_ended()
 
-    def last_words(self, error: BaseException) -> BaseException:
+    def error_to_raise(self, error: BaseException) -> BaseException:
         """What this process ends with: `error`, what has caused it, or SaidElsewhere."""
         self._stopped.set()
         try:
@@ -136,7 +136,7 @@ class Watch:
                 return error
         except RuntimeError:  # the store is gone, and who keeps it
             return error
-        return SaidElsewhere()
+        return ReportedByAnotherRank()
 
     def _claimed(self) -> int:
         """Who may speak: the first one to ask."""
@@ -198,15 +198,17 @@ def rank_lost(missing: Sequence[int], size: int) -> ResourceError:
     )  # fmt: skip
 
 
-def _device_of(local: int, neighbours: int, device: str, devices: Sequence[str]) -> str:
+def _device_of(local: int, local_world_size: int, device: str, devices: Sequence[str]) -> str:
     if devices:
-        if len(devices) != neighbours:
-            said = f"--devices names {len(devices)} devices, and {neighbours} processes run here"
+        if len(devices) != local_world_size:
+            said = f"--devices names {len(devices)} devices, and {local_world_size} processes run here"
             raise ConfigError("E_CFG_CONFLICT", said, hint="leave out --devices under torchrun")
         return devices[local]
-    if neighbours == 1 or device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+    if local_world_size == 1 or device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return device
     if ":" in device:
-        said = f"device {device} is one, and {neighbours} processes run here"
-        raise ConfigError("E_CFG_CONFLICT", said, hint=f"say which: --devices {','.join(map(str, range(neighbours)))}")
+        said = f"device {device} is one, and {local_world_size} processes run here"
+        raise ConfigError(
+            "E_CFG_CONFLICT", said, hint=f"say which: --devices {','.join(map(str, range(local_world_size)))}"
+        )
     return f"cuda:{local}"

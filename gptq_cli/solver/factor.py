@@ -62,7 +62,7 @@ class NonFiniteHessianError(ArithmeticError):
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class HessianFactor:
     """What the solver needs to know about an input, in processing order; shared by the linears of a stage."""
 
     order: ColumnOrder
@@ -77,7 +77,7 @@ class Prepared:
 
 
 @torch.no_grad()
-def prepare(hessian: Tensor, config: LayerConfig, tokens: int | None = None) -> Prepared:
+def prepare(hessian: Tensor, config: LayerConfig, tokens: int | None = None) -> HessianFactor:
     """The column order of `config` and the factors of the damped Hessian [I, I] in that order.
 
     With `damp_mode` mean, λ = damp_percent * mean(diag H). With diagonal, λ_j = ρ H_jj, where ρ = I / (2 tokens) within
@@ -104,7 +104,7 @@ def prepare(hessian: Tensor, config: LayerConfig, tokens: int | None = None) -> 
         damp_percent, retries = _next_damping(damp_percent, config), retries + 1
     root = R.diagonal().clone()
     factors = (R.div_(root), root.square())
-    return Prepared(order, *factors, dead, dead_columns, energy, damped - energy, damp_percent, retries)
+    return HessianFactor(order, *factors, dead, dead_columns, energy, damped - energy, damp_percent, retries)
 
 
 def _upper_factor(hessian: Tensor, diagonal: Tensor, permutation: Tensor) -> Tensor | None:
@@ -196,7 +196,7 @@ def _subtract_square_(matrix: Tensor, factor: Tensor, panel: int) -> None:
 
 
 @torch.no_grad()
-def follow_original(weight: Tensor, shift: Tensor, prepared: Prepared, strength: float) -> Tensor:
+def follow_original(weight: Tensor, shift: Tensor, prepared: HessianFactor, strength: float) -> Tensor:
     """W* [O, I] for the weight W [O, I], the shift C [I, I] and the factors of the damped Hessian.
 
     `strength` is α. Computed in the dtype of the factors.

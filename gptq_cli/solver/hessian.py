@@ -76,7 +76,7 @@ class HessianAccumulator:
         """The tensors in which the sums are kept, the same list for all that have seen inputs of one kind."""
         return [*self._panels, *([] if self.shift is None else [self.shift])]
 
-    def add_nothing_known(self) -> None:
+    def add_identity(self) -> None:
         """Add the identity, without tokens: as if all inputs were alike, so that solving is rounding to nearest."""
         for diagonal in self._diagonal():
             diagonal.add_(1)

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gptq_cli.solver.factor import Prepared
+from gptq_cli.solver.factor import HessianFactor
 from gptq_cli.solver.grid import round_scales
 from gptq_cli.solver.numerics import feedback_precision
 from gptq_cli.solver.quantized_linear import QuantizedLinear
@@ -51,7 +51,7 @@ class _State:
 
 @torch.no_grad()
 def refine(
-    weight: Tensor, hessian: Tensor, prepared: Prepared, quantized: QuantizedLinear, *, sweeps: int, signed: bool
+    weight: Tensor, hessian: Tensor, prepared: HessianFactor, quantized: QuantizedLinear, *, sweeps: int, signed: bool
 ) -> QuantizedLinear:
     """`quantized` with all scales fitted to the weight [O, I], then in `sweeps` rounds each group's scale and codes.
 
@@ -112,18 +112,18 @@ def _fit_scale(state: _State, group: int) -> Tensor:
     """Fit the scale of a group. Returns the slopes P of its columns with the new scale, [n, O]."""
     columns = state.columns_of(group)
     levels, errors, scales = state.levels[columns], state.errors[columns], state.scales[group]
-    slopes, bends = _slopes(state, columns), state.hessian[columns, columns] @ levels
+    slopes, curvatures = _slopes(state, columns), state.hessian[columns, columns] @ levels
     if uses_kernels(levels):
-        fit_scales(slopes, bends, levels, errors, scales, signed=state.signed)
+        fit_scales(slopes, curvatures, levels, errors, scales, signed=state.signed)
         return slopes
-    slope, curvature = (levels * slopes).sum(0), (levels * bends).sum(0)
+    slope, curvature = (levels * slopes).sum(0), (levels * curvatures).sum(0)
     best = scales + slope / curvature.clamp(min=torch.finfo(curvature.dtype).tiny)
     step = round_scales(best if state.signed else best.clamp(min=0)) - scales
     lower = step * (curvature * step - 2 * slope) < 0  # the change of the loss, after rounding
     step = torch.where(lower, step, 0)
     scales += step
     errors.addcmul_(levels, step, value=-1)
-    return slopes.addcmul_(bends, step, value=-1)
+    return slopes.addcmul_(curvatures, step, value=-1)
 
 
 def _fit_codes(state: _State, group: int, slopes: Tensor) -> None:
@@ -143,8 +143,8 @@ def _fit_block(state: _State, group: int, columns: slice, slopes: Tensor) -> Non
     if uses_kernels(slopes):
         fit_codes(slopes, errors, levels, hessian, scales, zeros, state.bits)
         return
-    bends, ends = hessian.diagonal()[:, None], (-zeros, 2**state.bits - 1 - zeros)
-    targets, couplings = slopes.div_(bends).div_(scales).add_(levels), hessian / bends
+    curvatures, ends = hessian.diagonal()[:, None], (-zeros, 2**state.bits - 1 - zeros)
+    targets, couplings = slopes.div_(curvatures).div_(scales).add_(levels), hessian / curvatures
     for start in range(0, len(targets), INNER_BLOCK):
         few, rest = slice(start, start + INNER_BLOCK), slice(start + INNER_BLOCK, None)
         _fit_few(targets[few], levels[few], couplings[few, few], ends)

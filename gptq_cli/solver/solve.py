@@ -23,7 +23,7 @@ from torch import Tensor
 
 from gptq_cli.config.layer import LayerConfig
 from gptq_cli.solver.baseline import output_energies, round_to_nearest
-from gptq_cli.solver.factor import Prepared
+from gptq_cli.solver.factor import HessianFactor
 from gptq_cli.solver.grid import check_scales, choose_grid, round_to_grid, split_groups
 from gptq_cli.solver.numerics import feedback_precision
 from gptq_cli.solver.quantized_linear import QuantizedLinear, check_decoded
@@ -107,7 +107,7 @@ class _Block:
 
 @torch.no_grad()
 def solve(
-    weight: Tensor, hessian: Tensor, prepared: Prepared, config: LayerConfig, *, column_block: int = COLUMN_BLOCK
+    weight: Tensor, hessian: Tensor, prepared: HessianFactor, config: LayerConfig, *, column_block: int = COLUMN_BLOCK
 ) -> Solution:
     """The weight [O, I] quantized by GPTQ, with its output error under the undamped Hessian [I, I].
 
@@ -123,7 +123,7 @@ def solve(
 def solve_together(
     weights: Sequence[Tensor],
     hessian: Tensor,
-    prepared: Prepared,
+    prepared: HessianFactor,
     config: LayerConfig,
     *,
     column_block: int = COLUMN_BLOCK,
@@ -147,7 +147,7 @@ def solve_together(
     return solutions
 
 
-def _quantize(weight: Tensor, prepared: Prepared, config: LayerConfig, column_block: int) -> QuantizedLinear:
+def _quantize(weight: Tensor, prepared: HessianFactor, config: LayerConfig, column_block: int) -> QuantizedLinear:
     order, in_features = prepared.order, weight.shape[1]
     dtype = torch.float64 if weight.dtype == prepared.R.dtype == torch.float64 else torch.float32
     R = prepared.R.to(dtype)
@@ -171,7 +171,7 @@ def _quantize(weight: Tensor, prepared: Prepared, config: LayerConfig, column_bl
     return QuantizedLinear(natural, scales, zeros, order.group_of_column, config.bits)
 
 
-def _initial_grid(weight: Tensor, prepared: Prepared, config: LayerConfig) -> _Grid:
+def _initial_grid(weight: Tensor, prepared: HessianFactor, config: LayerConfig) -> _Grid:
     """All grids from the original weights [O, I] if they are static; else room for them."""
     order, group_size = prepared.order, config.columns_per_group(weight.shape[1])
     if order.static_grid:

@@ -131,7 +131,7 @@ def fit_codes_kernel(  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def fit_scales_kernel(  # type: ignore[no-untyped-def]
     slopes,
-    bends,
+    curvatures,
     levels,
     errors,
     scales,
@@ -155,7 +155,7 @@ def fit_scales_kernel(  # type: ignore[no-untyped-def]
         here = (start + columns < n_columns)[:, None] & inside[None, :]
         level = tl.load(levels + tile, mask=here, other=0.0)
         slope += tl.sum(level * tl.load(slopes + tile, mask=here, other=0.0), axis=0)
-        curvature += tl.sum(level * tl.load(bends + tile, mask=here, other=0.0), axis=0)
+        curvature += tl.sum(level * tl.load(curvatures + tile, mask=here, other=0.0), axis=0)
 
     scale = tl.load(scales + rows, mask=inside, other=1.0)
     best = scale + tl.div_rn(slope, tl.maximum(curvature, 1.1754943508222875e-38))
@@ -170,7 +170,7 @@ def fit_scales_kernel(  # type: ignore[no-untyped-def]
         level = tl.load(levels + tile, mask=here, other=0.0)
         error = tl.load(errors + tile, mask=here, other=0.0)
         steep = tl.load(slopes + tile, mask=here, other=0.0)
-        bend = tl.load(bends + tile, mask=here, other=0.0)
+        bend = tl.load(curvatures + tile, mask=here, other=0.0)
         tl.store(errors + tile, error - level * step[None, :], mask=here)
         tl.store(slopes + tile, steep - bend * step[None, :], mask=here)
 

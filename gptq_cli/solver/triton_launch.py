@@ -73,20 +73,22 @@ def fit_codes(
     )  # fmt: skip
 
 
-def fit_scales(slopes: Tensor, bends: Tensor, levels: Tensor, errors: Tensor, scales: Tensor, *, signed: bool) -> None:
+def fit_scales(
+    slopes: Tensor, curvatures: Tensor, levels: Tensor, errors: Tensor, scales: Tensor, *, signed: bool
+) -> None:
     """Fit the scales [O] of one group to slopes P and bends H_gg b, both [n, O].
 
     Scales change in place, and with them errors and slopes [n, O].
     """
     from gptq_cli.solver.triton_kernels import fit_scales_kernel
 
-    _check_contiguous(slopes, bends, levels, errors, scales)
+    _check_contiguous(slopes, curvatures, levels, errors, scales)
     n_columns, out_features = levels.shape
     width = min(MOST_COLUMNS, _power(n_columns))
     rows = ELEMENTS // MOST_COLUMNS
     fit_scales_kernel[(_programs(out_features, rows),)](
         slopes,
-        bends,
+        curvatures,
         levels,
         errors,
         scales,

@@ -33,7 +33,7 @@ def test_the_bytes_of_the_tensors_are_announced_and_no_others(
 ) -> None:
     checkpoint = open_checkpoint(save_model(tmp_path, max_shard_size="200KB"))
     names = [name for name in checkpoint.tensors if ".layers.1." in name or ".layers.2." in name]
-    TensorReader(checkpoint).expect(names)
+    TensorReader(checkpoint).prefetch(names)
     expected = [checkpoint.tensors[name] for name in names]
     assert len({tensor.file for tensor in expected}) > 1
     assert sorted(advised) == sorted((t.file.name, t.start, t.end - t.start) for t in expected)
@@ -44,7 +44,7 @@ def test_of_a_quantized_weight_all_that_stands_for_it_is_announced(
 ) -> None:
     output, _ = quantize(tmp_path, save_model(tmp_path / "model"))
     advised.clear()
-    reader(output).expect(["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
+    reader(output).prefetch(["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
     tensors = open_checkpoint(output).tensors
     parts = [f"model.layers.1.mlp.up_proj.{part}" for part in ("qweight", "qzeros", "scales", "g_idx")]
     expected = [tensors[name] for name in (*parts, "model.norm.weight")]
@@ -66,5 +66,5 @@ def test_without_read_ahead_in_the_system_nothing_happens(tmp_path: Path, monkey
     monkeypatch.delattr(os, "posix_fadvise")
     opened: list[object] = []
     monkeypatch.setattr(Path, "open", lambda *arguments, **_: opened.append(arguments))
-    TensorReader(checkpoint).expect(list(checkpoint.tensors))
+    TensorReader(checkpoint).prefetch(list(checkpoint.tensors))
     assert opened == []

@@ -37,7 +37,7 @@ def test_tensors_reach_their_shards_in_any_order_and_are_read_back(
         assert again.holds(hashes)
         assert not again.holds({"a": hashes["b"]})
         assert not again.holds({"c": hashes["b"]})
-        again.adopt(hashes)
+        again.mark_written(hashes)
         again.finish()
 
 

@@ -12,10 +12,10 @@ from . import conftest
 
 
 def test_the_pipeline_takes_the_calls_that_the_command_line_makes() -> None:
-    manner = {"revision": None, "overwrite": False, "resume": "auto", "max_seconds": None, "allow_network_fs": False}
-    manner |= {"report": print, "place": None}
-    bound = inspect.signature(run.quantize_checkpoint).bind("m", "out", "config", **manner)
-    assert bound.arguments == {"model": "m", "output": "out", "config": "config", **manner}
+    options = {"revision": None, "overwrite": False, "resume": "auto", "max_seconds": None, "allow_network_fs": False}
+    options |= {"report": print, "place": None}
+    bound = inspect.signature(run.quantize_checkpoint).bind("m", "out", "config", **options)
+    assert bound.arguments == {"model": "m", "output": "out", "config": "config", **options}
     bound = inspect.signature(perplexity.evaluate_perplexity).bind("m", "request", print)
     assert bound.arguments == {"model": "m", "request": "request", "report": print}
 

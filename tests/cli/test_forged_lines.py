@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
 from gptq_cli.cli.app import exit_code_of
-from gptq_cli.cli.console import Console, aligned, engine_lines, indented, on_one_line, talk
+from gptq_cli.cli.console import Console, aligned, engine_lines, indented, log, on_one_line
 from gptq_cli.cli.foreign_talk import libraries_quoted
 from gptq_cli.config.serving import Verdict
 from gptq_cli.errors import InputError
@@ -53,11 +53,11 @@ SPOKEN: list[Callable[[Console], None]] = [
 def test_whatever_is_said_is_one_line(
     quiet: bool, speak: Callable[[Console], None], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    talk.begin(verbose=True, log_file=tmp_path / "log")
+    log.begin(verbose=True, log_file=tmp_path / "log")
     try:
         speak(Console(quiet=quiet))
     finally:
-        talk.end()
+        log.end()
     said, kept = capsys.readouterr().err, (tmp_path / "log").read_text()
     assert honest(said)
     assert len(kept.splitlines()) == 2  # the first one tells that the file is a log

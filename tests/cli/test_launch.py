@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 
-from gptq_cli.cli.console import talk
+from gptq_cli.cli.console import log
 from gptq_cli.cli.launch import parse_devices
 from gptq_cli.errors import ConfigError, InputError, ResourceError
 from gptq_cli.quantization.run import quantize_checkpoint
@@ -118,7 +118,7 @@ def test_a_lost_process_is_named_with_what_to_look_at() -> None:
 
 
 def test_only_the_first_of_several_processes_talks(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    talk.muted = True
+    log.muted = True
     try:
         from gptq_cli.cli.console import Console
 
@@ -127,7 +127,7 @@ def test_only_the_first_of_several_processes_talks(capsys: pytest.CaptureFixture
         console.warn("W_X", "a warning")
         console.result({}, "result", "short")
     finally:
-        talk.muted = False
+        log.muted = False
     assert capsys.readouterr() == ("", "")
     assert not list(tmp_path.iterdir())
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from gptq_cli.errors import ConfigError, InputError
-from gptq_cli.inspection.layer import view_layer
+from gptq_cli.inspection.layer_statistics import view_layer
 from gptq_cli.inspection.summary import inspect_checkpoint
 from tests.checkpoint.gptq_files import gptq_files
 from tests.families import save_model

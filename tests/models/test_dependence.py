@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gptq_cli.errors import InputError
-from gptq_cli.models.recording import Call, Handed, Recorder, State, check_chain, share
+from gptq_cli.models.block_calls import Call, FromPreviousBlock, Recorder, State, check_chain, reuse_equal_tensors
 
 Forward = Callable[[list[nn.Module], Tensor], object]
 NAMES = ["blocks.0", "blocks.1", "blocks.2"]
@@ -80,7 +80,7 @@ def test_a_call_takes_what_was_handed_on_in_the_place_where_it_was_seen() -> Non
 
     first, second = torch.ones(1), torch.ones(1)
     call = Call((10, second), {"scale": first}, True).handed((first, second))
-    assert call == Call((10, Handed(1)), {"scale": Handed(0)}, True)
+    assert call == Call((10, FromPreviousBlock(1)), {"scale": FromPreviousBlock(0)}, True)
     given = tuple(torch.tensor(float(number)) for number in (1, 5, 7))
     assert call.run(Block(), given) == (11, 14, 15)
     assert Call((10, second), {"scale": first}, True).run(Block(), given[0]) == 11
@@ -153,4 +153,4 @@ def test_what_is_no_chain_is_refused(forward: Forward, extras: tuple[object, ...
 
 def test_a_container_that_blocks_fill_for_each_other_stays_one() -> None:
     filled: dict[str, Tensor] = {}
-    assert share({"states": filled}, {"states": {}})["states"] is filled
+    assert reuse_equal_tensors({"states": filled}, {"states": {}})["states"] is filled

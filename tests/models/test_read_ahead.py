@@ -38,7 +38,7 @@ class Numbers:
             raise InputError("E_CKPT_CORRUPT", f"{name} is torn")
         return torch.full((100,), float(name[1:]))
 
-    def expect(self, names: Iterable[str]) -> None:
+    def prefetch(self, names: Iterable[str]) -> None:
         self.told.append(list(names))
 
     def release(self) -> None:
@@ -54,7 +54,7 @@ def gpu() -> Iterator[SimulatedGpu]:
 def test_what_was_expected_is_read_once_and_pinned_and_all_else_when_its_turn_comes() -> None:
     source = Numbers()
     ahead = ReadAhead(source, 10_000)
-    ahead.expect(["t1", "t2"])
+    ahead.prefetch(["t1", "t2"])
     found = {name: ahead.read(name) for name in ("t2", "t1", "t1", "t3")}
     assert source.told == [["t1", "t2"]]
     assert source.reads == ["t1", "t2", "t3"]
@@ -68,7 +68,7 @@ def test_what_was_expected_is_read_once_and_pinned_and_all_else_when_its_turn_co
 def test_no_more_is_pinned_than_there_may_be(fitting: int) -> None:
     ahead = ReadAhead(Numbers(), fitting * BYTES + BYTES - 1)
     for _ in range(2):  # the room is there again for the next block
-        ahead.expect(NAMES)
+        ahead.prefetch(NAMES)
         tensors = [ahead.read(name) for name in NAMES]
         assert [tensor.is_pinned() for tensor in tensors] == [True] * fitting + [False] * (6 - fitting)
         assert [tensor[0].item() for tensor in tensors] == [0, 1, 2, 3, 4, 5]
@@ -76,11 +76,11 @@ def test_no_more_is_pinned_than_there_may_be(fitting: int) -> None:
 
 def test_a_new_expectation_lets_go_of_the_old_one() -> None:
     ahead = ReadAhead(Numbers(), 10_000)
-    ahead.expect(["t1", "t2"])
+    ahead.prefetch(["t1", "t2"])
     held = [ref(ahead.read(name)) for name in ("t1", "t2")]
     gc.collect()
     assert all(tensor() is not None for tensor in held)
-    ahead.expect([])
+    ahead.prefetch([])
     gc.collect()
     assert all(tensor() is None for tensor in held)
     assert not ahead.read("t1").is_pinned()
@@ -97,9 +97,9 @@ def test_what_is_not_expected_any_more_is_not_read(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(source, "read", slowly)
     ahead = ReadAhead(source, 10_000)
-    ahead.expect(["t1", "t2", "t3"])
+    ahead.prefetch(["t1", "t2", "t3"])
     assert began.wait(60)
-    ahead.expect(["t4"])
+    ahead.prefetch(["t4"])
     goes_on.set()
     assert ahead.read("t4").is_pinned()
     assert source.reads == ["t1", "t4"]
@@ -107,11 +107,11 @@ def test_what_is_not_expected_any_more_is_not_read(monkeypatch: pytest.MonkeyPat
 
 def test_a_tensor_that_cannot_be_read_is_an_error_when_it_is_needed_and_not_before() -> None:
     ahead = ReadAhead(Numbers(broken=["t2"]), 10_000)
-    ahead.expect(["t1", "t2", "t3"])
+    ahead.prefetch(["t1", "t2", "t3"])
     assert ahead.read("t3").is_pinned()
     with pytest.raises(InputError, match="t2 is torn"):
         ahead.read("t2")
-    ahead.expect(["t1"])
+    ahead.prefetch(["t1"])
     assert ahead.read("t1").is_pinned()
 
 
@@ -121,7 +121,7 @@ def test_without_memory_that_can_be_pinned_tensors_are_read_as_ever(monkeypatch:
 
     monkeypatch.setattr(Tensor, "pin_memory", refuse)
     ahead = ReadAhead(Numbers(), 10_000)
-    ahead.expect(NAMES)
+    ahead.prefetch(NAMES)
     assert [ahead.read(name)[0].item() for name in NAMES] == [0, 1, 2, 3, 4, 5]
 
 
@@ -140,7 +140,7 @@ def test_files_may_be_released_while_the_thread_reads_them(tmp_path: Path) -> No
     checkpoint = open_checkpoint(save_model(tmp_path / "model", max_shard_size="50KB"))
     ahead, plain = ReadAhead(TensorReader(checkpoint), 10**9), TensorReader(checkpoint)
     for _ in range(20):
-        ahead.expect(checkpoint.tensors)
+        ahead.prefetch(checkpoint.tensors)
         for name in checkpoint.tensors:
             ahead.release()
             assert torch.equal(ahead.read(name), plain.read(name))

@@ -153,7 +153,7 @@ def test_what_a_block_leaves_for_later_ones_is_not_overwritten_by_its_twin(tmp_p
         others = list(states)
         for index in range(stream.n_blocks):
             with stream.block(index) as block:
-                twin = block.twin()
+                twin = block.unquantized_copy()
                 for linear in block.linears.values() if changed else ():
                     place(linear, "weight", linear.get_parameter("weight") * 0.9)
                 states = [block.run(batch, state) for batch, state in enumerate(states)]

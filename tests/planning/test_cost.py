@@ -25,7 +25,7 @@ from gptq_cli.planning.plan import plan_run
 from gptq_cli.planning.run_plan import LayerPlan
 from gptq_cli.runtime.rates import measure_rates
 from tests.families import save_model
-from tests.quantization.test_experts import save_mixture
+from tests.quantization.test_routed_experts import save_mixture
 from tests.runs import config
 
 ONE = Rates(forward=1, hessian=1, factor=1, solve=1, columns=1, network=1, disk=1)

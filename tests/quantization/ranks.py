@@ -17,10 +17,10 @@ from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import GptqError
 from gptq_cli.events import BlockFinished, Event
 from gptq_cli.models.stream import LoadedBlock
-from gptq_cli.quantization import block_loop, experts, layers, resume, run
+from gptq_cli.quantization import block_loop, layers, resume, routed_experts, run
 from gptq_cli.quantization.run import assist, quantize_checkpoint
 from gptq_cli.runtime import torchrun
-from gptq_cli.solver.factor import Prepared
+from gptq_cli.solver.factor import HessianFactor
 from gptq_cli.solver.grid import ScaleRangeError
 
 torch.set_num_threads(1)
@@ -65,14 +65,14 @@ def member(
         _doom(when)
     try:
         with torchrun.joined("cpu", [], lambda _: os._exit(9)) as place:
-            if place.team.leads:
+            if place.team.is_leader:
                 quantize_checkpoint(str(model), output, settings, place=place, report=_doomed_report)
             else:
                 assist(str(model), settings, place)
         answers.put((rank, done, None))
     except GptqError as error:
         answers.put((rank, done, f"{error.code}: {error}"))
-    except torchrun.SaidElsewhere:
+    except torchrun.ReportedByAnotherRank:
         answers.put((rank, done, None))
 
 
@@ -85,7 +85,7 @@ def _counted() -> Counter[str]:
         done[RUNS] += 1
         return run(self, batch, hidden)
 
-    def counted_solve(weights: Sequence[Any], hessian: Any, prepared: Prepared, config: Any) -> Any:
+    def counted_solve(weights: Sequence[Any], hessian: Any, prepared: HessianFactor, config: Any) -> Any:
         done[ROWS] += sum(weight.numel() * weight.shape[1] for weight in weights)
         return solve(weights, hessian, prepared, config)
 
@@ -117,7 +117,7 @@ PLANTS: dict[str, tuple[Any, str, Any]] = {
     "start": (run, "check_agreement", _die),
     "forward": (LoadedBlock, "run", _die),
     "solve": (layers, "solve_together", _die),
-    "expert": (experts, "expert_cost", _die),
+    "expert": (routed_experts, "expert_cost", _die),
     "head": (block_loop, "quantize_head", _die),
     "finished": (resume.FinishedBlocks, "finished", _die_after_the_first_block),
     "refused": (layers, "solve_together", _refuse),

@@ -22,11 +22,11 @@ from gptq_cli.errors import InputError
 from gptq_cli.evaluation.perplexity import evaluate_perplexity
 from gptq_cli.evaluation.request import EvalRequest
 from gptq_cli.events import BlockFinished, BlockStarted, Event, LayerSolved, LayerStarted, PhaseStarted
-from gptq_cli.inspection import compare, convert, layer
+from gptq_cli.inspection import compare, convert, layer_statistics
 from gptq_cli.inspection.compare import compare_checkpoints
 from gptq_cli.inspection.convert import convert_checkpoint, dequantize_checkpoint
-from gptq_cli.inspection.layer import view_layer
-from gptq_cli.publish.push import prepare_push, push_parcel
+from gptq_cli.inspection.layer_statistics import view_layer
+from gptq_cli.publish.push import prepare_push, push_upload
 from gptq_cli.quantization import identity
 from gptq_cli.quantization.identity import identify
 from tests.families import save_model, texts
@@ -255,7 +255,7 @@ def test_nothing_is_told_of_a_checkpoint_that_changes(
 ) -> None:
     own.run(tmp_path / "quantized")
     file = tmp_path / "quantized" / "config.json"
-    module, called = (verify, "check_manifest") if command == "verify" else (layer, "_view")
+    module, called = (verify, "check_manifest") if command == "verify" else (layer_statistics, "_view")
     usual = getattr(module, called)
 
     def late(*arguments: object, **manner: object) -> object:
@@ -279,5 +279,5 @@ def test_no_other_bytes_are_pushed_than_were_verified(own: Case, tmp_path: Path)
     file = sorted((tmp_path / "quantized").glob("*.safetensors"))[0]
     in_place_with_its_old_time(file)
     with pytest.raises(InputError) as caught:
-        push_parcel(parcel, public=False, overwrite=False, progress=False)
+        push_upload(parcel, public=False, overwrite=False, progress=False)
     check(caught.value, file, "was written again")

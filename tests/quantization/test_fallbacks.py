@@ -21,10 +21,10 @@ from gptq_cli.models.stream import ModelStream
 from gptq_cli.planning.plan import plan_run
 from gptq_cli.quantization import layers
 from gptq_cli.quantization.layers import LayerSolver
-from gptq_cli.quantization.record import FallbackLimit
 from gptq_cli.quantization.run import QuantizeResult, quantize_checkpoint
+from gptq_cli.quantization.run_record import FallbackLimit
 from gptq_cli.solver.baseline import round_to_nearest
-from gptq_cli.solver.factor import NotPositiveDefiniteError, Prepared, prepare
+from gptq_cli.solver.factor import HessianFactor, NotPositiveDefiniteError, prepare
 from gptq_cli.solver.hessian import HessianAccumulator
 from tests.families import save_model
 from tests.runs import calibration_ids, config, digest, reader
@@ -119,7 +119,7 @@ def test_a_run_that_stopped_at_such_a_layer_goes_on_with_rounding(tmp_path: Path
 def refusing(monkeypatch: pytest.MonkeyPatch, in_features: int) -> None:
     """Let no Hessian of this size have a factor, unless nothing is known."""
 
-    def fails(hessian: Tensor, settings: object, tokens: int | None) -> Prepared:
+    def fails(hessian: Tensor, settings: object, tokens: int | None) -> HessianFactor:
         if len(hessian) == in_features and tokens:
             raise NotPositiveDefiniteError(0.4)
         return prepare(hessian, settings, tokens)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ import torch
 from gptq_cli.checkpoint.source import open_checkpoint
 from gptq_cli.errors import InputError
 from gptq_cli.quantization.identity import Identity, check_agreement, differences, identify
-from gptq_cli.runtime.ranks import Team
+from gptq_cli.runtime.ranks import Ranks
 from tests.families import save_model
 from tests.runs import config
 
@@ -72,13 +72,13 @@ def test_differences_wait_for_what_is_not_known_yet() -> None:
     ]
 
 
-class TeamOf(Team):
+class TeamOf(Ranks):
     """A team whose processes have these identities."""
 
     def __init__(self, *identities: Identity) -> None:
         self.identities = list(identities)
 
-    def every(self, mine: object) -> list[Identity]:  # type: ignore[override]
+    def all_gather(self, mine: object) -> list[Identity]:  # type: ignore[override]
         del mine
         return self.identities
 

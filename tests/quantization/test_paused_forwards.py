@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gptq_cli.config.units import size
 from gptq_cli.errors import GateError, ResourceError
 from gptq_cli.events import Event, Warned, ignore
-from gptq_cli.models.recording import Call
+from gptq_cli.models.block_calls import Call
 from gptq_cli.models.stages import Prober
 from gptq_cli.models.stream import LoadedBlock
 from gptq_cli.planning.plan import plan_run
@@ -28,7 +28,7 @@ from gptq_cli.quantization.run import quantize_checkpoint
 from gptq_cli.runtime import memory
 from gptq_cli.runtime.hidden_states import HiddenStates
 from gptq_cli.runtime.memory import Memory, WaitingRoom, free_bytes, give_back_freed_tensors, host_bytes
-from gptq_cli.runtime.ranks import ALONE
+from gptq_cli.runtime.ranks import SINGLE_PROCESS
 from gptq_cli.solver.hessian import HessianAccumulator
 from tests.families import FAMILIES, save_model
 from tests.runs import config, digest
@@ -233,7 +233,7 @@ class HessianKeeper(LayerSolver):
     """Keeps the Hessians that it is given, and changes weights by them."""
 
     def __init__(self) -> None:
-        self.device, self.seen, self.team = CPU, [], ALONE
+        self.device, self.seen, self.team = CPU, [], SINGLE_PROCESS
 
     def solve(self, layers: Sequence[LayerPlan], linears: Mapping[str, nn.Module], inputs: HessianAccumulator) -> None:
         self.seen.append((inputs.tokens, inputs.hessian.clone()))
@@ -251,8 +251,8 @@ def test_a_linear_that_is_called_twice_is_replayed_and_sees_both_inputs(
     module, solver = TwiceInARow(), HessianKeeper()
     states = [torch.randn(2, 8, 32) for _ in range(N_BATCHES)]
     block = LoadedBlock(module, {"first": module.first, "last": module.last}, [Call((), {}, True)] * N_BATCHES)
-    hidden, room = HiddenStates(states, Memory(CPU)), WaitingRoom(Memory(CPU), ignore)
-    quantize_block(block, layers, hidden, None, solver, Prober(), room, true_sequential=True)
+    hidden, budget = HiddenStates(states, Memory(CPU)), WaitingRoom(Memory(CPU), ignore)
+    quantize_block(block, layers, hidden, None, solver, Prober(), budget, true_sequential=True)
     assert [tokens for tokens, _ in solver.seen] == [2 * 16 * N_BATCHES, 16 * N_BATCHES]
     assert all(torch.equal(hidden[batch], module(state)) for batch, state in enumerate(states))
     lasts = [module.first(module.first(state)).flatten(0, 1) for state in states]
@@ -262,25 +262,25 @@ def test_a_linear_that_is_called_twice_is_replayed_and_sees_both_inputs(
 def test_batches_may_fill_half_of_the_free_memory_and_are_refused_once_aloud(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "free_bytes", lambda _device: 8_000)
     events: list[Event] = []
-    room = WaitingRoom(Memory(CPU), events.append)
-    assert room.places(4, 1_000) == 4
+    budget = WaitingRoom(Memory(CPU), events.append)
+    assert budget.places(4, 1_000) == 4
     assert events == []
-    assert room.places(4, 1_001) == 3
-    assert room.places(5, 1_000) == 4
-    assert room.places(5, 1_000, 2) == 2
-    assert room.places(5, 4_001) == 0
+    assert budget.places(4, 1_001) == 3
+    assert budget.places(5, 1_000) == 4
+    assert budget.places(5, 1_000, 2) == 2
+    assert budget.places(5, 4_001) == 0
     assert [event.code for event in events if isinstance(event, Warned)] == ["W_MEM_REPLAY"]
-    assert room.places(2, 2_000) == 2
-    assert room.places(7, 0) == 7
+    assert budget.places(2, 2_000) == 2
+    assert budget.places(7, 0) == 7
 
 
 def test_threads_that_wait_are_counted_with_their_teams(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
     events: list[Event] = []
-    room = WaitingRoom(Memory(CPU), events.append)
-    assert room.places(16, 0) == 16
+    budget = WaitingRoom(Memory(CPU), events.append)
+    assert budget.places(16, 0) == 16
     assert events == []
-    assert room.places(17, 0) == 16
+    assert budget.places(17, 0) == 16
     (warning,) = [event for event in events if isinstance(event, Warned)]
     assert "16 of 17 batches wait" in warning.message
     assert "1088 threads" in warning.message

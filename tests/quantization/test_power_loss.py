@@ -110,8 +110,8 @@ def observe(
         append(journal, entry)
         observer.finished += 1
 
-    def published(*arguments: object, **manner: object) -> None:
-        publish(*arguments, **manner)  # type: ignore[arg-type]
+    def published(*arguments: object, **options: object) -> None:
+        publish(*arguments, **options)  # type: ignore[arg-type]
         observer.published = True
 
     with monkeypatch.context() as patched, using(PowerLossDisk(root, observer, forgets)):

@@ -13,11 +13,11 @@ from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import ConfigError
 from gptq_cli.quantization import layers
 from gptq_cli.quantization.run import quantize_checkpoint
-from gptq_cli.runtime.ranks import Team, owners_of
+from gptq_cli.runtime.ranks import Ranks, owners_of
 from tests.disks import Killed
 from tests.families import save_model
 from tests.quantization.ranks import ROWS, RUNS, team
-from tests.quantization.test_experts import save_mixture
+from tests.quantization.test_routed_experts import save_mixture
 from tests.runs import config, digest
 from tests.tiny import WORK, killer
 
@@ -139,7 +139,7 @@ def test_processes_that_would_write_other_bytes_are_refused(tmp_path: Path) -> N
 
 
 def test_more_processes_than_batches_are_refused() -> None:
-    ranks = Team()
+    ranks = Ranks()
     ranks.size = 5
     with pytest.raises(ConfigError, match="5 processes cannot share 4 calibration batches") as caught:
         ranks.share(4)
@@ -151,7 +151,7 @@ def test_more_processes_than_batches_are_refused() -> None:
 def test_batches_are_shared_out_in_order_and_evenly(size: int) -> None:
     shares = []
     for rank in range(size):
-        ranks = Team()
+        ranks = Ranks()
         ranks.rank, ranks.size = rank, size
         shares.append(ranks.share(7 + size))
     assert [number for share in shares for number in share] == list(range(7 + size))

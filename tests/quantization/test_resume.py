@@ -17,11 +17,11 @@ import torch
 from gptq_cli.errors import ConfigError, ExistsError, PausedError, ResourceError
 from gptq_cli.events import BlockFinished, BlockStarted, Event, LayerStarted, PhaseStarted, Resumed, WorkKept
 from gptq_cli.models.stream import ModelStream
-from gptq_cli.quantization.record import TimeLimit
 from gptq_cli.quantization.resume import FinishedBlocks
+from gptq_cli.quantization.run_record import TimeLimit
 from gptq_cli.runtime.hidden_states import HiddenStates
 from gptq_cli.runtime.memory import Memory
-from gptq_cli.runtime.ranks import Team
+from gptq_cli.runtime.ranks import Ranks
 from tests.architectures import build, save
 from tests.disks import CountingDisk, DyingDisk, FailingDisk, Killed, using
 from tests.families import save_model
@@ -105,8 +105,8 @@ def test_what_is_complete_already_is_left_alone(case: Case, tmp_path: Path) -> N
     output = tmp_path / "out"
     first = case.run(output)
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
-    for manner in ({}, {"overwrite": True}, {"resume": "require"}):
-        again = case.run(output, **manner)
+    for options in ({}, {"overwrite": True}, {"resume": "require"}):
+        again = case.run(output, **options)
         assert again.already_done
         assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
         assert [layer.relative_error for layer in again.layers] == [layer.relative_error for layer in first.layers]
@@ -312,7 +312,7 @@ def test_what_blocks_carry_along_beside_hidden_states_is_kept_too(model_type: st
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
 
 
-class Dealer(Team):
+class Dealer(Ranks):
     """The team of a process that writes nothing: the leading one has `states`, and gets what is gathered."""
 
     size, rank = 2, 1
@@ -320,14 +320,14 @@ class Dealer(Team):
     def __init__(self, states: list[tuple[tuple[torch.Tensor, ...], list[dict[str, int]]]]) -> None:
         self.states, self.kept, self.due = states, [], [False, True]
 
-    def dealt(self, values: object, n_batches: int) -> list[Any]:
+    def scatter(self, values: object, n_batches: int) -> list[Any]:
         assert (values, n_batches) == (None, 4)
         return self.states[2:]
 
-    def gathered(self, mine: Sequence[Any]) -> None:
+    def gather(self, mine: Sequence[Any]) -> None:
         self.kept.append(list(mine))
 
-    def told(self, value: object = None) -> Any:
+    def broadcast(self, value: object = None) -> Any:
         assert value is None
         return self.due.pop(0)
 

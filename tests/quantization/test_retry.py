@@ -27,7 +27,7 @@ from gptq_cli.quantization.run import QuantizeResult
 from gptq_cli.runtime import memory
 from gptq_cli.runtime.hidden_states import HiddenStates
 from gptq_cli.runtime.memory import Memory, WaitingRoom
-from gptq_cli.runtime.ranks import Place, Team
+from gptq_cli.runtime.ranks import Ranks, Worker
 from gptq_cli.solver.hessian import HessianAccumulator
 from tests.architectures import build, save
 from tests.families import save_model
@@ -281,7 +281,7 @@ def test_nothing_of_the_first_attempt_is_held_when_the_second_one_begins(
     assert alive == [0]
 
 
-class Pair(Team):
+class Pair(Ranks):
     """Two processes, as far as this one can tell, which has all of the work."""
 
     size = 2
@@ -296,7 +296,7 @@ def test_one_process_of_several_does_not_try_again_while_the_others_wait_for_it(
     shortage = Shortage(Counter({1: 1}), int)
     watched("the solver", shortage, monkeypatch)
     with pytest.raises(ResourceError) as caught:
-        case.run(tmp_path / "out", report=shortage, place=Place(Pair(), CPU))
+        case.run(tmp_path / "out", report=shortage, place=Worker(Pair(), CPU))
     assert (caught.value.code, shortage.warnings, shortage.attempts[1]) == ("E_OOM", [], 1)
     assert case.run(tmp_path / "out").resumed_blocks == 1
     assert digest(tmp_path / "out") == case.tree
@@ -307,18 +307,18 @@ def test_after_a_shortage_nobody_waits_in_the_next_block_and_half_as_many_later(
 ) -> None:
     monkeypatch.setattr(memory, "free_bytes", lambda _device: 20_000)
     events: list[Event] = []
-    room = WaitingRoom(Memory(CPU), events.append)
-    assert room.places(9, 1_000) == 9
-    room.narrow()
-    assert [room.places(9, 1_000) for _ in range(3)] == [0, 4, 4]
-    assert room.places(9, 5_000) == 2
-    assert room.places(9, 1_000) == 4
-    room.narrow()
-    assert [room.places(9, 1_000) for _ in range(2)] == [0, 2]
-    room.narrow()
-    room.places(9, 1_000)
-    room.narrow()
-    assert [room.places(9, 1_000) for _ in range(3)] == [0, 0, 0]
+    budget = WaitingRoom(Memory(CPU), events.append)
+    assert budget.places(9, 1_000) == 9
+    budget.shrink_after_oom()
+    assert [budget.places(9, 1_000) for _ in range(3)] == [0, 4, 4]
+    assert budget.places(9, 5_000) == 2
+    assert budget.places(9, 1_000) == 4
+    budget.shrink_after_oom()
+    assert [budget.places(9, 1_000) for _ in range(2)] == [0, 2]
+    budget.shrink_after_oom()
+    budget.places(9, 1_000)
+    budget.shrink_after_oom()
+    assert [budget.places(9, 1_000) for _ in range(3)] == [0, 0, 0]
     assert events == []
 
 
@@ -328,9 +328,9 @@ def test_after_a_shortage_states_that_would_fit_the_device_are_kept_on_the_host(
     monkeypatch.setattr(memory, "free_bytes", lambda _device: 2**30)
     pinned = torch.zeros(2, 3)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda _self: pinned)
-    room = WaitingRoom(Memory(torch.device("cuda", 0)), lambda _: None)
+    budget = WaitingRoom(Memory(torch.device("cuda", 0)), lambda _: None)
     states = [torch.ones(2, 3), torch.ones(2, 3)]
-    assert HiddenStates(states, room.memory).stored == tuple(states)
-    room.narrow()
-    assert all(state is pinned for state in HiddenStates(states, room.memory).stored)
+    assert HiddenStates(states, budget.memory).stored == tuple(states)
+    budget.shrink_after_oom()
+    assert all(state is pinned for state in HiddenStates(states, budget.memory).stored)
     assert HiddenStates([torch.ones(2, 3)], Memory(CPU, spared=True)).stored[0] is not pinned

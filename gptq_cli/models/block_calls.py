@@ -68,7 +68,7 @@ Run = Callable[[Sequence[State | None]], tuple[list[Recorder], Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class Handed:
+class FromPreviousBlock:
     """Stands in an argument's place for what the block before returned there: its extra number `index`."""
 
     index: int
@@ -76,7 +76,7 @@ class Handed:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """Arguments of one call of one block, without the hidden states; some may be `Handed`."""
+    """Arguments of one call of one block, without the hidden states; some may be `FromPreviousBlock`."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -94,21 +94,21 @@ class Call:
 
     def handed(self, extras: Extras) -> Call:
         """This call with the tensors among its arguments that are one of `extras` marked as handed on."""
-        marks = {id(value): Handed(index) for index, value in enumerate(extras) if isinstance(value, Tensor)}
+        marks = {id(value): FromPreviousBlock(index) for index, value in enumerate(extras) if isinstance(value, Tensor)}
         args = tuple(marks.get(id(value), value) for value in self.args)
         return Call(args, {key: marks.get(id(value), value) for key, value in self.kwargs.items()}, self.positional)
 
     @property
     def takes_extras(self) -> bool:
         """Whether some argument is handed on by the block before."""
-        return any(isinstance(value, Handed) for value in (*self.args, *self.kwargs.values()))
+        return any(isinstance(value, FromPreviousBlock) for value in (*self.args, *self.kwargs.values()))
 
 
 def _given(value: Any, extras: Sequence[Any]) -> Any:
-    return extras[value.index] if isinstance(value, Handed) else value
+    return extras[value.index] if isinstance(value, FromPreviousBlock) else value
 
 
-def share(value: Any, like: Any) -> Any:
+def reuse_equal_tensors(value: Any, like: Any) -> Any:
     """`value` with each tensor replaced by the equal one in `like`, so that masks are kept once for all batches."""
     if isinstance(value, Tensor):
         same = isinstance(like, Tensor) and value.dtype == like.dtype and torch.equal(value, like)
@@ -116,15 +116,17 @@ def share(value: Any, like: Any) -> Any:
     if isinstance(value, dict | list) and not value:
         return value  # to be filled by one block and read by another
     if isinstance(value, Call) and isinstance(like, Call):
-        return Call(share(value.args, like.args), share(value.kwargs, like.kwargs), value.positional)
+        return Call(
+            reuse_equal_tensors(value.args, like.args), reuse_equal_tensors(value.kwargs, like.kwargs), value.positional
+        )
     if isinstance(value, dict) and isinstance(like, dict):
-        return {key: share(item, like.get(key)) for key, item in value.items()}
+        return {key: reuse_equal_tensors(item, like.get(key)) for key, item in value.items()}
     if type(value) in (tuple, list) and type(like) is type(value) and len(like) == len(value):
-        return type(value)(share(item, other) for item, other in zip(value, like, strict=True))
+        return type(value)(reuse_equal_tensors(item, other) for item, other in zip(value, like, strict=True))
     return value
 
 
-def unfilled(value: Any) -> list[Container]:
+def empty_containers(value: Any) -> list[Container]:
     """The empty dicts and lists in `value`, each once: blocks put there what later blocks need (keys and values)."""
     found: dict[int, Container] = {}
 
@@ -143,16 +145,18 @@ def unfilled(value: Any) -> list[Container]:
     return list(found.values())
 
 
-def apart(value: Any, copies: dict[int, Container]) -> Any:
+def with_own_containers(value: Any, copies: dict[int, Container]) -> Any:
     """`value` with empty containers of its own: `copies`, by the id of the one that each takes the place of."""
     if isinstance(value, MutableMapping | MutableSequence) and not value:
         return copies.setdefault(id(value), type(value)())
     if isinstance(value, Call):
-        return Call(apart(value.args, copies), apart(value.kwargs, copies), value.positional)
+        return Call(
+            with_own_containers(value.args, copies), with_own_containers(value.kwargs, copies), value.positional
+        )
     if isinstance(value, dict):
-        return {key: apart(item, copies) for key, item in value.items()}
+        return {key: with_own_containers(item, copies) for key, item in value.items()}
     if type(value) in (tuple, list):
-        return type(value)(apart(item, copies) for item in value)
+        return type(value)(with_own_containers(item, copies) for item in value)
     return value
 
 
@@ -195,8 +199,8 @@ def same(value: Any, other: Any) -> bool:
     """Whether two arguments of a block are equal, as far as tensors and the containers around them tell."""
     if isinstance(value, Tensor):
         return isinstance(other, Tensor) and torch.equal(value.nan_to_num(), other.nan_to_num())
-    if isinstance(value, Handed):
-        return isinstance(other, Handed) and value.index == other.index
+    if isinstance(value, FromPreviousBlock):
+        return isinstance(other, FromPreviousBlock) and value.index == other.index
     if isinstance(value, dict):
         return isinstance(other, dict) and value.keys() == other.keys() and all(same(value[k], other[k]) for k in value)
     if isinstance(value, tuple | list):

@@ -14,8 +14,8 @@ from gptq_cli.events import ExpertsCovered
 from gptq_cli.models.experts import Experts, Routed
 from gptq_cli.planning.estimate import expert_cost
 from gptq_cli.planning.run_plan import LayerPlan
-from gptq_cli.quantization.layers import LayerSolver, Solved
-from gptq_cli.runtime.ranks import ALONE
+from gptq_cli.quantization.layers import LayerSolver, SolvedLayer
+from gptq_cli.runtime.ranks import SINGLE_PROCESS
 from gptq_cli.solver.hessian import HessianAccumulator
 
 LISTED = 8  # experts that an error names
@@ -67,13 +67,13 @@ def quantize_experts(
 
     GateError E_NUM_EXPERT where an expert saw no token and the policy is "error".
     """
-    inputs = replace(inputs, batches=solver.team.every(inputs.batches))
+    inputs = replace(inputs, batches=solver.team.all_gather(inputs.batches))
     rows = inputs.rows()
     tokens = [sum(map(len, batches)) for batches in rows]
     report_coverage(inputs.name, tokens, solver)
     planned = [_planned(expert, layers, linears) for expert in inputs.experts[0]]
 
-    def solve(number: int) -> list[Solved]:
+    def solve(number: int) -> list[SolvedLayer]:
         expert, mine = inputs.experts[0][number], rows[number]
         last = [layer for layer in planned[number] if linears[layer.name] is expert.down_proj]
         parts = [([layer for layer in planned[number] if layer not in last], False), (last, True)]
@@ -82,14 +82,14 @@ def quantize_experts(
         found = []
         for part, down in parts:  # a Hessian lives no longer than it is used
             hessian = gathered.pop(0) if gathered else _hessian(inputs, number, mine, solver, down=down)
-            for solved in solver.solutions(part, hessian, ALONE):
+            for solved in solver.solutions(part, hessian, SINGLE_PROCESS):
                 solver.put_back(solved, linears)
                 found.append(solved)
             del hessian
         return found
 
     costs = [expert_cost(mine, seen) for mine, seen in zip(planned, tokens, strict=True)]
-    for _, found, is_mine in solver.team.shared(solve, costs):
+    for _, found, is_mine in solver.team.map_units(solve, costs):
         for solved in found:
             if not is_mine:
                 solver.put_back(solved, linears)
@@ -109,7 +109,7 @@ def _hessian(
     if solver.policy.moe_uncovered == "all-tokens":
         return inputs.hessian(number, [slice(None)] * len(rows), solver.device, down=down)
     hessian = inputs.hessian(number, rows, solver.device, down=down)
-    hessian.add_nothing_known()
+    hessian.add_identity()
     return hessian
 
 

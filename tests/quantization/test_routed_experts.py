@@ -19,7 +19,7 @@ from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import ConfigError, GateError, InputError
 from gptq_cli.events import Event, Warned
 from gptq_cli.models.experts import Routed
-from gptq_cli.quantization.experts import RoutedInputs
+from gptq_cli.quantization.routed_experts import RoutedInputs
 from gptq_cli.quantization.run import quantize_checkpoint
 from gptq_cli.runtime.memory import WaitingRoom
 from gptq_cli.solver.hessian import HessianAccumulator
@@ -234,7 +234,7 @@ def test_hessians_of_experts_live_one_after_the_other(
             alive.add(self)
             most = max(most, len(alive))
 
-    monkeypatch.setattr("gptq_cli.quantization.experts.HessianAccumulator", Counted)
+    monkeypatch.setattr("gptq_cli.quantization.routed_experts.HessianAccumulator", Counted)
     model = save_mixture(tmp_path / "model", "qwen3_moe", num_hidden_layers=1, num_experts=12)
     _, result = quantize(tmp_path, model, true_sequential=true_sequential, moe_uncovered="rtn", preset="gptq")
     assert len(result.layers) == 4 + 3 * 12
