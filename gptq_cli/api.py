@@ -6,15 +6,13 @@ What can be refused at once is refused before torch is imported.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from gptq_cli.checkpoint.locate import hub_id, model_directory
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.errors import ConfigError
 from gptq_cli.evaluation.request import EvalRequest
 from gptq_cli.events import Report, ignore
 from gptq_cli.files import file_errors
-from gptq_cli.planning.checks import preflight
+from gptq_cli.planning.checks import PreparedRun, RunOptions, prepare_run
 from gptq_cli.planning.run_plan import default_name
 from gptq_cli.publish.report import BlockLog, check_report, save_report
 from gptq_cli.quantization.run_record import seconds
@@ -22,6 +20,7 @@ from gptq_cli.quantization.run_record import seconds
 if TYPE_CHECKING:
     from gptq_cli.evaluation.perplexity import EvalResult
     from gptq_cli.quantization.run import QuantizeResult
+    from gptq_cli.runtime.ranks import Worker
 
 
 @file_errors()
@@ -62,49 +61,27 @@ def quantize(
     >>> all(layer.relative_error < layer.rtn_relative_error for layer in result.layers)
     True
     """
-    options: dict[str, Any] = {"overwrite": overwrite, "resume": resume, "max_runtime": max_runtime}
-    output = refuse_early(str(model), config, output, report=report, **options)
-    options |= {"revision": revision, "allow_network_fs": allow_network_fs}
-    return carry_out(str(model), config, output, report=report, command=command, on_event=on_event, **options)
-
-
-def carry_out(
-    model: str,
-    config: QuantizeConfig,
-    output: Path,
-    *,
-    report: bool,
-    command: str,
-    on_event: Report,
-    max_runtime: str | None,
-    **options: Any,
-) -> QuantizeResult:
-    """What `quantize` does after `refuse_early`; `options` are the other arguments of `quantize_checkpoint`."""
-    from gptq_cli.quantization.run import quantize_checkpoint
-
-    log = BlockLog(on_event)
-    result = quantize_checkpoint(model, output, config, max_seconds=seconds(max_runtime), report=log, **options)
-    if report:
-        save_report(output, result.to_json(), log, command)
-    return result
-
-
-def refuse_early(
-    model: str, config: QuantizeConfig, output: str | Path | None, *, overwrite: bool, resume: str, report: bool,
-    max_runtime: str | None = None, **_: object,
-) -> Path:  # fmt: skip
-    """The output that `quantize` will write, refused without torch if that is possible."""
-    seconds(max_runtime)
-    if resume not in ("auto", "require", "never"):
-        hint = "leave it out to go on with unfinished work if there is some"
-        raise ConfigError("E_CFG_RANGE", f"--resume must be auto, require or never, got {resume!r}", hint=hint)
-    if model_directory(model) is None:
-        hub_id(model)  # a wrong path fails here in a moment, what may be a Hub id is looked up later
-    output = Path(output or default_name(model, config))
     if report:
         check_report()
-    preflight(model, output, config, overwrite=overwrite)
-    return output
+    options = RunOptions(revision, overwrite, resume, seconds(max_runtime), allow_network_fs)
+    prepared = prepare_run(str(model), Path(output or default_name(str(model), config)), config, options)
+    if report:
+        return quantize_with_report(prepared, command, on_event)
+    from gptq_cli.quantization.run import carry_out
+
+    return carry_out(prepared, on_event)
+
+
+def quantize_with_report(
+    prepared: PreparedRun, command: str, on_event: Report, worker: Worker | None = None
+) -> QuantizeResult:
+    """Carry out a run and write a page about it, which names `command`, into the output."""
+    from gptq_cli.quantization.run import carry_out
+
+    log = BlockLog(on_event)
+    result = carry_out(prepared, log, worker)
+    save_report(prepared.output, result.to_json(), log, command)
+    return result
 
 
 @file_errors()

@@ -26,6 +26,7 @@ from gptq_cli.files import is_directory, resolved
 from gptq_cli.shell import shell_word, shell_words
 
 if TYPE_CHECKING:
+    from gptq_cli.planning.checks import RunOptions
     from gptq_cli.quantization.run import QuantizeResult
 
 
@@ -73,51 +74,55 @@ def quantize(
         return show_plan(console, resolved, model, output, revision, devices=max(1, len(parse_devices(devices))))
     for note in resolved.notes:
         console.say(f"note: {note}")
-    options: dict[str, Any] = {
-        "resume": resume or "auto",
-        "max_runtime": max_runtime,
-        "allow_network_fs": allow_network_fs,
-    }
-    options |= {"overwrite": overwrite, "revision": revision}
-    return run(console, resolved.config, model, output, devices=devices, page=report, **options)
+    from gptq_cli.planning.checks import RunOptions
+    from gptq_cli.quantization.run_record import seconds
+
+    options = RunOptions(revision, overwrite, resume or "auto", seconds(max_runtime), allow_network_fs)
+    return run(console, model, output, resolved.config, options, report=report, devices=devices)
 
 
 def run(
     console: Console,
-    config: QuantizeConfig,
     model: str,
     output: Path | None,
+    config: QuantizeConfig,
+    options: RunOptions,
     *,
+    report: bool = False,
     devices: str | None = None,
     directory: Path | None = None,
-    page: bool = False,
-    **options: Any,
 ) -> None:
-    """Quantize, show how it goes, print the result; `options` are the other arguments of `api.quantize`.
+    """Quantize, show how it goes, print the result.
 
-    `devices`, as `--devices` takes them: several share the work, a process each, started in `directory` (by default the
-    current one). With `page` a report of the run is left in the output.
+    Several `devices` (as --devices takes them) share the work, a process each, started in `directory` (by default the
+    current one). With `report` a page about the run is written into the output.
     """
-    from gptq_cli.api import carry_out, refuse_early
+    from gptq_cli.planning.checks import prepare_run
+    from gptq_cli.planning.run_plan import default_name
+    from gptq_cli.publish.report import check_report
     from gptq_cli.storage.manifest import REPORT_PAGE
 
     named = parse_devices(devices)
-    if is_leader():  # the others never look at the output
-        output = refuse_early(model, config, output, report=page, **options)
+    if report:
+        check_report()
+    output = output or Path(default_name(model, config))
+    prepared = prepare_run(model, output, config, options, writes=is_leader())
     if len(named) > 1 and not is_one_of_several():
         sys.exit(launch(named, as_json=console.as_json, directory=directory or Path.cwd()))
-    command = shell_words(["gptq", *sys.argv[1:]])
-    with stoppable(console), member(config.device, named, as_json=console.as_json) as place:
-        if not place.team.is_leader:
-            from gptq_cli.quantization.run import assist
+    from gptq_cli.api import quantize_with_report
+    from gptq_cli.quantization.run import carry_out
 
-            return assist(model, config, place, revision=options["revision"])
-        assert output is not None
+    with stoppable(console), member(config.device, named, as_json=console.as_json) as worker:
+        if not worker.team.is_leader:
+            carry_out(prepared, worker=worker)
+            return None
         with Progress(console) as progress:
-            result = carry_out(
-                model, config, output, report=page, command=command, on_event=progress, place=place, **options
-            )
-    if page:
+            if report:
+                command = shell_words(["gptq", *sys.argv[1:]])
+                result = quantize_with_report(prepared, command, progress, worker)
+            else:
+                result = carry_out(prepared, progress, worker)
+    if report:
         console.say(f"report: {result.output / REPORT_PAGE}")
     return console.result(result.to_json(), _summary(result, config), result.output)
 
@@ -184,19 +189,17 @@ def resume(
         )  # fmt: skip
     if is_directory(begun.directory):
         os.chdir(begun.directory)
-    run(
-        Console(as_json, quiet),
-        begun.config.model_copy(update={"trust_remote_code": trust_remote_code}),
-        begun.model,
-        output,
-        devices=devices,
-        directory=started_in,
+    from gptq_cli.planning.checks import RunOptions
+    from gptq_cli.quantization.run_record import seconds
+
+    options = RunOptions(
         revision=begun.revision,
         overwrite=overwrite or (begun.overwrite and begun.output == output),
-        resume="auto",
-        max_runtime=max_runtime,
+        max_seconds=seconds(max_runtime),
         allow_network_fs=allow_network_fs,
     )
+    config = begun.config.model_copy(update={"trust_remote_code": trust_remote_code})
+    run(Console(as_json, quiet), begun.model, output, config, options, devices=devices, directory=started_in)
 
 
 class _Begun(BaseModel):

@@ -4,30 +4,84 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from gptq_cli.calibration.corpus import DatasetSource, check_source
-from gptq_cli.checkpoint.locate import model_directory
+from gptq_cli.checkpoint.locate import ModelSource, hub_id, locate_model, model_directory
+from gptq_cli.checkpoint.source import open_checkpoint
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.units import size
-from gptq_cli.errors import ResourceError
+from gptq_cli.errors import ConfigError, ResourceError
 from gptq_cli.files import expanded, file_errors, files_below
 from gptq_cli.planning.estimate import DEVICE_SHARE, LIBRARIES, STATES, Term, estimate_memory, total
 from gptq_cli.planning.memory_limit import Limit
-from gptq_cli.planning.plan import plan_run
-from gptq_cli.planning.run_plan import RunPlan
+from gptq_cli.planning.plan import plan_checkpoint
+from gptq_cli.planning.run_plan import RunPlan, bounded
 from gptq_cli.storage.replacing import check_output
 from gptq_cli.storage.work_directory import WorkDirectory, refuse_locked
 
+RESUME = ("auto", "require", "never")
 
-def preflight(model: str, output: Path, config: QuantizeConfig, *, overwrite: bool) -> None:
-    """Raise whatever output, headers, rules and a dataset's path tell against a run; a Hub id is looked at after its
-    download."""
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """How a run is done; nothing of it changes a byte of the output.
+
+    `resume` is "auto", "require" or "never"; `max_seconds` None means that the run has all the time.
+    """
+
+    revision: str | None = None
+    overwrite: bool = False
+    resume: str = "auto"
+    max_seconds: float | None = None
+    allow_network_fs: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedRun:
+    """A run of which everything is known that can be known without torch.
+
+    `config` has windows for which the model has positions; `plan` is what headers tell.
+    """
+
+    model: str
+    output: Path
+    config: QuantizeConfig
+    options: RunOptions
+    located: ModelSource
+    plan: RunPlan
+
+
+def prepare_run(
+    model: str, output: Path, config: QuantizeConfig, options: RunOptions, *, writes: bool = True
+) -> PreparedRun:
+    """Locate the model, open its headers and plan the run; raise whatever these, or the output, tell against it.
+
+    Downloads a model of the Hub. `writes` is false for a process of several that does not touch the output.
+    """
+    if options.resume not in RESUME:
+        hint = "leave it out to resume unfinished work if there is any"
+        raise ConfigError("E_CFG_RANGE", f"--resume must be auto, require or never, got {options.resume!r}", hint=hint)
     directory = model_directory(model)
-    check_output(output, directory or expanded(model), overwrite=overwrite, may_be_done=True)
-    refuse_locked(output)
-    if directory is not None:
-        plan_run(directory, config)
+    if directory is None:
+        hub_id(model)  # a wrong path fails here in a moment
+    if writes:
+        check_output(output, directory or expanded(model), overwrite=options.overwrite, may_be_done=True)
+        refuse_locked(output)
+    if directory is None:
+        # A wrong dataset fails before a download; for a local model its own faults come first.
+        _check_text(config)
+    located = locate_model(model, options.revision)
+    if writes and directory is None:
+        check_output(output, located.directory, overwrite=options.overwrite, may_be_done=True)
+    source = open_checkpoint(located.directory)
+    plan = plan_checkpoint(source, config)
+    _check_text(config)
+    return PreparedRun(model, output, bounded(config, source), options, located, plan)
+
+
+def _check_text(config: QuantizeConfig) -> None:
     check_source(DatasetSource(config.dataset, config.dataset_config, config.dataset_split, config.text_column))
 
 

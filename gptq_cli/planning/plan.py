@@ -37,23 +37,39 @@ def plan_run(model_dir: Path, config: QuantizeConfig) -> RunPlan:
     return plan_checkpoint(open_checkpoint(model_dir), config)
 
 
-def plan_checkpoint(
-    source: Checkpoint,
+def plan_checkpoint(source: Checkpoint, config: QuantizeConfig) -> RunPlan:
+    """Plan what becomes of each tensor of `source`, as far as headers and config.json tell.
+
+    ConfigError E_SHAPE lists every layer that cannot be packed, E_CFG_NO_MATCH every rule that matches nothing,
+    E_CFG_CONFLICT rules that keep a part of a tensor, E_TARGET what the target cannot load; InputError E_CKPT_QUANTIZED
+    as `plain_view` refuses quantized sources, E_CKPT_INCOMPLETE for names that a tool has put others before, what
+    `check_claims` refuses, E_ARCH one without repeated blocks or with linears of blocks elsewhere.
+    """
+    return _plan(source, config, None, None, None)
+
+
+def refine_plan(
+    plan: RunPlan,
     config: QuantizeConfig,
-    linears: Mapping[str, bool] | None = None,
-    stacked: Mapping[str, Stacked] | None = None,
-    unused: Sequence[str] | None = None,
+    linears: Mapping[str, bool],
+    stacked: Mapping[str, Stacked],
+    unused: Sequence[str],
 ) -> RunPlan:
-    """What becomes of each tensor of `source`.
+    """Return `plan` with what the model itself tells; raises as `plan_checkpoint` does.
 
     `linears`, the names of the model's linear modules and whether each is stored [I, O], tells 2-D tensors that are no
-    linears apart when the model is at hand, `stacked` where those are that share a tensor, and `unused` what it has no
-    place for; else names alone tell that. ConfigError E_SHAPE lists every layer that cannot be packed, E_CFG_NO_MATCH
-    every rule that matches nothing, E_CFG_CONFLICT rules that keep a part of a tensor, E_TARGET what the target cannot
-    load; InputError E_CKPT_QUANTIZED as `plain_view` refuses quantized sources, E_CKPT_INCOMPLETE for names that a tool
-    has put others before, what `check_claims` refuses, E_ARCH one without repeated blocks or with linears of blocks
-    elsewhere.
+    linears apart, `stacked` where those are that share a tensor, and `unused` what the model has no place for.
     """
+    return _plan(plan.source, config, linears, stacked, unused)
+
+
+def _plan(
+    source: Checkpoint,
+    config: QuantizeConfig,
+    linears: Mapping[str, bool] | None,
+    stacked: Mapping[str, Stacked] | None,
+    unused: Sequence[str] | None,
+) -> RunPlan:
     plain = plain_view(source, allow_requantize=config.allow_requantize)
     if linears is None:
         refuse_wrapped(plain.tensors.keys(), own_code="auto_map" in source.config)

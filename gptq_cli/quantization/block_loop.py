@@ -16,158 +16,139 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gptq_cli.config.layer import FaultPolicy
 from gptq_cli.config.rules import keeping
-from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import InputError
-from gptq_cli.events import BlockStarted, PhaseStarted, Report, Warned
+from gptq_cli.events import BlockStarted, PhaseStarted, Warned
 from gptq_cli.models.block_calls import State
 from gptq_cli.models.experts import Experts
 from gptq_cli.models.paused_forwards import WaitingBatches, waiting_batches
-from gptq_cli.models.stages import Prober, Stage, watch_inputs
-from gptq_cli.models.stream import LoadedBlock, ModelStream
-from gptq_cli.planning.run_plan import HEAD, LayerPlan, RunPlan
-from gptq_cli.quantization.layers import Keep, LayerSolver
-from gptq_cli.quantization.resume import FinishedBlocks
+from gptq_cli.models.stages import Stage, watch_inputs
+from gptq_cli.models.stream import LoadedBlock
+from gptq_cli.planning.run_plan import HEAD
+from gptq_cli.quantization.layers import LayerSolver
 from gptq_cli.quantization.routed_experts import RoutedInputs, quantize_experts
+from gptq_cli.quantization.run_state import Run
 from gptq_cli.runtime.hidden_states import HiddenStates
-from gptq_cli.runtime.memory import Memory, WaitingRoom, block_finished, give_back_freed_tensors, out_of_memory, reason
-from gptq_cli.runtime.ranks import SINGLE_PROCESS, Ranks
+from gptq_cli.runtime.memory import Memory, block_finished, give_back_freed_tensors, out_of_memory, reason
 from gptq_cli.solver.hessian import HessianOfBatches
 
 Seen = list[tuple[Stage, Any]]
 
 
-def quantize_blocks(
-    stream: ModelStream,
-    plan: RunPlan,
-    batches: Sequence[Tensor],
-    *,
-    true_sequential: bool,
-    policy: FaultPolicy,
-    budget: WaitingRoom,
-    keep: Keep,
-    saved: FinishedBlocks,
-    report: Report,
-    team: Ranks = SINGLE_PROCESS,
-) -> None:
-    """Quantize every layer of `plan`, calibrated on token ids [batch, seqlen] each; `keep` gets each solved layer.
+def quantize_blocks(run: Run) -> None:
+    """Quantize every layer of the plan, block by block; the head counts as the last block.
 
-    `team` shares the batches and the solving. Begins after the blocks that `saved` has, and gives it each finished
-    block; the head counts as the last one.
-    GateError E_NUM_* when activations or Hessians are not usable, located by layer; InputError E_ARCH when a planned
-    layer is never called; ResourceError E_OOM if the memory of `budget` does not suffice.
+    Begins after the blocks that `run.saved` has, and gives it each finished one.
+    Raises GateError E_NUM_* when activations or Hessians are not usable, located by layer; InputError E_ARCH when a
+    planned layer is never called; ResourceError E_OOM if the memory does not suffice; PausedError E_PAUSED.
     """
-    layers = {layer.name: layer for layer in plan.quantized}
-    solver = LayerSolver(stream, keep, report, policy, [len(batch) for batch in batches], team)
-    share = team.share(len(batches))
-    mine = batches[share.start : share.stop]
-    give_back_freed_tensors()
-    report(PhaseStarted("embeddings", f"{len(batches)} batch{'es' if len(batches) != 1 else ''}"))
-    hidden = HiddenStates(stream.embed(mine), budget.memory, share.start, len(batches))
-    original = hidden.copy() if plan.asymmetric else None
-    states = [way for way in (hidden, original) if way is not None]
-    prober = Prober()
-    for index in range(saved.restore(stream, states), stream.n_blocks):
+    stream = run.stream
+    solver = LayerSolver(run)
+    states = embed(run)
+    for index in range(run.saved.restore(stream, states), stream.n_blocks):
         started = time.perf_counter()
-        report(BlockStarted(index, stream.n_blocks, stream.block_name(index)))
+        run.report(BlockStarted(index, stream.n_blocks, stream.block_name(index)))
+        run.limits.check_time_for_block()
         with stream.block(index) as block:
-            quantize_block(block, layers, hidden, original, solver, prober, budget, true_sequential=true_sequential)
-        saved.finished(index, stream, states)
-        report(block_finished(index, stream, started))
-        budget.memory.check_host()
-    if HEAD in layers:
-        report(PhaseStarted("head", HEAD))
-        quantize_head(stream, layers, mine, hidden, original, solver)
-        saved.finished(stream.n_blocks, stream, [])
+            quantize_block(block, states, solver)
+        run.saved.finished(index, stream, states)
+        done = block_finished(index, stream, started)
+        run.report(done)
+        run.limits.add_block(done.seconds)
+        run.budget.memory.check_host()
+    if HEAD in run.layers:
+        run.report(PhaseStarted("head", HEAD))
+        quantize_head(states, solver)
+        run.saved.finished(stream.n_blocks, stream, [])
 
 
-def quantize_block(
-    block: LoadedBlock,
-    layers: Mapping[str, LayerPlan],
-    hidden: HiddenStates,
-    original: HiddenStates | None,
-    solver: LayerSolver,
-    prober: Prober,
-    budget: WaitingRoom,
-    *,
-    true_sequential: bool,
-) -> None:
-    """Solve the block's layers, move `hidden` past it; `true_sequential`: each stage sees earlier ones quantized.
+def embed(run: Run) -> list[HiddenStates]:
+    """Return the hidden states of this process's batches before the first block, and a copy for the unquantized model.
 
-    `original` passes through the block as it was. As many batches as `budget` takes wait inside the block while its
-    stages are solved; for the others the block is run again for each stage, with the same results.
+    There is a copy only if some layer follows the unquantized model (asymmetric_calibration).
     """
-    streams = [Passage.through(block, hidden, layers)]
-    if original is not None:
-        streams.append(Passage.through(block.unquantized_copy(), original, layers))
-    probe = prober(block.module, block.called, streams[0].runs[0])
-    stages = probe.stages(streams[0].called)
-    _check_reached(streams[0].called, stages)
-    may_wait = true_sequential and all(stage.calls == 1 for stage in stages)
-    n_waiting = budget.places(len(hidden), probe.waiting_bytes, len(streams)) if may_wait else 0
+    share = run.ranks.share(len(run.batches))
+    mine = run.batches[share.start : share.stop]
+    count = len(run.batches)
+    give_back_freed_tensors()
+    run.report(PhaseStarted("embeddings", f"{count} batch{'es' * (count != 1)}"))
+    hidden = HiddenStates(run.stream.embed(mine), run.budget.memory, share.start, count)
+    if run.plan.asymmetric:
+        return [hidden, hidden.copy()]
+    return [hidden]
+
+
+def quantize_block(block: LoadedBlock, states: Sequence[HiddenStates], solver: LayerSolver) -> None:
+    """Solve the block's layers and move each of `states` past the block.
+
+    The first of `states` passes through the quantized block, the second, if there is one, through the block as it was.
+    With `true_sequential` each stage sees the earlier ones quantized. As many batches as the memory takes wait inside
+    the block while its stages are solved; for the others the block is run again for each stage, with the same results.
+    """
+    run = solver.run
+    passages = [Passage.through(block, states[0], run.layers)]
+    for original in states[1:]:
+        passages.append(Passage.through(block.unquantized_copy(), original, run.layers))
+    first = passages[0]
+    probe = run.prober(block.module, block.called, first.runs[0])
+    stages = probe.stages(first.called)
+    _check_reached(first.called, stages)
+    n_waiting = 0
+    if run.config.true_sequential and all(stage.calls == 1 for stage in stages):
+        n_waiting = run.budget.places(len(states[0]), probe.waiting_bytes, len(passages))
     with ExitStack() as waiting:
-        for way in streams:
-            waiting.enter_context(way.waiting(stages, n_waiting))
-        for together in [[stage] for stage in stages] if true_sequential else [stages]:
-            quantize_stages(together, layers, streams, solver, true_sequential=true_sequential)
-        for way in streams:
-            way.finish()
+        for passage in passages:
+            waiting.enter_context(passage.waiting(stages, n_waiting))
+        if run.config.true_sequential:
+            for stage in stages:
+                quantize_stages([stage], passages, solver)
+        else:
+            quantize_stages(stages, passages, solver)
+        for passage in passages:
+            passage.finish()
 
 
-def quantize_stages(
-    stages: Sequence[Stage],
-    layers: Mapping[str, LayerPlan],
-    streams: Sequence[Passage],
-    solver: LayerSolver,
-    *,
-    true_sequential: bool,
-) -> None:
-    """Gather what each stage sees over all batches, then solve the stage's layers of the first of `streams` with it."""
-    gathered = {stage: _nothing_seen(stage, layers, streams, solver) for stage in stages}
-    for batch, seen in enumerate(zip(*(way.inputs(stages) for way in streams), strict=True), streams[0].first):
+def quantize_stages(stages: Sequence[Stage], passages: Sequence[Passage], solver: LayerSolver) -> None:
+    """Gather what each stage sees over all batches, then solve the layers of each stage with it."""
+    layers, first = solver.run.layers, passages[0]
+    gathered = {stage: _nothing_seen(stage, passages, solver) for stage in stages}
+    for batch, seen in enumerate(zip(*(passage.inputs(stages) for passage in passages), strict=True), first.first):
         for calls in zip(*seen, strict=True):
             stage = calls[0][0]
             gathered[stage].add(batch, *(inputs for _, inputs in calls))
     for stage in stages:
         inputs = gathered.pop(stage)
         if isinstance(inputs, RoutedInputs):
-            quantize_experts(inputs, layers, streams[0].linears, solver, true_sequential=true_sequential)
+            quantize_experts(inputs, first.linears, solver)
         else:
-            hessian = solver.team.sum_hessians(inputs, streams[0].n_all)
-            solver.solve([layers[name] for name in stage.names], streams[0].linears, hessian)
+            hessian = solver.run.ranks.sum_hessians(inputs, first.n_all)
+            solver.solve([layers[name] for name in stage.names], first.linears, hessian)
 
 
-def quantize_head(
-    stream: ModelStream,
-    layers: Mapping[str, LayerPlan],
-    batches: Sequence[Tensor],
-    hidden: HiddenStates,
-    original: HiddenStates | None,
-    solver: LayerSolver,
-) -> None:
+def quantize_head(states: Sequence[HiddenStates], solver: LayerSolver) -> None:
     """Solve the output head, whose inputs are the final hidden states as the model's own forward normalises them."""
-    linears = {HEAD: stream.output_linear}
-    with stream.head() as logits:
-
-        def passage(states: HiddenStates) -> Passage:
-            runs = [partial(_head, logits, ids, states, n) for n, ids in enumerate(batches)]
-            return Passage(linears, linears, runs, states)
-
-        streams = [passage(states) for states in (hidden, original) if states is not None]
-        quantize_stages([Stage((HEAD,), 1)], layers, streams, solver, true_sequential=True)
+    run = solver.run
+    linears = {HEAD: run.stream.output_linear}
+    with run.stream.head() as logits:
+        passages = []
+        for hidden in states:
+            mine = run.batches[hidden.first : hidden.first + len(hidden)]
+            runs = [partial(_head, logits, ids, hidden, number) for number, ids in enumerate(mine)]
+            passages.append(Passage(linears, linears, runs, hidden))
+        quantize_stages([Stage((HEAD,), 1)], passages, solver)
 
 
 def _head(logits: Callable[[Tensor, State], Tensor], ids: Tensor, hidden: HiddenStates, batch: int) -> Tensor:
     return logits(ids, hidden[batch])
 
 
-def _nothing_seen(
-    stage: Stage, layers: Mapping[str, LayerPlan], streams: Sequence[Passage], solver: LayerSolver
-) -> HessianOfBatches | RoutedInputs:
+def _nothing_seen(stage: Stage, passages: Sequence[Passage], solver: LayerSolver) -> HessianOfBatches | RoutedInputs:
     name = stage.names[0]
-    experts = [module for way in streams if isinstance(module := way.called[name], Experts)]
-    return RoutedInputs(name, experts) if experts else HessianOfBatches(layers[name].in_features, solver.device)
+    called = [passage.called[name] for passage in passages]
+    experts = [module for module in called if isinstance(module, Experts)]
+    if experts:
+        return RoutedInputs(name, experts)
+    return HessianOfBatches(solver.run.layers[name].in_features, solver.device)
 
 
 def _check_reached(linears: Mapping[str, nn.Module], stages: Sequence[Stage]) -> None:
@@ -243,53 +224,34 @@ def _watched(together: Sequence[Stage], called: Mapping[str, nn.Module], run: Ca
     return seen
 
 
-def do_blocks(
-    stream: ModelStream,
-    plan: RunPlan,
-    config: QuantizeConfig,
-    ids: Tensor,
-    keep: Keep,
-    saved: FinishedBlocks,
-    report: Report,
-    team: Ranks,
-) -> None:
-    """Do what `saved` has not yet, as one process of `team`.
+def quantize_all_blocks(run: Run) -> None:
+    """Do what `run.saved` has not yet; a block that runs out of memory is done once more, with less.
 
-    Where memory runs out, all of it is given back and the run goes on from what is saved, as the next call would: the
-    same bytes. From then on every block is saved. What runs out a second time in the same block ends the run; so does
-    the first time in one process of several, since the others wait for it in the middle of that block.
+    Where memory runs out, all of it is given back and the run resumes from what is saved, as the next call would, with
+    the same bytes. From then on every block is saved. A second shortage in the same block ends the run. So does the
+    first one in a run of several processes, since the others wait for this one in the middle of the block.
     """
-    memory = Memory(stream.device, config.max_vram_bytes, config.max_ram_bytes, team.local_world_size)
-    memory.enforce()
-    budget = WaitingRoom(memory, report)
+    run.budget.memory.enforce()
     done_again = None
-    while not saved.complete:
+    while not run.saved.complete:
         try:
-            quantize_blocks(
-                stream,
-                plan,
-                ids.split(config.batch_size),
-                true_sequential=config.true_sequential,
-                policy=config.fault_policy,
-                budget=budget,
-                keep=keep,
-                saved=saved,
-                report=report,
-                team=team,
-            )
+            quantize_blocks(run)
         except Exception as error:
-            if not out_of_memory(error) or team.size > 1 or saved.first == done_again:
+            if not out_of_memory(error) or run.ranks.size > 1 or run.saved.first == done_again:
                 raise
             why = reason(error)
         else:
             return
-        done_again = saved.first
-        _give_back(stream.device)
-        budget.shrink_after_oom()
-        saved.save_every_block()
-        name = HEAD if done_again == stream.n_blocks else stream.block_name(done_again)
+        done_again = run.saved.first
+        _give_back(run.stream.device)
+        run.budget.shrink_after_oom()
+        run.saved.save_every_block()
+        name = HEAD
+        if done_again < run.stream.n_blocks:
+            name = run.stream.block_name(done_again)
         again = f"`{name}` is done again with no batch waiting inside it, later blocks with half as many"
-        report(Warned("W_OOM_RETRY", f"memory ran out: {again}; {_advice(memory)} ({why})"))
+        advice = _advice(run.budget.memory)
+        run.report(Warned("W_OOM_RETRY", f"memory ran out: {again}; {advice} ({why})"))
 
 
 def _give_back(device: torch.device) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import transformers
 
-from gptq_cli.calibration.windows import Windows
 from gptq_cli.checkpoint.scan import scan_weights
 from gptq_cli.checkpoint.source import Checkpoint, index_file
 from gptq_cli.config.schema import QuantizeConfig
@@ -27,9 +26,15 @@ Identity = dict[str, Any]
 
 
 def identify(
-    source: Checkpoint, commit: str | None, config: QuantizeConfig, device: torch.device, *, hashed: bool = True
+    source: Checkpoint,
+    commit: str | None,
+    config: QuantizeConfig,
+    device: torch.device,
+    calibration_sha256: str,
+    *,
+    hashed: bool = True,
 ) -> Identity:
-    """The identity of a run before its calibration text is known; paths of model and output are no part of it.
+    """Return the identity of a run; paths of model and output are no part of it.
 
     Weights of a commit of the Hub are known by its hash; those of a directory are read and hashed, unless that is left
     to another process on this machine: then it says nothing of the source. InputError E_CKPT_NONFINITE for weights that
@@ -44,6 +49,7 @@ def identify(
         },
         "device": _device(device),
         "config": _settings(config),
+        "calibration_sha256": calibration_sha256,
     }
     if not hashed:
         return known
@@ -64,16 +70,10 @@ def check_agreement(team: Ranks, identity: Identity) -> None:
             )  # fmt: skip
 
 
-def with_calibration(identity: Identity, windows: Windows) -> Identity:
-    """`identity` with what the run is calibrated on."""
-    return {**identity, "calibration_sha256": windows.sha256}
-
-
 def differences(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """What `wanted` says otherwise than `known`, one line a field, as far as `wanted` is known yet."""
+    """List the fields in which `wanted` differs from `known`, one line for each."""
     old, new = dict(_flat(known)), dict(_flat(wanted))
-    later = set() if "calibration_sha256" in new else {"calibration_sha256"}
-    names = sorted((old.keys() | new.keys()) - later)
+    names = sorted(old.keys() | new.keys())
     return [f"{name} was {_word(old, name)}, is {_word(new, name)}" for name in names if old.get(name) != new.get(name)]
 
 

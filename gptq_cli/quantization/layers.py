@@ -11,16 +11,16 @@ from itertools import accumulate
 
 from torch import Tensor, nn
 
-from gptq_cli.config.layer import FaultPolicy, LayerConfig
+from gptq_cli.config.layer import LayerConfig
 from gptq_cli.config.rules import keeping
 from gptq_cli.errors import GateError, InputError
-from gptq_cli.events import Fallback, LayerReport, LayerSolved, LayerStarted, Report, Warned
+from gptq_cli.events import Fallback, LayerReport, LayerSolved, LayerStarted, Warned
 from gptq_cli.models.skeleton import place
-from gptq_cli.models.stream import ModelStream
 from gptq_cli.planning.estimate import ROWS_OF_A_PART
 from gptq_cli.planning.run_plan import LayerPlan
+from gptq_cli.quantization.run_state import Run
 from gptq_cli.runtime.memory import give_back_freed_tensors
-from gptq_cli.runtime.ranks import SINGLE_PROCESS, Ranks
+from gptq_cli.runtime.ranks import Ranks
 from gptq_cli.solver.factor import (
     HessianFactor,
     NonFiniteHessianError,
@@ -34,7 +34,6 @@ from gptq_cli.solver.hessian import HessianAccumulator
 from gptq_cli.solver.quantized_linear import QuantizedLinear
 from gptq_cli.solver.solve import Solution, solve_together
 
-Keep = Callable[[LayerPlan, QuantizedLinear], None]
 LOST_SHARE = 0.01  # of a layer's scales at the smallest number: it gets a warning of its own
 SUBNORMAL_SHARE = 0.5  # of a layer's scales: somebody should know, once
 
@@ -59,41 +58,31 @@ class UsableHessian:
 
 
 class LayerSolver:
-    """Solves layers that share an input, puts the dequantized weights back and hands the codes to `keep`.
+    """Solves layers that share an input, puts the dequantized weights back and hands the codes to `run.keep`."""
 
-    `batches` is how many windows there are in each batch of the calibration text, to say where a fault lies.
-    """
-
-    def __init__(
-        self,
-        stream: ModelStream,
-        keep: Keep,
-        report: Report,
-        policy: FaultPolicy,
-        batches: Sequence[int],
-        team: Ranks = SINGLE_PROCESS,
-    ) -> None:
-        self._stream, self._keep, self.report = stream, keep, report
-        self.policy, self._batches, self.team = policy, batches, team
-        self.device = stream.device
+    def __init__(self, run: Run) -> None:
+        self.run, self.device = run, run.stream.device
+        self.policy = run.config.fault_policy
+        self._batches = [len(batch) for batch in run.batches]  # windows in each, to say where a fault lies
         self._told_few = self._told_subnormal = False
         self._lost: str | None = None  # the last layer whose weights were too small for its scales
         self._read: tuple[str, Tensor] | None = None  # the layer whose rows were solved last
 
     def solve(self, layers: Sequence[LayerPlan], linears: Mapping[str, nn.Module], inputs: HessianAccumulator) -> None:
         """Quantize `layers`, all of which have seen `inputs`, each process some of their rows."""
-        for solved in self.solutions(layers, inputs, self.team):
+        for solved in self.solutions(layers, inputs, self.run.ranks):
             self.put_back(solved, linears)
             self.finish(solved)
 
-    def solutions(self, layers: Sequence[LayerPlan], inputs: HessianAccumulator, team: Ranks) -> Iterator[SolvedLayer]:
-        """What becomes of `layers` if `team` solves them; all of its processes have the same `inputs`."""
+    def solutions(self, layers: Sequence[LayerPlan], inputs: HessianAccumulator, ranks: Ranks) -> Iterator[SolvedLayer]:
+        """Solve `layers`, whose rows `ranks` share; all of them have the same `inputs`."""
         for together in of_one_configuration(layers):
             started = time.perf_counter()
             config = together[0].config
             assert config is not None
             for layer in together:
-                self.report(LayerStarted(layer.name))
+                self.run.report(LayerStarted(layer.name))
+            self.run.limits.check_time()
             with located(together, windows=partial(self._windows, inputs)):
                 usable = self._usable(inputs, config)
             if self.device.type == "cpu":
@@ -101,7 +90,7 @@ class LayerSolver:
             parts = row_parts(together, ROWS_OF_A_PART[self.device.type])
             solve = partial(self._solve_part, parts, usable, config)
             found: dict[str, list[Solution]] = {layer.name: [] for layer in together}
-            for number, solutions, _ in team.map_units(solve, [sum(map(len, part)) for part in parts]):
+            for number, solutions, _ in ranks.map_units(solve, [sum(map(len, part)) for part in parts]):
                 for rows, solution in zip(parts[number], solutions, strict=True):
                     found[rows.layer.name].append(solution)
             self._read = None
@@ -120,9 +109,10 @@ class LayerSolver:
 
     def finish(self, solved: SolvedLayer) -> None:
         """Keep the codes and tell what became of the layer."""
-        self._keep(solved.layer, solved.quantized)
+        self.run.keep(solved.layer, solved.quantized)
         self._warn(solved)
-        self.report(LayerSolved(solved.report))
+        self.run.report(LayerSolved(solved.report))
+        self.run.limits.check_fallbacks([solved.report])
 
     def _solve_part(
         self, parts: Sequence[Sequence[Rows]], usable: UsableHessian, config: LayerConfig, number: int
@@ -156,7 +146,7 @@ class LayerSolver:
     def _whole(self, layer: LayerPlan) -> Tensor:
         if self._read is None or self._read[0] != layer.name:
             self._read = None  # before another takes its place
-            self._read = layer.name, self._stream.linear_weight(layer.name, transposed=layer.transposed)
+            self._read = layer.name, self.run.stream.linear_weight(layer.name, transposed=layer.transposed)
         return self._read[1]
 
     def _warn(self, solved: SolvedLayer) -> None:
@@ -164,18 +154,18 @@ class LayerSolver:
         if report.fallback in ("inputs", "hessian"):
             not_finite = f"its inputs hold NaN or infinity{solved.windows}"
             why = not_finite if report.fallback == "inputs" else "its Hessian is not positive definite"
-            self.report(Warned("W_NUM_FALLBACK", f"{_where(layer)} was rounded to nearest: {why}"))
+            self.run.report(Warned("W_NUM_FALLBACK", f"{_where(layer)} was rounded to nearest: {why}"))
         if 0 < report.tokens < layer.in_features and not self._told_few:
             self._told_few = True
             few = f"saw {report.tokens} calibration tokens for {layer.in_features} inputs; others may have as few"
-            self.report(Warned("W_NUM_TOKENS", f"{_where(layer)} {few}"))
+            self.run.report(Warned("W_NUM_TOKENS", f"{_where(layer)} {few}"))
         if report.damp_retries:
             used = f"damp_percent was raised to {report.damp_percent:g} to make its Hessian positive definite"
-            self.report(Warned("W_NUM_DAMPING", f"layer `{layer.name}`: {used}"))
+            self.run.report(Warned("W_NUM_DAMPING", f"layer `{layer.name}`: {used}"))
         if report.dead_columns:
             seen = f"{report.dead_columns} of {layer.in_features} inputs were always zero, their weights become zero"
             before = f"; `{self._lost}` before it has lost weights" if self._lost else ""
-            self.report(Warned("W_NUM_DEAD", f"layer `{layer.name}`: {seen}{before}"))
+            self.run.report(Warned("W_NUM_DEAD", f"layer `{layer.name}`: {seen}{before}"))
         self._warn_of_scales(solved)
 
     def _warn_of_scales(self, solved: SolvedLayer) -> None:
@@ -187,12 +177,12 @@ class LayerSolver:
             self._lost = layer.name
             held = f"{smallest} of {sizes.numel()} scales are held at 2^-24, the smallest number of float16"
             error = f"its relative error is {solved.report.relative_error:.2g}"
-            self.report(Warned("W_NUM_SCALES", f"{_where(layer)} has so small weights that {held}; {error}"))
+            self.run.report(Warned("W_NUM_SCALES", f"{_where(layer)} has so small weights that {held}; {error}"))
         elif subnormal >= SUBNORMAL_SHARE * sizes.numel() and not self._told_subnormal:
             self._told_subnormal = True
             small = f"{subnormal} of {sizes.numel()} scales are below 2^-14, which makes them subnormal in float16"
             others = "hardware that flushes such numbers reads zeros; other layers may have them, too"
-            self.report(Warned("W_NUM_SCALES", f"{_where(layer)} has so small weights that {small}; {others}"))
+            self.run.report(Warned("W_NUM_SCALES", f"{_where(layer)} has so small weights that {small}; {others}"))
 
     def _windows(self, inputs: HessianAccumulator) -> str:
         """Where in the calibration text, counted from 1, something first was not finite."""

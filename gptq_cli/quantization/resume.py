@@ -180,14 +180,12 @@ class SavedBlocks(FinishedBlocks):
         self._record(Warned("W_RESUME_DAMAGED", f"{what} in `{self._work.path}`: what depends on it is done again"))
 
 
-def check_resumable(
-    work: WorkDirectory, identity: Identity, policy: str, report: Report, *, model: Path, early: bool = False
-) -> None:
+def check_resumable(work: WorkDirectory, identity: Identity, policy: str, report: Report, *, model: Path) -> None:
     """See that what is finished in `work`, if anything, belongs to the run `identity` of the directory `model`.
 
-    `policy` "never" drops it; with "require" it must be there, unless it is too `early` to know: ExistsError
-    E_RESUME_NOTHING. E_RESUME_MISMATCH lists the fields in which the runs differ, as far as they are known. What was
-    finished by a run that has failed is dropped for one that differs, unless `policy` is "require".
+    `policy` "never" drops it; with "require" it must be there: ExistsError E_RESUME_NOTHING. E_RESUME_MISMATCH lists
+    the fields in which the runs differ. What was finished by a failed run is dropped for one that differs, unless
+    `policy` is "require".
     """
     if policy == "never":
         work.drop()
@@ -196,7 +194,7 @@ def check_resumable(
         report(Warned("W_RESUME_DAMAGED", f"`{work.path}/run.json` cannot be read: everything is done again"))
         work.drop()
     journal = Journal(work.journal, digest(run["identity"]) if run else "")
-    if policy == "require" and not journal.entries and not early:
+    if policy == "require" and not journal.entries:
         raise ExistsError(
             "E_RESUME_NOTHING", f"there is no finished block to go on from in `{work.path}`", hint="leave out --resume"
         )
@@ -244,7 +242,7 @@ def finished_output(output: Path, model: Path, identity: Identity, *, overwrite:
         return None
     hint = way_out(output)
     different = differences(manifest.get("identity", {}), identity)
-    if "calibration_sha256" in identity and not different:
+    if not different:
         defects = check_manifest(output, full=True)[1]
         if not defects:
             return manifest

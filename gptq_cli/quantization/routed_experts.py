@@ -55,23 +55,17 @@ class RoutedInputs:
         return hessian
 
 
-def quantize_experts(
-    inputs: RoutedInputs,
-    layers: Mapping[str, LayerPlan],
-    linears: Mapping[str, nn.Module],
-    solver: LayerSolver,
-    *,
-    true_sequential: bool,
-) -> None:
-    """Solve the planned layers expert by expert; `true_sequential`: down_proj sees what quantized gate and up give it.
+def quantize_experts(inputs: RoutedInputs, linears: Mapping[str, nn.Module], solver: LayerSolver) -> None:
+    """Solve the planned layers expert by expert; with `true_sequential` down_proj sees what quantized gate and up give.
 
     GateError E_NUM_EXPERT where an expert saw no token and the policy is "error".
     """
-    inputs = replace(inputs, batches=solver.team.all_gather(inputs.batches))
+    ranks, true_sequential = solver.run.ranks, solver.run.config.true_sequential
+    inputs = replace(inputs, batches=ranks.all_gather(inputs.batches))
     rows = inputs.rows()
     tokens = [sum(map(len, batches)) for batches in rows]
     report_coverage(inputs.name, tokens, solver)
-    planned = [_planned(expert, layers, linears) for expert in inputs.experts[0]]
+    planned = [_planned(expert, solver.run.layers, linears) for expert in inputs.experts[0]]
 
     def solve(number: int) -> list[SolvedLayer]:
         expert, mine = inputs.experts[0][number], rows[number]
@@ -89,7 +83,7 @@ def quantize_experts(
         return found
 
     costs = [expert_cost(mine, seen) for mine, seen in zip(planned, tokens, strict=True)]
-    for _, found, is_mine in solver.team.map_units(solve, costs):
+    for _, found, is_mine in ranks.map_units(solve, costs):
         for solved in found:
             if not is_mine:
                 solver.put_back(solved, linears)
@@ -116,7 +110,7 @@ def _hessian(
 def report_coverage(name: str, tokens: Sequence[int], solver: LayerSolver) -> None:
     """Tell how many tokens each expert of the layer `name` was sent; GateError E_NUM_EXPERT as the policy says."""
     uncovered = tuple(number for number, seen in enumerate(tokens) if not seen)
-    solver.report(ExpertsCovered(name, tuple(tokens), min(tokens), median(tokens), uncovered))
+    solver.run.report(ExpertsCovered(name, tuple(tokens), min(tokens), median(tokens), uncovered))
     if uncovered and solver.policy.moe_uncovered == "error":
         listed = ", ".join(map(str, uncovered[:LISTED])) + (", ..." if len(uncovered) > LISTED else "")
         raise GateError(

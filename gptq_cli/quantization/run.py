@@ -7,22 +7,24 @@ other files.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gptq_cli.calibration.corpus import DatasetSource, Documents, load_documents
+from gptq_cli.calibration.corpus import DatasetSource, load_documents
 from gptq_cli.calibration.windows import Windows, calibration_windows, check_token_ids, load_encoder
 from gptq_cli.checkpoint.codec import encode
-from gptq_cli.checkpoint.decodable import open_decodable, refuse_wrong_numbers
-from gptq_cli.checkpoint.locate import ModelSource, locate_model, model_directory
+from gptq_cli.checkpoint.decodable import refuse_wrong_numbers
+from gptq_cli.checkpoint.locate import ModelSource, model_directory
 from gptq_cli.checkpoint.quantization_config import describe
 from gptq_cli.checkpoint.reader import open_reader
-from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
+from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.checkpoint.verify import check_written
 from gptq_cli.checkpoint.writer import CheckpointWriter, write_side_files
 from gptq_cli.config.schema import QuantizeConfig
@@ -31,14 +33,14 @@ from gptq_cli.config.units import size
 from gptq_cli.config.yaml_writer import to_yaml
 from gptq_cli.errors import InputError, __version__
 from gptq_cli.events import ExpertsCovered, LayerReport, PhaseStarted, Report, RunPlanned, Warned, ignore
-from gptq_cli.files import expanded, resolved
+from gptq_cli.files import resolved
 from gptq_cli.models.stream import ModelStream
-from gptq_cli.planning.checks import check_disk, check_memory
-from gptq_cli.planning.plan import check_shared, plan_checkpoint
-from gptq_cli.planning.run_plan import HEAD, LayerPlan, RunPlan, bounded
+from gptq_cli.planning.checks import PreparedRun, RunOptions, check_disk, check_memory, prepare_run
+from gptq_cli.planning.plan import check_shared, refine_plan
+from gptq_cli.planning.run_plan import HEAD, LayerPlan, RunPlan
 from gptq_cli.planning.serving_warnings import judge_plan, remarks
-from gptq_cli.quantization.block_loop import do_blocks
-from gptq_cli.quantization.identity import Identity, check_agreement, identify, with_calibration
+from gptq_cli.quantization.block_loop import quantize_all_blocks
+from gptq_cli.quantization.identity import Identity, check_agreement, identify
 from gptq_cli.quantization.resume import (
     FinishedBlocks,
     SavedBlocks,
@@ -48,7 +50,8 @@ from gptq_cli.quantization.resume import (
     marking_failures,
     telling_what_is_kept,
 )
-from gptq_cli.quantization.run_record import FallbackLimit, Record, TimeLimit
+from gptq_cli.quantization.run_record import Limits, Record
+from gptq_cli.quantization.run_state import Run
 from gptq_cli.runtime.memory import Memory, device_errors
 from gptq_cli.runtime.open_model import STORED_DTYPES, open_stream, resolve_device
 from gptq_cli.runtime.ranks import SINGLE_PROCESS, Ranks, Worker
@@ -57,8 +60,6 @@ from gptq_cli.storage.durable import write_file
 from gptq_cli.storage.manifest import CONFIG_FILE, write_manifest
 from gptq_cli.storage.replacing import check_output
 from gptq_cli.storage.work_directory import WorkDirectory, working_on, write_run
-
-NOTHING_TO_DO = torch.empty(0, 0, dtype=torch.long)  # instead of token ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,123 +114,130 @@ def quantize_checkpoint(
     max_seconds: float | None = None,
     allow_network_fs: bool = False,
     report: Report = ignore,
-    place: Worker | None = None,
+    worker: Worker | None = None,
 ) -> QuantizeResult:
     """Quantize MODEL (a directory or a Hub id) into the directory `output`, which appears complete or not at all.
 
-    Goes on where an earlier call that ended early has come to, unless `resume` is "never"; with "require" it must. An
-    output that is what this call would write is left as it is. PausedError when `max_seconds` are over. This is the
-    leading process of a team, at `place`, if that is given; the others call `assist`.
+    Resumes what an earlier call has left unfinished, unless `resume` is "never"; with "require" there must be some. An
+    output that this call would write again is not touched. Raises PausedError when `max_seconds` are over.
 
     Raises ConfigError, InputError, GateError, ResourceError and ExistsError as their codes say; nothing that existed
     before is touched unless `overwrite` is set and the new checkpoint is complete.
     """
+    options = RunOptions(revision, overwrite, resume, max_seconds, allow_network_fs)
+    return carry_out(prepare_run(model, output, config, options), report, worker)
+
+
+def carry_out(prepared: PreparedRun, report: Report = ignore, worker: Worker | None = None) -> QuantizeResult:
+    """Quantize what `prepare_run` has located and planned, as one of the processes of `worker.team`.
+
+    All processes follow these steps; only the leader reads and writes the output, and only its `report` is called.
+    """
     started = time.perf_counter()
-    limit = FallbackLimit(report if max_seconds is None else TimeLimit(report, max_seconds), config)
-    record = Record(limit)
-    place = place or Worker(SINGLE_PROCESS, resolve_device(config.device))
-    team, device = place.team, place.device
-    working = working_on(output, record, allow_network_fs=allow_network_fs)
-    with working as work, telling_what_is_kept(work, record):
-        located, source = _source(model, revision, output, overwrite=overwrite)
-        plan_checkpoint(source, config)  # a downloaded model has not been looked at before
+    config, options, source = prepared.config, prepared.options, prepared.plan.source
+    worker = worker or Worker(SINGLE_PROCESS, resolve_device(config.device))
+    ranks = worker.team
+    record, limits = Record(ignore), Limits(config)
+    if ranks.is_leader:
+        record, limits = Record(report), Limits(config, options.max_seconds)
+    with _work_directory(prepared, record, ranks) as work, torch.inference_mode(), device_errors():
         refuse_wrong_numbers(source)
-        config = bounded(config, source)
+        stream = _open_stream(prepared, worker)
+        plan = _refine_plan(prepared, stream, record)
+        if work is not None:
+            _check_room(work, plan, stream, config, worker)
+        calibration = _calibrate(source, config, record, ranks)
+        check_token_ids(calibration.windows.ids, stream.vocabulary_rows)
         record(PhaseStarted("source", f"identifying {size(source.nbytes)}"))
-        identity = identify(source, located.commit, config, device)
-        check_agreement(team, identity)
-        finished_output(work.output, source.directory, identity, overwrite=overwrite)
-        check_resumable(work, identity, resume, record, model=located.directory, early=True)
-        with torch.inference_mode(), device_errors():
-            stream = _open_stream(source, config, place)
-            plan = _plan(source, config, stream, record)
-            record(_planned(model, plan, config))
-            _check_room(work, plan, config, stream, place)
-            windows, documents = _calibrate(source, config, stream, record)
-            source.check_unchanged()
-            identity = with_calibration(identity, windows)
-            manifest = finished_output(work.output, source.directory, identity, overwrite=overwrite)
-            if manifest is None:
-                check_resumable(work, identity, resume, record, model=located.directory)
-                request = _request(model, work.output, config, located.commit or revision, overwrite)
-                write_run(work.path, identity, request)
-                team.broadcast(windows.ids)
-                origin = _origin(located, documents)
-                times = SavingTimes(always=max_seconds is not None)  # it will be stopped between two blocks
-                with marking_failures(work):
-                    _write(work, plan, config, stream, windows, identity, origin, record, team, times)
-                    source.check_unchanged()
-                work.publish(source.directory, overwrite=overwrite)
+        commit, sha256 = prepared.located.commit, calibration.windows.sha256
+        identity = identify(source, commit, config, worker.device, sha256, hashed=ranks.first_here)
+        check_agreement(ranks, identity)
+        manifest = None
+        if work is not None:
+            manifest = finished_output(work.output, source.directory, identity, overwrite=options.overwrite)
+        if ranks.broadcast(manifest is not None):
+            record.take_over(manifest or {})
+            limits.check_fallbacks(record.layers)
+        else:
+            run = Run(config, plan, stream, ranks, calibration.batches(config.batch_size), record, limits)
+            if work is not None:
+                _write_output(run, work, prepared, calibration, identity)
             else:
-                team.broadcast(NOTHING_TO_DO)
-                record.take_over(manifest)
-                limit.check(record.layers)
-    return _result(output, located, config, plan, windows, record, time.perf_counter() - started)
+                run.saved = FinishedBlocks(ranks, ranks.broadcast(), plan.n_steps)
+                quantize_all_blocks(run)
+    return _result(prepared, plan, calibration.windows, record, time.perf_counter() - started)
 
 
-def _source(model: str, revision: str | None, output: Path, *, overwrite: bool) -> tuple[ModelSource, Checkpoint]:
-    """The model, which may be downloaded first; refused, before and after, if `output` is no place for this run."""
-    check_output(output, model_directory(model) or expanded(model), overwrite=overwrite, may_be_done=True)
-    located = locate_model(model, revision)
-    check_output(output, located.directory, overwrite=overwrite, may_be_done=True)
-    return located, open_checkpoint(located.directory)
+@contextmanager
+def _work_directory(prepared: PreparedRun, record: Record, ranks: Ranks) -> Iterator[WorkDirectory | None]:
+    """Lock the work directory of the output for the body; None for processes that write nothing."""
+    if not ranks.is_leader:
+        yield None
+        return
+    allow_network_fs = prepared.options.allow_network_fs
+    with working_on(prepared.output, record, allow_network_fs=allow_network_fs) as work:
+        check_output(
+            prepared.output, prepared.located.directory, overwrite=prepared.options.overwrite, may_be_done=True
+        )
+        with telling_what_is_kept(work, record):
+            yield work
 
 
-def _open_stream(source: Checkpoint, config: QuantizeConfig, place: Worker) -> ModelStream:
+def _open_stream(prepared: PreparedRun, worker: Worker) -> ModelStream:
+    config = prepared.config
     return open_stream(
-        source, device=place.device, dtype=config.dtype, trust_remote_code=config.trust_remote_code,
-        host=_host(config, place),
-    )  # fmt: skip
+        prepared.plan.source,
+        device=worker.device,
+        dtype=config.dtype,
+        trust_remote_code=config.trust_remote_code,
+        host=_host(config, worker),
+    )
 
 
-def _host(config: QuantizeConfig, place: Worker) -> Memory:
-    return Memory(torch.device("cpu"), None, config.max_ram_bytes, place.team.local_world_size)
+def _host(config: QuantizeConfig, worker: Worker) -> Memory:
+    return Memory(torch.device("cpu"), None, config.max_ram_bytes, worker.team.local_world_size)
 
 
-def _check_room(work: WorkDirectory, plan: RunPlan, config: QuantizeConfig, stream: ModelStream, place: Worker) -> None:
+def _check_room(
+    work: WorkDirectory, plan: RunPlan, stream: ModelStream, config: QuantizeConfig, worker: Worker
+) -> None:
     """ResourceError E_DISK or E_OOM if disk or memory will not suffice."""
-    check_disk(work, plan.layout.nbytes, (1 + plan.asymmetric) * _hidden_bytes(config, stream))
-    host, host_limit = _host(config, place).free_and_limit()
+    hidden_bytes = config.nsamples * config.seqlen * stream.hidden_size * stream.dtype.itemsize
+    check_disk(work, plan.layout.nbytes, (1 + plan.asymmetric) * hidden_bytes)
+    host, host_limit = _host(config, worker).free_and_limit()
     device, device_limit = None, None
-    if place.device.type == "cuda":
-        device, device_limit = Memory(place.device, config.max_vram_bytes).free_and_limit()
+    if worker.device.type == "cuda":
+        device, device_limit = Memory(worker.device, config.max_vram_bytes).free_and_limit()
     limits = [limit for limit in (host_limit, device_limit) if limit]
-    check_memory(plan, config, host, device, place.team.size, limits)
+    check_memory(plan, config, host, device, worker.team.size, limits)
 
 
-def _plan(source: Checkpoint, config: QuantizeConfig, stream: ModelStream, report: Report) -> RunPlan:
-    """The plan with the model at hand, and warnings of what stays or will not be loaded."""
-    outside = stream.outside_linears()
-    plan = plan_checkpoint(source, config, stream.all_linears(), stream.stacked_linears(), stream.unused)
+def _refine_plan(prepared: PreparedRun, stream: ModelStream, report: Report) -> RunPlan:
+    """Return the plan with the model at hand; report it, and warn of what stays or will not be loaded."""
+    config = prepared.config
+    plan = refine_plan(prepared.plan, config, stream.all_linears(), stream.stacked_linears(), stream.unused)
     check_shared(plan, stream.shared_linears())
-    if outside:
+    if outside := stream.outside_linears():
         report(Warned("W_ARCH_KEPT", f"{outside}: they stay as they are"))
     for code, text in remarks(plan, config):
         report(Warned(code, text))
     for name in stream.biased_experts()[:1]:
         says = f"the experts of `{name}` have biases: no engine is known to load them quantized, `gptq eval-ppl` does"
         report(Warned("W_ARCH_EXPERTS", says))
+    report(_planned(prepared.located.name, plan, config))
     return plan
 
 
-def _result(
-    output: Path,
-    located: ModelSource,
-    config: QuantizeConfig,
-    plan: RunPlan,
-    windows: Windows,
-    record: Record,
-    seconds: float,
-) -> QuantizeResult:
+def _result(prepared: PreparedRun, plan: RunPlan, windows: Windows, record: Record, seconds: float) -> QuantizeResult:
     return QuantizeResult(
-        output=output,
-        model=located.name,
-        commit=located.commit,
-        config=config,
+        output=prepared.output,
+        model=prepared.located.name,
+        commit=prepared.located.commit,
+        config=prepared.config,
         layers=tuple(record.layers),
         experts=tuple(record.experts),
         split_experts=tuple(plan.split_experts),
-        engines=judge_plan(plan, config),
+        engines=judge_plan(plan, prepared.config),
         kept=tuple(layer.name for layer in plan.kept),
         bits_per_weight=plan.bits_per_weight,
         tokens=windows.tokens,
@@ -259,20 +267,36 @@ def _planned(model: str, plan: RunPlan, config: QuantizeConfig) -> RunPlanned:
     )
 
 
-def _origin(located: ModelSource, documents: Documents) -> dict[str, str | None]:
-    """What the run took from the Hub, for a model card; None for what lies on this machine, whose path is nobody's."""
-    dataset = documents.name if documents.revision else None
+def _origin(located: ModelSource, calibration: Calibration) -> dict[str, str | None]:
+    """Return what the run took from the Hub, for a model card; None for what lies here, whose path is private."""
+    model = None
+    if located.commit:
+        model = located.name
     return {
-        "model": located.name if located.commit else None,
+        "model": model,
         "commit": located.commit,
-        "dataset": dataset,
-        "dataset_revision": documents.revision,
+        "dataset": calibration.dataset,
+        "dataset_revision": calibration.dataset_revision,
     }
 
 
-def _calibrate(
-    source: Checkpoint, config: QuantizeConfig, stream: ModelStream, report: Report
-) -> tuple[Windows, Documents]:
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """The windows that a run is calibrated on, and the Hub dataset that they are from, with its revision, if any."""
+
+    windows: Windows
+    dataset: str | None
+    dataset_revision: str | None
+
+    def batches(self, batch_size: int) -> tuple[Tensor, ...]:
+        """Token ids [batch, seqlen] of each batch, on the host."""
+        return torch.split(self.windows.ids.cpu(), batch_size)
+
+
+def _calibrate(source: Checkpoint, config: QuantizeConfig, report: Report, ranks: Ranks) -> Calibration:
+    """Tokenize the calibration text; the leader does it and sends the windows to the others."""
+    if not ranks.is_leader:
+        return ranks.broadcast()
     report(PhaseStarted("calibration", f"{config.nsamples} windows of {config.seqlen} tokens"))
     encoder = load_encoder(source.directory, trust_remote_code=config.trust_remote_code)
     documents = load_documents(
@@ -292,75 +316,60 @@ def _calibrate(
         seed=config.seed,
         bos_token_id=encoder.bos_token_id,
     )
-    check_token_ids(windows.ids, stream.vocabulary_rows)
-    return windows, documents
+    dataset = None
+    if documents.revision:
+        dataset = documents.name
+    return ranks.broadcast(Calibration(windows, dataset, documents.revision))
 
 
-def _hidden_bytes(config: QuantizeConfig, stream: ModelStream) -> int:
-    return config.nsamples * config.seqlen * stream.hidden_size * stream.dtype.itemsize
-
-
-def _request(model: str, output: Path, config: QuantizeConfig, revision: str | None, overwrite: bool) -> dict[str, Any]:
-    """The call that goes on with this run from anywhere."""
-    directory = model_directory(model)
+def _request(prepared: PreparedRun, output: Path) -> dict[str, Any]:
+    """Return the call that resumes this run from anywhere."""
+    directory = model_directory(prepared.model)
+    model = prepared.model
+    if directory is not None:
+        model = str(resolved(directory))
     return {
-        "model": model if directory is None else str(resolved(directory)),
+        "model": model,
         "output": str(output),
-        "config": config.model_dump(mode="json"),
-        "revision": revision,
-        "overwrite": overwrite,
+        "config": prepared.config.model_dump(mode="json"),
+        "revision": prepared.located.commit or prepared.options.revision,
+        "overwrite": prepared.options.overwrite,
         "directory": str(Path.cwd()),  # a dataset may be a path relative to it
     }
 
 
-def _write(
-    work: WorkDirectory,
-    plan: RunPlan,
-    config: QuantizeConfig,
-    stream: ModelStream,
-    windows: Windows,
-    identity: Identity,
-    origin: dict[str, str | None],
-    record: Record,
-    team: Ranks,
-    times: SavingTimes,
+def _write_output(
+    run: Run, work: WorkDirectory, prepared: PreparedRun, calibration: Calibration, identity: Identity
 ) -> None:
-    """Everything of the output but its name."""
-    with CheckpointWriter(work.stage, plan.layout) as writer:
-        with SavedBlocks(work, identity, writer, record, plan.n_steps, team, times) as saved:
+    """Resume or begin the run in `work`, write the whole output and give it its name."""
+    plan, record, options, source = run.plan, run.record, prepared.options, run.plan.source
+    check_resumable(work, identity, options.resume, record, model=prepared.located.directory)
+    source.check_unchanged()
+    write_run(work.path, identity, _request(prepared, work.output))
+    times = SavingTimes(always=options.max_seconds is not None)  # it will be stopped between two blocks
+    with marking_failures(work):
+        with CheckpointWriter(work.stage, plan.layout) as writer:
+            with SavedBlocks(work, identity, writer, record, plan.n_steps, run.ranks, times) as saved:
+                run.limits.check_fallbacks(record.layers)
+                run.saved, run.keep = saved, partial(_write_layer, writer, run.config.format)
+                run.ranks.broadcast(saved.first)
+                quantize_all_blocks(run)
+            record(PhaseStarted("copy", f"{len(plan.copied)} other tensors"))
+            copy_others(writer, plan)
+            record(PhaseStarted("verify", size(plan.layout.nbytes)))
+            writer.finish()
+        work.refuse_gone()
+        write_beside(work.stage, plan, run.config, calibration.windows.sha256, identity["source"]["files"])
+        check_written(work.stage)
+        origin = _origin(prepared.located, calibration)
+        write_manifest(work.stage, {"identity": identity, "origin": origin, **record.for_manifest()})
+        source.check_unchanged()
+    work.publish(source.directory, overwrite=options.overwrite)
 
-            def keep(layer: LayerPlan, linear: QuantizedLinear) -> None:
-                for suffix, tensor in encode(linear, config.format).items():
-                    writer.write(f"{layer.name}.{suffix}", tensor)
 
-            team.broadcast(saved.first)
-            do_blocks(stream, plan, config, windows.ids, keep, saved, record, team)
-        record(PhaseStarted("copy", f"{len(plan.copied)} other tensors"))
-        copy_others(writer, plan)
-        record(PhaseStarted("verify", size(plan.layout.nbytes)))
-        writer.finish()
-    work.refuse_gone()
-    write_beside(work.stage, plan, config, windows.sha256, identity["source"]["files"])
-    check_written(work.stage)
-    layers = [{key: value for key, value in asdict(layer).items() if key != "seconds"} for layer in record.layers]
-    experts = [asdict(covered) for covered in record.experts]
-    write_manifest(work.stage, {"identity": identity, "origin": origin, "layers": layers, "experts": experts})
-
-
-def assist(model: str, config: QuantizeConfig, place: Worker, *, revision: str | None = None) -> None:
-    """Do this process's share of what another one does with `quantize_checkpoint`; nothing is written here."""
-    team, device = place.team, place.device
-    located = locate_model(model, revision)
-    source = open_decodable(located.directory)
-    config = bounded(config, source)
-    check_agreement(team, identify(source, located.commit, config, device, hashed=team.first_here))
-    with torch.inference_mode(), device_errors():
-        stream = _open_stream(source, config, place)
-        plan = _plan(source, config, stream, ignore)
-        ids: Tensor = team.broadcast()
-        if ids.numel():
-            finished = FinishedBlocks(team, team.broadcast(), plan.n_steps)
-            do_blocks(stream, plan, config, ids.cpu(), lambda *_: None, finished, ignore, team)
+def _write_layer(writer: CheckpointWriter, format: str, layer: LayerPlan, linear: QuantizedLinear) -> None:
+    for suffix, tensor in encode(linear, format).items():
+        writer.write(f"{layer.name}.{suffix}", tensor)
 
 
 def copy_others(writer: CheckpointWriter, plan: RunPlan) -> None:

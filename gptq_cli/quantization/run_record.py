@@ -1,28 +1,20 @@
-"""Listeners to a run's events: what the result is made of, and two limits that end a run.
+"""The record of a run, which its result is made of, and the two limits that end one.
 
-The limits: how many layers may be rounded to nearest, and how much time there is.
+The limits are how many layers may be rounded to nearest, and how much time the run has.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import ConfigError, GateError, PausedError
-from gptq_cli.events import (
-    BlockFinished,
-    BlockStarted,
-    Event,
-    ExpertsCovered,
-    LayerReport,
-    LayerSolved,
-    LayerStarted,
-    Report,
-    Resumed,
-)
+from gptq_cli.events import BlockFinished, Event, ExpertsCovered, LayerReport, LayerSolved, Report, Resumed
 
 
 class Record:
@@ -50,12 +42,19 @@ class Record:
         """Of each layer of experts, in the same order."""
         return list(self._experts.values())
 
+    def for_manifest(self) -> dict[str, Any]:
+        """Return what the manifest keeps of layers and experts; seconds differ from run to run and are left out."""
+        layers = [asdict(layer) for layer in self.layers]
+        for layer in layers:
+            del layer["seconds"]
+        return {"layers": layers, "experts": [asdict(covered) for covered in self.experts]}
+
     def take_over(self, manifest: Mapping[str, Any]) -> None:
         """What an earlier call, which has finished the output of `manifest`, has recorded."""
         self.already_done = True
         self._add(
-            [LayerReport(**layer, seconds=0.0) for layer in manifest["layers"]],
-            [ExpertsCovered(**layer) for layer in manifest["experts"]],
+            [LayerReport(**layer, seconds=0.0) for layer in manifest.get("layers", ())],
+            [ExpertsCovered(**layer) for layer in manifest.get("experts", ())],
         )
 
     def __call__(self, event: Event) -> None:
@@ -76,62 +75,63 @@ class Record:
         self._experts |= {covered.name: covered for covered in experts}
 
 
-class FallbackLimit:
-    """Passes events on, and ends the run with GateError E_NUM_FALLBACKS at the first layer too many.
+class Limits:
+    """The limits of a run: the block loop asks before each block and layer, and after each layer.
 
-    Layers of finished blocks count, whatever was asked for when they were solved.
+    `max_seconds` None means that there is all the time.
     """
 
-    def __init__(self, report: Report, config: QuantizeConfig) -> None:
-        self._report, self._config = report, config
-        self._rounded: set[str] = set()  # a layer may be solved again
+    def __init__(
+        self,
+        config: QuantizeConfig,
+        max_seconds: float | None = None,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._config, self._now = config, now
+        self._rounded: set[str] = set()  # names, since a layer may be solved again
+        self._longest = 0.0
+        self._seconds = math.inf
+        if max_seconds is not None:
+            self._seconds = max_seconds
+        self._end = now() + self._seconds
 
-    def __call__(self, event: Event) -> None:
-        self._report(event)
-        if isinstance(event, LayerSolved):
-            self.check([event.report])
-        elif isinstance(event, Resumed):
-            self.check(event.layers)
+    def check_time_for_block(self) -> None:
+        """PausedError E_PAUSED if a block that takes as long as the longest so far would not end in time."""
+        self._check_time(self._longest)
 
-    def check(self, layers: Iterable[LayerReport]) -> None:
-        """Count what was rounded to nearest of these `layers` too."""
+    def check_time(self) -> None:
+        """PausedError E_PAUSED if the time is over."""
+        self._check_time(0.0)
+
+    def add_block(self, seconds: float) -> None:
+        """Note how long a block took."""
+        self._longest = max(self._longest, seconds)
+
+    def check_fallbacks(self, layers: Iterable[LayerReport]) -> None:
+        """Count which of `layers` were rounded to nearest; GateError E_NUM_FALLBACKS if these are too many.
+
+        Layers of finished blocks count as well, whatever was asked for when they were solved.
+        """
         allowed = self._config.max_fallbacks
         for layer in layers:
-            self._rounded |= {layer.name} if layer.fallback else set()
+            if not layer.fallback:
+                continue
+            self._rounded.add(layer.name)
             if layer.fallback in ("inputs", "hessian") and self._config.on_numeric_fault == "error":
                 says = f"`{layer.name}` was rounded to nearest by an earlier call; --on-numeric-fault is error now"
                 raise GateError("E_NUM_FALLBACKS", says, hint="say --on-numeric-fault rtn, or --resume never")
             if allowed is not None and len(self._rounded) > allowed:
-                raise GateError(
-                    "E_NUM_FALLBACKS",
-                    f"{len(self._rounded)} layers had to be rounded to nearest, the last `{layer.name}`; "
-                    f"--max-fallbacks allows {allowed}",
-                    hint="use more or other calibration text, or allow more",
-                )
+                count = f"{len(self._rounded)} layers had to be rounded to nearest, the last `{layer.name}`"
+                message = f"{count}; --max-fallbacks allows {allowed}"
+                raise GateError("E_NUM_FALLBACKS", message, hint="use more or other calibration text, or allow more")
 
-
-class TimeLimit:
-    """Passes events on, and ends the run with PausedError E_PAUSED before a block that would not end in time.
-
-    The longest block so far tells how long the next one takes. A block that takes longer than that is given up between
-    two layers when `seconds` from now are over.
-    """
-
-    def __init__(self, report: Report, seconds: float, now: Callable[[], float] = time.monotonic) -> None:
-        self._report, self._now = report, now
-        self._seconds, self._end = seconds, now() + seconds
-        self._longest = 0.0
-
-    def __call__(self, event: Event) -> None:
-        self._report(event)
-        if isinstance(event, BlockFinished):
-            self._longest = max(self._longest, event.seconds)
-        needed = self._longest if isinstance(event, BlockStarted) else 0.0
-        if isinstance(event, BlockStarted | LayerStarted) and self._now() + needed > self._end:
+    def _check_time(self, needed: float) -> None:
+        if self._now() + needed > self._end:
             raise PausedError(
-                "E_PAUSED", f"the {self._seconds:g} s of --max-runtime do not suffice for what is left",
-                hint="run the same command again to go on; a block that was begun is done again",
-            )  # fmt: skip
+                "E_PAUSED",
+                f"the {self._seconds:g} s of --max-runtime do not suffice for what is left",
+                hint="run the same command again to resume; the block that was at work starts over",
+            )
 
 
 def seconds(duration: str | None) -> float | None:
