@@ -12,9 +12,9 @@ from gptq_cli.checkpoint.reader import DequantizingReader
 from gptq_cli.checkpoint.source import open_checkpoint
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.events import ignore
-from gptq_cli.quantization import run as pipeline
+from gptq_cli.quantization import run
 from gptq_cli.quantization.run import QuantizeResult, quantize_checkpoint
-from gptq_cli.runtime.open_model import open_stream
+from gptq_cli.runtime.ranks import SINGLE_PROCESS
 from tests.families import texts
 
 CPU = torch.device("cpu")
@@ -41,6 +41,4 @@ def reader(directory: Path) -> DequantizingReader:
 
 def calibration_ids(model: Path, settings: QuantizeConfig) -> Tensor:
     """The windows [nsamples, seqlen] that a run of `model` would be calibrated on."""
-    source = open_checkpoint(model)
-    stream = open_stream(source, device=CPU, dtype="float32", trust_remote_code=False)
-    return torch.as_tensor(pipeline._calibrate(source, settings, stream, ignore)[0].ids)
+    return run._calibrate(open_checkpoint(model), settings, ignore, SINGLE_PROCESS).windows.ids

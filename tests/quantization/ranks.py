@@ -17,8 +17,8 @@ from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import GptqError
 from gptq_cli.events import BlockFinished, Event
 from gptq_cli.models.stream import LoadedBlock
+from gptq_cli.planning.checks import RunOptions, prepare_run
 from gptq_cli.quantization import block_loop, layers, resume, routed_experts, run
-from gptq_cli.quantization.run import assist, quantize_checkpoint
 from gptq_cli.runtime import torchrun
 from gptq_cli.solver.factor import HessianFactor
 from gptq_cli.solver.grid import ScaleRangeError
@@ -65,10 +65,8 @@ def member(
         _doom(when)
     try:
         with torchrun.joined("cpu", [], lambda _: os._exit(9)) as place:
-            if place.team.is_leader:
-                quantize_checkpoint(str(model), output, settings, place=place, report=_doomed_report)
-            else:
-                assist(str(model), settings, place)
+            prepared = prepare_run(str(model), output, settings, RunOptions(), writes=place.team.is_leader)
+            run.carry_out(prepared, _doomed_report, place)
         answers.put((rank, done, None))
     except GptqError as error:
         answers.put((rank, done, f"{error.code}: {error}"))

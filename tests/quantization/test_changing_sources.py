@@ -139,13 +139,13 @@ def test_a_model_that_changes_while_it_is_hashed_is_refused(own: Case, monkeypat
 
     monkeypatch.setattr(identity, "file_hashes", late)
     with pytest.raises(InputError) as caught:
-        identify(source, None, config(), CPU)
+        identify(source, None, config(), CPU, "a")
     check(caught.value, own.model / WEIGHTS, "was written again")
 
 
 def test_a_side_file_is_copied_only_with_the_bytes_known_of_it(own: Case, tmp_path: Path) -> None:
     source = open_checkpoint(own.model)
-    hashes = identify(source, None, config(), CPU)["source"]["files"]
+    hashes = identify(source, None, config(), CPU, "a")["source"]["files"]
     copy_side_files(source, tmp_path / "copy", without=(), hashes=hashes)
     assert (tmp_path / "copy" / "tokenizer.json").read_bytes() == (own.model / "tokenizer.json").read_bytes()
     in_place_with_its_old_time(own.model / "tokenizer.json")

@@ -50,7 +50,7 @@ def test_work_of_a_run_that_failed_gives_way_to_other_settings(case: Case, tmp_p
     assert (result.resumed_blocks, result.already_done) == (0, False)
     text = f"the finished blocks in `{tmp_path / WORK}` are dropped: their run ended with E_CKPT_NONFINITE"
     text += ", and would end so again"
-    assert [event for event in events if isinstance(event, Warned)][:1] == [Warned("W_RESUME_DROPPED", text)]
+    assert Warned("W_RESUME_DROPPED", text) in events
     assert sorted(path.name for path in tmp_path.iterdir()) == ["failing", "out"]
 
 

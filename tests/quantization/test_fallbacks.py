@@ -14,15 +14,15 @@ from torch import Tensor
 
 from gptq_cli.checkpoint.reader import TensorReader
 from gptq_cli.checkpoint.source import open_checkpoint
-from gptq_cli.config.layer import FaultPolicy
 from gptq_cli.errors import GateError
-from gptq_cli.events import Event, LayerReport, LayerSolved, Resumed, Warned, ignore
-from gptq_cli.models.stream import ModelStream
+from gptq_cli.events import Event, LayerReport, Resumed, Warned, ignore
 from gptq_cli.planning.plan import plan_run
 from gptq_cli.quantization import layers
 from gptq_cli.quantization.layers import LayerSolver
 from gptq_cli.quantization.run import QuantizeResult, quantize_checkpoint
-from gptq_cli.quantization.run_record import FallbackLimit
+from gptq_cli.quantization.run_record import Limits
+from gptq_cli.quantization.run_state import Run
+from gptq_cli.runtime.ranks import SINGLE_PROCESS
 from gptq_cli.solver.baseline import round_to_nearest
 from gptq_cli.solver.factor import HessianFactor, NotPositiveDefiniteError, prepare
 from gptq_cli.solver.hessian import HessianAccumulator
@@ -85,8 +85,12 @@ def test_a_layer_that_is_called_twice_a_batch_names_the_batch(tmp_path: Path) ->
     inputs = HessianAccumulator(layer.in_features, "cpu")
     for value in (1.0, 1.0, 1.0, 1.0, 1.0, float("nan"), 1.0, 1.0):
         inputs.add(torch.full((3, layer.in_features), value))
-    stream = cast(ModelStream, SimpleNamespace(device=torch.device("cpu")))
-    alone = LayerSolver(stream, lambda *_: None, ignore, FaultPolicy(), [4, 4, 4, 2])
+    batches = [torch.zeros(n, 8, dtype=torch.long) for n in (4, 4, 4, 2)]
+    stream = SimpleNamespace(device=torch.device("cpu"))
+    run = SimpleNamespace(
+        stream=stream, config=config(), batches=batches, report=ignore, limits=Limits(config()), ranks=SINGLE_PROCESS
+    )
+    alone = LayerSolver(cast(Run, run))
     with pytest.raises(GateError, match="first in one of the windows 9 to 12"):
         alone.solve([layer], {}, inputs)
 
@@ -192,11 +196,9 @@ def test_fewer_tokens_than_inputs_are_told_once(tmp_path: Path) -> None:
 
 
 def test_a_layer_that_is_solved_again_counts_once_as_rounded_to_nearest() -> None:
-    limit = FallbackLimit(ignore, config(max_fallbacks=2))
-    solved = [
-        LayerSolved(LayerReport(f"layer {n}", 0, 4, 32, 0.1, 0.1, 0.01, 0, 0, 9, 1.0, "tokens")) for n in range(3)
-    ]
+    limits = Limits(config(max_fallbacks=2))
+    solved = [LayerReport(f"layer {n}", 0, 4, 32, 0.1, 0.1, 0.01, 0, 0, 9, 1.0, "tokens") for n in range(3)]
     for layer in (0, 1, 0, 1):
-        limit(solved[layer])
+        limits.check_fallbacks([solved[layer]])
     with pytest.raises(GateError, match=r"3 layers had to be rounded to nearest, the last `layer 2`; .* allows 2"):
-        limit(solved[2])
+        limits.check_fallbacks([solved[2]])

@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -232,8 +234,10 @@ class TwiceInARow(nn.Module):
 class HessianKeeper(LayerSolver):
     """Keeps the Hessians that it is given, and changes weights by them."""
 
+    run: Any
+
     def __init__(self) -> None:
-        self.device, self.seen, self.team = CPU, [], SINGLE_PROCESS
+        self.device, self.seen = CPU, []
 
     def solve(self, layers: Sequence[LayerPlan], linears: Mapping[str, nn.Module], inputs: HessianAccumulator) -> None:
         self.seen.append((inputs.tokens, inputs.hessian.clone()))
@@ -251,8 +255,11 @@ def test_a_linear_that_is_called_twice_is_replayed_and_sees_both_inputs(
     module, solver = TwiceInARow(), HessianKeeper()
     states = [torch.randn(2, 8, 32) for _ in range(N_BATCHES)]
     block = LoadedBlock(module, {"first": module.first, "last": module.last}, [Call((), {}, True)] * N_BATCHES)
-    hidden, budget = HiddenStates(states, Memory(CPU)), WaitingRoom(Memory(CPU), ignore)
-    quantize_block(block, layers, hidden, None, solver, Prober(), budget, true_sequential=True)
+    hidden = HiddenStates(states, Memory(CPU))
+    solver.run = SimpleNamespace(
+        config=config(), layers=layers, prober=Prober(), budget=WaitingRoom(Memory(CPU), ignore), ranks=SINGLE_PROCESS
+    )
+    quantize_block(block, [hidden], solver)
     assert [tokens for tokens, _ in solver.seen] == [2 * 16 * N_BATCHES, 16 * N_BATCHES]
     assert all(torch.equal(hidden[batch], module(state)) for batch, state in enumerate(states))
     lasts = [module.first(module.first(state)).flatten(0, 1) for state in states]

@@ -15,17 +15,17 @@ import pytest
 import torch
 
 from gptq_cli.errors import ConfigError, ExistsError, PausedError, ResourceError
-from gptq_cli.events import BlockFinished, BlockStarted, Event, LayerStarted, PhaseStarted, Resumed, WorkKept
+from gptq_cli.events import BlockStarted, Event, LayerStarted, PhaseStarted, Resumed, WorkKept
 from gptq_cli.models.stream import ModelStream
 from gptq_cli.quantization.resume import FinishedBlocks
-from gptq_cli.quantization.run_record import TimeLimit
+from gptq_cli.quantization.run_record import Limits
 from gptq_cli.runtime.hidden_states import HiddenStates
 from gptq_cli.runtime.memory import Memory
 from gptq_cli.runtime.ranks import Ranks
 from tests.architectures import build, save
 from tests.disks import CountingDisk, DyingDisk, FailingDisk, Killed, using
 from tests.families import save_model
-from tests.runs import digest
+from tests.runs import config, digest
 from tests.tiny import SMALL, WORK, Case, kill_after_block, killer
 
 PARTS = 2  # of a test that takes every operation in turn, for as many processes
@@ -180,21 +180,20 @@ def test_resume_never_starts_afresh_and_require_refuses_to(case: Case, tmp_path:
 
 def test_the_time_that_was_given_ends_the_run_before_a_block_that_would_not_end_in_time() -> None:
     clock = [100.0]
-    limit = TimeLimit(lambda _: None, 60, now=lambda: clock[0])
-    block = {"n_blocks": 4, "name": "b", "host_bytes": 0, "device_bytes": 0}
-    limit(BlockStarted(0, 4, "b"))
+    limits = Limits(config(), 60, now=lambda: clock[0])
+    limits.check_time_for_block()
     clock[0] = 130.0
-    limit(BlockFinished(index=0, seconds=25.0, **block))
-    limit(BlockStarted(1, 4, "b"))
+    limits.add_block(25.0)
+    limits.check_time_for_block()
     clock[0] = 136.0
-    limit(LayerStarted("l"))
+    limits.check_time()
     with pytest.raises(PausedError, match=r"the 60 s of --max-runtime do not suffice") as caught:
-        limit(BlockStarted(2, 4, "b"))
+        limits.check_time_for_block()
     assert (caught.value.code, caught.value.exit_code) == ("E_PAUSED", 75)
     assert "same command again" in (caught.value.hint or "")
     clock[0] = 161.0
     with pytest.raises(PausedError):
-        limit(LayerStarted("l"))
+        limits.check_time()
 
 
 def test_a_run_out_of_time_keeps_its_work_and_says_where(case: Case, tmp_path: Path) -> None:

@@ -296,7 +296,7 @@ def test_one_process_of_several_does_not_try_again_while_the_others_wait_for_it(
     shortage = Shortage(Counter({1: 1}), int)
     watched("the solver", shortage, monkeypatch)
     with pytest.raises(ResourceError) as caught:
-        case.run(tmp_path / "out", report=shortage, place=Worker(Pair(), CPU))
+        case.run(tmp_path / "out", report=shortage, worker=Worker(Pair(), CPU))
     assert (caught.value.code, shortage.warnings, shortage.attempts[1]) == ("E_OOM", [], 1)
     assert case.run(tmp_path / "out").resumed_blocks == 1
     assert digest(tmp_path / "out") == case.tree
