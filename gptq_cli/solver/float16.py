@@ -1,6 +1,6 @@
 """Numbers that float16 holds: the scales that are stored, and the weights that they decode to. Needs no torch.
 
-Decision 25 (docs/decisions) has the reasons.
+Decision 23 (docs/decisions) has the reasons.
 """
 
 from __future__ import annotations
