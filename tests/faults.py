@@ -299,7 +299,7 @@ MODEL = [
     Case(36, "no json", broken(replaced("config.json", b"{")), "E_CKPT_CONFIG", "cannot be read as JSON", "again"),
     Case(36, "no object", broken(replaced("config.json", b"[]")), "E_CKPT_CONFIG", "is not a JSON object"),
     Case(36, "quantized", broken(config(quantization_config="gptq")), "E_CKPT_CONFIG", "is not a JSON object", "again"),
-    Case(36, "more layers", broken(config(num_hidden_layers=9)), "E_CKPT_INCOMPLETE", "num_hidden_layers 9",
+    Case(36, "more layers", broken(config(num_hidden_layers=9)), "E_CKPT_INCOMPLETE", "has no tensor for",
          "download"),
     Case(37, "device", flags("--device=cuda:7"), "E_DEVICE", "no CUDA device 7", "--device cpu"),
     *(Case(71, f"index {name!r}", broken(mapped(name)), "E_UNSAFE_PATH", "points outside its directory",

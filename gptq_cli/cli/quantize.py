@@ -97,7 +97,7 @@ def run(
     Several `devices` (as --devices takes them) share the work, a process each, started in `directory` (by default the
     current one). With `report` a page about the run is written into the output.
     """
-    from gptq_cli.planning.checks import prepare_run
+    from gptq_cli.planning.checks import check_shares, prepare_run
     from gptq_cli.planning.run_plan import default_name
     from gptq_cli.publish.report import check_report
     from gptq_cli.storage.manifest import REPORT_PAGE
@@ -108,6 +108,7 @@ def run(
     output = output or Path(default_name(model, config))
     prepared = prepare_run(model, output, config, options, writes=is_leader())
     if len(named) > 1 and not is_one_of_several():
+        check_shares(-(-config.nsamples // config.batch_size), len(named))
         sys.exit(launch(named, as_json=console.as_json, directory=directory or Path.cwd()))
     from gptq_cli.api import quantize_with_report
     from gptq_cli.quantization.run import carry_out

@@ -85,6 +85,16 @@ def _check_text(config: QuantizeConfig) -> None:
     check_source(DatasetSource(config.dataset, config.dataset_config, config.dataset_split, config.text_column))
 
 
+def check_shares(n_batches: int, n_processes: int) -> None:
+    """ConfigError E_CFG_RANKS if there is not a calibration batch for each process."""
+    if n_batches < n_processes:
+        raise ConfigError(
+            "E_CFG_RANKS",
+            f"{n_processes} processes cannot share {n_batches} calibration batches",
+            hint="use fewer processes, a smaller --batch-size or more --nsamples",
+        )
+
+
 def check_disk(work: WorkDirectory, output_bytes: int, hidden_bytes: int) -> None:
     """ResourceError E_DISK if the disk has no room for the output and two sets of hidden states.
 

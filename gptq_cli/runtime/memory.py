@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from gptq_cli.config.units import size
-from gptq_cli.errors import InputError, ResourceError
+from gptq_cli.errors import GptqError, InputError, ResourceError
 from gptq_cli.events import BlockFinished, Report, Warned
 from gptq_cli.models.stream import ModelStream
 from gptq_cli.planning.memory_limit import Limit
@@ -214,6 +214,8 @@ def device_errors() -> Iterator[None]:
     ResourceError E_GPU_LOST, one that nothing installed was built for into InputError E_DEVICE."""
     try:
         yield
+    except GptqError:
+        raise
     except Exception as error:
         if out_of_memory(error):
             hint = "use --batch-size 1, a smaller --seqlen, or --device cpu, with --resume never if blocks are finished"
@@ -234,6 +236,8 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that there is no more memory, of a device or the host."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
+    if isinstance(error, ResourceError):  # of a file that could not be mapped
+        return error.code == "E_OOM"
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _EXHAUSTED)

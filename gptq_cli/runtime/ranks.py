@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gptq_cli.errors import ConfigError, ResourceError
+from gptq_cli.errors import ResourceError
+from gptq_cli.planning.checks import check_shares
 from gptq_cli.runtime.memory import gpu_lost, out_of_memory
 from gptq_cli.solver.hessian import HessianAccumulator, HessianOfBatches
 from gptq_cli.solver.pairwise import Node, kept_apart, push, total
@@ -50,11 +51,7 @@ class Ranks:
 
         ConfigError E_CFG_RANKS if there are not enough for all.
         """
-        if n_batches < self.size:
-            raise ConfigError(
-                "E_CFG_RANKS", f"{self.size} processes cannot share {n_batches} calibration batches",
-                hint="use fewer processes, a smaller --batch-size or more --nsamples",
-            )  # fmt: skip
+        check_shares(n_batches, self.size)
         return _share(n_batches, self.rank, self.size)
 
     def map_units(self, work: Callable[[int], Value], costs: Sequence[float]) -> Iterator[tuple[int, Value, bool]]:

@@ -86,7 +86,7 @@ def _meet() -> Any:
     store.set(f"{HERE}/{rank}", socket.gethostname())
     end = time.monotonic() + MEETING_TIME.total_seconds()
     while missing := [other for other in range(size) if not store.check([f"{HERE}/{other}"])]:
-        if time.monotonic() > end:
+        if time.monotonic() > end or launcher_is_gone():
             raise rank_lost(missing, size)
         time.sleep(0.05)  # where a signal is noticed, unlike in the store's own waiting
     return store

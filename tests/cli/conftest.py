@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +30,8 @@ from gptq_cli.events import (
     RunPlanned,
     Warned,
 )
+from gptq_cli.planning import checks
+from gptq_cli.planning.checks import PreparedRun
 
 Run = Callable[..., Result]
 
@@ -82,17 +85,20 @@ def play(report: Report, n_blocks: int = 2, config: QuantizeConfig | None = None
 
 @dataclass
 class FakeQuantizer:
-    """What `quantize_checkpoint` was called with; `error` is raised instead of a result."""
+    """The calls of `carry_out`, with options and settings by name; `error` is raised instead of a result."""
 
     calls: list[dict[str, Any]] = field(default_factory=list)
     error: BaseException | None = None
 
-    def __call__(self, model: str, output: Path, config: Any, **rest: Any) -> Any:
-        self.calls.append({"model": model, "output": output, "config": config, **rest})
-        layers = play(rest["report"], config=config)
+    def __call__(self, prepared: PreparedRun, report: Report, worker: object = None) -> Any:
+        del worker
+        config = prepared.config
+        named = {"model": prepared.model, "output": prepared.output, "config": config}
+        self.calls.append(named | dataclasses.asdict(prepared.options))
+        layers = play(report, config=config)
         if self.error:
             raise self.error
-        return FakeQuantized(output, layers, engines=verdicts(settings_export(config)))
+        return FakeQuantized(prepared.output, layers, engines=verdicts(settings_export(config)))
 
 
 @dataclass(frozen=True)
@@ -114,8 +120,14 @@ class FakeQuantized:
 def quantizer(monkeypatch: pytest.MonkeyPatch) -> FakeQuantizer:
     fake = FakeQuantizer()
     module = ModuleType("gptq_cli.quantization.run")
-    module.quantize_checkpoint = module.assist = fake  # type: ignore[attr-defined]
+    module.carry_out = fake  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "gptq_cli.quantization.run", module)
+    # Nothing is downloaded or opened: the models of these tests need not exist.
+    located = SimpleNamespace(directory=Path("/no/such/model"), name="m", commit=None)
+    monkeypatch.setattr(checks, "locate_model", lambda *_: located)
+    monkeypatch.setattr(checks, "open_checkpoint", lambda _: None)
+    monkeypatch.setattr(checks, "plan_checkpoint", lambda *_: None)
+    monkeypatch.setattr(checks, "bounded", lambda config, _: config)
     return fake
 
 

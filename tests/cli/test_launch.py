@@ -64,6 +64,19 @@ def test_devices_are_gpus_by_number_or_so_many_processes_on_the_cpu(said: str | 
     assert parse_devices(said) == devices
 
 
+@pytest.mark.parametrize(("devices", "nsamples"), [("cpu:120", 128), ("cpu:3", 2)])
+def test_more_processes_than_batches_are_never_started(
+    devices: str, nsamples: int, gptq: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subprocess, "Popen", None)
+    (tmp_path / "text.txt").write_text("some words")
+    words = ["quantize", save_model(tmp_path / "model"), "-b", "4", "-g", "32", "--dataset", tmp_path / "text.txt"]
+    result = gptq(*words, "-o", tmp_path / "out", "--devices", devices, "--nsamples", nsamples)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "error[E_CFG_RANKS]" in result.stderr
+    assert "use fewer processes" in result.stderr
+
+
 def test_a_device_that_is_not_there_is_said_once_before_anything_is_started(
     gptq: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -129,7 +129,8 @@ def test_after_any_power_cut_the_output_is_whole_and_a_rerun_writes_the_same(
     (root / "disk").mkdir(parents=True)
     if overwrite:
         (root / OUT).mkdir()
-        (root / OUT / "file").write_text("old")
+        (root / OUT / "config.json").write_text("{}")
+        (root / OUT / "model.safetensors").write_text("old")
         old = digest(root / OUT)
     observer = observe(case, root, monkeypatch, old=old)
     assert len(observer.states) > 200
