@@ -116,18 +116,38 @@ class FakeQuantized:
         return {"output": str(self.output), "layers": [layer.name for layer in self.layers], "worst": float("nan")}
 
 
+def _plan_without_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a run be prepared for a model that is not there, as one of the Hub; others are opened and planned."""
+    nowhere = SimpleNamespace(directory=Path("/no/such/model"), name="m", commit=None)
+    locate, open_there, plan, bound = (
+        checks.locate_model, checks.open_checkpoint, checks.plan_checkpoint, checks.bounded
+    )  # fmt: skip
+
+    def located(model: str, revision: str | None) -> Any:
+        return locate(model, revision) if Path(model).is_dir() else nowhere
+
+    def opened(directory: Path) -> Any:
+        return None if directory == nowhere.directory else open_there(directory)
+
+    def planned(source: Any, config: QuantizeConfig) -> Any:
+        return None if source is None else plan(source, config)
+
+    def bounded(config: QuantizeConfig, source: Any) -> QuantizeConfig:
+        return config if source is None else bound(config, source)
+
+    for name, stand_in in (
+        ("locate_model", located), ("open_checkpoint", opened), ("plan_checkpoint", planned), ("bounded", bounded)
+    ):  # fmt: skip
+        monkeypatch.setattr(checks, name, stand_in)
+
+
 @pytest.fixture
 def quantizer(monkeypatch: pytest.MonkeyPatch) -> FakeQuantizer:
     fake = FakeQuantizer()
     module = ModuleType("gptq_cli.quantization.run")
     module.carry_out = fake  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "gptq_cli.quantization.run", module)
-    # Nothing is downloaded or opened: the models of these tests need not exist.
-    located = SimpleNamespace(directory=Path("/no/such/model"), name="m", commit=None)
-    monkeypatch.setattr(checks, "locate_model", lambda *_: located)
-    monkeypatch.setattr(checks, "open_checkpoint", lambda _: None)
-    monkeypatch.setattr(checks, "plan_checkpoint", lambda *_: None)
-    monkeypatch.setattr(checks, "bounded", lambda config, _: config)
+    _plan_without_model(monkeypatch)
     return fake
 
 

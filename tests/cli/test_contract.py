@@ -12,10 +12,9 @@ from . import conftest
 
 
 def test_the_pipeline_takes_the_calls_that_the_command_line_makes() -> None:
-    options = {"revision": None, "overwrite": False, "resume": "auto", "max_seconds": None, "allow_network_fs": False}
-    options |= {"report": print, "place": None}
-    bound = inspect.signature(run.quantize_checkpoint).bind("m", "out", "config", **options)
-    assert bound.arguments == {"model": "m", "output": "out", "config": "config", **options}
+    bound = inspect.signature(run.carry_out).bind("prepared", print, "worker")
+    assert bound.arguments == {"prepared": "prepared", "report": print, "worker": "worker"}
+    assert list(bound.arguments) == list(inspect.signature(conftest.FakeQuantizer.__call__).parameters)[1:]
     bound = inspect.signature(perplexity.evaluate_perplexity).bind("m", "request", print)
     assert bound.arguments == {"model": "m", "request": "request", "report": print}
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -120,12 +121,12 @@ def test_the_command_in_a_report_is_the_one_that_was_given(
 ) -> None:
     commands: list[str] = []
 
-    def keep(*_: object, command: str, **__: object) -> object:
+    def keep(prepared: Any, command: str, on_event: Any, worker: object) -> object:
         commands.append(command)
-        return quantizer("m", Path("o"), None, report=lambda _: None)
+        return quantizer(prepared, on_event, worker)
 
-    monkeypatch.setattr("gptq_cli.api.carry_out", keep)
+    monkeypatch.setattr("gptq_cli.api.quantize_with_report", keep)
     for text in SECRETS:
         monkeypatch.setattr(sys, "argv", ["gptq", "quantize", "m", "--dataset", text])
-        gptq("quantize", "m", "-b", "4", "--dataset", text, "--dataset", "x")
+        gptq("quantize", "m", "-b", "4", "--dataset", text, "--dataset", "x", "--report")
     assert commands == [shell_words(["gptq", "quantize", "m", "--dataset", text]) for text in SECRETS]
