@@ -21,7 +21,7 @@ NOT_WANTED += ("checkpoint-500/model.safetensors", "wandb/run.json")
 
 LOCATE = """
 import json, sys
-from gptq_cli.checkpoint import hub as client
+from gptq_cli.checkpoint import locate as client
 from gptq_cli.checkpoint.locate import locate_model
 from gptq_cli.errors import GptqError
 try:

@@ -27,7 +27,7 @@ import os, sys, torch
 torch.set_num_threads(1)
 from gptq_cli.quantization import resume
 from gptq_cli.__main__ import main
-from gptq_cli.checkpoint import durable
+from gptq_cli.storage import durable
 when, signals = sys.argv.pop(1), [int(number) for number in sys.argv.pop(1).split(",")]
 def send():
     for number in signals:
@@ -39,13 +39,13 @@ if when == "block":
         send()
     resume.SavedBlocks.finished = finished
 elif when == "forward":
-    from gptq_cli.models import lockstep
-    meet = lockstep._Batch.meet
+    from gptq_cli.models import paused_forwards
+    meet = paused_forwards._Batch.meet
     def met(self, stage, name, inputs):
         if "layers.1.mlp.down" in name:
             send()
         return meet(self, stage, name, inputs)
-    lockstep._Batch.meet = met
+    paused_forwards._Batch.meet = met
 main()
 """
 

@@ -83,13 +83,14 @@ def test_solving_waits_for_the_device_a_few_times_and_reads_no_weight_twice(gpu:
     gpu.waits.clear()
     quantize_checkpoint(str(model), tmp_path / "gpu", config(device="cuda", **all_steps))
     assert written(tmp_path / "gpu") == written(tmp_path / "cpu")
-    factors = "engine.factor", "engine.cholesky"
+    factors = ("solver.factor",)
     assert waits(gpu, *factors) == 2 * BLOCKS * INPUTS
-    solving = waits(gpu, "engine") - waits(gpu, *factors, "engine.solve._round_one_by_one")
-    assert solving == BLOCKS * (2 * INPUTS + LINEARS), gpu.waits
+    solving = waits(gpu, "solver") - waits(gpu, *factors, "solver.solve._round_one_by_one")
+    # of each input once more: whether what its layers decode to is within float16
+    assert solving == BLOCKS * (3 * INPUTS + LINEARS), gpu.waits
     assert waits(gpu, "models.stream.linear_weight") == 0
     assert waits(gpu, "checkpoint") == 4 * BLOCKS * LINEARS
-    assert waits(gpu, "pipeline") == 0, gpu.waits
+    assert waits(gpu, "planning", "quantization", "runtime") == 0, gpu.waits
 
 
 @pytest.mark.parametrize(("family", "each"), [("mixtral", 1), ("llama4_text", 2)])
@@ -118,9 +119,9 @@ def test_a_run_with_its_states_on_the_host_goes_on_and_is_evaluated(
     settings = settings.model_copy(update={"device": "cuda"})
     with pytest.raises(PausedError):
         quantize_checkpoint(model, tmp_path / "gpu", settings, report=stop)
-    assert waits(gpu, "pipeline.activations") >= 2 * BATCHES  # to pinned memory and, after the block, back to it
+    assert waits(gpu, "runtime.hidden_states") >= 2 * BATCHES  # to pinned memory and, after the block, back to it
     assert quantize_checkpoint(model, tmp_path / "gpu", settings).resumed_blocks == 1
-    assert waits(gpu, "pipeline.activations.<lambda>: to the device") == 0, gpu.waits
+    assert waits(gpu, "runtime.hidden_states.<lambda>: to the device") == 0, gpu.waits
     assert written(tmp_path / "gpu") == written(tmp_path / "cpu")
     request = EvalRequest(dataset=texts(), seqlen=64, max_windows=2, baseline=model)
     found, expected = (
