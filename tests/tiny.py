@@ -28,7 +28,7 @@ class Case:
     operations: list[str]
 
     def run(self, output: Path, **changes: object) -> QuantizeResult:
-        named = ("resume", "overwrite", "max_seconds", "report", "place")
+        named = ("resume", "overwrite", "max_seconds", "report", "worker")
         options = {key: changes.pop(key) for key in named if key in changes}
         return quantize_checkpoint(str(self.model), output, config(**(SETTINGS | changes)), **options)
 

@@ -149,6 +149,7 @@ def load_encoder(directory: Path, *, trust_remote_code: bool) -> Encoder:
             directory, trust_remote_code=trust_remote_code, local_files_only=True, use_fast=True
         )
         first = tokenizer("a", add_special_tokens=True)["input_ids"][:1]
+        bos = tokenizer.bos_token_id
     except Exception as error:
         own_code = remote_code_refusal(error, directory, "the tokenizer of ")
         if refused := own_code or file_cause(error) or _unreadable(directory):
@@ -160,7 +161,6 @@ def load_encoder(directory: Path, *, trust_remote_code: bool) -> Encoder:
         raise InputError(
             "E_TOKENIZER", f"`{directory}` has no usable tokenizer: {text}", hint="copy the tokenizer files into it"
         ) from error
-    bos = tokenizer.bos_token_id
     return Encoder(tokenizer, bos if bos is not None and first == [bos] else None)
 
 

@@ -105,7 +105,8 @@ def _unpacked(checkpoint: Checkpoint) -> Plain:
 
 def stores_transposed(config: Mapping[str, Any]) -> bool:
     """Whether the model of this config.json stores the linears of its blocks [I, O]; quantized they are [O, I]."""
-    return config.get("model_type") in TRANSPOSED
+    model_type = config.get("model_type")
+    return isinstance(model_type, str) and model_type in TRANSPOSED
 
 
 def is_stored_transposed(config: Mapping[str, Any], module: str) -> bool:

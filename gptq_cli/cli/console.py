@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import get_terminal_size
@@ -24,7 +24,7 @@ import typer
 from gptq_cli.errors import ConfigError, GptqError, Problem, __version__, without_secrets
 
 if TYPE_CHECKING:
-    from logging import FileHandler
+    from logging import FileHandler, LogRecord
 
     from gptq_cli.config.serving import Verdict
     from gptq_cli.config.serving_table import Outcome
@@ -112,6 +112,7 @@ class Log:
         self.verbose = False
         self.muted = os.environ.get("RANK", "0") != "0"  # of several processes the first one talks
         self._handler: FileHandler | None = None
+        self._failure: OSError | None = None  # why the file could not be written
 
     def begin(self, *, verbose: bool, log_file: Path | None) -> None:
         """Say more, and keep a copy in a file, with the time of each line; ConfigError E_LOG_FILE if it cannot be."""
@@ -128,6 +129,7 @@ class Log:
         formatter = Formatter("%(asctime)s.%(msecs)03dZ %(message)s", "%Y-%m-%dT%H:%M:%S")
         formatter.converter = gmtime
         self._handler.setFormatter(formatter)
+        self._handler.handleError = self._note_failure  # type: ignore[method-assign]
         self.write(f"{LOG_MARK} {__version__}")  # a later command recognises the file by its first line
 
     def write(self, text: str) -> None:
@@ -137,12 +139,33 @@ class Log:
 
             for line in visible(without_secrets(text)).splitlines():
                 self._handler.emit(LogRecord("gptq", INFO, "", 0, line, None, None))
+            if self._failure is not None:
+                self._give_up()
 
     def end(self) -> None:
         """Close the file; what is said later is no longer kept."""
         if self._handler is not None:
-            self._handler.close()
-        self.verbose, self._handler = False, None
+            with suppress(OSError):  # what could not be written was told
+                self._handler.close()
+        self.verbose, self._handler, self._failure = False, None, None
+
+    def _note_failure(self, record: LogRecord) -> None:
+        """Remember why a line could not be written: a log must not change what a command ends with."""
+        del record
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            self._failure = error
+
+    def _give_up(self) -> None:
+        """Stop logging and say so once."""
+        handler, error = self._handler, self._failure
+        self._handler = self._failure = None
+        assert handler is not None
+        assert error is not None
+        message = f"cannot write the log file `{handler.baseFilename}`: {error.strerror}; nothing more is logged"
+        Console().warn("W_LOG_FILE", message)
+        with suppress(OSError):
+            handler.close()
 
 
 log = Log()

@@ -144,7 +144,11 @@ def outside_linears(name: str, blocks: nn.ModuleList) -> str | None:
         for leaf, parameter in module.named_parameters(recurse=False)
         if _dimensions(parameter) > 1
     }
-    share = sum(parameter.numel() for parameter in others.values()) / _size(blocks)
+    size = _size(blocks)
+    if not size:
+        hint = "check hidden_size and the other sizes in config.json"
+        raise InputError("E_CKPT_CONFIG", "config.json describes a model whose blocks have no weights", hint=hint)
+    share = sum(parameter.numel() for parameter in others.values()) / size
     if share <= TOLD_OTHER_SHARE:
         return None
     largest, parameter = max(others.items(), key=lambda item: item[1].numel())

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gptq_cli.checkpoint.source import read_json
-from gptq_cli.errors import InputError, __version__
+from gptq_cli.errors import ConfigError, InputError, __version__
 from gptq_cli.events import BlockFinished, Event, Report
 from gptq_cli.files import UNREADABLE, is_file, resolved
 from gptq_cli.publish.report_data import Damaged, checked_evaluation, checked_run
@@ -62,6 +62,9 @@ def write_page(directory: Path, page: Path, *, evaluation: Path | None = None, p
     if page != directory / REPORT_PAGE:
         check_file(page, PAGE_MARK)
     if png is not None:
+        if page.absolute() == png.absolute():
+            message = f"the page and the picture are both to be `{page}`"
+            raise ConfigError("E_CFG_CONFLICT", message, hint="choose another --png")
         check_file(png, PNG_MARK)
     from gptq_cli.publish.report_page import picture, render
 

@@ -24,7 +24,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from gptq_cli.errors import ConfigError, GptqError, ResourceError, Stopped
 from gptq_cli.runtime.open_model import resolve_device
-from gptq_cli.runtime.processes import MEETING, launcher_is_gone
+from gptq_cli.runtime.processes import LAUNCHER, MEETING, launcher_is_gone
 from gptq_cli.runtime.ranks import SINGLE_PROCESS, DistributedRanks, Worker
 
 WAIT = timedelta(days=7)  # for others that work: who is gone is noticed otherwise
@@ -59,6 +59,8 @@ def joined(device: str, devices: Sequence[str], lost: Lost) -> Iterator[Worker]:
         return
     if own.type == "cuda":
         torch.cuda.set_device(own)
+    if LAUNCHER in os.environ:
+        threading.Thread(target=_end_with_launcher, daemon=True).start()
     store: Any = _meet()
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo", store=store, rank=int(os.environ["RANK"]),
@@ -74,6 +76,15 @@ def joined(device: str, devices: Sequence[str], lost: Lost) -> Iterator[Worker]:
         raise watch.error_to_raise(error) from error
     watch.stop()
     dist.destroy_process_group()
+
+
+def _end_with_launcher() -> None:
+    """End this process when the one that started it is gone: nobody waits for this run, or could end it."""
+    while not launcher_is_gone():
+        time.sleep(SIGN_SECONDS)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(PATIENCE)
+    os._exit(128 + signal.SIGTERM)  # a main thread that waits inside a library sees no signal
 
 
 def _meet() -> Any:
@@ -160,9 +171,6 @@ class Watch:
         while not self._stopped.wait(SIGN_SECONDS):
             count += 1
             self._looked = time.monotonic()
-            if launcher_is_gone():  # nobody waits for this run, or could end it
-                os.kill(os.getpid(), signal.SIGTERM)
-                return
             try:
                 self._store.set(f"{ALIVE}/{self._rank}", str(count))
                 missing = [other for other in self._others if self._is_missing(other, seen)]

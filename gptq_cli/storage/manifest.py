@@ -71,7 +71,11 @@ def read_sealed(file: Path) -> dict[str, Any] | None:
 def read_manifest(directory: Path) -> dict[str, Any] | None:
     """The manifest in `directory`; None if there is none of ours that can be read."""
     content = read_sealed(directory / MANIFEST)
-    return content if content is not None and content.get("schema") == SCHEMA else None
+    if content is None or content.get("schema") != SCHEMA:
+        return None
+    if not isinstance(content.get("identity", {}), dict):
+        return None  # sealed, but not by gptq
+    return content
 
 
 def is_intact(content: Any) -> bool:

@@ -111,7 +111,7 @@ def test_the_next_block_is_expected_and_nothing_behind_the_last_or_a_failed_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[list[str]] = []
-    monkeypatch.setattr(TensorReader, "expect", lambda _self, names: told.append(sorted(names)))
+    monkeypatch.setattr(TensorReader, "prefetch", lambda _self, names: told.append(sorted(names)))
     directory = save_model(tmp_path, num_hidden_layers=3)
     names = sorted(open_checkpoint(directory).tensors)
     blocks = [[name for name in names if name.startswith(f"model.layers.{index}.")] for index in range(3)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -129,8 +130,8 @@ def test_after_any_power_cut_the_output_is_whole_and_a_rerun_writes_the_same(
     (root / "disk").mkdir(parents=True)
     if overwrite:
         (root / OUT).mkdir()
-        (root / OUT / "config.json").write_text("{}")
-        (root / OUT / "model.safetensors").write_text("old")
+        for name in ("config.json", "model.safetensors"):
+            shutil.copy(case.model / name, root / OUT / name)
         old = digest(root / OUT)
     observer = observe(case, root, monkeypatch, old=old)
     assert len(observer.states) > 200

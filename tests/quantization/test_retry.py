@@ -45,7 +45,7 @@ SITES: dict[str, tuple[object, str]] = {
     "reading a weight": (ModelStream, "linear_weight"),
     "keeping a layer": (CheckpointWriter, "write"),
     "taking a tensor from its device": (CheckpointWriter, "_write"),
-    "the unquantized twin": (LoadedBlock, "twin"),
+    "the unquantized twin": (LoadedBlock, "unquantized_copy"),
     "the states after the block": (HiddenStates, "__setitem__"),
     "saving the states": (resume, "_save"),
 }

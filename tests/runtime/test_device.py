@@ -90,7 +90,8 @@ def test_solving_waits_for_the_device_a_few_times_and_reads_no_weight_twice(gpu:
     assert solving == BLOCKS * (3 * INPUTS + LINEARS), gpu.waits
     assert waits(gpu, "models.stream.linear_weight") == 0
     assert waits(gpu, "checkpoint") == 4 * BLOCKS * LINEARS
-    assert waits(gpu, "planning", "quantization", "runtime") == 0, gpu.waits
+    # of each layer: whether its scales are too small
+    assert waits(gpu, "planning", "quantization", "runtime") == BLOCKS * LINEARS, gpu.waits
 
 
 @pytest.mark.parametrize(("family", "each"), [("mixtral", 1), ("llama4_text", 2)])
