@@ -26,7 +26,7 @@ HINT = "choose another place for --log-file"
 def check_log_file(file: Path, said: Mapping[str, Any]) -> None:
     """ConfigError E_LOG_FILE if a log in `file` would be in what a command with the options `said` reads or writes, or
     if the file is there and is no log of gptq."""
-    for place in _named(said):
+    for place in filter(_may_exist, _named(said)):
         if is_inside(file, place) or _is_same_new(file, place):
             raise _refusal(f"`{file}` is in `{place}`, which this command reads or writes")
     for above in Path(os.path.realpath(file)).parents:
@@ -66,6 +66,14 @@ def _outputs(said: Mapping[str, Any]) -> Iterator[Path]:
         except GptqError:  # the command itself tells what is wrong
             return
         yield Path(default_name(said["model"], config))
+
+
+def _may_exist(path: Path) -> bool:
+    """Return whether the file system can hold the name: run files of strangers may say anything."""
+    try:
+        return b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
 
 
 def _is_same_new(file: Path, place: Path) -> bool:

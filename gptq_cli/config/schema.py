@@ -138,9 +138,7 @@ class QuantizeConfig(BaseModel):
         str | list[str] | None,
         Field(min_length=1),
         Accepts("a dataset name, a path, or a list of texts"),
-        Option(
-            Panel.TEXT, note=": wikitext2, c4, a Hub id, a file or a folder; given twice or more: the texts themselves"
-        ),
+        Option(Panel.TEXT, note="; given twice or more: the texts themselves"),
     ] = Field(default=None, description="calibration text: wikitext2 (also if null), c4, a Hub id, a file or a folder")
     dataset_config: Annotated[Name, Option(Panel.TEXT)] = Field(
         default=None, description="configuration of a Hub dataset"

@@ -281,13 +281,18 @@ def _is_checkpoint(directory: Path) -> bool:
 
 
 def _is_ours(path: Path, name: Path, listed: Mapping[str, str]) -> bool:
-    """True for a regular file with a name that checkpoints have, or that the manifest lists and that is as it says."""
+    """True for a regular file with a name that checkpoints have, or that the manifest lists and that is as it says.
+
+    A manifest lists all weights, so that others beside them are somebody else's.
+    """
     if path.is_symlink() or not path.is_file():
         return False
     if HUB_RECORDS.fullmatch(name.as_posix()):
         return True
-    if len(name.parts) == 1 and (name.name in NAMES or WEIGHTS.fullmatch(name.name)):
+    if len(name.parts) == 1 and name.name in NAMES:
         return True
+    if len(name.parts) == 1 and WEIGHTS.fullmatch(name.name):
+        return not listed or name.name in listed
     return name.as_posix() in listed and file_hash(path) == listed[name.as_posix()]
 
 

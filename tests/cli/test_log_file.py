@@ -87,6 +87,16 @@ def test_no_log_is_written_where_a_resumed_run_works(model: Path, gptq: Run) -> 
         assert "is in `" in refused(gptq, log, "resume", str(work))
 
 
+@pytest.mark.parametrize("name", ["\ud800", "a\0b"])
+def test_a_run_file_with_a_name_that_cannot_be_is_no_bug(name: str, gptq: Run) -> None:
+    work = Path(".out.gptq-work")
+    work.mkdir(mode=0o700)
+    write_run(work, {}, {"model": name, "output": "out"})
+    result = gptq("resume", str(work), "--log-file", "log")
+    assert result.exit_code in (3, 6), result.stderr
+    assert "E_BUG" not in result.stderr
+
+
 @pytest.mark.usefixtures("quantizer")
 @pytest.mark.parametrize("content", ["\\documentclass{book}", "\n", "log of gptq 0.1.0\n", "{}"])
 def test_a_file_that_is_no_log_of_gptq_stays(content: str, gptq: Run) -> None:

@@ -75,6 +75,18 @@ def test_one_foreign_file_is_enough_to_refuse(made: object, name: str, model: Pa
     assert error.hint == "choose another -o, or move these files elsewhere first"
 
 
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.safetensors"])
+def test_weights_that_no_manifest_lists_are_foreign(name: str, model: Path, tmp_path: Path) -> None:
+    output = ours(tmp_path / "out")
+    check_output(output, model, overwrite=True)
+    (output / name).write_text("mine")
+    refused = refusal(output, model)
+    assert (refused.code, refused.exit_code) == ("E_OUT_FOREIGN", 6)
+    assert name in str(refused)
+    assert remove_replaced(output) != []
+    assert (output / name).read_text() == "mine"
+
+
 def test_up_to_three_foreign_files_are_named(model: Path, tmp_path: Path) -> None:
     output = tmp_path / "project"
     for name in ("a.py", "b.py", "sub/c.py"):
