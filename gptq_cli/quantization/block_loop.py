@@ -239,6 +239,8 @@ def quantize_all_blocks(run: Run) -> None:
         except Exception as error:
             if not out_of_memory(error) or run.ranks.size > 1 or run.saved.first == done_again:
                 raise
+            if run.budget.memory.is_over_limit():
+                raise  # of the user's --max-ram: a second try would hold as much
             why = reason(error)
         else:
             return

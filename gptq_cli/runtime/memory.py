@@ -150,6 +150,10 @@ class Memory:
             total = torch.cuda.get_device_properties(self.device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, self.max_device_bytes / total), self.device)
 
+    def is_over_limit(self) -> bool:
+        """True if the process, with its neighbours, holds more host memory than it may."""
+        return self.max_host_bytes is not None and host_bytes() * self.local_world_size > self.max_host_bytes
+
     def check_host(self) -> None:
         """ResourceError E_OOM if the process holds more host memory than it may."""
         held = host_bytes() * self.local_world_size
