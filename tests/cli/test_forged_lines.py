@@ -121,7 +121,7 @@ def evil_model(tmp_path: Path) -> Path:
         "eos_token_id": 10**9,
     }
     (model / "config.json").write_text(json.dumps(config))
-    (model / f"{EVIL.replace('/', '')}.txt").write_text("x")
+    (model / f".{EVIL}.txt").write_text("x")
     (tmp_path / "text.txt").write_text(texts(4000)[0])
     return model
 
@@ -141,8 +141,20 @@ def test_no_command_forges_a_line(command: str, evil_model: Path, gptq: Run, tmp
     }
     result = gptq(*commands[command], "--log-file", log)
     assert honest(result.stdout, result.stderr), result.output
-    assert ("E_OK" in result.output) == (command != "quantize")
+    assert "E_OK" in result.output
     assert not any(line.partition("Z ")[2].startswith("error[E_OK]") for line in log.read_text().splitlines())
+
+
+@pytest.mark.parametrize("command", ["plan", "inspect", "quantize"])
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_a_file_of_the_model_forges_no_line(command: str, flags: list[str], gptq: Run, tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", num_hidden_layers=1)
+    (model / f"{EVIL}.txt").write_text("x")
+    settings = [] if command == "inspect" else ["-b", "4"]
+    result = gptq(command, model, *settings, *flags)
+    assert (result.exit_code, bool(result.stdout)) == (3, bool(flags)), result.output
+    assert result.stderr.startswith(f"error[E_UNSAFE_PATH]: `{model}/{SHOWN}.txt` has a name")
+    assert honest(result.stdout, result.stderr)
 
 
 @pytest.mark.parametrize("place", ["quant_method", "checkpoint_format", "format", "model_type", "dtype"])
