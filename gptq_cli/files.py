@@ -117,6 +117,16 @@ def resolved(path: StrPath, *, writing: bool = False) -> Path:
         return Path(os.path.realpath(path))
 
 
+def refuse_other_than_utf8(path: Path) -> None:
+    """InputError E_FILE for a path that libraries cannot open, since they take it for a text."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        hint = f"rename it, or give a link to it: ln -s {shell_word(str(path))} model"
+        reason = "its name is not UTF-8, and the libraries that read models open no other"
+        raise InputError(UNREADABLE, f"cannot read `{path}`: {reason}", hint=hint) from None
+
+
 def files_below(directory: Path, enters: Callable[[Path], bool] = lambda _: True) -> list[Path]:
     """What is in `directory`, and in folders below it that it `enters`, and no folder, sorted; links are not followed.
 

@@ -21,7 +21,16 @@ from gptq_cli.checkpoint.source import (
     remarks_on,
 )
 from gptq_cli.errors import GptqError, InputError, ResourceError
-from gptq_cli.files import expanded, file_cause, file_errors, is_directory, is_file, resolved, status_of
+from gptq_cli.files import (
+    expanded,
+    file_cause,
+    file_errors,
+    is_directory,
+    is_file,
+    refuse_other_than_utf8,
+    resolved,
+    status_of,
+)
 from gptq_cli.hub import first_line, hub_refusal, id_flaw, pasted_id, plain_name
 from gptq_cli.shell import shell_word
 
@@ -150,6 +159,7 @@ def _local(model: str, revision: str | None) -> ModelSource | None:
     directory = model_directory(model)
     if directory is None:
         return None
+    refuse_other_than_utf8(directory)
     if revision is not None:
         message = f"`{model}` is a local directory and has no revision {revision!r}"
         raise InputError("E_MODEL_NOT_FOUND", message, hint="leave --revision out")

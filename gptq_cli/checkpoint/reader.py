@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,21 @@ SAFETENSORS_DTYPE = {
 }  # fmt: skip
 
 CPU = torch.device("cpu")
+_TOLD_BY_TORCH = re.compile(r"unable to (?:open|mmap|stat|resize) .*\((\d+)\)\s*\Z", re.DOTALL)  # errno at the end
 Read = Callable[[str], Tensor]
+
+
+@contextmanager
+def _refusals(file: str) -> Iterator[None]:
+    """Turn what the system refuses about `file`, also where torch tells it, into a GptqError with the path."""
+    with file_errors(file, writing=False):
+        try:
+            yield
+        except RuntimeError as error:
+            told = _TOLD_BY_TORCH.search(str(error))
+            if told is None:
+                raise
+            raise OSError(int(told[1]), os.strerror(int(told[1]))) from error
 
 
 class TensorReader:
@@ -47,9 +63,10 @@ class TensorReader:
         opened = self._open.get(file)  # another thread may release it meanwhile
         if opened is None:
             self.check_unchanged()
-            with file_errors(file, writing=False), Path(file).open("rb"):  # it tells less of why it cannot be opened
+            with _refusals(file), Path(file).open("rb"):  # safetensors tells less of why it cannot be opened
                 opened = self._open[file] = safe_open(file, framework="pt", device="cpu")
-        tensor: Tensor = opened.get_tensor(name)
+        with _refusals(file):
+            tensor: Tensor = opened.get_tensor(name)
         return tensor
 
     def expect(self, names: Iterable[str]) -> None:

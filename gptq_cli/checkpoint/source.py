@@ -15,7 +15,7 @@ from gptq_cli.checkpoint.headers import TensorInfo, read_header, unique_keys
 from gptq_cli.checkpoint.side_files import ADAPTER_CONFIG, CONFIG_NAMES, is_skipped, side_files
 from gptq_cli.checkpoint.stamps import Stamp, check_stamps, stamp_of
 from gptq_cli.errors import InputError, Problem
-from gptq_cli.files import file_errors, files_below, is_file, resolved, status_of
+from gptq_cli.files import MAX_NAME, file_errors, files_below, is_file, resolved, status_of
 from gptq_cli.shell import shell_word
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -258,7 +258,7 @@ def is_safe_file(directory: Path, name: str) -> bool:
 
 def _is_plain(name: str) -> bool:
     plain = PureWindowsPath(name).name == name and name not in ("", ".", "..")
-    return plain and len(name) <= 255 and name.isprintable()
+    return plain and name.isprintable() and len(os.fsencode(name)) <= MAX_NAME
 
 
 def _stays_inside(directory: Path, file: Path) -> bool:

@@ -161,3 +161,14 @@ def test_links_and_names_that_lead_nowhere_are_no_ids(tmp_path: Path, monkeypatc
                 look(name)
             assert (caught.value.code, caught.value.exit_code) == ("E_FILE", 3)
     assert model_directory("~no-such-user/x") is None
+
+
+def test_a_directory_whose_name_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    odd = tmp_path / "caf\udce9"
+    odd.mkdir()
+    with pytest.raises(InputError, match="its name is not UTF-8") as caught:
+        locate_model(str(odd))
+    assert caught.value.code == "E_FILE"
+    assert (caught.value.hint or "").endswith(f"ln -s $'{tmp_path}/caf\\xe9' model")
+    (tmp_path / "model").symlink_to(odd)
+    assert locate_model(str(tmp_path / "model")).directory == tmp_path / "model"

@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gptq_cli.checkpoint.headers import read_header
-from gptq_cli.checkpoint.source import INDEX_NAME, open_checkpoint
+from gptq_cli.checkpoint.source import INDEX_NAME, is_safe_path, open_checkpoint
+from gptq_cli.checkpoint.writer import copy_side_files
 from gptq_cli.errors import InputError
+from tests.checkpoint.gptq_files import gptq_files
 
 
 def write_checkpoint(directory: Path) -> Path:
@@ -414,3 +416,27 @@ def test_blobs_beside_a_directory_that_is_no_snapshot_are_foreign(tmp_path: Path
     snapshot.parent.rename(snapshot.parent.parent / "mine")
     with pytest.raises(InputError, match="leads out of its directory"):
         open_checkpoint(tmp_path / "models--a--b" / "mine" / "0123")
+
+
+@pytest.mark.parametrize(
+    "name", ["caf\udce9.md", "new\nline.md", "back\\slash.md", "c:x.md", "\u202etxt.md", "a/b\x1b.md"]
+)
+def test_a_file_whose_name_no_output_may_have_is_refused(name: str, tmp_path: Path) -> None:
+    directory = gptq_files().write(tmp_path / "c")
+    (directory / name).parent.mkdir(exist_ok=True)
+    (directory / name).touch()
+    with pytest.raises(InputError, match="has a name that not every system takes") as caught:
+        open_checkpoint(directory)
+    assert (caught.value.code, caught.value.exit_code) == ("E_UNSAFE_PATH", 3)
+    assert "move it elsewhere" in (caught.value.hint or "")
+    (directory / name).rename(directory / ("." + "x" * 50))  # what is not copied may be called anything
+    open_checkpoint(directory)
+
+
+def test_names_as_long_as_they_may_be_are_copied_whole(tmp_path: Path) -> None:
+    directory = gptq_files().write(tmp_path / "c")
+    for name in ("x" * 252 + ".md", "ä" * 126 + ".md"):
+        (directory / name).write_text(name)
+    copy_side_files(open_checkpoint(directory), tmp_path / "out", without=())
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"x" * 252 + ".md", "ä" * 126 + ".md"}
+    assert not is_safe_path(directory, "ä" * 128)

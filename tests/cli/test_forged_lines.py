@@ -108,7 +108,7 @@ def test_logs_and_warnings_of_libraries_are_quoted(capsys: pytest.CaptureFixture
 
 @pytest.fixture
 def evil_model(tmp_path: Path) -> Path:
-    """A model with a tensor, a file and settings of such names, that transformers is said to speak of."""
+    """A model with a tensor and settings of such names, that transformers is said to speak of."""
     model = save_model(tmp_path / "model", num_hidden_layers=1)
     tensors = load_file(model / "model.safetensors")
     for name in (EVIL, f"model.layers.0.{EVIL}.weight"):
