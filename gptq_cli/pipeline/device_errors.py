@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from gptq_cli.errors import InputError, ResourceError
+from gptq_cli.errors import GptqError, InputError, ResourceError
 
 # A handle of cuBLAS or cuSOLVER that cannot be created is what a full GPU looks like to them; a thread that cannot be
 # started, what a full control group looks like to Python.
@@ -42,6 +42,8 @@ def device_errors() -> Iterator[None]:
     ResourceError E_GPU_LOST, one that nothing installed was built for into InputError E_DEVICE."""
     try:
         yield
+    except GptqError:
+        raise
     except Exception as error:
         if out_of_memory(error):
             hint = "use --batch-size 1, a smaller --seqlen, or --device cpu, with --resume never if blocks are finished"
@@ -62,6 +64,8 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that there is no more memory, of a device or the host."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
+    if isinstance(error, ResourceError):  # of a file that could not be mapped
+        return error.code == "E_OOM"
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _EXHAUSTED)

@@ -9,6 +9,7 @@ import pytest
 
 from gptq_cli.checkpoint.reader import TensorReader
 from gptq_cli.checkpoint.source import open_checkpoint
+from gptq_cli.errors import GptqError
 from tests.families import save_model
 from tests.pipeline.runs import quantize, reader
 
@@ -68,3 +69,27 @@ def test_without_read_ahead_in_the_system_nothing_happens(tmp_path: Path, monkey
     monkeypatch.setattr(Path, "open", lambda *arguments, **_: opened.append(arguments))
     TensorReader(checkpoint).expect(list(checkpoint.tensors))
     assert opened == []
+
+
+@pytest.mark.parametrize(
+    ("says", "code"),
+    [
+        ("unable to open file </a/x> in read-only mode: Too many open files (24)", "E_OPEN_FILES"),
+        ("unable to mmap 1000 bytes from file </a/x>: Cannot allocate memory (12)", "E_OOM"),
+        ("unable to open file </a/x> in read-only mode: Permission denied (13)", "E_FILE"),
+    ],
+)
+def test_what_torch_tells_of_a_file_is_told_with_its_code(
+    says: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> object:
+        raise RuntimeError(says)
+
+    tensors = TensorReader(open_checkpoint(save_model(tmp_path / "model", num_hidden_layers=1)))
+    monkeypatch.setattr("gptq_cli.checkpoint.reader.safe_open", fail)
+    with pytest.raises(GptqError, match=r"model\.safetensors`: ") as caught:
+        tensors.read(tensors.names()[0])
+    assert (caught.value.code, bool(caught.value.hint)) == (code, True)
+    says = "unable to do what was asked"
+    with pytest.raises(RuntimeError, match=says):
+        tensors.read(tensors.names()[0])

@@ -10,6 +10,7 @@ import torch
 
 from gptq_cli.cli.app import exit_code_of
 from gptq_cli.errors import InputError, ResourceError
+from gptq_cli.files import file_error
 from gptq_cli.pipeline.device_errors import device_errors, gpu_lost, out_of_memory, reason
 from gptq_cli.pipeline.events import Event, LayerStarted, Warned
 from gptq_cli.pipeline.team import _peers
@@ -151,3 +152,13 @@ def test_a_gpu_that_fails_in_the_middle_is_told_in_few_lines_and_the_next_call_g
     assert not [event for event in events if isinstance(event, Warned) and event.code == "W_OOM_RETRY"]
     assert case.run(tmp_path / "out").resumed_blocks == 1
     assert digest(tmp_path / "out") == case.tree
+
+
+def test_memory_that_a_file_could_not_get_is_memory_too() -> None:
+    refused = file_error(OSError(errno.ENOMEM, "Cannot allocate memory"), "model.safetensors")
+    assert refused is not None
+    assert out_of_memory(refused)
+    with pytest.raises(ResourceError) as caught, device_errors():
+        raise refused
+    assert caught.value is refused
+    assert not out_of_memory(ResourceError("E_DISK", "full"))
