@@ -21,6 +21,7 @@ _IMPLEMENTATION = re.compile(r"_?\w+_implementation(_internal)?")
 _KERNEL_SWITCHES = ("use_kernels", "kernel_config")
 _BLOCKS = re.compile(r"(\w+_)?(layers?|blocks|depth|stages)")
 _EXPERTS = re.compile(r"(\w+_)?experts")
+_PER_BLOCK = re.compile(r"\w+_(types|pattern)")  # a kind for each block, listed, counted or spelled
 _LABELS = re.compile(r"(\w+_)?labels")
 _NUMBERED = re.compile(r"(?:^|\.)(\d+)(?=\.)")
 
@@ -41,6 +42,7 @@ def check_claims(source: Checkpoint) -> None:
                 "E_CKPT_INCOMPLETE", f"config.json says {key} {said}, but the tensors are of {longest} blocks",
                 hint="download config.json and the weights again, of one revision",
             )  # fmt: skip
+    _refuse_kinds(source.config, longest)
     most = {_BLOCKS: max(longest, USUAL_PARTS), _LABELS: MAX_LABELS}
     most[_EXPERTS] = max(longest, _largest_stack(source.tensors.values()), USUAL_PARTS)
     for place, value in _named(source.config):
@@ -50,6 +52,28 @@ def check_claims(source: Checkpoint) -> None:
                     "E_CKPT_CONFIG", f"config.json says {place} {value}, and no tensors are of so many",
                     hint="download config.json again",
                 )  # fmt: skip
+
+
+def _refuse_kinds(config: Mapping[str, Any], longest: int) -> None:
+    """InputError E_CKPT_CONFIG for kinds of many more blocks than the `longest` list of tensors has."""
+    for place, value in _named(config):
+        if not _PER_BLOCK.fullmatch(place.rpartition(".")[2]):
+            continue
+        count = _blocks_of(value)
+        if count > max(longest * MOST_TURNS, USUAL_PARTS):
+            message = f"config.json gives {place} for {count} blocks, but the tensors are of {longest}"
+            raise InputError("E_CKPT_CONFIG", message, hint="download config.json again")
+
+
+def _blocks_of(kinds: Any) -> int:
+    """Return for how many blocks a config gives kinds: an entry or a letter for each, or numbers that count them."""
+    if isinstance(kinds, str):
+        return len(kinds)
+    if type(kinds) is int:
+        return kinds
+    if not isinstance(kinds, list):
+        return 0
+    return max([len(kinds), *map(_blocks_of, kinds)])
 
 
 def _refuse_kernel(directory: Path, place: str, value: Any) -> None:

@@ -164,3 +164,23 @@ def test_sizes_that_would_fill_the_memory_are_refused(model: Path, tmp_path: Pat
     assert caught.value.code == "E_ARCH"
     assert caught.value.hint is not None
     assert "head_dim in config.json" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("attention_types", [[["global", "local"], 10**10]]),
+        ("hybrid_override_pattern", "M-" * 100_000),
+        ("layer_types", ["full_attention"] * 200_000),
+    ],
+)
+def test_kinds_for_more_blocks_than_are_stored_are_refused(key: str, value: object, tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", num_hidden_layers=2)
+    content = json.loads((model / "config.json").read_text()) | {key: value}
+    (model / "config.json").write_text(json.dumps(content))
+    with pytest.raises(
+        InputError, match=rf"config.json gives {key} for \d+ blocks, but the tensors are of 2"
+    ) as caught:
+        check_claims(open_checkpoint(model))
+    assert (caught.value.code, caught.value.exit_code) == ("E_CKPT_CONFIG", 3)
+    assert caught.value.hint == "download config.json again"
