@@ -12,13 +12,18 @@ def leave_out_current_directory() -> None:
     It may be a model that was downloaded. `python -m` and an empty word in PYTHONPATH put it in front of what is
     installed; it stays if PYTHONPATH names it by its full path, or if it is where this package is.
     """
-    os.environ["PYTHONSAFEPATH"] = "1"  # for any Python that a library may start, from Python 3.11 on
+    os.environ["PYTHONSAFEPATH"] = (
+        "1"  # for any Python that a library may start, from Python 3.11 on
+    )
     try:
         here = os.path.realpath(os.getcwd())
     except FileNotFoundError:  # it was removed, and holds no modules
         return
     said = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    kept = {os.path.dirname(os.path.dirname(__file__)), *map(os.path.normpath, filter(os.path.isabs, said))}
+    kept = {
+        os.path.dirname(os.path.dirname(__file__)),
+        *map(os.path.normpath, filter(os.path.isabs, said)),
+    }
     library = os.path.dirname(os.__file__)
     # what is behind Python's own library was put there by those who installed it
     for path in sys.path[: sys.path.index(library) if library in sys.path else None]:

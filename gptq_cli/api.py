@@ -64,7 +64,9 @@ def quantize(
     if report:
         check_report()
     options = RunOptions(revision, overwrite, resume, seconds(max_runtime), allow_network_fs)
-    prepared = prepare_run(str(model), Path(output or default_name(str(model), config)), config, options)
+    prepared = prepare_run(
+        str(model), Path(output or default_name(str(model), config)), config, options
+    )
     if report:
         return quantize_with_report(prepared, command, on_event)
     from gptq_cli.quantization.run import carry_out

@@ -56,7 +56,9 @@ class GptqError(Exception):
 
     exit_code: ClassVar[int] = 1
 
-    def __init__(self, code: str, message: str, *, hint: str | None = None, location: Location | None = None) -> None:
+    def __init__(
+        self, code: str, message: str, *, hint: str | None = None, location: Location | None = None
+    ) -> None:
         super().__init__(message)
         self.problems: tuple[Problem, ...] = (Problem(code, message, hint, location),)
 

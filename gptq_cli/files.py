@@ -21,11 +21,20 @@ StrPath = str | os.PathLike[str]
 UNREADABLE = "E_FILE"
 NOTHING_THERE = {errno.ENOENT, errno.ENOTDIR}
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_LOST = {errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN, errno.ETIMEDOUT}  # of network file systems and FUSE
+_LOST = {
+    errno.ESTALE,
+    errno.ENOTCONN,
+    errno.EHOSTDOWN,
+    errno.ETIMEDOUT,
+}  # of network file systems and FUSE
 _NO_RIGHT = {errno.EACCES, errno.EPERM}
 _OF_WRITING = {*_NO_SPACE, errno.EROFS, errno.EEXIST, errno.ENOTEMPTY}
 _OF_THE_DISK = {*_NO_SPACE, *_LOST, errno.EIO}
-_PLAIN = {*_NO_SPACE, errno.EIO, errno.ESTALE}  # of a disk even without a name; the others are of sockets, too
+_PLAIN = {
+    *_NO_SPACE,
+    errno.EIO,
+    errno.ESTALE,
+}  # of a disk even without a name; the others are of sockets, too
 _NO_TEMPORARY = "No usable temporary directory"  # what Python's tempfile says, without a name
 MAX_NAME, MAX_PATH = 255, 4096  # bytes, where the file system does not tell
 
@@ -42,7 +51,9 @@ def file_errors(path: StrPath | None = None, *, writing: bool | None = None) -> 
         raise refused from error
 
 
-def file_error(error: OSError, path: StrPath | None = None, *, writing: bool | None = None) -> GptqError | None:
+def file_error(
+    error: OSError, path: StrPath | None = None, *, writing: bool | None = None
+) -> GptqError | None:
     """What `error` means to a user; None if it names no file and says nothing of a disk: then it may be a mistake here.
 
     `path` stands in for the name that the error lacks. `writing` is None where only the error knows what was tried.
@@ -54,10 +65,14 @@ def file_error(error: OSError, path: StrPath | None = None, *, writing: bool | N
     reason = error.strerror or str(error)
     if error.errno in (errno.EMFILE, errno.ENFILE):
         hint = "close other programs, or let this one open more: ulimit -n 4096"
-        return ResourceError("E_OPEN_FILES", f"no more files can be opened{_about(named)}: {reason}", hint=hint)
+        return ResourceError(
+            "E_OPEN_FILES", f"no more files can be opened{_about(named)}: {reason}", hint=hint
+        )
     if error.errno == errno.ENOMEM:
         hint = "end other programs, or give this one more memory"
-        return ResourceError("E_OOM", f"there is not enough memory{_about(named)}: {reason}", hint=hint)
+        return ResourceError(
+            "E_OOM", f"there is not enough memory{_about(named)}: {reason}", hint=hint
+        )
     if named is None:
         return _without_name(error, reason)
     if writing is None:
@@ -162,12 +177,22 @@ def _about(named: str | None) -> str:
 
 def _without_name(error: OSError, reason: str) -> GptqError | None:
     if error.errno in _PLAIN:
-        hint = "free some space" if error.errno in _NO_SPACE else "look at `dmesg` and at what is mounted"
-        return ResourceError("E_DISK", f"a disk has failed: {reason}", hint=f"{hint}, then run again")
+        hint = (
+            "free some space"
+            if error.errno in _NO_SPACE
+            else "look at `dmesg` and at what is mounted"
+        )
+        return ResourceError(
+            "E_DISK", f"a disk has failed: {reason}", hint=f"{hint}, then run again"
+        )
     if _NO_TEMPORARY in reason:
-        return ResourceError("E_DISK", reason, hint="set TMPDIR to a directory that you may write to")
+        return ResourceError(
+            "E_DISK", reason, hint="set TMPDIR to a directory that you may write to"
+        )
     if error.errno == errno.ENOENT and _current_directory_is_gone():
-        return InputError("E_FILE", "the current directory has been removed", hint="change to another one: cd")
+        return InputError(
+            "E_FILE", "the current directory has been removed", hint="change to another one: cd"
+        )
     return None
 
 
@@ -201,7 +226,9 @@ def _advice_to_write(error: OSError, named: str) -> str:
 def _advice_about_rights(named: str) -> str:
     """The command that gives the right, or whom to ask for it."""
     path = Path(named).absolute()
-    closed = next((folder for folder in reversed(path.parents) if not os.access(folder, os.X_OK)), None)
+    closed = next(
+        (folder for folder in reversed(path.parents) if not os.access(folder, os.X_OK)), None
+    )
     place = closed or path
     right = "read and enter" if closed or path.is_dir() else "read"
     with suppress(OSError):
@@ -215,8 +242,12 @@ def _advice_about_length(named: str) -> str:
     longest = max(map(len, parts), default=0)
     limit = _longest_name(Path(named))
     if longest > limit:
-        return f"choose a name that is {longest - limit} bytes shorter: the file system takes {limit}"
-    return f"choose a shorter path: it has {len(os.fsencode(named))} bytes, {MAX_PATH - 1} are allowed"
+        return (
+            f"choose a name that is {longest - limit} bytes shorter: the file system takes {limit}"
+        )
+    return (
+        f"choose a shorter path: it has {len(os.fsencode(named))} bytes, {MAX_PATH - 1} are allowed"
+    )
 
 
 def _longest_name(path: Path) -> int:
@@ -245,7 +276,9 @@ def expanded(path: StrPath) -> Path:
 def _advice_about_absence(named: str) -> str:
     if Path(named).is_symlink():
         target = Path(named).readlink()
-        return f"it is a link to `{target}`, which does not exist: remove it, or let it lead somewhere"
+        return (
+            f"it is a link to `{target}`, which does not exist: remove it, or let it lead somewhere"
+        )
     return "check the path: was it moved or removed meanwhile?"
 
 
@@ -256,14 +289,21 @@ _ADVICE: dict[int, Callable[[str], str]] = {
     errno.ENOENT: _advice_about_absence,
     errno.ENOTDIR: lambda named: f"`{_first_file(named)}` is not a directory: check the path",
     errno.EISDIR: lambda _: "it is a directory: name a file in it",
-    errno.ELOOP: lambda _: "a link in this path leads back to itself: remove it, or let it lead somewhere",
-    errno.EIO: lambda _: "the disk or its driver is at fault: look at `dmesg`, then copy the file from elsewhere",
+    errno.ELOOP: lambda _: (
+        "a link in this path leads back to itself: remove it, or let it lead somewhere"
+    ),
+    errno.EIO: lambda _: (
+        "the disk or its driver is at fault: look at `dmesg`, then copy the file from elsewhere"
+    ),
 }
 _ADVICE_TO_WRITE: dict[int, Callable[[str], str]] = {
     **dict.fromkeys(_NO_SPACE, lambda _: "free some space"),
-    **dict.fromkeys({*_LOST, errno.EIO}, lambda _: "choose an output on another disk, or look at `dmesg`"),
     **dict.fromkeys(
-        {errno.ENOTDIR, errno.EEXIST}, lambda named: f"choose another output: `{_first_file(named)}` is not a directory"
+        {*_LOST, errno.EIO}, lambda _: "choose an output on another disk, or look at `dmesg`"
+    ),
+    **dict.fromkeys(
+        {errno.ENOTDIR, errno.EEXIST},
+        lambda named: f"choose another output: `{_first_file(named)}` is not a directory",
     ),
     errno.ENAMETOOLONG: _advice_about_length,
     errno.ELOOP: lambda _: "remove the link that is there, or choose another output",

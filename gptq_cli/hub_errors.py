@@ -17,7 +17,15 @@ AGAIN = "run the same command again: what was uploaded is not sent twice"
 
 _HOSTS = {"huggingface.co", "www.huggingface.co", "hf.co"}
 _KINDS = {"models", "datasets", "spaces"}
-_VIEWS = {"tree", "blob", "resolve", "raw", "commit", "commits", "discussions"}  # pages of a repository
+_VIEWS = {
+    "tree",
+    "blob",
+    "resolve",
+    "raw",
+    "commit",
+    "commits",
+    "discussions",
+}  # pages of a repository
 _OF_THE_CACHE = re.compile(r"(?:models|datasets)--([^/]+?)(?:--([^/]+))?/?")
 
 
@@ -47,7 +55,11 @@ def pasted_id(text: str) -> Pasted | None:
     if text.startswith("hf://"):
         host, path = "hf.co", text.removeprefix("hf://")
     parts = [unquote(part) for part in path.split("/") if part]
-    if host not in _HOSTS or not parts or (text.startswith("hf://") and "@" not in text and parts[0] not in _KINDS):
+    if (
+        host not in _HOSTS
+        or not parts
+        or (text.startswith("hf://") and "@" not in text and parts[0] not in _KINDS)
+    ):
         return None
     parts = parts[1:] if parts[0] in _KINDS else parts
     n_parts = 1 if len(parts) > 1 and parts[1] in _VIEWS else 2
@@ -82,7 +94,9 @@ def hub_refusal(error: BaseException, what: str, revision: str | None = None) ->
     E_HUB_GATED, E_HUB_NOT_FOUND (repository, revision or file), E_HUB_AUTH, E_HUB_OFFLINE, E_HUB_NETWORK.
     """
     links = _chain(error)
-    said = next((refused for link in links if (refused := _from_answer(link, what, revision))), None)
+    said = next(
+        (refused for link in links if (refused := _from_answer(link, what, revision))), None
+    )
     return said or _from_silence(links, what)
 
 
@@ -101,18 +115,34 @@ def push_refusal(error: BaseException, what: str) -> InputError | None:
             return None
         if silent.code == "E_HUB_OFFLINE":
             message = f"{what} cannot be reached: offline mode is on"
-            return InputError("E_HUB_OFFLINE", message, hint="unset HF_HUB_OFFLINE, or see the card with --dry-run")
+            return InputError(
+                "E_HUB_OFFLINE",
+                message,
+                hint="unset HF_HUB_OFFLINE, or see the card with --dry-run",
+            )
         reason = first_line(answer or next(link for link in reversed(links) if _is_network(link)))
-        return InputError("E_HUB_NETWORK", f"{what} could not be reached on the Hub: {reason}", hint=AGAIN)
+        return InputError(
+            "E_HUB_NETWORK", f"{what} could not be reached on the Hub: {reason}", hint=AGAIN
+        )
     if isinstance(answer, hub.GatedRepoError):
         return InputError("E_HUB_GATED", f"{what} is gated on the Hub", hint=GATED)
     if answer.response.status_code == 401:
-        return InputError("E_HUB_AUTH", f"the Hub does not know who you are, or not for {what}", hint=WRITER)
+        return InputError(
+            "E_HUB_AUTH", f"the Hub does not know who you are, or not for {what}", hint=WRITER
+        )
     if answer.response.status_code == 404:
-        return InputError("E_HUB_NOT_FOUND", f"{what} is not on the Hub", hint=f"check the spelling, or {WRITER}")
+        return InputError(
+            "E_HUB_NOT_FOUND", f"{what} is not on the Hub", hint=f"check the spelling, or {WRITER}"
+        )
     said = answer.server_message or first_line(answer)
-    hint = WRITER if answer.response.status_code == 403 else "the checkpoint on this machine is as it was; " + AGAIN
-    return InputError("E_PUSH", f"the Hub refuses what is sent to {what}: {_first_line(said)}", hint=hint)
+    hint = (
+        WRITER
+        if answer.response.status_code == 403
+        else "the checkpoint on this machine is as it was; " + AGAIN
+    )
+    return InputError(
+        "E_PUSH", f"the Hub refuses what is sent to {what}: {_first_line(said)}", hint=hint
+    )
 
 
 def _chain(error: BaseException) -> list[BaseException]:
@@ -127,7 +157,9 @@ def _from_answer(error: BaseException, what: str, revision: str | None) -> Input
     """What the Hub said no to."""
     from huggingface_hub import errors as hub
 
-    if isinstance(error, hub.GatedRepoError):  # a kind of RepositoryNotFoundError, so it is asked first
+    if isinstance(
+        error, hub.GatedRepoError
+    ):  # a kind of RepositoryNotFoundError, so it is asked first
         return InputError("E_HUB_GATED", f"{what} is gated on the Hub", hint=GATED)
     if isinstance(error, hub.RevisionNotFoundError):
         hint = "look at its branches and tags on the Hub"
@@ -155,12 +187,16 @@ def _from_silence(links: list[BaseException], what: str) -> InputError | None:
         return InputError("E_HUB_OFFLINE", message, hint=OFFLINE)
     if network or absent:
         reason = first_line(network[-1] if network else links[0])
-        return InputError("E_HUB_NETWORK", f"{what} could not be fetched from the Hub: {reason}", hint=NETWORK)
+        return InputError(
+            "E_HUB_NETWORK", f"{what} could not be fetched from the Hub: {reason}", hint=NETWORK
+        )
     return None
 
 
 def _is_network(error: BaseException) -> bool:
-    return isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.startswith(("httpx", "httpcore"))
+    return isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.startswith(
+        ("httpx", "httpcore")
+    )
 
 
 def first_line(error: BaseException) -> str:

@@ -104,7 +104,9 @@ def to_markdown(outcomes: Sequence[Outcome], versions: dict[str, str]) -> str:
     said = " and ".join(f"{name} {version}" for name, version in versions.items())
     lines = [
         "# Architectures",
-        INTRODUCTION.format(count=len(outcomes), versions=said, bits=" and to ".join(map(str, BITS))),
+        INTRODUCTION.format(
+            count=len(outcomes), versions=said, bits=" and to ".join(map(str, BITS))
+        ),
         "| outcome | types | meaning |",
         "|---|---|---|",
         *(f"| {status} | {counts[status]} | {meaning} |" for status, meaning in STATUSES.items()),
@@ -121,7 +123,9 @@ def to_markdown(outcomes: Sequence[Outcome], versions: dict[str, str]) -> str:
 def _row(outcome: Outcome) -> str:
     figures = [""] * (3 + len(BITS))
     if outcome.quantized:
-        differences = [f"{difference:.0e}" if difference else "0" for difference in outcome.differences]
+        differences = [
+            f"{difference:.0e}" if difference else "0" for difference in outcome.differences
+        ]
         figures = [str(outcome.quantized), str(outcome.kept), f"{outcome.share:.0%}", *differences]
     cells = [outcome.model_type, outcome.status, *figures, outcome.why.replace("|", "\\|")]
     return f"| {' | '.join(cells)} |"
@@ -143,7 +147,9 @@ def write(rows: Sequence[Outcome], versions: dict[str, str]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("types", nargs="*", default=TYPES)
     parser.add_argument("--jobs", type=int, default=1, help="types at a time")
     arguments = parser.parse_args()
@@ -151,13 +157,17 @@ def main() -> None:
     logging.disable(logging.WARNING)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    versions = {"transformers": transformers.__version__, "torch": torch.__version__.partition("+")[0]}
+    versions = {
+        "transformers": transformers.__version__,
+        "torch": torch.__version__.partition("+")[0],
+    }
     outcomes = recorded(versions)
     with ThreadPoolExecutor(arguments.jobs) as pool:
         for last in pool.map(attempt, arguments.types):
             outcomes[last.model_type] = last
             print(
-                f"{last.model_type:24s} {last.status:10s} {last.quantized:3d} {last.share:5.0%} {last.why}", flush=True
+                f"{last.model_type:24s} {last.status:10s} {last.quantized:3d} {last.share:5.0%} {last.why}",
+                flush=True,
             )
             write([outcomes[known] for known in sorted(outcomes)], versions)
     print(dict(Counter(outcome.status for outcome in outcomes.values())))

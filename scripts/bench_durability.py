@@ -31,7 +31,12 @@ from gptq_cli.quantization.resume import SavedBlocks  # noqa: E402
 from gptq_cli.storage import durable  # noqa: E402
 from tests.families import save_model, texts  # noqa: E402
 
-SHAPE = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "num_attention_heads": 16}
+SHAPE = {
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 16,
+}
 SHAPE |= {"num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 2048}
 PARTS = {
     "save": (SavedBlocks, "finished"),
@@ -55,14 +60,18 @@ def timed(seconds: Counter[str], name: str, function: Callable[..., Any]) -> Cal
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     seconds: Counter[str] = Counter()
     for name, (owner, function) in PARTS.items():
         setattr(owner, function, timed(seconds, name, getattr(owner, function)))
-    config = QuantizeConfig(bits=4, dataset=texts(4 * 64 * 512), nsamples=64, seqlen=512, device="cpu")
+    config = QuantizeConfig(
+        bits=4, dataset=texts(4 * 64 * 512), nsamples=64, seqlen=512, device="cpu"
+    )
     runs = []
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
         model = save_model(Path(folder) / "model", **SHAPE)
@@ -73,7 +82,9 @@ def main() -> None:
             runs.append({"wall": time.perf_counter() - started, **seconds})
             print(runs[-1], flush=True)
     medians = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
-    medians["share"] = sum(medians[name] for name in PARTS if name != "of these in fsync") / medians["wall"]
+    medians["share"] = (
+        sum(medians[name] for name in PARTS if name != "of these in fsync") / medians["wall"]
+    )
     print(json.dumps(medians, indent=2))
     if arguments.json:
         arguments.json.write_text(json.dumps({"runs": runs, "medians": medians}, indent=2) + "\n")

@@ -61,7 +61,9 @@ class Bench:
         if not self.on_gpu:
             torch.set_num_threads(1)
 
-    def seconds(self, call: Callable[[], object], *, runs: int | None = None, wall: bool = False) -> float:
+    def seconds(
+        self, call: Callable[[], object], *, runs: int | None = None, wall: bool = False
+    ) -> float:
         """Median seconds of `call`, after one that is not counted."""
         taken, clock = [], time.perf_counter if wall or self.on_gpu else time.process_time
         for _ in range(1 + (runs or self.runs)):
@@ -89,7 +91,9 @@ def rates(bench: Bench, folder: Path) -> dict[str, float]:
         out = torch.empty_like(matrix)
         with feedback_precision(wide) if name == "gemm_tf32" else nullcontext():
             found[name] = 2 * size**3 / bench.seconds(lambda m=matrix, o=out: torch.mm(m, m, out=o))
-    numbers = bench.random(2**26 if bench.on_gpu else 2**24, dtype=torch.float32)  # more than caches hold
+    numbers = bench.random(
+        2**26 if bench.on_gpu else 2**24, dtype=torch.float32
+    )  # more than caches hold
     other = torch.empty_like(numbers)
     found["copy"] = 2 * numbers.nbytes / bench.seconds(lambda: other.copy_(numbers))
     spd = wide @ wide.T
@@ -137,14 +141,21 @@ def forward_seconds(bench: Bench, shape: Shape, tokens: int) -> float:
 
 def forward_floor(shape: Shape, tokens: int, rates: dict[str, float]) -> float:
     """Products with the weights that a token meets, and causal attention over a window."""
-    used = [(i, o, copies if copies == 1 else shape.experts_per_token) for i, o, copies in shape.inputs]
+    used = [
+        (i, o, copies if copies == 1 else shape.experts_per_token) for i, o, copies in shape.inputs
+    ]
     weights = sum(i * sum(o) * copies for i, o, copies in used)
     attention = 2 * min(SEQLEN, tokens) * shape.heads * shape.head_dim
     return (2 * weights + attention) * tokens / rates["gemm"]
 
 
 def stage_parts(
-    bench: Bench, in_features: int, outs: list[int], tokens: int, config: LayerConfig, rates: dict[str, float]
+    bench: Bench,
+    in_features: int,
+    outs: list[int],
+    tokens: int,
+    config: LayerConfig,
+    rates: dict[str, float],
 ) -> dict[str, tuple[float, float]]:
     """Seconds and floor of each part, for linears that share one Hessian."""
     at_once = min(tokens, TOKENS_AT_ONCE)
@@ -163,15 +174,26 @@ def stage_parts(
         ),
     }  # fmt: skip
     weight = bench.random(sum(outs), in_features).mul_(in_features**-0.5)
-    return found | weight_parts(bench, weight, hessian, prepare(hessian, config, tokens), config, rates)
+    return found | weight_parts(
+        bench, weight, hessian, prepare(hessian, config, tokens), config, rates
+    )
 
 
 def weight_parts(
-    bench: Bench, weight: Tensor, hessian: Tensor, prepared: HessianFactor, config: LayerConfig, rates: dict[str, float]
+    bench: Bench,
+    weight: Tensor,
+    hessian: Tensor,
+    prepared: HessianFactor,
+    config: LayerConfig,
+    rates: dict[str, float],
 ) -> dict[str, tuple[float, float]]:
     """Seconds and floor of what is done to the rows of linears that share one Hessian."""
     n, in_features = weight.numel(), weight.shape[1]
-    product, copy, tf32 = 2 * n * in_features, rates["copy"], max(rates["gemm_tf32"], rates["gemm_fp32"])
+    product, copy, tf32 = (
+        2 * n * in_features,
+        rates["copy"],
+        max(rates["gemm_tf32"], rates["gemm_fp32"]),
+    )
     group_of = prepared.order.group_of_column
     group_size = config.columns_per_group(in_features)
     groups = split_groups(weight.float(), group_of, group_size)
@@ -190,7 +212,10 @@ def weight_parts(
         "search": (bench.seconds(lambda: choose_grid(groups, energy, config)), 4 * n / copy),
         "columns": (columns, 16 * n / copy),
         "feedback": (feedback, product / 2 / tf32),
-        "refine": (bench.seconds(refined, runs=2), (1 + sweeps) * product / tf32 if sweeps else 0.0),
+        "refine": (
+            bench.seconds(refined, runs=2),
+            (1 + sweeps) * product / tf32 if sweeps else 0.0,
+        ),
         "errors": (
             bench.seconds(lambda: output_energies(weight, hessian, (quantized, nearest)), runs=2),
             3 * product / 2 / rates["gemm_fp32"],
@@ -200,7 +225,9 @@ def weight_parts(
     }
 
 
-def solve_parts(bench: Bench, weight: Tensor, prepared: HessianFactor, config: LayerConfig) -> tuple[float, float]:
+def solve_parts(
+    bench: Bench, weight: Tensor, prepared: HessianFactor, config: LayerConfig
+) -> tuple[float, float]:
     """Seconds of all column blocks without the products between them, and of those products alone."""
     order, width = prepared.order, solver.COLUMN_BLOCK
     if not order.static_grid:
@@ -211,12 +238,16 @@ def solve_parts(bench: Bench, weight: Tensor, prepared: HessianFactor, config: L
     errors, R = columns.clone(), prepared.R
 
     def blocks() -> list[tuple[int, int]]:
-        return [(start, min(start + width, len(columns))) for start in range(0, len(columns), width)]
+        return [
+            (start, min(start + width, len(columns))) for start in range(0, len(columns), width)
+        ]
 
     def rounded() -> None:
         for start, stop in blocks():
             near = R[start:stop, start:stop]
-            block = solver._Block(columns[start:stop].clone(), errors[start:stop], near, group_of[start:stop])
+            block = solver._Block(
+                columns[start:stop].clone(), errors[start:stop], near, group_of[start:stop]
+            )
             solver._round_block(block, grid, True, width)
 
     def fed() -> None:
@@ -234,7 +265,12 @@ def disk_parts(
     weights = {name: torch.zeros(size, dtype=bench.dtype) for name, size in shape.block_tensors(0)}
     _write(weights, folder / "block")
     before = sum(tensor.nbytes for tensor in weights.values())
-    after = int(before / weights[next(iter(weights))].itemsize * (config.bits + 16 / max(config.group_size, 1)) / 8)
+    after = int(
+        before
+        / weights[next(iter(weights))].itemsize
+        * (config.bits + 16 / max(config.group_size, 1))
+        / 8
+    )
     packed = {"x": torch.zeros(after, dtype=torch.uint8, device=bench.device)}
     return {
         "read": (
@@ -248,26 +284,44 @@ def disk_parts(
     }
 
 
-def measure(bench: Bench, shape: Shape, tokens: int, config: LayerConfig, folder: Path) -> dict[str, Any]:
+def measure(
+    bench: Bench, shape: Shape, tokens: int, config: LayerConfig, folder: Path
+) -> dict[str, Any]:
     """Rates, and for each part seconds and floor of a block."""
     measured = rates(bench, folder)
     parts = {name: [0.0, 0.0] for name in PARTS}
-    parts["forward"] = [forward_seconds(bench, shape, tokens), forward_floor(shape, tokens, measured)]
+    parts["forward"] = [
+        forward_seconds(bench, shape, tokens),
+        forward_floor(shape, tokens, measured),
+    ]
     for in_features, outs, copies in shape.inputs:
         seen = tokens if copies == 1 else max(1, tokens * shape.experts_per_token // copies)
         for name, figures in stage_parts(bench, in_features, outs, seen, config, measured).items():
-            parts[name] = [total + copies * figure for total, figure in zip(parts[name], figures, strict=True)]
+            parts[name] = [
+                total + copies * figure for total, figure in zip(parts[name], figures, strict=True)
+            ]
     for name, figures in disk_parts(bench, shape, config, folder, measured).items():
         parts[name] = list(figures)
-    rows = {name: {"seconds": s, "floor": f, "times_floor": s / f if f else None} for name, (s, f) in parts.items()}
-    return {"rates": measured, "block": rows, "next_bottleneck": max(parts, key=lambda p: parts[p][0] - parts[p][1])}
+    rows = {
+        name: {"seconds": s, "floor": f, "times_floor": s / f if f else None}
+        for name, (s, f) in parts.items()
+    }
+    return {
+        "rates": measured,
+        "block": rows,
+        "next_bottleneck": max(parts, key=lambda p: parts[p][0] - parts[p][1]),
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=sorted(SHAPES), default="small")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--tokens", type=int, default=None, help="calibration tokens; 262144 on a GPU, else 16384")
+    parser.add_argument(
+        "--tokens", type=int, default=None, help="calibration tokens; 262144 on a GPU, else 16384"
+    )
     parser.add_argument("--preset", default="balanced")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=128)
@@ -279,23 +333,42 @@ def main() -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     bench, shape = Bench(device, arguments.runs), SHAPES[arguments.shape]
     tokens = arguments.tokens or (262144 if bench.on_gpu else 16384)
-    settings = QuantizeConfig(bits=arguments.bits, group_size=arguments.group_size, preset=arguments.preset)
+    settings = QuantizeConfig(
+        bits=arguments.bits, group_size=arguments.group_size, preset=arguments.preset
+    )
     config = settings.for_layer("any")
     assert config is not None
     with tempfile.TemporaryDirectory() as folder:
         found = measure(bench, shape, tokens, config, Path(folder))
     for name, row in found["block"].items():
-        print(f"{name:10} {row['seconds'] * 1e3:10.2f} ms a block   floor {row['floor'] * 1e3:9.3f} ms")
-    total, floor = (sum(row[key] for row in found["block"].values()) for key in ("seconds", "floor"))
-    print(f"all        {total * shape.blocks:10.2f} s for {shape.blocks} blocks   floor {floor * shape.blocks:9.2f} s")
+        print(
+            f"{name:10} {row['seconds'] * 1e3:10.2f} ms a block   floor {row['floor'] * 1e3:9.3f} ms"
+        )
+    total, floor = (
+        sum(row[key] for row in found["block"].values()) for key in ("seconds", "floor")
+    )
+    print(
+        f"all        {total * shape.blocks:10.2f} s for {shape.blocks} blocks   floor {floor * shape.blocks:9.2f} s"
+    )
     print(f"next bottleneck: {found['next_bottleneck']}")
     if arguments.json:
         machine = {"device": torch.cuda.get_device_name() if bench.on_gpu else platform.machine()}
         machine |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
-        model = {"blocks": shape.blocks, "seconds": total * shape.blocks, "floor": floor * shape.blocks}
-        run = {"shape": arguments.shape, "tokens": tokens, "preset": arguments.preset, "bits": arguments.bits}
+        model = {
+            "blocks": shape.blocks,
+            "seconds": total * shape.blocks,
+            "floor": floor * shape.blocks,
+        }
+        run = {
+            "shape": arguments.shape,
+            "tokens": tokens,
+            "preset": arguments.preset,
+            "bits": arguments.bits,
+        }
         run |= {"group_size": arguments.group_size, "runs": arguments.runs}
-        arguments.json.write_text(json.dumps(machine | run | found | {"model": model}, indent=2) + "\n")
+        arguments.json.write_text(
+            json.dumps(machine | run | found | {"model": model}, indent=2) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -22,7 +22,9 @@ SHAPE |= {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--experts", type=int, nargs=2, default=[8, 64])
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
@@ -48,7 +50,9 @@ def main() -> None:
     held = more / (many["block_experts_bytes"] - few["block_experts_bytes"])
     print(f"peak grows by {more / 1e6:.0f} MB, {held:.2f} times the weights that a block has more")
     if arguments.json:
-        arguments.json.write_text(json.dumps({"rows": rows, "growth_by_weights": held}, indent=2) + "\n")
+        arguments.json.write_text(
+            json.dumps({"rows": rows, "growth_by_weights": held}, indent=2) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -41,7 +41,12 @@ WAYS = ("replay", "lockstep")
 def make_model(directory: str, hidden: int, blocks: int) -> None:
     """Save a random Llama of `blocks` blocks."""
     logging.disable_progress_bar()
-    shape = {"hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": blocks, "head_dim": 64}
+    shape = {
+        "hidden_size": hidden,
+        "intermediate_size": 3 * hidden,
+        "num_hidden_layers": blocks,
+        "head_dim": 64,
+    }
     heads = {"num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 128}
     save_model(Path(directory), "llama", max_position_embeddings=SEQLEN, **shape, **heads)
 
@@ -88,14 +93,21 @@ def measure(runs: int, hidden: int, blocks: int) -> list[dict[str, Any]]:
         processes.apply(make_model, (f"{folder}/model", hidden, blocks))
         for number in range(runs + 1):
             for way in WAYS:
-                row = processes.apply(quantize, (f"{folder}/model", f"{folder}/{way}-{number}", way))
+                row = processes.apply(
+                    quantize, (f"{folder}/model", f"{folder}/{way}-{number}", way)
+                )
                 rows += [row] if number else []
-                print(f"{way:9}  {row['seconds']:6.2f} s  {row['executions']:.2f} executions", flush=True)
+                print(
+                    f"{way:9}  {row['seconds']:6.2f} s  {row['executions']:.2f} executions",
+                    flush=True,
+                )
     return rows
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--blocks", type=int, default=4)
@@ -103,19 +115,46 @@ def main() -> int:
     arguments = parser.parse_args()
     rows = measure(arguments.runs, arguments.hidden, arguments.blocks)
     keys = ("seconds", "solver_seconds", "cpu_seconds", "executions", "peak_resident_bytes")
-    medians = {way: {key: statistics.median(r[key] for r in rows if r["way"] == way) for key in keys} for way in WAYS}
+    medians = {
+        way: {key: statistics.median(r[key] for r in rows if r["way"] == way) for key in keys}
+        for way in WAYS
+    }
     slow, fast = medians["replay"], medians["lockstep"]
     outside = [way["seconds"] - way["solver_seconds"] for way in (slow, fast)]
-    ratios = {key: slow[key] / fast[key] for key in keys} | {"without_solver": outside[0] / outside[1]}
+    ratios = {key: slow[key] / fast[key] for key in keys} | {
+        "without_solver": outside[0] / outside[1]
+    }
     same = len({row["sha256"] for row in rows}) == 1
     for way, median in medians.items():
         print(way, {key: round(value, 2) for key, value in median.items()})
-    print({key: round(value, 2) for key, value in ratios.items()}, "same bytes" if same else "BYTES DIFFER")
+    print(
+        {key: round(value, 2) for key, value in ratios.items()},
+        "same bytes" if same else "BYTES DIFFER",
+    )
     if arguments.json:
-        machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine()}
-        shape = {"hidden": arguments.hidden, "blocks": arguments.blocks, "windows": WINDOWS, "seqlen": SEQLEN}
-        content = {"command": " ".join(["python", *sys.argv]), **machine, **shape, "batch_size": BATCH_SIZE}
-        content |= {"medians": medians, "replay_over_lockstep": ratios, "same_bytes": same, "rows": rows}
+        machine = {
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "machine": platform.machine(),
+        }
+        shape = {
+            "hidden": arguments.hidden,
+            "blocks": arguments.blocks,
+            "windows": WINDOWS,
+            "seqlen": SEQLEN,
+        }
+        content = {
+            "command": " ".join(["python", *sys.argv]),
+            **machine,
+            **shape,
+            "batch_size": BATCH_SIZE,
+        }
+        content |= {
+            "medians": medians,
+            "replay_over_lockstep": ratios,
+            "same_bytes": same,
+            "rows": rows,
+        }
         arguments.json.write_text(json.dumps(content, indent=2) + "\n")
     return int(not same)
 

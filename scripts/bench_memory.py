@@ -27,7 +27,9 @@ SHAPE = {
 }
 
 
-def save_random_model(directory: Path, family: str, *, dtype: str = "float32", **shape: object) -> None:
+def save_random_model(
+    directory: Path, family: str, *, dtype: str = "float32", **shape: object
+) -> None:
     """As `tests.families.save_model`, in a process of its own, so that it leaves nothing in this one."""
     code = f"""
 import torch
@@ -49,7 +51,17 @@ def private_bytes(pid: int) -> int:
 
 def quantize_and_watch(model: Path, output: Path, words: list[str]) -> tuple[int, float]:
     """Peak private memory in bytes and wall time in seconds of one `gptq quantize` with the flags `words`."""
-    command = [sys.executable, "-m", "gptq_cli", "quantize", str(model), "-o", str(output), "--quiet", *words]
+    command = [
+        sys.executable,
+        "-m",
+        "gptq_cli",
+        "quantize",
+        str(model),
+        "-o",
+        str(output),
+        "--quiet",
+        *words,
+    ]
     started, peak = time.perf_counter(), 0
     process = subprocess.Popen([*command, "--device", "cpu"], cwd=ROOT, stdout=subprocess.DEVNULL)
     while process.poll() is None:
@@ -64,12 +76,23 @@ def flags(folder: Path, *, windows: int = 8, seqlen: int = 128, repeats: int = 4
     """Those of a short run at 4 bits, on a text in `folder` that is made here."""
     text = folder / "text.txt"
     text.write_text("some words to calibrate on, more or less different each time " * repeats)
-    words = ["--bits", "4", "--dataset", str(text), "--nsamples", str(windows), "--seqlen", str(seqlen)]
+    words = [
+        "--bits",
+        "4",
+        "--dataset",
+        str(text),
+        "--nsamples",
+        str(windows),
+        "--seqlen",
+        str(seqlen),
+    ]
     return [*words, "--batch-size", "4"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--blocks", type=int, nargs=2, default=[8, 32])
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
@@ -78,13 +101,26 @@ def main() -> None:
         words = flags(Path(folder))
         for n_blocks in arguments.blocks:
             model = Path(folder) / f"model-{n_blocks}"
-            save_random_model(model, "llama", num_hidden_layers=n_blocks, max_shard_size="200MB", **SHAPE)
+            save_random_model(
+                model, "llama", num_hidden_layers=n_blocks, max_shard_size="200MB", **SHAPE
+            )
             weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
             peak, seconds = quantize_and_watch(model, Path(folder) / f"out-{n_blocks}", words)
-            rows.append({"blocks": n_blocks, "weights_bytes": weights, "peak_bytes": peak, "seconds": seconds})
-            print(f"{n_blocks:3d} blocks  weights {weights / 1e6:6.0f} MB  peak {peak / 1e6:6.0f} MB  {seconds:5.1f} s")
+            rows.append(
+                {
+                    "blocks": n_blocks,
+                    "weights_bytes": weights,
+                    "peak_bytes": peak,
+                    "seconds": seconds,
+                }
+            )
+            print(
+                f"{n_blocks:3d} blocks  weights {weights / 1e6:6.0f} MB  peak {peak / 1e6:6.0f} MB  {seconds:5.1f} s"
+            )
     ratio = rows[1]["peak_bytes"] / rows[0]["peak_bytes"]
-    print(f"peak grows by a factor of {ratio:.3f} from {rows[0]['blocks']} to {rows[1]['blocks']} blocks")
+    print(
+        f"peak grows by a factor of {ratio:.3f} from {rows[0]['blocks']} to {rows[1]['blocks']} blocks"
+    )
     if arguments.json:
         arguments.json.write_text(json.dumps({"rows": rows, "ratio": ratio}, indent=2) + "\n")
 

@@ -50,24 +50,45 @@ def run(tool: Tool, output: Path, log: Path) -> dict[str, float]:
     command = [str(output) if word == "OUT" else word for word in tool.command]
     with log.open("w") as stream:
         started = time.perf_counter()
-        process = subprocess.Popen(command, cwd=log.parent, stdout=stream, stderr=stream)  # some leave logs
+        process = subprocess.Popen(
+            command, cwd=log.parent, stdout=stream, stderr=stream
+        )  # some leave logs
         _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"{tool.name} failed:\n{log.read_text()[-3000:]}")
     cpu = usage.ru_utime + usage.ru_stime
-    return {"wall_s": time.perf_counter() - started, "cpu_s": cpu, "peak_bytes": usage.ru_maxrss * 1024}
+    return {
+        "wall_s": time.perf_counter() - started,
+        "cpu_s": cpu,
+        "peak_bytes": usage.ru_maxrss * 1024,
+    }
 
 
 def tools(arguments: argparse.Namespace, model: Path, text: Path, ids: Path) -> list[Tool]:
     bits, group_size = str(arguments.bits), str(arguments.group_size)
-    ours = [sys.executable, "-m", "gptq_cli", "quantize", str(model), "-o", "OUT", "--quiet", "--device", "cpu"]
+    ours = [
+        sys.executable,
+        "-m",
+        "gptq_cli",
+        "quantize",
+        str(model),
+        "-o",
+        "OUT",
+        "--quiet",
+        "--device",
+        "cpu",
+    ]
     ours += ["--bits", bits, "--group-size", group_size, "--dataset", str(text)]
     ours += ["--nsamples", str(arguments.nsamples), "--seqlen", str(arguments.seqlen)]
-    found = [Tool(f"gptq_cli {preset}", [*ours, "--preset", preset]) for preset in arguments.presets]
+    found = [
+        Tool(f"gptq_cli {preset}", [*ours, "--preset", preset]) for preset in arguments.presets
+    ]
     for name in ("gptqmodel", "llmcompressor", "autoround"):
         if python := getattr(arguments, name):
             runner = ROOT / "scripts" / "peers" / f"run_{name}.py"
-            found.append(Tool(name, [python, str(runner), str(model), "OUT", str(ids), bits, group_size]))
+            found.append(
+                Tool(name, [python, str(runner), str(model), "OUT", str(ids), bits, group_size])
+            )
     return found
 
 
@@ -93,14 +114,22 @@ def windows(arguments: argparse.Namespace, model: Path, text: Path) -> list[list
 def quality(output: Path, model: Path, text: Path, seqlen: int) -> dict[str, float | None]:
     from gptq_cli.evaluation.perplexity import EvalRequest, evaluate_perplexity
 
-    request = EvalRequest(dataset=str(text), seqlen=seqlen, dtype="float32", baseline=str(model), batch_size=8)
+    request = EvalRequest(
+        dataset=str(text), seqlen=seqlen, dtype="float32", baseline=str(model), batch_size=8
+    )
     result = evaluate_perplexity(str(output), request)
-    return {"perplexity": result.perplexity, "kl": result.kl, "top1_agreement": result.top1_agreement}
+    return {
+        "perplexity": result.perplexity,
+        "kl": result.kl,
+        "top1_agreement": result.top1_agreement,
+    }
 
 
 def main() -> None:
     arguments = parse()
-    report: dict[str, Any] = {"arguments": {k: str(v) for k, v in vars(arguments).items() if "python" not in str(v)}}
+    report: dict[str, Any] = {
+        "arguments": {k: str(v) for k, v in vars(arguments).items() if "python" not in str(v)}
+    }
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         model, text, ids = (
@@ -109,7 +138,11 @@ def main() -> None:
             work / "ids.json",
         )
         if arguments.model is None:
-            subprocess.run([sys.executable, "-c", RANDOM_MODEL.format(directory=str(model))], cwd=ROOT, check=True)
+            subprocess.run(
+                [sys.executable, "-c", RANDOM_MODEL.format(directory=str(model))],
+                cwd=ROOT,
+                check=True,
+            )
             text.write_text(WORDS * 4000)
         ids.write_text(json.dumps(windows(arguments, model, text)))
         competitors = tools(arguments, model, text, ids)
@@ -120,7 +153,12 @@ def main() -> None:
         report["runs"] = runs
         if arguments.evaluation:
             report["quality"] = {
-                tool.name: quality(work / tool.name.replace(" ", "-"), model, arguments.evaluation, arguments.seqlen)
+                tool.name: quality(
+                    work / tool.name.replace(" ", "-"),
+                    model,
+                    arguments.evaluation,
+                    arguments.seqlen,
+                )
                 for tool in competitors
             }
     show(report)
@@ -129,10 +167,18 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gptqmodel", metavar="PYTHON", help="python of an environment with gptqmodel")
-    parser.add_argument("--llmcompressor", metavar="PYTHON", help="python of an environment with llmcompressor")
-    parser.add_argument("--autoround", metavar="PYTHON", help="python of an environment with auto-round")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--gptqmodel", metavar="PYTHON", help="python of an environment with gptqmodel"
+    )
+    parser.add_argument(
+        "--llmcompressor", metavar="PYTHON", help="python of an environment with llmcompressor"
+    )
+    parser.add_argument(
+        "--autoround", metavar="PYTHON", help="python of an environment with auto-round"
+    )
     parser.add_argument("--presets", nargs="+", default=["gptq"])
     parser.add_argument("--model", type=Path)
     parser.add_argument("--calibration", type=Path, help="text file")
@@ -151,9 +197,13 @@ def show(report: dict[str, Any]) -> None:
         f"{'':22s} {'wall s':>8s} {'cpu s':>8s} {'peak MB':>8s} {'KL':>10s}   medians of {report['arguments']['runs']}"
     )
     for name, rows in report["runs"].items():
-        wall, cpu, peak = (statistics.median(row[key] for row in rows) for key in ("wall_s", "cpu_s", "peak_bytes"))
+        wall, cpu, peak = (
+            statistics.median(row[key] for row in rows) for key in ("wall_s", "cpu_s", "peak_bytes")
+        )
         kl = report.get("quality", {}).get(name, {}).get("kl")
-        print(f"{name:22s} {wall:8.1f} {cpu:8.1f} {peak / 1e6:8.0f} {'' if kl is None else format(kl, '10.5f'):>10s}")
+        print(
+            f"{name:22s} {wall:8.1f} {cpu:8.1f} {peak / 1e6:8.0f} {'' if kl is None else format(kl, '10.5f'):>10s}"
+        )
 
 
 if __name__ == "__main__":

@@ -45,7 +45,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "signed diagonal refine 2": SIGNED | DIAGONAL | {"refine_sweeps": 2},
     "signed diagonal mse refine 2": SIGNED | DIAGONAL | {"scale_search": "mse", "refine_sweeps": 2},
     "signed diagonal mse refine 4": SIGNED | DIAGONAL | {"scale_search": "mse", "refine_sweeps": 4},
-    "signed diagonal activation refine 2": SIGNED | DIAGONAL | {"scale_search": "activation", "refine_sweeps": 2},
+    "signed diagonal activation refine 2": SIGNED
+    | DIAGONAL
+    | {"scale_search": "activation", "refine_sweeps": 2},
     "fast": {"preset": "fast"},
     "balanced": {"preset": "balanced"},
     "balanced none": {"preset": "balanced", "scale_search": "none"},
@@ -58,13 +60,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", type=Path)
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--evaluation", type=Path, required=True)
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--group-size", type=int, nargs="+", default=[64, 128])
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="NAME")
+    parser.add_argument(
+        "--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="NAME"
+    )
     parser.add_argument("--nsamples", type=int, default=64)
     parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--json", type=Path, help="write the figures here")
@@ -97,9 +103,19 @@ def measure(arguments: argparse.Namespace, name: str, bits: int, group_size: int
             done = quantize_checkpoint(str(arguments.model), output, config)
         found = evaluate_perplexity(str(output), request)
     errors = [layer.relative_error for layer in done.layers]
-    row = {"bits": bits, "group_size": group_size, "setting": name, "kl": found.kl, "top1": found.top1_agreement}
+    row = {
+        "bits": bits,
+        "group_size": group_size,
+        "setting": name,
+        "kl": found.kl,
+        "top1": found.top1_agreement,
+    }
     row |= {"perplexity": found.perplexity, "original_perplexity": found.baseline_perplexity}
-    row |= {"layer_error": sum(errors) / len(errors), "seconds": done.seconds, "bits_per_weight": done.bits_per_weight}
+    row |= {
+        "layer_error": sum(errors) / len(errors),
+        "seconds": done.seconds,
+        "bits_per_weight": done.bits_per_weight,
+    }
     print(json.dumps(row), flush=True)
     return row
 
@@ -120,12 +136,18 @@ def only_rounding() -> AbstractContextManager[object]:
 
 def print_row(row: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """A line of a table in Markdown."""
-    same = [other for other in rows if (other["bits"], other["group_size"]) == (row["bits"], row["group_size"])]
+    same = [
+        other
+        for other in rows
+        if (other["bits"], other["group_size"]) == (row["bits"], row["group_size"])
+    ]
     if row is same[0]:
         print(
             f"\n{row['bits']} bits, group {row['group_size']}; original perplexity {row['original_perplexity']:.3f}\n"
         )
-        print("| setting | KL x 1000 | ratio | top-1 | perplexity | layer error | s |\n|---|---|---|---|---|---|---|")
+        print(
+            "| setting | KL x 1000 | ratio | top-1 | perplexity | layer error | s |\n|---|---|---|---|---|---|---|"
+        )
     published = next((other["kl"] for other in same if other["setting"] == "gptq"), float("nan"))
     figures = f"{1000 * row['kl']:.2f} | {row['kl'] / published:.3f} | {row['top1']:.2%} | {row['perplexity']:.3f}"
     print(f"| {row['setting']} | {figures} | {row['layer_error']:.2e} | {row['seconds']:.1f} |")
@@ -133,11 +155,23 @@ def print_row(row: dict[str, Any], rows: list[dict[str, Any]]) -> None:
 
 def described(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The rows with what they were measured with."""
-    versions = {"gptq_cli": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    run = {"model": arguments.model.name, "nsamples": arguments.nsamples, "seqlen": arguments.seqlen}
+    versions = {
+        "gptq_cli": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    run = {
+        "model": arguments.model.name,
+        "nsamples": arguments.nsamples,
+        "seqlen": arguments.seqlen,
+    }
     run |= {"calibration": arguments.calibration.name, "evaluation": arguments.evaluation.name}
     settings = {name: SETTINGS[name] for name in arguments.settings}
-    return {"run": run | {"python": platform.python_version(), **versions}, "settings": settings, "rows": rows}
+    return {
+        "run": run | {"python": platform.python_version(), **versions},
+        "settings": settings,
+        "rows": rows,
+    }
 
 
 if __name__ == "__main__":

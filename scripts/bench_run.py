@@ -45,7 +45,10 @@ class Watch:
             self.figures["warnings"].append(f"{event.code}: {event.message}")
         if isinstance(event, BlockFinished):
             self.figures["block_seconds"].append(event.seconds)
-            print(f"block {event.index}: {event.seconds:.2f} s, host {event.host_bytes / 1e9:.1f} GB", flush=True)
+            print(
+                f"block {event.index}: {event.seconds:.2f} s, host {event.host_bytes / 1e9:.1f} GB",
+                flush=True,
+            )
             self.save()
 
     def save(self, **more: Any) -> None:
@@ -77,17 +80,25 @@ def run(arguments: argparse.Namespace, folder: Path, watch: Watch) -> None:
     blocks = arguments.blocks or shape.blocks
     started = time.perf_counter()
     maker = "cuda" if torch.cuda.is_available() else "cpu"
-    with multiprocessing.get_context("spawn").Pool(1) as process:  # what it takes is not counted here
+    with multiprocessing.get_context("spawn").Pool(
+        1
+    ) as process:  # what it takes is not counted here
         bytes_before = process.apply(write_random_model, (folder / "model", shape, blocks, maker))
     made = time.perf_counter() - started
-    watch.save(blocks=blocks, of_blocks=shape.blocks, bytes_before=bytes_before, seconds_to_make_it=made)
+    watch.save(
+        blocks=blocks, of_blocks=shape.blocks, bytes_before=bytes_before, seconds_to_make_it=made
+    )
     if torch.cuda.is_available() and arguments.cap_gb:
-        torch.cuda.set_per_process_memory_fraction(arguments.cap_gb * 1e9 / torch.cuda.mem_get_info()[1])
+        torch.cuda.set_per_process_memory_fraction(
+            arguments.cap_gb * 1e9 / torch.cuda.mem_get_info()[1]
+        )
     activities = [torch.profiler.ProfilerActivity.CPU]
     activities += [torch.profiler.ProfilerActivity.CUDA] if torch.cuda.is_available() else []
     profiler = torch.profiler.profile(activities=activities) if arguments.profile else nullcontext()
     with profiler as profile:
-        result = quantize_checkpoint(str(folder / "model"), folder / "out", settings(arguments), report=watch)
+        result = quantize_checkpoint(
+            str(folder / "model"), folder / "out", settings(arguments), report=watch
+        )
     if arguments.profile:
         key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         arguments.profile.write_text(profile.key_averages().table(sort_by=key, row_limit=40))
@@ -105,7 +116,9 @@ def run(arguments: argparse.Namespace, folder: Path, watch: Watch) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=sorted(SHAPES), required=True)
     parser.add_argument("--blocks", type=int, help="as many as the shape has, unless told")
     parser.add_argument("--device", default="auto")
@@ -115,14 +128,18 @@ def main() -> int:
     parser.add_argument("--seqlen", type=int, default=2048)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--cap-gb", type=float, help="device memory that may be taken at all")
-    parser.add_argument("--folder", type=Path, help="where the model is made; a temporary folder unless told")
+    parser.add_argument(
+        "--folder", type=Path, help="where the model is made; a temporary folder unless told"
+    )
     parser.add_argument("--profile", type=Path, help="write a table of the longest operations here")
     parser.add_argument("--json", type=Path, required=True, help="write the figures here")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(dir=arguments.folder))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     told = {key: str(value) for key, value in vars(arguments).items() if value is not None}
-    watch = Watch(arguments.json, {"device_name": device, "torch": torch.__version__, "arguments": told})
+    watch = Watch(
+        arguments.json, {"device_name": device, "torch": torch.__version__, "arguments": told}
+    )
     try:
         run(arguments, folder, watch)
     except Exception as error:

@@ -14,16 +14,24 @@ RUNS = 9
 DEMO = Path(__file__).resolve().parent / "demo" / "model"
 
 
-COMPLETION = {"_GPTQ_COMPLETE": "complete_bash", "COMP_WORDS": "gptq quantize --gr", "COMP_CWORD": "2"}
+COMPLETION = {
+    "_GPTQ_COMPLETE": "complete_bash",
+    "COMP_WORDS": "gptq quantize --gr",
+    "COMP_CWORD": "2",
+}
 PROGRAM = "import sys; sys.argv[0] = 'gptq'; from gptq_cli.__main__ import main; main()"
 
 
 def seconds(arguments: list[str], environment: dict[str, str]) -> tuple[float, float]:
     """Wall-clock and processor seconds of one run; the command must succeed."""
     started, before, env = time.perf_counter(), os.times(), {**os.environ, **environment}
-    subprocess.run([sys.executable, "-c", PROGRAM, *arguments], check=True, stdout=subprocess.DEVNULL, env=env)
+    subprocess.run(
+        [sys.executable, "-c", PROGRAM, *arguments], check=True, stdout=subprocess.DEVNULL, env=env
+    )
     wall, after = time.perf_counter() - started, os.times()
-    used = after.children_user - before.children_user + after.children_system - before.children_system
+    used = (
+        after.children_user - before.children_user + after.children_system - before.children_system
+    )
     return wall, used
 
 

@@ -26,7 +26,9 @@ from tests.runs import config, digest  # noqa: E402
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -34,7 +36,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         models = {
-            "dense, preset best": (save_model(folder / "dense", num_hidden_layers=2), config(**SETTINGS, **DENSE)),
+            "dense, preset best": (
+                save_model(folder / "dense", num_hidden_layers=2),
+                config(**SETTINGS, **DENSE),
+            ),
             "mixture of 8 experts": (
                 save_mixture(folder / "mixture", "qwen3_moe", num_experts=8),
                 config(**SETTINGS, **MIXTURE),
@@ -50,9 +55,21 @@ def main() -> None:
                 trees.append(digest(output))
                 for what in (RUNS, ROWS):
                     counts = [done[what] for done in work]
-                    row = {"model": kind, "processes": size, "work": what, "counts": counts, "total": sum(counts)}
-                    rows.append(row | {"most": max(counts) / sum(counts), "same_bytes": trees[0] == trees[-1]})
-                    print(f"| {kind} | {size} | {what} | {sum(counts)} | {rows[-1]['most']:.3f} |", flush=True)
+                    row = {
+                        "model": kind,
+                        "processes": size,
+                        "work": what,
+                        "counts": counts,
+                        "total": sum(counts),
+                    }
+                    rows.append(
+                        row
+                        | {"most": max(counts) / sum(counts), "same_bytes": trees[0] == trees[-1]}
+                    )
+                    print(
+                        f"| {kind} | {size} | {what} | {sum(counts)} | {rows[-1]['most']:.3f} |",
+                        flush=True,
+                    )
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -77,7 +77,9 @@ class Distribution:
 
     def sample(self, rng: random.Random) -> int:
         """The index of an option drawn with its probability."""
-        return min(bisect(list(accumulate(self.probabilities)), rng.random()), len(self.options) - 1)
+        return min(
+            bisect(list(accumulate(self.probabilities)), rng.random()), len(self.options) - 1
+        )
 
 
 def zipf(options: Sequence[str], exponent: float, context: str) -> Distribution:
@@ -164,7 +166,9 @@ class Writer:
         """A verb that agrees with the subject, its object, perhaps an adverb."""
         verb = self.choose(TABLES.verb[subject])
         noun = self.choose(TABLES.object[class_of(subject), verb])
-        phrase = f"{verb}{'' if plural else 's'} {self.noun_phrase(noun, plural=self.says_yes(0.35))}"
+        phrase = (
+            f"{verb}{'' if plural else 's'} {self.noun_phrase(noun, plural=self.says_yes(0.35))}"
+        )
         return f"{phrase} {self.choose(TABLES.adverb[verb])}" if self.says_yes(0.2) else phrase
 
     def action(self, place: str) -> str:

@@ -29,7 +29,11 @@ from gptq_cli.config.serving import ENGINES
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 EQUATION = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
-OUTCOMES = {"wrong": "loads and computes something else", "no": "does not load", "limited": "loads with limits"}
+OUTCOMES = {
+    "wrong": "loads and computes something else",
+    "no": "does not load",
+    "limited": "loads with limits",
+}
 SIGNALS = {
     0: "done; the output is complete",
     1: "a bug in gptq, with a traceback, or stdout could not take the result",
@@ -76,7 +80,11 @@ def pages() -> dict[str, str]:
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
     """A table of Markdown; cells are Markdown on one line."""
     lines = [head, ("---",) * len(head), *rows]
-    return ["", *("| " + " | ".join(" ".join(cell.split()) for cell in row) + " |" for row in lines), ""]
+    return [
+        "",
+        *("| " + " | ".join(" ".join(cell.split()) for cell in row) + " |" for row in lines),
+        "",
+    ]
 
 
 def _code(text: object) -> str:
@@ -96,8 +104,18 @@ def command_line() -> str:
         about, _, example = command.help.partition("Example: ")
         words = [p.metavar for p in command.params if p.param_type_name == "argument"]
         lines += [f"## gptq {name}", "", _text(about.strip()), "", "```text"]
-        lines += [" ".join(["gptq", name, *words, "[OPTIONS]"]), "```", "", "```bash", example.strip(), "```"]
-        lines += table(("option", "value", "meaning"), [_parameter(p) for p in command.params if p.name != "help"])
+        lines += [
+            " ".join(["gptq", name, *words, "[OPTIONS]"]),
+            "```",
+            "",
+            "```bash",
+            example.strip(),
+            "```",
+        ]
+        lines += table(
+            ("option", "value", "meaning"),
+            [_parameter(p) for p in command.params if p.name != "help"],
+        )
     top = typer.main.get_command(app)
     lines += ["## gptq", "", "Options of the program itself."]
     lines += table(("option", "value", "meaning"), [_parameter(p) for p in top.params])
@@ -108,7 +126,11 @@ def _parameter(parameter: Any) -> tuple[str, str, str]:
     names = [*parameter.opts, *parameter.secondary_opts]
     is_option = parameter.param_type_name == "option"
     called = " ".join(map(_code, names if is_option else [parameter.metavar]))
-    return called, _code(parameter.metavar) if is_option and parameter.metavar else "", _text(parameter.help or "")
+    return (
+        called,
+        _code(parameter.metavar) if is_option and parameter.metavar else "",
+        _text(parameter.help or ""),
+    )
 
 
 def configuration() -> str:
@@ -128,9 +150,12 @@ def configuration() -> str:
         "complete and check a file that begins with `# yaml-language-server: $schema=gptq.schema.json` beside the"
     ]
     lines += ["[JSON Schema](gptq.schema.json) that `gptq schema` prints.", ""]
-    lines += table(("key", "default", "meaning"), [_field(name) for name in QuantizeConfig.model_fields])
+    lines += table(
+        ("key", "default", "meaning"), [_field(name) for name in QuantizeConfig.model_fields]
+    )
     lines += [
-        "Settings of single layers, in rules of `dynamic`: " + ", ".join(map(_code, LayerOverrides.__annotations__))
+        "Settings of single layers, in rules of `dynamic`: "
+        + ", ".join(map(_code, LayerOverrides.__annotations__))
     ]
     lines += [
         "",
@@ -140,9 +165,16 @@ def configuration() -> str:
     ]
     keys = sorted({key for preset in PRESETS.values() for key in preset})
     chosen = {name: QuantizeConfig(bits=4, preset=name) for name in PRESETS}
-    rows = [(_code(key), *(_value(getattr(config, key)) for config in chosen.values())) for key in keys]
+    rows = [
+        (_code(key), *(_value(getattr(config, key)) for config in chosen.values())) for key in keys
+    ]
     lines += table(("key", *map(_code, chosen)), rows)
-    lines += ["## Recipes", "", "`--config NAME` takes one of these, `gptq recipes NAME` prints it.", ""]
+    lines += [
+        "## Recipes",
+        "",
+        "`--config NAME` takes one of these, `gptq recipes NAME` prints it.",
+        "",
+    ]
     for name, file in recipes().items():
         lines += [
             f"### {name}",
@@ -159,7 +191,9 @@ def configuration() -> str:
 
 def _field(name: str) -> tuple[str, str, str]:
     info = QuantizeConfig.model_fields[name]
-    accepts = next((item.text for item in info.metadata if isinstance(item, Accepts)), "a size, or null")
+    accepts = next(
+        (item.text for item in info.metadata if isinstance(item, Accepts)), "a size, or null"
+    )
     default = "required" if info.is_required() else _value(getattr(QuantizeConfig(bits=4), name))
     return _code(name), default, _text(f"{info.description}. Accepts {accepts}.")
 
@@ -170,17 +204,29 @@ def _value(value: object) -> str:
 
 def exit_codes() -> str:
     """What a process ends with."""
-    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.GptqError)]
-    rows = {kind.exit_code: f"{inspect.getdoc(kind)} (`{kind.__name__}`)" for kind in kinds} | SIGNALS
+    kinds = [
+        kind
+        for kind in vars(errors).values()
+        if isinstance(kind, type) and issubclass(kind, errors.GptqError)
+    ]
+    rows = {
+        kind.exit_code: f"{inspect.getdoc(kind)} (`{kind.__name__}`)" for kind in kinds
+    } | SIGNALS
     lines = ["# Exit codes", "", "One code for each thing that a script can do about it."]
     lines += table(("code", "meaning"), [(str(code), rows[code]) for code in sorted(rows)])
-    lines += ["137 comes from the kernel, most often because memory ran out: run the same command again to go on."]
+    lines += [
+        "137 comes from the kernel, most often because memory ran out: run the same command again to go on."
+    ]
     return "\n".join(lines)
 
 
 def error_codes() -> str:
     """The text of `gptq explain` for every code."""
-    lines = ["# Error codes", "", "`gptq explain CODE` prints the same. Codes are stable; messages are not."]
+    lines = [
+        "# Error codes",
+        "",
+        "`gptq explain CODE` prints the same. Codes are stable; messages are not.",
+    ]
     for code, text in explanations().items():
         first, _, rest = text.partition("\n")
         lines += ["", f"## {code}", "", f"**{_prose(first)}**", "", _prose(rest)]
@@ -194,12 +240,25 @@ def _prose(text: str) -> str:
 def json_output() -> str:
     """The parts of the schema of `--json` as tables."""
     schema = json.loads(_output_schema())
-    lines = ["# JSON output", "", _text(schema["description"]), "", "[The schema](output.schema.json), which"]
+    lines = [
+        "# JSON output",
+        "",
+        _text(schema["description"]),
+        "",
+        "[The schema](output.schema.json), which",
+    ]
     lines += ["`gptq schema output` prints.", ""]
-    parts = sorted(schema["$defs"].items(), key=lambda part: part[0] not in COMMANDS)  # what commands share comes after
+    parts = sorted(
+        schema["$defs"].items(), key=lambda part: part[0] not in COMMANDS
+    )  # what commands share comes after
     for name, part in parts:
         rows = [(_code(path), kind, _text(about)) for path, kind, about in _fields(part)]
-        lines += [f"## {name}", "", _text(part.get("description", "")), *table(("field", "type", ""), rows)]
+        lines += [
+            f"## {name}",
+            "",
+            _text(part.get("description", "")),
+            *table(("field", "type", ""), rows),
+        ]
     return "\n".join(lines)
 
 
@@ -234,12 +293,21 @@ def _output_schema() -> str:
 
 def python_api() -> str:
     """The public names of the package with their docstrings; examples are run by the tests."""
-    lines = ["# Python", "", "`from gptq_cli import` any of these. Importing loads neither torch nor transformers."]
+    lines = [
+        "# Python",
+        "",
+        "`from gptq_cli import` any of these. Importing loads neither torch nor transformers.",
+    ]
     for name in ("quantize", "evaluate_perplexity"):
         lines += _object(name, getattr(gptq_cli, name), 2)
     for name in sorted(set(gptq_cli.__all__) - {"quantize", "evaluate_perplexity", "events"}):
         lines += _object(name, getattr(gptq_cli, name), 2)
-    lines += ["", "## events", "", "What `on_event` is called with, one after the other, in the thread of the run."]
+    lines += [
+        "",
+        "## events",
+        "",
+        "What `on_event` is called with, one after the other, in the thread of the run.",
+    ]
     for name, kind in vars(events).items():
         if dataclasses.is_dataclass(kind):
             lines += _object(name, kind, 3)
@@ -255,7 +323,9 @@ def _object(name: str, thing: Any, level: int) -> list[str]:
     document = "" if (thing.__doc__ or "").startswith(f"{name}(") else inspect.getdoc(thing) or ""
     lines += _docstring(document)
     if dataclasses.is_dataclass(thing):
-        lines += table(("field", "type"), [(_code(f.name), _code(f.type)) for f in dataclasses.fields(thing)])
+        lines += table(
+            ("field", "type"), [(_code(f.name), _code(f.type)) for f in dataclasses.fields(thing)]
+        )
     if thing is QuantizeConfig:
         lines += ["", "The fields are those of the [configuration](configuration.md)."]
     return lines
@@ -266,7 +336,9 @@ def _parameters(function: Any) -> list[str]:
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind is parameter.KEYWORD_ONLY and not keyword_only:
             words, keyword_only = [*words, "*"], True
-        default = "" if parameter.default is parameter.empty else f" = {_default(parameter.default)}"
+        default = (
+            "" if parameter.default is parameter.empty else f" = {_default(parameter.default)}"
+        )
         words.append(f"{parameter.name}: {parameter.annotation}{default}")
     return words
 
@@ -286,19 +358,30 @@ def _docstring(text: str) -> list[str]:
 
 def engines() -> str:
     """What each engine's reader takes, as `plan`, `inspect` and `validate-config --model` judge."""
-    lines = ["# Engines", "", "What each engine does with a checkpoint, as `gptq plan`, `gptq inspect` and"]
+    lines = [
+        "# Engines",
+        "",
+        "What each engine does with a checkpoint, as `gptq plan`, `gptq inspect` and",
+    ]
     lines += [
         "`gptq validate-config --model` say it. The first line that applies counts; without one the engine loads it."
     ]
     for engine in ENGINES:
         lines += ["", f"## {engine.name}", "", f"Source: {_text(engine.source)}."]
-        lines += table(("", "reason"), [(OUTCOMES[rule.outcome], _text(rule.reason)) for rule in engine.rules])
+        lines += table(
+            ("", "reason"), [(OUTCOMES[rule.outcome], _text(rule.reason)) for rule in engine.rules]
+        )
     return "\n".join(lines)
 
 
 def decisions() -> str:
     """All decisions with their titles."""
-    lines = ["# Decisions", "", "What was decided about the program, and why; a page at most for each.", ""]
+    lines = [
+        "# Decisions",
+        "",
+        "What was decided about the program, and why; a page at most for each.",
+        "",
+    ]
     for file in sorted((DOCS / "decisions").glob("[0-9]*.md")):
         title = file.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
         lines.append(f"* [{_text(title)}]({file.name})")

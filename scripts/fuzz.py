@@ -31,7 +31,12 @@ KINDS = SUBJECTS | CALLS
 def main() -> int:
     """Fuzz each kind, print a line for each, write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--inputs", type=int, default=100_000, help="of each kind that is only read; of others fewer")
+    parser.add_argument(
+        "--inputs",
+        type=int,
+        default=100_000,
+        help="of each kind that is only read; of others fewer",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kind", choices=KINDS, action="append")
     parser.add_argument("--output", type=Path)
@@ -44,10 +49,21 @@ def main() -> int:
             tally = fuzz(KINDS[kind], arguments.inputs, arguments.seed, Path(folder))
         seconds = round(time.perf_counter() - started, 1)
         outcomes = dict(tally.outcomes.most_common())
-        result[kind] = {"inputs": tally.inputs, "seconds": seconds, "outcomes": outcomes, "failures": tally.failures}
-        print(f"{kind}: {tally.inputs} inputs in {seconds} s, {len(tally.failures)} failures, {outcomes}", flush=True)
+        result[kind] = {
+            "inputs": tally.inputs,
+            "seconds": seconds,
+            "outcomes": outcomes,
+            "failures": tally.failures,
+        }
+        print(
+            f"{kind}: {tally.inputs} inputs in {seconds} s, {len(tally.failures)} failures, {outcomes}",
+            flush=True,
+        )
     if arguments.output:
-        content = {"command": f"python scripts/fuzz.py --inputs {arguments.inputs} --seed {arguments.seed}", **result}
+        content = {
+            "command": f"python scripts/fuzz.py --inputs {arguments.inputs} --seed {arguments.seed}",
+            **result,
+        }
         arguments.output.write_text(json.dumps(content, indent=1) + "\n")
     return int(any(kind["failures"] for kind in result.values()))
 

@@ -67,7 +67,9 @@ def training_batches(tokenizer: Tokenizer, steps: int) -> Tensor:
     ids: list[int] = []
     part = 0
     while len(ids) < rows * SEQLEN:
-        ids += tokenizer.encode(write_text(f"training {part}", 1_000_000).text, add_special_tokens=False).ids
+        ids += tokenizer.encode(
+            write_text(f"training {part}", 1_000_000).text, add_special_tokens=False
+        ).ids
         part += 1
     batches = torch.tensor(ids[: rows * SEQLEN]).view(steps, BATCH, SEQLEN)
     batches[:, ::2, 0] = 0
@@ -97,14 +99,19 @@ def train(tokenizer: Tokenizer, steps: int, peak_lr: float) -> LlamaForCausalLM:
             group["lr"] = group["peak"] * warmup * max(decay, 0.02)
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(batch).logits
-        loss = torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), batch[:, 1:].flatten())
+        loss = torch.nn.functional.cross_entropy(
+            logits[:, :-1].float().flatten(0, 1), batch[:, 1:].flatten()
+        )
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
         if step % 25 == 0 or step == steps - 1:
-            print(f"step {step:4} of {steps}  loss {loss.item():.4f}  {time.monotonic() - started:4.0f} s", flush=True)
+            print(
+                f"step {step:4} of {steps}  loss {loss.item():.4f}  {time.monotonic() - started:4.0f} s",
+                flush=True,
+            )
     return model.eval()
 
 
@@ -129,7 +136,9 @@ def report(model: LlamaForCausalLM, tokenizer: Tokenizer, heldout: Text) -> None
         f"entropy: {floor:.4f} nats per token, {heldout.surprisal / words:.4f} per word, "
         f"{heldout.surprisal / size / math.log(2):.4f} bits per byte"
     )
-    print(f"perplexity per token: language {math.exp(floor):.4f}, model in bfloat16 {math.exp(loss):.4f}")
+    print(
+        f"perplexity per token: language {math.exp(floor):.4f}, model in bfloat16 {math.exp(loss):.4f}"
+    )
 
 
 def save(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
@@ -152,7 +161,9 @@ def save(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
 def main() -> None:
     """Trains, writes and measures."""
     parser = argparse.ArgumentParser(description="Train the demo model and write its texts")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "demo", help="folder to write into")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "demo", help="folder to write into"
+    )
     parser.add_argument("--steps", type=int, default=400, help=f"steps of {BATCH * SEQLEN} tokens")
     parser.add_argument("--threads", type=int, default=2, help="threads of the CPU")
     parser.add_argument("--lr", type=float, default=0.02, help="peak learning rate of Muon")

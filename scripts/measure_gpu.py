@@ -47,7 +47,9 @@ class Measurements:
             ways: dict[str, Callable[[], object]] = {"accumulator": self._accumulate(inputs)}
             if self.bench.on_gpu:
                 ways["mm"] = lambda x=inputs: torch.mm(x.T, x, out_dtype=torch.float32)
-                ways["addmm"] = lambda x=inputs, h=total: torch.addmm(h, x.T, x, out_dtype=torch.float32)
+                ways["addmm"] = lambda x=inputs, h=total: torch.addmm(
+                    h, x.T, x, out_dtype=torch.float32
+                )
                 ways["addmm_in_place"] = lambda x=inputs, h=total: torch.addmm(
                     h, x.T, x, out_dtype=torch.float32, out=h
                 )
@@ -74,11 +76,15 @@ class Measurements:
             copy = matrix.clone()
             found[str(size)] = {
                 "library": self.bench.seconds(lambda m=matrix: torch.linalg.cholesky_ex(m), runs=2),
-                "panels": self.bench.seconds(lambda m=matrix, c=copy: cholesky_(c.copy_(m)), runs=2),
+                "panels": self.bench.seconds(
+                    lambda m=matrix, c=copy: cholesky_(c.copy_(m)), runs=2
+                ),
             }
             library = torch.linalg.cholesky_ex(matrix)[0]
             cholesky_(copy.copy_(matrix))
-            found[str(size)]["relative_difference"] = ((copy - library).norm() / library.norm()).item()
+            found[str(size)]["relative_difference"] = (
+                (copy - library).norm() / library.norm()
+            ).item()
             del factor, matrix, copy, library
         batch, size = self._sizes(16)[0] // 4, self._sizes(4096)[0]
         matrices = torch.eye(size, device=self.bench.device).expand(batch, size, size).contiguous()
@@ -96,14 +102,27 @@ class Measurements:
         found, usual = {}, (triton_launch.ROWS, triton_launch.WARPS)
         for rows in (1024, 4096, 28672):
             values, R = (self.bench.random(128, n, dtype=torch.float32) for n in (rows, 128))
-            scales, zeros = torch.full((32, rows), 0.1, device=values.device), torch.full_like(values[:32], 8.0)
+            scales, zeros = (
+                torch.full((32, rows), 0.1, device=values.device),
+                torch.full_like(values[:32], 8.0),
+            )
             group_of = torch.zeros(128, dtype=torch.int32, device=values.device)
-            for tile in ((16, 4), (16, 2), (16, 8), (32, 4), (32, 8), (64, 4), (64, 8), (8, 1), (8, 2)):
+            for tile in (
+                (16, 4),
+                (16, 2),
+                (16, 8),
+                (32, 4),
+                (32, 8),
+                (64, 4),
+                (64, 8),
+                (8, 1),
+                (8, 2),
+            ):
                 triton_launch.ROWS, triton_launch.WARPS = tile
                 errors = values.clone()
                 found[f"{rows} rows, {tile[0]} a program, {tile[1]} warps"] = self.bench.seconds(
-                    lambda v=values, e=errors, r=R / 1e3, s=scales, z=zeros, g=group_of: triton_launch.round_columns(
-                        v, e, r, s, z, g, 4
+                    lambda v=values, e=errors, r=R / 1e3, s=scales, z=zeros, g=group_of: (
+                        triton_launch.round_columns(v, e, r, s, z, g, 4)
                     )
                 )
         triton_launch.ROWS, triton_launch.WARPS = usual
@@ -111,12 +130,19 @@ class Measurements:
 
     def forward(self) -> dict[str, Any]:
         """A block forward at 8 x 2048 tokens, and the share of the peak rate of products that it reaches."""
-        shape, tokens = SHAPES["tiny" if self.tiny else "llama-3-8b"], 128 if self.tiny else 8 * SEQLEN
+        shape, tokens = (
+            SHAPES["tiny" if self.tiny else "llama-3-8b"],
+            128 if self.tiny else 8 * SEQLEN,
+        )
         size = self._sizes(8192)[0]
         matrix = self.bench.random(size, size)
         peak = 2 * size**3 / self.bench.seconds(lambda: matrix @ matrix)
         seconds = forward_seconds(self.bench, shape, tokens)
-        return {"seconds": seconds, "peak": peak, "share": forward_floor(shape, tokens, {"gemm": peak}) / seconds}
+        return {
+            "seconds": seconds,
+            "peak": peak,
+            "share": forward_floor(shape, tokens, {"gemm": peak}) / seconds,
+        }
 
     def solver(self) -> dict[str, Any]:
         """Seconds to solve a layer with kernels and without, and how many of their codes differ."""
@@ -131,7 +157,9 @@ class Measurements:
         devices, found, codes = set(triton_launch.KERNEL_DEVICES), {}, []
         for name, switched_on in (("kernels", devices), ("torch", set[str]())):
             triton_launch.KERNEL_DEVICES = switched_on
-            found[name] = self.bench.seconds(lambda: solve(weight, hessian, prepared, config), runs=2)
+            found[name] = self.bench.seconds(
+                lambda: solve(weight, hessian, prepared, config), runs=2
+            )
             codes.append(solve(weight, hessian, prepared, config).quantized.codes)
         triton_launch.KERNEL_DEVICES = devices
         return found | {"codes_that_differ": (codes[0] != codes[1]).double().mean().item()}
@@ -141,7 +169,9 @@ class Measurements:
         if not self.bench.on_gpu:
             return {"skipped": "needs a GPU"}
         o, i = 14336, 4096
-        words = torch.randint(-(2**31), 2**31 - 1, (i // 8, o), dtype=torch.int64, device="cuda").int()
+        words = torch.randint(
+            -(2**31), 2**31 - 1, (i // 8, o), dtype=torch.int64, device="cuda"
+        ).int()
         zeros = torch.full((i // 128, o // 8), 0x77777777, dtype=torch.int32, device="cuda")
         scales = torch.full((i // 128, o), 0.01, dtype=torch.float16, device="cuda")
         g_idx = (torch.arange(i, device="cuda") // 128).int()
@@ -169,14 +199,24 @@ class Measurements:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--json", type=Path, required=True, help="write the figures here")
     arguments = parser.parse_args()
     measurements = Measurements(arguments.device, tiny=arguments.tiny)
     found: dict[str, Any] = {"torch": torch.__version__, "device": arguments.device}
-    for name in ("hessian_products", "factorisation", "column_kernel", "forward", "solver", "evaluation", "served"):
+    for name in (
+        "hessian_products",
+        "factorisation",
+        "column_kernel",
+        "forward",
+        "solver",
+        "evaluation",
+        "served",
+    ):
         try:
             found[name] = getattr(measurements, name)()
         except Exception as error:  # noqa: BLE001 -- the others are still wanted

@@ -29,13 +29,23 @@ NAMES = {
     "gptq_cli balanced": "gptq_cli, preset balanced (default)",
     "gptq_cli best": "gptq_cli, preset best",
 }
-COLOURS = dict(zip(NAMES, ("#9aa0a6", "#c5c9ce", "#6aa384", "#f4b183", "#e8964f", "#2f6fb5", "#0b3c72"), strict=True))
+COLOURS = dict(
+    zip(
+        NAMES,
+        ("#9aa0a6", "#c5c9ce", "#6aa384", "#f4b183", "#e8964f", "#2f6fb5", "#0b3c72"),
+        strict=True,
+    )
+)
 INK = "#1f2328"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="+", help="files of bench_peers.py --json with an evaluation")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "results", type=Path, nargs="+", help="files of bench_peers.py --json with an evaluation"
+    )
     parser.add_argument("--png", type=Path)
     arguments = parser.parse_args()
     runs = by_setting([json.loads(file.read_text()) for file in arguments.results])
@@ -84,16 +94,24 @@ def picture(runs: list[dict[str, Any]]) -> plt.Figure:
     figure, axes = plt.subplots(figsize=(11, 4.2), layout="constrained")
     width = 0.8 / len(NAMES)
     for place, name in enumerate(NAMES):
-        heights = {index: part for index, run in enumerate(runs) if (part := share(run, name)) is not None}
+        heights = {
+            index: part for index, run in enumerate(runs) if (part := share(run, name)) is not None
+        }
         lefts = [index + (place - (len(NAMES) - 1) / 2) * width for index in heights]
-        bars = axes.bar(lefts, list(heights.values()), width * 0.92, color=COLOURS[name], label=NAMES[name])
+        bars = axes.bar(
+            lefts, list(heights.values()), width * 0.92, color=COLOURS[name], label=NAMES[name]
+        )
         if name in ("autoround", "gptq_cli balanced", "gptq_cli best"):
             axes.bar_label(bars, fmt="%.2f", fontsize=7, color=INK, padding=1)
     axes.axhline(1, color=INK, linewidth=0.6, linestyle=":")
-    axes.set_xticks(range(len(runs)), [f"{bits} bits\ngroup {group}" for bits, group in map(setting, runs)])
+    axes.set_xticks(
+        range(len(runs)), [f"{bits} bits\ngroup {group}" for bits, group in map(setting, runs)]
+    )
     axes.set_ylabel("KL to the original, share of GPTQModel's", fontsize=9)
     axes.set_title(
-        "Lower is better. Small trained Qwen3, same calibration tokens, one reader for all", fontsize=10, color=INK
+        "Lower is better. Small trained Qwen3, same calibration tokens, one reader for all",
+        fontsize=10,
+        color=INK,
     )
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(ncols=3, fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16))

@@ -26,7 +26,9 @@ COMMANDS = [
 
 
 def main() -> None:
-    terminal = Console(record=True, width=COLUMNS, file=sys.stderr, force_terminal=True, color_system="truecolor")
+    terminal = Console(
+        record=True, width=COLUMNS, file=sys.stderr, force_terminal=True, color_system="truecolor"
+    )
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(DEMO / "model", Path(folder) / "demo")
         shutil.copy(DEMO / "calibration.txt", Path(folder) / "text.txt")
@@ -41,7 +43,9 @@ def main() -> None:
             terminal.print(Text(done.stdout.rstrip()), Text(), sep="\n")
     drawn = terminal.export_svg(title="gptq")
     # Letters have their places: any monospace font will do, and nothing is fetched.
-    Path(sys.argv[1]).write_text(re.sub(r"@font-face \{.*?\}\s*", "", drawn, flags=re.DOTALL), encoding="utf-8")
+    Path(sys.argv[1]).write_text(
+        re.sub(r"@font-face \{.*?\}\s*", "", drawn, flags=re.DOTALL), encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

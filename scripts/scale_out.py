@@ -19,8 +19,12 @@ from gptq_cli.planning.run_plan import LayerPlan
 DEVICES = (1, 2, 4, 8, 16, 64)
 NODE = 8
 # From data sheets of an H100 with NVLink and the share that such kernels usually reach; between nodes 400 Gb/s each.
-WITHIN = Rates(forward=3e14, hessian=3e14, factor=1e13, solve=1e14, columns=4e10, network=2e11, disk=6e9)
-BETWEEN = Rates(forward=3e14, hessian=3e14, factor=1e13, solve=1e14, columns=4e10, network=4e10, disk=6e9)
+WITHIN = Rates(
+    forward=3e14, hessian=3e14, factor=1e13, solve=1e14, columns=4e10, network=2e11, disk=6e9
+)
+BETWEEN = Rates(
+    forward=3e14, hessian=3e14, factor=1e13, solve=1e14, columns=4e10, network=4e10, disk=6e9
+)
 
 
 @dataclass(frozen=True)
@@ -72,11 +76,19 @@ def main() -> None:
             config = QuantizeConfig(bits=4, preset=arguments.preset, batch_size=batch_size)
             layers = list(layers_of(shape, config))
             tokens = config.nsamples * config.seqlen
-            text = Calibration(tokens, shape.experts[1], config.nsamples // batch_size, 2 * shape.hidden)
+            text = Calibration(
+                tokens, shape.experts[1], config.nsamples // batch_size, 2 * shape.hidden
+            )
             nbytes = sum(2 * layer.out_features * layer.in_features for layer in layers)
-            found = estimate_seconds(layers, text, devices, nbytes, WITHIN if devices <= NODE else BETWEEN)
-            results.append({"model": shape.name, "devices": devices, "total": found.total, **asdict(found)})
-            cells = " | ".join(f"{seconds:.0f}" for seconds in (found.total, *asdict(found).values()))
+            found = estimate_seconds(
+                layers, text, devices, nbytes, WITHIN if devices <= NODE else BETWEEN
+            )
+            results.append(
+                {"model": shape.name, "devices": devices, "total": found.total, **asdict(found)}
+            )
+            cells = " | ".join(
+                f"{seconds:.0f}" for seconds in (found.total, *asdict(found).values())
+            )
             print(f"| {shape.name} | {devices} | {cells} |", flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")

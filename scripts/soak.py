@@ -33,7 +33,9 @@ CHILDREN = multiprocessing.get_context("forkserver")
 def tree(directory: Path) -> dict[str, str]:
     """Hashes of all files by name."""
     return {
-        str(path.relative_to(directory)): file_hash(path) for path in sorted(directory.rglob("*")) if path.is_file()
+        str(path.relative_to(directory)): file_hash(path)
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
     }
 
 
@@ -73,7 +75,9 @@ def timed(model: Path, output: Path) -> float:
     return seconds
 
 
-def kills(model: Path, golden: dict[str, str], folder: Path, count: int, seed: int) -> dict[str, Any]:
+def kills(
+    model: Path, golden: dict[str, str], folder: Path, count: int, seed: int
+) -> dict[str, Any]:
     """SIGKILL at random times, up to ten times for one output, then a call that lives."""
     chance, output = random.Random(seed), folder / "out"
     longest = min(timed(model, output) for _ in range(3))  # the first waits for the server
@@ -92,11 +96,21 @@ def kills(model: Path, golden: dict[str, str], folder: Path, count: int, seed: i
                 violations.append(wrong)
         answer = call(model, output)
         resumed += isinstance(answer, int) and answer > 0
-        if not output.exists() or tree(output) != golden or [path.name for path in folder.iterdir()] != ["out"]:
+        if (
+            not output.exists()
+            or tree(output) != golden
+            or [path.name for path in folder.iterdir()] != ["out"]
+        ):
             violations.append(f"after {killed} kills: {answer}")
         shutil.rmtree(folder)
         folder.mkdir()
-    return {"kills": killed, "chains": chains, "came_too_late": lived, "resumed": resumed, "violations": violations}
+    return {
+        "kills": killed,
+        "chains": chains,
+        "came_too_late": lived,
+        "resumed": resumed,
+        "violations": violations,
+    }
 
 
 @dataclass(frozen=True)
@@ -142,21 +156,37 @@ def die(command: Command, output: Path, last: int) -> None:
 def killed_commands(model: Path, folder: Path, count: int, seed: int) -> dict[str, Any]:
     """Commands with and without an old output, each killed after operations on the disk, `count` times or more."""
     made = {}
-    for name, source in {"quantize": model, "convert": folder / "quantize", "dequantize": folder / "quantize"}.items():
+    for name, source in {
+        "quantize": model,
+        "convert": folder / "quantize",
+        "dequantize": folder / "quantize",
+    }.items():
         made[name] = folder / name
         Command(name, source, None).run(made[name])
-    olds = {"quantize": made["convert"], "convert": made["dequantize"], "dequantize": made["convert"]}
-    foreign = Path(shutil.copytree(model, folder / "foreign"))  # a checkpoint that gptq has not written
+    olds = {
+        "quantize": made["convert"],
+        "convert": made["dequantize"],
+        "dequantize": made["convert"],
+    }
+    foreign = Path(
+        shutil.copytree(model, folder / "foreign")
+    )  # a checkpoint that gptq has not written
     (foreign / "vocab.txt").write_text("a file that no new output has")
     found: dict[str, Any] = {"kills": 0, "violations": []}
     for name, old in olds.items():
         source = model if name == "quantize" else made["quantize"]
         # `quantize` without an old output is what `kills` does, and the suite after each operation.
         bare: dict[str, Path | None] = {} if name == "quantize" else {"": None}
-        for over, what in {**bare, " over an output": old, " over a foreign checkpoint": foreign}.items():
+        for over, what in {
+            **bare,
+            " over an output": old,
+            " over a foreign checkpoint": foreign,
+        }.items():
             one = killed_command(Command(name, source, what), folder / "work", count, seed)
             found["kills"] += one["kills"]
-            found["violations"] += [f"{name}{over}: {violation}" for violation in one.pop("violations")]
+            found["violations"] += [
+                f"{name}{over}: {violation}" for violation in one.pop("violations")
+            ]
             found[name + over] = one
             print(f"{name}{over}: {one}", file=sys.stderr, flush=True)
     return found
@@ -213,13 +243,24 @@ def disk_sizes(model: Path, golden: dict[str, str], count: int, largest: int) ->
     """A tmpfs of each of `count` sizes, mounted without privileges; enlarged until the run fits."""
     if subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode:
         return {"skipped": "no unprivileged mounts here"}
-    command = ["unshare", "-rm", sys.executable, __file__, "--inside", str(model), "--sizes", str(count)]
+    command = [
+        "unshare",
+        "-rm",
+        sys.executable,
+        __file__,
+        "--inside",
+        str(model),
+        "--sizes",
+        str(count),
+    ]
     command += ["--largest", str(largest)]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     if answer.returncode:
         return {"sizes": count, "violations": [answer.stderr[-2000:]]}
     found: dict[str, Any] = json.loads(answer.stdout)
-    found["violations"] += [f"{size} bytes: other output" for size, out in found.pop("trees") if out != golden]
+    found["violations"] += [
+        f"{size} bytes: other output" for size, out in found.pop("trees") if out != golden
+    ]
     return found
 
 
@@ -234,7 +275,9 @@ def inside(model: Path, count: int, largest: int) -> dict[str, Any]:
     mount = Path(tempfile.mkdtemp())
     for number in range(count):
         size = 8192 + number * largest // count  # the largest ones suffice
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(mount)], check=True)
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(mount)], check=True
+        )
         pipeline.check_disk = preflight if number % 2 else lambda *_: None
         code = attempt(model, mount / "out")
         codes[code] = codes.get(code, 0) + 1
@@ -259,7 +302,9 @@ def attempt(model: Path, output: Path) -> str:
     return "done"
 
 
-def damage(model: Path, golden: dict[str, str], folder: Path, count: int, seed: int) -> dict[str, Any]:
+def damage(
+    model: Path, golden: dict[str, str], folder: Path, count: int, seed: int
+) -> dict[str, Any]:
     """One bit of one file of an unfinished work directory, or a cut journal; then a call that lives."""
     from tests.disks import CountingDisk, Killed, using
     from tests.tiny import WORK, Case, killer
@@ -269,7 +314,11 @@ def damage(model: Path, golden: dict[str, str], folder: Path, count: int, seed: 
     with suppress(Killed):
         case.run(unfinished / "out", report=killer(1))
     violations: list[str] = []
-    files = [path for path in sorted((unfinished / WORK).rglob("*")) if path.is_file() and path.stat().st_size]
+    files = [
+        path
+        for path in sorted((unfinished / WORK).rglob("*"))
+        if path.is_file() and path.stat().st_size
+    ]
     for number in range(count):
         trial = Path(shutil.copytree(unfinished, folder / "trial"))
         path = trial / chance.choice(files).relative_to(unfinished)
@@ -299,7 +348,9 @@ def flips(golden: Path, count: int, seed: int) -> dict[str, Any]:
         path = chance.choice(files)
         original = path.read_bytes()
         where, bit = chance.randrange(len(original)), chance.randrange(8)
-        path.write_bytes(original[:where] + bytes([original[where] ^ 1 << bit]) + original[where + 1 :])
+        path.write_bytes(
+            original[:where] + bytes([original[where] ^ 1 << bit]) + original[where + 1 :]
+        )
         with suppress(GptqError):
             if verify_checkpoint(golden, full=True).ok:
                 missed.append(f"bit {bit} of byte {where} of {path.name}")
@@ -310,7 +361,9 @@ def flips(golden: Path, count: int, seed: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=700)
-    parser.add_argument("--operation-kills", type=int, default=300, help="at least, of each command")
+    parser.add_argument(
+        "--operation-kills", type=int, default=300, help="at least, of each command"
+    )
     parser.add_argument("--sizes", type=int, default=50)
     parser.add_argument("--damages", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
@@ -330,7 +383,9 @@ def main() -> None:
 
     folder = Path(tempfile.mkdtemp())
     started = time.time()
-    model = save_model(folder / "model", **SMALL | {"num_hidden_layers": 6})  # most of the time goes into blocks
+    model = save_model(
+        folder / "model", **SMALL | {"num_hidden_layers": 6}
+    )  # most of the time goes into blocks
     small = save_model(folder / "small", **SMALL)
     Case(model, {}, []).run(folder / "golden")
     golden = tree(folder / "golden")
@@ -340,7 +395,9 @@ def main() -> None:
         "disk_sizes": lambda _: disk_sizes(model, golden, chosen.sizes, 2 * n_bytes),
         "damage": lambda work: damage(model, golden, work, chosen.damages, chosen.seed),
         "flipped_outputs": lambda _: flips(folder / "golden", chosen.damages, chosen.seed),
-        "operation_kills": lambda work: killed_commands(small, work, chosen.operation_kills, chosen.seed),
+        "operation_kills": lambda work: killed_commands(
+            small, work, chosen.operation_kills, chosen.seed
+        ),
         "random_kills": lambda work: kills(model, golden, work, chosen.kills, chosen.seed),
     }.items():
         (folder / name).mkdir()

@@ -93,10 +93,14 @@ SIZES: dict[str, Any] = {
     "num_kv_shared_layers": 1,
 }
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
-TWEAKS: dict[str, dict[str, Any]] = {  # by model type, of parts too: what the sizes above do not settle
+TWEAKS: dict[
+    str, dict[str, Any]
+] = {  # by model type, of parts too: what the sizes above do not settle
     "axk2": {"num_key_value_heads": 4},
     "codegen": {"rotary_dim": 16},
-    "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}
+    },
     "cpmant": {"dim_ff": 128, "dim_head": 32},
     "ctrl": {"dff": 128},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}},
@@ -105,15 +109,30 @@ TWEAKS: dict[str, dict[str, Any]] = {  # by model type, of parts too: what the s
     "dots3_note": {"num_key_value_heads": 4, "per_layer_config": {}},
     "dots3_note_text": {"num_key_value_heads": 4, "per_layer_config": {}},
     "falcon_h1": {"mamba_d_ssm": 128},
-    "gemma4_text": {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2},
-    "gemma4_unified_text": {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2},
-    "glm_moe_dsa": {"num_key_value_heads": 4, "index_topk": 16, "indexer_types": ["full", "shared"] * 2},
+    "gemma4_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+    },
+    "gemma4_unified_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+    },
+    "glm_moe_dsa": {
+        "num_key_value_heads": 4,
+        "index_topk": 16,
+        "indexer_types": ["full", "shared"] * 2,
+    },
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "gptj": {"rotary_dim": 16},
     "helium": {"head_dim": 16},
     "hy_v4": {"index_topk": 16, "indexer_types": ["full", "shared"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
-    "longcat_flash": {"head_dim": 16, "num_key_value_heads": 4, "num_layers": 2, "zero_expert_num": 2},
+    "longcat_flash": {
+        "head_dim": 16,
+        "num_key_value_heads": 4,
+        "num_layers": 2,
+        "zero_expert_num": 2,
+    },
     "mamba2": {"num_heads": 4, "n_groups": 1},
     "nemotron_h": {"n_groups": 1},
     "qwen4_exp_text": {"indexer_budget": 32, "indexer_compress_ratio": 4},
@@ -135,7 +154,9 @@ class Outcome:
     quantized: int = 0
     kept: int = 0
     share: float = 0.0  # of the blocks' parameters that are quantized
-    differences: Sequence[float] = ()  # of logits, relative to the largest, at each of the bit widths
+    differences: Sequence[
+        float
+    ] = ()  # of logits, relative to the largest, at each of the bit widths
 
 
 def try_type(model_type: str, folder: Path, built: Callable[[], None] = lambda: None) -> Outcome:
@@ -149,9 +170,14 @@ def try_type(model_type: str, folder: Path, built: Callable[[], None] = lambda: 
         return Outcome(model_type, "not built", first_line(error))
     try:
         streams = relative(streamed_logits(source), expected)
-        outcomes = [quantize_and_compare(model_type, model, source, folder / f"{bits}", bits) for bits in BITS]
+        outcomes = [
+            quantize_and_compare(model_type, model, source, folder / f"{bits}", bits)
+            for bits in BITS
+        ]
     except GptqError as error:
-        return Outcome(model_type, "refused", f"{error.problems[0].code}: {error.problems[0].message}")
+        return Outcome(
+            model_type, "refused", f"{error.problems[0].code}: {error.problems[0].message}"
+        )
     except Exception as error:  # noqa: BLE001 - a crash is a finding too
         return Outcome(model_type, "crashed", first_line(error))
     differences = [max(streams, *outcome.differences) for outcome in outcomes]
@@ -181,7 +207,9 @@ def small(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
     known = {field.name for field in dataclasses.fields(config_class)}
     settings: dict[str, Any] = {}
     for name, size in SIZES.items():
-        field = next((f for f in (config_class.attribute_map.get(name, name), name) if f in known), None)
+        field = next(
+            (f for f in (config_class.attribute_map.get(name, name), name) if f in known), None
+        )
         if field is not None:
             listed = isinstance(default.__dict__.get(field), list)
             settings[field] = [size] * SIZES["num_hidden_layers"] if listed else size
@@ -206,9 +234,13 @@ def token_batches() -> list[Tensor]:
 
 def own_logits(directory: Path) -> list[Tensor]:
     """Logits of the checkpoint by transformers' own loading and forward; ValueError if it does not load whole."""
-    model, loading = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+    model, loading = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, output_loading_info=True
+    )
     if loading["missing_keys"]:
-        raise ValueError(f"transformers does not load what it saved: {sorted(loading['missing_keys'])[0]} is missing")
+        raise ValueError(
+            f"transformers does not load what it saved: {sorted(loading['missing_keys'])[0]} is missing"
+        )
     with torch.inference_mode():
         logits = [model.eval()(input_ids=ids, use_cache=False).logits for ids in token_batches()]
     if not all(x.isfinite().all() for x in logits):
@@ -220,7 +252,9 @@ def streamed_logits(directory: Path) -> list[Tensor]:
     """Logits of the checkpoint, quantized or not, by our stream."""
     batches = token_batches()
     with torch.inference_mode():
-        stream = open_stream(open_checkpoint(directory), device=CPU, dtype="float32", trust_remote_code=False)
+        stream = open_stream(
+            open_checkpoint(directory), device=CPU, dtype="float32", trust_remote_code=False
+        )
         hidden = stream.embed(batches)
         for index in range(stream.n_blocks):
             with stream.block(index) as block:
@@ -229,7 +263,9 @@ def streamed_logits(directory: Path) -> list[Tensor]:
             return [head(ids, state) for ids, state in zip(batches, hidden, strict=True)]
 
 
-def quantize_and_compare(model_type: str, model: PreTrainedModel, source: Path, folder: Path, bits: int) -> Outcome:
+def quantize_and_compare(
+    model_type: str, model: PreTrainedModel, source: Path, folder: Path, bits: int
+) -> Outcome:
     """What became of one bit width, called worked whatever the logits are."""
     result, rules = quantize(source, folder / "quantized", bits)
     checkpoint = open_checkpoint(result.output)
@@ -258,7 +294,9 @@ def quantize(source: Path, output: Path, bits: int) -> tuple[QuantizeResult, lis
         try:
             return quantize_checkpoint(str(source), output, config), kept
         except GptqError as error:
-            hints = [re.search(r"--dynamic '(.*)'", problem.hint or "") for problem in error.problems]
+            hints = [
+                re.search(r"--dynamic '(.*)'", problem.hint or "") for problem in error.problems
+            ]
             kept += [hint[1] for hint in hints if hint and hint[1] not in kept]
             if not all(hints):
                 raise
@@ -290,12 +328,16 @@ def dequantize(checkpoint: Checkpoint, source: Path, directory: Path) -> Path:
 def restack(tensors: dict[str, Tensor], name: str, weight: Tensor) -> None:
     """Put the weight of one expert in place of what is nearest to it in the tensors beside it that hold all experts."""
     holder, number = re.fullmatch(r"(.+)\.[^.]+\.(\d+)\.\w+\.weight", name).groups()
-    stacks = [stack for key, stack in tensors.items() if key.startswith(f"{holder}.") and stack.dim() == 3]
+    stacks = [
+        stack for key, stack in tensors.items() if key.startswith(f"{holder}.") and stack.dim() == 3
+    ]
     mine = [stack[int(number)] for stack in stacks if int(number) < len(stack)]
     matrices = [way for matrix in mine for way in (matrix, matrix.T)]
     rows = len(weight)
     ways = (slice(rows), slice(-rows, None), slice(0, None, 2), slice(1, None, 2))
-    places = [part for matrix in matrices for way in ways if (part := matrix[way]).shape == weight.shape]
+    places = [
+        part for matrix in matrices for way in ways if (part := matrix[way]).shape == weight.shape
+    ]
     min(places, key=lambda part: (part - weight).norm().item()).copy_(weight)
 
 

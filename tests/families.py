@@ -53,10 +53,21 @@ FAMILIES: dict[str, dict[str, object]] = {
 MIXTURES: dict[str, dict[str, object]] = {  # five experts, two of them for each token
     "mixtral": _COMMON | {"num_hidden_layers": 2, "num_local_experts": 5},
     "qwen3_moe": _COMMON
-    | {"num_hidden_layers": 2, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
-    "gpt_oss": _COMMON | {"num_hidden_layers": 2, "num_local_experts": 5, "num_experts_per_tok": 2, "head_dim": 32},
+    | {
+        "num_hidden_layers": 2,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+    },
+    "gpt_oss": _COMMON
+    | {"num_hidden_layers": 2, "num_local_experts": 5, "num_experts_per_tok": 2, "head_dim": 32},
     "llama4_text": _COMMON
-    | {"num_hidden_layers": 2, "num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size_mlp": 64},
+    | {
+        "num_hidden_layers": 2,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "intermediate_size_mlp": 64,
+    },
 }
 TEXT = "the quick brown fox jumps over the lazy dog, and then some; 0 1 2 3 4 5 6 7 8 9. "
 
@@ -64,7 +75,9 @@ TEXT = "the quick brown fox jumps over the lazy dog, and then some; 0 1 2 3 4 5 
 def random_model(family: str, *, seed: int = 0, **changes: object) -> PreTrainedModel:
     """A float32 model with weights of a trained model's size, biases and norms not at their initial values."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **((FAMILIES | MIXTURES)[family] | changes)))
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(family, **((FAMILIES | MIXTURES)[family] | changes))
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             spread = 0.1 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5
@@ -96,7 +109,9 @@ def save_tokenizer(directory: Path) -> None:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
     fast.save_pretrained(directory)
 
 

@@ -92,7 +92,9 @@ def config(**changes: object) -> Callable[[Path], object]:
     return break_it
 
 
-def tensor(name: str, change: Callable[[torch.Tensor], torch.Tensor | None]) -> Callable[[Path], object]:
+def tensor(
+    name: str, change: Callable[[torch.Tensor], torch.Tensor | None]
+) -> Callable[[Path], object]:
     """Replaces one tensor of a model of three shards, or takes it out of its shard."""
 
     def break_it(model: Path) -> None:
@@ -103,7 +105,11 @@ def tensor(name: str, change: Callable[[torch.Tensor], torch.Tensor | None]) -> 
         if changed is None:
             del index["weight_map"][name]
             (model / INDEX).write_text(json.dumps(index))
-        save_file(tensors if changed is None else {**tensors, name: changed}, file, metadata={"format": "pt"})
+        save_file(
+            tensors if changed is None else {**tensors, name: changed},
+            file,
+            metadata={"format": "pt"},
+        )
 
     return break_it
 
@@ -165,7 +171,9 @@ def nested(depth: int) -> bytes:
     return b'{"a":' * depth + b"1" + b"}" * depth
 
 
-OWN_TOKENIZER = b'{"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["tokenization_own.Own", null]}}'
+OWN_TOKENIZER = (
+    b'{"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["tokenization_own.Own", null]}}'
+)
 
 
 def without_tokenizer(model: Path) -> None:
@@ -326,7 +334,21 @@ MODEL = [
     Case(76, "escapes", broken(replaced(SHARD, header(json.dumps({ESCAPE: 1})))), "E_CKPT_CORRUPT", "[red]evil<b>"),
 ]  # fmt: skip
 EVALUATION = [
-    Case(82, "torn", evaluated(truncated("model-00001-of-00002.safetensors")), "E_CKPT_CORRUPT", "found", "again"),
-    Case(82, "mislabelled", evaluated(relabelled), "E_CKPT_ZEROS", "as gptq stores them", "gptq verify"),
+    Case(
+        82,
+        "torn",
+        evaluated(truncated("model-00001-of-00002.safetensors")),
+        "E_CKPT_CORRUPT",
+        "found",
+        "again",
+    ),
+    Case(
+        82,
+        "mislabelled",
+        evaluated(relabelled),
+        "E_CKPT_ZEROS",
+        "as gptq stores them",
+        "gptq verify",
+    ),
 ]
 CASES = [*CONFIGURATION, *DATA, *MODEL, *EVALUATION]

@@ -47,7 +47,9 @@ def call(path: str, words: list[str]) -> int:
     """The exit code of `gptq` with `words`, here."""
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(path)
-        message = json.dumps({"words": words, "directory": str(Path.cwd()), "variables": dict(os.environ)})
+        message = json.dumps(
+            {"words": words, "directory": str(Path.cwd()), "variables": dict(os.environ)}
+        )
         socket.send_fds(connection, [message.encode()], [0, 1, 2])
         return int(connection.recv(16))
 

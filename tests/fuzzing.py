@@ -80,13 +80,17 @@ class Subject:
     originals: list[bytes] | Callable[[Path], list[bytes]]
     read: Callable[[bytes, Path], str]
     weight: int = 1
-    within: bool = False  # damage it as bytes only now and then, since it is refused at once if it is no JSON
+    within: bool = (
+        False  # damage it as bytes only now and then, since it is refused at once if it is no JSON
+    )
 
 
 def fuzz(subject: Subject, inputs: int, seed: int, folder: Path) -> Tally:
     """The outcomes of `inputs` damaged inputs, by their weight fewer, read in `folder`."""
     tally = Tally()
-    originals = subject.originals if isinstance(subject.originals, list) else subject.originals(folder)
+    originals = (
+        subject.originals if isinstance(subject.originals, list) else subject.originals(folder)
+    )
     for number in range(inputs // subject.weight):
         choose = random.Random(f"{seed}-{number}")
         damage = _value if subject.within and choose.random() < 0.9 else damaged
@@ -98,7 +102,9 @@ def fuzz(subject: Subject, inputs: int, seed: int, folder: Path) -> Tally:
         except GptqError as error:
             tally.outcomes[error.code] += 1
             if error.exit_code not in (2, 3):
-                tally.failures.append({"number": number, "what": f"exit code {error.exit_code}: {error}"})
+                tally.failures.append(
+                    {"number": number, "what": f"exit code {error.exit_code}: {error}"}
+                )
         except BaseException:  # noqa: BLE001
             tally.failures.append({"number": number, "what": traceback.format_exc()[-2000:]})
     return tally
@@ -144,7 +150,9 @@ def _changed(value: Any, choose: random.Random) -> Any:
     if isinstance(value, dict) and value and choose.random() < 0.9:
         key = choose.choice(list(value))
         if choose.random() < 0.2:
-            value[choose.choice(["", "__metadata__", "\ud800", "a.qweight", key + ".g_idx"])] = value.pop(key)
+            value[choose.choice(["", "__metadata__", "\ud800", "a.qweight", key + ".g_idx"])] = (
+                value.pop(key)
+            )
             return value
         return value | {key: _changed(value[key], choose)}
     if isinstance(value, list) and value and choose.random() < 0.7:

@@ -56,12 +56,16 @@ def call(folder: Path, *words: object, may_change: Collection[Path] = ()) -> str
     with chdir(folder / "trial"):
         result = CliRunner().invoke(app, [str(word) for word in words])
     said = f"gptq {words}: exit code {result.exit_code}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
-    assert result.exception is None or isinstance(result.exception, SystemExit), f"{result.exception!r}\n{said}"
+    assert result.exception is None or isinstance(result.exception, SystemExit), (
+        f"{result.exception!r}\n{said}"
+    )
     assert result.exit_code in (0, 2, 3, 4, 5, 6), said
     assert not re.search(r"(?m)^error\[E_BUG\]|^Traceback", result.stderr), said
-    assert not [letter for letter in result.output if unicodedata.category(letter) == "Cc" and letter not in "\n\t"], (
-        said
-    )
+    assert not [
+        letter
+        for letter in result.output
+        if unicodedata.category(letter) == "Cc" and letter not in "\n\t"
+    ], said
     assert _state(folder, may_change) == before, said
     if result.exit_code == 0:
         if "--json" in words:
@@ -141,7 +145,16 @@ def _show_evaluation(content: bytes, folder: Path) -> str:
     output = _output(folder)
     (folder / "trial" / "ppl.json").write_bytes(content)
     return call(
-        folder, "push", output, "me/x", "--base-model", "a/b", "--evaluation", "ppl.json", "--dry-run", *_json(content)
+        folder,
+        "push",
+        output,
+        "me/x",
+        "--base-model",
+        "a/b",
+        "--evaluation",
+        "ppl.json",
+        "--dry-run",
+        *_json(content),
     )
 
 
@@ -162,12 +175,16 @@ def _names_beside(content: bytes, folder: Path) -> str:
         gptq_files().write(folder / "gptq")
         save_model(folder / "plain", **SMALL)
         convert_checkpoint(str(folder / "gptq"), folder / "old", "gptq_v2")
-        (folder / "text.txt").write_text("a quick brown fox jumps over the lazy dog and then some more " * 20)
+        (folder / "text.txt").write_text(
+            "a quick brown fox jumps over the lazy dog and then some more " * 20
+        )
     number = zlib.crc32(content)
     trial = _trial(folder)
     command = COMMANDS[number % len(COMMANDS)]
     place = PLACES[number // 100 % len(PLACES)]
-    source = Path(shutil.copytree(folder / ("plain" if command[0] == "quantize" else "gptq"), trial / "model"))
+    source = Path(
+        shutil.copytree(folder / ("plain" if command[0] == "quantize" else "gptq"), trial / "model")
+    )
     output = trial / "out"
     words = [command[0], source, *command[1:], *_json(content)]
     if place is _listed_in_an_old_output:
@@ -180,14 +197,22 @@ def _names_beside(content: bytes, folder: Path) -> str:
     if ended == "done" and "-o" in words:
         defects = [] if command[0] == "dequantize" else verify_checkpoint(output, full=True).defects
         assert not defects, (command, place, content, defects)
-        assert not [path for path in output.rglob("*") if path.is_symlink() or not (path.is_file() or path.is_dir())]
+        assert not [
+            path
+            for path in output.rglob("*")
+            if path.is_symlink() or not (path.is_file() or path.is_dir())
+        ]
         assert not (trial / WORK).exists()
     return f"{command[0]}: {ended}"
 
 
 def _path(content: bytes, directory: Path) -> Path | None:
     """A place in `directory` with a name of `content`, and folders above it; None if there can be none."""
-    parts = [part[:255] for part in content.replace(b"\0", b"").split(b"/") if part not in (b"", b".", b"..")]
+    parts = [
+        part[:255]
+        for part in content.replace(b"\0", b"").split(b"/")
+        if part not in (b"", b".", b"..")
+    ]
     if not parts:
         return None
     path = directory.joinpath(*map(os.fsdecode, parts))
@@ -223,7 +248,15 @@ def _as_pipe(content: bytes, directory: Path) -> bool:
 def _as_link(content: bytes, directory: Path) -> bool:
     path = _path(content, directory)
     if path:
-        targets = ["../secret.txt", "config.json", "nothing", path.name, "..", "/dev/zero", directory / "config.json"]
+        targets = [
+            "../secret.txt",
+            "config.json",
+            "nothing",
+            path.name,
+            "..",
+            "/dev/zero",
+            directory / "config.json",
+        ]
         path.symlink_to(targets[zlib.crc32(content) // 1000 % len(targets)])
     return path is not None
 
@@ -231,7 +264,11 @@ def _as_link(content: bytes, directory: Path) -> bool:
 def _in_the_index(content: bytes, directory: Path) -> bool:
     """A shard of this name in the index."""
     file = directory / INDEX_NAME
-    index = json.loads(file.read_bytes()) if file.exists() else {"metadata": {}, "weight_map": {"a.weight": ""}}
+    index = (
+        json.loads(file.read_bytes())
+        if file.exists()
+        else {"metadata": {}, "weight_map": {"a.weight": ""}}
+    )
     index["weight_map"][min(index["weight_map"])] = os.fsdecode(content)
     file.write_text(json.dumps(index))
     return True
@@ -242,7 +279,11 @@ def _in_the_manifest(content: bytes, directory: Path) -> bool:
     name = os.fsdecode(content)
     entry = {"sha256": hashlib.sha256(b"").hexdigest(), "size": 0}  # of secret.txt
     with suppress(ValueError):  # a name that no checksum can be made of
-        old = json.loads((directory / MANIFEST).read_bytes()) if (directory / MANIFEST).exists() else {"schema": 1}
+        old = (
+            json.loads((directory / MANIFEST).read_bytes())
+            if (directory / MANIFEST).exists()
+            else {"schema": 1}
+        )
         manifest = sealed(old | {"files": old.get("files", {}) | {name: entry}})
         (directory / MANIFEST).write_text(json.dumps(manifest))
         return True
@@ -262,7 +303,21 @@ PLACES: list[Callable[[bytes, Path], bool]] = [
 COMMANDS: list[list[str]] = [
     ["convert", "--to", "gptq_v2", "-o", "out"],
     ["dequantize", "-o", "out"],
-    ["quantize", "-o", "out", "--dataset", "../text.txt", "-g", "32", "-b", "4", "--nsamples", "2", "--seqlen", "16"],
+    [
+        "quantize",
+        "-o",
+        "out",
+        "--dataset",
+        "../text.txt",
+        "-g",
+        "32",
+        "-b",
+        "4",
+        "--nsamples",
+        "2",
+        "--seqlen",
+        "16",
+    ],
     ["inspect"],
     ["verify", "--full"],
     ["push", "me/x", "--base-model", "a/b", "--dry-run"],
@@ -270,7 +325,11 @@ COMMANDS: list[list[str]] = [
 # Each input costs as much as many that are only read.
 CALLS = {
     "run files": Subject(_run_files, _resume, weight=20, within=True),
-    "pages of reports": Subject([json.dumps(REPORT).encode()], _show_report, weight=20, within=True),
-    "cards of evaluations": Subject([json.dumps(EVALUATION).encode()], _show_evaluation, weight=20, within=True),
+    "pages of reports": Subject(
+        [json.dumps(REPORT).encode()], _show_report, weight=20, within=True
+    ),
+    "cards of evaluations": Subject(
+        [json.dumps(EVALUATION).encode()], _show_evaluation, weight=20, within=True
+    ),
     "names of side files": Subject(NAMES, _names_beside, weight=20),
 }

@@ -76,7 +76,11 @@ class Fault:
 
 def answer(hub: Hub, method: str, target: str, body: bytes) -> Reply:
     """The reply to one request."""
-    sent = hub_uploads.answer(hub.uploads, hub.repos, hub.url, method, target, body) if hub.kind == "model" else None
+    sent = (
+        hub_uploads.answer(hub.uploads, hub.repos, hub.url, method, target, body)
+        if hub.kind == "model"
+        else None
+    )
     if sent is not None:
         return sent
     match = ROUTE.fullmatch(unquote(urlsplit(target).path.replace("%2F", "\0")))
@@ -116,7 +120,9 @@ def _content(files: Mapping[str, bytes], action: str, path: str | None, body: by
 
 
 @contextmanager
-def serve(repos: Repos, kind: Kind = "dataset", *, gated: frozenset[str] = frozenset()) -> Iterator[Hub]:
+def serve(
+    repos: Repos, kind: Kind = "dataset", *, gated: frozenset[str] = frozenset()
+) -> Iterator[Hub]:
     """Serves the repositories {id: {path: content}} until the block is left; `main` is their only branch."""
     hub = Hub(repos, kind, gated)
     server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(hub))
@@ -141,8 +147,16 @@ def _tree(files: Mapping[str, bytes], under: str) -> list[dict[str, Any]]:
     """All files and folders below `under`, as the API lists them."""
     prefix = f"{under.rstrip('/')}/" if under else ""
     paths = [path for path in sorted(files) if path.startswith(prefix)]
-    folders = {str(parent) for path in paths for parent in Path(path).parents if str(parent).startswith(prefix)} - {"."}
-    entries = [{"type": "directory", "path": folder, "oid": "0" * 40, "size": 0} for folder in sorted(folders)]
+    folders = {
+        str(parent)
+        for path in paths
+        for parent in Path(path).parents
+        if str(parent).startswith(prefix)
+    } - {"."}
+    entries = [
+        {"type": "directory", "path": folder, "oid": "0" * 40, "size": 0}
+        for folder in sorted(folders)
+    ]
     return entries + [hub_uploads.tree_entry(path, files[path]) for path in paths]
 
 
@@ -160,8 +174,12 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             hub.requests.append(request)
             hub.tokens.append(self.headers.get("Authorization", ""))
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            refused = next((fault.reply for fault in hub.faults if fault.hits(request) and fault.reply), None)
-            reply = refused or _ranged(answer(hub, self.command, self.path, body), self.headers.get("Range"))
+            refused = next(
+                (fault.reply for fault in hub.faults if fault.hits(request) and fault.reply), None
+            )
+            reply = refused or _ranged(
+                answer(hub, self.command, self.path, body), self.headers.get("Range")
+            )
             reply = _faulty(hub, request, reply)
             self.send_response(reply.status)
             for name, value in reply.headers.items():

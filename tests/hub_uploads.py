@@ -16,7 +16,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 LARGE = ".safetensors"  # what the Hub keeps as large files
-API = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)/(?P<action>preupload|commit)(?:/(?P<rest>.*))?")
+API = re.compile(
+    r"/api/models/(?P<repo>[^/]+/[^/]+)/(?P<action>preupload|commit)(?:/(?P<rest>.*))?"
+)
 BATCH = re.compile(r"/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch")
 
 
@@ -37,10 +39,14 @@ class Uploads:
     private: set[str] = field(default_factory=set)
     large: dict[str, bytes] = field(default_factory=dict)
     corrupt: str | None = None  # a file that commits garble
-    rival: dict[str, bytes] = field(default_factory=dict)  # files that somebody else pushes before the next commit
+    rival: dict[str, bytes] = field(
+        default_factory=dict
+    )  # files that somebody else pushes before the next commit
 
 
-def answer(state: Uploads, repos: Any, url: str, method: str, target: str, body: bytes) -> Reply | None:
+def answer(
+    state: Uploads, repos: Any, url: str, method: str, target: str, body: bytes
+) -> Reply | None:
     """The reply to a request that sends something or is about that; None for any other."""
     parts = urlsplit(target)
     if parts.path == "/api/repos/create":
@@ -73,9 +79,18 @@ def blob_id(content: bytes) -> str:
 
 def tree_entry(path: str, content: bytes) -> dict[str, Any]:
     """A file as the API lists it."""
-    entry: dict[str, Any] = {"type": "file", "path": path, "oid": blob_id(content), "size": len(content)}
+    entry: dict[str, Any] = {
+        "type": "file",
+        "path": path,
+        "oid": blob_id(content),
+        "size": len(content),
+    }
     if path.endswith(LARGE):
-        entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
+        entry["lfs"] = {
+            "oid": hashlib.sha256(content).hexdigest(),
+            "size": len(content),
+            "pointerSize": 130,
+        }
     return entry
 
 

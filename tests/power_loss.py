@@ -44,14 +44,20 @@ class PowerLossDisk(CountingDisk):
     `forgets` tells which files and directories an fsync does nothing for: a check of the check.
     """
 
-    def __init__(self, root: Path, watch: Callable[[PowerLossDisk], None], forgets: Forgets) -> None:
+    def __init__(
+        self, root: Path, watch: Callable[[PowerLossDisk], None], forgets: Forgets
+    ) -> None:
         super().__init__()
         self._path, self._watch, self._forgets = root, watch, forgets
         self._root = Node.directory()
         self._pending: list[list[Change]] = []
         self._files: dict[int, tuple[Path, Node]] = {}
         for path in sorted(root.rglob("*")):
-            node = Node.directory() if path.is_dir() else Node(bytearray(path.read_bytes()), path.read_bytes())
+            node = (
+                Node.directory()
+                if path.is_dir()
+                else Node(bytearray(path.read_bytes()), path.read_bytes())
+            )
             parent, name = self._parent(path)
             parent.names[name] = node  # type: ignore[index]
         self._durable: dict[Node, dict[str, Node]] = {}
@@ -59,7 +65,11 @@ class PowerLossDisk(CountingDisk):
 
     def states(self) -> Iterator[State]:
         """Every way the disk may be found, or the extremes and a sample where there are too many."""
-        dirty = [file for file in self._reachable() if file.names is None and bytes(file.content) != file.durable]
+        dirty = [
+            file
+            for file in self._reachable()
+            if file.names is None and bytes(file.content) != file.durable
+        ]
         choices = [(False, True)] * len(self._pending) + [("none", "all", "half")] * len(dirty)
         n_changes = len(self._pending)
         for chosen in _combinations(choices):
@@ -86,7 +96,9 @@ class PowerLossDisk(CountingDisk):
         waiting = [self._root]
         while waiting:
             directory = waiting.pop()
-            there = list((directory.names or {}).values()) + list(self._durable.get(directory, {}).values())
+            there = list((directory.names or {}).values()) + list(
+                self._durable.get(directory, {}).values()
+            )
             fresh = set(there) - found
             found |= fresh
             waiting += [node for node in fresh if node.names is not None]
@@ -143,7 +155,11 @@ class PowerLossDisk(CountingDisk):
         if node.names is None:
             node.durable = bytes(node.content)
             return
-        synced = [changes for changes in self._pending if any(directory is node for directory, _, _ in changes)]
+        synced = [
+            changes
+            for changes in self._pending
+            if any(directory is node for directory, _, _ in changes)
+        ]
         self._pending = [changes for changes in self._pending if changes not in synced]
         for changes in synced:
             for directory, name, target in changes:

@@ -24,7 +24,9 @@ class Reference:
     g_idx: list[int]  # [I]
 
 
-def order_and_groups(energy: list[float], config: LayerConfig, group_size: int) -> tuple[list[int], list[int]]:
+def order_and_groups(
+    energy: list[float], config: LayerConfig, group_size: int
+) -> tuple[list[int], list[int]]:
     """The processing order of the columns, and the group of every column."""
     n = len(energy)
     natural = [column // group_size for column in range(n)]
@@ -46,7 +48,9 @@ def fit(weights: Tensor, config: LayerConfig) -> tuple[Tensor, Tensor]:
     maxq = 2**config.bits - 1
     low, high = weights.min(dim=1).values.clamp(max=0), weights.max(dim=1).values.clamp(min=0)
     if config.sym:
-        return in_float16(2 * torch.maximum(-low, high) / maxq), torch.full_like(low, 2 ** (config.bits - 1))
+        return in_float16(2 * torch.maximum(-low, high) / maxq), torch.full_like(
+            low, 2 ** (config.bits - 1)
+        )
     scale = in_float16((high - low) / maxq)
     zero = torch.round(-low / scale).clamp(max=maxq)
     # A zero of 0 cannot be stored: one step is left below zero, and the rest must reach the largest weight.
@@ -73,7 +77,9 @@ def in_both(scale: float) -> float:
     return math.copysign(math.ldexp(round(mantissa * 256), exponent - 8), scale)
 
 
-def row_error(row: list[float], energy: list[float], scale: float, zero: int, config: LayerConfig) -> float:
+def row_error(
+    row: list[float], energy: list[float], scale: float, zero: int, config: LayerConfig
+) -> float:
     error = 0.0
     for w, h in zip(row, energy, strict=True):
         code = min(max(round(w / scale) + zero, 0), 2**config.bits - 1)
@@ -128,11 +134,15 @@ def follow(weight: Tensor, inputs: Tensor, originals: Tensor, config: LayerConfi
     damping = damping_of(energy, config, len(inputs))
     damping[energy == 0] = 1.0
     rows = torch.cat([inputs, damping.sqrt().diag()])
-    lacking = torch.cat([(originals - inputs) @ weight.T, torch.zeros(len(energy), len(weight)).double()])
+    lacking = torch.cat(
+        [(originals - inputs) @ weight.T, torch.zeros(len(energy), len(weight)).double()]
+    )
     return weight + config.asymmetric_calibration * torch.linalg.lstsq(rows, lacking).solution.T
 
 
-def refine(weight: Tensor, damped: Tensor, found: Reference, config: LayerConfig, sweeps: int) -> list[float]:
+def refine(
+    weight: Tensor, damped: Tensor, found: Reference, config: LayerConfig, sweeps: int
+) -> list[float]:
     """Improve `found` in place for the damped Hessian: all scales, then in each sweep a group's scale and its columns;
     the losses after each step: least squares for a scale, all codes tried for a weight."""
     L = torch.linalg.cholesky(damped)
@@ -159,7 +169,13 @@ def values(found: Reference) -> Tensor:
 
 
 def refine_scale(
-    weight: Tensor, L: Tensor, found: Reference, config: LayerConfig, row: int, group: int, members: list[int]
+    weight: Tensor,
+    L: Tensor,
+    found: Reference,
+    config: LayerConfig,
+    row: int,
+    group: int,
+    members: list[int],
 ) -> None:
     level = torch.zeros_like(weight[row])
     level[members] = found.codes[row, members] - found.zeros[row, group]
@@ -182,7 +198,9 @@ def refine_code(weight: Tensor, L: Tensor, found: Reference, bits: int, column: 
     found.codes[:, column] = tried[losses.argmin(dim=1)]
 
 
-def gptq(weight: Tensor, hessian: Tensor, config: LayerConfig, tokens: int | None = None) -> Reference:
+def gptq(
+    weight: Tensor, hessian: Tensor, config: LayerConfig, tokens: int | None = None
+) -> Reference:
     """Codes, scales and zeros of weight [O, I] in the natural order of columns."""
     n_rows, n = weight.shape
     group_size = n if config.group_size == -1 else config.group_size
@@ -193,7 +211,10 @@ def gptq(weight: Tensor, hessian: Tensor, config: LayerConfig, tokens: int | Non
     H += damping_of(energy, config, tokens).diag()
 
     order, group = order_and_groups(energy.tolist(), config, group_size)
-    scales, zeros = torch.zeros(n_rows, n // group_size).double(), torch.zeros(n_rows, n // group_size).double()
+    scales, zeros = (
+        torch.zeros(n_rows, n // group_size).double(),
+        torch.zeros(n_rows, n // group_size).double(),
+    )
     if config.static_groups:
         for g in range(n // group_size):
             members = slice(g * group_size, (g + 1) * group_size)
@@ -206,7 +227,9 @@ def gptq(weight: Tensor, hessian: Tensor, config: LayerConfig, tokens: int | Non
     for j, column in enumerate(order):
         g = group[column]
         if j % group_size == 0 and not config.static_groups:
-            scales[:, g], zeros[:, g] = fit_any(W[:, j : j + group_size], energy[order][j : j + group_size], config)
+            scales[:, g], zeros[:, g] = fit_any(
+                W[:, j : j + group_size], energy[order][j : j + group_size], config
+            )
         s, z = scales[:, g], zeros[:, g]
         codes[:, column] = torch.clamp(torch.round(W[:, j] / s) + z, 0, 2**config.bits - 1)
         error = (W[:, j] - s * (codes[:, column] - z)) / U[j, j]

@@ -21,7 +21,14 @@ CPU = torch.device("cpu")
 
 
 def config(**changes: object) -> QuantizeConfig:
-    settings = {"bits": 4, "group_size": 32, "dataset": texts(), "seqlen": 64, "nsamples": 6, "batch_size": 4}
+    settings = {
+        "bits": 4,
+        "group_size": 32,
+        "dataset": texts(),
+        "seqlen": 64,
+        "nsamples": 6,
+        "batch_size": 4,
+    }
     return QuantizeConfig(**(settings | {"device": "cpu"} | changes))
 
 
@@ -32,7 +39,10 @@ def quantize(tmp_path: Path, model: Path, **changes: object) -> tuple[Path, Quan
 
 def digest(directory: Path) -> dict[str, str]:
     files = [path for path in sorted(directory.rglob("*")) if path.is_file()]
-    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {
+        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
 
 
 def reader(directory: Path) -> DequantizingReader:

@@ -29,8 +29,19 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 PACKAGE = "gptq_cli"
 
 aten = torch.ops.aten
-MOVES = {aten._to_copy.default, aten.copy_.default, aten.to.device, aten.to.dtype_layout, aten.to.other, aten.to.dtype}
-INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}  # take indices from the host
+MOVES = {
+    aten._to_copy.default,
+    aten.copy_.default,
+    aten.to.device,
+    aten.to.dtype_layout,
+    aten.to.other,
+    aten.to.dtype,
+}
+INDEXING = {
+    aten.index.Tensor,
+    aten.index_put.default,
+    aten.index_put_.default,
+}  # take indices from the host
 WAITING = {
     aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default, aten.equal.default,
     aten.nonzero.default, aten.masked_select.default, aten.repeat_interleave.Tensor, aten._unique2.default,
@@ -42,7 +53,14 @@ RESIZING = {  # make their result by resizing it
 }  # fmt: skip
 NOT_FOR_THE_HOST = {Tensor.numpy, Tensor.__array__}
 OF_THE_MEMORY = {Tensor.untyped_storage, Tensor.data_ptr}
-TO_PYTHON = {Tensor.tolist, Tensor.item, Tensor.__bool__, Tensor.__float__, Tensor.__int__, Tensor.__index__}
+TO_PYTHON = {
+    Tensor.tolist,
+    Tensor.item,
+    Tensor.__bool__,
+    Tensor.__float__,
+    Tensor.__int__,
+    Tensor.__index__,
+}
 
 
 class DeviceTensor(Tensor):
@@ -54,7 +72,12 @@ class DeviceTensor(Tensor):
     def __new__(cls, host: Tensor) -> DeviceTensor:
         assert type(host) is Tensor, type(host)
         tensor: DeviceTensor = Tensor._make_wrapper_subclass(
-            cls, host.shape, strides=host.stride(), storage_offset=host.storage_offset(), dtype=host.dtype, device=CUDA
+            cls,
+            host.shape,
+            strides=host.stride(),
+            storage_offset=host.storage_offset(),
+            dtype=host.dtype,
+            device=CUDA,
         )
         tensor.host = host
         return tensor
@@ -68,14 +91,18 @@ class DeviceTensor(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in NOT_FOR_THE_HOST:
-            raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
+            raise TypeError(
+                "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first"
+            )
         if func in OF_THE_MEMORY:
             return func(args[0].host)
         if func in TO_PYTHON:
             device().wait("to Python")
             return func(args[0].host)
         if func is Tensor.new_tensor:  # asks the guard where that is
-            return torch.tensor(args[1], **{"dtype": args[0].dtype, "device": CUDA} | (kwargs or {}))
+            return torch.tensor(
+                args[1], **{"dtype": args[0].dtype, "device": CUDA} | (kwargs or {})
+            )
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
@@ -124,7 +151,9 @@ class SimulatedGpu:
         self._storages.add(host.untyped_storage())
         if self.limit_bytes is not None:
             if (allocated := self.allocated) > self.limit_bytes:
-                raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {host.nbytes / 2**20:.2f} MiB. ")
+                raise torch.OutOfMemoryError(
+                    f"CUDA out of memory. Tried to allocate {host.nbytes / 2**20:.2f} MiB. "
+                )
             self.peak_bytes = max(self.peak_bytes, allocated)
         return DeviceTensor(host)
 
@@ -134,16 +163,25 @@ class SimulatedGpu:
 
     def _count(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> None:
         name = func.name().removeprefix("aten::")
-        if func in WAITING or (func.name() == "aten::repeat_interleave" and kwargs.get("output_size") is None):
+        if func in WAITING or (
+            func.name() == "aten::repeat_interleave" and kwargs.get("output_size") is None
+        ):
             self.wait(name)
         elif func in INDEXING:
             indices = [index for index in args[1] if index is not None]
-            if any(index.dtype in (torch.bool, torch.uint8) for index in indices) and not _fills(func, args):
+            if any(index.dtype in (torch.bool, torch.uint8) for index in indices) and not _fills(
+                func, args
+            ):
                 self.wait(f"{name} by a mask")
             elif not all(isinstance(index, DeviceTensor) for index in indices):
                 self.wait(f"{name} from the host")
-        elif func is aten.copy_.default and not all(isinstance(tensor, DeviceTensor) for tensor in tensors):
-            self.copied(args[1], non_blocking=(len(args) > 2 and args[2]) or kwargs.get("non_blocking", False))
+        elif func is aten.copy_.default and not all(
+            isinstance(tensor, DeviceTensor) for tensor in tensors
+        ):
+            self.copied(
+                args[1],
+                non_blocking=(len(args) > 2 and args[2]) or kwargs.get("non_blocking", False),
+            )
         elif func in MOVES and _target(func, args, kwargs) == CPU:
             self.wait("to the host")
 
@@ -226,7 +264,11 @@ def _on_host(value: Any, tensors: list[Tensor], *, elsewhere: bool) -> Any:
 def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return change(value)
-    return type(value)([_each(item, change) for item in value]) if isinstance(value, list | tuple) else value
+    return (
+        type(value)([_each(item, change) for item in value])
+        if isinstance(value, list | tuple)
+        else value
+    )
 
 
 def _check_devices(func: Any, tensors: list[Tensor]) -> None:
@@ -332,7 +374,9 @@ def _pinning(gpu: SimulatedGpu) -> Iterator[None]:
 
     with (
         patch.object(Tensor, "pin_memory", lambda tensor: gpu.pin(tensor)),
-        patch.object(Tensor, "is_pinned", lambda tensor: _host(tensor).untyped_storage() in gpu.pinned),
+        patch.object(
+            Tensor, "is_pinned", lambda tensor: _host(tensor).untyped_storage() in gpu.pinned
+        ),
         patch.object(torch, "empty_like", pinned_empty_like),
     ):
         yield

@@ -39,13 +39,17 @@ class Place:
     def command(self, name: str, script: str) -> None:
         path = self.folder / "bin" / name
         path.parent.mkdir(exist_ok=True)
-        path.write_text(f'#!/usr/bin/env bash\necho "{name} $*" >> {shlex.quote(str(self.folder))}/calls\n{script}\n')
+        path.write_text(
+            f'#!/usr/bin/env bash\necho "{name} $*" >> {shlex.quote(str(self.folder))}/calls\n{script}\n'
+        )
         path.chmod(0o755)
 
     def run(self, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
         path = {"PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}"}
         env = {**os.environ, **self.environment, **variables, **path}
-        return subprocess.run(words, capture_output=True, text=True, env=env, cwd=self.folder, check=False)
+        return subprocess.run(
+            words, capture_output=True, text=True, env=env, cwd=self.folder, check=False
+        )
 
     @property
     def calls(self) -> list[str]:
@@ -79,11 +83,17 @@ def program(tmp_path_factory: pytest.TempPathFactory, hub: Hub) -> Iterator[str]
     variables = hub.environment(folder / "home") | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "tests" / "forked.py")]
     server = subprocess.Popen(
-        [*command, "serve", str(folder / "s")], stdout=subprocess.PIPE, text=True, env={**os.environ, **variables}
+        [*command, "serve", str(folder / "s")],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **variables},
     )
     assert server.stdout is not None
     assert server.stdout.readline() == "ready\n"
-    yield shlex.join(["exec", sys.executable, "-S", *command[1:], "call", str(folder / "s")]) + ' "$@"'
+    yield (
+        shlex.join(["exec", sys.executable, "-S", *command[1:], "call", str(folder / "s")])
+        + ' "$@"'
+    )
     server.kill()
     server.wait()
     server.stdout.close()
@@ -95,11 +105,21 @@ def real(tmp_path_factory: pytest.TempPathFactory, hub: Hub, program: str) -> Pl
     folder = tmp_path_factory.mktemp("batch")
     save_model(folder / "model", num_hidden_layers=2)
     (folder / "text.txt").write_text(texts(4000)[0])
-    settings = {"group_size": 32, "dataset": folder / "text.txt", "nsamples": 4, "seqlen": 64, "device": "cpu"}
+    settings = {
+        "group_size": 32,
+        "dataset": folder / "text.txt",
+        "nsamples": 4,
+        "seqlen": 64,
+        "device": "cpu",
+    }
     said = {f"GPTQ_{name.upper()}": str(value) for name, value in settings.items()}
     names = {"MODEL": folder / "model", "OUT": folder / "store/me/tiny", "TEXT": folder / "text.txt",
              "STORE": folder / "store", "REPO": "me/tiny", "MAX_INCREASE": "10000", "CONFIG": "vllm-4bit"}  # fmt: skip
-    environment = said | {name: str(value) for name, value in names.items()} | hub.environment(folder / "home")
+    environment = (
+        said
+        | {name: str(value) for name, value in names.items()}
+        | hub.environment(folder / "home")
+    )
     return batch_system(folder, program, environment)
 
 
@@ -107,7 +127,9 @@ def real(tmp_path_factory: pytest.TempPathFactory, hub: Hub, program: str) -> Pl
 def told(tmp_path: Path) -> Place:
     """With a `gptq` that ends with $QUANTIZE or $EVAL, or else with 0."""
     ends = 'case $1 in quantize) exit "${QUANTIZE:-0}" ;; eval-ppl) exit "${EVAL:-0}" ;; esac'
-    return batch_system(tmp_path, ends, {"MODEL": "m", "OUT": "out", "STORE": "store", "REPO": "me/tiny"})
+    return batch_system(
+        tmp_path, ends, {"MODEL": "m", "OUT": "out", "STORE": "store", "REPO": "me/tiny"}
+    )
 
 
 def workflow(place: Place, **variables: str) -> tuple[int, list[str]]:
@@ -129,14 +151,24 @@ def workflow(place: Place, **variables: str) -> tuple[int, list[str]]:
 
 
 def job(place: Place, **variables: str) -> subprocess.CompletedProcess[str]:
-    defaults = {item["name"]: item["value"] for item in CONTAINER["env"] if item["name"] != "HF_HOME"}
-    return place.run(*CONTAINER["command"], *CONTAINER["args"], **{**defaults, **place.environment, **variables})
+    defaults = {
+        item["name"]: item["value"] for item in CONTAINER["env"] if item["name"] != "HF_HOME"
+    }
+    return place.run(
+        *CONTAINER["command"], *CONTAINER["args"], **{**defaults, **place.environment, **variables}
+    )
 
 
-def test_the_examples_quantize_measure_and_publish_and_another_run_finds_it_done(real: Place, hub: Hub) -> None:
+def test_the_examples_quantize_measure_and_publish_and_another_run_finds_it_done(
+    real: Place, hub: Hub
+) -> None:
     done = real.run("bash", str(SLURM))
     assert done.returncode == 0, done.stderr
-    assert [call for call in real.calls if call.startswith("gptq")] == ["gptq quantize", "gptq eval-ppl", "gptq verify"]
+    assert [call for call in real.calls if call.startswith("gptq")] == [
+        "gptq quantize",
+        "gptq eval-ppl",
+        "gptq verify",
+    ]
     measured = json.loads((real.folder / "store/me/tiny.ppl.json").read_text())
     assert measured["baseline_perplexity"] > 1
     stamp = (real.folder / "store/me/tiny/model.safetensors").stat().st_mtime_ns
@@ -147,7 +179,9 @@ def test_the_examples_quantize_measure_and_publish_and_another_run_finds_it_done
     step["run"] = step["run"].replace('"$MODEL"', "org/tiny")
     code, calls = workflow(real, HF_TOKEN="none")
     assert (code, calls[-1]) == (0, "gptq push")
-    assert "model-index" not in hub.repos["me/tiny"]["README.md"].decode()  # the text of this test is on no Hub
+    assert (
+        "model-index" not in hub.repos["me/tiny"]["README.md"].decode()
+    )  # the text of this test is on no Hub
     assert b"## Perplexity" in hub.repos["me/tiny"]["README.md"]
 
     again = job(real)
@@ -185,7 +219,11 @@ def test_a_gate_that_fails_stops_everything_after_it(told: Place) -> None:
 
 def test_a_slurm_job_says_what_it_lacks_and_asks_for_a_signal_and_a_place_in_the_queue() -> None:
     bare = subprocess.run(
-        ["bash", SLURM], capture_output=True, text=True, env={"PATH": os.environ["PATH"]}, check=False
+        ["bash", SLURM],
+        capture_output=True,
+        text=True,
+        env={"PATH": os.environ["PATH"]},
+        check=False,
     )
     assert bare.returncode != 0
     assert "say which model" in bare.stderr
@@ -193,12 +231,26 @@ def test_a_slurm_job_says_what_it_lacks_and_asks_for_a_signal_and_a_place_in_the
     assert {"--signal", "--requeue", "--time", "--open-mode"} <= set(asked)
 
 
-def test_kubernetes_replaces_a_pod_that_stopped_in_order_and_ends_a_job_that_would_fail_again() -> None:
+def test_kubernetes_replaces_a_pod_that_stopped_in_order_and_ends_a_job_that_would_fail_again() -> (
+    None
+):
     rules = JOB["podFailurePolicy"]["rules"]
-    action = {code: rule["action"] for rule in rules for code in rule.get("onExitCodes", {}).get("values", [])}
-    classes = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.GptqError)]
+    action = {
+        code: rule["action"]
+        for rule in rules
+        for code in rule.get("onExitCodes", {}).get("values", [])
+    }
+    classes = [
+        kind
+        for kind in vars(errors).values()
+        if isinstance(kind, type) and issubclass(kind, errors.GptqError)
+    ]
     resource = errors.ResourceError.exit_code
-    expected: dict[int, Any] = {kind.exit_code: "FailJob" for kind in classes if kind.exit_code != resource}
+    expected: dict[int, Any] = {
+        kind.exit_code: "FailJob" for kind in classes if kind.exit_code != resource
+    }
     assert action == expected | {errors.PausedError.exit_code: "Ignore", 143: "Ignore"}
     assert JOB["template"]["spec"]["restartPolicy"] == "Never"  # a failure policy needs it
-    assert {rule["onExitCodes"]["containerName"] for rule in rules if "onExitCodes" in rule} == {CONTAINER["name"]}
+    assert {rule["onExitCodes"]["containerName"] for rule in rules if "onExitCodes" in rule} == {
+        CONTAINER["name"]
+    }

@@ -25,8 +25,12 @@ def rtn_perplexity(bits: int) -> float:
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
     for module in model.model.layers.modules():
         if isinstance(module, torch.nn.Linear):
-            module.weight.data = round_to_nearest(module.weight.data, LayerConfig(bits=bits)).dequantize()
-    ids = torch.tensor(AutoTokenizer.from_pretrained(MODEL)((DEMO / "heldout.txt").read_text())["input_ids"])
+            module.weight.data = round_to_nearest(
+                module.weight.data, LayerConfig(bits=bits)
+            ).dequantize()
+    ids = torch.tensor(
+        AutoTokenizer.from_pretrained(MODEL)((DEMO / "heldout.txt").read_text())["input_ids"]
+    )
     perplexity = Perplexity()
     for window in ids[: SEQLEN * WINDOWS].split(SEQLEN):
         with torch.no_grad():
@@ -35,13 +39,24 @@ def rtn_perplexity(bits: int) -> float:
 
 
 @pytest.mark.parametrize(("bits", "least_damage"), [(2, 1.15), (3, 1.005)])
-def test_rounding_hurts_the_demo_model_visibly_and_gptq_less(bits: int, least_damage: float, tmp_path: Path) -> None:
+def test_rounding_hurts_the_demo_model_visibly_and_gptq_less(
+    bits: int, least_damage: float, tmp_path: Path
+) -> None:
     settings = QuantizeConfig(
-        bits=bits, dataset=str(DEMO / "calibration.txt"), nsamples=48, seqlen=SEQLEN, device="cpu", dtype="float32"
+        bits=bits,
+        dataset=str(DEMO / "calibration.txt"),
+        nsamples=48,
+        seqlen=SEQLEN,
+        device="cpu",
+        dtype="float32",
     )
     quantize_checkpoint(str(MODEL), tmp_path / "out", settings)
     request = EvalRequest(
-        dataset=str(DEMO / "heldout.txt"), seqlen=SEQLEN, max_windows=WINDOWS, dtype="float32", baseline=str(MODEL)
+        dataset=str(DEMO / "heldout.txt"),
+        seqlen=SEQLEN,
+        max_windows=WINDOWS,
+        dtype="float32",
+        baseline=str(MODEL),
     )
     gptq = evaluate_perplexity(str(tmp_path / "out"), request)
     assert gptq.baseline_perplexity is not None
@@ -52,6 +67,8 @@ def test_rounding_hurts_the_demo_model_visibly_and_gptq_less(bits: int, least_da
 
 
 def test_the_demo_model_has_learnt_its_language() -> None:
-    request = EvalRequest(dataset=str(DEMO / "heldout.txt"), seqlen=512, dtype="float32", batch_size=8)
+    request = EvalRequest(
+        dataset=str(DEMO / "heldout.txt"), seqlen=512, dtype="float32", batch_size=8
+    )
     result = evaluate_perplexity(str(MODEL), request)
     assert 1 < result.perplexity / torch.tensor(ENTROPY).exp().item() < 1.2

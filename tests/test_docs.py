@@ -12,7 +12,11 @@ from gptq_cli.cli.app import COMMANDS, load_command
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs/how-to").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs/how-to").glob("*.md")),
+]
 SOURCES = sorted((ROOT / "gptq_cli").rglob("*.py"))
 
 
@@ -24,7 +28,9 @@ def test_every_command_is_in_the_readme(command: str) -> None:
 def options() -> set[str]:
     """Every option of every command."""
     parameters = [parameter for name in COMMANDS for parameter in load_command(name).params]
-    words = {word for parameter in parameters for word in [*parameter.opts, *parameter.secondary_opts]}
+    words = {
+        word for parameter in parameters for word in [*parameter.opts, *parameter.secondary_opts]
+    }
     return {word for word in words if word.startswith("-")}
 
 
@@ -35,7 +41,13 @@ def test_options_that_a_page_names_exist(page: Path) -> None:
 
 
 def test_pages_name_options() -> None:
-    assert len(set(re.findall(r"`(--[a-z-]+)", "".join(page.read_text() for page in PAGES))) & options()) > 20
+    assert (
+        len(
+            set(re.findall(r"`(--[a-z-]+)", "".join(page.read_text() for page in PAGES)))
+            & options()
+        )
+        > 20
+    )
 
 
 def test_files_and_targets_of_the_readme_exist() -> None:

@@ -20,7 +20,9 @@ from gptq_cli.cli.app import COMMANDS, app, load_command
 from tests.workspace import ROOT, SMALL, copy_workspace, make_workspace, supply
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-FENCE = re.compile(r"(?:<!-- needs: (?P<needs>[^>]+) -->\n)?^```(?P<language>\w*)\n(?P<body>.*?)^```$", re.M | re.S)
+FENCE = re.compile(
+    r"(?:<!-- needs: (?P<needs>[^>]+) -->\n)?^```(?P<language>\w*)\n(?P<body>.*?)^```$", re.M | re.S
+)
 PROGRAMS = {"vLLM", "SGLang", "llama.cpp"}
 
 
@@ -76,12 +78,16 @@ def run(command: str, files: Path) -> None:
     words, _, target = line.partition(" > ")
     program, *arguments = shlex.split(words, comments=True)
     assert program == "gptq", f"not a command of ours, mark what it needs: {command}"
-    outputs = {arguments[at + 1] for at, word in enumerate(arguments[:-1]) if word in ("-o", "--output")}
+    outputs = {
+        arguments[at + 1] for at, word in enumerate(arguments[:-1]) if word in ("-o", "--output")
+    }
     for word in arguments:
         if word not in outputs and not Path(word).exists():
             supply(files, word)
     result = CliRunner().invoke(app, arguments, env={} if "scripts/demo" in command else SMALL)
-    allowed = {int(expected or 0)} | ({4} if "--max-increase" in arguments else set())  # a gate may close
+    allowed = {int(expected or 0)} | (
+        {4} if "--max-increase" in arguments else set()
+    )  # a gate may close
     assert result.exit_code in allowed, f"{command}\n{result.stdout}{result.stderr}"
     if target:
         Path(target.strip()).write_text(result.stdout, encoding="utf-8")
@@ -121,7 +127,11 @@ def test_the_python_of_a_page_does_what_it_shows(page: Path) -> None:
 
 def test_commands_stand_in_blocks_that_are_run_and_needs_are_known() -> None:
     every = [block for page in PAGES for block in blocks(page)]
-    hidden = [b for b in every if b.language not in ("bash", "text") and re.search(r"^\s*gptq ", b.body, re.M)]
+    hidden = [
+        b
+        for b in every
+        if b.language not in ("bash", "text") and re.search(r"^\s*gptq ", b.body, re.M)
+    ]
     assert [(name_of(block.page), block.body) for block in hidden] == []
     needs = {need for block in every if block.needs for need in re.split(r", and |, ", block.needs)}
     assert needs <= {"network", "gpu", "the repository"} | PROGRAMS

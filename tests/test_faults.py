@@ -33,7 +33,9 @@ def test_a_fault_is_refused_in_a_few_lines_and_leaves_nothing(
     shutil.copytree(sound, folder)
     words = case.arrange(folder)
     before = sorted(folder.rglob("*"))
-    human = CliRunner().invoke(app, [*words, "--quiet"] if words[0] in ("quantize", "eval-ppl") else words)
+    human = CliRunner().invoke(
+        app, [*words, "--quiet"] if words[0] in ("quantize", "eval-ppl") else words
+    )
     assert human.exit_code == case.exit_code, human.output
     assert human.stdout == ""
     lines = [line for line in human.stderr.splitlines() if line]

@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 
 from gptq_cli.errors import GptqError, InputError, ResourceError
-from gptq_cli.files import expanded, file_cause, file_error, file_errors, files_below, is_directory, resolved, status_of
+from gptq_cli.files import (
+    expanded,
+    file_cause,
+    file_error,
+    file_errors,
+    files_below,
+    is_directory,
+    resolved,
+    status_of,
+)
 
 READ = [
     (errno.EACCES, "E_FILE", 3, "Permission denied", "right to read it|chmod u"),
@@ -43,7 +52,10 @@ def test_what_cannot_be_read_is_told_with_path_and_advice(
     number: int, code: str, exit_code: int, reason: str, hint: str, tmp_path: Path
 ) -> None:
     (tmp_path / "a.json").touch()
-    with pytest.raises(GptqError, match=reason) as caught, file_errors(tmp_path / "a.json", writing=False):
+    with (
+        pytest.raises(GptqError, match=reason) as caught,
+        file_errors(tmp_path / "a.json", writing=False),
+    ):
         raise failed(number)
     assert (caught.value.code, caught.value.exit_code) == (code, exit_code)
     assert "a.json" in str(caught.value)
@@ -55,7 +67,10 @@ def test_what_cannot_be_written_is_told_with_path_and_advice(
     number: int, reason: str, hint: str, tmp_path: Path
 ) -> None:
     message = rf"cannot write `.*out`: .*{reason}"
-    with pytest.raises(ResourceError, match=message) as caught, file_errors(tmp_path / "out", writing=True):
+    with (
+        pytest.raises(ResourceError, match=message) as caught,
+        file_errors(tmp_path / "out", writing=True),
+    ):
         raise failed(number)
     assert (caught.value.code, caught.value.exit_code) == ("E_DISK", 5)
     assert hint in (caught.value.hint or "")
@@ -115,7 +130,10 @@ def test_loops_and_links_to_nothing_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     for look in (status_of, is_directory, resolved):
-        for name, hint in (("loop", "leads back to itself"), ("dangling", "nowhere`, which does not exist")):
+        for name, hint in (
+            ("loop", "leads back to itself"),
+            ("dangling", "nowhere`, which does not exist"),
+        ):
             with pytest.raises(InputError) as caught:
                 look(tmp_path / name)
             assert hint in (caught.value.hint or "")
@@ -136,7 +154,11 @@ def test_every_file_below_a_folder_is_found_or_refused(tmp_path: Path) -> None:
     (tmp_path / "a" / "b").mkdir(parents=True)
     for name in ("x", "a/y", "a/b/z"):
         (tmp_path / name).touch()
-    assert [str(path.relative_to(tmp_path)) for path in files_below(tmp_path)] == ["a/b/z", "a/y", "x"]
+    assert [str(path.relative_to(tmp_path)) for path in files_below(tmp_path)] == [
+        "a/b/z",
+        "a/y",
+        "x",
+    ]
     assert files_below(tmp_path, lambda folder: folder.name != "a") == [tmp_path / "x"]
     with pytest.raises(InputError, match="none"):
         files_below(tmp_path / "none")

@@ -53,8 +53,12 @@ def test_a_traceback_of_a_command_is_found(tmp_path: Path, monkeypatch: pytest.M
         call(tmp_path, "report", tmp_path)
 
 
-@pytest.mark.parametrize("error", [ValueError("x"), RecursionError("deep"), AssertionError("lies"), KeyError("k")])
-def test_any_other_exception_is_a_failure_with_the_number_that_makes_it_again(error: Exception, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "error", [ValueError("x"), RecursionError("deep"), AssertionError("lies"), KeyError("k")]
+)
+def test_any_other_exception_is_a_failure_with_the_number_that_makes_it_again(
+    error: Exception, tmp_path: Path
+) -> None:
     def read(content: bytes, _: Path) -> str:
         if len(content) % 3 == 0:
             raise error
@@ -67,7 +71,9 @@ def test_any_other_exception_is_a_failure_with_the_number_that_makes_it_again(er
     assert type(error).__name__ in first.failures[0]["what"]
 
 
-def test_an_input_that_takes_too_long_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_input_that_takes_too_long_is_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("tests.fuzzing.SECONDS", 0.05)
 
     def read(content: bytes, _: Path) -> str:

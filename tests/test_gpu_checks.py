@@ -21,7 +21,9 @@ PARTS = {
 
 def checks(*arguments: str, python: str = sys.executable) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHON": python}
-    return subprocess.run([SCRIPT, *arguments], env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [SCRIPT, *arguments], env=environment, capture_output=True, text=True, check=False
+    )
 
 
 @pytest.mark.parametrize("call", PARTS)
@@ -32,7 +34,9 @@ def test_a_part_that_fails_is_told_of_and_the_others_run(call: str, tmp_path: Pa
     python.chmod(0o755)
     found = checks(call, str(tmp_path), python=str(python))
     assert found.returncode == 1
-    told = re.findall(r"^(\S+): exit code (\d+) after", (tmp_path / "parts.txt").read_text(), flags=re.MULTILINE)
+    told = re.findall(
+        r"^(\S+): exit code (\d+) after", (tmp_path / "parts.txt").read_text(), flags=re.MULTILINE
+    )
     assert told == [(name, "7" if name == failing else "0") for name in PARTS[call]]
     assert all((tmp_path / f"{name}.log").read_text() for name in PARTS[call])
 
@@ -76,7 +80,8 @@ def test_kernels_and_parts_are_measured_on_a_cpu_with_tiny_shapes(tmp_path: Path
     found = checks("1", str(tmp_path), "--device", "cpu", "--tiny")
     assert found.returncode == 0, found.stdout
     engine, measured, run = (
-        json.loads((tmp_path / f"{n}.json").read_text()) for n in ("engine", "measure", "llama-3-8b")
+        json.loads((tmp_path / f"{n}.json").read_text())
+        for n in ("engine", "measure", "llama-3-8b")
     )
     assert all(row["seconds"] > 0 for row in engine["block"].values())
     assert engine["next_bottleneck"] in engine["block"]

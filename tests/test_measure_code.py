@@ -42,7 +42,9 @@ class Few:
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("measure_code", ROOT / "scripts" / "measure_code.py")
+    spec = importlib.util.spec_from_file_location(
+        "measure_code", ROOT / "scripts" / "measure_code.py"
+    )
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -14,7 +14,15 @@ from pathlib import Path
 import pytest
 
 import gptq_cli
-from gptq_cli import EvalRequest, GptqError, QuantizeConfig, evaluate_perplexity, events, load_config, quantize
+from gptq_cli import (
+    EvalRequest,
+    GptqError,
+    QuantizeConfig,
+    evaluate_perplexity,
+    events,
+    load_config,
+    quantize,
+)
 from gptq_cli.cli.app import load_command
 from gptq_cli.config.schema import fill
 from tests.cli.conftest import Run, gptq  # noqa: F401
@@ -67,16 +75,27 @@ def test_the_examples_of_docstrings_do_what_they_show(example: doctest.DocTest) 
 
 def test_functions_have_examples() -> None:
     named = {example.name for example in examples()}
-    assert {"quantize", "evaluate_perplexity", "load_config", "QuantizeConfig", "EvalRequest"} <= named
+    assert {
+        "quantize",
+        "evaluate_perplexity",
+        "load_config",
+        "QuantizeConfig",
+        "EvalRequest",
+    } <= named
 
 
 @pytest.mark.parametrize(
     ("statement", "allowed"),
-    [("import gptq_cli", set()), ("from gptq_cli import QuantizeConfig, quantize, evaluate_perplexity", {"pydantic"})],
+    [
+        ("import gptq_cli", set()),
+        ("from gptq_cli import QuantizeConfig, quantize, evaluate_perplexity", {"pydantic"}),
+    ],
 )
 def test_importing_loads_nothing_heavy(statement: str, allowed: set[str]) -> None:
     script = f"import sys, json; {statement}; print(json.dumps([*sys.modules]))"
-    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     heavy = {"torch", "transformers", "datasets", "safetensors", "typer", "rich", "pydantic"}
     assert heavy & set(json.loads(found.stdout)) == allowed
 
@@ -97,7 +116,10 @@ def test_arguments_have_the_names_of_the_options() -> None:
     assert ours - {"config"} <= option_names("quantize")
     asked = {field.name for field in dataclasses.fields(EvalRequest)}
     assert asked <= option_names("eval-ppl")
-    assert option_names("eval-ppl") - asked == {"model", "max_increase", "max_ppl", "as_json", "quiet"} | EVERYWHERE
+    assert (
+        option_names("eval-ppl") - asked
+        == {"model", "max_increase", "max_ppl", "as_json", "quiet"} | EVERYWHERE
+    )
 
 
 def option_names(command: str) -> set[str]:
@@ -139,7 +161,10 @@ def test_all_that_is_wrong_with_a_configuration_is_one_error_with_hints() -> Non
     ]
     with pytest.raises(GptqError, match="signed_scales and sym exclude each other") as refused:
         QuantizeConfig(bits=4, signed_scales=True, sym=False)
-    assert refused.value.hint == "set signed_scales to false, or leave it out: an asymmetric grid has no larger end"
+    assert (
+        refused.value.hint
+        == "set signed_scales to false, or leave it out: an asymmetric grid has no larger end"
+    )
     assert refused.value.exit_code == 2
 
 
@@ -155,7 +180,11 @@ def test_a_configuration_is_its_own_copy_and_derives_as_before() -> None:
     ("arguments", "code", "message"),
     [
         ({"model": "./none"}, "E_MODEL_NOT_FOUND", "`./none` is not a directory"),
-        ({"resume": "always"}, "E_CFG_RANGE", "--resume must be auto, require or never, got 'always'"),
+        (
+            {"resume": "always"},
+            "E_CFG_RANGE",
+            "--resume must be auto, require or never, got 'always'",
+        ),
         ({"max_runtime": "soon"}, "E_CFG_RANGE", "--max-runtime must be a time such as 3h30m"),
         ({"output": MODEL}, "E_OUT_IS_INPUT", "is the model's own directory"),
     ],
@@ -175,7 +204,9 @@ def test_what_the_file_system_refuses_is_a_gptq_error() -> None:
         lambda: evaluate_perplexity(MODEL, EvalRequest(dataset="./loop", seqlen=32, device="cpu")),
         lambda: evaluate_perplexity("loop"),
     ):
-        with pytest.raises(GptqError, match=r"cannot read `.*loop`: Too many levels of symbolic links") as refused:
+        with pytest.raises(
+            GptqError, match=r"cannot read `.*loop`: Too many levels of symbolic links"
+        ) as refused:
             call()
         assert (refused.value.code, refused.value.exit_code) == ("E_FILE", 3)
     with pytest.raises(GptqError, match="cannot read the configuration loop") as wrong:
@@ -200,7 +231,9 @@ def test_a_work_directory_that_is_removed_ends_the_call(when: str) -> None:
     assert not Path("out").exists()
 
 
-@pytest.mark.parametrize("said", [{"max_windows": 0}, {"seqlen": "64"}, {"device": "gpu"}, {"backend": "marlin"}])
+@pytest.mark.parametrize(
+    "said", [{"max_windows": 0}, {"seqlen": "64"}, {"device": "gpu"}, {"backend": "marlin"}]
+)
 def test_wrong_requests_cannot_be_made(said: dict[str, object]) -> None:
     with pytest.raises(GptqError, match=f"{next(iter(said))} must be") as refused:
         EvalRequest(**said)  # type: ignore[arg-type]

@@ -39,7 +39,11 @@ CASES: dict[str, dict[str, Any]] = {
     "8 bits, fast, gptq_v2": {"bits": 8, "preset": "fast", "format": "gptq_v2"},
     "4 bits, desc_act": {"bits": 4, "desc_act": True},
     "4 bits, asymmetric grid and head": {"bits": 4, "sym": False, "lm_head": True},
-    "4 bits, bfloat16, not true_sequential": {"bits": 4, "dtype": "bfloat16", "true_sequential": False},
+    "4 bits, bfloat16, not true_sequential": {
+        "bits": 4,
+        "dtype": "bfloat16",
+        "true_sequential": False,
+    },
 }
 MIXTURE = "4 bits, a mixture of experts"
 

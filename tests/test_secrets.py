@@ -24,11 +24,20 @@ CANARY = "hf_" + "CanaryCanary0123456789abcdef"
 def small_run(folder: Path) -> list[str]:
     """Options for a quick run on a text that is written into `folder`."""
     (folder / "text.txt").write_text(texts(2_000)[0])
-    given = {"bits": 4, "group-size": 32, "dataset": folder / "text.txt", "nsamples": 2, "batch-size": 1, "seqlen": 32}
+    given = {
+        "bits": 4,
+        "group-size": 32,
+        "dataset": folder / "text.txt",
+        "nsamples": 2,
+        "batch-size": 1,
+        "seqlen": 32,
+    }
     return [f"--{name}={value}" for name, value in given.items()]
 
 
-def gptq(folder: Path, environment: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
+def gptq(
+    folder: Path, environment: dict[str, str], *words: str
+) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "HF_TOKEN": CANARY, **environment}
     command = [sys.executable, "-m", "gptq_cli", *words]
     return subprocess.run(command, capture_output=True, text=True, env=env, cwd=folder, check=False)
@@ -41,7 +50,10 @@ def gptq(folder: Path, environment: dict[str, str], *words: str) -> subprocess.C
         (f"{{'authorization': 'Bearer {CANARY}'}}", "{'authorization': 'Bearer hf_***'}"),
         ("authorization: Basic dXNlcjpwYXNz=", "authorization: Basic ***"),
         ("https://user:pass@host/x and http://t@h", "https://***@host/x and http://***@h"),
-        ("hf_short, a@b.c, file:///a/b@c, bearer of news", "hf_short, a@b.c, file:///a/b@c, bearer of news"),
+        (
+            "hf_short, a@b.c, file:///a/b@c, bearer of news",
+            "hf_short, a@b.c, file:///a/b@c, bearer of news",
+        ),
     ],
 )
 def test_secrets_are_struck_out_and_nothing_else(text: str, shown: str) -> None:
@@ -55,12 +67,31 @@ def test_a_token_is_in_no_output_of_the_program(tmp_path: Path) -> None:
     words = small_run(tmp_path)
     with serve({"someone/tiny": files}, kind="model") as hub:
         done = gptq(
-            tmp_path, hub.environment(tmp_path / "a"), "quantize", "someone/tiny", "-o", "out", "--json", *words
+            tmp_path,
+            hub.environment(tmp_path / "a"),
+            "quantize",
+            "someone/tiny",
+            "-o",
+            "out",
+            "--json",
+            *words,
         )
         assert done.returncode == 0, done.stderr
         assert f"Bearer {CANARY}" in hub.tokens  # the client does send it
-        hub.faults.append(Fault("/api/", Reply(401, headers={"X-Error-Message": f"Bearer {CANARY} is not allowed"})))
-        refused = gptq(tmp_path, hub.environment(tmp_path / "b"), "quantize", "someone/tiny", "-o", "no", *words)
+        hub.faults.append(
+            Fault(
+                "/api/", Reply(401, headers={"X-Error-Message": f"Bearer {CANARY} is not allowed"})
+            )
+        )
+        refused = gptq(
+            tmp_path,
+            hub.environment(tmp_path / "b"),
+            "quantize",
+            "someone/tiny",
+            "-o",
+            "no",
+            *words,
+        )
         assert refused.returncode == 3
     assert not any(CANARY in process.stdout + process.stderr for process in (done, refused))
     written = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
@@ -97,29 +128,51 @@ def test_a_traceback_of_a_bug_holds_no_token(monkeypatch: pytest.MonkeyPatch) ->
     assert CANARY not in found.stderr + found.stdout
 
 
-def test_secrets_are_struck_out_of_errors_and_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secrets_are_struck_out_of_errors_and_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("HF_ENDPOINT", f"https://user:{CANARY}@mirror/x")
     monkeypatch.setenv("GPTQ_DATASET", CANARY)
     told = json.loads(CliRunner().invoke(app, ["env", "--json"]).stdout)["variables"]
     assert (told["HF_ENDPOINT"], told["GPTQ_DATASET"]) == ("https://***@mirror/x", "hf_***")
     refused = CliRunner().invoke(app, ["validate-config", f"/none/{CANARY}.yaml", "--json"])
     (problem,) = json.loads(refused.stdout)["problems"]
-    assert problem["message"] == "cannot read the configuration /none/hf_***.yaml: No such file or directory"
+    assert (
+        problem["message"]
+        == "cannot read the configuration /none/hf_***.yaml: No such file or directory"
+    )
     assert "/none/hf_***.yaml" in refused.stderr
 
 
 def test_only_files_of_the_model_itself_reach_the_output(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", num_hidden_layers=2)
-    for name in (".env", ".git/config", "original/params.json", "pytorch_model.bin", "notes.md", "folder/inside.json"):
+    for name in (
+        ".env",
+        ".git/config",
+        "original/params.json",
+        "pytorch_model.bin",
+        "notes.md",
+        "folder/inside.json",
+    ):
         (model / name).parent.mkdir(exist_ok=True)
         (model / name).write_text("x")
-    done = CliRunner().invoke(app, ["quantize", str(model), "-o", str(tmp_path / "out"), *small_run(tmp_path)])
+    done = CliRunner().invoke(
+        app, ["quantize", str(model), "-o", str(tmp_path / "out"), *small_run(tmp_path)]
+    )
     assert done.exit_code == 0, done.stderr
     written = {
-        path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()
+        path.relative_to(tmp_path / "out").as_posix()
+        for path in (tmp_path / "out").rglob("*")
+        if path.is_file()
     }
     own = {"model.safetensors", "config.json", "quantize_config.json", "gptq_config.yaml"}
-    copied = {"generation_config.json", "tokenizer.json", "tokenizer_config.json", "notes.md", "folder/inside.json"}
+    copied = {
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "notes.md",
+        "folder/inside.json",
+    }
     assert written - {"gptq_manifest.json"} == own | copied
 
 

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from tests.simulated_gpu import CUDA, SimulatedGpu, simulated_gpu
 
-pytestmark = pytest.mark.skipif(torch.version.cuda is not None, reason="torch has a device of its own")
+pytestmark = pytest.mark.skipif(
+    torch.version.cuda is not None, reason="torch has a device of its own"
+)
 
 
 @pytest.fixture
@@ -53,9 +55,10 @@ def test_what_may_be_mixed_is_computed_on_the_device(gpu: SimulatedGpu, inferenc
     with torch.inference_mode(inference):
         found = (on_device(1, 2) * torch.tensor(3.0))[torch.tensor([1, 0])]
         assert (found.device, found.is_cuda, found.tolist()) == (CUDA, True, [6, 3])
-        assert {made.device for made in (found.new_zeros(2), torch.arange(2, device=CUDA), torch.eye(2).to(CUDA))} == {
-            CUDA
-        }
+        assert {
+            made.device
+            for made in (found.new_zeros(2), torch.arange(2, device=CUDA), torch.eye(2).to(CUDA))
+        } == {CUDA}
     assert gpu.allocated > 0
 
 
@@ -97,7 +100,9 @@ def test_16_bit_products_come_out_in_float32_in_other_threads_too() -> None:
         (lambda x: x.nonzero(), 1),
     ],
 )
-def test_what_the_host_waits_for_is_counted(gpu: SimulatedGpu, work: Callable[[Tensor], object], waits: int) -> None:
+def test_what_the_host_waits_for_is_counted(
+    gpu: SimulatedGpu, work: Callable[[Tensor], object], waits: int
+) -> None:
     numbers = on_device(1, 2, 3)
     gpu.waits.clear()
     work(numbers)

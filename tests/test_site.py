@@ -47,10 +47,17 @@ def docs_site() -> ModuleType:
 
 
 def test_the_site_is_whole_and_fetches_nothing(site: Path) -> None:
-    pages = {str(page.relative_to(site)): page.read_text(encoding="utf-8") for page in site.rglob("*.html")}
-    assert {"index.html", "tutorial.html", "reference/cli.html", "benchmarks/index.html"} <= set(pages)
+    pages = {
+        str(page.relative_to(site)): page.read_text(encoding="utf-8")
+        for page in site.rglob("*.html")
+    }
+    assert {"index.html", "tutorial.html", "reference/cli.html", "benchmarks/index.html"} <= set(
+        pages
+    )
     fetched = [
-        (name, at) for name, page in pages.items() for at in re.findall(r'(?:src|<link[^>]*href)="(http[^"]+)', page)
+        (name, at)
+        for name, page in pages.items()
+        for at in re.findall(r'(?:src|<link[^>]*href)="(http[^"]+)', page)
     ]
     assert fetched == []
 
@@ -64,13 +71,19 @@ def test_equations_are_drawn(site: Path) -> None:
 
 def test_the_reference_has_every_command_option_key_code_and_engine(docs_site: ModuleType) -> None:
     pages = docs_site.pages()
-    cli, keys, codes = (pages[f"reference/{name}.md"] for name in ("cli", "configuration", "error-codes"))
+    cli, keys, codes = (
+        pages[f"reference/{name}.md"] for name in ("cli", "configuration", "error-codes")
+    )
     assert [name for name in COMMANDS if f"## gptq {name}\n" not in cli] == []
     assert [option for option in options() - {"--help"} if f"`{option}`" not in cli] == []
     assert [key for key in QuantizeConfig.model_fields if f"| `{key}` |" not in keys] == []
     assert [name for name in [*PRESETS, *recipes()] if name not in keys] == []
     assert [code for code in explanations() if f"## {code}\n" not in codes] == []
-    assert [engine.name for engine in ENGINES if f"## {engine.name}\n" not in pages["reference/engines.md"]] == []
+    assert [
+        engine.name
+        for engine in ENGINES
+        if f"## {engine.name}\n" not in pages["reference/engines.md"]
+    ] == []
 
 
 def test_defaults_of_the_reference_are_those_of_the_default_preset(docs_site: ModuleType) -> None:
@@ -80,16 +93,27 @@ def test_defaults_of_the_reference_are_those_of_the_default_preset(docs_site: Mo
 
 
 def test_exit_codes_of_the_reference_are_those_of_the_errors(docs_site: ModuleType) -> None:
-    documented = {int(code) for code in re.findall(r"^\| (\d+) \|", docs_site.exit_codes(), flags=re.MULTILINE)}
-    classes = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
+    documented = {
+        int(code)
+        for code in re.findall(r"^\| (\d+) \|", docs_site.exit_codes(), flags=re.MULTILINE)
+    }
+    classes = [
+        kind
+        for kind in vars(errors).values()
+        if isinstance(kind, type) and issubclass(kind, Exception)
+    ]
     assert {kind.exit_code for kind in classes} | {0, 130, 143} == documented
 
 
-def test_every_part_of_the_output_schema_and_every_decision_has_its_place(docs_site: ModuleType) -> None:
+def test_every_part_of_the_output_schema_and_every_decision_has_its_place(
+    docs_site: ModuleType,
+) -> None:
     pages = docs_site.pages()
     shown = pages["reference/json.md"]
     assert [name for name in COMMANDS if name != "schema" and f"## {name}\n" not in shown] == []
-    parts = json.loads((ROOT / "gptq_cli" / "cli" / "output.schema.json").read_text(encoding="utf-8"))["$defs"]
+    parts = json.loads(
+        (ROOT / "gptq_cli" / "cli" / "output.schema.json").read_text(encoding="utf-8")
+    )["$defs"]
     fields = {field for part in parts.values() for field in part.get("properties", {})}
     assert [field for field in sorted(fields) if f"| `{field}` |" not in shown] == []
     assert "| `memory.cpu` | [memory_peak](#memory_peak) |" in shown

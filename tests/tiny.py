@@ -30,7 +30,9 @@ class Case:
     def run(self, output: Path, **changes: object) -> QuantizeResult:
         named = ("resume", "overwrite", "max_seconds", "report", "worker")
         options = {key: changes.pop(key) for key in named if key in changes}
-        return quantize_checkpoint(str(self.model), output, config(**(SETTINGS | changes)), **options)
+        return quantize_checkpoint(
+            str(self.model), output, config(**(SETTINGS | changes)), **options
+        )
 
     def interrupted(self, output: Path, last: int) -> bool:
         """Run with a kill after operation `last`; whether the run lived that long."""

@@ -18,12 +18,20 @@ ROOT = Path(__file__).resolve().parents[1]
 MODEL, QUANTIZED = "Qwen3-0.6B", "Qwen3-0.6B-GPTQ-Int4-g128"
 FILES = ("calibration.txt", "heldout.txt", "recipe.yaml", "ppl.json")
 SMALL = {"GPTQ_NSAMPLES": "4", "GPTQ_SEQLEN": "64", "GPTQ_BATCH_SIZE": "2", "GPTQ_DEVICE": "cpu"}
-SETTINGS = {"dataset": "calibration.txt", "nsamples": 4, "seqlen": 64, "batch_size": 2, "device": "cpu"}
+SETTINGS = {
+    "dataset": "calibration.txt",
+    "nsamples": 4,
+    "seqlen": 64,
+    "batch_size": 2,
+    "device": "cpu",
+}
 
 
 def make_workspace(directory: Path) -> Path:
     """A model with two blocks, texts, a configuration, and what earlier commands have made of them."""
-    save_model(directory / MODEL, "qwen3", num_hidden_layers=2, hidden_size=128, intermediate_size=128)
+    save_model(
+        directory / MODEL, "qwen3", num_hidden_layers=2, hidden_size=128, intermediate_size=128
+    )
     for seed, name in enumerate(FILES[:2]):
         (directory / name).write_text(texts(4000, seed)[0], encoding="utf-8")
     (directory / "recipe.yaml").write_text("bits: 4\n", encoding="utf-8")
@@ -62,7 +70,9 @@ def leave_unfinished(output: str) -> None:
     """The work directory of a run into `output` that ended after one of two blocks."""
     shutil.rmtree(output, ignore_errors=True)
     try:
-        quantize(MODEL, resolve({"bits": 4}, SMALL).config, output, on_event=stop_after_the_first_block)
+        quantize(
+            MODEL, resolve({"bits": 4}, SMALL).config, output, on_event=stop_after_the_first_block
+        )
     except PausedError:
         return
     raise AssertionError("the run was not stopped")

@@ -39,13 +39,21 @@ def texts_of(rows: Iterable[Row], column: str, label: str) -> Iterator[str]:
         if not isinstance(text, str):
             chat = isinstance(text, list) and bool(text) and is_message(text[0])
             found = f"{kind_of(text)}{' of chat messages' if chat else ''}"
-            raise no_string(f"of row {number} holds {found}, not a string", column, row, label, chat=chat)
+            raise no_string(
+                f"of row {number} holds {found}, not a string", column, row, label, chat=chat
+            )
         if not _is_whole(text):
             message = f"dataset `{label}`: column `{column}` of row {number} holds half of a surrogate pair"
-            raise InputError("E_DATA_FORMAT", message, hint="fix that text: half a pair is no letter")
+            raise InputError(
+                "E_DATA_FORMAT", message, hint="fix that text: half a pair is no letter"
+            )
         yield text
     if number == 0:
-        raise InputError("E_DATA_EMPTY", f"dataset `{label}` has no rows", hint="choose a dataset that holds text")
+        raise InputError(
+            "E_DATA_EMPTY",
+            f"dataset `{label}` has no rows",
+            hint="choose a dataset that holds text",
+        )
 
 
 def check_schema(schema: Any, column: str, label: str) -> None:
@@ -56,10 +64,19 @@ def check_schema(schema: Any, column: str, label: str) -> None:
         raise no_column(column, schema.names, label)
     kind = schema.field(column).type
     value = kind.value_type if types.is_dictionary(kind) else kind
-    if types.is_string(value) or types.is_large_string(value) or types.is_string_view(value) or types.is_null(value):
+    if (
+        types.is_string(value)
+        or types.is_large_string(value)
+        or types.is_string_view(value)
+        or types.is_null(value)
+    ):
         return  # a null is told with its row
     is_list = types.is_list(kind) or types.is_large_list(kind)
-    fields = {field.name for field in kind.value_type} if is_list and types.is_struct(kind.value_type) else set()
+    fields = (
+        {field.name for field in kind.value_type}
+        if is_list and types.is_struct(kind.value_type)
+        else set()
+    )
     chat = is_message(fields)
     found = f"a list{' of chat messages' if chat else ''} in each row" if is_list else str(kind)
     raise no_string(f"holds {found}, not strings", column, schema.names, label, chat=chat)
@@ -71,11 +88,15 @@ def no_column(column: str, columns: Iterable[str], label: str, place: str = "") 
     message = f"{place}dataset `{label}` has no column `{column}`; it has {_listed(columns)}"
     chat = next((name for name in columns if name in CHAT_COLUMNS), None)
     return InputError(
-        "E_DATA_COLUMN", message, hint=f"{NAME_IT}; if `{chat}` holds chats: {RENDER}" if chat else NAME_IT
+        "E_DATA_COLUMN",
+        message,
+        hint=f"{NAME_IT}; if `{chat}` holds chats: {RENDER}" if chat else NAME_IT,
     )
 
 
-def no_string(what: str, column: str, columns: Iterable[str], label: str, *, chat: bool) -> InputError:
+def no_string(
+    what: str, column: str, columns: Iterable[str], label: str, *, chat: bool
+) -> InputError:
     """E_DATA_COLUMN for a column that holds something else than strings; `chat` if those are messages."""
     message = f"dataset `{label}`: column `{column}` {what}"
     others = [name for name in columns if name != column]
@@ -85,7 +106,9 @@ def no_string(what: str, column: str, columns: Iterable[str], label: str, *, cha
 
 def kind_of(value: object) -> str:
     """The kind of `value` in the words of JSON."""
-    return "a list" if isinstance(value, list) else KINDS.get(type(value), f"a {type(value).__name__}")
+    return (
+        "a list" if isinstance(value, list) else KINDS.get(type(value), f"a {type(value).__name__}")
+    )
 
 
 def is_message(fields: object) -> bool:
@@ -101,4 +124,6 @@ def _is_whole(text: str) -> bool:
 
 
 def _listed(columns: list[str]) -> str:
-    return ", ".join(f"`{name}`" for name in columns[:LISTED]) + (", ..." if len(columns) > LISTED else "")
+    return ", ".join(f"`{name}`" for name in columns[:LISTED]) + (
+        ", ..." if len(columns) > LISTED else ""
+    )

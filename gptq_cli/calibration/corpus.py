@@ -59,7 +59,9 @@ class Documents:
         """Hash of the joined text in UTF-8; reads every text."""
         digest = sha256()
         for position, text in enumerate(self.texts):
-            digest.update((text if position == 0 else self.join + text).encode("utf-8", "surrogatepass"))
+            digest.update(
+                (text if position == 0 else self.join + text).encode("utf-8", "surrogatepass")
+            )
         return digest.hexdigest()
 
 
@@ -98,7 +100,11 @@ C4 = Corpus(
     parts={
         "calibration": Part("train", file="en/c4-train.00000-of-01024.json.gz"),
         "evaluation": Part(
-            "validation", file="en/c4-validation.00000-of-00008.json.gz", join=" ", limit=1100, max_windows=256
+            "validation",
+            file="en/c4-validation.00000-of-00008.json.gz",
+            join=" ",
+            limit=1100,
+            max_windows=256,
         ),
     },
 )
@@ -126,7 +132,9 @@ def load_documents(source: DatasetSource) -> Documents:
     else:
         documents = _hub(name, source)
     if source.purpose == "evaluation":
-        documents = replace(documents, texts=list(documents.texts))  # evaluation tokenizes all of it at once
+        documents = replace(
+            documents, texts=list(documents.texts)
+        )  # evaluation tokenizes all of it at once
     return documents
 
 
@@ -163,15 +171,27 @@ def _exists(name: str) -> bool:
 
 
 def _refuse_files(texts: Sequence[str]) -> None:
-    files = [text for text in texts if _exists(text) or (text.lower().endswith(SUFFIXES) and len(text.split()) == 1)]
+    files = [
+        text
+        for text in texts
+        if _exists(text) or (text.lower().endswith(SUFFIXES) and len(text.split()) == 1)
+    ]
     if files:
-        message = f"`{files[0]}` is a file, and a dataset given twice or more holds the texts themselves"
-        raise ConfigError("E_CFG_CONFLICT", message, hint="put the files into a folder and give that")
+        message = (
+            f"`{files[0]}` is a file, and a dataset given twice or more holds the texts themselves"
+        )
+        raise ConfigError(
+            "E_CFG_CONFLICT", message, hint="put the files into a folder and give that"
+        )
 
 
 def _literal(texts: list[str]) -> Documents:
     if not any(text.strip() for text in texts):
-        raise InputError("E_DATA_EMPTY", "the list of texts holds no text", hint="give at least one text, or a dataset")
+        raise InputError(
+            "E_DATA_EMPTY",
+            "the list of texts holds no text",
+            hint="give at least one text, or a dataset",
+        )
     return Documents("texts", texts)
 
 
@@ -205,7 +225,9 @@ def _hub(name: str, source: DatasetSource) -> Documents:
             hint=f"use --dataset {pasted.id}" if pasted else listed,
         )
     split = source.split or ("train" if source.purpose == "calibration" else "test")
-    request = LoadRequest(path=name, label=name, config=source.config, split=split, stream=True, hint=_nearest(name))
+    request = LoadRequest(
+        path=name, label=name, config=source.config, split=split, stream=True, hint=_nearest(name)
+    )
     column, revision = open_column(request, source.text_column)
     return Documents(name, column, config=source.config, split=split, revision=revision)
 

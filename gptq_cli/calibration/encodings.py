@@ -11,7 +11,12 @@ from gptq_cli.shell import shell_word
 
 HEAD_BYTES = 65536
 UTF8_MARK = b"\xef\xbb\xbf"
-MARKS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+MARKS = {
+    b"\xff\xfe\0\0": "utf-32",
+    b"\0\0\xfe\xff": "utf-32",
+    b"\xff\xfe": "utf-16",
+    b"\xfe\xff": "utf-16",
+}
 UNMARKED = {"utf-32le": 4, "utf-32be": 4, "utf-16le": 2, "utf-16be": 2}  # and the bytes of a letter
 READABLE_SHARE = 0.7  # of the letters are ASCII, where NULs come from an encoding
 WESTERN_SHARE = 0.3  # of the bytes are beyond ASCII at most, in Latin-1 text of any language
@@ -64,13 +69,17 @@ def encoding_refusal(label: str, data: bytes, start: int, offset: int | None) ->
 
 def _is_readable(data: bytes, encoding: str) -> bool:
     text = data.decode(encoding, "ignore")
-    readable = sum(letter.isascii() and (letter.isprintable() or letter.isspace()) for letter in text)
+    readable = sum(
+        letter.isascii() and (letter.isprintable() or letter.isspace()) for letter in text
+    )
     return readable > READABLE_SHARE * len(data) / UNMARKED[encoding]
 
 
 def _decode(data: bytes, label: str, offset: int) -> str:
     if b"\0" in data:
-        message = f"dataset `{label}` is no text: it holds a NUL byte at offset {offset + data.index(0)}"
+        message = (
+            f"dataset `{label}` is no text: it holds a NUL byte at offset {offset + data.index(0)}"
+        )
         raise InputError("E_DATA_FORMAT", message, hint="choose a file that holds text")
     try:
         return data.decode()

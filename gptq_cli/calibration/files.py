@@ -29,7 +29,9 @@ class FileTexts:
             with file_errors(file, writing=False):
                 if file.stat().st_size == 0:
                     raise InputError(
-                        "E_DATA_EMPTY", f"dataset `{file}` is an empty file", hint="choose a file that holds text"
+                        "E_DATA_EMPTY",
+                        f"dataset `{file}` is an empty file",
+                        hint="choose a file that holds text",
                     )
                 yield from self._texts(file)
 
@@ -68,19 +70,29 @@ def _files_at(path: Path) -> tuple[Path, ...]:
     kinds = ", ".join(SUFFIXES)
     if status_of(path) is None:
         raise InputError(
-            "E_DATA_NOT_FOUND", f"dataset `{path}` does not exist", hint=f"give a {kinds} file, a folder or a Hub id"
+            "E_DATA_NOT_FOUND",
+            f"dataset `{path}` does not exist",
+            hint=f"give a {kinds} file, a folder or a Hub id",
         )
     if not path.is_dir() and not (path.is_file() and suffix_of(path) in SUFFIXES):
         raise InputError(
-            "E_DATA_NOT_FOUND", f"dataset `{path}` is not a kind of file that is read", hint=f"give {kinds}"
+            "E_DATA_NOT_FOUND",
+            f"dataset `{path}` is not a kind of file that is read",
+            hint=f"give {kinds}",
         )
     if path.is_file():
         return (path,)
     _refuse_saved(path)
-    files = tuple(file for file in sorted(_listed(path)) if suffix_of(file) in SUFFIXES and file.name[0] != ".")
+    files = tuple(
+        file
+        for file in sorted(_listed(path))
+        if suffix_of(file) in SUFFIXES and file.name[0] != "."
+    )
     if not files:
         raise InputError(
-            "E_DATA_NOT_FOUND", f"folder `{path}` holds no file that is read", hint=f"put {kinds} files there"
+            "E_DATA_NOT_FOUND",
+            f"folder `{path}` holds no file that is read",
+            hint=f"put {kinds} files there",
         )
     return files
 
@@ -99,4 +111,6 @@ def _refuse_saved(folder: Path) -> None:
     target = str(place.with_name(f"{place.name}.jsonl"))
     code = f"from datasets import load_from_disk; {loaded}.to_json({target!r})"
     message = f"folder `{folder}` was written by save_to_disk of datasets: Arrow files, which are not read"
-    raise InputError("E_DATA_FORMAT", message, hint=f"write it as JSON: python -c {shell_word(code)}")
+    raise InputError(
+        "E_DATA_FORMAT", message, hint=f"write it as JSON: python -c {shell_word(code)}"
+    )

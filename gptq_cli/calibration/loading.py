@@ -70,7 +70,9 @@ def open_column(request: LoadRequest, column: str) -> tuple[TextColumn, str | No
     with refusals(request):
         _reach_hub(request.path)
         rows, revision = _open(request)
-    features = getattr(rows, "features", None)  # of a stream they may not be known before a row is read
+    features = getattr(
+        rows, "features", None
+    )  # of a stream they may not be known before a row is read
     if features:
         check_schema(features.arrow_schema, column, request.label)
     return TextColumn(rows, column, request), revision
@@ -85,7 +87,9 @@ def _refuse_namesakes(request: LoadRequest) -> None:
         raise InputError("E_DATA_NOT_FOUND", message, hint="give the path of the file itself")
     if Path(request.path).exists():
         message = f"`{request.path}` in the current directory has the name of the Hub dataset `{request.label}`"
-        raise InputError("E_DATA_NOT_FOUND", message, hint="run in another directory, or rename what is there")
+        raise InputError(
+            "E_DATA_NOT_FOUND", message, hint="run in another directory, or rename what is there"
+        )
 
 
 def _reach_hub(dataset: str) -> None:
@@ -102,7 +106,9 @@ def _reach_hub(dataset: str) -> None:
 def _open(request: LoadRequest) -> tuple[Iterable[Mapping[str, Any]], str | None]:
     import datasets
 
-    builder = datasets.load_dataset_builder(request.path, request.config, data_files=request.data_files)
+    builder = datasets.load_dataset_builder(
+        request.path, request.config, data_files=request.data_files
+    )
     if request.stream:
         rows = builder.as_streaming_dataset(split=request.split)
     else:
@@ -130,7 +136,11 @@ def _silence() -> Iterator[None]:
     """`datasets` and the Hub client say nothing on stderr; what they had been told before holds again afterwards."""
     import datasets
     from huggingface_hub.utils import logging as hub_logging
-    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils.tqdm import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
 
     verbosity, hub_verbosity = datasets.logging.get_verbosity(), hub_logging.get_verbosity()
     bars, hub_bars = datasets.is_progress_bar_enabled(), not are_progress_bars_disabled()
@@ -160,7 +170,11 @@ def refusal(error: Exception, label: str, hint: str | None = None) -> InputError
             return refused
     if type(error).__module__.partition(".")[0] in READERS:
         message = f"dataset `{label}` cannot be read: {first_line(list(_chain(error))[-1])}"
-        return InputError("E_DATA_FORMAT", message, hint="a file of it is damaged on the Hub: choose another dataset")
+        return InputError(
+            "E_DATA_FORMAT",
+            message,
+            hint="a file of it is damaged on the Hub: choose another dataset",
+        )
     return None
 
 
@@ -180,10 +194,16 @@ def _from_hub(error: BaseException, label: str, hint: str | None) -> InputError 
     if isinstance(error, DatasetNotFoundError) and "gated" in str(error):
         return InputError("E_HUB_GATED", f"dataset `{label}` is gated on the Hub", hint=GATED)
     if isinstance(error, (DataFilesNotFoundError, EmptyDatasetError)):
-        return InputError("E_DATA_NOT_FOUND", f"dataset `{label}` has no files of text", hint="choose another dataset")
+        return InputError(
+            "E_DATA_NOT_FOUND",
+            f"dataset `{label}` has no files of text",
+            hint="choose another dataset",
+        )
     missing = isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError)
     if missing or isinstance(error, DatasetNotFoundError):
-        return InputError("E_DATA_NOT_FOUND", f"dataset `{label}` is not on the Hub", hint=hint or ASK)
+        return InputError(
+            "E_DATA_NOT_FOUND", f"dataset `{label}` is not on the Hub", hint=hint or ASK
+        )
     refused = hub_refusal(error, f"dataset `{label}`")
     if refused is not None and refused.code in ("E_HUB_NETWORK", "E_HUB_OFFLINE"):
         return InputError(refused.code, str(refused), hint=f"{refused.hint}{OWN}")
@@ -194,13 +214,27 @@ def _from_request(error: BaseException, label: str) -> InputError | None:
     text = str(error)
     if isinstance(error, UnicodeDecodeError):
         message = f"dataset `{label}` is not UTF-8: byte 0x{error.object[error.start]:02x}"
-        return InputError("E_DATA_ENCODING", message, hint="choose another dataset, or convert a copy of it")
+        return InputError(
+            "E_DATA_ENCODING", message, hint="choose another dataset, or convert a copy of it"
+        )
     if "Dataset scripts are no longer supported" in text:
-        message = f"dataset `{label}` needs a loading script, which `datasets` 4 and later do not run"
-        return InputError("E_DATA_SCRIPT", message, hint="look for a copy of it in Parquet, or use a file of your own")
-    if isinstance(error, ValueError) and ("Config name is missing" in text or "BuilderConfig" in text):
+        message = (
+            f"dataset `{label}` needs a loading script, which `datasets` 4 and later do not run"
+        )
+        return InputError(
+            "E_DATA_SCRIPT",
+            message,
+            hint="look for a copy of it in Parquet, or use a file of your own",
+        )
+    if isinstance(error, ValueError) and (
+        "Config name is missing" in text or "BuilderConfig" in text
+    ):
         message = f"dataset `{label}`: {' '.join(text.split('Example of usage')[0].split())}"
-        return InputError("E_DATA_CONFIG", message, hint="name a configuration with --dataset-config")
+        return InputError(
+            "E_DATA_CONFIG", message, hint="name a configuration with --dataset-config"
+        )
     if isinstance(error, ValueError) and ("Unknown split" in text or "Bad split" in text):
-        return InputError("E_DATA_SPLIT", f"dataset `{label}`: {text}", hint="name a split with --dataset-split")
+        return InputError(
+            "E_DATA_SPLIT", f"dataset `{label}`: {text}", hint="name a split with --dataset-split"
+        )
     return None

@@ -53,7 +53,9 @@ def csv_rows(file: Path, column: str) -> Iterator[Row]:  # noqa: ARG001
                 missing = [None] * (len(header) - len(record))
                 yield dict(zip(header, [*record, *missing], strict=True))
         except csv.Error as error:
-            raise _broken(file, f"line {reader.line_num} is not CSV: {error}", "fix that line") from error
+            raise _broken(
+                file, f"line {reader.line_num} is not CSV: {error}", "fix that line"
+            ) from error
 
 
 def parquet_rows(file: Path, column: str) -> Iterator[Row]:
@@ -107,7 +109,11 @@ def _parsed(text: str, file: Path, line: int = 1) -> Any:
 
 def _row(item: Any, file: Path, place: str) -> Row:
     if not isinstance(item, dict):
-        raise _broken(file, f"{place} holds {kind_of(item)}, not an object", 'write {"text": "..."} for each text')
+        raise _broken(
+            file,
+            f"{place} holds {kind_of(item)}, not an object",
+            'write {"text": "..."} for each text',
+        )
     return item
 
 

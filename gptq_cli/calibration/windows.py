@@ -47,7 +47,13 @@ class Windows:
 
 
 def calibration_windows(
-    documents: Documents, encode: Encode, *, seqlen: int, nsamples: int, seed: int, bos_token_id: int | None = None
+    documents: Documents,
+    encode: Encode,
+    *,
+    seqlen: int,
+    nsamples: int,
+    seed: int,
+    bos_token_id: int | None = None,
 ) -> Windows:
     """`nsamples` windows [nsamples, seqlen] in a seeded order, drawn without replacement from the text's windows.
 
@@ -66,12 +72,16 @@ def calibration_windows(
             break
     available = min(len(ids) // length, POOL * nsamples)
     if available < nsamples:
-        raise _too_short(documents, windows=available, asked=nsamples, seqlen=seqlen, tokens=len(ids))
+        raise _too_short(
+            documents, windows=available, asked=nsamples, seqlen=seqlen, tokens=len(ids)
+        )
     chosen = random.Random(seed).sample(range(available), nsamples)
     return Windows.of([prefix + ids[index * length : (index + 1) * length] for index in chosen])
 
 
-def evaluation_windows(documents: Documents, encode: Encode, *, seqlen: int, max_windows: int | None = None) -> Windows:
+def evaluation_windows(
+    documents: Documents, encode: Encode, *, seqlen: int, max_windows: int | None = None
+) -> Windows:
     """Every full window [windows, seqlen] of the joined text in order; what remains at the end is dropped.
 
     All text is tokenized at once and as the tokenizer does by default, special tokens included: the protocol of GPTQ,
@@ -117,15 +127,23 @@ def _last_blank(text: str, end: int) -> int:
     return cut if cut > 0 else end
 
 
-def _too_short(documents: Documents, *, windows: int, asked: int, seqlen: int, tokens: int) -> InputError:
+def _too_short(
+    documents: Documents, *, windows: int, asked: int, seqlen: int, tokens: int
+) -> InputError:
     name = documents.name
     if tokens == 0:
-        return InputError("E_DATA_EMPTY", f"dataset `{name}` holds no text", hint="choose a dataset that holds text")
+        return InputError(
+            "E_DATA_EMPTY",
+            f"dataset `{name}` holds no text",
+            hint="choose a dataset that holds text",
+        )
     held = f"{windows} windows of {seqlen} tokens ({tokens} tokens)"
     return InputError(
         "E_DATA_SHORT",
         f"dataset `{name}` gives {held}, {asked} are needed",
-        hint="lower --nsamples or --seqlen, or give more text" if asked > 1 else "lower --seqlen, or give more text",
+        hint="lower --nsamples or --seqlen, or give more text"
+        if asked > 1
+        else "lower --seqlen, or give more text",
     )
 
 
@@ -138,7 +156,9 @@ class Encoder:
 
     def __call__(self, text: str, add_special_tokens: bool) -> list[int]:
         # verbose=False: a text longer than the model's positions is cut into windows afterwards
-        ids: list[int] = self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+        ids: list[int] = self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)[
+            "input_ids"
+        ]
         return ids
 
 
@@ -159,7 +179,9 @@ def load_encoder(directory: Path, *, trust_remote_code: bool) -> Encoder:
             raise InputError("E_TOKENIZER", f"`{directory}` has no tokenizer", hint=hint) from error
         text = " ".join(str(error).split())[:200]
         raise InputError(
-            "E_TOKENIZER", f"`{directory}` has no usable tokenizer: {text}", hint="copy the tokenizer files into it"
+            "E_TOKENIZER",
+            f"`{directory}` has no usable tokenizer: {text}",
+            hint="copy the tokenizer files into it",
         ) from error
     return Encoder(tokenizer, bos if bos is not None and first == [bos] else None)
 

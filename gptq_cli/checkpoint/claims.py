@@ -61,7 +61,9 @@ def _refuse_kinds(config: Mapping[str, Any], longest: int) -> None:
             continue
         count = _blocks_of(value)
         if count > max(longest * MOST_TURNS, USUAL_PARTS):
-            message = f"config.json gives {place} for {count} blocks, but the tensors are of {longest}"
+            message = (
+                f"config.json gives {place} for {count} blocks, but the tensors are of {longest}"
+            )
             raise InputError("E_CKPT_CONFIG", message, hint="download config.json again")
 
 
@@ -81,7 +83,9 @@ def _refuse_kernel(directory: Path, place: str, value: Any) -> None:
     key = place.rpartition(".")[2]
     if key in _KERNEL_SWITCHES and value:
         asked = f"`{key}`"
-    elif _IMPLEMENTATION.fullmatch(key) and (words := [word for word in _texts(value) if _is_of_hub(word)]):
+    elif _IMPLEMENTATION.fullmatch(key) and (
+        words := [word for word in _texts(value) if _is_of_hub(word)]
+    ):
         asked = f"`{words[0]}`"
     else:
         return
@@ -122,4 +126,7 @@ def _longest_list(names: Iterable[str]) -> int:
 
 
 def _largest_stack(tensors: Iterable[TensorInfo]) -> int:
-    return max((tensor.shape[0] for tensor in tensors if len(tensor.shape) > 2 and tensor.nbytes), default=0)
+    return max(
+        (tensor.shape[0] for tensor in tensors if len(tensor.shape) > 2 and tensor.nbytes),
+        default=0,
+    )

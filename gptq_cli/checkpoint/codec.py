@@ -48,7 +48,9 @@ def decode(tensors: dict[str, Tensor], bits: int, format: str) -> QuantizedLinea
 def pack(values: Tensor, bits: int) -> Tensor:
     """Words int32 [N * bits / 32, C] of unsigned integers `values` [N, C] below 2**bits; N must be a multiple of 32."""
     groups = values.unflatten(0, (-1, VALUES))
-    words = torch.zeros(groups.shape[0], bits, *values.shape[1:], dtype=torch.int32, device=values.device)
+    words = torch.zeros(
+        groups.shape[0], bits, *values.shape[1:], dtype=torch.int32, device=values.device
+    )
     for index in range(VALUES):
         word, offset = divmod(index * bits, 32)
         value = groups[:, index].to(torch.int32)
@@ -61,11 +63,15 @@ def pack(values: Tensor, bits: int) -> Tensor:
 def unpack(words: Tensor, bits: int) -> Tensor:
     """The values uint8 [N, C] packed in `words` int32 [N * bits / 32, C]: the inverse of `pack`."""
     groups = words.unflatten(0, (-1, bits))
-    values = torch.empty(groups.shape[0], VALUES, *words.shape[1:], dtype=torch.uint8, device=words.device)
+    values = torch.empty(
+        groups.shape[0], VALUES, *words.shape[1:], dtype=torch.uint8, device=words.device
+    )
     mask = 2**bits - 1
     for index in range(VALUES):
         word, offset = divmod(index * bits, 32)
-        value = groups[:, word] >> offset  # an arithmetic shift: the mask removes the copies of the sign
+        value = (
+            groups[:, word] >> offset
+        )  # an arithmetic shift: the mask removes the copies of the sign
         if offset + bits > 32:
             low = 32 - offset
             value = (value & (2**low - 1)) | (groups[:, word + 1] << low)

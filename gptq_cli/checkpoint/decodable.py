@@ -40,5 +40,7 @@ def refuse_wrong_numbers(checkpoint: Checkpoint) -> tuple[Defect, ...]:
             everything = f"all of it: gptq verify {quote(str(checkpoint.directory))}"
             hint = f"{defect.hint}; {everything}" if defect.hint else everything
             where = f"{defect.place}: " if defect.place else ""
-            raise InputError(defect.code, f"`{checkpoint.directory}`, {where}{defect.message}", hint=hint)
+            raise InputError(
+                defect.code, f"`{checkpoint.directory}`, {where}{defect.message}", hint=hint
+            )
     return found.defects

@@ -69,7 +69,11 @@ def plain_view(checkpoint: Checkpoint, *, allow_requantize: bool = False) -> Pla
         if name not in hidden
     }
     rows, columns = block_size(checkpoint.quantization or {}) or (0, 0)
-    return Plain(tensors, {name: (name, scale) for name, scale in scales.items()}, f"fp8 in blocks of {rows}x{columns}")
+    return Plain(
+        tensors,
+        {name: (name, scale) for name, scale in scales.items()},
+        f"fp8 in blocks of {rows}x{columns}",
+    )
 
 
 def declared_dtype(checkpoint: Checkpoint) -> str:
@@ -77,7 +81,11 @@ def declared_dtype(checkpoint: Checkpoint) -> str:
     config = checkpoint.text_config
     named = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
     parts = tuple(f".{part}" for part in PARTS)
-    kept = [t.dtype for t in checkpoint.tensors.values() if t.dtype in DTYPES.values() and not t.name.endswith(parts)]
+    kept = [
+        t.dtype
+        for t in checkpoint.tensors.values()
+        if t.dtype in DTYPES.values() and not t.name.endswith(parts)
+    ]
     return DTYPES.get(named) or (kept[0] if kept else "BF16")
 
 
@@ -96,11 +104,20 @@ def _unpacked(checkpoint: Checkpoint) -> Plain:
         if owner not in modules or part not in PARTS:
             tensors[name] = tensor
         elif part == "qweight":
-            weight, shape = f"{owner}.weight", (modules[owner].out_features, modules[owner].in_features)
+            weight, shape = (
+                f"{owner}.weight",
+                (modules[owner].out_features, modules[owner].in_features),
+            )
             tensors[weight] = replace(tensor, name=weight, dtype=dtype, shape=shape)
-            parts[weight] = tuple(f"{owner}.{p}" for p in PARTS if f"{owner}.{p}" in checkpoint.tensors)
+            parts[weight] = tuple(
+                f"{owner}.{p}" for p in PARTS if f"{owner}.{p}" in checkpoint.tensors
+            )
     kinds = sorted({(module.bits, module.group_size) for module in modules.values()})
-    return Plain(tensors, parts, f"{format}, " + ", ".join(f"{bits} bits group_size {size}" for bits, size in kinds))
+    return Plain(
+        tensors,
+        parts,
+        f"{format}, " + ", ".join(f"{bits} bits group_size {size}" for bits, size in kinds),
+    )
 
 
 def stores_transposed(config: Mapping[str, Any]) -> bool:

@@ -29,7 +29,11 @@ class Defect:
         return ": ".join(part for part in (self.file, self.tensor) if part)
 
     def __str__(self) -> str:
-        return f"{self.code} {self.place}: {self.message}" if self.place else f"{self.code} {self.message}"
+        return (
+            f"{self.code} {self.place}: {self.message}"
+            if self.place
+            else f"{self.code} {self.message}"
+        )
 
 
 def convert_command(directory: Path, format: str) -> str:

@@ -73,9 +73,13 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         raise _corrupt(file, "the header is not an object")
     metadata = entries.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata  # the safetensors library takes null, too
-    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+    if not isinstance(metadata, dict) or not all(
+        isinstance(text, str) for text in metadata.values()
+    ):
         raise _corrupt(file, "its metadata is not a mapping of texts")
-    tensors = {name: tensor_info(file, name, entry, 8 + len(raw)) for name, entry in entries.items()}
+    tensors = {
+        name: tensor_info(file, name, entry, 8 + len(raw)) for name, entry in entries.items()
+    }
     _check_cover(file, tensors, 8 + len(raw), size)
     return tensors
 
@@ -93,7 +97,9 @@ def _read_raw(file: Path) -> tuple[bytes, int]:
                 raise InputError("E_CKPT_CORRUPT", message, hint="fetch them: git lfs pull")
             length = int.from_bytes(first, "little")
             if status.st_size < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, status.st_size - 8):
-                raise _corrupt(file, f"a header of {length} bytes in a file of {status.st_size} bytes")
+                raise _corrupt(
+                    file, f"a header of {length} bytes in a file of {status.st_size} bytes"
+                )
             raw = stream.read(length)
     if len(raw) < length:
         raise _corrupt(file, f"a header of {length} bytes, {len(raw)} are there")
@@ -121,7 +127,9 @@ def tensor_info(file: Path, name: str, entry: Any, data_start: int) -> TensorInf
     if len(shape) > MAX_DIMENSIONS or not all(map(_is_size, (*shape, start, end))):
         raise _corrupt(file, f"tensor {name!r} has sizes or offsets that are no numbers of bytes")
     if (end - start) * 8 != bits_per_element * math.prod(shape):
-        raise _corrupt(file, f"tensor {name!r}: {dtype} {list(shape)} does not fit bytes {start} to {end}")
+        raise _corrupt(
+            file, f"tensor {name!r}: {dtype} {list(shape)} does not fit bytes {start} to {end}"
+        )
     return TensorInfo(name, dtype, shape, file, data_start + start, data_start + end)
 
 
@@ -132,7 +140,9 @@ def _is_size(value: object) -> bool:
 def _check_cover(file: Path, tensors: dict[str, TensorInfo], position: int, size: int) -> None:
     for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.end)):
         if tensor.start != position:
-            raise _corrupt(file, f"tensor {tensor.name!r} starts at byte {tensor.start}, expected {position}")
+            raise _corrupt(
+                file, f"tensor {tensor.name!r} starts at byte {tensor.start}, expected {position}"
+            )
         position = tensor.end
     if position != size:
         raise _corrupt(file, f"expected {position} bytes, found {size}")
@@ -140,7 +150,9 @@ def _check_cover(file: Path, tensors: dict[str, TensorInfo], position: int, size
 
 def _corrupt(file: Path, what: str) -> InputError:
     return InputError(
-        "E_CKPT_CORRUPT", f"`{file}` is not a complete safetensors file: {what}", hint="download or copy the file again"
+        "E_CKPT_CORRUPT",
+        f"`{file}` is not a complete safetensors file: {what}",
+        hint="download or copy the file again",
     )
 
 
@@ -195,7 +207,9 @@ def not_finite(tensor: TensorInfo) -> InputError:
 
 def unpack_words(words: Array, bits: int) -> Array:
     """The unsigned fields [R, C * 32 / bits] of `bits` bits in 32-bit `words` [R, C], one stream of bits a row."""
-    bytes_of_rows = np.ascontiguousarray(words, dtype="<i4").view(np.uint8).reshape(words.shape[0], -1)
+    bytes_of_rows = (
+        np.ascontiguousarray(words, dtype="<i4").view(np.uint8).reshape(words.shape[0], -1)
+    )
     stream = np.unpackbits(bytes_of_rows, axis=1, bitorder="little")
     fields = stream.reshape(words.shape[0], -1, bits)
     return np.packbits(fields, axis=2, bitorder="little")[:, :, 0]

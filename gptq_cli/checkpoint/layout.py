@@ -49,7 +49,9 @@ class Layout:
         return sum(shard.size for shard in self.shards)
 
 
-def packed_specs(weight: str, out_features: int, in_features: int, groups: int, bits: int) -> tuple[TensorSpec, ...]:
+def packed_specs(
+    weight: str, out_features: int, in_features: int, groups: int, bits: int
+) -> tuple[TensorSpec, ...]:
     """The four tensors that replace `weight` (a name ending in ".weight"); shapes as in AutoGPTQ's QuantLinear."""
     module = weight.removesuffix(".weight")
     return (
@@ -110,7 +112,9 @@ def _shard(file: str, specs: list[TensorSpec]) -> Shard:
 
 
 def _index(names: list[str], bins: list[list[TensorSpec]]) -> str:
-    weight_map = {spec.name: file for file, specs in zip(names, bins, strict=True) for spec in specs}
+    weight_map = {
+        spec.name: file for file, specs in zip(names, bins, strict=True) for spec in specs
+    }
     total = sum(spec.nbytes for specs in bins for spec in specs)
     content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

@@ -91,13 +91,17 @@ def hub_id(model: str) -> str:
     """The id that MODEL, which is no directory, has on the Hub; InputError E_MODEL_NOT_FOUND if it can be none."""
     path = expanded(model)
     if status_of(path) is not None:
-        raise InputError("E_MODEL_NOT_FOUND", f"`{model}` is not a directory", hint=_instead_of(path))
+        raise InputError(
+            "E_MODEL_NOT_FOUND", f"`{model}` is not a directory", hint=_instead_of(path)
+        )
     identifier = model.removeprefix("hf://")
     if model.startswith((".", "/", "~")):
         hint = "give a model directory or a Hub id"
         raise InputError("E_MODEL_NOT_FOUND", f"`{model}` is not a directory", hint=hint)
     if pasted := pasted_id(model):
-        message = f"`{model}` is not a directory and not an id, but an address or a name that holds one"
+        message = (
+            f"`{model}` is not a directory and not an id, but an address or a name that holds one"
+        )
         raise InputError("E_MODEL_NOT_FOUND", message, hint=f"use {pasted}")
     if flaw := id_flaw(identifier):
         message = f"`{model}` is not a directory, and no id of the Hub: {flaw}"
@@ -137,7 +141,11 @@ def _snapshot(folder: Path) -> Path:
     """The snapshot of the main branch in a model's folder of the cache, or the only one."""
     with file_errors(writing=False):
         found = sorted(path for path in (folder / "snapshots").iterdir() if path.is_dir())
-        main = (folder / "refs" / "main").read_text().strip() if is_file(folder / "refs" / "main") else ""
+        main = (
+            (folder / "refs" / "main").read_text().strip()
+            if is_file(folder / "refs" / "main")
+            else ""
+        )
     chosen = [path for path in found if path.name == main] or found
     if len(chosen) == 1:
         return chosen[0]
@@ -171,14 +179,18 @@ def _download(identifier: str, revision: str | None) -> ModelSource:
 
     with _hub_errors(identifier, revision):
         directory = Path(snapshot_download(identifier, revision=revision, ignore_patterns=SKIPPED))
-    return ModelSource(directory, identifier, directory.name)  # the cache names a snapshot by its commit
+    return ModelSource(
+        directory, identifier, directory.name
+    )  # the cache names a snapshot by its commit
 
 
 def _is_silence(refused: InputError) -> bool:
     """Whether the Hub has not let itself be asked for the model: then `snapshot_download` takes what the cache has."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    return refused.code in ("E_HUB_NETWORK", "E_HUB_AUTH") or isinstance(refused.__cause__, RepositoryNotFoundError)
+    return refused.code in ("E_HUB_NETWORK", "E_HUB_AUTH") or isinstance(
+        refused.__cause__, RepositoryNotFoundError
+    )
 
 
 def _cached(identifier: str, revision: str | None) -> tuple[ModelSource, Checkpoint] | None:
@@ -187,7 +199,9 @@ def _cached(identifier: str, revision: str | None) -> tuple[ModelSource, Checkpo
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        found = snapshot_download(identifier, revision=revision, ignore_patterns=SKIPPED, local_files_only=True)
+        found = snapshot_download(
+            identifier, revision=revision, ignore_patterns=SKIPPED, local_files_only=True
+        )
         directory = Path(found)
         return ModelSource(directory, identifier, directory.name), open_checkpoint(directory)
     except LocalEntryNotFoundError:
@@ -206,14 +220,22 @@ def _peek(api: HfApi, identifier: str, revision: str | None) -> tuple[ModelSourc
     files = {sibling.rfilename for sibling in info.siblings or ()}
     if "config.json" not in files:
         refuse_other_kinds(identifier, files)
-        raise InputError("E_CKPT_CONFIG", f"`{identifier}` has no config.json", hint="name a Hugging Face model")
-    fetched = [Path(api.hf_hub_download(identifier, name, revision=info.sha)) for name in CONFIG_NAMES if name in files]
+        raise InputError(
+            "E_CKPT_CONFIG", f"`{identifier}` has no config.json", hint="name a Hugging Face model"
+        )
+    fetched = [
+        Path(api.hf_hub_download(identifier, name, revision=info.sha))
+        for name in CONFIG_NAMES
+        if name in files
+    ]
     try:
         stored = _remote_tensors(api, identifier, info.sha)
     except NotASafetensorsRepoError:
         refuse_other_kinds(identifier, files)
         message = f"`{identifier}` holds no model.safetensors and no {INDEX_NAME}"
-        raise InputError("E_CKPT_MISSING", message, hint="name a model with safetensors weights") from None
+        raise InputError(
+            "E_CKPT_MISSING", message, hint="name a model with safetensors weights"
+        ) from None
     except SafetensorsParsingError as error:
         raise InputError("E_CKPT_CORRUPT", f"`{identifier}`: {first_line(error)}") from None
     directory = fetched[0].parent
@@ -233,7 +255,9 @@ def _remote_tensors(api: HfApi, identifier: str, commit: str) -> Stored:
     for file, header in sorted(found.files_metadata.items()):
         path = Path(identifier) / file
         shards[file] = {
-            name: tensor_info(path, name, {"dtype": t.dtype, "shape": t.shape, "data_offsets": t.data_offsets}, 0)
+            name: tensor_info(
+                path, name, {"dtype": t.dtype, "shape": t.shape, "data_offsets": t.data_offsets}, 0
+            )
             for name, t in sorted(header.tensors.items(), key=lambda item: item[1].data_offsets)
         }
     return merge_shards(f"{identifier}/{INDEX_NAME}", found.weight_map, shards)
@@ -252,7 +276,9 @@ def _hub_errors(identifier: str, revision: str | None) -> Iterator[None]:
             raise
         if refused.code in UNSEEN:
             raise InputError(
-                refused.code, str(refused), hint=f"no directory of that name is here; {refused.hint}"
+                refused.code,
+                str(refused),
+                hint=f"no directory of that name is here; {refused.hint}",
             ) from error
         raise refused from error
 
@@ -263,4 +289,6 @@ def _refused_by_disk(error: Exception) -> GptqError | None:
     if refused := file_cause(error):
         return refused
     hint = "free some space or move the cache (HF_HOME), then run again: what was fetched is kept"
-    return ResourceError("E_DISK", f"cannot write the Hub's cache: {error.strerror or error}", hint=hint)
+    return ResourceError(
+        "E_DISK", f"cannot write the Hub's cache: {error.strerror or error}", hint=hint
+    )

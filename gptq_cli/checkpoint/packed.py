@@ -33,7 +33,11 @@ class PackedModule:
 
 def packed_modules(tensors: dict[str, TensorInfo]) -> tuple[PackedModule, ...]:
     """The quantized linears among `tensors`, in file order, each by the shapes of its parts."""
-    return tuple(_module(name.removesuffix(".qweight"), tensors) for name in tensors if name.endswith(".qweight"))
+    return tuple(
+        _module(name.removesuffix(".qweight"), tensors)
+        for name in tensors
+        if name.endswith(".qweight")
+    )
 
 
 def _module(name: str, tensors: dict[str, TensorInfo]) -> PackedModule:
@@ -49,7 +53,12 @@ def _module(name: str, tensors: dict[str, TensorInfo]) -> PackedModule:
     if rest or not bits or rows * 32 % bits or shapes["scales"] != (groups, out_features):
         raise _misfit(name, shapes)
     return PackedModule(
-        name, out_features, rows * 32 // bits, bits, groups, sum(tensor.nbytes for tensor in found.values())
+        name,
+        out_features,
+        rows * 32 // bits,
+        bits,
+        groups,
+        sum(tensor.nbytes for tensor in found.values()),
     )
 
 

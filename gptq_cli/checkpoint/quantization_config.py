@@ -22,7 +22,13 @@ from gptq_cli.files import UNREADABLE, is_file
 from gptq_cli.storage.manifest import QUANTIZE_CONFIG
 
 # Fields of this tool alone: they shape codes and scales, and no reader needs or knows them.
-UNKNOWN_TO_READERS = {"signed_scales", "scale_search", "refine_sweeps", "asymmetric_calibration", "damp_mode"}
+UNKNOWN_TO_READERS = {
+    "signed_scales",
+    "scale_search",
+    "refine_sweeps",
+    "asymmetric_calibration",
+    "damp_mode",
+}
 
 STORED_OFFSET = {"gptq": 1, "gptq_v2": 0}  # v1 files store zero - 1 and readers add it back
 FORMATS = tuple(STORED_OFFSET)
@@ -38,10 +44,18 @@ OTHER_PACKINGS = {
 }
 AWQ_OUTPUTS = 8  # of 4 bits in a word
 # Keys that make a reader of config.json refuse, or look for something that is not there.
-UNPORTABLE = {"meta", "is_marlin_format", "autoround_version", "model_name_or_path", "model_file_base_name"}
+UNPORTABLE = {
+    "meta",
+    "is_marlin_format",
+    "autoround_version",
+    "model_name_or_path",
+    "model_file_base_name",
+}
 
 
-def describe(config: QuantizeConfig, quantized: Iterable[str], kept: Iterable[str]) -> dict[str, Any]:
+def describe(
+    config: QuantizeConfig, quantized: Iterable[str], kept: Iterable[str]
+) -> dict[str, Any]:
     """The dict for config.json. `quantized` and `kept` are full names of linears; kept ones lie inside the blocks.
 
     When a linear of a block is kept, both dialects say so: transformers reads `modules_in_block_to_quantize`, GPTQModel
@@ -74,7 +88,9 @@ def describe(config: QuantizeConfig, quantized: Iterable[str], kept: Iterable[st
     }
     mixtures = {part[0] for name in quantized if (part := expert_part(name))}
     # Engines ask for the settings of all experts of a layer by the name that these share.
-    whole = {part[0]: None for name in kept if (part := expert_part(name)) and part[0] not in mixtures}
+    whole = {
+        part[0]: None for name in kept if (part := expert_part(name)) and part[0] not in mixtures
+    }
     if kept or overrides:
         described["dynamic"] = {rule: {} for rule in skip_rules([*kept, *whole])} | overrides
     if kept and not mixtures:
@@ -90,7 +106,9 @@ def skip_rules(kept: Iterable[str]) -> list[str]:
         leaves[parent].add(leaf)
     parents: dict[frozenset[str], list[str]] = defaultdict(list)
     for parent, names in leaves.items():
-        parents[frozenset(names | {alias for parts, alias in FUSED_ALIASES.items() if parts <= names})].append(parent)
+        parents[
+            frozenset(names | {alias for parts, alias in FUSED_ALIASES.items() if parts <= names})
+        ].append(parent)
     return [
         f"-:^({'|'.join(map(re.escape, where))})\\.({'|'.join(map(re.escape, sorted(names)))})$"
         for names, where in parents.items()
@@ -124,7 +142,9 @@ class StoredConfig:
         """The settings of a quantized module: the base, or what the first matching rule changes of it."""
         rule = first_match([rule for rule in self.dynamic if not keeps(rule)], module)
         changes = self.dynamic[rule] if rule else {}
-        return Settings(**{name: changes.get(name, getattr(self.base, name)) for name in Settings.__slots__})
+        return Settings(
+            **{name: changes.get(name, getattr(self.base, name)) for name in Settings.__slots__}
+        )
 
     def skip_rule(self, module: str) -> str | None:
         """The `-:` rule that says to leave `module` as it is."""
@@ -144,7 +164,9 @@ def format_of(checkpoint: Checkpoint) -> str:
         what = f"{method} ({format}, {packing})" if method == "gptq" else method
         raise _not_read(checkpoint, f"is quantized as {what}")
     if other := other_packing(checkpoint):
-        raise _not_read(checkpoint, f"calls itself {format}, but its linears are packed for {other}")
+        raise _not_read(
+            checkpoint, f"calls itself {format}, but its linears are packed for {other}"
+        )
     return str(format)
 
 
@@ -180,7 +202,9 @@ def _is_awq(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> bool:
 
 def _not_read(checkpoint: Checkpoint, what: str) -> InputError:
     hint = "use a full-precision, gptq or gptq_v2 checkpoint of the model"
-    return InputError("E_CKPT_QUANTIZED", f"`{checkpoint.directory}` {what}, which is not read here", hint=hint)
+    return InputError(
+        "E_CKPT_QUANTIZED", f"`{checkpoint.directory}` {what}, which is not read here", hint=hint
+    )
 
 
 def stored_config(checkpoint: Checkpoint) -> tuple[StoredConfig | None, list[Defect]]:
@@ -192,12 +216,17 @@ def stored_config(checkpoint: Checkpoint) -> tuple[StoredConfig | None, list[Def
     said = checkpoint.quantization
     if said is None:
         message = f"neither config.json nor {QUANTIZE_CONFIG} says how the linears are packed"
-        return None, [_wrong(message, f"put the {QUANTIZE_CONFIG} of the checkpoint beside its weights")]
+        return None, [
+            _wrong(message, f"put the {QUANTIZE_CONFIG} of the checkpoint beside its weights")
+        ]
     if unusable := [*_wrong_values(said), *_wrong_rules(said)]:
         hint = f"correct it in config.json and {QUANTIZE_CONFIG}, as the tool that wrote the weights was told"
         return None, [_wrong(text, hint) for text in unusable]
     command = convert_command(checkpoint.directory, format)
-    wrong = [_wrong(text, f"{command} writes what all readers take", "form") for text in _lenient(checkpoint, said)]
+    wrong = [
+        _wrong(text, f"{command} writes what all readers take", "form")
+        for text in _lenient(checkpoint, said)
+    ]
     wrong += [_of_format(checkpoint, text, said) for text in _formats(checkpoint, said)]
     listed = said.get("modules_in_block_to_quantize")
     return StoredConfig(
@@ -229,8 +258,15 @@ def as_all_take_it(said: Mapping[str, Any], format: str, *, lm_head: bool) -> di
     Readers refuse null values, a flat list of modules, a damp_percent of 0, `meta`, and
     act_group_aware beside desc_act; `autoround_version` and the name of a file lead them astray.
     """
-    found = {key: value for key, value in said.items() if value is not None and key not in UNPORTABLE}
-    found |= {"quant_method": "gptq", "checkpoint_format": format, "format": format, "lm_head": lm_head}
+    found = {
+        key: value for key, value in said.items() if value is not None and key not in UNPORTABLE
+    }
+    found |= {
+        "quant_method": "gptq",
+        "checkpoint_format": format,
+        "format": format,
+        "lm_head": lm_head,
+    }
     if "dynamic" in found:
         found["dynamic"] = {rule: values or {} for rule, values in found["dynamic"].items()}
     listed = found.get("modules_in_block_to_quantize")
@@ -255,11 +291,17 @@ def _lenient(checkpoint: Checkpoint, said: Mapping[str, Any]) -> list[str]:
         place = f"{QUANTIZE_CONFIG} alone"
         if "quantization_config" in checkpoint.text_config:
             place = "text_config"
-        found.append(f"has no quantization_config, which stands in {place}: transformers would not see it")
+        found.append(
+            f"has no quantization_config, which stands in {place}: transformers would not see it"
+        )
     elif checkpoint.text_config.get("quantization_config", said) != said:
         found.append("text_config has another quantization_config: readers take one or the other")
     if said.get("quant_method") != "gptq":
-        told = f"quant_method is {said['quant_method']!r}" if "quant_method" in said else "quant_method is missing"
+        told = (
+            f"quant_method is {said['quant_method']!r}"
+            if "quant_method" in said
+            else "quant_method is missing"
+        )
         found.append(f"{told}: transformers knows only 'gptq' and would skip it")
     return [*found, *_disagreements(checkpoint, said)]
 
@@ -294,9 +336,16 @@ def _wrong_values(said: Mapping[str, Any]) -> list[str]:
         "sym": lambda value: isinstance(value, bool),
         "desc_act": lambda value: isinstance(value, bool),
     }
-    absent = [f"{key} is missing, and readers' defaults for it differ" for key in accepted if key not in said]
+    absent = [
+        f"{key} is missing, and readers' defaults for it differ"
+        for key in accepted
+        if key not in said
+    ]
     overrides = (said.get("dynamic") or {}).items() if isinstance(said.get("dynamic"), dict) else ()
-    places = [("", said), *((f"rule {rule!r}: ", values) for rule, values in overrides if isinstance(values, dict))]
+    places = [
+        ("", said),
+        *((f"rule {rule!r}: ", values) for rule, values in overrides if isinstance(values, dict)),
+    ]
     return absent + [
         f"{where}{key} is {values[key]!r}"
         for where, values in places
@@ -308,7 +357,9 @@ def _wrong_values(said: Mapping[str, Any]) -> list[str]:
 def _wrong_rules(said: Mapping[str, Any]) -> list[str]:
     dynamic, listed = said.get("dynamic") or {}, said.get("modules_in_block_to_quantize") or []
     wrong = []
-    if not isinstance(dynamic, dict) or not all(isinstance(values, dict | None) for values in dynamic.values()):
+    if not isinstance(dynamic, dict) or not all(
+        isinstance(values, dict | None) for values in dynamic.values()
+    ):
         wrong.append("dynamic is not a mapping from rules to settings")
     for rule in dynamic if isinstance(dynamic, dict) else ():
         if reason := flaw_of(rule):
@@ -340,7 +391,11 @@ def _disagreements(checkpoint: Checkpoint, said: Mapping[str, Any]) -> list[str]
     if other is None:
         return []
     if not isinstance(other, dict):
-        return [str(other) if isinstance(other, InputError) else f"{QUANTIZE_CONFIG} is not a JSON object"]
+        return [
+            str(other)
+            if isinstance(other, InputError)
+            else f"{QUANTIZE_CONFIG} is not a JSON object"
+        ]
     keys = ("bits", "group_size", "sym", "desc_act", "lm_head", "dynamic")
     return [
         f"{key} is {said[key]!r} in config.json and {other[key]!r} in {QUANTIZE_CONFIG}"

@@ -29,7 +29,9 @@ SAFETENSORS_DTYPE = {
 }  # fmt: skip
 
 CPU = torch.device("cpu")
-_TOLD_BY_TORCH = re.compile(r"unable to (?:open|mmap|stat|resize) .*\((\d+)\)\s*\Z", re.DOTALL)  # errno at the end
+_TOLD_BY_TORCH = re.compile(
+    r"unable to (?:open|mmap|stat|resize) .*\((\d+)\)\s*\Z", re.DOTALL
+)  # errno at the end
 Read = Callable[[str], Tensor]
 
 
@@ -62,7 +64,10 @@ class TensorReader:
         opened = self._open.get(file)  # another thread may release it meanwhile
         if opened is None:
             self.check_unchanged()
-            with _refusals(file), Path(file).open("rb"):  # safetensors tells less of why it cannot be opened
+            with (
+                _refusals(file),
+                Path(file).open("rb"),
+            ):  # safetensors tells less of why it cannot be opened
                 opened = self._open[file] = safe_open(file, framework="pt", device="cpu")
         with _refusals(file):
             tensor: Tensor = opened.get_tensor(name)
@@ -72,10 +77,14 @@ class TensorReader:
         """Have the system read these tensors from the disk by itself (Linux): they will be asked for soon."""
         if not hasattr(os, "posix_fadvise"):
             return
-        for file, tensors in groupby((self._tensors[name] for name in names), key=lambda tensor: tensor.file):
+        for file, tensors in groupby(
+            (self._tensors[name] for name in names), key=lambda tensor: tensor.file
+        ):
             with file.open("rb") as opened:
                 for tensor in tensors:
-                    os.posix_fadvise(opened.fileno(), tensor.start, tensor.nbytes, os.POSIX_FADV_WILLNEED)
+                    os.posix_fadvise(
+                        opened.fileno(), tensor.start, tensor.nbytes, os.POSIX_FADV_WILLNEED
+                    )
 
     def check_unchanged(self) -> None:
         """InputError E_SOURCE_CHANGED if what was read may be of other files than those that were opened first."""
@@ -113,7 +122,9 @@ class DequantizingReader:
         packed = self._packed(module)
         if self._backend == "triton":
             moved = {part: tensor.to(self._device) for part, tensor in packed.items()}
-            return dequantize_packed(**moved, bits=module.bits, v2=self._format == "gptq_v2", dtype=torch.float32)
+            return dequantize_packed(
+                **moved, bits=module.bits, v2=self._format == "gptq_v2", dtype=torch.float32
+            )
         # As a stored weight would lie in memory: products of the other layout differ in their last bits.
         return decode(packed, module.bits, self._format).dequantize().contiguous()
 
@@ -141,7 +152,9 @@ class DequantizingReader:
         return [name for part in PARTS if (name := f"{module}.{part}") in self._tensors]
 
     def _packed(self, module: PackedModule) -> dict[str, Tensor]:
-        packed = {name.rpartition(".")[2]: self._raw.read(name) for name in self._parts(module.name)}
+        packed = {
+            name.rpartition(".")[2]: self._raw.read(name) for name in self._parts(module.name)
+        }
         if "g_idx" not in packed:
             packed["g_idx"] = columns_in_order(module)
         return packed
@@ -168,7 +181,9 @@ class BlockFloatReader:
 
     def prefetch(self, names: Iterable[str]) -> None:
         """As TensorReader does, for weights and their scales."""
-        self._raw.prefetch(part for name in names for part in (name, self._scales.get(name)) if part)
+        self._raw.prefetch(
+            part for name in names for part in (name, self._scales.get(name)) if part
+        )
 
     def check_unchanged(self) -> None:
         """As TensorReader does."""
@@ -182,12 +197,16 @@ class BlockFloatReader:
 PlainReader = TensorReader | DequantizingReader | BlockFloatReader
 
 
-def open_reader(checkpoint: Checkpoint, device: torch.device = CPU, backend: str = "torch") -> PlainReader:
+def open_reader(
+    checkpoint: Checkpoint, device: torch.device = CPU, backend: str = "torch"
+) -> PlainReader:
     """A reader of the plain weights that `checkpoint` stands for; InputError as `format_of` and `scales` say."""
     if scales := checkpoint.scales():
         return BlockFloatReader(checkpoint, scales)
     quantized = checkpoint.method not in (None, FP8)
-    return DequantizingReader(checkpoint, device, backend) if quantized else TensorReader(checkpoint)
+    return (
+        DequantizingReader(checkpoint, device, backend) if quantized else TensorReader(checkpoint)
+    )
 
 
 def scale_blocks(weight: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:

@@ -37,7 +37,9 @@ def _scan(tensors: list[TensorInfo], given_up: Event, *, hashed: bool) -> str:
             digest.update(os.pread(stream.fileno(), tensors[0].start, 0))
         for tensor in tensors:
             for chunk in _chunks(stream.fileno(), tensor):
-                if given_up.is_set():  # whoever asked has been interrupted, and waits for this thread
+                if (
+                    given_up.is_set()
+                ):  # whoever asked has been interrupted, and waits for this thread
                     return ""
                 if hashed:
                     digest.update(chunk)

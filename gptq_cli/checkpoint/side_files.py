@@ -7,7 +7,18 @@ from fnmatch import fnmatchcase
 from pathlib import PurePath
 
 CONFIG_NAMES = ("config.json", "quantize_config.json")
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".tflite")
+WEIGHT_SUFFIXES = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".gguf",
+    ".onnx",
+    ".h5",
+    ".msgpack",
+    ".tflite",
+)
 ADAPTER_CONFIG = "adapter_config.json"
 # Weights in other formats, states of a training and its logs.
 SKIPPED_FOLDERS = (
@@ -28,7 +39,9 @@ def side_files(files: Iterable[PurePath]) -> list[PurePath]:
     A folder with weights in it is another model, an adapter or a state of a training: none of its files belongs here.
     """
     files = sorted(files)
-    foreign = {file.parts[0] for file in files if len(file.parts) > 1 and file.suffix in WEIGHT_SUFFIXES}
+    foreign = {
+        file.parts[0] for file in files if len(file.parts) > 1 and file.suffix in WEIGHT_SUFFIXES
+    }
     return [file for file in files if file.parts[0] not in foreign and _belongs(file)]
 
 

@@ -66,7 +66,11 @@ class Checkpoint:
             found = read_json(self.directory / QUANTIZE_CONFIG)
         if found is not None and not isinstance(found, dict):
             hint = "download config.json and quantize_config.json again"
-            raise InputError("E_CKPT_CONFIG", f"the quantization of `{self.directory}` is not a JSON object", hint=hint)
+            raise InputError(
+                "E_CKPT_CONFIG",
+                f"the quantization of `{self.directory}` is not a JSON object",
+                hint=hint,
+            )
         return None if is_leftover(found, self.tensors) else found
 
     @property
@@ -97,7 +101,10 @@ class Checkpoint:
 
     def other_files(self) -> list[Path]:
         """Files beside the weights (tokenizer, generation config, licence, code), relative to the directory, sorted."""
-        return [Path(file) for file in side_files(path.relative_to(self.directory) for path in self.stamps)]
+        return [
+            Path(file)
+            for file in side_files(path.relative_to(self.directory) for path in self.stamps)
+        ]
 
     def check_unchanged(self) -> None:
         """InputError E_SOURCE_CHANGED if a file is not the one that was there when the checkpoint was opened."""
@@ -124,7 +131,9 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     if not is_file(directory / "config.json"):
         refuse_other_kinds(str(directory), _names(directory))
         raise InputError(
-            "E_CKPT_CONFIG", f"`{directory}` has no config.json", hint="point to a Hugging Face model directory"
+            "E_CKPT_CONFIG",
+            f"`{directory}` has no config.json",
+            hint="point to a Hugging Face model directory",
         )
     for file in (*(directory / name for name in CONFIG_NAMES), index_file(directory)):
         _refuse_escape(directory, file)
@@ -156,21 +165,24 @@ def _of_the_model(
     """The stamps of files that are read or copied."""
     used = {tensor.file for tensor in tensors.values()}
     used |= {*(directory / name for name in CONFIG_NAMES), index_file(directory)}
-    used |= {directory / file for file in side_files(path.relative_to(directory) for path in stamps)}
+    used |= {
+        directory / file for file in side_files(path.relative_to(directory) for path in stamps)
+    }
     return {path: stamp for path, stamp in stamps.items() if path in used}
 
 
 def remarks_on(
-    directory: str, files: Collection[str], config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
+    directory: str,
+    files: Collection[str],
+    config: Mapping[str, Any],
+    tensors: Mapping[str, TensorInfo],
 ) -> list[Remark]:
     """Warnings about what `directory` holds and its config says, beside what its tensors are."""
     found = []
     nested = config.get("text_config")
     places = [config, nested if isinstance(nested, dict) else {}]
     if any(is_leftover(place.get("quantization_config"), tensors) for place in places):
-        text = (
-            f"config.json of `{directory}` says bitsandbytes, but the weights are plain floats: they are read as such"
-        )
+        text = f"config.json of `{directory}` says bitsandbytes, but the weights are plain floats: they are read as such"
         found.append(("W_CKPT_CONFIG", text))
     if ADAPTER_CONFIG in files:
         text = f"`{directory}` holds an adapter beside the model ({ADAPTER_CONFIG}): it is not applied and not copied"
@@ -218,7 +230,9 @@ def read_json(file: Path, repeated: list[str] | None = None) -> Any:
             raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
     except (ValueError, RecursionError) as error:
         raise InputError(
-            "E_CKPT_CONFIG", f"`{file}` cannot be read as JSON: {error}", hint="download or copy the file again"
+            "E_CKPT_CONFIG",
+            f"`{file}` cannot be read as JSON: {error}",
+            hint="download or copy the file again",
         ) from None
     return content
 
@@ -241,7 +255,9 @@ def _depth(content: Any) -> int:
     depth, level = 0, [content]
     while level := [item for item in level if isinstance(item, dict | list)]:
         depth += 1
-        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
+        level = [
+            inner for item in level for inner in (item.values() if isinstance(item, dict) else item)
+        ]
     return depth
 
 
@@ -271,7 +287,9 @@ def _is_plain(name: str) -> bool:
 def _stays_inside(directory: Path, file: Path) -> bool:
     root, target = resolved(directory), Path(os.path.realpath(file))
     blobs = root.parent.parent / "blobs"
-    return target.is_relative_to(root) or (root.parent.name == "snapshots" and target.is_relative_to(blobs))
+    return target.is_relative_to(root) or (
+        root.parent.name == "snapshots" and target.is_relative_to(blobs)
+    )
 
 
 def _refuse_escape(directory: Path, file: Path) -> None:
@@ -311,11 +329,15 @@ def _read_tensors(directory: Path) -> Stored:
     if is_file(index_file(directory)):
         return _read_sharded(directory)
     files = sorted(directory / name for name in _names(directory) if name.endswith(".safetensors"))
-    adapter = is_file(directory / "adapter_config.json") and all("adapter" in file.name for file in files)
+    adapter = is_file(directory / "adapter_config.json") and all(
+        "adapter" in file.name for file in files
+    )
     if not files or adapter:
         refuse_other_kinds(str(directory), _names(directory))
         raise InputError(
-            "E_CKPT_MISSING", f"`{directory}` holds no *.safetensors file", hint="download the weights first"
+            "E_CKPT_MISSING",
+            f"`{directory}` holds no *.safetensors file",
+            hint="download the weights first",
         )
     if len(files) > 1 and not is_file(directory / SINGLE_FILE):
         raise InputError(
@@ -342,7 +364,9 @@ def _read_sharded(directory: Path) -> Stored:
         )  # fmt: skip
     other = [name for name in names if not name.endswith(".safetensors")]
     if other:
-        raise InputError("E_CKPT_INDEX", f"`{index}` names a file that is no safetensors file: {other[0]!r}")
+        raise InputError(
+            "E_CKPT_INDEX", f"`{index}` names a file that is no safetensors file: {other[0]!r}"
+        )
     missing = [name for name in names if not is_file(directory / name)]
     if missing:
         raise InputError(
@@ -364,7 +388,9 @@ def _weight_map(index: Path) -> tuple[dict[str, str], list[Remark]]:
     """Which file holds each tensor, and warnings of keys that come twice."""
     content, twice = read_config(index)
     weight_map = content.get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(name, str) for name in weight_map.values()
+    ):
         raise InputError(
             "E_CKPT_INDEX", f"`{index}` has no weight_map from tensor names to file names",
             hint="download the index again",
@@ -385,7 +411,9 @@ def _read_headers(directory: Path, names: list[str]) -> dict[str, dict[str, Tens
     return shards
 
 
-def merge_shards(index: str, weight_map: Mapping[str, str], shards: Mapping[str, Mapping[str, TensorInfo]]) -> Stored:
+def merge_shards(
+    index: str, weight_map: Mapping[str, str], shards: Mapping[str, Mapping[str, TensorInfo]]
+) -> Stored:
     """The tensors of all shards, file by file, as transformers reads them: those that the index does not list as well.
 
     InputError E_CKPT_INDEX for a tensor in another shard than the index says, or in two.
@@ -395,7 +423,11 @@ def merge_shards(index: str, weight_map: Mapping[str, str], shards: Mapping[str,
         for name, tensor in header.items():
             claimed = weight_map.get(name, tensors[name].file.name if name in tensors else file)
             if claimed != file:
-                says = f"`{index}` puts `{name}` into {claimed}" if name in weight_map else f"{claimed} holds `{name}`"
+                says = (
+                    f"`{index}` puts `{name}` into {claimed}"
+                    if name in weight_map
+                    else f"{claimed} holds `{name}`"
+                )
                 hint = "download the index and the shards again, of one revision"
                 raise InputError("E_CKPT_INDEX", f"{says}, but {file} holds it", hint=hint)
             tensors[name] = tensor
@@ -405,7 +437,9 @@ def merge_shards(index: str, weight_map: Mapping[str, str], shards: Mapping[str,
     if absent:
         remarks.append(("W_CKPT_INDEX", f"`{index}` lists {_some(absent)}, which no shard holds"))
     if unlisted:
-        remarks.append(("W_CKPT_INDEX", f"`{index}` does not list {_some(unlisted)}, which its shards hold"))
+        remarks.append(
+            ("W_CKPT_INDEX", f"`{index}` does not list {_some(unlisted)}, which its shards hold")
+        )
     return Stored(tensors, absent, tuple(remarks))
 
 
@@ -428,11 +462,15 @@ def refuse_other_kinds(directory: str, files: Iterable[str]) -> None:
         )
     if "model_index.json" in files:
         raise InputError(
-            "E_CKPT_KIND", f"`{directory}` is a diffusers pipeline, not a language model", hint="name a language model"
+            "E_CKPT_KIND",
+            f"`{directory}` is a diffusers pipeline, not a language model",
+            hint="name a language model",
         )
     if holds(".gguf", ".onnx"):
         raise InputError(
-            "E_CKPT_KIND", f"`{directory}` holds GGUF or ONNX files", hint="use the safetensors checkpoint"
+            "E_CKPT_KIND",
+            f"`{directory}` holds GGUF or ONNX files",
+            hint="use the safetensors checkpoint",
         )
     if holds(".bin", ".pt", ".pth", ".ckpt"):
         raise InputError(
@@ -444,19 +482,29 @@ def refuse_other_kinds(directory: str, files: Iterable[str]) -> None:
 def block_size(said: Mapping[str, Any]) -> tuple[int, int] | None:
     """Rows and columns that share a scale, as a `quantization_config` says; None if it says something else."""
     size = said.get("weight_block_size")
-    is_pair = isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)
+    is_pair = (
+        isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)
+    )
     dynamic = said.get("activation_scheme", "dynamic") == "dynamic"
-    return (size[0], size[1]) if said.get("quant_method") == METHOD and is_pair and dynamic and size else None
+    return (
+        (size[0], size[1])
+        if said.get("quant_method") == METHOD and is_pair and dynamic and size
+        else None
+    )
 
 
-def scales_of(directory: Path, said: Mapping[str, Any] | None, tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
+def scales_of(
+    directory: Path, said: Mapping[str, Any] | None, tensors: Mapping[str, TensorInfo]
+) -> dict[str, str]:
     """The name of the scales of each weight that is stored in 8-bit floats; `said` is the `quantization_config`.
 
     InputError E_CKPT_FP8 for floats of 8 or 4 bits that are stored otherwise, E_CKPT_INCOMPLETE for a weight without
     scales, E_CKPT_SHAPE where the two do not fit.
     """
     few = [
-        tensor for tensor in tensors.values() if tensor.dtype.startswith(FEW_BITS) and not _is_scale(tensor, tensors)
+        tensor
+        for tensor in tensors.values()
+        if tensor.dtype.startswith(FEW_BITS) and not _is_scale(tensor, tensors)
     ]
     if not few:
         return {}

@@ -42,7 +42,9 @@ def check_stamps(stamps: Mapping[Path, Stamp]) -> None:
 
 def source_changed(path: Path, how: str) -> InputError:
     """InputError E_SOURCE_CHANGED: `how` completes a sentence about the file."""
-    return InputError("E_SOURCE_CHANGED", f"`{path}` has changed while it was read: it {how}", hint=HINT)
+    return InputError(
+        "E_SOURCE_CHANGED", f"`{path}` has changed while it was read: it {how}", hint=HINT
+    )
 
 
 def _difference(known: Stamp, found: Stamp | None) -> str:

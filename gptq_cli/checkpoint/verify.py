@@ -43,7 +43,13 @@ from gptq_cli.checkpoint.quantization_config import (
     said_format,
     stored_config,
 )
-from gptq_cli.checkpoint.source import Checkpoint, index_file, is_safe_file, open_checkpoint, read_json
+from gptq_cli.checkpoint.source import (
+    Checkpoint,
+    index_file,
+    is_safe_file,
+    open_checkpoint,
+    read_json,
+)
 from gptq_cli.errors import GateError, InputError
 from gptq_cli.files import UNREADABLE, is_file
 from gptq_cli.solver.float16 import LARGEST, SMALLEST
@@ -126,7 +132,9 @@ def verify_checkpoint(directory: Path, *, full: bool = False) -> Verification:
     found = examine(checkpoint)
     defects, config, modules = list(found.defects), found.config, found.modules
     if full:
-        defects += [defect for tensor in _kept(checkpoint, modules) for defect in _check_finite(tensor)]
+        defects += [
+            defect for tensor in _kept(checkpoint, modules) for defect in _check_finite(tensor)
+        ]
     hashed, torn = check_manifest(directory, full=full)
     checkpoint.check_unchanged()
     settings = [config.settings(module) for module in modules] if config else []
@@ -173,14 +181,20 @@ def examine(checkpoint: Checkpoint, *, numbers: bool = True) -> Examined:
 
 def packed_modules(tensors: Iterable[str]) -> list[str]:
     """Names of modules that have any of qweight, qzeros and g_idx, in file order."""
-    found = {name.rpartition(".")[0]: None for name in tensors if name.rpartition(".")[2] in PARTS - {"scales"}}
+    found = {
+        name.rpartition(".")[0]: None
+        for name in tensors
+        if name.rpartition(".")[2] in PARTS - {"scales"}
+    }
     return list(found)
 
 
 def _module(
     checkpoint: Checkpoint, config: StoredConfig, module: str, settings: Settings, *, numbers: bool
 ) -> Iterator[Defect]:
-    stored = {part: tensor for part in PARTS if (tensor := checkpoint.tensors.get(f"{module}.{part}"))}
+    stored = {
+        part: tensor for part in PARTS if (tensor := checkpoint.tensors.get(f"{module}.{part}"))
+    }
     bias = checkpoint.tensors.get(f"{module}.bias")
     defects = list(check_module(module, stored, bias, settings, config.format))
     yield from defects
@@ -188,7 +202,9 @@ def _module(
         yield from check_values(stored, settings, config.format)
 
 
-def _against_config(checkpoint: Checkpoint, config: StoredConfig, modules: list[str]) -> Iterator[Defect]:
+def _against_config(
+    checkpoint: Checkpoint, config: StoredConfig, modules: list[str]
+) -> Iterator[Defect]:
     """What the rules say is quantized and is not, the reverse, and what is stored twice or not at all."""
     tensors = checkpoint.tensors
     if not modules:
@@ -199,13 +215,21 @@ def _against_config(checkpoint: Checkpoint, config: StoredConfig, modules: list[
         if rule := config.skip_rule(module):
             yield _unruly(f"`{module}` is quantized, and rule '{rule}' says that it is not", module)
         if not config.is_listed(module) and module != HEAD:
-            yield _unruly(f"`{module}` is quantized, and modules_in_block_to_quantize does not name it", module)
+            yield _unruly(
+                f"`{module}` is quantized, and modules_in_block_to_quantize does not name it",
+                module,
+            )
         if (plain := tensors.get(f"{module}.weight")) is not None:
             hint = "remove one of the two from the file: readers take one or the other"
-            yield Defect("E_CKPT_RULES", "stored beside its packed form", plain.file.name, plain.name, hint)
+            yield Defect(
+                "E_CKPT_RULES", "stored beside its packed form", plain.file.name, plain.name, hint
+            )
     for item in config.listed or ():
         if modules and not any(module.endswith(item) for module in modules):
-            yield _unruly(f"modules_in_block_to_quantize names `{item}`, and nothing of that name is quantized", item)
+            yield _unruly(
+                f"modules_in_block_to_quantize names `{item}`, and nothing of that name is quantized",
+                item,
+            )
     yield from _check_head(checkpoint, config, HEAD in modules)
     yield from _check_siblings(checkpoint, config, modules)
     yield from _check_blocks(checkpoint, modules)
@@ -219,18 +243,29 @@ def _check_head(checkpoint: Checkpoint, config: StoredConfig, quantized: bool) -
         yield _unruly(f"{HEAD} is quantized, and lm_head is not true", HEAD, hint, "form")
     if quantized and checkpoint.config.get("tie_word_embeddings"):
         hint = "set tie_word_embeddings to false in config.json if the head is one of its own"
-        message = f"{HEAD} is quantized, and tie_word_embeddings lets readers take the embeddings for it"
+        message = (
+            f"{HEAD} is quantized, and tie_word_embeddings lets readers take the embeddings for it"
+        )
         yield _unruly(message, HEAD, hint, "numbers")
 
 
-def _check_siblings(checkpoint: Checkpoint, config: StoredConfig, modules: list[str]) -> Iterator[Defect]:
+def _check_siblings(
+    checkpoint: Checkpoint, config: StoredConfig, modules: list[str]
+) -> Iterator[Defect]:
     """Linears that are packed in other blocks and plain in this one, without a rule that says so."""
     kinds, packed = {_NUMBER.sub(".N", module) for module in modules}, set(modules)
     for name, tensor in checkpoint.tensors.items():
         module = name.removesuffix(".weight")
-        if module == name or len(tensor.shape) != 2 or _NUMBER.sub(".N", module) not in kinds or module in packed:
+        if (
+            module == name
+            or len(tensor.shape) != 2
+            or _NUMBER.sub(".N", module) not in kinds
+            or module in packed
+        ):
             continue
-        unsaid = config.skip_rule(module) is None and (config.listed is None or config.is_listed(module))
+        unsaid = config.skip_rule(module) is None and (
+            config.listed is None or config.is_listed(module)
+        )
         if unsaid and not _is_beyond(checkpoint, module):
             message = "not quantized as the same module of other blocks is, and no rule says so"
             hint = "say so in config.json: as a `-:` rule of dynamic, and by modules_in_block_to_quantize"
@@ -243,7 +278,11 @@ def _check_blocks(checkpoint: Checkpoint, modules: list[str]) -> Iterator[Defect
     if not lists:
         return
     (name, _), *_ = lists.most_common(1)
-    found = [match for tensor in checkpoint.tensors if (match := _IN_LIST.match(tensor)) and match["list"] == name]
+    found = [
+        match
+        for tensor in checkpoint.tensors
+        if (match := _IN_LIST.match(tensor)) and match["list"] == name
+    ]
     present = {int(match["index"]) for match in found}
     expected = max(max(present) + 1, checkpoint.n_blocks or 0)
     for index in sorted(set(range(min(expected, 10_000))) - present):
@@ -272,7 +311,12 @@ def _check_finite(tensor: TensorInfo) -> Iterator[Defect]:
             message = "holds nothing but zeros, as a file that was never written does"
             yield Defect("E_CKPT_CORRUPT", message, tensor.file.name, tensor.name)
     elif count := count_not_finite(tensor):
-        yield Defect("E_CKPT_NONFINITE", f"holds NaN or infinity, {count} times", tensor.file.name, tensor.name)
+        yield Defect(
+            "E_CKPT_NONFINITE",
+            f"holds NaN or infinity, {count} times",
+            tensor.file.name,
+            tensor.name,
+        )
 
 
 def _unruly(message: str, module: str, hint: str = CORRECT, effect: Effect = "readers") -> Defect:
@@ -308,14 +352,20 @@ def check_files(checkpoint: Checkpoint) -> Iterator[Defect]:
     for name in present:
         if name not in used and not sharded:
             message = "lies beside the weights, and readers differ in whether they load it"
-            yield Defect("E_CKPT_INDEX", message, name, None, "move it out of the directory", "form")
+            yield Defect(
+                "E_CKPT_INDEX", message, name, None, "move it out of the directory", "form"
+            )
     if (directory / ADAPTER).is_file():
         message = "makes transformers take the directory for an adapter of another model"
         yield Defect("E_CKPT_KIND", message, ADAPTER, None, "move it out of the directory", "form")
 
 
 def check_module(
-    module: str, stored: Mapping[str, TensorInfo], bias: TensorInfo | None, settings: Settings, format: str
+    module: str,
+    stored: Mapping[str, TensorInfo],
+    bias: TensorInfo | None,
+    settings: Settings,
+    format: str,
 ) -> Iterator[Defect]:
     """What headers tell: the four tensors are there and have the dtypes and shapes that the settings ask for."""
     for part in sorted(PARTS - set(stored)):
@@ -325,7 +375,9 @@ def check_module(
             yield Defect("E_CKPT_INCOMPLETE", f"no {part}", None, module)
     for part, tensor in stored.items():
         if tensor.dtype not in DTYPES[part]:
-            yield _defect("E_CKPT_SHAPE", tensor, f"{tensor.dtype}, not {' or '.join(DTYPES[part])}")
+            yield _defect(
+                "E_CKPT_SHAPE", tensor, f"{tensor.dtype}, not {' or '.join(DTYPES[part])}"
+            )
     if PARTS - set(stored) <= {"g_idx"}:
         tensors = {**stored, "bias": bias} if bias else stored
         yield from _check_shapes(module, tensors, settings)
@@ -337,13 +389,26 @@ def _no_g_idx(module: str, qweight: TensorInfo, format: str) -> Defect:
     return Defect("E_CKPT_INCOMPLETE", "no g_idx", None, module, f"{command} writes it", "form")
 
 
-def _check_shapes(module: str, stored: Mapping[str, TensorInfo], settings: Settings) -> Iterator[Defect]:
+def _check_shapes(
+    module: str, stored: Mapping[str, TensorInfo], settings: Settings
+) -> Iterator[Defect]:
     in_features = _in_features(stored, settings)
     out_features = stored["scales"].shape[-1] if stored["scales"].shape else 0
     group_size = in_features if settings.group_size == -1 else settings.group_size
-    if in_features == 0 or out_features == 0 or in_features % 32 or out_features % 32 or in_features % group_size:
+    if (
+        in_features == 0
+        or out_features == 0
+        or in_features % 32
+        or out_features % 32
+        or in_features % group_size
+    ):
         said = f"{in_features} inputs, {out_features} outputs and groups of {group_size}"
-        yield Defect("E_CKPT_SHAPE", f"{said} cannot be packed into 32-bit words", stored["qweight"].file.name, module)
+        yield Defect(
+            "E_CKPT_SHAPE",
+            f"{said} cannot be packed into 32-bit words",
+            stored["qweight"].file.name,
+            module,
+        )
         return
     groups = in_features // group_size
     expected = {
@@ -366,7 +431,9 @@ def _in_features(stored: Mapping[str, TensorInfo], settings: Settings) -> int:
     return rows * 32 // settings.bits
 
 
-def check_values(stored: Mapping[str, TensorInfo], settings: Settings, format: str) -> Iterator[Defect]:
+def check_values(
+    stored: Mapping[str, TensorInfo], settings: Settings, format: str
+) -> Iterator[Defect]:
     """What the numbers tell, of a module whose headers are right."""
     if "g_idx" in stored:
         yield from _check_groups(stored["g_idx"], stored["scales"].shape[0], settings)
@@ -378,7 +445,11 @@ def check_values(stored: Mapping[str, TensorInfo], settings: Settings, format: s
 def _check_groups(tensor: TensorInfo, groups: int, settings: Settings) -> Iterator[Defect]:
     g_idx = read_array(tensor)
     if g_idx.min() < 0 or g_idx.max() >= groups:
-        yield _defect("E_CKPT_GROUPS", tensor, f"holds {g_idx.min()} to {g_idx.max()}, there are {groups} groups")
+        yield _defect(
+            "E_CKPT_GROUPS",
+            tensor,
+            f"holds {g_idx.min()} to {g_idx.max()}, there are {groups} groups",
+        )
         return
     group_size = g_idx.size // groups
     sizes = np.bincount(g_idx, minlength=groups)
@@ -389,7 +460,9 @@ def _check_groups(tensor: TensorInfo, groups: int, settings: Settings) -> Iterat
         yield _defect("E_CKPT_GROUPS", tensor, message, hint)
     elif not settings.desc_act and (g_idx != np.arange(g_idx.size) // group_size).any():
         hint = f"if it was quantized by descending activation: set desc_act to true in {BOTH}"
-        yield _defect("E_CKPT_GROUPS", tensor, "is not in the order of columns, and desc_act is false", hint)
+        yield _defect(
+            "E_CKPT_GROUPS", tensor, "is not in the order of columns, and desc_act is false", hint
+        )
 
 
 def _placeholder(tensor: TensorInfo) -> str:
@@ -408,7 +481,9 @@ def _check_zeros(tensor: TensorInfo, settings: Settings, format: str) -> Iterato
         yield _defect("E_CKPT_ZEROS", tensor, message, hint)
 
 
-def _check_symmetric(tensor: TensorInfo, fields: Array, middle: int, offset: int) -> Iterator[Defect]:
+def _check_symmetric(
+    tensor: TensorInfo, fields: Array, middle: int, offset: int
+) -> Iterator[Defect]:
     wrong = int((fields != middle - offset).sum())
     if not wrong:
         return
@@ -432,23 +507,34 @@ def _other_format(tensor: TensorInfo, held: str) -> str:
 def _check_scales(tensor: TensorInfo) -> Iterator[Defect]:
     size = np.abs(read_array(tensor).astype(np.float32))
     if not_finite := int((~np.isfinite(size)).sum()):
-        yield _defect("E_CKPT_NONFINITE", tensor, f"{not_finite} of {size.size} scales are NaN or infinite")
+        yield _defect(
+            "E_CKPT_NONFINITE", tensor, f"{not_finite} of {size.size} scales are NaN or infinite"
+        )
     if tiny := int((size < SMALLEST).sum()):
         yield _defect("E_CKPT_SCALES", tensor, f"{tiny} of {size.size} scales are zero in float16")
     if huge := int((np.isfinite(size) & (size > LARGEST)).sum()):
         yield _defect("E_CKPT_SCALES", tensor, f"{huge} of {size.size} scales are beyond float16")
 
 
-def _check_decoded(stored: Mapping[str, TensorInfo], settings: Settings, format: str) -> Iterator[Defect]:
+def _check_decoded(
+    stored: Mapping[str, TensorInfo], settings: Settings, format: str
+) -> Iterator[Defect]:
     """Weights beyond float16. Codes [I] are read only of outputs that have a scale large enough for such a weight."""
     scales, top = read_array(stored["scales"]).astype(np.float32), 2**settings.bits - 1
     scales[~(np.abs(scales) <= LARGEST)] = 0  # a defect of their own
     wide = np.flatnonzero((np.abs(scales) > LARGEST / top).any(0))
     columns = np.arange(_in_features(stored, settings))
-    g_idx = read_array(stored["g_idx"]) if "g_idx" in stored else columns // (columns.size // len(scales))
+    g_idx = (
+        read_array(stored["g_idx"])
+        if "g_idx" in stored
+        else columns // (columns.size // len(scales))
+    )
     if not wide.size or g_idx.min() < 0 or g_idx.max() >= len(scales):
         return
-    zeros = (unpack_words(read_array(stored["qzeros"]), settings.bits).astype(np.int32) + STORED_OFFSET[format]) & top
+    zeros = (
+        unpack_words(read_array(stored["qzeros"]), settings.bits).astype(np.int32)
+        + STORED_OFFSET[format]
+    ) & top
     words, beyond = read_array(stored["qweight"]), 0
     for output in wide:
         codes = unpack_words(words[None, :, output], settings.bits)[0].astype(np.int32)
@@ -481,11 +567,20 @@ def check_manifest(directory: Path, *, full: bool) -> tuple[int, list[Defect]]:
     files = content.get("files") if isinstance(content, dict) else None
     if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
         return 0, [Defect("E_CKPT_HASH", "has no mapping `files`", MANIFEST)]
-    defects = [] if is_intact(content) else [Defect("E_CKPT_HASH", "is not as it was written", MANIFEST)]
-    defects += [defect for name, entry in files.items() for defect in _check_file(directory, name, entry, full=full)]
+    defects = (
+        [] if is_intact(content) else [Defect("E_CKPT_HASH", "is not as it was written", MANIFEST)]
+    )
+    defects += [
+        defect
+        for name, entry in files.items()
+        for defect in _check_file(directory, name, entry, full=full)
+    ]
     hint = "move it out of the directory, unless you know why it is there"
     unlisted = [name for name in _files_of(directory) if name not in files and not _is_beside(name)]
-    defects += [Defect("E_CKPT_HASH", "is not in the manifest", name, None, hint, "readers") for name in unlisted]
+    defects += [
+        Defect("E_CKPT_HASH", "is not in the manifest", name, None, hint, "readers")
+        for name in unlisted
+    ]
     return len(files) if full else 0, defects
 
 
@@ -500,17 +595,27 @@ def _is_beside(name: str) -> bool:
     path = PurePosixPath(name)
     hidden = any(part.startswith(".") for part in path.parts)
     about_the_run = name in (MANIFEST, REPORT_DATA, REPORT_PAGE)
-    return hidden or about_the_run or path.suffix.lower() in PAGES or path.name.startswith("LICENSE")
+    return (
+        hidden or about_the_run or path.suffix.lower() in PAGES or path.name.startswith("LICENSE")
+    )
 
 
-def _check_file(directory: Path, name: str, entry: dict[str, Any], *, full: bool) -> Iterator[Defect]:
+def _check_file(
+    directory: Path, name: str, entry: dict[str, Any], *, full: bool
+) -> Iterator[Defect]:
     file = directory / name
     if not is_safe_file(directory, name):
         yield Defect("E_UNSAFE_PATH", f"names a file outside the directory: {name!r}", MANIFEST)
     elif not is_file(file):
         yield Defect("E_CKPT_MISSING", "is in the manifest and not here", name)
     elif file.stat().st_size != entry.get("size"):
-        yield Defect("E_CKPT_HASH", f"has {file.stat().st_size} bytes, the manifest says {entry.get('size')}", name)
+        yield Defect(
+            "E_CKPT_HASH",
+            f"has {file.stat().st_size} bytes, the manifest says {entry.get('size')}",
+            name,
+        )
     elif full and (found := file_hash(file)) != entry.get("sha256"):
         said = str(entry.get("sha256"))[:12]
-        yield Defect("E_CKPT_HASH", f"has SHA-256 {found[:12]}..., the manifest says {said}...", name)
+        yield Defect(
+            "E_CKPT_HASH", f"has SHA-256 {found[:12]}..., the manifest says {said}...", name
+        )

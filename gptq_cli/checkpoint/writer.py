@@ -21,7 +21,15 @@ from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.checkpoint.stamps import source_changed
 from gptq_cli.errors import GateError
 from gptq_cli.files import file_errors
-from gptq_cli.storage.durable import COPY_BYTES, OpenFile, make_directory, sweep, sync_directory, write_file, write_json
+from gptq_cli.storage.durable import (
+    COPY_BYTES,
+    OpenFile,
+    make_directory,
+    sweep,
+    sync_directory,
+    write_file,
+    write_json,
+)
 from gptq_cli.storage.manifest import INDEX_NAME, OF_THE_RUN, QUANTIZE_CONFIG, Span, span_hashes
 
 MOST_WAITING = 4  # tensors that may wait for the disk: what stands for one linear
@@ -71,7 +79,9 @@ class CheckpointWriter:
         """
         spec = self._layout.specs[name]
         if (SAFETENSORS_DTYPE[tensor.dtype], tuple(tensor.shape)) != (spec.dtype, spec.shape):
-            raise ValueError(f"{name}: planned {spec.dtype} {spec.shape}, got {tensor.dtype} {tuple(tensor.shape)}")
+            raise ValueError(
+                f"{name}: planned {spec.dtype} {spec.shape}, got {tensor.dtype} {tuple(tensor.shape)}"
+            )
         self._wait_until(MOST_WAITING - 1)
         self._waiting.append(self._hand.submit(self._write, name, tensor))
 
@@ -102,7 +112,9 @@ class CheckpointWriter:
         if not hashes.keys() <= self._place.keys():
             return False
         stored = span_hashes(map(self._span, hashes))
-        return all(found == expected for found, expected in zip(stored, hashes.values(), strict=True))
+        return all(
+            found == expected for found, expected in zip(stored, hashes.values(), strict=True)
+        )
 
     def mark_written(self, hashes: Mapping[str, str]) -> None:
         """Take tensors that an earlier run wrote for written."""
@@ -191,7 +203,11 @@ def write_side_files(
 
 
 def copy_side_files(
-    source: Checkpoint, directory: Path, *, without: Collection[str], hashes: Mapping[str, str] | None = None
+    source: Checkpoint,
+    directory: Path,
+    *,
+    without: Collection[str],
+    hashes: Mapping[str, str] | None = None,
 ) -> None:
     """The files of the source beside its weights and settings, byte for byte, but those of these names.
 

@@ -75,7 +75,15 @@ class Gptq(TyperGroup):
     ) -> Any:
         _stay_plain_in_pipes()
         words = _kebab_options(sys.argv[1:] if args is None else args)
-        run = partial(super().main, words, prog_name or "gptq", complete_var, False, windows_expand_args, **extra)
+        run = partial(
+            super().main,
+            words,
+            prog_name or "gptq",
+            complete_var,
+            False,
+            windows_expand_args,
+            **extra,
+        )
         try:
             with libraries_quoted():
                 code = exit_code_of(run, as_json="--json" in words)
@@ -132,7 +140,10 @@ def _stopped(stop: Stopped) -> Problem:
 def _usage(error: TyperException) -> Problem:
     message, _, near = error.format_message().partition(" Did you mean ")
     if possible := getattr(error, "possibilities", None):
-        message, near = error.message, f"{get_close_matches(error.message, possible, n=1, cutoff=0)[0]}?"
+        message, near = (
+            error.message,
+            f"{get_close_matches(error.message, possible, n=1, cutoff=0)[0]}?",
+        )
     nearest = near.split(",")[0].rstrip("?")
     hint = f"did you mean {nearest}?" if near else _where_to_look(error, message)
     for said, plain in PLAIN_WORDS.items():
@@ -145,7 +156,11 @@ def _where_to_look(error: TyperException, message: str) -> str:
     if context is None:
         return "see --help"
     takes_output = any("-o" in parameter.opts for parameter in context.command.params)
-    output = "the output is given with -o; " if "unexpected extra argument" in message and takes_output else ""
+    output = (
+        "the output is given with -o; "
+        if "unexpected extra argument" in message and takes_output
+        else ""
+    )
     return f"{output}see {context.command_path} --help"
 
 
@@ -216,7 +231,10 @@ def _version(wanted: bool) -> None:
 def _gptq(
     ctx: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", help="print the version and leave", callback=_version, is_eager=True)
+        bool,
+        typer.Option(
+            "--version", help="print the version and leave", callback=_version, is_eager=True
+        ),
     ] = False,
 ) -> None:
     del version

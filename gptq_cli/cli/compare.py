@@ -21,11 +21,22 @@ if TYPE_CHECKING:
 WORST = 10
 WORST_WINDOWS = 5
 WITH_TEXT = ("seqlen", "device", "dtype", "trust_remote_code")
-A = Annotated[str, typer.Argument(metavar="A", help="checkpoint to judge: directory or Hub id", show_default=False)]
-B = Annotated[str, typer.Argument(metavar="B", help="reference, most often the original", show_default=False)]
+A = Annotated[
+    str,
+    typer.Argument(
+        metavar="A", help="checkpoint to judge: directory or Hub id", show_default=False
+    ),
+]
+B = Annotated[
+    str, typer.Argument(metavar="B", help="reference, most often the original", show_default=False)
+]
 Text = Annotated[
     str | None,
-    o.plain("--text", help="measure KL and top-1 agreement on it: a dataset, a file or a folder", metavar="TEXT"),
+    o.plain(
+        "--text",
+        help="measure KL and top-1 agreement on it: a dataset, a file or a folder",
+        metavar="TEXT",
+    ),
 ]
 
 
@@ -71,11 +82,18 @@ def _check_alone(settings: o.Settings, max_windows: int | None) -> None:
         alone.append("max_windows")
     if alone:
         name = alone[0].replace("_", "-")
-        raise ConfigError("E_CFG_CONFLICT", f"--{name} needs --text", hint="add --text, or leave it out")
+        raise ConfigError(
+            "E_CFG_CONFLICT", f"--{name} needs --text", hint="add --text, or leave it out"
+        )
 
 
 def _evaluate(
-    console: Console, model: str, baseline: str, text: str, settings: o.Settings, max_windows: int | None
+    console: Console,
+    model: str,
+    baseline: str,
+    text: str,
+    settings: o.Settings,
+    max_windows: int | None,
 ) -> EvalResult:
     from gptq_cli.api import evaluate_perplexity
     from gptq_cli.evaluation.request import EvalRequest
@@ -99,10 +117,16 @@ def _lines(found: Comparison, predictions: EvalResult | None) -> list[str]:
         lines[0] += f": mean error {_mean_error(found):.2e}"
         lines.append("worst")
         cells = [("error", "largest", "tensor")]
-        cells += [(f"{t.relative_error:.2e}", f"{t.largest:.2e}", t.name) for t in different[:WORST]]
+        cells += [
+            (f"{t.relative_error:.2e}", f"{t.largest:.2e}", t.name) for t in different[:WORST]
+        ]
         lines += [f"  {line}" for line in aligned(cells)]
     for label, names in (("A", found.only_a), ("B", found.only_b)):
-        lines += [f"only in {label}  {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"] if names else []
+        lines += (
+            [f"only in {label}  {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"]
+            if names
+            else []
+        )
     if predictions is not None:
         p = predictions
         lines.append(f"perplexity  {p.perplexity:.4f}, reference {p.baseline_perplexity:.4f}")

@@ -125,12 +125,16 @@ class Log:
             self._handler = FileHandler(log_file, encoding="utf-8")
         except OSError as error:
             message = f"cannot write the log file `{log_file}`: {error.strerror}"
-            raise ConfigError("E_LOG_FILE", message, hint="choose another place for --log-file") from None
+            raise ConfigError(
+                "E_LOG_FILE", message, hint="choose another place for --log-file"
+            ) from None
         formatter = Formatter("%(asctime)s.%(msecs)03dZ %(message)s", "%Y-%m-%dT%H:%M:%S")
         formatter.converter = gmtime
         self._handler.setFormatter(formatter)
         self._handler.handleError = self._note_failure  # type: ignore[method-assign]
-        self.write(f"{LOG_MARK} {__version__}")  # a later command recognises the file by its first line
+        self.write(
+            f"{LOG_MARK} {__version__}"
+        )  # a later command recognises the file by its first line
 
     def write(self, text: str) -> None:
         """The lines of `text` in the log file, if there is one."""
@@ -208,9 +212,16 @@ def _as_text(problem: Problem) -> str:
 
 def _as_data(problem: Problem) -> dict[str, Any]:
     at = problem.location
-    location = {"file": without_secrets(at.file), "line": at.line, "column": at.column} if at else None
+    location = (
+        {"file": without_secrets(at.file), "line": at.line, "column": at.column} if at else None
+    )
     hint = without_secrets(problem.hint) if problem.hint else None
-    return {"code": problem.code, "message": without_secrets(problem.message), "hint": hint, "location": location}
+    return {
+        "code": problem.code,
+        "message": without_secrets(problem.message),
+        "hint": hint,
+        "location": location,
+    }
 
 
 def write_result(text: str) -> None:
@@ -237,7 +248,9 @@ def _stdout_errors() -> Iterator[None]:
     except OSError as error:
         _silence(sys.stdout)
         if not isinstance(error, BrokenPipeError):
-            raise GptqError("E_STDOUT", f"cannot write the result to stdout: {error.strerror}") from None
+            raise GptqError(
+                "E_STDOUT", f"cannot write the result to stdout: {error.strerror}"
+            ) from None
 
 
 def write(stream: TextIO | None, text: str) -> None:
@@ -297,12 +310,17 @@ def fitted(line: str, indent: int = 2) -> str:
     if sys.stdout is None or not sys.stdout.isatty():
         return line
     width = get_terminal_size().columns
-    return fill(line, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
+    return fill(
+        line, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def row_lines(rows: Sequence[Row]) -> list[str]:
     """A line a row: count, name, shape, settings, reason."""
-    cells = [(f"{row.count} x", row.name, "x".join(map(str, row.shape)), row.settings, row.why) for row in rows]
+    cells = [
+        (f"{row.count} x", row.name, "x".join(map(str, row.shape)), row.settings, row.why)
+        for row in rows
+    ]
     return aligned(cells, right={0})
 
 

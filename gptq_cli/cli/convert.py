@@ -25,8 +25,13 @@ DTYPE = "auto|bfloat16|float16|float32"
 
 def convert(
     model: o.Model,
-    to: Annotated[str, o.plain("--to", help="format to write", metavar="|".join(FORMATS), panel=Panel.OUTPUT)],
-    output: Annotated[Path, o.plain("--output", "-o", help="directory to write", metavar="DIR", panel=Panel.OUTPUT)],
+    to: Annotated[
+        str, o.plain("--to", help="format to write", metavar="|".join(FORMATS), panel=Panel.OUTPUT)
+    ],
+    output: Annotated[
+        Path,
+        o.plain("--output", "-o", help="directory to write", metavar="DIR", panel=Panel.OUTPUT),
+    ],
     overwrite: o.Overwrite = False,
     as_json: o.AsJson = False,
     quiet: o.Quiet = False,
@@ -49,7 +54,10 @@ def convert(
     with Progress(console) as progress:
         found = convert_checkpoint(model, output, to, overwrite=overwrite, report=progress)
     done = f"{found.layers} layers are now in format {to}"
-    lines = [str(output), f"{done}, corrected:" if found.corrected else f"{done}, nothing else has changed"]
+    lines = [
+        str(output),
+        f"{done}, corrected:" if found.corrected else f"{done}, nothing else has changed",
+    ]
     lines += [on_one_line(f"  {defect}") for defect in found.corrected[:SHOWN]]
     if len(found.corrected) > SHOWN:
         lines.append(f"  {len(found.corrected) - SHOWN} more, see --json")
@@ -60,7 +68,10 @@ def convert(
 
 def dequantize(
     model: o.Model,
-    output: Annotated[Path, o.plain("--output", "-o", help="directory to write", metavar="DIR", panel=Panel.OUTPUT)],
+    output: Annotated[
+        Path,
+        o.plain("--output", "-o", help="directory to write", metavar="DIR", panel=Panel.OUTPUT),
+    ],
     dtype: Annotated[
         str,
         o.plain(

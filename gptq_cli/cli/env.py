@@ -33,7 +33,9 @@ def env(as_json: AsJson = False, quiet: Quiet = False) -> None:
     versions, machine, devices, variables = _versions(), _machine(), _devices(), _variables()
     told = {"gptq_cli": __version__} | {name: found or "-" for name, found in versions.items()}
     told |= {key: str(value) for key, value in machine.items()} | variables
-    lines = aligned([*told.items(), *(("device", device) for device in devices or ["no NVIDIA GPU"])])
+    lines = aligned(
+        [*told.items(), *(("device", device) for device in devices or ["no NVIDIA GPU"])]
+    )
     data = {"versions": versions, "machine": machine, "devices": devices, "variables": variables}
     Console(as_json, quiet).result({"gptq_cli": __version__, **data}, "\n".join(lines), __version__)
 
@@ -50,11 +52,15 @@ def _version(name: str) -> str | None:
 
 
 def _machine() -> dict[str, Any]:
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None
+    memory = (
+        os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None
+    )
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpus": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "memory_bytes": memory,
         "encoding": sys.getfilesystemencoding(),
     }
@@ -66,7 +72,9 @@ def _devices() -> list[str]:
     if tool is None:
         return []
     try:
-        found = subprocess.run([tool, *ASK_NVIDIA], capture_output=True, text=True, timeout=10, check=False)
+        found = subprocess.run(
+            [tool, *ASK_NVIDIA], capture_output=True, text=True, timeout=10, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return ["nvidia-smi does not answer"]
     return [line.strip() for line in found.stdout.splitlines() if line.strip()]
@@ -75,5 +83,7 @@ def _devices() -> list[str]:
 def _variables() -> dict[str, str]:
     said = {name: os.environ[name] for name in VARIABLES if name in os.environ}
     said |= {name: value for name, value in sorted(os.environ.items()) if name.startswith("GPTQ_")}
-    said = {name: without_secrets(value) for name, value in said.items()}  # people paste them into public pages
+    said = {
+        name: without_secrets(value) for name, value in said.items()
+    }  # people paste them into public pages
     return said | {name: "set" if os.environ.get(name) else "not set" for name in SECRET}

@@ -22,17 +22,29 @@ MAX_PPL = 10_000.0  # far above what any model of language gives that is read ri
 TEXT = ("dataset_config", "dataset_split", "text_column", "seqlen")
 RUN = ("device", "dtype", "backend", "trust_remote_code")
 BatchSize = Annotated[
-    int, o.plain("--batch-size", help="windows per forward pass; default 1", metavar="N", panel=Panel.RUN)
+    int,
+    o.plain(
+        "--batch-size", help="windows per forward pass; default 1", metavar="N", panel=Panel.RUN
+    ),
 ]
-Baseline = Annotated[str | None, o.plain("--baseline", help="model to compare with", metavar="MODEL", panel=Panel.GATE)]
+Baseline = Annotated[
+    str | None,
+    o.plain("--baseline", help="model to compare with", metavar="MODEL", panel=Panel.GATE),
+]
 MaxIncrease = Annotated[
     float | None,
     o.plain(
-        "--max-increase", help="exit 4 if perplexity exceeds the baseline's by more", metavar="X", panel=Panel.GATE
+        "--max-increase",
+        help="exit 4 if perplexity exceeds the baseline's by more",
+        metavar="X",
+        panel=Panel.GATE,
     ),
 ]
 MaxPpl = Annotated[
-    float, o.plain("--max-ppl", help="exit 4 if perplexity is higher than this", metavar="X", panel=Panel.GATE)
+    float,
+    o.plain(
+        "--max-ppl", help="exit 4 if perplexity is higher than this", metavar="X", panel=Panel.GATE
+    ),
 ]
 
 
@@ -89,9 +101,13 @@ def _check_gates(baseline: str | None, max_increase: float | None, max_ppl: floa
         return
     if baseline is None:
         hint = "add --baseline MODEL, most often the model before quantization"
-        raise ConfigError("E_CFG_CONFLICT", "--max-increase needs --baseline to compare with", hint=hint)
+        raise ConfigError(
+            "E_CFG_CONFLICT", "--max-increase needs --baseline to compare with", hint=hint
+        )
     if not 0 <= max_increase < math.inf:
-        raise ConfigError("E_CFG_RANGE", f"--max-increase must be a number of 0 or more, got {max_increase}")
+        raise ConfigError(
+            "E_CFG_RANGE", f"--max-increase must be a number of 0 or more, got {max_increase}"
+        )
 
 
 def _gate(result: EvalResult, max_increase: float | None, max_ppl: float) -> GateError | None:
@@ -104,7 +120,9 @@ def _gate(result: EvalResult, max_increase: float | None, max_ppl: float) -> Gat
         return GateError("E_NUM_PPL", f"{says}: such a model predicts nothing", hint=hint)
     if not math.isfinite(result.perplexity):
         return GateError(
-            "E_NUM_PPL", f"perplexity is {result.perplexity}: the model's outputs are not usable", hint=hint
+            "E_NUM_PPL",
+            f"perplexity is {result.perplexity}: the model's outputs are not usable",
+            hint=hint,
         )
     if max_increase is None:
         return None

@@ -16,7 +16,10 @@ from gptq_cli.errors import ConfigError
 
 def explain(
     code: Annotated[
-        str | None, typer.Argument(metavar="CODE", help="as in error[CODE]; all codes if left out", show_default=False)
+        str | None,
+        typer.Argument(
+            metavar="CODE", help="as in error[CODE]; all codes if left out", show_default=False
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -40,5 +43,7 @@ def explain(
 
 def explanations() -> dict[str, str]:
     """The text for each code, in the order of the file."""
-    content: dict[str, str] = yaml.safe_load(files("gptq_cli.cli").joinpath("codes.yaml").read_text(encoding="utf-8"))
+    content: dict[str, str] = yaml.safe_load(
+        files("gptq_cli.cli").joinpath("codes.yaml").read_text(encoding="utf-8")
+    )
     return {code: text.strip() for code, text in content.items()}

@@ -8,7 +8,16 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 from gptq_cli.cli import options as o
-from gptq_cli.cli.console import Console, aligned, engine_lines, fitted, joined, on_one_line, row_data, row_lines
+from gptq_cli.cli.console import (
+    Console,
+    aligned,
+    engine_lines,
+    fitted,
+    joined,
+    on_one_line,
+    row_data,
+    row_lines,
+)
 from gptq_cli.config.finding import shown
 from gptq_cli.config.serving import Verdict, engine_data, verdicts
 from gptq_cli.config.units import size
@@ -25,7 +34,10 @@ BAR = 40
 def inspect(
     model: o.Model,
     layer: Annotated[
-        str | None, o.plain("--layer", help="look into one layer: its codes, scales and weights", metavar="NAME")
+        str | None,
+        o.plain(
+            "--layer", help="look into one layer: its codes, scales and weights", metavar="NAME"
+        ),
     ] = None,
     revision: o.Revision = None,
     as_json: o.AsJson = False,
@@ -51,7 +63,9 @@ def inspect(
     found = inspect_checkpoint(checkpoint)
     judged = verdicts(found.export) if found.export else ()
     data = {"model": source.name, "commit": source.commit, **_data(found, judged)}
-    console.result(data, "\n".join([on_one_line(source.name), "", *_lines(found, judged)]), _how(found))
+    console.result(
+        data, "\n".join([on_one_line(source.name), "", *_lines(found, judged)]), _how(found)
+    )
 
 
 def _show_layer(console: Console, model: str, revision: str | None, name: str) -> None:
@@ -99,19 +113,28 @@ def _how(found: Inspection) -> str:
 def _lines(found: Inspection, judged: Sequence[Verdict]) -> list[str]:
     rows = row_lines([*found.quantized, *found.kept])
     files = f"{len(found.files)} file" + ("s" if len(found.files) != 1 else "")
-    lines = [f"quantized ({_how(found)})", *_indented(rows[: len(found.quantized)])] if found.quantized else []
+    lines = (
+        [f"quantized ({_how(found)})", *_indented(rows[: len(found.quantized)])]
+        if found.quantized
+        else []
+    )
     if found.method is not None and not found.quantized:
         lines.append(f"quantized as {_how(found)}, whose tensors are not decoded here")
     lines.append("as it was" if found.quantized else "tensors")
     lines += [*_indented(rows[len(found.quantized) :]), ""]
-    lines.append(f"size     {size(found.nbytes)} in {files}, {found.parameters / 1e6:.4g} million parameters")
+    lines.append(
+        f"size     {size(found.nbytes)} in {files}, {found.parameters / 1e6:.4g} million parameters"
+    )
     rate = f"{found.bits_per_parameter:.3g} a parameter"
     if found.bits_per_weight is not None:
         rate = f"{found.bits_per_weight:.3g} a quantized weight, with scales, zero points and g_idx; {rate}"
     lines.append(f"bits     {rate}")
     told = (
         aligned(
-            [(key, value if isinstance(value, str) else shown(value, 10**6)) for key, value in found.provenance.items()]
+            [
+                (key, value if isinstance(value, str) else shown(value, 10**6))
+                for key, value in found.provenance.items()
+            ]
         )
         if found.provenance
         else []
@@ -127,7 +150,10 @@ def _defect_lines(defects: Sequence[Defect]) -> list[str]:
     if not defects:
         return []
     count = f"{len(defects)} defect" + ("s" if len(defects) > 1 else "")
-    lines = [f"defects  {count}: engines fail or differ, `gptq verify` lists all", f"  {on_one_line(str(defects[0]))}"]
+    lines = [
+        f"defects  {count}: engines fail or differ, `gptq verify` lists all",
+        f"  {on_one_line(str(defects[0]))}",
+    ]
     if defects[0].hint:
         lines.append(f"  hint: {on_one_line(defects[0].hint)}")
     return lines
@@ -142,7 +168,11 @@ def _layer_lines(view: LayerView) -> list[str]:
     lines = [f"{view.name}  {shape}  {view.dtype}"]
     if view.packed:
         lines += _packed_lines(view.packed)
-    lines += ["", f"weights  mean {view.mean:.3g}, standard deviation {view.std:.3g}", *_bars(view.weights)]
+    lines += [
+        "",
+        f"weights  mean {view.mean:.3g}, standard deviation {view.std:.3g}",
+        *_bars(view.weights),
+    ]
     return lines
 
 
@@ -166,7 +196,9 @@ def _packed_lines(packed: PackedView) -> list[str]:
 def _bars(histogram: Histogram, *, whole: bool = False) -> list[str]:
     """A line a bin: where it begins, how many, a bar; neighbours are joined until there are few enough."""
     together = -(-len(histogram.counts) // MOST_BARS)
-    counts = [sum(histogram.counts[i : i + together]) for i in range(0, len(histogram.counts), together)]
+    counts = [
+        sum(histogram.counts[i : i + together]) for i in range(0, len(histogram.counts), together)
+    ]
     edges = histogram.edges[:-1:together]
     mark = "█" if "utf" in (getattr(sys.stdout, "encoding", None) or "").lower() else "#"
     most = max(counts)

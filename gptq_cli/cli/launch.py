@@ -28,7 +28,9 @@ def parse_devices(said: str | None) -> list[str]:
     for part in said.split(",") if said is not None else []:
         match = re.fullmatch(r"cpu(?::(\d{1,3}))?|(?:cuda:)?(\d{1,3})", part.strip())
         if not match or match[1] == "0":
-            raise ConfigError("E_CFG_RANGE", f"--devices must be {FORMS}, got {said!r}", hint="--devices 0,1")
+            raise ConfigError(
+                "E_CFG_RANGE", f"--devices must be {FORMS}, got {said!r}", hint="--devices 0,1"
+            )
         devices += [f"cuda:{int(match[2])}"] if match[2] else ["cpu"] * int(match[1] or 1)
     twice = [device for device in devices if device != "cpu" and devices.count(device) > 1]
     if twice or len({device.partition(":")[0] for device in devices}) > 1:
@@ -82,7 +84,9 @@ def launch(devices: list[str], *, as_json: bool, directory: Path) -> int:
         resolve_device(device)
     environment = local_environment()
     if devices[0] == "cpu":  # as torchrun does, and everybody may have a part of the cores
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // len(devices))))
+        environment.setdefault(
+            "OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // len(devices)))
+        )
     log.end()
     processes = Processes(len(devices))
     with handled(processes.forward):

@@ -18,7 +18,15 @@ from gptq_cli.storage.places import identity, is_inside
 from gptq_cli.storage.replacing import is_an_output
 from gptq_cli.storage.work_directory import WorkDirectory, output_of, read_run
 
-NAMED = ("model", "baseline", "a", "b", "directory", "text", "dataset")  # what commands read directories from
+NAMED = (
+    "model",
+    "baseline",
+    "a",
+    "b",
+    "directory",
+    "text",
+    "dataset",
+)  # what commands read directories from
 _FIRST_LINE = re.compile(rb"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z " + LOG_MARK.encode())
 HINT = "choose another place for --log-file"
 
@@ -85,7 +93,9 @@ def _is_same_new(file: Path, place: Path) -> bool:
 def _may_be_log(file: Path) -> bool:
     try:
         found = file.stat()
-        if stat.S_ISFIFO(found.st_mode) or stat.S_ISCHR(found.st_mode):  # such as /dev/null: nothing there is lost
+        if stat.S_ISFIFO(found.st_mode) or stat.S_ISCHR(
+            found.st_mode
+        ):  # such as /dev/null: nothing there is lost
             return True
         if not stat.S_ISREG(found.st_mode):
             return False

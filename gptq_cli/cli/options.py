@@ -95,10 +95,16 @@ def _rules(texts: Iterable[str]) -> dict[str, Any]:
     for text in texts:
         rule, settings = parse_rule(text)
         if rule in rules:
-            raise ConfigError("E_CFG_CONFLICT", f"--dynamic says {rule!r} twice", hint="keep one of them")
+            raise ConfigError(
+                "E_CFG_CONFLICT", f"--dynamic says {rule!r} twice", hint="keep one of them"
+            )
         if not settings and not rule.startswith("-:"):
-            hint = f"write '{rule}={{bits: 8}}', or '-:{rule.removeprefix('+:')}' to keep the layers"
-            raise ConfigError("E_CFG_MISSING", f"--dynamic {rule!r} says nothing to change", hint=hint)
+            hint = (
+                f"write '{rule}={{bits: 8}}', or '-:{rule.removeprefix('+:')}' to keep the layers"
+            )
+            raise ConfigError(
+                "E_CFG_MISSING", f"--dynamic {rule!r} says nothing to change", hint=hint
+            )
         rules[rule] = settings
     return rules
 
@@ -121,7 +127,12 @@ def _annotation(field: str) -> Any:
     if default and not info.is_required():
         help_text += f"; default {_word(default)}"
     spellings = option.names or _spellings(field, kind)
-    shown = plain(*spellings, help=help_text, panel=option.panel, metavar=option.metavar or _metavar(info.annotation))
+    shown = plain(
+        *spellings,
+        help=help_text,
+        panel=option.panel,
+        metavar=option.metavar or _metavar(info.annotation),
+    )
     return Annotated[kind | None, shown]
 
 
@@ -165,13 +176,27 @@ def _word(default: object) -> str:
     return str(default)
 
 
-def plain(*names: str, help: str, panel: str | None = None, metavar: str | None = None, min: int | None = None) -> Any:
+def plain(
+    *names: str,
+    help: str,
+    panel: str | None = None,
+    metavar: str | None = None,
+    min: int | None = None,
+) -> Any:
     """The typer option for something that is no field of the configuration."""
-    return typer.Option(*names, help=help, metavar=metavar, rich_help_panel=panel, show_default=False, min=min)
+    return typer.Option(
+        *names, help=help, metavar=metavar, rich_help_panel=panel, show_default=False, min=min
+    )
 
 
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="model directory or Hub id", show_default=False, rich_help_panel="Input")
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="model directory or Hub id",
+        show_default=False,
+        rich_help_panel="Input",
+    ),
 ]
 ConfigFile = Annotated[
     Path | None,
@@ -183,7 +208,8 @@ ConfigFile = Annotated[
     ),
 ]
 Revision = Annotated[
-    str | None, plain("--revision", help="branch, tag or commit of a Hub model", metavar="REV", panel="Input")
+    str | None,
+    plain("--revision", help="branch, tag or commit of a Hub model", metavar="REV", panel="Input"),
 ]
 
 
@@ -192,24 +218,38 @@ Dataset = Annotated[
     plain("--dataset", help=DATASET, metavar="TEXT", panel=Panel.TEXT),
 ]
 MaxWindows = Annotated[
-    int | None, plain("--max-windows", help="stop after this many windows", metavar="N", panel=Panel.TEXT, min=1)
+    int | None,
+    plain(
+        "--max-windows", help="stop after this many windows", metavar="N", panel=Panel.TEXT, min=1
+    ),
 ]
 
 Output = Annotated[
     Path | None,
     plain(
-        "--output", "-o", help="directory to write; default ./NAME-GPTQ-Int4-g128", panel=Panel.OUTPUT, metavar="DIR"
+        "--output",
+        "-o",
+        help="directory to write; default ./NAME-GPTQ-Int4-g128",
+        panel=Panel.OUTPUT,
+        metavar="DIR",
     ),
 ]
 Overwrite = Annotated[
     bool,
-    plain("--overwrite", help="replace a checkpoint at the output when the new one is complete", panel=Panel.OUTPUT),
+    plain(
+        "--overwrite",
+        help="replace a checkpoint at the output when the new one is complete",
+        panel=Panel.OUTPUT,
+    ),
 ]
 
 WithReport = Annotated[
-    bool, plain("--report", help="write an HTML report into the output directory", panel=Panel.OUTPUT)
+    bool,
+    plain("--report", help="write an HTML report into the output directory", panel=Panel.OUTPUT),
 ]
-PrintConfig = Annotated[bool, plain("--print-config", help="print the resolved configuration and exit")]
+PrintConfig = Annotated[
+    bool, plain("--print-config", help="print the resolved configuration and exit")
+]
 DryRun = Annotated[bool, plain("--dry-run", "-n", help="show the plan and exit, like gptq plan")]
 
 Resume = Annotated[
@@ -233,7 +273,9 @@ MaxRuntime = Annotated[
 AllowNetworkFs = Annotated[
     bool,
     plain(
-        "--allow-network-fs", help="allow an output on a network file system, whose locks may not hold", panel=Panel.RUN
+        "--allow-network-fs",
+        help="allow an output on a network file system, whose locks may not hold",
+        panel=Panel.RUN,
     ),
 ]
 Devices = Annotated[
@@ -245,10 +287,19 @@ Devices = Annotated[
         metavar="0,1,..",
     ),
 ]
-AsJson = Annotated[bool, plain("--json", help="print the result or the error as one JSON object on stdout")]
+AsJson = Annotated[
+    bool, plain("--json", help="print the result or the error as one JSON object on stdout")
+]
 Quiet = Annotated[bool, plain("--quiet", "-q", help="show no progress and the shortest result")]
-Verbose = Annotated[bool, plain("--verbose", "-v", help="show a line for each layer, and the traceback of a failure")]
+Verbose = Annotated[
+    bool,
+    plain("--verbose", "-v", help="show a line for each layer, and the traceback of a failure"),
+]
 LogFile = Annotated[
     Path | None,
-    plain("--log-file", help="also write messages, including --verbose details, to this file", metavar="FILE"),
+    plain(
+        "--log-file",
+        help="also write messages, including --verbose details, to this file",
+        metavar="FILE",
+    ),
 ]

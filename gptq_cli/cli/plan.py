@@ -14,10 +14,21 @@ from gptq_cli.config.resolve import resolve
 
 WithTime = Annotated[
     bool,
-    o.plain("--time", help="measure this device for a few seconds and estimate the time of a run", panel=Panel.RUN),
+    o.plain(
+        "--time",
+        help="measure this device for a few seconds and estimate the time of a run",
+        panel=Panel.RUN,
+    ),
 ]
 Devices = Annotated[
-    int, o.plain("--devices", help="how many devices share the work; default 1", panel=Panel.RUN, metavar="N", min=1)
+    int,
+    o.plain(
+        "--devices",
+        help="how many devices share the work; default 1",
+        panel=Panel.RUN,
+        metavar="N",
+        min=1,
+    ),
 ]
 
 
@@ -44,4 +55,6 @@ def plan(
     Example: gptq plan ./Qwen3-0.6B --bits 4
     """
     resolved = resolve(settings, os.environ, config)
-    show_plan(Console(as_json, quiet), resolved, model, output, revision, devices=devices, with_time=time)
+    show_plan(
+        Console(as_json, quiet), resolved, model, output, revision, devices=devices, with_time=time
+    )

@@ -62,16 +62,23 @@ def show_plan(
         "seconds": _seconds_data(seconds),
     }
     if status_of(output, writing=True) is not None:
-        console.say(f"note: `{output}` exists: quantize will refuse it if it is not empty and --overwrite is not given")
+        console.say(
+            f"note: `{output}` exists: quantize will refuse it if it is not empty and --overwrite is not given"
+        )
     disk = data["disk"]
     if disk["free_bytes"] is not None and disk["free_bytes"] < disk["needed_bytes"]:
         console.warn(
-            "W_DISK", f"{size(disk['free_bytes'])} are free at `{output}`, {size(disk['needed_bytes'])} needed"
+            "W_DISK",
+            f"{size(disk['free_bytes'])} are free at `{output}`, {size(disk['needed_bytes'])} needed",
         )
     for code, remark in remarks(found, config):
         console.warn(code, remark)
     text = "\n".join(
-        [on_one_line(f"{source.name} -> {output}"), "", *_lines(found, resolved, output, devices, seconds)]
+        [
+            on_one_line(f"{source.name} -> {output}"),
+            "",
+            *_lines(found, resolved, output, devices, seconds),
+        ]
     )
     console.result(data, text, str(found.layout.nbytes))
 
@@ -117,7 +124,9 @@ def layer_data(plan: RunPlan) -> list[dict[str, Any]]:
     ]
 
 
-def _lines(plan: RunPlan, resolved: Resolved, output: Path, devices: int, seconds: Seconds | None) -> list[str]:
+def _lines(
+    plan: RunPlan, resolved: Resolved, output: Path, devices: int, seconds: Seconds | None
+) -> list[str]:
     quantized, kept = plan_rows(plan)
     rows = row_lines([*quantized, *kept])
     memory, disk = estimate_memory(plan, resolved.config, devices), estimate_disk(plan, output)
@@ -131,7 +140,11 @@ def _lines(plan: RunPlan, resolved: Resolved, output: Path, devices: int, second
         *(["stays as it is"] if kept else []),
         *(f"  {line}" for line in rows[len(quantized) :]),
         "",
-        *([f"source  {on_one_line(plan.plain.how)}, decoded while it is read"] if plan.plain.how else []),
+        *(
+            [f"source  {on_one_line(plan.plain.how)}, decoded while it is read"]
+            if plan.plain.how
+            else []
+        ),
         f"size    {size(plan.source.nbytes)} -> {size(plan.layout.nbytes)} ({smaller:.2f}x smaller) in {files}, "
         f"{plan.layout.nbytes} bytes",
         f"bits    {plan.bits_per_weight:.3g} a quantized weight, with scales, zero points and g_idx",
@@ -166,7 +179,9 @@ def _time_lines(seconds: Seconds | None) -> list[str]:
     if seconds is None:
         return []
     solving = clock(seconds.factor + seconds.solve)
-    parts = f"forwards {clock(seconds.forward)}, Hessians {clock(seconds.hessian)}, solving {solving}"
+    parts = (
+        f"forwards {clock(seconds.forward)}, Hessians {clock(seconds.hessian)}, solving {solving}"
+    )
     return [
         f"time    about {clock(seconds.total)} (estimate from rates measured on this device):",
         f"          {parts}, reading {clock(seconds.reading)}",

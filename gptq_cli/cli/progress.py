@@ -52,14 +52,19 @@ class Progress:
         self._live: Live | None = None
 
     def __enter__(self) -> Progress:
-        terminal = sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        terminal = (
+            sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        )
         if terminal and not self._console.quiet:
             self._live = _live_view()
             self._live.start()
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self._live:
             self._live.stop()
@@ -69,7 +74,11 @@ class Progress:
         self._note(event)
         if isinstance(event, LayerSolved):
             self._console.detail(_detail(event.report))
-        if isinstance(event, RunPlanned) and event.target is None and (line := unread_line(event.engines)):
+        if (
+            isinstance(event, RunPlanned)
+            and event.target is None
+            and (line := unread_line(event.engines))
+        ):
             self._console.say(f"note: the output {line}")
         if isinstance(event, Warned):
             self._console.warn(event.code, event.message)
@@ -87,7 +96,12 @@ class Progress:
             case PhaseStarted():
                 self._block, self._seconds, self._layer = None, [], f"{event.name}: {event.detail}"
             case BlockStarted():
-                self._block, self._done, self._layer, self._solved = event, event.index, event.name, []
+                self._block, self._done, self._layer, self._solved = (
+                    event,
+                    event.index,
+                    event.name,
+                    [],
+                )
             case LayerStarted():
                 self._layer = event.name
             case LayerSolved():
@@ -106,7 +120,9 @@ class Progress:
                 return self._layer
             case BlockFinished():
                 errors = f" error {_errors(self._solved)}" if self._solved else ""
-                time_left = f"{event.seconds:.1f} s eta {self._eta(event.index + 1, event.n_blocks)}"
+                time_left = (
+                    f"{event.seconds:.1f} s eta {self._eta(event.index + 1, event.n_blocks)}"
+                )
                 return f"block {event.index + 1}/{event.n_blocks} {event.name}{errors} {time_left} mem {self._memory}"
             case LayerSolved() if self._block and self._now() - self._last_line > SILENCE:
                 where = f"block {self._block.index + 1}/{self._block.n_blocks}"
@@ -114,7 +130,11 @@ class Progress:
         return None
 
     def _eta(self, done: int, n_blocks: int) -> str:
-        return clock(sum(self._seconds) / len(self._seconds) * (n_blocks - done)) if self._seconds else "?"
+        return (
+            clock(sum(self._seconds) / len(self._seconds) * (n_blocks - done))
+            if self._seconds
+            else "?"
+        )
 
     def _view(self) -> str:
         """Three short lines: how far, what now, how much memory."""
@@ -122,7 +142,9 @@ class Progress:
             return on_one_line(self._layer)
         n_blocks = self._block.n_blocks
         bar = ("█" * (BAR * self._done // n_blocks)).ljust(BAR, "░")
-        lines = [f"block {self._block.index + 1}/{n_blocks} {bar} {self._eta(self._done, n_blocks)} left"]
+        lines = [
+            f"block {self._block.index + 1}/{n_blocks} {bar} {self._eta(self._done, n_blocks)} left"
+        ]
         lines += [on_one_line(self._layer), *([f"memory {self._memory}"] if self._memory else [])]
         return "\n".join(lines)
 
@@ -145,7 +167,9 @@ def _about_work(event: Resumed | WorkKept) -> str:
     if isinstance(event, Resumed):
         return f"resuming after {event.index} of {event.n_blocks} blocks, from {event.directory}"
     if event.failed:
-        return f"finished blocks are kept in {event.directory} until a run with other settings begins"
+        return (
+            f"finished blocks are kept in {event.directory} until a run with other settings begins"
+        )
     return f"finished blocks are kept; go on with: {resume_command(event.directory)}"
 
 

@@ -19,19 +19,36 @@ if TYPE_CHECKING:
 
 
 def push(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="GPTQ checkpoint", show_default=False)],
-    repo: Annotated[str, typer.Argument(metavar="REPO", help="where to: NAMESPACE/NAME", show_default=False)],
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="GPTQ checkpoint", show_default=False)
+    ],
+    repo: Annotated[
+        str, typer.Argument(metavar="REPO", help="where to: NAMESPACE/NAME", show_default=False)
+    ],
     base_model: Annotated[
         str | None,
-        o.plain("--base-model", help="Hub id of what it was made from, if DIR does not say", metavar="ID"),
+        o.plain(
+            "--base-model",
+            help="Hub id of what it was made from, if DIR does not say",
+            metavar="ID",
+        ),
     ] = None,
     evaluation: Annotated[
-        Path | None, o.plain("--evaluation", help="result of gptq eval-ppl --json for the card", metavar="FILE")
+        Path | None,
+        o.plain("--evaluation", help="result of gptq eval-ppl --json for the card", metavar="FILE"),
     ] = None,
-    card: Annotated[Path | None, o.plain("--card", help="README.md to send instead of the own", metavar="FILE")] = None,
-    public: Annotated[bool, o.plain("--public", help="let everybody read it; private if left out")] = False,
-    overwrite: Annotated[bool, o.plain("--overwrite", help="replace what the repository holds")] = False,
-    dry_run: Annotated[bool, o.plain("--dry-run", "-n", help="print the card and leave, without the network")] = False,
+    card: Annotated[
+        Path | None, o.plain("--card", help="README.md to send instead of the own", metavar="FILE")
+    ] = None,
+    public: Annotated[
+        bool, o.plain("--public", help="let everybody read it; private if left out")
+    ] = False,
+    overwrite: Annotated[
+        bool, o.plain("--overwrite", help="replace what the repository holds")
+    ] = False,
+    dry_run: Annotated[
+        bool, o.plain("--dry-run", "-n", help="print the card and leave, without the network")
+    ] = False,
     as_json: o.AsJson = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -47,11 +64,22 @@ def push(
     from gptq_cli.publish.push import prepare_push, push_upload
 
     with Progress(console) as progress:
-        upload = prepare_push(directory, repo, base_model=base_model, evaluation=evaluation, card=card, report=progress)
+        upload = prepare_push(
+            directory,
+            repo,
+            base_model=base_model,
+            evaluation=evaluation,
+            card=card,
+            report=progress,
+        )
     if dry_run:
-        return console.document({"repo": repo, "files": upload.sizes, "card": upload.card}, upload.card)
+        return console.document(
+            {"repo": repo, "files": upload.sizes, "card": upload.card}, upload.card
+        )
     bars = not (as_json or quiet) and sys.stderr is not None and sys.stderr.isatty()
-    done = push_upload(upload, public=public, overwrite=overwrite, progress=bars, report=Progress(console))
+    done = push_upload(
+        upload, public=public, overwrite=overwrite, progress=bars, report=Progress(console)
+    )
     return console.result(_data(upload, done, public), _text(upload, done, public), done.url)
 
 

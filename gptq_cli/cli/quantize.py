@@ -34,7 +34,10 @@ if TYPE_CHECKING:
 SETTINGS = [name for name in o.configurable_fields() if name != "backend"]
 
 Directory = Annotated[
-    Path, typer.Argument(metavar="WORKDIR", help="the hidden .OUT.gptq-work beside the output", show_default=False)
+    Path,
+    typer.Argument(
+        metavar="WORKDIR", help="the hidden .OUT.gptq-work beside the output", show_default=False
+    ),
 ]
 
 
@@ -71,13 +74,17 @@ def quantize(
     if dry_run:
         from gptq_cli.cli.plan_view import show_plan
 
-        return show_plan(console, resolved, model, output, revision, devices=max(1, len(parse_devices(devices))))
+        return show_plan(
+            console, resolved, model, output, revision, devices=max(1, len(parse_devices(devices)))
+        )
     for note in resolved.notes:
         console.say(f"note: {note}")
     from gptq_cli.planning.checks import RunOptions
     from gptq_cli.quantization.run_record import seconds
 
-    options = RunOptions(revision, overwrite, resume or "auto", seconds(max_runtime), allow_network_fs)
+    options = RunOptions(
+        revision, overwrite, resume or "auto", seconds(max_runtime), allow_network_fs
+    )
     return run(console, model, output, resolved.config, options, report=report, devices=devices)
 
 
@@ -130,11 +137,16 @@ def run(
 
 def _summary(result: QuantizeResult, config: QuantizeConfig) -> str:
     sizes = f"{size(result.bytes_before)} -> {size(result.bytes_after)}"
-    lines = [f"{result.output}", f"size   {sizes} ({result.bytes_before / result.bytes_after:.2f}x smaller)"]
+    lines = [
+        f"{result.output}",
+        f"size   {sizes} ({result.bytes_before / result.bytes_after:.2f}x smaller)",
+    ]
     if result.layers:
         mine = math.fsum(layer.relative_error for layer in result.layers) / len(result.layers)
         rtn = math.fsum(layer.rtn_relative_error for layer in result.layers) / len(result.layers)
-        lines.append(f"error  {mine:.2e} mean of {len(result.layers)} layers, round-to-nearest {rtn:.2e}")
+        lines.append(
+            f"error  {mine:.2e} mean of {len(result.layers)} layers, round-to-nearest {rtn:.2e}"
+        )
     if result.experts:
         lines.append(_coverage(result, config))
     rounded = [layer.name for layer in result.layers if layer.fallback]
@@ -142,7 +154,11 @@ def _summary(result: QuantizeResult, config: QuantizeConfig) -> str:
         lines.append(
             f"rtn    {len(rounded)} of {len(result.layers)} layers were rounded to nearest, first {rounded[0]}"
         )
-    lines.append("done   before, by the same command" if result.already_done else f"time   {clock(result.seconds)}")
+    lines.append(
+        "done   before, by the same command"
+        if result.already_done
+        else f"time   {clock(result.seconds)}"
+    )
     return "\n".join([*map(on_one_line, lines), *map(fitted, engine_lines(result.engines))])
 
 
@@ -200,7 +216,15 @@ def resume(
         allow_network_fs=allow_network_fs,
     )
     config = begun.config.model_copy(update={"trust_remote_code": trust_remote_code})
-    run(Console(as_json, quiet), begun.model, output, config, options, devices=devices, directory=started_in)
+    run(
+        Console(as_json, quiet),
+        begun.model,
+        output,
+        config,
+        options,
+        devices=devices,
+        directory=started_in,
+    )
 
 
 class _Begun(BaseModel):
@@ -223,7 +247,10 @@ def _read(directory: Path) -> tuple[_Begun, Path]:
 
     output = output_of(directory)
     if output is None or not (directory / RUN).is_file():
-        hint = _unfinished_at(directory) or "give the hidden directory .OUT.gptq-work beside an unfinished output"
+        hint = (
+            _unfinished_at(directory)
+            or "give the hidden directory .OUT.gptq-work beside an unfinished output"
+        )
         raise InputError("E_RESUME_NOTHING", f"`{directory}` holds no unfinished run", hint=hint)
     refuse_foreign(directory)
     try:

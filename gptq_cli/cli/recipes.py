@@ -16,7 +16,8 @@ from gptq_cli.errors import ConfigError
 
 def recipes(
     name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="recipe to print; all if left out", show_default=False)
+        str | None,
+        typer.Argument(metavar="NAME", help="recipe to print; all if left out", show_default=False),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

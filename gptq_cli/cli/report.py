@@ -14,14 +14,23 @@ from gptq_cli.config.units import size
 
 def report(
     directory: Annotated[
-        Path, typer.Argument(metavar="OUT", help="what gptq quantize --report has written", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="OUT", help="what gptq quantize --report has written", show_default=False
+        ),
     ],
     output: Annotated[
-        Path | None, o.plain("--output", "-o", help="file to write; default gptq_report.html in OUT", metavar="FILE")
+        Path | None,
+        o.plain(
+            "--output", "-o", help="file to write; default gptq_report.html in OUT", metavar="FILE"
+        ),
     ] = None,
-    png: Annotated[Path | None, o.plain("--png", help="write the heat map here too", metavar="FILE")] = None,
+    png: Annotated[
+        Path | None, o.plain("--png", help="write the heat map here too", metavar="FILE")
+    ] = None,
     evaluation: Annotated[
-        Path | None, o.plain("--evaluation", help="result of gptq eval-ppl --json to show", metavar="FILE")
+        Path | None,
+        o.plain("--evaluation", help="result of gptq eval-ppl --json to show", metavar="FILE"),
     ] = None,
     as_json: o.AsJson = False,
     quiet: o.Quiet = False,
@@ -39,5 +48,7 @@ def report(
     page = write_page(directory, output or directory / REPORT_PAGE, evaluation=evaluation, png=png)
     n_bytes = page.stat().st_size
     Console(as_json, quiet).result(
-        {"output": str(page), "bytes": n_bytes}, f"{page}\n{size(n_bytes)}, open it in a browser", page
+        {"output": str(page), "bytes": n_bytes},
+        f"{page}\n{size(n_bytes)}, open it in a browser",
+        page,
     )

@@ -26,7 +26,9 @@ MODELINE = f"# yaml-language-server: $schema={FILE}"
 def schema(
     kind: Annotated[
         str,
-        typer.Argument(metavar="config|output", help="of configuration files, or of what --json prints"),
+        typer.Argument(
+            metavar="config|output", help="of configuration files, or of what --json prints"
+        ),
     ] = "config",
 ) -> None:
     """Print the JSON Schema of the configuration, or of --json output.
@@ -40,21 +42,32 @@ def schema(
     if kind not in KINDS:
         near = nearest(kind, KINDS)
         hint = f"did you mean {near}?" if near else None
-        raise ConfigError("E_CFG_RANGE", f"there are schemas of config and output, got {shown(kind)}", hint=hint)
+        raise ConfigError(
+            "E_CFG_RANGE", f"there are schemas of config and output, got {shown(kind)}", hint=hint
+        )
     if kind == "config":
         write_result(json.dumps(config_schema(), indent=2, ensure_ascii=False))
     else:
-        write_result(files("gptq_cli.cli").joinpath("output.schema.json").read_text(encoding="utf-8").rstrip("\n"))
+        write_result(
+            files("gptq_cli.cli")
+            .joinpath("output.schema.json")
+            .read_text(encoding="utf-8")
+            .rstrip("\n")
+        )
 
 
 def config_schema() -> dict[str, Any]:
     """The JSON Schema of a configuration file, each field with its meaning and what it accepts."""
     schema = QuantizeConfig.model_json_schema(ref_template="#/definitions/{model}")
     fields = schema["properties"]
-    effective = DEFAULTS.model_dump(mode="json")  # what a run really has, which the default preset decides
+    effective = DEFAULTS.model_dump(
+        mode="json"
+    )  # what a run really has, which the default preset decides
     for name, info in QuantizeConfig.model_fields.items():
         accepts = next((item.text for item in info.metadata if isinstance(item, Accepts)), None)
-        fields[name]["description"] = f"{info.description}. Accepts {accepts}." if accepts else f"{info.description}."
+        fields[name]["description"] = (
+            f"{info.description}. Accepts {accepts}." if accepts else f"{info.description}."
+        )
         fields[name].pop("title", None)
         if "default" in fields[name]:
             fields[name]["default"] = effective[name]

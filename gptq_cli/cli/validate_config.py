@@ -20,9 +20,12 @@ if TYPE_CHECKING:
 
 
 def validate_config(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="YAML or JSON configuration", show_default=False)],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="YAML or JSON configuration", show_default=False)
+    ],
     model: Annotated[
-        Path | None, plain("--model", help="model directory to plan for, headers are read only", metavar="DIR")
+        Path | None,
+        plain("--model", help="model directory to plan for, headers are read only", metavar="DIR"),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -38,14 +41,19 @@ def validate_config(
     resolved = resolve({}, {}, file)
     for note in resolved.notes:
         console.say(f"note: {note}")
-    data: dict[str, Any] = {"config": resolved.config.model_dump(mode="json"), "notes": list(resolved.notes)}
+    data: dict[str, Any] = {
+        "config": resolved.config.model_dump(mode="json"),
+        "notes": list(resolved.notes),
+    }
     text = to_yaml(resolved.config)
     if model is not None:
         from gptq_cli.cli.plan_view import layer_data
 
         plan, judged = _plan(console, model, resolved)
         data["plan"] = {"layers": layer_data(plan), "engines": engine_data(judged)}
-        text += "\n" + "".join(f"# {line}\n" for line in [*_plan_lines(plan.layers), *engine_lines(judged)])
+        text += "\n" + "".join(
+            f"# {line}\n" for line in [*_plan_lines(plan.layers), *engine_lines(judged)]
+        )
     console.document(data, text.rstrip("\n"))
 
 

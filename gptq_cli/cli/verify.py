@@ -23,8 +23,12 @@ SHOWN = 5  # defects of one code in the human report
 
 
 def verify(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="GPTQ checkpoint", show_default=False)],
-    full: Annotated[bool, plain("--full", help="read every byte: all numbers finite, all hashes right")] = False,
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="GPTQ checkpoint", show_default=False)
+    ],
+    full: Annotated[
+        bool, plain("--full", help="read every byte: all numbers finite, all hashes right")
+    ] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -47,7 +51,12 @@ def verify(
     count = len(found.defects)
     hint = _remedy(found.defects)
     message = f"`{directory}` has {count} defect{'s' if count > 1 else ''}"
-    console.refused(_data(found), joined(_lines(found.defects)), str(count), GateError("E_VERIFY", message, hint=hint))
+    console.refused(
+        _data(found),
+        joined(_lines(found.defects)),
+        str(count),
+        GateError("E_VERIFY", message, hint=hint),
+    )
 
 
 def _data(found: Verification) -> dict[str, Any]:
@@ -77,5 +86,7 @@ def _lines(defects: Sequence[Defect]) -> list[str]:
         seen[defect.code] += 1
         if seen[defect.code] <= SHOWN:
             lines.append(str(defect))
-    more = [f"{code} {count - SHOWN} more, see --json" for code, count in seen.items() if count > SHOWN]
+    more = [
+        f"{code} {count - SHOWN} more, see --json" for code, count in seen.items() if count > SHOWN
+    ]
     return lines + more

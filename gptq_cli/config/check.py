@@ -28,7 +28,9 @@ OUT_OF_RANGE = {
 }
 
 
-def findings_of(error: ValidationError, values: Mapping[str, Any], model: type[BaseModel]) -> list[Finding]:
+def findings_of(
+    error: ValidationError, values: Mapping[str, Any], model: type[BaseModel]
+) -> list[Finding]:
     """What pydantic has against single `values` of a `model`, conflicts between them not."""
     details = [detail for detail in error.errors(include_url=False) if detail["type"] != "conflict"]
     return _deepest([_finding(detail, values, model) for detail in details])
@@ -37,7 +39,10 @@ def findings_of(error: ValidationError, values: Mapping[str, Any], model: type[B
 def refusal(findings: Sequence[Finding]) -> ConfigError:
     """One error for all findings (at least one), in which fields have the names that Python callers give them."""
     return ConfigError.of(
-        [Problem(f.code, f"{' and '.join(map(name_of, f.paths))} {f.predicate}", f.hint) for f in findings]
+        [
+            Problem(f.code, f"{' and '.join(map(name_of, f.paths))} {f.predicate}", f.hint)
+            for f in findings
+        ]
     )
 
 
@@ -92,13 +97,19 @@ def _unknown(path: KeyPath, model: type[BaseModel]) -> Finding:
 
 def _accepted(path: KeyPath, field: str, model: type[BaseModel]) -> str:
     if path[0] == "dynamic" and len(path) == 2:
-        return "a text" if not isinstance(path[1], str) else "a mapping of settings such as {bits: 8}"
+        return (
+            "a text" if not isinstance(path[1], str) else "a mapping of settings such as {bits: 8}"
+        )
     metadata = model.model_fields[field].metadata
     return next(item.text for item in metadata if isinstance(item, Accepts))
 
 
 def _item(path: KeyPath) -> str:
-    counts = [str(part + 1) for part in path[1:] if isinstance(part, int)] if path[0] != "dynamic" else []
+    counts = (
+        [str(part + 1) for part in path[1:] if isinstance(part, int)]
+        if path[0] != "dynamic"
+        else []
+    )
     return f" as item {'.'.join(counts)}" if counts else ""
 
 
@@ -146,4 +157,6 @@ def _choices(field: str, model: type[BaseModel]) -> tuple[str, ...]:
         return NAMES[field]
     schema = model.model_json_schema()["properties"][field]
     options = [schema, *schema.get("anyOf", ())]
-    return tuple(word for option in options for word in option.get("enum", ()) if isinstance(word, str))
+    return tuple(
+        word for option in options for word in option.get("enum", ()) if isinstance(word, str)
+    )

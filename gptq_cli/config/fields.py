@@ -96,20 +96,26 @@ def _rule(rule: str) -> str:
 TRUTH = Accepts("true or false")
 Bits = Annotated[Literal[2, 3, 4, 8], Accepts("2, 3, 4 or 8")]
 GroupSize = Annotated[
-    int, AfterValidator(_group_size), Accepts("a positive number of columns, or -1 for one group per row")
+    int,
+    AfterValidator(_group_size),
+    Accepts("a positive number of columns, or -1 for one group per row"),
 ]
 DampPercent = Annotated[float, Field(gt=0, lt=1), Accepts("a number strictly between 0 and 1")]
 Damping = Annotated[DampMode, Accepts("mean or diagonal")]
 Search = Annotated[ScaleSearch, Accepts("none, mse or activation")]
 Strength = Annotated[float, Field(ge=0, le=1), Accepts("a number from 0 to 1")]
 Sweeps = Annotated[int, Field(ge=0), Accepts("a whole number of 0 or more")]
-Size = Annotated[int | str, AfterValidator(_size), Accepts("a size such as 5GB or 500MiB, or a number of bytes")]
+Size = Annotated[
+    int | str, AfterValidator(_size), Accepts("a size such as 5GB or 500MiB, or a number of bytes")
+]
 Flag = Annotated[bool, TRUTH]
 Count = Annotated[int, Field(gt=0), Accepts("a whole number of 1 or more")]
 Text = Annotated[str, Field(min_length=1), Accepts("a text that is not empty")]
 Name = Annotated[Text | None, Accepts("a name or null")]
 Rule = Annotated[str, AfterValidator(_rule)]
-Preset = Annotated[str, AfterValidator(_preset), Accepts(f"{', '.join([*PRESETS][:-1])} or {[*PRESETS][-1]}")]
+Preset = Annotated[
+    str, AfterValidator(_preset), Accepts(f"{', '.join([*PRESETS][:-1])} or {[*PRESETS][-1]}")
+]
 Target = Annotated[str | None, AfterValidator(_target), Accepts(", ".join(TARGETS) + " or null")]
 Experts = Annotated[Uncovered, Accepts("error, rtn or all-tokens")]
 Fault = Annotated[OnFault, Accepts("error or rtn")]

@@ -26,15 +26,21 @@ PARALLEL = "module."
 CERTAIN = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|base_model\.model|base_layer|original_module)\.")
 WRAPPERS = re.compile(rf"{CERTAIN.pattern}|(?<=\.)modules_to_save\.[^.]+\.")
 OF_ONE_REVISION = "download config.json and the weights again, of one revision"
-CLASSIFIERS = re.compile(r"(^|\.)(score|classifier|v_head|value_head|reward_head|regression_head|qa_outputs)\.")
-CLASSES = re.compile(r".*(For(Sequence|Token)Classification|ForQuestionAnswering|Reward\w*|ValueHead)$")
+CLASSIFIERS = re.compile(
+    r"(^|\.)(score|classifier|v_head|value_head|reward_head|regression_head|qa_outputs)\."
+)
+CLASSES = re.compile(
+    r".*(For(Sequence|Token)Classification|ForQuestionAnswering|Reward\w*|ValueHead)$"
+)
 OF_ADAPTERS = ("lora_", "ia3_", "oft_", "vera_", "hada_", "lokr_")
 MOST_LEADING = 4  # parts of a name that may be too many at its beginning
 
 
 def foreign_names(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     """Tensors that no model asks for: below a linear, such as an adapter's, or a second time under a wrapper's name."""
-    linears = {name.removesuffix(".weight") for name, shape in shapes.items() if _is_matrix(name, shape)}
+    linears = {
+        name.removesuffix(".weight") for name, shape in shapes.items() if _is_matrix(name, shape)
+    }
     return [name for name in shapes if _is_below(name, linears) or _is_second(name, shapes)]
 
 
@@ -59,7 +65,11 @@ def refuse_wrapped(names: Collection[str], *, own_code: bool) -> None:
 
     A model with `own_code` may call a part of it `module`.
     """
-    lost = {name: plain for name in names if (plain := CERTAIN.sub("", name)) != name and plain not in names}
+    lost = {
+        name: plain
+        for name in names
+        if (plain := CERTAIN.sub("", name)) != name and plain not in names
+    }
     if not lost and not own_code and all(name.startswith(PARALLEL) for name in names):
         lost = {name: name.removeprefix(PARALLEL) for name in names}
     if lost:
@@ -67,7 +77,10 @@ def refuse_wrapped(names: Collection[str], *, own_code: bool) -> None:
 
 
 def misfit(
-    absent: Sequence[str], left: Sequence[str], config: Mapping[str, Any], listed: Collection[str] = ()
+    absent: Sequence[str],
+    left: Sequence[str],
+    config: Mapping[str, Any],
+    listed: Collection[str] = (),
 ) -> InputError:
     """InputError E_CKPT_INCOMPLETE: parameters without a tensor, tensors without a parameter, and the likely reason.
 
@@ -85,10 +98,17 @@ def _reason(
 ) -> tuple[str | None, str]:
     if part := _wrapper(absent, left):
         adapted = any(is_of_adapter(name) for name in left)
-        hint = MERGE if adapted else REMEDIES.get(part, f"save the model again under names without `{part}`")
+        hint = (
+            MERGE
+            if adapted
+            else REMEDIES.get(part, f"save the model again under names without `{part}`")
+        )
         return f"its names have `{part}` in them, those of the model have not", hint
     if lacking := _beginning(absent, left):
-        return f"the names of the model begin with `{lacking}`", "take config.json and the weights from one place"
+        return (
+            f"the names of the model begin with `{lacking}`",
+            "take config.json and the weights from one place",
+        )
     if listed:
         hint = "download the index and the shards again, of one revision, or look at the model's page for a repair"
         return f"the index lists {len(listed)} tensors that no shard holds", hint
@@ -101,14 +121,20 @@ def _reason(
 
 def _about_head(left: Sequence[str], config: Mapping[str, Any]) -> tuple[str, str]:
     classes = [name for name in config.get("architectures") or () if isinstance(name, str)]
-    if any(CLASSIFIERS.search(name) for name in left) or any(CLASSES.match(name) for name in classes):
-        return "a classifier, no language model", "name a language model: its config.json says ...ForCausalLM"
-    if config.get("tie_word_embeddings") is False:
-        hint = (
-            'write "tie_word_embeddings": true into config.json if the embeddings are its head; else it is incomplete'
+    if any(CLASSIFIERS.search(name) for name in left) or any(
+        CLASSES.match(name) for name in classes
+    ):
+        return (
+            "a classifier, no language model",
+            "name a language model: its config.json says ...ForCausalLM",
         )
+    if config.get("tie_word_embeddings") is False:
+        hint = 'write "tie_word_embeddings": true into config.json if the embeddings are its head; else it is incomplete'
         return "it has no output head, and config.json says tie_word_embeddings: false", hint
-    return "it has no output head", "name the language model and not its base: its config.json says ...ForCausalLM"
+    return (
+        "it has no output head",
+        "name the language model and not its base: its config.json says ...ForCausalLM",
+    )
 
 
 def is_head(name: str) -> bool:
@@ -119,7 +145,8 @@ def is_head(name: str) -> bool:
 def is_of_adapter(name: str) -> bool:
     """Whether peft has given a tensor its name."""
     return (
-        any(part.startswith(("lora_", "ia3_", "oft_", "vera_")) for part in name.split(".")) or ".base_layer." in name
+        any(part.startswith(("lora_", "ia3_", "oft_", "vera_")) for part in name.split("."))
+        or ".base_layer." in name
     )
 
 

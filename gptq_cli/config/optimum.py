@@ -27,18 +27,36 @@ WITHOUT_EFFECT = {
     "cache_block_outputs": "block outputs are always kept for the next block",
     "module_name_preceding_first_block": "the model's own forward runs what comes before the blocks",
     "damp_auto_increment": "a Hessian without a factor is damped more by steps of this tool",
-    **dict.fromkeys(("use_exllama", "disable_exllama", "exllama_config", "use_cuda_fp16", "use_marlin"), KERNEL),
+    **dict.fromkeys(
+        ("use_exllama", "disable_exllama", "exllama_config", "use_cuda_fp16", "use_marlin"), KERNEL
+    ),
     **dict.fromkeys(("model_name_or_path", "model_file_base_name", "uri"), SOURCE),
     **dict.fromkeys(("offload_to_disk", "offload_to_disk_path", "calibration_data_device"), PLACES),
     **dict.fromkeys(("dense_vram_strategy", "dense_vram_strategy_devices"), PLACES),
     **dict.fromkeys(("moe_vram_strategy", "moe_vram_strategy_devices"), PLACES),
-    **dict.fromkeys(("auto_forward_data_parallel", "wait_for_submodule_finalizers", "gc_mode"), PLACES),
-    **dict.fromkeys(("buffered_fwd", "compute_device_filter", "hessian_chunk_size", "hessian_chunk_bytes"), PLACES),
+    **dict.fromkeys(
+        ("auto_forward_data_parallel", "wait_for_submodule_finalizers", "gc_mode"), PLACES
+    ),
+    **dict.fromkeys(
+        ("buffered_fwd", "compute_device_filter", "hessian_chunk_size", "hessian_chunk_bytes"),
+        PLACES,
+    ),
     **dict.fromkeys(("pack_impl", "parallel_packing"), "codes are packed the same way by any code"),
-    **dict.fromkeys(("v2_alpha", "v2_memory_device", "gptaq_alpha", "gptaq_memory_device"), NO_ALPHA),
+    **dict.fromkeys(
+        ("v2_alpha", "v2_memory_device", "gptaq_alpha", "gptaq_memory_device"), NO_ALPHA
+    ),
 }
 RECORDED = ("damp_percent", "static_groups", "true_sequential", "act_group_aware")
-READERS = {"auto_trainable", "exllama", "exllama_v1", "exllama_v2", "exllama_eora", "marlin", "marlin_fp16", "machete"}
+READERS = {
+    "auto_trainable",
+    "exllama",
+    "exllama_v1",
+    "exllama_v2",
+    "exllama_eora",
+    "marlin",
+    "marlin_fp16",
+    "machete",
+}
 READERS |= {"bitblas", "ipex", "torch_fused", "cuda", "vllm", "sglang", "mlx"}
 
 # field -> (the only value we can honour besides null, what happens here instead)
@@ -57,9 +75,18 @@ ONLY = {
     "adapter": (None, "no adapter is trained"),
     "activation": (None, "activations are not quantized"),
     "moe": (None, "experts without tokens are a matter of moe_uncovered"),
-    "fail_safe": (False, "layers without usable inputs are a matter of on_numeric_fault and moe_uncovered"),
-    "failsafe": (None, "layers without usable inputs are a matter of on_numeric_fault and moe_uncovered"),
-    "fallback": (None, "layers without usable inputs are a matter of on_numeric_fault and moe_uncovered"),
+    "fail_safe": (
+        False,
+        "layers without usable inputs are a matter of on_numeric_fault and moe_uncovered",
+    ),
+    "failsafe": (
+        None,
+        "layers without usable inputs are a matter of on_numeric_fault and moe_uncovered",
+    ),
+    "fallback": (
+        None,
+        "layers without usable inputs are a matter of on_numeric_fault and moe_uncovered",
+    ),
     "mock_quantization": (False, "layers are really quantized"),
     "hessian_use_bfloat16_staging": (False, "Hessians are summed in float32"),
 }
@@ -84,7 +111,9 @@ def adopt(values: Mapping[str, Any]) -> Adopted:
             _rename(adopted, values, key, value)
         elif key in WITHOUT_EFFECT:
             if value not in (None, {}, [], SILENT_DEFAULTS.get(key)):
-                adopted.notes.append(f"{key} has no effect: {WITHOUT_EFFECT[key]}{_settings_in(value)}")
+                adopted.notes.append(
+                    f"{key} has no effect: {WITHOUT_EFFECT[key]}{_settings_in(value)}"
+                )
         elif key in ONLY:
             _insist(adopted, key, value)
         elif key == "backend" and _is_reader(values):
@@ -115,7 +144,9 @@ def _rename(adopted: Adopted, values: Mapping[str, Any], key: str, value: Any) -
         adopted.renamed[(ours,)] = (key,)
     elif values[ours] != value:
         says = f"mean the same and differ: {shown(value)} and {shown(values[ours])}"
-        adopted.findings.append(Finding(((key,), (ours,)), "E_CFG_CONFLICT", says, f"keep {ours} only"))
+        adopted.findings.append(
+            Finding(((key,), (ours,)), "E_CFG_CONFLICT", says, f"keep {ours} only")
+        )
 
 
 def _insist(adopted: Adopted, key: str, value: Any) -> None:
@@ -124,4 +155,6 @@ def _insist(adopted: Adopted, key: str, value: Any) -> None:
         return
     accepted = "left out" if only is None else shown(only).strip('"')
     hint = f"remove it: {why}"
-    adopted.findings.append(Finding(((key,),), "E_CFG_RANGE", f"must be {accepted}, got {shown(value)}", hint))
+    adopted.findings.append(
+        Finding(((key,),), "E_CFG_RANGE", f"must be {accepted}, got {shown(value)}", hint)
+    )

@@ -29,9 +29,17 @@ def matches_in_time(pattern: str, text: str) -> bool:
         return re.match(pattern, text) is not None
     if current_thread() is main_thread() and hasattr(signal, "setitimer"):
         return _match_here(pattern, text)
-    command, question = [sys.executable, "-I", "-S", "-c", _CHILD], json.dumps([pattern, text]).encode()
+    command, question = (
+        [sys.executable, "-I", "-S", "-c", _CHILD],
+        json.dumps([pattern, text]).encode(),
+    )
     try:
-        return subprocess.run(command, input=question, timeout=SECONDS_OF_CHILD, check=False).returncode == 0
+        return (
+            subprocess.run(
+                command, input=question, timeout=SECONDS_OF_CHILD, check=False
+            ).returncode
+            == 0
+        )
     except subprocess.TimeoutExpired:
         raise TimeoutError from None
 

@@ -80,7 +80,10 @@ class _File(_Source):
 
     def locate(self, path: KeyPath, at_key: bool) -> Location | None:
         path = self._as_written(path)
-        place = next((self.places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in self.places), None)
+        place = next(
+            (self.places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in self.places),
+            None,
+        )
         if place is None:
             return Location(self.path, 1, 1)
         return place.key if at_key else place.value
@@ -98,7 +101,12 @@ def resolve(flags: Mapping[str, Any], env: Mapping[str, str], file: Path | None 
     from_file, problems = _read_file(find_config(file)) if file else (_File({}), [])
     readable = not problems
     sources = [_Source(dict(flags)), _read_environment(env), from_file]
-    said_by = {key: source for source in reversed(sources) for key, value in source.values.items() if value is not None}
+    said_by = {
+        key: source
+        for source in reversed(sources)
+        for key, value in source.values.items()
+        if value is not None
+    }
     said = {key: source.values[key] for key, source in said_by.items()}
     filled, why = fill(said)
 
@@ -106,7 +114,9 @@ def resolve(flags: Mapping[str, Any], env: Mapping[str, str], file: Path | None 
     problems += [_conflict(finding, said_by, why) for finding in conflicts(filled)]
     if "bits" not in filled and readable:
         at = Location(from_file.path, 1, 1) if file else None
-        problems.append(Problem("E_CFG_MISSING", "bits is required", "4 is the usual choice: --bits 4", at))
+        problems.append(
+            Problem("E_CFG_MISSING", "bits is required", "4 is the usual choice: --bits 4", at)
+        )
     if problems:
         raise ConfigError.of(sorted(problems, key=_position))
 
@@ -134,7 +144,9 @@ def load_config(file: str | Path) -> QuantizeConfig:
 
 def check_flags(flags: Mapping[str, Any]) -> None:
     """Refuse flags whose values their fields do not accept (None: not said), for commands without a configuration."""
-    source = _Source({key: value for key, value in flags.items() if value is not None and key in FIELDS})
+    source = _Source(
+        {key: value for key, value in flags.items() if value is not None and key in FIELDS}
+    )
     if problems := [_problem(finding, source) for finding in _findings(source)]:
         raise ConfigError.of(problems)
 
@@ -142,7 +154,9 @@ def check_flags(flags: Mapping[str, Any]) -> None:
 def _read_file(path: Path) -> tuple[_File, list[Problem]]:
     document = load(path)
     adopted = adopt(document.values)
-    source = _File(adopted.values, adopted.findings, adopted.notes, str(path), document.places, adopted.renamed)
+    source = _File(
+        adopted.values, adopted.findings, adopted.notes, str(path), document.places, adopted.renamed
+    )
     return source, list(document.problems)
 
 
@@ -156,7 +170,9 @@ def _read_environment(env: Mapping[str, str]) -> _Environment:
             source.values[key] = parse_scalar(env[variable])
         elif near := nearest(key, FIELDS, cutoff=0.7):
             hint = f"did you mean {ENVIRONMENT}{near.upper()}?"
-            source.findings.append(Finding(((key,),), "E_CFG_UNKNOWN_KEY", "sets no known field", hint))
+            source.findings.append(
+                Finding(((key,),), "E_CFG_UNKNOWN_KEY", "sets no known field", hint)
+            )
         else:
             source.notes.append(f"{variable} is not a setting of this tool and has no effect")
     return source
@@ -200,7 +216,9 @@ def recipes() -> dict[str, Path]:
 
 def describe_recipe(file: Path) -> str:
     """What a recipe is for: its first comment that is not for editors."""
-    comments = (line[2:] for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("# "))
+    comments = (
+        line[2:] for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("# ")
+    )
     return next(comment for comment in comments if not comment.startswith("yaml-language-server"))
 
 
@@ -213,5 +231,9 @@ def find_config(file: Path) -> Path:
     if name in known:
         return known[name]
     near = nearest(name, known)
-    hint = f"did you mean the recipe {near}?" if near else "`gptq recipes` lists the names; a file needs its suffix"
+    hint = (
+        f"did you mean the recipe {near}?"
+        if near
+        else "`gptq recipes` lists the names; a file needs its suffix"
+    )
     raise ConfigError("E_CFG_FILE", f"there is no file and no recipe `{name}`", hint=hint)

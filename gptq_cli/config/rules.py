@@ -94,7 +94,9 @@ def keeping(names: Iterable[str], *, in_all_blocks: bool = False) -> tuple[str, 
     >>> keeping(["m.0.k_proj", "m.1.k_proj"], in_all_blocks=True)[0]
     '-:m[.][0-9]+[.](k_proj|q_proj|v_proj)$'
     """
-    patterns = list(dict.fromkeys(_pattern_for(name, in_all_blocks=in_all_blocks) for name in names))
+    patterns = list(
+        dict.fromkeys(_pattern_for(name, in_all_blocks=in_all_blocks) for name in names)
+    )
     pattern = patterns[0] if len(patterns) == 1 else f"({'|'.join(patterns)})"
     rule = f"{KEEP}{pattern}$"
     return rule, f"--dynamic {shlex.quote(rule)}"
@@ -104,7 +106,9 @@ def _pattern_for(name: str, *, in_all_blocks: bool) -> str:
     *holders, leaf = name.split(".")
     fused = next((sorted(parts) for parts in FUSED_ALIASES if leaf in parts), [leaf])
     leaves = "|".join(map(re.escape, fused))
-    words = ["[0-9]+" if in_all_blocks and word.isdecimal() else re.escape(word) for word in holders]
+    words = [
+        "[0-9]+" if in_all_blocks and word.isdecimal() else re.escape(word) for word in holders
+    ]
     return "[.]".join([*words, leaves if len(fused) == 1 else f"({leaves})"])
 
 
@@ -138,7 +142,9 @@ def first_match(rules: Iterable[str], name: str) -> str | None:
 
 def is_listed(modules: Sequence[Sequence[str]] | None, name_in_block: str) -> bool:
     """Whether `modules_in_block_to_quantize` reaches a linear: its name ends with a listed one (as in Optimum)."""
-    return modules is None or any(name_in_block.endswith(item) for stage in modules for item in stage)
+    return modules is None or any(
+        name_in_block.endswith(item) for stage in modules for item in stage
+    )
 
 
 def parse_rule(text: str) -> tuple[str, Any]:

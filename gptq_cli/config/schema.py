@@ -63,7 +63,9 @@ class QuantizeConfig(BaseModel):
 
     model_config = STRICT
 
-    bits: Annotated[Bits, Option(Panel.ALGORITHM, ("--bits", "-b"))] = Field(description="bits per weight")
+    bits: Annotated[Bits, Option(Panel.ALGORITHM, ("--bits", "-b"))] = Field(
+        description="bits per weight"
+    )
     group_size: Annotated[
         GroupSize, Option(Panel.ALGORITHM, ("--group-size", "-g"), note=", -1 for one group a row")
     ] = Field(default=128, description="input columns that share one scale")
@@ -71,23 +73,28 @@ class QuantizeConfig(BaseModel):
         default=True, description="symmetric grid; false stores a zero point per group"
     )
     desc_act: Annotated[Flag, Option(Panel.SWITCHES)] = Field(
-        default=False, description="quantize columns in order of falling activation, groups follow (g_idx)"
+        default=False,
+        description="quantize columns in order of falling activation, groups follow (g_idx)",
     )
     act_group_aware: Annotated[Flag, Option(Panel.SWITCHES)] = Field(
         default=True, description="activation order that keeps groups whole (GAR)"
     )
     static_groups: Annotated[Flag, Option(Panel.SWITCHES)] = Field(
-        default=False, description="fix all scales first; columns in activation order, trivial g_idx"
+        default=False,
+        description="fix all scales first; columns in activation order, trivial g_idx",
     )
     true_sequential: Annotated[Flag, Option(Panel.SWITCHES)] = Field(
         default=True, description="layers of a block see inputs of already quantized layers"
     )
     signed_scales: Annotated[Flag, Option(Panel.SWITCHES)] = Field(
-        default=False, description="symmetric scales may be negative: the larger end gets a level more"
+        default=False,
+        description="symmetric scales may be negative: the larger end gets a level more",
     )
-    scale_search: Annotated[Search, Option(Panel.ALGORITHM, metavar="HOW", note=", or none")] = Field(
-        default="none",
-        description="shrink scales to least |error|^2.4 (mse) or error^2 weighted by input energy (activation)",
+    scale_search: Annotated[Search, Option(Panel.ALGORITHM, metavar="HOW", note=", or none")] = (
+        Field(
+            default="none",
+            description="shrink scales to least |error|^2.4 (mse) or error^2 weighted by input energy (activation)",
+        )
     )
     refine_sweeps: Annotated[Sweeps, Option(Panel.ALGORITHM)] = Field(
         default=0, description="rounds of fitting scales and codes after a layer is solved"
@@ -112,14 +119,24 @@ class QuantizeConfig(BaseModel):
     dynamic: Annotated[
         dict[Rule, LayerOverrides],
         Accepts("a mapping from `+:regex` or `-:regex` to a mapping of settings"),
-        Option(Panel.LAYERS, metavar="RULE", note=": '-:regex' keeps, '+:regex={bits: 8}' changes; repeatable"),
+        Option(
+            Panel.LAYERS,
+            metavar="RULE",
+            note=": '-:regex' keeps, '+:regex={bits: 8}' changes; repeatable",
+        ),
     ] = Field(default={}, description="rules for single layers")
-    lm_head: Annotated[Flag, Option(Panel.LAYERS)] = Field(default=False, description="quantize the output head too")
-    allow_requantize: Annotated[Flag, Option(Panel.LAYERS, ("--allow-requantize",))] = Field(
-        default=False, description="take a GPTQ checkpoint as the source and round its weights a second time"
+    lm_head: Annotated[Flag, Option(Panel.LAYERS)] = Field(
+        default=False, description="quantize the output head too"
     )
-    target: Annotated[Target, Option(Panel.LAYERS, metavar="ENGINE", note=f": {', '.join(TARGETS)}")] = Field(
-        default=None, description="engine that must load the result, or the run is refused before any work"
+    allow_requantize: Annotated[Flag, Option(Panel.LAYERS, ("--allow-requantize",))] = Field(
+        default=False,
+        description="take a GPTQ checkpoint as the source and round its weights a second time",
+    )
+    target: Annotated[
+        Target, Option(Panel.LAYERS, metavar="ENGINE", note=f": {', '.join(TARGETS)}")
+    ] = Field(
+        default=None,
+        description="engine that must load the result, or the run is refused before any work",
     )
     moe_uncovered: Annotated[Experts, Option(Panel.LAYERS)] = Field(
         default="error",
@@ -130,43 +147,64 @@ class QuantizeConfig(BaseModel):
         description="a layer whose inputs are not finite or whose Hessian has no factor: stop, or round it to nearest",
     )
     max_fallbacks: Annotated[
-        int | None, Field(ge=0), Accepts("a whole number of 0 or more, or null"), Option(Panel.LAYERS, metavar="N")
+        int | None,
+        Field(ge=0),
+        Accepts("a whole number of 0 or more, or null"),
+        Option(Panel.LAYERS, metavar="N"),
     ] = Field(
-        default=None, description="stop when more layers than this had to be rounded to nearest; null: any number"
+        default=None,
+        description="stop when more layers than this had to be rounded to nearest; null: any number",
     )
     dataset: Annotated[
         str | list[str] | None,
         Field(min_length=1),
         Accepts("a dataset name, a path, or a list of texts"),
         Option(Panel.TEXT, note="; given twice or more: the texts themselves"),
-    ] = Field(default=None, description="calibration text: wikitext2 (also if null), c4, a Hub id, a file or a folder")
+    ] = Field(
+        default=None,
+        description="calibration text: wikitext2 (also if null), c4, a Hub id, a file or a folder",
+    )
     dataset_config: Annotated[Name, Option(Panel.TEXT)] = Field(
         default=None, description="configuration of a Hub dataset"
     )
-    dataset_split: Annotated[Name, Option(Panel.TEXT)] = Field(default=None, description="split of a Hub dataset")
-    text_column: Annotated[Text, Option(Panel.TEXT)] = Field(default="text", description="column that holds the text")
+    dataset_split: Annotated[Name, Option(Panel.TEXT)] = Field(
+        default=None, description="split of a Hub dataset"
+    )
+    text_column: Annotated[Text, Option(Panel.TEXT)] = Field(
+        default="text", description="column that holds the text"
+    )
     seqlen: Annotated[Count, Option(Panel.TEXT)] = Field(
         default=2048, description="tokens per window, at most the model's positions"
     )
-    nsamples: Annotated[Count, Option(Panel.TEXT)] = Field(default=128, description="calibration windows")
-    batch_size: Annotated[Count, Option(Panel.TEXT)] = Field(default=8, description="windows per forward pass")
-    seed: Annotated[int, Field(ge=0, lt=2**63), Accepts("a whole number of 0 or more"), Option(Panel.TEXT)] = Field(
-        default=0, description="chooses the calibration windows"
+    nsamples: Annotated[Count, Option(Panel.TEXT)] = Field(
+        default=128, description="calibration windows"
     )
-    format: Annotated[Literal["gptq", "gptq_v2"], Accepts("gptq or gptq_v2"), Option(Panel.OUTPUT)] = Field(
-        default="gptq", description="checkpoint format"
+    batch_size: Annotated[Count, Option(Panel.TEXT)] = Field(
+        default=8, description="windows per forward pass"
     )
+    seed: Annotated[
+        int, Field(ge=0, lt=2**63), Accepts("a whole number of 0 or more"), Option(Panel.TEXT)
+    ] = Field(default=0, description="chooses the calibration windows")
+    format: Annotated[
+        Literal["gptq", "gptq_v2"], Accepts("gptq or gptq_v2"), Option(Panel.OUTPUT)
+    ] = Field(default="gptq", description="checkpoint format")
     max_shard_size: Annotated[Size, Option(Panel.OUTPUT, metavar="SIZE")] = Field(
         default="5GB", description="largest safetensors file written"
     )
     max_vram: Annotated[
-        Size | None, Accepts("a size such as 24GB, a number of bytes, or null"), Option(Panel.RUN, metavar="SIZE")
+        Size | None,
+        Accepts("a size such as 24GB, a number of bytes, or null"),
+        Option(Panel.RUN, metavar="SIZE"),
     ] = Field(default=None, description="device memory that may be used; null: what is free")
     max_ram: Annotated[
-        Size | None, Accepts("a size such as 64GB, a number of bytes, or null"), Option(Panel.RUN, metavar="SIZE")
+        Size | None,
+        Accepts("a size such as 64GB, a number of bytes, or null"),
+        Option(Panel.RUN, metavar="SIZE"),
     ] = Field(default=None, description="host memory that may be used; null: what is free")
     backend: Annotated[
-        Literal["auto", "torch", "triton"] | None, Accepts("auto, torch, triton or null"), Option(Panel.RUN)
+        Literal["auto", "torch", "triton"] | None,
+        Accepts("auto, torch, triton or null"),
+        Option(Panel.RUN),
     ] = Field(default=None, description="kernel that runs quantized linears when evaluating")
     device: Annotated[
         str,
@@ -195,12 +233,16 @@ class QuantizeConfig(BaseModel):
     def _agree(self) -> QuantizeConfig:
         for finding in conflicts(self.__dict__):
             subject = " and ".join(map(name_of, finding.paths))
-            raise PydanticCustomError("conflict", "{message}", {"message": f"{subject} {finding.predicate}"})
+            raise PydanticCustomError(
+                "conflict", "{message}", {"message": f"{subject} {finding.predicate}"}
+            )
         return self
 
     @model_validator(mode="wrap")  # the last one, which sees what all others raise
     @classmethod
-    def _refuse(cls, values: Any, handler: ModelWrapValidatorHandler[QuantizeConfig]) -> QuantizeConfig:
+    def _refuse(
+        cls, values: Any, handler: ModelWrapValidatorHandler[QuantizeConfig]
+    ) -> QuantizeConfig:
         """Whatever is wrong is a ConfigError in the words of a person."""
         try:
             return handler(values)
@@ -280,7 +322,11 @@ def fill(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
 
     A null stands for "not said". Values of a wrong type are passed on as they are, for the schema to refuse.
     """
-    said = {key: value for key, value in values.items() if value is not None or key not in QuantizeConfig.model_fields}
+    said = {
+        key: value
+        for key, value in values.items()
+        if value is not None or key not in QuantizeConfig.model_fields
+    }
     why: dict[str, str] = {}
 
     def default(key: str, value: object, reason: str) -> None:
@@ -311,7 +357,11 @@ def _implied(said: Mapping[str, Any]) -> Iterator[tuple[str, object, str]]:
 
 def _override_rules(values: Mapping[str, Any]) -> list[dict[str, Any]]:
     dynamic = values.get("dynamic")
-    return [rule for rule in dynamic.values() if isinstance(rule, dict)] if isinstance(dynamic, dict) else []
+    return (
+        [rule for rule in dynamic.values() if isinstance(rule, dict)]
+        if isinstance(dynamic, dict)
+        else []
+    )
 
 
 def conflicts(values: Mapping[str, Any]) -> list[Finding]:
@@ -321,11 +371,18 @@ def conflicts(values: Mapping[str, Any]) -> list[Finding]:
         findings.append(_both_orders(("desc_act",), ("act_group_aware",)))
     if values.get("signed_scales") is True and values.get("sym") is False:
         findings.append(_signed_asymmetry(("signed_scales",), ("sym",)))
-    batch, samples = values.get("batch_size"), values.get("nsamples", QuantizeConfig.model_fields["nsamples"].default)
+    batch, samples = (
+        values.get("batch_size"),
+        values.get("nsamples", QuantizeConfig.model_fields["nsamples"].default),
+    )
     if type(batch) is int and type(samples) is int and batch > samples > 0:
         paths = (("batch_size",), ("nsamples",))
         hint = f"set batch_size to {samples} or less"
-        findings.append(Finding(paths, "E_CFG_RANGE", f"disagree: a batch of {batch} from {samples} samples", hint))
+        findings.append(
+            Finding(
+                paths, "E_CFG_RANGE", f"disagree: a batch of {batch} from {samples} samples", hint
+            )
+        )
     dynamic = values.get("dynamic")
     for rule, overrides in dynamic.items() if isinstance(dynamic, dict) else ():
         if isinstance(rule, str) and isinstance(overrides, dict):
@@ -333,15 +390,21 @@ def conflicts(values: Mapping[str, Any]) -> list[Finding]:
     return findings
 
 
-def _rule_conflicts(rule: str, overrides: dict[str, Any], values: Mapping[str, Any]) -> list[Finding]:
+def _rule_conflicts(
+    rule: str, overrides: dict[str, Any], values: Mapping[str, Any]
+) -> list[Finding]:
     path = ("dynamic", rule)
     if keeps(rule):
-        hint = f"write {{}}, or use '+:{pattern_of(rule)}' to quantize the layer with other settings"
+        hint = (
+            f"write {{}}, or use '+:{pattern_of(rule)}' to quantize the layer with other settings"
+        )
         says = "keeps its layers in full precision and takes no settings"
         return [Finding((path,), "E_CFG_CONFLICT", says, hint)] if overrides else []
     findings = []
     if _effective(rule, "desc_act", values) is True and overrides.get("act_group_aware") is True:
-        findings.append(_both_orders(_said_at(rule, "desc_act", values), (*path, "act_group_aware")))
+        findings.append(
+            _both_orders(_said_at(rule, "desc_act", values), (*path, "act_group_aware"))
+        )
     if overrides.get("signed_scales") is True and _effective(rule, "sym", values) is False:
         findings.append(_signed_asymmetry((*path, "signed_scales"), _said_at(rule, "sym", values)))
     return findings
@@ -362,7 +425,9 @@ def _both_orders(*paths: KeyPath) -> Finding:
 
 def _signed_asymmetry(*paths: KeyPath) -> Finding:
     hint = "set signed_scales to false, or leave it out: an asymmetric grid has no larger end"
-    return Finding(paths, "E_CFG_CONFLICT", "exclude each other: only a symmetric grid has signed scales", hint)
+    return Finding(
+        paths, "E_CFG_CONFLICT", "exclude each other: only a symmetric grid has signed scales", hint
+    )
 
 
 DEFAULTS = QuantizeConfig(bits=4)  # with what the default preset fills in

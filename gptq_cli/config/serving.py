@@ -36,19 +36,26 @@ def export_of(
     static_groups make g_idx trivial whatever desc_act says.
     """
     quantized = {name: config for name, config in layers.items() if config}
-    stored = {name: config and (config.bits, config.group_size, config.sym) for name, config in layers.items()}
+    stored = {
+        name: config and (config.bits, config.group_size, config.sym)
+        for name, config in layers.items()
+    }
     parts = {name: part[1] for name in layers if (part := expert_part(name))}
     return Export(
         bits=frozenset(config.bits for config in quantized.values()),
         group_sizes=frozenset(config.group_size for config in quantized.values()),
         asym=any(not config.sym for config in quantized.values()),
-        real_g_idx=any(config.desc_act and not config.static_groups for config in quantized.values()),
+        real_g_idx=any(
+            config.desc_act and not config.static_groups for config in quantized.values()
+        ),
         mixed=len({stored[name] for name in quantized}) > 1,
         v2=format == "gptq_v2",
         lm_head=lm_head,
         experts=frozenset(parts[name] for name in quantized if name in parts),
         split_experts=bool(split_experts(stored)),
-        split_fused=bool(split_groups({name: found for name, found in stored.items() if name not in parts})),
+        split_fused=bool(
+            split_groups({name: found for name, found in stored.items() if name not in parts})
+        ),
         narrow_experts=narrow_experts,
         transposed=transposed,
     )
@@ -84,7 +91,9 @@ def target_problems(export: Export, target: str | None) -> list[Problem]:
             if rule.outcome not in LOADS and rule.trait.has(export):
                 verb = "does not load" if rule.outcome == "no" else "would misread"
                 reason = f": {rule.reason}" if len(asked) == 1 else ""
-                found.setdefault(rule.trait, []).append(f"{engine.name} {verb} {_named(rule.trait, export)}{reason}")
+                found.setdefault(rule.trait, []).append(
+                    f"{engine.name} {verb} {_named(rule.trait, export)}{reason}"
+                )
     loads = [verdict.engine for verdict in verdicts(export) if verdict.outcome in LOADS]
     others = f"; as it is, it loads in {', '.join(loads)}" if loads else ""
     return [
@@ -104,12 +113,16 @@ def limits(export: Export, target: str | None) -> list[str]:
 
 def engine_data(judged: Sequence[Verdict]) -> dict[str, dict[str, str]]:
     """What each engine makes of a checkpoint, as plain JSON values."""
-    return {verdict.engine: {"outcome": verdict.outcome, "reason": verdict.reason} for verdict in judged}
+    return {
+        verdict.engine: {"outcome": verdict.outcome, "reason": verdict.reason} for verdict in judged
+    }
 
 
 def _named(trait: Trait, export: Export) -> str:
     values = {field.name: getattr(export, field.name) for field in fields(export)}
     listed = {
-        name: ", ".join(map(str, sorted(value))) for name, value in values.items() if isinstance(value, frozenset)
+        name: ", ".join(map(str, sorted(value)))
+        for name, value in values.items()
+        if isinstance(value, frozenset)
     }
     return trait.called.format(**listed)

@@ -73,26 +73,40 @@ NOT_4_BITS = Trait(lambda e: e.bits != {4}, "{bits} bits", "--bits 4")
 BITS_3 = Trait(lambda e: 3 in e.bits, "3 bits", "--bits 2, 4 or 8")
 BITS_8 = Trait(lambda e: 8 in e.bits, "8 bits", "--bits 4")
 ASYM = Trait(lambda e: e.asym, "asymmetric grids", "--sym")
-ASYM_V1 = Trait(lambda e: e.asym and not e.v2, "asymmetric grids in format gptq", "--format gptq_v2 or --sym")
+ASYM_V1 = Trait(
+    lambda e: e.asym and not e.v2, "asymmetric grids in format gptq", "--format gptq_v2 or --sym"
+)
 V2 = Trait(lambda e: e.v2, "format gptq_v2", "--format gptq")
 V2_PLAIN = Trait(
     lambda e: e.v2 and not e.marlin,
     "format gptq_v2 with these settings",
     "--format gptq, or 4 or 8 bits, --sym and --group-size 128",
 )
-PLAIN = Trait(lambda e: not e.marlin, "settings without a Marlin kernel", "4 or 8 bits, --sym and --group-size 128")
+PLAIN = Trait(
+    lambda e: not e.marlin,
+    "settings without a Marlin kernel",
+    "4 or 8 bits, --sym and --group-size 128",
+)
 GROUPS = Trait(
-    lambda e: not e.group_sizes <= MARLIN_GROUPS, "group_size {group_sizes}", "--group-size -1, 32, 64 or 128"
+    lambda e: not e.group_sizes <= MARLIN_GROUPS,
+    "group_size {group_sizes}",
+    "--group-size -1, 32, 64 or 128",
 )
 TORCH_GROUP = Trait(
-    lambda e: not e.group_sizes <= TORCH_GROUPS, "group_size {group_sizes}", "--group-size -1, 32, 64, 128 or 256"
+    lambda e: not e.group_sizes <= TORCH_GROUPS,
+    "group_size {group_sizes}",
+    "--group-size -1, 32, 64, 128 or 256",
 )
-GROUPS_OF_16 = Trait(lambda e: 4 in e.bits and 16 in e.group_sizes, "4 bits with group_size 16", "--group-size 32")
+GROUPS_OF_16 = Trait(
+    lambda e: 4 in e.bits and 16 in e.group_sizes, "4 bits with group_size 16", "--group-size 32"
+)
 NO_POWER = Trait(
     lambda e: any(size & (size - 1) for size in e.group_sizes if size > 0), "group_size {group_sizes}",
     "a power of two as --group-size",
 )  # fmt: skip
-G_IDX = Trait(lambda e: e.real_g_idx, "desc_act", "--static-groups or --act-group-aware instead of --desc-act")
+G_IDX = Trait(
+    lambda e: e.real_g_idx, "desc_act", "--static-groups or --act-group-aware instead of --desc-act"
+)
 MIXED = Trait(lambda e: e.mixed, "layers with different settings", "no `+:` rules of --dynamic")
 SPLIT_FUSED = Trait(
     lambda e: e.split_fused, "q, k and v (or gate and up) of one layer with different settings, or some of them kept",
@@ -101,17 +115,23 @@ SPLIT_FUSED = Trait(
 LM_HEAD = Trait(lambda e: e.lm_head, "a quantized lm_head", "--no-lm-head")
 EXPERTS = Trait(lambda e: bool(e.experts), "quantized experts", "an engine that serves mixtures")
 SPLIT_EXPERTS = Trait(
-    lambda e: e.split_experts, "experts of one layer with different settings", "rules that match all experts alike"
+    lambda e: e.split_experts,
+    "experts of one layer with different settings",
+    "rules that match all experts alike",
 )
 OTHER_EXPERTS = Trait(
-    lambda e: not e.experts <= EXPERT_NAMES, "experts called {experts}", "an engine that takes the names of the source"
+    lambda e: not e.experts <= EXPERT_NAMES,
+    "experts called {experts}",
+    "an engine that takes the names of the source",
 )
 PLAIN_EXPERTS = Trait(
     lambda e: bool(e.experts) and not e.marlin, "quantized experts with these settings",
     "4 or 8 bits, --sym and --group-size 128",
 )  # fmt: skip
 NARROW_G_IDX = Trait(
-    lambda e: e.narrow_experts and e.real_g_idx, "experts of this width with desc_act", "--static-groups"
+    lambda e: e.narrow_experts and e.real_g_idx,
+    "experts of this width with desc_act",
+    "--static-groups",
 )
 NARROW_8_BITS = Trait(
     lambda e: e.narrow_experts and 8 in e.bits and e.group_sizes != {-1}, "experts of this width in 8 bits",
@@ -130,13 +150,23 @@ ENGINES: tuple[Engine, ...] = (
             Rule(ASYM, "no", "it serves symmetric checkpoints only"),
             Rule(GROUPS, "no", "group_size must be -1, 32, 64 or 128"),
             Rule(SPLIT_EXPERTS, "no", "the experts of a layer must share their settings"),
-            Rule(SPLIT_FUSED, "no", "layers it fuses (q, k, v; gate, up) must share their settings"),
+            Rule(
+                SPLIT_FUSED, "no", "layers it fuses (q, k, v; gate, up) must share their settings"
+            ),
             Rule(NARROW_G_IDX, "wrong", "the kernel for experts of this width ignores g_idx"),
-            Rule(NARROW_8_BITS, "no", "its kernel for experts of this width has 8 bits with one group a row only"),
+            Rule(
+                NARROW_8_BITS,
+                "no",
+                "its kernel for experts of this width has 8 bits with one group a row only",
+            ),
             Rule(G_IDX, "limited", "desc_act is slow, and refused from 0.30 on"),
             Rule(MIXED, "limited", "layers it fuses (q, k, v; gate, up) must share their settings"),
             Rule(BITS_8, "limited", "8 bits on GPU only"),
-            Rule(NARROW, "limited", "a slower kernel for experts whose hidden size is no multiple of 128"),
+            Rule(
+                NARROW,
+                "limited",
+                "a slower kernel for experts whose hidden size is no multiple of 128",
+            ),
         ),
     ),
     Engine(
@@ -148,7 +178,9 @@ ENGINES: tuple[Engine, ...] = (
             Rule(V2_PLAIN, "wrong", "its kernel for these settings reads v2 zeros as v1"),
             Rule(GROUPS, "no", "group_size must be -1, 32, 64 or 128"),
             Rule(SPLIT_EXPERTS, "no", "the experts of a layer must share their settings"),
-            Rule(SPLIT_FUSED, "no", "it asks rules for the fused name (qkv_proj, gate_up_proj) only"),
+            Rule(
+                SPLIT_FUSED, "no", "it asks rules for the fused name (qkv_proj, gate_up_proj) only"
+            ),
             Rule(PLAIN, "limited", "without Marlin: plain float16 kernel"),
             Rule(MIXED, "limited", "layers it fuses (q, k, v; gate, up) must share their settings"),
         ),

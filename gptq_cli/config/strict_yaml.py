@@ -42,13 +42,22 @@ CORE_SCHEMA: tuple[tuple[str, re.Pattern[str], str], ...] = (
 # What PyYAML says about the usual slips, and how a person would say it.
 SYNTAX: dict[str, tuple[str, str]] = {
     r"'\t'": ("a tab cannot indent or separate in YAML", "use spaces"),
-    "single document": ("a second document begins here", "one configuration is one document: remove the `---`"),
+    "single document": (
+        "a second document begins here",
+        "one configuration is one document: remove the `---`",
+    ),
     "mapping values are not allowed": (
         "a key cannot stand here",
         "check the indentation; put text with `: ` in quotes",
     ),
-    "unknown escape character": ("this is not an escape inside double quotes", "put the text in single quotes"),
-    "cannot start any token": ("this character cannot begin a value", "put the text in single quotes"),
+    "unknown escape character": (
+        "this is not an escape inside double quotes",
+        "put the text in single quotes",
+    ),
+    "cannot start any token": (
+        "this character cannot begin a value",
+        "put the text in single quotes",
+    ),
 }
 
 
@@ -92,11 +101,16 @@ def parse(data: bytes, name: str) -> Document:
         before = text[: error.position]
         at = Location(name, before.count("\n") + 1, error.position - before.rfind("\n"))
         letter = f"U+{ord(text[error.position]):04X}"
-        raise ConfigError("E_CFG_YAML", f"the character {letter} is not allowed in YAML", location=at) from None
+        raise ConfigError(
+            "E_CFG_YAML", f"the character {letter} is not allowed in YAML", location=at
+        ) from None
     if not isinstance(root, MappingNode):
         hint = "write one setting a line, like `bits: 4`"
         raise ConfigError(
-            "E_CFG_YAML", "a configuration is a mapping of settings", hint=hint, location=Location(name, 1, 1)
+            "E_CFG_YAML",
+            "a configuration is a mapping of settings",
+            hint=hint,
+            location=Location(name, 1, 1),
         )
     reader = _Reader(name, composer.problems)
     values = reader.value(root, ())
@@ -121,7 +135,9 @@ def _read(path: Path) -> bytes:
         if not stat.S_ISREG(mode):
             what = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
             hint = "name a file in it, or a recipe: `gptq recipes` lists them"
-            raise ConfigError("E_CFG_FILE", f"{path} is {what}, a configuration is a YAML or JSON file", hint=hint)
+            raise ConfigError(
+                "E_CFG_FILE", f"{path} is {what}, a configuration is a YAML or JSON file", hint=hint
+            )
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except OSError as error:
@@ -140,7 +156,10 @@ def _decode(data: bytes, name: str) -> str:
     if data.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
         hint = "save the file as UTF-8 without BOM"
         raise ConfigError(
-            "E_CFG_YAML", "the file begins with a byte order mark", hint=hint, location=Location(name, 1, 1)
+            "E_CFG_YAML",
+            "the file begins with a byte order mark",
+            hint=hint,
+            location=Location(name, 1, 1),
         )
     try:
         return data.decode("utf-8")
@@ -149,7 +168,10 @@ def _decode(data: bytes, name: str) -> str:
         at = Location(name, before.count("\n") + 1, len(before) - before.rfind("\n"))
         byte = f"0x{data[error.start]:02x}"
         raise ConfigError(
-            "E_CFG_YAML", f"the byte {byte} is not UTF-8", hint="save the file as UTF-8", location=at
+            "E_CFG_YAML",
+            f"the byte {byte} is not UTF-8",
+            hint="save the file as UTF-8",
+            location=at,
         ) from None
 
 
@@ -180,7 +202,9 @@ for _tag, _pattern, _first in CORE_SCHEMA:
     _Resolver.add_implicit_resolver(_tag, _pattern, [*_first, *([""] if _tag == "null" else [])])
 
 
-class _Composer(yaml.reader.Reader, yaml.scanner.Scanner, yaml.parser.Parser, yaml.composer.Composer, _Resolver):
+class _Composer(
+    yaml.reader.Reader, yaml.scanner.Scanner, yaml.parser.Parser, yaml.composer.Composer, _Resolver
+):
     """PyYAML's node graph without what makes YAML more than a tree of plain values."""
 
     def __init__(self, text: str, name: str) -> None:
@@ -201,20 +225,28 @@ class _Composer(yaml.reader.Reader, yaml.scanner.Scanner, yaml.parser.Parser, ya
             self._refuse(event, f"the alias *{event.anchor} is not allowed", "write the value out")
             return ScalarNode("null", "", start, end)
         if event.anchor is not None:
-            self._refuse(event, f"the anchor &{event.anchor} is not allowed", "write the value out where it is used")
+            self._refuse(
+                event,
+                f"the anchor &{event.anchor} is not allowed",
+                "write the value out where it is used",
+            )
             event.anchor = None
         if event.tag is not None:
             self._refuse(event, f"the tag {event.tag} is not allowed", "write a plain value")
             event.tag = None
         if self._depth > MAX_DEPTH:
-            raise yaml.MarkedYAMLError(problem=f"more than {MAX_DEPTH} levels deep", problem_mark=start)
+            raise yaml.MarkedYAMLError(
+                problem=f"more than {MAX_DEPTH} levels deep", problem_mark=start
+            )
         self._depth += 1
         node = super().compose_node(parent, index)
         self._depth -= 1
         return node
 
     def _refuse(self, event: Any, message: str, hint: str) -> None:
-        self.problems.append(Problem("E_CFG_YAML", message, hint, _at(self._file, event.start_mark)))
+        self.problems.append(
+            Problem("E_CFG_YAML", message, hint, _at(self._file, event.start_mark))
+        )
 
 
 class _Reader:
@@ -243,13 +275,17 @@ class _Reader:
                 continue
             key = self._scalar(key_node)
             if not isinstance(key, str):
-                self._refuse(f"the key {key_node.value} is not a text", "put it in quotes", place.key)
+                self._refuse(
+                    f"the key {key_node.value} is not a text", "put it in quotes", place.key
+                )
                 continue
             first = self.places.setdefault((*path, key), place)
             if first is place:
                 yield key, child
             else:
-                self._refuse(f"{key} is given twice, first in {first.key}", "keep one of them", place.key)
+                self._refuse(
+                    f"{key} is given twice, first in {first.key}", "keep one of them", place.key
+                )
 
     def _scalar(self, node: Node) -> Any:
         try:
@@ -275,7 +311,9 @@ def _real(word: str) -> float:
 
 def _text(text: str) -> str:
     try:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16")  # JSON writes one emoji as two escapes
+        return text.encode("utf-16", "surrogatepass").decode(
+            "utf-16"
+        )  # JSON writes one emoji as two escapes
     except UnicodeDecodeError:
         if _names_a_file(text):
             return text

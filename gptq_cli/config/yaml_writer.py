@@ -51,7 +51,9 @@ def printable_yaml(values: Mapping[str, Any]) -> str:
 
 
 def _as_yaml(values: Mapping[str, Any], *, allow_unicode: bool) -> str:
-    return str(yaml.dump(values, Dumper=_Dumper, allow_unicode=allow_unicode, width=10**9, sort_keys=False))
+    return str(
+        yaml.dump(values, Dumper=_Dumper, allow_unicode=allow_unicode, width=10**9, sort_keys=False)
+    )
 
 
 def _one_line(origin: str | None) -> str | None:

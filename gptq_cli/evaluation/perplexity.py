@@ -101,7 +101,10 @@ def evaluate_perplexity(model: str, request: EvalRequest, report: Report = ignor
         windows, documents = _windows(checkpoints[0], request, record)
         ids = windows.ids
         batches = list(ids.split(request.batch_size))
-        runs = [_run(checkpoint, batches, request, device, backend, record) for checkpoint in checkpoints]
+        runs = [
+            _run(checkpoint, batches, request, device, backend, record)
+            for checkpoint in checkpoints
+        ]
         perplexities, divergence = _compare(runs, batches)
     return EvalResult(
         model=model,
@@ -127,11 +130,15 @@ def evaluate_perplexity(model: str, request: EvalRequest, report: Report = ignor
     )
 
 
-def _per_window(perplexities: list[Perplexity], found: Divergence, seqlen: int) -> tuple[WindowResult, ...]:
+def _per_window(
+    perplexities: list[Perplexity], found: Divergence, seqlen: int
+) -> tuple[WindowResult, ...]:
     model, baseline = (perplexity.of_windows for perplexity in perplexities)
     counts = zip(found.sums, found.agreements, found.positions, strict=True)
     return tuple(
-        WindowResult(index * seqlen, model[index], baseline[index], total / positions, same / positions)
+        WindowResult(
+            index * seqlen, model[index], baseline[index], total / positions, same / positions
+        )
         for index, (total, same, positions) in enumerate(counts)
     )
 
@@ -150,7 +157,9 @@ def _recorded_backend(checkpoint: Checkpoint) -> str | None:
     return backend if isinstance(backend, str) else None
 
 
-def _windows(checkpoint: Checkpoint, request: EvalRequest, report: Report) -> tuple[Windows, Documents]:
+def _windows(
+    checkpoint: Checkpoint, request: EvalRequest, report: Report
+) -> tuple[Windows, Documents]:
     said = request.seqlen is not None
     seqlen = bounded_seqlen(request.seqlen or DEFAULT_SEQLEN, said=said, checkpoint=checkpoint)
     report(PhaseStarted("dataset", f"windows of {seqlen} tokens"))
@@ -163,7 +172,9 @@ def _windows(checkpoint: Checkpoint, request: EvalRequest, report: Report) -> tu
         purpose="evaluation",
     )
     documents = load_documents(source)
-    return evaluation_windows(documents, encoder, seqlen=seqlen, max_windows=request.max_windows), documents
+    return evaluation_windows(
+        documents, encoder, seqlen=seqlen, max_windows=request.max_windows
+    ), documents
 
 
 def _run(
@@ -204,7 +215,9 @@ def _compare(runs: list[_Run], batches: list[Tensor]) -> tuple[list[Perplexity],
             logits = [head(ids, run.hidden[batch]) for head, run in zip(heads, runs, strict=True)]
             if divergence is not None and logits[0].shape != logits[1].shape:
                 sizes = f"{logits[0].shape[-1]} and {logits[1].shape[-1]}"
-                raise InputError("E_TOKENIZER", f"model and baseline have different vocabularies: {sizes} tokens")
+                raise InputError(
+                    "E_TOKENIZER", f"model and baseline have different vocabularies: {sizes} tokens"
+                )
             for window, tokens in enumerate(ids.to(logits[0].device)):
                 for perplexity, rows in zip(perplexities, logits, strict=True):
                     perplexity.add(rows[window], tokens)
@@ -222,7 +235,10 @@ class Perplexity:
     def add(self, logits: Tensor, ids: Tensor) -> None:
         """One window: logits [seqlen, V] and the token ids [seqlen] they were computed from."""
         chunks = zip(logits[:-1].split(POSITIONS), ids[1:].split(POSITIONS), strict=True)
-        total = sum(float(functional.cross_entropy(row.float(), target, reduction="sum")) for row, target in chunks)
+        total = sum(
+            float(functional.cross_entropy(row.float(), target, reduction="sum"))
+            for row, target in chunks
+        )
         self.losses.append(total / (len(ids) - 1))
 
     @property
@@ -254,7 +270,9 @@ class Divergence:
     def add(self, baseline: Tensor, logits: Tensor) -> None:
         """One window: both models' logits [seqlen, V]."""
         total, same = 0.0, 0
-        for wanted, got in zip(baseline[:-1].split(POSITIONS), logits[:-1].split(POSITIONS), strict=True):
+        for wanted, got in zip(
+            baseline[:-1].split(POSITIONS), logits[:-1].split(POSITIONS), strict=True
+        ):
             log_p, log_q = wanted.float().log_softmax(-1), got.float().log_softmax(-1)
             total += float((log_p.exp() * (log_p - log_q)).sum())
             same += int((wanted.argmax(-1) == got.argmax(-1)).sum())

@@ -39,7 +39,9 @@ class EvalRequest:
     baseline: str | None = None
 
     def __post_init__(self) -> None:
-        said = {key: value for key, value in asdict(self).items() if key in FIELDS and value is not None}
+        said = {
+            key: value for key, value in asdict(self).items() if key in FIELDS and value is not None
+        }
         if findings := field_findings(said):
             raise refusal(findings)
         if self.max_windows is not None and self.max_windows < 1:

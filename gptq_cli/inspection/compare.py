@@ -47,8 +47,15 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """The comparison as plain JSON values."""
-        tensors = [{key: getattr(tensor, key) for key in tensor.__slots__} for tensor in self.tensors]
-        return {"tensors": tensors, "only_a": self.only_a, "only_b": self.only_b, "seconds": self.seconds}
+        tensors = [
+            {key: getattr(tensor, key) for key in tensor.__slots__} for tensor in self.tensors
+        ]
+        return {
+            "tensors": tensors,
+            "only_a": self.only_a,
+            "only_b": self.only_b,
+            "seconds": self.seconds,
+        }
 
 
 @torch.inference_mode()
@@ -83,7 +90,11 @@ class _Weights:
         self._reader = open_reader(self._checkpoint)
         self.names = dict.fromkeys(self._reader.names())
         config, modules = self._checkpoint.config, packed_modules(self._checkpoint.tensors)
-        self._turned = {f"{module.name}.weight" for module in modules if is_stored_transposed(config, module.name)}
+        self._turned = {
+            f"{module.name}.weight"
+            for module in modules
+            if is_stored_transposed(config, module.name)
+        }
 
     def check_unchanged(self) -> None:
         """As the checkpoint does."""
@@ -96,7 +107,9 @@ class _Weights:
 
 def _difference(name: str, a: Tensor, b: Tensor) -> TensorDifference:
     if a.shape != b.shape:
-        raise InputError("E_COMPARE", f"`{name}` is {list(a.shape)} in one and {list(b.shape)} in the other")
+        raise InputError(
+            "E_COMPARE", f"`{name}` is {list(a.shape)} in one and {list(b.shape)} in the other"
+        )
     error = energy = torch.zeros((), dtype=torch.float64)
     largest = 0.0
     for mine, reference in zip(_chunks(a), _chunks(b), strict=True):

@@ -27,7 +27,12 @@ from gptq_cli.checkpoint.quantization_config import (
     with_quantization,
     without_quantization,
 )
-from gptq_cli.checkpoint.reader import SAFETENSORS_DTYPE, DequantizingReader, TensorReader, columns_in_order
+from gptq_cli.checkpoint.reader import (
+    SAFETENSORS_DTYPE,
+    DequantizingReader,
+    TensorReader,
+    columns_in_order,
+)
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint, read_json
 from gptq_cli.checkpoint.verify import check_written
 from gptq_cli.checkpoint.writer import CheckpointWriter, copy_side_files
@@ -41,7 +46,13 @@ from gptq_cli.files import expanded, is_file
 from gptq_cli.planning.run_plan import HEAD
 from gptq_cli.runtime.open_model import DTYPES, STORED_DTYPES, warn_of
 from gptq_cli.storage.durable import write_file, write_json
-from gptq_cli.storage.manifest import CONFIG_FILE, MANIFEST, OF_THE_RUN, QUANTIZE_CONFIG, write_manifest
+from gptq_cli.storage.manifest import (
+    CONFIG_FILE,
+    MANIFEST,
+    OF_THE_RUN,
+    QUANTIZE_CONFIG,
+    write_manifest,
+)
 from gptq_cli.storage.replacing import check_output
 from gptq_cli.storage.work_directory import WorkDirectory, drop_failed, resume_command, working_on
 
@@ -83,7 +94,9 @@ def convert_checkpoint(
     said = source.quantization or {}
     format = format_of(source)
     if format == to and not defects:
-        raise ConfigError("E_CFG_NOTHING_TO_DO", f"`{model}` is of format {to} already", hint="use it as it is")
+        raise ConfigError(
+            "E_CFG_NOTHING_TO_DO", f"`{model}` is of format {to} already", hint="use it as it is"
+        )
     of_module = {module.name: module for module in modules}
     without_g_idx = {name for name in of_module if f"{name}.g_idx" not in source.tensors}
     reader = TensorReader(source)
@@ -100,7 +113,9 @@ def convert_checkpoint(
                 writer.write(f"{module.name}.g_idx", columns_in_order(module))
 
     settings = as_all_take_it(said, to, lm_head=HEAD in of_module)
-    units = _units(source, of_module, lambda tensor: TensorSpec(tensor.name, tensor.dtype, tensor.shape))
+    units = _units(
+        source, of_module, lambda tensor: TensorSpec(tensor.name, tensor.dtype, tensor.shape)
+    )
     units = [_with_g_idx(unit, of_module, without_g_idx) for unit in units]
     with _fresh(output, report) as work:
         report(PhaseStarted("convert", f"{len(modules)} layers from {format} to {to}"))
@@ -119,7 +134,12 @@ def convert_checkpoint(
 
 
 def dequantize_checkpoint(
-    model: str, output: Path, dtype: str = "auto", *, overwrite: bool = False, report: Report = ignore
+    model: str,
+    output: Path,
+    dtype: str = "auto",
+    *,
+    overwrite: bool = False,
+    report: Report = ignore,
 ) -> Rewritten:
     """The GPTQ checkpoint MODEL as plain weights, which any reader of its architecture loads without a quantizer.
 
@@ -130,10 +150,18 @@ def dequantize_checkpoint(
     source, modules, _ = _open(model, output, report, overwrite=overwrite)
     warn_of(source, report)
     wanted = STORED_DTYPES[declared_dtype(source)] if dtype == "auto" else DTYPES[dtype]
-    plain = _PlainWeights(source, {module.name: module for module in modules}, wanted, cast=dtype != "auto")
+    plain = _PlainWeights(
+        source, {module.name: module for module in modules}, wanted, cast=dtype != "auto"
+    )
     with _fresh(output, report) as work:
-        report(PhaseStarted("dequantize", f"{len(modules)} layers to {str(wanted).removeprefix('torch.')}"))
-        written = _write_tensors(work.stage, _units(source, {}, plain.spec), lambda writer: plain.write(writer, report))
+        report(
+            PhaseStarted(
+                "dequantize", f"{len(modules)} layers to {str(wanted).removeprefix('torch.')}"
+            )
+        )
+        written = _write_tensors(
+            work.stage, _units(source, {}, plain.spec), lambda writer: plain.write(writer, report)
+        )
         copy_side_files(source, work.stage, without=OF_THE_RUN)
         config = without_quantization(source.config)
         if dtype != "auto":
@@ -146,7 +174,14 @@ def dequantize_checkpoint(
 class _PlainWeights:
     """The tensors of a GPTQ checkpoint as floats; with `cast` those that are not quantized get `dtype` as well."""
 
-    def __init__(self, source: Checkpoint, modules: dict[str, PackedModule], dtype: torch.dtype, *, cast: bool) -> None:
+    def __init__(
+        self,
+        source: Checkpoint,
+        modules: dict[str, PackedModule],
+        dtype: torch.dtype,
+        *,
+        cast: bool,
+    ) -> None:
         self._source, self._modules, self._dtype, self._cast = source, modules, dtype, cast
         self._reader = DequantizingReader(source, CPU, "torch")
 
@@ -159,7 +194,11 @@ class _PlainWeights:
             turned = is_stored_transposed(self._source.config, name)
             whole = TensorSpec(f"{name}.weight", code, shape[::-1] if turned else shape)
             return whole if part == "qweight" else None
-        return TensorSpec(tensor.name, code if self._cast and tensor.dtype in FLOATS else tensor.dtype, tensor.shape)
+        return TensorSpec(
+            tensor.name,
+            code if self._cast and tensor.dtype in FLOATS else tensor.dtype,
+            tensor.shape,
+        )
 
     def write(self, writer: CheckpointWriter, report: Report) -> None:
         """Every tensor, one after the other; bytes are copied where the dtype stays."""
@@ -209,7 +248,9 @@ def _refuse_lasting(source: Checkpoint, defects: Iterable[Defect]) -> None:
         if defect.effect == "readers":
             everything = f"all of it: gptq verify {quote(str(source.directory))}"
             hint = f"{defect.hint}; {everything}" if defect.hint else everything
-            raise InputError(defect.code, f"`{source.directory}`, {defect.place}: {defect.message}", hint=hint)
+            raise InputError(
+                defect.code, f"`{source.directory}`, {defect.place}: {defect.message}", hint=hint
+            )
 
 
 def _clear_up(output: Path, report: Report) -> None:
@@ -261,7 +302,9 @@ def _with_g_idx(
 
 
 def _units(
-    source: Checkpoint, together: dict[str, PackedModule], spec: Callable[[TensorInfo], TensorSpec | None]
+    source: Checkpoint,
+    together: dict[str, PackedModule],
+    spec: Callable[[TensorInfo], TensorSpec | None],
 ) -> list[tuple[TensorSpec, ...]]:
     """What to write, in file order; the parts of a linear in `together` are one unit."""
     units: dict[str, tuple[TensorSpec, ...]] = {}
@@ -278,7 +321,9 @@ def _write_tensors(
     directory: Path, units: list[tuple[TensorSpec, ...]], write: Callable[[CheckpointWriter], None]
 ) -> int:
     """Write the tensors of a checkpoint; how many bytes they are, without headers."""
-    layout = plan_layout(units, size_in_bytes(QuantizeConfig.model_fields["max_shard_size"].default))
+    layout = plan_layout(
+        units, size_in_bytes(QuantizeConfig.model_fields["max_shard_size"].default)
+    )
     with CheckpointWriter(directory, layout) as writer:
         write(writer)
         writer.finish()

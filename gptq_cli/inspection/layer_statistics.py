@@ -62,7 +62,11 @@ def view_layer(checkpoint: Checkpoint, name: str) -> LayerView:
 
 
 def _looked_at(checkpoint: Checkpoint, name: str) -> LayerView:
-    modules = {module.name for module in packed_modules(checkpoint.tensors)} if checkpoint.quantization else set()
+    modules = (
+        {module.name for module in packed_modules(checkpoint.tensors)}
+        if checkpoint.quantization
+        else set()
+    )
     plain = {
         tensor.removesuffix(".weight")
         for tensor, info in checkpoint.tensors.items()
@@ -82,7 +86,9 @@ def _find(name: str, known: list[str]) -> str:
     if len(found) == 1:
         return found[0]
     if found:
-        raise ConfigError("E_LAYER", f"{len(found)} layers are called `{name}`", hint=f"for example {found[0]}")
+        raise ConfigError(
+            "E_LAYER", f"{len(found)} layers are called `{name}`", hint=f"for example {found[0]}"
+        )
     parts = name.count(".") + 1
     near = nearest(name, dict.fromkeys(".".join(full.split(".")[-parts:]) for full in known))
     hint = f"did you mean {near}?" if near else (f"for example {known[0]}" if known else None)
@@ -116,6 +122,10 @@ def _packed(linear: QuantizedLinear) -> PackedView:
 def _histogram(values: Tensor) -> Histogram:
     finite = values[values.isfinite()]
     if not finite.numel():
-        raise InputError("E_CKPT_NONFINITE", "the layer holds no finite number", hint="download the checkpoint again")
+        raise InputError(
+            "E_CKPT_NONFINITE",
+            "the layer holds no finite number",
+            hint="download the checkpoint again",
+        )
     counts, edges = torch.histogram(finite.flatten(), BINS)
     return Histogram(tuple(edges.tolist()), tuple(int(count) for count in counts))

@@ -93,7 +93,9 @@ class Inspection:
             return None
         settings: dict[str, LayerConfig | None] = dict.fromkeys(self.matrices)
         settings |= {
-            m.name: LayerConfig(bits=m.bits, group_size=m.group_size, sym=self.sym, desc_act=self.desc_act)
+            m.name: LayerConfig(
+                bits=m.bits, group_size=m.group_size, sym=self.sym, desc_act=self.desc_act
+            )
             for m in self.modules
         }
         return export_of(
@@ -131,7 +133,10 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         transposed=stores_transposed(checkpoint.config),
         quantized=tuple(
             collapse(
-                [*(_row(module, blocks, sym=sym) for module in modules), *_scaled_rows(checkpoint, scaled, blocks)]
+                [
+                    *(_row(module, blocks, sym=sym) for module in modules),
+                    *_scaled_rows(checkpoint, scaled, blocks),
+                ]
             )
         ),
         kept=tuple(replace(row, why="") for row in other_rows(others, blocks)),
@@ -155,13 +160,19 @@ def _defects(checkpoint: Checkpoint) -> tuple[Defect, ...]:
     try:
         return examine(checkpoint, numbers=here).defects
     except InputError as error:  # a form that is not read here
-        return tuple(Defect(problem.code, problem.message, hint=problem.hint) for problem in error.problems)
+        return tuple(
+            Defect(problem.code, problem.message, hint=problem.hint) for problem in error.problems
+        )
 
 
 def _row(module: PackedModule, blocks: str, *, sym: bool) -> Row:
     how = settings(module.bits, module.group_size, sym=sym)
     return Row(
-        kind_of(module.name, blocks), (module.out_features, module.in_features), how, count=1, nbytes=module.nbytes
+        kind_of(module.name, blocks),
+        (module.out_features, module.in_features),
+        how,
+        count=1,
+        nbytes=module.nbytes,
     )
 
 
@@ -194,11 +205,17 @@ def _files(checkpoint: Checkpoint) -> dict[str, int]:
 
 
 def _provenance(checkpoint: Checkpoint) -> dict[str, Any]:
-    found = {key: checkpoint.config[key] for key in FROM_CONFIG if checkpoint.config.get(key) is not None}
+    found = {
+        key: checkpoint.config[key] for key in FROM_CONFIG if checkpoint.config.get(key) is not None
+    }
     file = checkpoint.directory / QUANTIZE_CONFIG
     content = read_json(file) if is_file(file) else checkpoint.quantization
     meta = content.get("meta") if isinstance(content, dict) else None
-    found |= {key: value for key, value in meta.items() if value is not None} if isinstance(meta, dict) else {}
+    found |= (
+        {key: value for key, value in meta.items() if value is not None}
+        if isinstance(meta, dict)
+        else {}
+    )
     return found | _run_settings(checkpoint.directory)
 
 
@@ -222,21 +239,33 @@ def plan_rows(plan: RunPlan) -> tuple[list[Row], list[Row]]:
         else:
             how = settings(layer.config.bits, layer.config.group_size, sym=layer.config.sym)
             why = "" if layer.why == "default" else layer.why
-            changed.append(Row(name, shape, how, why, nbytes=sum(spec.nbytes for spec in layer.packed())))
+            changed.append(
+                Row(name, shape, how, why, nbytes=sum(spec.nbytes for spec in layer.packed()))
+            )
     others = [tensor for tensor in plan.copied if tensor.name not in linears]
     return collapse(changed), collapse(kept) + other_rows(others, plan.blocks, plan.plain.parts)
 
 
-def other_rows(tensors: Iterable[TensorInfo], blocks: str, decoded: Collection[str] = ()) -> list[Row]:
+def other_rows(
+    tensors: Iterable[TensorInfo], blocks: str, decoded: Collection[str] = ()
+) -> list[Row]:
     """Tensors that are no linears to quantize, `decoded` ones not stored so; all vectors together are the last row."""
     rows, vectors = [], Row(VECTORS, (), "", count=0)
     for tensor in tensors:
         if len(tensor.shape) < 2:
-            vectors = replace(vectors, count=vectors.count + 1, nbytes=vectors.nbytes + tensor.nbytes)
+            vectors = replace(
+                vectors, count=vectors.count + 1, nbytes=vectors.nbytes + tensor.nbytes
+            )
         else:
-            why = "output head, see --lm-head" if tensor.name == "lm_head.weight" else "no linear layer of a block"
+            why = (
+                "output head, see --lm-head"
+                if tensor.name == "lm_head.weight"
+                else "no linear layer of a block"
+            )
             name = kind_of(tensor.name.removesuffix(".weight"), blocks)
-            rows.append(Row(name, tensor.shape, _stored(tensor, decoded), why, nbytes=tensor.nbytes))
+            rows.append(
+                Row(name, tensor.shape, _stored(tensor, decoded), why, nbytes=tensor.nbytes)
+            )
     return collapse(rows) + ([vectors] if vectors.count else [])
 
 

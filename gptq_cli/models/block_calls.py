@@ -35,9 +35,13 @@ class Recorder(nn.Module):
     that one hands on.
     """
 
-    def __init__(self, block: nn.Module, extras: Extras | None, before: Recorder | None = None) -> None:
+    def __init__(
+        self, block: nn.Module, extras: Extras | None, before: Recorder | None = None
+    ) -> None:
         super().__init__()
-        object.__setattr__(self, "_block", block)  # not a submodule: its parameters stay out of sight
+        object.__setattr__(
+            self, "_block", block
+        )  # not a submodule: its parameters stay out of sight
         object.__setattr__(self, "_before", before)
         self.extras = extras
         self.inject: State | None = None
@@ -61,7 +65,9 @@ class Recorder(nn.Module):
         call = Call(args[1:], rest, bool(args))
         self.seen.append((hidden, call.handed(before.returned) if before is not None else call))
         passed = hidden if self.inject is None else self.inject
-        return passed if self.extras is None or isinstance(passed, tuple) else (passed, *self.extras)
+        return (
+            passed if self.extras is None or isinstance(passed, tuple) else (passed, *self.extras)
+        )
 
 
 Run = Callable[[Sequence[State | None]], tuple[list[Recorder], Any]]
@@ -87,21 +93,35 @@ class Call:
         hidden, *extras = state if isinstance(state, tuple) else (state,)
         args = [_given(value, extras) for value in self.args]
         kwargs = {key: _given(value, extras) for key, value in self.kwargs.items()}
-        output = block(hidden, *args, **kwargs) if self.positional else block(hidden_states=hidden, **kwargs)
+        output = (
+            block(hidden, *args, **kwargs)
+            if self.positional
+            else block(hidden_states=hidden, **kwargs)
+        )
         if isinstance(state, tuple):
             return tuple(output)
         return output if isinstance(output, Tensor) else output[0]
 
     def handed(self, extras: Extras) -> Call:
         """This call with the tensors among its arguments that are one of `extras` marked as handed on."""
-        marks = {id(value): FromPreviousBlock(index) for index, value in enumerate(extras) if isinstance(value, Tensor)}
+        marks = {
+            id(value): FromPreviousBlock(index)
+            for index, value in enumerate(extras)
+            if isinstance(value, Tensor)
+        }
         args = tuple(marks.get(id(value), value) for value in self.args)
-        return Call(args, {key: marks.get(id(value), value) for key, value in self.kwargs.items()}, self.positional)
+        return Call(
+            args,
+            {key: marks.get(id(value), value) for key, value in self.kwargs.items()},
+            self.positional,
+        )
 
     @property
     def takes_extras(self) -> bool:
         """Whether some argument is handed on by the block before."""
-        return any(isinstance(value, FromPreviousBlock) for value in (*self.args, *self.kwargs.values()))
+        return any(
+            isinstance(value, FromPreviousBlock) for value in (*self.args, *self.kwargs.values())
+        )
 
 
 def _given(value: Any, extras: Sequence[Any]) -> Any:
@@ -117,12 +137,16 @@ def reuse_equal_tensors(value: Any, like: Any) -> Any:
         return value  # to be filled by one block and read by another
     if isinstance(value, Call) and isinstance(like, Call):
         return Call(
-            reuse_equal_tensors(value.args, like.args), reuse_equal_tensors(value.kwargs, like.kwargs), value.positional
+            reuse_equal_tensors(value.args, like.args),
+            reuse_equal_tensors(value.kwargs, like.kwargs),
+            value.positional,
         )
     if isinstance(value, dict) and isinstance(like, dict):
         return {key: reuse_equal_tensors(item, like.get(key)) for key, item in value.items()}
     if type(value) in (tuple, list) and type(like) is type(value) and len(like) == len(value):
-        return type(value)(reuse_equal_tensors(item, other) for item, other in zip(value, like, strict=True))
+        return type(value)(
+            reuse_equal_tensors(item, other) for item, other in zip(value, like, strict=True)
+        )
     return value
 
 
@@ -151,7 +175,9 @@ def with_own_containers(value: Any, copies: dict[int, Container]) -> Any:
         return copies.setdefault(id(value), type(value)())
     if isinstance(value, Call):
         return Call(
-            with_own_containers(value.args, copies), with_own_containers(value.kwargs, copies), value.positional
+            with_own_containers(value.args, copies),
+            with_own_containers(value.kwargs, copies),
+            value.positional,
         )
     if isinstance(value, dict):
         return {key: with_own_containers(item, copies) for key, item in value.items()}
@@ -185,13 +211,20 @@ def check_chain(run: Run, names: Sequence[str], extras: Extras | None) -> bool:
     second, other_end = run(other)
     for before, after in enumerate(range(1, len(names))):
         if not torch.equal(first[after].seen[0][0], _first_tensor(given[before])):
-            raise InputError("E_ARCH", f"what enters `{names[after]}` is not what `{names[before]}` returns")
+            raise InputError(
+                "E_ARCH", f"what enters `{names[after]}` is not what `{names[before]}` returns"
+            )
     for index, name in enumerate(names):
         call, other_call = first[index].seen[0][1], second[index].seen[0][1]
         if not same((call.args, call.kwargs), (other_call.args, other_call.kwargs)):
-            raise InputError("E_ARCH", f"`{name}` is called with results of blocks that are not handed on as they are")
+            raise InputError(
+                "E_ARCH",
+                f"`{name}` is called with results of blocks that are not handed on as they are",
+            )
     if not same(_first_tensor(end), _first_tensor(other_end)):
-        raise InputError("E_ARCH", f"what follows `{names[-1]}` depends on outputs of the blocks before it")
+        raise InputError(
+            "E_ARCH", f"what follows `{names[-1]}` depends on outputs of the blocks before it"
+        )
     return handed_on
 
 
@@ -202,9 +235,15 @@ def same(value: Any, other: Any) -> bool:
     if isinstance(value, FromPreviousBlock):
         return isinstance(other, FromPreviousBlock) and value.index == other.index
     if isinstance(value, dict):
-        return isinstance(other, dict) and value.keys() == other.keys() and all(same(value[k], other[k]) for k in value)
+        return (
+            isinstance(other, dict)
+            and value.keys() == other.keys()
+            and all(same(value[k], other[k]) for k in value)
+        )
     if isinstance(value, tuple | list):
-        return type(other) is type(value) and len(other) == len(value) and all(map(same, value, other))
+        return (
+            type(other) is type(value) and len(other) == len(value) and all(map(same, value, other))
+        )
     return type(other) is type(value)
 
 
@@ -222,13 +261,17 @@ def _different(tensor: Tensor) -> Tensor:
 
 
 def _with_hidden_of(state: State, other: State) -> State:
-    return (state[0], *other[1:]) if isinstance(state, tuple) and isinstance(other, tuple) else state
+    return (
+        (state[0], *other[1:]) if isinstance(state, tuple) and isinstance(other, tuple) else state
+    )
 
 
 def _check_called_once(recorders: Sequence[Recorder], names: Sequence[str]) -> None:
     for recorder, name in zip(recorders, names, strict=True):
         if len(recorder.seen) != 1:
-            raise InputError("E_ARCH", f"the model's forward calls `{name}` {len(recorder.seen)} times, not once")
+            raise InputError(
+                "E_ARCH", f"the model's forward calls `{name}` {len(recorder.seen)} times, not once"
+            )
 
 
 def _first_tensor(output: Any) -> Tensor:

@@ -96,7 +96,10 @@ class Experts(nn.Module):
         return (self[number] for number in range(self.n_experts))
 
     def forward(
-        self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor | None = None,
+        top_k_weights: Tensor | None = None,
     ) -> Tensor:
         """As the stacked module's: [T, H], the weighted sum of the outputs of each token's experts."""
         output = torch.zeros_like(hidden_states)
@@ -112,7 +115,9 @@ class Experts(nn.Module):
         if self.n_choices > self.n_experts:
             assert top_k_index is not None
             assert top_k_weights is not None
-            as_it_is = top_k_weights.masked_fill(top_k_index < self.n_experts, 0).sum(-1, keepdim=True)
+            as_it_is = top_k_weights.masked_fill(top_k_index < self.n_experts, 0).sum(
+                -1, keepdim=True
+            )
             output += (hidden_states * as_it_is).to(output.dtype)
         return output
 
@@ -126,7 +131,11 @@ class Experts(nn.Module):
         gate = expert.gate_proj(tokens)
         if not hasattr(self.kind, "_apply_gate"):
             return self.kind.act_fn(gate) * up  # type: ignore[operator, no-any-return]
-        joined = torch.stack([gate, up], -1).flatten(-2) if self._interleaved else torch.cat([gate, up], dim=-1)
+        joined = (
+            torch.stack([gate, up], -1).flatten(-2)
+            if self._interleaved
+            else torch.cat([gate, up], dim=-1)
+        )
         gated: Tensor = self.kind._apply_gate(self._with_bias(GATE_UP, number, joined))  # type: ignore[operator]
         return gated
 
@@ -179,7 +188,11 @@ class StackShape:
     @classmethod
     def of(cls, module: nn.Module) -> StackShape | None:
         """The sizes of `module`, None if it is not such a module or has other weights besides."""
-        own = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
+        own = {
+            name: parameter
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        }
         first = GATE_UP if GATE_UP in own else UP
         biased = DOWN + BIAS in own
         names = {first, DOWN} | ({first + BIAS, DOWN + BIAS} if biased else set())
@@ -193,8 +206,14 @@ class StackShape:
         for turned in (False, True):
             wide, hidden = reversed(outer) if turned else outer
             intermediate = wide // factor
-            expected = (n_experts, intermediate, hidden) if turned else (n_experts, hidden, intermediate)
-            if wide == factor * intermediate and tuple(own[DOWN].shape) == expected and n_choices >= n_experts:
+            expected = (
+                (n_experts, intermediate, hidden) if turned else (n_experts, hidden, intermediate)
+            )
+            if (
+                wide == factor * intermediate
+                and tuple(own[DOWN].shape) == expected
+                and n_choices >= n_experts
+            ):
                 return cls(
                     n_experts,
                     n_choices,
@@ -217,7 +236,9 @@ class StackShape:
         halves = (slice(0, self.intermediate), slice(self.intermediate, None))
         if self.interleaved if interleaved is None else interleaved:
             halves = (slice(0, None, 2), slice(1, None, 2))
-        parts = {GATE_UP: dict(zip((GATE, UP), halves, strict=True))}.get(parameter, {parameter: slice(None)})
+        parts = {GATE_UP: dict(zip((GATE, UP), halves, strict=True))}.get(
+            parameter, {parameter: slice(None)}
+        )
         for number in range(self.n_experts):
             for part, rows in parts.items():
                 yield number, part, Slice(stack, number, rows, self.turned)
@@ -238,10 +259,15 @@ def computes_the_same(kind: nn.Module) -> bool:
         first: random(shape.n_choices, *((h, wide) if shape.turned else (wide, h))),
         DOWN: random(e, *((i, h) if shape.turned else (h, i))),
     }
-    biases = {first + BIAS: random(shape.n_choices, wide), DOWN + BIAS: random(e, h)} if shape.biased else {}
+    biases = (
+        {first + BIAS: random(shape.n_choices, wide), DOWN + BIAS: random(e, h)}
+        if shape.biased
+        else {}
+    )
     stacked = copy(kind)
     stacked._parameters = {
-        name: nn.Parameter(tensor, requires_grad=False) for name, tensor in (stacks | biases).items()
+        name: nn.Parameter(tensor, requires_grad=False)
+        for name, tensor in (stacks | biases).items()
     }
     small = StackShape.of(stacked)
     assert small is not None
@@ -249,10 +275,14 @@ def computes_the_same(kind: nn.Module) -> bool:
     for name in stacks:
         for number, part, piece in small.slices(name, name):
             linear = experts[number].get_submodule(part)
-            linear._parameters["weight"] = nn.Parameter(piece.read(stacks.__getitem__), requires_grad=False)
+            linear._parameters["weight"] = nn.Parameter(
+                piece.read(stacks.__getitem__), requires_grad=False
+            )
     tokens = random(_PROOF_TOKENS, h) * h**0.5
     k = min(2, e)
-    chosen = torch.stack([torch.randperm(shape.n_choices, generator=generator)[:k] for _ in range(_PROOF_TOKENS)])
+    chosen = torch.stack(
+        [torch.randperm(shape.n_choices, generator=generator)[:k] for _ in range(_PROOF_TOKENS)]
+    )
     weights = torch.rand(chosen.shape, generator=generator)
     spread = torch.zeros(shape.n_choices, _PROOF_TOKENS, h)
     spread[chosen[:, 0], torch.arange(_PROOF_TOKENS)] = tokens

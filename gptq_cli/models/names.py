@@ -84,7 +84,9 @@ class Sources:
         return extended
 
 
-def match_names(model: PreTrainedModel, names: Iterable[str], stacks: Mapping[str, StackShape]) -> Sources:
+def match_names(
+    model: PreTrainedModel, names: Iterable[str], stacks: Mapping[str, StackShape]
+) -> Sources:
     """The source of each parameter of `model`, in which the experts of `stacks`, by module, are still stacked.
 
     Linears of experts are named in the result as `Experts` names them: `X.experts.3.up_proj.weight`. InputError E_ARCH
@@ -95,7 +97,9 @@ def match_names(model: PreTrainedModel, names: Iterable[str], stacks: Mapping[st
     for key, (converter, parts) in fused.items():
         if len(converter.target_patterns) > 1:
             first = next(iter(parts.values()))[0]
-            raise InputError("E_ARCH", f"`{first}` is split into `{key}` and others, which is not supported")
+            raise InputError(
+                "E_ARCH", f"`{first}` is split into `{key}` and others, which is not supported"
+            )
         path, _, leaf = key.rpartition(".")
         stacked = path in stacks and leaf in (GATE_UP, UP, DOWN)
         if stacked and _stacks_linears(converter):
@@ -114,7 +118,10 @@ def match_names(model: PreTrainedModel, names: Iterable[str], stacks: Mapping[st
 
 
 def _pair(
-    model: PreTrainedModel, names: Iterable[str], stacks: Mapping[str, StackShape], single: dict[str, str]
+    model: PreTrainedModel,
+    names: Iterable[str],
+    stacks: Mapping[str, StackShape],
+    single: dict[str, str],
 ) -> dict[str, tuple[WeightConverter, dict[str, list[str]]]]:
     """Note in `single` what fills a parameter alone; of the others, the rule that makes each and names by pattern."""
     mapping = get_model_conversion_mapping(model)
@@ -124,7 +131,9 @@ def _pair(
     targets = model.state_dict()
     fused: dict[str, tuple[WeightConverter, dict[str, list[str]]]] = {}
     for name in sorted(names, key=dot_natural_key):
-        key, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, targets)
+        key, pattern = rename_source_key(
+            name, renamings, converters, model.base_model_prefix, targets
+        )
         if key not in targets and name in targets:
             key, pattern = name, None
         if key in targets and pattern is not None:
@@ -137,12 +146,18 @@ def _pair(
 
 def _is_of_expert(key: str, stacks: Mapping[str, StackShape]) -> bool:
     match = _OF_EXPERT.fullmatch(key)
-    return match is not None and match["path"] in stacks and int(match["number"]) < stacks[match["path"]].n_experts
+    return (
+        match is not None
+        and match["path"] in stacks
+        and int(match["number"]) < stacks[match["path"]].n_experts
+    )
 
 
 def _stacks_linears(converter: WeightConverter) -> bool:
     """Whether a rule stacks matrices [O, I] of experts, those of gate and up above one another."""
-    operations = [(type(operation), getattr(operation, "dim", None)) for operation in converter.operations]
+    operations = [
+        (type(operation), getattr(operation, "dim", None)) for operation in converter.operations
+    ]
     stacked = [(MergeModulelist, 0), (Concatenate, 1)]
     return operations == stacked[: len(converter.source_patterns)]
 
@@ -151,29 +166,47 @@ def _interleaves(converter: WeightConverter, shape: StackShape) -> bool:
     """Whether a rule brings the outputs of gate and up, which take turns in one tensor, one after the other."""
     (operation, *others) = converter.operations
     outputs = 2 if shape.turned else 1
-    taking_turns = isinstance(operation, Interleave) and not operation.inverse and operation.dim == outputs
+    taking_turns = (
+        isinstance(operation, Interleave) and not operation.inverse and operation.dim == outputs
+    )
     return taking_turns and not others and not shape.interleaved
 
 
 def _single(
-    path: str, leaf: str, shape: StackShape, converter: WeightConverter, parts: Mapping[str, list[str]]
+    path: str,
+    leaf: str,
+    shape: StackShape,
+    converter: WeightConverter,
+    parts: Mapping[str, list[str]],
 ) -> dict[str, str]:
     names: dict[str, str] = {}
     linears = (GATE, UP) if leaf == GATE_UP else (leaf,)
     for linear, pattern in zip(linears, converter.source_patterns, strict=True):
         stored = parts.get(pattern, [])
-        if len(stored) not in (shape.n_experts, shape.n_choices):  # choices that are no expert may have tensors, too
+        if len(stored) not in (
+            shape.n_experts,
+            shape.n_choices,
+        ):  # choices that are no expert may have tensors, too
             raise InputError(
                 "E_CKPT_INCOMPLETE",
                 f"the checkpoint has {len(stored)} tensors for {linear} of `{path}`, not {shape.n_experts}",
                 hint=OF_ONE_REVISION,
             )
-        names |= {f"{path}.{number}.{linear}.weight": name for number, name in enumerate(stored[: shape.n_experts])}
+        names |= {
+            f"{path}.{number}.{linear}.weight": name
+            for number, name in enumerate(stored[: shape.n_experts])
+        }
     return names
 
 
 def _slice(
-    found: Sources, path: str, leaf: str, shape: StackShape, stack: str, *, interleaved: bool | None = None
+    found: Sources,
+    path: str,
+    leaf: str,
+    shape: StackShape,
+    stack: str,
+    *,
+    interleaved: bool | None = None,
 ) -> None:
     """Name each expert's part of the tensor `stack`, as engines do when experts are stored one by one."""
     holder, _, last = stack.rpartition(".")
@@ -185,7 +218,9 @@ def _slice(
     else:
         fused = found.derived.get(stack)
         stored = next(iter(fused.stored)) if fused else stack
-        raise InputError("E_ARCH", f"the experts of `{path}` are stored as `{stored}`, in an order of their own")
+        raise InputError(
+            "E_ARCH", f"the experts of `{path}` are stored as `{stored}`, in an order of their own"
+        )
     for number, part, piece in shape.slices(leaf, stack, interleaved=interleaved):
         name = f"{prefix}.{number}.{part}.weight"
         found.names[f"{path}.{number}.{part}.weight"] = name

@@ -39,7 +39,9 @@ def waiting_batches(
     `stages` are in the order of a forward, and none of their linears is called twice in it.
     """
     batches = WaitingBatches(runs)
-    with hooked((linears[name], batches.hook(stage, name)) for stage in stages for name in stage.names):
+    with hooked(
+        (linears[name], batches.hook(stage, name)) for stage in stages for name in stage.names
+    ):
         try:
             yield batches
         finally:
@@ -70,7 +72,9 @@ class WaitingBatches:
         """What linear `name` of `stage` calls before its forward."""
 
         def meet(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if self._moving is not None and self._moving.is_here():  # else a forward that waits for nobody
+            if (
+                self._moving is not None and self._moving.is_here()
+            ):  # else a forward that waits for nobody
                 self._moving.meet(stage, name, given(module, args))
 
         return meet
@@ -106,9 +110,13 @@ class _Batch:
         self._value: Input | State | None = None
         self._error: BaseException | None = None
         self._released = False
-        self._due: dict[str, Input] = {}  # linears yet to be called, with an input that their stage has seen
+        self._due: dict[
+            str, Input
+        ] = {}  # linears yet to be called, with an input that their stage has seen
         self._told_to_go, self._stopped = Semaphore(0), Semaphore(0)
-        self._thread = Thread(target=self._forward, args=(run, surroundings), name=f"calibration batch {number}")
+        self._thread = Thread(
+            target=self._forward, args=(run, surroundings), name=f"calibration batch {number}"
+        )
 
     def go_on(self) -> Input | State:
         """Run to the first linear of the next stage, `waits_at`, for its input; or to the end, for the output."""
@@ -170,7 +178,11 @@ class _Batch:
 
 def _surroundings() -> Surroundings:
     """What torch keeps for each thread, as it is here: gradient modes, default device, CUDA device and stream."""
-    inference, grad, device = torch.is_inference_mode_enabled(), torch.is_grad_enabled(), torch.get_default_device()
+    inference, grad, device = (
+        torch.is_inference_mode_enabled(),
+        torch.is_grad_enabled(),
+        torch.get_default_device(),
+    )
     stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
 
     @contextmanager

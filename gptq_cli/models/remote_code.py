@@ -19,4 +19,6 @@ def _own_code(directory: Path) -> str:
     """Which code that is. A directory of the Hub's cache is named after its commit."""
     files = sorted(path.name for path in directory.glob("*.py"))
     commit = f", at commit {directory.name}" if directory.parent.name == "snapshots" else ""
-    return f": {', '.join(files[:5])}{', ...' if len(files) > 5 else ''}{commit}" if files else commit
+    return (
+        f": {', '.join(files[:5])}{', ...' if len(files) > 5 else ''}{commit}" if files else commit
+    )

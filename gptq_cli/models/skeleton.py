@@ -26,7 +26,10 @@ MAX_BUFFER_BYTES = 2**32  # of buffers that are computed: rotary frequencies, ma
 MAX_OTHER_SHARE = 0.5  # of the blocks' parameters: matrices that no linear layer holds
 TOLD_OTHER_SHARE = 0.1
 STACKED = ": stacked matrices that are not of experts as transformers describes them"
-SILENT = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")  # buffers that older versions have stored
+SILENT = (
+    r"rotary_emb\.inv_freq",
+    r"(^|\.)position_ids$",
+)  # buffers that older versions have stored
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -47,7 +50,9 @@ class Skeleton:
 def load_config(directory: Path, *, trust_remote_code: bool) -> Any:
     """transformers' config of the model in `directory`; InputError E_REMOTE_CODE or E_ARCH when it has none."""
     try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code, local_files_only=True)
+        config = AutoConfig.from_pretrained(
+            directory, trust_remote_code=trust_remote_code, local_files_only=True
+        )
     except Exception as error:
         raise _unknown(directory, error) from error
     if hasattr(config, "quantization_config"):
@@ -86,7 +91,9 @@ def build_skeleton(
     """
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=trust_remote_code
+            )
     except Exception as error:
         raise _unknown(directory, error) from error
     model.eval().requires_grad_(False)
@@ -108,7 +115,9 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
     Among equals the one with most parameters; a model of several parts says itself which one is the decoder.
     """
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    lists = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)
+    }
     found = {
         name: blocks
         for name, blocks in lists.items()
@@ -118,7 +127,9 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     inside = set(model.get_decoder().modules()) if isinstance(model, PreTrainedModel) else set()
     found = {name: blocks for name, blocks in found.items() if blocks in inside} or found
     if not found:
-        raise InputError("E_ARCH", f"{type(model).__name__} has no repeated blocks with linear layers")
+        raise InputError(
+            "E_ARCH", f"{type(model).__name__} has no repeated blocks with linear layers"
+        )
     return min(found.items(), key=lambda item: (item[0].count("."), -_size(item[1])))
 
 
@@ -147,14 +158,14 @@ def outside_linears(name: str, blocks: nn.ModuleList) -> str | None:
     size = _size(blocks)
     if not size:
         hint = "check hidden_size and the other sizes in config.json"
-        raise InputError("E_CKPT_CONFIG", "config.json describes a model whose blocks have no weights", hint=hint)
+        raise InputError(
+            "E_CKPT_CONFIG", "config.json describes a model whose blocks have no weights", hint=hint
+        )
     share = sum(parameter.numel() for parameter in others.values()) / size
     if share <= TOLD_OTHER_SHARE:
         return None
     largest, parameter = max(others.items(), key=lambda item: item[1].numel())
-    says = (
-        f"{share:.0%} of the blocks' weights are in no linear layer, first of all `{largest}` {list(parameter.shape)}"
-    )
+    says = f"{share:.0%} of the blocks' weights are in no linear layer, first of all `{largest}` {list(parameter.shape)}"
     if share > MAX_OTHER_SHARE:
         raise InputError("E_ARCH", says + (STACKED if _dimensions(parameter) > 2 else ""))
     return says
@@ -167,7 +178,10 @@ def _check_single(model: PreTrainedModel, blocks_name: str, sources: Sources) ->
         owner = model.get_submodule(key.rpartition(".")[0])
         if isinstance(fused, Fusion) and key.startswith(f"{blocks_name}.") and is_linear(owner):
             first = next(iter(fused.names.values()))[0]
-            raise InputError("E_ARCH", f"`{first}` is fused with other tensors into `{key}`, which is not supported")
+            raise InputError(
+                "E_ARCH",
+                f"`{first}` is fused with other tensors into `{key}`, which is not supported",
+            )
 
 
 def _dimensions(tensor: Tensor) -> int:
@@ -182,13 +196,23 @@ def _unused(model: PreTrainedModel, sources: Sources, names: Iterable[str]) -> t
     """Those of `names` that fill no parameter, but what transformers leaves out without a word, too."""
     used = {stored for name in sources.names.values() for stored in sources.stored(name)}
     silent = [*(model._keys_to_ignore_on_load_unexpected or ()), *SILENT]
-    return tuple(name for name in names if name not in used and not any(re.search(key, name) for key in silent))
+    return tuple(
+        name
+        for name in names
+        if name not in used and not any(re.search(key, name) for key in silent)
+    )
 
 
-def _fill_tied(model: PreTrainedModel, names: dict[str, str], left: Sequence[str], listed: Collection[str]) -> None:
+def _fill_tied(
+    model: PreTrainedModel, names: dict[str, str], left: Sequence[str], listed: Collection[str]
+) -> None:
     """Add sources of tied parameters to `names`; InputError E_CKPT_INCOMPLETE if a parameter has none."""
     targets = model.state_dict()
-    tied = {target: source for pair in model.all_tied_weights_keys.items() for target, source in (pair, pair[::-1])}
+    tied = {
+        target: source
+        for pair in model.all_tied_weights_keys.items()
+        for target, source in (pair, pair[::-1])
+    }
     for key in set(targets) - set(names):
         if tied.get(key) in names:
             names[key] = names[tied[key]]
@@ -197,7 +221,9 @@ def _fill_tied(model: PreTrainedModel, names: dict[str, str], left: Sequence[str
         text = model.config.get_text_config()
         config = {
             "architectures": model.config.architectures,
-            "tie_word_embeddings": getattr(text, "tie_word_embeddings", model.config.tie_word_embeddings),
+            "tie_word_embeddings": getattr(
+                text, "tie_word_embeddings", model.config.tie_word_embeddings
+            ),
         }
         raise misfit(absent, left, config, listed)
 
@@ -237,13 +263,19 @@ def _restore_buffers(model: PreTrainedModel, device: torch.device) -> None:
         model.initialize_weights()  # parameters are on meta: only the buffers are really written
     for name, module, leaf in restored:
         if module._buffers[leaf].isnan().any():  # type: ignore[union-attr]
-            raise InputError("E_ARCH", f"{type(model).__name__} does not say how to compute its buffer `{name}`")
+            raise InputError(
+                "E_ARCH", f"{type(model).__name__} does not say how to compute its buffer `{name}`"
+            )
 
 
 def _check_buffers(model: PreTrainedModel) -> None:
     """InputError E_ARCH if the sizes in config.json would fill the memory with buffers that are computed."""
     stored = model.state_dict()
-    computed = [(buffer.nbytes, name, buffer) for name, buffer in model.named_buffers() if name not in stored]
+    computed = [
+        (buffer.nbytes, name, buffer)
+        for name, buffer in model.named_buffers()
+        if name not in stored
+    ]
     total = sum(nbytes for nbytes, _, _ in computed)
     if total > MAX_BUFFER_BYTES:
         _, name, largest = max(computed)
@@ -259,4 +291,6 @@ def _unknown(directory: Path, error: Exception) -> InputError:
     newer = "a newer transformers may know it: pip install --upgrade transformers"
     hint = newer if "does not recognize" in text else None
     text = text.partition(" This could be because")[0]
-    return InputError("E_ARCH", f"transformers cannot build the model in `{directory}`: {text}", hint=hint)
+    return InputError(
+        "E_ARCH", f"transformers cannot build the model in `{directory}`: {text}", hint=hint
+    )

@@ -58,7 +58,9 @@ class Prober:
     def __init__(self) -> None:
         self._known: dict[str, Probe] = {}
 
-    def __call__(self, block: nn.Module, linears: Mapping[str, nn.Module], run: Callable[[], object]) -> Probe:
+    def __call__(
+        self, block: nn.Module, linears: Mapping[str, nn.Module], run: Callable[[], object]
+    ) -> Probe:
         """The probe of `block`, whose linears are given by name in an order that its kind shares, by `run` if new."""
         positions = {name: str(position) for position, name in enumerate(linears)}
         kind = str(block)

@@ -47,7 +47,9 @@ class LoadedBlock:
     module: nn.Module
     linears: dict[str, nn.Module]  # by checkpoint name
     calls: list[Call]
-    twin_calls: list[Call] = field(default_factory=list)  # the same, with other containers for blocks to fill
+    twin_calls: list[Call] = field(
+        default_factory=list
+    )  # the same, with other containers for blocks to fill
     experts: dict[str, Experts] = field(
         default_factory=dict
     )  # by what the checkpoint's names of their linears begin with
@@ -56,7 +58,9 @@ class LoadedBlock:
     def called(self) -> dict[str, nn.Module]:
         """What a forward calls by itself: linears that are not of experts, and experts as a whole."""
         inside = {module for experts in self.experts.values() for module in experts.modules()}
-        return {name: linear for name, linear in self.linears.items() if linear not in inside} | self.experts
+        return {
+            name: linear for name, linear in self.linears.items() if linear not in inside
+        } | self.experts
 
     def run(self, batch: int, state: State) -> State:
         """Hidden states, and what else goes on to the next block, after this block for batch number `batch`."""
@@ -97,7 +101,9 @@ class ModelStream:
         self._twin_calls = self._calls
         self._extras: Extras | None = None
         self._at_hand: dict[str, nn.Module] = {}  # linears of the block that is loaded
-        self.carried: list[list[Container]] = []  # of each batch: what blocks fill for later ones, known after `embed`
+        self.carried: list[
+            list[Container]
+        ] = []  # of each batch: what blocks fill for later ones, known after `embed`
 
     @property
     def n_blocks(self) -> int:
@@ -127,7 +133,9 @@ class ModelStream:
         found = {}
         for name, module in self._blocks[index].named_modules():
             if is_linear(module):
-                found[self._sources[f"{self.block_name(index)}.{name}.weight"].removesuffix(".weight")] = module
+                found[
+                    self._sources[f"{self.block_name(index)}.{name}.weight"].removesuffix(".weight")
+                ] = module
         return found
 
     def _experts(self, index: int) -> dict[str, Experts]:
@@ -152,7 +160,11 @@ class ModelStream:
 
     def biased_experts(self) -> list[str]:
         """Of experts with biases, what the names of their linears begin with, for each layer."""
-        experts = {name: found for index in range(self.n_blocks) for name, found in self._experts(index).items()}
+        experts = {
+            name: found
+            for index in range(self.n_blocks)
+            for name, found in self._experts(index).items()
+        }
         return [name for name, found in experts.items() if found.biased]
 
     def outside_linears(self) -> str | None:
@@ -162,7 +174,11 @@ class ModelStream:
     def stacked_linears(self) -> dict[str, tuple[str, int, int]]:
         """Of linears that are a part of one tensor of the checkpoint: that tensor, and their rows and columns."""
         slices = self._derived.slices
-        modules = {name: linear for index in range(self.n_blocks) for name, linear in self.linears(index).items()}
+        modules = {
+            name: linear
+            for index in range(self.n_blocks)
+            for name, linear in self.linears(index).items()
+        }
         return {
             name: (slices[f"{name}.weight"].stack, *modules[name].get_parameter("weight").shape)
             for name in modules
@@ -175,7 +191,10 @@ class ModelStream:
         key = f"{name}.weight"
         source = self._sources.get(key, key)
         stored = self._read(source)
-        if name in self._at_hand and (held := self._at_hand[name].get_parameter("weight")).dtype == stored.dtype:
+        if (
+            name in self._at_hand
+            and (held := self._at_hand[name].get_parameter("weight")).dtype == stored.dtype
+        ):
             return held.T if transposed else held
         weight = stored.to(self.device)
         return weight.T if transposed and source not in self._dequantized else weight
@@ -191,7 +210,9 @@ class ModelStream:
             self._extras = self._learn_output(batches[0][:1])
             names = [self.block_name(index) for index in range(self.n_blocks)]
             handed_on = check_chain(
-                lambda outputs: self._run_recorders(base, batches[0][:1], outputs), names, self._extras
+                lambda outputs: self._run_recorders(base, batches[0][:1], outputs),
+                names,
+                self._extras,
             )
             states: list[State] = []
             for ids in batches:
@@ -199,10 +220,16 @@ class ModelStream:
                 hidden = recorders[0].seen[0][0]
                 states.append((hidden,) if handed_on else hidden)
                 for calls, recorder in zip(self._calls, recorders, strict=True):
-                    calls.append(reuse_equal_tensors(recorder.seen[0][1], calls[0] if calls else None))
+                    calls.append(
+                        reuse_equal_tensors(recorder.seen[0][1], calls[0] if calls else None)
+                    )
         self._twin_calls = with_own_containers(self._calls, {})
-        calls_of_batches = zip(zip(*self._calls, strict=True), zip(*self._twin_calls, strict=True), strict=True)
-        self.carried = [empty_containers(calls) + empty_containers(twins) for calls, twins in calls_of_batches]
+        calls_of_batches = zip(
+            zip(*self._calls, strict=True), zip(*self._twin_calls, strict=True), strict=True
+        )
+        self.carried = [
+            empty_containers(calls) + empty_containers(twins) for calls, twins in calls_of_batches
+        ]
         return states
 
     @contextmanager
@@ -211,7 +238,11 @@ class ModelStream:
         module = self._blocks[index]
         with self._filled(module, f"{self.block_name(index)}."):
             self._source.prefetch(dict.fromkeys(self._stored(index + 1)))
-            calls, twin_calls, self._at_hand = self._calls[index], self._twin_calls[index], self.linears(index)
+            calls, twin_calls, self._at_hand = (
+                self._calls[index],
+                self._twin_calls[index],
+                self.linears(index),
+            )
             try:
                 yield LoadedBlock(module, self._at_hand, calls, twin_calls, self._experts(index))
             except BaseException:
@@ -288,13 +319,21 @@ class ModelStream:
     @contextmanager
     def _outside(self, module: nn.Module) -> Iterator[None]:
         """Everything of `module` but the blocks, filled."""
-        prefix = next(f"{name}." if name else "" for name, found in self._model.named_modules() if found is module)
+        prefix = next(
+            f"{name}." if name else ""
+            for name, found in self._model.named_modules()
+            if found is module
+        )
         with self._filled(module, prefix, without=f"{self._path}."):
             yield
 
     @contextmanager
     def _filled(self, module: nn.Module, prefix: str, without: str | None = None) -> Iterator[None]:
-        names = [name for name in module.state_dict() if without is None or not f"{prefix}{name}".startswith(without)]
+        names = [
+            name
+            for name in module.state_dict()
+            if without is None or not f"{prefix}{name}".startswith(without)
+        ]
         empty = {name: tensor for name, tensor in module.state_dict().items() if name in set(names)}
         try:
             loaded: dict[str, Tensor] = {}

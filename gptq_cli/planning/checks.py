@@ -62,12 +62,18 @@ def prepare_run(
     """
     if options.resume not in RESUME:
         hint = "leave it out to resume unfinished work if there is any"
-        raise ConfigError("E_CFG_RANGE", f"--resume must be auto, require or never, got {options.resume!r}", hint=hint)
+        raise ConfigError(
+            "E_CFG_RANGE",
+            f"--resume must be auto, require or never, got {options.resume!r}",
+            hint=hint,
+        )
     directory = model_directory(model)
     if directory is None:
         hub_id(model)  # a wrong path fails here in a moment
     if writes:
-        check_output(output, directory or expanded(model), overwrite=options.overwrite, may_be_done=True)
+        check_output(
+            output, directory or expanded(model), overwrite=options.overwrite, may_be_done=True
+        )
         refuse_locked(output)
     if directory is None:
         # A wrong dataset fails before a download; for a local model its own faults come first.
@@ -82,7 +88,11 @@ def prepare_run(
 
 
 def _check_text(config: QuantizeConfig) -> None:
-    check_source(DatasetSource(config.dataset, config.dataset_config, config.dataset_split, config.text_column))
+    check_source(
+        DatasetSource(
+            config.dataset, config.dataset_config, config.dataset_split, config.text_column
+        )
+    )
 
 
 def check_shares(n_batches: int, n_processes: int) -> None:
@@ -132,7 +142,9 @@ def check_memory(
     of_option = {limit.option: limit for limit in limits}
     on_host, on_device = of_option.get("--max-ram"), of_option.get("--max-vram")
     if device_bytes is None:
-        _check_fit([term for term in estimate.cpu if term.what != LIBRARIES], host_bytes, "host", on_host)
+        _check_fit(
+            [term for term in estimate.cpu if term.what != LIBRARIES], host_bytes, "host", on_host
+        )
         return
     states = [term for term in estimate.accelerator if term.what == STATES]
     work = [term for term in estimate.accelerator if term.what != STATES]

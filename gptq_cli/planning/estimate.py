@@ -96,14 +96,21 @@ def estimate_memory(plan: RunPlan, config: QuantizeConfig, devices: int = 1) -> 
     waiting_sums = mine.bit_length() * (HESSIAN_SHARE + streams - 1)
     most = max(layer.in_features for layer in plan.quantized)
     states = Term(STATES, streams * tokens * hidden * bits // 8)
-    work = [Term("waiting batches", streams * waiting * (2 * hidden + widest) * bits // 8), Term("block", block)]
+    work = [
+        Term("waiting batches", streams * waiting * (2 * hidden + widest) * bits // 8),
+        Term("block", block),
+    ]
     if devices > 1 and any(expert_part(layer.name) for layer in plan.layers):
         everything = config.nsamples * seqlen * hidden * bits // 8
         work.append(Term("experts' inputs", streams * everything))
 
     def solver(device: str) -> Term:
-        solving = max(_solver_bytes(layer, bits, ROWS_OF_A_PART[device]) for layer in plan.quantized)
-        return Term("solver", max(solving, int(waiting_sums * most**2 * FLOAT)) + chunk * widest * FLOAT)
+        solving = max(
+            _solver_bytes(layer, bits, ROWS_OF_A_PART[device]) for layer in plan.quantized
+        )
+        return Term(
+            "solver", max(solving, int(waiting_sums * most**2 * FLOAT)) + chunk * widest * FLOAT
+        )
 
     libraries = Term(LIBRARIES, LIBRARIES_BYTES)
     on_cpu, on_accelerator = (states, *work, solver("cpu")), (states, *work, solver("cuda"))
@@ -132,7 +139,9 @@ def estimate_disk(plan: RunPlan, output: Path) -> Disk:
 
 
 def _hidden_size(plan: RunPlan) -> int:
-    return Counter(layer.in_features for layer in plan.layers if layer.block < plan.n_blocks).most_common(1)[0][0]
+    return Counter(
+        layer.in_features for layer in plan.layers if layer.block < plan.n_blocks
+    ).most_common(1)[0][0]
 
 
 def forward_dtype(plan: RunPlan, config: QuantizeConfig) -> str:
@@ -190,7 +199,11 @@ def expert_cost(layers: Sequence[LayerPlan], tokens: float) -> float:
     """Cost of quantizing one expert that was sent so many tokens."""
     inputs = {layer.in_features for layer in layers}
     forward = sum(layer.out_features * layer.in_features for layer in layers) * tokens
-    return forward + sum(hessian_cost(n, tokens) + factor_cost(n) for n in inputs) + sum(map(solve_cost, layers))
+    return (
+        forward
+        + sum(hessian_cost(n, tokens) + factor_cost(n) for n in inputs)
+        + sum(map(solve_cost, layers))
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +234,9 @@ class Seconds:
     @property
     def total(self) -> float:
         """Reading the model goes on beside the rest."""
-        return max(self.forward + self.hessian + self.factor + self.solve + self.network, self.reading)
+        return max(
+            self.forward + self.hessian + self.factor + self.solve + self.network, self.reading
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +269,9 @@ def estimate_seconds(
         tokens = float(text.tokens)
         if part:
             tokens *= min(1.0, text.experts_per_token / len(n_experts[part[0]]))
-        for number, seconds in enumerate(_stage(together, tokens, bool(part), text, devices, rates)):
+        for number, seconds in enumerate(
+            _stage(together, tokens, bool(part), text, devices, rates)
+        ):
             done[number] += seconds
     gathered = text.tokens * text.state_bytes * len(n_experts) * (devices - 1) / devices
     done[4] += gathered / rates.network
@@ -263,7 +280,12 @@ def estimate_seconds(
 
 
 def _stage(
-    together: Sequence[LayerPlan], tokens: float, expert: bool, text: Calibration, devices: int, rates: Rates
+    together: Sequence[LayerPlan],
+    tokens: float,
+    expert: bool,
+    text: Calibration,
+    devices: int,
+    rates: Rates,
 ) -> tuple[float, ...]:
     """Seconds for linears with one input: forward, Hessian, factor, solve, network."""
     n, all_rows = together[0].in_features, sum(layer.out_features for layer in together)
@@ -277,7 +299,9 @@ def _stage(
     rows = sum(layer.out_features for layer in quantized)
     parts = -(-rows // ROWS_OF_A_PART["cuda"])
     alone, share = (1 / devices, 1 / devices) if expert else (1.0, -(-parts // devices) / parts)
-    hessian = hessian_cost(n, tokens) * streams * (1 / devices if expert else busiest) / rates.hessian
+    hessian = (
+        hessian_cost(n, tokens) * streams * (1 / devices if expert else busiest) / rates.hessian
+    )
     columns = rows * n * (1 + config.refine_sweeps) / rates.columns
     solve = (sum(map(solve_cost, quantized)) / rates.solve + columns) * share
     sent = rows * n + (0 if expert else 2 * HESSIAN_SHARE * 4 * n**2 + (streams - 1) * 2 * 4 * n**2)

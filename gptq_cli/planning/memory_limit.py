@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from gptq_cli.config.units import size
 
-SLACK_BYTES = 128 * 10**6  # that a proposed limit leaves for what libraries take later, or a quarter of the estimate
+SLACK_BYTES = (
+    128 * 10**6
+)  # that a proposed limit leaves for what libraries take later, or a quarter of the estimate
 STEP_BYTES = 10**7
 
 

@@ -82,9 +82,14 @@ def _plan(
     check_claims(source)
     routers = find_routers(asked_for, blocks)
     layers = [_choose(source, plain, blocks, tensor, config, linears, routers) for tensor in found]
-    layers += [_choose_stacked(source, plain, blocks, config, name, place) for name, place in (stacked or {}).items()]
+    layers += [
+        _choose_stacked(source, plain, blocks, config, name, place)
+        for name, place in (stacked or {}).items()
+    ]
     end = _end_of_blocks(source, blocks, linears)
-    layers = [replace(layer, config=None, why=BEYOND) if layer.block >= end else layer for layer in layers]
+    layers = [
+        replace(layer, config=None, why=BEYOND) if layer.block >= end else layer for layer in layers
+    ]
     layers.sort(key=lambda layer: layer.block)
     n_blocks = len({layer.block for layer in layers if layer.block < end})
     plain = _as_kept(plain, layers)
@@ -111,7 +116,11 @@ def _end_of_blocks(source: Checkpoint, blocks: str, linears: Mapping[str, bool] 
     """The number behind that of the model's last block; a checkpoint may hold more, that predict several tokens."""
     if linears is None:
         return sys.maxsize if source.n_blocks is None else source.n_blocks
-    numbers = (name.removeprefix(f"{blocks}.").partition(".")[0] for name in linears if name.startswith(f"{blocks}."))
+    numbers = (
+        name.removeprefix(f"{blocks}.").partition(".")[0]
+        for name in linears
+        if name.startswith(f"{blocks}.")
+    )
     return 1 + max(map(int, numbers), default=-1)
 
 
@@ -137,7 +146,10 @@ def find_routers(tensors: Iterable[TensorInfo], blocks: str) -> set[str]:
 
 
 def _has_stacks(plain: Plain, blocks: str) -> bool:
-    return any(len(tensor.shape) == 3 and name.startswith(f"{blocks}.") for name, tensor in plain.tensors.items())
+    return any(
+        len(tensor.shape) == 3 and name.startswith(f"{blocks}.")
+        for name, tensor in plain.tensors.items()
+    )
 
 
 def find_block_linears(
@@ -154,10 +166,16 @@ def find_block_linears(
         if match and len(tensor.shape) == 2 and BITS_OF_DTYPE[tensor.dtype] >= 16:
             lists[match["list"]].append((int(match["index"]), tensor))
     if not lists:
-        raise InputError("E_ARCH", "no repeated blocks with linear layers were found in the checkpoint")
+        raise InputError(
+            "E_ARCH", "no repeated blocks with linear layers were found in the checkpoint"
+        )
 
     def weigh(key: str) -> int:
-        return sum(t.nbytes for _, t in lists[key] if linears is None or t.name.removesuffix(".weight") in linears)
+        return sum(
+            t.nbytes
+            for _, t in lists[key]
+            if linears is None or t.name.removesuffix(".weight") in linears
+        )
 
     name = max(lists, key=weigh)
     return name, [tensor for _, tensor in sorted(lists[name], key=lambda item: item[0])]
@@ -226,7 +244,8 @@ def _check_found(layers: list[LayerPlan], linears: Mapping[str, bool]) -> None:
     lost = sorted(set(linears) - {layer.name for layer in layers} - {HEAD})
     if lost:
         raise InputError(
-            "E_ARCH", f"`{lost[0]}` is a linear layer of the blocks, but not beside the others in the checkpoint"
+            "E_ARCH",
+            f"`{lost[0]}` is a linear layer of the blocks, but not beside the others in the checkpoint",
         )
 
 
@@ -237,9 +256,15 @@ def _head(source: Checkpoint, plain: Plain, config: QuantizeConfig, block: int) 
         tables = [t for t in plain.tensors.values() if len(t.shape) == 2 and t.shape[0] == rows]
         weight = replace(tables[0], name=f"{HEAD}.weight") if len(tables) == 1 else None
     if weight is None:
-        raise InputError("E_ARCH", f"`{source.directory}` has no {HEAD}.weight to quantize", hint="leave out --lm-head")
+        raise InputError(
+            "E_ARCH",
+            f"`{source.directory}` has no {HEAD}.weight to quantize",
+            hint="leave out --lm-head",
+        )
     choice = config.choose(HEAD)
-    return LayerPlan(HEAD, block, weight.shape[0], weight.shape[1], choice.config, choice.why, weight)
+    return LayerPlan(
+        HEAD, block, weight.shape[0], weight.shape[1], choice.config, choice.why, weight
+    )
 
 
 def _check_rules(config: QuantizeConfig, layers: list[LayerPlan]) -> None:
@@ -247,14 +272,18 @@ def _check_rules(config: QuantizeConfig, layers: list[LayerPlan]) -> None:
     if unused:
         _, example = keeping([min(layer.name for layer in layers)], in_all_blocks=True)
         hint = f"rules match from the start of the full name, for example {example}"
-        raise ConfigError.of([Problem("E_CFG_NO_MATCH", f"rule {rule!r} matches no layer", hint) for rule in unused])
+        raise ConfigError.of(
+            [Problem("E_CFG_NO_MATCH", f"rule {rule!r} matches no layer", hint) for rule in unused]
+        )
     listed = [item for stage in config.modules_in_block_to_quantize or () for item in stage]
     absent = [item for item in listed if not any(layer.name.endswith(item) for layer in layers)]
     if absent:
         known = min(layer.name for layer in layers).rpartition(".")[2]
         hint = f"a name stands for all layers that end with it, for example {known}"
         said = "modules_in_block_to_quantize names {!r}, and no layer ends so"
-        raise ConfigError.of([Problem("E_CFG_NO_MATCH", said.format(item), hint) for item in absent])
+        raise ConfigError.of(
+            [Problem("E_CFG_NO_MATCH", said.format(item), hint) for item in absent]
+        )
     if not any(layer.config for layer in layers):
         raise ConfigError("E_CFG_NOTHING_TO_DO", "the rules leave no layer to quantize")
 
@@ -294,7 +323,9 @@ def _misfit(why: str, kinds: Counter[str], hint: str | None) -> Problem:
     return Problem("E_SHAPE", f"{why}: {named}" + (f" ({count} layers)" if count > 1 else ""), hint)
 
 
-def _other_groups(misfits: list[LayerPlan], quantized: list[LayerPlan], config: QuantizeConfig) -> str:
+def _other_groups(
+    misfits: list[LayerPlan], quantized: list[LayerPlan], config: QuantizeConfig
+) -> str:
     """The advice to choose another group size; empty if there is none that all layers and the target take."""
     if any(not _packs(layer) for layer in misfits):
         return ""
@@ -303,7 +334,9 @@ def _other_groups(misfits: list[LayerPlan], quantized: list[LayerPlan], config: 
         return ""
     (origin,) = origins
     alike = [layer for layer in quantized if _rule_of_size(layer, config) == origin]
-    fitting = [size for size in USUAL_GROUP_SIZES if all(layer.in_features % size == 0 for layer in alike)]
+    fitting = [
+        size for size in USUAL_GROUP_SIZES if all(layer.in_features % size == 0 for layer in alike)
+    ]
     loaded = [str(size) for size in (*fitting[:1], -1) if origin or _loads(config, size)]
     where = f"all layers of rule '{origin}'" if origin else "all layers"
     return f"use a group_size that fits {where}, such as {' or '.join(loaded)}" if loaded else ""

@@ -51,7 +51,9 @@ class LayerPlan:
     def packed(self) -> tuple[TensorSpec, ...]:
         """The tensors that replace this layer's weight."""
         assert self.config is not None
-        return packed_specs(self.weight.name, self.out_features, self.in_features, self.groups, self.config.bits)
+        return packed_specs(
+            self.weight.name, self.out_features, self.in_features, self.groups, self.config.bits
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,9 @@ class RunPlan:
     @property
     def asymmetric(self) -> bool:
         """Whether some layer is calibrated on what the unquantized model does as well."""
-        return any(layer.config and layer.config.asymmetric_calibration > 0 for layer in self.layers)
+        return any(
+            layer.config and layer.config.asymmetric_calibration > 0 for layer in self.layers
+        )
 
     @property
     def split_experts(self) -> list[str]:
@@ -112,7 +116,9 @@ class RunPlan:
 
 def bounded(config: QuantizeConfig, checkpoint: Checkpoint) -> QuantizeConfig:
     """`config` with windows for which the model has positions; ConfigError as `bounded_seqlen`."""
-    seqlen = bounded_seqlen(config.seqlen, said="seqlen" in config.model_fields_set, checkpoint=checkpoint)
+    seqlen = bounded_seqlen(
+        config.seqlen, said="seqlen" in config.model_fields_set, checkpoint=checkpoint
+    )
     return config.model_copy(update={"seqlen": seqlen})
 
 
@@ -124,7 +130,9 @@ def bounded_seqlen(seqlen: int, *, said: bool, checkpoint: Checkpoint) -> int:
         return seqlen
     if said:
         raise ConfigError(
-            "E_CFG_SEQLEN", f"seqlen {seqlen} is more than the model's {limit} positions", hint=f"use --seqlen {limit}"
+            "E_CFG_SEQLEN",
+            f"seqlen {seqlen} is more than the model's {limit} positions",
+            hint=f"use --seqlen {limit}",
         )
     return limit
 
@@ -132,7 +140,9 @@ def bounded_seqlen(seqlen: int, *, said: bool, checkpoint: Checkpoint) -> int:
 def default_name(model: str, config: QuantizeConfig) -> str:
     """The output's name as published checkpoints are called: Qwen3-0.6B-GPTQ-Int4-g128."""
     path = expanded(model)
-    name = path.name if path.name not in ("", "..") else resolved(path).name  # a link is called as its owner calls it
+    name = (
+        path.name if path.name not in ("", "..") else resolved(path).name
+    )  # a link is called as its owner calls it
     name = plain_name(name)
     group = f"g{config.group_size}" if config.group_size > 0 else "channel"
     return f"{name}-GPTQ-Int{config.bits}-{group}"

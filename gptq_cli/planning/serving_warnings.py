@@ -8,7 +8,14 @@ from gptq_cli.config.leftovers import is_of_adapter
 from gptq_cli.config.rules import expert_part, split_groups
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.serving import Verdict, export_of, limits, target_problems, verdicts
-from gptq_cli.config.serving_table import ENGINES, LM_HEAD, SPLIT_EXPERTS, SPLIT_FUSED, Export, Trait
+from gptq_cli.config.serving_table import (
+    ENGINES,
+    LM_HEAD,
+    SPLIT_EXPERTS,
+    SPLIT_FUSED,
+    Export,
+    Trait,
+)
 from gptq_cli.errors import ConfigError
 from gptq_cli.planning.run_plan import HEAD, LayerPlan, RunPlan
 
@@ -22,7 +29,9 @@ def export_of_layers(layers: Sequence[LayerPlan], config: QuantizeConfig) -> Exp
         {layer.name: layer.config for layer in layers},
         config.format,
         lm_head=any(layer.name == HEAD and layer.config for layer in layers),
-        narrow_experts=has_narrow_experts({layer.name: layer.out_features for layer in layers if layer.config}),
+        narrow_experts=has_narrow_experts(
+            {layer.name: layer.out_features for layer in layers if layer.config}
+        ),
         transposed=any(layer.transposed for layer in layers),
     )
 
@@ -30,7 +39,9 @@ def export_of_layers(layers: Sequence[LayerPlan], config: QuantizeConfig) -> Exp
 def has_narrow_experts(out_features: Mapping[str, int]) -> bool:
     """Whether one of these quantized linears is of an expert whose hidden states are no multiple of 128 wide."""
     parts = {name: part[1] for name in out_features if (part := expert_part(name))}
-    return any(out_features[name] % MARLIN_WIDTH for name, part in parts.items() if part in INTO_HIDDEN)
+    return any(
+        out_features[name] % MARLIN_WIDTH for name, part in parts.items() if part in INTO_HIDDEN
+    )
 
 
 def check_target(layers: Sequence[LayerPlan], config: QuantizeConfig) -> None:
@@ -47,10 +58,17 @@ def judge_plan(plan: RunPlan, config: QuantizeConfig) -> tuple[Verdict, ...]:
 def remarks(plan: RunPlan, config: QuantizeConfig) -> list[tuple[str, str]]:
     """Codes and texts of warnings about the source, the choice of layers and settings."""
     found = [*plan.source.remarks, *about_unused(plan.unused)]
-    found += [("W_TARGET", text) for text in limits(export_of_layers(plan.layers, config), config.target)]
+    found += [
+        ("W_TARGET", text) for text in limits(export_of_layers(plan.layers, config), config.target)
+    ]
     found += _about_codes(plan)
     if split := plan.split_experts:
-        found.append(("W_CFG_EXPERTS", f"the experts of `{split[0]}` differ in settings: {_against(SPLIT_EXPERTS)}"))
+        found.append(
+            (
+                "W_CFG_EXPERTS",
+                f"the experts of `{split[0]}` differ in settings: {_against(SPLIT_EXPERTS)}",
+            )
+        )
     settings = {layer.name: layer.stored for layer in plan.layers if not expert_part(layer.name)}
     if fused := split_groups(settings):
         text = f"the layers that engines fuse to `{fused[0]}` differ in settings: {_against(SPLIT_FUSED)}"
@@ -82,7 +100,11 @@ def _about_codes(plan: RunPlan) -> list[tuple[str, str]]:
         text = f"the source is quantized ({plan.plain.how}): its rounded weights are rounded a second time"
         found.append(("W_CKPT_REQUANTIZED", text))
     if decoded:
-        parts = [plan.source.tensors[part] for tensor in decoded for part in plan.plain.parts[tensor.name]]
+        parts = [
+            plan.source.tensors[part]
+            for tensor in decoded
+            for part in plan.plain.parts[tensor.name]
+        ]
         more = sum(tensor.nbytes for tensor in decoded) - sum(part.nbytes for part in parts)
         text = f"kept weights that are stored as {plan.plain.how} become {decoded[0].dtype}, {more / 1e6:.3g} MB more"
         found.append(("W_CKPT_DECODED", f"{text}: {len(decoded)}, first `{decoded[0].name}`"))

@@ -17,7 +17,9 @@ from gptq_cli.config.yaml_writer import printable_yaml
 COPIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 PROTOCOL = ("dataset_config", "dataset_split", "dataset_revision")
 PUNCTUATION = re.compile(r"([!-/:-@\[-`{-~])")  # CommonMark: any of ASCII's may follow a backslash
-PLAIN = ",.-+%/()="  # these mean nothing inside a line, and escaped they are hard to read in the source
+PLAIN = (
+    ",.-+%/()="  # these mean nothing inside a line, and escaped they are hard to read in the source
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,12 @@ def _template() -> Template:
         finalize=escaped,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"code": code, "block": code_block, "size": size, "settings": printable_yaml}
+    environment.filters |= {
+        "code": code,
+        "block": code_block,
+        "size": size,
+        "settings": printable_yaml,
+    }
     return environment.get_template("card.md.j2")
 
 
@@ -72,7 +79,9 @@ def escaped(value: object) -> str:
     """`value` as Markdown that shows it: one line, no mark-up, no HTML, no link."""
     if isinstance(value, Code):
         return value
-    return PUNCTUATION.sub(lambda found: found[0] if found[0] in PLAIN else f"\\{found[0]}", _one_line(str(value)))
+    return PUNCTUATION.sub(
+        lambda found: found[0] if found[0] in PLAIN else f"\\{found[0]}", _one_line(str(value))
+    )
 
 
 def code(value: object) -> Code:
@@ -91,7 +100,9 @@ def code_block(text: str, language: str = "") -> Code:
 
 
 def _metadata(facts: CardFacts) -> ModelCardData:
-    copied: dict[str, Any] = {key: value for key in COPIED if _is_words(value := facts.source_card.get(key))}
+    copied: dict[str, Any] = {
+        key: value for key in COPIED if _is_words(value := facts.source_card.get(key))
+    }
     results = _results(facts)
     pipeline_tag = copied.pop("pipeline_tag", "text-generation")
     return ModelCardData(
@@ -111,7 +122,9 @@ def _results(facts: CardFacts) -> list[EvalResult] | None:
     measured = facts.evaluation
     if measured is None or facts.evaluation_dataset is None:
         return None
-    said: dict[str, Any] = {key: _one_line(str(measured[key])) for key in PROTOCOL if measured.get(key) is not None}
+    said: dict[str, Any] = {
+        key: _one_line(str(measured[key])) for key in PROTOCOL if measured.get(key) is not None
+    }
     return [
         EvalResult(
             task_type="text-generation",
@@ -126,7 +139,9 @@ def _results(facts: CardFacts) -> list[EvalResult] | None:
 
 def _is_words(value: object) -> bool:
     items = value if isinstance(value, list) else [value]
-    return bool(items) and all(isinstance(item, str) and item.isprintable() and 0 < len(item) <= 500 for item in items)
+    return bool(items) and all(
+        isinstance(item, str) and item.isprintable() and 0 < len(item) <= 500 for item in items
+    )
 
 
 def _longest_run(text: str) -> int:

@@ -50,16 +50,24 @@ def heat_maps(blocks: Sequence[int], linears: Sequence[str], error: Grid, agains
 def coverage(blocks: Sequence[int], tokens: Sequence[Sequence[int]]) -> Any:
     """A map of calibration tokens, rows are layers with experts and columns experts; without a token they are red."""
     widest = max(map(len, tokens))
-    seen = [[count or float("nan") for count in row] + [float("nan")] * (widest - len(row)) for row in tokens]
+    seen = [
+        [count or float("nan") for count in row] + [float("nan")] * (widest - len(row))
+        for row in tokens
+    ]
     never = [
-        [0.0 if not count else float("nan") for count in row] + [float("nan")] * (widest - len(row)) for row in tokens
+        [0.0 if not count else float("nan") for count in row] + [float("nan")] * (widest - len(row))
+        for row in tokens
     ]
     counts = [count for row in tokens for count in row if count] or [1]
     with pyplot.rc_context(dict(_STYLE)):
         height = 1.3 + min(0.2 * len(blocks), TALLEST)
         figure, axes = pyplot.subplots(figsize=(10, height), layout="constrained")
         norm = LogNorm(min(counts) / 1.0001, max(counts) * 1.0001)
-        cells: Any = {"edgecolors": "face", "linewidth": 0.4, "rasterized": widest * len(tokens) > MOST_SHAPES}
+        cells: Any = {
+            "edgecolors": "face",
+            "linewidth": 0.4,
+            "rasterized": widest * len(tokens) > MOST_SHAPES,
+        }
         mesh = axes.pcolormesh(seen, norm=norm, cmap="viridis", **cells)
         axes.pcolormesh(never, cmap=ListedColormap([NEVER]), **cells)
         axes.set(xlabel="expert", ylabel="block", ylim=(len(blocks), 0))
@@ -71,7 +79,9 @@ def coverage(blocks: Sequence[int], tokens: Sequence[Sequence[int]]) -> Any:
     return figure
 
 
-def bars(blocks: Sequence[int], seconds: Sequence[float], host: Sequence[int], device: Sequence[int]) -> Any:
+def bars(
+    blocks: Sequence[int], seconds: Sequence[float], host: Sequence[int], device: Sequence[int]
+) -> Any:
     """Time of each block above the memory after it."""
     with pyplot.rc_context(dict(_STYLE)):
         figure, axes = pyplot.subplots(2, 1, figsize=(10, 3.6), layout="constrained", sharex=True)
@@ -79,7 +89,14 @@ def bars(blocks: Sequence[int], seconds: Sequence[float], host: Sequence[int], d
         axes[0].set_ylabel("seconds")
         axes[1].plot(blocks, [n / GB for n in host], "o-", ms=3, color="#3b82c4", label="host")
         if any(device):
-            axes[1].plot(blocks, [n / GB for n in device], "o-", ms=3, color="#d9822b", label="device, peak so far")
+            axes[1].plot(
+                blocks,
+                [n / GB for n in device],
+                "o-",
+                ms=3,
+                color="#d9822b",
+                label="device, peak so far",
+            )
         axes[1].set(ylabel="GB", xlabel="block", ylim=(0, 1.2 * max([*host, *device]) / GB))
         axes[1].xaxis.get_major_locator().set_params(integer=True)
         axes[1].legend(frameon=False, loc="lower right")
@@ -100,13 +117,22 @@ def as_png(figure: Any) -> bytes:
     """The figure as a PNG on white."""
     data = io.BytesIO()
     with pyplot.rc_context(dict(_STYLE)):
-        figure.savefig(data, format="png", dpi=160, facecolor="white", metadata={"Software": "gptq_cli"})
+        figure.savefig(
+            data, format="png", dpi=160, facecolor="white", metadata={"Software": "gptq_cli"}
+        )
     pyplot.close(figure)
     return data.getvalue()
 
 
 def _map(
-    figure: Any, axes: Axes, grid: Grid, title: str, blocks: Sequence[int], linears: Sequence[str], *, log: bool
+    figure: Any,
+    axes: Axes,
+    grid: Grid,
+    title: str,
+    blocks: Sequence[int],
+    linears: Sequence[str],
+    *,
+    log: bool,
 ) -> None:
     values = [value for row in grid for value in row if _is_drawn(value)]
     lowest, highest = (min(values), max(values)) if values else (0.1, 1.0)
@@ -117,8 +143,15 @@ def _map(
     cells = [[value if _is_drawn(value) else float("nan") for value in row] for row in grid]
     mesh = axes.pcolormesh(cells, norm=norm, cmap="viridis", edgecolors="face", linewidth=0.4)
     axes.set_title(title, fontsize=10)
-    names = [name if len(name) <= LONGEST_NAME else f"...{name[3 - LONGEST_NAME :]}" for name in linears]
-    words: Any = {"rotation": 35, "ha": "right", "rotation_mode": "anchor", "parse_math": False}  # a $ is a letter
+    names = [
+        name if len(name) <= LONGEST_NAME else f"...{name[3 - LONGEST_NAME :]}" for name in linears
+    ]
+    words: Any = {
+        "rotation": 35,
+        "ha": "right",
+        "rotation_mode": "anchor",
+        "parse_math": False,
+    }  # a $ is a letter
     axes.set_xticks([i + 0.5 for i in range(len(linears))], names, **words)
     _ticks(axes.set_yticks, blocks)
     axes.set_ylim(len(blocks), 0)
@@ -152,5 +185,11 @@ def _numbers(axes: Axes, cells: Sequence[Sequence[float]], norm: Any, pattern: s
             if value == value:
                 ink = "black" if norm(value) > 0.55 else "white"
                 axes.text(
-                    column + 0.5, row + 0.5, pattern.format(value), ha="center", va="center", fontsize=7, color=ink
+                    column + 0.5,
+                    row + 0.5,
+                    pattern.format(value),
+                    ha="center",
+                    va="center",
+                    fontsize=7,
+                    color=ink,
                 )

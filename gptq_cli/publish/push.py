@@ -27,10 +27,21 @@ from gptq_cli.publish.card import CardFacts, model_card
 from gptq_cli.publish.report import read_evaluation
 from gptq_cli.publish.upload import Published, publish
 from gptq_cli.storage.durable import json_bytes
-from gptq_cli.storage.manifest import CONFIG_FILE, INDEX_NAME, MANIFEST, REPORT_DATA, REPORT_PAGE, sealed
+from gptq_cli.storage.manifest import (
+    CONFIG_FILE,
+    INDEX_NAME,
+    MANIFEST,
+    REPORT_DATA,
+    REPORT_PAGE,
+    sealed,
+)
 
 CARD = "README.md"
-LOCAL = {REPORT_DATA, REPORT_PAGE, CARD}  # about the run, with times and paths; and the card of the source
+LOCAL = {
+    REPORT_DATA,
+    REPORT_PAGE,
+    CARD,
+}  # about the run, with times and paths; and the card of the source
 WORST = 10
 JUDGED = ("bits", "relative_error", "rtn_relative_error")
 MAX_CARD_BYTES = 1_000_000
@@ -80,19 +91,29 @@ def prepare_push(
         hint = _meant(repo) or "for example me/my-model"
         raise ConfigError("E_CFG_RANGE", f"REPO must be NAMESPACE/NAME, got {repo!r}", hint=hint)
     if base_model is not None and not _is_id(base_model):
-        hint = _meant(base_model) or "give what it is called on the Hub, for example Qwen/Qwen3-0.6B"
-        raise ConfigError("E_CFG_RANGE", f"--base-model must be the id of a Hub model, got {base_model!r}", hint=hint)
+        hint = (
+            _meant(base_model) or "give what it is called on the Hub, for example Qwen/Qwen3-0.6B"
+        )
+        raise ConfigError(
+            "E_CFG_RANGE",
+            f"--base-model must be the id of a Hub model, got {base_model!r}",
+            hint=hint,
+        )
     directory = local_model(directory)
     measured = read_evaluation(evaluation) if evaluation else None
     checkpoint = open_checkpoint(directory)
     found = inspect_checkpoint(checkpoint)
-    text = _read_card(card) if card else _card(checkpoint, found, repo, base_model, measured, report)
+    text = (
+        _read_card(card) if card else _card(checkpoint, found, repo, base_model, measured, report)
+    )
     report(PhaseStarted("verify", f"{size(found.nbytes)}, every byte"))
     _verify(directory)
     return Upload(repo, text, _contents(checkpoint, text), checkpoint.check_unchanged)
 
 
-def push_upload(upload: Upload, *, public: bool, overwrite: bool, progress: bool, report: Report = ignore) -> Published:
+def push_upload(
+    upload: Upload, *, public: bool, overwrite: bool, progress: bool, report: Report = ignore
+) -> Published:
     """Send it; raises as `publish` does, and InputError E_SOURCE_CHANGED if a file is not the one that was verified."""
 
     def say(phase: str, detail: str) -> None:
@@ -228,12 +249,18 @@ def _settings(directory: Path, report: Report) -> dict[str, Any]:
     if not is_file(directory / CONFIG_FILE):
         return {}
     config = resolve({}, {}, directory / CONFIG_FILE).config
-    settings = {key: value for key, value in config.model_dump(mode="json").items() if value not in (None, {})}
+    settings = {
+        key: value
+        for key, value in config.model_dump(mode="json").items()
+        if value not in (None, {})
+    }
     if isinstance(config.dataset, list):
         settings["dataset"] = f"{len(config.dataset)} texts"
     elif config.dataset is not None and is_path(config.dataset):
         settings["dataset"] = Path(config.dataset).name
-        says = f"{CONFIG_FILE} names the dataset by its path here, and is published: {config.dataset}"
+        says = (
+            f"{CONFIG_FILE} names the dataset by its path here, and is published: {config.dataset}"
+        )
         report(Warned("W_PUSH_PATH", says))
     return settings
 
@@ -259,7 +286,9 @@ def _read_card(file: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         hint = advice(error, file) if isinstance(error, OSError) else "save it as UTF-8"
-        raise ConfigError("E_CFG_FILE", f"cannot read the card `{file}`: {reason}", hint=hint) from None
+        raise ConfigError(
+            "E_CFG_FILE", f"cannot read the card `{file}`: {reason}", hint=hint
+        ) from None
 
 
 def _hub_dataset(name: object) -> str | None:

@@ -40,18 +40,29 @@ class BlockLog:
 def check_report() -> None:
     """InputError E_REPORT if matplotlib is not installed."""
     if find_spec("matplotlib") is None:
-        raise InputError("E_REPORT", "reports need matplotlib", hint="install it: pip install 'gptq_cli[report]'")
+        raise InputError(
+            "E_REPORT", "reports need matplotlib", hint="install it: pip install 'gptq_cli[report]'"
+        )
 
 
 def save_report(output: Path, result: Mapping[str, Any], log: BlockLog, command: str) -> Path:
     """Keep the data of a finished run in its output, and the page made of it, whose path is returned."""
-    data = {"report": VERSION, "version": __version__, "command": command, "name": resolved(output).name}
-    data |= {key: value for key, value in result.items() if key != "output"} | {"blocks": log.blocks}
+    data = {
+        "report": VERSION,
+        "version": __version__,
+        "command": command,
+        "name": resolved(output).name,
+    }
+    data |= {key: value for key, value in result.items() if key != "output"} | {
+        "blocks": log.blocks
+    }
     write_file(output / REPORT_DATA, json_bytes(data, indent=1))
     return write_page(output, output / REPORT_PAGE)
 
 
-def write_page(directory: Path, page: Path, *, evaluation: Path | None = None, png: Path | None = None) -> Path:
+def write_page(
+    directory: Path, page: Path, *, evaluation: Path | None = None, png: Path | None = None
+) -> Path:
     """The page of the run that made `directory`, with the result of `gptq eval-ppl --json` if a file of it is given.
 
     InputError E_REPORT if there is no data of a run, or it or the evaluation is of another kind; ExistsError
@@ -82,10 +93,14 @@ def read_run(directory: Path) -> dict[str, Any]:
     """What a run has left of itself in `directory`; InputError E_REPORT if that is nothing, or damaged."""
     file = directory / REPORT_DATA
     if not is_file(file):
-        raise InputError("E_REPORT", f"`{directory}` holds no {REPORT_DATA}", hint="quantize with --report")
+        raise InputError(
+            "E_REPORT", f"`{directory}` holds no {REPORT_DATA}", hint="quantize with --report"
+        )
     content = _json(file, AGAIN)
     if not isinstance(content, dict) or content.get("report") != VERSION:
-        raise InputError("E_REPORT", f"`{file}` is not the data of a report of version {VERSION}", hint=AGAIN)
+        raise InputError(
+            "E_REPORT", f"`{file}` is not the data of a report of version {VERSION}", hint=AGAIN
+        )
     try:
         return checked_run(content)
     except Damaged as error:
@@ -103,7 +118,9 @@ def read_evaluation(file: Path) -> dict[str, Any]:
     try:
         return checked_evaluation(_json(file, MEASURE))
     except Damaged as error:
-        raise InputError("E_REPORT", f"`{file}` is not the result of an evaluation: {error}", hint=MEASURE) from None
+        raise InputError(
+            "E_REPORT", f"`{file}` is not the result of an evaluation: {error}", hint=MEASURE
+        ) from None
 
 
 def _json(file: Path, hint: str) -> Any:

@@ -6,7 +6,14 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 MOST_BLOCKS, MOST_LAYERS = 10_000, 1_000_000
 MOST_TOKEN_COUNTS = 1_000_000  # of experts, with the widest row for all
@@ -88,7 +95,9 @@ class Evaluation(BaseModel):
 
     @model_validator(mode="after")
     def _is_whole(self) -> Evaluation:
-        if self.baseline_perplexity is not None and (self.kl is None or self.top1_agreement is None):
+        if self.baseline_perplexity is not None and (
+            self.kl is None or self.top1_agreement is None
+        ):
             raise ValueError("a baseline has no kl or no top1_agreement beside it")
         return self
 

@@ -34,7 +34,10 @@ class Grids:
 def render(run: Mapping[str, Any]) -> str:
     """The page for the data of a run, as `gptq quantize --report` leaves it."""
     environment = Environment(
-        loader=PackageLoader("gptq_cli.publish", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=PackageLoader("gptq_cli.publish", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
     )
     environment.filters |= {"size": size, "clock": clock, "short": _short}
     worst = sorted(run["layers"], key=lambda layer: -(layer["relative_error"] or 0))[:WORST]
@@ -81,7 +84,9 @@ def experts_of(layers: Sequence[Mapping[str, Any]]) -> ExpertTable:
     ]  # fmt: skip
     seen = [count for layer in layers for count in layer["tokens"]]
     worst = sorted(rows, key=lambda row: (-row.uncovered, row.least, row.median))[:WORST]
-    return ExpertTable(tuple(worst), len(seen), min(seen), median(seen), sum(not count for count in seen))
+    return ExpertTable(
+        tuple(worst), len(seen), min(seen), median(seen), sum(not count for count in seen)
+    )
 
 
 def picture(run: Mapping[str, Any]) -> bytes:
@@ -98,7 +103,9 @@ def grids(layers: Sequence[Mapping[str, Any]]) -> Grids:
     linears = tuple(dict.fromkeys(linear for _, linear in cells))
 
     def rows(value: Any) -> tuple[tuple[float | None, ...], ...]:
-        return tuple(tuple(value(cells.get((block, linear), [])) for linear in linears) for block in blocks)
+        return tuple(
+            tuple(value(cells.get((block, linear), [])) for linear in linears) for block in blocks
+        )
 
     return Grids(blocks, linears, rows(lambda found: _mean(found, "relative_error")), rows(_ratio))
 
@@ -106,7 +113,9 @@ def grids(layers: Sequence[Mapping[str, Any]]) -> Grids:
 def _heat(run: Mapping[str, Any]) -> Any:
     found = grids(run["layers"])
     if len(found.blocks) * len(found.linears) > MOST_CELLS or len(found.linears) > MOST_LINEARS:
-        raise Damaged(f"{len(found.linears)} kinds of layers in {len(found.blocks)} blocks are too many to be drawn")
+        raise Damaged(
+            f"{len(found.linears)} kinds of layers in {len(found.blocks)} blocks are too many to be drawn"
+        )
     return heat_maps(found.blocks, found.linears, found.error, found.against_rtn)
 
 
@@ -117,14 +126,19 @@ def _coverage(run: Mapping[str, Any]) -> Any:
 
 
 def _bars(run: Mapping[str, Any]) -> Any:
-    columns = [[block[key] for block in run["blocks"]] for key in ("index", "seconds", "host_bytes", "device_bytes")]
+    columns = [
+        [block[key] for block in run["blocks"]]
+        for key in ("index", "seconds", "host_bytes", "device_bytes")
+    ]
     return bars(*columns)
 
 
 def _linear(name: str) -> str:
     """The last two parts of a name, without numbers: mlp.up_proj; lm_head as it is."""
     inner = re.sub(r"^.*?\.\d+\.", "", name)
-    return ".".join(part for part in inner.split(".") if not part.isdigit()).removeprefix("self_attn.")
+    return ".".join(part for part in inner.split(".") if not part.isdigit()).removeprefix(
+        "self_attn."
+    )
 
 
 def _mean(layers: Sequence[Mapping[str, Any]], key: str) -> float | None:

@@ -65,7 +65,11 @@ class _Hub:
 
     def differing(self, tree: Mapping[str, RepoFile]) -> list[str]:
         """List our files that `tree` lacks or holds with other bytes."""
-        return [path for path, file in self.files.items() if path not in tree or not _is_same(file, tree[path])]
+        return [
+            path
+            for path, file in self.files.items()
+            if path not in tree or not _is_same(file, tree[path])
+        ]
 
     def stale(self, tree: Mapping[str, RepoFile]) -> list[str]:
         """List weights and settings of another checkpoint, which would make a mixture with ours."""
@@ -111,7 +115,9 @@ def publish(
         say("compare", f"{repo} with the files here")
         if hub.differing(hub.tree(commit)):
             message = f"commit {commit[:12]} of model `{repo}` does not hold what was sent"
-            raise InputError("E_PUSH", message, hint=f"{AGAIN}; if it persists, look at the repository's history")
+            raise InputError(
+                "E_PUSH", message, hint=f"{AGAIN}; if it persists, look at the repository's history"
+            )
         return Published(hub.url, commit, tuple(stale), already_there=False)
 
 
@@ -127,16 +133,26 @@ def _open(hub: _Hub, *, public: bool) -> None:
         hub.api.create_repo(hub.repo, private=not public, exist_ok=True)
         return
     if private == public:
-        state, wish = ("private", "leave out --public") if private else ("public", "add --public if all may read it")
+        state, wish = (
+            ("private", "leave out --public")
+            if private
+            else ("public", "add --public if all may read it")
+        )
         hint = f"{wish}, or change the repository on the Hub"
-        raise InputError("E_PUSH", f"model `{hub.repo}` is {state} already, and a push does not change that", hint=hint)
+        raise InputError(
+            "E_PUSH",
+            f"model `{hub.repo}` is {state} already, and a push does not change that",
+            hint=hint,
+        )
 
 
 def _refuse_occupied(repo: str, occupied: Sequence[str], *, overwrite: bool) -> None:
     if occupied and not overwrite:
         listed = ", ".join(occupied[:LISTED]) + (", ..." if len(occupied) > LISTED else "")
         hint = "choose another name, or add --overwrite: the Hub keeps the old state in its history"
-        raise ExistsError("E_OUT_EXISTS", f"model `{repo}` holds something else already: {listed}", hint=hint)
+        raise ExistsError(
+            "E_OUT_EXISTS", f"model `{repo}` holds something else already: {listed}", hint=hint
+        )
 
 
 def _commit(hub: _Hub, stale: Sequence[str], head: str) -> str:
@@ -146,7 +162,9 @@ def _commit(hub: _Hub, stale: Sequence[str], head: str) -> str:
     deletions = [CommitOperationDelete(path) for path in stale]
     operations: list[Any] = [*hub.files.values(), *deletions]
     # With `parent_commit` the Hub refuses the commit if somebody else has pushed since `head` was read.
-    done = hub.api.create_commit(hub.repo, operations, commit_message="Upload with gptq", parent_commit=head)
+    done = hub.api.create_commit(
+        hub.repo, operations, commit_message="Upload with gptq", parent_commit=head
+    )
     return str(done.oid)
 
 

@@ -29,7 +29,13 @@ from gptq_cli.quantization.layers import LayerSolver
 from gptq_cli.quantization.routed_experts import RoutedInputs, quantize_experts
 from gptq_cli.quantization.run_state import Run
 from gptq_cli.runtime.hidden_states import HiddenStates
-from gptq_cli.runtime.memory import Memory, block_finished, give_back_freed_tensors, out_of_memory, reason
+from gptq_cli.runtime.memory import (
+    Memory,
+    block_finished,
+    give_back_freed_tensors,
+    out_of_memory,
+    reason,
+)
 from gptq_cli.solver.hessian import HessianOfBatches
 
 Seen = list[tuple[Stage, Any]]
@@ -108,11 +114,15 @@ def quantize_block(block: LoadedBlock, states: Sequence[HiddenStates], solver: L
             passage.finish()
 
 
-def quantize_stages(stages: Sequence[Stage], passages: Sequence[Passage], solver: LayerSolver) -> None:
+def quantize_stages(
+    stages: Sequence[Stage], passages: Sequence[Passage], solver: LayerSolver
+) -> None:
     """Gather what each stage sees over all batches, then solve the layers of each stage with it."""
     layers, first = solver.run.layers, passages[0]
     gathered = {stage: _nothing_seen(stage, passages, solver) for stage in stages}
-    for batch, seen in enumerate(zip(*(passage.inputs(stages) for passage in passages), strict=True), first.first):
+    for batch, seen in enumerate(
+        zip(*(passage.inputs(stages) for passage in passages), strict=True), first.first
+    ):
         for calls in zip(*seen, strict=True):
             stage = calls[0][0]
             gathered[stage].add(batch, *(inputs for _, inputs in calls))
@@ -138,11 +148,15 @@ def quantize_head(states: Sequence[HiddenStates], solver: LayerSolver) -> None:
         quantize_stages([Stage((HEAD,), 1)], passages, solver)
 
 
-def _head(logits: Callable[[Tensor, State], Tensor], ids: Tensor, hidden: HiddenStates, batch: int) -> Tensor:
+def _head(
+    logits: Callable[[Tensor, State], Tensor], ids: Tensor, hidden: HiddenStates, batch: int
+) -> Tensor:
     return logits(ids, hidden[batch])
 
 
-def _nothing_seen(stage: Stage, passages: Sequence[Passage], solver: LayerSolver) -> HessianOfBatches | RoutedInputs:
+def _nothing_seen(
+    stage: Stage, passages: Sequence[Passage], solver: LayerSolver
+) -> HessianOfBatches | RoutedInputs:
     name = stage.names[0]
     called = [passage.called[name] for passage in passages]
     experts = [module for module in called if isinstance(module, Experts)]
@@ -185,8 +199,15 @@ class Passage:
         """The way of `hidden` through `block`, with those of its linears that `names` holds."""
         linears = {name: linear for name, linear in block.linears.items() if name in names}
         planned = set(linears.values())
-        called = {name: module for name, module in block.called.items() if planned & set(module.modules())}
-        return cls(linears, called, [partial(_run, block, hidden, batch) for batch in range(len(hidden))], hidden)
+        called = {
+            name: module for name, module in block.called.items() if planned & set(module.modules())
+        }
+        return cls(
+            linears,
+            called,
+            [partial(_run, block, hidden, batch) for batch in range(len(hidden))],
+            hidden,
+        )
 
     @contextmanager
     def waiting(self, stages: Sequence[Stage], n_batches: int) -> Iterator[None]:
@@ -217,7 +238,9 @@ def _run(block: LoadedBlock, hidden: HiddenStates, batch: int) -> State:
     return block.run(batch, hidden[batch])
 
 
-def _watched(together: Sequence[Stage], called: Mapping[str, nn.Module], run: Callable[[], object]) -> Seen:
+def _watched(
+    together: Sequence[Stage], called: Mapping[str, nn.Module], run: Callable[[], object]
+) -> Seen:
     seen: Seen = []
     # A copy: what comes later in the forward may write into an input.
     watch_inputs(together, called, lambda stage, inputs: seen.append((stage, inputs.clone())), run)

@@ -74,7 +74,11 @@ def differences(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
     """List the fields in which `wanted` differs from `known`, one line for each."""
     old, new = dict(_flat(known)), dict(_flat(wanted))
     names = sorted(old.keys() | new.keys())
-    return [f"{name} was {_word(old, name)}, is {_word(new, name)}" for name in names if old.get(name) != new.get(name)]
+    return [
+        f"{name} was {_word(old, name)}, is {_word(new, name)}"
+        for name in names
+        if old.get(name) != new.get(name)
+    ]
 
 
 def _device(device: torch.device) -> dict[str, Any]:
@@ -82,7 +86,13 @@ def _device(device: torch.device) -> dict[str, Any]:
         major, minor = torch.cuda.get_device_capability(device)
         name, cuda = torch.cuda.get_device_name(device), torch.version.cuda
         precision = torch.get_float32_matmul_precision()
-        return {"type": "cuda", "name": name, "capability": f"{major}.{minor}", "cuda": cuda, "matmul": precision}
+        return {
+            "type": "cuda",
+            "name": name,
+            "capability": f"{major}.{minor}",
+            "cuda": cuda,
+            "matmul": precision,
+        }
     kind = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     # Sums over rows are split among threads, so their number changes the last bits.
     return {"type": device.type, "name": kind, "threads": torch.get_num_threads()}
@@ -121,8 +131,12 @@ def _files(source: Checkpoint, commit: str | None) -> dict[str, Any]:
     hashes = dict(zip(hashed, file_hashes(hashed), strict=True)) | scan_weights(
         source.tensors.values(), hashed=commit is None
     )
-    known: dict[str, Any] = {path.relative_to(source.directory).as_posix(): found for path, found in hashes.items()}
-    return known | ({path.name: _header(path, size) for path, size in header_bytes.items()} if commit else {})
+    known: dict[str, Any] = {
+        path.relative_to(source.directory).as_posix(): found for path, found in hashes.items()
+    }
+    return known | (
+        {path.name: _header(path, size) for path, size in header_bytes.items()} if commit else {}
+    )
 
 
 def _header(path: Path, n_bytes: int) -> str:

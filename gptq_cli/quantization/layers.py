@@ -63,18 +63,27 @@ class LayerSolver:
     def __init__(self, run: Run) -> None:
         self.run, self.device = run, run.stream.device
         self.policy = run.config.fault_policy
-        self._batches = [len(batch) for batch in run.batches]  # windows in each, to say where a fault lies
+        self._batches = [
+            len(batch) for batch in run.batches
+        ]  # windows in each, to say where a fault lies
         self._told_few = self._told_subnormal = False
         self._lost: str | None = None  # the last layer whose weights were too small for its scales
         self._read: tuple[str, Tensor] | None = None  # the layer whose rows were solved last
 
-    def solve(self, layers: Sequence[LayerPlan], linears: Mapping[str, nn.Module], inputs: HessianAccumulator) -> None:
+    def solve(
+        self,
+        layers: Sequence[LayerPlan],
+        linears: Mapping[str, nn.Module],
+        inputs: HessianAccumulator,
+    ) -> None:
         """Quantize `layers`, all of which have seen `inputs`, each process some of their rows."""
         for solved in self.solutions(layers, inputs, self.run.ranks):
             self.put_back(solved, linears)
             self.finish(solved)
 
-    def solutions(self, layers: Sequence[LayerPlan], inputs: HessianAccumulator, ranks: Ranks) -> Iterator[SolvedLayer]:
+    def solutions(
+        self, layers: Sequence[LayerPlan], inputs: HessianAccumulator, ranks: Ranks
+    ) -> Iterator[SolvedLayer]:
         """Solve `layers`, whose rows `ranks` share; all of them have the same `inputs`."""
         for together in of_one_configuration(layers):
             started = time.perf_counter()
@@ -90,14 +99,20 @@ class LayerSolver:
             parts = row_parts(together, ROWS_OF_A_PART[self.device.type])
             solve = partial(self._solve_part, parts, usable, config)
             found: dict[str, list[Solution]] = {layer.name: [] for layer in together}
-            for number, solutions, _ in ranks.map_units(solve, [sum(map(len, part)) for part in parts]):
+            for number, solutions, _ in ranks.map_units(
+                solve, [sum(map(len, part)) for part in parts]
+            ):
                 for rows, solution in zip(parts[number], solutions, strict=True):
                     found[rows.layer.name].append(solution)
             self._read = None
-            seconds = (time.perf_counter() - started) / sum(layer.out_features for layer in together)
+            seconds = (time.perf_counter() - started) / sum(
+                layer.out_features for layer in together
+            )
             for layer in together:
                 solution = Solution.of_rows(found.pop(layer.name))
-                report = _report_of(layer, config, solution, usable, inputs.tokens, seconds * layer.out_features)
+                report = _report_of(
+                    layer, config, solution, usable, inputs.tokens, seconds * layer.out_features
+                )
                 windows = self._windows(inputs) if usable.fallback == "inputs" else ""
                 yield SolvedLayer(layer, solution.quantized, report, windows)
 
@@ -115,7 +130,11 @@ class LayerSolver:
         self.run.limits.check_fallbacks([solved.report])
 
     def _solve_part(
-        self, parts: Sequence[Sequence[Rows]], usable: UsableHessian, config: LayerConfig, number: int
+        self,
+        parts: Sequence[Sequence[Rows]],
+        usable: UsableHessian,
+        config: LayerConfig,
+        number: int,
     ) -> list[Solution]:
         with located([rows.layer for rows in parts[number]], list(map(len, parts[number]))):
             weights = [self._weight(rows, usable) for rows in parts[number]]
@@ -125,7 +144,9 @@ class LayerSolver:
         """`inputs` and their factor; where these are of no use and the policy allows it, as if nothing were known."""
         try:
             return UsableHessian(
-                inputs, prepare(inputs.hessian, config, inputs.tokens), None if inputs.tokens else "tokens"
+                inputs,
+                prepare(inputs.hessian, config, inputs.tokens),
+                None if inputs.tokens else "tokens",
             )
         except (NonFiniteHessianError, NotPositiveDefiniteError) as error:
             if self.policy.on_numeric_fault == "error":
@@ -133,28 +154,41 @@ class LayerSolver:
             unknown = HessianAccumulator(inputs.in_features, self.device)
             unknown.add_identity()
             factor = prepare(unknown.hessian, config, unknown.tokens)
-            return UsableHessian(unknown, factor, "inputs" if isinstance(error, NonFiniteHessianError) else "hessian")
+            return UsableHessian(
+                unknown, factor, "inputs" if isinstance(error, NonFiniteHessianError) else "hessian"
+            )
 
     def _weight(self, rows: Rows, usable: UsableHessian) -> Tensor:
         layer = rows.layer
         assert layer.config is not None
         weight = self._whole(layer)[rows.start : rows.stop]
         if layer.config.asymmetric_calibration and usable.inputs.shift is not None:
-            return follow_original(weight, usable.inputs.shift, usable.factor, layer.config.asymmetric_calibration)
+            return follow_original(
+                weight, usable.inputs.shift, usable.factor, layer.config.asymmetric_calibration
+            )
         return weight
 
     def _whole(self, layer: LayerPlan) -> Tensor:
         if self._read is None or self._read[0] != layer.name:
             self._read = None  # before another takes its place
-            self._read = layer.name, self.run.stream.linear_weight(layer.name, transposed=layer.transposed)
+            self._read = (
+                layer.name,
+                self.run.stream.linear_weight(layer.name, transposed=layer.transposed),
+            )
         return self._read[1]
 
     def _warn(self, solved: SolvedLayer) -> None:
         layer, report = solved.layer, solved.report
         if report.fallback in ("inputs", "hessian"):
             not_finite = f"its inputs hold NaN or infinity{solved.windows}"
-            why = not_finite if report.fallback == "inputs" else "its Hessian is not positive definite"
-            self.run.report(Warned("W_NUM_FALLBACK", f"{_where(layer)} was rounded to nearest: {why}"))
+            why = (
+                not_finite
+                if report.fallback == "inputs"
+                else "its Hessian is not positive definite"
+            )
+            self.run.report(
+                Warned("W_NUM_FALLBACK", f"{_where(layer)} was rounded to nearest: {why}")
+            )
         if 0 < report.tokens < layer.in_features and not self._told_few:
             self._told_few = True
             few = f"saw {report.tokens} calibration tokens for {layer.in_features} inputs; others may have as few"
@@ -177,12 +211,20 @@ class LayerSolver:
             self._lost = layer.name
             held = f"{smallest} of {sizes.numel()} scales are held at 2^-24, the smallest number of float16"
             error = f"its relative error is {solved.report.relative_error:.2g}"
-            self.run.report(Warned("W_NUM_SCALES", f"{_where(layer)} has so small weights that {held}; {error}"))
+            self.run.report(
+                Warned("W_NUM_SCALES", f"{_where(layer)} has so small weights that {held}; {error}")
+            )
         elif subnormal >= SUBNORMAL_SHARE * sizes.numel() and not self._told_subnormal:
             self._told_subnormal = True
             small = f"{subnormal} of {sizes.numel()} scales are below 2^-14, which makes them subnormal in float16"
-            others = "hardware that flushes such numbers reads zeros; other layers may have them, too"
-            self.run.report(Warned("W_NUM_SCALES", f"{_where(layer)} has so small weights that {small}; {others}"))
+            others = (
+                "hardware that flushes such numbers reads zeros; other layers may have them, too"
+            )
+            self.run.report(
+                Warned(
+                    "W_NUM_SCALES", f"{_where(layer)} has so small weights that {small}; {others}"
+                )
+            )
 
     def _windows(self, inputs: HessianAccumulator) -> str:
         """Where in the calibration text, counted from 1, something first was not finite."""
@@ -190,10 +232,16 @@ class LayerSolver:
         if found is None:
             return ""
         addition, n_additions = found
-        batch = addition * len(self._batches) // n_additions  # a layer may be called several times for each batch
+        batch = (
+            addition * len(self._batches) // n_additions
+        )  # a layer may be called several times for each batch
         first = 1 + sum(self._batches[:batch])
         last = first + self._batches[batch] - 1
-        return f", first in window {first}" if first == last else f", first in one of the windows {first} to {last}"
+        return (
+            f", first in window {first}"
+            if first == last
+            else f", first in one of the windows {first} to {last}"
+        )
 
 
 def of_one_configuration(layers: Sequence[LayerPlan]) -> list[list[LayerPlan]]:
@@ -234,7 +282,12 @@ def row_parts(layers: Sequence[LayerPlan], most: int) -> list[list[Rows]]:
 
 
 def _report_of(
-    layer: LayerPlan, config: LayerConfig, solution: Solution, usable: UsableHessian, tokens: int, seconds: float
+    layer: LayerPlan,
+    config: LayerConfig,
+    solution: Solution,
+    usable: UsableHessian,
+    tokens: int,
+    seconds: float,
 ) -> LayerReport:
     return LayerReport(
         name=layer.name,

@@ -73,7 +73,9 @@ class FinishedBlocks:
         """Bring `hidden`, and what the blocks of `stream` carry along, to where the first block to do needs them."""
         if self.first:
             batches = self._team.scatter(self._saved(), hidden[0].n_all)
-            for way, states in zip(hidden, zip(*(states for states, _ in batches), strict=True), strict=True):
+            for way, states in zip(
+                hidden, zip(*(states for states, _ in batches), strict=True), strict=True
+            ):
                 way.restore(states)
             for containers, (_, carried) in zip(stream.carried, batches, strict=True):
                 _fill(containers, carried, stream.device)
@@ -144,7 +146,11 @@ class SavedBlocks(FinishedBlocks):
         tensors = self._writer.sync()
         layers = [asdict(layer) for layer in self._record.layers[self._n_layers :]]
         experts = [asdict(covered) for covered in self._record.experts[self._n_experts :]]
-        saved = None if batches is None else _save(self._work.hidden(len(self._journal.entries)), batches)
+        saved = (
+            None
+            if batches is None
+            else _save(self._work.hidden(len(self._journal.entries)), batches)
+        )
         told = {"layers": layers, "experts": experts}
         self._journal.append({"block": block, "tensors": tensors, **told, "hidden": saved})
         self._n_layers, self._n_experts = len(self._record.layers), len(self._record.experts)
@@ -154,21 +160,28 @@ class SavedBlocks(FinishedBlocks):
         entries = self._journal.entries
         if self._journal.damaged_bytes:
             self._warn(f"the last {self._journal.damaged_bytes} bytes of the journal are not valid")
-        intact = next((i for i, entry in enumerate(entries) if not self._writer.holds(entry["tensors"])), len(entries))
+        intact = next(
+            (i for i, entry in enumerate(entries) if not self._writer.holds(entry["tensors"])),
+            len(entries),
+        )
         if intact < len(entries):
             self._warn(f"block {_blocks(entries[:intact])} is not as it was written")
         kept = intact
         while 0 < _blocks(entries[:kept]) < self._n_steps and not self._has_hidden(kept - 1):
             kept -= 1
         if kept < intact:
-            self._warn(f"the hidden states after block {entries[intact - 1]['block']} are not as they were written")
+            self._warn(
+                f"the hidden states after block {entries[intact - 1]['block']} are not as they were written"
+            )
         done, first = entries[:kept], _blocks(entries[:kept])
         for entry in done:
             self._writer.mark_written(entry["tensors"])
         self._journal.cut(kept)
         if first:
             layers = tuple(LayerReport(**layer) for entry in done for layer in entry["layers"])
-            experts = tuple(ExpertsCovered(**covered) for entry in done for covered in entry["experts"])
+            experts = tuple(
+                ExpertsCovered(**covered) for entry in done for covered in entry["experts"]
+            )
             self._record(Resumed(first, self._n_steps, self._work.path, layers, experts))
         return first
 
@@ -177,10 +190,17 @@ class SavedBlocks(FinishedBlocks):
         return is_file(path) and file_hash(path) == self._journal.entries[save]["hidden"]
 
     def _warn(self, what: str) -> None:
-        self._record(Warned("W_RESUME_DAMAGED", f"{what} in `{self._work.path}`: what depends on it is done again"))
+        self._record(
+            Warned(
+                "W_RESUME_DAMAGED",
+                f"{what} in `{self._work.path}`: what depends on it is done again",
+            )
+        )
 
 
-def check_resumable(work: WorkDirectory, identity: Identity, policy: str, report: Report, *, model: Path) -> None:
+def check_resumable(
+    work: WorkDirectory, identity: Identity, policy: str, report: Report, *, model: Path
+) -> None:
     """See that what is finished in `work`, if anything, belongs to the run `identity` of the directory `model`.
 
     `policy` "never" drops it; with "require" it must be there: ExistsError E_RESUME_NOTHING. E_RESUME_MISMATCH lists
@@ -191,12 +211,19 @@ def check_resumable(work: WorkDirectory, identity: Identity, policy: str, report
         work.drop()
     run = read_run(work.path)
     if run is None and work.journal.exists():
-        report(Warned("W_RESUME_DAMAGED", f"`{work.path}/run.json` cannot be read: everything is done again"))
+        report(
+            Warned(
+                "W_RESUME_DAMAGED",
+                f"`{work.path}/run.json` cannot be read: everything is done again",
+            )
+        )
         work.drop()
     journal = Journal(work.journal, digest(run["identity"]) if run else "")
     if policy == "require" and not journal.entries:
         raise ExistsError(
-            "E_RESUME_NOTHING", f"there is no finished block to go on from in `{work.path}`", hint="leave out --resume"
+            "E_RESUME_NOTHING",
+            f"there is no finished block to go on from in `{work.path}`",
+            hint="leave out --resume",
         )
     different = differences(run["identity"], identity) if run and journal.entries else []
     if not (run and different):
@@ -232,7 +259,9 @@ def marking_failures(work: WorkDirectory) -> Iterator[None]:
         raise
 
 
-def finished_output(output: Path, model: Path, identity: Identity, *, overwrite: bool) -> dict[str, Any] | None:
+def finished_output(
+    output: Path, model: Path, identity: Identity, *, overwrite: bool
+) -> dict[str, Any] | None:
     """The manifest of `output` if it is a finished checkpoint of `identity`, whole; None if it may be written.
 
     ExistsError E_OUT_EXISTS if it holds something else and may not be overwritten; else as `check_replaceable` says.
@@ -309,7 +338,9 @@ def _copied(container: Container) -> dict[Any, Any] | list[Any]:
 def _fill(containers: Sequence[Container], carried: Sequence[Any], device: torch.device) -> None:
     for container, saved in zip(containers, carried, strict=True):
         saved = tree_map_only(Tensor, lambda tensor: tensor.to(device), saved)
-        container.update(saved) if isinstance(container, MutableMapping) else container.extend(saved)
+        container.update(saved) if isinstance(container, MutableMapping) else container.extend(
+            saved
+        )
 
 
 def _save(path: Path, batches: list[Batch]) -> str:

@@ -46,16 +46,23 @@ class RoutedInputs:
     ) -> HessianAccumulator:
         """Of what expert `number` is given in `rows` of the batches, or of what it then gives its down_proj."""
         expert = self.experts[0][number]
-        hessian = HessianAccumulator((expert.down_proj if down else expert.up_proj).in_features, device)
+        hessian = HessianAccumulator(
+            (expert.down_proj if down else expert.up_proj).in_features, device
+        )
         for batch, mine in zip(self.batches, rows, strict=True):
             inputs = _taken(batch, mine)
             if down:
-                inputs = [way.intermediate(number, given) for way, given in zip(self.experts, inputs, strict=True)]
+                inputs = [
+                    way.intermediate(number, given)
+                    for way, given in zip(self.experts, inputs, strict=True)
+                ]
             hessian.add(*inputs)
         return hessian
 
 
-def quantize_experts(inputs: RoutedInputs, linears: Mapping[str, nn.Module], solver: LayerSolver) -> None:
+def quantize_experts(
+    inputs: RoutedInputs, linears: Mapping[str, nn.Module], solver: LayerSolver
+) -> None:
     """Solve the planned layers expert by expert; with `true_sequential` down_proj sees what quantized gate and up give.
 
     GateError E_NUM_EXPERT where an expert saw no token and the policy is "error".
@@ -72,10 +79,16 @@ def quantize_experts(inputs: RoutedInputs, linears: Mapping[str, nn.Module], sol
         last = [layer for layer in planned[number] if linears[layer.name] is expert.down_proj]
         parts = [([layer for layer in planned[number] if layer not in last], False), (last, True)]
         parts = [(part, down) for part, down in parts if part]
-        gathered = [] if true_sequential else [_hessian(inputs, number, mine, solver, down=down) for _, down in parts]
+        gathered = (
+            []
+            if true_sequential
+            else [_hessian(inputs, number, mine, solver, down=down) for _, down in parts]
+        )
         found = []
         for part, down in parts:  # a Hessian lives no longer than it is used
-            hessian = gathered.pop(0) if gathered else _hessian(inputs, number, mine, solver, down=down)
+            hessian = (
+                gathered.pop(0) if gathered else _hessian(inputs, number, mine, solver, down=down)
+            )
             for solved in solver.solutions(part, hessian, SINGLE_PROCESS):
                 solver.put_back(solved, linears)
                 found.append(solved)
@@ -90,7 +103,9 @@ def quantize_experts(inputs: RoutedInputs, linears: Mapping[str, nn.Module], sol
             solver.finish(solved)
 
 
-def _planned(expert: nn.Module, layers: Mapping[str, LayerPlan], linears: Mapping[str, nn.Module]) -> list[LayerPlan]:
+def _planned(
+    expert: nn.Module, layers: Mapping[str, LayerPlan], linears: Mapping[str, nn.Module]
+) -> list[LayerPlan]:
     own = set(expert.children())
     return [layers[name] for name, linear in linears.items() if name in layers and linear in own]
 
@@ -112,7 +127,9 @@ def report_coverage(name: str, tokens: Sequence[int], solver: LayerSolver) -> No
     uncovered = tuple(number for number, seen in enumerate(tokens) if not seen)
     solver.run.report(ExpertsCovered(name, tuple(tokens), min(tokens), median(tokens), uncovered))
     if uncovered and solver.policy.moe_uncovered == "error":
-        listed = ", ".join(map(str, uncovered[:LISTED])) + (", ..." if len(uncovered) > LISTED else "")
+        listed = ", ".join(map(str, uncovered[:LISTED])) + (
+            ", ..." if len(uncovered) > LISTED else ""
+        )
         raise GateError(
             "E_NUM_EXPERT",
             f"{len(uncovered)} of {len(tokens)} experts of `{name}` were sent no calibration token: {listed}",

@@ -32,7 +32,15 @@ from gptq_cli.config.serving import Verdict, engine_data
 from gptq_cli.config.units import size
 from gptq_cli.config.yaml_writer import to_yaml
 from gptq_cli.errors import InputError, __version__
-from gptq_cli.events import ExpertsCovered, LayerReport, PhaseStarted, Report, RunPlanned, Warned, ignore
+from gptq_cli.events import (
+    ExpertsCovered,
+    LayerReport,
+    PhaseStarted,
+    Report,
+    RunPlanned,
+    Warned,
+    ignore,
+)
 from gptq_cli.files import resolved
 from gptq_cli.models.stream import ModelStream
 from gptq_cli.planning.checks import PreparedRun, RunOptions, check_disk, check_memory, prepare_run
@@ -128,7 +136,9 @@ def quantize_checkpoint(
     return carry_out(prepare_run(model, output, config, options), report, worker)
 
 
-def carry_out(prepared: PreparedRun, report: Report = ignore, worker: Worker | None = None) -> QuantizeResult:
+def carry_out(
+    prepared: PreparedRun, report: Report = ignore, worker: Worker | None = None
+) -> QuantizeResult:
     """Quantize what `prepare_run` has located and planned, as one of the processes of `worker.team`.
 
     All processes follow these steps; only the leader reads and writes the output, and only its `report` is called.
@@ -154,12 +164,16 @@ def carry_out(prepared: PreparedRun, report: Report = ignore, worker: Worker | N
         check_agreement(ranks, identity)
         manifest = None
         if work is not None:
-            manifest = finished_output(work.output, source.directory, identity, overwrite=options.overwrite)
+            manifest = finished_output(
+                work.output, source.directory, identity, overwrite=options.overwrite
+            )
         if ranks.broadcast(manifest is not None):
             record.take_over(manifest or {})
             limits.check_fallbacks(record.layers)
         else:
-            run = Run(config, plan, stream, ranks, calibration.batches(config.batch_size), record, limits)
+            run = Run(
+                config, plan, stream, ranks, calibration.batches(config.batch_size), record, limits
+            )
             if work is not None:
                 _write_output(run, work, prepared, calibration, identity)
             else:
@@ -169,7 +183,9 @@ def carry_out(prepared: PreparedRun, report: Report = ignore, worker: Worker | N
 
 
 @contextmanager
-def _work_directory(prepared: PreparedRun, record: Record, ranks: Ranks) -> Iterator[WorkDirectory | None]:
+def _work_directory(
+    prepared: PreparedRun, record: Record, ranks: Ranks
+) -> Iterator[WorkDirectory | None]:
     """Lock the work directory of the output for the body; None for processes that write nothing."""
     if not ranks.is_leader:
         yield None
@@ -177,7 +193,10 @@ def _work_directory(prepared: PreparedRun, record: Record, ranks: Ranks) -> Iter
     allow_network_fs = prepared.options.allow_network_fs
     with working_on(prepared.output, record, allow_network_fs=allow_network_fs) as work:
         check_output(
-            prepared.output, prepared.located.directory, overwrite=prepared.options.overwrite, may_be_done=True
+            prepared.output,
+            prepared.located.directory,
+            overwrite=prepared.options.overwrite,
+            may_be_done=True,
         )
         with telling_what_is_kept(work, record):
             yield work
@@ -215,7 +234,9 @@ def _check_room(
 def _refine_plan(prepared: PreparedRun, stream: ModelStream, report: Report) -> RunPlan:
     """Return the plan with the model at hand; report it, and warn of what stays or will not be loaded."""
     config = prepared.config
-    plan = refine_plan(prepared.plan, config, stream.all_linears(), stream.stacked_linears(), stream.unused)
+    plan = refine_plan(
+        prepared.plan, config, stream.all_linears(), stream.stacked_linears(), stream.unused
+    )
     check_shared(plan, stream.shared_linears())
     if outside := stream.outside_linears():
         report(Warned("W_ARCH_KEPT", f"{outside}: they stay as they are"))
@@ -228,7 +249,9 @@ def _refine_plan(prepared: PreparedRun, stream: ModelStream, report: Report) -> 
     return plan
 
 
-def _result(prepared: PreparedRun, plan: RunPlan, windows: Windows, record: Record, seconds: float) -> QuantizeResult:
+def _result(
+    prepared: PreparedRun, plan: RunPlan, windows: Windows, record: Record, seconds: float
+) -> QuantizeResult:
     return QuantizeResult(
         output=prepared.output,
         model=prepared.located.name,
@@ -293,7 +316,9 @@ class Calibration:
         return torch.split(self.windows.ids.cpu(), batch_size)
 
 
-def _calibrate(source: Checkpoint, config: QuantizeConfig, report: Report, ranks: Ranks) -> Calibration:
+def _calibrate(
+    source: Checkpoint, config: QuantizeConfig, report: Report, ranks: Ranks
+) -> Calibration:
     """Tokenize the calibration text; the leader does it and sends the windows to the others."""
     if not ranks.is_leader:
         return ranks.broadcast()
@@ -339,17 +364,25 @@ def _request(prepared: PreparedRun, output: Path) -> dict[str, Any]:
 
 
 def _write_output(
-    run: Run, work: WorkDirectory, prepared: PreparedRun, calibration: Calibration, identity: Identity
+    run: Run,
+    work: WorkDirectory,
+    prepared: PreparedRun,
+    calibration: Calibration,
+    identity: Identity,
 ) -> None:
     """Resume or begin the run in `work`, write the whole output and give it its name."""
     plan, record, options, source = run.plan, run.record, prepared.options, run.plan.source
     check_resumable(work, identity, options.resume, record, model=prepared.located.directory)
     source.check_unchanged()
     write_run(work.path, identity, _request(prepared, work.output))
-    times = SavingTimes(always=options.max_seconds is not None)  # it will be stopped between two blocks
+    times = SavingTimes(
+        always=options.max_seconds is not None
+    )  # it will be stopped between two blocks
     with marking_failures(work):
         with CheckpointWriter(work.stage, plan.layout) as writer:
-            with SavedBlocks(work, identity, writer, record, plan.n_steps, run.ranks, times) as saved:
+            with SavedBlocks(
+                work, identity, writer, record, plan.n_steps, run.ranks, times
+            ) as saved:
                 run.limits.check_fallbacks(record.layers)
                 run.saved, run.keep = saved, partial(_write_layer, writer, run.config.format)
                 run.ranks.broadcast(saved.first)
@@ -359,15 +392,21 @@ def _write_output(
             record(PhaseStarted("verify", size(plan.layout.nbytes)))
             writer.finish()
         work.refuse_gone()
-        write_beside(work.stage, plan, run.config, calibration.windows.sha256, identity["source"]["files"])
+        write_beside(
+            work.stage, plan, run.config, calibration.windows.sha256, identity["source"]["files"]
+        )
         check_written(work.stage)
         origin = _origin(prepared.located, calibration)
-        write_manifest(work.stage, {"identity": identity, "origin": origin, **record.for_manifest()})
+        write_manifest(
+            work.stage, {"identity": identity, "origin": origin, **record.for_manifest()}
+        )
         source.check_unchanged()
     work.publish(source.directory, overwrite=options.overwrite)
 
 
-def _write_layer(writer: CheckpointWriter, format: str, layer: LayerPlan, linear: QuantizedLinear) -> None:
+def _write_layer(
+    writer: CheckpointWriter, format: str, layer: LayerPlan, linear: QuantizedLinear
+) -> None:
     for suffix, tensor in encode(linear, format).items():
         writer.write(f"{layer.name}.{suffix}", tensor)
 
@@ -375,7 +414,11 @@ def _write_layer(writer: CheckpointWriter, format: str, layer: LayerPlan, linear
 def copy_others(writer: CheckpointWriter, plan: RunPlan) -> None:
     """Write every tensor of `plan.copied`; InputError E_CKPT_NONFINITE if a decoded one is not finite in its dtype."""
     decoded = {tensor.name for tensor in plan.decoded}
-    turned = {layer.weight.name for layer in plan.kept if layer.transposed and plan.plain.is_packed(layer.weight.name)}
+    turned = {
+        layer.weight.name
+        for layer in plan.kept
+        if layer.transposed and plan.plain.is_packed(layer.weight.name)
+    }
     reader = open_reader(plan.source)
     for tensor in plan.copied:
         if tensor.name not in decoded:
@@ -391,7 +434,11 @@ def copy_others(writer: CheckpointWriter, plan: RunPlan) -> None:
 
 
 def write_beside(
-    directory: Path, plan: RunPlan, config: QuantizeConfig, calibration_sha256: str, hashes: Mapping[str, str]
+    directory: Path,
+    plan: RunPlan,
+    config: QuantizeConfig,
+    calibration_sha256: str,
+    hashes: Mapping[str, str],
 ) -> None:
     """config.json and its like, the configuration of the run, and the files that the source has beside its weights.
 
@@ -399,7 +446,10 @@ def write_beside(
     """
     names = [layer.name for layer in plan.quantized]
     kept = [layer.name for layer in plan.kept if layer.name != HEAD]
-    meta: dict[str, Any] = {"quantizer": [f"gptq_cli:{__version__}"], "calibration_sha256": calibration_sha256}
+    meta: dict[str, Any] = {
+        "quantizer": [f"gptq_cli:{__version__}"],
+        "calibration_sha256": calibration_sha256,
+    }
     meta |= {"source_quantization": plan.plain.how} if plan.plain.how else {}
     described = describe(config, names, kept)
     write_side_files(plan.source, directory, described, meta, untie=HEAD in names, hashes=hashes)

@@ -14,7 +14,15 @@ from typing import Any
 
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import ConfigError, GateError, PausedError
-from gptq_cli.events import BlockFinished, Event, ExpertsCovered, LayerReport, LayerSolved, Report, Resumed
+from gptq_cli.events import (
+    BlockFinished,
+    Event,
+    ExpertsCovered,
+    LayerReport,
+    LayerSolved,
+    Report,
+    Resumed,
+)
 
 
 class Record:
@@ -70,7 +78,9 @@ class Record:
             self._add(event.layers, event.experts)
         self._report(event)
 
-    def _add(self, layers: Iterable[LayerReport] = (), experts: Iterable[ExpertsCovered] = ()) -> None:
+    def _add(
+        self, layers: Iterable[LayerReport] = (), experts: Iterable[ExpertsCovered] = ()
+    ) -> None:
         self._layers |= {layer.name: layer for layer in layers}
         self._experts |= {covered.name: covered for covered in experts}
 
@@ -119,11 +129,17 @@ class Limits:
             self._rounded.add(layer.name)
             if layer.fallback in ("inputs", "hessian") and self._config.on_numeric_fault == "error":
                 says = f"`{layer.name}` was rounded to nearest by an earlier call; --on-numeric-fault is error now"
-                raise GateError("E_NUM_FALLBACKS", says, hint="say --on-numeric-fault rtn, or --resume never")
+                raise GateError(
+                    "E_NUM_FALLBACKS", says, hint="say --on-numeric-fault rtn, or --resume never"
+                )
             if allowed is not None and len(self._rounded) > allowed:
                 count = f"{len(self._rounded)} layers had to be rounded to nearest, the last `{layer.name}`"
                 message = f"{count}; --max-fallbacks allows {allowed}"
-                raise GateError("E_NUM_FALLBACKS", message, hint="use more or other calibration text, or allow more")
+                raise GateError(
+                    "E_NUM_FALLBACKS",
+                    message,
+                    hint="use more or other calibration text, or allow more",
+                )
 
     def _check_time(self, needed: float) -> None:
         if self._now() + needed > self._end:
@@ -139,8 +155,14 @@ def seconds(duration: str | None) -> float | None:
     if duration is None:
         return None
     match = re.fullmatch(r"(?=.)(?:(\d{1,6})h)?(?:(\d{1,6})m)?(?:(\d{1,6})s)?", duration)
-    found = sum(unit * int(part or 0) for unit, part in zip((3600, 60, 1), match.groups(), strict=True)) if match else 0
+    found = (
+        sum(unit * int(part or 0) for unit, part in zip((3600, 60, 1), match.groups(), strict=True))
+        if match
+        else 0
+    )
     if not found:
         message = f"--max-runtime must be a time such as 3h30m, 90m or 45s, got {duration!r}"
-        raise ConfigError("E_CFG_RANGE", message, hint="say hours with h, minutes with m, seconds with s")
+        raise ConfigError(
+            "E_CFG_RANGE", message, hint="say hours with h, minutes with m, seconds with s"
+        )
     return found

@@ -19,12 +19,18 @@ class HiddenStates:
     Of `n_all` batches these are the ones from number `first` on; all of them if nothing is said.
     """
 
-    def __init__(self, states: Iterable[State], memory: Memory, first: int = 0, n_all: int | None = None) -> None:
+    def __init__(
+        self, states: Iterable[State], memory: Memory, first: int = 0, n_all: int | None = None
+    ) -> None:
         self._states = list(states)
         self.first, self.n_all = first, len(self._states) if n_all is None else n_all
         self._memory, self._device = memory, memory.device
-        if self._device.type == "cuda" and (memory.spared or self.nbytes * DEVICE_SHARE > memory.free() + self.nbytes):
-            self._states = [_each(state, lambda tensor: _pinned(tensor.cpu())) for state in self._states]
+        if self._device.type == "cuda" and (
+            memory.spared or self.nbytes * DEVICE_SHARE > memory.free() + self.nbytes
+        ):
+            self._states = [
+                _each(state, lambda tensor: _pinned(tensor.cpu())) for state in self._states
+            ]
 
     def copy(self) -> HiddenStates:
         """The same states, to go another way from here."""
@@ -43,7 +49,10 @@ class HiddenStates:
 
     def restore(self, states: Iterable[State]) -> None:
         """Put other `states` of as many batches in place of these, kept where these were."""
-        self._states = [_moved(state, _hidden(kept).device) for state, kept in zip(states, self._states, strict=True)]
+        self._states = [
+            _moved(state, _hidden(kept).device)
+            for state, kept in zip(states, self._states, strict=True)
+        ]
         if self._device.type == "cuda":
             self._states = [_each(state, _pinned) for state in self._states]
 
@@ -68,7 +77,9 @@ class HiddenStates:
     def _copied(self, tensor: Tensor) -> Tensor:
         if tensor.device == self._device:
             return tensor
-        return torch.empty_like(tensor, pin_memory=True).copy_(tensor)  # on the host, and written into: see __setitem__
+        return torch.empty_like(tensor, pin_memory=True).copy_(
+            tensor
+        )  # on the host, and written into: see __setitem__
 
 
 def _pinned(tensor: Tensor) -> Tensor:

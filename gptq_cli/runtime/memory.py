@@ -66,7 +66,9 @@ def host_bytes() -> int:
     if _STATUS.exists():
         fields = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
         return int(fields["RssAnon"].split()[0]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def device_peak_bytes(device: torch.device) -> int:
@@ -148,11 +150,16 @@ class Memory:
         """Have torch refuse to take more of an accelerator than is allowed."""
         if self.device.type == "cuda" and self.max_device_bytes is not None:
             total = torch.cuda.get_device_properties(self.device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, self.max_device_bytes / total), self.device)
+            torch.cuda.set_per_process_memory_fraction(
+                min(1.0, self.max_device_bytes / total), self.device
+            )
 
     def is_over_limit(self) -> bool:
         """True if the process, with its neighbours, holds more host memory than it may."""
-        return self.max_host_bytes is not None and host_bytes() * self.local_world_size > self.max_host_bytes
+        return (
+            self.max_host_bytes is not None
+            and host_bytes() * self.local_world_size > self.max_host_bytes
+        )
 
     def check_host(self) -> None:
         """ResourceError E_OOM if the process holds more host memory than it may."""
@@ -185,14 +192,18 @@ class WaitingRoom:
         if self.memory.device.type == "cuda":
             bytes_each += streams * CUBLAS_WORKSPACE_BYTES
         else:
-            threads_each *= torch.get_num_threads()  # OpenMP keeps a team of threads for each thread that computes
+            threads_each *= (
+                torch.get_num_threads()
+            )  # OpenMP keeps a team of threads for each thread that computes
         free, limit = self.memory.free_and_limit()
         by_memory = int(WAITING_SHARE * free) // bytes_each if bytes_each else n_batches
         places = max(0, min(n_batches, by_memory, MAX_WAITING_THREADS // threads_each, self._limit))
         if places < n_batches and not self._told:
             self._told = True
             needed, threads = n_batches * bytes_each, n_batches * threads_each
-            room = f"{size(free)} that {limit.option} leaves" if limit else f"{size(free)} free memory"
+            room = (
+                f"{size(free)} that {limit.option} leaves" if limit else f"{size(free)} free memory"
+            )
             why = f"all would hold {size(needed)} of {room}, and {threads} threads"
             slower = "the block is run again for every stage with the others"
             who = f"{places} of {n_batches} batches wait inside a block"
@@ -223,16 +234,20 @@ def device_errors() -> Iterator[None]:
     except Exception as error:
         if out_of_memory(error):
             hint = "use --batch-size 1, a smaller --seqlen, or --device cpu, with --resume never if blocks are finished"
-            raise ResourceError("E_OOM", f"there is not enough memory: {reason(error)}", hint=hint) from error
+            raise ResourceError(
+                "E_OOM", f"there is not enough memory: {reason(error)}", hint=hint
+            ) from error
         if _unfit(error):
             built = f"torch {torch.__version__} with CUDA {torch.version.cuda}"
-            hint = (
-                "install a torch that was built for the GPU and its driver, which `gptq env` shows, or use --device cpu"
-            )
-            raise InputError("E_DEVICE", f"{built} cannot run on this GPU: {reason(error)}", hint=hint) from error
+            hint = "install a torch that was built for the GPU and its driver, which `gptq env` shows, or use --device cpu"
+            raise InputError(
+                "E_DEVICE", f"{built} cannot run on this GPU: {reason(error)}", hint=hint
+            ) from error
         if gpu_lost(error):
             hint = "look at `nvidia-smi`, and for Xid in `dmesg`, then run the same command again"
-            raise ResourceError("E_GPU_LOST", f"the GPU has failed: {reason(error)}", hint=hint) from error
+            raise ResourceError(
+                "E_GPU_LOST", f"the GPU has failed: {reason(error)}", hint=hint
+            ) from error
         raise
 
 
@@ -251,7 +266,9 @@ def gpu_lost(error: BaseException) -> bool:
     """Whether `error` says that the GPU does not work any more for this process; not that it was asked wrongly."""
     if not isinstance(error, RuntimeError) or out_of_memory(error):
         return False
-    return _of_the_gpu(error) and not any(sign in str(error) for sign in (*_ASKED_WRONGLY, *_NO_CODE_FOR_IT))
+    return _of_the_gpu(error) and not any(
+        sign in str(error) for sign in (*_ASKED_WRONGLY, *_NO_CODE_FOR_IT)
+    )
 
 
 def _unfit(error: BaseException) -> bool:

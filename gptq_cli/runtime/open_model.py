@@ -43,7 +43,11 @@ def resolve_device(device: str) -> torch.device:
 def resolve_backend(backend: str | None, device: torch.device) -> str:
     """ "torch" or "triton"; ConfigError E_CFG_CONFLICT for triton without an accelerator."""
     if backend == "triton" and device.type == "cpu":
-        raise ConfigError("E_CFG_CONFLICT", "backend triton needs a GPU, the device is cpu", hint="use --backend torch")
+        raise ConfigError(
+            "E_CFG_CONFLICT",
+            "backend triton needs a GPU, the device is cpu",
+            hint="use --backend torch",
+        )
     return "triton" if backend == "triton" else "torch"
 
 
@@ -75,7 +79,9 @@ def open_stream(
         listed=checkpoint.absent,
     )
     dequantized = set(reader.names()) - set(checkpoint.tensors)
-    if device.type == "cpu" or host is None or backend == "triton":  # which decodes on the device itself
+    if (
+        device.type == "cpu" or host is None or backend == "triton"
+    ):  # which decodes on the device itself
         return ModelStream(skeleton, reader, device, dequantized)
     return ModelStream(skeleton, ReadAhead(reader, host.free() // AHEAD_SHARE), device, dequantized)
 
@@ -90,8 +96,14 @@ def _forward_dtype(dtype: str, config: Any, checkpoint: Checkpoint) -> torch.dty
     if dtype != "auto":
         return DTYPES[dtype]
     declared = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
-    return declared if isinstance(declared, torch.dtype) else _stored_dtype(list(checkpoint.tensors.values()))
+    return (
+        declared
+        if isinstance(declared, torch.dtype)
+        else _stored_dtype(list(checkpoint.tensors.values()))
+    )
 
 
 def _stored_dtype(tensors: list[TensorInfo]) -> torch.dtype:
-    return next((STORED_DTYPES[t.dtype] for t in tensors if t.dtype in STORED_DTYPES), torch.float32)
+    return next(
+        (STORED_DTYPES[t.dtype] for t in tensors if t.dtype in STORED_DTYPES), torch.float32
+    )

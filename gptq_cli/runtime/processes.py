@@ -21,7 +21,9 @@ from types import FrameType
 from gptq_cli.errors import ResourceError, Stopped
 
 MEETING, LAUNCHER = "_GPTQ_STORE", "_GPTQ_LAUNCHER"  # of the environment of each: a file, a process
-SAID_ELSEWHERE = 76  # exit code of a process that ends because another one has failed, which has said why
+SAID_ELSEWHERE = (
+    76  # exit code of a process that ends because another one has failed, which has said why
+)
 PATIENCE = 30.0  # seconds in which processes that are told to end may do so
 LOOK_SECONDS = 0.05
 LOOPBACK = ("lo", "lo0")
@@ -62,7 +64,11 @@ class Processes:
     def _start(self, directory: Path, environment: dict[str, str]) -> None:
         # in a session of its own: what a terminal sends comes once, through this process
         process = subprocess.Popen(
-            _command(), cwd=directory, env=environment, stdin=subprocess.DEVNULL, start_new_session=True
+            _command(),
+            cwd=directory,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
         )
         self._processes.append(process)
         if self._signal:  # came while the process was started
@@ -105,7 +111,11 @@ def local_environment() -> dict[str, str]:
     """The environment for processes that talk to each other over loopback alone, whatever this one says of networks."""
     loopback = next(name for _, name in socket.if_nameindex() if name in LOOPBACK)
     kept = {name: value for name, value in os.environ.items() if name not in IGNORED}
-    local = {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": f"={loopback}", "NCCL_RAS_ENABLE": "0"}
+    local = {
+        "GLOO_SOCKET_IFNAME": loopback,
+        "NCCL_SOCKET_IFNAME": f"={loopback}",
+        "NCCL_RAS_ENABLE": "0",
+    }
     return kept | local | {LAUNCHER: str(os.getpid())}
 
 
@@ -125,7 +135,13 @@ def _meeting_place() -> Iterator[Path]:
 
 def _place(rank: int, n: int, meeting: Path) -> dict[str, str]:
     """What process `rank` of `n` is told, in torchrun's words and where to meet."""
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n, MEETING: meeting}
+    place = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": n,
+        "LOCAL_WORLD_SIZE": n,
+        MEETING: meeting,
+    }
     return {name: str(value) for name, value in place.items()}
 
 

@@ -30,7 +30,9 @@ Value = TypeVar("Value")
 # Classes beside dtypes and this program's dataclasses that a process takes from another one
 PLAIN = {("builtins", "range"), ("builtins", "set"), ("builtins", "frozenset"), ("collections", "OrderedDict"),
          ("pathlib", "PosixPath"), ("pathlib._local", "PosixPath"), ("torch", "Size"), ("torch", "device")}  # fmt: skip
-ELEMENTS_AT_A_TIME = 2**25  # of a Hessian, between all ranks: bounds the copies that are on their way
+ELEMENTS_AT_A_TIME = (
+    2**25
+)  # of a Hessian, between all ranks: bounds the copies that are on their way
 
 
 class Ranks:
@@ -54,7 +56,9 @@ class Ranks:
         check_shares(n_batches, self.size)
         return _share(n_batches, self.rank, self.size)
 
-    def map_units(self, work: Callable[[int], Value], costs: Sequence[float]) -> Iterator[tuple[int, Value, bool]]:
+    def map_units(
+        self, work: Callable[[int], Value], costs: Sequence[float]
+    ) -> Iterator[tuple[int, Value, bool]]:
         """For each unit of work, in order: its number, its result, and whether this process has done it.
 
         Every unit is done by one process, so that what each has to do costs about the same; all get every result.
@@ -101,13 +105,17 @@ class Worker:
 class DistributedRanks(Ranks):
     """Several processes, of which this one is `rank`; ResourceError E_RANK_LOST as soon as one of them is gone."""
 
-    def __init__(self, device: torch.device, *, local_world_size: int = 1, first_here: bool = True) -> None:
+    def __init__(
+        self, device: torch.device, *, local_world_size: int = 1, first_here: bool = True
+    ) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.local_world_size, self.first_here = local_world_size, first_here
         self._device = device
         self._done = [0.0] * self.size  # of each process, what its work has cost so far
 
-    def map_units(self, work: Callable[[int], Value], costs: Sequence[float]) -> Iterator[tuple[int, Value, bool]]:
+    def map_units(
+        self, work: Callable[[int], Value], costs: Sequence[float]
+    ) -> Iterator[tuple[int, Value, bool]]:
         owners = owners_of(costs, self._done)
         done = {unit: work(unit) for unit, owner in enumerate(owners) if owner == self.rank}
         for unit, owner in enumerate(owners):
@@ -126,7 +134,10 @@ class DistributedRanks(Ranks):
 
     def all_gather(self, mine: Sequence[Value]) -> list[Value]:
         counts = self._counts(len(mine))
-        parts = [[mine[n] if rank == self.rank else None for n in range(count)] for rank, count in enumerate(counts)]
+        parts = [
+            [mine[n] if rank == self.rank else None for n in range(count)]
+            for rank, count in enumerate(counts)
+        ]
         return [self._from(rank, value) for rank, part in enumerate(parts) for value in part]
 
     def gather(self, mine: Sequence[Value]) -> list[Value] | None:
@@ -165,7 +176,9 @@ class DistributedRanks(Ranks):
             received = slices[0].new_empty(sum(map(len, spans)) * own)
             sizes = [len(theirs) * own for theirs in spans]
             with _peers():
-                dist.all_to_all_single(received, torch.cat(list(chain(*pieces))), sizes, [len(mine) * n for n in cuts])
+                dist.all_to_all_single(
+                    received, torch.cat(list(chain(*pieces))), sizes, [len(mine) * n for n in cuts]
+                )
             nodes: list[Node[Tensor]] = []
             for span, part in zip(chain(*spans), received.split(own or 1), strict=False):
                 push(nodes, Node(span.start, span.stop, part), _add)
@@ -258,7 +271,9 @@ class _Unpickler(pickle.Unpickler):
             found = getattr(sys.modules.get(module), name, None)
             if isinstance(found, type) and (is_dataclass(found) or issubclass(found, tuple)):
                 return found
-        raise pickle.UnpicklingError(f"another process of this run has sent `{module}.{name}`, which is no value")
+        raise pickle.UnpicklingError(
+            f"another process of this run has sent `{module}.{name}`, which is no value"
+        )
 
 
 def _given(value: object, send: Callable[[Tensor], object], device: torch.device) -> None:

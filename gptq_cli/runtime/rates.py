@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from gptq_cli.config.layer import LayerConfig
-from gptq_cli.planning.estimate import ROWS_OF_A_PART, Rates, factor_cost, hessian_cost, solve_products
+from gptq_cli.planning.estimate import (
+    ROWS_OF_A_PART,
+    Rates,
+    factor_cost,
+    hessian_cost,
+    solve_products,
+)
 from gptq_cli.solver.factor import HessianFactor, prepare
 from gptq_cli.solver.hessian import HessianAccumulator
 from gptq_cli.solver.solve import solve
@@ -22,7 +28,9 @@ TOKENS = 2048
 READ_BYTES = 128 * 2**20
 
 
-def measure_rates(device: torch.device, dtype: torch.dtype, in_features: int, config: LayerConfig, file: Path) -> Rates:
+def measure_rates(
+    device: torch.device, dtype: torch.dtype, in_features: int, config: LayerConfig, file: Path
+) -> Rates:
     """Return what `device` does in a second, by doing a little of each kind of work.
 
     The work has the sizes of a layer with `in_features` inputs under `config`; `file` is read to learn the rate of the
@@ -46,7 +54,9 @@ def measure_rates(device: torch.device, dtype: torch.dtype, in_features: int, co
     factoring = _seconds(lambda: prepare(hessian, config, TOKENS), device)
     solving = _seconds(lambda: _solved(weight, hessian, prepared, config), device)
     products = solve_products(config) * product
-    rounding = max(solving - products, solving / 100)  # products inside the solver may be faster than alone
+    rounding = max(
+        solving - products, solving / 100
+    )  # products inside the solver may be faster than alone
     return Rates(
         forward=rows * columns * TOKENS / forward,
         hessian=hessian_cost(columns, TOKENS) / adding,

@@ -69,10 +69,14 @@ def joined(device: str, devices: Sequence[str], lost: Lost) -> Iterator[Worker]:
     watch = Watch(store.clone(), dist.get_rank(), size, lost)
     watch.start()
     try:
-        yield Worker(DistributedRanks(own, local_world_size=local_world_size, first_here=local == 0), own)
+        yield Worker(
+            DistributedRanks(own, local_world_size=local_world_size, first_here=local == 0), own
+        )
     except BaseException as error:
         for number in END_SIGNALS:
-            signal.signal(number, signal.SIG_IGN)  # who started it ends the others of a process that has failed
+            signal.signal(
+                number, signal.SIG_IGN
+            )  # who started it ends the others of a process that has failed
         raise watch.error_to_raise(error) from error
     watch.stop()
     dist.destroy_process_group()
@@ -108,7 +112,9 @@ def _let_go(error: BaseException | None) -> None:
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
-    closing = threading.Thread(target=dist.destroy_process_group, daemon=True)  # which may wait for a kernel
+    closing = threading.Thread(
+        target=dist.destroy_process_group, daemon=True
+    )  # which may wait for a kernel
     closing.start()
     closing.join(PATIENCE)
 
@@ -118,10 +124,14 @@ class Watch:
 
     def __init__(self, store: Any, rank: int, size: int, lost: Lost) -> None:
         self._store, self._rank, self._size, self._lost = store, rank, size, lost
-        self._others = [other for other in (range(size) if rank == 0 else range(1)) if other != rank]
+        self._others = [
+            other for other in (range(size) if rank == 0 else range(1)) if other != rank
+        ]
         self._stopped = threading.Event()
         self._looked = time.monotonic()
-        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._look, self._look_after)]
+        self._threads = [
+            threading.Thread(target=work, daemon=True) for work in (self._look, self._look_after)
+        ]
 
     def start(self) -> None:
         for thread in self._threads:
@@ -140,7 +150,9 @@ class Watch:
         try:
             self._mark_ended()
             _let_go(error)
-            if isinstance(error, Stopped) or (isinstance(error, GptqError) and error.code == "E_RANK_LOST"):
+            if isinstance(error, Stopped) or (
+                isinstance(error, GptqError) and error.code == "E_RANK_LOST"
+            ):
                 missing = self._missing()
                 error = rank_lost(missing, self._size) if missing else error
             if self._claimed() == self._rank:
@@ -194,7 +206,9 @@ class Watch:
         signs = self._store.add(f"{ALIVE}/{other}", 0)
         if other not in seen or seen[other][0] != signs:
             seen[other] = (signs, now)
-        return now - seen[other][1] > MISSING_SECONDS and not self._store.check([f"{ENDED}/{other}"])
+        return now - seen[other][1] > MISSING_SECONDS and not self._store.check(
+            [f"{ENDED}/{other}"]
+        )
 
 
 def rank_lost(missing: Sequence[int], size: int) -> ResourceError:
@@ -209,14 +223,22 @@ def rank_lost(missing: Sequence[int], size: int) -> ResourceError:
 def _device_of(local: int, local_world_size: int, device: str, devices: Sequence[str]) -> str:
     if devices:
         if len(devices) != local_world_size:
-            said = f"--devices names {len(devices)} devices, and {local_world_size} processes run here"
+            said = (
+                f"--devices names {len(devices)} devices, and {local_world_size} processes run here"
+            )
             raise ConfigError("E_CFG_CONFLICT", said, hint="leave out --devices under torchrun")
         return devices[local]
-    if local_world_size == 1 or device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+    if (
+        local_world_size == 1
+        or device == "cpu"
+        or (device == "auto" and not torch.cuda.is_available())
+    ):
         return device
     if ":" in device:
         said = f"device {device} is one, and {local_world_size} processes run here"
         raise ConfigError(
-            "E_CFG_CONFLICT", said, hint=f"say which: --devices {','.join(map(str, range(local_world_size)))}"
+            "E_CFG_CONFLICT",
+            said,
+            hint=f"say which: --devices {','.join(map(str, range(local_world_size)))}",
         )
     return f"cuda:{local}"

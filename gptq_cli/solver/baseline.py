@@ -21,7 +21,9 @@ COLUMNS_PER_PANEL = 256
 
 
 @torch.no_grad()
-def round_to_nearest(weight: Tensor, config: LayerConfig, group_of_column: Tensor | None = None) -> QuantizedLinear:
+def round_to_nearest(
+    weight: Tensor, config: LayerConfig, group_of_column: Tensor | None = None
+) -> QuantizedLinear:
     """The weight [O, I] rounded to the min/max grid of its groups.
 
     Groups are those of `group_of_column` [I] where it is given, else runs of `group_size` columns.
@@ -33,7 +35,9 @@ def round_to_nearest(weight: Tensor, config: LayerConfig, group_of_column: Tenso
         raise ValueError(f"group_size {group_size} does not divide in_features {in_features}")
     if group_of_column is None:
         group_of_column = (torch.arange(in_features, device=weight.device) // group_size).int()
-    nearest = QuantizedLinear.of_rows([_round(weight[rows], config, group_of_column) for rows in row_chunks(weight)])
+    nearest = QuantizedLinear.of_rows(
+        [_round(weight[rows], config, group_of_column) for rows in row_chunks(weight)]
+    )
     check_scales(nearest.scales)
     return nearest
 
@@ -44,12 +48,18 @@ def _round(weight: Tensor, config: LayerConfig, group_of_column: Tensor) -> Quan
     scales, zeros = find_grid(groups, config.bits, config.sym)
     codes = round_to_grid(groups, scales.unsqueeze(-1), zeros.unsqueeze(-1), config.bits).byte()
     return QuantizedLinear(
-        join_groups(codes, group_of_column), scales.half(), zeros.byte(), group_of_column, config.bits
+        join_groups(codes, group_of_column),
+        scales.half(),
+        zeros.byte(),
+        group_of_column,
+        config.bits,
     )
 
 
 @torch.no_grad()
-def output_energies(weight: Tensor, hessian: Tensor, candidates: Sequence[QuantizedLinear]) -> list[float]:
+def output_energies(
+    weight: Tensor, hessian: Tensor, candidates: Sequence[QuantizedLinear]
+) -> list[float]:
     """tr(W H Wᵀ) of the weight [O, I] under the undamped Hessian [I, I], then tr(E H Eᵀ) of each candidate for it.
 
     Rows are taken a chunk at a time, so no float copy of a large weight is needed.
@@ -57,8 +67,13 @@ def output_energies(weight: Tensor, hessian: Tensor, candidates: Sequence[Quanti
     energies = torch.zeros(1 + len(candidates), dtype=torch.float64, device=weight.device)
     for rows in row_chunks(weight):
         original = weight[rows].to(hessian.dtype)
-        errors = (candidate.rows(rows).dequantize(hessian.dtype).sub_(original) for candidate in candidates)
-        energies += torch.stack([_energy(original, hessian), *(_energy(error, hessian) for error in errors)])
+        errors = (
+            candidate.rows(rows).dequantize(hessian.dtype).sub_(original)
+            for candidate in candidates
+        )
+        energies += torch.stack(
+            [_energy(original, hessian), *(_energy(error, hessian) for error in errors)]
+        )
     found: list[float] = energies.tolist()
     return found
 
@@ -69,7 +84,10 @@ def _energy(matrix: Tensor, hessian: Tensor) -> Tensor:
     for start in range(0, matrix.shape[1], COLUMNS_PER_PANEL):
         panel = slice(start, start + COLUMNS_PER_PANEL)
         product = torch.addmm(
-            matrix[:, :start] @ hessian[:start, panel], matrix[:, panel], hessian[panel, panel], beta=2
+            matrix[:, :start] @ hessian[:start, panel],
+            matrix[:, panel],
+            hessian[panel, panel],
+            beta=2,
         )
         energy += product.mul_(matrix[:, panel]).sum(dtype=torch.float64)
     return energy

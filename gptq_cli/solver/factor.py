@@ -50,7 +50,9 @@ class NotPositiveDefiniteError(ArithmeticError):
     """The Hessian has no Cholesky factor even with the damping that was tried last, `damp_percent`."""
 
     def __init__(self, damp_percent: float) -> None:
-        super().__init__(f"the Hessian is not positive definite even with damp_percent {damp_percent:g}")
+        super().__init__(
+            f"the Hessian is not positive definite even with damp_percent {damp_percent:g}"
+        )
         self.damp_percent = damp_percent
 
 
@@ -90,7 +92,9 @@ def prepare(hessian: Tensor, config: LayerConfig, tokens: int | None = None) -> 
     """
     energy = hessian.diagonal().clone()
     dead = energy == 0
-    finite, dead_columns = torch.stack([torch.isfinite(energy.mean()), dead.sum()]).tolist()  # waits once for both
+    finite, dead_columns = torch.stack(
+        [torch.isfinite(energy.mean()), dead.sum()]
+    ).tolist()  # waits once for both
     if not finite:
         raise NonFiniteHessianError
     order = column_order(energy, config)
@@ -104,14 +108,18 @@ def prepare(hessian: Tensor, config: LayerConfig, tokens: int | None = None) -> 
         damp_percent, retries = _next_damping(damp_percent, config), retries + 1
     root = R.diagonal().clone()
     factors = (R.div_(root), root.square())
-    return HessianFactor(order, *factors, dead, dead_columns, energy, damped - energy, damp_percent, retries)
+    return HessianFactor(
+        order, *factors, dead, dead_columns, energy, damped - energy, damp_percent, retries
+    )
 
 
 def _upper_factor(hessian: Tensor, diagonal: Tensor, permutation: Tensor) -> Tensor | None:
     backwards = permutation.flip(0)
     matrix = hessian[backwards[:, None], backwards]
     matrix.diagonal().copy_(diagonal[backwards])
-    if cholesky_(matrix, panel=len(matrix) if matrix.is_cuda and len(matrix) < BLOCKED_FROM else None):
+    if cholesky_(
+        matrix, panel=len(matrix) if matrix.is_cuda and len(matrix) < BLOCKED_FROM else None
+    ):
         return None
     reverse_(matrix)
     return matrix
@@ -196,7 +204,9 @@ def _subtract_square_(matrix: Tensor, factor: Tensor, panel: int) -> None:
 
 
 @torch.no_grad()
-def follow_original(weight: Tensor, shift: Tensor, prepared: HessianFactor, strength: float) -> Tensor:
+def follow_original(
+    weight: Tensor, shift: Tensor, prepared: HessianFactor, strength: float
+) -> Tensor:
     """W* [O, I] for the weight W [O, I], the shift C [I, I] and the factors of the damped Hessian.
 
     `strength` is α. Computed in the dtype of the factors.
@@ -205,6 +215,10 @@ def follow_original(weight: Tensor, shift: Tensor, prepared: HessianFactor, stre
     weight = weight.to(R.dtype)
     pull = (weight @ shift.to(R.dtype))[:, order]
     # X R D Rᵀ = pull, from the right: first against Rᵀ, then against R.
-    scaled: Tensor = torch.linalg.solve_triangular(R.T, pull, upper=False, left=False, unitriangular=True)
-    change: Tensor = torch.linalg.solve_triangular(R, scaled / D, upper=True, left=False, unitriangular=True)
+    scaled: Tensor = torch.linalg.solve_triangular(
+        R.T, pull, upper=False, left=False, unitriangular=True
+    )
+    change: Tensor = torch.linalg.solve_triangular(
+        R, scaled / D, upper=True, left=False, unitriangular=True
+    )
     return weight + strength * change[:, order.argsort()]

@@ -97,7 +97,9 @@ def are_runs(group_of_column: Tensor, group_size: int) -> bool:
     return torch.equal(group_of_column.long(), torch.arange(len(group_of_column)) // group_size)
 
 
-def round_to_grid(weights: Tensor, scales: Tensor, zeros: Tensor, bits: int, *, out: Tensor | None = None) -> Tensor:
+def round_to_grid(
+    weights: Tensor, scales: Tensor, zeros: Tensor, bits: int, *, out: Tensor | None = None
+) -> Tensor:
     """The codes nearest to the weights, as floats in [0, 2**bits - 1]; ties go to the even multiple of the scale.
 
     Scales and zeros broadcast against the weights; `out` may be the weights themselves.
@@ -159,17 +161,25 @@ def _search(weights: Tensor, energy: Tensor | None, config: LayerConfig) -> tupl
     for steps in _steps(config):
         candidates = [_candidate(whole, *step, config) for step in steps]
         # On an accelerator the host would wait for the answer.
-        if weights.is_cpu and energy is None and _none_can_win(ends, candidates, least, config.bits):
+        if (
+            weights.is_cpu
+            and energy is None
+            and _none_can_win(ends, candidates, least, config.bits)
+        ):
             break  # nor can one with a smaller scale
         for candidate in candidates:
             error = _error(weights, *candidate, energy, config.bits, room)
             better = error < least
-            scales, zeros = (torch.where(better, *pair) for pair in zip(candidate, (scales, zeros), strict=True))
+            scales, zeros = (
+                torch.where(better, *pair) for pair in zip(candidate, (scales, zeros), strict=True)
+            )
             least = torch.where(better, error, least)
     return scales, zeros
 
 
-def _none_can_win(ends: Tensor, candidates: Sequence[tuple[Tensor, Tensor]], least: Tensor, bits: int) -> bool:
+def _none_can_win(
+    ends: Tensor, candidates: Sequence[tuple[Tensor, Tensor]], least: Tensor, bits: int
+) -> bool:
     """Whether each group has an end, [..., 2], so far beyond every candidate's grid that its error alone is `least`."""
     bounds = []
     for scales, zeros in candidates:
@@ -179,9 +189,13 @@ def _none_can_win(ends: Tensor, candidates: Sequence[tuple[Tensor, Tensor]], lea
     return not bool((torch.stack(bounds).amin(0) < least).any())
 
 
-def _search_fused(weights: Tensor, energy: Tensor | None, config: LayerConfig) -> tuple[Tensor, Tensor]:
+def _search_fused(
+    weights: Tensor, energy: Tensor | None, config: LayerConfig
+) -> tuple[Tensor, Tensor]:
     grid = _whole_range(weights, config)
-    factors, offsets = weights.new_tensor([step for steps in _steps(config) for step in steps]).T.contiguous()
+    factors, offsets = weights.new_tensor(
+        [step for steps in _steps(config) for step in steps]
+    ).T.contiguous()
     best = best_candidates(weights, energy, grid, (factors, offsets), config.bits, NORM)
     return _candidate(grid, factors[best], offsets[best], config)
 
@@ -201,7 +215,9 @@ def _candidate(
     return round_scales(scales * factor), (zeros + offset).clamp_(1, 2**config.bits - 1)
 
 
-def _error(weights: Tensor, scales: Tensor, zeros: Tensor, energy: Tensor | None, bits: int, room: Tensor) -> Tensor:
+def _error(
+    weights: Tensor, scales: Tensor, zeros: Tensor, energy: Tensor | None, bits: int, room: Tensor
+) -> Tensor:
     """What a candidate loses in each group; `room` is overwritten."""
     scales, zeros = scales.unsqueeze(-1), zeros.unsqueeze(-1)
     codes = round_to_grid(weights, scales, zeros, bits, out=room)

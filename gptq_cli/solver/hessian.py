@@ -33,9 +33,13 @@ class HessianAccumulator:
         self.tokens = 0
         self.shift: Tensor | None = None
         self._size = in_features
-        self._panels = [torch.zeros(stop, stop - start, device=device) for start, stop in _panels(in_features)]
+        self._panels = [
+            torch.zeros(stop, stop - start, device=device) for start, stop in _panels(in_features)
+        ]
         self.finite: list[Tensor] = []  # after each `add`, whether the diagonal was
-        self._whole: Tensor | None = None  # once H was asked for, and then what the panels are views of
+        self._whole: Tensor | None = (
+            None  # once H was asked for, and then what the panels are views of
+        )
 
     @torch.no_grad()
     def add(self, inputs: Tensor, original: Tensor | None = None) -> None:
@@ -118,7 +122,9 @@ class HessianAccumulator:
     def _add_shift(self, tokens: Tensor, original: Tensor) -> None:
         if self.shift is None:
             self.shift = self._panels[0].new_zeros(self._size, self._size)
-        for chunk, before in zip(tokens.split(TOKENS_PER_CHUNK), original.split(TOKENS_PER_CHUNK), strict=True):
+        for chunk, before in zip(
+            tokens.split(TOKENS_PER_CHUNK), original.split(TOKENS_PER_CHUNK), strict=True
+        ):
             inputs = chunk.to(self.shift.dtype)
             self.shift.addmm_((before.to(self.shift.dtype) - inputs).T, inputs)
 
@@ -149,7 +155,11 @@ class HessianOfBatches:
 
     def _close(self) -> None:
         if self._open is not None:
-            push(self._nodes, Node(self._batch, self._batch + 1, self._open), HessianAccumulator.absorb)
+            push(
+                self._nodes,
+                Node(self._batch, self._batch + 1, self._open),
+                HessianAccumulator.absorb,
+            )
             self._open = None
 
 

@@ -33,7 +33,9 @@ def bfloat16_factors(tensor: Tensor) -> Iterator[None]:
     units for them are faster by it, and others multiply float32 with another library, oneDNN.
     """
     library: Any = torch.backends.mkldnn
-    with _precision(library.matmul, "bf16", wanted=tensor.is_cpu and tensor.dtype == torch.bfloat16):
+    with _precision(
+        library.matmul, "bf16", wanted=tensor.is_cpu and tensor.dtype == torch.bfloat16
+    ):
         yield
 
 

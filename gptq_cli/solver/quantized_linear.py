@@ -28,12 +28,16 @@ class QuantizedLinear:
 
     def rows(self, rows: slice) -> QuantizedLinear:
         """The layer that has only these rows, on the same memory."""
-        return replace(self, codes=self.codes[rows], scales=self.scales[rows], zeros=self.zeros[rows])
+        return replace(
+            self, codes=self.codes[rows], scales=self.scales[rows], zeros=self.zeros[rows]
+        )
 
     @classmethod
     def of_rows(cls, parts: Sequence[QuantizedLinear]) -> QuantizedLinear:
         """The layer whose rows are those of `parts`, which share their groups."""
-        codes, scales, zeros = (torch.cat(t) for t in zip(*((p.codes, p.scales, p.zeros) for p in parts), strict=True))
+        codes, scales, zeros = (
+            torch.cat(t) for t in zip(*((p.codes, p.scales, p.zeros) for p in parts), strict=True)
+        )
         return cls(codes, scales, zeros, parts[0].group_of_column, parts[0].bits)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:

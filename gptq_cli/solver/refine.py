@@ -51,7 +51,13 @@ class _State:
 
 @torch.no_grad()
 def refine(
-    weight: Tensor, hessian: Tensor, prepared: HessianFactor, quantized: QuantizedLinear, *, sweeps: int, signed: bool
+    weight: Tensor,
+    hessian: Tensor,
+    prepared: HessianFactor,
+    quantized: QuantizedLinear,
+    *,
+    sweeps: int,
+    signed: bool,
 ) -> QuantizedLinear:
     """`quantized` with all scales fitted to the weight [O, I], then in `sweeps` rounds each group's scale and codes.
 
@@ -86,11 +92,18 @@ def _damped(hessian: Tensor, damping: Tensor) -> Iterator[None]:
 
 
 def _start(
-    weight: Tensor, hessian: Tensor, dead: Tensor, quantized: QuantizedLinear, columns: Tensor, signed: bool
+    weight: Tensor,
+    hessian: Tensor,
+    dead: Tensor,
+    quantized: QuantizedLinear,
+    columns: Tensor,
+    signed: bool,
 ) -> _State:
     dtype = hessian.dtype
     scales, zeros = (grid.to(dtype).T.contiguous() for grid in (quantized.scales, quantized.zeros))
-    levels, errors = (matrix.T.index_select(0, columns).to(dtype) for matrix in (quantized.codes, weight))
+    levels, errors = (
+        matrix.T.index_select(0, columns).to(dtype) for matrix in (quantized.codes, weight)
+    )
     errors.masked_fill_(dead[columns, None], 0)
     _by_group(levels, zeros).sub_(zeros[:, None])
     _by_group(errors, zeros).addcmul_(_by_group(levels, zeros), scales[:, None], value=-1)
@@ -138,7 +151,11 @@ def _fit_codes(state: _State, group: int, slopes: Tensor) -> None:
 
 def _fit_block(state: _State, group: int, columns: slice, slopes: Tensor) -> None:
     """The same for some columns of the group. Those that are done move the targets of the others, in levels."""
-    hessian, errors, levels = state.hessian[columns, columns], state.errors[columns], state.levels[columns]
+    hessian, errors, levels = (
+        state.hessian[columns, columns],
+        state.errors[columns],
+        state.levels[columns],
+    )
     scales, zeros = state.scales[group], state.zeros[group]
     if uses_kernels(slopes):
         fit_codes(slopes, errors, levels, hessian, scales, zeros, state.bits)
@@ -153,7 +170,9 @@ def _fit_block(state: _State, group: int, columns: slice, slopes: Tensor) -> Non
     levels.copy_(targets)
 
 
-def _fit_few(targets: Tensor, levels: Tensor, couplings: Tensor, ends: tuple[Tensor, Tensor]) -> None:
+def _fit_few(
+    targets: Tensor, levels: Tensor, couplings: Tensor, ends: tuple[Tensor, Tensor]
+) -> None:
     """Round the targets of columns one after the other; their levels become how far each has moved down."""
     for column, (target, level) in enumerate(zip(targets, levels, strict=True)):
         if column:

@@ -58,7 +58,10 @@ class Solution:
         """The layer whose rows are those of `parts`, one after the other."""
         if len(parts) == 1:
             return parts[0]
-        energies = (sum(energies) for energies in zip(*((p.energy, p.error, p.rtn_error) for p in parts), strict=True))
+        energies = (
+            sum(energies)
+            for energies in zip(*((p.energy, p.error, p.rtn_error) for p in parts), strict=True)
+        )
         return cls(QuantizedLinear.of_rows([part.quantized for part in parts]), *energies)
 
 
@@ -94,20 +97,29 @@ class _Block:
         """Pass the errors of columns start..stop on to columns stop..end."""
         if stop < end:
             with feedback_precision(self.errors):
-                self.values[stop:end].addmm_(self.R[start:stop, stop:end].T, self.errors[start:stop])
+                self.values[stop:end].addmm_(
+                    self.R[start:stop, stop:end].T, self.errors[start:stop]
+                )
 
     def updated_weights(self, start: int, stop: int) -> Tensor:
         """Columns start..stop as they would best be if nothing were rounded any more, u = w + (v - w) R⁻¹: the weights
         that GPTQ in its first form has updated so far, and from which it takes the scales of a group."""
         weights, R = self.errors[start:stop], self.R[start:stop, start:stop]
         feedback = self.values[start:stop] - weights
-        change: Tensor = torch.linalg.solve_triangular(R.T, feedback, upper=False, unitriangular=True)
+        change: Tensor = torch.linalg.solve_triangular(
+            R.T, feedback, upper=False, unitriangular=True
+        )
         return change.add_(weights)
 
 
 @torch.no_grad()
 def solve(
-    weight: Tensor, hessian: Tensor, prepared: HessianFactor, config: LayerConfig, *, column_block: int = COLUMN_BLOCK
+    weight: Tensor,
+    hessian: Tensor,
+    prepared: HessianFactor,
+    config: LayerConfig,
+    *,
+    column_block: int = COLUMN_BLOCK,
 ) -> Solution:
     """The weight [O, I] quantized by GPTQ, with its output error under the undamped Hessian [I, I].
 
@@ -147,7 +159,9 @@ def solve_together(
     return solutions
 
 
-def _quantize(weight: Tensor, prepared: HessianFactor, config: LayerConfig, column_block: int) -> QuantizedLinear:
+def _quantize(
+    weight: Tensor, prepared: HessianFactor, config: LayerConfig, column_block: int
+) -> QuantizedLinear:
     order, in_features = prepared.order, weight.shape[1]
     dtype = torch.float64 if weight.dtype == prepared.R.dtype == torch.float64 else torch.float32
     R = prepared.R.to(dtype)
@@ -176,7 +190,9 @@ def _initial_grid(weight: Tensor, prepared: HessianFactor, config: LayerConfig) 
     order, group_size = prepared.order, config.columns_per_group(weight.shape[1])
     if order.static_grid:
         energy = split_groups(prepared.energy.to(weight.dtype), order.group_of_column, group_size)
-        scales, zeros = choose_grid(split_groups(weight, order.group_of_column, group_size), energy, config)
+        scales, zeros = choose_grid(
+            split_groups(weight, order.group_of_column, group_size), energy, config
+        )
         return _Grid(scales.T.contiguous(), zeros.T.contiguous(), energy, config)
     # A group's columns reach its search in processing order.
     energy = prepared.energy[order.permutation].to(weight.dtype)
@@ -204,7 +220,9 @@ def _round_block(block: _Block, grid: _Grid, static_grid: bool, run: int) -> Non
         block.feed(start, stop, n_columns)
 
 
-def _round_columns(block: _Block, grid: _Grid, start: int, stop: int, widths: tuple[int, ...]) -> None:
+def _round_columns(
+    block: _Block, grid: _Grid, start: int, stop: int, widths: tuple[int, ...]
+) -> None:
     """Round columns start..stop, which have received the errors of all columns before `start`."""
     if not widths:
         round_few = _round_at_once if uses_kernels(block.values) else _round_one_by_one
@@ -219,11 +237,17 @@ def _round_columns(block: _Block, grid: _Grid, start: int, stop: int, widths: tu
 def _round_at_once(block: _Block, grid: _Grid, start: int, stop: int) -> None:
     columns = slice(start, stop)
     values, errors, R = block.values[columns], block.errors[columns], block.R[columns, columns]
-    round_columns(values, errors, R, grid.scales, grid.zeros, block.group_of[columns], grid.config.bits)
+    round_columns(
+        values, errors, R, grid.scales, grid.zeros, block.group_of[columns], grid.config.bits
+    )
 
 
 def _round_one_by_one(block: _Block, grid: _Grid, start: int, stop: int) -> None:
-    values, errors, R = block.values[start:stop], block.errors[start:stop], block.R[start:stop, start:stop]
+    values, errors, R = (
+        block.values[start:stop],
+        block.errors[start:stop],
+        block.R[start:stop, start:stop],
+    )
     for column, group in enumerate(block.group_of[start:stop].tolist()):
         value, error = values[column], errors[column]
         scales, zeros = grid.scales[group], grid.zeros[group]

@@ -73,7 +73,11 @@ def round_columns_kernel(  # type: ignore[no-untyped-def]
         weight = tl.load(errors + place, mask=inside, other=0.0)
         scale = tl.load(scales + group * out_features + rows, mask=inside, other=1.0)
         zero = tl.load(zeros + group * out_features + rows, mask=inside, other=0.0)
-        right = tl.load(R + column * n_columns + columns, mask=(columns > column) & (columns < n_columns), other=0.0)
+        right = tl.load(
+            R + column * n_columns + columns,
+            mask=(columns > column) & (columns < n_columns),
+            other=0.0,
+        )
 
         value = tl.sum(tl.where((columns == column)[None, :], v, 0.0), axis=1)
         level = nearest_level(tl.div_rn(value, scale), zero, max_code)
@@ -115,7 +119,9 @@ def fit_codes_kernel(  # type: ignore[no-untyped-def]
         error = tl.load(errors + place, mask=inside, other=0.0)
         curvature = tl.load(hessian + column * n_columns + column)
         right = tl.load(
-            hessian + column * n_columns + columns, mask=(columns > column) & (columns < n_columns), other=0.0
+            hessian + column * n_columns + columns,
+            mask=(columns > column) & (columns < n_columns),
+            other=0.0,
         )
 
         slope = tl.sum(tl.where((columns == column)[None, :], p, 0.0), axis=1)
@@ -209,9 +215,15 @@ def best_candidate_kernel(  # type: ignore[no-untyped-def]
     for start in range(0, n_columns, B):
         columns = start + tl.arange(0, B)
         here = inside[:, None] & (columns < n_columns)[None, :]
-        weight = tl.load(weights + rows[:, None] * n_columns + columns[None, :], mask=here, other=0.0)
+        weight = tl.load(
+            weights + rows[:, None] * n_columns + columns[None, :], mask=here, other=0.0
+        )
         if BY_ENERGY:
-            loudness = tl.load(energy + (rows % n_groups)[:, None] * n_columns + columns[None, :], mask=here, other=0.0)
+            loudness = tl.load(
+                energy + (rows % n_groups)[:, None] * n_columns + columns[None, :],
+                mask=here,
+                other=0.0,
+            )
         for candidate in range(n_candidates):
             scale = stored_scale(widest * tl.load(factors + candidate))
             zero = tl.minimum(tl.maximum(usual + tl.load(offsets + candidate), 1.0), max_code)
@@ -223,7 +235,9 @@ def best_candidate_kernel(  # type: ignore[no-untyped-def]
             else:
                 loss = tl.sum(tl.exp2(norm * tl.log2(tl.maximum(tl.abs(error), 1e-30))), axis=1)
             losses += tl.where((candidates == candidate)[None, :], loss[:, None], 0.0)
-    losses = tl.where((losses == losses) & (candidates < n_candidates)[None, :], losses, float("inf"))
+    losses = tl.where(
+        (losses == losses) & (candidates < n_candidates)[None, :], losses, float("inf")
+    )
     tl.store(best + rows, tl.argmin(losses, axis=1, tie_break_left=True), mask=inside)
 
 
@@ -250,9 +264,13 @@ def dequantize_kernel(  # type: ignore[no-untyped-def]
     group = tl.load(g_idx + i, mask=i < in_features, other=0).to(tl.int64)
 
     word, shift = i * BITS // 32, i * BITS % 32
-    fields = tl.load(qweight + word * out_features + o, mask=inside, other=0).to(tl.int64) & 0xFFFFFFFF
+    fields = (
+        tl.load(qweight + word * out_features + o, mask=inside, other=0).to(tl.int64) & 0xFFFFFFFF
+    )
     straddles = inside & (shift + BITS > 32)
-    fields |= tl.load(qweight + (word + 1) * out_features + o, mask=straddles, other=0).to(tl.int64) << 32
+    fields |= (
+        tl.load(qweight + (word + 1) * out_features + o, mask=straddles, other=0).to(tl.int64) << 32
+    )
     code = (fields >> shift) & (2**BITS - 1)
 
     row, word, shift = group * (out_features * BITS // 32), o * BITS // 32, o * BITS % 32

@@ -40,7 +40,13 @@ def uses_kernels(tensor: Tensor) -> bool:
 
 
 def round_columns(
-    values: Tensor, errors: Tensor, R: Tensor, scales: Tensor, zeros: Tensor, group_of: Tensor, bits: int
+    values: Tensor,
+    errors: Tensor,
+    R: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    group_of: Tensor,
+    bits: int,
 ) -> None:
     """Round up to MOST_COLUMNS columns to their grids in turn: values [n, O] become codes, errors [n, O] w - q.
 
@@ -57,7 +63,13 @@ def round_columns(
 
 
 def fit_codes(
-    slopes: Tensor, errors: Tensor, levels: Tensor, hessian: Tensor, scales: Tensor, zeros: Tensor, bits: int
+    slopes: Tensor,
+    errors: Tensor,
+    levels: Tensor,
+    hessian: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    bits: int,
 ) -> None:
     """One round of coordinate descent over up to MOST_COLUMNS columns of a group; errors and levels [n, O] change in
     place.
@@ -74,7 +86,13 @@ def fit_codes(
 
 
 def fit_scales(
-    slopes: Tensor, curvatures: Tensor, levels: Tensor, errors: Tensor, scales: Tensor, *, signed: bool
+    slopes: Tensor,
+    curvatures: Tensor,
+    levels: Tensor,
+    errors: Tensor,
+    scales: Tensor,
+    *,
+    signed: bool,
 ) -> None:
     """Fit the scales [O] of one group to slopes P and bends H_gg b, both [n, O].
 
@@ -130,7 +148,9 @@ def best_candidates(
 
 
 def _check_contiguous(*tensors: Tensor) -> None:
-    assert all(tensor.is_contiguous() for tensor in tensors), [tensor.stride() for tensor in tensors]
+    assert all(tensor.is_contiguous() for tensor in tensors), [
+        tensor.stride() for tensor in tensors
+    ]
 
 
 def _programs(rows: int, rows_each: int) -> int:
@@ -143,7 +163,13 @@ def _power(number: int) -> int:
 
 
 def dequantize_packed(
-    qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor, bits: int, v2: bool, dtype: torch.dtype
+    qweight: Tensor,
+    qzeros: Tensor,
+    scales: Tensor,
+    g_idx: Tensor,
+    bits: int,
+    v2: bool,
+    dtype: torch.dtype,
 ) -> Tensor:
     """The weight [O, I] in `dtype`: scales[g_idx[i], o] * (code[i, o] - zero[g_idx[i], o]), computed in float32.
 

@@ -32,7 +32,9 @@ class Disk:
     """Every operation that changes what is on a disk, so that tests can count, refuse or end them."""
 
     def open(self, path: Path, flags: int) -> int:
-        return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)  # the umask decides who may read
+        return os.open(
+            path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666
+        )  # the umask decides who may read
 
     def write(self, descriptor: int, data: memoryview, offset: int) -> int:
         return os.pwrite(descriptor, data, offset)
@@ -134,7 +136,9 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def json_bytes(content: Any, *, indent: int) -> bytes:
     """A JSON file of `content` in UTF-8. What UTF-8 does not know, as a byte of a file's name, becomes an escape."""
     text = json.dumps(content, indent=indent, ensure_ascii=False) + "\n"
-    return text.encode("utf-8", "backslashreplace")  # \udcff means the same in JSON, and strings alone hold it
+    return text.encode(
+        "utf-8", "backslashreplace"
+    )  # \udcff means the same in JSON, and strings alone hold it
 
 
 def make_directory(path: Path, mode: int = 0o777) -> None:
@@ -198,7 +202,9 @@ def publish(stage: Path, output: Path, aside: Path, *, overwrite: bool) -> None:
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
                 message = f"`{output}` appeared while this run was working"
-                raise ExistsError("E_OUT_EXISTS", message, hint="choose another -o, or add --overwrite") from None
+                raise ExistsError(
+                    "E_OUT_EXISTS", message, hint="choose another -o, or add --overwrite"
+                ) from None
             raise
     sync_directory(output.parent)
     sync_directory(stage.parent)

@@ -26,7 +26,12 @@ MAX_CONFIG_BYTES, MAX_JSON_BYTES = 5_000_000, 50_000_000
 MANIFEST = "gptq_manifest.json"
 CONFIG_FILE = "gptq_config.yaml"  # the resolved configuration
 REPORT_DATA, REPORT_PAGE = "gptq_report.json", "gptq_report.html"  # the report of the run
-OF_THE_RUN = {CONFIG_FILE, MANIFEST, REPORT_DATA, REPORT_PAGE}  # what is about a run, not of the model
+OF_THE_RUN = {
+    CONFIG_FILE,
+    MANIFEST,
+    REPORT_DATA,
+    REPORT_PAGE,
+}  # what is about a run, not of the model
 SCHEMA = 1
 
 MOST_THREADS = 8

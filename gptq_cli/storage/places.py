@@ -49,7 +49,9 @@ def _mount_points() -> list[Path]:
     except OSError:
         return []  # not Linux: st_dev alone tells
     fields = [line.split(b" ") for line in lines]
-    names = [_ESCAPED.sub(_letter, line[4]) for line in fields if len(line) > 4]  # proc(5): the fifth field
+    names = [
+        _ESCAPED.sub(_letter, line[4]) for line in fields if len(line) > 4
+    ]  # proc(5): the fifth field
     return [Path(os.fsdecode(name)) for name in names]
 
 

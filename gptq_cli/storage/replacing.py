@@ -68,7 +68,9 @@ def check_output(output: Path, model: Path, *, overwrite: bool, may_be_done: boo
     if not is_occupied(output):
         return
     if not output.is_dir():
-        raise ExistsError("E_OUT_EXISTS", f"`{output}` exists and is not a directory", hint="choose another -o")
+        raise ExistsError(
+            "E_OUT_EXISTS", f"`{output}` exists and is not a directory", hint="choose another -o"
+        )
     if may_be_done and read_manifest(output) is not None:
         return
     if not overwrite:
@@ -114,12 +116,16 @@ def check_file(file: Path, mark: bytes) -> None:
     if status_of(file, writing=True) is None:
         return
     if not file.is_file():
-        raise ExistsError("E_OUT_FOREIGN", f"`{file}` exists and is not a file", hint="choose another name")
+        raise ExistsError(
+            "E_OUT_FOREIGN", f"`{file}` exists and is not a file", hint="choose another name"
+        )
     with file_errors(file, writing=False), file.open("rb") as stream:
         head = stream.read(MARKED_BYTES)
     if head and mark not in head:
         message = f"`{file}` exists, and gptq has not written it"
-        raise ExistsError("E_OUT_FOREIGN", message, hint="choose another name, or move that file elsewhere first")
+        raise ExistsError(
+            "E_OUT_FOREIGN", message, hint="choose another name, or move that file elsewhere first"
+        )
 
 
 def is_an_output(directory: Path) -> bool:
@@ -216,10 +222,16 @@ def _refuse_place(output: Path) -> None:
         )  # fmt: skip
     if here in map(identity, _homes()):
         hint = f"choose a directory inside it: -o {shell_word(str(output / 'NAME'))}"
-        raise ExistsError("E_OUT_FOREIGN", f"`{output}` is a home directory, and is never replaced", hint=hint)
+        raise ExistsError(
+            "E_OUT_FOREIGN", f"`{output}` is a home directory, and is never replaced", hint=hint
+        )
     if is_mount(output):
         hint = f"choose a directory inside it: -o {shell_word(str(output / 'NAME'))}"
-        raise ConfigError("E_OUT_MOUNT", f"`{output}` is a mount point, which cannot be given to another", hint=hint)
+        raise ConfigError(
+            "E_OUT_MOUNT",
+            f"`{output}` is a mount point, which cannot be given to another",
+            hint=hint,
+        )
     mounts = mounts_below(output)
     if mounts:
         message = f"`{output}` holds a mount point, `{mounts[0]}`, and is never replaced"
@@ -242,7 +254,9 @@ def _foreign_files(directory: Path, model: Path | None) -> Iterator[str]:
     manifest = read_manifest(directory)
     plain = is_an_output(directory)
     listed = _listed(manifest)
-    for name in _files(directory, Path(), model and identity(model), skip_fixed=manifest is not None):
+    for name in _files(
+        directory, Path(), model and identity(model), skip_fixed=manifest is not None
+    ):
         if not plain or not _is_ours(directory / name, name, listed):
             yield name.as_posix()
 

@@ -31,11 +31,26 @@ from gptq_cli.events import Report, Warned
 from gptq_cli.files import resolved, status_of
 from gptq_cli.shell import shell_word
 from gptq_cli.storage import durable, replacing
-from gptq_cli.storage.durable import disk_errors, make_directory, remove, sweep, sync_directory, write_file, write_json
+from gptq_cli.storage.durable import (
+    disk_errors,
+    make_directory,
+    remove,
+    sweep,
+    sync_directory,
+    write_file,
+    write_json,
+)
 from gptq_cli.storage.manifest import MANIFEST, read_sealed, sealed
 from gptq_cli.storage.places import Identity, identity
 
-LOCK, HOLDER, RUN, JOURNAL, STAGE, ASIDE = "lock", "holder.json", "run.json", "journal.jsonl", "out", "old"
+LOCK, HOLDER, RUN, JOURNAL, STAGE, ASIDE = (
+    "lock",
+    "holder.json",
+    "run.json",
+    "journal.jsonl",
+    "out",
+    "old",
+)
 HIDDEN = ("hidden-0", "hidden-1")
 REPLACED = "replaced-"
 SUFFIX = ".gptq-work"
@@ -103,7 +118,9 @@ class WorkDirectory:
 
         What cannot be removed of an output that was replaced stays, and is told in `left`.
         """
-        sync_directory(self.output.parent)  # the output's name, if an earlier run ended between giving and syncing it
+        sync_directory(
+            self.output.parent
+        )  # the output's name, if an earlier run ended between giving and syncing it
         self.drop()  # first: without the journal nothing here is anybody's work
         self.left = []
         for old in self.replaced():
@@ -131,7 +148,9 @@ class WorkDirectory:
         if not old.exists():
             return
         taken = [path.name for path in self.replaced()]
-        free = next(name for number in range(len(taken) + 1) if (name := f"{REPLACED}{number}") not in taken)
+        free = next(
+            name for number in range(len(taken) + 1) if (name := f"{REPLACED}{number}") not in taken
+        )
         with disk_errors(old):
             durable.disk.rename(old, self.path / free)
 
@@ -142,7 +161,9 @@ def output_of(work: Path) -> Path | None:
     if name in ("", ".", "..") or work.name != f".{name}{SUFFIX}":
         return None
     output = work.with_name(name)
-    return output if WorkDirectory(output).path == work else None  # it may be a link to another place
+    return (
+        output if WorkDirectory(output).path == work else None
+    )  # it may be a link to another place
 
 
 def refuse_foreign(work: Path) -> None:
@@ -168,7 +189,9 @@ def locked(output: Path, *, allow_network_fs: bool = False) -> Iterator[WorkDire
     work.hold()
     removing = False
     try:
-        _check_private(work.path)  # once more: the lock makes the directory anew if another run is just removing it
+        _check_private(
+            work.path
+        )  # once more: the lock makes the directory anew if another run is just removing it
         _prepare(work)
         yield work
         removing = work.is_held()  # otherwise what is there, if anything, is another run's
@@ -215,14 +238,20 @@ def _lock(work: WorkDirectory) -> FileLock:
             return durable.disk.lock(work.lock)
     except Timeout:
         hint = "wait for it, or choose another -o"
-        raise ExistsError("E_LOCKED", f"{_holder(work)} is writing `{work.output}`", hint=hint) from None
+        raise ExistsError(
+            "E_LOCKED", f"{_holder(work)} is writing `{work.output}`", hint=hint
+        ) from None
 
 
 def _prepare(work: WorkDirectory) -> None:
-    sync_directory(work.path.parent)  # a run that was killed may have made the directory and not synced its name
+    sync_directory(
+        work.path.parent
+    )  # a run that was killed may have made the directory and not synced its name
     work.repair()
     sweep(work.path, (LOCK, RUN, JOURNAL, STAGE, *HIDDEN, *(old.name for old in work.replaced())))
-    write_file(work.path / HOLDER, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
+    write_file(
+        work.path / HOLDER, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode()
+    )
 
 
 def _holder(work: WorkDirectory) -> str:
@@ -273,7 +302,11 @@ def read_run(work: Path) -> dict[str, Any] | None:
     as they were written. The checksum is no signature: what is in the request may still be anything.
     """
     run = read_sealed(work / RUN)
-    if run is None or not isinstance(run.get("identity"), dict) or not isinstance(run.get("request"), dict):
+    if (
+        run is None
+        or not isinstance(run.get("identity"), dict)
+        or not isinstance(run.get("request"), dict)
+    ):
         return None
     return run
 
@@ -299,7 +332,9 @@ def drop_failed(work: WorkDirectory, report: Report) -> bool:
 
 
 @contextmanager
-def working_on(output: Path, report: Report, *, allow_network_fs: bool = False) -> Iterator[WorkDirectory]:
+def working_on(
+    output: Path, report: Report, *, allow_network_fs: bool = False
+) -> Iterator[WorkDirectory]:
     """The work directory of `output` as `locked` gives it; a warning if an output that was replaced is not all gone."""
     with locked(output, allow_network_fs=allow_network_fs) as work:
         yield work

@@ -17,7 +17,13 @@ model, output, ids, bits, group_size = sys.argv[1:]
 rows = torch.tensor(json.loads(Path(ids).read_text()))
 tuned = AutoRound(
     model,
-    scheme={"bits": int(bits), "group_size": int(group_size), "sym": True, "data_type": "int", "act_bits": 16},
+    scheme={
+        "bits": int(bits),
+        "group_size": int(group_size),
+        "sym": True,
+        "data_type": "int",
+        "act_bits": 16,
+    },
     dataset=list(rows.split(8)),  # what its own loader hands out, with its default batch_size
     seqlen=rows.shape[1],
     nsamples=len(rows),

@@ -14,6 +14,10 @@ from gptqmodel import GPTQModel, QuantizeConfig
 
 model, output, ids, bits, group_size = sys.argv[1:]
 rows = json.loads(Path(ids).read_text())
-loaded = GPTQModel.load(model, QuantizeConfig(bits=int(bits), group_size=int(group_size)), device="cpu")
-loaded.quantize([{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows], batch_size=1)
+loaded = GPTQModel.load(
+    model, QuantizeConfig(bits=int(bits), group_size=int(group_size)), device="cpu"
+)
+loaded.quantize(
+    [{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows], batch_size=1
+)
 loaded.save(output)

@@ -20,14 +20,22 @@ model, output, ids, bits, group_size = sys.argv[1:]
 rows = json.loads(Path(ids).read_text())
 loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
 weights = QuantizationArgs(
-    num_bits=int(bits), type="int", symmetric=True, strategy="group", group_size=int(group_size), actorder="static"
+    num_bits=int(bits),
+    type="int",
+    symmetric=True,
+    strategy="group",
+    group_size=int(group_size),
+    actorder="static",
 )
 recipe = GPTQModifier(
-    config_groups={"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}, ignore=["lm_head"]
+    config_groups={"group_0": QuantizationScheme(targets=["Linear"], weights=weights)},
+    ignore=["lm_head"],
 )
 oneshot(
     model=loaded,
-    dataset=Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}),
+    dataset=Dataset.from_dict(
+        {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}
+    ),
     recipe=recipe,
     max_seq_length=len(rows[0]),
     num_calibration_samples=len(rows),

@@ -34,14 +34,22 @@ def written(path: Path, rows: list[dict[str, Any]]) -> Path:
         parquet.write_table(pyarrow.Table.from_pylist(rows), buffer)
         path.write_bytes(buffer.getvalue())
     else:
-        text = json.dumps(rows) if path.suffix == ".json" else "".join(json.dumps(row) + "\n" for row in rows)
+        text = (
+            json.dumps(rows)
+            if path.suffix == ".json"
+            else "".join(json.dumps(row) + "\n" for row in rows)
+        )
         path.write_text(text)
     return path
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
-@pytest.mark.parametrize(("column", "chat"), [("messages", OPENAI), ("conversations", SHAREGPT), ("turns", OPENAI)])
-def test_a_column_of_chats_is_refused_as_such(suffix: str, column: str, chat: list[Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("column", "chat"), [("messages", OPENAI), ("conversations", SHAREGPT), ("turns", OPENAI)]
+)
+def test_a_column_of_chats_is_refused_as_such(
+    suffix: str, column: str, chat: list[Any], tmp_path: Path
+) -> None:
     file = written(tmp_path / f"x{suffix}", [{"id": "1", column: chat}, {"id": "2", column: chat}])
     error = refused(file, column)
     assert error.code == "E_DATA_COLUMN"
@@ -54,7 +62,9 @@ def test_a_column_of_chats_is_refused_as_such(suffix: str, column: str, chat: li
 def test_chats_without_a_column_of_text_are_told_at_once(column: str, tmp_path: Path) -> None:
     error = refused(written(tmp_path / "x.jsonl", [{"id": "1", column: OPENAI}]))
     assert str(error).endswith(f"has no column `text`; it has `id`, `{column}`")
-    assert f"if `{column}` holds chats: chat messages have to become text first" in (error.hint or "")
+    assert f"if `{column}` holds chats: chat messages have to become text first" in (
+        error.hint or ""
+    )
 
 
 def test_a_text_beside_the_chats_is_read(tmp_path: Path) -> None:
@@ -72,7 +82,10 @@ def test_lists_that_hold_no_messages_are_called_lists(suffix: str, tmp_path: Pat
 
 @pytest.mark.parametrize("split", [None, "train", "other"])
 def test_a_folder_of_save_to_disk_is_named_and_the_hint_reads_it(
-    split: str | None, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    split: str | None,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     saved = datasets.Dataset.from_dict({"text": ["one", "two"]})
     folder = tmp_path / "it's saved"

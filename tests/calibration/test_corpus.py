@@ -81,8 +81,24 @@ def builders(monkeypatch: pytest.MonkeyPatch) -> list[FakeBuilder]:
 C4_TRAIN = {"train": "en/c4-train.00000-of-01024.json.gz"}
 C4_VALIDATION = {"validation": "en/c4-validation.00000-of-00008.json.gz"}
 DECLARED: dict[tuple[str, str], tuple[Any, ...]] = {
-    ("wikitext2", "calibration"): ("Salesforce/wikitext", "wikitext-2-raw-v1", None, "train", False, "\n\n", None),
-    ("wikitext2", "evaluation"): ("Salesforce/wikitext", "wikitext-2-raw-v1", None, "test", False, "\n\n", None),
+    ("wikitext2", "calibration"): (
+        "Salesforce/wikitext",
+        "wikitext-2-raw-v1",
+        None,
+        "train",
+        False,
+        "\n\n",
+        None,
+    ),
+    ("wikitext2", "evaluation"): (
+        "Salesforce/wikitext",
+        "wikitext-2-raw-v1",
+        None,
+        "test",
+        False,
+        "\n\n",
+        None,
+    ),
     ("c4", "calibration"): ("allenai/c4", None, C4_TRAIN, "train", True, "\n\n", None),
     ("c4", "evaluation"): ("allenai/c4", None, C4_VALIDATION, "validation", True, " ", 256),
     ("c4-new", "calibration"): ("allenai/c4", None, C4_TRAIN, "train", True, "\n\n", None),
@@ -95,14 +111,20 @@ def test_every_registered_corpus_is_declared_here() -> None:
 
 
 @pytest.mark.parametrize(("name", "purpose"), DECLARED)
-def test_a_registered_corpus_is_read_as_declared(name: str, purpose: Any, builders: list[FakeBuilder]) -> None:
+def test_a_registered_corpus_is_read_as_declared(
+    name: str, purpose: Any, builders: list[FakeBuilder]
+) -> None:
     repo, config, data_files, split, stream, join, max_windows = DECLARED[name, purpose]
     documents = load_documents(DatasetSource(name, purpose=purpose))
     [builder] = builders
     assert builder.asked == ((repo, config), {"data_files": data_files})
     assert (builder.split, builder.streamed) == (split, stream)
     assert (documents.name, documents.config, documents.split) == (name, config, split)
-    assert (documents.join, documents.max_windows, documents.revision) == (join, max_windows, COMMIT)
+    assert (documents.join, documents.max_windows, documents.revision) == (
+        join,
+        max_windows,
+        COMMIT,
+    )
     expected = 1100 if (name != "wikitext2" and purpose == "evaluation") else 2000
     assert list(documents.texts) == [f"row {index}" for index in range(expected)]
 
@@ -143,7 +165,9 @@ def test_config_and_split_of_a_hub_id_are_honoured(builders: list[FakeBuilder]) 
 def test_config_and_split_without_a_hub_id_are_refused(
     dataset: Any, options: dict[str, str], builders: list[FakeBuilder]
 ) -> None:
-    with pytest.raises(ConfigError, match=f"dataset_{next(iter(options))} `x` has no meaning for") as caught:
+    with pytest.raises(
+        ConfigError, match=f"dataset_{next(iter(options))} `x` has no meaning for"
+    ) as caught:
         load_documents(DatasetSource(dataset, **options))
     assert caught.value.code == "E_CFG_CONFLICT"
     assert builders == []
@@ -165,25 +189,38 @@ def test_a_folder_of_texts_alone_has_no_column_and_one_with_rows_has(tmp_path: P
     assert list(load(tmp_path, text_column="body").texts) == ["one", "two"]
 
 
-@pytest.mark.parametrize("texts", [["a text", "gone.jsonl"], ["{file}", "a text"], ["a text", "{folder}"]])
+@pytest.mark.parametrize(
+    "texts", [["a text", "gone.jsonl"], ["{file}", "a text"], ["a text", "{folder}"]]
+)
 def test_files_given_as_literal_texts_are_refused(texts: list[str], tmp_path: Path) -> None:
     (tmp_path / "notes").write_text("a text")
     paths = {"file": tmp_path / "notes", "folder": tmp_path}
-    with pytest.raises(ConfigError, match="is a file, and a dataset given twice or more holds the texts") as caught:
+    with pytest.raises(
+        ConfigError, match="is a file, and a dataset given twice or more holds the texts"
+    ) as caught:
         load_documents(DatasetSource([text.format(**paths) for text in texts]))
-    assert (caught.value.code, caught.value.hint) == ("E_CFG_CONFLICT", "put the files into a folder and give that")
+    assert (caught.value.code, caught.value.hint) == (
+        "E_CFG_CONFLICT",
+        "put the files into a folder and give that",
+    )
 
 
 def test_a_text_too_long_for_a_path_is_no_file() -> None:
     texts = ["a word " * 1000, "another\0", "it lies in notes.txt"]
     assert list(load_documents(DatasetSource(texts)).texts) == texts
-    with pytest.raises(InputError, match="is not a registered name, a file, a folder or the id") as caught:
+    with pytest.raises(
+        InputError, match="is not a registered name, a file, a folder or the id"
+    ) as caught:
         load_documents(DatasetSource(texts[0]))
     assert caught.value.code == "E_DATA_NOT_FOUND"
 
 
-@pytest.mark.parametrize("name", [".hidden", "./gone", "../gone", "/gone", "~/gone", "gone.txt", "data/gone.jsonl"])
-def test_what_looks_like_a_path_is_never_sent_to_the_hub(name: str, builders: list[FakeBuilder]) -> None:
+@pytest.mark.parametrize(
+    "name", [".hidden", "./gone", "../gone", "/gone", "~/gone", "gone.txt", "data/gone.jsonl"]
+)
+def test_what_looks_like_a_path_is_never_sent_to_the_hub(
+    name: str, builders: list[FakeBuilder]
+) -> None:
     with pytest.raises(InputError, match="does not exist") as caught:
         load_documents(DatasetSource(name))
     assert caught.value.code == "E_DATA_NOT_FOUND"
@@ -210,7 +247,9 @@ def test_what_cannot_be_a_hub_id_is_not_asked_for(name: str, builders: list[Fake
 
 
 @pytest.mark.parametrize("name", ["ptb", "ptb-new"])
-def test_corpora_that_need_a_script_are_refused_by_name(name: str, builders: list[FakeBuilder]) -> None:
+def test_corpora_that_need_a_script_are_refused_by_name(
+    name: str, builders: list[FakeBuilder]
+) -> None:
     with pytest.raises(InputError) as caught:
         load_documents(DatasetSource(name))
     assert caught.value.code == "E_DATA_SCRIPT"
@@ -219,7 +258,11 @@ def test_corpora_that_need_a_script_are_refused_by_name(name: str, builders: lis
 
 def test_literal_texts_are_documents_in_their_order() -> None:
     documents = load_documents(DatasetSource(["one", "", "two"]))
-    assert (list(documents.texts), documents.name, documents.revision) == (["one", "", "two"], "texts", None)
+    assert (list(documents.texts), documents.name, documents.revision) == (
+        ["one", "", "two"],
+        "texts",
+        None,
+    )
     assert documents.sha256 == sha256(b"one\n\n\n\ntwo").hexdigest()
 
 
@@ -280,57 +323,169 @@ REFUSALS: dict[str, tuple[str, bytes, str, str]] = {
         "E_DATA_COLUMN",
         "has no column `text`; it has `body`, `n`",
     ),
-    "no such column of csv": ("x.csv", b"body,n\na,1\n", "E_DATA_COLUMN", "has no column `text`; it has `body`, `n`"),
-    "no such column of a list": ("x.json", b'[{"body": "a"}]', "E_DATA_COLUMN", "has no column `text`; it has `body`"),
-    "numbers": ("x.jsonl", b'{"text": 5}\n', "E_DATA_COLUMN", "of row 1 holds a number, not a string"),
+    "no such column of csv": (
+        "x.csv",
+        b"body,n\na,1\n",
+        "E_DATA_COLUMN",
+        "has no column `text`; it has `body`, `n`",
+    ),
+    "no such column of a list": (
+        "x.json",
+        b'[{"body": "a"}]',
+        "E_DATA_COLUMN",
+        "has no column `text`; it has `body`",
+    ),
+    "numbers": (
+        "x.jsonl",
+        b'{"text": 5}\n',
+        "E_DATA_COLUMN",
+        "of row 1 holds a number, not a string",
+    ),
     "numbers of a list": (
         "x.json",
         b'[{"text": 5}]',
         "E_DATA_COLUMN",
         "column `text` of row 1 holds a number, not a string",
     ),
-    "numbers of parquet": ("x.parquet", as_parquet(text=[1.5]), "E_DATA_COLUMN", "holds double, not strings"),
-    "null row": ("x.jsonl", b'{"text": "a"}\n{"text": null}\n', "E_DATA_COLUMN", "column `text` of row 2 holds null"),
-    "null row of parquet": ("x.parquet", as_parquet(text=["a", None]), "E_DATA_COLUMN", "of row 2 holds null"),
-    "latin1 text": ("x.txt", "na\xefve".encode("latin1"), "E_DATA_ENCODING", "is not UTF-8: byte 0xef at offset 2"),
-    "latin1 jsonl": ("x.jsonl", b'{"text": "na\xefve"}\n', "E_DATA_ENCODING", "is not UTF-8: byte 0xef"),
+    "numbers of parquet": (
+        "x.parquet",
+        as_parquet(text=[1.5]),
+        "E_DATA_COLUMN",
+        "holds double, not strings",
+    ),
+    "null row": (
+        "x.jsonl",
+        b'{"text": "a"}\n{"text": null}\n',
+        "E_DATA_COLUMN",
+        "column `text` of row 2 holds null",
+    ),
+    "null row of parquet": (
+        "x.parquet",
+        as_parquet(text=["a", None]),
+        "E_DATA_COLUMN",
+        "of row 2 holds null",
+    ),
+    "latin1 text": (
+        "x.txt",
+        "na\xefve".encode("latin1"),
+        "E_DATA_ENCODING",
+        "is not UTF-8: byte 0xef at offset 2",
+    ),
+    "latin1 jsonl": (
+        "x.jsonl",
+        b'{"text": "na\xefve"}\n',
+        "E_DATA_ENCODING",
+        "is not UTF-8: byte 0xef",
+    ),
     "latin1 csv": ("x.csv", b"text\nna\xefve\n", "E_DATA_ENCODING", "is not UTF-8: byte 0xef"),
     "empty text": ("x.txt", b"", "E_DATA_EMPTY", "is an empty file"),
     "empty jsonl": ("x.jsonl", b"", "E_DATA_EMPTY", "is an empty file"),
     "empty list": ("x.json", b"[]", "E_DATA_EMPTY", "has no rows"),
     "header only": ("x.csv", b"text\n", "E_DATA_EMPTY", "has no rows"),
-    "no rows of parquet": ("x.parquet", as_parquet(text=pyarrow.array([], "string")), "E_DATA_EMPTY", "has no rows"),
+    "no rows of parquet": (
+        "x.parquet",
+        as_parquet(text=pyarrow.array([], "string")),
+        "E_DATA_EMPTY",
+        "has no rows",
+    ),
     "broken jsonl": ("x.jsonl", b'{"text": "a"\n{"te', "E_DATA_FORMAT", "cannot be read"),
     "broken parquet": ("x.parquet", b"PAR1 no", "E_DATA_FORMAT", "cannot be read"),
-    "later row": ("x.jsonl", b'{"text": "a"}\n{"body": "b"}\n', "E_DATA_COLUMN", "row 2 of dataset"),
-    "list": ("x.jsonl", b'{"text": ["a"]}\n', "E_DATA_COLUMN", "of row 1 holds a list, not a string"),
+    "later row": (
+        "x.jsonl",
+        b'{"text": "a"}\n{"body": "b"}\n',
+        "E_DATA_COLUMN",
+        "row 2 of dataset",
+    ),
+    "list": (
+        "x.jsonl",
+        b'{"text": ["a"]}\n',
+        "E_DATA_COLUMN",
+        "of row 1 holds a list, not a string",
+    ),
     "list of parquet": (
         "x.parquet",
         as_parquet(text=[["a"]]),
         "E_DATA_COLUMN",
         "holds a list in each row, not",
     ),
-    "no object": ("x.jsonl", b'{"text": "a"}\n5\n', "E_DATA_FORMAT", "line 2 holds a number, not an object"),
-    "no object of a list": ("x.json", b'[{"text": "a"}, null]', "E_DATA_FORMAT", "item 2 holds null, not an object"),
-    "half a pair": ("x.jsonl", b'{"text": "\\ud800"}\n', "E_DATA_FORMAT", "of row 1 holds half of a surrogate pair"),
-    "deep": ("x.jsonl", b'{"text": ' + b"[" * 10**5 + b"\n", "E_DATA_FORMAT", "line 1 cannot be taken"),
+    "no object": (
+        "x.jsonl",
+        b'{"text": "a"}\n5\n',
+        "E_DATA_FORMAT",
+        "line 2 holds a number, not an object",
+    ),
+    "no object of a list": (
+        "x.json",
+        b'[{"text": "a"}, null]',
+        "E_DATA_FORMAT",
+        "item 2 holds null, not an object",
+    ),
+    "half a pair": (
+        "x.jsonl",
+        b'{"text": "\\ud800"}\n',
+        "E_DATA_FORMAT",
+        "of row 1 holds half of a surrogate pair",
+    ),
+    "deep": (
+        "x.jsonl",
+        b'{"text": ' + b"[" * 10**5 + b"\n",
+        "E_DATA_FORMAT",
+        "line 1 cannot be taken",
+    ),
     "broken list": ("x.json", b'[{"text": "a"},\n {"te', "E_DATA_FORMAT", "line 2 is not JSON"),
-    "two documents": ("x.json", b'{\n"text": "a"\n}\n{\n', "E_DATA_FORMAT", "line 4 is not JSON: Extra data"),
-    "long record": ("x.csv", b"text,n\na,1,2\n", "E_DATA_FORMAT", "line 2 has 3 fields, the header 2"),
+    "two documents": (
+        "x.json",
+        b'{\n"text": "a"\n}\n{\n',
+        "E_DATA_FORMAT",
+        "line 4 is not JSON: Extra data",
+    ),
+    "long record": (
+        "x.csv",
+        b"text,n\na,1,2\n",
+        "E_DATA_FORMAT",
+        "line 2 has 3 fields, the header 2",
+    ),
     "short record": ("x.csv", b"n,text\n1\n", "E_DATA_COLUMN", "column `text` of row 1 holds null"),
-    "open quote": ("x.csv", b'text\n"a\nb\n', "E_DATA_FORMAT", "is not CSV: unexpected end of data"),
-    "header twice": ("x.csv", b"text,text\na,b\n", "E_DATA_FORMAT", "its header has the column `text` twice"),
+    "open quote": (
+        "x.csv",
+        b'text\n"a\nb\n',
+        "E_DATA_FORMAT",
+        "is not CSV: unexpected end of data",
+    ),
+    "header twice": (
+        "x.csv",
+        b"text,text\na,b\n",
+        "E_DATA_FORMAT",
+        "its header has the column `text` twice",
+    ),
     "nuls": ("x.txt", b"\0" * 5000, "E_DATA_FORMAT", "is no text: it holds a NUL byte at offset 0"),
-    "nul in a text": ("x.txt", b"some text" * 9 + b"\0", "E_DATA_FORMAT", "it holds a NUL byte at offset 81"),
-    "nul in rows": ("x.jsonl", b'{"text": "a"}\n{"text": "\0"}\n', "E_DATA_FORMAT", "a NUL byte at offset 24"),
+    "nul in a text": (
+        "x.txt",
+        b"some text" * 9 + b"\0",
+        "E_DATA_FORMAT",
+        "it holds a NUL byte at offset 81",
+    ),
+    "nul in rows": (
+        "x.jsonl",
+        b'{"text": "a"}\n{"text": "\0"}\n',
+        "E_DATA_FORMAT",
+        "a NUL byte at offset 24",
+    ),
     "nul in csv": ("x.csv", b"text\na\0b\n", "E_DATA_FORMAT", "it holds a NUL byte at offset 6"),
-    "binary": ("x.TXT", b"\x7fELF\2\1\1" + bytes(range(256)), "E_DATA_FORMAT", "is no text: it holds a NUL byte"),
+    "binary": (
+        "x.TXT",
+        b"\x7fELF\2\1\1" + bytes(range(256)),
+        "E_DATA_FORMAT",
+        "is no text: it holds a NUL byte",
+    ),
     "other kind": ("x.md", b"text", "E_DATA_NOT_FOUND", "is not a kind of file that is read"),
 }
 
 
 # `datasets` leaves a file it could not read to the garbage collector
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning"
+)
 @pytest.mark.parametrize("case", REFUSALS)
 def test_a_file_that_cannot_be_used_is_refused_with_the_reason(
     case: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
@@ -373,7 +528,9 @@ def test_a_hint_names_other_columns_alone_and_a_message_not_too_many(tmp_path: P
     (tmp_path / "one.jsonl").write_text('{"text": 5}\n')
     assert refused(tmp_path / "one.jsonl").hint == "fix it"
     (tmp_path / "two.jsonl").write_text('{"text": 5, "body": "a"}\n')
-    assert refused(tmp_path / "two.jsonl").hint == "fix it, or name another with --text-column: `body`"
+    assert (
+        refused(tmp_path / "two.jsonl").hint == "fix it, or name another with --text-column: `body`"
+    )
     (tmp_path / "many.jsonl").write_text(json.dumps({f"c{number}": "a" for number in range(30)}))
     assert str(refused(tmp_path / "many.jsonl")).endswith("`c6`, `c7`, ...")
 
@@ -394,11 +551,30 @@ def test_a_defect_of_a_later_file_is_an_error_when_it_is_read(tmp_path: Path) ->
         next(texts)
 
 
-NAMES = ["data[1]", "a*", "b?", "{c,d}", "e::f", "~", "~nobody", "zip:", "hf:", "g%20h", "i#j?k=l", "[!m]", "**", " n "]
+NAMES = [
+    "data[1]",
+    "a*",
+    "b?",
+    "{c,d}",
+    "e::f",
+    "~",
+    "~nobody",
+    "zip:",
+    "hf:",
+    "g%20h",
+    "i#j?k=l",
+    "[!m]",
+    "**",
+    " n ",
+]
 
 
-@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json", ".csv", ".parquet", ".TXT", ".Jsonl", ".CSV"])
-def test_a_path_is_a_path_and_no_pattern(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "suffix", [".txt", ".jsonl", ".json", ".csv", ".parquet", ".TXT", ".Jsonl", ".CSV"]
+)
+def test_a_path_is_a_path_and_no_pattern(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
 
     def content(text: str) -> bytes:
@@ -420,7 +596,9 @@ def test_a_path_is_a_path_and_no_pattern(suffix: str, tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize("name", ["a[1].jsonl", "*.jsonl", "x::a.jsonl", "zip://a.jsonl::b.zip", "https://h/a.jsonl",
                                   "hf://datasets/a/b.jsonl", "file:///etc/a.txt", "memory://a.json"])  # fmt: skip
-def test_what_no_file_has_as_its_name_is_not_found(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_no_file_has_as_its_name_is_not_found(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     for other in ("a1.jsonl", "a.jsonl", "x"):
         (tmp_path / other).write_text('{"text": "another"}')
@@ -438,17 +616,28 @@ def test_the_name_of_a_kind_of_file_is_no_dataset(
     (tmp_path / "a.json").write_text('{"text": "what lies around"}')
     with pytest.raises(InputError, match=f"`{kind}` is a kind of file to `datasets`") as caught:
         load_documents(DatasetSource(kind))
-    assert (caught.value.code, caught.value.hint) == ("E_DATA_NOT_FOUND", "give the path of the file itself")
+    assert (caught.value.code, caught.value.hint) == (
+        "E_DATA_NOT_FOUND",
+        "give the path of the file itself",
+    )
     assert builders == []
 
 
-@pytest.mark.parametrize(("name", "repo"), [("wikitext2", "Salesforce/wikitext"), ("c4", "allenai/c4")])
+@pytest.mark.parametrize(
+    ("name", "repo"), [("wikitext2", "Salesforce/wikitext"), ("c4", "allenai/c4")]
+)
 def test_a_folder_cannot_stand_in_for_a_registered_corpus(
-    name: str, repo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, builders: list[FakeBuilder]
+    name: str,
+    repo: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    builders: list[FakeBuilder],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / repo).mkdir(parents=True)
-    with pytest.raises(InputError, match=f"`{repo}` in the current directory has the name of the Hub") as caught:
+    with pytest.raises(
+        InputError, match=f"`{repo}` in the current directory has the name of the Hub"
+    ) as caught:
         load_documents(DatasetSource(name))
     assert caught.value.code == "E_DATA_NOT_FOUND"
     assert "another directory" in (caught.value.hint or "")
@@ -470,7 +659,9 @@ def test_json_of_every_shape_gives_its_rows(tmp_path: Path) -> None:
 
 
 def test_csv_fields_may_hold_lines_commas_and_quotes(tmp_path: Path) -> None:
-    content = b'\xef\xbb\xbfn,text\r\n1,"a, ""b""\r\nc"\r\n\r\n2,null\r\n3,' + b"x" * 200_000 + b"\n"
+    content = (
+        b'\xef\xbb\xbfn,text\r\n1,"a, ""b""\r\nc"\r\n\r\n2,null\r\n3,' + b"x" * 200_000 + b"\n"
+    )
     (tmp_path / "x.csv").write_bytes(content)
     assert list(load(tmp_path / "x.csv").texts) == ['a, "b"\r\nc', "null", "x" * 200_000]
 
@@ -484,7 +675,9 @@ def test_rows_are_read_no_further_than_needed(tmp_path: Path) -> None:
         assert [next(found) for _ in range(3)] == ["row 0", "row 1", "row 2"]
 
 
-def test_a_mistake_of_our_own_is_not_blamed_on_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mistake_of_our_own_is_not_blamed_on_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(*_: Any, **__: Any) -> None:
         raise AttributeError("a slip in the program")
 

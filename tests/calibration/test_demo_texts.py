@@ -32,7 +32,14 @@ def test_the_committed_texts_are_what_their_seeds_write(name: str, language: Mod
 
 def test_no_word_is_in_two_lexicons(language: ModuleType) -> None:
     lexicons = [
-        *(language.NAMES, language.PLACES, language.WEEKDAYS, language.NUMBERS, language.COLOURS, language.ANIMALS),
+        *(
+            language.NAMES,
+            language.PLACES,
+            language.WEEKDAYS,
+            language.NUMBERS,
+            language.COLOURS,
+            language.ANIMALS,
+        ),
         *(language.ADJECTIVES, language.ADVERBS),
         *(language.NOUNS, [f"{noun}s" for noun in language.NOUNS]),
         *(language.VERBS, [f"{verb}s" for verb in language.VERBS]),
@@ -48,7 +55,9 @@ def test_clauses_of_the_same_words_hold_the_same_information(language: ModuleTyp
         writer = language.Writer(random.Random(seed))
         clause = writer.action("mill")
         met_again += clause in information
-        assert information.setdefault(clause, writer.surprisal) == pytest.approx(writer.surprisal, rel=1e-12)
+        assert information.setdefault(clause, writer.surprisal) == pytest.approx(
+            writer.surprisal, rel=1e-12
+        )
     assert met_again > 100
 
 

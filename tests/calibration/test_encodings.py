@@ -43,7 +43,9 @@ def converted(file: Path) -> list[str]:
     """The texts of what the command of the hint makes of `file`."""
     command = (refused(file).hint or "").partition(": ")[2]
     subprocess.run(["bash", "-c", command], check=True)
-    return list(load_documents(DatasetSource(str(file.with_name(f"{file.stem}-utf8{file.suffix}")))).texts)
+    return list(
+        load_documents(DatasetSource(str(file.with_name(f"{file.stem}-utf8{file.suffix}")))).texts
+    )
 
 
 @pytest.mark.parametrize("suffix", WRITTEN)
@@ -78,7 +80,9 @@ def test_text_beyond_ascii_for_the_most_part_is_not_latin_1(suffix: str, tmp_pat
 
 def test_text_with_few_letters_beyond_ascii_may_be_latin_1(tmp_path: Path) -> None:
     file = tmp_path / "x.jsonl"
-    file.write_bytes(json.dumps({"text": "na\u00efve caf\u00e9"}, ensure_ascii=False).encode("latin1"))
+    file.write_bytes(
+        json.dumps({"text": "na\u00efve caf\u00e9"}, ensure_ascii=False).encode("latin1")
+    )
     assert (refused(file).hint or "").startswith("if it is Latin-1, convert it: iconv -f latin1 ")
     assert "byte 0xef at offset 12" in str(refused(file))
     assert converted(file) == ["na\u00efve caf\u00e9"]

@@ -40,12 +40,16 @@ def as_parquet(texts: list[str]) -> bytes:
 
 
 def as_json_gz(texts: list[str]) -> bytes:
-    return gzip.compress("".join(json.dumps({"text": text, "url": "x"}) + "\n" for text in texts).encode())
+    return gzip.compress(
+        "".join(json.dumps({"text": text, "url": "x"}) + "\n" for text in texts).encode()
+    )
 
 
 def as_chats() -> bytes:
     buffer = io.BytesIO()
-    parquet.write_table(pyarrow.table({"messages": [[{"role": "user", "content": "a question"}]]}), buffer)
+    parquet.write_table(
+        pyarrow.table({"messages": [[{"role": "user", "content": "a question"}]]}), buffer
+    )
     return buffer.getvalue()
 
 
@@ -70,7 +74,9 @@ REPOS = {
     "allenai/c4": {
         "en/c4-train.00000-of-01024.json.gz": as_json_gz(["first shard", "of c4"]),
         "en/c4-train.00001-of-01024.json.gz": as_json_gz(["second shard"]),
-        "en/c4-validation.00000-of-00008.json.gz": as_json_gz([f"page {index}" for index in range(1200)]),
+        "en/c4-validation.00000-of-00008.json.gz": as_json_gz(
+            [f"page {index}" for index in range(1200)]
+        ),
     },
     "someone/texts": {
         "README.md": b"texts",
@@ -104,7 +110,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("hub")
 
 
-def read(hub: Hub, home: Path, sources: Sequence[dict[str, Any]], *, offline: bool = False) -> list[dict[str, Any]]:
+def read(
+    hub: Hub, home: Path, sources: Sequence[dict[str, Any]], *, offline: bool = False
+) -> list[dict[str, Any]]:
     """What a fresh process finds for each source."""
     process = subprocess.run(
         [sys.executable, "-c", READ, json.dumps(list(sources))],
@@ -145,13 +153,20 @@ def test_texts_come_from_the_hub_at_a_commit(hub: Hub, found: list[dict[str, Any
         ["three"],
         ["in b"],
     ]
-    repos = ["Salesforce/wikitext"] * 2 + ["allenai/c4"] * 2 + ["someone/texts"] * 2 + ["someone/configs"]
+    repos = (
+        ["Salesforce/wikitext"] * 2
+        + ["allenai/c4"] * 2
+        + ["someone/texts"] * 2
+        + ["someone/configs"]
+    )
     assert [one["revision"] for one in found] == [hub.commit(repo) for repo in repos]
 
 
 @pytest.mark.usefixtures("found")
 def test_only_the_declared_shard_of_c4_is_fetched(hub: Hub) -> None:
-    fetched = [request for request in hub.requests if request.startswith("GET") and "c4-train" in request]
+    fetched = [
+        request for request in hub.requests if request.startswith("GET") and "c4-train" in request
+    ]
     assert fetched
     assert all("c4-train.00000-of-01024" in request for request in fetched)
 
@@ -161,7 +176,10 @@ def test_offline_wikitext2_is_read_from_the_cache_and_a_stream_is_not_there(
 ) -> None:
     asked = len(hub.requests)
     cached, stream, unknown = read(
-        hub, home, [{"dataset": "wikitext2"}, {"dataset": "someone/texts"}, {"dataset": "never/seen"}], offline=True
+        hub,
+        home,
+        [{"dataset": "wikitext2"}, {"dataset": "someone/texts"}, {"dataset": "never/seen"}],
+        offline=True,
     )
     assert cached == found[0]
     assert (stream["code"], unknown["code"]) == ("E_HUB_OFFLINE", "E_HUB_OFFLINE")
@@ -178,13 +196,25 @@ REFUSALS: list[tuple[dict[str, Any], str, str]] = [
     ({"dataset": "someone/gated"}, "E_HUB_GATED", "is gated on the Hub"),
     ({"dataset": "someone/configs"}, "E_DATA_CONFIG", "available configs: ['a', 'b']"),
     ({"dataset": "someone/configs", "config": "c"}, "E_DATA_CONFIG", "Available: ['a', 'b']"),
-    ({"dataset": "someone/texts", "split": "dev"}, "E_DATA_SPLIT", "Available splits: ['train', 'test']"),
+    (
+        {"dataset": "someone/texts", "split": "dev"},
+        "E_DATA_SPLIT",
+        "Available splits: ['train', 'test']",
+    ),
     ({"dataset": "someone/broken"}, "E_DATA_FORMAT", "dataset `someone/broken` cannot be read: "),
     ({"dataset": "someone/ragged"}, "E_DATA_FORMAT", "dataset `someone/ragged` cannot be read: "),
     ({"dataset": "someone/latin"}, "E_DATA_ENCODING", "is not UTF-8: byte 0xef"),
     ({"dataset": "someone/chats"}, "E_DATA_COLUMN", "has no column `text`; it has `messages`"),
-    ({"dataset": "someone/chats", "text_column": "messages"}, "E_DATA_COLUMN", "holds a list of chat messages in each"),
-    ({"dataset": "someone/texts", "text_column": "body"}, "E_DATA_COLUMN", "has no column `body`; it has `text`"),
+    (
+        {"dataset": "someone/chats", "text_column": "messages"},
+        "E_DATA_COLUMN",
+        "holds a list of chat messages in each",
+    ),
+    (
+        {"dataset": "someone/texts", "text_column": "body"},
+        "E_DATA_COLUMN",
+        "has no column `body`; it has `text`",
+    ),
 ]
 
 
@@ -198,13 +228,20 @@ def test_what_the_hub_refuses_is_said_in_one_line_with_a_hint(hub: Hub, home: Pa
     assert errors[1]["hint"] == "did you mean `wikitext2`?"
 
 
-def test_a_hub_that_cannot_be_reached_is_said_at_once_and_not_tried_for_half_a_minute(tmp_path: Path) -> None:
+def test_a_hub_that_cannot_be_reached_is_said_at_once_and_not_tried_for_half_a_minute(
+    tmp_path: Path,
+) -> None:
     with serve({}) as gone:
         environment = gone.environment(tmp_path)
-    script = "import time\nnaps = []\ntime.sleep = naps.append\n" + READ + "\nprint(json.dumps(naps))"
+    script = (
+        "import time\nnaps = []\ntime.sleep = naps.append\n" + READ + "\nprint(json.dumps(naps))"
+    )
     sources = json.dumps([{"dataset": "wikitext2"}, {"dataset": "someone/texts"}])
     done = subprocess.run(
-        [sys.executable, "-c", script, sources], env={**os.environ, **environment}, capture_output=True, text=True
+        [sys.executable, "-c", script, sources],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
     )
     *found, naps = [json.loads(line) for line in done.stdout.splitlines()]
     assert [(one["code"], one["message"].split(":")[0]) for one in found] == [

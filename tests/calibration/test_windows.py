@@ -21,9 +21,13 @@ def all_ids(documents: Documents, encoder: WordEncoder) -> list[int]:
 
 
 @pytest.mark.parametrize(("seqlen", "bos"), [(7, None), (7, BOS), (16, BOS), (2, BOS), (1, None)])
-def test_calibration_windows_are_full_distinct_slices_of_the_text(seqlen: int, bos: int | None) -> None:
+def test_calibration_windows_are_full_distinct_slices_of_the_text(
+    seqlen: int, bos: int | None
+) -> None:
     encoder, documents = WordEncoder(), numbered(200)
-    windows = calibration_windows(documents, encoder, seqlen=seqlen, nsamples=11, seed=3, bos_token_id=bos)
+    windows = calibration_windows(
+        documents, encoder, seqlen=seqlen, nsamples=11, seed=3, bos_token_id=bos
+    )
     length = seqlen if bos is None else seqlen - 1
     ids = all_ids(documents, encoder)
     slices = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
@@ -41,7 +45,9 @@ def test_calibration_windows_are_full_distinct_slices_of_the_text(seqlen: int, b
 
 def test_the_seed_chooses_the_windows_and_their_order() -> None:
     def draw(seed: int) -> torch.Tensor:
-        return calibration_windows(numbered(500), WordEncoder(), seqlen=10, nsamples=8, seed=seed).ids
+        return calibration_windows(
+            numbered(500), WordEncoder(), seqlen=10, nsamples=8, seed=seed
+        ).ids
 
     assert torch.equal(draw(1), draw(1))
     assert not torch.equal(draw(1), draw(2))
@@ -56,7 +62,10 @@ def test_all_windows_are_drawn_once_when_all_are_asked_for() -> None:
 
 def test_the_hash_is_of_the_ids_in_little_endian_int64() -> None:
     windows = calibration_windows(numbered(50), WordEncoder(), seqlen=10, nsamples=3, seed=0)
-    assert windows.sha256 == sha256(np.asarray(windows.ids.tolist(), dtype="<i8").tobytes()).hexdigest()
+    assert (
+        windows.sha256
+        == sha256(np.asarray(windows.ids.tolist(), dtype="<i8").tobytes()).hexdigest()
+    )
 
 
 def test_documents_are_joined_by_their_join_string() -> None:
@@ -64,7 +73,13 @@ def test_documents_are_joined_by_their_join_string() -> None:
     encoder = WordEncoder()
     windows = calibration_windows(documents, encoder, seqlen=1, nsamples=5, seed=0)
     words = {number: word for word, number in encoder.words.items()}
-    assert sorted(words[number] for number in windows.ids.flatten().tolist()) == [" ", " ", "a", "b|c|d", "e"]
+    assert sorted(words[number] for number in windows.ids.flatten().tolist()) == [
+        " ",
+        " ",
+        "a",
+        "b|c|d",
+        "e",
+    ]
 
 
 def test_a_stream_is_read_no_further_than_the_pool_needs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,16 +102,22 @@ def test_a_stream_is_read_no_further_than_the_pool_needs(monkeypatch: pytest.Mon
     assert short.sha256 == longer.sha256
 
 
-def test_the_draw_does_not_depend_on_the_size_of_the_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_draw_does_not_depend_on_the_size_of_the_pieces(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     documents = Documents("many", [f"text number {index} of many" for index in range(500)])
     hashes = set()
     for piece in (50, 333, 1_000_000):
         monkeypatch.setattr(sampling, "PIECE", piece)
-        hashes.add(calibration_windows(documents, WordEncoder(), seqlen=12, nsamples=5, seed=0).sha256)
+        hashes.add(
+            calibration_windows(documents, WordEncoder(), seqlen=12, nsamples=5, seed=0).sha256
+        )
     assert len(hashes) == 1
 
 
-def test_a_long_document_is_tokenized_in_pieces_cut_before_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_document_is_tokenized_in_pieces_cut_before_a_word(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(sampling, "PIECE", 64)
     encoder = WordEncoder()
     windows = calibration_windows(numbered(300), encoder, seqlen=10, nsamples=60, seed=0)
@@ -108,16 +129,25 @@ def test_a_long_document_is_tokenized_in_pieces_cut_before_a_word(monkeypatch: p
 def test_text_without_blanks_is_cut_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampling, "PIECE", 10)
     windows = calibration_windows(
-        Documents("one word", ["x" * 95]), lambda text, _: [len(text)], seqlen=1, nsamples=10, seed=0
+        Documents("one word", ["x" * 95]),
+        lambda text, _: [len(text)],
+        seqlen=1,
+        nsamples=10,
+        seed=0,
     )
     assert sorted(windows.ids.flatten().tolist()) == [5] + [10] * 9
 
 
 def test_too_few_windows_are_refused_with_the_counts() -> None:
     with pytest.raises(InputError) as caught:
-        calibration_windows(numbered(50, "small.txt"), WordEncoder(), seqlen=10, nsamples=11, seed=0)
+        calibration_windows(
+            numbered(50, "small.txt"), WordEncoder(), seqlen=10, nsamples=11, seed=0
+        )
     assert caught.value.code == "E_DATA_SHORT"
-    assert str(caught.value) == "dataset `small.txt` gives 10 windows of 10 tokens (100 tokens), 11 are needed"
+    assert (
+        str(caught.value)
+        == "dataset `small.txt` gives 10 windows of 10 tokens (100 tokens), 11 are needed"
+    )
     assert caught.value.hint == "lower --nsamples or --seqlen, or give more text"
 
 
@@ -137,19 +167,26 @@ def test_evaluation_tokenizes_once_with_special_tokens() -> None:
     assert windows.ids[0, 0] == BOS
 
 
-@pytest.mark.parametrize(("asked", "own", "expected"), [(3, None, 3), (None, 4, 4), (5, 2, 2), (2, 5, 2), (99, 99, 10)])
+@pytest.mark.parametrize(
+    ("asked", "own", "expected"), [(3, None, 3), (None, 4, 4), (5, 2, 2), (2, 5, 2), (99, 99, 10)]
+)
 def test_evaluation_is_capped_by_the_caller_and_by_the_corpus(
     asked: int | None, own: int | None, expected: int
 ) -> None:
     documents = Documents("capped", numbered(100).texts, max_windows=own)
-    assert len(evaluation_windows(documents, WordEncoder(), seqlen=20, max_windows=asked).ids) == expected
+    assert (
+        len(evaluation_windows(documents, WordEncoder(), seqlen=20, max_windows=asked).ids)
+        == expected
+    )
 
 
 def test_evaluation_on_less_than_a_window_is_refused() -> None:
     with pytest.raises(InputError) as caught:
         evaluation_windows(numbered(4, "tiny"), WordEncoder(), seqlen=10)
     assert caught.value.code == "E_DATA_SHORT"
-    assert str(caught.value) == "dataset `tiny` gives 0 windows of 10 tokens (9 tokens), 1 are needed"
+    assert (
+        str(caught.value) == "dataset `tiny` gives 0 windows of 10 tokens (9 tokens), 1 are needed"
+    )
 
 
 @pytest.mark.parametrize("texts", [[], [""], [" \n", "\n"]])

@@ -18,7 +18,9 @@ class WordEncoder:
 
     def __call__(self, text: str, add_special_tokens: bool) -> list[int]:
         self.calls.append((len(text), add_special_tokens))
-        ids = [self.words.setdefault(word, len(self.words) + 1) for word in re.findall(r"\s|\S+", text)]
+        ids = [
+            self.words.setdefault(word, len(self.words) + 1) for word in re.findall(r"\s|\S+", text)
+        ]
         return [BOS, *ids] if add_special_tokens else ids
 
 

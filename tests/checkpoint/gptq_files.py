@@ -13,7 +13,11 @@ from safetensors.numpy import save_file
 
 INDEX = "model.safetensors.index.json"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
-SHAPES = {"self_attn.q_proj": (32, 64), "self_attn.k_proj": (32, 64), "mlp.down_proj": (64, 128)}  # [O, I]
+SHAPES = {
+    "self_attn.q_proj": (32, 64),
+    "self_attn.k_proj": (32, 64),
+    "mlp.down_proj": (64, 128),
+}  # [O, I]
 HIDDEN, VOCABULARY, BLOCKS = 64, 48, 2
 MODULES = tuple(f"model.layers.{block}.{name}" for block in range(BLOCKS) for name in SHAPES)
 
@@ -43,7 +47,9 @@ class Files:
             save_file(self.tensors, directory / "model.safetensors", metadata={"format": "pt"})
         else:
             for shard in SHARDS:
-                content = {name: array for name, array in self.tensors.items() if weight_map[name] == shard}
+                content = {
+                    name: array for name, array in self.tensors.items() if weight_map[name] == shard
+                }
                 save_file(content, directory / shard, metadata={"format": "pt"})
             (directory / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
         for name, content in self.extra.items():
@@ -59,14 +65,23 @@ def words(values: list[int], bits: int) -> list[int]:
     return [word - 2**32 if word >= 2**31 else word for word in unsigned]
 
 
-def module(shape: tuple[int, int], bits: int, group_size: int, sym: bool, format: str, desc_act: bool, seed: int):
+def module(
+    shape: tuple[int, int],
+    bits: int,
+    group_size: int,
+    sym: bool,
+    format: str,
+    desc_act: bool,
+    seed: int,
+):
     """The four tensors of a linear with random codes."""
     choose = random.Random(seed)
     out_features, in_features = shape
     groups = 1 if group_size == -1 else in_features // group_size
     codes = [[choose.randrange(2**bits) for _ in range(in_features)] for _ in range(out_features)]
     zeros = [
-        [2 ** (bits - 1) if sym else choose.randrange(1, 2**bits) for _ in range(out_features)] for _ in range(groups)
+        [2 ** (bits - 1) if sym else choose.randrange(1, 2**bits) for _ in range(out_features)]
+        for _ in range(groups)
     ]
     stored = [[zero - (format == "gptq") for zero in row] for row in zeros]
     g_idx = [column * groups // in_features for column in range(in_features)]
@@ -76,23 +91,33 @@ def module(shape: tuple[int, int], bits: int, group_size: int, sym: bool, format
         "qweight": np.array([words(row, bits) for row in codes], np.int32).T.copy(),
         "qzeros": np.array([words(row, bits) for row in stored], np.int32),
         "scales": np.array(
-            [[choose.uniform(0.01, 0.1) for _ in range(out_features)] for _ in range(groups)], np.float16
+            [[choose.uniform(0.01, 0.1) for _ in range(out_features)] for _ in range(groups)],
+            np.float16,
         ),
         "g_idx": np.array(g_idx, np.int32),
     }
 
 
 def gptq_files(
-    bits: int = 4, group_size: int = 32, sym: bool = True, format: str = "gptq", desc_act: bool = False
+    bits: int = 4,
+    group_size: int = 32,
+    sym: bool = True,
+    format: str = "gptq",
+    desc_act: bool = False,
 ) -> Files:
     """A sound checkpoint of two blocks with three linears each, in two shards."""
     tensors = {
         f"{name}.{part}": array
         for seed, name in enumerate(MODULES)
-        for part, array in module(SHAPES[name.split(".", 3)[3]], bits, group_size, sym, format, desc_act, seed).items()
+        for part, array in module(
+            SHAPES[name.split(".", 3)[3]], bits, group_size, sym, format, desc_act, seed
+        ).items()
     }
     generator = np.random.default_rng(0)
-    for name, shape in {"model.embed_tokens": (VOCABULARY, HIDDEN), "lm_head": (VOCABULARY, HIDDEN)}.items():
+    for name, shape in {
+        "model.embed_tokens": (VOCABULARY, HIDDEN),
+        "lm_head": (VOCABULARY, HIDDEN),
+    }.items():
         tensors[f"{name}.weight"] = generator.normal(size=shape).astype(np.float16)
     for block in range(BLOCKS):
         tensors[f"model.layers.{block}.norm.weight"] = np.ones(HIDDEN, np.float16)
@@ -101,4 +126,7 @@ def gptq_files(
         "quant_method": "gptq", "bits": bits, "group_size": group_size, "sym": sym, "desc_act": desc_act,
         "checkpoint_format": format, "format": format, "lm_head": False,
     }  # fmt: skip
-    return Files({"model_type": "llama", "num_hidden_layers": BLOCKS, "quantization_config": quantization}, tensors)
+    return Files(
+        {"model_type": "llama", "num_hidden_layers": BLOCKS, "quantization_config": quantization},
+        tensors,
+    )

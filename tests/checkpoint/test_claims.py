@@ -45,16 +45,25 @@ def checkpoint(model: Path, **claimed: Any) -> Checkpoint:
 
 KERNELS = [
     ({"attn_implementation": "org/repo"}, "attn_implementation: `org/repo`"),
-    ({"_attn_implementation": "org/repo@v1:attention"}, "_attn_implementation: `org/repo@v1:attention`"),
+    (
+        {"_attn_implementation": "org/repo@v1:attention"},
+        "_attn_implementation: `org/repo@v1:attention`",
+    ),
     ({"_attn_implementation_internal": "org/repo"}, "_attn_implementation_internal: `org/repo`"),
     ({"attn_implementation": "paged|org/repo"}, "attn_implementation: `paged|org/repo`"),
     ({"attn_implementation": {"": "eager", "text_config": "o/r"}}, "attn_implementation: `o/r`"),
     ({"experts_implementation": "org/repo"}, "experts_implementation: `org/repo`"),
-    ({"text_config": {"_experts_implementation": "o/r"}}, "text_config._experts_implementation: `o/r`"),
+    (
+        {"text_config": {"_experts_implementation": "o/r"}},
+        "text_config._experts_implementation: `o/r`",
+    ),
     ({"parts": [{"attn_implementation": "o/r"}]}, "parts.attn_implementation: `o/r`"),
     ({"attn_implementation": "flash_attention_2"}, "attn_implementation: `flash_attention_2`"),
     ({"use_kernels": True}, "use_kernels: `use_kernels`"),
-    ({"vision_config": {"kernel_config": {"RMSNorm": "o/r:x"}}}, "vision_config.kernel_config: `kernel_config`"),
+    (
+        {"vision_config": {"kernel_config": {"RMSNorm": "o/r:x"}}},
+        "vision_config.kernel_config: `kernel_config`",
+    ),
 ]
 
 
@@ -63,9 +72,15 @@ def test_a_kernel_of_the_hub_is_refused(claimed: dict[str, Any], says: str, mode
     with pytest.raises(InputError) as caught:
         check_claims(checkpoint(model, **claimed))
     assert (caught.value.code, caught.value.exit_code) == ("E_REMOTE_CODE", 3)
-    assert str(caught.value) == f"config.json of `{model}` says {says}, for which code would come from the Hub"
+    assert (
+        str(caught.value)
+        == f"config.json of `{model}` says {says}, for which code would come from the Hub"
+    )
     place = says.partition(":")[0]
-    assert caught.value.hint == f"take `{place}` out of config.json: transformers then uses what is installed"
+    assert (
+        caught.value.hint
+        == f"take `{place}` out of config.json: transformers then uses what is installed"
+    )
 
 
 @pytest.mark.parametrize(
@@ -89,14 +104,18 @@ def test_what_is_usual_is_taken(claimed: dict[str, Any], model: Path) -> None:
 
 def test_a_package_that_is_installed_is_used(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        claims, "find_spec", lambda name: importlib.util.find_spec("os") if name == "flash_attn" else None
+        claims,
+        "find_spec",
+        lambda name: importlib.util.find_spec("os") if name == "flash_attn" else None,
     )
     check_claims(checkpoint(model, attn_implementation="flash_attention_2"))
 
 
 @pytest.mark.parametrize("key", ["num_hidden_layers", "n_layer", "n_layers", "num_layers"])
 @pytest.mark.parametrize(("nested", "said"), [(False, 200_000), (True, 33)])
-def test_many_more_blocks_than_the_tensors_are_of_are_refused(nested: bool, said: int, key: str, model: Path) -> None:
+def test_many_more_blocks_than_the_tensors_are_of_are_refused(
+    nested: bool, said: int, key: str, model: Path
+) -> None:
     claimed = {key: said}
     with pytest.raises(InputError) as caught:
         check_claims(checkpoint(model, **({"text_config": claimed} if nested else claimed)))
@@ -116,7 +135,9 @@ def test_many_more_blocks_than_the_tensors_are_of_are_refused(nested: bool, said
         ("num_labels", 10**9),
     ],
 )
-def test_more_parts_than_the_tensors_are_of_are_refused(place: str, value: int, model: Path) -> None:
+def test_more_parts_than_the_tensors_are_of_are_refused(
+    place: str, value: int, model: Path
+) -> None:
     outer, _, inner = place.rpartition(".")
     with pytest.raises(InputError) as caught:
         check_claims(checkpoint(model, **({outer: {inner: value}} if outer else {inner: value})))
@@ -126,7 +147,10 @@ def test_more_parts_than_the_tensors_are_of_are_refused(place: str, value: int, 
 
 @pytest.mark.parametrize(
     ("claimed", "code"),
-    [({"num_hidden_layers": 10**12}, "E_CKPT_INCOMPLETE"), ({"attn_implementation": "org/repo"}, "E_REMOTE_CODE")],
+    [
+        ({"num_hidden_layers": 10**12}, "E_CKPT_INCOMPLETE"),
+        ({"attn_implementation": "org/repo"}, "E_REMOTE_CODE"),
+    ],
 )
 def test_plan_quantize_and_evaluate_refuse_before_anything_is_built(
     claimed: dict[str, Any], code: str, model: Path, tmp_path: Path
@@ -136,7 +160,9 @@ def test_plan_quantize_and_evaluate_refuse_before_anything_is_built(
     request = EvalRequest(dataset=str(tmp_path / "text.txt"), seqlen=32)
     for run in (
         lambda: plan_run(source, settings()),
-        lambda: quantize_checkpoint(str(source), tmp_path / "out", settings(trust_remote_code=True)),
+        lambda: quantize_checkpoint(
+            str(source), tmp_path / "out", settings(trust_remote_code=True)
+        ),
         lambda: evaluate_perplexity(str(source), request, lambda _: None),
     ):
         with pytest.raises(InputError) as caught:
@@ -149,17 +175,25 @@ def test_no_name_of_code_is_left_where_code_is_not_trusted(model: Path, tmp_path
     code = {"AutoConfig": "evil.Config", "AutoModel": "org/repo--evil.Model"}
     nested = AutoConfig.for_model("gemma3").to_dict()
     nested["text_config"]["auto_map"] = nested["vision_config"]["auto_map"] = code
-    for name, said in (("plain", {"auto_map": {"AutoModelForCausalLM": "evil.Model"}}), ("nested", nested)):
+    for name, said in (
+        ("plain", {"auto_map": {"AutoModelForCausalLM": "evil.Model"}}),
+        ("nested", nested),
+    ):
         source = saying(model, tmp_path / name, **said)
         found = load_config(source, trust_remote_code=False)
-        parts = [found, *(part for part in vars(found).values() if isinstance(part, PreTrainedConfig))]
+        parts = [
+            found,
+            *(part for part in vars(found).values() if isinstance(part, PreTrainedConfig)),
+        ]
         assert len(parts) == (1 if name == "plain" else 3)
         assert not any(hasattr(part, "auto_map") for part in parts)
 
 
 def test_sizes_that_would_fill_the_memory_are_refused(model: Path, tmp_path: Path) -> None:
     source = saying(model, tmp_path / "model", head_dim=2**33)
-    with pytest.raises(InputError, match=r"^config.json asks for 34 GB of buffers, such as `model") as caught:
+    with pytest.raises(
+        InputError, match=r"^config.json asks for 34 GB of buffers, such as `model"
+    ) as caught:
         quantize_checkpoint(str(source), tmp_path / "out", settings())
     assert caught.value.code == "E_ARCH"
     assert caught.value.hint is not None
@@ -174,7 +208,9 @@ def test_sizes_that_would_fill_the_memory_are_refused(model: Path, tmp_path: Pat
         ("layer_types", ["full_attention"] * 200_000),
     ],
 )
-def test_kinds_for_more_blocks_than_are_stored_are_refused(key: str, value: object, tmp_path: Path) -> None:
+def test_kinds_for_more_blocks_than_are_stored_are_refused(
+    key: str, value: object, tmp_path: Path
+) -> None:
     model = save_model(tmp_path / "model", num_hidden_layers=2)
     content = json.loads((model / "config.json").read_text()) | {key: value}
     (model / "config.json").write_text(json.dumps(content))

@@ -18,14 +18,19 @@ from tests.checkpoint.gptq_files import SHARDS, gptq_files
 
 def with_manifest(directory: Path) -> Path:
     entries = {
-        path.name: {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "size": path.stat().st_size}
+        path.name: {
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "size": path.stat().st_size,
+        }
         for path in directory.iterdir()
     }
     return with_content(directory, {"files": entries})
 
 
 def with_content(directory: Path, content: dict[str, object]) -> Path:
-    (directory / "gptq_manifest.json").write_text(json.dumps({**content, "checksum": digest(content)}))
+    (directory / "gptq_manifest.json").write_text(
+        json.dumps({**content, "checksum": digest(content)})
+    )
     return directory
 
 
@@ -36,9 +41,13 @@ def test_hashes_and_sizes_are_those_of_the_manifest(tmp_path: Path) -> None:
     shard = directory / SHARDS[1]
     original = shard.read_bytes()
     for position in (len(original) - 1, len(original) - 5000):
-        shard.write_bytes(original[:position] + bytes([original[position] ^ 1]) + original[position + 1 :])
+        shard.write_bytes(
+            original[:position] + bytes([original[position] ^ 1]) + original[position + 1 :]
+        )
         found = verify_checkpoint(directory, full=True)
-        assert "E_CKPT_HASH" in {defect.code for defect in found.defects if defect.file == SHARDS[1]}
+        assert "E_CKPT_HASH" in {
+            defect.code for defect in found.defects if defect.file == SHARDS[1]
+        }
     shard.write_bytes(original)
     (directory / "config.json").write_text((directory / "config.json").read_text() + " ")
     (quick,) = verify_checkpoint(directory).defects
@@ -67,7 +76,14 @@ ADDED = [
     "adapter_config.json", "modeling_llama.py", "pytorch_model.bin", "chat_template.jinja", "extra.safetensors",
     "generation_config.json", "gptq_config.yaml", "additional_chat_templates/tool.jinja", "vocab.txt",
 ]  # fmt: skip
-BESIDE = ["gptq_report.json", "gptq_report.html", "README.md", "LICENSE", ".gitattributes", ".cache/huggingface/x.lock"]
+BESIDE = [
+    "gptq_report.json",
+    "gptq_report.html",
+    "README.md",
+    "LICENSE",
+    ".gitattributes",
+    ".cache/huggingface/x.lock",
+]
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -76,7 +92,11 @@ def test_a_file_added_to_an_output_is_a_defect(name: str, full: bool, tmp_path: 
     directory = with_manifest(gptq_files().write(tmp_path / "c"))
     (directory / name).parent.mkdir(exist_ok=True)
     (directory / name).write_bytes(b"{}")
-    found = [defect for defect in verify_checkpoint(directory, full=full).defects if defect.code == "E_CKPT_HASH"]
+    found = [
+        defect
+        for defect in verify_checkpoint(directory, full=full).defects
+        if defect.code == "E_CKPT_HASH"
+    ]
     assert [(defect.file, defect.message) for defect in found] == [(name, "is not in the manifest")]
 
 
@@ -95,14 +115,18 @@ def test_files_in_folders_may_be_listed(tmp_path: Path) -> None:
     write_manifest(directory, {})
     assert verify_checkpoint(directory, full=True).ok
     (directory / "additional_chat_templates" / "tool.jinja").write_text("[]")
-    assert [defect.code for defect in verify_checkpoint(directory, full=True).defects] == ["E_CKPT_HASH"]
+    assert [defect.code for defect in verify_checkpoint(directory, full=True).defects] == [
+        "E_CKPT_HASH"
+    ]
 
 
 def test_a_link_to_a_folder_is_an_added_file(tmp_path: Path) -> None:
     directory = with_manifest(gptq_files().write(tmp_path / "c"))
     (tmp_path / "elsewhere").mkdir()
     (directory / "additional_chat_templates").symlink_to(tmp_path / "elsewhere")
-    assert [defect.file for defect in verify_checkpoint(directory).defects] == ["additional_chat_templates"]
+    assert [defect.file for defect in verify_checkpoint(directory).defects] == [
+        "additional_chat_templates"
+    ]
 
 
 def test_a_bit_that_flips_anywhere_in_the_manifest_is_a_defect(tmp_path: Path) -> None:
@@ -110,7 +134,9 @@ def test_a_bit_that_flips_anywhere_in_the_manifest_is_a_defect(tmp_path: Path) -
     original = (directory / "gptq_manifest.json").read_bytes()
     for position in range(0, len(original), 3):
         flipped = bytes([original[position] ^ 1 << position % 8])
-        (directory / "gptq_manifest.json").write_bytes(original[:position] + flipped + original[position + 1 :])
+        (directory / "gptq_manifest.json").write_bytes(
+            original[:position] + flipped + original[position + 1 :]
+        )
         assert "E_CKPT_HASH" in {defect.code for defect in verify_checkpoint(directory).defects}
 
 
@@ -120,6 +146,13 @@ def test_what_is_no_manifest_of_ours_is_none(tmp_path: Path) -> None:
     assert known is not None
     assert known["identity"] == {"a": 1}
     file = tmp_path / "gptq_manifest.json"
-    for other in ("", "[]", "{}", "[" * 100_000, json.dumps(known | {"identity": {}}), json.dumps({"schema": 1})):
+    for other in (
+        "",
+        "[]",
+        "{}",
+        "[" * 100_000,
+        json.dumps(known | {"identity": {}}),
+        json.dumps({"schema": 1}),
+    ):
         file.write_text(other)
         assert read_manifest(tmp_path) is None

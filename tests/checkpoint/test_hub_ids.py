@@ -23,7 +23,10 @@ PASTED = [
     ("hf.co/org/name?library=vllm#usage", "org/name"),
     ("https://huggingface.co/org/name/tree/main", "org/name"),
     ("https://huggingface.co/org/name/tree/v1.0/sub", "org/name --revision v1.0"),
-    ("https://huggingface.co/org/name/blob/refs%2Fpr%2F1/config.json", "org/name --revision refs/pr/1"),
+    (
+        "https://huggingface.co/org/name/blob/refs%2Fpr%2F1/config.json",
+        "org/name --revision refs/pr/1",
+    ),
     ("https://huggingface.co/org/name/discussions/7", "org/name"),
     ("https://huggingface.co/gpt2/resolve/main/config.json", "gpt2"),
     ("https://huggingface.co/gpt2", "gpt2"),
@@ -60,12 +63,18 @@ def test_an_address_is_refused_with_the_id_it_holds(text: str, meant: str, tmp_p
     assert (model.value.code, model.value.hint) == ("E_MODEL_NOT_FOUND", f"use {meant}")
     with pytest.raises(InputError) as dataset:
         load_documents(DatasetSource(text))
-    assert (dataset.value.code, dataset.value.hint) == ("E_DATA_NOT_FOUND", f"use --dataset {meant.split()[0]}")
+    assert (dataset.value.code, dataset.value.hint) == (
+        "E_DATA_NOT_FOUND",
+        f"use --dataset {meant.split()[0]}",
+    )
     if "/" in meant.split()[0]:
         for words in ({"repo": text}, {"repo": "me/x", "base_model": text}):
             with pytest.raises(ConfigError) as pushed:
                 prepare_push(tmp_path, **words)
-            assert (pushed.value.code, pushed.value.hint) == ("E_CFG_RANGE", f"use {meant.split()[0]}")
+            assert (pushed.value.code, pushed.value.hint) == (
+                "E_CFG_RANGE",
+                f"use {meant.split()[0]}",
+            )
 
 
 @pytest.mark.parametrize("name", FLAWED)
@@ -93,7 +102,13 @@ def test_an_id_stays_an_id(name: str) -> None:
 
 
 def test_an_address_of_another_site_holds_no_id() -> None:
-    for text in ("https://example.com/org/name", "https://huggingface.co", "https://[::1", "ftp://x/y", "/models/x"):
+    for text in (
+        "https://example.com/org/name",
+        "https://huggingface.co",
+        "https://[::1",
+        "ftp://x/y",
+        "/models/x",
+    ):
         assert pasted_id(text) is None
 
 
@@ -113,7 +128,11 @@ def test_a_folder_of_the_cache_stands_for_its_snapshot(tmp_path: Path) -> None:
     folder = cached(tmp_path / "models--org--name", one, two, main=two)
     assert model_directory(folder) == local_model(folder) == folder / "snapshots" / two
     located = locate_model(str(folder))
-    assert (located.directory, located.name, located.commit) == (folder / "snapshots" / two, "name", None)
+    assert (located.directory, located.name, located.commit) == (
+        folder / "snapshots" / two,
+        "name",
+        None,
+    )
     assert default_name(str(folder), QuantizeConfig(bits=4, group_size=32)) == "name-GPTQ-Int4-g32"
     alone = cached(tmp_path / "models--gpt2", one)
     assert model_directory(alone) == alone / "snapshots" / one
@@ -151,12 +170,18 @@ def test_a_file_is_refused_with_what_to_give_instead(tmp_path: Path) -> None:
             assert (caught.value.hint or "").endswith(hint)
 
 
-def test_links_and_names_that_lead_nowhere_are_no_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_links_and_names_that_lead_nowhere_are_no_ids(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("loop").symlink_to("loop")
     Path("dangling").symlink_to("nowhere")
     for name in ("loop", "dangling", "x" * 300):
-        for look in (hub_id, model_directory, lambda dataset: load_documents(DatasetSource(f"./{dataset}"))):
+        for look in (
+            hub_id,
+            model_directory,
+            lambda dataset: load_documents(DatasetSource(f"./{dataset}")),
+        ):
             with pytest.raises(InputError, match="cannot read") as caught:
                 look(name)
             assert (caught.value.code, caught.value.exit_code) == ("E_FILE", 3)

@@ -59,12 +59,19 @@ def test_shards_respect_the_limit_and_never_split_a_unit(limit: int, files: int)
         index = json.loads(layout.index or "")
         assert index["weight_map"] == home
         assert index["metadata"]["total_size"] == 60 + 14 + 3 + 8
-        assert [shard.file for shard in layout.shards][-1] == f"model-{files:05d}-of-{files:05d}.safetensors"
+        assert [shard.file for shard in layout.shards][
+            -1
+        ] == f"model-{files:05d}-of-{files:05d}.safetensors"
 
 
 def test_every_tensor_is_aligned_to_its_own_size() -> None:
     (shard,) = plan_layout(SPECS, 10**9).shards
-    assert shard.offsets["scalar"] % 8 == shard.offsets["a.weight"] % 4 == shard.offsets["b.bias"] % 2 == 0
+    assert (
+        shard.offsets["scalar"] % 8
+        == shard.offsets["a.weight"] % 4
+        == shard.offsets["b.bias"] % 2
+        == 0
+    )
 
 
 def test_a_tensor_that_was_not_planned_so_is_refused(tmp_path: Path) -> None:
@@ -84,7 +91,9 @@ def test_a_checkpoint_with_a_hole_is_never_finished(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_packed_shapes(bits: int) -> None:
-    specs = {spec.name: (spec.dtype, spec.shape) for spec in packed_specs("x.weight", 64, 96, 3, bits)}
+    specs = {
+        spec.name: (spec.dtype, spec.shape) for spec in packed_specs("x.weight", 64, 96, 3, bits)
+    }
     assert specs == {
         "x.qweight": ("I32", (3 * bits, 64)),
         "x.qzeros": ("I32", (3, 2 * bits)),
@@ -102,5 +111,11 @@ def test_rules_match_kept_layers_their_fused_names_and_nothing_else() -> None:
 
     assert all(matches(name) for name in [*kept, "m.1.attn.qkv_proj"])
     assert not any(
-        matches(n) for n in ["m.11.attn.q_proj", "m.2.mlp.gate_up_proj", "m.2.mlp.up_proj2", "xm.1.attn.q_proj"]
+        matches(n)
+        for n in [
+            "m.11.attn.q_proj",
+            "m.2.mlp.gate_up_proj",
+            "m.2.mlp.up_proj2",
+            "xm.1.attn.q_proj",
+        ]
     )

@@ -16,7 +16,12 @@ from gptq_cli.errors import InputError
 from tests.families import save_model
 from tests.hub import Fault, Reply, serve
 
-NOT_WANTED = ("pytorch_model.bin", "original/consolidated.safetensors", "onnx/model.onnx", "runs/events.safetensors")
+NOT_WANTED = (
+    "pytorch_model.bin",
+    "original/consolidated.safetensors",
+    "onnx/model.onnx",
+    "runs/events.safetensors",
+)
 NOT_WANTED += ("checkpoint-500/model.safetensors", "wandb/run.json")
 
 LOCATE = """
@@ -49,9 +54,13 @@ def locate(model: str, environment: dict[str, str], revision: str = "") -> dict[
     return asked(LOCATE, model, environment, revision)
 
 
-def asked(script: str, model: str, environment: dict[str, str], revision: str = "") -> dict[str, str]:
+def asked(
+    script: str, model: str, environment: dict[str, str], revision: str = ""
+) -> dict[str, str]:
     command = [sys.executable, "-c", script, model, revision]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, check=True)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, **environment}, check=True
+    )
     found: dict[str, str] = json.loads(done.stdout)
     return found
 
@@ -59,7 +68,9 @@ def asked(script: str, model: str, environment: dict[str, str], revision: str = 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     model = save_model(tmp_path_factory.mktemp("hub") / "model", num_hidden_layers=2)
-    return {path.name: path.read_bytes() for path in model.iterdir()} | dict.fromkeys(NOT_WANTED, b"of no use")
+    return {path.name: path.read_bytes() for path in model.iterdir()} | dict.fromkeys(
+        NOT_WANTED, b"of no use"
+    )
 
 
 def test_a_hub_id_is_downloaded_at_one_commit_without_what_nobody_reads(
@@ -69,16 +80,22 @@ def test_a_hub_id_is_downloaded_at_one_commit_without_what_nobody_reads(
         found = locate("someone/tiny", hub.environment(tmp_path))
         assert found["commit"] == hub.commit("someone/tiny")
         assert found["name"] == "someone/tiny"
-        again = locate("hf://someone/tiny", hub.environment(tmp_path, offline=True), revision=found["commit"])
+        again = locate(
+            "hf://someone/tiny", hub.environment(tmp_path, offline=True), revision=found["commit"]
+        )
         assert again == found  # from the cache
     downloaded = {path.name for path in Path(found["directory"]).iterdir()}
     assert downloaded == {name for name in files if name not in NOT_WANTED}
-    assert (Path(found["directory"]) / "model.safetensors").read_bytes() == files["model.safetensors"]
+    assert (Path(found["directory"]) / "model.safetensors").read_bytes() == files[
+        "model.safetensors"
+    ]
 
 
 def test_the_hubs_refusals_have_codes_and_hints(files: dict[str, bytes], tmp_path: Path) -> None:
     with serve(
-        {"someone/tiny": files, "someone/gated": files}, kind="model", gated=frozenset({"someone/gated"})
+        {"someone/tiny": files, "someone/gated": files},
+        kind="model",
+        gated=frozenset({"someone/gated"}),
     ) as hub:
         environment = hub.environment(tmp_path)
         unknown = locate("someone/nothing", environment)
@@ -102,7 +119,9 @@ def test_a_hub_that_cannot_be_reached_is_an_input_error(tmp_path: Path) -> None:
     assert locate("someone/tiny", {**gone, "HF_HUB_OFFLINE": "1"})["code"] == "E_HUB_OFFLINE"
 
 
-@pytest.mark.parametrize("model", ["./nothing", "/nothing/here", "~/nothing-here", "a b", "x/y/z", "file.txt"])
+@pytest.mark.parametrize(
+    "model", ["./nothing", "/nothing/here", "~/nothing-here", "a b", "x/y/z", "file.txt"]
+)
 def test_what_looks_like_a_path_is_never_sent_to_the_hub(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,9 +147,21 @@ def test_a_revision_of_a_local_directory_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fault", "code", "message"),
     [
-        (Fault("/api/", Reply(401, headers={"X-Error-Code": "RepoNotFound"})), "E_HUB_NOT_FOUND", "not on the Hub"),
-        (Fault("/api/", Reply(401)), "E_HUB_AUTH", "the Hub does not let you read model `someone/tiny`"),
-        (Fault("/resolve/", Reply(403)), "E_HUB_AUTH", "the Hub does not let you read model `someone/tiny`"),
+        (
+            Fault("/api/", Reply(401, headers={"X-Error-Code": "RepoNotFound"})),
+            "E_HUB_NOT_FOUND",
+            "not on the Hub",
+        ),
+        (
+            Fault("/api/", Reply(401)),
+            "E_HUB_AUTH",
+            "the Hub does not let you read model `someone/tiny`",
+        ),
+        (
+            Fault("/resolve/", Reply(403)),
+            "E_HUB_AUTH",
+            "the Hub does not let you read model `someone/tiny`",
+        ),
         (Fault("/api/", Reply(429)), "E_HUB_NETWORK", "429 Too Many"),
         (Fault("/api/", Reply(500)), "E_HUB_NETWORK", "500 Internal"),
         (Fault("/resolve/.*/config.json", ENTRY), "E_HUB_NOT_FOUND", "lacks a file: 404"),
@@ -149,17 +180,25 @@ def test_a_fault_of_the_hub_has_its_code_hint_and_exit_code(
     assert "\n" not in found["message"]
 
 
-def test_a_download_that_breaks_off_is_continued_by_the_same_command(files: dict[str, bytes], tmp_path: Path) -> None:
+def test_a_download_that_breaks_off_is_continued_by_the_same_command(
+    files: dict[str, bytes], tmp_path: Path
+) -> None:
     with serve({"someone/tiny": files}, kind="model") as hub:
         hub.faults.append(Fault("GET .*/resolve/.*/model.safetensors", Reply(500), times=20))
         broken = locate("someone/tiny", hub.environment(tmp_path))
         asked = len(hub.requests)
         hub.faults.clear()
         found = locate("someone/tiny", hub.environment(tmp_path))
-        again = [request for request in hub.requests[asked:] if request.startswith("GET") and "/resolve/" in request]
+        again = [
+            request
+            for request in hub.requests[asked:]
+            if request.startswith("GET") and "/resolve/" in request
+        ]
     assert broken["code"] == "E_HUB_NETWORK"
     assert "run again" in broken["hint"]
-    assert (Path(found["directory"]) / "model.safetensors").read_bytes() == files["model.safetensors"]
+    assert (Path(found["directory"]) / "model.safetensors").read_bytes() == files[
+        "model.safetensors"
+    ]
     assert {request.rpartition("/")[2] for request in again} == {"model.safetensors"}
 
 
@@ -169,7 +208,9 @@ def test_a_connection_that_is_cut_in_the_middle_is_taken_up_by_the_client(
     with serve({"someone/tiny": files}, kind="model") as hub:
         hub.faults.append(Fault("GET .*/resolve/.*/model.safetensors", None, times=1))
         found = locate("someone/tiny", hub.environment(tmp_path))
-    assert (Path(found["directory"]) / "model.safetensors").read_bytes() == files["model.safetensors"]
+    assert (Path(found["directory"]) / "model.safetensors").read_bytes() == files[
+        "model.safetensors"
+    ]
 
 
 @pytest.mark.parametrize("revision", ["", "main"])
@@ -196,7 +237,9 @@ def test_headers_come_from_the_cache_when_there_is_no_network(
         Fault("/api/", Reply(403, headers={"X-Error-Code": "GatedRepo"})),
     ],
 )
-def test_plan_takes_from_the_cache_what_quantize_takes(fault: Fault, files: dict[str, bytes], tmp_path: Path) -> None:
+def test_plan_takes_from_the_cache_what_quantize_takes(
+    fault: Fault, files: dict[str, bytes], tmp_path: Path
+) -> None:
     with serve({"someone/tiny": files}, kind="model") as hub:
         environment = hub.environment(tmp_path)
         there = locate("someone/tiny", environment)
@@ -218,7 +261,9 @@ def test_a_revision_that_the_hub_does_not_know_is_not_looked_for_in_the_cache(
         assert asked(PEEK, "someone/tiny", environment, "main")["code"] == "E_HUB_NOT_FOUND"
 
 
-def test_what_the_cache_has_in_part_is_not_taken_for_the_model(files: dict[str, bytes], tmp_path: Path) -> None:
+def test_what_the_cache_has_in_part_is_not_taken_for_the_model(
+    files: dict[str, bytes], tmp_path: Path
+) -> None:
     with serve({"someone/tiny": files}, kind="model") as hub:
         environment = hub.environment(tmp_path)
         asked(PEEK, "someone/tiny", environment)  # fetches config.json alone

@@ -21,7 +21,9 @@ def slow_words(column: list[int], bits: int) -> list[int]:
     return [(stream >> (32 * word)) & 0xFFFFFFFF for word in range(len(column) * bits // 32)]
 
 
-@given(data=st.data(), bits=st.sampled_from(BITS), blocks=st.integers(1, 4), columns=st.integers(1, 5))
+@given(
+    data=st.data(), bits=st.sampled_from(BITS), blocks=st.integers(1, 4), columns=st.integers(1, 5)
+)
 @settings(max_examples=60, deadline=None)
 def test_packed_words_are_the_little_endian_bit_stream(
     data: st.DataObject, bits: int, blocks: int, columns: int
@@ -82,14 +84,18 @@ def test_three_bit_symmetric_zero_points(format: str, stored: int) -> None:
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("shape", [(32, 32, 1), (64, 96, 3), (96, 128, 2), (32, 160, 5)])
-def test_decoding_what_was_encoded_gives_the_same_layer(format: str, bits: int, shape: tuple[int, int, int]) -> None:
+def test_decoding_what_was_encoded_gives_the_same_layer(
+    format: str, bits: int, shape: tuple[int, int, int]
+) -> None:
     out_features, in_features, groups = shape
     order = torch.randperm(in_features)
     linear = QuantizedLinear(
         codes=torch.randint(2**bits, (out_features, in_features), dtype=torch.uint8),
         scales=torch.rand(out_features, groups).half() + 0.1,
         zeros=torch.randint(1, 2**bits, (out_features, groups), dtype=torch.uint8),
-        group_of_column=(torch.arange(in_features, dtype=torch.int32) * groups // in_features)[order],
+        group_of_column=(torch.arange(in_features, dtype=torch.int32) * groups // in_features)[
+            order
+        ],
         bits=bits,
     )
     tensors = encode(linear, format)

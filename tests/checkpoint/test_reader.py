@@ -47,7 +47,9 @@ def test_of_a_quantized_weight_all_that_stands_for_it_is_announced(
     advised.clear()
     reader(output).prefetch(["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
     tensors = open_checkpoint(output).tensors
-    parts = [f"model.layers.1.mlp.up_proj.{part}" for part in ("qweight", "qzeros", "scales", "g_idx")]
+    parts = [
+        f"model.layers.1.mlp.up_proj.{part}" for part in ("qweight", "qzeros", "scales", "g_idx")
+    ]
     expected = [tensors[name] for name in (*parts, "model.norm.weight")]
     assert sorted(advised) == sorted((t.file.name, t.start, t.end - t.start) for t in expected)
 
@@ -62,7 +64,9 @@ def test_a_run_announces_each_block_but_the_first_once_before_its_turn(
     assert sorted(advised) == sorted((t.file.name, t.start, t.end - t.start) for t in later)
 
 
-def test_without_read_ahead_in_the_system_nothing_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_read_ahead_in_the_system_nothing_happens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoint = open_checkpoint(save_model(tmp_path))
     monkeypatch.delattr(os, "posix_fadvise")
     opened: list[object] = []

@@ -31,9 +31,13 @@ def test_numbers_are_finite_exactly_where_torch_says_so(dtype: str) -> None:
         patterns = torch.arange(2 ** (8 * n_bytes)).to(WIDTH[n_bytes])
     else:
         ends = (
-            [2**31 - 1, 0x7F800000, 0x7F7FFFFF, 0, 1] if n_bytes == 4 else [2**63 - 1, 0x7FF << 52, (0x7FF << 52) - 1]
+            [2**31 - 1, 0x7F800000, 0x7F7FFFFF, 0, 1]
+            if n_bytes == 4
+            else [2**63 - 1, 0x7FF << 52, (0x7FF << 52) - 1]
         )
-        patterns = torch.cat([torch.tensor([*ends, *(~end for end in ends)]), torch.arange(-(2**31), 2**31, 2**22)])
+        patterns = torch.cat(
+            [torch.tensor([*ends, *(~end for end in ends)]), torch.arange(-(2**31), 2**31, 2**22)]
+        )
         patterns = patterns.to(WIDTH[n_bytes])
     values = patterns.view(kind)
     expected = values.double().isfinite()
@@ -87,7 +91,9 @@ def test_the_tensor_that_is_not_finite_is_named(
 ) -> None:
     tensor = torch.arange(40.0).to(torch.float16 if name == "a" else torch.float32)
     tensor[[5, 39]] = value
-    tensors = [t for path in two_shards(tmp_path, **{name: tensor}) for t in read_header(path).values()]
+    tensors = [
+        t for path in two_shards(tmp_path, **{name: tensor}) for t in read_header(path).values()
+    ]
     with pytest.raises(InputError) as caught:
         scan_weights(tensors, hashed=hashed)
     assert (caught.value.code, caught.value.exit_code) == ("E_CKPT_NONFINITE", 3)
@@ -100,6 +106,8 @@ def test_no_number_that_is_not_finite_is_copied(tmp_path: Path) -> None:
     spoilt[3] = float("nan")
     (_, file) = two_shards(tmp_path / "source", c=spoilt)
     layout = plan_layout([(TensorSpec("c", "F32", (4,)),)], 2**20)
-    refused = pytest.raises(InputError, match=r"`c` in 2\.safetensors holds NaN or infinity, 1 times")
+    refused = pytest.raises(
+        InputError, match=r"`c` in 2\.safetensors holds NaN or infinity, 1 times"
+    )
     with CheckpointWriter(tmp_path / "out", layout) as writer, refused:
         writer.copy(read_header(file)["c"])

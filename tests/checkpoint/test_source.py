@@ -23,8 +23,14 @@ def write_checkpoint(directory: Path) -> Path:
     """Two shards with two tensors each, an index, a config and some other files."""
     directory.mkdir(exist_ok=True)
     shards = {
-        "model-00001-of-00002.safetensors": {"a": torch.arange(6.0).reshape(2, 3), "b": torch.arange(4).half()},
-        "model-00002-of-00002.safetensors": {"c": torch.arange(3), "d": torch.ones(2, 2, dtype=torch.bfloat16)},
+        "model-00001-of-00002.safetensors": {
+            "a": torch.arange(6.0).reshape(2, 3),
+            "b": torch.arange(4).half(),
+        },
+        "model-00002-of-00002.safetensors": {
+            "c": torch.arange(3),
+            "d": torch.ones(2, 2, dtype=torch.bfloat16),
+        },
     }
     for file, tensors in shards.items():
         save_file(tensors, directory / file, metadata={"format": "pt"})
@@ -73,9 +79,19 @@ LEFT_BY_TRAINING = [
     "logs/a.json", "tensorboard/b.json",
     "checkpoint-500/config.json", "checkpoint-500/trainer_state.json", "global_step500/README",
 ]  # fmt: skip
-OF_OTHER_MODELS = ["lora/adapter_config.json", "lora/adapter_model.safetensors", "draft/deep/config.json"]
+OF_OTHER_MODELS = [
+    "lora/adapter_config.json",
+    "lora/adapter_model.safetensors",
+    "draft/deep/config.json",
+]
 OF_OTHER_MODELS += ["draft/model.safetensors", "adapter_config.json", "adapter_model.safetensors"]
-OF_THE_MODEL = ["LICENSE", "chat_template.jinja", "code/modeling.py", "latest/readme.md", "modeling.py"]
+OF_THE_MODEL = [
+    "LICENSE",
+    "chat_template.jinja",
+    "code/modeling.py",
+    "latest/readme.md",
+    "modeling.py",
+]
 OF_THE_MODEL += ["tokenizer.json", "tokenizer.model"]
 
 
@@ -91,7 +107,9 @@ def test_what_training_and_other_models_leave_is_no_side_file(tmp_path: Path) ->
 def test_an_adapter_beside_the_model_is_told(tmp_path: Path) -> None:
     assert open_checkpoint(write_checkpoint(tmp_path)).remarks == ()
     (tmp_path / "adapter_config.json").write_text("{}")
-    text = "holds an adapter beside the model (adapter_config.json): it is not applied and not copied"
+    text = (
+        "holds an adapter beside the model (adapter_config.json): it is not applied and not copied"
+    )
     assert open_checkpoint(tmp_path).remarks == (("W_CKPT_ADAPTER", f"`{tmp_path}` {text}"),)
 
 
@@ -113,7 +131,9 @@ def giant_header(directory: Path) -> None:
 def duplicate_key(directory: Path) -> None:
     entry = '"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}'
     header = f"{{{entry}, {entry}}}".encode()
-    (directory / "model-00001-of-00002.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"x")
+    (directory / "model-00001-of-00002.safetensors").write_bytes(
+        len(header).to_bytes(8, "little") + header + b"x"
+    )
 
 
 def lying_shape(directory: Path) -> None:
@@ -153,8 +173,12 @@ def hold_twice(name: str) -> Callable[[Path], None]:
     """Lets the second shard hold a tensor of the first one as well."""
 
     def change(directory: Path) -> None:
-        first, second = (directory / f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
-        save_file(load_file(second) | {name: load_file(first)[name]}, second, metadata={"format": "pt"})
+        first, second = (
+            directory / f"model-0000{number}-of-00002.safetensors" for number in (1, 2)
+        )
+        save_file(
+            load_file(second) | {name: load_file(first)[name]}, second, metadata={"format": "pt"}
+        )
 
     return change
 
@@ -210,7 +234,11 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str, str]] = {
         "E_CKPT_INDEX",
         "puts `a` into model-00002",
     ),
-    "tensor in two shards": (hold_twice("a"), "E_CKPT_INDEX", "puts `a` into model-00001.*00002.* holds it"),
+    "tensor in two shards": (
+        hold_twice("a"),
+        "E_CKPT_INDEX",
+        "puts `a` into model-00001.*00002.* holds it",
+    ),
     "unlisted tensor in two shards": (
         both(hold_twice("a"), index_change(a=None)),
         "E_CKPT_INDEX",
@@ -221,14 +249,42 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str, str]] = {
         "E_CKPT_CONFIG",
         "config.json` begins with a byte order",
     ),
-    "byte order mark in the index": (prefixed(INDEX_NAME, b"\xef\xbb\xbf"), "E_CKPT_CONFIG", "index.json` begins with"),
+    "byte order mark in the index": (
+        prefixed(INDEX_NAME, b"\xef\xbb\xbf"),
+        "E_CKPT_CONFIG",
+        "index.json` begins with",
+    ),
     "metadata that is no object": (metadata(b"[]"), "E_CKPT_CORRUPT", "metadata is not a mapping"),
-    "metadata that is no text": (metadata(b'{"a":0}'), "E_CKPT_CORRUPT", "metadata is not a mapping"),
-    "path traversal": (index_change(a="../secret.safetensors"), "E_UNSAFE_PATH", "outside its directory"),
-    "absolute path": (index_change(a="/etc/secret.safetensors"), "E_UNSAFE_PATH", "outside its directory"),
-    "pointer of Git LFS": (lfs_pointer, "E_CKPT_CORRUPT", "00002.safetensors` is a pointer of Git LFS"),
-    "linked shard": (linked_shard, "E_UNSAFE_PATH", "00002.safetensors` is a link that leads out of its directory, to"),
-    "pickles only": (only("config.json", "pytorch_model.bin"), "E_CKPT_PICKLE", "pickled weights only"),
+    "metadata that is no text": (
+        metadata(b'{"a":0}'),
+        "E_CKPT_CORRUPT",
+        "metadata is not a mapping",
+    ),
+    "path traversal": (
+        index_change(a="../secret.safetensors"),
+        "E_UNSAFE_PATH",
+        "outside its directory",
+    ),
+    "absolute path": (
+        index_change(a="/etc/secret.safetensors"),
+        "E_UNSAFE_PATH",
+        "outside its directory",
+    ),
+    "pointer of Git LFS": (
+        lfs_pointer,
+        "E_CKPT_CORRUPT",
+        "00002.safetensors` is a pointer of Git LFS",
+    ),
+    "linked shard": (
+        linked_shard,
+        "E_UNSAFE_PATH",
+        "00002.safetensors` is a link that leads out of its directory, to",
+    ),
+    "pickles only": (
+        only("config.json", "pytorch_model.bin"),
+        "E_CKPT_PICKLE",
+        "pickled weights only",
+    ),
     "adapter": (only("adapter_config.json", "adapter_model.bin"), "E_CKPT_KIND", "is an adapter"),
     "diffusers": (only("model_index.json"), "E_CKPT_KIND", "is a diffusers pipeline"),
     "gguf": (only("model.gguf"), "E_CKPT_KIND", "GGUF"),
@@ -250,7 +306,10 @@ def test_a_faulty_checkpoint_is_refused_with_its_code(fault: str, tmp_path: Path
 
 
 def told(directory: Path) -> list[tuple[str, str]]:
-    return [(code, text.replace(str(directory), "DIR")) for code, text in open_checkpoint(directory).remarks]
+    return [
+        (code, text.replace(str(directory), "DIR"))
+        for code, text in open_checkpoint(directory).remarks
+    ]
 
 
 def test_entries_of_the_index_without_a_tensor_are_told(tmp_path: Path) -> None:
@@ -275,7 +334,9 @@ def test_tensors_of_a_listed_shard_are_read_without_an_entry(tmp_path: Path) -> 
 
 def test_names_of_shards_may_begin_with_the_directory_itself(tmp_path: Path) -> None:
     known = open_checkpoint(write_checkpoint(tmp_path)).tensors
-    index_change(a="./model-00001-of-00002.safetensors", c="./model-00002-of-00002.safetensors")(tmp_path)
+    index_change(a="./model-00001-of-00002.safetensors", c="./model-00002-of-00002.safetensors")(
+        tmp_path
+    )
     assert open_checkpoint(tmp_path).tensors == known
     assert told(tmp_path) == []
 
@@ -297,10 +358,13 @@ def test_metadata_of_null_is_none(tmp_path: Path) -> None:
 
 def test_the_last_of_two_values_counts_and_is_told_if_they_differ(tmp_path: Path) -> None:
     config = write_checkpoint(tmp_path) / "config.json"
-    config.write_text('{"model_type": "llama", "vocab_size": 5, "x": {"y": [1], "y": [1]}, "vocab_size": 5}')
+    config.write_text(
+        '{"model_type": "llama", "vocab_size": 5, "x": {"y": [1], "y": [1]}, "vocab_size": 5}'
+    )
     assert told(tmp_path) == []
     config.write_text(
-        '{"model_type": "llama", "vocab_size": 5, "x": {"y": [1], "y": "%s"}, "vocab_size": 6}' % ("z" * 99)
+        '{"model_type": "llama", "vocab_size": 5, "x": {"y": [1], "y": "%s"}, "vocab_size": 6}'
+        % ("z" * 99)
     )
     checkpoint = open_checkpoint(tmp_path)
     assert (
@@ -318,7 +382,9 @@ def test_the_last_of_two_values_counts_and_is_told_if_they_differ(tmp_path: Path
 def test_bitsandbytes_counts_only_where_weights_are_in_its_codes(
     dtype: torch.dtype, nested: bool, tmp_path: Path
 ) -> None:
-    content: dict[str, object] = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    content: dict[str, object] = {
+        "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    }
     content = {"text_config": content} if nested else content
     (write_checkpoint(tmp_path) / "config.json").write_text(json.dumps(content))
     checkpoint = open_checkpoint(tmp_path)
@@ -348,13 +414,17 @@ def test_a_config_that_is_no_json_object_is_refused(content: str, tmp_path: Path
     assert caught.value.code == "E_CKPT_CONFIG"
 
 
-def test_no_mutated_header_byte_leads_to_anything_but_a_clean_refusal_or_a_sound_header(tmp_path: Path) -> None:
+def test_no_mutated_header_byte_leads_to_anything_but_a_clean_refusal_or_a_sound_header(
+    tmp_path: Path,
+) -> None:
     file = write_checkpoint(tmp_path) / "model-00001-of-00002.safetensors"
     original = file.read_bytes()
     refused = 0
     for position in range(len(original) - 32):
         for flip in (0x01, 0x10, 0x80):
-            file.write_bytes(original[:position] + bytes([original[position] ^ flip]) + original[position + 1 :])
+            file.write_bytes(
+                original[:position] + bytes([original[position] ^ flip]) + original[position + 1 :]
+            )
             try:
                 tensors = read_header(file)
             except InputError:
@@ -366,7 +436,10 @@ def test_no_mutated_header_byte_leads_to_anything_but_a_clean_refusal_or_a_sound
 
 def cached(tmp_path: Path) -> Path:
     """A snapshot as the Hub's cache keeps it: every file a link into the blobs of its repository."""
-    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "0123", tmp_path / "models--a--b" / "blobs"
+    snapshot, blobs = (
+        tmp_path / "models--a--b" / "snapshots" / "0123",
+        tmp_path / "models--a--b" / "blobs",
+    )
     blobs.mkdir(parents=True)
     write_checkpoint(snapshot.parent.parent / "written")
     snapshot.mkdir(parents=True)
@@ -392,7 +465,9 @@ def test_a_link_out_of_the_hubs_cache_is_refused(tmp_path: Path) -> None:
     assert (caught.value.code, caught.value.exit_code) == ("E_UNSAFE_PATH", 3)
 
 
-@pytest.mark.parametrize("name", ["a\\b.txt", "C:x", "a\nb.txt", "\x1b[2J", "code/\u202etxt.py", "\udcff.md"])
+@pytest.mark.parametrize(
+    "name", ["a\\b.txt", "C:x", "a\nb.txt", "\x1b[2J", "code/\u202etxt.py", "\udcff.md"]
+)
 def test_a_side_file_that_no_manifest_could_list_is_refused(name: str, tmp_path: Path) -> None:
     file = write_checkpoint(tmp_path) / name
     file.parent.mkdir(exist_ok=True)
@@ -420,7 +495,8 @@ def test_blobs_beside_a_directory_that_is_no_snapshot_are_foreign(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "name", ["caf\udce9.md", "new\nline.md", "back\\slash.md", "c:x.md", "\u202etxt.md", "a/b\x1b.md"]
+    "name",
+    ["caf\udce9.md", "new\nline.md", "back\\slash.md", "c:x.md", "\u202etxt.md", "a/b\x1b.md"],
 )
 def test_a_file_whose_name_no_output_may_have_is_refused(name: str, tmp_path: Path) -> None:
     directory = gptq_files().write(tmp_path / "c")
@@ -430,7 +506,9 @@ def test_a_file_whose_name_no_output_may_have_is_refused(name: str, tmp_path: Pa
         open_checkpoint(directory)
     assert (caught.value.code, caught.value.exit_code) == ("E_UNSAFE_PATH", 3)
     assert "move it elsewhere" in (caught.value.hint or "")
-    (directory / name).rename(directory / ("." + "x" * 50))  # what is not copied may be called anything
+    (directory / name).rename(
+        directory / ("." + "x" * 50)
+    )  # what is not copied may be called anything
     open_checkpoint(directory)
 
 
@@ -439,5 +517,8 @@ def test_names_as_long_as_they_may_be_are_copied_whole(tmp_path: Path) -> None:
     for name in ("x" * 252 + ".md", "ä" * 126 + ".md"):
         (directory / name).write_text(name)
     copy_side_files(open_checkpoint(directory), tmp_path / "out", without=())
-    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"x" * 252 + ".md", "ä" * 126 + ".md"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {
+        "x" * 252 + ".md",
+        "ä" * 126 + ".md",
+    }
     assert not is_safe_path(directory, "ä" * 128)

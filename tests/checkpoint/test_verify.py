@@ -15,7 +15,16 @@ from gptq_cli.checkpoint.defect import Defect
 from gptq_cli.checkpoint.headers import unpack_words
 from gptq_cli.checkpoint.verify import verify_checkpoint
 from gptq_cli.errors import InputError
-from tests.checkpoint.gptq_files import HIDDEN, MODULES, SHAPES, SHARDS, Files, gptq_files, module, words
+from tests.checkpoint.gptq_files import (
+    HIDDEN,
+    MODULES,
+    SHAPES,
+    SHARDS,
+    Files,
+    gptq_files,
+    module,
+    words,
+)
 
 Q0, DOWN1 = MODULES[0], MODULES[5]
 
@@ -57,7 +66,10 @@ def as_gptqmodel(files: Files) -> None:
     files.quantize_config = dict(files.quantization, meta={"quantizer": ["gptqmodel:7.7.0"]})
     files.quantization["meta"] = {"quantizer": ["gptqmodel:7.7.0"]}
     files.quantization["pack_dtype"] = "int32"
-    files.quantization["dynamic"] = {r"-:.*layers\.1\.mlp\.gate$": {}, r"+:.*down_proj": {"group_size": 64}}
+    files.quantization["dynamic"] = {
+        r"-:.*layers\.1\.mlp\.gate$": {},
+        r"+:.*down_proj": {"group_size": 64},
+    }
     for block in range(2):
         name = f"model.layers.{block}.mlp.down_proj"
         for part, array in module((64, 128), 4, 64, True, "gptq", False, block).items():
@@ -75,7 +87,9 @@ def as_autoround(files: Files) -> None:
 
 def as_optimum(files: Files) -> None:
     inner = [[name.split(".", 3)[3]] for name in MODULES[:3]]
-    files.quantization.update({"modules_in_block_to_quantize": inner, "dataset": "wikitext2", "model_seqlen": 2048})
+    files.quantization.update(
+        {"modules_in_block_to_quantize": inner, "dataset": "wikitext2", "model_seqlen": 2048}
+    )
     del files.quantization["format"], files.quantization["checkpoint_format"]
 
 
@@ -138,7 +152,9 @@ def with_an_mtp_block(files: Files) -> None:
 def with_a_kept_block(files: Files) -> None:
     unpack(files, MODULES[3])
     files.quantization["dynamic"] = {"-:" + MODULES[3].replace(".", r"\.") + "$": {}}
-    files.quantization["modules_in_block_to_quantize"] = [[name for name in MODULES if name != MODULES[3]]]
+    files.quantization["modules_in_block_to_quantize"] = [
+        [name for name in MODULES if name != MODULES[3]]
+    ]
 
 
 def with_a_head(files: Files) -> None:
@@ -254,18 +270,48 @@ PLANTED = {
     "upper case": (put("quant_method", "GPTQ"), "CONFIG", None, "transformers knows only 'gptq'"),
     "formats differ": (put("format", "gptq_v2"), "CONFIG", None, "readers take one or the other"),
     "format as mapping": (put("format", {}), "CONFIG", None, "readers take one or the other"),
-    "format of nothing": (format_of_nothing, "CONFIG", None, "format is None and checkpoint_format ''"),
-    "two configs": (two_configs, "CONFIG", None, "bits is 4 in config.json and 8 in quantize_config.json"),
+    "format of nothing": (
+        format_of_nothing,
+        "CONFIG",
+        None,
+        "format is None and checkpoint_format ''",
+    ),
+    "two configs": (
+        two_configs,
+        "CONFIG",
+        None,
+        "bits is 4 in config.json and 8 in quantize_config.json",
+    ),
     "bad rule": (put("dynamic", {"-:(": {}}), "CONFIG", None, "not a regular expression"),
     "bad rules": (put("dynamic", ["-:x"]), "CONFIG", None, "not a mapping"),
     "bad override": (put("dynamic", {"+:.*q_proj": {"bits": 7}}), "CONFIG", None, "bits is 7"),
     "bad list": (put("modules_in_block_to_quantize", [[4]]), "CONFIG", None, "list of lists"),
-    "only in quantize_config": (as_autogptq, "CONFIG", None, "stands in quantize_config.json alone"),
-    "in text_config": (in_text_config, "CONFIG", None, "stands in text_config: transformers would not see it"),
+    "only in quantize_config": (
+        as_autogptq,
+        "CONFIG",
+        None,
+        "stands in quantize_config.json alone",
+    ),
+    "in text_config": (
+        in_text_config,
+        "CONFIG",
+        None,
+        "stands in text_config: transformers would not see it",
+    ),
     "no method": (unsaid_method, "CONFIG", None, "quant_method is missing"),
     "v2 by one key": (v2_by_one_key, "CONFIG", None, "llama.cpp would not take format 'gptq_v2'"),
-    "two formats": (two_formats, "CONFIG", None, "is 'gptq' in config.json and 'gptq_v2' in quantize_config.json"),
-    "no settings": (no_settings, "CONFIG", None, "neither config.json nor quantize_config.json says"),
+    "two formats": (
+        two_formats,
+        "CONFIG",
+        None,
+        "is 'gptq' in config.json and 'gptq_v2' in quantize_config.json",
+    ),
+    "no settings": (
+        no_settings,
+        "CONFIG",
+        None,
+        "neither config.json nor quantize_config.json says",
+    ),
     "marlin flag": (marlin_flag, "QUANTIZED", None, "packed for Marlin"),
     "marlin tensors": (marlin_tensors, "QUANTIZED", None, "packed for Marlin"),
     "awq tensors": (awq_tensors, "QUANTIZED", None, "packed for AWQ"),
@@ -282,7 +328,12 @@ PLANTED = {
         "model.layers.2",
         "no tensor",
     ),
-    "words as int64": (swap(f"{Q0}.qweight", lambda a: a.astype(np.int64)), "SHAPE", f"{Q0}.qweight", "I64, not I32"),
+    "words as int64": (
+        swap(f"{Q0}.qweight", lambda a: a.astype(np.int64)),
+        "SHAPE",
+        f"{Q0}.qweight",
+        "I64, not I32",
+    ),
     "scales as float64": (
         swap(f"{Q0}.scales", lambda a: a.astype(np.float64)),
         "SHAPE",
@@ -290,14 +341,49 @@ PLANTED = {
         "F64, not F16",
     ),
     "scales turned": (swap(f"{DOWN1}.scales", lambda a: a.T), "SHAPE", DOWN1, "4 outputs"),
-    "qweight turned": (swap(f"{Q0}.qweight", lambda a: a.T), "SHAPE", f"{Q0}.qweight", "has shape [32, 8]"),
-    "short bias": (lambda f: f.tensors.update({f"{Q0}.bias": np.ones(31, np.float16)}), "SHAPE", f"{Q0}.bias", "[32]"),
-    "group too large": (set_at(f"{Q0}.g_idx", (5,), 2), "GROUPS", f"{Q0}.g_idx", "0 to 2, there are 2 groups"),
+    "qweight turned": (
+        swap(f"{Q0}.qweight", lambda a: a.T),
+        "SHAPE",
+        f"{Q0}.qweight",
+        "has shape [32, 8]",
+    ),
+    "short bias": (
+        lambda f: f.tensors.update({f"{Q0}.bias": np.ones(31, np.float16)}),
+        "SHAPE",
+        f"{Q0}.bias",
+        "[32]",
+    ),
+    "group too large": (
+        set_at(f"{Q0}.g_idx", (5,), 2),
+        "GROUPS",
+        f"{Q0}.g_idx",
+        "0 to 2, there are 2 groups",
+    ),
     "group negative": (set_at(f"{Q0}.g_idx", (5,), -1), "GROUPS", f"{Q0}.g_idx", "-1 to 1"),
-    "group uneven": (set_at(f"{Q0}.g_idx", (5,), 1), "GROUPS", f"{Q0}.g_idx", "group 0 has 31 of the columns, not 32"),
-    "all in one group": (swap(f"{DOWN1}.g_idx", np.zeros_like), "GROUPS", f"{DOWN1}.g_idx", "group 0 has 128"),
-    "hidden order": (swap(f"{DOWN1}.g_idx", lambda a: a[::-1]), "GROUPS", f"{DOWN1}.g_idx", "desc_act is false"),
-    "mislabelled v2": (zeros_as_v2, "ZEROS", f"{Q0}.qzeros", "as gptq stores them, config.json says gptq_v2"),
+    "group uneven": (
+        set_at(f"{Q0}.g_idx", (5,), 1),
+        "GROUPS",
+        f"{Q0}.g_idx",
+        "group 0 has 31 of the columns, not 32",
+    ),
+    "all in one group": (
+        swap(f"{DOWN1}.g_idx", np.zeros_like),
+        "GROUPS",
+        f"{DOWN1}.g_idx",
+        "group 0 has 128",
+    ),
+    "hidden order": (
+        swap(f"{DOWN1}.g_idx", lambda a: a[::-1]),
+        "GROUPS",
+        f"{DOWN1}.g_idx",
+        "desc_act is false",
+    ),
+    "mislabelled v2": (
+        zeros_as_v2,
+        "ZEROS",
+        f"{Q0}.qzeros",
+        "as gptq stores them, config.json says gptq_v2",
+    ),
     "one odd zero": (
         set_at(f"{DOWN1}.qzeros", (1, 2), 0x77767777),
         "ZEROS",
@@ -305,29 +391,54 @@ PLANTED = {
         "1 of 256 zero points are not 8",
     ),
     "wrapped zero": (wrapped_zero, "ZEROS", f"{Q0}.qzeros", "1 of 64 zero points are 0"),
-    "scale zero": (set_at(f"{Q0}.scales", (1, 3), 0), "SCALES", f"{Q0}.scales", "1 of 64 scales are zero"),
+    "scale zero": (
+        set_at(f"{Q0}.scales", (1, 3), 0),
+        "SCALES",
+        f"{Q0}.scales",
+        "1 of 64 scales are zero",
+    ),
     "scale too small": (
         swap(f"{Q0}.scales", lambda a: a.astype(np.float32) * 1e-7),
         "SCALES",
         f"{Q0}.scales",
         "64 of 64 scales are zero",
     ),
-    "weight beyond": (set_at(f"{Q0}.scales", (1, 3), 9000), "NONFINITE", f"{Q0}.qweight", "weights are beyond float16"),
+    "weight beyond": (
+        set_at(f"{Q0}.scales", (1, 3), 9000),
+        "NONFINITE",
+        f"{Q0}.qweight",
+        "weights are beyond float16",
+    ),
     "weights beyond": (
         set_at(f"{DOWN1}.scales", (2, 5), -30000),
         "NONFINITE",
         f"{DOWN1}.qweight",
         "are beyond float16",
     ),
-    "scale infinite": (set_at(f"{Q0}.scales", (1, 3), np.inf), "NONFINITE", f"{Q0}.scales", "1 of 64"),
-    "scale nan": (set_at(f"{DOWN1}.scales", (3, 3), np.nan), "NONFINITE", f"{DOWN1}.scales", "1 of 256"),
+    "scale infinite": (
+        set_at(f"{Q0}.scales", (1, 3), np.inf),
+        "NONFINITE",
+        f"{Q0}.scales",
+        "1 of 64",
+    ),
+    "scale nan": (
+        set_at(f"{DOWN1}.scales", (3, 3), np.nan),
+        "NONFINITE",
+        f"{DOWN1}.scales",
+        "1 of 256",
+    ),
     "scale beyond": (
         swap(f"{Q0}.scales", lambda a: a.astype(np.float32) * 1e7),
         "SCALES",
         f"{Q0}.scales",
         "64 of 64 scales are beyond",
     ),
-    "kept by rule": (put("dynamic", {"-:.*k_proj": {}}), "RULES", MODULES[1], "rule '-:.*k_proj' says that it is not"),
+    "kept by rule": (
+        put("dynamic", {"-:.*k_proj": {}}),
+        "RULES",
+        MODULES[1],
+        "rule '-:.*k_proj' says that it is not",
+    ),
     "not listed": (
         put("modules_in_block_to_quantize", [["q_proj", "k_proj"]]),
         "RULES",
@@ -341,7 +452,12 @@ PLANTED = {
         "nothing of that name",
     ),
     "plain and packed": (both_forms, "RULES", f"{Q0}.weight", "beside its packed form"),
-    "plain unsaid": (lambda files: unpack(files, MODULES[4]), "RULES", f"{MODULES[4]}.weight", "no rule says so"),
+    "plain unsaid": (
+        lambda files: unpack(files, MODULES[4]),
+        "RULES",
+        f"{MODULES[4]}.weight",
+        "no rule says so",
+    ),
     "nothing packed": (no_codes, "RULES", None, "no tensor is quantized"),
     "head promised": (put("lm_head", True), "RULES", "lm_head", "there is no lm_head.qweight"),
     "head unsaid": (unused_head, "RULES", "lm_head", "lm_head is not true"),
@@ -357,17 +473,25 @@ def test_a_planted_defect_is_found_where_it_is(plant: str, tmp_path: Path) -> No
     change(files)
     found = defects(files.write(tmp_path / "c"))
     assert (code, tensor) in {(defect.code, defect.tensor) for defect in found}
-    assert any(words_of_it in defect.message for defect in found if (defect.code, defect.tensor) == (code, tensor))
+    assert any(
+        words_of_it in defect.message
+        for defect in found
+        if (defect.code, defect.tensor) == (code, tensor)
+    )
     assert {defect.code for defect in found} == {code}
 
 
 @pytest.mark.parametrize("format", ["gptq", "gptq_v2"])
-@pytest.mark.parametrize(("code", "scale", "beyond"), [(0, 9000, 8), (1, 9000, 0), (15, -9000, 0), (15, 9360, 8)])
+@pytest.mark.parametrize(
+    ("code", "scale", "beyond"), [(0, 9000, 8), (1, 9000, 0), (15, -9000, 0), (15, 9360, 8)]
+)
 def test_only_weights_that_leave_float16_are_counted(
     code: int, scale: float, beyond: int, format: str, tmp_path: Path
 ) -> None:
     files = gptq_files(format=format)  # symmetric with 4 bits: a code stands for scale * (code - 8)
-    files.tensors[f"{Q0}.qweight"][4:, 3] = words([8] * 32, 4)  # eight words hold 64 columns, the last four group 1
+    files.tensors[f"{Q0}.qweight"][4:, 3] = words(
+        [8] * 32, 4
+    )  # eight words hold 64 columns, the last four group 1
     files.tensors[f"{Q0}.qweight"][5, 3] = words([code] * 8, 4)[0]
     files.tensors[f"{Q0}.scales"][1, 3] = scale
     found = [str(defect) for defect in defects(files.write(tmp_path / "c"))]
@@ -384,14 +508,30 @@ def test_subnormal_scales_are_no_defect(size: float, tmp_path: Path) -> None:
 
 
 EFFECTS = {
-    "form": ["only in quantize_config", "in text_config", "no method", "upper case", "v2 by one key", "two formats"],
+    "form": [
+        "only in quantize_config",
+        "in text_config",
+        "no method",
+        "upper case",
+        "v2 by one key",
+        "two formats",
+    ],
     "readers": ["kept by rule", "not listed", "listed in vain", "plain unsaid"],
-    "numbers": ["mislabelled v2", "wrapped zero", "one odd zero", "all in one group", "sym unsaid", "no scales"],
+    "numbers": [
+        "mislabelled v2",
+        "wrapped zero",
+        "one odd zero",
+        "all in one group",
+        "sym unsaid",
+        "no scales",
+    ],
 }
 EFFECTS["form"] += ["adapter", "other weights"]
 
 
-@pytest.mark.parametrize(("effect", "plant"), [(effect, plant) for effect in EFFECTS for plant in EFFECTS[effect]])
+@pytest.mark.parametrize(
+    ("effect", "plant"), [(effect, plant) for effect in EFFECTS for plant in EFFECTS[effect]]
+)
 def test_a_defect_tells_its_effect_and_a_remedy(effect: str, plant: str, tmp_path: Path) -> None:
     files = gptq_files()
     PLANTED[plant][0](files)
@@ -449,18 +589,28 @@ def test_only_the_planted_module_is_accused(tmp_path: Path) -> None:
     assert str(found) == expected
 
 
-@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.1.norm.weight", "lm_head.weight"])
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", "model.layers.1.norm.weight", "lm_head.weight"]
+)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_kept_tensors_are_finite_when_every_byte_is_read(name: str, value: float, tmp_path: Path) -> None:
+def test_kept_tensors_are_finite_when_every_byte_is_read(
+    name: str, value: float, tmp_path: Path
+) -> None:
     files = gptq_files()
     files.tensors[name].flat[[0, -1]] = value
     directory = files.write(tmp_path / "c")
     assert defects(directory) == []
     (found,) = defects(directory, full=True)
-    assert (found.code, found.tensor, found.message) == ("E_CKPT_NONFINITE", name, "holds NaN or infinity, 2 times")
+    assert (found.code, found.tensor, found.message) == (
+        "E_CKPT_NONFINITE",
+        name,
+        "holds NaN or infinity, 2 times",
+    )
 
 
-def test_numbers_are_checked_in_every_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numbers_are_checked_in_every_chunk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("gptq_cli.checkpoint.headers.CHUNK_BYTES", 64)
     files = gptq_files()
     files.tensors["lm_head.weight"].flat[[5, 700, -1]] = np.nan
@@ -481,7 +631,9 @@ def test_bfloat16_numbers_are_read_as_they_are(tmp_path: Path) -> None:
 
     files = gptq_files()
     directory = files.write(tmp_path / "c")
-    tensors = {name: torch.from_numpy(array) for name, array in load_file(directory / SHARDS[0]).items()}
+    tensors = {
+        name: torch.from_numpy(array) for name, array in load_file(directory / SHARDS[0]).items()
+    }
     scales = tensors[f"{Q0}.scales"].bfloat16()
     save_torch(tensors | {f"{Q0}.scales": scales}, directory / SHARDS[0], metadata={"format": "pt"})
     assert defects(directory, full=True) == []
@@ -512,7 +664,10 @@ def test_shards_of_two_revisions_do_not_pass(tmp_path: Path) -> None:
     index = directory / "model.safetensors.index.json"
     assert [(defect.code, defect.message) for defect in defects(directory)] == [
         ("E_CKPT_INDEX", f"`{index}` lists `model.layers.1.norm.weight`, which no shard holds"),
-        ("E_CKPT_INDEX", f"`{index}` does not list `model.layers.1.norm2.weight`, which its shards hold"),
+        (
+            "E_CKPT_INDEX",
+            f"`{index}` does not list `model.layers.1.norm2.weight`, which its shards hold",
+        ),
     ]
 
 
@@ -520,7 +675,10 @@ def test_a_torn_quantize_config_is_a_defect(tmp_path: Path) -> None:
     directory = gptq_files().write(tmp_path / "c")
     (directory / "quantize_config.json").write_bytes(b'{"bits": 4, \xb1')
     (found,) = defects(directory)
-    assert (found.code, "quantize_config.json` cannot be read as JSON" in found.message) == ("E_CKPT_CONFIG", True)
+    assert (found.code, "quantize_config.json` cannot be read as JSON" in found.message) == (
+        "E_CKPT_CONFIG",
+        True,
+    )
 
 
 def test_what_is_no_gptq_checkpoint_is_refused(tmp_path: Path) -> None:
@@ -530,7 +688,11 @@ def test_what_is_no_gptq_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is not quantized") as caught:
         verify_checkpoint(files.write(tmp_path / "plain"))
     assert (caught.value.code, caught.value.exit_code) == ("E_CKPT_KIND", 3)
-    for key, value in (("quant_method", "awq"), ("checkpoint_format", "marlin"), ("pack_dtype", "int16")):
+    for key, value in (
+        ("quant_method", "awq"),
+        ("checkpoint_format", "marlin"),
+        ("pack_dtype", "int16"),
+    ):
         other = gptq_files()
         other.quantization[key] = value
         with pytest.raises(InputError, match="not read here") as caught:
@@ -547,5 +709,7 @@ from gptq_cli.checkpoint.verify import verify_checkpoint
 verify_checkpoint(Path({str(directory)!r}), full=True)
 print(sorted({{"torch", "transformers", "safetensors"}} & set(sys.modules)))
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     assert done.stdout == "[]\n"

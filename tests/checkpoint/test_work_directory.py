@@ -34,12 +34,17 @@ def begin_another(work: WorkDirectory) -> None:
     work.journal.write_text("finished")
 
 
-@pytest.mark.parametrize("error", [FileNotFoundError(2, "No such file", "x"), ResourceError("E_DISK", "x"), KeyError()])
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError(2, "No such file", "x"), ResourceError("E_DISK", "x"), KeyError()]
+)
 def test_a_directory_that_was_removed_is_the_reason(error: Exception, tmp_path: Path) -> None:
     with pytest.raises(GptqError) as caught:
         end_without_it(tmp_path / "out", error)
     assert (caught.value.code, caught.value.exit_code) == ("E_WORK_GONE", 5)
-    assert str(caught.value) == f"`{tmp_path}/.out.gptq-work` was removed while this run was working in it"
+    assert (
+        str(caught.value)
+        == f"`{tmp_path}/.out.gptq-work` was removed while this run was working in it"
+    )
     assert caught.value.hint == "let nothing remove it, then run the same command again"
     assert caught.value.__context__ is error
     assert list(tmp_path.iterdir()) == []

@@ -56,7 +56,9 @@ def test_what_is_written_again_takes_the_place_of_what_was(tmp_path: Path) -> No
 
 def test_what_was_not_planned_or_never_came_is_a_mistake(tmp_path: Path) -> None:
     with CheckpointWriter(tmp_path / "out", LAYOUT) as writer:
-        with pytest.raises(ValueError, match=r"a: planned F32 \(2, 3\), got torch.float32 \(3, 2\)"):
+        with pytest.raises(
+            ValueError, match=r"a: planned F32 \(2, 3\), got torch.float32 \(3, 2\)"
+        ):
             writer.write("a", A.T)
         writer.write("a", A)
         with pytest.raises(ValueError, match="never written: b"):
@@ -74,13 +76,19 @@ def test_shards_that_cannot_all_be_opened_are_given_back(tmp_path: Path) -> None
             return self.opened[-1]
 
     disk = Second()
-    with using(disk), pytest.raises(ResourceError, match="too many"), CheckpointWriter(tmp_path / "out", LAYOUT):
+    with (
+        using(disk),
+        pytest.raises(ResourceError, match="too many"),
+        CheckpointWriter(tmp_path / "out", LAYOUT),
+    ):
         pass
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(disk.opened[-1])
 
 
-def test_the_caller_goes_on_while_tensors_are_written_and_waits_when_too_many_are_left(tmp_path: Path) -> None:
+def test_the_caller_goes_on_while_tensors_are_written_and_waits_when_too_many_are_left(
+    tmp_path: Path,
+) -> None:
     class Slow(Disk):
         may_write = Event()
         writing = 0

@@ -65,7 +65,9 @@ def layer_report(index: int, name: str = "q_proj", error: float = 1e-4) -> Layer
     )
 
 
-def play(report: Report, n_blocks: int = 2, config: QuantizeConfig | None = None) -> tuple[LayerReport, ...]:
+def play(
+    report: Report, n_blocks: int = 2, config: QuantizeConfig | None = None
+) -> tuple[LayerReport, ...]:
     """The events of a small run, in order."""
     solved = []
     judged = verdicts(settings_export(config)) if config else ()
@@ -113,7 +115,11 @@ class FakeQuantized:
     already_done: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        return {"output": str(self.output), "layers": [layer.name for layer in self.layers], "worst": float("nan")}
+        return {
+            "output": str(self.output),
+            "layers": [layer.name for layer in self.layers],
+            "worst": float("nan"),
+        }
 
 
 def _plan_without_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,15 @@ import pytest
 
 from gptq_cli.__main__ import main
 from gptq_cli.cli.app import COMMANDS
-from gptq_cli.errors import ConfigError, ExistsError, GateError, GptqError, InputError, Problem, ResourceError
+from gptq_cli.errors import (
+    ConfigError,
+    ExistsError,
+    GateError,
+    GptqError,
+    InputError,
+    Problem,
+    ResourceError,
+)
 
 from .conftest import FakeQuantizer, Run
 
@@ -39,23 +47,41 @@ def test_nothing_said_shows_help_and_is_a_usage_error(gptq: Run) -> None:
 @pytest.mark.parametrize(
     ("words", "message", "hint"),
     [
-        (["quantise", "m"], "error[E_USAGE]: No such command 'quantise'", "did you mean 'quantize'?"),
-        (["quantize", "m", "--group-sise", "4"], "error[E_USAGE]: No such option: --group-sise", "--group-size?"),
+        (
+            ["quantise", "m"],
+            "error[E_USAGE]: No such command 'quantise'",
+            "did you mean 'quantize'?",
+        ),
+        (
+            ["quantize", "m", "--group-sise", "4"],
+            "error[E_USAGE]: No such option: --group-sise",
+            "--group-size?",
+        ),
         (
             ["quantize", "m", "--bits", "four"],
             "'--bits' / '-b': this is not a whole number",
             "see gptq quantize --help",
         ),
-        (["quantize", "m", "--damp-percent", "x"], "'--damp-percent': this is not a number", "quantize --help"),
+        (
+            ["quantize", "m", "--damp-percent", "x"],
+            "'--damp-percent': this is not a number",
+            "quantize --help",
+        ),
         (["quantize"], "error[E_USAGE]: Missing argument 'MODEL'", "see gptq quantize --help"),
         (["help"], "No such command 'help'", "hint: see gptq --help"),
         (["quantize", "m", "--bit", "3"], "No such option: --bit", "--bits?"),
         (["quantize", "m", "--bits"], "requires an argument", "see --help"),
-        (["quantize", "m", "more"], "unexpected extra argument", "given with -o; see gptq quantize --help"),
+        (
+            ["quantize", "m", "more"],
+            "unexpected extra argument",
+            "given with -o; see gptq quantize --help",
+        ),
         (["inspect", "m", "more"], "unexpected extra argument", "hint: see gptq inspect --help"),
     ],
 )
-def test_usage_errors_say_what_was_meant(words: list[str], message: str, hint: str, gptq: Run) -> None:
+def test_usage_errors_say_what_was_meant(
+    words: list[str], message: str, hint: str, gptq: Run
+) -> None:
     result = gptq(*words)
     assert (result.exit_code, result.stdout) == (2, "")
     assert message in result.stderr
@@ -81,7 +107,12 @@ def test_an_expected_failure_is_a_message_a_hint_and_its_code(
     assert (result.exit_code, result.stdout) == (exit_code, "")
     assert result.stderr.endswith("error[E_X]: bad [red]words[/red]\n\nhint: mend it\n")
     result = gptq("quantize", "m", "-b", "4", "-q", "--json")
-    problem = {"code": "E_X", "message": "bad [red]words[/red]", "hint": "mend it", "location": None}
+    problem = {
+        "code": "E_X",
+        "message": "bad [red]words[/red]",
+        "hint": "mend it",
+        "location": None,
+    }
     expected = {"schema": 1, "status": "error", "exit_code": exit_code, "problems": [problem]}
     assert (result.exit_code, json.loads(result.stdout)) == (exit_code, expected)
 
@@ -89,7 +120,9 @@ def test_an_expected_failure_is_a_message_a_hint_and_its_code(
 def test_several_problems_are_all_said_and_counted(gptq: Run, quantizer: FakeQuantizer) -> None:
     quantizer.error = ConfigError.of([Problem("E_A", "one"), Problem("E_B", "two", "mend it")])
     result = gptq("quantize", "m", "-b", "4", "-q")
-    assert result.stderr.endswith("error[E_A]: one\n\nerror[E_B]: two\n\nhint: mend it\n\n2 problems\n")
+    assert result.stderr.endswith(
+        "error[E_A]: one\n\nerror[E_B]: two\n\nhint: mend it\n\n2 problems\n"
+    )
 
 
 def test_a_bug_shows_its_traceback_and_exits_1(gptq: Run, quantizer: FakeQuantizer) -> None:
@@ -123,7 +156,9 @@ def test_usage_errors_are_json_too(gptq: Run) -> None:
         (["plan", "m", "-o", ""], "gptq plan m -o"),
     ],
 )
-def test_an_empty_word_is_not_the_current_directory(words: list[str], before: str, gptq: Run) -> None:
+def test_an_empty_word_is_not_the_current_directory(
+    words: list[str], before: str, gptq: Run
+) -> None:
     result = gptq(*words)
     assert result.exit_code == 2
     assert f"error[E_USAGE]: the word after `{before}` is empty" in result.stderr
@@ -137,7 +172,9 @@ def test_terminal_escapes_in_names_are_shown_not_obeyed(gptq: Run) -> None:
     assert "\x1b" not in result.stderr
 
 
-def test_an_interrupt_before_there_is_a_command_is_130_and_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_before_there_is_a_command_is_130_and_no_traceback(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def interrupted(**_: object) -> None:
         raise KeyboardInterrupt
 

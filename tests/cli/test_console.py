@@ -20,7 +20,9 @@ def test_sizes_have_three_digits(n_bytes: float, text: str) -> None:
     assert size(n_bytes) == text
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00:00"), (59.6, "0:01:00"), (3723.4, "1:02:03")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0:00:00"), (59.6, "0:01:00"), (3723.4, "1:02:03")]
+)
 def test_times_are_hours_minutes_seconds(seconds: float, text: str) -> None:
     assert clock(seconds) == text
 
@@ -30,7 +32,9 @@ def test_json_has_null_for_what_it_cannot_say() -> None:
     assert json.loads(as_json_text(data)) == {"a": [None, None, 1.5], "b": {"c": [None, True]}}
 
 
-def test_prose_is_broken_between_words_on_a_narrow_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prose_is_broken_between_words_on_a_narrow_terminal_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     line = "NAME      what it is for, and /a/path/that/is/longer/than/the/terminal/is/wide"
     monkeypatch.setenv("COLUMNS", "40")
     assert fitted(line, 10) == line

@@ -14,7 +14,10 @@ from . import conftest
 def test_the_pipeline_takes_the_calls_that_the_command_line_makes() -> None:
     bound = inspect.signature(run.carry_out).bind("prepared", print, "worker")
     assert bound.arguments == {"prepared": "prepared", "report": print, "worker": "worker"}
-    assert list(bound.arguments) == list(inspect.signature(conftest.FakeQuantizer.__call__).parameters)[1:]
+    assert (
+        list(bound.arguments)
+        == list(inspect.signature(conftest.FakeQuantizer.__call__).parameters)[1:]
+    )
     bound = inspect.signature(perplexity.evaluate_perplexity).bind("m", "request", print)
     assert bound.arguments == {"model": "m", "request": "request", "report": print}
 
@@ -25,5 +28,7 @@ def test_requests_and_results_have_the_fields_that_the_command_line_uses() -> No
         (conftest.FakeQuantized, run.QuantizeResult),
     ]
     for fake, real in pairs:
-        assert {item.name for item in dataclasses.fields(fake)} <= {item.name for item in dataclasses.fields(real)}
+        assert {item.name for item in dataclasses.fields(fake)} <= {
+            item.name for item in dataclasses.fields(real)
+        }
         assert hasattr(real, "to_json") == hasattr(fake, "to_json")

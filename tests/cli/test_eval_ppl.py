@@ -11,7 +11,9 @@ from gptq_cli.evaluation.request import EvalRequest
 
 from .conftest import FakeEvaluated, FakeEvaluator, Run
 
-COMPARED = FakeEvaluated(perplexity=12.5, baseline_perplexity=12.25, kl=0.0123, top1_agreement=0.956)
+COMPARED = FakeEvaluated(
+    perplexity=12.5, baseline_perplexity=12.25, kl=0.0123, top1_agreement=0.956
+)
 
 
 def test_what_is_not_said_is_left_to_the_pipeline(gptq: Run, evaluator: FakeEvaluator) -> None:
@@ -56,11 +58,24 @@ def test_quiet_prints_the_number_alone(gptq: Run, evaluator: FakeEvaluator) -> N
 
 
 @pytest.mark.parametrize("as_json", [False, True])
-def test_a_failed_gate_prints_the_result_and_exits_4(as_json: bool, gptq: Run, evaluator: FakeEvaluator) -> None:
+def test_a_failed_gate_prints_the_result_and_exits_4(
+    as_json: bool, gptq: Run, evaluator: FakeEvaluator
+) -> None:
     evaluator.result = COMPARED
-    result = gptq("eval-ppl", "m", "--baseline", "b", "--max-increase", "0.2", *(["--json"] if as_json else []))
+    result = gptq(
+        "eval-ppl",
+        "m",
+        "--baseline",
+        "b",
+        "--max-increase",
+        "0.2",
+        *(["--json"] if as_json else []),
+    )
     assert result.exit_code == 4
-    assert "error[E_GATE_PPL]: perplexity rose by 0.25, from 12.25 to 12.5; --max-increase allows 0.2" in result.stderr
+    assert (
+        "error[E_GATE_PPL]: perplexity rose by 0.25, from 12.25 to 12.5; --max-increase allows 0.2"
+        in result.stderr
+    )
     if as_json:
         data = json.loads(result.stdout)
         assert (data["status"], data["exit_code"], data["perplexity"]) == ("error", 4, 12.5)
@@ -76,14 +91,18 @@ def test_a_gate_passes_at_its_limit_and_fails_on_nan(gptq: Run, evaluator: FakeE
     assert gptq("eval-ppl", "m", "--baseline", "b", "--max-increase", "0.25").exit_code == 4
 
 
-@pytest.mark.parametrize(("limit", "exit_code"), [([], 4), (["--max-ppl", "1e5"], 0), (["--max-ppl", "1e4"], 4)])
+@pytest.mark.parametrize(
+    ("limit", "exit_code"), [([], 4), (["--max-ppl", "1e5"], 0), (["--max-ppl", "1e4"], 4)]
+)
 def test_a_perplexity_that_no_sound_model_has_is_a_failed_gate(
     limit: list[str], exit_code: int, gptq: Run, evaluator: FakeEvaluator
 ) -> None:
     evaluator.result = FakeEvaluated(10_001.0, None, None, None)
     result = gptq("eval-ppl", "m", *limit)
     assert result.exit_code == exit_code
-    assert ("error[E_NUM_PPL]: perplexity 10001 is above the 10000 of --max-ppl" in result.stderr) == bool(exit_code)
+    assert (
+        "error[E_NUM_PPL]: perplexity 10001 is above the 10000 of --max-ppl" in result.stderr
+    ) == bool(exit_code)
     assert ("gptq verify DIR --full" in result.stderr) == bool(exit_code)
 
 
@@ -99,8 +118,14 @@ def test_a_limit_of_ones_own_says_no_more_than_that_it_was_passed(gptq: Run) -> 
     ("words", "message"),
     [
         (["--max-increase", "1"], "--max-increase needs --baseline to compare with"),
-        (["--max-increase", "nan", "--baseline", "b"], "--max-increase must be a number of 0 or more, got nan"),
-        (["--max-increase", "-1", "--baseline", "b"], "--max-increase must be a number of 0 or more, got -1.0"),
+        (
+            ["--max-increase", "nan", "--baseline", "b"],
+            "--max-increase must be a number of 0 or more, got nan",
+        ),
+        (
+            ["--max-increase", "-1", "--baseline", "b"],
+            "--max-increase must be a number of 0 or more, got -1.0",
+        ),
         (["--seqlen", "0"], "--seqlen must be a whole number of 1 or more, got 0"),
         (["--max-windows", "0"], "Invalid value for '--max-windows'"),
         (["--backend", "marlin"], '--backend must be auto, torch, triton or null, got "marlin"'),

@@ -19,13 +19,17 @@ CODES = PACKAGE / "cli" / "codes.yaml"
 
 def used_codes() -> set[str]:
     return {
-        code for file in PACKAGE.rglob("*.py") for code in re.findall(r"[\"']([EW]_[A-Z0-9_]+)[\"']", file.read_text())
+        code
+        for file in PACKAGE.rglob("*.py")
+        for code in re.findall(r"[\"']([EW]_[A-Z0-9_]+)[\"']", file.read_text())
     }
 
 
 def test_every_code_of_the_sources_has_a_text() -> None:
     missing = sorted(used_codes() - set(explanations()))
-    assert not missing, f"say in {CODES.relative_to(PACKAGE.parent)} what these mean and what to do: {missing}"
+    assert not missing, (
+        f"say in {CODES.relative_to(PACKAGE.parent)} what these mean and what to do: {missing}"
+    )
 
 
 def test_every_text_is_of_a_code_of_the_sources() -> None:

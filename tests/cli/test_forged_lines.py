@@ -51,7 +51,10 @@ SPOKEN: list[Callable[[Console], None]] = [
 @pytest.mark.parametrize("speak", SPOKEN)
 @pytest.mark.parametrize("quiet", [False, True])
 def test_whatever_is_said_is_one_line(
-    quiet: bool, speak: Callable[[Console], None], capsys: pytest.CaptureFixture[str], tmp_path: Path
+    quiet: bool,
+    speak: Callable[[Console], None],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     log.begin(verbose=True, log_file=tmp_path / "log")
     try:
@@ -87,7 +90,10 @@ def test_the_lines_of_a_traceback_are_no_messages(capsys: pytest.CaptureFixture[
 
 
 def test_cells_and_lists_are_one_line_each() -> None:
-    assert aligned([(EVIL, "b"), ("a", EVIL)]) == [f"{SHOWN}  b", f"a{' ' * (len(SHOWN) - 1)}  {SHOWN}"]
+    assert aligned([(EVIL, "b"), ("a", EVIL)]) == [
+        f"{SHOWN}  b",
+        f"a{' ' * (len(SHOWN) - 1)}  {SHOWN}",
+    ]
     assert engine_lines([Verdict("vllm", "no", EVIL)]) == [f"does not load in vllm: {SHOWN}"]
 
 
@@ -124,28 +130,56 @@ def evil_model(tmp_path: Path) -> Path:
     return model
 
 
-WORDS = ["-b", "4", "-g", "32", "--nsamples", "4", "--seqlen", "64", "--device", "cpu", "--batch-size", "2"]
+WORDS = [
+    "-b",
+    "4",
+    "-g",
+    "32",
+    "--nsamples",
+    "4",
+    "--seqlen",
+    "64",
+    "--device",
+    "cpu",
+    "--batch-size",
+    "2",
+]
 
 
 @pytest.mark.parametrize("command", ["plan", "inspect", "quantize", "layer", "compare"])
-def test_no_command_forges_a_line(command: str, evil_model: Path, gptq: Run, tmp_path: Path) -> None:
+def test_no_command_forges_a_line(
+    command: str, evil_model: Path, gptq: Run, tmp_path: Path
+) -> None:
     log, text = tmp_path / "log", tmp_path / "text.txt"
     commands = {
         "plan": ["plan", evil_model, *WORDS],
         "inspect": ["inspect", evil_model],
         "layer": ["inspect", evil_model, "--layer", EVIL],
         "compare": ["compare", evil_model, save_model(tmp_path / "other", num_hidden_layers=1)],
-        "quantize": ["quantize", evil_model, "-o", tmp_path / "out", "--dataset", text, *WORDS, "--verbose"],
+        "quantize": [
+            "quantize",
+            evil_model,
+            "-o",
+            tmp_path / "out",
+            "--dataset",
+            text,
+            *WORDS,
+            "--verbose",
+        ],
     }
     result = gptq(*commands[command], "--log-file", log)
     assert honest(result.stdout, result.stderr), result.output
     assert "E_OK" in result.output
-    assert not any(line.partition("Z ")[2].startswith("error[E_OK]") for line in log.read_text().splitlines())
+    assert not any(
+        line.partition("Z ")[2].startswith("error[E_OK]") for line in log.read_text().splitlines()
+    )
 
 
 @pytest.mark.parametrize("command", ["plan", "inspect", "quantize"])
 @pytest.mark.parametrize("flags", [[], ["--json"]])
-def test_a_file_of_the_model_forges_no_line(command: str, flags: list[str], gptq: Run, tmp_path: Path) -> None:
+def test_a_file_of_the_model_forges_no_line(
+    command: str, flags: list[str], gptq: Run, tmp_path: Path
+) -> None:
     model = save_model(tmp_path / "model", num_hidden_layers=1)
     (model / f"{EVIL}.txt").write_text("x")
     settings = [] if command == "inspect" else ["-b", "4"]
@@ -155,13 +189,19 @@ def test_a_file_of_the_model_forges_no_line(command: str, flags: list[str], gptq
     assert honest(result.stdout, result.stderr)
 
 
-@pytest.mark.parametrize("place", ["quant_method", "checkpoint_format", "format", "model_type", "dtype"])
+@pytest.mark.parametrize(
+    "place", ["quant_method", "checkpoint_format", "format", "model_type", "dtype"]
+)
 def test_no_setting_forges_a_line(place: str, gptq: Run, tmp_path: Path) -> None:
     directory = gptq_files().write(tmp_path / "c")
     config = json.loads((directory / "config.json").read_text())
     (config if place in ("model_type", "dtype") else config["quantization_config"])[place] = EVIL
     (directory / "config.json").write_text(json.dumps(config))
-    for command in (["inspect", directory], ["verify", directory], ["dequantize", directory, "-o", tmp_path / "out"]):
+    for command in (
+        ["inspect", directory],
+        ["verify", directory],
+        ["dequantize", directory, "-o", tmp_path / "out"],
+    ):
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         result = gptq(*command)
         assert honest(result.stdout, result.stderr), result.output

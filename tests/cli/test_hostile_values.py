@@ -20,7 +20,19 @@ def words(tmp_path: Path) -> list[str | Path]:
     (tmp_path / "text.txt").write_text(texts(2_000)[0])
     model = save_model(tmp_path / "m", num_hidden_layers=2)
     sizes = ["--nsamples", "4", "--seqlen", "32", "--batch-size", "1", "--device", "cpu"]
-    return ["quantize", model, "-b", "4", "-g", "32", "-o", tmp_path / "o", "--dataset", tmp_path / "text.txt", *sizes]
+    return [
+        "quantize",
+        model,
+        "-b",
+        "4",
+        "-g",
+        "32",
+        "-o",
+        tmp_path / "o",
+        "--dataset",
+        tmp_path / "text.txt",
+        *sizes,
+    ]
 
 
 def edit(file: Path, change: Callable[[dict[str, object]], object]) -> None:
@@ -38,7 +50,12 @@ def edit(file: Path, change: Callable[[dict[str, object]], object]) -> None:
     ],
 )
 def test_odd_values_of_a_model_are_refused_with_a_code(
-    file: str, values: dict[str, object], code: str, words: list[str | Path], gptq: Run, tmp_path: Path
+    file: str,
+    values: dict[str, object],
+    code: str,
+    words: list[str | Path],
+    gptq: Run,
+    tmp_path: Path,
 ) -> None:
     edit(tmp_path / "m" / file, lambda content: content.update(values))
     result = gptq(*words)
@@ -49,7 +66,9 @@ def test_odd_values_of_a_model_are_refused_with_a_code(
 
 
 @pytest.mark.parametrize("identity", [[1], "x", None])
-def test_a_sealed_manifest_without_an_identity_is_not_ours(identity: object, tmp_path: Path) -> None:
+def test_a_sealed_manifest_without_an_identity_is_not_ours(
+    identity: object, tmp_path: Path
+) -> None:
     content = sealed({"schema": 1, "files": {}, "identity": identity})
     (tmp_path / MANIFEST).write_text(json.dumps(content))
     assert read_manifest(tmp_path) is None
@@ -64,12 +83,19 @@ def test_a_log_that_cannot_be_written_changes_no_exit_code(
     asked = words if command == "quantize" else ["env"]
     result = gptq(*asked, "--log-file", "/dev/full")
     assert result.exit_code == 0, result.stderr
-    assert result.stderr.count("warning[W_LOG_FILE]: cannot write the log file `/dev/full`: No space left") == 1
+    assert (
+        result.stderr.count(
+            "warning[W_LOG_FILE]: cannot write the log file `/dev/full`: No space left"
+        )
+        == 1
+    )
     assert "Traceback" not in result.stderr
     assert (tmp_path / "o").exists() == (command == "quantize")
 
 
-def test_a_page_and_a_picture_of_one_name_are_refused(words: list[str | Path], gptq: Run, tmp_path: Path) -> None:
+def test_a_page_and_a_picture_of_one_name_are_refused(
+    words: list[str | Path], gptq: Run, tmp_path: Path
+) -> None:
     assert gptq(*words, "--report").exit_code == 0
     result = gptq("report", tmp_path / "o", "-o", tmp_path / "x", "--png", tmp_path / "x")
     assert (result.exit_code, result.stdout) == (2, "")

@@ -19,7 +19,11 @@ from .conftest import Run
 
 WITHOUT_JSON = {"schema"}  # its result is JSON already
 NEEDS_A_HUB = {"push"}  # tests/cli/test_push.py
-SCHEMA = json.loads((Path(__file__).parents[2] / "gptq_cli" / "cli" / "output.schema.json").read_text(encoding="utf-8"))
+SCHEMA = json.loads(
+    (Path(__file__).parents[2] / "gptq_cli" / "cli" / "output.schema.json").read_text(
+        encoding="utf-8"
+    )
+)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +61,9 @@ def unfinished(model: Path, text: Path, output: Path) -> Path:
 def test_the_schema_is_one_and_has_a_part_for_every_command() -> None:
     Draft202012Validator.check_schema(SCHEMA)
     missing = set(COMMANDS) - WITHOUT_JSON - set(SCHEMA["$defs"])
-    assert not missing, f"describe the --json output of {missing} in gptq_cli/cli/output.schema.json, and run it below"
+    assert not missing, (
+        f"describe the --json output of {missing} in gptq_cli/cli/output.schema.json, and run it below"
+    )
     parts = {part["$ref"].rpartition("/")[2] for part in SCHEMA["anyOf"]}
     assert set(COMMANDS) - WITHOUT_JSON <= parts
     assert "error" in parts
@@ -65,7 +71,18 @@ def test_the_schema_is_one_and_has_a_part_for_every_command() -> None:
 
 def test_every_result_fits_the_schema(gptq: Run, place: Path) -> None:
     model, text, out = place / "model", place / "text.txt", place / "out"
-    run = ["--dataset", str(text), "--nsamples", "4", "--batch-size", "4", "--seqlen", "64", "--device", "cpu"]
+    run = [
+        "--dataset",
+        str(text),
+        "--nsamples",
+        "4",
+        "--batch-size",
+        "4",
+        "--seqlen",
+        "64",
+        "--device",
+        "cpu",
+    ]
     quantize = ["quantize", model, "-b", "4", "-g", "32", *run, "-o", out]
     commands: list[tuple[str, list[object]]] = [
         ("plan", ["plan", *quantize[1:]]),
@@ -80,7 +97,10 @@ def test_every_result_fits_the_schema(gptq: Run, place: Path) -> None:
         ("inspect", ["inspect", model]),
         ("inspect-layer", ["inspect", out, "--layer", "0.mlp.up_proj"]),
         ("inspect-layer", ["inspect", model, "--layer", "0.mlp.up_proj"]),
-        ("compare", ["compare", out, model, "--text", text, "--seqlen", "64", "--max-windows", "2"]),
+        (
+            "compare",
+            ["compare", out, model, "--text", text, "--seqlen", "64", "--max-windows", "2"],
+        ),
         ("convert", ["convert", out, "--to", "gptq_v2", "-o", place / "v2"]),
         ("dequantize", ["dequantize", out, "-o", place / "plain"]),
         ("report", ["report", out]),
@@ -106,7 +126,16 @@ def test_every_failure_fits_the_schema(gptq: Run, place: Path) -> None:
         result = gptq(*words, "--json")
         data = validated(result, "error")
         assert data["exit_code"] == result.exit_code > 0
-    gated = ["eval-ppl", model, "--baseline", model, "--dataset", place / "text.txt", "--seqlen", "64"]
+    gated = [
+        "eval-ppl",
+        model,
+        "--baseline",
+        model,
+        "--dataset",
+        place / "text.txt",
+        "--seqlen",
+        "64",
+    ]
     assert validated(gptq(*gated, "--max-increase", "0", "--json"), "eval-ppl")["status"] == "ok"
 
 

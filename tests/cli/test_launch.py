@@ -60,7 +60,9 @@ exit $first
         (None, []),
     ],
 )
-def test_devices_are_gpus_by_number_or_so_many_processes_on_the_cpu(said: str | None, devices: list[str]) -> None:
+def test_devices_are_gpus_by_number_or_so_many_processes_on_the_cpu(
+    said: str | None, devices: list[str]
+) -> None:
     assert parse_devices(said) == devices
 
 
@@ -70,7 +72,16 @@ def test_more_processes_than_batches_are_never_started(
 ) -> None:
     monkeypatch.setattr(subprocess, "Popen", None)
     (tmp_path / "text.txt").write_text("some words")
-    words = ["quantize", save_model(tmp_path / "model"), "-b", "4", "-g", "32", "--dataset", tmp_path / "text.txt"]
+    words = [
+        "quantize",
+        save_model(tmp_path / "model"),
+        "-b",
+        "4",
+        "-g",
+        "32",
+        "--dataset",
+        tmp_path / "text.txt",
+    ]
     result = gptq(*words, "-o", tmp_path / "out", "--devices", devices, "--nsamples", nsamples)
     assert (result.exit_code, result.stdout) == (2, "")
     assert "error[E_CFG_RANKS]" in result.stderr
@@ -82,7 +93,16 @@ def test_a_device_that_is_not_there_is_said_once_before_anything_is_started(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (tmp_path / "text.txt").write_text("some words")
-    words = ["quantize", save_model(tmp_path / "model"), "-b", "4", "-g", "32", "--dataset", tmp_path / "text.txt"]
+    words = [
+        "quantize",
+        save_model(tmp_path / "model"),
+        "-b",
+        "4",
+        "-g",
+        "32",
+        "--dataset",
+        tmp_path / "text.txt",
+    ]
     result = gptq(*words, "-o", tmp_path / "out", "--devices", "0,1")
     assert (result.exit_code, result.stdout) == (3, "")
     assert result.stderr.startswith("error[E_DEVICE]: no CUDA device 0")
@@ -92,19 +112,29 @@ def test_a_device_that_is_not_there_is_said_once_before_anything_is_started(
 
 @pytest.mark.parametrize("said", ["", "cpu:0", "0,,1", "gpu", "-1", "cuda", "0;1"])
 def test_what_names_no_device_is_refused(said: str) -> None:
-    with pytest.raises(ConfigError, match=r"--devices must be numbers of GPUs as in 0,1,2,3, or cpu:4") as caught:
+    with pytest.raises(
+        ConfigError, match=r"--devices must be numbers of GPUs as in 0,1,2,3, or cpu:4"
+    ) as caught:
         parse_devices(said)
-    assert (caught.value.code, caught.value.exit_code, caught.value.hint) == ("E_CFG_RANGE", 2, "--devices 0,1")
+    assert (caught.value.code, caught.value.exit_code, caught.value.hint) == (
+        "E_CFG_RANGE",
+        2,
+        "--devices 0,1",
+    )
 
 
-@pytest.mark.parametrize(("said", "why"), [("0,1,cuda:0", "names cuda:0 twice"), ("0,cpu", "mixes GPUs and the CPU")])
+@pytest.mark.parametrize(
+    ("said", "why"), [("0,1,cuda:0", "names cuda:0 twice"), ("0,cpu", "mixes GPUs and the CPU")]
+)
 def test_devices_that_cannot_work_together_are_refused(said: str, why: str) -> None:
     with pytest.raises(ConfigError, match=f"--devices {why}") as caught:
         parse_devices(said)
     assert caught.value.code == "E_CFG_CONFLICT"
 
 
-def test_a_wrong_path_is_told_once_and_before_any_process_is_started(gptq: Run, tmp_path: Path) -> None:
+def test_a_wrong_path_is_told_once_and_before_any_process_is_started(
+    gptq: Run, tmp_path: Path
+) -> None:
     result = gptq("quantize", str(tmp_path / "none"), "--bits", "4", "--devices", "cpu:2")
     assert result.exit_code == InputError.exit_code
     assert result.stderr.count("error[") == 1
@@ -115,7 +145,9 @@ def test_one_device_for_several_processes_is_refused(monkeypatch: pytest.MonkeyP
     assert torchrun._device_of(1, 2, "auto", []) == "cuda:1"
     assert torchrun._device_of(1, 2, "cpu", []) == "cpu"
     assert torchrun._device_of(1, 2, "auto", ["cuda:4", "cuda:6"]) == "cuda:6"
-    with pytest.raises(ConfigError, match="device cuda:1 is one, and 2 processes run here") as caught:
+    with pytest.raises(
+        ConfigError, match="device cuda:1 is one, and 2 processes run here"
+    ) as caught:
         torchrun._device_of(0, 2, "cuda:1", [])
     assert caught.value.hint == "say which: --devices 0,1"
     with pytest.raises(ConfigError, match="--devices names 3 devices, and 2 processes run here"):
@@ -130,7 +162,9 @@ def test_a_lost_process_is_named_with_what_to_look_at() -> None:
     assert error.hint.endswith("the same command goes on after the last finished block")
 
 
-def test_only_the_first_of_several_processes_talks(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_only_the_first_of_several_processes_talks(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     log.muted = True
     try:
         from gptq_cli.cli.console import Console
@@ -153,9 +187,22 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def start(model: Path, recipe: Path, *words: str, cwd: Path | None = None) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "gptq_cli", "quantize", model, "-o", recipe.parent / "out", "-c", recipe, *words]
+    command = [
+        sys.executable,
+        "-m",
+        "gptq_cli",
+        "quantize",
+        model,
+        "-o",
+        recipe.parent / "out",
+        "-c",
+        recipe,
+        *words,
+    ]
     pipe = subprocess.PIPE
-    return subprocess.Popen(list(map(str, command)), stdout=pipe, stderr=pipe, text=True, env=ALONE, cwd=cwd)
+    return subprocess.Popen(
+        list(map(str, command)), stdout=pipe, stderr=pipe, text=True, env=ALONE, cwd=cwd
+    )
 
 
 @pytest.mark.slow
@@ -171,7 +218,9 @@ def test_several_devices_look_like_one(recipe: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_several_devices_resume_from_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_devices_resume_from_any_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = save_model(tmp_path / "model", **SMALL)
     for name in ("begun", "elsewhere"):
         (tmp_path / name).mkdir()
@@ -180,7 +229,9 @@ def test_several_devices_resume_from_any_directory(tmp_path: Path, monkeypatch: 
     with pytest.raises(Killed):
         quantize_checkpoint(str(model), Path("../out"), settings, report=killer(0))
     words = [sys.executable, "-m", "gptq_cli", "resume", f"../{WORK}", "--devices", "cpu:2"]
-    run = subprocess.run(words, capture_output=True, text=True, env=ALONE, cwd=tmp_path / "elsewhere", check=False)
+    run = subprocess.run(
+        words, capture_output=True, text=True, env=ALONE, cwd=tmp_path / "elsewhere", check=False
+    )
     assert run.returncode == 0, run.stderr
     assert "resuming after 1 of" in run.stderr
     quantize_checkpoint(str(model), tmp_path / "alone", settings)
@@ -191,7 +242,11 @@ def test_several_devices_resume_from_any_directory(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize(
     ("number", "code", "says"),
     [
-        (signal.SIGKILL, 5, "error[E_RANK_LOST]: process 1 of 2 (the first is 0) was killed or cannot be reached"),
+        (
+            signal.SIGKILL,
+            5,
+            "error[E_RANK_LOST]: process 1 of 2 (the first is 0) was killed or cannot be reached",
+        ),
         (signal.SIGTERM, 143, "error[E_INTERRUPTED]: stopped by SIGTERM"),
     ],
 )
@@ -260,7 +315,8 @@ def test_processes_end_when_what_started_them_was_killed(recipe: Path, tmp_path:
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    not (shutil.which("unshare") and shutil.which("ip") and shutil.which("nsenter")), reason="needs network namespaces"
+    not (shutil.which("unshare") and shutil.which("ip") and shutil.which("nsenter")),
+    reason="needs network namespaces",
 )
 def test_two_machines_each_read_their_own_copy_and_one_writes(recipe: Path, tmp_path: Path) -> None:
     if subprocess.run(["unshare", "-rn", "true"], capture_output=True, check=False).returncode:
@@ -268,7 +324,11 @@ def test_two_machines_each_read_their_own_copy_and_one_writes(recipe: Path, tmp_
     model = save_model(tmp_path / "model", **SMALL)
     shutil.copytree(model, tmp_path / "copy")
     places = {"MODEL": model, "COPY": tmp_path / "copy", "OUT": tmp_path / "out", "RECIPE": recipe}
-    environment = {**ALONE, "PYTHON": sys.executable, **{name: str(path) for name, path in places.items()}}
+    environment = {
+        **ALONE,
+        "PYTHON": sys.executable,
+        **{name: str(path) for name, path in places.items()},
+    }
     run = subprocess.run(
         ["unshare", "-rn", "bash", "-c", TWO_NODES], capture_output=True, text=True, env=environment, timeout=180,
         check=False,

@@ -41,17 +41,30 @@ def refused(gptq: Run, log: str | Path, *words: str) -> str:
 QUANTIZE = ("quantize", "m", "-b", "4")
 
 
-@pytest.mark.parametrize("log", ["m/run.log", "m/config.json", "link/run.log", "m/../m/run.log", "m"])
-def test_no_log_is_written_into_the_model(log: str, model: Path, gptq: Run, quantizer: FakeQuantizer) -> None:
+@pytest.mark.parametrize(
+    "log", ["m/run.log", "m/config.json", "link/run.log", "m/../m/run.log", "m"]
+)
+def test_no_log_is_written_into_the_model(
+    log: str, model: Path, gptq: Run, quantizer: FakeQuantizer
+) -> None:
     Path("link").symlink_to(model)
-    assert refused(gptq, log, *QUANTIZE) == f"error[E_LOG_FILE]: `{log}` is in `m`, which this command reads or writes"
+    assert (
+        refused(gptq, log, *QUANTIZE)
+        == f"error[E_LOG_FILE]: `{log}` is in `m`, which this command reads or writes"
+    )
     assert quantizer.calls == []
 
 
 @pytest.mark.usefixtures("model", "quantizer")
 @pytest.mark.parametrize(
     ("log", "output"),
-    [("out", "out"), ("new", "deep/../new"), ("old/run.log", "old"), (".old.gptq-work/run.log", "old"), ("x/y", "./x")],
+    [
+        ("out", "out"),
+        ("new", "deep/../new"),
+        ("old/run.log", "old"),
+        (".old.gptq-work/run.log", "old"),
+        ("x/y", "./x"),
+    ],
 )
 def test_no_log_is_written_into_the_output(log: str, output: str, gptq: Run) -> None:
     """Some of these outputs do not exist yet."""
@@ -72,7 +85,13 @@ def test_an_output_that_nobody_named_is_an_output(exists: bool, gptq: Run) -> No
 
 @pytest.mark.usefixtures("model")
 def test_commands_that_only_read_keep_checkpoints_as_they_are(gptq: Run) -> None:
-    for words in (("verify", "m"), ("inspect", "m"), ("push", "m", "me/m"), ("compare", "x", "m"), ("env",)):
+    for words in (
+        ("verify", "m"),
+        ("inspect", "m"),
+        ("push", "m", "me/m"),
+        ("compare", "x", "m"),
+        ("env",),
+    ):
         assert "is in `" in refused(gptq, "m/run.log", *words)
     assert "a checkpoint" in refused(gptq, "m/run.log", "env")
 
@@ -103,11 +122,16 @@ def test_a_file_that_is_no_log_of_gptq_stays(content: str, gptq: Run) -> None:
     Path("thesis.tex").write_text(content)
     Path("link").symlink_to("thesis.tex")
     for log in ("thesis.tex", "link"):
-        assert refused(gptq, log, *QUANTIZE) == f"error[E_LOG_FILE]: `{log}` exists and is not a log of gptq"
+        assert (
+            refused(gptq, log, *QUANTIZE)
+            == f"error[E_LOG_FILE]: `{log}` exists and is not a log of gptq"
+        )
 
 
 @pytest.mark.usefixtures("quantizer")
-def test_a_directory_or_an_unreadable_file_is_no_log(gptq: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_or_an_unreadable_file_is_no_log(
+    gptq: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     Path("folder").mkdir()
     assert "exists and is not a log of gptq" in refused(gptq, "folder", *QUANTIZE)
     Path("secret").write_text("x")

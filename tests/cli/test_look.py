@@ -23,7 +23,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return output, model
 
 
-def test_inspect_tells_layers_sizes_origin_and_readers_without_torch(pair: tuple[Path, Path]) -> None:
+def test_inspect_tells_layers_sizes_origin_and_readers_without_torch(
+    pair: tuple[Path, Path],
+) -> None:
     code, stdout, stderr, loaded = run_process(["inspect", str(pair[0])], {})
     assert (code, stderr, loaded) == (0, "", [])
     lines = stdout.splitlines()
@@ -57,7 +59,9 @@ def test_inspect_a_layer_draws_its_codes(gptq: Run, pair: tuple[Path, Path]) -> 
     assert [int(row[1]) for row in codes] == data["layer"]["packed"]["codes"]["counts"]
 
 
-def test_compare_tells_the_worst_and_with_text_the_divergence(gptq: Run, pair: tuple[Path, Path]) -> None:
+def test_compare_tells_the_worst_and_with_text_the_divergence(
+    gptq: Run, pair: tuple[Path, Path]
+) -> None:
     result = gptq("compare", *pair)
     assert result.exit_code == 0
     assert result.stdout.startswith("12 of 30 tensors are the same, 18 differ: mean error ")
@@ -73,7 +77,9 @@ def test_compare_tells_the_worst_and_with_text_the_divergence(gptq: Run, pair: t
     windows = json.loads(seen.stdout)["windows"]
     assert [window["first_token"] for window in windows] == [0, 64, 128]
     assert sum(window["kl"] for window in windows) / 3 == pytest.approx(found["kl"])
-    lines = gptq("compare", *pair, "--text", text, "--seqlen", "64", "--max-windows", "7").stdout.splitlines()
+    lines = gptq(
+        "compare", *pair, "--text", text, "--seqlen", "64", "--max-windows", "7"
+    ).stdout.splitlines()
     table = [line.split() for line in lines[lines.index("worst windows") + 2 :]]
     divergences = [float(row[0]) for row in table]
     assert len(table) == 5
@@ -86,7 +92,12 @@ def test_compare_tells_the_worst_and_with_text_the_divergence(gptq: Run, pair: t
     ("words", "exit_code", "message", "hint"),
     [
         (["inspect", "./none"], 3, "error[E_MODEL_NOT_FOUND]", "a Hub id"),
-        (["inspect", "OUT", "--layer", "zzz"], 2, "error[E_LAYER]: there is no layer `zzz`", "for example"),
+        (
+            ["inspect", "OUT", "--layer", "zzz"],
+            2,
+            "error[E_LAYER]: there is no layer `zzz`",
+            "for example",
+        ),
         (["compare", "OUT", "./none"], 3, "error[E_MODEL_NOT_FOUND]", "a Hub id"),
         (["compare", "OUT", "MODEL", "--seqlen", "8"], 2, "--seqlen needs --text", "add --text"),
         (
@@ -95,12 +106,27 @@ def test_compare_tells_the_worst_and_with_text_the_divergence(gptq: Run, pair: t
             "Invalid value for '--max-windows'",
             "gptq compare --help",
         ),
-        (["convert", "OUT", "--to", "gptq_v3", "-o", "x"], 2, '--to must be gptq or gptq_v2, got "gptq_v3"', ""),
+        (
+            ["convert", "OUT", "--to", "gptq_v3", "-o", "x"],
+            2,
+            '--to must be gptq or gptq_v2, got "gptq_v3"',
+            "",
+        ),
         (["convert", "OUT", "--to", "gptq", "-o", "x"], 2, "E_CFG_NOTHING_TO_DO", "as it is"),
-        (["convert", "OUT", "--to", "gptq_v2", "-o", "MODEL"], 6, "error[E_OUT_EXISTS]", "--overwrite"),
+        (
+            ["convert", "OUT", "--to", "gptq_v2", "-o", "MODEL"],
+            6,
+            "error[E_OUT_EXISTS]",
+            "--overwrite",
+        ),
         (["convert", "OUT", "-o", "x"], 2, "Missing option '--to'", "see gptq convert --help"),
         (["dequantize", "MODEL", "-o", "x"], 3, "is not quantized", "GPTQ"),
-        (["dequantize", "OUT", "-o", "x", "--dtype", "half"], 2, "--dtype must be auto, bfloat16", ""),
+        (
+            ["dequantize", "OUT", "-o", "x", "--dtype", "half"],
+            2,
+            "--dtype must be auto, bfloat16",
+            "",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_line_and_a_hint(
@@ -114,13 +140,20 @@ def test_what_cannot_be_done_is_said_in_a_line_and_a_hint(
     assert len([line for line in result.stderr.splitlines() if not line.startswith("note:")]) <= 4
 
 
-def test_convert_and_dequantize_print_the_path_they_wrote(gptq: Run, pair: tuple[Path, Path], tmp_path: Path) -> None:
+def test_convert_and_dequantize_print_the_path_they_wrote(
+    gptq: Run, pair: tuple[Path, Path], tmp_path: Path
+) -> None:
     result = gptq("convert", pair[0], "--to", "gptq_v2", "-o", tmp_path / "v2")
     assert result.stdout.splitlines()[0] == str(tmp_path / "v2")
     assert gptq("inspect", tmp_path / "v2", "-q").stdout == "gptq_v2\n"
-    assert gptq("dequantize", tmp_path / "v2", "-o", tmp_path / "plain", "-q").stdout == f"{tmp_path / 'plain'}\n"
+    assert (
+        gptq("dequantize", tmp_path / "v2", "-o", tmp_path / "plain", "-q").stdout
+        == f"{tmp_path / 'plain'}\n"
+    )
     again = gptq("dequantize", tmp_path / "v2", "-o", tmp_path / "plain", "--overwrite", "--json")
     data = json.loads(again.stdout)
     assert (data["output"], data["layers"]) == (str(tmp_path / "plain"), 18)
     compared = json.loads(gptq("compare", tmp_path / "plain", pair[0], "--json").stdout)
-    assert max(tensor["relative_error"] for tensor in compared["tensors"]) == 0  # float32 holds all of it
+    assert (
+        max(tensor["relative_error"] for tensor in compared["tensors"]) == 0
+    )  # float32 holds all of it

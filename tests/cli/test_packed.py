@@ -90,7 +90,10 @@ def placeholder(directory: Path) -> None:
 
 
 def empty_g_idx(directory: Path) -> None:
-    change_tensors(directory, lambda tensors: tensors.update({f"{LAYER}.g_idx": torch.zeros(0, dtype=torch.int32)}))
+    change_tensors(
+        directory,
+        lambda tensors: tensors.update({f"{LAYER}.g_idx": torch.zeros(0, dtype=torch.int32)}),
+    )
 
 
 def hidden_order(directory: Path) -> None:
@@ -113,7 +116,9 @@ def repacked(*, part: str, scales: str) -> Plant:
     """All linears as another packing has them."""
 
     def change(tensors: Tensors) -> None:
-        for name in [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]:
+        for name in [
+            name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")
+        ]:
             for gone in ("qzeros", "g_idx"):
                 del tensors[f"{name}.{gone}"]
             tensors[f"{name}.{part}"] = tensors.pop(f"{name}.qweight")
@@ -147,7 +152,10 @@ def as_awq(directory: Path) -> None:
 
 
 def wider_words(directory: Path) -> None:
-    change_tensors(directory, lambda tensors: tensors.update({f"{LAYER}.qweight": tensors[f"{LAYER}.qweight"].long()}))
+    change_tensors(
+        directory,
+        lambda tensors: tensors.update({f"{LAYER}.qweight": tensors[f"{LAYER}.qweight"].long()}),
+    )
 
 
 def no_settings(directory: Path) -> None:
@@ -158,7 +166,9 @@ def no_settings(directory: Path) -> None:
 
 
 def stored_twice(directory: Path) -> None:
-    change_tensors(directory, lambda tensors: tensors.update({f"{LAYER}.weight": torch.ones(128, 64)}))
+    change_tensors(
+        directory, lambda tensors: tensors.update({f"{LAYER}.weight": torch.ones(128, 64)})
+    )
 
 
 def settings(**values: object) -> Plant:
@@ -213,14 +223,18 @@ def test_what_would_decode_to_other_numbers_is_refused(
     told = " ".join((found.stderr + found.stdout).split())
     assert found.exit_code == 3, told
     assert not (tmp_path / "new").exists()
-    if command == "quantize" and code not in told:  # the plan is made first, and says more plainly what it lacks
+    if (
+        command == "quantize" and code not in told
+    ):  # the plan is made first, and says more plainly what it lacks
         assert "error[E_CKPT_" in told or "error[E_ARCH]" in told
         return
     assert f"error[{code}]" in told
     assert hint in told or "full-precision" in told
 
 
-@pytest.mark.parametrize("defect", [defect for defect in DEFECTS if DEFECTS[defect][1] != "E_CKPT_QUANTIZED"])
+@pytest.mark.parametrize(
+    "defect", [defect for defect in DEFECTS if DEFECTS[defect][1] != "E_CKPT_QUANTIZED"]
+)
 def test_verify_finds_it_and_inspect_names_no_engine(defect: str, packed: Path, gptq: Run) -> None:
     plant, code, hint = DEFECTS[defect]
     assert gptq("inspect", packed).stdout.count("loads in") == 1
@@ -237,19 +251,25 @@ def test_what_only_calls_itself_gptq_is_a_defect(defect: str, packed: Path, gptq
     DEFECTS[defect][0](packed)
     verified, looked = gptq("verify", packed), gptq("inspect", packed)
     assert verified.exit_code == 4
-    assert verified.stdout.startswith("E_CKPT_QUANTIZED config.json: calls itself gptq, but its linears are packed for")
+    assert verified.stdout.startswith(
+        "E_CKPT_QUANTIZED config.json: calls itself gptq, but its linears are packed for"
+    )
     assert looked.exit_code == 0
     assert "packed for" in looked.stdout
     assert "loads in" not in looked.stdout
 
 
-def test_a_marlin_checkpoint_gets_no_hint_that_fails(packed: Path, gptq: Run, tmp_path: Path) -> None:
+def test_a_marlin_checkpoint_gets_no_hint_that_fails(
+    packed: Path, gptq: Run, tmp_path: Path
+) -> None:
     DEFECTS["marlin"][0](packed)
     found = gptq("quantize", packed, "-b", 4, "-o", tmp_path / "new")
     assert (found.exit_code, "--allow-requantize" in found.stderr) == (3, False)
 
 
-def test_the_remedy_for_zeros_of_v2_works(place: Path, packed: Path, gptq: Run, tmp_path: Path) -> None:
+def test_the_remedy_for_zeros_of_v2_works(
+    place: Path, packed: Path, gptq: Run, tmp_path: Path
+) -> None:
     zeros_of_v2(packed)
     change_settings(packed, checkpoint_format="gptq_v2", format="gptq_v2")
     assert gptq("convert", packed, "--to", "gptq", "-o", tmp_path / "new").exit_code == 0
@@ -258,15 +278,21 @@ def test_the_remedy_for_zeros_of_v2_works(place: Path, packed: Path, gptq: Run, 
     assert all(found[name] == truth[name] for name in found if not name.startswith("gptq_"))
 
 
-def test_the_remedy_works_with_checkpoint_format_alone(packed: Path, place: Path, gptq: Run, tmp_path: Path) -> None:
+def test_the_remedy_works_with_checkpoint_format_alone(
+    packed: Path, place: Path, gptq: Run, tmp_path: Path
+) -> None:
     zeros_of_v2(packed)
     change_settings(packed, checkpoint_format="gptq_v2")
     assert gptq("convert", packed, "--to", "gptq", "-o", tmp_path / "new").exit_code == 0
-    truth, found = (load_file(folder / "model.safetensors") for folder in (place / "out", tmp_path / "new"))
+    truth, found = (
+        load_file(folder / "model.safetensors") for folder in (place / "out", tmp_path / "new")
+    )
     assert all(torch.equal(tensor, found[name]) for name, tensor in truth.items())
 
 
-def test_the_remedy_for_a_placeholder_works(place: Path, packed: Path, gptq: Run, tmp_path: Path) -> None:
+def test_the_remedy_for_a_placeholder_works(
+    place: Path, packed: Path, gptq: Run, tmp_path: Path
+) -> None:
     def remove(tensors: Tensors) -> None:
         for name in [name for name in tensors if name.endswith(".g_idx")]:
             del tensors[name]
@@ -276,12 +302,16 @@ def test_the_remedy_for_a_placeholder_works(place: Path, packed: Path, gptq: Run
     converted = gptq("convert", packed, "--to", "gptq", "-o", tmp_path / "new")
     assert converted.exit_code == 0
     assert "no g_idx" in converted.stdout
-    truth, found = (load_file(folder / "model.safetensors") for folder in (place / "out", tmp_path / "new"))
+    truth, found = (
+        load_file(folder / "model.safetensors") for folder in (place / "out", tmp_path / "new")
+    )
     assert found.keys() == truth.keys()
     assert all(torch.equal(found[name], truth[name]) for name in truth)
 
 
-@pytest.mark.parametrize(("plant", "values"), [(hidden_order, {"desc_act": True}), (unlike_zero, {"sym": False})])
+@pytest.mark.parametrize(
+    ("plant", "values"), [(hidden_order, {"desc_act": True}), (unlike_zero, {"sym": False})]
+)
 def test_the_remedies_by_a_setting_work(
     plant: Plant, values: dict[str, object], packed: Path, gptq: Run, tmp_path: Path
 ) -> None:
@@ -335,8 +365,14 @@ def stumbling_blocks(directory: Path) -> None:
     """Readers refuse each of these; they come along with a method that is missing."""
     listed = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
     listed += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
-    more: dict[str, object] = {"meta": {"quantizer": ["a:1"]}, "autoround_version": "0.1", "is_marlin_format": False}
-    change_settings(directory, quant_method=None, damp_percent=0.0, modules_in_block_to_quantize=listed, **more)
+    more: dict[str, object] = {
+        "meta": {"quantizer": ["a:1"]},
+        "autoround_version": "0.1",
+        "is_marlin_format": False,
+    }
+    change_settings(
+        directory, quant_method=None, damp_percent=0.0, modules_in_block_to_quantize=listed, **more
+    )
 
 
 LENIENT: dict[str, Plant] = {
@@ -366,13 +402,23 @@ def test_convert_writes_what_all_readers_take(
     assert f"layers are now in format {to}, corrected:" in converted.stdout
     assert gptq("verify", new, "--full").exit_code == 0
     config = json.loads((new / "config.json").read_text())
-    said, second = config["quantization_config"], json.loads((new / "quantize_config.json").read_text())
+    said, second = (
+        config["quantization_config"],
+        json.loads((new / "quantize_config.json").read_text()),
+    )
     meta = second.pop("meta", {"quantizer": []})
     assert said == second
     assert list(meta) == ["quantizer"] or "calibration_sha256" in meta
-    assert (said["quant_method"], said["checkpoint_format"], said["format"], said["lm_head"]) == ("gptq", to, to, False)
+    assert (said["quant_method"], said["checkpoint_format"], said["format"], said["lm_head"]) == (
+        "gptq",
+        to,
+        to,
+        False,
+    )
     assert None not in said.values()
-    assert not {"meta", "is_marlin_format", "autoround_version", "model_file_base_name"} & said.keys()
+    assert (
+        not {"meta", "is_marlin_format", "autoround_version", "model_file_base_name"} & said.keys()
+    )
     assert 0 < said.get("damp_percent", 0.5) < 1
     assert all(isinstance(names, list) for names in said.get("modules_in_block_to_quantize", []))
     assert "quantization_config" not in config.get("text_config", {})
@@ -399,14 +445,21 @@ def test_names_with_line_breaks_forge_no_line(packed: Path, gptq: Run, tmp_path:
             tensors[f"{evil}.{part}"] = tensors[f"{LAYER}.{part}"].clone()
 
     change_tensors(packed, change)
-    for arguments in (("inspect", packed), ("convert", packed, "--to", "gptq", "-o", tmp_path / "new")):
+    for arguments in (
+        ("inspect", packed),
+        ("convert", packed, "--to", "gptq", "-o", tmp_path / "new"),
+    ):
         found = gptq(*arguments)
         assert found.exit_code == 0, found.stderr
         assert "no g_idx" in found.stdout
-        assert not [line for line in (found.stdout + found.stderr).splitlines() if line.startswith("error[")]
+        assert not [
+            line for line in (found.stdout + found.stderr).splitlines() if line.startswith("error[")
+        ]
 
 
-def test_plain_weights_say_nothing_of_a_quantization(packed: Path, gptq: Run, tmp_path: Path) -> None:
+def test_plain_weights_say_nothing_of_a_quantization(
+    packed: Path, gptq: Run, tmp_path: Path
+) -> None:
     in_text_config(packed)
     assert gptq("dequantize", packed, "-o", tmp_path / "plain").exit_code == 0
     assert "quantization_config" not in (tmp_path / "plain" / "config.json").read_text()
@@ -420,7 +473,9 @@ def test_a_quantized_head_beside_transposed_blocks_is_not_turned(
     monkeypatch.setitem(FAMILIES, "gpt2", sizes)
     source, _ = quantize(tmp_path, save_model(tmp_path / "model", "gpt2"), bits=8, lm_head=True)
     assert gptq("dequantize", source, "-o", tmp_path / "plain").exit_code == 0
-    plain, original = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "model"))
+    plain, original = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("plain", "model")
+    )
     table = next(tensor for name, tensor in original.items() if name.endswith("wte.weight"))
     assert plain["lm_head.weight"].shape == table.shape == (512, 64)
     assert torch.allclose(plain["lm_head.weight"], table, atol=1e-2)

@@ -37,22 +37,40 @@ except SystemExit as stop:
     raise
 """
     found = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, **environment}, check=False
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        check=False,
     )
     *stderr, loaded = found.stderr.splitlines()
     return found.returncode, found.stdout, "\n".join(stderr), loaded.split()[1:]
 
 
-def test_the_plan_tells_layers_reasons_sizes_memory_disk_and_readers(gptq: Run, model: Path) -> None:
+def test_the_plan_tells_layers_reasons_sizes_memory_disk_and_readers(
+    gptq: Run, model: Path
+) -> None:
     result = gptq("plan", model, "-b", "4", "-g", "32", "--dynamic", r"-:.*\.0\.mlp", "-o", "there")
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
     assert lines[0] == "Tiny-1M -> there"
     assert "  3 x  self_attn.q_proj                 128x64  4 bit g32" in lines
     assert "  2 x  mlp.down_proj                    64x128  4 bit g32" in lines
-    assert r"  1 x  mlp.down_proj                    64x128  F32        rule '-:.*\.0\.mlp': kept" in lines
-    assert "  1 x  lm_head                          512x64  F32        output head, see --lm-head" in lines
-    for words in ("smaller) in 1 file", "on the CPU (estimate)", "(estimate, not measured)", "disk    ", "loads in "):
+    assert (
+        r"  1 x  mlp.down_proj                    64x128  F32        rule '-:.*\.0\.mlp': kept"
+        in lines
+    )
+    assert (
+        "  1 x  lm_head                          512x64  F32        output head, see --lm-head"
+        in lines
+    )
+    for words in (
+        "smaller) in 1 file",
+        "on the CPU (estimate)",
+        "(estimate, not measured)",
+        "disk    ",
+        "loads in ",
+    ):
         assert words in result.stdout
     assert max(map(len, lines)) <= 100
     assert "\x1b" not in result.stdout
@@ -60,7 +78,11 @@ def test_the_plan_tells_layers_reasons_sizes_memory_disk_and_readers(gptq: Run, 
 
 
 def test_a_dry_run_prints_the_same_and_runs_nothing(
-    gptq: Run, model: Path, quantizer: FakeQuantizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gptq: Run,
+    model: Path,
+    quantizer: FakeQuantizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     words = [str(model), "-b", "4", "-g", "32", "--json"]
@@ -109,9 +131,19 @@ def test_quiet_prints_the_bytes_alone(gptq: Run, model: Path) -> None:
     ("words", "exit_code", "message", "hint"),
     [
         (["MODEL"], 2, "error[E_CFG_MISSING]: bits is required", "--bits 4"),
-        (["MODEL", "-b", "4", "-g", "48"], 2, "error[E_SHAPE]: group_size 48 does not divide", "such as 64 or -1"),
+        (
+            ["MODEL", "-b", "4", "-g", "48"],
+            2,
+            "error[E_SHAPE]: group_size 48 does not divide",
+            "such as 64 or -1",
+        ),
         (["MODEL", "-b", "4", "-g", "32", "--seqlen", "999"], 2, "E_CFG_SEQLEN", "--seqlen 128"),
-        (["./none", "-b", "4"], 3, "error[E_MODEL_NOT_FOUND]: `./none` is not a directory", "a Hub id"),
+        (
+            ["./none", "-b", "4"],
+            3,
+            "error[E_MODEL_NOT_FOUND]: `./none` is not a directory",
+            "a Hub id",
+        ),
         (["MODEL", "-b", "4", "--overwrite"], 2, "No such option: --overwrite", ""),
     ],
 )
@@ -124,11 +156,17 @@ def test_what_a_run_would_refuse_the_plan_refuses(
     assert hint in result.stderr
 
 
-def test_a_text_config_that_is_no_mapping_is_not_asked(gptq: Run, model: Path, tmp_path: Path) -> None:
+def test_a_text_config_that_is_no_mapping_is_not_asked(
+    gptq: Run, model: Path, tmp_path: Path
+) -> None:
     odd = Path(shutil.copytree(model, tmp_path / "odd"))
     content = json.loads((odd / "config.json").read_text(encoding="utf-8"))
-    (odd / "config.json").write_text(json.dumps(content | {"text_config": "none"}), encoding="utf-8")
-    result, usual = (gptq("plan", directory, "-b", "4", "-g", "32", "-q") for directory in (odd, model))
+    (odd / "config.json").write_text(
+        json.dumps(content | {"text_config": "none"}), encoding="utf-8"
+    )
+    result, usual = (
+        gptq("plan", directory, "-b", "4", "-g", "32", "-q") for directory in (odd, model)
+    )
     assert (result.exit_code, result.stdout) == (0, usual.stdout)
 
 
@@ -146,11 +184,17 @@ def test_a_hub_model_is_planned_from_ranges_of_its_files(model: Path, tmp_path: 
     files = {path.name: path.read_bytes() for path in model.iterdir()}
     shards = [name for name in files if name.endswith(".safetensors")]
     assert len(shards) > 2
-    with serve({"someone/Tiny-1M": files, "someone/single": {"config.json": b"{}"}}, kind="model") as hub:
+    with serve(
+        {"someone/Tiny-1M": files, "someone/single": {"config.json": b"{}"}}, kind="model"
+    ) as hub:
         environment = hub.environment(tmp_path / "home")
         words = ["plan", "someone/Tiny-1M", "-b", "4", "-g", "32", "--json"]
         code, stdout, stderr, loaded = run_process(words, environment)
-        asked = [request for request in hub.requests if ".safetensors" in request and "index" not in request]
+        asked = [
+            request
+            for request in hub.requests
+            if ".safetensors" in request and "index" not in request
+        ]
         refused = run_process(["plan", "someone/single", "-b", "4"], environment)
         unknown = run_process(["plan", "someone/nothing", "-b", "4"], environment)
     assert (code, stderr, loaded) == (0, "", ["huggingface_hub"])

@@ -26,7 +26,9 @@ def shell(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     for variable in ("GITHUB_ACTIONS", "FORCE_COLOR", "NO_COLOR"):
         if variable not in environment:
             env.pop(variable, None)
-    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=env, check=False)
+    return subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, env=env, check=False
+    )
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--version"], ["quantize", "--help"], ["validate-config", "RECIPE"],
@@ -42,7 +44,9 @@ try:
 except SystemExit:
     print("LOADED", sorted(set({HEAVY!r}) & set(sys.modules)))
 """
-    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     assert found.stdout.splitlines()[-1] == "LOADED []"
 
 
@@ -50,7 +54,12 @@ def test_what_libraries_are_told_is_what_the_user_says() -> None:
     names = ("OMP_WAIT_POLICY", "THP_MEM_ALLOC_ENABLE", "USE_HUB_KERNELS")
     found = json.loads(shell(f"unset {' '.join(names)}; $GPTQ env --json").stdout)["variables"]
     assert [found[name] for name in names] == ["PASSIVE", "1", "NO"]
-    said = shell("$GPTQ env --json", OMP_WAIT_POLICY="ACTIVE", THP_MEM_ALLOC_ENABLE="0", USE_HUB_KERNELS="YES")
+    said = shell(
+        "$GPTQ env --json",
+        OMP_WAIT_POLICY="ACTIVE",
+        THP_MEM_ALLOC_ENABLE="0",
+        USE_HUB_KERNELS="YES",
+    )
     found = json.loads(said.stdout)["variables"]
     assert [found[name] for name in names] == ["ACTIVE", "0", "YES"]
 
@@ -63,7 +72,10 @@ def test_a_reader_who_leaves_early_is_no_failure(recipe: Path) -> None:
 def test_a_full_disk_behind_stdout_is_a_failure_in_one_line(recipe: Path) -> None:
     found = shell(f"$GPTQ validate-config {recipe} > /dev/full")
     assert found.returncode == 1
-    assert found.stderr == "error[E_STDOUT]: cannot write the result to stdout: No space left on device\n"
+    assert (
+        found.stderr
+        == "error[E_STDOUT]: cannot write the result to stdout: No space left on device\n"
+    )
     found = shell(f"$GPTQ validate-config {recipe}.none --json > /dev/full")
     assert found.returncode == 2
     assert "Traceback" not in found.stderr
@@ -80,7 +92,9 @@ def test_without_stderr_the_talk_does_not_land_on_stdout(recipe: Path) -> None:
     assert json.loads(found.stdout)["problems"][0]["code"] == "E_CFG_FILE"
 
 
-@pytest.mark.parametrize("environment", [{}, {"GITHUB_ACTIONS": "true"}, {"NO_COLOR": "1", "FORCE_COLOR": "1"}])
+@pytest.mark.parametrize(
+    "environment", [{}, {"GITHUB_ACTIONS": "true"}, {"NO_COLOR": "1", "FORCE_COLOR": "1"}]
+)
 def test_pipes_get_no_terminal_codes(environment: dict[str, str], recipe: Path) -> None:
     for words in ("--help", "quantize --help", f"validate-config {recipe}", "quantise"):
         found = shell(f"$GPTQ {words}", **environment)
@@ -94,6 +108,8 @@ def test_a_narrow_terminal_does_not_break_paths(tmp_path: Path) -> None:
 
 
 def test_names_that_the_locale_cannot_say_are_escaped(tmp_path: Path) -> None:
-    found = shell(f"$GPTQ validate-config {tmp_path}/é.yaml", PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    found = shell(
+        f"$GPTQ validate-config {tmp_path}/é.yaml", PYTHONIOENCODING="ascii", PYTHONUTF8="0"
+    )
     assert found.returncode == 2
     assert "\\xe9.yaml" in found.stderr

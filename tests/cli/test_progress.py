@@ -19,7 +19,9 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_log_gets_a_line_a_block_with_error_time_and_memory(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_log_gets_a_line_a_block_with_error_time_and_memory(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with Progress(Console()) as progress:
         play(progress)
     captured = capsys.readouterr()
@@ -46,7 +48,9 @@ def test_a_long_block_does_not_leave_the_log_silent(capsys: pytest.CaptureFixtur
     assert capsys.readouterr().err == "block 1/9 model.layers.0.b error 1.0e-04 (rtn 3.0e-04)\n"
 
 
-def test_a_terminal_sees_block_layer_time_and_memory_and_is_left_clean(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_sees_block_layer_time_and_memory_and_is_left_clean(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("TERM", "xterm")
@@ -66,11 +70,17 @@ def test_a_terminal_sees_block_layer_time_and_memory_and_is_left_clean(monkeypat
     assert "\x1b[?25h" in seen  # the cursor is shown again
 
 
-def test_a_view_counts_the_blocks_that_were_finished_before(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_view_counts_the_blocks_that_were_finished_before(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     progress = Progress(Console())
     progress(BlockStarted(5, 8, "model.layers.5"))
     assert progress._view().startswith("block 6/8 ███████████████░░░░░░░░░ ? left")
-    progress(BlockFinished(index=5, n_blocks=8, name="model.layers.5", seconds=10.0, host_bytes=0, device_bytes=0))
+    progress(
+        BlockFinished(
+            index=5, n_blocks=8, name="model.layers.5", seconds=10.0, host_bytes=0, device_bytes=0
+        )
+    )
     assert progress._view().startswith("block 6/8 ██████████████████░░░░░░ 0:00:20 left")
     progress(PhaseStarted("embeddings", "3 batches"))  # as when a block has run out of memory
     progress(BlockStarted(6, 8, "model.layers.6"))

@@ -26,7 +26,11 @@ from tests.runs import digest, quantize
 
 from .conftest import Run
 
-SCHEMA = json.loads((Path(__file__).parents[2] / "gptq_cli" / "cli" / "output.schema.json").read_text(encoding="utf-8"))
+SCHEMA = json.loads(
+    (Path(__file__).parents[2] / "gptq_cli" / "cli" / "output.schema.json").read_text(
+        encoding="utf-8"
+    )
+)
 CANARY = "hf_" + "CanaryCanary0123456789abcdef"
 SOURCE_CARD = """---
 license: other
@@ -103,7 +107,9 @@ def push(client: tuple[Hub, subprocess.Popen[str]], output: Path, hub: Hub) -> P
         named = ["--base-model", base] if base else []
         assert process.stdin is not None
         assert process.stdout is not None
-        process.stdin.write(json.dumps([str(directory), "me/tiny", *named, *map(str, words)]) + "\n")
+        process.stdin.write(
+            json.dumps([str(directory), "me/tiny", *named, *map(str, words)]) + "\n"
+        )
         process.stdin.flush()
         code, stdout, stderr, heavy = json.loads(process.stdout.readline())
         assert heavy == []
@@ -141,7 +147,9 @@ def test_a_push_makes_a_private_repository_that_verifies_after_a_download(
     assert verify_checkpoint(tmp_path, full=True).ok
     assert digest(output) == before
     assert f"Bearer {CANARY}" in hub.tokens  # the client does send it
-    assert not any(b"/secret/path" in content or CANARY.encode() in content for content in files.values())
+    assert not any(
+        b"/secret/path" in content or CANARY.encode() in content for content in files.values()
+    )
 
 
 def test_all_files_go_up_in_one_commit_on_the_head_of_main(push: Push, hub: Hub) -> None:
@@ -167,7 +175,9 @@ def test_a_repeated_push_sends_nothing(push: Push, hub: Hub) -> None:
     assert not [request for request in hub.requests[asked:] if not request.startswith("GET ")]
 
 
-def test_an_upload_that_broke_off_sends_only_what_is_missing(push: Push, hub: Hub, output: Path) -> None:
+def test_an_upload_that_broke_off_sends_only_what_is_missing(
+    push: Push, hub: Hub, output: Path
+) -> None:
     shards = sorted(output.glob("*.safetensors"))
     last = hashlib.sha256(shards[-1].read_bytes()).hexdigest()
     hub.faults.append(Fault(f"PUT /lfs/{last}", Reply(403)))
@@ -177,7 +187,9 @@ def test_an_upload_that_broke_off_sends_only_what_is_missing(push: Push, hub: Hu
     hub.faults.clear()
     hub.requests.clear()
     assert push().exit_code == 0
-    assert [request for request in hub.requests if request.startswith("PUT")] == [f"PUT /lfs/{last}"]
+    assert [request for request in hub.requests if request.startswith("PUT")] == [
+        f"PUT /lfs/{last}"
+    ]
 
 
 def test_bytes_that_the_hub_garbles_fail_the_push(push: Push, hub: Hub) -> None:
@@ -189,12 +201,20 @@ def test_bytes_that_the_hub_garbles_fail_the_push(push: Push, hub: Hub) -> None:
 
 
 def test_another_model_is_replaced_on_demand_and_its_weights_go(push: Push, hub: Hub) -> None:
-    old = {"model.safetensors": b"old", "config.json": b"{}", "picture.png": b"!", ".gitattributes": b""}
+    old = {
+        "model.safetensors": b"old",
+        "config.json": b"{}",
+        "picture.png": b"!",
+        ".gitattributes": b"",
+    }
     hub.repos = {"me/tiny": dict(old)}
     hub.uploads.private.add("me/tiny")
     refused = push()
     assert (refused.exit_code, refused.stdout) == (6, "")
-    assert "error[E_OUT_EXISTS]: model `me/tiny` holds something else already: config.json, model" in refused.stderr
+    assert (
+        "error[E_OUT_EXISTS]: model `me/tiny` holds something else already: config.json, model"
+        in refused.stderr
+    )
     assert "--overwrite" in refused.stderr
     assert hub.repos["me/tiny"] == old
     done = push("--overwrite", "--json")
@@ -241,7 +261,9 @@ def test_a_refusal_of_the_hub_has_its_code_hint_and_exit_code(
     assert hint in lines[-1]
 
 
-def test_a_damaged_checkpoint_is_not_sent(push: Push, hub: Hub, output: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_not_sent(
+    push: Push, hub: Hub, output: Path, tmp_path: Path
+) -> None:
     broken = Path(shutil.copytree(output, tmp_path / "broken"))
     (broken / "tokenizer.json").write_text("{}")
     done = push(directory=broken)
@@ -261,12 +283,22 @@ def test_the_card_says_where_the_model_comes_from_and_never_a_path(
     card = hub.repos["me/tiny"]["README.md"].decode()
     data = front_matter(card)
     assert (data["base_model"], data["base_model_relation"]) == ("org/tiny", "quantized")
-    assert (data["license"], data["license_name"], data["license_link"]) == ("other", "ours", "LICENSE")
+    assert (data["license"], data["license_name"], data["license_link"]) == (
+        "other",
+        "ours",
+        "LICENSE",
+    )
     assert (data["language"], data["pipeline_tag"]) == (["en", "no"], "text-generation")
     result = data["model-index"][0]["results"][0]
     assert result["dataset"]["type"] == "Salesforce/wikitext"
     assert result["metrics"] == [{"type": "perplexity", "value": 12.3456}]
-    for words in ("| this checkpoint | 12.3456 |", "| before | 11.5000 |", "0.0123 nats", "98.70 %", "3 windows of 64"):
+    for words in (
+        "| this checkpoint | 12.3456 |",
+        "| before | 11.5000 |",
+        "0.0123 nats",
+        "98.70 %",
+        "3 windows of 64",
+    ):
         assert words in card
     manifest = json.loads((output / "gptq_manifest.json").read_text())
     assert set(manifest["origin"].values()) == {None}  # all of it lay here
@@ -278,7 +310,10 @@ def test_the_card_says_where_the_model_comes_from_and_never_a_path(
 
 @pytest.mark.parametrize(
     "change",
-    [{"origin": 3, "identity": [], "layers": {}}, {"layers": [1, {}, {"name": "x"}], "experts": [{"uncovered": None}]}],
+    [
+        {"origin": 3, "identity": [], "layers": {}},
+        {"layers": [1, {}, {"name": "x"}], "experts": [{"uncovered": None}]},
+    ],
 )
 def test_a_manifest_that_says_nothing_of_use_gives_a_shorter_card(
     change: dict[str, Any], push: Push, output: Path, tmp_path: Path
@@ -292,10 +327,17 @@ def test_a_manifest_that_says_nothing_of_use_gives_a_shorter_card(
     assert "gptq quantize org/tiny" in done.stdout
 
 
-def test_what_came_from_the_hub_needs_no_base_model(push: Push, hub: Hub, output: Path, tmp_path: Path) -> None:
+def test_what_came_from_the_hub_needs_no_base_model(
+    push: Push, hub: Hub, output: Path, tmp_path: Path
+) -> None:
     copy = Path(shutil.copytree(output, tmp_path / "copy"))
     manifest = json.loads((copy / "gptq_manifest.json").read_text())
-    manifest["origin"] = {"model": "org/source", "commit": "b" * 40, "dataset": "wikitext2", "dataset_revision": "c"}
+    manifest["origin"] = {
+        "model": "org/source",
+        "commit": "b" * 40,
+        "dataset": "wikitext2",
+        "dataset_revision": "c",
+    }
     (copy / "gptq_manifest.json").write_text(json.dumps(sealed(manifest)))
     assert push(directory=copy, base=None).exit_code == 0
     card = hub.repos["me/tiny"]["README.md"].decode()
@@ -304,13 +346,17 @@ def test_what_came_from_the_hub_needs_no_base_model(push: Push, hub: Hub, output
     assert f"gptq quantize org/source --revision {'b' * 40} --config gptq_config.yaml" in card
 
 
-def test_a_dry_run_prints_the_card_that_can_be_edited_and_sent(push: Push, hub: Hub, tmp_path: Path) -> None:
+def test_a_dry_run_prints_the_card_that_can_be_edited_and_sent(
+    push: Push, hub: Hub, tmp_path: Path
+) -> None:
     printed = push("--dry-run")
     assert (printed.exit_code, hub.requests) == (0, [])
     assert "warning[W_PUSH_PATH]" in printed.stderr
     (tmp_path / "card.md").write_text(printed.stdout + "\nMine.\n")
     assert push("--card", tmp_path / "card.md").exit_code == 0
-    assert blob_id(hub.repos["me/tiny"]["README.md"]) == blob_id((tmp_path / "card.md").read_bytes())
+    assert blob_id(hub.repos["me/tiny"]["README.md"]) == blob_id(
+        (tmp_path / "card.md").read_bytes()
+    )
 
 
 def test_a_checkpoint_of_another_tool_gets_a_card_of_what_is_known(
@@ -323,13 +369,19 @@ def test_a_checkpoint_of_another_tool_gets_a_card_of_what_is_known(
     card = hub.repos["me/tiny"]["README.md"].decode()
     assert "org/tiny, quantized to 4 bits with GPTQ." in card
     assert "| format | gptq, 4 bits, group size 32, symmetric |" in card
-    assert not [words for words in ("gptq quantize", "Worst layers", "Versions", "license") if words in card]
+    assert not [
+        words for words in ("gptq quantize", "Worst layers", "Versions", "license") if words in card
+    ]
 
 
 def test_offline_mode_sends_nothing_and_says_so(gptq: Run, output: Path) -> None:
-    done = gptq("push", output, "me/tiny", "--base-model", "org/tiny")  # these tests run in offline mode
+    done = gptq(
+        "push", output, "me/tiny", "--base-model", "org/tiny"
+    )  # these tests run in offline mode
     assert (done.exit_code, done.stdout) == (3, "")
-    assert "error[E_HUB_OFFLINE]: model `me/tiny` cannot be reached: offline mode is on" in done.stderr
+    assert (
+        "error[E_HUB_OFFLINE]: model `me/tiny` cannot be reached: offline mode is on" in done.stderr
+    )
     assert "unset HF_HUB_OFFLINE" in done.stderr
 
 
@@ -337,14 +389,38 @@ def test_offline_mode_sends_nothing_and_says_so(gptq: Run, output: Path) -> None
     ("words", "base", "exit_code", "message", "hint"),
     [
         ([], None, 2, "error[E_CFG_MISSING]", "--base-model Qwen/Qwen3-0.6B"),
-        ([], "./model", 2, "--base-model must be the id of a Hub model, got './model'", "called on the Hub"),
+        (
+            [],
+            "./model",
+            2,
+            "--base-model must be the id of a Hub model, got './model'",
+            "called on the Hub",
+        ),
         ([], "/abs/path", 2, "error[E_CFG_RANGE]", "called on the Hub"),
-        (["--card", "none.md"], "org/tiny", 2, "error[E_CFG_FILE]: cannot read the card `none.md`: No such file", ""),
-        (["--evaluation", "none.json"], "org/tiny", 3, "error[E_REPORT]: there is no file `none.json`", "eval-ppl"),
+        (
+            ["--card", "none.md"],
+            "org/tiny",
+            2,
+            "error[E_CFG_FILE]: cannot read the card `none.md`: No such file",
+            "",
+        ),
+        (
+            ["--evaluation", "none.json"],
+            "org/tiny",
+            3,
+            "error[E_REPORT]: there is no file `none.json`",
+            "eval-ppl",
+        ),
     ],
 )
 def test_what_cannot_be_pushed_is_said_before_anything_is_sent(
-    words: list[str], base: str | None, exit_code: int, message: str, hint: str, push: Push, hub: Hub
+    words: list[str],
+    base: str | None,
+    exit_code: int,
+    message: str,
+    hint: str,
+    push: Push,
+    hub: Hub,
 ) -> None:
     done = push(*words, base=base)
     assert (done.exit_code, done.stdout, hub.requests) == (exit_code, "", [])

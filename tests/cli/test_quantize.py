@@ -26,7 +26,17 @@ EVERY_FLAG = [
 
 
 def test_every_flag_reaches_its_field(gptq: Run, quantizer: FakeQuantizer, tmp_path: Path) -> None:
-    result = gptq("quantize", "org/m", "-o", tmp_path / "out", "--revision", "v1", "--overwrite", *HOW, *EVERY_FLAG)
+    result = gptq(
+        "quantize",
+        "org/m",
+        "-o",
+        tmp_path / "out",
+        "--revision",
+        "v1",
+        "--overwrite",
+        *HOW,
+        *EVERY_FLAG,
+    )
     assert result.exit_code == 0, result.stderr
     (call,) = quantizer.calls
     assert call == {
@@ -54,7 +64,9 @@ def test_every_field_has_a_flag_but_those_that_quantizing_does_not_use() -> None
     assert missing == {"backend", "modules_in_block_to_quantize"}
 
 
-def test_flags_may_be_spelt_with_underscores_and_values_stay(gptq: Run, quantizer: FakeQuantizer) -> None:
+def test_flags_may_be_spelt_with_underscores_and_values_stay(
+    gptq: Run, quantizer: FakeQuantizer
+) -> None:
     text = ("--dataset=org/t", "--text_column=my_text")
     result = gptq("quantize", "m", "-b", "4", "--group_size", "64", "--no-act_group_aware", *text)
     assert result.exit_code == 0, result.stderr
@@ -62,7 +74,9 @@ def test_flags_may_be_spelt_with_underscores_and_values_stay(gptq: Run, quantize
     assert (config.group_size, config.act_group_aware, config.text_column) == (64, False, "my_text")
 
 
-def test_a_negative_group_size_is_a_value_and_no_option(gptq: Run, quantizer: FakeQuantizer) -> None:
+def test_a_negative_group_size_is_a_value_and_no_option(
+    gptq: Run, quantizer: FakeQuantizer
+) -> None:
     assert gptq("quantize", "m", "-b", "4", "-g", "-1").exit_code == 0
     assert quantizer.calls[0]["config"].group_size == -1
 
@@ -96,7 +110,10 @@ def test_repeated_datasets_are_texts(gptq: Run, quantizer: FakeQuantizer) -> Non
         (["-b", "4", "--dynamic", "+:x={bitz: 1}"], "--dynamic['+:x'].bitz is not a known key"),
         (["-b", "4", "--dynamic", "+:x={bits 1}"], "--dynamic['+:x']['bits 1'] is not a known key"),
         (["-b", "4", "--dynamic", "+:x={@}"], "--dynamic['+:x'] must be a mapping of settings"),
-        (["-b", "4", "-c", "none.yaml"], "error[E_CFG_FILE]: cannot read the configuration none.yaml"),
+        (
+            ["-b", "4", "-c", "none.yaml"],
+            "error[E_CFG_FILE]: cannot read the configuration none.yaml",
+        ),
     ],
 )
 def test_wrong_settings_stop_before_anything_is_loaded(
@@ -108,22 +125,30 @@ def test_wrong_settings_stop_before_anything_is_loaded(
     assert quantizer.calls == []
 
 
-def test_a_dataset_that_is_not_there_stops_before_anything_is_loaded(gptq: Run, quantizer: FakeQuantizer) -> None:
+def test_a_dataset_that_is_not_there_stops_before_anything_is_loaded(
+    gptq: Run, quantizer: FakeQuantizer
+) -> None:
     result = gptq("quantize", "org/m", "-b", "4", "--dataset", "none.txt")
     assert result.exit_code == 3
-    assert result.stderr.startswith("error[E_DATA_NOT_FOUND]: dataset `none.txt` does not exist\n\nhint: give a .txt")
+    assert result.stderr.startswith(
+        "error[E_DATA_NOT_FOUND]: dataset `none.txt` does not exist\n\nhint: give a .txt"
+    )
     assert quantizer.calls == []
 
 
 @pytest.mark.parametrize("model", ["./none", "/none", "~/none", "a/b/c", "none dir"])
-def test_a_wrong_path_stops_before_anything_is_loaded(model: str, gptq: Run, quantizer: FakeQuantizer) -> None:
+def test_a_wrong_path_stops_before_anything_is_loaded(
+    model: str, gptq: Run, quantizer: FakeQuantizer
+) -> None:
     result = gptq("quantize", model, "-b", "4")
     assert result.exit_code == 3
     assert f"error[E_MODEL_NOT_FOUND]: `{model}` is not a directory" in result.stderr
     assert quantizer.calls == []
 
 
-def test_the_summary_names_the_output_the_gain_and_the_readers(gptq: Run, quantizer: FakeQuantizer) -> None:
+def test_the_summary_names_the_output_the_gain_and_the_readers(
+    gptq: Run, quantizer: FakeQuantizer
+) -> None:
     result = gptq("quantize", "org/name", "-b", "4", "--desc-act")
     assert (
         result.stdout
@@ -143,20 +168,27 @@ does not load in auto-round: it refuses desc_act without static_groups
 def test_quiet_prints_the_path_alone_and_warnings(gptq: Run, quantizer: FakeQuantizer) -> None:
     result = gptq("quantize", "m", "-b", "4", "-q", "-o", "somewhere")
     assert result.stdout == "somewhere\n"
-    assert result.stderr == "warning[W_TEST]: a warning in block 0\nwarning[W_TEST]: a warning in block 1\n"
+    assert (
+        result.stderr
+        == "warning[W_TEST]: a warning in block 0\nwarning[W_TEST]: a warning in block 1\n"
+    )
     assert len(quantizer.calls) == 1
 
 
 def test_json_is_one_object_without_nan(gptq: Run, quantizer: FakeQuantizer) -> None:
     result = gptq("quantize", "m", "-b", "4", "--json", "-o", "o")
-    layers = [f"model.layers.{index}.{name}" for index in range(2) for name in ("q_proj", "[bold]down")]
+    layers = [
+        f"model.layers.{index}.{name}" for index in range(2) for name in ("q_proj", "[bold]down")
+    ]
     expected = {"schema": 1, "status": "ok", "output": "o", "layers": layers, "worst": None}
     assert json.loads(result.stdout) == expected
     assert result.stdout.count("\n") == 1
     assert len(quantizer.calls) == 1
 
 
-def test_print_config_resolves_and_leaves(gptq: Run, quantizer: FakeQuantizer, tmp_path: Path) -> None:
+def test_print_config_resolves_and_leaves(
+    gptq: Run, quantizer: FakeQuantizer, tmp_path: Path
+) -> None:
     result = gptq("quantize", "m", "-b", "4", "--asym", "--print-config")
     assert "bits: 4  # --bits\n" in result.stdout
     assert "format: gptq_v2  # because sym is false\n" in result.stdout
@@ -177,10 +209,14 @@ def test_outputs_are_named_as_published_checkpoints_are(tmp_path: Path) -> None:
     (tmp_path / "Linked-2B").symlink_to(model)
     assert default_name(str(tmp_path / "Linked-2B"), config) == "Linked-2B-GPTQ-Int8-channel"
     assert default_name(str(model / ".."), config) == f"{tmp_path.name}-GPTQ-Int8-channel"
-    assert default_name("hf://org/Big", QuantizeConfig(bits=4, group_size=64)) == "Big-GPTQ-Int4-g64"
+    assert (
+        default_name("hf://org/Big", QuantizeConfig(bits=4, group_size=64)) == "Big-GPTQ-Int4-g64"
+    )
 
 
-@pytest.mark.parametrize(("said", "expected"), [("3h30m", 12600), ("90m", 5400), ("45s", 45), ("1h1s", 3601)])
+@pytest.mark.parametrize(
+    ("said", "expected"), [("3h30m", 12600), ("90m", 5400), ("45s", 45), ("1h1s", 3601)]
+)
 def test_times_are_read(said: str, expected: int) -> None:
     assert seconds(said) == expected
 
@@ -189,20 +225,29 @@ def test_times_are_read(said: str, expected: int) -> None:
 def test_times_that_say_nothing_are_refused(said: str, gptq: Run, quantizer: FakeQuantizer) -> None:
     result = gptq("quantize", "m", "-b", "4", f"--max-runtime={said}")
     assert result.exit_code == 2
-    assert f"error[E_CFG_RANGE]: --max-runtime must be a time such as 3h30m, 90m or 45s, got {said!r}" in result.stderr
+    assert (
+        f"error[E_CFG_RANGE]: --max-runtime must be a time such as 3h30m, 90m or 45s, got {said!r}"
+        in result.stderr
+    )
     assert quantizer.calls == []
 
 
 def test_a_policy_that_does_not_exist_is_refused(gptq: Run, quantizer: FakeQuantizer) -> None:
     result = gptq("quantize", "m", "-b", "4", "--resume=always")
     assert result.exit_code == 2
-    assert "error[E_CFG_RANGE]: --resume must be auto, require or never, got 'always'" in result.stderr
+    assert (
+        "error[E_CFG_RANGE]: --resume must be auto, require or never, got 'always'" in result.stderr
+    )
     assert quantizer.calls == []
 
 
-def test_what_was_done_before_is_said(gptq: Run, quantizer: FakeQuantizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_done_before_is_said(
+    gptq: Run, quantizer: FakeQuantizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(FakeQuantized, "already_done", True)
-    monkeypatch.setattr(FakeQuantized.__init__, "__defaults__", ((), (), 3723.4, 8_000_000, 2_500_000, True))
+    monkeypatch.setattr(
+        FakeQuantized.__init__, "__defaults__", ((), (), 3723.4, 8_000_000, 2_500_000, True)
+    )
     result = gptq("quantize", "m", "-b", "4")
     assert "done   before, by the same command\n" in result.stdout
     assert len(quantizer.calls) == 1

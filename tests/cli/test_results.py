@@ -25,7 +25,9 @@ SECRETS = ["The basic principles of thermodynamics.", "the bearer certificate wa
 
 def gptq_bytes(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
     command = [sys.executable, "-m", "gptq_cli", *words]
-    return subprocess.run(command, capture_output=True, env={**os.environ, **environment}, cwd=folder, check=False)
+    return subprocess.run(
+        command, capture_output=True, env={**os.environ, **environment}, cwd=folder, check=False
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -51,7 +53,9 @@ def test_plan_prints_json_of_odd_paths_in_any_locale(encoding: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_quiet_prints_the_path_byte_for_byte(name: str, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+def test_quiet_prints_the_path_byte_for_byte(
+    name: str, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
     Console(quiet=True).result({}, "human", Path(name))
     assert capfdbinary.readouterr().out == os.fsencode(name) + b"\n"
 
@@ -79,19 +83,37 @@ def test_print_config_gives_back_what_was_asked_for(encoding: str, tmp_path: Pat
     assert json.loads(checked.stdout)["config"]["dataset"] == asked
     again = gptq_bytes(tmp_path, "validate-config", "c.yaml", PYTHONIOENCODING=encoding)
     (tmp_path / "d.yaml").write_bytes(again.stdout)
-    assert json.loads(gptq_bytes(tmp_path, "validate-config", "d.yaml", "--json").stdout)["config"]["dataset"] == asked
+    assert (
+        json.loads(gptq_bytes(tmp_path, "validate-config", "d.yaml", "--json").stdout)["config"][
+            "dataset"
+        ]
+        == asked
+    )
 
 
 def test_results_keep_what_looks_like_a_secret(gptq: Run) -> None:
     for text in SECRETS:
-        result = gptq("quantize", "m", "-b", "4", "--dataset", text, "--dataset", "x", "--print-config", "--json")
+        result = gptq(
+            "quantize",
+            "m",
+            "-b",
+            "4",
+            "--dataset",
+            text,
+            "--dataset",
+            "x",
+            "--print-config",
+            "--json",
+        )
         assert json.loads(result.stdout)["config"]["dataset"] == [text, "x"]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_word_that_is_pasted_into_a_shell_is_the_same(name: str) -> None:
     assert shell_word(name).isprintable()
-    done = subprocess.run(["bash", "-c", f"printf %s {shell_words([name, ''])}"], capture_output=True, check=True)
+    done = subprocess.run(
+        ["bash", "-c", f"printf %s {shell_words([name, ''])}"], capture_output=True, check=True
+    )
     assert done.stdout == os.fsencode(name)
 
 
@@ -99,13 +121,25 @@ def test_an_output_whose_name_is_not_utf_8_is_whole(tmp_path: Path) -> None:
     save_model(tmp_path / "model", num_hidden_layers=2)
     (tmp_path / "text\udcff.txt").write_text(texts(2_000)[0])
     sizes = ["-b", "4", "-g", "32", "--nsamples", "2", "--batch-size", "1", "--seqlen", "32"]
-    words = ["quantize", "model", "-o", "out\udcff", "--dataset", "text\udcff.txt", "--report", *sizes]
+    words = [
+        "quantize",
+        "model",
+        "-o",
+        "out\udcff",
+        "--dataset",
+        "text\udcff.txt",
+        "--report",
+        *sizes,
+    ]
     done = gptq_bytes(tmp_path, *words, "--quiet")
     assert (done.returncode, done.stdout) == (0, b"out\xff\n"), done.stderr
     again = gptq_bytes(tmp_path, *words, "--json")
     assert json.loads(again.stdout)["already_done"] is True
     assert gptq_bytes(tmp_path, "verify", "out\udcff", "--full").returncode == 0
-    assert gptq_bytes(tmp_path, "report", "out\udcff", "--quiet").stdout == b"out\xff/gptq_report.html\n"
+    assert (
+        gptq_bytes(tmp_path, "report", "out\udcff", "--quiet").stdout
+        == b"out\xff/gptq_report.html\n"
+    )
     run = json.loads((tmp_path / "out\udcff" / "gptq_report.json").read_bytes())
     assert run["command"] == "gptq " + shell_words([*words, "--json"])
     config = gptq_bytes(tmp_path, "validate-config", "out\udcff/gptq_config.yaml", "--json")
@@ -129,4 +163,6 @@ def test_the_command_in_a_report_is_the_one_that_was_given(
     for text in SECRETS:
         monkeypatch.setattr(sys, "argv", ["gptq", "quantize", "m", "--dataset", text])
         gptq("quantize", "m", "-b", "4", "--dataset", text, "--dataset", "x", "--report")
-    assert commands == [shell_words(["gptq", "quantize", "m", "--dataset", text]) for text in SECRETS]
+    assert commands == [
+        shell_words(["gptq", "quantize", "m", "--dataset", text]) for text in SECRETS
+    ]

@@ -25,7 +25,11 @@ def begun(beside: Path, **claims: Any) -> Path:
     work = beside / ".o.gptq-work"
     work.mkdir(mode=0o700)
     config = QuantizeConfig(bits=3, sym=False, dynamic={"-:.*x": {}}, seqlen=64, dataset=["a", "b"])
-    request = {"model": "org/m", "output": str(beside / "o"), "config": config.model_dump(mode="json")}
+    request = {
+        "model": "org/m",
+        "output": str(beside / "o"),
+        "config": config.model_dump(mode="json"),
+    }
     rest = {"revision": "abc", "overwrite": True, "directory": str(beside / "there")}
     write_run(work, {"any": 1}, {**request, **rest, **claims})
     return work
@@ -44,7 +48,11 @@ def test_the_command_to_go_on_is_told_of_any_run_file(config: object, tmp_path: 
 
 @pytest.mark.parametrize("there", [False, True])
 def test_the_call_is_repeated_where_it_was_made_with_all_it_was_given(
-    there: bool, gptq: Run, quantizer: FakeQuantizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    there: bool,
+    gptq: Run,
+    quantizer: FakeQuantizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     work = begun(tmp_path)
@@ -62,11 +70,14 @@ def test_the_call_is_repeated_where_it_was_made_with_all_it_was_given(
     }  # fmt: skip
 
 
-SEALED = [json.dumps(sealed(run)) for run in ({}, {"identity": {}}, {"identity": {}, "request": []})]
+SEALED = [
+    json.dumps(sealed(run)) for run in ({}, {"identity": {}}, {"identity": {}, "request": []})
+]
 
 
 @pytest.mark.parametrize(
-    "content", [None, "", "{", "[]", "7", '{"checksum": "0"}', '{"request": {}, "checksum": 3}', *SEALED]
+    "content",
+    [None, "", "{", "[]", "7", '{"checksum": "0"}', '{"request": {}, "checksum": 3}', *SEALED],
 )
 def test_a_directory_that_holds_no_run_is_refused(
     content: str | None, gptq: Run, quantizer: FakeQuantizer, tmp_path: Path
@@ -106,14 +117,18 @@ def test_what_no_version_of_gptq_writes_is_refused(
     assert quantizer.calls == []
 
 
-@pytest.mark.parametrize("name", ["o", "work", ".o.gptq", "o.gptq-work", ".gptq-work", "..gptq-work", "...gptq-work"])
+@pytest.mark.parametrize(
+    "name", ["o", "work", ".o.gptq", "o.gptq-work", ".gptq-work", "..gptq-work", "...gptq-work"]
+)
 def test_a_directory_that_belongs_to_no_output_is_refused(
     name: str, gptq: Run, quantizer: FakeQuantizer, tmp_path: Path
 ) -> None:
     begun(tmp_path).rename(tmp_path / name)
     result = gptq("resume", tmp_path / name)
     assert result.exit_code == 3
-    assert result.stderr.startswith(f"error[E_RESUME_NOTHING]: `{tmp_path / name}` holds no unfinished run")
+    assert result.stderr.startswith(
+        f"error[E_RESUME_NOTHING]: `{tmp_path / name}` holds no unfinished run"
+    )
     assert quantizer.calls == []
 
 
@@ -168,7 +183,9 @@ def test_a_moved_work_directory_overwrites_only_if_that_is_said_again(
     assert quantizer.calls == []
 
 
-def test_code_of_the_model_runs_only_if_that_is_said_again(gptq: Run, quantizer: FakeQuantizer, tmp_path: Path) -> None:
+def test_code_of_the_model_runs_only_if_that_is_said_again(
+    gptq: Run, quantizer: FakeQuantizer, tmp_path: Path
+) -> None:
     work = begun(tmp_path, config=trusting())
     result = gptq("resume", work)
     assert result.exit_code == 3
@@ -195,11 +212,16 @@ def test_the_output_instead_of_the_work_beside_it_is_recognised(
 ) -> None:
     work = begun(tmp_path).rename(tmp_path / ".my out.gptq-work")
     result = gptq("resume", tmp_path / "my out")
-    assert (result.exit_code, result.stderr.splitlines()[-1]) == (3, f"hint: did you mean gptq resume '{work}'?")
+    assert (result.exit_code, result.stderr.splitlines()[-1]) == (
+        3,
+        f"hint: did you mean gptq resume '{work}'?",
+    )
     assert quantizer.calls == []
 
 
-def test_resuming_and_what_is_kept_are_said_even_when_quiet(capsys: pytest.CaptureFixture[str]) -> None:
+def test_resuming_and_what_is_kept_are_said_even_when_quiet(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     progress = Progress(Console(quiet=True))
     progress(Resumed(2, 5, Path("/d/.o.gptq-work")))
     progress(WorkKept(Path("/d/.a b.gptq-work")))

@@ -24,7 +24,9 @@ def schema(gptq: Run) -> dict[str, Any]:
     return found
 
 
-def test_the_schema_is_valid_knows_every_field_and_says_what_it_means(schema: dict[str, Any]) -> None:
+def test_the_schema_is_valid_knows_every_field_and_says_what_it_means(
+    schema: dict[str, Any],
+) -> None:
     Draft7Validator.check_schema(schema)
     assert set(schema["properties"]) == set(QuantizeConfig.model_fields)
     assert all(field["description"] for field in schema["properties"].values())
@@ -32,7 +34,9 @@ def test_the_schema_is_valid_knows_every_field_and_says_what_it_means(schema: di
     assert "$defs" not in json.dumps(schema)  # drafts before 2019 call them definitions
 
 
-def test_it_takes_what_the_program_takes_and_refuses_what_it_refuses(schema: dict[str, Any]) -> None:
+def test_it_takes_what_the_program_takes_and_refuses_what_it_refuses(
+    schema: dict[str, Any],
+) -> None:
     check = Draft7Validator(schema)
     for config in (
         QuantizeConfig(bits=4),
@@ -45,7 +49,9 @@ def test_it_takes_what_the_program_takes_and_refuses_what_it_refuses(schema: dic
 
 
 def test_recipes_point_to_the_schema_beside_them_and_fit_it(schema: dict[str, Any]) -> None:
-    assert json.loads((FOLDER / "gptq.schema.json").read_text()) == schema, "write it again with gptq schema"
+    assert json.loads((FOLDER / "gptq.schema.json").read_text()) == schema, (
+        "write it again with gptq schema"
+    )
     for file in recipes().values():
         assert file.read_text().splitlines()[0] == MODELINE
         Draft7Validator(schema).validate(yaml.safe_load(file.read_text()))
@@ -65,7 +71,9 @@ def test_recipes_are_listed_and_printed(gptq: Run) -> None:
     assert gptq("recipes", "moe").stdout == recipes()["moe"].read_text()
     result = gptq("recipes", "mo")
     assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr == "error[E_CFG_FILE]: there is no recipe `mo`\n\nhint: did you mean moe?\n"
+    assert (
+        result.stderr == "error[E_CFG_FILE]: there is no recipe `mo`\n\nhint: did you mean moe?\n"
+    )
 
 
 def test_a_recipe_is_found_by_name_and_a_file_goes_first(
@@ -81,7 +89,10 @@ def test_a_recipe_is_found_by_name_and_a_file_goes_first(
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("vllm-4bits", "did you mean the recipe vllm-4bit?"), ("zzz", "`gptq recipes` lists the names")],
+    [
+        ("vllm-4bits", "did you mean the recipe vllm-4bit?"),
+        ("zzz", "`gptq recipes` lists the names"),
+    ],
 )
 def test_a_name_that_is_no_recipe_is_refused_with_the_nearest(
     name: str, hint: str, gptq: Run, quantizer: FakeQuantizer

@@ -16,7 +16,9 @@ from .conftest import FakeQuantizer, Run
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_signal_ends_the_body_and_the_old_handler_comes_back(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_signal_ends_the_body_and_the_old_handler_comes_back(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     number = getattr(signal, name)
     before = signal.getsignal(number)
     with pytest.raises(Stopped) as caught, stoppable(Console()):
@@ -72,5 +74,7 @@ def test_a_stopped_run_has_the_exit_code_of_its_signal(
     quantizer.error = Stopped(getattr(signal, name))
     result = gptq("quantize", "m", "-b", "4", "-q")
     assert result.exit_code == exit_code
-    expected = f"error[E_INTERRUPTED]: stopped by {name}\n\nhint: run the same command again to go on"
+    expected = (
+        f"error[E_INTERRUPTED]: stopped by {name}\n\nhint: run the same command again to go on"
+    )
     assert expected in result.stderr

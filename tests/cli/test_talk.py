@@ -32,7 +32,9 @@ def test_verbose_adds_a_line_a_layer(gptq: Run, quantizer: FakeQuantizer) -> Non
     assert len(quantizer.calls) == 2
 
 
-def test_the_log_keeps_what_was_said_and_more_with_times(gptq: Run, quantizer: FakeQuantizer, tmp_path: Path) -> None:
+def test_the_log_keeps_what_was_said_and_more_with_times(
+    gptq: Run, quantizer: FakeQuantizer, tmp_path: Path
+) -> None:
     log = tmp_path / "run.log"
     result = gptq("quantize", "m", "-b", "4", "-q", "--log-file", log)
     assert "layer " not in result.stderr
@@ -59,7 +61,9 @@ def test_a_log_that_cannot_be_written_is_refused_before_the_run(
 ) -> None:
     result = gptq("quantize", "m", "-b", "4", "--log-file", tmp_path / "none" / "run.log")
     assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr.startswith(f"error[E_LOG_FILE]: cannot write the log file `{tmp_path}/none/run.log`: No such")
+    assert result.stderr.startswith(
+        f"error[E_LOG_FILE]: cannot write the log file `{tmp_path}/none/run.log`: No such"
+    )
     assert "hint: choose another place" in result.stderr
     assert quantizer.calls == []
 
@@ -69,13 +73,18 @@ def test_tokens_of_the_hub_are_never_shown(
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     quantizer.error = GateError("E_NUM_ACT", f"refused with {TOKEN}", hint=TOKEN)
-    results = [gptq("quantize", "m", "-b", "4", "-v", "--json", "--log-file", tmp_path / "log"), gptq("env", "--json")]
+    results = [
+        gptq("quantize", "m", "-b", "4", "-v", "--json", "--log-file", tmp_path / "log"),
+        gptq("env", "--json"),
+    ]
     for text in (*(r.stdout + r.stderr for r in results), (tmp_path / "log").read_text()):
         assert TOKEN not in text
     assert json.loads(results[1].stdout)["variables"]["HF_TOKEN"] == "set"
 
 
-def test_the_environment_tells_versions_and_loads_nothing(gptq: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_tells_versions_and_loads_nothing(
+    gptq: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("GPTQ_BITS", "4")
     data = json.loads(gptq("env", "--json").stdout)
     assert data["versions"]["torch"].startswith("2.")
@@ -94,12 +103,20 @@ def test_help_fits_the_terminal(columns: str) -> None:
 
 def test_help_at_80_columns_spells_every_option_out() -> None:
     for command in COMMANDS:
-        assert "\N{HORIZONTAL ELLIPSIS}" not in shell(f"$GPTQ {command} --help", COLUMNS="80", TERM="dumb").stdout
+        assert (
+            "\N{HORIZONTAL ELLIPSIS}"
+            not in shell(f"$GPTQ {command} --help", COLUMNS="80", TERM="dumb").stdout
+        )
 
 
 def test_a_long_path_is_never_broken(tmp_path: Path) -> None:
     path = tmp_path / ("a-long-name-" * 12)
-    for words in (f"inspect {path}", f"report {path}", f"plan {path} -b 4", f"explain x --log-file {path}/x"):
+    for words in (
+        f"inspect {path}",
+        f"report {path}",
+        f"plan {path} -b 4",
+        f"explain x --log-file {path}/x",
+    ):
         assert f"`{path}" in shell(f"$GPTQ {words}", COLUMNS="40").stderr
 
 
@@ -114,7 +131,10 @@ try:
 finally:
     print("LOADED", "torch" in sys.modules or "transformers" in sys.modules)
 """
-    for words, position, expected in (("gptq de", "1", "dequantize"), ("gptq quantize --gr", "2", "--group-size")):
+    for words, position, expected in (
+        ("gptq de", "1", "dequantize"),
+        ("gptq quantize --gr", "2", "--group-size"),
+    ):
         done = subprocess.run([sys.executable, "-c", script, words, position], capture_output=True, text=True,
                               env=os.environ, check=False)  # fmt: skip
         assert done.stdout.splitlines() == [expected, "LOADED False"]

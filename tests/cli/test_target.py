@@ -48,9 +48,18 @@ def test_a_target_in_a_file_is_refused_with_its_line(gptq: Run, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--target", "llama.cpp", "--dynamic", "+:.*down_proj={bits: 8}"], "llama.cpp does not load layers with diff"),
-        (["--target", "vllm", "--dynamic", r"-:.*\.0\..*q_proj"], "vllm does not load q, k and v (or gate and up) of"),
-        (["--target", "transformers", "--lm-head"], "transformers would misread a quantized lm_head: it ignores"),
+        (
+            ["--target", "llama.cpp", "--dynamic", "+:.*down_proj={bits: 8}"],
+            "llama.cpp does not load layers with diff",
+        ),
+        (
+            ["--target", "vllm", "--dynamic", r"-:.*\.0\..*q_proj"],
+            "vllm does not load q, k and v (or gate and up) of",
+        ),
+        (
+            ["--target", "transformers", "--lm-head"],
+            "transformers would misread a quantized lm_head: it ignores",
+        ),
         (["--target", "any", "--desc-act"], "auto-round does not load desc_act"),
     ],
 )
@@ -72,18 +81,26 @@ def test_a_mixture_is_refused_for_transformers_and_loads_in_vllm(gptq: Run, mixt
     result = gptq(*words, "transformers")
     # the experts of these tiny models are stacked in memory only: on disk each has a name
     assert (result.exit_code, result.stdout) == (2, "")
-    assert "transformers would misread quantized experts: it leaves quantized experts random" in result.stderr
+    assert (
+        "transformers would misread quantized experts: it leaves quantized experts random"
+        in result.stderr
+    )
     served = gptq(*words, "vllm")
     assert served.exit_code == 0
-    assert "warning[W_TARGET]: vllm: a slower kernel for experts whose hidden size is no multiple of 128" in (
-        served.stderr
+    assert (
+        "warning[W_TARGET]: vllm: a slower kernel for experts whose hidden size is no multiple of 128"
+        in (served.stderr)
     )
     ordered = gptq(*words, "vllm", "--desc-act")
     assert "vllm would misread experts of this width with desc_act" in ordered.stderr
 
 
-def test_validate_config_judges_a_target_for_a_model(gptq: Run, model: Path, tmp_path: Path) -> None:
-    (tmp_path / "cfg.yaml").write_text("bits: 4\ngroup_size: 32\ntarget: vllm\ndynamic: {'-:.*k_proj': {}}\n")
+def test_validate_config_judges_a_target_for_a_model(
+    gptq: Run, model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "cfg.yaml").write_text(
+        "bits: 4\ngroup_size: 32\ntarget: vllm\ndynamic: {'-:.*k_proj': {}}\n"
+    )
     assert gptq("validate-config", tmp_path / "cfg.yaml").exit_code == 0
     result = gptq("validate-config", tmp_path / "cfg.yaml", "--model", model)
     assert (result.exit_code, result.stdout) == (2, "")
@@ -116,7 +133,9 @@ def test_without_a_target_a_line_before_the_work_names_who_will_not_load_it(
     assert len(quantizer.calls) == 4
 
 
-def test_rules_that_split_a_fused_group_and_a_quantized_head_are_warned_of(gptq: Run, model: Path) -> None:
+def test_rules_that_split_a_fused_group_and_a_quantized_head_are_warned_of(
+    gptq: Run, model: Path
+) -> None:
     words = ["plan", model, "-b", "4", "-g", "32"]
     split = gptq(*words, "--dynamic", r"-:.*\.1\..*up_proj")
     assert split.exit_code == 0
@@ -125,15 +144,23 @@ def test_rules_that_split_a_fused_group_and_a_quantized_head_are_warned_of(gptq:
         "not loaded by vllm, sglang\n"
     )
     head = gptq(*words, "--lm-head").stderr
-    assert "warning[W_CFG_HEAD]: lm_head is untied from the embeddings and stored beside them, 0.0" in head
+    assert (
+        "warning[W_CFG_HEAD]: lm_head is untied from the embeddings and stored beside them, 0.0"
+        in head
+    )
     assert "misread by transformers, auto-round; loaded with limits by tgi" in head
 
 
-def test_a_listed_module_that_no_layer_has_is_an_error(gptq: Run, model: Path, tmp_path: Path) -> None:
+def test_a_listed_module_that_no_layer_has_is_an_error(
+    gptq: Run, model: Path, tmp_path: Path
+) -> None:
     (tmp_path / "cfg.yaml").write_text(
         "bits: 4\ngroup_size: 32\nmodules_in_block_to_quantize: [[self_attn.q_proj], [mlp.down_prj]]\n"
     )
     result = gptq("plan", model, "--config", tmp_path / "cfg.yaml")
     assert (result.exit_code, result.stdout) == (2, "")
-    assert "error[E_CFG_NO_MATCH]: modules_in_block_to_quantize names 'mlp.down_prj', and no layer" in result.stderr
+    assert (
+        "error[E_CFG_NO_MATCH]: modules_in_block_to_quantize names 'mlp.down_prj', and no layer"
+        in result.stderr
+    )
     assert "hint: a name stands for all layers that end with it" in result.stderr

@@ -61,8 +61,14 @@ QUANTIZE = ("-b4", "-g32", "--nsamples=4", "--seqlen=32", "--device=cpu", "-q", 
         ("model/tokenizer.json", ("quantize", "model", *QUANTIZE, "--dataset=texts")),
         ("texts", ("quantize", "model", *QUANTIZE, "--dataset=texts")),
         ("texts/a.txt", ("quantize", "model", *QUANTIZE, "--dataset=texts")),
-        ("texts/a.txt", ("eval-ppl", "model", "--dataset=texts/a.txt", "--seqlen=32", "--device=cpu", "-q")),
-        ("model/tokenizer.json", ("eval-ppl", "model", "--dataset=texts", "--seqlen=32", "--device=cpu", "-q")),
+        (
+            "texts/a.txt",
+            ("eval-ppl", "model", "--dataset=texts/a.txt", "--seqlen=32", "--device=cpu", "-q"),
+        ),
+        (
+            "model/tokenizer.json",
+            ("eval-ppl", "model", "--dataset=texts", "--seqlen=32", "--device=cpu", "-q"),
+        ),
         ("packed/config.json", ("verify", "packed")),
         ("packed", ("verify", "packed")),
         ("packed", ("report", "packed")),
@@ -73,7 +79,9 @@ QUANTIZE = ("-b4", "-g32", "--nsamples=4", "--seqlen=32", "--device=cpu", "-q", 
         ("packed/gptq_report.json", ("report", "packed")),
     ],
 )
-def test_what_may_not_be_read_is_told_with_its_path(closed: str, words: tuple[str, ...], here: Path) -> None:
+def test_what_may_not_be_read_is_told_with_its_path(
+    closed: str, words: tuple[str, ...], here: Path
+) -> None:
     (here / closed).chmod(0)
     said = held_back(*words)
     (here / closed).chmod(0o700)
@@ -87,7 +95,11 @@ def test_a_folder_that_may_not_be_entered_is_named(here: Path) -> None:
     (here / "closed").mkdir()
     (here / "model").rename(here / "closed" / "model")
     (here / "closed").chmod(0)
-    for words in (("plan", "closed/model", "-b4"), ("verify", "closed/model"), ("report", "closed/model")):
+    for words in (
+        ("plan", "closed/model", "-b4"),
+        ("verify", "closed/model"),
+        ("report", "closed/model"),
+    ):
         said = held_back(*words)
         refused(said, "closed/model")
         assert f"hint: you own `{here}/closed`: chmod u+rx {here}/closed" in said.stderr
@@ -95,7 +107,9 @@ def test_a_folder_that_may_not_be_entered_is_named(here: Path) -> None:
     (here / "closed" / "model").rename(here / "model")
     (here / "texts").rename(here / "closed" / "texts")
     (here / "closed").chmod(0)
-    said = held_back("eval-ppl", "model", "--dataset=closed/texts", "--seqlen=32", "--device=cpu", "-q")
+    said = held_back(
+        "eval-ppl", "model", "--dataset=closed/texts", "--seqlen=32", "--device=cpu", "-q"
+    )
     refused(said, "closed/texts")
     (here / "closed").chmod(0o700)
 
@@ -139,6 +153,8 @@ def test_a_folder_below_the_model_is_not_missed_in_silence(here: Path) -> None:
     (here / "model" / "more" / "LICENSE").touch()
     (here / "model" / "more").chmod(0)
     refused(held_back("plan", "model", "-b4", "-g32"), "model/more")
-    (here / "model" / "more").rename(here / "model" / ".git")  # what is never copied need not be read
+    (here / "model" / "more").rename(
+        here / "model" / ".git"
+    )  # what is never copied need not be read
     assert held_back("plan", "model", "-b4", "-g32").exit_code == 0
     (here / "model" / ".git").chmod(0o700)

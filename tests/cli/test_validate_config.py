@@ -36,7 +36,9 @@ def make_model(folder: Path, *, hidden: int = 256, inner: int = 320, n_blocks: i
     model = folder / "model"
     model.mkdir()
     (model / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(end))
-    (model / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 64}), encoding="utf-8")
+    (model / "config.json").write_text(
+        json.dumps({"model_type": "llama", "vocab_size": 64}), encoding="utf-8"
+    )
     return model
 
 
@@ -84,9 +86,14 @@ def test_only_the_file_counts(gptq: Run, tmp_path: Path, monkeypatch: pytest.Mon
     assert "bits is required" in result.stderr
 
 
-def test_with_a_model_it_says_what_happens_to_the_layers_and_who_loads_them(gptq: Run, tmp_path: Path) -> None:
+def test_with_a_model_it_says_what_happens_to_the_layers_and_who_loads_them(
+    gptq: Run, tmp_path: Path
+) -> None:
     model = make_model(tmp_path)
-    path = write(tmp_path, "bits: 4\ngroup_size: 64\ndynamic: {'-:.*layers\\.1\\.mlp': {}, '+:.*mlp': {bits: 8}}\n")
+    path = write(
+        tmp_path,
+        "bits: 4\ngroup_size: 64\ndynamic: {'-:.*layers\\.1\\.mlp': {}, '+:.*mlp': {bits: 8}}\n",
+    )
     result = gptq("validate-config", path, "--model", model)
     assert result.exit_code == 0, result.stderr
     for line in (
@@ -102,7 +109,9 @@ def test_with_a_model_it_says_what_happens_to_the_layers_and_who_loads_them(gptq
     assert data["plan"]["engines"]["llama.cpp"]["outcome"] == "no"
 
 
-def test_with_a_model_it_names_the_layers_that_the_group_size_does_not_divide(gptq: Run, tmp_path: Path) -> None:
+def test_with_a_model_it_names_the_layers_that_the_group_size_does_not_divide(
+    gptq: Run, tmp_path: Path
+) -> None:
     result = gptq("validate-config", write(tmp_path, "bits: 4\n"), "--model", make_model(tmp_path))
     assert (result.exit_code, result.stdout) == (2, "")
     assert "error[E_SHAPE]: group_size 128 does not divide the 320 input features" in result.stderr

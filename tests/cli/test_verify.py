@@ -12,7 +12,9 @@ from tests.checkpoint.gptq_files import MODULES, SHARDS, gptq_files
 from .conftest import Run
 
 
-def test_a_sound_checkpoint_is_one_line_that_says_what_was_checked(gptq: Run, tmp_path: Path) -> None:
+def test_a_sound_checkpoint_is_one_line_that_says_what_was_checked(
+    gptq: Run, tmp_path: Path
+) -> None:
     directory = gptq_files().write(tmp_path / "c")
     found = gptq("verify", directory)
     assert (found.exit_code, found.stderr) == (0, "")
@@ -21,7 +23,12 @@ def test_a_sound_checkpoint_is_one_line_that_says_what_was_checked(gptq: Run, tm
     assert gptq("verify", directory, "--full").stdout.endswith("; read every byte\n")
     assert gptq("verify", directory, "-q").stdout == "ok\n"
     data = json.loads(gptq("verify", directory, "--json").stdout)
-    assert (data["status"], data["defects"], data["modules"], data["format"]) == ("ok", [], 6, "gptq")
+    assert (data["status"], data["defects"], data["modules"], data["format"]) == (
+        "ok",
+        [],
+        6,
+        "gptq",
+    )
 
 
 def test_defects_are_listed_and_the_exit_code_is_4(gptq: Run, tmp_path: Path) -> None:
@@ -38,7 +45,11 @@ def test_defects_are_listed_and_the_exit_code_is_4(gptq: Run, tmp_path: Path) ->
     ]
     assert found.stderr.startswith(f"error[E_VERIFY]: `{directory}` has 2 defects\n\nhint: ")
     data = json.loads(gptq("verify", directory, "--json").stdout)
-    assert (data["status"], data["exit_code"], data["problems"][0]["code"]) == ("error", 4, "E_VERIFY")
+    assert (data["status"], data["exit_code"], data["problems"][0]["code"]) == (
+        "error",
+        4,
+        "E_VERIFY",
+    )
     place = {"file": SHARDS[1], "tensor": f"{MODULES[5]}.scales"}
     assert place.items() <= data["defects"][1].items()
 
@@ -67,7 +78,9 @@ def test_a_torn_checkpoint_is_a_defect_and_none_at_all_a_refusal(gptq: Run, tmp_
 def test_names_with_escapes_and_markup_are_shown_and_not_obeyed(gptq: Run, tmp_path: Path) -> None:
     files = gptq_files()
     for part in ("qweight", "qzeros", "scales"):
-        files.tensors[f"model.layers.0.\x1b[31m[red]evil[/red].{part}"] = np.zeros((2, 2), np.float32)
+        files.tensors[f"model.layers.0.\x1b[31m[red]evil[/red].{part}"] = np.zeros(
+            (2, 2), np.float32
+        )
     found = gptq("verify", files.write(tmp_path / "c"))
     assert found.exit_code == 4
     assert "\\x1b[31m[red]evil[/red]: no g_idx" in found.stdout

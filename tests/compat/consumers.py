@@ -24,7 +24,11 @@ class Consumer:
         self._log = scratch / f"{name}.log"
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [venvs / VENV_OF[name] / "bin/python", Path(__file__).with_name("load_with.py"), name],
+                [
+                    venvs / VENV_OF[name] / "bin/python",
+                    Path(__file__).with_name("load_with.py"),
+                    name,
+                ],
                 env=os.environ | _environment(venvs, scratch),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -77,7 +81,10 @@ class Case:
     @property
     def layers(self) -> list[dict[str, Any]]:
         """The settings of layers: of those that no rule matches, then of each rule's."""
-        return [self.settings, *(self.settings | rule for rule in self.settings.get("dynamic", {}).values())]
+        return [
+            self.settings,
+            *(self.settings | rule for rule in self.settings.get("dynamic", {}).values()),
+        ]
 
     @property
     def sym(self) -> bool:
@@ -89,7 +96,10 @@ class Case:
 
     @property
     def real_g_idx(self) -> bool:
-        return any(layer.get("desc_act", False) and not layer.get("static_groups", False) for layer in self.layers)
+        return any(
+            layer.get("desc_act", False) and not layer.get("static_groups", False)
+            for layer in self.layers
+        )
 
     @property
     def mixed_shapes(self) -> bool:
@@ -97,7 +107,9 @@ class Case:
 
     @property
     def quantized_head(self) -> bool:
-        return self.settings.get("lm_head", False) and "-:lm_head" not in self.settings.get("dynamic", {})
+        return self.settings.get("lm_head", False) and "-:lm_head" not in self.settings.get(
+            "dynamic", {}
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,14 +123,32 @@ class Limit:
 
 
 LIMITS = (
-    Limit("transformers", "layers of unlike shapes", lambda case: case.mixed_shapes, "ignore_mismatched_sizes"),
+    Limit(
+        "transformers",
+        "layers of unlike shapes",
+        lambda case: case.mixed_shapes,
+        "ignore_mismatched_sizes",
+    ),
     Limit("transformers", "a quantized head", lambda case: case.quantized_head, None),
-    Limit("gptqmodel", "asymmetric v1", lambda case: not case.sym and case.format == "gptq", "sym=False"),
-    Limit("gptqmodel", "fused linears", lambda case: case.family == "phi3", "Missing required quantized weights"),
+    Limit(
+        "gptqmodel",
+        "asymmetric v1",
+        lambda case: not case.sym and case.format == "gptq",
+        "sym=False",
+    ),
+    Limit(
+        "gptqmodel",
+        "fused linears",
+        lambda case: case.family == "phi3",
+        "Missing required quantized weights",
+    ),
     Limit("gptqmodel", "a head named embed_out", lambda case: case.family == "gpt_neox", None),
     Limit("auto-round", "a real g_idx", lambda case: case.real_g_idx, "g_idx"),
     Limit(
-        "auto-round", "asymmetric, 3 bits", lambda case: not case.sym and case.settings["bits"] == 3, "No compatible"
+        "auto-round",
+        "asymmetric, 3 bits",
+        lambda case: not case.sym and case.settings["bits"] == 3,
+        "No compatible",
     ),
     Limit("auto-round", "asymmetric", lambda case: not case.sym, "SystemExit: -1"),
     Limit("auto-round", "v2, read as v1", lambda case: case.format == "gptq_v2", None),
@@ -128,4 +158,6 @@ LIMITS = (
 
 def limit_of(consumer: str, case: Case) -> Limit | None:
     """The first limit of `consumer` that `case` runs into."""
-    return next((limit for limit in LIMITS if limit.consumer == consumer and limit.hits(case)), None)
+    return next(
+        (limit for limit in LIMITS if limit.consumer == consumer and limit.hits(case)), None
+    )

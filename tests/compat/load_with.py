@@ -26,7 +26,9 @@ Loaded = tuple[torch.nn.Module, dict[str, list[str]]]
 def load_with_transformers(directory: str) -> Loaded:
     from transformers import AutoModelForCausalLM
 
-    return _with_names(AutoModelForCausalLM.from_pretrained(directory, device_map="cpu", output_loading_info=True))
+    return _with_names(
+        AutoModelForCausalLM.from_pretrained(directory, device_map="cpu", output_loading_info=True)
+    )
 
 
 def load_with_auto_round(directory: str) -> Loaded:
@@ -42,7 +44,10 @@ def load_with_gptqmodel(directory: str) -> Loaded:
     from gptqmodel import GPTQModel
 
     # Left alone it computes in bfloat16 on a CPU, which would hide smaller differences. It tells no names of tensors.
-    return GPTQModel.load(directory, device="cpu", dtype=torch.float16).model, {"missing": [], "unexpected": []}
+    return GPTQModel.load(directory, device="cpu", dtype=torch.float16).model, {
+        "missing": [],
+        "unexpected": [],
+    }
 
 
 LOADERS: dict[str, Callable[[str], Loaded]] = {
@@ -57,7 +62,9 @@ def run(load: Callable[[str], Loaded], job: dict[str, str]) -> dict[str, Any]:
     try:
         model, names = load(job["checkpoint"])
         with torch.inference_mode():
-            logits = model.eval()(input_ids=torch.from_numpy(np.load(job["ids"])), use_cache=False).logits
+            logits = model.eval()(
+                input_ids=torch.from_numpy(np.load(job["ids"])), use_cache=False
+            ).logits
     except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever it raises is what the test asks about
         traceback.print_exc()
         return {"error": f"{type(error).__name__}: {error}"}
@@ -75,7 +82,10 @@ def main(consumer: str) -> None:
 
 def _with_names(loaded: tuple[torch.nn.Module, dict[str, Any]]) -> Loaded:
     model, info = loaded
-    return model, {"missing": sorted(info["missing_keys"]), "unexpected": sorted(info["unexpected_keys"])}
+    return model, {
+        "missing": sorted(info["missing_keys"]),
+        "unexpected": sorted(info["unexpected_keys"]),
+    }
 
 
 if __name__ == "__main__":

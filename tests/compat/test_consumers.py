@@ -44,13 +44,20 @@ def _grid() -> Iterator[Case]:
     for bits, sym, format, desc_act in itertools.product(
         (2, 3, 4, 8), (True, False), ("gptq", "gptq_v2"), (False, True)
     ):
-        words = (f"{bits}bit", "sym" if sym else "asym", format, *(["desc_act"] if desc_act else []))
+        words = (
+            f"{bits}bit",
+            "sym" if sym else "asym",
+            format,
+            *(["desc_act"] if desc_act else []),
+        )
         settings = {"bits": bits, "sym": sym, "format": format, "desc_act": desc_act}
         yield Case("-".join(words), settings | {"preset": "gptq"})
 
 
 def _families() -> Iterator[Case]:
-    for family, bits in itertools.product(("mistral", "qwen2", "qwen3", "gemma2", "phi3", "opt", "gpt_neox"), (4, 8)):
+    for family, bits in itertools.product(
+        ("mistral", "qwen2", "qwen3", "gemma2", "phi3", "opt", "gpt_neox"), (4, 8)
+    ):
         yield Case(f"{family}-{bits}bit", {"bits": bits}, family)
 
 
@@ -58,10 +65,18 @@ SIGNED = ("balanced", "best")
 CASES = (
     *_grid(),
     *_families(),
-    *(Case(f"{bits}bit-group{size}", {"bits": bits, "group_size": size}) for bits in (3, 4) for size in (-1, 32, 128)),
+    *(
+        Case(f"{bits}bit-group{size}", {"bits": bits, "group_size": size})
+        for bits in (3, 4)
+        for size in (-1, 32, 128)
+    ),
     Case("plain-order", {"bits": 4, "act_group_aware": False, "preset": "gptq"}),
     Case("static-groups", {"bits": 4, "desc_act": True, "static_groups": True, "preset": "gptq"}),
-    *(Case(f"{preset}-{bits}bit", {"bits": bits, "preset": preset}) for preset in SIGNED for bits in (2, 3, 4, 8)),
+    *(
+        Case(f"{preset}-{bits}bit", {"bits": bits, "preset": preset})
+        for preset in SIGNED
+        for bits in (2, 3, 4, 8)
+    ),
     Case("signed-desc_act", {"bits": 4, "desc_act": True}),
     Case("whole-rows-desc_act", {"bits": 4, "group_size": -1, "desc_act": True}),
     Case("kept-by-rule", {"bits": 4, "dynamic": {f"-:{O_PROJ}": {}}}),
@@ -69,7 +84,10 @@ CASES = (
     Case("kept-fused-group", {"bits": 4, "dynamic": {r"-:.*\.1\.self_attn\.[qkv]_proj": {}}}),
     Case("kept-block", {"bits": 4, "dynamic": {r"-:model\.layers\.0\.": {}}}),
     Case("mixed-bits", {"bits": 4, "dynamic": {r"+:.*\.down_proj": {"bits": 8}}}),
-    Case("mixed-bits-and-kept", {"bits": 4, "dynamic": {f"-:{O_PROJ}": {}, r"+:.*\.down_proj": {"bits": 8}}}),
+    Case(
+        "mixed-bits-and-kept",
+        {"bits": 4, "dynamic": {f"-:{O_PROJ}": {}, r"+:.*\.down_proj": {"bits": 8}}},
+    ),
     Case("mixed-groups", {"bits": 4, "dynamic": {r"+:.*\.down_proj": {"group_size": 32}}}),
     Case("mixed-orders", {"bits": 4, "dynamic": {r"+:.*\.down_proj": {"desc_act": True}}}),
     Case("mixed-symmetry", {"bits": 4, "dynamic": {r"+:.*\.down_proj": {"sym": False}}}),
@@ -126,7 +144,11 @@ def write(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Written]:
     root = tmp_path_factory.mktemp("checkpoints")
     ids = np.random.default_rng(0).integers(2, 300, (2, 24))
     np.save(root / "ids.npy", ids)
-    source_of = cache(lambda family, dtype: make_checkpoint(root / f"{family}-{dtype}", family, getattr(torch, dtype)))
+    source_of = cache(
+        lambda family, dtype: make_checkpoint(
+            root / f"{family}-{dtype}", family, getattr(torch, dtype)
+        )
+    )
     cases = {case.id: case for case in CASES}
 
     @cache
@@ -134,7 +156,9 @@ def write(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Written]:
         case, output = cases[case_id], root / f"quantized-{case_id}"
         source = source_of(case.family, case.dtype)
         quantize_checkpoint(str(source), output, QuantizeConfig(**(SHARED | case.settings)))
-        return Written(output, root / "ids.npy", _logits_of_dequantized(source, output, torch.from_numpy(ids)))
+        return Written(
+            output, root / "ids.npy", _logits_of_dequantized(source, output, torch.from_numpy(ids))
+        )
 
     return write_case
 
@@ -155,7 +179,11 @@ def load(
         started[consumer] = process
         if answer["error"]:
             return Loaded(answer["error"], [], float("inf"))
-        return Loaded(None, answer["missing"] + answer["unexpected"], _difference(np.load(logits), written.logits))
+        return Loaded(
+            None,
+            answer["missing"] + answer["unexpected"],
+            _difference(np.load(logits), written.logits),
+        )
 
     yield load_case
     for process in started.values():
@@ -168,7 +196,9 @@ def test_logits_are_those_of_the_dequantized_weights(
 ) -> None:
     loaded = load(consumer, case)
     # auto-round wants no g_idx where it is trivial, and says so
-    names = [name for name in loaded.names if not (consumer == "auto-round" and name.endswith(".g_idx"))]
+    names = [
+        name for name in loaded.names if not (consumer == "auto-round" and name.endswith(".g_idx"))
+    ]
     assert loaded.error is None
     assert names == []
     assert loaded.difference <= LARGEST_DIFFERENCE[case.dtype]

@@ -10,7 +10,22 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 
 VOCABULARY = 320
-WORDS = ("calm", "cat", "dark", "river", "stone", "sings", "under", "the", "a", "old", "slowly", "walks", "and", "sees")
+WORDS = (
+    "calm",
+    "cat",
+    "dark",
+    "river",
+    "stone",
+    "sings",
+    "under",
+    "the",
+    "a",
+    "old",
+    "slowly",
+    "walks",
+    "and",
+    "sees",
+)
 SIZES = {
     "hidden_size": 128,
     "num_hidden_layers": 2,
@@ -28,7 +43,8 @@ FAMILIES: dict[str, dict[str, object]] = {
     "mistral": GATED,
     "qwen2": GATED,  # biases in q, k and v
     "qwen3": GATED | {"head_dim": 32},
-    "gemma2": GATED | {"head_dim": 32, "sliding_window": 8, "tie_word_embeddings": True},  # layers see unlike masks
+    "gemma2": GATED
+    | {"head_dim": 32, "sliding_window": 8, "tie_word_embeddings": True},  # layers see unlike masks
     "phi3": GATED,  # q, k and v are one linear, gate and up another
     "opt": {"ffn_dim": 256, "word_embed_proj_dim": 128},
     "gpt_neox": {"intermediate_size": 256},
@@ -66,7 +82,10 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+        vocab_size=VOCABULARY,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     tokenizer.train_from_iterator(make_texts(), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")

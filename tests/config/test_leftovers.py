@@ -9,7 +9,11 @@ import pytest
 from gptq_cli.config.leftovers import foreign_names, misfit, refuse_wrapped
 from gptq_cli.errors import InputError
 
-Q, NORM, HEAD = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.input_layernorm.weight", "lm_head.weight"
+Q, NORM, HEAD = (
+    "model.layers.0.self_attn.q_proj.weight",
+    "model.layers.0.input_layernorm.weight",
+    "lm_head.weight",
+)
 SHAPES = {
     "model.embed_tokens.weight": (512, 64),
     Q: (128, 64),
@@ -68,18 +72,43 @@ def test_a_model_with_code_of_its_own_may_have_a_module_of_that_name() -> None:
         refuse_wrapped([f"_orig_mod.{name}" for name in SHAPES], own_code=True)
 
 
-@pytest.mark.parametrize("wrapped", [f"{MODULE}.base_layer.weight", "model.layers.0._orig_mod.self_attn.q_proj.weight"])
+@pytest.mark.parametrize(
+    "wrapped", [f"{MODULE}.base_layer.weight", "model.layers.0._orig_mod.self_attn.q_proj.weight"]
+)
 def test_one_weight_under_a_wrappers_name_only_is_refused(wrapped: str) -> None:
     refuse_wrapped([*SHAPES, wrapped], own_code=False)
-    with pytest.raises(InputError, match=f"no tensor for 1 parameters, first `{Q}`, and 1 tensors .*`{wrapped}`"):
+    with pytest.raises(
+        InputError, match=f"no tensor for 1 parameters, first `{Q}`, and 1 tensors .*`{wrapped}`"
+    ):
         refuse_wrapped([*(set(SHAPES) - {Q}), wrapped], own_code=False)
 
 
 TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
 REASONS: list[tuple[list[str], list[str], dict[str, Any], list[str], str | None, str]] = [
-    ([Q, NORM], [f"_orig_mod.{Q}", f"_orig_mod.{NORM}"], {}, [], "`_orig_mod.` in them", "model._orig_mod.save"),
-    ([Q, NORM], [f"x.y.{Q}", f"x.y.{NORM}", "z"], {}, [], "`x.y.` in them", "under names without `x.y.`"),
-    ([Q], [f"{MODULE}.base_layer.weight", f"{MODULE}.lora_A.default.weight"], {}, [], "`base_layer.` in", "merge"),
+    (
+        [Q, NORM],
+        [f"_orig_mod.{Q}", f"_orig_mod.{NORM}"],
+        {},
+        [],
+        "`_orig_mod.` in them",
+        "model._orig_mod.save",
+    ),
+    (
+        [Q, NORM],
+        [f"x.y.{Q}", f"x.y.{NORM}", "z"],
+        {},
+        [],
+        "`x.y.` in them",
+        "under names without `x.y.`",
+    ),
+    (
+        [Q],
+        [f"{MODULE}.base_layer.weight", f"{MODULE}.lora_A.default.weight"],
+        {},
+        [],
+        "`base_layer.` in",
+        "merge",
+    ),
     (
         [Q],
         [f"base_model.model.{Q}", f"base_model.model.{MODULE}.lora_A.weight"],
@@ -88,9 +117,30 @@ REASONS: list[tuple[list[str], list[str], dict[str, Any], list[str], str | None,
         "`base_model.model.`",
         "merge",
     ),
-    ([Q, NORM], [Q[6:], NORM[6:]], {}, [], "the names of the model begin with `model.`", "from one place"),
-    ([HEAD], ["score.weight"], UNTIED, [], "a classifier, no language model", "name a language model"),
-    ([HEAD], [], UNTIED | {"architectures": ["LlamaForSequenceClassification"]}, [], "a classifier", "ForCausalLM"),
+    (
+        [Q, NORM],
+        [Q[6:], NORM[6:]],
+        {},
+        [],
+        "the names of the model begin with `model.`",
+        "from one place",
+    ),
+    (
+        [HEAD],
+        ["score.weight"],
+        UNTIED,
+        [],
+        "a classifier, no language model",
+        "name a language model",
+    ),
+    (
+        [HEAD],
+        [],
+        UNTIED | {"architectures": ["LlamaForSequenceClassification"]},
+        [],
+        "a classifier",
+        "ForCausalLM",
+    ),
     (
         [HEAD],
         [],
@@ -99,8 +149,22 @@ REASONS: list[tuple[list[str], list[str], dict[str, Any], list[str], str | None,
         "no output head, and config.json says tie_word_embeddings: false",
         "true into config.json",
     ),
-    ([HEAD], [], {"architectures": None}, [], "it has no output head", "name the language model and not its base"),
-    ([NORM], [], TIED, [NORM], "the index lists 1 tensors that no shard holds", "download the index and the shards"),
+    (
+        [HEAD],
+        [],
+        {"architectures": None},
+        [],
+        "it has no output head",
+        "name the language model and not its base",
+    ),
+    (
+        [NORM],
+        [],
+        TIED,
+        [NORM],
+        "the index lists 1 tensors that no shard holds",
+        "download the index and the shards",
+    ),
     ([NORM], ["encoder.norm"], TIED, [], "config.json is of another model", "from one place"),
     ([NORM], [], TIED, [], None, "download config.json and the weights again, of one revision"),
 ]
@@ -108,12 +172,21 @@ REASONS: list[tuple[list[str], list[str], dict[str, Any], list[str], str | None,
 
 @pytest.mark.parametrize(("absent", "left", "config", "listed", "reason", "hint"), REASONS)
 def test_a_misfit_shows_both_sides_and_the_likely_reason(
-    absent: list[str], left: list[str], config: dict[str, Any], listed: list[str], reason: str | None, hint: str
+    absent: list[str],
+    left: list[str],
+    config: dict[str, Any],
+    listed: list[str],
+    reason: str | None,
+    hint: str,
 ) -> None:
     error = misfit(absent, left, config, listed)
     assert (error.code, error.exit_code) == ("E_CKPT_INCOMPLETE", 3)
     told, _, why = str(error).partition(": ")
-    assert told.startswith(f"the checkpoint has no tensor for {len(absent)} parameters, first `{absent[0]}`")
-    assert (f"{len(left)} tensors that are no parameters, first `{(left or [''])[0]}`" in told) == bool(left)
+    assert told.startswith(
+        f"the checkpoint has no tensor for {len(absent)} parameters, first `{absent[0]}`"
+    )
+    assert (
+        f"{len(left)} tensors that are no parameters, first `{(left or [''])[0]}`" in told
+    ) == bool(left)
     assert reason in why if reason else not why
     assert hint in (error.hint or "")

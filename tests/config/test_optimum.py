@@ -42,13 +42,17 @@ def test_optimum_dict_is_taken_field_by_field(tmp_path: Path) -> None:
     assert found.notes == ("meta has no effect: it says which tool wrote the dict",)
 
 
-@pytest.mark.parametrize("said", [{}, {"desc_act": True, "dataset": ["a", "b"], "model_seqlen": 512, "sym": False}])
+@pytest.mark.parametrize(
+    "said", [{}, {"desc_act": True, "dataset": ["a", "b"], "model_seqlen": 512, "sym": False}]
+)
 def test_transformers_dict_is_taken_as_it_is(said: dict[str, Any], tmp_path: Path) -> None:
     from transformers import GPTQConfig
 
     found = resolved(GPTQConfig(bits=4, **said).to_dict(), tmp_path)
     ours = {"seqlen" if key == "model_seqlen" else key: value for key, value in said.items()}
-    assert found.config == QuantizeConfig(bits=4, batch_size=1, backend="auto", format="gptq", damp_percent=0.1, **ours)
+    assert found.config == QuantizeConfig(
+        bits=4, batch_size=1, backend="auto", format="gptq", damp_percent=0.1, **ours
+    )
     assert found.notes == ()
 
 
@@ -109,7 +113,11 @@ def test_dicts_of_older_tools_are_taken_with_a_note(
     values: dict[str, Any], noted: tuple[str, ...], config: dict[str, Any], tmp_path: Path
 ) -> None:
     found = resolved(values, tmp_path)
-    said = {key: value for key, value in values.items() if value is not None and key in QuantizeConfig.model_fields}
+    said = {
+        key: value
+        for key, value in values.items()
+        if value is not None and key in QuantizeConfig.model_fields
+    }
     assert found.config == QuantizeConfig(**{**said, "backend": None, **config})
     assert [note.split()[0] for note in found.notes] == list(noted)
     assert all(" has no effect: " in note for note in found.notes)
@@ -117,7 +125,9 @@ def test_dicts_of_older_tools_are_taken_with_a_note(
 
 def test_settings_that_a_tool_has_noted_in_meta_are_named(tmp_path: Path) -> None:
     (note,) = resolved(GPTQMODEL_4, tmp_path).notes
-    assert note.endswith("these may be given beside it: damp_percent, static_groups, true_sequential")
+    assert note.endswith(
+        "these may be given beside it: damp_percent, static_groups, true_sequential"
+    )
 
 
 def test_another_name_for_act_group_aware_is_known(tmp_path: Path) -> None:
@@ -127,14 +137,25 @@ def test_another_name_for_act_group_aware_is_known(tmp_path: Path) -> None:
 
 
 def test_other_names_for_format_and_seqlen_are_known(tmp_path: Path) -> None:
-    found = resolved({"bits": 4, "checkpoint_format": "gptq_v2", "format": None, "model_seqlen": 77}, tmp_path)
+    found = resolved(
+        {"bits": 4, "checkpoint_format": "gptq_v2", "format": None, "model_seqlen": 77}, tmp_path
+    )
     assert (found.config.format, found.config.seqlen) == ("gptq_v2", 77)
     assert found.origins["seqlen"] == f"{tmp_path / 'c.json'}:5"
-    assert resolved({"bits": 4, "checkpoint_format": "gptq", "format": "gptq"}, tmp_path).config.format == "gptq"
+    assert (
+        resolved({"bits": 4, "checkpoint_format": "gptq", "format": "gptq"}, tmp_path).config.format
+        == "gptq"
+    )
 
 
 def test_fields_without_effect_are_noted_and_nulls_are_not(tmp_path: Path) -> None:
-    silent = {"meta": {}, "pad_token_id": None, "cache_block_outputs": True, "tokenizer": None, "pack_dtype": "int32"}
+    silent = {
+        "meta": {},
+        "pad_token_id": None,
+        "cache_block_outputs": True,
+        "tokenizer": None,
+        "pack_dtype": "int32",
+    }
     assert resolved({"bits": 4, **silent}, tmp_path).notes == ()
     loud = {
         "pad_token_id": 0,
@@ -166,14 +187,22 @@ def test_fields_without_effect_are_noted_and_nulls_are_not(tmp_path: Path) -> No
         ({"backend": "marlin"}, 'backend must be auto, torch, triton or null, got "marlin"', 3),
         ({"backend": ["marlin"]}, 'backend must be auto, torch, triton or null, got ["marlin"]', 3),
         ({"backend": "unknown"}, 'backend must be auto, torch, triton or null, got "unknown"', 3),
-        ({"checkpoint_format": "marlin"}, 'checkpoint_format must be gptq or gptq_v2, got "marlin"', 3),
+        (
+            {"checkpoint_format": "marlin"},
+            'checkpoint_format must be gptq or gptq_v2, got "marlin"',
+            3,
+        ),
         (
             {"checkpoint_format": "gptq", "format": "gptq_v2"},
             'checkpoint_format and format mean the same and differ: "gptq" and "gptq_v2"',
             3,
         ),
         ({"model_seqlen": 0}, "model_seqlen must be a whole number of 1 or more, got 0", 3),
-        ({"model_seqlen": 5, "seqlen": 6}, "model_seqlen and seqlen mean the same and differ: 5 and 6", 3),
+        (
+            {"model_seqlen": 5, "seqlen": 6},
+            "model_seqlen and seqlen mean the same and differ: 5 and 6",
+            3,
+        ),
     ],
 )
 def test_what_we_would_not_honour_is_refused_under_its_own_name(

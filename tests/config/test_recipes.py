@@ -11,7 +11,15 @@ from gptq_cli.config.resolve import describe_recipe, recipes, resolve
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.serving import export_of, verdicts
 
-NAMES = ["cpu-small", "gptq-paper", "mixed-4-8bit", "moe", "smallest-2bit", "vllm-4bit", "vllm-8bit"]
+NAMES = [
+    "cpu-small",
+    "gptq-paper",
+    "mixed-4-8bit",
+    "moe",
+    "smallest-2bit",
+    "vllm-4bit",
+    "vllm-8bit",
+]
 
 
 def recipe(name: str) -> QuantizeConfig:
@@ -35,7 +43,9 @@ def test_the_recipes_lie_in_the_package_and_are_described() -> None:
 def test_a_recipe_resolves_without_remarks(name: str) -> None:
     found = resolve({}, {}, Path(name))
     assert found.notes == ()
-    assert {"2": 2, "8": 8}.get(next((d for d in name if d in "28"), ""), 4) == found.config.bits or "mixed" in name
+    assert {"2": 2, "8": 8}.get(
+        next((d for d in name if d in "28"), ""), 4
+    ) == found.config.bits or "mixed" in name
 
 
 def test_the_vllm_recipes_load_in_vllm_and_the_first_everywhere() -> None:
@@ -46,18 +56,29 @@ def test_the_vllm_recipes_load_in_vllm_and_the_first_everywhere() -> None:
 
 def test_the_smallest_recipe_loads_where_it_says() -> None:
     found = judged(recipe("smallest-2bit"))
-    assert [engine for engine in ("transformers", "gptqmodel", "llama.cpp") if found[engine] != "yes"] == []
+    assert [
+        engine for engine in ("transformers", "gptqmodel", "llama.cpp") if found[engine] != "yes"
+    ] == []
     assert found["sglang"] == "limited"
     assert found["vllm"] == "no"
 
 
 def test_the_paper_recipe_is_the_papers_setting() -> None:
     config = recipe("gptq-paper")
-    assert (config.sym, config.group_size, config.damp_percent, config.dataset) == (False, -1, 0.01, "c4")
+    assert (config.sym, config.group_size, config.damp_percent, config.dataset) == (
+        False,
+        -1,
+        0.01,
+        "c4",
+    )
     assert (config.desc_act, config.act_group_aware, config.static_groups) == (False, False, False)
 
 
 def test_the_mixed_recipe_gives_eight_bits_to_down_proj_alone() -> None:
     config = recipe("mixed-4-8bit")
-    names = ["model.layers.10.mlp.down_proj", "model.layers.10.mlp.up_proj", "model.layers.0.mlp.down_proj.x"]
+    names = [
+        "model.layers.10.mlp.down_proj",
+        "model.layers.10.mlp.up_proj",
+        "model.layers.0.mlp.down_proj.x",
+    ]
     assert [layer.bits for name in names if (layer := config.for_layer(name))] == [8, 4, 4]

@@ -17,7 +17,9 @@ def write(folder: Path, text: str, name: str = "c.yaml") -> Path:
     return path
 
 
-def problems_of(flags: dict[str, Any], env: dict[str, str], file: Path | None = None) -> list[Problem]:
+def problems_of(
+    flags: dict[str, Any], env: dict[str, str], file: Path | None = None
+) -> list[Problem]:
     with pytest.raises(ConfigError) as caught:
         resolve(flags, env, file)
     assert caught.value.exit_code == 2
@@ -43,13 +45,19 @@ def test_derived_values_name_their_reason() -> None:
     found = resolve({"bits": 4, "desc_act": True, "sym": False, "nsamples": 2}, {})
     assert found.origins["act_group_aware"] == "because desc_act is true"
     assert found.origins["format"] == "because sym is false"
-    assert (found.config.act_group_aware, found.config.format, found.config.batch_size) == (False, "gptq_v2", 2)
+    assert (found.config.act_group_aware, found.config.format, found.config.batch_size) == (
+        False,
+        "gptq_v2",
+        2,
+    )
 
 
 def test_dynamic_is_replaced_whole(tmp_path: Path) -> None:
     file = write(tmp_path, "bits: 4\ndynamic: {'-:a': {}, b: {bits: 8}}\n")
     assert resolve({"dynamic": {"-:c": {}}}, {}, file).config.dynamic == {"-:c": {}}
-    assert resolve({}, {"GPTQ_DYNAMIC": "{b: {bits: 2}}"}, file).config.dynamic == {"b": {"bits": 2}}
+    assert resolve({}, {"GPTQ_DYNAMIC": "{b: {bits: 2}}"}, file).config.dynamic == {
+        "b": {"bits": 2}
+    }
 
 
 def test_empty_variables_and_nulls_say_nothing(tmp_path: Path) -> None:
@@ -84,7 +92,9 @@ dynamic:
 """
     file = write(tmp_path, text)
     found = [
-        (p.code, p.location.line, p.location.column, p.message, p.hint) for p in problems_of({}, {}, file) if p.location
+        (p.code, p.location.line, p.location.column, p.message, p.hint)
+        for p in problems_of({}, {}, file)
+        if p.location
     ]
     sizes = "a positive number of columns, or -1 for one group per row, got 0"
     datasets = "must be a dataset name, a path, or a list of texts"
@@ -163,7 +173,9 @@ dynamic:
         ("quant_method: awq", "E_CFG_RANGE", 'quant_method must be gptq, got "awq"'),
     ],
 )
-def test_a_wrong_value_is_one_problem_with_the_value(line: str, code: str, words: str, tmp_path: Path) -> None:
+def test_a_wrong_value_is_one_problem_with_the_value(
+    line: str, code: str, words: str, tmp_path: Path
+) -> None:
     text = line if line.startswith("bits") else f"bits: 4\n{line}"
     (problem,) = problems_of({}, {}, write(tmp_path, text))
     assert problem.code == code
@@ -176,7 +188,12 @@ def test_a_wrong_value_is_one_problem_with_the_value(line: str, code: str, words
     "key", ["group_sise", "group-size", "Groupsize", "percdamp", "act_order", "n_samples", "wbits"]
 )
 def test_unknown_keys_come_with_the_key_that_was_meant(key: str, tmp_path: Path) -> None:
-    meant = {"percdamp": "damp_percent", "act_order": "desc_act", "n_samples": "nsamples", "wbits": "bits"}
+    meant = {
+        "percdamp": "damp_percent",
+        "act_order": "desc_act",
+        "n_samples": "nsamples",
+        "wbits": "bits",
+    }
     (problem,) = problems_of({}, {}, write(tmp_path, f"bits: 4\n{key}: 1"))
     assert problem.hint == f"did you mean {meant.get(key, 'group_size')}?"
 
@@ -210,7 +227,9 @@ def test_a_conflict_between_sources_names_both(tmp_path: Path) -> None:
 
 
 def test_a_wrong_value_in_the_file_is_found_even_where_a_flag_overrules_it(tmp_path: Path) -> None:
-    assert messages_of({"bits": 4}, {}, write(tmp_path, "bits: 5\n")) == ["bits must be 2, 3, 4 or 8, got 5"]
+    assert messages_of({"bits": 4}, {}, write(tmp_path, "bits: 5\n")) == [
+        "bits must be 2, 3, 4 or 8, got 5"
+    ]
 
 
 def test_a_misspelt_variable_is_an_error_and_a_foreign_one_a_note() -> None:
@@ -218,9 +237,9 @@ def test_a_misspelt_variable_is_an_error_and_a_foreign_one_a_note() -> None:
     assert problem.code == "E_CFG_UNKNOWN_KEY"
     assert problem.message == "GPTQ_GROUPSIZE sets no known field"
     assert problem.hint == "did you mean GPTQ_GROUP_SIZE?"
-    assert resolve({"bits": 4}, {"GPTQ_HOME": "/x", "GPTQMODEL_X": "1", "gptq_bits": "9"}).notes == (
-        "GPTQ_HOME is not a setting of this tool and has no effect",
-    )
+    assert resolve(
+        {"bits": 4}, {"GPTQ_HOME": "/x", "GPTQMODEL_X": "1", "gptq_bits": "9"}
+    ).notes == ("GPTQ_HOME is not a setting of this tool and has no effect",)
 
 
 def test_flags_of_a_command_without_configuration_are_checked_under_their_names() -> None:
@@ -233,15 +252,22 @@ def test_flags_of_a_command_without_configuration_are_checked_under_their_names(
     ]
 
 
-def test_signed_scales_and_an_asymmetric_grid_are_a_conflict_with_both_places(tmp_path: Path) -> None:
-    file = write(tmp_path, "bits: 4\nsym: false\ndynamic: {a: {signed_scales: true}, b: {sym: false}}\n")
+def test_signed_scales_and_an_asymmetric_grid_are_a_conflict_with_both_places(
+    tmp_path: Path,
+) -> None:
+    file = write(
+        tmp_path, "bits: 4\nsym: false\ndynamic: {a: {signed_scales: true}, b: {sym: false}}\n"
+    )
     (problem,) = problems_of({}, {}, file)
     assert (problem.code, problem.location) == ("E_CFG_CONFLICT", Location(str(file), 3, 30))
     assert problem.message == (
         f"dynamic.a.signed_scales ({file}:3:30) and sym ({file}:2:6) exclude each other: "
         "only a symmetric grid has signed scales"
     )
-    assert problem.hint == "set signed_scales to false, or leave it out: an asymmetric grid has no larger end"
+    assert (
+        problem.hint
+        == "set signed_scales to false, or leave it out: an asymmetric grid has no larger end"
+    )
     (flags,) = problems_of({"bits": 4, "sym": False, "signed_scales": True}, {})
     assert flags.message.startswith("--signed-scales and --sym exclude each other")
 

@@ -24,7 +24,9 @@ from gptq_cli.errors import ConfigError
         ("-:a{3}", "-:a{3}", {}),
     ],
 )
-def test_a_rule_and_its_settings_are_told_apart(text: str, rule: str, settings: dict[str, Any]) -> None:
+def test_a_rule_and_its_settings_are_told_apart(
+    text: str, rule: str, settings: dict[str, Any]
+) -> None:
     assert parse_rule(text) == (rule, settings)
 
 
@@ -52,7 +54,11 @@ def test_rules_that_reach_no_layer_are_found() -> None:
     [  # the first ones take a timer or a process
         (r"()()()(?:q)_proj", "model.q_proj", False),
         (r"()()()(?:.*)_proj", "model.q_proj", True),
-        (r".*\.(?:k){s}_proj", "model.layers.1.self_attn.q_proj", False),  # to `regex`: but for one letter
+        (
+            r".*\.(?:k){s}_proj",
+            "model.layers.1.self_attn.q_proj",
+            False,
+        ),  # to `regex`: but for one letter
         (r".*\.(?:k){s}_proj", "model.k{s}_proj", True),
         (r".*(?:k_proj){e<=1}$", "model.layers.1.self_attn.q_proj", False),
         (r"(?:x|model)\.(?:mlp){i,d,s,e}.*", "model.attn", False),
@@ -71,7 +77,9 @@ def test_rules_mean_what_they_mean_to_re(rule: str, name: str, matched: bool, th
 
 @pytest.mark.parametrize("rule", ["-:(a+)+$", "+:(.|..|...)+(?!.|$)", "a?" * 60 + "a" * 60 + "$"])
 @pytest.mark.parametrize("threads", [0, 1])
-def test_a_rule_that_takes_for_ever_is_given_up(rule: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rule_that_takes_for_ever_is_given_up(
+    rule: str, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(patterns, "SECONDS", 0.05)
     monkeypatch.setattr(patterns, "SECONDS_OF_CHILD", 1.0)
     with pytest.raises(ConfigError, match=r"takes more than .* `aaaa") as caught:  # noqa: PT012
@@ -85,9 +93,16 @@ def test_a_rule_that_takes_for_ever_is_given_up(rule: str, threads: int, monkeyp
 
 def test_usual_rules_take_no_process_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patterns.subprocess, "run", lambda *_, **__: pytest.fail("a child process"))
-    rules = [r".*\.(?:q|k|v)_proj$", r"model[.]layers[.](0|[0-9]+1)[.]mlp[.].*", "lm_head", r".*(?<!up)_proj"]
+    rules = [
+        r".*\.(?:q|k|v)_proj$",
+        r"model[.]layers[.](0|[0-9]+1)[.]mlp[.].*",
+        "lm_head",
+        r".*(?<!up)_proj",
+    ]
     with ThreadPoolExecutor(1) as pool:
-        found = [pool.submit(matches, rule, "model.layers.11.mlp.up_proj").result() for rule in rules]
+        found = [
+            pool.submit(matches, rule, "model.layers.11.mlp.up_proj").result() for rule in rules
+        ]
     assert found == [False, True, False, False]
 
 

@@ -51,7 +51,10 @@ def test_defaults_are_those_of_the_preset_balanced_and_of_optimum_beyond_it() ->
     ("said", "derived"),
     [
         ({"desc_act": True}, {"act_group_aware": False, "static_groups": False, "format": "gptq"}),
-        ({"desc_act": True, "static_groups": True}, {"act_group_aware": False, "static_groups": True}),
+        (
+            {"desc_act": True, "static_groups": True},
+            {"act_group_aware": False, "static_groups": True},
+        ),
         ({"desc_act": True, "act_group_aware": False}, {"act_group_aware": False}),
         ({"sym": False}, {"format": "gptq_v2"}),
         ({"sym": False, "format": "gptq"}, {"format": "gptq"}),
@@ -61,25 +64,57 @@ def test_defaults_are_those_of_the_preset_balanced_and_of_optimum_beyond_it() ->
         ({"nsamples": 300}, {"batch_size": 8}),
         ({"preset": "act-order"}, {"static_groups": True, "act_group_aware": True}),
         ({"preset": "act-order", "static_groups": False}, {"static_groups": False}),
-        ({"preset": "balanced"}, {"static_groups": True, "signed_scales": True, "damp_mode": "diagonal"}),
-        ({"preset": "balanced", "sym": False}, {"static_groups": True, "signed_scales": False, "format": "gptq_v2"}),
-        ({"preset": "balanced", "signed_scales": False, "damp_mode": "mean"}, {"signed_scales": False}),
-        ({"preset": "balanced", "damp_percent": 0.3}, {"damp_percent": 0.3, "damp_mode": "diagonal"}),
-        ({"preset": "best"}, {"asymmetric_calibration": 0.75, "signed_scales": True, "refine_sweeps": 4}),
-        ({"preset": "best", "asymmetric_calibration": 0.0}, {"asymmetric_calibration": 0.0, "refine_sweeps": 4}),
+        (
+            {"preset": "balanced"},
+            {"static_groups": True, "signed_scales": True, "damp_mode": "diagonal"},
+        ),
+        (
+            {"preset": "balanced", "sym": False},
+            {"static_groups": True, "signed_scales": False, "format": "gptq_v2"},
+        ),
+        (
+            {"preset": "balanced", "signed_scales": False, "damp_mode": "mean"},
+            {"signed_scales": False},
+        ),
+        (
+            {"preset": "balanced", "damp_percent": 0.3},
+            {"damp_percent": 0.3, "damp_mode": "diagonal"},
+        ),
+        (
+            {"preset": "best"},
+            {"asymmetric_calibration": 0.75, "signed_scales": True, "refine_sweeps": 4},
+        ),
+        (
+            {"preset": "best", "asymmetric_calibration": 0.0},
+            {"asymmetric_calibration": 0.0, "refine_sweeps": 4},
+        ),
         ({"preset": "fast"}, {"scale_search": "none", "refine_sweeps": 0, "signed_scales": True}),
-        ({"signed_scales": None, "scale_search": None}, {"signed_scales": True, "scale_search": "mse"}),
-        ({"group_size": None, "dynamic": None, "sym": None}, {"group_size": 128, "dynamic": {}, "sym": True}),
+        (
+            {"signed_scales": None, "scale_search": None},
+            {"signed_scales": True, "scale_search": "mse"},
+        ),
+        (
+            {"group_size": None, "dynamic": None, "sym": None},
+            {"group_size": 128, "dynamic": {}, "sym": True},
+        ),
     ],
 )
-def test_what_was_left_open_follows_what_was_said(said: dict[str, Any], derived: dict[str, Any]) -> None:
+def test_what_was_left_open_follows_what_was_said(
+    said: dict[str, Any], derived: dict[str, Any]
+) -> None:
     config = QuantizeConfig(bits=4, **said)
     assert {name: getattr(config, name) for name in derived} == derived
 
 
 def test_only_what_was_said_or_derived_counts_as_set() -> None:
     config = QuantizeConfig(bits=4, desc_act=True, preset="gptq")
-    assert config.model_fields_set == {"bits", "desc_act", "preset", "act_group_aware", "static_groups"}
+    assert config.model_fields_set == {
+        "bits",
+        "desc_act",
+        "preset",
+        "act_group_aware",
+        "static_groups",
+    }
 
 
 @pytest.mark.parametrize(
@@ -122,7 +157,14 @@ def test_a_configuration_cannot_be_changed() -> None:
 
 @pytest.mark.parametrize(
     ("size", "n_bytes"),
-    [("5GB", 5_000_000_000), ("500 MiB", 500 * 2**20), ("1.5kb", 1500), (1024, 1024), ("77", 77), ("2TiB", 2**41)],
+    [
+        ("5GB", 5_000_000_000),
+        ("500 MiB", 500 * 2**20),
+        ("1.5kb", 1500),
+        (1024, 1024),
+        ("77", 77),
+        ("2TiB", 2**41),
+    ],
 )
 def test_shard_sizes_count_bytes(size: int | str, n_bytes: int) -> None:
     assert size_in_bytes(size) == n_bytes
@@ -150,7 +192,9 @@ def test_negative_rules_go_first_then_the_first_match_in_order_alone_decides() -
     assert config.for_layer("model.layers.0.mlp.down_proj") == LayerConfig(bits=8, group_size=64)
     assert config.for_layer("model.layers.1.mlp.down_proj") is None
     assert config.for_layer("model.layers.11.mlp.up_proj") == LayerConfig(bits=8, group_size=64)
-    assert config.for_layer("model.layers.2.self_attn.o_proj") == LayerConfig(bits=4, damp_percent=0.5)
+    assert config.for_layer("model.layers.2.self_attn.o_proj") == LayerConfig(
+        bits=4, damp_percent=0.5
+    )
     assert config.for_layer("model.layers.2.self_attn.q_proj") == base
 
 
@@ -162,7 +206,11 @@ def test_rules_match_from_the_start_of_the_name_and_not_in_its_middle() -> None:
 
 def test_each_choice_names_its_reason() -> None:
     config = QuantizeConfig(bits=4, dynamic={"-:a": {}, "b": {"bits": 8}})
-    assert [config.choose(name).why for name in "abc"] == ["rule '-:a': kept", "rule 'b'", "default"]
+    assert [config.choose(name).why for name in "abc"] == [
+        "rule '-:a': kept",
+        "rule 'b'",
+        "default",
+    ]
 
 
 def test_a_rule_that_says_desc_act_turns_group_aware_order_off_for_its_layers() -> None:
@@ -172,8 +220,16 @@ def test_a_rule_that_says_desc_act_turns_group_aware_order_off_for_its_layers() 
 
 
 def test_modules_in_block_match_the_end_of_a_name() -> None:
-    config = QuantizeConfig(bits=4, modules_in_block_to_quantize=[["self_attn.q_proj"], ["mlp.down_proj", "up_proj"]])
-    names = ["self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj", "mlp.experts.3.up_proj", "mlp.up_proj.lora"]
+    config = QuantizeConfig(
+        bits=4, modules_in_block_to_quantize=[["self_attn.q_proj"], ["mlp.down_proj", "up_proj"]]
+    )
+    names = [
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "mlp.up_proj",
+        "mlp.experts.3.up_proj",
+        "mlp.up_proj.lora",
+    ]
     assert [config.reaches(name) for name in names] == [True, False, True, True, False]
     assert QuantizeConfig(bits=4).reaches("anything")
 
@@ -191,7 +247,9 @@ def test_every_layer_setting_reaches_its_layer_and_can_be_overridden() -> None:
 
 
 def test_a_rule_that_says_asym_turns_signed_scales_off_for_its_layers() -> None:
-    config = QuantizeConfig(bits=4, preset="gptq", signed_scales=True, dynamic={"+:a": {"sym": False}})
+    config = QuantizeConfig(
+        bits=4, preset="gptq", signed_scales=True, dynamic={"+:a": {"sym": False}}
+    )
     assert config.for_layer("a") == LayerConfig(sym=False)
     assert config.for_layer("b") == LayerConfig(signed_scales=True)
     turned_back = QuantizeConfig(

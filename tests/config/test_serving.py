@@ -12,11 +12,22 @@ from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.serving import export_of, settings_export, target_problems, verdicts
 from gptq_cli.config.serving_table import ENGINES, Export
 
-NAMES = ["vllm", "sglang", "transformers", "gptqmodel", "llama.cpp", "exllamav2", "tgi", "auto-round"]
+NAMES = [
+    "vllm",
+    "sglang",
+    "transformers",
+    "gptqmodel",
+    "llama.cpp",
+    "exllamav2",
+    "tgi",
+    "auto-round",
+]
 SIGNS = {"+": "yes", "~": "limited", "w": "wrong", "-": "no"}
 
 
-def outcomes(layers: list[LayerConfig], format: str = "gptq", lm_head: bool = False) -> dict[str, str]:
+def outcomes(
+    layers: list[LayerConfig], format: str = "gptq", lm_head: bool = False
+) -> dict[str, str]:
     named = {f"layers.{index}.down_proj": layer for index, layer in enumerate(layers)}
     return by_engine(export_of(named, format, lm_head=lm_head))
 
@@ -45,9 +56,13 @@ def by_engine(export: Export) -> dict[str, str]:
         ({"sym": False}, "gptq_v2", "- w + + + + w -"),
     ],
 )
-def test_verdicts_are_those_of_the_portable_matrix(settings: dict[str, Any], format: str, row: str) -> None:
+def test_verdicts_are_those_of_the_portable_matrix(
+    settings: dict[str, Any], format: str, row: str
+) -> None:
     layers = [LayerConfig(**settings), LayerConfig(**settings, damp_percent=0.2)]
-    assert outcomes(layers, format) == dict(zip(NAMES, [SIGNS[sign] for sign in row.split()], strict=True))
+    assert outcomes(layers, format) == dict(
+        zip(NAMES, [SIGNS[sign] for sign in row.split()], strict=True)
+    )
 
 
 def test_layers_with_different_bits_and_a_quantized_head_have_fewer_readers() -> None:
@@ -56,7 +71,9 @@ def test_layers_with_different_bits_and_a_quantized_head_have_fewer_readers() ->
         zip(NAMES, ["limited", "limited", "no", "yes", "no", "no", "no", "yes"], strict=True)
     )
     head = outcomes([LayerConfig()], lm_head=True)
-    assert head == dict(zip(NAMES, ["yes", "yes", "wrong", "yes", "yes", "yes", "limited", "wrong"], strict=True))
+    assert head == dict(
+        zip(NAMES, ["yes", "yes", "wrong", "yes", "yes", "yes", "limited", "wrong"], strict=True)
+    )
 
 
 def test_every_remark_has_a_reason_and_every_engine_a_dated_source() -> None:
@@ -68,8 +85,12 @@ def test_every_remark_has_a_reason_and_every_engine_a_dated_source() -> None:
 
 def test_experts_are_read_by_engines_that_know_their_names() -> None:
     def judged(*parts: str, **odd: LayerConfig | None) -> dict[str, str]:
-        layers = {f"model.layers.0.mlp.experts.3.{part}": odd.get(part, LayerConfig()) for part in parts}
-        return by_engine(export_of({"model.layers.0.q_proj": LayerConfig(), **layers}, "gptq", lm_head=False))
+        layers = {
+            f"model.layers.0.mlp.experts.3.{part}": odd.get(part, LayerConfig()) for part in parts
+        }
+        return by_engine(
+            export_of({"model.layers.0.q_proj": LayerConfig(), **layers}, "gptq", lm_head=False)
+        )
 
     three = ("gate_proj", "up_proj", "down_proj")
     plain, renamed = judged(*three), judged("w1", "w2")
@@ -89,19 +110,30 @@ def test_experts_are_read_by_engines_that_know_their_names() -> None:
 def test_a_fused_group_that_is_stored_in_two_ways_is_refused_by_engines_that_fuse() -> None:
     def judged(**leaves: LayerConfig | None) -> dict[str, str]:
         layers = {f"model.layers.0.{leaf}": config for leaf, config in leaves.items()}
-        return by_engine(export_of({"model.layers.1.q_proj": LayerConfig(), **layers}, "gptq", lm_head=False))
+        return by_engine(
+            export_of({"model.layers.1.q_proj": LayerConfig(), **layers}, "gptq", lm_head=False)
+        )
 
     four, eight = LayerConfig(), LayerConfig(bits=8)
     for split in (judged(q_proj=four, k_proj=None), judged(gate_proj=eight, up_proj=four)):
         assert (split["vllm"], split["sglang"]) == ("no", "no")
-    for whole in (judged(q_proj=None, k_proj=None, v_proj=None), judged(q_proj=eight, k_proj=eight, o_proj=four)):
+    for whole in (
+        judged(q_proj=None, k_proj=None, v_proj=None),
+        judged(q_proj=eight, k_proj=eight, o_proj=four),
+    ):
         assert (whole["vllm"], whole["sglang"]) in (("yes", "yes"), ("limited", "limited"))
     assert judged(q_proj=four, k_proj=None)["gptqmodel"] == "yes"
 
 
 def test_conv1d_models_and_narrow_experts_have_fewer_readers() -> None:
-    turned = by_engine(export_of({"h.0.c_attn": LayerConfig()}, "gptq", lm_head=False, transposed=True))
-    assert (turned["transformers"], turned["llama.cpp"], turned["gptqmodel"]) == ("no", "wrong", "yes")
+    turned = by_engine(
+        export_of({"h.0.c_attn": LayerConfig()}, "gptq", lm_head=False, transposed=True)
+    )
+    assert (turned["transformers"], turned["llama.cpp"], turned["gptqmodel"]) == (
+        "no",
+        "wrong",
+        "yes",
+    )
 
     def narrow(**settings: Any) -> str:
         layers = {"layers.0.experts.1.down_proj": LayerConfig(**settings)}
@@ -113,12 +145,17 @@ def test_conv1d_models_and_narrow_experts_have_fewer_readers() -> None:
         "no",
         "limited",
     )
-    asym = export_of({"layers.0.experts.1.down_proj": LayerConfig(sym=False)}, "gptq", lm_head=False)
+    asym = export_of(
+        {"layers.0.experts.1.down_proj": LayerConfig(sym=False)}, "gptq", lm_head=False
+    )
     assert by_engine(asym)["sglang"] == "no"
 
 
 def test_a_target_is_told_every_reason_at_once_and_what_would_load() -> None:
-    layers = {"layers.0.q_proj": LayerConfig(bits=3, group_size=16), "layers.0.o_proj": LayerConfig(bits=3, sym=False)}
+    layers = {
+        "layers.0.q_proj": LayerConfig(bits=3, group_size=16),
+        "layers.0.o_proj": LayerConfig(bits=3, sym=False),
+    }
     problems = target_problems(export_of(layers, "gptq_v2", lm_head=False), "vllm")
     assert [problem.code for problem in problems] == ["E_TARGET"] * 3
     assert [problem.message for problem in problems] == [
@@ -133,18 +170,42 @@ def test_a_target_is_told_every_reason_at_once_and_what_would_load() -> None:
 def test_a_target_refuses_what_the_table_says_it_does_not_load_or_misreads(target: str) -> None:
     plain = {"layers.0.q_proj": LayerConfig()}
     exports = [export_of(plain, "gptq", lm_head=False), export_of(plain, "gptq", lm_head=True)]
-    for settings, format in (({"bits": 3}, "gptq"), ({"bits": 8}, "gptq_v2"), ({"desc_act": True}, "gptq")):
-        exports.append(export_of({"layers.0.q_proj": LayerConfig(**settings)}, format, lm_head=False))
+    for settings, format in (
+        ({"bits": 3}, "gptq"),
+        ({"bits": 8}, "gptq_v2"),
+        ({"desc_act": True}, "gptq"),
+    ):
+        exports.append(
+            export_of({"layers.0.q_proj": LayerConfig(**settings)}, format, lm_head=False)
+        )
     for export in exports:
         judged = by_engine(export)
-        bad = [engine for engine in NAMES if judged[engine] in ("no", "wrong") and target in (engine, "any")]
+        bad = [
+            engine
+            for engine in NAMES
+            if judged[engine] in ("no", "wrong") and target in (engine, "any")
+        ]
         said = " ".join(problem.message for problem in target_problems(export, target))
-        assert [engine for engine in NAMES if f"{engine} does not load" in said or f"{engine} would mis" in said] == bad
+        assert [
+            engine
+            for engine in NAMES
+            if f"{engine} does not load" in said or f"{engine} would mis" in said
+        ] == bad
         assert target_problems(export, None) == []
 
 
 def test_a_configuration_alone_tells_some_of_what_readers_will_see() -> None:
-    mixed = QuantizeConfig(bits=4, sym=False, lm_head=True, dynamic={"-:.*q": {}, "+:.*o_proj": {"bits": 8}})
+    mixed = QuantizeConfig(
+        bits=4, sym=False, lm_head=True, dynamic={"-:.*q": {}, "+:.*o_proj": {"bits": 8}}
+    )
     export = settings_export(mixed)
-    assert (export.bits, export.asym, export.v2, export.mixed, export.lm_head) == ({4, 8}, True, True, True, True)
-    assert not settings_export(QuantizeConfig(bits=4, dynamic={"+:.*o_proj": {"damp_percent": 0.2}})).mixed
+    assert (export.bits, export.asym, export.v2, export.mixed, export.lm_head) == (
+        {4, 8},
+        True,
+        True,
+        True,
+        True,
+    )
+    assert not settings_export(
+        QuantizeConfig(bits=4, dynamic={"+:.*o_proj": {"damp_percent": 0.2}})
+    ).mixed

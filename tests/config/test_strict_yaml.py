@@ -20,7 +20,10 @@ Json = st.recursive(
     | st.integers(-(10**18), 10**18)
     | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(st.characters(exclude_categories=["Cs", "Cc"])),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("abc_ :-é", min_size=1), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text("abc_ :-é", min_size=1), inner, max_size=3)
+    ),
     max_leaves=12,
 )
 
@@ -71,8 +74,13 @@ def test_nan_is_a_number() -> None:
 
 
 def test_every_key_and_value_knows_its_place() -> None:
-    document = parse(b"bits: 4\nmodules:\n  - [a,  b]\n  - [c]\ndynamic:\n  '+:x': {bits:   8}\n", "c.yaml")
-    at = {path: (place.key.line, place.key.column, place.value.column) for path, place in document.places.items()}
+    document = parse(
+        b"bits: 4\nmodules:\n  - [a,  b]\n  - [c]\ndynamic:\n  '+:x': {bits:   8}\n", "c.yaml"
+    )
+    at = {
+        path: (place.key.line, place.key.column, place.value.column)
+        for path, place in document.places.items()
+    }
     assert at["bits",] == (1, 1, 7)
     assert at["modules", 0, 1] == (3, 10, 10)
     assert at["modules", 1, 0] == (4, 6, 6)
@@ -87,7 +95,12 @@ def test_every_key_and_value_knows_its_place() -> None:
         ("a: {x: 1, x: 2}\n", 1, 11, "x is given twice, first in c.yaml:1:5"),
         ("a: &here 1\n", 1, 4, "the anchor &here is not allowed"),
         ("a: 1\nb: *here\n", 2, 4, "the alias *here is not allowed"),
-        ("a: !!python/object:os.system ls\n", 1, 4, "tag tag:yaml.org,2002:python/object:os.system is not allowed"),
+        (
+            "a: !!python/object:os.system ls\n",
+            1,
+            4,
+            "tag tag:yaml.org,2002:python/object:os.system is not allowed",
+        ),
         ("a: !mine {}\n", 1, 4, "the tag !mine is not allowed"),
         ("a: 1\n\tb: 2\n", 2, 1, "a tab cannot indent or separate"),
         ("a:\t1\n", 1, 3, "a tab cannot indent or separate"),
@@ -109,15 +122,21 @@ def test_every_key_and_value_knows_its_place() -> None:
         ('{"a": "\\ud83d"}', 1, 7, "half of a surrogate pair"),
     ],
 )
-def test_what_readers_disagree_on_is_refused_where_it_stands(text: str, line: int, column: int, words: str) -> None:
+def test_what_readers_disagree_on_is_refused_where_it_stands(
+    text: str, line: int, column: int, words: str
+) -> None:
     problem = problems_of(text)[0]
     assert problem.code == "E_CFG_YAML"
     assert words in problem.message
     assert problem.location == Location("c.yaml", line, column)
 
 
-@pytest.mark.parametrize(("text", "line", "column"), [(b"a: 1\nb: \xff\n", 2, 4), ("é: ".encode() + b"\x80", 1, 4)])
-def test_bytes_that_are_not_utf8_are_refused_where_they_stand(text: bytes, line: int, column: int) -> None:
+@pytest.mark.parametrize(
+    ("text", "line", "column"), [(b"a: 1\nb: \xff\n", 2, 4), ("é: ".encode() + b"\x80", 1, 4)]
+)
+def test_bytes_that_are_not_utf8_are_refused_where_they_stand(
+    text: bytes, line: int, column: int
+) -> None:
     (problem,) = problems_of(text)
     assert "is not UTF-8" in problem.message
     assert problem.location == Location("c.yaml", line, column)
@@ -130,7 +149,12 @@ def test_reading_goes_on_after_what_can_be_passed_over() -> None:
 
 @pytest.mark.parametrize("indent", [None, 2, "\t"])
 def test_json_is_read_with_places_whatever_its_indentation(indent: str | int | None) -> None:
-    values = {"bits": 4, "dataset": ["tab\there", 'é "q" 😀', "\\d"], "dynamic": {"+:.*": {"sym": False}}, "x": None}
+    values = {
+        "bits": 4,
+        "dataset": ["tab\there", 'é "q" 😀', "\\d"],
+        "dynamic": {"+:.*": {"sym": False}},
+        "x": None,
+    }
     document = parse(json.dumps(values, indent=indent).encode(), "c.json")
     assert document.values == values
     assert not document.problems
@@ -171,15 +195,25 @@ def test_whatever_the_bytes_only_problems_of_yaml_come_out(data: bytes) -> None:
         ("[a, b]", ["a", "b"]),
     ],
 )
-def test_a_single_value_is_read_as_in_a_file_and_plain_text_as_it_is(text: str, value: object) -> None:
+def test_a_single_value_is_read_as_in_a_file_and_plain_text_as_it_is(
+    text: str, value: object
+) -> None:
     assert parse_scalar(text) == value
 
 
 def test_files_that_cannot_be_read_say_why(tmp_path: Path) -> None:
     large = tmp_path / "large.yaml"
     large.write_bytes(b"#" * (MAX_BYTES + 1))
-    cases = {tmp_path: "is a directory", tmp_path / "none.yaml": "No such file", large: "is larger than 1 MB"}
-    for path, words in {**cases, Path("/dev/zero"): "not a regular file", Path("a\0b"): "null"}.items():
+    cases = {
+        tmp_path: "is a directory",
+        tmp_path / "none.yaml": "No such file",
+        large: "is larger than 1 MB",
+    }
+    for path, words in {
+        **cases,
+        Path("/dev/zero"): "not a regular file",
+        Path("a\0b"): "null",
+    }.items():
         with pytest.raises(ConfigError, match=words) as caught:
             load(path)
         assert caught.value.code == ("E_CFG_YAML" if path == large else "E_CFG_FILE")

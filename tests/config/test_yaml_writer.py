@@ -18,17 +18,47 @@ from gptq_cli.config.yaml_writer import to_yaml
 SAMPLES: list[dict[str, Any]] = [
     {"bits": 4},
     {"bits": 3, "group_size": -1, "sym": False, "dataset": "1e-3", "text_column": "no"},
-    {"bits": 8, "desc_act": True, "damp_percent": 1e-05, "dataset": ["0o17", "~", "a: b # c\n\n d", "é😀", " x "]},
-    {"bits": 2, "dynamic": {"-:.*[ab]{2}: x#'\"": {}, "z": {"bits": 8, "sym": False}, "+:a": {"damp_percent": 0.3}}},
-    {"bits": 4, "modules_in_block_to_quantize": [["q", "k"], ["true"]], "max_shard_size": 10**9, "nsamples": 2},
-    {"bits": 3, "preset": "balanced", "scale_search": "none", "dynamic": {"+:a": {"sym": False, "damp_mode": "mean"}}},
+    {
+        "bits": 8,
+        "desc_act": True,
+        "damp_percent": 1e-05,
+        "dataset": ["0o17", "~", "a: b # c\n\n d", "é😀", " x "],
+    },
+    {
+        "bits": 2,
+        "dynamic": {
+            "-:.*[ab]{2}: x#'\"": {},
+            "z": {"bits": 8, "sym": False},
+            "+:a": {"damp_percent": 0.3},
+        },
+    },
+    {
+        "bits": 4,
+        "modules_in_block_to_quantize": [["q", "k"], ["true"]],
+        "max_shard_size": 10**9,
+        "nsamples": 2,
+    },
+    {
+        "bits": 3,
+        "preset": "balanced",
+        "scale_search": "none",
+        "dynamic": {"+:a": {"sym": False, "damp_mode": "mean"}},
+    },
     {"bits": 2, "preset": "balanced", "sym": False, "refine_sweeps": 3},
-    {"bits": 4, "preset": "act-order", "device": "cuda:1", "backend": "torch", "dataset": "x" * 300},
+    {
+        "bits": 4,
+        "preset": "act-order",
+        "device": "cuda:1",
+        "backend": "torch",
+        "dataset": "x" * 300,
+    },
 ]
 
 
 @pytest.mark.parametrize("values", SAMPLES)
-@pytest.mark.parametrize("origins", [None, {"bits": "--bits", "dynamic": "c.yaml:3", "dataset": "GPTQ_DATASET"}])
+@pytest.mark.parametrize(
+    "origins", [None, {"bits": "--bits", "dynamic": "c.yaml:3", "dataset": "GPTQ_DATASET"}]
+)
 def test_what_is_written_resolves_to_an_equal_configuration(
     values: dict[str, Any], origins: dict[str, str] | None, tmp_path: Path
 ) -> None:
@@ -42,14 +72,18 @@ def test_what_is_written_resolves_to_an_equal_configuration(
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), min_size=1, max_size=3))
+@given(
+    st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), min_size=1, max_size=3)
+)
 def test_any_text_survives_for_readers_of_either_yaml(texts: list[str]) -> None:
     written = to_yaml(QuantizeConfig(bits=4, dataset=texts))
     assert parse(written.encode(), "c.yaml").values["dataset"] == texts
     assert yaml.safe_load(written)["dataset"] == texts
 
 
-@pytest.mark.parametrize("text", ["a\u00a0b", "\u200dé", "\u202e[31m\x1b", "\x85 \x7f", "not utf-8 \udcff"])
+@pytest.mark.parametrize(
+    "text", ["a\u00a0b", "\u200dé", "\u202e[31m\x1b", "\x85 \x7f", "not utf-8 \udcff"]
+)
 def test_what_is_written_prints_and_comes_back(text: str) -> None:
     written = to_yaml(QuantizeConfig(bits=4, dataset=[text, "é"]))
     assert written.replace("\n", "").isprintable()
@@ -58,7 +92,9 @@ def test_what_is_written_prints_and_comes_back(text: str) -> None:
 
 @pytest.mark.parametrize("name", ["a\nbits: 8", "a\u2028bits: 8", "\udcff"])
 def test_a_file_name_cannot_break_out_of_its_comment(name: str) -> None:
-    written = to_yaml(QuantizeConfig(bits=4, dataset=["a", "b"]), {"bits": f"{name}:1", "dataset": f"{name}:2"})
+    written = to_yaml(
+        QuantizeConfig(bits=4, dataset=["a", "b"]), {"bits": f"{name}:1", "dataset": f"{name}:2"}
+    )
     found = parse(written.encode(), "c.yaml")
     assert (found.values["bits"], found.values["dataset"], found.problems) == (4, ["a", "b"], ())
 
@@ -70,7 +106,10 @@ def test_half_of_a_pair_that_is_no_byte_is_refused() -> None:
 
 
 def test_each_value_carries_where_it_comes_from() -> None:
-    text = to_yaml(QuantizeConfig(bits=4, dynamic={"a": {"bits": 8}}), {"bits": "--bits", "dynamic": "c.yaml:3"})
+    text = to_yaml(
+        QuantizeConfig(bits=4, dynamic={"a": {"bits": 8}}),
+        {"bits": "--bits", "dynamic": "c.yaml:3"},
+    )
     assert "bits: 4  # --bits\n" in text
     assert "# c.yaml:3\ndynamic:\n  a:\n    bits: 8\n" in text
     assert "sym: true\n" in text

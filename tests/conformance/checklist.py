@@ -41,7 +41,11 @@ class Pair:
     def kept(self) -> list[str]:
         """Linears of the blocks that are not packed."""
         read = Directory(self.output)
-        return [name for name in read.linears() if f"{name}.weight" in read.tensors and name != "lm_head"]
+        return [
+            name
+            for name in read.linears()
+            if f"{name}.weight" in read.tensors and name != "lm_head"
+        ]
 
     def bytes_of(self, directory: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
         tensors = open_checkpoint(directory).tensors.values()
@@ -70,7 +74,9 @@ def both_files_say_the_same(pair: Pair) -> Iterator[str]:
     meta = other.pop("meta", None)
     if other != pair.described:
         yield "quantize_config.json differs from config.json"
-    if not isinstance(meta, dict) or not all(re.fullmatch(r"\w+:[\w.]+", name) for name in meta.get("quantizer", [0])):
+    if not isinstance(meta, dict) or not all(
+        re.fullmatch(r"\w+:[\w.]+", name) for name in meta.get("quantizer", [0])
+    ):
         yield "meta has no quantizer name:version"
 
 
@@ -81,7 +87,9 @@ def damping_is_inside(pair: Pair) -> Iterator[str]:
 
 def list_is_exact(pair: Pair) -> Iterator[str]:
     listed = pair.described.get("modules_in_block_to_quantize")
-    if listed is not None and {name for stage in listed for name in stage} != set(Directory(pair.output).modules()):
+    if listed is not None and {name for stage in listed for name in stage} != set(
+        Directory(pair.output).modules()
+    ):
         yield "modules_in_block_to_quantize does not name exactly what is packed"
 
 
@@ -93,7 +101,9 @@ def rules_are_anchored(pair: Pair) -> Iterator[str]:
             yield f"{rule} is not anchored"
         yield from (f"{rule} reaches {name}" for name in modules if re.match(rule[2:], name))
     for prefix, shards in fused_modules(sorted({*modules, *kept})):
-        if set(shards) <= kept and not any(re.match(rule[2:], prefix) for rule in rules if rule.startswith("-:")):
+        if set(shards) <= kept and not any(
+            re.match(rule[2:], prefix) for rule in rules if rule.startswith("-:")
+        ):
             yield f"no rule reaches {prefix}"
 
 
@@ -125,7 +135,9 @@ def the_head_is_as_said(pair: Pair) -> Iterator[str]:
 def configuration_is_the_sources(pair: Pair) -> Iterator[str]:
     free = {"quantization_config", "tie_word_embeddings"}
     source, output = pair.json("config.json", of_source=True), pair.json("config.json")
-    if [(k, v) for k, v in source.items() if k not in free] != [(k, v) for k, v in output.items() if k not in free]:
+    if [(k, v) for k, v in source.items() if k not in free] != [
+        (k, v) for k, v in output.items() if k not in free
+    ]:
         yield "config.json is not the source's"
 
 
@@ -138,7 +150,9 @@ def class_and_dtype_are_there(pair: Pair) -> Iterator[str]:
 def nothing_else_beside_a_module(pair: Pair) -> Iterator[str]:
     tensors = Directory(pair.output).tensors
     for module in Directory(pair.output).modules():
-        found = {name.removeprefix(f"{module}.") for name in tensors if name.startswith(f"{module}.")}
+        found = {
+            name.removeprefix(f"{module}.") for name in tensors if name.startswith(f"{module}.")
+        }
         if found - {"bias"} != set(PARTS):
             yield f"{module} has {sorted(found)}"
 
@@ -204,9 +218,17 @@ def headers_say_pt(pair: Pair) -> Iterator[str]:
 
 def no_other_weights(pair: Pair) -> Iterator[str]:
     index = pair.output / INDEX_NAME
-    named = set(pair.json(INDEX_NAME)["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    named = (
+        set(pair.json(INDEX_NAME)["weight_map"].values())
+        if index.exists()
+        else {"model.safetensors"}
+    )
     ends = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
-    yield from (path.name for path in pair.output.rglob("*") if path.name.endswith(ends) and path.name not in named)
+    yield from (
+        path.name
+        for path in pair.output.rglob("*")
+        if path.name.endswith(ends) and path.name not in named
+    )
 
 
 def parts_share_a_file(pair: Pair) -> Iterator[str]:
@@ -224,8 +246,14 @@ def other_files_are_the_sources(pair: Pair) -> Iterator[str]:
 
 
 def nothing_is_left_over(pair: Pair) -> Iterator[str]:
-    yield from (path.name for path in pair.output.rglob("*") if re.search(r"^\.|\.tmp|quant_input|observer", path.name))
-    yield from (n for n in open_checkpoint(pair.output).tensors if re.search("quant_input|observer", n))
+    yield from (
+        path.name
+        for path in pair.output.rglob("*")
+        if re.search(r"^\.|\.tmp|quant_input|observer", path.name)
+    )
+    yield from (
+        n for n in open_checkpoint(pair.output).tensors if re.search("quant_input|observer", n)
+    )
 
 
 def vllm_reads_it(pair: Pair) -> Iterator[str]:
@@ -237,7 +265,9 @@ def vllm_reads_it(pair: Pair) -> Iterator[str]:
 
 
 def exllamav2_reads_it(pair: Pair) -> Iterator[str]:
-    if pair.described["bits"] == 4 and not any("bits" in rule for rule in pair.described.get("dynamic", {}).values()):
+    if pair.described["bits"] == 4 and not any(
+        "bits" in rule for rule in pair.described.get("dynamic", {}).values()
+    ):
         try:
             exllamav2(pair.output)
         except Refused as error:
@@ -248,8 +278,14 @@ def routers_are_kept_and_said(pair: Pair) -> Iterator[str]:
     names = [name.rpartition(".")[0] for name in Directory(pair.output).tensors]
     rules = [rule[2:] for rule in pair.described.get("dynamic", {}) if rule.startswith("-:")]
     if any(".experts." in name for name in names):
-        for name in {name for name in names if re.search(r"(mlp|block_sparse_moe)\.(shared_expert_)?gate$", name)}:
-            if f"{name}.weight" not in Directory(pair.output).tensors or not any(re.match(r, name) for r in rules):
+        for name in {
+            name
+            for name in names
+            if re.search(r"(mlp|block_sparse_moe)\.(shared_expert_)?gate$", name)
+        }:
+            if f"{name}.weight" not in Directory(pair.output).tensors or not any(
+                re.match(r, name) for r in rules
+            ):
                 yield f"{name} is packed, or no rule keeps it"
 
 

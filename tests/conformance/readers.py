@@ -47,7 +47,11 @@ class Directory:
 
     def linears(self) -> list[str]:
         """Linear modules of the blocks and the head, packed or not."""
-        found = {name.rpartition(".")[0] for name in self.tensors if name.endswith(("_proj.weight", "_proj.qweight"))}
+        found = {
+            name.rpartition(".")[0]
+            for name in self.tensors
+            if name.endswith(("_proj.weight", "_proj.qweight"))
+        }
         return sorted(found)
 
     def part(self, module: str, part: str) -> np.ndarray:
@@ -61,7 +65,11 @@ def fields(words: np.ndarray, bits: int) -> np.ndarray:
     unsigned = words.view(np.uint32).astype(np.uint64)
     if bits != 3:
         shifts = [unsigned >> np.uint64(bits * place) for place in range(32 // bits)]
-        return (np.stack(shifts, 1) & np.uint64(2**bits - 1)).reshape(-1, *words.shape[1:]).astype(np.int64)
+        return (
+            (np.stack(shifts, 1) & np.uint64(2**bits - 1))
+            .reshape(-1, *words.shape[1:])
+            .astype(np.int64)
+        )
     first, second, third = unsigned[0::3], unsigned[1::3], unsigned[2::3]
     ten = [first >> np.uint64(3 * place) for place in range(10)]
     ten += [(first >> np.uint64(30)) | (second << np.uint64(2))]
@@ -71,7 +79,9 @@ def fields(words: np.ndarray, bits: int) -> np.ndarray:
     return (np.stack(ten, 1) & np.uint64(7)).reshape(-1, *words.shape[1:]).astype(np.int64)
 
 
-def weights_of(codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | int, group: np.ndarray) -> np.ndarray:
+def weights_of(
+    codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | int, group: np.ndarray
+) -> np.ndarray:
     """[O, I] of codes [I, O], scales and zeros [G, O] and the group of each input."""
     shift = zeros if isinstance(zeros, int) else zeros[group]
     return ((codes - shift) * scales.astype(np.float64)[group]).T
@@ -87,11 +97,16 @@ def vllm(directory: Path) -> Weights:
             continue
         settings = overridden(checkpoint, base, prefix, shards)
         _check_marlin(settings)
-        parts = [[checkpoint.part(shard, part) for part in ("qweight", "scales", "g_idx")] for shard in shards]
+        parts = [
+            [checkpoint.part(shard, part) for part in ("qweight", "scales", "g_idx")]
+            for shard in shards
+        ]
         codes = np.concatenate([fields(qweight, settings["bits"]) for qweight, _, _ in parts], 1)
         scales = np.concatenate([scale for _, scale, _ in parts], 1)
         g_idx = parts[-1][2]  # a plain parameter: each shard overwrites it, the last one stays
-        result[prefix] = weights_of(codes, scales, 2 ** (settings["bits"] - 1), _order(g_idx, settings, len(codes)))
+        result[prefix] = weights_of(
+            codes, scales, 2 ** (settings["bits"] - 1), _order(g_idx, settings, len(codes))
+        )
     return result
 
 
@@ -125,7 +140,9 @@ def sglang(directory: Path) -> Weights:
     marlin = (bits, sym) in ((4, True), (8, True))
     result: Weights = {}
     for prefix, shards in fused_modules([*checkpoint.linears(), "lm_head"]):
-        if skipped(checkpoint, prefix) or (prefix == "lm_head" and not checkpoint.quantization.get("lm_head")):
+        if skipped(checkpoint, prefix) or (
+            prefix == "lm_head" and not checkpoint.quantization.get("lm_head")
+        ):
             continue
         settings = overridden(checkpoint, base, prefix, shards)
         if marlin:
@@ -137,7 +154,11 @@ def sglang(directory: Path) -> Weights:
             )
             codes = fields(qweight, settings["bits"])
             # the plain kernel is called without the version of the format, so it takes every file for v1
-            zeros = 2 ** (settings["bits"] - 1) if marlin else fields(qzeros.T.copy(), settings["bits"]).T + 1
+            zeros = (
+                2 ** (settings["bits"] - 1)
+                if marlin
+                else fields(qzeros.T.copy(), settings["bits"]).T + 1
+            )
             last = checkpoint.part(shards[-1], "g_idx") if desc_act else g_idx
             columns.append(weights_of(codes, scales, zeros, _order(last, settings, len(codes))))
         result[prefix] = np.concatenate(columns)
@@ -166,7 +187,9 @@ def exllamav2(directory: Path) -> Weights:
     v2 = checkpoint.quantization.get("checkpoint_format") == "gptq_v2"
     result: Weights = {}
     for module in checkpoint.modules():
-        qweight, qzeros, scales = (checkpoint.part(module, part) for part in ("qweight", "qzeros", "scales"))
+        qweight, qzeros, scales = (
+            checkpoint.part(module, part) for part in ("qweight", "qzeros", "scales")
+        )
         in_features, out_features = len(qweight) * 8, qweight.shape[1]
         if qzeros.shape != (len(scales), out_features // 8) or scales.shape[1] != out_features:
             raise Refused("AssertionError: 4 bits only")
@@ -198,7 +221,10 @@ def fused_modules(linears: list[str]) -> list[tuple[str, list[str]]]:
         alias = next((alias for alias, parts in FUSED.items() if leaf in parts), leaf)
         found.setdefault(f"{parent}.{alias}" if parent else alias, []).append(name)
     order = {part: place for parts in FUSED.values() for place, part in enumerate(parts)}
-    return [(prefix, sorted(s, key=lambda name: order.get(name.rpartition(".")[2], 0))) for prefix, s in found.items()]
+    return [
+        (prefix, sorted(s, key=lambda name: order.get(name.rpartition(".")[2], 0)))
+        for prefix, s in found.items()
+    ]
 
 
 def skipped(checkpoint: Directory, prefix: str) -> bool:
@@ -206,13 +232,17 @@ def skipped(checkpoint: Directory, prefix: str) -> bool:
     return any(rule.startswith("-:") and re.match(rule[2:], prefix) for rule in rules)
 
 
-def overridden(checkpoint: Directory, base: dict[str, Any], prefix: str, shards: list[str]) -> dict[str, Any]:
+def overridden(
+    checkpoint: Directory, base: dict[str, Any], prefix: str, shards: list[str]
+) -> dict[str, Any]:
     """The settings of a module after `dynamic`: by its own name, else by those of its shards, which must agree."""
     found = [_override(checkpoint, base, name) for name in (prefix, *shards)]
     if found[0] != base:
         return found[0]
     if any(settings != found[1] for settings in found[1:]):
-        raise Refused(f"Dynamic quantization config for fused layer {prefix} does not match across shards")
+        raise Refused(
+            f"Dynamic quantization config for fused layer {prefix} does not match across shards"
+        )
     return found[1]
 
 
@@ -225,7 +255,9 @@ def _override(checkpoint: Directory, base: dict[str, Any], name: str) -> dict[st
 
 def _check_marlin(settings: dict[str, Any]) -> None:
     if (settings["bits"], settings["sym"]) not in ((4, True), (8, True)):
-        raise Refused(f"Unsupported quantization config: bits={settings['bits']}, sym={settings['sym']}")
+        raise Refused(
+            f"Unsupported quantization config: bits={settings['bits']}, sym={settings['sym']}"
+        )
     if settings["group_size"] not in MARLIN_GROUPS:
         raise Refused(f"group_size {settings['group_size']} is not supported")
 

@@ -32,14 +32,18 @@ def test_what_we_write_meets_every_point(case: str, tmp_path: Path) -> None:
     # rules with settings of their own are the user's and stay as they were written; those of one layer split nothing
     written = write(tmp_path, **CASES.get(case, {"bits": 4, "group_size": 32}))
     pair = Pair(written.source, written.output)
-    assert {number: list(check(pair)) for number, check in CHECKS.items() if list(check(pair))} == {}
+    assert {
+        number: list(check(pair)) for number, check in CHECKS.items() if list(check(pair))
+    } == {}
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_mixtures_of_experts_meet_every_point(bits: int, tmp_path: Path) -> None:
     written = write_mixture(tmp_path, bits=bits, group_size=32)
     pair = Pair(written.source, written.output)
-    assert {number: list(check(pair)) for number, check in CHECKS.items() if list(check(pair))} == {}
+    assert {
+        number: list(check(pair)) for number, check in CHECKS.items() if list(check(pair))
+    } == {}
     assert verify_checkpoint(written.output, full=True).defects == ()
 
 
@@ -60,7 +64,9 @@ def unsaid(key: str) -> Plant:
     return config(lambda content: content["quantization_config"].pop(key))
 
 
-def tensors(change: Callable[[dict[str, np.ndarray]], object], metadata: dict[str, str] | None = None) -> Plant:
+def tensors(
+    change: Callable[[dict[str, np.ndarray]], object], metadata: dict[str, str] | None = None
+) -> Plant:
     """Changes the tensors of the file that holds the first q_proj."""
 
     def plant(pair: Pair) -> None:
@@ -97,7 +103,9 @@ def moved_scales(pair: Pair) -> None:
 def renamed(old: str, new: str) -> Plant:
     def plant(pair: Pair) -> None:
         tensors(lambda found: found.update({new: found.pop(old)}))(pair)
-        index(lambda content: content["weight_map"].update({new: content["weight_map"].pop(old)}))(pair)
+        index(lambda content: content["weight_map"].update({new: content["weight_map"].pop(old)}))(
+            pair
+        )
 
     return plant
 
@@ -120,7 +128,9 @@ SLIPS: dict[int, Plant] = {
     15: config(lambda content: content.update(rope_theta=1)),
     16: config(lambda content: content.pop("architectures")),
     17: renamed(f"{Q0}.bias", f"{Q0}.weight"),
-    18: tensors(lambda found: found.update({f"{Q0}.scales": found[f"{Q0}.scales"].astype(np.float32)})),
+    18: tensors(
+        lambda found: found.update({f"{Q0}.scales": found[f"{Q0}.scales"].astype(np.float32)})
+    ),
     19: tensors(lambda found: found.update({f"{Q0}.g_idx": np.zeros(32, np.int32)})),
     22: tensors(lambda found: found.update({f"{Q0}.g_idx": found[f"{Q0}.g_idx"][::-1].copy()})),
     29: tensors(lambda found: found[f"{Q0}.bias"].__setitem__(3, 1)),
@@ -142,7 +152,11 @@ SLIPS: dict[int, Plant] = {
 def test_a_slip_is_noticed_by_its_point(number: int, tmp_path: Path) -> None:
     mixture = number in (12, 34)
     settings = {"bits": 4, "group_size": 32}
-    written = write_mixture(tmp_path, **settings) if mixture else write(tmp_path, dynamic=KEPT, **settings)
+    written = (
+        write_mixture(tmp_path, **settings)
+        if mixture
+        else write(tmp_path, dynamic=KEPT, **settings)
+    )
     pair = Pair(written.source, written.output)
     assert list(CHECKS[number](pair)) == []
     SLIPS[number](pair)

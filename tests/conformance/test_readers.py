@@ -30,8 +30,14 @@ def agree(found: Weights, truth: Weights) -> bool:
     expected = dict(truth)
     for prefix, shards in fused_modules(sorted(truth)):
         expected[prefix] = np.concatenate([truth[shard] for shard in shards])
-    covered = {shard for prefix in found for shard in dict(fused_modules(sorted(truth))).get(prefix, [prefix])}
-    same = all(name in expected and np.allclose(found[name], expected[name], 1e-3, 1e-6) for name in found)
+    covered = {
+        shard
+        for prefix in found
+        for shard in dict(fused_modules(sorted(truth))).get(prefix, [prefix])
+    }
+    same = all(
+        name in expected and np.allclose(found[name], expected[name], 1e-3, 1e-6) for name in found
+    )
     return same and covered == set(truth)
 
 
@@ -53,7 +59,9 @@ def test_every_engine_does_with_a_checkpoint_what_is_said_of_it(
     written = write(tmp_path, bits=bits, sym=sym, format=format, group_size=group_size, **order)
     assert verify_checkpoint(written.output, full=True).defects == ()
     said, found = promised(written), {reader: outcome(reader, written) for reader in READERS}
-    if group_size == 16:  # whether SGLang refuses these or goes on with a plain kernel is not clear from its source
+    if (
+        group_size == 16
+    ):  # whether SGLang refuses these or goes on with a plain kernel is not clear from its source
         assert said.pop("sglang") in ("no", "wrong")
         del found["sglang"]
     assert found == {reader: said[reader] for reader in found}
@@ -63,17 +71,35 @@ KEPT = {r"-:.*layers\.1\.self_attn\.(q|k|v)_proj": {}, r"-:.*layers\.0\.mlp\.dow
 MIXED = {r"+:.*down_proj": {"bits": 8, "group_size": 64}}
 CASES = {
     "signed scales": {"bits": 4, "group_size": 32, "signed_scales": True},
-    "static groups": {"bits": 4, "group_size": 32, "desc_act": True, "act_group_aware": False, "static_groups": True},
+    "static groups": {
+        "bits": 4,
+        "group_size": 32,
+        "desc_act": True,
+        "act_group_aware": False,
+        "static_groups": True,
+    },
     "kept by rule": {"bits": 4, "group_size": 32, "dynamic": KEPT},
-    "kept by list": {"bits": 4, "group_size": 32, "modules_in_block_to_quantize": [["mlp.down_proj"], ["o_proj"]]},
+    "kept by list": {
+        "bits": 4,
+        "group_size": 32,
+        "modules_in_block_to_quantize": [["mlp.down_proj"], ["o_proj"]],
+    },
     "mixed bits": {"bits": 4, "group_size": 32, "dynamic": MIXED},
-    "kept and mixed": {"bits": 8, "group_size": 32, "dynamic": {**KEPT, r"+:.*o_proj": {"bits": 4}}},
+    "kept and mixed": {
+        "bits": 8,
+        "group_size": 32,
+        "dynamic": {**KEPT, r"+:.*o_proj": {"bits": 4}},
+    },
     "quantized head": {"bits": 4, "group_size": 32, "lm_head": True},
 }
 
 
 SPLIT = {
-    "one of a fused group kept": {"bits": 4, "group_size": 32, "dynamic": {r"-:.*layers\.1\.self_attn\.k_proj": {}}},
+    "one of a fused group kept": {
+        "bits": 4,
+        "group_size": 32,
+        "dynamic": {r"-:.*layers\.1\.self_attn\.k_proj": {}},
+    },
     "one of a fused group with other bits": {
         "bits": 4,
         "group_size": 32,
@@ -93,10 +119,14 @@ def test_every_engine_reads_what_rules_and_lists_made(case: str, tmp_path: Path)
     written = write(tmp_path, **settings)
     assert verify_checkpoint(written.output, full=True).defects == ()
     said = promised(written)
-    assert {reader: outcome(reader, written) for reader in READERS} == {reader: said[reader] for reader in READERS}
+    assert {reader: outcome(reader, written) for reader in READERS} == {
+        reader: said[reader] for reader in READERS
+    }
 
 
-def rewritten(output: Path, module: str, part: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
+def rewritten(
+    output: Path, module: str, part: str, change: Callable[[np.ndarray], np.ndarray]
+) -> None:
     for file in output.glob("*.safetensors"):
         tensors = load_file(file)
         if (name := f"{module}.{part}") in tensors:

@@ -29,7 +29,11 @@ LINEARS = {
 EXPERTS = {
     f"mlp.experts.{expert}.{name}": shape
     for expert in range(3)
-    for name, shape in {"gate_proj": (32, HIDDEN), "up_proj": (32, HIDDEN), "down_proj": (HIDDEN, 32)}.items()
+    for name, shape in {
+        "gate_proj": (32, HIDDEN),
+        "up_proj": (32, HIDDEN),
+        "down_proj": (HIDDEN, 32),
+    }.items()
 }
 INPUTS = {
     "q_proj": 0,
@@ -77,7 +81,12 @@ def write_source(directory: Path, linears: dict[str, tuple[int, int]]) -> Path:
     }
     config |= {"num_hidden_layers": BLOCKS, "vocab_size": VOCABULARY, "tie_word_embeddings": False}
     (directory / "config.json").write_text(json.dumps(config))
-    for name in ("tokenizer.json", "generation_config.json", "chat_template.jinja", "modeling_own.py"):
+    for name in (
+        "tokenizer.json",
+        "generation_config.json",
+        "chat_template.jinja",
+        "modeling_own.py",
+    ):
         (directory / name).write_text(f"the {name} of the source")
     return directory
 
@@ -89,7 +98,9 @@ def write_mixture(folder: Path, **settings: object) -> Written:
     return write(folder, linears, dynamic={r"-:.*\.mlp\.gate$": {}}, **settings)
 
 
-def write(folder: Path, linears: dict[str, tuple[int, int]] = LINEARS, **settings: object) -> Written:
+def write(
+    folder: Path, linears: dict[str, tuple[int, int]] = LINEARS, **settings: object
+) -> Written:
     """A checkpoint with these settings: plan, encode, describe and write as a run does."""
     source = write_source(folder / "source", linears)
     config = QuantizeConfig(**{"max_shard_size": "60KB", **settings})
@@ -100,7 +111,9 @@ def write(folder: Path, linears: dict[str, tuple[int, int]] = LINEARS, **setting
     with CheckpointWriter(output, plan.layout) as writer:
         for seed, layer in enumerate(plan.quantized):
             assert layer.config is not None
-            linear = random_linear(seed, (layer.out_features, layer.in_features), layer.config, layer.name, layer.block)
+            linear = random_linear(
+                seed, (layer.out_features, layer.in_features), layer.config, layer.name, layer.block
+            )
             weights[layer.name] = linear.dequantize().numpy().astype(np.float64)
             for suffix, tensor in encode(linear, config.format).items():
                 writer.write(f"{layer.name}.{suffix}", tensor)
@@ -114,7 +127,9 @@ def write(folder: Path, linears: dict[str, tuple[int, int]] = LINEARS, **setting
     return Written(source, output, plan, config, weights)
 
 
-def random_linear(seed: int, shape: tuple[int, int], config: LayerConfig, name: str, block: int) -> QuantizedLinear:
+def random_linear(
+    seed: int, shape: tuple[int, int], config: LayerConfig, name: str, block: int
+) -> QuantizedLinear:
     """A linear with random codes, on the grids that the solver may choose; those of one input share an order."""
     generator = torch.Generator().manual_seed(seed)
     (rows, columns), levels = shape, 2**config.bits

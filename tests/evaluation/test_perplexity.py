@@ -28,12 +28,22 @@ SEQLEN = 48
 
 def request(**changes: object) -> EvalRequest:
     return EvalRequest(
-        **({"dataset": texts(2000, seed=3), "seqlen": SEQLEN, "batch_size": 3, "device": "cpu"} | changes)
+        **(
+            {"dataset": texts(2000, seed=3), "seqlen": SEQLEN, "batch_size": 3, "device": "cpu"}
+            | changes
+        )
     )
 
 
 def quantized(tmp_path: Path, model: Path, **changes: object) -> Path:
-    settings = {"bits": 3, "group_size": 32, "dataset": texts(), "seqlen": 64, "nsamples": 6, "device": "cpu"}
+    settings = {
+        "bits": 3,
+        "group_size": 32,
+        "dataset": texts(),
+        "seqlen": 64,
+        "nsamples": 6,
+        "device": "cpu",
+    }
     output = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
     return quantize_checkpoint(str(model), output, QuantizeConfig(**(settings | changes))).output
 
@@ -60,12 +70,17 @@ def all_logits(model: AutoModelForCausalLM, directory: Path, text: str) -> tuple
 
 
 def direct_perplexity(windows: Tensor, logits: Tensor) -> float:
-    losses = [functional.cross_entropy(row[:-1], ids[1:]).item() for row, ids in zip(logits, windows, strict=True)]
+    losses = [
+        functional.cross_entropy(row[:-1], ids[1:]).item()
+        for row, ids in zip(logits, windows, strict=True)
+    ]
     return math.exp(sum(losses) / len(losses))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "opt"])
-def test_perplexity_of_a_full_precision_checkpoint_equals_a_direct_computation(family: str, tmp_path: Path) -> None:
+def test_perplexity_of_a_full_precision_checkpoint_equals_a_direct_computation(
+    family: str, tmp_path: Path
+) -> None:
     model = save_model(tmp_path / "model", family)
     windows, logits = all_logits(whole_model(model, model), model, texts(2000, seed=3)[0])
     result = evaluate_perplexity(str(model), request())
@@ -98,18 +113,26 @@ def test_perplexity_kl_and_agreement_of_a_quantized_checkpoint_equal_a_direct_co
     assert result.perplexity == pytest.approx(direct_perplexity(windows, got), rel=1e-6)
     assert result.baseline_perplexity == pytest.approx(direct_perplexity(windows, wanted), rel=1e-6)
     log_p, log_q = wanted[:, :-1].log_softmax(-1), got[:, :-1].log_softmax(-1)
-    assert result.kl == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum(-1).mean()), rel=1e-4)
+    assert result.kl == pytest.approx(
+        float((log_p.exp() * (log_p - log_q)).sum(-1).mean()), rel=1e-4
+    )
     same = wanted[:, :-1].argmax(-1) == got[:, :-1].argmax(-1)
     assert result.top1_agreement == pytest.approx(float(same.double().mean()), abs=1e-9)
     assert 0 < result.kl < 1
     assert result.top1_agreement < 1
     for index, window in enumerate(result.per_window):
         assert window.first_token == index * SEQLEN
-        assert window.kl == pytest.approx(float((log_p[index].exp() * (log_p - log_q)[index]).sum(-1).mean()), rel=1e-4)
+        assert window.kl == pytest.approx(
+            float((log_p[index].exp() * (log_p - log_q)[index]).sum(-1).mean()), rel=1e-4
+        )
         assert window.top1_agreement == pytest.approx(float(same[index].double().mean()), abs=1e-9)
         one = slice(index, index + 1)
-        assert window.perplexity == pytest.approx(direct_perplexity(windows[one], got[one]), rel=1e-5)
-        assert window.baseline_perplexity == pytest.approx(direct_perplexity(windows[one], wanted[one]), rel=1e-5)
+        assert window.perplexity == pytest.approx(
+            direct_perplexity(windows[one], got[one]), rel=1e-5
+        )
+        assert window.baseline_perplexity == pytest.approx(
+            direct_perplexity(windows[one], wanted[one]), rel=1e-5
+        )
     assert len(result.per_window) == len(windows) > 10
 
 
@@ -134,7 +157,11 @@ def test_a_checkpoint_of_another_tool_without_g_idx_is_read(tmp_path: Path) -> N
     model = save_model(tmp_path / "model")
     output = quantized(tmp_path, model, bits=4)
     expected = evaluate_perplexity(str(output), request()).perplexity
-    tensors = {name: tensor for name, tensor in load_file(output / "model.safetensors").items() if "g_idx" not in name}
+    tensors = {
+        name: tensor
+        for name, tensor in load_file(output / "model.safetensors").items()
+        if "g_idx" not in name
+    }
     save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
     assert evaluate_perplexity(str(output), request()).perplexity == expected
 
@@ -157,14 +184,18 @@ def test_triton_without_a_gpu_is_refused(tmp_path: Path) -> None:
     assert caught.value.code == "E_CFG_CONFLICT"
 
 
-def test_the_backend_of_the_configuration_that_made_a_checkpoint_is_used_unless_another_is_said(tmp_path: Path) -> None:
+def test_the_backend_of_the_configuration_that_made_a_checkpoint_is_used_unless_another_is_said(
+    tmp_path: Path,
+) -> None:
     output = quantized(tmp_path, save_model(tmp_path / "model"), backend="triton")
     with pytest.raises(ConfigError, match="backend triton needs a GPU"):
         evaluate_perplexity(str(output), request())
     assert evaluate_perplexity(str(output), request(backend="torch")).windows > 10
 
 
-def test_a_seqlen_beyond_the_positions_is_refused_and_the_default_is_bounded(tmp_path: Path) -> None:
+def test_a_seqlen_beyond_the_positions_is_refused_and_the_default_is_bounded(
+    tmp_path: Path,
+) -> None:
     model = save_model(tmp_path / "model")
     with pytest.raises(ConfigError, match="128 positions"):
         evaluate_perplexity(str(model), request(seqlen=129))
@@ -181,7 +212,9 @@ def test_a_baseline_with_another_vocabulary_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["awq", "compressed-tensors"])
 def test_a_checkpoint_quantized_otherwise_is_refused(method: str, tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
-    described = json.loads((model / "config.json").read_text()) | {"quantization_config": {"quant_method": method}}
+    described = json.loads((model / "config.json").read_text()) | {
+        "quantization_config": {"quant_method": method}
+    }
     (model / "config.json").write_text(json.dumps(described))
     with pytest.raises(InputError, match=f"quantized as {method}") as caught:
         evaluate_perplexity(str(model), request())

@@ -28,8 +28,18 @@ from gptq_cli.quantization.run import quantize_checkpoint
 from tests.families import FAMILIES, save_model
 from tests.runs import config, digest, quantize, reader
 
-GPT2: dict[str, object] = {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 128, "vocab_size": 512}
-MIXED = {r".*\.1\.mlp": {"bits": 8}, r".*q_proj": {"bits": 3, "group_size": 64}, r".*k_proj": {"bits": 2}}
+GPT2: dict[str, object] = {
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_positions": 128,
+    "vocab_size": 512,
+}
+MIXED = {
+    r".*\.1\.mlp": {"bits": 8},
+    r".*q_proj": {"bits": 3, "group_size": 64},
+    r".*k_proj": {"bits": 2},
+}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +47,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("rewrite") / "model", dtype=torch.bfloat16)
 
 
-@pytest.mark.parametrize(("sym", "first", "second"), [(True, "gptq", "gptq_v2"), (False, "gptq_v2", "gptq")])
+@pytest.mark.parametrize(
+    ("sym", "first", "second"), [(True, "gptq", "gptq_v2"), (False, "gptq_v2", "gptq")]
+)
 def test_converting_moves_zero_points_by_one_and_nothing_else(
     sym: bool, first: str, second: str, model: Path, tmp_path: Path
 ) -> None:
@@ -50,7 +62,10 @@ def test_converting_moves_zero_points_by_one_and_nothing_else(
     for name in before:
         if not name.endswith("qzeros"):
             assert torch.equal(before[name], after[name])
-    words = zip(*(t["model.layers.0.mlp.up_proj.qzeros"].flatten().tolist() for t in (before, after)), strict=True)
+    words = zip(
+        *(t["model.layers.0.mlp.up_proj.qzeros"].flatten().tolist() for t in (before, after)),
+        strict=True,
+    )
     for one, other in words:  # 4 bits: eight zero points a word
         nibbles = [(((one >> 4 * i) & 15) + step, (other >> 4 * i) & 15) for i in range(8)]
         assert all(expected == got for expected, got in nibbles)
@@ -58,7 +73,9 @@ def test_converting_moves_zero_points_by_one_and_nothing_else(
         assert torch.equal(reader(source).read(name), reader(there).read(name))
     convert_checkpoint(str(there), back, first)
     original, converted = digest(source), digest(back)
-    assert original.pop("gptq_manifest.json") != converted.pop("gptq_manifest.json")  # how each was made
+    assert original.pop("gptq_manifest.json") != converted.pop(
+        "gptq_manifest.json"
+    )  # how each was made
     assert converted == original
 
 
@@ -72,15 +89,21 @@ def test_settings_follow_the_format_and_keep_all_else(model: Path, tmp_path: Pat
         assert new == old | {"checkpoint_format": "gptq_v2", "format": "gptq_v2"}
     assert resolve({}, {}, tmp_path / "v2" / "gptq_config.yaml").config.format == "gptq_v2"
     assert verify_checkpoint(tmp_path / "v2", full=True).ok  # with a manifest of its own
-    assert (tmp_path / "v2" / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
+    assert (tmp_path / "v2" / "tokenizer.json").read_bytes() == (
+        model / "tokenizer.json"
+    ).read_bytes()
 
 
-def test_a_zero_point_of_zero_does_not_go_into_the_first_format(model: Path, tmp_path: Path) -> None:
+def test_a_zero_point_of_zero_does_not_go_into_the_first_format(
+    model: Path, tmp_path: Path
+) -> None:
     source, _ = quantize(tmp_path, model, format="gptq_v2", sym=False)
     tensors = load_file(source / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.qzeros"][1, 3] &= ~(15 << 8)
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match=r"`model\.layers\.1\.mlp\.up_proj` has zero points of 0") as caught:
+    with pytest.raises(
+        InputError, match=r"`model\.layers\.1\.mlp\.up_proj` has zero points of 0"
+    ) as caught:
         convert_checkpoint(str(source), tmp_path / "v1", "gptq")
     assert (caught.value.code, caught.value.exit_code) == ("E_CKPT_ZEROS", 3)
     assert "stay with gptq_v2" in (caught.value.hint or "")
@@ -110,7 +133,10 @@ def test_dequantized_weights_are_those_the_model_computes_with(model: Path, tmp_
     plain = tmp_path / "plain"
     found = dequantize_checkpoint(str(source), plain)
     assert found.layers == 3 * 6 + 1
-    tensors, original = load_file(plain / "model.safetensors"), load_file(model / "model.safetensors")
+    tensors, original = (
+        load_file(plain / "model.safetensors"),
+        load_file(model / "model.safetensors"),
+    )
     assert {name: (t.shape, t.dtype) for name, t in tensors.items()} == {
         name: (t.shape, t.dtype) for name, t in original.items()
     }
@@ -121,13 +147,19 @@ def test_dequantized_weights_are_those_the_model_computes_with(model: Path, tmp_
     assert not torch.equal(tensors["lm_head.weight"], original["lm_head.weight"])
     config = json.loads((plain / "config.json").read_text())
     assert "quantization_config" not in config
-    assert config == json.loads((model / "config.json").read_text()) | {"tie_word_embeddings": False}
-    assert not {"quantize_config.json", "gptq_config.yaml"} & {path.name for path in plain.iterdir()}
+    assert config == json.loads((model / "config.json").read_text()) | {
+        "tie_word_embeddings": False
+    }
+    assert not {"quantize_config.json", "gptq_config.yaml"} & {
+        path.name for path in plain.iterdir()
+    }
     truth = AutoModelForCausalLM.from_pretrained(model)
     truth.load_state_dict({name: reader(source).read(name).bfloat16() for name in tensors})
     ids = torch.arange(20)[None]
     with torch.inference_mode():
-        assert torch.equal(AutoModelForCausalLM.from_pretrained(plain)(ids).logits, truth(ids).logits)
+        assert torch.equal(
+            AutoModelForCausalLM.from_pretrained(plain)(ids).logits, truth(ids).logits
+        )
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
@@ -138,7 +170,9 @@ def test_a_dtype_is_given_to_all_floats(dtype: str, model: Path, tmp_path: Path)
     assert {tensor.dtype for tensor in tensors.values()} == {getattr(torch, dtype)}
     assert json.loads((tmp_path / "plain" / "config.json").read_text())["dtype"] == dtype
     norm = "model.layers.0.input_layernorm.weight"
-    assert torch.equal(tensors[norm], load_file(model / "model.safetensors")[norm].to(getattr(torch, dtype)))
+    assert torch.equal(
+        tensors[norm], load_file(model / "model.safetensors")[norm].to(getattr(torch, dtype))
+    )
 
 
 def test_weights_that_a_dtype_cannot_hold_are_refused(model: Path, tmp_path: Path) -> None:
@@ -162,14 +196,20 @@ def test_models_that_store_their_linears_transposed_get_them_back_so(
     dequantize_checkpoint(str(source), tmp_path / "plain")
     found = compare_checkpoints(str(tmp_path / "plain"), str(model))
     assert {tensor.name for tensor in found.tensors} == set(open_checkpoint(model).tensors)
-    assert all(tensor.relative_error < 1e-3 for tensor in found.tensors)  # c_proj is square: shapes alone do not tell
+    assert all(
+        tensor.relative_error < 1e-3 for tensor in found.tensors
+    )  # c_proj is square: shapes alone do not tell
     packed = compare_checkpoints(str(source), str(model))
     assert packed.tensors == found.tensors
 
 
 def test_the_models_of_conv1d_are_all_that_transformers_has() -> None:
     folder = Path(transformers.__file__).parent / "models"
-    sources = [text for file in folder.glob("*/modeling_*.py") if re.search(r"\bConv1D\(", text := file.read_text())]
+    sources = [
+        text
+        for file in folder.glob("*/modeling_*.py")
+        if re.search(r"\bConv1D\(", text := file.read_text())
+    ]
     assert sources
     found = {
         kind
@@ -179,7 +219,9 @@ def test_the_models_of_conv1d_are_all_that_transformers_has() -> None:
     assert found == TRANSPOSED
 
 
-def test_the_difference_of_two_checkpoints_is_that_of_their_weights(model: Path, tmp_path: Path) -> None:
+def test_the_difference_of_two_checkpoints_is_that_of_their_weights(
+    model: Path, tmp_path: Path
+) -> None:
     source, _ = quantize(tmp_path, model, dynamic={r"-:.*v_proj": {}})
     found = {tensor.name: tensor for tensor in compare_checkpoints(str(source), str(model)).tensors}
     original = load_file(model / "model.safetensors")
@@ -208,7 +250,9 @@ def test_names_of_one_side_and_unlike_shapes_are_told(model: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("command", ["convert", "dequantize"])
-def test_a_rewritten_checkpoint_is_gptqs_to_replace(command: str, model: Path, tmp_path: Path) -> None:
+def test_a_rewritten_checkpoint_is_gptqs_to_replace(
+    command: str, model: Path, tmp_path: Path
+) -> None:
     (model / "picture.png").write_bytes(b"of the model card")
     source, _ = quantize(tmp_path, model)
     output = tmp_path / "out"
@@ -231,9 +275,17 @@ def test_a_rewritten_checkpoint_is_gptqs_to_replace(command: str, model: Path, t
 
 
 @pytest.mark.parametrize("command", ["convert", "dequantize"])
-def test_a_call_removes_what_one_like_it_has_left(command: str, model: Path, tmp_path: Path) -> None:
+def test_a_call_removes_what_one_like_it_has_left(
+    command: str, model: Path, tmp_path: Path
+) -> None:
     source, _ = quantize(tmp_path, model)
-    words = [command, str(source), *(["--to", "gptq_v2"] if command == "convert" else []), "-o", str(tmp_path / "out")]
+    words = [
+        command,
+        str(source),
+        *(["--to", "gptq_v2"] if command == "convert" else []),
+        "-o",
+        str(tmp_path / "out"),
+    ]
     assert CliRunner().invoke(app, words).exit_code == 0
     work = tmp_path / ".out.gptq-work"
     (work / "out").mkdir(parents=True, mode=0o700)
@@ -265,14 +317,20 @@ def test_an_old_output_that_stays_is_a_warning_each_time(
     output = shutil.copytree(source, tmp_path / "out")
     (output / "fixed").mkdir()
     (output / "fixed" / "file").write_text("x")
-    monkeypatch.setattr("gptq_cli.storage.replacing.os.access", lambda path, _: path.name != "fixed")
+    monkeypatch.setattr(
+        "gptq_cli.storage.replacing.os.access", lambda path, _: path.name != "fixed"
+    )
     for _ in range(2):
         events: list[Event] = []
         if command == "quantize":
-            quantize_checkpoint(str(model), output, config(seed=3), overwrite=True, report=events.append)
+            quantize_checkpoint(
+                str(model), output, config(seed=3), overwrite=True, report=events.append
+            )
         else:
             convert_checkpoint(str(source), output, "gptq_v2", overwrite=True, report=events.append)
-        told = [event for event in events if isinstance(event, Warned) and event.code == "W_OUT_LEFT"]
+        told = [
+            event for event in events if isinstance(event, Warned) and event.code == "W_OUT_LEFT"
+        ]
         assert [event.message for event in told] == [
             f"`{tmp_path}/.out.gptq-work` holds what could not be removed of the old `{output}`: "
             "fixed/file: gptq has not written it"
@@ -283,7 +341,9 @@ def test_an_old_output_that_stays_is_a_warning_each_time(
 
 @pytest.mark.parametrize(("spoilt", "which"), [("a", "first"), ("b", "second")])
 @pytest.mark.parametrize("value", [float("nan"), -float("inf")])
-def test_numbers_that_are_not_finite_have_no_difference(spoilt: str, which: str, value: float, tmp_path: Path) -> None:
+def test_numbers_that_are_not_finite_have_no_difference(
+    spoilt: str, which: str, value: float, tmp_path: Path
+) -> None:
     models = {name: save_model(tmp_path / name, num_hidden_layers=1) for name in "ab"}
     assert compare_checkpoints(str(models["a"]), str(models["b"])).different == ()
     file, name = models[spoilt] / "model.safetensors", "model.layers.0.mlp.up_proj.weight"

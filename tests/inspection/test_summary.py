@@ -43,16 +43,26 @@ def test_bits_and_groups_are_told_by_shapes(mixed: Path) -> None:
     rows = {(row.count, row.name, row.shape, row.settings) for row in found.quantized}
     assert (2, "mlp.down_proj", (64, 128), "2 bit g32 asym") in rows
     assert (1, "mlp.down_proj", (64, 128), "8 bit channel asym") in rows
-    assert (3, "self_attn.o_proj", (64, 128), "BF16") in {(r.count, r.name, r.shape, r.settings) for r in found.kept}
+    assert (3, "self_attn.o_proj", (64, 128), "BF16") in {
+        (r.count, r.name, r.shape, r.settings) for r in found.kept
+    }
 
 
 def test_every_byte_is_counted_once_and_every_parameter(mixed: Path) -> None:
     found = inspect_checkpoint(open_checkpoint(mixed))
-    assert sum(row.nbytes for row in (*found.quantized, *found.kept)) == found.nbytes == sum(found.files.values())
+    assert (
+        sum(row.nbytes for row in (*found.quantized, *found.kept))
+        == found.nbytes
+        == sum(found.files.values())
+    )
     original = load_file(mixed.parent / "model" / "model.safetensors")
     assert found.parameters == sum(tensor.numel() for tensor in original.values())
     packed = load_file(mixed / "model.safetensors")
-    stored = sum(t.nbytes for name, t in packed.items() if name.endswith(("qweight", "qzeros", "scales", "g_idx")))
+    stored = sum(
+        t.nbytes
+        for name, t in packed.items()
+        if name.endswith(("qweight", "qzeros", "scales", "g_idx"))
+    )
     assert found.bits_per_weight == 8 * stored / sum(module.weights for module in found.modules)
 
 
@@ -66,11 +76,18 @@ def test_the_origin_is_told(mixed: Path) -> None:
 
 def test_a_plain_checkpoint_and_a_foreign_method_are_told_too(mixed: Path, tmp_path: Path) -> None:
     plain = inspect_checkpoint(open_checkpoint(mixed.parent / "model"))
-    assert (plain.method, plain.modules, plain.quantized, plain.bits_per_weight) == (None, (), (), None)
+    assert (plain.method, plain.modules, plain.quantized, plain.bits_per_weight) == (
+        None,
+        (),
+        (),
+        None,
+    )
     assert plain.bits_per_parameter == 16
     foreign = save_model(tmp_path / "foreign")
     config = json.loads((foreign / "config.json").read_text())
-    (foreign / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
+    (foreign / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "awq"}})
+    )
     found = inspect_checkpoint(open_checkpoint(foreign))
     assert (found.method, found.format, found.modules) == ("awq", None, ())
 
@@ -80,15 +97,22 @@ def test_headers_from_the_hub_have_no_defects_of_files(tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()
     for name in ("config.json", "model-00001-of-00002.safetensors"):
         (tmp_path / "cache" / name).write_bytes((tmp_path / "c" / name).read_bytes())
-    tensors = {name: replace(tensor, file=Path("a/b") / tensor.file.name) for name, tensor in found.tensors.items()}
+    tensors = {
+        name: replace(tensor, file=Path("a/b") / tensor.file.name)
+        for name, tensor in found.tensors.items()
+    }
     remote = Checkpoint(tmp_path / "cache", found.config, tensors)
     assert inspect_checkpoint(remote).defects == ()
     assert inspect_checkpoint(remote).export is not None
-    headless = dict(found.config, quantization_config=found.config["quantization_config"] | {"bits": 8})
+    headless = dict(
+        found.config, quantization_config=found.config["quantization_config"] | {"bits": 8}
+    )
     assert inspect_checkpoint(replace(remote, config=headless)).export is None
 
 
-@pytest.mark.parametrize(("drop", "reshape"), [("scales", None), (None, "scales"), (None, "qzeros")])
+@pytest.mark.parametrize(
+    ("drop", "reshape"), [("scales", None), (None, "scales"), (None, "qzeros")]
+)
 def test_parts_that_are_missing_or_do_not_fit_are_refused(
     drop: str | None, reshape: str | None, mixed: Path, tmp_path: Path
 ) -> None:
@@ -125,9 +149,12 @@ def test_a_layers_histograms_count_every_code_scale_and_weight(mixed: Path) -> N
 def test_groups_out_of_order_and_negative_scales_are_told(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     ordered = view_layer(
-        open_checkpoint(quantize(tmp_path, model, desc_act=True, signed_scales=False)[0]), "0.mlp.up_proj"
+        open_checkpoint(quantize(tmp_path, model, desc_act=True, signed_scales=False)[0]),
+        "0.mlp.up_proj",
     ).packed
-    signed = view_layer(open_checkpoint(quantize(tmp_path, model, signed_scales=True)[0]), "0.mlp.up_proj").packed
+    signed = view_layer(
+        open_checkpoint(quantize(tmp_path, model, signed_scales=True)[0]), "0.mlp.up_proj"
+    ).packed
     assert ordered is not None
     assert signed is not None
     assert not ordered.trivial_groups
@@ -143,23 +170,36 @@ def test_a_plain_layer_has_weights_only(mixed: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message", "hint"),
     [
-        ("mlp.up_proj", "3 layers are called `mlp.up_proj`", "for example model.layers.0.mlp.up_proj"),
+        (
+            "mlp.up_proj",
+            "3 layers are called `mlp.up_proj`",
+            "for example model.layers.0.mlp.up_proj",
+        ),
         ("mlp.up_praj", "there is no layer `mlp.up_praj`", "did you mean mlp.up_proj?"),
         ("nothing", "there is no layer `nothing`", "for example"),
     ],
 )
-def test_a_layer_that_is_not_there_or_not_one_is_refused(name: str, message: str, hint: str, mixed: Path) -> None:
+def test_a_layer_that_is_not_there_or_not_one_is_refused(
+    name: str, message: str, hint: str, mixed: Path
+) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         view_layer(open_checkpoint(mixed), name)
     assert (caught.value.code, caught.value.exit_code) == ("E_LAYER", 2)
     assert hint in (caught.value.hint or "")
 
 
-@pytest.mark.parametrize(("part", "shape"), [("qweight", (8,)), ("qzeros", (2, 0)), ("scales", (2, 64, 1))])
-def test_parts_of_strange_shapes_are_refused(part: str, shape: tuple[int, ...], mixed: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("part", "shape"), [("qweight", (8,)), ("qzeros", (2, 0)), ("scales", (2, 64, 1))]
+)
+def test_parts_of_strange_shapes_are_refused(
+    part: str, shape: tuple[int, ...], mixed: Path, tmp_path: Path
+) -> None:
     tensors = load_file(mixed / "model.safetensors")
     name = f"model.layers.0.mlp.up_proj.{part}"
-    save_file(tensors | {name: torch.zeros(shape, dtype=tensors[name].dtype)}, tmp_path / "model.safetensors")
+    save_file(
+        tensors | {name: torch.zeros(shape, dtype=tensors[name].dtype)},
+        tmp_path / "model.safetensors",
+    )
     (tmp_path / "config.json").write_bytes((mixed / "config.json").read_bytes())
     with pytest.raises(
         InputError, match=r"the parts of `model\.layers\.0\.mlp\.up_proj` do not fit each other"

@@ -13,7 +13,9 @@ from tests.architectures import try_type
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore"),  # what transformers says about its own models is not at stake
+    pytest.mark.filterwarnings(
+        "ignore"
+    ),  # what transformers says about its own models is not at stake
 ]
 
 WORKING = [
@@ -47,9 +49,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("model_type", WORKING)
-def test_logits_of_the_quantized_model_are_those_of_transformers(model_type: str, tmp_path: Path) -> None:
+def test_logits_of_the_quantized_model_are_those_of_transformers(
+    model_type: str, tmp_path: Path
+) -> None:
     outcome = try_type(model_type, tmp_path)
-    assert (outcome.status, outcome.differences) == ("worked", pytest.approx([0, 0], abs=1e-6)), outcome.why
+    assert (outcome.status, outcome.differences) == ("worked", pytest.approx([0, 0], abs=1e-6)), (
+        outcome.why
+    )
     assert outcome.quantized >= 8
     assert outcome.share > 0.45
 

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from gptq_cli.errors import InputError
-from gptq_cli.models.block_calls import Call, FromPreviousBlock, Recorder, State, check_chain, reuse_equal_tensors
+from gptq_cli.models.block_calls import (
+    Call,
+    FromPreviousBlock,
+    Recorder,
+    State,
+    check_chain,
+    reuse_equal_tensors,
+)
 
 Forward = Callable[[list[nn.Module], Tensor], object]
 NAMES = ["blocks.0", "blocks.1", "blocks.2"]
@@ -61,21 +68,27 @@ def handed_on_to_the_end(blocks: list[nn.Module], x: Tensor) -> tuple[Tensor]:
     return (x * seen.sum(),)
 
 
-@pytest.mark.parametrize(("forward", "extras"), [(plain, None), (pairs, (None,)), (inputs_of_each_layer, None)])
+@pytest.mark.parametrize(
+    ("forward", "extras"), [(plain, None), (pairs, (None,)), (inputs_of_each_layer, None)]
+)
 def test_a_chain_passes(forward: Forward, extras: tuple[object, ...] | None) -> None:
     assert not check(forward, extras)
 
 
 @pytest.mark.parametrize("extra", [torch.arange(5), torch.ones(2)], ids=["integers", "floats"])
 @pytest.mark.parametrize("forward", [handed_on, handed_on_to_the_end])
-def test_blocks_may_hand_more_than_hidden_states_to_the_next(forward: Forward, extra: Tensor) -> None:
+def test_blocks_may_hand_more_than_hidden_states_to_the_next(
+    forward: Forward, extra: Tensor
+) -> None:
     assert check(forward, (extra,))
     assert not check(pairs, (extra,))
 
 
 def test_a_call_takes_what_was_handed_on_in_the_place_where_it_was_seen() -> None:
     class Block(nn.Module):
-        def forward(self, hidden: Tensor, mask: int, seen: Tensor, *, scale: Tensor) -> tuple[Tensor, ...]:
+        def forward(
+            self, hidden: Tensor, mask: int, seen: Tensor, *, scale: Tensor
+        ) -> tuple[Tensor, ...]:
             return hidden + mask, seen * 2, scale * 3
 
     first, second = torch.ones(1), torch.ones(1)
@@ -134,17 +147,43 @@ def skipped(blocks: list[nn.Module], x: Tensor) -> tuple[Tensor]:
     ("forward", "extras", "message"),
     [
         (changed_between, None, "what enters `blocks.1` is not what `blocks.0` returns"),
-        (handed_on_otherwise, (torch.arange(5),), "`blocks.1` is called with results of blocks that are not handed on"),
-        (handed_on_otherwise, (torch.zeros(5),), "`blocks.1` is called with results of blocks that are not handed on"),
-        (handed_to_the_next_but_one, (torch.zeros(5),), "`blocks.2` is called with results of blocks that are not"),
-        (extra_at_the_end, (torch.ones(5),), "what follows `blocks.2` depends on outputs of the blocks before it"),
-        (earlier_output_as_argument, None, "`blocks.2` is called with results of blocks that are not handed on"),
-        (earlier_output_at_the_end, None, "what follows `blocks.2` depends on outputs of the blocks before it"),
+        (
+            handed_on_otherwise,
+            (torch.arange(5),),
+            "`blocks.1` is called with results of blocks that are not handed on",
+        ),
+        (
+            handed_on_otherwise,
+            (torch.zeros(5),),
+            "`blocks.1` is called with results of blocks that are not handed on",
+        ),
+        (
+            handed_to_the_next_but_one,
+            (torch.zeros(5),),
+            "`blocks.2` is called with results of blocks that are not",
+        ),
+        (
+            extra_at_the_end,
+            (torch.ones(5),),
+            "what follows `blocks.2` depends on outputs of the blocks before it",
+        ),
+        (
+            earlier_output_as_argument,
+            None,
+            "`blocks.2` is called with results of blocks that are not handed on",
+        ),
+        (
+            earlier_output_at_the_end,
+            None,
+            "what follows `blocks.2` depends on outputs of the blocks before it",
+        ),
         (shared, None, "calls `blocks.1` 2 times, not once"),
         (skipped, None, "calls `blocks.2` 0 times, not once"),
     ],
 )
-def test_what_is_no_chain_is_refused(forward: Forward, extras: tuple[object, ...] | None, message: str) -> None:
+def test_what_is_no_chain_is_refused(
+    forward: Forward, extras: tuple[object, ...] | None, message: str
+) -> None:
     with pytest.raises(InputError) as caught:
         check(forward, extras)
     assert caught.value.code == "E_ARCH"

@@ -9,10 +9,21 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssConfig, GptOssExperts
-from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashConfig, LongcatFlashExperts
+from transformers.models.longcat_flash.modeling_longcat_flash import (
+    LongcatFlashConfig,
+    LongcatFlashExperts,
+)
 from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralExperts
 
-from gptq_cli.models.experts import DOWN, GATE_UP, Experts, Routed, StackShape, computes_the_same, find_stacks
+from gptq_cli.models.experts import (
+    DOWN,
+    GATE_UP,
+    Experts,
+    Routed,
+    StackShape,
+    computes_the_same,
+    find_stacks,
+)
 from tests.architectures import build, relative, save, streamed_logits, token_batches
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_local_experts": 4}
@@ -60,7 +71,9 @@ def separated(kind: nn.Module) -> Experts:
 )
 def test_logits_are_those_of_the_stacked_model(model_type: str, tmp_path: Path) -> None:
     directory = save(build(model_type), tmp_path)
-    whole = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, experts_implementation="eager").eval()
+    whole = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, experts_implementation="eager"
+    ).eval()
     with torch.inference_mode():
         expected = [whole(input_ids=ids, use_cache=False).logits for ids in token_batches()]
     assert relative(streamed_logits(directory), expected) < 1e-6
@@ -80,7 +93,9 @@ def test_each_expert_is_given_its_tokens_in_the_order_of_the_stacked_module() ->
 def test_a_token_may_choose_the_same_expert_twice() -> None:
     kind = mixtral_experts()
     tokens, chosen, weights = torch.randn(5, 32), torch.full((5, 2), 3), torch.rand(5, 2)
-    assert torch.allclose(separated(kind)(tokens, chosen, weights), kind(tokens, chosen, weights), atol=1e-6)
+    assert torch.allclose(
+        separated(kind)(tokens, chosen, weights), kind(tokens, chosen, weights), atol=1e-6
+    )
 
 
 def test_a_module_that_computes_something_else_is_left_alone() -> None:
@@ -112,7 +127,9 @@ def test_experts_may_have_biases_and_gate_and_up_take_turns() -> None:
     assert torch.equal(experts[3].up_proj.weight, kind.gate_up_proj[3].T[1::2])
     assert torch.equal(experts[3].down_proj.weight, kind.down_proj[3].T)
     tokens, chosen, weights = torch.randn(5, 32), torch.randint(4, (5, 2)), torch.rand(5, 2)
-    assert torch.allclose(experts(tokens, chosen, weights), kind(tokens, chosen, weights), atol=1e-5)
+    assert torch.allclose(
+        experts(tokens, chosen, weights), kind(tokens, chosen, weights), atol=1e-5
+    )
     assert StackShape.of(nn.Linear(2, 2)) is None
 
 
@@ -125,6 +142,10 @@ def test_a_choice_beyond_the_experts_gives_a_token_back_as_it_is() -> None:
     assert (experts.n_experts, experts.n_choices) == (3, 5)
     tokens, weights = torch.randn(4, 32), torch.rand(4, 2)
     chosen = torch.tensor([[0, 3], [4, 3], [1, 2], [4, 0]])
-    assert torch.allclose(experts(tokens, chosen, weights), kind(tokens, chosen, weights), atol=1e-6)
-    assert torch.allclose(experts(tokens, chosen, weights)[1], tokens[1] * weights[1].sum(), atol=1e-6)
+    assert torch.allclose(
+        experts(tokens, chosen, weights), kind(tokens, chosen, weights), atol=1e-6
+    )
+    assert torch.allclose(
+        experts(tokens, chosen, weights)[1], tokens[1] * weights[1].sum(), atol=1e-6
+    )
     assert [len(mine) for mine in experts.rows(Routed(tokens, chosen))] == [2, 1, 1]

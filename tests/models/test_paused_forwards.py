@@ -80,10 +80,14 @@ def inputs(n_batches: int = 3) -> list[Tensor]:
 def solve(linear: nn.Module, seen: Sequence[Tensor]) -> None:
     """Stands for the solver: weights that depend on everything the stage has seen."""
     assert isinstance(linear, nn.Linear)
-    linear.weight = nn.Parameter(linear.weight + sum(x.sum() for x in seen) / 100, requires_grad=False)
+    linear.weight = nn.Parameter(
+        linear.weight + sum(x.sum() for x in seen) / 100, requires_grad=False
+    )
 
 
-def in_lockstep(block: Block, runs: Sequence[Callable[[], Tensor]], stages: Sequence[Stage] = STAGES) -> list[Tensor]:
+def in_lockstep(
+    block: Block, runs: Sequence[Callable[[], Tensor]], stages: Sequence[Stage] = STAGES
+) -> list[Tensor]:
     with waiting_batches(stages, block.linears, runs) as batches:
         for stage in stages:
             seen = list(batches.reach(stage))
@@ -96,7 +100,9 @@ def replayed(block: Block, states: Sequence[Tensor]) -> list[Tensor]:
     """The slow truth: whole forwards for every stage."""
     for stage in STAGES:
         seen: list[Tensor] = []
-        hook = block.linears[stage.names[0]].register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+        hook = block.linears[stage.names[0]].register_forward_pre_hook(
+            lambda _, args, seen=seen: seen.append(args[0])
+        )
         for state in states:
             block(state)
         hook.remove()
@@ -117,7 +123,10 @@ def test_outputs_and_weights_equal_those_of_whole_forwards_for_each_stage(n_batc
 
 def test_batches_move_one_at_a_time_and_stop_before_each_stage() -> None:
     block, log = Block(), []
-    runs = [partial(block, x, partial(lambda n, name: log.append(f"{n}{name}"), n)) for n, x in enumerate(inputs(2))]
+    runs = [
+        partial(block, x, partial(lambda n, name: log.append(f"{n}{name}"), n))
+        for n, x in enumerate(inputs(2))
+    ]
     with waiting_batches(STAGES, block.linears, runs) as batches:
         for stage in STAGES:
             for _ in batches.reach(stage):
@@ -125,7 +134,12 @@ def test_batches_move_one_at_a_time_and_stop_before_each_stage() -> None:
             log.append("solved")
         for _ in batches.finish():
             log.append("done")
-    rounds = ["0a seen 1a seen solved", "0b 0c seen 1b 1c seen solved", "0d seen 1d seen solved", "done done"]
+    rounds = [
+        "0a seen 1a seen solved",
+        "0b 0c seen 1b 1c seen solved",
+        "0d seen 1d seen solved",
+        "done done",
+    ]
     assert log == " ".join(rounds).split()
 
 
@@ -142,7 +156,13 @@ def test_forwards_run_in_the_modes_of_the_caller(inference: bool, grad: bool) ->
 
     def modes() -> tuple[object, ...]:
         grad, device = torch.is_grad_enabled(), torch.get_default_device()
-        return torch.is_inference_mode_enabled(), grad, device, torch.get_default_dtype(), torch.get_num_threads()
+        return (
+            torch.is_inference_mode_enabled(),
+            grad,
+            device,
+            torch.get_default_dtype(),
+            torch.get_num_threads(),
+        )
 
     runs = [partial(block, x, lambda _: seen.append(modes())) for x in inputs()]
     with torch.inference_mode(inference), torch.set_grad_enabled(grad), torch.device("meta"):
@@ -168,7 +188,9 @@ DEVIATIONS: dict[str, tuple[Callable[[Block, Tensor], Tensor], str]] = {
 
 @pytest.mark.parametrize("name", DEVIATIONS)
 @pytest.mark.parametrize("batch", [0, 1, 2])
-def test_a_batch_that_goes_another_way_is_an_error_with_its_number_and_the_linear(name: str, batch: int) -> None:
+def test_a_batch_that_goes_another_way_is_an_error_with_its_number_and_the_linear(
+    name: str, batch: int
+) -> None:
     deviate, linear = DEVIATIONS[name]
     block = Deviant(deviate, batch)
     with pytest.raises(InputError, match=f"batch {batch} does not call `{linear}`") as caught:
@@ -180,7 +202,9 @@ def test_a_batch_that_goes_another_way_is_an_error_with_its_number_and_the_linea
 
 @pytest.mark.parametrize("where", "abcd")
 @pytest.mark.parametrize("batch", [0, 1, 2])
-def test_an_error_in_one_forward_is_raised_to_the_caller_and_ends_the_others(where: str, batch: int) -> None:
+def test_an_error_in_one_forward_is_raised_to_the_caller_and_ends_the_others(
+    where: str, batch: int
+) -> None:
     block, ended = Block(), []
 
     def fail(number: int, name: str) -> None:
@@ -204,7 +228,9 @@ def test_an_error_of_the_caller_ends_all_forwards(stage: int) -> None:
     block = Block()
 
     def use() -> None:
-        with waiting_batches(STAGES, block.linears, [partial(block, state) for state in inputs()]) as batches:
+        with waiting_batches(
+            STAGES, block.linears, [partial(block, state) for state in inputs()]
+        ) as batches:
             for number in range(stage):
                 assert len(list(batches.reach(STAGES[number]))) == 3
             next(batches.reach(STAGES[stage]))
@@ -225,7 +251,13 @@ def test_an_interrupt_while_a_forward_runs_ends_all_of_them() -> None:
     usual = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
-            in_lockstep(block, [partial(block, x, partial(interrupt, number)) for number, x in enumerate(inputs())])
+            in_lockstep(
+                block,
+                [
+                    partial(block, x, partial(interrupt, number))
+                    for number, x in enumerate(inputs())
+                ],
+            )
     finally:
         signal.signal(signal.SIGINT, usual)
     assert not any(module._forward_pre_hooks for module in block.modules())
@@ -245,7 +277,9 @@ def test_no_tensor_outlives_its_forward_without_need(fails: str) -> None:
         return output
 
     def use() -> None:
-        with waiting_batches(STAGES, block.linears, [partial(run, state) for state in inputs()]) as batches:
+        with waiting_batches(
+            STAGES, block.linears, [partial(run, state) for state in inputs()]
+        ) as batches:
             for stage in STAGES:
                 alive.extend(weakref.ref(x) for x in batches.reach(stage))
             for number, output in enumerate(batches.finish()):
@@ -327,7 +361,9 @@ def test_different_parts_of_one_tensor_are_different_inputs() -> None:
     assert [stage.names for stage in stages] == [("a", "c"), ("b",)]
 
 
-def test_waiting_bytes_are_the_most_that_a_forward_has_allocated_and_not_given_back_at_a_linear() -> None:
+def test_waiting_bytes_are_the_most_that_a_forward_has_allocated_and_not_given_back_at_a_linear() -> (
+    None
+):
     def hold(block: Block, x: Tensor) -> Tensor:
         kept = torch.cat([x, x])
         block.a(kept[:5])  # 2: a view allocates nothing

@@ -19,7 +19,9 @@ from gptq_cli.models.stream import ReadAhead
 from tests.families import save_model
 from tests.simulated_gpu import SimulatedGpu, simulated_gpu
 
-pytestmark = pytest.mark.skipif(torch.version.cuda is not None, reason="torch pins memory of its own")
+pytestmark = pytest.mark.skipif(
+    torch.version.cuda is not None, reason="torch pins memory of its own"
+)
 NAMES = [f"t{number}" for number in range(6)]
 BYTES = 400  # of each
 
@@ -58,7 +60,11 @@ def test_what_was_expected_is_read_once_and_pinned_and_all_else_when_its_turn_co
     found = {name: ahead.read(name) for name in ("t2", "t1", "t1", "t3")}
     assert source.told == [["t1", "t2"]]
     assert source.reads == ["t1", "t2", "t3"]
-    assert {name: tensor.is_pinned() for name, tensor in found.items()} == {"t2": True, "t1": True, "t3": False}
+    assert {name: tensor.is_pinned() for name, tensor in found.items()} == {
+        "t2": True,
+        "t1": True,
+        "t3": False,
+    }
     assert all(tensor.tolist() == [float(name[1:])] * 100 for name, tensor in found.items())
     ahead.release()
     assert source.reads[-1] == "release"
@@ -70,7 +76,9 @@ def test_no_more_is_pinned_than_there_may_be(fitting: int) -> None:
     for _ in range(2):  # the room is there again for the next block
         ahead.prefetch(NAMES)
         tensors = [ahead.read(name) for name in NAMES]
-        assert [tensor.is_pinned() for tensor in tensors] == [True] * fitting + [False] * (6 - fitting)
+        assert [tensor.is_pinned() for tensor in tensors] == [True] * fitting + [False] * (
+            6 - fitting
+        )
         assert [tensor[0].item() for tensor in tensors] == [0, 1, 2, 3, 4, 5]
 
 
@@ -115,7 +123,9 @@ def test_a_tensor_that_cannot_be_read_is_an_error_when_it_is_needed_and_not_befo
     assert ahead.read("t1").is_pinned()
 
 
-def test_without_memory_that_can_be_pinned_tensors_are_read_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_memory_that_can_be_pinned_tensors_are_read_as_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def refuse(_tensor: Tensor) -> Tensor:
         raise RuntimeError("CUDA error: out of memory")
 
@@ -125,7 +135,9 @@ def test_without_memory_that_can_be_pinned_tensors_are_read_as_ever(monkeypatch:
     assert [ahead.read(name)[0].item() for name in NAMES] == [0, 1, 2, 3, 4, 5]
 
 
-def test_a_file_may_be_released_by_one_thread_the_moment_another_has_opened_it(tmp_path: Path) -> None:
+def test_a_file_may_be_released_by_one_thread_the_moment_another_has_opened_it(
+    tmp_path: Path,
+) -> None:
     class Forgetful(dict[str, object]):
         def __setitem__(self, _file: str, _opened: object) -> None:
             """Released before anybody could look."""

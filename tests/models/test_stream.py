@@ -33,7 +33,9 @@ def open_stream(directory: Path, dtype: torch.dtype = torch.float32) -> ModelStr
     checkpoint = open_checkpoint(directory)
     config = load_config(directory, trust_remote_code=False)
     reader = TensorReader(checkpoint)
-    skeleton = build_skeleton(directory, config, reader.names(), dtype, CPU, trust_remote_code=False)
+    skeleton = build_skeleton(
+        directory, config, reader.names(), dtype, CPU, trust_remote_code=False
+    )
     return ModelStream(skeleton, reader, CPU)
 
 
@@ -43,7 +45,9 @@ def own_forward(directory: Path, batches: list[Tensor]) -> tuple[list[list[Tenso
     outputs: list[list[Tensor]] = []
     for block in find_blocks(model)[1]:
         block.register_forward_hook(
-            lambda _module, _args, output: outputs[-1].append(output[0] if isinstance(output, tuple) else output)
+            lambda _module, _args, output: outputs[-1].append(
+                output[0] if isinstance(output, tuple) else output
+            )
         )
     logits = []
     for ids in batches:
@@ -58,7 +62,9 @@ def token_batches(*sizes: int, seqlen: int = 48) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_streamed_hidden_states_and_logits_equal_the_models_own_forward(family: str, tmp_path: Path) -> None:
+def test_streamed_hidden_states_and_logits_equal_the_models_own_forward(
+    family: str, tmp_path: Path
+) -> None:
     directory = save_model(tmp_path, family)
     batches = token_batches(2, 2, 1)
     expected, expected_logits = own_forward(directory, batches)
@@ -80,7 +86,9 @@ def test_only_the_block_at_work_has_weights(tmp_path: Path) -> None:
     stream.embed(token_batches(1))
 
     def loaded() -> list[str]:
-        return [name for name, parameter in stream._model.named_parameters() if not parameter.is_meta]
+        return [
+            name for name, parameter in stream._model.named_parameters() if not parameter.is_meta
+        ]
 
     assert loaded() == []
     with stream.block(1):
@@ -90,7 +98,9 @@ def test_only_the_block_at_work_has_weights(tmp_path: Path) -> None:
 
 
 LLAMA_LIKE = [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)]
-STAGES = dict.fromkeys(["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"], LLAMA_LIKE) | {
+STAGES = dict.fromkeys(
+    ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"], LLAMA_LIKE
+) | {
     "phi": [("q_proj", "k_proj", "v_proj", "fc1"), ("dense",), ("fc2",)],
     "phi3": [("qkv_proj",), ("o_proj",), ("gate_up_proj",), ("down_proj",)],
     "opt": [("q_proj", "k_proj", "v_proj"), ("out_proj",), ("fc1",), ("fc2",)],
@@ -104,7 +114,9 @@ def test_stages_are_those_one_would_write_by_hand(family: str, tmp_path: Path) -
     hidden = stream.embed(token_batches(2))
     with stream.block(1) as block:
         stages = probe_block(block.linears, lambda: block.run(0, hidden[0])).stages(block.linears)
-    assert [tuple(name.rpartition(".")[2] for name in stage.names) for stage in stages] == STAGES[family]
+    assert [tuple(name.rpartition(".")[2] for name in stage.names) for stage in stages] == STAGES[
+        family
+    ]
 
 
 def test_the_next_block_is_expected_and_nothing_behind_the_last_or_a_failed_one(
@@ -114,7 +126,9 @@ def test_the_next_block_is_expected_and_nothing_behind_the_last_or_a_failed_one(
     monkeypatch.setattr(TensorReader, "prefetch", lambda _self, names: told.append(sorted(names)))
     directory = save_model(tmp_path, num_hidden_layers=3)
     names = sorted(open_checkpoint(directory).tensors)
-    blocks = [[name for name in names if name.startswith(f"model.layers.{index}.")] for index in range(3)]
+    blocks = [
+        [name for name in names if name.startswith(f"model.layers.{index}.")] for index in range(3)
+    ]
     stream = open_stream(directory)
     stream.embed(token_batches(1))
     for index in range(3):
@@ -140,7 +154,9 @@ def test_masks_are_kept_once_for_all_batches(tmp_path: Path) -> None:
     stream = open_stream(save_model(tmp_path, "gemma2"))
     stream.embed(token_batches(2, 2, 2))
     masks = [calls[batch].kwargs["attention_mask"] for calls in stream._calls for batch in range(3)]
-    assert len({mask.data_ptr() for mask in masks if mask is not None}) <= 2  # one sliding, one full
+    assert (
+        len({mask.data_ptr() for mask in masks if mask is not None}) <= 2
+    )  # one sliding, one full
 
 
 @pytest.mark.filterwarnings("ignore")  # what transformers says about its own models is not at stake
@@ -182,38 +198,59 @@ def test_a_run_ends_when_its_last_input_has_been_seen() -> None:
     seen: list[tuple[tuple[str, ...], Tensor]] = []
     calls = [0, 0, 0]
     for index, module in enumerate(block):
-        module.register_forward_hook(lambda *_, index=index: calls.__setitem__(index, calls[index] + 1))
+        module.register_forward_hook(
+            lambda *_, index=index: calls.__setitem__(index, calls[index] + 1)
+        )
     inputs = [torch.randn(2, 4), torch.randn(3, 4)]
     for x in inputs:
-        watch_inputs([Stage(("1",), 1)], linears, lambda stage, x: seen.append((stage.names, x)), partial(block, x))
+        watch_inputs(
+            [Stage(("1",), 1)],
+            linears,
+            lambda stage, x: seen.append((stage.names, x)),
+            partial(block, x),
+        )
     assert calls == [2, 0, 0]
     assert [names for names, _ in seen] == [("1",), ("1",)]
-    assert all(torch.equal(x, block[0](wanted)) for (_, x), wanted in zip(seen, inputs, strict=True))
+    assert all(
+        torch.equal(x, block[0](wanted)) for (_, x), wanted in zip(seen, inputs, strict=True)
+    )
     assert not any(module._forward_pre_hooks for module in block)
 
 
 def test_hooks_are_removed_when_a_forward_raises() -> None:
     block = nn.Linear(4, 4)
     with pytest.raises(RuntimeError):
-        watch_inputs([Stage(("a",), 2)], {"a": block}, lambda *_: None, lambda: block(torch.randn(2, 3)))
+        watch_inputs(
+            [Stage(("a",), 2)], {"a": block}, lambda *_: None, lambda: block(torch.randn(2, 3))
+        )
     assert not block._forward_pre_hooks
 
 
 def test_a_missing_tensor_is_refused_by_name(tmp_path: Path) -> None:
     directory = save_model(tmp_path)
-    names = [name for name in open_checkpoint(directory).tensors if name != "model.layers.1.mlp.up_proj.weight"]
+    names = [
+        name
+        for name in open_checkpoint(directory).tensors
+        if name != "model.layers.1.mlp.up_proj.weight"
+    ]
     config = load_config(directory, trust_remote_code=False)
-    with pytest.raises(InputError, match=r"no tensor for 1 parameters, first `model\.layers\.1\.mlp\.up_proj"):
+    with pytest.raises(
+        InputError, match=r"no tensor for 1 parameters, first `model\.layers\.1\.mlp\.up_proj"
+    ):
         build_skeleton(directory, config, names, torch.float32, CPU, trust_remote_code=False)
 
 
 def test_a_config_that_lies_about_a_shape_is_refused(tmp_path: Path) -> None:
     directory = save_model(tmp_path)
     text = (directory / "config.json").read_text()
-    (directory / "config.json").write_text(text.replace('"intermediate_size": 128', '"intermediate_size": 256'))
+    (directory / "config.json").write_text(
+        text.replace('"intermediate_size": 128', '"intermediate_size": 256')
+    )
     stream = open_stream(directory)
     hidden_states_need_block_0 = token_batches(1)
-    with pytest.raises(InputError, match=r"is \[128, 64\] in the checkpoint, \[256, 64\] in config\.json") as caught:
+    with pytest.raises(
+        InputError, match=r"is \[128, 64\] in the checkpoint, \[256, 64\] in config\.json"
+    ) as caught:
         stream.embed(hidden_states_need_block_0)
     assert caught.value.code == "E_CKPT_SHAPE"
 
@@ -226,7 +263,9 @@ def test_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_model_with_its_own_code_is_refused_without_consent(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}')
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}'
+    )
     (tmp_path / "own.py").write_text("raise SystemExit('this code must not run')\n")
     with pytest.raises(InputError) as caught:
         load_config(tmp_path, trust_remote_code=False)
@@ -235,7 +274,9 @@ def test_a_model_with_its_own_code_is_refused_without_consent(tmp_path: Path) ->
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs a list of mapped files")
-def test_no_file_of_the_checkpoint_stays_mapped_once_a_block_or_the_embedding_is_left(tmp_path: Path) -> None:
+def test_no_file_of_the_checkpoint_stays_mapped_once_a_block_or_the_embedding_is_left(
+    tmp_path: Path,
+) -> None:
     directory = save_model(tmp_path / "model", max_shard_size="200KB")
 
     def mapped() -> set[str]:

@@ -38,13 +38,20 @@ def test_code_of_a_tokenizer_is_refused_and_does_not_run(model: Path) -> None:
     with pytest.raises(InputError) as caught:
         load_encoder(model, trust_remote_code=False)
     assert (caught.value.code, caught.value.exit_code) == ("E_REMOTE_CODE", 3)
-    assert str(caught.value) == f"the tokenizer of `{model}` needs its own Python code to run: tokenization_own.py"
+    assert (
+        str(caught.value)
+        == f"the tokenizer of `{model}` needs its own Python code to run: tokenization_own.py"
+    )
     assert caught.value.hint == "read that code, then add --trust-remote-code"
     assert not (model.parent / "it ran").exists()
 
 
-def test_code_of_a_tokenizer_runs_when_it_is_trusted(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(model.parent / "modules"))
+def test_code_of_a_tokenizer_runs_when_it_is_trusted(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(model.parent / "modules")
+    )
     encoder = load_encoder(model, trust_remote_code=True)
     assert len(encoder("some text", False)) > 1
     assert (model.parent / "it ran").exists()

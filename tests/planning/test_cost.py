@@ -33,14 +33,26 @@ TEXT = Calibration(tokens=100, experts_per_token=2, batches=8, state_bytes=3)
 
 
 def linear(name: str, rows: int, columns: int, settings: LayerConfig | None) -> LayerPlan:
-    return LayerPlan(name, 0, rows, columns, settings, "", TensorInfo(name, "F32", (rows, columns), Path("x"), 0, 0))
+    return LayerPlan(
+        name,
+        0,
+        rows,
+        columns,
+        settings,
+        "",
+        TensorInfo(name, "F32", (rows, columns), Path("x"), 0, 0),
+    )
 
 
 PLAIN = LayerConfig()
 
 
 def test_dense_work_is_shared_but_for_the_factor() -> None:
-    layers = [linear("a.q_proj", 8192, 12, PLAIN), linear("a.k_proj", 8192, 12, PLAIN), linear("a.kept", 5, 6, None)]
+    layers = [
+        linear("a.q_proj", 8192, 12, PLAIN),
+        linear("a.k_proj", 8192, 12, PLAIN),
+        linear("a.kept", 5, 6, None),
+    ]
     one = estimate_seconds(layers, TEXT, 1, 7, ONE)
     assert one.forward == 16384 * 12 * 100 + 5 * 6 * 100
     assert one.hessian == pytest.approx(9 / 16 * 100 * 12**2)
@@ -48,12 +60,18 @@ def test_dense_work_is_shared_but_for_the_factor() -> None:
     assert one.solve == 1.5 * 16384 * 12**2 + 16384 * 12
     assert (one.network, one.reading) == (0, 7)
     four = estimate_seconds(layers, TEXT, 4, 7, ONE)
-    assert (four.forward, four.hessian, four.factor) == (one.forward / 4, one.hessian / 4, one.factor)
+    assert (four.forward, four.hessian, four.factor) == (
+        one.forward / 4,
+        one.hessian / 4,
+        one.factor,
+    )
     assert four.solve == one.solve / 4  # four parts of 4096 rows
     assert four.network == pytest.approx(0.75 * (16384 * 12 + 2 * 9 / 16 * 4 * 12**2))
     three = estimate_seconds(layers, TEXT, 3, 7, ONE)
     assert (three.forward, three.solve) == (one.forward * 3 / 8, one.solve / 2)
-    assert four.total == pytest.approx(four.forward + four.hessian + four.factor + four.solve + four.network)
+    assert four.total == pytest.approx(
+        four.forward + four.hessian + four.factor + four.solve + four.network
+    )
 
 
 @pytest.mark.parametrize("order", [1, -1])
@@ -70,7 +88,11 @@ def test_experts_see_their_share_of_the_tokens_and_are_shared_whole() -> None:
     one, four = (estimate_seconds(layers, TEXT, devices, 0, ONE) for devices in (1, 4))
     assert one.forward == 8 * 16 * 12 * 100 * 2 / 8
     assert one.factor == 8 * 12**3 / 6
-    assert (four.factor, four.solve, four.hessian) == (one.factor / 4, one.solve / 4, one.hessian / 4)
+    assert (four.factor, four.solve, four.hessian) == (
+        one.factor / 4,
+        one.solve / 4,
+        one.hessian / 4,
+    )
     assert four.network == pytest.approx(0.75 * (8 * 16 * 12 + 100 * 3))
 
 
@@ -81,12 +103,16 @@ def test_refinement_and_asymmetric_calibration_cost_more() -> None:
     assert solve_cost(plain) == 1.5 * 16 * 12**2
     assert solve_cost(refined) == solve_cost(plain) + 5 * 16 * 12**2
     assert solve_cost(followed) == solve_cost(plain) + 16 * 12**2
-    assert expert_cost([plain], 10) == 10 * 16 * 12 + 9 / 16 * 10 * 12**2 + 12**3 / 6 + solve_cost(plain)
+    assert expert_cost([plain], 10) == 10 * 16 * 12 + 9 / 16 * 10 * 12**2 + 12**3 / 6 + solve_cost(
+        plain
+    )
     ways = [estimate_seconds([layer], TEXT, 1, 0, ONE).forward for layer in (plain, followed)]
     assert ways[1] == 2 * ways[0]
 
 
-@pytest.mark.parametrize("settings", [LayerConfig(group_size=32), LayerConfig(group_size=-1, refine_sweeps=2)])
+@pytest.mark.parametrize(
+    "settings", [LayerConfig(group_size=32), LayerConfig(group_size=-1, refine_sweeps=2)]
+)
 def test_measured_rates_are_positive_and_finite(settings: LayerConfig, tmp_path: Path) -> None:
     file = tmp_path / "weights"
     file.write_bytes(bytes(100_000))
@@ -97,7 +123,9 @@ def test_measured_rates_are_positive_and_finite(settings: LayerConfig, tmp_path:
 
 
 def test_the_disk_of_a_file_that_is_not_here_has_no_rate(tmp_path: Path) -> None:
-    rates = measure_rates(torch.device("cpu"), torch.float32, 32, LayerConfig(group_size=32), tmp_path / "none")
+    rates = measure_rates(
+        torch.device("cpu"), torch.float32, 32, LayerConfig(group_size=32), tmp_path / "none"
+    )
     assert rates.disk == math.inf
     seconds = estimate_seconds([linear("a.up_proj", 64, 32, PLAIN)], TEXT, 1, 10**9, rates)
     assert seconds.reading == 0
@@ -107,7 +135,8 @@ def test_each_of_several_devices_holds_its_share_of_the_states(tmp_path: Path) -
     settings: QuantizeConfig = config(nsamples=8, batch_size=1)
     plan = plan_run(save_model(tmp_path / "dense"), settings)
     one, four = (
-        {term.what: term.nbytes for term in estimate_memory(plan, settings, devices).cpu} for devices in (1, 4)
+        {term.what: term.nbytes for term in estimate_memory(plan, settings, devices).cpu}
+        for devices in (1, 4)
     )
     assert four["hidden states"] == one["hidden states"] / 4
     assert four["waiting batches"] == one["waiting batches"] / 4
@@ -116,6 +145,6 @@ def test_each_of_several_devices_holds_its_share_of_the_states(tmp_path: Path) -
     mixture = plan_run(save_mixture(tmp_path / "mixture", "qwen3_moe"), settings)
     terms = {term.what: term.nbytes for term in estimate_memory(mixture, settings, 4).accelerator}
     assert terms["experts' inputs"] == 4 * terms["hidden states"]
-    assert total(estimate_memory(mixture, settings, 4).cpu) < total(estimate_memory(mixture, settings, 1).cpu) + sum(
-        terms.values()
-    )
+    assert total(estimate_memory(mixture, settings, 4).cpu) < total(
+        estimate_memory(mixture, settings, 1).cpu
+    ) + sum(terms.values())

@@ -17,7 +17,13 @@ from gptq_cli.planning.plan import plan_run
 from tests.families import FAMILIES, save_model
 from tests.runs import config, quantize
 
-GPT2: dict[str, object] = {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 128, "vocab_size": 512}
+GPT2: dict[str, object] = {
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_positions": 128,
+    "vocab_size": 512,
+}
 
 
 def planned_files(model: Path, **changes: object) -> dict[str, int]:
@@ -29,16 +35,32 @@ def planned_files(model: Path, **changes: object) -> dict[str, int]:
     ("family", "model", "run"),
     [
         ("llama", {}, {"bits": 2}),
-        ("llama", {"max_shard_size": "100KB"}, {"bits": 3, "group_size": 64, "max_shard_size": "150KB"}),
+        (
+            "llama",
+            {"max_shard_size": "100KB"},
+            {"bits": 3, "group_size": 64, "max_shard_size": "150KB"},
+        ),
         ("llama", {"dtype": torch.bfloat16}, {"bits": 4, "group_size": -1, "format": "gptq_v2"}),
-        ("llama", {}, {"bits": 8, "sym": False, "dynamic": {r"-:.*\.1\.mlp": {}, r".*q_proj": {"bits": 2}}}),
-        ("qwen3", {"max_shard_size": "100KB"}, {"bits": 4, "lm_head": True}),  # tied: the head is written beside it
+        (
+            "llama",
+            {},
+            {"bits": 8, "sym": False, "dynamic": {r"-:.*\.1\.mlp": {}, r".*q_proj": {"bits": 2}}},
+        ),
+        (
+            "qwen3",
+            {"max_shard_size": "100KB"},
+            {"bits": 4, "lm_head": True},
+        ),  # tied: the head is written beside it
         ("qwen3", {}, {"bits": 4}),
         ("gpt2", {}, {"bits": 4, "group_size": -1}),  # stored [I, O]
     ],
 )
 def test_planned_bytes_are_the_sizes_of_the_files(
-    family: str, model: dict[str, object], run: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str,
+    model: dict[str, object],
+    run: dict[str, object],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(FAMILIES, "gpt2", GPT2)
     source = save_model(tmp_path / "model", family, **model)  # type: ignore[arg-type]
@@ -50,7 +72,9 @@ def test_planned_bytes_are_the_sizes_of_the_files(
 
 
 @pytest.mark.parametrize("lm_head", [False, True])
-def test_blocks_behind_the_models_last_one_are_kept_by_plan_and_run_alike(lm_head: bool, tmp_path: Path) -> None:
+def test_blocks_behind_the_models_last_one_are_kept_by_plan_and_run_alike(
+    lm_head: bool, tmp_path: Path
+) -> None:
     model = save_model(tmp_path / "model", num_hidden_layers=3, tie_word_embeddings=False)
     declared = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(declared | {"num_hidden_layers": 2}))
@@ -85,23 +109,34 @@ def test_alike_layers_are_one_row_and_every_byte_is_in_a_row(tmp_path: Path) -> 
 def test_the_memory_estimate_is_the_sum_of_its_terms_as_documented(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", dtype=torch.bfloat16)
     plan = plan_run(model, config(nsamples=6, seqlen=64))
-    terms = {term.what: term.nbytes for term in estimate_memory(plan, config(nsamples=6, seqlen=64)).cpu}
+    terms = {
+        term.what: term.nbytes for term in estimate_memory(plan, config(nsamples=6, seqlen=64)).cpu
+    }
     tokens = 6 * 64
     block = 64 * (128 + 64 + 64) + 128 * 64 + 3 * 64 * 128
     assert terms["hidden states"] == tokens * 64 * 2
     assert terms["waiting batches"] == tokens * (2 * 64 + 128) * 2
     assert terms["block"] == block * 2
     assert terms["solver"] == 2 * 128**2 * 4 + 64 * 128 * (3 * 4 + 2 + 2 + 1) + 4 * 64 * 128 * 4
-    replayed = estimate_memory(plan, config(nsamples=6, seqlen=64, batch_size=2, true_sequential=False))
-    assert {t.what: t.nbytes for t in replayed.cpu}["waiting batches"] == 2 * 64 * (2 * 64 + 128) * 2
+    replayed = estimate_memory(
+        plan, config(nsamples=6, seqlen=64, batch_size=2, true_sequential=False)
+    )
+    assert {t.what: t.nbytes for t in replayed.cpu}["waiting batches"] == 2 * 64 * (
+        2 * 64 + 128
+    ) * 2
     assert total(replayed.accelerator) < total(replayed.cpu)
 
 
 def test_the_estimate_counts_windows_that_fit_the_model(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     plan = plan_run(model, config())
-    bounded, said = QuantizeConfig(bits=4, nsamples=2, batch_size=2), config(seqlen=128, nsamples=2, batch_size=2)
-    assert estimate_memory(plan, bounded).cpu == estimate_memory(plan, said).cpu  # the model has 128 positions
+    bounded, said = (
+        QuantizeConfig(bits=4, nsamples=2, batch_size=2),
+        config(seqlen=128, nsamples=2, batch_size=2),
+    )
+    assert (
+        estimate_memory(plan, bounded).cpu == estimate_memory(plan, said).cpu
+    )  # the model has 128 positions
     with pytest.raises(ConfigError) as caught:
         estimate_memory(plan, config(seqlen=129))
     assert caught.value.code == "E_CFG_SEQLEN"
@@ -131,6 +166,6 @@ def test_rows_of_one_kind_of_layer_stand_together(tmp_path: Path) -> None:
     plan = plan_run(model, config(dynamic={r"+:.*\.0\.mlp\.(down|up)_proj": {"bits": 8}}))
     names = [row.name for row in plan_rows(plan)[0]]
     assert len(names) > len(set(names))
-    assert [name for name, after in zip(names, [*names[1:], None], strict=True) if name != after] == list(
-        dict.fromkeys(names)
-    )
+    assert [
+        name for name, after in zip(names, [*names[1:], None], strict=True) if name != after
+    ] == list(dict.fromkeys(names))

@@ -30,7 +30,14 @@ FACTS = CardFacts(
     versions={"gptq_cli": "0.1.0", "torch": "2.13"},
     settings={"nsamples": 4, "seqlen": 64, "seed": 0},
     dataset="org/text",
-    worst=[{"name": "model.layers.0.q_proj", "bits": 4, "relative_error": 1e-3, "rtn_relative_error": 2e-3}],
+    worst=[
+        {
+            "name": "model.layers.0.q_proj",
+            "bits": 4,
+            "relative_error": 1e-3,
+            "rtn_relative_error": 2e-3,
+        }
+    ],
     n_layers=14,
     uncovered=2,
     readers=[("vllm", "yes", ""), ("transformers", "limited", "needs optimum")],
@@ -50,14 +57,22 @@ def tokens(markdown: str) -> list[Token]:
 
 
 def shown(value: str) -> str:
-    return "".join(letter if letter.isprintable() else "\ufffd" for letter in " ".join(value.split()))
+    return "".join(
+        letter if letter.isprintable() else "\ufffd" for letter in " ".join(value.split())
+    )
 
 
 @settings(deadline=None)
 @given(nasty)
 def test_text_is_shown_as_it_is_and_does_nothing(value: str) -> None:
     found = tokens(f"x {escaped(value)} x")
-    assert {token.type for token in found} <= {"paragraph_open", "paragraph_close", "inline", "text", "text_special"}
+    assert {token.type for token in found} <= {
+        "paragraph_open",
+        "paragraph_close",
+        "inline",
+        "text",
+        "text_special",
+    }
     text = "".join(token.content for token in found if token.type.startswith("text"))
     assert text.split() == f"x {shown(value)} x".split()
 
@@ -68,15 +83,24 @@ def test_a_code_span_in_a_table_holds_its_text_and_stays_in_its_cell(value: str)
     found = tokens(f"| a | b |\n|---|---|\n| {code(value)} | {escaped(value)} |\n")
     cells = [token.type for token in found].count("td_open")
     assert cells == 2
-    assert next(token.content for token in found if token.type == "code_inline").strip() == shown(value)
-    assert not {"html_inline", "html_block", "link_open", "image", "em_open"} & {token.type for token in found}
+    assert next(token.content for token in found if token.type == "code_inline").strip() == shown(
+        value
+    )
+    assert not {"html_inline", "html_block", "link_open", "image", "em_open"} & {
+        token.type for token in found
+    }
 
 
 @settings(deadline=None)
 @given(nasty)
 def test_a_block_is_not_ended_by_its_text(value: str) -> None:
     found = MARKDOWN.parse(f"{code_block(value, 'yaml')}\n\nafter")
-    assert [token.type for token in found] == ["fence", "paragraph_open", "inline", "paragraph_close"]
+    assert [token.type for token in found] == [
+        "fence",
+        "paragraph_open",
+        "inline",
+        "paragraph_close",
+    ]
     assert found[0].info == "yaml"
 
 
@@ -85,7 +109,9 @@ def test_a_block_is_not_ended_by_its_text(value: str) -> None:
 @example(*EVIL[:3])
 @example("--- \n--- ", "---", "...")
 @example("a\x85b", "a\x85b", "a\x85b")
-def test_names_change_neither_the_metadata_nor_the_shape_of_the_page(layer: str, dataset: str, licence: str) -> None:
+def test_names_change_neither_the_metadata_nor_the_shape_of_the_page(
+    layer: str, dataset: str, licence: str
+) -> None:
     plain = body(model_card(FACTS))
     facts = dataclasses.replace(
         FACTS,
@@ -104,7 +130,9 @@ def test_names_change_neither_the_metadata_nor_the_shape_of_the_page(layer: str,
     structure = [token.type for token in MARKDOWN.parse(body(card))]
     assert structure == [token.type for token in MARKDOWN.parse(plain)]
     inline = {token.type for token in tokens(body(card))}
-    assert not {"html_inline", "html_block", "link_open", "image", "em_open", "strong_open"} & inline
+    assert (
+        not {"html_inline", "html_block", "link_open", "image", "em_open", "strong_open"} & inline
+    )
 
 
 def test_the_page_tells_readers_experts_and_how_to_use_it() -> None:
@@ -113,7 +141,9 @@ def test_the_page_tells_readers_experts_and_how_to_use_it() -> None:
                   "Read by vllm.", "With limits by transformers: needs optimum.", "calibration token | 2 |",
                   "gptq quantize org/tiny --config gptq_config.yaml", "Of 14 quantized linears"):  # fmt: skip
         assert words in page
-    none = dataclasses.replace(FACTS, readers=[("vllm", "no", "why")], worst=[], settings={}, versions={}, uncovered=0)
+    none = dataclasses.replace(
+        FACTS, readers=[("vllm", "no", "why")], worst=[], settings={}, versions={}, uncovered=0
+    )
     page = body(model_card(none))
     assert "vllm serve" not in page
     assert "Not by vllm: why." in page

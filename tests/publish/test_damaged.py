@@ -38,27 +38,51 @@ DAMAGED = [
     (changed(lambda data: data.update(layers=[])), "layers: List should have at least 1"),
     (changed(lambda data: data.update(layers="x")), "layers: Input should be a valid list"),
     (changed(lambda data: data.update(layers=[[]])), "layers.0: Input should be"),
-    (changed(lambda data: data.update(bytes_after=0)), "bytes_after: Input should be greater than 0"),
-    (changed(lambda data: data.update(bytes_after=-5)), "bytes_after: Input should be greater than"),
+    (
+        changed(lambda data: data.update(bytes_after=0)),
+        "bytes_after: Input should be greater than 0",
+    ),
+    (
+        changed(lambda data: data.update(bytes_after=-5)),
+        "bytes_after: Input should be greater than",
+    ),
     (changed(lambda data: data.update(bytes_before=10**400)), "bytes_before: "),
     (changed(lambda data: data.update(seconds=float("nan"))), "seconds: "),
     (changed(lambda data: data.update(name=7)), "name: Input should be a valid string"),
-    (changed(first_layer(relative_error="x")), "layers.0.relative_error: Input should be a valid number"),
-    (changed(first_layer(relative_error=True)), "layers.0.relative_error: Input should be a valid number"),
+    (
+        changed(first_layer(relative_error="x")),
+        "layers.0.relative_error: Input should be a valid number",
+    ),
+    (
+        changed(first_layer(relative_error=True)),
+        "layers.0.relative_error: Input should be a valid number",
+    ),
     (changed(first_layer(block=None)), "layers.0.block: Input should be a valid integer"),
     (changed(first_layer(block=10**12)), "layers.0.block: Input should be less than"),
-    (changed(lambda data: data["experts"][0].update(tokens=[])), "experts.0.tokens: List should have at least 1"),
-    (changed(lambda data: data.update(experts=[{"name": "x", "tokens": [0] * 2000}] * 501)), "are too many"),
+    (
+        changed(lambda data: data["experts"][0].update(tokens=[])),
+        "experts.0.tokens: List should have at least 1",
+    ),
+    (
+        changed(lambda data: data.update(experts=[{"name": "x", "tokens": [0] * 2000}] * 501)),
+        "are too many",
+    ),
     (changed(lambda data: data.update(blocks=[{}])), "blocks.0.index: Field required, and 3 more"),
     (
-        changed(lambda data: data.update(layers=[{**data["layers"][0], "name": f"a.0.b{i}x"} for i in range(300)])),
+        changed(
+            lambda data: data.update(
+                layers=[{**data["layers"][0], "name": f"a.0.b{i}x"} for i in range(300)]
+            )
+        ),
         "300 kinds of layers in 1 blocks are too many to be drawn",
     ),
 ]
 
 
 @pytest.mark.parametrize(("content", "says"), DAMAGED)
-def test_a_damaged_report_is_refused_with_the_place(content: str, says: str, tmp_path: Path) -> None:
+def test_a_damaged_report_is_refused_with_the_place(
+    content: str, says: str, tmp_path: Path
+) -> None:
     (tmp_path / "gptq_report.json").write_text(content)
     found = CliRunner().invoke(app, ["report", str(tmp_path)])
     assert (found.exit_code, found.stdout) == (3, "")
@@ -79,7 +103,9 @@ def test_a_damaged_report_is_refused_with_the_place(content: str, says: str, tmp
         ({"seqlen": 10**400}, "seqlen: "),
     ],
 )
-def test_a_damaged_evaluation_is_refused_with_the_place(change: Data, says: str, tmp_path: Path) -> None:
+def test_a_damaged_evaluation_is_refused_with_the_place(
+    change: Data, says: str, tmp_path: Path
+) -> None:
     (tmp_path / "gptq_report.json").write_text(json.dumps(REPORT))
     (tmp_path / "ppl.json").write_text(json.dumps(EVALUATION | change))
     with pytest.raises(InputError, match="not the result of an evaluation") as caught:
@@ -89,7 +115,14 @@ def test_a_damaged_evaluation_is_refused_with_the_place(change: Data, says: str,
 
 
 @pytest.mark.parametrize(
-    "name", ["$\\frac{q$", "$x$ {{7*7}} {% raw %}", "a" * 5000, "\u202e\x1b[31m", "<script>alert(1)</script>\"'>"]
+    "name",
+    [
+        "$\\frac{q$",
+        "$x$ {{7*7}} {% raw %}",
+        "a" * 5000,
+        "\u202e\x1b[31m",
+        "<script>alert(1)</script>\"'>",
+    ],
 )
 def test_names_are_shown_and_neither_set_as_formulas_nor_run(name: str, tmp_path: Path) -> None:
     data = deepcopy(REPORT)
@@ -113,7 +146,9 @@ def test_numbers_that_no_scale_holds_are_left_white(tmp_path: Path) -> None:
         assert write_page(tmp_path, tmp_path / "page.html").stat().st_size > 1000
 
 
-def test_a_report_that_may_not_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_report_that_may_not_be_read_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "gptq_report.json").write_text(json.dumps(REPORT))
 
     def refuse(path: Path) -> bytes:

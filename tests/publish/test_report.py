@@ -60,11 +60,17 @@ def test_the_page_shows_layers_errors_blocks_and_the_command(finished: Path) -> 
     worst = sorted(run["layers"], key=lambda layer: -layer["relative_error"])[:10]
     shown = re.findall(r"<tr><td>(model[^<]*)</td><td>4</td><td>([^<]*)</td>", page)
     assert shown == [(layer["name"], f"{layer['relative_error']:.2e}") for layer in worst]
-    for words in ("Tiny-GPTQ-Int4-g32", "gptq quantize model -b 4 --report", f"{run['tokens']} tokens of calibration"):
+    for words in (
+        "Tiny-GPTQ-Int4-g32",
+        "gptq quantize model -b 4 --report",
+        f"{run['tokens']} tokens of calibration",
+    ):
         assert words in page
     assert len(run["blocks"]) == 3
     assert page.count("<svg") == 2
-    first = next(layer for layer in run["layers"] if layer["name"] == "model.layers.0.self_attn.q_proj")
+    first = next(
+        layer for layer in run["layers"] if layer["name"] == "model.layers.0.self_attn.q_proj"
+    )
     ratio = first["relative_error"] / first["rtn_relative_error"]
     numbers = re.findall(r"<text[^>]*>\s*([^<]*?)\s*</text>", page)
     assert {f"{first['relative_error']:.1e}", f"{ratio:.2f}"} <= set(numbers)
@@ -75,7 +81,10 @@ def test_the_page_needs_nothing_else_and_runs_nothing(finished: Path) -> None:
     found = Tags(page).found
     assert not {"script", "link", "img", "iframe", "object"} & {tag for tag, _ in found}
     addresses = [
-        value for _, attributes in found for key, value in attributes.items() if key in ("href", "src", "xlink:href")
+        value
+        for _, attributes in found
+        for key, value in attributes.items()
+        if key in ("href", "src", "xlink:href")
     ]
     assert all((value or "").startswith(("#", "data:image/png;base64,")) for value in addresses)
     assert not re.findall(r"url\((?!#)", page)
@@ -87,7 +96,12 @@ def test_the_page_needs_nothing_else_and_runs_nothing(finished: Path) -> None:
 
 def test_names_are_text_and_never_markup(finished: Path) -> None:
     evil = "<script>alert(1)</script>"
-    run = data_of(finished) | {"name": evil, "command": f"gptq '{evil}' & more", "model": evil, "evaluation": None}
+    run = data_of(finished) | {
+        "name": evil,
+        "command": f"gptq '{evil}' & more",
+        "model": evil,
+        "evaluation": None,
+    }
     run["layers"][0]["name"] = f"model.layers.0.{evil}"
     page = render(run)
     assert "<script" not in page
@@ -97,24 +111,42 @@ def test_names_are_text_and_never_markup(finished: Path) -> None:
 
 def test_grids_have_a_row_a_block_and_join_experts() -> None:
     layers = [
-        {"name": f"model.layers.{block}.mlp.experts.{expert}.up_proj", "block": block, "relative_error": error}
+        {
+            "name": f"model.layers.{block}.mlp.experts.{expert}.up_proj",
+            "block": block,
+            "relative_error": error,
+        }
         for block, expert, error in ((0, 0, 0.1), (0, 1, 0.3), (1, 0, 0.2))
     ]
     layers = [layer | {"rtn_relative_error": 0.5} for layer in layers]
-    layers.append({"name": "lm_head", "block": 2, "relative_error": None, "rtn_relative_error": 0.0})
+    layers.append(
+        {"name": "lm_head", "block": 2, "relative_error": None, "rtn_relative_error": 0.0}
+    )
     found = grids(layers)
     assert found.blocks == (0, 1, 2)
     assert found.linears == ("mlp.experts.up_proj", "lm_head")
     assert found.error == ((pytest.approx(0.2), None), (0.2, None), (None, None))
-    assert found.against_rtn == ((pytest.approx(0.4), None), (pytest.approx(0.4), None), (None, None))
+    assert found.against_rtn == (
+        (pytest.approx(0.4), None),
+        (pytest.approx(0.4), None),
+        (None, None),
+    )
 
 
 def test_a_perplexity_is_shown_if_it_is_known(finished: Path, tmp_path: Path) -> None:
     measured = {"perplexity": 12.3456, "baseline_perplexity": 11.5, "kl": 0.0123, "top1_agreement": 0.987,
                 "dataset": "wikitext2", "windows": 3, "seqlen": 64, "dtype": "float32"}  # fmt: skip
     (tmp_path / "ppl.json").write_text(json.dumps(measured))
-    page = write_page(finished, tmp_path / "page.html", evaluation=tmp_path / "ppl.json", png=tmp_path / "map.png")
-    for words in ("12.3456", "11.5000 before", "KL 0.0123", "98.70 %", "wikitext2, 3 windows of 64 tokens, float32"):
+    page = write_page(
+        finished, tmp_path / "page.html", evaluation=tmp_path / "ppl.json", png=tmp_path / "map.png"
+    )
+    for words in (
+        "12.3456",
+        "11.5000 before",
+        "KL 0.0123",
+        "98.70 %",
+        "wikitext2, 3 windows of 64 tokens, float32",
+    ):
         assert words in page.read_text()
     assert "Perplexity" not in (finished / "gptq_report.html").read_text()
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
@@ -122,7 +154,10 @@ def test_a_perplexity_is_shown_if_it_is_known(finished: Path, tmp_path: Path) ->
 
 def experts(tokens: list[list[int]]) -> list[dict[str, Any]]:
     """What `quantize --json` says of mixtures, as far as the page reads it."""
-    return [{"name": f"model.layers.{2 * i + 1}.mlp.experts", "tokens": row} for i, row in enumerate(tokens)]
+    return [
+        {"name": f"model.layers.{2 * i + 1}.mlp.experts", "tokens": row}
+        for i, row in enumerate(tokens)
+    ]
 
 
 def test_tokens_of_experts_are_counted_layer_by_layer_the_worst_first() -> None:
@@ -144,7 +179,9 @@ def test_the_page_maps_tokens_of_experts_and_marks_those_without(finished: Path)
     assert "6 experts, 0 tokens or more, median 6;" in page
     assert "1 without a token</strong>, red in the map and rounded to nearest" in page
     assert page.count(f"fill: {NEVER}") == 1  # one red cell
-    assert re.search(r"<tr><td>model\.layers\.3\.mlp\.experts</td><td>0</td><td>1</td><td>8</td><td>1</td>", page)
+    assert re.search(
+        r"<tr><td>model\.layers\.3\.mlp\.experts</td><td>0</td><td>1</td><td>8</td><td>1</td>", page
+    )
     labels = re.findall(r"<text[^>]*>\s*([^<]*?)\s*</text>", page)
     assert {"expert", "tokens", "3"} <= set(labels)
     covered = render(run | {"experts": experts([[5, 7], [1, 2, 8]])})
@@ -162,11 +199,15 @@ def test_the_same_run_gives_the_same_page(finished: Path, tmp_path: Path) -> Non
 
 def test_a_run_of_many_blocks_is_drawn_without_numbers(finished: Path) -> None:
     run = data_of(finished) | {"evaluation": None}
-    run["layers"] = [dict(layer, block=layer["block"] + 3 * i) for i in range(20) for layer in run["layers"]]
+    run["layers"] = [
+        dict(layer, block=layer["block"] + 3 * i) for i in range(20) for layer in run["layers"]
+    ]
     assert not re.search(r">\s*\d\.\de-\d\d\s*</text>", render(run))
 
 
-def test_what_is_no_report_is_refused(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_report_is_refused(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(InputError, match=r"holds no gptq_report\.json") as absent:
         write_page(tmp_path, tmp_path / "x.html")
     assert (absent.value.code, absent.value.exit_code) == ("E_REPORT", 3)
@@ -176,15 +217,25 @@ def test_what_is_no_report_is_refused(finished: Path, tmp_path: Path, monkeypatc
         write_page(tmp_path, tmp_path / "x.html")
     whole = {"perplexity": 2.5, "dataset": "c4", "windows": 3, "seqlen": 64, "dtype": "float32"}
     write_page(finished, tmp_path / "fine.html", evaluation=stored(tmp_path / "e.json", whole))
-    for content in ({}, [], whole | {"windows": None}, whole | {"dataset": 1}, whole | {"baseline_perplexity": 2.0}):
+    for content in (
+        {},
+        [],
+        whole | {"windows": None},
+        whole | {"dataset": 1},
+        whole | {"baseline_perplexity": 2.0},
+    ):
         with pytest.raises(InputError, match="not the result of an evaluation") as wrong:
-            write_page(finished, tmp_path / "x.html", evaluation=stored(tmp_path / "e.json", content))
+            write_page(
+                finished, tmp_path / "x.html", evaluation=stored(tmp_path / "e.json", content)
+            )
     assert "gptq eval-ppl" in (wrong.value.hint or "")
     with pytest.raises(InputError, match=r"there is no file `none\.json`") as nothing:
         write_page(finished, tmp_path / "x.html", evaluation=Path("none.json"))
     assert (nothing.value.code, nothing.value.hint) == ("E_REPORT", wrong.value.hint)
     assert not (tmp_path / "x.html").exists()
-    monkeypatch.setattr("gptq_cli.publish.report.find_spec", lambda name: None if name == "matplotlib" else name)
+    monkeypatch.setattr(
+        "gptq_cli.publish.report.find_spec", lambda name: None if name == "matplotlib" else name
+    )
     with pytest.raises(InputError, match="reports need matplotlib") as missing:
         check_report()
     assert "gptq_cli[report]" in (missing.value.hint or "")
@@ -202,7 +253,9 @@ def test_blocks_are_logged_and_passed_on() -> None:
 
 @pytest.mark.parametrize("option", ["--output", "--png"])
 @pytest.mark.parametrize("name", ["thesis.html", "model.safetensors", "folder"])
-def test_a_file_that_is_no_page_of_gptq_stays(option: str, name: str, finished: Path, tmp_path: Path) -> None:
+def test_a_file_that_is_no_page_of_gptq_stays(
+    option: str, name: str, finished: Path, tmp_path: Path
+) -> None:
     place = tmp_path / name
     if name == "folder":
         place.mkdir()
@@ -218,7 +271,9 @@ def test_a_file_that_is_no_page_of_gptq_stays(option: str, name: str, finished: 
     ]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 6
-    reason = "exists and is not a file" if name == "folder" else "exists, and gptq has not written it"
+    reason = (
+        "exists and is not a file" if name == "folder" else "exists, and gptq has not written it"
+    )
     assert result.stderr.startswith(f"error[E_OUT_FOREIGN]: `{place}` {reason}\n")
     assert "hint: choose another name" in result.stderr
     assert sorted(tmp_path.iterdir()) == before
@@ -239,7 +294,9 @@ def test_pages_and_pictures_of_gptq_are_written_again(finished: Path, tmp_path: 
     assert swapped.exit_code == 6  # a picture is no page
 
 
-def test_a_report_that_was_killed_is_finished_by_the_same_call(finished: Path, tmp_path: Path) -> None:
+def test_a_report_that_was_killed_is_finished_by_the_same_call(
+    finished: Path, tmp_path: Path
+) -> None:
     operations = CountingDisk()
     with using(operations):
         write_page(finished, tmp_path / "page.html", png=tmp_path / "heat.png")

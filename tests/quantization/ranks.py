@@ -30,7 +30,13 @@ RUNS, ROWS = "forwards", "weights times columns"
 
 
 def team(
-    size: int, model: Path, output: Path, settings: QuantizeConfig, *, dies: int | None = None, when: str = ""
+    size: int,
+    model: Path,
+    output: Path,
+    settings: QuantizeConfig,
+    *,
+    dies: int | None = None,
+    when: str = "",
 ) -> tuple[list[Counter[str]], list[str | None], list[int | None]]:
     """What each of `size` processes has done and what it said at its end, if anything, and their exit codes.
 
@@ -40,7 +46,10 @@ def team(
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     answers = CHILDREN.SimpleQueue()
     arguments = (model, output, settings, dies, when, answers)
-    processes = [CHILDREN.Process(target=member, args=(rank, size, store.port, *arguments)) for rank in range(size)]
+    processes = [
+        CHILDREN.Process(target=member, args=(rank, size, store.port, *arguments))
+        for rank in range(size)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -57,7 +66,13 @@ def member(
     rank: int, size: int, port: int, model: Path, output: Path, settings: QuantizeConfig, dies: int | None, when: str,
     answers: Any,
 ) -> None:  # fmt: skip
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
+    place = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": size,
+        "LOCAL_WORLD_SIZE": size,
+        "MASTER_PORT": port,
+    }
     os.environ |= {name: str(value) for name, value in place.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     done = _counted()
@@ -65,7 +80,9 @@ def member(
         _doom(when)
     try:
         with torchrun.joined("cpu", [], lambda _: os._exit(9)) as place:
-            prepared = prepare_run(str(model), output, settings, RunOptions(), writes=place.team.is_leader)
+            prepared = prepare_run(
+                str(model), output, settings, RunOptions(), writes=place.team.is_leader
+            )
             run.carry_out(prepared, _doomed_report, place)
         answers.put((rank, done, None))
     except GptqError as error:
@@ -83,7 +100,9 @@ def _counted() -> Counter[str]:
         done[RUNS] += 1
         return run(self, batch, hidden)
 
-    def counted_solve(weights: Sequence[Any], hessian: Any, prepared: HessianFactor, config: Any) -> Any:
+    def counted_solve(
+        weights: Sequence[Any], hessian: Any, prepared: HessianFactor, config: Any
+    ) -> Any:
         done[ROWS] += sum(weight.numel() * weight.shape[1] for weight in weights)
         return solve(weights, hessian, prepared, config)
 

@@ -21,7 +21,14 @@ from gptq_cli.checkpoint.writer import copy_side_files
 from gptq_cli.errors import InputError
 from gptq_cli.evaluation.perplexity import evaluate_perplexity
 from gptq_cli.evaluation.request import EvalRequest
-from gptq_cli.events import BlockFinished, BlockStarted, Event, LayerSolved, LayerStarted, PhaseStarted
+from gptq_cli.events import (
+    BlockFinished,
+    BlockStarted,
+    Event,
+    LayerSolved,
+    LayerStarted,
+    PhaseStarted,
+)
 from gptq_cli.inspection import compare, convert, layer_statistics
 from gptq_cli.inspection.compare import compare_checkpoints
 from gptq_cli.inspection.convert import convert_checkpoint, dequantize_checkpoint
@@ -75,8 +82,12 @@ CHANGES = {
 }
 MOMENTS: dict[str, Callable[[Event], bool]] = {
     "a block is finished": lambda event: isinstance(event, BlockFinished) and event.index == 0,
-    "the last block is at work": lambda event: isinstance(event, LayerSolved) and event.report.block == 1,
-    "everything is copied": lambda event: isinstance(event, PhaseStarted) and event.name == "verify",
+    "the last block is at work": lambda event: (
+        isinstance(event, LayerSolved) and event.report.block == 1
+    ),
+    "everything is copied": lambda event: (
+        isinstance(event, PhaseStarted) and event.name == "verify"
+    ),
 }
 
 
@@ -101,7 +112,10 @@ def when(moment: Callable[[Event], bool], change: Change, file: Path) -> Callabl
 def check(error: InputError, file: Path, how: str) -> None:
     assert (error.code, error.exit_code) == ("E_SOURCE_CHANGED", 3)
     assert str(error) == f"`{file}` has changed while it was read: it {how}"
-    assert error.hint == "let nothing write to the model while it is read, then run the same command again"
+    assert (
+        error.hint
+        == "let nothing write to the model while it is read, then run the same command again"
+    )
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, "tokenizer.json", "config.json"])
@@ -118,18 +132,24 @@ def test_a_file_that_changes_is_named_and_nothing_published(
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_no_block_of_a_changed_model_counts_as_finished(moment: str, own: Case, tmp_path: Path) -> None:
+def test_no_block_of_a_changed_model_counts_as_finished(
+    moment: str, own: Case, tmp_path: Path
+) -> None:
     file = own.model / WEIGHTS
     whole = file.read_bytes()
     with pytest.raises(InputError, match="was written again"):
         own.run(tmp_path / "out", report=when(MOMENTS[moment], in_place, file))
     file.write_bytes(whole)
-    assert own.run(tmp_path / "out").resumed_blocks == (3 if moment == "everything is copied" else 1)
+    assert own.run(tmp_path / "out").resumed_blocks == (
+        3 if moment == "everything is copied" else 1
+    )
     assert digest(tmp_path / "out") == own.tree
     assert not (tmp_path / WORK).exists()
 
 
-def test_a_model_that_changes_while_it_is_hashed_is_refused(own: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_changes_while_it_is_hashed_is_refused(
+    own: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = open_checkpoint(own.model)
     hashes = identity.file_hashes
 
@@ -147,7 +167,9 @@ def test_a_side_file_is_copied_only_with_the_bytes_known_of_it(own: Case, tmp_pa
     source = open_checkpoint(own.model)
     hashes = identify(source, None, config(), CPU, "a")["source"]["files"]
     copy_side_files(source, tmp_path / "copy", without=(), hashes=hashes)
-    assert (tmp_path / "copy" / "tokenizer.json").read_bytes() == (own.model / "tokenizer.json").read_bytes()
+    assert (tmp_path / "copy" / "tokenizer.json").read_bytes() == (
+        own.model / "tokenizer.json"
+    ).read_bytes()
     in_place_with_its_old_time(own.model / "tokenizer.json")
     with pytest.raises(InputError) as caught:
         copy_side_files(source, tmp_path / "other", without=(), hashes=hashes)
@@ -159,7 +181,10 @@ def test_a_file_that_appears_is_no_part_of_the_model(own: Case, tmp_path: Path) 
     def appear(file: Path) -> None:
         file.write_text("{}")
 
-    own.run(tmp_path / "out", report=when(MOMENTS["a block is finished"], appear, own.model / "added.json"))
+    own.run(
+        tmp_path / "out",
+        report=when(MOMENTS["a block is finished"], appear, own.model / "added.json"),
+    )
     assert digest(tmp_path / "out") == own.tree
 
 
@@ -179,8 +204,14 @@ def test_rewriting_a_checkpoint_that_changes_is_refused(
 
     if late:  # all tensors are written
         monkeypatch.setattr(convert, "write_json", write_late)
-    report = when(lambda event: isinstance(event, LayerStarted) and not late, in_place_with_its_old_time, file)
-    call = dequantize_checkpoint if command == "dequantize" else partial(convert_checkpoint, to="gptq_v2")
+    report = when(
+        lambda event: isinstance(event, LayerStarted) and not late, in_place_with_its_old_time, file
+    )
+    call = (
+        dequantize_checkpoint
+        if command == "dequantize"
+        else partial(convert_checkpoint, to="gptq_v2")
+    )
     with pytest.raises(InputError) as caught:
         call(str(tmp_path / "quantized"), tmp_path / "out", report=report)
     check(caught.value, file, "was written again")
@@ -189,7 +220,9 @@ def test_rewriting_a_checkpoint_that_changes_is_refused(
 
 @pytest.mark.parametrize("changing", ["model", "baseline"])
 def test_no_perplexity_is_told_of_a_model_that_changes(changing: str, tmp_path: Path) -> None:
-    models = {name: save_model(tmp_path / name, num_hidden_layers=2) for name in ("model", "baseline")}
+    models = {
+        name: save_model(tmp_path / name, num_hidden_layers=2) for name in ("model", "baseline")
+    }
     first = "model.layers.1"
     seen: list[str] = []
 
@@ -198,10 +231,14 @@ def test_no_perplexity_is_told_of_a_model_that_changes(changing: str, tmp_path: 
             seen.append(event.name)
         return len(seen) == 1 + (changing == "baseline")
 
-    request = EvalRequest(dataset=texts(), seqlen=32, max_windows=2, device="cpu", baseline=str(models["baseline"]))
+    request = EvalRequest(
+        dataset=texts(), seqlen=32, max_windows=2, device="cpu", baseline=str(models["baseline"])
+    )
     file = models[changing] / WEIGHTS
     with pytest.raises(InputError) as caught:
-        evaluate_perplexity(str(models["model"]), request, when(moment, in_place_with_its_old_time, file))
+        evaluate_perplexity(
+            str(models["model"]), request, when(moment, in_place_with_its_old_time, file)
+        )
     check(caught.value, file, "was written again")
 
 
@@ -209,7 +246,10 @@ def test_no_perplexity_is_told_of_a_model_that_changes(changing: str, tmp_path: 
 def test_checkpoints_that_change_are_not_compared(
     changing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    models = {name: save_model(tmp_path / name, num_hidden_layers=2, seed=seed) for seed, name in enumerate("ab")}
+    models = {
+        name: save_model(tmp_path / name, num_hidden_layers=2, seed=seed)
+        for seed, name in enumerate("ab")
+    }
     difference = compare._difference
 
     def late(name: str, a: torch.Tensor, b: torch.Tensor) -> object:
@@ -234,7 +274,9 @@ def test_a_shard_that_is_replaced_is_found_at_the_next_block(tmp_path: Path) -> 
     started: list[int] = []
 
     def replace_it(file: Path) -> None:
-        save_file({name: tensor * 2 for name, tensor in load_file(file).items()}, file.with_name("new"))
+        save_file(
+            {name: tensor * 2 for name, tensor in load_file(file).items()}, file.with_name("new")
+        )
         file.with_name("new").rename(file)
 
     change = when(MOMENTS["a block is finished"], replace_it, file)
@@ -255,7 +297,9 @@ def test_nothing_is_told_of_a_checkpoint_that_changes(
 ) -> None:
     own.run(tmp_path / "quantized")
     file = tmp_path / "quantized" / "config.json"
-    module, called = (verify, "check_manifest") if command == "verify" else (layer_statistics, "_view")
+    module, called = (
+        (verify, "check_manifest") if command == "verify" else (layer_statistics, "_view")
+    )
     usual = getattr(module, called)
 
     def late(*arguments: object, **manner: object) -> object:

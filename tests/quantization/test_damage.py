@@ -72,7 +72,9 @@ def test_a_flipped_bit_is_never_taken_for_finished_work(
 ) -> None:
     directory = copy_of(unfinished, tmp_path / "work")
     flip(
-        shard_of(directory, "model.layers.0.mlp.down_proj.scales")[0] if name == "shard" else directory / WORK / name,
+        shard_of(directory, "model.layers.0.mlp.down_proj.scales")[0]
+        if name == "shard"
+        else directory / WORK / name,
         where,
     )
     assert resumed(case, directory)[1] == case.tree
@@ -93,10 +95,14 @@ def test_damage_is_said_and_costs_what_depends_on_it(
     directory = copy_of(unfinished, tmp_path / "work")
     flip(directory / WORK / name, where)
     events, tree = resumed(case, directory)
-    warned = [event for event in events if isinstance(event, Warned) and event.code.startswith("W_RESUME")]
+    warned = [
+        event for event in events if isinstance(event, Warned) and event.code.startswith("W_RESUME")
+    ]
     assert [event.code for event in warned] == ["W_RESUME_DAMAGED"]
     assert words in warned[0].message
-    assert [event.index for event in events if isinstance(event, Resumed)] == ([first] if first else [])
+    assert [event.index for event in events if isinstance(event, Resumed)] == (
+        [first] if first else []
+    )
     assert tree == case.tree
 
 
@@ -107,13 +113,21 @@ def test_a_run_file_without_its_parts_is_damaged(
     directory = copy_of(unfinished, tmp_path / "work")
     file = directory / WORK / "run.json"
     run = json.loads(file.read_bytes())
-    file.write_text(json.dumps(sealed({key: value for key, value in run.items() if key not in missing})))
+    file.write_text(
+        json.dumps(sealed({key: value for key, value in run.items() if key not in missing}))
+    )
     events, tree = resumed(case, directory)
-    warned = [event.code for event in events if isinstance(event, Warned) and event.code.startswith("W_RESUME")]
+    warned = [
+        event.code
+        for event in events
+        if isinstance(event, Warned) and event.code.startswith("W_RESUME")
+    ]
     assert (warned, tree) == (["W_RESUME_DAMAGED"], case.tree)
 
 
-def test_a_run_file_that_names_no_model_is_another_run(case: Case, unfinished: Path, tmp_path: Path) -> None:
+def test_a_run_file_that_names_no_model_is_another_run(
+    case: Case, unfinished: Path, tmp_path: Path
+) -> None:
     directory = copy_of(unfinished, tmp_path / "work")
     file = directory / WORK / "run.json"
     run = json.loads(file.read_bytes())
@@ -127,14 +141,22 @@ def test_a_run_file_that_names_no_model_is_another_run(case: Case, unfinished: P
         assert (caught.value.code, caught.value.exit_code) == ("E_RESUME_MISMATCH", 6)
 
 
-def test_a_damaged_tensor_costs_its_block_and_those_after_it(case: Case, unfinished: Path, tmp_path: Path) -> None:
+def test_a_damaged_tensor_costs_its_block_and_those_after_it(
+    case: Case, unfinished: Path, tmp_path: Path
+) -> None:
     for block in (0, 1):
         directory = copy_of(unfinished, tmp_path / str(block))
         flip_tensor(directory, f"model.layers.{block}.mlp.down_proj.scales")
         events, tree = resumed(case, directory)
-        warned = [event.message for event in events if isinstance(event, Warned) and event.code == "W_RESUME_DAMAGED"]
+        warned = [
+            event.message
+            for event in events
+            if isinstance(event, Warned) and event.code == "W_RESUME_DAMAGED"
+        ]
         assert f"block {block} is not as it was written" in warned[0]
-        assert [event.index for event in events if isinstance(event, Resumed)] == ([1] if block else [])
+        assert [event.index for event in events if isinstance(event, Resumed)] == (
+            [1] if block else []
+        )
         assert tree == case.tree
 
 
@@ -143,7 +165,9 @@ def test_a_journal_cut_anywhere_is_read_as_far_as_it_goes(unfinished: Path, tmp_
     seed = json.loads((unfinished / WORK / "run.json").read_bytes())
     assert content.count(b"\n") == 2
     first_line = content.index(b"\n") + 1
-    for length in sorted({*range(0, len(content), 7), *range(first_line - 3, first_line + 3), len(content)}):
+    for length in sorted(
+        {*range(0, len(content), 7), *range(first_line - 3, first_line + 3), len(content)}
+    ):
         (tmp_path / "journal").write_bytes(content[:length])
         journal = Journal(tmp_path / "journal", digest_of(seed["identity"]))
         expected = (length >= first_line) + (length == len(content))
@@ -152,7 +176,9 @@ def test_a_journal_cut_anywhere_is_read_as_far_as_it_goes(unfinished: Path, tmp_
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.8, 0.99])
-def test_a_run_goes_on_from_a_journal_that_was_cut(share: float, case: Case, unfinished: Path, tmp_path: Path) -> None:
+def test_a_run_goes_on_from_a_journal_that_was_cut(
+    share: float, case: Case, unfinished: Path, tmp_path: Path
+) -> None:
     directory = copy_of(unfinished, tmp_path / "work")
     journal = directory / WORK / "journal.jsonl"
     journal.write_bytes(journal.read_bytes()[: int(share * journal.stat().st_size)])
@@ -162,14 +188,20 @@ def test_a_run_goes_on_from_a_journal_that_was_cut(share: float, case: Case, unf
 def test_lines_of_a_journal_cannot_change_places_or_runs(unfinished: Path, tmp_path: Path) -> None:
     lines = (unfinished / WORK / "journal.jsonl").read_bytes().splitlines(keepends=True)
     seed = digest_of(json.loads((unfinished / WORK / "run.json").read_bytes())["identity"])
-    for content, given, count in ((lines[1:] + lines[:1], seed, 0), (lines[:1] * 2, seed, 1), (lines, "other", 0)):
+    for content, given, count in (
+        (lines[1:] + lines[:1], seed, 0),
+        (lines[:1] * 2, seed, 1),
+        (lines, "other", 0),
+    ):
         (tmp_path / "journal").write_bytes(b"".join(content))
         assert len(Journal(tmp_path / "journal", given).entries) == count
     (tmp_path / "journal").write_bytes(b'["no", "object"]\n')
     assert Journal(tmp_path / "journal", seed).entries == []
 
 
-def test_what_the_disk_gives_back_otherwise_than_it_was_written_is_not_published(case: Case, tmp_path: Path) -> None:
+def test_what_the_disk_gives_back_otherwise_than_it_was_written_is_not_published(
+    case: Case, tmp_path: Path
+) -> None:
     class Forgetful(CountingDisk):
         def write(self, descriptor: int, data: memoryview, offset: int) -> int:
             flipped = bytearray(data)
@@ -177,16 +209,23 @@ def test_what_the_disk_gives_back_otherwise_than_it_was_written_is_not_published
                 flipped[7] ^= 1
             return super().write(descriptor, memoryview(flipped), offset)
 
-    with using(Forgetful()), pytest.raises(GateError, match="reads back with other bytes") as caught:
+    with (
+        using(Forgetful()),
+        pytest.raises(GateError, match="reads back with other bytes") as caught,
+    ):
         case.run(tmp_path / "out")
     assert (caught.value.code, caught.value.exit_code) == ("E_VERIFY", 4)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_finished_output_that_was_damaged_is_not_taken_for_done(case: Case, tmp_path: Path) -> None:
+def test_a_finished_output_that_was_damaged_is_not_taken_for_done(
+    case: Case, tmp_path: Path
+) -> None:
     case.run(tmp_path / "out")
     flip(tmp_path / "out" / "config.json", 0.5)
-    with pytest.raises(ExistsError, match=r"is not what this run writes: config\.json is damaged") as caught:
+    with pytest.raises(
+        ExistsError, match=r"is not what this run writes: config\.json is damaged"
+    ) as caught:
         case.run(tmp_path / "out")
     assert (caught.value.code, caught.value.exit_code) == ("E_OUT_EXISTS", 6)
     assert not case.run(tmp_path / "out", overwrite=True).already_done
@@ -195,11 +234,17 @@ def test_a_finished_output_that_was_damaged_is_not_taken_for_done(case: Case, tm
         case.run(tmp_path / "out", bits=3)
 
 
-@pytest.mark.parametrize("name", ["adapter_config.json", "code.py", "chat_template.jinja", "pytorch_model.bin"])
-def test_a_finished_output_with_a_file_more_is_not_done(name: str, case: Case, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name", ["adapter_config.json", "code.py", "chat_template.jinja", "pytorch_model.bin"]
+)
+def test_a_finished_output_with_a_file_more_is_not_done(
+    name: str, case: Case, tmp_path: Path
+) -> None:
     case.run(tmp_path / "out")
     (tmp_path / "out" / name).write_text("{}")
-    with pytest.raises(ExistsError, match=f"is not what this run writes: {name} is not in the manifest") as caught:
+    with pytest.raises(
+        ExistsError, match=f"is not what this run writes: {name} is not in the manifest"
+    ) as caught:
         case.run(tmp_path / "out")
     assert (caught.value.code, caught.value.exit_code) == ("E_OUT_EXISTS", 6)
     assert (caught.value.hint or "").startswith("move what is not of the checkpoint out of it")
@@ -221,7 +266,9 @@ def change_hidden(directory: Path) -> None:
     content = path.read_bytes()
     middle = len(content) // 2
     path.write_bytes(
-        content[:middle] + bytes(byte ^ 64 for byte in content[middle : middle + 400]) + content[middle + 400 :]
+        content[:middle]
+        + bytes(byte ^ 64 for byte in content[middle : middle + 400])
+        + content[middle + 400 :]
     )
 
 

@@ -79,9 +79,9 @@ UNFIT = {
         "CUDA driver version is insufficient for CUDA runtime version",
     )
 } | {
-    RuntimeError("Triton Error [CUDA]: the provided PTX was compiled with an unsupported toolchain."): (
-        "Triton Error [CUDA]: the provided PTX was compiled with an unsupported toolchain"
-    ),
+    RuntimeError(
+        "Triton Error [CUDA]: the provided PTX was compiled with an unsupported toolchain."
+    ): ("Triton Error [CUDA]: the provided PTX was compiled with an unsupported toolchain"),
 }
 
 
@@ -101,7 +101,10 @@ def test_a_gpu_that_has_failed_is_said_with_its_reason(error: Exception) -> None
         raise error
     assert (caught.value.code, caught.value.exit_code) == ("E_GPU_LOST", 5)
     assert str(caught.value) == f"the GPU has failed: {LOST[error]}"
-    assert caught.value.hint == "look at `nvidia-smi`, and for Xid in `dmesg`, then run the same command again"
+    assert (
+        caught.value.hint
+        == "look at `nvidia-smi`, and for Xid in `dmesg`, then run the same command again"
+    )
 
 
 @pytest.mark.parametrize("error", UNFIT, ids=str)
@@ -113,7 +116,10 @@ def test_a_gpu_that_torch_was_not_built_for_is_an_input_error_with_the_build(
     with pytest.raises(InputError) as caught, device_errors():
         raise error
     assert (caught.value.code, caught.value.exit_code) == ("E_DEVICE", 3)
-    assert str(caught.value) == f"torch {torch.__version__} with CUDA 13.0 cannot run on this GPU: {UNFIT[error]}"
+    assert (
+        str(caught.value)
+        == f"torch {torch.__version__} with CUDA 13.0 cannot run on this GPU: {UNFIT[error]}"
+    )
     assert caught.value.hint == (
         "install a torch that was built for the GPU and its driver, which `gptq env` shows, or use --device cpu"
     )
@@ -127,7 +133,9 @@ def test_what_the_program_asked_wrongly_stays_a_bug(error: Exception) -> None:
 
 
 @pytest.mark.parametrize("error", [*EXHAUSTED, *LOST], ids=str)
-def test_between_processes_a_device_at_fault_is_not_taken_for_a_peer_that_is_gone(error: Exception) -> None:
+def test_between_processes_a_device_at_fault_is_not_taken_for_a_peer_that_is_gone(
+    error: Exception,
+) -> None:
     with pytest.raises(type(error)) as caught, _peers():
         raise error
     assert caught.value is error
@@ -149,7 +157,9 @@ def test_a_gpu_that_fails_in_the_middle_is_told_in_few_lines_and_the_next_call_g
         "",
         "hint: look at `nvidia-smi`, and for Xid in `dmesg`, then run the same command again",
     ]
-    assert not [event for event in events if isinstance(event, Warned) and event.code == "W_OOM_RETRY"]
+    assert not [
+        event for event in events if isinstance(event, Warned) and event.code == "W_OOM_RETRY"
+    ]
     assert case.run(tmp_path / "out").resumed_blocks == 1
     assert digest(tmp_path / "out") == case.tree
 

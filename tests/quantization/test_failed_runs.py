@@ -55,7 +55,9 @@ def test_work_of_a_run_that_failed_gives_way_to_other_settings(case: Case, tmp_p
 
 
 @pytest.mark.parametrize("command", ["convert", "dequantize"])
-def test_work_of_a_run_that_failed_gives_way_to_rewriting(command: str, case: Case, tmp_path: Path) -> None:
+def test_work_of_a_run_that_failed_gives_way_to_rewriting(
+    command: str, case: Case, tmp_path: Path
+) -> None:
     case.run(tmp_path / "quantized")
     fail(failing(case, tmp_path), tmp_path / "out")
     events: list[Event] = []
@@ -96,13 +98,18 @@ def test_no_hint_to_resume_what_this_place_cannot(
         (other.model / "tokenizer_config.json").write_text("{}")
     with pytest.raises(ExistsError) as caught:
         other.run(tmp_path / "out")
-    assert (caught.value.code, caught.value.hint) == ("E_RESUME_MISMATCH", "drop it: --resume never")
+    assert (caught.value.code, caught.value.hint) == (
+        "E_RESUME_MISMATCH",
+        "drop it: --resume never",
+    )
 
 
 def test_another_model_leaves_the_hint_to_resume(case: Case, tmp_path: Path) -> None:
     kill_after_block(case, tmp_path / "out", 0)
     second = Case(save_model(tmp_path / "second", seed=1, **SMALL), {}, [])
-    with pytest.raises(ExistsError, match=r"differs: source\.files\.model\.safetensors was") as caught:
+    with pytest.raises(
+        ExistsError, match=r"differs: source\.files\.model\.safetensors was"
+    ) as caught:
         second.run(tmp_path / "out")
     hint = f"go on with that one: gptq resume {tmp_path / WORK}, or drop it: --resume never"
     assert (caught.value.code, caught.value.hint) == ("E_RESUME_MISMATCH", hint)

@@ -30,7 +30,12 @@ from tests.families import save_model
 from tests.runs import calibration_ids, config, digest, reader
 
 BROKEN = "model.layers.1.self_attn.o_proj"
-PLAIN: dict[str, object] = {"preset": "gptq", "dynamic": {"-:.*v_proj": {}}, "batch_size": 4, "nsamples": 10}
+PLAIN: dict[str, object] = {
+    "preset": "gptq",
+    "dynamic": {"-:.*v_proj": {}},
+    "batch_size": 4,
+    "nsamples": 10,
+}
 PLAIN["dataset"] = [("a quick brown fox " * 60 + "~ ") * 20]
 
 
@@ -44,12 +49,17 @@ def changed(model: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
 def overflowing(model: Path) -> list[int]:
     """Lets the value projection of block 1 overflow on the rarest token of the text; the windows that have it."""
     ids = calibration_ids(model, config(**PLAIN))
-    where = {int(token): (ids == token).any(1).nonzero().flatten().tolist() for token in ids.unique()}
+    where = {
+        int(token): (ids == token).any(1).nonzero().flatten().tolist() for token in ids.unique()
+    }
     token = min(where, key=lambda token: len(where[token]))
     assert len(where[token]) < len(ids)
 
     def change(tensors: dict[str, Tensor]) -> None:
-        for name, tensor in tensors.items():  # the first channel is the token's own, all through the model
+        for (
+            name,
+            tensor,
+        ) in tensors.items():  # the first channel is the token's own, all through the model
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 tensor[0] = 0
         tensors["model.embed_tokens.weight"][:, 0] = 0
@@ -62,11 +72,15 @@ def overflowing(model: Path) -> list[int]:
 
 def run(model: Path, output: Path, **settings: object) -> tuple[QuantizeResult, list[Event]]:
     events: list[Event] = []
-    return quantize_checkpoint(str(model), output, config(**(PLAIN | settings)), report=events.append), events
+    return quantize_checkpoint(
+        str(model), output, config(**(PLAIN | settings)), report=events.append
+    ), events
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_the_first_window_with_infinite_activations_is_named(batch_size: int, tmp_path: Path) -> None:
+def test_the_first_window_with_infinite_activations_is_named(
+    batch_size: int, tmp_path: Path
+) -> None:
     model = save_model(tmp_path / "model")
     windows = overflowing(model)
     assert windows[0] >= batch_size  # not the first that is looked at
@@ -75,7 +89,10 @@ def test_the_first_window_with_infinite_activations_is_named(batch_size: int, tm
     first = windows[0] // batch_size * batch_size + 1
     last = min(first + batch_size - 1, 10)
     where = f"in window {first}" if batch_size == 1 else f"in one of the windows {first} to {last}"
-    assert str(caught.value) == f"layer `{BROKEN}` (block 1): its inputs hold NaN or infinity, first {where}"
+    assert (
+        str(caught.value)
+        == f"layer `{BROKEN}` (block 1): its inputs hold NaN or infinity, first {where}"
+    )
     assert (caught.value.code, caught.value.exit_code) == ("E_NUM_ACT", 4)
     assert "--on-numeric-fault rtn" in (caught.value.hint or "")
 
@@ -88,21 +105,34 @@ def test_a_layer_that_is_called_twice_a_batch_names_the_batch(tmp_path: Path) ->
     batches = [torch.zeros(n, 8, dtype=torch.long) for n in (4, 4, 4, 2)]
     stream = SimpleNamespace(device=torch.device("cpu"))
     run = SimpleNamespace(
-        stream=stream, config=config(), batches=batches, report=ignore, limits=Limits(config()), ranks=SINGLE_PROCESS
+        stream=stream,
+        config=config(),
+        batches=batches,
+        report=ignore,
+        limits=Limits(config()),
+        ranks=SINGLE_PROCESS,
     )
     alone = LayerSolver(cast(Run, run))
     with pytest.raises(GateError, match="first in one of the windows 9 to 12"):
         alone.solve([layer], {}, inputs)
 
 
-def test_layers_with_infinite_inputs_are_rounded_to_nearest_on_request_and_counted(tmp_path: Path) -> None:
+def test_layers_with_infinite_inputs_are_rounded_to_nearest_on_request_and_counted(
+    tmp_path: Path,
+) -> None:
     model = save_model(tmp_path / "model")
     overflowing(model)
     result, events = run(model, tmp_path / "out", on_numeric_fault="rtn")
     rounded = [layer.name for layer in result.layers if layer.fallback == "inputs"]
     assert rounded == [BROKEN]  # the norm after it makes its outputs finite again
-    warned = [event.message for event in events if isinstance(event, Warned) and event.code == "W_NUM_FALLBACK"]
-    assert [f"`{name}`" in text for name, text in zip(rounded, warned, strict=True)] == [True] * len(rounded)
+    warned = [
+        event.message
+        for event in events
+        if isinstance(event, Warned) and event.code == "W_NUM_FALLBACK"
+    ]
+    assert [f"`{name}`" in text for name, text in zip(rounded, warned, strict=True)] == [
+        True
+    ] * len(rounded)
     source = TensorReader(open_checkpoint(model))
     for name in rounded:
         nearest = round_to_nearest(source.read(f"{name}.weight"), config(**PLAIN).base)
@@ -136,31 +166,45 @@ def test_a_hessian_without_a_factor_stops_the_run_or_is_done_without(
 ) -> None:
     model = save_model(tmp_path / "model", hidden_size=64, intermediate_size=96)
     refusing(monkeypatch, 96)
-    with pytest.raises(GateError, match=r"`model\.layers\.0\.mlp\.down_proj` \(block 0\).*damp_percent 0\.4") as caught:
+    with pytest.raises(
+        GateError, match=r"`model\.layers\.0\.mlp\.down_proj` \(block 0\).*damp_percent 0\.4"
+    ) as caught:
         run(model, tmp_path / "out")
     assert (caught.value.code, caught.value.exit_code) == ("E_NUM_HESSIAN", 4)
     assert "--on-numeric-fault rtn" in (caught.value.hint or "")
     result, events = run(model, tmp_path / "out", on_numeric_fault="rtn")
     rounded = [layer.name for layer in result.layers if layer.fallback == "hessian"]
     assert rounded == [f"model.layers.{block}.mlp.down_proj" for block in range(3)]
-    warned = [event.code for event in events if isinstance(event, Warned) and event.code != "W_CFG_FUSED"]
+    warned = [
+        event.code for event in events if isinstance(event, Warned) and event.code != "W_CFG_FUSED"
+    ]
     assert warned == ["W_NUM_FALLBACK"] * 3
-    assert all(layer.relative_error < layer.rtn_relative_error for layer in result.layers if not layer.fallback)
+    assert all(
+        layer.relative_error < layer.rtn_relative_error
+        for layer in result.layers
+        if not layer.fallback
+    )
     assert result.to_json()["layers"][6]["fallback"] is None
 
 
-def test_more_fallbacks_than_allowed_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_fallbacks_than_allowed_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = save_model(tmp_path / "model", hidden_size=64, intermediate_size=96)
     refusing(monkeypatch, 96)
     with pytest.raises(GateError) as caught:
         run(model, tmp_path / "out", on_numeric_fault="rtn", max_fallbacks=1)
-    expected = (
-        "2 layers had to be rounded to nearest, the last `model.layers.1.mlp.down_proj`; --max-fallbacks allows 1"
+    expected = "2 layers had to be rounded to nearest, the last `model.layers.1.mlp.down_proj`; --max-fallbacks allows 1"
+    assert (caught.value.code, caught.value.exit_code, str(caught.value)) == (
+        "E_NUM_FALLBACKS",
+        4,
+        expected,
     )
-    assert (caught.value.code, caught.value.exit_code, str(caught.value)) == ("E_NUM_FALLBACKS", 4, expected)
     assert caught.value.hint == "use more or other calibration text, or allow more"
     assert not (tmp_path / "out").exists()
-    with pytest.raises(GateError, match=r"3 layers .* allows 2"):  # one of a finished block, two of this call
+    with pytest.raises(
+        GateError, match=r"3 layers .* allows 2"
+    ):  # one of a finished block, two of this call
         run(model, tmp_path / "out", on_numeric_fault="rtn", max_fallbacks=2)
     result, events = run(model, tmp_path / "out", on_numeric_fault="rtn", max_fallbacks=3)
     assert [event.index for event in events if isinstance(event, Resumed)] == [2]
@@ -174,7 +218,9 @@ def test_finished_work_with_fallbacks_does_not_pass_a_stricter_policy(
     refusing(monkeypatch, 96)
     with pytest.raises(GateError):
         run(model, tmp_path / "out", on_numeric_fault="rtn", max_fallbacks=1)
-    with pytest.raises(GateError, match=r"`model\.layers\.0\.mlp\.down_proj` was rounded .* is error now") as caught:
+    with pytest.raises(
+        GateError, match=r"`model\.layers\.0\.mlp\.down_proj` was rounded .* is error now"
+    ) as caught:
         run(model, tmp_path / "out")
     assert (caught.value.code, caught.value.hint) == (
         "E_NUM_FALLBACKS",
@@ -188,7 +234,11 @@ def test_finished_work_with_fallbacks_does_not_pass_a_stricter_policy(
 def test_fewer_tokens_than_inputs_are_told_once(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     _, events = run(model, tmp_path / "out", nsamples=3, seqlen=16, batch_size=1)
-    few = [event.message for event in events if isinstance(event, Warned) and event.code == "W_NUM_TOKENS"]
+    few = [
+        event.message
+        for event in events
+        if isinstance(event, Warned) and event.code == "W_NUM_TOKENS"
+    ]
     assert few == [
         "layer `model.layers.0.self_attn.q_proj` (block 0) saw 48 calibration tokens for 64 inputs; "
         "others may have as few"
@@ -197,8 +247,13 @@ def test_fewer_tokens_than_inputs_are_told_once(tmp_path: Path) -> None:
 
 def test_a_layer_that_is_solved_again_counts_once_as_rounded_to_nearest() -> None:
     limits = Limits(config(max_fallbacks=2))
-    solved = [LayerReport(f"layer {n}", 0, 4, 32, 0.1, 0.1, 0.01, 0, 0, 9, 1.0, "tokens") for n in range(3)]
+    solved = [
+        LayerReport(f"layer {n}", 0, 4, 32, 0.1, 0.1, 0.01, 0, 0, 9, 1.0, "tokens")
+        for n in range(3)
+    ]
     for layer in (0, 1, 0, 1):
         limits.check_fallbacks([solved[layer]])
-    with pytest.raises(GateError, match=r"3 layers had to be rounded to nearest, the last `layer 2`; .* allows 2"):
+    with pytest.raises(
+        GateError, match=r"3 layers had to be rounded to nearest, the last `layer 2`; .* allows 2"
+    ):
         limits.check_fallbacks([solved[2]])

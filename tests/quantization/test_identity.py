@@ -18,7 +18,10 @@ CPU = torch.device("cpu")
 
 
 def test_paths_are_no_part_of_it_and_every_byte_that_is_read_is(tmp_path: Path) -> None:
-    one, other = save_model(tmp_path / "a", max_shard_size="200KB"), save_model(tmp_path / "b", max_shard_size="200KB")
+    one, other = (
+        save_model(tmp_path / "a", max_shard_size="200KB"),
+        save_model(tmp_path / "b", max_shard_size="200KB"),
+    )
     known = identify(open_checkpoint(one), None, config(), CPU, "a")
     assert identify(open_checkpoint(other), None, config(), CPU, "a") == known
     assert str(tmp_path) not in str(known)
@@ -31,7 +34,9 @@ def test_paths_are_no_part_of_it_and_every_byte_that_is_read_is(tmp_path: Path) 
         last = bytes([whole[-1] ^ 1]) if path.suffix == ".safetensors" else whole[-1:] + b" "
         path.write_bytes(whole[:-1] + last)
         changed = identify(open_checkpoint(other), None, config(), CPU, "a")
-        assert [line.partition(" ")[0] for line in differences(known, changed)] == [f"source.files.{name}"]
+        assert [line.partition(" ")[0] for line in differences(known, changed)] == [
+            f"source.files.{name}"
+        ]
         path.write_bytes(whole)
 
 
@@ -41,7 +46,9 @@ def test_weights_of_a_commit_are_known_by_it_and_their_headers(tmp_path: Path) -
     assert known["source"]["commit"] == "c0ffee"
     weights = model / "model.safetensors"
     content = bytearray(weights.read_bytes())
-    assert known["source"]["files"]["model.safetensors"].startswith(f"{len(content)} bytes, header ")
+    assert known["source"]["files"]["model.safetensors"].startswith(
+        f"{len(content)} bytes, header "
+    )
     content[-1] ^= 1
     weights.write_bytes(content)
     assert identify(open_checkpoint(model), "c0ffee", config(), CPU, "a") == known
@@ -50,11 +57,15 @@ def test_weights_of_a_commit_are_known_by_it_and_their_headers(tmp_path: Path) -
     ]
 
 
-def test_threads_and_devices_are_part_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_and_devices_are_part_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = open_checkpoint(save_model(tmp_path / "model"))
     known = identify(source, None, config(), CPU, "a")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
-    assert differences(known, identify(source, None, config(), CPU, "a")) == ["device.threads was 1, is 7"]
+    assert differences(known, identify(source, None, config(), CPU, "a")) == [
+        "device.threads was 1, is 7"
+    ]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "H100")
     on_gpu = identify(source, None, config(), torch.device("cuda", 1), "a")
@@ -65,7 +76,9 @@ def test_threads_and_devices_are_part_of_it(tmp_path: Path, monkeypatch: pytest.
 def test_differences_name_each_field_with_both_values() -> None:
     known = {"config": {"bits": 4, "dynamic": {}}, "calibration_sha256": "a"}
     assert differences(known, dict(known)) == []
-    assert differences(known, {**known, "calibration_sha256": "b"}) == ['calibration_sha256 was "a", is "b"']
+    assert differences(known, {**known, "calibration_sha256": "b"}) == [
+        'calibration_sha256 was "a", is "b"'
+    ]
     assert differences(known, {**known, "config": {"bits": 4, "dynamic": {"-:x": {}}}}) == [
         "config.dynamic was {}, is not there",
         "config.dynamic.-:x was not there, is {}",
@@ -87,10 +100,16 @@ def test_a_process_that_would_not_do_the_same_is_refused(tmp_path: Path) -> None
     source = open_checkpoint(save_model(tmp_path / "model"))
     first = identify(source, None, config(), CPU, "a")
     beside_it = identify(source, None, config(), CPU, "a", hashed=False)
-    assert first.keys() - beside_it.keys() == {"source"}  # whose hashes the first one on that machine tells
+    assert first.keys() - beside_it.keys() == {
+        "source"
+    }  # whose hashes the first one on that machine tells
     check_agreement(TeamOf(first, beside_it, first), first)
     with pytest.raises(InputError) as caught:
-        check_agreement(TeamOf(first, first, identify(source, "c0ffee", config(seed=7), CPU, "a")), first)
-    assert str(caught.value).startswith("process 2 is not like process 0: config.seed was 0, is 7; source.commit was")
+        check_agreement(
+            TeamOf(first, first, identify(source, "c0ffee", config(seed=7), CPU, "a")), first
+        )
+    assert str(caught.value).startswith(
+        "process 2 is not like process 0: config.seed was 0, is 7; source.commit was"
+    )
     assert (caught.value.code, caught.value.exit_code) == ("E_RANK_MISMATCH", 3)
     assert caught.value.hint == "run on equal devices and versions, with equal copies of the model"

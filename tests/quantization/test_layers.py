@@ -30,7 +30,9 @@ from tests.solver.samples import ORDERS, correlated_layer, layer_config
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_rows_solved_together_are_solved_as_alone(order: str) -> None:
-    (first, hessian), (second, _), (third, _) = (correlated_layer(rows, 96, rows) for rows in (20, 7, 12))
+    (first, hessian), (second, _), (third, _) = (
+        correlated_layer(rows, 96, rows) for rows in (20, 7, 12)
+    )
     settings = layer_config(order, bits=3, group_size=24, signed_scales=True, refine_sweeps=1)
     prepared = prepare(hessian, settings)
     together = solve_together([first, second, third], hessian, prepared, settings)
@@ -62,7 +64,10 @@ def test_layers_of_one_configuration_are_solved_as_the_rows_of_one(layers: list[
 
 
 def test_rows_are_cut_into_parts_whatever_layer_they_are_of(layers: list[LayerPlan]) -> None:
-    a, b, c = (replace(layers[0], name=name, out_features=rows) for name, rows in {"a": 5, "b": 2, "c": 9}.items())
+    a, b, c = (
+        replace(layers[0], name=name, out_features=rows)
+        for name, rows in {"a": 5, "b": 2, "c": 9}.items()
+    )
     assert row_parts([a, b, c], 4) == [
         [Rows(a, 0, 4)],
         [Rows(a, 4, 5), Rows(b, 0, 2), Rows(c, 0, 1)],
@@ -72,10 +77,20 @@ def test_rows_are_cut_into_parts_whatever_layer_they_are_of(layers: list[LayerPl
     assert row_parts([a, b], 7) == [[Rows(a, 0, 5), Rows(b, 0, 2)]]
 
 
-@pytest.mark.parametrize(("row", "owner"), [(0, "a"), (4, "a"), (5, "b"), (7, "b"), (8, "c"), (19, "c")])
-def test_a_row_that_no_scale_reaches_names_the_layer_it_is_of(row: int, owner: str, layers: list[LayerPlan]) -> None:
-    together = [replace(layers[0], name=name, out_features=rows) for name, rows in {"a": 5, "b": 3, "c": 12}.items()]
-    with pytest.raises(InputError, match=rf"layer `{owner}` \(block 1\)") as caught, located(together, [5, 3, 12]):
+@pytest.mark.parametrize(
+    ("row", "owner"), [(0, "a"), (4, "a"), (5, "b"), (7, "b"), (8, "c"), (19, "c")]
+)
+def test_a_row_that_no_scale_reaches_names_the_layer_it_is_of(
+    row: int, owner: str, layers: list[LayerPlan]
+) -> None:
+    together = [
+        replace(layers[0], name=name, out_features=rows)
+        for name, rows in {"a": 5, "b": 3, "c": 12}.items()
+    ]
+    with (
+        pytest.raises(InputError, match=rf"layer `{owner}` \(block 1\)") as caught,
+        located(together, [5, 3, 12]),
+    ):
         raise ScaleRangeError(row)
     assert caught.value.code == "E_CKPT_NONFINITE"
 
@@ -90,7 +105,9 @@ def test_the_first_bad_row_of_all_is_named(order: str) -> None:
     assert caught.value.row == 23
 
 
-def test_a_run_writes_what_solving_each_layer_alone_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_writes_what_solving_each_layer_alone_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, usual = save_model(tmp_path / "model"), solver.solve_together
     rows: list[list[int]] = []
 
@@ -138,7 +155,9 @@ def test_a_layer_that_loses_its_weights_is_named(preset: str, tmp_path: Path) ->
     first, *others = warned(model, tmp_path / "out", preset=preset)
     name = "model.layers.1.self_attn.v_proj"
     start = rf"W_NUM_SCALES layer `{name}` \(block 1\) has so small weights that 128 of 128 scales are held at 2\^-24, "
-    assert re.match(start + r"the smallest number of float16; its relative error is (1|0\.9)", first)
+    assert re.match(
+        start + r"the smallest number of float16; its relative error is (1|0\.9)", first
+    )
     for other in others:  # its outputs are zero, and the next layer is not to blame
         assert other.startswith("W_NUM_DEAD layer `model.layers.1.self_attn.o_proj`")
         assert other.endswith(f"their weights become zero; `{name}` before it has lost weights")
@@ -155,10 +174,10 @@ def test_subnormal_scales_are_told_once(tmp_path: Path) -> None:
 
 
 def test_groups_of_zeros_are_not_too_small(tmp_path: Path) -> None:
-    found = warned(scaled(save_model(tmp_path / "model"), up_proj=0.0, k_proj=0.0), tmp_path / "out")
-    dead = (
-        "W_NUM_DEAD layer `model.layers.1.mlp.down_proj`: 128 of 128 inputs were always zero, their weights become zero"
+    found = warned(
+        scaled(save_model(tmp_path / "model"), up_proj=0.0, k_proj=0.0), tmp_path / "out"
     )
+    dead = "W_NUM_DEAD layer `model.layers.1.mlp.down_proj`: 128 of 128 inputs were always zero, their weights become zero"
     assert found == [dead]
 
 
@@ -168,6 +187,8 @@ def test_a_layer_that_decodes_beyond_float16_is_named(layer: str, tmp_path: Path
     tensors = load_file(model / "model.safetensors")
     tensors[f"model.layers.0.self_attn.{layer}.weight"][3, 4] = -65504
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match=rf"layer `model.layers.0.self_attn.{layer}` .*beyond the range") as caught:
+    with pytest.raises(
+        InputError, match=rf"layer `model.layers.0.self_attn.{layer}` .*beyond the range"
+    ) as caught:
         quantize(tmp_path, model, preset="fast")
     assert (caught.value.code, caught.value.exit_code) == ("E_CKPT_NONFINITE", 3)

@@ -102,7 +102,10 @@ def test_evaluation_names_what_has_no_effect(tmp_path: Path) -> None:
 
 def test_what_transformers_leaves_out_without_a_word_is_no_warning(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
-    change(model, lambda tensors: tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16)})
+    change(
+        model,
+        lambda tensors: tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16)},
+    )
     assert warnings_of(model, tmp_path / "out") == []
 
 
@@ -119,7 +122,9 @@ WRAPPED: dict[str, Callable[[str], str]] = {
 def test_names_with_too_much_in_them_are_told_as_that(part: str, tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     change(model, lambda tensors: {WRAPPED[part](name): tensor for name, tensor in tensors.items()})
-    calls: list[Callable[[], object]] = [lambda: quantize_checkpoint(str(model), tmp_path / "out", config())]
+    calls: list[Callable[[], object]] = [
+        lambda: quantize_checkpoint(str(model), tmp_path / "out", config())
+    ]
     if part != "wrapped.inside.":  # which only the model itself can tell
         calls.append(lambda: plan_run(model, config()))
     for call in calls:
@@ -133,8 +138,15 @@ def test_names_with_too_much_in_them_are_told_as_that(part: str, tmp_path: Path)
 
 def test_a_missing_head_is_told_as_that(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", "llama", tie_word_embeddings=False)
-    change(model, lambda tensors: {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"})
-    with pytest.raises(InputError, match=r"no output head, and config\.json says tie_word_embeddings: false") as caught:
+    change(
+        model,
+        lambda tensors: {
+            name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"
+        },
+    )
+    with pytest.raises(
+        InputError, match=r"no output head, and config\.json says tie_word_embeddings: false"
+    ) as caught:
         quantize_checkpoint(str(model), tmp_path / "out", config())
     hint = 'write "tie_word_embeddings": true into config.json if the embeddings are its head; else it is incomplete'
     assert caught.value.hint == hint
@@ -147,10 +159,15 @@ def test_a_classifier_is_told_as_that(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
 
     def classify(tensors: Tensors) -> Tensors:
-        return {"score.weight" if name == "lm_head.weight" else name: tensor for name, tensor in tensors.items()}
+        return {
+            "score.weight" if name == "lm_head.weight" else name: tensor
+            for name, tensor in tensors.items()
+        }
 
     change(model, classify)
-    with pytest.raises(InputError, match=r"first `lm_head\.weight`.*first `score\.weight`: a classifier") as caught:
+    with pytest.raises(
+        InputError, match=r"first `lm_head\.weight`.*first `score\.weight`: a classifier"
+    ) as caught:
         quantize_checkpoint(str(model), tmp_path / "out", config())
     assert "ForCausalLM" in (caught.value.hint or "")
 
@@ -162,7 +179,12 @@ def shard(model: Path, absent: tuple[str, ...] = (), unlisted: tuple[str, ...] =
     parts = names[:9], names[9:]
     for file, part in zip(SECOND, parts, strict=True):
         save_file({name: tensors[name] for name in part}, model / file, metadata={"format": "pt"})
-    weight_map = {name: file for file, part in zip(SECOND, parts, strict=True) for name in part if name not in unlisted}
+    weight_map = {
+        name: file
+        for file, part in zip(SECOND, parts, strict=True)
+        for name in part
+        if name not in unlisted
+    }
     weight_map |= dict.fromkeys(absent, SECOND[1])
     (model / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     (model / "model.safetensors").unlink()
@@ -178,23 +200,40 @@ def test_an_index_that_disagrees_is_read_as_transformers_does(tmp_path: Path) ->
     found = warnings_of(model, tmp_path / "out")
     assert found == [
         ("W_CKPT_INDEX", f"`{index}` lists `mtp.gone.weight`, which no shard holds"),
-        ("W_CKPT_INDEX", f"`{index}` does not list `model.norm.weight` and 1 more, which its shards hold"),
-        ("W_CKPT_UNUSED", "the model has no place for `mtp.fc.weight`: without effect in transformers"),
+        (
+            "W_CKPT_INDEX",
+            f"`{index}` does not list `model.norm.weight` and 1 more, which its shards hold",
+        ),
+        (
+            "W_CKPT_UNUSED",
+            "the model has no place for `mtp.fc.weight`: without effect in transformers",
+        ),
     ]
     assert remarks(plan_run(model, config()), config()) == found[:2]
     warnings_of(plain, tmp_path / "truth")
-    expected, written = (load_file(tmp_path / name / "model.safetensors") for name in ("truth", "out"))
+    expected, written = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("truth", "out")
+    )
     assert set(written) == set(expected)
     assert all(torch.equal(written[name], expected[name]) for name in expected)
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    assert torch.equal(loaded.model.norm.weight, load_file(plain / "model.safetensors")["model.norm.weight"])
+    assert torch.equal(
+        loaded.model.norm.weight, load_file(plain / "model.safetensors")["model.norm.weight"]
+    )
 
 
 def test_a_listed_tensor_that_the_model_needs_is_refused(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
-    change(model, lambda tensors: {name: tensor for name, tensor in tensors.items() if name != "model.norm.weight"})
+    change(
+        model,
+        lambda tensors: {
+            name: tensor for name, tensor in tensors.items() if name != "model.norm.weight"
+        },
+    )
     shard(model, absent=("model.norm.weight",))
-    with pytest.raises(InputError, match=r"first `model\.norm\.weight`: the index lists 1 tensors") as caught:
+    with pytest.raises(
+        InputError, match=r"first `model\.norm\.weight`: the index lists 1 tensors"
+    ) as caught:
         quantize_checkpoint(str(model), tmp_path / "out", config())
     assert (caught.value.code, caught.value.exit_code) == ("E_CKPT_INCOMPLETE", 3)
     assert "download the index and the shards again" in (caught.value.hint or "")
@@ -217,7 +256,9 @@ def test_an_adapter_beside_the_model_is_told_and_not_published(tmp_path: Path) -
     model = save_model(tmp_path / "model")
     warnings_of(model, tmp_path / "truth")
     (model / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    save_file({"base_model.model.x.lora_A.weight": torch.ones(2, 2)}, model / "adapter_model.safetensors")
+    save_file(
+        {"base_model.model.x.lora_A.weight": torch.ones(2, 2)}, model / "adapter_model.safetensors"
+    )
     text = f"`{model}` holds an adapter beside the model (adapter_config.json): it is not applied and not copied"
     assert warnings_of(model, tmp_path / "out") == [("W_CKPT_ADAPTER", text)]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(

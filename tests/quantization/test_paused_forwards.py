@@ -29,7 +29,13 @@ from gptq_cli.quantization.layers import LayerSolver
 from gptq_cli.quantization.run import quantize_checkpoint
 from gptq_cli.runtime import memory
 from gptq_cli.runtime.hidden_states import HiddenStates
-from gptq_cli.runtime.memory import Memory, WaitingRoom, free_bytes, give_back_freed_tensors, host_bytes
+from gptq_cli.runtime.memory import (
+    Memory,
+    WaitingRoom,
+    free_bytes,
+    give_back_freed_tensors,
+    host_bytes,
+)
 from gptq_cli.runtime.ranks import SINGLE_PROCESS
 from gptq_cli.solver.hessian import HessianAccumulator
 from tests.families import FAMILIES, save_model
@@ -69,7 +75,9 @@ def quantize(model: Path, output: Path, **changes: object) -> list[Event]:
     return events
 
 
-def replay(model: Path, output: Path, monkeypatch: pytest.MonkeyPatch, **changes: object) -> list[Event]:
+def replay(
+    model: Path, output: Path, monkeypatch: pytest.MonkeyPatch, **changes: object
+) -> list[Event]:
     with monkeypatch.context() as patch:
         patch.setattr(memory, "WAITING_SHARE", 0.0)
         return quantize(model, output, **changes)
@@ -113,17 +121,26 @@ def test_some_batches_may_wait_while_the_block_is_run_again_for_the_others(
     monkeypatch.setattr(WaitingRoom, "places", lambda *_: n_waiting)
     quantize(model, tmp_path / "some", **settings)
     assert digest(tmp_path / "some") == digest(tmp_path / "all")
-    if family == "llama" and not settings:  # the first linears once for each later stage and once to the end
+    if (
+        family == "llama" and not settings
+    ):  # the first linears once for each later stage and once to the end
         n_again = N_BATCHES - n_waiting
-        assert executions_by_block(executions)[-1] == {N_BATCHES + later * n_again for later in range(4)}
+        assert executions_by_block(executions)[-1] == {
+            N_BATCHES + later * n_again for later in range(4)
+        }
 
 
 def test_a_memory_budget_decides_how_many_batches_wait_and_changes_no_byte(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
-    assert [event for event in quantize(model, tmp_path / "free") if isinstance(event, Warned)] == []
+    assert [
+        event for event in quantize(model, tmp_path / "free") if isinstance(event, Warned)
+    ] == []
     told = quantize(model, tmp_path / "tight", max_ram=host_bytes() + 2**27)
     assert [event.code for event in told if isinstance(event, Warned)] in ([], ["W_MEM_REPLAY"])
-    assert digest(tmp_path / "tight")["model.safetensors"] == digest(tmp_path / "free")["model.safetensors"]
+    assert (
+        digest(tmp_path / "tight")["model.safetensors"]
+        == digest(tmp_path / "free")["model.safetensors"]
+    )
 
 
 def test_a_budget_counts_what_is_held_already(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,8 +155,12 @@ def test_a_run_that_holds_more_than_it_may_stops_with_flags_that_help(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limit, held = host_bytes() + 2**27, iter([0, 0, 0])
-    monkeypatch.setattr(memory, "host_bytes", lambda: next(held, limit + 1))  # grows after the second block
-    with pytest.raises(ResourceError, match=rf"holds {size(limit + 1)} of host memory, max_ram") as caught:
+    monkeypatch.setattr(
+        memory, "host_bytes", lambda: next(held, limit + 1)
+    )  # grows after the second block
+    with pytest.raises(
+        ResourceError, match=rf"holds {size(limit + 1)} of host memory, max_ram"
+    ) as caught:
         quantize(save_model(tmp_path / "model"), tmp_path / "out", max_ram=limit)
     assert (caught.value.code, caught.value.exit_code) == ("E_OOM", 5)
     assert "--max-ram" in (caught.value.hint or "")
@@ -187,7 +208,9 @@ def test_every_setting_writes_the_same_bytes_in_both_ways(
     told_by_replay = replay(model, tmp_path / "replay", monkeypatch, **settings)
     assert digest(tmp_path / "lockstep") == digest(tmp_path / "replay")
     assert [code for code in warnings(told) if not code.startswith("W_CFG")] == []
-    assert [code for code in warnings(told_by_replay) if not code.startswith("W_CFG")] == ["W_MEM_REPLAY"]
+    assert [code for code in warnings(told_by_replay) if not code.startswith("W_CFG")] == [
+        "W_MEM_REPLAY"
+    ]
 
 
 def test_without_true_sequential_nothing_waits_and_two_forwards_are_enough(
@@ -195,8 +218,15 @@ def test_without_true_sequential_nothing_waits_and_two_forwards_are_enough(
 ) -> None:
     monkeypatch.setattr(WaitingRoom, "places", None)
     quantize(save_model(tmp_path / "model"), tmp_path / "out", true_sequential=False)
-    down_proj, others = N_BATCHES, 2 * N_BATCHES  # a forward that only gathers inputs ends before the last linear
-    assert executions_by_block(executions) == [{down_proj + 2, others + 2}, {down_proj, others}, {down_proj, others}]
+    down_proj, others = (
+        N_BATCHES,
+        2 * N_BATCHES,
+    )  # a forward that only gathers inputs ends before the last linear
+    assert executions_by_block(executions) == [
+        {down_proj + 2, others + 2},
+        {down_proj, others},
+        {down_proj, others},
+    ]
 
 
 @pytest.mark.parametrize("patched", ["HessianOfBatches.add", "LayerSolver.solve"])
@@ -239,7 +269,12 @@ class HessianKeeper(LayerSolver):
     def __init__(self) -> None:
         self.device, self.seen = CPU, []
 
-    def solve(self, layers: Sequence[LayerPlan], linears: Mapping[str, nn.Module], inputs: HessianAccumulator) -> None:
+    def solve(
+        self,
+        layers: Sequence[LayerPlan],
+        linears: Mapping[str, nn.Module],
+        inputs: HessianAccumulator,
+    ) -> None:
         self.seen.append((inputs.tokens, inputs.hessian.clone()))
         for layer in layers:
             linear = linears[layer.name]
@@ -254,10 +289,16 @@ def test_a_linear_that_is_called_twice_is_replayed_and_sees_both_inputs(
     layers = {name: replace(some_layer, name=name, in_features=32) for name in ("first", "last")}
     module, solver = TwiceInARow(), HessianKeeper()
     states = [torch.randn(2, 8, 32) for _ in range(N_BATCHES)]
-    block = LoadedBlock(module, {"first": module.first, "last": module.last}, [Call((), {}, True)] * N_BATCHES)
+    block = LoadedBlock(
+        module, {"first": module.first, "last": module.last}, [Call((), {}, True)] * N_BATCHES
+    )
     hidden = HiddenStates(states, Memory(CPU))
     solver.run = SimpleNamespace(
-        config=config(), layers=layers, prober=Prober(), budget=WaitingRoom(Memory(CPU), ignore), ranks=SINGLE_PROCESS
+        config=config(),
+        layers=layers,
+        prober=Prober(),
+        budget=WaitingRoom(Memory(CPU), ignore),
+        ranks=SINGLE_PROCESS,
     )
     quantize_block(block, [hidden], solver)
     assert [tokens for tokens, _ in solver.seen] == [2 * 16 * N_BATCHES, 16 * N_BATCHES]
@@ -266,7 +307,9 @@ def test_a_linear_that_is_called_twice_is_replayed_and_sees_both_inputs(
     assert torch.allclose(solver.seen[1][1], sum(x.T @ x for x in lasts), rtol=1e-4)
 
 
-def test_batches_may_fill_half_of_the_free_memory_and_are_refused_once_aloud(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_may_fill_half_of_the_free_memory_and_are_refused_once_aloud(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(memory, "free_bytes", lambda _device: 8_000)
     events: list[Event] = []
     budget = WaitingRoom(Memory(CPU), events.append)
@@ -300,7 +343,11 @@ def test_free_memory_is_bounded_by_the_machine_and_by_the_control_group(
     total = int(Path("/proc/meminfo").read_text().split()[1]) * 1024
     monkeypatch.setattr(memory, "_CONTROL_GROUP", tmp_path)
     assert 2**20 < free_bytes(CPU) < total
-    for name, content in {"max": "5000", "current": "3000", "stat": "anon 7\ninactive_file 500\n"}.items():
+    for name, content in {
+        "max": "5000",
+        "current": "3000",
+        "stat": "anon 7\ninactive_file 500\n",
+    }.items():
         (tmp_path / f"memory.{name}").write_text(content)
     assert free_bytes(CPU) == 5000 - 3000 + 500
     (tmp_path / "memory.max").write_text("max\n")

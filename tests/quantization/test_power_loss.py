@@ -27,8 +27,16 @@ def tree_in(state: State, directory: str = OUT) -> dict[str, str] | None:
     if directory not in state:
         return None
     start = f"{directory}/"
-    files = {name.removeprefix(start): content for name, content in state.items() if name.startswith(start)}
-    return {name: hashlib.sha256(content).hexdigest() for name, content in files.items() if content is not None}
+    files = {
+        name.removeprefix(start): content
+        for name, content in state.items()
+        if name.startswith(start)
+    }
+    return {
+        name: hashlib.sha256(content).hexdigest()
+        for name, content in files.items()
+        if content is not None
+    }
 
 
 def blocks_in(state: State) -> int:

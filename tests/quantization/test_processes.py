@@ -60,7 +60,9 @@ def start(when: str, signals: list[int], *words: str | Path) -> subprocess.Popen
     numbers = ",".join(str(int(number)) for number in signals) or "0"
     command = [sys.executable, "-c", PROGRAM, when, numbers, *map(str, words)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
 
 
 def run(when: str, signals: list[int], *words: str | Path) -> tuple[int, str, str]:
@@ -74,7 +76,9 @@ def quantize(case: Case, directory: Path) -> list[str | Path]:
 
 
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.7, 0.9])
-def test_a_killed_process_is_gone_on_with_by_the_same_call(share: float, case: Case, tmp_path: Path) -> None:
+def test_a_killed_process_is_gone_on_with_by_the_same_call(
+    share: float, case: Case, tmp_path: Path
+) -> None:
     process = CHILDREN.Process(
         target=children.die, args=(case.model, tmp_path / "out", int(share * len(case.operations)))
     )
@@ -90,7 +94,10 @@ def test_a_killed_process_is_gone_on_with_by_the_same_call(share: float, case: C
 def test_of_eight_processes_that_race_for_one_output_one_works(case: Case, tmp_path: Path) -> None:
     barrier, answers = CHILDREN.Barrier(8), CHILDREN.Queue()
     processes = [
-        CHILDREN.Process(target=children.race, args=(case.model, tmp_path / "out", barrier, answers)) for _ in range(8)
+        CHILDREN.Process(
+            target=children.race, args=(case.model, tmp_path / "out", barrier, answers)
+        )
+        for _ in range(8)
     ]
     for process in processes:
         process.start()
@@ -100,7 +107,9 @@ def test_of_eight_processes_that_race_for_one_output_one_works(case: Case, tmp_p
     assert found.count("worked") == 1, found
     others = [answer for answer in found if answer not in ("worked", "already done")]
     for answer in others:
-        assert re.match(r"E_LOCKED: another run( \(process \d+ on .+\))? is writing `.*/out`$", answer)
+        assert re.match(
+            r"E_LOCKED: another run( \(process \d+ on .+\))? is writing `.*/out`$", answer
+        )
     assert digest(tmp_path / "out") == case.tree
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -118,7 +127,10 @@ def test_a_signal_ends_the_run_keeps_the_work_and_says_how_to_go_on(
     assert "Traceback" not in stderr
     assert f"stopping on {name}; once more to end at once" in stderr
     assert f"go on with: gptq resume {tmp_path}/{WORK}\n" in stderr
-    assert f"error[E_INTERRUPTED]: stopped by {name}\n\nhint: run the same command again to go on" in stderr
+    assert (
+        f"error[E_INTERRUPTED]: stopped by {name}\n\nhint: run the same command again to go on"
+        in stderr
+    )
     assert json.loads(stdout)["exit_code"] == 128 + number
     code, stdout, stderr = run("never", [], "resume", tmp_path / WORK, "--json")
     assert code == 0, stderr

@@ -51,7 +51,9 @@ def made(directory: Path, model: Path, settings: QuantizeConfig) -> Case:
 def dense(small_parts: None, tmp_path_factory: pytest.TempPathFactory) -> Case:
     del small_parts
     directory = tmp_path_factory.mktemp("dense")
-    return made(directory, save_model(directory / "model", num_hidden_layers=2), config(**SETTINGS, **DENSE))
+    return made(
+        directory, save_model(directory / "model", num_hidden_layers=2), config(**SETTINGS, **DENSE)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +86,9 @@ def test_several_processes_write_the_bytes_of_one_and_share_its_work(
     assert balanced([done[ROWS] for done in work])
 
 
-@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2), pytest.param(2, 3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("first", "then"), [(2, 1), (1, 2), pytest.param(2, 3, marks=pytest.mark.slow)]
+)
 def test_any_number_of_processes_goes_on_with_the_work_of_any_other(
     first: int, then: int, dense: Case, tmp_path: Path
 ) -> None:
@@ -95,7 +99,9 @@ def test_any_number_of_processes_goes_on_with_the_work_of_any_other(
     else:
         _, said, codes = team(first, model, tmp_path / "out", settings, dies=1, when="finished")
         assert said[0] is not None
-        assert said[0].startswith("E_RANK_LOST: process 1 of 2 (the first is 0) was killed or cannot be reached")
+        assert said[0].startswith(
+            "E_RANK_LOST: process 1 of 2 (the first is 0) was killed or cannot be reached"
+        )
         assert codes == [0, -signal.SIGKILL]
     assert len((tmp_path / WORK / "journal.jsonl").read_bytes().splitlines()) == 1
     if then == 1:
@@ -107,7 +113,8 @@ def test_any_number_of_processes_goes_on_with_the_work_of_any_other(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("when", "dies"), [("start", 2), ("forward", 0), ("solve", 1), ("solve", 0), ("finished", 0), ("head", 2)]
+    ("when", "dies"),
+    [("start", 2), ("forward", 0), ("solve", 1), ("solve", 0), ("finished", 0), ("head", 2)],
 )
 def test_a_process_killed_at_any_stage_is_told_of_once_and_its_work_done_again(
     when: str, dies: int, dense: Case, tmp_path: Path
@@ -141,7 +148,9 @@ def test_processes_that_would_write_other_bytes_are_refused(tmp_path: Path) -> N
 def test_more_processes_than_batches_are_refused() -> None:
     ranks = Ranks()
     ranks.size = 5
-    with pytest.raises(ConfigError, match="5 processes cannot share 4 calibration batches") as caught:
+    with pytest.raises(
+        ConfigError, match="5 processes cannot share 4 calibration batches"
+    ) as caught:
         ranks.share(4)
     assert (caught.value.code, caught.value.exit_code) == ("E_CFG_RANKS", 2)
     assert caught.value.hint == "use fewer processes, a smaller --batch-size or more --nsamples"

@@ -42,7 +42,10 @@ def test_a_checkpoint_is_refused_and_replaced_only_on_request(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("leaves", "rule"),
     [
-        ("qv", "-:(model.layers[.][0-9]+[.]self_attn.q_proj|model.layers[.][0-9]+[.]self_attn.v_proj)$"),
+        (
+            "qv",
+            "-:(model.layers[.][0-9]+[.]self_attn.q_proj|model.layers[.][0-9]+[.]self_attn.v_proj)$",
+        ),
         ("qkvo", "-:model.layers[.][0-9]+[.]self_attn."),
         ("k", "-:(model.layers[.][0-9]+[.]self_attn.k_proj)$"),
     ],
@@ -51,12 +54,17 @@ def test_linears_that_blocks_share_are_refused_with_a_rule_that_keeps_them(
     leaves: str, rule: str, tmp_path: Path
 ) -> None:
     model = save_model(tmp_path / "model")
-    shared = {f"model.layers.{block}.self_attn.{leaf}_proj" for block in range(3) for leaf in leaves}
+    shared = {
+        f"model.layers.{block}.self_attn.{leaf}_proj" for block in range(3) for leaf in leaves
+    }
     with pytest.raises(InputError) as caught:
         check_shared(plan_run(model, config()), shared)
     assert (caught.value.code, caught.value.exit_code) == ("E_ARCH", 3)
     first = f"model.layers.0.self_attn.{min(leaves)}_proj"
-    assert str(caught.value) == f"`{first}` is shared by several blocks, each of which would calibrate it for itself"
+    assert (
+        str(caught.value)
+        == f"`{first}` is shared by several blocks, each of which would calibrate it for itself"
+    )
     assert caught.value.hint == f"keep all {len(shared)} of them: --dynamic '{rule}'"
     kept = plan_run(model, config(dynamic={rule: {}}))
     check_shared(kept, shared)
@@ -64,7 +72,9 @@ def test_linears_that_blocks_share_are_refused_with_a_rule_that_keeps_them(
 
 
 @pytest.mark.parametrize(("rows", "share"), [(8, None), (30, "25%"), (200, "refused")])
-def test_weights_outside_linears_are_told_and_refused_if_they_are_most(rows: int, share: str | None) -> None:
+def test_weights_outside_linears_are_told_and_refused_if_they_are_most(
+    rows: int, share: str | None
+) -> None:
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -73,7 +83,9 @@ def test_weights_outside_linears_are_told_and_refused_if_they_are_most(rows: int
 
     blocks = nn.ModuleList([Block(), Block()])
     if share == "refused":
-        with pytest.raises(InputError, match=r"69% of the blocks' weights .*`b\.0\.matrix` \[2, 100\]") as caught:
+        with pytest.raises(
+            InputError, match=r"69% of the blocks' weights .*`b\.0\.matrix` \[2, 100\]"
+        ) as caught:
             outside_linears("b", blocks)
         assert (caught.value.code, caught.value.exit_code) == ("E_ARCH", 3)
     else:
@@ -92,9 +104,12 @@ def test_an_empty_output_directory_is_used(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("where", "beside"), [("model", "model-GPTQ"), ("model/inside", "inside"), (".", None), ("model/a b", "a b")]
+    ("where", "beside"),
+    [("model", "model-GPTQ"), ("model/inside", "inside"), (".", None), ("model/a b", "a b")],
 )
-def test_an_output_in_or_around_the_model_is_refused(where: str, beside: str | None, tmp_path: Path) -> None:
+def test_an_output_in_or_around_the_model_is_refused(
+    where: str, beside: str | None, tmp_path: Path
+) -> None:
     model = save_model(tmp_path / "parent" / "model")
     before = digest(model)
     with pytest.raises(ConfigError) as caught:
@@ -112,19 +127,34 @@ def test_a_quantized_source_is_refused(tmp_path: Path) -> None:
     assert caught.value.code == "E_CKPT_QUANTIZED"
 
 
-def test_a_group_size_that_does_not_divide_names_every_kind_of_layer_at_once(tmp_path: Path) -> None:
+def test_a_group_size_that_does_not_divide_names_every_kind_of_layer_at_once(
+    tmp_path: Path,
+) -> None:
     model = save_model(tmp_path / "model", intermediate_size=96)
     with pytest.raises(ConfigError) as caught:
         quantize_checkpoint(str(model), tmp_path / "out", config(group_size=64))
     problems = caught.value.problems
     assert [problem.code for problem in problems] == ["E_SHAPE"]
-    assert "does not divide the 96 input features: `model.layers.N.mlp.down_proj` (3 layers)" in problems[0].message
+    assert (
+        "does not divide the 96 input features: `model.layers.N.mlp.down_proj` (3 layers)"
+        in problems[0].message
+    )
     with pytest.raises(ConfigError) as caught:
         quantize_checkpoint(str(model), tmp_path / "out", config(group_size=48))
     problems = caught.value.problems
-    assert [problem.message.rpartition(" ")[0].rpartition(" ")[2] for problem in problems] == ["(15", "(3"]
+    assert [problem.message.rpartition(" ")[0].rpartition(" ")[2] for problem in problems] == [
+        "(15",
+        "(3",
+    ]
     named = re.findall(r"`model\.layers\.N\.\w+\.(\w+_proj)`", str(caught.value))
-    assert sorted(named) == ["gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]  # every kind but down_proj
+    assert sorted(named) == [
+        "gate_proj",
+        "k_proj",
+        "o_proj",
+        "q_proj",
+        "up_proj",
+        "v_proj",
+    ]  # every kind but down_proj
     rules = [(problem.hint or "").partition("--dynamic '")[2].rstrip("'") for problem in problems]
     plan = plan_run(model, config(group_size=48, dynamic={rule: {} for rule in rules}))
     assert {layer.name.rpartition(".")[2] for layer in plan.quantized} == {"down_proj"}
@@ -136,7 +166,10 @@ def test_a_width_that_no_group_size_mends_is_only_to_be_kept(tmp_path: Path) -> 
     with pytest.raises(ConfigError) as caught:
         plan_run(model, config(group_size=32))
     messages = [problem.message.partition(":")[0] for problem in caught.value.problems]
-    assert sorted(messages) == ["80 input features are no multiple of 32", "80 output features are no multiple of 32"]
+    assert sorted(messages) == [
+        "80 input features are no multiple of 32",
+        "80 output features are no multiple of 32",
+    ]
     assert all((problem.hint or "").startswith("keep ") for problem in caught.value.problems)
 
 
@@ -149,7 +182,9 @@ def test_the_hint_for_a_layer_that_does_not_fit_works(tmp_path: Path) -> None:
     assert {layer.name.rpartition(".")[2] for layer in plan.kept} == {"down_proj"}
 
 
-@pytest.mark.parametrize(("asked", "fits"), [(256, ["64", "-1"]), (48, ["64", "-1"]), (320, ["64", "-1"])])
+@pytest.mark.parametrize(
+    ("asked", "fits"), [(256, ["64", "-1"]), (48, ["64", "-1"]), (320, ["64", "-1"])]
+)
 def test_proposed_group_sizes_fit_all_layers(asked: int, fits: list[str], tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", intermediate_size=320)  # 320 inputs beside 64 and 128
     with pytest.raises(ConfigError) as caught:
@@ -168,14 +203,18 @@ def test_the_size_that_a_rule_says_is_changed_in_the_rule(tmp_path: Path) -> Non
     with pytest.raises(ConfigError) as caught:
         plan_run(model, config(dynamic={rule: {"group_size": 128}, **others}))
     (hint,) = {problem.hint or "" for problem in caught.value.problems}
-    assert hint.startswith(f"use a group_size that fits all layers of rule '{rule}', such as 32 or -1, or keep them: ")
+    assert hint.startswith(
+        f"use a group_size that fits all layers of rule '{rule}', such as 32 or -1, or keep them: "
+    )
     for size in (32, -1):
         assert plan_run(model, config(dynamic={rule: {"group_size": size}, **others})).quantized
 
 
 @pytest.mark.parametrize("target", [None, "vllm", "transformers"])
 def test_a_layer_is_kept_with_what_engines_fuse_it_to(target: str | None, tmp_path: Path) -> None:
-    model = save_model(tmp_path / "model", num_key_value_heads=1, head_dim=16, num_attention_heads=4)
+    model = save_model(
+        tmp_path / "model", num_key_value_heads=1, head_dim=16, num_attention_heads=4
+    )
     with pytest.raises(ConfigError) as caught:  # 16 outputs of k and v
         plan_run(model, config(target=target))
     option, rule = shlex.split((caught.value.hint or "").removeprefix("keep them: "))
@@ -185,7 +224,9 @@ def test_a_layer_is_kept_with_what_engines_fuse_it_to(target: str | None, tmp_pa
 
 
 def test_nothing_is_proposed_that_leaves_no_layer(tmp_path: Path) -> None:
-    model = save_model(tmp_path / "model", hidden_size=48, intermediate_size=80, num_attention_heads=3)
+    model = save_model(
+        tmp_path / "model", hidden_size=48, intermediate_size=80, num_attention_heads=3
+    )
     with pytest.raises(ConfigError) as caught:
         plan_run(model, config())
     assert {problem.hint for problem in caught.value.problems} == {None}
@@ -226,18 +267,28 @@ def test_rules_that_leave_nothing_are_an_error(tmp_path: Path) -> None:
 
 def test_seqlen_is_bounded_by_the_models_positions(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
-    with pytest.raises(ConfigError, match="seqlen 256 is more than the model's 128 positions") as caught:
+    with pytest.raises(
+        ConfigError, match="seqlen 256 is more than the model's 128 positions"
+    ) as caught:
         quantize_checkpoint(str(model), tmp_path / "out", config(seqlen=256))
     assert caught.value.code == "E_CFG_SEQLEN"
-    unsaid = {key: value for key, value in config().model_dump(exclude_unset=True).items() if key != "seqlen"}
+    unsaid = {
+        key: value
+        for key, value in config().model_dump(exclude_unset=True).items()
+        if key != "seqlen"
+    }
     result = quantize_checkpoint(str(model), tmp_path / "out", QuantizeConfig(**unsaid))
     assert result.config.seqlen == 128
 
 
-def test_a_cuda_device_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cuda_device_that_is_not_there_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match="no CUDA device 0") as caught:
-        quantize_checkpoint(str(save_model(tmp_path / "model")), tmp_path / "out", config(device="cuda"))
+        quantize_checkpoint(
+            str(save_model(tmp_path / "model")), tmp_path / "out", config(device="cuda")
+        )
     assert (caught.value.code, caught.value.exit_code) == ("E_DEVICE", 3)
 
 
@@ -255,10 +306,14 @@ def test_a_kind_of_model_that_transformers_does_not_know_is_refused(tmp_path: Pa
     model = save_model(tmp_path / "model")
     settings = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**settings, "model_type": "llamma"}))
-    with pytest.raises(InputError, match="model type `llamma` but Transformers does not recognize") as caught:
+    with pytest.raises(
+        InputError, match="model type `llamma` but Transformers does not recognize"
+    ) as caught:
         quantize_checkpoint(str(model), tmp_path / "out", config())
     assert caught.value.code == "E_ARCH"
-    assert caught.value.hint == "a newer transformers may know it: pip install --upgrade transformers"
+    assert (
+        caught.value.hint == "a newer transformers may know it: pip install --upgrade transformers"
+    )
 
 
 def test_token_ids_beyond_the_vocabulary_are_refused(tmp_path: Path) -> None:
@@ -277,11 +332,19 @@ def test_a_model_that_does_not_exist_is_refused(tmp_path: Path) -> None:
 def test_raised_damping_is_reported_with_the_value_used(tmp_path: Path) -> None:
     events: list[Event] = []
     settings = config(preset="gptq", damp_percent=1e-9, nsamples=1, batch_size=1, seqlen=16)
-    result = quantize_checkpoint(str(save_model(tmp_path / "model")), tmp_path / "out", settings, report=events.append)
+    result = quantize_checkpoint(
+        str(save_model(tmp_path / "model")), tmp_path / "out", settings, report=events.append
+    )
     raised = [layer for layer in result.layers if layer.damp_retries]
     assert raised
-    assert all(layer.damp_percent == pytest.approx(1e-9 * 4**layer.damp_retries) for layer in result.layers)
-    warnings = [event.message for event in events if isinstance(event, Warned) and event.code == "W_NUM_DAMPING"]
+    assert all(
+        layer.damp_percent == pytest.approx(1e-9 * 4**layer.damp_retries) for layer in result.layers
+    )
+    warnings = [
+        event.message
+        for event in events
+        if isinstance(event, Warned) and event.code == "W_NUM_DAMPING"
+    ]
     assert [
         f"`{layer.name}`: damp_percent was raised to {layer.damp_percent:g}" in text
         for layer, text in zip(raised, warnings, strict=True)
@@ -314,7 +377,10 @@ def test_a_limit_above_what_is_free_is_not_proposed(tmp_path: Path) -> None:
     less = "use a smaller --batch-size, --seqlen or --nsamples"
     assert refused([]) == ("10 KB are free", less)
     said = "--max-ram allows 1.01 MB, the run holds 1 MB already, and {} are free"
-    assert refused([Limit("--max-ram", 1_010_000, 1_000_000, 20_000)]) == (said.format("20 KB"), less)
+    assert refused([Limit("--max-ram", 1_010_000, 1_000_000, 20_000)]) == (
+        said.format("20 KB"),
+        less,
+    )
     more = f"allow more: --max-ram 130MB, or {less}"
     assert refused([Limit("--max-ram", 1_010_000, 1_000_000, 10**9)]) == (said.format("1 GB"), more)
     assert Limit("--max-ram", 10, 10**6, 10**9, sharers=2).way_out(10**6) == "--max-ram 260MB"
@@ -328,11 +394,17 @@ def test_a_refused_run_without_memory_leaves_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("preset", ["fast", "best"])
-def test_memory_is_refused_below_what_the_plan_counts_and_not_above(preset: str, tmp_path: Path) -> None:
+def test_memory_is_refused_below_what_the_plan_counts_and_not_above(
+    preset: str, tmp_path: Path
+) -> None:
     settings = config(preset=preset, nsamples=64, batch_size=4)
     plan = plan_run(save_model(tmp_path / "model"), settings)
     alone = settings.model_copy(update={"true_sequential": False})
-    terms = {term.what: term.nbytes for term in estimate_memory(plan, alone).cpu if term.what != "libraries"}
+    terms = {
+        term.what: term.nbytes
+        for term in estimate_memory(plan, alone).cpu
+        if term.what != "libraries"
+    }
     states, work = terms["hidden states"], sum(terms.values()) - terms["hidden states"]
     check_memory(plan, settings, states + work, None)
     with pytest.raises(ResourceError, match="of host memory"):

@@ -38,7 +38,9 @@ def test_killed_after_any_operation_the_output_is_absent_or_whole_and_the_rerun_
     output = tmp_path / "out"
     for last in range(1 + part, len(case.operations) + 1, PARTS):
         assert case.interrupted(output, last)
-        assert not output.exists() or digest(output) == case.tree, f"torn output after operation {last}"
+        assert not output.exists() or digest(output) == case.tree, (
+            f"torn output after operation {last}"
+        )
         with using(CountingDisk()):
             case.run(output)
         assert digest(output) == case.tree, f"another output after a kill at operation {last}"
@@ -57,7 +59,10 @@ def test_an_error_of_any_operation_is_said_as_such_and_the_rerun_writes_the_same
     codes = [errno.ENOSPC, errno.EIO, errno.EDQUOT]
     for first in range(1 + part, len(case.operations) + 1, PARTS):
         code = codes[first // PARTS % 3]
-        with using(FailingDisk(first, code, for_ever=for_ever)), pytest.raises(ResourceError) as caught:
+        with (
+            using(FailingDisk(first, code, for_ever=for_ever)),
+            pytest.raises(ResourceError) as caught,
+        ):
             case.run(output)
         assert caught.value.code == "E_DISK"
         assert os.strerror(code) in str(caught.value)
@@ -82,8 +87,13 @@ def test_no_more_than_the_block_at_work_is_lost(case: Case, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("lm_head", [False, True])
-def test_blocks_in_the_file_that_the_model_does_not_run_are_no_steps_to_finish(lm_head: bool, tmp_path: Path) -> None:
-    model, output = save_model(tmp_path / "model", **(SMALL | {"num_hidden_layers": 3})), tmp_path / "out"
+def test_blocks_in_the_file_that_the_model_does_not_run_are_no_steps_to_finish(
+    lm_head: bool, tmp_path: Path
+) -> None:
+    model, output = (
+        save_model(tmp_path / "model", **(SMALL | {"num_hidden_layers": 3})),
+        tmp_path / "out",
+    )
     declared = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(declared | {"num_hidden_layers": 2}))
     case = Case(model, {}, [])
@@ -96,7 +106,9 @@ def test_blocks_in_the_file_that_the_model_does_not_run_are_no_steps_to_finish(l
         case.run(output, lm_head=lm_head, report=stop_before_verifying)
     events: list[Event] = []
     result = case.run(output, lm_head=lm_head, report=events.append)
-    assert [(event.index, event.n_blocks) for event in events if isinstance(event, Resumed)] == [(2 + lm_head,) * 2]
+    assert [(event.index, event.n_blocks) for event in events if isinstance(event, Resumed)] == [
+        (2 + lm_head,) * 2
+    ]
     assert not [event for event in events if isinstance(event, BlockStarted | LayerStarted)]
     assert {layer.block for layer in result.layers} == set(range(2 + lm_head))
 
@@ -109,7 +121,9 @@ def test_what_is_complete_already_is_left_alone(case: Case, tmp_path: Path) -> N
         again = case.run(output, **options)
         assert again.already_done
         assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
-        assert [layer.relative_error for layer in again.layers] == [layer.relative_error for layer in first.layers]
+        assert [layer.relative_error for layer in again.layers] == [
+            layer.relative_error for layer in first.layers
+        ]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -148,11 +162,15 @@ def test_texts_that_changed_under_the_same_name_are_another_run(case: Case, tmp_
     with pytest.raises(Killed):
         case.run(output, dataset=str(text), report=killer(0))
     text.write_text("two " * 400)
-    with pytest.raises(ExistsError, match=r"holds 1 finished blocks .*differs: calibration_sha256 was"):
+    with pytest.raises(
+        ExistsError, match=r"holds 1 finished blocks .*differs: calibration_sha256 was"
+    ):
         case.run(output, dataset=str(text))
 
 
-def test_weights_that_changed_under_the_same_name_are_another_run(case: Case, tmp_path: Path) -> None:
+def test_weights_that_changed_under_the_same_name_are_another_run(
+    case: Case, tmp_path: Path
+) -> None:
     model, output = shutil.copytree(case.model, tmp_path / "model"), tmp_path / "out"
     other = Case(model, {}, [])
     kill_after_block(other, output, 0)
@@ -212,7 +230,11 @@ def test_a_run_out_of_time_keeps_its_work_and_says_where(case: Case, tmp_path: P
 
 @pytest.mark.parametrize(
     "error",
-    [torch.OutOfMemoryError("no memory"), MemoryError(), RuntimeError("DefaultCPUAllocator: not enough memory")],
+    [
+        torch.OutOfMemoryError("no memory"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: not enough memory"),
+    ],
 )
 def test_memory_that_runs_out_in_the_middle_keeps_the_work_and_names_flags(
     error: Exception, case: Case, tmp_path: Path
@@ -237,7 +259,8 @@ def test_a_disk_without_room_for_the_output_is_refused_before_any_work(
     full = os.statvfs_result((real.f_bsize, 4096, real.f_blocks, 10, 10, *list(real)[5:]))
     monkeypatch.setattr("gptq_cli.planning.checks.os.statvfs", lambda _: full)
     with pytest.raises(
-        ResourceError, match=r"has \S+ KB free, \d+ KB are needed: \S+ KB of output, \S+ KB of hidden states"
+        ResourceError,
+        match=r"has \S+ KB free, \d+ KB are needed: \S+ KB of output, \S+ KB of hidden states",
     ) as caught:
         case.run(tmp_path / "out")
     assert (caught.value.code, caught.value.exit_code) == ("E_DISK", 5)
@@ -245,17 +268,25 @@ def test_a_disk_without_room_for_the_output_is_refused_before_any_work(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_mount_point_cannot_become_the_output(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mount_point_cannot_become_the_output(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "out").mkdir()
-    monkeypatch.setattr("gptq_cli.storage.places.os.path.ismount", lambda path: path == tmp_path / "out")
+    monkeypatch.setattr(
+        "gptq_cli.storage.places.os.path.ismount", lambda path: path == tmp_path / "out"
+    )
     with pytest.raises(ConfigError, match="is a mount point") as caught:
         case.run(tmp_path / "out")
     assert (caught.value.code, caught.value.exit_code) == ("E_OUT_MOUNT", 2)
 
 
-def test_overwriting_after_a_kill_goes_on_and_drops_the_old_output(case: Case, tmp_path: Path) -> None:
+def test_overwriting_after_a_kill_goes_on_and_drops_the_old_output(
+    case: Case, tmp_path: Path
+) -> None:
     output = tmp_path / "out"
-    last = case.operations.index("unlink")  # the output has its name, the work directory is not removed yet
+    last = case.operations.index(
+        "unlink"
+    )  # the output has its name, the work directory is not removed yet
     for extra in (-8, -4, 0, 2, 4):
         shutil.copytree(case.model, output)
         with pytest.raises(Killed), using(DyingDisk(last + extra)):
@@ -278,7 +309,9 @@ def test_overwriting_after_a_kill_goes_on_and_drops_the_old_output(case: Case, t
     ],
     ids=str,
 )
-def test_settings_of_all_kinds_are_gone_on_with(settings: dict[str, object], case: Case, tmp_path: Path) -> None:
+def test_settings_of_all_kinds_are_gone_on_with(
+    settings: dict[str, object], case: Case, tmp_path: Path
+) -> None:
     case.run(tmp_path / "whole", **settings)
     with pytest.raises(Killed):
         case.run(tmp_path / "out", report=killer(0), **settings)
@@ -287,23 +320,34 @@ def test_settings_of_all_kinds_are_gone_on_with(settings: dict[str, object], cas
 
 
 def test_experts_are_gone_on_with_and_their_counts_kept(tmp_path: Path) -> None:
-    tiny = Case(save_model(tmp_path / "model", "mixtral", hidden_size=32, intermediate_size=64), {}, [])
+    tiny = Case(
+        save_model(tmp_path / "model", "mixtral", hidden_size=32, intermediate_size=64), {}, []
+    )
     changes = {"dynamic": {}, "lm_head": False, "nsamples": 6, "seqlen": 64}
     whole = tiny.run(tmp_path / "whole", **changes)
     with pytest.raises(Killed):
         tiny.run(tmp_path / "out", report=killer(0), **changes)
     result = tiny.run(tmp_path / "out", **changes)
     assert result.resumed_blocks == 1
-    assert [(layer.name, layer.tokens) for layer in result.layers] == [(a.name, a.tokens) for a in whole.layers]
+    assert [(layer.name, layer.tokens) for layer in result.layers] == [
+        (a.name, a.tokens) for a in whole.layers
+    ]
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
 
 
 @pytest.mark.filterwarnings("ignore")  # what transformers says about its own models is not at stake
 @pytest.mark.parametrize("model_type", ["gemma4_text", "gpt2", "zaya"])
-def test_what_blocks_carry_along_beside_hidden_states_is_kept_too(model_type: str, tmp_path: Path) -> None:
+def test_what_blocks_carry_along_beside_hidden_states_is_kept_too(
+    model_type: str, tmp_path: Path
+) -> None:
     tiny = Case(save(build(model_type), tmp_path / "model"), {}, [])
     rules = {"-:.*router_mlp": {}} if model_type == "zaya" else {}
-    changes = {"dynamic": rules, "lm_head": False, "moe_uncovered": "rtn", "asymmetric_calibration": 0.5}
+    changes = {
+        "dynamic": rules,
+        "lm_head": False,
+        "moe_uncovered": "rtn",
+        "asymmetric_calibration": 0.5,
+    }
     tiny.run(tmp_path / "whole", **changes)
     with pytest.raises(Killed):
         tiny.run(tmp_path / "out", report=killer(1), **changes)
@@ -333,7 +377,9 @@ class Dealer(Ranks):
 
 def test_a_process_that_writes_nothing_gets_its_share_and_gives_it_back() -> None:
     cpu = torch.device("cpu")
-    states = [((torch.full((1,), float(n)), torch.full((1,), -float(n))), [{"keys": n}]) for n in range(4)]
+    states = [
+        ((torch.full((1,), float(n)), torch.full((1,), -float(n))), [{"keys": n}]) for n in range(4)
+    ]
     ways = [HiddenStates([torch.zeros(1), torch.zeros(1)], Memory(cpu), 2, 4) for _ in range(2)]
     stream = cast(ModelStream, SimpleNamespace(device=cpu, carried=[[{}], [{}]]))
     team = Dealer(states)

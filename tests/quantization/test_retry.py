@@ -57,7 +57,9 @@ class Shortage:
     Takes the events of the run, to know the step. `failures`: in how many attempts at each of `steps`.
     """
 
-    def __init__(self, expected: Counter[int], when: Callable[[int], int], failures: int = 1) -> None:
+    def __init__(
+        self, expected: Counter[int], when: Callable[[int], int], failures: int = 1
+    ) -> None:
         self.expected, self.when, self.failures = expected, when, failures
         self.steps: tuple[int, ...] = (0, 1, HEAD)
         self.step = -1
@@ -80,13 +82,21 @@ class Shortage:
     def count(self) -> None:
         self.calls[self.step] += 1
         total, due = self.expected[self.step], self.attempts[self.step] <= self.failures
-        if self.step in self.steps and due and self.calls[self.step] == max(1, self.when(total)) <= total:
+        if (
+            self.step in self.steps
+            and due
+            and self.calls[self.step] == max(1, self.when(total)) <= total
+        ):
             error = torch.OutOfMemoryError(f"{SAID}. Process 7 has more")
             raise error  # which this frame holds, so that only a collector of garbage can free it
 
     @property
     def warnings(self) -> list[str]:
-        return [event.message for event in self.events if isinstance(event, Warned) and event.code == "W_OOM_RETRY"]
+        return [
+            event.message
+            for event in self.events
+            if isinstance(event, Warned) and event.code == "W_OOM_RETRY"
+        ]
 
 
 def watched(site: str, shortage: Shortage, patch: pytest.MonkeyPatch) -> None:
@@ -106,7 +116,9 @@ def layers(result: QuantizeResult) -> list[tuple[str, float, int]]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(case: Case, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, QuantizeResult, dict[str, Any]]:
+def undisturbed(
+    case: Case, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, QuantizeResult, dict[str, Any]]:
     """The output, its result, and for each site how often each step calls it."""
     output = tmp_path_factory.mktemp("undisturbed") / "out"
     counters = {site: Shortage(Counter(), int) for site in SITES}
@@ -133,8 +145,16 @@ def _nothing_hangs_or_leaks() -> Iterator[None]:
     assert threading.active_count() == threads
 
 
-PLACES = {"first": lambda _: 1, "a third": lambda n: n // 3, "late": lambda n: n * 4 // 5, "last": int}
-TRIED = [("a forward", when) for when in PLACES] + [("a Hessian", "last"), ("the states after the block", "last")]
+PLACES = {
+    "first": lambda _: 1,
+    "a third": lambda n: n // 3,
+    "late": lambda n: n * 4 // 5,
+    "last": int,
+}
+TRIED = [("a forward", when) for when in PLACES] + [
+    ("a Hessian", "last"),
+    ("the states after the block", "last"),
+]
 TRIED += [(site, "late") for site in SITES if site != "a forward"]
 
 
@@ -188,7 +208,10 @@ def test_memory_that_runs_out_twice_in_a_block_ends_the_run_which_the_next_call_
 
 
 def test_the_embeddings_are_part_of_the_first_block(
-    case: Case, undisturbed: tuple[Path, QuantizeResult, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: Case,
+    undisturbed: tuple[Path, QuantizeResult, object],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     usual, calls = ModelStream.embed, []
 
@@ -221,8 +244,12 @@ def test_what_a_shortage_says(case: Case, tmp_path: Path, monkeypatch: pytest.Mo
     assert block_loop._advice(Memory(gpu)) == "fewer --nsamples or a shorter --seqlen avoid it"
 
 
-def test_experts_of_a_block_that_is_done_again_are_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny = Case(save_model(tmp_path / "model", "mixtral", hidden_size=32, intermediate_size=64), {}, [])
+def test_experts_of_a_block_that_is_done_again_are_listed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = Case(
+        save_model(tmp_path / "model", "mixtral", hidden_size=32, intermediate_size=64), {}, []
+    )
     changes = {"dynamic": {}, "lm_head": False, "nsamples": 6, "seqlen": 64, "preset": "gptq"}
     changes |= {"moe_uncovered": "rtn", "max_fallbacks": None}
     whole = tiny.run(tmp_path / "whole", **changes)

@@ -33,8 +33,12 @@ NAMES = {  # of an expert's gate, up and down in the checkpoint
     "mixtral": ("model.layers.{}.block_sparse_moe.experts.{}.w{}", (1, 3, 2)),
     "qwen3_moe": ("model.layers.{}.mlp.experts.{}.{}_proj", ("gate", "up", "down")),
 }
-SEEDS = {"gpt_oss": 1}  # where no value lies between two codes: one that falls the other way changes what follows
-STACKED = {"gpt_oss": ("model.layers.{}.mlp.experts.{}.{}_proj", ("gate", "up", "down"))}  # turned, interleaved, biases
+SEEDS = {
+    "gpt_oss": 1
+}  # where no value lies between two codes: one that falls the other way changes what follows
+STACKED = {
+    "gpt_oss": ("model.layers.{}.mlp.experts.{}.{}_proj", ("gate", "up", "down"))
+}  # turned, interleaved, biases
 ATTENTION = [["q_proj", "k_proj", "v_proj"], ["o_proj"]]
 
 
@@ -43,7 +47,11 @@ def save_mixture(directory: Path, family: str, *, idle: bool = False, **changes:
     model = random_model(family, **changes)
     for block in model.model.layers if idle else ():
         rows = block.mlp.gate.weight.data
-        rows[1], rows[3], rows[IDLE] = -rows[0], -rows[2], 0  # of a, -a, b, -b and 0 the two largest are never 0
+        rows[1], rows[3], rows[IDLE] = (
+            -rows[0],
+            -rows[2],
+            0,
+        )  # of a, -a, b, -b and 0 the two largest are never 0
     model.save_pretrained(directory)
     save_tokenizer(directory)
     return directory
@@ -62,7 +70,11 @@ def seen_by(whole: PreTrainedModel, path: str, windows: Tensor) -> tuple[Tensor,
 def matrices(experts: nn.Module, number: int) -> tuple[Tensor, Tensor, Tensor]:
     """Views [O, I] of the gate, up and down of one expert."""
     gate_up, down = experts.gate_up_proj.data[number], experts.down_proj.data[number]
-    return (gate_up[:, ::2].T, gate_up[:, 1::2].T, down.T) if biased(experts) else (*gate_up.chunk(2), down)
+    return (
+        (gate_up[:, ::2].T, gate_up[:, 1::2].T, down.T)
+        if biased(experts)
+        else (*gate_up.chunk(2), down)
+    )
 
 
 def between(experts: nn.Module, number: int, tokens: Tensor) -> Tensor:
@@ -78,10 +90,14 @@ def biased(experts: nn.Module) -> bool:
     return hasattr(experts, "gate_up_proj_bias")
 
 
-def slow_codes(model: Path, family: str, windows: Tensor, settings: QuantizeConfig) -> dict[str, Tensor]:
+def slow_codes(
+    model: Path, family: str, windows: Tensor, settings: QuantizeConfig
+) -> dict[str, Tensor]:
     """Codes of every layer, by running the whole model anew for each stage and each expert's down_proj."""
     whole, untouched = (
-        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, experts_implementation="eager").eval()
+        AutoModelForCausalLM.from_pretrained(
+            model, dtype=torch.float32, experts_implementation="eager"
+        ).eval()
         for _ in range(2)
     )
     codes = {}
@@ -99,12 +115,16 @@ def slow_codes(model: Path, family: str, windows: Tensor, settings: QuantizeConf
     for block in range(2):
         for stage in ATTENTION:
             paths = [f"model.layers.{block}.self_attn.{leaf}" for leaf in stage]
-            tokens, originals = (seen_by(way, paths[0], windows)[0].flatten(0, 1) for way in (whole, untouched))
+            tokens, originals = (
+                seen_by(way, paths[0], windows)[0].flatten(0, 1) for way in (whole, untouched)
+            )
             for path in paths:
                 solve(path, whole.get_submodule(path).weight.data, tokens, originals)
         path = f"model.layers.{block}.mlp.experts"
         experts = whole.get_submodule(path)
-        (hidden, chosen, _), (before, _, _) = (seen_by(way, path, windows) for way in (whole, untouched))
+        (hidden, chosen, _), (before, _, _) = (
+            seen_by(way, path, windows) for way in (whole, untouched)
+        )
         for number in range(N_EXPERTS):
             mine = [token for token in range(len(hidden)) if number in chosen[token].tolist()]
             *halves, down = matrices(experts, number)
@@ -118,7 +138,9 @@ def slow_codes(model: Path, family: str, windows: Tensor, settings: QuantizeConf
 
 @pytest.mark.parametrize("asymmetric", [0.0, 0.75])
 @pytest.mark.parametrize("family", NAMES | STACKED)
-def test_codes_of_experts_equal_the_whole_model_reference(family: str, asymmetric: float, tmp_path: Path) -> None:
+def test_codes_of_experts_equal_the_whole_model_reference(
+    family: str, asymmetric: float, tmp_path: Path
+) -> None:
     model = save_mixture(tmp_path / "model", family, seed=SEEDS.get(family, 0))
     settings = config(preset="gptq", act_group_aware=False, asymmetric_calibration=asymmetric)
     output = tmp_path / "out"
@@ -146,7 +168,9 @@ def test_an_expert_without_tokens_stops_the_run_by_default(family: str, tmp_path
 
 
 @pytest.mark.parametrize("family", NAMES)
-def test_an_expert_without_tokens_is_rounded_or_sees_all_tokens_on_demand(family: str, tmp_path: Path) -> None:
+def test_an_expert_without_tokens_is_rounded_or_sees_all_tokens_on_demand(
+    family: str, tmp_path: Path
+) -> None:
     model = save_mixture(tmp_path / "model", family, idle=True)
     plain = {"preset": "gptq", "act_group_aware": False}
     rounded, result = quantize(tmp_path, model, moe_uncovered="rtn", **plain)
@@ -154,16 +178,23 @@ def test_an_expert_without_tokens_is_rounded_or_sees_all_tokens_on_demand(family
     pattern, parts = NAMES[family]
     for part in parts:
         idle, busy = (pattern.format(1, number, part) for number in (IDLE, 0))
-        assert torch.equal(reader(rounded).linear(busy).codes, reader(calibrated).linear(busy).codes)
+        assert torch.equal(
+            reader(rounded).linear(busy).codes, reader(calibrated).linear(busy).codes
+        )
         weight = load_file(model / "model.safetensors")[f"{idle}.weight"]
-        alone = gptq(weight, torch.eye(weight.shape[1], dtype=torch.float64), config(**plain).base, 1)
+        alone = gptq(
+            weight, torch.eye(weight.shape[1], dtype=torch.float64), config(**plain).base, 1
+        )
         assert torch.equal(reader(rounded).linear(idle).codes, alone.codes)
         assert not torch.equal(reader(calibrated).linear(idle).codes, alone.codes)
         tokens = {layer.name: layer.tokens for layer in other.layers}
         assert tokens[idle] == other.tokens
         assert {layer.name: layer.tokens for layer in result.layers}[idle] == 0
     assert [layer.uncovered for layer in result.experts] == [(IDLE,), (IDLE,)]
-    assert [layer["min_tokens"] for layer in json.loads(json.dumps(result.to_json(), default=str))["experts"]] == [0, 0]
+    assert [
+        layer["min_tokens"]
+        for layer in json.loads(json.dumps(result.to_json(), default=str))["experts"]
+    ] == [0, 0]
 
 
 def test_an_expert_without_tokens_has_no_original_to_follow(tmp_path: Path) -> None:
@@ -173,7 +204,9 @@ def test_an_expert_without_tokens_has_no_original_to_follow(tmp_path: Path) -> N
     pattern, parts = NAMES["qwen3_moe"]
     for name in (pattern.format(block, IDLE, part) for block in range(2) for part in parts):
         weight = load_file(model / "model.safetensors")[f"{name}.weight"]
-        alone = gptq(weight, torch.eye(weight.shape[1], dtype=torch.float64), config(**plain).base, 1)
+        alone = gptq(
+            weight, torch.eye(weight.shape[1], dtype=torch.float64), config(**plain).base, 1
+        )
         assert torch.equal(reader(output).linear(name).codes, alone.codes)
 
 
@@ -181,7 +214,11 @@ def test_a_token_that_the_unquantized_model_sends_elsewhere_stands_for_itself() 
     """Where tokens come in rows of each expert, a row of zeros is no token but one that was sent elsewhere."""
     ways = [separated(mixtral_experts()) for _ in range(2)]
     ways[1][2].up_proj.weight.data.mul_(1.1)
-    sent = [({0, 2}, {0, 1}), ({1}, {1}), ({0, 1, 2}, set())]  # of three tokens, to expert 2, on both ways, by batch
+    sent = [
+        ({0, 2}, {0, 1}),
+        ({1}, {1}),
+        ({0, 1, 2}, set()),
+    ]  # of three tokens, to expert 2, on both ways, by batch
     inputs, pairs = RoutedInputs("experts", ways), []
     for number, tokens in enumerate(sent):
         batch = []
@@ -191,16 +228,23 @@ def test_a_token_that_the_unquantized_model_sends_elsewhere_stands_for_itself() 
             batch.append(Routed(hidden.reshape(12, 32)))
         inputs.add(number, *batch)
         first, other = (routed.hidden.view(4, 3, 32)[2] for routed in batch)
-        pairs += [(first[token], (other if token in tokens[1] else first)[token]) for token in sorted(tokens[0])]
+        pairs += [
+            (first[token], (other if token in tokens[1] else first)[token])
+            for token in sorted(tokens[0])
+        ]
     rows = inputs.rows()[2]
     assert [mine.tolist() for mine in rows] == [[6, 8], [7], [6, 7, 8]]
     for down in (False, True):
         if down:
             pairs = [
-                tuple(way.intermediate(2, x[None])[0] for way, x in zip(ways, pair, strict=True)) for pair in pairs
+                tuple(way.intermediate(2, x[None])[0] for way, x in zip(ways, pair, strict=True))
+                for pair in pairs
             ]
         hessian = inputs.hessian(2, rows, torch.device("cpu"), down=down)
-        expected = [sum(torch.outer(x, x) for x, _ in pairs), sum(torch.outer(old - x, x) for x, old in pairs)]
+        expected = [
+            sum(torch.outer(x, x) for x, _ in pairs),
+            sum(torch.outer(old - x, x) for x, old in pairs),
+        ]
         assert hessian.shift is not None
         assert torch.allclose(hessian.hessian, expected[0], atol=1e-4)
         assert torch.allclose(hessian.shift, expected[1], atol=1e-4)
@@ -236,12 +280,16 @@ def test_hessians_of_experts_live_one_after_the_other(
 
     monkeypatch.setattr("gptq_cli.quantization.routed_experts.HessianAccumulator", Counted)
     model = save_mixture(tmp_path / "model", "qwen3_moe", num_hidden_layers=1, num_experts=12)
-    _, result = quantize(tmp_path, model, true_sequential=true_sequential, moe_uncovered="rtn", preset="gptq")
+    _, result = quantize(
+        tmp_path, model, true_sequential=true_sequential, moe_uncovered="rtn", preset="gptq"
+    )
     assert len(result.layers) == 4 + 3 * 12
     assert most == (1 if true_sequential else 2)
 
 
-def test_without_true_sequential_down_proj_sees_what_the_unquantized_expert_gives(tmp_path: Path) -> None:
+def test_without_true_sequential_down_proj_sees_what_the_unquantized_expert_gives(
+    tmp_path: Path,
+) -> None:
     model = save_mixture(tmp_path / "model", "qwen3_moe", num_hidden_layers=1)
     plain = {"preset": "gptq", "act_group_aware": False}
     together, _ = quantize(tmp_path, model, true_sequential=False, **plain)
@@ -249,16 +297,23 @@ def test_without_true_sequential_down_proj_sees_what_the_unquantized_expert_give
     name = "model.layers.0.mlp.experts.0.down_proj"
     assert torch.equal(reader(together).linear(name).codes, reader(only_down).linear(name).codes)
     sequential, _ = quantize(tmp_path, model, **plain)
-    assert not torch.equal(reader(together).linear(name).codes, reader(sequential).linear(name).codes)
+    assert not torch.equal(
+        reader(together).linear(name).codes, reader(sequential).linear(name).codes
+    )
 
 
 def test_three_shards_tied_embeddings_and_extra_tensors_pass_through(tmp_path: Path) -> None:
     model = tmp_path / "model"
-    random_model("qwen3_moe", tie_word_embeddings=True).save_pretrained(model, max_shard_size="200KB")
+    random_model("qwen3_moe", tie_word_embeddings=True).save_pretrained(
+        model, max_shard_size="200KB"
+    )
     save_tokenizer(model)
     shards = sorted(model.glob("*.safetensors"))
     assert len(shards) >= 3
-    extra = {"model.layers.2.mlp.experts.0.up_proj.weight": torch.randn(64, 64), "mtp.norm.weight": torch.randn(7)}
+    extra = {
+        "model.layers.2.mlp.experts.0.up_proj.weight": torch.randn(64, 64),
+        "mtp.norm.weight": torch.randn(7),
+    }
     save_file(load_file(shards[-1]) | extra, shards[-1], metadata={"format": "pt"})
     index = json.loads((model / "model.safetensors.index.json").read_text())
     index["weight_map"] |= dict.fromkeys(extra, shards[-1].name)
@@ -273,7 +328,10 @@ def test_three_shards_tied_embeddings_and_extra_tensors_pass_through(tmp_path: P
     }  # fmt: skip
     for name in kept:
         before, after = source.tensors[name], written.tensors[name]
-        read = [info.file.read_bytes()[info.start : info.start + info.nbytes] for info in (before, after)]
+        read = [
+            info.file.read_bytes()[info.start : info.start + info.nbytes]
+            for info in (before, after)
+        ]
         assert read[0] == read[1], name
 
 
@@ -282,8 +340,13 @@ def test_experts_stored_in_one_tensor_are_written_one_by_one(tmp_path: Path) -> 
     output, result = quantize(tmp_path, model)
     names = {layer.name for layer in result.layers}
     assert "model.layers.1.feed_forward.experts.4.gate_proj" in names
-    assert not any(name.endswith(("gate_up_proj", "experts.down_proj")) for name in open_checkpoint(output).tensors)
-    stack = load_file(model / "model.safetensors")["model.layers.1.feed_forward.experts.gate_up_proj"]
+    assert not any(
+        name.endswith(("gate_up_proj", "experts.down_proj"))
+        for name in open_checkpoint(output).tensors
+    )
+    stack = load_file(model / "model.safetensors")[
+        "model.layers.1.feed_forward.experts.gate_up_proj"
+    ]
     near = reader(output).read("model.layers.1.feed_forward.experts.3.up_proj.weight")
     assert (near - stack[3, :, 128:].T).norm() < 0.2 * stack[3, :, 128:].norm()
     with pytest.raises(ConfigError, match="holds all experts in one tensor") as caught:
@@ -298,7 +361,9 @@ def test_rules_that_split_the_experts_of_a_layer_are_told(tmp_path: Path) -> Non
     settings = config(preset="gptq", dynamic={rule: {"bits": 8}})
     result = quantize_checkpoint(str(model), tmp_path / "out", settings, report=events.append)
     assert result.split_experts == ("model.layers.1.mlp.experts",)
-    warned = [event for event in events if isinstance(event, Warned) and event.code == "W_CFG_EXPERTS"]
+    warned = [
+        event for event in events if isinstance(event, Warned) and event.code == "W_CFG_EXPERTS"
+    ]
     assert [event.message for event in warned] == [
         "the experts of `model.layers.1.mlp.experts` differ in settings: not loaded by vllm, sglang"
     ]
@@ -309,16 +374,22 @@ def test_experts_with_biases_are_told_of(tmp_path: Path) -> None:
     events: list[Event] = []
     model = save_mixture(tmp_path / "model", "gpt_oss", num_hidden_layers=1)
     quantize_checkpoint(str(model), tmp_path / "out", config(preset="fast"), report=events.append)
-    warned = [event for event in events if isinstance(event, Warned) and event.code == "W_ARCH_EXPERTS"]
+    warned = [
+        event for event in events if isinstance(event, Warned) and event.code == "W_ARCH_EXPERTS"
+    ]
     assert [event.message for event in warned] == [
         "the experts of `model.layers.0.mlp.experts` have biases: no engine is known to load them quantized, "
         "`gptq eval-ppl` does"
     ]
     written = open_checkpoint(tmp_path / "out").tensors
-    assert {"model.layers.0.mlp.experts.gate_up_proj_bias", "model.layers.0.mlp.experts.4.up_proj.qweight"} < set(
-        written
-    )
-    assert not {"model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj"} & set(written)
+    assert {
+        "model.layers.0.mlp.experts.gate_up_proj_bias",
+        "model.layers.0.mlp.experts.4.up_proj.qweight",
+    } < set(written)
+    assert not {
+        "model.layers.0.mlp.experts.gate_up_proj",
+        "model.layers.0.mlp.experts.down_proj",
+    } & set(written)
 
 
 def test_a_checkpoint_that_lacks_an_expert_is_refused(tmp_path: Path) -> None:
@@ -335,7 +406,9 @@ def test_a_checkpoint_that_lacks_an_expert_is_refused(tmp_path: Path) -> None:
 
 def test_engines_are_told_of_routers_and_of_experts_that_are_kept(tmp_path: Path) -> None:
     model = save_mixture(tmp_path / "model", "qwen3_moe")
-    output, result = quantize(tmp_path, model, preset="gptq", dynamic={r"-:model\.layers\.1\.mlp\.experts": {}})
+    output, result = quantize(
+        tmp_path, model, preset="gptq", dynamic={r"-:model\.layers\.1\.mlp\.experts": {}}
+    )
     told = json.loads((output / "config.json").read_text())["quantization_config"]
     patterns = [rule.removeprefix("-:") for rule in told["dynamic"]]
 
@@ -345,6 +418,9 @@ def test_engines_are_told_of_routers_and_of_experts_that_are_kept(tmp_path: Path
     assert skipped("model.layers.1.mlp.experts")
     assert skipped("model.layers.1.mlp.experts.3.gate_proj")
     assert skipped("model.layers.0.mlp.gate")
-    assert not any(skipped(f"model.layers.0.mlp.{name}") for name in ("experts", "experts.3.gate_proj", "gate_up_proj"))
+    assert not any(
+        skipped(f"model.layers.0.mlp.{name}")
+        for name in ("experts", "experts.3.gate_proj", "gate_up_proj")
+    )
     assert "modules_in_block_to_quantize" not in told
     assert [layer.name for layer in result.experts] == ["model.layers.0.mlp.experts"]

@@ -31,14 +31,18 @@ from tests.runs import config, digest, quantize, reader
 def input_of(whole: PreTrainedModel, name: str, windows: Tensor) -> Tensor:
     """Every token [tokens, I] that linear `name` sees, in float64."""
     seen: list[Tensor] = []
-    hook = whole.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1)))
+    hook = whole.get_submodule(name).register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].flatten(0, 1))
+    )
     with torch.no_grad():
         whole(input_ids=windows, use_cache=False)
     hook.remove()
     return seen[0].double()
 
 
-def slow_quantize(model: Path, windows: Tensor, settings: QuantizeConfig, stages: list[list[str]]) -> dict[str, Tensor]:
+def slow_quantize(
+    model: Path, windows: Tensor, settings: QuantizeConfig, stages: list[list[str]]
+) -> dict[str, Tensor]:
     """Codes of every layer, by running the whole transformers model anew for each stage, in float64 Hessians."""
     whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     untouched = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
@@ -57,7 +61,9 @@ def slow_quantize(model: Path, windows: Tensor, settings: QuantizeConfig, stages
                 found = gptq(weight, hessian, settings.base, len(tokens))
                 codes[name] = found.codes
                 group = torch.tensor(found.g_idx)
-                modules[name].weight.data = (found.scales[:, group] * (found.codes - found.zeros[:, group])).float()
+                modules[name].weight.data = (
+                    found.scales[:, group] * (found.codes - found.zeros[:, group])
+                ).float()
     return codes
 
 
@@ -102,7 +108,9 @@ def test_codes_equal_those_of_a_whole_model_reference_stage_by_stage(
     assert len(expected) == 21
     for name, codes in expected.items():
         different = (ours.linear(name).codes.double() != codes).double().mean()
-        assert different < 0.03, f"{name}: {different:.2%} of the codes differ"  # float32 forwards: a few ties
+        assert different < 0.03, (
+            f"{name}: {different:.2%} of the codes differ"
+        )  # float32 forwards: a few ties
 
 
 def test_without_true_sequential_every_stage_sees_the_unquantized_block(tmp_path: Path) -> None:
@@ -111,7 +119,9 @@ def test_without_true_sequential_every_stage_sees_the_unquantized_block(tmp_path
     together, _ = quantize(tmp_path, model, bits=2, true_sequential=False)
     first, last = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
     assert torch.equal(reader(sequential).linear(first).codes, reader(together).linear(first).codes)
-    assert not torch.equal(reader(sequential).linear(last).codes, reader(together).linear(last).codes)
+    assert not torch.equal(
+        reader(sequential).linear(last).codes, reader(together).linear(last).codes
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -124,12 +134,18 @@ def test_every_family_is_quantized_and_reads_back(family: str, tmp_path: Path) -
     original, ours = TensorReader(source), reader(output)
     for name in source.tensors:
         if name.removesuffix(".weight") in quantized:
-            error = (ours.read(name) - original.read(name).float()).norm() / original.read(name).float().norm()
-            assert error < (0.3 if family == "opt" else 0.2)  # few tokens for many columns: weights follow their loss
+            error = (ours.read(name) - original.read(name).float()).norm() / original.read(
+                name
+            ).float().norm()
+            assert error < (
+                0.3 if family == "opt" else 0.2
+            )  # few tokens for many columns: weights follow their loss
         else:
             assert torch.equal(TensorReader(written).read(name), original.read(name))
     names = {name for name in source.tensors if name.removesuffix(".weight") not in quantized}
-    assert set(written.tensors) == names | {f"{name}.{part}" for name in quantized for part in PARTS}
+    assert set(written.tensors) == names | {
+        f"{name}.{part}" for name in quantized for part in PARTS
+    }
 
 
 def test_two_runs_write_identical_bytes_and_another_seed_does_not(tmp_path: Path) -> None:
@@ -168,7 +184,9 @@ def test_other_files_are_copied_byte_for_byte_with_usual_modes(tmp_path: Path) -
         assert (output / name).read_bytes() == (model / name).read_bytes()
     usual = tmp_path / "usual"
     usual.touch()
-    assert {path.stat().st_mode for path in output.rglob("*") if path.is_file()} == {usual.stat().st_mode}
+    assert {path.stat().st_mode for path in output.rglob("*") if path.is_file()} == {
+        usual.stat().st_mode
+    }
 
 
 def test_shards_keep_the_tensors_of_a_layer_together_and_the_index_agrees(tmp_path: Path) -> None:
@@ -178,19 +196,27 @@ def test_shards_keep_the_tensors_of_a_layer_together_and_the_index_agrees(tmp_pa
     index = json.loads((output / "model.safetensors.index.json").read_text())
     checkpoint = open_checkpoint(output)
     assert len(set(index["weight_map"].values())) > 3
-    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+    assert index["metadata"]["total_size"] == sum(
+        tensor.nbytes for tensor in checkpoint.tensors.values()
+    )
     for layer in result.layers:
         assert len({index["weight_map"][f"{layer.name}.{part}"] for part in PARTS}) == 1
     a, b = TensorReader(open_checkpoint(whole)), TensorReader(checkpoint)
     assert all(torch.equal(a.read(name), b.read(name)) for name in b.names())
     assert set(a.names()) == set(b.names())
     for file in set(index["weight_map"].values()):
-        with safe_open(output / file, framework="pt") as opened:  # the library itself accepts what we wrote
+        with safe_open(
+            output / file, framework="pt"
+        ) as opened:  # the library itself accepts what we wrote
             assert opened.metadata() == {"format": "pt"}
 
 
-@pytest.mark.parametrize("changes", [{}, {"bits": 3, "sym": False, "max_shard_size": "60KB"}, {"group_size": -1}])
-def test_the_plan_tells_the_output_size_to_the_byte(changes: dict[str, object], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "changes", [{}, {"bits": 3, "sym": False, "max_shard_size": "60KB"}, {"group_size": -1}]
+)
+def test_the_plan_tells_the_output_size_to_the_byte(
+    changes: dict[str, object], tmp_path: Path
+) -> None:
     model = save_model(tmp_path / "model")
     plan = plan_run(model, config(**changes))
     output, result = quantize(tmp_path, model, **changes)
@@ -200,20 +226,29 @@ def test_the_plan_tells_the_output_size_to_the_byte(changes: dict[str, object], 
 
 
 @pytest.mark.parametrize("desc_act", [False, True])
-def test_g_idx_is_trivial_unless_desc_act_and_layers_with_one_input_share_it(desc_act: bool, tmp_path: Path) -> None:
+def test_g_idx_is_trivial_unless_desc_act_and_layers_with_one_input_share_it(
+    desc_act: bool, tmp_path: Path
+) -> None:
     output, _ = quantize(tmp_path, save_model(tmp_path / "model"), desc_act=desc_act)
     linears = [reader(output).linear(f"model.layers.1.self_attn.{name}_proj") for name in "qkv"]
     groups = [linear.group_of_column for linear in linears]
     assert all(torch.equal(groups[0], other) for other in groups[1:])
     assert groups[0].bincount().tolist() == [32, 32]
     assert torch.equal(groups[0], torch.arange(64) // 32) is not desc_act
-    assert json.loads((output / "config.json").read_text())["quantization_config"]["desc_act"] is desc_act
+    assert (
+        json.loads((output / "config.json").read_text())["quantization_config"]["desc_act"]
+        is desc_act
+    )
 
 
-def test_activation_order_with_static_groups_is_written_as_a_plain_checkpoint(tmp_path: Path) -> None:
+def test_activation_order_with_static_groups_is_written_as_a_plain_checkpoint(
+    tmp_path: Path,
+) -> None:
     model = save_model(tmp_path / "model")
     output, _ = quantize(tmp_path, model, desc_act=True, static_groups=True)
-    assert json.loads((output / "config.json").read_text())["quantization_config"]["desc_act"] is False
+    assert (
+        json.loads((output / "config.json").read_text())["quantization_config"]["desc_act"] is False
+    )
     linear = reader(output).linear("model.layers.0.mlp.down_proj")
     assert torch.equal(linear.group_of_column, torch.arange(128, dtype=torch.int32) // 32)
 
@@ -235,14 +270,20 @@ def test_both_formats_hold_the_same_weights(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     first, result = quantize(tmp_path, model, sym=False, format="gptq")
     second, _ = quantize(tmp_path, model, sym=False)
-    assert json.loads((second / "config.json").read_text())["quantization_config"]["checkpoint_format"] == "gptq_v2"
+    assert (
+        json.loads((second / "config.json").read_text())["quantization_config"]["checkpoint_format"]
+        == "gptq_v2"
+    )
     for layer in result.layers:
         weight = f"{layer.name}.weight"
         assert torch.equal(reader(first).read(weight), reader(second).read(weight))
 
 
 def test_rules_keep_and_change_layers_and_both_dialects_say_so(tmp_path: Path) -> None:
-    rules = {r"-:.*layers\.1\.self_attn\.(q|k|v)_proj": {}, r"+:.*down_proj": {"bits": 8, "group_size": 64}}
+    rules = {
+        r"-:.*layers\.1\.self_attn\.(q|k|v)_proj": {},
+        r"+:.*down_proj": {"bits": 8, "group_size": 64},
+    }
     model = save_model(tmp_path / "model")
     output, result = quantize(tmp_path, model, dynamic=rules)
     kept = {f"model.layers.1.self_attn.{name}_proj" for name in "qkv"}
@@ -253,9 +294,15 @@ def test_rules_keep_and_change_layers_and_both_dialects_say_so(tmp_path: Path) -
     (listed,) = described["modules_in_block_to_quantize"]
     assert set(listed) == {layer.name for layer in result.layers}
     skips = [rule.removeprefix("-:") for rule in described["dynamic"] if rule.startswith("-:")]
-    matched = {name for name in open_checkpoint(model).tensors if any(re.match(skip, name[:-7]) for skip in skips)}
+    matched = {
+        name
+        for name in open_checkpoint(model).tensors
+        if any(re.match(skip, name[:-7]) for skip in skips)
+    }
     assert matched == {f"{name}.weight" for name in kept}
-    assert any(re.match(skip, "model.layers.1.self_attn.qkv_proj") for skip in skips)  # the name of the fused linear
+    assert any(
+        re.match(skip, "model.layers.1.self_attn.qkv_proj") for skip in skips
+    )  # the name of the fused linear
     assert described["dynamic"][r"+:.*down_proj"] == {"bits": 8, "group_size": 64}
 
 
@@ -263,21 +310,31 @@ def test_one_layer_with_its_own_order_makes_desc_act_true(tmp_path: Path) -> Non
     rules = {r"+:.*layers\.1\.mlp\.down_proj": {"desc_act": True}}
     output, _ = quantize(tmp_path, save_model(tmp_path / "model"), dynamic=rules)
     described = json.loads((output / "config.json").read_text())["quantization_config"]
-    assert (described["desc_act"], described["act_group_aware"], described["static_groups"]) == (True, False, False)
+    assert (described["desc_act"], described["act_group_aware"], described["static_groups"]) == (
+        True,
+        False,
+        False,
+    )
     groups = reader(output).linear("model.layers.1.mlp.down_proj").group_of_column
     assert not torch.equal(groups, torch.arange(128, dtype=torch.int32) // 32)
 
 
 def test_a_head_that_a_rule_keeps_is_not_promised(tmp_path: Path) -> None:
-    output, result = quantize(tmp_path, save_model(tmp_path / "model"), lm_head=True, dynamic={"-:lm_head": {}})
+    output, result = quantize(
+        tmp_path, save_model(tmp_path / "model"), lm_head=True, dynamic={"-:lm_head": {}}
+    )
     assert result.kept == ("lm_head",)
-    assert json.loads((output / "config.json").read_text())["quantization_config"]["lm_head"] is False
+    assert (
+        json.loads((output / "config.json").read_text())["quantization_config"]["lm_head"] is False
+    )
     assert "lm_head.weight" in open_checkpoint(output).tensors
 
 
 def test_only_listed_modules_are_quantized(tmp_path: Path) -> None:
     listed = [["self_attn.o_proj"], ["mlp.down_proj"]]
-    _, result = quantize(tmp_path, save_model(tmp_path / "model"), modules_in_block_to_quantize=listed)
+    _, result = quantize(
+        tmp_path, save_model(tmp_path / "model"), modules_in_block_to_quantize=listed
+    )
     assert {layer.name.rpartition(".")[2] for layer in result.layers} == {"o_proj", "down_proj"}
     assert len(result.kept) == 15
 
@@ -309,7 +366,10 @@ def test_events_tell_the_run_and_the_result_is_plain_json(tmp_path: Path) -> Non
     content = json.loads(json.dumps(result.to_json()))
     assert content["tokens"] == 6 * 64
     assert all(layer["tokens"] == 6 * 64 for layer in content["layers"])
-    assert all(0 < layer["relative_error"] < layer["rtn_relative_error"] < 0.1 for layer in content["layers"])
+    assert all(
+        0 < layer["relative_error"] < layer["rtn_relative_error"] < 0.1
+        for layer in content["layers"]
+    )
     assert content["config"]["seqlen"] == 64
 
 
@@ -321,7 +381,9 @@ def test_the_resolved_config_beside_the_weights_repeats_the_run(tmp_path: Path) 
     assert digest(first) == digest(tmp_path / "again")
 
 
-def test_an_input_that_is_always_zero_is_reported_and_its_weights_become_zero(tmp_path: Path) -> None:
+def test_an_input_that_is_always_zero_is_reported_and_its_weights_become_zero(
+    tmp_path: Path,
+) -> None:
     model = save_model(tmp_path / "model")
     checkpoint = open_checkpoint(model)
     tensors = load_file(model / "model.safetensors")
@@ -333,19 +395,28 @@ def test_an_input_that_is_always_zero_is_reported_and_its_weights_become_zero(tm
     assert dead == {"q_proj", "k_proj", "v_proj"}
     warnings = [event for event in events if isinstance(event, Warned)]
     assert [event.code for event in warnings] == ["W_NUM_DEAD"] * 3
-    assert "`model.layers.1.self_attn.q_proj`: 1 of 64 inputs were always zero" in warnings[0].message
+    assert (
+        "`model.layers.1.self_attn.q_proj`: 1 of 64 inputs were always zero" in warnings[0].message
+    )
     assert not reader(output).read("model.layers.1.self_attn.q_proj.weight")[:, 5].any()
 
 
-def test_infinite_activations_stop_the_run_with_the_layers_name_and_no_output(tmp_path: Path) -> None:
+def test_infinite_activations_stop_the_run_with_the_layers_name_and_no_output(
+    tmp_path: Path,
+) -> None:
     model = save_model(tmp_path / "model")
     tensors = load_file(model / "model.safetensors")
     tensors["model.layers.1.post_attention_layernorm.weight"][3] = 1e30
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(GateError, match=r"model\.layers\.1\.mlp\.gate_proj.*NaN or infinity") as caught:
+    with pytest.raises(
+        GateError, match=r"model\.layers\.1\.mlp\.gate_proj.*NaN or infinity"
+    ) as caught:
         quantize(tmp_path, model)
     assert caught.value.code == "E_NUM_ACT"
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".out-1.gptq-work", "model"]  # a block is finished
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".out-1.gptq-work",
+        "model",
+    ]  # a block is finished
 
 
 def test_weights_that_are_not_finite_are_refused_by_name(tmp_path: Path) -> None:
@@ -365,19 +436,28 @@ def test_weights_that_are_not_finite_are_refused_by_name(tmp_path: Path) -> None
 
 def test_what_readers_do_not_know_stays_out_of_their_configuration(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
-    rules = {r"+:.*down_proj": {"bits": 8, "scale_search": "mse", "damp_mode": "mean"}, r"+:.*o_proj": {"sym": False}}
-    output, result = quantize(tmp_path, model, preset="balanced", refine_sweeps=1, dynamic=rules, format="gptq")
+    rules = {
+        r"+:.*down_proj": {"bits": 8, "scale_search": "mse", "damp_mode": "mean"},
+        r"+:.*o_proj": {"sym": False},
+    }
+    output, result = quantize(
+        tmp_path, model, preset="balanced", refine_sweeps=1, dynamic=rules, format="gptq"
+    )
     described = json.loads((output / "config.json").read_text())["quantization_config"]
     plain, _ = quantize(tmp_path, model, static_groups=True, damp_percent=0.05, format="gptq")
     known = json.loads((plain / "config.json").read_text())["quantization_config"]
-    assert described == known | {"dynamic": {r"+:.*down_proj": {"bits": 8}, r"+:.*o_proj": {"sym": False}}}
+    assert described == known | {
+        "dynamic": {r"+:.*down_proj": {"bits": 8}, r"+:.*o_proj": {"sym": False}}
+    }
     written = QuantizeConfig(**yaml.safe_load((output / "gptq_config.yaml").read_text()))
     assert written == result.config
     assert written.for_layer("model.layers.0.mlp.down_proj").scale_search == "mse"
     assert result.to_json()["config"]["signed_scales"] is True
 
 
-def test_signed_scales_are_stored_with_both_signs_and_read_back_as_they_were_solved(tmp_path: Path) -> None:
+def test_signed_scales_are_stored_with_both_signs_and_read_back_as_they_were_solved(
+    tmp_path: Path,
+) -> None:
     model = save_model(tmp_path / "model")
     output, result = quantize(tmp_path, model, preset="balanced", bits=3)
     plain, unsigned = quantize(tmp_path, model, preset="act-order", bits=3)
@@ -388,7 +468,12 @@ def test_signed_scales_are_stored_with_both_signs_and_read_back_as_they_were_sol
         assert torch.equal(linear.scales.bfloat16().half(), linear.scales)
         assert (reader(plain).linear(layer.name).scales > 0).all()
         assert layer.relative_error < other.relative_error
-        assert layer.damp_percent == pytest.approx(min(1, 0.5 * linear.codes.shape[1] / layer.tokens))
-        original, read = TensorReader(open_checkpoint(model)), reader(output).read(f"{layer.name}.weight")
+        assert layer.damp_percent == pytest.approx(
+            min(1, 0.5 * linear.codes.shape[1] / layer.tokens)
+        )
+        original, read = (
+            TensorReader(open_checkpoint(model)),
+            reader(output).read(f"{layer.name}.weight"),
+        )
         weight = original.read(f"{layer.name}.weight").float()
         assert (read - weight).norm() < 0.3 * weight.norm()

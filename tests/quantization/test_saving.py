@@ -19,7 +19,13 @@ from tests.tiny import SMALL, WORK, Case, kill_after_block
 
 BLOCKS = 5
 KILLS = 7  # every so many operations
-MANNERS = [(), (1,), (0, 2), (1, 2, 3), (0, 1, 2, 3)]  # after which of the blocks it is time to save
+MANNERS = [
+    (),
+    (1,),
+    (0, 2),
+    (1, 2, 3),
+    (0, 1, 2, 3),
+]  # after which of the blocks it is time to save
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +63,11 @@ def counted(case: Case, output: Path, **changes: object) -> list[str]:
 
 def journal(tmp_path: Path) -> list[int]:
     file = tmp_path / WORK / "journal.jsonl"
-    return [json.loads(line)["block"] for line in file.read_text().splitlines()] if file.exists() else []
+    return (
+        [json.loads(line)["block"] for line in file.read_text().splitlines()]
+        if file.exists()
+        else []
+    )
 
 
 def ticking(*times: float) -> Any:
@@ -69,7 +79,11 @@ def test_it_is_time_when_a_twentieth_of_what_has_passed_is_enough() -> None:
     times = SavingTimes(now=ticking(100.0, 119.0, 120.0, 121.0, 140.0, 141.0, 141.0))
     assert [times.is_due(gigabyte), times.is_due(gigabyte)] == [False, True]
     times.saved()
-    assert [times.is_due(gigabyte), times.is_due(gigabyte), times.is_due(2 * gigabyte)] == [False, True, False]
+    assert [times.is_due(gigabyte), times.is_due(gigabyte), times.is_due(2 * gigabyte)] == [
+        False,
+        True,
+        False,
+    ]
 
 
 def test_with_a_limit_of_time_it_always_is() -> None:
@@ -111,7 +125,9 @@ def test_killed_after_any_operation_the_rerun_writes_the_same_whatever_was_saved
     assert last > 60
 
 
-@pytest.mark.parametrize(("blocks", "gone_back_to"), [((0, 2), 1), ((1,), 0), ((0, 1, 3), 2), ((1, 2), 2)], ids=str)
+@pytest.mark.parametrize(
+    ("blocks", "gone_back_to"), [((0, 2), 1), ((1,), 0), ((0, 1, 3), 2), ((1, 2), 2)], ids=str
+)
 def test_states_that_are_damaged_are_gone_behind_to_those_saved_before(
     blocks: tuple[int, ...], gone_back_to: int, deep: Case, tmp_path: Path, saved_after: Any
 ) -> None:
@@ -122,8 +138,14 @@ def test_states_that_are_damaged_are_gone_behind_to_those_saved_before(
     states.write_bytes(states.read_bytes()[:-1] + b"?")
     events: list[Event] = []
     assert deep.run(output, report=events.append).resumed_blocks == gone_back_to
-    (warned,) = [event.message for event in events if isinstance(event, Warned) and event.code == "W_RESUME_DAMAGED"]
-    assert warned.startswith(f"the hidden states after block {blocks[-1]} are not as they were written")
+    (warned,) = [
+        event.message
+        for event in events
+        if isinstance(event, Warned) and event.code == "W_RESUME_DAMAGED"
+    ]
+    assert warned.startswith(
+        f"the hidden states after block {blocks[-1]} are not as they were written"
+    )
     assert digest(output) == deep.tree
 
 
@@ -137,7 +159,9 @@ def test_where_saving_takes_too_long_only_the_last_block_is(
     assert not list(tmp_path.glob(".other.gptq-work/hidden-*"))
 
 
-def test_what_is_finished_but_for_verifying_is_not_done_again(deep: Case, tmp_path: Path, saved_after: Any) -> None:
+def test_what_is_finished_but_for_verifying_is_not_done_again(
+    deep: Case, tmp_path: Path, saved_after: Any
+) -> None:
     def stop_before_verifying(event: Event) -> None:
         if isinstance(event, PhaseStarted) and event.name == "verify":
             raise Killed
@@ -150,7 +174,9 @@ def test_what_is_finished_but_for_verifying_is_not_done_again(deep: Case, tmp_pa
     assert digest(tmp_path / "out") == deep.tree
 
 
-def test_after_memory_has_run_out_every_block_is_saved(deep: Case, tmp_path: Path, saved_after: Any) -> None:
+def test_after_memory_has_run_out_every_block_is_saved(
+    deep: Case, tmp_path: Path, saved_after: Any
+) -> None:
     events: list[Event] = []
 
     def run_out_once_and_end(event: Event) -> None:
@@ -164,9 +190,22 @@ def test_after_memory_has_run_out_every_block_is_saved(deep: Case, tmp_path: Pat
     saved_after(0)
     with pytest.raises(Killed):
         deep.run(tmp_path / "out", report=run_out_once_and_end)
-    assert [event.index for event in events if isinstance(event, BlockStarted)] == [0, 1, 2, 1, 2, 3]
-    (said,) = [event.message for event in events if isinstance(event, Warned) and event.code == "W_OOM_RETRY"]
-    assert said.startswith("memory ran out: `model.layers.1` is done again with no batch waiting inside it")
+    assert [event.index for event in events if isinstance(event, BlockStarted)] == [
+        0,
+        1,
+        2,
+        1,
+        2,
+        3,
+    ]
+    (said,) = [
+        event.message
+        for event in events
+        if isinstance(event, Warned) and event.code == "W_OOM_RETRY"
+    ]
+    assert said.startswith(
+        "memory ran out: `model.layers.1` is done again with no batch waiting inside it"
+    )
     assert journal(tmp_path) == [0, 1, 2, 3]
     deep.run(tmp_path / "out")
     assert digest(tmp_path / "out") == deep.tree

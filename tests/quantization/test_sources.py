@@ -35,7 +35,9 @@ KEPT = {r"-:.*layers\.1\.mlp\.down_proj": {}, r"-:.*layers\.2\.self_attn\.o_proj
 
 def tensors_of(directory: Path) -> dict[str, Tensor]:
     return {
-        name: tensor for file in sorted(directory.glob("*.safetensors")) for name, tensor in load_file(file).items()
+        name: tensor
+        for file in sorted(directory.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
     }
 
 
@@ -54,7 +56,10 @@ def save_block_floats(folder: Path, family: str = "llama") -> tuple[Path, Path]:
             if "layers" not in name or weight.dim() != 2 or PLAIN in name:
                 continue
             codes = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
-            grid = [math.ceil(size / step) for size, step in zip(weight.shape, (ROWS, COLUMNS), strict=True)]
+            grid = [
+                math.ceil(size / step)
+                for size, step in zip(weight.shape, (ROWS, COLUMNS), strict=True)
+            ]
             scales = torch.empty(grid)
             for i in range(grid[0]):
                 for j in range(grid[1]):
@@ -67,7 +72,11 @@ def save_block_floats(folder: Path, family: str = "llama") -> tuple[Path, Path]:
         save_file(stored, coded / file.name, metadata={"format": "pt"})
         save_file(meant, file, metadata={"format": "pt"})
     (coded / "model.safetensors.index.json").write_text(json.dumps(index))
-    said = {"quant_method": "fp8", "weight_block_size": [ROWS, COLUMNS], "activation_scheme": "dynamic"}
+    said = {
+        "quant_method": "fp8",
+        "weight_block_size": [ROWS, COLUMNS],
+        "activation_scheme": "dynamic",
+    }
     change_config(coded, quantization_config=said)
     return coded, plain
 
@@ -94,7 +103,9 @@ def test_block_floats_are_quantized_as_the_bfloat16_model_that_they_stand_for(
     first, second = tensors_of(tmp_path / "coded"), tensors_of(tmp_path / "plain")
     assert list(first) == list(second)
     assert all(torch.equal(first[name], second[name]) for name in second)
-    told = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("coded", "plain")]
+    told = [
+        json.loads((tmp_path / name / "config.json").read_text()) for name in ("coded", "plain")
+    ]
     for content in told:  # in the order of the source's files, which is not that of both
         content["quantization_config"].get("modules_in_block_to_quantize", [[]])[0].sort()
     assert told[0] == told[1]
@@ -102,7 +113,11 @@ def test_block_floats_are_quantized_as_the_bfloat16_model_that_they_stand_for(
     assert result.source_quantization == "fp8 in blocks of 48x40"
     meta = json.loads((tmp_path / "coded" / "quantize_config.json").read_text())["meta"]
     assert meta["source_quantization"] == "fp8 in blocks of 48x40"
-    warned = [event.message for event in events if isinstance(event, Warned) and event.code == "W_CKPT_DECODED"]
+    warned = [
+        event.message
+        for event in events
+        if isinstance(event, Warned) and event.code == "W_CKPT_DECODED"
+    ]
     # 64 x 128 weights of one byte with 2 x 4 scales of four become two bytes each; o_proj was never in codes
     more = (64 * 128 - 2 * 4 * 4) / 1e6
     name = "model.layers.1.mlp.down_proj.weight"
@@ -110,17 +125,23 @@ def test_block_floats_are_quantized_as_the_bfloat16_model_that_they_stand_for(
     assert warned == ([said] if rules else [])
 
 
-def test_experts_and_routers_in_block_floats_are_those_of_the_bfloat16_model(tmp_path: Path) -> None:
+def test_experts_and_routers_in_block_floats_are_those_of_the_bfloat16_model(
+    tmp_path: Path,
+) -> None:
     coded, plain = save_block_floats(tmp_path, "qwen3_moe")
     assert "model.layers.0.mlp.experts.3.down_proj.weight_scale_inv" in tensors_of(coded)
     assert tensors_of(coded)["model.layers.1.mlp.gate.weight"].dtype == torch.float8_e4m3fn
-    first, second = (tensors_of(quantize(tmp_path, model, moe_uncovered="rtn")[0]) for model in (coded, plain))
+    first, second = (
+        tensors_of(quantize(tmp_path, model, moe_uncovered="rtn")[0]) for model in (coded, plain)
+    )
     assert set(first) == set(second)
     assert all(torch.equal(first[name], second[name]) for name in second)
     assert first["model.layers.1.mlp.gate.weight"].dtype == torch.bfloat16
 
 
-def test_the_plan_and_the_bytes_of_block_floats_are_exact(floats: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_plan_and_the_bytes_of_block_floats_are_exact(
+    floats: tuple[Path, Path], tmp_path: Path
+) -> None:
     coded, _ = floats
     changes = {"dynamic": KEPT, "max_shard_size": "150KB"}
     plan = plan_run(coded, config(**changes))
@@ -138,9 +159,14 @@ def test_the_plan_and_the_bytes_of_block_floats_are_exact(floats: tuple[Path, Pa
     )
 
 
-def test_block_floats_are_inspected_viewed_compared_and_evaluated(floats: tuple[Path, Path]) -> None:
+def test_block_floats_are_inspected_viewed_compared_and_evaluated(
+    floats: tuple[Path, Path],
+) -> None:
     coded, plain = floats
-    found, same = inspect_checkpoint(open_checkpoint(coded)), inspect_checkpoint(open_checkpoint(plain))
+    found, same = (
+        inspect_checkpoint(open_checkpoint(coded)),
+        inspect_checkpoint(open_checkpoint(plain)),
+    )
     assert (found.method, found.parameters) == ("fp8", same.parameters)
     assert found.nbytes == sum(tensor.nbytes for tensor in tensors_of(coded).values())
     rows = {row.name: (row.settings, row.nbytes) for row in (*found.quantized, *found.kept)}
@@ -149,7 +175,9 @@ def test_block_floats_are_inspected_viewed_compared_and_evaluated(floats: tuple[
     name = "model.layers.1.mlp.up_proj"
     assert view_layer(open_checkpoint(coded), name) == view_layer(open_checkpoint(plain), name)
     assert compare_checkpoints(str(coded), str(plain)).different == ()
-    request = EvalRequest(dataset=texts(), seqlen=64, max_windows=2, device="cpu", baseline=str(plain))
+    request = EvalRequest(
+        dataset=texts(), seqlen=64, max_windows=2, device="cpu", baseline=str(plain)
+    )
     assert evaluate_perplexity(str(coded), request).kl == 0
 
 
@@ -164,7 +192,8 @@ def test_scales_are_applied_as_transformers_does() -> None:
     assert torch.equal(scale_blocks(codes, scales, (48, 20)), expected)
     powers = torch.tensor([[0.5, 2.0, 1.0, 4.0], [8.0, 0.25, 1.0, 2.0]])
     assert torch.equal(
-        scale_blocks(codes, powers.to(torch.float8_e8m0fnu), (48, 20)), scale_blocks(codes, powers, (48, 20))
+        scale_blocks(codes, powers.to(torch.float8_e8m0fnu), (48, 20)),
+        scale_blocks(codes, powers, (48, 20)),
     )
 
 
@@ -183,10 +212,30 @@ BLOCKS = {"quant_method": "fp8", "weight_block_size": [ROWS, COLUMNS]}
 @pytest.mark.parametrize(
     ("change", "said", "code", "message"),
     [
-        (lambda t, name: t.pop(f"{name}_scale_inv"), BLOCKS, "E_CKPT_INCOMPLETE", "its scales `.*_inv` are missing"),
-        (shrunk, BLOCKS, "E_CKPT_SHAPE", r"_inv` is F32 \[2, 2\], blocks of 48x40 in \[128, 64\] ask for \[3, 2\]"),
-        (of_another_kind, BLOCKS, "E_CKPT_FP8", "holds F8_E5M2 weights, first `model.layers.0.mlp.up_proj.weight`"),
-        (None, {"quant_method": "fp8", "weight_block_size": None}, "E_CKPT_FP8", "holds F8_E4M3 weights"),
+        (
+            lambda t, name: t.pop(f"{name}_scale_inv"),
+            BLOCKS,
+            "E_CKPT_INCOMPLETE",
+            "its scales `.*_inv` are missing",
+        ),
+        (
+            shrunk,
+            BLOCKS,
+            "E_CKPT_SHAPE",
+            r"_inv` is F32 \[2, 2\], blocks of 48x40 in \[128, 64\] ask for \[3, 2\]",
+        ),
+        (
+            of_another_kind,
+            BLOCKS,
+            "E_CKPT_FP8",
+            "holds F8_E5M2 weights, first `model.layers.0.mlp.up_proj.weight`",
+        ),
+        (
+            None,
+            {"quant_method": "fp8", "weight_block_size": None},
+            "E_CKPT_FP8",
+            "holds F8_E4M3 weights",
+        ),
         (None, {**BLOCKS, "activation_scheme": "static"}, "E_CKPT_FP8", "holds F8_E4M3 weights"),
         (None, {"quant_method": "fbgemm_fp8"}, "E_CKPT_FP8", "holds F8_E4M3 weights"),
         (None, None, "E_CKPT_FP8", "holds F8_E4M3 weights"),
@@ -213,7 +262,13 @@ def test_floats_whose_scales_are_not_understood_are_refused(
 
 
 MIXED = {r".*\.1\.mlp\.(gate|up)_proj": {"bits": 4}, r"-:.*\.2\.self_attn\.v_proj": {}}
-AGAIN = {"bits": 3, "group_size": 64, "dynamic": KEPT, "allow_requantize": True, "max_shard_size": "100KB"}
+AGAIN = {
+    "bits": 3,
+    "group_size": 64,
+    "dynamic": KEPT,
+    "allow_requantize": True,
+    "max_shard_size": "100KB",
+}
 
 
 @pytest.mark.parametrize(
@@ -235,7 +290,9 @@ def test_a_gptq_source_is_quantized_as_the_plain_model_that_it_stands_for(
     plan = plan_run(packed, config(**AGAIN))
     events: list[Event] = []
     output = tmp_path / "again"
-    result = quantize_checkpoint(str(packed), output, config(**AGAIN, dtype="float16"), report=events.append)
+    result = quantize_checkpoint(
+        str(packed), output, config(**AGAIN, dtype="float16"), report=events.append
+    )
     truth, _ = quantize(tmp_path, tmp_path / "wide", **(AGAIN | {"dtype": "float16"}))
     found, expected, half = tensors_of(output), tensors_of(truth), tensors_of(tmp_path / "half")
     assert set(found) == set(expected)
@@ -250,12 +307,17 @@ def test_a_gptq_source_is_quantized_as_the_plain_model_that_it_stands_for(
     config_of = {path: json.loads((path / "config.json").read_text()) for path in (output, model)}
     told = config_of[output].pop("quantization_config")
     assert (told["bits"], told["group_size"], told["lm_head"]) == (3, 64, False)
-    assert config_of[output] == config_of[model] | ({"tie_word_embeddings": False} if settings.get("lm_head") else {})
+    assert config_of[output] == config_of[model] | (
+        {"tie_word_embeddings": False} if settings.get("lm_head") else {}
+    )
     how = result.source_quantization
     assert how is not None
     assert how.startswith(str(settings.get("format", "gptq")))
     assert "8 bits group_size 32" in how or settings["bits"] == 4
-    assert json.loads((output / "quantize_config.json").read_text())["meta"]["source_quantization"] == how
+    assert (
+        json.loads((output / "quantize_config.json").read_text())["meta"]["source_quantization"]
+        == how
+    )
     assert inspect_checkpoint(open_checkpoint(output)).provenance["source_quantization"] == how
     assert "allow_requantize: true" in (output / "gptq_config.yaml").read_text()
     warned = {event.code: event.message for event in events if isinstance(event, Warned)}
@@ -271,9 +333,13 @@ def test_a_gptq_source_is_refused_unless_it_is_allowed_and_sound(tmp_path: Path)
     with pytest.raises(InputError, match=r"already quantized \(gptq\)") as caught:
         plan_run(packed, config())
     assert (caught.value.code, caught.value.exit_code) == ("E_CKPT_QUANTIZED", 3)
-    assert (caught.value.hint or "").endswith("or round its weights a second time: --allow-requantize")
+    assert (caught.value.hint or "").endswith(
+        "or round its weights a second time: --allow-requantize"
+    )
     said = json.loads((packed / "config.json").read_text())["quantization_config"]
-    change_config(packed, quantization_config=said | {"checkpoint_format": "gptq_v2", "format": "gptq_v2"})
+    change_config(
+        packed, quantization_config=said | {"checkpoint_format": "gptq_v2", "format": "gptq_v2"}
+    )
     (packed / "quantize_config.json").unlink()
     with pytest.raises(InputError, match="holds zero points as gptq stores them") as caught:
         quantize_checkpoint(str(packed), tmp_path / "again", config(allow_requantize=True))
@@ -286,7 +352,9 @@ def test_a_gptq_source_of_a_peer_needs_no_g_idx_and_no_second_file(tmp_path: Pat
     first, _ = quantize(tmp_path, packed, allow_requantize=True)
     for name in ("quantize_config.json", "gptq_config.yaml", "gptq_manifest.json"):
         (packed / name).unlink()
-    tensors = {name: tensor for name, tensor in tensors_of(packed).items() if not name.endswith(".g_idx")}
+    tensors = {
+        name: tensor for name, tensor in tensors_of(packed).items() if not name.endswith(".g_idx")
+    }
     save_file(tensors, packed / "model.safetensors", metadata={"format": "pt"})
     second, _ = quantize(tmp_path, packed, allow_requantize=True)
     expected = tensors_of(first)
@@ -308,7 +376,9 @@ def test_a_gptq_source_whose_model_stores_linears_transposed_keeps_them_so(
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_a_run_from_codes_that_ends_early_is_gone_on_with(floats: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_run_from_codes_that_ends_early_is_gone_on_with(
+    floats: tuple[Path, Path], tmp_path: Path
+) -> None:
     def stop(event: Event) -> None:
         if isinstance(event, BlockFinished) and event.index == 1:
             raise KeyboardInterrupt
@@ -320,10 +390,14 @@ def test_a_run_from_codes_that_ends_early_is_gone_on_with(floats: tuple[Path, Pa
     assert result.resumed_blocks == 2
     quantize_checkpoint(str(floats[0]), tmp_path / "whole", settings)
     whole = tensors_of(tmp_path / "whole")
-    assert all(torch.equal(tensor, whole[name]) for name, tensor in tensors_of(tmp_path / "out").items())
+    assert all(
+        torch.equal(tensor, whole[name]) for name, tensor in tensors_of(tmp_path / "out").items()
+    )
 
 
-def test_a_decoded_weight_that_is_not_finite_is_refused(floats: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_decoded_weight_that_is_not_finite_is_refused(
+    floats: tuple[Path, Path], tmp_path: Path
+) -> None:
     tensors, model = tensors_of(floats[0]), tmp_path / "model"
     name = "model.layers.2.mlp.down_proj.weight"  # what it spoils is not calibrated on
     tensors[f"{name}_scale_inv"][0, 0] = 3e38
@@ -333,7 +407,9 @@ def test_a_decoded_weight_that_is_not_finite_is_refused(floats: tuple[Path, Path
             (model / file.name).write_bytes(file.read_bytes())
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     assert open_reader(open_checkpoint(model)).read(name).isinf().any()
-    with pytest.raises(InputError, match=f"`{name}` has values that are not finite as BF16") as caught:
+    with pytest.raises(
+        InputError, match=f"`{name}` has values that are not finite as BF16"
+    ) as caught:
         quantize(tmp_path, model, dynamic={r"-:.*layers\.2\.mlp\.down_proj": {}})
     assert caught.value.code == "E_CKPT_NONFINITE"
     assert "download" in (caught.value.hint or "")

@@ -27,8 +27,15 @@ from tests.families import save_model, texts
 from tests.runs import config, digest
 from tests.simulated_gpu import SimulatedGpu, simulated_gpu
 
-pytestmark = pytest.mark.skipif(torch.version.cuda is not None, reason="torch has a device of its own")
-BLOCKS, BATCHES, LINEARS, INPUTS = 2, 2, 7, 4  # of the runs below; linears and inputs of a block of Llama
+pytestmark = pytest.mark.skipif(
+    torch.version.cuda is not None, reason="torch has a device of its own"
+)
+BLOCKS, BATCHES, LINEARS, INPUTS = (
+    2,
+    2,
+    7,
+    4,
+)  # of the runs below; linears and inputs of a block of Llama
 SETTINGS = {"nsamples": 4, "batch_size": 2, "moe_uncovered": "rtn"}
 
 
@@ -50,14 +57,23 @@ def written(directory: Path) -> str:
 @pytest.mark.usefixtures("gpu")
 def test_the_device_that_is_there_is_named_as_its_tensors_name_it() -> None:
     device = resolve_device("auto")
-    assert device == resolve_device("cuda") == resolve_device("cuda:0") == torch.zeros(1, device=device).device
+    assert (
+        device
+        == resolve_device("cuda")
+        == resolve_device("cuda:0")
+        == torch.zeros(1, device=device).device
+    )
     states = HiddenStates([torch.zeros(2, 3, device=device)], Memory(device)).copy()
     assert states.stored[0].device == device
 
 
-def test_a_model_is_opened_on_the_device_that_kernels_will_be_launched_on(gpu: SimulatedGpu, tmp_path: Path) -> None:
+def test_a_model_is_opened_on_the_device_that_kernels_will_be_launched_on(
+    gpu: SimulatedGpu, tmp_path: Path
+) -> None:
     model = open_checkpoint(save_model(tmp_path / "model"))
-    stream = open_stream(model, device=resolve_device("auto"), dtype="float32", trust_remote_code=False)
+    stream = open_stream(
+        model, device=resolve_device("auto"), dtype="float32", trust_remote_code=False
+    )
     assert gpu.current == stream.device
 
 
@@ -69,16 +85,25 @@ def test_blocks_behind_the_first_are_copied_from_pinned_memory_without_the_host_
     for place, share in (("ahead", 8), ("in turn", 2**60)):
         monkeypatch.setattr(open_model, "AHEAD_SHARE", share)
         gpu.waits.clear()
-        quantize_checkpoint(str(model), tmp_path / place, config(device="cuda", preset="fast", **SETTINGS))
+        quantize_checkpoint(
+            str(model), tmp_path / place, config(device="cuda", preset="fast", **SETTINGS)
+        )
         found.append(waits(gpu, "models.stream._load"))
     tensors_of_a_block = LINEARS + 2
     assert found[1] - found[0] == 3 * tensors_of_a_block
     assert written(tmp_path / "ahead") == written(tmp_path / "in turn")
 
 
-def test_solving_waits_for_the_device_a_few_times_and_reads_no_weight_twice(gpu: SimulatedGpu, tmp_path: Path) -> None:
+def test_solving_waits_for_the_device_a_few_times_and_reads_no_weight_twice(
+    gpu: SimulatedGpu, tmp_path: Path
+) -> None:
     model = save_model(tmp_path / "model", num_hidden_layers=BLOCKS, dtype=torch.bfloat16)
-    all_steps = {"preset": "fast", "refine_sweeps": 1, "scale_search": "mse", "asymmetric_calibration": 0.5} | SETTINGS
+    all_steps = {
+        "preset": "fast",
+        "refine_sweeps": 1,
+        "scale_search": "mse",
+        "asymmetric_calibration": 0.5,
+    } | SETTINGS
     quantize_checkpoint(str(model), tmp_path / "cpu", config(**all_steps))
     gpu.waits.clear()
     quantize_checkpoint(str(model), tmp_path / "gpu", config(device="cuda", **all_steps))
@@ -101,10 +126,16 @@ def test_the_host_waits_once_or_twice_for_all_experts_of_a_batch(
     model = save_model(tmp_path / "model", family)
     quantize_checkpoint(str(model), tmp_path / "cpu", config(preset="fast", **SETTINGS))
     gpu.waits.clear()
-    quantize_checkpoint(str(model), tmp_path / "gpu", config(preset="fast", device="cuda", **SETTINGS))
+    quantize_checkpoint(
+        str(model), tmp_path / "gpu", config(preset="fast", device="cuda", **SETTINGS)
+    )
     assert written(tmp_path / "gpu") == written(tmp_path / "cpu")
-    forwards = BLOCKS * BATCHES + 2  # of the first block two more, to see what it returns and which stages it has
-    assert waits(gpu, "models.experts", "models.stages") == each * (BLOCKS * BATCHES + forwards), gpu.waits
+    forwards = (
+        BLOCKS * BATCHES + 2
+    )  # of the first block two more, to see what it returns and which stages it has
+    assert waits(gpu, "models.experts", "models.stages") == each * (BLOCKS * BATCHES + forwards), (
+        gpu.waits
+    )
 
 
 def test_a_run_with_its_states_on_the_host_goes_on_and_is_evaluated(
@@ -114,19 +145,25 @@ def test_a_run_with_its_states_on_the_host_goes_on_and_is_evaluated(
         if isinstance(event, BlockFinished):
             raise PausedError("E_PAUSED", "one block is enough")
 
-    model, settings = str(save_model(tmp_path / "model", num_hidden_layers=BLOCKS)), config(preset="fast", **SETTINGS)
+    model, settings = (
+        str(save_model(tmp_path / "model", num_hidden_layers=BLOCKS)),
+        config(preset="fast", **SETTINGS),
+    )
     quantize_checkpoint(model, tmp_path / "cpu", settings)
     monkeypatch.setattr(hidden_states, "DEVICE_SHARE", 10**9)
     settings = settings.model_copy(update={"device": "cuda"})
     with pytest.raises(PausedError):
         quantize_checkpoint(model, tmp_path / "gpu", settings, report=stop)
-    assert waits(gpu, "runtime.hidden_states") >= 2 * BATCHES  # to pinned memory and, after the block, back to it
+    assert (
+        waits(gpu, "runtime.hidden_states") >= 2 * BATCHES
+    )  # to pinned memory and, after the block, back to it
     assert quantize_checkpoint(model, tmp_path / "gpu", settings).resumed_blocks == 1
     assert waits(gpu, "runtime.hidden_states.<lambda>: to the device") == 0, gpu.waits
     assert written(tmp_path / "gpu") == written(tmp_path / "cpu")
     request = EvalRequest(dataset=texts(), seqlen=64, max_windows=2, baseline=model)
     found, expected = (
-        evaluate_perplexity(str(tmp_path / "gpu"), replace(request, device=device)) for device in ("cuda", "cpu")
+        evaluate_perplexity(str(tmp_path / "gpu"), replace(request, device=device))
+        for device in ("cuda", "cpu")
     )
     assert (found.perplexity, found.kl) == (expected.perplexity, expected.kl)
 

@@ -20,7 +20,12 @@ import torch
 from gptq_cli.cli.launch import launch
 from gptq_cli.errors import ResourceError, Stopped
 from gptq_cli.runtime import processes
-from gptq_cli.runtime.processes import SAID_ELSEWHERE, Processes, launcher_is_gone, local_environment
+from gptq_cli.runtime.processes import (
+    SAID_ELSEWHERE,
+    Processes,
+    launcher_is_gone,
+    local_environment,
+)
 from gptq_cli.runtime.ranks import _given, _taken
 
 HERE = Path.cwd()
@@ -48,7 +53,8 @@ def test_when_one_fails_the_others_are_told_to_end(monkeypatch: pytest.MonkeyPat
 def test_one_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "PATIENCE", 0.5)
     scripted(
-        monkeypatch, "signal.signal(15, signal.SIG_IGN); time.sleep(60) if rank else (time.sleep(0.5), sys.exit(5))"
+        monkeypatch,
+        "signal.signal(15, signal.SIG_IGN); time.sleep(60) if rank else (time.sleep(0.5), sys.exit(5))",
     )
     assert Processes(2).run(HERE, local_environment()) == [5, -signal.SIGKILL]
 
@@ -84,7 +90,10 @@ def test_a_signal_that_no_process_tells_of_is_told(monkeypatch: pytest.MonkeyPat
     ("script", "code"),
     [
         ("sys.exit([76, 3][rank])", 3),
-        ("signal.signal(15, signal.SIG_IGN); time.sleep([1.5, 0.7][rank]); sys.exit([4, 76][rank])", 4),
+        (
+            "signal.signal(15, signal.SIG_IGN); time.sleep([1.5, 0.7][rank]); sys.exit([4, 76][rank])",
+            4,
+        ),
         ("sys.exit(0)", 0),
         ("os.kill(os.getpid(), 9) if rank else time.sleep(60)", ResourceError.exit_code),
     ],
@@ -99,7 +108,9 @@ def test_the_exit_code_is_that_of_the_process_that_tells_why(
     assert capsys.readouterr().err.startswith(lost if code == ResourceError.exit_code else "")
 
 
-def test_they_meet_in_a_directory_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_they_meet_in_a_directory_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     scripted(monkeypatch, "store = os.environ['_GPTQ_STORE']; mode = os.stat(os.path.dirname(store)).st_mode; "
                 "print(store, mode, sep='\\n', end='', file=open(str(rank), 'w'))")  # fmt: skip
     Processes(2).run(tmp_path, local_environment())
@@ -113,7 +124,9 @@ def test_no_place_to_meet_is_told_with_what_to_set(monkeypatch: pytest.MonkeyPat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(processes.tempfile, "TemporaryDirectory", full)
-    with pytest.raises(ResourceError, match="cannot make a temporary directory: No space left on device") as caught:
+    with pytest.raises(
+        ResourceError, match="cannot make a temporary directory: No space left on device"
+    ) as caught:
         Processes(2).run(HERE, {})
     assert (caught.value.code, caught.value.exit_code) == ("E_DISK", 5)
     assert caught.value.hint == "set TMPDIR to a directory that you may write"
@@ -155,7 +168,9 @@ def taken(tensors: list[torch.Tensor]) -> Any:
     return _taken(lambda tensor: tensor.copy_(next(coming)), torch.device("cpu"))
 
 
-@pytest.mark.parametrize("harm", [Harm(), {"a": [Harm()]}, exec, os.system, type, subprocess.Popen, pickle.loads])
+@pytest.mark.parametrize(
+    "harm", [Harm(), {"a": [Harm()]}, exec, os.system, type, subprocess.Popen, pickle.loads]
+)
 def test_what_another_process_sends_can_run_no_code(
     harm: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,7 +187,9 @@ def test_an_attribute_of_a_module_of_ours_is_no_value_either() -> None:
         taken(sent(b"\x80\x05" + words + b"\x93."))
 
 
-@pytest.mark.parametrize("value", [{"a": (1, 2.5, None, True)}, [b"x", "y", {3}, range(2)], torch.float16, Path("a/b")])
+@pytest.mark.parametrize(
+    "value", [{"a": (1, 2.5, None, True)}, [b"x", "y", {3}, range(2)], torch.float16, Path("a/b")]
+)
 def test_values_arrive_as_they_were_sent(value: object) -> None:
     tensors: list[torch.Tensor] = []
     weight = torch.arange(6).view(2, 3)
@@ -191,20 +208,28 @@ def test_children_look_for_modules_where_this_process_does(tmp_path: Path) -> No
     code = command[2].replace(
         "from gptq_cli.__main__ import main; main()", "import yaml; print(sys.path, yaml.__file__)"
     )
-    found = subprocess.run([command[0], "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        [command[0], "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
     assert found.stdout.startswith(repr(sys.path))
     assert not (tmp_path / "harmed").exists()
 
 
 @pytest.mark.parametrize("name", ["yaml", "typer", "pydantic", "json"])
 @pytest.mark.parametrize("words", [None, "", ".", ":/nowhere", "/nowhere:"])
-def test_python_m_loads_no_module_of_the_current_directory(name: str, words: str | None, tmp_path: Path) -> None:
-    (tmp_path / f"{name}.py").write_text("open('harmed', 'w').close()\nraise ImportError('not the real one')")
+def test_python_m_loads_no_module_of_the_current_directory(
+    name: str, words: str | None, tmp_path: Path
+) -> None:
+    (tmp_path / f"{name}.py").write_text(
+        "open('harmed', 'w').close()\nraise ImportError('not the real one')"
+    )
     (tmp_path / "recipe.txt").write_text("bits: 4\n")
     environment = {**os.environ} if words is None else {**os.environ, "PYTHONPATH": words}
     for command in ([sys.executable, "-m", "gptq_cli"], [Path(sys.executable).with_name("gptq")]):
         run = [*map(str, command), "validate-config", "recipe.txt"]
-        found = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        found = subprocess.run(
+            run, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
         assert (found.returncode, found.stderr) == (0, "")
     assert not (tmp_path / "harmed").exists()
 
@@ -213,13 +238,13 @@ def test_a_directory_that_pythonpath_names_in_full_is_used(tmp_path: Path) -> No
     code = f"from gptq_cli.__main__ import leave_out_current_directory as do; do(); {PROBE}"
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}/:"}
     environment.pop("PYTHONSAFEPATH", None)
-    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, check=True)
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, check=True
+    )
     assert json.loads(found.stdout)[0] == str(tmp_path)
 
 
 def test_a_current_directory_that_was_removed_is_no_failure(tmp_path: Path) -> None:
-    command = (
-        f"mkdir {tmp_path}/gone && cd {tmp_path}/gone && rmdir ../gone && exec {sys.executable} -m gptq_cli --version"
-    )
+    command = f"mkdir {tmp_path}/gone && cd {tmp_path}/gone && rmdir ../gone && exec {sys.executable} -m gptq_cli --version"
     found = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert (found.returncode, found.stderr) == (0, "")

@@ -17,7 +17,10 @@ def main(cases_file: str, weights_file: str) -> None:
     weights = {}
     with np.load(cases_file) as cases:
         for name in {key.split("/")[0] for key in cases}:
-            tensors = [torch.tensor(cases[f"{name}/{part}"]) for part in ("qweight", "qzeros", "scales", "g_idx")]
+            tensors = [
+                torch.tensor(cases[f"{name}/{part}"])
+                for part in ("qweight", "qzeros", "scales", "g_idx")
+            ]
             bits, v2 = cases[f"{name}/bits"].item(), cases[f"{name}/v2"].item()
             weights[name] = dequantize_packed(*tensors, bits, v2, torch.float32).numpy()
     np.savez(weights_file, **weights)

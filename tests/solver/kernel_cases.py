@@ -14,7 +14,11 @@ from gptq_cli.solver.quantized_linear import QuantizedLinear
 from gptq_cli.solver.solve import solve
 from tests.solver.samples import ORDERS, correlated_layer, layer_config
 
-KINDS: dict[str, dict[str, object]] = {"sym": {}, "asym": {"sym": False}, "signed": {"signed_scales": True}}
+KINDS: dict[str, dict[str, object]] = {
+    "sym": {},
+    "asym": {"sym": False},
+    "signed": {"signed_scales": True},
+}
 SEARCHES = ("none", "mse", "activation")
 
 
@@ -35,23 +39,36 @@ class Case:
 
     def layer(self) -> tuple[Tensor, Tensor]:
         if self.ties:
-            halves = torch.randint(-15, 16, (self.out_features, self.in_features), generator=torch.Generator())
+            halves = torch.randint(
+                -15, 16, (self.out_features, self.in_features), generator=torch.Generator()
+            )
             halves[:, ::8] = 15  # the largest, in every group: with 4 bits the scale is two halves
             return halves / 32, torch.arange(1.0, self.in_features + 1).diag()
-        weight, hessian = correlated_layer(self.out_features, self.in_features, seed=self.config.bits)
+        weight, hessian = correlated_layer(
+            self.out_features, self.in_features, seed=self.config.bits
+        )
         if self.shrink != 1:
             weight[:, : self.config.group_size] = 0
         return self.shrink * weight.float(), hessian.float()
 
 
 def _case(
-    order: str, kind: str, *, refine_sweeps: int = 0, shape: dict[str, float] | None = None, **fields: object
+    order: str,
+    kind: str,
+    *,
+    refine_sweeps: int = 0,
+    shape: dict[str, float] | None = None,
+    **fields: object,
 ) -> Case:
-    return Case(layer_config(order, refine_sweeps=refine_sweeps, **KINDS[kind], **fields), **(shape or {}))  # type: ignore[arg-type]
+    return Case(
+        layer_config(order, refine_sweeps=refine_sweeps, **KINDS[kind], **fields), **(shape or {})
+    )  # type: ignore[arg-type]
 
 
 # Launches of 20, 20 and 8 columns; groups smaller and larger than a launch, some of them cut by its end.
-_TURNS = cycle([(2, 24, "none"), (3, 16, "mse"), (4, 8, "activation"), (8, -1, "none"), (4, 12, "mse")])
+_TURNS = cycle(
+    [(2, 24, "none"), (3, 16, "mse"), (4, 8, "activation"), (8, -1, "none"), (4, 12, "mse")]
+)
 CASES: dict[str, Case] = {}
 for (_order, _kind), (_bits, _group, _search) in zip(product(ORDERS, KINDS), _TURNS, strict=False):
     _name = f"{_order}, {_kind}, {_bits} bits, group {_group}, search {_search}"
@@ -61,23 +78,42 @@ MOST_COLUMNS = 32
 _LARGE = {"out_features": 21, "column_block": MOST_COLUMNS}
 _LONG = {"out_features": 5, "in_features": 80, "column_block": MOST_COLUMNS}
 CASES |= {
-    "two programs, two launches": _case("static group aware", "signed", bits=4, group_size=16, shape=_LARGE),
-    "a found group of two launches": _case("group aware", "asym", bits=3, group_size=40, shape=_LONG),
+    "two programs, two launches": _case(
+        "static group aware", "signed", bits=4, group_size=16, shape=_LARGE
+    ),
+    "a found group of two launches": _case(
+        "group aware", "asym", bits=3, group_size=40, shape=_LONG
+    ),
     "a static group of two launches": _case(
         "static desc_act", "asym", bits=2, group_size=40, scale_search="activation", shape=_LONG
     ),
     "ties": Case(layer_config("static desc_act", bits=4, group_size=8), ties=True),
-    "refined, signed": _case("static group aware", "signed", bits=4, group_size=24, refine_sweeps=2),
-    "refined, asym, scattered groups": _case("desc_act", "asym", bits=2, group_size=16, refine_sweeps=1),
+    "refined, signed": _case(
+        "static group aware", "signed", bits=4, group_size=24, refine_sweeps=2
+    ),
+    "refined, asym, scattered groups": _case(
+        "desc_act", "asym", bits=2, group_size=16, refine_sweeps=1
+    ),
     "refined, one group a row": _case("natural", "sym", bits=3, group_size=-1, refine_sweeps=1),
     "refined, two programs, two launches": _case(
         "static group aware", "signed", bits=3, group_size=24, refine_sweeps=1, shape=_LARGE
     ),
     "subnormal scales, signed": _case(
-        "natural", "signed", bits=8, group_size=16, scale_search="mse", refine_sweeps=1, shape={"shrink": 2.0**-7}
+        "natural",
+        "signed",
+        bits=8,
+        group_size=16,
+        scale_search="mse",
+        refine_sweeps=1,
+        shape={"shrink": 2.0**-7},
     ),
     "subnormal scales, asym": _case(
-        "static group aware", "asym", bits=4, group_size=24, scale_search="activation", shape={"shrink": 2.0**-14}
+        "static group aware",
+        "asym",
+        bits=4,
+        group_size=24,
+        scale_search="activation",
+        shape={"shrink": 2.0**-14},
     ),
     "the smallest scales": _case(
         "natural", "signed", bits=4, group_size=16, scale_search="mse", shape={"shrink": 2.0**-24}

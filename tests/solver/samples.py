@@ -26,7 +26,9 @@ def correlated_inputs(n_tokens: int, in_features: int, seed: int = 0) -> Tensor:
     """Tokens [n_tokens, I] in float64: mixed channels, a few of them loud."""
     random = torch.Generator().manual_seed(seed)
     loudness = torch.exp(0.7 * torch.randn(in_features, generator=random, dtype=torch.float64))
-    mixture = torch.randn(in_features, in_features, generator=random, dtype=torch.float64) * loudness
+    mixture = (
+        torch.randn(in_features, in_features, generator=random, dtype=torch.float64) * loudness
+    )
     return torch.randn(n_tokens, in_features, generator=random, dtype=torch.float64) @ mixture
 
 

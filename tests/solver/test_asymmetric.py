@@ -26,7 +26,9 @@ def disturbed(inputs: Tensor, seed: int = 3) -> Tensor:
 
 
 def weight() -> Tensor:
-    return 0.05 * torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    return 0.05 * torch.randn(
+        ROWS, COLUMNS, generator=torch.Generator().manual_seed(5), dtype=torch.float64
+    )
 
 
 def gathered(inputs: Tensor, originals: Tensor) -> HessianAccumulator:
@@ -69,7 +71,9 @@ def test_outputs_come_nearer_to_the_original_ones_also_on_tokens_not_seen() -> N
 
 @pytest.mark.parametrize("mode", ["mean", "diagonal"])
 def test_a_column_without_input_keeps_its_weight(mode: str) -> None:
-    config = layer_config("static group aware", group_size=16, asymmetric_calibration=1.0, damp_mode=mode)
+    config = layer_config(
+        "static group aware", group_size=16, asymmetric_calibration=1.0, damp_mode=mode
+    )
     originals = correlated_inputs(TOKENS, COLUMNS)
     inputs = disturbed(originals)
     inputs[:, [7, 40]] = 0
@@ -85,7 +89,9 @@ def test_inputs_that_are_the_original_ones_change_nothing() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_shift_is_a_float32_sum_over_chunks(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_shift_is_a_float32_sum_over_chunks(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(hessian_module, "TOKENS_PER_CHUNK", 32)
     originals = (correlated_inputs(TOKENS, COLUMNS) / 10).to(dtype)
     inputs = (disturbed(correlated_inputs(TOKENS, COLUMNS)) / 10).to(dtype)
@@ -94,7 +100,9 @@ def test_the_shift_is_a_float32_sum_over_chunks(dtype: torch.dtype, monkeypatch:
     exact = (originals.double() - inputs.double()).T @ inputs.double()
     assert seen.shift is not None
     assert seen.shift.dtype == torch.float32
-    torch.testing.assert_close(seen.shift.double(), exact, rtol=1e-4, atol=1e-4 * exact.abs().max().item())
+    torch.testing.assert_close(
+        seen.shift.double(), exact, rtol=1e-4, atol=1e-4 * exact.abs().max().item()
+    )
     assert torch.equal(inputs, kept[0])
     assert torch.equal(originals, kept[1])
     assert gathered(inputs, originals).tokens == TOKENS

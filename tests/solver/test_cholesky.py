@@ -42,7 +42,9 @@ def test_first_minor_that_is_not_positive_is_named_as_lapack_names_it(at: int) -
 
 
 @pytest.mark.parametrize(("rows", "chunk"), [(6, 5), (7, 4), (1, 2), (5, 1000)])
-def test_rows_and_columns_are_reversed_in_place(rows: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_and_columns_are_reversed_in_place(
+    rows: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(numerics, "ELEMENTS_PER_CHUNK", {"cpu": chunk})
     matrix = torch.arange(float(rows * rows)).reshape(rows, rows)
     expected = matrix.flip(0, 1)
@@ -51,7 +53,9 @@ def test_rows_and_columns_are_reversed_in_place(rows: int, chunk: int, monkeypat
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_large_hessians_get_the_same_factors_and_the_same_ladder(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_hessians_get_the_same_factors_and_the_same_ladder(
+    order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, hessian = correlated_layer(1, 96)
     hessian -= 0.3 * hessian.diagonal().mean() * torch.eye(96, dtype=torch.float64)
     before = hessian.clone()
@@ -65,7 +69,9 @@ def test_large_hessians_get_the_same_factors_and_the_same_ladder(order: str, mon
     torch.testing.assert_close(blocked.D, usual.D)
     assert torch.equal(hessian, before)
     with pytest.raises(NotPositiveDefiniteError):
-        prepare(hessian - 5 * hessian.diagonal().mean() * torch.eye(96, dtype=torch.float64), config)
+        prepare(
+            hessian - 5 * hessian.diagonal().mean() * torch.eye(96, dtype=torch.float64), config
+        )
 
 
 @pytest.mark.gpu

@@ -29,7 +29,9 @@ def test_chunks_hold_every_row_once_in_order(
     assert all(0 < len(part) <= most for part in parts)
 
 
-@pytest.mark.parametrize("groups", [SCATTERED, RUNS, RUNS.flip(0)], ids=["scattered", "runs", "runs backwards"])
+@pytest.mark.parametrize(
+    "groups", [SCATTERED, RUNS, RUNS.flip(0)], ids=["scattered", "runs", "runs backwards"]
+)
 @pytest.mark.parametrize("sym", [True, False])
 def test_rounded_and_dequantized_rows_do_not_depend_on_chunks(
     sym: bool, groups: torch.Tensor, monkeypatch: pytest.MonkeyPatch
@@ -46,7 +48,9 @@ def test_rounded_and_dequantized_rows_do_not_depend_on_chunks(
     assert torch.equal(parts.dequantize(torch.float64), expected)
 
 
-def test_the_row_of_a_scale_out_of_range_counts_through_all_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_row_of_a_scale_out_of_range_counts_through_all_chunks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(numerics, "ELEMENTS_PER_CHUNK", {"cpu": 2 * 32})
     weight = torch.ones(9, 32)
     weight[7, 3] = 1e9

@@ -9,7 +9,9 @@ from tests.solver.samples import ORDERS, correlated_layer, layer_config
 
 def hessian_with_eigenvalue(eigenvalue: float, size: int = 24) -> torch.Tensor:
     """A symmetric matrix whose diagonal has mean 1 and whose lowest eigenvalue is the one given."""
-    basis, _ = torch.linalg.qr(torch.randn(size, size, generator=torch.Generator().manual_seed(3)).double())
+    basis, _ = torch.linalg.qr(
+        torch.randn(size, size, generator=torch.Generator().manual_seed(3)).double()
+    )
     others = (size - eigenvalue) / (size - 1)
     spectrum = torch.full((size,), others, dtype=torch.float64)
     spectrum[0] = eigenvalue
@@ -30,7 +32,9 @@ def test_factors_multiply_to_the_damped_hessian_in_processing_order(order: str) 
     prepared = prepare(hessian, layer_config(order, group_size=16, damp_percent=0.05))
     permutation = prepared.order.permutation
     damped = hessian + 0.05 * hessian.diagonal().mean() * torch.eye(48, dtype=torch.float64)
-    torch.testing.assert_close((prepared.R * prepared.D) @ prepared.R.T, damped[permutation][:, permutation])
+    torch.testing.assert_close(
+        (prepared.R * prepared.D) @ prepared.R.T, damped[permutation][:, permutation]
+    )
     assert torch.equal(prepared.R, prepared.R.triu())
     assert torch.equal(prepared.R.diagonal(), torch.ones(48, dtype=torch.float64))
     assert (prepared.D > 0).all()
@@ -71,7 +75,10 @@ def test_hessian_that_stays_indefinite_is_an_error_with_the_damping_tried_last(
     with pytest.raises(
         NotPositiveDefiniteError, match=f"not positive definite even with damp_percent {last:g}"
     ) as error:
-        prepare(hessian_with_eigenvalue(-2.0), layer_config("natural", group_size=8, damp_percent=damp_percent))
+        prepare(
+            hessian_with_eigenvalue(-2.0),
+            layer_config("natural", group_size=8, damp_percent=damp_percent),
+        )
     assert error.value.damp_percent == pytest.approx(last)
 
 
@@ -104,7 +111,9 @@ def test_diagonal_damping_is_a_share_of_each_entry_that_grows_as_tokens_get_few(
     prepared = prepare(hessian, config, tokens)
     permutation = prepared.order.permutation
     damped = hessian + share * hessian.diagonal().diag()
-    torch.testing.assert_close((prepared.R * prepared.D) @ prepared.R.T, damped[permutation][:, permutation])
+    torch.testing.assert_close(
+        (prepared.R * prepared.D) @ prepared.R.T, damped[permutation][:, permutation]
+    )
     torch.testing.assert_close(prepared.damping, share * hessian.diagonal())
     assert torch.equal(prepared.energy, hessian.diagonal())
     assert (prepared.damp_percent, prepared.retries) == (pytest.approx(share), 0)
@@ -114,7 +123,10 @@ def test_diagonal_damping_does_not_depend_on_the_units_of_a_channel() -> None:
     _, hessian = correlated_layer(1, 48)
     units = torch.logspace(-2, 2, 48, dtype=torch.float64)
     config = layer_config("natural", group_size=16, damp_mode="diagonal")
-    plain, scaled = prepare(hessian, config, 96), prepare(hessian * units * units[:, None], config, 96)
+    plain, scaled = (
+        prepare(hessian, config, 96),
+        prepare(hessian * units * units[:, None], config, 96),
+    )
     torch.testing.assert_close(scaled.R, plain.R * units[:, None] / units)
 
 
@@ -124,14 +136,18 @@ def test_dead_and_nearly_dead_columns_get_diagonal_damping_too() -> None:
     hessian[:, [5, 30]] = 0
     hessian[7] *= 1e-12
     hessian[:, 7] *= 1e-12
-    prepared = prepare(hessian, layer_config("group aware", group_size=16, damp_mode="diagonal"), 48)
+    prepared = prepare(
+        hessian, layer_config("group aware", group_size=16, damp_mode="diagonal"), 48
+    )
     assert prepared.dead.nonzero().flatten().tolist() == [5, 30]
     assert prepared.damping[[5, 30]].tolist() == [1.5, 1.5]
     floor = 1e-10 * hessian.diagonal().max()
     torch.testing.assert_close(prepared.damping[7], 1.5 * floor - hessian[7, 7])
     permutation = prepared.order.permutation
     damped = hessian + prepared.damping.diag()
-    torch.testing.assert_close((prepared.R * prepared.D) @ prepared.R.T, damped[permutation][:, permutation])
+    torch.testing.assert_close(
+        (prepared.R * prepared.D) @ prepared.R.T, damped[permutation][:, permutation]
+    )
 
 
 def test_mean_damping_is_recorded_with_what_makes_dead_columns_solvable() -> None:

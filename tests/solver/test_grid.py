@@ -8,14 +8,22 @@ from hypothesis import strategies as st
 from gptq_cli.config.layer import LayerConfig
 from gptq_cli.solver.baseline import round_to_nearest
 from gptq_cli.solver.float16 import SMALLEST
-from gptq_cli.solver.grid import ScaleRangeError, find_grid, join_groups, round_to_grid, split_groups
+from gptq_cli.solver.grid import (
+    ScaleRangeError,
+    find_grid,
+    join_groups,
+    round_to_grid,
+    split_groups,
+)
 
 BITS = (2, 3, 4, 8)
 groups_of_weights = st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=40)
 
 
 @given(weights=groups_of_weights, bits=st.sampled_from(BITS), sym=st.booleans())
-def test_every_weight_lies_within_half_a_step_of_its_grid(weights: list[float], bits: int, sym: bool) -> None:
+def test_every_weight_lies_within_half_a_step_of_its_grid(
+    weights: list[float], bits: int, sym: bool
+) -> None:
     group = torch.tensor(weights, dtype=torch.float64)[None]
     scale, zero = find_grid(group, bits, sym)
     maxq = 2**bits - 1
@@ -73,7 +81,9 @@ def test_ties_go_to_the_even_multiple_of_the_scale(zero: int) -> None:
 
 
 def test_weights_leave_the_grid_only_by_clamping() -> None:
-    codes = round_to_grid(torch.tensor([-100.0, 100.0]), torch.tensor(1.0), torch.tensor(3.0), bits=3)
+    codes = round_to_grid(
+        torch.tensor([-100.0, 100.0]), torch.tensor(1.0), torch.tensor(3.0), bits=3
+    )
     assert codes.tolist() == [0, 7]
 
 
@@ -82,12 +92,16 @@ def test_scattered_groups_get_the_grids_of_their_own_columns() -> None:
     group_of_column = torch.tensor([2, 0, 1, 1, 0, 2, 2, 1, 0, 0, 1, 2], dtype=torch.int32)
     scales, zeros = find_grid(split_groups(weight, group_of_column, 4), bits=4, sym=False)
     for group in range(3):
-        expected_scales, expected_zeros = find_grid(weight[:, group_of_column == group], bits=4, sym=False)
+        expected_scales, expected_zeros = find_grid(
+            weight[:, group_of_column == group], bits=4, sym=False
+        )
         assert torch.equal(scales[:, group], expected_scales)
         assert torch.equal(zeros[:, group], expected_zeros)
 
 
-@pytest.mark.parametrize("group_of_column", [[0, 0, 1, 1, 2, 2], [2, 2, 0, 0, 1, 1], [1, 0, 2, 2, 0, 1]], ids=str)
+@pytest.mark.parametrize(
+    "group_of_column", [[0, 0, 1, 1, 2, 2], [2, 2, 0, 0, 1, 1], [1, 0, 2, 2, 0, 1]], ids=str
+)
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_groups_have_their_columns_in_order_and_go_back_to_where_they_were(
     group_of_column: list[int], dtype: torch.dtype
@@ -111,7 +125,9 @@ def test_weight_that_no_float16_scale_can_reach_is_an_error(bad: float, sym: boo
 
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize(("shrink", "costs"), [(2.0**-7, 0.02), (2.0**-9, 0.07), (2.0**-11, 0.2)])
-def test_accuracy_does_not_depend_on_the_size_of_weights(shrink: float, costs: float, sym: bool) -> None:
+def test_accuracy_does_not_depend_on_the_size_of_weights(
+    shrink: float, costs: float, sym: bool
+) -> None:
     weight = 0.05 * torch.randn(64, 256, generator=torch.Generator().manual_seed(1))
     config = LayerConfig(bits=8, sym=sym, group_size=32)
 
@@ -125,7 +141,9 @@ def test_accuracy_does_not_depend_on_the_size_of_weights(shrink: float, costs: f
 
 @pytest.mark.parametrize("sym", [True, False])
 def test_a_subnormal_scale_clips_no_weight(sym: bool) -> None:
-    weight = 2.0**-17 * torch.randn(32, 4, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    weight = 2.0**-17 * torch.randn(
+        32, 4, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64
+    )
     scales, zeros = find_grid(weight, 8, sym)
     assert torch.equal(scales, scales.half().double())
     assert torch.equal(scales, scales.bfloat16().double())

@@ -20,7 +20,11 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_hessian_of_several_batches_equals_the_dense_product(in_features: int) -> None:
     inputs = correlated_inputs(105, in_features)
     accumulator = HessianAccumulator(in_features, "cpu")
-    for batch in (inputs[:60].reshape(3, 20, in_features), inputs[60:61], inputs[61:].reshape(2, 2, 11, in_features)):
+    for batch in (
+        inputs[:60].reshape(3, 20, in_features),
+        inputs[60:61],
+        inputs[61:].reshape(2, 2, 11, in_features),
+    ):
         accumulator.add(batch)
     assert accumulator.tokens == 105
     assert accumulator.hessian.dtype == torch.float64
@@ -87,5 +91,8 @@ def test_16_bit_products_lose_nothing_on_cuda(dtype: torch.dtype) -> None:
     accumulator.add(inputs.cuda())
     exact = inputs.double().T @ inputs.double()
     torch.testing.assert_close(
-        accumulator.hessian.cpu().double(), exact, rtol=1e-5, atol=1e-5 * exact.diagonal().max().item()
+        accumulator.hessian.cpu().double(),
+        exact,
+        rtol=1e-5,
+        atol=1e-5 * exact.diagonal().max().item(),
     )

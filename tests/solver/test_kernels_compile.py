@@ -12,7 +12,15 @@ from typing import Any
 
 import pytest
 
-from gptq_cli.solver.triton_launch import BLOCK_I, BLOCK_O, ELEMENTS, FUSED, MOST_COLUMNS, ROWS, WARPS
+from gptq_cli.solver.triton_launch import (
+    BLOCK_I,
+    BLOCK_O,
+    ELEMENTS,
+    FUSED,
+    MOST_COLUMNS,
+    ROWS,
+    WARPS,
+)
 
 triton = pytest.importorskip("triton")
 HOPPER = 90
@@ -27,7 +35,13 @@ KERNELS: dict[str, tuple[str, dict[str, object]]] = {
     "best_candidate_kernel": ("triton_kernels", SHORT | {"BY_ENERGY": True, "CANDIDATES": 64}),
     "dequantize_kernel": ("triton_kernels", {"BITS": 3, "BLOCK_O": BLOCK_O, "BLOCK_I": BLOCK_I}),
 }
-POINTERS = {"group_of": "*i32", "qweight": "*i32", "qzeros": "*i32", "g_idx": "*i32", "best": "*i64"}
+POINTERS = {
+    "group_of": "*i32",
+    "qweight": "*i32",
+    "qzeros": "*i32",
+    "g_idx": "*i32",
+    "best": "*i64",
+}
 NUMBERS = {"max_code": "fp32", "norm": "fp32"}
 COUNTS = {"out_features", "in_features", "zero_offset"}
 
@@ -48,10 +62,19 @@ def test_kernels_compile_for_a_gpu_and_spill_nothing(
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     module, sizes = KERNELS[name]
     kernel: Any = getattr(__import__(f"gptq_cli.solver.{module}", fromlist=[name]), name)
-    types = {argument: "constexpr" if argument in sizes else type_of(argument) for argument in kernel.arg_names}
+    types = {
+        argument: "constexpr" if argument in sizes else type_of(argument)
+        for argument in kernel.arg_names
+    }
     values = {(kernel.arg_names.index(argument),): value for argument, value in sizes.items()}
-    even = [number for number, kind in enumerate(types.values()) if kind.startswith("*") or kind == "i32"]
-    hints = {(number,): [["tt.divisibility", 16]] for number in even}  # as for tensors of usual sizes
+    even = [
+        number
+        for number, kind in enumerate(types.values())
+        if kind.startswith("*") or kind == "i32"
+    ]
+    hints = {
+        (number,): [["tt.divisibility", 16]] for number in even
+    }  # as for tensors of usual sizes
     source = ASTSource(fn=kernel, signature=types, constexprs=values, attrs=hints)
     options = {"num_warps": WARPS, "enable_fp_fusion": FUSED}
     compiled = triton.compile(source, target=GPUTarget("cuda", HOPPER, 32), options=options)
@@ -59,7 +82,9 @@ def test_kernels_compile_for_a_gpu_and_spill_nothing(
     binary = tmp_path / "kernel.cubin"
     binary.write_bytes(compiled.asm["cubin"])
     reader = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    told = subprocess.run([str(reader), "-res-usage", str(binary)], capture_output=True, text=True, check=True).stdout
+    told = subprocess.run(
+        [str(reader), "-res-usage", str(binary)], capture_output=True, text=True, check=True
+    ).stdout
     used = {kind: int(number) for kind, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", told)}
     assert (used["STACK"], used["LOCAL"]) == (0, 0), told
     assert used["REG"] * WARPS * 32 <= REGISTERS // 2, told

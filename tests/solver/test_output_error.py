@@ -22,12 +22,16 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_relative_errors_are_those_of_the_outputs_on_the_tokens(dtype: torch.dtype) -> None:
     inputs = correlated_inputs(200, 96)
     weight = torch.randn(37, 96, generator=torch.Generator().manual_seed(5))
-    candidates = [round_to_nearest(weight, LayerConfig(bits=bits, group_size=32)) for bits in (2, 8)]
+    candidates = [
+        round_to_nearest(weight, LayerConfig(bits=bits, group_size=32)) for bits in (2, 8)
+    ]
     energy, *errors = output_energies(weight, (inputs.T @ inputs).to(dtype), candidates)
     outputs = inputs @ weight.double().T
     for error, candidate in zip(errors, candidates, strict=True):
         change = inputs @ candidate.dequantize().double().T - outputs
-        assert error / energy == pytest.approx((change.square().sum() / outputs.square().sum()).item(), rel=1e-4)
+        assert error / energy == pytest.approx(
+            (change.square().sum() / outputs.square().sum()).item(), rel=1e-4
+        )
 
 
 def test_layer_without_output_has_no_error() -> None:

@@ -20,7 +20,11 @@ def add(left: Tensor, right: Tensor) -> None:
 
 
 def summands(n: int) -> list[Tensor]:
-    return list(torch.randn(n, 5, generator=torch.Generator().manual_seed(n)).mul(10 ** torch.linspace(-4, 4, 5)))
+    return list(
+        torch.randn(n, 5, generator=torch.Generator().manual_seed(n)).mul(
+            10 ** torch.linspace(-4, 4, 5)
+        )
+    )
 
 
 def slow(values: list[Tensor]) -> Tensor:

@@ -26,9 +26,13 @@ GROUPINGS = [(24, 144), (7, 147), (80, 160), (-1, 150)]
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("group_size", "in_features"), GROUPINGS)
-def test_refined_codes_and_scales_equal_the_reference(group_size: int, in_features: int, kind: str) -> None:
+def test_refined_codes_and_scales_equal_the_reference(
+    group_size: int, in_features: int, kind: str
+) -> None:
     weight, hessian = correlated_layer(6, in_features, seed=group_size + 2)
-    config = layer_config("static group aware", bits=3, group_size=group_size, refine_sweeps=2, **KINDS[kind])
+    config = layer_config(
+        "static group aware", bits=3, group_size=group_size, refine_sweeps=2, **KINDS[kind]
+    )
     assert_same(solved(weight, hessian, config).quantized, reference.gptq(weight, hessian, config))
 
 
@@ -38,13 +42,17 @@ def test_refinement_equals_the_reference_in_every_order(bits: int, order: str) -
     weight, hessian = correlated_layer(5, 144)
     hessian[[3, 77]] = 0
     hessian[:, [3, 77]] = 0
-    config = layer_config(order, bits=bits, group_size=48, refine_sweeps=1, signed_scales=True, damp_mode="diagonal")
+    config = layer_config(
+        order, bits=bits, group_size=48, refine_sweeps=1, signed_scales=True, damp_mode="diagonal"
+    )
     quantized = solve(weight, hessian, prepare(hessian, config, 200), config).quantized
     assert_same(quantized, reference.gptq(weight, hessian, config, 200))
     assert quantized.dequantize()[:, [3, 77]].abs().sum() == 0
 
 
-def damped_loss(weight: Tensor, hessian: Tensor, damping: Tensor, quantized: QuantizedLinear) -> float:
+def damped_loss(
+    weight: Tensor, hessian: Tensor, damping: Tensor, quantized: QuantizedLinear
+) -> float:
     error = weight - quantized.dequantize(torch.float64)
     return (error @ (hessian + damping.diag()) * error).sum().item()
 
@@ -52,7 +60,9 @@ def damped_loss(weight: Tensor, hessian: Tensor, damping: Tensor, quantized: Qua
 @pytest.mark.parametrize("order", ["group aware", "desc_act", "static group aware"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("start", ["gptq", "rtn"])
-def test_no_sweep_raises_the_damped_loss_and_the_first_lowers_it(start: str, kind: str, order: str) -> None:
+def test_no_sweep_raises_the_damped_loss_and_the_first_lowers_it(
+    start: str, kind: str, order: str
+) -> None:
     weight, hessian = correlated_layer(30, 288)
     config = layer_config(order, bits=3, group_size=48, **KINDS[kind])
     prepared = prepare(hessian, config)
@@ -69,15 +79,20 @@ def test_no_sweep_raises_the_damped_loss_and_the_first_lowers_it(start: str, kin
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_without_a_sweep_only_scales_are_fitted_and_each_sweep_lowers_the_loss_further(kind: str) -> None:
+def test_without_a_sweep_only_scales_are_fitted_and_each_sweep_lowers_the_loss_further(
+    kind: str,
+) -> None:
     weight, hessian = correlated_layer(12, 192)
     config = layer_config("desc_act", bits=2, group_size=48, **KINDS[kind])
     prepared = prepare(hessian, config)
     plain = solve(weight, hessian, prepared, config).quantized
     swept = [
-        refine(weight, hessian, prepared, plain, sweeps=sweeps, signed=config.signed_scales) for sweeps in range(4)
+        refine(weight, hessian, prepared, plain, sweeps=sweeps, signed=config.signed_scales)
+        for sweeps in range(4)
     ]
-    losses = [damped_loss(weight, hessian, prepared.damping, quantized) for quantized in (plain, *swept)]
+    losses = [
+        damped_loss(weight, hessian, prepared.damping, quantized) for quantized in (plain, *swept)
+    ]
     assert torch.equal(swept[0].codes, plain.codes)
     assert not torch.equal(swept[0].scales, plain.scales)
     assert all(after < before for before, after in pairwise(losses)), losses
@@ -109,7 +124,14 @@ def test_arguments_are_left_as_they_were() -> None:
     config = LayerConfig(bits=3, group_size=32)
     prepared = prepare(hessian, config)
     quantized = solve(weight, hessian, prepared, config).quantized
-    tensors = (weight, hessian, prepared.damping, quantized.codes, quantized.scales, quantized.zeros)
+    tensors = (
+        weight,
+        hessian,
+        prepared.damping,
+        quantized.codes,
+        quantized.scales,
+        quantized.zeros,
+    )
     before = [tensor.clone() for tensor in tensors]
     refine(weight, hessian, prepared, quantized, sweeps=2, signed=True)
     assert all(torch.equal(tensor, copy) for tensor, copy in zip(tensors, before, strict=True))
@@ -121,9 +143,13 @@ def test_scales_that_should_turn_negative_do_so_only_where_they_may() -> None:
     prepared = prepare(hessian, config)
     mirrored = round_to_nearest(-weight, config)
     signed, unsigned = (
-        refine(weight, hessian, prepared, mirrored, sweeps=1, signed=signed) for signed in (True, False)
+        refine(weight, hessian, prepared, mirrored, sweeps=1, signed=signed)
+        for signed in (True, False)
     )
     assert (signed.scales < 0).double().mean() > 0.5
     assert (unsigned.scales > 0).all()
-    losses = [damped_loss(weight, hessian, prepared.damping, found) for found in (signed, unsigned, mirrored)]
+    losses = [
+        damped_loss(weight, hessian, prepared.damping, found)
+        for found in (signed, unsigned, mirrored)
+    ]
     assert losses == sorted(losses)

@@ -9,7 +9,13 @@ from torch import Tensor
 from gptq_cli.config.layer import LayerConfig
 from gptq_cli.solver import grid, numerics
 from gptq_cli.solver.float16 import SMALLEST
-from gptq_cli.solver.grid import ScaleRangeError, choose_grid, find_signed_grid, round_scales, round_to_grid
+from gptq_cli.solver.grid import (
+    ScaleRangeError,
+    choose_grid,
+    find_signed_grid,
+    round_scales,
+    round_to_grid,
+)
 from tests import reference
 from tests.solver.samples import ORDERS, correlated_layer, layer_config
 from tests.solver.test_solve import assert_same, solved
@@ -34,7 +40,9 @@ def test_chosen_grid_is_the_best_of_all_candidates(bits: int, scale_search: str,
     scales, zeros = choose_grid(weights, energy, config)
     assert scales.shape == zeros.shape == (9, 3)
     for group in range(3):
-        expected_scales, expected_zeros = reference.fit_any(weights[:, group], energy[group], config)
+        expected_scales, expected_zeros = reference.fit_any(
+            weights[:, group], energy[group], config
+        )
         assert torch.equal(scales[:, group], expected_scales)
         assert torch.equal(zeros[:, group], expected_zeros)
 
@@ -42,7 +50,9 @@ def test_chosen_grid_is_the_best_of_all_candidates(bits: int, scale_search: str,
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("scale_search", ["none", "activation"])
-def test_codes_equal_the_reference_with_static_and_dynamic_groups(scale_search: str, order: str, kind: str) -> None:
+def test_codes_equal_the_reference_with_static_and_dynamic_groups(
+    scale_search: str, order: str, kind: str
+) -> None:
     weight, hessian = correlated_layer(7, 144)
     config = layer_config(order, bits=3, group_size=24, scale_search=scale_search, **KINDS[kind])
     assert_same(solved(weight, hessian, config).quantized, reference.gptq(weight, hessian, config))
@@ -58,9 +68,13 @@ def test_largest_weight_is_the_end_of_a_signed_grid_whatever_its_sign() -> None:
 
 
 @pytest.mark.parametrize("scale_search", ["none", "mse", "activation"])
-def test_signed_scales_have_both_signs_and_are_exact_in_both_16_bit_formats(scale_search: str) -> None:
+def test_signed_scales_have_both_signs_and_are_exact_in_both_16_bit_formats(
+    scale_search: str,
+) -> None:
     weights, energy = groups_with_outliers()
-    scales, _ = choose_grid(weights, energy, LayerConfig(bits=4, signed_scales=True, scale_search=scale_search))
+    scales, _ = choose_grid(
+        weights, energy, LayerConfig(bits=4, signed_scales=True, scale_search=scale_search)
+    )
     assert (scales > 0).any()
     assert (scales < 0).any()
     assert torch.equal(scales.half().double(), scales)
@@ -85,20 +99,31 @@ def test_rounded_scales_keep_their_sign_and_stay_in_float16() -> None:
 
 
 def test_subnormal_scales_are_rounded_up_and_zero_is_normal() -> None:
-    wanted = {2.0**-24 * 1.01: 2.0**-23, 2.0**-20: 2.0**-20, -(2.0**-20) * 1.001: -(2.0**-20) * 1.0625, 0.0: 2.0**-14}
-    assert round_scales(torch.tensor(list(wanted), dtype=torch.float64)).tolist() == list(wanted.values())
+    wanted = {
+        2.0**-24 * 1.01: 2.0**-23,
+        2.0**-20: 2.0**-20,
+        -(2.0**-20) * 1.001: -(2.0**-20) * 1.0625,
+        0.0: 2.0**-14,
+    }
+    assert round_scales(torch.tensor(list(wanted), dtype=torch.float64)).tolist() == list(
+        wanted.values()
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scale_search", ["none", "mse", "activation"])
 @pytest.mark.parametrize("shrink", [2.0**-10, 2.0**-17])
-def test_subnormal_grids_are_the_best_of_all_candidates(shrink: float, scale_search: str, kind: str) -> None:
+def test_subnormal_grids_are_the_best_of_all_candidates(
+    shrink: float, scale_search: str, kind: str
+) -> None:
     weights, energy = groups_with_outliers(3)
     config = LayerConfig(bits=4, scale_search=scale_search, **KINDS[kind])
     scales, zeros = choose_grid(shrink * weights, energy, config)
     assert scales.abs().max() < 2.0**-14
     for group in range(3):
-        expected_scales, expected_zeros = reference.fit_any(shrink * weights[:, group], energy[group], config)
+        expected_scales, expected_zeros = reference.fit_any(
+            shrink * weights[:, group], energy[group], config
+        )
         assert torch.equal(scales[:, group], expected_scales)
         assert torch.equal(zeros[:, group], expected_zeros)
 
@@ -115,10 +140,15 @@ def test_rows_taken_in_chunks_give_the_same_grids(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scale_search", ["none", "mse", "activation"])
 def test_group_of_zeros_decodes_to_zero(scale_search: str, kind: str) -> None:
-    config = layer_config("static group aware", scale_search=scale_search, group_size=48, **KINDS[kind])
+    config = layer_config(
+        "static group aware", scale_search=scale_search, group_size=48, **KINDS[kind]
+    )
     weight, hessian = correlated_layer(5, 96)
     weight[:, :48] = 0
-    assert solved(weight, hessian.diagonal().diag(), config).quantized.dequantize()[:, :48].abs().sum() == 0
+    assert (
+        solved(weight, hessian.diagonal().diag(), config).quantized.dequantize()[:, :48].abs().sum()
+        == 0
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -128,9 +158,13 @@ def test_scales_that_cannot_win_are_not_tried(
 ) -> None:
     tried = []
     error = grid._error
-    monkeypatch.setattr(grid, "_error", lambda *arguments: tried.append(arguments[1]) or error(*arguments))
+    monkeypatch.setattr(
+        grid, "_error", lambda *arguments: tried.append(arguments[1]) or error(*arguments)
+    )
     weights = torch.randn(50, 4, 128, generator=torch.Generator().manual_seed(bits))
-    choose_grid(weights, torch.ones(4, 128), LayerConfig(bits=bits, scale_search="mse", **KINDS[kind]))
+    choose_grid(
+        weights, torch.ones(4, 128), LayerConfig(bits=bits, scale_search="mse", **KINDS[kind])
+    )
     each = {"sym": 1, "signed": 2, "asym": 3}[kind]
     assert fewest * each <= len(tried) <= (25 if bits == 2 else 15) * each
 
@@ -145,9 +179,13 @@ def test_clipping_pays_where_weights_have_tails() -> None:
 
 
 @pytest.mark.parametrize("order", ["group aware", "static group aware"])
-@pytest.mark.parametrize("extra", [{"signed_scales": True}, {"scale_search": "mse"}, {"refine_sweeps": 1}], ids=str)
+@pytest.mark.parametrize(
+    "extra", [{"signed_scales": True}, {"scale_search": "mse"}, {"refine_sweeps": 1}], ids=str
+)
 @pytest.mark.parametrize("bad", [1e7, float("nan")])
-def test_weight_that_no_float16_scale_can_reach_is_an_error(bad: float, extra: dict[str, object], order: str) -> None:
+def test_weight_that_no_float16_scale_can_reach_is_an_error(
+    bad: float, extra: dict[str, object], order: str
+) -> None:
     weight, hessian = correlated_layer(20, 192)
     weight[3, 100] = bad
     with pytest.raises(ScaleRangeError):

@@ -17,10 +17,22 @@ from tests.solver.samples import ORDERS, correlated_layer, layer_config
 
 # group size and in_features: smaller and larger than a column block of 128, aligned with it and not, all with two
 # groups and two blocks or more; and one group per row.
-GROUPINGS = [(7, 203), (16, 144), (32, 160), (48, 240), (96, 288), (128, 384), (200, 400), (256, 512), (-1, 200)]
+GROUPINGS = [
+    (7, 203),
+    (16, 144),
+    (32, 160),
+    (48, 240),
+    (96, 288),
+    (128, 384),
+    (200, 400),
+    (256, 512),
+    (-1, 200),
+]
 
 
-def solved(weight: Tensor, hessian: Tensor, config: LayerConfig, column_block: int = 128) -> Solution:
+def solved(
+    weight: Tensor, hessian: Tensor, config: LayerConfig, column_block: int = 128
+) -> Solution:
     return solve(weight, hessian, prepare(hessian, config), config, column_block=column_block)
 
 
@@ -34,7 +46,9 @@ def assert_same(quantized: QuantizedLinear, expected: reference.Reference) -> No
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("sym", [True, False], ids=["sym", "asym"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_codes_equal_the_reference_for_every_width_and_order(bits: int, sym: bool, order: str) -> None:
+def test_codes_equal_the_reference_for_every_width_and_order(
+    bits: int, sym: bool, order: str
+) -> None:
     weight, hessian = correlated_layer(37, 160)
     config = layer_config(order, bits=bits, sym=sym, group_size=32)
     assert_same(solved(weight, hessian, config).quantized, reference.gptq(weight, hessian, config))
@@ -116,7 +130,9 @@ def test_reported_errors_are_those_of_the_weights_under_the_undamped_hessian() -
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("sym", [True, False], ids=["sym", "asym"])
-def test_dead_columns_decode_to_zero_and_leave_the_rest_to_the_reference(sym: bool, order: str) -> None:
+def test_dead_columns_decode_to_zero_and_leave_the_rest_to_the_reference(
+    sym: bool, order: str
+) -> None:
     weight, hessian = correlated_layer(21, 192)
     dead = [0, 40, 41, 127, 191]
     weight[:, dead] = 10.0  # would stretch every grid it took part in
@@ -131,20 +147,30 @@ def test_dead_columns_decode_to_zero_and_leave_the_rest_to_the_reference(sym: bo
 def test_raised_damping_is_the_damping_of_the_codes() -> None:
     weight, hessian = correlated_layer(17, 96)
     hessian -= 0.3 * hessian.diagonal().mean() * torch.eye(96, dtype=torch.float64)
-    low, high = (layer_config("natural", group_size=32, damp_percent=damp) for damp in (0.01 * 4**2, 0.01 * 4**3))
+    low, high = (
+        layer_config("natural", group_size=32, damp_percent=damp)
+        for damp in (0.01 * 4**2, 0.01 * 4**3)
+    )
     prepared = prepare(hessian, low)
     assert prepared.retries == 1
-    assert_same(solve(weight, hessian, prepared, low).quantized, reference.gptq(weight, hessian, high))
+    assert_same(
+        solve(weight, hessian, prepared, low).quantized, reference.gptq(weight, hessian, high)
+    )
 
 
 def test_result_has_the_types_and_shapes_of_a_quantized_linear() -> None:
     weight, hessian = correlated_layer(30, 192)
     for order in ORDERS:
-        quantized = solved(weight.bfloat16(), hessian.float(), layer_config(order, sym=False, group_size=48)).quantized
+        quantized = solved(
+            weight.bfloat16(), hessian.float(), layer_config(order, sym=False, group_size=48)
+        ).quantized
         assert (quantized.codes.dtype, quantized.codes.shape) == (torch.uint8, (30, 192))
         assert (quantized.scales.dtype, quantized.scales.shape) == (torch.float16, (30, 4))
         assert (quantized.zeros.dtype, quantized.zeros.shape) == (torch.uint8, (30, 4))
-        assert (quantized.group_of_column.dtype, quantized.group_of_column.shape) == (torch.int32, (192,))
+        assert (quantized.group_of_column.dtype, quantized.group_of_column.shape) == (
+            torch.int32,
+            (192,),
+        )
         tensors = (quantized.codes, quantized.scales, quantized.zeros, quantized.group_of_column)
         assert all(tensor.is_contiguous() for tensor in tensors)
         assert quantized.bits == 4
@@ -153,7 +179,11 @@ def test_result_has_the_types_and_shapes_of_a_quantized_linear() -> None:
 
 def test_16_bit_weight_is_solved_as_its_float32_copy() -> None:
     weight, hessian = correlated_layer(30, 192)
-    weight, hessian, config = weight.bfloat16(), hessian.float(), layer_config("group aware", group_size=48)
+    weight, hessian, config = (
+        weight.bfloat16(),
+        hessian.float(),
+        layer_config("group aware", group_size=48),
+    )
     half, full = solved(weight, hessian, config), solved(weight.float(), hessian, config)
     assert torch.equal(half.quantized.codes, full.quantized.codes)
     assert half.relative_error == full.relative_error
@@ -164,7 +194,14 @@ def test_weight_hessian_and_factors_are_left_as_they_were() -> None:
     for order in ORDERS:
         config = layer_config(order, group_size=48)
         prepared = prepare(hessian, config)
-        tensors = (weight, hessian, prepared.R, prepared.D, prepared.order.permutation, prepared.order.group_of_column)
+        tensors = (
+            weight,
+            hessian,
+            prepared.R,
+            prepared.D,
+            prepared.order.permutation,
+            prepared.order.group_of_column,
+        )
         before = [tensor.clone() for tensor in tensors]
         solve(weight, hessian, prepared, config)
         assert all(torch.equal(tensor, copy) for tensor, copy in zip(tensors, before, strict=True))
@@ -175,7 +212,10 @@ def test_layers_that_share_an_input_share_its_factors() -> None:
     config = layer_config("desc_act", group_size=48)
     prepared = prepare(hessian, config)
     for weight in (first, second):
-        assert_same(solve(weight, hessian, prepared, config).quantized, reference.gptq(weight, hessian, config))
+        assert_same(
+            solve(weight, hessian, prepared, config).quantized,
+            reference.gptq(weight, hessian, config),
+        )
 
 
 @pytest.mark.parametrize("order", ["group aware", "static group aware"])
@@ -199,7 +239,9 @@ def test_scale_that_overflows_only_because_of_fed_back_errors_is_an_error() -> N
 def test_layer_whose_input_is_always_zero_decodes_to_zero() -> None:
     weight, _ = correlated_layer(20, 96)
     for order in ORDERS:
-        solution = solved(weight, torch.zeros(96, 96), layer_config(order, sym=False, group_size=48))
+        solution = solved(
+            weight, torch.zeros(96, 96), layer_config(order, sym=False, group_size=48)
+        )
         assert solution.quantized.dequantize().abs().sum() == 0
         assert (solution.relative_error, solution.rtn_relative_error) == (0, 0)
 
@@ -211,14 +253,20 @@ def test_cuda_gives_the_codes_of_the_reference(order: str) -> None:
     weight, hessian = correlated_layer(37, 240)
     config = layer_config(order, bits=3, sym=False, group_size=48)
     quantized = solved(weight.cuda(), hessian.cuda(), config).quantized
-    assert (quantized.codes.cpu().double() == reference.gptq(weight, hessian, config).codes).double().mean() > 0.999
+    assert (
+        quantized.codes.cpu().double() == reference.gptq(weight, hessian, config).codes
+    ).double().mean() > 0.999
 
 
 @pytest.mark.parametrize(("largest", "fits"), [(65024.0, True), (65504.0, False)])
 @pytest.mark.parametrize("row", [0, 5])
-def test_a_weight_that_decodes_beyond_float16_is_refused(largest: float, fits: bool, row: int) -> None:
+def test_a_weight_that_decodes_beyond_float16_is_refused(
+    largest: float, fits: bool, row: int
+) -> None:
     weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
-    weight[row, 40] = -largest  # its scale, 8188, becomes 8192 in eight bits, and -8 * 8192 is -65536
+    weight[
+        row, 40
+    ] = -largest  # its scale, 8188, becomes 8192 in eight bits, and -8 * 8192 is -65536
     config = layer_config("natural", bits=4, group_size=32, signed_scales=True)
     if fits:
         assert solved(weight, torch.eye(64), config).quantized.dequantize()[row, 40] == -largest

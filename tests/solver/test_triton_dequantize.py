@@ -29,7 +29,9 @@ class Packed:
     v2: bool
 
 
-def packed_case(bits: int, v2: bool, out_features: int, in_features: int, group_size: int) -> Packed:
+def packed_case(
+    bits: int, v2: bool, out_features: int, in_features: int, group_size: int
+) -> Packed:
     """Every word at random, so that fields take every value, also the sign bit; columns belong to scattered groups."""
     random = np.random.default_rng(bits + 10 * v2)
 
@@ -39,7 +41,10 @@ def packed_case(bits: int, v2: bool, out_features: int, in_features: int, group_
     n_groups = in_features // group_size
     scales = random.uniform(0.01, 0.1, size=(n_groups, out_features)).astype(np.float16)
     g_idx = random.permutation(np.arange(in_features) // group_size).astype(np.int32)
-    qweight, qzeros = words(in_features * bits // 32, out_features), words(n_groups, out_features * bits // 32)
+    qweight, qzeros = (
+        words(in_features * bits // 32, out_features),
+        words(n_groups, out_features * bits // 32),
+    )
     return Packed(qweight, qzeros, scales, g_idx, bits, v2)
 
 
@@ -57,7 +62,9 @@ CASES = {
 
 def field(words: np.ndarray, index: int, bits: int) -> int:
     stream = range(bits * index, bits * (index + 1))
-    return sum(((int(words[bit // 32]) >> (bit % 32)) & 1) << place for place, bit in enumerate(stream))
+    return sum(
+        ((int(words[bit // 32]) >> (bit % 32)) & 1) << place for place, bit in enumerate(stream)
+    )
 
 
 def slow_weight(case: Packed) -> np.ndarray:
@@ -68,18 +75,28 @@ def slow_weight(case: Packed) -> np.ndarray:
             zero = field(case.qzeros[group], o, case.bits)
             if not case.v2:
                 zero = (zero + 1) % 2**case.bits
-            weight[o, i] = float(case.scales[group, o]) * (field(case.qweight[:, o], i, case.bits) - zero)
+            weight[o, i] = float(case.scales[group, o]) * (
+                field(case.qweight[:, o], i, case.bits) - zero
+            )
     return weight
 
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
     folder = tmp_path_factory.mktemp("dequantize")
-    parts = {f"{name}/{part}": getattr(case, part) for name, case in CASES.items() for part in Packed.__annotations__}
+    parts = {
+        f"{name}/{part}": getattr(case, part)
+        for name, case in CASES.items()
+        for part in Packed.__annotations__
+    }
     np.savez(folder / "cases.npz", **parts)
     command = [sys.executable, str(SCRIPT), str(folder / "cases.npz"), str(folder / "weights.npz")]
     run = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
+        command,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert run.returncode == 0, run.stderr
     with np.load(folder / "weights.npz") as weights:
@@ -87,7 +104,9 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarra
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_kernel_decodes_as_bit_by_bit_reading_does(name: str, interpreted: dict[str, np.ndarray]) -> None:
+def test_kernel_decodes_as_bit_by_bit_reading_does(
+    name: str, interpreted: dict[str, np.ndarray]
+) -> None:
     np.testing.assert_allclose(interpreted[name], slow_weight(CASES[name]), rtol=1e-6, atol=0)
 
 
@@ -96,12 +115,16 @@ def test_kernel_decodes_as_bit_by_bit_reading_does(name: str, interpreted: dict[
 @pytest.mark.parametrize("name", CASES)
 def test_compiled_kernel_decodes_as_bit_by_bit_reading_does(name: str) -> None:
     case = CASES[name]
-    packed = [torch.tensor(part).cuda() for part in (case.qweight, case.qzeros, case.scales, case.g_idx)]
+    packed = [
+        torch.tensor(part).cuda() for part in (case.qweight, case.qzeros, case.scales, case.g_idx)
+    ]
     weight = dequantize_packed(*packed, case.bits, case.v2, torch.float32)
     np.testing.assert_allclose(weight.cpu().numpy(), slow_weight(case), rtol=1e-6, atol=0)
 
 
 def test_module_imports_without_triton() -> None:
     block_triton = "import sys; sys.modules['triton'] = None; import gptq_cli.solver.triton_launch"
-    run = subprocess.run([sys.executable, "-c", block_triton], capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [sys.executable, "-c", block_triton], capture_output=True, text=True, check=False
+    )
     assert run.returncode == 0, run.stderr

@@ -46,7 +46,9 @@ def test_kernels_give_the_codes_and_grids_of_the_torch_operations(
 ) -> None:
     expected = solved(CASES[name])
     for part in ("zeros", "scales", "codes"):
-        np.testing.assert_array_equal(interpreted[f"{name}/{part}"], getattr(expected, part).numpy(), err_msg=part)
+        np.testing.assert_array_equal(
+            interpreted[f"{name}/{part}"], getattr(expected, part).numpy(), err_msg=part
+        )
 
 
 def test_cases_cover_what_they_say() -> None:
@@ -69,7 +71,9 @@ def test_solver_imports_and_solves_without_triton() -> None:
         "from tests.solver.kernel_cases import CASES, solved\n"
         "print(solved(CASES['refined, signed']).codes.shape)"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT
+    )
     assert run.returncode == 0, run.stderr
     assert "[13, 48]" in run.stdout
 

@@ -13,7 +13,16 @@ import pytest
 
 from gptq_cli.errors import ExistsError, ResourceError
 from gptq_cli.storage import durable, work_directory
-from gptq_cli.storage.durable import Disk, OpenFile, make_directory, publish, remove, repair, sweep, write_file
+from gptq_cli.storage.durable import (
+    Disk,
+    OpenFile,
+    make_directory,
+    publish,
+    remove,
+    repair,
+    sweep,
+    write_file,
+)
 from gptq_cli.storage.work_directory import WorkDirectory, locked, refuse_locked, refuse_network_fs
 from tests.disks import CountingDisk, DyingDisk, Killed, using
 
@@ -54,7 +63,9 @@ def test_a_short_write_is_continued(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["open", "truncate", "write", "fsync", "rename"])
-@pytest.mark.parametrize(("code", "hint"), [(errno.ENOSPC, "free some space"), (errno.EIO, "choose an output")])
+@pytest.mark.parametrize(
+    ("code", "hint"), [(errno.ENOSPC, "free some space"), (errno.EIO, "choose an output")]
+)
 def test_what_the_disk_refuses_is_a_resource_error_with_path_and_reason_and_the_old_file_stays(
     name: str, code: int, hint: str, tmp_path: Path
 ) -> None:
@@ -185,10 +196,15 @@ def test_overwriting_killed_after_any_operation_leaves_the_old_or_the_new_one_af
     assert set(seen) == ({"old", "new"} if kind is NoExchange else {"new"})
 
 
-def test_an_exchange_that_fails_otherwise_is_an_error_and_the_old_output_stays(tmp_path: Path) -> None:
+def test_an_exchange_that_fails_otherwise_is_an_error_and_the_old_output_stays(
+    tmp_path: Path,
+) -> None:
     stage, output, aside = finished(tmp_path)
     occupied(output)
-    with using(Refusing("exchange", errno.EIO)), pytest.raises(ResourceError, match=os.strerror(errno.EIO)):
+    with (
+        using(Refusing("exchange", errno.EIO)),
+        pytest.raises(ResourceError, match=os.strerror(errno.EIO)),
+    ):
         publish(stage, output, aside, overwrite=True)
     assert (output / "file").read_text() == "old"
 
@@ -229,7 +245,10 @@ def test_a_second_run_is_refused_at_once_and_told_who_is_at_work(tmp_path: Path)
     refuse_locked(tmp_path / "out")
     holder = rf"another run \(process {os.getpid()} on {socket.gethostname()}\) is writing `{tmp_path}/out`"
     with locked(tmp_path / "out"):
-        for second in (lambda: refuse_locked(tmp_path / "out"), lambda: locked(tmp_path / "out").__enter__()):
+        for second in (
+            lambda: refuse_locked(tmp_path / "out"),
+            lambda: locked(tmp_path / "out").__enter__(),
+        ):
             with pytest.raises(ExistsError, match=holder) as caught:
                 second()
             assert (caught.value.code, caught.value.exit_code) == ("E_LOCKED", 6)
@@ -247,7 +266,11 @@ def test_a_work_directory_that_was_not_made_here_is_not_used(tmp_path: Path) -> 
             path.parent.rmdir()
             return super().lock(path)
 
-    with using(Overtaken()), pytest.raises(ExistsError, match="you alone"), locked(tmp_path / "out"):
+    with (
+        using(Overtaken()),
+        pytest.raises(ExistsError, match="you alone"),
+        locked(tmp_path / "out"),
+    ):
         pass
     assert not work.exists()
 
@@ -265,12 +288,18 @@ def test_a_lock_file_that_a_successor_made_meanwhile_keeps_the_directory(tmp_pat
 
 
 def test_a_work_directory_that_cannot_be_removed_is_said(tmp_path: Path) -> None:
-    with using(Refusing("rmdir", errno.EIO)), pytest.raises(ResourceError, match="gptq-work"), locked(tmp_path / "out"):
+    with (
+        using(Refusing("rmdir", errno.EIO)),
+        pytest.raises(ResourceError, match="gptq-work"),
+        locked(tmp_path / "out"),
+    ):
         pass
 
 
 @pytest.mark.parametrize("kind", ["mode", "link", "file"])
-def test_a_work_directory_that_others_could_have_filled_is_refused(kind: str, tmp_path: Path) -> None:
+def test_a_work_directory_that_others_could_have_filled_is_refused(
+    kind: str, tmp_path: Path
+) -> None:
     path = WorkDirectory(tmp_path / "out").path
     (tmp_path / "elsewhere").mkdir(mode=0o700)
     if kind == "mode":
@@ -302,16 +331,27 @@ def test_a_parent_that_cannot_be_written_is_a_resource_error(tmp_path: Path) -> 
 
 
 def test_a_lock_that_cannot_be_opened_is_a_resource_error(tmp_path: Path) -> None:
-    with using(Refusing("lock", errno.EROFS)), pytest.raises(ResourceError) as caught, locked(tmp_path / "out"):
+    with (
+        using(Refusing("lock", errno.EROFS)),
+        pytest.raises(ResourceError) as caught,
+        locked(tmp_path / "out"),
+    ):
         pass
     assert caught.value.code == "E_DISK"
 
 
-def test_network_file_systems_are_refused_unless_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_network_file_systems_are_refused_unless_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     refuse_network_fs(tmp_path)
     assert work_directory._file_system(Path("/proc")) == 0x9FA0
-    monkeypatch.setitem(work_directory.NETWORK_FILE_SYSTEMS, work_directory._file_system(tmp_path), "NFS")
-    with pytest.raises(ResourceError, match=r"network file system \(NFS\)") as caught, locked(tmp_path / "out"):
+    monkeypatch.setitem(
+        work_directory.NETWORK_FILE_SYSTEMS, work_directory._file_system(tmp_path), "NFS"
+    )
+    with (
+        pytest.raises(ResourceError, match=r"network file system \(NFS\)") as caught,
+        locked(tmp_path / "out"),
+    ):
         pass
     assert (caught.value.code, caught.value.exit_code) == ("E_FS_UNSAFE", 5)
     assert "--allow-network-fs" in (caught.value.hint or "")

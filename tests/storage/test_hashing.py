@@ -32,7 +32,9 @@ def test_hashes_of_files_are_those_of_their_bytes_in_their_order(files: list[Pat
     assert list(file_hashes([])) == []
 
 
-@pytest.mark.parametrize(("start", "size"), [(0, 0), (0, 64), (3, 130), (64, 64), (300, 4), (250, 500), (400, 10)])
+@pytest.mark.parametrize(
+    ("start", "size"), [(0, 0), (0, 64), (3, 130), (64, 64), (300, 4), (250, 500), (400, 10)]
+)
 def test_a_span_is_hashed_as_far_as_its_file_goes(start: int, size: int, files: list[Path]) -> None:
     (found,) = span_hashes([Span(files[19], start, size)])
     assert found == hashlib.sha256(files[19].read_bytes()[start : start + size]).hexdigest()

@@ -19,7 +19,13 @@ from gptq_cli.storage.replacing import check_output, check_replaceable, remove_r
 from gptq_cli.storage.work_directory import locked
 from tests.disks import Disk, using
 
-MODEL = ("config.json", "model.safetensors", "tokenizer.json", "README.md", "generation_config.json")
+MODEL = (
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "README.md",
+    "generation_config.json",
+)
 
 
 def checkpoint(directory: Path, *more: str) -> Path:
@@ -50,28 +56,39 @@ def model(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["out", "out-v2"])
-def test_checkpoints_and_what_gptq_has_written_are_replaceable(name: str, model: Path, tmp_path: Path) -> None:
+def test_checkpoints_and_what_gptq_has_written_are_replaceable(
+    name: str, model: Path, tmp_path: Path
+) -> None:
     downloaded = (
         ".gitattributes",
         ".cache/huggingface/download/config.json.metadata",
         "model-00001-of-00002.safetensors",
     )
     check_output(checkpoint(tmp_path / name, *downloaded), model, overwrite=True)
-    check_output(ours(tmp_path / "ours" / name, "modeling_own.py", "images/a.png"), model, overwrite=True)
+    check_output(
+        ours(tmp_path / "ours" / name, "modeling_own.py", "images/a.png"), model, overwrite=True
+    )
     check_output(tmp_path / "none", model, overwrite=True)
     (tmp_path / "empty").mkdir()
     check_output(tmp_path / "empty", model, overwrite=False)
 
 
 @pytest.mark.parametrize("made", [checkpoint, ours])
-@pytest.mark.parametrize("name", ["thesis.tex", "notes/a.txt", "modeling_own.py", "weights.safetensors", ".env"])
-def test_one_foreign_file_is_enough_to_refuse(made: object, name: str, model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name", ["thesis.tex", "notes/a.txt", "modeling_own.py", "weights.safetensors", ".env"]
+)
+def test_one_foreign_file_is_enough_to_refuse(
+    made: object, name: str, model: Path, tmp_path: Path
+) -> None:
     output = (checkpoint if made is checkpoint else ours)(tmp_path / "out")
     (output / name).parent.mkdir(exist_ok=True)
     (output / name).write_text("mine")
     error = refusal(output, model)
     assert (error.code, error.exit_code) == ("E_OUT_FOREIGN", 6)
-    assert str(error) == f"`{output}` holds files that gptq has not written and no checkpoint has: {name}"
+    assert (
+        str(error)
+        == f"`{output}` holds files that gptq has not written and no checkpoint has: {name}"
+    )
     assert error.hint == "choose another -o, or move these files elsewhere first"
 
 
@@ -172,12 +189,17 @@ def test_a_home_directory_stays_even_if_it_is_empty(
 
 def listing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *mounts: Path) -> None:
     """Let the system list `mounts` as mount points, on the file system that they are on."""
-    lines = [f"30 23 0:26 /x {str(mount).replace(' ', chr(92) + '040')} rw - ext4 /dev/sda rw" for mount in mounts]
+    lines = [
+        f"30 23 0:26 /x {str(mount).replace(' ', chr(92) + '040')} rw - ext4 /dev/sda rw"
+        for mount in mounts
+    ]
     (tmp_path / "mountinfo").write_text("\n".join(lines))
     monkeypatch.setattr(places, "MOUNTS", tmp_path / "mountinfo")
 
 
-def test_a_mount_point_and_what_holds_one_stay(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mount_point_and_what_holds_one_stay(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output = ours(tmp_path / "out")
     mount = output / "my data" / "deep"
     mount.mkdir(parents=True)
@@ -201,7 +223,9 @@ def test_removing_enters_no_mount(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert (output / "data" / "listed").exists()
 
 
-@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounts in a namespace of its own")
+@pytest.mark.skipif(
+    sys.platform != "linux" or os.geteuid() != 0, reason="mounts in a namespace of its own"
+)
 def test_a_bind_mount_of_the_model_is_the_model(model: Path, tmp_path: Path) -> None:
     (tmp_path / "seen").mkdir()
     (tmp_path / "around" / "inner").mkdir(parents=True)
@@ -235,7 +259,9 @@ def test_directories_are_compared_by_device_and_inode(model: Path, tmp_path: Pat
     assert not is_inside(tmp_path / "model-2", model)
 
 
-def test_a_model_that_is_mounted_elsewhere_is_found_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_is_mounted_elsewhere_is_found_inside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A bind mount of a folder in OUT is MODEL: no directory above MODEL is OUT, but one inside OUT is MODEL."""
     output = ours(tmp_path / "out", "inner/listed")
     monkeypatch.setattr(replacing, "at_and_above", lambda _: set())
@@ -247,11 +273,17 @@ def test_a_model_that_is_mounted_elsewhere_is_found_inside(tmp_path: Path, monke
 
 def test_overwrite_is_advised_only_where_it_works(model: Path, tmp_path: Path) -> None:
     output = ours(tmp_path / "out")
-    assert refusal(output, model, overwrite=False).hint == "add --overwrite to replace it, or choose another -o"
+    assert (
+        refusal(output, model, overwrite=False).hint
+        == "add --overwrite to replace it, or choose another -o"
+    )
     (output / "mine").touch()
     error = refusal(output, model, overwrite=False)
     assert error.code == "E_OUT_EXISTS"
-    assert error.hint == "choose another -o: --overwrite replaces only a checkpoint with nothing else beside it"
+    assert (
+        error.hint
+        == "choose another -o: --overwrite replaces only a checkpoint with nothing else beside it"
+    )
     assert way_out(output) == error.hint
     file = tmp_path / "file"
     file.touch()
@@ -288,7 +320,9 @@ class Exchange(NoExchange):
 
 
 @pytest.mark.parametrize("disk", [NoExchange(), Exchange()])
-def test_what_comes_between_check_and_exchange_is_kept(disk: Disk, model: Path, tmp_path: Path) -> None:
+def test_what_comes_between_check_and_exchange_is_kept(
+    disk: Disk, model: Path, tmp_path: Path
+) -> None:
     output = ours(tmp_path / "out")
     with using(disk), locked(output) as work:
         checkpoint(work.stage)
@@ -318,7 +352,9 @@ def test_what_the_disk_does_not_remove_is_told_and_the_rest_goes(tmp_path: Path)
 
     with using(Refusing()):
         assert remove_replaced(output) == ["sub/listed: Permission denied"]
-    left = sorted(path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file())
+    left = sorted(
+        path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()
+    )
     assert left == ["gptq_manifest.json", "sub/listed"]
     assert remove_replaced(output) == []
     assert not output.exists()
