@@ -36,11 +36,11 @@ from gptq_cli.checkpoint.codec import encode
 from gptq_cli.config.layer import LayerConfig
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.solver import solve as solver
-from gptq_cli.solver.baseline import output_energies, round_to_nearest
 from gptq_cli.solver.factor import HessianFactor, prepare
 from gptq_cli.solver.grid import choose_grid, split_groups
 from gptq_cli.solver.hessian import HessianAccumulator
 from gptq_cli.solver.numerics import feedback_precision
+from gptq_cli.solver.quantized_linear import output_energies, round_to_nearest
 from gptq_cli.solver.refine import refine
 
 SEQLEN = 2048

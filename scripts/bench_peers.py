@@ -112,7 +112,8 @@ def windows(arguments: argparse.Namespace, model: Path, text: Path) -> list[list
 
 
 def quality(output: Path, model: Path, text: Path, seqlen: int) -> dict[str, float | None]:
-    from gptq_cli.evaluation.perplexity import EvalRequest, evaluate_perplexity
+    from gptq_cli.evaluation.perplexity import evaluate_perplexity
+    from gptq_cli.evaluation.request import EvalRequest
 
     request = EvalRequest(
         dataset=str(text), seqlen=seqlen, dtype="float32", baseline=str(model), batch_size=8

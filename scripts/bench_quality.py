@@ -24,9 +24,10 @@ import transformers
 
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import __version__
-from gptq_cli.evaluation.perplexity import EvalRequest, evaluate_perplexity
+from gptq_cli.evaluation.perplexity import evaluate_perplexity
+from gptq_cli.evaluation.request import EvalRequest
 from gptq_cli.quantization.run import quantize_checkpoint
-from gptq_cli.solver.baseline import output_energies, round_to_nearest
+from gptq_cli.solver.quantized_linear import output_energies, round_to_nearest
 from gptq_cli.solver.solve import Solution
 
 SIGNED = {"static_groups": True, "signed_scales": True}

@@ -10,9 +10,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gptq_cli.config.layer import LayerConfig
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.evaluation.perplexity import EvalRequest, Perplexity, evaluate_perplexity
+from gptq_cli.evaluation.perplexity import Perplexity, evaluate_perplexity
+from gptq_cli.evaluation.request import EvalRequest
 from gptq_cli.quantization.run import quantize_checkpoint
-from gptq_cli.solver.baseline import round_to_nearest
+from gptq_cli.solver.quantized_linear import round_to_nearest
 
 DEMO = Path(__file__).resolve().parents[1] / "scripts" / "demo"
 MODEL = DEMO / "model"

@@ -10,10 +10,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import stat
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -21,6 +25,7 @@ from numpy.typing import NDArray
 
 from gptq_cli.errors import InputError
 from gptq_cli.files import file_errors
+from gptq_cli.storage.manifest import CHUNK_BYTES, in_threads
 
 LFS_POINTER = b"version "
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
@@ -35,7 +40,6 @@ BITS_OF_DTYPE = {
 }  # fmt: skip
 
 Array = NDArray[Any]
-CHUNK_BYTES = 2**24
 DAMAGED = "compare the file's hash with the original's: download it again if they differ, or use another revision"
 FLOATS = {"F16": "<f2", "BF16": "<u2", "F32": "<f4", "F64": "<f8"}
 # Bits of infinity without sign, as an unsigned number: whatever is as large or larger is no finite number.
@@ -224,3 +228,43 @@ def _numbers(tensor: TensorInfo, data: bytes, dtype: str) -> Array:
     if not data or len(data) % np.dtype(dtype).itemsize:
         raise InputError("E_CKPT_CORRUPT", f"`{tensor.file}` ends inside `{tensor.name}`")
     return np.frombuffer(data, dtype)
+
+
+def scan_weights(tensors: Iterable[TensorInfo], *, hashed: bool = True) -> dict[Path, str]:
+    """The hash of each file of `tensors`, which are all that it holds; with `hashed` false none.
+
+    InputError E_CKPT_NONFINITE names a tensor of floats that holds NaN or infinity.
+    """
+    files: dict[Path, list[TensorInfo]] = defaultdict(list)
+    for tensor in tensors:
+        files[tensor.file].append(tensor)
+
+    def scan(content: list[TensorInfo], given_up: Event) -> str:
+        return _scan(sorted(content, key=lambda tensor: tensor.start), given_up, hashed=hashed)
+
+    found = dict(zip(files, in_threads(scan, files.values()), strict=True))
+    return found if hashed else {}
+
+
+def _scan(tensors: list[TensorInfo], given_up: Event, *, hashed: bool) -> str:
+    """The hash of the file that consists of a header and `tensors`."""
+    digest = sha256()
+    with tensors[0].file.open("rb", buffering=0) as stream:
+        if hashed:
+            digest.update(os.pread(stream.fileno(), tensors[0].start, 0))
+        for tensor in tensors:
+            for chunk in _chunks(stream.fileno(), tensor):
+                if (
+                    given_up.is_set()
+                ):  # whoever asked has been interrupted, and waits for this thread
+                    return ""
+                if hashed:
+                    digest.update(chunk)
+                if not is_finite(chunk, tensor.dtype):
+                    raise not_finite(tensor)
+    return digest.hexdigest()
+
+
+def _chunks(descriptor: int, tensor: TensorInfo) -> Iterator[bytes]:
+    for start in range(tensor.start, tensor.end, CHUNK_BYTES):
+        yield os.pread(descriptor, min(CHUNK_BYTES, tensor.end - start), start)

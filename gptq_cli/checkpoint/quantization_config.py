@@ -11,15 +11,51 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from shlex import quote
+from typing import Any, Literal
 
-from gptq_cli.checkpoint.defect import Defect, Effect, convert_command
 from gptq_cli.checkpoint.source import Checkpoint, read_json
 from gptq_cli.config.rules import FUSED_ALIASES, expert_part, first_match, flaw_of, keeps
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.errors import InputError
-from gptq_cli.files import UNREADABLE, is_file
-from gptq_cli.storage.manifest import QUANTIZE_CONFIG
+from gptq_cli.config.strict_yaml import load
+from gptq_cli.errors import ConfigError, InputError
+from gptq_cli.files import UNREADABLE, file_errors, is_file
+from gptq_cli.storage.manifest import CONFIG_FILE, QUANTIZE_CONFIG
+
+# "numbers": the weights that are decoded may not be those that were meant.
+# "readers": they are, but some readers fail or take something else; only the owner of the checkpoint can decide.
+# "form": likewise, but the meaning is plain, and `gptq convert` writes it as all readers take it.
+Effect = Literal["numbers", "readers", "form"]
+
+
+@dataclass(frozen=True, slots=True)
+class Defect:
+    """One thing that is wrong with a checkpoint; `tensor` may be a module, None where a file or all is meant."""
+
+    code: str
+    message: str
+    file: str | None = None
+    tensor: str | None = None
+    hint: str | None = None
+    effect: Effect = "numbers"
+
+    @property
+    def place(self) -> str:
+        return ": ".join(part for part in (self.file, self.tensor) if part)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.code} {self.place}: {self.message}"
+            if self.place
+            else f"{self.code} {self.message}"
+        )
+
+
+def convert_command(directory: Path, format: str) -> str:
+    """The command that writes the checkpoint in `directory` anew, in the form that all readers take."""
+    return f"gptq convert {quote(str(directory))} --to {format} -o OUT"
+
 
 # Fields of this tool alone: they shape codes and scales, and no reader needs or knows them.
 UNKNOWN_TO_READERS = {
@@ -402,3 +438,19 @@ def _disagreements(checkpoint: Checkpoint, said: Mapping[str, Any]) -> list[str]
         for key in keys
         if key in said and key in other and said[key] != other[key]
     ]
+
+
+def recorded_settings(directory: Path) -> dict[str, Any]:
+    """What gptq_config.yaml in `directory` says; nothing if it is not there or no configuration.
+
+    InputError E_FILE if it may not be read.
+    """
+    file = directory / CONFIG_FILE
+    if not is_file(file):
+        return {}
+    with file_errors(file, writing=False):
+        file.open("rb").close()
+    try:
+        return dict(load(file).values)
+    except ConfigError:
+        return {}

@@ -19,11 +19,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
+from shlex import quote
 from typing import Any
 
 import numpy as np
 
-from gptq_cli.checkpoint.defect import Defect, Effect, convert_command
 from gptq_cli.checkpoint.headers import (
     INTEGERS,
     Array,
@@ -36,13 +36,17 @@ from gptq_cli.checkpoint.headers import (
 from gptq_cli.checkpoint.quantization_config import (
     FORMATS,
     STORED_OFFSET,
+    Defect,
+    Effect,
     Settings,
     StoredConfig,
+    convert_command,
     format_of,
     other_packing,
     said_format,
     stored_config,
 )
+from gptq_cli.checkpoint.source import METHOD as FP8
 from gptq_cli.checkpoint.source import (
     Checkpoint,
     index_file,
@@ -619,3 +623,33 @@ def _check_file(
         yield Defect(
             "E_CKPT_HASH", f"has SHA-256 {found[:12]}..., the manifest says {said}...", name
         )
+
+
+def open_decodable(directory: Path) -> Checkpoint:
+    """The checkpoint in `directory`, quantized or not; raises as `open_checkpoint` and `refuse_wrong_numbers` do."""
+    checkpoint = open_checkpoint(directory)
+    refuse_wrong_numbers(checkpoint)
+    return checkpoint
+
+
+def refuse_wrong_numbers(checkpoint: Checkpoint) -> tuple[Defect, ...]:
+    """The defects that change no number of a GPTQ checkpoint; nothing for a plain one.
+
+    InputError with the code of the first defect if it would be decoded to other weights than were meant,
+    E_CKPT_QUANTIZED if its weights are packed in a way that is not read here.
+    """
+    packed = packed_modules(checkpoint.tensors)
+    if checkpoint.method in (None, FP8) and not packed:
+        return ()
+    if checkpoint.method not in (None, FP8):
+        format_of(checkpoint)
+    found = examine(checkpoint)
+    for defect in found.defects:
+        if defect.effect == "numbers":
+            everything = f"all of it: gptq verify {quote(str(checkpoint.directory))}"
+            hint = f"{defect.hint}; {everything}" if defect.hint else everything
+            where = f"{defect.place}: " if defect.place else ""
+            raise InputError(
+                defect.code, f"`{checkpoint.directory}`, {where}{defect.message}", hint=hint
+            )
+    return found.defects

@@ -18,7 +18,6 @@ from gptq_cli.checkpoint.layout import Layout
 from gptq_cli.checkpoint.quantization_config import with_quantization
 from gptq_cli.checkpoint.reader import SAFETENSORS_DTYPE, tensor_bytes
 from gptq_cli.checkpoint.source import Checkpoint
-from gptq_cli.checkpoint.stamps import source_changed
 from gptq_cli.errors import GateError
 from gptq_cli.files import file_errors
 from gptq_cli.storage.durable import (
@@ -31,6 +30,7 @@ from gptq_cli.storage.durable import (
     write_json,
 )
 from gptq_cli.storage.manifest import INDEX_NAME, OF_THE_RUN, QUANTIZE_CONFIG, Span, span_hashes
+from gptq_cli.storage.places import source_changed
 
 MOST_WAITING = 4  # tensors that may wait for the disk: what stands for one linear
 

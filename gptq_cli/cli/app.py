@@ -19,9 +19,16 @@ import typer
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
-from gptq_cli.cli.console import Console, indented, log, report_problems, write, write_result
-from gptq_cli.cli.foreign_talk import libraries_quoted
-from gptq_cli.cli.signals import name_of
+from gptq_cli.cli.console import (
+    Console,
+    indented,
+    libraries_quoted,
+    log,
+    report_problems,
+    write,
+    write_result,
+)
+from gptq_cli.cli.launch import name_of
 from gptq_cli.errors import ConfigError, GptqError, Problem, Stopped, __version__
 from gptq_cli.files import file_cause, file_errors
 

@@ -8,8 +8,10 @@ of the terminal.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -367,3 +369,26 @@ def unread_line(judged: Sequence[Verdict]) -> str | None:
         if verdict.outcome in ("no", "wrong"):
             found.setdefault(WORDS[verdict.outcome], []).append(verdict.engine)
     return "; ".join(f"{word} {', '.join(names)}" for word, names in found.items()) or None
+
+
+@contextmanager
+def libraries_quoted() -> Iterator[None]:
+    """In the body no log record or warning of a library can look like a line of gptq, or control the terminal."""
+    make, warn = logging.getLogRecordFactory(), warnings.formatwarning
+
+    def quoted(*arguments: Any, **named: Any) -> logging.LogRecord:
+        record = make(*arguments, **named)
+        with suppress(TypeError, ValueError):  # arguments that do not fit: logging says so itself
+            record.msg, record.args = indented(record.getMessage()), ()
+        return record
+
+    def formatted(message: Warning | str, *arguments: Any, **named: Any) -> str:
+        return indented(warn(message, *arguments, **named).rstrip("\n")) + "\n"
+
+    logging.setLogRecordFactory(quoted)
+    warnings.formatwarning = formatted
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(make)
+        warnings.formatwarning = warn

@@ -13,9 +13,8 @@ from gptq_cli.cli import options as o
 from gptq_cli.cli.console import Console, on_one_line
 from gptq_cli.cli.progress import Progress
 from gptq_cli.config.fields import Panel
-from gptq_cli.config.finding import shown
+from gptq_cli.config.finding import shown, size
 from gptq_cli.config.resolve import check_flags
-from gptq_cli.config.units import size
 from gptq_cli.errors import ConfigError
 
 SHOWN = 5  # corrected defects in the human report

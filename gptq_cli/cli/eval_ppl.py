@@ -9,8 +9,8 @@ from gptq_cli.cli import options as o
 from gptq_cli.cli.console import Console, joined
 from gptq_cli.cli.progress import Progress
 from gptq_cli.config.fields import Panel
+from gptq_cli.config.finding import clock
 from gptq_cli.config.resolve import check_flags
-from gptq_cli.config.units import clock
 from gptq_cli.errors import ConfigError, GateError
 
 if TYPE_CHECKING:

@@ -18,13 +18,12 @@ from gptq_cli.cli.console import (
     row_data,
     row_lines,
 )
-from gptq_cli.config.finding import shown
+from gptq_cli.config.finding import shown, size
 from gptq_cli.config.serving import Verdict, engine_data, verdicts
-from gptq_cli.config.units import size
 from gptq_cli.inspection.summary import Inspection, inspect_checkpoint
 
 if TYPE_CHECKING:
-    from gptq_cli.checkpoint.defect import Defect
+    from gptq_cli.checkpoint.quantization_config import Defect
     from gptq_cli.inspection.layer_statistics import Histogram, LayerView, PackedView
 
 MOST_BARS = 32
@@ -69,8 +68,8 @@ def inspect(
 
 
 def _show_layer(console: Console, model: str, revision: str | None, name: str) -> None:
-    from gptq_cli.checkpoint.decodable import open_decodable
     from gptq_cli.checkpoint.locate import locate_model
+    from gptq_cli.checkpoint.verify import open_decodable
 
     checkpoint = open_decodable(locate_model(model, revision).directory)
     from gptq_cli.inspection.layer_statistics import view_layer

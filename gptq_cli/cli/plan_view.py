@@ -8,10 +8,10 @@ from textwrap import wrap
 from typing import Any
 
 from gptq_cli.cli.console import Console, engine_lines, fitted, on_one_line, row_data, row_lines
+from gptq_cli.config.finding import clock, size
 from gptq_cli.config.resolve import Resolved
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.serving import engine_data
-from gptq_cli.config.units import clock, size
 from gptq_cli.errors import ConfigError
 from gptq_cli.files import status_of
 from gptq_cli.inspection.summary import plan_rows
@@ -25,8 +25,7 @@ from gptq_cli.planning.estimate import (
     total,
 )
 from gptq_cli.planning.plan import plan_checkpoint
-from gptq_cli.planning.run_plan import RunPlan, default_name
-from gptq_cli.planning.serving_warnings import judge_plan, remarks
+from gptq_cli.planning.run_plan import RunPlan, default_name, judge_plan, remarks
 
 
 def show_plan(

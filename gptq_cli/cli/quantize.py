@@ -14,13 +14,18 @@ from pydantic import BaseModel, BeforeValidator, StrictBool, TypeAdapter
 
 from gptq_cli.cli import options as o
 from gptq_cli.cli.console import Console, engine_lines, fitted, on_one_line
-from gptq_cli.cli.launch import is_leader, is_one_of_several, launch, member, parse_devices
+from gptq_cli.cli.launch import (
+    is_leader,
+    is_one_of_several,
+    launch,
+    member,
+    parse_devices,
+    stoppable,
+)
 from gptq_cli.cli.progress import Progress
-from gptq_cli.cli.signals import stoppable
-from gptq_cli.config.resolve import Resolved, resolve
+from gptq_cli.config.finding import clock, size
+from gptq_cli.config.resolve import Resolved, resolve, to_yaml
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.config.units import clock, size
-from gptq_cli.config.yaml_writer import to_yaml
 from gptq_cli.errors import ConfigError, InputError
 from gptq_cli.files import is_directory, resolved
 from gptq_cli.shell import shell_word, shell_words

@@ -11,9 +11,8 @@ import typer
 
 from gptq_cli.cli.console import Console, engine_lines
 from gptq_cli.cli.options import AsJson, plain
-from gptq_cli.config.resolve import Resolved, resolve
+from gptq_cli.config.resolve import Resolved, resolve, to_yaml
 from gptq_cli.config.serving import Verdict, engine_data
-from gptq_cli.config.yaml_writer import to_yaml
 
 if TYPE_CHECKING:
     from gptq_cli.planning.run_plan import LayerPlan, RunPlan
@@ -60,7 +59,7 @@ def validate_config(
 def _plan(console: Console, model: Path, resolved: Resolved) -> tuple[RunPlan, tuple[Verdict, ...]]:
     from gptq_cli.checkpoint.locate import local_model
     from gptq_cli.planning.plan import plan_run
-    from gptq_cli.planning.serving_warnings import judge_plan, remarks
+    from gptq_cli.planning.run_plan import judge_plan, remarks
 
     plan = plan_run(local_model(model), resolved.config)
     for code, remark in remarks(plan, resolved.config):

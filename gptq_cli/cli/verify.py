@@ -12,11 +12,11 @@ import typer
 
 from gptq_cli.cli.console import Console, fitted, joined
 from gptq_cli.cli.options import AsJson, Quiet, plain
-from gptq_cli.config.units import size
+from gptq_cli.config.finding import size
 from gptq_cli.errors import GateError
 
 if TYPE_CHECKING:
-    from gptq_cli.checkpoint.defect import Defect
+    from gptq_cli.checkpoint.quantization_config import Defect
     from gptq_cli.checkpoint.verify import Verification
 
 SHOWN = 5  # defects of one code in the human report

@@ -19,16 +19,15 @@ from torch.nn import functional
 
 from gptq_cli.calibration.corpus import DatasetSource, Documents, load_documents
 from gptq_cli.calibration.windows import Windows, check_token_ids, evaluation_windows, load_encoder
-from gptq_cli.checkpoint.decodable import open_decodable
 from gptq_cli.checkpoint.locate import locate_model
-from gptq_cli.checkpoint.recorded import recorded_settings
+from gptq_cli.checkpoint.quantization_config import recorded_settings
 from gptq_cli.checkpoint.source import Checkpoint
+from gptq_cli.checkpoint.verify import open_decodable
 from gptq_cli.errors import InputError
 from gptq_cli.evaluation.request import EvalRequest
 from gptq_cli.events import BlockStarted, PhaseStarted, Report, Warned, ignore
 from gptq_cli.models.stream import ModelStream
-from gptq_cli.planning.run_plan import bounded_seqlen
-from gptq_cli.planning.serving_warnings import about_unused
+from gptq_cli.planning.run_plan import about_unused, bounded_seqlen
 from gptq_cli.quantization.run_record import Record
 from gptq_cli.runtime.hidden_states import HiddenStates
 from gptq_cli.runtime.memory import Memory, block_finished, device_errors

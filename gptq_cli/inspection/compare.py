@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptq_cli.checkpoint.decodable import open_decodable
 from gptq_cli.checkpoint.decoded import is_stored_transposed
 from gptq_cli.checkpoint.headers import DAMAGED
 from gptq_cli.checkpoint.locate import locate_model
 from gptq_cli.checkpoint.packed import packed_modules
 from gptq_cli.checkpoint.reader import open_reader
 from gptq_cli.checkpoint.source import Checkpoint
+from gptq_cli.checkpoint.verify import open_decodable
 from gptq_cli.errors import InputError
 
 ELEMENTS_PER_CHUNK = 2**24

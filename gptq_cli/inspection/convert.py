@@ -13,15 +13,14 @@ import torch
 from torch import Tensor
 
 from gptq_cli.checkpoint.codec import pack, unpack
-from gptq_cli.checkpoint.decodable import refuse_wrong_numbers
 from gptq_cli.checkpoint.decoded import declared_dtype, is_stored_transposed
-from gptq_cli.checkpoint.defect import Defect
 from gptq_cli.checkpoint.headers import TensorInfo
 from gptq_cli.checkpoint.layout import TensorSpec, plan_layout
 from gptq_cli.checkpoint.locate import locate_model, model_directory
 from gptq_cli.checkpoint.packed import PARTS, PackedModule, packed_modules
 from gptq_cli.checkpoint.quantization_config import (
     STORED_OFFSET,
+    Defect,
     as_all_take_it,
     format_of,
     with_quantization,
@@ -34,12 +33,11 @@ from gptq_cli.checkpoint.reader import (
     columns_in_order,
 )
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint, read_json
-from gptq_cli.checkpoint.verify import check_written
+from gptq_cli.checkpoint.verify import check_written, refuse_wrong_numbers
 from gptq_cli.checkpoint.writer import CheckpointWriter, copy_side_files
 from gptq_cli.config.fields import size_in_bytes
-from gptq_cli.config.resolve import resolve
+from gptq_cli.config.resolve import resolve, to_yaml
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.config.yaml_writer import to_yaml
 from gptq_cli.errors import ConfigError, ExistsError, GptqError, InputError, __version__
 from gptq_cli.events import LayerStarted, PhaseStarted, Report, ignore
 from gptq_cli.files import expanded, is_file

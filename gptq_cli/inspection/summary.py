@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from gptq_cli.checkpoint.decoded import stores_transposed
-from gptq_cli.checkpoint.defect import Defect
 from gptq_cli.checkpoint.headers import TensorInfo
 from gptq_cli.checkpoint.packed import PARTS, PackedModule, packed_modules
-from gptq_cli.checkpoint.quantization_config import other_packing, said_format
-from gptq_cli.checkpoint.recorded import recorded_settings
+from gptq_cli.checkpoint.quantization_config import (
+    Defect,
+    other_packing,
+    recorded_settings,
+    said_format,
+)
 from gptq_cli.checkpoint.source import SCALES, Checkpoint, block_size, read_json
 from gptq_cli.checkpoint.verify import examine
 from gptq_cli.config.layer import LayerConfig
@@ -25,8 +28,7 @@ from gptq_cli.config.serving import export_of
 from gptq_cli.config.serving_table import Export
 from gptq_cli.errors import InputError
 from gptq_cli.files import is_file
-from gptq_cli.planning.run_plan import HEAD, RunPlan
-from gptq_cli.planning.serving_warnings import has_narrow_experts
+from gptq_cli.planning.run_plan import HEAD, RunPlan, has_narrow_experts
 from gptq_cli.storage.manifest import QUANTIZE_CONFIG
 
 FROM_CONFIG = ("model_type", "architectures", "transformers_version")

@@ -10,12 +10,19 @@ from pathlib import Path
 from gptq_cli.calibration.corpus import DatasetSource, check_source
 from gptq_cli.checkpoint.locate import ModelSource, hub_id, locate_model, model_directory
 from gptq_cli.checkpoint.source import open_checkpoint
+from gptq_cli.config.finding import size
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.config.units import size
 from gptq_cli.errors import ConfigError, ResourceError
 from gptq_cli.files import expanded, file_errors, files_below
-from gptq_cli.planning.estimate import DEVICE_SHARE, LIBRARIES, STATES, Term, estimate_memory, total
-from gptq_cli.planning.memory_limit import Limit
+from gptq_cli.planning.estimate import (
+    DEVICE_SHARE,
+    LIBRARIES,
+    STATES,
+    Limit,
+    Term,
+    estimate_memory,
+    total,
+)
 from gptq_cli.planning.plan import plan_checkpoint
 from gptq_cli.planning.run_plan import RunPlan, bounded
 from gptq_cli.storage.replacing import check_output

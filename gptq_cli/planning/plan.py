@@ -20,8 +20,7 @@ from gptq_cli.config.rules import keeping, matches, unmatched_rules
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.serving import settings_export, target_problems
 from gptq_cli.errors import ConfigError, InputError, Problem
-from gptq_cli.planning.run_plan import HEAD, LayerPlan, RunPlan
-from gptq_cli.planning.serving_warnings import check_target
+from gptq_cli.planning.run_plan import HEAD, LayerPlan, RunPlan, check_target
 
 PACK_MULTIPLE = 32  # 32-bit words hold whole columns and whole rows of zero points
 USUAL_GROUP_SIZES = (128, 64, PACK_MULTIPLE)

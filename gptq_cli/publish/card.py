@@ -11,8 +11,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
-from gptq_cli.config.units import size
-from gptq_cli.config.yaml_writer import printable_yaml
+from gptq_cli.config.finding import size
+from gptq_cli.config.resolve import printable_yaml
 
 COPIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 PROTOCOL = ("dataset_config", "dataset_split", "dataset_revision")

@@ -15,9 +15,9 @@ from gptq_cli.checkpoint.locate import local_model
 from gptq_cli.checkpoint.side_files import CONFIG_NAMES
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint, read_json
 from gptq_cli.checkpoint.verify import verify_checkpoint
+from gptq_cli.config.finding import size
 from gptq_cli.config.resolve import resolve
 from gptq_cli.config.serving import verdicts
-from gptq_cli.config.units import size
 from gptq_cli.errors import ConfigError, GateError
 from gptq_cli.events import PhaseStarted, Report, Warned, ignore
 from gptq_cli.files import advice, file_errors, is_file

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 
-from gptq_cli.checkpoint.scan import scan_weights
+from gptq_cli.checkpoint.headers import scan_weights
 from gptq_cli.checkpoint.source import Checkpoint, index_file
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import InputError, __version__

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from gptq_cli.checkpoint.defect import Defect
+from gptq_cli.checkpoint.quantization_config import Defect
 from gptq_cli.checkpoint.verify import check_manifest
 from gptq_cli.checkpoint.writer import CheckpointWriter
 from gptq_cli.errors import ExistsError, GateError, GptqError, InputError
@@ -36,8 +36,7 @@ from gptq_cli.quantization.run_record import Record
 from gptq_cli.runtime.hidden_states import HiddenStates
 from gptq_cli.runtime.ranks import Ranks
 from gptq_cli.storage.durable import COPY_BYTES, OpenFile, sync_directory
-from gptq_cli.storage.journal import Entry, Journal, digest
-from gptq_cli.storage.manifest import file_hash, read_manifest
+from gptq_cli.storage.manifest import Entry, Journal, digest, file_hash, read_manifest
 from gptq_cli.storage.replacing import check_replaceable, way_out
 from gptq_cli.storage.work_directory import (
     WorkDirectory,

@@ -20,11 +20,11 @@ from pathlib import Path
 
 import torch
 
-from gptq_cli.config.units import size
+from gptq_cli.config.finding import size
 from gptq_cli.errors import GptqError, InputError, ResourceError
 from gptq_cli.events import BlockFinished, Report, Warned
 from gptq_cli.models.stream import ModelStream
-from gptq_cli.planning.memory_limit import Limit
+from gptq_cli.planning.estimate import Limit
 
 WAITING_SHARE = 0.5  # of the free memory; Hessians, factors and the solver share the rest
 MAX_WAITING_THREADS = 1024

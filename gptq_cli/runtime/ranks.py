@@ -23,8 +23,14 @@ from torch import Tensor
 from gptq_cli.errors import ResourceError
 from gptq_cli.planning.checks import check_shares
 from gptq_cli.runtime.memory import gpu_lost, out_of_memory
-from gptq_cli.solver.hessian import HessianAccumulator, HessianOfBatches
-from gptq_cli.solver.pairwise import Node, kept_apart, push, total
+from gptq_cli.solver.hessian import (
+    HessianAccumulator,
+    HessianOfBatches,
+    Node,
+    kept_apart,
+    push,
+    total,
+)
 
 Value = TypeVar("Value")
 # Classes beside dtypes and this program's dataclasses that a process takes from another one

@@ -34,8 +34,54 @@ import torch
 from torch import Tensor
 
 from gptq_cli.config.layer import LayerConfig
-from gptq_cli.solver.column_order import ColumnOrder, column_order
 from gptq_cli.solver.numerics import row_chunks
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnOrder:
+    """The columns in processing order, and the group of each.
+
+    Unless `static_grid`, groups are runs of consecutive positions, and a group's grid is found when its turn comes.
+    """
+
+    permutation: Tensor  # int64 [I]: position j of the order is column permutation[j]
+    group_of_column: Tensor  # int32 [I], the g_idx of the checkpoint
+    static_grid: bool  # scales come from the original weights
+    scattered: bool  # columns of a group need not be neighbours
+
+
+def column_order(diagonal: Tensor, config: LayerConfig) -> ColumnOrder:
+    """The order and the groups that `config` asks for, given diag(H) [I]; equal entries keep their natural order.
+
+    Raises ValueError if the group size does not divide I.
+    """
+    in_features = diagonal.numel()
+    group_size = config.columns_per_group(in_features)
+    if in_features % group_size:
+        raise ValueError(f"group_size {group_size} does not divide in_features {in_features}")
+    positions = torch.arange(in_features, device=diagonal.device)
+    groups = (positions // group_size).int()
+    # One group for a whole row is found before any column is rounded, so its grid is static in every order.
+    static_grid = config.static_groups or group_size == in_features
+    scattered = config.desc_act and not static_grid
+    if config.desc_act or (config.act_group_aware and static_grid):
+        permutation = diagonal.argsort(descending=True, stable=True)
+        if scattered:
+            groups = torch.empty_like(groups).index_copy_(0, permutation, groups)
+    elif config.act_group_aware:
+        permutation = _group_aware(diagonal.reshape(-1, group_size))
+    else:
+        permutation = positions
+    return ColumnOrder(permutation, groups, static_grid, scattered)
+
+
+def _group_aware(diagonal: Tensor) -> Tensor:
+    """Groups [G, n] by their largest entry, the columns of a group by theirs, largest first."""
+    inside = diagonal.argsort(dim=1, descending=True, stable=True)
+    groups = diagonal.amax(dim=1).argsort(descending=True, stable=True)
+    first_column = torch.arange(0, diagonal.numel(), diagonal.shape[1], device=diagonal.device)
+    return (inside + first_column[:, None])[groups].flatten()
+
 
 DAMPING_STEP = 4.0
 # Correlations that few tokens measured are noise: diagonal damping is 1/2 where there is a token per column.

@@ -8,14 +8,60 @@ With the inputs x₀ that the unquantized model has in their place, the shift C 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from gptq_cli.solver.numerics import bfloat16_factors
-from gptq_cli.solver.pairwise import Node, push
+
+Value = TypeVar("Value")
+Add = Callable[[Value, Value], None]  # adds the second to the first
+
+
+@dataclass(frozen=True, slots=True)
+class Node(Generic[Value]):
+    """The sum of the summands start..stop, whose number is a power of two that divides `start`."""
+
+    start: int
+    stop: int
+    value: Value
+
+
+def push(nodes: list[Node[Value]], node: Node[Value], add: Add[Value]) -> None:
+    """Append `node`, which begins where `nodes` end, and add up whatever the tree adds at once."""
+    while nodes and _siblings(nodes[-1], node):
+        left = nodes.pop()
+        add(left.value, node.value)
+        node = Node(left.start, node.stop, left.value)
+    nodes.append(node)
+
+
+def total(nodes: list[Node[Value]], add: Add[Value]) -> Value:
+    """The sum of all that was pushed; `nodes` are empty then."""
+    value = nodes.pop().value
+    while nodes:
+        left = nodes.pop().value
+        add(left, value)
+        value = left
+    return value
+
+
+def kept_apart(numbers: range) -> list[range]:
+    """The nodes that are left of the summands `numbers`."""
+    nodes: list[Node[None]] = []
+    for number in numbers:
+        push(nodes, Node(number, number + 1, None), lambda _left, _right: None)
+    return [range(node.start, node.stop) for node in nodes]
+
+
+def _siblings(left: Node[Value], right: Node[Value]) -> bool:
+    size = left.stop - left.start
+    return right.stop - right.start == size and left.start % (2 * size) == 0
+
 
 TOKENS_PER_CHUNK = 1024  # bounds the float32 copy of the inputs, where one is made
 PANELS = 8  # 9/16 of the products of a full multiplication

@@ -22,11 +22,15 @@ import torch
 from torch import Tensor
 
 from gptq_cli.config.layer import LayerConfig
-from gptq_cli.solver.baseline import output_energies, round_to_nearest
 from gptq_cli.solver.factor import HessianFactor
 from gptq_cli.solver.grid import check_scales, choose_grid, round_to_grid, split_groups
 from gptq_cli.solver.numerics import feedback_precision
-from gptq_cli.solver.quantized_linear import QuantizedLinear, check_decoded
+from gptq_cli.solver.quantized_linear import (
+    QuantizedLinear,
+    check_decoded,
+    output_energies,
+    round_to_nearest,
+)
 from gptq_cli.solver.refine import refine
 from gptq_cli.solver.triton_launch import MOST_COLUMNS, round_columns, uses_kernels
 

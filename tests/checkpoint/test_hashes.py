@@ -11,8 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from gptq_cli.checkpoint.verify import verify_checkpoint
-from gptq_cli.storage.journal import digest
-from gptq_cli.storage.manifest import read_manifest, write_manifest
+from gptq_cli.storage.manifest import digest, read_manifest, write_manifest
 from tests.checkpoint.gptq_files import SHARDS, gptq_files
 
 

@@ -9,10 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from gptq_cli.checkpoint import scan
-from gptq_cli.checkpoint.headers import is_finite, read_header
+from gptq_cli.checkpoint import headers
+from gptq_cli.checkpoint.headers import is_finite, read_header, scan_weights
 from gptq_cli.checkpoint.layout import TensorSpec, plan_layout
-from gptq_cli.checkpoint.scan import scan_weights
 from gptq_cli.checkpoint.writer import CheckpointWriter
 from gptq_cli.errors import InputError
 
@@ -70,7 +69,7 @@ def two_shards(directory: Path, **changes: torch.Tensor) -> list[Path]:
 @pytest.fixture(params=[7, 16, 2**24])
 def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Bytes that are read at a time, also such as end inside a number."""
-    monkeypatch.setattr(scan, "CHUNK_BYTES", request.param)
+    monkeypatch.setattr(headers, "CHUNK_BYTES", request.param)
     return int(request.param)
 
 

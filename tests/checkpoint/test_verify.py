@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from gptq_cli.checkpoint.defect import Defect
 from gptq_cli.checkpoint.headers import unpack_words
+from gptq_cli.checkpoint.quantization_config import Defect
 from gptq_cli.checkpoint.verify import verify_checkpoint
 from gptq_cli.errors import InputError
 from tests.checkpoint.gptq_files import (

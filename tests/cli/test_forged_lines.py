@@ -15,8 +15,15 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
 from gptq_cli.cli.app import exit_code_of
-from gptq_cli.cli.console import Console, aligned, engine_lines, indented, log, on_one_line
-from gptq_cli.cli.foreign_talk import libraries_quoted
+from gptq_cli.cli.console import (
+    Console,
+    aligned,
+    engine_lines,
+    indented,
+    libraries_quoted,
+    log,
+    on_one_line,
+)
 from gptq_cli.config.serving import Verdict
 from gptq_cli.errors import InputError
 from tests.checkpoint.gptq_files import gptq_files

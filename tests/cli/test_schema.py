@@ -11,9 +11,8 @@ import yaml
 from jsonschema import Draft7Validator, Draft202012Validator
 
 from gptq_cli.cli.schema import MODELINE
-from gptq_cli.config.resolve import FOLDER, recipes
+from gptq_cli.config.resolve import FOLDER, recipes, to_yaml
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.config.yaml_writer import to_yaml
 
 from .conftest import FakeQuantizer, Run
 

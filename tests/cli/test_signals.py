@@ -7,9 +7,9 @@ import signal
 
 import pytest
 
-from gptq_cli.cli import signals
+from gptq_cli.cli import launch
 from gptq_cli.cli.console import Console
-from gptq_cli.cli.signals import NAMES, stoppable
+from gptq_cli.cli.launch import NAMES, stoppable
 from gptq_cli.errors import Stopped
 
 from .conftest import FakeQuantizer, Run
@@ -48,13 +48,13 @@ def test_a_second_signal_ends_the_process_at_once(monkeypatch: pytest.MonkeyPatc
         try:
             os.kill(os.getpid(), signal.SIGTERM)
         except Stopped:
-            monkeypatch.setattr(signals.sys, "stderr", None)
+            monkeypatch.setattr(launch.sys, "stderr", None)
             os.kill(os.getpid(), signal.SIGINT)
             terminal = Terminal()
-            monkeypatch.setattr(signals.sys, "stderr", terminal)
+            monkeypatch.setattr(launch.sys, "stderr", terminal)
             os.kill(os.getpid(), signal.SIGTERM)
     assert codes == [130, 143]
-    assert terminal.text == signals.SHOW_CURSOR
+    assert terminal.text == launch.SHOW_CURSOR
 
 
 def test_a_signal_that_is_ignored_stays_ignored() -> None:

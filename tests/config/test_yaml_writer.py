@@ -10,10 +10,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptq_cli.config.resolve import resolve
+from gptq_cli.config.resolve import resolve, to_yaml
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.strict_yaml import parse
-from gptq_cli.config.yaml_writer import to_yaml
 
 SAMPLES: list[dict[str, Any]] = [
     {"bits": 4},

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from gptq_cli.checkpoint.verify import verify_checkpoint
 from gptq_cli.config.serving import verdicts
-from gptq_cli.planning.serving_warnings import export_of_layers
+from gptq_cli.planning.run_plan import export_of_layers
 from tests.conformance.readers import READERS, Refused, Weights, fused_modules
 from tests.conformance.written import LINEARS, Written, write
 

@@ -18,7 +18,8 @@ from gptq_cli.checkpoint.reader import DequantizingReader
 from gptq_cli.checkpoint.source import open_checkpoint
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import ConfigError, InputError
-from gptq_cli.evaluation.perplexity import Divergence, EvalRequest, Perplexity, evaluate_perplexity
+from gptq_cli.evaluation.perplexity import Divergence, Perplexity, evaluate_perplexity
+from gptq_cli.evaluation.request import EvalRequest
 from gptq_cli.events import BlockFinished, Event
 from gptq_cli.quantization.run import quantize_checkpoint
 from tests.families import save_model, texts

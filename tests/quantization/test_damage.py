@@ -12,9 +12,8 @@ from gptq_cli.checkpoint.writer import CheckpointWriter
 from gptq_cli.errors import ExistsError, GateError
 from gptq_cli.events import Event, Resumed, Warned
 from gptq_cli.quantization.resume import SavedBlocks
-from gptq_cli.storage.journal import Journal
-from gptq_cli.storage.journal import digest as digest_of
-from gptq_cli.storage.manifest import sealed
+from gptq_cli.storage.manifest import Journal, sealed
+from gptq_cli.storage.manifest import digest as digest_of
 from tests.disks import CountingDisk, DyingDisk, Killed, using
 from tests.runs import digest
 from tests.tiny import WORK, Case, kill_after_block

@@ -23,9 +23,9 @@ from gptq_cli.quantization.run import QuantizeResult, quantize_checkpoint
 from gptq_cli.quantization.run_record import Limits
 from gptq_cli.quantization.run_state import Run
 from gptq_cli.runtime.ranks import SINGLE_PROCESS
-from gptq_cli.solver.baseline import round_to_nearest
 from gptq_cli.solver.factor import HessianFactor, NotPositiveDefiniteError, prepare
 from gptq_cli.solver.hessian import HessianAccumulator
+from gptq_cli.solver.quantized_linear import round_to_nearest
 from tests.families import save_model
 from tests.runs import calibration_ids, config, digest, reader
 

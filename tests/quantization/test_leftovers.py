@@ -18,7 +18,7 @@ from gptq_cli.evaluation.perplexity import evaluate_perplexity
 from gptq_cli.evaluation.request import EvalRequest
 from gptq_cli.events import Event, Warned
 from gptq_cli.planning.plan import plan_run
-from gptq_cli.planning.serving_warnings import remarks
+from gptq_cli.planning.run_plan import remarks
 from gptq_cli.quantization.run import quantize_checkpoint
 from gptq_cli.storage.manifest import INDEX_NAME
 from tests.families import save_model, texts

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gptq_cli.config.units import size
+from gptq_cli.config.finding import size
 from gptq_cli.errors import GateError, ResourceError
 from gptq_cli.events import Event, Warned, ignore
 from gptq_cli.models.block_calls import Call

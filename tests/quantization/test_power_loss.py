@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from gptq_cli.storage import durable
-from gptq_cli.storage.journal import Journal
+from gptq_cli.storage.manifest import Journal
 from tests.disks import CountingDisk, using
 from tests.power_loss import Forgets, PowerLossDisk, State, materialise
 from tests.runs import digest

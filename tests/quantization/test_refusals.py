@@ -18,8 +18,7 @@ from gptq_cli.errors import ConfigError, ExistsError, InputError, ResourceError
 from gptq_cli.events import Event, Warned
 from gptq_cli.models.skeleton import outside_linears
 from gptq_cli.planning.checks import check_memory
-from gptq_cli.planning.estimate import estimate_memory
-from gptq_cli.planning.memory_limit import Limit
+from gptq_cli.planning.estimate import Limit, estimate_memory
 from gptq_cli.planning.plan import check_shared, plan_run
 from gptq_cli.quantization.run import quantize_checkpoint
 from tests.families import save_model

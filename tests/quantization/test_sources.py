@@ -16,7 +16,8 @@ from gptq_cli.checkpoint.reader import open_reader
 from gptq_cli.checkpoint.source import open_checkpoint
 from gptq_cli.checkpoint.verify import verify_checkpoint
 from gptq_cli.errors import InputError
-from gptq_cli.evaluation.perplexity import EvalRequest, evaluate_perplexity
+from gptq_cli.evaluation.perplexity import evaluate_perplexity
+from gptq_cli.evaluation.request import EvalRequest
 from gptq_cli.events import BlockFinished, Event, Warned
 from gptq_cli.inspection.compare import compare_checkpoints
 from gptq_cli.inspection.convert import dequantize_checkpoint

@@ -7,9 +7,9 @@ import torch
 
 from gptq_cli.config.layer import LayerConfig
 from gptq_cli.solver import numerics
-from gptq_cli.solver.baseline import round_to_nearest
 from gptq_cli.solver.grid import ScaleRangeError
 from gptq_cli.solver.numerics import row_chunks
+from gptq_cli.solver.quantized_linear import round_to_nearest
 
 RUNS = torch.arange(64).int() // 16
 SCATTERED = torch.randperm(64, generator=torch.Generator().manual_seed(3)).int() % 4

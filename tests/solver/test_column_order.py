@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptq_cli.config.layer import LayerConfig
-from gptq_cli.solver.column_order import column_order
+from gptq_cli.solver.factor import column_order
 from tests.solver.samples import ORDERS, layer_config
 
 DIAGONAL = torch.tensor([3.0, 9.0, 5.0, 7.0, 7.0, 1.0])

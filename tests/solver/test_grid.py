@@ -6,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptq_cli.config.layer import LayerConfig
-from gptq_cli.solver.baseline import round_to_nearest
 from gptq_cli.solver.float16 import SMALLEST
 from gptq_cli.solver.grid import (
     ScaleRangeError,
@@ -15,6 +14,7 @@ from gptq_cli.solver.grid import (
     round_to_grid,
     split_groups,
 )
+from gptq_cli.solver.quantized_linear import round_to_nearest
 
 BITS = (2, 3, 4, 8)
 groups_of_weights = st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=40)

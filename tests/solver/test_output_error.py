@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from gptq_cli.config.layer import LayerConfig
-from gptq_cli.solver import baseline, numerics
-from gptq_cli.solver.baseline import output_energies, round_to_nearest
+from gptq_cli.solver import numerics, quantized_linear
+from gptq_cli.solver.quantized_linear import output_energies, round_to_nearest
 from tests.solver.samples import correlated_inputs
 
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(numerics, "ELEMENTS_PER_CHUNK", {"cpu": 1000})
-    monkeypatch.setattr(baseline, "COLUMNS_PER_PANEL", 40)
+    monkeypatch.setattr(quantized_linear, "COLUMNS_PER_PANEL", 40)
 
 
 @pytest.mark.usefixtures("small_chunks")

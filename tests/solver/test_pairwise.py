@@ -10,8 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gptq_cli.solver.hessian import HessianAccumulator, HessianOfBatches
-from gptq_cli.solver.pairwise import Node, kept_apart, push, total
+from gptq_cli.solver.hessian import (
+    HessianAccumulator,
+    HessianOfBatches,
+    Node,
+    kept_apart,
+    push,
+    total,
+)
 from tests.solver.samples import correlated_inputs
 
 

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from gptq_cli.config.layer import LayerConfig
-from gptq_cli.solver.baseline import round_to_nearest
 from gptq_cli.solver.factor import prepare
-from gptq_cli.solver.quantized_linear import QuantizedLinear
+from gptq_cli.solver.quantized_linear import QuantizedLinear, round_to_nearest
 from gptq_cli.solver.refine import refine
 from gptq_cli.solver.solve import solve
 from tests import reference

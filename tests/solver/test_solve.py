@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from gptq_cli.config.layer import LayerConfig
-from gptq_cli.solver.baseline import round_to_nearest
 from gptq_cli.solver.factor import prepare
 from gptq_cli.solver.grid import ScaleRangeError
-from gptq_cli.solver.quantized_linear import QuantizedLinear
+from gptq_cli.solver.quantized_linear import QuantizedLinear, round_to_nearest
 from gptq_cli.solver.solve import Solution, solve
 from tests import reference
 from tests.solver.samples import ORDERS, correlated_layer, layer_config
