@@ -197,7 +197,6 @@ def weight_parts(
     group_of = prepared.order.group_of_column
     group_size = config.columns_per_group(in_features)
     groups = split_groups(weight.float(), group_of, group_size)
-    energy = split_groups(prepared.energy, group_of, group_size)
     solution = solver.solve(weight, hessian, prepared, replace(config, refine_sweeps=0))
     quantized, nearest = solution.quantized, round_to_nearest(weight, config, group_of)
     packed = sum(tensor.nbytes for tensor in encode(quantized, "gptq").values())
@@ -209,7 +208,7 @@ def weight_parts(
 
     columns, feedback = solve_parts(bench, alive, prepared, config)
     return {
-        "search": (bench.seconds(lambda: choose_grid(groups, energy, config)), 4 * n / copy),
+        "search": (bench.seconds(lambda: choose_grid(groups, config)), 4 * n / copy),
         "columns": (columns, 16 * n / copy),
         "feedback": (feedback, product / 2 / tf32),
         "refine": (

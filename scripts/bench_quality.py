@@ -39,16 +39,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "act-order asym": {"preset": "act-order", "sym": False},
     "signed": SIGNED,
     "signed mse": SIGNED | {"scale_search": "mse"},
-    "signed activation": SIGNED | {"scale_search": "activation"},
     "signed refine 2": SIGNED | {"refine_sweeps": 2},
     "signed diagonal": SIGNED | DIAGONAL,
     "signed diagonal mse": SIGNED | DIAGONAL | {"scale_search": "mse"},
     "signed diagonal refine 2": SIGNED | DIAGONAL | {"refine_sweeps": 2},
     "signed diagonal mse refine 2": SIGNED | DIAGONAL | {"scale_search": "mse", "refine_sweeps": 2},
     "signed diagonal mse refine 4": SIGNED | DIAGONAL | {"scale_search": "mse", "refine_sweeps": 4},
-    "signed diagonal activation refine 2": SIGNED
-    | DIAGONAL
-    | {"scale_search": "activation", "refine_sweeps": 2},
     "fast": {"preset": "fast"},
     "balanced": {"preset": "balanced"},
     "balanced none": {"preset": "balanced", "scale_search": "none"},

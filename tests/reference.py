@@ -77,18 +77,15 @@ def in_both(scale: float) -> float:
     return math.copysign(math.ldexp(round(mantissa * 256), exponent - 8), scale)
 
 
-def row_error(
-    row: list[float], energy: list[float], scale: float, zero: int, config: LayerConfig
-) -> float:
+def row_error(row: list[float], scale: float, zero: int, config: LayerConfig) -> float:
     error = 0.0
-    for w, h in zip(row, energy, strict=True):
+    for w in row:
         code = min(max(round(w / scale) + zero, 0), 2**config.bits - 1)
-        distance = abs(w - scale * (code - zero))
-        error += distance**2.4 if config.scale_search == "mse" else h * distance**2
+        error += abs(w - scale * (code - zero)) ** 2.4
     return error
 
 
-def fit_row(row: list[float], energy: list[float], config: LayerConfig) -> tuple[float, int]:
+def fit_row(row: list[float], config: LayerConfig) -> tuple[float, int]:
     """Scale and zero of one row of one group by trying all candidates; the first of equals wins."""
     half = 2 ** (config.bits - 1)
     if config.signed_scales:
@@ -105,14 +102,14 @@ def fit_row(row: list[float], energy: list[float], config: LayerConfig) -> tuple
         for sign in ([1, -1] if config.signed_scales else [1])
         for offset in ([0] if config.sym else [0, -1, 1])
     ]
-    return min(tried, key=lambda grid: row_error(row, energy, *grid, config))
+    return min(tried, key=lambda grid: row_error(row, *grid, config))
 
 
-def fit_any(weights: Tensor, energy: Tensor, config: LayerConfig) -> tuple[Tensor, Tensor]:
-    """As `fit`, for all grids that a configuration can ask for; energy [n] is diag H."""
+def fit_any(weights: Tensor, config: LayerConfig) -> tuple[Tensor, Tensor]:
+    """As `fit`, for all grids that a configuration can ask for."""
     if not config.signed_scales and config.scale_search == "none":
         return fit(weights, config)
-    grids = [fit_row(row, energy.tolist(), config) for row in weights.tolist()]
+    grids = [fit_row(row, config) for row in weights.tolist()]
     scales, zeros = torch.tensor(grids, dtype=torch.float64).T
     return scales, zeros
 
@@ -218,7 +215,7 @@ def gptq(
     if config.static_groups:
         for g in range(n // group_size):
             members = slice(g * group_size, (g + 1) * group_size)
-            scales[:, g], zeros[:, g] = fit_any(W[:, members], energy[members], config)
+            scales[:, g], zeros[:, g] = fit_any(W[:, members], config)
     original, damped = W, H
     W, H = W[:, order], H[order][:, order]
     U = torch.linalg.cholesky(torch.linalg.inv(H), upper=True)
@@ -227,9 +224,7 @@ def gptq(
     for j, column in enumerate(order):
         g = group[column]
         if j % group_size == 0 and not config.static_groups:
-            scales[:, g], zeros[:, g] = fit_any(
-                W[:, j : j + group_size], energy[order][j : j + group_size], config
-            )
+            scales[:, g], zeros[:, g] = fit_any(W[:, j : j + group_size], config)
         s, z = scales[:, g], zeros[:, g]
         codes[:, column] = torch.clamp(torch.round(W[:, j] / s) + z, 0, 2**config.bits - 1)
         error = (W[:, j] - s * (codes[:, column] - z)) / U[j, j]

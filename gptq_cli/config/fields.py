@@ -102,7 +102,7 @@ GroupSize = Annotated[
 ]
 DampPercent = Annotated[float, Field(gt=0, lt=1), Accepts("a number strictly between 0 and 1")]
 Damping = Annotated[DampMode, Accepts("mean or diagonal")]
-Search = Annotated[ScaleSearch, Accepts("none, mse or activation")]
+Search = Annotated[ScaleSearch, Accepts("none or mse")]
 Strength = Annotated[float, Field(ge=0, le=1), Accepts("a number from 0 to 1")]
 Sweeps = Annotated[int, Field(ge=0), Accepts("a whole number of 0 or more")]
 Size = Annotated[

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-ScaleSearch = Literal["none", "mse", "activation"]
+ScaleSearch = Literal["none", "mse"]
 DampMode = Literal["mean", "diagonal"]
 Uncovered = Literal["error", "rtn", "all-tokens"]
 OnFault = Literal["error", "rtn"]

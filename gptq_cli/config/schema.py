@@ -93,7 +93,7 @@ class QuantizeConfig(BaseModel):
     scale_search: Annotated[Search, Option(Panel.ALGORITHM, metavar="HOW", note=", or none")] = (
         Field(
             default="none",
-            description="shrink scales to least |error|^2.4 (mse) or error^2 weighted by input energy (activation)",
+            description="shrink the scale of each group to the least sum of |error|^2.4 (mse)",
         )
     )
     refine_sweeps: Annotated[Sweeps, Option(Panel.ALGORITHM)] = Field(

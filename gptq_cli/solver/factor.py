@@ -118,8 +118,7 @@ class HessianFactor:
     D: Tensor  # [I], positive
     dead: Tensor  # bool [I], columns of the layer whose input was always zero
     dead_columns: int  # how many
-    energy: Tensor  # [I], diag H as it came, in the natural order of columns
-    damping: Tensor  # [I], what R D Rᵀ has on its diagonal beyond that, in the same order
+    damping: Tensor  # [I], added to diag H before factorizing, in the natural order of columns
     damp_percent: float  # the damping in R and D: λ / mean(diag H), or λ_j / H_jj
     retries: int  # how often it was raised before the factorisation succeeded
 
@@ -155,7 +154,7 @@ def prepare(hessian: Tensor, config: LayerConfig, tokens: int | None = None) -> 
     root = R.diagonal().clone()
     factors = (R.div_(root), root.square())
     return HessianFactor(
-        order, *factors, dead, dead_columns, energy, damped - energy, damp_percent, retries
+        order, *factors, dead, dead_columns, damped - energy, damp_percent, retries
     )
 
 

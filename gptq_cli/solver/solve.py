@@ -75,12 +75,11 @@ class _Grid:
 
     scales: Tensor  # [G, O]
     zeros: Tensor  # [G, O]
-    energy: Tensor  # [G, n], diag H of the columns of each group
     config: LayerConfig
 
     def find(self, group: Tensor, weights: Tensor) -> None:
         """Fit the grid of a group [1] to weights [n, O]."""
-        scales, zeros = choose_grid(weights.T, self.energy.index_select(0, group)[0], self.config)
+        scales, zeros = choose_grid(weights.T, self.config)
         self.scales.index_copy_(0, group, scales[None])
         self.zeros.index_copy_(0, group, zeros[None])
 
@@ -193,16 +192,12 @@ def _initial_grid(weight: Tensor, prepared: HessianFactor, config: LayerConfig) 
     """All grids from the original weights [O, I] if they are static; else room for them."""
     order, group_size = prepared.order, config.columns_per_group(weight.shape[1])
     if order.static_grid:
-        energy = split_groups(prepared.energy.to(weight.dtype), order.group_of_column, group_size)
-        scales, zeros = choose_grid(
-            split_groups(weight, order.group_of_column, group_size), energy, config
-        )
-        return _Grid(scales.T.contiguous(), zeros.T.contiguous(), energy, config)
-    # A group's columns reach its search in processing order.
-    energy = prepared.energy[order.permutation].to(weight.dtype)
-    energy = split_groups(energy, order.group_of_column[order.permutation], group_size)
-    scales = weight.new_empty(len(energy), weight.shape[0])
-    return _Grid(scales, torch.empty_like(scales), energy, config)
+        groups = split_groups(weight, order.group_of_column, group_size)
+        scales, zeros = choose_grid(groups, config)
+        return _Grid(scales.T.contiguous(), zeros.T.contiguous(), config)
+    out_features, in_features = weight.shape
+    scales = weight.new_empty(in_features // group_size, out_features)
+    return _Grid(scales, torch.empty_like(scales), config)
 
 
 def _widths(group_size: int, static_grid: bool, column_block: int) -> tuple[int, int]:

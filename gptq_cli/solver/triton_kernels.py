@@ -184,27 +184,23 @@ def fit_scales_kernel(  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def best_candidate_kernel(  # type: ignore[no-untyped-def]
     weights,
-    energy,
     scales,
     zeros,
     factors,
     offsets,
     best,
     n_rows,
-    n_groups,
     n_columns,
     n_candidates,
     max_code,
     norm,
-    BY_ENERGY: tl.constexpr,
     B: tl.constexpr,
     ROWS: tl.constexpr,
     CANDIDATES: tl.constexpr,
 ):
     """For each row of weights [n_rows, n] the index of the candidate that rounds it with the least error.
 
-    Candidate c of a row has the scale factors[c] * scales[row] and the zero zeros[row] + offsets[c]. Row r sees the
-    energies [n] of group r modulo n_groups, if BY_ENERGY.
+    Candidate c of a row has the scale factors[c] * scales[row] and the zero zeros[row] + offsets[c].
     """
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     inside = rows < n_rows
@@ -218,22 +214,13 @@ def best_candidate_kernel(  # type: ignore[no-untyped-def]
         weight = tl.load(
             weights + rows[:, None] * n_columns + columns[None, :], mask=here, other=0.0
         )
-        if BY_ENERGY:
-            loudness = tl.load(
-                energy + (rows % n_groups)[:, None] * n_columns + columns[None, :],
-                mask=here,
-                other=0.0,
-            )
         for candidate in range(n_candidates):
             scale = stored_scale(widest * tl.load(factors + candidate))
             zero = tl.minimum(tl.maximum(usual + tl.load(offsets + candidate), 1.0), max_code)
             # Where the inverse lands on the other side of a tie, both sides have the same error.
             level = nearest_level(weight * (1.0 / scale)[:, None], zero[:, None], max_code)
             error = level * scale[:, None] - weight
-            if BY_ENERGY:
-                loss = tl.sum(error * error * loudness, axis=1)
-            else:
-                loss = tl.sum(tl.exp2(norm * tl.log2(tl.maximum(tl.abs(error), 1e-30))), axis=1)
+            loss = tl.sum(tl.exp2(norm * tl.log2(tl.maximum(tl.abs(error), 1e-30))), axis=1)
             losses += tl.where((candidates == candidate)[None, :], loss[:, None], 0.0)
     losses = tl.where(
         (losses == losses) & (candidates < n_candidates)[None, :], losses, float("inf")

@@ -121,27 +121,26 @@ def fit_scales(
 
 
 def best_candidates(
-    weights: Tensor, energy: Tensor | None, grid: tuple[Tensor, Tensor], candidates: tuple[Tensor, Tensor],
+    weights: Tensor, grid: tuple[Tensor, Tensor], candidates: tuple[Tensor, Tensor],
     bits: int, norm: float,
 ) -> Tensor:  # fmt: skip
     """Index int64 [...] of the candidate that rounds each group [..., n] of weights with the least Σ |e|^norm.
 
-    With `energy` [..., n], of the last dimensions of weights, it is Σ energy e². `grid` are scales and zeros [...] of
-    the whole range, `candidates` factors for the scale and offsets for the zero; the first of equals wins.
+    `grid` are scales and zeros [...] of the whole range, `candidates` factors for the scale and
+    offsets for the zero; the first of equals wins.
     """
     from gptq_cli.solver.triton_kernels import best_candidate_kernel
 
     scales, zeros = (part.contiguous() for part in grid)
     factors, offsets = candidates
     n_columns = weights.shape[-1]
-    n_groups = 1 if energy is None else energy.numel() // n_columns
     best = torch.empty(scales.shape, dtype=torch.int64, device=weights.device)
     width = min(MOST_COLUMNS, _power(n_columns))
     rows = min(ELEMENTS // width, ELEMENTS // 64)
     best_candidate_kernel[(_programs(best.numel(), rows),)](
-        weights.contiguous(), scales if energy is None else energy.contiguous(), scales, zeros, factors, offsets, best,
-        best.numel(), n_groups, n_columns, len(factors), float(2**bits - 1), norm,
-        BY_ENERGY=energy is not None, B=width, ROWS=rows, CANDIDATES=_power(len(factors)),
+        weights.contiguous(), scales, zeros, factors, offsets, best,
+        best.numel(), n_columns, len(factors), float(2**bits - 1), norm,
+        B=width, ROWS=rows, CANDIDATES=_power(len(factors)),
         num_warps=WARPS, enable_fp_fusion=FUSED,
     )  # fmt: skip
     return best

@@ -145,7 +145,7 @@ dynamic:
         ("damp_percent: '0.1'", "E_CFG_TYPE", 'got "0.1"'),
         ("sym: 1", "E_CFG_TYPE", "got 1"),
         ("signed_scales: 'true'", "E_CFG_TYPE", 'got "true"'),
-        ("scale_search: imatrix", "E_CFG_RANGE", 'must be none, mse or activation, got "imatrix"'),
+        ("scale_search: activation", "E_CFG_RANGE", 'must be none or mse, got "activation"'),
         ("scale_search: false", "E_CFG_TYPE", "got false"),
         ("refine_sweeps: -1", "E_CFG_RANGE", "must be a whole number of 0 or more, got -1"),
         ("refine_sweeps: 1.5", "E_CFG_TYPE", "got 1.5"),

@@ -76,7 +76,7 @@ def slow_quantize(
         {"preset": "act-order", "bits": 2},
         {"preset": "gptq", "act_group_aware": False},
         {"preset": "fast"},
-        {"preset": "fast", "scale_search": "activation"},
+        {"preset": "fast", "scale_search": "mse"},
         {"preset": "fast", "asymmetric_calibration": 0.75},
         {"preset": "gptq", "bits": 3, "asymmetric_calibration": 0.25},
     ],

@@ -19,7 +19,6 @@ KINDS: dict[str, dict[str, object]] = {
     "asym": {"sym": False},
     "signed": {"signed_scales": True},
 }
-SEARCHES = ("none", "mse", "activation")
 
 
 @dataclass(frozen=True)
@@ -66,9 +65,7 @@ def _case(
 
 
 # Launches of 20, 20 and 8 columns; groups smaller and larger than a launch, some of them cut by its end.
-_TURNS = cycle(
-    [(2, 24, "none"), (3, 16, "mse"), (4, 8, "activation"), (8, -1, "none"), (4, 12, "mse")]
-)
+_TURNS = cycle([(2, 24, "none"), (3, 16, "mse"), (4, 8, "mse"), (8, -1, "none"), (4, 12, "mse")])
 CASES: dict[str, Case] = {}
 for (_order, _kind), (_bits, _group, _search) in zip(product(ORDERS, KINDS), _TURNS, strict=False):
     _name = f"{_order}, {_kind}, {_bits} bits, group {_group}, search {_search}"
@@ -85,7 +82,7 @@ CASES |= {
         "group aware", "asym", bits=3, group_size=40, shape=_LONG
     ),
     "a static group of two launches": _case(
-        "static desc_act", "asym", bits=2, group_size=40, scale_search="activation", shape=_LONG
+        "static desc_act", "asym", bits=2, group_size=40, scale_search="mse", shape=_LONG
     ),
     "ties": Case(layer_config("static desc_act", bits=4, group_size=8), ties=True),
     "refined, signed": _case(
@@ -112,7 +109,7 @@ CASES |= {
         "asym",
         bits=4,
         group_size=24,
-        scale_search="activation",
+        scale_search="mse",
         shape={"shrink": 2.0**-14},
     ),
     "the smallest scales": _case(

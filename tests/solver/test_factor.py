@@ -115,7 +115,6 @@ def test_diagonal_damping_is_a_share_of_each_entry_that_grows_as_tokens_get_few(
         (prepared.R * prepared.D) @ prepared.R.T, damped[permutation][:, permutation]
     )
     torch.testing.assert_close(prepared.damping, share * hessian.diagonal())
-    assert torch.equal(prepared.energy, hessian.diagonal())
     assert (prepared.damp_percent, prepared.retries) == (pytest.approx(share), 0)
 
 

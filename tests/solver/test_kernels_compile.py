@@ -32,7 +32,7 @@ KERNELS: dict[str, tuple[str, dict[str, object]]] = {
     "round_columns_kernel": ("triton_kernels", TILE),
     "fit_codes_kernel": ("triton_kernels", TILE),
     "fit_scales_kernel": ("triton_kernels", SHORT | {"SIGNED": True}),
-    "best_candidate_kernel": ("triton_kernels", SHORT | {"BY_ENERGY": True, "CANDIDATES": 64}),
+    "best_candidate_kernel": ("triton_kernels", SHORT | {"CANDIDATES": 64}),
     "dequantize_kernel": ("triton_kernels", {"BITS": 3, "BLOCK_O": BLOCK_O, "BLOCK_I": BLOCK_I}),
 }
 POINTERS = {

@@ -23,33 +23,30 @@ from tests.solver.test_solve import assert_same, solved
 KINDS = {"sym": {}, "signed": {"signed_scales": True}, "asym": {"sym": False}}
 
 
-def groups_with_outliers(seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Weights [O, G, n] whose tails make clipping worth it, and energies [G, n] that differ from group to group."""
+def groups_with_outliers(seed: int = 0) -> Tensor:
+    """Weights [O, G, n] whose tails make clipping worth it."""
     random = torch.Generator().manual_seed(seed)
     weights = torch.randn(9, 3, 20, generator=random, dtype=torch.float64)
-    energy = torch.rand(3, 20, generator=random, dtype=torch.float64).pow(4)
-    return 0.02 * weights * weights.abs(), energy
+    return 0.02 * weights * weights.abs()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("scale_search", ["none", "mse", "activation"])
+@pytest.mark.parametrize("scale_search", ["none", "mse"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_chosen_grid_is_the_best_of_all_candidates(bits: int, scale_search: str, kind: str) -> None:
-    weights, energy = groups_with_outliers(bits)
+    weights = groups_with_outliers(bits)
     config = LayerConfig(bits=bits, scale_search=scale_search, **KINDS[kind])
-    scales, zeros = choose_grid(weights, energy, config)
+    scales, zeros = choose_grid(weights, config)
     assert scales.shape == zeros.shape == (9, 3)
     for group in range(3):
-        expected_scales, expected_zeros = reference.fit_any(
-            weights[:, group], energy[group], config
-        )
+        expected_scales, expected_zeros = reference.fit_any(weights[:, group], config)
         assert torch.equal(scales[:, group], expected_scales)
         assert torch.equal(zeros[:, group], expected_zeros)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("scale_search", ["none", "activation"])
+@pytest.mark.parametrize("scale_search", ["none", "mse"])
 def test_codes_equal_the_reference_with_static_and_dynamic_groups(
     scale_search: str, order: str, kind: str
 ) -> None:
@@ -67,13 +64,13 @@ def test_largest_weight_is_the_end_of_a_signed_grid_whatever_its_sign() -> None:
     assert codes.tolist() == [[[0, 12], [0, 4], [15, 0], [0, 4]]]
 
 
-@pytest.mark.parametrize("scale_search", ["none", "mse", "activation"])
+@pytest.mark.parametrize("scale_search", ["none", "mse"])
 def test_signed_scales_have_both_signs_and_are_exact_in_both_16_bit_formats(
     scale_search: str,
 ) -> None:
-    weights, energy = groups_with_outliers()
+    weights = groups_with_outliers()
     scales, _ = choose_grid(
-        weights, energy, LayerConfig(bits=4, signed_scales=True, scale_search=scale_search)
+        weights, LayerConfig(bits=4, signed_scales=True, scale_search=scale_search)
     )
     assert (scales > 0).any()
     assert (scales < 0).any()
@@ -83,8 +80,8 @@ def test_signed_scales_have_both_signs_and_are_exact_in_both_16_bit_formats(
 
 @pytest.mark.parametrize("sym", [True, False])
 def test_searched_unsigned_scales_are_positive_and_exact_in_both_16_bit_formats(sym: bool) -> None:
-    weights, energy = groups_with_outliers()
-    scales, zeros = choose_grid(weights, energy, LayerConfig(bits=3, sym=sym, scale_search="mse"))
+    weights = groups_with_outliers()
+    scales, zeros = choose_grid(weights, LayerConfig(bits=3, sym=sym, scale_search="mse"))
     assert (scales > 0).all()
     assert torch.equal(scales.half().bfloat16().double(), scales)
     assert zeros.min() >= 1
@@ -111,34 +108,32 @@ def test_subnormal_scales_are_rounded_up_and_zero_is_normal() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("scale_search", ["none", "mse", "activation"])
+@pytest.mark.parametrize("scale_search", ["none", "mse"])
 @pytest.mark.parametrize("shrink", [2.0**-10, 2.0**-17])
 def test_subnormal_grids_are_the_best_of_all_candidates(
     shrink: float, scale_search: str, kind: str
 ) -> None:
-    weights, energy = groups_with_outliers(3)
+    weights = groups_with_outliers(3)
     config = LayerConfig(bits=4, scale_search=scale_search, **KINDS[kind])
-    scales, zeros = choose_grid(shrink * weights, energy, config)
+    scales, zeros = choose_grid(shrink * weights, config)
     assert scales.abs().max() < 2.0**-14
     for group in range(3):
-        expected_scales, expected_zeros = reference.fit_any(
-            shrink * weights[:, group], energy[group], config
-        )
+        expected_scales, expected_zeros = reference.fit_any(shrink * weights[:, group], config)
         assert torch.equal(scales[:, group], expected_scales)
         assert torch.equal(zeros[:, group], expected_zeros)
 
 
 def test_rows_taken_in_chunks_give_the_same_grids(monkeypatch: pytest.MonkeyPatch) -> None:
-    weights, energy = groups_with_outliers()
-    config = LayerConfig(bits=3, signed_scales=True, scale_search="activation")
-    whole = choose_grid(weights, energy, config)
+    weights = groups_with_outliers()
+    config = LayerConfig(bits=3, signed_scales=True, scale_search="mse")
+    whole = choose_grid(weights, config)
     monkeypatch.setattr(numerics, "ELEMENTS_PER_CHUNK", {"cpu": 2 * 3 * 20})
-    chunked = choose_grid(weights, energy, config)
+    chunked = choose_grid(weights, config)
     assert all(torch.equal(left, right) for left, right in zip(whole, chunked, strict=True))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("scale_search", ["none", "mse", "activation"])
+@pytest.mark.parametrize("scale_search", ["none", "mse"])
 def test_group_of_zeros_decodes_to_zero(scale_search: str, kind: str) -> None:
     config = layer_config(
         "static group aware", scale_search=scale_search, group_size=48, **KINDS[kind]
@@ -162,20 +157,16 @@ def test_scales_that_cannot_win_are_not_tried(
         grid, "_error", lambda *arguments: tried.append(arguments[1]) or error(*arguments)
     )
     weights = torch.randn(50, 4, 128, generator=torch.Generator().manual_seed(bits))
-    choose_grid(
-        weights, torch.ones(4, 128), LayerConfig(bits=bits, scale_search="mse", **KINDS[kind])
-    )
+    choose_grid(weights, LayerConfig(bits=bits, scale_search="mse", **KINDS[kind]))
     each = {"sym": 1, "signed": 2, "asym": 3}[kind]
     assert fewest * each <= len(tried) <= (25 if bits == 2 else 15) * each
 
 
 def test_clipping_pays_where_weights_have_tails() -> None:
-    weights, energy = groups_with_outliers()
-    for scale_search in ("mse", "activation"):
-        config = LayerConfig(bits=2, scale_search=scale_search)
-        scales, _ = choose_grid(weights, energy, config)
-        widest, _ = choose_grid(weights, energy, LayerConfig(bits=2))
-        assert (scales < 0.8 * widest).double().mean() > 0.5
+    weights = groups_with_outliers()
+    scales, _ = choose_grid(weights, LayerConfig(bits=2, scale_search="mse"))
+    widest, _ = choose_grid(weights, LayerConfig(bits=2))
+    assert (scales < 0.8 * widest).double().mean() > 0.5
 
 
 @pytest.mark.parametrize("order", ["group aware", "static group aware"])
