@@ -29,8 +29,8 @@ from gptq_cli.storage.durable import (
     write_file,
     write_json,
 )
-from gptq_cli.storage.manifest import INDEX_NAME, OF_THE_RUN, QUANTIZE_CONFIG, Span, span_hashes
-from gptq_cli.storage.places import source_changed
+from gptq_cli.storage.manifest import INDEX_NAME, RUN_FILES, QUANTIZE_CONFIG, Span, span_hashes
+from gptq_cli.storage.file_identity import source_changed
 
 MOST_WAITING = 4  # tensors that may wait for the disk: what stands for one linear
 
@@ -194,7 +194,7 @@ def write_side_files(
     that older readers need. `meta` goes into quantize_config.json only, because some readers refuse it in config.json.
     `hashes` and errors as in `copy_side_files`.
     """
-    copy_side_files(source, directory, without=OF_THE_RUN, hashes=hashes)
+    copy_side_files(source, directory, without=RUN_FILES, hashes=hashes)
     config = with_quantization(source.config, quantization)
     if untie:
         config["tie_word_embeddings"] = False

@@ -47,7 +47,7 @@ from gptq_cli.storage.durable import write_file, write_json
 from gptq_cli.storage.manifest import (
     CONFIG_FILE,
     MANIFEST,
-    OF_THE_RUN,
+    RUN_FILES,
     QUANTIZE_CONFIG,
     write_manifest,
 )
@@ -160,7 +160,7 @@ def dequantize_checkpoint(
         written = _write_tensors(
             work.stage, _units(source, {}, plain.spec), lambda writer: plain.write(writer, report)
         )
-        copy_side_files(source, work.stage, without=OF_THE_RUN)
+        copy_side_files(source, work.stage, without=RUN_FILES)
         config = without_quantization(source.config)
         if dtype != "auto":
             config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype

@@ -37,7 +37,7 @@ from gptq_cli.runtime.hidden_states import HiddenStates
 from gptq_cli.runtime.ranks import Ranks
 from gptq_cli.storage.durable import COPY_BYTES, OpenFile, sync_directory
 from gptq_cli.storage.manifest import Entry, Journal, digest, file_hash, read_manifest
-from gptq_cli.storage.replacing import check_replaceable, way_out
+from gptq_cli.storage.replacing import check_replaceable, overwrite_hint
 from gptq_cli.storage.work_directory import (
     WorkDirectory,
     drop_failed,
@@ -268,7 +268,7 @@ def finished_output(
     manifest = read_manifest(output)
     if manifest is None:
         return None
-    hint = way_out(output)
+    hint = overwrite_hint(output)
     different = differences(manifest.get("identity", {}), identity)
     if not different:
         defects = check_manifest(output, full=True)[1]

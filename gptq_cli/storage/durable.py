@@ -1,8 +1,9 @@
-"""Bytes that survive: the only module that opens files for writing, and the only one that changes a directory.
+"""Durable writes: no other module opens files for writing or changes a directory.
 
-Whatever happens, a file or directory is absent, or complete under its final name. The rule is the one of databases:
-write under a temporary name, fsync the file, rename it, fsync the directory that holds the name. A failed fsync is
-final, since the kernel may have dropped the data (https://wiki.postgresql.org/wiki/Fsync_Errors).
+At any moment a file or directory is absent or complete under its final name. The rule is the one
+of databases: write under a temporary name, fsync the file, rename it, fsync the directory that
+holds the name. A failed fsync is final, because the kernel may have dropped the data
+(https://wiki.postgresql.org/wiki/Fsync_Errors).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from filelock import FileLock
 
 from gptq_cli.errors import ExistsError, GptqError
 from gptq_cli.files import MAX_NAME, file_error, file_errors, is_directory, status_of
-from gptq_cli.storage.places import is_mount
+from gptq_cli.storage.file_identity import is_mount
 
 COPY_BYTES = 16 * 2**20
 _NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL}
@@ -29,12 +30,11 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # fcntl.h and linux/fs.h
 
 
 class Disk:
-    """Every operation that changes what is on a disk, so that tests can count, refuse or end them."""
+    """All operations that change a disk, in one class so that tests can count or fail each one."""
 
     def open(self, path: Path, flags: int) -> int:
-        return os.open(
-            path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666
-        )  # the umask decides who may read
+        # With mode 0666 the umask of the user decides who may read the file.
+        return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
     def write(self, descriptor: int, data: memoryview, offset: int) -> int:
         return os.pwrite(descriptor, data, offset)
@@ -49,7 +49,7 @@ class Disk:
         source.rename(target)
 
     def exchange(self, one: Path, other: Path) -> None:
-        """Swap two names in one step; OSError ENOSYS or EINVAL where the system cannot."""
+        """Swap two names in one step; raise OSError ENOSYS or EINVAL if the system cannot."""
         swap = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
         if swap is None:
             raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
@@ -66,7 +66,10 @@ class Disk:
         path.rmdir()
 
     def lock(self, path: Path) -> FileLock:
-        """The lock of `path`, held until it is released or the process ends; filelock.Timeout if another holds it."""
+        """Return the lock of `path`, held until it is released or the process ends.
+
+        Raise filelock.Timeout if another process holds it.
+        """
         lock = FileLock(path, timeout=0, fallback_to_soft=False)
         lock.acquire()
         return lock
@@ -76,9 +79,10 @@ disk = Disk()
 
 
 class OpenFile:
-    """A file that is written in parts, in any order; what was written survives once `sync` has returned.
+    """A file that is written in parts, in any order; the parts survive once `sync` has returned.
 
-    `size` sets its length, and what it held there stays. ResourceError E_DISK when the disk refuses.
+    `size` sets the length of the file; bytes that it already holds are kept.
+    Raises ResourceError E_DISK if the disk refuses an operation.
     """
 
     def __init__(self, path: Path, size: int) -> None:
@@ -99,7 +103,7 @@ class OpenFile:
         self.close()
 
     def write_at(self, offset: int, data: bytes | memoryview) -> None:
-        """`data` at byte `offset`."""
+        """Write `data` at byte `offset`."""
         view = memoryview(data).cast("B")
         with disk_errors(self.path):
             while view:
@@ -107,17 +111,17 @@ class OpenFile:
                 view, offset = view[written:], offset + written
 
     def sync(self) -> None:
-        """Flush to the disk; an error here is final."""
+        """Flush the file to the disk; an error is final."""
         with disk_errors(self.path):
             disk.fsync(self._descriptor)
 
     def close(self) -> None:
-        """Give the file back; promises nothing that `sync` has not."""
+        """Close the file; only `sync` makes its bytes durable."""
         os.close(self._descriptor)
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """`content` under its final name, or nothing; parents are made. It survives once this has returned."""
+    """Write a whole file, or nothing, and create missing parents; the file is durable on return."""
     make_directory(path.parent)
     temporary = _temporary(path)
     with OpenFile(temporary, len(content)) as file:
@@ -129,20 +133,22 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """`content` as a JSON file for people and programs, written as `write_file` does."""
+    """Write `content` as indented JSON; durable like `write_file`."""
     write_file(path, json_bytes(content, indent=2))
 
 
 def json_bytes(content: Any, *, indent: int) -> bytes:
-    """A JSON file of `content` in UTF-8. What UTF-8 does not know, as a byte of a file's name, becomes an escape."""
+    """Return `content` as a JSON file in UTF-8.
+
+    Letters that UTF-8 cannot encode (undecodable bytes of file names) become escapes.
+    """
     text = json.dumps(content, indent=indent, ensure_ascii=False) + "\n"
-    return text.encode(
-        "utf-8", "backslashreplace"
-    )  # \udcff means the same in JSON, and strings alone hold it
+    # Only strings can hold such a letter, and there JSON reads \udcff as the same letter.
+    return text.encode("utf-8", "backslashreplace")
 
 
 def make_directory(path: Path, mode: int = 0o777) -> None:
-    """A directory that survives, and its parents; one that is there is left as it is."""
+    """Create a durable directory and its missing parents; an existing one is not changed."""
     if is_directory(path, writing=True):
         return
     make_directory(path.parent)
@@ -150,13 +156,14 @@ def make_directory(path: Path, mode: int = 0o777) -> None:
         try:
             disk.mkdir(path, mode)
         except FileExistsError:
-            if not is_directory(path, writing=True):  # and not made by somebody else just now
+            # Another process may have created the directory just now: that is no error.
+            if not is_directory(path, writing=True):
                 raise
     sync_directory(path.parent)
 
 
 def sync_directory(path: Path) -> None:
-    """Let the names in a directory survive."""
+    """Make the names in a directory durable."""
     with disk_errors(path):
         descriptor = disk.open(path, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -166,7 +173,10 @@ def sync_directory(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Whatever is at `path`, gone; nothing there is no error. A mount point is not entered: E_DISK."""
+    """Remove the file or directory at `path`, if there is one.
+
+    Raises ResourceError E_DISK for a mount point, which is never entered.
+    """
     with disk_errors(path), suppress(FileNotFoundError):
         if path.is_dir() and not path.is_symlink():
             if is_mount(path):
@@ -178,7 +188,7 @@ def remove(path: Path) -> None:
 
 
 def sweep(directory: Path, keep: Collection[str]) -> None:
-    """Remove what is in `directory` under any name but those of `keep`."""
+    """Remove everything in `directory` except the names in `keep`."""
     with disk_errors(directory):
         found = sorted(directory.iterdir())
     for path in found:
@@ -187,11 +197,11 @@ def sweep(directory: Path, keep: Collection[str]) -> None:
 
 
 def publish(stage: Path, output: Path, aside: Path, *, overwrite: bool) -> None:
-    """Give the finished directory `stage`, whose files are durable, the name `output` in one step.
+    """Rename the finished directory `stage`, whose files are durable, to `output` in one step.
 
-    What stood there has the name `stage` afterwards. Where the system cannot swap names it goes `aside` first, and
-    stays there; if the process ends in between, `repair` puts it back. ExistsError E_OUT_EXISTS for an occupied output
-    without `overwrite`.
+    An old output is called `stage` afterwards. If the system cannot swap names, the old output is
+    renamed to `aside` first and stays there; if the process ends in between, `repair` restores it.
+    Raises ExistsError E_OUT_EXISTS if the output is occupied and `overwrite` is false.
     """
     with disk_errors(output):
         try:
@@ -211,7 +221,7 @@ def publish(stage: Path, output: Path, aside: Path, *, overwrite: bool) -> None:
 
 
 def repair(output: Path, aside: Path) -> None:
-    """Put back what an interrupted `publish` had put aside, unless the new output is there."""
+    """Restore the old output that an interrupted `publish` had renamed, if there is no new one."""
     if is_directory(aside) and status_of(output, writing=True) is None:
         with disk_errors(output):
             disk.rename(aside, output)
@@ -219,7 +229,7 @@ def repair(output: Path, aside: Path) -> None:
 
 
 def is_occupied(output: Path) -> bool:
-    """Whether something stands at `output` that renaming a directory onto it would not replace."""
+    """Return whether a rename onto `output` would fail: it exists and is no empty directory."""
     if not is_directory(output, writing=True):
         return status_of(output, writing=True) is not None
     with file_errors(output, writing=True):
@@ -228,20 +238,20 @@ def is_occupied(output: Path) -> bool:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn what the disk refuses into ResourceError E_DISK with the path and the reason."""
+    """Turn OSError into ResourceError E_DISK with the path and the reason."""
     with file_errors(path, writing=True):
         yield
 
 
 def disk_error(path: Path, error: OSError) -> GptqError:
-    """ResourceError E_DISK with the path, the reason and what to do."""
+    """Return ResourceError E_DISK with the path, the reason and a hint."""
     refused = file_error(error, path, writing=True)
     assert refused is not None
     return refused
 
 
 def _temporary(path: Path) -> Path:
-    """The hidden name that `path` has until it is complete; a name as long as names may be gets a short one."""
+    """Return the hidden name of `path` until it is complete; very long names get a short one."""
     name = f".{path.name}.tmp"
     if len(os.fsencode(name)) > MAX_NAME:
         name = f".{sha256(os.fsencode(path.name)).hexdigest()[:16]}.tmp"

@@ -1,7 +1,8 @@
-"""`gptq_manifest.json`: what a finished output is, size and SHA-256 of each of its files, and a
-checksum over itself.
+"""The manifest of an output, the journal of a run, and the hashes in both.
 
-No times, no hosts. Files are hashed several at a time: hashing and reading let other threads go on.
+`gptq_manifest.json` holds the identity of the run, size and SHA-256 of each file, and a checksum
+over itself; no times and no host names. Several files are hashed at a time, in threads: hashing and
+reading release Python's lock.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 from threading import Event
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 from gptq_cli.files import file_errors, files_below, is_file
 from gptq_cli.storage.durable import OpenFile, remove, sync_directory, write_file, write_json
@@ -22,9 +23,10 @@ Entry = dict[str, Any]
 
 
 class Journal:
-    """Entries in a file, each a line of JSON with a checksum over itself and the one before; the first one's is `seed`.
+    """Entries in a file: lines of JSON, each with a checksum over itself and the line before it.
 
-    So a line that was torn, changed, moved or written for another run ends what is read.
+    The chain of checksums starts at `seed`. Reading ends at the first line that was torn, changed,
+    moved, or written for another run.
     """
 
     def __init__(self, path: Path, seed: str) -> None:
@@ -43,7 +45,7 @@ class Journal:
         self.damaged_bytes = len(content) - self._end
 
     def append(self, entry: Entry) -> None:
-        """One more entry, which survives once this has returned."""
+        """Append an entry; it is durable on return."""
         if self._file is None:
             self._file = OpenFile(self._path, self._end)
             sync_directory(self._path.parent)
@@ -53,7 +55,10 @@ class Journal:
         self._note(entry, line)
 
     def cut(self, count: int) -> None:
-        """Keep the first `count` entries, in a new file: the old one's last line may never have reached the disk."""
+        """Keep the first `count` entries, in a new file.
+
+        A new file, because the last line of the old one may never have reached the disk.
+        """
         kept, self.entries = self.entries[:count], []
         self._checksum, self._end = self._seed, 0
         content = b""
@@ -64,7 +69,7 @@ class Journal:
         if content:
             write_file(self._path, content)
         else:
-            remove(self._path)  # where no journal is, nothing is finished
+            remove(self._path)  # without a journal no block counts as finished
 
     def close(self) -> None:
         if self._file is not None:
@@ -77,11 +82,13 @@ class Journal:
 
     def _read(self, line: bytes) -> Entry | None:
         try:
-            entry = json.loads(line)
+            entry: Entry = json.loads(line)
             checksum = entry.pop("checksum")
         except (ValueError, AttributeError, TypeError, KeyError):
             return None
-        return entry if line.endswith(b"\n") and checksum == self._sum(entry) else None
+        if line.endswith(b"\n") and checksum == self._sum(entry):
+            return entry
+        return None
 
     def _line(self, entry: Entry) -> bytes:
         return (json.dumps({**entry, "checksum": self._sum(entry)}) + "\n").encode()
@@ -91,12 +98,12 @@ class Journal:
 
 
 def canonical(value: Any) -> str:
-    """JSON that is the same for equal values."""
+    """Return JSON that is the same text for equal values."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
 def digest(value: Any) -> str:
-    """A hash of JSON data."""
+    """Return a hash of JSON data."""
     return sha256(canonical(value).encode()).hexdigest()
 
 
@@ -107,12 +114,7 @@ MAX_CONFIG_BYTES, MAX_JSON_BYTES = 5_000_000, 50_000_000
 MANIFEST = "gptq_manifest.json"
 CONFIG_FILE = "gptq_config.yaml"  # the resolved configuration
 REPORT_DATA, REPORT_PAGE = "gptq_report.json", "gptq_report.html"  # the report of the run
-OF_THE_RUN = {
-    CONFIG_FILE,
-    MANIFEST,
-    REPORT_DATA,
-    REPORT_PAGE,
-}  # what is about a run, not of the model
+RUN_FILES = {CONFIG_FILE, MANIFEST, REPORT_DATA, REPORT_PAGE}  # about a run, not about the model
 SCHEMA = 1
 
 MOST_THREADS = 8
@@ -122,26 +124,30 @@ Result = TypeVar("Result")
 
 
 def write_manifest(directory: Path, content: dict[str, Any]) -> None:
-    """`content` and the hashes of all files in `directory`, as its last file; not of a report, which may change."""
+    """Write `content` and the hashes of all files in `directory` as its last file.
+
+    The report of a run is not hashed, because it may be written again later.
+    """
     reports = {directory / REPORT_DATA, directory / REPORT_PAGE}
     paths = [path for path in files_below(directory) if path.is_file() and path not in reports]
-    files = {
-        path.relative_to(directory).as_posix(): {"sha256": found, "size": path.stat().st_size}
-        for path, found in zip(paths, file_hashes(paths), strict=True)
-    }
+    files = {}
+    for path, found in zip(paths, file_hashes(paths), strict=True):
+        name = path.relative_to(directory).as_posix()
+        files[name] = {"sha256": found, "size": path.stat().st_size}
     write_json(directory / MANIFEST, sealed({"schema": SCHEMA, **content, "files": files}))
 
 
 def sealed(content: dict[str, Any]) -> dict[str, Any]:
-    """`content` with the checksum that belongs to it, in place of another."""
-    content = {key: value for key, value in content.items() if key != "checksum"}
+    """Return `content` with its checksum; an old checksum is replaced."""
+    content = dict(content)
+    content.pop("checksum", None)
     return {**content, "checksum": digest(content)}
 
 
 def read_sealed(file: Path) -> dict[str, Any] | None:
-    """The JSON object in `file`; None if there is none as it was written, by its own checksum.
+    """Return the JSON object in `file`; None if the file is missing or its checksum is wrong.
 
-    A GptqError if the file may not be read: then nobody knows what it is.
+    Raises GptqError if the file exists but cannot be read: its content is unknown then.
     """
     if not is_file(file):
         return None
@@ -151,26 +157,28 @@ def read_sealed(file: Path) -> dict[str, Any] | None:
         content = json.loads(raw)
     except (ValueError, RecursionError):
         return None
-    return content if is_intact(content) else None
+    if is_intact(content):
+        return content
+    return None
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:
-    """The manifest in `directory`; None if there is none of ours that can be read."""
+    """Return the manifest in `directory`, or None if there is no intact one that gptq wrote."""
     content = read_sealed(directory / MANIFEST)
     if content is None or content.get("schema") != SCHEMA:
         return None
     if not isinstance(content.get("identity", {}), dict):
-        return None  # sealed, but not by gptq
+        return None  # the checksum is right, but gptq has not written it
     return content
 
 
-def is_intact(content: Any) -> bool:
-    """Whether what was read is as it was written, by its own checksum."""
+def is_intact(content: Any) -> TypeGuard[dict[str, Any]]:
+    """Return whether JSON that was read is unchanged, by its own checksum."""
     return isinstance(content, dict) and content == sealed(content)
 
 
 class Span(NamedTuple):
-    """`size` bytes of a file from `start` on."""
+    """The `size` bytes of a file from byte `start` on."""
 
     path: Path
     start: int
@@ -178,22 +186,25 @@ class Span(NamedTuple):
 
 
 def file_hash(path: Path) -> str:
-    """The hash of a file's bytes."""
+    """Return the hash of the bytes of a file."""
     return _hash(Span(path, 0, path.stat().st_size), Event())
 
 
 def file_hashes(paths: Iterable[Path]) -> Iterator[str]:
-    """The hash of each file's bytes, in their order."""
+    """Yield the hash of each file, in the order of `paths`."""
     return span_hashes(Span(path, 0, path.stat().st_size) for path in paths)
 
 
 def span_hashes(spans: Iterable[Span]) -> Iterator[str]:
-    """The hash of each span, in their order; of as many bytes as are there, if the file is shorter."""
+    """Yield the hash of each span, in order; a span that passes the end of its file is cut off."""
     return in_threads(_hash, spans)
 
 
 def in_threads(work: Callable[[Item, Event], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """What `work` makes of each of `items`, in their order; it ends early once the event is set that it is given."""
+    """Yield `work(item, event)` for each item, in order; several run at a time.
+
+    `work` should return early once the event is set: nobody waits for its result any more.
+    """
     given_up = Event()
     with _threads() as threads:
         try:
@@ -203,9 +214,9 @@ def in_threads(work: Callable[[Item, Event], Result], items: Iterable[Item]) -> 
 
 
 def side_by_side(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """What `work` makes of each of `items`, in their order, while threads are at work on the next ones.
+    """Yield `work(item)` for each item, in order, while threads work on the next items.
 
-    Whoever stops asking waits for what is at work: it must be short.
+    If the caller stops iterating, it waits until running tasks finish; keep `work` short.
     """
     with _threads() as threads:
         yield from threads.map(work, items)
@@ -219,7 +230,7 @@ def _hash(span: Span, given_up: Event) -> str:
     digest, end = sha256(), span.start + span.size
     with file_errors(span.path, writing=False), span.path.open("rb", buffering=0) as stream:
         for start in range(span.start, end, CHUNK_BYTES):
-            if given_up.is_set():  # whoever asked has been interrupted, and waits for this thread
+            if given_up.is_set():  # the caller was interrupted, and waits for this thread to end
                 break
             digest.update(os.pread(stream.fileno(), min(CHUNK_BYTES, end - start), start))
     return digest.hexdigest()

@@ -1,6 +1,7 @@
-"""The one place that decides what may be replaced: a checkpoint with nothing else beside it, or what gptq has written.
+"""Decide which outputs may be replaced: those that gptq wrote, and checkpoints with no other files.
 
-What is refused here is never removed either: an old output goes file by file, and what is not of a checkpoint stays.
+Files that are refused here are never removed either: an old output is removed file by file, and
+files that do not belong to a checkpoint are kept.
 """
 
 from __future__ import annotations
@@ -21,50 +22,62 @@ from gptq_cli.files import file_errors, status_of
 from gptq_cli.shell import shell_word
 from gptq_cli.storage import durable
 from gptq_cli.storage.durable import disk_error, is_occupied
+from gptq_cli.storage.file_identity import (
+    Identity,
+    at_and_above,
+    identity,
+    is_inside,
+    is_mount,
+    mounts_below,
+)
 from gptq_cli.storage.manifest import (
     INDEX_NAME,
     MANIFEST,
     MAX_CONFIG_BYTES,
-    OF_THE_RUN,
     QUANTIZE_CONFIG,
     REPORT_DATA,
     REPORT_PAGE,
+    RUN_FILES,
     file_hash,
     read_manifest,
 )
-from gptq_cli.storage.places import at_and_above, identity, is_inside, is_mount, mounts_below
 
 SHOWN = 3
-MARKED_BYTES = 4096  # in which a file says who has written it
-WEIGHTS = re.compile(  # model-00001-of-00002.safetensors, consolidated.00.safetensors, gptq_model-4bit-128g.safetensors
+MARKED_BYTES = 4096  # the name of the program that wrote a file is among these first bytes
+# model-00001-of-00002.safetensors, consolidated.00.safetensors, gptq_model-4bit-128g.safetensors
+WEIGHTS = re.compile(
     r"((model|pytorch_model|consolidated)(\.(fp16|bf16|fp32))?([.-]\d{2,5}(-of-\d{5})?)?"
     r"|gptq_model-\dbit--?\d+g(-\d{5}-of-\d{5})?)\.(safetensors|bin)"
 )
-NAMES = {  # of files beside weights, as transformers, the Hub and GPTQ tools write them
-    "config.json", "generation_config.json", QUANTIZE_CONFIG, "quant_config.json", "params.json", "recipe.yaml",
-    INDEX_NAME, "pytorch_model.bin.index.json",
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json",
-    "chat_template.jinja", "chat_template.json",
+# Files beside weights, as transformers, the Hub and GPTQ tools call them. The two names with .tmp
+# are those of a run that was killed while it wrote its report.
+NAMES = {
+    "config.json", "generation_config.json", QUANTIZE_CONFIG, "quant_config.json", "params.json",
+    "recipe.yaml", INDEX_NAME, "pytorch_model.bin.index.json",
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model",
+    "sentencepiece.bpe.model", "tekken.json", "chat_template.jinja", "chat_template.json",
     "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
-    "README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md", ".gitattributes",
-    *OF_THE_RUN, f".{REPORT_DATA}.tmp", f".{REPORT_PAGE}.tmp",  # the last two of a report that was killed
+    "README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md",
+    ".gitattributes", *RUN_FILES, f".{REPORT_DATA}.tmp", f".{REPORT_PAGE}.tmp",
 }  # fmt: skip
-HUB_RECORDS = re.compile(  # of `hf download --local-dir`
+# `hf download --local-dir` writes these files.
+HUB_RECORDS = re.compile(
     r"\.cache/huggingface/(\.gitignore|CACHEDIR\.TAG|download/.+\.(metadata|lock|incomplete))"
 )
 
 
 def check_output(output: Path, model: Path, *, overwrite: bool, may_be_done: bool = False) -> None:
-    """Refuse an output that is the model or that holds something, unless it may be replaced.
+    """Refuse an output that is the model, or that is not empty and may not be replaced.
 
-    With `may_be_done` an output that gptq has written passes, for `check_replaceable` to look at when it is known
-    whether this run would write the same. ConfigError E_OUT_IS_INPUT and E_OUT_MOUNT, ExistsError E_OUT_EXISTS and
-    E_OUT_FOREIGN. ResourceError E_DISK for a place that may not even be looked at.
+    With `may_be_done` an output that gptq has written passes; the caller calls `check_replaceable`
+    once it knows whether this run would write the same. Raises ConfigError E_OUT_IS_INPUT and
+    E_OUT_MOUNT, ExistsError E_OUT_EXISTS and E_OUT_FOREIGN, and ResourceError E_DISK for a path
+    that may not even be examined.
     """
     status_of(output, writing=True)
     _refuse_input(output, model)
-    _refuse_place(output)
+    _refuse_special_directory(output)
     if not is_occupied(output):
         return
     if not output.is_dir():
@@ -75,44 +88,49 @@ def check_output(output: Path, model: Path, *, overwrite: bool, may_be_done: boo
         return
     if not overwrite:
         message = f"`{output}` exists and is not an empty directory"
-        raise ExistsError("E_OUT_EXISTS", message, hint=way_out(output))
+        raise ExistsError("E_OUT_EXISTS", message, hint=overwrite_hint(output))
     check_replaceable(output, model)
 
 
 def check_replaceable(output: Path, model: Path) -> None:
-    """Refuse to replace what stands at `output`, as far as it is not gptq's or plainly a checkpoint.
+    """Refuse to replace `output` if it holds files that belong neither to gptq nor to a checkpoint.
 
-    ConfigError E_OUT_IS_INPUT and E_OUT_MOUNT; ExistsError E_OUT_FOREIGN with up to three of the foreign files.
+    Raises ConfigError E_OUT_IS_INPUT and E_OUT_MOUNT; ExistsError E_OUT_FOREIGN with up to three of
+    the foreign files; ResourceError E_DISK if the directory may not be changed.
     """
     _refuse_input(output, model)
-    _refuse_place(output)
+    _refuse_special_directory(output)
     if not output.is_dir():
         return
     if (output / ".git").exists():
-        raise ExistsError(
-            "E_OUT_FOREIGN", f"`{output}` is a repository (it holds .git), which is never replaced",
-            hint="choose another -o",
-        )  # fmt: skip
+        message = f"`{output}` is a repository (it holds .git), which is never replaced"
+        raise ExistsError("E_OUT_FOREIGN", message, hint="choose another -o")
     foreign = list(islice(_foreign_files(output, model), SHOWN + 1))
     if foreign:
-        names = ", ".join(foreign[:SHOWN]) + (" and more" if len(foreign) > SHOWN else "")
+        names = ", ".join(foreign[:SHOWN])
+        if len(foreign) > SHOWN:
+            names += " and more"
         raise ExistsError(
-            "E_OUT_FOREIGN", f"`{output}` holds files that gptq has not written and no checkpoint has: {names}",
+            "E_OUT_FOREIGN",
+            f"`{output}` holds files that belong neither to gptq nor to a checkpoint: {names}",
             hint="choose another -o, or move these files elsewhere first",
-        )  # fmt: skip
+        )
     if not os.access(output, os.W_OK | os.X_OK):
         raise disk_error(output, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
 
 
-def way_out(output: Path) -> str:
-    """What to do about an output that holds something: --overwrite is named only where it may replace it."""
+def overwrite_hint(output: Path) -> str:
+    """Return the hint for an occupied output; it names --overwrite only if that would work."""
     if next(_foreign_files(output, None), None) is None and not (output / ".git").exists():
         return "add --overwrite to replace it, or choose another -o"
     return "choose another -o: --overwrite replaces only a checkpoint with nothing else beside it"
 
 
 def check_file(file: Path, mark: bytes) -> None:
-    """ExistsError E_OUT_FOREIGN if `file` is something else than gptq writes there: that has `mark` near its start."""
+    """Raise ExistsError E_OUT_FOREIGN unless `file` is missing, empty or begins with `mark`.
+
+    `mark` may stand anywhere in the first 4096 bytes.
+    """
     if status_of(file, writing=True) is None:
         return
     if not file.is_file():
@@ -122,49 +140,49 @@ def check_file(file: Path, mark: bytes) -> None:
     with file_errors(file, writing=False), file.open("rb") as stream:
         head = stream.read(MARKED_BYTES)
     if head and mark not in head:
-        message = f"`{file}` exists, and gptq has not written it"
-        raise ExistsError(
-            "E_OUT_FOREIGN", message, hint="choose another name, or move that file elsewhere first"
-        )
+        message = f"`{file}` exists, but gptq has not written it"
+        hint = "choose another name, or move that file elsewhere first"
+        raise ExistsError("E_OUT_FOREIGN", message, hint=hint)
 
 
 def is_an_output(directory: Path) -> bool:
-    """True for a directory that gptq has written, or that is plainly a model's."""
+    """Return whether gptq has written `directory`, or it is clearly a model."""
     return read_manifest(directory) is not None or _is_checkpoint(directory)
 
 
 def remove_replaced(directory: Path) -> list[str]:
-    """Remove an output that was replaced; a line for each thing that stays of it, with the reason.
+    """Remove an output that was replaced; return a line with the reason for each file that is kept.
 
-    Only files that are gptq's or a checkpoint's are removed, so what somebody has put there meanwhile stays. No mount
-    is entered. The manifest, which tells what is gptq's, goes last.
+    Only files that belong to gptq or to a checkpoint are removed: files that were added meanwhile
+    are kept. No mount is entered. The manifest goes last, because it lists the files of gptq.
     """
     listed = _listed(read_manifest(directory))
-    left = _remove_below(directory, Path(), listed)
-    if not left:
-        left = _tried(Path(MANIFEST), lambda: _unlink_if_there(directory / MANIFEST))
-        left = left or _tried(Path(directory.name), lambda: durable.disk.rmdir(directory))
-    return left
+    kept = _remove_below(directory, Path(), listed)
+    if not kept:
+        kept = _attempt(Path(MANIFEST), lambda: _unlink_if_there(directory / MANIFEST))
+    if not kept:
+        kept = _attempt(Path(directory.name), lambda: durable.disk.rmdir(directory))
+    return kept
 
 
 def _remove_below(directory: Path, inside: Path, listed: Mapping[str, str]) -> list[str]:
-    """Remove what is gptq's in `directory` / `inside`; a line for each thing that stays."""
+    """Remove the files of gptq in `directory` / `inside`; return a line for each kept file."""
     paths: list[Path] = []
-    left = _tried(inside, lambda: paths.extend(sorted((directory / inside).iterdir())))
+    kept = _attempt(inside, lambda: paths.extend(sorted((directory / inside).iterdir())))
     for path in paths:
         name = inside / path.name
         if path.is_dir() and not path.is_symlink():
-            left += _remove_folder(directory, name, listed)
+            kept += _remove_folder(directory, name, listed)
         elif name != Path(MANIFEST):
-            left += _tried(name, partial(_remove_file, directory, name, listed))
-    return left
+            kept += _attempt(name, partial(_remove_file, directory, name, listed))
+    return kept
 
 
 def _remove_folder(directory: Path, name: Path, listed: Mapping[str, str]) -> list[str]:
     if is_mount(directory / name):
         return [f"{name} is a mount point"]
-    left = _remove_below(directory, name, listed)
-    return left or _tried(name, lambda: durable.disk.rmdir(directory / name))
+    kept = _remove_below(directory, name, listed)
+    return kept or _attempt(name, lambda: durable.disk.rmdir(directory / name))
 
 
 def _remove_file(directory: Path, name: Path, listed: Mapping[str, str]) -> None:
@@ -178,13 +196,13 @@ def _unlink_if_there(file: Path) -> None:
         durable.disk.unlink(file)
 
 
-def _tried(name: Path, action: Callable[[], object]) -> list[str]:
-    """Do `action`; if the disk refuses, a line with `name` and the reason."""
+def _attempt(name: Path, action: Callable[[], object]) -> list[str]:
+    """Call `action`; if the disk refuses, return one line with `name` and the reason."""
     try:
         action()
     except OSError as error:
         return [f"{name}: {error.strerror}"]
-    except GptqError as error:  # it cannot be read
+    except GptqError as error:  # the file cannot be read, so nobody can tell whose it is
         return [f"{name}: {error}"]
     return []
 
@@ -206,68 +224,76 @@ def _contains(output: Path) -> ConfigError:
 
 
 def _beside(model: Path, output: Path) -> Path:
-    name = output.resolve().name
-    return model.resolve().parent / (name if name != model.resolve().name else f"{name}-GPTQ")
+    """Return a path beside the model with the name of the output, or one like the model's."""
+    whole, name = model.resolve(), output.resolve().name
+    if name == whole.name:
+        name = f"{name}-GPTQ"
+    return whole.parent / name
 
 
-def _refuse_place(output: Path) -> None:
+def _refuse_special_directory(output: Path) -> None:
     """Refuse a directory that is never replaced, whatever it holds, even if it is empty."""
     if not output.is_dir():
         return
-    here = identity(output)
-    if here in at_and_above(Path.cwd()):
-        raise ExistsError(
-            "E_OUT_FOREIGN", f"`{output}` is the current directory or above it, and is never replaced",
-            hint="choose a new directory: -o ./NAME",
-        )  # fmt: skip
-    if here in map(identity, _homes()):
-        hint = f"choose a directory inside it: -o {shell_word(str(output / 'NAME'))}"
-        raise ExistsError(
-            "E_OUT_FOREIGN", f"`{output}` is a home directory, and is never replaced", hint=hint
-        )
+    inside = f"choose a directory inside it: -o {shell_word(str(output / 'NAME'))}"
+    found = identity(output)
+    if found in at_and_above(Path.cwd()):
+        message = f"`{output}` is the current directory or above it, which is never replaced"
+        raise ExistsError("E_OUT_FOREIGN", message, hint="choose a new directory: -o ./NAME")
+    if found in map(identity, _homes()):
+        message = f"`{output}` is a home directory, which is never replaced"
+        raise ExistsError("E_OUT_FOREIGN", message, hint=inside)
     if is_mount(output):
-        hint = f"choose a directory inside it: -o {shell_word(str(output / 'NAME'))}"
-        raise ConfigError(
-            "E_OUT_MOUNT",
-            f"`{output}` is a mount point, which cannot be given to another",
-            hint=hint,
-        )
+        message = f"`{output}` is a mount point, which cannot be replaced"
+        raise ConfigError("E_OUT_MOUNT", message, hint=inside)
     mounts = mounts_below(output)
     if mounts:
-        message = f"`{output}` holds a mount point, `{mounts[0]}`, and is never replaced"
-        raise ConfigError("E_OUT_MOUNT", message, hint="choose another -o, or unmount it first")
+        raise _never_replaced(output, f"the mount point `{mounts[0]}`")
+
+
+def _never_replaced(output: Path, mounted: str) -> ConfigError:
+    message = f"`{output}` holds {mounted}, therefore it is never replaced"
+    return ConfigError("E_OUT_MOUNT", message, hint="choose another -o, or unmount it first")
 
 
 def _homes() -> list[Path]:
-    """The home directories of this user and of all others that this machine lists."""
-    said = os.environ.get("HOME")
+    """Return the home directories of this user and of all users that this machine lists."""
     listed = [entry.pw_dir for entry in pwd.getpwall()]
-    return [Path(home) for home in [said, *listed] if home]
+    return [Path(home) for home in [os.environ.get("HOME"), *listed] if home]
 
 
 def _foreign_files(directory: Path, model: Path | None) -> Iterator[str]:
-    """Files below `directory` that replacing it would destroy and that are neither gptq's nor of a checkpoint.
+    """Yield the files below `directory` that belong neither to gptq nor to a checkpoint.
 
-    In an output with a genuine manifest a folder that nobody may change is no reason to refuse: nothing in it can be
-    removed, and it is kept. Raises ConfigError E_OUT_IS_INPUT where the model is found inside.
+    In an output with an intact manifest a read-only folder is no reason to refuse: its content
+    cannot be removed, therefore it is kept. Raises ConfigError E_OUT_IS_INPUT if the model is
+    inside.
     """
     manifest = read_manifest(directory)
-    plain = is_an_output(directory)
+    known = is_an_output(directory)
     listed = _listed(manifest)
-    for name in _files(
-        directory, Path(), model and identity(model), skip_fixed=manifest is not None
-    ):
-        if not plain or not _is_ours(directory / name, name, listed):
+    model_identity = None
+    if model is not None:
+        model_identity = identity(model)
+    for name in _files(directory, Path(), model_identity, skip_fixed=manifest is not None):
+        if not known or not _is_ours(directory / name, name, listed):
             yield name.as_posix()
 
 
-def _files(directory: Path, inside: Path, model: Any, *, skip_fixed: bool) -> Iterator[Path]:
-    """What is below `directory` and is no directory, files first; a directory that cannot be read counts as a file."""
+def _files(
+    directory: Path, inside: Path, model: Identity | None, *, skip_fixed: bool
+) -> Iterator[Path]:
+    """Yield the names of all files below `directory` / `inside`, those outside folders first.
+
+    A directory that cannot be read counts as a file. With `skip_fixed` read-only folders are
+    skipped. Raises ConfigError E_OUT_IS_INPUT for the directory `model`, E_OUT_MOUNT for another
+    file system.
+    """
     here = directory / inside
     if model is not None and identity(here) == model:
         raise _contains(directory)
     try:
-        paths = sorted(here.iterdir(), key=lambda path: (path.is_dir(), path.name))
+        paths = sorted(here.iterdir(), key=_files_first)
     except OSError:
         yield inside
         return
@@ -275,18 +301,28 @@ def _files(directory: Path, inside: Path, model: Any, *, skip_fixed: bool) -> It
         name = inside / path.name
         if path.is_symlink() or not path.is_dir():
             yield name
-        elif path.stat().st_dev != directory.stat().st_dev:
-            message = f"`{directory}` holds another file system, `{path}`, and is never replaced"
-            raise ConfigError("E_OUT_MOUNT", message, hint="choose another -o, or unmount it first")
-        elif os.access(path, os.W_OK | os.X_OK) or not skip_fixed:
+            continue
+        _refuse_other_file_system(path, directory)
+        if os.access(path, os.W_OK | os.X_OK) or not skip_fixed:
             yield from _files(directory, name, model, skip_fixed=skip_fixed)
 
 
+def _refuse_other_file_system(path: Path, directory: Path) -> None:
+    if path.stat().st_dev != directory.stat().st_dev:
+        raise _never_replaced(directory, f"the file system `{path}`")
+
+
+def _files_first(path: Path) -> tuple[bool, str]:
+    return path.is_dir(), path.name
+
+
 def _is_checkpoint(directory: Path) -> bool:
-    """True if there is a config.json of a model, and weights under a usual name."""
+    """Return whether there is a config.json of a model, and weights under a usual name."""
+    file = directory / "config.json"
     try:
-        file = directory / "config.json"
-        config = json.loads(file.read_bytes()) if file.stat().st_size <= MAX_CONFIG_BYTES else None
+        if file.stat().st_size > MAX_CONFIG_BYTES:
+            return False
+        config = json.loads(file.read_bytes())
         names = [path.name for path in directory.iterdir()]
     except (OSError, ValueError, RecursionError):
         return False
@@ -295,23 +331,33 @@ def _is_checkpoint(directory: Path) -> bool:
 
 
 def _is_ours(path: Path, name: Path, listed: Mapping[str, str]) -> bool:
-    """True for a regular file with a name that checkpoints have, or that the manifest lists and that is as it says.
+    """Return whether `path` is a regular file that belongs to a checkpoint or to gptq.
 
-    A manifest lists all weights, so that others beside them are somebody else's.
+    It has a name that checkpoints use, or the manifest lists it and its hash is right.
     """
     if path.is_symlink() or not path.is_file():
         return False
-    if HUB_RECORDS.fullmatch(name.as_posix()):
+    if _has_usual_name(name, listed):
         return True
-    if len(name.parts) == 1 and name.name in NAMES:
-        return True
-    if len(name.parts) == 1 and WEIGHTS.fullmatch(name.name):
-        return not listed or name.name in listed
     return name.as_posix() in listed and file_hash(path) == listed[name.as_posix()]
 
 
+def _has_usual_name(name: Path, listed: Mapping[str, str]) -> bool:
+    if len(name.parts) > 1:
+        return HUB_RECORDS.fullmatch(name.as_posix()) is not None
+    if WEIGHTS.fullmatch(name.name):
+        # A manifest lists all weights: other weights beside them were written by somebody else.
+        return not listed or name.name in listed
+    return name.name in NAMES
+
+
 def _listed(manifest: Mapping[str, Any] | None) -> dict[str, str]:
-    """The hash of each file that a manifest lists."""
-    files = manifest.get("files") if manifest else None
-    entries = files.items() if isinstance(files, dict) else ()
-    return {name: str(entry.get("sha256")) for name, entry in entries if isinstance(entry, dict)}
+    """Return the hash of each file that a manifest lists."""
+    if manifest is None:
+        return {}
+    files = manifest.get("files")
+    if not isinstance(files, dict):
+        return {}
+    return {
+        name: str(entry.get("sha256")) for name, entry in files.items() if isinstance(entry, dict)
+    }

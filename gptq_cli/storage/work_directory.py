@@ -1,13 +1,13 @@
-"""The hidden directory beside an output where a run works: one run at a time, and what is finished stays.
+"""The hidden directory beside an output where one run at a time works and keeps finished blocks.
 
 .OUT.gptq-work/   0700
     lock          held as long as the run lives; the kernel frees it when the process is killed
     holder.json   process and host of the run that holds the lock, or held it last
-    run.json      what the run is: its identity, and the call that `gptq resume` repeats
-    journal.jsonl what is finished
+    run.json      identity of the run, and the call that `gptq resume` repeats
+    journal.jsonl the finished blocks
     hidden-0, -1  hidden states after the last two finished blocks
     out/          becomes OUT
-    replaced-0    an output that was replaced, while it is removed; what cannot be removed of it stays
+    replaced-0    an output that was replaced, until it is removed, or as much as cannot be removed
 """
 
 from __future__ import annotations
@@ -40,36 +40,41 @@ from gptq_cli.storage.durable import (
     write_file,
     write_json,
 )
+from gptq_cli.storage.file_identity import Identity, identity
 from gptq_cli.storage.manifest import MANIFEST, read_sealed, sealed
-from gptq_cli.storage.places import Identity, identity
 
-LOCK, HOLDER, RUN, JOURNAL, STAGE, ASIDE = (
-    "lock",
-    "holder.json",
-    "run.json",
-    "journal.jsonl",
-    "out",
-    "old",
-)
+LOCK = "lock"
+HOLDER = "holder.json"
+RUN = "run.json"
+JOURNAL = "journal.jsonl"
+STAGE = "out"
+ASIDE = "old"
 HIDDEN = ("hidden-0", "hidden-1")
 REPLACED = "replaced-"
 SUFFIX = ".gptq-work"
-# statfs(2) of file systems that other machines write too, or that promise no durable rename
+# Numbers of statfs(2) for file systems that other machines write too, or that promise no durable
+# rename.
 NETWORK_FILE_SYSTEMS = {
-    0x6969: "NFS", 0x517B: "SMB", 0xFE534D42: "SMB", 0xFF534D42: "CIFS", 0x0BD00BD0: "Lustre", 0x65735546: "FUSE",
-    0x00C36400: "Ceph", 0x01021997: "9P", 0x5346414F: "AFS", 0x47504653: "GPFS", 0x19830326: "BeeGFS",
+    0x6969: "NFS", 0x517B: "SMB", 0xFE534D42: "SMB", 0xFF534D42: "CIFS", 0x0BD00BD0: "Lustre",
+    0x65735546: "FUSE", 0x00C36400: "Ceph", 0x01021997: "9P", 0x5346414F: "AFS",
+    0x47504653: "GPFS", 0x19830326: "BeeGFS",
 }  # fmt: skip
 
 
 class WorkDirectory:
-    """Names in the work directory of `output`; `left` tells what could not be removed of outputs replaced."""
+    """Paths in the work directory of `output`.
+
+    `not_removed` lists the files of replaced outputs that could not be removed, with the reasons.
+    """
 
     def __init__(self, output: Path) -> None:
         self.output = resolved(output, writing=True)
         self.path = self.output.with_name(f".{self.output.name}{SUFFIX}")
-        self.stage, self.aside, self.lock = self.path / STAGE, self.path / ASIDE, self.path / LOCK
+        self.stage = self.path / STAGE
+        self.aside = self.path / ASIDE
+        self.lock = self.path / LOCK
         self.journal = self.path / JOURNAL
-        self.left: list[str] = []
+        self.not_removed: list[str] = []
         self._held: Identity | None = None
 
     def hold(self) -> None:
@@ -77,56 +82,62 @@ class WorkDirectory:
         self._held = identity(self.lock)
 
     def is_held(self) -> bool:
-        """Whether the directory is still the one whose lock was taken."""
+        """Return whether the directory is still the one whose lock was taken."""
         return identity(self.lock) == self._held
 
     def refuse_gone(self) -> None:
-        """ResourceError E_WORK_GONE if somebody has removed the directory, or replaced it by another."""
+        """Raise ResourceError E_WORK_GONE if the directory was removed or replaced by another."""
         if not self.is_held():
-            raise ResourceError(
-                "E_WORK_GONE", f"`{self.path}` was removed while this run was working in it",
-                hint="let nothing remove it, then run the same command again",
-            )  # fmt: skip
+            message = f"`{self.path}` was removed while this run was working in it"
+            hint = "let nothing remove it, then run the same command again"
+            raise ResourceError("E_WORK_GONE", message, hint=hint)
 
     def hidden(self, save: int) -> Path:
-        """Where hidden states are kept that were saved with line `save` of the journal, for two lines."""
+        """Return the file of the hidden states that belong to line `save` of the journal.
+
+        The file is written again two lines later.
+        """
         return self.path / HIDDEN[save % 2]
 
     def publish(self, model: Path, *, overwrite: bool) -> None:
-        """Give the finished `stage`, made from `model`, the name of the output; what it replaces is looked at anew."""
+        """Rename the finished `stage`, made from `model`, to the output.
+
+        With `overwrite` the old output is checked once more, because it may have changed.
+        """
         self.refuse_gone()
         if overwrite:
             replacing.check_replaceable(self.output, model)
         durable.publish(self.stage, self.output, self.aside, overwrite=overwrite)
-        self._part_with(self.stage)
-        self._part_with(self.aside)
+        self._rename_replaced(self.stage)
+        self._rename_replaced(self.aside)
 
     def drop(self) -> None:
-        """Whatever was finished here is no longer."""
+        """Discard the finished work in the directory."""
         remove(self.journal)
-        self._part_with_an_old_output()
+        self._rename_replaced_stage()
 
     def repair(self) -> None:
-        """Undo or finish what an earlier run has begun to replace."""
+        """Undo or complete a replacement that an earlier run has begun."""
         durable.repair(self.output, self.aside)
-        self._part_with(self.aside)
+        self._rename_replaced(self.aside)
         if not self.journal.exists():
-            self._part_with_an_old_output()
+            self._rename_replaced_stage()
 
     def remove(self) -> None:
-        """All of it, the lock last; somebody who waits for it may then have made it anew.
+        """Remove the directory, the lock last.
 
-        What cannot be removed of an output that was replaced stays, and is told in `left`.
+        Files of a replaced output that cannot be removed are kept and listed in `not_removed`.
         """
-        sync_directory(
-            self.output.parent
-        )  # the output's name, if an earlier run ended between giving and syncing it
-        self.drop()  # first: without the journal nothing here is anybody's work
-        self.left = []
+        # An earlier run may have ended after it renamed the output and before it synced the name.
+        sync_directory(self.output.parent)
+        # First of all: without a journal nothing in the directory counts as finished work.
+        self.drop()
+        self.not_removed = []
         for old in self.replaced():
-            self.left += replacing.remove_replaced(old)
-        sweep(self.path, (LOCK, *(old.name for old in self.replaced())))
+            self.not_removed += replacing.remove_replaced(old)
+        sweep(self.path, (LOCK, *self.replaced_names()))
         remove(self.lock)
+        # A run that waited for the lock may have put its own files into the directory meanwhile.
         with disk_errors(self.path):
             try:
                 durable.disk.rmdir(self.path)
@@ -135,39 +146,42 @@ class WorkDirectory:
                     raise
 
     def replaced(self) -> list[Path]:
-        """Outputs that were replaced and are not removed yet."""
+        """Return the outputs that were replaced and are not removed yet."""
         return sorted(self.path.glob(f"{REPLACED}*"))
 
-    def _part_with_an_old_output(self) -> None:
-        """Stage may be an old output, if a run was killed when it had swapped them; then it has a manifest."""
-        if (self.stage / MANIFEST).exists():
-            self._part_with(self.stage)
+    def replaced_names(self) -> list[str]:
+        return [old.name for old in self.replaced()]
 
-    def _part_with(self, old: Path) -> None:
-        """Give an output that was replaced, if it is there, a name under which it can stay if it must."""
+    def _rename_replaced_stage(self) -> None:
+        """Rename `stage` if it is an old output: a run was killed after it had swapped the two."""
+        if (self.stage / MANIFEST).exists():  # a new output gets its manifest just before the swap
+            self._rename_replaced(self.stage)
+
+    def _rename_replaced(self, old: Path) -> None:
+        """Rename an old output, if it exists, to a free name where it may stay for long."""
         if not old.exists():
             return
-        taken = [path.name for path in self.replaced()]
-        free = next(
-            name for number in range(len(taken) + 1) if (name := f"{REPLACED}{number}") not in taken
-        )
+        taken = self.replaced_names()
+        number = 0
+        while f"{REPLACED}{number}" in taken:
+            number += 1
         with disk_errors(old):
-            durable.disk.rename(old, self.path / free)
+            durable.disk.rename(old, self.path / f"{REPLACED}{number}")
 
 
 def output_of(work: Path) -> Path | None:
-    """The output that a work directory of this place and name belongs to; None for any other path."""
+    """Return the output of the work directory `work`, or None if it is no work directory."""
     name = work.name.removeprefix(".").removesuffix(SUFFIX)
     if name in ("", ".", "..") or work.name != f".{name}{SUFFIX}":
         return None
     output = work.with_name(name)
-    return (
-        output if WorkDirectory(output).path == work else None
-    )  # it may be a link to another place
+    if WorkDirectory(output).path != work:  # the output is a link, its work directory is elsewhere
+        return None
+    return output
 
 
 def refuse_foreign(work: Path) -> None:
-    """ExistsError E_WORK_UNSAFE if another user owns the work directory or its run.json, or may read or write it."""
+    """Raise ExistsError E_WORK_UNSAFE if another user owns or may use `work` or its run.json."""
     _check_private(work)
     if (work / RUN).lstat().st_uid != os.geteuid():
         raise _unsafe(work)
@@ -175,11 +189,12 @@ def refuse_foreign(work: Path) -> None:
 
 @contextmanager
 def locked(output: Path, *, allow_network_fs: bool = False) -> Iterator[WorkDirectory]:
-    """The work directory of `output`, for this run alone. It stays if the body raises and has finished a block.
+    """Hold the work directory of `output` for this run alone.
 
-    ExistsError E_LOCKED with the other run's process and host, E_WORK_UNSAFE if the directory is not private;
-    ResourceError E_DISK if its parent cannot be written, E_FS_UNSAFE on a network file system, E_WORK_GONE if somebody
-    removes it meanwhile.
+    The directory is kept if the body raises after it has finished a block, else it is removed.
+    Raises ExistsError E_LOCKED with process and host of the other run, E_WORK_UNSAFE if the
+    directory is not private; ResourceError E_DISK if its parent cannot be written, E_FS_UNSAFE on a
+    network file system, E_WORK_GONE if the directory is removed meanwhile.
     """
     work = WorkDirectory(output)
     make_directory(work.output.parent)
@@ -189,27 +204,38 @@ def locked(output: Path, *, allow_network_fs: bool = False) -> Iterator[WorkDire
     work.hold()
     removing = False
     try:
-        _check_private(
-            work.path
-        )  # once more: the lock makes the directory anew if another run is just removing it
+        # Once more: if another run is just removing the directory, taking the lock creates it anew.
+        _check_private(work.path)
         _prepare(work)
         yield work
-        removing = work.is_held()  # otherwise what is there, if anything, is another run's
+        removing = work.is_held()  # if not, the directory that is there now belongs to another run
         if removing:
             work.remove()
     except BaseException as error:
-        if not removing and isinstance(error, Exception):
-            work.refuse_gone()  # what the run ended with is a consequence
-        if (removing or work.is_held()) and not work.journal.exists():
-            with suppress(GptqError, OSError):  # what ended the run is what to tell
-                work.remove()
+        if not removing:
+            _refuse_gone_after(error, work)
+        if removing or work.is_held():
+            _remove_unfinished(work)
         raise
     finally:
         lock.release()
 
 
+def _refuse_gone_after(error: BaseException, work: WorkDirectory) -> None:
+    """Raise E_WORK_GONE in place of an error that is its consequence."""
+    if isinstance(error, Exception):
+        work.refuse_gone()
+
+
+def _remove_unfinished(work: WorkDirectory) -> None:
+    """Remove a work directory without a finished block; the error that ended the run is kept."""
+    if not work.journal.exists():
+        with suppress(GptqError, OSError):
+            work.remove()
+
+
 def refuse_locked(output: Path) -> None:
-    """ExistsError E_LOCKED if a run is working on `output` now, E_WORK_UNSAFE if its directory is not private."""
+    """Raise ExistsError E_LOCKED if a run is working on `output`, E_WORK_UNSAFE if not private."""
     work = WorkDirectory(output)
     if status_of(work.lock, writing=True) is not None:
         _check_private(work.path)
@@ -217,13 +243,15 @@ def refuse_locked(output: Path) -> None:
 
 
 def refuse_network_fs(directory: Path) -> None:
-    """ResourceError E_FS_UNSAFE if `directory` is on a file system that does not promise locks and durable names."""
+    """Raise ResourceError E_FS_UNSAFE if `directory` is on a network file system."""
     kind = NETWORK_FILE_SYSTEMS.get(_file_system(directory))
     if kind is not None:
         raise ResourceError(
-            "E_FS_UNSAFE", f"`{directory}` is on a network file system ({kind}), where locks may not hold",
-            hint="write to a local disk, or add --allow-network-fs and see that only one run writes there",
-        )  # fmt: skip
+            "E_FS_UNSAFE",
+            f"`{directory}` is on a network file system ({kind}), where locks may not hold",
+            hint="write to a local disk, or add --allow-network-fs and make sure that only one run "
+            "writes there",
+        )
 
 
 def _acquire(work: WorkDirectory) -> FileLock:
@@ -237,21 +265,19 @@ def _lock(work: WorkDirectory) -> FileLock:
         with disk_errors(work.lock):
             return durable.disk.lock(work.lock)
     except Timeout:
+        message = f"{_holder(work)} is writing `{work.output}`"
         hint = "wait for it, or choose another -o"
-        raise ExistsError(
-            "E_LOCKED", f"{_holder(work)} is writing `{work.output}`", hint=hint
-        ) from None
+        raise ExistsError("E_LOCKED", message, hint=hint) from None
 
 
 def _prepare(work: WorkDirectory) -> None:
-    sync_directory(
-        work.path.parent
-    )  # a run that was killed may have made the directory and not synced its name
+    """Repair the directory, remove files that do not belong there, and record the holder."""
+    # A run that was killed may have created the directory without syncing its name.
+    sync_directory(work.path.parent)
     work.repair()
-    sweep(work.path, (LOCK, RUN, JOURNAL, STAGE, *HIDDEN, *(old.name for old in work.replaced())))
-    write_file(
-        work.path / HOLDER, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode()
-    )
+    sweep(work.path, (LOCK, RUN, JOURNAL, STAGE, *HIDDEN, *work.replaced_names()))
+    holder = {"pid": os.getpid(), "host": socket.gethostname()}
+    write_file(work.path / HOLDER, json.dumps(holder).encode())
 
 
 def _holder(work: WorkDirectory) -> str:
@@ -270,14 +296,12 @@ def _check_private(path: Path) -> None:
 
 
 def _unsafe(path: Path) -> ExistsError:
-    return ExistsError(
-        "E_WORK_UNSAFE", f"`{path}` is not a directory that you alone own, read and write",
-        hint="look at what it holds, then remove it",
-    )  # fmt: skip
+    message = f"`{path}` is not a directory that you alone own, read and write"
+    return ExistsError("E_WORK_UNSAFE", message, hint="check its content, then remove it")
 
 
 def _file_system(directory: Path) -> int:
-    """The kind of file system as Linux numbers them; 0 elsewhere."""
+    """Return the number that Linux gives to the kind of file system; 0 on other systems."""
     if sys.platform != "linux":
         return 0
     answer = ctypes.create_string_buffer(512)  # struct statfs, which begins with f_type
@@ -286,46 +310,53 @@ def _file_system(directory: Path) -> int:
 
 
 def write_run(work: Path, identity: Mapping[str, Any], request: Mapping[str, Any]) -> None:
-    """Note in the work directory what its run is, and the arguments of the call that repeats it."""
+    """Write the identity of the run and the call that repeats it into the work directory."""
     write_json(work / RUN, sealed({"identity": identity, "request": request}))
 
 
 def mark_failed(work: Path, code: str) -> None:
-    """Note that the run has ended with `code`, and would end so again."""
+    """Record that the run failed with `code` and would fail the same way again."""
     run = read_run(work)
     if run is not None:
         write_json(work / RUN, sealed({**run, "failed": code}))
 
 
 def read_run(work: Path) -> dict[str, Any] | None:
-    """The `identity` and the `request` of `write_run`, and `failed` if the run was marked; None if they are not there
-    as they were written. The checksum is no signature: what is in the request may still be anything.
+    """Return `identity` and `request` of `write_run`, and `failed` if the run was marked.
+
+    Return None if the file is missing or damaged. The checksum is no signature: the request may
+    still hold anything.
     """
     run = read_sealed(work / RUN)
-    if (
-        run is None
-        or not isinstance(run.get("identity"), dict)
-        or not isinstance(run.get("request"), dict)
-    ):
+    if run is None:
+        return None
+    if not isinstance(run.get("identity"), dict) or not isinstance(run.get("request"), dict):
         return None
     return run
 
 
 def resume_command(work: Path) -> str:
-    """The command that goes on with the run of a work directory."""
+    """Return the command that resumes the run of a work directory."""
     run = read_run(work) or {"request": {}}
     config = run["request"].get("config")
-    trusts = isinstance(config, dict) and config.get("trust_remote_code")
-    return f"gptq resume {shell_word(str(work))}" + (" --trust-remote-code" if trusts else "")
+    command = f"gptq resume {shell_word(str(work))}"
+    if isinstance(config, dict) and config.get("trust_remote_code"):
+        command += " --trust-remote-code"
+    return command
 
 
 def drop_failed(work: WorkDirectory, report: Report) -> bool:
-    """Whether what is finished in `work` was of a run that has failed and would fail again: then it is gone."""
+    """Discard the finished blocks of a run that would fail the same way again.
+
+    Return whether there was such a run.
+    """
     run = read_run(work.path)
-    failed = run.get("failed") if run else None
-    if failed is None:
+    if run is None or run.get("failed") is None:
         return False
-    text = f"the finished blocks in `{work.path}` are dropped: their run ended with {failed}, and would end so again"
+    text = (
+        f"discarding the finished blocks in `{work.path}`: "
+        f"their run failed with {run['failed']} and would fail again"
+    )
     report(Warned("W_RESUME_DROPPED", text))
     work.drop()
     return True
@@ -335,10 +366,15 @@ def drop_failed(work: WorkDirectory, report: Report) -> bool:
 def working_on(
     output: Path, report: Report, *, allow_network_fs: bool = False
 ) -> Iterator[WorkDirectory]:
-    """The work directory of `output` as `locked` gives it; a warning if an output that was replaced is not all gone."""
+    """Hold the work directory of `output` as `locked` does.
+
+    Report W_OUT_LEFT if files of a replaced output could not be removed.
+    """
     with locked(output, allow_network_fs=allow_network_fs) as work:
         yield work
-    if work.left:
-        more = f", and {len(work.left) - 1} more" if len(work.left) > 1 else ""
-        told = f"`{work.path}` holds what could not be removed of the old `{output}`: {work.left[0]}{more}"
-        report(Warned("W_OUT_LEFT", told))
+    if work.not_removed:
+        first, *others = work.not_removed
+        text = f"`{work.path}` holds files of the old `{output}` that could not be removed: {first}"
+        if others:
+            text += f", and {len(others)} more"
+        report(Warned("W_OUT_LEFT", text))

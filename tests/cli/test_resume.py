@@ -140,7 +140,7 @@ def test_a_directory_that_others_may_enter_is_refused(
     work.chmod(mode)
     result = gptq("resume", work)
     assert result.exit_code == 6
-    said = f"error[E_WORK_UNSAFE]: `{work}` is not a directory that you alone own, read and write\n\nhint: look at what"
+    said = f"error[E_WORK_UNSAFE]: `{work}` is not a directory that you alone own, read and write\n\nhint: check its"
     assert result.stderr.startswith(said)
     assert quantizer.calls == []
 

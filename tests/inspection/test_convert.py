@@ -332,7 +332,7 @@ def test_an_old_output_that_stays_is_a_warning_each_time(
             event for event in events if isinstance(event, Warned) and event.code == "W_OUT_LEFT"
         ]
         assert [event.message for event in told] == [
-            f"`{tmp_path}/.out.gptq-work` holds what could not be removed of the old `{output}`: "
+            f"`{tmp_path}/.out.gptq-work` holds files of the old `{output}` that could not be removed: "
             "fixed/file: gptq has not written it"
         ]
         assert verify_checkpoint(output, full=True).ok

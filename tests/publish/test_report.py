@@ -272,7 +272,7 @@ def test_a_file_that_is_no_page_of_gptq_stays(
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 6
     reason = (
-        "exists and is not a file" if name == "folder" else "exists, and gptq has not written it"
+        "exists and is not a file" if name == "folder" else "exists, but gptq has not written it"
     )
     assert result.stderr.startswith(f"error[E_OUT_FOREIGN]: `{place}` {reason}\n")
     assert "hint: choose another name" in result.stderr

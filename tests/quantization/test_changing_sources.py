@@ -77,7 +77,7 @@ CHANGES = {
     in_place: "was written again",
     in_place_with_its_old_time: "was written again",
     renamed_over_with_its_old_time: "was replaced by another file",
-    one_byte_more: "had {size} bytes, and has {larger}",
+    one_byte_more: "had {size} bytes, but now has {larger}",
     gone: "is gone",
 }
 MOMENTS: dict[str, Callable[[Event], bool]] = {

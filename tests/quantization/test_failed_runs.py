@@ -48,8 +48,8 @@ def test_work_of_a_run_that_failed_gives_way_to_other_settings(case: Case, tmp_p
     assert (caught.value.code, caught.value.exit_code) == ("E_RESUME_MISMATCH", 6)
     result = other.run(output, report=events.append, **rules)
     assert (result.resumed_blocks, result.already_done) == (0, False)
-    text = f"the finished blocks in `{tmp_path / WORK}` are dropped: their run ended with E_CKPT_NONFINITE"
-    text += ", and would end so again"
+    text = f"discarding the finished blocks in `{tmp_path / WORK}`: "
+    text += "their run failed with E_CKPT_NONFINITE and would fail again"
     assert Warned("W_RESUME_DROPPED", text) in events
     assert sorted(path.name for path in tmp_path.iterdir()) == ["failing", "out"]
 

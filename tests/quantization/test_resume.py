@@ -273,7 +273,7 @@ def test_a_mount_point_cannot_become_the_output(
 ) -> None:
     (tmp_path / "out").mkdir()
     monkeypatch.setattr(
-        "gptq_cli.storage.places.os.path.ismount", lambda path: path == tmp_path / "out"
+        "gptq_cli.storage.file_identity.os.path.ismount", lambda path: path == tmp_path / "out"
     )
     with pytest.raises(ConfigError, match="is a mount point") as caught:
         case.run(tmp_path / "out")

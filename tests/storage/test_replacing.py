@@ -12,10 +12,15 @@ from types import SimpleNamespace
 import pytest
 
 from gptq_cli.errors import ConfigError, ExistsError, GptqError, ResourceError
-from gptq_cli.storage import durable, places, replacing
+from gptq_cli.storage import durable, file_identity, replacing
 from gptq_cli.storage.manifest import write_manifest
-from gptq_cli.storage.places import is_inside, mounts_below
-from gptq_cli.storage.replacing import check_output, check_replaceable, remove_replaced, way_out
+from gptq_cli.storage.file_identity import is_inside, mounts_below
+from gptq_cli.storage.replacing import (
+    check_output,
+    check_replaceable,
+    remove_replaced,
+    overwrite_hint,
+)
 from gptq_cli.storage.work_directory import locked
 from tests.disks import Disk, using
 
@@ -87,7 +92,7 @@ def test_one_foreign_file_is_enough_to_refuse(
     assert (error.code, error.exit_code) == ("E_OUT_FOREIGN", 6)
     assert (
         str(error)
-        == f"`{output}` holds files that gptq has not written and no checkpoint has: {name}"
+        == f"`{output}` holds files that belong neither to gptq nor to a checkpoint: {name}"
     )
     assert error.hint == "choose another -o, or move these files elsewhere first"
 
@@ -194,7 +199,7 @@ def listing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *mounts: Path) -> N
         for mount in mounts
     ]
     (tmp_path / "mountinfo").write_text("\n".join(lines))
-    monkeypatch.setattr(places, "MOUNTS", tmp_path / "mountinfo")
+    monkeypatch.setattr(file_identity, "MOUNTS", tmp_path / "mountinfo")
 
 
 def test_a_mount_point_and_what_holds_one_stay(
@@ -207,10 +212,12 @@ def test_a_mount_point_and_what_holds_one_stay(
     assert mounts_below(output) == [mount]
     error = refusal(output, model)
     assert (error.code, error.exit_code) == ("E_OUT_MOUNT", 2)
-    assert str(error) == f"`{output}` holds a mount point, `{mount}`, and is never replaced"
+    assert (
+        str(error) == f"`{output}` holds the mount point `{mount}`, therefore it is never replaced"
+    )
     assert "unmount it first" in (error.hint or "")
     assert "is a mount point" in str(refusal(mount, model))
-    monkeypatch.setattr(places, "MOUNTS", tmp_path / "none")
+    monkeypatch.setattr(file_identity, "MOUNTS", tmp_path / "none")
     assert mounts_below(output) == []
 
 
@@ -284,7 +291,7 @@ def test_overwrite_is_advised_only_where_it_works(model: Path, tmp_path: Path) -
         error.hint
         == "choose another -o: --overwrite replaces only a checkpoint with nothing else beside it"
     )
-    assert way_out(output) == error.hint
+    assert overwrite_hint(output) == error.hint
     file = tmp_path / "file"
     file.touch()
     for overwrite in (False, True):
@@ -327,18 +334,21 @@ def test_what_comes_between_check_and_exchange_is_kept(
     with using(disk), locked(output) as work:
         checkpoint(work.stage)
         work.publish(model, overwrite=True)
-    assert work.left == ["late: gptq has not written it"]
+    assert work.not_removed == ["late: gptq has not written it"]
     assert not (output / "late").exists()
     kept = tmp_path / ".out.gptq-work" / "replaced-0"
     for _ in range(2):  # a later run tries again, and the one after
         assert {path.name for path in kept.iterdir()} == {"late", "gptq_manifest.json"}
         with locked(output) as work:
             pass
-        assert work.left == ["late: gptq has not written it"]
+        assert work.not_removed == ["late: gptq has not written it"]
     (kept / "late").unlink()
     with locked(output) as work:
         pass
-    assert (work.left, sorted(path.name for path in tmp_path.iterdir())) == ([], ["model", "out"])
+    assert (work.not_removed, sorted(path.name for path in tmp_path.iterdir())) == (
+        [],
+        ["model", "out"],
+    )
 
 
 def test_what_the_disk_does_not_remove_is_told_and_the_rest_goes(tmp_path: Path) -> None:
