@@ -47,8 +47,8 @@ from gptq_cli.storage.durable import write_file, write_json
 from gptq_cli.storage.manifest import (
     CONFIG_FILE,
     MANIFEST,
-    RUN_FILES,
     QUANTIZE_CONFIG,
+    RUN_FILES,
     write_manifest,
 )
 from gptq_cli.storage.replacing import check_output
