@@ -1,7 +1,12 @@
-"""Mixtures of experts: transformers stacks their matrices into one tensor, here each is a linear layer of its own.
+"""Mixtures of experts: transformers stacks their matrices into one tensor; here each is a linear.
 
-`Experts` takes the place of the stacked module in the skeleton. It computes what that module computes, proven on random
-numbers when it is made, and shows who is sent where, so that each expert can be calibrated on its own tokens.
+`Experts` replaces the stacked module in the skeleton. It computes the same outputs, which
+`computes_the_same` proves on random numbers before the replacement, and it shows which tokens are
+sent to which expert, so that each expert can be calibrated on its own tokens (see
+`quantization/routed_experts.py`).
+
+Letters for shapes:  T tokens   H hidden features   I intermediate features   E experts
+K chosen experts of a token   N tokens of one expert   [O, I] a matrix of outputs and inputs
 """
 
 from __future__ import annotations
@@ -17,21 +22,24 @@ from torch import Tensor, nn
 
 GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
 GATE_UP = "gate_up_proj"
-BIAS = "_bias"  # behind the name of the stacked matrices that it is added to
+BIAS = "_bias"  # suffix of the name of the stacked matrices that a bias is added to
 _PROOF_FEATURES, _PROOF_TOKENS, _PROOF_TOLERANCE = 16, 24, 1e-4
 
 
 class Routed(NamedTuple):
-    """What the experts of a block were given for one batch: hidden states [T, H] and, for each, its experts [T, K].
+    """Input of the experts of a block for one batch: hidden states [T, H], chosen experts [T, K].
 
-    Without `experts`, `hidden` [E * T, H] holds the tokens of each expert one after the other, zero where it has none.
+    If `experts` is None, `hidden` [E * T, H] holds the tokens of each expert one after the other; a
+    token that is not sent to that expert is zero.
     """
 
     hidden: Tensor
     experts: Tensor | None = None
 
     def clone(self) -> Routed:
-        return Routed(*(None if tensor is None else tensor.clone() for tensor in self))  # type: ignore[arg-type]
+        if self.experts is None:
+            return Routed(self.hidden.clone())
+        return Routed(self.hidden.clone(), self.experts.clone())
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,23 +48,24 @@ class Slice:
 
     stack: str
     expert: int
-    rows: slice  # of the matrix as [O, I]; every other one where gate and up are interleaved
+    rows: slice  # of the matrix [O, I]; every second row if gate and up are interleaved
     turned: bool  # the stack holds matrices [I, O]
 
     @property
     def stored(self) -> tuple[str]:
-        """The tensor that is read for it."""
+        """The name of the tensor that holds it."""
         return (self.stack,)
 
     def read(self, read: Callable[[str], Tensor]) -> Tensor:
-        """The weight [O, I], a view of the stack that `read` gives."""
+        """Return the weight [O, I] as a view of the stack that `read` returns."""
         matrix: Tensor = read(self.stack)[self.expert]
-        turned: Tensor = matrix.T if self.turned else matrix
-        return turned[self.rows]
+        if self.turned:
+            matrix = matrix.T
+        return matrix[self.rows]
 
 
 class Expert(nn.Module):
-    """The linears of one expert; `gate_proj` is None where there is no gate."""
+    """The linears of one expert; `gate_proj` is None if there is no gate."""
 
     def __init__(self, hidden: int, intermediate: int, *, gated: bool, dtype: torch.dtype) -> None:
         super().__init__()
@@ -67,9 +76,10 @@ class Expert(nn.Module):
 
 
 class Experts(nn.Module):
-    """The experts of a block with a linear for each matrix; `kind` is the stacked module, whose activation they use.
+    """The experts of a block with one linear per matrix; `kind` is the stacked module.
 
-    Biases stay stacked, under their own names. A choice beyond the experts gives a token back as it is.
+    The activation is that of `kind`. Biases stay stacked, under their own names. A chosen number
+    beyond the experts returns the token unchanged.
     """
 
     def __init__(self, kind: nn.Module) -> None:
@@ -93,7 +103,8 @@ class Experts(nn.Module):
         return expert
 
     def __iter__(self) -> Iterator[Expert]:
-        return (self[number] for number in range(self.n_experts))
+        for number in range(self.n_experts):
+            yield self[number]
 
     def forward(
         self,
@@ -101,57 +112,67 @@ class Experts(nn.Module):
         top_k_index: Tensor | None = None,
         top_k_weights: Tensor | None = None,
     ) -> Tensor:
-        """As the stacked module's: [T, H], the weighted sum of the outputs of each token's experts."""
+        """Return [T, H], the weighted sum of the outputs of each token's experts.
+
+        Arguments are those of the stacked module: hidden states [T, H], or [E * T, H] without
+        choices, then the chosen experts and their weights [T, K].
+        """
         output = torch.zeros_like(hidden_states)
         weights = None if top_k_weights is None else top_k_weights.T.flatten()
-        for number, places in enumerate(self._choices(Routed(hidden_states, top_k_index))):
-            rows = _row_of(places, hidden_states, top_k_index)
-            if rows.numel():
-                down = self[number].down_proj(self.intermediate(number, hidden_states[rows]))
-                down = self._with_bias(DOWN, number, down)
-                if weights is not None:
-                    down = down * weights[places][:, None]
-                output.index_add_(0, rows, down.to(output.dtype))
+        for number, choices in enumerate(self._choices(Routed(hidden_states, top_k_index))):
+            rows = _row_of(choices, hidden_states, top_k_index)
+            if not rows.numel():
+                continue
+            down = self[number].down_proj(self.intermediate(number, hidden_states[rows]))
+            down = self._with_bias(DOWN, number, down)
+            if weights is not None:
+                down = down * weights[choices][:, None]
+            output.index_add_(0, rows, down.to(output.dtype))
         if self.n_choices > self.n_experts:
             assert top_k_index is not None
             assert top_k_weights is not None
-            as_it_is = top_k_weights.masked_fill(top_k_index < self.n_experts, 0).sum(
-                -1, keepdim=True
-            )
-            output += (hidden_states * as_it_is).to(output.dtype)
+            unchanged = top_k_weights.masked_fill(top_k_index < self.n_experts, 0)
+            output += (hidden_states * unchanged.sum(-1, keepdim=True)).to(output.dtype)
         return output
 
     def intermediate(self, number: int, tokens: Tensor) -> Tensor:
-        """What expert `number` gives to its down_proj for `tokens` [N, H]: [N, I]."""
+        """Return the input [N, I] of the down_proj of expert `number` for `tokens` [N, H]."""
         expert = self[number]
         up = expert.up_proj(tokens)
         if expert.gate_proj is None:
-            activated: Tensor = self.kind.act_fn(self._with_bias(UP, number, up))  # type: ignore[operator]
+            up = self._with_bias(UP, number, up)
+            activated: Tensor = self.kind.act_fn(up)  # type: ignore[operator]
             return activated
         gate = expert.gate_proj(tokens)
         if not hasattr(self.kind, "_apply_gate"):
             return self.kind.act_fn(gate) * up  # type: ignore[operator, no-any-return]
-        joined = (
-            torch.stack([gate, up], -1).flatten(-2)
-            if self._interleaved
-            else torch.cat([gate, up], dim=-1)
-        )
-        gated: Tensor = self.kind._apply_gate(self._with_bias(GATE_UP, number, joined))  # type: ignore[operator]
+        if self._interleaved:
+            joined = torch.stack([gate, up], -1).flatten(-2)
+        else:
+            joined = torch.cat([gate, up], dim=-1)
+        joined = self._with_bias(GATE_UP, number, joined)
+        gated: Tensor = self.kind._apply_gate(joined)  # type: ignore[operator]
         return gated
 
     def _with_bias(self, name: str, number: int, output: Tensor) -> Tensor:
         bias = self._parameters.get(name + BIAS)
-        return output if bias is None else output + bias[number]
+        if bias is None:
+            return output
+        return output + bias[number]
 
     def rows(self, routed: Routed) -> list[Tensor]:
-        """For each expert which rows of `routed.hidden` it is given; waits for the device once or twice for them all.
+        """Return for each expert the rows of `routed.hidden` that it is sent, int64 [N].
 
-        A token comes once for each of its choices that is this expert, first choices first.
+        A token appears once for each of its choices that is this expert, first choices first.
+        Waits for the device once or twice for all experts together.
         """
-        return [_row_of(places, *routed) for places in self._choices(routed)]
+        return [_row_of(choices, *routed) for choices in self._choices(routed)]
 
     def _choices(self, routed: Routed) -> Sequence[Tensor]:
-        """For each expert the choices that are this expert, numbered as in [K, T]; without choices, its rows."""
+        """Return for each expert the choices that are this expert, numbered as in [K, T].
+
+        If there are no choices, return the rows of each expert.
+        """
         hidden, chosen = routed
         if chosen is None:
             sent = hidden.any(-1)
@@ -165,15 +186,17 @@ class Experts(nn.Module):
 
 
 def _row_of(choices: Tensor, hidden: Tensor, chosen: Tensor | None) -> Tensor:
-    return choices if chosen is None else choices % len(hidden)
+    if chosen is None:
+        return choices
+    return choices % len(hidden)
 
 
 @dataclass(frozen=True, slots=True)
 class StackShape:
-    """Sizes of a module that holds the matrices of `n_experts` experts stacked, [E, O, I] or, `turned`, [E, I, O].
+    """Sizes of a module that stacks the matrices of its experts: [E, O, I] or, `turned`, [E, I, O].
 
-    `interleaved`: rows of gate and up take turns, else those of gate come first. `n_choices`: of a token, those that
-    are no expert included.
+    `interleaved`: rows of gate and up alternate, else all rows of gate come first. `n_choices`
+    counts the experts and the choices that are no expert.
     """
 
     n_experts: int
@@ -187,117 +210,154 @@ class StackShape:
 
     @classmethod
     def of(cls, module: nn.Module) -> StackShape | None:
-        """The sizes of `module`, None if it is not such a module or has other weights besides."""
-        own = {
-            name: parameter
-            for name, parameter in module._parameters.items()
-            if parameter is not None
-        }
-        first = GATE_UP if GATE_UP in own else UP
-        biased = DOWN + BIAS in own
-        names = {first, DOWN} | ({first + BIAS, DOWN + BIAS} if biased else set())
-        if set(own) != names or any(own[name].dim() != 3 for name in (first, DOWN)):
+        """Return the sizes of `module`, None if it is no such module or has other weights too."""
+        own = _stacked_parameters(module)
+        if not own:
             return None
-        if any(True for child in module.children() for _ in child.parameters()):
-            return None
-        (n_choices, *outer), (n_experts, *_) = own[first].shape, own[DOWN].shape
-        factor = 2 if first == GATE_UP else 1
-        interleaved = not getattr(module, "is_concatenated", True)
+        gated = GATE_UP in own
+        name, factor = UP, 1
+        if gated:
+            name, factor = GATE_UP, 2
+        n_choices, *first = own[name].shape
+        n_experts, *down = own[DOWN].shape
         for turned in (False, True):
-            wide, hidden = reversed(outer) if turned else outer
-            intermediate = wide // factor
-            expected = (
-                (n_experts, intermediate, hidden) if turned else (n_experts, hidden, intermediate)
-            )
-            if (
-                wide == factor * intermediate
-                and tuple(own[DOWN].shape) == expected
-                and n_choices >= n_experts
-            ):
+            wide, hidden = _as_stored(*first, turned=turned)
+            intermediate, rest = divmod(wide, factor)
+            fits = rest == 0 and tuple(down) == _as_stored(hidden, intermediate, turned=turned)
+            if fits and n_choices >= n_experts:
                 return cls(
-                    n_experts,
-                    n_choices,
-                    hidden,
-                    intermediate,
-                    factor == 2,
-                    turned,
-                    interleaved=interleaved,
-                    biased=biased,
+                    n_experts=n_experts,
+                    n_choices=n_choices,
+                    hidden=hidden,
+                    intermediate=intermediate,
+                    gated=gated,
+                    turned=turned,
+                    interleaved=not getattr(module, "is_concatenated", True),
+                    biased=DOWN + BIAS in own,
                 )
         return None
 
     def slices(
         self, parameter: str, stack: str, *, interleaved: bool | None = None
     ) -> Iterator[tuple[int, str, Slice]]:
-        """(expert, linear, slice) for all that `parameter` holds, when the checkpoint has it as one tensor `stack`.
+        """Yield (expert, linear, slice) for all linears that `parameter` holds.
 
-        `interleaved`: of that tensor, if it is not as in the module.
+        `stack` is the tensor of the checkpoint that fills `parameter`. `interleaved` describes the
+        rows of that tensor, if they differ from those of the module.
         """
-        halves = (slice(0, self.intermediate), slice(self.intermediate, None))
-        if self.interleaved if interleaved is None else interleaved:
-            halves = (slice(0, None, 2), slice(1, None, 2))
-        parts = {GATE_UP: dict(zip((GATE, UP), halves, strict=True))}.get(
-            parameter, {parameter: slice(None)}
-        )
+        if interleaved is None:
+            interleaved = self.interleaved
+        if parameter != GATE_UP:
+            parts = {parameter: slice(None)}
+        elif interleaved:
+            parts = {GATE: slice(0, None, 2), UP: slice(1, None, 2)}
+        else:
+            parts = {GATE: slice(0, self.intermediate), UP: slice(self.intermediate, None)}
         for number in range(self.n_experts):
             for part, rows in parts.items():
                 yield number, part, Slice(stack, number, rows, self.turned)
 
 
+def _stacked_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the stacked matrices and biases of `module`; nothing if it has any other weights."""
+    own = dict(module.named_parameters(recurse=False))
+    first = GATE_UP if GATE_UP in own else UP
+    expected = {first, DOWN}
+    if DOWN + BIAS in own:
+        expected |= {first + BIAS, DOWN + BIAS}
+    if own.keys() != expected or own[first].dim() != 3 or own[DOWN].dim() != 3:
+        return {}
+    for child in module.children():
+        if next(child.parameters(), None) is not None:
+            return {}
+    return own
+
+
+def _as_stored(outputs: int, inputs: int, *, turned: bool) -> tuple[int, int]:
+    """Return the sizes of a matrix [O, I] as the stack stores it, or the reverse."""
+    if turned:
+        return inputs, outputs
+    return outputs, inputs
+
+
 def computes_the_same(kind: nn.Module) -> bool:
-    """Whether `Experts` computes what the stacked module `kind` does, tried on random numbers, few hidden features."""
+    """Return whether `Experts` computes the outputs of the stacked module `kind`.
+
+    The comparison runs both on random numbers, with few intermediate features.
+    """
     shape = StackShape.of(kind)
     assert shape is not None
     generator = torch.Generator().manual_seed(0)
-
-    def random(*sizes: int) -> Tensor:
-        return torch.randn(sizes, generator=generator).div_(sizes[-1] ** 0.5)
-
-    e, h, i = shape.n_experts, shape.hidden, _PROOF_FEATURES
-    first, wide = (GATE_UP, 2 * i) if shape.gated else (UP, i)
-    stacks = {
-        first: random(shape.n_choices, *((h, wide) if shape.turned else (wide, h))),
-        DOWN: random(e, *((i, h) if shape.turned else (h, i))),
-    }
-    biases = (
-        {first + BIAS: random(shape.n_choices, wide), DOWN + BIAS: random(e, h)}
-        if shape.biased
-        else {}
-    )
     stacked = copy(kind)
-    stacked._parameters = {
-        name: nn.Parameter(tensor, requires_grad=False)
-        for name, tensor in (stacks | biases).items()
-    }
-    small = StackShape.of(stacked)
-    assert small is not None
-    experts = Experts(stacked)
-    for name in stacks:
-        for number, part, piece in small.slices(name, name):
-            linear = experts[number].get_submodule(part)
-            linear._parameters["weight"] = nn.Parameter(
-                piece.read(stacks.__getitem__), requires_grad=False
-            )
-    tokens = random(_PROOF_TOKENS, h) * h**0.5
-    k = min(2, e)
-    chosen = torch.stack(
-        [torch.randperm(shape.n_choices, generator=generator)[:k] for _ in range(_PROOF_TOKENS)]
-    )
-    weights = torch.rand(chosen.shape, generator=generator)
-    spread = torch.zeros(shape.n_choices, _PROOF_TOKENS, h)
-    spread[chosen[:, 0], torch.arange(_PROOF_TOKENS)] = tokens
-    for args in ((tokens, chosen, weights), (spread.view(-1, h),)):
+    stacked._parameters = _random_parameters(shape, generator)
+    experts = _with_weights_of(stacked)
+    for arguments in _random_inputs(shape, generator):
         try:
-            expected = stacked(*args)
-        except TypeError:  # called with what it does not take: the other way of routing
+            expected = stacked(*arguments)
+        except TypeError:  # the module takes the other kind of routing
             continue
-        found = experts(*args)
+        found = experts(*arguments)
         return bool((found - expected).abs().max() <= _PROOF_TOLERANCE * expected.abs().max())
     return False
 
 
+def _random(generator: torch.Generator, *sizes: int) -> Tensor:
+    return torch.randn(sizes, generator=generator).div_(sizes[-1] ** 0.5)
+
+
+def _random_parameters(
+    shape: StackShape, generator: torch.Generator
+) -> dict[str, nn.Parameter | None]:
+    """Return random stacked matrices and biases like those of `shape`, with few features I."""
+    hidden, intermediate = shape.hidden, _PROOF_FEATURES
+    first, wide = UP, intermediate
+    if shape.gated:
+        first, wide = GATE_UP, 2 * intermediate
+    sizes: dict[str, tuple[int, ...]] = {
+        first: (shape.n_choices, *_as_stored(wide, hidden, turned=shape.turned)),
+        DOWN: (shape.n_experts, *_as_stored(hidden, intermediate, turned=shape.turned)),
+    }
+    if shape.biased:
+        sizes[first + BIAS] = (shape.n_choices, wide)
+        sizes[DOWN + BIAS] = (shape.n_experts, hidden)
+    parameters: dict[str, nn.Parameter | None] = {}
+    for name, size in sizes.items():
+        parameters[name] = nn.Parameter(_random(generator, *size), requires_grad=False)
+    return parameters
+
+
+def _with_weights_of(stacked: nn.Module) -> Experts:
+    """Return `Experts` in place of `stacked`, with views of its weights."""
+    shape = StackShape.of(stacked)
+    assert shape is not None
+    experts = Experts(stacked)
+    for name in (GATE_UP, UP, DOWN):
+        if name not in stacked._parameters:
+            continue
+        for number, part, piece in shape.slices(name, name):
+            weight = nn.Parameter(piece.read(stacked.get_parameter), requires_grad=False)
+            experts[number].get_submodule(part)._parameters["weight"] = weight
+    return experts
+
+
+def _random_inputs(
+    shape: StackShape, generator: torch.Generator
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Return random arguments with chosen experts, and arguments without (see `Routed`)."""
+    tokens = _random(generator, _PROOF_TOKENS, shape.hidden) * shape.hidden**0.5
+    n_chosen = min(2, shape.n_experts)
+    choices = []
+    for _ in range(_PROOF_TOKENS):
+        choices.append(torch.randperm(shape.n_choices, generator=generator)[:n_chosen])
+    chosen = torch.stack(choices)
+    weights = torch.rand(chosen.shape, generator=generator)
+    spread = torch.zeros(shape.n_choices, _PROOF_TOKENS, shape.hidden)
+    spread[chosen[:, 0], torch.arange(_PROOF_TOKENS)] = tokens
+    return (tokens, chosen, weights), (spread.view(-1, shape.hidden),)
+
+
 def find_stacks(model: nn.Module) -> dict[str, StackShape]:
-    """The modules of `model` that `Experts` can take the place of, by name."""
+    """Return the modules of `model` that `Experts` can replace, by name."""
     proven: dict[object, bool] = {}
     found = {}
     for path, module in model.named_modules():
@@ -313,7 +373,7 @@ def find_stacks(model: nn.Module) -> dict[str, StackShape]:
 
 
 def separate(model: nn.Module, paths: Iterable[str]) -> None:
-    """Put `Experts` in the place of the stacked modules `paths` of `model`."""
+    """Replace the stacked modules `paths` of `model` with `Experts`."""
     for path in paths:
         parent, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(parent), leaf, Experts(model.get_submodule(path)))

@@ -1,7 +1,9 @@
-"""Which tensor of the checkpoint fills which parameter: transformers' own conversion mapping, read backwards.
+"""The tensor of the checkpoint that fills each parameter, by transformers' conversion mapping.
 
-Where several tensors make one parameter, or experts are slices of one tensor, the parameter's source is *derived*: a
-name that no file holds, and how it is read.
+The mapping leads from tensors to parameters; this module reverses it.
+If several tensors make one parameter, or experts are slices of one tensor, the source of the
+parameter is *derived*: it has a name that no file holds, and an object that reads it (`Fusion`,
+`Slice`).
 """
 
 from __future__ import annotations
@@ -30,25 +32,29 @@ from gptq_cli.errors import InputError
 from gptq_cli.models.experts import DOWN, GATE, GATE_UP, UP, Slice, StackShape
 
 Read = Callable[[str], Tensor]
+_LINEARS_IN = {GATE_UP: (GATE, UP), UP: (UP,), DOWN: (DOWN,)}
 _OF_EXPERT = re.compile(r"(?P<path>.+)\.(?P<number>\d+)\.(gate_proj|up_proj|down_proj)\.weight")
 
 
 @dataclass(frozen=True, slots=True)
 class Fusion:
-    """A parameter that transformers' loading makes of several tensors, in their order for each pattern of its rule."""
+    """A parameter that transformers makes of several tensors by the rule `converter`.
+
+    `names` are the tensors for each pattern of the rule, in the order in which they are added.
+    """
 
     key: str
     converter: WeightConverter
-    names: Mapping[str, list[str]]
+    names: dict[str, list[str]]
     model: PreTrainedModel
 
     @property
     def stored(self) -> list[str]:
-        """The tensors that are read for it."""
+        """The names of the tensors that are read for it."""
         return [name for names in self.names.values() for name in names]
 
     def read(self, read: Read) -> Tensor:
-        """The parameter, made by transformers' own operations."""
+        """Return the parameter, made by transformers' own operations."""
         converter: Any = deepcopy(self.converter)
         for pattern, names in self.names.items():
             for name in names:
@@ -60,7 +66,10 @@ class Fusion:
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """For each parameter and persistent buffer the name of what fills it, `derived` telling how some are read."""
+    """The name of the tensor that fills each parameter and persistent buffer, by its own name.
+
+    `derived` holds the names among them that are no tensor of the checkpoint, and how to read them.
+    """
 
     names: dict[str, str] = field(default_factory=dict)
     derived: dict[str, Fusion | Slice] = field(default_factory=dict)
@@ -68,18 +77,27 @@ class Sources:
     @property
     def slices(self) -> dict[str, Slice]:
         """The derived tensors that are a part of one tensor."""
-        return {name: found for name, found in self.derived.items() if isinstance(found, Slice)}
+        found = {}
+        for name, source in self.derived.items():
+            if isinstance(source, Slice):
+                found[name] = source
+        return found
 
     def stored(self, name: str) -> Iterable[str]:
-        """The tensors of the checkpoint that are read for `name`."""
+        """Return the tensors of the checkpoint that are read for `name`."""
         found = self.derived.get(name)
-        return found.stored if found else (name,)
+        if found is None:
+            return (name,)
+        return found.stored
 
     def reader(self, read: Read) -> Read:
-        """`read` for the tensors of the checkpoint, extended to derived ones."""
+        """Return `read`, which reads tensors of the checkpoint, extended to derived ones."""
 
         def extended(name: str) -> Tensor:
-            return self.derived[name].read(read) if name in self.derived else read(name)
+            found = self.derived.get(name)
+            if found is None:
+                return read(name)
+            return found.read(read)
 
         return extended
 
@@ -87,119 +105,125 @@ class Sources:
 def match_names(
     model: PreTrainedModel, names: Iterable[str], stacks: Mapping[str, StackShape]
 ) -> Sources:
-    """The source of each parameter of `model`, in which the experts of `stacks`, by module, are still stacked.
+    """Return the sources of the parameters of `model`, whose experts are still stacked in `stacks`.
 
-    Linears of experts are named in the result as `Experts` names them: `X.experts.3.up_proj.weight`. InputError E_ARCH
-    if experts are stored in a way that is not understood, or a tensor is split into several parameters.
+    `names` are the tensors of the checkpoint; `stacks` are by module. The result names linears of
+    experts as `Experts` does: `X.experts.3.up_proj.weight`. Raise InputError E_ARCH if the storage
+    of experts is not supported or a tensor is split into several parameters, E_CKPT_INCOMPLETE if
+    tensors of experts are missing.
     """
-    found = Sources()
-    fused = _pair(model, names, stacks, found.names)
-    for key, (converter, parts) in fused.items():
-        if len(converter.target_patterns) > 1:
-            first = next(iter(parts.values()))[0]
-            raise InputError(
-                "E_ARCH", f"`{first}` is split into `{key}` and others, which is not supported"
-            )
-        path, _, leaf = key.rpartition(".")
-        stacked = path in stacks and leaf in (GATE_UP, UP, DOWN)
-        if stacked and _stacks_linears(converter):
-            found.names.update(_single(path, leaf, stacks[path], converter, parts))
-        elif stacked and _interleaves(converter, stacks[path]):
-            (stored,) = next(iter(parts.values()))
-            _slice(found, path, leaf, stacks[path], stored, interleaved=True)
-        else:
-            found.names[key] = key
-            found.derived[key] = Fusion(key, converter, parts, model)
+    single, fusions = _match_rules(model, names, stacks)
+    found = Sources(single)
+    for fusion in fusions:
+        _add_fusion(found, fusion, stacks)
     for path, shape in stacks.items():
         for leaf in (GATE_UP, UP, DOWN):
-            if (stack := found.names.pop(f"{path}.{leaf}", None)) is not None:
-                _slice(found, path, leaf, shape, stack)
+            stack = found.names.pop(f"{path}.{leaf}", None)
+            if stack is not None:
+                _add_slices(found, path, leaf, shape, stack)
     return found
 
 
-def _pair(
-    model: PreTrainedModel,
-    names: Iterable[str],
-    stacks: Mapping[str, StackShape],
-    single: dict[str, str],
-) -> dict[str, tuple[WeightConverter, dict[str, list[str]]]]:
-    """Note in `single` what fills a parameter alone; of the others, the rule that makes each and names by pattern."""
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+def _match_rules(
+    model: PreTrainedModel, names: Iterable[str], stacks: Mapping[str, StackShape]
+) -> tuple[dict[str, str], list[Fusion]]:
+    """Return the tensors that fill a parameter alone, by parameter, and fusions for the others."""
+    renamings, converters, converter_of = _conversion_rules(model)
     targets = model.state_dict()
-    fused: dict[str, tuple[WeightConverter, dict[str, list[str]]]] = {}
+    single: dict[str, str] = {}
+    fusions: dict[str, Fusion] = {}
     for name in sorted(names, key=dot_natural_key):
         key, pattern = rename_source_key(
             name, renamings, converters, model.base_model_prefix, targets
         )
         if key not in targets and name in targets:
             key, pattern = name, None
-        if key in targets and pattern is not None:
-            _, parts = fused.setdefault(key, (by_pattern[pattern], {}))
-            parts.setdefault(pattern, []).append(name)
-        elif key in targets or _is_of_expert(key, stacks):
+        if key not in targets and not _is_of_expert(key, stacks):
+            continue
+        if pattern is None or key not in targets:
             single[key] = name
-    return fused
+            continue
+        fusion = fusions.setdefault(key, Fusion(key, converter_of[pattern], {}, model))
+        fusion.names.setdefault(pattern, []).append(name)
+    return single, list(fusions.values())
+
+
+def _conversion_rules(
+    model: PreTrainedModel,
+) -> tuple[list[WeightRenaming], list[WeightConverter], dict[str, WeightConverter]]:
+    """Return the rules that rename, the rules that convert, and the latter by source pattern."""
+    renamings, converters, by_pattern = [], [], {}
+    for rule in get_model_conversion_mapping(model):
+        if isinstance(rule, WeightRenaming):
+            renamings.append(rule)
+        elif isinstance(rule, WeightConverter):
+            converters.append(rule)
+            by_pattern.update(dict.fromkeys(rule.source_patterns, rule))
+    return renamings, converters, by_pattern
 
 
 def _is_of_expert(key: str, stacks: Mapping[str, StackShape]) -> bool:
     match = _OF_EXPERT.fullmatch(key)
-    return (
-        match is not None
-        and match["path"] in stacks
-        and int(match["number"]) < stacks[match["path"]].n_experts
-    )
+    if match is None or match["path"] not in stacks:
+        return False
+    return int(match["number"]) < stacks[match["path"]].n_experts
+
+
+def _add_fusion(found: Sources, fusion: Fusion, stacks: Mapping[str, StackShape]) -> None:
+    """Add a fused parameter to `found`; stacked experts are taken apart if the rule allows it."""
+    key, converter = fusion.key, fusion.converter
+    if len(converter.target_patterns) > 1:
+        message = f"`{fusion.stored[0]}` is split into `{key}` and others, which is not supported"
+        raise InputError("E_ARCH", message)
+    path, _, leaf = key.rpartition(".")
+    stacked = path in stacks and leaf in (GATE_UP, UP, DOWN)
+    if stacked and _stacks_linears(converter):
+        _add_separate_linears(found, path, leaf, stacks[path], fusion)
+    elif stacked and _interleaves(converter, stacks[path]):
+        (stored,) = next(iter(fusion.names.values()))
+        _add_slices(found, path, leaf, stacks[path], stored, interleaved=True)
+    else:
+        found.names[key] = key
+        found.derived[key] = fusion
 
 
 def _stacks_linears(converter: WeightConverter) -> bool:
-    """Whether a rule stacks matrices [O, I] of experts, those of gate and up above one another."""
-    operations = [
-        (type(operation), getattr(operation, "dim", None)) for operation in converter.operations
-    ]
+    """Return whether a rule stacks matrices [O, I] of experts, with gate above up."""
+    operations = []
+    for operation in converter.operations:
+        operations.append((type(operation), getattr(operation, "dim", None)))
     stacked = [(MergeModulelist, 0), (Concatenate, 1)]
     return operations == stacked[: len(converter.source_patterns)]
 
 
 def _interleaves(converter: WeightConverter, shape: StackShape) -> bool:
-    """Whether a rule brings the outputs of gate and up, which take turns in one tensor, one after the other."""
+    """Return whether a rule turns alternating outputs of gate and up into one after the other."""
     (operation, *others) = converter.operations
+    if others or shape.interleaved or not isinstance(operation, Interleave):
+        return False
     outputs = 2 if shape.turned else 1
-    taking_turns = (
-        isinstance(operation, Interleave) and not operation.inverse and operation.dim == outputs
-    )
-    return taking_turns and not others and not shape.interleaved
+    return not operation.inverse and operation.dim == outputs
 
 
-def _single(
-    path: str,
-    leaf: str,
-    shape: StackShape,
-    converter: WeightConverter,
-    parts: Mapping[str, list[str]],
-) -> dict[str, str]:
-    names: dict[str, str] = {}
-    linears = (GATE, UP) if leaf == GATE_UP else (leaf,)
-    for linear, pattern in zip(linears, converter.source_patterns, strict=True):
-        stored = parts.get(pattern, [])
-        if len(stored) not in (
-            shape.n_experts,
-            shape.n_choices,
-        ):  # choices that are no expert may have tensors, too
+def _add_separate_linears(
+    found: Sources, path: str, leaf: str, shape: StackShape, fusion: Fusion
+) -> None:
+    """Add the tensors of linears that the checkpoint stores one by one for each expert."""
+    for linear, pattern in zip(_LINEARS_IN[leaf], fusion.converter.source_patterns, strict=True):
+        stored = fusion.names.get(pattern, [])
+        # Choices that are no expert may have tensors too.
+        if len(stored) not in (shape.n_experts, shape.n_choices):
             raise InputError(
                 "E_CKPT_INCOMPLETE",
-                f"the checkpoint has {len(stored)} tensors for {linear} of `{path}`, not {shape.n_experts}",
+                f"the checkpoint has {len(stored)} tensors for {linear} of `{path}`, "
+                f"not {shape.n_experts}",
                 hint=OF_ONE_REVISION,
             )
-        names |= {
-            f"{path}.{number}.{linear}.weight": name
-            for number, name in enumerate(stored[: shape.n_experts])
-        }
-    return names
+        for number, name in enumerate(stored[: shape.n_experts]):
+            found.names[f"{path}.{number}.{linear}.weight"] = name
 
 
-def _slice(
+def _add_slices(
     found: Sources,
     path: str,
     leaf: str,
@@ -208,20 +232,34 @@ def _slice(
     *,
     interleaved: bool | None = None,
 ) -> None:
-    """Name each expert's part of the tensor `stack`, as engines do when experts are stored one by one."""
-    holder, _, last = stack.rpartition(".")
-    whole = stack not in found.derived
-    if whole and (last == leaf or holder.rpartition(".")[2] == path.rpartition(".")[2]):
-        prefix = holder
-    elif whole and stack.startswith(f"{path.rpartition('.')[0]}."):
-        prefix = path
-    else:
-        fused = found.derived.get(stack)
-        stored = next(iter(fused.stored)) if fused else stack
-        raise InputError(
-            "E_ARCH", f"the experts of `{path}` are stored as `{stored}`, in an order of their own"
-        )
+    """Add each expert's part of the tensor `stack`.
+
+    Its name is the one that engines use if experts are stored one by one.
+    """
+    prefix = _prefix_of_experts(found, path, leaf, stack)
     for number, part, piece in shape.slices(leaf, stack, interleaved=interleaved):
         name = f"{prefix}.{number}.{part}.weight"
         found.names[f"{path}.{number}.{part}.weight"] = name
         found.derived[name] = piece
+
+
+def _prefix_of_experts(found: Sources, path: str, leaf: str, stack: str) -> str:
+    """Return the prefix of the names of experts whose matrices are stored as `stack`.
+
+    Raise InputError E_ARCH if the checkpoint does not store them as one tensor in the usual order.
+    """
+    stored = stack
+    fused = found.derived.get(stack)
+    if fused is not None:
+        stored = next(iter(fused.stored))
+    else:
+        holder, _, last = stack.rpartition(".")
+        parent, _, module = path.rpartition(".")
+        if last == leaf or holder.rpartition(".")[2] == module:
+            return holder
+        if stack.startswith(f"{parent}."):
+            return path
+    raise InputError(
+        "E_ARCH",
+        f"the experts of `{path}` are stored as `{stored}`, in an order that is not supported",
+    )

@@ -1,16 +1,19 @@
-"""Batches that wait inside a block: each linear runs once per batch, and yet sees quantized what comes before it.
+"""Forwards of a block that are paused before each stage, until the stage is quantized.
 
-Every batch runs the block's ordinary forward in a thread of its own, and stops where it is about to call the first
-linear of a stage. Once all batches wait there, the stage's Hessian is complete and the stage can be solved; then they
-go on with quantized weights, and the ends of their forwards are what the next block sees:
+Each batch runs the block's ordinary forward in a thread of its own, which pauses before the call of
+the first linear of a stage. Once all batches are paused there, the Hessian of the stage is complete
+and the stage can be quantized. Then the batches continue with quantized weights, and their outputs
+are the input of the next block. Thus each linear runs once per batch, but its input comes from
+quantized linears:
 
-with waiting_batches(stages, linears, runs) as batches:
+with pause_forwards(stages, linears, runs) as batches:
     for stage in stages:
-        solve(stage, [inputs for inputs in batches.reach(stage)])
+        quantize(stage, [inputs for inputs in batches.reach(stage)])
     hidden = list(batches.finish())
 
-Only one thread moves at a time, the caller's or one batch's, so results are those of running the block again for each
-stage, bit for bit. Threads, because nothing else in Python can stop in the middle of somebody else's forward.
+Only one thread runs at a time, the caller's or that of one batch. The results are therefore those
+of running the block again for each stage, bit for bit. Threads are needed because Python has no
+other way to pause in the middle of a model's own forward.
 """
 
 from __future__ import annotations
@@ -27,104 +30,104 @@ from gptq_cli.errors import InputError
 from gptq_cli.models.block_calls import State
 from gptq_cli.models.stages import Hook, Input, Stage, given, hooked, same_memory
 
-Surroundings = Callable[[], AbstractContextManager[None]]
+ThreadState = Callable[[], AbstractContextManager[None]]
 
 
 @contextmanager
-def waiting_batches(
+def pause_forwards(
     stages: Sequence[Stage], linears: Mapping[str, nn.Module], runs: Sequence[Callable[[], State]]
-) -> Iterator[WaitingBatches]:
-    """The forwards `runs` of one block, none of them begun; whatever happens, their threads have ended on leaving.
+) -> Iterator[PausedForwards]:
+    """Yield the forwards `runs` of one block, which have not started; end their threads at the end.
 
-    `stages` are in the order of a forward, and none of their linears is called twice in it.
+    `stages` are in the order of a forward, and each of their linears is called at most once in it.
     """
-    batches = WaitingBatches(runs)
-    with hooked(
-        (linears[name], batches.hook(stage, name)) for stage in stages for name in stage.names
-    ):
+    batches = PausedForwards(runs)
+    hooks = []
+    for stage in stages:
+        hooks += [(linears[name], batches.hook(stage, name)) for name in stage.names]
+    with hooked(hooks):
         try:
             yield batches
         finally:
-            batches.release()
+            batches.cancel()
 
 
-class WaitingBatches:
-    """Forwards of one block that wait for each other. Errors of a forward are raised where it is told to go on.
+class PausedForwards:
+    """Forwards of one block that pause before the same stage.
 
-    InputError E_ARCH for a forward that does not call the linears in the order and with the shared inputs that `stages`
-    promise.
+    An error of a forward is raised in the caller's thread, by `reach` or `finish`. InputError
+    E_ARCH is raised if a forward does not call the linears in the order and with the shared inputs
+    of the stages.
     """
 
     def __init__(self, runs: Sequence[Callable[[], State]]) -> None:
-        surroundings = _surroundings()
-        self._batches = [_Batch(number, run, surroundings) for number, run in enumerate(runs)]
-        self._moving: _Batch | None = None
+        thread_state = _thread_state()
+        self._batches = [_Batch(number, run, thread_state) for number, run in enumerate(runs)]
+        self._running: _Batch | None = None
 
     def reach(self, stage: Stage) -> Iterator[Any]:
-        """Let each batch run as far as `stage`; yields the input, [..., I] or routed, that it waits with there."""
-        return self._go_on(stage)
+        """Run each batch up to `stage`; yield its input there, a tensor [..., I] or `Routed`."""
+        return self._resume_each(stage)
 
     def finish(self) -> Iterator[State]:
-        """Let each batch run to its end; yields its output."""
-        return self._go_on(None)
+        """Run each batch to its end; yield its output."""
+        return self._resume_each(None)
 
     def hook(self, stage: Stage, name: str) -> Hook:
-        """What linear `name` of `stage` calls before its forward."""
+        """Return the hook that linear `name` of `stage` calls before its forward."""
 
-        def meet(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if (
-                self._moving is not None and self._moving.is_here()
-            ):  # else a forward that waits for nobody
-                self._moving.meet(stage, name, given(module, args))
+        def before_forward(module: nn.Module, args: tuple[Any, ...]) -> None:
+            # Other forwards of the block, such as a probe, are not paused.
+            if self._running is not None and self._running.is_current_thread():
+                self._running.before_linear(stage, name, given(module, args))
 
-        return meet
+        return before_forward
 
-    def release(self) -> None:
-        """End all forwards, wherever they are."""
+    def cancel(self) -> None:
+        """End all forwards, wherever they are paused."""
         for batch in self._batches:
-            batch.release()
+            batch.cancel()
         for batch in self._batches:
             batch.join()
 
-    def _go_on(self, stage: Stage | None) -> Iterator[Any]:
+    def _resume_each(self, stage: Stage | None) -> Iterator[Any]:
         for batch in self._batches:
-            self._moving = batch
-            value = batch.go_on()
-            if batch.waits_at != stage:
-                unexpected = stage or batch.waits_at
+            self._running = batch
+            value = batch.resume()
+            if batch.paused_at != stage:
+                unexpected = stage or batch.paused_at
                 assert unexpected is not None
                 raise _unlike_the_probe(unexpected.names[0], batch.number)
             yield value
 
 
-class _Released(BaseException):
-    """Ends a forward that nobody waits for any more."""
+class _Cancelled(BaseException):
+    """End a forward whose output is no longer needed."""
 
 
 class _Batch:
-    """One forward in a thread of its own, which moves only while somebody is inside `go_on`."""
+    """One forward in a thread of its own, which runs only while the caller is inside `resume`."""
 
-    def __init__(self, number: int, run: Callable[[], State], surroundings: Surroundings) -> None:
+    def __init__(self, number: int, run: Callable[[], State], thread_state: ThreadState) -> None:
         self.number = number
-        self.waits_at: Stage | None = None
+        self.paused_at: Stage | None = None
         self._value: Input | State | None = None
         self._error: BaseException | None = None
-        self._released = False
-        self._due: dict[
-            str, Input
-        ] = {}  # linears yet to be called, with an input that their stage has seen
-        self._told_to_go, self._stopped = Semaphore(0), Semaphore(0)
+        self._cancelled = False
+        # Linears of reached stages that are still to be called, with the input of their stage:
+        self._expected: dict[str, Input] = {}
+        self._may_run, self._has_paused = Semaphore(0), Semaphore(0)
         self._thread = Thread(
-            target=self._forward, args=(run, surroundings), name=f"calibration batch {number}"
+            target=self._forward, args=(run, thread_state), name=f"calibration batch {number}"
         )
 
-    def go_on(self) -> Input | State:
-        """Run to the first linear of the next stage, `waits_at`, for its input; or to the end, for the output."""
+    def resume(self) -> Input | State:
+        """Run up to the next stage and return its input, or to the end and return the output."""
         if self._thread.ident is None:
             self._thread.start()
         else:
-            self._told_to_go.release()
-        self._stopped.acquire()
+            self._may_run.release()
+        self._has_paused.acquire()
         value, error = self._value, self._error
         self._value = self._error = None
         try:
@@ -135,54 +138,57 @@ class _Batch:
         assert value is not None
         return value
 
-    def meet(self, stage: Stage, name: str, inputs: Input) -> None:
-        """Called in the thread of this batch when linear `name` of `stage` is about to be called with `inputs`."""
+    def before_linear(self, stage: Stage, name: str, inputs: Input) -> None:
+        """Pause if linear `name` is the first of `stage`, else check its input.
+
+        Called in the thread of this batch, before the linear is called with `inputs`.
+        """
         if name == stage.names[0]:
-            self._stop(stage, inputs)
-            self._told_to_go.acquire()
-            if self._released:
-                raise _Released
-            self._due |= dict.fromkeys(stage.names[1:], inputs)
-        elif name not in self._due or not same_memory(self._due.pop(name), inputs):
+            self._pause(stage, inputs)
+            self._may_run.acquire()
+            if self._cancelled:
+                raise _Cancelled
+            self._expected |= dict.fromkeys(stage.names[1:], inputs)
+        elif name not in self._expected or not same_memory(self._expected.pop(name), inputs):
             raise _unlike_the_probe(name, self.number)
 
-    def is_here(self) -> bool:
-        """Whether the caller is in the thread of this batch."""
+    def is_current_thread(self) -> bool:
+        """Return whether the caller is in the thread of this batch."""
         return current_thread() is self._thread
 
-    def release(self) -> None:
-        self._released = True
-        self._told_to_go.release()
+    def cancel(self) -> None:
+        self._cancelled = True
+        self._may_run.release()
 
     def join(self) -> None:
         if self._thread.ident is not None:
             self._thread.join()
 
-    def _stop(self, stage: Stage | None, value: Input | State | None) -> None:
-        self.waits_at, self._value = stage, value
-        self._stopped.release()
+    def _pause(self, stage: Stage | None, value: Input | State | None) -> None:
+        self.paused_at, self._value = stage, value
+        self._has_paused.release()
 
-    def _forward(self, run: Callable[[], State], surroundings: Surroundings) -> None:
+    def _forward(self, run: Callable[[], State], thread_state: ThreadState) -> None:
         value: State | None = None
         try:
-            with surroundings():
+            with thread_state():
                 value = run()
-            for name in self._due:
+            for name in self._expected:
                 raise _unlike_the_probe(name, self.number)
-        except _Released:
+        except _Cancelled:
             pass
         except BaseException as error:  # noqa: BLE001  it is raised again in the caller's thread
             self._error = error
-        self._stop(None, value)
+        self._pause(None, value)
 
 
-def _surroundings() -> Surroundings:
-    """What torch keeps for each thread, as it is here: gradient modes, default device, CUDA device and stream."""
-    inference, grad, device = (
-        torch.is_inference_mode_enabled(),
-        torch.is_grad_enabled(),
-        torch.get_default_device(),
-    )
+def _thread_state() -> ThreadState:
+    """Return a context that sets torch's per-thread state to that of the calling thread.
+
+    It holds the gradient modes, the default device, and the CUDA device and stream.
+    """
+    inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+    device = torch.get_default_device()
     stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
 
     @contextmanager
@@ -192,7 +198,8 @@ def _surroundings() -> Surroundings:
             stack.enter_context(torch.set_grad_enabled(grad))
             if device != torch.get_default_device():
                 stack.enter_context(device)
-            stack.enter_context(torch.cuda.stream(stream))  # of its device, too; nothing for None
+            # The context of a stream also selects its device; that of None does nothing.
+            stack.enter_context(torch.cuda.stream(stream))
             yield
 
     return enter
@@ -201,6 +208,7 @@ def _surroundings() -> Surroundings:
 def _unlike_the_probe(name: str, batch: int) -> InputError:
     return InputError(
         "E_ARCH",
-        f"calibration batch {batch} does not call `{name}` at the time or with the input that a first forward showed",
+        f"calibration batch {batch} does not call `{name}` at the time or with the input "
+        "that a first forward showed",
         hint=f"keep it: --dynamic '-:{name}'",
     )

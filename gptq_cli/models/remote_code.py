@@ -1,4 +1,4 @@
-"""Python code that comes with a model or its tokenizer, and runs only if the user says so."""
+"""Python code that comes with a model or its tokenizer, and runs only if the user allows it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,14 @@ from pathlib import Path
 
 from gptq_cli.errors import InputError
 
+_MOST_FILES = 5  # names in a message
+
 
 def remote_code_refusal(error: Exception, directory: Path, what: str = "") -> InputError | None:
-    """E_REMOTE_CODE if transformers has refused to run code of its own for `what` in `directory`; None otherwise."""
+    """Return E_REMOTE_CODE if transformers refused to run code from `directory`, else None.
+
+    `what` names the part of the model that needs the code, as a prefix of the message.
+    """
     if "trust_remote_code" not in str(error):
         return None
     message = f"{what}`{directory}` needs its own Python code to run{_own_code(directory)}"
@@ -16,9 +21,16 @@ def remote_code_refusal(error: Exception, directory: Path, what: str = "") -> In
 
 
 def _own_code(directory: Path) -> str:
-    """Which code that is. A directory of the Hub's cache is named after its commit."""
-    files = sorted(path.name for path in directory.glob("*.py"))
-    commit = f", at commit {directory.name}" if directory.parent.name == "snapshots" else ""
-    return (
-        f": {', '.join(files[:5])}{', ...' if len(files) > 5 else ''}{commit}" if files else commit
-    )
+    """Return the names of the Python files, and the commit if the directory is in the Hub's cache.
+
+    A directory of the Hub's cache is named after its commit.
+    """
+    text = ""
+    files = sorted(directory.glob("*.py"))
+    if files:
+        text = f": {', '.join(file.name for file in files[:_MOST_FILES])}"
+    if len(files) > _MOST_FILES:
+        text += ", ..."
+    if directory.parent.name == "snapshots":
+        text += f", at commit {directory.name}"
+    return text

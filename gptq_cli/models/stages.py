@@ -1,7 +1,8 @@
-"""Which linears see the very same input, and in what order: found by running a block once and watching.
+"""Stages: the linears of a block that see the very same input, in the order of a forward.
 
-A *stage* is such a set: (q, k, v), (o), (gate, up), (down) for Llama; they share one Hessian. The experts of a block
-are one stage, under the name of the whole.
+For Llama the stages are (q, k, v), (o), (gate, up), (down); the linears of a stage share one
+Hessian. All experts of a block are one stage, under the name of the module that holds them. The
+stages are found by running a block once with hooks on its linears.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ Input = Tensor | Routed  # of a linear, or of the experts of a block
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Names of linears with one input, in order of first call; `calls` of the first of them in one forward."""
+    """Names of linears with one input, in order of first call.
+
+    `calls` counts the calls of the first linear in one forward.
+    """
 
     names: tuple[str, ...]
     calls: int
@@ -34,26 +38,35 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What one forward of a block showed.
+    """The inputs and the memory of one forward of a block.
 
-    `inputs`: for each linear that was called, in order of first call, which tensors it was given. `waiting_bytes`: the
-    most that the forward held in memory of its own when it was about to call a linear.
+    `inputs` identifies the input tensors of each linear that was called, in order of first call.
+    `waiting_bytes` is the most memory of its own that the forward held before a call of a linear.
     """
 
     inputs: Mapping[str, tuple[object, ...]]
     waiting_bytes: int
 
     def stages(self, names: Container[str]) -> list[Stage]:
-        """The stages that the linears `names` form, in the order of the forward; one never called is in none."""
-        stages: dict[tuple[object, ...], list[str]] = {}
-        for name, given in self.inputs.items():
+        """Return the stages of the linears `names`, in the order of the forward.
+
+        A linear that was never called is in no stage.
+        """
+        names_by_inputs: dict[tuple[object, ...], list[str]] = {}
+        for name, inputs in self.inputs.items():
             if name in names:
-                stages.setdefault(given, []).append(name)
-        return [Stage(tuple(together), len(given)) for given, together in stages.items()]
+                names_by_inputs.setdefault(inputs, []).append(name)
+        stages = []
+        for inputs, together in names_by_inputs.items():
+            stages.append(Stage(tuple(together), calls=len(inputs)))
+        return stages
 
 
 class Prober:
-    """Probes one block of each kind. Blocks of a kind print alike: the same modules of the same classes and sizes."""
+    """A cache of probes: one block of each kind is run.
+
+    Two blocks are of one kind if their `str` is equal: the same modules, classes and sizes.
+    """
 
     def __init__(self) -> None:
         self._known: dict[str, Probe] = {}
@@ -61,16 +74,20 @@ class Prober:
     def __call__(
         self, block: nn.Module, linears: Mapping[str, nn.Module], run: Callable[[], object]
     ) -> Probe:
-        """The probe of `block`, whose linears are given by name in an order that its kind shares, by `run` if new."""
-        positions = {name: str(position) for position, name in enumerate(linears)}
+        """Return the probe of `block`; `run`, its forward, is called if the kind is new.
+
+        `linears` are by name, in an order that all blocks of a kind share.
+        """
+        names = list(linears)
         kind = str(block)
         if kind not in self._known:
+            positions = {name: str(position) for position, name in enumerate(names)}
             self._known[kind] = _renamed(probe_block(linears, run), positions)
-        return _renamed(self._known[kind], {position: name for name, position in positions.items()})
+        return _renamed(self._known[kind], {str(i): name for i, name in enumerate(names)})
 
 
 def probe_block(linears: Mapping[str, nn.Module], run: Callable[[], object]) -> Probe:
-    """What `run`, one forward of a block, does with the block's linears."""
+    """Run `run`, one forward of a block, and return the inputs of the block's linears."""
     inputs: dict[str, list[object]] = {}
     waiting_bytes = 0
     storages = _Storages()
@@ -78,7 +95,8 @@ def probe_block(linears: Mapping[str, nn.Module], run: Callable[[], object]) -> 
     def note(name: str) -> Hook:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             nonlocal waiting_bytes
-            tensors = [leaf for leaf in tree_leaves(given(module, args)) if leaf is not None]
+            leaves = tree_leaves(given(module, args))
+            tensors = [leaf for leaf in leaves if leaf is not None]
             inputs.setdefault(name, []).append(tuple(map(storages.identify, tensors)))
             waiting_bytes = max(waiting_bytes, storages.nbytes)
 
@@ -86,7 +104,8 @@ def probe_block(linears: Mapping[str, nn.Module], run: Callable[[], object]) -> 
 
     with hooked((linear, note(name)) for name, linear in linears.items()), storages:
         run()
-    return Probe({name: tuple(given) for name, given in inputs.items()}, waiting_bytes)
+    seen = {name: tuple(identities) for name, identities in inputs.items()}
+    return Probe(seen, waiting_bytes)
 
 
 def watch_inputs(
@@ -95,7 +114,10 @@ def watch_inputs(
     see: Callable[[Stage, Input], None],
     run: Callable[[], object],
 ) -> None:
-    """Run `run`, giving `see` every input of every stage; it ends once the last input has been seen."""
+    """Run `run`, a forward, and call `see` with every input of every stage.
+
+    The forward is stopped after the last input.
+    """
     stages = list(stages)
     left = sum(stage.calls for stage in stages)
 
@@ -114,14 +136,16 @@ def watch_inputs(
 
 
 def given(module: nn.Module, args: tuple[Any, ...]) -> Input:
-    """What a linear or the experts of a block are called with, as far as calibration is concerned."""
-    found: Input = Routed(*args[:2]) if isinstance(module, Experts) else args[0]
+    """Return the part of the arguments of a linear, or of experts, that calibration needs."""
+    if isinstance(module, Experts):
+        return Routed(*args[:2])
+    found: Tensor = args[0]
     return found
 
 
 @contextmanager
 def hooked(pairs: Iterable[tuple[nn.Module, Hook]]) -> Iterator[None]:
-    """Each module calls its hook before its forward; the hooks are gone on leaving."""
+    """Make each module call its hook before its forward; remove the hooks at the end."""
     handles = [module.register_forward_pre_hook(hook) for module, hook in pairs]
     try:
         yield
@@ -131,18 +155,18 @@ def hooked(pairs: Iterable[tuple[nn.Module, Hook]]) -> Iterator[None]:
 
 
 def same_memory(a: Input, b: Input) -> bool:
-    """Whether two tensors that are both alive are one and the same numbers."""
+    """Return whether two living tensors are the same view of the same memory."""
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
         return a is b
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
 
 
 class _Reached(Exception):
-    """Ends a forward once the inputs that it was run for have been seen."""
+    """Stop a forward after the last input that it was run for."""
 
 
 class _Storages(TorchDispatchMode):
-    """Tells the memory of tensors apart, also after it was given back, and counts what operations have allocated."""
+    """Identify the memory of tensors, also after it was freed, and count the allocated bytes."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -152,11 +176,11 @@ class _Storages(TorchDispatchMode):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all storages that operations have allocated under this mode and that are still alive."""
+        """Bytes of the living storages that operations allocated under this mode."""
         return sum(storage.nbytes() for storage in self._allocated)
 
     def identify(self, tensor: Tensor) -> object:
-        """A value that only views of the same numbers of the same storage share."""
+        """Return a value that is equal only for equal views of the same storage."""
         storage = tensor.untyped_storage()
         if storage not in self._numbers:
             self._numbers[storage] = next(self._next)
@@ -169,8 +193,11 @@ class _Storages(TorchDispatchMode):
 
 
 def _storages_in(values: object) -> set[torch.UntypedStorage]:
+    """Return the storages of all tensors in `values`."""
     return {value.untyped_storage() for value in tree_leaves(values) if isinstance(value, Tensor)}
 
 
 def _renamed(probe: Probe, names: Mapping[str, str]) -> Probe:
-    return Probe({names[name]: given for name, given in probe.inputs.items()}, probe.waiting_bytes)
+    """Return `probe` with each linear under the name that `names` maps it to."""
+    inputs = {names[name]: given for name, given in probe.inputs.items()}
+    return Probe(inputs, probe.waiting_bytes)

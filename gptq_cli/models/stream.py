@@ -1,10 +1,13 @@
-"""A model as a stream of blocks: at no time are more than one block's weights in memory.
+"""A model as a stream of blocks: the weights of one block at a time are in memory.
 
-hidden = stream.embed(batches)
+states = stream.embed(batches)
 for index in range(stream.n_blocks):
     with stream.block(index) as block:
-        hidden = [block.run(k, h) for k, h in enumerate(hidden)]
-logits = stream.logits(ids, hidden)
+        states = [block.run(batch, state) for batch, state in enumerate(states)]
+with stream.head() as logits:
+    output = logits(ids, state)
+
+`gptq_cli/quantization/block_loop.py` quantizes each block between loading and running it.
 """
 
 from __future__ import annotations
@@ -37,50 +40,49 @@ from gptq_cli.models.skeleton import Skeleton, is_linear, is_transposed, outside
 
 
 class _FirstBlockDone(Exception):
-    """Ends a forward that was run for the first block's output only."""
+    """Stop a forward that was run for the first block's output only."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedBlock:
-    """A block with its weights, and what it was called with for each batch."""
+    """A block with its weights, and the arguments of its call for each batch."""
 
     module: nn.Module
     linears: dict[str, nn.Module]  # by checkpoint name
     calls: list[Call]
-    twin_calls: list[Call] = field(
-        default_factory=list
-    )  # the same, with other containers for blocks to fill
-    experts: dict[str, Experts] = field(
-        default_factory=dict
-    )  # by what the checkpoint's names of their linears begin with
+    # Equal calls for a copy of the block, with other containers for it to fill:
+    calls_of_copy: list[Call] = field(default_factory=list)
+    # By the common prefix of the checkpoint names of their linears:
+    experts: dict[str, Experts] = field(default_factory=dict)
 
     @property
     def called(self) -> dict[str, nn.Module]:
-        """What a forward calls by itself: linears that are not of experts, and experts as a whole."""
-        inside = {module for experts in self.experts.values() for module in experts.modules()}
-        return {
-            name: linear for name, linear in self.linears.items() if linear not in inside
-        } | self.experts
+        """The modules that a forward calls: linears outside experts, and experts as a whole."""
+        inside: set[nn.Module] = set()
+        for experts in self.experts.values():
+            inside.update(experts.modules())
+        found = {name: linear for name, linear in self.linears.items() if linear not in inside}
+        return found | self.experts
 
     def run(self, batch: int, state: State) -> State:
-        """Hidden states, and what else goes on to the next block, after this block for batch number `batch`."""
+        """Return the state of batch number `batch` after this block, given its state before it."""
         return self.calls[batch].run(self.module, state)
 
     def unquantized_copy(self) -> LoadedBlock:
-        """A block that holds the weights of this one as they are now, whatever will be put in their place here.
+        """Return a block that keeps the present weights when those of this block are replaced.
 
-        What its forward fills for later blocks it fills for their twins.
+        Its forward fills other containers than this one, for the copies of later blocks.
         """
         tensors = (*self.module.parameters(), *self.module.buffers())
         known: dict[int, Any] = {id(tensor): tensor for tensor in tensors}  # shared, not copied
         module = deepcopy(self.module, known)
         linears = {name: known[id(linear)] for name, linear in self.linears.items()}
         experts = {name: known[id(found)] for name, found in self.experts.items()}
-        return LoadedBlock(module, linears, self.twin_calls, experts=experts)
+        return LoadedBlock(module, linears, self.calls_of_copy, experts=experts)
 
 
 class ModelStream:
-    """Runs a model block by block, reading each block's tensors when its turn comes and dropping them after."""
+    """A model that is run block by block: tensors are read before their block and freed after."""
 
     def __init__(
         self,
@@ -89,7 +91,11 @@ class ModelStream:
         device: torch.device,
         dequantized: Collection[str] = (),
     ) -> None:
-        """`dequantized`: names of weights that `source` gives as [O, I] whatever way round the module holds them."""
+        """Set up the stream; nothing is read yet.
+
+        `dequantized` are the names of weights that `source` reads as [O, I] even if their module
+        holds them [I, O].
+        """
         self._model, self._derived, self.device = skeleton.model, skeleton.sources, device
         self.unused = skeleton.unused  # tensors of the checkpoint that the model does not ask for
         self._sources, self._read = skeleton.sources.names, skeleton.sources.reader(source.read)
@@ -98,12 +104,11 @@ class ModelStream:
         self._path, self._list = skeleton.blocks_name, skeleton.blocks
         self._blocks = list(skeleton.blocks)
         self._calls: list[list[Call]] = [[] for _ in self._blocks]
-        self._twin_calls = self._calls
+        self._calls_of_copies = self._calls
         self._extras: Extras | None = None
-        self._at_hand: dict[str, nn.Module] = {}  # linears of the block that is loaded
-        self.carried: list[
-            list[Container]
-        ] = []  # of each batch: what blocks fill for later ones, known after `embed`
+        self._loaded: dict[str, nn.Module] = {}  # linears of the block that is loaded
+        # The containers of each batch that blocks fill for later blocks, known after `embed`:
+        self.carried: list[list[Container]] = []
 
     @property
     def n_blocks(self) -> int:
@@ -111,7 +116,7 @@ class ModelStream:
 
     @property
     def vocabulary_rows(self) -> int:
-        """Number of token ids that the embedding knows."""
+        """The number of rows of the embedding: token ids are below it."""
         return int(self._model.get_input_embeddings().weight.shape[0])
 
     @property
@@ -122,23 +127,23 @@ class ModelStream:
 
     @property
     def hidden_size(self) -> int:
-        """Features of a hidden state, as the model's config says; 0 if it does not."""
+        """Features of a hidden state according to the model's config; 0 if it does not tell."""
         return int(getattr(self._model.config.get_text_config(), "hidden_size", 0))
 
     def block_name(self, index: int) -> str:
         return f"{self._path}.{index}"
 
     def linears(self, index: int) -> dict[str, nn.Module]:
-        """The linear modules of one block by the name of their weight in the checkpoint, without ".weight"."""
+        """Return the linears of one block by checkpoint name, without ".weight"."""
         found = {}
         for name, module in self._blocks[index].named_modules():
             if is_linear(module):
-                found[
-                    self._sources[f"{self.block_name(index)}.{name}.weight"].removesuffix(".weight")
-                ] = module
+                source = self._sources[f"{self.block_name(index)}.{name}.weight"]
+                found[source.removesuffix(".weight")] = module
         return found
 
     def _experts(self, index: int) -> dict[str, Experts]:
+        """Return the experts of one block by the common prefix of their checkpoint names."""
         found = {}
         for name, module in self._blocks[index].named_modules():
             if isinstance(module, Experts):
@@ -147,122 +152,138 @@ class ModelStream:
         return found
 
     def all_linears(self) -> dict[str, bool]:
-        """Checkpoint names of every linear of the blocks and the head, and whether it is stored [I, O]."""
+        """Return the checkpoint names of all linears of the blocks and the head.
+
+        The value tells whether the linear is stored [I, O].
+        """
         found = {"lm_head": False}
         for index in range(self.n_blocks):
-            found |= {name: is_transposed(module) for name, module in self.linears(index).items()}
+            for name, module in self.linears(index).items():
+                found[name] = is_transposed(module)
         return found
 
     def shared_linears(self) -> set[str]:
-        """Those that several blocks share, each of which would calibrate them for itself."""
-        names = Counter(name for index in range(self.n_blocks) for name in self.linears(index))
-        return {name for name, blocks in names.items() if blocks > 1}
+        """Return the linears that several blocks share; each block would calibrate them again."""
+        n_blocks: Counter[str] = Counter()
+        for index in range(self.n_blocks):
+            n_blocks.update(self.linears(index).keys())
+        return {name for name, count in n_blocks.items() if count > 1}
 
     def biased_experts(self) -> list[str]:
-        """Of experts with biases, what the names of their linears begin with, for each layer."""
-        experts = {
-            name: found
-            for index in range(self.n_blocks)
-            for name, found in self._experts(index).items()
-        }
-        return [name for name, found in experts.items() if found.biased]
+        """Return for each layer of experts with biases the prefix of the names of their linears."""
+        found = []
+        for index in range(self.n_blocks):
+            for name, experts in self._experts(index).items():
+                if experts.biased:
+                    found.append(name)
+        return found
 
     def outside_linears(self) -> str | None:
-        """What `outside_linears` says of the blocks."""
+        """Return `skeleton.outside_linears` of the blocks."""
         return outside_linears(self._path, self._list)
 
     def stacked_linears(self) -> dict[str, tuple[str, int, int]]:
-        """Of linears that are a part of one tensor of the checkpoint: that tensor, and their rows and columns."""
+        """Return the linears that are slices of one tensor of the checkpoint.
+
+        The value is the name of that tensor, and the rows and columns of the linear.
+        """
         slices = self._derived.slices
-        modules = {
-            name: linear
-            for index in range(self.n_blocks)
-            for name, linear in self.linears(index).items()
-        }
-        return {
-            name: (slices[f"{name}.weight"].stack, *modules[name].get_parameter("weight").shape)
-            for name in modules
-            if f"{name}.weight" in slices
-        }
+        found = {}
+        for index in range(self.n_blocks):
+            for name, module in self.linears(index).items():
+                piece = slices.get(f"{name}.weight")
+                if piece is not None:
+                    found[name] = (piece.stack, *module.get_parameter("weight").shape)
+        return found
 
     def linear_weight(self, name: str, *, transposed: bool) -> Tensor:
-        """The weight [O, I] of a linear on the device, as stored; `transposed`: the model, if not its file, holds it
-        [I, O]. Of the block at hand it is not read again if it is held as it is stored: replace it afterwards."""
+        """Return the weight [O, I] of a linear on the device, in its stored dtype.
+
+        `transposed` tells that the model, but not necessarily the file, holds it [I, O]. If the
+        block is loaded and holds the stored numbers, the result is a view of its memory, which is
+        not read again: do not write into it.
+        """
         key = f"{name}.weight"
         source = self._sources.get(key, key)
         stored = self._read(source)
-        if (
-            name in self._at_hand
-            and (held := self._at_hand[name].get_parameter("weight")).dtype == stored.dtype
-        ):
-            return held.T if transposed else held
+        if name in self._loaded:
+            held = self._loaded[name].get_parameter("weight")
+            if held.dtype == stored.dtype:
+                return held.T if transposed else held
         weight = stored.to(self.device)
-        return weight.T if transposed and source not in self._dequantized else weight
+        if transposed and source not in self._dequantized:
+            weight = weight.T
+        return weight
 
     def embed(self, batches: Sequence[Tensor]) -> list[State]:
-        """Hidden states [batch, seqlen, features] that enter block 0, for token ids [batch, seqlen] each.
+        """Return the states that enter block 0, for token ids [batch, seqlen] each.
 
-        In a tuple if blocks hand on more than hidden states. Notes on the way what every block will be called with.
+        A state is hidden states [batch, seqlen, features], in a tuple if blocks hand on more. The
+        arguments of all blocks are recorded on the way. Raise InputError E_ARCH if the blocks are
+        not a chain.
         """
         base = self._model.base_model
-        self._calls, self._twin_calls, self.carried = [[] for _ in self._blocks], [], []
+        self._calls, self._calls_of_copies, self.carried = [[] for _ in self._blocks], [], []
         with self._outside(base):
             self._extras = self._learn_output(batches[0][:1])
-            names = [self.block_name(index) for index in range(self.n_blocks)]
             handed_on = check_chain(
                 lambda outputs: self._run_recorders(base, batches[0][:1], outputs),
-                names,
+                [self.block_name(index) for index in range(self.n_blocks)],
                 self._extras,
             )
             states: list[State] = []
             for ids in batches:
                 recorders, _ = self._run_recorders(base, ids, [None] * self.n_blocks)
-                hidden = recorders[0].seen[0][0]
+                hidden = recorders[0].first_hidden
                 states.append((hidden,) if handed_on else hidden)
-                for calls, recorder in zip(self._calls, recorders, strict=True):
-                    calls.append(
-                        reuse_equal_tensors(recorder.seen[0][1], calls[0] if calls else None)
-                    )
-        self._twin_calls = with_own_containers(self._calls, {})
-        calls_of_batches = zip(
-            zip(*self._calls, strict=True), zip(*self._twin_calls, strict=True), strict=True
-        )
-        self.carried = [
-            empty_containers(calls) + empty_containers(twins) for calls, twins in calls_of_batches
-        ]
+                self._keep_calls(recorders)
+        self._calls_of_copies = with_own_containers(self._calls, {})
+        for batch in range(len(batches)):
+            own = empty_containers([calls[batch] for calls in self._calls])
+            of_copies = empty_containers([calls[batch] for calls in self._calls_of_copies])
+            self.carried.append(own + of_copies)
         return states
+
+    def _keep_calls(self, recorders: Sequence[Recorder]) -> None:
+        """Append the call of each block for one batch; share the tensors that equal the first's."""
+        for calls, recorder in zip(self._calls, recorders, strict=True):
+            first = calls[0] if calls else None
+            calls.append(reuse_equal_tensors(recorder.first_call, first))
 
     @contextmanager
     def block(self, index: int) -> Iterator[LoadedBlock]:
-        """Block `index` with its weights on the device; they are dropped on leaving."""
+        """Load block `index` on the device; free its weights at the end."""
         module = self._blocks[index]
         with self._filled(module, f"{self.block_name(index)}."):
             self._source.prefetch(dict.fromkeys(self._stored(index + 1)))
-            calls, twin_calls, self._at_hand = (
-                self._calls[index],
-                self._twin_calls[index],
-                self.linears(index),
-            )
+            self._loaded = self.linears(index)
             try:
-                yield LoadedBlock(module, self._at_hand, calls, twin_calls, self._experts(index))
+                yield LoadedBlock(
+                    module,
+                    self._loaded,
+                    self._calls[index],
+                    self._calls_of_copies[index],
+                    self._experts(index),
+                )
             except BaseException:
                 self._source.prefetch(())
                 raise
             finally:
-                self._at_hand = {}
+                self._loaded = {}
 
     def _stored(self, index: int) -> Iterator[str]:
-        """The tensors of the checkpoint that fill block `index`; none behind the last one."""
+        """Yield the tensors of the checkpoint for block `index`; none after the last block."""
         for block in self._blocks[index : index + 1]:
             for name in block.state_dict():
                 yield from self._derived.stored(self._sources[f"{self.block_name(index)}.{name}"])
 
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor, State], Tensor]]:
-        """A function (token ids, what the last block gave) -> logits [batch, seqlen, vocabulary].
+        """Yield a function (token ids, state after the last block) -> logits.
 
-        Runs the model's own forward with the hidden states put in at the end of the blocks, so that final norms,
-        scaling and capping of logits are the model's own.
+        Logits are [batch, seqlen, vocabulary]. The function runs the model's own forward with the
+        state as the output of the last block, so that final norms, scaling and capping of logits
+        are the model's own.
         """
 
         def logits(ids: Tensor, state: State) -> Tensor:
@@ -281,7 +302,7 @@ class ModelStream:
         return module
 
     def _learn_output(self, ids: Tensor) -> Extras | None:
-        """What a block returns beside hidden states, None if nothing: seen by running the first block once."""
+        """Run the first block; return its outputs beside hidden states, None if there are none."""
         outputs: list[object] = []
 
         def stop(_module: nn.Module, _args: object, output: object) -> None:
@@ -297,16 +318,25 @@ class ModelStream:
             handle.remove()
         if not outputs:
             raise InputError("E_ARCH", f"the model's forward never calls `{self.block_name(0)}`")
-        return tuple(outputs[0][1:]) if isinstance(outputs[0], tuple | list) else None
+        output = outputs[0]
+        if isinstance(output, tuple | list):
+            return tuple(output[1:])
+        return None
 
     def _run_recorders(
         self, model: nn.Module, ids: Tensor, outputs: Sequence[State | None]
     ) -> tuple[list[Recorder], Any]:
-        """`model` run on `ids` with recorders in place of its blocks, which return `outputs` (None: their input)."""
+        """Run `model` on `ids` with recorders in place of its blocks.
+
+        The recorders return `outputs` (None: their input). Return them and the model's output.
+        """
         recorders: list[Recorder] = []
+        before = None
         for block, output in zip(self._blocks, outputs, strict=True):
-            recorders.append(Recorder(block, self._extras, recorders[-1] if recorders else None))
-            recorders[-1].inject = output
+            recorder = Recorder(block, self._extras, before)
+            recorder.inject = output
+            recorders.append(recorder)
+            before = recorder
         for index, recorder in enumerate(recorders):
             self._list[index] = recorder
         try:
@@ -318,32 +348,29 @@ class ModelStream:
 
     @contextmanager
     def _outside(self, module: nn.Module) -> Iterator[None]:
-        """Everything of `module` but the blocks, filled."""
-        prefix = next(
-            f"{name}." if name else ""
-            for name, found in self._model.named_modules()
-            if found is module
-        )
+        """Fill everything of `module` but the blocks."""
+        (name,) = [name for name, found in self._model.named_modules() if found is module]
+        prefix = f"{name}." if name else ""
         with self._filled(module, prefix, without=f"{self._path}."):
             yield
 
     @contextmanager
     def _filled(self, module: nn.Module, prefix: str, without: str | None = None) -> Iterator[None]:
-        names = [
-            name
-            for name in module.state_dict()
-            if without is None or not f"{prefix}{name}".startswith(without)
-        ]
-        empty = {name: tensor for name, tensor in module.state_dict().items() if name in set(names)}
+        """Fill `module`, whose names begin with `prefix`; make it empty again at the end.
+
+        Parameters whose full names begin with `without` are not filled.
+        """
+        empty = {}
+        for name, tensor in module.state_dict().items():
+            if without is None or not f"{prefix}{name}".startswith(without):
+                empty[name] = tensor
         try:
-            loaded: dict[str, Tensor] = {}
-            for name in names:
+            loaded: dict[str, Tensor] = {}  # by source: tied parameters share one tensor
+            for name, tensor in empty.items():
                 source = self._sources[f"{prefix}{name}"]
                 if source not in loaded:
-                    turned = source in self._dequantized and is_transposed(
-                        module.get_submodule(name.rpartition(".")[0])
-                    )
-                    loaded[source] = self._load(source, empty[name], turned=turned)
+                    owner = module.get_submodule(name.rpartition(".")[0])
+                    loaded[source] = self._load(source, owner, tensor)
                 place(module, name, loaded[source])
             yield
             self._source.check_unchanged()  # weights may be a file's own pages until now
@@ -352,37 +379,45 @@ class ModelStream:
                 place(module, name, tensor)
             self._source.release()
 
-    def _load(self, source: str, like: Tensor, *, turned: bool) -> Tensor:
-        tensor = self._read(source).T if turned else self._read(source)
+    def _load(self, source: str, owner: nn.Module, like: Tensor) -> Tensor:
+        """Return tensor `source` on the device, for a parameter `like` of the module `owner`.
+
+        Raise InputError E_CKPT_SHAPE if its shape is not that of `like`.
+        """
+        tensor = self._read(source)
+        if source in self._dequantized and is_transposed(owner):
+            tensor = tensor.T
         if tensor.shape != like.shape:
             raise InputError(
                 "E_CKPT_SHAPE",
-                f"`{source}` is {list(tensor.shape)} in the checkpoint, {list(like.shape)} in config.json",
+                f"`{source}` is {list(tensor.shape)} in the checkpoint, "
+                f"{list(like.shape)} in config.json",
             )
         dtype = like.dtype if tensor.is_floating_point() else tensor.dtype
         return tensor.to(self.device, dtype, non_blocking=tensor.is_pinned())
 
 
 class Source(Protocol):
-    """Where the weights come from."""
+    """Reader of the weights."""
 
     def read(self, name: str) -> Tensor:
-        """A tensor of the checkpoint; its memory may be the file's own pages."""
+        """Return a tensor of the checkpoint; its memory may be the file's own pages."""
 
     def prefetch(self, names: Iterable[str]) -> None:
-        """Be told what will be read next, instead of what was said before, while what was read is at work."""
+        """Expect reads of `names`, in place of the names of the call before."""
 
     def check_unchanged(self) -> None:
-        """InputError if a file is no longer the one that was read."""
+        """Raise InputError if a file has changed since it was first read."""
 
     def release(self) -> None:
-        """Hold on to no file any more."""
+        """Close all files."""
 
 
 class ReadAhead:
-    """`source` with what is expected of it in pinned memory, up to `most_bytes`; the rest is read when its turn comes.
+    """A source that reads expected tensors ahead into pinned memory, up to `most_bytes`.
 
-    A copy from there to a device goes on beside the host's work, and the thread's reading beside both.
+    The others are read on demand. A copy from pinned memory to a device runs in parallel with the
+    host's work, and the thread that reads runs in parallel with both.
     """
 
     def __init__(self, source: Source, most_bytes: int) -> None:
@@ -391,12 +426,15 @@ class ReadAhead:
         self._ahead: dict[str, Future[Tensor | None]] = {}
 
     def read(self, name: str) -> Tensor:
-        """The tensor, in pinned memory if it was expected and fits."""
-        ahead = self._ahead[name].result() if name in self._ahead else None
-        return self._source.read(name) if ahead is None else ahead
+        """Return the tensor, in pinned memory if it was expected and fits."""
+        if name in self._ahead:
+            pinned = self._ahead[name].result()
+            if pinned is not None:
+                return pinned
+        return self._source.read(name)
 
     def prefetch(self, names: Iterable[str]) -> None:
-        """Let go of what was expected before, and begin to read `names`."""
+        """Drop the tensors that were expected before, and start to read `names`."""
         names = list(names)
         for future in self._ahead.values():
             future.cancel()
@@ -405,29 +443,32 @@ class ReadAhead:
         self._ahead = {name: self._thread.submit(self._fetch, name, budget) for name in names}
 
     def check_unchanged(self) -> None:
-        """As the source does."""
+        """Check the files of the source."""
         self._source.check_unchanged()
 
     def release(self) -> None:
-        """As the source does."""
+        """Close the files of the source."""
         self._source.release()
 
     def _fetch(self, name: str, budget: _Budget) -> Tensor | None:
+        """Return the tensor in pinned memory, None if it does not fit."""
         tensor = self._source.read(name)
-        if not budget.take(tensor.nbytes):
+        if not budget.reserve(tensor.nbytes):
             return None
         try:
             return tensor.pin_memory()
-        except RuntimeError:  # the system pins no more; the tensor can be copied from where it is
+        except RuntimeError:  # the system pins no more memory: the tensor is copied unpinned
             return None
 
 
 class _Budget:
+    """A number of bytes that can be reserved."""
+
     def __init__(self, n_bytes: int) -> None:
         self._left = n_bytes
 
-    def take(self, n_bytes: int) -> bool:
-        """Whether so many bytes are left; they are no more."""
+    def reserve(self, n_bytes: int) -> bool:
+        """Reserve `n_bytes`; return whether they were available."""
         if n_bytes > self._left:
             return False
         self._left -= n_bytes

@@ -21,7 +21,7 @@ from gptq_cli.errors import InputError
 from gptq_cli.events import BlockStarted, PhaseStarted, Warned
 from gptq_cli.models.block_calls import State
 from gptq_cli.models.experts import Experts
-from gptq_cli.models.paused_forwards import WaitingBatches, waiting_batches
+from gptq_cli.models.paused_forwards import PausedForwards, pause_forwards
 from gptq_cli.models.stages import Stage, watch_inputs
 from gptq_cli.models.stream import LoadedBlock
 from gptq_cli.planning.run_plan import HEAD
@@ -191,7 +191,7 @@ class Passage:
     ) -> None:
         self.linears, self.called, self.runs, self._hidden = linears, called, runs, hidden
         self.first, self.n_all = hidden.first, hidden.n_all
-        self._waiting: WaitingBatches | None = None
+        self._waiting: PausedForwards | None = None
         self._n_waiting = 0
 
     @classmethod
@@ -212,7 +212,7 @@ class Passage:
     @contextmanager
     def waiting(self, stages: Sequence[Stage], n_batches: int) -> Iterator[None]:
         """The first `n_batches` wait at each of `stages` until they are told to go on."""
-        with waiting_batches(stages, self.called, self.runs[:n_batches]) as self._waiting:
+        with pause_forwards(stages, self.called, self.runs[:n_batches]) as self._waiting:
             self._n_waiting = n_batches
             yield
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gptq_cli.errors import InputError
-from gptq_cli.models.paused_forwards import waiting_batches
+from gptq_cli.models.paused_forwards import pause_forwards
 from gptq_cli.models.stages import Prober, Stage, probe_block
 
 FEATURES = 4
@@ -88,7 +88,7 @@ def solve(linear: nn.Module, seen: Sequence[Tensor]) -> None:
 def in_lockstep(
     block: Block, runs: Sequence[Callable[[], Tensor]], stages: Sequence[Stage] = STAGES
 ) -> list[Tensor]:
-    with waiting_batches(stages, block.linears, runs) as batches:
+    with pause_forwards(stages, block.linears, runs) as batches:
         for stage in stages:
             seen = list(batches.reach(stage))
             for name in stage.names:
@@ -127,7 +127,7 @@ def test_batches_move_one_at_a_time_and_stop_before_each_stage() -> None:
         partial(block, x, partial(lambda n, name: log.append(f"{n}{name}"), n))
         for n, x in enumerate(inputs(2))
     ]
-    with waiting_batches(STAGES, block.linears, runs) as batches:
+    with pause_forwards(STAGES, block.linears, runs) as batches:
         for stage in STAGES:
             for _ in batches.reach(stage):
                 log.append("seen")
@@ -145,7 +145,7 @@ def test_batches_move_one_at_a_time_and_stop_before_each_stage() -> None:
 
 def test_a_thread_is_made_when_its_batch_first_moves() -> None:
     block, before = Block(), threading.active_count()
-    with waiting_batches(STAGES, block.linears, [partial(block, x) for x in inputs()]) as batches:
+    with pause_forwards(STAGES, block.linears, [partial(block, x) for x in inputs()]) as batches:
         assert threading.active_count() == before
         assert [threading.active_count() - before for _ in batches.reach(STAGES[0])] == [1, 2, 3]
 
@@ -228,7 +228,7 @@ def test_an_error_of_the_caller_ends_all_forwards(stage: int) -> None:
     block = Block()
 
     def use() -> None:
-        with waiting_batches(
+        with pause_forwards(
             STAGES, block.linears, [partial(block, state) for state in inputs()]
         ) as batches:
             for number in range(stage):
@@ -277,7 +277,7 @@ def test_no_tensor_outlives_its_forward_without_need(fails: str) -> None:
         return output
 
     def use() -> None:
-        with waiting_batches(
+        with pause_forwards(
             STAGES, block.linears, [partial(run, state) for state in inputs()]
         ) as batches:
             for stage in STAGES:

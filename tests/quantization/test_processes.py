@@ -40,12 +40,12 @@ if when == "block":
     resume.SavedBlocks.finished = finished
 elif when == "forward":
     from gptq_cli.models import paused_forwards
-    meet = paused_forwards._Batch.meet
-    def met(self, stage, name, inputs):
+    usual = paused_forwards._Batch.before_linear
+    def before_linear(self, stage, name, inputs):
         if "layers.1.mlp.down" in name:
             send()
-        return meet(self, stage, name, inputs)
-    paused_forwards._Batch.meet = met
+        return usual(self, stage, name, inputs)
+    paused_forwards._Batch.before_linear = before_linear
 main()
 """
 
