@@ -1,4 +1,7 @@
-"""The model card of a quantized checkpoint: metadata for the Hub, and a page that obeys no text of the run."""
+"""The model card of a quantized checkpoint: metadata for the Hub, and a page in Markdown.
+
+Names and texts of the run are escaped: they cannot change the page.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +16,23 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from gptq_cli.config.finding import size
 from gptq_cli.config.resolve import printable_yaml
+from gptq_cli.publish.report_data import printable
 
 COPIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 PROTOCOL = ("dataset_config", "dataset_split", "dataset_revision")
 PUNCTUATION = re.compile(r"([!-/:-@\[-`{-~])")  # CommonMark: any of ASCII's may follow a backslash
-PLAIN = (
-    ",.-+%/()="  # these mean nothing inside a line, and escaped they are hard to read in the source
-)
+# These mean nothing inside a line, and escaped they are hard to read in the source.
+PLAIN = ",.-+%/()="
+LONGEST_WORD = 500  # letters of a license, language or task in the metadata
 
 
 @dataclass(frozen=True, slots=True)
 class CardFacts:
-    """What a card is made of. `dataset` and that of `evaluation` are ids of the Hub, None for text of one's own."""
+    """The facts that a card shows.
+
+    `dataset` and `evaluation_dataset` are ids of the Hub, None for private text. `readers` are
+    (engine, outcome, reason). `uncovered` counts experts without a calibration token.
+    """
 
     repo: str
     base_model: str
@@ -45,13 +53,13 @@ class CardFacts:
 
 
 class Code(str):
-    """Text between backticks already."""
+    """Text that stands between backticks already, and is not escaped again."""
 
     __slots__ = ()
 
 
 def model_card(facts: CardFacts) -> str:
-    """README.md for `facts`: YAML that the Hub reads, and Markdown in which every name is text."""
+    """Return README.md for `facts`: YAML for the Hub, then Markdown in which every name is text."""
     body = _template().render(f=facts, name=facts.repo.rpartition("/")[2])
     return str(ModelCard(f"---\n{_metadata(facts).to_yaml()}\n---\n\n{body}"))
 
@@ -76,61 +84,70 @@ def _template() -> Template:
 
 
 def escaped(value: object) -> str:
-    """`value` as Markdown that shows it: one line, no mark-up, no HTML, no link."""
+    """Return Markdown that shows `value` on one line, without mark-up, HTML or links."""
     if isinstance(value, Code):
         return value
-    return PUNCTUATION.sub(
-        lambda found: found[0] if found[0] in PLAIN else f"\\{found[0]}", _one_line(str(value))
-    )
+    return PUNCTUATION.sub(_with_backslash, _one_line(str(value)))
+
+
+def _with_backslash(mark: re.Match[str]) -> str:
+    if mark[0] in PLAIN:
+        return mark[0]
+    return f"\\{mark[0]}"
 
 
 def code(value: object) -> Code:
-    """A code span that holds `value`, on one line and in one cell of a table."""
+    """Return a code span that holds `value`, on one line and in one cell of a table."""
     text = _one_line(str(value)).replace("|", "\\|")
     ticks = "`" * (_longest_run(text) + 1)
-    pad = " " if text.startswith("`") or text.endswith("`") or not text else ""
-    return Code(f"{ticks}{pad}{text}{pad}{ticks}")
+    if not text or text.startswith("`") or text.endswith("`"):
+        text = f" {text} "
+    return Code(f"{ticks}{text}{ticks}")
 
 
 def code_block(text: str, language: str = "") -> Code:
-    """A fenced block that `text` cannot end."""
+    """Return a fenced block that `text` cannot end."""
     fence = "`" * max(3, _longest_run(text) + 1)
-    lines = [_one_line(line, keep_blanks=True) for line in text.strip("\n").split("\n")]
+    lines = map(printable, text.strip("\n").split("\n"))
     return Code("\n".join([fence + language, *lines, fence]))
 
 
 def _metadata(facts: CardFacts) -> ModelCardData:
-    copied: dict[str, Any] = {
-        key: value for key in COPIED if _is_words(value := facts.source_card.get(key))
+    metadata: dict[str, Any] = {
+        "base_model": facts.base_model,
+        "base_model_relation": "quantized",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["gptq", f"{facts.method['bits']}-bit", "quantized"],
     }
+    for key in COPIED:
+        value = facts.source_card.get(key)
+        if _is_words(value):
+            metadata[key] = value
+    if facts.dataset:
+        metadata["datasets"] = [_one_line(facts.dataset)]
     results = _results(facts)
-    pipeline_tag = copied.pop("pipeline_tag", "text-generation")
-    return ModelCardData(
-        base_model=facts.base_model,
-        base_model_relation="quantized",
-        library_name="transformers",
-        pipeline_tag=pipeline_tag,
-        tags=["gptq", f"{facts.method['bits']}-bit", "quantized"],
-        datasets=[_one_line(facts.dataset)] if facts.dataset else None,
-        model_name=facts.repo.rpartition("/")[2] if results else None,
-        eval_results=results,
-        **copied,
-    )
+    if results is not None:
+        metadata["model_name"] = facts.repo.rpartition("/")[2]
+        metadata["eval_results"] = results
+    return ModelCardData(**metadata)
 
 
 def _results(facts: CardFacts) -> list[EvalResult] | None:
+    """Return the measured perplexity for the Hub; None if its dataset is not public."""
     measured = facts.evaluation
     if measured is None or facts.evaluation_dataset is None:
         return None
-    said: dict[str, Any] = {
-        key: _one_line(str(measured[key])) for key in PROTOCOL if measured.get(key) is not None
-    }
+    protocol: dict[str, Any] = {}
+    for key in PROTOCOL:
+        if measured.get(key) is not None:
+            protocol[key] = _one_line(str(measured[key]))
     return [
         EvalResult(
             task_type="text-generation",
             dataset_type=facts.evaluation_dataset,
             dataset_name=_one_line(measured["dataset"]),
-            **said,
+            **protocol,
             metric_type="perplexity",
             metric_value=measured["perplexity"],
         )
@@ -138,16 +155,19 @@ def _results(facts: CardFacts) -> list[EvalResult] | None:
 
 
 def _is_words(value: object) -> bool:
-    items = value if isinstance(value, list) else [value]
-    return bool(items) and all(
-        isinstance(item, str) and item.isprintable() and 0 < len(item) <= 500 for item in items
-    )
+    """Return whether `value` is a short text, or a list of such texts that is not empty."""
+    if isinstance(value, list):
+        return bool(value) and all(map(_is_word, value))
+    return _is_word(value)
+
+
+def _is_word(value: object) -> bool:
+    return isinstance(value, str) and value.isprintable() and 0 < len(value) <= LONGEST_WORD
 
 
 def _longest_run(text: str) -> int:
-    return max((len(run) for run in re.findall("`+", text)), default=0)
+    return max(map(len, re.findall("`+", text)), default=0)
 
 
-def _one_line(text: str, *, keep_blanks: bool = False) -> str:
-    text = text if keep_blanks else " ".join(text.split())
-    return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
+def _one_line(text: str) -> str:
+    return printable(" ".join(text.split()))

@@ -1,8 +1,9 @@
-"""`gptq push`: a checkpoint that has been verified, with a model card, to a repository of the Hub. Needs no torch."""
+"""`gptq push`: upload a verified checkpoint with a model card to the Hub. Needs no torch."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,15 +38,12 @@ from gptq_cli.storage.manifest import (
 )
 
 CARD = "README.md"
-LOCAL = {
-    REPORT_DATA,
-    REPORT_PAGE,
-    CARD,
-}  # about the run, with times and paths; and the card of the source
+# Not uploaded: the report, which holds times and paths, and the card of the source.
+LOCAL = {REPORT_DATA, REPORT_PAGE, CARD}
 WORST = 10
-JUDGED = ("bits", "relative_error", "rtn_relative_error")
+MEASURED = ("bits", "relative_error", "rtn_relative_error")
 MAX_CARD_BYTES = 1_000_000
-MOST = 1e15  # of a number that a card shows
+LARGEST_NUMBER = 1e15  # that a card shows
 _ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _YAML_BLOCK = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
@@ -53,9 +51,10 @@ _YAML_BLOCK = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", 
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """What a push sends: the path in the repository of each file, with the file here or its bytes.
+    """The files that a push sends.
 
-    `check_unchanged` raises if they are not the files that were verified.
+    `files` maps paths in the repository to files here, or to their bytes. `check_unchanged` raises
+    if a file is no longer the one that was verified.
     """
 
     repo: str
@@ -65,11 +64,14 @@ class Upload:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Bytes of each file."""
-        return {
-            path: len(content) if isinstance(content, bytes) else content.stat().st_size
-            for path, content in self.files.items()
-        }
+        """The size of each file in bytes."""
+        sizes = {}
+        for path, content in self.files.items():
+            if isinstance(content, bytes):
+                sizes[path] = len(content)
+            else:
+                sizes[path] = content.stat().st_size
+        return sizes
 
 
 def prepare_push(
@@ -81,61 +83,74 @@ def prepare_push(
     card: Path | None = None,
     report: Report = ignore,
 ) -> Upload:
-    """The checkpoint in `directory` as it will be sent to `repo` (NAMESPACE/NAME); nothing is written or sent.
+    """Return the checkpoint in `directory` as it will be sent to `repo` (NAMESPACE/NAME).
 
-    The card is made of the checkpoint's own files, or is the file `card`. ConfigError E_CFG_RANGE for a name that the
-    Hub would refuse and E_CFG_MISSING if nobody says what the model was made from; InputError as opening does, E_REPORT
-    for an evaluation that is none; GateError E_VERIFY for a checkpoint with defects.
+    Writes and sends nothing. The card is made from the checkpoint's own files, or is the file
+    `card`. Raises ConfigError E_CFG_RANGE for a name that the Hub would refuse and E_CFG_MISSING if
+    the source model is unknown; InputError as opening does, E_REPORT if `evaluation` is not the
+    result of an evaluation; GateError E_VERIFY for a checkpoint with defects.
     """
-    if "/" not in repo or not _is_id(repo):
-        hint = _meant(repo) or "for example me/my-model"
-        raise ConfigError("E_CFG_RANGE", f"REPO must be NAMESPACE/NAME, got {repo!r}", hint=hint)
-    if base_model is not None and not _is_id(base_model):
-        hint = (
-            _meant(base_model) or "give what it is called on the Hub, for example Qwen/Qwen3-0.6B"
-        )
-        raise ConfigError(
-            "E_CFG_RANGE",
-            f"--base-model must be the id of a Hub model, got {base_model!r}",
-            hint=hint,
-        )
+    _check_ids(repo, base_model)
     directory = local_model(directory)
-    measured = read_evaluation(evaluation) if evaluation else None
+    measured = None
+    if evaluation is not None:
+        measured = read_evaluation(evaluation)
     checkpoint = open_checkpoint(directory)
     found = inspect_checkpoint(checkpoint)
-    text = (
-        _read_card(card) if card else _card(checkpoint, found, repo, base_model, measured, report)
-    )
+    if card is None:
+        text = _card(checkpoint, found, repo, base_model, measured, report)
+    else:
+        text = _read_card(card)
     report(PhaseStarted("verify", f"{size(found.nbytes)}, every byte"))
     _verify(directory)
     return Upload(repo, text, _contents(checkpoint, text), checkpoint.check_unchanged)
 
 
+def _check_ids(repo: str, base_model: str | None) -> None:
+    if "/" not in repo or not _is_id(repo):
+        hint = _correction(repo) or "for example me/my-model"
+        raise ConfigError("E_CFG_RANGE", f"REPO must be NAMESPACE/NAME, got {repo!r}", hint=hint)
+    if base_model is not None and not _is_id(base_model):
+        message = f"--base-model must be the id of a Hub model, got {base_model!r}"
+        example = "give its name on the Hub, for example Qwen/Qwen3-0.6B"
+        raise ConfigError("E_CFG_RANGE", message, hint=_correction(base_model) or example)
+
+
 def push_upload(
     upload: Upload, *, public: bool, overwrite: bool, progress: bool, report: Report = ignore
 ) -> Published:
-    """Send it; raises as `publish` does, and InputError E_SOURCE_CHANGED if a file is not the one that was verified."""
+    """Send the upload.
 
-    def say(phase: str, detail: str) -> None:
-        report(PhaseStarted(phase, detail))
-
+    Raises as `publish` does, and InputError E_SOURCE_CHANGED if a file is no longer the one that
+    was verified.
+    """
     return publish(
-        upload.repo, upload.files, public=public, overwrite=overwrite, progress=progress, say=say,
+        upload.repo,
+        upload.files,
+        public=public,
+        overwrite=overwrite,
+        progress=progress,
+        on_phase=lambda phase, detail: report(PhaseStarted(phase, detail)),
         check=upload.check_unchanged,
-    )  # fmt: skip
+    )
 
 
 def _verify(directory: Path) -> None:
     found = verify_checkpoint(directory, full=True)
     if not found.ok:
-        hint = f"all of it: gptq verify {directory} --full"
-        count = len(found.defects)
-        message = f"`{directory}` has {count} defect{'s' if count > 1 else ''}, the first: {found.defects[0]}"
+        count = f"{len(found.defects)} defects"
+        if len(found.defects) == 1:
+            count = "1 defect"
+        message = f"`{directory}` has {count}, the first: {found.defects[0]}"
+        hint = f"see all details: gptq verify {directory} --full"
         raise GateError("E_VERIFY", message, hint=hint)
 
 
 def _contents(checkpoint: Checkpoint, card: str) -> dict[str, Path | bytes]:
-    """Weights, settings and files beside them, the card, and a manifest that leaves the card to its editors."""
+    """Return weights, settings and the files beside them, the card, and the manifest.
+
+    The manifest does not list the card, because people edit the card on the Hub.
+    """
     directory = checkpoint.directory
     names = {tensor.file.name for tensor in checkpoint.tensors.values()}
     names |= {name for name in (*CONFIG_NAMES, INDEX_NAME) if is_file(directory / name)}
@@ -156,57 +171,89 @@ def _card(
     evaluation: Mapping[str, Any] | None,
     report: Report,
 ) -> str:
+    """Return the model card; raise ConfigError E_CFG_MISSING if the source model is unknown."""
     manifest = _manifest(checkpoint.directory)
     origin = _mapping(manifest, "origin")
     base = base_model or origin.get("model")
     if not isinstance(base, str) or not _is_id(base):
-        hint = "name the model on the Hub that it was made from: --base-model Qwen/Qwen3-0.6B"
+        hint = "name the source model on the Hub: --base-model Qwen/Qwen3-0.6B"
         message = f"`{checkpoint.directory}` does not say which model on the Hub it was made from"
         raise ConfigError("E_CFG_MISSING", message, hint=hint)
     settings = _settings(checkpoint.directory, report)
-    judged = verdicts(found.export) if found.export else ()
-    layers = [layer for layer in _rows(manifest, "layers") if _is_judged(layer)]
-    commit = origin.get("commit") if base == origin.get("model") else None
+    layers = [layer for layer in _rows(manifest, "layers") if _is_measured(layer)]
     return model_card(
         CardFacts(
             repo=repo,
             base_model=base,
-            commit=commit if isinstance(commit, str) and _COMMIT.fullmatch(commit) else None,
+            commit=_commit(origin, base),
             source_card=_front_matter(checkpoint.directory / CARD),
             method=_method(found),
             bits_per_weight=found.bits_per_weight or 0.0,
             nbytes=found.nbytes,
-            versions={
-                key: value
-                for key, value in _mapping(_mapping(manifest, "identity"), "versions").items()
-                if isinstance(value, str)
-            },
+            versions=_versions(manifest),
             settings=settings,
             dataset=_hub_dataset(origin.get("dataset")),
             worst=sorted(layers, key=lambda layer: -layer["relative_error"])[:WORST],
             n_layers=len(layers),
-            uncovered=sum(_length(layer.get("uncovered")) for layer in _rows(manifest, "experts")),
-            readers=[(verdict.engine, verdict.outcome, verdict.reason) for verdict in judged],
+            uncovered=_n_uncovered(manifest),
+            readers=_engines(found),
             evaluation=evaluation,
             evaluation_dataset=_evaluation_dataset(evaluation),
         )
     )
 
 
+def _commit(origin: Mapping[str, Any], base_model: str) -> str | None:
+    """Return the commit of the source model, if the manifest knows it."""
+    commit = origin.get("commit")
+    if base_model != origin.get("model") or not isinstance(commit, str):
+        return None
+    if _COMMIT.fullmatch(commit) is None:
+        return None
+    return commit
+
+
+def _versions(manifest: Mapping[str, Any]) -> dict[str, str]:
+    versions = _mapping(_mapping(manifest, "identity"), "versions")
+    return {key: value for key, value in versions.items() if isinstance(value, str)}
+
+
+def _n_uncovered(manifest: Mapping[str, Any]) -> int:
+    """Return the number of experts that no calibration token reached."""
+    count = 0
+    for layer in _rows(manifest, "experts"):
+        uncovered = layer.get("uncovered")
+        if isinstance(uncovered, list):
+            count += len(uncovered)
+    return count
+
+
+def _engines(found: Inspection) -> list[tuple[str, str, str]]:
+    """Return engine, outcome and reason for each engine in the serving table."""
+    if not found.export:
+        return []
+    return [(verdict.engine, verdict.outcome, verdict.reason) for verdict in verdicts(found.export)]
+
+
 def _is_id(name: str) -> bool:
-    """Whether both the Hub and its client take `name` for an id."""
+    """Return whether both the Hub and its client accept `name` as an id."""
     return bool(_ID.fullmatch(name)) and id_flaw(name) is None
 
 
-def _meant(name: str) -> str | None:
+def _correction(name: str) -> str | None:
+    """Return a hint if `name` is an address that contains an id."""
     pasted = pasted_id(name)
-    return f"use {pasted.id}" if pasted and _is_id(pasted.id) else None
+    if pasted is None or not _is_id(pasted.id):
+        return None
+    return f"use {pasted.id}"
 
 
 def _method(found: Inspection) -> dict[str, Any]:
-    """The settings most linears have."""
-    pairs = [(module.bits, module.group_size) for module in found.modules]
-    bits, group_size = max(pairs, key=pairs.count) if pairs else (0, 0)
+    """Return the settings that most linears have."""
+    bits, group_size = 0, 0
+    pairs = Counter([(module.bits, module.group_size) for module in found.modules])
+    if pairs:
+        bits, group_size = pairs.most_common(1)[0][0]
     return {
         "bits": bits,
         "group_size": group_size,
@@ -217,89 +264,101 @@ def _method(found: Inspection) -> dict[str, Any]:
 
 
 def _manifest(directory: Path) -> dict[str, Any]:
-    content = read_json(directory / MANIFEST) if is_file(directory / MANIFEST) else {}
-    return content if isinstance(content, dict) else {}
+    if not is_file(directory / MANIFEST):
+        return {}
+    return _dict_or_empty(read_json(directory / MANIFEST))
 
 
 def _mapping(content: Mapping[str, Any], key: str) -> dict[str, Any]:
-    value = content.get(key)
-    return value if isinstance(value, dict) else {}
+    return _dict_or_empty(content.get(key))
+
+
+def _dict_or_empty(value: object) -> dict[str, Any]:
+    if isinstance(value, dict):
+        return value
+    return {}
 
 
 def _rows(content: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
     value = content.get(key)
-    return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
+    if not isinstance(value, list):
+        return []
+    return [row for row in value if isinstance(row, dict)]
 
 
-def _is_judged(layer: Mapping[str, Any]) -> bool:
-    return isinstance(layer.get("name"), str) and all(_is_number(layer.get(key)) for key in JUDGED)
+def _is_measured(layer: Mapping[str, Any]) -> bool:
+    if not isinstance(layer.get("name"), str):
+        return False
+    return all(_is_number(layer.get(key)) for key in MEASURED)
 
 
 def _is_number(value: object) -> bool:
-    """Whether `value` is a number that can be shown, and not what JSON of others may hold instead."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MOST
-
-
-def _length(value: object) -> int:
-    return len(value) if isinstance(value, list) else 0
+    """Return whether `value` is a number that a card can show; others may have written the JSON."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) < LARGEST_NUMBER
 
 
 def _settings(directory: Path, report: Report) -> dict[str, Any]:
-    """The configuration of the run, if it is one of ours; a path in it is told before it is published."""
+    """Return the configuration of the run; report W_PUSH_PATH if it will publish a local path."""
     if not is_file(directory / CONFIG_FILE):
         return {}
     config = resolve({}, {}, directory / CONFIG_FILE).config
-    settings = {
-        key: value
-        for key, value in config.model_dump(mode="json").items()
-        if value not in (None, {})
-    }
+    settings = {}
+    for key, value in config.model_dump(mode="json").items():
+        if value not in (None, {}):
+            settings[key] = value
     if isinstance(config.dataset, list):
         settings["dataset"] = f"{len(config.dataset)} texts"
     elif config.dataset is not None and is_path(config.dataset):
         settings["dataset"] = Path(config.dataset).name
-        says = (
-            f"{CONFIG_FILE} names the dataset by its path here, and is published: {config.dataset}"
-        )
-        report(Warned("W_PUSH_PATH", says))
+        text = f"{CONFIG_FILE} will publish the local path of the dataset: {config.dataset}"
+        report(Warned("W_PUSH_PATH", text))
     return settings
 
 
 def _front_matter(file: Path) -> dict[str, Any]:
-    """What the card of the source says to the Hub; nothing if it cannot be read."""
+    """Return the metadata in the card of the source; empty if it cannot be read."""
     if not is_file(file) or file.stat().st_size > MAX_CARD_BYTES:
         return {}
     with file_errors(file, writing=False):
         text = file.read_text(encoding="utf-8-sig", errors="replace")
     found = _YAML_BLOCK.search(text)
+    if found is None:
+        return {}
     try:
-        # Texts and nothing else: `no` is a language here, and 1.10 a version.
-        content = yaml.load(found[1], Loader=yaml.BaseLoader) if found else {}
+        # All values stay texts: `no` is a language here, and 1.10 a version.
+        content = yaml.load(found[1], Loader=yaml.BaseLoader)
     except (yaml.YAMLError, ValueError, RecursionError):
         return {}
-    return content if isinstance(content, dict) else {}
+    return _dict_or_empty(content)
 
 
 def _read_card(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        hint = advice(error, file) if isinstance(error, OSError) else "save it as UTF-8"
-        raise ConfigError(
-            "E_CFG_FILE", f"cannot read the card `{file}`: {reason}", hint=hint
-        ) from None
+    except OSError as error:
+        raise _unreadable_card(file, error.strerror, advice(error, file)) from None
+    except UnicodeDecodeError:
+        raise _unreadable_card(file, "it is not UTF-8", "save it as UTF-8") from None
+
+
+def _unreadable_card(file: Path, reason: str | None, hint: str | None) -> ConfigError:
+    return ConfigError("E_CFG_FILE", f"cannot read the card `{file}`: {reason}", hint=hint)
 
 
 def _hub_dataset(name: object) -> str | None:
-    """The id of a Hub dataset that a run has read, also of one with a registered name."""
+    """Return the Hub id of a dataset, which may have a registered name; None for local text."""
     if not isinstance(name, str):
         return None
-    known = CORPORA.get(name)
-    repo = known.repo if known else name
-    return repo if _is_id(repo) else None
+    if name in CORPORA:
+        name = CORPORA[name].repo
+    if not _is_id(name):
+        return None
+    return name
 
 
 def _evaluation_dataset(evaluation: Mapping[str, Any] | None) -> str | None:
-    published = evaluation is not None and evaluation.get("dataset_revision")
-    return _hub_dataset(evaluation.get("dataset")) if evaluation is not None and published else None
+    if evaluation is None or not evaluation.get("dataset_revision"):
+        return None  # only datasets of the Hub have a revision
+    return _hub_dataset(evaluation.get("dataset"))

@@ -1,4 +1,4 @@
-"""The report of a run: what is kept of it beside the weights, and the page made from that."""
+"""The report of a run: its data, kept beside the weights, and the page that shows the data."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PNG_MARK = b"Software\0gptq_cli"
 
 
 class BlockLog:
-    """Passes events on and keeps the time and memory of each block."""
+    """A listener that passes events on and records time and memory of each block."""
 
     def __init__(self, report: Report) -> None:
         self._report = report
@@ -38,7 +38,7 @@ class BlockLog:
 
 
 def check_report() -> None:
-    """InputError E_REPORT if matplotlib is not installed."""
+    """Raise InputError E_REPORT if matplotlib is not installed."""
     if find_spec("matplotlib") is None:
         raise InputError(
             "E_REPORT", "reports need matplotlib", hint="install it: pip install 'gptq_cli[report]'"
@@ -46,16 +46,16 @@ def check_report() -> None:
 
 
 def save_report(output: Path, result: Mapping[str, Any], log: BlockLog, command: str) -> Path:
-    """Keep the data of a finished run in its output, and the page made of it, whose path is returned."""
+    """Write the data of a finished run and its page into `output`; return the path of the page."""
     data = {
         "report": VERSION,
         "version": __version__,
         "command": command,
         "name": resolved(output).name,
+        **result,
+        "blocks": log.blocks,
     }
-    data |= {key: value for key, value in result.items() if key != "output"} | {
-        "blocks": log.blocks
-    }
+    data.pop("output", None)  # the directory may be moved
     write_file(output / REPORT_DATA, json_bytes(data, indent=1))
     return write_page(output, output / REPORT_PAGE)
 
@@ -63,24 +63,24 @@ def save_report(output: Path, result: Mapping[str, Any], log: BlockLog, command:
 def write_page(
     directory: Path, page: Path, *, evaluation: Path | None = None, png: Path | None = None
 ) -> Path:
-    """The page of the run that made `directory`, with the result of `gptq eval-ppl --json` if a file of it is given.
+    """Write the page of the run that made `directory`, and its heat maps to `png`; return `page`.
 
-    InputError E_REPORT if there is no data of a run, or it or the evaluation is of another kind; ExistsError
-    E_OUT_FOREIGN if a file is in the way that is no page or picture of gptq.
+    `evaluation` is a file with the result of `gptq eval-ppl --json`. Raises InputError E_REPORT if
+    the data of the run or the evaluation is missing or wrong; ConfigError E_CFG_CONFLICT if both
+    outputs are one file; ExistsError E_OUT_FOREIGN if one exists that gptq has not written.
     """
     check_report()
-    run = read_run(directory) | {"evaluation": read_evaluation(evaluation) if evaluation else None}
-    if page != directory / REPORT_PAGE:
-        check_file(page, PAGE_MARK)
-    if png is not None:
-        if page.absolute() == png.absolute():
-            message = f"the page and the picture are both to be `{page}`"
-            raise ConfigError("E_CFG_CONFLICT", message, hint="choose another --png")
-        check_file(png, PNG_MARK)
+    run = {**read_run(directory), "evaluation": None}
+    if evaluation is not None:
+        run["evaluation"] = read_evaluation(evaluation)
+    _check_targets(directory, page, png)
     from gptq_cli.publish.report_page import picture, render
 
+    image = None
     try:
-        text, image = render(run), picture(run) if png else None
+        text = render(run)
+        if png is not None:
+            image = picture(run)
     except Damaged as error:
         raise _damaged(directory / REPORT_DATA, error) from None
     write_file(page, text.encode())
@@ -89,8 +89,23 @@ def write_page(
     return page
 
 
+def _check_targets(directory: Path, page: Path, png: Path | None) -> None:
+    """Refuse to replace files that gptq has not written."""
+    if page != directory / REPORT_PAGE:
+        check_file(page, PAGE_MARK)
+    if png is None:
+        return
+    if page.absolute() == png.absolute():
+        message = f"the page and the picture would both be written to `{page}`"
+        raise ConfigError("E_CFG_CONFLICT", message, hint="choose another --png")
+    check_file(png, PNG_MARK)
+
+
 def read_run(directory: Path) -> dict[str, Any]:
-    """What a run has left of itself in `directory`; InputError E_REPORT if that is nothing, or damaged."""
+    """Return the data of the run that made `directory`.
+
+    Raises InputError E_REPORT if the data is missing or damaged.
+    """
     file = directory / REPORT_DATA
     if not is_file(file):
         raise InputError(
@@ -112,7 +127,10 @@ def _damaged(file: Path, error: Damaged) -> InputError:
 
 
 def read_evaluation(file: Path) -> dict[str, Any]:
-    """What `gptq eval-ppl --json` has written into `file`; InputError E_REPORT if it is something else."""
+    """Return the result of `gptq eval-ppl --json` in `file`.
+
+    Raises InputError E_REPORT if the file is missing or holds something else.
+    """
     if not is_file(file):
         raise InputError("E_REPORT", f"there is no file `{file}`", hint=MEASURE)
     try:

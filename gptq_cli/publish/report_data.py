@@ -1,4 +1,4 @@
-"""What files say of a run and of an evaluation, checked whole before anything is drawn: they may come from others."""
+"""Checks of the data of a run and of an evaluation, which others may have written."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pydantic import (
 )
 
 MOST_BLOCKS, MOST_LAYERS = 10_000, 1_000_000
-MOST_TOKEN_COUNTS = 1_000_000  # of experts, with the widest row for all
+MOST_TOKEN_COUNTS = 1_000_000  # layers with experts times the experts of the widest one
 LONGEST_TEXT = 100_000
 
 
@@ -24,18 +24,32 @@ class Damaged(ValueError):
     """Data that cannot be shown; the text says where and why."""
 
 
-def _shown(value: object) -> object:
-    """A text in which every letter can be shown; anything else as it is."""
-    if not isinstance(value, str):
-        return value
-    return "".join(letter if letter.isprintable() else "\ufffd" for letter in value)
+def printable(text: str) -> str:
+    """Return `text` with U+FFFD in place of each letter that cannot be shown."""
+    if text.isprintable():
+        return text
+    return "".join(map(_shown, text))
+
+
+def _shown(letter: str) -> str:
+    if letter.isprintable():
+        return letter
+    return "\ufffd"
+
+
+def _printable_if_text(value: object) -> object:
+    if isinstance(value, str):
+        return printable(value)
+    return value
 
 
 def _finite_or_none(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
+    if value is None or not math.isfinite(value):
+        return None
+    return value
 
 
-Text = Annotated[str, BeforeValidator(_shown), Field(max_length=LONGEST_TEXT)]
+Text = Annotated[str, BeforeValidator(_printable_if_text), Field(max_length=LONGEST_TEXT)]
 Count = Annotated[int, Field(strict=True, ge=0, lt=2**53)]
 Index = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
 Number = Annotated[float, Field(strict=True, ge=0, lt=1e15)]
@@ -43,7 +57,7 @@ Share = Annotated[float | None, Field(strict=True), AfterValidator(_finite_or_no
 
 
 class Layer(BaseModel):
-    """One solved layer; see `LayerReport`."""
+    """A solved layer; see `LayerReport`."""
 
     name: Text
     block: Index
@@ -73,13 +87,13 @@ class Experts(BaseModel):
 
 
 class Settings(BaseModel):
-    """What the page says of the configuration."""
+    """The part of the configuration that the page shows."""
 
     moe_uncovered: Text = ""
 
 
 class Evaluation(BaseModel):
-    """The result of `gptq eval-ppl --json`. With a baseline all that compares with it is known."""
+    """The result of `gptq eval-ppl --json`; a baseline comes with `kl` and `top1_agreement`."""
 
     perplexity: Number
     windows: Count
@@ -95,9 +109,8 @@ class Evaluation(BaseModel):
 
     @model_validator(mode="after")
     def _is_whole(self) -> Evaluation:
-        if self.baseline_perplexity is not None and (
-            self.kl is None or self.top1_agreement is None
-        ):
+        compared = self.kl is not None and self.top1_agreement is not None
+        if self.baseline_perplexity is not None and not compared:
             raise ValueError("a baseline has no kl or no top1_agreement beside it")
         return self
 
@@ -124,19 +137,19 @@ class Run(BaseModel):
 
     @model_validator(mode="after")
     def _can_be_drawn(self) -> Run:
-        widest = max((len(layer.tokens) for layer in self.experts), default=0)
+        widest = max([len(layer.tokens) for layer in self.experts], default=0)
         if widest * len(self.experts) > MOST_TOKEN_COUNTS:
             raise ValueError(f"{len(self.experts)} layers of {widest} experts are too many")
         return self
 
 
 def checked_run(content: Mapping[str, Any]) -> dict[str, Any]:
-    """What `content` says of a run, and nothing else; Damaged if a value is missing or cannot be."""
+    """Return the known fields of a run's data; raise Damaged if a value is missing or wrong."""
     return _checked(Run, content)
 
 
 def checked_evaluation(content: object) -> dict[str, Any]:
-    """What `content` says of an evaluation, and nothing else; Damaged if a value is missing or cannot be."""
+    """Return the known fields of an evaluation; raise Damaged if a value is missing or wrong."""
     return _checked(Evaluation, content)
 
 
@@ -144,8 +157,11 @@ def _checked(kind: type[BaseModel], content: object) -> dict[str, Any]:
     try:
         return kind.model_validate(content).model_dump()
     except ValidationError as error:
-        first, *more = error.errors(include_url=False, include_input=False, include_context=False)
-        place = ".".join(map(str, first["loc"]))
-        what = first["msg"].removeprefix("Value error, ")
-        rest = f", and {len(more)} more" if more else ""
-        raise Damaged(f"{place}: {what}{rest}" if place else f"{what}{rest}") from None
+        first, *others = error.errors(include_url=False, include_input=False, include_context=False)
+        message = first["msg"].removeprefix("Value error, ")
+        if first["loc"]:
+            field = ".".join(map(str, first["loc"]))
+            message = f"{field}: {message}"
+        if others:
+            message += f", and {len(others)} more"
+        raise Damaged(message) from None

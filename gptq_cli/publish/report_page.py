@@ -1,9 +1,8 @@
-"""The report of a run as one HTML file that needs nothing else."""
+"""The report of a run as one HTML file that needs no other file."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from gptq_cli.config.finding import clock, size
+from gptq_cli.config.module_names import list_item
 from gptq_cli.publish.charts import as_png, as_svg, bars, coverage, heat_maps
 from gptq_cli.publish.report_data import Damaged
 
@@ -23,7 +23,10 @@ MOST_LINEARS, MOST_CELLS = 200, 50_000  # of the heat maps
 
 @dataclass(frozen=True, slots=True)
 class Grids:
-    """Errors by block and linear; None where a block has no such linear. Experts of a block are one, by their mean."""
+    """Errors by block and linear; None if a block has no such linear.
+
+    All experts of a block are one linear, with their mean error.
+    """
 
     blocks: tuple[int, ...]
     linears: tuple[str, ...]
@@ -32,7 +35,7 @@ class Grids:
 
 
 def render(run: Mapping[str, Any]) -> str:
-    """The page for the data of a run, as `gptq quantize --report` leaves it."""
+    """Return the page for the data of a run, as `gptq quantize --report` writes it."""
     environment = Environment(
         loader=PackageLoader("gptq_cli.publish", "."),
         autoescape=True,
@@ -40,22 +43,26 @@ def render(run: Mapping[str, Any]) -> str:
         trim_blocks=True,
     )
     environment.filters |= {"size": size, "clock": clock, "short": _short}
-    worst = sorted(run["layers"], key=lambda layer: -(layer["relative_error"] or 0))[:WORST]
-    return environment.get_template("report.html.j2").render(
-        run=run,
-        worst=worst,
-        mean=_mean(run["layers"], "relative_error"),
-        rtn=_mean(run["layers"], "rtn_relative_error"),
-        heat=Markup(as_svg(_heat(run), "heat")),
-        experts=experts_of(run["experts"]) if run.get("experts") else None,
-        coverage=Markup(as_svg(_coverage(run), "coverage")) if run.get("experts") else None,
-        bars=Markup(as_svg(_bars(run), "bars")) if run["blocks"] else None,
-    )
+    parts: dict[str, Any] = {
+        "worst": sorted(run["layers"], key=lambda layer: -(layer["relative_error"] or 0))[:WORST],
+        "mean": _mean(run["layers"], "relative_error"),
+        "rtn": _mean(run["layers"], "rtn_relative_error"),
+        "heat": Markup(as_svg(_heat(run), "heat")),
+        "experts": None,
+        "coverage": None,
+        "bars": None,
+    }
+    if run.get("experts"):
+        parts["experts"] = experts_of(run["experts"])
+        parts["coverage"] = Markup(as_svg(_coverage(run["experts"]), "coverage"))
+    if run["blocks"]:
+        parts["bars"] = Markup(as_svg(_bars(run["blocks"]), "bars"))
+    return environment.get_template("report.html.j2").render(run=run, **parts)
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertRow:
-    """Tokens of the experts of one layer."""
+    """Tokens per expert of one layer; `uncovered` counts experts without a token."""
 
     name: str
     least: int
@@ -66,7 +73,7 @@ class ExpertRow:
 
 @dataclass(frozen=True, slots=True)
 class ExpertTable:
-    """The layers with the least calibrated experts, and figures of all."""
+    """The layers with the least calibrated experts, and figures of all experts."""
 
     rows: tuple[ExpertRow, ...]
     count: int
@@ -76,80 +83,96 @@ class ExpertTable:
 
 
 def experts_of(layers: Sequence[Mapping[str, Any]]) -> ExpertTable:
-    """What the page says of the tokens that each expert has seen."""
-    rows = [
-        ExpertRow(layer["name"], min(layer["tokens"]), median(layer["tokens"]), max(layer["tokens"]),
-                  sum(not seen for seen in layer["tokens"]))
-        for layer in layers
-    ]  # fmt: skip
-    seen = [count for layer in layers for count in layer["tokens"]]
+    """Return the table of tokens per expert."""
+    rows = []
+    tokens: list[int] = []
+    for layer in layers:
+        rows.append(_expert_row(layer["name"], layer["tokens"]))
+        tokens += layer["tokens"]
     worst = sorted(rows, key=lambda row: (-row.uncovered, row.least, row.median))[:WORST]
-    return ExpertTable(
-        tuple(worst), len(seen), min(seen), median(seen), sum(not count for count in seen)
-    )
+    return ExpertTable(tuple(worst), len(tokens), min(tokens), median(tokens), tokens.count(0))
+
+
+def _expert_row(name: str, tokens: Sequence[int]) -> ExpertRow:
+    return ExpertRow(name, min(tokens), median(tokens), max(tokens), tokens.count(0))
 
 
 def picture(run: Mapping[str, Any]) -> bytes:
-    """The heat maps alone, as PNG."""
+    """Return the heat maps alone, as PNG."""
     return as_png(_heat(run))
 
 
 def grids(layers: Sequence[Mapping[str, Any]]) -> Grids:
-    """The errors of `layers` in rows and columns, in the order in which they come."""
+    """Return the errors of `layers`, sorted by block, with linears in order of first appearance."""
     cells: dict[tuple[int, str], list[Mapping[str, Any]]] = defaultdict(list)
     for layer in layers:
         cells[layer["block"], _linear(layer["name"])].append(layer)
     blocks = tuple(sorted({block for block, _ in cells}))
     linears = tuple(dict.fromkeys(linear for _, linear in cells))
-
-    def rows(value: Any) -> tuple[tuple[float | None, ...], ...]:
-        return tuple(
-            tuple(value(cells.get((block, linear), [])) for linear in linears) for block in blocks
-        )
-
-    return Grids(blocks, linears, rows(lambda found: _mean(found, "relative_error")), rows(_ratio))
+    errors, ratios = [], []
+    for block in blocks:
+        row = [cells.get((block, linear), []) for linear in linears]
+        errors.append(tuple([_mean(alike, "relative_error") for alike in row]))
+        ratios.append(tuple(map(_ratio, row)))
+    return Grids(blocks, linears, tuple(errors), tuple(ratios))
 
 
 def _heat(run: Mapping[str, Any]) -> Any:
     found = grids(run["layers"])
-    if len(found.blocks) * len(found.linears) > MOST_CELLS or len(found.linears) > MOST_LINEARS:
-        raise Damaged(
-            f"{len(found.linears)} kinds of layers in {len(found.blocks)} blocks are too many to be drawn"
-        )
+    n_blocks, n_linears = len(found.blocks), len(found.linears)
+    if n_blocks * n_linears > MOST_CELLS or n_linears > MOST_LINEARS:
+        raise Damaged(f"{n_linears} kinds of layers in {n_blocks} blocks are too many to be drawn")
     return heat_maps(found.blocks, found.linears, found.error, found.against_rtn)
 
 
-def _coverage(run: Mapping[str, Any]) -> Any:
-    blocks = [int(found[1]) if (found := re.search(r"\.(\d+)\.", layer["name"])) else index
-              for index, layer in enumerate(run["experts"])]  # fmt: skip
-    return coverage(blocks, [layer["tokens"] for layer in run["experts"]])
+def _coverage(layers: Sequence[Mapping[str, Any]]) -> Any:
+    blocks = []
+    for position, layer in enumerate(layers):
+        item = list_item(layer["name"])
+        if item is None:
+            blocks.append(position)
+        else:
+            blocks.append(int(item.number))
+    return coverage(blocks, _column(layers, "tokens"))
 
 
-def _bars(run: Mapping[str, Any]) -> Any:
-    columns = [
-        [block[key] for block in run["blocks"]]
-        for key in ("index", "seconds", "host_bytes", "device_bytes")
-    ]
-    return bars(*columns)
+def _bars(blocks: Sequence[Mapping[str, Any]]) -> Any:
+    return bars(
+        _column(blocks, "index"),
+        _column(blocks, "seconds"),
+        _column(blocks, "host_bytes"),
+        _column(blocks, "device_bytes"),
+    )
+
+
+def _column(rows: Sequence[Mapping[str, Any]], key: str) -> list[Any]:
+    return [row[key] for row in rows]
 
 
 def _linear(name: str) -> str:
-    """The last two parts of a name, without numbers: mlp.up_proj; lm_head as it is."""
-    inner = re.sub(r"^.*?\.\d+\.", "", name)
-    return ".".join(part for part in inner.split(".") if not part.isdigit()).removeprefix(
-        "self_attn."
-    )
+    """Return the name of a linear in its block, without numbers: mlp.up_proj; lm_head is kept."""
+    item = list_item(name)
+    if item is not None:
+        name = item.inner
+    words = [word for word in name.split(".") if not word.isdigit()]
+    return ".".join(words).removeprefix("self_attn.")
 
 
 def _mean(layers: Sequence[Mapping[str, Any]], key: str) -> float | None:
     values = [layer[key] for layer in layers if layer[key] is not None]
-    return math.fsum(values) / len(values) if values else None
+    if not values:
+        return None
+    return math.fsum(values) / len(values)
 
 
 def _ratio(layers: Sequence[Mapping[str, Any]]) -> float | None:
-    mine, rtn = _mean(layers, "relative_error"), _mean(layers, "rtn_relative_error")
-    return mine / rtn if mine is not None and rtn else None
+    error, rtn_error = _mean(layers, "relative_error"), _mean(layers, "rtn_relative_error")
+    if error is None or not rtn_error:
+        return None
+    return error / rtn_error
 
 
 def _short(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2e}"
+    if value is None:
+        return "-"
+    return f"{value:.2e}"

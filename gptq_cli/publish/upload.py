@@ -1,7 +1,7 @@
 """Upload of a finished checkpoint to the Hub, in one commit.
 
-A commit is atomic: readers of `main` see the old state or the new one. The Hub keeps the large files that it has
-received, so a repeated push sends only the missing ones.
+A commit is atomic: readers of `main` see the old state or the new one. The Hub keeps the large
+files that it has received, so a repeated push sends only the missing ones.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ OF_A_CHECKPOINT = (".safetensors", ".safetensors.index.json")
 SETTINGS = {QUANTIZE_CONFIG, CONFIG_FILE, MANIFEST}
 LISTED = 3  # files that an error names
 
-Say = Callable[[str, str], None]
+OnPhase = Callable[[str, str], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Published:
     """The state of a repository after a push.
 
-    `commit` is the head of its `main`; `deleted` are files of an earlier checkpoint that the push removed.
+    `commit` is the head of its `main`; `deleted` are the files of an earlier checkpoint that the
+    push removed.
     """
 
     url: str
@@ -42,10 +43,12 @@ class Published:
 
 
 class _Hub:
-    """One repository on the Hub and the files that it shall hold."""
+    """A repository on the Hub and the files that it will hold."""
 
     def __init__(self, api: HfApi, repo: str, files: Sequence[CommitOperationAdd]) -> None:
-        self.api, self.repo, self.files = api, repo, {file.path_in_repo: file for file in files}
+        self.api = api
+        self.repo = repo
+        self.files = {file.path_in_repo: file for file in files}
 
     @property
     def url(self) -> str:
@@ -58,21 +61,22 @@ class _Hub:
         return commit
 
     def tree(self, revision: str) -> dict[str, RepoFile]:
+        """Return the files of a revision by their paths."""
         from huggingface_hub.hf_api import RepoFile
 
         entries = self.api.list_repo_tree(self.repo, recursive=True, revision=revision)
         return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
     def differing(self, tree: Mapping[str, RepoFile]) -> list[str]:
-        """List our files that `tree` lacks or holds with other bytes."""
-        return [
-            path
-            for path, file in self.files.items()
-            if path not in tree or not _is_same(file, tree[path])
-        ]
+        """Return the paths of our files that `tree` lacks or holds with other bytes."""
+        paths = []
+        for path, file in self.files.items():
+            if path not in tree or not _is_same(file, tree[path]):
+                paths.append(path)
+        return paths
 
     def stale(self, tree: Mapping[str, RepoFile]) -> list[str]:
-        """List weights and settings of another checkpoint, which would make a mixture with ours."""
+        """Return the weights and settings of another checkpoint, which must not mix with ours."""
         return [path for path in tree if path not in self.files and _is_of_a_checkpoint(path)]
 
 
@@ -83,15 +87,17 @@ def publish(
     public: bool,
     overwrite: bool,
     progress: bool,
-    say: Say,
+    on_phase: OnPhase,
     check: Callable[[], None],
 ) -> Published:
-    """Make `main` of the model repository `repo` hold `files` (path in the repository -> a file here, or its bytes).
+    """Make `main` of the model repository `repo` hold `files`.
 
-    `check` is called when the bytes to send are known, and raises if they are not those that are meant.
-    Creates the repository if it does not exist, private unless `public`. Sends nothing if `main` holds all of it.
-    Raises ExistsError E_OUT_EXISTS for other content under these names without `overwrite`; InputError E_PUSH if the
-    Hub refuses or holds something else afterwards, E_HUB_* as `push_refusal` says.
+    `files` maps paths in the repository to files here, or to their bytes. `check` is called once
+    the bytes to send are known; it raises if they are not the intended ones. If the repository does
+    not exist, it is created, private unless `public`. If `main` holds all files, nothing is sent.
+    Raises ExistsError E_OUT_EXISTS if the repository holds other content under these names and
+    `overwrite` is false; InputError E_PUSH if the Hub refuses or holds other files afterwards, and
+    E_HUB_* as `push_refusal` does.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.utils.tqdm import disable_progress_bars
@@ -110,14 +116,15 @@ def publish(
             return Published(hub.url, head, (), already_there=True)
         occupied = [path for path in different if path in main] + stale
         _refuse_occupied(repo, occupied, overwrite=overwrite)
-        say("upload", f"{len(different)} files to {repo}")
+        on_phase("upload", f"{len(different)} files to {repo}")
         commit = _commit(hub, stale, head)
-        say("compare", f"{repo} with the files here")
+        on_phase("compare", f"{repo} with the files here")
         if hub.differing(hub.tree(commit)):
-            message = f"commit {commit[:12]} of model `{repo}` does not hold what was sent"
-            raise InputError(
-                "E_PUSH", message, hint=f"{AGAIN}; if it persists, look at the repository's history"
+            message = (
+                f"commit {commit[:12]} of model `{repo}` does not hold the files that were sent"
             )
+            hint = f"{AGAIN}; if the error persists, check the history of the repository"
+            raise InputError("E_PUSH", message, hint=hint)
         return Published(hub.url, commit, tuple(stale), already_there=False)
 
 
@@ -133,26 +140,22 @@ def _open(hub: _Hub, *, public: bool) -> None:
         hub.api.create_repo(hub.repo, private=not public, exist_ok=True)
         return
     if private == public:
-        state, wish = (
-            ("private", "leave out --public")
-            if private
-            else ("public", "add --public if all may read it")
-        )
-        hint = f"{wish}, or change the repository on the Hub"
-        raise InputError(
-            "E_PUSH",
-            f"model `{hub.repo}` is {state} already, and a push does not change that",
-            hint=hint,
-        )
+        state, advice = "public", "add --public if everybody may read it"
+        if private:
+            state, advice = "private", "omit --public"
+        message = f"model `{hub.repo}` is {state} already; a push does not change the visibility"
+        hint = f"{advice}, or change the repository on the Hub"
+        raise InputError("E_PUSH", message, hint=hint)
 
 
 def _refuse_occupied(repo: str, occupied: Sequence[str], *, overwrite: bool) -> None:
     if occupied and not overwrite:
-        listed = ", ".join(occupied[:LISTED]) + (", ..." if len(occupied) > LISTED else "")
+        listed = ", ".join(occupied[:LISTED])
+        if len(occupied) > LISTED:
+            listed += ", ..."
+        message = f"model `{repo}` holds other files already: {listed}"
         hint = "choose another name, or add --overwrite: the Hub keeps the old state in its history"
-        raise ExistsError(
-            "E_OUT_EXISTS", f"model `{repo}` holds something else already: {listed}", hint=hint
-        )
+        raise ExistsError("E_OUT_EXISTS", message, hint=hint)
 
 
 def _commit(hub: _Hub, stale: Sequence[str], head: str) -> str:
@@ -161,7 +164,7 @@ def _commit(hub: _Hub, stale: Sequence[str], head: str) -> str:
 
     deletions = [CommitOperationDelete(path) for path in stale]
     operations: list[Any] = [*hub.files.values(), *deletions]
-    # With `parent_commit` the Hub refuses the commit if somebody else has pushed since `head` was read.
+    # With `parent_commit` the Hub refuses the commit if somebody else has pushed after `head`.
     done = hub.api.create_commit(
         hub.repo, operations, commit_message="Upload with gptq", parent_commit=head
     )
@@ -173,7 +176,10 @@ def _is_of_a_checkpoint(path: str) -> bool:
 
 
 def _is_same(file: CommitOperationAdd, entry: RepoFile) -> bool:
-    """Whether the Hub holds the bytes of `file`: by SHA-256 for large files, by git's hash for the others."""
+    """Return whether the Hub holds the bytes of `file`.
+
+    Large files are compared by SHA-256, the others by git's hash.
+    """
     if entry.size != file.upload_info.size:
         return False
     if entry.lfs is not None:
@@ -184,16 +190,16 @@ def _is_same(file: CommitOperationAdd, entry: RepoFile) -> bool:
 
 
 @contextmanager
-def _push_errors(what: str) -> Iterator[None]:
+def _push_errors(target: str) -> Iterator[None]:
     """Translate errors of the Hub and of the network into InputError."""
     try:
         yield
     except GptqError:
         raise
     except Exception as error:
-        refused = push_refusal(error, what)
+        refused = push_refusal(error, target)
         if refused is None and isinstance(error, ValueError | RuntimeError | OSError):
-            refused = InputError("E_PUSH", f"the upload to {what} failed: {error}", hint=AGAIN)
+            refused = InputError("E_PUSH", f"the upload to {target} failed: {error}", hint=AGAIN)
         if refused is None:
             raise
         raise refused from error

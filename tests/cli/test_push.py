@@ -197,7 +197,7 @@ def test_bytes_that_the_hub_garbles_fail_the_push(push: Push, hub: Hub) -> None:
     done = push()
     assert (done.exit_code, done.stdout) == (3, "")
     assert "error[E_PUSH]: commit" in done.stderr
-    assert "of model `me/tiny` does not hold what was sent" in done.stderr
+    assert "of model `me/tiny` does not hold the files that were sent" in done.stderr
 
 
 def test_another_model_is_replaced_on_demand_and_its_weights_go(push: Push, hub: Hub) -> None:
@@ -212,7 +212,7 @@ def test_another_model_is_replaced_on_demand_and_its_weights_go(push: Push, hub:
     refused = push()
     assert (refused.exit_code, refused.stdout) == (6, "")
     assert (
-        "error[E_OUT_EXISTS]: model `me/tiny` holds something else already: config.json, model"
+        "error[E_OUT_EXISTS]: model `me/tiny` holds other files already: config.json, model"
         in refused.stderr
     )
     assert "--overwrite" in refused.stderr
@@ -233,7 +233,7 @@ def test_privacy_is_what_was_said_or_the_push_is_refused(push: Push, hub: Hub) -
     assert hub.uploads.private == set()
     hub.uploads.private.add("me/tiny")
     refused = push("--public")
-    assert (refused.exit_code, "leave out --public" in refused.stderr) == (3, True)
+    assert (refused.exit_code, "omit --public" in refused.stderr) == (3, True)
 
 
 @pytest.mark.parametrize(
@@ -394,9 +394,9 @@ def test_offline_mode_sends_nothing_and_says_so(gptq: Run, output: Path) -> None
             "./model",
             2,
             "--base-model must be the id of a Hub model, got './model'",
-            "called on the Hub",
+            "its name on the Hub",
         ),
-        ([], "/abs/path", 2, "error[E_CFG_RANGE]", "called on the Hub"),
+        ([], "/abs/path", 2, "error[E_CFG_RANGE]", "its name on the Hub"),
         (
             ["--card", "none.md"],
             "org/tiny",
