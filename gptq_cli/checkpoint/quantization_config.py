@@ -16,6 +16,7 @@ from shlex import quote
 from typing import Any, Literal
 
 from gptq_cli.checkpoint.source import Checkpoint, read_json
+from gptq_cli.config.layer import LayerConfig
 from gptq_cli.config.rules import FUSED_ALIASES, expert_part, first_match, flaw_of, keeps
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.strict_yaml import load
@@ -90,18 +91,23 @@ UNPORTABLE = {
 
 
 def describe(
-    config: QuantizeConfig, quantized: Iterable[str], kept: Iterable[str]
+    config: QuantizeConfig, quantized: Mapping[str, LayerConfig], kept: Iterable[str]
 ) -> dict[str, Any]:
-    """The dict for config.json. `quantized` and `kept` are full names of linears; kept ones lie inside the blocks.
+    """Return the dict for config.json.
+
+    `quantized` has the settings of linears by their full names; `kept` are full names of linears of
+    the blocks.
 
     When a linear of a block is kept, both dialects say so: transformers reads `modules_in_block_to_quantize`, GPTQModel
     and SGLang read `dynamic`. Mixtures say it in `dynamic` alone: transformers 5 cannot load quantized experts at all,
     and the list would hold tens of thousands of names. No value is null, `desc_act` is true and `static_groups` false
     if any g_idx is not trivial, `format` and `checkpoint_format` agree: each of these was seen to break a reader.
     """
-    quantized, kept = list(quantized), list(kept)
-    chosen = [choice for name in quantized if (choice := config.for_layer(name))]
-    ordered = any(choice.desc_act and not choice.static_groups for choice in chosen)
+    kept = list(kept)
+    ordered = False  # whether a g_idx is not trivial
+    for settings in quantized.values():
+        if settings.desc_act and not settings.static_groups:
+            ordered = True
     described: dict[str, Any] = {
         "quant_method": "gptq",
         "bits": config.bits,
@@ -130,7 +136,7 @@ def describe(
     if kept or overrides:
         described["dynamic"] = {rule: {} for rule in skip_rules([*kept, *whole])} | overrides
     if kept and not mixtures:
-        described["modules_in_block_to_quantize"] = [quantized]
+        described["modules_in_block_to_quantize"] = [list(quantized)]
     return described
 
 

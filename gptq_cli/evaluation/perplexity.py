@@ -160,7 +160,7 @@ def _windows(
     checkpoint: Checkpoint, request: EvalRequest, report: Report
 ) -> tuple[Windows, Documents]:
     said = request.seqlen is not None
-    seqlen = bounded_seqlen(request.seqlen or DEFAULT_SEQLEN, said=said, checkpoint=checkpoint)
+    seqlen = bounded_seqlen(request.seqlen or DEFAULT_SEQLEN, explicit=said, checkpoint=checkpoint)
     report(PhaseStarted("dataset", f"windows of {seqlen} tokens"))
     encoder = load_encoder(checkpoint.directory, trust_remote_code=request.trust_remote_code)
     source = DatasetSource(

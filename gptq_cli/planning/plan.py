@@ -1,4 +1,10 @@
-"""What a run will do, decided before it starts, from config.json and safetensors headers alone. Needs no torch."""
+"""Make the plan of a run before it starts, from config.json and safetensors headers alone.
+
+`_plan` is the whole of it, in order: find the repeated blocks and their linear layers, choose
+settings for each layer, refuse what cannot work, and lay out the output to the byte. A run plans
+twice: `plan_checkpoint` from headers, so that mistakes show at once, and `refine_plan` when the
+model has been built and tells which tensors are linear layers. Needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +12,9 @@ import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
+from math import gcd
 from os.path import commonpath
 from pathlib import Path
 
@@ -16,7 +24,7 @@ from gptq_cli.checkpoint.headers import BITS_OF_DTYPE, TensorInfo
 from gptq_cli.checkpoint.layout import Layout, TensorSpec, plan_layout
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from gptq_cli.config.leftovers import foreign_names, refuse_wrapped
-from gptq_cli.config.rules import keeping, matches, unmatched_rules
+from gptq_cli.config.rules import LayerChoice, keeping, matches, unmatched_rules
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.serving import settings_export, target_problems
 from gptq_cli.errors import ConfigError, InputError, Problem
@@ -25,26 +33,47 @@ from gptq_cli.planning.run_plan import HEAD, LayerPlan, RunPlan, check_target
 PACK_MULTIPLE = 32  # 32-bit words hold whole columns and whole rows of zero points
 USUAL_GROUP_SIZES = (128, 64, PACK_MULTIPLE)
 BEYOND = "of a block that the model does not run"
-_IN_LIST = re.compile(r"^(?P<list>.*?)\.(?P<index>\d+)\.(?P<inner>.+)\.weight$")
-
+_IN_LIST = re.compile(r"^(?P<list>.*?)\.\d+\..+\.weight$")
 
 Stacked = tuple[str, int, int]  # the tensor that holds a linear, out_features, in_features
 
 
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """The linear layers of a model that has been built, which headers alone cannot tell for sure.
+
+    `linears` has the names of linear modules, and whether each is stored [I, O]. `stacked` has the
+    linears that share one tensor with others. `unused` are the tensors that the model does not use.
+    """
+
+    linears: Mapping[str, bool]
+    stacked: Mapping[str, Stacked]
+    unused: Sequence[str]
+
+
 def plan_run(model_dir: Path, config: QuantizeConfig) -> RunPlan:
-    """The plan for the checkpoint in `model_dir`, as far as headers tell; raises as `plan_checkpoint` does."""
+    """Return the plan for the checkpoint in `model_dir`; raise what `plan_checkpoint` raises."""
     return plan_checkpoint(open_checkpoint(model_dir), config)
 
 
 def plan_checkpoint(source: Checkpoint, config: QuantizeConfig) -> RunPlan:
-    """Plan what becomes of each tensor of `source`, as far as headers and config.json tell.
+    """Return the plan for `source`, as far as headers and config.json tell.
 
-    ConfigError E_SHAPE lists every layer that cannot be packed, E_CFG_NO_MATCH every rule that matches nothing,
-    E_CFG_CONFLICT rules that keep a part of a tensor, E_TARGET what the target cannot load; InputError E_CKPT_QUANTIZED
-    as `plain_view` refuses quantized sources, E_CKPT_INCOMPLETE for names that a tool has put others before, what
-    `check_claims` refuses, E_ARCH one without repeated blocks or with linears of blocks elsewhere.
+    Raise ConfigError:
+
+    * E_SHAPE for every layer that cannot be packed
+    * E_CFG_NO_MATCH for every rule that matches nothing
+    * E_CFG_CONFLICT for rules that keep a part of a tensor
+    * E_TARGET for everything that the target cannot load
+
+    and InputError:
+
+    * E_CKPT_QUANTIZED if `plain_view` refuses a quantized source
+    * E_CKPT_INCOMPLETE for names that a tool has changed, and for everything that `check_claims`
+      refuses
+    * E_ARCH for a source without repeated blocks, or with linear layers of blocks elsewhere
     """
-    return _plan(source, config, None, None, None)
+    return _plan(source, config, None, {})
 
 
 def refine_plan(
@@ -54,345 +83,512 @@ def refine_plan(
     stacked: Mapping[str, Stacked],
     unused: Sequence[str],
 ) -> RunPlan:
-    """Return `plan` with what the model itself tells; raises as `plan_checkpoint` does.
+    """Return `plan` with the facts of the built model; raise what `plan_checkpoint` raises.
 
-    `linears`, the names of the model's linear modules and whether each is stored [I, O], tells 2-D tensors that are no
-    linears apart, `stacked` where those are that share a tensor, and `unused` what the model has no place for.
+    `linears`, `stacked` and `unused` are those of `Structure`. The rules are not asked again about
+    layers that `plan` knows.
     """
-    return _plan(plan.source, config, linears, stacked, unused)
+    choices = {layer.name: layer.choice for layer in plan.layers if layer.choice}
+    model = Structure(linears, stacked, unused)
+    return _plan(plan.source, config, model, choices)
 
 
 def _plan(
     source: Checkpoint,
     config: QuantizeConfig,
-    linears: Mapping[str, bool] | None,
-    stacked: Mapping[str, Stacked] | None,
-    unused: Sequence[str] | None,
+    model: Structure | None,
+    choices: Mapping[str, LayerChoice],
 ) -> RunPlan:
+    """Make a plan, with or without the built model; `choices` of the rules are known already."""
     plain = plain_view(source, allow_requantize=config.allow_requantize)
-    if linears is None:
+    if model is None:
         refuse_wrapped(plain.tensors.keys(), own_code="auto_map" in source.config)
-    known = {f"{name}.weight" for name in linears or ()}
-    shapes = {name: tensor.shape for name, tensor in plain.tensors.items()}
-    foreign = [name for name in foreign_names(shapes) if name not in known]
-    others = set(foreign)
-    asked_for = [tensor for name, tensor in plain.tensors.items() if name not in others]
-    blocks, found = find_block_linears(asked_for, linears)
+    foreign = _foreign_names(plain, model)
+    unused: Iterable[str] = foreign
+    if model is not None:
+        unused = model.unused
+    tensors = [tensor for name, tensor in plain.tensors.items() if name not in foreign]
+    blocks, weights = find_block_linears(tensors, model)
     check_claims(source)
-    routers = find_routers(asked_for, blocks)
-    layers = [_choose(source, plain, blocks, tensor, config, linears, routers) for tensor in found]
-    layers += [
-        _choose_stacked(source, plain, blocks, config, name, place)
-        for name, place in (stacked or {}).items()
-    ]
-    end = _end_of_blocks(source, blocks, linears)
-    layers = [
-        replace(layer, config=None, why=BEYOND) if layer.block >= end else layer for layer in layers
-    ]
-    layers.sort(key=lambda layer: layer.block)
-    n_blocks = len({layer.block for layer in layers if layer.block < end})
+
+    chooser = _Chooser(source, plain, blocks, config, model, choices)
+    layers = chooser.plan_layers(weights, _find_routers(tensors, blocks))
     plain = _as_kept(plain, layers)
-    _check_found(layers, linears or {})
+    if model is not None:
+        _check_found(layers, model.linears)
     if config.lm_head:
-        layers.append(_head(source, plain, config, n_blocks))
-    if linears is not None or not _has_stacks(plain, blocks):
-        _check_rules(config, layers)
-    _check_shapes(layers, config)
-    _check_stacks(layers)
-    check_target(layers, config)
+        layers.append(chooser.plan_head(_head_weight(source, plain)))
+
+    names_are_known = model is not None or not _has_stacks(plain, blocks)
+    _check_layers(layers, config, names_are_known=names_are_known)
     return RunPlan(
         source=source,
         plain=plain,
         blocks=blocks,
-        n_blocks=n_blocks,
+        n_blocks=chooser.n_blocks,
         layers=tuple(layers),
         layout=_lay_out(plain, layers, config.max_shard_bytes),
-        unused=tuple(foreign if unused is None else unused),
+        unused=tuple(unused),
     )
 
 
-def _end_of_blocks(source: Checkpoint, blocks: str, linears: Mapping[str, bool] | None) -> int:
-    """The number behind that of the model's last block; a checkpoint may hold more, that predict several tokens."""
-    if linears is None:
-        return sys.maxsize if source.n_blocks is None else source.n_blocks
-    numbers = (
-        name.removeprefix(f"{blocks}.").partition(".")[0]
-        for name in linears
-        if name.startswith(f"{blocks}.")
-    )
-    return 1 + max(map(int, numbers), default=-1)
+# ---------------------------------------------------------------- blocks and their linear layers
 
 
-def find_routers(tensors: Iterable[TensorInfo], blocks: str) -> set[str]:
-    """Names of the weights that choose or weigh experts: beside experts, with one row, or with one for each of them."""
-    single = re.compile(rf"({re.escape(blocks)}\.\d+(?:\..+)?)\.[^.]+\.(\d+)\.[^.]+\.weight")
-    n_experts: dict[str, int] = {}
-    others = []
-    for tensor in tensors:
-        if match := single.fullmatch(tensor.name):
-            n_experts[match[1]] = max(int(match[2]) + 1, n_experts.get(match[1], 0))
-        elif len(tensor.shape) == 2:
-            others.append(tensor)
-        elif len(tensor.shape) == 3 and tensor.shape[1] > 1:  # no convolution of single channels
-            holder = tensor.name.removesuffix(".weight").rpartition(".")[0]
-            n_experts[holder.removesuffix(".experts")] = tensor.shape[0]
-    return {
-        tensor.name
-        for parent, count in n_experts.items()
-        for tensor in others
-        if tensor.shape[0] in (1, count) and tensor.name.startswith(f"{parent}.")
-    }
-
-
-def _has_stacks(plain: Plain, blocks: str) -> bool:
-    return any(
-        len(tensor.shape) == 3 and name.startswith(f"{blocks}.")
-        for name, tensor in plain.tensors.items()
-    )
+def _foreign_names(plain: Plain, model: Structure | None) -> dict[str, None]:
+    """Names of tensors that no model uses, in file order, except those that this model uses."""
+    shapes = {name: tensor.shape for name, tensor in plain.tensors.items()}
+    foreign = dict.fromkeys(foreign_names(shapes))
+    if model is not None:
+        for name in model.linears:
+            foreign.pop(f"{name}.weight", None)
+    return foreign
 
 
 def find_block_linears(
-    tensors: Iterable[TensorInfo], linears: Mapping[str, bool] | None = None
+    tensors: Iterable[TensorInfo], model: Structure | None = None
 ) -> tuple[str, list[TensorInfo]]:
-    """The name of the repeated list of blocks ("model.layers") and its 2-D weights, in block order.
+    """Return the name of the repeated list of blocks ("model.layers") and its 2-D weights.
 
-    Of all outermost numbered lists the one with most bytes in 2-D weights (of `linears`, if given) is the decoder:
-    embeddings are not in lists, vision towers and routers are smaller.
+    The weights are in block order. The decoder is the outermost numbered list with most bytes in
+    2-D weights (if `model` is given, in weights of its linears): embeddings are not in lists, and
+    vision towers and routers are smaller.
     """
-    lists: dict[str, list[tuple[int, TensorInfo]]] = defaultdict(list)
+    lists: dict[str, list[TensorInfo]] = defaultdict(list)
+    nbytes: Counter[str] = Counter()
     for tensor in tensors:
-        match = _IN_LIST.match(tensor.name)
-        if match and len(tensor.shape) == 2 and BITS_OF_DTYPE[tensor.dtype] >= 16:
-            lists[match["list"]].append((int(match["index"]), tensor))
+        name = _list_of(tensor)
+        if name is not None:
+            lists[name].append(tensor)
+            if model is None or tensor.name.removesuffix(".weight") in model.linears:
+                nbytes[name] += tensor.nbytes
     if not lists:
         raise InputError(
             "E_ARCH", "no repeated blocks with linear layers were found in the checkpoint"
         )
-
-    def weigh(key: str) -> int:
-        return sum(
-            t.nbytes
-            for _, t in lists[key]
-            if linears is None or t.name.removesuffix(".weight") in linears
-        )
-
-    name = max(lists, key=weigh)
-    return name, [tensor for _, tensor in sorted(lists[name], key=lambda item: item[0])]
+    blocks = max(lists, key=lambda name: nbytes[name])
+    lists[blocks].sort(key=lambda tensor: _place_in_blocks(tensor.name, blocks)[0])
+    return blocks, lists[blocks]
 
 
-def _choose(
-    source: Checkpoint,
-    plain: Plain,
-    blocks: str,
-    tensor: TensorInfo,
-    config: QuantizeConfig,
-    linears: Mapping[str, bool] | None,
-    routers: set[str],
-) -> LayerPlan:
-    name = tensor.name.removesuffix(".weight")
+def _list_of(tensor: TensorInfo) -> str | None:
+    """Return the outermost numbered list that holds a 2-D weight of 16 bits or more."""
+    match = _IN_LIST.match(tensor.name)
+    if match is None or len(tensor.shape) != 2 or BITS_OF_DTYPE[tensor.dtype] < 16:
+        return None
+    return match["list"]
+
+
+def _find_routers(tensors: Sequence[TensorInfo], blocks: str) -> set[str]:
+    """Names of the weights that choose or weigh experts.
+
+    They lie beside experts and have one row, or one row for each expert.
+    """
+    of_expert = re.compile(rf"({re.escape(blocks)}\.\d+(?:\..+)?)\.[^.]+\.(\d+)\.[^.]+\.weight")
+    n_experts: dict[str, int] = {}  # by the module that holds the experts
+    matrices = []
+    for tensor in tensors:
+        match = of_expert.fullmatch(tensor.name)
+        if match:
+            n_experts[match[1]] = max(int(match[2]) + 1, n_experts.get(match[1], 0))
+        elif len(tensor.shape) == 2:
+            matrices.append(tensor)
+        elif len(tensor.shape) == 3 and tensor.shape[1] > 1:  # no convolution of single channels
+            holder = tensor.name.removesuffix(".weight").rpartition(".")[0]
+            n_experts[holder.removesuffix(".experts")] = tensor.shape[0]
+    routers = set()
+    for matrix in matrices:
+        if _is_router(matrix, n_experts):
+            routers.add(matrix.name)
+    return routers
+
+
+def _is_router(tensor: TensorInfo, n_experts: Mapping[str, int]) -> bool:
+    parent = tensor.name.rpartition(".")[0]
+    while parent:
+        if parent in n_experts and tensor.shape[0] in (1, n_experts[parent]):
+            return True
+        parent = parent.rpartition(".")[0]
+    return False
+
+
+def _has_stacks(plain: Plain, blocks: str) -> bool:
+    """True if a tensor of the blocks is 3-D, which most often holds all experts of a layer."""
+    for name, tensor in plain.tensors.items():
+        if len(tensor.shape) == 3 and name.startswith(f"{blocks}."):
+            return True
+    return False
+
+
+def _end_of_blocks(source: Checkpoint, blocks: str, model: Structure | None) -> int:
+    """Return the number of blocks that the model runs; a very large one if nothing tells it.
+
+    A checkpoint may hold more blocks than that: some models have blocks that predict further
+    tokens, which transformers does not run.
+    """
+    if model is None:
+        if source.n_blocks is None:
+            return sys.maxsize
+        return source.n_blocks
+    end = 0
+    for name in model.linears:
+        if name.startswith(f"{blocks}."):
+            end = max(end, 1 + _place_in_blocks(name, blocks)[0])
+    return end
+
+
+def _place_in_blocks(name: str, blocks: str) -> tuple[int, str]:
+    """Return the number of the block of a linear layer, and the name of the layer inside it."""
     index, _, inner = name.removeprefix(f"{blocks}.").partition(".")
-    transposed = stores_transposed(source.config) if linears is None else linears.get(name, False)
-    turned = transposed and not plain.is_packed(tensor.name)
-    out_features, in_features = reversed(tensor.shape) if turned else tensor.shape
-    if tensor.name in routers:
-        chosen, why = None, "router of experts"
-    elif linears is not None and name not in linears:
-        chosen, why = None, "not a linear layer"
-    elif not config.reaches(inner):
-        chosen, why = None, "not in modules_in_block_to_quantize"
-    else:
-        choice = config.choose(name)
-        chosen, why = choice.config, choice.why
-    return LayerPlan(name, int(index), out_features, in_features, chosen, why, tensor, transposed)
+    return int(index), inner
 
 
-def _as_kept(plain: Plain, layers: list[LayerPlan]) -> Plain:
-    """`plain` with packed weights that are kept as the model stores them, which may be [I, O]."""
-    kept = {layer.weight.name for layer in layers if layer.transposed and layer.config is None}
-    turned = {
-        name: replace(plain.tensors[name], shape=plain.tensors[name].shape[::-1])
-        for name in kept
-        if plain.is_packed(name)
-    }
-    return replace(plain, tensors=plain.tensors | turned) if turned else plain
+# ---------------------------------------------------------------- settings of each layer
 
 
-def _choose_stacked(
-    source: Checkpoint, plain: Plain, blocks: str, config: QuantizeConfig, name: str, place: Stacked
-) -> LayerPlan:
-    stack, out_features, in_features = place
-    weight = replace(plain.tensors[stack], name=f"{name}.weight", shape=(out_features, in_features))
-    layer = _choose(source, plain, blocks, weight, config, {name: False}, set())
-    return replace(layer, stack=stack)
+class _Chooser:
+    """Chooses the settings of each linear layer of one source; asks the rules once for a name."""
 
+    def __init__(
+        self,
+        source: Checkpoint,
+        plain: Plain,
+        blocks: str,
+        config: QuantizeConfig,
+        model: Structure | None,
+        choices: Mapping[str, LayerChoice],
+    ) -> None:
+        self._plain, self._blocks, self._config, self._model = plain, blocks, config, model
+        self._choices = choices
+        self._transposed = stores_transposed(source.config)
+        self._end = _end_of_blocks(source, blocks, model)
+        self.n_blocks = 0  # that hold linear layers, known after `plan_layers`
 
-def _check_stacks(layers: list[LayerPlan]) -> None:
-    quantized: dict[str, set[bool]] = defaultdict(set)
-    for layer in layers:
-        if layer.stack:
-            quantized[layer.stack].add(layer.config is not None)
-    split = [stack for stack, found in quantized.items() if len(found) > 1]
-    if split:
-        raise ConfigError(
-            "E_CFG_CONFLICT", f"rules keep a part of `{split[0]}`, which holds all experts in one tensor",
-            hint="quantize all of its experts or none",
-        )  # fmt: skip
+    def plan_layers(self, weights: Iterable[TensorInfo], routers: set[str]) -> list[LayerPlan]:
+        """Plan the linear layers with these weights and those that share a tensor, by block."""
+        layers = []
+        for weight in weights:
+            layers.append(self._plan_weight(weight, routers))
+        if self._model is not None:
+            for name, stacked in self._model.stacked.items():
+                layers.append(self._plan_stacked(name, stacked))
+        layers.sort(key=lambda layer: layer.block)
+        self.n_blocks = len({layer.block for layer in layers if layer.block < self._end})
+        return layers
 
-
-def _check_found(layers: list[LayerPlan], linears: Mapping[str, bool]) -> None:
-    lost = sorted(set(linears) - {layer.name for layer in layers} - {HEAD})
-    if lost:
-        raise InputError(
-            "E_ARCH",
-            f"`{lost[0]}` is a linear layer of the blocks, but not beside the others in the checkpoint",
+    def plan_head(self, weight: TensorInfo) -> LayerPlan:
+        choice = self._choice(HEAD)
+        rows, columns = weight.shape
+        return LayerPlan(
+            HEAD, self.n_blocks, rows, columns, choice.config, choice.why, weight, choice=choice
         )
 
+    def _plan_weight(self, weight: TensorInfo, routers: set[str]) -> LayerPlan:
+        name = weight.name.removesuffix(".weight")
+        transposed = self._transposed
+        if self._model is not None:
+            transposed = self._model.linears.get(name, False)
+        out_features, in_features = weight.shape
+        if transposed and not self._plain.is_packed(weight.name):
+            in_features, out_features = weight.shape
+        why = None
+        if weight.name in routers:
+            why = "router of experts"
+        elif self._model is not None and name not in self._model.linears:
+            why = "not a linear layer"
+        layer = self._plan_layer(weight, (out_features, in_features), why)
+        return replace(layer, transposed=transposed)
 
-def _head(source: Checkpoint, plain: Plain, config: QuantizeConfig, block: int) -> LayerPlan:
+    def _plan_stacked(self, name: str, stacked: Stacked) -> LayerPlan:
+        stack, *shape = stacked
+        tensor = self._plain.tensors[stack]
+        weight = replace(tensor, name=f"{name}.weight", shape=tuple(shape))
+        return replace(self._plan_layer(weight, (shape[0], shape[1]), None), stack=stack)
+
+    def _plan_layer(self, weight: TensorInfo, shape: tuple[int, int], why: str | None) -> LayerPlan:
+        """Plan one linear of a block; `why` is the reason to keep it, if there is one already."""
+        name = weight.name.removesuffix(".weight")
+        block, inner = _place_in_blocks(name, self._blocks)
+        if block >= self._end:
+            why = BEYOND
+        elif why is None and not self._config.reaches(inner):
+            why = "not in modules_in_block_to_quantize"
+        if why is not None:
+            return LayerPlan(name, block, *shape, None, why, weight)
+        choice = self._choice(name)
+        return LayerPlan(name, block, *shape, choice.config, choice.why, weight, choice=choice)
+
+    def _choice(self, name: str) -> LayerChoice:
+        return self._choices.get(name) or self._config.choose(name)
+
+
+def _head_weight(source: Checkpoint, plain: Plain) -> TensorInfo:
+    """Return the weight of the head: its own, or the embedding if the two are tied."""
     weight = plain.tensors.get(f"{HEAD}.weight")
-    if weight is None and source.config.get("tie_word_embeddings", True):
+    if weight is not None:
+        return weight
+    if source.config.get("tie_word_embeddings", True):
         rows = source.config.get("vocab_size")
         tables = [t for t in plain.tensors.values() if len(t.shape) == 2 and t.shape[0] == rows]
-        weight = replace(tables[0], name=f"{HEAD}.weight") if len(tables) == 1 else None
-    if weight is None:
-        raise InputError(
-            "E_ARCH",
-            f"`{source.directory}` has no {HEAD}.weight to quantize",
-            hint="leave out --lm-head",
-        )
-    choice = config.choose(HEAD)
-    return LayerPlan(
-        HEAD, block, weight.shape[0], weight.shape[1], choice.config, choice.why, weight
+        if len(tables) == 1:
+            return replace(tables[0], name=f"{HEAD}.weight")
+    raise InputError(
+        "E_ARCH",
+        f"`{source.directory}` has no {HEAD}.weight to quantize",
+        hint="leave out --lm-head",
     )
 
 
-def _check_rules(config: QuantizeConfig, layers: list[LayerPlan]) -> None:
-    unused = unmatched_rules(config.dynamic, [layer.name for layer in layers])
-    if unused:
-        _, example = keeping([min(layer.name for layer in layers)], in_all_blocks=True)
+def _as_kept(plain: Plain, layers: Iterable[LayerPlan]) -> Plain:
+    """Return `plain` with the shapes in which packed weights that are kept will be written.
+
+    The model may store them [I, O], but packed they are [O, I].
+    """
+    turned = {}
+    for layer in layers:
+        name = layer.weight.name
+        if layer.transposed and layer.config is None and plain.is_packed(name):
+            tensor = plain.tensors[name]
+            turned[name] = replace(tensor, shape=tensor.shape[::-1])
+    if not turned:
+        return plain
+    return replace(plain, tensors=plain.tensors | turned)
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def _check_layers(
+    layers: Sequence[LayerPlan], config: QuantizeConfig, *, names_are_known: bool
+) -> None:
+    """Refuse rules, shapes and settings that cannot work.
+
+    Headers do not tell the names of experts that share a tensor. Until the model does, a rule that
+    matches nothing may still match one of them.
+    """
+    if names_are_known:
+        _check_rules(config, layers)
+    _check_shapes(layers, config)
+    _check_stacks(layers)
+    check_target(layers, config)
+
+
+def _check_found(layers: Iterable[LayerPlan], linears: Mapping[str, bool]) -> None:
+    """InputError E_ARCH if the model has linear layers for which no weight was found."""
+    missing = set(linears) - {layer.name for layer in layers} - {HEAD}
+    if missing:
+        raise InputError(
+            "E_ARCH",
+            f"`{min(missing)}` is a linear layer of the blocks, "
+            "but it is not beside the others in the checkpoint",
+        )
+
+
+def _check_rules(config: QuantizeConfig, layers: Sequence[LayerPlan]) -> None:
+    """Refuse rules and names that match nothing, and a run that would quantize nothing.
+
+    Raise ConfigError E_CFG_NO_MATCH or E_CFG_NOTHING_TO_DO.
+    """
+    names = [layer.name for layer in layers]
+    problems = []
+    for rule in unmatched_rules(config.dynamic, names):
+        _, example = keeping([min(names)], in_all_blocks=True)
         hint = f"rules match from the start of the full name, for example {example}"
-        raise ConfigError.of(
-            [Problem("E_CFG_NO_MATCH", f"rule {rule!r} matches no layer", hint) for rule in unused]
-        )
-    listed = [item for stage in config.modules_in_block_to_quantize or () for item in stage]
-    absent = [item for item in listed if not any(layer.name.endswith(item) for layer in layers)]
-    if absent:
-        known = min(layer.name for layer in layers).rpartition(".")[2]
-        hint = f"a name stands for all layers that end with it, for example {known}"
-        said = "modules_in_block_to_quantize names {!r}, and no layer ends so"
-        raise ConfigError.of(
-            [Problem("E_CFG_NO_MATCH", said.format(item), hint) for item in absent]
-        )
+        problems.append(Problem("E_CFG_NO_MATCH", f"rule {rule!r} matches no layer", hint))
+    problems = problems or _unmatched_modules(config, names)
+    if problems:
+        raise ConfigError.of(problems)
     if not any(layer.config for layer in layers):
         raise ConfigError("E_CFG_NOTHING_TO_DO", "the rules leave no layer to quantize")
 
 
+def _unmatched_modules(config: QuantizeConfig, names: Sequence[str]) -> list[Problem]:
+    """E_CFG_NO_MATCH for each of `modules_in_block_to_quantize` with which no name ends."""
+    problems = []
+    for stage in config.modules_in_block_to_quantize or ():
+        for module in stage:
+            if not any(name.endswith(module) for name in names):
+                example = min(names).rpartition(".")[2]
+                hint = f"a name stands for all layers that end with it, for example {example}"
+                message = f"modules_in_block_to_quantize has {module!r}, but no layer ends with it"
+                problems.append(Problem("E_CFG_NO_MATCH", message, hint))
+    return problems
+
+
+def _check_stacks(layers: Iterable[LayerPlan]) -> None:
+    """ConfigError E_CFG_CONFLICT if only some of the experts in one tensor are quantized."""
+    is_quantized: dict[str, bool] = {}
+    for layer in layers:
+        quantized = layer.config is not None
+        if layer.stack and is_quantized.setdefault(layer.stack, quantized) != quantized:
+            raise ConfigError(
+                "E_CFG_CONFLICT",
+                f"rules keep a part of `{layer.stack}`, which holds all experts in one tensor",
+                hint="quantize all of its experts or none",
+            )
+
+
 def check_shared(plan: RunPlan, shared: Collection[str]) -> None:
-    """InputError E_ARCH if a linear among those that several blocks share is to be quantized."""
+    """InputError E_ARCH if a linear layer to be quantized is among those that blocks share."""
     found = [layer for layer in plan.quantized if layer.name in shared]
-    if found:
-        kinds = list(dict.fromkeys(map(_kind, found)))
-        holder = f"{commonpath([kind.replace('.', '/') for kind in kinds]).replace('/', '.')}."
-        inside = [layer for layer in plan.quantized if _kind(layer).startswith(holder)]
-        rule = _rule(holder) if inside == found else f"({'|'.join(map(_rule, kinds))})$"
-        raise InputError(
-            "E_ARCH",
-            f"`{found[0].name}` is shared by several blocks, each of which would calibrate it for itself",
-            hint=f"keep {'it' if len(found) == 1 else f'all {len(found)} of them'}: --dynamic '-:{rule}'",
-        )
-
-
-def _check_shapes(layers: list[LayerPlan], config: QuantizeConfig) -> None:
-    quantized = [layer for layer in layers if layer.config]
-    wrong = [(layer, why) for layer in quantized if (why := _unfit(layer))]
-    kinds: dict[str, Counter[str]] = defaultdict(Counter)
-    for layer, why in wrong:
-        kinds[why][_kind(layer)] += 1
-    if not kinds:
+    if not found:
         return
-    misfits = [layer for layer, _ in wrong]
-    remedies = [_other_groups(misfits, quantized, config), _keeping(misfits, quantized)]
-    hint = ", or ".join(remedy for remedy in remedies if remedy) or None
-    raise ConfigError.of([_misfit(why, names, hint) for why, names in kinds.items()])
+    kept = "it"
+    if len(found) > 1:
+        kept = f"all {len(found)} of them"
+    raise InputError(
+        "E_ARCH",
+        f"`{found[0].name}` is shared by several blocks, "
+        "each of which would calibrate it for itself",
+        hint=f"keep {kept}: --dynamic '-:{_pattern_of_shared(found, plan.quantized)}'",
+    )
 
 
-def _misfit(why: str, kinds: Counter[str], hint: str | None) -> Problem:
-    """One problem for all kinds of layers that do not fit for the same reason."""
-    named, count = ", ".join(f"`{name}`" for name in kinds), kinds.total()
-    return Problem("E_SHAPE", f"{why}: {named}" + (f" ({count} layers)" if count > 1 else ""), hint)
-
-
-def _other_groups(
-    misfits: list[LayerPlan], quantized: list[LayerPlan], config: QuantizeConfig
-) -> str:
-    """The advice to choose another group size; empty if there is none that all layers and the target take."""
-    if any(not _packs(layer) for layer in misfits):
-        return ""
-    origins = {_rule_of_size(layer, config) for layer in misfits}
-    if len(origins) > 1:
-        return ""
-    (origin,) = origins
-    alike = [layer for layer in quantized if _rule_of_size(layer, config) == origin]
-    fitting = [
-        size for size in USUAL_GROUP_SIZES if all(layer.in_features % size == 0 for layer in alike)
-    ]
-    loaded = [str(size) for size in (*fitting[:1], -1) if origin or _loads(config, size)]
-    where = f"all layers of rule '{origin}'" if origin else "all layers"
-    return f"use a group_size that fits {where}, such as {' or '.join(loaded)}" if loaded else ""
-
-
-def _rule_of_size(layer: LayerPlan, config: QuantizeConfig) -> str | None:
-    """The rule that says the layer's group size, if one does."""
-    rules = [rule for rule, changes in config.dynamic.items() if "group_size" in changes]
-    return next((rule for rule in rules if layer.why == f"rule '{rule}'"), None)
-
-
-def _loads(config: QuantizeConfig, group_size: int) -> bool:
-    changed = config.model_copy(update={"group_size": group_size})
-    return not target_problems(settings_export(changed), config.target)
-
-
-def _keeping(misfits: list[LayerPlan], quantized: list[LayerPlan]) -> str:
-    """The advice to keep layers that do not fit; empty if no layer would be left to quantize."""
-    rule, option = keeping([layer.name for layer in misfits], in_all_blocks=True)
-    if all(matches(rule, layer.name) for layer in quantized):
-        return ""
-    return f"keep {'it' if len(misfits) == 1 else 'them'}: {option}"
+def _pattern_of_shared(shared: Sequence[LayerPlan], quantized: Iterable[LayerPlan]) -> str:
+    """Return a pattern for the shared layers: the module that holds them, or their own names."""
+    paths = {}
+    for layer in shared:
+        kind = _kind(layer)
+        paths[kind] = kind.replace(".", "/")
+    holder = commonpath(paths.values()).replace("/", ".") + "."
+    inside = [layer for layer in quantized if _kind(layer).startswith(holder)]
+    if inside == shared:
+        return _pattern(holder)
+    return f"({'|'.join(map(_pattern, paths))})$"
 
 
 def _kind(layer: LayerPlan) -> str:
-    """The name that the same layer of every block shares."""
+    """Return the name that the same layer of every block shares, with N for each number."""
     return re.sub(r"\.\d+(?=\.)", ".N", layer.name)
 
 
-def _rule(kind: str) -> str:
-    return re.sub(r"\.N\.(N\.)*", lambda numbers: "[.]" + "[0-9]+[.]" * numbers[0].count("N"), kind)
+def _pattern(kind: str) -> str:
+    """Return the regular expression for the layers of a kind."""
+    return re.sub(r"\.N\.(N\.)*", lambda match: "[.]" + "[0-9]+[.]" * match[0].count("N"), kind)
 
 
-def _packs(layer: LayerPlan) -> bool:
-    return layer.in_features % PACK_MULTIPLE == layer.out_features % PACK_MULTIPLE == 0
+# ---------------------------------------------------------------- shapes that can be packed
 
 
-def _unfit(layer: LayerPlan) -> str | None:
-    """Why a layer that is to be quantized does not fit."""
+def _check_shapes(layers: Iterable[LayerPlan], config: QuantizeConfig) -> None:
+    """ConfigError E_SHAPE with one problem for each reason why layers cannot be packed."""
+    quantized, misfits = [], []
+    kinds_by_reason: dict[str, Counter[str]] = defaultdict(Counter)
+    for layer in layers:
+        if layer.config is None:
+            continue
+        quantized.append(layer)
+        reason = _misfit_reason(layer)
+        if reason:
+            misfits.append(layer)
+            kinds_by_reason[reason][_kind(layer)] += 1
+    if not misfits:
+        return
+    advice = [
+        _advise_group_size(misfits, quantized, config),
+        _advise_keeping(misfits, quantized),
+    ]
+    hint = ", or ".join(filter(None, advice)) or None
+    problems = []
+    for reason, kinds in kinds_by_reason.items():
+        problems.append(Problem("E_SHAPE", _misfit_message(reason, kinds), hint))
+    raise ConfigError.of(problems)
+
+
+def _misfit_message(reason: str, kinds: Counter[str]) -> str:
+    message = f"{reason}: `{'`, `'.join(kinds)}`"
+    if kinds.total() == 1:
+        return message
+    return f"{message} ({kinds.total()} layers)"
+
+
+def _misfit_reason(layer: LayerPlan) -> str | None:
+    """Return the reason why a layer to be quantized cannot be packed; None if it can."""
     if layer.in_features % PACK_MULTIPLE:
         return f"{layer.in_features} input features are no multiple of {PACK_MULTIPLE}"
     if layer.out_features % PACK_MULTIPLE:
         return f"{layer.out_features} output features are no multiple of {PACK_MULTIPLE}"
     assert layer.config is not None
     if layer.in_features % layer.config.columns_per_group(layer.in_features):
-        return f"group_size {layer.config.group_size} does not divide the {layer.in_features} input features"
+        group_size = f"group_size {layer.config.group_size}"
+        return f"{group_size} does not divide the {layer.in_features} input features"
     return None
 
 
-def _lay_out(plain: Plain, layers: list[LayerPlan], max_shard_bytes: int) -> Layout:
+def _advise_group_size(
+    misfits: Sequence[LayerPlan], quantized: Iterable[LayerPlan], config: QuantizeConfig
+) -> str:
+    """Return the advice to choose another group size; empty if no size would do.
+
+    The size has to fit all layers whose group_size stands at the same place, and the target.
+    """
+    rule = _rule_with_group_size(misfits[0], config)
+    for layer in misfits:
+        if layer.in_features % PACK_MULTIPLE or layer.out_features % PACK_MULTIPLE:
+            return ""
+        if _rule_with_group_size(layer, config) != rule:
+            return ""
+    alike = [layer for layer in quantized if _rule_with_group_size(layer, config) == rule]
+    sizes = _usual_sizes(alike)
+    if rule is not None:
+        return _use_group_size(sizes, f"all layers of rule '{rule}'")
+    return _use_group_size(filter(partial(_target_loads, config), sizes), "all layers")
+
+
+def _use_group_size(sizes: Iterable[int], where: str) -> str:
+    named = " or ".join(map(str, sizes))
+    if not named:
+        return ""
+    return f"use a group_size that fits {where}, such as {named}"
+
+
+def _usual_sizes(layers: Iterable[LayerPlan]) -> list[int]:
+    """Return the largest usual group size that fits all layers, if any, and -1 for whole rows."""
+    width = 0  # its divisors are those of the inputs of all layers
+    for layer in layers:
+        width = gcd(width, layer.in_features)
+    for size in USUAL_GROUP_SIZES:
+        if width % size == 0:
+            return [size, -1]
+    return [-1]
+
+
+def _rule_with_group_size(layer: LayerPlan, config: QuantizeConfig) -> str | None:
+    """Return the rule that sets the layer's group size; None if it is the default one."""
+    for rule, changes in config.dynamic.items():
+        if "group_size" in changes and layer.why == f"rule '{rule}'":
+            return rule
+    return None
+
+
+def _target_loads(config: QuantizeConfig, group_size: int) -> bool:
+    changed = config.model_copy(update={"group_size": group_size})
+    return not target_problems(settings_export(changed), config.target)
+
+
+def _advise_keeping(misfits: Sequence[LayerPlan], quantized: Iterable[LayerPlan]) -> str:
+    """Return the advice to keep layers that do not fit; empty if it would keep all layers."""
+    rule, option = keeping([layer.name for layer in misfits], in_all_blocks=True)
+    if all(matches(rule, layer.name) for layer in quantized):
+        return ""
+    if len(misfits) == 1:
+        return f"keep it: {option}"
+    return f"keep them: {option}"
+
+
+# ---------------------------------------------------------------- the output
+
+
+def _lay_out(plain: Plain, layers: Iterable[LayerPlan], max_shard_bytes: int) -> Layout:
+    """Lay out the output in the order of the source; quantized layers take their weight's place."""
     packed: dict[str, list[tuple[TensorSpec, ...]]] = defaultdict(list)
     for layer in layers:
         if layer.config:
             packed[layer.stack or layer.weight.name].append(layer.packed())
     units = []
     for tensor in plain.tensors.values():
-        units += packed.pop(tensor.name, [(TensorSpec(tensor.name, tensor.dtype, tensor.shape),)])
-    for tied_head in packed.values():
+        unchanged = (TensorSpec(tensor.name, tensor.dtype, tensor.shape),)
+        units += packed.pop(tensor.name, [unchanged])
+    for tied_head in packed.values():  # has no tensor of its own in the source
         units += tied_head
     return plan_layout(units, max_shard_bytes)

@@ -1,5 +1,9 @@
-"""The content of a plan: linears with their settings, where each byte of the output goes, how long
-a window of text may be, and the default name of the output. Needs no torch.
+"""A plan: the linear layers with their settings, and the place of each byte of the output.
+
+`plan.py` makes plans. Beside the plan itself this file holds what is derived from a plan and its
+configuration: how long a window of text may be, the default name of the output, and in the last
+part the warnings that a user should read before the run, above all about engines that would not
+serve the output. Needs no torch.
 """
 
 from __future__ import annotations
@@ -10,10 +14,10 @@ from dataclasses import dataclass
 from gptq_cli.checkpoint.decoded import Plain
 from gptq_cli.checkpoint.headers import TensorInfo
 from gptq_cli.checkpoint.layout import Layout, TensorSpec, packed_specs
-from gptq_cli.checkpoint.source import Checkpoint
+from gptq_cli.checkpoint.source import Checkpoint, Remark
 from gptq_cli.config.layer import LayerConfig
 from gptq_cli.config.leftovers import is_of_adapter
-from gptq_cli.config.rules import expert_part, split_experts, split_groups
+from gptq_cli.config.rules import LayerChoice, expert_part, split_experts, split_groups
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.serving import Verdict, export_of, limits, target_problems, verdicts
 from gptq_cli.config.serving_table import (
@@ -29,14 +33,18 @@ from gptq_cli.files import expanded, resolved
 from gptq_cli.hub_errors import plain_name
 
 HEAD = "lm_head"
+MARLIN_WIDTH = 128  # the kernels that serve experts need a hidden size that is a multiple of this
+INTO_HIDDEN = {"down_proj", "w2"}  # linears of an expert whose outputs are hidden states
 
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """One linear layer: `config` None means that it stays as it is, and `why` says for what reason.
+    """One linear layer: its settings, or None in `config` if it is kept, and in `why` the reason.
 
-    `transposed`: the source stores its weight [I, O], as GPT-2 does; quantized it is [O, I] as every other. `stack` is
-    the source tensor that holds `weight` beside those of other experts; a tensor of its own it becomes here.
+    `transposed` is true if the source stores the weight [I, O], as GPT-2 does; the quantized weight
+    is always [O, I]. `stack` is the source tensor that holds `weight` beside those of other
+    experts; the output gives the layer tensors of its own. `choice` is what the rules say about
+    the layer, None if they were not asked.
     """
 
     name: str
@@ -48,31 +56,44 @@ class LayerPlan:
     weight: TensorInfo
     transposed: bool = False
     stack: str | None = None
+    choice: LayerChoice | None = None
 
     @property
     def stored(self) -> tuple[int, int, bool] | None:
-        """What readers see of the settings: bits, group_size, sym; None if the layer stays as it is."""
-        return (self.config.bits, self.config.group_size, self.config.sym) if self.config else None
+        """The settings that readers see: bits, group_size, sym; None if the layer is kept."""
+        if self.config is None:
+            return None
+        return self.config.bits, self.config.group_size, self.config.sym
 
     @property
     def groups(self) -> int:
         assert self.config is not None
         return self.in_features // self.config.columns_per_group(self.in_features)
 
+    @property
+    def n_weights(self) -> int:
+        return self.out_features * self.in_features
+
     def packed(self) -> tuple[TensorSpec, ...]:
-        """The tensors that replace this layer's weight."""
+        """Return the tensors that replace this layer's weight."""
         assert self.config is not None
         return packed_specs(
             self.weight.name, self.out_features, self.in_features, self.groups, self.config.bits
         )
 
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the quantized layer, with scales, zero points and g_idx."""
+        return sum(spec.nbytes for spec in self.packed())
+
 
 @dataclass(frozen=True, slots=True)
 class RunPlan:
-    """Every linear of the blocks (and the head, if it is to be quantized), and where each output byte will go.
+    """Every linear layer of the blocks (and the head, if it is to be quantized), and the layout.
 
-    `plain` are the tensors that `source` stands for, which are its own unless it is stored in codes. `unused` are those
-    that the model does not ask for, as far as names tell or the model is at hand: they are copied.
+    `plain` has the tensors that `source` stands for: its own, unless it is stored in codes.
+    `unused` are tensors that the model does not use, as far as names or the model itself tell; the
+    run copies them.
     """
 
     source: Checkpoint
@@ -88,58 +109,79 @@ class RunPlan:
         return tuple(layer for layer in self.layers if layer.config is not None)
 
     @property
+    def settings(self) -> dict[str, LayerConfig]:
+        """The settings of each quantized layer, by name."""
+        return {layer.name: layer.config for layer in self.layers if layer.config}
+
+    @property
     def kept(self) -> tuple[LayerPlan, ...]:
         return tuple(layer for layer in self.layers if layer.config is None)
 
     @property
+    def head(self) -> LayerPlan | None:
+        """The plan of the head; None if the head is not quantized."""
+        for layer in self.quantized:
+            if layer.name == HEAD:
+                return layer
+        return None
+
+    @property
     def n_steps(self) -> int:
-        """Blocks, and the head if it is quantized."""
-        return self.n_blocks + any(layer.name == HEAD for layer in self.quantized)
+        """Number of blocks, and one more if the head is quantized."""
+        if self.head is None:
+            return self.n_blocks
+        return self.n_blocks + 1
 
     @property
     def asymmetric(self) -> bool:
-        """Whether some layer is calibrated on what the unquantized model does as well."""
-        return any(
-            layer.config and layer.config.asymmetric_calibration > 0 for layer in self.layers
-        )
+        """True if a layer is calibrated on the inputs of the unquantized model as well."""
+        return any(layer.config.asymmetric_calibration > 0 for layer in self.layers if layer.config)
 
     @property
     def split_experts(self) -> list[str]:
-        """Experts of one layer, by the name they share, that readers do not see stored alike."""
+        """The common names of experts of one layer that readers do not see stored alike."""
         return split_experts({layer.name: layer.stored for layer in self.layers})
 
     @property
     def copied(self) -> list[TensorInfo]:
-        """Tensors that are not quantized: bytes of the source, or weights `decoded` from what it stores."""
+        """Tensors that are not quantized: copied as bytes, or `decoded` if stored in codes."""
         return [tensor for name, tensor in self.plain.tensors.items() if name in self.layout.specs]
 
     @property
     def decoded(self) -> list[TensorInfo]:
-        """Of `copied` those that the source stores in codes, which mean nothing in the output."""
+        """Those of `copied` that the source stores in codes, which mean nothing in the output."""
         return [tensor for tensor in self.copied if tensor.name in self.plain.parts]
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits of the quantized linears, scales and zero points included, per weight."""
-        stored = sum(spec.nbytes for layer in self.quantized for spec in layer.packed())
-        return 8 * stored / sum(layer.out_features * layer.in_features for layer in self.quantized)
+        """Stored bits per quantized weight, with scales, zero points and g_idx."""
+        nbytes = n_weights = 0
+        for layer in self.quantized:
+            nbytes += layer.packed_bytes
+            n_weights += layer.n_weights
+        return 8 * nbytes / n_weights
+
+
+# ---------------------------------------------------------------- windows, and a name
 
 
 def bounded(config: QuantizeConfig, checkpoint: Checkpoint) -> QuantizeConfig:
-    """`config` with windows for which the model has positions; ConfigError as `bounded_seqlen`."""
-    seqlen = bounded_seqlen(
-        config.seqlen, said="seqlen" in config.model_fields_set, checkpoint=checkpoint
-    )
+    """Return `config` with windows that fit the model; raise what `bounded_seqlen` raises."""
+    explicit = "seqlen" in config.model_fields_set
+    seqlen = bounded_seqlen(config.seqlen, explicit=explicit, checkpoint=checkpoint)
     return config.model_copy(update={"seqlen": seqlen})
 
 
-def bounded_seqlen(seqlen: int, *, said: bool, checkpoint: Checkpoint) -> int:
-    """`seqlen`, or the model's positions if they are fewer; ConfigError E_CFG_SEQLEN if the user said more."""
+def bounded_seqlen(seqlen: int, *, explicit: bool, checkpoint: Checkpoint) -> int:
+    """Return `seqlen`, or the number of positions of the model if that is smaller.
+
+    Raise ConfigError E_CFG_SEQLEN if the user asked for a larger `seqlen`, which is `explicit`.
+    """
     declared = checkpoint.text_config
     limit = declared.get("max_position_embeddings") or declared.get("n_positions")
     if not isinstance(limit, int) or seqlen <= limit:
         return seqlen
-    if said:
+    if explicit:
         raise ConfigError(
             "E_CFG_SEQLEN",
             f"seqlen {seqlen} is more than the model's {limit} positions",
@@ -149,114 +191,144 @@ def bounded_seqlen(seqlen: int, *, said: bool, checkpoint: Checkpoint) -> int:
 
 
 def default_name(model: str, config: QuantizeConfig) -> str:
-    """The output's name as published checkpoints are called: Qwen3-0.6B-GPTQ-Int4-g128."""
+    """Return the usual name of such a published checkpoint: Qwen3-0.6B-GPTQ-Int4-g128."""
     path = expanded(model)
-    name = (
-        path.name if path.name not in ("", "..") else resolved(path).name
-    )  # a link is called as its owner calls it
-    name = plain_name(name)
-    group = f"g{config.group_size}" if config.group_size > 0 else "channel"
-    return f"{name}-GPTQ-Int{config.bits}-{group}"
+    if path.name in ("", ".."):  # any other path keeps its own name, even if it is a link
+        path = resolved(path)
+    group = "channel"
+    if config.group_size > 0:
+        group = f"g{config.group_size}"
+    return f"{plain_name(path.name)}-GPTQ-Int{config.bits}-{group}"
 
 
-MARLIN_WIDTH = 128  # of which the hidden size must be a multiple for the kernels that serve experts
-INTO_HIDDEN = {"down_proj", "w2"}  # linears of an expert whose outputs are hidden states
+# ---------------------------------------------------------------- engines, and warnings
 
 
 def export_of_layers(layers: Sequence[LayerPlan], config: QuantizeConfig) -> Export:
-    """What readers see of these layers."""
+    """Return what engines will see of these layers."""
+    settings, out_features, transposed = {}, {}, False
+    for layer in layers:
+        settings[layer.name] = layer.config
+        if layer.config:
+            out_features[layer.name] = layer.out_features
+        if layer.transposed:
+            transposed = True
     return export_of(
-        {layer.name: layer.config for layer in layers},
+        settings,
         config.format,
-        lm_head=any(layer.name == HEAD and layer.config for layer in layers),
-        narrow_experts=has_narrow_experts(
-            {layer.name: layer.out_features for layer in layers if layer.config}
-        ),
-        transposed=any(layer.transposed for layer in layers),
+        lm_head=HEAD in out_features,
+        narrow_experts=has_narrow_experts(out_features),
+        transposed=transposed,
     )
 
 
 def has_narrow_experts(out_features: Mapping[str, int]) -> bool:
-    """Whether one of these quantized linears is of an expert whose hidden states are no multiple of 128 wide."""
-    parts = {name: part[1] for name in out_features if (part := expert_part(name))}
-    return any(
-        out_features[name] % MARLIN_WIDTH for name, part in parts.items() if part in INTO_HIDDEN
-    )
+    """Return true if the hidden size of one of these experts is no multiple of 128.
+
+    `out_features` are those of quantized linears, by name.
+    """
+    for name, width in out_features.items():
+        part = expert_part(name)
+        if part and part[1] in INTO_HIDDEN and width % MARLIN_WIDTH:
+            return True
+    return False
 
 
 def check_target(layers: Sequence[LayerPlan], config: QuantizeConfig) -> None:
-    """ConfigError E_TARGET with each reason why the configuration's target could not load these layers."""
-    if problems := target_problems(export_of_layers(layers, config), config.target):
+    """ConfigError E_TARGET with each reason why the target could not load these layers."""
+    problems = target_problems(export_of_layers(layers, config), config.target)
+    if problems:
         raise ConfigError.of(problems)
 
 
 def judge_plan(plan: RunPlan, config: QuantizeConfig) -> tuple[Verdict, ...]:
-    """Who will load what `plan` makes."""
+    """Return the verdict of each engine on the output of `plan`."""
     return verdicts(export_of_layers(plan.layers, config))
 
 
-def remarks(plan: RunPlan, config: QuantizeConfig) -> list[tuple[str, str]]:
-    """Codes and texts of warnings about the source, the choice of layers and settings."""
+def remarks(plan: RunPlan, config: QuantizeConfig) -> list[Remark]:
+    """Return warnings about the source, the choice of layers and the settings."""
     found = [*plan.source.remarks, *about_unused(plan.unused)]
-    found += [
-        ("W_TARGET", text) for text in limits(export_of_layers(plan.layers, config), config.target)
-    ]
-    found += _about_codes(plan)
-    if split := plan.split_experts:
-        found.append(
-            (
-                "W_CFG_EXPERTS",
-                f"the experts of `{split[0]}` differ in settings: {_against(SPLIT_EXPERTS)}",
-            )
-        )
-    settings = {layer.name: layer.stored for layer in plan.layers if not expert_part(layer.name)}
-    if fused := split_groups(settings):
-        text = f"the layers that engines fuse to `{fused[0]}` differ in settings: {_against(SPLIT_FUSED)}"
-        found.append(("W_CFG_FUSED", text))
-    head = next((layer for layer in plan.quantized if layer.name == HEAD), None)
-    if head is not None:
-        tied = f"{HEAD}.weight" not in plan.plain.tensors
-        how = "is untied from the embeddings and stored beside them" if tied else "is quantized"
-        size = sum(spec.nbytes for spec in head.packed())
-        found.append(("W_CFG_HEAD", f"{HEAD} {how}, {size / 1e6:.3g} MB: {_against(LM_HEAD)}"))
-    return found
+    for text in limits(export_of_layers(plan.layers, config), config.target):
+        found.append(("W_TARGET", text))
+    return found + _about_codes(plan) + _about_differences(plan) + _about_head(plan)
 
 
-def about_unused(names: Sequence[str]) -> list[tuple[str, str]]:
-    """A warning of tensors that the model does not ask for, if there are any."""
+def about_unused(names: Sequence[str]) -> list[Remark]:
+    """Return a warning about tensors that the model does not use, if there are any."""
     if not names:
         return []
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    text = f"the model has no place for `{names[0]}`{more}: without effect in transformers"
-    if any(is_of_adapter(name) for name in names):
+    text = f"the model does not use {_and_others(names[0], len(names))}: transformers ignores "
+    if len(names) == 1:
+        text += "it"
+    else:
+        text += "them"
+    if any(map(is_of_adapter, names)):
         text += ", an adapter that is not merged"
     return [("W_CKPT_UNUSED", text)]
 
 
-def _about_codes(plan: RunPlan) -> list[tuple[str, str]]:
-    """Of a source that is stored in codes: that it is rounded twice, and what becomes of weights that stay."""
-    found, decoded = [], plan.decoded
+def _about_codes(plan: RunPlan) -> list[Remark]:
+    """Warn that weights stored in codes are rounded twice, or take more bytes if they are kept."""
+    found = []
+    how = plan.plain.how
     if plan.source.method == "gptq":
-        text = f"the source is quantized ({plan.plain.how}): its rounded weights are rounded a second time"
+        text = f"the source is quantized ({how}): its rounded weights are rounded a second time"
         found.append(("W_CKPT_REQUANTIZED", text))
+    decoded = plan.decoded
     if decoded:
-        parts = [
-            plan.source.tensors[part]
-            for tensor in decoded
-            for part in plan.plain.parts[tensor.name]
-        ]
-        more = sum(tensor.nbytes for tensor in decoded) - sum(part.nbytes for part in parts)
-        text = f"kept weights that are stored as {plan.plain.how} become {decoded[0].dtype}, {more / 1e6:.3g} MB more"
-        found.append(("W_CKPT_DECODED", f"{text}: {len(decoded)}, first `{decoded[0].name}`"))
+        more = 0
+        for tensor in decoded:
+            more += tensor.nbytes
+            for part in plan.plain.parts[tensor.name]:
+                more -= plan.source.tensors[part].nbytes
+        text = f"kept weights that are stored as {how} become {decoded[0].dtype}"
+        names = _and_others(decoded[0].name, len(decoded))
+        found.append(("W_CKPT_DECODED", f"{text}, {more / 1e6:.3g} MB more: {names}"))
     return found
 
 
-def _against(trait: Trait) -> str:
-    """Which engines do not load a checkpoint of this trait, or misread it."""
+def _about_differences(plan: RunPlan) -> list[Remark]:
+    """Warn about layers that engines hold as one but whose settings differ."""
+    found = []
+    experts = plan.split_experts
+    if experts:
+        text = (
+            f"the experts of `{experts[0]}` differ in settings: {_engines_against(SPLIT_EXPERTS)}"
+        )
+        found.append(("W_CFG_EXPERTS", text))
+    settings = {layer.name: layer.stored for layer in plan.layers if not expert_part(layer.name)}
+    fused = split_groups(settings)
+    if fused:
+        text = f"the layers that engines fuse to `{fused[0]}` differ in settings"
+        found.append(("W_CFG_FUSED", f"{text}: {_engines_against(SPLIT_FUSED)}"))
+    return found
+
+
+def _about_head(plan: RunPlan) -> list[Remark]:
+    """Warn about engines that do not load a quantized head, and about its bytes."""
+    if plan.head is None:
+        return []
+    how = "is untied from the embeddings and stored beside them"
+    if f"{HEAD}.weight" in plan.plain.tensors:
+        how = "is quantized"
+    text = f"{HEAD} {how}, {plan.head.packed_bytes / 1e6:.3g} MB: {_engines_against(LM_HEAD)}"
+    return [("W_CFG_HEAD", text)]
+
+
+def _and_others(first: str, count: int) -> str:
+    """Name the first of `count` tensors, and the number of the others."""
+    if count == 1:
+        return f"`{first}`"
+    return f"`{first}` and {count - 1} more"
+
+
+def _engines_against(trait: Trait) -> str:
+    """List the engines that do not load a checkpoint of this trait, or misread it."""
     words = {"no": "not loaded by", "wrong": "misread by", "limited": "loaded with limits by"}
-    found: dict[str, list[str]] = {}
+    engines: dict[str, list[str]] = {}
     for engine in ENGINES:
         for rule in engine.rules:
             if rule.trait is trait:
-                found.setdefault(words[rule.outcome], []).append(engine.name)
-    return "; ".join(f"{how} {', '.join(names)}" for how, names in found.items())
+                engines.setdefault(words[rule.outcome], []).append(engine.name)
+    return "; ".join(f"{how} {', '.join(names)}" for how, names in engines.items())

@@ -442,13 +442,13 @@ def write_beside(
 
     `hashes` are those by which the source is identified; InputError E_SOURCE_CHANGED if a file has another one.
     """
-    names = [layer.name for layer in plan.quantized]
     kept = [layer.name for layer in plan.kept if layer.name != HEAD]
     meta: dict[str, Any] = {
         "quantizer": [f"gptq_cli:{__version__}"],
         "calibration_sha256": calibration_sha256,
     }
     meta |= {"source_quantization": plan.plain.how} if plan.plain.how else {}
-    described = describe(config, names, kept)
-    write_side_files(plan.source, directory, described, meta, untie=HEAD in names, hashes=hashes)
+    described = describe(config, plan.settings, kept)
+    untie = plan.head is not None
+    write_side_files(plan.source, directory, described, meta, untie=untie, hashes=hashes)
     write_file(directory / CONFIG_FILE, to_yaml(config).encode())

@@ -160,7 +160,7 @@ def test_a_listed_module_that_no_layer_has_is_an_error(
     result = gptq("plan", model, "--config", tmp_path / "cfg.yaml")
     assert (result.exit_code, result.stdout) == (2, "")
     assert (
-        "error[E_CFG_NO_MATCH]: modules_in_block_to_quantize names 'mlp.down_prj', and no layer"
+        "error[E_CFG_NO_MATCH]: modules_in_block_to_quantize has 'mlp.down_prj', but no layer"
         in result.stderr
     )
     assert "hint: a name stands for all layers that end with it" in result.stderr

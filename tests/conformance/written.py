@@ -121,7 +121,7 @@ def write(
             writer.copy(tensor)
         writer.finish()
     kept = [layer.name for layer in plan.kept if layer.name != "lm_head"]
-    described = describe(config, [layer.name for layer in plan.quantized], kept)
+    described = describe(config, plan.settings, kept)
     meta = {"quantizer": [f"gptq_cli:{__version__}"]}
     write_side_files(plan.source, output, described, meta, untie="lm_head" in weights)
     return Written(source, output, plan, config, weights)

@@ -72,7 +72,7 @@ def test_tensors_without_a_place_are_named_and_counted_as_the_run_does(
     plain = plan_run(model, config())
     change(model, edit)
     plan = plan_run(model, config())
-    text = f"the model has no place for `{first}` and {more} more: without effect in transformers"
+    text = f"the model does not use `{first}` and {more} more: transformers ignores them"
     text += ", an adapter that is not merged" if adapter else ""
     assert remarks(plan, config()) == [("W_CKPT_UNUSED", text)]
     assert warnings_of(model, tmp_path / "out") == [("W_CKPT_UNUSED", text)]
@@ -206,7 +206,7 @@ def test_an_index_that_disagrees_is_read_as_transformers_does(tmp_path: Path) ->
         ),
         (
             "W_CKPT_UNUSED",
-            "the model has no place for `mtp.fc.weight`: without effect in transformers",
+            "the model does not use `mtp.fc.weight`: transformers ignores it",
         ),
     ]
     assert remarks(plan_run(model, config()), config()) == found[:2]

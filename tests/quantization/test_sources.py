@@ -122,7 +122,10 @@ def test_block_floats_are_quantized_as_the_bfloat16_model_that_they_stand_for(
     # 64 x 128 weights of one byte with 2 x 4 scales of four become two bytes each; o_proj was never in codes
     more = (64 * 128 - 2 * 4 * 4) / 1e6
     name = "model.layers.1.mlp.down_proj.weight"
-    said = f"kept weights that are stored as fp8 in blocks of 48x40 become BF16, {more:.3g} MB more: 1, first `{name}`"
+    said = (
+        "kept weights that are stored as fp8 in blocks of 48x40 become BF16, "
+        f"{more:.3g} MB more: `{name}`"
+    )
     assert warned == ([said] if rules else [])
 
 
