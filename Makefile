@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-compat check docs bench soak clean
+.PHONY: help install demo test test-all test-compat check schema docs bench soak clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -36,6 +36,10 @@ check: $(READY) ## format, lint, types, import contracts
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+schema: $(READY) ## write the JSON Schema of the configuration beside the recipes
+	$(BIN)/gptq schema > build.schema.json
+	mv build.schema.json gptq_cli/config/recipes/gptq.schema.json
 
 docs: $(READY) ## the documentation as a site in build/site, links checked
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build

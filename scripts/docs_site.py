@@ -21,7 +21,7 @@ from gptq_cli import errors, events
 from gptq_cli.cli.app import COMMANDS, app, load_command
 from gptq_cli.cli.explain import explanations
 from gptq_cli.cli.schema import config_schema
-from gptq_cli.config.fields import Accepts, LayerOverrides
+from gptq_cli.config.fields import LayerOverrides, accepted_by
 from gptq_cli.config.layer import DEFAULT_PRESET, PRESETS
 from gptq_cli.config.resolve import describe_recipe, recipes
 from gptq_cli.config.schema import QuantizeConfig
@@ -163,7 +163,12 @@ def configuration() -> str:
         "",
         f"What a preset fills in where nothing else was said. `{DEFAULT_PRESET}` is the default.",
     ]
-    keys = sorted({key for preset in PRESETS.values() for key in preset})
+    lines += table(
+        ("preset", "description"),
+        [(_code(name), preset.description) for name, preset in PRESETS.items()],
+    )
+    lines += ["Their settings:"]
+    keys = sorted({key for preset in PRESETS.values() for key in preset.settings})
     chosen = {name: QuantizeConfig(bits=4, preset=name) for name in PRESETS}
     rows = [
         (_code(key), *(_value(getattr(config, key)) for config in chosen.values())) for key in keys
@@ -191,9 +196,7 @@ def configuration() -> str:
 
 def _field(name: str) -> tuple[str, str, str]:
     info = QuantizeConfig.model_fields[name]
-    accepts = next(
-        (item.text for item in info.metadata if isinstance(item, Accepts)), "a size, or null"
-    )
+    accepts = accepted_by(info)
     default = "required" if info.is_required() else _value(getattr(QuantizeConfig(bits=4), name))
     return _code(name), default, _text(f"{info.description}. Accepts {accepts}.")
 

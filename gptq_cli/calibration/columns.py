@@ -1,8 +1,8 @@
-"""The column of texts among the columns of rows, and how rows without one are refused."""
+"""The column of texts among the columns of rows, and the refusal of rows without one."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from gptq_cli.errors import InputError
@@ -12,118 +12,144 @@ LISTED = 8  # columns named in a message
 CHAT_COLUMNS = ("messages", "conversations", "conversation", "chat")
 MESSAGE_KEYS = ({"role", "content"}, {"from", "value"})
 RENDER = (
-    "chat messages have to become text first: render each chat with the apply_chat_template of the model's "
-    "tokenizer, and write the results into a .jsonl file, as column `text`"
+    "chat messages have to become text first: render each chat with the apply_chat_template of the "
+    "model's tokenizer, and write the results into a .jsonl file, as column `text`"
 )
+OF_CHATS = " of chat messages"
 NAME_IT = "name the column that holds the text with --text-column"
-KINDS = {
+KINDS = {  # in the words of JSON
     type(None): "null",
     bool: "a truth value",
     int: "a number",
     float: "a number",
     str: "a text",
     dict: "an object",
+    list: "a list",
 }
 
 
 def texts_of(rows: Iterable[Row], column: str, label: str) -> Iterator[str]:
-    """The strings of `column`, row by row; `label` is what the user called the dataset.
+    """Yield the strings of `column`, row by row; `label` is the user's name for the dataset.
 
-    InputError E_DATA_COLUMN at a row without a string, E_DATA_FORMAT at half a letter, E_DATA_EMPTY without a row.
+    Raises InputError: E_DATA_COLUMN at a row without a string, E_DATA_FORMAT at half a letter,
+    E_DATA_EMPTY if there is no row.
     """
     number = 0
     for number, row in enumerate(rows, start=1):
-        if column not in row:
-            raise no_column(column, row, label, "" if number == 1 else f"row {number} of ")
-        text = row[column]
-        if not isinstance(text, str):
-            chat = isinstance(text, list) and bool(text) and is_message(text[0])
-            found = f"{kind_of(text)}{' of chat messages' if chat else ''}"
-            raise no_string(
-                f"of row {number} holds {found}, not a string", column, row, label, chat=chat
-            )
-        if not _is_whole(text):
-            message = f"dataset `{label}`: column `{column}` of row {number} holds half of a surrogate pair"
-            raise InputError(
-                "E_DATA_FORMAT", message, hint="fix that text: half a pair is no letter"
-            )
-        yield text
+        yield _text_of(row, number, column, label)
     if number == 0:
-        raise InputError(
-            "E_DATA_EMPTY",
-            f"dataset `{label}` has no rows",
-            hint="choose a dataset that holds text",
+        message = f"dataset `{label}` has no rows"
+        raise InputError("E_DATA_EMPTY", message, hint="choose a dataset that holds text")
+
+
+def _text_of(row: Row, number: int, column: str, label: str) -> str:
+    if column not in row:
+        place = "" if number == 1 else f"row {number} of "
+        raise no_column(column, row, label, place)
+    text = row[column]
+    if not isinstance(text, str):
+        chat = isinstance(text, list) and len(text) > 0 and is_message(text[0])
+        found = kind_of(text)
+        if chat:
+            found += OF_CHATS
+        raise no_string(f"of row {number} holds {found}, not a string", column, row, label, chat)
+    if not _is_whole(text):
+        message = (
+            f"dataset `{label}`: column `{column}` of row {number} holds half of a surrogate pair"
         )
+        raise InputError("E_DATA_FORMAT", message, hint="fix that text: half a pair is no letter")
+    return text
 
 
 def check_schema(schema: Any, column: str, label: str) -> None:
-    """Refuse by a schema of Arrow, before a row is read: InputError E_DATA_COLUMN without `column` as text."""
-    from pyarrow import types
+    """Raise InputError E_DATA_COLUMN if an Arrow schema does not have `column` as text.
 
+    It is for datasets that have a schema, before a row is read.
+    """
     if column not in schema.names:
         raise no_column(column, schema.names, label)
     kind = schema.field(column).type
-    value = kind.value_type if types.is_dictionary(kind) else kind
-    if (
-        types.is_string(value)
-        or types.is_large_string(value)
-        or types.is_string_view(value)
-        or types.is_null(value)
-    ):
-        return  # a null is told with its row
-    is_list = types.is_list(kind) or types.is_large_list(kind)
-    fields = (
-        {field.name for field in kind.value_type}
-        if is_list and types.is_struct(kind.value_type)
-        else set()
-    )
-    chat = is_message(fields)
-    found = f"a list{' of chat messages' if chat else ''} in each row" if is_list else str(kind)
-    raise no_string(f"holds {found}, not strings", column, schema.names, label, chat=chat)
+    if _is_text(kind):
+        return
+    found, chat = str(kind), False
+    items = _items_of(kind)
+    if items is not None:
+        chat = is_message(items)
+        found = "a list"
+        if chat:
+            found += OF_CHATS
+        found += " in each row"
+    raise no_string(f"holds {found}, not strings", column, schema.names, label, chat)
+
+
+def _is_text(kind: Any) -> bool:
+    """Whether an Arrow type is one of text, or null, which is refused at its row."""
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    tests = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
+    return any(test(kind) for test in tests)
+
+
+def _items_of(kind: Any) -> set[str] | None:
+    """Return the names of the fields of a list's items; None for an Arrow type that is no list."""
+    from pyarrow import types
+
+    if not types.is_list(kind) and not types.is_large_list(kind):
+        return None
+    if not types.is_struct(kind.value_type):
+        return set()
+    return {field.name for field in kind.value_type}
 
 
 def no_column(column: str, columns: Iterable[str], label: str, place: str = "") -> InputError:
-    """E_DATA_COLUMN for a column that is not among `columns`, of the dataset or of a `place` in it."""
+    """Return E_DATA_COLUMN for a column that the dataset, or a `place` in it, does not have."""
     columns = list(columns)
     message = f"{place}dataset `{label}` has no column `{column}`; it has {_listed(columns)}"
-    chat = next((name for name in columns if name in CHAT_COLUMNS), None)
-    return InputError(
-        "E_DATA_COLUMN",
-        message,
-        hint=f"{NAME_IT}; if `{chat}` holds chats: {RENDER}" if chat else NAME_IT,
-    )
+    hint = NAME_IT
+    for name in columns:
+        if name in CHAT_COLUMNS:
+            hint += f"; if `{name}` holds chats: {RENDER}"
+            break
+    return InputError("E_DATA_COLUMN", message, hint=hint)
 
 
-def no_string(
-    what: str, column: str, columns: Iterable[str], label: str, *, chat: bool
-) -> InputError:
-    """E_DATA_COLUMN for a column that holds something else than strings; `chat` if those are messages."""
-    message = f"dataset `{label}`: column `{column}` {what}"
+def no_string(what: str, column: str, columns: Iterable[str], label: str, chat: bool) -> InputError:
+    """Return E_DATA_COLUMN for a column that holds no strings; `chat` if it holds messages."""
     others = [name for name in columns if name != column]
-    hint = f"fix it, or name another with --text-column: {_listed(others)}" if others else "fix it"
-    return InputError("E_DATA_COLUMN", message, hint=RENDER if chat else hint)
+    hint = "fix it"
+    if chat:
+        hint = RENDER
+    elif others:
+        hint = f"fix it, or name another with --text-column: {_listed(others)}"
+    return InputError("E_DATA_COLUMN", f"dataset `{label}`: column `{column}` {what}", hint=hint)
 
 
 def kind_of(value: object) -> str:
-    """The kind of `value` in the words of JSON."""
-    return (
-        "a list" if isinstance(value, list) else KINDS.get(type(value), f"a {type(value).__name__}")
-    )
+    """Return the kind of `value` in the words of JSON."""
+    kind = type(value)
+    return KINDS.get(kind, f"a {kind.__name__}")
 
 
 def is_message(fields: object) -> bool:
     """Whether the fields of an item are those of a chat message."""
-    return isinstance(fields, Collection) and any(keys.issubset(fields) for keys in MESSAGE_KEYS)
+    if not isinstance(fields, Collection):
+        return False
+    return any(keys.issubset(fields) for keys in MESSAGE_KEYS)
 
 
 def _is_whole(text: str) -> bool:
+    """Whether a text has no halves of surrogate pairs."""
     try:
-        return text.isascii() or bool(text.encode())
+        text.encode()
     except UnicodeEncodeError:
         return False
+    return True
 
 
-def _listed(columns: list[str]) -> str:
-    return ", ".join(f"`{name}`" for name in columns[:LISTED]) + (
-        ", ..." if len(columns) > LISTED else ""
-    )
+def _listed(columns: Sequence[str]) -> str:
+    words = [f"`{name}`" for name in columns[:LISTED]]
+    if len(columns) > LISTED:
+        words.append("...")
+    return ", ".join(words)

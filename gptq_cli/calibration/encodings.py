@@ -1,4 +1,4 @@
-"""Bytes that should be text in UTF-8: what they are instead, and the command that converts them."""
+"""Bytes that should be text in UTF-8: their real encoding, and the command that converts them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ MARKS = {
     b"\xff\xfe": "utf-16",
     b"\xfe\xff": "utf-16",
 }
-UNMARKED = {"utf-32le": 4, "utf-32be": 4, "utf-16le": 2, "utf-16be": 2}  # and the bytes of a letter
-READABLE_SHARE = 0.7  # of the letters are ASCII, where NULs come from an encoding
-WESTERN_SHARE = 0.3  # of the bytes are beyond ASCII at most, in Latin-1 text of any language
+UNMARKED = {"utf-32le": 4, "utf-32be": 4, "utf-16le": 2, "utf-16be": 2}  # bytes of a letter
+READABLE_SHARE = 0.7  # the least share of ASCII letters if NULs come from an encoding
+WESTERN_SHARE = 0.3  # the largest share of bytes beyond ASCII in Latin-1 text of any language
 
 
 def decoded(file: Path) -> str:
-    """The text of a file; InputError as `decoded_lines` says."""
+    """Return the text of a file; errors as `decoded_lines`."""
     data = file.read_bytes()
     label = str(file)
     check_start(data[:HEAD_BYTES], label)
@@ -32,9 +32,10 @@ def decoded(file: Path) -> str:
 
 
 def decoded_lines(stream: BinaryIO, label: str) -> Iterator[str]:
-    """The lines of a file, each with its end; `label` is what the user called it.
+    """Yield the lines of a file, each with its end; `label` is the user's name for it.
 
-    InputError E_DATA_ENCODING for another encoding than UTF-8, E_DATA_FORMAT for what is no text.
+    Raises InputError: E_DATA_ENCODING for another encoding than UTF-8, E_DATA_FORMAT if it holds no
+    text.
     """
     check_start(stream.read(HEAD_BYTES), label)
     stream.seek(0)
@@ -46,32 +47,35 @@ def decoded_lines(stream: BinaryIO, label: str) -> Iterator[str]:
 
 
 def check_start(data: bytes, label: str) -> None:
-    """Refuse a file whose first bytes are UTF-16 or UTF-32, with a byte order mark or without."""
+    """Raise E_DATA_ENCODING if the first bytes are UTF-16 or UTF-32, with a mark or without."""
     for mark, encoding in MARKS.items():
         if data.startswith(mark):
             raise _other_encoding(encoding, label)
-    for encoding in UNMARKED if b"\0" in data else ():
+    if b"\0" not in data:
+        return
+    for encoding in UNMARKED:
         if _is_readable(data, encoding):
             raise _other_encoding(encoding, label)
 
 
-def encoding_refusal(label: str, data: bytes, start: int, offset: int | None) -> InputError:
-    """E_DATA_ENCODING with the first byte of `data` that is not UTF-8, and its `offset` in the file if it is known."""
-    place = "" if offset is None else f" at offset {offset}"
-    message = f"dataset `{label}` is not UTF-8: byte 0x{data[start]:02x}{place}"
+def _encoding_refusal(label: str, data: bytes, start: int, offset: int) -> InputError:
+    """Return E_DATA_ENCODING for the byte data[start], which stands at `offset` in the file."""
+    message = f"dataset `{label}` is not UTF-8: byte 0x{data[start]:02x} at offset {offset}"
     sample = data[:HEAD_BYTES]
     if sum(byte >= 0x80 for byte in sample) < WESTERN_SHARE * len(sample):
         hint = f"if it is Latin-1, convert it: {_command('latin1', label)}"
     else:
-        hint = f"find out its encoding and convert it, from GBK for example: {_command('gb18030', label)}"
+        command = _command("gb18030", label)
+        hint = f"find out its encoding and convert it, from GBK for example: {command}"
     return InputError("E_DATA_ENCODING", message, hint=hint)
 
 
 def _is_readable(data: bytes, encoding: str) -> bool:
-    text = data.decode(encoding, "ignore")
-    readable = sum(
-        letter.isascii() and (letter.isprintable() or letter.isspace()) for letter in text
-    )
+    """Whether most letters of the bytes are ASCII in an encoding."""
+    readable = 0
+    for letter in data.decode(encoding, "ignore"):
+        if letter.isascii() and (letter.isprintable() or letter.isspace()):
+            readable += 1
     return readable > READABLE_SHARE * len(data) / UNMARKED[encoding]
 
 
@@ -84,7 +88,7 @@ def _decode(data: bytes, label: str, offset: int) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        raise encoding_refusal(label, data, error.start, offset + error.start) from error
+        raise _encoding_refusal(label, data, error.start, offset + error.start) from error
 
 
 def _other_encoding(encoding: str, label: str) -> InputError:

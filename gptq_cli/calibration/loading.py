@@ -1,6 +1,4 @@
-"""Rows of text through the `datasets` library; failures of it and of the Hub become errors with a
-hint.
-"""
+"""Rows of text through the `datasets` library; its failures and the Hub's become InputErrors."""
 
 from __future__ import annotations
 
@@ -25,10 +23,10 @@ ASK = "check the id; a private dataset needs `hf auth login`"
 
 @dataclass(frozen=True, slots=True)
 class LoadRequest:
-    """Which rows of a Hub dataset are asked for.
+    """A request for rows of a Hub dataset.
 
-    `label` is what the user called it; `stream` reads rows on demand and keeps no copy; `hint` is said when nothing is
-    found.
+    `label` is the user's name for it; `stream` reads rows on demand and keeps no copy; `hint` is
+    for the error if there is no such dataset.
     """
 
     path: str
@@ -42,7 +40,7 @@ class LoadRequest:
 
 @dataclass(frozen=True, slots=True)
 class TextColumn:
-    """The strings of one column, row by row; may be read again. Reading raises InputError as `texts_of`."""
+    """The strings of one column, row by row; can be read again. Errors as `texts_of`."""
 
     rows: Iterable[Row]
     column: str
@@ -62,44 +60,49 @@ class TextColumn:
 
 
 def open_column(request: LoadRequest, column: str) -> tuple[TextColumn, str | None]:
-    """A column of the rows asked for, and the commit they come from if it is known; no row is read yet.
+    """Return a column of the rows, and their commit if it is known; no row is read yet.
 
-    Raises InputError as `refusal` says, and E_DATA_COLUMN if the schema has no such column of strings.
+    Raises the InputErrors of `refusal`, and E_DATA_COLUMN if the schema has no such column of
+    strings.
     """
     _refuse_namesakes(request)
     with refusals(request):
         _reach_hub(request.path)
         rows, revision = _open(request)
-    features = getattr(
-        rows, "features", None
-    )  # of a stream they may not be known before a row is read
+    # A stream may not know its features before a row is read.
+    features = getattr(rows, "features", None)
     if features:
         check_schema(features.arrow_schema, column, request.label)
     return TextColumn(rows, column, request), revision
 
 
 def _refuse_namesakes(request: LoadRequest) -> None:
-    """`datasets` would rather read a folder of this name here, or take the name for a kind of file."""
+    """Raise E_DATA_NOT_FOUND for a name that means something else to `datasets`."""
     from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as KINDS
 
     if request.path in KINDS:
         message = f"dataset `{request.label}` is a kind of file to `datasets`, and no Hub dataset"
         raise InputError("E_DATA_NOT_FOUND", message, hint="give the path of the file itself")
     if Path(request.path).exists():
-        message = f"`{request.path}` in the current directory has the name of the Hub dataset `{request.label}`"
-        raise InputError(
-            "E_DATA_NOT_FOUND", message, hint="run in another directory, or rename what is there"
+        message = (
+            f"`{request.path}` in the current directory has the name of the Hub dataset "
+            f"`{request.label}`"
         )
+        hint = f"run in another directory, or rename `{request.path}` here"
+        raise InputError("E_DATA_NOT_FOUND", message, hint=hint)
 
 
 def _reach_hub(dataset: str) -> None:
-    """Raises what the Hub's client does when no connection is possible, which `datasets` tries for half a minute."""
+    """Raise the error of the Hub's client at once if there is no connection.
+
+    `datasets` would try for half a minute.
+    """
     from huggingface_hub import HfApi
     from huggingface_hub.constants import HF_HUB_OFFLINE
     from huggingface_hub.errors import HfHubHTTPError
 
     if not HF_HUB_OFFLINE:
-        with suppress(HfHubHTTPError):  # an answer, whatever it says
+        with suppress(HfHubHTTPError):  # an answer proves the connection
             HfApi().dataset_info(dataset, timeout=REACH_SECONDS, expand=["sha"])
 
 
@@ -114,13 +117,14 @@ def _open(request: LoadRequest) -> tuple[Iterable[Mapping[str, Any]], str | None
     else:
         builder.download_and_prepare()
         rows = builder.as_dataset(split=request.split)
-    # the builder of a Hub dataset is known by the commit that it was resolved to
-    return rows, builder.hash if re.fullmatch(r"[0-9a-f]{40}", builder.hash or "") else None
+    # The hash of a Hub dataset's builder is the commit.
+    revision = builder.hash or ""
+    return rows, revision if re.fullmatch(r"[0-9a-f]{40}", revision) else None
 
 
 @contextmanager
 def refusals(request: LoadRequest) -> Iterator[None]:
-    """Failures of `datasets` inside it leave as InputError, and it shows no logs and progress bars of its own."""
+    """Turn failures of `datasets` into InputErrors, and hide its logs and progress bars."""
     with _silence():
         try:
             yield
@@ -133,7 +137,7 @@ def refusals(request: LoadRequest) -> Iterator[None]:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """`datasets` and the Hub client say nothing on stderr; what they had been told before holds again afterwards."""
+    """Keep `datasets` and the Hub's client from writing to stderr; restore their settings after."""
     import datasets
     from huggingface_hub.utils import logging as hub_logging
     from huggingface_hub.utils.tqdm import (
@@ -160,30 +164,29 @@ def _silence() -> Iterator[None]:
 
 
 def refusal(error: Exception, label: str, hint: str | None = None) -> InputError | None:
-    """The InputError that says what `error` means for dataset `label`; None if it is not a known way to fail.
+    """Return the InputError that `error` means for dataset `label`, None for an unknown failure.
 
-    `hint` is said when the Hub does not know the dataset.
+    `hint` is for a dataset that the Hub does not know.
     """
-    for link in _chain(error):
-        refused = _from_hub(link, label, hint) or _from_request(link, label)
+    causes = list(_chain(error))
+    for cause in causes:
+        refused = _from_hub(cause, label, hint) or _from_datasets(cause, label)
         if refused is not None:
             return refused
     if type(error).__module__.partition(".")[0] in READERS:
-        message = f"dataset `{label}` cannot be read: {first_line(list(_chain(error))[-1])}"
-        return InputError(
-            "E_DATA_FORMAT",
-            message,
-            hint="a file of it is damaged on the Hub: choose another dataset",
-        )
+        message = f"dataset `{label}` cannot be read: {first_line(causes[-1])}"
+        hint = "a file of it is damaged on the Hub: choose another dataset"
+        return InputError("E_DATA_FORMAT", message, hint=hint)
     return None
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The error and what caused it, outermost first."""
+    """Yield the error and its causes, outermost first."""
     link: BaseException | None = error
     while link is not None:
         yield link
-        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+        hidden = link.__suppress_context__
+        link = link.__cause__ or (link.__context__ if not hidden else None)
 
 
 def _from_hub(error: BaseException, label: str, hint: str | None) -> InputError | None:
@@ -191,50 +194,41 @@ def _from_hub(error: BaseException, label: str, hint: str | None) -> InputError 
     from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
+    subject = f"dataset `{label}`"
     if isinstance(error, DatasetNotFoundError) and "gated" in str(error):
-        return InputError("E_HUB_GATED", f"dataset `{label}` is gated on the Hub", hint=GATED)
+        return InputError("E_HUB_GATED", f"{subject} is gated on the Hub", hint=GATED)
     if isinstance(error, (DataFilesNotFoundError, EmptyDatasetError)):
-        return InputError(
-            "E_DATA_NOT_FOUND",
-            f"dataset `{label}` has no files of text",
-            hint="choose another dataset",
-        )
-    missing = isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError)
-    if missing or isinstance(error, DatasetNotFoundError):
-        return InputError(
-            "E_DATA_NOT_FOUND", f"dataset `{label}` is not on the Hub", hint=hint or ASK
-        )
-    refused = hub_refusal(error, f"dataset `{label}`")
+        message = f"{subject} has no files of text"
+        return InputError("E_DATA_NOT_FOUND", message, hint="choose another dataset")
+    missing = (DatasetNotFoundError, RepositoryNotFoundError)
+    if isinstance(error, missing) and not isinstance(error, GatedRepoError):
+        return InputError("E_DATA_NOT_FOUND", f"{subject} is not on the Hub", hint=hint or ASK)
+    refused = hub_refusal(error, subject)
     if refused is not None and refused.code in ("E_HUB_NETWORK", "E_HUB_OFFLINE"):
         return InputError(refused.code, str(refused), hint=f"{refused.hint}{OWN}")
     return refused
 
 
-def _from_request(error: BaseException, label: str) -> InputError | None:
+def _from_datasets(error: BaseException, label: str) -> InputError | None:
     text = str(error)
+    subject = f"dataset `{label}`"
     if isinstance(error, UnicodeDecodeError):
-        message = f"dataset `{label}` is not UTF-8: byte 0x{error.object[error.start]:02x}"
-        return InputError(
-            "E_DATA_ENCODING", message, hint="choose another dataset, or convert a copy of it"
-        )
+        message = f"{subject} is not UTF-8: byte 0x{error.object[error.start]:02x}"
+        hint = "choose another dataset, or convert a copy of it"
+        return InputError("E_DATA_ENCODING", message, hint=hint)
     if "Dataset scripts are no longer supported" in text:
-        message = (
-            f"dataset `{label}` needs a loading script, which `datasets` 4 and later do not run"
-        )
         return InputError(
             "E_DATA_SCRIPT",
-            message,
+            f"{subject} needs a loading script, which `datasets` 4 and later do not run",
             hint="look for a copy of it in Parquet, or use a file of your own",
         )
-    if isinstance(error, ValueError) and (
-        "Config name is missing" in text or "BuilderConfig" in text
-    ):
-        message = f"dataset `{label}`: {' '.join(text.split('Example of usage')[0].split())}"
-        return InputError(
-            "E_DATA_CONFIG", message, hint="name a configuration with --dataset-config"
-        )
-    if isinstance(error, ValueError) and ("Unknown split" in text or "Bad split" in text):
-        return InputError(
-            "E_DATA_SPLIT", f"dataset `{label}`: {text}", hint="name a split with --dataset-split"
-        )
+    if not isinstance(error, ValueError):
+        return None
+    if "Config name is missing" in text or "BuilderConfig" in text:
+        message = f"{subject}: {' '.join(text.split('Example of usage')[0].split())}"
+        hint = "name a configuration with --dataset-config"
+        return InputError("E_DATA_CONFIG", message, hint=hint)
+    if "Unknown split" in text or "Bad split" in text:
+        hint = "name a split with --dataset-split"
+        return InputError("E_DATA_SPLIT", f"{subject}: {text}", hint=hint)
     return None

@@ -1,6 +1,7 @@
 """Rows in files of this machine: JSON, CSV and Parquet.
 
-`datasets` takes the name of a file for a pattern or an address (`data[1].jsonl`, `a::b.csv`), so it is given none.
+`datasets` does not read them: it would take the name of a file for a pattern or an address
+(`data[1].jsonl`, `a::b.csv`).
 """
 
 from __future__ import annotations
@@ -9,36 +10,51 @@ import csv
 import json
 import sys
 from collections.abc import Callable, Iterator
-from itertools import chain
+from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from gptq_cli.calibration.columns import Row, check_schema, kind_of
 from gptq_cli.calibration.encodings import decoded, decoded_lines
 from gptq_cli.errors import InputError
 
 PARQUET_ROWS = 1024
+FIX = "fix that line"
 
 
 def json_rows(file: Path, column: str) -> Iterator[Row]:  # noqa: ARG001
-    """A row for each object: one on each line, or all in one list; a list of texts has the column `text`."""
+    """Yield a row for each object: one on each line, or all in one list.
+
+    A list of texts has the column `text`.
+    """
     with file.open("rb") as stream:
-        lines = enumerate(decoded_lines(stream, str(file)), start=1)
-        filled = ((number, line) for number, line in lines if line.strip())
-        first = next(filled, None)
+        lines = _filled_lines(stream, str(file))
+        first = next(lines, None)
         if first is None:
             return
         if not _is_whole_document(first[1], file):
-            for number, line in chain([first], filled):
+            for number, line in chain([first], lines):
                 yield _row(_parsed(line.rstrip(), file, number), file, f"line {number}")
             return
     document = _parsed(decoded(file), file)
-    for number, item in enumerate(document if isinstance(document, list) else [document], start=1):
-        yield {"text": item} if isinstance(item, str) else _row(item, file, f"item {number}")
+    if not isinstance(document, list):
+        document = [document]
+    for number, item in enumerate(document, start=1):
+        if isinstance(item, str):
+            yield {"text": item}
+        else:
+            yield _row(item, file, f"item {number}")
+
+
+def _filled_lines(stream: BinaryIO, label: str) -> Iterator[tuple[int, str]]:
+    """Yield each line that is not blank, with its number."""
+    for number, line in enumerate(decoded_lines(stream, label), start=1):
+        if line.strip():
+            yield number, line
 
 
 def csv_rows(file: Path, column: str) -> Iterator[Row]:  # noqa: ARG001
-    """A row for each record after the header, its fields as text."""
+    """Yield a row for each record after the header, its fields as text."""
     csv.field_size_limit(sys.maxsize)
     with file.open("rb") as stream:
         reader = csv.reader(decoded_lines(stream, str(file)), strict=True)
@@ -49,17 +65,14 @@ def csv_rows(file: Path, column: str) -> Iterator[Row]:  # noqa: ARG001
             for record in records:
                 if len(record) > len(header):
                     many = f"{len(record)} fields, the header {len(header)}"
-                    raise _broken(file, f"line {reader.line_num} has {many}", "fix that line")
-                missing = [None] * (len(header) - len(record))
-                yield dict(zip(header, [*record, *missing], strict=True))
+                    raise _broken(file, f"line {reader.line_num} has {many}", FIX)
+                yield dict(zip_longest(header, record))
         except csv.Error as error:
-            raise _broken(
-                file, f"line {reader.line_num} is not CSV: {error}", "fix that line"
-            ) from error
+            raise _broken(file, f"line {reader.line_num} is not CSV: {error}", FIX) from error
 
 
 def parquet_rows(file: Path, column: str) -> Iterator[Row]:
-    """The rows of one column, some at a time; InputError E_DATA_COLUMN if the schema does not have it as text."""
+    """Yield the rows of one column; InputError E_DATA_COLUMN if the schema lacks it as text."""
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
@@ -72,7 +85,7 @@ def parquet_rows(file: Path, column: str) -> Iterator[Row]:
                     yield {column: text}
         except (ArrowException, OSError) as error:
             reason = " ".join(str(error).split())
-            raise _broken(file, reason, "check its content: is it Parquet, and whole?") from error
+            raise _broken(file, reason, "check that it is a whole Parquet file") from error
 
 
 READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
@@ -84,7 +97,10 @@ READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
 
 
 def _is_whole_document(line: str, file: Path) -> bool:
-    """Whether a first line begins one value that fills the file: a list, or in a .json file an unfinished object."""
+    """Whether a first line begins one value that fills the file.
+
+    That is a list, or in a .json file an object that ends on a later line.
+    """
     if line.lstrip().startswith("["):
         return True
     if file.suffix.lower() != ".json":
@@ -97,31 +113,28 @@ def _is_whole_document(line: str, file: Path) -> bool:
 
 
 def _parsed(text: str, file: Path, line: int = 1) -> Any:
-    """The JSON value in `text`, which begins at a line of the file."""
+    """Return the JSON value in `text`, which begins at a line of the file."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         place = f"line {line + error.lineno - 1} is not JSON: {error.msg}, column {error.colno}"
-        raise _broken(file, place, "fix that line") from error
+        raise _broken(file, place, FIX) from error
     except (ValueError, RecursionError) as error:
-        raise _broken(file, f"line {line} cannot be taken: {error}", "fix that line") from error
+        raise _broken(file, f"line {line} cannot be taken: {error}", FIX) from error
 
 
 def _row(item: Any, file: Path, place: str) -> Row:
     if not isinstance(item, dict):
-        raise _broken(
-            file,
-            f"{place} holds {kind_of(item)}, not an object",
-            'write {"text": "..."} for each text',
-        )
+        reason = f"{place} holds {kind_of(item)}, not an object"
+        raise _broken(file, reason, 'write {"text": "..."} for each text')
     return item
 
 
 def _check_header(header: list[str], file: Path) -> None:
-    twice = next((name for name in header if header.count(name) > 1), None)
-    if twice is not None:
-        raise _broken(file, f"its header has the column `{twice}` twice", "rename one of them")
+    for name in header:
+        if header.count(name) > 1:
+            raise _broken(file, f"its header has the column `{name}` twice", "rename one of them")
 
 
-def _broken(file: Path, why: str, hint: str) -> InputError:
-    return InputError("E_DATA_FORMAT", f"dataset `{file}` cannot be read: {why}", hint=hint)
+def _broken(file: Path, reason: str, hint: str) -> InputError:
+    return InputError("E_DATA_FORMAT", f"dataset `{file}` cannot be read: {reason}", hint=hint)

@@ -16,7 +16,7 @@ from shlex import quote
 from typing import Any, Literal
 
 from gptq_cli.checkpoint.source import Checkpoint, read_json
-from gptq_cli.config.layer import LayerConfig
+from gptq_cli.config.layer import BITS, FORMATS, LayerConfig
 from gptq_cli.config.rules import FUSED_ALIASES, expert_part, first_match, flaw_of, keeps
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.strict_yaml import load
@@ -68,8 +68,6 @@ UNKNOWN_TO_READERS = {
 }
 
 STORED_OFFSET = {"gptq": 1, "gptq_v2": 0}  # v1 files store zero - 1 and readers add it back
-FORMATS = tuple(STORED_OFFSET)
-BITS = (2, 3, 4, 8)
 # The tensors of a linear by which other ways to pack it are known, where there is no qweight.
 OTHER_PACKINGS = {
     ("B", "s"): "Marlin",
@@ -104,10 +102,7 @@ def describe(
     if any g_idx is not trivial, `format` and `checkpoint_format` agree: each of these was seen to break a reader.
     """
     kept = list(kept)
-    ordered = False  # whether a g_idx is not trivial
-    for settings in quantized.values():
-        if settings.desc_act and not settings.static_groups:
-            ordered = True
+    ordered = not all(settings.has_trivial_g_idx for settings in quantized.values())
     described: dict[str, Any] = {
         "quant_method": "gptq",
         "bits": config.bits,

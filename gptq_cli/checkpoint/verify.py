@@ -34,7 +34,6 @@ from gptq_cli.checkpoint.headers import (
     unpack_words,
 )
 from gptq_cli.checkpoint.quantization_config import (
-    FORMATS,
     STORED_OFFSET,
     Defect,
     Effect,
@@ -54,6 +53,7 @@ from gptq_cli.checkpoint.source import (
     open_checkpoint,
     read_json,
 )
+from gptq_cli.config.layer import FORMATS
 from gptq_cli.errors import GateError, InputError
 from gptq_cli.files import UNREADABLE, is_file
 from gptq_cli.solver.float16 import LARGEST, SMALLEST

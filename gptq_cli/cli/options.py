@@ -14,12 +14,13 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import typer
 
+from gptq_cli.config.corpora import ACCEPTED_TEXT, DEFAULT_DATASET
 from gptq_cli.config.fields import Option, Panel
 from gptq_cli.config.rules import parse_rule
 from gptq_cli.config.schema import DEFAULTS, QuantizeConfig
 from gptq_cli.errors import ConfigError
 
-DATASET = "wikitext2, c4, a Hub id, a file or a folder; default wikitext2"
+DATASET = f"{ACCEPTED_TEXT}; default {DEFAULT_DATASET}"
 Command = TypeVar("Command", bound=Callable[..., None])
 Begin = Callable[[bool, Path | None, Mapping[str, Any]], None]
 Settings = Mapping[str, Any]  # fields of the configuration that were given as options

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from gptq_cli.cli.console import write_result
-from gptq_cli.config.fields import Accepts
+from gptq_cli.config.fields import accepted_by
 from gptq_cli.config.finding import nearest, shown
 from gptq_cli.config.layer import PRESETS
 from gptq_cli.config.schema import DEFAULTS, QuantizeConfig
@@ -64,10 +64,7 @@ def config_schema() -> dict[str, Any]:
         mode="json"
     )  # what a run really has, which the default preset decides
     for name, info in QuantizeConfig.model_fields.items():
-        accepts = next((item.text for item in info.metadata if isinstance(item, Accepts)), None)
-        fields[name]["description"] = (
-            f"{info.description}. Accepts {accepts}." if accepts else f"{info.description}."
-        )
+        fields[name]["description"] = f"{info.description}. Accepts {accepted_by(info)}."
         fields[name].pop("title", None)
         if "default" in fields[name]:
             fields[name]["default"] = effective[name]

@@ -1,4 +1,4 @@
-"""What is wrong with a set of values, in the words of a person: each value against what its field accepts."""
+"""Values against what their fields accept: the findings of pydantic in plain words."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from gptq_cli.config.fields import Accepts, LayerOverrides
-from gptq_cli.config.finding import Finding, KeyPath, name_of, nearest, shown
+from gptq_cli.config.fields import LayerOverrides, accepted_by
+from gptq_cli.config.finding import Finding, KeyPath, shown, suggestion
 from gptq_cli.config.layer import PRESETS
 from gptq_cli.config.serving_table import TARGETS
 from gptq_cli.errors import ConfigError, Problem
@@ -31,31 +31,38 @@ OUT_OF_RANGE = {
 def findings_of(
     error: ValidationError, values: Mapping[str, Any], model: type[BaseModel]
 ) -> list[Finding]:
-    """What pydantic has against single `values` of a `model`, conflicts between them not."""
-    details = [detail for detail in error.errors(include_url=False) if detail["type"] != "conflict"]
-    return _deepest([_finding(detail, values, model) for detail in details])
+    """Return the findings about single `values` of a `model`, without conflicts between values."""
+    findings = []
+    for detail in error.errors(include_url=False):
+        if detail["type"] != "conflict":
+            findings.append(_finding(detail, values, model))
+    return _deepest(findings)
 
 
 def refusal(findings: Sequence[Finding]) -> ConfigError:
-    """One error for all findings (at least one), in which fields have the names that Python callers give them."""
+    """Return one error for all findings (at least one), with the field names of Python callers."""
     return ConfigError.of(
-        [
-            Problem(f.code, f"{' and '.join(map(name_of, f.paths))} {f.predicate}", f.hint)
-            for f in findings
-        ]
+        [Problem(finding.code, finding.message(), finding.hint) for finding in findings]
     )
 
 
 def _deepest(findings: list[Finding]) -> list[Finding]:
-    """One finding a place: a union reports each of its members, and the deepest one knows best."""
-    once = {(finding.paths[0], finding.code): finding for finding in reversed(findings)}
-    deep = {path[:n] for path, _ in once for n in range(1, len(path)) if path[0] != "dynamic"}
-    return [finding for (path, _), finding in reversed(once.items()) if path not in deep]
+    """Return one finding for each place and code.
+
+    A union reports each of its members; the member that got deepest into the value knows best.
+    """
+    first: dict[tuple[KeyPath, str], Finding] = {}
+    above: set[KeyPath] = set()
+    for finding in findings:
+        path = finding.paths[0]
+        first.setdefault((path, finding.code), finding)
+        if path[0] != "dynamic":
+            above.update(path[:length] for length in range(1, len(path)))
+    return [finding for (path, _), finding in first.items() if path not in above]
 
 
 def _finding(detail: ErrorDetails, values: Mapping[str, Any], model: type[BaseModel]) -> Finding:
     path = _path(detail["loc"])
-    value = path[-1] if detail["loc"][-1] == "[key]" else value_at(values, path)
     kind = detail["type"]
     if kind == "missing":
         hint = "4 is the usual choice" if path == ("bits",) else None
@@ -66,20 +73,23 @@ def _finding(detail: ErrorDetails, values: Mapping[str, Any], model: type[BaseMo
         reason = detail["ctx"]["reason"]
         hint = "rules are regular expressions: write \\. for a dot and .* for anything"
         return Finding((path,), "E_CFG_REGEX", f"is not a regular expression: {reason}", hint)
-    field = str(path[2] if len(path) > 2 and path[0] == "dynamic" else path[0])
+    value = value_at(values, path)
+    if detail["loc"][-1] == "[key]":  # pydantic's name for a key that is itself the bad value
+        value = path[-1]
+    field = _field_of(path)
     predicate = f"must be {_accepted(path, field, model)}, got {shown(value)}{_item(path)}"
     return Finding((path,), _code(detail, value), predicate, _hint(field, value, model))
 
 
 def _path(loc: tuple[str | int, ...]) -> KeyPath:
-    """The place in the values: indices stay, pydantic's names for the members of a union go."""
+    """Return the place in the values: indices stay, pydantic's names for members of a union go."""
     if loc[0] == "dynamic":
         return tuple(part for part in loc[:3] if part != "[key]")
     return (loc[0], *(part for part in loc[1:] if isinstance(part, int)))
 
 
 def value_at(values: Any, path: KeyPath) -> Any:
-    """The value at `path`, or a key itself where the path ends at one that has no value."""
+    """Return the value at `path`, or the key itself if the path ends at one that has no value."""
     for part in path:
         try:
             values = values[part]
@@ -88,38 +98,46 @@ def value_at(values: Any, path: KeyPath) -> Any:
     return values
 
 
+def _field_of(path: KeyPath) -> str:
+    """Return the field that defines the values at `path`; settings of rules are fields, too."""
+    if path[0] == "dynamic" and len(path) > 2:
+        return str(path[2])
+    return str(path[0])
+
+
 def _unknown(path: KeyPath, model: type[BaseModel]) -> Finding:
-    known = tuple(LayerOverrides.__annotations__) if len(path) > 1 else tuple(model.model_fields)
-    near = nearest(str(path[-1]), known)
-    hint = f"did you mean {near}?" if near else "known are: " + ", ".join(known)
+    known = tuple(model.model_fields)
+    if len(path) > 1:
+        known = tuple(LayerOverrides.__annotations__)
+    hint = suggestion(str(path[-1]), known) or f"known are: {', '.join(known)}"
     return Finding((path,), "E_CFG_UNKNOWN_KEY", "is not a known key", hint)
 
 
 def _accepted(path: KeyPath, field: str, model: type[BaseModel]) -> str:
-    if path[0] == "dynamic" and len(path) == 2:
-        return (
-            "a text" if not isinstance(path[1], str) else "a mapping of settings such as {bits: 8}"
-        )
-    metadata = model.model_fields[field].metadata
-    return next(item.text for item in metadata if isinstance(item, Accepts))
+    if path[0] != "dynamic" or len(path) != 2:
+        return accepted_by(model.model_fields[field])
+    if isinstance(path[1], str):
+        return "a mapping of settings such as {bits: 8}"
+    return "a text"
 
 
 def _item(path: KeyPath) -> str:
-    counts = (
-        [str(part + 1) for part in path[1:] if isinstance(part, int)]
-        if path[0] != "dynamic"
-        else []
-    )
+    """Return the end of a message that tells which item of a list is meant, counted from 1."""
+    if path[0] == "dynamic":
+        return ""
+    counts = [str(part + 1) for part in path[1:] if isinstance(part, int)]
     return f" as item {'.'.join(counts)}" if counts else ""
 
 
 def _code(detail: ErrorDetails, value: object) -> str:
     if detail["type"] == "literal_error":
         wants_text = detail["ctx"]["expected"].startswith("'")
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        right_type = isinstance(value, str) if wants_text else is_number
-        return "E_CFG_RANGE" if right_type else "E_CFG_TYPE"
-    return "E_CFG_RANGE" if detail["type"] in OUT_OF_RANGE else "E_CFG_TYPE"
+        accepted = (str,) if wants_text else (int, float)
+        # To Python, true is a number.
+        in_kind = isinstance(value, accepted) and not isinstance(value, bool)
+    else:
+        in_kind = detail["type"] in OUT_OF_RANGE
+    return "E_CFG_RANGE" if in_kind else "E_CFG_TYPE"
 
 
 def _hint(field: str, value: object, model: type[BaseModel]) -> str | None:
@@ -139,24 +157,25 @@ def _hint_for_truth(value: object) -> str | None:
     word = str(value).lower()
     if word in {"yes", "on", "y", "1", "true"}:
         return "write true, without quotes"
-    return "write false, without quotes" if word in {"no", "off", "n", "0", "false"} else None
+    if word in {"no", "off", "n", "0", "false"}:
+        return "write false, without quotes"
+    return None
 
 
 def _hint_for_text(field: str, value: str, model: type[BaseModel]) -> str | None:
     try:
         float(value)
     except ValueError:
-        choices = _choices(field, model)
-        near = nearest(value, choices) if choices else None
-        return f"did you mean {near}?" if near else None
+        return suggestion(value, _choices(field, model))
     return f"write {value.strip()} without quotes"
 
 
-def _choices(field: str, model: type[BaseModel]) -> tuple[str, ...]:
+def _choices(field: str, model: type[BaseModel]) -> Sequence[str]:
+    """Return the words that a field accepts, none if it accepts any text."""
     if field in NAMES:
         return NAMES[field]
     schema = model.model_json_schema()["properties"][field]
-    options = [schema, *schema.get("anyOf", ())]
-    return tuple(
-        word for option in options for word in option.get("enum", ()) if isinstance(word, str)
-    )
+    words: list[object] = []
+    for option in (schema, *schema.get("anyOf", ())):
+        words += option.get("enum", ())
+    return [word for word in words if isinstance(word, str)]

@@ -1,17 +1,27 @@
-"""The types that fields of a configuration have, each with what it accepts."""
+"""The types of the fields of a configuration, each with the words for what it accepts."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Annotated, Literal
+from typing import Annotated, get_args
 
 from pydantic import AfterValidator, ConfigDict, Field
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
-from gptq_cli.config.layer import PRESETS, DampMode, OnFault, ScaleSearch, Uncovered
+from gptq_cli.config.finding import one_of
+from gptq_cli.config.layer import (
+    BITS,
+    PRESETS,
+    BitWidth,
+    DampMode,
+    OnFault,
+    ScaleSearch,
+    Uncovered,
+)
 from gptq_cli.config.rules import flaw_of
 from gptq_cli.config.serving_table import TARGETS
 
@@ -22,9 +32,17 @@ SIZE_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 @dataclass(frozen=True, slots=True)
 class Accepts:
-    """The words of an error message for what a field accepts."""
+    """The accepted values of a field, in the words of an error message."""
 
     text: str
+
+
+def accepted_by(field: FieldInfo) -> str:
+    """Return the words for what a field accepts; every field of the configuration has them."""
+    for item in field.metadata:
+        if isinstance(item, Accepts):
+            return item.text
+    raise TypeError("a field needs an Accepts among its metadata")
 
 
 class Panel:
@@ -41,10 +59,10 @@ class Panel:
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """The command-line option of a field: its panel, and what its type and name do not tell.
+    """The command-line option of a field, as far as the field's type and name do not define it.
 
-    `names` are the spellings, --field-name by default and --field-name/--no-field-name for a switch; `metavar` is
-    the word for a value; `note` continues the field's description.
+    `names` are the spellings, --field-name by default and --field-name/--no-field-name for a
+    switch; `metavar` is the word for a value; `note` continues the field's description.
     """
 
     panel: str
@@ -54,7 +72,7 @@ class Option:
 
 
 def size_in_bytes(size: int | str) -> int:
-    """Bytes in "5GB", "500 MiB" or a plain number; ValueError when it is not a positive size."""
+    """Return the bytes in "5GB", "500 MiB" or a plain number; ValueError for anything else."""
     match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,9})?) ?([A-Za-z]*)", str(size))
     if not match or match[2].upper() not in SIZE_UNITS:
         raise ValueError(f"not a size: {size!r}")
@@ -94,15 +112,15 @@ def _rule(rule: str) -> str:
 
 
 TRUTH = Accepts("true or false")
-Bits = Annotated[Literal[2, 3, 4, 8], Accepts("2, 3, 4 or 8")]
+Bits = Annotated[BitWidth, Accepts(one_of(BITS))]
 GroupSize = Annotated[
     int,
     AfterValidator(_group_size),
     Accepts("a positive number of columns, or -1 for one group per row"),
 ]
 DampPercent = Annotated[float, Field(gt=0, lt=1), Accepts("a number strictly between 0 and 1")]
-Damping = Annotated[DampMode, Accepts("mean or diagonal")]
-Search = Annotated[ScaleSearch, Accepts("none or mse")]
+Damping = Annotated[DampMode, Accepts(one_of(get_args(DampMode)))]
+Search = Annotated[ScaleSearch, Accepts(one_of(get_args(ScaleSearch)))]
 Strength = Annotated[float, Field(ge=0, le=1), Accepts("a number from 0 to 1")]
 Sweeps = Annotated[int, Field(ge=0), Accepts("a whole number of 0 or more")]
 Size = Annotated[
@@ -113,16 +131,14 @@ Count = Annotated[int, Field(gt=0), Accepts("a whole number of 1 or more")]
 Text = Annotated[str, Field(min_length=1), Accepts("a text that is not empty")]
 Name = Annotated[Text | None, Accepts("a name or null")]
 Rule = Annotated[str, AfterValidator(_rule)]
-Preset = Annotated[
-    str, AfterValidator(_preset), Accepts(f"{', '.join([*PRESETS][:-1])} or {[*PRESETS][-1]}")
-]
+PresetName = Annotated[str, AfterValidator(_preset), Accepts(one_of([*PRESETS]))]
 Target = Annotated[str | None, AfterValidator(_target), Accepts(", ".join(TARGETS) + " or null")]
-Experts = Annotated[Uncovered, Accepts("error, rtn or all-tokens")]
-Fault = Annotated[OnFault, Accepts("error or rtn")]
+Experts = Annotated[Uncovered, Accepts(one_of(get_args(Uncovered)))]
+Fault = Annotated[OnFault, Accepts(one_of(get_args(OnFault)))]
 
 
 class LayerOverrides(TypedDict, total=False):
-    """What a `+:` rule of `dynamic` may change."""
+    """The settings that a `+:` rule of `dynamic` may change."""
 
     __pydantic_config__ = STRICT  # type: ignore[misc]
     bits: Bits

@@ -1,33 +1,19 @@
-"""What is wrong with a set of values, before it is known whether a file, a flag or the environment said it."""
+"""A flaw in a set of values, whatever source gave them, and the words for values in messages."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
 UNITS = ("B", "KB", "MB", "GB", "TB")
-
-
-def size(n_bytes: float) -> str:
-    """Bytes in powers of 1000: 5.4 MB."""
-    unit = 0
-    while n_bytes >= 999.5 and unit < len(UNITS) - 1:
-        n_bytes, unit = n_bytes / 1000, unit + 1
-    return f"{n_bytes:.3g} {UNITS[unit]}"
-
-
-def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
-
+UNFINITE = {"nan": ".nan", "inf": ".inf", "-inf": "-.inf"}  # in YAML
 
 KeyPath = tuple[str | int, ...]
 
-# What other tools and papers call the same thing, where spelling alone would not lead there.
+# Names that other tools and papers use for a field, where the spelling alone does not lead to it.
 SYNONYMS = {
     "percdamp": "damp_percent",
     "dampening_frac": "damp_percent",
@@ -41,38 +27,82 @@ SYNONYMS = {
 }
 
 
+def name_of(path: KeyPath) -> str:
+    """Return a path as people write it: `bits`, `dynamic['+:lm_head'].bits`, `dataset[1]`."""
+    head, *rest = path
+    words = [str(head)]
+    for part in rest:
+        if isinstance(part, str) and part.isidentifier():
+            words.append(f".{part}")
+        else:
+            words.append(f"[{part!r}]")
+    return "".join(words)
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing wrong: where (the first of `paths`), a code, words that follow the field's name, and what to do."""
+    """One flaw: its place (the first of `paths`), code, predicate for the fields, and hint."""
 
     paths: tuple[KeyPath, ...]
     code: str
     predicate: str
     hint: str | None = None
 
+    def message(self, name: Callable[[KeyPath], str] = name_of) -> str:
+        """Return the sentence about the fields, each called by its `name`."""
+        return f"{' and '.join(map(name, self.paths))} {self.predicate}"
+
+
+def size(n_bytes: float) -> str:
+    """Return bytes in powers of 1000: 5.4 MB."""
+    unit = 0
+    while n_bytes >= 999.5 and unit < len(UNITS) - 1:
+        n_bytes, unit = n_bytes / 1000, unit + 1
+    return f"{n_bytes:.3g} {UNITS[unit]}"
+
+
+def clock(seconds: float) -> str:
+    """Return seconds as h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def one_of(values: Sequence[object]) -> str:
+    """Return the values as a choice: `2, 3, 4 or 8`."""
+    *most, last = map(str, values)
+    if not most:
+        return last
+    return f"{', '.join(most)} or {last}"
+
 
 def shown(value: object, limit: int = 60) -> str:
-    """`value` as one would write it in the file, on one line and not longer than `limit`."""
+    """Return `value` as a file would hold it, on one line of at most `limit` characters."""
     if isinstance(value, float) and not math.isfinite(value):
-        return ".nan" if math.isnan(value) else (".inf" if value > 0 else "-.inf")
+        return UNFINITE[str(float(value))]
     text = json.dumps(value, ensure_ascii=False, default=str)
-    text = "".join(letter if letter.isprintable() else f"\\u{ord(letter):04x}" for letter in text)
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+    text = "".join(map(_visible, text))
+    if len(text) <= limit:
+        return text
+    return text[: limit - 3] + "..."
+
+
+def _visible(letter: str) -> str:
+    if letter.isprintable():
+        return letter
+    return f"\\u{ord(letter):04x}"
 
 
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The known word that `word` was most likely meant to be."""
+    """Return the known word that `word` was most likely meant to be, None if no word is close."""
     known = list(known)
     key = word.strip().lower().replace("-", "_").replace(" ", "_")
     if SYNONYMS.get(key) in known:
         return SYNONYMS[key]
-    return next(iter(get_close_matches(key, known, n=1, cutoff=cutoff)), None)
+    matches = get_close_matches(key, known, n=1, cutoff=cutoff)
+    return matches[0] if matches else None
 
 
-def name_of(path: KeyPath) -> str:
-    """A path as people write it: `bits`, `dynamic['+:lm_head'].bits`, `dataset[1]`."""
-    head, *rest = path
-    words = [str(head)]
-    for part in rest:
-        words.append(f".{part}" if isinstance(part, str) and part.isidentifier() else f"[{part!r}]")
-    return "".join(words)
+def suggestion(word: str, known: Iterable[str]) -> str | None:
+    """Return the hint that names the nearest known word, None if no word is close."""
+    near = nearest(word, known)
+    return f"did you mean {near}?" if near else None

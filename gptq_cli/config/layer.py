@@ -1,18 +1,29 @@
-"""The settings of one linear layer that the solver needs, after all rules have been applied, and
-the presets.
-
-A preset is a named starting point: it fills only the fields that the user left open.
-"""
+"""The settings of one linear layer that the solver needs, the values they take, and the presets."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+BitWidth = Literal[2, 3, 4, 8]
+Format = Literal["gptq", "gptq_v2"]
 ScaleSearch = Literal["none", "mse"]
 DampMode = Literal["mean", "diagonal"]
 Uncovered = Literal["error", "rtn", "all-tokens"]
 OnFault = Literal["error", "rtn"]
+
+BITS: tuple[int, ...] = get_args(BitWidth)
+FORMATS: tuple[str, ...] = get_args(Format)
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """A named starting point: its `settings` fill only the fields that the user left open."""
+
+    description: str
+    settings: Mapping[str, Any]
+
 
 DEFAULT_PRESET = "balanced"
 BALANCED: dict[str, Any] = {
@@ -24,23 +35,37 @@ BALANCED: dict[str, Any] = {
     "damp_percent": 0.05,
 }
 
-PRESETS: dict[str, dict[str, Any]] = {
-    # the published algorithm with the defaults of Optimum's GPTQQuantizer
-    "gptq": {},
-    # columns in activation order, groups by position: g_idx stays trivial
-    "act-order": {"static_groups": True},
-    # what lowers the divergence from the original in the same kind of checkpoint: docs/accuracy.md
-    "balanced": BALANCED,
-    # of `balanced` what costs no time
-    "fast": BALANCED | {"scale_search": "none", "refine_sweeps": 0},
-    # a second, unquantized stream of hidden states on top
-    "best": BALANCED | {"asymmetric_calibration": 0.75},
+# docs/accuracy.md has the effect of each on the divergence from the original model.
+PRESETS: dict[str, Preset] = {
+    "gptq": Preset(
+        "the published algorithm with the defaults of Optimum's GPTQQuantizer: group-aware order, "
+        "min/max scales, mean damping of 0.1",
+        {},
+    ),
+    "act-order": Preset(
+        "`gptq` with static groups: columns in activation order, but g_idx stays trivial",
+        {"static_groups": True},
+    ),
+    "balanced": Preset(
+        "static groups in activation order, signed scales with a search, diagonal damping, "
+        "four rounds of refinement",
+        BALANCED,
+    ),
+    "fast": Preset(
+        "`balanced` without search and refinement",
+        BALANCED | {"scale_search": "none", "refine_sweeps": 0},
+    ),
+    "best": Preset(
+        "`balanced` and asymmetric calibration: the unquantized model runs beside the quantized "
+        "one, block by block",
+        BALANCED | {"asymmetric_calibration": 0.75},
+    ),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class FaultPolicy:
-    """What becomes of layers that cannot be calibrated: numbers that are of no use, experts without a token."""
+    """The treatment of layers with unusable numbers, and of experts without tokens."""
 
     on_numeric_fault: OnFault = "error"
     moe_uncovered: Uncovered = "error"
@@ -63,6 +88,13 @@ class LayerConfig:
     damp_mode: DampMode = "mean"
     damp_percent: float = 0.1
 
+    @property
+    def has_trivial_g_idx(self) -> bool:
+        """Whether the columns of each group follow one another, so that readers need no g_idx."""
+        return self.static_groups or not self.desc_act
+
     def columns_per_group(self, in_features: int) -> int:
-        """Number of input columns that share one scale."""
-        return in_features if self.group_size == -1 else self.group_size
+        """Return the number of input columns that share one scale."""
+        if self.group_size == -1:
+            return in_features
+        return self.group_size

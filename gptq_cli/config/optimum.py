@@ -1,7 +1,7 @@
-"""The dicts that Optimum, transformers 4 and 5, AutoGPTQ and GPTQModel write, taken as they are and without loss.
+"""The dicts that Optimum, transformers 4 and 5, AutoGPTQ and GPTQModel write, read without loss.
 
-A foreign field is renamed when we have the same thing under another name, noted when it cannot change our result, and
-refused when its value asks for something that we would not do.
+A foreign field is renamed if we have the same setting under another name, noted if it cannot change
+our result, and refused if its value asks for something that we would not do.
 """
 
 from __future__ import annotations
@@ -19,35 +19,46 @@ SOURCE = "it names the checkpoint that the dict was written for"
 PLACES = "it says where another tool keeps and computes things"
 NO_ALPHA = "it belongs to a setting that is off"
 
-# field -> why no value of it can change the result
+# field -> the reason why no value of it can change the result
 WITHOUT_EFFECT = {
     "meta": "it says which tool wrote the dict",
     "pad_token_id": "calibration windows are full, nothing is padded",
     "max_input_length": "it sizes a buffer of a kernel that is not used here",
     "cache_block_outputs": "block outputs are always kept for the next block",
-    "module_name_preceding_first_block": "the model's own forward runs what comes before the blocks",
-    "damp_auto_increment": "a Hessian without a factor is damped more by steps of this tool",
-    **dict.fromkeys(
-        ("use_exllama", "disable_exllama", "exllama_config", "use_cuda_fp16", "use_marlin"), KERNEL
-    ),
-    **dict.fromkeys(("model_name_or_path", "model_file_base_name", "uri"), SOURCE),
-    **dict.fromkeys(("offload_to_disk", "offload_to_disk_path", "calibration_data_device"), PLACES),
-    **dict.fromkeys(("dense_vram_strategy", "dense_vram_strategy_devices"), PLACES),
-    **dict.fromkeys(("moe_vram_strategy", "moe_vram_strategy_devices"), PLACES),
-    **dict.fromkeys(
-        ("auto_forward_data_parallel", "wait_for_submodule_finalizers", "gc_mode"), PLACES
-    ),
-    **dict.fromkeys(
-        ("buffered_fwd", "compute_device_filter", "hessian_chunk_size", "hessian_chunk_bytes"),
-        PLACES,
-    ),
-    **dict.fromkeys(("pack_impl", "parallel_packing"), "codes are packed the same way by any code"),
-    **dict.fromkeys(
-        ("v2_alpha", "v2_memory_device", "gptaq_alpha", "gptaq_memory_device"), NO_ALPHA
-    ),
+    "module_name_preceding_first_block": "the model's own forward runs all before the blocks",
+    "damp_auto_increment": "this tool has its own steps for a Hessian without a factor",
 }
+WITHOUT_EFFECT |= dict.fromkeys(
+    ("use_exllama", "disable_exllama", "exllama_config", "use_cuda_fp16", "use_marlin"), KERNEL
+)
+WITHOUT_EFFECT |= dict.fromkeys(("model_name_or_path", "model_file_base_name", "uri"), SOURCE)
+WITHOUT_EFFECT |= dict.fromkeys(
+    (
+        "offload_to_disk",
+        "offload_to_disk_path",
+        "calibration_data_device",
+        "dense_vram_strategy",
+        "dense_vram_strategy_devices",
+        "moe_vram_strategy",
+        "moe_vram_strategy_devices",
+        "auto_forward_data_parallel",
+        "wait_for_submodule_finalizers",
+        "gc_mode",
+        "buffered_fwd",
+        "compute_device_filter",
+        "hessian_chunk_size",
+        "hessian_chunk_bytes",
+    ),
+    PLACES,
+)
+WITHOUT_EFFECT |= dict.fromkeys(
+    ("pack_impl", "parallel_packing"), "codes are packed the same way by any code"
+)
+WITHOUT_EFFECT |= dict.fromkeys(
+    ("v2_alpha", "v2_memory_device", "gptaq_alpha", "gptaq_memory_device"), NO_ALPHA
+)
 RECORDED = ("damp_percent", "static_groups", "true_sequential", "act_group_aware")
-READERS = {
+READERS = {  # values of `backend` that name a kernel of another tool
     "auto_trainable",
     "exllama",
     "exllama_v1",
@@ -56,10 +67,18 @@ READERS = {
     "marlin",
     "marlin_fp16",
     "machete",
+    "bitblas",
+    "ipex",
+    "torch_fused",
+    "cuda",
+    "vllm",
+    "sglang",
+    "mlx",
 }
-READERS |= {"bitblas", "ipex", "torch_fused", "cuda", "vllm", "sglang", "mlx"}
 
-# field -> (the only value we can honour besides null, what happens here instead)
+UNUSABLE = "layers without usable inputs are a matter of on_numeric_fault and moe_uncovered"
+ASYMMETRIC = "inputs before and after quantization are weighed by asymmetric_calibration"
+# field -> (the only value we can honour besides null, our behaviour)
 ONLY = {
     "quant_method": ("gptq", "this tool writes GPTQ"),
     "method": ("gptq", "this tool writes GPTQ"),
@@ -68,25 +87,16 @@ ONLY = {
     "block_name_to_quantize": (None, "the blocks are found by running the model"),
     "is_marlin_format": (False, "codes are written in the layouts gptq and gptq_v2"),
     "mse": (0, "scales are searched for with `scale_search: mse`"),
-    "v2": (False, "inputs before and after quantization are weighed by asymmetric_calibration"),
-    "gptaq": (False, "inputs before and after quantization are weighed by asymmetric_calibration"),
+    "v2": (False, ASYMMETRIC),
+    "gptaq": (False, ASYMMETRIC),
     "foem": (False, "this tool has no such method"),
     "rotation": (None, "weights are not rotated"),
     "adapter": (None, "no adapter is trained"),
     "activation": (None, "activations are not quantized"),
     "moe": (None, "experts without tokens are a matter of moe_uncovered"),
-    "fail_safe": (
-        False,
-        "layers without usable inputs are a matter of on_numeric_fault and moe_uncovered",
-    ),
-    "failsafe": (
-        None,
-        "layers without usable inputs are a matter of on_numeric_fault and moe_uncovered",
-    ),
-    "fallback": (
-        None,
-        "layers without usable inputs are a matter of on_numeric_fault and moe_uncovered",
-    ),
+    "fail_safe": (False, UNUSABLE),
+    "failsafe": (None, UNUSABLE),
+    "fallback": (None, UNUSABLE),
     "mock_quantization": (False, "layers are really quantized"),
     "hessian_use_bfloat16_staging": (False, "Hessians are summed in float32"),
 }
@@ -95,7 +105,7 @@ SILENT_DEFAULTS = {"cache_block_outputs": True}
 
 @dataclass(frozen=True, slots=True)
 class Adopted:
-    """Values under our names, the path each renamed one came from, and what to say about the rest."""
+    """The values under our names, the path that each renamed one had, findings and notes."""
 
     values: dict[str, Any]
     renamed: dict[KeyPath, KeyPath] = field(default_factory=dict)
@@ -104,16 +114,13 @@ class Adopted:
 
 
 def adopt(values: Mapping[str, Any]) -> Adopted:
-    """`values` with the fields of other tools translated, noted or refused."""
+    """Return `values` with the fields of other tools translated, noted or refused."""
     adopted = Adopted({})
     for key, value in values.items():
         if key in RENAMED:
             _rename(adopted, values, key, value)
         elif key in WITHOUT_EFFECT:
-            if value not in (None, {}, [], SILENT_DEFAULTS.get(key)):
-                adopted.notes.append(
-                    f"{key} has no effect: {WITHOUT_EFFECT[key]}{_settings_in(value)}"
-                )
+            _note(adopted, key, value)
         elif key in ONLY:
             _insist(adopted, key, value)
         elif key == "backend" and _is_reader(values):
@@ -124,15 +131,21 @@ def adopt(values: Mapping[str, Any]) -> Adopted:
 
 
 def _is_reader(values: Mapping[str, Any]) -> bool:
-    """Whether `backend` is the kernel that a checkpoint's dict asks a reader for, and no mistake of a user."""
+    """Whether `backend` comes from a checkpoint's dict, for its readers, and not from a user."""
     backend = values["backend"]
     return "quant_method" in values and isinstance(backend, str) and backend in READERS
 
 
-def _settings_in(meta: Any) -> str:
-    """The settings that GPTQModel notes in `meta`, which one may want."""
-    found = [key for key in RECORDED if isinstance(meta, Mapping) and meta.get(key) is not None]
-    return f"; of its settings these may be given beside it: {', '.join(found)}" if found else ""
+def _note(adopted: Adopted, key: str, value: Any) -> None:
+    if value in (None, {}, [], SILENT_DEFAULTS.get(key)):
+        return
+    note = f"{key} has no effect: {WITHOUT_EFFECT[key]}"
+    if isinstance(value, Mapping):
+        # GPTQModel records settings in `meta` that a user may want.
+        recorded = [name for name in RECORDED if value.get(name) is not None]
+        if recorded:
+            note += f"; of its settings these may be given beside it: {', '.join(recorded)}"
+    adopted.notes.append(note)
 
 
 def _rename(adopted: Adopted, values: Mapping[str, Any], key: str, value: Any) -> None:
@@ -143,9 +156,9 @@ def _rename(adopted: Adopted, values: Mapping[str, Any], key: str, value: Any) -
         adopted.values[ours] = value
         adopted.renamed[(ours,)] = (key,)
     elif values[ours] != value:
-        says = f"mean the same and differ: {shown(value)} and {shown(values[ours])}"
+        predicate = f"mean the same but differ: {shown(value)} and {shown(values[ours])}"
         adopted.findings.append(
-            Finding(((key,), (ours,)), "E_CFG_CONFLICT", says, f"keep {ours} only")
+            Finding(((key,), (ours,)), "E_CFG_CONFLICT", predicate, f"keep {ours} only")
         )
 
 

@@ -1,15 +1,16 @@
-"""One configuration from all who have a say:  flag > GPTQ_* environment > file > preset > default.
+"""One configuration from all its sources:  flag > GPTQ_* variable > file > preset > default.
 
-Precedence goes key by key; `dynamic` and lists are replaced whole, not merged. Every source is checked for itself, so
-that a wrong value in a file is found even where a flag overrules it; conflicts are looked for in what results. A
-variable `GPTQ_X` sets the field x, written as in a file. One that looks like a misspelt field is an error; any other
-unknown one may belong to another program and is only noted.
+Precedence goes key by key; `dynamic` and lists are replaced whole, not merged. Every source is
+checked by itself, so that a wrong value in a file is found even if a flag overrides it. Conflicts
+are looked for in the result. A variable `GPTQ_X` sets the field x, written as in a file. A variable
+that looks like a misspelt field is an error; any other unknown one may belong to another program,
+so it is only noted.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ FOLDER = Path(__file__).with_name("recipes")
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """The configuration, where each of its values comes from, and what the user should know about the input."""
+    """A configuration, the origin of each of its values, and notes for the user about the input."""
 
     config: QuantizeConfig
     origins: dict[str, str]
@@ -41,23 +42,24 @@ class Resolved:
 
 @dataclass(slots=True)
 class _Source:
-    """What one of the sources said, and how to speak of it to the user; this one is the command line."""
+    """The values of one source, and its names for places; this class is for the command line."""
 
     values: dict[str, Any]
     findings: list[Finding] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
 
     def name(self, path: KeyPath) -> str:
-        """What the user calls the place `path`."""
+        """Return the user's name for the place `path`."""
         head, *rest = path
         return name_of(("--" + str(head).replace("_", "-"), *rest))
 
     def origin(self, key: str) -> str:
-        """Who said the field `key`."""
+        """Return the words for the place that gives the field `key`."""
         return self.name((key,))
 
     def locate(self, path: KeyPath, at_key: bool) -> Location | None:  # noqa: ARG002
-        """Where in a file the place `path` stands: its key or its value."""
+        """Return the location in a file of the key or the value at `path`."""
         return None
 
 
@@ -82,60 +84,58 @@ class _File(_Source):
 
     def locate(self, path: KeyPath, at_key: bool) -> Location | None:
         path = self._as_written(path)
-        place = next(
-            (self.places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in self.places),
-            None,
-        )
-        if place is None:
-            return Location(self.path, 1, 1)
+        while path and path not in self.places:
+            path = path[:-1]  # the nearest place around it
+        if not path:
+            return self.first_line
+        place = self.places[path]
         return place.key if at_key else place.value
+
+    @property
+    def first_line(self) -> Location:
+        return Location(self.path, 1, 1)
 
     def _as_written(self, path: KeyPath) -> KeyPath:
         return self.renamed.get(path[:1], path[:1]) + path[1:]
 
 
 def resolve(flags: Mapping[str, Any], env: Mapping[str, str], file: Path | None = None) -> Resolved:
-    """The configuration that flags (None: not said), environment and file give together.
+    """Return the configuration of flags (None: not given), environment and file together.
 
-    Raises ConfigError with every problem of every source: E_CFG_FILE, E_CFG_YAML, E_CFG_UNKNOWN_KEY, E_CFG_TYPE,
-    E_CFG_RANGE, E_CFG_REGEX, E_CFG_MISSING, E_CFG_CONFLICT; when all is well otherwise, E_TARGET.
+    Raises ConfigError with every problem of every source: E_CFG_FILE, E_CFG_YAML,
+    E_CFG_UNKNOWN_KEY, E_CFG_TYPE, E_CFG_RANGE, E_CFG_REGEX, E_CFG_MISSING, E_CFG_CONFLICT; if there
+    is no other problem, E_TARGET.
     """
-    from_file, problems = _read_file(find_config(file)) if file else (_File({}), [])
-    readable = not problems
-    sources = [_Source(dict(flags)), _read_environment(env), from_file]
-    said_by = {
-        key: source
-        for source in reversed(sources)
-        for key, value in source.values.items()
-        if value is not None
-    }
-    said = {key: source.values[key] for key, source in said_by.items()}
-    filled, why = fill(said)
+    sources = [_Source(dict(flags)), _read_environment(env)]
+    if file is not None:
+        sources.append(_read_file(find_config(file)))
+    chosen = _choose(sources)
+    filled, reasons = fill({key: source.values[key] for key, source in chosen.items()})
 
-    problems += [_problem(finding, source) for source in sources for finding in _findings(source)]
-    problems += [_conflict(finding, said_by, why) for finding in conflicts(filled)]
-    if "bits" not in filled and readable:
-        at = Location(from_file.path, 1, 1) if file else None
-        problems.append(
-            Problem("E_CFG_MISSING", "bits is required", "4 is the usual choice: --bits 4", at)
-        )
+    problems: list[Problem] = []
+    notes: list[str] = []
+    for source in sources:
+        problems += source.problems
+        problems += _problems_of(source)
+        notes += source.notes
+    problems += [_conflict(finding, chosen, reasons) for finding in conflicts(filled)]
+    problems += _missing_bits(filled, sources[-1])
     if problems:
         raise ConfigError.of(sorted(problems, key=_position))
 
-    origins = {key: why.get(key, "default") for key in FIELDS}
-    origins |= {key: source.origin(key) for key, source in said_by.items()}
     config = QuantizeConfig.model_validate(filled)
-    if refused := target_problems(settings_export(config), config.target):
-        at = said_by["target"].locate(("target",), at_key=False)
-        raise ConfigError.of([replace(problem, location=at) for problem in refused])
-    return Resolved(config, origins, tuple(note for source in sources for note in source.notes))
+    _check_target(config, chosen)
+    origins = dict.fromkeys(FIELDS, "default") | reasons
+    for key, source in chosen.items():
+        origins[key] = source.origin(key)
+    return Resolved(config, origins, tuple(notes))
 
 
 @file_errors()
 def load_config(file: str | Path) -> QuantizeConfig:
-    """The configuration of a YAML or JSON file, or of the recipe of that name; ConfigError as `resolve`.
+    """Return the configuration of a YAML or JSON file or of a recipe; ConfigError as `resolve`.
 
-    GPTQ_* variables have no say in it.
+    GPTQ_* variables are not read.
 
     >>> from gptq_cli import load_config
     >>> load_config("vllm-4bit").bits
@@ -145,32 +145,53 @@ def load_config(file: str | Path) -> QuantizeConfig:
 
 
 def check_flags(flags: Mapping[str, Any]) -> None:
-    """Refuse flags whose values their fields do not accept (None: not said), for commands without a configuration."""
-    source = _Source(
-        {key: value for key, value in flags.items() if value is not None and key in FIELDS}
-    )
-    if problems := [_problem(finding, source) for finding in _findings(source)]:
+    """Raise ConfigError for flags whose values their fields do not accept (None: not given).
+
+    It is for commands that take some fields but no configuration.
+    """
+    given = {}
+    for key, value in flags.items():
+        if value is not None and key in FIELDS:
+            given[key] = value
+    problems = _problems_of(_Source(given))
+    if problems:
         raise ConfigError.of(problems)
 
 
-def _read_file(path: Path) -> tuple[_File, list[Problem]]:
+def _choose(sources: Sequence[_Source]) -> dict[str, _Source]:
+    """Return the source that decides about each field: the first one that gives a value."""
+    chosen = {}
+    for source in reversed(sources):
+        for key, value in source.values.items():
+            if value is not None:
+                chosen[key] = source
+    return chosen
+
+
+def _read_file(path: Path) -> _File:
     document = load(path)
     adopted = adopt(document.values)
-    source = _File(
-        adopted.values, adopted.findings, adopted.notes, str(path), document.places, adopted.renamed
+    return _File(
+        adopted.values,
+        adopted.findings,
+        adopted.notes,
+        list(document.problems),
+        str(path),
+        document.places,
+        adopted.renamed,
     )
-    return source, list(document.problems)
 
 
 def _read_environment(env: Mapping[str, str]) -> _Environment:
     source = _Environment({})
     for variable in sorted(env):
-        key = variable.removeprefix(ENVIRONMENT).lower()
         if not variable.startswith(ENVIRONMENT):
             continue
+        key = variable.removeprefix(ENVIRONMENT).lower()
+        near = nearest(key, FIELDS, cutoff=0.7)
         if key in FIELDS:
             source.values[key] = parse_scalar(env[variable])
-        elif near := nearest(key, FIELDS, cutoff=0.7):
+        elif near is not None:
             hint = f"did you mean {ENVIRONMENT}{near.upper()}?"
             source.findings.append(
                 Finding(((key,),), "E_CFG_UNKNOWN_KEY", "sets no known field", hint)
@@ -180,52 +201,80 @@ def _read_environment(env: Mapping[str, str]) -> _Environment:
     return source
 
 
-def _findings(source: _Source) -> list[Finding]:
-    return source.findings + field_findings(source.values)
+def _problems_of(source: _Source) -> list[Problem]:
+    findings = source.findings + field_findings(source.values)
+    return [_problem(finding, source) for finding in findings]
 
 
 def _problem(finding: Finding, source: _Source) -> Problem:
-    message = f"{' and '.join(map(source.name, finding.paths))} {finding.predicate}"
     location = source.locate(finding.paths[0], at_key=finding.code in AT_KEY)
-    return Problem(finding.code, message, finding.hint, location)
+    return Problem(finding.code, finding.message(source.name), finding.hint, location)
 
 
-def _conflict(finding: Finding, said_by: Mapping[str, _Source], why: Mapping[str, str]) -> Problem:
-    """The finding with the origin of each side, since the two may come from two places."""
+def _missing_bits(filled: Mapping[str, Any], last: _Source) -> list[Problem]:
+    """Return E_CFG_MISSING without `bits`, unless they may stand in a file that cannot be read."""
+    if "bits" in filled or last.problems:
+        return []
+    at = last.first_line if isinstance(last, _File) else None
+    return [Problem("E_CFG_MISSING", "bits is required", "4 is the usual choice: --bits 4", at)]
+
+
+def _conflict(
+    finding: Finding, chosen: Mapping[str, _Source], reasons: Mapping[str, str]
+) -> Problem:
+    """Return the conflict with the origin of each side, since the sides may have two sources."""
     if len(finding.paths) == 1:
-        return _problem(finding, said_by[str(finding.paths[0][0])])
-    names, locations = [], []
-    for path in finding.paths:
+        return _problem(finding, chosen[str(finding.paths[0][0])])
+    locations: list[Location] = []
+
+    def side(path: KeyPath) -> str:
         key = str(path[0])
-        at = said_by[key].locate(path, at_key=False) if key in said_by else None
-        origin = at or (None if key in said_by else why.get(key, "default"))
-        name = said_by[key].name(path) if key in said_by else name_of(path)
-        names.append(f"{name} ({origin})" if origin else name)
-        locations += [at] if at else []
-    message = f"{' and '.join(names)} {finding.predicate}"
-    return Problem(finding.code, message, finding.hint, locations[0] if locations else None)
+        if key not in chosen:
+            return f"{name_of(path)} ({reasons.get(key, 'default')})"
+        at = chosen[key].locate(path, at_key=False)
+        name = chosen[key].name(path)
+        if at is None:
+            return name
+        locations.append(at)
+        return f"{name} ({at})"
+
+    message = finding.message(side)
+    return Problem(finding.code, message, finding.hint, next(iter(locations), None))
 
 
-def _position(problem: Problem) -> tuple[bool, int, int]:
-    at = problem.location
-    return (at is not None, at.line if at else 0, at.column if at else 0)
+def _check_target(config: QuantizeConfig, chosen: Mapping[str, _Source]) -> None:
+    """Raise ConfigError E_TARGET if the target cannot load any output of the configuration."""
+    refused = target_problems(settings_export(config), config.target)
+    if refused:
+        at = chosen["target"].locate(("target",), at_key=False)
+        raise ConfigError.of([replace(problem, location=at) for problem in refused])
+
+
+def _position(problem: Problem) -> tuple[int, int]:
+    """Return the sorting key of a problem: those without a place come first."""
+    if problem.location is None:
+        return (0, 0)
+    return (problem.location.line, problem.location.column)
 
 
 def recipes() -> dict[str, Path]:
-    """The file of each recipe by name."""
+    """Return the file of each recipe by name."""
     return {file.stem: file for file in sorted(FOLDER.glob("*.yaml"))}
 
 
 def describe_recipe(file: Path) -> str:
-    """What a recipe is for: its first comment that is not for editors."""
-    comments = (
-        line[2:] for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("# ")
-    )
-    return next(comment for comment in comments if not comment.startswith("yaml-language-server"))
+    """Return the purpose of a recipe: its first comment that is not for editors."""
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if line.startswith("# ") and not line.startswith("# yaml-language-server"):
+            return line[2:]
+    raise ValueError(f"the recipe {file} has no comment")
 
 
 def find_config(file: Path) -> Path:
-    """`file`, or the recipe of that name if there is no such file; ConfigError E_CFG_FILE if it could be neither."""
+    """Return `file`, or the recipe of that name if there is no such file.
+
+    Raises ConfigError E_CFG_FILE if it could be neither.
+    """
     known = recipes()
     name = str(file)
     if os.path.lexists(file) or file.name != name or file.suffix:
@@ -233,23 +282,21 @@ def find_config(file: Path) -> Path:
     if name in known:
         return known[name]
     near = nearest(name, known)
-    hint = (
-        f"did you mean the recipe {near}?"
-        if near
-        else "`gptq recipes` lists the names; a file needs its suffix"
-    )
+    hint = "`gptq recipes` lists the names; a file needs its suffix"
+    if near:
+        hint = f"did you mean the recipe {near}?"
     raise ConfigError("E_CFG_FILE", f"there is no file and no recipe `{name}`", hint=hint)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes a text that YAML 1.1 or YAML 1.2 would read as something else, and never writes an alias."""
+    """A dumper that quotes texts which YAML 1.1 or 1.2 would misread, and writes no alias."""
 
     def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002
         return True
 
 
 def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
-    # PyYAML folds NEL and its like to blanks in every style but this one
+    # In every other style PyYAML folds NEL and its like to blanks.
     style = None if text.isprintable() else '"'
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
@@ -260,7 +307,10 @@ for _tag, _pattern, _first in CORE_SCHEMA:
 
 
 def to_yaml(config: QuantizeConfig, origins: Mapping[str, str] | None = None) -> str:
-    """`config` as YAML, each value with its entry in `origins` as a comment; loading the text gives an equal config."""
+    """Return `config` as YAML, each value with its entry in `origins` as a comment.
+
+    Loading the text gives an equal configuration.
+    """
     blocks = []
     for key, value in config.model_dump().items():
         block = printable_yaml({key: value})
@@ -275,9 +325,11 @@ def to_yaml(config: QuantizeConfig, origins: Mapping[str, str] | None = None) ->
 
 
 def printable_yaml(values: Mapping[str, Any]) -> str:
-    """`values` as YAML in which every letter prints: one that does not is an escape, as a terminal needs it."""
+    """Return `values` as YAML for a terminal: letters that do not print are escaped."""
     text = _as_yaml(values, allow_unicode=True)
-    return text if text.replace("\n", "").isprintable() else _as_yaml(values, allow_unicode=False)
+    if text.replace("\n", "").isprintable():
+        return text
+    return _as_yaml(values, allow_unicode=False)
 
 
 def _as_yaml(values: Mapping[str, Any], *, allow_unicode: bool) -> str:
@@ -287,7 +339,7 @@ def _as_yaml(values: Mapping[str, Any], *, allow_unicode: bool) -> str:
 
 
 def _one_line(origin: str | None) -> str | None:
-    """`origin` as a comment can hold it: a file's name may break lines."""
+    """Return `origin` as a comment can hold it, since the name of a file may break lines."""
     if origin is None or origin.isprintable():
         return origin
     return origin.encode("unicode-escape", "surrogatepass").decode("ascii")

@@ -1,9 +1,9 @@
-"""Which layers a configuration reaches, with the meaning GPTQModel and Optimum give to their fields.
+"""The rules of a configuration and the layers that they reach, as GPTQModel and Optimum read them.
 
-A `dynamic` rule is a regular expression in the dialect of Python's `re`, as GPTQModel and vLLM read it. It is matched
-from the start of the full module name, behind `+:` (or nothing) for other settings or `-:` for "keep in full
-precision". All `-:` rules are asked first, then the others in the order in which they were written; the first match
-decides alone.
+A `dynamic` rule is a regular expression of Python's `re`, as for GPTQModel and vLLM. It is matched
+from the start of the full module name. Its prefix is `+:` (or nothing) for other settings, `-:` for
+"keep in full precision". All `-:` rules are tried first, then the others in the order in which they
+are written; the first match decides alone.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from gptq_cli.config.layer import LayerConfig
 from gptq_cli.config.strict_yaml import parse_scalar
 from gptq_cli.errors import ConfigError
 
-SECONDS = 1.0  # of computing; a pattern that anybody means takes microseconds
-SECONDS_OF_CHILD = 20.0  # a busy machine takes its time to start one
+SECONDS = 1.0  # of computing time; a sensible pattern takes microseconds
+SECONDS_OF_CHILD = 20.0  # a busy machine needs some to start a process
 MOST_CHOICES, MOST_GROUPS = 3, 2
 _CHOICE = re.compile(r"[*+{]|(?<!\()\?")
 _OTHERS = re.compile(r"\)[*+{]|\\[1-9]|\(\?[A-Za-z-]")  # repeated groups, references, flags
@@ -35,34 +35,32 @@ _CHILD = "import json, re, sys; sys.exit(re.match(*json.load(sys.stdin)) is None
 
 
 def matches_in_time(pattern: str, text: str) -> bool:
-    """Whether the pattern matches from the start of the text, as `re.match` does; TimeoutError if that takes long."""
+    """Whether the pattern matches from the start of the text, as with `re.match`.
+
+    Raises TimeoutError if that takes long: `re` cannot be interrupted otherwise, so the match runs
+    under a timer in the main thread, and in a process of its own elsewhere.
+    """
     if _is_plain(pattern):
         return re.match(pattern, text) is not None
     if current_thread() is main_thread() and hasattr(signal, "setitimer"):
         return _match_here(pattern, text)
-    command, question = (
-        [sys.executable, "-I", "-S", "-c", _CHILD],
-        json.dumps([pattern, text]).encode(),
-    )
+    command = [sys.executable, "-I", "-S", "-c", _CHILD]
+    question = json.dumps([pattern, text]).encode()
     try:
-        return (
-            subprocess.run(
-                command, input=question, timeout=SECONDS_OF_CHILD, check=False
-            ).returncode
-            == 0
-        )
+        done = subprocess.run(command, input=question, timeout=SECONDS_OF_CHILD, check=False)
     except subprocess.TimeoutExpired:
         raise TimeoutError from None
+    return done.returncode == 0
 
 
 def _is_plain(pattern: str) -> bool:
-    """Whether matching takes at most about the cube of the text's length, by what the pattern looks like."""
+    """Whether the look of the pattern bounds the time by about the cube of the text's length."""
     few = len(_CHOICE.findall(pattern)) <= MOST_CHOICES and pattern.count("(") <= MOST_GROUPS
     return few and not _OTHERS.search(pattern)
 
 
 def _match_here(pattern: str, text: str) -> bool:
-    usual = signal.signal(signal.SIGVTALRM, _late)
+    usual = signal.signal(signal.SIGVTALRM, _raise_timeout)
     timer = signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
     try:
         return re.match(pattern, text) is not None
@@ -71,14 +69,15 @@ def _match_here(pattern: str, text: str) -> bool:
         signal.signal(signal.SIGVTALRM, usual)
 
 
-def _late(_number: int, _frame: FrameType | None) -> None:
+def _raise_timeout(_number: int, _frame: FrameType | None) -> None:
     raise TimeoutError
 
 
 KEEP, CHANGE = "-:", "+:"
+NUMBER, DOT = "[0-9]+", "[.]"  # in patterns for module names
 
 
-# Engines that hold these linears as one ask rules for the fused name, and want all of a group stored alike.
+# Engines that fuse these linears look up rules by the fused name, and need all of a group alike.
 FUSED_ALIASES = {
     frozenset({"q_proj", "k_proj", "v_proj"}): "qkv_proj",
     frozenset({"gate_proj", "up_proj"}): "gate_up_proj",
@@ -88,14 +87,14 @@ _OF_EXPERT = re.compile(r"(.+\.\d+\..+)\.\d+\.([^.]+)")
 
 @dataclass(frozen=True, slots=True)
 class LayerChoice:
-    """What happens to one layer and which rule says so; `config` None means it keeps its full precision."""
+    """The settings of one layer and the reason; `config` None means full precision."""
 
     config: LayerConfig | None
     why: str
 
 
 def expert_part(name: str) -> tuple[str, str] | None:
-    """For a linear of an expert of a block what its layer's experts share and its own last name, else None.
+    """Return the name that the experts of a layer share and a linear's own, None for other linears.
 
     >>> expert_part("model.layers.0.mlp.experts.7.up_proj")
     ('model.layers.0.mlp.experts', 'up_proj')
@@ -105,27 +104,32 @@ def expert_part(name: str) -> tuple[str, str] | None:
 
 
 def split_groups(settings: Mapping[str, object]) -> list[str]:
-    """Fused names of linears that engines hold as one and that do not all have the same of `settings`, by name.
+    """Return the fused names of linears that engines fuse but whose `settings`, by name, differ.
 
-    >>> split_groups({"layers.0.q_proj": 4, "layers.0.k_proj": 8, "layers.1.q_proj": 8, "layers.1.k_proj": 8})
+    >>> split_groups({"layers.0.q_proj": 4, "layers.0.k_proj": 8, "layers.1.q_proj": 8})
     ['layers.0.qkv_proj']
     """
-    found: dict[str, set[object]] = defaultdict(set)
+    groups: dict[str, set[object]] = defaultdict(set)
     for name, stored in settings.items():
         parent, _, leaf = name.rpartition(".")
         for parts, alias in FUSED_ALIASES.items():
             if leaf in parts:
-                found[f"{parent}.{alias}"].add(stored)
-    return [name for name, stored in found.items() if len(stored) > 1]
+                groups[f"{parent}.{alias}"].add(stored)
+    return _with_several(groups)
 
 
 def split_experts(settings: Mapping[str, object]) -> list[str]:
-    """Experts of one layer, by the name they share, that do not all have the same of `settings`, by name of linears."""
-    found: dict[str, set[object]] = defaultdict(set)
+    """Return the shared names of experts of one layer whose `settings`, by linear, differ."""
+    groups: dict[str, set[object]] = defaultdict(set)
     for name, stored in settings.items():
-        if part := expert_part(name):
-            found[part[0]].add(stored)
-    return [name for name, stored in found.items() if len(stored) > 1]
+        part = expert_part(name)
+        if part is not None:
+            groups[part[0]].add(stored)
+    return _with_several(groups)
+
+
+def _with_several(groups: Mapping[str, set[object]]) -> list[str]:
+    return [name for name, stored in groups.items() if len(stored) > 1]
 
 
 def keeps(rule: str) -> bool:
@@ -134,43 +138,53 @@ def keeps(rule: str) -> bool:
 
 
 def pattern_of(rule: str) -> str:
-    """The regular expression of a `dynamic` rule without its prefix."""
-    return rule[2:] if rule.startswith((KEEP, CHANGE)) else rule
+    """Return the regular expression of a `dynamic` rule without its prefix."""
+    return rule.removeprefix(KEEP) if keeps(rule) else rule.removeprefix(CHANGE)
 
 
 def keeping(names: Iterable[str], *, in_all_blocks: bool = False) -> tuple[str, str]:
-    """A rule that keeps layers, and with each one those that engines hold as one with it; and the option that says so.
+    """Return a rule that keeps layers and those that engines fuse with them, and its option.
 
-    With `in_all_blocks` numbers inside the names stand for all numbers.
+    With `in_all_blocks` each number inside the names stands for all numbers.
 
     >>> keeping(["model.layers.3.mlp.down_proj"])[1]
     "--dynamic '-:model[.]layers[.]3[.]mlp[.]down_proj$'"
     >>> keeping(["m.0.k_proj", "m.1.k_proj"], in_all_blocks=True)[0]
     '-:m[.][0-9]+[.](k_proj|q_proj|v_proj)$'
     """
-    patterns = list(
-        dict.fromkeys(_pattern_for(name, in_all_blocks=in_all_blocks) for name in names)
-    )
-    pattern = patterns[0] if len(patterns) == 1 else f"({'|'.join(patterns)})"
-    rule = f"{KEEP}{pattern}$"
+    patterns = [_pattern_for(name, in_all_blocks=in_all_blocks) for name in names]
+    rule = f"{KEEP}{_any_of(dict.fromkeys(patterns))}$"
     return rule, f"--dynamic {shlex.quote(rule)}"
 
 
 def _pattern_for(name: str, *, in_all_blocks: bool) -> str:
+    """Return the pattern of a linear and of those that engines fuse with it."""
     *holders, leaf = name.split(".")
-    fused = next((sorted(parts) for parts in FUSED_ALIASES if leaf in parts), [leaf])
-    leaves = "|".join(map(re.escape, fused))
-    words = [
-        "[0-9]+" if in_all_blocks and word.isdecimal() else re.escape(word) for word in holders
-    ]
-    return "[.]".join([*words, leaves if len(fused) == 1 else f"({leaves})"])
+    leaves = {leaf}
+    for parts in FUSED_ALIASES:
+        if leaf in parts:
+            leaves |= parts
+    words = []
+    for holder in holders:
+        is_number = in_all_blocks and holder.isdecimal()
+        words.append(NUMBER if is_number else re.escape(holder))
+    words.append(_any_of(map(re.escape, sorted(leaves))))
+    return DOT.join(words)
+
+
+def _any_of(patterns: Iterable[str]) -> str:
+    patterns = list(patterns)
+    if len(patterns) == 1:
+        return patterns[0]
+    return f"({'|'.join(patterns)})"
 
 
 def flaw_of(rule: str) -> str | None:
-    """Why the pattern of a `dynamic` rule is no regular expression; None if it is one."""
+    """Return the reason why a `dynamic` rule is no regular expression, None if it is one."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # of what may come to mean something else, such as [[a]
+            # A pattern such as [[a] may change its meaning with the next Python.
+            warnings.simplefilter("error")
             re.compile(pattern_of(rule))
     except (re.error, RecursionError, OverflowError, FutureWarning) as error:
         return str(error)
@@ -178,36 +192,50 @@ def flaw_of(rule: str) -> str | None:
 
 
 def matches(rule: str, name: str) -> bool:
-    """Whether a `dynamic` rule matches a layer's name; ConfigError E_CFG_REGEX if that takes for ever to tell."""
+    """Whether a `dynamic` rule matches a layer's name; ConfigError E_CFG_REGEX if it takes long."""
     try:
         return matches_in_time(pattern_of(rule), name)
     except TimeoutError:
         raise ConfigError(
-            "E_CFG_REGEX", f"rule {rule!r} takes more than {SECONDS:g} s to tell whether it matches `{name}`",
+            "E_CFG_REGEX",
+            f"rule {rule!r} takes more than {SECONDS:g} s to tell whether it matches `{name}`",
             hint="write it without a repetition of a repetition, such as (a+)+",
-        ) from None  # fmt: skip
+        ) from None
 
 
 def first_match(rules: Iterable[str], name: str) -> str | None:
-    """The rule that decides about the layer `name`: `-:` rules first, then in order (GPTQModel, `dynamic`)."""
-    ordered = sorted(rules, key=lambda rule: not keeps(rule))
-    return next((rule for rule in ordered if matches(rule, name)), None)
+    """Return the rule that decides about the layer `name`, as in GPTQModel; None without one."""
+    keeping_first = sorted(rules, key=lambda rule: not keeps(rule))
+    for rule in keeping_first:
+        if matches(rule, name):
+            return rule
+    return None
 
 
 def is_listed(modules: Sequence[Sequence[str]] | None, name_in_block: str) -> bool:
-    """Whether `modules_in_block_to_quantize` reaches a linear: its name ends with a listed one (as in Optimum)."""
-    return modules is None or any(
-        name_in_block.endswith(item) for stage in modules for item in stage
-    )
+    """Whether `modules_in_block_to_quantize` holds a linear: its name ends with a listed one.
+
+    Source: Optimum. None stands for all linears.
+    """
+    if modules is None:
+        return True
+    listed = tuple(item for stage in modules for item in stage)
+    return name_in_block.endswith(listed)
 
 
 def parse_rule(text: str) -> tuple[str, Any]:
-    """The rule and settings in `-:regex` or `+:regex={"bits": 8}`, as the command line writes an entry of `dynamic`."""
+    """Return rule and settings of `-:regex` or `+:regex={"bits": 8}`, the words for --dynamic."""
     match = re.fullmatch(r"(.*)=(\{.*\})", text, re.DOTALL)
-    return (match[1], parse_scalar(match[2])) if match else (text, {})
+    if match is None:
+        return text, {}
+    return match[1], parse_scalar(match[2])
 
 
 def unmatched_rules(rules: Mapping[str, object], names: Iterable[str]) -> list[str]:
-    """Rules that match none of `names`: most often a pattern that forgot that matching starts at the first letter."""
+    """Return the rules that match none of `names`, often because matching starts at the front."""
     names = list(names)
-    return [rule for rule in rules if not any(matches(rule, name) for name in names)]
+    return [rule for rule in rules if not _matches_any(rule, names)]
+
+
+def _matches_any(rule: str, names: Iterable[str]) -> bool:
+    return any(matches(rule, name) for name in names)

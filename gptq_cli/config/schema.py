@@ -1,19 +1,20 @@
-"""The configuration of a run: every field with its type, its default, what it accepts and what it means.
+"""The configuration of a run: every field with its type, default, accepted values and meaning.
 
-Names, meanings and defaults are those of Optimum's GPTQQuantizer; `dynamic` is GPTQModel's. A resolved configuration
-is valid input again and gives an equal one.
+Names, meanings and defaults are those of Optimum's GPTQQuantizer; `dynamic` is GPTQModel's. A
+resolved configuration is valid input again and gives an equal one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from gptq_cli.config.check import findings_of, refusal
+from gptq_cli.config.corpora import ACCEPTED_TEXT, DEFAULT_DATASET
 from gptq_cli.config.fields import (
     STRICT,
     Accepts,
@@ -29,7 +30,7 @@ from gptq_cli.config.fields import (
     Name,
     Option,
     Panel,
-    Preset,
+    PresetName,
     Rule,
     Search,
     Size,
@@ -39,17 +40,27 @@ from gptq_cli.config.fields import (
     Text,
     size_in_bytes,
 )
-from gptq_cli.config.finding import Finding, KeyPath, name_of
-from gptq_cli.config.layer import DEFAULT_PRESET, PRESETS, FaultPolicy, LayerConfig
+from gptq_cli.config.finding import Finding, KeyPath, one_of
+from gptq_cli.config.layer import (
+    DEFAULT_PRESET,
+    FORMATS,
+    PRESETS,
+    FaultPolicy,
+    Format,
+    LayerConfig,
+)
 from gptq_cli.config.rules import LayerChoice, first_match, is_listed, keeps, pattern_of
 from gptq_cli.config.serving_table import TARGETS
 from gptq_cli.errors import ConfigError
 
+Backend = Literal["auto", "torch", "triton"]
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+
 
 class QuantizeConfig(BaseModel):
-    """Everything that decides about a run, resolved; construct it from what was said, the rest is derived.
+    """All settings of a run, resolved: fields that are not given are derived from those that are.
 
-    ConfigError, with every problem at once, if that cannot be.
+    Raises ConfigError with every problem at once.
 
     >>> from gptq_cli import QuantizeConfig
     >>> config = QuantizeConfig(bits=4, sym=False, dynamic={"-:.*down_proj": {}})
@@ -88,7 +99,7 @@ class QuantizeConfig(BaseModel):
     )
     signed_scales: Annotated[Flag, Option(Panel.SWITCHES)] = Field(
         default=False,
-        description="symmetric scales may be negative: the larger end gets a level more",
+        description="allow negative scales, so that the larger weight's side has the extra level",
     )
     scale_search: Annotated[Search, Option(Panel.ALGORITHM, metavar="HOW", note=", or none")] = (
         Field(
@@ -101,15 +112,18 @@ class QuantizeConfig(BaseModel):
     )
     asymmetric_calibration: Annotated[Strength, Option(Panel.ALGORITHM, metavar="0..1")] = Field(
         default=0.0,
-        description="how far weights follow the unquantized model's inputs, 0 to 1; above 0 each block runs twice",
+        description="strength, 0 to 1, of correcting weights for the errors of earlier layers; "
+        "above 0 each block runs twice",
     )
     damp_mode: Annotated[Damping, Option(Panel.ALGORITHM)] = Field(
         default="mean",
-        description="damp every column alike, or each by its own energy (diagonal), more when tokens are few",
+        description="damp all columns alike (mean), or each in proportion to its own energy "
+        "(diagonal), and more if tokens are few",
     )
     damp_percent: Annotated[DampPercent, Option(Panel.ALGORITHM)] = Field(
         default=0.1,
-        description="damping, as a share of the Hessian's mean diagonal; with damp_mode diagonal the least share",
+        description="damping as a fraction of the Hessian's mean diagonal; with damp_mode "
+        "diagonal, the minimum fraction",
     )
     modules_in_block_to_quantize: Annotated[
         list[Annotated[list[Text], Field(min_length=1)]] | None,
@@ -136,15 +150,17 @@ class QuantizeConfig(BaseModel):
         Target, Option(Panel.LAYERS, metavar="ENGINE", note=f": {', '.join(TARGETS)}")
     ] = Field(
         default=None,
-        description="engine that must load the result, or the run is refused before any work",
+        description="engine that must load the result; if it cannot, the run is refused at once",
     )
     moe_uncovered: Annotated[Experts, Option(Panel.LAYERS)] = Field(
         default="error",
-        description="an expert without calibration tokens: stop, round it to nearest, or calibrate it on all tokens",
+        description="if an expert has no calibration tokens: stop, round it to nearest, or "
+        "calibrate it on all tokens",
     )
     on_numeric_fault: Annotated[Fault, Option(Panel.LAYERS)] = Field(
         default="error",
-        description="a layer whose inputs are not finite or whose Hessian has no factor: stop, or round it to nearest",
+        description="if the inputs of a layer are not finite or its Hessian has no factor: stop, "
+        "or round it to nearest",
     )
     max_fallbacks: Annotated[
         int | None,
@@ -153,7 +169,7 @@ class QuantizeConfig(BaseModel):
         Option(Panel.LAYERS, metavar="N"),
     ] = Field(
         default=None,
-        description="stop when more layers than this had to be rounded to nearest; null: any number",
+        description="stop if more layers than this had to be rounded to nearest; null: never",
     )
     dataset: Annotated[
         str | list[str] | None,
@@ -162,7 +178,7 @@ class QuantizeConfig(BaseModel):
         Option(Panel.TEXT, note="; given twice or more: the texts themselves"),
     ] = Field(
         default=None,
-        description="calibration text: wikitext2 (also if null), c4, a Hub id, a file or a folder",
+        description=f"calibration text: {ACCEPTED_TEXT}; null: {DEFAULT_DATASET}",
     )
     dataset_config: Annotated[Name, Option(Panel.TEXT)] = Field(
         default=None, description="configuration of a Hub dataset"
@@ -185,9 +201,9 @@ class QuantizeConfig(BaseModel):
     seed: Annotated[
         int, Field(ge=0, lt=2**63), Accepts("a whole number of 0 or more"), Option(Panel.TEXT)
     ] = Field(default=0, description="chooses the calibration windows")
-    format: Annotated[
-        Literal["gptq", "gptq_v2"], Accepts("gptq or gptq_v2"), Option(Panel.OUTPUT)
-    ] = Field(default="gptq", description="checkpoint format")
+    format: Annotated[Format, Accepts(one_of(FORMATS)), Option(Panel.OUTPUT)] = Field(
+        default="gptq", description="checkpoint format"
+    )
     max_shard_size: Annotated[Size, Option(Panel.OUTPUT, metavar="SIZE")] = Field(
         default="5GB", description="largest safetensors file written"
     )
@@ -202,9 +218,7 @@ class QuantizeConfig(BaseModel):
         Option(Panel.RUN, metavar="SIZE"),
     ] = Field(default=None, description="host memory that may be used; null: what is free")
     backend: Annotated[
-        Literal["auto", "torch", "triton"] | None,
-        Accepts("auto, torch, triton or null"),
-        Option(Panel.RUN),
+        Backend | None, Accepts(one_of([*get_args(Backend), "null"])), Option(Panel.RUN)
     ] = Field(default=None, description="kernel that runs quantized linears when evaluating")
     device: Annotated[
         str,
@@ -212,30 +226,29 @@ class QuantizeConfig(BaseModel):
         Accepts("auto, cpu, cuda or cuda:N"),
         Option(Panel.RUN, metavar="auto|cpu|cuda:N"),
     ] = Field(default="auto", description="device that does the work")
-    dtype: Annotated[
-        Literal["auto", "bfloat16", "float16", "float32"],
-        Accepts("auto, bfloat16, float16 or float32"),
-        Option(Panel.RUN),
-    ] = Field(default="auto", description="dtype of the forward passes")
+    dtype: Annotated[Dtype, Accepts(one_of(get_args(Dtype))), Option(Panel.RUN)] = Field(
+        default="auto", description="dtype of the forward passes"
+    )
     trust_remote_code: Annotated[Flag, Option(Panel.RUN, ("--trust-remote-code",))] = Field(
         default=False, description="run Python code that comes with the model"
     )
-    preset: Annotated[Preset, Option(Panel.ALGORITHM, metavar="NAME")] = Field(
-        default=DEFAULT_PRESET, description="named starting point for the fields left open"
+    preset: Annotated[
+        PresetName, Option(Panel.ALGORITHM, metavar="NAME", note=f": {', '.join(PRESETS)}")
+    ] = Field(
+        default=DEFAULT_PRESET, description="named starting point for all fields that are not given"
     )
 
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, values: Any) -> Any:
-        return fill(values)[0] if isinstance(values, Mapping) else values
+        if isinstance(values, Mapping):
+            return fill(values)[0]
+        return values
 
     @model_validator(mode="after")
     def _agree(self) -> QuantizeConfig:
         for finding in conflicts(self.__dict__):
-            subject = " and ".join(map(name_of, finding.paths))
-            raise PydanticCustomError(
-                "conflict", "{message}", {"message": f"{subject} {finding.predicate}"}
-            )
+            raise PydanticCustomError("conflict", "{message}", {"message": finding.message()})
         return self
 
     @model_validator(mode="wrap")  # the last one, which sees what all others raise
@@ -243,7 +256,7 @@ class QuantizeConfig(BaseModel):
     def _refuse(
         cls, values: Any, handler: ModelWrapValidatorHandler[QuantizeConfig]
     ) -> QuantizeConfig:
-        """Whatever is wrong is a ConfigError in the words of a person."""
+        """Turn every error of pydantic into a ConfigError in plain words."""
         try:
             return handler(values)
         except ValidationError as error:
@@ -251,31 +264,31 @@ class QuantizeConfig(BaseModel):
 
     @property
     def max_shard_bytes(self) -> int:
-        """Largest size of one safetensors file in bytes."""
+        """The largest size of one safetensors file, in bytes."""
         return size_in_bytes(self.max_shard_size)
 
     @property
     def max_vram_bytes(self) -> int | None:
-        """Device memory that may be used, in bytes; None if all that is free."""
-        return None if self.max_vram is None else size_in_bytes(self.max_vram)
+        """The device memory that may be used, in bytes; None means all that is free."""
+        return _bytes_or_none(self.max_vram)
 
     @property
     def max_ram_bytes(self) -> int | None:
-        """Host memory that may be used, in bytes; None if all that is free."""
-        return None if self.max_ram is None else size_in_bytes(self.max_ram)
+        """The host memory that may be used, in bytes; None means all that is free."""
+        return _bytes_or_none(self.max_ram)
 
     @property
     def fault_policy(self) -> FaultPolicy:
-        """What becomes of layers that cannot be calibrated."""
+        """The treatment of layers that cannot be calibrated."""
         return FaultPolicy(self.on_numeric_fault, self.moe_uncovered)
 
     @property
     def base(self) -> LayerConfig:
-        """Settings of a layer that no `dynamic` rule matches."""
+        """The settings of a layer that no `dynamic` rule matches."""
         return LayerConfig(**{name: getattr(self, name) for name in LayerConfig.__slots__})
 
     def choose(self, name: str) -> LayerChoice:
-        """What `dynamic` decides about the layer with the full module name `name`, and why."""
+        """Return the settings of the layer with the full module name `name`, and the reason."""
         rule = first_match(self.dynamic, name)
         if rule is None:
             return LayerChoice(self.base, "default")
@@ -284,15 +297,18 @@ class QuantizeConfig(BaseModel):
         return LayerChoice(self.changed_by(rule), f"rule '{rule}'")
 
     def changed_by(self, rule: str) -> LayerConfig:
-        """Settings of a layer that the `+:` rule of `dynamic` decides about."""
-        return _override(self.base, self.dynamic[rule])
+        """Return the settings of a layer that the `+:` rule `rule` of `dynamic` matches first."""
+        overrides = self.dynamic[rule]
+        settings: dict[str, Any] = {key: value for key, value, _ in _implied(overrides)}
+        settings.update(overrides)
+        return replace(self.base, **settings)
 
     def for_layer(self, name: str) -> LayerConfig | None:
-        """Settings of the layer with the full module name `name`; None when a `-:` rule keeps it as it is."""
+        """Return the settings of the layer `name`, None if a `-:` rule keeps its full precision."""
         return self.choose(name).config
 
     def reaches(self, name_in_block: str) -> bool:
-        """Whether `modules_in_block_to_quantize` leaves this linear of a block to be quantized."""
+        """Whether `modules_in_block_to_quantize` allows this linear of a block to be quantized."""
         return is_listed(self.modules_in_block_to_quantize, name_in_block)
 
 
@@ -300,7 +316,7 @@ FIELDS = tuple(QuantizeConfig.model_fields)
 
 
 def field_findings(values: Mapping[str, Any]) -> list[Finding]:
-    """Everything that the schema has against single `values`; not what is missing, nor conflicts between them."""
+    """Return the findings about single `values`: missing fields and conflicts are not reported."""
     try:
         QuantizeConfig.model_validate(dict(values))
     except ConfigError as refused:
@@ -311,111 +327,121 @@ def field_findings(values: Mapping[str, Any]) -> list[Finding]:
     return []
 
 
-def _override(base: LayerConfig, overrides: LayerOverrides) -> LayerConfig:
-    settings: dict[str, Any] = {key: value for key, value, _ in _implied(overrides)}
-    settings.update(overrides)
-    return replace(base, **settings)
+def _bytes_or_none(size: int | str | None) -> int | None:
+    return None if size is None else size_in_bytes(size)
 
 
 def fill(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """`values` with preset and derived defaults filled in, and for each key filled the reason.
+    """Return `values` with preset and derived defaults, and the reason for each key added.
 
-    A null stands for "not said". Values of a wrong type are passed on as they are, for the schema to refuse.
+    A null counts as not given. Values of a wrong type are kept, for the schema to refuse.
     """
-    said = {
-        key: value
-        for key, value in values.items()
-        if value is not None or key not in QuantizeConfig.model_fields
-    }
-    why: dict[str, str] = {}
-
-    def default(key: str, value: object, reason: str) -> None:
-        if key not in said:
-            said[key], why[key] = value, reason
-
-    for key, value, reason in _implied(said):
-        default(key, value, reason)
-    preset = said.get("preset", DEFAULT_PRESET)
-    for key, value in PRESETS.get(preset, {}).items() if isinstance(preset, str) else ():
-        default(key, value, f"preset {preset}")
-    if said.get("sym") is False or any(rule.get("sym") is False for rule in _override_rules(said)):
-        default("format", "gptq_v2", "because sym is false")
-    n_samples = said.get("nsamples")
-    if type(n_samples) is int and 0 < n_samples < QuantizeConfig.model_fields["batch_size"].default:
-        default("batch_size", n_samples, "because there are no more samples")
-    return said, why
+    filled = {}
+    for key, value in values.items():
+        if value is not None or key not in QuantizeConfig.model_fields:
+            filled[key] = value
+    reasons: dict[str, str] = {}
+    for step in (_implied, _from_preset, _derived):  # each sees the values of those before it
+        for key, value, reason in list(step(filled)):
+            if key not in filled:
+                filled[key], reasons[key] = value, reason
+    return filled, reasons
 
 
-def _implied(said: Mapping[str, Any]) -> Iterator[tuple[str, object, str]]:
-    """What some of `said` means for other fields, whatever a preset has for them."""
-    if said.get("sym") is False:
+Default = tuple[str, object, str]  # a field, its value, the reason
+
+
+def _implied(given: Mapping[str, Any]) -> Iterator[Default]:
+    """Yield the values of other fields that `given` ones decide, whatever a preset says."""
+    if given.get("sym") is False:
         yield "signed_scales", False, "because sym is false"
-    if said.get("desc_act") is True:
+    if given.get("desc_act") is True:
         yield "act_group_aware", False, "because desc_act is true"
         yield "static_groups", False, "because desc_act is true"
 
 
-def _override_rules(values: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _from_preset(given: Mapping[str, Any]) -> Iterator[Default]:
+    preset = given.get("preset", DEFAULT_PRESET)
+    if isinstance(preset, str) and preset in PRESETS:
+        for key, value in PRESETS[preset].settings.items():
+            yield key, value, f"preset {preset}"
+
+
+def _derived(given: Mapping[str, Any]) -> Iterator[Default]:
+    symmetries = [given.get("sym")]
+    symmetries += [overrides.get("sym") for _, overrides in _rules(given)]
+    if any(sym is False for sym in symmetries):
+        yield "format", "gptq_v2", "because sym is false"
+    n_samples = given.get("nsamples")
+    if type(n_samples) is int and 0 < n_samples < _default("batch_size"):
+        yield "batch_size", n_samples, "because there are no more samples"
+
+
+def _default(field: str) -> Any:
+    return QuantizeConfig.model_fields[field].default
+
+
+def _rules(values: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Return the rules of `dynamic` and their settings, as far as they have the right types."""
     dynamic = values.get("dynamic")
-    return (
-        [rule for rule in dynamic.values() if isinstance(rule, dict)]
-        if isinstance(dynamic, dict)
-        else []
-    )
+    if not isinstance(dynamic, dict):
+        return []
+    found = []
+    for rule, overrides in dynamic.items():
+        if isinstance(rule, str) and isinstance(overrides, dict):
+            found.append((rule, overrides))
+    return found
 
 
 def conflicts(values: Mapping[str, Any]) -> list[Finding]:
-    """Fields that contradict each other in filled `values`; fields of a wrong type are left to the schema."""
+    """Return contradictions between fields in filled `values`; the schema refuses wrong types."""
     findings = []
     if values.get("desc_act") is True and values.get("act_group_aware") is True:
         findings.append(_both_orders(("desc_act",), ("act_group_aware",)))
     if values.get("signed_scales") is True and values.get("sym") is False:
         findings.append(_signed_asymmetry(("signed_scales",), ("sym",)))
-    batch, samples = (
-        values.get("batch_size"),
-        values.get("nsamples", QuantizeConfig.model_fields["nsamples"].default),
-    )
-    if type(batch) is int and type(samples) is int and batch > samples > 0:
-        paths = (("batch_size",), ("nsamples",))
-        hint = f"set batch_size to {samples} or less"
-        findings.append(
-            Finding(
-                paths, "E_CFG_RANGE", f"disagree: a batch of {batch} from {samples} samples", hint
-            )
-        )
-    dynamic = values.get("dynamic")
-    for rule, overrides in dynamic.items() if isinstance(dynamic, dict) else ():
-        if isinstance(rule, str) and isinstance(overrides, dict):
-            findings += _rule_conflicts(rule, overrides, values)
+    findings += _batch_conflicts(values)
+    for rule, overrides in _rules(values):
+        if keeps(rule):
+            findings += _keeping_conflicts(rule, overrides)
+        else:
+            findings += _override_conflicts(rule, overrides, values)
     return findings
 
 
-def _rule_conflicts(
+def _batch_conflicts(values: Mapping[str, Any]) -> list[Finding]:
+    batch, samples = values.get("batch_size"), values.get("nsamples", _default("nsamples"))
+    if type(batch) is not int or type(samples) is not int or not batch > samples > 0:
+        return []
+    paths: tuple[KeyPath, ...] = (("batch_size",), ("nsamples",))
+    predicate = f"disagree: a batch of {batch} from {samples} samples"
+    return [Finding(paths, "E_CFG_RANGE", predicate, f"set batch_size to {samples} or less")]
+
+
+def _keeping_conflicts(rule: str, overrides: dict[str, Any]) -> list[Finding]:
+    if not overrides:
+        return []
+    hint = f"write {{}}, or use '+:{pattern_of(rule)}' to quantize the layer with other settings"
+    predicate = "keeps its layers in full precision and takes no settings"
+    return [Finding((("dynamic", rule),), "E_CFG_CONFLICT", predicate, hint)]
+
+
+def _override_conflicts(
     rule: str, overrides: dict[str, Any], values: Mapping[str, Any]
 ) -> list[Finding]:
-    path = ("dynamic", rule)
-    if keeps(rule):
-        hint = (
-            f"write {{}}, or use '+:{pattern_of(rule)}' to quantize the layer with other settings"
-        )
-        says = "keeps its layers in full precision and takes no settings"
-        return [Finding((path,), "E_CFG_CONFLICT", says, hint)] if overrides else []
     findings = []
-    if _effective(rule, "desc_act", values) is True and overrides.get("act_group_aware") is True:
-        findings.append(
-            _both_orders(_said_at(rule, "desc_act", values), (*path, "act_group_aware"))
-        )
-    if overrides.get("signed_scales") is True and _effective(rule, "sym", values) is False:
-        findings.append(_signed_asymmetry((*path, "signed_scales"), _said_at(rule, "sym", values)))
+    path = ("dynamic", rule)
+
+    def where(key: str) -> KeyPath:
+        """Return the place that decides about `key` for the layers of the rule."""
+        return (*path, key) if key in overrides else (key,)
+
+    effective = {**values, **overrides}
+    if effective.get("desc_act") is True and overrides.get("act_group_aware") is True:
+        findings.append(_both_orders(where("desc_act"), (*path, "act_group_aware")))
+    if overrides.get("signed_scales") is True and effective.get("sym") is False:
+        findings.append(_signed_asymmetry((*path, "signed_scales"), where("sym")))
     return findings
-
-
-def _effective(rule: str, key: str, values: Mapping[str, Any]) -> object:
-    return values["dynamic"][rule].get(key, values.get(key))
-
-
-def _said_at(rule: str, key: str, values: Mapping[str, Any]) -> KeyPath:
-    return ("dynamic", rule, key) if key in values["dynamic"][rule] else (key,)
 
 
 def _both_orders(*paths: KeyPath) -> Finding:
@@ -424,10 +450,9 @@ def _both_orders(*paths: KeyPath) -> Finding:
 
 
 def _signed_asymmetry(*paths: KeyPath) -> Finding:
+    predicate = "exclude each other: only a symmetric grid has signed scales"
     hint = "set signed_scales to false, or leave it out: an asymmetric grid has no larger end"
-    return Finding(
-        paths, "E_CFG_CONFLICT", "exclude each other: only a symmetric grid has signed scales", hint
-    )
+    return Finding(paths, "E_CFG_CONFLICT", predicate, hint)
 
 
-DEFAULTS = QuantizeConfig(bits=4)  # with what the default preset fills in
+DEFAULTS = QuantizeConfig(bits=4)  # with the settings of the default preset

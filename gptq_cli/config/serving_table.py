@@ -1,7 +1,8 @@
-"""Which engine loads which checkpoint: the table, with what was read or run and when. Nothing else says it.
+"""The one table of the engines and the checkpoints they load, each with its source and date.
 
-A `Trait` is something about a checkpoint that not every reader takes. For each engine the rules are asked in order and
-the first whose trait the checkpoint has decides; without one the engine loads it.
+A `Trait` is a property of checkpoints that not every reader takes. The rules of an engine are tried
+in order: the first one whose trait the checkpoint has decides. If there is none, the engine loads
+the checkpoint.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ TORCH_GROUPS = {-1, 16, 32, 64, 128, 256, 512, 1024}
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """What a reader sees of a checkpoint: the settings that occur in it."""
+    """The settings in a checkpoint, as far as readers see them."""
 
     bits: frozenset[int]
     group_sizes: frozenset[int]
@@ -28,21 +29,21 @@ class Export:
     mixed: bool
     v2: bool
     lm_head: bool
-    experts: frozenset[str] = frozenset()  # what the linears of experts are called, gate_proj or w1
+    experts: frozenset[str] = frozenset()  # last names of the linears of experts: gate_proj or w1
     split_experts: bool = False  # experts of one layer have different settings, or some are kept
-    split_fused: bool = False  # so have q, k and v, or gate and up, of one layer
-    narrow_experts: bool = False  # hidden size is no multiple of 128
+    split_fused: bool = False  # q, k and v, or gate and up, of one layer have, or some are kept
+    narrow_experts: bool = False  # the hidden size is no multiple of 128
     transposed: bool = False  # the source stores its linears [I, O]
 
     @property
     def marlin(self) -> bool:
-        """Whether the kernel that engines use on GPUs takes the settings."""
+        """Whether Marlin, the kernel of engines on GPUs, takes the settings."""
         return self.bits <= {4, 8} and not self.asym and self.group_sizes <= MARLIN_GROUPS
 
 
 @dataclass(frozen=True, slots=True)
 class Trait:
-    """What some checkpoints have: `called` so, fields of `Export` in braces, and what to say to be rid of it."""
+    """A property of checkpoints: its name, with fields of `Export` in braces, and its remedy."""
 
     has: Callable[[Export], bool]
     called: str
@@ -51,7 +52,7 @@ class Trait:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What an engine does with checkpoints of a trait, and why."""
+    """The outcome if an engine gets a checkpoint with a trait, and the reason."""
 
     trait: Trait
     outcome: Outcome
@@ -60,7 +61,7 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """A reader of GPTQ checkpoints; `source` is what was read or run, `date` the month of it."""
+    """A reader of GPTQ checkpoints; `source` names the code read or run in the month `date`."""
 
     name: str
     source: str
@@ -101,17 +102,19 @@ GROUPS_OF_16 = Trait(
     lambda e: 4 in e.bits and 16 in e.group_sizes, "4 bits with group_size 16", "--group-size 32"
 )
 NO_POWER = Trait(
-    lambda e: any(size & (size - 1) for size in e.group_sizes if size > 0), "group_size {group_sizes}",
+    lambda e: any(size & (size - 1) for size in e.group_sizes if size > 0),
+    "group_size {group_sizes}",
     "a power of two as --group-size",
-)  # fmt: skip
+)
 G_IDX = Trait(
     lambda e: e.real_g_idx, "desc_act", "--static-groups or --act-group-aware instead of --desc-act"
 )
 MIXED = Trait(lambda e: e.mixed, "layers with different settings", "no `+:` rules of --dynamic")
 SPLIT_FUSED = Trait(
-    lambda e: e.split_fused, "q, k and v (or gate and up) of one layer with different settings, or some of them kept",
+    lambda e: e.split_fused,
+    "q, k and v (or gate and up) of one layer with different settings, or some of them kept",
     "rules that match all of a fused group or none of it",
-)  # fmt: skip
+)
 LM_HEAD = Trait(lambda e: e.lm_head, "a quantized lm_head", "--no-lm-head")
 EXPERTS = Trait(lambda e: bool(e.experts), "quantized experts", "an engine that serves mixtures")
 SPLIT_EXPERTS = Trait(
@@ -125,25 +128,28 @@ OTHER_EXPERTS = Trait(
     "an engine that takes the names of the source",
 )
 PLAIN_EXPERTS = Trait(
-    lambda e: bool(e.experts) and not e.marlin, "quantized experts with these settings",
+    lambda e: bool(e.experts) and not e.marlin,
+    "quantized experts with these settings",
     "4 or 8 bits, --sym and --group-size 128",
-)  # fmt: skip
+)
 NARROW_G_IDX = Trait(
     lambda e: e.narrow_experts and e.real_g_idx,
     "experts of this width with desc_act",
     "--static-groups",
 )
 NARROW_8_BITS = Trait(
-    lambda e: e.narrow_experts and 8 in e.bits and e.group_sizes != {-1}, "experts of this width in 8 bits",
+    lambda e: e.narrow_experts and 8 in e.bits and e.group_sizes != {-1},
+    "experts of this width in 8 bits",
     "--bits 4 or --group-size -1",
-)  # fmt: skip
+)
 NARROW = Trait(lambda e: e.narrow_experts, "experts of this width", "another model")
 TRANSPOSED = Trait(lambda e: e.transposed, "a model of Conv1D layers", "another engine")
 
 ENGINES: tuple[Engine, ...] = (
     Engine(
         "vllm",
-        "vllm-project/vllm, layers/quantization/auto_gptq.py and gptq_utils.py, fused_moe/oracle/int_wna16.py, read",
+        "vllm-project/vllm, layers/quantization/auto_gptq.py and gptq_utils.py, "
+        "fused_moe/oracle/int_wna16.py, read",
         "2026-06",
         (
             Rule(ODD_BITS, "no", "it serves 4 and 8 bits only"),

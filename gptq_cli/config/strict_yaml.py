@@ -1,8 +1,8 @@
-"""Strict YAML: only what means the same to every reader, and every value with its place in the file.
+"""Strict YAML: every value means the same to every reader and comes with its place in the file.
 
-PyYAML reads YAML 1.1, where `no` is false, `010` is 8, `1e-3` is a text and the last of two equal keys wins. Here the
-scalars follow the core schema of YAML 1.2.2 (section 10.3.2), and duplicate keys, anchors, tags and tabs are refused.
-JSON is YAML in flow style and takes the same path.
+PyYAML reads YAML 1.1, where `no` is false, `010` is 8, `1e-3` is a text and the last of two equal
+keys wins. Here the scalars follow the core schema of YAML 1.2.2 (section 10.3.2), and duplicate
+keys, anchors, tags and tabs are refused. JSON is YAML in flow style and takes the same path.
 """
 
 from __future__ import annotations
@@ -33,13 +33,14 @@ CORE_SCHEMA: tuple[tuple[str, re.Pattern[str], str], ...] = (
     (
         "float",
         re.compile(
-            r"(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))\Z"
+            r"(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
+            r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))\Z"
         ),
         "-+.0123456789",
     ),
 )
 
-# What PyYAML says about the usual slips, and how a person would say it.
+# PyYAML's words for the usual mistakes -> a message and a hint.
 SYNTAX: dict[str, tuple[str, str]] = {
     r"'\t'": ("a tab cannot indent or separate in YAML", "use spaces"),
     "single document": (
@@ -63,7 +64,7 @@ SYNTAX: dict[str, tuple[str, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a key and its value stand; an item of a list is its own key."""
+    """The locations of a key and its value; an item of a list is its own key."""
 
     key: Location
     value: Location
@@ -71,7 +72,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """The mapping a file holds, the place of everything in it, and what is wrong with its YAML."""
+    """The mapping in a file, the place of every value, and the problems of its YAML."""
 
     values: dict[str, Any]
     places: dict[KeyPath, Place]
@@ -79,46 +80,37 @@ class Document:
 
 
 def load(path: Path) -> Document:
-    """The mapping in the YAML or JSON file `path`.
+    """Return the mapping in the YAML or JSON file `path`.
 
-    Problems after which the rest can still be read (duplicate keys, anchors, tags) come with the document; a file that
-    cannot be read or parsed raises ConfigError with E_CFG_FILE or E_CFG_YAML.
+    Problems that do not stop the reading (duplicate keys, anchors, tags) come with the document. A
+    file that cannot be read or parsed raises ConfigError with E_CFG_FILE or E_CFG_YAML.
     """
     return parse(_read(path), str(path))
 
 
 def parse(data: bytes, name: str) -> Document:
-    """As `load`, for the bytes of a file called `name` in messages."""
+    """Return the mapping in the bytes of a file called `name` in messages; errors as `load`."""
     text = _decode(data, name)
     if "\t" in text and _is_json(text):
         text = text.replace("\t", " ")  # JSON may indent with tabs and has none inside its texts
-    try:
-        composer = _Composer(text, name)
-        root = composer.get_single_node()
-    except yaml.MarkedYAMLError as error:
-        raise ConfigError.of([_syntax(error, name)]) from None
-    except yaml.reader.ReaderError as error:
-        before = text[: error.position]
-        at = Location(name, before.count("\n") + 1, error.position - before.rfind("\n"))
-        letter = f"U+{ord(text[error.position]):04X}"
-        raise ConfigError(
-            "E_CFG_YAML", f"the character {letter} is not allowed in YAML", location=at
-        ) from None
+    root, problems = _compose(text, name)
     if not isinstance(root, MappingNode):
-        hint = "write one setting a line, like `bits: 4`"
         raise ConfigError(
             "E_CFG_YAML",
             "a configuration is a mapping of settings",
-            hint=hint,
+            hint="write one setting a line, like `bits: 4`",
             location=Location(name, 1, 1),
         )
-    reader = _Reader(name, composer.problems)
+    reader = _Reader(name, problems)
     values = reader.value(root, ())
     return Document(values, reader.places, tuple(reader.problems))
 
 
 def parse_scalar(text: str) -> Any:
-    """What `text` means as a value in a file (`4`, `true`, `{bits: 8}`); plain text stays as it is, `#` included."""
+    """Return the value that a file would hold in `text`: `4`, `true`, `{bits: 8}`.
+
+    Plain text stays unchanged, with `#`.
+    """
     try:
         document = parse(b"value: " + text.encode(), "")
     except (ConfigError, UnicodeEncodeError):
@@ -126,17 +118,42 @@ def parse_scalar(text: str) -> Any:
     if document.problems or set(document.values) != {"value"}:
         return text
     value = document.values["value"]
-    return text if isinstance(value, str) and text[:1] not in "'\"" else value
+    is_quoted = text.startswith(("'", '"'))
+    if isinstance(value, str) and not is_quoted:
+        return text
+    return value
+
+
+def _compose(text: str, name: str) -> tuple[Node | None, list[Problem]]:
+    """Return the root of the nodes in `text`, and the problems that do not stop the reading."""
+    try:
+        composer = _Composer(text, name)
+        return composer.get_single_node(), composer.problems
+    except yaml.MarkedYAMLError as error:
+        raise ConfigError.of([_syntax(error, name)]) from None
+    except yaml.reader.ReaderError as error:
+        letter = f"U+{ord(text[error.position]):04X}"
+        raise ConfigError(
+            "E_CFG_YAML",
+            f"the character {letter} is not allowed in YAML",
+            location=_end_of(text[: error.position], name),
+        ) from None
+
+
+def _end_of(text: str, name: str) -> Location:
+    """Return the location of the character that follows `text`."""
+    return Location(name, text.count("\n") + 1, len(text) - text.rfind("\n"))
 
 
 def _read(path: Path) -> bytes:
     try:
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode):
-            what = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
-            hint = "name a file in it, or a recipe: `gptq recipes` lists them"
+            kind = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
             raise ConfigError(
-                "E_CFG_FILE", f"{path} is {what}, a configuration is a YAML or JSON file", hint=hint
+                "E_CFG_FILE",
+                f"{path} is {kind}, but a configuration is a YAML or JSON file",
+                hint="name a file in it, or a recipe: `gptq recipes` lists them",
             )
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
@@ -164,14 +181,11 @@ def _decode(data: bytes, name: str) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        before = data[: error.start].decode("utf-8")
-        at = Location(name, before.count("\n") + 1, len(before) - before.rfind("\n"))
-        byte = f"0x{data[error.start]:02x}"
         raise ConfigError(
             "E_CFG_YAML",
-            f"the byte {byte} is not UTF-8",
+            f"the byte 0x{data[error.start]:02x} is not UTF-8",
             hint="save the file as UTF-8",
-            location=at,
+            location=_end_of(data[: error.start].decode("utf-8"), name),
         ) from None
 
 
@@ -190,8 +204,11 @@ def _at(name: str, mark: yaml.Mark) -> Location:
 def _syntax(error: yaml.MarkedYAMLError, name: str) -> Problem:
     mark = error.problem_mark or error.context_mark
     raw = f"{error.context or ''} {error.problem or 'cannot be parsed'}".strip()
-    words, hint = next((entry for part, entry in SYNTAX.items() if part in raw), (raw, None))
-    return Problem("E_CFG_YAML", words, hint, _at(name, mark) if mark else None)
+    location = _at(name, mark) if mark else None
+    for part, (message, hint) in SYNTAX.items():
+        if part in raw:
+            return Problem("E_CFG_YAML", message, hint, location)
+    return Problem("E_CFG_YAML", raw, None, location)
 
 
 class _Resolver(yaml.resolver.BaseResolver):
@@ -199,13 +216,15 @@ class _Resolver(yaml.resolver.BaseResolver):
 
 
 for _tag, _pattern, _first in CORE_SCHEMA:
-    _Resolver.add_implicit_resolver(_tag, _pattern, [*_first, *([""] if _tag == "null" else [])])
+    # An empty value has no first letter; it is a null.
+    _letters = [*_first, ""] if _tag == "null" else [*_first]
+    _Resolver.add_implicit_resolver(_tag, _pattern, _letters)
 
 
 class _Composer(
     yaml.reader.Reader, yaml.scanner.Scanner, yaml.parser.Parser, yaml.composer.Composer, _Resolver
 ):
-    """PyYAML's node graph without what makes YAML more than a tree of plain values."""
+    """PyYAML's node graph, limited to a tree of plain values."""
 
     def __init__(self, text: str, name: str) -> None:
         yaml.reader.Reader.__init__(self, text)
@@ -250,7 +269,7 @@ class _Composer(
 
 
 class _Reader:
-    """Python values from nodes, with their places."""
+    """The reader that makes Python values from nodes and collects their places."""
 
     def __init__(self, name: str, problems: list[Problem]) -> None:
         self.places: dict[KeyPath, Place] = {}
@@ -261,10 +280,12 @@ class _Reader:
         if isinstance(node, MappingNode):
             return {key: self.value(child, (*path, key)) for key, child in self._items(node, path)}
         if isinstance(node, SequenceNode):
+            items = []
             for index, child in enumerate(node.value):
-                place = _at(self._name, child.start_mark)
-                self.places[(*path, index)] = Place(place, place)
-            return [self.value(child, (*path, index)) for index, child in enumerate(node.value)]
+                at = _at(self._name, child.start_mark)
+                self.places[(*path, index)] = Place(at, at)
+                items.append(self.value(child, (*path, index)))
+            return items
         return self._scalar(node)
 
     def _items(self, node: MappingNode, path: KeyPath) -> Iterator[tuple[str, Node]]:
@@ -311,9 +332,8 @@ def _real(word: str) -> float:
 
 def _text(text: str) -> str:
     try:
-        return text.encode("utf-16", "surrogatepass").decode(
-            "utf-16"
-        )  # JSON writes one emoji as two escapes
+        # JSON writes one emoji as two escapes.
+        return text.encode("utf-16", "surrogatepass").decode("utf-16")
     except UnicodeDecodeError:
         if _names_a_file(text):
             return text
@@ -321,7 +341,10 @@ def _text(text: str) -> str:
 
 
 def _names_a_file(text: str) -> bool:
-    """Whether the halves in `text` are bytes of a file's name that is not UTF-8, as Python holds such names."""
+    """Whether the halves in `text` are bytes of a file's name that is not UTF-8.
+
+    Python holds them as halves of surrogate pairs (`surrogateescape`).
+    """
     try:
         return bool(text.encode("utf-8", "surrogateescape"))
     except UnicodeEncodeError:

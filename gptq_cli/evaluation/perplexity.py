@@ -1,6 +1,6 @@
 """`gptq eval-ppl`: perplexity of a checkpoint, quantized or not, with one block in memory.
 
-Logits are judged in float32 whatever the model's dtype. Perplexity is the one of the GPTQ paper's
+Logits are converted to float32 whatever the model's dtype. Perplexity is that of the GPTQ paper's
 evaluation (Frantar et al. 2022, section 4): exp of the mean over windows of the mean cross-entropy
 of a window's tokens 1 .. seqlen - 1, each given all tokens before it in the window.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ POSITIONS = 256  # converted to float32 at a time: a vocabulary of 256k makes th
 
 @dataclass(frozen=True, slots=True)
 class WindowResult:
-    """One window of the evaluation text: it begins at token `first_token`; KL in nats a token."""
+    """One window of the evaluation text, from token `first_token` on; KL in nats a token."""
 
     first_token: int
     perplexity: float
@@ -51,9 +51,10 @@ class WindowResult:
 
 @dataclass(frozen=True, slots=True)
 class EvalResult:
-    """A perplexity with the protocol that gave it; the last five fields are empty without a baseline.
+    """A perplexity with its protocol; the last five fields are empty without a baseline.
 
-    `join` stands between the dataset's documents, `dataset_sha256` is the hash of the joined text in UTF-8.
+    `join` stands between the dataset's documents, `dataset_sha256` is the hash of the joined text
+    in UTF-8.
     """
 
     model: str
@@ -78,14 +79,15 @@ class EvalResult:
     per_window: tuple[WindowResult, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """The result as plain JSON values, without those of single windows."""
+        """Return the result as plain JSON values, without those of single windows."""
         return {name: getattr(self, name) for name in self.__slots__ if name != "per_window"}
 
 
 def evaluate_perplexity(model: str, request: EvalRequest, report: Report = ignore) -> EvalResult:
-    """Perplexity of MODEL (a directory or a Hub id) and, with a baseline, its divergence from that model.
+    """Return the perplexity of MODEL (a directory or a Hub id), and its divergence from a baseline.
 
-    Raises InputError for models and datasets that are refused, ConfigError for a seqlen beyond the model's positions.
+    Raises InputError for models and datasets that are refused, ConfigError for a seqlen beyond the
+    model's positions.
     """
     started = time.perf_counter()
     device = resolve_device(request.device)
@@ -96,16 +98,14 @@ def evaluate_perplexity(model: str, request: EvalRequest, report: Report = ignor
     record = Record(report)
     for checkpoint in checkpoints:
         warn_of(checkpoint, record)
+    runs = []
     with torch.inference_mode(), device_errors():
         windows, documents = _windows(checkpoints[0], request, record)
-        ids = windows.ids
-        batches = list(ids.split(request.batch_size))
-        runs = [
-            _run(checkpoint, batches, request, device, backend, record)
-            for checkpoint in checkpoints
-        ]
+        batches = list(windows.ids.split(request.batch_size))
+        for checkpoint in checkpoints:
+            runs.append(_run(checkpoint, batches, request, device, backend, record))
         perplexities, divergence = _compare(runs, batches)
-    return EvalResult(
+    result = EvalResult(
         model=model,
         perplexity=perplexities[0].value,
         dataset=documents.name,
@@ -114,32 +114,42 @@ def evaluate_perplexity(model: str, request: EvalRequest, report: Report = ignor
         dataset_revision=documents.revision,
         dataset_sha256=documents.sha256,
         join=documents.join,
-        seqlen=ids.shape[1],
-        windows=ids.shape[0],
-        tokens=ids.numel(),
+        seqlen=windows.ids.shape[1],
+        windows=windows.ids.shape[0],
+        tokens=windows.tokens,
         dtype=str(runs[0].stream.dtype).removeprefix("torch."),
         seconds=time.perf_counter() - started,
         peak_host_bytes=record.host_bytes,
         peak_device_bytes=record.device_bytes,
+    )
+    if divergence is None:
+        return result
+    return replace(
+        result,
         baseline=request.baseline,
-        baseline_perplexity=perplexities[1].value if divergence else None,
-        kl=divergence.kl if divergence else None,
-        top1_agreement=divergence.top1_agreement if divergence else None,
-        per_window=_per_window(perplexities, divergence, ids.shape[1]) if divergence else (),
+        baseline_perplexity=perplexities[1].value,
+        kl=divergence.kl,
+        top1_agreement=divergence.top1_agreement,
+        per_window=_per_window(perplexities, divergence, result.seqlen),
     )
 
 
 def _per_window(
-    perplexities: list[Perplexity], found: Divergence, seqlen: int
+    perplexities: list[Perplexity], divergence: Divergence, seqlen: int
 ) -> tuple[WindowResult, ...]:
     model, baseline = (perplexity.of_windows for perplexity in perplexities)
-    counts = zip(found.sums, found.agreements, found.positions, strict=True)
-    return tuple(
-        WindowResult(
-            index * seqlen, model[index], baseline[index], total / positions, same / positions
+    results = []
+    for index, positions in enumerate(divergence.positions):
+        results.append(
+            WindowResult(
+                first_token=index * seqlen,
+                perplexity=model[index],
+                baseline_perplexity=baseline[index],
+                kl=divergence.sums[index] / positions,
+                top1_agreement=divergence.agreements[index] / positions,
+            )
         )
-        for index, (total, same, positions) in enumerate(counts)
-    )
+    return tuple(results)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +161,7 @@ class _Run:
 
 
 def _recorded_backend(checkpoint: Checkpoint) -> str | None:
-    """The `backend` of the configuration that a checkpoint of ours was made with."""
+    """Return the `backend` in the configuration beside a checkpoint, None without one."""
     backend = recorded_settings(checkpoint.directory).get("backend")
     return backend if isinstance(backend, str) else None
 
@@ -159,8 +169,10 @@ def _recorded_backend(checkpoint: Checkpoint) -> str | None:
 def _windows(
     checkpoint: Checkpoint, request: EvalRequest, report: Report
 ) -> tuple[Windows, Documents]:
-    said = request.seqlen is not None
-    seqlen = bounded_seqlen(request.seqlen or DEFAULT_SEQLEN, explicit=said, checkpoint=checkpoint)
+    explicit = request.seqlen is not None
+    seqlen = bounded_seqlen(
+        request.seqlen or DEFAULT_SEQLEN, explicit=explicit, checkpoint=checkpoint
+    )
     report(PhaseStarted("dataset", f"windows of {seqlen} tokens"))
     encoder = load_encoder(checkpoint.directory, trust_remote_code=request.trust_remote_code)
     source = DatasetSource(
@@ -171,9 +183,8 @@ def _windows(
         purpose="evaluation",
     )
     documents = load_documents(source)
-    return evaluation_windows(
-        documents, encoder, seqlen=seqlen, max_windows=request.max_windows
-    ), documents
+    windows = evaluation_windows(documents, encoder, seqlen=seqlen, max_windows=request.max_windows)
+    return windows, documents
 
 
 def _run(
@@ -186,9 +197,13 @@ def _run(
 ) -> _Run:
     report(PhaseStarted("evaluation", str(checkpoint.directory)))
     stream = open_stream(
-        checkpoint, device=device, dtype=request.dtype, trust_remote_code=request.trust_remote_code, backend=backend,
+        checkpoint,
+        device=device,
+        dtype=request.dtype,
+        trust_remote_code=request.trust_remote_code,
+        backend=backend,
         host=Memory(torch.device("cpu")),
-    )  # fmt: skip
+    )
     for code, text in about_unused(stream.unused):
         report(Warned(code, text))
     for ids in batches:
@@ -205,18 +220,16 @@ def _run(
 
 
 def _compare(runs: list[_Run], batches: list[Tensor]) -> tuple[list[Perplexity], Divergence | None]:
-    """Perplexity of each run, and the divergence of the first from the second if there are two."""
+    """Return the perplexity of each run, and the divergence of the first from a second one."""
     perplexities = [Perplexity() for _ in runs]
     divergence = Divergence() if len(runs) == 2 else None
     with ExitStack() as stack:
         heads = [stack.enter_context(run.stream.head()) for run in runs]
         for batch, ids in enumerate(batches):
-            logits = [head(ids, run.hidden[batch]) for head, run in zip(heads, runs, strict=True)]
-            if divergence is not None and logits[0].shape != logits[1].shape:
-                sizes = f"{logits[0].shape[-1]} and {logits[1].shape[-1]}"
-                raise InputError(
-                    "E_TOKENIZER", f"model and baseline have different vocabularies: {sizes} tokens"
-                )
+            logits = []
+            for head, run in zip(heads, runs, strict=True):
+                logits.append(head(ids, run.hidden[batch]))
+            _check_vocabularies(logits)
             for window, tokens in enumerate(ids.to(logits[0].device)):
                 for perplexity, rows in zip(perplexities, logits, strict=True):
                     perplexity.add(rows[window], tokens)
@@ -225,24 +238,31 @@ def _compare(runs: list[_Run], batches: list[Tensor]) -> tuple[list[Perplexity],
     return perplexities, divergence
 
 
+def _check_vocabularies(logits: list[Tensor]) -> None:
+    """Raise InputError E_TOKENIZER if model and baseline have logits of different sizes."""
+    sizes = [str(rows.shape[-1]) for rows in logits]
+    if len(set(sizes)) > 1:
+        message = f"model and baseline have different vocabularies: {' and '.join(sizes)} tokens"
+        raise InputError("E_TOKENIZER", message)
+
+
 @dataclass(slots=True)
 class Perplexity:
-    """Collects windows; `value` is their perplexity."""
+    """The perplexity of windows that are added one by one."""
 
     losses: list[float] = field(default_factory=list)
 
     def add(self, logits: Tensor, ids: Tensor) -> None:
-        """One window: logits [seqlen, V] and the token ids [seqlen] they were computed from."""
+        """Add a window: logits [seqlen, V] and the token ids [seqlen] that they come from."""
         chunks = zip(logits[:-1].split(POSITIONS), ids[1:].split(POSITIONS), strict=True)
-        total = sum(
-            float(functional.cross_entropy(row.float(), target, reduction="sum"))
-            for row, target in chunks
-        )
+        total = 0.0
+        for rows, targets in chunks:
+            total += float(functional.cross_entropy(rows.float(), targets, reduction="sum"))
         self.losses.append(total / (len(ids) - 1))
 
     @property
     def value(self) -> float:
-        """Infinite when a loss is too large for a float, not a number when one is not."""
+        """The perplexity of all windows: inf if the loss is too large, nan if a loss is nan."""
         return _exp(sum(self.losses) / len(self.losses))
 
     @property
@@ -252,14 +272,17 @@ class Perplexity:
 
 
 def _exp(loss: float) -> float:
-    return math.exp(loss) if not loss > 700 else math.inf
+    if loss > 700:  # beyond the exponents of a float
+        return math.inf
+    return math.exp(loss)
 
 
 @dataclass(slots=True)
 class Divergence:
-    """How far a model's predictions are from a baseline's, over the same positions as the perplexity.
+    """The distance of a model's predictions from a baseline's, at the same positions.
 
-    Of each window: the sum of KL(baseline || model) in nats, positions where both rank the same token first, and all.
+    Each window has a sum of KL(baseline || model) in nats, a number of positions where both rank
+    the same token first, and a number of all positions.
     """
 
     sums: list[float] = field(default_factory=list)
@@ -267,7 +290,7 @@ class Divergence:
     positions: list[int] = field(default_factory=list)
 
     def add(self, baseline: Tensor, logits: Tensor) -> None:
-        """One window: both models' logits [seqlen, V]."""
+        """Add a window: the logits [seqlen, V] of both models."""
         total, same = 0.0, 0
         for wanted, got in zip(
             baseline[:-1].split(POSITIONS), logits[:-1].split(POSITIONS), strict=True
@@ -281,10 +304,10 @@ class Divergence:
 
     @property
     def kl(self) -> float:
-        """Mean KL(baseline || model) per predicted token, in nats."""
+        """The mean KL(baseline || model) per predicted token, in nats."""
         return sum(self.sums) / sum(self.positions)
 
     @property
     def top1_agreement(self) -> float:
-        """Share of positions where both models rank the same token first."""
+        """The share of positions where both models rank the same token first."""
         return sum(self.agreements) / sum(self.positions)

@@ -1,4 +1,4 @@
-"""What `evaluate_perplexity` is asked for; known without torch, so that a wrong request fails at once."""
+"""The request to `evaluate_perplexity`, without torch, so that a wrong one fails at once."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from gptq_cli.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class EvalRequest:
-    """What to evaluate on and how; the fields are the options of `gptq eval-ppl`.
+    """The text and the protocol of an evaluation; the fields are the options of `gptq eval-ppl`.
 
-    `seqlen` None means 2048, or the model's positions if it has fewer; `backend` None means the one that the
-    configuration beside the checkpoint names, if it does. ConfigError if a value is not accepted.
+    `seqlen` None means 2048, or the model's positions if it has fewer. `backend` None means the one
+    in the configuration beside the checkpoint, if it names one. Raises ConfigError if a value is
+    not accepted.
 
     >>> EvalRequest(dataset="heldout.txt", seqlen=512).batch_size
     1
@@ -39,10 +40,12 @@ class EvalRequest:
     baseline: str | None = None
 
     def __post_init__(self) -> None:
-        said = {
-            key: value for key, value in asdict(self).items() if key in FIELDS and value is not None
-        }
-        if findings := field_findings(said):
+        given = {}
+        for key, value in asdict(self).items():
+            if key in FIELDS and value is not None:
+                given[key] = value
+        findings = field_findings(given)
+        if findings:
             raise refusal(findings)
         if self.max_windows is not None and self.max_windows < 1:
             message = f"max_windows must be a whole number of 1 or more, got {self.max_windows}"

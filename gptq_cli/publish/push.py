@@ -11,11 +11,12 @@ from typing import Any
 
 import yaml
 
-from gptq_cli.calibration.corpus import CORPORA, is_path
+from gptq_cli.calibration.corpus import is_path
 from gptq_cli.checkpoint.locate import local_model
 from gptq_cli.checkpoint.side_files import CONFIG_NAMES
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint, read_json
 from gptq_cli.checkpoint.verify import verify_checkpoint
+from gptq_cli.config.corpora import CORPORA
 from gptq_cli.config.finding import size
 from gptq_cli.config.resolve import resolve
 from gptq_cli.config.serving import verdicts

@@ -146,7 +146,7 @@ def test_too_few_windows_are_refused_with_the_counts() -> None:
     assert caught.value.code == "E_DATA_SHORT"
     assert (
         str(caught.value)
-        == "dataset `small.txt` gives 10 windows of 10 tokens (100 tokens), 11 are needed"
+        == "dataset `small.txt` gives 10 windows of 10 tokens (100 tokens), but 11 are needed"
     )
     assert caught.value.hint == "lower --nsamples or --seqlen, or give more text"
 
@@ -185,7 +185,8 @@ def test_evaluation_on_less_than_a_window_is_refused() -> None:
         evaluation_windows(numbered(4, "tiny"), WordEncoder(), seqlen=10)
     assert caught.value.code == "E_DATA_SHORT"
     assert (
-        str(caught.value) == "dataset `tiny` gives 0 windows of 10 tokens (9 tokens), 1 are needed"
+        str(caught.value)
+        == "dataset `tiny` gives 0 windows of 10 tokens (9 tokens), but 1 are needed"
     )
 
 

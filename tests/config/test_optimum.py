@@ -132,7 +132,7 @@ def test_settings_that_a_tool_has_noted_in_meta_are_named(tmp_path: Path) -> Non
 
 def test_another_name_for_act_group_aware_is_known(tmp_path: Path) -> None:
     assert resolved({"bits": 4, "hyb_act": False}, tmp_path).config.act_group_aware is False
-    with pytest.raises(ConfigError, match="hyb_act and act_group_aware mean the same and differ"):
+    with pytest.raises(ConfigError, match="hyb_act and act_group_aware mean the same but differ"):
         resolved({"bits": 4, "hyb_act": False, "act_group_aware": True}, tmp_path)
 
 
@@ -194,13 +194,13 @@ def test_fields_without_effect_are_noted_and_nulls_are_not(tmp_path: Path) -> No
         ),
         (
             {"checkpoint_format": "gptq", "format": "gptq_v2"},
-            'checkpoint_format and format mean the same and differ: "gptq" and "gptq_v2"',
+            'checkpoint_format and format mean the same but differ: "gptq" and "gptq_v2"',
             3,
         ),
         ({"model_seqlen": 0}, "model_seqlen must be a whole number of 1 or more, got 0", 3),
         (
             {"model_seqlen": 5, "seqlen": 6},
-            "model_seqlen and seqlen mean the same and differ: 5 and 6",
+            "model_seqlen and seqlen mean the same but differ: 5 and 6",
             3,
         ),
     ],

@@ -259,11 +259,11 @@ def test_a_rule_that_says_asym_turns_signed_scales_off_for_its_layers() -> None:
 
 
 def test_gptq_and_every_other_preset_say_what_they_are() -> None:
-    assert PRESETS["gptq"] == {}
-    for preset, values in PRESETS.items():
-        config = QuantizeConfig(bits=4, preset=preset)
-        assert {key: getattr(config, key) for key in values} == values
-        assert QuantizeConfig(bits=4, preset=preset, sym=False).base.signed_scales is False
+    assert PRESETS["gptq"].settings == {}
+    for name, preset in PRESETS.items():
+        config = QuantizeConfig(bits=4, preset=name)
+        assert {key: getattr(config, key) for key in preset.settings} == preset.settings
+        assert QuantizeConfig(bits=4, preset=name, sym=False).base.signed_scales is False
 
 
 def test_every_field_says_what_it_accepts_and_refuses_in_those_words() -> None:
