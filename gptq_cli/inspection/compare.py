@@ -1,9 +1,9 @@
-"""How far the weights of one checkpoint are from another's, tensor by tensor."""
+"""The difference between the weights of two checkpoints, tensor by tensor."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -23,8 +23,10 @@ ELEMENTS_PER_CHUNK = 2**24
 
 @dataclass(frozen=True, slots=True)
 class TensorDifference:
-    """One tensor of both: `relative_error` is ‖A - B‖² / ‖B‖², 0 where both are the same numbers; `largest` is the
-    largest |A - B|."""
+    """The difference between A and B in one tensor.
+
+    `relative_error` is ‖A - B‖² / ‖B‖² (‖A - B‖² if B is zero); `largest` is the largest |A - B|.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -34,7 +36,7 @@ class TensorDifference:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Tensors of both checkpoints in B's order, and names that only one of them has."""
+    """The tensors that both checkpoints have, in the order of B, and names that only one has."""
 
     tensors: tuple[TensorDifference, ...]
     only_a: tuple[str, ...]
@@ -43,86 +45,91 @@ class Comparison:
 
     @property
     def different(self) -> tuple[TensorDifference, ...]:
+        """The tensors whose numbers are not the same."""
         return tuple(tensor for tensor in self.tensors if tensor.largest > 0)
 
     def to_json(self) -> dict[str, Any]:
-        """The comparison as plain JSON values."""
-        tensors = [
-            {key: getattr(tensor, key) for key in tensor.__slots__} for tensor in self.tensors
-        ]
-        return {
-            "tensors": tensors,
-            "only_a": self.only_a,
-            "only_b": self.only_b,
-            "seconds": self.seconds,
-        }
+        """Return the comparison as plain JSON values."""
+        return asdict(self)
 
 
 @torch.inference_mode()
 def compare_checkpoints(a: str, b: str) -> Comparison:
-    """The difference of A from the reference B, each quantized or not, with one tensor of each in memory.
+    """Return the difference of A from the reference B, each quantized or not.
 
-    Raises InputError as opening does, and E_COMPARE if the two have no tensor in common or one with two shapes,
-    E_CKPT_NONFINITE for numbers that are not finite, whose difference is no number.
+    One tensor of each is in memory at a time. Raises InputError as opening does, E_COMPARE if the
+    two have no tensor in common or one with two shapes, and E_CKPT_NONFINITE if a number is not
+    finite.
     """
     started = time.perf_counter()
     first, second = _Weights(a), _Weights(b)
     common = [name for name in second.names if name in first.names]
     if not common:
-        hint = "compare a model with what was made from it"
+        hint = "compare a model with one that was made from it"
         raise InputError("E_COMPARE", f"`{a}` and `{b}` have no tensor name in common", hint=hint)
-    tensors = tuple(_difference(name, first.read(name), second.read(name)) for name in common)
-    for weights in (first, second):
-        weights.check_unchanged()
+    tensors = [_difference(name, first.read(name), second.read(name)) for name in common]
+    first.check_unchanged()
+    second.check_unchanged()
     return Comparison(
-        tensors=tensors,
-        only_a=tuple(name for name in first.names if name not in second.names),
-        only_b=tuple(name for name in second.names if name not in first.names),
+        tensors=tuple(tensors),
+        only_a=first.names_not_in(second),
+        only_b=second.names_not_in(first),
         seconds=time.perf_counter() - started,
     )
 
 
 class _Weights:
-    """The tensors of a checkpoint as its model would hold them, packed linears dequantized."""
+    """The tensors of a checkpoint as its model would hold them, with packed linears dequantized."""
 
     def __init__(self, model: str) -> None:
         self._checkpoint: Checkpoint = open_decodable(locate_model(model).directory)
         self._reader = open_reader(self._checkpoint)
-        self.names = dict.fromkeys(self._reader.names())
-        config, modules = self._checkpoint.config, packed_modules(self._checkpoint.tensors)
-        self._turned = {
-            f"{module.name}.weight"
-            for module in modules
-            if is_stored_transposed(config, module.name)
-        }
+        self.names = dict.fromkeys(self._reader.names())  # in order, and quick to search
+        self._transposed = set()
+        for module in packed_modules(self._checkpoint.tensors):
+            if is_stored_transposed(self._checkpoint.config, module.name):
+                self._transposed.add(f"{module.name}.weight")
 
     def check_unchanged(self) -> None:
-        """As the checkpoint does."""
+        """Raise InputError E_SOURCE_CHANGED if a file of the checkpoint has changed."""
         self._checkpoint.check_unchanged()
 
     def read(self, name: str) -> Tensor:
+        """Return a tensor in the shape that the model gives it."""
         tensor = self._reader.read(name)
-        return tensor.T if name in self._turned else tensor
+        if name in self._transposed:
+            return tensor.T
+        return tensor
+
+    def names_not_in(self, other: _Weights) -> tuple[str, ...]:
+        return tuple(name for name in self.names if name not in other.names)
 
 
 def _difference(name: str, a: Tensor, b: Tensor) -> TensorDifference:
     if a.shape != b.shape:
-        raise InputError(
-            "E_COMPARE", f"`{name}` is {list(a.shape)} in one and {list(b.shape)} in the other"
-        )
+        message = f"`{name}` is {list(a.shape)} in one and {list(b.shape)} in the other"
+        raise InputError("E_COMPARE", message)
     error = energy = torch.zeros((), dtype=torch.float64)
     largest = 0.0
-    for mine, reference in zip(_chunks(a), _chunks(b), strict=True):
-        exact, meant = mine.double(), reference.double()
-        for which, numbers in (("first", exact), ("second", meant)):
-            if not bool(numbers.isfinite().all()):
-                message = f"`{name}` of the {which} checkpoint holds NaN or infinity"
-                raise InputError("E_CKPT_NONFINITE", message, hint=DAMAGED)
-        delta = exact - meant
-        error, energy = error + delta.square().sum(), energy + meant.square().sum()
-        largest = max(largest, float(delta.abs().max())) if delta.numel() else largest
-    relative = float(error / energy) if energy else float(error)
+    for part_of_a, part_of_b in zip(_chunks(a), _chunks(b), strict=True):
+        numbers, reference = part_of_a.double(), part_of_b.double()
+        _refuse_not_finite(name, "first", numbers)
+        _refuse_not_finite(name, "second", reference)
+        delta = numbers - reference
+        error = error + delta.square().sum()
+        energy = energy + reference.square().sum()
+        if delta.numel():
+            largest = max(largest, float(delta.abs().max()))
+    relative = float(error)
+    if energy:
+        relative = float(error / energy)
     return TensorDifference(name, tuple(b.shape), relative, largest)
+
+
+def _refuse_not_finite(name: str, which: str, numbers: Tensor) -> None:
+    if not bool(numbers.isfinite().all()):
+        message = f"`{name}` of the {which} checkpoint holds NaN or infinity"
+        raise InputError("E_CKPT_NONFINITE", message, hint=DAMAGED)
 
 
 def _chunks(tensor: Tensor) -> tuple[Tensor, ...]:

@@ -1,8 +1,8 @@
-"""A quantized checkpoint in another form: the other GPTQ format, or plain floats again; one linear at a time."""
+"""Rewrite a quantized checkpoint in the other GPTQ format or as floats, one linear at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,9 +60,9 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True, slots=True)
 class Rewritten:
-    """What was written: number of packed linears, bytes of tensors before and after.
+    """The result: the output, the number of packed linears, bytes of tensors before and after.
 
-    `corrected` tells what not every reader would have taken of the source.
+    `corrected` are the defects of the source that some engines would not have accepted.
     """
 
     output: Path
@@ -72,63 +72,99 @@ class Rewritten:
     corrected: tuple[Defect, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """The result as plain JSON values, without what was corrected."""
-        told = {name: getattr(self, name) for name in self.__slots__ if name != "corrected"}
-        return told | {"output": str(self.output)}
+        """Return the result as plain JSON values, without the corrected defects."""
+        return {
+            "output": str(self.output),
+            "layers": self.layers,
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+        }
 
 
 def convert_checkpoint(
     model: str, output: Path, to: str, *, overwrite: bool = False, report: Report = ignore
 ) -> Rewritten:
-    """The GPTQ checkpoint MODEL in format `to`, as all readers take it: all other bytes are copied.
+    """Write the GPTQ checkpoint MODEL in format `to`, as all engines accept it.
 
-    Zero points and settings change, and what only some readers take as it is. ConfigError E_CFG_NOTHING_TO_DO if it is
-    so already; InputError E_CKPT_QUANTIZED if it is no GPTQ checkpoint, E_CKPT_ZEROS if a zero point of 0 would have to
-    be stored as -1, which readers disagree about, the code of a defect that this does not correct.
+    Zero points and settings change, and details that only some engines accept; all other bytes are
+    copied. Raises ConfigError E_CFG_NOTHING_TO_DO if nothing would change; InputError
+    E_CKPT_QUANTIZED if it is no GPTQ checkpoint, E_CKPT_ZEROS if a zero point of 0 would have to be
+    stored as -1, about which engines disagree, and the code of a defect that is not corrected here.
     """
     source, modules, defects = _open(model, output, report, overwrite=overwrite)
     _refuse_lasting(source, defects)
     warn_of(source, report)
-    said = source.quantization or {}
     format = format_of(source)
     if format == to and not defects:
-        raise ConfigError(
-            "E_CFG_NOTHING_TO_DO", f"`{model}` is of format {to} already", hint="use it as it is"
+        message = f"`{model}` is of format {to} already"
+        raise ConfigError("E_CFG_NOTHING_TO_DO", message, hint="use it unchanged")
+    conversion = _Conversion(source, modules, format, to)
+    with _fresh(output, report) as work:
+        report(PhaseStarted("convert", f"{len(modules)} layers from {format} to {to}"))
+        written = _write_tensors(
+            work.stage, conversion.units(), lambda writer: conversion.write(writer, report)
         )
-    of_module = {module.name: module for module in modules}
-    without_g_idx = {name for name in of_module if f"{name}.g_idx" not in source.tensors}
-    reader = TensorReader(source)
+        copy_side_files(source, work.stage, without={CONFIG_FILE, MANIFEST})
+        _write_settings(work.stage, source, modules, to)
+        check_written(work.stage)
+        _publish(work, source, overwrite=overwrite, command="convert", format=to)
+    return Rewritten(output, len(modules), source.nbytes, written, defects)
 
-    def write(writer: CheckpointWriter) -> None:
-        for name, tensor in source.tensors.items():
-            module = of_module.get(name.removesuffix(".qzeros"))
+
+class _Conversion:
+    """The tensors of a GPTQ checkpoint in the other format, each linear with a g_idx."""
+
+    def __init__(
+        self, source: Checkpoint, modules: Iterable[PackedModule], format: str, to: str
+    ) -> None:
+        self._source, self._format, self._to = source, format, to
+        self._modules = {module.name: module for module in modules}
+        self._reader = TensorReader(source)
+
+    def units(self) -> list[tuple[TensorSpec, ...]]:
+        """Return the tensors to write; those of one linear are one unit."""
+        units = _units(self._source, self._modules, _unchanged)
+        return [self._with_g_idx(unit) for unit in units]
+
+    def _with_g_idx(self, unit: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+        name = unit[0].name.rpartition(".")[0]
+        if not unit[0].name.endswith(PARTS) or not self._lacks_g_idx(name):
+            return unit
+        return (*unit, TensorSpec(f"{name}.g_idx", "I32", (self._modules[name].in_features,)))
+
+    def _lacks_g_idx(self, name: str) -> bool:
+        return name in self._modules and f"{name}.g_idx" not in self._source.tensors
+
+    def write(self, writer: CheckpointWriter, report: Report) -> None:
+        """Write all tensors in file order; only zero points change."""
+        for name, tensor in self._source.tensors.items():
+            module = self._modules.get(name.removesuffix(".qzeros"))
             if module is None:
                 writer.copy(tensor)
                 continue
             report(LayerStarted(module.name))
-            writer.write(name, _moved_zeros(reader.read(name), module, format, to))
-            if module.name in without_g_idx:
+            zeros = _moved_zeros(self._reader.read(name), module, self._format, self._to)
+            writer.write(name, zeros)
+            if self._lacks_g_idx(module.name):
                 writer.write(f"{module.name}.g_idx", columns_in_order(module))
 
-    settings = as_all_take_it(said, to, lm_head=HEAD in of_module)
-    units = _units(
-        source, of_module, lambda tensor: TensorSpec(tensor.name, tensor.dtype, tensor.shape)
-    )
-    units = [_with_g_idx(unit, of_module, without_g_idx) for unit in units]
-    with _fresh(output, report) as work:
-        report(PhaseStarted("convert", f"{len(modules)} layers from {format} to {to}"))
-        written = _write_tensors(work.stage, units, write)
-        copy_side_files(source, work.stage, without={CONFIG_FILE, MANIFEST})
-        write_json(work.stage / "config.json", with_quantization(source.config, settings))
-        write_json(work.stage / QUANTIZE_CONFIG, settings | _meta(source))
-        if is_file(source.directory / CONFIG_FILE):
-            config = resolve({}, {}, source.directory / CONFIG_FILE).config.model_copy(
-                update={"format": to, "target": None}
-            )
-            write_file(work.stage / CONFIG_FILE, to_yaml(config).encode())
-        check_written(work.stage)
-        _publish(work, source, overwrite=overwrite, command="convert", format=to)
-    return Rewritten(output, len(modules), source.nbytes, written, defects)
+
+def _unchanged(tensor: TensorInfo) -> TensorSpec:
+    return TensorSpec(tensor.name, tensor.dtype, tensor.shape)
+
+
+def _write_settings(
+    directory: Path, source: Checkpoint, modules: Iterable[PackedModule], to: str
+) -> None:
+    """Write the configuration of a converted checkpoint, with the settings of format `to`."""
+    has_head = HEAD in {module.name for module in modules}
+    settings = as_all_take_it(source.quantization or {}, to, lm_head=has_head)
+    write_json(directory / "config.json", with_quantization(source.config, settings))
+    write_json(directory / QUANTIZE_CONFIG, settings | _meta(source))
+    if is_file(source.directory / CONFIG_FILE):
+        config = resolve({}, {}, source.directory / CONFIG_FILE).config
+        config = config.model_copy(update={"format": to, "target": None})
+        write_file(directory / CONFIG_FILE, to_yaml(config).encode())
 
 
 def dequantize_checkpoint(
@@ -139,67 +175,74 @@ def dequantize_checkpoint(
     overwrite: bool = False,
     report: Report = ignore,
 ) -> Rewritten:
-    """The GPTQ checkpoint MODEL as plain weights, which any reader of its architecture loads without a quantizer.
+    """Write the GPTQ checkpoint MODEL as plain weights, which load without a quantizer.
 
-    With `dtype` auto, weights get the dtype that config.json names, or else that of the tensors beside them, and those
-    are copied byte for byte; any other is given to all floats. Raises InputError E_CKPT_QUANTIZED if it is no GPTQ
-    checkpoint, E_CKPT_NONFINITE if a weight does not fit the dtype.
+    With `dtype` auto, weights get the dtype in config.json, or else that of the tensors beside
+    them, and the other tensors are copied byte for byte. Any other `dtype` is given to all floats.
+    Raises InputError E_CKPT_QUANTIZED if it is no GPTQ checkpoint, E_CKPT_NONFINITE if a weight
+    does not fit the dtype.
     """
     source, modules, _ = _open(model, output, report, overwrite=overwrite)
     warn_of(source, report)
     wanted = STORED_DTYPES[declared_dtype(source)] if dtype == "auto" else DTYPES[dtype]
-    plain = _PlainWeights(
-        source, {module.name: module for module in modules}, wanted, cast=dtype != "auto"
-    )
+    plain = _PlainWeights(source, modules, wanted, cast=dtype != "auto")
     with _fresh(output, report) as work:
-        report(
-            PhaseStarted(
-                "dequantize", f"{len(modules)} layers to {str(wanted).removeprefix('torch.')}"
-            )
-        )
+        report(PhaseStarted("dequantize", f"{len(modules)} layers to {_name_of(wanted)}"))
         written = _write_tensors(
             work.stage, _units(source, {}, plain.spec), lambda writer: plain.write(writer, report)
         )
         copy_side_files(source, work.stage, without=RUN_FILES)
         config = without_quantization(source.config)
-        if dtype != "auto":
-            config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
+        if dtype != "auto" and "torch_dtype" in config:
+            config["torch_dtype"] = dtype
+        elif dtype != "auto":
+            config["dtype"] = dtype
         write_json(work.stage / "config.json", config)
         _publish(work, source, overwrite=overwrite, command="dequantize", dtype=dtype)
     return Rewritten(output, len(modules), source.nbytes, written)
 
 
 class _PlainWeights:
-    """The tensors of a GPTQ checkpoint as floats; with `cast` those that are not quantized get `dtype` as well."""
+    """The tensors of a GPTQ checkpoint as floats.
+
+    With `cast` the tensors that are not quantized get `dtype` as well.
+    """
 
     def __init__(
         self,
         source: Checkpoint,
-        modules: dict[str, PackedModule],
+        modules: Iterable[PackedModule],
         dtype: torch.dtype,
         *,
         cast: bool,
     ) -> None:
-        self._source, self._modules, self._dtype, self._cast = source, modules, dtype, cast
+        self._source, self._dtype, self._cast = source, dtype, cast
+        self._modules = {module.name: module for module in modules}
         self._reader = DequantizingReader(source, CPU, "torch")
 
     def spec(self, tensor: TensorInfo) -> TensorSpec | None:
-        """What becomes of a stored tensor; None for the parts of a linear beside its qweight."""
+        """Return the tensor to write for a stored one.
+
+        The weight of a packed linear takes the place of its qweight; the other parts give None.
+        """
         name, _, part = tensor.name.rpartition(".")
-        code = SAFETENSORS_DTYPE[self._dtype]
         if name in self._modules and part in PARTS:
-            shape = (self._modules[name].out_features, self._modules[name].in_features)
-            turned = is_stored_transposed(self._source.config, name)
-            whole = TensorSpec(f"{name}.weight", code, shape[::-1] if turned else shape)
-            return whole if part == "qweight" else None
-        return TensorSpec(
-            tensor.name,
-            code if self._cast and tensor.dtype in FLOATS else tensor.dtype,
-            tensor.shape,
-        )
+            if part != "qweight":
+                return None
+            return self._weight_spec(self._modules[name])
+        dtype = tensor.dtype
+        if self._cast and dtype in FLOATS:
+            dtype = SAFETENSORS_DTYPE[self._dtype]
+        return TensorSpec(tensor.name, dtype, tensor.shape)
+
+    def _weight_spec(self, module: PackedModule) -> TensorSpec:
+        shape = (module.out_features, module.in_features)
+        if is_stored_transposed(self._source.config, module.name):
+            shape = shape[::-1]
+        return TensorSpec(f"{module.name}.weight", SAFETENSORS_DTYPE[self._dtype], shape)
 
     def write(self, writer: CheckpointWriter, report: Report) -> None:
-        """Every tensor, one after the other; bytes are copied where the dtype stays."""
+        """Write all tensors in file order; tensors that keep their dtype are copied."""
         for name, tensor in self._source.tensors.items():
             planned = self.spec(tensor)
             if planned is None:
@@ -210,25 +253,36 @@ class _PlainWeights:
             report(LayerStarted(planned.name))
             weight = self._reader.read(planned.name).to(self._dtype)
             if not bool(weight.isfinite().all()):
-                dtype = str(self._dtype).removeprefix("torch.")
-                raise InputError(
-                    "E_CKPT_NONFINITE", f"`{planned.name}` has values that are not finite as {dtype}",
-                    hint="choose --dtype bfloat16 or float32; if that fails too, the checkpoint is damaged",
-                )  # fmt: skip
+                raise _not_finite(planned.name, self._dtype)
+            was_packed = planned.name != name
             module = planned.name.removesuffix(".weight")
-            turned = planned.name != name and is_stored_transposed(self._source.config, module)
-            writer.write(planned.name, weight.T if turned else weight)
+            if was_packed and is_stored_transposed(self._source.config, module):
+                weight = weight.T
+            writer.write(planned.name, weight)
+
+
+def _not_finite(name: str, dtype: torch.dtype) -> InputError:
+    message = f"`{name}` has values that are not finite as {_name_of(dtype)}"
+    hint = "choose --dtype bfloat16 or float32; if that fails too, the checkpoint is damaged"
+    return InputError("E_CKPT_NONFINITE", message, hint=hint)
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 Opened = tuple[Checkpoint, tuple[PackedModule, ...], tuple[Defect, ...]]
 
 
 def _open(model: str, output: Path, report: Report, *, overwrite: bool) -> Opened:
-    """A checkpoint whose weights can be decoded, its packed linears, and the defects that it has all the same."""
+    """Open a checkpoint whose weights can be decoded, and check the output.
+
+    Return the checkpoint, its packed linears, and the defects that do not prevent decoding.
+    """
     try:
         check_output(output, model_directory(model) or expanded(model), overwrite=overwrite)
     except ExistsError:
-        _clear_up(output, report)
+        _remove_leftover(output, report)
         raise
     source = open_checkpoint(locate_model(model).directory)
     check_output(output, source.directory, overwrite=overwrite)
@@ -236,30 +290,30 @@ def _open(model: str, output: Path, report: Report, *, overwrite: bool) -> Opene
     if source.quantization is None:
         hint = "give a checkpoint that gptq or another GPTQ tool has written"
         raise InputError("E_CKPT_QUANTIZED", f"`{model}` is not quantized", hint=hint)
-    format_of(source)  # refuses methods that are not read here
+    format_of(source)  # refuses methods that cannot be decoded here
     return source, packed_modules(source.tensors), defects
 
 
 def _refuse_lasting(source: Checkpoint, defects: Iterable[Defect]) -> None:
-    """InputError with the code of the first defect that would be in the output, too."""
+    """Raise InputError with the code of the first defect that the output would have as well."""
     for defect in defects:
         if defect.effect == "readers":
-            everything = f"all of it: gptq verify {quote(str(source.directory))}"
-            hint = f"{defect.hint}; {everything}" if defect.hint else everything
-            raise InputError(
-                defect.code, f"`{source.directory}`, {defect.place}: {defect.message}", hint=hint
-            )
+            hint = f"see all defects: gptq verify {quote(str(source.directory))}"
+            if defect.hint:
+                hint = f"{defect.hint}; {hint}"
+            message = f"`{source.directory}`, {defect.place}: {defect.message}"
+            raise InputError(defect.code, message, hint=hint)
 
 
-def _clear_up(output: Path, report: Report) -> None:
-    """Remove a work directory that a call like this one has left, if it was killed when its output had its name."""
+def _remove_leftover(output: Path, report: Report) -> None:
+    """Remove the work directory of an earlier call that was killed after it renamed its output."""
     if WorkDirectory(output).path.exists():
         with suppress(GptqError), _fresh(output, report):
             pass
 
 
 def _publish(work: WorkDirectory, source: Checkpoint, *, overwrite: bool, **identity: str) -> None:
-    """Give what is written its name, when it is a checkpoint; its manifest tells later runs whose it is."""
+    """Check the written checkpoint, write its manifest, and rename it to the output."""
     open_checkpoint(work.stage)
     write_manifest(work.stage, {"identity": {"versions": {"gptq_cli": __version__}, **identity}})
     source.check_unchanged()
@@ -268,60 +322,57 @@ def _publish(work: WorkDirectory, source: Checkpoint, *, overwrite: bool, **iden
 
 @contextmanager
 def _fresh(output: Path, report: Report) -> Iterator[WorkDirectory]:
-    """The work directory of `output`; ExistsError E_RESUME_MISMATCH if a quantization has left work there."""
+    """Hold the work directory of `output`.
+
+    Raises ExistsError E_RESUME_MISMATCH if it holds finished blocks of a quantization.
+    """
     with working_on(output, report) as work:
         if work.journal.exists() and not drop_failed(work, report):
             raise ExistsError(
-                "E_RESUME_MISMATCH", f"`{work.path}` holds finished blocks of a quantization to the same output",
+                "E_RESUME_MISMATCH",
+                f"`{work.path}` holds finished blocks of a quantization to the same output",
                 hint=f"finish it: {resume_command(work.path)}, or choose another -o",
-            )  # fmt: skip
+            )
         yield work
 
 
 def _moved_zeros(stored: Tensor, module: PackedModule, origin: str, to: str) -> Tensor:
-    """Zero points [G, O * bits / 32] of one format as the other stores them."""
+    """Return zero points [G, O * bits / 32] of format `origin` as format `to` stores them."""
     zeros = (unpack(stored.T, module.bits).int() + STORED_OFFSET[origin]) & (2**module.bits - 1)
     if STORED_OFFSET[to] and not bool((zeros >= 1).all()):
         raise InputError(
-            "E_CKPT_ZEROS", f"layer `{module.name}` has zero points of 0, which format {to} cannot store",
-            hint="stay with gptq_v2: readers disagree about what such a zero point is in format gptq",
-        )  # fmt: skip
+            "E_CKPT_ZEROS",
+            f"layer `{module.name}` has zero points of 0, which format {to} cannot store",
+            hint="keep gptq_v2: in format gptq, engines disagree about such a zero point",
+        )
     return pack(zeros - STORED_OFFSET[to], module.bits).T.contiguous()
-
-
-def _with_g_idx(
-    unit: tuple[TensorSpec, ...], of_module: dict[str, PackedModule], without: Collection[str]
-) -> tuple[TensorSpec, ...]:
-    """The tensors of one linear with the g_idx that the source has not."""
-    module = unit[0].name.rpartition(".")[0]
-    if module not in without or not unit[0].name.endswith(PARTS):
-        return unit
-    return (*unit, TensorSpec(f"{module}.g_idx", "I32", (of_module[module].in_features,)))
 
 
 def _units(
     source: Checkpoint,
-    together: dict[str, PackedModule],
+    together: Container[str],
     spec: Callable[[TensorInfo], TensorSpec | None],
 ) -> list[tuple[TensorSpec, ...]]:
-    """What to write, in file order; the parts of a linear in `together` are one unit."""
+    """Return the tensors to write, in file order; parts of a linear in `together` are one unit."""
     units: dict[str, tuple[TensorSpec, ...]] = {}
     for tensor in source.tensors.values():
         planned = spec(tensor)
+        if planned is None:
+            continue
+        key = tensor.name
         module = tensor.name.rpartition(".")[0]
-        key = module if module in together and tensor.name.endswith(PARTS) else tensor.name
-        if planned is not None:
-            units[key] = (*units.get(key, ()), planned)
+        if module in together and tensor.name.endswith(PARTS):
+            key = module
+        units[key] = (*units.get(key, ()), planned)
     return list(units.values())
 
 
 def _write_tensors(
     directory: Path, units: list[tuple[TensorSpec, ...]], write: Callable[[CheckpointWriter], None]
 ) -> int:
-    """Write the tensors of a checkpoint; how many bytes they are, without headers."""
-    layout = plan_layout(
-        units, size_in_bytes(QuantizeConfig.model_fields["max_shard_size"].default)
-    )
+    """Write the tensors of a checkpoint; return their size in bytes, without headers."""
+    max_shard_size = QuantizeConfig.model_fields["max_shard_size"].default
+    layout = plan_layout(units, size_in_bytes(max_shard_size))
     with CheckpointWriter(directory, layout) as writer:
         write(writer)
         writer.finish()
@@ -329,13 +380,16 @@ def _write_tensors(
 
 
 def _meta(source: Checkpoint) -> dict[str, Any]:
-    """What tools have written about themselves; readers of config.json do not take it there."""
+    """Return the notes of quantization tools, for quantize_config.json only.
+
+    Engines that read config.json do not accept the notes there.
+    """
     file = source.directory / QUANTIZE_CONFIG
-    try:
-        content = read_json(file) if is_file(file) else None
-    except InputError:  # it was a defect, and a new one is written
-        content = None
-    for told in (content, source.quantization):
-        if isinstance(told, dict) and isinstance(told.get("meta"), dict):
-            return {"meta": told["meta"]}
+    content = None
+    with suppress(InputError):  # a damaged file is a defect, which a new file corrects
+        if is_file(file):
+            content = read_json(file)
+    for settings in (content, source.quantization):
+        if isinstance(settings, dict) and isinstance(settings.get("meta"), dict):
+            return {"meta": settings["meta"]}
     return {}

@@ -1,4 +1,4 @@
-"""One layer of a checkpoint in numbers: how its codes, scales and weights are spread."""
+"""Statistics of one layer of a checkpoint: the distribution of its codes, scales and weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ BINS = 16
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    """`counts[i]` values lie in [edges[i], edges[i + 1]); the last bin holds its upper edge too."""
+    """A histogram: `counts[i]` values are in [edges[i], edges[i + 1]).
+
+    The last bin includes its upper edge.
+    """
 
     edges: tuple[float, ...]
     counts: tuple[int, ...]
@@ -27,8 +30,11 @@ class Histogram:
 
 @dataclass(frozen=True, slots=True)
 class PackedView:
-    """The grid of a quantized layer. `entropy` is that of the codes in bits, `at_ends` the share of weights with the
-    lowest or highest code; `trivial_groups`: g_idx says column // group_size."""
+    """The grid of a quantized layer.
+
+    `entropy` is that of the codes, in bits; `at_ends` is the fraction of weights with the lowest or
+    highest code; `trivial_groups` tells whether g_idx is column // group_size.
+    """
 
     bits: int
     groups: int
@@ -43,7 +49,10 @@ class PackedView:
 
 @dataclass(frozen=True, slots=True)
 class LayerView:
-    """A layer's weights as a model computes with them, and its grid if it has one; `shape` is (O, I)."""
+    """The weights of a layer as a model computes with them, and its grid if it is quantized.
+
+    `shape` is (O, I).
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -55,24 +64,20 @@ class LayerView:
 
 
 def view_layer(checkpoint: Checkpoint, name: str) -> LayerView:
-    """The layer called `name`, or the only one whose name ends so; ConfigError E_LAYER if there is none or several."""
-    view = _looked_at(checkpoint, name)
+    """Return the layer `name`, or the only one whose name ends with `name`.
+
+    Raises ConfigError E_LAYER if there is no such layer or more than one.
+    """
+    view = _read_view(checkpoint, name)
     checkpoint.check_unchanged()
     return view
 
 
-def _looked_at(checkpoint: Checkpoint, name: str) -> LayerView:
-    modules = (
-        {module.name for module in packed_modules(checkpoint.tensors)}
-        if checkpoint.quantization
-        else set()
-    )
-    plain = {
-        tensor.removesuffix(".weight")
-        for tensor, info in checkpoint.tensors.items()
-        if tensor.endswith(".weight") and len(info.shape) == 2
-    }
-    full = _find(name, sorted(modules | plain))
+def _read_view(checkpoint: Checkpoint, name: str) -> LayerView:
+    modules = set()
+    if checkpoint.quantization:
+        modules = {module.name for module in packed_modules(checkpoint.tensors)}
+    full = _find(name, sorted(modules | _plain_matrices(checkpoint)))
     if full not in modules:
         weight = open_reader(checkpoint).read(f"{full}.weight")
         return _view(full, weight.float(), str(weight.dtype).removeprefix("torch."), None)
@@ -80,19 +85,39 @@ def _looked_at(checkpoint: Checkpoint, name: str) -> LayerView:
     return _view(full, linear.dequantize(), f"{linear.bits} bit", _packed(linear))
 
 
+def _plain_matrices(checkpoint: Checkpoint) -> set[str]:
+    """Return the names of modules with a 2-D weight that is not packed."""
+    names = set()
+    for name, info in checkpoint.tensors.items():
+        if name.endswith(".weight") and len(info.shape) == 2:
+            names.add(name.removesuffix(".weight"))
+    return names
+
+
 def _find(name: str, known: list[str]) -> str:
+    """Return the known name that equals `name`, or else the only one that ends with it."""
     name = name.removesuffix(".weight")
-    found = [name] if name in known else [full for full in known if full.endswith(f".{name}")]
+    if name in known:
+        return name
+    found = [full for full in known if full.endswith(f".{name}")]
     if len(found) == 1:
         return found[0]
     if found:
-        raise ConfigError(
-            "E_LAYER", f"{len(found)} layers are called `{name}`", hint=f"for example {found[0]}"
-        )
-    parts = name.count(".") + 1
-    near = nearest(name, dict.fromkeys(".".join(full.split(".")[-parts:]) for full in known))
-    hint = f"did you mean {near}?" if near else (f"for example {known[0]}" if known else None)
-    raise ConfigError("E_LAYER", f"there is no layer `{name}`", hint=hint)
+        message = f"{len(found)} layers are called `{name}`"
+        raise ConfigError("E_LAYER", message, hint=f"for example {found[0]}")
+    raise ConfigError("E_LAYER", f"there is no layer `{name}`", hint=_suggestion(name, known))
+
+
+def _suggestion(name: str, known: list[str]) -> str | None:
+    """Return a hint with a similar name of as many words, or with any known one."""
+    n_words = name.count(".") + 1
+    endings = dict.fromkeys([".".join(full.split(".")[-n_words:]) for full in known])
+    near = nearest(name, endings)
+    if near:
+        return f"did you mean {near}?"
+    if known:
+        return f"for example {known[0]}"
+    return None
 
 
 def _view(name: str, weight: Tensor, dtype: str, packed: PackedView | None) -> LayerView:
@@ -103,14 +128,14 @@ def _view(name: str, weight: Tensor, dtype: str, packed: PackedView | None) -> L
 def _packed(linear: QuantizedLinear) -> PackedView:
     codes, levels = linear.codes, 2**linear.bits
     counts = torch.bincount(codes.flatten().long(), minlength=levels)
-    share = counts[counts > 0].double() / codes.numel()
+    fractions = counts[counts > 0].double() / codes.numel()
     columns, groups = codes.shape[1], linear.scales.shape[1]
     trivial = torch.arange(columns) // (columns // groups)
     return PackedView(
         bits=linear.bits,
         groups=groups,
         codes=Histogram(tuple(range(levels + 1)), tuple(counts.tolist())),
-        entropy=float(-(share * share.log2()).sum()),
+        entropy=float(-(fractions * fractions.log2()).sum()),
         at_ends=float(counts[[0, -1]].sum()) / codes.numel(),
         scales=_histogram(linear.scales.float()),
         negative_scales=int((linear.scales < 0).sum()),
@@ -122,10 +147,7 @@ def _packed(linear: QuantizedLinear) -> PackedView:
 def _histogram(values: Tensor) -> Histogram:
     finite = values[values.isfinite()]
     if not finite.numel():
-        raise InputError(
-            "E_CKPT_NONFINITE",
-            "the layer holds no finite number",
-            hint="download the checkpoint again",
-        )
+        message = "the layer holds no finite number"
+        raise InputError("E_CKPT_NONFINITE", message, hint="download the checkpoint again")
     counts, edges = torch.histogram(finite.flatten(), BINS)
-    return Histogram(tuple(edges.tolist()), tuple(int(count) for count in counts))
+    return Histogram(tuple(edges.tolist()), tuple(counts.long().tolist()))

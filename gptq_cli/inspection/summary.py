@@ -1,15 +1,15 @@
-"""The content of a checkpoint, quantized or not, from its headers and settings alone, in a few
-rows: the same tensor of every block is one row. Needs no torch.
+"""The content of a checkpoint in a few rows, from its headers and settings. Needs no torch.
+
+The same tensor of every block is one row.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections import Counter
-from collections.abc import Collection, Iterable
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from gptq_cli.checkpoint.decoded import stores_transposed
@@ -23,7 +23,9 @@ from gptq_cli.checkpoint.quantization_config import (
 )
 from gptq_cli.checkpoint.source import SCALES, Checkpoint, block_size, read_json
 from gptq_cli.checkpoint.verify import examine
+from gptq_cli.config import module_names
 from gptq_cli.config.layer import LayerConfig
+from gptq_cli.config.module_names import list_item
 from gptq_cli.config.serving import export_of
 from gptq_cli.config.serving_table import Export
 from gptq_cli.errors import InputError
@@ -33,15 +35,16 @@ from gptq_cli.storage.manifest import QUANTIZE_CONFIG
 
 FROM_CONFIG = ("model_type", "architectures", "transformers_version")
 FROM_RUN = ("preset", "dataset", "nsamples", "seqlen", "seed")
-_IN_LIST = re.compile(r"^(.*?)\.\d+\.")
-
 VECTORS = "norms, biases and other vectors"
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """`count` alike tensors: `name` without the blocks' prefix, `shape` (O, I) of a linear; `settings` says how it is
-    stored ("4 bit g128", "BF16"), `why` for what reason; `nbytes` of all of them."""
+    """A row for `count` equal tensors, with their size in bytes together.
+
+    `name` is without the prefix of the blocks; `shape` is (O, I) for a linear; `settings` is the
+    form of storage ("4 bit g128", "BF16"), `why` the reason for it.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -53,13 +56,12 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What was found; `defects` are those of a GPTQ checkpoint.
+    """The content of a checkpoint; `defects` are those of a GPTQ checkpoint.
 
-    `method` is None for a checkpoint that is not quantized; of methods but gptq and fp8 only tensors are told.
-
-    `matrices` are what has a 2-D weight, `transposed` says whether the original stores its linears [I, O].
-    `parameters` counts a packed linear by the weights it stands for. `provenance` is what files say about how the
-    checkpoint came to be.
+    `method` is None if the checkpoint is not quantized; for methods other than gptq and fp8, only
+    tensors are listed. `matrices` are the modules with a plain 2-D weight; `transposed` tells
+    whether the original stores its linears [I, O]. `parameters` counts a packed linear by its
+    weights. `provenance` holds the notes in the files about the origin of the checkpoint.
     """
 
     method: str | None
@@ -79,127 +81,156 @@ class Inspection:
 
     @property
     def bits_per_weight(self) -> float | None:
-        """Stored bits of the quantized linears, scales, zero points and g_idx included, per weight."""
-        weights = sum(module.weights for module in self.modules)
-        return 8 * sum(module.nbytes for module in self.modules) / weights if weights else None
+        """Stored bits per weight of the quantized linears, with scales, zero points and g_idx."""
+        weights = nbytes = 0
+        for module in self.modules:
+            weights += module.weights
+            nbytes += module.nbytes
+        if not weights:
+            return None
+        return 8 * nbytes / weights
 
     @property
     def bits_per_parameter(self) -> float:
-        """Stored bits of everything, per parameter."""
+        """Stored bits of the whole checkpoint, per parameter."""
         return 8 * self.nbytes / self.parameters
 
     @property
     def export(self) -> Export | None:
-        """What readers see of it; None for a defective one, and where nothing is quantized that the table is about."""
+        """The properties that decide which engine loads the checkpoint.
+
+        None if the checkpoint has defects, or nothing that the serving table covers is quantized.
+        """
         if not self.modules or self.format is None or self.defects:
             return None
         settings: dict[str, LayerConfig | None] = dict.fromkeys(self.matrices)
-        settings |= {
-            m.name: LayerConfig(
-                bits=m.bits, group_size=m.group_size, sym=self.sym, desc_act=self.desc_act
+        widths = {}
+        for module in self.modules:
+            widths[module.name] = module.out_features
+            settings[module.name] = LayerConfig(
+                bits=module.bits,
+                group_size=module.group_size,
+                sym=self.sym,
+                desc_act=self.desc_act,
             )
-            for m in self.modules
-        }
         return export_of(
             settings,
             self.format,
-            lm_head=HEAD in settings and settings[HEAD] is not None,
-            narrow_experts=has_narrow_experts({m.name: m.out_features for m in self.modules}),
+            lm_head=settings.get(HEAD) is not None,
+            narrow_experts=has_narrow_experts(widths),
             transposed=self.transposed,
         )
 
 
 def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
-    """What `checkpoint` holds; InputError E_CKPT_INCOMPLETE if the parts of a linear lack one or do not fit.
+    """Return the content of `checkpoint`.
 
-    Of a GPTQ checkpoint on this machine the zero points, scales and g_idx are read, too: one with
-    defects is not what engines load.
+    The zero points, scales and g_idx of a local GPTQ checkpoint are read as well, because engines
+    do not load one with defects. Raises InputError E_CKPT_INCOMPLETE if a part of a linear is
+    missing or does not fit.
     """
-    said, method = checkpoint.quantization or {}, checkpoint.method
-    is_read = method == "gptq" and other_packing(checkpoint) is None
-    modules = packed_modules(checkpoint.tensors) if is_read else ()
-    packed = {f"{module.name}.{part}" for module in modules for part in PARTS}
+    recorded = checkpoint.quantization or {}
+    modules: tuple[PackedModule, ...] = ()
+    format: str | None = None
+    defects: tuple[Defect, ...] = ()
+    if checkpoint.method == "gptq":
+        modules, format, defects = _gptq_content(checkpoint)
     scales = checkpoint.scales()
-    hidden = packed | set(scales) | set(scales.values())
-    others = [tensor for name, tensor in checkpoint.tensors.items() if name not in hidden]
     scaled = [checkpoint.tensors[name] for name in scales]
+    others = _other_tensors(checkpoint, modules, scales)
     blocks = _blocks(checkpoint.tensors)
-    sym = bool(said.get("sym", True))
+    sym = bool(recorded.get("sym", True))
+    quantized = [_row(module, blocks, sym=sym) for module in modules]
+    quantized += _scaled_rows(checkpoint, scaled, blocks)
+    parameters = sum(module.weights for module in modules)
+    parameters += sum(math.prod(tensor.shape) for tensor in [*others, *scaled])
     return Inspection(
-        method=method,
-        format=_format(checkpoint) if method == "gptq" else None,
+        method=checkpoint.method,
+        format=format,
         sym=sym,
-        desc_act=bool(said.get("desc_act")),
+        desc_act=bool(recorded.get("desc_act")),
         modules=modules,
-        matrices=tuple(t.name.removesuffix(".weight") for t in others if len(t.shape) == 2),
+        matrices=_matrices(others),
         transposed=stores_transposed(checkpoint.config),
-        quantized=tuple(
-            collapse(
-                [
-                    *(_row(module, blocks, sym=sym) for module in modules),
-                    *_scaled_rows(checkpoint, scaled, blocks),
-                ]
-            )
-        ),
-        kept=tuple(replace(row, why="") for row in other_rows(others, blocks)),
-        parameters=sum(module.weights for module in modules)
-        + sum(math.prod(tensor.shape) for tensor in [*others, *scaled]),
+        quantized=tuple(collapse(quantized)),
+        kept=tuple([replace(row, why="") for row in other_rows(others, blocks)]),
+        parameters=parameters,
         nbytes=checkpoint.nbytes,
         files=_files(checkpoint),
         provenance=_provenance(checkpoint),
-        defects=_defects(checkpoint) if method == "gptq" else (),
+        defects=defects,
     )
 
 
-def _format(checkpoint: Checkpoint) -> str:
+def _gptq_content(
+    checkpoint: Checkpoint,
+) -> tuple[tuple[PackedModule, ...], str, tuple[Defect, ...]]:
+    """Return the packed linears, the format and the defects of a GPTQ checkpoint."""
     packing = other_packing(checkpoint)
-    return packing.lower() if packing else str(said_format(checkpoint.quantization or {}))
+    if packing:
+        return (), packing.lower(), _defects(checkpoint)
+    modules = packed_modules(checkpoint.tensors)
+    return modules, str(said_format(checkpoint.quantization or {})), _defects(checkpoint)
+
+
+def _other_tensors(
+    checkpoint: Checkpoint, modules: Iterable[PackedModule], scales: Mapping[str, str]
+) -> list[TensorInfo]:
+    """Return the tensors that are neither packed nor scaled, nor the scales of another one."""
+    hidden = {*scales, *scales.values()}
+    for module in modules:
+        hidden |= {f"{module.name}.{part}" for part in PARTS}
+    return [tensor for name, tensor in checkpoint.tensors.items() if name not in hidden]
+
+
+def _matrices(tensors: Iterable[TensorInfo]) -> tuple[str, ...]:
+    return tuple(t.name.removesuffix(".weight") for t in tensors if len(t.shape) == 2)
 
 
 def _defects(checkpoint: Checkpoint) -> tuple[Defect, ...]:
-    """What is wrong with a GPTQ checkpoint as far as is seen from here; of the Hub's only headers are here."""
-    here = all(tensor.file.is_file() for tensor in checkpoint.tensors.values())
+    """Return the defects of a GPTQ checkpoint; if only headers are here, those seen in them."""
+    is_local = all(tensor.file.is_file() for tensor in checkpoint.tensors.values())
     try:
-        return examine(checkpoint, numbers=here).defects
-    except InputError as error:  # a form that is not read here
-        return tuple(
-            Defect(problem.code, problem.message, hint=problem.hint) for problem in error.problems
-        )
+        return examine(checkpoint, numbers=is_local).defects
+    except InputError as error:  # this form of packing cannot be decoded here
+        return tuple(Defect(found.code, found.message, hint=found.hint) for found in error.problems)
 
 
 def _row(module: PackedModule, blocks: str, *, sym: bool) -> Row:
-    how = settings(module.bits, module.group_size, sym=sym)
     return Row(
         kind_of(module.name, blocks),
         (module.out_features, module.in_features),
-        how,
-        count=1,
+        settings(module.bits, module.group_size, sym=sym),
         nbytes=module.nbytes,
     )
 
 
 def _scaled_rows(checkpoint: Checkpoint, scaled: list[TensorInfo], blocks: str) -> list[Row]:
-    """Weights in 8-bit floats, each with its scales."""
+    """Return a row for each weight in 8-bit floats; its bytes include those of its scales."""
     rows, columns = block_size(checkpoint.quantization or {}) or (0, 0)
-    how = f"{{}} in blocks of {rows}x{columns}"
-    return [
-        Row(
-            kind_of(weight.name.removesuffix(".weight"), blocks),
-            weight.shape,
-            how.format(weight.dtype),
-            nbytes=weight.nbytes + checkpoint.tensors[f"{weight.name}{SCALES}"].nbytes,
-        )
-        for weight in scaled
-    ]
+    found = []
+    for weight in scaled:
+        name = kind_of(weight.name.removesuffix(".weight"), blocks)
+        how = f"{weight.dtype} in blocks of {rows}x{columns}"
+        nbytes = weight.nbytes + checkpoint.tensors[f"{weight.name}{SCALES}"].nbytes
+        found.append(Row(name, weight.shape, how, nbytes=nbytes))
+    return found
 
 
 def _blocks(names: Iterable[str]) -> str:
-    lists = Counter(match[1] for name in names if (match := _IN_LIST.match(name)))
-    return lists.most_common(1)[0][0] if lists else ""
+    """Return the numbered list that most tensors are in; empty if there is no list."""
+    lists: Counter[str] = Counter()
+    for name in names:
+        item = list_item(name)
+        if item is not None:
+            lists[item.list_name] += 1
+    if not lists:
+        return ""
+    return lists.most_common(1)[0][0]
 
 
 def _files(checkpoint: Checkpoint) -> dict[str, int]:
-    """Bytes of tensors in each file of weights."""
+    """Return the bytes of tensors in each file of weights."""
     files: Counter[str] = Counter()
     for tensor in checkpoint.tensors.values():
         files[tensor.file.name] += tensor.nbytes
@@ -207,92 +238,105 @@ def _files(checkpoint: Checkpoint) -> dict[str, int]:
 
 
 def _provenance(checkpoint: Checkpoint) -> dict[str, Any]:
-    found = {
-        key: checkpoint.config[key] for key in FROM_CONFIG if checkpoint.config.get(key) is not None
-    }
+    """Return the notes on the origin of a checkpoint in its configuration files."""
+    found = _known(checkpoint.config, FROM_CONFIG)
     file = checkpoint.directory / QUANTIZE_CONFIG
-    content = read_json(file) if is_file(file) else checkpoint.quantization
-    meta = content.get("meta") if isinstance(content, dict) else None
-    found |= (
-        {key: value for key, value in meta.items() if value is not None}
-        if isinstance(meta, dict)
-        else {}
-    )
-    return found | _run_settings(checkpoint.directory)
+    content = checkpoint.quantization
+    if is_file(file):
+        content = read_json(file)
+    if isinstance(content, dict) and isinstance(content.get("meta"), dict):
+        found |= _known(content["meta"], content["meta"])
+    settings = recorded_settings(checkpoint.directory)
+    if isinstance(settings.get("dataset"), list):
+        settings["dataset"] = f"{len(settings['dataset'])} texts"
+    return found | _known(settings, FROM_RUN)
 
 
-def _run_settings(directory: Path) -> dict[str, Any]:
-    """What the configuration of a run of ours says about its text."""
-    content = recorded_settings(directory)
-    if isinstance(content.get("dataset"), list):
-        content["dataset"] = f"{len(content['dataset'])} texts"
-    return {key: content[key] for key in FROM_RUN if content.get(key) is not None}
+def _known(content: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    return {key: content[key] for key in keys if content.get(key) is not None}
 
 
 def plan_rows(plan: RunPlan) -> tuple[list[Row], list[Row]]:
-    """What will be quantized, and what stays as it is, with the reason."""
-    changed, kept, linears = [], [], set()
+    """Return rows of the layers to quantize, and of the other tensors with the reason."""
+    quantized, kept = [], []
     for layer in plan.layers:
-        linears.add(layer.weight.name)
         name, shape = kind_of(layer.name, plan.blocks), (layer.out_features, layer.in_features)
         if layer.config is None:
             how = _stored(layer.weight, plan.plain.parts)
             kept.append(Row(name, shape, how, layer.why, nbytes=layer.weight.nbytes))
-        else:
-            how = settings(layer.config.bits, layer.config.group_size, sym=layer.config.sym)
-            why = "" if layer.why == "default" else layer.why
-            changed.append(
-                Row(name, shape, how, why, nbytes=sum(spec.nbytes for spec in layer.packed()))
-            )
+            continue
+        how = settings(layer.config.bits, layer.config.group_size, sym=layer.config.sym)
+        row = Row(name, shape, how, nbytes=sum(spec.nbytes for spec in layer.packed()))
+        if layer.why != "default":
+            row = replace(row, why=layer.why)
+        quantized.append(row)
+    linears = {layer.weight.name for layer in plan.layers}
     others = [tensor for tensor in plan.copied if tensor.name not in linears]
-    return collapse(changed), collapse(kept) + other_rows(others, plan.blocks, plan.plain.parts)
+    return collapse(quantized), collapse(kept) + other_rows(others, plan.blocks, plan.plain.parts)
 
 
 def other_rows(
     tensors: Iterable[TensorInfo], blocks: str, decoded: Collection[str] = ()
 ) -> list[Row]:
-    """Tensors that are no linears to quantize, `decoded` ones not stored so; all vectors together are the last row."""
-    rows, vectors = [], Row(VECTORS, (), "", count=0)
+    """Return rows of tensors that are no linears to quantize; the last row is for all vectors.
+
+    The names in `decoded` are tensors whose stored form is decoded when they are read.
+    """
+    rows = []
+    vectors = Row(VECTORS, (), "", count=0)
     for tensor in tensors:
         if len(tensor.shape) < 2:
-            vectors = replace(
-                vectors, count=vectors.count + 1, nbytes=vectors.nbytes + tensor.nbytes
-            )
-        else:
-            why = (
-                "output head, see --lm-head"
-                if tensor.name == "lm_head.weight"
-                else "no linear layer of a block"
-            )
-            name = kind_of(tensor.name.removesuffix(".weight"), blocks)
-            rows.append(
-                Row(name, tensor.shape, _stored(tensor, decoded), why, nbytes=tensor.nbytes)
-            )
-    return collapse(rows) + ([vectors] if vectors.count else [])
+            vectors = _merged(vectors, Row(VECTORS, (), "", nbytes=tensor.nbytes))
+            continue
+        why = "no linear layer of a block"
+        if tensor.name == f"{HEAD}.weight":
+            why = "output head, see --lm-head"
+        name = kind_of(tensor.name.removesuffix(".weight"), blocks)
+        how = _stored(tensor, decoded)
+        rows.append(Row(name, tensor.shape, how, why, nbytes=tensor.nbytes))
+    rows = collapse(rows)
+    if vectors.count:
+        rows.append(vectors)
+    return rows
 
 
 def _stored(tensor: TensorInfo, decoded: Collection[str]) -> str:
-    return f"{tensor.dtype} (decoded)" if tensor.name in decoded else tensor.dtype
+    if tensor.name in decoded:
+        return f"{tensor.dtype} (decoded)"
+    return tensor.dtype
 
 
 def collapse(rows: Iterable[Row]) -> list[Row]:
-    """Rows that differ in count and bytes only become one; those of one name together, in order of first appearance."""
-    found: dict[Row, Row] = {}
+    """Merge rows that differ only in count and bytes.
+
+    Rows with the same name stand together, in order of first appearance.
+    """
+    by_name: dict[str, dict[Row, Row]] = defaultdict(dict)
     for row in rows:
+        alike = by_name[row.name]
         key = replace(row, count=0, nbytes=0)
-        seen = found.get(key, key)
-        found[key] = replace(seen, count=seen.count + row.count, nbytes=seen.nbytes + row.nbytes)
-    names = {name: place for place, name in enumerate(dict.fromkeys(row.name for row in found))}
-    return sorted(found.values(), key=lambda row: names[row.name])
+        alike[key] = _merged(alike.get(key, key), row)
+    merged: list[Row] = []
+    for alike in by_name.values():
+        merged += alike.values()
+    return merged
+
+
+def _merged(row: Row, other: Row) -> Row:
+    return replace(row, count=row.count + other.count, nbytes=row.nbytes + other.nbytes)
 
 
 def kind_of(name: str, blocks: str) -> str:
-    """The name that the same module of every block shares: self_attn.q_proj, mlp.experts.N.down_proj."""
+    """Return the name of a module without its block: self_attn.q_proj, mlp.experts.N.down_proj."""
     inner = re.sub(rf"^{re.escape(blocks)}\.\d+\.", "", name)
-    return re.sub(r"\.\d+(?=\.|$)", ".N", inner)
+    return module_names.kind_of(inner, last_too=True)
 
 
 def settings(bits: int, group_size: int, *, sym: bool = True) -> str:
-    """How a linear is quantized, in short: 4 bit g128, 8 bit channel asym."""
-    group = f"g{group_size}" if group_size > 0 else "channel"
-    return f"{bits} bit {group}" + ("" if sym else " asym")
+    """Return how a linear is quantized, in short: 4 bit g128, 8 bit channel asym."""
+    text = f"{bits} bit channel"
+    if group_size > 0:
+        text = f"{bits} bit g{group_size}"
+    if not sym:
+        text += " asym"
+    return text

@@ -112,7 +112,7 @@ def test_compare_tells_the_worst_and_with_text_the_divergence(
             '--to must be gptq or gptq_v2, got "gptq_v3"',
             "",
         ),
-        (["convert", "OUT", "--to", "gptq", "-o", "x"], 2, "E_CFG_NOTHING_TO_DO", "as it is"),
+        (["convert", "OUT", "--to", "gptq", "-o", "x"], 2, "E_CFG_NOTHING_TO_DO", "unchanged"),
         (
             ["convert", "OUT", "--to", "gptq_v2", "-o", "MODEL"],
             6,

@@ -106,7 +106,7 @@ def test_a_zero_point_of_zero_does_not_go_into_the_first_format(
     ) as caught:
         convert_checkpoint(str(source), tmp_path / "v1", "gptq")
     assert (caught.value.code, caught.value.exit_code) == ("E_CKPT_ZEROS", 3)
-    assert "stay with gptq_v2" in (caught.value.hint or "")
+    assert "keep gptq_v2" in (caught.value.hint or "")
     assert not (tmp_path / "v1").exists()
     assert [path.name for path in tmp_path.iterdir()] == [source.name]
 
