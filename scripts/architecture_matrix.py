@@ -81,21 +81,23 @@ def _child(model_type: str, connection: Connection) -> None:
 
 
 INTRODUCTION = """
-This page is for users who want to know whether `gptq` quantizes their type of model. `gptq` has no table of
-architectures; it accepts or refuses a model after running it. The table shows the results for the {count} model types
-of transformers' mapping for causal language models.
+This page is for users who want to know whether `gptq` quantizes their type of model. `gptq` has
+no table of architectures; it accepts or refuses a model after running it. The table shows the
+results for the {count} model types of transformers' mapping for causal language models.
 
-`python scripts/architecture_matrix.py` builds a tiny random model of each type from its config class, quantizes it to
-{bits} bits in groups of 32, reads it back, and compares the logits of the block stream with those of transformers' own
-forward over the dequantized weights. It ran with {versions}, on a CPU in float32. Tiny
-random models test structure, names and formats, but not quality.
+`python scripts/architecture_matrix.py` builds a tiny random model of each type from its config
+class, quantizes it to {bits} bits in groups of 32, reads it back, and compares the logits of the
+block stream with those of transformers' own forward over the dequantized weights. It ran with
+{versions}, on a CPU in float32. Tiny random models test structure, names and formats, but not
+quality.
 
-The script keeps three kinds of layers by the rules in the hints of refusals: layers whose shape cannot be packed at
-these sizes (small projections), layers that a forward never calls, and layers that several blocks share. The last
-column names the rules. Experts that no token reaches are rounded to nearest.
+The script keeps three kinds of layers by the rules in the hints of refusals: layers whose shape
+cannot be packed at these sizes (small projections), layers that a forward never calls, and layers
+that several blocks share. The last column names the rules. Experts that no token reaches are
+rounded to nearest.
 
 * difference = largest difference of the logits, relative to the largest logit
-* share = quantized part of all weights in numbered modules (the blocks, but also those of a vision tower)
+* share = quantized part of all weights in numbered modules (blocks, vision towers included)
 * layers, kept = number of layers that are quantized, and of layers that are not
 """
 
