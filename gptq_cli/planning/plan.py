@@ -24,6 +24,7 @@ from gptq_cli.checkpoint.headers import BITS_OF_DTYPE, TensorInfo
 from gptq_cli.checkpoint.layout import Layout, TensorSpec, plan_layout
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from gptq_cli.config.leftovers import foreign_names, refuse_wrapped
+from gptq_cli.config.module_names import kind_of
 from gptq_cli.config.rules import LayerChoice, keeping, matches, unmatched_rules
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.serving import settings_export, target_problems
@@ -448,18 +449,13 @@ def _pattern_of_shared(shared: Sequence[LayerPlan], quantized: Iterable[LayerPla
     """Return a pattern for the shared layers: the module that holds them, or their own names."""
     paths = {}
     for layer in shared:
-        kind = _kind(layer)
+        kind = kind_of(layer.name)
         paths[kind] = kind.replace(".", "/")
     holder = commonpath(paths.values()).replace("/", ".") + "."
-    inside = [layer for layer in quantized if _kind(layer).startswith(holder)]
+    inside = [layer for layer in quantized if kind_of(layer.name).startswith(holder)]
     if inside == shared:
         return _pattern(holder)
     return f"({'|'.join(map(_pattern, paths))})$"
-
-
-def _kind(layer: LayerPlan) -> str:
-    """Return the name that the same layer of every block shares, with N for each number."""
-    return re.sub(r"\.\d+(?=\.)", ".N", layer.name)
 
 
 def _pattern(kind: str) -> str:
@@ -481,7 +477,7 @@ def _check_shapes(layers: Iterable[LayerPlan], config: QuantizeConfig) -> None:
         reason = _misfit_reason(layer)
         if reason:
             misfits.append(layer)
-            kinds_by_reason[reason][_kind(layer)] += 1
+            kinds_by_reason[reason][kind_of(layer.name)] += 1
     if not misfits:
         return
     advice = [
