@@ -1,29 +1,31 @@
 """Damping and factorisation of the Hessian, done once for all layers that see the same input.
 
-H + λI = R D Rᵀ with R unit upper triangular and D diagonal. A Cholesky factor is lower triangular; reversing rows and
-columns before and after makes it upper, and no inverse is needed:
-R = flip(cholesky(flip(H + λI))), each column divided by its diagonal entry, in the memory of one matrix.
+`prepare` computes H + λI = R D Rᵀ with R unit upper triangular and D diagonal, which `solve` needs
+to round columns. A Cholesky factor is lower triangular. If rows and columns are reversed before and
+after, it becomes upper triangular, and no inverse is needed:
+R = flip(cholesky(flip(H + λI))), each column divided by its diagonal entry, in the memory of one
+matrix.
 
 Damping by the mean, λ = ρ mean(diag H) for every column, follows the loudest channels and may
-exceed all that a quiet one carries. Diagonal damping, λ_j = ρ H_jj, shrinks every correlation by 1
-+ ρ, whatever the units of its channels.
+exceed the whole energy of a quiet one. Diagonal damping, λ_j = ρ H_jj, shrinks every correlation by
+1 + ρ, whatever the units of its channels.
 
-The Cholesky factor of a large matrix is computed in its own memory, most of the work in products. A
-panel of columns at a time: its diagonal block A_kk = L_kk L_kkᵀ, the rows below it L_ik = A_ik
-L_kk⁻ᵀ, and what is left of the matrix A_ij -= L_ik L_jkᵀ, the lower half only. On CUDA those
-products run on tensor cores, each factor split into two bfloat16 numbers, which keeps 16 of the 24
-bits of float32; sums are float32.
+`cholesky_` computes the factor of a large matrix in its own memory, with most of the work in
+products. It takes a panel of columns at a time: first its diagonal block A_kk = L_kk L_kkᵀ, then
+the rows below it, L_ik = A_ik L_kk⁻ᵀ, then the lower half of the rest of the matrix,
+A_ij -= L_ik L_jkᵀ. On CUDA the last products run on tensor cores. Each factor is split into two
+bfloat16 numbers, which keep 16 of the 24 bits of float32; sums are float32.
 
-With the same factors weights can make up for what quantized layers before them have done to their
-inputs. A layer behind quantized ones sees inputs x where the unquantized model has x₀. What it
-should give is W x₀, so of all weights the one to quantize is that which comes nearest to it on x,
-least squares with the damped Hessian:
+`follow_original` uses the same factors to correct weights for the error of earlier quantized
+layers. After them a layer sees inputs x instead of the inputs x₀ of the unquantized model, but its
+output should be W x₀. The weight to quantize is therefore the one whose output on x is nearest to
+W x₀, by least squares with the damped Hessian:
 
 W* = W + α W C (H + λI)⁻¹,    H = Σ x xᵀ,    C = Σ (x₀ - x) xᵀ
 
-and Σ ‖W x₀ - Q x‖² is Σ ‖(W* - Q) x‖² plus what no Q can change: W* is then quantized as any other
-weight. The strength α below 1 keeps it from fitting the calibration text too well. Source: QEP
-(Arai and Ichikawa 2025, arXiv 2504.09629).
+Σ ‖W x₀ - Q x‖² is Σ ‖(W* - Q) x‖² plus a constant, so W* is quantized as any other weight. A
+strength α below 1 avoids an overfit to the calibration text. Source: QEP (Arai and Ichikawa 2025,
+arXiv 2504.09629).
 """
 
 from __future__ import annotations
@@ -41,19 +43,21 @@ from gptq_cli.solver.numerics import row_chunks
 class ColumnOrder:
     """The columns in processing order, and the group of each.
 
-    Unless `static_grid`, groups are runs of consecutive positions, and a group's grid is found when its turn comes.
+    If `static_grid` is false, groups are runs of consecutive positions in that order, and the grid
+    of a group is found when its first column is reached.
     """
 
     permutation: Tensor  # int64 [I]: position j of the order is column permutation[j]
     group_of_column: Tensor  # int32 [I], the g_idx of the checkpoint
-    static_grid: bool  # scales come from the original weights
+    static_grid: bool  # grids are found from the original weights, before any column is rounded
     scattered: bool  # columns of a group need not be neighbours
 
 
 def column_order(diagonal: Tensor, config: LayerConfig) -> ColumnOrder:
-    """The order and the groups that `config` asks for, given diag(H) [I]; equal entries keep their natural order.
+    """Return the order and the groups that `config` asks for, given diag(H) [I].
 
-    Raises ValueError if the group size does not divide I.
+    Columns with equal entries keep their natural order. Raise ValueError if the group size does not
+    divide I.
     """
     in_features = diagonal.numel()
     group_size = config.columns_per_group(in_features)
@@ -61,7 +65,7 @@ def column_order(diagonal: Tensor, config: LayerConfig) -> ColumnOrder:
         raise ValueError(f"group_size {group_size} does not divide in_features {in_features}")
     positions = torch.arange(in_features, device=diagonal.device)
     groups = (positions // group_size).int()
-    # One group for a whole row is found before any column is rounded, so its grid is static in every order.
+    # A group of the whole row gets its grid before any column is rounded: it is static anyway.
     static_grid = config.static_groups or group_size == in_features
     scattered = config.desc_act and not static_grid
     if config.desc_act or (config.act_group_aware and static_grid):
@@ -76,7 +80,10 @@ def column_order(diagonal: Tensor, config: LayerConfig) -> ColumnOrder:
 
 
 def _group_aware(diagonal: Tensor) -> Tensor:
-    """Groups [G, n] by their largest entry, the columns of a group by theirs, largest first."""
+    """Return the order int64 [I] of columns for diag(H) as groups [G, n].
+
+    Groups are sorted by their largest entry and columns inside a group by their own, largest first.
+    """
     inside = diagonal.argsort(dim=1, descending=True, stable=True)
     groups = diagonal.amax(dim=1).argsort(descending=True, stable=True)
     first_column = torch.arange(0, diagonal.numel(), diagonal.shape[1], device=diagonal.device)
@@ -84,16 +91,18 @@ def _group_aware(diagonal: Tensor) -> Tensor:
 
 
 DAMPING_STEP = 4.0
-# Correlations that few tokens measured are noise: diagonal damping is 1/2 where there is a token per column.
+# Few tokens measure correlations badly: if there is one token per column, diagonal damping is 1/2.
 COLUMNS_PER_TOKEN = 0.5
-BLOCKED_FROM = 16384  # on CUDA, whose library factorises smaller ones in one go and in full float32
-QUIETEST = 1e-10  # of the loudest channel's energy: below it diagonal damping takes a channel to be as loud
+# Smaller matrices on CUDA are factorised as one panel, by its library and in full float32:
+BLOCKED_FROM = 16384
+# Share of the loudest channel's energy. Diagonal damping treats a quieter channel as this loud:
+QUIETEST = 1e-10
 
-PANEL = {"cpu": 512, "cuda": 4096}
+PANEL = {"cpu": 512, "cuda": 4096}  # columns at a time of `cholesky_`
 
 
 class NotPositiveDefiniteError(ArithmeticError):
-    """The Hessian has no Cholesky factor even with the damping that was tried last, `damp_percent`."""
+    """The Hessian has no Cholesky factor, even with `damp_percent`, the last damping tried."""
 
     def __init__(self, damp_percent: float) -> None:
         super().__init__(
@@ -111,35 +120,36 @@ class NonFiniteHessianError(ArithmeticError):
 
 @dataclass(frozen=True, slots=True)
 class HessianFactor:
-    """What the solver needs to know about an input, in processing order; shared by the linears of a stage."""
+    """The factors of a damped Hessian, in processing order; shared by the linears of a stage."""
 
     order: ColumnOrder
     R: Tensor  # [I, I], unit upper triangular
     D: Tensor  # [I], positive
-    dead: Tensor  # bool [I], columns of the layer whose input was always zero
-    dead_columns: int  # how many
-    damping: Tensor  # [I], added to diag H before factorizing, in the natural order of columns
+    dead: Tensor  # bool [I], columns whose input was always zero, in natural order
+    dead_columns: int  # the number of dead columns
+    damping: Tensor  # [I], added to diag H before the factorisation, in natural order
     damp_percent: float  # the damping in R and D: λ / mean(diag H), or λ_j / H_jj
-    retries: int  # how often it was raised before the factorisation succeeded
+    retries: int  # number of times that damping was raised before the factorisation succeeded
 
 
 @torch.no_grad()
 def prepare(hessian: Tensor, config: LayerConfig, tokens: int | None = None) -> HessianFactor:
-    """The column order of `config` and the factors of the damped Hessian [I, I] in that order.
+    """Return the column order of `config` and the factors of the damped Hessian [I, I].
 
-    With `damp_mode` mean, λ = damp_percent * mean(diag H). With diagonal, λ_j = ρ H_jj, where ρ = I / (2 tokens) within
-    [damp_percent, 1], and `tokens` is how many the Hessian sums. If the factorisation fails, ρ is multiplied by 4 as
-    long as it stays below 1 (diagonal: up to 1); `retries` counts that and `damp_percent` holds the value used. The
-    Hessian itself is left as it was.
-    Raises NonFiniteHessianError, NotPositiveDefiniteError, and ValueError if the group size does not divide I or
-    diagonal damping is not told the tokens.
+    With `damp_mode` mean, λ = damp_percent * mean(diag H). With diagonal, λ_j = ρ H_jj, where
+    ρ = I / (2 tokens) within [damp_percent, 1]; `tokens` is the number of tokens that the Hessian
+    sums. If the factorisation fails, ρ is multiplied by 4 as long as it stays below 1 (diagonal: up
+    to 1); `retries` counts the multiplications and `damp_percent` holds the value used. The Hessian
+    itself is not changed.
+
+    Raise NonFiniteHessianError, NotPositiveDefiniteError, and ValueError if the group size does not
+    divide I or `tokens` is missing with diagonal damping.
     Source: GPTQ (Frantar et al. 2022), section 3.3, in the LDL form of QuIP (Chee et al. 2023).
     """
     energy = hessian.diagonal().clone()
     dead = energy == 0
-    finite, dead_columns = torch.stack(
-        [torch.isfinite(energy.mean()), dead.sum()]
-    ).tolist()  # waits once for both
+    # Both are asked for together, to wait for the device only once.
+    finite, dead_columns = torch.stack([torch.isfinite(energy.mean()), dead.sum()]).tolist()
     if not finite:
         raise NonFiniteHessianError
     order = column_order(energy, config)
@@ -159,27 +169,33 @@ def prepare(hessian: Tensor, config: LayerConfig, tokens: int | None = None) -> 
 
 
 def _upper_factor(hessian: Tensor, diagonal: Tensor, permutation: Tensor) -> Tensor | None:
+    """Return the upper Cholesky factor of the Hessian with `diagonal` [I], in the order given.
+
+    Return None if there is none.
+    """
     backwards = permutation.flip(0)
     matrix = hessian[backwards[:, None], backwards]
     matrix.diagonal().copy_(diagonal[backwards])
-    if cholesky_(
-        matrix, panel=len(matrix) if matrix.is_cuda and len(matrix) < BLOCKED_FROM else None
-    ):
+    panel = None
+    if matrix.is_cuda and len(matrix) < BLOCKED_FROM:
+        panel = len(matrix)
+    if cholesky_(matrix, panel):
         return None
     reverse_(matrix)
     return matrix
 
 
 def _diagonal(energy: Tensor, dead: Tensor, config: LayerConfig) -> tuple[Tensor, Tensor]:
-    """The diagonal [I] without damping, nowhere zero, and what damping of 1 adds to it."""
+    """Return the undamped diagonal [I], nowhere zero, and the addition [I] of a damping of 1."""
     if config.damp_mode == "mean":
         return energy.masked_fill(dead, 1), energy.mean().expand_as(energy)
-    # Dead columns first: any share of nothing is nothing.
+    # A dead column becomes 1, not QUIETEST: if all columns are dead, that share is zero too.
     diagonal = energy.clamp(min=QUIETEST * energy.max()).masked_fill(dead, 1)
     return diagonal, diagonal
 
 
 def _first_damping(config: LayerConfig, in_features: int, tokens: int | None) -> float:
+    """Return the damping ρ that is tried first."""
     if config.damp_mode == "mean":
         return config.damp_percent
     if tokens is None:
@@ -188,6 +204,7 @@ def _first_damping(config: LayerConfig, in_features: int, tokens: int | None) ->
 
 
 def _next_damping(tried: float, config: LayerConfig) -> float:
+    """Return the damping to try after `tried`; raise NotPositiveDefiniteError if there is none."""
     stronger = tried * DAMPING_STEP
     if config.damp_mode == "diagonal" and tried < 1:
         return min(1.0, stronger)
@@ -200,9 +217,10 @@ def _next_damping(tried: float, config: LayerConfig) -> float:
 def cholesky_(matrix: Tensor, panel: int | None = None) -> int:
     """Turn a symmetric positive definite matrix [n, n] into its lower Cholesky factor, in place.
 
-    A panel of so many columns is done at a time; the default is what suits the device.
-    Returns 0, or as `torch.linalg.cholesky_ex` the order of the first leading minor that is not positive; the matrix is
-    then neither one nor the other. Reads the lower triangle only; waits for the device once a panel.
+    `panel` is the number of columns that are done at a time; the default depends on the device.
+    Return 0 on success. Else return, as `torch.linalg.cholesky_ex` does, the order of the first
+    leading minor that is not positive; the contents of the matrix are then undefined. Only the
+    lower triangle is read. Waits for the device once per panel.
     """
     size = len(matrix)
     panel = panel or PANEL[matrix.device.type]
@@ -233,7 +251,10 @@ def reverse_(matrix: Tensor) -> None:
 
 
 def _subtract_square_(matrix: Tensor, factor: Tensor, panel: int) -> None:
-    """matrix -= factor factorᵀ on and below the diagonal, and some more beside it."""
+    """Subtract factor factorᵀ from the matrix on and below the diagonal.
+
+    Entries above the diagonal change too if they are in a diagonal block of `panel` columns.
+    """
     on_tensor_cores = factor.is_cuda and factor.dtype == torch.float32
     if on_tensor_cores:
         high = factor.bfloat16()
@@ -252,14 +273,15 @@ def _subtract_square_(matrix: Tensor, factor: Tensor, panel: int) -> None:
 def follow_original(
     weight: Tensor, shift: Tensor, prepared: HessianFactor, strength: float
 ) -> Tensor:
-    """W* [O, I] for the weight W [O, I], the shift C [I, I] and the factors of the damped Hessian.
+    """Return W* [O, I], which makes up for the changed inputs of a layer (see the module).
 
-    `strength` is α. Computed in the dtype of the factors.
+    `weight` is W [O, I], `shift` is C [I, I], and `strength` is α. W* has the dtype of the factors.
+    Source: QEP (Arai and Ichikawa 2025, arXiv 2504.09629).
     """
     R, D, order = prepared.R, prepared.D, prepared.order.permutation
     weight = weight.to(R.dtype)
     pull = (weight @ shift.to(R.dtype))[:, order]
-    # X R D Rᵀ = pull, from the right: first against Rᵀ, then against R.
+    # Solve X R D Rᵀ = pull from the right: first with Rᵀ, then with R.
     scaled: Tensor = torch.linalg.solve_triangular(
         R.T, pull, upper=False, left=False, unitriangular=True
     )

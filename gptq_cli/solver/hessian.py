@@ -1,9 +1,12 @@
-"""The Hessian of a layer's output error, H = Σ x xᵀ over all calibration tokens x, accumulated batch by batch.
+"""The Hessian of a layer's output error, H = Σ x xᵀ over all calibration tokens x.
 
-GPTQ does not change when H is scaled, so it stays a plain sum. H is symmetric: only the blocks on and above the
-diagonal are multiplied out and kept, a little over half of the work and memory, and mirrored when H is asked for.
+The result of GPTQ does not depend on the scale of H, so H stays a plain sum, without a factor or a
+mean. H is symmetric: only the blocks on and above the diagonal are computed and kept, a little over
+half of the work and memory. They are mirrored when H is read. If the inputs x₀ of the unquantized
+model are given too, the shift C = Σ (x₀ - x) xᵀ is summed as well (see `factor`).
 
-With the inputs x₀ that the unquantized model has in their place, the shift C = Σ (x₀ - x) xᵀ is summed beside it.
+`HessianOfBatches` adds batches in a binary tree over their numbers. The order of additions, and
+thus every bit of H, does not depend on how batches are shared among processes.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ Add = Callable[[Value, Value], None]  # adds the second to the first
 
 @dataclass(frozen=True, slots=True)
 class Node(Generic[Value]):
-    """The sum of the summands start..stop, whose number is a power of two that divides `start`."""
+    """The sum of the summands start..stop; their count is a power of two that divides `start`."""
 
     start: int
     stop: int
@@ -32,7 +35,7 @@ class Node(Generic[Value]):
 
 
 def push(nodes: list[Node[Value]], node: Node[Value], add: Add[Value]) -> None:
-    """Append `node`, which begins where `nodes` end, and add up whatever the tree adds at once."""
+    """Append `node`, which starts at the end of the last one, and merge siblings of the tree."""
     while nodes and _siblings(nodes[-1], node):
         left = nodes.pop()
         add(left.value, node.value)
@@ -41,7 +44,7 @@ def push(nodes: list[Node[Value]], node: Node[Value], add: Add[Value]) -> None:
 
 
 def total(nodes: list[Node[Value]], add: Add[Value]) -> Value:
-    """The sum of all that was pushed; `nodes` are empty then."""
+    """Return the sum of all nodes, and empty `nodes`."""
     value = nodes.pop().value
     while nodes:
         left = nodes.pop().value
@@ -51,7 +54,7 @@ def total(nodes: list[Node[Value]], add: Add[Value]) -> Value:
 
 
 def kept_apart(numbers: range) -> list[range]:
-    """The nodes that are left of the summands `numbers`."""
+    """Return the summands of each node that remains after the summands `numbers` were pushed."""
     nodes: list[Node[None]] = []
     for number in numbers:
         push(nodes, Node(number, number + 1, None), lambda _left, _right: None)
@@ -63,16 +66,17 @@ def _siblings(left: Node[Value], right: Node[Value]) -> bool:
     return right.stop - right.start == size and left.start % (2 * size) == 0
 
 
-TOKENS_PER_CHUNK = 1024  # bounds the float32 copy of the inputs, where one is made
-PANELS = 8  # 9/16 of the products of a full multiplication
+TOKENS_PER_CHUNK = 1024  # bounds the float32 copy of the inputs
+PANELS = 8  # needs 9/16 of the products of a full multiplication
 SMALLEST_PANEL = 128
 
 
 class HessianAccumulator:
-    """Sums x xᵀ over the inputs of one or more linear layers that see the same tensor.
+    """The sum of x xᵀ over the inputs of one or more linear layers that see the same tensor.
 
-    The sum is float32, or float64 once float64 inputs were added. `tokens` counts the rows added so far; `shift` [I, I]
-    is Σ (x₀ - x) xᵀ over those that came with their original x₀, None if none did.
+    The sum is float32, or float64 after float64 inputs were added. `tokens` counts the rows added
+    so far. `shift` [I, I] is Σ (x₀ - x) xᵀ over the rows that were added with their original x₀,
+    None if there are none.
     """
 
     def __init__(self, in_features: int, device: torch.device | str) -> None:
@@ -82,21 +86,19 @@ class HessianAccumulator:
         self._panels = [
             torch.zeros(stop, stop - start, device=device) for start, stop in _panels(in_features)
         ]
-        self.finite: list[Tensor] = []  # after each `add`, whether the diagonal was
-        self._whole: Tensor | None = (
-            None  # once H was asked for, and then what the panels are views of
-        )
+        self.finite: list[Tensor] = []  # for each `add`, whether the diagonal was finite after it
+        self._whole: Tensor | None = None  # H, if it was read; the panels are then views of it
 
     @torch.no_grad()
     def add(self, inputs: Tensor, original: Tensor | None = None) -> None:
-        """Add inputs [..., I]; every leading dimension counts tokens, so padding must have been removed.
+        """Add inputs [..., I]; all leading dimensions count tokens, so there must be no padding.
 
-        `original` [..., I] are the same tokens in the unquantized model.
+        `original` [..., I] are the inputs of the same tokens in the unquantized model.
         """
         tokens = inputs.reshape(-1, self._size)
         if tokens.dtype == torch.float64 != self._panels[0].dtype:
             self._panels, self._whole = [panel.double() for panel in self._panels], None
-        # Products of two 16-bit floats are exact in float32: tensor cores lose nothing and need no float32 copy.
+        # Products of two 16-bit floats are exact in float32: tensor cores need no float32 copy.
         on_tensor_cores = tokens.is_cuda and tokens.dtype in (torch.bfloat16, torch.float16)
         if on_tensor_cores or tokens.dtype == self._panels[0].dtype:
             self._add_products(tokens)
@@ -111,11 +113,11 @@ class HessianAccumulator:
 
     @property
     def in_features(self) -> int:
-        """The size I of the sum."""
+        """The number I of rows and columns of H."""
         return self._size
 
     def absorb(self, other: HessianAccumulator) -> None:
-        """Add what `other` has seen, in the same way."""
+        """Add the sums and the tokens of `other`, which has seen inputs of the same kind."""
         self.tokens += other.tokens
         self.finite += other.finite
         for mine, theirs in zip(self.sums, other.sums, strict=True):
@@ -123,17 +125,19 @@ class HessianAccumulator:
 
     @property
     def sums(self) -> list[Tensor]:
-        """The tensors in which the sums are kept, the same list for all that have seen inputs of one kind."""
-        return [*self._panels, *([] if self.shift is None else [self.shift])]
+        """The tensors that hold the sums; accumulators of inputs of one kind have equal shapes."""
+        if self.shift is None:
+            return [*self._panels]
+        return [*self._panels, self.shift]
 
     def add_identity(self) -> None:
-        """Add the identity, without tokens: as if all inputs were alike, so that solving is rounding to nearest."""
+        """Add the identity without tokens, with which solving a layer is rounding to nearest."""
         for diagonal in self._diagonal():
             diagonal.add_(1)
 
     @property
     def hessian(self) -> Tensor:
-        """The symmetric sum [I, I] over all tokens so far: the accumulator's own tensor, not a copy."""
+        """H [I, I] over all tokens so far: the accumulator's own tensor, not a copy."""
         if self._whole is None:
             self._whole = self._panels[0].new_empty(self._size, self._size)
             for number, (start, stop) in enumerate(_panels(self._size)):
@@ -146,15 +150,20 @@ class HessianAccumulator:
         return self._whole
 
     def first_not_finite(self) -> tuple[int, int] | None:
-        """Which `add`, counted from 0, of how many, first brought an input that is not finite or overflowed the sum.
+        """Return (index, count) of the first `add` call after which H was not finite, or None.
 
-        None if all is finite; waits for the device once. The diagonal tells: an input that is not finite leaves its
-        mark on the sum of its own squares.
+        The cause is an input that is not finite or an overflow of the sum. Both show on the
+        diagonal, which sums the squares of each feature. Waits for the device once.
         """
-        finite = torch.stack(self.finite).tolist() if self.finite else []
-        return (finite.index(False), len(finite)) if False in finite else None
+        if not self.finite:
+            return None
+        finite = torch.stack(self.finite).tolist()
+        if all(finite):
+            return None
+        return finite.index(False), len(finite)
 
     def _diagonal(self) -> list[Tensor]:
+        """Return the diagonal of H as one view for each panel."""
         return [panel.diagonal(panel.shape[1] - panel.shape[0]) for panel in self._panels]
 
     def _add_products(self, tokens: Tensor) -> None:
@@ -176,9 +185,9 @@ class HessianAccumulator:
 
 
 class HessianOfBatches:
-    """The Hessian of numbered batches, in any order of processes: `nodes` are the sums that wait for others.
+    """The Hessian of numbered batches, added in an order that does not depend on the processes.
 
-    See `pairwise`. Batches come in the order of their numbers.
+    Batches must be added in the order of their numbers.
     """
 
     def __init__(self, in_features: int, device: torch.device | str) -> None:
@@ -188,28 +197,26 @@ class HessianOfBatches:
         self._nodes: list[Node[HessianAccumulator]] = []
 
     def add(self, batch: int, inputs: Tensor, original: Tensor | None = None) -> None:
-        """Inputs of a batch, which may have several, one after the other; see `HessianAccumulator.add`."""
+        """Add inputs of a batch (see `HessianAccumulator.add`); a batch may add several times."""
         if batch != self._batch or self._open is None:
             self._close()
             self._batch, self._open = batch, self._new()
         self._open.add(inputs, original)
 
     def nodes(self) -> list[Node[HessianAccumulator]]:
-        """The sums over all batches so far, as few as the order of additions allows."""
+        """Return the sums over all batches so far, as few as the order of additions allows."""
         self._close()
         return self._nodes
 
     def _close(self) -> None:
         if self._open is not None:
-            push(
-                self._nodes,
-                Node(self._batch, self._batch + 1, self._open),
-                HessianAccumulator.absorb,
-            )
+            node = Node(self._batch, self._batch + 1, self._open)
+            push(self._nodes, node, HessianAccumulator.absorb)
             self._open = None
 
 
 def _panels(size: int) -> Iterator[tuple[int, int]]:
+    """Yield the first column and the end of each panel of H; its rows are all before that end."""
     width = max(SMALLEST_PANEL, -(-size // PANELS))
     for start in range(0, size, width):
         yield start, min(start + width, size)

@@ -1,6 +1,4 @@
-"""Products of float32 matrices in less precision where nothing is lost, and rows of a matrix a
-chunk at a time.
-"""
+"""Precision settings for products of float32 matrices, and chunks of rows that bound memory."""
 
 from __future__ import annotations
 
@@ -16,10 +14,11 @@ ELEMENTS_PER_CHUNK = {"cpu": 2**20, "cuda": 2**24}
 
 @contextmanager
 def feedback_precision(tensor: Tensor) -> Iterator[None]:
-    """Let products of float32 matrices on a CUDA device run in TF32: those that pass the errors of columns on.
+    """Let products of float32 matrices run in TF32 if `tensor` is on a CUDA device.
 
-    TF32 keeps 11 bits of each factor. What reaches a column that way changes by less than a thousandth of itself, and
-    is then rounded to 16 levels or fewer.
+    The solver uses this for the products that pass the errors of columns on. TF32 keeps 11 bits of
+    each factor, so a passed error changes by less than a thousandth of itself; the column that
+    receives it is then rounded to few levels.
     """
     with _precision(torch.backends.cuda.matmul, "tf32", wanted=tensor.is_cuda):
         yield
@@ -27,21 +26,24 @@ def feedback_precision(tensor: Tensor) -> Iterator[None]:
 
 @contextmanager
 def bfloat16_factors(tensor: Tensor) -> Iterator[None]:
-    """Let products of float32 copies of `tensor` on the CPU take their factors as bfloat16, if that is what it is.
+    """Let products of float32 copies of a bfloat16 `tensor` on the CPU take bfloat16 factors.
 
-    Nothing is lost: products of two such numbers are exact in float32, in which they are added up. Processors with
-    units for them are faster by it, and others multiply float32 with another library, oneDNN.
+    The products are exact: two bfloat16 numbers multiply exactly in float32, in which products are
+    summed. Processors with bfloat16 units run faster; on others the setting only selects another
+    library, oneDNN. If `tensor` is on a device or has another dtype, nothing is changed.
     """
     library: Any = torch.backends.mkldnn
-    with _precision(
-        library.matmul, "bf16", wanted=tensor.is_cpu and tensor.dtype == torch.bfloat16
-    ):
+    wanted = tensor.is_cpu and tensor.dtype == torch.bfloat16
+    with _precision(library.matmul, "bf16", wanted=wanted):
         yield
 
 
 @contextmanager
 def _precision(products: Any, precision: str, *, wanted: bool) -> Iterator[None]:
-    """The setting belongs to the whole process: nothing else may multiply meanwhile."""
+    """Set the precision of `products` if `wanted`, and restore it at the end.
+
+    The setting belongs to the whole process: no other thread may multiply meanwhile.
+    """
     if not wanted:
         yield
         return
@@ -54,7 +56,10 @@ def _precision(products: Any, precision: str, *, wanted: bool) -> Iterator[None]
 
 
 def row_chunks(tensor: Tensor) -> Iterator[slice]:
-    """Slices of the first dimension of `tensor`, one after the other, of so many elements each; at least a row."""
+    """Yield consecutive slices of the rows of `tensor`, of ELEMENTS_PER_CHUNK elements at most.
+
+    A slice has one row at least.
+    """
     elements = max(1, tensor.numel() // max(1, len(tensor)))
     rows = max(1, ELEMENTS_PER_CHUNK[tensor.device.type] // elements)
     for start in range(0, len(tensor), rows):

@@ -1,4 +1,4 @@
-"""The quantized linear layer as tensors, independent of any file format.
+"""The quantized linear layer as tensors, without a file format; its weights and output error.
 
 Letters for shapes:  O out_features   I in_features   G groups
 """
@@ -27,7 +27,7 @@ from gptq_cli.solver.numerics import row_chunks
 
 @dataclass(frozen=True, slots=True)
 class QuantizedLinear:
-    """Integer codes with the grid they live on: w[o, i] = scales[o, g(i)] * (codes[o, i] - zeros[o, g(i)])."""
+    """Integer codes and their grids: w[o, i] = scales[o, g(i)] * (codes[o, i] - zeros[o, g(i)])."""
 
     codes: Tensor  # uint8 [O, I], columns in the order of the original weight
     scales: Tensor  # float16 [O, G]
@@ -36,30 +36,34 @@ class QuantizedLinear:
     bits: int
 
     def rows(self, rows: slice) -> QuantizedLinear:
-        """The layer that has only these rows, on the same memory."""
+        """Return the layer that has only these rows, on the same memory."""
         return replace(
             self, codes=self.codes[rows], scales=self.scales[rows], zeros=self.zeros[rows]
         )
 
     @classmethod
     def of_rows(cls, parts: Sequence[QuantizedLinear]) -> QuantizedLinear:
-        """The layer whose rows are those of `parts`, which share their groups."""
-        codes, scales, zeros = (
-            torch.cat(t) for t in zip(*((p.codes, p.scales, p.zeros) for p in parts), strict=True)
+        """Return the layer with the rows of all `parts`, which share their groups."""
+        return replace(
+            parts[0],
+            codes=torch.cat([part.codes for part in parts]),
+            scales=torch.cat([part.scales for part in parts]),
+            zeros=torch.cat([part.zeros for part in parts]),
         )
-        return cls(codes, scales, zeros, parts[0].group_of_column, parts[0].bits)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight [O, I] these codes stand for, computed in float32 and then cast to `dtype`."""
+        """Return the weight [O, I] of the codes, computed in float32 and then cast to `dtype`."""
         weight = torch.empty_like(self.codes, dtype=dtype)
         for rows in row_chunks(weight):
             weight[rows] = self.rows(rows)._values()
         return weight
 
     def _values(self) -> Tensor:
+        """Return the weight [O, I] in float32."""
         codes, zeros, scales = self.codes.float(), self.zeros.float(), self.scales.float()
         columns = codes.shape[1] // zeros.shape[1]
-        if are_runs(self.group_of_column, columns):  # spares a zero point and a scale for each code
+        # If groups are runs, a zero point and a scale need no copy for each code.
+        if are_runs(self.group_of_column, columns):
             codes.view(*zeros.shape, columns).sub_(zeros.unsqueeze(-1)).mul_(scales.unsqueeze(-1))
             return codes
         group = self.group_of_column.long()
@@ -67,10 +71,13 @@ class QuantizedLinear:
 
 
 def check_decoded(linear: QuantizedLinear) -> None:
-    """Raise ScaleRangeError for the first row with a weight beyond float16; waits for the device once."""
+    """Raise ScaleRangeError for the first row with a decoded weight beyond float16.
+
+    Waits for the device once if the scales exclude such a weight.
+    """
     steps = torch.maximum(linear.zeros, 2**linear.bits - 1 - linear.zeros)
     if bool((linear.scales.float().abs() * steps <= LARGEST).all()):
-        return  # whatever the codes are
+        return  # no code can exceed the range
     beyond = (linear.dequantize().abs() > LARGEST).any(1)
     if bool(beyond.any()):
         raise ScaleRangeError(int(beyond.nonzero()[0]))
@@ -83,10 +90,10 @@ COLUMNS_PER_PANEL = 256
 def round_to_nearest(
     weight: Tensor, config: LayerConfig, group_of_column: Tensor | None = None
 ) -> QuantizedLinear:
-    """The weight [O, I] rounded to the min/max grid of its groups.
+    """Return the weight [O, I] rounded to the min/max grid of its groups.
 
-    Groups are those of `group_of_column` [I] where it is given, else runs of `group_size` columns.
-    Raises ScaleRangeError, and ValueError if the group size does not divide I.
+    Groups are those of `group_of_column` [I] if it is given, else runs of `group_size` columns.
+    Raise ScaleRangeError, and ValueError if the group size does not divide I.
     """
     in_features = weight.shape[1]
     group_size = config.columns_per_group(in_features)
@@ -119,26 +126,28 @@ def _round(weight: Tensor, config: LayerConfig, group_of_column: Tensor) -> Quan
 def output_energies(
     weight: Tensor, hessian: Tensor, candidates: Sequence[QuantizedLinear]
 ) -> list[float]:
-    """tr(W H Wᵀ) of the weight [O, I] under the undamped Hessian [I, I], then tr(E H Eᵀ) of each candidate for it.
+    """Return tr(W H Wᵀ) of the weight [O, I], then tr(E H Eᵀ) of each candidate, E its error.
 
-    Rows are taken a chunk at a time, so no float copy of a large weight is needed.
+    `hessian` [I, I] is undamped. Rows are taken a chunk at a time, so that there is no float copy
+    of a large weight.
     """
     energies = torch.zeros(1 + len(candidates), dtype=torch.float64, device=weight.device)
     for rows in row_chunks(weight):
         original = weight[rows].to(hessian.dtype)
-        errors = (
-            candidate.rows(rows).dequantize(hessian.dtype).sub_(original)
-            for candidate in candidates
-        )
-        energies += torch.stack(
-            [_energy(original, hessian), *(_energy(error, hessian) for error in errors)]
-        )
+        of_rows = [_energy(original, hessian)]
+        for candidate in candidates:
+            error = candidate.rows(rows).dequantize(hessian.dtype).sub_(original)
+            of_rows.append(_energy(error, hessian))
+        energies += torch.stack(of_rows)
     found: list[float] = energies.tolist()
     return found
 
 
 def _energy(matrix: Tensor, hessian: Tensor) -> Tensor:
-    """tr(M H Mᵀ) for M [n, I]; H is symmetric, so the part left of each diagonal block counts twice."""
+    """Return tr(M H Mᵀ) for M [n, I].
+
+    H is symmetric, so the part to the left of each diagonal block counts twice.
+    """
     energy = torch.zeros((), dtype=torch.float64, device=matrix.device)
     for start in range(0, matrix.shape[1], COLUMNS_PER_PANEL):
         panel = slice(start, start + COLUMNS_PER_PANEL)

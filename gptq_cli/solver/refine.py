@@ -1,13 +1,14 @@
-"""Codes and scales of a solved layer improved in turns, each step the best one while everything else stands still.
+"""Refinement of a solved layer: scales and codes in turns, each step the best for fixed others.
 
-The loss is tr(E H Eᵀ) with E = W - Q and H the damped Hessian that the layer was solved with. With P = E H:
+The loss is tr(E H Eᵀ) with E = W - Q and H the damped Hessian of the solver. With P = E H:
 
-* scale of a group g, whose levels b = codes - zero stand still:  s += P_g bᵀ / (b H_gg bᵀ),
+* scale of a group g with fixed levels b = codes - zero:  s += P_g bᵀ / (b H_gg bᵀ),
 * code of a column j:  q_j moves to the point of its grid nearest to q_j + P_j / H_jj.
 
-Neither can raise the loss: a scale is taken only if it lowers it after rounding to what a checkpoint stores.
-A group's codes follow its scale at once, so that one product with H serves both.
-Source: coordinate descent as in QuantEase (Behdin et al. 2023); scales as in stage 2 of arXiv 2602.02126.
+No step raises the loss: a new scale is used only if it lowers the loss after it was rounded to a
+number that a checkpoint stores. The codes of a group are fitted right after its scale, so that one
+product with H serves both. Source: coordinate descent as in QuantEase (Behdin et al. 2023); scales
+as in stage 2 of arXiv 2602.02126.
 
 Letters for shapes:  O out_features   I in_features   G groups   n columns of a block
 Matrices are held transposed, [I, O]; columns are sorted by group.
@@ -34,7 +35,7 @@ INNER_BLOCK = 32
 
 @dataclass(frozen=True, slots=True)
 class _State:
-    """A layer while it is refined; tensors are updated in place."""
+    """A layer during refinement; tensors are updated in place."""
 
     hessian: Tensor  # [I, I], symmetric, positive definite
     errors: Tensor  # [I, O], W - Q
@@ -59,11 +60,13 @@ def refine(
     sweeps: int,
     signed: bool,
 ) -> QuantizedLinear:
-    """`quantized` with all scales fitted to the weight [O, I], then in `sweeps` rounds each group's scale and codes.
+    """Return `quantized` with scales and codes that lower its output error for the weight [O, I].
 
-    The Hessian [I, I] is damped as `prepared` says, and dead columns stay zero. Zero points stay; scales that change
-    are exact in float16 and bfloat16, and positive unless `signed`. Sums are in the dtype of the Hessian, which is
-    copied only if groups are scattered; else its own diagonal is damped for as long as this takes.
+    First all scales are fitted, then in each of `sweeps` rounds the scale and the codes of each
+    group. The Hessian [I, I] is damped by `prepared.damping`; dead columns stay zero. Zero points
+    do not change. Changed scales are exact in float16 and bfloat16, and positive unless `signed`.
+    Sums are in the dtype of the Hessian. It is copied only if groups are scattered, else its own
+    diagonal is damped during the call.
     """
     columns, damping = quantized.group_of_column.argsort(stable=True), prepared.damping
     if prepared.order.scattered:
@@ -82,6 +85,7 @@ def refine(
 
 @contextmanager
 def _damped(hessian: Tensor, damping: Tensor) -> Iterator[None]:
+    """Damp the diagonal of `hessian`; restore it at the end."""
     diagonal = hessian.diagonal()
     undamped = diagonal.clone()
     diagonal += damping
@@ -99,11 +103,12 @@ def _start(
     columns: Tensor,
     signed: bool,
 ) -> _State:
+    """Return the state of the layer `quantized`, with `columns` sorted by group."""
     dtype = hessian.dtype
-    scales, zeros = (grid.to(dtype).T.contiguous() for grid in (quantized.scales, quantized.zeros))
-    levels, errors = (
-        matrix.T.index_select(0, columns).to(dtype) for matrix in (quantized.codes, weight)
-    )
+    scales = quantized.scales.to(dtype).T.contiguous()
+    zeros = quantized.zeros.to(dtype).T.contiguous()
+    levels = quantized.codes.T.index_select(0, columns).to(dtype)
+    errors = weight.T.index_select(0, columns).to(dtype)
     errors.masked_fill_(dead[columns, None], 0)
     _by_group(levels, zeros).sub_(zeros[:, None])
     _by_group(errors, zeros).addcmul_(_by_group(levels, zeros), scales[:, None], value=-1)
@@ -111,18 +116,18 @@ def _start(
 
 
 def _by_group(matrix: Tensor, grids: Tensor) -> Tensor:
-    """The columns [I, O] of groups with grids [G, O], as [G, n, O]."""
+    """Return the columns [I, O] of groups with grids [G, O], as [G, n, O]."""
     return matrix.view(len(grids), -1, matrix.shape[1])
 
 
 def _slopes(state: _State, columns: slice) -> Tensor:
-    """P = E H of the columns, [n, O]."""
+    """Return P = E H of the columns, [n, O]."""
     with feedback_precision(state.errors):
         return state.hessian[columns] @ state.errors
 
 
 def _fit_scale(state: _State, group: int) -> Tensor:
-    """Fit the scale of a group. Returns the slopes P of its columns with the new scale, [n, O]."""
+    """Fit the scale of a group; return the slopes P [n, O] of its columns with the new scale."""
     columns = state.columns_of(group)
     levels, errors, scales = state.levels[columns], state.errors[columns], state.scales[group]
     slopes, curvatures = _slopes(state, columns), state.hessian[columns, columns] @ levels
@@ -131,7 +136,9 @@ def _fit_scale(state: _State, group: int) -> Tensor:
         return slopes
     slope, curvature = (levels * slopes).sum(0), (levels * curvatures).sum(0)
     best = scales + slope / curvature.clamp(min=torch.finfo(curvature.dtype).tiny)
-    step = round_scales(best if state.signed else best.clamp(min=0)) - scales
+    if not state.signed:
+        best = best.clamp(min=0)
+    step = round_scales(best) - scales
     lower = step * (curvature * step - 2 * slope) < 0  # the change of the loss, after rounding
     step = torch.where(lower, step, 0)
     scales += step
@@ -140,7 +147,7 @@ def _fit_scale(state: _State, group: int) -> Tensor:
 
 
 def _fit_codes(state: _State, group: int, slopes: Tensor) -> None:
-    """One round of coordinate descent over the columns of a group, whose slopes are P."""
+    """Run one round of coordinate descent over the columns of a group, whose slopes P are given."""
     group_columns = state.columns_of(group)
     for start in range(group_columns.start, group_columns.stop, COLUMN_BLOCK):
         columns = slice(start, min(start + COLUMN_BLOCK, group_columns.stop))
@@ -150,12 +157,13 @@ def _fit_codes(state: _State, group: int, slopes: Tensor) -> None:
 
 
 def _fit_block(state: _State, group: int, columns: slice, slopes: Tensor) -> None:
-    """The same for some columns of the group. Those that are done move the targets of the others, in levels."""
-    hessian, errors, levels = (
-        state.hessian[columns, columns],
-        state.errors[columns],
-        state.levels[columns],
-    )
+    """Run coordinate descent over some columns of the group.
+
+    Targets are the best positions of the codes in levels; a column that is done moves the targets
+    of the columns after it.
+    """
+    hessian, errors = state.hessian[columns, columns], state.errors[columns]
+    levels = state.levels[columns]
     scales, zeros = state.scales[group], state.zeros[group]
     if uses_kernels(slopes):
         fit_codes(slopes, errors, levels, hessian, scales, zeros, state.bits)
@@ -173,7 +181,10 @@ def _fit_block(state: _State, group: int, columns: slice, slopes: Tensor) -> Non
 def _fit_few(
     targets: Tensor, levels: Tensor, couplings: Tensor, ends: tuple[Tensor, Tensor]
 ) -> None:
-    """Round the targets of columns one after the other; their levels become how far each has moved down."""
+    """Round the targets of columns one after the other.
+
+    Each level is replaced with the distance by which it has moved down.
+    """
     for column, (target, level) in enumerate(zip(targets, levels, strict=True)):
         if column:
             target.addmv_(levels[:column].T, couplings[column, :column])

@@ -1,7 +1,7 @@
-"""The Triton kernels behind `triton_launch`; importing this module needs triton.
+"""The Triton kernels that `triton_launch` launches; importing this module needs triton.
 
-Those of the solver run in float32, use nothing that a vendor's library provides, and add in a fixed
-order: two runs give the same bits. A matrix [n, O] holds the columns of a layer one after the
+Kernels of the solver run in float32, without a vendor's library, and add in a fixed order, so that
+two runs give the same bits. A matrix [n, O] holds the columns of a layer one after the
 other: neighbours in memory belong to neighbouring rows of the weight. A program owns some rows and
 keeps what it needs of them in registers.
 
@@ -9,7 +9,8 @@ Tensors of a GPTQ checkpoint hold `BITS`-bit fields in a little-endian stream of
 i lies at bits [BITS i, BITS i + BITS), which for 3 bits may straddle two words. `qweight` streams
 run down its rows, along I; `qzeros` streams run along its columns, along O.
 
-Letters for shapes:  O out_features   G groups   n columns taken together   B, ROWS powers of two that hold them
+Letters for shapes:  O out_features   G groups   n columns taken together
+B, ROWS powers of two that hold n and the rows of a program
 """
 
 import triton
@@ -24,7 +25,7 @@ LARGEST = tl.constexpr(float16.LARGEST)
 
 @triton.jit
 def nearest_level(value, zero, max_code):  # type: ignore[no-untyped-def]
-    """The whole number nearest to `value`, even at ties, within [-zero, max_code - zero]."""
+    """Return the whole number nearest to `value`, even at ties, in [-zero, max_code - zero]."""
     value = tl.minimum(tl.maximum(value, -zero), max_code - zero)
     # 1.5 * 2**23: next to it floats are one apart, so the addition rounds.
     return (value + 12582912.0) - 12582912.0
@@ -32,7 +33,11 @@ def nearest_level(value, zero, max_code):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def stored_scale(scale):  # type: ignore[no-untyped-def]
-    """`grid.round_scales`: the nearest number with 8 significant bits, infinite beyond float16; subnormal ones up."""
+    """Return the scale as `grid.round_scales` does.
+
+    It is the nearest number with 8 significant bits, infinite beyond float16. Subnormal numbers are
+    rounded up.
+    """
     magnitude = tl.abs(scale)
     subnormal = tl.ceil(magnitude * (1.0 / SMALLEST)) * SMALLEST
     subnormal = tl.where(magnitude == 0, SMALLEST_NORMAL, subnormal)
@@ -60,17 +65,18 @@ def round_columns_kernel(  # type: ignore[no-untyped-def]
 ):
     """Round n columns one after the other and pass each error on to the columns right of it.
 
-    values [n, O]: v in, codes out; errors [n, O]: w in, w - q out; R [n, n]; scales, zeros [G, O]; group_of int32 [n].
+    values [n, O]: v in, codes out; errors [n, O]: w in, w - q out; R [n, n]; scales, zeros [G, O];
+    group_of int32 [n].
     """
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     inside = rows < out_features
     columns = tl.arange(0, B)
     tile = columns[None, :].to(tl.int64) * out_features + rows[:, None]
     v = tl.load(values + tile, mask=inside[:, None] & (columns < n_columns)[None, :], other=0.0)
-    place = rows
+    position = rows
     for column in range(n_columns):  # not unrolled: that would compile for minutes
         group = tl.load(group_of + column).to(tl.int64)
-        weight = tl.load(errors + place, mask=inside, other=0.0)
+        weight = tl.load(errors + position, mask=inside, other=0.0)
         scale = tl.load(scales + group * out_features + rows, mask=inside, other=1.0)
         zero = tl.load(zeros + group * out_features + rows, mask=inside, other=0.0)
         right = tl.load(
@@ -83,9 +89,9 @@ def round_columns_kernel(  # type: ignore[no-untyped-def]
         level = nearest_level(tl.div_rn(value, scale), zero, max_code)
         error = weight - scale * level
         v += error[:, None] * right[None, :]
-        tl.store(values + place, level + zero, mask=inside)
-        tl.store(errors + place, error, mask=inside)
-        place += out_features
+        tl.store(values + position, level + zero, mask=inside)
+        tl.store(errors + position, error, mask=inside)
+        position += out_features
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -102,9 +108,11 @@ def fit_codes_kernel(  # type: ignore[no-untyped-def]
     B: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Coordinate descent over n columns: move each code to the best point, keep the slopes of the others up to date.
+    """Run coordinate descent over n columns: move each code to its best point.
 
-    slopes [n, O]: P, not written; errors, levels [n, O]: in place; hessian [n, n]; scales, zeros [O] of their group.
+    After each move the slopes of the columns right of it are updated, in registers only.
+    slopes [n, O]: P, not written; errors, levels [n, O]: in place; hessian [n, n]; scales,
+    zeros [O]: those of the group.
     """
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     inside = rows < out_features
@@ -113,10 +121,10 @@ def fit_codes_kernel(  # type: ignore[no-untyped-def]
     p = tl.load(slopes + tile, mask=inside[:, None] & (columns < n_columns)[None, :], other=0.0)
     scale = tl.load(scales + rows, mask=inside, other=1.0)
     zero = tl.load(zeros + rows, mask=inside, other=0.0)
-    place = rows
+    position = rows
     for column in range(n_columns):
-        level = tl.load(levels + place, mask=inside, other=0.0)
-        error = tl.load(errors + place, mask=inside, other=0.0)
+        level = tl.load(levels + position, mask=inside, other=0.0)
+        error = tl.load(errors + position, mask=inside, other=0.0)
         curvature = tl.load(hessian + column * n_columns + column)
         right = tl.load(
             hessian + column * n_columns + columns,
@@ -129,9 +137,9 @@ def fit_codes_kernel(  # type: ignore[no-untyped-def]
         nearest = nearest_level(tl.div_rn(target, scale), zero, max_code)
         move = (nearest - level) * scale
         p -= move[:, None] * right[None, :]
-        tl.store(levels + place, nearest, mask=inside)
-        tl.store(errors + place, error - move, mask=inside)
-        place += out_features
+        tl.store(levels + position, nearest, mask=inside)
+        tl.store(errors + position, error - move, mask=inside)
+        position += out_features
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -147,9 +155,10 @@ def fit_scales_kernel(  # type: ignore[no-untyped-def]
     B: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Fit the scale of a group to the loss while its levels stand still, if that lowers the loss.
+    """Fit the scale of a group for fixed levels, if that lowers the loss.
 
-    bends [n, O]: H_gg b; levels [n, O]: b; slopes P and errors [n, O] and scales [O]: in place.
+    curvatures [n, O]: H_gg b; levels [n, O]: b; slopes [n, O]: P, in place; errors [n, O] and
+    scales [O]: in place.
     """
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     inside = rows < out_features
@@ -175,10 +184,10 @@ def fit_scales_kernel(  # type: ignore[no-untyped-def]
         here = (start + columns < n_columns)[:, None] & inside[None, :]
         level = tl.load(levels + tile, mask=here, other=0.0)
         error = tl.load(errors + tile, mask=here, other=0.0)
-        steep = tl.load(slopes + tile, mask=here, other=0.0)
-        bend = tl.load(curvatures + tile, mask=here, other=0.0)
+        slope_tile = tl.load(slopes + tile, mask=here, other=0.0)
+        curvature_tile = tl.load(curvatures + tile, mask=here, other=0.0)
         tl.store(errors + tile, error - level * step[None, :], mask=here)
-        tl.store(slopes + tile, steep - bend * step[None, :], mask=here)
+        tl.store(slopes + tile, slope_tile - curvature_tile * step[None, :], mask=here)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -198,9 +207,10 @@ def best_candidate_kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     CANDIDATES: tl.constexpr,
 ):
-    """For each row of weights [n_rows, n] the index of the candidate that rounds it with the least error.
+    """Find for each row of weights [n_rows, n] the candidate with the least rounding error.
 
-    Candidate c of a row has the scale factors[c] * scales[row] and the zero zeros[row] + offsets[c].
+    Candidate c of a row has the scale factors[c] * scales[row] and the zero
+    zeros[row] + offsets[c]. Its index goes into best int64 [n_rows].
     """
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     inside = rows < n_rows
@@ -217,7 +227,7 @@ def best_candidate_kernel(  # type: ignore[no-untyped-def]
         for candidate in range(n_candidates):
             scale = stored_scale(widest * tl.load(factors + candidate))
             zero = tl.minimum(tl.maximum(usual + tl.load(offsets + candidate), 1.0), max_code)
-            # Where the inverse lands on the other side of a tie, both sides have the same error.
+            # If the inverse moves a value across a tie, both neighbours have the same error.
             level = nearest_level(weight * (1.0 / scale)[:, None], zero[:, None], max_code)
             error = level * scale[:, None] - weight
             loss = tl.sum(tl.exp2(norm * tl.log2(tl.maximum(tl.abs(error), 1e-30))), axis=1)
@@ -242,8 +252,11 @@ def dequantize_kernel(  # type: ignore[no-untyped-def]
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
-    """One program writes weight [BLOCK_O, BLOCK_I] of [O, I], from qweight [I*BITS/32, O], qzeros [G, O*BITS/32],
-    scales [G, O] and g_idx [I], all contiguous. `zero_offset` is added to a stored zero, modulo 2**BITS."""
+    """Decode a tile [BLOCK_O, BLOCK_I] of weight [O, I] in each program.
+
+    qweight [I*BITS/32, O], qzeros [G, O*BITS/32], scales [G, O] and g_idx [I] are contiguous.
+    `zero_offset` is added to a stored zero, modulo 2**BITS.
+    """
     # 64-bit offsets: a tensor of a large layer has more than 2**31 elements.
     i = (tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)).to(tl.int64)[None, :]
     o = (tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)).to(tl.int64)[:, None]

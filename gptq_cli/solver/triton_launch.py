@@ -1,10 +1,9 @@
-"""The steps of the solver, and the decoding of packed tensors, as fused kernels on a device that
-has them.
+"""Launchers of the fused kernels in `triton_kernels`: steps of the solver, and decoding of weights.
 
-`solve`, `grid` and `refine` call the steps. A layer takes the kernels if `uses_kernels` says so for
-its tensors, and else the torch operations beside each call: the same steps in the same order, whose
-codes differ only where a value lies within the rounding of float32 of a tie. Packed GPTQ tensors
-become a float weight in one pass, for evaluating quantized checkpoints.
+`solve`, `grid` and `refine` call them if `uses_kernels` is true for their tensors. Else they use
+the torch operations beside each call: the same steps in the same order. The codes differ only if a
+value is within the rounding of float32 of a tie. `dequantize_packed` decodes packed GPTQ tensors in
+one pass, for the evaluation of quantized checkpoints.
 
 Letters for shapes:  O out_features   I in_features   G groups
 """
@@ -20,10 +19,10 @@ from torch import Tensor
 # The one switch: device types whose float32 tensors go through the kernels.
 KERNEL_DEVICES = {"cuda"}
 
-MOST_COLUMNS = 128  # of one launch of `round_columns` and `fit_codes`, held in registers
+MOST_COLUMNS = 128  # in one launch of `round_columns` or `fit_codes`: they are held in registers
 ROWS, WARPS = 16, 4
-FUSED = True  # multiply and add in one step; said, as Triton's own choice depends on its release
-ELEMENTS = 4096  # of a tile whose rows are short
+FUSED = True  # multiply and add in one step; the default depends on the release of Triton
+ELEMENTS = 4096  # in a tile of short rows
 
 BLOCK_O = 32
 BLOCK_I = 64
@@ -35,7 +34,7 @@ def _has_triton() -> bool:
 
 
 def uses_kernels(tensor: Tensor) -> bool:
-    """Whether steps on tensors like this one run as Triton kernels."""
+    """Return whether steps on tensors like this one run as Triton kernels."""
     return tensor.device.type in KERNEL_DEVICES and tensor.dtype == torch.float32 and _has_triton()
 
 
@@ -48,9 +47,10 @@ def round_columns(
     group_of: Tensor,
     bits: int,
 ) -> None:
-    """Round up to MOST_COLUMNS columns to their grids in turn: values [n, O] become codes, errors [n, O] w - q.
+    """Round up to MOST_COLUMNS columns to their grids one after the other.
 
-    R [n, n] is the part of the factor between them; scales and zeros [G, O], contiguous; group_of int32 [n].
+    `values` [n, O] become codes and `errors` [n, O] become w - q, in place. R [n, n] is the part of
+    the factor between the columns; scales and zeros [G, O] are contiguous; group_of is int32 [n].
     """
     from gptq_cli.solver.triton_kernels import round_columns_kernel
 
@@ -71,16 +71,17 @@ def fit_codes(
     zeros: Tensor,
     bits: int,
 ) -> None:
-    """One round of coordinate descent over up to MOST_COLUMNS columns of a group; errors and levels [n, O] change in
-    place.
+    """Run one round of coordinate descent over up to MOST_COLUMNS columns of a group.
 
-    slopes [n, O] are those of all n columns at the start; hessian [n, n]; scales and zeros [O] of the group.
+    `errors` and `levels` [n, O] change in place. `slopes` [n, O] are those at the start; hessian is
+    [n, n]; scales and zeros [O] are those of the group.
     """
     from gptq_cli.solver.triton_kernels import fit_codes_kernel
 
     _check_contiguous(slopes, errors, levels, scales, zeros)
     fit_codes_kernel[(_programs(slopes.shape[1], ROWS),)](
-        slopes, errors, levels, hessian.contiguous(), scales, zeros, slopes.shape[1], len(slopes), float(2**bits - 1),
+        slopes, errors, levels, hessian.contiguous(), scales, zeros,
+        slopes.shape[1], len(slopes), float(2**bits - 1),
         B=_power(len(slopes)), ROWS=ROWS, num_warps=WARPS, enable_fp_fusion=FUSED,
     )  # fmt: skip
 
@@ -94,9 +95,9 @@ def fit_scales(
     *,
     signed: bool,
 ) -> None:
-    """Fit the scales [O] of one group to slopes P and bends H_gg b, both [n, O].
+    """Fit the scales [O] of one group to the slopes P and curvatures H_gg b, both [n, O].
 
-    Scales change in place, and with them errors and slopes [n, O].
+    `scales`, `errors` [n, O] and `slopes` change in place; `levels` [n, O] are b.
     """
     from gptq_cli.solver.triton_kernels import fit_scales_kernel
 
@@ -124,21 +125,21 @@ def best_candidates(
     weights: Tensor, grid: tuple[Tensor, Tensor], candidates: tuple[Tensor, Tensor],
     bits: int, norm: float,
 ) -> Tensor:  # fmt: skip
-    """Index int64 [...] of the candidate that rounds each group [..., n] of weights with the least Σ |e|^norm.
+    """Return int64 [...], for each group [..., n] the candidate with the least Σ |e|^norm.
 
-    `grid` are scales and zeros [...] of the whole range, `candidates` factors for the scale and
-    offsets for the zero; the first of equals wins.
+    `grid` holds scales and zeros [...] of the whole range; `candidates` holds factors for the scale
+    and offsets for the zero. The first of equal candidates wins.
     """
     from gptq_cli.solver.triton_kernels import best_candidate_kernel
 
-    scales, zeros = (part.contiguous() for part in grid)
+    scales, zeros = grid
     factors, offsets = candidates
     n_columns = weights.shape[-1]
     best = torch.empty(scales.shape, dtype=torch.int64, device=weights.device)
     width = min(MOST_COLUMNS, _power(n_columns))
     rows = min(ELEMENTS // width, ELEMENTS // 64)
     best_candidate_kernel[(_programs(best.numel(), rows),)](
-        weights.contiguous(), scales, zeros, factors, offsets, best,
+        weights.contiguous(), scales.contiguous(), zeros.contiguous(), factors, offsets, best,
         best.numel(), n_columns, len(factors), float(2**bits - 1), norm,
         B=width, ROWS=rows, CANDIDATES=_power(len(factors)),
         num_warps=WARPS, enable_fp_fusion=FUSED,
@@ -147,17 +148,17 @@ def best_candidates(
 
 
 def _check_contiguous(*tensors: Tensor) -> None:
-    assert all(tensor.is_contiguous() for tensor in tensors), [
-        tensor.stride() for tensor in tensors
-    ]
+    for tensor in tensors:
+        assert tensor.is_contiguous(), tensor.stride()
 
 
 def _programs(rows: int, rows_each: int) -> int:
+    """Return the number of programs that cover `rows`."""
     return -(-rows // rows_each)
 
 
 def _power(number: int) -> int:
-    """The least power of two that holds `number`, at least 16."""
+    """Return the least power of two that is not below `number`, 16 at least."""
     return max(16, 1 << (number - 1).bit_length())
 
 
@@ -170,17 +171,19 @@ def dequantize_packed(
     v2: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The weight [O, I] in `dtype`: scales[g_idx[i], o] * (code[i, o] - zero[g_idx[i], o]), computed in float32.
+    """Return the weight [O, I] of packed GPTQ tensors, computed in float32 and cast to `dtype`.
 
-    Takes qweight int32 [I*bits/32, O], qzeros int32 [G, O*bits/32], scales [G, O] and g_idx [I] as checkpoints hold
-    them, for 2, 3, 4 and 8 bits. Format `gptq_v2` stores zeros as they are, `gptq` (v2 false) zero - 1 modulo 2**bits.
-    Needs triton, imported at the first call, and tensors on an accelerator.
+    weight[o, i] = scales[g_idx[i], o] * (code[i, o] - zero[g_idx[i], o]). Shapes are those of
+    checkpoints with 2, 3, 4 or 8 bits: qweight int32 [I*bits/32, O], qzeros int32 [G, O*bits/32],
+    scales [G, O], g_idx [I]. Format `gptq_v2` stores zeros unchanged; `gptq` (`v2` false) stores
+    zero - 1 modulo 2**bits. Needs triton, which is imported at the first call, and tensors on an
+    accelerator.
     """
     from gptq_cli.solver.triton_kernels import dequantize_kernel
 
     in_features, out_features = g_idx.numel(), qweight.shape[1]
     weight = torch.empty(out_features, in_features, dtype=dtype, device=qweight.device)
-    programs = (-(-in_features // BLOCK_I), -(-out_features // BLOCK_O))
+    programs = (_programs(in_features, BLOCK_I), _programs(out_features, BLOCK_O))
     packed = (qweight.contiguous(), qzeros.contiguous(), scales.contiguous(), g_idx.contiguous())
     dequantize_kernel[programs](
         *packed,
