@@ -1,32 +1,35 @@
-"""`gptq` and `python -m gptq_cli`."""
+"""Entry point of `gptq` and of `python -m gptq_cli`."""
 
 from __future__ import annotations
 
-import os  # os and sys are there already: nothing else is imported before the current directory is left out
+# Nothing else may be imported before `leave_out_current_directory` has run. Python has loaded
+# these two already.
+import os
 import sys
 
 
 def leave_out_current_directory() -> None:
-    """Take the current directory off the places where this process and its children look for modules.
+    """Remove the current directory from the places where Python looks for modules.
 
-    It may be a model that was downloaded. `python -m` and an empty word in PYTHONPATH put it in front of what is
-    installed; it stays if PYTHONPATH names it by its full path, or if it is where this package is.
+    The current directory may be a downloaded model. `python -m` and an empty entry in PYTHONPATH
+    put it before the installed packages, here and in child processes. It stays if PYTHONPATH
+    names it by its full path, or if this package is in it.
     """
-    os.environ["PYTHONSAFEPATH"] = (
-        "1"  # for any Python that a library may start, from Python 3.11 on
-    )
+    os.environ["PYTHONSAFEPATH"] = "1"  # for Pythons that a library starts, from Python 3.11 on
     try:
         here = os.path.realpath(os.getcwd())
-    except FileNotFoundError:  # it was removed, and holds no modules
+    except FileNotFoundError:  # the directory was removed, so it holds no modules
         return
-    said = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    kept = {
-        os.path.dirname(os.path.dirname(__file__)),
-        *map(os.path.normpath, filter(os.path.isabs, said)),
-    }
+    kept = {os.path.dirname(os.path.dirname(__file__))}
+    for path in os.environ.get("PYTHONPATH", "").split(os.pathsep):
+        if os.path.isabs(path):
+            kept.add(os.path.normpath(path))
+    # An entry behind Python's own library was added on purpose when packages were installed.
+    candidates = list(sys.path)
     library = os.path.dirname(os.__file__)
-    # what is behind Python's own library was put there by those who installed it
-    for path in sys.path[: sys.path.index(library) if library in sys.path else None]:
+    if library in sys.path:
+        candidates = sys.path[: sys.path.index(library)]
+    for path in candidates:
         if os.path.realpath(path or here) == here and path not in kept:
             sys.path.remove(path)
 
@@ -34,18 +37,19 @@ def leave_out_current_directory() -> None:
 def main() -> None:
     """Run the command line and exit with its exit code."""
     leave_out_current_directory()
-    # Threads that wait by spinning take the cores that the working ones need when anything else runs: seen to make a
-    # block five times slower. OpenMP reads this once, when torch is loaded.
+    # Threads that wait by spinning take cores from the threads that work as soon as another
+    # process runs: a block took five times as long. OpenMP reads this once, when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # Tensors of megabytes are taken from the system and given back one by one; pages of 2 MB make that quicker.
+    # Large tensors are allocated from and returned to the system one by one, which is faster
+    # with pages of 2 MB.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    # transformers would load code from the Hub for some types of models if the package `kernels` is installed.
+    # With the package `kernels` installed, transformers loads code from the Hub for some models.
     os.environ.setdefault("USE_HUB_KERNELS", "NO")
     try:
         from gptq_cli.cli.app import app
 
         app(prog_name="gptq")
-    except KeyboardInterrupt:  # before there is a command that could say more
+    except KeyboardInterrupt:  # during the imports, before a command could report it
         sys.exit(130)
 
 

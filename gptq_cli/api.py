@@ -1,6 +1,6 @@
-"""The two things this program is for, as the command line and Python callers ask for them.
+"""The two functions of the package, for the command line and for Python callers.
 
-What can be refused at once is refused before torch is imported.
+Both refuse what they can before torch is imported.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.evaluation.request import EvalRequest
 from gptq_cli.events import Report, ignore
 from gptq_cli.files import file_errors
-from gptq_cli.planning.checks import PreparedRun, RunOptions, prepare_run
+from gptq_cli.planning.checks import RunOptions, prepare_run
 from gptq_cli.planning.run_plan import default_name
 from gptq_cli.publish.report import BlockLog, check_report, save_report
 from gptq_cli.quantization.run_record import seconds
@@ -20,7 +20,6 @@ from gptq_cli.quantization.run_record import seconds
 if TYPE_CHECKING:
     from gptq_cli.evaluation.perplexity import EvalResult
     from gptq_cli.quantization.run import QuantizeResult
-    from gptq_cli.runtime.ranks import Worker
 
 
 @file_errors()
@@ -38,21 +37,24 @@ def quantize(
     command: str = "gptq_cli.quantize",
     on_event: Report = ignore,
 ) -> QuantizeResult:
-    """Quantize `model` (a directory or a Hub id) into the directory `output`, which appears complete or not at all.
+    """Quantize `model` (a directory or a Hub id) into the directory `output`.
 
-    The arguments are the options of `gptq quantize`: `output` None means NAME-GPTQ-Int4-g128 here, `resume` is "auto",
-    "require" or "never", `max_runtime` a time such as "3h30m", after which PausedError is raised and the same call goes
-    on. With `report` a page about the run, naming `command`, is left in the output. `on_event` is called with each of
-    `gptq_cli.events` as it happens, in this thread; what it raises ends the run, and finished blocks are kept.
+    The output appears complete or not at all. The arguments are the options of `gptq quantize`:
+    `output` defaults to NAME-GPTQ-Int4-g128 in the current directory, `resume` is "auto",
+    "require" or "never", and `max_runtime` is a time such as "3h30m", after which PausedError is
+    raised; the same call then resumes the run. With `report`, the output gets an HTML report that
+    shows `command`. `on_event` is called in this thread with each of `gptq_cli.events` when it
+    happens; if it raises, the run ends, but finished blocks are kept.
 
-    Raises a GptqError for every expected failure: ConfigError, InputError, GateError, ResourceError, ExistsError or
-    PausedError, with `code`, `hint` and the `exit_code` that the command would end with.
+    Every expected failure raises a GptqError: ConfigError, InputError, GateError, ResourceError,
+    ExistsError or PausedError, with `code`, `hint` and the `exit_code` of the command.
 
     >>> from gptq_cli import QuantizeConfig, events, quantize
     >>> def show(event):
     ...     if isinstance(event, events.BlockFinished):
     ...         print(f"block {event.index + 1} of {event.n_blocks}: {event.name}")
-    >>> config = QuantizeConfig(bits=4, group_size=32, dataset="calibration.txt", nsamples=8, seqlen=64)
+    >>> text = "calibration.txt"
+    >>> config = QuantizeConfig(bits=4, group_size=32, dataset=text, nsamples=8, seqlen=64)
     >>> result = quantize("Qwen3-0.6B", config, on_event=show)
     block 1 of 2: model.layers.0
     block 2 of 2: model.layers.1
@@ -67,22 +69,12 @@ def quantize(
     prepared = prepare_run(
         str(model), Path(output or default_name(str(model), config)), config, options
     )
-    if report:
-        return quantize_with_report(prepared, command, on_event)
-    from gptq_cli.quantization.run import carry_out
-
-    return carry_out(prepared, on_event)
-
-
-def quantize_with_report(
-    prepared: PreparedRun, command: str, on_event: Report, worker: Worker | None = None
-) -> QuantizeResult:
-    """Carry out a run and write a page about it, which names `command`, into the output."""
     from gptq_cli.quantization.run import carry_out
 
     log = BlockLog(on_event)
-    result = carry_out(prepared, log, worker)
-    save_report(prepared.output, result.to_json(), log, command)
+    result = carry_out(prepared, log)
+    if report:
+        save_report(prepared.output, result.to_json(), log, command)
     return result
 
 
@@ -90,10 +82,11 @@ def quantize_with_report(
 def evaluate_perplexity(
     model: str | Path, request: EvalRequest | None = None, *, on_event: Report = ignore
 ) -> EvalResult:
-    """Perplexity of `model` (a directory or a Hub id, quantized or not) with the protocol that gave it.
+    """Return the perplexity of `model`, a directory or a Hub id, quantized or not.
 
-    A `request` with a `baseline` adds the baseline's perplexity, the KL divergence from it in nats per token, and the
-    share of tokens with the same first choice. `on_event` is called as in `quantize`, GptqError raised as there.
+    The result also holds the protocol. If `request` has a `baseline`, it holds the baseline's
+    perplexity, the KL divergence from it in nats per token, and the share of tokens with the same
+    first choice. `on_event` is called, and GptqError is raised, as in `quantize`.
 
     >>> from gptq_cli import EvalRequest, evaluate_perplexity
     >>> request = EvalRequest(dataset="heldout.txt", seqlen=64, baseline="Qwen3-0.6B")

@@ -1,5 +1,5 @@
-"""Every expected failure: one small tree, each class one exit code, each raise a code, a message
-and usually a hint. Here is also the version of the program, which needs nothing else to be known.
+"""Every expected failure as an exception: each class has one exit code, each raise has a code, a
+message and usually a hint. The version is here too, because this module imports no other one.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ __version__ = "0.1.0"
 
 
 def without_secrets(text: str) -> str:
-    """`text` without access tokens of the Hub, authorization headers and credentials in addresses."""
-    for pattern, instead in _SECRETS:
-        text = pattern.sub(instead, text)
+    """Return `text` without tokens of the Hub, authorization headers, credentials in addresses."""
+    for pattern, replacement in _SECRETS:
+        text = pattern.sub(replacement, text)
     return text
 
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """A place in a file the user wrote; line and column count from 1."""
+    """A place in a file that the user wrote; line and column count from 1."""
 
     file: str
     line: int
@@ -43,7 +43,7 @@ class Location:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong: a stable code, what and which value, what to do next, where."""
+    """One problem: a stable code, a message with the value, a hint at the next step, the place."""
 
     code: str
     message: str
@@ -52,7 +52,7 @@ class Problem:
 
 
 class GptqError(Exception):
-    """An expected failure with one or more problems; `exit_code` is what the process returns."""
+    """An expected failure with one or more problems; the process ends with `exit_code`."""
 
     exit_code: ClassVar[int] = 1
 
@@ -64,8 +64,9 @@ class GptqError(Exception):
 
     @classmethod
     def of(cls, problems: Sequence[Problem]) -> Self:
-        """One error for all `problems` (at least one), so that a user can fix all of it in one go."""
-        error = cls(problems[0].code, "; ".join(problem.message for problem in problems))
+        """Return one error for all `problems`, at least one, so that a user sees all at once."""
+        message = "; ".join(problem.message for problem in problems)
+        error = cls(problems[0].code, message)
         error.problems = tuple(problems)
         return error
 
@@ -97,25 +98,25 @@ class GateError(GptqError):
 
 
 class ResourceError(GptqError):
-    """Memory, disk or device: give resources and run again."""
+    """Memory, disk or a device is missing: provide it and run the command again."""
 
     exit_code = 5
 
 
 class ExistsError(GptqError):
-    """The output exists already, or somebody else is writing it."""
+    """The output exists already, or another process is writing it."""
 
     exit_code = 6
 
 
 class PausedError(GptqError):
-    """The time that the user gave is over; what is finished is kept, and the same command goes on."""
+    """The time limit is over; finished blocks are kept, and the same command resumes the run."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h
 
 
 class Stopped(BaseException):
-    """A signal asked the process to end. No `Exception`, as KeyboardInterrupt is none: it is no failure."""
+    """A signal asked the process to end; it is no `Exception`, just as KeyboardInterrupt."""
 
     def __init__(self, signal: int) -> None:
         super().__init__(signal)

@@ -1,4 +1,4 @@
-"""What happened during a run, as data: the pipeline reports, the command line shows."""
+"""The events of a run as data: the pipeline reports them, the command line shows them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from gptq_cli.config.serving import Verdict
 
 @dataclass(frozen=True, slots=True)
 class PhaseStarted:
-    """A part of the run began: "plan", "calibration", "embeddings", "blocks", "head", "copy", "publish"."""
+    """A part of the command began.
+
+    `name` is "source", "calibration", "embeddings", "head", "copy" or "verify" in `quantize`, and
+    "dataset" or "evaluation" in `evaluate_perplexity`. `detail` is a few words about it.
+    """
 
     name: str
     detail: str
@@ -20,7 +24,11 @@ class PhaseStarted:
 
 @dataclass(frozen=True, slots=True)
 class RunPlanned:
-    """What will be done, known before any weight is read, and who will load it, as `target` demands or not."""
+    """The plan of the run, made before any weight is read.
+
+    `engines` tells for each serving engine whether it will load the output. `target` is the
+    engine that the user chose, or None.
+    """
 
     model: str
     n_blocks: int
@@ -38,11 +46,16 @@ Fallback = Literal["inputs", "hessian", "tokens"]
 
 @dataclass(frozen=True, slots=True)
 class LayerReport:
-    """One solved layer. Errors are relative to the layer's output energy on the calibration tokens:
-    tr(E H E') / tr(W H W'); `rtn_relative_error` is the same for round-to-nearest on the min/max grid of its groups.
-    `damp_percent` is what was used, in the configuration's `damp_mode`. Layers solved together share their `seconds` by
-    their weights. `fallback` says why a layer was rounded to nearest: its inputs were not finite, its Hessian could not
-    be factored, it saw no tokens; its errors are then those of the weights, H being the identity."""
+    """The result for one solved layer.
+
+    `relative_error` is relative to the energy of the layer's output on the calibration tokens:
+    tr(E H E') / tr(W H W'). `rtn_relative_error` is the same for round-to-nearest on the min/max
+    grid of the layer's groups. `damp_percent` is the damping that was used, in the configuration's
+    `damp_mode`. The `seconds` of layers that are solved together are divided by their number of
+    weights. `fallback` is the reason if the layer was rounded to nearest: its inputs were not
+    finite ("inputs"), its Hessian could not be factored ("hessian"), or it saw no tokens
+    ("tokens"). Its errors are then those of the weights, with the identity as H.
+    """
 
     name: str
     block: int
@@ -60,7 +73,10 @@ class LayerReport:
 
 @dataclass(frozen=True, slots=True)
 class BlockStarted:
-    """A block begins, or begins again because it ran out of memory: then its layers are told of again, too."""
+    """A block begins, or begins again after it ran out of memory.
+
+    Its layers are then reported again.
+    """
 
     index: int
     n_blocks: int
@@ -69,21 +85,24 @@ class BlockStarted:
 
 @dataclass(frozen=True, slots=True)
 class LayerStarted:
-    """The layer now at work, for a progress view."""
+    """A layer is about to be solved."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class LayerSolved:
+    """A layer has been solved."""
+
     report: LayerReport
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertsCovered:
-    """How many calibration tokens each expert of a layer was sent; a token counts once for each expert it is sent to.
+    """The number of calibration tokens that each expert of a layer received.
 
-    `name` is what the names of the experts' linears begin with, `uncovered` are the numbers of experts without a token.
+    A token counts once for each expert that receives it. `name` is the prefix of the names of the
+    experts' linears, and `uncovered` lists the indices of the experts without a token.
     """
 
     name: str
@@ -95,7 +114,11 @@ class ExpertsCovered:
 
 @dataclass(frozen=True, slots=True)
 class BlockFinished:
-    """`seconds` of this block, `host_bytes` resident now, `device_bytes` peak so far (0 without an accelerator)."""
+    """A block is finished.
+
+    `seconds` is the time of this block, `host_bytes` the memory of the process now, `device_bytes`
+    the peak so far (0 without an accelerator).
+    """
 
     index: int
     n_blocks: int
@@ -107,7 +130,7 @@ class BlockFinished:
 
 @dataclass(frozen=True, slots=True)
 class Warned:
-    """Something the user should know and that did not stop the run."""
+    """A warning: something that the user should know, but that did not stop the run."""
 
     code: str
     message: str
@@ -115,8 +138,10 @@ class Warned:
 
 @dataclass(frozen=True, slots=True)
 class Resumed:
-    """The run goes on where an earlier one ended: `index` blocks of `n_blocks`, with what was said of their layers and
-    experts, are taken from `directory`."""
+    """The run resumes: the first `index` of `n_blocks` blocks are read from `directory`.
+
+    `layers` and `experts` are the reports about these blocks.
+    """
 
     index: int
     n_blocks: int
@@ -127,7 +152,10 @@ class Resumed:
 
 @dataclass(frozen=True, slots=True)
 class WorkKept:
-    """The run ends early; what it has finished stays in `directory`. `failed`: the same call would end so again."""
+    """The run ends early, but its finished blocks stay in `directory`.
+
+    If `failed`, the same call would fail again.
+    """
 
     directory: Path
     failed: bool = False
@@ -149,5 +177,5 @@ Report = Callable[[Event], None]
 
 
 def ignore(event: Event) -> None:
-    """The report of a caller who wants none."""
+    """Do nothing with `event`; the default of callers that want no events."""
     del event

@@ -1,7 +1,8 @@
-"""The one place that turns what a file system refuses into errors with the path, the reason and what to do.
+"""Errors of the file system as errors of this program, with the path, the reason and a next step.
 
-What cannot be read is InputError E_FILE, what cannot be written ResourceError E_DISK, as is a disk or a network file
-system that fails. Nothing here calls a file damaged because it may not be read.
+What cannot be read is InputError E_FILE, what cannot be written is ResourceError E_DISK, and so is
+a failure of a disk or a network file system. No message calls a file damaged because it may not
+be read.
 """
 
 from __future__ import annotations
@@ -21,27 +22,20 @@ StrPath = str | os.PathLike[str]
 UNREADABLE = "E_FILE"
 NOTHING_THERE = {errno.ENOENT, errno.ENOTDIR}
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_LOST = {
-    errno.ESTALE,
-    errno.ENOTCONN,
-    errno.EHOSTDOWN,
-    errno.ETIMEDOUT,
-}  # of network file systems and FUSE
+# network file systems and FUSE
+_LOST = {errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN, errno.ETIMEDOUT}
 _NO_RIGHT = {errno.EACCES, errno.EPERM}
 _OF_WRITING = {*_NO_SPACE, errno.EROFS, errno.EEXIST, errno.ENOTEMPTY}
 _OF_THE_DISK = {*_NO_SPACE, *_LOST, errno.EIO}
-_PLAIN = {
-    *_NO_SPACE,
-    errno.EIO,
-    errno.ESTALE,
-}  # of a disk even without a name; the others are of sockets, too
-_NO_TEMPORARY = "No usable temporary directory"  # what Python's tempfile says, without a name
-MAX_NAME, MAX_PATH = 255, 4096  # bytes, where the file system does not tell
+# of a disk even if the error names no file; the other numbers occur for sockets too
+_DISK_WITHOUT_NAME = {*_NO_SPACE, errno.EIO, errno.ESTALE}
+_NO_TEMPORARY = "No usable temporary directory"  # from Python's tempfile, which names no file
+MAX_NAME, MAX_PATH = 255, 4096  # bytes, if the file system does not tell
 
 
 @contextmanager
 def file_errors(path: StrPath | None = None, *, writing: bool | None = None) -> Iterator[None]:
-    """Turn an OSError about `path`, or about the file that it names itself, into the GptqError of `file_error`."""
+    """Raise an OSError of the body again as the GptqError of `file_error`."""
     try:
         yield
     except OSError as error:
@@ -54,25 +48,18 @@ def file_errors(path: StrPath | None = None, *, writing: bool | None = None) -> 
 def file_error(
     error: OSError, path: StrPath | None = None, *, writing: bool | None = None
 ) -> GptqError | None:
-    """What `error` means to a user; None if it names no file and says nothing of a disk: then it may be a mistake here.
+    """Return the error of this program for `error`, or None if it is about no file and no disk.
 
-    `path` stands in for the name that the error lacks. `writing` is None where only the error knows what was tried.
-    E_FILE for what cannot be read, E_DISK for what cannot be written and for a disk that fails, E_OPEN_FILES, E_OOM.
+    `path` replaces the name in `error`. If `writing` is None, the error tells whether the file was
+    to be read or written. Codes: E_FILE for a file that cannot be read, E_DISK for a file that
+    cannot be written or a disk that fails, E_OPEN_FILES, E_OOM.
     """
-    if error.errno is None:  # a library's own, with no more than words
+    if error.errno is None:  # an OSError that a library made, with a text only
         return None
-    named = _named(error) if path is None else os.fspath(path)
+    named = _named(error, path)
     reason = error.strerror or str(error)
-    if error.errno in (errno.EMFILE, errno.ENFILE):
-        hint = "close other programs, or let this one open more: ulimit -n 4096"
-        return ResourceError(
-            "E_OPEN_FILES", f"no more files can be opened{_about(named)}: {reason}", hint=hint
-        )
-    if error.errno == errno.ENOMEM:
-        hint = "end other programs, or give this one more memory"
-        return ResourceError(
-            "E_OOM", f"there is not enough memory{_about(named)}: {reason}", hint=hint
-        )
+    if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        return _used_up(error.errno, named, reason)
     if named is None:
         return _without_name(error, reason)
     if writing is None:
@@ -80,29 +67,33 @@ def file_error(
     if writing:
         hint = f"{_advice_to_write(error, named)}, then run again"
         return ResourceError("E_DISK", f"cannot write `{named}`: {reason}", hint=hint)
-    kind = ResourceError if error.errno in _OF_THE_DISK else InputError
-    code = "E_DISK" if kind is ResourceError else UNREADABLE
-    return kind(code, f"cannot read `{named}`: {reason}", hint=advice(error, named))
+    message = f"cannot read `{named}`: {reason}"
+    if error.errno in _OF_THE_DISK:
+        return ResourceError("E_DISK", message, hint=advice(error, named))
+    return InputError(UNREADABLE, message, hint=advice(error, named))
 
 
 def file_cause(error: BaseException) -> GptqError | None:
-    """What the file system has refused, if that caused `error`: libraries tell it in words of their own."""
+    """Return the error of the file system that caused `error`, or None; libraries reword it."""
     link: BaseException | None = error
     while link is not None:
-        if isinstance(link, OSError) and (refused := file_error(link)):
-            return refused
+        if isinstance(link, OSError):
+            refused = file_error(link)
+            if refused is not None:
+                return refused
         link = link.__cause__ or link.__context__
     return None
 
 
 def status_of(path: StrPath, *, writing: bool = False) -> os.stat_result | None:
-    """The status of what `path` leads to, None if nothing is there; a GptqError if that cannot be told.
+    """Return the status of the target of `path`, or None if there is none.
 
-    A link that leads to nothing is refused, unless something is to be written there.
+    Raise a GptqError if the system does not tell, or if `path` is a link to nothing, except for
+    `writing`.
     """
     try:
         return Path(path).stat()
-    except ValueError:  # a NUL in it
+    except ValueError:  # a NUL in the path
         return None
     except OSError as error:
         if error.errno in NOTHING_THERE and (writing or not Path(path).is_symlink()):
@@ -114,38 +105,39 @@ def status_of(path: StrPath, *, writing: bool = False) -> os.stat_result | None:
 
 
 def is_directory(path: StrPath, *, writing: bool = False) -> bool:
-    """Whether `path` leads to a directory; a GptqError if that cannot be told."""
+    """Return whether `path` leads to a directory; raise a GptqError if that is not known."""
     found = status_of(path, writing=writing)
     return found is not None and stat.S_ISDIR(found.st_mode)
 
 
 def is_file(path: StrPath) -> bool:
-    """Whether `path` leads to a regular file; a GptqError if that cannot be told."""
+    """Return whether `path` leads to a regular file; raise a GptqError if that is not known."""
     found = status_of(path)
     return found is not None and stat.S_ISREG(found.st_mode)
 
 
 def resolved(path: StrPath, *, writing: bool = False) -> Path:
-    """`path` without links; a GptqError if it leads through a loop of links, or where nobody may look."""
+    """Return `path` without links; raise a GptqError for a loop of links or a closed directory."""
     status_of(path, writing=writing)
     with file_errors(writing=writing):
         return Path(os.path.realpath(path))
 
 
 def refuse_other_than_utf8(path: Path) -> None:
-    """InputError E_FILE for a path that libraries cannot open, since they take it for a text."""
+    """Raise InputError E_FILE for a path that is not UTF-8, which libraries cannot open."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
-        hint = f"rename it, or give a link to it: ln -s {shell_word(str(path))} model"
-        reason = "its name is not UTF-8, and the libraries that read models open no other"
+        hint = f"rename it, or use a link to it: ln -s {shell_word(str(path))} model"
+        reason = "its name is not UTF-8, but the libraries that read models need UTF-8"
         raise InputError(UNREADABLE, f"cannot read `{path}`: {reason}", hint=hint) from None
 
 
 def files_below(directory: Path, enters: Callable[[Path], bool] = lambda _: True) -> list[Path]:
-    """What is in `directory`, and in folders below it that it `enters`, and no folder, sorted; links are not followed.
+    """Return the files in `directory` and in the folders below it that `enters` accepts, sorted.
 
-    A GptqError if a folder cannot be read: what lies in it would be missing without a word.
+    Links to folders are not followed. Raise a GptqError if a folder cannot be read, because its
+    files would be missing without notice.
     """
 
     def refuse(error: OSError) -> None:
@@ -153,46 +145,56 @@ def files_below(directory: Path, enters: Callable[[Path], bool] = lambda _: True
 
     found: list[Path] = []
     with file_errors(writing=False):
-        for place, folders, names in os.walk(directory, onerror=refuse):
-            folders[:] = [name for name in folders if enters(Path(place, name))]
-            found += [Path(place, name) for name in names]
+        for folder, subfolders, names in os.walk(directory, onerror=refuse):
+            # os.walk enters the subfolders that stay in this list
+            subfolders[:] = [name for name in subfolders if enters(Path(folder, name))]
+            found += [Path(folder, name) for name in names]
     return sorted(found)
 
 
 def advice(error: OSError, path: StrPath) -> str:
-    """What to do about `path`, which could not be read."""
-    say = _ADVICE.get(error.errno or 0)
-    return say(os.fspath(path)) if say else "see what is there, then run again"
+    """Return a next step for `path`, which could not be read."""
+    advise = _ADVICE.get(error.errno or 0)
+    if advise is None:
+        return "look at that file, then run again"
+    return advise(os.fspath(path))
 
 
-def _named(error: OSError) -> str | None:
-    """The file that `error` names."""
+def _named(error: OSError, path: StrPath | None) -> str | None:
+    """Return `path` or else the file name in `error`, which may be None or a descriptor instead."""
+    if path is not None:
+        return os.fspath(path)
     name = error.filename
-    return os.fsdecode(name) if isinstance(name, str | bytes | os.PathLike) else None
+    if isinstance(name, str | bytes | os.PathLike):
+        return os.fsdecode(name)
+    return None
 
 
-def _about(named: str | None) -> str:
-    return "" if named is None else f" to read or write `{named}`"
+def _used_up(number: int, named: str | None, reason: str) -> ResourceError:
+    """Return the error for open files (E_OPEN_FILES) or memory (E_OOM) that the system refused."""
+    about = "" if named is None else f" to read or write `{named}`"
+    if number == errno.ENOMEM:
+        message = f"there is not enough memory{about}: {reason}"
+        hint = "end other programs, or give this one more memory"
+        return ResourceError("E_OOM", message, hint=hint)
+    message = f"no more files can be opened{about}: {reason}"
+    hint = "close other programs, or raise the limit of this one: ulimit -n 4096"
+    return ResourceError("E_OPEN_FILES", message, hint=hint)
 
 
 def _without_name(error: OSError, reason: str) -> GptqError | None:
-    if error.errno in _PLAIN:
-        hint = (
-            "free some space"
-            if error.errno in _NO_SPACE
-            else "look at `dmesg` and at what is mounted"
-        )
-        return ResourceError(
-            "E_DISK", f"a disk has failed: {reason}", hint=f"{hint}, then run again"
-        )
+    """Return the error for an OSError without a file name, or None if it is about no file."""
+    if error.errno in _DISK_WITHOUT_NAME:
+        hint = "look at `dmesg` and the mounted file systems, then run again"
+        if error.errno in _NO_SPACE:
+            hint = "free some space, then run again"
+        return ResourceError("E_DISK", f"a disk has failed: {reason}", hint=hint)
     if _NO_TEMPORARY in reason:
-        return ResourceError(
-            "E_DISK", reason, hint="set TMPDIR to a directory that you may write to"
-        )
+        hint = "set TMPDIR to a directory that you may write to"
+        return ResourceError("E_DISK", reason, hint=hint)
     if error.errno == errno.ENOENT and _current_directory_is_gone():
-        return InputError(
-            "E_FILE", "the current directory has been removed", hint="change to another one: cd"
-        )
+        message = "the current directory has been removed"
+        return InputError("E_FILE", message, hint="change to another one: cd")
     return None
 
 
@@ -205,7 +207,10 @@ def _current_directory_is_gone() -> bool:
 
 
 def _was_writing(error: OSError, named: str) -> bool:
-    """Whether `error` came from an attempt to write: what exists and may be read was not refused to a reader."""
+    """Return whether `error` came from an attempt to write.
+
+    A file that exists and may be read was not refused to a reader.
+    """
     if error.errno in _OF_WRITING:
         return True
     if error.errno not in _NO_RIGHT:
@@ -214,44 +219,47 @@ def _was_writing(error: OSError, named: str) -> bool:
         status = Path(named).stat()
     except OSError as other:
         return other.errno in NOTHING_THERE
-    wanted = os.R_OK | os.X_OK if stat.S_ISDIR(status.st_mode) else os.R_OK
+    wanted = os.R_OK
+    if stat.S_ISDIR(status.st_mode):
+        wanted |= os.X_OK
     return os.access(named, wanted)
 
 
 def _advice_to_write(error: OSError, named: str) -> str:
-    say = _ADVICE_TO_WRITE.get(error.errno or 0)
-    return say(named) if say else "choose an output you may write to"
+    advise = _ADVICE_TO_WRITE.get(error.errno or 0)
+    if advise is None:
+        return "choose an output you may write to"
+    return advise(named)
 
 
 def _advice_about_rights(named: str) -> str:
-    """The command that gives the right, or whom to ask for it."""
+    """Return the command that gives the right to read, or the file whose owner can give it."""
     path = Path(named).absolute()
-    closed = next(
-        (folder for folder in reversed(path.parents) if not os.access(folder, os.X_OK)), None
-    )
-    place = closed or path
-    right = "read and enter" if closed or path.is_dir() else "read"
+    right, letters = "read", "r"
+    for folder in reversed(path.parents):
+        if not os.access(folder, os.X_OK):
+            path = folder
+            break
+    if path.is_dir():
+        right, letters = "read and enter", "rx"
     with suppress(OSError):
-        if place.lstat().st_uid == os.geteuid():
-            return f"you own `{place}`: chmod u+{'rx' if right != 'read' else 'r'} {shell_word(str(place))}"
-    return f"ask the owner of `{place}` for the right to {right} it"
+        if path.lstat().st_uid == os.geteuid():
+            return f"you own `{path}`: chmod u+{letters} {shell_word(str(path))}"
+    return f"ask the owner of `{path}` for the right to {right} it"
 
 
 def _advice_about_length(named: str) -> str:
-    parts = [os.fsencode(part) for part in Path(named).parts]
-    longest = max(map(len, parts), default=0)
+    longest = max(len(os.fsencode(part)) for part in Path(named).parts)
     limit = _longest_name(Path(named))
     if longest > limit:
-        return (
-            f"choose a name that is {longest - limit} bytes shorter: the file system takes {limit}"
-        )
-    return (
-        f"choose a shorter path: it has {len(os.fsencode(named))} bytes, {MAX_PATH - 1} are allowed"
-    )
+        excess = longest - limit
+        return f"choose a name that is {excess} bytes shorter: the file system takes {limit}"
+    n_bytes = len(os.fsencode(named))
+    return f"choose a shorter path: it has {n_bytes} bytes, {MAX_PATH - 1} are allowed"
 
 
 def _longest_name(path: Path) -> int:
-    """How many bytes a name may have where `path` lies."""
+    """Return the number of bytes that the file system of `path` allows for a name."""
     for folder in path.absolute().parents:
         with suppress(OSError, ValueError):
             return os.pathconf(folder, "PC_NAME_MAX")
@@ -259,7 +267,7 @@ def _longest_name(path: Path) -> int:
 
 
 def _first_file(named: str) -> str:
-    """The part of a path that should be a directory and is none."""
+    """Return the first part of the path `named` that exists but is not a directory."""
     path = Path(named)
     for part in [*reversed(path.parents), path]:
         with suppress(OSError):
@@ -269,44 +277,51 @@ def _first_file(named: str) -> str:
 
 
 def expanded(path: StrPath) -> Path:
-    """`path` with a home directory for its `~`; as it is where there is none."""
-    return Path(os.path.expanduser(path))  # noqa: PTH111  pathlib raises where there is none
+    """Return `path` with a home directory in place of `~`, or unchanged if there is none."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111  pathlib raises if there is no home
 
 
 def _advice_about_absence(named: str) -> str:
     if Path(named).is_symlink():
         target = Path(named).readlink()
-        return (
-            f"it is a link to `{target}`, which does not exist: remove it, or let it lead somewhere"
-        )
-    return "check the path: was it moved or removed meanwhile?"
+        return f"it is a link to `{target}`, which does not exist: remove or correct the link"
+    return "check the path: was the file moved or removed?"
+
+
+def _advice_about_path(named: str) -> str:
+    return f"`{_first_file(named)}` is not a directory: check the path"
+
+
+def _advice_about_output(named: str) -> str:
+    return f"choose another output: `{_first_file(named)}` is not a directory"
+
+
+def _always(advice: str) -> Callable[[str], str]:
+    return lambda _: advice
 
 
 _ADVICE: dict[int, Callable[[str], str]] = {
     **dict.fromkeys(_NO_RIGHT, _advice_about_rights),
-    **dict.fromkeys(_LOST, lambda _: "the file system has lost it: mount it again, then run again"),
+    **dict.fromkeys(
+        _LOST, _always("the file system is not reachable: mount it again, then run again")
+    ),
     errno.ENAMETOOLONG: _advice_about_length,
     errno.ENOENT: _advice_about_absence,
-    errno.ENOTDIR: lambda named: f"`{_first_file(named)}` is not a directory: check the path",
-    errno.EISDIR: lambda _: "it is a directory: name a file in it",
-    errno.ELOOP: lambda _: (
-        "a link in this path leads back to itself: remove it, or let it lead somewhere"
-    ),
-    errno.EIO: lambda _: (
+    errno.ENOTDIR: _advice_about_path,
+    errno.EISDIR: _always("it is a directory: name a file in it"),
+    errno.ELOOP: _always("a link in this path leads back to itself: remove or correct the link"),
+    errno.EIO: _always(
         "the disk or its driver is at fault: look at `dmesg`, then copy the file from elsewhere"
     ),
 }
 _ADVICE_TO_WRITE: dict[int, Callable[[str], str]] = {
-    **dict.fromkeys(_NO_SPACE, lambda _: "free some space"),
+    **dict.fromkeys(_NO_SPACE, _always("free some space")),
     **dict.fromkeys(
-        {*_LOST, errno.EIO}, lambda _: "choose an output on another disk, or look at `dmesg`"
+        {*_LOST, errno.EIO}, _always("choose an output on another disk, or look at `dmesg`")
     ),
-    **dict.fromkeys(
-        {errno.ENOTDIR, errno.EEXIST},
-        lambda named: f"choose another output: `{_first_file(named)}` is not a directory",
-    ),
+    **dict.fromkeys({errno.ENOTDIR, errno.EEXIST}, _advice_about_output),
     errno.ENAMETOOLONG: _advice_about_length,
-    errno.ELOOP: lambda _: "remove the link that is there, or choose another output",
-    errno.ENOENT: lambda _: "see whether somebody removes directories there while a run is going",
-    errno.EROFS: lambda _: "choose an output on a file system that is not read-only",
+    errno.ELOOP: _always("remove the link that is there, or choose another output"),
+    errno.ENOENT: _always("find out whether somebody removes directories there during the run"),
+    errno.EROFS: _always("choose an output on a file system that is not read-only"),
 }

@@ -1,165 +1,192 @@
-"""What a failure of the Hub's client means to a user, the same for models and datasets, and for what is sent there."""
+"""Failures of the Hub's client as errors of this program, for models, datasets and uploads."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from gptq_cli.errors import InputError
 
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
+
 LOGIN = "log in with a token that may read it: hf auth login"
 GATED = "accept its terms on its page on the Hub, then log in: hf auth login"
-OFFLINE = "allow the network (HF_HUB_OFFLINE is set), or fetch it before: hf download"
-NETWORK = "check the network and HF_ENDPOINT, then run again: what was fetched is kept; HF_HUB_OFFLINE=1 uses the cache"
+OFFLINE = "allow the network (HF_HUB_OFFLINE is set), or download it first: hf download"
+NETWORK = (
+    "check the network and HF_ENDPOINT, then run again: downloaded files are kept; "
+    "HF_HUB_OFFLINE=1 uses the cache"
+)
 WRITER = "log in with a token that may write there: hf auth login"
-AGAIN = "run the same command again: what was uploaded is not sent twice"
+AGAIN = "run the same command again: it sends only what is missing"
 
 _HOSTS = {"huggingface.co", "www.huggingface.co", "hf.co"}
 _KINDS = {"models", "datasets", "spaces"}
-_VIEWS = {
-    "tree",
-    "blob",
-    "resolve",
-    "raw",
-    "commit",
-    "commits",
-    "discussions",
-}  # pages of a repository
+_REVISION_VIEWS = {"tree", "blob", "resolve", "raw", "commit", "commits"}  # pages of one revision
+_VIEWS = {*_REVISION_VIEWS, "discussions"}  # pages of a repository
 _OF_THE_CACHE = re.compile(r"(?:models|datasets)--([^/]+?)(?:--([^/]+))?/?")
 
 
 @dataclass(frozen=True, slots=True)
 class Pasted:
-    """The id that somebody meant with an address of the Hub, or with the name of a folder in its cache."""
+    """The id in an address of the Hub or in the name of a folder in its cache."""
 
     id: str
     revision: str | None = None
 
     def __str__(self) -> str:
-        said = self.revision not in (None, "main")
-        return f"{self.id} --revision {self.revision}" if said else self.id
+        if self.revision in (None, "main"):
+            return self.id
+        return f"{self.id} --revision {self.revision}"
 
 
 def pasted_id(text: str) -> Pasted | None:
-    """What `text` means if it is an address or a folder's name, where an id belongs; None if it is neither."""
-    if cached := _OF_THE_CACHE.fullmatch(text):
-        return Pasted("/".join(part for part in cached.groups() if part))
-    if text.startswith("git@hf.co:"):
-        text = "https://hf.co/" + text.removeprefix("git@hf.co:")
-    address = text if "://" in text else f"https://{text}"
-    try:
-        host, path = urlsplit(address).hostname, urlsplit(address).path
-    except ValueError:  # brackets, as an IPv6 address has them
-        return None
-    if text.startswith("hf://"):
-        host, path = "hf.co", text.removeprefix("hf://")
-    parts = [unquote(part) for part in path.split("/") if part]
-    if (
-        host not in _HOSTS
-        or not parts
-        or (text.startswith("hf://") and "@" not in text and parts[0] not in _KINDS)
-    ):
-        return None
-    parts = parts[1:] if parts[0] in _KINDS else parts
-    n_parts = 1 if len(parts) > 1 and parts[1] in _VIEWS else 2
+    """Return the id that `text` holds if it is an address or a cache folder's name, else None."""
+    cached = _OF_THE_CACHE.fullmatch(text)
+    if cached:
+        return Pasted("/".join(filter(None, cached.groups())))
+    parts = _address_parts(text)
+    n_parts = 2
+    if len(parts) > 1 and parts[1] in _VIEWS:  # an id without an owner, such as gpt2
+        n_parts = 1
     name, _, revision = "/".join(parts[:n_parts]).removesuffix(".git").partition("@")
     view = parts[n_parts:]
-    if len(view) > 1 and view[0] in _VIEWS - {"discussions"}:
+    if len(view) > 1 and view[0] in _REVISION_VIEWS:
         revision = view[1]
-    return Pasted(name, revision or None) if name else None
+    if not name:
+        return None
+    return Pasted(name, revision or None)
 
 
-def plain_name(folder: str) -> str:
-    """What a model is called whose directory has this name: in the Hub's cache its owner is a part of it."""
-    return folder.rpartition("--")[2] if folder.startswith("models--") else folder
+def _address_parts(text: str) -> list[str]:
+    """Return the parts of an id and a view in an address of the Hub; [] for any other text."""
+    host, path = _host_and_path(text)
+    if host not in _HOSTS:
+        return []
+    parts = [unquote(part) for part in path.split("/") if part]
+    if parts and parts[0] in _KINDS:
+        return parts[1:]
+    if text.startswith("hf://") and "@" not in text:  # hf://OWNER/NAME stands for the id itself
+        return []
+    return parts
+
+
+def _host_and_path(text: str) -> tuple[str | None, str]:
+    if text.startswith("git@hf.co:"):
+        text = "https://hf.co/" + text.removeprefix("git@hf.co:")
+    if "://" not in text:
+        text = f"https://{text}"
+    try:
+        host, path = urlsplit(text).hostname, urlsplit(text).path
+    except ValueError:  # of brackets, which belong to IPv6 addresses
+        return None, ""
+    if text.startswith("hf://"):
+        return "hf.co", text.removeprefix("hf://")
+    return host, path
 
 
 def id_flaw(name: str) -> str | None:
-    """Why the Hub's client takes `name` for no id; None if it takes it."""
+    """Return why the Hub's client does not accept `name` as an id, or None if it does."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils._validators import validate_repo_id
 
     try:
         validate_repo_id(name)
     except HFValidationError:
-        rule = "letters, digits, `-`, `_` and `.`, no `--` or `..`, none of these at an end, 96 at most"
-        return f"an id is NAME or OWNER/NAME, each of {rule}"
+        rule = "letters, digits, `-`, `_` and `.`, no `--` or `..`, none of these at an end"
+        return f"an id is NAME or OWNER/NAME, each of {rule}, 96 at most"
     return None
 
 
 def hub_refusal(error: BaseException, what: str, revision: str | None = None) -> InputError | None:
-    """The InputError for a failure to read `what` (a kind and an id); None if it is none of the Hub or the network.
+    """Return the error for a failure to read `what` (a kind and an id).
 
-    E_HUB_GATED, E_HUB_NOT_FOUND (repository, revision or file), E_HUB_AUTH, E_HUB_OFFLINE, E_HUB_NETWORK.
+    None if neither the Hub nor the network caused the failure. Codes: E_HUB_GATED,
+    E_HUB_NOT_FOUND (repository, revision or file), E_HUB_AUTH, E_HUB_OFFLINE, E_HUB_NETWORK.
     """
     links = _chain(error)
-    said = next(
-        (refused for link in links if (refused := _from_answer(link, what, revision))), None
-    )
-    return said or _from_silence(links, what)
+    for link in links:
+        refused = _from_answer(link, what, revision)
+        if refused is not None:
+            return refused
+    return _from_silence(links, what)
 
 
 def push_refusal(error: BaseException, what: str) -> InputError | None:
-    """The InputError for a failure to send something to `what`; None if it is none of the Hub or the network.
+    """Return the error for a failure to upload to `what`.
 
-    E_HUB_AUTH, E_HUB_GATED, E_HUB_NOT_FOUND, E_HUB_OFFLINE, E_HUB_NETWORK; E_PUSH for whatever else the Hub refuses.
+    None if neither the Hub nor the network caused the failure. Codes: E_HUB_AUTH, E_HUB_GATED,
+    E_HUB_NOT_FOUND, E_HUB_OFFLINE, E_HUB_NETWORK, and E_PUSH for any other refusal of the Hub.
     """
-    from huggingface_hub import errors as hub
+    from huggingface_hub.errors import HfHubHTTPError
 
     links = _chain(error)
-    answer = next((link for link in links if isinstance(link, hub.HfHubHTTPError)), None)
-    if answer is None or answer.response.status_code in (429, *range(500, 600)):
-        silent = _from_silence(links, what)
-        if silent is None:
-            return None
-        if silent.code == "E_HUB_OFFLINE":
-            message = f"{what} cannot be reached: offline mode is on"
-            return InputError(
-                "E_HUB_OFFLINE",
-                message,
-                hint="unset HF_HUB_OFFLINE, or see the card with --dry-run",
-            )
-        reason = first_line(answer or next(link for link in reversed(links) if _is_network(link)))
-        return InputError(
-            "E_HUB_NETWORK", f"{what} could not be reached on the Hub: {reason}", hint=AGAIN
-        )
-    if isinstance(answer, hub.GatedRepoError):
+    answers = [link for link in links if isinstance(link, HfHubHTTPError)]
+    if not answers:
+        return _push_without_answer(links, what)
+    answer = answers[0]
+    status = answer.response.status_code
+    if status == 429 or status in range(500, 600):  # too many requests, or a failure of the Hub
+        return _push_without_answer([*links, answer], what)
+    return _push_answer(answer, what)
+
+
+def _push_answer(answer: HfHubHTTPError, what: str) -> InputError:
+    """Return the error for an upload that the Hub refused."""
+    from huggingface_hub.errors import GatedRepoError
+
+    status = answer.response.status_code
+    if isinstance(answer, GatedRepoError):
         return InputError("E_HUB_GATED", f"{what} is gated on the Hub", hint=GATED)
-    if answer.response.status_code == 401:
-        return InputError(
-            "E_HUB_AUTH", f"the Hub does not know who you are, or not for {what}", hint=WRITER
-        )
-    if answer.response.status_code == 404:
-        return InputError(
-            "E_HUB_NOT_FOUND", f"{what} is not on the Hub", hint=f"check the spelling, or {WRITER}"
-        )
-    said = answer.server_message or first_line(answer)
-    hint = (
-        WRITER
-        if answer.response.status_code == 403
-        else "the checkpoint on this machine is as it was; " + AGAIN
-    )
-    return InputError(
-        "E_PUSH", f"the Hub refuses what is sent to {what}: {_first_line(said)}", hint=hint
-    )
+    if status == 401:
+        message = f"not logged in to the Hub, or the token has no access to {what}"
+        return InputError("E_HUB_AUTH", message, hint=WRITER)
+    if status == 404:
+        hint = f"check the spelling, or {WRITER}"
+        return InputError("E_HUB_NOT_FOUND", f"{what} is not on the Hub", hint=hint)
+    reason = answer.server_message or first_line(answer)
+    hint = f"the checkpoint on this machine is unchanged; {AGAIN}"
+    if status == 403:
+        hint = WRITER
+    message = f"the Hub refused the upload to {what}: {_first_line(reason)}"
+    return InputError("E_PUSH", message, hint=hint)
+
+
+def _push_without_answer(links: list[BaseException], what: str) -> InputError | None:
+    """Return the error for an upload that the Hub did not answer, or answered with its own failure.
+
+    The last of `links` that is of the network or the Hub gives the reason.
+    """
+    silent = _from_silence(links, what)
+    if silent is None:
+        return None
+    if silent.code == "E_HUB_OFFLINE":
+        message = f"{what} cannot be reached: offline mode is on"
+        hint = "unset HF_HUB_OFFLINE, or use --dry-run to see the card"
+        return InputError("E_HUB_OFFLINE", message, hint=hint)
+    reason = first_line(_unanswered(links)[-1])
+    message = f"{what} could not be reached on the Hub: {reason}"
+    return InputError("E_HUB_NETWORK", message, hint=AGAIN)
 
 
 def _chain(error: BaseException) -> list[BaseException]:
-    """The error and what it was raised from, the last cause at the end."""
-    links = [error]
-    while (cause := links[-1].__cause__) is not None:
-        links.append(cause)
+    """Return `error` and its causes, the first cause at the end."""
+    links: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None:
+        links.append(link)
+        link = link.__cause__
     return links
 
 
 def _from_answer(error: BaseException, what: str, revision: str | None) -> InputError | None:
-    """What the Hub said no to."""
+    """Return the error for an answer of the Hub that refuses to show `what`, else None."""
     from huggingface_hub import errors as hub
 
-    if isinstance(
-        error, hub.GatedRepoError
-    ):  # a kind of RepositoryNotFoundError, so it is asked first
+    # GatedRepoError is a RepositoryNotFoundError too, so it is tested first.
+    if isinstance(error, hub.GatedRepoError):
         return InputError("E_HUB_GATED", f"{what} is gated on the Hub", hint=GATED)
     if isinstance(error, hub.RevisionNotFoundError):
         hint = "look at its branches and tags on the Hub"
@@ -168,7 +195,7 @@ def _from_answer(error: BaseException, what: str, revision: str | None) -> Input
         hint = f"check the spelling; if it is private, {LOGIN}"
         return InputError("E_HUB_NOT_FOUND", f"{what} is not on the Hub", hint=hint)
     if isinstance(error, hub.RemoteEntryNotFoundError):
-        hint = "look at its files on the Hub: it may have changed while it was read"
+        hint = "look at its files on the Hub: it may have changed during the download"
         return InputError("E_HUB_NOT_FOUND", f"{what} lacks a file: {first_line(error)}", hint=hint)
     if isinstance(error, hub.HfHubHTTPError) and error.response.status_code in (401, 403):
         return InputError("E_HUB_AUTH", f"the Hub does not let you read {what}", hint=LOGIN)
@@ -176,31 +203,38 @@ def _from_answer(error: BaseException, what: str, revision: str | None) -> Input
 
 
 def _from_silence(links: list[BaseException], what: str) -> InputError | None:
-    """What the Hub could not be asked, or had no good answer to."""
-    from huggingface_hub import errors as hub
+    """Return the error if the Hub could not be reached or gave no usable answer, else None."""
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
-    network = [link for link in links if _is_network(link) or isinstance(link, hub.HfHubHTTPError)]
-    absent = isinstance(links[0], hub.LocalEntryNotFoundError)
-    if HF_HUB_OFFLINE and (network or absent):
-        message = f"{what} is not in the cache, at least not all of it, and offline mode is on"
+    causes = _unanswered(links)
+    if not causes:
+        return None
+    if HF_HUB_OFFLINE:
+        message = f"{what} is not in the cache, or not completely, and offline mode is on"
         return InputError("E_HUB_OFFLINE", message, hint=OFFLINE)
-    if network or absent:
-        reason = first_line(network[-1] if network else links[0])
-        return InputError(
-            "E_HUB_NETWORK", f"{what} could not be fetched from the Hub: {reason}", hint=NETWORK
-        )
-    return None
+    message = f"{what} could not be fetched from the Hub: {first_line(causes[-1])}"
+    return InputError("E_HUB_NETWORK", message, hint=NETWORK)
 
 
-def _is_network(error: BaseException) -> bool:
-    return isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.startswith(
-        ("httpx", "httpcore")
-    )
+def _unanswered(links: list[BaseException]) -> list[BaseException]:
+    """Return the errors of `links` that come from the network or from the Hub's server.
+
+    If there are none, return the first error if it is a file that only the cache was asked for.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    found = []
+    for link in links:
+        of_http = type(link).__module__.startswith(("httpx", "httpcore"))
+        if of_http or isinstance(link, ConnectionError | TimeoutError | HfHubHTTPError):
+            found.append(link)
+    if not found and isinstance(links[0], LocalEntryNotFoundError):
+        return links[:1]
+    return found
 
 
 def first_line(error: BaseException) -> str:
-    """What `error` says, as far as one line goes; its class where it says nothing."""
+    """Return the first line of the message of `error`, or its class if it has none."""
     return _first_line(str(error).strip() or type(error).__name__)
 
 

@@ -1,4 +1,4 @@
-"""Words as a shell takes them, for commands in hints and reports."""
+"""Quoting of words for a shell, for commands in hints and reports."""
 
 from __future__ import annotations
 
@@ -8,22 +8,21 @@ from collections.abc import Iterable
 
 
 def shell_word(word: str) -> str:
-    """`word` as one would paste it into bash or zsh; letters that do not print are written as the bytes they are."""
+    """Return `word` quoted for bash or zsh, unprintable letters as the escapes of their bytes."""
     if word.isprintable():
         return shlex.quote(word)
-    letters = (_LITERAL.get(letter) or _letter(letter) for letter in word)
-    return f"$'{''.join(letters)}'"
+    return f"$'{''.join(map(_escaped, word))}'"
 
 
 def shell_words(words: Iterable[str]) -> str:
-    """A command line of `words`, see `shell_word`."""
+    """Return a command line of `words`, each quoted by `shell_word`."""
     return " ".join(map(shell_word, words))
 
 
-_LITERAL = {"\\": "\\\\", "'": "\\'"}
-
-
-def _letter(letter: str) -> str:
+def _escaped(letter: str) -> str:
+    """Return `letter` as it stands inside $'...'."""
+    if letter in "\\'":
+        return f"\\{letter}"
     if letter.isprintable():
         return letter
     return "".join(f"\\x{byte:02x}" for byte in os.fsencode(letter))

@@ -30,7 +30,7 @@ from gptq_cli.files import (
     resolved,
     status_of,
 )
-from gptq_cli.hub_errors import first_line, hub_refusal, id_flaw, pasted_id, plain_name
+from gptq_cli.hub_errors import first_line, hub_refusal, id_flaw, pasted_id
 from gptq_cli.shell import shell_word
 from gptq_cli.storage.manifest import INDEX_NAME
 
@@ -121,6 +121,13 @@ def model_directory(model: str | Path) -> Path | None:
     return _snapshot(path) if is_cache_folder(path) else path
 
 
+def model_name(folder: str) -> str:
+    """Return the model's name for a directory's name: in the Hub's cache it holds the owner too."""
+    if folder.startswith("models--"):
+        return folder.rpartition("--")[2]
+    return folder
+
+
 def local_model(model: Path) -> Path:
     """The directory that MODEL names, for commands that fetch nothing; InputError E_MODEL_NOT_FOUND if it is none."""
     directory = model_directory(model)
@@ -171,7 +178,7 @@ def _local(model: str, revision: str | None) -> ModelSource | None:
     if revision is not None:
         message = f"`{model}` is a local directory and has no revision {revision!r}"
         raise InputError("E_MODEL_NOT_FOUND", message, hint="leave --revision out")
-    return ModelSource(directory, plain_name(resolved(expanded(model)).name), None)
+    return ModelSource(directory, model_name(resolved(expanded(model)).name), None)
 
 
 def _download(identifier: str, revision: str | None) -> ModelSource:

@@ -1,6 +1,6 @@
-"""The command table, and the one place where errors become messages and exit codes.
+"""The table of commands, and the one place where errors become messages and exit codes.
 
-A command's module is imported when the command runs: `gptq --help` knows only this table.
+A command's module is imported when the command runs: `gptq --help` reads only this table.
 """
 
 from __future__ import annotations
@@ -8,9 +8,8 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,21 +31,21 @@ from gptq_cli.cli.launch import name_of
 from gptq_cli.errors import ConfigError, GptqError, Problem, Stopped, __version__
 from gptq_cli.files import file_cause, file_errors
 
-# command -> what it does; the function of that name lives in the module of that name, with _ for -,
-# or in the one that MODULES names
+# A command's function has its name, with _ for -, and is in the module of that name unless MODULES
+# names another one.
 COMMANDS = {
     "quantize": "Quantize a model to a GPTQ checkpoint.",
     "plan": "Show what quantize would do, without doing it.",
-    "resume": "Go on with a quantization that ended early.",
-    "validate-config": "Check a configuration file, and with a model what it would do.",
-    "inspect": "Show what a checkpoint holds: what is quantized how, sizes, origin.",
-    "compare": "Compare two checkpoints: weights, and with --text what they predict.",
+    "resume": "Resume a quantization that ended early.",
+    "validate-config": "Check a configuration file, and show what it does to a model.",
+    "inspect": "Show what a checkpoint holds: layers, sizes, origin.",
+    "compare": "Compare two checkpoints: weights and, with --text, predictions.",
     "convert": "Convert a GPTQ checkpoint between the formats gptq and gptq_v2.",
     "dequantize": "Turn a GPTQ checkpoint back into plain weights.",
-    "verify": "Check that a GPTQ checkpoint is whole and means the same to every reader.",
+    "verify": "Check that a GPTQ checkpoint is complete and means the same to every engine.",
     "eval-ppl": "Measure the perplexity of a checkpoint, quantized or not.",
-    "report": "Write a page about a run: errors, time, memory, the command.",
-    "push": "Send a checkpoint with a model card to the Hub.",
+    "report": "Write an HTML report about a run: errors, time, memory, the command.",
+    "push": "Upload a checkpoint with a model card to the Hub.",
     "recipes": "List the recipes that --config takes by name, or print one.",
     "schema": "Print the JSON Schema of the configuration, or of --json output.",
     "explain": "Explain the code of an error or a warning.",
@@ -54,14 +53,16 @@ COMMANDS = {
 }
 MODULES = {"dequantize": "convert", "resume": "quantize"}
 BUG, USAGE, INTERRUPTED = 1, 2, 130
-PLAIN_WORDS = {  # what typer's checks say of a value: what it means
-    "Input should be a valid integer, unable to parse string as an integer": "this is not a whole number",
+PLAIN_WORDS = {  # sentences of typer about a value, and their replacements
+    "Input should be a valid integer, unable to parse string as an integer": (
+        "this is not a whole number"
+    ),
     "Input should be a valid number, unable to parse string as a number": "this is not a number",
 }
 
 
 class Gptq(TyperGroup):
-    """The program: loads a command when it is its turn and turns whatever ends it into an exit code."""
+    """The program: it loads a command when it runs, and turns every failure into an exit code."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, _, rest = super().resolve_command(ctx, args)
@@ -80,20 +81,20 @@ class Gptq(TyperGroup):
         windows_expand_args: bool = True,
         **extra: Any,
     ) -> Any:
-        _stay_plain_in_pipes()
+        _disable_colour_in_pipes()
         words = _kebab_options(sys.argv[1:] if args is None else args)
-        run = partial(
-            super().main,
-            words,
-            prog_name or "gptq",
-            complete_var,
-            False,
-            windows_expand_args,
-            **extra,
-        )
+        code = 0
         try:
             with libraries_quoted():
-                code = exit_code_of(run, as_json="--json" in words)
+                returned = super().main(
+                    words, prog_name or "gptq", complete_var, False, windows_expand_args, **extra
+                )
+            if returned == INTERRUPTED:  # typer returns this for Ctrl-C
+                raise KeyboardInterrupt
+            if isinstance(returned, int):
+                code = returned
+        except (Exception, KeyboardInterrupt, Stopped) as error:  # noqa: BLE001
+            code = report_failure(error, as_json="--json" in words)
         finally:
             log.end()
         if standalone_mode:
@@ -101,60 +102,59 @@ class Gptq(TyperGroup):
         return code
 
 
-def exit_code_of(run: Callable[[], Any], *, as_json: bool) -> int:
-    """What `run` ends with as an exit code (0, 1 for a bug, 128 + n for signal n, else the error's own); says why."""
+def report_failure(error: BaseException, *, as_json: bool) -> int:
+    """Write why a command failed, and return its exit code; call it where `error` is handled.
+
+    The code is 1 for a bug, 2 for a usage error, 128 + n for signal n, else that of the error.
+    """
+    if isinstance(error, OSError):
+        error = file_cause(error) or error
+    problems: Sequence[Problem]
+    match error:
+        case TyperException():
+            problems, exit_code = (_usage(error),), USAGE
+        case GptqError():
+            _log_traceback()
+            problems, exit_code = error.problems, error.exit_code
+        case Stopped():
+            problems, exit_code = (_stopped(error),), error.exit_code
+        case KeyboardInterrupt():
+            problems, exit_code = (Problem("E_INTERRUPTED", "interrupted"),), INTERRUPTED
+        case _:
+            write(sys.stderr, indented(traceback.format_exc().rstrip("\n")))
+            problems, exit_code = (_bug(error),), BUG
     try:
-        code = run()
-    except TyperException as error:
-        return _fail((_usage(error),), USAGE, as_json)
-    except GptqError as error:
-        _detail_traceback()
-        return _fail(error.problems, error.exit_code, as_json)
-    except Stopped as stop:
-        return _fail((_stopped(stop),), stop.exit_code, as_json)
-    except KeyboardInterrupt:
-        code = INTERRUPTED
-    except Exception as error:  # noqa: BLE001
-        if isinstance(error, OSError) and (refused := file_cause(error)):
-            _detail_traceback()
-            return _fail(refused.problems, refused.exit_code, as_json)
-        write(sys.stderr, indented(traceback.format_exc().rstrip("\n")))
-        hint = "this is a bug in gptq: please report it with the lines above"
-        return _fail((Problem("E_BUG", f"{type(error).__name__}: {error}", hint),), BUG, as_json)
-    if code == INTERRUPTED:
-        return _fail((Problem("E_INTERRUPTED", "interrupted"),), INTERRUPTED, as_json)
-    return code if isinstance(code, int) else 0
+        report_problems(problems, exit_code, as_json=as_json)
+    except GptqError as unwritten:  # stdout does not take the JSON object
+        report_problems(unwritten.problems, exit_code, as_json=False)
+    return exit_code
 
 
-def _detail_traceback() -> None:
+def _log_traceback() -> None:
     for line in indented(traceback.format_exc()).splitlines():
         Console().detail(line)
 
 
-def _fail(problems: Sequence[Problem], exit_code: int, as_json: bool) -> int:
-    try:
-        report_problems(problems, exit_code, as_json=as_json)
-    except GptqError as error:
-        report_problems(error.problems, exit_code, as_json=False)
-    return exit_code
+def _bug(error: BaseException) -> Problem:
+    hint = "this is a bug in gptq: please report it with the lines above"
+    return Problem("E_BUG", f"{type(error).__name__}: {error}", hint)
 
 
 def _stopped(stop: Stopped) -> Problem:
-    hint = "run the same command again to go on; what was not saved yet is done again"
+    hint = "run the same command to resume; only unsaved work is repeated"
     return Problem("E_INTERRUPTED", f"stopped by {name_of(stop.exit_code)}", hint)
 
 
 def _usage(error: TyperException) -> Problem:
     message, _, near = error.format_message().partition(" Did you mean ")
-    if possible := getattr(error, "possibilities", None):
-        message, near = (
-            error.message,
-            f"{get_close_matches(error.message, possible, n=1, cutoff=0)[0]}?",
-        )
-    nearest = near.split(",")[0].rstrip("?")
-    hint = f"did you mean {nearest}?" if near else _where_to_look(error, message)
-    for said, plain in PLAIN_WORDS.items():
-        message = message.replace(said, plain)
+    possible = getattr(error, "possibilities", None)
+    if possible:
+        message, near = error.message, get_close_matches(error.message, possible, 1, cutoff=0)[0]
+    hint = f"did you mean {near.split(',')[0].rstrip('?')}?"
+    if not near:
+        hint = _where_to_look(error, message)
+    for of_typer, plain in PLAIN_WORDS.items():
+        message = message.replace(of_typer, plain)
     return Problem("E_USAGE", message.rstrip("."), hint)
 
 
@@ -162,55 +162,57 @@ def _where_to_look(error: TyperException, message: str) -> str:
     context = getattr(error, "ctx", None)
     if context is None:
         return "see --help"
+    hint = f"see {context.command_path} --help"
     takes_output = any("-o" in parameter.opts for parameter in context.command.params)
-    output = (
-        "the output is given with -o; "
-        if "unexpected extra argument" in message and takes_output
-        else ""
-    )
-    return f"{output}see {context.command_path} --help"
+    if "unexpected extra argument" in message and takes_output:
+        hint = f"the output is given with -o; {hint}"
+    return hint
 
 
-def _stay_plain_in_pipes() -> None:
-    """Typer would colour its help wherever it sees a CI system; a pipe gets text."""
+def _disable_colour_in_pipes() -> None:
+    """Let typer write plain text into a pipe, even if it detects a CI system."""
     if os.environ.get("NO_COLOR") or sys.stdout is None or not sys.stdout.isatty():
         os.environ.setdefault("_TYPER_FORCE_DISABLE_TERMINAL", "1")
 
 
 def _kebab_options(words: Sequence[str]) -> list[str]:
-    """`words` with options in kebab case; what comes after `--` is no option, whatever it looks like."""
-    end = list(words).index("--") if "--" in words else len(words)
+    """Return `words` with options in kebab case; words after `--` are no options."""
+    end = len(words)
+    if "--" in words:
+        end = list(words).index("--")
     return [*map(_kebab, words[:end]), *words[end:]]
 
 
 def _kebab(word: str) -> str:
-    """`--group_size` as `--group-size`: people come from tools that spell it so."""
+    """Return `--group_size` as `--group-size`: other tools spell their options with `_`."""
+    if not word.startswith("--"):
+        return word
     name, equals, value = word.partition("=")
-    return name.replace("_", "-") + equals + value if name.startswith("--") else word
+    return name.replace("_", "-") + equals + value
 
 
 def _refuse_empty(words: Sequence[str]) -> None:
-    """An empty word for a path is the current directory, which nobody meant."""
+    """Raise ConfigError E_USAGE for an empty word, which as a path means the current directory."""
     if "" in words:
         before = " ".join(["gptq", *words[: words.index("")]])
-        hint = "is a variable of the shell not set? leave the word out if it is not needed"
-        raise ConfigError("E_USAGE", f"the word after `{before}` is empty", hint=hint)
+        hint = "is a variable of the shell not set? omit the argument if it is not needed"
+        raise ConfigError("E_USAGE", f"empty argument after `{before}`", hint=hint)
 
 
 def load_command(name: str) -> Any:
-    """The command `name` from its module."""
-    from gptq_cli.cli.options import as_typer_sees
+    """Import the module of the command `name` and return the command."""
+    from gptq_cli.cli.options import with_options
 
     function = name.replace("-", "_")
+    module = import_module(f"gptq_cli.cli.{MODULES.get(function, function)}")
     single = typer.Typer(add_completion=False, rich_markup_mode="rich")
-    command = getattr(import_module(f"gptq_cli.cli.{MODULES.get(function, function)}"), function)
-    single.command(name=name)(as_typer_sees(command, begin=_begin_talk))
+    single.command(name=name)(with_options(getattr(module, function), begin=_begin_log))
     return typer.main.get_command(single)
 
 
-def _begin_talk(verbose: bool, log_file: Path | None, values: Mapping[str, Any]) -> None:
+def _begin_log(verbose: bool, log_file: Path | None, values: Mapping[str, Any]) -> None:
     with file_errors():
-        Path.cwd()  # where it is gone some libraries end the process at once
+        Path.cwd()  # if it was removed, some libraries end the process without a message
     if log_file is not None:
         from gptq_cli.cli.log_file import check_log_file
 
@@ -240,7 +242,7 @@ def _gptq(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", help="print the version and leave", callback=_version, is_eager=True
+            "--version", help="print the version and exit", callback=_version, is_eager=True
         ),
     ] = False,
 ) -> None:
@@ -251,7 +253,7 @@ def _gptq(
 
 
 def _stub() -> None:
-    """Stands in the table for a command whose module is not loaded."""
+    """Stand in for a command whose module is not loaded."""
 
 
 for _name, _summary in COMMANDS.items():

@@ -1,14 +1,14 @@
-"""`gptq compare`: how far one checkpoint is from another, by weights and by what they predict."""
+"""`gptq compare`: the distance between two checkpoints, by weights and by predictions."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gptq_cli.cli import options as o
-from gptq_cli.cli.console import Console, aligned, joined
+from gptq_cli.cli.console import Console, aligned, indented_lines, joined
 from gptq_cli.cli.progress import Progress
 from gptq_cli.config.finding import clock
 from gptq_cli.config.resolve import check_flags
@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from gptq_cli.evaluation.perplexity import EvalResult
     from gptq_cli.inspection.compare import Comparison
 
-WORST = 10
+WORST = 10  # tensors in the table
 WORST_WINDOWS = 5
+SHOWN_NAMES = 3  # of tensors that only one checkpoint has
 WITH_TEXT = ("seqlen", "device", "dtype", "trust_remote_code")
 A = Annotated[
     str,
@@ -34,7 +35,7 @@ Text = Annotated[
     str | None,
     o.plain(
         "--text",
-        help="measure KL and top-1 agreement on it: a dataset, a file or a folder",
+        help="dataset, file or folder on which to measure KL and top-1 agreement",
         metavar="TEXT",
     ),
 ]
@@ -51,11 +52,12 @@ def compare(
     as_json: o.AsJson = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Compare two checkpoints: weights, and with --text what they predict.
+    """Compare two checkpoints: weights and, with --text, predictions.
 
-    Each may be quantized or not. The error of a weight is |A-B|^2 / |B|^2.
-    With --text both models run block by block on the CPU or one GPU; the
-    windows of text with the largest divergence are listed, --json has all.
+    Each may be quantized or not. The weight error is |A-B|^2 / |B|^2.
+    With --text both models run block by block on the CPU or one GPU. The
+    windows of text with the largest divergence are listed; --json shows
+    all of them.
 
     Example: gptq compare ./Qwen3-0.6B-GPTQ-Int4-g128 ./Qwen3-0.6B
     """
@@ -71,20 +73,19 @@ def compare(
     if text is not None:
         predictions = _evaluate(console, a, b, text, settings, max_windows)
         data["predictions"] = predictions.to_json()
-        data["windows"] = [asdict(window) for window in predictions.per_window]
+        data["windows"] = predictions.per_window
     console.result(data, joined(_lines(weights, predictions)), f"{_mean_error(weights):.6g}")
 
 
 def _check_alone(settings: o.Settings, max_windows: int | None) -> None:
-    """ConfigError E_CFG_CONFLICT for options that mean nothing without --text."""
+    """Raise ConfigError E_CFG_CONFLICT for options that need --text."""
     alone = list(settings)
     if max_windows is not None:
         alone.append("max_windows")
     if alone:
         name = alone[0].replace("_", "-")
-        raise ConfigError(
-            "E_CFG_CONFLICT", f"--{name} needs --text", hint="add --text, or leave it out"
-        )
+        hint = f"add --text, or omit --{name}"
+        raise ConfigError("E_CFG_CONFLICT", f"--{name} needs --text", hint=hint)
 
 
 def _evaluate(
@@ -104,45 +105,54 @@ def _evaluate(
 
 
 def _mean_error(found: Comparison) -> float:
-    """Mean over the tensors that differ."""
+    """Return the mean weight error of the tensors that differ."""
     errors = [tensor.relative_error for tensor in found.different]
-    return sum(errors) / len(errors) if errors else 0.0
+    if not errors:
+        return 0.0
+    return sum(errors) / len(errors)
 
 
 def _lines(found: Comparison, predictions: EvalResult | None) -> list[str]:
-    different = sorted(found.different, key=lambda tensor: -tensor.relative_error)
-    same = len(found.tensors) - len(different)
-    lines = [f"{same} of {len(found.tensors)} tensors are the same, {len(different)} differ"]
-    if different:
-        lines[0] += f": mean error {_mean_error(found):.2e}"
-        lines.append("worst")
-        cells = [("error", "largest", "tensor")]
-        cells += [
-            (f"{t.relative_error:.2e}", f"{t.largest:.2e}", t.name) for t in different[:WORST]
-        ]
-        lines += [f"  {line}" for line in aligned(cells)]
-    for label, names in (("A", found.only_a), ("B", found.only_b)):
-        lines += (
-            [f"only in {label}  {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"]
-            if names
-            else []
-        )
+    n_different, n_tensors = len(found.different), len(found.tensors)
+    first = f"{n_tensors - n_different} of {n_tensors} tensors are the same, {n_different} differ"
+    if n_different:
+        lines = [f"{first}: mean weight error {_mean_error(found):.2e}", *_worst_lines(found)]
+    else:
+        lines = [first]
+    lines += _missing_lines("A", found.only_a) + _missing_lines("B", found.only_b)
     if predictions is not None:
-        p = predictions
-        lines.append(f"perplexity  {p.perplexity:.4f}, reference {p.baseline_perplexity:.4f}")
-        lines.append(f"agreement   KL {p.kl:.4g}, top-1 {p.top1_agreement:.2%}")
-        lines.append(
-            f"protocol    {p.dataset}, {p.windows} windows of {p.seqlen} tokens, {p.dtype}, {clock(p.seconds)}"
-        )
-        lines += _window_lines(p)
+        lines += _prediction_lines(predictions)
     return lines
 
 
-def _window_lines(found: EvalResult) -> list[str]:
-    """The windows where the two diverge most."""
+def _worst_lines(found: Comparison) -> list[str]:
+    """Return a table of the tensors with the largest weight errors."""
+    worst = sorted(found.different, key=lambda tensor: -tensor.relative_error)[:WORST]
+    cells = [("weight error", "largest", "tensor")]
+    for tensor in worst:
+        cells.append((f"{tensor.relative_error:.2e}", f"{tensor.largest:.2e}", tensor.name))
+    return ["worst", *indented_lines(aligned(cells))]
+
+
+def _missing_lines(label: str, names: Sequence[str]) -> list[str]:
+    """Return a line about tensors that only the checkpoint `label` has, if there are some."""
+    if not names:
+        return []
+    more = " ..." if len(names) > SHOWN_NAMES else ""
+    return [f"only in {label}  {', '.join(names[:SHOWN_NAMES])}{more}"]
+
+
+def _prediction_lines(found: EvalResult) -> list[str]:
+    windows = f"{found.windows} windows of {found.seqlen} tokens"
+    lines = [
+        f"perplexity  {found.perplexity:.4f}, reference {found.baseline_perplexity:.4f}",
+        f"agreement   KL {found.kl:.4g}, top-1 {found.top1_agreement:.2%}",
+        f"protocol    {found.dataset}, {windows}, {found.dtype}, {clock(found.seconds)}",
+        "worst windows",
+    ]
     worst = sorted(found.per_window, key=lambda window: -window.kl)[:WORST_WINDOWS]
     cells = [("KL", "top-1", "perplexity", "reference", "first token")]
     for w in worst:
         perplexities = (f"{w.perplexity:.4f}", f"{w.baseline_perplexity:.4f}")
         cells.append((f"{w.kl:.4g}", f"{w.top1_agreement:.2%}", *perplexities, str(w.first_token)))
-    return ["worst windows", *(f"  {line}" for line in aligned(cells, right={4}))]
+    return lines + indented_lines(aligned(cells, right={4}))

@@ -1,18 +1,18 @@
-"""The two streams: stdout holds the result and nothing else, stderr the messages; user text is
-never markup.
+"""The two streams of a command: stdout holds the result and nothing else, stderr the messages.
 
-Rows and verdicts about engines become aligned text; nothing is wrapped or cut, whatever the width
-of the terminal.
+Text from users and files is never taken as markup. Lines are neither wrapped nor cut, except that
+`fitted` wraps some at the width of a terminal.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 import typer
 
 from gptq_cli.errors import ConfigError, GptqError, Problem, __version__, without_secrets
+from gptq_cli.json_values import to_json
 
 if TYPE_CHECKING:
     from logging import FileHandler, LogRecord
@@ -47,21 +48,29 @@ WORDS: dict[Outcome, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Console:
-    """How one command speaks: `--json` makes the result one JSON object, `--quiet` leaves the least that is useful."""
+    """The output of one command.
+
+    With `as_json` the result is one JSON object; with `quiet` it is as short as is still useful.
+    """
 
     as_json: bool = False
     quiet: bool = False
 
     def say(self, line: str) -> None:
-        """A line of progress or advice, on stderr; not with `--quiet`."""
+        """Write a line of progress or advice on stderr, unless `quiet`."""
         line = on_one_line(line)
         if self.quiet:
             log.write(line)
         else:
             write(sys.stderr, line)
 
+    def show_notes(self, notes: Iterable[str]) -> None:
+        """Write the notes about a resolved configuration, unless `quiet`."""
+        for note in notes:
+            self.say(f"note: {note}")
+
     def detail(self, line: str) -> None:
-        """A line for those who asked for more: on stderr with `--verbose`, in the log file always."""
+        """Write a line into the log file, and with --verbose on stderr too."""
         line = on_one_line(line)
         if log.verbose and not self.quiet:
             write(sys.stderr, line)
@@ -69,17 +78,18 @@ class Console:
             log.write(line)
 
     def warn(self, code: str, message: str) -> None:
-        """A line on stderr that `--quiet` does not hide."""
+        """Write a warning on stderr, even if `quiet`."""
         write(sys.stderr, on_one_line(f"warning[{code}]: {message}"))
 
     def advise(self, line: str) -> None:
-        """A line on stderr that the user needs to go on; `--quiet` does not hide it."""
+        """Write a line that the user needs in order to continue on stderr, even if `quiet`."""
         write(sys.stderr, on_one_line(line))
 
     def result(self, data: dict[str, Any], human: str, short: str | Path) -> None:
-        """The result on stdout, in the form asked for; GptqError E_STDOUT if stdout cannot take it.
+        """Write the result on stdout: `data` as JSON, `human`, or `short` if quiet.
 
-        A path as `short` is printed byte for byte, so that it can be opened.
+        A path as `short` is written byte for byte, so that it can be opened. Raise GptqError
+        E_STDOUT if stdout cannot be written.
         """
         if self.as_json:
             write_result(as_json_text({"schema": SCHEMA, "status": "ok", **data}))
@@ -91,33 +101,39 @@ class Console:
             write_result(short)
 
     def document(self, data: dict[str, Any], text: str) -> None:
-        """A result that is itself the content of a file: UTF-8 and unchanged, with `--json` as part of `data`."""
+        """Write a result that is the content of a file: `text` as UTF-8, or `data` as JSON."""
         if self.as_json:
             self.result(data, text, text)
         else:
             write_exactly(text, text.encode())
 
     def refused(self, data: dict[str, Any], human: str, short: str, error: GptqError) -> NoReturn:
-        """A result that did not pass: printed like any other, with `error` after it and as one object with `--json`."""
+        """Write a result that failed a check, then `error`, and exit with its exit code.
+
+        As JSON both are one object.
+        """
         if self.as_json:
             write_result(as_json_text({**_failure(error.problems, error.exit_code), **data}))
+        elif self.quiet:
+            write_result(short)
         else:
-            write_result(short if self.quiet else human)
+            write_result(human)
         report_problems(error.problems, error.exit_code, as_json=False)
         raise typer.Exit(error.exit_code)
 
 
 class Log:
-    """What `--verbose` and `--log-file` ask of everything that is said on stderr, for as long as a command runs."""
+    """The state of --verbose and --log-file for all messages, while a command runs."""
 
     def __init__(self) -> None:
         self.verbose = False
-        self.muted = os.environ.get("RANK", "0") != "0"  # of several processes the first one talks
+        # Of several processes only the first one writes messages.
+        self.muted = os.environ.get("RANK", "0") != "0"
         self._handler: FileHandler | None = None
-        self._failure: OSError | None = None  # why the file could not be written
+        self._failure: OSError | None = None  # the reason why the file could not be written
 
     def begin(self, *, verbose: bool, log_file: Path | None) -> None:
-        """Say more, and keep a copy in a file, with the time of each line; ConfigError E_LOG_FILE if it cannot be."""
+        """Set --verbose and open the log file; raise ConfigError E_LOG_FILE if that fails."""
         self.verbose = verbose
         if log_file is None or self.muted:
             return
@@ -127,19 +143,17 @@ class Log:
             self._handler = FileHandler(log_file, encoding="utf-8")
         except OSError as error:
             message = f"cannot write the log file `{log_file}`: {error.strerror}"
-            raise ConfigError(
-                "E_LOG_FILE", message, hint="choose another place for --log-file"
-            ) from None
+            hint = "choose another place for --log-file"
+            raise ConfigError("E_LOG_FILE", message, hint=hint) from None
         formatter = Formatter("%(asctime)s.%(msecs)03dZ %(message)s", "%Y-%m-%dT%H:%M:%S")
         formatter.converter = gmtime
         self._handler.setFormatter(formatter)
         self._handler.handleError = self._note_failure  # type: ignore[method-assign]
-        self.write(
-            f"{LOG_MARK} {__version__}"
-        )  # a later command recognises the file by its first line
+        # A later command recognises a log by this first line.
+        self.write(f"{LOG_MARK} {__version__}")
 
     def write(self, text: str) -> None:
-        """The lines of `text` in the log file, if there is one."""
+        """Write the lines of `text` into the log file, if there is one."""
         if self._handler is not None:
             from logging import INFO, LogRecord
 
@@ -149,27 +163,27 @@ class Log:
                 self._give_up()
 
     def end(self) -> None:
-        """Close the file; what is said later is no longer kept."""
+        """Close the log file and reset --verbose."""
         if self._handler is not None:
-            with suppress(OSError):  # what could not be written was told
+            with suppress(OSError):  # a failure to write was reported already
                 self._handler.close()
         self.verbose, self._handler, self._failure = False, None, None
 
     def _note_failure(self, record: LogRecord) -> None:
-        """Remember why a line could not be written: a log must not change what a command ends with."""
+        """Remember why a line could not be written; a log must not change the exit code."""
         del record
         error = sys.exc_info()[1]
         if isinstance(error, OSError):
             self._failure = error
 
     def _give_up(self) -> None:
-        """Stop logging and say so once."""
+        """Stop logging and warn once."""
         handler, error = self._handler, self._failure
         self._handler = self._failure = None
         assert handler is not None
         assert error is not None
-        message = f"cannot write the log file `{handler.baseFilename}`: {error.strerror}; nothing more is logged"
-        Console().warn("W_LOG_FILE", message)
+        message = f"cannot write the log file `{handler.baseFilename}`: {error.strerror}"
+        Console().warn("W_LOG_FILE", f"{message}; nothing more is logged")
         with suppress(OSError):
             handler.close()
 
@@ -178,62 +192,66 @@ log = Log()
 
 
 def as_json_text(data: dict[str, Any]) -> str:
-    """One JSON object on one line of printable ASCII; floats that JSON does not know become null."""
-    return json.dumps(_finite(data), allow_nan=False).replace("\x7f", "\\u007f")
+    """Return `data` as one JSON object on one line of printable ASCII.
+
+    Dataclasses are allowed in `data`, see `to_json`. Floats that are not finite become null.
+    """
+    return json.dumps(_finite(to_json(data)), allow_nan=False).replace("\x7f", "\\u007f")
 
 
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
+    if isinstance(value, list):
         return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not float("-inf") < value < float("inf") else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def report_problems(problems: Sequence[Problem], exit_code: int, *, as_json: bool) -> None:
-    """What went wrong, for people on stderr and with `as_json` for scripts on stdout."""
-    write(sys.stderr, "\n\n".join(_as_text(problem) for problem in problems[:SHOWN]))
-    if len(problems) > 1:
-        rest = f", {len(problems) - SHOWN} more with --json" if len(problems) > SHOWN else ""
-        write(sys.stderr, f"\n{len(problems)} problems{rest}")
+    """Write the problems on stderr, and with `as_json` as one JSON object on stdout too."""
+    write(sys.stderr, "\n\n".join(map(_as_text, problems[:SHOWN])))
+    if len(problems) > SHOWN:
+        rest = len(problems) - SHOWN
+        write(sys.stderr, f"\n{len(problems)} problems, {rest} more with --json")
+    elif len(problems) > 1:
+        write(sys.stderr, f"\n{len(problems)} problems")
     if as_json:
         write_result(as_json_text(_failure(problems, exit_code)))
 
 
 def _failure(problems: Sequence[Problem], exit_code: int) -> dict[str, Any]:
-    found = [_as_data(problem) for problem in problems]
+    found = [_cleaned(to_json(problem)) for problem in problems]
     return {"schema": SCHEMA, "status": "error", "exit_code": exit_code, "problems": found}
+
+
+def _cleaned(value: Any) -> Any:
+    """Return `value` with secrets removed from its texts."""
+    if isinstance(value, dict):
+        return {key: _cleaned(item) for key, item in value.items()}
+    if isinstance(value, str):
+        return without_secrets(value)
+    return value
 
 
 def _as_text(problem: Problem) -> str:
     lines = [f"error[{problem.code}]: {problem.message}"]
-    lines += [f"  --> {problem.location}"] if problem.location else []
-    lines += ["", f"hint: {problem.hint}"] if problem.hint else []
+    if problem.location:
+        lines.append(f"  --> {problem.location}")
+    if problem.hint:
+        lines += ["", f"hint: {problem.hint}"]
     return joined(lines)
 
 
-def _as_data(problem: Problem) -> dict[str, Any]:
-    at = problem.location
-    location = (
-        {"file": without_secrets(at.file), "line": at.line, "column": at.column} if at else None
-    )
-    hint = without_secrets(problem.hint) if problem.hint else None
-    return {
-        "code": problem.code,
-        "message": without_secrets(problem.message),
-        "hint": hint,
-        "location": location,
-    }
-
-
 def write_result(text: str) -> None:
-    """`text` on stdout; a reader who went away is no failure, a full disk is E_STDOUT."""
+    """Write `text` on stdout; raise GptqError E_STDOUT for a full disk, not for a closed pipe."""
     with _stdout_errors():
         _print(sys.stdout, text)
 
 
 def write_exactly(text: str, data: bytes) -> None:
-    """`data` and an end of line on stdout; a terminal gets `text`, which cannot control it."""
+    """Write `data` and a line end on stdout; a terminal gets `text`, which cannot control it."""
     with _stdout_errors():
         if sys.stdout is None or sys.stdout.isatty():
             _print(sys.stdout, text)
@@ -250,13 +268,12 @@ def _stdout_errors() -> Iterator[None]:
     except OSError as error:
         _silence(sys.stdout)
         if not isinstance(error, BrokenPipeError):
-            raise GptqError(
-                "E_STDOUT", f"cannot write the result to stdout: {error.strerror}"
-            ) from None
+            message = f"cannot write the result to stdout: {error.strerror}"
+            raise GptqError("E_STDOUT", message) from None
 
 
 def write(stream: TextIO | None, text: str) -> None:
-    """`text` without secrets on `stream` if it takes it: talk that nobody can hear must not stop a run."""
+    """Write `text` without secrets on `stream`; a stream that fails must not stop a run."""
     text = without_secrets(text)
     log.write(text)
     try:
@@ -273,22 +290,22 @@ def _print(stream: TextIO | None, text: str) -> None:
 
 
 def visible(text: str) -> str:
-    """`text` without terminal control, since names in files could hold escape sequences."""
+    """Return `text` with escape sequences made visible, because names in files could hold some."""
     return "".join(map(_visible_letter, text))
 
 
 def on_one_line(text: str) -> str:
-    """`text` as it is shown in a line of its own: a name in a file could hold an end of line and forge the next one."""
+    """Return `text` on one line, because a name with a line end in it could forge a message."""
     return visible(text).replace("\n", "\\n")
 
 
 def joined(lines: Iterable[str]) -> str:
-    """A result of several lines, each of which stays one."""
+    """Return `lines` as one text in which each of them is one line."""
     return "\n".join(map(on_one_line, lines))
 
 
 def indented(text: str) -> str:
-    """`text` of several lines, of which none but the first begins where lines of this program do."""
+    """Return `text` with all lines but the first indented, so that none looks like a message."""
     return visible(text).replace("\n", "\n  ")
 
 
@@ -299,7 +316,7 @@ def _visible_letter(letter: str) -> str:
 
 
 def _silence(stream: TextIO | None) -> None:
-    """Let the rest of a broken stream's buffer go nowhere, so that Python's exit does not trip over it."""
+    """Discard the buffer of a broken stream, so that Python's exit does not fail with it."""
     if stream is not None:
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
@@ -307,8 +324,20 @@ def _silence(stream: TextIO | None) -> None:
             return
 
 
+def indented_lines(lines: Iterable[str]) -> list[str]:
+    """Return `lines`, each with two blanks before it."""
+    return [f"  {line}" for line in lines]
+
+
+def counted(number: int, noun: str) -> str:
+    """Return the number with its noun, which gets an s unless it is one: 1 file, 2 files."""
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number} {noun}s"
+
+
 def fitted(line: str, indent: int = 2) -> str:
-    """`line` broken between words where a terminal on stdout is narrower, the rest indented; elsewhere as it is."""
+    """Return `line` wrapped and indented if stdout is a terminal and narrower, else unchanged."""
     if sys.stdout is None or not sys.stdout.isatty():
         return line
     width = get_terminal_size().columns
@@ -318,67 +347,72 @@ def fitted(line: str, indent: int = 2) -> str:
 
 
 def row_lines(rows: Sequence[Row]) -> list[str]:
-    """A line a row: count, name, shape, settings, reason."""
-    cells = [
-        (f"{row.count} x", row.name, "x".join(map(str, row.shape)), row.settings, row.why)
-        for row in rows
-    ]
+    """Return an aligned line for each row: count, name, shape, settings, reason."""
+    cells = []
+    for row in rows:
+        shape = "x".join(map(str, row.shape))
+        cells.append((f"{row.count} x", row.name, shape, row.settings, row.why))
     return aligned(cells, right={0})
 
 
-def aligned(cells: Sequence[Sequence[str]], right: set[int] | None = None) -> list[str]:
-    """Lines with each column as wide as its longest cell, two blanks apart; columns in `right` are flush right."""
-    cells = [[on_one_line(cell) for cell in line] for line in cells]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return ["  ".join(_fit(cell, i, width, right) for i, (cell, width) in enumerate(zip(line, widths, strict=True)))
-            .rstrip() for line in cells]  # fmt: skip
+def aligned(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:
+    """Return the rows as lines with aligned columns, two blanks apart.
+
+    The columns whose indices are in `right` are flush right.
+    """
+    columns = []
+    for index, column in enumerate(zip(*rows, strict=True)):
+        cells = list(map(on_one_line, column))
+        width = max(map(len, cells))
+        if index in right:
+            columns.append([cell.rjust(width) for cell in cells])
+        else:
+            columns.append([cell.ljust(width) for cell in cells])
+    return ["  ".join(line).rstrip() for line in zip(*columns, strict=True)]
 
 
-def _fit(cell: str, column: int, width: int, right: set[int] | None) -> str:
-    return cell.rjust(width) if column in (right or ()) else cell.ljust(width)
-
-
-def row_data(rows: Sequence[Row]) -> list[dict[str, object]]:
-    """Rows as plain JSON values."""
-    return [
-        {
-            "count": row.count,
-            "name": row.name,
-            "shape": list(row.shape),
-            "settings": row.settings,
-            "why": row.why,
-            "bytes": row.nbytes,
-        }
-        for row in rows
-    ]
+def row_data(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return rows as plain JSON values, with `nbytes` under the name `bytes`."""
+    found: list[dict[str, Any]] = to_json(rows)
+    for row in found:
+        row["bytes"] = row.pop("nbytes")
+    return found
 
 
 def engine_lines(judged: Sequence[Verdict]) -> list[str]:
-    """A line for the engines without a remark, then one for each with its reason."""
+    """Return a line for the engines without a remark, then one line for each remark."""
+    lines = []
     clean = [verdict.engine for verdict in judged if verdict.outcome == "yes"]
-    remarks = [verdict for verdict in judged if verdict.outcome != "yes"]
-    lines = [f"{WORDS['yes']} {', '.join(clean)}"] if clean else []
-    lines += [f"{WORDS[verdict.outcome]} {verdict.engine}: {verdict.reason}" for verdict in remarks]
+    if clean:
+        lines.append(f"{WORDS['yes']} {', '.join(clean)}")
+    for verdict in judged:
+        if verdict.outcome != "yes":
+            lines.append(f"{WORDS[verdict.outcome]} {verdict.engine}: {verdict.reason}")
     return list(map(on_one_line, lines))
 
 
 def unread_line(judged: Sequence[Verdict]) -> str | None:
-    """One line that names who will not load a checkpoint, None if all will."""
-    found: dict[str, list[str]] = {}
+    """Return a line that names the engines that will not load a checkpoint, or None."""
+    engines: dict[str, list[str]] = {}
     for verdict in judged:
         if verdict.outcome in ("no", "wrong"):
-            found.setdefault(WORDS[verdict.outcome], []).append(verdict.engine)
-    return "; ".join(f"{word} {', '.join(names)}" for word, names in found.items()) or None
+            engines.setdefault(WORDS[verdict.outcome], []).append(verdict.engine)
+    if not engines:
+        return None
+    return "; ".join(f"{words} {', '.join(names)}" for words, names in engines.items())
 
 
 @contextmanager
 def libraries_quoted() -> Iterator[None]:
-    """In the body no log record or warning of a library can look like a line of gptq, or control the terminal."""
+    """Indent log records and warnings of libraries in the body, so that none looks like a message.
+
+    Their control characters become visible too.
+    """
     make, warn = logging.getLogRecordFactory(), warnings.formatwarning
 
     def quoted(*arguments: Any, **named: Any) -> logging.LogRecord:
         record = make(*arguments, **named)
-        with suppress(TypeError, ValueError):  # arguments that do not fit: logging says so itself
+        with suppress(TypeError, ValueError):  # if the arguments do not fit, logging reports it
             record.msg, record.args = indented(record.getMessage()), ()
         return record
 

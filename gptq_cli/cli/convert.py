@@ -1,10 +1,9 @@
-"""`gptq convert` and `gptq dequantize`: a GPTQ checkpoint in the other version of its format, or as
-plain weights again.
+"""`gptq convert` and `gptq dequantize`: write a GPTQ checkpoint in the other version of its format,
+or as plain weights.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -37,11 +36,11 @@ def convert(
 ) -> None:
     """Convert a GPTQ checkpoint between the formats gptq and gptq_v2.
 
-    The formats differ in how they store zero points; codes, scales and
-    all that is not quantized are copied byte for byte. What only some
-    readers take (settings in quantize_config.json alone, a missing g_idx,
-    a name of the file) is written as all take it, also with --to the
-    format that the checkpoint has.
+    The formats differ in how they store zero points. Codes, scales and
+    unquantized tensors are copied byte for byte. If only some engines read
+    a part (settings in quantize_config.json alone, a missing g_idx, another
+    file name), it is corrected for all of them, even if --to is the format
+    of the checkpoint.
 
     Example: gptq convert ./out --to gptq_v2 -o ./out-v2
     """
@@ -53,15 +52,14 @@ def convert(
     with Progress(console) as progress:
         found = convert_checkpoint(model, output, to, overwrite=overwrite, report=progress)
     done = f"{found.layers} layers are now in format {to}"
-    lines = [
-        str(output),
-        f"{done}, corrected:" if found.corrected else f"{done}, nothing else has changed",
-    ]
+    if found.corrected:
+        lines = [str(output), f"{done}, corrected:"]
+    else:
+        lines = [str(output), f"{done}, nothing else has changed"]
     lines += [on_one_line(f"  {defect}") for defect in found.corrected[:SHOWN]]
     if len(found.corrected) > SHOWN:
         lines.append(f"  {len(found.corrected) - SHOWN} more, see --json")
-    corrected = [asdict(defect) for defect in found.corrected]
-    data = {**found.to_json(), "format": to, "corrected": corrected}
+    data = {**found.to_json(), "format": to, "corrected": found.corrected}
     console.result(data, "\n".join(lines), output)
 
 
@@ -75,7 +73,8 @@ def dequantize(
         str,
         o.plain(
             "--dtype",
-            help="of all floats; default auto: as config.json says, and what is not quantized is copied",
+            help="dtype of the written weights; auto = the dtype in config.json, with all other "
+            "tensors copied unchanged; default auto",
             metavar=DTYPE,
             panel=Panel.OUTPUT,
         ),
@@ -86,8 +85,8 @@ def dequantize(
 ) -> None:
     """Turn a GPTQ checkpoint back into plain weights.
 
-    They are those that the quantized model computes with, not the
-    original's: what rounding has changed stays changed. One linear is in
+    The weights are those that the quantized model computes with, not those
+    of the original: rounding is not undone. Only one linear layer is in
     memory at a time.
 
     Example: gptq dequantize ./out -o ./out-bf16 --dtype bfloat16

@@ -1,4 +1,4 @@
-"""`gptq eval-ppl`: parse, call the program, show, judge."""
+"""`gptq eval-ppl`: measure the perplexity of a checkpoint, and check it against limits."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from gptq_cli.errors import ConfigError, GateError
 if TYPE_CHECKING:
     from gptq_cli.evaluation.perplexity import EvalResult
 
-MAX_PPL = 10_000.0  # far above what any model of language gives that is read rightly
-
+MAX_PPL = 10_000.0  # far above the perplexity of any language model whose weights are intact
 
 TEXT = ("dataset_config", "dataset_split", "text_column", "seqlen")
 RUN = ("device", "dtype", "backend", "trust_remote_code")
@@ -65,8 +64,9 @@ def eval_ppl(
 ) -> None:
     """Measure the perplexity of a checkpoint, quantized or not.
 
-    The protocol of the GPTQ paper: the test split of wikitext-2-raw-v1,
-    windows of seqlen tokens that do not overlap, the tail dropped.
+    The protocol is that of the GPTQ paper: the test split of
+    wikitext-2-raw-v1 in windows of seqlen tokens that do not overlap; the
+    rest at the end is dropped.
 
     Example: gptq eval-ppl ./out --baseline ./Qwen3-0.6B --max-increase 0.2
     """
@@ -86,62 +86,59 @@ def eval_ppl(
     )
     with Progress(console) as progress:
         result = evaluate_perplexity(model, request, on_event=progress)
-    spoken = (result.to_json(), _summary(result), f"{result.perplexity:.6g}")
-    failure = _gate(result, max_increase, max_ppl)
+    output = (result.to_json(), _summary(result), f"{result.perplexity:.6g}")
+    failure = _failed_gate(result, max_increase, max_ppl)
     if failure:
-        console.refused(*spoken, failure)
-    console.result(*spoken)
+        console.refused(*output, failure)
+    console.result(*output)
 
 
 def _check_gates(baseline: str | None, max_increase: float | None, max_ppl: float) -> None:
-    """ConfigError for a threshold out of range, or for one without the baseline that it needs."""
+    """Raise ConfigError for a limit out of range, or for --max-increase without a baseline."""
     if not max_ppl > 0:
         raise ConfigError("E_CFG_RANGE", f"--max-ppl must be a number above 0, got {max_ppl}")
     if max_increase is None:
         return
     if baseline is None:
+        message = "--max-increase needs --baseline to compare with"
         hint = "add --baseline MODEL, most often the model before quantization"
-        raise ConfigError(
-            "E_CFG_CONFLICT", "--max-increase needs --baseline to compare with", hint=hint
-        )
+        raise ConfigError("E_CFG_CONFLICT", message, hint=hint)
     if not 0 <= max_increase < math.inf:
-        raise ConfigError(
-            "E_CFG_RANGE", f"--max-increase must be a number of 0 or more, got {max_increase}"
-        )
+        message = f"--max-increase must be a number of 0 or more, got {max_increase}"
+        raise ConfigError("E_CFG_RANGE", message)
 
 
-def _gate(result: EvalResult, max_increase: float | None, max_ppl: float) -> GateError | None:
-    """The failure if perplexity is not a finite number, is above `max_ppl`, or rose by more than `max_increase`."""
+def _failed_gate(
+    result: EvalResult, max_increase: float | None, max_ppl: float
+) -> GateError | None:
+    """Return the error if perplexity is above a limit or not finite, else None."""
+    ppl = result.perplexity
     hint = "try --dtype float32; for a quantized model: gptq verify DIR --full"
-    if result.perplexity > max_ppl:
-        says = f"perplexity {result.perplexity:.6g} is above the {max_ppl:g} of --max-ppl"
+    if ppl > max_ppl:
+        message = f"perplexity {ppl:.6g} is above the {max_ppl:g} of --max-ppl"
         if max_ppl < MAX_PPL:
-            return GateError("E_NUM_PPL", says)
-        return GateError("E_NUM_PPL", f"{says}: such a model predicts nothing", hint=hint)
-    if not math.isfinite(result.perplexity):
-        return GateError(
-            "E_NUM_PPL",
-            f"perplexity is {result.perplexity}: the model's outputs are not usable",
-            hint=hint,
-        )
+            return GateError("E_NUM_PPL", message)
+        return GateError("E_NUM_PPL", f"{message}: such a model predicts nothing", hint=hint)
+    if not math.isfinite(ppl):
+        message = f"perplexity is {ppl}: the model's outputs are not usable"
+        return GateError("E_NUM_PPL", message, hint=hint)
     if max_increase is None:
         return None
     assert result.baseline_perplexity is not None
-    increase = result.perplexity - result.baseline_perplexity
+    increase = ppl - result.baseline_perplexity
     if increase <= max_increase:
         return None
-    rose = f"perplexity rose by {increase:.4g}, from {result.baseline_perplexity:.6g} to {result.perplexity:.6g}"
-    return GateError("E_GATE_PPL", f"{rose}; --max-increase allows {max_increase:g}")
+    rose = f"perplexity rose by {increase:.4g}, from {result.baseline_perplexity:.6g} to {ppl:.6g}"
+    return GateError("E_GATE_PPL", f"{rose}, but --max-increase allows {max_increase:g}")
 
 
 def _summary(result: EvalResult) -> str:
-    lines = [
-        f"perplexity  {result.perplexity:.4f}",
-        f"protocol    {result.dataset}, {result.windows} windows of {result.seqlen} tokens, {result.dtype}",
-        f"time        {clock(result.seconds)}",
-    ]
+    windows = f"{result.windows} windows of {result.seqlen} tokens"
+    lines = [f"perplexity  {result.perplexity:.4f}"]
     if result.baseline_perplexity is not None:
         increase = result.perplexity - result.baseline_perplexity
-        lines.insert(1, f"baseline    {result.baseline_perplexity:.4f} ({increase:+.4f})")
-        lines.insert(2, f"agreement   KL {result.kl:.4g}, top-1 {result.top1_agreement:.2%}")
+        lines.append(f"baseline    {result.baseline_perplexity:.4f} ({increase:+.4f})")
+        lines.append(f"agreement   KL {result.kl:.4g}, top-1 {result.top1_agreement:.2%}")
+    lines.append(f"protocol    {result.dataset}, {windows}, {result.dtype}")
+    lines.append(f"time        {clock(result.seconds)}")
     return joined(lines)

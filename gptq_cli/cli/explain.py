@@ -1,4 +1,4 @@
-"""`gptq explain`: what a code of an error or a warning means, and what to do about it."""
+"""`gptq explain`: the meaning of the code of an error or a warning, and the way to fix it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ def explain(
     code: Annotated[
         str | None,
         typer.Argument(
-            metavar="CODE", help="as in error[CODE]; all codes if left out", show_default=False
+            metavar="CODE",
+            help="code in brackets, as in error[CODE]; default all codes",
+            show_default=False,
         ),
     ] = None,
     as_json: AsJson = False,
@@ -34,16 +36,18 @@ def explain(
         return
     known = code.strip().upper().replace("-", "_")
     if known not in texts:
-        near = nearest(known.lower(), [name.lower() for name in texts])
-        hint = f"did you mean {near.upper()}?" if near else "gptq explain lists all codes"
+        near = nearest(known.lower(), map(str.lower, texts))
+        hint = "gptq explain lists all codes"
+        if near:
+            hint = f"did you mean {near.upper()}?"
         raise ConfigError("E_CODE", f"there is no code `{code}`", hint=hint)
-    shown = "\n".join(fitted(line, 0) for line in texts[known].splitlines())
-    console.result({"code": known, "text": texts[known]}, f"{known}\n\n{shown}", texts[known])
+    text = texts[known]
+    lines = [known, "", *(fitted(line, 0) for line in text.splitlines())]
+    console.result({"code": known, "text": text}, "\n".join(lines), text)
 
 
 def explanations() -> dict[str, str]:
-    """The text for each code, in the order of the file."""
-    content: dict[str, str] = yaml.safe_load(
-        files("gptq_cli.cli").joinpath("codes.yaml").read_text(encoding="utf-8")
-    )
+    """Return the text for each code, in the order of the file."""
+    file = files("gptq_cli.cli").joinpath("codes.yaml")
+    content: dict[str, str] = yaml.safe_load(file.read_text(encoding="utf-8"))
     return {code: text.strip() for code, text in content.items()}

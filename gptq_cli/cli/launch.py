@@ -1,4 +1,4 @@
-"""`--devices`: the same command once for each device."""
+"""The processes of a run: `--devices`, signals, and the messages of one process for all."""
 
 from __future__ import annotations
 
@@ -17,33 +17,42 @@ import typer
 from gptq_cli.cli.console import Console, log, report_problems
 from gptq_cli.errors import ConfigError, GptqError, ResourceError, Stopped
 
-# Ctrl-C, `kill` and schedulers, a terminal that closes, a limit of CPU time, Slurm's --signal
+if TYPE_CHECKING:
+    from gptq_cli.runtime.ranks import Worker
+
+# Ctrl-C, `kill` and schedulers, a closed terminal, a limit of CPU time, Slurm's --signal
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGXCPU", "SIGUSR1")
+OF_TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"}  # environment variables
 SHOW_CURSOR = "\x1b[?25h"
+FORMS = "numbers of GPUs as in 0,1,2,3, or cpu:4 for four processes on the CPU"
 Handler = Callable[[int, FrameType | None], None]
 
 
 @contextmanager
 def handled(handler: Handler) -> Iterator[list[int]]:
-    """Let `handler` take these signals in the body, whose numbers it is given; ignored ones (nohup) stay so."""
-    wanted = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
-    before = {number: signal.getsignal(number) for number in wanted}
-    taken = [number for number in wanted if before[number] is not signal.SIG_IGN]
-    for number in taken:
-        signal.signal(number, handler)
+    """Let `handler` handle the signals of NAMES in the body, and yield their numbers.
+
+    Signals that are ignored, as nohup does, stay ignored.
+    """
+    before = {}
+    for name in NAMES:
+        if hasattr(signal, name):
+            number = getattr(signal, name)
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, handler)
     try:
-        yield taken
+        yield list(before)
     finally:
-        for number in taken:
-            signal.signal(number, before[number])
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 @contextmanager
 def stoppable(console: Console) -> Iterator[None]:
-    """Raise Stopped in the body when one of these signals comes.
+    """Raise Stopped in the body when a signal of NAMES arrives.
 
-    It is raised wherever the body is, and not only between layers: whatever it interrupts may as well be killed, since
-    only what is finished and durable counts.
+    It is raised at any line, not only between layers: the interrupted work may as well be killed,
+    because only finished and durable work counts. A second signal ends the process at once.
     """
 
     def end_at_once(number: int, _frame: FrameType | None) -> None:
@@ -55,7 +64,8 @@ def stoppable(console: Console) -> Iterator[None]:
     def end(number: int, _frame: FrameType | None) -> None:
         for other in taken:
             signal.signal(other, end_at_once)
-        console.say(f"stopping on {signal.Signals(number).name}; once more to end at once")
+        name = signal.Signals(number).name
+        console.say(f"stopping on {name}; a second signal exits immediately")
         raise Stopped(number)
 
     with handled(end) as taken:
@@ -63,57 +73,77 @@ def stoppable(console: Console) -> Iterator[None]:
 
 
 def name_of(exit_code: int) -> str:
-    """The name of the signal that an exit code of 128 and more stands for."""
+    """Return the name of the signal for an exit code above 128."""
     return signal.Signals(exit_code - 128).name
 
 
-if TYPE_CHECKING:
-    from gptq_cli.runtime.ranks import Worker
+def parse_devices(text: str | None) -> list[str]:
+    """Return the devices that the value of --devices names, one for each process; [] for None.
 
-FORMS = "numbers of GPUs as in 0,1,2,3, or cpu:4 for four processes on the CPU"
-
-
-def parse_devices(said: str | None) -> list[str]:
-    """The devices that `--devices` names, one for each process; ConfigError E_CFG_RANGE for what is none."""
+    Raise ConfigError E_CFG_RANGE for a value of another form, E_CFG_CONFLICT for devices that
+    cannot share a run.
+    """
+    if text is None:
+        return []
     devices: list[str] = []
-    for part in said.split(",") if said is not None else []:
+    for part in text.split(","):
         match = re.fullmatch(r"cpu(?::(\d{1,3}))?|(?:cuda:)?(\d{1,3})", part.strip())
         if not match or match[1] == "0":
-            raise ConfigError(
-                "E_CFG_RANGE", f"--devices must be {FORMS}, got {said!r}", hint="--devices 0,1"
-            )
-        devices += [f"cuda:{int(match[2])}"] if match[2] else ["cpu"] * int(match[1] or 1)
-    twice = [device for device in devices if device != "cpu" and devices.count(device) > 1]
-    if twice or len({device.partition(":")[0] for device in devices}) > 1:
-        why = f"names {twice[0]} twice" if twice else "mixes GPUs and the CPU"
-        raise ConfigError("E_CFG_CONFLICT", f"--devices {why}", hint=f"give {FORMS}")
+            message = f"--devices must be {FORMS}, got {text!r}"
+            raise ConfigError("E_CFG_RANGE", message, hint="--devices 0,1")
+        if match[2]:
+            devices.append(f"cuda:{int(match[2])}")
+        else:
+            devices += ["cpu"] * int(match[1] or 1)
+    _check_together(devices)
     return devices
 
 
+def _check_together(devices: list[str]) -> None:
+    for device in devices:
+        if device != "cpu" and devices.count(device) > 1:
+            raise ConfigError(
+                "E_CFG_CONFLICT", f"--devices names {device} twice", hint=f"give {FORMS}"
+            )
+    if "cpu" in devices and set(devices) != {"cpu"}:
+        message = "--devices mixes GPUs and the CPU"
+        raise ConfigError("E_CFG_CONFLICT", message, hint=f"give {FORMS}")
+
+
 def is_one_of_several() -> bool:
-    """Whether this process is one of several already, started by `launch` or by torchrun."""
+    """Return whether `launch` or torchrun started this process as one of several."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def is_leader() -> bool:
-    """Whether this process is the first of several, or the only one."""
+    """Return whether this process is the first of several, or the only one."""
     return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
-def member(device: str, devices: list[str], *, as_json: bool) -> Iterator[Worker]:
-    """This process's place for the body; of errors that end it one process tells."""
+def joined_worker(device: str, devices: list[str], *, as_json: bool) -> Iterator[Worker]:
+    """Yield this process's device and its connection to the other processes of the run.
+
+    `device` is that of the configuration, `devices` are those of --devices. Of several processes
+    only one reports an error that ends the run.
+    """
+    if not devices and not OF_TORCHRUN & os.environ.keys():
+        from gptq_cli.runtime.open_model import resolve_device
+        from gptq_cli.runtime.ranks import SINGLE_PROCESS, Worker
+
+        yield Worker(SINGLE_PROCESS, resolve_device(device))
+        return
     from gptq_cli.runtime.processes import SAID_ELSEWHERE
     from gptq_cli.runtime.torchrun import ReportedByAnotherRank, joined
 
     def end(error: ResourceError | None) -> None:
         if error is not None:
-            _tell(error, as_json)
+            _report(error, as_json)
         os._exit(ResourceError.exit_code)
 
     try:
-        with joined(device, devices, end) as place:
-            yield place
+        with joined(device, devices, end) as worker:
+            yield worker
     except ReportedByAnotherRank:
         log.muted = True
         raise typer.Exit(SAID_ELSEWHERE) from None
@@ -123,43 +153,56 @@ def member(device: str, devices: list[str], *, as_json: bool) -> Iterator[Worker
 
 
 def launch(devices: list[str], *, as_json: bool, directory: Path) -> int:
-    """Run this command once for each of `devices`, in `directory`; the exit code, when all have ended.
+    """Run this command once for each of `devices`, in `directory`, and return its exit code.
 
-    What a process has to say it says itself; only if one was killed it is said here. InputError E_DEVICE for a device
-    that is not there.
+    Each process reports its own errors; only a killed one is reported here. Raise InputError
+    E_DEVICE for a device that is not there.
     """
     from gptq_cli.runtime.open_model import resolve_device
-    from gptq_cli.runtime.processes import SAID_ELSEWHERE, Processes, local_environment
+    from gptq_cli.runtime.processes import Processes, local_environment
 
     for device in devices:
         resolve_device(device)
     environment = local_environment()
-    if devices[0] == "cpu":  # as torchrun does, and everybody may have a part of the cores
-        environment.setdefault(
-            "OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // len(devices)))
-        )
+    if devices[0] == "cpu":  # the processes share the cores; torchrun sets this variable too
+        n_threads = max(1, len(os.sched_getaffinity(0)) // len(devices))
+        environment.setdefault("OMP_NUM_THREADS", str(n_threads))
     log.end()
     processes = Processes(len(devices))
     with handled(processes.forward):
         codes = processes.run(directory, environment)
-    failed = [rank for rank in processes.ended if codes[rank]]
-    spoken = [codes[rank] for rank in failed if codes[rank] > 0 and codes[rank] != SAID_ELSEWHERE]
-    if spoken or not failed:
-        return spoken[0] if spoken else 0
-    killed = next(rank for rank in failed if codes[rank] < 0)
-    return _killed(killed, len(devices), codes[killed], as_json)
+    return _exit_code(processes.ended, codes, as_json)
 
 
-def _killed(rank: int, n: int, code: int, as_json: bool) -> int:
-    """Say that a process was killed, which no other one could."""
+def _exit_code(ended: list[int], codes: list[int], as_json: bool) -> int:
+    """Return the exit code of the first process that reported an error, `ended` being their order.
+
+    If none did but one was killed, report that.
+    """
+    from gptq_cli.runtime.processes import SAID_ELSEWHERE
+
+    for rank in ended:
+        if codes[rank] > 0 and codes[rank] != SAID_ELSEWHERE:
+            return codes[rank]
+    for rank in ended:
+        if codes[rank] < 0:
+            return _report_killed(rank, codes, as_json)
+    return max(codes)
+
+
+def _report_killed(rank: int, codes: list[int], as_json: bool) -> int:
+    """Report for a process that it was killed, and return the exit code."""
+    name = signal.Signals(-codes[rank]).name
     lost = ResourceError(
-        "E_RANK_LOST", f"process {rank} of {n} (the first is 0) was killed by {signal.Signals(-code).name}",
-        hint="see whether the machine ran out of memory; the same command goes on after the last finished block",
-    )  # fmt: skip
-    _tell(lost, as_json)
+        "E_RANK_LOST",
+        f"process {rank} of {len(codes)} (the first is 0) was killed by {name}",
+        hint="check whether the machine ran out of memory; "
+        "the same command resumes after the last finished block",
+    )
+    _report(lost, as_json)
     return lost.exit_code
 
 
-def _tell(error: GptqError, as_json: bool) -> None:
+def _report(error: GptqError, as_json: bool) -> None:
     log.muted = False
     report_problems(error.problems, error.exit_code, as_json=as_json)

@@ -1,4 +1,6 @@
-"""Which file may be a log: a new or empty one, or a log of ours, in no model, output or work directory."""
+"""Check of --log-file: the file must be new, empty or a log of gptq, outside of models, outputs and
+work directories.
+"""
 
 from __future__ import annotations
 
@@ -18,25 +20,21 @@ from gptq_cli.storage.file_identity import identity, is_inside
 from gptq_cli.storage.replacing import is_an_output
 from gptq_cli.storage.work_directory import WorkDirectory, output_of, read_run
 
-NAMED = (
-    "model",
-    "baseline",
-    "a",
-    "b",
-    "directory",
-    "text",
-    "dataset",
-)  # what commands read directories from
+# options whose values name files and directories that commands read
+NAMED = ("model", "baseline", "a", "b", "directory", "text", "dataset")
 _FIRST_LINE = re.compile(rb"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z " + LOG_MARK.encode())
 HINT = "choose another place for --log-file"
 
 
-def check_log_file(file: Path, said: Mapping[str, Any]) -> None:
-    """ConfigError E_LOG_FILE if a log in `file` would be in what a command with the options `said` reads or writes, or
-    if the file is there and is no log of gptq."""
-    for place in filter(_may_exist, _named(said)):
-        if is_inside(file, place) or _is_same_new(file, place):
-            raise _refusal(f"`{file}` is in `{place}`, which this command reads or writes")
+def check_log_file(file: Path, values: Mapping[str, Any]) -> None:
+    """Raise ConfigError E_LOG_FILE if a log in `file` could damage other data.
+
+    That is the case if `file` is in a directory that the command with the options `values` reads
+    or writes, or in a checkpoint, or if it exists and is no log of gptq.
+    """
+    for path in filter(_may_exist, _paths_of_command(values)):
+        if is_inside(file, path) or _is_same_new(file, path):
+            raise _refusal(f"`{file}` is in `{path}`, which this command reads or writes")
     for above in Path(os.path.realpath(file)).parents:
         if is_an_output(above):
             raise _refusal(f"`{file}` is in `{above}`, a checkpoint")
@@ -44,59 +42,70 @@ def check_log_file(file: Path, said: Mapping[str, Any]) -> None:
         raise _refusal(f"`{file}` exists and is not a log of gptq")
 
 
-def _named(said: Mapping[str, Any]) -> Iterator[Path]:
-    """The files and directories that a command reads or writes; an output has its work directory, too."""
+def _paths_of_command(values: Mapping[str, Any]) -> Iterator[Path]:
+    """Yield the files and directories that a command reads or writes, and work directories."""
     for key in NAMED:
-        values = said.get(key)
-        for value in values if isinstance(values, list) else [values]:
+        named = values.get(key)
+        if not isinstance(named, list):
+            named = [named]
+        for value in named:
             if isinstance(value, str | Path):
                 yield Path(value).expanduser()
-    for output in _outputs(said):
+    for output in _outputs(values):
         yield output
         yield WorkDirectory(output).path
-    begun = read_run(said["directory"]) if "directory" in said else None
-    model = begun["request"].get("model") if begun else None
+    if "directory" in values:
+        yield from _model_of_work(values["directory"])
+
+
+def _model_of_work(directory: Path) -> Iterator[Path]:
+    """Yield the model of the unfinished run in a work directory, if there is one."""
+    run = read_run(directory)
+    model = run["request"].get("model") if run else None
     if isinstance(model, str):
         yield Path(model)
 
 
-def _outputs(said: Mapping[str, Any]) -> Iterator[Path]:
-    work = said.get("directory")
-    unfinished = output_of(Path(os.path.realpath(work))) if work is not None else None
-    if unfinished is not None:
-        yield unfinished
-    if said.get("output") is not None:
-        yield Path(said["output"])
-    elif "output" in said and "config" in said:
-        settings = {name: said[name] for name in FIELDS if name in said}
-        try:
-            config = resolve(settings, os.environ, said["config"]).config
-        except GptqError:  # the command itself tells what is wrong
-            return
-        yield Path(default_name(said["model"], config))
+def _outputs(values: Mapping[str, Any]) -> Iterator[Path]:
+    """Yield the outputs of a command: of `gptq resume`, by --output, or by default."""
+    if values.get("directory") is not None:
+        unfinished = output_of(Path(os.path.realpath(values["directory"])))
+        if unfinished is not None:
+            yield unfinished
+    if values.get("output") is not None:
+        yield Path(values["output"])
+    elif "output" in values and "config" in values:
+        yield from _default_output(values)
+
+
+def _default_output(values: Mapping[str, Any]) -> Iterator[Path]:
+    settings = {name: values[name] for name in FIELDS if name in values}
+    try:
+        config = resolve(settings, os.environ, values["config"]).config
+    except GptqError:  # the command itself will report it
+        return
+    yield Path(default_name(values["model"], config))
 
 
 def _may_exist(path: Path) -> bool:
-    """Return whether the file system can hold the name: run files of strangers may say anything."""
+    """Return whether a file of this name can exist; a foreign run file may name anything."""
     try:
         return b"\0" not in os.fsencode(path)
     except UnicodeEncodeError:
         return False
 
 
-def _is_same_new(file: Path, place: Path) -> bool:
-    """True if both are the same name, which need not exist, in the same directory."""
-    one, other = Path(os.path.realpath(file)), Path(os.path.realpath(place))
+def _is_same_new(file: Path, path: Path) -> bool:
+    """Return whether both are the same name, which need not exist, in the same directory."""
+    one, other = Path(os.path.realpath(file)), Path(os.path.realpath(path))
     return one.name == other.name and identity(one.parent) == identity(other.parent) is not None
 
 
 def _may_be_log(file: Path) -> bool:
     try:
         found = file.stat()
-        if stat.S_ISFIFO(found.st_mode) or stat.S_ISCHR(
-            found.st_mode
-        ):  # such as /dev/null: nothing there is lost
-            return True
+        if stat.S_ISFIFO(found.st_mode) or stat.S_ISCHR(found.st_mode):
+            return True  # such as /dev/null, where nothing is lost
         if not stat.S_ISREG(found.st_mode):
             return False
         with file.open("rb") as stream:

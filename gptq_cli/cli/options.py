@@ -1,8 +1,9 @@
 """The options of commands.
 
-Options for fields of the configuration are made from the schema: type, description, panel and default stand there. A
-command that takes some has a parameter `settings`, a mapping of the fields that were given, and names them with
-`@takes_settings`. The options that several commands share besides are written out here.
+Options for fields of the configuration are made from the schema, which has their type, description,
+panel and default. A command with such options names the fields with `@takes_settings`, and its
+parameter `settings` is a mapping of those that were given. Other options that several commands
+share are defined here.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ Settings = Mapping[str, Any]  # fields of the configuration that were given as o
 
 
 def configurable_fields() -> list[str]:
-    """List the fields of the configuration that have an option."""
+    """Return the fields of the configuration that have an option."""
     return [name for name in QuantizeConfig.model_fields if _option_of(name) is not None]
 
 
 def takes_settings(*fields: str) -> Callable[[Command], Command]:
-    """Mark a command that has an option for each of `fields`; its parameter `settings` holds those that were given."""
+    """Mark a command as having an option for each of `fields`, passed to it as `settings`."""
 
     def mark(command: Command) -> Command:
         command.fields = fields  # type: ignore[attr-defined]
@@ -41,11 +42,11 @@ def takes_settings(*fields: str) -> Callable[[Command], Command]:
     return mark
 
 
-def as_typer_sees(command: Callable[..., None], begin: Begin) -> Callable[..., None]:
-    """Return `command` as a function whose signature names every option.
+def with_options(command: Callable[..., None], begin: Begin) -> Callable[..., None]:
+    """Return `command` as a function whose signature names every option, for typer.
 
-    An option for each field stands in the place of `settings`. Each command also takes --verbose and --log-file;
-    `begin` is called with these two and all other values before the command.
+    The options of its fields replace `settings`. Each command also takes --verbose and --log-file;
+    before the command, `begin` is called with these two and a mapping of all other values.
     """
     fields = getattr(command, "fields", ())
     parameters: list[Parameter] = []
@@ -57,7 +58,7 @@ def as_typer_sees(command: Callable[..., None], begin: Begin) -> Callable[..., N
     parameters += [_parameter("verbose", Verbose, False), _parameter("log_file", LogFile, None)]
     for parameter in parameters:
         for info in getattr(parameter.annotation, "__metadata__", ()):
-            info.readable = False  # typer would check paths, but whoever opens one tells more
+            info.readable = False  # no check by typer: the code that opens a path reports more
 
     def run(*, verbose: bool, log_file: Path | None, **values: Any) -> None:
         settings = _given({name: values.pop(name) for name in fields})
@@ -66,7 +67,8 @@ def as_typer_sees(command: Callable[..., None], begin: Begin) -> Callable[..., N
             values["settings"] = settings
         command(**values)
 
-    run.__signature__ = signature(command).replace(parameters=parameters)  # type: ignore[attr-defined]
+    whole = signature(command).replace(parameters=parameters)
+    run.__signature__ = whole  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     run.__doc__ = command.__doc__
     return run
@@ -77,7 +79,7 @@ def _parameter(name: str, annotation: Any, default: object) -> Parameter:
 
 
 def _given(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that were given, as the configuration takes them."""
+    """Return the options that were given, with the types of the configuration."""
     given = {}
     for name, value in values.items():
         if value is None or value == []:
@@ -91,21 +93,21 @@ def _given(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rules(texts: Iterable[str]) -> dict[str, Any]:
-    """Return `dynamic` as a mapping of its rules; ConfigError for a rule that is given twice or changes nothing."""
+    """Return the rules of --dynamic as a mapping.
+
+    Raise ConfigError for a rule that is given twice or changes nothing.
+    """
     rules: dict[str, Any] = {}
     for text in texts:
         rule, settings = parse_rule(text)
         if rule in rules:
-            raise ConfigError(
-                "E_CFG_CONFLICT", f"--dynamic says {rule!r} twice", hint="keep one of them"
-            )
+            message = f"--dynamic has {rule!r} twice"
+            raise ConfigError("E_CFG_CONFLICT", message, hint="keep one of them")
         if not settings and not rule.startswith("-:"):
-            hint = (
-                f"write '{rule}={{bits: 8}}', or '-:{rule.removeprefix('+:')}' to keep the layers"
-            )
-            raise ConfigError(
-                "E_CFG_MISSING", f"--dynamic {rule!r} says nothing to change", hint=hint
-            )
+            message = f"--dynamic {rule!r} changes nothing"
+            layers = rule.removeprefix("+:")
+            hint = f"write '{rule}={{bits: 8}}', or '-:{layers}' to keep the layers unquantized"
+            raise ConfigError("E_CFG_MISSING", message, hint=hint)
         rules[rule] = settings
     return rules
 
@@ -118,7 +120,7 @@ def _option_of(field: str) -> Option | None:
 
 
 def _annotation(field: str) -> Any:
-    """Return the annotation that makes typer show the option of `field`; None stands for "not given"."""
+    """Return the annotation that makes typer show the option of `field`; None is "not given"."""
     info = QuantizeConfig.model_fields[field]
     option = _option_of(field)
     assert option is not None
@@ -145,7 +147,7 @@ def _spellings(field: str, kind: type) -> tuple[str, ...]:
 
 
 def _value_type(annotation: Any) -> Any:
-    """Return the type that an option's word is turned into: a plain type, or list[str] if it may be repeated."""
+    """Return the type of an option's value: a plain type, or list[str] if it may be repeated."""
     if annotation in (bool, int, float):
         return annotation
     if get_origin(annotation) is dict:
@@ -161,7 +163,7 @@ def _value_type(annotation: Any) -> Any:
 
 
 def _metavar(annotation: Any) -> str | None:
-    """Return the values of a literal type, or a letter for a number."""
+    """Return what the help shows as the value: the words of a literal type, or a letter."""
     members = get_args(annotation)
     if get_origin(annotation) is Literal:
         return "|".join(map(str, members))
@@ -184,7 +186,7 @@ def plain(
     metavar: str | None = None,
     min: int | None = None,
 ) -> Any:
-    """The typer option for something that is no field of the configuration."""
+    """Return a typer option that shows no default."""
     return typer.Option(
         *names, help=help, metavar=metavar, rich_help_panel=panel, show_default=False, min=min
     )
@@ -212,7 +214,6 @@ Revision = Annotated[
     str | None,
     plain("--revision", help="branch, tag or commit of a Hub model", metavar="REV", panel="Input"),
 ]
-
 
 Dataset = Annotated[
     str | None,
@@ -257,7 +258,8 @@ Resume = Annotated[
     str | None,
     plain(
         "--resume",
-        help="resume unfinished work: auto = if there is any, require = or fail, never = start over; default auto",
+        help="resume unfinished work: auto = if there is any, require = fail if there is none, "
+        "never = start over; default auto",
         panel=Panel.RUN,
         metavar="auto|require|never",
     ),
@@ -283,7 +285,8 @@ Devices = Annotated[
     str | None,
     plain(
         "--devices",
-        help="devices that share the work, one process each: GPUs, or cpu:N; the result is the same",
+        help="devices that share the work, one process each: GPUs, or cpu:N; "
+        "the result is the same",
         panel=Panel.RUN,
         metavar="0,1,..",
     ),

@@ -1,4 +1,4 @@
-"""`gptq plan`, which is `gptq quantize --dry-run`: what a run would do, from headers alone."""
+"""`gptq plan`, alias `gptq quantize --dry-run`: show the plan of a run, made from headers alone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Devices = Annotated[
     int,
     o.plain(
         "--devices",
-        help="how many devices share the work; default 1",
+        help="number of devices that share the work; default 1",
         panel=Panel.RUN,
         metavar="N",
         min=1,
@@ -47,10 +47,10 @@ def plan(
 ) -> None:
     """Show what quantize would do, without doing it.
 
-    Reads config.json and the headers of the weights; of a Hub id nothing
-    else is downloaded. Takes the options of quantize. Sizes are exact,
-    memory is an estimate. With --time this device is measured, to estimate
-    how long a run takes.
+    Reads config.json and the headers of the weights; for a Hub id nothing
+    else is downloaded. Accepts the options of quantize. Sizes are exact,
+    memory is an estimate. --time measures this device for a few seconds
+    and estimates the time of a run.
 
     Example: gptq plan ./Qwen3-0.6B --bits 4
     """

@@ -1,21 +1,34 @@
-"""What `gptq plan` and `gptq quantize --dry-run` print."""
+"""The output of `gptq plan` and `gptq quantize --dry-run`."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-from gptq_cli.cli.console import Console, engine_lines, fitted, on_one_line, row_data, row_lines
+from gptq_cli.cli.console import (
+    Console,
+    counted,
+    engine_lines,
+    fitted,
+    indented_lines,
+    on_one_line,
+    row_data,
+    row_lines,
+)
 from gptq_cli.config.finding import clock, size
 from gptq_cli.config.resolve import Resolved
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.config.serving import engine_data
+from gptq_cli.config.serving import Verdict, engine_data
 from gptq_cli.errors import ConfigError
 from gptq_cli.files import status_of
-from gptq_cli.inspection.summary import plan_rows
+from gptq_cli.inspection.summary import Row, plan_rows
+from gptq_cli.json_values import to_json
 from gptq_cli.planning.estimate import (
+    Disk,
+    Estimate,
     Seconds,
     Term,
     estimate_disk,
@@ -25,7 +38,21 @@ from gptq_cli.planning.estimate import (
     total,
 )
 from gptq_cli.planning.plan import plan_checkpoint
-from gptq_cli.planning.run_plan import RunPlan, default_name, judge_plan, remarks
+from gptq_cli.planning.run_plan import LayerPlan, RunPlan, default_name, judge_plan, remarks
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """The parts of the output: a plan, its rows, and its costs on each of `devices`."""
+
+    plan: RunPlan
+    quantized: Sequence[Row]
+    kept: Sequence[Row]
+    devices: int
+    memory: Estimate
+    disk: Disk
+    seconds: Seconds | None
+    engines: Sequence[Verdict]
 
 
 def show_plan(
@@ -38,58 +65,48 @@ def show_plan(
     devices: int = 1,
     with_time: bool = False,
 ) -> None:
-    """Print the plan of a run, the reasons for it and what it takes of each of so many devices.
+    """Print the plan of a run on `devices`, with its memory, disk space and serving engines.
 
-    With `with_time` the device of the run is measured first, to estimate how long the run takes on it.
+    With `with_time`, measure the device of the run and estimate its time.
     """
     from gptq_cli.checkpoint.locate import peek_model
 
     config = resolved.config
-    for note in resolved.notes:
-        console.say(f"note: {note}")
+    console.show_notes(resolved.notes)
     source, checkpoint = peek_model(model, revision)
-    found = plan_checkpoint(checkpoint, config)
+    plan = plan_checkpoint(checkpoint, config)
     output = output or Path(default_name(model, config))
     seconds = None
     if with_time:
-        seconds = _measured_seconds(found, config, devices)
-    data = {
-        "model": source.name,
-        "commit": source.commit,
-        "output": str(output),
-        **_data(found, resolved, output, devices),
-        "seconds": _seconds_data(seconds),
-    }
-    if status_of(output, writing=True) is not None:
-        console.say(
-            f"note: `{output}` exists: quantize will refuse it if it is not empty and --overwrite is not given"
-        )
-    disk = data["disk"]
-    if disk["free_bytes"] is not None and disk["free_bytes"] < disk["needed_bytes"]:
-        console.warn(
-            "W_DISK",
-            f"{size(disk['free_bytes'])} are free at `{output}`, {size(disk['needed_bytes'])} needed",
-        )
-    for code, remark in remarks(found, config):
-        console.warn(code, remark)
-    text = "\n".join(
-        [
-            on_one_line(f"{source.name} -> {output}"),
-            "",
-            *_lines(found, resolved, output, devices, seconds),
-        ]
-    )
-    console.result(data, text, str(found.layout.nbytes))
-
-
-def _data(plan: RunPlan, resolved: Resolved, output: Path, devices: int) -> dict[str, Any]:
-    config = resolved.config
-    quantized, kept = plan_rows(plan)
+        seconds = _measured_seconds(plan, config, devices)
     memory, disk = estimate_memory(plan, config, devices), estimate_disk(plan, output)
+    engines = judge_plan(plan, config)
+    quantized, kept = plan_rows(plan)
+    found = Shown(plan, quantized, kept, devices, memory, disk, seconds, engines)
+    _warn(console, found, config, output)
+    names = {"model": source.name, "commit": source.commit, "output": output}
+    lines = [on_one_line(f"{source.name} -> {output}"), "", *_lines(found)]
+    console.result({**names, **_data(found)}, "\n".join(lines), str(plan.layout.nbytes))
+
+
+def _warn(console: Console, found: Shown, config: QuantizeConfig, output: Path) -> None:
+    if status_of(output, writing=True) is not None:
+        refusal = "quantize will refuse it if it is not empty and --overwrite is not given"
+        console.say(f"note: `{output}` exists: {refusal}")
+    disk = found.disk
+    if disk.free is not None and not disk.fits:
+        free, needed = size(disk.free), size(disk.needed)
+        console.warn("W_DISK", f"{free} are free at `{output}`, but {needed} are needed")
+    for code, remark in remarks(found.plan, config):
+        console.warn(code, remark)
+
+
+def _data(found: Shown) -> dict[str, Any]:
+    plan, memory = found.plan, found.memory
     return {
         "blocks": plan.n_blocks,
-        "quantized": row_data(quantized),
-        "kept": row_data(kept),
+        "quantized": row_data(found.quantized),
+        "kept": row_data(found.kept),
         "layers": layer_data(plan),
         "bits_per_weight": plan.bits_per_weight,
         "source_quantization": plan.plain.how,
@@ -102,69 +119,83 @@ def _data(plan: RunPlan, resolved: Resolved, output: Path, devices: int) -> dict
             "accelerator": _peak(memory.accelerator),
             "accelerator_host": _peak(memory.accelerator_host),
         },
-        "devices": devices,
-        "disk": {"needed_bytes": disk.needed, "free_bytes": disk.free},
-        "engines": engine_data(judge_plan(plan, resolved.config)),
+        "devices": found.devices,
+        "disk": {"needed_bytes": found.disk.needed, "free_bytes": found.disk.free},
+        "engines": engine_data(found.engines),
+        "seconds": _seconds_data(found.seconds),
     }
 
 
 def layer_data(plan: RunPlan) -> list[dict[str, Any]]:
-    """Every linear of a plan as plain JSON values."""
-    return [
-        {
-            "name": layer.name,
-            "block": layer.block,
-            "shape": [layer.out_features, layer.in_features],
-            "bits": layer.config.bits if layer.config else None,
-            "group_size": layer.config.group_size if layer.config else None,
-            "why": layer.why,
-        }
-        for layer in plan.layers
-    ]
+    """Return every linear layer of a plan as plain JSON values."""
+    return list(map(_layer_data, plan.layers))
 
 
-def _lines(
-    plan: RunPlan, resolved: Resolved, output: Path, devices: int, seconds: Seconds | None
-) -> list[str]:
-    quantized, kept = plan_rows(plan)
-    rows = row_lines([*quantized, *kept])
-    memory, disk = estimate_memory(plan, resolved.config, devices), estimate_disk(plan, output)
-    each = f" for each of {devices} processes" if devices > 1 else ""
-    files = f"{len(plan.layout.shards)} file" + ("s" if len(plan.layout.shards) > 1 else "")
-    free = f", {size(disk.free)} free" if disk.free is not None else ""
-    smaller = plan.source.nbytes / plan.layout.nbytes
+def _layer_data(layer: LayerPlan) -> dict[str, Any]:
+    data: dict[str, Any] = {
+        "name": layer.name,
+        "block": layer.block,
+        "shape": [layer.out_features, layer.in_features],
+        "bits": None,
+        "group_size": None,
+        "why": layer.why,
+    }
+    if layer.config is not None:
+        data |= {"bits": layer.config.bits, "group_size": layer.config.group_size}
+    return data
+
+
+def _lines(found: Shown) -> list[str]:
+    plan = found.plan
+    rows = row_lines([*found.quantized, *found.kept])
+    n_quantized = len(found.quantized)
+    lines = ["quantized", *indented_lines(rows[:n_quantized])]
+    if found.kept:
+        lines += ["unchanged", *indented_lines(rows[n_quantized:])]
+    lines.append("")
+    if plan.plain.how:
+        lines.append(f"source  {on_one_line(plan.plain.how)}, decoded while it is read")
+    before, after = plan.source.nbytes, plan.layout.nbytes
+    files = counted(len(plan.layout.shards), "file")
+    smaller = f"{size(before)} -> {size(after)} ({before / after:.2f}x smaller)"
+    lines.append(f"size    {smaller} in {files}, {after} bytes")
+    rate = f"{plan.bits_per_weight:.3g} per quantized weight"
+    lines.append(f"bits    {rate}, with scales, zero points and g_idx")
+    lines += _memory_lines(found) + _time_lines(found.seconds) + _disk_lines(found.disk)
+    return [*lines, *map(fitted, engine_lines(found.engines))]
+
+
+def _memory_lines(found: Shown) -> list[str]:
+    memory = found.memory
+    each = ""
+    if found.devices > 1:
+        each = f" for each of {found.devices} processes"
+    terms = ", ".join(f"{term.what} {size(term.nbytes)}" for term in memory.cpu)
+    gpu, host = size(total(memory.accelerator)), size(total(memory.accelerator_host))
     return [
-        "quantized",
-        *(f"  {line}" for line in rows[: len(quantized)]),
-        *(["stays as it is"] if kept else []),
-        *(f"  {line}" for line in rows[len(quantized) :]),
-        "",
-        *(
-            [f"source  {on_one_line(plan.plain.how)}, decoded while it is read"]
-            if plan.plain.how
-            else []
-        ),
-        f"size    {size(plan.source.nbytes)} -> {size(plan.layout.nbytes)} ({smaller:.2f}x smaller) in {files}, "
-        f"{plan.layout.nbytes} bytes",
-        f"bits    {plan.bits_per_weight:.3g} a quantized weight, with scales, zero points and g_idx",
         f"memory  about {size(total(memory.cpu))} on the CPU{each} (estimate):",
-        *wrap(_terms(memory.cpu), 78, initial_indent=" " * 10, subsequent_indent=" " * 10),
-        f"        about {size(total(memory.accelerator))} on a GPU and {size(total(memory.accelerator_host))} "
-        "on its host (estimate, not measured)",
-        *_time_lines(seconds),
-        f"disk    {size(disk.needed)}{free}",
-        *map(fitted, engine_lines(judge_plan(plan, resolved.config))),
+        *wrap(terms, 78, initial_indent=" " * 10, subsequent_indent=" " * 10),
+        f"        about {gpu} on a GPU and {host} on its host (estimate, not measured)",
     ]
+
+
+def _disk_lines(disk: Disk) -> list[str]:
+    if disk.free is None:
+        return [f"disk    {size(disk.needed)}"]
+    return [f"disk    {size(disk.needed)}, {size(disk.free)} free"]
 
 
 def _measured_seconds(plan: RunPlan, config: QuantizeConfig, devices: int) -> Seconds:
-    """Measure the device of the run and estimate its time; ConfigError E_CFG_CONFLICT for several devices."""
+    """Measure the device of the run and estimate the time of the run.
+
+    Raise ConfigError E_CFG_CONFLICT for several devices.
+    """
     from gptq_cli.runtime.open_model import DTYPES, resolve_device
     from gptq_cli.runtime.rates import measure_rates
 
     if devices > 1:
         message = f"--time measures one device, but --devices is {devices}"
-        raise ConfigError("E_CFG_CONFLICT", message, hint="leave out --devices or --time")
+        raise ConfigError("E_CFG_CONFLICT", message, hint="omit --devices or --time")
     widest = max(plan.quantized, key=lambda layer: layer.in_features)
     assert widest.config is not None
     dtype = DTYPES[forward_dtype(plan, config)]
@@ -174,27 +205,22 @@ def _measured_seconds(plan: RunPlan, config: QuantizeConfig, devices: int) -> Se
 
 
 def _time_lines(seconds: Seconds | None) -> list[str]:
-    """Lines about the time of a run; none if it was not asked for."""
+    """Return lines about the time of a run, or none if no estimate was requested."""
     if seconds is None:
         return []
+    forwards, hessians = clock(seconds.forward), clock(seconds.hessian)
     solving = clock(seconds.factor + seconds.solve)
-    parts = (
-        f"forwards {clock(seconds.forward)}, Hessians {clock(seconds.hessian)}, solving {solving}"
-    )
+    parts = f"forwards {forwards}, Hessians {hessians}, solving {solving}"
     return [
         f"time    about {clock(seconds.total)} (estimate from rates measured on this device):",
         f"          {parts}, reading {clock(seconds.reading)}",
     ]
 
 
-def _seconds_data(seconds: Seconds | None) -> dict[str, float | bool] | None:
+def _seconds_data(seconds: Seconds | None) -> dict[str, Any] | None:
     if seconds is None:
         return None
-    return {"estimate": True, "total": seconds.total, **asdict(seconds)}
-
-
-def _terms(terms: tuple[Term, ...]) -> str:
-    return ", ".join(f"{term.what} {size(term.nbytes)}" for term in terms)
+    return {"estimate": True, "total": seconds.total, **to_json(seconds)}
 
 
 def _peak(terms: tuple[Term, ...]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A run as it goes: a live view on a terminal, a plain line per block everywhere else, both on stderr."""
+"""The progress of a run on stderr: a live view on a terminal, elsewhere a line for each block."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ BAR = 24
 
 
 class Progress:
-    """Takes the events of a run and shows them; a context manager, since a live view must be put away."""
+    """A receiver of events that shows them; a context manager, because it removes its live view."""
 
     def __init__(self, console: Console, now: Callable[[], float] = time.monotonic) -> None:
         self._console = console
         self._now = now
         self._last_line = now()
         self._block: BlockStarted | None = None
-        self._done = 0  # blocks, those that an earlier call has finished included
+        self._done = 0  # finished blocks, with those of an earlier call
         self._layer = ""
         self._solved: list[LayerReport] = []
         self._seconds: list[float] = []
@@ -52,10 +52,8 @@ class Progress:
         self._live: Live | None = None
 
     def __enter__(self) -> Progress:
-        terminal = (
-            sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-        )
-        if terminal and not self._console.quiet:
+        is_terminal = sys.stderr is not None and sys.stderr.isatty()
+        if is_terminal and os.environ.get("TERM") != "dumb" and not self._console.quiet:
             self._live = _live_view()
             self._live.start()
         return self
@@ -71,37 +69,40 @@ class Progress:
             self._live = None
 
     def __call__(self, event: Event) -> None:
-        self._note(event)
-        if isinstance(event, LayerSolved):
-            self._console.detail(_detail(event.report))
-        if (
-            isinstance(event, RunPlanned)
-            and event.target is None
-            and (line := unread_line(event.engines))
-        ):
-            self._console.say(f"note: the output {line}")
-        if isinstance(event, Warned):
-            self._console.warn(event.code, event.message)
-        elif isinstance(event, Resumed | WorkKept):
-            self._console.advise(_about_work(event))
-        elif self._live:
+        self._remember(event)
+        match event:
+            case Warned():
+                self._console.warn(event.code, event.message)
+                return
+            case Resumed() | WorkKept():
+                self._console.advise(_about_work(event))
+                return
+            case LayerSolved():
+                self._console.detail(_detail(event.report))
+            case RunPlanned():
+                self._say_unread(event)
+        line = self._line(event)
+        if self._live:
             self._live.update(_cropped(self._view()), refresh=isinstance(event, BlockFinished))
-            log.write(on_one_line(self._line(event) or ""))
-        elif line := self._line(event):
+            log.write(on_one_line(line or ""))
+        elif line is not None:
             self._last_line = self._now()
             self._console.say(line)
 
-    def _note(self, event: Event) -> None:
+    def _say_unread(self, event: RunPlanned) -> None:
+        """Name the engines that will not load the output, unless the user chose one as target."""
+        unread = unread_line(event.engines)
+        if unread is not None and event.target is None:
+            self._console.say(f"note: the output {unread}")
+
+    def _remember(self, event: Event) -> None:
         match event:
             case PhaseStarted():
-                self._block, self._seconds, self._layer = None, [], f"{event.name}: {event.detail}"
+                self._block, self._seconds = None, []
+                self._layer = f"{event.name}: {event.detail}"
             case BlockStarted():
-                self._block, self._done, self._layer, self._solved = (
-                    event,
-                    event.index,
-                    event.name,
-                    [],
-                )
+                self._block, self._done = event, event.index
+                self._layer, self._solved = event.name, []
             case LayerStarted():
                 self._layer = event.name
             case LayerSolved():
@@ -113,39 +114,43 @@ class Progress:
                 self._memory = _memory(event)
 
     def _line(self, event: Event) -> str | None:
+        """Return the line for an event in a plain log, or None if it gets none."""
         match event:
             case RunPlanned():
                 return _planned(event)
             case PhaseStarted():
                 return self._layer
             case BlockFinished():
-                errors = f" error {_errors(self._solved)}" if self._solved else ""
-                time_left = (
-                    f"{event.seconds:.1f} s eta {self._eta(event.index + 1, event.n_blocks)}"
-                )
-                return f"block {event.index + 1}/{event.n_blocks} {event.name}{errors} {time_left} mem {self._memory}"
+                return self._finished_line(event)
             case LayerSolved() if self._block and self._now() - self._last_line > SILENCE:
                 where = f"block {self._block.index + 1}/{self._block.n_blocks}"
                 return f"{where} {event.report.name} error {_errors([event.report])}"
         return None
 
+    def _finished_line(self, event: BlockFinished) -> str:
+        block = f"block {event.index + 1}/{event.n_blocks} {event.name}"
+        if self._solved:
+            block += f" error {_errors(self._solved)}"
+        eta = self._eta(event.index + 1, event.n_blocks)
+        return f"{block} {event.seconds:.1f} s eta {eta} mem {self._memory}"
+
     def _eta(self, done: int, n_blocks: int) -> str:
-        return (
-            clock(sum(self._seconds) / len(self._seconds) * (n_blocks - done))
-            if self._seconds
-            else "?"
-        )
+        if not self._seconds:
+            return "?"
+        mean = sum(self._seconds) / len(self._seconds)
+        return clock(mean * (n_blocks - done))
 
     def _view(self) -> str:
-        """Three short lines: how far, what now, how much memory."""
+        """Return the live view: three short lines about progress, current layer and memory."""
         if self._block is None:
             return on_one_line(self._layer)
         n_blocks = self._block.n_blocks
         bar = ("█" * (BAR * self._done // n_blocks)).ljust(BAR, "░")
-        lines = [
-            f"block {self._block.index + 1}/{n_blocks} {bar} {self._eta(self._done, n_blocks)} left"
-        ]
-        lines += [on_one_line(self._layer), *([f"memory {self._memory}"] if self._memory else [])]
+        left = self._eta(self._done, n_blocks)
+        lines = [f"block {self._block.index + 1}/{n_blocks} {bar} {left} left"]
+        lines.append(on_one_line(self._layer))
+        if self._memory:
+            lines.append(f"memory {self._memory}")
         return "\n".join(lines)
 
 
@@ -167,10 +172,9 @@ def _about_work(event: Resumed | WorkKept) -> str:
     if isinstance(event, Resumed):
         return f"resuming after {event.index} of {event.n_blocks} blocks, from {event.directory}"
     if event.failed:
-        return (
-            f"finished blocks are kept in {event.directory} until a run with other settings begins"
-        )
-    return f"finished blocks are kept; go on with: {resume_command(event.directory)}"
+        until = "until a run with other settings begins"
+        return f"finished blocks are kept in {event.directory} {until}"
+    return f"finished blocks are kept; resume with: {resume_command(event.directory)}"
 
 
 def _planned(event: RunPlanned) -> str:
@@ -181,12 +185,13 @@ def _planned(event: RunPlanned) -> str:
 
 
 def _detail(report: LayerReport) -> str:
-    how = f"{report.bits} bit group_size {report.group_size} damp {report.damp_percent:g} tokens {report.tokens}"
-    return f"layer {report.name} error {_errors([report])} {how} {report.seconds:.2f} s"
+    settings = f"{report.bits} bit group_size {report.group_size} damp {report.damp_percent:g}"
+    error = f"error {_errors([report])}"
+    return f"layer {report.name} {error} {settings} tokens {report.tokens} {report.seconds:.2f} s"
 
 
 def _errors(reports: list[LayerReport]) -> str:
-    """Mean relative error of some layers, against round-to-nearest on the same grid."""
+    """Return the mean output error of some layers, and that of round-to-nearest."""
     mine = math.fsum(report.relative_error for report in reports) / len(reports)
     rtn = math.fsum(report.rtn_relative_error for report in reports) / len(reports)
     return f"{mine:.1e} (rtn {rtn:.1e})"

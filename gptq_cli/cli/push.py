@@ -1,4 +1,4 @@
-"""`gptq push`: a checkpoint and its model card to the Hub."""
+"""`gptq push`: upload a checkpoint and its model card to the Hub."""
 
 from __future__ import annotations
 
@@ -23,13 +23,16 @@ def push(
         Path, typer.Argument(metavar="DIR", help="GPTQ checkpoint", show_default=False)
     ],
     repo: Annotated[
-        str, typer.Argument(metavar="REPO", help="where to: NAMESPACE/NAME", show_default=False)
+        str,
+        typer.Argument(
+            metavar="REPO", help="repository on the Hub: NAMESPACE/NAME", show_default=False
+        ),
     ],
     base_model: Annotated[
         str | None,
         o.plain(
             "--base-model",
-            help="Hub id of what it was made from, if DIR does not say",
+            help="Hub id of the original model, if DIR does not name it",
             metavar="ID",
         ),
     ] = None,
@@ -38,24 +41,25 @@ def push(
         o.plain("--evaluation", help="result of gptq eval-ppl --json for the card", metavar="FILE"),
     ] = None,
     card: Annotated[
-        Path | None, o.plain("--card", help="README.md to send instead of the own", metavar="FILE")
+        Path | None,
+        o.plain("--card", help="model card to upload instead of the generated one", metavar="FILE"),
     ] = None,
     public: Annotated[
-        bool, o.plain("--public", help="let everybody read it; private if left out")
+        bool, o.plain("--public", help="make the repository public; default private")
     ] = False,
     overwrite: Annotated[
-        bool, o.plain("--overwrite", help="replace what the repository holds")
+        bool, o.plain("--overwrite", help="replace the files of the repository")
     ] = False,
     dry_run: Annotated[
-        bool, o.plain("--dry-run", "-n", help="print the card and leave, without the network")
+        bool, o.plain("--dry-run", "-n", help="print the model card and exit; uploads nothing")
     ] = False,
     as_json: o.AsJson = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Send a checkpoint with a model card to the Hub.
+    """Upload a checkpoint with a model card to the Hub.
 
-    DIR is verified first and not changed. All files go up in one commit, so
-    readers never see half a model. If a push ends early, run it again: it
+    DIR is verified first, but not changed. One commit adds all files, so
+    nobody downloads half a model. If a push ends early, run it again: it
     sends only what is missing. Log in first: hf auth login.
 
     Example: gptq push ./Qwen3-0.6B-GPTQ-Int4-g128 me/small --base-model Qwen/Qwen3-0.6B --dry-run
@@ -73,9 +77,8 @@ def push(
             report=progress,
         )
     if dry_run:
-        return console.document(
-            {"repo": repo, "files": upload.sizes, "card": upload.card}, upload.card
-        )
+        data = {"repo": repo, "files": upload.sizes, "card": upload.card}
+        return console.document(data, upload.card)
     bars = not (as_json or quiet) and sys.stderr is not None and sys.stderr.isatty()
     done = push_upload(
         upload, public=public, overwrite=overwrite, progress=bars, report=Progress(console)
@@ -90,14 +93,19 @@ def _data(upload: Upload, done: Published, public: bool) -> dict[str, Any]:
         "commit": done.commit,
         "private": not public,
         "files": upload.sizes,
-        "deleted": list(done.deleted),
+        "deleted": done.deleted,
         "already_there": done.already_there,
     }
 
 
 def _text(upload: Upload, done: Published, public: bool) -> str:
-    files = f"{len(upload.files)} files, {size(sum(upload.sizes.values()))}, {'public' if public else 'private'}"
-    how = "unchanged" if done.already_there else "new commit"
-    lines = [done.url, f"files    {files}", f"main     {done.commit[:12]}, {how}"]
+    files = f"{len(upload.files)} files, {size(sum(upload.sizes.values()))}"
+    readers = "public" if public else "private"
+    change = "unchanged" if done.already_there else "new commit"
+    lines = [
+        done.url,
+        f"files    {files}, {readers}",
+        f"main     {done.commit[:12]}, {change}",
+    ]
     lines += [f"deleted  {name}" for name in done.deleted]
     return joined(lines)

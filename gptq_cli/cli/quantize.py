@@ -1,10 +1,12 @@
-"""`gptq quantize` and `gptq resume`: parse, call the program, show."""
+"""`gptq quantize` and `gptq resume`: prepare a run, carry it out, show the result."""
 
 from __future__ import annotations
 
 import math
 import os
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,8 +19,8 @@ from gptq_cli.cli.console import Console, engine_lines, fitted, on_one_line
 from gptq_cli.cli.launch import (
     is_leader,
     is_one_of_several,
+    joined_worker,
     launch,
-    member,
     parse_devices,
     stoppable,
 )
@@ -27,12 +29,15 @@ from gptq_cli.config.finding import clock, size
 from gptq_cli.config.resolve import Resolved, resolve, to_yaml
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import ConfigError, InputError
+from gptq_cli.events import Report, ignore
 from gptq_cli.files import is_directory, resolved
 from gptq_cli.shell import shell_word, shell_words
 
 if TYPE_CHECKING:
-    from gptq_cli.planning.checks import RunOptions
+    from gptq_cli.events import LayerReport
+    from gptq_cli.planning.checks import PreparedRun, RunOptions
     from gptq_cli.quantization.run import QuantizeResult
+    from gptq_cli.runtime.ranks import Worker
 
 
 # The kernel that runs quantized linears matters only when a checkpoint is evaluated.
@@ -76,108 +81,142 @@ def quantize(
     resolved = resolve(settings, os.environ, config)
     if print_config:
         return _print_config(console, resolved)
+    named = parse_devices(devices)
     if dry_run:
         from gptq_cli.cli.plan_view import show_plan
 
-        return show_plan(
-            console, resolved, model, output, revision, devices=max(1, len(parse_devices(devices)))
-        )
-    for note in resolved.notes:
-        console.say(f"note: {note}")
+        return show_plan(console, resolved, model, output, revision, devices=max(1, len(named)))
+    console.show_notes(resolved.notes)
     from gptq_cli.planning.checks import RunOptions
+    from gptq_cli.publish.report import BlockLog, check_report, save_report
     from gptq_cli.quantization.run_record import seconds
 
     options = RunOptions(
         revision, overwrite, resume or "auto", seconds(max_runtime), allow_network_fs
     )
-    return run(console, model, output, resolved.config, options, report=report, devices=devices)
-
-
-def run(
-    console: Console,
-    model: str,
-    output: Path | None,
-    config: QuantizeConfig,
-    options: RunOptions,
-    *,
-    report: bool = False,
-    devices: str | None = None,
-    directory: Path | None = None,
-) -> None:
-    """Quantize, show how it goes, print the result.
-
-    Several `devices` (as --devices takes them) share the work, a process each, started in `directory` (by default the
-    current one). With `report` a page about the run is written into the output.
-    """
-    from gptq_cli.planning.checks import check_shares, prepare_run
-    from gptq_cli.planning.run_plan import default_name
-    from gptq_cli.publish.report import check_report
-    from gptq_cli.storage.manifest import REPORT_PAGE
-
-    named = parse_devices(devices)
     if report:
         check_report()
-    output = output or Path(default_name(model, config))
-    prepared = prepare_run(model, output, config, options, writes=is_leader())
-    if len(named) > 1 and not is_one_of_several():
-        check_shares(-(-config.nsamples // config.batch_size), len(named))
-        sys.exit(launch(named, as_json=console.as_json, directory=directory or Path.cwd()))
-    from gptq_cli.api import quantize_with_report
+    prepared = _prepare(model, output, resolved.config, options)
+    _launch_processes(console, prepared, named, Path.cwd())
     from gptq_cli.quantization.run import carry_out
 
-    with stoppable(console), member(config.device, named, as_json=console.as_json) as worker:
-        if not worker.team.is_leader:
-            carry_out(prepared, worker=worker)
-            return None
-        with Progress(console) as progress:
-            if report:
-                command = shell_words(["gptq", *sys.argv[1:]])
-                result = quantize_with_report(prepared, command, progress, worker)
-            else:
-                result = carry_out(prepared, progress, worker)
-    if report:
-        console.say(f"report: {result.output / REPORT_PAGE}")
-    return console.result(result.to_json(), _summary(result, config), result.output)
+    page = None
+    with _working(console, prepared, named) as (worker, progress):
+        log = BlockLog(progress)
+        result = carry_out(prepared, log, worker)
+        if report and worker.team.is_leader:
+            command = shell_words(["gptq", *sys.argv[1:]])
+            page = save_report(prepared.output, result.to_json(), log, command)
+    if worker.team.is_leader:
+        _show_result(console, result, resolved.config, page)
+    return None
 
 
-def _summary(result: QuantizeResult, config: QuantizeConfig) -> str:
-    sizes = f"{size(result.bytes_before)} -> {size(result.bytes_after)}"
+def _prepare(
+    model: str, output: Path | None, config: QuantizeConfig, options: RunOptions
+) -> PreparedRun:
+    """Check and plan a run; of several processes only the first one may write."""
+    from gptq_cli.planning.checks import prepare_run
+    from gptq_cli.planning.run_plan import default_name
+
+    output = output or Path(default_name(model, config))
+    return prepare_run(model, output, config, options, writes=is_leader())
+
+
+def _launch_processes(
+    console: Console, prepared: PreparedRun, devices: list[str], directory: Path
+) -> None:
+    """Run the command once for each of several `devices`, in `directory`, and exit.
+
+    Return if there are not several, or if this process is one of theirs.
+    """
+    from gptq_cli.planning.checks import check_shares
+
+    if len(devices) > 1 and not is_one_of_several():
+        n_batches = -(-prepared.config.nsamples // prepared.config.batch_size)
+        check_shares(n_batches, len(devices))
+        sys.exit(launch(devices, as_json=console.as_json, directory=directory))
+
+
+@contextmanager
+def _working(
+    console: Console, prepared: PreparedRun, devices: list[str]
+) -> Iterator[tuple[Worker, Report]]:
+    """Yield the place of this process in the run, and a receiver of events that shows progress.
+
+    Of several processes only the first one shows progress. Signals stop the body.
+    """
+    device = prepared.config.device
+    with (
+        stoppable(console),
+        joined_worker(device, devices, as_json=console.as_json) as worker,
+        ExitStack() as stack,
+    ):
+        report: Report = ignore
+        if worker.team.is_leader:
+            report = stack.enter_context(Progress(console))
+        yield worker, report
+
+
+def _show_result(
+    console: Console, result: QuantizeResult, config: QuantizeConfig, page: Path | None = None
+) -> None:
+    """Show a finished run and the path of its HTML report, if there is one."""
+    if page is not None:
+        console.say(f"report: {page}")
     lines = [
-        f"{result.output}",
-        f"size   {sizes} ({result.bytes_before / result.bytes_after:.2f}x smaller)",
+        *map(on_one_line, _summary(result, config)),
+        *map(fitted, engine_lines(result.engines)),
     ]
+    console.result(result.to_json(), "\n".join(lines), result.output)
+
+
+def _summary(result: QuantizeResult, config: QuantizeConfig) -> list[str]:
+    sizes = f"{size(result.bytes_before)} -> {size(result.bytes_after)}"
+    smaller = f"{result.bytes_before / result.bytes_after:.2f}x smaller"
+    lines = [str(result.output), f"size   {sizes} ({smaller})"]
     if result.layers:
-        mine = math.fsum(layer.relative_error for layer in result.layers) / len(result.layers)
-        rtn = math.fsum(layer.rtn_relative_error for layer in result.layers) / len(result.layers)
-        lines.append(
-            f"error  {mine:.2e} mean of {len(result.layers)} layers, round-to-nearest {rtn:.2e}"
-        )
+        lines += _error_lines(result.layers)
     if result.experts:
         lines.append(_coverage(result, config))
-    rounded = [layer.name for layer in result.layers if layer.fallback]
+    if result.already_done:
+        lines.append("done   already, by an earlier run of the same command")
+    else:
+        lines.append(f"time   {clock(result.seconds)}")
+    return lines
+
+
+def _error_lines(layers: Sequence[LayerReport]) -> list[str]:
+    """Return a line about the mean output error, and one about layers that were not solved."""
+    error = math.fsum(layer.relative_error for layer in layers) / len(layers)
+    rtn = math.fsum(layer.rtn_relative_error for layer in layers) / len(layers)
+    mean = f"{error:.2e} mean output error of {len(layers)} layers"
+    lines = [f"error  {mean}, round-to-nearest {rtn:.2e}"]
+    rounded = [layer.name for layer in layers if layer.fallback]
     if rounded:
-        lines.append(
-            f"rtn    {len(rounded)} of {len(result.layers)} layers were rounded to nearest, first {rounded[0]}"
-        )
-    lines.append(
-        "done   before, by the same command"
-        if result.already_done
-        else f"time   {clock(result.seconds)}"
-    )
-    return "\n".join([*map(on_one_line, lines), *map(fitted, engine_lines(result.engines))])
+        count = f"{len(rounded)} of {len(layers)} layers"
+        lines.append(f"rtn    {count} were rounded to nearest, first {rounded[0]}")
+    return lines
 
 
 def _coverage(result: QuantizeResult, config: QuantizeConfig) -> str:
-    tokens = [seen for layer in result.experts for seen in layer.tokens]
-    line = f"tokens {min(tokens)} or more for each of {len(tokens)} experts, median {median(tokens):.0f}"
-    uncovered = sum(len(layer.uncovered) for layer in result.experts)
-    return f"{line}; {uncovered} without one: {config.moe_uncovered}" if uncovered else line
+    """Return a line about the tokens of the experts."""
+    tokens: list[int] = []
+    n_uncovered = 0
+    for layer in result.experts:
+        tokens += layer.tokens
+        n_uncovered += len(layer.uncovered)
+    counts = f"{min(tokens)} or more for each of {len(tokens)} experts"
+    line = f"tokens {counts}, median {median(tokens):.0f}"
+    if n_uncovered:
+        line += f"; {n_uncovered} without one: {config.moe_uncovered}"
+    return line
 
 
 def _print_config(console: Console, resolved: Resolved) -> None:
     text = to_yaml(resolved.config, resolved.origins).rstrip("\n")
-    data = {"config": resolved.config.model_dump(mode="json"), "origins": resolved.origins}
-    console.document({**data, "notes": list(resolved.notes)}, text)
+    data = {"config": resolved.config, "origins": resolved.origins, "notes": resolved.notes}
+    console.document(data, text)
 
 
 @o.takes_settings("trust_remote_code")
@@ -192,12 +231,12 @@ def resume(
     as_json: o.AsJson = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Go on with a quantization that ended early.
+    """Resume a quantization that ended early.
 
-    The model and all settings are those of the command that began it,
-    and OUT is beside WORKDIR. Code that comes with the model runs only
-    if --trust-remote-code is given again. Repeating the command that
-    began the run does the same.
+    The model and all settings are those of the command that began the run.
+    The output is beside WORKDIR. Code that comes with the model runs only
+    if --trust-remote-code is given again. Repeating the first command
+    resumes the run too.
 
     Example: gptq resume .Qwen3-0.6B-4bit.gptq-work
     """
@@ -205,10 +244,14 @@ def resume(
     started_in, directory = Path.cwd(), resolved(directory)
     begun, output = _read(directory)
     if begun.config.trust_remote_code and not trust_remote_code:
+        code = f"Python code that comes with `{begun.model}`"
+        again = f"gptq resume {shell_word(str(directory))} --trust-remote-code"
         raise InputError(
-            "E_REMOTE_CODE", f"the run in `{directory}` needs Python code that comes with `{begun.model}`",
-            hint=f"read that code, then: gptq resume {shell_word(str(directory))} --trust-remote-code",
-        )  # fmt: skip
+            "E_REMOTE_CODE",
+            f"the run in `{directory}` needs {code}",
+            hint=f"read that code, then: {again}",
+        )
+    named = parse_devices(devices)
     if is_directory(begun.directory):
         os.chdir(begun.directory)
     from gptq_cli.planning.checks import RunOptions
@@ -221,19 +264,19 @@ def resume(
         allow_network_fs=allow_network_fs,
     )
     config = begun.config.model_copy(update={"trust_remote_code": trust_remote_code})
-    run(
-        Console(as_json, quiet),
-        begun.model,
-        output,
-        config,
-        options,
-        devices=devices,
-        directory=started_in,
-    )
+    console = Console(as_json, quiet)
+    prepared = _prepare(begun.model, output, config, options)
+    _launch_processes(console, prepared, named, started_in)
+    from gptq_cli.quantization.run import carry_out
+
+    with _working(console, prepared, named) as (worker, progress):
+        result = carry_out(prepared, progress, worker)
+    if worker.team.is_leader:
+        _show_result(console, result, config)
 
 
 class _Begun(BaseModel):
-    """What run.json says of the command that began a run."""
+    """The command that began a run, as run.json holds it."""
 
     model: str
     output: Path
@@ -244,31 +287,31 @@ class _Begun(BaseModel):
 
 
 def _read(directory: Path) -> tuple[_Begun, Path]:
-    """The run of a work directory, and the output that the directory belongs to by its place.
+    """Read the run of a work directory; return it with the output that the place implies.
 
-    InputError E_RESUME_NOTHING if there is none, ExistsError E_WORK_UNSAFE if somebody else may have written it.
+    Raise InputError E_RESUME_NOTHING if there is none, and ExistsError E_WORK_UNSAFE if another
+    user may have written it.
     """
     from gptq_cli.storage.work_directory import RUN, output_of, read_run, refuse_foreign
 
     output = output_of(directory)
     if output is None or not (directory / RUN).is_file():
-        hint = (
-            _unfinished_at(directory)
-            or "give the hidden directory .OUT.gptq-work beside an unfinished output"
-        )
-        raise InputError("E_RESUME_NOTHING", f"`{directory}` holds no unfinished run", hint=hint)
+        message = f"`{directory}` holds no unfinished run"
+        raise InputError("E_RESUME_NOTHING", message, hint=_likely_work(directory))
     refuse_foreign(directory)
     try:
         return _Begun.model_validate((read_run(directory) or {})["request"]), output
     except (ConfigError, KeyError, ValueError):
-        raise InputError(
-            "E_RESUME_NOTHING", f"`{directory / RUN}` is not as this version of gptq writes it",
-            hint="repeat the command that began the run, with --resume never if another version began it",
-        ) from None  # fmt: skip
+        message = f"`{directory / RUN}` was not written by this version of gptq"
+        hint = "repeat the command that began the run; if another version began it, add"
+        raise InputError("E_RESUME_NOTHING", message, hint=f"{hint} --resume never") from None
 
 
-def _unfinished_at(output: Path) -> str | None:
+def _likely_work(output: Path) -> str:
+    """Return a hint for a user who may have given the output in place of the work directory."""
     from gptq_cli.storage.work_directory import WorkDirectory, read_run
 
     work = WorkDirectory(output).path
-    return f"did you mean gptq resume {shell_word(str(work))}?" if read_run(work) else None
+    if read_run(work):
+        return f"did you mean gptq resume {shell_word(str(work))}?"
+    return "give the hidden directory .OUT.gptq-work beside an unfinished output"

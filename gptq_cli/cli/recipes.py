@@ -17,27 +17,31 @@ from gptq_cli.errors import ConfigError
 def recipes(
     name: Annotated[
         str | None,
-        typer.Argument(metavar="NAME", help="recipe to print; all if left out", show_default=False),
+        typer.Argument(
+            metavar="NAME", help="recipe to print; default list all", show_default=False
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """List the recipes that --config takes by name, or print one.
 
-    gptq quantize MODEL --config vllm-4bit runs one as it is; printed into
-    a file, it is a start for a configuration of one's own.
+    gptq quantize MODEL --config vllm-4bit runs one unchanged. To make your
+    own configuration, print a recipe into a file and edit it.
 
     Example: gptq recipes vllm-4bit > my.yaml
     """
     console, known = Console(as_json), known_recipes()
     if name is None:
-        told = {recipe: describe_recipe(file) for recipe, file in known.items()}
-        indent = max(map(len, told)) + 2
-        lines = [fitted(line, indent) for line in aligned([*told.items()])]
-        console.result({"recipes": told}, "\n".join(lines), "\n".join(told))
+        described = {recipe: describe_recipe(file) for recipe, file in known.items()}
+        indent = max(map(len, described)) + 2
+        lines = [fitted(line, indent) for line in aligned([*described.items()])]
+        console.result({"recipes": described}, "\n".join(lines), "\n".join(described))
         return
     if name not in known:
         near = nearest(name, known)
-        hint = f"did you mean {near}?" if near else "gptq recipes lists them"
+        hint = "gptq recipes lists them"
+        if near:
+            hint = f"did you mean {near}?"
         raise ConfigError("E_CFG_FILE", f"there is no recipe `{name}`", hint=hint)
     text = known[name].read_text(encoding="utf-8").rstrip("\n")
     console.document({"name": name, "text": text}, text)

@@ -1,4 +1,4 @@
-"""`gptq report`: the page about a run."""
+"""`gptq report`: write an HTML report about a run."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ from gptq_cli.config.finding import size
 def report(
     directory: Annotated[
         Path,
-        typer.Argument(
-            metavar="OUT", help="what gptq quantize --report has written", show_default=False
-        ),
+        typer.Argument(metavar="OUT", help="output of gptq quantize --report", show_default=False),
     ],
     output: Annotated[
         Path | None,
@@ -26,7 +24,7 @@ def report(
         ),
     ] = None,
     png: Annotated[
-        Path | None, o.plain("--png", help="write the heat map here too", metavar="FILE")
+        Path | None, o.plain("--png", help="write the heat map to this file too", metavar="FILE")
     ] = None,
     evaluation: Annotated[
         Path | None,
@@ -35,10 +33,11 @@ def report(
     as_json: o.AsJson = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Write a page about a run: errors, time, memory, the command.
+    """Write an HTML report about a run: errors, time, memory, the command.
 
-    One HTML file without scripts that needs nothing beside it. Reads the
-    gptq_report.json that quantize --report has left in OUT.
+    The report is one HTML file without scripts and without other files.
+    It is made from the gptq_report.json that quantize --report writes into
+    OUT.
 
     Example: gptq report ./out --evaluation ppl.json
     """
@@ -47,8 +46,5 @@ def report(
 
     page = write_page(directory, output or directory / REPORT_PAGE, evaluation=evaluation, png=png)
     n_bytes = page.stat().st_size
-    Console(as_json, quiet).result(
-        {"output": str(page), "bytes": n_bytes},
-        f"{page}\n{size(n_bytes)}, open it in a browser",
-        page,
-    )
+    text = f"{page}\n{size(n_bytes)}, open it in a browser"
+    Console(as_json, quiet).result({"output": page, "bytes": n_bytes}, text, page)

@@ -1,4 +1,4 @@
-"""`gptq schema`: the JSON Schemas of what goes in and what comes out, the first for editors too."""
+"""`gptq schema`: the JSON Schemas of configuration files and of --json output."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from gptq_cli.errors import ConfigError
 
 KINDS = ("config", "output")
 
-DRAFT = "http://json-schema.org/draft-07/schema#"  # the newest that yaml-language-server promises to read
+# the newest draft that yaml-language-server promises to read
+DRAFT = "http://json-schema.org/draft-07/schema#"
 FILE = "gptq.schema.json"
 MODELINE = f"# yaml-language-server: $schema={FILE}"
 
@@ -27,47 +28,40 @@ def schema(
     kind: Annotated[
         str,
         typer.Argument(
-            metavar="config|output", help="of configuration files, or of what --json prints"
+            metavar="config|output", help="schema of configuration files, or of --json output"
         ),
     ] = "config",
 ) -> None:
     """Print the JSON Schema of the configuration, or of --json output.
 
-    A YAML file that begins with the line
+    Editors complete and check a YAML file that begins with the line
     # yaml-language-server: $schema=gptq.schema.json
-    is then completed and checked by editors as one writes.
 
     Example: gptq schema > gptq.schema.json
     """
     if kind not in KINDS:
         near = nearest(kind, KINDS)
         hint = f"did you mean {near}?" if near else None
-        raise ConfigError(
-            "E_CFG_RANGE", f"there are schemas of config and output, got {shown(kind)}", hint=hint
-        )
+        message = f"there are schemas of config and output, got {shown(kind)}"
+        raise ConfigError("E_CFG_RANGE", message, hint=hint)
     if kind == "config":
         write_result(json.dumps(config_schema(), indent=2, ensure_ascii=False))
     else:
-        write_result(
-            files("gptq_cli.cli")
-            .joinpath("output.schema.json")
-            .read_text(encoding="utf-8")
-            .rstrip("\n")
-        )
+        file = files("gptq_cli.cli").joinpath("output.schema.json")
+        write_result(file.read_text(encoding="utf-8").rstrip("\n"))
 
 
 def config_schema() -> dict[str, Any]:
-    """The JSON Schema of a configuration file, each field with its meaning and what it accepts."""
+    """Return the JSON Schema of a configuration file; each field has its meaning and its values."""
     schema = QuantizeConfig.model_json_schema(ref_template="#/definitions/{model}")
     fields = schema["properties"]
-    effective = DEFAULTS.model_dump(
-        mode="json"
-    )  # what a run really has, which the default preset decides
+    defaults = DEFAULTS.model_dump(mode="json")  # with the values of the default preset
     for name, info in QuantizeConfig.model_fields.items():
-        fields[name]["description"] = f"{info.description}. Accepts {accepted_by(info)}."
-        fields[name].pop("title", None)
-        if "default" in fields[name]:
-            fields[name]["default"] = effective[name]
+        field = fields[name]
+        field["description"] = f"{info.description}. Accepts {accepted_by(info)}."
+        field.pop("title", None)
+        if "default" in field:
+            field["default"] = defaults[name]
     fields["preset"]["enum"] = list(PRESETS)
     fields["target"]["enum"] = [*TARGETS, None]
     schema["description"] = schema["description"].partition("\n")[0]

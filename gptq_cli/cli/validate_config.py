@@ -1,4 +1,4 @@
-"""`gptq validate-config`: every problem of a configuration at once, or what it resolves to."""
+"""`gptq validate-config`: report all problems of a configuration, or print the resolved one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gptq_cli.cli.console import Console, engine_lines
+from gptq_cli.cli.console import Console, counted, engine_lines
 from gptq_cli.cli.options import AsJson, plain
 from gptq_cli.config.resolve import Resolved, resolve, to_yaml
 from gptq_cli.config.serving import Verdict, engine_data
@@ -24,35 +24,30 @@ def validate_config(
     ],
     model: Annotated[
         Path | None,
-        plain("--model", help="model directory to plan for, headers are read only", metavar="DIR"),
+        plain("--model", help="model directory to plan for; only headers are read", metavar="DIR"),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check a configuration file, and with a model what it would do.
+    """Check a configuration file, and show what it does to a model.
 
-    Every problem is reported at once with its line.
-    A valid file prints the resolved configuration.
-    GPTQ_* variables do not count here, only the file does.
+    All problems are reported at once, each with its line. For a valid file
+    the resolved configuration is printed. GPTQ_* variables are ignored.
 
     Example: gptq validate-config recipe.yaml --model ./Qwen3-0.6B
     """
     console = Console(as_json)
     resolved = resolve({}, {}, file)
-    for note in resolved.notes:
-        console.say(f"note: {note}")
-    data: dict[str, Any] = {
-        "config": resolved.config.model_dump(mode="json"),
-        "notes": list(resolved.notes),
-    }
+    console.show_notes(resolved.notes)
+    data: dict[str, Any] = {"config": resolved.config, "notes": resolved.notes}
     text = to_yaml(resolved.config)
     if model is not None:
         from gptq_cli.cli.plan_view import layer_data
 
         plan, judged = _plan(console, model, resolved)
         data["plan"] = {"layers": layer_data(plan), "engines": engine_data(judged)}
-        text += "\n" + "".join(
-            f"# {line}\n" for line in [*_plan_lines(plan.layers), *engine_lines(judged)]
-        )
+        text += "\n"
+        for line in [*_plan_lines(plan.layers), *engine_lines(judged)]:
+            text += f"# {line}\n"
     console.document(data, text.rstrip("\n"))
 
 
@@ -68,10 +63,12 @@ def _plan(console: Console, model: Path, resolved: Resolved) -> tuple[RunPlan, t
 
 
 def _plan_lines(layers: Sequence[LayerPlan]) -> list[str]:
-    """One line for each setting and reason that occurs, with how many layers it takes."""
+    """Return a line for each pair of settings and reason, with its number of layers."""
     kinds = Counter((layer.config, layer.why) for layer in layers)
     lines = []
     for (config, why), count in kinds.items():
-        what = f"{config.bits} bits, group_size {config.group_size}" if config else "full precision"
-        lines.append(f"{count} layer{'s' if count > 1 else ''}: {what} ({why})")
+        storage = "full precision"
+        if config:
+            storage = f"{config.bits} bits, group_size {config.group_size}"
+        lines.append(f"{counted(count, 'layer')}: {storage} ({why})")
     return lines

@@ -1,19 +1,19 @@
-"""`gptq verify`: what is wrong with a GPTQ checkpoint, ours or another tool's."""
+"""`gptq verify`: list the defects of a GPTQ checkpoint, from gptq or another tool."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gptq_cli.cli.console import Console, fitted, joined
+from gptq_cli.cli.console import Console, counted, fitted, joined
 from gptq_cli.cli.options import AsJson, Quiet, plain
 from gptq_cli.config.finding import size
 from gptq_cli.errors import GateError
+from gptq_cli.json_values import to_json
 
 if TYPE_CHECKING:
     from gptq_cli.checkpoint.quantization_config import Defect
@@ -27,16 +27,20 @@ def verify(
         Path, typer.Argument(metavar="DIR", help="GPTQ checkpoint", show_default=False)
     ],
     full: Annotated[
-        bool, plain("--full", help="read every byte: all numbers finite, all hashes right")
+        bool,
+        plain(
+            "--full", help="read every byte: check that all numbers are finite and all hashes match"
+        ),
     ] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Check that a GPTQ checkpoint is whole and means the same to every reader.
+    """Check that a GPTQ checkpoint is complete and means the same to every engine.
 
-    Ours or another tool's: files against index and headers, the configuration
-    against what is stored, and of each quantized module the shapes, zero points,
-    groups and scales. Exit code 4 if anything is wrong.
+    The checkpoint may come from gptq or another tool. The check compares
+    the files with index and headers, and the configuration with the
+    tensors. It examines the shapes, zero points, groups and scales of each
+    quantized layer. Exit code 4 if there is a defect.
 
     Example: gptq verify ./Qwen3-0.6B-GPTQ-Int4-g128 --full
     """
@@ -46,47 +50,39 @@ def verify(
 
     found = verify_checkpoint(local_model(directory), full=full)
     if found.ok:
-        console.result(_data(found), fitted(f"{directory}: {_checked(found)}"), "ok")
+        console.result(to_json(found), fitted(f"{directory}: {_checked(found)}"), "ok")
         return
     count = len(found.defects)
-    hint = _remedy(found.defects)
-    message = f"`{directory}` has {count} defect{'s' if count > 1 else ''}"
-    console.refused(
-        _data(found),
-        joined(_lines(found.defects)),
-        str(count),
-        GateError("E_VERIFY", message, hint=hint),
-    )
-
-
-def _data(found: Verification) -> dict[str, Any]:
-    defects = [asdict(defect) for defect in found.defects]
-    return {**{key: getattr(found, key) for key in found.__slots__}, "defects": defects}
+    message = f"`{directory}` has {counted(count, 'defect')}"
+    error = GateError("E_VERIFY", message, hint=_remedy(found.defects))
+    console.refused(to_json(found), joined(_lines(found.defects)), str(count), error)
 
 
 def _remedy(defects: Sequence[Defect]) -> str:
-    """What helps against the worst defect: one that changes numbers, if there is one."""
-    worst = next((defect for defect in defects if defect.effect == "numbers"), defects[0])
+    """Return the hint of the worst defect: the first that changes numbers, if there is one."""
+    worst = min(defects, key=lambda defect: defect.effect != "numbers")
     return worst.hint or "download the checkpoint again, or quantize again; do not serve it"
 
 
 def _checked(found: Verification) -> str:
     bits = " and ".join(map(str, found.bits))
+    modules = f"{found.modules} modules of {bits} bits ({found.format})"
+    parts = f"{modules} in {found.tensors} tensors, {size(found.nbytes)}"
     read = "every byte" if found.full else "headers, groups, zero points and scales"
-    hashes = f", {found.hashed} hashes" if found.hashed else ""
-    parts = f"{found.modules} modules of {bits} bits ({found.format}) in {found.tensors} tensors, {size(found.nbytes)}"
-    return f"ok, {parts}; read {read}{hashes}"
+    if found.hashed:
+        read += f", {found.hashed} hashes"
+    return f"ok, {parts}; read {read}"
 
 
 def _lines(defects: Sequence[Defect]) -> list[str]:
-    """The first defects of each code, and how many more there are."""
+    """Return the first defects of each code, then the number of further ones."""
     seen: Counter[str] = Counter()
     lines = []
     for defect in defects:
         seen[defect.code] += 1
         if seen[defect.code] <= SHOWN:
             lines.append(str(defect))
-    more = [
-        f"{code} {count - SHOWN} more, see --json" for code, count in seen.items() if count > SHOWN
-    ]
-    return lines + more
+    for code, count in seen.items():
+        if count > SHOWN:
+            lines.append(f"{code} {count - SHOWN} more, see --json")
+    return lines

@@ -26,6 +26,7 @@ from gptq_cli.checkpoint.verify import open_decodable
 from gptq_cli.errors import InputError
 from gptq_cli.evaluation.request import EvalRequest
 from gptq_cli.events import BlockStarted, PhaseStarted, Report, Warned, ignore
+from gptq_cli.json_values import to_json
 from gptq_cli.models.stream import ModelStream
 from gptq_cli.planning.run_plan import about_unused, bounded_seqlen
 from gptq_cli.quantization.run_record import Record
@@ -80,7 +81,9 @@ class EvalResult:
 
     def to_json(self) -> dict[str, Any]:
         """Return the result as plain JSON values, without those of single windows."""
-        return {name: getattr(self, name) for name in self.__slots__ if name != "per_window"}
+        values = to_json(replace(self, per_window=()))
+        del values["per_window"]
+        return values
 
 
 def evaluate_perplexity(model: str, request: EvalRequest, report: Report = ignore) -> EvalResult:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from gptq_cli.checkpoint.reader import open_reader
 from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.checkpoint.verify import open_decodable
 from gptq_cli.errors import InputError
+from gptq_cli.json_values import to_json
 
 ELEMENTS_PER_CHUNK = 2**24
 
@@ -50,7 +51,7 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """Return the comparison as plain JSON values."""
-        return asdict(self)
+        return to_json(self)
 
 
 @torch.inference_mode()

@@ -41,6 +41,7 @@ from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import ConfigError, ExistsError, GptqError, InputError, __version__
 from gptq_cli.events import LayerStarted, PhaseStarted, Report, ignore
 from gptq_cli.files import expanded, is_file
+from gptq_cli.json_values import to_json
 from gptq_cli.planning.run_plan import HEAD
 from gptq_cli.runtime.open_model import DTYPES, STORED_DTYPES, warn_of
 from gptq_cli.storage.durable import write_file, write_json
@@ -73,12 +74,9 @@ class Rewritten:
 
     def to_json(self) -> dict[str, Any]:
         """Return the result as plain JSON values, without the corrected defects."""
-        return {
-            "output": str(self.output),
-            "layers": self.layers,
-            "bytes_before": self.bytes_before,
-            "bytes_after": self.bytes_after,
-        }
+        values = to_json(self)
+        del values["corrected"]
+        return values
 
 
 def convert_checkpoint(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from gptq_cli.checkpoint.decoded import Plain
 from gptq_cli.checkpoint.headers import TensorInfo
 from gptq_cli.checkpoint.layout import Layout, TensorSpec, packed_specs
+from gptq_cli.checkpoint.locate import model_name
 from gptq_cli.checkpoint.source import Checkpoint, Remark
 from gptq_cli.config.layer import LayerConfig
 from gptq_cli.config.leftovers import is_of_adapter
@@ -30,7 +31,6 @@ from gptq_cli.config.serving_table import (
 )
 from gptq_cli.errors import ConfigError
 from gptq_cli.files import expanded, resolved
-from gptq_cli.hub_errors import plain_name
 
 HEAD = "lm_head"
 MARLIN_WIDTH = 128  # the kernels that serve experts need a hidden size that is a multiple of this
@@ -198,7 +198,7 @@ def default_name(model: str, config: QuantizeConfig) -> str:
     group = "channel"
     if config.group_size > 0:
         group = f"g{config.group_size}"
-    return f"{plain_name(path.name)}-GPTQ-Int{config.bits}-{group}"
+    return f"{model_name(path.name)}-GPTQ-Int{config.bits}-{group}"
 
 
 # ---------------------------------------------------------------- engines, and warnings

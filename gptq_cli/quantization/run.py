@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from gptq_cli.events import (
     ignore,
 )
 from gptq_cli.files import resolved
+from gptq_cli.json_values import to_json
 from gptq_cli.models.stream import ModelStream
 from gptq_cli.planning.checks import PreparedRun, RunOptions, check_disk, check_memory, prepare_run
 from gptq_cli.planning.plan import check_shared, refine_plan
@@ -98,15 +99,8 @@ class QuantizeResult:
     already_done: bool
 
     def to_json(self) -> dict[str, Any]:
-        """The result as plain JSON values."""
-        return {
-            **{name: getattr(self, name) for name in self.__slots__},
-            "output": str(self.output),
-            "config": self.config.model_dump(mode="json"),
-            "layers": [asdict(layer) for layer in self.layers],
-            "experts": [asdict(layer) for layer in self.experts],
-            "engines": engine_data(self.engines),
-        }
+        """Return the result as plain JSON values."""
+        return {**to_json(self), "engines": engine_data(self.engines)}
 
 
 def quantize_checkpoint(

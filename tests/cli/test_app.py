@@ -161,7 +161,7 @@ def test_an_empty_word_is_not_the_current_directory(
 ) -> None:
     result = gptq(*words)
     assert result.exit_code == 2
-    assert f"error[E_USAGE]: the word after `{before}` is empty" in result.stderr
+    assert f"error[E_USAGE]: empty argument after `{before}`" in result.stderr
     assert "is a variable of the shell not set?" in result.stderr
 
 

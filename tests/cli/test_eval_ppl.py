@@ -73,7 +73,7 @@ def test_a_failed_gate_prints_the_result_and_exits_4(
     )
     assert result.exit_code == 4
     assert (
-        "error[E_GATE_PPL]: perplexity rose by 0.25, from 12.25 to 12.5; --max-increase allows 0.2"
+        "error[E_GATE_PPL]: perplexity rose by 0.25, from 12.25 to 12.5, but --max-increase allows 0.2"
         in result.stderr
     )
     if as_json:

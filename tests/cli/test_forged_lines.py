@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
-from gptq_cli.cli.app import exit_code_of
+from gptq_cli.cli.app import report_failure
 from gptq_cli.cli.console import (
     Console,
     aligned,
@@ -75,20 +75,17 @@ def test_whatever_is_said_is_one_line(
 
 
 def test_a_message_and_its_hint_are_one_line_each(capsys: pytest.CaptureFixture[str]) -> None:
-    def refuse() -> None:
-        raise InputError("E_ARCH", EVIL, hint=EVIL)
-
-    assert exit_code_of(refuse, as_json=True) == 3
+    assert report_failure(InputError("E_ARCH", EVIL, hint=EVIL), as_json=True) == 3
     found = capsys.readouterr()
     assert found.err == f"error[E_ARCH]: {SHOWN}\n\nhint: {SHOWN}\n"
     assert json.loads(found.out)["problems"][0]["message"] == EVIL
 
 
 def test_the_lines_of_a_traceback_are_no_messages(capsys: pytest.CaptureFixture[str]) -> None:
-    def fail() -> None:
+    try:
         raise LookupError(EVIL)
-
-    assert exit_code_of(fail, as_json=False) == 1
+    except LookupError as error:
+        assert report_failure(error, as_json=False) == 1
     said = capsys.readouterr().err
     assert said.startswith("Traceback (most recent call last):\n")
     assert said.count("\nerror[") == 1

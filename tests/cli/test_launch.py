@@ -267,7 +267,7 @@ def test_what_ends_one_process_ends_all_and_is_said_once(
     assert run.returncode == code, stderr
     assert stderr.count("error[") == 1, stderr
     assert says in stderr
-    assert "go on with: gptq resume" in stderr
+    assert "resume with: gptq resume" in stderr
     assert time.monotonic() - began < 60
 
 

@@ -32,7 +32,7 @@ def test_inspect_tells_layers_sizes_origin_and_readers_without_torch(
     assert "quantized (gptq)" in lines
     assert "  3 x  self_attn.q_proj                 128x64  4 bit g32" in lines
     assert "  1 x  mlp.down_proj                    64x128  F32" in lines
-    assert any(line.startswith("bits     ") and "a quantized weight" in line for line in lines)
+    assert any(line.startswith("bits     ") and "per quantized weight" in line for line in lines)
     assert any(line.split() == ["model_type", "llama"] for line in lines)
     assert any(line.startswith("loads in ") for line in lines)
 
@@ -64,7 +64,7 @@ def test_compare_tells_the_worst_and_with_text_the_divergence(
 ) -> None:
     result = gptq("compare", *pair)
     assert result.exit_code == 0
-    assert result.stdout.startswith("12 of 30 tensors are the same, 18 differ: mean error ")
+    assert result.stdout.startswith("12 of 30 tensors are the same, 18 differ: mean weight error ")
     data = json.loads(gptq("compare", *pair, "--json").stdout)
     worst = max(data["tensors"], key=lambda tensor: tensor["relative_error"])
     assert result.stdout.splitlines()[3].split()[-1] == worst["name"]

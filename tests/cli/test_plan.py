@@ -118,7 +118,7 @@ def test_time_for_several_devices_is_refused(gptq: Run, model: Path) -> None:
     result = gptq("plan", model, "-b", "4", "-g", "32", "--time", "--devices", "4")
     assert (result.exit_code, result.stdout) == (2, "")
     assert "error[E_CFG_CONFLICT]: --time measures one device, but --devices is 4" in result.stderr
-    assert "leave out --devices or --time" in result.stderr
+    assert "omit --devices or --time" in result.stderr
 
 
 def test_quiet_prints_the_bytes_alone(gptq: Run, model: Path) -> None:

@@ -239,13 +239,13 @@ def test_privacy_is_what_was_said_or_the_push_is_refused(push: Push, hub: Hub) -
 @pytest.mark.parametrize(
     ("fault", "code", "message", "hint"),
     [
-        (Fault("/api/repos/create", Reply(401)), "E_HUB_AUTH", "does not know who you are", "hf auth login"),
-        (Fault("/api/repos/create", Reply(403)), "E_PUSH", "the Hub refuses what is sent to", "may write there"),
-        (Fault("POST .*/commit/", Reply(413)), "E_PUSH", "refuses", "as it was"),
+        (Fault("/api/repos/create", Reply(401)), "E_HUB_AUTH", "not logged in to the Hub", "hf auth login"),
+        (Fault("/api/repos/create", Reply(403)), "E_PUSH", "the Hub refused the upload to", "may write there"),
+        (Fault("POST .*/commit/", Reply(413)), "E_PUSH", "refused", "unchanged"),
         (Fault("/commit/", Reply(409, b'{"error": "conflict"}')), "E_PUSH", "conflict", "same command again"),
         (Fault("GET /api/models/me/tiny$", refusal(403, "GatedRepo")), "E_HUB_GATED", "is gated", "accept its terms"),
         (Fault("/commit/", refusal(404, "RepoNotFound")), "E_HUB_NOT_FOUND", "is not on the Hub", "spelling"),
-        (Fault("/commit/", Reply(429)), "E_HUB_NETWORK", "429", "not sent twice"),
+        (Fault("/commit/", Reply(429)), "E_HUB_NETWORK", "429", "only what is missing"),
     ],
 )  # fmt: skip
 def test_a_refusal_of_the_hub_has_its_code_hint_and_exit_code(

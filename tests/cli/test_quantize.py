@@ -105,8 +105,8 @@ def test_repeated_datasets_are_texts(gptq: Run, quantizer: FakeQuantizer) -> Non
         (["-b", "5"], "error[E_CFG_RANGE]: --bits must be 2, 3, 4 or 8, got 5"),
         (["--dtype", "half"], '--dtype must be auto, bfloat16, float16 or float32, got "half"'),
         ([], "error[E_CFG_MISSING]: bits is required"),
-        (["-b", "4", "--dynamic", "+:.*x"], "--dynamic '+:.*x' says nothing to change"),
-        (["-b", "4", "--dynamic", "-:x", "--dynamic", "-:x"], "--dynamic says '-:x' twice"),
+        (["-b", "4", "--dynamic", "+:.*x"], "--dynamic '+:.*x' changes nothing"),
+        (["-b", "4", "--dynamic", "-:x", "--dynamic", "-:x"], "--dynamic has '-:x' twice"),
         (["-b", "4", "--dynamic", "+:x={bitz: 1}"], "--dynamic['+:x'].bitz is not a known key"),
         (["-b", "4", "--dynamic", "+:x={bits 1}"], "--dynamic['+:x']['bits 1'] is not a known key"),
         (["-b", "4", "--dynamic", "+:x={@}"], "--dynamic['+:x'] must be a mapping of settings"),
@@ -155,7 +155,7 @@ def test_the_summary_names_the_output_the_gain_and_the_readers(
         == """\
 name-GPTQ-Int4-g128
 size   8 MB -> 2.5 MB (3.20x smaller)
-error  2.00e-04 mean of 4 layers, round-to-nearest 6.00e-04
+error  2.00e-04 mean output error of 4 layers, round-to-nearest 6.00e-04
 time   1:02:03
 loads in sglang, transformers, gptqmodel, llama.cpp, exllamav2, tgi
 loads with limits in vllm: desc_act is slow, and refused from 0.30 on
@@ -249,5 +249,5 @@ def test_what_was_done_before_is_said(
         FakeQuantized.__init__, "__defaults__", ((), (), 3723.4, 8_000_000, 2_500_000, True)
     )
     result = gptq("quantize", "m", "-b", "4")
-    assert "done   before, by the same command\n" in result.stdout
+    assert "done   already, by an earlier run of the same command\n" in result.stdout
     assert len(quantizer.calls) == 1

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,7 +14,7 @@ from gptq_cli.cli.console import Console, as_json_text, visible
 from gptq_cli.shell import shell_word, shell_words
 from tests.families import save_model, texts
 
-from .conftest import FakeQuantizer, Run
+from .conftest import Run
 
 NAMES = ["mes\u00a0mod\u00e8les-\u200d", "soft\u00adhyphen \u3000", "\x1b[31m\x7f\x85", "emoji \U0001f600\U000e0001",
          "\udcff\udc80 é", "a\nb\tc\r", "it's \\ \"quoted\""]  # fmt: skip
@@ -150,16 +149,18 @@ def test_words_after_two_dashes_are_no_options(gptq: Run) -> None:
     assert "`--my_model` is not a directory" in gptq("verify", "--", "--my_model").stderr
 
 
+@pytest.mark.usefixtures("quantizer")
 def test_the_command_in_a_report_is_the_one_that_was_given(
-    quantizer: FakeQuantizer, gptq: Run, monkeypatch: pytest.MonkeyPatch
+    gptq: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commands: list[str] = []
 
-    def keep(prepared: Any, command: str, on_event: Any, worker: object) -> object:
+    def keep(output: Path, result: object, log: object, command: str) -> Path:
+        del result, log
         commands.append(command)
-        return quantizer(prepared, on_event, worker)
+        return output / "gptq_report.html"
 
-    monkeypatch.setattr("gptq_cli.api.quantize_with_report", keep)
+    monkeypatch.setattr("gptq_cli.publish.report.save_report", keep)
     for text in SECRETS:
         monkeypatch.setattr(sys, "argv", ["gptq", "quantize", "m", "--dataset", text])
         gptq("quantize", "m", "-b", "4", "--dataset", text, "--dataset", "x", "--report")

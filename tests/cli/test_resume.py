@@ -87,7 +87,9 @@ def test_a_directory_that_holds_no_run_is_refused(
     said = f"`{work}` holds no unfinished run\n\nhint: give the hidden directory"
     if content is not None:
         (work / "run.json").write_text(content)
-        said = f"`{work}/run.json` is not as this version of gptq writes it\n\nhint: repeat the command"
+        said = (
+            f"`{work}/run.json` was not written by this version of gptq\n\nhint: repeat the command"
+        )
     result = gptq("resume", work)
     assert result.exit_code == 3
     assert result.stderr.startswith(f"error[E_RESUME_NOTHING]: {said}")
@@ -113,7 +115,7 @@ def test_what_no_version_of_gptq_writes_is_refused(
 ) -> None:
     result = gptq("resume", begun(tmp_path, **claims))
     assert result.exit_code == 3
-    assert "run.json` is not as this version of gptq writes it" in result.stderr
+    assert "run.json` was not written by this version of gptq" in result.stderr
     assert quantizer.calls == []
 
 
@@ -202,7 +204,7 @@ def test_what_is_told_to_type_next_works(
 ) -> None:
     work = begun(tmp_path, config=trusting())
     Progress(Console())(WorkKept(work))
-    _, _, command = capsys.readouterr().err.partition("go on with: gptq ")
+    _, _, command = capsys.readouterr().err.partition("resume with: gptq ")
     assert gptq(*shlex.split(command)).exit_code == 0
     assert len(quantizer.calls) == 1
 
@@ -228,6 +230,6 @@ def test_resuming_and_what_is_kept_are_said_even_when_quiet(
     progress(WorkKept(Path("/d/.o.gptq-work"), failed=True))
     assert capsys.readouterr().err == (
         "resuming after 2 of 5 blocks, from /d/.o.gptq-work\n"
-        "finished blocks are kept; go on with: gptq resume '/d/.a b.gptq-work'\n"
+        "finished blocks are kept; resume with: gptq resume '/d/.a b.gptq-work'\n"
         "finished blocks are kept in /d/.o.gptq-work until a run with other settings begins\n"
     )

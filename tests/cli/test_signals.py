@@ -25,7 +25,7 @@ def test_a_signal_ends_the_body_and_the_old_handler_comes_back(
         os.kill(os.getpid(), number)
     assert caught.value.exit_code == 128 + number
     assert signal.getsignal(number) is before
-    assert capsys.readouterr().err == f"stopping on {name}; once more to end at once\n"
+    assert capsys.readouterr().err == f"stopping on {name}; a second signal exits immediately\n"
 
 
 def test_a_second_signal_ends_the_process_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +74,5 @@ def test_a_stopped_run_has_the_exit_code_of_its_signal(
     quantizer.error = Stopped(getattr(signal, name))
     result = gptq("quantize", "m", "-b", "4", "-q")
     assert result.exit_code == exit_code
-    expected = (
-        f"error[E_INTERRUPTED]: stopped by {name}\n\nhint: run the same command again to go on"
-    )
+    expected = f"error[E_INTERRUPTED]: stopped by {name}\n\nhint: run the same command to resume"
     assert expected in result.stderr

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptq_cli.cli.app import exit_code_of
+from gptq_cli.cli.app import report_failure
 from gptq_cli.errors import InputError, ResourceError
 from gptq_cli.events import Event, LayerStarted, Warned
 from gptq_cli.files import file_error
@@ -151,7 +151,9 @@ def test_a_gpu_that_fails_in_the_middle_is_told_in_few_lines_and_the_next_call_g
         if isinstance(event, LayerStarted) and event.name.startswith("model.layers.1."):
             raise torch.AcceleratorError(f"CUDA error: unspecified launch failure{ADVICE}")
 
-    assert exit_code_of(lambda: case.run(tmp_path / "out", report=fail), as_json=False) == 5
+    with pytest.raises(ResourceError) as caught:
+        case.run(tmp_path / "out", report=fail)
+    assert report_failure(caught.value, as_json=False) == 5
     assert capsys.readouterr().err.splitlines() == [
         "error[E_GPU_LOST]: the GPU has failed: CUDA error: unspecified launch failure",
         "",

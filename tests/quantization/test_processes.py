@@ -125,8 +125,8 @@ def test_a_signal_ends_the_run_keeps_the_work_and_says_how_to_go_on(
     code, stdout, stderr = run(when, [number], *quantize(case, tmp_path), "--json")
     assert code == 128 + number, stderr
     assert "Traceback" not in stderr
-    assert f"stopping on {name}; once more to end at once" in stderr
-    assert f"go on with: gptq resume {tmp_path}/{WORK}\n" in stderr
+    assert f"stopping on {name}; a second signal exits immediately" in stderr
+    assert f"resume with: gptq resume {tmp_path}/{WORK}\n" in stderr
     assert (
         f"error[E_INTERRUPTED]: stopped by {name}\n\nhint: run the same command again to go on"
         in stderr
