@@ -1,7 +1,11 @@
-"""The block loop: each transformer block is loaded, quantized stage by stage, run on, and dropped.
+"""The block loop: load each transformer block, quantize it stage by stage, run it, and drop it.
 
-As many batches as fit wait inside the block; for the others the block is run again for each stage.
-Both see the same. A block that runs out of memory is done once more, with less.
+A stage is a set of linears that see the same input, such as q_proj, k_proj and v_proj. Read on in
+`layers.py`, which turns the inputs of a stage into quantized weights, and in `solver/solve.py`,
+which rounds the columns of a weight.
+
+As many batches as fit in memory are paused inside the block while its stages are solved. For the
+other batches the block runs again for each stage. Both ways give the same results.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ import gc
 import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -38,25 +43,29 @@ from gptq_cli.runtime.memory import (
 )
 from gptq_cli.solver.hessian import HessianOfBatches
 
-Seen = list[tuple[Stage, Any]]
+# The inputs of some stages in the forward of one batch: one entry for each call of a stage.
+StageInputs = list[tuple[Stage, Any]]
 
 
 def quantize_blocks(run: Run) -> None:
-    """Quantize every layer of the plan, block by block; the head counts as the last block.
+    """Quantize every layer of the plan, block by block; the output head counts as the last block.
 
-    Begins after the blocks that `run.saved` has, and gives it each finished one.
-    Raises GateError E_NUM_* when activations or Hessians are not usable, located by layer; InputError E_ARCH when a
-    planned layer is never called; ResourceError E_OOM if the memory does not suffice; PausedError E_PAUSED.
+    The loop starts after the blocks that `run.saved` has and saves each block that it finishes.
+    Raises GateError E_NUM_* if activations or Hessians are not usable, with the layer's name;
+    InputError E_ARCH if the model never calls a planned layer; ResourceError E_OOM; PausedError.
     """
-    stream = run.stream
-    solver = LayerSolver(run)
+    stream, solver = run.stream, LayerSolver(run)
     states = embed(run)
     for index in range(run.saved.restore(stream, states), stream.n_blocks):
         started = time.perf_counter()
         run.report(BlockStarted(index, stream.n_blocks, stream.block_name(index)))
         run.limits.check_time_for_block()
-        with stream.block(index) as block:
-            quantize_block(block, states, solver)
+        with stream.block(index) as block, block_forwards(block, states, run) as forwards:
+            for (
+                together
+            ) in forwards.stages:  # later stages see the quantized weights of earlier ones
+                quantize_stages(together, forwards, solver)
+            forwards.finish()  # the next block sees the outputs of the quantized one
         run.saved.finished(index, stream, states)
         done = block_finished(index, stream, started)
         run.report(done)
@@ -64,34 +73,110 @@ def quantize_blocks(run: Run) -> None:
         run.budget.memory.check_host()
     if HEAD in run.layers:
         run.report(PhaseStarted("head", HEAD))
-        quantize_head(states, solver)
+        with head_forwards(states, run) as forwards:
+            quantize_stages(forwards.stages[0], forwards, solver)
         run.saved.finished(stream.n_blocks, stream, [])
 
 
-def embed(run: Run) -> list[HiddenStates]:
-    """Return the hidden states of this process's batches before the first block, and a copy for the unquantized model.
+def quantize_stages(together: Sequence[Stage], forwards: Forwards, solver: LayerSolver) -> None:
+    """Gather the inputs of some stages over all batches, then quantize the layers of each stage."""
+    run = solver.run
+    gathered = gather_inputs(together, forwards, run)
+    for stage in together:
+        inputs = gathered.pop(stage)
+        if isinstance(inputs, RoutedInputs):
+            quantize_experts(inputs, forwards.linears, solver)
+            continue
+        hessian = run.ranks.sum_hessians(inputs, len(run.batches))
+        layers = [run.layers[name] for name in stage.names]
+        for solved in solver.solve(layers, hessian, run.ranks):
+            solver.put_back(solved, forwards.linears)
+            solver.finish(solved)
 
-    There is a copy only if some layer follows the unquantized model (asymmetric_calibration).
+
+def gather_inputs(
+    together: Sequence[Stage], forwards: Forwards, run: Run
+) -> dict[Stage, HessianOfBatches | RoutedInputs]:
+    """Return what each stage sees over this process's batches: a Hessian, or inputs of experts."""
+    gathered = {stage: _nothing_seen(stage, forwards, run) for stage in together}
+    for batch, seen in forwards.inputs(together):
+        for calls in zip(*seen, strict=True):  # the same call in each of the forwards
+            stage = calls[0][0]
+            gathered[stage].add(batch, *(inputs for _, inputs in calls))
+    return gathered
+
+
+def embed(run: Run) -> list[HiddenStates]:
+    """Return the hidden states of this process's batches before the first block.
+
+    If some layer follows the unquantized model (asymmetric_calibration), a second copy of the
+    hidden states will pass through the unquantized blocks.
     """
-    share = run.ranks.share(len(run.batches))
+    n_batches = len(run.batches)
+    share = run.ranks.share(n_batches)
     mine = run.batches[share.start : share.stop]
-    count = len(run.batches)
     give_back_freed_tensors()
-    run.report(PhaseStarted("embeddings", f"{count} batch{'es' * (count != 1)}"))
-    hidden = HiddenStates(run.stream.embed(mine), run.budget.memory, share.start, count)
+    noun = "batches"
+    if n_batches == 1:
+        noun = "batch"
+    run.report(PhaseStarted("embeddings", f"{n_batches} {noun}"))
+    hidden = HiddenStates(run.stream.embed(mine), run.budget.memory, share.start, n_batches)
     if run.plan.asymmetric:
         return [hidden, hidden.copy()]
     return [hidden]
 
 
-def quantize_block(block: LoadedBlock, states: Sequence[HiddenStates], solver: LayerSolver) -> None:
-    """Solve the block's layers and move each of `states` past the block.
+def _nothing_seen(stage: Stage, forwards: Forwards, run: Run) -> HessianOfBatches | RoutedInputs:
+    name = stage.names[0]
+    experts = []
+    for passage in forwards.passages:
+        module = passage.called[name]
+        if isinstance(module, Experts):
+            experts.append(module)
+    if experts:
+        return RoutedInputs(name, experts)
+    return HessianOfBatches(run.layers[name].in_features, run.stream.device)
 
-    The first of `states` passes through the quantized block, the second, if there is one, through the block as it was.
-    With `true_sequential` each stage sees the earlier ones quantized. As many batches as the memory takes wait inside
-    the block while its stages are solved; for the others the block is run again for each stage, with the same results.
+
+# ------------------------------------------------------------ forwards through a block
+
+
+@dataclass(frozen=True, slots=True)
+class Forwards:
+    """Forwards of all batches through a block, or through what follows the blocks.
+
+    The first of `passages` is the quantized model. If there is a second one, it is the unquantized
+    model. `stages` lists the stages in order; stages in one list are solved with the same forward.
     """
-    run = solver.run
+
+    passages: Sequence[Passage]
+    stages: Sequence[Sequence[Stage]]
+
+    @property
+    def linears(self) -> Mapping[str, nn.Module]:
+        """The planned linears of the quantized model, by name."""
+        return self.passages[0].linears
+
+    def inputs(self, together: Sequence[Stage]) -> Iterator[tuple[int, Sequence[StageInputs]]]:
+        """Yield the number of each batch and the inputs of the stages, one entry per passage."""
+        of_batches = zip(*(passage.inputs(together) for passage in self.passages), strict=True)
+        yield from enumerate(of_batches, self.passages[0].first)
+
+    def finish(self) -> None:
+        """Run every batch to the end of the block; its output replaces its hidden states."""
+        for passage in self.passages:
+            passage.finish()
+
+
+@contextmanager
+def block_forwards(
+    block: LoadedBlock, states: Sequence[HiddenStates], run: Run
+) -> Iterator[Forwards]:
+    """Start the forwards of `states` through `block`, paused in it as far as the memory allows.
+
+    With `true_sequential` each stage sees the earlier ones quantized. Raises InputError E_ARCH if
+    the block's forward does not call a planned linear.
+    """
     passages = [Passage.through(block, states[0], run.layers)]
     for original in states[1:]:
         passages.append(Passage.through(block.unquantized_copy(), original, run.layers))
@@ -99,45 +184,21 @@ def quantize_block(block: LoadedBlock, states: Sequence[HiddenStates], solver: L
     probe = run.prober(block.module, block.called, first.runs[0])
     stages = probe.stages(first.called)
     _check_reached(first.called, stages)
-    n_waiting = 0
-    if run.config.true_sequential and all(stage.calls == 1 for stage in stages):
-        n_waiting = run.budget.places(len(states[0]), probe.waiting_bytes, len(passages))
-    with ExitStack() as waiting:
+    if not run.config.true_sequential:
+        yield Forwards(passages, [stages])
+        return
+    n_paused = 0
+    if all(stage.calls == 1 for stage in stages):
+        n_paused = run.budget.places(len(states[0]), probe.waiting_bytes, len(passages))
+    with ExitStack() as paused:
         for passage in passages:
-            waiting.enter_context(passage.waiting(stages, n_waiting))
-        if run.config.true_sequential:
-            for stage in stages:
-                quantize_stages([stage], passages, solver)
-        else:
-            quantize_stages(stages, passages, solver)
-        for passage in passages:
-            passage.finish()
+            paused.enter_context(passage.paused(stages, n_paused))
+        yield Forwards(passages, [[stage] for stage in stages])
 
 
-def quantize_stages(
-    stages: Sequence[Stage], passages: Sequence[Passage], solver: LayerSolver
-) -> None:
-    """Gather what each stage sees over all batches, then solve the layers of each stage with it."""
-    layers, first = solver.run.layers, passages[0]
-    gathered = {stage: _nothing_seen(stage, passages, solver) for stage in stages}
-    for batch, seen in enumerate(
-        zip(*(passage.inputs(stages) for passage in passages), strict=True), first.first
-    ):
-        for calls in zip(*seen, strict=True):
-            stage = calls[0][0]
-            gathered[stage].add(batch, *(inputs for _, inputs in calls))
-    for stage in stages:
-        inputs = gathered.pop(stage)
-        if isinstance(inputs, RoutedInputs):
-            quantize_experts(inputs, first.linears, solver)
-        else:
-            hessian = solver.run.ranks.sum_hessians(inputs, first.n_all)
-            solver.solve([layers[name] for name in stage.names], first.linears, hessian)
-
-
-def quantize_head(states: Sequence[HiddenStates], solver: LayerSolver) -> None:
-    """Solve the output head, whose inputs are the final hidden states as the model's own forward normalises them."""
-    run = solver.run
+@contextmanager
+def head_forwards(states: Sequence[HiddenStates], run: Run) -> Iterator[Forwards]:
+    """Start the forwards of `states` through the final norm and the output head of the model."""
     linears = {HEAD: run.stream.output_linear}
     with run.stream.head() as logits:
         passages = []
@@ -145,7 +206,7 @@ def quantize_head(states: Sequence[HiddenStates], solver: LayerSolver) -> None:
             mine = run.batches[hidden.first : hidden.first + len(hidden)]
             runs = [partial(_head, logits, ids, hidden, number) for number, ids in enumerate(mine)]
             passages.append(Passage(linears, linears, runs, hidden))
-        quantize_stages([Stage((HEAD,), 1)], passages, solver)
+        yield Forwards(passages, [[Stage((HEAD,), 1)]])
 
 
 def _head(
@@ -154,32 +215,26 @@ def _head(
     return logits(ids, hidden[batch])
 
 
-def _nothing_seen(
-    stage: Stage, passages: Sequence[Passage], solver: LayerSolver
-) -> HessianOfBatches | RoutedInputs:
-    name = stage.names[0]
-    called = [passage.called[name] for passage in passages]
-    experts = [module for module in called if isinstance(module, Experts)]
-    if experts:
-        return RoutedInputs(name, experts)
-    return HessianOfBatches(solver.run.layers[name].in_features, solver.device)
-
-
 def _check_reached(linears: Mapping[str, nn.Module], stages: Sequence[Stage]) -> None:
-    missed = sorted(set(linears) - {name for stage in stages for name in stage.names})
-    if missed:
-        raise InputError(
-            "E_ARCH",
-            f"the model's forward never calls {len(missed)} linears of the block, so they cannot be calibrated, "
-            f"first `{missed[0]}`",
-            hint=f"keep them: {keeping(missed, in_all_blocks=True)[1]}",
-        )
+    missed = set(linears)
+    for stage in stages:
+        missed.difference_update(stage.names)
+    if not missed:
+        return
+    names = sorted(missed)
+    raise InputError(
+        "E_ARCH",
+        f"the model's forward never calls {len(names)} linears of the block, so they cannot be "
+        f"calibrated, first `{names[0]}`",
+        hint=f"keep them: {keeping(names, in_all_blocks=True)[1]}",
+    )
 
 
 class Passage:
-    """A forward of a block, or of what follows the blocks, for each batch of `hidden`; planned `linears` by name.
+    """One forward for each batch of `hidden`, through a block or what follows the blocks.
 
-    `called` is what the forward calls by itself: these linears, but experts as a whole.
+    `linears` are the planned linears by name. `called` is what the forward itself calls: these
+    linears, but a mixture of experts as a whole. `runs` start the forward of each batch anew.
     """
 
     def __init__(
@@ -190,47 +245,44 @@ class Passage:
         hidden: HiddenStates,
     ) -> None:
         self.linears, self.called, self.runs, self._hidden = linears, called, runs, hidden
-        self.first, self.n_all = hidden.first, hidden.n_all
-        self._waiting: PausedForwards | None = None
-        self._n_waiting = 0
+        self.first = hidden.first
+        self._paused: PausedForwards | None = None
+        self._n_paused = 0
 
     @classmethod
     def through(cls, block: LoadedBlock, hidden: HiddenStates, names: Container[str]) -> Passage:
-        """The way of `hidden` through `block`, with those of its linears that `names` holds."""
+        """Return the passage of `hidden` through `block`, with the linears that `names` holds."""
         linears = {name: linear for name, linear in block.linears.items() if name in names}
         planned = set(linears.values())
-        called = {
-            name: module for name, module in block.called.items() if planned & set(module.modules())
-        }
-        return cls(
-            linears,
-            called,
-            [partial(_run, block, hidden, batch) for batch in range(len(hidden))],
-            hidden,
-        )
+        called = {}
+        for name, module in block.called.items():
+            if planned.intersection(module.modules()):
+                called[name] = module
+        runs = [partial(_run, block, hidden, batch) for batch in range(len(hidden))]
+        return cls(linears, called, runs, hidden)
 
     @contextmanager
-    def waiting(self, stages: Sequence[Stage], n_batches: int) -> Iterator[None]:
-        """The first `n_batches` wait at each of `stages` until they are told to go on."""
-        with pause_forwards(stages, self.called, self.runs[:n_batches]) as self._waiting:
-            self._n_waiting = n_batches
+    def paused(self, stages: Sequence[Stage], n_batches: int) -> Iterator[None]:
+        """Pause the forwards of the first `n_batches` batches at each of `stages`."""
+        with pause_forwards(stages, self.called, self.runs[:n_batches]) as self._paused:
+            self._n_paused = n_batches
             yield
 
-    def inputs(self, together: Sequence[Stage]) -> Iterator[Seen]:
-        """For each batch, every input of the stages `together`, which are one stage if batches wait."""
-        if self._waiting is not None and self._n_waiting:
+    def inputs(self, together: Sequence[Stage]) -> Iterator[StageInputs]:
+        """Yield the inputs of the stages for each batch; paused batches allow one stage at once."""
+        if self._paused is not None and self._n_paused:
             (stage,) = together
-            for seen in self._waiting.reach(stage):
+            for seen in self._paused.reach(stage):
                 yield [(stage, seen)]
-        for run in self.runs[self._n_waiting :]:
+        for run in self.runs[self._n_paused :]:
             yield _watched(together, self.called, run)
 
     def finish(self) -> None:
-        """Let every batch run to its end; `hidden` becomes what comes out."""
-        if self._waiting is not None:
-            for batch, output in enumerate(self._waiting.finish()):
+        """Run every batch to its end; its output replaces its hidden states."""
+        if self._paused is not None:
+            for batch, output in enumerate(self._paused.finish()):
                 self._hidden[batch] = output
-        for batch in range(self._n_waiting, len(self.runs)):
+        for batch in range(self._n_paused, len(self.runs)):
             self._hidden[batch] = self.runs[batch]()
 
 
@@ -240,57 +292,72 @@ def _run(block: LoadedBlock, hidden: HiddenStates, batch: int) -> State:
 
 def _watched(
     together: Sequence[Stage], called: Mapping[str, nn.Module], run: Callable[[], object]
-) -> Seen:
-    seen: Seen = []
-    # A copy: what comes later in the forward may write into an input.
-    watch_inputs(together, called, lambda stage, inputs: seen.append((stage, inputs.clone())), run)
+) -> StageInputs:
+    seen: StageInputs = []
+
+    def note(stage: Stage, inputs: Any) -> None:
+        seen.append((stage, inputs.clone()))  # a later part of the forward may write into it
+
+    watch_inputs(together, called, note, run)
     return seen
 
 
-def quantize_all_blocks(run: Run) -> None:
-    """Do what `run.saved` has not yet; a block that runs out of memory is done once more, with less.
+# ------------------------------------------------------------ out of memory
 
-    Where memory runs out, all of it is given back and the run resumes from what is saved, as the next call would, with
-    the same bytes. From then on every block is saved. A second shortage in the same block ends the run. So does the
-    first one in a run of several processes, since the others wait for this one in the middle of the block.
+
+def quantize_all_blocks(run: Run) -> None:
+    """Run `quantize_blocks`; if the memory runs out in a block, repeat this block once with less.
+
+    The run then frees all memory and resumes from what is saved, as the next call would, so that
+    it writes the same bytes. From then on it saves every block. A second shortage in the same
+    block ends the run, and so does the first one if several processes work together, because the
+    others wait for this process in the middle of the block.
     """
     run.budget.memory.enforce()
-    done_again = None
+    repeated = None
     while not run.saved.complete:
         try:
             quantize_blocks(run)
         except Exception as error:
-            if not out_of_memory(error) or run.ranks.size > 1 or run.saved.first == done_again:
+            if not _may_repeat(run, repeated, error):
                 raise
-            if run.budget.memory.is_over_limit():
-                raise  # of the user's --max-ram: a second try would hold as much
             why = reason(error)
         else:
             return
-        done_again = run.saved.first
-        _give_back(run.stream.device)
+        repeated = run.saved.first
+        _free_memory(run.stream.device)
         run.budget.shrink_after_oom()
         run.saved.save_every_block()
         name = HEAD
-        if done_again < run.stream.n_blocks:
-            name = run.stream.block_name(done_again)
-        again = f"`{name}` is done again with no batch waiting inside it, later blocks with half as many"
+        if repeated < run.stream.n_blocks:
+            name = run.stream.block_name(repeated)
+        less = "no batch pauses inside it, and half as many inside later blocks"
         advice = _advice(run.budget.memory)
-        run.report(Warned("W_OOM_RETRY", f"memory ran out: {again}; {advice} ({why})"))
+        text = f"out of memory in `{name}`, which runs again with less: {less}; {advice} ({why})"
+        run.report(Warned("W_OOM_RETRY", text))
 
 
-def _give_back(device: torch.device) -> None:
-    """Let the device have what no tensor needs any more."""
+def _may_repeat(run: Run, repeated: int | None, error: Exception) -> bool:
+    """Return whether a second try of the first unfinished block can succeed after `error`."""
+    if not out_of_memory(error) or run.ranks.size > 1 or run.saved.first == repeated:
+        return False
+    # A second try would hold as much as the user's --max-ram forbids.
+    return not run.budget.memory.is_over_limit()
+
+
+def _free_memory(device: torch.device) -> None:
+    """Return memory that no tensor uses to the device."""
     gc.collect()
     if device.type == "cuda":
-        # cuBLAS keeps a workspace for each thread that has waited (torch's notes on CUDA); not in builds for the CPU
+        # cuBLAS keeps a workspace for each thread that has waited (torch's notes on CUDA). The
+        # function does not exist in builds for the CPU.
         getattr(torch._C, "_cuda_clearCublasWorkspaces", int)()
         torch.cuda.empty_cache()
 
 
 def _advice(memory: Memory) -> str:
     if memory.device.type != "cuda":
-        return "a smaller --max-ram lets fewer wait from the start"
+        return "a smaller --max-ram pauses fewer batches from the start"
     if memory.max_device_bytes is not None:
         return "a larger --max-vram avoids it"
     return "fewer --nsamples or a shorter --seqlen avoid it"

@@ -1,8 +1,12 @@
-"""Layers that share an input, solved: from the plan's layer and its Hessian to codes, a report and a located error."""
+"""Solve layers that share an input: from their plan and Hessian to codes and reports.
+
+The maths is in `solver/`: `factor.prepare` factorises the Hessian, `solve.solve_together` rounds.
+"""
 
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,13 +38,16 @@ from gptq_cli.solver.hessian import HessianAccumulator
 from gptq_cli.solver.quantized_linear import QuantizedLinear
 from gptq_cli.solver.solve import Solution, solve_together
 
-LOST_SHARE = 0.01  # of a layer's scales at the smallest number: it gets a warning of its own
-SUBNORMAL_SHARE = 0.5  # of a layer's scales: somebody should know, once
+LOST_SHARE = 0.01  # if more of a layer's scales are at the smallest number, each layer is warned of
+SUBNORMAL_SHARE = 0.5  # if as many of a layer's scales are subnormal, the first layer is warned of
 
 
 @dataclass(frozen=True, slots=True)
 class SolvedLayer:
-    """A layer, what became of it, and in which windows of the text its inputs were not finite, if so."""
+    """A solved layer: its plan, codes and report.
+
+    `windows` names the windows of the text with the first input that was not finite; "" if none.
+    """
 
     layer: LayerPlan
     quantized: QuantizedLinear
@@ -50,7 +57,10 @@ class SolvedLayer:
 
 @dataclass(frozen=True, slots=True)
 class UsableHessian:
-    """What layers are solved with: inputs that can be worked with, their factor, and why they are not those seen."""
+    """A Hessian that layers can be solved with, and its factor.
+
+    `fallback` tells why it is not that of the inputs seen; None if it is.
+    """
 
     inputs: HessianAccumulator
     factor: HessianFactor
@@ -58,194 +68,218 @@ class UsableHessian:
 
 
 class LayerSolver:
-    """Solves layers that share an input, puts the dequantized weights back and hands the codes to `run.keep`."""
+    """Solves layers that share an input, puts the dequantized weights back and keeps the codes."""
 
     def __init__(self, run: Run) -> None:
         self.run, self.device = run, run.stream.device
         self.policy = run.config.fault_policy
-        self._batches = [
-            len(batch) for batch in run.batches
-        ]  # windows in each, to say where a fault lies
-        self._told_few = self._told_subnormal = False
+        # The windows of each batch, to tell where in the text a fault lies
+        self._batches = [len(batch) for batch in run.batches]
+        self._warned_of_tokens = self._warned_of_subnormal = False
         self._lost: str | None = None  # the last layer whose weights were too small for its scales
         self._read: tuple[str, Tensor] | None = None  # the layer whose rows were solved last
 
     def solve(
-        self,
-        layers: Sequence[LayerPlan],
-        linears: Mapping[str, nn.Module],
-        inputs: HessianAccumulator,
-    ) -> None:
-        """Quantize `layers`, all of which have seen `inputs`, each process some of their rows."""
-        for solved in self.solutions(layers, inputs, self.run.ranks):
-            self.put_back(solved, linears)
-            self.finish(solved)
-
-    def solutions(
         self, layers: Sequence[LayerPlan], inputs: HessianAccumulator, ranks: Ranks
     ) -> Iterator[SolvedLayer]:
-        """Solve `layers`, whose rows `ranks` share; all of them have the same `inputs`."""
+        """Solve `layers`, which have all seen `inputs`; each of `ranks` solves some of their rows.
+
+        Raises GateError E_NUM_ACT or E_NUM_HESSIAN, or InputError E_CKPT_NONFINITE, with the name
+        of the layer. Layers of one configuration are solved together, as the rows of one matrix.
+        """
         for together in of_one_configuration(layers):
             started = time.perf_counter()
             config = together[0].config
             assert config is not None
-            for layer in together:
-                self.run.report(LayerStarted(layer.name))
-            self.run.limits.check_time()
-            with located(together, windows=partial(self._windows, inputs)):
-                usable = self._usable(inputs, config)
-            if self.device.type == "cpu":
-                give_back_freed_tensors()  # of forwards and of factorising: solving wants as much
+            usable = self._prepare(together, inputs, config)
             parts = row_parts(together, ROWS_OF_A_PART[self.device.type])
-            solve = partial(self._solve_part, parts, usable, config)
-            found: dict[str, list[Solution]] = {layer.name: [] for layer in together}
-            for number, solutions, _ in ranks.map_units(
-                solve, [sum(map(len, part)) for part in parts]
-            ):
-                for rows, solution in zip(parts[number], solutions, strict=True):
-                    found[rows.layer.name].append(solution)
+            owners = ranks.deal([sum(map(len, part)) for part in parts])
+            mine: dict[int, list[Solution]] = {}
+            for number, part in enumerate(parts):
+                if owners[number] != ranks.rank:
+                    continue
+                with located([rows.layer for rows in part], list(map(len, part))):
+                    weights = [self._weight(rows, usable) for rows in part]
+                    hessian = usable.inputs.hessian
+                    mine[number] = solve_together(weights, hessian, usable.factor, config)
             self._read = None
-            seconds = (time.perf_counter() - started) / sum(
-                layer.out_features for layer in together
-            )
+            found: dict[str, list[Solution]] = defaultdict(list)
+            for part, solutions in zip(parts, ranks.exchange(mine, owners), strict=True):
+                for rows, solution in zip(part, solutions, strict=True):
+                    found[rows.layer.name].append(solution)
+            n_rows = sum(layer.out_features for layer in together)
+            seconds_per_row = (time.perf_counter() - started) / n_rows
             for layer in together:
                 solution = Solution.of_rows(found.pop(layer.name))
-                report = _report_of(
-                    layer, config, solution, usable, inputs.tokens, seconds * layer.out_features
-                )
-                windows = self._windows(inputs) if usable.fallback == "inputs" else ""
-                yield SolvedLayer(layer, solution.quantized, report, windows)
+                yield self._solved(layer, solution, usable, inputs, seconds_per_row)
 
     def put_back(self, solved: SolvedLayer, linears: Mapping[str, nn.Module]) -> None:
-        """Let the linear compute with what its codes stand for."""
+        """Replace the weight of the layer's linear with the dequantized weight."""
         linear = linears[solved.layer.name]
-        dequantized = solved.quantized.dequantize(linear.get_parameter("weight").dtype)
-        place(linear, "weight", dequantized.T if solved.layer.transposed else dequantized)
+        weight = solved.quantized.dequantize(linear.get_parameter("weight").dtype)
+        if solved.layer.transposed:
+            weight = weight.T
+        place(linear, "weight", weight)
 
     def finish(self, solved: SolvedLayer) -> None:
-        """Keep the codes and tell what became of the layer."""
+        """Keep the codes, report the layer and warn of what a user should know about it.
+
+        Raises GateError E_NUM_FALLBACKS if too many layers were rounded to nearest.
+        """
         self.run.keep(solved.layer, solved.quantized)
-        self._warn(solved)
+        self._warn_of_inputs(solved)
+        self._warn_of_scales(solved)
         self.run.report(LayerSolved(solved.report))
         self.run.limits.check_fallbacks([solved.report])
 
-    def _solve_part(
+    def _prepare(
+        self, together: Sequence[LayerPlan], inputs: HessianAccumulator, config: LayerConfig
+    ) -> UsableHessian:
+        """Report the start of the layers and return what they are solved with."""
+        for layer in together:
+            self.run.report(LayerStarted(layer.name))
+        self.run.limits.check_time()
+        with located(together, windows=partial(self._windows, inputs)):
+            usable = self._usable(inputs, config)
+        if self.device.type == "cpu":
+            give_back_freed_tensors()  # of forwards and of factorising: solving wants as much
+        return usable
+
+    def _solved(
         self,
-        parts: Sequence[Sequence[Rows]],
+        layer: LayerPlan,
+        solution: Solution,
         usable: UsableHessian,
-        config: LayerConfig,
-        number: int,
-    ) -> list[Solution]:
-        with located([rows.layer for rows in parts[number]], list(map(len, parts[number]))):
-            weights = [self._weight(rows, usable) for rows in parts[number]]
-            return solve_together(weights, usable.inputs.hessian, usable.factor, config)
+        inputs: HessianAccumulator,
+        seconds_per_row: float,
+    ) -> SolvedLayer:
+        assert layer.config is not None
+        windows = ""
+        if usable.fallback == "inputs":
+            windows = self._windows(inputs)
+        report = LayerReport(
+            name=layer.name,
+            block=layer.block,
+            bits=layer.config.bits,
+            group_size=layer.config.group_size,
+            relative_error=solution.relative_error,
+            rtn_relative_error=solution.rtn_relative_error,
+            damp_percent=usable.factor.damp_percent,
+            damp_retries=usable.factor.retries,
+            dead_columns=usable.factor.dead_columns,
+            tokens=inputs.tokens,
+            seconds=seconds_per_row * layer.out_features,
+            fallback=usable.fallback,
+        )
+        return SolvedLayer(layer, solution.quantized, report, windows)
 
     def _usable(self, inputs: HessianAccumulator, config: LayerConfig) -> UsableHessian:
-        """`inputs` and their factor; where these are of no use and the policy allows it, as if nothing were known."""
+        """Return `inputs` with their factor.
+
+        If they have none and the policy allows it, return the identity instead: the layer is then
+        rounded to nearest.
+        """
         try:
-            return UsableHessian(
-                inputs,
-                prepare(inputs.hessian, config, inputs.tokens),
-                None if inputs.tokens else "tokens",
-            )
+            factor = prepare(inputs.hessian, config, inputs.tokens)
         except (NonFiniteHessianError, NotPositiveDefiniteError) as error:
             if self.policy.on_numeric_fault == "error":
                 raise
+            fallback: Fallback = "hessian"
+            if isinstance(error, NonFiniteHessianError):
+                fallback = "inputs"
             unknown = HessianAccumulator(inputs.in_features, self.device)
             unknown.add_identity()
-            factor = prepare(unknown.hessian, config, unknown.tokens)
             return UsableHessian(
-                unknown, factor, "inputs" if isinstance(error, NonFiniteHessianError) else "hessian"
+                unknown, prepare(unknown.hessian, config, unknown.tokens), fallback
             )
+        if not inputs.tokens:
+            return UsableHessian(inputs, factor, "tokens")
+        return UsableHessian(inputs, factor, None)
 
     def _weight(self, rows: Rows, usable: UsableHessian) -> Tensor:
-        layer = rows.layer
-        assert layer.config is not None
-        weight = self._whole(layer)[rows.start : rows.stop]
-        if layer.config.asymmetric_calibration and usable.inputs.shift is not None:
-            return follow_original(
-                weight, usable.inputs.shift, usable.factor, layer.config.asymmetric_calibration
-            )
+        """Return the weights [rows, in_features] to quantize, corrected if the layer wants it."""
+        config, shift = rows.layer.config, usable.inputs.shift
+        assert config is not None
+        weight = self._whole(rows.layer)[rows.start : rows.stop]
+        if config.asymmetric_calibration and shift is not None:
+            return follow_original(weight, shift, usable.factor, config.asymmetric_calibration)
         return weight
 
     def _whole(self, layer: LayerPlan) -> Tensor:
         if self._read is None or self._read[0] != layer.name:
-            self._read = None  # before another takes its place
-            self._read = (
-                layer.name,
-                self.run.stream.linear_weight(layer.name, transposed=layer.transposed),
-            )
+            self._read = None  # so that two weights are never held at once
+            weight = self.run.stream.linear_weight(layer.name, transposed=layer.transposed)
+            self._read = (layer.name, weight)
         return self._read[1]
 
-    def _warn(self, solved: SolvedLayer) -> None:
+    def _warn(self, code: str, text: str) -> None:
+        self.run.report(Warned(code, text))
+
+    def _warn_of_inputs(self, solved: SolvedLayer) -> None:
+        """Warn if the layer was rounded to nearest, or of its inputs' number and range."""
         layer, report = solved.layer, solved.report
-        if report.fallback in ("inputs", "hessian"):
-            not_finite = f"its inputs hold NaN or infinity{solved.windows}"
-            why = (
-                not_finite
-                if report.fallback == "inputs"
-                else "its Hessian is not positive definite"
-            )
-            self.run.report(
-                Warned("W_NUM_FALLBACK", f"{_where(layer)} was rounded to nearest: {why}")
-            )
-        if 0 < report.tokens < layer.in_features and not self._told_few:
-            self._told_few = True
-            few = f"saw {report.tokens} calibration tokens for {layer.in_features} inputs; others may have as few"
-            self.run.report(Warned("W_NUM_TOKENS", f"{_where(layer)} {few}"))
+        name = _where(layer)
+        if report.fallback == "inputs":
+            why = f"its inputs hold NaN or infinity{solved.windows}"
+            self._warn("W_NUM_FALLBACK", f"{name} was rounded to nearest: {why}")
+        elif report.fallback == "hessian":
+            why = "its Hessian is not positive definite"
+            self._warn("W_NUM_FALLBACK", f"{name} was rounded to nearest: {why}")
+        if 0 < report.tokens < layer.in_features and not self._warned_of_tokens:
+            self._warned_of_tokens = True
+            seen = f"saw {report.tokens} calibration tokens for {layer.in_features} inputs"
+            self._warn("W_NUM_TOKENS", f"{name} {seen}; others may have as few")
         if report.damp_retries:
-            used = f"damp_percent was raised to {report.damp_percent:g} to make its Hessian positive definite"
-            self.run.report(Warned("W_NUM_DAMPING", f"layer `{layer.name}`: {used}"))
+            raised = f"damp_percent was raised to {report.damp_percent:g}"
+            why = "to make its Hessian positive definite"
+            self._warn("W_NUM_DAMPING", f"layer `{layer.name}`: {raised} {why}")
         if report.dead_columns:
-            seen = f"{report.dead_columns} of {layer.in_features} inputs were always zero, their weights become zero"
-            before = f"; `{self._lost}` before it has lost weights" if self._lost else ""
-            self.run.report(Warned("W_NUM_DEAD", f"layer `{layer.name}`: {seen}{before}"))
-        self._warn_of_scales(solved)
+            dead = f"{report.dead_columns} of {layer.in_features} inputs were always zero"
+            text = f"layer `{layer.name}`: {dead}, their weights become zero"
+            if self._lost:
+                text += f"; `{self._lost}` before it has lost weights"
+            self._warn("W_NUM_DEAD", text)
 
     def _warn_of_scales(self, solved: SolvedLayer) -> None:
-        """Tell of scales that are too small for float16; a group of zeros has none of them."""
+        """Warn of scales that are too small for float16; a group of zeros has no such scale."""
         layer, sizes = solved.layer, solved.quantized.scales.abs()
         subnormal = int((sizes < SMALLEST_NORMAL).sum())
-        smallest = int((sizes == SMALLEST).sum()) if subnormal else 0
+        if not subnormal:
+            return
+        smallest = int((sizes == SMALLEST).sum())
+        small = f"{_where(layer)} has so small weights that"
         if smallest > LOST_SHARE * sizes.numel():
             self._lost = layer.name
-            held = f"{smallest} of {sizes.numel()} scales are held at 2^-24, the smallest number of float16"
+            held = (
+                f"{smallest} of {sizes.numel()} scales are held at 2^-24, the smallest of float16"
+            )
             error = f"its relative error is {solved.report.relative_error:.2g}"
-            self.run.report(
-                Warned("W_NUM_SCALES", f"{_where(layer)} has so small weights that {held}; {error}")
+            self._warn("W_NUM_SCALES", f"{small} {held}; {error}")
+        elif subnormal >= SUBNORMAL_SHARE * sizes.numel() and not self._warned_of_subnormal:
+            self._warned_of_subnormal = True
+            below = (
+                f"{subnormal} of {sizes.numel()} scales are below 2^-14 and subnormal in float16"
             )
-        elif subnormal >= SUBNORMAL_SHARE * sizes.numel() and not self._told_subnormal:
-            self._told_subnormal = True
-            small = f"{subnormal} of {sizes.numel()} scales are below 2^-14, which makes them subnormal in float16"
-            others = (
-                "hardware that flushes such numbers reads zeros; other layers may have them, too"
-            )
-            self.run.report(
-                Warned(
-                    "W_NUM_SCALES", f"{_where(layer)} has so small weights that {small}; {others}"
-                )
-            )
+            flush = "hardware that flushes subnormal numbers reads zeros"
+            self._warn("W_NUM_SCALES", f"{small} {below}; {flush}; other layers may have them, too")
 
     def _windows(self, inputs: HessianAccumulator) -> str:
-        """Where in the calibration text, counted from 1, something first was not finite."""
+        """Name the windows of the text, counted from 1, with the first input that is not finite."""
         found = inputs.first_not_finite()
         if found is None:
             return ""
         addition, n_additions = found
-        batch = (
-            addition * len(self._batches) // n_additions
-        )  # a layer may be called several times for each batch
+        # A layer may be called several times for each batch.
+        batch = addition * len(self._batches) // n_additions
         first = 1 + sum(self._batches[:batch])
         last = first + self._batches[batch] - 1
-        return (
-            f", first in window {first}"
-            if first == last
-            else f", first in one of the windows {first} to {last}"
-        )
+        if first == last:
+            return f", first in window {first}"
+        return f", first in one of the windows {first} to {last}"
 
 
 def of_one_configuration(layers: Sequence[LayerPlan]) -> list[list[LayerPlan]]:
-    """Layers with the same input by configuration."""
+    """Return `layers` in lists of one configuration each, in the order of their first layers."""
     together: dict[LayerConfig | None, list[LayerPlan]] = {}
     for layer in layers:
         together.setdefault(layer.config, []).append(layer)
@@ -265,7 +299,7 @@ class Rows:
 
 
 def row_parts(layers: Sequence[LayerPlan], most: int) -> list[list[Rows]]:
-    """The rows of `layers`, one after the other, in parts of `most` rows; the last one may have fewer."""
+    """Cut the rows of `layers` into parts of `most` rows; the last part may have fewer."""
     parts: list[list[Rows]] = []
     free = 0
     for layer in layers:
@@ -281,30 +315,6 @@ def row_parts(layers: Sequence[LayerPlan], most: int) -> list[list[Rows]]:
     return parts
 
 
-def _report_of(
-    layer: LayerPlan,
-    config: LayerConfig,
-    solution: Solution,
-    usable: UsableHessian,
-    tokens: int,
-    seconds: float,
-) -> LayerReport:
-    return LayerReport(
-        name=layer.name,
-        block=layer.block,
-        bits=config.bits,
-        group_size=config.group_size,
-        relative_error=solution.relative_error,
-        rtn_relative_error=solution.rtn_relative_error,
-        damp_percent=usable.factor.damp_percent,
-        damp_retries=usable.factor.retries,
-        dead_columns=usable.factor.dead_columns,
-        tokens=tokens,
-        seconds=seconds,
-        fallback=usable.fallback,
-    )
-
-
 def _where(layer: LayerPlan) -> str:
     return f"layer `{layer.name}` (block {layer.block})"
 
@@ -313,27 +323,34 @@ def _where(layer: LayerPlan) -> str:
 def located(
     together: Sequence[LayerPlan], rows: Sequence[int] = (), windows: Callable[[], str] = str
 ) -> Iterator[None]:
-    """Turn what the maths refuses into an error that names the layer, of several with so many `rows` each.
+    """Turn an error of the solver in the body into one that names its layer and gives advice.
 
-    `windows` says where in the text an input was not finite.
+    `rows` are the numbers of rows of the layers in `together`; `windows` returns the place in the
+    text of the first input that was not finite.
     """
-    first = together[0]
+    first = _where(together[0])
+    keep = f"keep it: {keeping([together[0].name])[1]}"
     try:
         yield
     except NonFiniteHessianError as error:
         raise GateError(
-            "E_NUM_ACT", f"{_where(first)}: its inputs hold NaN or infinity{windows()}",
-            hint="run the model in float32: --dtype float32, or round such layers: --on-numeric-fault rtn",
-        ) from error  # fmt: skip
+            "E_NUM_ACT",
+            f"{first}: its inputs hold NaN or infinity{windows()}",
+            hint="run the model in float32: --dtype float32, "
+            "or round such layers: --on-numeric-fault rtn",
+        ) from error
     except NotPositiveDefiniteError as error:
         raise GateError(
-            "E_NUM_HESSIAN", f"{_where(first)}: {error}",
-            hint=f"use more calibration text, or keep it: {keeping([first.name])[1]}, or --on-numeric-fault rtn",
-        ) from error  # fmt: skip
+            "E_NUM_HESSIAN",
+            f"{first}: {error}",
+            hint=f"use more calibration text, or {keep}, or --on-numeric-fault rtn",
+        ) from error
     except ScaleRangeError as error:
         ends = accumulate(rows)
         owner = next(layer for layer, end in zip(together, ends, strict=True) if error.row < end)
+        keep = keeping([owner.name])[1]
         raise InputError(
-            "E_CKPT_NONFINITE", f"{_where(owner)}: its weights are not finite or beyond the range of float16",
-            hint=f"keep the layer: {keeping([owner.name])[1]}; if it is not finite, download the checkpoint again",
-        ) from error  # fmt: skip
+            "E_CKPT_NONFINITE",
+            f"{_where(owner)}: its weights are not finite or beyond the range of float16",
+            hint=f"keep the layer: {keep}; if it is not finite, download the checkpoint again",
+        ) from error

@@ -89,14 +89,14 @@ def quantize_experts(
             hessian = (
                 gathered.pop(0) if gathered else _hessian(inputs, number, mine, solver, down=down)
             )
-            for solved in solver.solutions(part, hessian, SINGLE_PROCESS):
+            for solved in solver.solve(part, hessian, SINGLE_PROCESS):
                 solver.put_back(solved, linears)
                 found.append(solved)
             del hessian
         return found
 
     costs = [expert_cost(mine, seen) for mine, seen in zip(planned, tokens, strict=True)]
-    for _, found, is_mine in ranks.map_units(solve, costs):
+    for found, is_mine in ranks.map_units(solve, costs):
         for solved in found:
             if not is_mine:
                 solver.put_back(solved, linears)

@@ -62,15 +62,25 @@ class Ranks:
         check_shares(n_batches, self.size)
         return _share(n_batches, self.rank, self.size)
 
+    def deal(self, costs: Sequence[float]) -> list[int]:
+        """Return the rank that does each unit of work, such that all ranks have about equal costs."""
+        return [0] * len(costs)
+
+    def exchange(self, mine: dict[int, Value], owners: Sequence[int]) -> Iterator[Value]:
+        """Yield the result of every unit, in order, where `mine` has those of this process."""
+        for unit in range(len(owners)):
+            yield mine.pop(unit)
+
     def map_units(
         self, work: Callable[[int], Value], costs: Sequence[float]
-    ) -> Iterator[tuple[int, Value, bool]]:
-        """For each unit of work, in order: its number, its result, and whether this process has done it.
+    ) -> Iterator[tuple[Value, bool]]:
+        """Yield the result of every unit of work, in order, and whether this process has done it.
 
-        Every unit is done by one process, so that what each has to do costs about the same; all get every result.
+        A process alone does a unit when its result is asked for. Of several, each first does all
+        of its units.
         """
         for unit in range(len(costs)):
-            yield unit, work(unit), True
+            yield work(unit), True
 
     def sum_hessians(self, batches: HessianOfBatches, n_batches: int) -> HessianAccumulator:
         """The sum over all batches, of which `batches` has this process's share; the same bits on every process."""
@@ -119,13 +129,20 @@ class DistributedRanks(Ranks):
         self._device = device
         self._done = [0.0] * self.size  # of each process, what its work has cost so far
 
+    def deal(self, costs: Sequence[float]) -> list[int]:
+        return owners_of(costs, self._done)
+
+    def exchange(self, mine: dict[int, Value], owners: Sequence[int]) -> Iterator[Value]:
+        for unit, owner in enumerate(owners):
+            yield self._from(owner, mine.pop(unit, None))
+
     def map_units(
         self, work: Callable[[int], Value], costs: Sequence[float]
-    ) -> Iterator[tuple[int, Value, bool]]:
-        owners = owners_of(costs, self._done)
-        done = {unit: work(unit) for unit, owner in enumerate(owners) if owner == self.rank}
-        for unit, owner in enumerate(owners):
-            yield unit, self._from(owner, done.pop(unit, None)), owner == self.rank
+    ) -> Iterator[tuple[Value, bool]]:
+        owners = self.deal(costs)
+        mine = {unit: work(unit) for unit, owner in enumerate(owners) if owner == self.rank}
+        for owner, result in zip(owners, self.exchange(mine, owners), strict=True):
+            yield result, owner == self.rank
 
     def sum_hessians(self, batches: HessianOfBatches, n_batches: int) -> HessianAccumulator:
         spans = [kept_apart(_share(n_batches, rank, self.size)) for rank in range(self.size)]

@@ -135,7 +135,7 @@ PLANTS: dict[str, tuple[Any, str, Any]] = {
     "forward": (LoadedBlock, "run", _die),
     "solve": (layers, "solve_together", _die),
     "expert": (routed_experts, "expert_cost", _die),
-    "head": (block_loop, "quantize_head", _die),
+    "head": (block_loop, "head_forwards", _die),
     "finished": (resume.FinishedBlocks, "finished", _die_after_the_first_block),
     "refused": (layers, "solve_together", _refuse),
 }

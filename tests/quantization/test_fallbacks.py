@@ -114,7 +114,7 @@ def test_a_layer_that_is_called_twice_a_batch_names_the_batch(tmp_path: Path) ->
     )
     alone = LayerSolver(cast(Run, run))
     with pytest.raises(GateError, match="first in one of the windows 9 to 12"):
-        alone.solve([layer], {}, inputs)
+        list(alone.solve([layer], inputs, SINGLE_PROCESS))
 
 
 def test_layers_with_infinite_inputs_are_rounded_to_nearest_on_request_and_counted(

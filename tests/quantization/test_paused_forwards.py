@@ -5,7 +5,7 @@ from __future__ import annotations
 import faulthandler
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,8 +24,8 @@ from gptq_cli.models.stream import LoadedBlock
 from gptq_cli.planning.plan import plan_run
 from gptq_cli.planning.run_plan import LayerPlan
 from gptq_cli.quantization import block_loop
-from gptq_cli.quantization.block_loop import quantize_block
-from gptq_cli.quantization.layers import LayerSolver
+from gptq_cli.quantization.block_loop import block_forwards, quantize_stages
+from gptq_cli.quantization.layers import LayerSolver, SolvedLayer
 from gptq_cli.quantization.run import quantize_checkpoint
 from gptq_cli.runtime import memory
 from gptq_cli.runtime.hidden_states import HiddenStates
@@ -36,7 +36,7 @@ from gptq_cli.runtime.memory import (
     give_back_freed_tensors,
     host_bytes,
 )
-from gptq_cli.runtime.ranks import SINGLE_PROCESS
+from gptq_cli.runtime.ranks import SINGLE_PROCESS, Ranks
 from gptq_cli.solver.hessian import HessianAccumulator
 from tests.families import FAMILIES, save_model
 from tests.runs import config, digest
@@ -262,23 +262,22 @@ class TwiceInARow(nn.Module):
 
 
 class HessianKeeper(LayerSolver):
-    """Keeps the Hessians that it is given, and changes weights by them."""
+    """Keeps the Hessians that it is given, and changes the weights of `module` by them."""
 
     run: Any
 
-    def __init__(self) -> None:
-        self.device, self.seen = CPU, []
+    def __init__(self, module: nn.Module) -> None:
+        self.device, self.seen, self.module = CPU, [], module
 
     def solve(
-        self,
-        layers: Sequence[LayerPlan],
-        linears: Mapping[str, nn.Module],
-        inputs: HessianAccumulator,
-    ) -> None:
+        self, layers: Sequence[LayerPlan], inputs: HessianAccumulator, ranks: Ranks
+    ) -> Iterator[SolvedLayer]:
+        assert ranks is SINGLE_PROCESS
         self.seen.append((inputs.tokens, inputs.hessian.clone()))
         for layer in layers:
-            linear = linears[layer.name]
+            linear = self.module.get_submodule(layer.name)
             linear.weight = nn.Parameter(linear.weight + inputs.hessian / 1e4, requires_grad=False)
+        yield from ()
 
 
 def test_a_linear_that_is_called_twice_is_replayed_and_sees_both_inputs(
@@ -287,7 +286,8 @@ def test_a_linear_that_is_called_twice_is_replayed_and_sees_both_inputs(
     monkeypatch.setattr(WaitingRoom, "places", None)
     some_layer = plan_run(save_model(tmp_path / "model"), config()).quantized[0]
     layers = {name: replace(some_layer, name=name, in_features=32) for name in ("first", "last")}
-    module, solver = TwiceInARow(), HessianKeeper()
+    module = TwiceInARow()
+    solver = HessianKeeper(module)
     states = [torch.randn(2, 8, 32) for _ in range(N_BATCHES)]
     block = LoadedBlock(
         module, {"first": module.first, "last": module.last}, [Call((), {}, True)] * N_BATCHES
@@ -299,8 +299,13 @@ def test_a_linear_that_is_called_twice_is_replayed_and_sees_both_inputs(
         prober=Prober(),
         budget=WaitingRoom(Memory(CPU), ignore),
         ranks=SINGLE_PROCESS,
+        batches=states,
+        stream=SimpleNamespace(device=CPU),
     )
-    quantize_block(block, [hidden], solver)
+    with block_forwards(block, [hidden], solver.run) as forwards:
+        for together in forwards.stages:
+            quantize_stages(together, forwards, solver)
+        forwards.finish()
     assert [tokens for tokens, _ in solver.seen] == [2 * 16 * N_BATCHES, 16 * N_BATCHES]
     assert all(torch.equal(hidden[batch], module(state)) for batch, state in enumerate(states))
     lasts = [module.first(module.first(state)).flatten(0, 1) for state in states]

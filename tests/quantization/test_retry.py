@@ -226,7 +226,7 @@ def test_the_embeddings_are_part_of_the_first_block(
     shortage = Shortage(Counter(), int)
     case.run(tmp_path / "out", report=shortage, **SETTINGS)
     (said,) = shortage.warnings
-    assert said.startswith("memory ran out: `model.layers.0` is done again ")
+    assert said.startswith("out of memory in `model.layers.0`, which runs again with less: ")
     assert said.endswith("(the host has no more)")
     assert digest(tmp_path / "out") == digest(undisturbed[0])
 
@@ -236,8 +236,8 @@ def test_what_a_shortage_says(case: Case, tmp_path: Path, monkeypatch: pytest.Mo
     watched("the unquantized twin", shortage, monkeypatch)
     case.run(tmp_path / "out", report=shortage, **SETTINGS)
     assert shortage.warnings == [
-        "memory ran out: `model.layers.1` is done again with no batch waiting inside it, later blocks with half "
-        f"as many; a smaller --max-ram lets fewer wait from the start ({SAID})"
+        "out of memory in `model.layers.1`, which runs again with less: no batch pauses inside it, and half as "
+        f"many inside later blocks; a smaller --max-ram pauses fewer batches from the start ({SAID})"
     ]
     gpu = torch.device("cuda", 0)
     assert block_loop._advice(Memory(gpu, 2**30)) == "a larger --max-vram avoids it"
