@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 from gptq_cli.checkpoint.writer import CheckpointWriter  # noqa: E402
 from gptq_cli.config.schema import QuantizeConfig  # noqa: E402
 from gptq_cli.quantization import run as pipeline  # noqa: E402
-from gptq_cli.quantization.resume import SavedBlocks  # noqa: E402
+from gptq_cli.quantization.resume import FinishedBlocks  # noqa: E402
 from gptq_cli.storage import durable  # noqa: E402
 from tests.families import save_model, texts  # noqa: E402
 
@@ -39,7 +39,7 @@ SHAPE = {
 }
 SHAPE |= {"num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 2048}
 PARTS = {
-    "save": (SavedBlocks, "finished"),
+    "save": (FinishedBlocks, "finished"),
     "finish": (CheckpointWriter, "finish"),
     "manifest": (pipeline, "write_manifest"),
     "identify": (pipeline, "identify"),

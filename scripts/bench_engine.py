@@ -231,28 +231,17 @@ def solve_parts(
     order, width = prepared.order, solver.COLUMN_BLOCK
     if not order.static_grid:
         return float("nan"), float("nan")
-    columns = weight.T.index_select(0, order.permutation)
-    group_of = order.group_of_column[order.permutation]
-    grid = solver._initial_grid(weight, prepared, replace(config, scale_search="none"))
-    errors, R = columns.clone(), prepared.R
-
-    def blocks() -> list[tuple[int, int]]:
-        return [
-            (start, min(start + width, len(columns))) for start in range(0, len(columns), width)
-        ]
+    rounding = solver._Rounding.of(weight, prepared, replace(config, scale_search="none"))
+    blocks = list(rounding.blocks(width))
+    whole = [rounding.block(start, stop) for start, stop in blocks]
 
     def rounded() -> None:
-        for start, stop in blocks():
-            near = R[start:stop, start:stop]
-            block = solver._Block(
-                columns[start:stop].clone(), errors[start:stop], near, group_of[start:stop]
-            )
-            solver._round_block(block, grid, True, width)
+        for block in whole:
+            solver._round_block(replace(block, values=block.values.clone()), rounding.grid)
 
     def fed() -> None:
-        with feedback_precision(errors):
-            for start, stop in blocks():
-                torch.addmm(errors[start:stop], R[:start, start:stop].T, errors[:start])
+        for start, stop in blocks:
+            rounding.block(start, stop)
 
     return bench.seconds(rounded), bench.seconds(fed)
 

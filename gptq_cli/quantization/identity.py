@@ -1,4 +1,4 @@
-"""What makes two runs the same: whatever the bytes of the output depend on, as plain JSON."""
+"""The identity of a run: everything that the bytes of its output depend on, as plain JSON."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from gptq_cli.files import file_errors, is_file
 from gptq_cli.runtime.ranks import Ranks
 from gptq_cli.storage.manifest import file_hashes
 
-REVISION = 5  # of what is written: a release that writes other bytes, or keeps its work otherwise, counts it up
+# A release that writes other bytes, or saves its work in another form, counts this up.
+REVISION = 5
 
 Identity = dict[str, Any]
 
@@ -34,11 +35,12 @@ def identify(
     *,
     hashed: bool = True,
 ) -> Identity:
-    """Return the identity of a run; paths of model and output are no part of it.
+    """Return the identity of a run; the paths of model and output are not part of it.
 
-    Weights of a commit of the Hub are known by its hash; those of a directory are read and hashed, unless that is left
-    to another process on this machine: then it says nothing of the source. InputError E_CKPT_NONFINITE for weights that
-    are not finite, E_SOURCE_CHANGED for files that have changed.
+    The weights of a commit of the Hub are known by its hash; those of a directory are read and
+    hashed. If not `hashed`, another process on this machine does this, and the identity has no
+    "source". Raises InputError E_CKPT_NONFINITE for weights that are not finite, E_SOURCE_CHANGED
+    for files that have changed.
     """
     known = {
         "versions": {
@@ -59,26 +61,26 @@ def identify(
 
 
 def check_agreement(team: Ranks, identity: Identity) -> None:
-    """InputError E_RANK_MISMATCH if the processes of `team` would not do the same as the first one."""
+    """Raise InputError E_RANK_MISMATCH if a process would not do the same as the first one."""
     first, *others = team.all_gather([identity])
     for rank, other in enumerate(others, 1):
         different = differences({key: first[key] for key in other}, other)
         if different:
             raise InputError(
-                "E_RANK_MISMATCH", f"process {rank} is not like process 0: {'; '.join(different)}",
+                "E_RANK_MISMATCH",
+                f"process {rank} differs from process 0: {'; '.join(different)}",
                 hint="run on equal devices and versions, with equal copies of the model",
-            )  # fmt: skip
+            )
 
 
 def differences(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """List the fields in which `wanted` differs from `known`, one line for each."""
     old, new = dict(_flat(known)), dict(_flat(wanted))
-    names = sorted(old.keys() | new.keys())
-    return [
-        f"{name} was {_word(old, name)}, is {_word(new, name)}"
-        for name in names
-        if old.get(name) != new.get(name)
-    ]
+    lines = []
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) != new.get(name):
+            lines.append(f"{name} was {_word(old, name)}, is {_word(new, name)}")
+    return lines
 
 
 def _device(device: torch.device) -> dict[str, Any]:
@@ -99,15 +101,10 @@ def _device(device: torch.device) -> dict[str, Any]:
 
 
 def _settings(config: QuantizeConfig) -> dict[str, Any]:
-    not_in_output = {
-        "max_ram",
-        "max_vram",
-        "target",
-        "on_numeric_fault",
-        "max_fallbacks",
-    }  # of a layer that is finished
-    not_in_output |= {"device"}  # it has a place of its own
-    settings = config.model_dump(mode="json", exclude=not_in_output)
+    """Return the settings that change the bytes of a finished layer."""
+    without_effect = {"max_ram", "max_vram", "target", "on_numeric_fault", "max_fallbacks"}
+    without_effect.add("device")  # the identity has a field for it
+    settings = config.model_dump(mode="json", exclude=without_effect)
     if isinstance(config.dataset, list):
         settings["dataset"] = f"{len(config.dataset)} texts, sha256 {_text_hash(config.dataset)}"
     return settings
@@ -118,25 +115,25 @@ def _text_hash(texts: list[str]) -> str:
 
 
 def _files(source: Checkpoint, commit: str | None) -> dict[str, Any]:
-    """What is known of each file that is read: a hash of all, or of its header where a commit tells the rest.
+    """Return the hash of each file that is read; of a commit's shards, the hash of the header.
 
-    InputError E_CKPT_NONFINITE if a weight is not finite: every byte is read here anyway, or must be for this.
+    Every weight is read here. Raises InputError E_CKPT_NONFINITE if one is not finite.
     """
     header_bytes: dict[Path, int] = {}
     for tensor in source.tensors.values():
         header_bytes[tensor.file] = min(tensor.start, header_bytes.get(tensor.file, tensor.start))
-    others = [source.directory / file for file in source.other_files()]
-    beside = [source.directory / "config.json", index_file(source.directory), *others]
+    beside = [source.directory / "config.json", index_file(source.directory)]
+    beside += [source.directory / file for file in source.other_files()]
     hashed = [path for path in beside if is_file(path)]
-    hashes = dict(zip(hashed, file_hashes(hashed), strict=True)) | scan_weights(
-        source.tensors.values(), hashed=commit is None
-    )
-    known: dict[str, Any] = {
-        path.relative_to(source.directory).as_posix(): found for path, found in hashes.items()
-    }
-    return known | (
-        {path.name: _header(path, size) for path, size in header_bytes.items()} if commit else {}
-    )
+    hashes = dict(zip(hashed, file_hashes(hashed), strict=True))
+    hashes |= scan_weights(source.tensors.values(), hashed=commit is None)
+    known = {}
+    for path, found in hashes.items():
+        known[path.relative_to(source.directory).as_posix()] = found
+    if commit:
+        for path, n_bytes in header_bytes.items():
+            known[path.name] = _header(path, n_bytes)
+    return known
 
 
 def _header(path: Path, n_bytes: int) -> str:
@@ -153,4 +150,6 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def _word(values: Mapping[str, Any], name: str) -> str:
-    return json.dumps(values[name], ensure_ascii=False) if name in values else "not there"
+    if name not in values:
+        return "missing"
+    return json.dumps(values[name], ensure_ascii=False)

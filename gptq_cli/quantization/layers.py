@@ -243,25 +243,25 @@ class LayerSolver:
     def _warn_of_scales(self, solved: SolvedLayer) -> None:
         """Warn of scales that are too small for float16; a group of zeros has no such scale."""
         layer, sizes = solved.layer, solved.quantized.scales.abs()
+        n_scales = sizes.numel()
         subnormal = int((sizes < SMALLEST_NORMAL).sum())
         if not subnormal:
             return
         smallest = int((sizes == SMALLEST).sum())
         small = f"{_where(layer)} has so small weights that"
-        if smallest > LOST_SHARE * sizes.numel():
+        if smallest > LOST_SHARE * n_scales:
             self._lost = layer.name
-            held = (
-                f"{smallest} of {sizes.numel()} scales are held at 2^-24, the smallest of float16"
+            lost = (
+                f"{smallest} of {n_scales} scales are held at 2^-24, the smallest number of float16"
             )
             error = f"its relative error is {solved.report.relative_error:.2g}"
-            self._warn("W_NUM_SCALES", f"{small} {held}; {error}")
-        elif subnormal >= SUBNORMAL_SHARE * sizes.numel() and not self._warned_of_subnormal:
+            self._warn("W_NUM_SCALES", f"{small} {lost}; {error}")
+        elif subnormal >= SUBNORMAL_SHARE * n_scales and not self._warned_of_subnormal:
             self._warned_of_subnormal = True
-            below = (
-                f"{subnormal} of {sizes.numel()} scales are below 2^-14 and subnormal in float16"
-            )
-            flush = "hardware that flushes subnormal numbers reads zeros"
-            self._warn("W_NUM_SCALES", f"{small} {below}; {flush}; other layers may have them, too")
+            below = f"{subnormal} of {n_scales} scales are below 2^-14"
+            flushed = "which makes them subnormal in float16; hardware that flushes such numbers"
+            others = "reads zeros; other layers may have them, too"
+            self._warn("W_NUM_SCALES", f"{small} {below}, {flushed} {others}")
 
     def _windows(self, inputs: HessianAccumulator) -> str:
         """Name the windows of the text, counted from 1, with the first input that is not finite."""

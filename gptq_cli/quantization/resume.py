@@ -1,11 +1,10 @@
-"""Resuming after an earlier run of the same identity: finished blocks, and the hidden states after
-the last one.
+"""Save finished blocks, and resume a run of the same identity after them.
 
-A block is finished when the journal says so. Its tensors lie in the shards, where they belong in
-the output; the journal holds their hashes, those of the hidden states, and the reports of its
-layers. A line of it may stand for several blocks: work is saved after every block, unless saving
-would take more than a twentieth of the time. What does not match its hash is done again, with
-everything after it.
+A block is finished if the journal lists it. Its tensors lie in the shards, at their places in the
+output. The journal holds the hashes of these tensors and of the hidden states after the block, and
+the reports of its layers. The run saves its work after every block, unless saving would take more
+than a twentieth of the time: then a line of the journal stands for several blocks. If a tensor or
+hidden states do not match their hash, the run repeats their block and every block after it.
 """
 
 from __future__ import annotations
@@ -46,7 +45,8 @@ from gptq_cli.storage.work_directory import (
     resume_command,
 )
 
-# Of one batch: the hidden states of each way through the blocks, and what the blocks carry along beside them.
+# The state of one batch: hidden states of the quantized model, and of the unquantized one if there
+# is one, and the containers that the blocks pass on beside them.
 Batch = tuple[tuple[Tensor, ...], list[Any]]
 
 MOST_SHARE = 1 / 20  # of the time of a run
@@ -54,57 +54,64 @@ BYTES_PER_SECOND = 1e9  # of hidden states that are hashed and written; assumed
 
 
 class FinishedBlocks:
-    """What is finished of a run of `n_steps` blocks, the head counted as the last one: the first `first` of them.
+    """The finished blocks of a run of `n_steps` blocks: the first `first` of them.
 
-    So it is for the processes that write nothing: what they need is dealt out to them, what they have is gathered.
+    The output head counts as the last block. Only the leader has a `store`: it sends the saved
+    states to the other ranks and gathers theirs.
     """
 
-    def __init__(self, team: Ranks, first: int, n_steps: int) -> None:
-        self._team, self._n_steps = team, n_steps
-        self.first = first
+    def __init__(self, ranks: Ranks, n_steps: int, store: BlockStore | None = None) -> None:
+        self._ranks, self._n_steps, self._store = ranks, n_steps, store
+        first = None
+        if store is not None:
+            first = store.first
+        self.first = ranks.broadcast(first)
 
     @property
     def complete(self) -> bool:
-        """Whether there is no block left to do."""
+        """Whether every block is finished."""
         return self.first == self._n_steps
 
     def restore(self, stream: ModelStream, hidden: Sequence[HiddenStates]) -> int:
-        """Bring `hidden`, and what the blocks of `stream` carry along, to where the first block to do needs them."""
-        if self.first:
-            batches = self._team.scatter(self._saved(), hidden[0].n_all)
-            for way, states in zip(
-                hidden, zip(*(states for states, _ in batches), strict=True), strict=True
-            ):
-                way.restore(states)
-            for containers, (_, carried) in zip(stream.carried, batches, strict=True):
-                _fill(containers, carried, stream.device)
+        """Load `hidden`, and what the blocks of `stream` pass on, as saved; return `first`."""
+        if not self.first:
+            return 0
+        saved = None
+        if self._store is not None:
+            saved = self._store.read()
+        batches = self._ranks.scatter(saved, hidden[0].n_all)
+        states_by_model = zip(*(states for states, _ in batches), strict=True)
+        for of_model, states in zip(hidden, states_by_model, strict=True):
+            of_model.restore(states)
+        for containers, (_, passed_on) in zip(stream.carried, batches, strict=True):
+            _fill(containers, passed_on, stream.device)
         return self.first
 
     def finished(self, block: int, stream: ModelStream, hidden: Sequence[HiddenStates]) -> None:
-        """Make the blocks up to `block` survive, and the `hidden` states after it, if it is time to save them."""
-        last = block + 1 == self._n_steps
-        if not (last or self._team.broadcast(self._is_due(hidden))):
-            return
-        self._keep(block, None if last else self._team.gather(_batches(stream, hidden)))
+        """Save the blocks up to `block` and the `hidden` states after it, if it is time to."""
+        if block + 1 == self._n_steps:
+            if self._store is not None:
+                self._store.save(block, None)
+        else:
+            due = None
+            if self._store is not None:
+                n_bytes = sum(of_model.nbytes for of_model in hidden)
+                due = self._store.times.is_due(self._ranks.size * n_bytes)
+            if not self._ranks.broadcast(due):
+                return
+            batches = self._ranks.gather(_batches(stream, hidden))
+            if self._store is not None:
+                self._store.save(block, batches)
         self.first = block + 1
 
     def save_every_block(self) -> None:
-        """From now on, however long that takes."""
-
-    def _is_due(self, hidden: Sequence[HiddenStates]) -> bool | None:
-        """Whether it is time to save these; None where another process decides."""
-        del hidden
-        return None
-
-    def _saved(self) -> list[Batch] | None:
-        return None
-
-    def _keep(self, block: int, batches: list[Batch] | None) -> None:
-        del block, batches
+        """Save after every block from now on."""
+        if self._store is not None:
+            self._store.times.always = True
 
 
-class SavedBlocks(FinishedBlocks):
-    """What is finished as the leading process has it on the disk; opened, it has been checked."""
+class BlockStore:
+    """The finished blocks on the disk, in the work directory of a run; opening checks them."""
 
     def __init__(
         self,
@@ -113,147 +120,146 @@ class SavedBlocks(FinishedBlocks):
         writer: CheckpointWriter,
         record: Record,
         n_steps: int,
-        team: Ranks,
         times: SavingTimes,
     ) -> None:
-        super().__init__(team, 0, n_steps)
-        self._times = times
-        self._work, self._writer, self._record = work, writer, record
+        self.times = times
+        self._work, self._writer, self._record, self._n_steps = work, writer, record, n_steps
         self._journal = Journal(work.journal, digest(identity))
         self.first = self._recover()
         self._n_layers, self._n_experts = len(record.layers), len(record.experts)
 
-    def __enter__(self) -> SavedBlocks:
+    def __enter__(self) -> BlockStore:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._journal.close()
 
-    def save_every_block(self) -> None:
-        self._times.always = True
-
-    def _is_due(self, hidden: Sequence[HiddenStates]) -> bool:
-        return self._times.is_due(self._team.size * sum(way.nbytes for way in hidden))
-
-    def _saved(self) -> list[Batch]:
+    def read(self) -> list[Batch]:
+        """Return the state of every batch after the last finished block, on the host."""
         last = self._work.hidden(len(self._journal.entries) - 1)
         found: list[Batch] = torch.load(last, map_location="cpu", weights_only=True)
         return found
 
-    def _keep(self, block: int, batches: list[Batch] | None) -> None:
-        """Its tensors, then the hidden states after it, then the line that says so."""
+    def save(self, block: int, batches: list[Batch] | None) -> None:
+        """Make the blocks up to `block` durable: tensors, states of `batches`, then the journal.
+
+        `batches` is None after the last block.
+        """
         tensors = self._writer.sync()
         layers = [asdict(layer) for layer in self._record.layers[self._n_layers :]]
         experts = [asdict(covered) for covered in self._record.experts[self._n_experts :]]
-        saved = (
-            None
-            if batches is None
-            else _save(self._work.hidden(len(self._journal.entries)), batches)
-        )
-        told = {"layers": layers, "experts": experts}
-        self._journal.append({"block": block, "tensors": tensors, **told, "hidden": saved})
+        saved = None
+        if batches is not None:
+            saved = _save(self._work.hidden(len(self._journal.entries)), batches)
+        entry = {"block": block, "tensors": tensors, "layers": layers, "experts": experts}
+        self._journal.append({**entry, "hidden": saved})
         self._n_layers, self._n_experts = len(self._record.layers), len(self._record.experts)
-        self._times.saved()
+        self.times.saved()
 
     def _recover(self) -> int:
+        """Keep the entries of the journal that can be resumed from; return their blocks."""
         entries = self._journal.entries
         if self._journal.damaged_bytes:
             self._warn(f"the last {self._journal.damaged_bytes} bytes of the journal are not valid")
-        intact = next(
-            (i for i, entry in enumerate(entries) if not self._writer.holds(entry["tensors"])),
-            len(entries),
-        )
+        intact = self._n_intact(entries)
         if intact < len(entries):
             self._warn(f"block {_blocks(entries[:intact])} is not as it was written")
         kept = intact
         while 0 < _blocks(entries[:kept]) < self._n_steps and not self._has_hidden(kept - 1):
             kept -= 1
         if kept < intact:
-            self._warn(
-                f"the hidden states after block {entries[intact - 1]['block']} are not as they were written"
-            )
-        done, first = entries[:kept], _blocks(entries[:kept])
-        for entry in done:
+            last = entries[intact - 1]["block"]
+            self._warn(f"the hidden states after block {last} are not as they were written")
+        for entry in entries[:kept]:
             self._writer.mark_written(entry["tensors"])
         self._journal.cut(kept)
+        first = _blocks(entries[:kept])
         if first:
-            layers = tuple(LayerReport(**layer) for entry in done for layer in entry["layers"])
-            experts = tuple(
-                ExpertsCovered(**covered) for entry in done for covered in entry["experts"]
-            )
+            layers, experts = _reports(entries[:kept])
             self._record(Resumed(first, self._n_steps, self._work.path, layers, experts))
         return first
+
+    def _n_intact(self, entries: Sequence[Entry]) -> int:
+        """Return how many entries, from the first on, have their tensors in the shards."""
+        for number, entry in enumerate(entries):
+            if not self._writer.holds(entry["tensors"]):
+                return number
+        return len(entries)
 
     def _has_hidden(self, save: int) -> bool:
         path = self._work.hidden(save)
         return is_file(path) and file_hash(path) == self._journal.entries[save]["hidden"]
 
     def _warn(self, what: str) -> None:
-        self._record(
-            Warned(
-                "W_RESUME_DAMAGED",
-                f"{what} in `{self._work.path}`: what depends on it is done again",
-            )
-        )
+        text = f"{what} in `{self._work.path}`: the run repeats what depends on it"
+        self._record(Warned("W_RESUME_DAMAGED", text))
 
 
 def check_resumable(
     work: WorkDirectory, identity: Identity, policy: str, report: Report, *, model: Path
 ) -> None:
-    """See that what is finished in `work`, if anything, belongs to the run `identity` of the directory `model`.
+    """Check that the finished blocks in `work`, if any, are of the run `identity` of `model`.
 
-    `policy` "never" drops it; with "require" it must be there: ExistsError E_RESUME_NOTHING. E_RESUME_MISMATCH lists
-    the fields in which the runs differ. What was finished by a failed run is dropped for one that differs, unless
-    `policy` is "require".
+    `policy` "never" removes the blocks. Raises ExistsError E_RESUME_NOTHING if `policy` is
+    "require" and there is no block, E_RESUME_MISMATCH with the fields in which the runs differ. If
+    the other run failed and `policy` is "auto", its blocks are removed instead.
     """
     if policy == "never":
         work.drop()
-    run = read_run(work.path)
-    if run is None and work.journal.exists():
-        report(
-            Warned(
-                "W_RESUME_DAMAGED",
-                f"`{work.path}/run.json` cannot be read: everything is done again",
-            )
-        )
-        work.drop()
-    journal = Journal(work.journal, digest(run["identity"]) if run else "")
-    if policy == "require" and not journal.entries:
-        raise ExistsError(
-            "E_RESUME_NOTHING",
-            f"there is no finished block to go on from in `{work.path}`",
-            hint="leave out --resume",
-        )
-    different = differences(run["identity"], identity) if run and journal.entries else []
-    if not (run and different):
+    run = _read_run(work, report)
+    n_blocks = 0
+    if run is not None:
+        n_blocks = _blocks(Journal(work.journal, digest(run["identity"])).entries)
+    if run is None or not n_blocks:
+        if policy == "require":
+            text = f"there is no finished block to resume from in `{work.path}`"
+            raise ExistsError("E_RESUME_NOTHING", text, hint="leave out --resume")
+        return
+    different = differences(run["identity"], identity)
+    if not different:
         return
     if policy == "auto" and drop_failed(work, report):
         return
-    finished = f"{_blocks(journal.entries)} finished blocks of a run that differs"
-    drop = "drop it: --resume never"
-    goes_on = not any(_is_of_this_place(line, run["request"], model) for line in different)
+    hint = "discard it: --resume never"
+    if not _is_of_this_place(different, run["request"], model):
+        hint = f"resume that run: {resume_command(work.path)}, or {hint}"
+    finished = f"{n_blocks} finished blocks of a run with other settings"
     raise ExistsError(
-        "E_RESUME_MISMATCH",
-        f"`{work.path}` holds {finished}: {'; '.join(different)}",
-        hint=f"go on with that one: {resume_command(work.path)}, or {drop}" if goes_on else drop,
+        "E_RESUME_MISMATCH", f"`{work.path}` holds {finished}: {'; '.join(different)}", hint=hint
     )
 
 
-def _is_of_this_place(difference: str, request: dict[str, Any], model: Path) -> bool:
-    """Whether two runs differ in what a command cannot choose: versions, the device, a model that has changed."""
-    if difference.startswith("source."):
-        return request.get("model") == str(model.resolve())
-    return difference.startswith(("versions.", "device."))
+def _read_run(work: WorkDirectory, report: Report) -> dict[str, Any] | None:
+    """Return the run file of `work`; if it is damaged, remove the blocks that it describes."""
+    run = read_run(work.path)
+    if run is None and work.journal.exists():
+        text = f"`{work.path}/run.json` cannot be read: the run starts over"
+        report(Warned("W_RESUME_DAMAGED", text))
+        work.drop()
+    return run
+
+
+def _is_of_this_place(different: Sequence[str], request: dict[str, Any], model: Path) -> bool:
+    """Return whether runs differ in what no command can choose: versions, device, changed model."""
+    for line in different:
+        if line.startswith(("versions.", "device.")):
+            return True
+        if line.startswith("source.") and request.get("model") == str(model.resolve()):
+            return True
+    return False
 
 
 @contextmanager
 def marking_failures(work: WorkDirectory) -> Iterator[None]:
-    """Note it in `work` if the body ends for a reason that holds the next time as well: the model, or its numbers."""
+    """Note in `work` that the run failed, if the body fails for a reason that will not go away.
+
+    Such reasons are a fault of the model or its numbers, but not a file that cannot be read.
+    """
     try:
         yield
     except (InputError, GateError) as error:
-        with suppress(GptqError, OSError):  # what ended the run is what to tell
-            if error.code != UNREADABLE:  # which can be put right
+        if error.code != UNREADABLE:
+            with suppress(GptqError, OSError):  # the user hears of `error`, not of the note
                 mark_failed(work.path, error.code)
         raise
 
@@ -261,9 +267,10 @@ def marking_failures(work: WorkDirectory) -> Iterator[None]:
 def finished_output(
     output: Path, model: Path, identity: Identity, *, overwrite: bool
 ) -> dict[str, Any] | None:
-    """The manifest of `output` if it is a finished checkpoint of `identity`, whole; None if it may be written.
+    """Return the manifest of `output` if it is a finished, undamaged checkpoint of `identity`.
 
-    ExistsError E_OUT_EXISTS if it holds something else and may not be overwritten; else as `check_replaceable` says.
+    Return None if the run may write `output`. Raises ExistsError E_OUT_EXISTS if `output` holds
+    something else and may not be overwritten, and the errors of `check_replaceable`.
     """
     manifest = read_manifest(output)
     if manifest is None:
@@ -276,24 +283,24 @@ def finished_output(
             return manifest
         different = [_difference(defect) for defect in defects]
         if all(defect.effect == "readers" for defect in defects):
-            hint = "move what is not of the checkpoint out of it, or choose another -o"
-    if different and not overwrite:
+            hint = "move the files that are not of the checkpoint away, or choose another -o"
+    if not overwrite:
         message = f"`{output}` is not what this run writes: {'; '.join(different)}"
         raise ExistsError("E_OUT_EXISTS", message, hint=hint)
-    if different:
-        check_replaceable(output, model)
+    check_replaceable(output, model)
     return None
 
 
 def _difference(defect: Defect) -> str:
-    """What was changed, or added, in a finished checkpoint."""
-    added = defect.effect == "readers"
-    return f"{defect.place} {defect.message}" if added else f"{defect.place} is damaged"
+    """Describe a file that was changed in, or added to, a finished checkpoint."""
+    if defect.effect == "readers":
+        return f"{defect.place} {defect.message}"
+    return f"{defect.place} is damaged"
 
 
 @contextmanager
-def telling_what_is_kept(work: WorkDirectory, report: Report) -> Iterator[None]:
-    """Report WorkKept when the body ends early and has finished a block."""
+def reporting_kept_work(work: WorkDirectory, report: Report) -> Iterator[None]:
+    """Report WorkKept if the body ends early and finished blocks are saved."""
     try:
         yield
     except BaseException:
@@ -304,7 +311,7 @@ def telling_what_is_kept(work: WorkDirectory, report: Report) -> Iterator[None]:
 
 
 class _HashedFile(io.RawIOBase):
-    """Writes to `file` from its start on and hashes what it writes."""
+    """Writes to `file` from its start and hashes what it writes."""
 
     def __init__(self, file: OpenFile) -> None:
         self._file, self._end, self.digest = file, 0, sha256()
@@ -319,58 +326,79 @@ class _HashedFile(io.RawIOBase):
         return len(data)
 
 
+def _reports(
+    entries: Sequence[Entry],
+) -> tuple[tuple[LayerReport, ...], tuple[ExpertsCovered, ...]]:
+    layers: list[LayerReport] = []
+    experts: list[ExpertsCovered] = []
+    for entry in entries:
+        layers += [LayerReport(**layer) for layer in entry["layers"]]
+        experts += [ExpertsCovered(**covered) for covered in entry["experts"]]
+    return tuple(layers), tuple(experts)
+
+
 def _blocks(entries: Sequence[Entry]) -> int:
-    """How many blocks are finished after these lines of the journal."""
-    return int(entries[-1]["block"]) + 1 if entries else 0
+    """Return how many blocks are finished after these entries of the journal."""
+    if not entries:
+        return 0
+    return int(entries[-1]["block"]) + 1
 
 
 def _batches(stream: ModelStream, hidden: Sequence[HiddenStates]) -> list[Batch]:
-    states = zip(*(way.stored for way in hidden), strict=True)
-    carried = ([_copied(container) for container in containers] for containers in stream.carried)
-    return list(zip(states, carried, strict=True))
+    """Return the state of each batch of this process."""
+    states_of_batches = zip(*(of_model.stored for of_model in hidden), strict=True)
+    batches: list[Batch] = []
+    for states, containers in zip(states_of_batches, stream.carried, strict=True):
+        batches.append((states, [_copied(container) for container in containers]))
+    return batches
 
 
 def _copied(container: Container) -> dict[Any, Any] | list[Any]:
-    return dict(container) if isinstance(container, MutableMapping) else list(container)
+    if isinstance(container, MutableMapping):
+        return dict(container)
+    return list(container)
 
 
-def _fill(containers: Sequence[Container], carried: Sequence[Any], device: torch.device) -> None:
-    for container, saved in zip(containers, carried, strict=True):
+def _fill(containers: Sequence[Container], passed_on: Sequence[Any], device: torch.device) -> None:
+    for container, saved in zip(containers, passed_on, strict=True):
         saved = tree_map_only(Tensor, lambda tensor: tensor.to(device), saved)
-        container.update(saved) if isinstance(container, MutableMapping) else container.extend(
-            saved
-        )
+        if isinstance(container, MutableMapping):
+            container.update(saved)
+        else:
+            container.extend(saved)
 
 
 def _save(path: Path, batches: list[Batch]) -> str:
-    """Write what is kept of all batches; the hash of the file."""
+    """Write the state of all batches durably; return the hash of the file."""
     with OpenFile(path, 0) as file:
         raw = _HashedFile(file)
         with io.BufferedWriter(raw, COPY_BYTES) as buffered:
-            torch.save(tree_map_only(Tensor, _alone, batches), buffered)
+            torch.save(tree_map_only(Tensor, _without_base, batches), buffered)
         file.sync()
     sync_directory(path.parent)
     return raw.digest.hexdigest()
 
 
-def _alone(tensor: Tensor) -> Tensor:
-    """`tensor` in memory of its own: a view would be saved with all that it is a view of."""
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+def _without_base(tensor: Tensor) -> Tensor:
+    """Return `tensor` in memory of its own: torch.save would write all that a view is a view of."""
+    if tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor
+    return tensor.clone()
 
 
 class SavingTimes:
-    """Tells whether work has gone on for long enough since something was saved last, or since the start.
+    """Tells when to save: if saving takes at most a twentieth of the time since the last save.
 
-    With `always` it has after every block.
+    With `always` it is time after every block.
     """
 
     def __init__(self, *, always: bool = False, now: Callable[[], float] = time.monotonic) -> None:
         self.always, self._now, self._last = always, now, now()
 
     def is_due(self, nbytes: int) -> bool:
-        """Whether to save so many bytes now."""
+        """Return whether to save this many bytes now."""
         return self.always or self._now() - self._last >= nbytes / BYTES_PER_SECOND / MOST_SHARE
 
     def saved(self) -> None:
-        """From now on it is counted."""
+        """Restart the interval."""
         self._last = self._now()

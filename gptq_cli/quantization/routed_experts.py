@@ -1,4 +1,4 @@
-"""Mixtures of experts: each expert calibrated on the tokens that it is sent, one after the other."""
+"""Quantize mixtures of experts: each expert is calibrated on the tokens that it is sent."""
 
 from __future__ import annotations
 
@@ -23,39 +23,42 @@ LISTED = 8  # experts that an error names
 
 @dataclass(frozen=True, slots=True)
 class RoutedInputs:
-    """What the experts of a block are given, batch by batch, on each way through the block, the quantized one first.
+    """The inputs of the experts of a block, batch by batch, in the quantized model first.
 
-    Who is sent where is what the first way says. Kept are inputs, not Hessians: there is one of these at a time.
+    If there is a second model, it is the unquantized one; the router of the first model decides
+    which tokens an expert gets. Inputs are kept, not Hessians, so that one Hessian lives at a time.
     """
 
-    name: str  # what the names of the experts' linears begin with
-    experts: Sequence[Experts]  # of each way
+    name: str  # the prefix of the names of the experts' linears
+    experts: Sequence[Experts]  # of each model
     batches: list[tuple[Routed, ...]] = field(default_factory=list)
 
     def add(self, batch: int, *inputs: Routed) -> None:
-        """One batch on all ways."""
-        del batch  # they come in order
+        """Add the inputs of one batch in each model; batches come in order."""
+        del batch
         self.batches.append(inputs)
 
     def rows(self) -> list[tuple[Tensor, ...]]:
-        """For each expert, which rows it is sent of each batch."""
+        """Return the rows that each expert is sent, one tensor for each batch."""
         return list(zip(*(self.experts[0].rows(first) for first, *_ in self.batches), strict=True))
 
     def hessian(
         self, number: int, rows: Sequence[Tensor | slice], device: torch.device, *, down: bool
     ) -> HessianAccumulator:
-        """Of what expert `number` is given in `rows` of the batches, or of what it then gives its down_proj."""
+        """Return the Hessian of `rows` of the batches in expert `number`.
+
+        With `down` it is that of the inputs of down_proj, else that of the inputs of the expert.
+        """
         expert = self.experts[0][number]
-        hessian = HessianAccumulator(
-            (expert.down_proj if down else expert.up_proj).in_features, device
-        )
+        in_features = expert.up_proj.in_features
+        if down:
+            in_features = expert.down_proj.in_features
+        hessian = HessianAccumulator(in_features, device)
         for batch, mine in zip(self.batches, rows, strict=True):
             inputs = _taken(batch, mine)
             if down:
-                inputs = [
-                    way.intermediate(number, given)
-                    for way, given in zip(self.experts, inputs, strict=True)
-                ]
+                for model, experts in enumerate(self.experts):
+                    inputs[model] = experts.intermediate(number, inputs[model])
             hessian.add(*inputs)
         return hessian
 
@@ -63,41 +66,26 @@ class RoutedInputs:
 def quantize_experts(
     inputs: RoutedInputs, linears: Mapping[str, nn.Module], solver: LayerSolver
 ) -> None:
-    """Solve the planned layers expert by expert; with `true_sequential` down_proj sees what quantized gate and up give.
+    """Solve the planned layers expert by expert; each of the ranks solves some of the experts.
 
-    GateError E_NUM_EXPERT where an expert saw no token and the policy is "error".
+    With `true_sequential` down_proj sees the outputs of quantized gate_proj and up_proj. Raises
+    GateError E_NUM_EXPERT if an expert is sent no token and the policy is "error".
     """
-    ranks, true_sequential = solver.run.ranks, solver.run.config.true_sequential
+    ranks = solver.run.ranks
     inputs = replace(inputs, batches=ranks.all_gather(inputs.batches))
     rows = inputs.rows()
     tokens = [sum(map(len, batches)) for batches in rows]
     report_coverage(inputs.name, tokens, solver)
-    planned = [_planned(expert, solver.run.layers, linears) for expert in inputs.experts[0]]
+    planned = []
+    for expert in inputs.experts[0]:
+        planned.append(_planned(expert, solver.run.layers, linears))
 
     def solve(number: int) -> list[SolvedLayer]:
-        expert, mine = inputs.experts[0][number], rows[number]
-        last = [layer for layer in planned[number] if linears[layer.name] is expert.down_proj]
-        parts = [([layer for layer in planned[number] if layer not in last], False), (last, True)]
-        parts = [(part, down) for part, down in parts if part]
-        gathered = (
-            []
-            if true_sequential
-            else [_hessian(inputs, number, mine, solver, down=down) for _, down in parts]
-        )
-        found = []
-        for part, down in parts:  # a Hessian lives no longer than it is used
-            hessian = (
-                gathered.pop(0) if gathered else _hessian(inputs, number, mine, solver, down=down)
-            )
-            for solved in solver.solve(part, hessian, SINGLE_PROCESS):
-                solver.put_back(solved, linears)
-                found.append(solved)
-            del hessian
-        return found
+        return _solve_expert(inputs, number, rows[number], planned[number], linears, solver)
 
-    costs = [expert_cost(mine, seen) for mine, seen in zip(planned, tokens, strict=True)]
-    for found, is_mine in ranks.map_units(solve, costs):
-        for solved in found:
+    costs = [expert_cost(layers, seen) for layers, seen in zip(planned, tokens, strict=True)]
+    for solved_layers, is_mine in ranks.map_units(solve, costs):
+        for solved in solved_layers:
             if not is_mine:
                 solver.put_back(solved, linears)
             solver.finish(solved)
@@ -108,6 +96,36 @@ def _planned(
 ) -> list[LayerPlan]:
     own = set(expert.children())
     return [layers[name] for name, linear in linears.items() if name in layers and linear in own]
+
+
+def _solve_expert(
+    inputs: RoutedInputs,
+    number: int,
+    rows: Sequence[Tensor],
+    layers: Sequence[LayerPlan],
+    linears: Mapping[str, nn.Module],
+    solver: LayerSolver,
+) -> list[SolvedLayer]:
+    """Solve the `layers` of one expert, down_proj last, and put their weights back."""
+    down_proj = inputs.experts[0][number].down_proj
+    parts: dict[bool, list[LayerPlan]] = {False: [], True: []}
+    for layer in layers:
+        parts[linears[layer.name] is down_proj].append(layer)
+    hessians = {}
+    if not solver.run.config.true_sequential:  # both parts see the expert as it was
+        for down, part in parts.items():
+            if part:
+                hessians[down] = _hessian(inputs, number, rows, solver, down=down)
+    solved_layers = []
+    for down, part in parts.items():
+        if not part:
+            continue
+        if solver.run.config.true_sequential:
+            hessians[down] = _hessian(inputs, number, rows, solver, down=down)
+        for solved in solver.solve(part, hessians.pop(down), SINGLE_PROCESS):
+            solver.put_back(solved, linears)
+            solved_layers.append(solved)
+    return solved_layers
 
 
 def _hessian(
@@ -123,23 +141,31 @@ def _hessian(
 
 
 def report_coverage(name: str, tokens: Sequence[int], solver: LayerSolver) -> None:
-    """Tell how many tokens each expert of the layer `name` was sent; GateError E_NUM_EXPERT as the policy says."""
+    """Report how many tokens each expert of the layer `name` was sent.
+
+    Raises GateError E_NUM_EXPERT if an expert was sent none and the policy is "error".
+    """
     uncovered = tuple(number for number, seen in enumerate(tokens) if not seen)
     solver.run.report(ExpertsCovered(name, tuple(tokens), min(tokens), median(tokens), uncovered))
-    if uncovered and solver.policy.moe_uncovered == "error":
-        listed = ", ".join(map(str, uncovered[:LISTED])) + (
-            ", ..." if len(uncovered) > LISTED else ""
-        )
-        raise GateError(
-            "E_NUM_EXPERT",
-            f"{len(uncovered)} of {len(tokens)} experts of `{name}` were sent no calibration token: {listed}",
-            hint="use more or other text (--nsamples, --dataset), or say --moe-uncovered rtn or all-tokens",
-        )
+    if not uncovered or solver.policy.moe_uncovered != "error":
+        return
+    listed = ", ".join(map(str, uncovered[:LISTED]))
+    if len(uncovered) > LISTED:
+        listed += ", ..."
+    count = f"{len(uncovered)} of {len(tokens)} experts of `{name}`"
+    raise GateError(
+        "E_NUM_EXPERT",
+        f"{count} were sent no calibration token: {listed}",
+        hint="use more or other text (--nsamples, --dataset), or --moe-uncovered rtn or all-tokens",
+    )
 
 
 def _taken(batch: Sequence[Routed], rows: Tensor | slice) -> list[Tensor]:
-    """The same rows on each way; where another way sends no such token, the first one's stands in."""
-    first, *others = (way.hidden[rows] for way in batch)
+    """Return the same rows in each model.
+
+    If the unquantized model sends no such token, the token of the quantized model stands in.
+    """
+    first, *others = (routed.hidden[rows] for routed in batch)
     if batch[0].experts is None:
         others = [torch.where(other.any(-1, keepdim=True), other, first) for other in others]
     return [first, *others]

@@ -1,7 +1,8 @@
-"""`gptq quantize`: one checkpoint in, one quantized checkpoint out.
+"""`gptq quantize`: read one checkpoint, write one quantized checkpoint.
 
-The output holds quantized linears, and beside them other tensors as they were or decoded, settings,
-other files.
+`carry_out` is the run from top to bottom; `block_loop.py` is its heart. The output holds the
+quantized linears, the other tensors (unchanged, or decoded if the source stores them in another
+form), the settings, and the model's other files.
 """
 
 from __future__ import annotations
@@ -49,13 +50,13 @@ from gptq_cli.planning.run_plan import HEAD, LayerPlan, RunPlan, judge_plan, rem
 from gptq_cli.quantization.block_loop import quantize_all_blocks
 from gptq_cli.quantization.identity import Identity, check_agreement, identify
 from gptq_cli.quantization.resume import (
+    BlockStore,
     FinishedBlocks,
-    SavedBlocks,
     SavingTimes,
     check_resumable,
     finished_output,
     marking_failures,
-    telling_what_is_kept,
+    reporting_kept_work,
 )
 from gptq_cli.quantization.run_record import Limits, Record
 from gptq_cli.quantization.run_state import Run
@@ -71,10 +72,11 @@ from gptq_cli.storage.work_directory import WorkDirectory, working_on, write_run
 
 @dataclass(frozen=True, slots=True)
 class QuantizeResult:
-    """What a script needs to know about a finished run. Sizes in bytes, peaks as seen after each block.
+    """The result of a finished run, for scripts. Sizes are in bytes, peaks are taken after blocks.
 
-    `source_quantization` tells how a source that is not plain is stored. `resumed_blocks` were finished before; seconds
-    and peaks are those of this run. With `already_done` the output was complete before, and a layer's seconds are 0.
+    `source_quantization` names the form in which the source stores its weights, None if plain.
+    `resumed_blocks` blocks were finished by an earlier run; seconds and peaks are those of this
+    run. If `already_done`, an earlier run finished the output, and the seconds of layers are 0.
     """
 
     output: Path
@@ -116,13 +118,15 @@ def quantize_checkpoint(
     report: Report = ignore,
     worker: Worker | None = None,
 ) -> QuantizeResult:
-    """Quantize MODEL (a directory or a Hub id) into the directory `output`, which appears complete or not at all.
+    """Quantize MODEL (a directory or a Hub id) into `output`, which appears complete or not at all.
 
-    Resumes what an earlier call has left unfinished, unless `resume` is "never"; with "require" there must be some. An
-    output that this call would write again is not touched. Raises PausedError when `max_seconds` are over.
+    `resume` "auto" resumes unfinished work of an earlier call if there is any, "require" fails if
+    there is none, "never" starts over. If `output` already is what this call would write, it stays
+    untouched. Nothing that existed before is replaced, unless `overwrite` is set and the new
+    checkpoint is complete.
 
-    Raises ConfigError, InputError, GateError, ResourceError and ExistsError as their codes say; nothing that existed
-    before is touched unless `overwrite` is set and the new checkpoint is complete.
+    Raises ConfigError, InputError, GateError, ResourceError or ExistsError with a code; PausedError
+    if `max_seconds` are over.
     """
     options = RunOptions(revision, overwrite, resume, max_seconds, allow_network_fs)
     return carry_out(prepare_run(model, output, config, options), report, worker)
@@ -131,9 +135,10 @@ def quantize_checkpoint(
 def carry_out(
     prepared: PreparedRun, report: Report = ignore, worker: Worker | None = None
 ) -> QuantizeResult:
-    """Quantize what `prepare_run` has located and planned, as one of the processes of `worker.team`.
+    """Quantize the model that `prepare_run` has located and planned; return the result.
 
-    All processes follow these steps; only the leader reads and writes the output, and only its `report` is called.
+    All processes of `worker.team` follow these steps. Only the leader writes the output and calls
+    `report`.
     """
     started = time.perf_counter()
     config, options, source = prepared.config, prepared.options, prepared.plan.source
@@ -163,13 +168,9 @@ def carry_out(
             record.take_over(manifest or {})
             limits.check_fallbacks(record.layers)
         else:
-            run = Run(
-                config, plan, stream, ranks, calibration.batches(config.batch_size), record, limits
-            )
-            if work is not None:
-                _write_output(run, work, prepared, calibration, identity)
-            else:
-                run.saved = FinishedBlocks(ranks, ranks.broadcast(), plan.n_steps)
+            batches = calibration.batches(config.batch_size)
+            run = Run(config, plan, stream, ranks, batches, record, limits)
+            with _output(run, work, prepared, calibration, identity):
                 quantize_all_blocks(run)
     return _result(prepared, plan, calibration.windows, record, time.perf_counter() - started)
 
@@ -178,7 +179,7 @@ def carry_out(
 def _work_directory(
     prepared: PreparedRun, record: Record, ranks: Ranks
 ) -> Iterator[WorkDirectory | None]:
-    """Lock the work directory of the output for the body; None for processes that write nothing."""
+    """Lock and yield the work directory of the output; None if this process writes nothing."""
     if not ranks.is_leader:
         yield None
         return
@@ -190,7 +191,7 @@ def _work_directory(
             overwrite=prepared.options.overwrite,
             may_be_done=True,
         )
-        with telling_what_is_kept(work, record):
+        with reporting_kept_work(work, record):
             yield work
 
 
@@ -212,7 +213,7 @@ def _host(config: QuantizeConfig, worker: Worker) -> Memory:
 def _check_room(
     work: WorkDirectory, plan: RunPlan, stream: ModelStream, config: QuantizeConfig, worker: Worker
 ) -> None:
-    """ResourceError E_DISK or E_OOM if disk or memory will not suffice."""
+    """Raise ResourceError E_DISK or E_OOM if the disk or the memory cannot hold the run."""
     hidden_bytes = config.nsamples * config.seqlen * stream.hidden_size * stream.dtype.itemsize
     check_disk(work, plan.layout.nbytes, (1 + plan.asymmetric) * hidden_bytes)
     host, host_limit = _host(config, worker).free_and_limit()
@@ -224,19 +225,19 @@ def _check_room(
 
 
 def _refine_plan(prepared: PreparedRun, stream: ModelStream, report: Report) -> RunPlan:
-    """Return the plan with the model at hand; report it, and warn of what stays or will not be loaded."""
+    """Refine the plan with the opened model, report it, and warn of what a user should know."""
     config = prepared.config
     plan = refine_plan(
         prepared.plan, config, stream.all_linears(), stream.stacked_linears(), stream.unused
     )
     check_shared(plan, stream.shared_linears())
     if outside := stream.outside_linears():
-        report(Warned("W_ARCH_KEPT", f"{outside}: they stay as they are"))
+        report(Warned("W_ARCH_KEPT", f"{outside}: they stay unquantized"))
     for code, text in remarks(plan, config):
         report(Warned(code, text))
     for name in stream.biased_experts()[:1]:
-        says = f"the experts of `{name}` have biases: no engine is known to load them quantized, `gptq eval-ppl` does"
-        report(Warned("W_ARCH_EXPERTS", says))
+        text = f"the experts of `{name}` have biases: no engine is known to load them quantized"
+        report(Warned("W_ARCH_EXPERTS", f"{text}, but `gptq eval-ppl` does"))
     report(_planned(prepared.located.name, plan, config))
     return plan
 
@@ -283,7 +284,7 @@ def _planned(model: str, plan: RunPlan, config: QuantizeConfig) -> RunPlanned:
 
 
 def _origin(located: ModelSource, calibration: Calibration) -> dict[str, str | None]:
-    """Return what the run took from the Hub, for a model card; None for what lies here, whose path is private."""
+    """Return the Hub ids of model and dataset, for a model card; local paths are private: None."""
     model = None
     if located.commit:
         model = located.name
@@ -297,21 +298,21 @@ def _origin(located: ModelSource, calibration: Calibration) -> dict[str, str | N
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """The windows that a run is calibrated on, and the Hub dataset that they are from, with its revision, if any."""
+    """The calibration windows of a run, with the Hub dataset and revision that they are from."""
 
     windows: Windows
     dataset: str | None
     dataset_revision: str | None
 
     def batches(self, batch_size: int) -> tuple[Tensor, ...]:
-        """Token ids [batch, seqlen] of each batch, on the host."""
+        """Return the token ids [batch_size, seqlen] of each batch, on the host."""
         return torch.split(self.windows.ids.cpu(), batch_size)
 
 
 def _calibrate(
     source: Checkpoint, config: QuantizeConfig, report: Report, ranks: Ranks
 ) -> Calibration:
-    """Tokenize the calibration text; the leader does it and sends the windows to the others."""
+    """Tokenize the calibration text on the leader, which sends the windows to the other ranks."""
     if not ranks.is_leader:
         return ranks.broadcast()
     report(PhaseStarted("calibration", f"{config.nsamples} windows of {config.seqlen} tokens"))
@@ -355,45 +356,48 @@ def _request(prepared: PreparedRun, output: Path) -> dict[str, Any]:
     }
 
 
-def _write_output(
+@contextmanager
+def _output(
     run: Run,
-    work: WorkDirectory,
+    work: WorkDirectory | None,
     prepared: PreparedRun,
     calibration: Calibration,
     identity: Identity,
-) -> None:
-    """Resume or begin the run in `work`, write the whole output and give it its name."""
-    plan, record, options, source = run.plan, run.record, prepared.options, run.plan.source
+) -> Iterator[None]:
+    """Save the blocks that the body quantizes; then write the rest of the output and publish it.
+
+    If `work` is None, another process does this.
+    """
+    plan, record, options = run.plan, run.record, prepared.options
+    if work is None:
+        run.saved = FinishedBlocks(run.ranks, plan.n_steps)
+        yield
+        return
     check_resumable(work, identity, options.resume, record, model=prepared.located.directory)
-    source.check_unchanged()
+    plan.source.check_unchanged()
     write_run(work.path, identity, _request(prepared, work.output))
-    times = SavingTimes(
-        always=options.max_seconds is not None
-    )  # it will be stopped between two blocks
+    # A run with a time limit stops between two blocks, so it saves each of them.
+    times = SavingTimes(always=options.max_seconds is not None)
     with marking_failures(work):
         with CheckpointWriter(work.stage, plan.layout) as writer:
-            with SavedBlocks(
-                work, identity, writer, record, plan.n_steps, run.ranks, times
-            ) as saved:
+            with BlockStore(work, identity, writer, record, plan.n_steps, times) as store:
                 run.limits.check_fallbacks(record.layers)
-                run.saved, run.keep = saved, partial(_write_layer, writer, run.config.format)
-                run.ranks.broadcast(saved.first)
-                quantize_all_blocks(run)
+                run.saved = FinishedBlocks(run.ranks, plan.n_steps, store)
+                run.keep = partial(_write_layer, writer, run.config.format)
+                yield
             record(PhaseStarted("copy", f"{len(plan.copied)} other tensors"))
             copy_others(writer, plan)
             record(PhaseStarted("verify", size(plan.layout.nbytes)))
             writer.finish()
         work.refuse_gone()
-        write_beside(
-            work.stage, plan, run.config, calibration.windows.sha256, identity["source"]["files"]
-        )
+        hashes = identity["source"]["files"]
+        write_beside(work.stage, plan, run.config, calibration.windows.sha256, hashes)
         check_written(work.stage)
         origin = _origin(prepared.located, calibration)
-        write_manifest(
-            work.stage, {"identity": identity, "origin": origin, **record.for_manifest()}
-        )
-        source.check_unchanged()
-    work.publish(source.directory, overwrite=options.overwrite)
+        manifest = {"identity": identity, "origin": origin, **record.for_manifest()}
+        write_manifest(work.stage, manifest)
+        plan.source.check_unchanged()
+    work.publish(plan.source.directory, overwrite=options.overwrite)
 
 
 def _write_layer(
@@ -404,13 +408,15 @@ def _write_layer(
 
 
 def copy_others(writer: CheckpointWriter, plan: RunPlan) -> None:
-    """Write every tensor of `plan.copied`; InputError E_CKPT_NONFINITE if a decoded one is not finite in its dtype."""
+    """Write every tensor of `plan.copied`, decoded if the source stores it in another form.
+
+    Raises InputError E_CKPT_NONFINITE if a decoded tensor is not finite in its dtype.
+    """
     decoded = {tensor.name for tensor in plan.decoded}
-    turned = {
-        layer.weight.name
-        for layer in plan.kept
-        if layer.transposed and plan.plain.is_packed(layer.weight.name)
-    }
+    transposed = set()
+    for layer in plan.kept:
+        if layer.transposed and plan.plain.is_packed(layer.weight.name):
+            transposed.add(layer.weight.name)
     reader = open_reader(plan.source)
     for tensor in plan.copied:
         if tensor.name not in decoded:
@@ -419,10 +425,13 @@ def copy_others(writer: CheckpointWriter, plan: RunPlan) -> None:
         weight = reader.read(tensor.name).to(STORED_DTYPES[tensor.dtype])
         if not bool(weight.isfinite().all()):
             raise InputError(
-                "E_CKPT_NONFINITE", f"`{tensor.name}` has values that are not finite as {tensor.dtype}",
+                "E_CKPT_NONFINITE",
+                f"`{tensor.name}` has values that are not finite as {tensor.dtype}",
                 hint="the checkpoint is damaged: download it again",
-            )  # fmt: skip
-        writer.write(tensor.name, weight.T.contiguous() if tensor.name in turned else weight)
+            )
+        if tensor.name in transposed:
+            weight = weight.T.contiguous()
+        writer.write(tensor.name, weight)
 
 
 def write_beside(
@@ -432,16 +441,17 @@ def write_beside(
     calibration_sha256: str,
     hashes: Mapping[str, str],
 ) -> None:
-    """config.json and its like, the configuration of the run, and the files that the source has beside its weights.
+    """Write the JSON files, the configuration of the run, and the other files of the source.
 
-    `hashes` are those by which the source is identified; InputError E_SOURCE_CHANGED if a file has another one.
+    Raises InputError E_SOURCE_CHANGED if a file of the source no longer has its hash in `hashes`.
     """
     kept = [layer.name for layer in plan.kept if layer.name != HEAD]
     meta: dict[str, Any] = {
         "quantizer": [f"gptq_cli:{__version__}"],
         "calibration_sha256": calibration_sha256,
     }
-    meta |= {"source_quantization": plan.plain.how} if plan.plain.how else {}
+    if plan.plain.how:
+        meta["source_quantization"] = plan.plain.how
     described = describe(config, plan.settings, kept)
     untie = plan.head is not None
     write_side_files(plan.source, directory, described, meta, untie=untie, hashes=hashes)

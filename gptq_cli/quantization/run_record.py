@@ -1,6 +1,6 @@
-"""The record of a run, which its result is made of, and the two limits that end one.
+"""The record of a run, for its result, and the two limits that end a run.
 
-The limits are how many layers may be rounded to nearest, and how much time the run has.
+The limits are the number of layers that may be rounded to nearest, and the time.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from gptq_cli.events import (
 
 
 class Record:
-    """Passes every event on and keeps what a result is made of, such as layer reports and memory peaks in bytes.
+    """Passes every event on and keeps the parts of a result: layer reports, memory peaks in bytes.
 
-    A layer that is solved again, as its block is done again, is kept once.
+    If a block is repeated, its layers are kept once.
     """
 
     def __init__(self, report: Report) -> None:
@@ -42,23 +42,23 @@ class Record:
 
     @property
     def layers(self) -> list[LayerReport]:
-        """In the order in which they were first solved."""
+        """The reports of layers, in the order in which the layers were first solved."""
         return list(self._layers.values())
 
     @property
     def experts(self) -> list[ExpertsCovered]:
-        """Of each layer of experts, in the same order."""
+        """The coverage of each layer of experts, in the same order."""
         return list(self._experts.values())
 
     def for_manifest(self) -> dict[str, Any]:
-        """Return what the manifest keeps of layers and experts; seconds differ from run to run and are left out."""
+        """Return layers and experts for the manifest, without the seconds, which vary."""
         layers = [asdict(layer) for layer in self.layers]
         for layer in layers:
             del layer["seconds"]
         return {"layers": layers, "experts": [asdict(covered) for covered in self.experts]}
 
     def take_over(self, manifest: Mapping[str, Any]) -> None:
-        """What an earlier call, which has finished the output of `manifest`, has recorded."""
+        """Take the record of the earlier call that finished the output of `manifest`."""
         self.already_done = True
         self._add(
             [LayerReport(**layer, seconds=0.0) for layer in manifest.get("layers", ())],
@@ -88,7 +88,7 @@ class Record:
 class Limits:
     """The limits of a run: the block loop asks before each block and layer, and after each layer.
 
-    `max_seconds` None means that there is all the time.
+    If `max_seconds` is None, the time is not limited.
     """
 
     def __init__(
@@ -106,11 +106,11 @@ class Limits:
         self._end = now() + self._seconds
 
     def check_time_for_block(self) -> None:
-        """PausedError E_PAUSED if a block that takes as long as the longest so far would not end in time."""
+        """Raise PausedError E_PAUSED if a block as long as the longest so far would be late."""
         self._check_time(self._longest)
 
     def check_time(self) -> None:
-        """PausedError E_PAUSED if the time is over."""
+        """Raise PausedError E_PAUSED if the time is over."""
         self._check_time(0.0)
 
     def add_block(self, seconds: float) -> None:
@@ -118,9 +118,10 @@ class Limits:
         self._longest = max(self._longest, seconds)
 
     def check_fallbacks(self, layers: Iterable[LayerReport]) -> None:
-        """Count which of `layers` were rounded to nearest; GateError E_NUM_FALLBACKS if these are too many.
+        """Count the `layers` that were rounded to nearest.
 
-        Layers of finished blocks count as well, whatever was asked for when they were solved.
+        Layers of resumed blocks count as well, although their run may have had other limits.
+        Raises GateError E_NUM_FALLBACKS if there are too many.
         """
         allowed = self._config.max_fallbacks
         for layer in layers:
@@ -128,16 +129,17 @@ class Limits:
                 continue
             self._rounded.add(layer.name)
             if layer.fallback in ("inputs", "hessian") and self._config.on_numeric_fault == "error":
-                says = f"`{layer.name}` was rounded to nearest by an earlier call; --on-numeric-fault is error now"
-                raise GateError(
-                    "E_NUM_FALLBACKS", says, hint="say --on-numeric-fault rtn, or --resume never"
-                )
-            if allowed is not None and len(self._rounded) > allowed:
-                count = f"{len(self._rounded)} layers had to be rounded to nearest, the last `{layer.name}`"
-                message = f"{count}; --max-fallbacks allows {allowed}"
+                text = f"an earlier call rounded `{layer.name}` to nearest"
                 raise GateError(
                     "E_NUM_FALLBACKS",
-                    message,
+                    f"{text}, but --on-numeric-fault is error now",
+                    hint="use --on-numeric-fault rtn, or --resume never",
+                )
+            if allowed is not None and len(self._rounded) > allowed:
+                count = f"{len(self._rounded)} layers had to be rounded to nearest"
+                raise GateError(
+                    "E_NUM_FALLBACKS",
+                    f"{count}, the last `{layer.name}`, but --max-fallbacks allows {allowed}",
                     hint="use more or other calibration text, or allow more",
                 )
 
@@ -145,24 +147,24 @@ class Limits:
         if self._now() + needed > self._end:
             raise PausedError(
                 "E_PAUSED",
-                f"the {self._seconds:g} s of --max-runtime do not suffice for what is left",
-                hint="run the same command again to resume; the block that was at work starts over",
+                f"the next block would not finish within --max-runtime ({self._seconds:g} s)",
+                hint="run the same command to resume; the current block starts over",
             )
 
 
 def seconds(duration: str | None) -> float | None:
-    """Seconds of "3h30m", "90m" or "45s"; ConfigError E_CFG_RANGE for anything else."""
+    """Return the seconds of "3h30m", "90m" or "45s"; ConfigError E_CFG_RANGE for anything else."""
     if duration is None:
         return None
-    match = re.fullmatch(r"(?=.)(?:(\d{1,6})h)?(?:(\d{1,6})m)?(?:(\d{1,6})s)?", duration)
-    found = (
-        sum(unit * int(part or 0) for unit, part in zip((3600, 60, 1), match.groups(), strict=True))
-        if match
-        else 0
-    )
-    if not found:
-        message = f"--max-runtime must be a time such as 3h30m, 90m or 45s, got {duration!r}"
+    total = 0
+    match = re.fullmatch(r"(?:(\d{1,6})h)?(?:(\d{1,6})m)?(?:(\d{1,6})s)?", duration)
+    if match is not None:
+        hours, minutes, rest = match.groups(default="0")
+        total = 3600 * int(hours) + 60 * int(minutes) + int(rest)
+    if not total:
         raise ConfigError(
-            "E_CFG_RANGE", message, hint="say hours with h, minutes with m, seconds with s"
+            "E_CFG_RANGE",
+            f"--max-runtime must be a time such as 3h30m, 90m or 45s, got {duration!r}",
+            hint="write hours with h, minutes with m, seconds with s",
         )
-    return found
+    return total

@@ -1,4 +1,4 @@
-"""What the parts of the block loop share."""
+"""The state of a run, which the parts of the block loop share."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Keep = Callable[[LayerPlan, QuantizedLinear], None]
 
 
 def keep_nothing(layer: LayerPlan, linear: QuantizedLinear) -> None:
-    """Drop a solved layer: another process writes it."""
+    """Forget a solved layer, which another process writes."""
     del layer, linear
 
 
@@ -30,8 +30,8 @@ def keep_nothing(layer: LayerPlan, linear: QuantizedLinear) -> None:
 class Run:
     """One run, as one of its processes sees it.
 
-    `batches` are the token ids [batch, seqlen] of all calibration batches, of which `ranks` gives this process a share.
-    `saved` gets each finished block, `keep` each solved layer.
+    `batches` holds the token ids [batch, seqlen] of all calibration batches; `ranks` gives this
+    process a share of them. `keep` receives each solved layer, `saved` each finished block.
     """
 
     config: QuantizeConfig
@@ -49,7 +49,7 @@ class Run:
 
     @property
     def report(self) -> Report:
-        """The listener to whom all events go."""
+        """The listener that receives all events."""
         return self.record
 
     def __post_init__(self) -> None:

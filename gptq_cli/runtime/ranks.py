@@ -1,8 +1,8 @@
-"""The processes that quantize one model together, on torch.distributed: the only module that knows of it.
+"""The processes that quantize one model together, on torch.distributed.
 
-Each process has a share of the calibration batches. What they work out is put together in ways that do not depend on
-how many there are: sums in the order of `engine.pairwise`, everything else in the order of batches, experts or rows.
-A `Ranks` is one process by itself, for which there is nothing to put together; `DistributedRanks` are several.
+Each process has a share of the calibration batches. Results are combined in an order that does not
+depend on the number of processes: sums in the order of `solver.hessian`, everything else in the
+order of batches, experts or rows. `Ranks` is one process alone; `DistributedRanks` are several.
 """
 
 from __future__ import annotations
@@ -33,12 +33,19 @@ from gptq_cli.solver.hessian import (
 )
 
 Value = TypeVar("Value")
-# Classes beside dtypes and this program's dataclasses that a process takes from another one
-PLAIN = {("builtins", "range"), ("builtins", "set"), ("builtins", "frozenset"), ("collections", "OrderedDict"),
-         ("pathlib", "PosixPath"), ("pathlib._local", "PosixPath"), ("torch", "Size"), ("torch", "device")}  # fmt: skip
-ELEMENTS_AT_A_TIME = (
-    2**25
-)  # of a Hessian, between all ranks: bounds the copies that are on their way
+# Classes that a process accepts from another one, beside dtypes and dataclasses of this program
+PLAIN = {
+    ("builtins", "range"),
+    ("builtins", "set"),
+    ("builtins", "frozenset"),
+    ("collections", "OrderedDict"),
+    ("pathlib", "PosixPath"),
+    ("pathlib._local", "PosixPath"),
+    ("torch", "Size"),
+    ("torch", "device"),
+}
+# Elements of a Hessian that all ranks exchange at once; this bounds the memory of the copies
+ELEMENTS_AT_A_TIME = 2**25
 
 
 class Ranks:
@@ -46,24 +53,25 @@ class Ranks:
 
     rank = 0
     size = 1
-    local_world_size = 1  # processes of the team on this machine, this one included
-    first_here = True  # of those
+    local_world_size = 1  # processes on this machine, this one included
+    first_here = True  # whether this process is the first one on its machine
 
     @property
     def is_leader(self) -> bool:
-        """Whether this process writes and talks."""
+        """Whether this process writes the output and reports to the user."""
         return self.rank == 0
 
     def share(self, n_batches: int) -> range:
-        """The numbers of the batches that this process forwards: consecutive, and as many as the others' or one more.
+        """Return the consecutive numbers of the batches that this process forwards.
 
-        ConfigError E_CFG_RANKS if there are not enough for all.
+        The shares of the processes differ by one batch at most. Raises ConfigError E_CFG_RANKS if
+        there are fewer batches than processes.
         """
         check_shares(n_batches, self.size)
         return _share(n_batches, self.rank, self.size)
 
     def deal(self, costs: Sequence[float]) -> list[int]:
-        """Return the rank that does each unit of work, such that all ranks have about equal costs."""
+        """Return the rank that does each unit of work; the costs of all ranks are about equal."""
         return [0] * len(costs)
 
     def exchange(self, mine: dict[int, Value], owners: Sequence[int]) -> Iterator[Value]:
@@ -83,26 +91,29 @@ class Ranks:
             yield work(unit), True
 
     def sum_hessians(self, batches: HessianOfBatches, n_batches: int) -> HessianAccumulator:
-        """The sum over all batches, of which `batches` has this process's share; the same bits on every process."""
+        """Return the sum over the `n_batches` of all processes, the same bits on every process.
+
+        `batches` holds this process's share.
+        """
         del n_batches
         return total(batches.nodes(), HessianAccumulator.absorb)
 
     def all_gather(self, mine: Sequence[Value]) -> list[Value]:
-        """What all processes have, in their order."""
+        """Return the values of all processes, in the order of ranks."""
         return list(mine)
 
     def gather(self, mine: Sequence[Value]) -> list[Value] | None:
-        """What all processes have, in their order, with its tensors on the host; None but for the one that leads."""
+        """Return the values of all processes on the leader, tensors on the host; None elsewhere."""
         return list(mine)
 
     def scatter(self, values: Sequence[Value] | None, n_batches: int) -> list[Value]:
-        """This process's share of `values`, one for each batch, which the leading process has."""
+        """Return this process's share of the leader's `values`, one for each of `n_batches`."""
         del n_batches
         assert values is not None
         return list(values)
 
     def broadcast(self, value: Value | None = None) -> Value:
-        """What the leading process says."""
+        """Return the leader's `value`."""
         assert value is not None
         return value
 
@@ -112,14 +123,17 @@ SINGLE_PROCESS = Ranks()
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """Where a process stands: its team, and the device it works on."""
+    """A process of a run: its ranks and the device that it works on."""
 
     team: Ranks
     device: torch.device
 
 
 class DistributedRanks(Ranks):
-    """Several processes, of which this one is `rank`; ResourceError E_RANK_LOST as soon as one of them is gone."""
+    """Several processes, of which this one is `rank`.
+
+    Every method raises ResourceError E_RANK_LOST if another process is gone.
+    """
 
     def __init__(
         self, device: torch.device, *, local_world_size: int = 1, first_here: bool = True
@@ -127,7 +141,7 @@ class DistributedRanks(Ranks):
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.local_world_size, self.first_here = local_world_size, first_here
         self._device = device
-        self._done = [0.0] * self.size  # of each process, what its work has cost so far
+        self._done = [0.0] * self.size  # the costs of each process's work so far
 
     def deal(self, costs: Sequence[float]) -> list[int]:
         return owners_of(costs, self._done)
@@ -145,7 +159,7 @@ class DistributedRanks(Ranks):
             yield result, owner == self.rank
 
     def sum_hessians(self, batches: HessianOfBatches, n_batches: int) -> HessianAccumulator:
-        spans = [kept_apart(_share(n_batches, rank, self.size)) for rank in range(self.size)]
+        spans = [kept_apart(share) for share in self._shares(n_batches)]
         mine = [node.value for node in batches.nodes()]
         for sums in zip(*(part.sums for part in mine), strict=True):
             self._add_up(sums, spans)
@@ -157,62 +171,72 @@ class DistributedRanks(Ranks):
 
     def all_gather(self, mine: Sequence[Value]) -> list[Value]:
         counts = self._counts(len(mine))
-        parts = [
-            [mine[n] if rank == self.rank else None for n in range(count)]
-            for rank, count in enumerate(counts)
-        ]
-        return [self._from(rank, value) for rank, part in enumerate(parts) for value in part]
+        found = []
+        for rank, count in enumerate(counts):
+            values: list[Value | None] = [None] * count
+            if rank == self.rank:
+                values = list(mine)
+            for value in values:
+                found.append(self._from(rank, value))
+        return found
 
     def gather(self, mine: Sequence[Value]) -> list[Value] | None:
         counts = self._counts(len(mine))
-        found = [_on_host(value) for value in mine] if self.is_leader else []
+        if not self.is_leader:
+            for value in mine:
+                self._send(value, 0)
+            return None
+        found = [_on_host(value) for value in mine]
         for rank in range(1, self.size):
-            for number in range(counts[rank]):
-                if self.is_leader:
-                    found.append(_on_host(self._receive(rank)))
-                elif rank == self.rank:
-                    self._send(mine[number], 0)
-        return found if self.is_leader else None
+            for _ in range(counts[rank]):
+                found.append(_on_host(self._receive(rank)))
+        return found
 
     def scatter(self, values: Sequence[Value] | None, n_batches: int) -> list[Value]:
         if values is None:
             return [self._receive(0) for _ in self.share(n_batches)]
-        for rank in range(1, self.size):
-            for number in _share(n_batches, rank, self.size):
-                self._send(values[number], rank)
+        for rank, share in enumerate(self._shares(n_batches)):
+            if rank != self.rank:
+                for number in share:
+                    self._send(values[number], rank)
         return [values[number] for number in self.share(n_batches)]
 
     def broadcast(self, value: Value | None = None) -> Value:
         return self._from(0, value)
 
     def _add_up(self, mine: Sequence[Tensor], spans: Sequence[Sequence[range]]) -> None:
-        """Put the sum of all processes' tensors, which stand for the `spans` of each, into the first of `mine`.
+        """Put the sum of the tensors of all processes into the first of `mine`.
 
-        Each process adds up one part of every slice, in the order of the tree, and gives it to the others.
+        The tensors of each process stand for its `spans` of batches. Each process adds up one part
+        of every slice, in the order of the tree, and broadcasts it.
         """
         flat = [tensor.view(-1) for tensor in mine]
         for start in range(0, flat[0].numel(), ELEMENTS_AT_A_TIME):
             slices = [tensor[start : start + ELEMENTS_AT_A_TIME] for tensor in flat]
-            cuts = [len(_share(slices[0].numel(), rank, self.size)) for rank in range(self.size)]
+            cuts = [len(share) for share in self._shares(slices[0].numel())]
             pieces = list(zip(*(piece.split(cuts) for piece in slices), strict=True))
             own = cuts[self.rank]
             received = slices[0].new_empty(sum(map(len, spans)) * own)
             sizes = [len(theirs) * own for theirs in spans]
+            sent, sent_sizes = torch.cat(list(chain(*pieces))), [len(mine) * n for n in cuts]
             with _peers():
-                dist.all_to_all_single(
-                    received, torch.cat(list(chain(*pieces))), sizes, [len(mine) * n for n in cuts]
-                )
+                dist.all_to_all_single(received, sent, sizes, sent_sizes)
             nodes: list[Node[Tensor]] = []
             for span, part in zip(chain(*spans), received.split(own or 1), strict=False):
                 push(nodes, Node(span.start, span.stop, part), _add)
-            added = total(nodes, _add) if own else received
+            pieces_of_sum = slices[0].split(cuts)
+            if own:
+                pieces_of_sum[self.rank].copy_(total(nodes, _add))
             with _peers():
-                for rank, piece in enumerate(slices[0].split(cuts)):
+                for rank, piece in enumerate(pieces_of_sum):
                     if piece.numel():
-                        dist.broadcast(piece.copy_(added) if rank == self.rank else piece, rank)
+                        dist.broadcast(piece, rank)
+
+    def _shares(self, n: int) -> list[range]:
+        return [_share(n, rank, self.size) for rank in range(self.size)]
 
     def _counts(self, mine: int) -> list[int]:
-        """A number that each process has, of all."""
+        """Return the number `mine` of every process."""
         counts = torch.zeros(self.size, dtype=torch.int64)
         counts[self.rank] = mine
         with _peers():
@@ -220,32 +244,33 @@ class DistributedRanks(Ranks):
         return [int(count) for count in counts]
 
     def _from(self, owner: int, value: Value | None) -> Value:
-        """What process `owner` has, on all of them; its tensors on each one's device."""
+        """Return the value of process `owner` on all processes, tensors on the device of each."""
 
         def pass_on(tensor: Tensor) -> None:
             dist.broadcast(tensor, owner)
 
         with _peers():
             if owner != self.rank:
-                found: Value = _taken(pass_on, self._device)
+                found: Value = _take(pass_on, self._device)
                 return found
             assert value is not None
-            _given(value, pass_on, self._device)
+            _give(value, pass_on, self._device)
             return value
 
     def _send(self, value: object, to: int) -> None:
         with _peers():
-            _given(value, lambda tensor: dist.send(tensor, to), self._device)
+            _give(value, lambda tensor: dist.send(tensor, to), self._device)
 
     def _receive(self, sender: int) -> Any:
         with _peers():
-            return _taken(lambda tensor: dist.recv(tensor, sender), self._device)
+            return _take(lambda tensor: dist.recv(tensor, sender), self._device)
 
 
 def owners_of(costs: Sequence[float], done: list[float]) -> list[int]:
-    """Who does what: units of work by falling cost, each for the process that has the least to do so far.
+    """Return the rank that does each unit of work.
 
-    Of those with as little the one that has `done` the least before, to which its share is added.
+    Units are dealt by falling cost, each to the rank with the least to do so far; of several such
+    ranks, to the one that has `done` the least before. The new work is added to `done`.
     """
     owners, loads = [0] * len(costs), [0.0] * len(done)
     for unit in sorted(range(len(costs)), key=lambda unit: -costs[unit]):
@@ -265,7 +290,7 @@ def _add(left: Tensor, right: Tensor) -> None:
 
 
 class _Pickler(pickle.Pickler):
-    """Leaves tensors out, and notes them and what they are like."""
+    """Replaces tensors with their shapes and dtypes, and collects them."""
 
     def __init__(self, file: io.BytesIO, tensors: list[Tensor]) -> None:
         super().__init__(file, protocol=5)
@@ -279,7 +304,10 @@ class _Pickler(pickle.Pickler):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Makes plain values, dataclasses and named tuples of this program alone: who reaches a port can run no code."""
+    """Loads only plain values, and dataclasses and named tuples of this program.
+
+    So nobody who reaches the port of a process can make it run code.
+    """
 
     def __init__(self, file: io.BytesIO, load: Callable[[Any], Tensor]) -> None:
         super().__init__(file)
@@ -295,23 +323,23 @@ class _Unpickler(pickle.Unpickler):
             if isinstance(found, type) and (is_dataclass(found) or issubclass(found, tuple)):
                 return found
         raise pickle.UnpicklingError(
-            f"another process of this run has sent `{module}.{name}`, which is no value"
+            f"another process of this run has sent `{module}.{name}`, which is not a plain value"
         )
 
 
-def _given(value: object, send: Callable[[Tensor], object], device: torch.device) -> None:
-    """Send `value`: how many bytes it takes without its tensors, these bytes, the tensors by way of `device`."""
+def _give(value: object, send: Callable[[Tensor], object], device: torch.device) -> None:
+    """Send `value`: the number of its bytes without tensors, these bytes, and its tensors."""
     file, tensors = io.BytesIO(), list[Tensor]()
     _Pickler(file, tensors).dump(value)
-    said = torch.frombuffer(file.getbuffer(), dtype=torch.uint8)
-    send(torch.tensor(said.numel()))
-    send(said)
+    pickled = torch.frombuffer(file.getbuffer(), dtype=torch.uint8)
+    send(torch.tensor(pickled.numel()))
+    send(pickled)
     for tensor in tensors:
         send(tensor.to(device).contiguous())
 
 
-def _taken(receive: Callable[[Tensor], object], device: torch.device) -> Any:
-    """What `_given` sends; its tensors on `device`. `receive` fills a tensor."""
+def _take(receive: Callable[[Tensor], object], device: torch.device) -> Any:
+    """Return the value that `_give` sends, tensors on `device`; `receive` fills a tensor."""
 
     def load(like: Any) -> Tensor:
         shape, dtype = like
@@ -321,9 +349,9 @@ def _taken(receive: Callable[[Tensor], object], device: torch.device) -> Any:
 
     n_bytes = torch.tensor(0)
     receive(n_bytes)
-    said = torch.empty(int(n_bytes), dtype=torch.uint8)
-    receive(said)
-    return _Unpickler(io.BytesIO(said.numpy().tobytes()), load).load()
+    pickled = torch.empty(int(n_bytes), dtype=torch.uint8)
+    receive(pickled)
+    return _Unpickler(io.BytesIO(pickled.numpy().tobytes()), load).load()
 
 
 def _on_host(value: Any) -> Any:
@@ -334,7 +362,7 @@ def _on_host(value: Any) -> Any:
 
 @contextmanager
 def _peers() -> Iterator[None]:
-    """Turn a connection that another process has left behind into ResourceError E_RANK_LOST."""
+    """Raise ResourceError E_RANK_LOST if the connection to another process breaks in the body."""
     try:
         yield
     except RuntimeError as error:
@@ -342,6 +370,8 @@ def _peers() -> Iterator[None]:
             raise
         reason = str(error).strip().splitlines()[-1]
         raise ResourceError(
-            "E_RANK_LOST", f"another process of this run has ended, and left this one alone: {reason}",
-            hint="look at what it said; the same command goes on after the last finished block",
-        ) from error  # fmt: skip
+            "E_RANK_LOST",
+            f"another process of this run exited, so this one cannot continue: {reason}",
+            hint="see the error message of that process; the same command resumes "
+            "after the last finished block",
+        ) from error

@@ -1,8 +1,8 @@
-"""How a process joins the team that it has been started for, watches over it, and leaves it.
+"""Join the processes of a run, watch them, and end with them.
 
-The processes meet in a file if `processes` has started them, else in torchrun's store. One that fails claims the right
-to speak there, so that a run that fails says why once. One that disappears without a word is missed: its connections
-close, or it gives no sign of life any more.
+The processes meet in a file if `processes` has started them, otherwise in torchrun's store. A
+process that fails claims the right to report there, so that a failed run reports its error once.
+The others notice a process that disappears: its connections close, or its signs of life stop.
 """
 
 from __future__ import annotations
@@ -27,29 +27,32 @@ from gptq_cli.runtime.open_model import resolve_device
 from gptq_cli.runtime.processes import LAUNCHER, MEETING, launcher_is_gone
 from gptq_cli.runtime.ranks import SINGLE_PROCESS, DistributedRanks, Worker
 
-WAIT = timedelta(days=7)  # for others that work: who is gone is noticed otherwise
+# A process waits this long for others that work; `Watch` notices those that are gone.
+WAIT = timedelta(days=7)
 MEETING_TIME = timedelta(minutes=15)  # for others that download the model, or start later
 SIGN_SECONDS = 5.0  # between two signs of life
-MISSING_SECONDS = 45.0  # without a sign: gone
-PATIENCE = 5.0  # seconds in which processes that are told to end do say so
+MISSING_SECONDS = 45.0  # without a sign of life, after which a process counts as gone
+PATIENCE = 5.0  # seconds in which a process that has to end reports that it does
 HERE, CLAIMED, ENDED, ALIVE = "gptq/here", "gptq/claimed", "gptq/ended", "gptq/alive"
+BACKENDS = {"cuda": "cpu:gloo,cuda:nccl", "cpu": "gloo"}  # by the type of the device
 END_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 Lost = Callable[[ResourceError | None], None]
 
 
 class ReportedByAnotherRank(BaseException):
-    """This process ends because another one has failed, which has said why."""
+    """Ends a process because another one has failed and reported its error."""
 
 
 @contextmanager
 def joined(device: str, devices: Sequence[str], lost: Lost) -> Iterator[Worker]:
-    """The place of this process, its device being one of `devices`, or by its number among its neighbours.
+    """Yield this process's worker, on one of `devices` or on the device of its local rank.
 
-    Alone, unless the environment says otherwise. An error in the body is raised again for one process of the team, and
-    SaidElsewhere for the others. `lost` is called, in a thread, if a process has disappeared while this one waits for
-    it, with the error to show or None; it must end the process. ConfigError E_CFG_CONFLICT for `devices` that are not
-    as many as the processes, or one device for all.
+    The worker is alone unless the environment names other processes. An error in the body is raised
+    again in one process, and ReportedByAnotherRank in the others. If a process disappears while
+    this one waits for it, a thread calls `lost` with the error to show, or None; `lost` must end
+    this process. Raises ConfigError E_CFG_CONFLICT if the number of `devices` is not that of the
+    processes, or if there is one device for several processes.
     """
     size, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
@@ -63,9 +66,12 @@ def joined(device: str, devices: Sequence[str], lost: Lost) -> Iterator[Worker]:
         threading.Thread(target=_end_with_launcher, daemon=True).start()
     store: Any = _meet()
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo", store=store, rank=int(os.environ["RANK"]),
-        world_size=size, timeout=WAIT,
-    )  # fmt: skip
+        BACKENDS[own.type],
+        store=store,
+        rank=int(os.environ["RANK"]),
+        world_size=size,
+        timeout=WAIT,
+    )
     watch = Watch(store.clone(), dist.get_rank(), size, lost)
     watch.start()
     try:
@@ -73,17 +79,15 @@ def joined(device: str, devices: Sequence[str], lost: Lost) -> Iterator[Worker]:
             DistributedRanks(own, local_world_size=local_world_size, first_here=local == 0), own
         )
     except BaseException as error:
-        for number in END_SIGNALS:
-            signal.signal(
-                number, signal.SIG_IGN
-            )  # who started it ends the others of a process that has failed
+        for number in END_SIGNALS:  # the launcher sends them to the others if a process fails
+            signal.signal(number, signal.SIG_IGN)
         raise watch.error_to_raise(error) from error
     watch.stop()
     dist.destroy_process_group()
 
 
 def _end_with_launcher() -> None:
-    """End this process when the one that started it is gone: nobody waits for this run, or could end it."""
+    """End this process when its launcher is gone, because nobody else could end it."""
     while not launcher_is_gone():
         time.sleep(SIGN_SECONDS)
     os.kill(os.getpid(), signal.SIGTERM)
@@ -92,7 +96,7 @@ def _end_with_launcher() -> None:
 
 
 def _meet() -> Any:
-    """The store of all processes, once all are there; ResourceError E_RANK_LOST if they are not in time."""
+    """Return the store of all processes once all have come, or raise ResourceError E_RANK_LOST."""
     if MEETING in os.environ:
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         store: Any = dist.FileStore(os.environ[MEETING], size)  # type: ignore[attr-defined]
@@ -103,30 +107,35 @@ def _meet() -> Any:
     while missing := [other for other in range(size) if not store.check([f"{HERE}/{other}"])]:
         if time.monotonic() > end or launcher_is_gone():
             raise rank_lost(missing, size)
-        time.sleep(0.05)  # where a signal is noticed, unlike in the store's own waiting
+        time.sleep(0.05)  # a signal ends this wait, but not the store's own
     return store
 
 
 def _let_go(error: BaseException | None) -> None:
-    """Close the connections, so that whoever waits for this process learns that it ends; `error` may hold on to one."""
+    """Close the connections, so that processes that wait for this one learn that it ends.
+
+    The frames of `error` may hold a connection, so they are cleared.
+    """
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
-    closing = threading.Thread(
-        target=dist.destroy_process_group, daemon=True
-    )  # which may wait for a kernel
+    # A thread, because closing may wait for a kernel
+    closing = threading.Thread(target=dist.destroy_process_group, daemon=True)
     closing.start()
     closing.join(PATIENCE)
 
 
 class Watch:
-    """Gives signs of life in the store and sees that the others do: the first process all, the others the first."""
+    """Gives signs of life in the store and watches those of others.
+
+    The first process watches all others; the others watch the first one.
+    """
 
     def __init__(self, store: Any, rank: int, size: int, lost: Lost) -> None:
         self._store, self._rank, self._size, self._lost = store, rank, size, lost
-        self._others = [
-            other for other in (range(size) if rank == 0 else range(1)) if other != rank
-        ]
+        self._others = [0]
+        if rank == 0:
+            self._others = list(range(1, size))
         self._stopped = threading.Event()
         self._looked = time.monotonic()
         self._threads = [
@@ -138,38 +147,37 @@ class Watch:
             thread.start()
 
     def stop(self) -> None:
-        """This process has done its part."""
+        """Stop watching, because this process has finished its work."""
         self._stopped.set()
         for thread in self._threads:
             thread.join()
         self._mark_ended()
 
     def error_to_raise(self, error: BaseException) -> BaseException:
-        """What this process ends with: `error`, what has caused it, or SaidElsewhere."""
+        """Return what to end with: `error`, its cause, or ReportedByAnotherRank."""
         self._stopped.set()
         try:
             self._mark_ended()
             _let_go(error)
-            if isinstance(error, Stopped) or (
-                isinstance(error, GptqError) and error.code == "E_RANK_LOST"
-            ):
+            if _may_follow_a_loss(error):
                 missing = self._missing()
-                error = rank_lost(missing, self._size) if missing else error
+                if missing:
+                    error = rank_lost(missing, self._size)
             if self._claimed() == self._rank:
                 return error
-        except RuntimeError:  # the store is gone, and who keeps it
+        except RuntimeError:  # the store is gone, and so is the process that keeps it
             return error
         return ReportedByAnotherRank()
 
     def _claimed(self) -> int:
-        """Who may speak: the first one to ask."""
+        """Return the rank that may report the error: the first one to ask."""
         return int(self._store.compare_set(CLAIMED, "", str(self._rank)))
 
     def _mark_ended(self) -> None:
         self._store.set(f"{ENDED}/{self._rank}", socket.gethostname())
 
     def _missing(self) -> list[int]:
-        """Processes that neither go on nor have said that they end."""
+        """Return the processes that neither work nor have noted that they end."""
         missing = list(range(self._size))
         end = time.monotonic() + PATIENCE
         while missing and time.monotonic() < end:
@@ -196,7 +204,7 @@ class Watch:
             self._lost(rank_lost(missing, self._size) if speaks else None)
 
     def _look_after(self) -> None:
-        """The store is on the first process's machine: who gets no answer from it cannot reach that machine."""
+        """Report the first process as lost if its store no longer answers."""
         while not self._stopped.wait(SIGN_SECONDS):
             if time.monotonic() - self._looked > MISSING_SECONDS:
                 self._lost(rank_lost([0], self._size))
@@ -212,33 +220,39 @@ class Watch:
 
 
 def rank_lost(missing: Sequence[int], size: int) -> ResourceError:
-    """E_RANK_LOST for processes that have gone without a word."""
+    """Return ResourceError E_RANK_LOST for processes that have disappeared."""
     who = ", ".join(map(str, missing))
     return ResourceError(
-        "E_RANK_LOST", f"process {who} of {size} (the first is 0) was killed or cannot be reached",
-        hint="see whether its machine ran out of memory; the same command goes on after the last finished block",
-    )  # fmt: skip
+        "E_RANK_LOST",
+        f"process {who} of {size} (the first is 0) was killed or cannot be reached",
+        hint="check whether its machine ran out of memory; the same command resumes "
+        "after the last finished block",
+    )
+
+
+def _may_follow_a_loss(error: BaseException) -> bool:
+    if isinstance(error, Stopped):
+        return True
+    return isinstance(error, GptqError) and error.code == "E_RANK_LOST"
 
 
 def _device_of(local: int, local_world_size: int, device: str, devices: Sequence[str]) -> str:
+    """Return the name of the device of the process with this local rank."""
+    running = f"{local_world_size} processes run here"
     if devices:
         if len(devices) != local_world_size:
-            said = (
-                f"--devices names {len(devices)} devices, and {local_world_size} processes run here"
-            )
-            raise ConfigError("E_CFG_CONFLICT", said, hint="leave out --devices under torchrun")
+            text = f"--devices names {len(devices)} devices, but {running}"
+            raise ConfigError("E_CFG_CONFLICT", text, hint="leave out --devices under torchrun")
         return devices[local]
-    if (
-        local_world_size == 1
-        or device == "cpu"
-        or (device == "auto" and not torch.cuda.is_available())
-    ):
+    if local_world_size == 1 or device == "cpu":
+        return device
+    if device == "auto" and not torch.cuda.is_available():
         return device
     if ":" in device:
-        said = f"device {device} is one, and {local_world_size} processes run here"
+        numbers = ",".join(map(str, range(local_world_size)))
         raise ConfigError(
             "E_CFG_CONFLICT",
-            said,
-            hint=f"say which: --devices {','.join(map(str, range(local_world_size)))}",
+            f"device {device} is one device, but {running}",
+            hint=f"name a device for each: --devices {numbers}",
         )
     return f"cuda:{local}"

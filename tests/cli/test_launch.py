@@ -146,10 +146,10 @@ def test_one_device_for_several_processes_is_refused(monkeypatch: pytest.MonkeyP
     assert torchrun._device_of(1, 2, "cpu", []) == "cpu"
     assert torchrun._device_of(1, 2, "auto", ["cuda:4", "cuda:6"]) == "cuda:6"
     with pytest.raises(
-        ConfigError, match="device cuda:1 is one, and 2 processes run here"
+        ConfigError, match="device cuda:1 is one device, but 2 processes run here"
     ) as caught:
         torchrun._device_of(0, 2, "cuda:1", [])
-    assert caught.value.hint == "say which: --devices 0,1"
+    assert caught.value.hint == "name a device for each: --devices 0,1"
     with pytest.raises(ConfigError, match="--devices names 3 devices, and 2 processes run here"):
         torchrun._device_of(0, 2, "auto", ["cpu"] * 3)
 

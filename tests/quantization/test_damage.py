@@ -11,7 +11,7 @@ import pytest
 from gptq_cli.checkpoint.writer import CheckpointWriter
 from gptq_cli.errors import ExistsError, GateError
 from gptq_cli.events import Event, Resumed, Warned
-from gptq_cli.quantization.resume import SavedBlocks
+from gptq_cli.quantization.resume import BlockStore
 from gptq_cli.storage.manifest import Journal, sealed
 from gptq_cli.storage.manifest import digest as digest_of
 from tests.disks import CountingDisk, DyingDisk, Killed, using
@@ -85,7 +85,7 @@ def test_a_flipped_bit_is_never_taken_for_finished_work(
         ("hidden-1", 0.5, 1, "the hidden states after block 1 are not as they were written"),
         ("journal.jsonl", 0.1, 0, "bytes of the journal are not valid"),
         ("journal.jsonl", 0.9, 1, "bytes of the journal are not valid"),
-        ("run.json", 0.5, 0, "run.json` cannot be read: everything is done again"),
+        ("run.json", 0.5, 0, "run.json` cannot be read: the run starts over"),
     ],
 )
 def test_damage_is_said_and_costs_what_depends_on_it(
@@ -274,7 +274,7 @@ def change_hidden(directory: Path) -> None:
 MUTATIONS = {
     "the journal's checksums": (Journal, "_sum", lambda *_: "0", change_report),
     "the hashes of tensors": (CheckpointWriter, "holds", lambda *_: True, change_tensor),
-    "the hash of hidden states": (SavedBlocks, "_has_hidden", lambda *_: True, change_hidden),
+    "the hash of hidden states": (BlockStore, "_has_hidden", lambda *_: True, change_hidden),
 }
 
 

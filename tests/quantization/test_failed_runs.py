@@ -100,7 +100,7 @@ def test_no_hint_to_resume_what_this_place_cannot(
         other.run(tmp_path / "out")
     assert (caught.value.code, caught.value.hint) == (
         "E_RESUME_MISMATCH",
-        "drop it: --resume never",
+        "discard it: --resume never",
     )
 
 
@@ -111,5 +111,5 @@ def test_another_model_leaves_the_hint_to_resume(case: Case, tmp_path: Path) -> 
         ExistsError, match=r"differs: source\.files\.model\.safetensors was"
     ) as caught:
         second.run(tmp_path / "out")
-    hint = f"go on with that one: gptq resume {tmp_path / WORK}, or drop it: --resume never"
+    hint = f"resume that run: gptq resume {tmp_path / WORK}, or discard it: --resume never"
     assert (caught.value.code, caught.value.hint) == ("E_RESUME_MISMATCH", hint)

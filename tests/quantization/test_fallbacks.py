@@ -194,7 +194,7 @@ def test_more_fallbacks_than_allowed_end_the_run(
     refusing(monkeypatch, 96)
     with pytest.raises(GateError) as caught:
         run(model, tmp_path / "out", on_numeric_fault="rtn", max_fallbacks=1)
-    expected = "2 layers had to be rounded to nearest, the last `model.layers.1.mlp.down_proj`; --max-fallbacks allows 1"
+    expected = "2 layers had to be rounded to nearest, the last `model.layers.1.mlp.down_proj`, but --max-fallbacks allows 1"
     assert (caught.value.code, caught.value.exit_code, str(caught.value)) == (
         "E_NUM_FALLBACKS",
         4,
@@ -224,7 +224,7 @@ def test_finished_work_with_fallbacks_does_not_pass_a_stricter_policy(
         run(model, tmp_path / "out")
     assert (caught.value.code, caught.value.hint) == (
         "E_NUM_FALLBACKS",
-        "say --on-numeric-fault rtn, or --resume never",
+        "use --on-numeric-fault rtn, or --resume never",
     )
     run(model, tmp_path / "out", on_numeric_fault="rtn")
     with pytest.raises(GateError, match="allows 0"):  # done before, and still too many

@@ -70,7 +70,7 @@ def test_threads_and_devices_are_part_of_it(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "H100")
     on_gpu = identify(source, None, config(), torch.device("cuda", 1), "a")
     assert (on_gpu["device"]["name"], on_gpu["device"]["capability"]) == ("H100", "9.0")
-    assert "device.threads was 1, is not there" in differences(known, on_gpu)
+    assert "device.threads was 1, is missing" in differences(known, on_gpu)
 
 
 def test_differences_name_each_field_with_both_values() -> None:
@@ -80,8 +80,8 @@ def test_differences_name_each_field_with_both_values() -> None:
         'calibration_sha256 was "a", is "b"'
     ]
     assert differences(known, {**known, "config": {"bits": 4, "dynamic": {"-:x": {}}}}) == [
-        "config.dynamic was {}, is not there",
-        "config.dynamic.-:x was not there, is {}",
+        "config.dynamic was {}, is missing",
+        "config.dynamic.-:x was missing, is {}",
     ]
 
 
@@ -109,7 +109,7 @@ def test_a_process_that_would_not_do_the_same_is_refused(tmp_path: Path) -> None
             TeamOf(first, first, identify(source, "c0ffee", config(seed=7), CPU, "a")), first
         )
     assert str(caught.value).startswith(
-        "process 2 is not like process 0: config.seed was 0, is 7; source.commit was"
+        "process 2 differs from process 0: config.seed was 0, is 7; source.commit was"
     )
     assert (caught.value.code, caught.value.exit_code) == ("E_RANK_MISMATCH", 3)
     assert caught.value.hint == "run on equal devices and versions, with equal copies of the model"

@@ -33,11 +33,11 @@ def send():
     for number in signals:
         os.kill(os.getpid(), number)
 if when == "block":
-    usual = resume.SavedBlocks.finished
+    usual = resume.FinishedBlocks.finished
     def finished(*arguments):
         usual(*arguments)
         send()
-    resume.SavedBlocks.finished = finished
+    resume.FinishedBlocks.finished = finished
 elif when == "forward":
     from gptq_cli.models import paused_forwards
     usual = paused_forwards._Batch.before_linear

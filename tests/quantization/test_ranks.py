@@ -142,7 +142,7 @@ def test_processes_that_would_write_other_bytes_are_refused(tmp_path: Path) -> N
     model = save_model(tmp_path / "model", num_hidden_layers=1)
     _, said, _ = team(2, model, tmp_path / "out", config(**SETTINGS), dies=1, when="unlike")
     (words,) = filter(None, said)
-    assert words == "E_RANK_MISMATCH: process 1 is not like process 0: device.threads was 1, is 2"
+    assert words == "E_RANK_MISMATCH: process 1 differs from process 0: device.threads was 1, is 2"
 
 
 def test_more_processes_than_batches_are_refused() -> None:

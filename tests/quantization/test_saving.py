@@ -203,9 +203,7 @@ def test_after_memory_has_run_out_every_block_is_saved(
         for event in events
         if isinstance(event, Warned) and event.code == "W_OOM_RETRY"
     ]
-    assert said.startswith(
-        "memory ran out: `model.layers.1` is done again with no batch waiting inside it"
-    )
+    assert said.startswith("out of memory in `model.layers.1`, which runs again with less")
     assert journal(tmp_path) == [0, 1, 2, 3]
     deep.run(tmp_path / "out")
     assert digest(tmp_path / "out") == deep.tree

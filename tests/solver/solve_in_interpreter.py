@@ -18,7 +18,7 @@ def main(solutions_file: str) -> None:
     torch.set_num_threads(1)
     triton_launch.KERNEL_DEVICES.add("cpu")
     # Launches of fewer columns, as a step takes milliseconds here.
-    solve.KERNEL_BLOCKS, refine.COLUMN_BLOCK = (MOST_COLUMNS,), MOST_COLUMNS
+    solve.KERNEL_BLOCKS, refine.COLUMN_BLOCK = (MOST_COLUMNS, MOST_COLUMNS), MOST_COLUMNS
     solutions = {}
     for name, case in CASES.items():
         quantized = solved(case)
