@@ -108,19 +108,16 @@ def _solve_expert(
 ) -> list[SolvedLayer]:
     """Solve the `layers` of one expert, down_proj last, and put their weights back."""
     down_proj = inputs.experts[0][number].down_proj
-    parts: dict[bool, list[LayerPlan]] = {False: [], True: []}
-    for layer in layers:
-        parts[linears[layer.name] is down_proj].append(layer)
+    last = [layer for layer in layers if linears[layer.name] is down_proj]
+    others = [layer for layer in layers if linears[layer.name] is not down_proj]
+    parts = [(part, down) for part, down in ((others, False), (last, True)) if part]
     hessians = {}
     if not solver.run.config.true_sequential:  # both parts see the expert as it was
-        for down, part in parts.items():
-            if part:
-                hessians[down] = _hessian(inputs, number, rows, solver, down=down)
+        for _, down in parts:
+            hessians[down] = _hessian(inputs, number, rows, solver, down=down)
     solved_layers = []
-    for down, part in parts.items():
-        if not part:
-            continue
-        if solver.run.config.true_sequential:
+    for part, down in parts:
+        if down not in hessians:
             hessians[down] = _hessian(inputs, number, rows, solver, down=down)
         for solved in solver.solve(part, hessians.pop(down), SINGLE_PROCESS):
             solver.put_back(solved, linears)

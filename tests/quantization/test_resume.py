@@ -358,12 +358,12 @@ def test_what_blocks_carry_along_beside_hidden_states_is_kept_too(
 
 
 class Dealer(Ranks):
-    """The team of a process that writes nothing: the leading one has `states`, and gets what is gathered."""
+    """The ranks of a process that writes nothing; `answers` are what the leader broadcasts."""
 
     size, rank = 2, 1
 
     def __init__(self, states: list[tuple[tuple[torch.Tensor, ...], list[dict[str, int]]]]) -> None:
-        self.states, self.kept, self.due = states, [], [False, True]
+        self.states, self.kept, self.answers = states, [], [1, False, True]
 
     def scatter(self, values: object, n_batches: int) -> list[Any]:
         assert (values, n_batches) == (None, 4)
@@ -374,7 +374,7 @@ class Dealer(Ranks):
 
     def broadcast(self, value: object = None) -> Any:
         assert value is None
-        return self.due.pop(0)
+        return self.answers.pop(0)
 
 
 def test_a_process_that_writes_nothing_gets_its_share_and_gives_it_back() -> None:
@@ -394,5 +394,6 @@ def test_a_process_that_writes_nothing_gets_its_share_and_gives_it_back() -> Non
     blocks.finished(2, stream, ways)
     assert (team.kept, blocks.first) == ([states[2:]], 3)
     blocks.finished(3, stream, [])  # after the last block nothing is needed
-    assert (team.kept, team.due, blocks.complete) == ([states[2:]], [], True)
+    assert (team.kept, team.answers, blocks.complete) == ([states[2:]], [], True)
+    team.answers = [3]
     assert FinishedBlocks(team, 3).complete
