@@ -26,7 +26,7 @@ from gptq_cli.runtime.processes import (
     launcher_is_gone,
     local_environment,
 )
-from gptq_cli.runtime.ranks import _given, _taken
+from gptq_cli.runtime.ranks import _give, _take
 
 HERE = Path.cwd()
 
@@ -165,7 +165,7 @@ def sent(message: bytes) -> list[torch.Tensor]:
 
 def taken(tensors: list[torch.Tensor]) -> Any:
     coming = iter(tensors)
-    return _taken(lambda tensor: tensor.copy_(next(coming)), torch.device("cpu"))
+    return _take(lambda tensor: tensor.copy_(next(coming)), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_what_another_process_sends_can_run_no_code(
     harm: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(pickle.UnpicklingError, match="which is no value"):
+    with pytest.raises(pickle.UnpicklingError, match="which is not a plain value"):
         taken(sent(pickle.dumps(harm)))
     assert not list(tmp_path.iterdir())
 
@@ -183,7 +183,7 @@ def test_what_another_process_sends_can_run_no_code(
 def test_an_attribute_of_a_module_of_ours_is_no_value_either() -> None:
     module, name = b"gptq_cli.runtime.ranks", b"pickle.Pickler"
     words = b"".join(b"\x8c" + bytes([len(word)]) + word for word in (module, name))
-    with pytest.raises(pickle.UnpicklingError, match="which is no value"):
+    with pytest.raises(pickle.UnpicklingError, match="which is not a plain value"):
         taken(sent(b"\x80\x05" + words + b"\x93."))
 
 
@@ -193,7 +193,7 @@ def test_an_attribute_of_a_module_of_ours_is_no_value_either() -> None:
 def test_values_arrive_as_they_were_sent(value: object) -> None:
     tensors: list[torch.Tensor] = []
     weight = torch.arange(6).view(2, 3)
-    _given([value, weight], tensors.append, torch.device("cpu"))
+    _give([value, weight], tensors.append, torch.device("cpu"))
     found, other = taken(tensors)
     assert found == value
     assert torch.equal(other, weight)
