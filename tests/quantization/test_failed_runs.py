@@ -108,7 +108,7 @@ def test_another_model_leaves_the_hint_to_resume(case: Case, tmp_path: Path) -> 
     kill_after_block(case, tmp_path / "out", 0)
     second = Case(save_model(tmp_path / "second", seed=1, **SMALL), {}, [])
     with pytest.raises(
-        ExistsError, match=r"differs: source\.files\.model\.safetensors was"
+        ExistsError, match=r"with other settings: source\.files\.model\.safetensors was"
     ) as caught:
         second.run(tmp_path / "out")
     hint = f"resume that run: gptq resume {tmp_path / WORK}, or discard it: --resume never"
