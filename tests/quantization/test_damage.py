@@ -246,7 +246,9 @@ def test_a_finished_output_with_a_file_more_is_not_done(
     ) as caught:
         case.run(tmp_path / "out")
     assert (caught.value.code, caught.value.exit_code) == ("E_OUT_EXISTS", 6)
-    assert (caught.value.hint or "").startswith("move the files that are not of the checkpoint away")
+    assert (caught.value.hint or "").startswith(
+        "move the files that are not of the checkpoint away"
+    )
     (tmp_path / "out" / name).unlink()
     assert case.run(tmp_path / "out").already_done
 

@@ -219,7 +219,8 @@ def test_finished_work_with_fallbacks_does_not_pass_a_stricter_policy(
     with pytest.raises(GateError):
         run(model, tmp_path / "out", on_numeric_fault="rtn", max_fallbacks=1)
     with pytest.raises(
-        GateError, match=r"an earlier call rounded `model\.layers\.0\.mlp\.down_proj` to .* is error now"
+        GateError,
+        match=r"an earlier call rounded `model\.layers\.0\.mlp\.down_proj` to .* is error now",
     ) as caught:
         run(model, tmp_path / "out")
     assert (caught.value.code, caught.value.hint) == (
