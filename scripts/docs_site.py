@@ -1,5 +1,6 @@
-"""What mkdocs cannot know: the pages under reference/ are made from the code when the site is built, and equations
-become MathML, which browsers draw without a script.
+"""A hook of mkdocs that generates the pages under reference/, and equations as MathML.
+
+Browsers draw MathML without a script.
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ from gptq_cli.config.serving import ENGINES
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 EQUATION = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 OUTCOMES = {
-    "wrong": "loads and computes something else",
+    "wrong": "loads it but computes something else",
     "no": "does not load",
     "limited": "loads with limits",
 }
 SIGNALS = {
     0: "done; the output is complete",
     1: "a bug in gptq, with a traceback, or stdout could not take the result",
-    130: "interrupted by Ctrl-C; what is finished is kept",
-    143: "ended by SIGTERM, 128 + n for another signal n; what is finished is kept",
+    130: "interrupted by Ctrl-C; finished blocks are kept",
+    143: "ended by SIGTERM; 128 + n for another signal n; finished blocks are kept",
 }
 
 
@@ -98,7 +99,7 @@ def _text(words: str) -> str:
 
 def command_line() -> str:
     """Every command with its options, as `--help` has them."""
-    lines = ["# Command line", "", "`gptq COMMAND --help` says the same in a terminal.", ""]
+    lines = ["# Command line", "", "`gptq COMMAND --help` prints the same in a terminal.", ""]
     for name in COMMANDS:
         command = load_command(name)
         about, _, example = command.help.partition("Example: ")
@@ -138,18 +139,17 @@ def configuration() -> str:
     lines = [
         "# Configuration",
         "",
-        "Keys of a YAML or JSON file, fields of `gptq_cli.QuantizeConfig`, and with `-` for",
+        "A setting has one name in four places: a key of a YAML or JSON file, a field of",
+        "`gptq_cli.QuantizeConfig`, an option of `gptq quantize` (with `-` for `_`), and an",
+        "environment variable (`GPTQ_` and the name in capitals). Its value comes from the first",
+        "of these sources that has one: flag, environment, file, preset, default. An unknown",
+        "setting is an error.",
+        "",
+        "Editors complete and check a file that begins with",
+        "`# yaml-language-server: $schema=gptq.schema.json`, if the",
+        "[JSON Schema](gptq.schema.json) that `gptq schema` prints lies beside it.",
+        "",
     ]
-    lines += [
-        "`_` options of `gptq quantize`; `GPTQ_` and the name in capitals is the environment variable. What is said"
-    ]
-    lines += [
-        "first counts: flag, environment, file, preset, default. Nothing unknown is accepted and ignored. Editors"
-    ]
-    lines += [
-        "complete and check a file that begins with `# yaml-language-server: $schema=gptq.schema.json` beside the"
-    ]
-    lines += ["[JSON Schema](gptq.schema.json) that `gptq schema` prints.", ""]
     lines += table(
         ("key", "default", "meaning"), [_field(name) for name in QuantizeConfig.model_fields]
     )
@@ -161,13 +161,13 @@ def configuration() -> str:
         "",
         "## Presets",
         "",
-        f"What a preset fills in where nothing else was said. `{DEFAULT_PRESET}` is the default.",
+        f"A preset sets the keys that are not given. `{DEFAULT_PRESET}` is the default preset.",
     ]
     lines += table(
         ("preset", "description"),
         [(_code(name), preset.description) for name, preset in PRESETS.items()],
     )
-    lines += ["Their settings:"]
+    lines += ["Settings of the presets:"]
     keys = sorted({key for preset in PRESETS.values() for key in preset.settings})
     chosen = {name: QuantizeConfig(bits=4, preset=name) for name in PRESETS}
     rows = [
@@ -177,7 +177,7 @@ def configuration() -> str:
     lines += [
         "## Recipes",
         "",
-        "`--config NAME` takes one of these, `gptq recipes NAME` prints it.",
+        "`--config NAME` uses a recipe, `gptq recipes NAME` prints it.",
         "",
     ]
     for name, file in recipes().items():
@@ -206,7 +206,7 @@ def _value(value: object) -> str:
 
 
 def exit_codes() -> str:
-    """What a process ends with."""
+    """The exit codes of a process."""
     kinds = [
         kind
         for kind in vars(errors).values()
@@ -215,10 +215,11 @@ def exit_codes() -> str:
     rows = {
         kind.exit_code: f"{inspect.getdoc(kind)} (`{kind.__name__}`)" for kind in kinds
     } | SIGNALS
-    lines = ["# Exit codes", "", "One code for each thing that a script can do about it."]
+    lines = ["# Exit codes", "", "Each code stands for one possible reaction of a script."]
     lines += table(("code", "meaning"), [(str(code), rows[code]) for code in sorted(rows)])
     lines += [
-        "137 comes from the kernel, most often because memory ran out: run the same command again to go on."
+        "137 comes from the kernel, most often because memory ran out: run the same command to",
+        "resume.",
     ]
     return "\n".join(lines)
 
@@ -299,7 +300,7 @@ def python_api() -> str:
     lines = [
         "# Python",
         "",
-        "`from gptq_cli import` any of these. Importing loads neither torch nor transformers.",
+        "Import these names from `gptq_cli`. The import loads neither torch nor transformers.",
     ]
     for name in ("quantize", "evaluate_perplexity"):
         lines += _object(name, getattr(gptq_cli, name), 2)
@@ -309,7 +310,8 @@ def python_api() -> str:
         "",
         "## events",
         "",
-        "What `on_event` is called with, one after the other, in the thread of the run.",
+        "`quantize` calls `on_event` with these objects, one after the other, in the thread of the",
+        "run.",
     ]
     for name, kind in vars(events).items():
         if dataclasses.is_dataclass(kind):
@@ -360,14 +362,12 @@ def _docstring(text: str) -> list[str]:
 
 
 def engines() -> str:
-    """What each engine's reader takes, as `plan`, `inspect` and `validate-config --model` judge."""
+    """The table of engines by which `plan`, `inspect` and `validate-config --model` judge."""
     lines = [
         "# Engines",
         "",
-        "What each engine does with a checkpoint, as `gptq plan`, `gptq inspect` and",
-    ]
-    lines += [
-        "`gptq validate-config --model` say it. The first line that applies counts; without one the engine loads it."
+        "`gptq plan`, `gptq inspect` and `gptq validate-config --model` judge by these tables. The",
+        "first row that applies decides. If no row applies, the engine loads the checkpoint.",
     ]
     for engine in ENGINES:
         lines += ["", f"## {engine.name}", "", f"Source: {_text(engine.source)}."]
@@ -382,7 +382,7 @@ def decisions() -> str:
     lines = [
         "# Decisions",
         "",
-        "What was decided about the program, and why; a page at most for each.",
+        "Each page records one decision about the program: context, decision and consequences.",
         "",
     ]
     for file in sorted((DOCS / "decisions").glob("[0-9]*.md")):
