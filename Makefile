@@ -31,11 +31,12 @@ test-all: $(READY) ## every test that can run here
 test-compat: $(READY) ## load the output with transformers, GPTQModel and auto-round, in environments of their own
 	PYTHON=$(abspath $(BIN)/python) scripts/test_compat.sh
 
-check: $(READY) ## format, lint, types, import contracts
+check: $(READY) ## format, lint, types, import contracts, density of the code
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/python scripts/measure_code.py --static --check
 
 schema: $(READY) ## write the JSON Schema of the configuration beside the recipes
 	$(BIN)/gptq schema > build.schema.json

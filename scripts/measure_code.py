@@ -52,7 +52,6 @@ LIMITS = {
     "comprehensions and conditional expressions in one another": 0,
     "lines over 100 columns": 0,
     "functions over complexity 8, %": 2,
-    "lines of code": 11_000,
     "parameters in the block loop": 6,
 }
 
@@ -382,11 +381,15 @@ def main() -> None:
     print()
     over = []
     for name, figure in figures.items():
+        limit = LIMITS.get(name)
+        if limit is None:  # the lines of code, see decision 25
+            print(f"{name:58}{figure:>10,}")
+            continue
         mark = ""
-        if figure > LIMITS[name]:
+        if figure > limit:
             over.append(name)
             mark = "over"
-        print(f"{name:58}{figure:>10,}  of {LIMITS[name]:>6,}  {mark}")
+        print(f"{name:58}{figure:>10,}  of {limit:>6,}  {mark}")
     if arguments.json:
         text = json.dumps({"figures": figures, "limits": LIMITS, **notes}, indent=2)
         arguments.json.write_text(text + "\n", encoding="utf-8")

@@ -20,8 +20,8 @@ from gptq_cli.checkpoint.side_files import ADAPTER_CONFIG, CONFIG_NAMES, is_skip
 from gptq_cli.errors import InputError, Problem
 from gptq_cli.files import MAX_NAME, file_errors, files_below, is_file, resolved, status_of
 from gptq_cli.shell import shell_word
-from gptq_cli.storage.manifest import INDEX_NAME, MAX_CONFIG_BYTES, MAX_JSON_BYTES, QUANTIZE_CONFIG
 from gptq_cli.storage.file_identity import Stamp, check_stamps, stamp_of
+from gptq_cli.storage.manifest import INDEX_NAME, MAX_CONFIG_BYTES, MAX_JSON_BYTES, QUANTIZE_CONFIG
 
 INDEX_OF_AUTOGPTQ = "gptq_model-*.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"

@@ -29,8 +29,8 @@ from gptq_cli.storage.durable import (
     write_file,
     write_json,
 )
-from gptq_cli.storage.manifest import INDEX_NAME, RUN_FILES, QUANTIZE_CONFIG, Span, span_hashes
 from gptq_cli.storage.file_identity import source_changed
+from gptq_cli.storage.manifest import INDEX_NAME, QUANTIZE_CONFIG, RUN_FILES, Span, span_hashes
 
 MOST_WAITING = 4  # tensors that may wait for the disk: what stands for one linear
 

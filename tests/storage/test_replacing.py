@@ -13,13 +13,13 @@ import pytest
 
 from gptq_cli.errors import ConfigError, ExistsError, GptqError, ResourceError
 from gptq_cli.storage import durable, file_identity, replacing
-from gptq_cli.storage.manifest import write_manifest
 from gptq_cli.storage.file_identity import is_inside, mounts_below
+from gptq_cli.storage.manifest import write_manifest
 from gptq_cli.storage.replacing import (
     check_output,
     check_replaceable,
-    remove_replaced,
     overwrite_hint,
+    remove_replaced,
 )
 from gptq_cli.storage.work_directory import locked
 from tests.disks import Disk, using
