@@ -233,7 +233,7 @@ CONFIGURATION = [
     Case(11, "no match", flags("--dynamic=-:down_proj"), "E_CFG_NO_MATCH", "matches no layer", "mlp[.]down_proj$", 2),
     Case(12, "nothing", flags("--dynamic=-:.*"), "E_CFG_NOTHING_TO_DO", "no layer to quantize", "", 2),
     Case(13, "conflict", flags("--desc-act", "--act-group-aware"), "E_CFG_CONFLICT", "exclude each other",
-         "leave it out", 2),
+         "remove it", 2),
     Case(13, "target", recipe("bits: 4\nsym: false\ntarget: vllm\n"), "E_TARGET", "vllm does not load asymmetric grids",
          "--sym", 2),
     Case(14, "seqlen", flags("--seqlen=4096"), "E_CFG_SEQLEN", "the model's 128 positions", "--seqlen 128", 2),

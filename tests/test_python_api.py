@@ -163,7 +163,7 @@ def test_all_that_is_wrong_with_a_configuration_is_one_error_with_hints() -> Non
         QuantizeConfig(bits=4, signed_scales=True, sym=False)
     assert (
         refused.value.hint
-        == "set signed_scales to false, or leave it out: an asymmetric grid has no larger end"
+        == "set signed_scales to false, or remove it: an asymmetric grid has no larger end"
     )
     assert refused.value.exit_code == 2
 

@@ -83,7 +83,7 @@ def check_schema(schema: Any, column: str, label: str) -> None:
 
 
 def _is_text(kind: Any) -> bool:
-    """Whether an Arrow type is one of text, or null, which is refused at its row."""
+    """Return whether an Arrow type is one of text, or null, which is refused at its row."""
     from pyarrow import types
 
     if types.is_dictionary(kind):
@@ -133,14 +133,14 @@ def kind_of(value: object) -> str:
 
 
 def is_message(fields: object) -> bool:
-    """Whether the fields of an item are those of a chat message."""
+    """Return whether the fields of an item are those of a chat message."""
     if not isinstance(fields, Collection):
         return False
     return any(keys.issubset(fields) for keys in MESSAGE_KEYS)
 
 
 def _is_whole(text: str) -> bool:
-    """Whether a text has no halves of surrogate pairs."""
+    """Return whether a text has no halves of surrogate pairs."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -127,7 +127,7 @@ def check_source(source: DatasetSource) -> None:
 
 
 def is_path(name: str) -> bool:
-    """Whether a dataset name means a place on this machine, so that it is never sent to the Hub."""
+    """Return whether a dataset name means a place on this machine and never goes to the Hub."""
     if name.startswith((".", "/", "~")):
         return True
     has_suffix = suffix_of(Path(name)) in SUFFIXES and "://" not in name
@@ -135,7 +135,7 @@ def is_path(name: str) -> bool:
 
 
 def _exists(name: str) -> bool:
-    """Whether something is there, or may be in a folder that refuses us; a long text is no path."""
+    """Return whether something is, or may be, at a path; a text too long for one is none."""
     try:
         return bool(name) and status_of(name) is not None
     except GptqError as error:
@@ -211,11 +211,11 @@ def _nearest(name: str) -> str | None:
 def _refuse_options(what: str, source: DatasetSource, *, columns: bool = False) -> None:
     if source.text_column != DEFAULT_COLUMN and not columns:
         message = f"text_column `{source.text_column}` has no meaning for {what}"
-        raise ConfigError("E_CFG_CONFLICT", message, hint="leave text_column out")
+        raise ConfigError("E_CFG_CONFLICT", message, hint="remove text_column")
     for option, value in (("dataset_config", source.config), ("dataset_split", source.split)):
         if value is not None:
             raise ConfigError(
                 "E_CFG_CONFLICT",
                 f"{option} `{value}` has no meaning for {what}",
-                hint=f"leave {option} out, or name a Hub dataset by its id",
+                hint=f"remove {option}, or name a Hub dataset by its id",
             )

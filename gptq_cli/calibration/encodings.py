@@ -71,7 +71,7 @@ def _encoding_refusal(label: str, data: bytes, start: int, offset: int) -> Input
 
 
 def _is_readable(data: bytes, encoding: str) -> bool:
-    """Whether most letters of the bytes are ASCII in an encoding."""
+    """Return whether most letters of the bytes are ASCII in an encoding."""
     readable = 0
     for letter in data.decode(encoding, "ignore"):
         if letter.isascii() and (letter.isprintable() or letter.isspace()):

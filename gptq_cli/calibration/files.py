@@ -60,7 +60,7 @@ def _listed(folder: Path) -> list[Path]:
 
 
 def has_columns(path: Path) -> bool:
-    """Whether `path` leads to rows with columns: a file of rows, or a folder that holds one."""
+    """Return whether `path` leads to a file of rows, or to a folder that holds one."""
     files = _listed(path) if is_directory(path) else [path]
     return any(suffix_of(file) in READERS for file in files)
 

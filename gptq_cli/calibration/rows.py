@@ -97,7 +97,7 @@ READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
 
 
 def _is_whole_document(line: str, file: Path) -> bool:
-    """Whether a first line begins one value that fills the file.
+    """Return whether a first line begins one value that fills the file.
 
     That is a list, or in a .json file an object that ends on a later line.
     """

@@ -90,7 +90,7 @@ class LayerConfig:
 
     @property
     def has_trivial_g_idx(self) -> bool:
-        """Whether the columns of each group follow one another, so that readers need no g_idx."""
+        """True if the columns of each group follow one another: readers need no g_idx."""
         return self.static_groups or not self.desc_act
 
     def columns_per_group(self, in_features: int) -> int:

@@ -50,13 +50,13 @@ def foreign_names(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
 
 
 def _is_below(name: str, linears: Collection[str]) -> bool:
-    """Whether `name` belongs to a part of a linear, although linears have no parts."""
+    """Return whether `name` belongs to a part of a linear, although linears have no parts."""
     parts = name.split(".")
     return any(".".join(parts[:end]) in linears for end in range(1, len(parts) - 1))
 
 
 def _is_second(name: str, names: Collection[str]) -> bool:
-    """Whether `name` is another one of `names` with a wrapper's part in it."""
+    """Return whether `name` is another one of `names` with a wrapper's part in it."""
     plain = WRAPPERS.sub("", name)
     return plain != name and plain in names
 
@@ -156,12 +156,12 @@ def _is_classifier(left: Sequence[str], config: Mapping[str, Any]) -> bool:
 
 
 def is_head(name: str) -> bool:
-    """Whether a parameter is one of the usual output heads."""
+    """Return whether a parameter is one of the usual output heads."""
     return name.rpartition(".")[0].rpartition(".")[2] in ("lm_head", "embed_out", "output")
 
 
 def is_of_adapter(name: str) -> bool:
-    """Whether a tensor has its name from peft."""
+    """Return whether a tensor has its name from peft."""
     if ".base_layer." in name:
         return True
     return any(part.startswith(OF_ADAPTERS) for part in name.split("."))

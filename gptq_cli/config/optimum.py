@@ -16,12 +16,12 @@ RENAMED = {"checkpoint_format": "format", "model_seqlen": "seqlen", "hyb_act": "
 
 KERNEL = "it chooses a kernel that reads the output"
 SOURCE = "it names the checkpoint that the dict was written for"
-PLACES = "it says where another tool keeps and computes things"
+PLACES = "it tells another tool where to keep and compute things"
 NO_ALPHA = "it belongs to a setting that is off"
 
 # field -> the reason why no value of it can change the result
 WITHOUT_EFFECT = {
-    "meta": "it says which tool wrote the dict",
+    "meta": "it names the tool that wrote the dict",
     "pad_token_id": "calibration windows are full, nothing is padded",
     "max_input_length": "it sizes a buffer of a kernel that is not used here",
     "cache_block_outputs": "block outputs are always kept for the next block",
@@ -131,7 +131,7 @@ def adopt(values: Mapping[str, Any]) -> Adopted:
 
 
 def _is_reader(values: Mapping[str, Any]) -> bool:
-    """Whether `backend` comes from a checkpoint's dict, for its readers, and not from a user."""
+    """Return whether `backend` is for the readers of a checkpoint and not from a user."""
     backend = values["backend"]
     return "quant_method" in values and isinstance(backend, str) and backend in READERS
 

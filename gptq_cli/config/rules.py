@@ -35,7 +35,7 @@ _CHILD = "import json, re, sys; sys.exit(re.match(*json.load(sys.stdin)) is None
 
 
 def matches_in_time(pattern: str, text: str) -> bool:
-    """Whether the pattern matches from the start of the text, as with `re.match`.
+    """Return whether the pattern matches from the start of the text, as with `re.match`.
 
     Raises TimeoutError if that takes long: `re` cannot be interrupted otherwise, so the match runs
     under a timer in the main thread, and in a process of its own elsewhere.
@@ -54,7 +54,7 @@ def matches_in_time(pattern: str, text: str) -> bool:
 
 
 def _is_plain(pattern: str) -> bool:
-    """Whether the look of the pattern bounds the time by about the cube of the text's length."""
+    """Return whether a pattern is so simple that matching takes the cube of the length at most."""
     few = len(_CHOICE.findall(pattern)) <= MOST_CHOICES and pattern.count("(") <= MOST_GROUPS
     return few and not _OTHERS.search(pattern)
 
@@ -133,7 +133,7 @@ def _with_several(groups: Mapping[str, set[object]]) -> list[str]:
 
 
 def keeps(rule: str) -> bool:
-    """Whether a `dynamic` rule keeps its layers in full precision."""
+    """Return whether a `dynamic` rule keeps its layers in full precision."""
     return rule.startswith(KEEP)
 
 
@@ -192,7 +192,7 @@ def flaw_of(rule: str) -> str | None:
 
 
 def matches(rule: str, name: str) -> bool:
-    """Whether a `dynamic` rule matches a layer's name; ConfigError E_CFG_REGEX if it takes long."""
+    """Return whether a rule matches a layer's name; ConfigError E_CFG_REGEX if that takes long."""
     try:
         return matches_in_time(pattern_of(rule), name)
     except TimeoutError:
@@ -213,9 +213,9 @@ def first_match(rules: Iterable[str], name: str) -> str | None:
 
 
 def is_listed(modules: Sequence[Sequence[str]] | None, name_in_block: str) -> bool:
-    """Whether `modules_in_block_to_quantize` holds a linear: its name ends with a listed one.
+    """Return whether `modules_in_block_to_quantize` reaches a linear.
 
-    Source: Optimum. None stands for all linears.
+    It does if the name ends with a listed one, as in Optimum, or if there is no list.
     """
     if modules is None:
         return True

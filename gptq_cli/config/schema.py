@@ -308,7 +308,7 @@ class QuantizeConfig(BaseModel):
         return self.choose(name).config
 
     def reaches(self, name_in_block: str) -> bool:
-        """Whether `modules_in_block_to_quantize` allows this linear of a block to be quantized."""
+        """Return whether `modules_in_block_to_quantize` reaches this linear of a block."""
         return is_listed(self.modules_in_block_to_quantize, name_in_block)
 
 
@@ -352,7 +352,7 @@ Default = tuple[str, object, str]  # a field, its value, the reason
 
 
 def _implied(given: Mapping[str, Any]) -> Iterator[Default]:
-    """Yield the values of other fields that `given` ones decide, whatever a preset says."""
+    """Yield the values of other fields that `given` ones decide before any preset."""
     if given.get("sym") is False:
         yield "signed_scales", False, "because sym is false"
     if given.get("desc_act") is True:
@@ -445,13 +445,13 @@ def _override_conflicts(
 
 
 def _both_orders(*paths: KeyPath) -> Finding:
-    hint = "set act_group_aware to false, or leave it out: desc_act turns it off"
+    hint = "set act_group_aware to false, or remove it: desc_act turns it off"
     return Finding(paths, "E_CFG_CONFLICT", "are both true and exclude each other", hint)
 
 
 def _signed_asymmetry(*paths: KeyPath) -> Finding:
     predicate = "exclude each other: only a symmetric grid has signed scales"
-    hint = "set signed_scales to false, or leave it out: an asymmetric grid has no larger end"
+    hint = "set signed_scales to false, or remove it: an asymmetric grid has no larger end"
     return Finding(paths, "E_CFG_CONFLICT", predicate, hint)
 
 

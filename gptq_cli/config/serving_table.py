@@ -37,7 +37,7 @@ class Export:
 
     @property
     def marlin(self) -> bool:
-        """Whether Marlin, the kernel of engines on GPUs, takes the settings."""
+        """True if Marlin, the kernel of engines on GPUs, takes the settings."""
         return self.bits <= {4, 8} and not self.asym and self.group_sizes <= MARLIN_GROUPS
 
 

@@ -341,7 +341,7 @@ def _text(text: str) -> str:
 
 
 def _names_a_file(text: str) -> bool:
-    """Whether the halves in `text` are bytes of a file's name that is not UTF-8.
+    """Return whether the halves in `text` are bytes of a file's name that is not UTF-8.
 
     Python holds them as halves of surrogate pairs (`surrogateescape`).
     """

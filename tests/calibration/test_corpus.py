@@ -188,7 +188,7 @@ def test_config_and_split_without_a_hub_id_are_refused(
 def test_a_column_of_what_has_none_is_refused(dataset: Any, builders: list[FakeBuilder]) -> None:
     with pytest.raises(ConfigError, match="text_column `body` has no meaning for") as caught:
         load_documents(DatasetSource(dataset, text_column="body"))
-    assert (caught.value.code, caught.value.hint) == ("E_CFG_CONFLICT", "leave text_column out")
+    assert (caught.value.code, caught.value.hint) == ("E_CFG_CONFLICT", "remove text_column")
     assert builders == []
 
 

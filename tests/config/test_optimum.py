@@ -39,7 +39,7 @@ def test_optimum_dict_is_taken_field_by_field(tmp_path: Path) -> None:
     found = resolved(OPTIMUM, tmp_path)
     ours = {key: value for key, value in OPTIMUM.items() if key not in ("quant_method", "meta")}
     assert found.config == QuantizeConfig(**ours)
-    assert found.notes == ("meta has no effect: it says which tool wrote the dict",)
+    assert found.notes == ("meta has no effect: it names the tool that wrote the dict",)
 
 
 @pytest.mark.parametrize(

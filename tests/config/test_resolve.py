@@ -111,7 +111,7 @@ dynamic:
         ("E_CFG_TYPE", 8, 9, "seqlen must be a whole number of 1 or more, got 1.5", None),
         ("E_CFG_CONFLICT", 9, 11,
          f"desc_act ({file}:9:11) and act_group_aware ({file}:10:18) are both true and exclude each other",
-         "set act_group_aware to false, or leave it out: desc_act turns it off"),
+         "set act_group_aware to false, or remove it: desc_act turns it off"),
         ("E_CFG_TYPE", 11, 14, f"dataset[1] {datasets}, got 2 as item 2", None),
         ("E_CFG_RANGE", 12, 9, 'format must be gptq or gptq_v2, got "gptqv2"', "did you mean gptq_v2?"),
         ("E_CFG_TYPE", 13, 32, f'modules_in_block_to_quantize[0] {modules}, got "q_proj" as item 1', None),
@@ -266,7 +266,7 @@ def test_signed_scales_and_an_asymmetric_grid_are_a_conflict_with_both_places(
     )
     assert (
         problem.hint
-        == "set signed_scales to false, or leave it out: an asymmetric grid has no larger end"
+        == "set signed_scales to false, or remove it: an asymmetric grid has no larger end"
     )
     (flags,) = problems_of({"bits": 4, "sym": False, "signed_scales": True}, {})
     assert flags.message.startswith("--signed-scales and --sym exclude each other")
