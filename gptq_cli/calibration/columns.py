@@ -57,7 +57,9 @@ def _text_of(row: Row, number: int, column: str, label: str) -> str:
         message = (
             f"dataset `{label}`: column `{column}` of row {number} holds half of a surrogate pair"
         )
-        raise InputError("E_DATA_FORMAT", message, hint="fix that text: half a pair is no letter")
+        raise InputError(
+            "E_DATA_FORMAT", message, hint="fix that text: half of a pair is not a letter"
+        )
     return text
 
 

@@ -197,7 +197,7 @@ def _refuse_bad_id(name: str) -> None:
         f"{flaw}"
     )
     pasted = pasted_id(name)
-    hint = f"registered are {REGISTERED}; literal texts are given as a list"
+    hint = f"registered names are {REGISTERED}; give literal texts as a list"
     if pasted is not None:
         hint = f"use --dataset {pasted.id}"
     raise InputError("E_DATA_NOT_FOUND", message, hint=hint)

@@ -82,7 +82,7 @@ def _is_readable(data: bytes, encoding: str) -> bool:
 def _decode(data: bytes, label: str, offset: int) -> str:
     if b"\0" in data:
         message = (
-            f"dataset `{label}` is no text: it holds a NUL byte at offset {offset + data.index(0)}"
+            f"dataset `{label}` is not text: it holds a NUL byte at offset {offset + data.index(0)}"
         )
         raise InputError("E_DATA_FORMAT", message, hint="choose a file that holds text")
     try:

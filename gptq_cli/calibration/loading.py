@@ -81,7 +81,7 @@ def _refuse_namesakes(request: LoadRequest) -> None:
     from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as KINDS
 
     if request.path in KINDS:
-        message = f"dataset `{request.label}` is a kind of file to `datasets`, and no Hub dataset"
+        message = f"dataset `{request.label}` is a type of file for `datasets`, not a Hub dataset"
         raise InputError("E_DATA_NOT_FOUND", message, hint="give the path of the file itself")
     if Path(request.path).exists():
         message = (

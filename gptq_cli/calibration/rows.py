@@ -64,7 +64,7 @@ def csv_rows(file: Path, column: str) -> Iterator[Row]:  # noqa: ARG001
             _check_header(header, file)
             for record in records:
                 if len(record) > len(header):
-                    many = f"{len(record)} fields, the header {len(header)}"
+                    many = f"{len(record)} fields, but the header has {len(header)}"
                     raise _broken(file, f"line {reader.line_num} has {many}", FIX)
                 yield dict(zip_longest(header, record))
         except csv.Error as error:
@@ -120,7 +120,7 @@ def _parsed(text: str, file: Path, line: int = 1) -> Any:
         place = f"line {line + error.lineno - 1} is not JSON: {error.msg}, column {error.colno}"
         raise _broken(file, place, FIX) from error
     except (ValueError, RecursionError) as error:
-        raise _broken(file, f"line {line} cannot be taken: {error}", FIX) from error
+        raise _broken(file, f"line {line} cannot be read: {error}", FIX) from error
 
 
 def _row(item: Any, file: Path, place: str) -> Row:

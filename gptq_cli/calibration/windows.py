@@ -90,7 +90,9 @@ def evaluation_windows(
     Raises InputError: E_DATA_SHORT if there is no full window, E_DATA_EMPTY if there is no token.
     """
     text = documents.join.join(documents.texts)
-    ids = encode(text, True) if text.strip() else []
+    ids: list[int] = []
+    if text.strip():
+        ids = encode(text, True)
     count = len(ids) // seqlen
     for limit in (max_windows, documents.max_windows):
         if limit is not None:

@@ -145,7 +145,7 @@ def _hint(field: str, value: object, model: type[BaseModel]) -> str | None:
     if annotation is bool:
         return _hint_for_truth(value)
     if field == "group_size" and value == 0:
-        return "for one group per row write -1"
+        return "write -1 for one group per row"
     if field == "damp_percent" and not isinstance(value, str):
         return "typical values are 0.01 to 0.1"
     if isinstance(value, str):

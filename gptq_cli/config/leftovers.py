@@ -109,7 +109,7 @@ def _reason(
     """Return the likely reason, None if there is none, and a hint."""
     part = _extra_part(absent, left)
     if part is not None:
-        reason = f"its names have `{part}` in them, those of the model have not"
+        reason = f"its names have `{part}` in them, but those of the model do not"
         return reason, _remedy(part, left)
     beginning = _missing_beginning(absent, left)
     if beginning is not None:
@@ -137,7 +137,7 @@ def _remedy(part: str, left: Sequence[str]) -> str:
 def _about_head(left: Sequence[str], config: Mapping[str, Any]) -> tuple[str, str]:
     if _is_classifier(left, config):
         hint = "name a language model: its config.json says ...ForCausalLM"
-        return "a classifier, no language model", hint
+        return "it is a classifier, not a language model", hint
     if config.get("tie_word_embeddings") is False:
         hint = (
             'write "tie_word_embeddings": true into config.json if the embeddings are its head; '

@@ -144,7 +144,9 @@ def _note(adopted: Adopted, key: str, value: Any) -> None:
         # GPTQModel records settings in `meta` that a user may want.
         recorded = [name for name in RECORDED if value.get(name) is not None]
         if recorded:
-            note += f"; of its settings these may be given beside it: {', '.join(recorded)}"
+            note += (
+                f"; if you want these of its settings, give them yourself: {', '.join(recorded)}"
+            )
     adopted.notes.append(note)
 
 

@@ -80,7 +80,9 @@ class _File(_Source):
 
     def origin(self, key: str) -> str:
         place = self.places.get(self._as_written((key,)))
-        return f"{self.path}:{place.key.line}" if place else self.path
+        if place is None:
+            return self.path
+        return f"{self.path}:{place.key.line}"
 
     def locate(self, path: KeyPath, at_key: bool) -> Location | None:
         path = self._as_written(path)

@@ -139,7 +139,10 @@ def keeps(rule: str) -> bool:
 
 def pattern_of(rule: str) -> str:
     """Return the regular expression of a `dynamic` rule without its prefix."""
-    return rule.removeprefix(KEEP) if keeps(rule) else rule.removeprefix(CHANGE)
+    for prefix in (KEEP, CHANGE):
+        if rule.startswith(prefix):
+            return rule.removeprefix(prefix)
+    return rule
 
 
 def keeping(names: Iterable[str], *, in_all_blocks: bool = False) -> tuple[str, str]:

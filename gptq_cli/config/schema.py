@@ -211,12 +211,12 @@ class QuantizeConfig(BaseModel):
         Size | None,
         Accepts("a size such as 24GB, a number of bytes, or null"),
         Option(Panel.RUN, metavar="SIZE"),
-    ] = Field(default=None, description="device memory that may be used; null: what is free")
+    ] = Field(default=None, description="device memory that may be used; null: all that is free")
     max_ram: Annotated[
         Size | None,
         Accepts("a size such as 64GB, a number of bytes, or null"),
         Option(Panel.RUN, metavar="SIZE"),
-    ] = Field(default=None, description="host memory that may be used; null: what is free")
+    ] = Field(default=None, description="host memory that may be used; null: all that is free")
     backend: Annotated[
         Backend | None, Accepts(one_of([*get_args(Backend), "null"])), Option(Panel.RUN)
     ] = Field(default=None, description="kernel that runs quantized linears when evaluating")

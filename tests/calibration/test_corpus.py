@@ -441,7 +441,7 @@ REFUSALS: dict[str, tuple[str, bytes, str, str]] = {
         "x.jsonl",
         b'{"text": ' + b"[" * 10**5 + b"\n",
         "E_DATA_FORMAT",
-        "line 1 cannot be taken",
+        "line 1 cannot be read",
     ),
     "broken list": ("x.json", b'[{"text": "a"},\n {"te', "E_DATA_FORMAT", "line 2 is not JSON"),
     "two documents": (
@@ -454,7 +454,7 @@ REFUSALS: dict[str, tuple[str, bytes, str, str]] = {
         "x.csv",
         b"text,n\na,1,2\n",
         "E_DATA_FORMAT",
-        "line 2 has 3 fields, the header 2",
+        "line 2 has 3 fields, but the header has 2",
     ),
     "short record": ("x.csv", b"n,text\n1\n", "E_DATA_COLUMN", "column `text` of row 1 holds null"),
     "open quote": (
@@ -469,7 +469,12 @@ REFUSALS: dict[str, tuple[str, bytes, str, str]] = {
         "E_DATA_FORMAT",
         "its header has the column `text` twice",
     ),
-    "nuls": ("x.txt", b"\0" * 5000, "E_DATA_FORMAT", "is no text: it holds a NUL byte at offset 0"),
+    "nuls": (
+        "x.txt",
+        b"\0" * 5000,
+        "E_DATA_FORMAT",
+        "is not text: it holds a NUL byte at offset 0",
+    ),
     "nul in a text": (
         "x.txt",
         b"some text" * 9 + b"\0",
@@ -487,7 +492,7 @@ REFUSALS: dict[str, tuple[str, bytes, str, str]] = {
         "x.TXT",
         b"\x7fELF\2\1\1" + bytes(range(256)),
         "E_DATA_FORMAT",
-        "is no text: it holds a NUL byte",
+        "is not text: it holds a NUL byte",
     ),
     "other kind": ("x.md", b"text", "E_DATA_NOT_FOUND", "is not a supported type of file"),
 }
@@ -625,7 +630,7 @@ def test_the_name_of_a_kind_of_file_is_no_dataset(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.json").write_text('{"text": "what lies around"}')
-    with pytest.raises(InputError, match=f"`{kind}` is a kind of file to `datasets`") as caught:
+    with pytest.raises(InputError, match=f"`{kind}` is a type of file for `datasets`") as caught:
         load_documents(DatasetSource(kind))
     assert (caught.value.code, caught.value.hint) == (
         "E_DATA_NOT_FOUND",

@@ -59,7 +59,7 @@ def test_names_that_all_begin_with_a_wrappers_part_are_refused(part: str, remedy
     assert str(caught.value) == (
         "the checkpoint has no tensor for 8 parameters, first `model.embed_tokens.weight`, "
         f"and 8 tensors that are no parameters, first `{part}model.embed_tokens.weight`: "
-        f"its names have `{part}` in them, those of the model have not"
+        f"its names have `{part}` in them, but those of the model do not"
     )
     assert remedy in (caught.value.hint or "")
     assert "download" not in (caught.value.hint or "")
@@ -130,7 +130,7 @@ REASONS: list[tuple[list[str], list[str], dict[str, Any], list[str], str | None,
         ["score.weight"],
         UNTIED,
         [],
-        "a classifier, no language model",
+        "it is a classifier, not a language model",
         "name a language model",
     ),
     (

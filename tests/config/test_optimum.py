@@ -125,9 +125,7 @@ def test_dicts_of_older_tools_are_taken_with_a_note(
 
 def test_settings_that_a_tool_has_noted_in_meta_are_named(tmp_path: Path) -> None:
     (note,) = resolved(GPTQMODEL_4, tmp_path).notes
-    assert note.endswith(
-        "these may be given beside it: damp_percent, static_groups, true_sequential"
-    )
+    assert note.endswith("give them yourself: damp_percent, static_groups, true_sequential")
 
 
 def test_another_name_for_act_group_aware_is_known(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ dynamic:
         ("E_CFG_YAML", 5, 1, f"sym is given twice, first in {file}:4:1", "keep one of them"),
         ("E_CFG_RANGE", 6, 15, "damp_percent must be a number strictly between 0 and 1, got .nan",
          "typical values are 0.01 to 0.1"),
-        ("E_CFG_RANGE", 7, 13, f"group_size must be {sizes}", "for one group per row write -1"),
+        ("E_CFG_RANGE", 7, 13, f"group_size must be {sizes}", "write -1 for one group per row"),
         ("E_CFG_TYPE", 8, 9, "seqlen must be a whole number of 1 or more, got 1.5", None),
         ("E_CFG_CONFLICT", 9, 11,
          f"desc_act ({file}:9:11) and act_group_aware ({file}:10:18) are both true and exclude each other",
@@ -124,7 +124,7 @@ dynamic:
          "dynamic['+:.*(down'] is not a regular expression: missing ), unterminated subpattern at position 2",
          "rules are regular expressions: write \\. for a dot and .* for anything"),
         ("E_CFG_UNKNOWN_KEY", 17, 17, "dynamic['+:.*(down'].bitz is not a known key", "did you mean bits?"),
-        ("E_CFG_RANGE", 17, 38, f"dynamic['+:.*(down'].group_size must be {sizes}", "for one group per row write -1"),
+        ("E_CFG_RANGE", 17, 38, f"dynamic['+:.*(down'].group_size must be {sizes}", "write -1 for one group per row"),
         ("E_CFG_TYPE", 18, 11, "dynamic['+:up'] must be a mapping of settings such as {bits: 8}, got 4", None),
     ]  # fmt: skip
 

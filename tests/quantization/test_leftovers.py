@@ -131,7 +131,9 @@ def test_names_with_too_much_in_them_are_told_as_that(part: str, tmp_path: Path)
         with pytest.raises(InputError) as caught:
             call()
         assert (caught.value.code, caught.value.exit_code) == ("E_CKPT_INCOMPLETE", 3)
-        assert f"its names have `{part}` in them, those of the model have not" in str(caught.value)
+        assert f"its names have `{part}` in them, but those of the model do not" in str(
+            caught.value
+        )
         assert "download" not in (caught.value.hint or "")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
@@ -166,7 +168,7 @@ def test_a_classifier_is_told_as_that(tmp_path: Path) -> None:
 
     change(model, classify)
     with pytest.raises(
-        InputError, match=r"first `lm_head\.weight`.*first `score\.weight`: a classifier"
+        InputError, match=r"first `lm_head\.weight`.*first `score\.weight`: it is a classifier"
     ) as caught:
         quantize_checkpoint(str(model), tmp_path / "out", config())
     assert "ForCausalLM" in (caught.value.hint or "")
