@@ -133,7 +133,7 @@ class Call:
 
     @property
     def takes_extras(self) -> bool:
-        """Whether the block before hands on one of the arguments."""
+        """True if the block before hands on one of the arguments."""
         values = (*self.args, *self.kwargs.values())
         return any(isinstance(value, FromPreviousBlock) for value in values)
 
@@ -247,7 +247,7 @@ def check_chain(run: Run, names: Sequence[str], extras: Extras | None) -> bool:
     _check_equal_calls(first, second, names)
     if not same(_first_tensor(end), _first_tensor(other_end)):
         raise InputError(
-            "E_ARCH", f"what follows `{names[-1]}` depends on outputs of the blocks before it"
+            "E_ARCH", f"the model behind `{names[-1]}` depends on outputs of the blocks before it"
         )
     return handed_on
 
@@ -274,7 +274,7 @@ def _check_inputs(
     """Raise InputError E_ARCH if the input of a block is not the output of the block before."""
     for before, after in enumerate(range(1, len(names))):
         if not torch.equal(recorders[after].first_hidden, _first_tensor(outputs[before])):
-            message = f"what enters `{names[after]}` is not what `{names[before]}` returns"
+            message = f"the input of `{names[after]}` is not the output of `{names[before]}`"
             raise InputError("E_ARCH", message)
 
 

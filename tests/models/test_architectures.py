@@ -43,7 +43,7 @@ REFUSED = {
     "dbrx": "`transformer.blocks.0.ffn.experts.mlp.w1`",
     "hrm_text": "`model.H_module.layers.0.attn.gqkv_proj.weight` is split into",
     "jetmoe": "`model.layers.0.mlp.input_linear.weight` [4, 256, 64]: stacked matrices that are not of experts",
-    "xlm": "what enters `transformer.ffns.1` is not what `transformer.ffns.0` returns",
+    "xlm": "the input of `transformer.ffns.1` is not the output of `transformer.ffns.0`",
     "xlnet": "`transformer.layer.0.rel_attn.q` [64, 4, 16]: stacked matrices that are not of experts",
 }
 

@@ -146,7 +146,7 @@ def skipped(blocks: list[nn.Module], x: Tensor) -> tuple[Tensor]:
 @pytest.mark.parametrize(
     ("forward", "extras", "message"),
     [
-        (changed_between, None, "what enters `blocks.1` is not what `blocks.0` returns"),
+        (changed_between, None, "the input of `blocks.1` is not the output of `blocks.0`"),
         (
             handed_on_otherwise,
             (torch.arange(5),),
@@ -165,7 +165,7 @@ def skipped(blocks: list[nn.Module], x: Tensor) -> tuple[Tensor]:
         (
             extra_at_the_end,
             (torch.ones(5),),
-            "what follows `blocks.2` depends on outputs of the blocks before it",
+            "the model behind `blocks.2` depends on outputs of the blocks before it",
         ),
         (
             earlier_output_as_argument,
@@ -175,7 +175,7 @@ def skipped(blocks: list[nn.Module], x: Tensor) -> tuple[Tensor]:
         (
             earlier_output_at_the_end,
             None,
-            "what follows `blocks.2` depends on outputs of the blocks before it",
+            "the model behind `blocks.2` depends on outputs of the blocks before it",
         ),
         (shared, None, "calls `blocks.1` 2 times, not once"),
         (skipped, None, "calls `blocks.2` 0 times, not once"),
