@@ -71,10 +71,11 @@ def quantize(
     )
     from gptq_cli.quantization.run import carry_out
 
+    if not report:
+        return carry_out(prepared, on_event)
     log = BlockLog(on_event)
     result = carry_out(prepared, log)
-    if report:
-        save_report(prepared.output, result.to_json(), log, command)
+    save_report(prepared.output, result.to_json(), log, command)
     return result
 
 

@@ -102,11 +102,13 @@ def quantize(
 
     page = None
     with _working(console, prepared, named) as (worker, progress):
-        log = BlockLog(progress)
-        result = carry_out(prepared, log, worker)
         if report and worker.team.is_leader:
+            log = BlockLog(progress)
+            result = carry_out(prepared, log, worker)
             command = shell_words(["gptq", *sys.argv[1:]])
             page = save_report(prepared.output, result.to_json(), log, command)
+        else:
+            result = carry_out(prepared, progress, worker)
     if worker.team.is_leader:
         _show_result(console, result, resolved.config, page)
     return None

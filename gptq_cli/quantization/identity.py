@@ -74,10 +74,15 @@ def check_agreement(team: Ranks, identity: Identity) -> None:
 
 
 def differences(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """List the fields in which `wanted` differs from `known`, one line for each."""
+    """List the fields in which `wanted` differs from `known`, one line for each.
+
+    Settings come first, because a user can change them; hashes, device and versions follow.
+    """
     old, new = dict(_flat(known)), dict(_flat(wanted))
+    names = sorted(old.keys() | new.keys())
+    names.sort(key=lambda name: not name.startswith("config."))
     lines = []
-    for name in sorted(old.keys() | new.keys()):
+    for name in names:
         if old.get(name) != new.get(name):
             lines.append(f"{name} was {_word(old, name)}, is {_word(new, name)}")
     return lines

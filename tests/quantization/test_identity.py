@@ -85,6 +85,13 @@ def test_differences_name_each_field_with_both_values() -> None:
     ]
 
 
+def test_settings_are_named_before_hashes() -> None:
+    known = {"calibration_sha256": "a", "config": {"bits": 4, "seed": 0}}
+    changed = {"calibration_sha256": "b", "config": {"bits": 3, "seed": 1}}
+    names = [line.partition(" ")[0] for line in differences(known, changed)]
+    assert names == ["config.bits", "config.seed", "calibration_sha256"]
+
+
 class TeamOf(Ranks):
     """A team whose processes have these identities."""
 
