@@ -287,7 +287,7 @@ MODEL = [
     Case(30, "gptq without", broken(config(quantization_config={"quant_method": "gptq"}), "--allow-requantize"),
          "E_CKPT_INCOMPLETE", "says that it is quantized with GPTQ, and no linear is", "quantization_config"),
     Case(30, "mxfp4", broken(config(quantization_config={"quant_method": "mxfp4"})), "E_CKPT_QUANTIZED",
-         "already quantized (mxfp4)", "serve gpt-oss as it is"),
+         "already quantized (mxfp4)", "serve gpt-oss unchanged"),
     *(Case(30, f"{method} allowed", broken(config(quantization_config={"quant_method": method}), "--allow-requantize"),
            "E_CKPT_QUANTIZED", method, "full-precision") for method in ("awq", "compressed-tensors")),
     Case(31, "pickle", broken(only(pytorch_model__bin=b"x")), "E_CKPT_PICKLE", "pickled weights only", "safetensors"),

@@ -1,74 +1,132 @@
-"""What config.json asks transformers for, looked at before it is obeyed: code from the Hub, or more than is stored."""
+"""Claims of config.json that are compared with the tensors before anything obeys them.
+
+`check_claims` is about what transformers would build: code from the Hub, or more parts than are
+stored. `check_rules` is about what the `quantization_config` says is quantized. Needs no torch.
+"""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from gptq_cli.checkpoint.defects import Defect, Effect, convert_command
 from gptq_cli.checkpoint.headers import TensorInfo
+from gptq_cli.checkpoint.quantization_config import HEAD, LISTED, StoredConfig
 from gptq_cli.checkpoint.source import Checkpoint
+from gptq_cli.config.module_names import kind_of, list_item
 from gptq_cli.errors import InputError
 
 DECODER_BLOCKS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
-MOST_TURNS = 16  # of a model that runs the same blocks several times and counts them as often
+MOST_TURNS = 16  # of a model that runs the same blocks several times and counts them each time
 USUAL_PARTS = 1024  # of a list in another part of a model, which a checkpoint may lack
 MAX_LABELS = 10**6
+MOST_MISSING = 10_000  # blocks that are looked for
 _IMPLEMENTATION = re.compile(r"_?\w+_implementation(_internal)?")
 _KERNEL_SWITCHES = ("use_kernels", "kernel_config")
 _BLOCKS = re.compile(r"(\w+_)?(layers?|blocks|depth|stages)")
 _EXPERTS = re.compile(r"(\w+_)?experts")
-_PER_BLOCK = re.compile(r"\w+_(types|pattern)")  # a kind for each block, listed, counted or spelled
+_PER_BLOCK = re.compile(r"\w+_(types|pattern)")  # a kind for each block: a list, counts or letters
 _LABELS = re.compile(r"(\w+_)?labels")
-_NUMBERED = re.compile(r"(?:^|\.)(\d+)(?=\.)")
+_INDEX = re.compile(r"(?:^|\.)(\d+)(?=\.)")
+
+CORRECT = "correct it in config.json and quantize_config.json"
+DOWNLOAD_CONFIG = "download config.json again"
 
 
 def check_claims(source: Checkpoint) -> None:
-    """Refuse a config that transformers would obey at the cost of others' code, or of memory without end.
+    """Raise InputError for a config that makes transformers run foreign code or fill the memory.
 
-    InputError E_REMOTE_CODE if it names a kernel of the Hub, E_CKPT_INCOMPLETE if it speaks of many more blocks
-    than the tensors are of, E_CKPT_CONFIG if it counts other parts that no tensor is of.
+    E_REMOTE_CODE if it names a kernel of the Hub, E_CKPT_INCOMPLETE if it has many more blocks than
+    there are tensors of, E_CKPT_CONFIG if it counts other parts that no tensor is of.
     """
-    for place, value in _named(source.config):
+    for place, value in _values(source.config):
         _refuse_kernel(source.directory, place, value)
     longest = _longest_list(source.tensors)
     for key in DECODER_BLOCKS:
-        said = source.text_config.get(key)
-        if type(said) is int and said > longest * MOST_TURNS:
-            raise InputError(
-                "E_CKPT_INCOMPLETE", f"config.json says {key} {said}, but the tensors are of {longest} blocks",
-                hint="download config.json and the weights again, of one revision",
-            )  # fmt: skip
-    _refuse_kinds(source.config, longest)
-    most = {_BLOCKS: max(longest, USUAL_PARTS), _LABELS: MAX_LABELS}
-    most[_EXPERTS] = max(longest, _largest_stack(source.tensors.values()), USUAL_PARTS)
-    for place, value in _named(source.config):
-        for pattern, limit in most.items():
-            if type(value) is int and value > limit and pattern.fullmatch(place.rpartition(".")[2]):
-                raise InputError(
-                    "E_CKPT_CONFIG", f"config.json says {place} {value}, and no tensors are of so many",
-                    hint="download config.json again",
-                )  # fmt: skip
-
-
-def _refuse_kinds(config: Mapping[str, Any], longest: int) -> None:
-    """InputError E_CKPT_CONFIG for kinds of many more blocks than the `longest` list of tensors has."""
-    for place, value in _named(config):
-        if not _PER_BLOCK.fullmatch(place.rpartition(".")[2]):
-            continue
-        count = _blocks_of(value)
-        if count > max(longest * MOST_TURNS, USUAL_PARTS):
+        count = source.text_config.get(key)
+        if type(count) is int and count > longest * MOST_TURNS:
             message = (
-                f"config.json gives {place} for {count} blocks, but the tensors are of {longest}"
+                f"config.json sets {key} to {count}, but there are tensors of {longest} blocks"
             )
-            raise InputError("E_CKPT_CONFIG", message, hint="download config.json again")
+            hint = "download config.json and the weights again, of one revision"
+            raise InputError("E_CKPT_INCOMPLETE", message, hint=hint)
+    limits = {
+        _BLOCKS: max(longest, USUAL_PARTS),
+        _LABELS: MAX_LABELS,
+        _EXPERTS: max(longest, _largest_stack(source.tensors.values()), USUAL_PARTS),
+    }
+    for place, value in _values(source.config):
+        _refuse_kinds(place, value, longest)
+        _refuse_count(place, value, limits)
+
+
+def _values(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every value of nested objects with its place, such as `text_config.num_layers`."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield f"{place}{key}", item
+            yield from _values(item, f"{place}{key}.")
+    elif isinstance(value, list):
+        for item in value:
+            yield from _values(item, place)
+
+
+def _key(place: str) -> str:
+    return place.rpartition(".")[2]
+
+
+def _refuse_kernel(directory: Path, place: str, value: Any) -> None:
+    """Raise InputError E_REMOTE_CODE for a kernel that transformers would load from the Hub."""
+    key = _key(place)
+    if key in _KERNEL_SWITCHES and value:
+        kernel = key
+    elif _IMPLEMENTATION.fullmatch(key):
+        kernel = _implementation_on_hub(value)
+    else:
+        return
+    if kernel:
+        setting = f"config.json of `{directory}` sets {place}: `{kernel}`"
+        message = f"{setting}, for which code would come from the Hub"
+        hint = f"remove `{place}` from config.json: transformers then uses an installed one"
+        raise InputError("E_REMOTE_CODE", message, hint=hint)
+
+
+def _implementation_on_hub(value: Any) -> str:
+    """Return the first implementation in `value` that may come from the Hub, "" if there is none.
+
+    It is a repository, or a package that is not installed.
+    """
+    names = value.values() if isinstance(value, Mapping) else [value]
+    for name in names:
+        if isinstance(name, str) and _is_on_hub(name):
+            return name
+    return ""
+
+
+def _is_on_hub(name: str) -> bool:
+    return "/" in name or ("flash_attention" in name and find_spec("flash_attn") is None)
+
+
+def _refuse_kinds(place: str, value: Any, longest: int) -> None:
+    """Raise InputError E_CKPT_CONFIG for kinds of many more blocks than the longest list has."""
+    if not _PER_BLOCK.fullmatch(_key(place)):
+        return
+    count = _blocks_of(value)
+    if count > max(longest * MOST_TURNS, USUAL_PARTS):
+        claim = f"config.json gives {place} for {count} blocks"
+        message = f"{claim}, but there are tensors of {longest}"
+        raise InputError("E_CKPT_CONFIG", message, hint=DOWNLOAD_CONFIG)
 
 
 def _blocks_of(kinds: Any) -> int:
-    """Return for how many blocks a config gives kinds: an entry or a letter for each, or numbers that count them."""
+    """Return for how many blocks a config gives kinds.
+
+    There is an entry or a letter for each block, or numbers that count them.
+    """
     if isinstance(kinds, str):
         return len(kinds)
     if type(kinds) is int:
@@ -78,55 +136,141 @@ def _blocks_of(kinds: Any) -> int:
     return max([len(kinds), *map(_blocks_of, kinds)])
 
 
-def _refuse_kernel(directory: Path, place: str, value: Any) -> None:
-    """InputError E_REMOTE_CODE for what transformers would load from the Hub to compute with."""
-    key = place.rpartition(".")[2]
-    if key in _KERNEL_SWITCHES and value:
-        asked = f"`{key}`"
-    elif _IMPLEMENTATION.fullmatch(key) and (
-        words := [word for word in _texts(value) if _is_of_hub(word)]
-    ):
-        asked = f"`{words[0]}`"
-    else:
+def _refuse_count(place: str, value: Any, limits: Mapping[re.Pattern[str], int]) -> None:
+    """Raise InputError E_CKPT_CONFIG for a number of parts that is above the limit of its name."""
+    if type(value) is not int:
         return
-    raise InputError(
-        "E_REMOTE_CODE", f"config.json of `{directory}` says {place}: {asked}, for which code would come from the Hub",
-        hint=f"take `{place}` out of config.json: transformers then uses what is installed",
-    )  # fmt: skip
-
-
-def _is_of_hub(word: str) -> bool:
-    """Whether transformers may look for an implementation on the Hub: a repository, or a package that is not here."""
-    return "/" in word or ("flash_attention" in word and find_spec("flash_attn") is None)
-
-
-def _texts(value: Any) -> list[str]:
-    parts = value.values() if isinstance(value, Mapping) else [value]
-    return [part for part in parts if isinstance(part, str)]
-
-
-def _named(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value of nested objects with its place, such as `text_config.num_hidden_layers`."""
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield f"{place}{key}", item
-            yield from _named(item, f"{place}{key}.")
-    elif isinstance(value, list):
-        for item in value:
-            yield from _named(item, place)
+    for pattern, limit in limits.items():
+        if value > limit and pattern.fullmatch(_key(place)):
+            message = f"config.json sets {place} to {value}, but there are no tensors of so many"
+            raise InputError("E_CKPT_CONFIG", message, hint=DOWNLOAD_CONFIG)
 
 
 def _longest_list(names: Iterable[str]) -> int:
-    """The number of parts in the longest numbered list that `names` are of."""
+    """Return the number of parts in the longest numbered list of modules."""
     lists: dict[str, set[str]] = defaultdict(set)
     for name in names:
-        for match in _NUMBERED.finditer(name):
+        for match in _INDEX.finditer(name):
             lists[name[: match.start(1)]].add(match[1])
     return max(map(len, lists.values()), default=0)
 
 
 def _largest_stack(tensors: Iterable[TensorInfo]) -> int:
-    return max(
-        (tensor.shape[0] for tensor in tensors if len(tensor.shape) > 2 and tensor.nbytes),
-        default=0,
-    )
+    """Return the largest first dimension of a tensor that stacks matrices."""
+    largest = 0
+    for tensor in tensors:
+        if len(tensor.shape) > 2 and tensor.nbytes:
+            largest = max(largest, tensor.shape[0])
+    return largest
+
+
+# ---------------------------------------------------------------- the rules of a quantization
+
+
+def check_rules(
+    checkpoint: Checkpoint, config: StoredConfig, modules: Sequence[str]
+) -> Iterator[Defect]:
+    """Yield differences between the rules and the quantized `modules`.
+
+    A module may be quantized although a rule excludes it, or the reverse, and it may be stored
+    twice or not at all.
+    """
+    if not modules:
+        message = "the configuration names gptq, but no tensor is quantized"
+        hint = "download the checkpoint again, or remove a quantization_config that is not its own"
+        yield Defect("E_CKPT_RULES", message, "config.json", None, hint)
+    for module in modules:
+        yield from _check_module(checkpoint, config, module)
+    for name in config.listed or ():
+        if modules and not any(module.endswith(name) for module in modules):
+            message = f"{LISTED} names `{name}`, but no quantized module has that name"
+            yield _rule_defect(message, name)
+    yield from _check_head(checkpoint, config, HEAD in modules)
+    yield from _check_siblings(checkpoint, config, modules)
+    yield from _check_blocks(checkpoint, modules)
+
+
+def _rule_defect(
+    message: str, module: str, hint: str = CORRECT, effect: Effect = "readers"
+) -> Defect:
+    return Defect("E_CKPT_RULES", message, "config.json", module, hint, effect)
+
+
+def _check_module(checkpoint: Checkpoint, config: StoredConfig, module: str) -> Iterator[Defect]:
+    rule = config.skip_rule(module)
+    if rule:
+        yield _rule_defect(f"`{module}` is quantized, but rule '{rule}' excludes it", module)
+    if not config.is_listed(module) and module != HEAD:
+        yield _rule_defect(f"`{module}` is quantized, but {LISTED} does not name it", module)
+    plain = checkpoint.tensors.get(f"{module}.weight")
+    if plain is not None:
+        hint = "remove one of the two from the file: readers take one or the other"
+        message = "stored beside its packed form"
+        yield Defect("E_CKPT_RULES", message, plain.file.name, plain.name, hint)
+
+
+def _check_head(checkpoint: Checkpoint, config: StoredConfig, quantized: bool) -> Iterator[Defect]:
+    if config.lm_head != quantized:
+        message = f"{HEAD} is quantized, but lm_head is not true"
+        if config.lm_head:
+            message = f"lm_head is true, but there is no {HEAD}.qweight"
+        hint = f"{convert_command(checkpoint.directory, config.format)} corrects it"
+        yield _rule_defect(message, HEAD, hint, "form")
+    if quantized and checkpoint.config.get("tie_word_embeddings"):
+        claim = f"{HEAD} is quantized, but tie_word_embeddings"
+        message = f"{claim} makes readers use the embeddings in its place"
+        hint = "set tie_word_embeddings to false in config.json if the head has its own weights"
+        yield _rule_defect(message, HEAD, hint, "numbers")
+
+
+def _check_siblings(
+    checkpoint: Checkpoint, config: StoredConfig, modules: Sequence[str]
+) -> Iterator[Defect]:
+    """Yield linears that are quantized in other blocks but not in this one, without a rule."""
+    packed = set(modules)
+    kinds = set(map(kind_of, modules))
+    for name, tensor in checkpoint.tensors.items():
+        module = name.removesuffix(".weight")
+        is_linear = module != name and len(tensor.shape) == 2
+        if not is_linear or module in packed or kind_of(module) not in kinds:
+            continue
+        if _is_excluded(config, module) or _is_beyond(checkpoint, module):
+            continue
+        message = "not quantized as the same module of other blocks is, but no rule excludes it"
+        hint = f"exclude it in config.json: by a `-:` rule of dynamic, and by {LISTED}"
+        yield Defect("E_CKPT_RULES", message, tensor.file.name, name, hint, "readers")
+
+
+def _is_excluded(config: StoredConfig, module: str) -> bool:
+    if config.skip_rule(module) is not None:
+        return True
+    return not config.is_listed(module)
+
+
+def _is_beyond(checkpoint: Checkpoint, module: str) -> bool:
+    """Return whether a block comes after the model's last one, to predict several tokens."""
+    item, n_blocks = list_item(module), checkpoint.n_blocks
+    return item is not None and n_blocks is not None and int(item.number) >= n_blocks
+
+
+def _numbers_by_list(names: Iterable[str]) -> dict[str, list[int]]:
+    """Return the number of each name in the outermost list of modules that it belongs to."""
+    found: dict[str, list[int]] = defaultdict(list)
+    for name in names:
+        item = list_item(name)
+        if item:
+            found[item.list_name].append(int(item.number))
+    return found
+
+
+def _check_blocks(checkpoint: Checkpoint, modules: Iterable[str]) -> Iterator[Defect]:
+    """Yield blocks without any tensor, in the list that holds most of the quantized modules."""
+    quantized = _numbers_by_list(modules)
+    if not quantized:
+        return
+    blocks = max(quantized, key=lambda name: len(quantized[name]))
+    present = set(_numbers_by_list(checkpoint.tensors)[blocks])
+    expected = min(max(max(present) + 1, checkpoint.n_blocks or 0), MOST_MISSING)
+    for index in sorted(set(range(expected)) - present):
+        name = f"{blocks}.{index}"
+        yield Defect("E_CKPT_INCOMPLETE", f"no tensor of `{name}`", None, name)

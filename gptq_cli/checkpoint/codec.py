@@ -1,9 +1,6 @@
 """QuantizedLinear <-> the four tensors of a GPTQ checkpoint, versions `gptq` (v1) and `gptq_v2`.
 
-qweight int32 [I * bits / 32, O]    codes, packed along I
-qzeros  int32 [G, O * bits / 32]    zero points, packed along O
-scales  float16 [G, O]
-g_idx   int32 [I]                   group of each input column
+`packed.py` has the shapes of the tensors.
 
 Small integers are packed as one little-endian bit stream along the first dimension: bit p of the
 stream is bit p % 32 of word p // 32, so that 32 values of `bits` bits fill exactly `bits` words.
@@ -23,7 +20,7 @@ VALUES = 32  # values packed together
 
 
 def encode(linear: QuantizedLinear, format: str) -> dict[str, Tensor]:
-    """The tensors of `linear` by suffix, contiguous, on the device of its codes."""
+    """Return the tensors of `linear` by part, contiguous, on the device of its codes."""
     stored = linear.zeros - STORED_OFFSET[format]
     return {
         "qweight": pack(linear.codes.T, linear.bits).contiguous(),
@@ -34,7 +31,10 @@ def encode(linear: QuantizedLinear, format: str) -> dict[str, Tensor]:
 
 
 def decode(tensors: dict[str, Tensor], bits: int, format: str) -> QuantizedLinear:
-    """The layer that `encode` wrote, or another tool did; v1 zero points wrap at 2**bits as AutoGPTQ reads them."""
+    """Return the layer that `encode`, or another tool, has written.
+
+    Zero points of v1 wrap at 2**bits, as AutoGPTQ reads them.
+    """
     stored = unpack(tensors["qzeros"].T, bits)
     return QuantizedLinear(
         codes=unpack(tensors["qweight"], bits).T,
@@ -46,7 +46,10 @@ def decode(tensors: dict[str, Tensor], bits: int, format: str) -> QuantizedLinea
 
 
 def pack(values: Tensor, bits: int) -> Tensor:
-    """Words int32 [N * bits / 32, C] of unsigned integers `values` [N, C] below 2**bits; N must be a multiple of 32."""
+    """Return words int32 [N * bits / 32, C] that hold unsigned integers `values` [N, C].
+
+    Values must be below 2**bits, and N must be a multiple of 32.
+    """
     groups = values.unflatten(0, (-1, VALUES))
     words = torch.zeros(
         groups.shape[0], bits, *values.shape[1:], dtype=torch.int32, device=values.device
@@ -61,7 +64,7 @@ def pack(values: Tensor, bits: int) -> Tensor:
 
 
 def unpack(words: Tensor, bits: int) -> Tensor:
-    """The values uint8 [N, C] packed in `words` int32 [N * bits / 32, C]: the inverse of `pack`."""
+    """Return the values uint8 [N, C] in `words` int32 [N * bits / 32, C]: the inverse of `pack`."""
     groups = words.unflatten(0, (-1, bits))
     values = torch.empty(
         groups.shape[0], VALUES, *words.shape[1:], dtype=torch.uint8, device=words.device
@@ -69,9 +72,8 @@ def unpack(words: Tensor, bits: int) -> Tensor:
     mask = 2**bits - 1
     for index in range(VALUES):
         word, offset = divmod(index * bits, 32)
-        value = (
-            groups[:, word] >> offset
-        )  # an arithmetic shift: the mask removes the copies of the sign
+        # The shift is arithmetic; the mask removes the copies of the sign.
+        value = groups[:, word] >> offset
         if offset + bits > 32:
             low = 32 - offset
             value = (value & (2**low - 1)) | (groups[:, word + 1] << low)

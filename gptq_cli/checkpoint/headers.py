@@ -1,9 +1,9 @@
-"""Safetensors headers as data, checked before anything trusts them, and the tensors behind them as
-numpy arrays. Needs no torch.
+"""Safetensors headers as data, checked before anything trusts them, and the numbers behind them.
 
 A file is: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}},
 then the data, whose numbers are little-endian. Source: the format section of the safetensors
-README.
+README. Needs no torch. The functions that read numbers import numpy themselves, because commands
+that read headers only, such as `gptq plan`, start faster without it.
 """
 
 from __future__ import annotations
@@ -18,41 +18,65 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from threading import Event
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gptq_cli.errors import InputError
 from gptq_cli.files import file_errors
 from gptq_cli.storage.manifest import CHUNK_BYTES, in_threads
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
+
 LFS_POINTER = b"version "
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 MAX_SIZE = 2**63 - 1  # of one dimension
 MAX_DIMENSIONS = 64
+DAMAGED = (
+    "compare the file's hash with the original's: download it again if they differ, "
+    "or use another revision"
+)
 
-BITS_OF_DTYPE = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F4": 4,
-    "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
-    "I32": 32, "U32": 32, "F32": 32,
-    "I64": 64, "U64": 64, "F64": 64, "C64": 64,
-}  # fmt: skip
 
-Array = NDArray[Any]
-DAMAGED = "compare the file's hash with the original's: download it again if they differ, or use another revision"
-FLOATS = {"F16": "<f2", "BF16": "<u2", "F32": "<f4", "F64": "<f8"}
-# Bits of infinity without sign, as an unsigned number: whatever is as large or larger is no finite number.
-INFINITY = {
-    "F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80), "F32": ("<u4", 0x7F800000), "F64": ("<u8", 0x7FF << 52),
-    "F8_E5M2": ("u1", 0x7C), "F8_E4M3": ("u1", 0x7F),  # which has no infinity, but NaN there
-}  # fmt: skip
-INTEGERS = {"I32": "<i4", "I64": "<i8", "U32": "<u4", "U8": "u1", "I8": "i1", "I16": "<i2"}
+class StoredDtype(NamedTuple):
+    """A dtype of safetensors files.
+
+    `numpy` is the type in which `read_array` reads it, None if it does not. `infinity` are the bits
+    of infinity without the sign: a number whose bits are as large or larger is not finite.
+    """
+
+    bits: int
+    numpy: str | None = None
+    infinity: int | None = None
+
+
+DTYPES = {
+    "BOOL": StoredDtype(8),
+    "U8": StoredDtype(8, "u1"),
+    "I8": StoredDtype(8, "i1"),
+    "I16": StoredDtype(16, "<i2"),
+    "U16": StoredDtype(16),
+    "I32": StoredDtype(32, "<i4"),
+    "U32": StoredDtype(32, "<u4"),
+    "I64": StoredDtype(64, "<i8"),
+    "U64": StoredDtype(64),
+    "F4": StoredDtype(4),
+    "F8_E8M0": StoredDtype(8),
+    "F8_E5M2": StoredDtype(8, None, 0x7C),
+    "F8_E4M3": StoredDtype(8, None, 0x7F),  # has no infinity: these are the bits of NaN
+    "F16": StoredDtype(16, "<f2", 0x7C00),
+    "BF16": StoredDtype(16, "<u2", 0x7F80),  # numpy has no bfloat16
+    "F32": StoredDtype(32, "<f4", 0x7F800000),
+    "F64": StoredDtype(64, "<f8", 0x7FF << 52),
+    "C64": StoredDtype(64),
+}
+DTYPES_OF_CONFIG = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # in config.json
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor on disk: `start` and `end` are byte offsets in `file`, `nbytes` what dtype and shape take."""
+    """One tensor on disk; `start` and `end` are byte offsets in `file`."""
 
     name: str
     dtype: str
@@ -63,11 +87,15 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        return BITS_OF_DTYPE[self.dtype] * math.prod(self.shape) // 8
+        """Bytes that dtype and shape take."""
+        return DTYPES[self.dtype].bits * math.prod(self.shape) // 8
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
-    """The tensors of one safetensors file by name; InputError E_CKPT_CORRUPT if it is torn or lies about itself."""
+    """Return the tensors of one safetensors file by name.
+
+    InputError E_CKPT_CORRUPT if the file is torn or its header contradicts itself.
+    """
     raw, size = _read_raw(file)
     try:
         entries = json.loads(raw, object_pairs_hook=unique_keys)
@@ -76,42 +104,43 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     if not isinstance(entries, dict):
         raise _corrupt(file, "the header is not an object")
     metadata = entries.pop("__metadata__", None)
-    metadata = {} if metadata is None else metadata  # the safetensors library takes null, too
-    if not isinstance(metadata, dict) or not all(
-        isinstance(text, str) for text in metadata.values()
-    ):
+    # The safetensors library accepts null, too.
+    if metadata is not None and not _maps_to_texts(metadata):
         raise _corrupt(file, "its metadata is not a mapping of texts")
-    tensors = {
-        name: tensor_info(file, name, entry, 8 + len(raw)) for name, entry in entries.items()
-    }
-    _check_cover(file, tensors, 8 + len(raw), size)
+    data_start = 8 + len(raw)
+    tensors = {}
+    for name, entry in entries.items():
+        tensors[name] = tensor_info(file, name, entry, data_start)
+    _check_cover(file, tensors, data_start, size)
     return tensors
 
 
 def _read_raw(file: Path) -> tuple[bytes, int]:
-    """The JSON of the header, and the size of the file."""
+    """Return the JSON of the header, and the size of the file in bytes."""
     with file_errors(file, writing=False):
         status = file.stat()
         if not stat.S_ISREG(status.st_mode):
             raise _corrupt(file, "not a regular file")
+        size = status.st_size
         with file.open("rb") as stream:
             first = stream.read(8)
             if first == LFS_POINTER:
                 message = f"`{file}` is a pointer of Git LFS, not the weights"
                 raise InputError("E_CKPT_CORRUPT", message, hint="fetch them: git lfs pull")
             length = int.from_bytes(first, "little")
-            if status.st_size < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, status.st_size - 8):
-                raise _corrupt(
-                    file, f"a header of {length} bytes in a file of {status.st_size} bytes"
-                )
+            if size < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+                raise _corrupt(file, f"a header of {length} bytes in a file of {size} bytes")
             raw = stream.read(length)
     if len(raw) < length:
-        raise _corrupt(file, f"a header of {length} bytes, {len(raw)} are there")
-    return raw, status.st_size
+        raise _corrupt(file, f"a header of {length} bytes, but only {len(raw)} can be read")
+    return raw, size
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object from its pairs; ValueError if a key comes twice, where readers would take one of the two."""
+    """Return a JSON object made of its pairs; ValueError if a key occurs twice.
+
+    Readers differ in which of two values they take.
+    """
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
@@ -120,20 +149,26 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _maps_to_texts(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+
+
 def tensor_info(file: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
-    """One entry of a header whose file has its data from byte `data_start` on; InputError E_CKPT_CORRUPT."""
+    """Return one entry of the header of `file`, whose data starts at byte `data_start`.
+
+    InputError E_CKPT_CORRUPT if the entry is malformed, or its shape does not fit its bytes.
+    """
     try:
         name.encode()
         dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        bits_per_element = BITS_OF_DTYPE[dtype]
+        bits_per_element = DTYPES[dtype].bits
     except (KeyError, TypeError, ValueError):
         raise _corrupt(file, f"tensor {name!r} has a malformed entry") from None
     if len(shape) > MAX_DIMENSIONS or not all(map(_is_size, (*shape, start, end))):
-        raise _corrupt(file, f"tensor {name!r} has sizes or offsets that are no numbers of bytes")
+        raise _corrupt(file, f"tensor {name!r} has sizes or offsets that are not valid numbers")
     if (end - start) * 8 != bits_per_element * math.prod(shape):
-        raise _corrupt(
-            file, f"tensor {name!r}: {dtype} {list(shape)} does not fit bytes {start} to {end}"
-        )
+        claim = f"{dtype} {list(shape)} does not fit bytes {start} to {end}"
+        raise _corrupt(file, f"tensor {name!r}: {claim}")
     return TensorInfo(name, dtype, shape, file, data_start + start, data_start + end)
 
 
@@ -142,46 +177,71 @@ def _is_size(value: object) -> bool:
 
 
 def _check_cover(file: Path, tensors: dict[str, TensorInfo], position: int, size: int) -> None:
+    """Check that the tensors cover the file from byte `position` to its end without gaps."""
     for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.end)):
         if tensor.start != position:
-            raise _corrupt(
-                file, f"tensor {tensor.name!r} starts at byte {tensor.start}, expected {position}"
-            )
+            claim = f"starts at byte {tensor.start}, expected {position}"
+            raise _corrupt(file, f"tensor {tensor.name!r} {claim}")
         position = tensor.end
     if position != size:
         raise _corrupt(file, f"expected {position} bytes, found {size}")
 
 
-def _corrupt(file: Path, what: str) -> InputError:
-    return InputError(
-        "E_CKPT_CORRUPT",
-        f"`{file}` is not a complete safetensors file: {what}",
-        hint="download or copy the file again",
-    )
+def _corrupt(file: Path, reason: str) -> InputError:
+    message = f"`{file}` is not a complete safetensors file: {reason}"
+    return InputError("E_CKPT_CORRUPT", message, hint="download or copy the file again")
 
 
 def read_array(tensor: TensorInfo) -> Array:
-    """The whole tensor; bfloat16 as float32. InputError E_CKPT_CORRUPT if the file is shorter than its header says."""
+    """Return the whole tensor; bfloat16 as float32.
+
+    InputError E_CKPT_CORRUPT if the file is shorter than its header states.
+    """
+    import numpy as np
+
+    dtype = DTYPES[tensor.dtype].numpy
+    assert dtype is not None
     with file_errors(tensor.file, writing=False), tensor.file.open("rb") as stream:
         stream.seek(tensor.start)
-        return _array(tensor, stream.read(tensor.nbytes)).reshape(tensor.shape)
+        array = _numbers(tensor, stream.read(tensor.nbytes), dtype)
+    if tensor.dtype == "BF16":
+        array = (array.astype(np.uint32) << 16).view(np.float32)
+    return array.reshape(tensor.shape)
 
 
 def read_chunks(tensor: TensorInfo, dtype: str) -> Iterator[Array]:
-    """The tensor's bytes in order as numbers of numpy's `dtype`, 1-D, CHUNK_BYTES at a time."""
+    """Yield the tensor's bytes in order as 1-D arrays of numpy's `dtype`, CHUNK_BYTES at a time."""
     with file_errors(tensor.file, writing=False), tensor.file.open("rb", buffering=0) as stream:
         stream.seek(tensor.start)
         for start in range(tensor.start, tensor.end, CHUNK_BYTES):
             yield _numbers(tensor, stream.read(min(CHUNK_BYTES, tensor.end - start)), dtype)
 
 
+def _numbers(tensor: TensorInfo, data: bytes, dtype: str) -> Array:
+    import numpy as np
+
+    if not data or len(data) % np.dtype(dtype).itemsize:
+        raise InputError("E_CKPT_CORRUPT", f"`{tensor.file}` ends inside `{tensor.name}`")
+    return np.frombuffer(data, dtype)
+
+
+def is_zero(tensor: TensorInfo) -> bool:
+    """Return whether all bytes of the tensor are zero. Holds one chunk in memory."""
+    return not any(chunk.any() for chunk in read_chunks(tensor, "u1"))
+
+
 def count_not_finite(tensor: TensorInfo) -> int:
-    """How many numbers of a tensor of floats are NaN or infinite; 0 for other types. One chunk is in memory."""
-    if tensor.dtype not in INFINITY:
+    """Return how many numbers are NaN or infinite; 0 for types without them.
+
+    Holds one chunk in memory.
+    """
+    import numpy as np
+
+    bits_per_element, _, infinity = DTYPES[tensor.dtype]
+    if infinity is None:
         return 0
-    dtype, infinity = INFINITY[tensor.dtype]
     count = 0
-    for bits in read_chunks(tensor, dtype):
+    for bits in read_chunks(tensor, f"<u{bits_per_element // 8}"):
         magnitude = bits & (np.iinfo(bits.dtype).max >> 1)
         if magnitude.max() >= infinity:
             count += int((magnitude >= infinity).sum())
@@ -189,49 +249,47 @@ def count_not_finite(tensor: TensorInfo) -> int:
 
 
 def is_finite(data: bytes, dtype: str) -> bool:
-    """Whether none of the numbers of a `dtype` is NaN or infinite; true for what are no floats.
+    """Return whether no number of a stored `dtype` in `data` is NaN or infinite.
 
-    Positive ones that are not finite would be the largest of all as signed integers, negative ones as unsigned.
+    This is true for types without such numbers. As signed integers, positive numbers that are not
+    finite would be the largest of all; as unsigned integers, negative ones would be.
     """
-    if dtype not in INFINITY:
+    import numpy as np
+
+    bits_per_element, _, infinity = DTYPES[dtype]
+    if infinity is None:
         return True
-    unsigned, infinity = INFINITY[dtype]
-    bits = np.frombuffer(data, unsigned, len(data) // np.dtype(unsigned).itemsize)
+    width = bits_per_element // 8
+    bits = np.frombuffer(data, f"<u{width}", len(data) // width)
     if not bits.size:
         return True
-    negative = infinity | 1 << 8 * bits.itemsize - 1
-    return bool(bits.max() < negative and bits.view(unsigned.replace("u", "i")).max() < infinity)
+    negative_infinity = infinity | 1 << bits_per_element - 1
+    return bool(bits.max() < negative_infinity and bits.view(f"<i{width}").max() < infinity)
 
 
 def not_finite(tensor: TensorInfo) -> InputError:
-    """InputError E_CKPT_NONFINITE for a tensor that holds numbers that are not finite."""
-    message = f"`{tensor.name}` in {tensor.file.name} holds NaN or infinity, {count_not_finite(tensor)} times"
+    """Return InputError E_CKPT_NONFINITE for a tensor that holds numbers that are not finite."""
+    count = count_not_finite(tensor)
+    message = f"`{tensor.name}` in {tensor.file.name} holds NaN or infinity, {count} times"
     return InputError("E_CKPT_NONFINITE", message, hint=DAMAGED)
 
 
 def unpack_words(words: Array, bits: int) -> Array:
-    """The unsigned fields [R, C * 32 / bits] of `bits` bits in 32-bit `words` [R, C], one stream of bits a row."""
-    bytes_of_rows = (
-        np.ascontiguousarray(words, dtype="<i4").view(np.uint8).reshape(words.shape[0], -1)
-    )
-    stream = np.unpackbits(bytes_of_rows, axis=1, bitorder="little")
-    fields = stream.reshape(words.shape[0], -1, bits)
+    """Return the fields [R, C * 32 / bits], unsigned integers of `bits` bits, of `words` [R, C].
+
+    Each row of 32-bit words is one stream of bits.
+    """
+    import numpy as np
+
+    rows = words.shape[0]
+    row_bytes = np.ascontiguousarray(words, dtype="<i4").view(np.uint8).reshape(rows, -1)
+    stream = np.unpackbits(row_bytes, axis=1, bitorder="little")
+    fields = stream.reshape(rows, -1, bits)
     return np.packbits(fields, axis=2, bitorder="little")[:, :, 0]
 
 
-def _array(tensor: TensorInfo, data: bytes) -> Array:
-    array = _numbers(tensor, data, (FLOATS | INTEGERS)[tensor.dtype])
-    return (array.astype(np.uint32) << 16).view(np.float32) if tensor.dtype == "BF16" else array
-
-
-def _numbers(tensor: TensorInfo, data: bytes, dtype: str) -> Array:
-    if not data or len(data) % np.dtype(dtype).itemsize:
-        raise InputError("E_CKPT_CORRUPT", f"`{tensor.file}` ends inside `{tensor.name}`")
-    return np.frombuffer(data, dtype)
-
-
 def scan_weights(tensors: Iterable[TensorInfo], *, hashed: bool = True) -> dict[Path, str]:
-    """The hash of each file of `tensors`, which are all that it holds; with `hashed` false none.
+    """Return the SHA-256 of each file that `tensors` fill; nothing if `hashed` is false.
 
     InputError E_CKPT_NONFINITE names a tensor of floats that holds NaN or infinity.
     """
@@ -239,24 +297,25 @@ def scan_weights(tensors: Iterable[TensorInfo], *, hashed: bool = True) -> dict[
     for tensor in tensors:
         files[tensor.file].append(tensor)
 
-    def scan(content: list[TensorInfo], given_up: Event) -> str:
-        return _scan(sorted(content, key=lambda tensor: tensor.start), given_up, hashed=hashed)
+    def scan(content: list[TensorInfo], cancelled: Event) -> str:
+        return _scan(sorted(content, key=lambda tensor: tensor.start), cancelled, hashed=hashed)
 
-    found = dict(zip(files, in_threads(scan, files.values()), strict=True))
-    return found if hashed else {}
+    hashes = list(in_threads(scan, files.values()))
+    if not hashed:
+        return {}
+    return dict(zip(files, hashes, strict=True))
 
 
-def _scan(tensors: list[TensorInfo], given_up: Event, *, hashed: bool) -> str:
-    """The hash of the file that consists of a header and `tensors`."""
+def _scan(tensors: list[TensorInfo], cancelled: Event, *, hashed: bool) -> str:
+    """Return the hash of the file that consists of a header and `tensors`."""
     digest = sha256()
     with tensors[0].file.open("rb", buffering=0) as stream:
         if hashed:
             digest.update(os.pread(stream.fileno(), tensors[0].start, 0))
         for tensor in tensors:
             for chunk in _chunks(stream.fileno(), tensor):
-                if (
-                    given_up.is_set()
-                ):  # whoever asked has been interrupted, and waits for this thread
+                # If the caller was interrupted, it waits for this thread.
+                if cancelled.is_set():
                     return ""
                 if hashed:
                     digest.update(chunk)

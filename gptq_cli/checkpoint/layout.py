@@ -1,6 +1,7 @@
-"""Where every byte of the output goes, decided before the first weight is read. Needs no torch.
+"""The place of every byte of the output, decided before the first weight is read. Needs no torch.
 
-Shard headers are written first; tensors may then arrive in any order and go straight to their place.
+Shard headers are written first. Tensors may then arrive in any order and go straight to their
+place.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ import json
 import math
 from dataclasses import dataclass
 
-from gptq_cli.checkpoint.headers import BITS_OF_DTYPE
+from gptq_cli.checkpoint.headers import DTYPES
+
+SINGLE_FILE = "model.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +25,15 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        return BITS_OF_DTYPE[self.dtype] * math.prod(self.shape) // 8
+        return DTYPES[self.dtype].bits * math.prod(self.shape) // 8
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One output file: its complete header (length prefix included) and the absolute offset of each tensor."""
+    """One output file: its complete header, and the offset of each tensor from the file's start.
+
+    The header includes the 8 bytes of its length.
+    """
 
     file: str
     header: bytes
@@ -49,50 +55,45 @@ class Layout:
         return sum(shard.size for shard in self.shards)
 
 
-def packed_specs(
-    weight: str, out_features: int, in_features: int, groups: int, bits: int
-) -> tuple[TensorSpec, ...]:
-    """The four tensors that replace `weight` (a name ending in ".weight"); shapes as in AutoGPTQ's QuantLinear."""
-    module = weight.removesuffix(".weight")
-    return (
-        TensorSpec(f"{module}.qweight", "I32", (in_features * bits // 32, out_features)),
-        TensorSpec(f"{module}.qzeros", "I32", (groups, out_features * bits // 32)),
-        TensorSpec(f"{module}.scales", "F16", (groups, out_features)),
-        TensorSpec(f"{module}.g_idx", "I32", (in_features,)),
-    )
-
-
 def plan_layout(units: list[tuple[TensorSpec, ...]], max_shard_bytes: int) -> Layout:
-    """Tensors laid out in files of at most `max_shard_bytes`, never splitting a unit (the tensors of one linear).
+    """Return files of at most `max_shard_bytes` that hold all tensors of `units`.
 
-    A unit larger than the limit gets a file of its own. File names follow the Hugging Face convention.
+    A unit, such as the tensors of one linear, is never split. If it is larger than the limit, it
+    gets a file of its own. File names follow the Hugging Face convention.
     """
-    bins: list[list[TensorSpec]] = [[]]
+    files = _fill_files(units, max_shard_bytes)
+    if len(files) == 1:
+        names, index = [SINGLE_FILE], None
+    else:
+        names = [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+        index = _index(names, files)
+    specs = {}
+    for unit in units:
+        for spec in unit:
+            specs[spec.name] = spec
+    return Layout(tuple(map(_shard, names, files)), specs, index)
+
+
+def _fill_files(
+    units: list[tuple[TensorSpec, ...]], max_shard_bytes: int
+) -> list[list[TensorSpec]]:
+    """Return the tensors of each file."""
+    files: list[list[TensorSpec]] = [[]]
     filled = 0
     for unit in units:
         size = sum(spec.nbytes for spec in unit)
-        if bins[-1] and filled + size > max_shard_bytes:
-            bins.append([])
+        if files[-1] and filled + size > max_shard_bytes:
+            files.append([])
             filled = 0
-        bins[-1].extend(unit)
+        files[-1].extend(unit)
         filled += size
-    single = len(bins) == 1
-    names = (
-        ["model.safetensors"]
-        if single
-        else [f"model-{i + 1:05d}-of-{len(bins):05d}.safetensors" for i in range(len(bins))]
-    )
-    specs = {spec.name: spec for unit in units for spec in unit}
-    return Layout(
-        shards=tuple(_shard(name, content) for name, content in zip(names, bins, strict=True)),
-        specs=specs,
-        index=None if single else _index(names, bins),
-    )
+    return files
 
 
 def _shard(file: str, specs: list[TensorSpec]) -> Shard:
-    # Wide types first, as the safetensors library does, so that every tensor is aligned to its own size.
-    ordered = sorted(specs, key=lambda spec: (-BITS_OF_DTYPE[spec.dtype], spec.name))
+    # Wide types come first, as in the safetensors library, so that every tensor is aligned to its
+    # own size.
+    ordered = sorted(specs, key=lambda spec: (-DTYPES[spec.dtype].bits, spec.name))
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     relative: dict[str, int] = {}
     position = 0
@@ -111,10 +112,12 @@ def _shard(file: str, specs: list[TensorSpec]) -> Shard:
     return Shard(file, len(text).to_bytes(8, "little") + text, offsets, start + position)
 
 
-def _index(names: list[str], bins: list[list[TensorSpec]]) -> str:
-    weight_map = {
-        spec.name: file for file, specs in zip(names, bins, strict=True) for spec in specs
-    }
-    total = sum(spec.nbytes for specs in bins for spec in specs)
+def _index(names: list[str], files: list[list[TensorSpec]]) -> str:
+    weight_map = {}
+    total = 0
+    for name, specs in zip(names, files, strict=True):
+        for spec in specs:
+            weight_map[spec.name] = name
+            total += spec.nbytes
     content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

@@ -1,4 +1,4 @@
-"""MODEL as the user wrote it -> a local directory: a path as it is, a Hub id downloaded at one commit."""
+"""MODEL of the command line -> a local directory: a path, or a Hub id downloaded at one commit."""
 
 from __future__ import annotations
 
@@ -9,14 +9,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gptq_cli.checkpoint.headers import TensorInfo, tensor_info
-from gptq_cli.checkpoint.side_files import CONFIG_NAMES, SKIPPED_FOLDERS, WEIGHT_SUFFIXES
-from gptq_cli.checkpoint.source import (
-    Checkpoint,
-    Stored,
-    merge_shards,
-    open_checkpoint,
+from gptq_cli.checkpoint.model_files import (
+    ADAPTER_CONFIG,
+    CONFIG_NAMES,
+    OTHER_WEIGHTS,
+    SKIPPED_FOLDERS,
     read_config,
     refuse_other_kinds,
+)
+from gptq_cli.checkpoint.source import (
+    Checkpoint,
+    StoredTensors,
+    merge_shards,
+    open_checkpoint,
     remarks_on,
 )
 from gptq_cli.errors import GptqError, InputError, ResourceError
@@ -38,15 +43,15 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 SKIPPED = [
-    *(f"*{suffix}" for suffix in WEIGHT_SUFFIXES if suffix != ".safetensors"),
+    *(f"*{suffix}" for suffix in OTHER_WEIGHTS),
     *(f"{folder}/*" for folder in SKIPPED_FOLDERS),
 ]
-UNSEEN = ("E_HUB_NOT_FOUND", "E_HUB_OFFLINE", "E_HUB_NETWORK")  # what a misspelt path ends in
+UNSEEN = ("E_HUB_NOT_FOUND", "E_HUB_OFFLINE", "E_HUB_NETWORK")  # may be a misspelt path
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """Where a model lies and what to call it; `commit` is None for a local directory."""
+    """The directory of a model and its name; `commit` is None for a local directory."""
 
     directory: Path
     name: str
@@ -54,21 +59,23 @@ class ModelSource:
 
 
 def locate_model(model: str, revision: str | None = None) -> ModelSource:
-    """The directory of MODEL, downloading a Hub id first; its revision is resolved to a commit once.
+    """Return the directory of MODEL; a Hub id is downloaded first.
 
-    What starts with ".", "/" or "~" or exists here is never sent to the Hub. InputError E_MODEL_NOT_FOUND when nothing
-    is there, E_HUB_* when the Hub refuses or cannot be reached; ResourceError E_DISK when the cache is full.
+    The revision is resolved to a commit once. A MODEL that starts with ".", "/" or "~", or exists
+    here, is never sent to the Hub. InputError E_MODEL_NOT_FOUND if nothing is there, E_HUB_* if the
+    Hub refuses or cannot be reached; ResourceError E_DISK if the cache is full.
     """
     return _local(model, revision) or _download(hub_id(model), revision)
 
 
 def peek_model(model: str, revision: str | None = None) -> tuple[ModelSource, Checkpoint]:
-    """MODEL with its config and the headers of its weights; of a Hub id not more than these is fetched.
+    """Return MODEL with its config and the headers of its weights; no weights are fetched.
 
-    The directory of a Hub id holds its configuration only, unless the Hub cannot be asked and the cache has all of it.
-    Raises as `locate_model` and `open_checkpoint` do.
+    The directory of a Hub id holds its configuration only, unless the Hub cannot be reached and the
+    cache holds the whole model. Raises the errors of `locate_model` and `open_checkpoint`.
     """
-    if local := _local(model, revision):
+    local = _local(model, revision)
+    if local:
         return local, open_checkpoint(local.directory)
     from huggingface_hub import HfApi
     from huggingface_hub.constants import HF_HUB_OFFLINE
@@ -81,44 +88,53 @@ def peek_model(model: str, revision: str | None = None) -> tuple[ModelSource, Ch
         with _hub_errors(identifier, revision):
             return _peek(HfApi(), identifier, revision)
     except InputError as refused:
-        cached_model = _cached(identifier, revision) if _is_silence(refused) else None
+        if not _may_be_cached(refused):
+            raise
+        cached_model = _cached(identifier, revision)
         if cached_model is None:
             raise
         return cached_model
 
 
 def hub_id(model: str) -> str:
-    """The id that MODEL, which is no directory, has on the Hub; InputError E_MODEL_NOT_FOUND if it can be none."""
+    """Return the id of MODEL, which is not a directory, on the Hub.
+
+    InputError E_MODEL_NOT_FOUND if it cannot be an id.
+    """
     path = expanded(model)
     if status_of(path) is not None:
-        raise InputError(
-            "E_MODEL_NOT_FOUND", f"`{model}` is not a directory", hint=_instead_of(path)
-        )
-    identifier = model.removeprefix("hf://")
+        raise _not_a_directory(model, _hint_for_file(path))
+    hint = "give a model directory or a Hub id"
     if model.startswith((".", "/", "~")):
-        hint = "give a model directory or a Hub id"
-        raise InputError("E_MODEL_NOT_FOUND", f"`{model}` is not a directory", hint=hint)
-    if pasted := pasted_id(model):
-        message = (
-            f"`{model}` is not a directory and not an id, but an address or a name that holds one"
-        )
+        raise _not_a_directory(model, hint)
+    pasted = pasted_id(model)
+    if pasted:
+        message = f"`{model}` is neither a directory nor an id, but an address that contains an id"
         raise InputError("E_MODEL_NOT_FOUND", message, hint=f"use {pasted}")
-    if flaw := id_flaw(identifier):
-        message = f"`{model}` is not a directory, and no id of the Hub: {flaw}"
-        raise InputError("E_MODEL_NOT_FOUND", message, hint="give a model directory or a Hub id")
+    identifier = model.removeprefix("hf://")
+    flaw = id_flaw(identifier)
+    if flaw:
+        message = f"`{model}` is not a directory, and not a Hub id: {flaw}"
+        raise InputError("E_MODEL_NOT_FOUND", message, hint=hint)
     return identifier
 
 
-def model_directory(model: str | Path) -> Path | None:
-    """The directory on this machine that MODEL names; None if it names none.
+def _not_a_directory(model: str | Path, hint: str) -> InputError:
+    return InputError("E_MODEL_NOT_FOUND", f"`{model}` is not a directory", hint=hint)
 
-    The folder of a model in the Hub's cache stands for its snapshot. InputError E_FILE for what may not be looked at,
-    E_MODEL_NOT_FOUND for a folder of the cache with several snapshots.
+
+def model_directory(model: str | Path) -> Path | None:
+    """Return the directory on this machine that MODEL names; None if it names none.
+
+    The folder of a model in the Hub's cache stands for its snapshot. InputError E_FILE if the
+    directory cannot be accessed, E_MODEL_NOT_FOUND if a folder of the cache has several snapshots.
     """
     path = expanded(model)
     if not is_directory(path):
         return None
-    return _snapshot(path) if is_cache_folder(path) else path
+    if is_cache_folder(path):
+        return _snapshot(path)
+    return path
 
 
 def model_name(folder: str) -> str:
@@ -129,42 +145,53 @@ def model_name(folder: str) -> str:
 
 
 def local_model(model: Path) -> Path:
-    """The directory that MODEL names, for commands that fetch nothing; InputError E_MODEL_NOT_FOUND if it is none."""
+    """Return the directory that MODEL names, for commands that fetch nothing.
+
+    InputError E_MODEL_NOT_FOUND if there is no such directory.
+    """
     directory = model_directory(model)
     if directory is not None:
         return directory
     path = expanded(model)
-    hint = "give the directory of a GPTQ checkpoint on this machine"
-    hint = _instead_of(path) if status_of(path) is not None else hint
-    raise InputError("E_MODEL_NOT_FOUND", f"`{model}` is not a directory", hint=hint)
+    if status_of(path) is not None:
+        raise _not_a_directory(model, _hint_for_file(path))
+    raise _not_a_directory(model, "give the directory of a GPTQ checkpoint on this machine")
 
 
 def is_cache_folder(path: Path) -> bool:
-    """Whether `path` is a model's own folder in the Hub's cache, which holds its snapshots."""
+    """Return whether `path` is the folder of a model in the Hub's cache, with its snapshots."""
     return resolved(path).name.startswith("models--") and is_directory(path / "snapshots")
 
 
 def _snapshot(folder: Path) -> Path:
-    """The snapshot of the main branch in a model's folder of the cache, or the only one."""
+    """Return the snapshot of the main branch in a model's folder of the cache, or the only one.
+
+    InputError E_MODEL_NOT_FOUND if there are none, or several.
+    """
+    main = folder / "refs" / "main"
     with file_errors(writing=False):
-        found = sorted(path for path in (folder / "snapshots").iterdir() if path.is_dir())
-        main = (
-            (folder / "refs" / "main").read_text().strip()
-            if is_file(folder / "refs" / "main")
-            else ""
-        )
-    chosen = [path for path in found if path.name == main] or found
-    if len(chosen) == 1:
-        return chosen[0]
-    message = f"`{folder}` is a folder of the Hub's cache with {len(found)} snapshots and none of its main branch"
-    hint = f"give one of them: {found[0]}" if found else f"use {pasted_id(resolved(folder).name)}"
+        snapshots = sorted(path for path in (folder / "snapshots").iterdir() if path.is_dir())
+        commit = main.read_text().strip() if is_file(main) else ""
+    for snapshot in snapshots:
+        if snapshot.name == commit:
+            return snapshot
+    if len(snapshots) == 1:
+        return snapshots[0]
+    count = f"{len(snapshots)} snapshots, but none of its main branch"
+    message = f"`{folder}` is a folder of the Hub's cache with {count}"
+    hint = f"use {pasted_id(resolved(folder).name)}"
+    if snapshots:
+        hint = f"give one of them: {snapshots[0]}"
     raise InputError("E_MODEL_NOT_FOUND", message, hint=hint)
 
 
-def _instead_of(file: Path) -> str:
-    """What to give instead of a file."""
+def _hint_for_file(file: Path) -> str:
+    """Return the hint for a MODEL that is a file."""
     if file.suffix in (".gguf", ".onnx"):
-        return "GGUF and ONNX are not read: give the directory of the safetensors checkpoint that it was made from"
+        return (
+            "GGUF and ONNX cannot be read: give the directory of the safetensors checkpoint "
+            "that the file was made from"
+        )
     if is_file(file.absolute().parent / "config.json"):
         return f"give its directory: {shell_word(str(file.absolute().parent))}"
     return "give the directory of a safetensors checkpoint"
@@ -177,7 +204,7 @@ def _local(model: str, revision: str | None) -> ModelSource | None:
     refuse_other_than_utf8(directory)
     if revision is not None:
         message = f"`{model}` is a local directory and has no revision {revision!r}"
-        raise InputError("E_MODEL_NOT_FOUND", message, hint="leave --revision out")
+        raise InputError("E_MODEL_NOT_FOUND", message, hint="omit --revision")
     return ModelSource(directory, model_name(resolved(expanded(model)).name), None)
 
 
@@ -186,22 +213,21 @@ def _download(identifier: str, revision: str | None) -> ModelSource:
 
     with _hub_errors(identifier, revision):
         directory = Path(snapshot_download(identifier, revision=revision, ignore_patterns=SKIPPED))
-    return ModelSource(
-        directory, identifier, directory.name
-    )  # the cache names a snapshot by its commit
+    # The cache names a snapshot by its commit.
+    return ModelSource(directory, identifier, directory.name)
 
 
-def _is_silence(refused: InputError) -> bool:
-    """Whether the Hub has not let itself be asked for the model: then `snapshot_download` takes what the cache has."""
+def _may_be_cached(refused: InputError) -> bool:
+    """Return whether the Hub did not answer, so that `snapshot_download` would use the cache."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    return refused.code in ("E_HUB_NETWORK", "E_HUB_AUTH") or isinstance(
-        refused.__cause__, RepositoryNotFoundError
-    )
+    if refused.code in ("E_HUB_NETWORK", "E_HUB_AUTH"):
+        return True
+    return isinstance(refused.__cause__, RepositoryNotFoundError)
 
 
 def _cached(identifier: str, revision: str | None) -> tuple[ModelSource, Checkpoint] | None:
-    """A model in the cache; None if it is not there, or not all of it."""
+    """Return a model in the cache; None if it is not there, or not complete."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -227,33 +253,35 @@ def _peek(api: HfApi, identifier: str, revision: str | None) -> tuple[ModelSourc
     files = {sibling.rfilename for sibling in info.siblings or ()}
     if "config.json" not in files:
         refuse_other_kinds(identifier, files)
-        raise InputError(
-            "E_CKPT_CONFIG", f"`{identifier}` has no config.json", hint="name a Hugging Face model"
-        )
-    fetched = [
-        Path(api.hf_hub_download(identifier, name, revision=info.sha))
-        for name in CONFIG_NAMES
-        if name in files
-    ]
+        message = f"`{identifier}` has no config.json"
+        raise InputError("E_CKPT_CONFIG", message, hint="name a Hugging Face model")
+    fetched = []
+    for name in CONFIG_NAMES:
+        if name in files:
+            fetched.append(Path(api.hf_hub_download(identifier, name, revision=info.sha)))
     try:
         stored = _remote_tensors(api, identifier, info.sha)
     except NotASafetensorsRepoError:
         refuse_other_kinds(identifier, files)
         message = f"`{identifier}` holds no model.safetensors and no {INDEX_NAME}"
-        raise InputError(
-            "E_CKPT_MISSING", message, hint="name a model with safetensors weights"
-        ) from None
+        hint = "name a model with safetensors weights"
+        raise InputError("E_CKPT_MISSING", message, hint=hint) from None
     except SafetensorsParsingError as error:
         raise InputError("E_CKPT_CORRUPT", f"`{identifier}`: {first_line(error)}") from None
     directory = fetched[0].parent
-    config, twice = read_config(fetched[0])
-    remarks = (*twice, *stored.remarks, *remarks_on(identifier, files, config, stored.tensors))
+    config, repeated = read_config(fetched[0])
+    has_adapter = ADAPTER_CONFIG in files
+    config_remarks = remarks_on(identifier, config, stored.tensors, has_adapter=has_adapter)
+    remarks = (*repeated, *stored.remarks, *config_remarks)
     found = Checkpoint(directory, config, stored.tensors, stored.absent, remarks=remarks)
     return ModelSource(directory, identifier, info.sha), found
 
 
-def _remote_tensors(api: HfApi, identifier: str, commit: str) -> Stored:
-    """The headers of a Hub model by range requests; offsets count from the end of a file's header."""
+def _remote_tensors(api: HfApi, identifier: str, commit: str) -> StoredTensors:
+    """Return the tensors of a Hub model, whose headers are read by range requests.
+
+    Offsets count from the end of a file's header.
+    """
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()
@@ -261,18 +289,20 @@ def _remote_tensors(api: HfApi, identifier: str, commit: str) -> Stored:
     shards: dict[str, dict[str, TensorInfo]] = {}
     for file, header in sorted(found.files_metadata.items()):
         path = Path(identifier) / file
-        shards[file] = {
-            name: tensor_info(
-                path, name, {"dtype": t.dtype, "shape": t.shape, "data_offsets": t.data_offsets}, 0
-            )
-            for name, t in sorted(header.tensors.items(), key=lambda item: item[1].data_offsets)
-        }
+        shards[file] = {}
+        for name, tensor in sorted(header.tensors.items(), key=lambda item: item[1].data_offsets):
+            entry = {
+                "dtype": tensor.dtype,
+                "shape": tensor.shape,
+                "data_offsets": tensor.data_offsets,
+            }
+            shards[file][name] = tensor_info(path, name, entry, 0)
     return merge_shards(f"{identifier}/{INDEX_NAME}", found.weight_map, shards)
 
 
 @contextmanager
 def _hub_errors(identifier: str, revision: str | None) -> Iterator[None]:
-    """Turn what the Hub, the way to it and its cache refuse into InputError and ResourceError."""
+    """Turn errors of the Hub, the network and the cache into InputError and ResourceError."""
     try:
         yield
     except GptqError:
@@ -282,20 +312,17 @@ def _hub_errors(identifier: str, revision: str | None) -> Iterator[None]:
         if refused is None:
             raise
         if refused.code in UNSEEN:
-            raise InputError(
-                refused.code,
-                str(refused),
-                hint=f"no directory of that name is here; {refused.hint}",
-            ) from error
+            hint = f"there is no directory of that name; {refused.hint}"
+            raise InputError(refused.code, str(refused), hint=hint) from error
         raise refused from error
 
 
 def _refused_by_disk(error: Exception) -> GptqError | None:
     if not isinstance(error, OSError):
         return None
-    if refused := file_cause(error):
+    refused = file_cause(error)
+    if refused:
         return refused
-    hint = "free some space or move the cache (HF_HOME), then run again: what was fetched is kept"
-    return ResourceError(
-        "E_DISK", f"cannot write the Hub's cache: {error.strerror or error}", hint=hint
-    )
+    hint = "free some space or move the cache (HF_HOME), then run again: fetched files are kept"
+    message = f"cannot write the Hub's cache: {error.strerror or error}"
+    return ResourceError("E_DISK", message, hint=hint)

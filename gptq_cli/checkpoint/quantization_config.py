@@ -1,21 +1,23 @@
-"""`quantization_config`: read in any tool's spelling, written in the words that every reader
-understands. Needs no torch.
+"""`quantization_config`: read in the spelling of any tool, written so that every reader obeys it.
 
 Sources: transformers `GPTQConfig`, GPTQModel `QuantizeConfig`, vLLM `AutoGPTQConfig` and
-`gptq_utils`, auto-round, llama.cpp's converter (2026).
+`gptq_utils`, auto-round, llama.cpp's converter (2026). Needs no torch.
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from shlex import quote
-from typing import Any, Literal
+from typing import Any
 
-from gptq_cli.checkpoint.source import Checkpoint, read_json
+from gptq_cli.checkpoint.defects import Defect, Effect, convert_command
+from gptq_cli.checkpoint.headers import TensorInfo
+from gptq_cli.checkpoint.model_files import read_json
+from gptq_cli.checkpoint.packed import stored_parts
+from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.config.layer import BITS, FORMATS, LayerConfig
 from gptq_cli.config.rules import FUSED_ALIASES, expert_part, first_match, flaw_of, keeps
 from gptq_cli.config.schema import QuantizeConfig
@@ -24,51 +26,13 @@ from gptq_cli.errors import ConfigError, InputError
 from gptq_cli.files import UNREADABLE, file_errors, is_file
 from gptq_cli.storage.manifest import CONFIG_FILE, QUANTIZE_CONFIG
 
-# "numbers": the weights that are decoded may not be those that were meant.
-# "readers": they are, but some readers fail or take something else; only the owner of the checkpoint can decide.
-# "form": likewise, but the meaning is plain, and `gptq convert` writes it as all readers take it.
-Effect = Literal["numbers", "readers", "form"]
-
-
-@dataclass(frozen=True, slots=True)
-class Defect:
-    """One thing that is wrong with a checkpoint; `tensor` may be a module, None where a file or all is meant."""
-
-    code: str
-    message: str
-    file: str | None = None
-    tensor: str | None = None
-    hint: str | None = None
-    effect: Effect = "numbers"
-
-    @property
-    def place(self) -> str:
-        return ": ".join(part for part in (self.file, self.tensor) if part)
-
-    def __str__(self) -> str:
-        return (
-            f"{self.code} {self.place}: {self.message}"
-            if self.place
-            else f"{self.code} {self.message}"
-        )
-
-
-def convert_command(directory: Path, format: str) -> str:
-    """The command that writes the checkpoint in `directory` anew, in the form that all readers take."""
-    return f"gptq convert {quote(str(directory))} --to {format} -o OUT"
-
-
-# Fields of this tool alone: they shape codes and scales, and no reader needs or knows them.
-UNKNOWN_TO_READERS = {
-    "signed_scales",
-    "scale_search",
-    "refine_sweeps",
-    "asymmetric_calibration",
-    "damp_mode",
-}
+HEAD = "lm_head"
+LISTED = "modules_in_block_to_quantize"
+BOTH_FILES = f"config.json and {QUANTIZE_CONFIG}"
+READABLE = "use a full-precision, gptq or gptq_v2 checkpoint of the model"
 
 STORED_OFFSET = {"gptq": 1, "gptq_v2": 0}  # v1 files store zero - 1 and readers add it back
-# The tensors of a linear by which other ways to pack it are known, where there is no qweight.
+# Linears packed in another way have no qweight, but tensors with these names.
 OTHER_PACKINGS = {
     ("B", "s"): "Marlin",
     ("q_weight", "q_scale"): "EXL2",
@@ -78,7 +42,16 @@ OTHER_PACKINGS = {
     ("W_q",): "HQQ",
 }
 AWQ_OUTPUTS = 8  # of 4 bits in a word
-# Keys that make a reader of config.json refuse, or look for something that is not there.
+
+# Fields of this tool alone: they shape codes and scales, and no reader needs or knows them.
+UNKNOWN_TO_READERS = {
+    "signed_scales",
+    "scale_search",
+    "refine_sweeps",
+    "asymmetric_calibration",
+    "damp_mode",
+}
+# Keys that make a reader of config.json fail, or look for a file that does not exist.
 UNPORTABLE = {
     "meta",
     "is_marlin_format",
@@ -88,18 +61,22 @@ UNPORTABLE = {
 }
 
 
+# ---------------------------------------------------------------- write
+
+
 def describe(
     config: QuantizeConfig, quantized: Mapping[str, LayerConfig], kept: Iterable[str]
 ) -> dict[str, Any]:
-    """Return the dict for config.json.
+    """Return the `quantization_config` for config.json.
 
     `quantized` has the settings of linears by their full names; `kept` are full names of linears of
-    the blocks.
+    the blocks. If a linear of a block is kept, both dialects state it: transformers reads
+    `modules_in_block_to_quantize`, GPTQModel and SGLang read `dynamic`. For mixtures of experts
+    only `dynamic` does: transformers 5 cannot load quantized experts at all, and the list would
+    hold tens of thousands of names.
 
-    When a linear of a block is kept, both dialects say so: transformers reads `modules_in_block_to_quantize`, GPTQModel
-    and SGLang read `dynamic`. Mixtures say it in `dynamic` alone: transformers 5 cannot load quantized experts at all,
-    and the list would hold tens of thousands of names. No value is null, `desc_act` is true and `static_groups` false
-    if any g_idx is not trivial, `format` and `checkpoint_format` agree: each of these was seen to break a reader.
+    No value is null, `desc_act` is true and `static_groups` false if any g_idx is not trivial, and
+    `format` and `checkpoint_format` agree: each of these was seen to break a reader.
     """
     kept = list(kept)
     ordered = not all(settings.has_trivial_g_idx for settings in quantized.values())
@@ -111,45 +88,125 @@ def describe(
         "sym": config.sym,
         "checkpoint_format": config.format,
         "format": config.format,
-        "lm_head": "lm_head" in quantized,
+        "lm_head": HEAD in quantized,
         "true_sequential": config.true_sequential,
         "static_groups": config.static_groups and not ordered,
         "act_group_aware": config.act_group_aware and not ordered,
         "damp_percent": config.damp_percent,
         "pack_dtype": "int32",
     }
-    overrides = {
-        rule: {key: value for key, value in values.items() if key not in UNKNOWN_TO_READERS}
-        for rule, values in config.dynamic.items()
-        if not keeps(rule)
-    }
-    mixtures = {part[0] for name in quantized if (part := expert_part(name))}
-    # Engines ask for the settings of all experts of a layer by the name that these share.
-    whole = {
-        part[0]: None for name in kept if (part := expert_part(name)) and part[0] not in mixtures
-    }
-    if kept or overrides:
-        described["dynamic"] = {rule: {} for rule in skip_rules([*kept, *whole])} | overrides
+    mixtures = _mixtures(quantized)
+    # Engines look up the settings of all experts of a layer by the name that these share.
+    skipped = kept + [name for name in _mixtures(kept) if name not in mixtures]
+    dynamic = _rules(config, skipped)
+    if dynamic:
+        described["dynamic"] = dynamic
     if kept and not mixtures:
-        described["modules_in_block_to_quantize"] = [list(quantized)]
+        described[LISTED] = [list(quantized)]
     return described
 
 
+def _mixtures(names: Iterable[str]) -> list[str]:
+    """Return the modules that hold the experts among `names`, each once, in order."""
+    found: dict[str, None] = {}
+    for name in names:
+        part = expert_part(name)
+        if part is not None:
+            found[part[0]] = None
+    return list(found)
+
+
+def _rules(config: QuantizeConfig, skipped: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Return rules that exclude `skipped`, then those that change settings readers know."""
+    found: dict[str, dict[str, Any]] = {}
+    for rule in skip_rules(skipped):
+        found[rule] = {}
+    for rule, values in config.dynamic.items():
+        if not keeps(rule):
+            known = {key: value for key, value in values.items() if key not in UNKNOWN_TO_READERS}
+            found[rule] = known
+    return found
+
+
 def skip_rules(kept: Iterable[str]) -> list[str]:
-    """Anchored `-:` rules that match exactly `kept` (and the fused names that stand for them), one a parent module."""
-    leaves: dict[str, set[str]] = defaultdict(set)
+    """Return anchored `-:` rules that match exactly `kept` and the fused names of these linears.
+
+    Parent modules with the same kept children share a rule.
+    """
+    children: dict[str, set[str]] = defaultdict(set)
     for name in kept:
-        parent, _, leaf = name.rpartition(".")
-        leaves[parent].add(leaf)
+        parent, _, child = name.rpartition(".")
+        children[parent].add(child)
     parents: dict[frozenset[str], list[str]] = defaultdict(list)
-    for parent, names in leaves.items():
-        parents[
-            frozenset(names | {alias for parts, alias in FUSED_ALIASES.items() if parts <= names})
-        ].append(parent)
-    return [
-        f"-:^({'|'.join(map(re.escape, where))})\\.({'|'.join(map(re.escape, sorted(names)))})$"
-        for names, where in parents.items()
-    ]
+    for parent, names in children.items():
+        fused = {alias for parts, alias in FUSED_ALIASES.items() if parts <= names}
+        parents[frozenset(names | fused)].append(parent)
+    rules = []
+    for all_names, where in parents.items():
+        rules.append(f"-:^({_any_of(where)})\\.({_any_of(sorted(all_names))})$")
+    return rules
+
+
+def _any_of(names: Iterable[str]) -> str:
+    return "|".join(map(re.escape, names))
+
+
+def with_quantization(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `config` with `settings` as its only quantization, at the place of the old one."""
+    return dict(config) | without_quantization(config) | {"quantization_config": dict(settings)}
+
+
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config.json without the quantization of the model and of models inside it."""
+    kept = {}
+    for key, value in config.items():
+        if isinstance(value, dict) and "quantization_config" in value:
+            kept[key] = without_quantization(value)
+        elif key != "quantization_config":
+            kept[key] = value
+    return kept
+
+
+def portable_settings(stored: Mapping[str, Any], format: str, *, lm_head: bool) -> dict[str, Any]:
+    """Return a usable `quantization_config` in `format`, without anything that breaks a reader.
+
+    Readers fail on null values, a flat list of modules, a damp_percent of 0, `meta`, and
+    act_group_aware beside desc_act; `autoround_version` and the name of a file mislead them.
+    """
+    found = _portable_values(stored) | {
+        "quant_method": "gptq",
+        "checkpoint_format": format,
+        "format": format,
+        "lm_head": lm_head,
+    }
+    if "dynamic" in found:
+        found["dynamic"] = _without_nulls(found["dynamic"])
+    listed = found.get(LISTED) or []
+    if not all(isinstance(item, list) for item in listed):
+        found[LISTED] = [flat(listed)]
+    if not _is_damp_percent(found.get("damp_percent", 1)):
+        found.pop("damp_percent", None)
+    if stored["desc_act"] and "act_group_aware" in found:
+        found["act_group_aware"] = False
+    return found
+
+
+def _portable_values(stored: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: value for key, value in stored.items() if value is not None and key not in UNPORTABLE
+    }
+
+
+def _without_nulls(dynamic: Mapping[str, Any]) -> dict[str, Any]:
+    """Return rules with an empty mapping for each that has no settings."""
+    return {rule: values or {} for rule, values in dynamic.items()}
+
+
+def _is_damp_percent(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1
+
+
+# ---------------------------------------------------------------- read
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,9 +221,9 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class StoredConfig:
-    """A `quantization_config` whose values are known to be of their types.
+    """A `quantization_config` whose values have the right types.
 
-    `listed` is `modules_in_block_to_quantize` flattened, None where it is not said.
+    `listed` is `modules_in_block_to_quantize` as one list, None if there is none.
     """
 
     base: Settings
@@ -176,275 +233,128 @@ class StoredConfig:
     listed: tuple[str, ...] | None
 
     def settings(self, module: str) -> Settings:
-        """The settings of a quantized module: the base, or what the first matching rule changes of it."""
+        """Return the settings of a quantized module: the base with the changes of its rule."""
         rule = first_match([rule for rule in self.dynamic if not keeps(rule)], module)
-        changes = self.dynamic[rule] if rule else {}
-        return Settings(
-            **{name: changes.get(name, getattr(self.base, name)) for name in Settings.__slots__}
-        )
+        if not rule:
+            return self.base
+        changes = {}
+        for name, value in self.dynamic[rule].items():
+            if name in Settings.__slots__:
+                changes[name] = value
+        return replace(self.base, **changes)
 
     def skip_rule(self, module: str) -> str | None:
-        """The `-:` rule that says to leave `module` as it is."""
+        """Return the `-:` rule that excludes `module` from quantization."""
         return first_match([rule for rule in self.dynamic if keeps(rule)], module)
 
     def is_listed(self, module: str) -> bool:
-        """Whether `modules_in_block_to_quantize`, where there is one, names the module, by a suffix as Optimum does."""
+        """Return whether `modules_in_block_to_quantize`, if there is one, names the module.
+
+        A name in it is a suffix, as in Optimum.
+        """
         return self.listed is None or module.endswith(self.listed)
 
 
+def stored_config(checkpoint: Checkpoint) -> tuple[StoredConfig | None, list[Defect]]:
+    """Return the configuration of a quantized checkpoint, None if it is unusable, and its defects.
+
+    InputError E_CKPT_QUANTIZED as in `format_of`.
+    """
+    format = format_of(checkpoint)
+    stored = checkpoint.quantization
+    if stored is None:
+        message = f"neither config.json nor {QUANTIZE_CONFIG} describes how the linears are packed"
+        hint = f"put the {QUANTIZE_CONFIG} of the checkpoint beside its weights"
+        return None, [_config_defect(message, hint)]
+    unusable = [*_wrong_values(stored), *_wrong_rules(stored), *_wrong_list(stored)]
+    if unusable:
+        hint = f"correct it in {BOTH_FILES}, as it was set in the tool that wrote the weights"
+        return None, [_config_defect(message, hint) for message in unusable]
+    config = StoredConfig(
+        base=Settings(stored["bits"], stored["group_size"], stored["sym"], stored["desc_act"]),
+        format=format,
+        lm_head=bool(stored.get("lm_head")),
+        dynamic=_without_nulls(stored.get("dynamic") or {}),
+        listed=tuple(flat(stored.get(LISTED) or [])) or None,
+    )
+    return config, _defects_of_form(checkpoint, stored, format)
+
+
 def format_of(checkpoint: Checkpoint) -> str:
-    """The version of the format, "gptq" or "gptq_v2"; InputError E_CKPT_QUANTIZED for what is not read here."""
-    said = checkpoint.quantization or {}
-    method, format = checkpoint.method or "gptq", said_format(said)
-    packing = said.get("pack_dtype") or "int32"
-    if method != "gptq" or format not in FORMATS or packing != "int32":
-        what = f"{method} ({format}, {packing})" if method == "gptq" else method
-        raise _not_read(checkpoint, f"is quantized as {what}")
-    if other := other_packing(checkpoint):
-        raise _not_read(
-            checkpoint, f"calls itself {format}, but its linears are packed for {other}"
-        )
+    """Return the version of the format, "gptq" or "gptq_v2".
+
+    InputError E_CKPT_QUANTIZED if the checkpoint is quantized in a way that cannot be read.
+    """
+    stored = checkpoint.quantization or {}
+    method, format = checkpoint.method or "gptq", declared_format(stored)
+    packing = stored.get("pack_dtype") or "int32"
+    if method != "gptq":
+        raise _not_read(checkpoint, f"is quantized as {method}")
+    if format not in FORMATS or packing != "int32":
+        raise _not_read(checkpoint, f"is quantized as gptq ({format}, {packing})")
+    other = other_packing(checkpoint)
+    if other:
+        raise _not_read(checkpoint, f"has format {format}, but its linears are packed for {other}")
     return str(format)
 
 
-def said_format(said: Mapping[str, Any]) -> Any:
-    """The format that most readers take from a `quantization_config`: that of the first tools had no name yet."""
-    return said.get("checkpoint_format") or said.get("format") or "gptq"
+def _not_read(checkpoint: Checkpoint, reason: str) -> InputError:
+    message = f"`{checkpoint.directory}` {reason}, which is not read here"
+    return InputError("E_CKPT_QUANTIZED", message, hint=READABLE)
+
+
+def declared_format(stored: Mapping[str, Any]) -> Any:
+    """Return the format that most readers take from a `quantization_config`.
+
+    The format of the first tools had no name yet.
+    """
+    return stored.get("checkpoint_format") or stored.get("format") or "gptq"
 
 
 def other_packing(checkpoint: Checkpoint) -> str | None:
-    """What the linears of a checkpoint are packed for that calls itself gptq; None if for nothing else."""
+    """Return the kernel or tool that linears are packed for if it is not GPTQ, else None."""
     if (checkpoint.quantization or {}).get("is_marlin_format"):
         return "Marlin"
-    parts = {name.rpartition(".")[2] for name in checkpoint.tensors}
-    if "qweight" not in parts:
-        return next((packing for own, packing in OTHER_PACKINGS.items() if set(own) <= parts), None)
-    return "AWQ" if any(map(_is_awq, _pairs(checkpoint))) else None
+    parts = set()
+    for name in checkpoint.tensors:
+        module, _, part = name.rpartition(".")
+        parts.add(part)
+        if part == "qweight" and _is_awq(stored_parts(module, checkpoint.tensors)):
+            return "AWQ"
+    if "qweight" in parts:
+        return None
+    for names, packing in OTHER_PACKINGS.items():
+        if parts.issuperset(names):
+            return packing
+    return None
 
 
-def _pairs(checkpoint: Checkpoint) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """The shapes of qweight and scales of each packed linear."""
-    tensors = checkpoint.tensors
-    for name, tensor in tensors.items():
-        scales = tensors.get(f"{name.removesuffix('.qweight')}.scales")
-        if name.endswith(".qweight") and scales is not None:
-            yield tensor.shape, scales.shape
+def _is_awq(parts: Mapping[str, TensorInfo]) -> bool:
+    """Return whether a linear has the codes of AWQ, which packs eight outputs into a word.
 
-
-def _is_awq(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> bool:
-    """AWQ packs eight outputs into a word [I, O / 8], GPTQ inputs [I * bits / 32, O]."""
-    qweight, scales = shapes
-    return len(qweight) == len(scales) == 2 and scales[1] == AWQ_OUTPUTS * qweight[1]
-
-
-def _not_read(checkpoint: Checkpoint, what: str) -> InputError:
-    hint = "use a full-precision, gptq or gptq_v2 checkpoint of the model"
-    return InputError(
-        "E_CKPT_QUANTIZED", f"`{checkpoint.directory}` {what}, which is not read here", hint=hint
-    )
-
-
-def stored_config(checkpoint: Checkpoint) -> tuple[StoredConfig | None, list[Defect]]:
-    """The configuration of a quantized checkpoint, None if it is not usable, and what is wrong with it.
-
-    InputError E_CKPT_QUANTIZED as `format_of` says.
+    Its qweight is [I, O / 8]; that of GPTQ is [I * bits / 32, O].
     """
-    format = format_of(checkpoint)
-    said = checkpoint.quantization
-    if said is None:
-        message = f"neither config.json nor {QUANTIZE_CONFIG} says how the linears are packed"
-        return None, [
-            _wrong(message, f"put the {QUANTIZE_CONFIG} of the checkpoint beside its weights")
-        ]
-    if unusable := [*_wrong_values(said), *_wrong_rules(said)]:
-        hint = f"correct it in config.json and {QUANTIZE_CONFIG}, as the tool that wrote the weights was told"
-        return None, [_wrong(text, hint) for text in unusable]
-    command = convert_command(checkpoint.directory, format)
-    wrong = [
-        _wrong(text, f"{command} writes what all readers take", "form")
-        for text in _lenient(checkpoint, said)
-    ]
-    wrong += [_of_format(checkpoint, text, said) for text in _formats(checkpoint, said)]
-    listed = said.get("modules_in_block_to_quantize")
-    return StoredConfig(
-        base=Settings(said["bits"], said["group_size"], said["sym"], said["desc_act"]),
-        format=format,
-        lm_head=bool(said.get("lm_head")),
-        dynamic={rule: values or {} for rule, values in (said.get("dynamic") or {}).items()},
-        listed=tuple(flat(listed)) or None if listed is not None else None,
-    ), wrong
-
-
-def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json that says nothing of a quantization, neither for itself nor for a model inside it."""
-    kept = {key: value for key, value in config.items() if key != "quantization_config"}
-    for key, value in kept.items():
-        if isinstance(value, dict) and "quantization_config" in value:
-            kept[key] = without_quantization(value)
-    return kept
-
-
-def with_quantization(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` with `settings` as its only quantization, at the place of the old one."""
-    return dict(config) | without_quantization(config) | {"quantization_config": dict(settings)}
-
-
-def as_all_take_it(said: Mapping[str, Any], format: str, *, lm_head: bool) -> dict[str, Any]:
-    """A usable `quantization_config` for config.json, in `format`, without what some reader stumbles over.
-
-    Readers refuse null values, a flat list of modules, a damp_percent of 0, `meta`, and
-    act_group_aware beside desc_act; `autoround_version` and the name of a file lead them astray.
-    """
-    found = {
-        key: value for key, value in said.items() if value is not None and key not in UNPORTABLE
-    }
-    found |= {
-        "quant_method": "gptq",
-        "checkpoint_format": format,
-        "format": format,
-        "lm_head": lm_head,
-    }
-    if "dynamic" in found:
-        found["dynamic"] = {rule: values or {} for rule, values in found["dynamic"].items()}
-    listed = found.get("modules_in_block_to_quantize")
-    if listed and not all(isinstance(item, list) for item in listed):
-        found["modules_in_block_to_quantize"] = [flat(listed)]
-    damp = found.get("damp_percent", 1)
-    if isinstance(damp, bool) or not isinstance(damp, int | float) or not 0 < damp < 1:
-        found.pop("damp_percent", None)
-    if said["desc_act"]:
-        found |= {"act_group_aware": False} if "act_group_aware" in found else {}
-    return found
-
-
-def _wrong(text: str, hint: str, effect: Effect = "numbers") -> Defect:
-    return Defect("E_CKPT_CONFIG", text, "config.json", None, hint, effect)
-
-
-def _lenient(checkpoint: Checkpoint, said: Mapping[str, Any]) -> list[str]:
-    """What some readers take and others do not see."""
-    found = []
-    if "quantization_config" not in checkpoint.config:
-        place = f"{QUANTIZE_CONFIG} alone"
-        if "quantization_config" in checkpoint.text_config:
-            place = "text_config"
-        found.append(
-            f"has no quantization_config, which stands in {place}: transformers would not see it"
-        )
-    elif checkpoint.text_config.get("quantization_config", said) != said:
-        found.append("text_config has another quantization_config: readers take one or the other")
-    if said.get("quant_method") != "gptq":
-        told = (
-            f"quant_method is {said['quant_method']!r}"
-            if "quant_method" in said
-            else "quant_method is missing"
-        )
-        found.append(f"{told}: transformers knows only 'gptq' and would skip it")
-    return [*found, *_disagreements(checkpoint, said)]
-
-
-def _formats(checkpoint: Checkpoint, said: Mapping[str, Any]) -> Iterator[str]:
-    """Where one reader would take zero points for those of another format than the next one does."""
-    format = said_format(said)
-    if any(said.get(key, format) != format for key in ("format", "checkpoint_format")):
-        told = f"format is {said.get('format')!r} and checkpoint_format {said.get('checkpoint_format')!r}"
-        yield f"{told}: readers take one or the other"
-    elif format != "gptq" and "checkpoint_format" not in said:
-        yield f"checkpoint_format is missing, and llama.cpp would not take format {format!r} for it"
-    other = _other_settings(checkpoint)
-    if isinstance(other, dict) and (second := said_format(other)) != format:
-        yield f"the format is {format!r} in config.json and {second!r} in {QUANTIZE_CONFIG}"
-
-
-def _of_format(checkpoint: Checkpoint, text: str, said: Mapping[str, Any]) -> Defect:
-    """Symmetric zero points tell themselves which format they are of; nothing tells for asymmetric ones."""
-    overrides = [values for values in (said.get("dynamic") or {}).values() if values]
-    if all(values.get("sym", True) for values in [said, *overrides]):
-        hint = f"{convert_command(checkpoint.directory, 'gptq')} writes what all readers take"
-        return _wrong(text, hint, "form")
-    both = f"config.json and {QUANTIZE_CONFIG}"
-    return _wrong(text, f"set checkpoint_format and format to the one that is meant in {both}")
-
-
-def _wrong_values(said: Mapping[str, Any]) -> list[str]:
-    accepted: dict[str, Callable[[Any], bool]] = {
-        "bits": lambda value: type(value) is int and value in BITS,
-        "group_size": lambda value: type(value) is int and (value == -1 or value > 0),
-        "sym": lambda value: isinstance(value, bool),
-        "desc_act": lambda value: isinstance(value, bool),
-    }
-    absent = [
-        f"{key} is missing, and readers' defaults for it differ"
-        for key in accepted
-        if key not in said
-    ]
-    overrides = (said.get("dynamic") or {}).items() if isinstance(said.get("dynamic"), dict) else ()
-    places = [
-        ("", said),
-        *((f"rule {rule!r}: ", values) for rule, values in overrides if isinstance(values, dict)),
-    ]
-    return absent + [
-        f"{where}{key} is {values[key]!r}"
-        for where, values in places
-        for key, fits in accepted.items()
-        if key in values and not fits(values[key])
-    ]
-
-
-def _wrong_rules(said: Mapping[str, Any]) -> list[str]:
-    dynamic, listed = said.get("dynamic") or {}, said.get("modules_in_block_to_quantize") or []
-    wrong = []
-    if not isinstance(dynamic, dict) or not all(
-        isinstance(values, dict | None) for values in dynamic.values()
-    ):
-        wrong.append("dynamic is not a mapping from rules to settings")
-    for rule in dynamic if isinstance(dynamic, dict) else ():
-        if reason := flaw_of(rule):
-            wrong.append(f"rule {rule!r} is not a regular expression: {reason}")
-    if not isinstance(listed, list) or not all(isinstance(name, str) for name in flat(listed)):
-        wrong.append("modules_in_block_to_quantize is not a list of lists of names")
-    return wrong
+    if "scales" not in parts:
+        return False
+    codes, scales = parts["qweight"].shape, parts["scales"].shape
+    return len(codes) == len(scales) == 2 and scales[1] == AWQ_OUTPUTS * codes[1]
 
 
 def flat(listed: Iterable[Any]) -> list[Any]:
-    """The names in `modules_in_block_to_quantize`, a list of lists or, by auto-round, of names."""
-    return [name for item in listed for name in (item if isinstance(item, list) else [item])]
+    """Return the names in `modules_in_block_to_quantize`.
 
-
-def _other_settings(checkpoint: Checkpoint) -> Any:
-    """What quantize_config.json says, None if there is none; an InputError if it cannot be read."""
-    file = checkpoint.directory / QUANTIZE_CONFIG
-    try:
-        return read_json(file) if is_file(file) else None
-    except InputError as error:
-        if error.code == UNREADABLE:
-            raise
-        return error
-
-
-def _disagreements(checkpoint: Checkpoint, said: Mapping[str, Any]) -> list[str]:
-    """Where config.json and quantize_config.json differ: some readers take the first, some the second."""
-    other = _other_settings(checkpoint)
-    if other is None:
-        return []
-    if not isinstance(other, dict):
-        return [
-            str(other)
-            if isinstance(other, InputError)
-            else f"{QUANTIZE_CONFIG} is not a JSON object"
-        ]
-    keys = ("bits", "group_size", "sym", "desc_act", "lm_head", "dynamic")
-    return [
-        f"{key} is {said[key]!r} in config.json and {other[key]!r} in {QUANTIZE_CONFIG}"
-        for key in keys
-        if key in said and key in other and said[key] != other[key]
-    ]
+    It is a list of lists or, as auto-round writes it, of names.
+    """
+    names: list[Any] = []
+    for item in listed:
+        names += item if isinstance(item, list) else [item]
+    return names
 
 
 def recorded_settings(directory: Path) -> dict[str, Any]:
-    """What gptq_config.yaml in `directory` says; nothing if it is not there or no configuration.
+    """Return the content of gptq_config.yaml in `directory`; {} if there is no valid one.
 
-    InputError E_FILE if it may not be read.
+    InputError E_FILE if the file cannot be read.
     """
     file = directory / CONFIG_FILE
     if not is_file(file):
@@ -455,3 +365,159 @@ def recorded_settings(directory: Path) -> dict[str, Any]:
         return dict(load(file).values)
     except ConfigError:
         return {}
+
+
+# ---------------------------------------------------------------- defects
+
+
+def _config_defect(message: str, hint: str, effect: Effect = "numbers") -> Defect:
+    return Defect("E_CKPT_CONFIG", message, "config.json", None, hint, effect)
+
+
+def _defects_of_form(
+    checkpoint: Checkpoint, stored: Mapping[str, Any], format: str
+) -> list[Defect]:
+    """Return defects of usable settings that some readers do not see, or see otherwise."""
+    defects = []
+    for message in [*_unseen_settings(checkpoint, stored), *_disagreements(checkpoint, stored)]:
+        defects.append(_defect_of_form(checkpoint, message, format))
+    for message in _ambiguous_formats(checkpoint, stored):
+        defects.append(_format_defect(checkpoint, message, stored))
+    return defects
+
+
+def _defect_of_form(checkpoint: Checkpoint, message: str, format: str) -> Defect:
+    hint = f"{convert_command(checkpoint.directory, format)} writes a form that all readers accept"
+    return _config_defect(message, hint, "form")
+
+
+def _format_defect(checkpoint: Checkpoint, message: str, stored: Mapping[str, Any]) -> Defect:
+    """Return the defect of an ambiguous format.
+
+    Symmetric zero points show which format they are in, but asymmetric ones do not.
+    """
+    dynamic = stored.get("dynamic") or {}
+    for values in [stored, *dynamic.values()]:
+        if values and not values.get("sym", True):
+            hint = f"set checkpoint_format and format to the one that is meant in {BOTH_FILES}"
+            return _config_defect(message, hint)
+    return _defect_of_form(checkpoint, message, "gptq")
+
+
+def _is_bits(value: object) -> bool:
+    return type(value) is int and value in BITS
+
+
+def _is_group_size(value: object) -> bool:
+    return type(value) is int and (value == -1 or value > 0)
+
+
+def _is_flag(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+_ACCEPTS = {"bits": _is_bits, "group_size": _is_group_size, "sym": _is_flag, "desc_act": _is_flag}
+
+
+def _wrong_values(stored: Mapping[str, Any]) -> list[str]:
+    """Return errors in the settings of modules: missing keys, and values out of range."""
+    wrong = []
+    for key in _ACCEPTS:
+        if key not in stored:
+            wrong.append(f"{key} is missing, and readers' defaults for it differ")
+    wrong += _values_out_of_range("", stored)
+    dynamic = stored.get("dynamic")
+    if isinstance(dynamic, dict):
+        for rule, values in dynamic.items():
+            if isinstance(values, dict):
+                wrong += _values_out_of_range(f"rule {rule!r}: ", values)
+    return wrong
+
+
+def _values_out_of_range(where: str, values: Mapping[str, Any]) -> list[str]:
+    wrong = []
+    for key, accepts in _ACCEPTS.items():
+        if key in values and not accepts(values[key]):
+            wrong.append(f"{where}{key} is {values[key]!r}")
+    return wrong
+
+
+def _wrong_rules(stored: Mapping[str, Any]) -> Iterator[str]:
+    """Yield errors in `dynamic`."""
+    dynamic = stored.get("dynamic") or {}
+    rules = dynamic if isinstance(dynamic, dict) else {}
+    if rules is not dynamic or not all(isinstance(item, dict | None) for item in rules.values()):
+        yield "dynamic is not a mapping from rules to settings"
+    for rule in rules:
+        reason = flaw_of(rule)
+        if reason:
+            yield f"rule {rule!r} is not a regular expression: {reason}"
+
+
+def _wrong_list(stored: Mapping[str, Any]) -> Iterator[str]:
+    """Yield errors in `modules_in_block_to_quantize`."""
+    listed = stored.get(LISTED) or []
+    if not isinstance(listed, list) or not all(isinstance(name, str) for name in flat(listed)):
+        yield f"{LISTED} is not a list of lists of names"
+
+
+def _unseen_settings(checkpoint: Checkpoint, stored: Mapping[str, Any]) -> Iterator[str]:
+    """Yield settings that some readers do not see."""
+    if "quantization_config" not in checkpoint.config:
+        place = f"{QUANTIZE_CONFIG} alone"
+        if "quantization_config" in checkpoint.text_config:
+            place = "text_config"
+        yield f"has no quantization_config, which stands in {place}: transformers would not see it"
+    elif checkpoint.text_config.get("quantization_config", stored) != stored:
+        yield "text_config has another quantization_config: readers take one or the other"
+    if stored.get("quant_method") != "gptq":
+        method = "quant_method is missing"
+        if "quant_method" in stored:
+            method = f"quant_method is {stored['quant_method']!r}"
+        yield f"{method}: transformers knows only 'gptq' and would skip it"
+
+
+def _disagreements(checkpoint: Checkpoint, stored: Mapping[str, Any]) -> list[str]:
+    """Return differences of config.json and quantize_config.json; each reader reads one of them."""
+    other = _other_settings(checkpoint)
+    if other is None:
+        return []
+    if isinstance(other, InputError):
+        return [str(other)]
+    if not isinstance(other, dict):
+        return [f"{QUANTIZE_CONFIG} is not a JSON object"]
+    found = []
+    for key in ("bits", "group_size", "sym", "desc_act", "lm_head", "dynamic"):
+        if key in stored and key in other and stored[key] != other[key]:
+            values = f"{stored[key]!r} in config.json and {other[key]!r} in {QUANTIZE_CONFIG}"
+            found.append(f"{key} is {values}")
+    return found
+
+
+def _ambiguous_formats(checkpoint: Checkpoint, stored: Mapping[str, Any]) -> Iterator[str]:
+    """Yield formats that make readers decode zero points in different ways."""
+    format = declared_format(stored)
+    first, second = stored.get("format", format), stored.get("checkpoint_format", format)
+    if first != format or second != format:
+        first, second = stored.get("format"), stored.get("checkpoint_format")
+        yield f"format is {first!r} and checkpoint_format {second!r}: readers take one or the other"
+    elif format != "gptq" and "checkpoint_format" not in stored:
+        yield f"checkpoint_format is missing, and llama.cpp would not take format {format!r} for it"
+    other = _other_settings(checkpoint)
+    if isinstance(other, dict):
+        second = declared_format(other)
+        if second != format:
+            yield f"the format is {format!r} in config.json and {second!r} in {QUANTIZE_CONFIG}"
+
+
+def _other_settings(checkpoint: Checkpoint) -> Any:
+    """Return the content of quantize_config.json, None without that file, or its InputError."""
+    file = checkpoint.directory / QUANTIZE_CONFIG
+    if not is_file(file):
+        return None
+    try:
+        return read_json(file)
+    except InputError as error:
+        if error.code == UNREADABLE:
+            raise
+        return error

@@ -1,4 +1,4 @@
-"""Tensors out of a checkpoint one at a time; quantized linears come back as plain weights."""
+"""Readers of one tensor at a time; quantized linears come back as plain weights."""
 
 from __future__ import annotations
 
@@ -15,37 +15,44 @@ from safetensors import safe_open
 from torch import Tensor
 
 from gptq_cli.checkpoint.codec import decode
-from gptq_cli.checkpoint.packed import PARTS, PackedModule, packed_modules
+from gptq_cli.checkpoint.packed import (
+    FP8,
+    PARTS,
+    PackedModule,
+    block_size,
+    packed_modules,
+    part_names,
+    stored_parts,
+)
 from gptq_cli.checkpoint.quantization_config import format_of
-from gptq_cli.checkpoint.source import METHOD as FP8
-from gptq_cli.checkpoint.source import Checkpoint, block_size
+from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.files import file_errors
 from gptq_cli.solver.quantized_linear import QuantizedLinear
 from gptq_cli.solver.triton_launch import dequantize_packed
 
 SAFETENSORS_DTYPE = {
-    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
-    torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64",
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16",
+    torch.int32: "I32", torch.int64: "I64", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float32: "F32", torch.float64: "F64",
 }  # fmt: skip
 
 CPU = torch.device("cpu")
-_TOLD_BY_TORCH = re.compile(
-    r"unable to (?:open|mmap|stat|resize) .*\((\d+)\)\s*\Z", re.DOTALL
-)  # errno at the end
+# Messages of torch that end with an errno.
+_TORCH_ERROR = re.compile(r"unable to (?:open|mmap|stat|resize) .*\((\d+)\)\s*\Z", re.DOTALL)
 Read = Callable[[str], Tensor]
 
 
 @contextmanager
-def _refusals(file: str) -> Iterator[None]:
-    """Turn what the system refuses about `file`, also where torch tells it, into a GptqError with the path."""
+def _system_errors(file: str) -> Iterator[None]:
+    """Turn errors of the system about `file`, also those that torch reports, into a GptqError."""
     with file_errors(file, writing=False):
         try:
             yield
         except RuntimeError as error:
-            told = _TOLD_BY_TORCH.search(str(error))
-            if told is None:
+            match = _TORCH_ERROR.search(str(error))
+            if match is None:
                 raise
-            raise OSError(int(told[1]), os.strerror(int(told[1]))) from error
+            raise OSError(int(match[1]), os.strerror(int(match[1]))) from error
 
 
 class TensorReader:
@@ -59,47 +66,48 @@ class TensorReader:
         return list(self._tensors)
 
     def read(self, name: str) -> Tensor:
-        """The tensor as stored; its memory may be the file's own pages. InputError as `check_unchanged` says."""
+        """Return the tensor as stored; its memory may be the file's own pages.
+
+        Raises the InputError of `check_unchanged`.
+        """
         file = str(self._tensors[name].file)
         opened = self._open.get(file)  # another thread may release it meanwhile
         if opened is None:
             self.check_unchanged()
-            with (
-                _refusals(file),
-                Path(file).open("rb"),
-            ):  # safetensors tells less of why it cannot be opened
+            # Python reports why a file cannot be opened in more detail than safetensors.
+            with _system_errors(file), Path(file).open("rb"):
                 opened = self._open[file] = safe_open(file, framework="pt", device="cpu")
-        with _refusals(file):
+        with _system_errors(file):
             tensor: Tensor = opened.get_tensor(name)
         return tensor
 
     def prefetch(self, names: Iterable[str]) -> None:
-        """Have the system read these tensors from the disk by itself (Linux): they will be asked for soon."""
+        """Make the system read these tensors from the disk in advance (Linux)."""
         if not hasattr(os, "posix_fadvise"):
             return
-        for file, tensors in groupby(
-            (self._tensors[name] for name in names), key=lambda tensor: tensor.file
-        ):
+        wanted = [self._tensors[name] for name in names]
+        for file, tensors in groupby(wanted, key=lambda tensor: tensor.file):
             with file.open("rb") as opened:
+                descriptor = opened.fileno()
                 for tensor in tensors:
-                    os.posix_fadvise(
-                        opened.fileno(), tensor.start, tensor.nbytes, os.POSIX_FADV_WILLNEED
-                    )
+                    size = tensor.nbytes
+                    os.posix_fadvise(descriptor, tensor.start, size, os.POSIX_FADV_WILLNEED)
 
     def check_unchanged(self) -> None:
-        """InputError E_SOURCE_CHANGED if what was read may be of other files than those that were opened first."""
+        """Raise InputError E_SOURCE_CHANGED if a file changed since the checkpoint was opened."""
         self._checkpoint.check_unchanged()
 
     def release(self) -> None:
-        """Let go of the files: their pages no longer count as this process's once the tensors read are gone, too."""
+        """Close the files, so that their mapped pages can be freed with the last tensor."""
         self._open.clear()
 
 
 class DequantizingReader:
-    """A GPTQ checkpoint seen as the full-precision model it stands for: `X.qweight`, ... appear as `X.weight`.
+    """Reads a GPTQ checkpoint as a full-precision model: `X.qweight`, ... appear as `X.weight`.
 
-    Reads v1 and v2, any of 2, 3, 4 and 8 bits (told by the shapes, so that mixed checkpoints need no rules), with g_idx
-    or without. With `backend` "triton" the packed words are moved to `device` and decoded there by one kernel.
+    It reads v1 and v2, 2, 3, 4 and 8 bits, with g_idx or without. The shapes show the bits, so
+    that mixed checkpoints need no rules. With `backend` "triton" the packed words are moved to
+    `device` and decoded there by one kernel.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, backend: str) -> None:
@@ -110,12 +118,12 @@ class DequantizingReader:
         self._device, self._backend = device, backend
 
     def names(self) -> list[str]:
-        packed = tuple(f".{part}" for part in PARTS)
-        plain = [name for name in self._tensors if not name.endswith(packed)]
-        return plain + [f"{module}.weight" for module in self._modules]
+        names = [f"{module}.weight" for module in self._modules]
+        plain = [name for name in self._tensors if name.rpartition(".")[2] not in PARTS]
+        return plain + names
 
     def read(self, name: str) -> Tensor:
-        """The stored tensor, or the dequantized weight [O, I] in float32."""
+        """Return the stored tensor, or the dequantized weight [O, I] in float32."""
         if name in self._tensors:
             return self._raw.read(name)
         module = self._modules[name.removesuffix(".weight")]
@@ -125,43 +133,44 @@ class DequantizingReader:
             return dequantize_packed(
                 **moved, bits=module.bits, v2=self._format == "gptq_v2", dtype=torch.float32
             )
-        # As a stored weight would lie in memory: products of the other layout differ in their last bits.
+        # Contiguous, as a stored weight: products of another layout differ in their last bits.
         return decode(packed, module.bits, self._format).dequantize().contiguous()
 
     def prefetch(self, names: Iterable[str]) -> None:
-        """As TensorReader does, for weights and what stands for them."""
-        self._raw.prefetch(stored for name in names for stored in self._stored(name))
+        """Do the same as TensorReader, for tensors and for the parts of weights."""
+        stored: list[str] = []
+        for name in names:
+            if name in self._tensors:
+                stored.append(name)
+            else:
+                stored += part_names(name.removesuffix(".weight"), self._tensors)
+        self._raw.prefetch(stored)
 
     def check_unchanged(self) -> None:
-        """As TensorReader does."""
+        """Do the same as TensorReader."""
         self._raw.check_unchanged()
 
     def release(self) -> None:
-        """As TensorReader does."""
+        """Do the same as TensorReader."""
         self._raw.release()
 
     def linear(self, name: str) -> QuantizedLinear:
-        """The codes and the grid of one quantized linear."""
+        """Return the codes and the grid of one quantized linear."""
         module = self._modules[name]
         return decode(self._packed(module), module.bits, self._format)
 
-    def _stored(self, name: str) -> list[str]:
-        return [name] if name in self._tensors else self._parts(name.removesuffix(".weight"))
-
-    def _parts(self, module: str) -> list[str]:
-        return [name for part in PARTS if (name := f"{module}.{part}") in self._tensors]
-
     def _packed(self, module: PackedModule) -> dict[str, Tensor]:
-        packed = {
-            name.rpartition(".")[2]: self._raw.read(name) for name in self._parts(module.name)
-        }
+        """Return the packed tensors of a linear by part, with a g_idx in any case."""
+        packed = {}
+        for part in stored_parts(module.name, self._tensors):
+            packed[part] = self._raw.read(f"{module.name}.{part}")
         if "g_idx" not in packed:
             packed["g_idx"] = columns_in_order(module)
         return packed
 
 
 class BlockFloatReader:
-    """A checkpoint of 8-bit floats seen as the bfloat16 one it stands for: scales are applied and do not appear."""
+    """Reads a checkpoint of 8-bit floats as a bfloat16 one, in which scales do not appear."""
 
     def __init__(self, checkpoint: Checkpoint, scales: dict[str, str]) -> None:
         block = block_size(checkpoint.quantization or {})
@@ -173,24 +182,27 @@ class BlockFloatReader:
         return [name for name in self._raw.names() if name not in hidden]
 
     def read(self, name: str) -> Tensor:
-        """The stored tensor, or the weight that it and its scales stand for, in bfloat16."""
+        """Return the stored tensor, or its product with its scales in bfloat16."""
         tensor = self._raw.read(name)
         if name not in self._scales:
             return tensor
         return scale_blocks(tensor, self._raw.read(self._scales[name]), self._block)
 
     def prefetch(self, names: Iterable[str]) -> None:
-        """As TensorReader does, for weights and their scales."""
-        self._raw.prefetch(
-            part for name in names for part in (name, self._scales.get(name)) if part
-        )
+        """Do the same as TensorReader, for weights and their scales."""
+        stored = []
+        for name in names:
+            stored.append(name)
+            if name in self._scales:
+                stored.append(self._scales[name])
+        self._raw.prefetch(stored)
 
     def check_unchanged(self) -> None:
-        """As TensorReader does."""
+        """Do the same as TensorReader."""
         self._raw.check_unchanged()
 
     def release(self) -> None:
-        """As TensorReader does."""
+        """Do the same as TensorReader."""
         self._raw.release()
 
 
@@ -200,17 +212,23 @@ PlainReader = TensorReader | DequantizingReader | BlockFloatReader
 def open_reader(
     checkpoint: Checkpoint, device: torch.device = CPU, backend: str = "torch"
 ) -> PlainReader:
-    """A reader of the plain weights that `checkpoint` stands for; InputError as `format_of` and `scales` say."""
-    if scales := checkpoint.scales():
+    """Return a reader of the plain weights that `checkpoint` stands for.
+
+    Raises the errors of `format_of` and `Checkpoint.scales`.
+    """
+    scales = checkpoint.scales()
+    if scales:
         return BlockFloatReader(checkpoint, scales)
-    quantized = checkpoint.method not in (None, FP8)
-    return (
-        DequantizingReader(checkpoint, device, backend) if quantized else TensorReader(checkpoint)
-    )
+    if checkpoint.method in (None, FP8):
+        return TensorReader(checkpoint)
+    return DequantizingReader(checkpoint, device, backend)
 
 
 def scale_blocks(weight: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
-    """`weight` [O, I] times the scale [ceil(O / rows), ceil(I / columns)] of each block, in bfloat16."""
+    """Return `weight` [O, I] times the scale of each block, in bfloat16.
+
+    `scales` are [ceil(O / rows), ceil(I / columns)], `block` is (rows, columns).
+    """
     rows, columns = block
     scaled = weight.float()
     of_columns = scales.float().repeat_interleave(columns, 1)[:, : weight.shape[1]]
@@ -220,12 +238,15 @@ def scale_blocks(weight: Tensor, scales: Tensor, block: tuple[int, int]) -> Tens
 
 
 def columns_in_order(module: PackedModule) -> Tensor:
-    """The g_idx [I] of a linear whose groups are runs of columns."""
+    """Return the g_idx [I] of a linear whose groups are runs of columns."""
     columns = torch.arange(module.in_features, dtype=torch.int32)
     return columns // (module.in_features // module.groups)
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of `tensor` as they are stored, without a copy when it is contiguous on the CPU."""
+    """Return the bytes of `tensor` as they are stored.
+
+    There is no copy if the tensor is contiguous and on the CPU.
+    """
     array: Any = tensor.detach().cpu().contiguous().view(torch.uint8).reshape(-1).numpy()
     return memoryview(array)

@@ -1,4 +1,4 @@
-"""The output checkpoint: packed tensors as they are solved, everything else byte for byte as it was."""
+"""Writer of the output checkpoint: packed tensors when they are solved, all others unchanged."""
 
 from __future__ import annotations
 
@@ -32,25 +32,27 @@ from gptq_cli.storage.durable import (
 from gptq_cli.storage.file_identity import source_changed
 from gptq_cli.storage.manifest import INDEX_NAME, QUANTIZE_CONFIG, RUN_FILES, Span, span_hashes
 
-MOST_WAITING = 4  # tensors that may wait for the disk: what stands for one linear
+MOST_WAITING = 4  # tensors that may wait for the disk: those of one linear
 
 
 class CheckpointWriter:
-    """Shards of a planned layout in `directory`; each tensor must be written or known before `finish`.
+    """Writes shards of a planned layout into `directory`.
 
-    A thread takes tensors from their device, hashes and writes them, one after the other, while the caller goes on;
-    what goes wrong there is raised by a later `write`, or by `sync`. What is written again takes the place of what was.
-    Whatever else is in the directory is removed; shards that an earlier run began are gone on with, in place.
+    Each tensor must be written, or marked as written, before `finish`. A thread takes tensors from
+    their device, hashes and writes them one after the other, while the caller continues. A later
+    `write`, or `sync`, raises the errors of that thread. A tensor that is written again replaces
+    the first one. Shards that an earlier run began are completed in place; all other files in the
+    directory are removed.
     """
 
     def __init__(self, directory: Path, layout: Layout) -> None:
         self._directory, self._layout = directory, layout
-        self._place: dict[str, tuple[OpenFile, int]] = {}
+        self._positions: dict[str, tuple[OpenFile, int]] = {}
         self._files: list[OpenFile] = []
         self._dirty: set[OpenFile] = set()
         self._hashes: dict[str, str] = {}
-        self._new: dict[str, str] = {}  # of these, what came since the last `sync`
-        self._hand = ThreadPoolExecutor(1, "writer")
+        self._new: dict[str, str] = {}  # the hashes since the last `sync`
+        self._thread = ThreadPoolExecutor(1, "writer")
         self._waiting: deque[Future[None]] = deque()
         make_directory(directory)
         sweep(directory, [shard.file for shard in layout.shards])
@@ -61,7 +63,8 @@ class CheckpointWriter:
                 file = OpenFile(self._directory / shard.file, shard.size)
                 self._files.append(file)
                 self._write_at(file, 0, shard.header)
-                self._place |= {name: (file, offset) for name, offset in shard.offsets.items()}
+                for name, offset in shard.offsets.items():
+                    self._positions[name] = (file, offset)
             sync_directory(self._directory)
             sync_directory(self._directory.parent)
         except BaseException:
@@ -73,21 +76,23 @@ class CheckpointWriter:
         self.close()
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Have one tensor written at its planned place; it must not change any more.
+        """Queue one tensor for its planned position; it must not change any more.
 
-        ValueError if it is not the tensor that was planned.
+        ValueError if its dtype or shape differs from the plan.
         """
         spec = self._layout.specs[name]
         if (SAFETENSORS_DTYPE[tensor.dtype], tuple(tensor.shape)) != (spec.dtype, spec.shape):
-            raise ValueError(
-                f"{name}: planned {spec.dtype} {spec.shape}, got {tensor.dtype} {tuple(tensor.shape)}"
-            )
+            planned, got = f"{spec.dtype} {spec.shape}", f"{tensor.dtype} {tuple(tensor.shape)}"
+            raise ValueError(f"{name}: planned {planned}, got {got}")
         self._wait_until(MOST_WAITING - 1)
-        self._waiting.append(self._hand.submit(self._write, name, tensor))
+        self._waiting.append(self._thread.submit(self._write, name, tensor))
 
     def copy(self, tensor: TensorInfo) -> None:
-        """The bytes of one source tensor, unchanged, a few MB at a time; InputError E_CKPT_NONFINITE as of a scan."""
-        file, offset = self._place[tensor.name]
+        """Copy the bytes of one source tensor, a few MB at a time.
+
+        InputError E_CKPT_NONFINITE if it holds NaN or infinity.
+        """
+        file, offset = self._positions[tensor.name]
         digest = sha256()
         with file_errors(tensor.file, writing=False), tensor.file.open("rb", buffering=0) as source:
             for start in range(tensor.start, tensor.end, COPY_BYTES):
@@ -99,7 +104,7 @@ class CheckpointWriter:
         self._hashes[tensor.name] = digest.hexdigest()
 
     def sync(self) -> dict[str, str]:
-        """What was written so far survives; the hashes of the tensors that were since the last time."""
+        """Make all written tensors durable; return the hashes of those since the last call."""
         self._wait_until(0)
         for file in list(self._dirty):
             file.sync()
@@ -108,25 +113,32 @@ class CheckpointWriter:
         return new
 
     def holds(self, hashes: Mapping[str, str]) -> bool:
-        """Whether the tensors that an earlier run wrote are there, planned as then and with these hashes."""
-        if not hashes.keys() <= self._place.keys():
+        """Return whether tensors of an earlier run are stored where they are planned now.
+
+        `hashes` are the SHA-256 of their bytes by name.
+        """
+        if not hashes.keys() <= self._positions.keys():
             return False
-        stored = span_hashes(map(self._span, hashes))
-        return all(
-            found == expected for found, expected in zip(stored, hashes.values(), strict=True)
-        )
+        for found, expected in zip(
+            span_hashes(map(self._span, hashes)), hashes.values(), strict=True
+        ):
+            if found != expected:
+                return False
+        return True
 
     def mark_written(self, hashes: Mapping[str, str]) -> None:
-        """Take tensors that an earlier run wrote for written."""
+        """Count tensors of an earlier run as written."""
         self._hashes |= hashes
 
     def finish(self) -> None:
-        """All shards and the index durable, and read back; ValueError if a planned tensor never came.
+        """Make all shards and the index durable, and read them back.
 
-        GateError E_VERIFY for a tensor whose bytes are not those that were written.
+        ValueError if a planned tensor was never written, GateError E_VERIFY if a tensor reads back
+        with other bytes.
         """
         self._wait_until(0)
-        if missing := self._place.keys() - self._hashes.keys():
+        missing = self._positions.keys() - self._hashes.keys()
+        if missing:
             raise ValueError(f"never written: {', '.join(sorted(missing)[:5])}")
         self.sync()
         self.close()
@@ -135,13 +147,13 @@ class CheckpointWriter:
         self._read_back()
 
     def close(self) -> None:
-        """Give the files back; promises nothing that `sync` has not."""
-        self._hand.shutdown(cancel_futures=True)
+        """Close the files. Only `sync` makes their content durable."""
+        self._thread.shutdown(cancel_futures=True)
         while self._files:
             self._files.pop().close()
 
     def _wait_until(self, most: int) -> None:
-        """Wait until `most` tensors at most are yet to be written; after an error none is."""
+        """Wait until `most` tensors at most are waiting; after an error none is."""
         try:
             while len(self._waiting) > most:
                 self._waiting.popleft().result()
@@ -152,7 +164,7 @@ class CheckpointWriter:
 
     @torch.inference_mode()
     def _write(self, name: str, tensor: Tensor) -> None:
-        file, offset = self._place[name]
+        file, offset = self._positions[name]
         data = tensor_bytes(tensor)
         self._write_at(file, offset, data)
         self._hashes[name] = self._new[name] = sha256(data).hexdigest()
@@ -162,19 +174,20 @@ class CheckpointWriter:
         file.write_at(offset, data)
 
     def _span(self, name: str) -> Span:
-        file, offset = self._place[name]
+        file, offset = self._positions[name]
         return Span(file.path, offset, self._layout.specs[name].nbytes)
 
     def _read_back(self) -> None:
         for shard in self._layout.shards:
             _forget_cached(self._directory / shard.file)
-        for name, found in zip(self._place, span_hashes(map(self._span, self._place)), strict=True):
+        for name, found in zip(
+            self._positions, span_hashes(map(self._span, self._positions)), strict=True
+        ):
             if found != self._hashes[name]:
                 file = self._span(name).path.name
-                raise GateError(
-                    "E_VERIFY", f"`{name}` in {file} reads back with other bytes than were written",
-                    hint="the disk or its driver is at fault: write to another one",
-                )  # fmt: skip
+                message = f"`{name}` in {file} reads back with other bytes than were written"
+                hint = "the disk or its driver is at fault: write to another one"
+                raise GateError("E_VERIFY", message, hint=hint)
 
 
 def write_side_files(
@@ -186,13 +199,12 @@ def write_side_files(
     untie: bool,
     hashes: Mapping[str, str] | None = None,
 ) -> None:
-    """config.json, quantize_config.json and every other file of the source, the latter byte for byte.
+    """Write config.json and quantize_config.json, and copy every other file of the source.
 
-    Files that an earlier run of this tool has left about itself are left out.
-
-    config.json is the source's JSON plus `quantization_config`: re-serialising it through a library would rename keys
-    that older readers need. `meta` goes into quantize_config.json only, because some readers refuse it in config.json.
-    `hashes` and errors as in `copy_side_files`.
+    Files of an earlier run of this tool are not copied. config.json is the source's JSON plus
+    `quantization_config`, because a library that writes it again would rename keys that older
+    readers need. `meta` goes into quantize_config.json only, because some readers fail on it in
+    config.json. `hashes` and errors are those of `copy_side_files`.
     """
     copy_side_files(source, directory, without=RUN_FILES, hashes=hashes)
     config = with_quantization(source.config, quantization)
@@ -209,9 +221,9 @@ def copy_side_files(
     without: Collection[str],
     hashes: Mapping[str, str] | None = None,
 ) -> None:
-    """The files of the source beside its weights and settings, byte for byte, but those of these names.
+    """Copy the files of the source beside its weights and settings, except those of these names.
 
-    InputError E_SOURCE_CHANGED if the bytes of a file are not those of its SHA-256 in `hashes`, as far as it is there.
+    InputError E_SOURCE_CHANGED if `hashes` has a SHA-256 of a file and its bytes differ from it.
     """
     for file in source.other_files():
         if str(file) in without:
@@ -224,7 +236,7 @@ def copy_side_files(
 
 
 def _forget_cached(path: Path) -> None:
-    """Let the next read come from the disk, where the system knows how."""
+    """Make the next read come from the disk, if the system supports that."""
     if hasattr(os, "posix_fadvise"):
         with path.open("rb", buffering=0) as stream:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -24,8 +24,8 @@ from gptq_cli.config.serving import Verdict, engine_data, verdicts
 from gptq_cli.inspection.summary import Inspection, inspect_checkpoint
 
 if TYPE_CHECKING:
+    from gptq_cli.checkpoint.defects import Defect
     from gptq_cli.checkpoint.packed import PackedModule
-    from gptq_cli.checkpoint.quantization_config import Defect
     from gptq_cli.inspection.layer_statistics import Histogram, LayerView, PackedView
 
 MOST_BARS = 32  # in a histogram

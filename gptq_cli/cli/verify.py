@@ -16,7 +16,7 @@ from gptq_cli.errors import GateError
 from gptq_cli.json_values import to_json
 
 if TYPE_CHECKING:
-    from gptq_cli.checkpoint.quantization_config import Defect
+    from gptq_cli.checkpoint.defects import Defect
     from gptq_cli.checkpoint.verify import Verification
 
 SHOWN = 5  # defects of one code in the human report

@@ -14,15 +14,16 @@ from torch import Tensor
 
 from gptq_cli.checkpoint.codec import pack, unpack
 from gptq_cli.checkpoint.decoded import declared_dtype, is_stored_transposed
+from gptq_cli.checkpoint.defects import Defect
 from gptq_cli.checkpoint.headers import TensorInfo
 from gptq_cli.checkpoint.layout import TensorSpec, plan_layout
 from gptq_cli.checkpoint.locate import locate_model, model_directory
+from gptq_cli.checkpoint.model_files import read_json
 from gptq_cli.checkpoint.packed import PARTS, PackedModule, packed_modules
 from gptq_cli.checkpoint.quantization_config import (
     STORED_OFFSET,
-    Defect,
-    as_all_take_it,
     format_of,
+    portable_settings,
     with_quantization,
     without_quantization,
 )
@@ -32,7 +33,7 @@ from gptq_cli.checkpoint.reader import (
     TensorReader,
     columns_in_order,
 )
-from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint, read_json
+from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from gptq_cli.checkpoint.verify import check_written, refuse_wrong_numbers
 from gptq_cli.checkpoint.writer import CheckpointWriter, copy_side_files
 from gptq_cli.config.fields import size_in_bytes
@@ -156,7 +157,7 @@ def _write_settings(
 ) -> None:
     """Write the configuration of a converted checkpoint, with the settings of format `to`."""
     has_head = HEAD in {module.name for module in modules}
-    settings = as_all_take_it(source.quantization or {}, to, lm_head=has_head)
+    settings = portable_settings(source.quantization or {}, to, lm_head=has_head)
     write_json(directory / "config.json", with_quantization(source.config, settings))
     write_json(directory / QUANTIZE_CONFIG, settings | _meta(source))
     if is_file(source.directory / CONFIG_FILE):

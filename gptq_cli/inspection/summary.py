@@ -13,15 +13,22 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gptq_cli.checkpoint.decoded import stores_transposed
+from gptq_cli.checkpoint.defects import Defect
 from gptq_cli.checkpoint.headers import TensorInfo
-from gptq_cli.checkpoint.packed import PARTS, PackedModule, packed_modules
+from gptq_cli.checkpoint.model_files import read_json
+from gptq_cli.checkpoint.packed import (
+    PARTS,
+    SCALES_SUFFIX,
+    PackedModule,
+    block_size,
+    packed_modules,
+)
 from gptq_cli.checkpoint.quantization_config import (
-    Defect,
+    declared_format,
     other_packing,
     recorded_settings,
-    said_format,
 )
-from gptq_cli.checkpoint.source import SCALES, Checkpoint, block_size, read_json
+from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.checkpoint.verify import examine
 from gptq_cli.config import module_names
 from gptq_cli.config.layer import LayerConfig
@@ -170,7 +177,7 @@ def _gptq_content(
     if packing:
         return (), packing.lower(), _defects(checkpoint)
     modules = packed_modules(checkpoint.tensors)
-    return modules, str(said_format(checkpoint.quantization or {})), _defects(checkpoint)
+    return modules, str(declared_format(checkpoint.quantization or {})), _defects(checkpoint)
 
 
 def _other_tensors(
@@ -212,7 +219,7 @@ def _scaled_rows(checkpoint: Checkpoint, scaled: list[TensorInfo], blocks: str) 
     for weight in scaled:
         name = kind_of(weight.name.removesuffix(".weight"), blocks)
         how = f"{weight.dtype} in blocks of {rows}x{columns}"
-        nbytes = weight.nbytes + checkpoint.tensors[f"{weight.name}{SCALES}"].nbytes
+        nbytes = weight.nbytes + checkpoint.tensors[f"{weight.name}{SCALES_SUFFIX}"].nbytes
         found.append(Row(name, weight.shape, how, nbytes=nbytes))
     return found
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from gptq_cli.checkpoint.claims import check_claims
 from gptq_cli.checkpoint.decoded import Plain, plain_view, stores_transposed
-from gptq_cli.checkpoint.headers import BITS_OF_DTYPE, TensorInfo
+from gptq_cli.checkpoint.headers import DTYPES, TensorInfo
 from gptq_cli.checkpoint.layout import Layout, TensorSpec, plan_layout
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from gptq_cli.config.leftovers import foreign_names, refuse_wrapped
@@ -175,7 +175,7 @@ def find_block_linears(
 def _list_of(tensor: TensorInfo) -> str | None:
     """Return the outermost numbered list that holds a 2-D weight of 16 bits or more."""
     match = _IN_LIST.match(tensor.name)
-    if match is None or len(tensor.shape) != 2 or BITS_OF_DTYPE[tensor.dtype] < 16:
+    if match is None or len(tensor.shape) != 2 or DTYPES[tensor.dtype].bits < 16:
         return None
     return match["list"]
 

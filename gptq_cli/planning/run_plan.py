@@ -13,9 +13,11 @@ from dataclasses import dataclass
 
 from gptq_cli.checkpoint.decoded import Plain
 from gptq_cli.checkpoint.headers import TensorInfo
-from gptq_cli.checkpoint.layout import Layout, TensorSpec, packed_specs
+from gptq_cli.checkpoint.layout import Layout, TensorSpec
 from gptq_cli.checkpoint.locate import model_name
-from gptq_cli.checkpoint.source import Checkpoint, Remark
+from gptq_cli.checkpoint.model_files import Remark
+from gptq_cli.checkpoint.packed import packed_specs
+from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.config.layer import LayerConfig
 from gptq_cli.config.leftovers import is_of_adapter
 from gptq_cli.config.rules import LayerChoice, expert_part, split_experts, split_groups

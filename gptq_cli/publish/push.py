@@ -13,8 +13,8 @@ import yaml
 
 from gptq_cli.calibration.corpus import is_path
 from gptq_cli.checkpoint.locate import local_model
-from gptq_cli.checkpoint.side_files import CONFIG_NAMES
-from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint, read_json
+from gptq_cli.checkpoint.model_files import CONFIG_NAMES, read_json
+from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from gptq_cli.checkpoint.verify import verify_checkpoint
 from gptq_cli.config.corpora import CORPORA
 from gptq_cli.config.finding import size

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from gptq_cli.checkpoint.source import read_json
+from gptq_cli.checkpoint.model_files import read_json
 from gptq_cli.errors import ConfigError, InputError, __version__
 from gptq_cli.events import BlockFinished, Event, Report
 from gptq_cli.files import UNREADABLE, is_file, resolved

@@ -13,7 +13,8 @@ import torch
 import transformers
 
 from gptq_cli.checkpoint.headers import scan_weights
-from gptq_cli.checkpoint.source import Checkpoint, index_file
+from gptq_cli.checkpoint.model_files import index_file
+from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import InputError, __version__
 from gptq_cli.files import file_errors, is_file

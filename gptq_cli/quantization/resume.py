@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from gptq_cli.checkpoint.quantization_config import Defect
+from gptq_cli.checkpoint.defects import Defect
 from gptq_cli.checkpoint.verify import check_manifest
 from gptq_cli.checkpoint.writer import CheckpointWriter
 from gptq_cli.errors import ExistsError, GateError, GptqError, InputError

@@ -74,12 +74,12 @@ def test_a_kernel_of_the_hub_is_refused(claimed: dict[str, Any], says: str, mode
     assert (caught.value.code, caught.value.exit_code) == ("E_REMOTE_CODE", 3)
     assert (
         str(caught.value)
-        == f"config.json of `{model}` says {says}, for which code would come from the Hub"
+        == f"config.json of `{model}` sets {says}, for which code would come from the Hub"
     )
     place = says.partition(":")[0]
     assert (
         caught.value.hint
-        == f"take `{place}` out of config.json: transformers then uses what is installed"
+        == f"remove `{place}` from config.json: transformers then uses an installed one"
     )
 
 
@@ -120,7 +120,9 @@ def test_many_more_blocks_than_the_tensors_are_of_are_refused(
     with pytest.raises(InputError) as caught:
         check_claims(checkpoint(model, **({"text_config": claimed} if nested else claimed)))
     assert caught.value.code == "E_CKPT_INCOMPLETE"
-    assert str(caught.value) == f"config.json says {key} {said}, but the tensors are of 2 blocks"
+    assert (
+        str(caught.value) == f"config.json sets {key} to {said}, but there are tensors of 2 blocks"
+    )
     assert caught.value.hint == "download config.json and the weights again, of one revision"
 
 
@@ -142,7 +144,10 @@ def test_more_parts_than_the_tensors_are_of_are_refused(
     with pytest.raises(InputError) as caught:
         check_claims(checkpoint(model, **({outer: {inner: value}} if outer else {inner: value})))
     assert (caught.value.code, caught.value.hint) == ("E_CKPT_CONFIG", "download config.json again")
-    assert str(caught.value) == f"config.json says {place} {value}, and no tensors are of so many"
+    assert (
+        str(caught.value)
+        == f"config.json sets {place} to {value}, but there are no tensors of so many"
+    )
 
 
 @pytest.mark.parametrize(
@@ -215,7 +220,7 @@ def test_kinds_for_more_blocks_than_are_stored_are_refused(
     content = json.loads((model / "config.json").read_text()) | {key: value}
     (model / "config.json").write_text(json.dumps(content))
     with pytest.raises(
-        InputError, match=rf"config.json gives {key} for \d+ blocks, but the tensors are of 2"
+        InputError, match=rf"config.json gives {key} for \d+ blocks, but there are tensors of 2"
     ) as caught:
         check_claims(open_checkpoint(model))
     assert (caught.value.code, caught.value.exit_code) == ("E_CKPT_CONFIG", 3)

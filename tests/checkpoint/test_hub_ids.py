@@ -83,7 +83,7 @@ def test_what_the_hubs_client_refuses_is_refused_here(name: str, tmp_path: Path)
         validate_repo_id(name)
     assert id_flaw(name)
     if name:
-        with pytest.raises(InputError, match="is not a directory, and no id of the Hub") as model:
+        with pytest.raises(InputError, match="is not a directory, and not a Hub id") as model:
             hub_id(name)
         assert (model.value.code, model.value.exit_code) == ("E_MODEL_NOT_FOUND", 3)
         assert model.value.hint == "give a model directory or a Hub id"
@@ -141,7 +141,9 @@ def test_a_folder_of_the_cache_stands_for_its_snapshot(tmp_path: Path) -> None:
 
 def test_a_folder_of_the_cache_without_one_snapshot_is_refused(tmp_path: Path) -> None:
     folder = cached(tmp_path / "models--org--name", "1" * 40, "2" * 40, main="../../../etc")
-    with pytest.raises(InputError, match="with 2 snapshots and none of its main branch") as several:
+    with pytest.raises(
+        InputError, match="with 2 snapshots, but none of its main branch"
+    ) as several:
         locate_model(str(folder))
     assert several.value.hint == f"give one of them: {folder}/snapshots/{'1' * 40}"
     empty = cached(tmp_path / "models--org--empty")
@@ -159,7 +161,7 @@ def test_a_file_is_refused_with_what_to_give_instead(tmp_path: Path) -> None:
     hints = {
         "config.json": f"give its directory: {tmp_path}",
         "model.safetensors": f"give its directory: {tmp_path}",
-        "model.gguf": "give the directory of the safetensors checkpoint that it was made from",
+        "model.gguf": "the directory of the safetensors checkpoint that the file was made from",
         "apart/model.bin": "give the directory of a safetensors checkpoint",
     }
     for name, hint in hints.items():

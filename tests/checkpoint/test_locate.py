@@ -115,7 +115,7 @@ def test_a_hub_that_cannot_be_reached_is_an_input_error(tmp_path: Path) -> None:
     found = locate("someone/tiny", gone)
     assert found["code"] == "E_HUB_NETWORK"
     assert "HF_ENDPOINT" in found["hint"]
-    assert found["hint"].startswith("no directory of that name is here; ")
+    assert found["hint"].startswith("there is no directory of that name; ")
     assert locate("someone/tiny", {**gone, "HF_HUB_OFFLINE": "1"})["code"] == "E_HUB_OFFLINE"
 
 

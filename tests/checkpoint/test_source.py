@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gptq_cli.checkpoint.headers import read_header
-from gptq_cli.checkpoint.source import is_safe_path, open_checkpoint
+from gptq_cli.checkpoint.model_files import is_safe_path
+from gptq_cli.checkpoint.source import open_checkpoint
 from gptq_cli.checkpoint.writer import copy_side_files
 from gptq_cli.errors import InputError
 from gptq_cli.storage.manifest import INDEX_NAME
@@ -389,7 +390,10 @@ def test_bitsandbytes_counts_only_where_weights_are_in_its_codes(
     (write_checkpoint(tmp_path) / "config.json").write_text(json.dumps(content))
     checkpoint = open_checkpoint(tmp_path)
     assert (checkpoint.method, checkpoint.quantization) == (None, None)
-    text = "config.json of `DIR` says bitsandbytes, but the weights are plain floats: they are read as such"
+    text = (
+        "config.json of `DIR` names bitsandbytes, but the weights are plain floats: "
+        "they are read as such"
+    )
     assert told(tmp_path) == [("W_CKPT_CONFIG", text)]
     shard = tmp_path / "model-00002-of-00002.safetensors"
     save_file(load_file(shard) | {"d": torch.ones(2, 2, dtype=dtype)}, shard)
@@ -475,7 +479,7 @@ def test_a_side_file_that_no_manifest_could_list_is_refused(name: str, tmp_path:
     with pytest.raises(InputError) as caught:
         open_checkpoint(tmp_path)
     assert (caught.value.code, caught.value.exit_code) == ("E_UNSAFE_PATH", 3)
-    assert str(caught.value) == f"`{file}` has a name that not every system takes or shows"
+    assert str(caught.value) == f"`{file}` has a name that not every system accepts or shows"
     assert (caught.value.hint or "").startswith("rename it, without backslash")
     file.rename(tmp_path / ".hidden\\name")  # which is not copied
     assert open_checkpoint(tmp_path).other_files() == []
@@ -502,7 +506,7 @@ def test_a_file_whose_name_no_output_may_have_is_refused(name: str, tmp_path: Pa
     directory = gptq_files().write(tmp_path / "c")
     (directory / name).parent.mkdir(exist_ok=True)
     (directory / name).touch()
-    with pytest.raises(InputError, match="has a name that not every system takes") as caught:
+    with pytest.raises(InputError, match="has a name that not every system accepts") as caught:
         open_checkpoint(directory)
     assert (caught.value.code, caught.value.exit_code) == ("E_UNSAFE_PATH", 3)
     assert "move it elsewhere" in (caught.value.hint or "")

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from gptq_cli.checkpoint.defects import Defect
 from gptq_cli.checkpoint.headers import unpack_words
-from gptq_cli.checkpoint.quantization_config import Defect
 from gptq_cli.checkpoint.verify import verify_checkpoint
 from gptq_cli.errors import InputError
 from tests.checkpoint.gptq_files import (
@@ -310,7 +310,7 @@ PLANTED = {
         no_settings,
         "CONFIG",
         None,
-        "neither config.json nor quantize_config.json says",
+        "neither config.json nor quantize_config.json describes",
     ),
     "marlin flag": (marlin_flag, "QUANTIZED", None, "packed for Marlin"),
     "marlin tensors": (marlin_tensors, "QUANTIZED", None, "packed for Marlin"),
@@ -357,7 +357,7 @@ PLANTED = {
         set_at(f"{Q0}.g_idx", (5,), 2),
         "GROUPS",
         f"{Q0}.g_idx",
-        "0 to 2, there are 2 groups",
+        "0 to 2, but there are 2 groups",
     ),
     "group negative": (set_at(f"{Q0}.g_idx", (5,), -1), "GROUPS", f"{Q0}.g_idx", "-1 to 1"),
     "group uneven": (
@@ -382,7 +382,7 @@ PLANTED = {
         zeros_as_v2,
         "ZEROS",
         f"{Q0}.qzeros",
-        "as gptq stores them, config.json says gptq_v2",
+        "as gptq stores them, but config.json names gptq_v2",
     ),
     "one odd zero": (
         set_at(f"{DOWN1}.qzeros", (1, 2), 0x77767777),
@@ -437,7 +437,7 @@ PLANTED = {
         put("dynamic", {"-:.*k_proj": {}}),
         "RULES",
         MODULES[1],
-        "rule '-:.*k_proj' says that it is not",
+        "rule '-:.*k_proj' excludes it",
     ),
     "not listed": (
         put("modules_in_block_to_quantize", [["q_proj", "k_proj"]]),
@@ -449,19 +449,19 @@ PLANTED = {
         put("modules_in_block_to_quantize", [["q_proj", "k_proj", "down_proj", "up_proj"]]),
         "RULES",
         "up_proj",
-        "nothing of that name",
+        "no quantized module has that name",
     ),
     "plain and packed": (both_forms, "RULES", f"{Q0}.weight", "beside its packed form"),
     "plain unsaid": (
         lambda files: unpack(files, MODULES[4]),
         "RULES",
         f"{MODULES[4]}.weight",
-        "no rule says so",
+        "no rule excludes it",
     ),
     "nothing packed": (no_codes, "RULES", None, "no tensor is quantized"),
     "head promised": (put("lm_head", True), "RULES", "lm_head", "there is no lm_head.qweight"),
     "head unsaid": (unused_head, "RULES", "lm_head", "lm_head is not true"),
-    "head tied": (tied_head, "RULES", "lm_head", "take the embeddings for it"),
+    "head tied": (tied_head, "RULES", "lm_head", "use the embeddings in its place"),
 }
 
 
@@ -652,6 +652,7 @@ def test_torn_and_missing_files_are_all_listed(tmp_path: Path) -> None:
     found = defects(directory)
     assert [defect.code for defect in found] == ["E_CKPT_CORRUPT"] * 2
     assert all(shard in defect.message for shard, defect in zip(SHARDS, found, strict=True))
+    assert {defect.hint for defect in found} == {"download or copy the file again"}
     (directory / SHARDS[1]).unlink()
     assert [defect.code for defect in defects(directory)] == ["E_CKPT_MISSING"]
 

@@ -179,7 +179,7 @@ DEFECTS: dict[str, tuple[Plant, str, str]] = {
     "v2 zeros": (zeros_of_v2, "E_CKPT_ZEROS", "set checkpoint_format and format to gptq_v2"),
     "zero of 0": (zero_of_zero, "E_CKPT_ZEROS", "--sym or --format gptq_v2"),
     "unlike zero": (unlike_zero, "E_CKPT_ZEROS", "set sym to false"),
-    "placeholder": (placeholder, "E_CKPT_GROUPS", "take the g_idx tensors out"),
+    "placeholder": (placeholder, "E_CKPT_GROUPS", "remove the g_idx tensors"),
     "empty g_idx": (empty_g_idx, "E_CKPT_SHAPE", "gptq verify"),
     "hidden order": (hidden_order, "E_CKPT_GROUPS", "set desc_act to true"),
     "lost order": (lost_order, "E_CKPT_INCOMPLETE", "gptq verify"),
@@ -252,7 +252,7 @@ def test_what_only_calls_itself_gptq_is_a_defect(defect: str, packed: Path, gptq
     verified, looked = gptq("verify", packed), gptq("inspect", packed)
     assert verified.exit_code == 4
     assert verified.stdout.startswith(
-        "E_CKPT_QUANTIZED config.json: calls itself gptq, but its linears are packed for"
+        "E_CKPT_QUANTIZED config.json: has format gptq, but its linears are packed for"
     )
     assert looked.exit_code == 0
     assert "packed for" in looked.stdout

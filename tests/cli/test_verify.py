@@ -40,7 +40,7 @@ def test_defects_are_listed_and_the_exit_code_is_4(gptq: Run, tmp_path: Path) ->
     assert found.exit_code == 4
     lines = found.stdout.splitlines()
     assert lines == [
-        f"E_CKPT_GROUPS {SHARDS[0]}: {MODULES[0]}.g_idx: holds 0 to 7, there are 2 groups",
+        f"E_CKPT_GROUPS {SHARDS[0]}: {MODULES[0]}.g_idx: holds 0 to 7, but there are 2 groups",
         f"E_CKPT_SCALES {SHARDS[1]}: {MODULES[5]}.scales: 1 of 256 scales are zero in float16",
     ]
     assert found.stderr.startswith(f"error[E_VERIFY]: `{directory}` has 2 defects\n\nhint: ")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -169,3 +171,18 @@ def test_rows_of_one_kind_of_layer_stand_together(tmp_path: Path) -> None:
     assert [
         name for name, after in zip(names, [*names[1:], None], strict=True) if name != after
     ] == list(dict.fromkeys(names))
+
+
+def test_a_plan_needs_neither_torch_nor_numpy(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", "llama")
+    script = f"""
+import sys
+from gptq_cli.__main__ import main
+sys.argv = ["gptq", "plan", {str(model)!r}, "--bits", "4", "--group-size", "32"]
+try:
+    main()
+finally:
+    print(sorted({{"torch", "transformers", "numpy"}} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "[]")

@@ -226,7 +226,7 @@ BLOCKS = {"quant_method": "fp8", "weight_block_size": [ROWS, COLUMNS]}
             shrunk,
             BLOCKS,
             "E_CKPT_SHAPE",
-            r"_inv` is F32 \[2, 2\], blocks of 48x40 in \[128, 64\] ask for \[3, 2\]",
+            r"_inv` is F32 \[2, 2\], but blocks of 48x40 in \[128, 64\] ask for \[3, 2\]",
         ),
         (
             of_another_kind,
