@@ -124,15 +124,40 @@ def _kinds(modules: Iterable[PackedModule]) -> str:
 
 def declared_dtype(checkpoint: Checkpoint) -> str:
     """Return the stored dtype that config.json names, else that of a tensor that is not packed."""
-    config = checkpoint.text_config
-    named = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
-    if named in DTYPES_OF_CONFIG:
+    named = _named_dtype(checkpoint.text_config)
+    if named is not None:
         return DTYPES_OF_CONFIG[named]
     known = set(DTYPES_OF_CONFIG.values())
     for tensor in checkpoint.tensors.values():
         if tensor.dtype in known and tensor.name.rpartition(".")[2] not in PARTS:
             return tensor.dtype
     return "BF16"
+
+
+def forward_dtype(checkpoint: Checkpoint, wanted: str) -> str:
+    """Return the name of the dtype that a model runs in.
+
+    That is the `wanted` one. If it is "auto", it is the one that config.json names, else that of
+    the first tensor that is stored as plain floats, else float32.
+    """
+    if wanted != "auto":
+        return wanted
+    named = _named_dtype(checkpoint.text_config) or _named_dtype(checkpoint.config)
+    if named is not None:
+        return named
+    for tensor in checkpoint.tensors.values():
+        for name, stored in DTYPES_OF_CONFIG.items():
+            if tensor.dtype == stored:
+                return name
+    return "float32"
+
+
+def _named_dtype(config: Mapping[str, Any]) -> str | None:
+    """Return the dtype that a config.json names; None if it names none of DTYPES_OF_CONFIG."""
+    named = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
+    if named in DTYPES_OF_CONFIG:
+        return named
+    return None
 
 
 def stores_transposed(config: Mapping[str, Any]) -> bool:

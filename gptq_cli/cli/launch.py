@@ -133,7 +133,7 @@ def joined_worker(device: str, devices: list[str], *, as_json: bool) -> Iterator
 
         yield Worker(SINGLE_PROCESS, resolve_device(device))
         return
-    from gptq_cli.runtime.processes import SAID_ELSEWHERE
+    from gptq_cli.runtime.processes import REPORTED_ELSEWHERE
     from gptq_cli.runtime.torchrun import ReportedByAnotherRank, joined
 
     def end(error: ResourceError | None) -> None:
@@ -146,7 +146,7 @@ def joined_worker(device: str, devices: list[str], *, as_json: bool) -> Iterator
             yield worker
     except ReportedByAnotherRank:
         log.muted = True
-        raise typer.Exit(SAID_ELSEWHERE) from None
+        raise typer.Exit(REPORTED_ELSEWHERE) from None
     except BaseException:
         log.muted = False
         raise
@@ -179,10 +179,10 @@ def _exit_code(ended: list[int], codes: list[int], as_json: bool) -> int:
 
     If none did but one was killed, report that.
     """
-    from gptq_cli.runtime.processes import SAID_ELSEWHERE
+    from gptq_cli.runtime.processes import REPORTED_ELSEWHERE
 
     for rank in ended:
-        if codes[rank] > 0 and codes[rank] != SAID_ELSEWHERE:
+        if codes[rank] > 0 and codes[rank] != REPORTED_ELSEWHERE:
             return codes[rank]
     for rank in ended:
         if codes[rank] < 0:

@@ -8,6 +8,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
+from gptq_cli.checkpoint.decoded import forward_dtype
 from gptq_cli.cli.console import (
     Console,
     counted,
@@ -23,9 +24,9 @@ from gptq_cli.config.resolve import Resolved
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.serving import Verdict, engine_data
 from gptq_cli.errors import ConfigError
-from gptq_cli.files import status_of
 from gptq_cli.inspection.summary import Row, plan_rows
 from gptq_cli.json_values import to_json
+from gptq_cli.planning.checks import notes_on_limits, notes_on_output
 from gptq_cli.planning.estimate import (
     Disk,
     Estimate,
@@ -34,7 +35,6 @@ from gptq_cli.planning.estimate import (
     estimate_disk,
     estimate_memory,
     estimate_time,
-    forward_dtype,
     total,
 )
 from gptq_cli.planning.plan import plan_checkpoint
@@ -90,9 +90,8 @@ def show_plan(
 
 
 def _warn(console: Console, found: Shown, config: QuantizeConfig, output: Path) -> None:
-    if status_of(output, writing=True) is not None:
-        refusal = "quantize will refuse it if it is not empty and --overwrite is not given"
-        console.say(f"note: `{output}` exists: {refusal}")
+    for note in notes_on_output(output) + notes_on_limits(found.plan, config, found.devices):
+        console.say(f"note: {note}")
     disk = found.disk
     if disk.free is not None and not disk.fits:
         free, needed = size(disk.free), size(disk.needed)
@@ -198,7 +197,7 @@ def _measured_seconds(plan: RunPlan, config: QuantizeConfig, devices: int) -> Se
         raise ConfigError("E_CFG_CONFLICT", message, hint="omit --devices or --time")
     widest = max(plan.quantized, key=lambda layer: layer.in_features)
     assert widest.config is not None
-    dtype = DTYPES[forward_dtype(plan, config)]
+    dtype = DTYPES[forward_dtype(plan.source, config.dtype)]
     device = resolve_device(config.device)
     rates = measure_rates(device, dtype, widest.in_features, widest.config, widest.weight.file)
     return estimate_time(plan, config, rates)

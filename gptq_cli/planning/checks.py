@@ -1,9 +1,13 @@
-"""What can be refused before torch is loaded: an output in the way, a checkpoint or a plan that cannot work."""
+"""Checks that refuse a run before its work: output, checkpoint, plan, disk and memory.
+
+`prepare_run` is the part of a run before torch is loaded. Needs no torch.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,19 +16,22 @@ from gptq_cli.checkpoint.locate import ModelSource, hub_id, locate_model, model_
 from gptq_cli.checkpoint.source import open_checkpoint
 from gptq_cli.config.finding import size
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.errors import ConfigError, ResourceError
-from gptq_cli.files import expanded, file_errors, files_below
+from gptq_cli.errors import ConfigError, GptqError, ResourceError
+from gptq_cli.files import expanded, file_errors, files_below, status_of
 from gptq_cli.planning.estimate import (
     DEVICE_SHARE,
     LIBRARIES,
     STATES,
     Limit,
     Term,
+    estimate_least_memory,
     estimate_memory,
     total,
+    without,
 )
 from gptq_cli.planning.plan import plan_checkpoint
 from gptq_cli.planning.run_plan import RunPlan, bounded
+from gptq_cli.storage.manifest import read_manifest
 from gptq_cli.storage.replacing import check_output
 from gptq_cli.storage.work_directory import WorkDirectory, refuse_locked
 
@@ -33,9 +40,9 @@ RESUME = ("auto", "require", "never")
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """How a run is done; nothing of it changes a byte of the output.
+    """Options of a run that do not change a byte of the output.
 
-    `resume` is "auto", "require" or "never"; `max_seconds` None means that the run has all the time.
+    `resume` is "auto", "require" or "never"; without `max_seconds` the run may take any time.
     """
 
     revision: str | None = None
@@ -47,9 +54,9 @@ class RunOptions:
 
 @dataclass(frozen=True, slots=True)
 class PreparedRun:
-    """A run of which everything is known that can be known without torch.
+    """A run that is located and planned, as far as that needs no torch.
 
-    `config` has windows for which the model has positions; `plan` is what headers tell.
+    `config` has windows that fit the model; `plan` is made from headers.
     """
 
     model: str
@@ -63,16 +70,16 @@ class PreparedRun:
 def prepare_run(
     model: str, output: Path, config: QuantizeConfig, options: RunOptions, *, writes: bool = True
 ) -> PreparedRun:
-    """Locate the model, open its headers and plan the run; raise whatever these, or the output, tell against it.
+    """Locate the model, open its headers and plan the run; raise the first error of these steps.
 
-    Downloads a model of the Hub. `writes` is false for a process of several that does not touch the output.
+    A model of the Hub is downloaded. `writes` is false for a process that does not write the
+    output, because it is one of several.
     """
     if options.resume not in RESUME:
-        hint = "leave it out to resume unfinished work if there is any"
         raise ConfigError(
             "E_CFG_RANGE",
             f"--resume must be auto, require or never, got {options.resume!r}",
-            hint=hint,
+            hint="leave it out to resume unfinished work if there is any",
         )
     directory = model_directory(model)
     if directory is None:
@@ -103,7 +110,7 @@ def _check_text(config: QuantizeConfig) -> None:
 
 
 def check_shares(n_batches: int, n_processes: int) -> None:
-    """ConfigError E_CFG_RANKS if there is not a calibration batch for each process."""
+    """ConfigError E_CFG_RANKS if there are fewer calibration batches than processes."""
     if n_batches < n_processes:
         raise ConfigError(
             "E_CFG_RANKS",
@@ -113,21 +120,27 @@ def check_shares(n_batches: int, n_processes: int) -> None:
 
 
 def check_disk(work: WorkDirectory, output_bytes: int, hidden_bytes: int) -> None:
-    """ResourceError E_DISK if the disk has no room for the output and two sets of hidden states.
+    """ResourceError E_DISK if the output and two sets of hidden states do not fit on the disk.
 
-    What an earlier run has written to `work` already counts as free.
+    The bytes that an earlier run has written to `work` count as free.
     """
+    free = 0
     with file_errors(work.path):
-        written = sum(path.lstat().st_blocks * 512 for path in files_below(work.path))
+        for path in files_below(work.path):
+            free += path.lstat().st_blocks * 512
         disk = os.statvfs(work.path)
-    free = disk.f_bavail * disk.f_frsize + written
+    free += disk.f_bavail * disk.f_frsize
     needed = output_bytes + 2 * hidden_bytes
     if needed > free:
         parts = f"{size(output_bytes)} of output, {size(2 * hidden_bytes)} of hidden states"
+        message = (
+            f"`{work.output.parent}` has {size(free)} free, {size(needed)} are needed: {parts}"
+        )
         raise ResourceError(
-            "E_DISK", f"`{work.output.parent}` has {size(free)} free, {size(needed)} are needed: {parts}",
+            "E_DISK",
+            message,
             hint="free some space, write to another disk with -o, or use fewer --nsamples",
-        )  # fmt: skip
+        )
 
 
 def check_memory(
@@ -138,37 +151,89 @@ def check_memory(
     devices: int = 1,
     limits: Sequence[Limit] = (),
 ) -> None:
-    """ResourceError E_OOM if what must live at once will not fit into so much free memory of the host and, unless that
-    is None, of the accelerator.
+    """ResourceError E_OOM if the run does not fit into the free memory.
 
-    `limits` are those of the user that leave less than is free. Of batches that may wait inside a block one is
-    counted, and hidden states where they will lie.
+    `host_bytes` are free on the host, `device_bytes` on the accelerator, None for a run on the CPU.
+    `limits` are those of the user that allow less than is free. One batch that waits inside a block
+    is counted, and hidden states where they will lie.
     """
-    one_waits = config.model_copy(update={"true_sequential": False})
-    estimate = estimate_memory(plan, one_waits, devices)
-    of_option = {limit.option: limit for limit in limits}
-    on_host, on_device = of_option.get("--max-ram"), of_option.get("--max-vram")
+    estimate = estimate_least_memory(plan, config, devices)
+    on_host = on_device = None
+    for limit in limits:
+        if limit.option == "--max-ram":
+            on_host = limit
+        else:
+            on_device = limit
     if device_bytes is None:
-        _check_fit(
-            [term for term in estimate.cpu if term.what != LIBRARIES], host_bytes, "host", on_host
-        )
+        _check_fit(without(LIBRARIES, estimate.cpu), host_bytes, "host", on_host)
         return
+    _check_fit(without(STATES, estimate.accelerator), device_bytes, "device", on_device)
     states = [term for term in estimate.accelerator if term.what == STATES]
-    work = [term for term in estimate.accelerator if term.what != STATES]
-    _check_fit(work, device_bytes, "device", on_device)
     if total(states) * DEVICE_SHARE > device_bytes:
         _check_fit(states, host_bytes, "host", on_host)
 
 
 def _check_fit(terms: Sequence[Term], free: int, where: str, limit: Limit | None) -> None:
+    """ResourceError E_OOM if these terms take more than is free; the hint names options."""
     needed = total(terms)
-    if needed > free:
-        parts = ", ".join(f"{term.what} {size(term.nbytes)}" for term in terms)
-        room = f"{limit}, and {size(limit.free)} are free" if limit else f"{size(free)} are free"
-        more = limit.way_out(needed) if limit else None
-        hint = less = "use a smaller --batch-size, --seqlen or --nsamples"
-        if more:
-            hint = f"allow more: {more}" + (f", or {less}" if free else "")
-        raise ResourceError(
-            "E_OOM", f"about {size(needed)} of {where} memory are needed; {room}: {parts}", hint=hint
-        )  # fmt: skip
+    if needed <= free:
+        return
+    hint = "use a smaller --batch-size, --seqlen or --nsamples"
+    available = f"{size(free)} are free"
+    if limit is not None:
+        available = f"{limit}, and {size(limit.free)} are free"
+        larger_limit = limit.way_out(needed)
+        if larger_limit is not None and free:
+            hint = f"allow more: {larger_limit}, or {hint}"
+        elif larger_limit is not None:
+            hint = f"allow more: {larger_limit}"
+    parts = ", ".join(f"{term.what} {size(term.nbytes)}" for term in terms)
+    message = f"about {size(needed)} of {where} memory are needed; {available}: {parts}"
+    raise ResourceError("E_OOM", message, hint=hint)
+
+
+def notes_on_output(output: Path) -> list[str]:
+    """Return a note about the fate of an output that exists."""
+    if status_of(output, writing=True) is None:
+        return []
+    manifest = None
+    with suppress(GptqError):  # if the manifest cannot be read, the run will tell
+        manifest = read_manifest(output)
+    if manifest is None:
+        refused = "unless it is empty or --overwrite is given"
+        return [f"`{output}` exists: quantize will refuse it {refused}"]
+    return [
+        f"`{output}` exists: if this run would write the same, quantize will keep it; "
+        "if not, quantize will refuse it unless --overwrite is given"
+    ]
+
+
+def notes_on_limits(plan: RunPlan, config: QuantizeConfig, devices: int) -> list[str]:
+    """Return a note for each of --max-ram and --max-vram that is less than the run would like.
+
+    By the rule of `check_memory` a run is refused if it does not even fit with one batch that
+    waits inside a block. Between the two a run fits, but fewer batches wait.
+    """
+    likes = estimate_memory(plan, config, devices)
+    needs = estimate_least_memory(plan, config, devices)
+    notes = []
+    if config.max_ram_bytes is not None and not config.device.startswith("cuda"):
+        allowed = config.max_ram_bytes // devices
+        notes += _note_on_limit("--max-ram", "the CPU", allowed, needs.cpu, likes.cpu)
+    if config.max_vram_bytes is not None and config.device != "cpu":
+        needed = without(STATES, needs.accelerator)  # which may lie on the host instead
+        allowed = config.max_vram_bytes
+        notes += _note_on_limit("--max-vram", "a GPU", allowed, needed, likes.accelerator)
+    return notes
+
+
+def _note_on_limit(
+    option: str, device: str, allowed: int, needed: Sequence[Term], wanted: Sequence[Term]
+) -> list[str]:
+    least, most = size(total(needed)), size(total(wanted))
+    if total(needed) > allowed:
+        return [f"{option} allows {size(allowed)}, but a run on {device} needs about {least}"]
+    if total(wanted) > allowed:
+        fewer = "fewer batches will wait inside a block, which is slower"
+        return [f"{option} allows {size(allowed)} of the {most} on {device}: {fewer}"]
+    return []

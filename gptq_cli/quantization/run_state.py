@@ -14,7 +14,7 @@ from gptq_cli.models.stream import ModelStream
 from gptq_cli.planning.run_plan import LayerPlan, RunPlan
 from gptq_cli.quantization.resume import FinishedBlocks
 from gptq_cli.quantization.run_record import Limits, Record
-from gptq_cli.runtime.memory import Memory, WaitingRoom
+from gptq_cli.runtime.memory import Memory, PauseBudget
 from gptq_cli.runtime.ranks import Ranks
 from gptq_cli.solver.quantized_linear import QuantizedLinear
 
@@ -43,7 +43,7 @@ class Run:
     limits: Limits
     keep: Keep = keep_nothing
     saved: FinishedBlocks = field(init=False)
-    budget: WaitingRoom = field(init=False)
+    budget: PauseBudget = field(init=False)
     layers: dict[str, LayerPlan] = field(init=False)  # those to quantize, by name
     prober: Prober = field(default_factory=Prober)
 
@@ -55,5 +55,5 @@ class Run:
     def __post_init__(self) -> None:
         config, device, processes = self.config, self.stream.device, self.ranks.local_world_size
         memory = Memory(device, config.max_vram_bytes, config.max_ram_bytes, processes)
-        self.budget = WaitingRoom(memory, self.record)
+        self.budget = PauseBudget(memory, self.record)
         self.layers = {layer.name: layer for layer in self.plan.quantized}

@@ -1,4 +1,7 @@
-"""What goes from block to block: a state for each batch, on the device if they fit there easily, else on the host."""
+"""Hidden states between two blocks: one state for each batch of calibration windows.
+
+They lie on the device if they take little of its memory, else on the host.
+"""
 
 from __future__ import annotations
 
@@ -14,28 +17,33 @@ from gptq_cli.runtime.memory import Memory
 
 
 class HiddenStates:
-    """A list of states, each tensors of one batch, that are handed out on the device, wherever they are kept.
+    """A list of states, each with the tensors of one batch; an item is given on the device.
 
-    Of `n_all` batches these are the ones from number `first` on; all of them if nothing is said.
+    Of `n_all` batches these are the ones from number `first` on; by default they are all batches.
     """
 
     def __init__(
         self, states: Iterable[State], memory: Memory, first: int = 0, n_all: int | None = None
     ) -> None:
         self._states = list(states)
-        self.first, self.n_all = first, len(self._states) if n_all is None else n_all
         self._memory, self._device = memory, memory.device
-        if self._device.type == "cuda" and (
-            memory.spared or self.nbytes * DEVICE_SHARE > memory.free() + self.nbytes
-        ):
-            self._states = [
-                _each(state, lambda tensor: _pinned(tensor.cpu())) for state in self._states
-            ]
+        if n_all is None:
+            n_all = len(self._states)
+        self.first, self.n_all = first, n_all
+        if self._device.type == "cuda" and not self._may_stay_on_device():
+            self._change(lambda tensor: _pinned(tensor.cpu()))
+
+    def _may_stay_on_device(self) -> bool:
+        if self._memory.states_on_host:
+            return False
+        nbytes = self.nbytes
+        return nbytes * DEVICE_SHARE <= self._memory.free() + nbytes
 
     def copy(self) -> HiddenStates:
-        """The same states, to go another way from here."""
+        """Return the same states for a second stream, which replaces them independently."""
         other = HiddenStates((), self._memory, self.first, self.n_all)
-        other._states = [_each(state, self._copied) for state in self._states]
+        other._states = list(self._states)
+        other._change(self._copied)
         return other
 
     @property
@@ -44,17 +52,15 @@ class HiddenStates:
 
     @property
     def stored(self) -> tuple[State, ...]:
-        """The states where they are kept."""
+        """The states where they lie, on the device or the host."""
         return tuple(self._states)
 
     def restore(self, states: Iterable[State]) -> None:
-        """Put other `states` of as many batches in place of these, kept where these were."""
-        self._states = [
-            _moved(state, _hidden(kept).device)
-            for state, kept in zip(states, self._states, strict=True)
-        ]
+        """Replace all states; each new one lies where the old one was."""
+        for batch, (state, old) in enumerate(zip(states, self._states, strict=True)):
+            self._states[batch] = _moved(state, _hidden(old).device)
         if self._device.type == "cuda":
-            self._states = [_each(state, _pinned) for state in self._states]
+            self._change(_pinned)
 
     def __len__(self) -> int:
         return len(self._states)
@@ -72,24 +78,33 @@ class HiddenStates:
             self._states[batch] = kept.copy_(state)
 
     def __iter__(self) -> Iterator[State]:
-        return (self[batch] for batch in range(len(self)))
+        for batch in range(len(self)):
+            yield self[batch]
+
+    def _change(self, change: Callable[[Tensor], Tensor]) -> None:
+        for batch, state in enumerate(self._states):
+            self._states[batch] = _each(state, change)
 
     def _copied(self, tensor: Tensor) -> Tensor:
         if tensor.device == self._device:
             return tensor
-        return torch.empty_like(tensor, pin_memory=True).copy_(
-            tensor
-        )  # on the host, and written into: see __setitem__
+        # `__setitem__` writes into tensors on the host, so each stream needs its own.
+        return torch.empty_like(tensor, pin_memory=True).copy_(tensor)
 
 
 def _pinned(tensor: Tensor) -> Tensor:
-    """`tensor` where copies to a device go on by themselves, if it is on the host."""
-    return tensor.pin_memory() if tensor.device.type == "cpu" else tensor
+    """Return a tensor of the host in memory from which copies to a device need no waiting."""
+    if tensor.device.type == "cpu":
+        return tensor.pin_memory()
+    return tensor
 
 
 def _hidden(state: State) -> Tensor:
-    hidden: Tensor = state[0] if isinstance(state, tuple) else state
-    return hidden
+    """Return the hidden states of a state, which may have other tensors beside them."""
+    if isinstance(state, tuple):
+        hidden: Tensor = state[0]
+        return hidden
+    return state
 
 
 def _moved(state: State, device: torch.device) -> State:

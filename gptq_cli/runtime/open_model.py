@@ -1,4 +1,4 @@
-"""What quantizing and evaluating both begin with: a device, a dtype, the model as a stream."""
+"""The steps with which quantizing and evaluating begin: device, dtype, the model as a stream."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from gptq_cli.checkpoint.claims import check_claims
-from gptq_cli.checkpoint.headers import TensorInfo
+from gptq_cli.checkpoint.decoded import forward_dtype
+from gptq_cli.checkpoint.headers import DTYPES_OF_CONFIG
 from gptq_cli.checkpoint.reader import open_reader
 from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.errors import ConfigError, InputError
@@ -16,39 +17,51 @@ from gptq_cli.models.skeleton import build_skeleton, load_config
 from gptq_cli.models.stream import ModelStream, ReadAhead
 from gptq_cli.runtime.memory import Memory
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# torch's dtypes by their names in config.json, and in safetensors headers
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES_OF_CONFIG}
+STORED_DTYPES = {header: DTYPES[name] for name, header in DTYPES_OF_CONFIG.items()}
 AHEAD_SHARE = 8  # a block that is read ahead may fill an eighth of the host's free memory
-STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 def resolve_device(device: str) -> torch.device:
-    """The device that `device` names ("auto": CUDA if there is one); InputError E_DEVICE if it is not there.
+    """Return the device with this name, or InputError E_DEVICE if there is none.
 
-    With its number, as its tensors will give it: `cuda` and `cuda:0` are not equal.
+    "auto" is the first CUDA device, or the CPU. A CUDA device gets its number, as tensors on it
+    have: `cuda` and `cuda:0` are not equal.
     """
     if device == "auto":
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        if torch.cuda.is_available():
+            return torch.device("cuda", 0)
+        return torch.device("cpu")
     if not device.startswith("cuda"):
         return torch.device(device)
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    count = 0
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
     index = int(device.partition(":")[2] or 0)
     if index >= count:
         raise InputError(
-            "E_DEVICE", f"no CUDA device {index}: torch {torch.__version__} sees {count}",
+            "E_DEVICE",
+            f"no CUDA device {index}: torch {torch.__version__} sees {count}",
             hint="use --device cpu, or look at `nvidia-smi` and CUDA_VISIBLE_DEVICES",
-        )  # fmt: skip
+        )
     return torch.device("cuda", index)
 
 
 def resolve_backend(backend: str | None, device: torch.device) -> str:
-    """ "torch" or "triton"; ConfigError E_CFG_CONFLICT for triton without an accelerator."""
-    if backend == "triton" and device.type == "cpu":
+    """Return "triton" if it was chosen, else "torch".
+
+    Raise ConfigError E_CFG_CONFLICT for triton without an accelerator.
+    """
+    if backend != "triton":
+        return "torch"
+    if device.type == "cpu":
         raise ConfigError(
             "E_CFG_CONFLICT",
             "backend triton needs a GPU, the device is cpu",
             hint="use --backend torch",
         )
-    return "triton" if backend == "triton" else "torch"
+    return "triton"
 
 
 def open_stream(
@@ -60,9 +73,10 @@ def open_stream(
     backend: str = "torch",
     host: Memory | None = None,
 ) -> ModelStream:
-    """The model of `checkpoint`, quantized or not, ready to be run block by block on `device`, the current one then.
+    """Return the model of `checkpoint`, quantized or not, ready to run block by block on `device`.
 
-    For an accelerator the next block is read ahead, into a share of what is free of `host`.
+    `device` becomes the current one. For an accelerator the next block is read ahead, into a share
+    of the memory that is free on `host`.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)  # Triton launches on the current one, wherever tensors are
@@ -79,31 +93,24 @@ def open_stream(
         listed=checkpoint.absent,
     )
     dequantized = set(reader.names()) - set(checkpoint.tensors)
-    if (
-        device.type == "cpu" or host is None or backend == "triton"
-    ):  # which decodes on the device itself
+    # With triton the reader decodes on the device itself, so there is nothing to read ahead for.
+    if device.type == "cpu" or host is None or backend == "triton":
         return ModelStream(skeleton, reader, device, dequantized)
     return ModelStream(skeleton, ReadAhead(reader, host.free() // AHEAD_SHARE), device, dequantized)
 
 
 def warn_of(checkpoint: Checkpoint, report: Report) -> None:
-    """Report what a user should know about a checkpoint before anything is made of it."""
+    """Report the warnings about a checkpoint before anything is made of it."""
     for code, text in checkpoint.remarks:
         report(Warned(code, text))
 
 
 def _forward_dtype(dtype: str, config: Any, checkpoint: Checkpoint) -> torch.dtype:
-    if dtype != "auto":
-        return DTYPES[dtype]
+    """Return the dtype that the model runs in, as `forward_dtype` does.
+
+    If the dtype is "auto", the one in transformers' `config` counts more than config.json itself.
+    """
     declared = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
-    return (
-        declared
-        if isinstance(declared, torch.dtype)
-        else _stored_dtype(list(checkpoint.tensors.values()))
-    )
-
-
-def _stored_dtype(tensors: list[TensorInfo]) -> torch.dtype:
-    return next(
-        (STORED_DTYPES[t.dtype] for t in tensors if t.dtype in STORED_DTYPES), torch.float32
-    )
+    if dtype == "auto" and isinstance(declared, torch.dtype):
+        return declared
+    return DTYPES[forward_dtype(checkpoint, dtype)]

@@ -22,8 +22,8 @@ from gptq_cli.solver.factor import HessianFactor, prepare
 from gptq_cli.solver.hessian import HessianAccumulator
 from gptq_cli.solver.solve import solve
 
-SECONDS_EACH = 0.3  # of repeating one piece of work
-MOST_COLUMNS = 4096  # of a layer that stands for the model's: larger ones only take longer
+SECONDS_EACH = 0.3  # for repeating one piece of work
+MOST_COLUMNS = 4096  # of the layer that stands for the model's: a larger one only takes longer
 TOKENS = 2048
 READ_BYTES = 128 * 2**20
 
@@ -31,11 +31,12 @@ READ_BYTES = 128 * 2**20
 def measure_rates(
     device: torch.device, dtype: torch.dtype, in_features: int, config: LayerConfig, file: Path
 ) -> Rates:
-    """Return what `device` does in a second, by doing a little of each kind of work.
+    """Measure the rates of `device` by doing a little of each kind of work.
 
-    The work has the sizes of a layer with `in_features` inputs under `config`; `file` is read to learn the rate of the
-    disk, or of the cache if it lies there. Two rates are not measured and count as infinite: the one between devices,
-    and that of the disk if `file` does not exist, as for a model that is not downloaded yet.
+    The work has the sizes of a layer with `in_features` inputs under `config`. The start of `file`
+    is read to measure the disk, or the cache if the file lies there. Two rates are not measured and
+    count as infinite: the one between devices, and that of the disk if `file` does not exist, as
+    for a model that is not downloaded yet.
     """
     group_size = config.columns_per_group(in_features)
     columns = min(in_features, max(group_size, MOST_COLUMNS // group_size * group_size))
@@ -54,9 +55,8 @@ def measure_rates(
     factoring = _seconds(lambda: prepare(hessian, config, TOKENS), device)
     solving = _seconds(lambda: _solved(weight, hessian, prepared, config), device)
     products = solve_products(config) * product
-    rounding = max(
-        solving - products, solving / 100
-    )  # products inside the solver may be faster than alone
+    # Products inside the solver may be faster than alone, so the difference may be too small.
+    rounding = max(solving - products, solving / 100)
     return Rates(
         forward=rows * columns * TOKENS / forward,
         hessian=hessian_cost(columns, TOKENS) / adding,
@@ -72,7 +72,7 @@ def _solved(weight: Tensor, hessian: Tensor, prepared: HessianFactor, config: La
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Return the mean seconds of `work`, repeated for SECONDS_EACH after one call that warms it up."""
+    """Return the mean seconds of `work`, repeated for SECONDS_EACH after one call to warm up."""
     work()
     _wait(device)
     started = time.perf_counter()
@@ -90,6 +90,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _reading_rate(file: Path) -> float:
+    """Return the bytes of `file` that are read in a second."""
     if not file.is_file():
         return math.inf
     started = time.perf_counter()

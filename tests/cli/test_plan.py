@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from gptq_cli.storage.manifest import write_manifest
 from tests.families import save_model
 from tests.hub import serve
 
@@ -178,6 +179,23 @@ def test_an_output_in_the_way_and_a_full_disk_are_said(
     assert result.exit_code == 0
     assert f"note: `{tmp_path}` exists" in result.stderr
     assert "warning[W_DISK]: 1 KB are free" in result.stderr
+
+
+def test_an_output_of_gptq_may_be_done_already_and_plan_notes_it(
+    gptq: Run, model: Path, tmp_path: Path
+) -> None:
+    write_manifest(tmp_path, {"identity": {}})
+    result = gptq("plan", model, "-b", "4", "-g", "32", "-o", tmp_path)
+    assert result.exit_code == 0
+    assert "if this run would write the same, quantize will keep it; if not" in result.stderr
+
+
+def test_a_limit_below_what_the_run_needs_is_noted(gptq: Run, model: Path) -> None:
+    words = ["plan", model, "-b", "4", "-g", "32", "--max-ram", "1MB", "--max-vram", "900GB"]
+    result = gptq(*words)
+    assert result.exit_code == 0
+    assert "note: --max-ram allows 1 MB, but a run on the CPU needs about " in result.stderr
+    assert "--max-vram" not in result.stderr
 
 
 def test_a_hub_model_is_planned_from_ranges_of_its_files(model: Path, tmp_path: Path) -> None:

@@ -10,14 +10,23 @@ from pathlib import Path
 import pytest
 import torch
 
+from gptq_cli.checkpoint.decoded import forward_dtype
 from gptq_cli.checkpoint.source import open_checkpoint
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.errors import ConfigError
+from gptq_cli.errors import ConfigError, ResourceError
 from gptq_cli.inspection.summary import VECTORS, plan_rows
-from gptq_cli.planning.estimate import estimate_disk, estimate_memory, total
-from gptq_cli.planning.plan import plan_run
+from gptq_cli.planning.checks import check_memory, notes_on_limits
+from gptq_cli.planning.estimate import (
+    LIBRARIES_BYTES,
+    estimate_disk,
+    estimate_least_memory,
+    estimate_memory,
+    total,
+)
+from gptq_cli.planning.plan import plan_run, refine_plan
+from gptq_cli.runtime.open_model import open_stream
 from tests.families import FAMILIES, save_model
-from tests.runs import config, quantize
+from tests.runs import CPU, config, quantize
 
 GPT2: dict[str, object] = {
     "n_embd": 64,
@@ -142,6 +151,56 @@ def test_the_estimate_counts_windows_that_fit_the_model(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         estimate_memory(plan, config(seqlen=129))
     assert caught.value.code == "E_CFG_SEQLEN"
+
+
+def test_limits_are_noted_by_the_rule_of_the_runs_own_check(tmp_path: Path) -> None:
+    plan = plan_run(save_model(tmp_path / "model"), config())
+    needed = total(estimate_least_memory(plan, config()).cpu)
+    wanted = total(estimate_memory(plan, config()).cpu)
+    assert needed < wanted
+
+    def note(max_ram: int) -> list[str]:
+        return notes_on_limits(plan, config(max_ram=max_ram), 1)
+
+    check_memory(plan, config(), needed - LIBRARIES_BYTES, None)
+    with pytest.raises(ResourceError):
+        check_memory(plan, config(), needed - LIBRARIES_BYTES - 1, None)
+    (refused,), (slower,) = note(needed - 1), note(needed)
+    assert "but a run on the CPU needs about" in refused
+    assert "fewer batches will wait inside a block" in slower
+    assert note(wanted) == []
+
+
+def test_the_rules_are_not_asked_again_about_layers_that_a_plan_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(dynamic={"+:.*up_proj": {"bits": 8}, "-:.*o_proj": {}})
+    plan = plan_run(save_model(tmp_path / "model"), settings)
+    linears = {layer.name: False for layer in plan.layers}
+    monkeypatch.setattr(QuantizeConfig, "choose", None)
+    assert refine_plan(plan, settings, linears, {}, []).layers == plan.layers
+
+
+@pytest.mark.parametrize(
+    ("stored", "change", "wanted", "expected"),
+    [
+        (torch.bfloat16, {}, "auto", "bfloat16"),
+        (torch.bfloat16, {"dtype": None, "torch_dtype": "float16"}, "auto", "float16"),
+        (torch.bfloat16, {"dtype": None, "torch_dtype": None}, "auto", "bfloat16"),
+        (torch.float32, {"dtype": None}, "auto", "float32"),
+        (torch.bfloat16, {}, "float32", "float32"),
+    ],
+)
+def test_the_dtype_of_the_forwards_is_known_from_headers_as_the_run_opens_the_model(
+    stored: torch.dtype, change: dict[str, object], wanted: str, expected: str, tmp_path: Path
+) -> None:
+    model = save_model(tmp_path / "model", dtype=stored)
+    file = model / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    checkpoint = open_checkpoint(model)
+    assert forward_dtype(checkpoint, wanted) == expected
+    stream = open_stream(checkpoint, device=CPU, dtype=wanted, trust_remote_code=False)
+    assert stream.dtype == getattr(torch, expected)
 
 
 def test_disk_is_looked_at_where_the_output_will_be(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from gptq_cli.runtime import memory
 from gptq_cli.runtime.hidden_states import HiddenStates
 from gptq_cli.runtime.memory import (
     Memory,
-    WaitingRoom,
+    PauseBudget,
     free_bytes,
     give_back_freed_tensors,
     host_bytes,
@@ -118,7 +118,7 @@ def test_some_batches_may_wait_while_the_block_is_run_again_for_the_others(
     model = save_model(tmp_path / "model", family)
     quantize(model, tmp_path / "all", **settings)
     executions.clear()
-    monkeypatch.setattr(WaitingRoom, "places", lambda *_: n_waiting)
+    monkeypatch.setattr(PauseBudget, "n_paused", lambda *_: n_waiting)
     quantize(model, tmp_path / "some", **settings)
     assert digest(tmp_path / "some") == digest(tmp_path / "all")
     if (
@@ -216,7 +216,7 @@ def test_every_setting_writes_the_same_bytes_in_both_ways(
 def test_without_true_sequential_nothing_waits_and_two_forwards_are_enough(
     tmp_path: Path, executions: Counter[nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(WaitingRoom, "places", None)
+    monkeypatch.setattr(PauseBudget, "n_paused", None)
     quantize(save_model(tmp_path / "model"), tmp_path / "out", true_sequential=False)
     down_proj, others = (
         N_BATCHES,
@@ -283,7 +283,7 @@ class HessianKeeper(LayerSolver):
 def test_a_linear_that_is_called_twice_is_replayed_and_sees_both_inputs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(WaitingRoom, "places", None)
+    monkeypatch.setattr(PauseBudget, "n_paused", None)
     some_layer = plan_run(save_model(tmp_path / "model"), config()).quantized[0]
     layers = {name: replace(some_layer, name=name, in_features=32) for name in ("first", "last")}
     module = TwiceInARow()
@@ -297,7 +297,7 @@ def test_a_linear_that_is_called_twice_is_replayed_and_sees_both_inputs(
         config=config(),
         layers=layers,
         prober=Prober(),
-        budget=WaitingRoom(Memory(CPU), ignore),
+        budget=PauseBudget(Memory(CPU), ignore),
         ranks=SINGLE_PROCESS,
         batches=states,
         stream=SimpleNamespace(device=CPU),
@@ -317,27 +317,27 @@ def test_batches_may_fill_half_of_the_free_memory_and_are_refused_once_aloud(
 ) -> None:
     monkeypatch.setattr(memory, "free_bytes", lambda _device: 8_000)
     events: list[Event] = []
-    budget = WaitingRoom(Memory(CPU), events.append)
-    assert budget.places(4, 1_000) == 4
+    budget = PauseBudget(Memory(CPU), events.append)
+    assert budget.n_paused(4, 1_000) == 4
     assert events == []
-    assert budget.places(4, 1_001) == 3
-    assert budget.places(5, 1_000) == 4
-    assert budget.places(5, 1_000, 2) == 2
-    assert budget.places(5, 4_001) == 0
+    assert budget.n_paused(4, 1_001) == 3
+    assert budget.n_paused(5, 1_000) == 4
+    assert budget.n_paused(5, 1_000, 2) == 2
+    assert budget.n_paused(5, 4_001) == 0
     assert [event.code for event in events if isinstance(event, Warned)] == ["W_MEM_REPLAY"]
-    assert budget.places(2, 2_000) == 2
-    assert budget.places(7, 0) == 7
+    assert budget.n_paused(2, 2_000) == 2
+    assert budget.n_paused(7, 0) == 7
 
 
 def test_threads_that_wait_are_counted_with_their_teams(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
     events: list[Event] = []
-    budget = WaitingRoom(Memory(CPU), events.append)
-    assert budget.places(16, 0) == 16
+    budget = PauseBudget(Memory(CPU), events.append)
+    assert budget.n_paused(16, 0) == 16
     assert events == []
-    assert budget.places(17, 0) == 16
+    assert budget.n_paused(17, 0) == 16
     (warning,) = [event for event in events if isinstance(event, Warned)]
-    assert "16 of 17 batches wait" in warning.message
+    assert "1 of 17 batches cannot wait inside a block" in warning.message
     assert "1088 threads" in warning.message
 
 

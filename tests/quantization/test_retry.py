@@ -26,7 +26,7 @@ from gptq_cli.quantization.block_loop import HessianOfBatches
 from gptq_cli.quantization.run import QuantizeResult
 from gptq_cli.runtime import memory
 from gptq_cli.runtime.hidden_states import HiddenStates
-from gptq_cli.runtime.memory import Memory, WaitingRoom
+from gptq_cli.runtime.memory import Memory, PauseBudget
 from gptq_cli.runtime.ranks import Ranks, Worker
 from gptq_cli.solver.hessian import HessianAccumulator
 from tests.architectures import build, save
@@ -334,18 +334,18 @@ def test_after_a_shortage_nobody_waits_in_the_next_block_and_half_as_many_later(
 ) -> None:
     monkeypatch.setattr(memory, "free_bytes", lambda _device: 20_000)
     events: list[Event] = []
-    budget = WaitingRoom(Memory(CPU), events.append)
-    assert budget.places(9, 1_000) == 9
+    budget = PauseBudget(Memory(CPU), events.append)
+    assert budget.n_paused(9, 1_000) == 9
     budget.shrink_after_oom()
-    assert [budget.places(9, 1_000) for _ in range(3)] == [0, 4, 4]
-    assert budget.places(9, 5_000) == 2
-    assert budget.places(9, 1_000) == 4
+    assert [budget.n_paused(9, 1_000) for _ in range(3)] == [0, 4, 4]
+    assert budget.n_paused(9, 5_000) == 2
+    assert budget.n_paused(9, 1_000) == 4
     budget.shrink_after_oom()
-    assert [budget.places(9, 1_000) for _ in range(2)] == [0, 2]
+    assert [budget.n_paused(9, 1_000) for _ in range(2)] == [0, 2]
     budget.shrink_after_oom()
-    budget.places(9, 1_000)
+    budget.n_paused(9, 1_000)
     budget.shrink_after_oom()
-    assert [budget.places(9, 1_000) for _ in range(3)] == [0, 0, 0]
+    assert [budget.n_paused(9, 1_000) for _ in range(3)] == [0, 0, 0]
     assert events == []
 
 
@@ -355,9 +355,11 @@ def test_after_a_shortage_states_that_would_fit_the_device_are_kept_on_the_host(
     monkeypatch.setattr(memory, "free_bytes", lambda _device: 2**30)
     pinned = torch.zeros(2, 3)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda _self: pinned)
-    budget = WaitingRoom(Memory(torch.device("cuda", 0)), lambda _: None)
+    budget = PauseBudget(Memory(torch.device("cuda", 0)), lambda _: None)
     states = [torch.ones(2, 3), torch.ones(2, 3)]
     assert HiddenStates(states, budget.memory).stored == tuple(states)
     budget.shrink_after_oom()
     assert all(state is pinned for state in HiddenStates(states, budget.memory).stored)
-    assert HiddenStates([torch.ones(2, 3)], Memory(CPU, spared=True)).stored[0] is not pinned
+    assert (
+        HiddenStates([torch.ones(2, 3)], Memory(CPU, states_on_host=True)).stored[0] is not pinned
+    )

@@ -21,7 +21,7 @@ from gptq_cli.events import Event, Warned
 from gptq_cli.models.experts import Routed
 from gptq_cli.quantization.routed_experts import RoutedInputs
 from gptq_cli.quantization.run import quantize_checkpoint
-from gptq_cli.runtime.memory import WaitingRoom
+from gptq_cli.runtime.memory import PauseBudget
 from gptq_cli.solver.hessian import HessianAccumulator
 from tests.families import random_model, save_tokenizer
 from tests.models.test_experts import mixtral_experts, separated
@@ -259,7 +259,7 @@ def test_waiting_and_running_again_write_the_same_bytes(
     model = save_mixture(tmp_path / "model", family)
     waited, _ = quantize(tmp_path, model, asymmetric_calibration=asymmetric)
     again, _ = quantize(tmp_path, model, asymmetric_calibration=asymmetric)
-    monkeypatch.setattr(WaitingRoom, "places", lambda *_: 0)
+    monkeypatch.setattr(PauseBudget, "n_paused", lambda *_: 0)
     replayed, _ = quantize(tmp_path, model, asymmetric_calibration=asymmetric)
     assert digest(waited) == digest(again) == digest(replayed)
 

@@ -21,7 +21,7 @@ from gptq_cli.cli.launch import launch
 from gptq_cli.errors import ResourceError, Stopped
 from gptq_cli.runtime import processes
 from gptq_cli.runtime.processes import (
-    SAID_ELSEWHERE,
+    REPORTED_ELSEWHERE,
     Processes,
     launcher_is_gone,
     local_environment,
@@ -101,7 +101,7 @@ def test_a_signal_that_no_process_tells_of_is_told(monkeypatch: pytest.MonkeyPat
 def test_the_exit_code_is_that_of_the_process_that_tells_why(
     script: str, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert SAID_ELSEWHERE == 76
+    assert REPORTED_ELSEWHERE == 76
     scripted(monkeypatch, script)
     assert launch(["cpu", "cpu"], as_json=False, directory=HERE) == code
     lost = "error[E_RANK_LOST]: process 1 of 2 (the first is 0) was killed by SIGKILL"
