@@ -79,9 +79,7 @@ def direct_perplexity(windows: Tensor, logits: Tensor) -> float:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "opt"])
-def test_perplexity_of_a_full_precision_checkpoint_equals_a_direct_computation(
-    family: str, tmp_path: Path
-) -> None:
+def test_plain_perplexity_equals_a_direct_computation(family: str, tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", family)
     windows, logits = all_logits(whole_model(model, model), model, texts(2000, seed=3)[0])
     result = evaluate_perplexity(str(model), request())
@@ -102,7 +100,7 @@ def test_perplexity_of_a_full_precision_checkpoint_equals_a_direct_computation(
     ],
     ids=str,
 )
-def test_perplexity_kl_and_agreement_of_a_quantized_checkpoint_equal_a_direct_computation(
+def test_quantized_measures_equal_a_direct_computation(
     settings: dict[str, object], tmp_path: Path
 ) -> None:
     model = save_model(tmp_path / "model")
@@ -137,7 +135,7 @@ def test_perplexity_kl_and_agreement_of_a_quantized_checkpoint_equal_a_direct_co
     assert len(result.per_window) == len(windows) > 10
 
 
-def test_a_model_does_not_diverge_from_itself(tmp_path: Path) -> None:
+def test_a_model_has_no_divergence_from_itself(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     result = evaluate_perplexity(str(model), request(baseline=str(model)))
     assert result.kl == pytest.approx(0, abs=1e-9)
@@ -145,14 +143,14 @@ def test_a_model_does_not_diverge_from_itself(tmp_path: Path) -> None:
     assert result.perplexity == result.baseline_perplexity
 
 
-def test_the_batch_size_changes_nothing_and_windows_can_be_limited(tmp_path: Path) -> None:
+def test_the_batch_size_changes_no_result(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     results = [evaluate_perplexity(str(model), request(batch_size=size)) for size in (1, 4)]
     assert results[0].perplexity == pytest.approx(results[1].perplexity, rel=1e-6)
     assert evaluate_perplexity(str(model), request(max_windows=3)).windows == 3
 
 
-def test_a_checkpoint_of_another_tool_without_g_idx_is_read(tmp_path: Path) -> None:
+def test_a_foreign_checkpoint_without_g_idx_is_read(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     model = save_model(tmp_path / "model")
@@ -167,7 +165,7 @@ def test_a_checkpoint_of_another_tool_without_g_idx_is_read(tmp_path: Path) -> N
     assert evaluate_perplexity(str(output), request()).perplexity == expected
 
 
-def test_result_tells_the_protocol_and_events_tell_the_blocks(tmp_path: Path) -> None:
+def test_the_result_holds_the_protocol_and_events_the_blocks(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", dtype=torch.bfloat16)
     events: list[Event] = []
     result = evaluate_perplexity(str(model), request(), events.append)
@@ -185,7 +183,7 @@ def test_triton_without_a_gpu_is_refused(tmp_path: Path) -> None:
     assert caught.value.code == "E_CFG_CONFLICT"
 
 
-def test_the_backend_of_the_configuration_that_made_a_checkpoint_is_used_unless_another_is_said(
+def test_the_backend_defaults_to_that_of_the_checkpoint(
     tmp_path: Path,
 ) -> None:
     output = quantized(tmp_path, save_model(tmp_path / "model"), backend="triton")
@@ -194,7 +192,7 @@ def test_the_backend_of_the_configuration_that_made_a_checkpoint_is_used_unless_
     assert evaluate_perplexity(str(output), request(backend="torch")).windows > 10
 
 
-def test_a_seqlen_beyond_the_positions_is_refused_and_the_default_is_bounded(
+def test_the_models_positions_bound_seqlen(
     tmp_path: Path,
 ) -> None:
     model = save_model(tmp_path / "model")
@@ -211,7 +209,7 @@ def test_a_baseline_with_another_vocabulary_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["awq", "compressed-tensors"])
-def test_a_checkpoint_quantized_otherwise_is_refused(method: str, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_method_is_refused(method: str, tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     described = json.loads((model / "config.json").read_text()) | {
         "quantization_config": {"quant_method": method}
@@ -235,6 +233,6 @@ def test_perplexity_over_chunks_of_positions_equals_one_piece() -> None:
     assert divergence.positions == [599, 599]
 
 
-def test_a_loss_that_is_not_a_number_stays_visible() -> None:
+def test_a_nan_loss_stays_visible() -> None:
     assert math.isnan(Perplexity([float("nan")]).value)
     assert Perplexity([1e4]).value == math.inf

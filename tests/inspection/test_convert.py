@@ -50,7 +50,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("sym", "first", "second"), [(True, "gptq", "gptq_v2"), (False, "gptq_v2", "gptq")]
 )
-def test_converting_moves_zero_points_by_one_and_nothing_else(
+def test_converting_only_shifts_zero_points_by_one(
     sym: bool, first: str, second: str, model: Path, tmp_path: Path
 ) -> None:
     source, _ = quantize(tmp_path, model, sym=sym, dynamic=MIXED)
@@ -79,7 +79,7 @@ def test_converting_moves_zero_points_by_one_and_nothing_else(
     assert converted == original
 
 
-def test_settings_follow_the_format_and_keep_all_else(model: Path, tmp_path: Path) -> None:
+def test_converted_settings_change_only_the_format(model: Path, tmp_path: Path) -> None:
     source, _ = quantize(tmp_path, model)
     (source / "gptq_manifest.json").write_text("{}")
     convert_checkpoint(str(source), tmp_path / "v2", "gptq_v2")
@@ -94,9 +94,7 @@ def test_settings_follow_the_format_and_keep_all_else(model: Path, tmp_path: Pat
     ).read_bytes()
 
 
-def test_a_zero_point_of_zero_does_not_go_into_the_first_format(
-    model: Path, tmp_path: Path
-) -> None:
+def test_a_zero_point_of_zero_does_not_fit_the_gptq_format(model: Path, tmp_path: Path) -> None:
     source, _ = quantize(tmp_path, model, format="gptq_v2", sym=False)
     tensors = load_file(source / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.qzeros"][1, 3] &= ~(15 << 8)
@@ -111,7 +109,7 @@ def test_a_zero_point_of_zero_does_not_go_into_the_first_format(
     assert [path.name for path in tmp_path.iterdir()] == [source.name]
 
 
-def test_conversions_that_make_no_sense_are_refused(model: Path, tmp_path: Path) -> None:
+def test_impossible_conversions_are_refused(model: Path, tmp_path: Path) -> None:
     source, _ = quantize(tmp_path, model)
     with pytest.raises(ConfigError, match="is of format gptq already") as same:
         convert_checkpoint(str(source), tmp_path / "out", "gptq")
@@ -127,7 +125,9 @@ def test_conversions_that_make_no_sense_are_refused(model: Path, tmp_path: Path)
     assert not (tmp_path / "out").exists()
 
 
-def test_dequantized_weights_are_those_the_model_computes_with(model: Path, tmp_path: Path) -> None:
+def test_dequantized_weights_equal_those_the_model_computes_with(
+    model: Path, tmp_path: Path
+) -> None:
     rules = {r".*k_proj": {"bits": 4}, r"-:.*v_proj": {}}
     source, _ = quantize(tmp_path, model, bits=8, dynamic=rules, lm_head=True)
     plain = tmp_path / "plain"
@@ -163,7 +163,7 @@ def test_dequantized_weights_are_those_the_model_computes_with(model: Path, tmp_
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_a_dtype_is_given_to_all_floats(dtype: str, model: Path, tmp_path: Path) -> None:
+def test_a_dtype_applies_to_all_floats(dtype: str, model: Path, tmp_path: Path) -> None:
     source, _ = quantize(tmp_path, model)
     dequantize_checkpoint(str(source), tmp_path / "plain", dtype)
     tensors = load_file(tmp_path / "plain" / "model.safetensors")
@@ -187,7 +187,7 @@ def test_weights_that_a_dtype_cannot_hold_are_refused(model: Path, tmp_path: Pat
     dequantize_checkpoint(str(source), tmp_path / "plain", "bfloat16")
 
 
-def test_models_that_store_their_linears_transposed_get_them_back_so(
+def test_transposed_linears_are_dequantized_transposed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(FAMILIES, "gpt2", GPT2)
@@ -203,7 +203,7 @@ def test_models_that_store_their_linears_transposed_get_them_back_so(
     assert packed.tensors == found.tensors
 
 
-def test_the_models_of_conv1d_are_all_that_transformers_has() -> None:
+def test_transposed_model_types_equal_those_of_transformers() -> None:
     folder = Path(transformers.__file__).parent / "models"
     sources = [
         text
@@ -219,9 +219,7 @@ def test_the_models_of_conv1d_are_all_that_transformers_has() -> None:
     assert found == TRANSPOSED
 
 
-def test_the_difference_of_two_checkpoints_is_that_of_their_weights(
-    model: Path, tmp_path: Path
-) -> None:
+def test_checkpoints_differ_as_their_weights_differ(model: Path, tmp_path: Path) -> None:
     source, _ = quantize(tmp_path, model, dynamic={r"-:.*v_proj": {}})
     found = {tensor.name: tensor for tensor in compare_checkpoints(str(source), str(model)).tensors}
     original = load_file(model / "model.safetensors")
@@ -234,7 +232,7 @@ def test_the_difference_of_two_checkpoints_is_that_of_their_weights(
     assert found["model.layers.0.self_attn.q_proj.weight"].largest > 0
 
 
-def test_names_of_one_side_and_unlike_shapes_are_told(model: Path, tmp_path: Path) -> None:
+def test_one_sided_names_and_unequal_shapes_are_reported(model: Path, tmp_path: Path) -> None:
     deeper = save_model(tmp_path / "deeper", num_hidden_layers=4)
     found = compare_checkpoints(str(model), str(deeper))
     assert found.only_a == ()
@@ -250,9 +248,7 @@ def test_names_of_one_side_and_unlike_shapes_are_told(model: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("command", ["convert", "dequantize"])
-def test_a_rewritten_checkpoint_is_gptqs_to_replace(
-    command: str, model: Path, tmp_path: Path
-) -> None:
+def test_a_rewritten_checkpoint_may_be_replaced(command: str, model: Path, tmp_path: Path) -> None:
     (model / "picture.png").write_bytes(b"of the model card")
     source, _ = quantize(tmp_path, model)
     output = tmp_path / "out"
@@ -275,7 +271,7 @@ def test_a_rewritten_checkpoint_is_gptqs_to_replace(
 
 
 @pytest.mark.parametrize("command", ["convert", "dequantize"])
-def test_a_call_removes_what_one_like_it_has_left(
+def test_a_call_removes_remains_of_a_killed_equal_call(
     command: str, model: Path, tmp_path: Path
 ) -> None:
     source, _ = quantize(tmp_path, model)
@@ -297,7 +293,7 @@ def test_a_call_removes_what_one_like_it_has_left(
     assert not work.exists()
 
 
-def test_work_of_a_quantization_is_not_cleared_up(model: Path, tmp_path: Path) -> None:
+def test_convert_does_not_remove_work_of_quantize(model: Path, tmp_path: Path) -> None:
     source, _ = quantize(tmp_path, model)
     convert_checkpoint(str(source), tmp_path / "out", "gptq_v2")
     work = tmp_path / ".out.gptq-work"
@@ -310,7 +306,7 @@ def test_work_of_a_quantization_is_not_cleared_up(model: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("command", ["quantize", "convert"])
-def test_an_old_output_that_stays_is_a_warning_each_time(
+def test_an_old_output_that_remains_is_a_warning_each_time(
     command: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, _ = quantize(tmp_path, model)
@@ -341,7 +337,7 @@ def test_an_old_output_that_stays_is_a_warning_each_time(
 
 @pytest.mark.parametrize(("spoilt", "which"), [("a", "first"), ("b", "second")])
 @pytest.mark.parametrize("value", [float("nan"), -float("inf")])
-def test_numbers_that_are_not_finite_have_no_difference(
+def test_nonfinite_numbers_have_no_difference(
     spoilt: str, which: str, value: float, tmp_path: Path
 ) -> None:
     models = {name: save_model(tmp_path / name, num_hidden_layers=1) for name in "ab"}

@@ -31,7 +31,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return quantize(folder, model, bits=2, sym=False, dynamic=rules, seed=7)[0]
 
 
-def test_bits_and_groups_are_told_by_shapes(mixed: Path) -> None:
+def test_shapes_determine_bits_and_groups(mixed: Path) -> None:
     found = inspect_checkpoint(open_checkpoint(mixed))
     by_name = {module.name: (module.bits, module.group_size) for module in found.modules}
     assert by_name["model.layers.0.mlp.down_proj"] == (2, 32)
@@ -48,7 +48,7 @@ def test_bits_and_groups_are_told_by_shapes(mixed: Path) -> None:
     }
 
 
-def test_every_byte_is_counted_once_and_every_parameter(mixed: Path) -> None:
+def test_every_byte_and_every_parameter_counts_once(mixed: Path) -> None:
     found = inspect_checkpoint(open_checkpoint(mixed))
     assert (
         sum(row.nbytes for row in (*found.quantized, *found.kept))
@@ -66,7 +66,7 @@ def test_every_byte_is_counted_once_and_every_parameter(mixed: Path) -> None:
     assert found.bits_per_weight == 8 * stored / sum(module.weights for module in found.modules)
 
 
-def test_the_origin_is_told(mixed: Path) -> None:
+def test_the_summary_shows_the_origin(mixed: Path) -> None:
     origin = inspect_checkpoint(open_checkpoint(mixed)).provenance
     assert origin["model_type"] == "llama"
     assert origin["quantizer"] == ["gptq_cli:0.1.0"]
@@ -74,7 +74,7 @@ def test_the_origin_is_told(mixed: Path) -> None:
     assert origin["dataset"] == "1 texts"
 
 
-def test_a_plain_checkpoint_and_a_foreign_method_are_told_too(mixed: Path, tmp_path: Path) -> None:
+def test_plain_checkpoints_and_foreign_methods_are_summarized(mixed: Path, tmp_path: Path) -> None:
     plain = inspect_checkpoint(open_checkpoint(mixed.parent / "model"))
     assert (plain.method, plain.modules, plain.quantized, plain.bits_per_weight) == (
         None,
@@ -113,7 +113,7 @@ def test_headers_from_the_hub_have_no_defects_of_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("drop", "reshape"), [("scales", None), (None, "scales"), (None, "qzeros")]
 )
-def test_parts_that_are_missing_or_do_not_fit_are_refused(
+def test_missing_and_unfit_parts_are_refused(
     drop: str | None, reshape: str | None, mixed: Path, tmp_path: Path
 ) -> None:
     tensors = load_file(mixed / "model.safetensors")
@@ -129,7 +129,7 @@ def test_parts_that_are_missing_or_do_not_fit_are_refused(
     assert caught.value.code == "E_CKPT_INCOMPLETE"
 
 
-def test_a_layers_histograms_count_every_code_scale_and_weight(mixed: Path) -> None:
+def test_histograms_count_every_code_scale_and_weight(mixed: Path) -> None:
     view = view_layer(open_checkpoint(mixed), "2.self_attn.q_proj")
     linear = reader(mixed).linear("model.layers.2.self_attn.q_proj")
     assert view.name == "model.layers.2.self_attn.q_proj"
@@ -146,7 +146,7 @@ def test_a_layers_histograms_count_every_code_scale_and_weight(mixed: Path) -> N
     assert view.packed.trivial_groups
 
 
-def test_groups_out_of_order_and_negative_scales_are_told(tmp_path: Path) -> None:
+def test_unordered_groups_and_negative_scales_are_reported(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     ordered = view_layer(
         open_checkpoint(quantize(tmp_path, model, desc_act=True, signed_scales=False)[0]),
@@ -179,9 +179,7 @@ def test_a_plain_layer_has_weights_only(mixed: Path) -> None:
         ("nothing", "there is no layer `nothing`", "for example"),
     ],
 )
-def test_a_layer_that_is_not_there_or_not_one_is_refused(
-    name: str, message: str, hint: str, mixed: Path
-) -> None:
+def test_an_absent_layer_is_refused(name: str, message: str, hint: str, mixed: Path) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         view_layer(open_checkpoint(mixed), name)
     assert (caught.value.code, caught.value.exit_code) == ("E_LAYER", 2)

@@ -47,7 +47,7 @@ def linear(name: str, rows: int, columns: int, settings: LayerConfig | None) -> 
 PLAIN = LayerConfig()
 
 
-def test_dense_work_is_shared_but_for_the_factor() -> None:
+def test_ranks_share_dense_work_except_the_factor() -> None:
     layers = [
         linear("a.q_proj", 8192, 12, PLAIN),
         linear("a.k_proj", 8192, 12, PLAIN),
@@ -75,7 +75,7 @@ def test_dense_work_is_shared_but_for_the_factor() -> None:
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_a_kept_layer_beside_a_quantized_one_costs_a_forward_alone(order: int) -> None:
+def test_a_kept_layer_beside_a_quantized_one_costs_one_forward(order: int) -> None:
     quantized, kept = linear("a.gate_proj", 64, 12, PLAIN), linear("a.up_proj", 32, 12, None)
     found = estimate_seconds([quantized, kept][::order], TEXT, 2, 0, ONE)
     alone = estimate_seconds([quantized], TEXT, 2, 0, ONE)
@@ -83,7 +83,7 @@ def test_a_kept_layer_beside_a_quantized_one_costs_a_forward_alone(order: int) -
     assert replace(found, forward=0.0) == replace(alone, forward=0.0)
 
 
-def test_experts_see_their_share_of_the_tokens_and_are_shared_whole() -> None:
+def test_ranks_take_whole_experts_with_their_share_of_tokens() -> None:
     layers = [linear(f"model.layers.0.mlp.experts.{n}.up_proj", 16, 12, PLAIN) for n in range(8)]
     one, four = (estimate_seconds(layers, TEXT, devices, 0, ONE) for devices in (1, 4))
     assert one.forward == 8 * 16 * 12 * 100 * 2 / 8
@@ -122,7 +122,7 @@ def test_measured_rates_are_positive_and_finite(settings: LayerConfig, tmp_path:
     assert rates.network == math.inf
 
 
-def test_the_disk_of_a_file_that_is_not_here_has_no_rate(tmp_path: Path) -> None:
+def test_the_disk_of_an_absent_file_has_no_rate(tmp_path: Path) -> None:
     rates = measure_rates(
         torch.device("cpu"), torch.float32, 32, LayerConfig(group_size=32), tmp_path / "none"
     )

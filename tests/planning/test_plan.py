@@ -83,9 +83,7 @@ def test_planned_bytes_are_the_sizes_of_the_files(
 
 
 @pytest.mark.parametrize("lm_head", [False, True])
-def test_blocks_behind_the_models_last_one_are_kept_by_plan_and_run_alike(
-    lm_head: bool, tmp_path: Path
-) -> None:
+def test_plan_and_run_keep_blocks_after_the_last_used_block(lm_head: bool, tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", num_hidden_layers=3, tie_word_embeddings=False)
     declared = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(declared | {"num_hidden_layers": 2}))
@@ -98,7 +96,7 @@ def test_blocks_behind_the_models_last_one_are_kept_by_plan_and_run_alike(
     assert planned_files(model, lm_head=lm_head) == written
 
 
-def test_alike_layers_are_one_row_and_every_byte_is_in_a_row(tmp_path: Path) -> None:
+def test_similar_layers_share_a_row_and_rows_sum_to_all_bytes(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     plan = plan_run(model, config(dynamic={r".*\.2\.mlp\.down": {"bits": 8}, r"-:.*v_proj": {}}))
     quantized, kept = plan_rows(plan)
@@ -117,7 +115,7 @@ def test_alike_layers_are_one_row_and_every_byte_is_in_a_row(tmp_path: Path) -> 
     assert sum(row.nbytes for row in [*quantized, *kept]) + headers == plan.layout.nbytes
 
 
-def test_the_memory_estimate_is_the_sum_of_its_terms_as_documented(tmp_path: Path) -> None:
+def test_the_memory_estimate_is_the_sum_of_documented_terms(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", dtype=torch.bfloat16)
     plan = plan_run(model, config(nsamples=6, seqlen=64))
     terms = {
@@ -138,7 +136,7 @@ def test_the_memory_estimate_is_the_sum_of_its_terms_as_documented(tmp_path: Pat
     assert total(replayed.accelerator) < total(replayed.cpu)
 
 
-def test_the_estimate_counts_windows_that_fit_the_model(tmp_path: Path) -> None:
+def test_the_estimate_limits_windows_to_the_models_positions(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     plan = plan_run(model, config())
     bounded, said = (
@@ -153,7 +151,7 @@ def test_the_estimate_counts_windows_that_fit_the_model(tmp_path: Path) -> None:
     assert caught.value.code == "E_CFG_SEQLEN"
 
 
-def test_limits_are_noted_by_the_rule_of_the_runs_own_check(tmp_path: Path) -> None:
+def test_notes_on_limits_agree_with_the_check_of_the_run(tmp_path: Path) -> None:
     plan = plan_run(save_model(tmp_path / "model"), config())
     needed = total(estimate_least_memory(plan, config()).cpu)
     wanted = total(estimate_memory(plan, config()).cpu)
@@ -171,7 +169,7 @@ def test_limits_are_noted_by_the_rule_of_the_runs_own_check(tmp_path: Path) -> N
     assert note(wanted) == []
 
 
-def test_the_rules_are_not_asked_again_about_layers_that_a_plan_knows(
+def test_known_layers_of_a_plan_do_not_consult_the_rules_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = config(dynamic={"+:.*up_proj": {"bits": 8}, "-:.*o_proj": {}})
@@ -191,7 +189,7 @@ def test_the_rules_are_not_asked_again_about_layers_that_a_plan_knows(
         (torch.bfloat16, {}, "float32", "float32"),
     ],
 )
-def test_the_dtype_of_the_forwards_is_known_from_headers_as_the_run_opens_the_model(
+def test_headers_determine_the_dtype_of_the_forwards(
     stored: torch.dtype, change: dict[str, object], wanted: str, expected: str, tmp_path: Path
 ) -> None:
     model = save_model(tmp_path / "model", dtype=stored)
@@ -203,7 +201,7 @@ def test_the_dtype_of_the_forwards_is_known_from_headers_as_the_run_opens_the_mo
     assert stream.dtype == getattr(torch, expected)
 
 
-def test_disk_is_looked_at_where_the_output_will_be(tmp_path: Path) -> None:
+def test_free_space_is_read_at_the_place_of_the_output(tmp_path: Path) -> None:
     plan = plan_run(save_model(tmp_path / "model"), config())
     disk = estimate_disk(plan, tmp_path / "not" / "yet" / "there")
     assert disk.needed == plan.layout.nbytes
@@ -211,7 +209,7 @@ def test_disk_is_looked_at_where_the_output_will_be(tmp_path: Path) -> None:
     assert disk.fits
 
 
-def test_a_plan_needs_no_more_than_headers(tmp_path: Path) -> None:
+def test_a_plan_needs_only_headers(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     file = model / "model.safetensors"
     checkpoint = open_checkpoint(model)
@@ -222,7 +220,7 @@ def test_a_plan_needs_no_more_than_headers(tmp_path: Path) -> None:
     assert len(plan_run(model, config()).quantized) == 21
 
 
-def test_rows_of_one_kind_of_layer_stand_together(tmp_path: Path) -> None:
+def test_rows_of_one_kind_of_layer_are_adjacent(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     plan = plan_run(model, config(dynamic={r"+:.*\.0\.mlp\.(down|up)_proj": {"bits": 8}}))
     names = [row.name for row in plan_rows(plan)[0]]

@@ -64,7 +64,7 @@ def shown(value: str) -> str:
 
 @settings(deadline=None)
 @given(nasty)
-def test_text_is_shown_as_it_is_and_does_nothing(value: str) -> None:
+def test_text_is_shown_unchanged_and_runs_nothing(value: str) -> None:
     found = tokens(f"x {escaped(value)} x")
     assert {token.type for token in found} <= {
         "paragraph_open",
@@ -79,7 +79,7 @@ def test_text_is_shown_as_it_is_and_does_nothing(value: str) -> None:
 
 @settings(deadline=None)
 @given(nasty)
-def test_a_code_span_in_a_table_holds_its_text_and_stays_in_its_cell(value: str) -> None:
+def test_a_code_span_keeps_its_text_inside_its_table_cell(value: str) -> None:
     found = tokens(f"| a | b |\n|---|---|\n| {code(value)} | {escaped(value)} |\n")
     cells = [token.type for token in found].count("td_open")
     assert cells == 2
@@ -93,7 +93,7 @@ def test_a_code_span_in_a_table_holds_its_text_and_stays_in_its_cell(value: str)
 
 @settings(deadline=None)
 @given(nasty)
-def test_a_block_is_not_ended_by_its_text(value: str) -> None:
+def test_text_does_not_end_its_code_block(value: str) -> None:
     found = MARKDOWN.parse(f"{code_block(value, 'yaml')}\n\nafter")
     assert [token.type for token in found] == [
         "fence",
@@ -109,7 +109,7 @@ def test_a_block_is_not_ended_by_its_text(value: str) -> None:
 @example(*EVIL[:3])
 @example("--- \n--- ", "---", "...")
 @example("a\x85b", "a\x85b", "a\x85b")
-def test_names_change_neither_the_metadata_nor_the_shape_of_the_page(
+def test_names_change_neither_metadata_nor_page_layout(
     layer: str, dataset: str, licence: str
 ) -> None:
     plain = body(model_card(FACTS))
@@ -135,7 +135,7 @@ def test_names_change_neither_the_metadata_nor_the_shape_of_the_page(
     )
 
 
-def test_the_page_tells_readers_experts_and_how_to_use_it() -> None:
+def test_the_page_shows_readers_experts_and_usage() -> None:
     page = body(model_card(FACTS))
     for words in ("vllm serve me/tiny", 'from_pretrained("me/tiny", device_map="auto")', "123 MB, 4.5 bits",
                   "Read by vllm.", "With limits by transformers: needs optimum.", "calibration token | 2 |",

@@ -80,7 +80,7 @@ DAMAGED = [
 
 
 @pytest.mark.parametrize(("content", "says"), DAMAGED)
-def test_a_damaged_report_is_refused_with_the_place(
+def test_an_error_shows_the_place_of_damage_in_a_report(
     content: str, says: str, tmp_path: Path
 ) -> None:
     (tmp_path / "gptq_report.json").write_text(content)
@@ -103,7 +103,7 @@ def test_a_damaged_report_is_refused_with_the_place(
         ({"seqlen": 10**400}, "seqlen: "),
     ],
 )
-def test_a_damaged_evaluation_is_refused_with_the_place(
+def test_an_error_shows_the_place_of_damage_in_an_evaluation(
     change: Data, says: str, tmp_path: Path
 ) -> None:
     (tmp_path / "gptq_report.json").write_text(json.dumps(REPORT))
@@ -124,7 +124,7 @@ def test_a_damaged_evaluation_is_refused_with_the_place(
         "<script>alert(1)</script>\"'>",
     ],
 )
-def test_names_are_shown_and_neither_set_as_formulas_nor_run(name: str, tmp_path: Path) -> None:
+def test_names_are_shown_as_text_and_not_as_formulas(name: str, tmp_path: Path) -> None:
     data = deepcopy(REPORT)
     data["layers"][0]["name"] = f"model.layers.0.{name}"
     data |= {"name": name, "model": name, "command": name}
@@ -138,7 +138,7 @@ def test_names_are_shown_and_neither_set_as_formulas_nor_run(name: str, tmp_path
         assert name.split()[0].replace("$", "&#36;") in page or name.split()[0] in page
 
 
-def test_numbers_that_no_scale_holds_are_left_white(tmp_path: Path) -> None:
+def test_numbers_beyond_the_color_scale_do_not_break_the_page(tmp_path: Path) -> None:
     data = deepcopy(REPORT)
     for value in (5e-324, 1e308, float("inf"), float("nan"), -1.0, 0):
         data["layers"][0] |= {"relative_error": value, "rtn_relative_error": value}

@@ -76,7 +76,7 @@ def test_the_page_shows_layers_errors_blocks_and_the_command(finished: Path) -> 
     assert {f"{first['relative_error']:.1e}", f"{ratio:.2f}"} <= set(numbers)
 
 
-def test_the_page_needs_nothing_else_and_runs_nothing(finished: Path) -> None:
+def test_the_page_loads_nothing_and_runs_nothing(finished: Path) -> None:
     page = (finished / "gptq_report.html").read_text()
     found = Tags(page).found
     assert not {"script", "link", "img", "iframe", "object"} & {tag for tag, _ in found}
@@ -109,7 +109,7 @@ def test_names_are_text_and_never_markup(finished: Path) -> None:
     assert "&amp; more" in page
 
 
-def test_grids_have_a_row_a_block_and_join_experts() -> None:
+def test_grids_have_one_row_per_block_and_join_experts() -> None:
     layers = [
         {
             "name": f"model.layers.{block}.mlp.experts.{expert}.up_proj",
@@ -160,7 +160,7 @@ def experts(tokens: list[list[int]]) -> list[dict[str, Any]]:
     ]
 
 
-def test_tokens_of_experts_are_counted_layer_by_layer_the_worst_first() -> None:
+def test_expert_tokens_are_counted_per_layer_worst_first() -> None:
     found = experts_of(experts([[5, 7, 9, 100], [1, 0, 0, 8], [0, 3, 4, 5]]))
     assert [row.name.split(".")[2] for row in found.rows] == ["3", "5", "1"]
     assert [(row.least, row.median, row.most, row.uncovered) for row in found.rows] == [
@@ -171,7 +171,7 @@ def test_tokens_of_experts_are_counted_layer_by_layer_the_worst_first() -> None:
     assert (found.count, found.least, found.median, found.uncovered) == (12, 0, 4.5, 3)
 
 
-def test_the_page_maps_tokens_of_experts_and_marks_those_without(finished: Path) -> None:
+def test_the_page_maps_expert_tokens_and_marks_idle_experts(finished: Path) -> None:
     run = data_of(finished) | {"evaluation": None}
     assert "Tokens of each expert" not in render(run)
     page = render(run | {"experts": experts([[5, 7, 9], [1, 0, 8]])})
@@ -205,7 +205,7 @@ def test_a_run_of_many_blocks_is_drawn_without_numbers(finished: Path) -> None:
     assert not re.search(r">\s*\d\.\de-\d\d\s*</text>", render(run))
 
 
-def test_what_is_no_report_is_refused(
+def test_a_file_that_is_no_report_is_refused(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(InputError, match=r"holds no gptq_report\.json") as absent:
@@ -241,7 +241,7 @@ def test_what_is_no_report_is_refused(
     assert "gptq_cli[report]" in (missing.value.hint or "")
 
 
-def test_blocks_are_logged_and_passed_on() -> None:
+def test_block_events_are_logged_and_forwarded() -> None:
     seen: list[object] = []
     log = BlockLog(seen.append)
     play(log)
@@ -253,7 +253,7 @@ def test_blocks_are_logged_and_passed_on() -> None:
 
 @pytest.mark.parametrize("option", ["--output", "--png"])
 @pytest.mark.parametrize("name", ["thesis.html", "model.safetensors", "folder"])
-def test_a_file_that_is_no_page_of_gptq_stays(
+def test_a_file_that_is_no_page_of_gptq_is_kept(
     option: str, name: str, finished: Path, tmp_path: Path
 ) -> None:
     place = tmp_path / name
@@ -280,7 +280,7 @@ def test_a_file_that_is_no_page_of_gptq_stays(
     assert name == "folder" or place.read_text() == "mine"
 
 
-def test_pages_and_pictures_of_gptq_are_written_again(finished: Path, tmp_path: Path) -> None:
+def test_pages_and_pictures_of_gptq_are_replaced(finished: Path, tmp_path: Path) -> None:
     page, png = tmp_path / "page.html", tmp_path / "heat.png"
     page.touch()
     for _ in range(2):
@@ -294,9 +294,7 @@ def test_pages_and_pictures_of_gptq_are_written_again(finished: Path, tmp_path: 
     assert swapped.exit_code == 6  # a picture is no page
 
 
-def test_a_report_that_was_killed_is_finished_by_the_same_call(
-    finished: Path, tmp_path: Path
-) -> None:
+def test_the_same_call_finishes_a_killed_report(finished: Path, tmp_path: Path) -> None:
     operations = CountingDisk()
     with using(operations):
         write_page(finished, tmp_path / "page.html", png=tmp_path / "heat.png")

@@ -120,7 +120,7 @@ def check(error: InputError, file: Path, how: str) -> None:
 
 @pytest.mark.parametrize("name", [WEIGHTS, "tokenizer.json", "config.json"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_file_that_changes_is_named_and_nothing_published(
+def test_an_error_names_the_changed_file_and_publishes_nothing(
     change: Change, name: str, own: Case, tmp_path: Path
 ) -> None:
     file = own.model / name
@@ -147,7 +147,7 @@ def test_no_block_of_a_changed_model_counts_as_finished(
     assert not (tmp_path / WORK).exists()
 
 
-def test_a_model_that_changes_while_it_is_hashed_is_refused(
+def test_a_model_that_changes_during_hashing_is_refused(
     own: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = open_checkpoint(own.model)
@@ -163,7 +163,7 @@ def test_a_model_that_changes_while_it_is_hashed_is_refused(
     check(caught.value, own.model / WEIGHTS, "was written again")
 
 
-def test_a_side_file_is_copied_only_with_the_bytes_known_of_it(own: Case, tmp_path: Path) -> None:
+def test_a_side_file_is_copied_only_with_its_known_bytes(own: Case, tmp_path: Path) -> None:
     source = open_checkpoint(own.model)
     hashes = identify(source, None, config(), CPU, "a")["source"]["files"]
     copy_side_files(source, tmp_path / "copy", without=(), hashes=hashes)
@@ -177,7 +177,7 @@ def test_a_side_file_is_copied_only_with_the_bytes_known_of_it(own: Case, tmp_pa
     assert not (tmp_path / "other" / "tokenizer.json").exists()
 
 
-def test_a_file_that_appears_is_no_part_of_the_model(own: Case, tmp_path: Path) -> None:
+def test_a_file_that_appears_later_is_no_part_of_the_model(own: Case, tmp_path: Path) -> None:
     def appear(file: Path) -> None:
         file.write_text("{}")
 
@@ -219,7 +219,7 @@ def test_rewriting_a_checkpoint_that_changes_is_refused(
 
 
 @pytest.mark.parametrize("changing", ["model", "baseline"])
-def test_no_perplexity_is_told_of_a_model_that_changes(changing: str, tmp_path: Path) -> None:
+def test_a_model_that_changes_gets_no_perplexity(changing: str, tmp_path: Path) -> None:
     models = {
         name: save_model(tmp_path / name, num_hidden_layers=2) for name in ("model", "baseline")
     }
@@ -292,7 +292,7 @@ def test_a_shard_that_is_replaced_is_found_at_the_next_block(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("command", ["verify", "inspect"])
-def test_nothing_is_told_of_a_checkpoint_that_changes(
+def test_a_checkpoint_that_changes_is_not_inspected(
     command: str, own: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own.run(tmp_path / "quantized")
@@ -317,7 +317,7 @@ def test_nothing_is_told_of_a_checkpoint_that_changes(
     check(caught.value, file, "was written again")
 
 
-def test_no_other_bytes_are_pushed_than_were_verified(own: Case, tmp_path: Path) -> None:
+def test_only_verified_bytes_are_pushed(own: Case, tmp_path: Path) -> None:
     own.run(tmp_path / "quantized")
     parcel = prepare_push(tmp_path / "quantized", "me/tiny", base_model="org/tiny")
     file = sorted((tmp_path / "quantized").glob("*.safetensors"))[0]

@@ -66,7 +66,7 @@ def flip_tensor(directory: Path, tensor: str) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("where", [0.0, 0.3, 0.6, 0.9])
-def test_a_flipped_bit_is_never_taken_for_finished_work(
+def test_a_rerun_repairs_a_flipped_bit_in_unfinished_work(
     name: str, where: float, case: Case, unfinished: Path, tmp_path: Path
 ) -> None:
     directory = copy_of(unfinished, tmp_path / "work")
@@ -88,7 +88,7 @@ def test_a_flipped_bit_is_never_taken_for_finished_work(
         ("run.json", 0.5, 0, "run.json` cannot be read: the run starts over"),
     ],
 )
-def test_damage_is_said_and_costs_what_depends_on_it(
+def test_damage_is_reported_and_only_dependent_blocks_rerun(
     name: str, where: float, first: int, words: str, case: Case, unfinished: Path, tmp_path: Path
 ) -> None:
     directory = copy_of(unfinished, tmp_path / "work")
@@ -124,7 +124,7 @@ def test_a_run_file_without_its_parts_is_damaged(
     assert (warned, tree) == (["W_RESUME_DAMAGED"], case.tree)
 
 
-def test_a_run_file_that_names_no_model_is_another_run(
+def test_a_run_file_without_a_model_belongs_to_another_run(
     case: Case, unfinished: Path, tmp_path: Path
 ) -> None:
     directory = copy_of(unfinished, tmp_path / "work")
@@ -140,7 +140,7 @@ def test_a_run_file_that_names_no_model_is_another_run(
         assert (caught.value.code, caught.value.exit_code) == ("E_RESUME_MISMATCH", 6)
 
 
-def test_a_damaged_tensor_costs_its_block_and_those_after_it(
+def test_a_damaged_tensor_reruns_its_block_and_later_blocks(
     case: Case, unfinished: Path, tmp_path: Path
 ) -> None:
     for block in (0, 1):
@@ -159,7 +159,9 @@ def test_a_damaged_tensor_costs_its_block_and_those_after_it(
         assert tree == case.tree
 
 
-def test_a_journal_cut_anywhere_is_read_as_far_as_it_goes(unfinished: Path, tmp_path: Path) -> None:
+def test_a_truncated_journal_is_read_up_to_its_last_whole_line(
+    unfinished: Path, tmp_path: Path
+) -> None:
     content = (unfinished / WORK / "journal.jsonl").read_bytes()
     seed = json.loads((unfinished / WORK / "run.json").read_bytes())
     assert content.count(b"\n") == 2
@@ -175,7 +177,7 @@ def test_a_journal_cut_anywhere_is_read_as_far_as_it_goes(unfinished: Path, tmp_
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.8, 0.99])
-def test_a_run_goes_on_from_a_journal_that_was_cut(
+def test_a_run_resumes_from_a_truncated_journal(
     share: float, case: Case, unfinished: Path, tmp_path: Path
 ) -> None:
     directory = copy_of(unfinished, tmp_path / "work")
@@ -184,7 +186,9 @@ def test_a_run_goes_on_from_a_journal_that_was_cut(
     assert resumed(case, directory)[1] == case.tree
 
 
-def test_lines_of_a_journal_cannot_change_places_or_runs(unfinished: Path, tmp_path: Path) -> None:
+def test_a_journal_rejects_moved_lines_and_lines_of_other_runs(
+    unfinished: Path, tmp_path: Path
+) -> None:
     lines = (unfinished / WORK / "journal.jsonl").read_bytes().splitlines(keepends=True)
     seed = digest_of(json.loads((unfinished / WORK / "run.json").read_bytes())["identity"])
     for content, given, count in (
@@ -198,9 +202,7 @@ def test_lines_of_a_journal_cannot_change_places_or_runs(unfinished: Path, tmp_p
     assert Journal(tmp_path / "journal", seed).entries == []
 
 
-def test_what_the_disk_gives_back_otherwise_than_it_was_written_is_not_published(
-    case: Case, tmp_path: Path
-) -> None:
+def test_bytes_that_the_disk_altered_are_not_published(case: Case, tmp_path: Path) -> None:
     class Forgetful(CountingDisk):
         def write(self, descriptor: int, data: memoryview, offset: int) -> int:
             flipped = bytearray(data)
@@ -217,9 +219,7 @@ def test_what_the_disk_gives_back_otherwise_than_it_was_written_is_not_published
     assert not (tmp_path / "out").exists()
 
 
-def test_a_finished_output_that_was_damaged_is_not_taken_for_done(
-    case: Case, tmp_path: Path
-) -> None:
+def test_a_damaged_output_does_not_count_as_finished(case: Case, tmp_path: Path) -> None:
     case.run(tmp_path / "out")
     flip(tmp_path / "out" / "config.json", 0.5)
     with pytest.raises(
@@ -236,7 +236,7 @@ def test_a_finished_output_that_was_damaged_is_not_taken_for_done(
 @pytest.mark.parametrize(
     "name", ["adapter_config.json", "code.py", "chat_template.jinja", "pytorch_model.bin"]
 )
-def test_a_finished_output_with_a_file_more_is_not_done(
+def test_an_output_with_an_extra_file_does_not_count_as_finished(
     name: str, case: Case, tmp_path: Path
 ) -> None:
     case.run(tmp_path / "out")
@@ -281,7 +281,7 @@ MUTATIONS = {
 
 
 @pytest.mark.parametrize("kind", MUTATIONS)
-def test_without_a_checksum_damage_would_get_through_or_break_the_run(
+def test_each_checksum_is_needed_to_catch_its_damage(
     kind: str, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     owner, name, instead, damage = MUTATIONS[kind]
@@ -299,7 +299,7 @@ def test_without_a_checksum_damage_would_get_through_or_break_the_run(
     assert resumed(case, tmp_path / "real")[1] == case.tree
 
 
-def test_a_run_that_is_killed_again_and_again_comes_to_its_end(case: Case, tmp_path: Path) -> None:
+def test_a_run_that_is_killed_repeatedly_still_finishes(case: Case, tmp_path: Path) -> None:
     output, kills = tmp_path / "out", 0
     while True:
         try:

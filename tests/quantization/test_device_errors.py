@@ -86,7 +86,7 @@ UNFIT = {
 
 
 @pytest.mark.parametrize("error", EXHAUSTED, ids=str)
-def test_memory_that_is_used_up_is_known_in_all_its_words(error: Exception) -> None:
+def test_every_out_of_memory_error_becomes_e_oom(error: Exception) -> None:
     assert (out_of_memory(error), gpu_lost(error), reason(error)) == (True, False, EXHAUSTED[error])
     with pytest.raises(ResourceError) as caught, device_errors():
         raise error
@@ -95,7 +95,7 @@ def test_memory_that_is_used_up_is_known_in_all_its_words(error: Exception) -> N
 
 
 @pytest.mark.parametrize("error", LOST, ids=str)
-def test_a_gpu_that_has_failed_is_said_with_its_reason(error: Exception) -> None:
+def test_a_failed_gpu_is_reported_with_its_reason(error: Exception) -> None:
     assert (out_of_memory(error), gpu_lost(error)) == (False, True)
     with pytest.raises(ResourceError) as caught, device_errors():
         raise error
@@ -108,7 +108,7 @@ def test_a_gpu_that_has_failed_is_said_with_its_reason(error: Exception) -> None
 
 
 @pytest.mark.parametrize("error", UNFIT, ids=str)
-def test_a_gpu_that_torch_was_not_built_for_is_an_input_error_with_the_build(
+def test_a_gpu_that_torch_does_not_support_is_an_input_error(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
@@ -126,14 +126,14 @@ def test_a_gpu_that_torch_was_not_built_for_is_an_input_error_with_the_build(
 
 
 @pytest.mark.parametrize("error", MISTAKES, ids=str)
-def test_what_the_program_asked_wrongly_stays_a_bug(error: Exception) -> None:
+def test_an_error_of_the_program_stays_a_bug(error: Exception) -> None:
     with pytest.raises(type(error)) as caught, device_errors():
         raise error
     assert caught.value is error
 
 
 @pytest.mark.parametrize("error", [*EXHAUSTED, *LOST], ids=str)
-def test_between_processes_a_device_at_fault_is_not_taken_for_a_peer_that_is_gone(
+def test_a_device_error_between_processes_is_no_lost_peer(
     error: Exception,
 ) -> None:
     with pytest.raises(type(error)) as caught, _peers():
@@ -141,7 +141,7 @@ def test_between_processes_a_device_at_fault_is_not_taken_for_a_peer_that_is_gon
     assert caught.value is error
 
 
-def test_a_gpu_that_fails_in_the_middle_is_told_in_few_lines_and_the_next_call_goes_on(
+def test_a_failed_gpu_is_reported_briefly_and_the_rerun_resumes(
     case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     events: list[Event] = []
@@ -166,7 +166,7 @@ def test_a_gpu_that_fails_in_the_middle_is_told_in_few_lines_and_the_next_call_g
     assert digest(tmp_path / "out") == case.tree
 
 
-def test_memory_that_a_file_could_not_get_is_memory_too() -> None:
+def test_a_memory_error_of_a_file_is_an_out_of_memory_error() -> None:
     refused = file_error(OSError(errno.ENOMEM, "Cannot allocate memory"), "model.safetensors")
     assert refused is not None
     assert out_of_memory(refused)

@@ -36,7 +36,7 @@ def fail(case: Case, output: Path) -> list[Event]:
     return events
 
 
-def test_work_of_a_run_that_failed_gives_way_to_other_settings(case: Case, tmp_path: Path) -> None:
+def test_other_settings_replace_the_work_of_a_failed_run(case: Case, tmp_path: Path) -> None:
     other, output = failing(case, tmp_path), tmp_path / "out"
     assert fail(other, output)[-1] == WorkKept(tmp_path / WORK, failed=True)
     again = fail(other, output)  # with the same settings it counts
@@ -55,7 +55,7 @@ def test_work_of_a_run_that_failed_gives_way_to_other_settings(case: Case, tmp_p
 
 
 @pytest.mark.parametrize("command", ["convert", "dequantize"])
-def test_work_of_a_run_that_failed_gives_way_to_rewriting(
+def test_convert_and_dequantize_replace_the_work_of_a_failed_run(
     command: str, case: Case, tmp_path: Path
 ) -> None:
     case.run(tmp_path / "quantized")
@@ -70,7 +70,7 @@ def test_work_of_a_run_that_failed_gives_way_to_rewriting(
     assert not (tmp_path / WORK).exists()
 
 
-def test_a_run_that_failed_and_was_then_killed_is_protected(case: Case, tmp_path: Path) -> None:
+def test_a_failed_run_that_was_then_killed_keeps_its_work(case: Case, tmp_path: Path) -> None:
     other, output = failing(case, tmp_path), tmp_path / "out"
     fail(other, output)
 
@@ -85,7 +85,7 @@ def test_a_run_that_failed_and_was_then_killed_is_protected(case: Case, tmp_path
 
 
 @pytest.mark.parametrize("place", ["version", "device", "model"])
-def test_no_hint_to_resume_what_this_place_cannot(
+def test_no_hint_proposes_to_resume_an_unresumable_run(
     place: str, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = Case(shutil.copytree(case.model, tmp_path / "model"), {}, [])
@@ -104,7 +104,7 @@ def test_no_hint_to_resume_what_this_place_cannot(
     )
 
 
-def test_another_model_leaves_the_hint_to_resume(case: Case, tmp_path: Path) -> None:
+def test_the_hint_for_another_model_proposes_to_resume(case: Case, tmp_path: Path) -> None:
     kill_after_block(case, tmp_path / "out", 0)
     second = Case(save_model(tmp_path / "second", seed=1, **SMALL), {}, [])
     with pytest.raises(

@@ -78,7 +78,7 @@ def run(model: Path, output: Path, **settings: object) -> tuple[QuantizeResult, 
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_the_first_window_with_infinite_activations_is_named(
+def test_an_error_names_the_first_window_with_infinite_inputs(
     batch_size: int, tmp_path: Path
 ) -> None:
     model = save_model(tmp_path / "model")
@@ -97,7 +97,7 @@ def test_the_first_window_with_infinite_activations_is_named(
     assert "--on-numeric-fault rtn" in (caught.value.hint or "")
 
 
-def test_a_layer_that_is_called_twice_a_batch_names_the_batch(tmp_path: Path) -> None:
+def test_an_error_in_a_layer_that_runs_twice_names_the_batch(tmp_path: Path) -> None:
     layer = plan_run(save_model(tmp_path / "model"), config(**PLAIN)).quantized[0]
     inputs = HessianAccumulator(layer.in_features, "cpu")
     for value in (1.0, 1.0, 1.0, 1.0, 1.0, float("nan"), 1.0, 1.0):
@@ -117,7 +117,7 @@ def test_a_layer_that_is_called_twice_a_batch_names_the_batch(tmp_path: Path) ->
         list(alone.solve([layer], inputs, SINGLE_PROCESS))
 
 
-def test_layers_with_infinite_inputs_are_rounded_to_nearest_on_request_and_counted(
+def test_rtn_rounds_and_counts_layers_with_infinite_inputs(
     tmp_path: Path,
 ) -> None:
     model = save_model(tmp_path / "model")
@@ -139,7 +139,7 @@ def test_layers_with_infinite_inputs_are_rounded_to_nearest_on_request_and_count
         assert torch.equal(reader(tmp_path / "out").linear(name).codes, nearest.codes)
 
 
-def test_a_run_that_stopped_at_such_a_layer_goes_on_with_rounding(tmp_path: Path) -> None:
+def test_a_run_stopped_by_infinite_inputs_resumes_with_rtn(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     overflowing(model)
     with pytest.raises(GateError):
@@ -161,7 +161,7 @@ def refusing(monkeypatch: pytest.MonkeyPatch, in_features: int) -> None:
     monkeypatch.setattr(layers, "prepare", fails)
 
 
-def test_a_hessian_without_a_factor_stops_the_run_or_is_done_without(
+def test_rtn_rounds_layers_whose_hessian_has_no_factor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = save_model(tmp_path / "model", hidden_size=64, intermediate_size=96)
@@ -211,7 +211,7 @@ def test_more_fallbacks_than_allowed_end_the_run(
     assert sum(layer.fallback is not None for layer in result.layers) == 3
 
 
-def test_finished_work_with_fallbacks_does_not_pass_a_stricter_policy(
+def test_a_stricter_policy_rejects_finished_fallbacks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = save_model(tmp_path / "model", hidden_size=64, intermediate_size=96)
@@ -232,7 +232,7 @@ def test_finished_work_with_fallbacks_does_not_pass_a_stricter_policy(
         run(model, tmp_path / "out", on_numeric_fault="rtn", max_fallbacks=0)
 
 
-def test_fewer_tokens_than_inputs_are_told_once(tmp_path: Path) -> None:
+def test_fewer_tokens_than_inputs_cause_one_warning(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     _, events = run(model, tmp_path / "out", nsamples=3, seqlen=16, batch_size=1)
     few = [
@@ -246,7 +246,7 @@ def test_fewer_tokens_than_inputs_are_told_once(tmp_path: Path) -> None:
     ]
 
 
-def test_a_layer_that_is_solved_again_counts_once_as_rounded_to_nearest() -> None:
+def test_a_layer_solved_twice_counts_as_one_fallback() -> None:
     limits = Limits(config(max_fallbacks=2))
     solved = [
         LayerReport(f"layer {n}", 0, 4, 32, 0.1, 0.1, 0.01, 0, 0, 9, 1.0, "tokens")

@@ -17,7 +17,7 @@ from tests.runs import config
 CPU = torch.device("cpu")
 
 
-def test_paths_are_no_part_of_it_and_every_byte_that_is_read_is(tmp_path: Path) -> None:
+def test_every_byte_belongs_to_the_identity_but_no_path(tmp_path: Path) -> None:
     one, other = (
         save_model(tmp_path / "a", max_shard_size="200KB"),
         save_model(tmp_path / "b", max_shard_size="200KB"),
@@ -40,7 +40,7 @@ def test_paths_are_no_part_of_it_and_every_byte_that_is_read_is(tmp_path: Path) 
         path.write_bytes(whole)
 
 
-def test_weights_of_a_commit_are_known_by_it_and_their_headers(tmp_path: Path) -> None:
+def test_the_commit_and_the_headers_identify_weights(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     known = identify(open_checkpoint(model), "c0ffee", config(), CPU, "a")
     assert known["source"]["commit"] == "c0ffee"
@@ -57,7 +57,7 @@ def test_weights_of_a_commit_are_known_by_it_and_their_headers(tmp_path: Path) -
     ]
 
 
-def test_threads_and_devices_are_part_of_it(
+def test_threads_and_devices_belong_to_the_identity(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = open_checkpoint(save_model(tmp_path / "model"))
@@ -103,7 +103,7 @@ class TeamOf(Ranks):
         return self.identities
 
 
-def test_a_process_that_would_not_do_the_same_is_refused(tmp_path: Path) -> None:
+def test_a_process_with_another_identity_is_refused(tmp_path: Path) -> None:
     source = open_checkpoint(save_model(tmp_path / "model"))
     first = identify(source, None, config(), CPU, "a")
     beside_it = identify(source, None, config(), CPU, "a", hashed=False)

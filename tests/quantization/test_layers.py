@@ -29,7 +29,7 @@ from tests.solver.samples import ORDERS, correlated_layer, layer_config
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_rows_solved_together_are_solved_as_alone(order: str) -> None:
+def test_layers_solved_together_equal_layers_solved_alone(order: str) -> None:
     (first, hessian), (second, _), (third, _) = (
         correlated_layer(rows, 96, rows) for rows in (20, 7, 12)
     )
@@ -57,13 +57,13 @@ def names(batches: Sequence[Sequence[LayerPlan]]) -> list[str]:
     return [" ".join(layer.name.rpartition(".")[2] for layer in batch) for batch in batches]
 
 
-def test_layers_of_one_configuration_are_solved_as_the_rows_of_one(layers: list[LayerPlan]) -> None:
+def test_layers_with_equal_settings_form_one_batch(layers: list[LayerPlan]) -> None:
     named = {layer.name.rpartition(".")[2]: layer for layer in layers}
     attention = [named[name] for name in ("q_proj", "k_proj", "v_proj")]
     assert names(of_one_configuration(attention)) == ["q_proj v_proj", "k_proj"]
 
 
-def test_rows_are_cut_into_parts_whatever_layer_they_are_of(layers: list[LayerPlan]) -> None:
+def test_parts_of_rows_span_layers(layers: list[LayerPlan]) -> None:
     a, b, c = (
         replace(layers[0], name=name, out_features=rows)
         for name, rows in {"a": 5, "b": 2, "c": 9}.items()
@@ -80,7 +80,7 @@ def test_rows_are_cut_into_parts_whatever_layer_they_are_of(layers: list[LayerPl
 @pytest.mark.parametrize(
     ("row", "owner"), [(0, "a"), (4, "a"), (5, "b"), (7, "b"), (8, "c"), (19, "c")]
 )
-def test_a_row_that_no_scale_reaches_names_the_layer_it_is_of(
+def test_a_scale_range_error_names_the_layer_of_its_row(
     row: int, owner: str, layers: list[LayerPlan]
 ) -> None:
     together = [
@@ -96,7 +96,7 @@ def test_a_row_that_no_scale_reaches_names_the_layer_it_is_of(
 
 
 @pytest.mark.parametrize("order", ["group aware", "static group aware"])
-def test_the_first_bad_row_of_all_is_named(order: str) -> None:
+def test_an_error_names_the_first_bad_row(order: str) -> None:
     (first, hessian), (second, _) = (correlated_layer(rows, 96, rows) for rows in (20, 7))
     second[[3, 5], 40] = float("nan")
     settings = layer_config(order, group_size=24)
@@ -105,7 +105,7 @@ def test_the_first_bad_row_of_all_is_named(order: str) -> None:
     assert caught.value.row == 23
 
 
-def test_a_run_writes_what_solving_each_layer_alone_gives(
+def test_a_run_equals_solving_each_layer_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, usual = save_model(tmp_path / "model"), solver.solve_together
@@ -150,7 +150,7 @@ def warned(model: Path, output: Path, **changes: object) -> list[str]:
 
 
 @pytest.mark.parametrize("preset", ["gptq", "best"])
-def test_a_layer_that_loses_its_weights_is_named(preset: str, tmp_path: Path) -> None:
+def test_a_warning_names_a_layer_that_loses_its_weights(preset: str, tmp_path: Path) -> None:
     model = scaled(save_model(tmp_path / "model"), v_proj=2.0**-27)
     first, *others = warned(model, tmp_path / "out", preset=preset)
     name = "model.layers.1.self_attn.v_proj"
@@ -164,7 +164,7 @@ def test_a_layer_that_loses_its_weights_is_named(preset: str, tmp_path: Path) ->
     assert others
 
 
-def test_subnormal_scales_are_told_once(tmp_path: Path) -> None:
+def test_subnormal_scales_cause_one_warning(tmp_path: Path) -> None:
     model = scaled(save_model(tmp_path / "model"), v_proj=2.0**-12, up_proj=2.0**-12)
     (told,) = warned(model, tmp_path / "out")
     assert told.startswith(
@@ -173,7 +173,7 @@ def test_subnormal_scales_are_told_once(tmp_path: Path) -> None:
     assert "of 128 scales are below 2^-14, which makes them subnormal in float16" in told
 
 
-def test_groups_of_zeros_are_not_too_small(tmp_path: Path) -> None:
+def test_groups_of_zeros_cause_no_scale_warning(tmp_path: Path) -> None:
     found = warned(
         scaled(save_model(tmp_path / "model"), up_proj=0.0, k_proj=0.0), tmp_path / "out"
     )
@@ -182,7 +182,7 @@ def test_groups_of_zeros_are_not_too_small(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layer", ["q_proj", "v_proj"])
-def test_a_layer_that_decodes_beyond_float16_is_named(layer: str, tmp_path: Path) -> None:
+def test_an_error_names_a_layer_that_decodes_beyond_float16(layer: str, tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     tensors = load_file(model / "model.safetensors")
     tensors[f"model.layers.0.self_attn.{layer}.weight"][3, 4] = -65504

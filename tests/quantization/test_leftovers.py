@@ -65,7 +65,7 @@ def compiled_twice(tensors: Tensors) -> Tensors:
         (compiled_twice, "model.layers.1._orig_mod.input_layernorm.weight", 8, False),
     ],
 )
-def test_tensors_without_a_place_are_named_and_counted_as_the_run_does(
+def test_the_plan_and_the_run_name_the_same_unused_tensors(
     edit: Callable[[Tensors], Tensors], first: str, more: int, adapter: bool, tmp_path: Path
 ) -> None:
     model = save_model(tmp_path / "model")
@@ -89,7 +89,7 @@ def test_tensors_without_a_place_are_named_and_counted_as_the_run_does(
     assert "dynamic" not in said
 
 
-def test_evaluation_names_what_has_no_effect(tmp_path: Path) -> None:
+def test_evaluation_names_unused_tensors(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     request = EvalRequest(dataset=texts(), seqlen=32, max_windows=2, device="cpu")
     events: list[Event] = []
@@ -100,7 +100,7 @@ def test_evaluation_names_what_has_no_effect(tmp_path: Path) -> None:
     assert [event.code for event in events if isinstance(event, Warned)] == ["W_CKPT_UNUSED"]
 
 
-def test_what_transformers_leaves_out_without_a_word_is_no_warning(tmp_path: Path) -> None:
+def test_tensors_that_transformers_ignores_cause_no_warning(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     change(
         model,
@@ -119,7 +119,7 @@ WRAPPED: dict[str, Callable[[str], str]] = {
 
 
 @pytest.mark.parametrize("part", WRAPPED)
-def test_names_with_too_much_in_them_are_told_as_that(part: str, tmp_path: Path) -> None:
+def test_an_error_shows_the_part_that_names_have_too_much(part: str, tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     change(model, lambda tensors: {WRAPPED[part](name): tensor for name, tensor in tensors.items()})
     calls: list[Callable[[], object]] = [
@@ -138,7 +138,7 @@ def test_names_with_too_much_in_them_are_told_as_that(part: str, tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_a_missing_head_is_told_as_that(tmp_path: Path) -> None:
+def test_an_error_reports_a_missing_head(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", "llama", tie_word_embeddings=False)
     change(
         model,
@@ -157,7 +157,7 @@ def test_a_missing_head_is_told_as_that(tmp_path: Path) -> None:
     assert warnings_of(model, tmp_path / "out") == []
 
 
-def test_a_classifier_is_told_as_that(tmp_path: Path) -> None:
+def test_an_error_reports_a_classifier(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
 
     def classify(tensors: Tensors) -> Tensors:
@@ -192,7 +192,7 @@ def shard(model: Path, absent: tuple[str, ...] = (), unlisted: tuple[str, ...] =
     (model / "model.safetensors").unlink()
 
 
-def test_an_index_that_disagrees_is_read_as_transformers_does(tmp_path: Path) -> None:
+def test_a_wrong_index_is_read_as_in_transformers(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     extra = {"mtp.fc.weight": torch.ones(64, 64)}
     change(model, lambda tensors: tensors | extra)
@@ -241,7 +241,7 @@ def test_a_listed_tensor_that_the_model_needs_is_refused(tmp_path: Path) -> None
     assert "download the index and the shards again" in (caught.value.hint or "")
 
 
-def test_a_leftover_of_bitsandbytes_changes_no_byte_of_the_weights(tmp_path: Path) -> None:
+def test_a_bitsandbytes_leftover_changes_no_byte_of_the_weights(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", dtype=torch.bfloat16)
     warnings_of(model, tmp_path / "truth")
     content = json.loads((model / "config.json").read_text())
@@ -254,7 +254,7 @@ def test_a_leftover_of_bitsandbytes_changes_no_byte_of_the_weights(tmp_path: Pat
     assert evaluate_perplexity(str(model), request).perplexity > 1
 
 
-def test_an_adapter_beside_the_model_is_told_and_not_published(tmp_path: Path) -> None:
+def test_an_adapter_beside_the_model_is_reported_but_not_copied(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     warnings_of(model, tmp_path / "truth")
     (model / "adapter_config.json").write_text('{"peft_type": "LORA"}')

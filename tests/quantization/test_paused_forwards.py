@@ -91,7 +91,7 @@ def executions_by_block(executions: Counter[nn.Module]) -> list[set[int]]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_linear_runs_once_per_batch_and_writes_what_replaying_writes(
+def test_each_linear_runs_once_per_batch_if_all_batches_pause(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, executions: Counter[nn.Module]
 ) -> None:
     model = save_model(tmp_path / "model", family, dtype=torch.bfloat16)
@@ -107,7 +107,7 @@ def test_each_linear_runs_once_per_batch_and_writes_what_replaying_writes(
 @pytest.mark.parametrize("n_waiting", [1, 2])
 @pytest.mark.parametrize("settings", [{}, {"preset": "best", "bits": 2}], ids=str)
 @pytest.mark.parametrize("family", ["llama", "phi", "gemma2"])
-def test_some_batches_may_wait_while_the_block_is_run_again_for_the_others(
+def test_some_batches_may_pause_while_the_others_are_replayed(
     family: str,
     settings: dict[str, object],
     n_waiting: int,
@@ -130,7 +130,7 @@ def test_some_batches_may_wait_while_the_block_is_run_again_for_the_others(
         }
 
 
-def test_a_memory_budget_decides_how_many_batches_wait_and_changes_no_byte(tmp_path: Path) -> None:
+def test_a_memory_budget_pauses_fewer_batches_for_the_same_bytes(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     assert [
         event for event in quantize(model, tmp_path / "free") if isinstance(event, Warned)
@@ -143,7 +143,7 @@ def test_a_memory_budget_decides_how_many_batches_wait_and_changes_no_byte(tmp_p
     )
 
 
-def test_a_budget_counts_what_is_held_already(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_memory_budget_counts_memory_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "free_bytes", lambda _device: 8_000)
     monkeypatch.setattr(memory, "host_bytes", lambda: 1_000)
     frees = [Memory(CPU, None, limit).free() for limit in (None, 5_000, 9_001, 100)]
@@ -151,7 +151,7 @@ def test_a_budget_counts_what_is_held_already(monkeypatch: pytest.MonkeyPatch) -
     assert Memory(CPU, 10, None).free() == 8_000  # of an accelerator that is not used
 
 
-def test_a_run_that_holds_more_than_it_may_stops_with_flags_that_help(
+def test_a_run_over_max_ram_stops_with_flags_that_help(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limit, held = host_bytes() + 2**27, iter([0, 0, 0])
@@ -187,7 +187,7 @@ SETTINGS: list[dict[str, object]] = [
 ]
 
 
-def test_the_unquantized_block_runs_beside_the_quantized_one_once_per_batch(
+def test_the_original_block_runs_once_per_batch_as_well(
     tmp_path: Path, executions: Counter[nn.Module]
 ) -> None:
     quantize(save_model(tmp_path / "model"), tmp_path / "out", preset="best")
@@ -200,7 +200,7 @@ def warnings(events: Sequence[Event]) -> list[str]:
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("family", ["llama", "phi"])
-def test_every_setting_writes_the_same_bytes_in_both_ways(
+def test_pausing_and_replaying_write_the_same_bytes(
     family: str, settings: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = save_model(tmp_path / "model", family)
@@ -213,7 +213,7 @@ def test_every_setting_writes_the_same_bytes_in_both_ways(
     ]
 
 
-def test_without_true_sequential_nothing_waits_and_two_forwards_are_enough(
+def test_two_forwards_suffice_without_true_sequential(
     tmp_path: Path, executions: Counter[nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(PauseBudget, "n_paused", None)
@@ -230,7 +230,7 @@ def test_without_true_sequential_nothing_waits_and_two_forwards_are_enough(
 
 
 @pytest.mark.parametrize("patched", ["HessianOfBatches.add", "LayerSolver.solve"])
-def test_an_error_in_the_hessian_or_the_solver_ends_the_run_and_every_thread(
+def test_a_hessian_or_solver_error_ends_the_run_and_its_threads(
     patched: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     owner, _, method = patched.partition(".")
@@ -280,7 +280,7 @@ class HessianKeeper(LayerSolver):
         yield from ()
 
 
-def test_a_linear_that_is_called_twice_is_replayed_and_sees_both_inputs(
+def test_a_linear_called_twice_is_replayed_with_both_inputs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(PauseBudget, "n_paused", None)
@@ -312,7 +312,7 @@ def test_a_linear_that_is_called_twice_is_replayed_and_sees_both_inputs(
     assert torch.allclose(solver.seen[1][1], sum(x.T @ x for x in lasts), rtol=1e-4)
 
 
-def test_batches_may_fill_half_of_the_free_memory_and_are_refused_once_aloud(
+def test_paused_batches_fill_half_of_free_memory_at_most(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(memory, "free_bytes", lambda _device: 8_000)
@@ -329,7 +329,7 @@ def test_batches_may_fill_half_of_the_free_memory_and_are_refused_once_aloud(
     assert budget.n_paused(7, 0) == 7
 
 
-def test_threads_that_wait_are_counted_with_their_teams(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paused_threads_count_with_their_worker_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
     events: list[Event] = []
     budget = PauseBudget(Memory(CPU), events.append)
@@ -342,7 +342,7 @@ def test_threads_that_wait_are_counted_with_their_teams(monkeypatch: pytest.Monk
 
 
 @pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="reads /proc")
-def test_free_memory_is_bounded_by_the_machine_and_by_the_control_group(
+def test_the_machine_and_the_control_group_bound_free_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     total = int(Path("/proc/meminfo").read_text().split()[1]) * 1024
@@ -360,7 +360,7 @@ def test_free_memory_is_bounded_by_the_machine_and_by_the_control_group(
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
-def test_a_thread_that_waits_does_not_keep_what_it_has_freed() -> None:
+def test_a_paused_thread_returns_its_freed_memory() -> None:
     give_back_freed_tensors()
     freed, go_on = threading.Semaphore(0), threading.Semaphore(0)
 

@@ -131,7 +131,7 @@ def observe(
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_after_any_power_cut_the_output_is_whole_and_a_rerun_writes_the_same(
+def test_a_rerun_after_any_power_cut_writes_the_same_output(
     overwrite: bool, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, old = tmp_path / "root", None
@@ -165,7 +165,7 @@ FORGOTTEN: dict[str, Callable[[Path], bool]] = {
 
 
 @pytest.mark.parametrize("kind", FORGOTTEN)
-def test_without_an_fsync_the_model_finds_what_goes_wrong(
+def test_the_disk_model_notices_each_missing_fsync(
     kind: str, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "disk").mkdir()

@@ -76,7 +76,7 @@ def quantize(case: Case, directory: Path) -> list[str | Path]:
 
 
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.7, 0.9])
-def test_a_killed_process_is_gone_on_with_by_the_same_call(
+def test_the_same_call_resumes_the_work_of_a_killed_process(
     share: float, case: Case, tmp_path: Path
 ) -> None:
     process = CHILDREN.Process(
@@ -91,7 +91,7 @@ def test_a_killed_process_is_gone_on_with_by_the_same_call(
     assert len(result.layers) == 5
 
 
-def test_of_eight_processes_that_race_for_one_output_one_works(case: Case, tmp_path: Path) -> None:
+def test_one_of_eight_processes_racing_for_one_output_works(case: Case, tmp_path: Path) -> None:
     barrier, answers = CHILDREN.Barrier(8), CHILDREN.Queue()
     processes = [
         CHILDREN.Process(
@@ -118,7 +118,7 @@ def test_of_eight_processes_that_race_for_one_output_one_works(case: Case, tmp_p
     ("name", "when", "blocks"),
     [("SIGINT", "block", 1), ("SIGTERM", "forward", 1)],
 )
-def test_a_signal_ends_the_run_keeps_the_work_and_says_how_to_go_on(
+def test_a_signal_ends_the_run_and_shows_the_resume_command(
     name: str, when: str, blocks: int, case: Case, tmp_path: Path
 ) -> None:
     number = getattr(signal, name)

@@ -75,7 +75,7 @@ FEW = pytest.mark.parametrize(
 
 @FEW
 @pytest.mark.parametrize("kind", ["dense", "mixture"])
-def test_several_processes_write_the_bytes_of_one_and_share_its_work(
+def test_several_processes_write_the_bytes_of_one_process(
     kind: str, size: int, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     case: Case = request.getfixturevalue(kind)
@@ -89,7 +89,7 @@ def test_several_processes_write_the_bytes_of_one_and_share_its_work(
 @pytest.mark.parametrize(
     ("first", "then"), [(2, 1), (1, 2), pytest.param(2, 3, marks=pytest.mark.slow)]
 )
-def test_any_number_of_processes_goes_on_with_the_work_of_any_other(
+def test_a_run_resumes_with_another_number_of_processes(
     first: int, then: int, dense: Case, tmp_path: Path
 ) -> None:
     model, settings = dense.model, dense.settings
@@ -116,7 +116,7 @@ def test_any_number_of_processes_goes_on_with_the_work_of_any_other(
     ("when", "dies"),
     [("start", 2), ("forward", 0), ("solve", 1), ("solve", 0), ("finished", 0), ("head", 2)],
 )
-def test_a_process_killed_at_any_stage_is_told_of_once_and_its_work_done_again(
+def test_a_killed_process_is_reported_once_and_a_rerun_finishes(
     when: str, dies: int, dense: Case, tmp_path: Path
 ) -> None:
     model, settings = dense.model, dense.settings
@@ -129,7 +129,7 @@ def test_a_process_killed_at_any_stage_is_told_of_once_and_its_work_done_again(
     assert digest(tmp_path / "out") == dense.tree
 
 
-def test_one_process_says_what_ends_them_all(tmp_path: Path) -> None:
+def test_one_process_reports_the_error_that_ends_all(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", num_hidden_layers=1)
     _, said, codes = team(2, model, tmp_path / "out", config(**SETTINGS), dies=1, when="refused")
     (words,) = filter(None, said)
@@ -138,7 +138,7 @@ def test_one_process_says_what_ends_them_all(tmp_path: Path) -> None:
     assert not (tmp_path / WORK).exists()
 
 
-def test_processes_that_would_write_other_bytes_are_refused(tmp_path: Path) -> None:
+def test_a_process_that_would_write_other_bytes_is_refused(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", num_hidden_layers=1)
     _, said, _ = team(2, model, tmp_path / "out", config(**SETTINGS), dies=1, when="unlike")
     (words,) = filter(None, said)
@@ -157,7 +157,7 @@ def test_more_processes_than_batches_are_refused() -> None:
 
 
 @pytest.mark.parametrize("size", range(1, 8))
-def test_batches_are_shared_out_in_order_and_evenly(size: int) -> None:
+def test_each_rank_gets_an_even_share_of_batches_in_order(size: int) -> None:
     shares = []
     for rank in range(size):
         ranks = Ranks()
@@ -167,7 +167,7 @@ def test_batches_are_shared_out_in_order_and_evenly(size: int) -> None:
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-def test_the_costliest_units_go_to_who_has_the_least_to_do() -> None:
+def test_the_costliest_unit_goes_to_the_least_loaded_rank() -> None:
     done = [0.0, 0.0]
     assert owners_of([1, 5, 2, 2, 3], done) == [1, 0, 1, 0, 1]
     assert done == [7, 6]

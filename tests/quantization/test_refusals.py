@@ -25,7 +25,7 @@ from tests.families import save_model
 from tests.runs import config, digest, quantize
 
 
-def test_a_checkpoint_is_refused_and_replaced_only_on_request(tmp_path: Path) -> None:
+def test_an_existing_checkpoint_is_replaced_only_on_request(tmp_path: Path) -> None:
     model, output = save_model(tmp_path / "model"), save_model(tmp_path / "out")
     before = digest(output)
     with pytest.raises(ExistsError, match="not an empty directory") as caught:
@@ -49,7 +49,7 @@ def test_a_checkpoint_is_refused_and_replaced_only_on_request(tmp_path: Path) ->
         ("k", "-:(model.layers[.][0-9]+[.]self_attn.k_proj)$"),
     ],
 )
-def test_linears_that_blocks_share_are_refused_with_a_rule_that_keeps_them(
+def test_shared_linears_are_refused_with_a_rule_that_keeps_them(
     leaves: str, rule: str, tmp_path: Path
 ) -> None:
     model = save_model(tmp_path / "model")
@@ -71,7 +71,7 @@ def test_linears_that_blocks_share_are_refused_with_a_rule_that_keeps_them(
 
 
 @pytest.mark.parametrize(("rows", "share"), [(8, None), (30, "25%"), (200, "refused")])
-def test_weights_outside_linears_are_told_and_refused_if_they_are_most(
+def test_weights_outside_linears_are_refused_if_most_are_there(
     rows: int, share: str | None
 ) -> None:
     class Block(nn.Module):
@@ -126,7 +126,7 @@ def test_a_quantized_source_is_refused(tmp_path: Path) -> None:
     assert caught.value.code == "E_CKPT_QUANTIZED"
 
 
-def test_a_group_size_that_does_not_divide_names_every_kind_of_layer_at_once(
+def test_an_unfit_group_size_names_every_kind_of_layer(
     tmp_path: Path,
 ) -> None:
     model = save_model(tmp_path / "model", intermediate_size=96)
@@ -160,7 +160,7 @@ def test_a_group_size_that_does_not_divide_names_every_kind_of_layer_at_once(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_width_that_no_group_size_mends_is_only_to_be_kept(tmp_path: Path) -> None:
+def test_the_only_hint_for_an_unfit_width_is_to_keep_the_layer(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", intermediate_size=80)
     with pytest.raises(ConfigError) as caught:
         plan_run(model, config(group_size=32))
@@ -196,7 +196,7 @@ def test_proposed_group_sizes_fit_all_layers(asked: int, fits: list[str], tmp_pa
         assert len(plan_run(model, config(group_size=int(size))).quantized) == 21
 
 
-def test_the_size_that_a_rule_says_is_changed_in_the_rule(tmp_path: Path) -> None:
+def test_the_hint_changes_the_group_size_inside_its_rule(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", intermediate_size=96)
     rule, others = "+:.*(down|up)_proj", {"+:.*v_proj": {"bits": 8}}
     with pytest.raises(ConfigError) as caught:
@@ -210,7 +210,7 @@ def test_the_size_that_a_rule_says_is_changed_in_the_rule(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("target", [None, "vllm", "transformers"])
-def test_a_layer_is_kept_with_what_engines_fuse_it_to(target: str | None, tmp_path: Path) -> None:
+def test_the_hint_keeps_a_layer_with_its_fused_siblings(target: str | None, tmp_path: Path) -> None:
     model = save_model(
         tmp_path / "model", num_key_value_heads=1, head_dim=16, num_attention_heads=4
     )
@@ -222,7 +222,7 @@ def test_a_layer_is_kept_with_what_engines_fuse_it_to(target: str | None, tmp_pa
     assert {layer.name.rpartition(".")[2] for layer in plan.kept} == {"q_proj", "k_proj", "v_proj"}
 
 
-def test_nothing_is_proposed_that_leaves_no_layer(tmp_path: Path) -> None:
+def test_no_hint_keeps_every_layer(tmp_path: Path) -> None:
     model = save_model(
         tmp_path / "model", hidden_size=48, intermediate_size=80, num_attention_heads=3
     )
@@ -232,7 +232,7 @@ def test_nothing_is_proposed_that_leaves_no_layer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rule", ["-:down_proj", "+:layers.*"])
-def test_the_example_of_a_rule_matches(rule: str, tmp_path: Path) -> None:
+def test_the_example_in_a_rule_hint_matches(rule: str, tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     with pytest.raises(ConfigError) as caught:
         plan_run(model, config(dynamic={rule: {}}))
@@ -241,7 +241,7 @@ def test_the_example_of_a_rule_matches(rule: str, tmp_path: Path) -> None:
     assert len(plan_run(model, config(dynamic={example[1]: {}})).kept) == 3
 
 
-def test_the_example_of_a_listed_name_is_one(tmp_path: Path) -> None:
+def test_the_example_in_a_module_hint_is_a_module(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     with pytest.raises(ConfigError) as caught:
         plan_run(model, config(modules_in_block_to_quantize=[["mlp.down_prj"]]))
@@ -257,7 +257,7 @@ def test_a_rule_that_matches_nothing_is_an_error(tmp_path: Path) -> None:
     assert "start of the full name" in (caught.value.hint or "")
 
 
-def test_rules_that_leave_nothing_are_an_error(tmp_path: Path) -> None:
+def test_rules_that_keep_every_layer_are_an_error(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     with pytest.raises(ConfigError) as caught:
         quantize_checkpoint(str(model), tmp_path / "out", config(dynamic={"-:.*": {}}))
@@ -280,9 +280,7 @@ def test_seqlen_is_bounded_by_the_models_positions(tmp_path: Path) -> None:
     assert result.config.seqlen == 128
 
 
-def test_a_cuda_device_that_is_not_there_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_absent_cuda_device_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match="no CUDA device 0") as caught:
         quantize_checkpoint(
@@ -301,7 +299,7 @@ def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     assert "tokenizer.json" in (caught.value.hint or "")
 
 
-def test_a_kind_of_model_that_transformers_does_not_know_is_refused(tmp_path: Path) -> None:
+def test_a_model_type_unknown_to_transformers_is_refused(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     settings = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**settings, "model_type": "llamma"}))
@@ -350,7 +348,7 @@ def test_raised_damping_is_reported_with_the_value_used(tmp_path: Path) -> None:
     ] == [True] * len(raised)
 
 
-def test_a_run_that_cannot_fit_into_memory_ends_before_the_work(tmp_path: Path) -> None:
+def test_a_run_that_cannot_fit_in_memory_is_refused_at_once(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     with pytest.raises(ResourceError) as caught:
         quantize(tmp_path, model, max_ram="1MB")
@@ -365,7 +363,7 @@ def test_a_run_that_cannot_fit_into_memory_ends_before_the_work(tmp_path: Path) 
     quantize(tmp_path, model, max_ram=allowed)
 
 
-def test_a_limit_above_what_is_free_is_not_proposed(tmp_path: Path) -> None:
+def test_no_hint_proposes_a_limit_above_free_memory(tmp_path: Path) -> None:
     plan = plan_run(save_model(tmp_path / "model"), config())
 
     def refused(limits: list[Limit]) -> tuple[str, str]:
@@ -385,7 +383,7 @@ def test_a_limit_above_what_is_free_is_not_proposed(tmp_path: Path) -> None:
     assert Limit("--max-ram", 10, 10**6, 10**9, sharers=2).way_out(10**6) == "--max-ram 260MB"
 
 
-def test_a_refused_run_without_memory_leaves_nothing(tmp_path: Path) -> None:
+def test_a_run_refused_for_memory_writes_nothing(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     with pytest.raises(ResourceError):
         quantize(tmp_path, model, max_ram="1MB")
@@ -393,9 +391,7 @@ def test_a_refused_run_without_memory_leaves_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("preset", ["fast", "best"])
-def test_memory_is_refused_below_what_the_plan_counts_and_not_above(
-    preset: str, tmp_path: Path
-) -> None:
+def test_a_run_needs_exactly_the_memory_that_the_plan_counts(preset: str, tmp_path: Path) -> None:
     settings = config(preset=preset, nsamples=64, batch_size=4)
     plan = plan_run(save_model(tmp_path / "model"), settings)
     alone = settings.model_copy(update={"true_sequential": False})

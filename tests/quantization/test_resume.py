@@ -32,7 +32,7 @@ PARTS = 2  # of a test that takes every operation in turn, for as many processes
 
 
 @pytest.mark.parametrize("part", range(PARTS))
-def test_killed_after_any_operation_the_output_is_absent_or_whole_and_the_rerun_writes_the_same(
+def test_a_rerun_after_any_kill_writes_the_same_output(
     part: int, case: Case, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
@@ -52,7 +52,7 @@ def test_killed_after_any_operation_the_output_is_absent_or_whole_and_the_rerun_
 
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("for_ever", [False, True])
-def test_an_error_of_any_operation_is_said_as_such_and_the_rerun_writes_the_same(
+def test_a_rerun_after_any_disk_error_writes_the_same_output(
     for_ever: bool, part: int, case: Case, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
@@ -74,7 +74,7 @@ def test_an_error_of_any_operation_is_said_as_such_and_the_rerun_writes_the_same
         shutil.rmtree(output)
 
 
-def test_no_more_than_the_block_at_work_is_lost(case: Case, tmp_path: Path) -> None:
+def test_a_kill_loses_only_the_block_at_work(case: Case, tmp_path: Path) -> None:
     output = tmp_path / "out"
     kill_after_block(case, output, 0)
     events: list[Event] = []
@@ -87,9 +87,7 @@ def test_no_more_than_the_block_at_work_is_lost(case: Case, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("lm_head", [False, True])
-def test_blocks_in_the_file_that_the_model_does_not_run_are_no_steps_to_finish(
-    lm_head: bool, tmp_path: Path
-) -> None:
+def test_unused_blocks_in_the_file_are_no_steps_of_the_run(lm_head: bool, tmp_path: Path) -> None:
     model, output = (
         save_model(tmp_path / "model", **(SMALL | {"num_hidden_layers": 3})),
         tmp_path / "out",
@@ -113,7 +111,7 @@ def test_blocks_in_the_file_that_the_model_does_not_run_are_no_steps_to_finish(
     assert {layer.block for layer in result.layers} == set(range(2 + lm_head))
 
 
-def test_what_is_complete_already_is_left_alone(case: Case, tmp_path: Path) -> None:
+def test_a_rerun_does_not_touch_a_complete_output(case: Case, tmp_path: Path) -> None:
     output = tmp_path / "out"
     first = case.run(output)
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
@@ -135,7 +133,7 @@ def test_what_is_complete_already_is_left_alone(case: Case, tmp_path: Path) -> N
         ({"dataset": ["another text of a hundred words or so, " * 20]}, "config.dataset was"),
     ],
 )
-def test_unfinished_work_of_another_run_is_neither_used_nor_dropped(
+def test_work_of_another_run_is_neither_used_nor_deleted(
     changes: dict[str, object], field: str, case: Case, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
@@ -155,7 +153,7 @@ def test_unfinished_work_of_another_run_is_neither_used_nor_dropped(
     assert digest(output) == case.tree
 
 
-def test_texts_that_changed_under_the_same_name_are_another_run(case: Case, tmp_path: Path) -> None:
+def test_changed_texts_under_the_same_name_are_another_run(case: Case, tmp_path: Path) -> None:
     text, output = tmp_path / "text.txt", tmp_path / "out"
     text.write_text("one " * 400)
 
@@ -168,9 +166,7 @@ def test_texts_that_changed_under_the_same_name_are_another_run(case: Case, tmp_
         case.run(output, dataset=str(text))
 
 
-def test_weights_that_changed_under_the_same_name_are_another_run(
-    case: Case, tmp_path: Path
-) -> None:
+def test_changed_weights_under_the_same_name_are_another_run(case: Case, tmp_path: Path) -> None:
     model, output = shutil.copytree(case.model, tmp_path / "model"), tmp_path / "out"
     other = Case(model, {}, [])
     kill_after_block(other, output, 0)
@@ -182,7 +178,7 @@ def test_weights_that_changed_under_the_same_name_are_another_run(
         other.run(output)
 
 
-def test_resume_never_starts_afresh_and_require_refuses_to(case: Case, tmp_path: Path) -> None:
+def test_resume_never_starts_over_but_resume_require_refuses_to(case: Case, tmp_path: Path) -> None:
     output = tmp_path / "out"
     with pytest.raises(ExistsError, match="no finished block to go on from") as caught:
         case.run(output, resume="require")
@@ -196,7 +192,7 @@ def test_resume_never_starts_afresh_and_require_refuses_to(case: Case, tmp_path:
     assert digest(output) == case.tree
 
 
-def test_the_time_that_was_given_ends_the_run_before_a_block_that_would_not_end_in_time() -> None:
+def test_a_block_that_would_exceed_max_runtime_does_not_start() -> None:
     clock = [100.0]
     limits = Limits(config(), 60, now=lambda: clock[0])
     limits.check_time_for_block()
@@ -216,7 +212,7 @@ def test_the_time_that_was_given_ends_the_run_before_a_block_that_would_not_end_
         limits.check_time()
 
 
-def test_a_run_out_of_time_keeps_its_work_and_says_where(case: Case, tmp_path: Path) -> None:
+def test_a_run_out_of_time_keeps_its_work_and_reports_where(case: Case, tmp_path: Path) -> None:
     events: list[Event] = []
     with pytest.raises(PausedError):
         case.run(tmp_path / "out", max_seconds=0, report=events.append)
@@ -238,7 +234,7 @@ def test_a_run_out_of_time_keeps_its_work_and_says_where(case: Case, tmp_path: P
         RuntimeError("DefaultCPUAllocator: not enough memory"),
     ],
 )
-def test_memory_that_runs_out_in_the_middle_keeps_the_work_and_names_flags(
+def test_a_run_out_of_memory_keeps_its_work_and_names_flags(
     error: Exception, case: Case, tmp_path: Path
 ) -> None:
     def exhaust(event: Event) -> None:
@@ -254,7 +250,7 @@ def test_memory_that_runs_out_in_the_middle_keeps_the_work_and_names_flags(
     assert digest(tmp_path / "out") == case.tree
 
 
-def test_a_disk_without_room_for_the_output_is_refused_before_any_work(
+def test_a_disk_too_small_for_the_output_is_refused_at_once(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = os.statvfs(tmp_path)
@@ -282,9 +278,7 @@ def test_a_mount_point_cannot_become_the_output(
     assert (caught.value.code, caught.value.exit_code) == ("E_OUT_MOUNT", 2)
 
 
-def test_overwriting_after_a_kill_goes_on_and_drops_the_old_output(
-    case: Case, tmp_path: Path
-) -> None:
+def test_overwriting_resumes_after_a_kill(case: Case, tmp_path: Path) -> None:
     output = tmp_path / "out"
     last = case.operations.index(
         "unlink"
@@ -311,7 +305,7 @@ def test_overwriting_after_a_kill_goes_on_and_drops_the_old_output(
     ],
     ids=str,
 )
-def test_settings_of_all_kinds_are_gone_on_with(
+def test_a_run_resumes_with_settings_of_all_kinds(
     settings: dict[str, object], case: Case, tmp_path: Path
 ) -> None:
     case.run(tmp_path / "whole", **settings)
@@ -321,7 +315,7 @@ def test_settings_of_all_kinds_are_gone_on_with(
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
 
 
-def test_experts_are_gone_on_with_and_their_counts_kept(tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_the_token_counts_of_experts(tmp_path: Path) -> None:
     tiny = Case(
         save_model(tmp_path / "model", "mixtral", hidden_size=32, intermediate_size=64), {}, []
     )
@@ -339,9 +333,7 @@ def test_experts_are_gone_on_with_and_their_counts_kept(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore")  # what transformers says about its own models is not at stake
 @pytest.mark.parametrize("model_type", ["gemma4_text", "gpt2", "zaya"])
-def test_what_blocks_carry_along_beside_hidden_states_is_kept_too(
-    model_type: str, tmp_path: Path
-) -> None:
+def test_a_resumed_run_keeps_values_carried_between_blocks(model_type: str, tmp_path: Path) -> None:
     tiny = Case(save(build(model_type), tmp_path / "model"), {}, [])
     rules = {"-:.*router_mlp": {}} if model_type == "zaya" else {}
     changes = {
@@ -377,7 +369,7 @@ class Dealer(Ranks):
         return self.answers.pop(0)
 
 
-def test_a_process_that_writes_nothing_gets_its_share_and_gives_it_back() -> None:
+def test_a_rank_that_writes_nothing_gets_and_returns_its_share() -> None:
     cpu = torch.device("cpu")
     states = [
         ((torch.full((1,), float(n)), torch.full((1,), -float(n))), [{"keys": n}]) for n in range(4)

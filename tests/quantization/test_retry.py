@@ -159,7 +159,7 @@ TRIED += [(site, "late") for site in SITES if site != "a forward"]
 
 
 @pytest.mark.parametrize(("site", "when"), TRIED)
-def test_wherever_memory_runs_out_in_every_step_once_the_output_is_the_same(
+def test_a_shortage_in_every_step_does_not_change_the_output(
     site: str,
     when: str,
     case: Case,
@@ -183,7 +183,7 @@ def test_wherever_memory_runs_out_in_every_step_once_the_output_is_the_same(
 
 
 @pytest.mark.parametrize("site", ["a forward", "keeping a layer"])
-def test_memory_that_runs_out_twice_in_a_block_ends_the_run_which_the_next_call_goes_on_with(
+def test_two_shortages_in_one_block_end_a_resumable_run(
     site: str,
     case: Case,
     undisturbed: tuple[Path, QuantizeResult, dict[str, Counter[int]]],
@@ -207,7 +207,7 @@ def test_memory_that_runs_out_twice_in_a_block_ends_the_run_which_the_next_call_
     assert digest(tmp_path / "out") == digest(output)
 
 
-def test_the_embeddings_are_part_of_the_first_block(
+def test_a_shortage_in_the_embeddings_retries_the_first_block(
     case: Case,
     undisturbed: tuple[Path, QuantizeResult, object],
     tmp_path: Path,
@@ -231,7 +231,9 @@ def test_the_embeddings_are_part_of_the_first_block(
     assert digest(tmp_path / "out") == digest(undisturbed[0])
 
 
-def test_what_a_shortage_says(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shortage_warns_with_flags_that_avoid_it(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shortage = Shortage(Counter({1: 1}), int)
     watched("the unquantized twin", shortage, monkeypatch)
     case.run(tmp_path / "out", report=shortage, **SETTINGS)
@@ -244,7 +246,7 @@ def test_what_a_shortage_says(case: Case, tmp_path: Path, monkeypatch: pytest.Mo
     assert block_loop._advice(Memory(gpu)) == "fewer --nsamples or a shorter --seqlen avoid it"
 
 
-def test_experts_of_a_block_that_is_done_again_are_listed_once(
+def test_a_retried_block_lists_its_experts_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny = Case(
@@ -262,7 +264,7 @@ def test_experts_of_a_block_that_is_done_again_are_listed_once(
 
 
 @pytest.mark.filterwarnings("ignore")  # what transformers says about its own models is not at stake
-def test_what_blocks_carry_along_beside_hidden_states_is_as_before(
+def test_a_retry_restores_values_carried_between_blocks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny = Case(save(build("gemma4_text"), tmp_path / "model"), {}, [])
@@ -275,7 +277,7 @@ def test_what_blocks_carry_along_beside_hidden_states_is_as_before(
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
 
 
-def test_nothing_of_the_first_attempt_is_held_when_the_second_one_begins(
+def test_a_retry_starts_after_the_first_attempt_is_freed(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held: list[weakref.ref[Any]] = []
@@ -317,7 +319,7 @@ class Pair(Ranks):
         return range(n_batches)
 
 
-def test_one_process_of_several_does_not_try_again_while_the_others_wait_for_it(
+def test_one_of_several_processes_does_not_retry_alone(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shortage = Shortage(Counter({1: 1}), int)
@@ -329,7 +331,7 @@ def test_one_process_of_several_does_not_try_again_while_the_others_wait_for_it(
     assert digest(tmp_path / "out") == case.tree
 
 
-def test_after_a_shortage_nobody_waits_in_the_next_block_and_half_as_many_later(
+def test_fewer_batches_pause_after_a_shortage(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(memory, "free_bytes", lambda _device: 20_000)
@@ -349,7 +351,7 @@ def test_after_a_shortage_nobody_waits_in_the_next_block_and_half_as_many_later(
     assert events == []
 
 
-def test_after_a_shortage_states_that_would_fit_the_device_are_kept_on_the_host(
+def test_hidden_states_move_to_the_host_after_a_shortage(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(memory, "free_bytes", lambda _device: 2**30)

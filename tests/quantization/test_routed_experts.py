@@ -168,7 +168,7 @@ def test_an_expert_without_tokens_stops_the_run_by_default(family: str, tmp_path
 
 
 @pytest.mark.parametrize("family", NAMES)
-def test_an_expert_without_tokens_is_rounded_or_sees_all_tokens_on_demand(
+def test_moe_uncovered_rounds_an_idle_expert_or_uses_all_tokens(
     family: str, tmp_path: Path
 ) -> None:
     model = save_mixture(tmp_path / "model", family, idle=True)
@@ -210,7 +210,7 @@ def test_an_expert_without_tokens_has_no_original_to_follow(tmp_path: Path) -> N
         assert torch.equal(reader(output).linear(name).codes, alone.codes)
 
 
-def test_a_token_that_the_unquantized_model_sends_elsewhere_stands_for_itself() -> None:
+def test_a_token_of_another_original_expert_stands_for_itself() -> None:
     """Where tokens come in rows of each expert, a row of zeros is no token but one that was sent elsewhere."""
     ways = [separated(mixtral_experts()) for _ in range(2)]
     ways[1][2].up_proj.weight.data.mul_(1.1)
@@ -253,7 +253,7 @@ def test_a_token_that_the_unquantized_model_sends_elsewhere_stands_for_itself() 
 
 @pytest.mark.parametrize("family", [*NAMES, "llama4_text"])
 @pytest.mark.parametrize("asymmetric", [0.0, 0.75])
-def test_waiting_and_running_again_write_the_same_bytes(
+def test_pausing_and_replaying_write_the_same_bytes(
     family: str, asymmetric: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = save_mixture(tmp_path / "model", family)
@@ -265,7 +265,7 @@ def test_waiting_and_running_again_write_the_same_bytes(
 
 
 @pytest.mark.parametrize("true_sequential", [True, False])
-def test_hessians_of_experts_live_one_after_the_other(
+def test_expert_hessians_exist_one_at_a_time(
     true_sequential: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alive: WeakSet[HessianAccumulator] = WeakSet()
@@ -287,7 +287,7 @@ def test_hessians_of_experts_live_one_after_the_other(
     assert most == (1 if true_sequential else 2)
 
 
-def test_without_true_sequential_down_proj_sees_what_the_unquantized_expert_gives(
+def test_down_proj_sees_original_inputs_without_true_sequential(
     tmp_path: Path,
 ) -> None:
     model = save_mixture(tmp_path / "model", "qwen3_moe", num_hidden_layers=1)
@@ -302,7 +302,7 @@ def test_without_true_sequential_down_proj_sees_what_the_unquantized_expert_give
     )
 
 
-def test_three_shards_tied_embeddings_and_extra_tensors_pass_through(tmp_path: Path) -> None:
+def test_shards_ties_and_extra_tensors_pass_through(tmp_path: Path) -> None:
     model = tmp_path / "model"
     random_model("qwen3_moe", tie_word_embeddings=True).save_pretrained(
         model, max_shard_size="200KB"
@@ -354,7 +354,7 @@ def test_experts_stored_in_one_tensor_are_written_one_by_one(tmp_path: Path) -> 
     assert caught.value.code == "E_CFG_CONFLICT"
 
 
-def test_rules_that_split_the_experts_of_a_layer_are_told(tmp_path: Path) -> None:
+def test_rules_that_split_the_experts_of_a_layer_cause_a_warning(tmp_path: Path) -> None:
     model = save_mixture(tmp_path / "model", "qwen3_moe")
     events: list[Event] = []
     rule = r"+:model\.layers\.1\.mlp\.experts\.2\."
@@ -370,7 +370,7 @@ def test_rules_that_split_the_experts_of_a_layer_are_told(tmp_path: Path) -> Non
 
 
 @pytest.mark.filterwarnings("ignore")  # what transformers says about its own models is not at stake
-def test_experts_with_biases_are_told_of(tmp_path: Path) -> None:
+def test_experts_with_biases_cause_a_warning(tmp_path: Path) -> None:
     events: list[Event] = []
     model = save_mixture(tmp_path / "model", "gpt_oss", num_hidden_layers=1)
     quantize_checkpoint(str(model), tmp_path / "out", config(preset="fast"), report=events.append)
@@ -404,7 +404,7 @@ def test_a_checkpoint_that_lacks_an_expert_is_refused(tmp_path: Path) -> None:
     assert caught.value.code == "E_CKPT_INCOMPLETE"
 
 
-def test_engines_are_told_of_routers_and_of_experts_that_are_kept(tmp_path: Path) -> None:
+def test_the_config_lists_kept_routers_and_experts(tmp_path: Path) -> None:
     model = save_mixture(tmp_path / "model", "qwen3_moe")
     output, result = quantize(
         tmp_path, model, preset="gptq", dynamic={r"-:model\.layers\.1\.mlp\.experts": {}}

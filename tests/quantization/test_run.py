@@ -82,7 +82,7 @@ def slow_quantize(
     ],
     ids=str,
 )
-def test_codes_equal_those_of_a_whole_model_reference_stage_by_stage(
+def test_codes_equal_a_stage_by_stage_whole_model_reference(
     settings: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = save_model(tmp_path / "model")
@@ -113,7 +113,7 @@ def test_codes_equal_those_of_a_whole_model_reference_stage_by_stage(
         )  # float32 forwards: a few ties
 
 
-def test_without_true_sequential_every_stage_sees_the_unquantized_block(tmp_path: Path) -> None:
+def test_stages_see_the_original_block_without_true_sequential(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", num_hidden_layers=2)
     sequential, _ = quantize(tmp_path, model, bits=2)
     together, _ = quantize(tmp_path, model, bits=2, true_sequential=False)
@@ -148,7 +148,7 @@ def test_every_family_is_quantized_and_reads_back(family: str, tmp_path: Path) -
     }
 
 
-def test_two_runs_write_identical_bytes_and_another_seed_does_not(tmp_path: Path) -> None:
+def test_equal_runs_write_equal_bytes_and_another_seed_does_not(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     first, _ = quantize(tmp_path, model)
     second, _ = quantize(tmp_path, model)
@@ -157,7 +157,7 @@ def test_two_runs_write_identical_bytes_and_another_seed_does_not(tmp_path: Path
     assert digest(first)["model.safetensors"] != digest(other)["model.safetensors"]
 
 
-def test_config_files_say_what_every_reader_needs(tmp_path: Path) -> None:
+def test_config_files_hold_the_fields_that_readers_need(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     output, result = quantize(tmp_path, model)
     before, after = (json.loads((path / "config.json").read_text()) for path in (model, output))
@@ -175,7 +175,7 @@ def test_config_files_say_what_every_reader_needs(tmp_path: Path) -> None:
     assert meta["calibration_sha256"] == result.calibration_sha256
 
 
-def test_other_files_are_copied_byte_for_byte_with_usual_modes(tmp_path: Path) -> None:
+def test_other_files_are_copied_exactly_with_usual_modes(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     (model / "additional_chat_templates").mkdir()
     (model / "additional_chat_templates" / "tool.jinja").write_bytes(b"{{ x }}\r\n\xc3\xa9")
@@ -189,7 +189,7 @@ def test_other_files_are_copied_byte_for_byte_with_usual_modes(tmp_path: Path) -
     }
 
 
-def test_shards_keep_the_tensors_of_a_layer_together_and_the_index_agrees(tmp_path: Path) -> None:
+def test_each_shard_holds_whole_layers_as_the_index_lists(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", max_shard_size="200KB")
     whole, _ = quantize(tmp_path, model)
     output, result = quantize(tmp_path, model, max_shard_size="60KB")
@@ -214,7 +214,7 @@ def test_shards_keep_the_tensors_of_a_layer_together_and_the_index_agrees(tmp_pa
 @pytest.mark.parametrize(
     "changes", [{}, {"bits": 3, "sym": False, "max_shard_size": "60KB"}, {"group_size": -1}]
 )
-def test_the_plan_tells_the_output_size_to_the_byte(
+def test_the_plan_predicts_the_output_size_to_the_byte(
     changes: dict[str, object], tmp_path: Path
 ) -> None:
     model = save_model(tmp_path / "model")
@@ -226,9 +226,7 @@ def test_the_plan_tells_the_output_size_to_the_byte(
 
 
 @pytest.mark.parametrize("desc_act", [False, True])
-def test_g_idx_is_trivial_unless_desc_act_and_layers_with_one_input_share_it(
-    desc_act: bool, tmp_path: Path
-) -> None:
+def test_g_idx_is_trivial_unless_desc_act_is_set(desc_act: bool, tmp_path: Path) -> None:
     output, _ = quantize(tmp_path, save_model(tmp_path / "model"), desc_act=desc_act)
     linears = [reader(output).linear(f"model.layers.1.self_attn.{name}_proj") for name in "qkv"]
     groups = [linear.group_of_column for linear in linears]
@@ -241,7 +239,7 @@ def test_g_idx_is_trivial_unless_desc_act_and_layers_with_one_input_share_it(
     )
 
 
-def test_activation_order_with_static_groups_is_written_as_a_plain_checkpoint(
+def test_act_order_with_static_groups_gives_a_plain_checkpoint(
     tmp_path: Path,
 ) -> None:
     model = save_model(tmp_path / "model")
@@ -255,7 +253,7 @@ def test_activation_order_with_static_groups_is_written_as_a_plain_checkpoint(
 
 @pytest.mark.parametrize("sym", [False, True])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_stored_zero_points_never_are_zero(bits: int, sym: bool, tmp_path: Path) -> None:
+def test_stored_zero_points_are_never_zero(bits: int, sym: bool, tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", num_hidden_layers=1)
     for format in ("gptq", "gptq_v2"):
         output, result = quantize(tmp_path, model, bits=bits, sym=sym, format=format)
@@ -279,7 +277,7 @@ def test_both_formats_hold_the_same_weights(tmp_path: Path) -> None:
         assert torch.equal(reader(first).read(weight), reader(second).read(weight))
 
 
-def test_rules_keep_and_change_layers_and_both_dialects_say_so(tmp_path: Path) -> None:
+def test_rules_keep_and_change_layers_in_both_dialects(tmp_path: Path) -> None:
     rules = {
         r"-:.*layers\.1\.self_attn\.(q|k|v)_proj": {},
         r"+:.*down_proj": {"bits": 8, "group_size": 64},
@@ -319,7 +317,7 @@ def test_one_layer_with_its_own_order_makes_desc_act_true(tmp_path: Path) -> Non
     assert not torch.equal(groups, torch.arange(128, dtype=torch.int32) // 32)
 
 
-def test_a_head_that_a_rule_keeps_is_not_promised(tmp_path: Path) -> None:
+def test_a_head_kept_by_a_rule_is_not_declared_quantized(tmp_path: Path) -> None:
     output, result = quantize(
         tmp_path, save_model(tmp_path / "model"), lm_head=True, dynamic={"-:lm_head": {}}
     )
@@ -340,7 +338,7 @@ def test_only_listed_modules_are_quantized(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_head_is_quantized_on_request_and_untied(tied: bool, tmp_path: Path) -> None:
+def test_lm_head_quantizes_and_unties_the_head(tied: bool, tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", tie_word_embeddings=tied)
     output, result = quantize(tmp_path, model, lm_head=True, bits=8)
     assert result.layers[-1].name == "lm_head"
@@ -356,7 +354,7 @@ def test_the_head_is_quantized_on_request_and_untied(tied: bool, tmp_path: Path)
     assert (reader(output).read("lm_head.weight") - original).abs().max() < 0.02
 
 
-def test_events_tell_the_run_and_the_result_is_plain_json(tmp_path: Path) -> None:
+def test_events_report_the_run_and_the_result_is_plain_json(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     events: list[Event] = []
     result = quantize_checkpoint(str(model), tmp_path / "out", config(), report=events.append)
@@ -381,7 +379,7 @@ def test_the_resolved_config_beside_the_weights_repeats_the_run(tmp_path: Path) 
     assert digest(first) == digest(tmp_path / "again")
 
 
-def test_an_input_that_is_always_zero_is_reported_and_its_weights_become_zero(
+def test_a_dead_input_is_reported_and_its_weights_become_zero(
     tmp_path: Path,
 ) -> None:
     model = save_model(tmp_path / "model")
@@ -401,7 +399,7 @@ def test_an_input_that_is_always_zero_is_reported_and_its_weights_become_zero(
     assert not reader(output).read("model.layers.1.self_attn.q_proj.weight")[:, 5].any()
 
 
-def test_infinite_activations_stop_the_run_with_the_layers_name_and_no_output(
+def test_infinite_activations_stop_the_run_and_name_the_layer(
     tmp_path: Path,
 ) -> None:
     model = save_model(tmp_path / "model")
@@ -419,7 +417,7 @@ def test_infinite_activations_stop_the_run_with_the_layers_name_and_no_output(
     ]  # a block is finished
 
 
-def test_weights_that_are_not_finite_are_refused_by_name(tmp_path: Path) -> None:
+def test_nonfinite_weights_are_refused_by_name(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     tensors = load_file(model / "model.safetensors")
     tensors["model.layers.2.mlp.up_proj.weight"][3, 4] = float("nan")
@@ -434,7 +432,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(tmp_path: Path) -> None
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_what_readers_do_not_know_stays_out_of_their_configuration(tmp_path: Path) -> None:
+def test_fields_unknown_to_readers_stay_out_of_their_config(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     rules = {
         r"+:.*down_proj": {"bits": 8, "scale_search": "mse", "damp_mode": "mean"},
@@ -455,7 +453,7 @@ def test_what_readers_do_not_know_stays_out_of_their_configuration(tmp_path: Pat
     assert result.to_json()["config"]["signed_scales"] is True
 
 
-def test_signed_scales_are_stored_with_both_signs_and_read_back_as_they_were_solved(
+def test_signed_scales_are_stored_and_read_back_with_both_signs(
     tmp_path: Path,
 ) -> None:
     model = save_model(tmp_path / "model")

@@ -74,7 +74,7 @@ def ticking(*times: float) -> Any:
     return iter(times).__next__
 
 
-def test_it_is_time_when_a_twentieth_of_what_has_passed_is_enough() -> None:
+def test_a_save_is_due_if_it_takes_a_twentieth_of_the_time() -> None:
     gigabyte = 10**9
     times = SavingTimes(now=ticking(100.0, 119.0, 120.0, 121.0, 140.0, 141.0, 141.0))
     assert [times.is_due(gigabyte), times.is_due(gigabyte)] == [False, True]
@@ -86,12 +86,12 @@ def test_it_is_time_when_a_twentieth_of_what_has_passed_is_enough() -> None:
     ]
 
 
-def test_with_a_limit_of_time_it_always_is() -> None:
+def test_a_save_is_always_due_with_a_time_limit() -> None:
     assert SavingTimes(always=True, now=ticking(0.0)).is_due(10**15)
 
 
 @pytest.mark.parametrize("blocks", MANNERS, ids=str)
-def test_a_run_that_ends_early_goes_on_after_the_last_block_that_was_saved(
+def test_a_run_resumes_after_the_last_saved_block(
     blocks: tuple[int, ...], deep: Case, tmp_path: Path, saved_after: Any
 ) -> None:
     output, finished = tmp_path / "out", max([-1, *blocks]) + 1
@@ -105,7 +105,7 @@ def test_a_run_that_ends_early_goes_on_after_the_last_block_that_was_saved(
 
 
 @pytest.mark.parametrize("blocks", [(), (0, 2)], ids=str)
-def test_killed_after_any_operation_the_rerun_writes_the_same_whatever_was_saved(
+def test_a_rerun_after_any_kill_writes_the_same_for_any_saves(
     blocks: tuple[int, ...], deep: Case, tmp_path: Path, saved_after: Any
 ) -> None:
     output = tmp_path / "out"
@@ -128,7 +128,7 @@ def test_killed_after_any_operation_the_rerun_writes_the_same_whatever_was_saved
 @pytest.mark.parametrize(
     ("blocks", "gone_back_to"), [((0, 2), 1), ((1,), 0), ((0, 1, 3), 2), ((1, 2), 2)], ids=str
 )
-def test_states_that_are_damaged_are_gone_behind_to_those_saved_before(
+def test_damaged_states_resume_from_the_save_before(
     blocks: tuple[int, ...], gone_back_to: int, deep: Case, tmp_path: Path, saved_after: Any
 ) -> None:
     output = tmp_path / "out"
@@ -149,7 +149,7 @@ def test_states_that_are_damaged_are_gone_behind_to_those_saved_before(
     assert digest(output) == deep.tree
 
 
-def test_where_saving_takes_too_long_only_the_last_block_is(
+def test_slow_saving_saves_only_the_last_block(
     deep: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(resume, "BYTES_PER_SECOND", 1.0)
@@ -159,7 +159,7 @@ def test_where_saving_takes_too_long_only_the_last_block_is(
     assert not list(tmp_path.glob(".other.gptq-work/hidden-*"))
 
 
-def test_what_is_finished_but_for_verifying_is_not_done_again(
+def test_a_rerun_before_verification_repeats_no_block(
     deep: Case, tmp_path: Path, saved_after: Any
 ) -> None:
     def stop_before_verifying(event: Event) -> None:
@@ -174,7 +174,7 @@ def test_what_is_finished_but_for_verifying_is_not_done_again(
     assert digest(tmp_path / "out") == deep.tree
 
 
-def test_after_memory_has_run_out_every_block_is_saved(
+def test_every_block_is_saved_after_a_memory_shortage(
     deep: Case, tmp_path: Path, saved_after: Any
 ) -> None:
     events: list[Event] = []
@@ -209,7 +209,7 @@ def test_after_memory_has_run_out_every_block_is_saved(
     assert digest(tmp_path / "out") == deep.tree
 
 
-def test_the_time_since_the_last_save_is_what_counts(
+def test_the_clock_restarts_at_each_save(
     deep: Case, tmp_path: Path, saved_after: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[list[int]] = []
@@ -219,7 +219,7 @@ def test_the_time_since_the_last_save_is_what_counts(
     assert told == [[1], [1, 3], [1, 3, BLOCKS]]
 
 
-def test_a_run_with_a_limit_of_time_saves_every_block(
+def test_a_run_with_a_time_limit_saves_every_block(
     deep: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(resume, "BYTES_PER_SECOND", 1.0)

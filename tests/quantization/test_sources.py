@@ -93,7 +93,7 @@ def floats(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize("rules", [{}, KEPT])
-def test_block_floats_are_quantized_as_the_bfloat16_model_that_they_stand_for(
+def test_block_floats_quantize_like_their_bfloat16_model(
     rules: dict[str, object], floats: tuple[Path, Path], tmp_path: Path
 ) -> None:
     coded, plain = floats
@@ -129,7 +129,7 @@ def test_block_floats_are_quantized_as_the_bfloat16_model_that_they_stand_for(
     assert warned == ([said] if rules else [])
 
 
-def test_experts_and_routers_in_block_floats_are_those_of_the_bfloat16_model(
+def test_experts_in_block_floats_quantize_like_bfloat16_experts(
     tmp_path: Path,
 ) -> None:
     coded, plain = save_block_floats(tmp_path, "qwen3_moe")
@@ -143,7 +143,7 @@ def test_experts_and_routers_in_block_floats_are_those_of_the_bfloat16_model(
     assert first["model.layers.1.mlp.gate.weight"].dtype == torch.bfloat16
 
 
-def test_the_plan_and_the_bytes_of_block_floats_are_exact(
+def test_the_plan_of_block_floats_is_exact_to_the_byte(
     floats: tuple[Path, Path], tmp_path: Path
 ) -> None:
     coded, _ = floats
@@ -163,7 +163,7 @@ def test_the_plan_and_the_bytes_of_block_floats_are_exact(
     )
 
 
-def test_block_floats_are_inspected_viewed_compared_and_evaluated(
+def test_every_command_reads_block_floats(
     floats: tuple[Path, Path],
 ) -> None:
     coded, plain = floats
@@ -185,7 +185,7 @@ def test_block_floats_are_inspected_viewed_compared_and_evaluated(
     assert evaluate_perplexity(str(coded), request).kl == 0
 
 
-def test_scales_are_applied_as_transformers_does() -> None:
+def test_scales_apply_as_in_transformers() -> None:
     from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
     from gptq_cli.checkpoint.reader import scale_blocks
@@ -245,7 +245,7 @@ BLOCKS = {"quant_method": "fp8", "weight_block_size": [ROWS, COLUMNS]}
         (None, None, "E_CKPT_FP8", "holds F8_E4M3 weights"),
     ],
 )
-def test_floats_whose_scales_are_not_understood_are_refused(
+def test_block_floats_with_unknown_scales_are_refused(
     change: Callable[[dict[str, Tensor], str], object] | None,
     said: dict[str, object] | None,
     code: str,
@@ -283,7 +283,7 @@ AGAIN = {
         {"bits": 4, "desc_act": True, "lm_head": True},
     ],
 )
-def test_a_gptq_source_is_quantized_as_the_plain_model_that_it_stands_for(
+def test_a_gptq_source_quantizes_like_its_plain_model(
     settings: dict[str, object], tmp_path: Path
 ) -> None:
     model = save_model(tmp_path / "model", dtype=torch.float16, max_shard_size="100KB")
@@ -332,7 +332,7 @@ def test_a_gptq_source_is_quantized_as_the_plain_model_that_it_stands_for(
     assert "kept weights that are stored as gptq" in warned["W_CKPT_DECODED"]
 
 
-def test_a_gptq_source_is_refused_unless_it_is_allowed_and_sound(tmp_path: Path) -> None:
+def test_a_gptq_source_must_be_allowed_and_sound(tmp_path: Path) -> None:
     packed, _ = quantize(tmp_path, save_model(tmp_path / "model"), bits=8)
     with pytest.raises(InputError, match=r"already quantized \(gptq\)") as caught:
         plan_run(packed, config())
@@ -351,7 +351,7 @@ def test_a_gptq_source_is_refused_unless_it_is_allowed_and_sound(tmp_path: Path)
     assert not (tmp_path / "again").exists()
 
 
-def test_a_gptq_source_of_a_peer_needs_no_g_idx_and_no_second_file(tmp_path: Path) -> None:
+def test_a_gptq_source_needs_no_g_idx_and_no_second_config(tmp_path: Path) -> None:
     packed, _ = quantize(tmp_path, save_model(tmp_path / "model"), bits=8)
     first, _ = quantize(tmp_path, packed, allow_requantize=True)
     for name in ("quantize_config.json", "gptq_config.yaml", "gptq_manifest.json"):
@@ -365,7 +365,7 @@ def test_a_gptq_source_of_a_peer_needs_no_g_idx_and_no_second_file(tmp_path: Pat
     assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors_of(second).items())
 
 
-def test_a_gptq_source_whose_model_stores_linears_transposed_keeps_them_so(
+def test_a_gptq_source_keeps_transposed_linears_transposed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(FAMILIES, "gpt2", GPT2)
@@ -380,7 +380,7 @@ def test_a_gptq_source_whose_model_stores_linears_transposed_keeps_them_so(
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_a_run_from_codes_that_ends_early_is_gone_on_with(
+def test_an_interrupted_run_from_block_floats_resumes(
     floats: tuple[Path, Path], tmp_path: Path
 ) -> None:
     def stop(event: Event) -> None:

@@ -55,7 +55,7 @@ def written(directory: Path) -> str:
 
 
 @pytest.mark.usefixtures("gpu")
-def test_the_device_that_is_there_is_named_as_its_tensors_name_it() -> None:
+def test_the_present_device_is_named_as_its_tensors_name_it() -> None:
     device = resolve_device("auto")
     assert (
         device
@@ -67,7 +67,7 @@ def test_the_device_that_is_there_is_named_as_its_tensors_name_it() -> None:
     assert states.stored[0].device == device
 
 
-def test_a_model_is_opened_on_the_device_that_kernels_will_be_launched_on(
+def test_a_model_opens_on_the_device_that_launches_kernels(
     gpu: SimulatedGpu, tmp_path: Path
 ) -> None:
     model = open_checkpoint(save_model(tmp_path / "model"))
@@ -77,7 +77,7 @@ def test_a_model_is_opened_on_the_device_that_kernels_will_be_launched_on(
     assert gpu.current == stream.device
 
 
-def test_blocks_behind_the_first_are_copied_from_pinned_memory_without_the_host_waiting(
+def test_later_blocks_copy_from_pinned_memory_without_waiting(
     gpu: SimulatedGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = save_model(tmp_path / "model", num_hidden_layers=4, dtype=torch.bfloat16)
@@ -94,9 +94,7 @@ def test_blocks_behind_the_first_are_copied_from_pinned_memory_without_the_host_
     assert written(tmp_path / "ahead") == written(tmp_path / "in turn")
 
 
-def test_solving_waits_for_the_device_a_few_times_and_reads_no_weight_twice(
-    gpu: SimulatedGpu, tmp_path: Path
-) -> None:
+def test_solving_waits_rarely_and_reads_no_weight_twice(gpu: SimulatedGpu, tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", num_hidden_layers=BLOCKS, dtype=torch.bfloat16)
     all_steps = {
         "preset": "fast",
@@ -138,7 +136,7 @@ def test_the_host_waits_once_or_twice_for_all_experts_of_a_batch(
     )
 
 
-def test_a_run_with_its_states_on_the_host_goes_on_and_is_evaluated(
+def test_a_run_with_states_on_the_host_resumes_and_evaluates(
     gpu: SimulatedGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(event: Event) -> None:
@@ -168,7 +166,7 @@ def test_a_run_with_its_states_on_the_host_goes_on_and_is_evaluated(
     assert (found.perplexity, found.kl) == (expected.perplexity, expected.kl)
 
 
-def test_a_run_that_needs_more_than_the_device_has_goes_on_with_fewer_waiting_and_writes_the_same(
+def test_oom_on_device_falls_back_to_fewer_paused_batches(
     gpu: SimulatedGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "WAITING_SHARE", 1000)  # as if far less were needed

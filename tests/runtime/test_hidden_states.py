@@ -10,7 +10,7 @@ from gptq_cli.runtime.memory import Memory
 CPU = torch.device("cpu")
 
 
-def test_states_are_tensors_or_tuples_of_them_and_counted_whole() -> None:
+def test_states_are_tensors_or_tuples_and_counted_whole() -> None:
     hidden, extra = torch.randn(2, 3), torch.arange(4)
     states = HiddenStates([hidden, (hidden, extra, None)], Memory(CPU))
     assert states.nbytes == 2 * 24 + 32
@@ -22,7 +22,7 @@ def test_states_are_tensors_or_tuples_of_them_and_counted_whole() -> None:
     assert torch.equal(other[1][1], hidden)
 
 
-def test_a_state_stays_where_its_hidden_states_were_kept() -> None:
+def test_a_state_stays_on_the_device_of_its_hidden_states() -> None:
     away = torch.zeros(2, 3, device="meta")
     states = HiddenStates([away, (away,)], Memory(CPU))
     states[0] = torch.ones(2, 3)

@@ -37,20 +37,20 @@ def scripted(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
     monkeypatch.setattr(processes, "_command", lambda: [sys.executable, "-c", code])
 
 
-def test_all_have_ended_when_the_run_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_every_process_ends_with_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     scripted(monkeypatch, "time.sleep(0.3 * rank); open(str(rank), 'w').close()")
     assert Processes(3).run(tmp_path, local_environment()) == [0, 0, 0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2"]
 
 
-def test_when_one_fails_the_others_are_told_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_other_processes_end_if_one_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     scripted(monkeypatch, "sys.exit(3) if rank == 1 else time.sleep(60)")
     run = Processes(3)
     assert run.run(HERE, local_environment()) == [-signal.SIGTERM, 3, -signal.SIGTERM]
     assert run.ended[0] == 1
 
 
-def test_one_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "PATIENCE", 0.5)
     scripted(
         monkeypatch,
@@ -77,7 +77,7 @@ def test_a_signal_reaches_every_process(monkeypatch: pytest.MonkeyPatch, tmp_pat
     sending.join()
 
 
-def test_a_signal_that_no_process_tells_of_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreported_signal_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     scripted(monkeypatch, "time.sleep(60)")
     run = Processes(2)
     threading.Timer(0.3, run.forward, (signal.SIGTERM, None)).start()
@@ -98,7 +98,7 @@ def test_a_signal_that_no_process_tells_of_is_told(monkeypatch: pytest.MonkeyPat
         ("os.kill(os.getpid(), 9) if rank else time.sleep(60)", ResourceError.exit_code),
     ],
 )
-def test_the_exit_code_is_that_of_the_process_that_tells_why(
+def test_the_exit_code_comes_from_the_process_that_reported(
     script: str, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert REPORTED_ELSEWHERE == 76
@@ -108,7 +108,7 @@ def test_the_exit_code_is_that_of_the_process_that_tells_why(
     assert capsys.readouterr().err.startswith(lost if code == ResourceError.exit_code else "")
 
 
-def test_they_meet_in_a_directory_of_their_own(
+def test_processes_meet_in_a_directory_of_their_own(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     scripted(monkeypatch, "store = os.environ['_GPTQ_STORE']; mode = os.stat(os.path.dirname(store)).st_mode; "
@@ -119,7 +119,9 @@ def test_they_meet_in_a_directory_of_their_own(
     assert (stat.S_IMODE(int(mode)), Path(first).parent.exists()) == (0o700, False)
 
 
-def test_no_place_to_meet_is_told_with_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_without_a_meeting_place_names_the_variable(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -132,7 +134,7 @@ def test_no_place_to_meet_is_told_with_what_to_set(monkeypatch: pytest.MonkeyPat
     assert caught.value.hint == "set TMPDIR to a directory that you may write"
 
 
-def test_the_environment_names_loopback_whatever_it_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_always_names_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {
         "GLOO_SOCKET_IFNAME": "eth0",
         "NCCL_SOCKET_IFNAME": "eth",
@@ -144,7 +146,7 @@ def test_the_environment_names_loopback_whatever_it_said(monkeypatch: pytest.Mon
     assert "NCCL_COMM_ID" not in environment
 
 
-def test_who_was_started_notices_that_the_launcher_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_notices_that_its_launcher_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not launcher_is_gone()
     monkeypatch.setenv("_GPTQ_LAUNCHER", str(os.getppid()))
     assert not launcher_is_gone()
@@ -171,7 +173,7 @@ def taken(tensors: list[torch.Tensor]) -> Any:
 @pytest.mark.parametrize(
     "harm", [Harm(), {"a": [Harm()]}, exec, os.system, type, subprocess.Popen, pickle.loads]
 )
-def test_what_another_process_sends_can_run_no_code(
+def test_a_value_from_another_process_runs_no_code(
     harm: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -180,7 +182,7 @@ def test_what_another_process_sends_can_run_no_code(
     assert not list(tmp_path.iterdir())
 
 
-def test_an_attribute_of_a_module_of_ours_is_no_value_either() -> None:
+def test_a_value_cannot_be_an_attribute_of_our_modules() -> None:
     module, name = b"gptq_cli.runtime.ranks", b"pickle.Pickler"
     words = b"".join(b"\x8c" + bytes([len(word)]) + word for word in (module, name))
     with pytest.raises(pickle.UnpicklingError, match="which is not a plain value"):
@@ -190,7 +192,7 @@ def test_an_attribute_of_a_module_of_ours_is_no_value_either() -> None:
 @pytest.mark.parametrize(
     "value", [{"a": (1, 2.5, None, True)}, [b"x", "y", {3}, range(2)], torch.float16, Path("a/b")]
 )
-def test_values_arrive_as_they_were_sent(value: object) -> None:
+def test_values_arrive_unchanged(value: object) -> None:
     tensors: list[torch.Tensor] = []
     weight = torch.arange(6).view(2, 3)
     _give([value, weight], tensors.append, torch.device("cpu"))
@@ -202,7 +204,7 @@ def test_values_arrive_as_they_were_sent(value: object) -> None:
 PROBE = "import json, sys; print(json.dumps(sys.path))"
 
 
-def test_children_look_for_modules_where_this_process_does(tmp_path: Path) -> None:
+def test_children_search_modules_where_this_process_does(tmp_path: Path) -> None:
     (tmp_path / "yaml.py").write_text("open('harmed', 'w').close()")
     command = processes._command()
     code = command[2].replace(
@@ -234,7 +236,7 @@ def test_python_m_loads_no_module_of_the_current_directory(
     assert not (tmp_path / "harmed").exists()
 
 
-def test_a_directory_that_pythonpath_names_in_full_is_used(tmp_path: Path) -> None:
+def test_a_directory_named_in_pythonpath_is_used(tmp_path: Path) -> None:
     code = f"from gptq_cli.__main__ import leave_out_current_directory as do; do(); {PROBE}"
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}/:"}
     environment.pop("PYTHONSAFEPATH", None)
@@ -244,7 +246,7 @@ def test_a_directory_that_pythonpath_names_in_full_is_used(tmp_path: Path) -> No
     assert json.loads(found.stdout)[0] == str(tmp_path)
 
 
-def test_a_current_directory_that_was_removed_is_no_failure(tmp_path: Path) -> None:
+def test_a_removed_current_directory_is_no_failure(tmp_path: Path) -> None:
     command = f"mkdir {tmp_path}/gone && cd {tmp_path}/gone && rmdir ../gone && exec {sys.executable} -m gptq_cli --version"
     found = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert (found.returncode, found.stderr) == (0, "")
