@@ -26,7 +26,7 @@ from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import GptqError
 from gptq_cli.quantization.run import QuantizeResult, quantize_checkpoint
 from gptq_cli.runtime.open_model import open_stream
-from tests.families import save_tokenizer, texts
+from tests.families import save, texts, with_noise
 
 TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 CPU = torch.device("cpu")
@@ -193,12 +193,7 @@ def build(model_type: str) -> PreTrainedModel:
     config_class = CONFIG_MAPPING[model_type]
     config = config_class(**small(config_class))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            spread = 0.1 if parameter.dim() < 2 else parameter.shape[-1] ** -0.5
-            if parameter.is_floating_point():
-                parameter.add_(torch.randn_like(parameter) * spread)
-    return model.float().eval()
+    return with_noise(model)
 
 
 def small(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
@@ -218,13 +213,6 @@ def small(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
         if inner is not None:
             settings[part] = {"model_type": inner.model_type} | small(type(inner))
     return settings | TWEAKS.get(config_class.model_type, {})
-
-
-def save(model: PreTrainedModel, directory: Path) -> Path:
-    """The model as a checkpoint, with a tokenizer."""
-    model.save_pretrained(directory)
-    save_tokenizer(directory)
-    return directory
 
 
 def token_batches() -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Tiny random models of several families, saved as any checkpoint is, with a tokenizer of 512 tokens."""
+"""Tiny random models of several families, saved as checkpoints with a tokenizer of 512 tokens."""
 
 from __future__ import annotations
 
@@ -73,15 +73,20 @@ TEXT = "the quick brown fox jumps over the lazy dog, and then some; 0 1 2 3 4 5 
 
 
 def random_model(family: str, *, seed: int = 0, **changes: object) -> PreTrainedModel:
-    """A float32 model with weights of a trained model's size, biases and norms not at their initial values."""
+    """Return a float32 model of `family`, its weights as large as those of a trained model."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(family, **((FAMILIES | MIXTURES)[family] | changes))
-    )
+    settings = (FAMILIES | MIXTURES)[family] | changes
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings))
+    return with_noise(model)
+
+
+def with_noise(model: PreTrainedModel) -> PreTrainedModel:
+    """Move each weight, bias and norm of `model` away from its initial value; return it in float32."""
     with torch.no_grad():
         for parameter in model.parameters():
-            spread = 0.1 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5
-            parameter.add_(torch.randn_like(parameter) * spread)
+            spread = 0.1 if parameter.dim() < 2 else parameter.shape[-1] ** -0.5
+            if parameter.is_floating_point():
+                parameter.add_(torch.randn_like(parameter) * spread)
     return model.float().eval()
 
 
@@ -94,15 +99,20 @@ def save_model(
     max_shard_size: str = "5GB",
     **changes: object,
 ) -> Path:
-    """A checkpoint of a random model with its tokenizer; returns `directory`."""
+    """Save a random model of `family` in `dtype` with its tokenizer; return `directory`."""
     model = random_model(family, seed=seed, **changes).to(dtype)
-    model.save_pretrained(directory, max_shard_size=max_shard_size)
+    return save(model, directory, max_shard_size=max_shard_size)
+
+
+def save(model: PreTrainedModel, directory: Path, **options: object) -> Path:
+    """Save `model` with a tokenizer; return `directory`."""
+    model.save_pretrained(directory, **options)
     save_tokenizer(directory)
     return directory
 
 
 def save_tokenizer(directory: Path) -> None:
-    """A byte-level tokenizer: one token a byte, 512 ids with the unused ones."""
+    """Save a byte-level tokenizer: one token for each byte, 512 ids with the unused ones."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     special = ["<pad>", "<s>", "</s>"]
     vocabulary = {token: index for index, token in enumerate(special + alphabet)}
@@ -116,7 +126,7 @@ def save_tokenizer(directory: Path) -> None:
 
 
 def texts(n_characters: int = 20_000, seed: int = 0) -> list[str]:
-    """Calibration text with some variety, as a list of literal documents."""
+    """Return calibration text with some variety, as a list of one literal document."""
     generator = torch.Generator().manual_seed(seed)
     words = TEXT.split(" ")
     picked = torch.randint(len(words), (n_characters // 4,), generator=generator)

@@ -1,8 +1,8 @@
-"""Quantizing a tiny model for a test, and looking at what came out."""
+"""A run of a tiny model with usual settings, and its output: hashes, weights, events."""
 
 from __future__ import annotations
 
-import hashlib
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from gptq_cli.checkpoint.reader import DequantizingReader
 from gptq_cli.checkpoint.source import open_checkpoint
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.events import ignore
+from gptq_cli.events import Event, ignore
 from gptq_cli.quantization import run
 from gptq_cli.quantization.run import QuantizeResult, quantize_checkpoint
 from gptq_cli.runtime.ranks import SINGLE_PROCESS
@@ -21,6 +21,7 @@ CPU = torch.device("cpu")
 
 
 def config(**changes: object) -> QuantizeConfig:
+    """Return the settings of a run of a second on a CPU, with `changes`."""
     settings = {
         "bits": 4,
         "group_size": 32,
@@ -33,22 +34,34 @@ def config(**changes: object) -> QuantizeConfig:
 
 
 def quantize(tmp_path: Path, model: Path, **changes: object) -> tuple[Path, QuantizeResult]:
+    """Quantize `model` into a new directory of `tmp_path`; return the directory and the result."""
     output = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
     return output, quantize_checkpoint(str(model), output, config(**changes))
 
 
+def quantize_with_events(
+    model: Path, output: Path, **changes: object
+) -> tuple[QuantizeResult, list[Event]]:
+    """Quantize `model` into `output`; return the result and the events in their order."""
+    events: list[Event] = []
+    result = quantize_checkpoint(str(model), output, config(**changes), report=events.append)
+    return result, events
+
+
 def digest(directory: Path) -> dict[str, str]:
-    files = [path for path in sorted(directory.rglob("*")) if path.is_file()]
-    return {
-        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in files
-    }
+    """Return the SHA-256 of each file below `directory` by its relative path."""
+    hashes: dict[str, str] = {}
+    for path in sorted(directory.rglob("*")):
+        if path.is_file():
+            hashes[str(path.relative_to(directory))] = sha256(path.read_bytes()).hexdigest()
+    return hashes
 
 
 def reader(directory: Path) -> DequantizingReader:
+    """Return a reader of the weights of a quantized checkpoint as plain tensors."""
     return DequantizingReader(open_checkpoint(directory), CPU, "torch")
 
 
 def calibration_ids(model: Path, settings: QuantizeConfig) -> Tensor:
-    """The windows [nsamples, seqlen] that a run of `model` would be calibrated on."""
+    """Return the windows [nsamples, seqlen] on which a run of `model` is calibrated."""
     return run._calibrate(open_checkpoint(model), settings, ignore, SINGLE_PROCESS).windows.ids

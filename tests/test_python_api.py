@@ -31,6 +31,7 @@ from tests.workspace import (
     MODEL,
     QUANTIZED,
     SETTINGS,
+    config,
     copy_workspace,
     make_workspace,
     stop_after_the_first_block,
@@ -48,10 +49,6 @@ def workspace(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     monkeypatch.chdir(copy_workspace(files, tmp_path))
     supply(files, QUANTIZED)
     return tmp_path
-
-
-def config() -> QuantizeConfig:
-    return QuantizeConfig(bits=4, **SETTINGS)
 
 
 def examples() -> list[doctest.DocTest]:

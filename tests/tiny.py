@@ -1,4 +1,4 @@
-"""A model that is quantized in a tenth of a second, and what must come out of it."""
+"""The smallest run, a tenth of a second: a model, its settings, its output, a kill after any step."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ SETTINGS |= {"dataset": ["a quick brown fox jumps over the lazy dog and then som
 
 @dataclass(frozen=True)
 class Case:
-    """A small model, what quantizing it gives, and how many operations on the disk that takes."""
+    """A small model, the hashes of its quantized files, and the disk operations of such a run."""
 
     model: Path
     tree: dict[str, str]
     operations: list[str]
 
     def run(self, output: Path, **changes: object) -> QuantizeResult:
+        """Quantize the model into `output` with SETTINGS; `changes` are settings or run options."""
         named = ("resume", "overwrite", "max_seconds", "report", "worker")
         options = {key: changes.pop(key) for key in named if key in changes}
         return quantize_checkpoint(
@@ -35,7 +36,7 @@ class Case:
         )
 
     def interrupted(self, output: Path, last: int) -> bool:
-        """Run with a kill after operation `last`; whether the run lived that long."""
+        """Run and kill after disk operation `last`; return False if the run ended before."""
         try:
             with using(DyingDisk(last)):
                 self.run(output)
@@ -45,7 +46,7 @@ class Case:
 
 
 def killer(block: int) -> Report:
-    """A report that ends the run when `block` is finished and durable."""
+    """Return a report that kills the run when `block` is finished and durable."""
 
     def stop(event: Event) -> None:
         if isinstance(event, BlockFinished) and event.index == block:
@@ -55,6 +56,6 @@ def killer(block: int) -> Report:
 
 
 def kill_after_block(case: Case, output: Path, block: int) -> None:
-    """Run until `block` is finished and durable."""
+    """Run and kill when `block` is finished and durable."""
     with pytest.raises(Killed):
         case.run(output, report=killer(block))

@@ -1,4 +1,4 @@
-"""The files that examples in documents speak of, tiny: what a reader has before typing the first command."""
+"""The files that the examples of the documents name: a tiny model, texts, a recipe, a result."""
 
 from __future__ import annotations
 
@@ -27,16 +27,21 @@ SETTINGS = {
 }
 
 
+def config(**changes: object) -> QuantizeConfig:
+    """Return the settings of a run in the current directory."""
+    return QuantizeConfig(bits=4, **(SETTINGS | changes))
+
+
 def make_workspace(directory: Path) -> Path:
-    """A model with two blocks, texts, a configuration, and what earlier commands have made of them."""
+    """Write a model of two blocks, texts, a recipe, and the outputs of earlier commands."""
     save_model(
         directory / MODEL, "qwen3", num_hidden_layers=2, hidden_size=128, intermediate_size=128
     )
     for seed, name in enumerate(FILES[:2]):
         (directory / name).write_text(texts(4000, seed)[0], encoding="utf-8")
     (directory / "recipe.yaml").write_text("bits: 4\n", encoding="utf-8")
-    config = QuantizeConfig(bits=4, **(SETTINGS | {"dataset": str(directory / FILES[0])}))
-    quantize(directory / MODEL, config, directory / "made" / QUANTIZED, report=True)
+    settings = config(dataset=str(directory / FILES[0]))
+    quantize(directory / MODEL, settings, directory / "made" / QUANTIZED, report=True)
     request = EvalRequest(dataset=str(directory / FILES[1]), seqlen=64, max_windows=2)
     found = evaluate_perplexity(directory / MODEL, request).to_json()
     (directory / "ppl.json").write_text(json.dumps(found), encoding="utf-8")
@@ -44,7 +49,7 @@ def make_workspace(directory: Path) -> Path:
 
 
 def copy_workspace(workspace: Path, directory: Path) -> Path:
-    """What a reader begins with, in another, empty directory."""
+    """Copy the files with which a reader begins into `directory`; return it."""
     shutil.copytree(workspace / MODEL, directory / MODEL)
     for name in FILES:
         shutil.copy(workspace / name, directory)
@@ -53,7 +58,7 @@ def copy_workspace(workspace: Path, directory: Path) -> Path:
 
 
 def supply(workspace: Path, word: str) -> None:
-    """What a command takes for granted under the name `word`, put here if it is not: a checkpoint, unfinished work."""
+    """Put the checkpoint or unfinished work that a command expects under the name `word` here."""
     name = word.removeprefix("./")
     if name.startswith(".") and name.endswith(".gptq-work"):
         leave_unfinished(name.removeprefix(".").removesuffix(".gptq-work"))
@@ -67,7 +72,7 @@ def stop_after_the_first_block(event: Event) -> None:
 
 
 def leave_unfinished(output: str) -> None:
-    """The work directory of a run into `output` that ended after one of two blocks."""
+    """Write the work directory of a run into `output` that ended after one of two blocks."""
     shutil.rmtree(output, ignore_errors=True)
     try:
         quantize(

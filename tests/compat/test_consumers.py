@@ -20,7 +20,6 @@ if "GPTQ_COMPAT_VENVS" not in os.environ:
 
 import torch
 from consumers import VENV_OF, Case, Consumer, limit_of
-from tiny_checkpoints import make_checkpoint, make_texts
 from transformers import AutoModelForCausalLM
 
 from gptq_cli.checkpoint.packed import packed_modules
@@ -28,10 +27,26 @@ from gptq_cli.checkpoint.reader import DequantizingReader
 from gptq_cli.checkpoint.source import open_checkpoint
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.quantization.run import quantize_checkpoint
+from tests.families import save_model, texts
 
 # The consumers compute in the model's dtype, the reference in float32; a zero point off by one gives 0.07 or more.
 LARGEST_DIFFERENCE = {"float16": 5e-3, "bfloat16": 2e-2}
-SHARED = {"group_size": 64, "dataset": make_texts(), "seqlen": 64, "nsamples": 16, "device": "cpu"}
+SIZES = {
+    "num_hidden_layers": 2,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "tie_word_embeddings": False,
+}
+# Both layers of Gemma are of different kinds and see different masks; its head is tied.
+CHANGES: dict[str, dict[str, object]] = {
+    "gemma2": {
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "tie_word_embeddings": True,
+    },
+    "opt": {"ffn_dim": 256, "word_embed_proj_dim": 128},
+}
+SHARED = {"group_size": 64, "dataset": texts(), "seqlen": 64, "nsamples": 16, "device": "cpu"}
 O_PROJ = r"model\.layers\.1\.self_attn\.o_proj$"
 ALL_BUT_DOWN_PROJ = [
     ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
@@ -144,11 +159,12 @@ def write(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Written]:
     root = tmp_path_factory.mktemp("checkpoints")
     ids = np.random.default_rng(0).integers(2, 300, (2, 24))
     np.save(root / "ids.npy", ids)
-    source_of = cache(
-        lambda family, dtype: make_checkpoint(
-            root / f"{family}-{dtype}", family, getattr(torch, dtype)
-        )
-    )
+
+    @cache
+    def source_of(family: str, dtype: str) -> Path:
+        sizes = SIZES | CHANGES.get(family, {})
+        return save_model(root / f"{family}-{dtype}", family, dtype=getattr(torch, dtype), **sizes)
+
     cases = {case.id: case for case in CASES}
 
     @cache

@@ -24,7 +24,8 @@ from gptq_cli.models.experts import (
     computes_the_same,
     find_stacks,
 )
-from tests.architectures import build, relative, save, streamed_logits, token_batches
+from tests.architectures import build, relative, streamed_logits, token_batches
+from tests.families import save
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_local_experts": 4}
 LONGCAT = {"hidden_size": 32, "n_routed_experts": 3, "zero_expert_num": 2}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import faulthandler
 import gc
 import os
 import signal
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -20,17 +19,10 @@ from gptq_cli.errors import InputError
 from gptq_cli.models.paused_forwards import pause_forwards
 from gptq_cli.models.stages import Prober, Stage, probe_block
 
+pytestmark = pytest.mark.usefixtures("nothing_hangs_or_leaks")
+
 FEATURES = 4
 STAGES = [Stage(("a", "b"), 1), Stage(("c",), 1), Stage(("d",), 1)]
-
-
-@pytest.fixture(autouse=True)
-def _nothing_hangs_or_leaks() -> Iterator[None]:
-    threads = threading.active_count()
-    faulthandler.dump_traceback_later(60, exit=True)
-    yield
-    faulthandler.cancel_dump_traceback_later()
-    assert threading.active_count() == threads
 
 
 class Block(nn.Module):

@@ -16,8 +16,8 @@ from gptq_cli.errors import InputError
 from gptq_cli.models.skeleton import build_skeleton, find_blocks, load_config, place
 from gptq_cli.models.stages import Stage, probe_block, watch_inputs
 from gptq_cli.models.stream import ModelStream
-from tests.architectures import build, save
-from tests.families import FAMILIES, VOCABULARY, save_model
+from tests.architectures import build
+from tests.families import FAMILIES, VOCABULARY, save, save_model
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("inference")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import faulthandler
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -26,7 +25,6 @@ from gptq_cli.planning.run_plan import LayerPlan
 from gptq_cli.quantization import block_loop
 from gptq_cli.quantization.block_loop import block_forwards, quantize_stages
 from gptq_cli.quantization.layers import LayerSolver, SolvedLayer
-from gptq_cli.quantization.run import quantize_checkpoint
 from gptq_cli.runtime import memory
 from gptq_cli.runtime.hidden_states import HiddenStates
 from gptq_cli.runtime.memory import (
@@ -39,19 +37,12 @@ from gptq_cli.runtime.memory import (
 from gptq_cli.runtime.ranks import SINGLE_PROCESS, Ranks
 from gptq_cli.solver.hessian import HessianAccumulator
 from tests.families import FAMILIES, save_model
-from tests.runs import config, digest
+from tests.runs import config, digest, quantize_with_events
+
+pytestmark = pytest.mark.usefixtures("nothing_hangs_or_leaks")
 
 CPU = torch.device("cpu")
 N_BATCHES = 3  # of 2 windows and 1
-
-
-@pytest.fixture(autouse=True)
-def _nothing_hangs_or_leaks() -> Iterator[None]:
-    threads = threading.active_count()
-    faulthandler.dump_traceback_later(300, exit=True)
-    yield
-    faulthandler.cancel_dump_traceback_later()
-    assert threading.active_count() == threads
 
 
 @pytest.fixture
@@ -69,10 +60,7 @@ def executions(monkeypatch: pytest.MonkeyPatch) -> Counter[nn.Module]:
 
 
 def quantize(model: Path, output: Path, **changes: object) -> list[Event]:
-    events: list[Event] = []
-    settings = config(**({"nsamples": 5, "batch_size": 2} | changes))
-    quantize_checkpoint(str(model), output, settings, report=events.append)
-    return events
+    return quantize_with_events(model, output, **({"nsamples": 5, "batch_size": 2} | changes))[1]
 
 
 def replay(

@@ -22,9 +22,9 @@ from gptq_cli.quantization.run_record import Limits
 from gptq_cli.runtime.hidden_states import HiddenStates
 from gptq_cli.runtime.memory import Memory
 from gptq_cli.runtime.ranks import Ranks
-from tests.architectures import build, save
+from tests.architectures import build
 from tests.disks import CountingDisk, DyingDisk, FailingDisk, Killed, using
-from tests.families import save_model
+from tests.families import save, save_model
 from tests.runs import config, digest
 from tests.tiny import SMALL, WORK, Case, kill_after_block, killer
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import faulthandler
-import gc
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -29,10 +27,12 @@ from gptq_cli.runtime.hidden_states import HiddenStates
 from gptq_cli.runtime.memory import Memory, PauseBudget
 from gptq_cli.runtime.ranks import Ranks, Worker
 from gptq_cli.solver.hessian import HessianAccumulator
-from tests.architectures import build, save
-from tests.families import save_model
+from tests.architectures import build
+from tests.families import save, save_model
 from tests.runs import digest
 from tests.tiny import Case
+
+pytestmark = pytest.mark.usefixtures("nothing_hangs_or_leaks")
 
 CPU = torch.device("cpu")
 SETTINGS: dict[str, object] = {"asymmetric_calibration": 0.5, "nsamples": 3}
@@ -132,17 +132,6 @@ def undisturbed(
             watched(site, counter, patch)
         result = case.run(output, report=tell, **SETTINGS)
     return output, result, {site: counter.calls for site, counter in counters.items()}
-
-
-@pytest.fixture(autouse=True)
-def _nothing_hangs_or_leaks() -> Iterator[None]:
-    threads = threading.active_count()
-    faulthandler.dump_traceback_later(300, exit=True)
-    gc.freeze()  # what is there already need not be searched for garbage again and again
-    yield
-    gc.unfreeze()
-    faulthandler.cancel_dump_traceback_later()
-    assert threading.active_count() == threads
 
 
 PLACES = {
