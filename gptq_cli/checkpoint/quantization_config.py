@@ -18,8 +18,16 @@ from gptq_cli.checkpoint.headers import TensorInfo
 from gptq_cli.checkpoint.model_files import read_json
 from gptq_cli.checkpoint.packed import stored_parts
 from gptq_cli.checkpoint.source import Checkpoint
-from gptq_cli.config.layer import BITS, FORMATS, LayerConfig
-from gptq_cli.config.rules import FUSED_ALIASES, expert_part, first_match, flaw_of, keeps
+from gptq_cli.config.layer import (
+    BITS,
+    FORMATS,
+    FUSED_ALIASES,
+    LayerConfig,
+    expert_part,
+    first_match,
+    flaw_of,
+    keeps,
+)
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.strict_yaml import load
 from gptq_cli.errors import ConfigError, InputError

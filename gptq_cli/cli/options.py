@@ -17,7 +17,7 @@ import typer
 
 from gptq_cli.config.corpora import ACCEPTED_TEXT, DEFAULT_DATASET
 from gptq_cli.config.fields import Option, Panel
-from gptq_cli.config.rules import parse_rule
+from gptq_cli.config.layer import parse_rule
 from gptq_cli.config.schema import DEFAULTS, QuantizeConfig
 from gptq_cli.errors import ConfigError
 

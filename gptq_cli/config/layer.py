@@ -1,10 +1,29 @@
-"""The settings of one linear layer that the solver needs, the values they take, and the presets."""
+"""The settings of one linear layer, the presets, and the rules that give layers other settings.
+
+A `dynamic` rule is a regular expression of Python's `re`, as for GPTQModel and vLLM. It is matched
+from the start of the full module name. Its prefix is `+:` (or nothing) for other settings, `-:` for
+"keep in full precision". All `-:` rules are tried first, then the others in the order in which they
+are written; the first match decides alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from threading import current_thread, main_thread
+from types import FrameType
 from typing import Any, Literal, get_args
+
+from gptq_cli.config.strict_yaml import parse_scalar
+from gptq_cli.errors import ConfigError
 
 BitWidth = Literal[2, 3, 4, 8]
 Format = Literal["gptq", "gptq_v2"]
@@ -98,3 +117,221 @@ class LayerConfig:
         if self.group_size == -1:
             return in_features
         return self.group_size
+
+
+SECONDS = 1.0  # of computing time; a sensible pattern takes microseconds
+SECONDS_OF_CHILD = 20.0  # a busy machine needs some to start a process
+MOST_CHOICES, MOST_GROUPS = 3, 2
+_CHOICE = re.compile(r"[*+{]|(?<!\()\?")
+_OTHERS = re.compile(r"\)[*+{]|\\[1-9]|\(\?[A-Za-z-]")  # repeated groups, references, flags
+_CHILD = "import json, re, sys; sys.exit(re.match(*json.load(sys.stdin)) is None)"
+
+
+def matches_in_time(pattern: str, text: str) -> bool:
+    """Return whether the pattern matches from the start of the text, as with `re.match`.
+
+    Raises TimeoutError if that takes long: `re` cannot be interrupted otherwise, so the match runs
+    under a timer in the main thread, and in a process of its own elsewhere.
+    """
+    if _is_plain(pattern):
+        return re.match(pattern, text) is not None
+    if current_thread() is main_thread() and hasattr(signal, "setitimer"):
+        return _match_here(pattern, text)
+    command = [sys.executable, "-I", "-S", "-c", _CHILD]
+    question = json.dumps([pattern, text]).encode()
+    try:
+        done = subprocess.run(command, input=question, timeout=SECONDS_OF_CHILD, check=False)
+    except subprocess.TimeoutExpired:
+        raise TimeoutError from None
+    return done.returncode == 0
+
+
+def _is_plain(pattern: str) -> bool:
+    """Return whether a pattern is so simple that matching takes the cube of the length at most."""
+    few = len(_CHOICE.findall(pattern)) <= MOST_CHOICES and pattern.count("(") <= MOST_GROUPS
+    return few and not _OTHERS.search(pattern)
+
+
+def _match_here(pattern: str, text: str) -> bool:
+    usual = signal.signal(signal.SIGVTALRM, _raise_timeout)
+    timer = signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
+    try:
+        return re.match(pattern, text) is not None
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, *timer)
+        signal.signal(signal.SIGVTALRM, usual)
+
+
+def _raise_timeout(_number: int, _frame: FrameType | None) -> None:
+    raise TimeoutError
+
+
+KEEP, CHANGE = "-:", "+:"
+NUMBER, DOT = "[0-9]+", "[.]"  # in patterns for module names
+
+
+# Engines that fuse these linears look up rules by the fused name, and need all of a group alike.
+FUSED_ALIASES = {
+    frozenset({"q_proj", "k_proj", "v_proj"}): "qkv_proj",
+    frozenset({"gate_proj", "up_proj"}): "gate_up_proj",
+}
+_OF_EXPERT = re.compile(r"(.+\.\d+\..+)\.\d+\.([^.]+)")
+
+
+@dataclass(frozen=True, slots=True)
+class LayerChoice:
+    """The settings of one layer and the reason; `config` None means full precision."""
+
+    config: LayerConfig | None
+    why: str
+
+
+def expert_part(name: str) -> tuple[str, str] | None:
+    """Return the name that the experts of a layer share and a linear's own, None for other linears.
+
+    >>> expert_part("model.layers.0.mlp.experts.7.up_proj")
+    ('model.layers.0.mlp.experts', 'up_proj')
+    """
+    match = _OF_EXPERT.fullmatch(name)
+    return (match[1], match[2]) if match else None
+
+
+def split_groups(settings: Mapping[str, object]) -> list[str]:
+    """Return the fused names of linears that engines fuse but whose `settings`, by name, differ.
+
+    >>> split_groups({"layers.0.q_proj": 4, "layers.0.k_proj": 8, "layers.1.q_proj": 8})
+    ['layers.0.qkv_proj']
+    """
+    groups: dict[str, set[object]] = defaultdict(set)
+    for name, stored in settings.items():
+        parent, _, leaf = name.rpartition(".")
+        for parts, alias in FUSED_ALIASES.items():
+            if leaf in parts:
+                groups[f"{parent}.{alias}"].add(stored)
+    return _with_several(groups)
+
+
+def split_experts(settings: Mapping[str, object]) -> list[str]:
+    """Return the shared names of experts of one layer whose `settings`, by linear, differ."""
+    groups: dict[str, set[object]] = defaultdict(set)
+    for name, stored in settings.items():
+        part = expert_part(name)
+        if part is not None:
+            groups[part[0]].add(stored)
+    return _with_several(groups)
+
+
+def _with_several(groups: Mapping[str, set[object]]) -> list[str]:
+    return [name for name, stored in groups.items() if len(stored) > 1]
+
+
+def keeps(rule: str) -> bool:
+    """Return whether a `dynamic` rule keeps its layers in full precision."""
+    return rule.startswith(KEEP)
+
+
+def pattern_of(rule: str) -> str:
+    """Return the regular expression of a `dynamic` rule without its prefix."""
+    for prefix in (KEEP, CHANGE):
+        if rule.startswith(prefix):
+            return rule.removeprefix(prefix)
+    return rule
+
+
+def keeping(names: Iterable[str], *, in_all_blocks: bool = False) -> tuple[str, str]:
+    """Return a rule that keeps layers and those that engines fuse with them, and its option.
+
+    With `in_all_blocks` each number inside the names stands for all numbers.
+
+    >>> keeping(["model.layers.3.mlp.down_proj"])[1]
+    "--dynamic '-:model[.]layers[.]3[.]mlp[.]down_proj$'"
+    >>> keeping(["m.0.k_proj", "m.1.k_proj"], in_all_blocks=True)[0]
+    '-:m[.][0-9]+[.](k_proj|q_proj|v_proj)$'
+    """
+    patterns = [_pattern_for(name, in_all_blocks=in_all_blocks) for name in names]
+    rule = f"{KEEP}{_any_of(dict.fromkeys(patterns))}$"
+    return rule, f"--dynamic {shlex.quote(rule)}"
+
+
+def _pattern_for(name: str, *, in_all_blocks: bool) -> str:
+    """Return the pattern of a linear and of those that engines fuse with it."""
+    *holders, leaf = name.split(".")
+    leaves = {leaf}
+    for parts in FUSED_ALIASES:
+        if leaf in parts:
+            leaves |= parts
+    words = []
+    for holder in holders:
+        is_number = in_all_blocks and holder.isdecimal()
+        words.append(NUMBER if is_number else re.escape(holder))
+    words.append(_any_of(map(re.escape, sorted(leaves))))
+    return DOT.join(words)
+
+
+def _any_of(patterns: Iterable[str]) -> str:
+    patterns = list(patterns)
+    if len(patterns) == 1:
+        return patterns[0]
+    return f"({'|'.join(patterns)})"
+
+
+def flaw_of(rule: str) -> str | None:
+    """Return the reason why a `dynamic` rule is no regular expression, None if it is one."""
+    try:
+        with warnings.catch_warnings():
+            # A pattern such as [[a] may change its meaning with the next Python.
+            warnings.simplefilter("error")
+            re.compile(pattern_of(rule))
+    except (re.error, RecursionError, OverflowError, FutureWarning) as error:
+        return str(error)
+    return None
+
+
+def matches(rule: str, name: str) -> bool:
+    """Return whether a rule matches a layer's name; ConfigError E_CFG_REGEX if that takes long."""
+    try:
+        return matches_in_time(pattern_of(rule), name)
+    except TimeoutError:
+        raise ConfigError(
+            "E_CFG_REGEX",
+            f"rule {rule!r} takes more than {SECONDS:g} s to tell whether it matches `{name}`",
+            hint="write it without a repetition of a repetition, such as (a+)+",
+        ) from None
+
+
+def first_match(rules: Iterable[str], name: str) -> str | None:
+    """Return the rule that decides about the layer `name`, as in GPTQModel; None without one."""
+    keeping_first = sorted(rules, key=lambda rule: not keeps(rule))
+    for rule in keeping_first:
+        if matches(rule, name):
+            return rule
+    return None
+
+
+def is_listed(modules: Sequence[Sequence[str]] | None, name_in_block: str) -> bool:
+    """Return whether `modules_in_block_to_quantize` reaches a linear.
+
+    It does if the name ends with a listed one, as in Optimum, or if there is no list.
+    """
+    if modules is None:
+        return True
+    listed = tuple(item for stage in modules for item in stage)
+    return name_in_block.endswith(listed)
+
+
+def parse_rule(text: str) -> tuple[str, Any]:
+    """Return rule and settings of `-:regex` or `+:regex={"bits": 8}`, the words for --dynamic."""
+    match = re.fullmatch(r"(.*)=(\{.*\})", text, re.DOTALL)
+    if match is None:
+        return text, {}
+    return match[1], parse_scalar(match[2])
+
+
+def unmatched_rules(rules: Mapping[str, object], names: Iterable[str]) -> list[str]:
+    """Return the rules that match none of `names`, often because matching starts at the front."""
+    names = list(names)
+    return [rule for rule in rules if not _matches_any(rule, names)]
+
+
+def _matches_any(rule: str, names: Iterable[str]) -> bool:
+    return any(matches(rule, name) for name in names)

@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from gptq_cli.config.check import findings_of, refusal
 from gptq_cli.config.corpora import ACCEPTED_TEXT, DEFAULT_DATASET
 from gptq_cli.config.fields import (
     STRICT,
@@ -38,6 +37,8 @@ from gptq_cli.config.fields import (
     Sweeps,
     Target,
     Text,
+    findings_of,
+    refusal,
     size_in_bytes,
 )
 from gptq_cli.config.finding import Finding, KeyPath, one_of
@@ -47,9 +48,13 @@ from gptq_cli.config.layer import (
     PRESETS,
     FaultPolicy,
     Format,
+    LayerChoice,
     LayerConfig,
+    first_match,
+    is_listed,
+    keeps,
+    pattern_of,
 )
-from gptq_cli.config.rules import LayerChoice, first_match, is_listed, keeps, pattern_of
 from gptq_cli.config.serving_table import TARGETS
 from gptq_cli.errors import ConfigError
 

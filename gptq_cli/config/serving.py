@@ -6,8 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
-from gptq_cli.config.layer import LayerConfig
-from gptq_cli.config.rules import expert_part, keeps, split_experts, split_groups
+from gptq_cli.config.layer import LayerConfig, expert_part, keeps, split_experts, split_groups
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.serving_table import ANY, ENGINES, Engine, Export, Outcome, Rule, Trait
 from gptq_cli.errors import Problem

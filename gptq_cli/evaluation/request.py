@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from gptq_cli.config.check import refusal
+from gptq_cli.config.fields import refusal
 from gptq_cli.config.schema import FIELDS, field_findings
 from gptq_cli.errors import ConfigError
 

@@ -18,9 +18,8 @@ from gptq_cli.checkpoint.locate import model_name
 from gptq_cli.checkpoint.model_files import Remark
 from gptq_cli.checkpoint.packed import packed_specs
 from gptq_cli.checkpoint.source import Checkpoint
-from gptq_cli.config.layer import LayerConfig
+from gptq_cli.config.layer import LayerChoice, LayerConfig, expert_part, split_experts, split_groups
 from gptq_cli.config.leftovers import is_of_adapter
-from gptq_cli.config.rules import LayerChoice, expert_part, split_experts, split_groups
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.serving import Verdict, export_of, limits, target_problems, verdicts
 from gptq_cli.config.serving_table import (

@@ -21,13 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gptq_cli.config.rules import keeping
+from gptq_cli.config.layer import keeping
 from gptq_cli.errors import InputError
 from gptq_cli.events import BlockStarted, PhaseStarted, Warned
 from gptq_cli.models.block_calls import State
 from gptq_cli.models.experts import Experts
-from gptq_cli.models.paused_forwards import PausedForwards, pause_forwards
-from gptq_cli.models.stages import Stage, watch_inputs
+from gptq_cli.models.paused_forwards import PausedForwards, Stage, pause_forwards, watch_inputs
 from gptq_cli.models.stream import LoadedBlock
 from gptq_cli.planning.run_plan import HEAD
 from gptq_cli.quantization.layers import LayerSolver

@@ -15,8 +15,7 @@ from itertools import accumulate
 
 from torch import Tensor, nn
 
-from gptq_cli.config.layer import LayerConfig
-from gptq_cli.config.rules import keeping
+from gptq_cli.config.layer import LayerConfig, keeping
 from gptq_cli.errors import GateError, InputError
 from gptq_cli.events import Fallback, LayerReport, LayerSolved, LayerStarted, Warned
 from gptq_cli.models.skeleton import place

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.events import Report
-from gptq_cli.models.stages import Prober
+from gptq_cli.models.paused_forwards import Prober
 from gptq_cli.models.stream import ModelStream
 from gptq_cli.planning.run_plan import LayerPlan, RunPlan
 from gptq_cli.quantization.resume import FinishedBlocks

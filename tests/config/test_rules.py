@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from gptq_cli.config import rules
-from gptq_cli.config.rules import first_match, matches, parse_rule, unmatched_rules
+from gptq_cli.config import layer
+from gptq_cli.config.layer import first_match, matches, parse_rule, unmatched_rules
 from gptq_cli.errors import ConfigError
 
 
@@ -80,8 +80,8 @@ def test_rules_mean_what_they_mean_to_re(rule: str, name: str, matched: bool, th
 def test_a_rule_that_takes_for_ever_is_given_up(
     rule: str, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rules, "SECONDS", 0.05)
-    monkeypatch.setattr(rules, "SECONDS_OF_CHILD", 1.0)
+    monkeypatch.setattr(layer, "SECONDS", 0.05)
+    monkeypatch.setattr(layer, "SECONDS_OF_CHILD", 1.0)
     with pytest.raises(ConfigError, match=r"takes more than .* `aaaa") as caught:  # noqa: PT012
         if threads:
             with ThreadPoolExecutor(threads) as pool:
@@ -92,7 +92,7 @@ def test_a_rule_that_takes_for_ever_is_given_up(
 
 
 def test_usual_rules_take_no_process_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rules.subprocess, "run", lambda *_, **__: pytest.fail("a child process"))
+    monkeypatch.setattr(layer.subprocess, "run", lambda *_, **__: pytest.fail("a child process"))
     usual = [
         r".*\.(?:q|k|v)_proj$",
         r"model[.]layers[.](0|[0-9]+1)[.]mlp[.].*",
@@ -111,7 +111,7 @@ def test_matching_puts_a_timer_of_others_back(rule: str, monkeypatch: pytest.Mon
     def of_others(*_: object) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(rules, "SECONDS", 0.05)
+    monkeypatch.setattr(layer, "SECONDS", 0.05)
     usual = signal.signal(signal.SIGVTALRM, of_others)
     signal.setitimer(signal.ITIMER_VIRTUAL, 500.0)
     try:

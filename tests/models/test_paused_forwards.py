@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gptq_cli.errors import InputError
-from gptq_cli.models.paused_forwards import pause_forwards
-from gptq_cli.models.stages import Prober, Stage, probe_block
+from gptq_cli.models.paused_forwards import Prober, Stage, pause_forwards, probe_block
 
 pytestmark = pytest.mark.usefixtures("nothing_hangs_or_leaks")
 

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from gptq_cli.checkpoint.reader import TensorReader
 from gptq_cli.checkpoint.source import open_checkpoint
 from gptq_cli.errors import InputError
+from gptq_cli.models.paused_forwards import Stage, probe_block, watch_inputs
 from gptq_cli.models.skeleton import build_skeleton, find_blocks, load_config, place
-from gptq_cli.models.stages import Stage, probe_block, watch_inputs
 from gptq_cli.models.stream import ModelStream
 from tests.architectures import build
 from tests.families import FAMILIES, VOCABULARY, save, save_model

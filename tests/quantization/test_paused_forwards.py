@@ -18,7 +18,7 @@ from gptq_cli.config.finding import size
 from gptq_cli.errors import GateError, ResourceError
 from gptq_cli.events import Event, Warned, ignore
 from gptq_cli.models.block_calls import Call
-from gptq_cli.models.stages import Prober
+from gptq_cli.models.paused_forwards import Prober
 from gptq_cli.models.stream import LoadedBlock
 from gptq_cli.planning.plan import plan_run
 from gptq_cli.planning.run_plan import LayerPlan
