@@ -285,7 +285,7 @@ MODEL = [
     *(Case(30, method, broken(config(quantization_config={"quant_method": method})), "E_CKPT_QUANTIZED", method,
            "full-precision") for method in ("gptq", "awq", "compressed-tensors")),
     Case(30, "gptq without", broken(config(quantization_config={"quant_method": "gptq"}), "--allow-requantize"),
-         "E_CKPT_INCOMPLETE", "says that it is quantized with GPTQ, and no linear is", "quantization_config"),
+         "E_CKPT_INCOMPLETE", "is marked as quantized with GPTQ, but no linear is", "quantization_config"),
     Case(30, "mxfp4", broken(config(quantization_config={"quant_method": "mxfp4"})), "E_CKPT_QUANTIZED",
          "already quantized (mxfp4)", "serve gpt-oss unchanged"),
     *(Case(30, f"{method} allowed", broken(config(quantization_config={"quant_method": method}), "--allow-requantize"),
