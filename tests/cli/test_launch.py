@@ -150,7 +150,7 @@ def test_one_device_for_several_processes_is_refused(monkeypatch: pytest.MonkeyP
     ) as caught:
         torchrun._device_of(0, 2, "cuda:1", [])
     assert caught.value.hint == "name a device for each: --devices 0,1"
-    with pytest.raises(ConfigError, match="--devices names 3 devices, and 2 processes run here"):
+    with pytest.raises(ConfigError, match="--devices names 3 devices, but 2 processes run here"):
         torchrun._device_of(0, 2, "auto", ["cpu"] * 3)
 
 
@@ -159,7 +159,7 @@ def test_a_lost_process_is_named_with_what_to_look_at() -> None:
     assert str(error) == "process 1, 3 of 4 (the first is 0) was killed or cannot be reached"
     assert (error.code, error.exit_code) == ("E_RANK_LOST", ResourceError.exit_code)
     assert error.hint is not None
-    assert error.hint.endswith("the same command goes on after the last finished block")
+    assert error.hint.endswith("the same command resumes after the last finished block")
 
 
 def test_only_the_first_of_several_processes_talks(
