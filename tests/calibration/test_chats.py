@@ -47,7 +47,7 @@ def written(path: Path, rows: list[dict[str, Any]]) -> Path:
 @pytest.mark.parametrize(
     ("column", "chat"), [("messages", OPENAI), ("conversations", SHAREGPT), ("turns", OPENAI)]
 )
-def test_a_column_of_chats_is_refused_as_such(
+def test_a_column_of_chats_is_refused_with_a_remedy(
     suffix: str, column: str, chat: list[Any], tmp_path: Path
 ) -> None:
     file = written(tmp_path / f"x{suffix}", [{"id": "1", column: chat}, {"id": "2", column: chat}])
@@ -59,7 +59,7 @@ def test_a_column_of_chats_is_refused_as_such(
 
 
 @pytest.mark.parametrize("column", ["messages", "conversations", "conversation", "chat"])
-def test_chats_without_a_column_of_text_are_told_at_once(column: str, tmp_path: Path) -> None:
+def test_hint_names_a_column_that_may_hold_chats(column: str, tmp_path: Path) -> None:
     error = refused(written(tmp_path / "x.jsonl", [{"id": "1", column: OPENAI}]))
     assert str(error).endswith(f"has no column `text`; it has `id`, `{column}`")
     assert f"if `{column}` holds chats: chat messages have to become text first" in (
@@ -67,13 +67,13 @@ def test_chats_without_a_column_of_text_are_told_at_once(column: str, tmp_path: 
     )
 
 
-def test_a_text_beside_the_chats_is_read(tmp_path: Path) -> None:
+def test_a_text_column_beside_chats_is_read(tmp_path: Path) -> None:
     file = written(tmp_path / "x.jsonl", [{"messages": OPENAI, "text": "rendered"}])
     assert list(load_documents(DatasetSource(str(file))).texts) == ["rendered"]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
-def test_lists_that_hold_no_messages_are_called_lists(suffix: str, tmp_path: Path) -> None:
+def test_a_list_without_messages_is_called_a_list(suffix: str, tmp_path: Path) -> None:
     error = refused(written(tmp_path / f"x{suffix}", [{"text": ["a", "b"], "body": "c"}]))
     assert "holds a list" in str(error)
     assert "chat" not in str(error)
@@ -81,7 +81,7 @@ def test_lists_that_hold_no_messages_are_called_lists(suffix: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("split", [None, "train", "other"])
-def test_a_folder_of_save_to_disk_is_named_and_the_hint_reads_it(
+def test_hint_converts_a_folder_of_save_to_disk(
     split: str | None,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],

@@ -109,7 +109,7 @@ PUBLISHED: dict[tuple[str, str], tuple[Any, ...]] = {
 
 @pytest.mark.parametrize("purpose", ["calibration", "evaluation"])
 @pytest.mark.parametrize("name", CORPORA)
-def test_every_registered_corpus_is_read_as_its_entry_says(
+def test_each_registered_corpus_is_read_as_in_its_entry(
     name: str, purpose: Any, builders: list[FakeBuilder]
 ) -> None:
     documents = load_documents(DatasetSource(name, purpose=purpose))
@@ -140,12 +140,12 @@ def test_a_published_corpus_is_read_as_published(
     assert list(documents.texts) == [f"row {index}" for index in range(expected)]
 
 
-def test_no_dataset_means_wikitext2(builders: list[FakeBuilder]) -> None:
+def test_the_default_dataset_is_wikitext2(builders: list[FakeBuilder]) -> None:
     assert load_documents(DatasetSource()).name == "wikitext2"
     assert builders[0].asked[0] == ("Salesforce/wikitext", "wikitext-2-raw-v1")
 
 
-def test_a_registered_name_means_the_corpus_even_beside_a_folder_of_that_name(
+def test_a_registered_name_wins_over_a_folder_of_that_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, builders: list[FakeBuilder]
 ) -> None:
     (tmp_path / "c4").mkdir()
@@ -157,7 +157,7 @@ def test_a_registered_name_means_the_corpus_even_beside_a_folder_of_that_name(
 
 
 @pytest.mark.parametrize(("purpose", "split"), [("calibration", "train"), ("evaluation", "test")])
-def test_a_hub_id_is_streamed_from_the_split_for_its_purpose(
+def test_a_hub_dataset_streams_the_split_for_its_purpose(
     purpose: Any, split: str, builders: list[FakeBuilder]
 ) -> None:
     documents = load_documents(DatasetSource("someone/texts", purpose=purpose))
@@ -165,7 +165,7 @@ def test_a_hub_id_is_streamed_from_the_split_for_its_purpose(
     assert (builders[0].split, builders[0].streamed, documents.revision) == (split, True, COMMIT)
 
 
-def test_config_and_split_of_a_hub_id_are_honoured(builders: list[FakeBuilder]) -> None:
+def test_a_hub_dataset_has_the_given_config_and_split(builders: list[FakeBuilder]) -> None:
     load_documents(DatasetSource("someone/texts", config="english", split="extra"))
     assert builders[0].asked[0] == ("someone/texts", "english")
     assert builders[0].split == "extra"
@@ -173,7 +173,7 @@ def test_config_and_split_of_a_hub_id_are_honoured(builders: list[FakeBuilder]) 
 
 @pytest.mark.parametrize("dataset", ["wikitext2", "./notes.txt", ["a text"]])
 @pytest.mark.parametrize("options", [{"config": "x"}, {"split": "x"}])
-def test_config_and_split_without_a_hub_id_are_refused(
+def test_only_hub_datasets_accept_a_config_and_a_split(
     dataset: Any, options: dict[str, str], builders: list[FakeBuilder]
 ) -> None:
     with pytest.raises(
@@ -185,14 +185,16 @@ def test_config_and_split_without_a_hub_id_are_refused(
 
 
 @pytest.mark.parametrize("dataset", ["wikitext2", "./notes.txt", ["a text"]])
-def test_a_column_of_what_has_none_is_refused(dataset: Any, builders: list[FakeBuilder]) -> None:
+def test_datasets_without_columns_refuse_text_column(
+    dataset: Any, builders: list[FakeBuilder]
+) -> None:
     with pytest.raises(ConfigError, match="text_column `body` has no meaning for") as caught:
         load_documents(DatasetSource(dataset, text_column="body"))
     assert (caught.value.code, caught.value.hint) == ("E_CFG_CONFLICT", "remove text_column")
     assert builders == []
 
 
-def test_a_folder_of_texts_alone_has_no_column_and_one_with_rows_has(tmp_path: Path) -> None:
+def test_a_folder_accepts_text_column_if_a_file_has_rows(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one")
     with pytest.raises(ConfigError, match="text_column `body` has no meaning"):
         load(tmp_path, text_column="body")
@@ -203,7 +205,7 @@ def test_a_folder_of_texts_alone_has_no_column_and_one_with_rows_has(tmp_path: P
 @pytest.mark.parametrize(
     "texts", [["a text", "gone.jsonl"], ["{file}", "a text"], ["a text", "{folder}"]]
 )
-def test_files_given_as_literal_texts_are_refused(texts: list[str], tmp_path: Path) -> None:
+def test_literal_texts_that_name_files_are_refused(texts: list[str], tmp_path: Path) -> None:
     (tmp_path / "notes").write_text("a text")
     paths = {"file": tmp_path / "notes", "folder": tmp_path}
     with pytest.raises(
@@ -216,7 +218,7 @@ def test_files_given_as_literal_texts_are_refused(texts: list[str], tmp_path: Pa
     )
 
 
-def test_a_text_too_long_for_a_path_is_no_file() -> None:
+def test_a_text_that_cannot_be_a_path_is_a_text() -> None:
     texts = ["a word " * 1000, "another\0", "it lies in notes.txt"]
     assert list(load_documents(DatasetSource(texts)).texts) == texts
     with pytest.raises(
@@ -229,7 +231,7 @@ def test_a_text_too_long_for_a_path_is_no_file() -> None:
 @pytest.mark.parametrize(
     "name", [".hidden", "./gone", "../gone", "/gone", "~/gone", "gone.txt", "data/gone.jsonl"]
 )
-def test_what_looks_like_a_path_is_never_sent_to_the_hub(
+def test_a_name_that_looks_like_a_path_is_not_sent_to_the_hub(
     name: str, builders: list[FakeBuilder]
 ) -> None:
     with pytest.raises(InputError, match="does not exist") as caught:
@@ -238,7 +240,7 @@ def test_what_looks_like_a_path_is_never_sent_to_the_hub(
     assert builders == []
 
 
-def test_an_existing_folder_is_never_sent_to_the_hub(
+def test_an_existing_folder_is_not_sent_to_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, builders: list[FakeBuilder]
 ) -> None:
     (tmp_path / "someone" / "texts").mkdir(parents=True)
@@ -249,7 +251,9 @@ def test_an_existing_folder_is_never_sent_to_the_hub(
 
 
 @pytest.mark.parametrize("name", ["two words", "a/b/c", "https://example.com/x", ""])
-def test_what_cannot_be_a_hub_id_is_not_asked_for(name: str, builders: list[FakeBuilder]) -> None:
+def test_a_name_that_is_no_hub_id_is_not_sent_to_the_hub(
+    name: str, builders: list[FakeBuilder]
+) -> None:
     with pytest.raises(InputError) as caught:
         load_documents(DatasetSource(name))
     assert caught.value.code == "E_DATA_NOT_FOUND"
@@ -258,16 +262,14 @@ def test_what_cannot_be_a_hub_id_is_not_asked_for(name: str, builders: list[Fake
 
 
 @pytest.mark.parametrize("name", ["ptb", "ptb-new"])
-def test_corpora_that_need_a_script_are_refused_by_name(
-    name: str, builders: list[FakeBuilder]
-) -> None:
+def test_corpora_that_need_a_script_are_refused(name: str, builders: list[FakeBuilder]) -> None:
     with pytest.raises(InputError) as caught:
         load_documents(DatasetSource(name))
     assert caught.value.code == "E_DATA_SCRIPT"
     assert builders == []
 
 
-def test_literal_texts_are_documents_in_their_order() -> None:
+def test_literal_texts_are_documents_in_order() -> None:
     documents = load_documents(DatasetSource(["one", "", "two"]))
     assert (list(documents.texts), documents.name, documents.revision) == (
         ["one", "", "two"],
@@ -278,7 +280,7 @@ def test_literal_texts_are_documents_in_their_order() -> None:
 
 
 @pytest.mark.parametrize("texts", [[], [" ", "\n"]])
-def test_literal_texts_without_text_are_empty(texts: list[str]) -> None:
+def test_blank_literal_texts_are_an_empty_dataset(texts: list[str]) -> None:
     with pytest.raises(InputError) as caught:
         load_documents(DatasetSource(texts))
     assert caught.value.code == "E_DATA_EMPTY"
@@ -301,19 +303,19 @@ def test_each_row_of_a_file_is_a_document(name: str, tmp_path: Path) -> None:
     assert documents.name == str(tmp_path / name)
 
 
-def test_a_text_file_is_one_document_byte_for_byte(tmp_path: Path) -> None:
+def test_a_text_file_is_one_document_with_every_byte(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_bytes("ä\r\n\n\nb ".encode())
     documents = load(tmp_path / "notes.txt", purpose="evaluation")
     assert documents.texts == ["ä\r\n\n\nb "]
     assert documents.sha256 == sha256("ä\r\n\n\nb ".encode()).hexdigest()
 
 
-def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_not_part_of_the_text(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_bytes(b"\xef\xbb\xbfhello")
     assert list(load(tmp_path / "notes.txt").texts) == ["hello"]
 
 
-def test_the_files_of_a_folder_are_read_sorted_by_name(tmp_path: Path) -> None:
+def test_files_of_a_folder_are_read_in_order_of_name(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text("second")
     (tmp_path / "c.jsonl").write_text('{"text": "third"}\n{"text": "fourth"}\n')
     (tmp_path / "a.parquet").write_bytes(as_parquet(text=["first"]))
@@ -322,7 +324,7 @@ def test_the_files_of_a_folder_are_read_sorted_by_name(tmp_path: Path) -> None:
     assert list(load(tmp_path).texts) == ["first", "second", "third", "fourth"]
 
 
-def test_another_column_is_read_when_it_is_named(tmp_path: Path) -> None:
+def test_text_column_selects_another_column(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": "no", "body": "yes"}\n')
     assert list(load(tmp_path / "rows.jsonl", text_column="body").texts) == ["yes"]
 
@@ -503,7 +505,7 @@ REFUSALS: dict[str, tuple[str, bytes, str, str]] = {
     "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning"
 )
 @pytest.mark.parametrize("case", REFUSALS)
-def test_a_file_that_cannot_be_used_is_refused_with_the_reason(
+def test_a_faulty_file_is_refused_with_the_reason(
     case: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     name, content, code, message = REFUSALS[case]
@@ -517,14 +519,14 @@ def test_a_file_that_cannot_be_used_is_refused_with_the_reason(
     gc.collect()
 
 
-def test_a_broken_line_of_many_is_named(tmp_path: Path) -> None:
+def test_message_names_the_broken_line(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"text": "a"}\n\n{"text": "b"}\n{"text": \n{"text": "d"}\n')
     error = refused(tmp_path / "x.jsonl")
     assert (error.code, error.hint) == ("E_DATA_FORMAT", "fix that line")
     assert "cannot be read: line 4 is not JSON" in str(error)
 
 
-def test_what_is_neither_file_nor_folder_is_refused(tmp_path: Path) -> None:
+def test_pipes_and_devices_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.txt")
     for path in (tmp_path / "pipe.txt", Path(os.devnull)):
         error = refused(path)
@@ -532,7 +534,7 @@ def test_what_is_neither_file_nor_folder_is_refused(tmp_path: Path) -> None:
         assert "is not a supported type of file" in str(error)
 
 
-def test_the_command_that_converts_a_file_works_as_it_stands(tmp_path: Path) -> None:
+def test_command_of_the_hint_converts_a_latin_1_file(tmp_path: Path) -> None:
     file = tmp_path / "my notes.txt"
     file.write_bytes("naïve".encode("latin1"))
     command = (refused(file).hint or "").partition(": ")[2]
@@ -540,7 +542,7 @@ def test_the_command_that_converts_a_file_works_as_it_stands(tmp_path: Path) -> 
     assert list(load(tmp_path / "my notes-utf8.txt").texts) == ["naïve"]
 
 
-def test_a_hint_names_other_columns_alone_and_a_message_not_too_many(tmp_path: Path) -> None:
+def test_hint_names_the_other_columns_that_hold_text(tmp_path: Path) -> None:
     (tmp_path / "one.jsonl").write_text('{"text": 5}\n')
     assert refused(tmp_path / "one.jsonl").hint == "fix it"
     (tmp_path / "two.jsonl").write_text('{"text": 5, "body": "a"}\n')
@@ -558,7 +560,7 @@ def test_a_folder_without_texts_is_refused(tmp_path: Path) -> None:
     assert ".jsonl" in (error.hint or "")
 
 
-def test_a_defect_of_a_later_file_is_an_error_when_it_is_read(tmp_path: Path) -> None:
+def test_a_faulty_later_file_is_refused_when_it_is_read(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("good")
     (tmp_path / "b.jsonl").write_text(json.dumps({"other": "x"}))
     texts: Iterator[str] = iter(load(tmp_path).texts)
@@ -588,7 +590,7 @@ NAMES = [
 @pytest.mark.parametrize(
     "suffix", [".txt", ".jsonl", ".json", ".csv", ".parquet", ".TXT", ".Jsonl", ".CSV"]
 )
-def test_a_path_is_a_path_and_no_pattern(
+def test_a_path_with_special_characters_is_not_a_pattern(
     suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -612,7 +614,7 @@ def test_a_path_is_a_path_and_no_pattern(
 
 @pytest.mark.parametrize("name", ["a[1].jsonl", "*.jsonl", "x::a.jsonl", "zip://a.jsonl::b.zip", "https://h/a.jsonl",
                                   "hf://datasets/a/b.jsonl", "file:///etc/a.txt", "memory://a.json"])  # fmt: skip
-def test_what_no_file_has_as_its_name_is_not_found(
+def test_patterns_and_addresses_are_not_found_as_files(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -625,7 +627,7 @@ def test_what_no_file_has_as_its_name_is_not_found(
 
 
 @pytest.mark.parametrize("kind", ["json", "csv", "text", "parquet", "imagefolder"])
-def test_the_name_of_a_kind_of_file_is_no_dataset(
+def test_a_type_of_file_is_refused_as_a_dataset_name(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, builders: list[FakeBuilder]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -642,7 +644,7 @@ def test_the_name_of_a_kind_of_file_is_no_dataset(
 @pytest.mark.parametrize(
     ("name", "repo"), [("wikitext2", "Salesforce/wikitext"), ("c4", "allenai/c4")]
 )
-def test_a_folder_cannot_stand_in_for_a_registered_corpus(
+def test_a_folder_cannot_replace_a_registered_corpus(
     name: str,
     repo: str,
     tmp_path: Path,
@@ -660,7 +662,7 @@ def test_a_folder_cannot_stand_in_for_a_registered_corpus(
     assert builders == []
 
 
-def test_json_of_every_shape_gives_its_rows(tmp_path: Path) -> None:
+def test_rows_are_read_from_json_of_every_shape(tmp_path: Path) -> None:
     shapes = {
         "lines.json": '{"text": "a"}\n\n{"text": "b"}',
         "list.jsonl": ' [{"text": "a"},\n {"text": "b"}]',
@@ -674,7 +676,7 @@ def test_json_of_every_shape_gives_its_rows(tmp_path: Path) -> None:
     assert list(load(tmp_path / "one.json").texts) == ["a\u00e9"]
 
 
-def test_csv_fields_may_hold_lines_commas_and_quotes(tmp_path: Path) -> None:
+def test_csv_fields_may_contain_newlines_commas_and_quotes(tmp_path: Path) -> None:
     content = (
         b'\xef\xbb\xbfn,text\r\n1,"a, ""b""\r\nc"\r\n\r\n2,null\r\n3,' + b"x" * 200_000 + b"\n"
     )
@@ -682,7 +684,7 @@ def test_csv_fields_may_hold_lines_commas_and_quotes(tmp_path: Path) -> None:
     assert list(load(tmp_path / "x.csv").texts) == ['a, "b"\r\nc', "null", "x" * 200_000]
 
 
-def test_rows_are_read_no_further_than_needed(tmp_path: Path) -> None:
+def test_files_of_rows_are_read_lazily(tmp_path: Path) -> None:
     texts = [f"row {number}" for number in range(3000)]
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
     for name, content in (("x.jsonl", lines), ("x.csv", "text\n" + "\n".join(texts) + "\n")):
@@ -691,7 +693,7 @@ def test_rows_are_read_no_further_than_needed(tmp_path: Path) -> None:
         assert [next(found) for _ in range(3)] == ["row 0", "row 1", "row 2"]
 
 
-def test_a_mistake_of_our_own_is_not_blamed_on_the_file(
+def test_a_bug_of_the_program_is_not_an_input_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: Any, **__: Any) -> None:
@@ -706,7 +708,7 @@ def test_a_mistake_of_our_own_is_not_blamed_on_the_file(
         list(load(tmp_path / "rows.jsonl").texts)
 
 
-def test_progress_bars_and_logs_are_as_before_afterwards(tmp_path: Path) -> None:
+def test_load_restores_progress_bars_and_log_level(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
     verbosity = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity_info()

@@ -25,7 +25,7 @@ def language() -> ModuleType:
 
 
 @pytest.mark.parametrize("name", ["calibration", "heldout"])
-def test_the_committed_texts_are_what_their_seeds_write(name: str, language: ModuleType) -> None:
+def test_the_seeds_write_the_committed_texts(name: str, language: ModuleType) -> None:
     text = (SCRIPTS / "demo" / f"{name}.txt").read_text()
     assert language.write_text(name, 180_000).text == text
 
@@ -48,7 +48,7 @@ def test_no_word_is_in_two_lexicons(language: ModuleType) -> None:
     assert len(words) == len(set(words))
 
 
-def test_clauses_of_the_same_words_hold_the_same_information(language: ModuleType) -> None:
+def test_equal_clauses_have_equal_information(language: ModuleType) -> None:
     information: dict[str, float] = {}
     met_again = 0
     for seed in range(20_000):
@@ -61,7 +61,7 @@ def test_clauses_of_the_same_words_hold_the_same_information(language: ModuleTyp
     assert met_again > 100
 
 
-def test_the_information_is_that_of_the_probabilities(language: ModuleType) -> None:
+def test_surprisal_follows_from_the_probabilities(language: ModuleType) -> None:
     writer = language.Writer(random.Random(0))
     half = language.Distribution(("a", "b"), (0.5, 0.5))
     drawn = [writer.choose(half) for _ in range(1000)]

@@ -50,7 +50,7 @@ def converted(file: Path) -> list[str]:
 
 @pytest.mark.parametrize("suffix", WRITTEN)
 @pytest.mark.parametrize(("encoding", "message", "command"), OTHERS)
-def test_another_unicode_is_named_and_the_hint_converts_it(
+def test_hint_converts_utf_16_and_utf_32(
     encoding: str, message: str, command: str, suffix: str, tmp_path: Path
 ) -> None:
     file = tmp_path / f"it's \u00a0 my notes{suffix}"
@@ -61,7 +61,7 @@ def test_another_unicode_is_named_and_the_hint_converts_it(
     assert converted(file) == [TEXT]
 
 
-def test_big_endian_utf_16_with_a_mark_is_named(tmp_path: Path) -> None:
+def test_hint_converts_big_endian_utf_16_with_a_mark(tmp_path: Path) -> None:
     file = tmp_path / "x.txt"
     file.write_bytes(b"\xfe\xff" + CHINESE.encode("utf-16-be"))
     assert "iconv -f utf-16 " in (refused(file).hint or "")
@@ -69,7 +69,7 @@ def test_big_endian_utf_16_with_a_mark_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv"])
-def test_text_beyond_ascii_for_the_most_part_is_not_latin_1(suffix: str, tmp_path: Path) -> None:
+def test_hint_for_text_mostly_beyond_ascii_is_gbk_not_latin_1(suffix: str, tmp_path: Path) -> None:
     file = tmp_path / f"x{suffix}"
     file.write_bytes(WRITTEN[suffix](CHINESE).encode("gbk"))
     error = refused(file)
@@ -78,7 +78,7 @@ def test_text_beyond_ascii_for_the_most_part_is_not_latin_1(suffix: str, tmp_pat
     assert converted(file) == [CHINESE]
 
 
-def test_text_with_few_letters_beyond_ascii_may_be_latin_1(tmp_path: Path) -> None:
+def test_hint_for_few_letters_beyond_ascii_is_latin_1(tmp_path: Path) -> None:
     file = tmp_path / "x.jsonl"
     file.write_bytes(
         json.dumps({"text": "na\u00efve caf\u00e9"}, ensure_ascii=False).encode("latin1")
@@ -89,6 +89,6 @@ def test_text_with_few_letters_beyond_ascii_may_be_latin_1(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("text", ["\u91cf\u5316 caf\u00e9", "a", "\ufeffmark inside \ufeff"])
-def test_utf_8_is_read_as_it_is(text: str, tmp_path: Path) -> None:
+def test_utf_8_is_read_without_change(text: str, tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text(text, encoding="utf-8-sig")
     assert list(load_documents(DatasetSource(str(tmp_path / "x.txt"))).texts) == [text]

@@ -143,7 +143,7 @@ def found(hub: Hub, home: Path) -> list[dict[str, Any]]:
     return read(hub, home, SOURCES)
 
 
-def test_texts_come_from_the_hub_at_a_commit(hub: Hub, found: list[dict[str, Any]]) -> None:
+def test_hub_datasets_have_texts_and_a_commit(hub: Hub, found: list[dict[str, Any]]) -> None:
     assert [one["texts"] for one in found] == [
         ["", " = A = \n", "words \n"],
         ["", " = Test = \n"],
@@ -163,7 +163,7 @@ def test_texts_come_from_the_hub_at_a_commit(hub: Hub, found: list[dict[str, Any
 
 
 @pytest.mark.usefixtures("found")
-def test_only_the_declared_shard_of_c4_is_fetched(hub: Hub) -> None:
+def test_c4_downloads_one_shard_only(hub: Hub) -> None:
     fetched = [
         request for request in hub.requests if request.startswith("GET") and "c4-train" in request
     ]
@@ -171,7 +171,7 @@ def test_only_the_declared_shard_of_c4_is_fetched(hub: Hub) -> None:
     assert all("c4-train.00000-of-01024" in request for request in fetched)
 
 
-def test_offline_wikitext2_is_read_from_the_cache_and_a_stream_is_not_there(
+def test_offline_mode_reads_the_cache_and_refuses_streams(
     hub: Hub, home: Path, found: list[dict[str, Any]]
 ) -> None:
     asked = len(hub.requests)
@@ -218,7 +218,7 @@ REFUSALS: list[tuple[dict[str, Any], str, str]] = [
 ]
 
 
-def test_what_the_hub_refuses_is_said_in_one_line_with_a_hint(hub: Hub, home: Path) -> None:
+def test_refusals_of_the_hub_have_one_line_and_a_hint(hub: Hub, home: Path) -> None:
     errors = read(hub, home, [source for source, _, _ in REFUSALS])
     for (source, code, message), error in zip(REFUSALS, errors, strict=True):
         assert error["code"] == code, (source, error)
@@ -228,7 +228,7 @@ def test_what_the_hub_refuses_is_said_in_one_line_with_a_hint(hub: Hub, home: Pa
     assert errors[1]["hint"] == "did you mean `wikitext2`?"
 
 
-def test_a_hub_that_cannot_be_reached_is_said_at_once_and_not_tried_for_half_a_minute(
+def test_an_unreachable_hub_is_an_error_without_a_wait(
     tmp_path: Path,
 ) -> None:
     with serve({}) as gone:

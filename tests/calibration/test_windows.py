@@ -21,9 +21,7 @@ def all_ids(documents: Documents, encoder: WordEncoder) -> list[int]:
 
 
 @pytest.mark.parametrize(("seqlen", "bos"), [(7, None), (7, BOS), (16, BOS), (2, BOS), (1, None)])
-def test_calibration_windows_are_full_distinct_slices_of_the_text(
-    seqlen: int, bos: int | None
-) -> None:
+def test_calibration_windows_are_distinct_slices_of_the_text(seqlen: int, bos: int | None) -> None:
     encoder, documents = WordEncoder(), numbered(200)
     windows = calibration_windows(
         documents, encoder, seqlen=seqlen, nsamples=11, seed=3, bos_token_id=bos
@@ -43,7 +41,7 @@ def test_calibration_windows_are_full_distinct_slices_of_the_text(
     assert all(BOS not in row for row in rows)
 
 
-def test_the_seed_chooses_the_windows_and_their_order() -> None:
+def test_the_seed_determines_the_windows_and_their_order() -> None:
     def draw(seed: int) -> torch.Tensor:
         return calibration_windows(
             numbered(500), WordEncoder(), seqlen=10, nsamples=8, seed=seed
@@ -55,12 +53,12 @@ def test_the_seed_chooses_the_windows_and_their_order() -> None:
     assert starts != sorted(starts)
 
 
-def test_all_windows_are_drawn_once_when_all_are_asked_for() -> None:
+def test_each_window_is_drawn_once_if_all_are_requested() -> None:
     windows = calibration_windows(numbered(50), WordEncoder(), seqlen=10, nsamples=10, seed=0)
     assert sorted(windows.ids.flatten().tolist()) == sorted(all_ids(numbered(50), WordEncoder()))
 
 
-def test_the_hash_is_of_the_ids_in_little_endian_int64() -> None:
+def test_the_hash_covers_the_ids_as_little_endian_int64() -> None:
     windows = calibration_windows(numbered(50), WordEncoder(), seqlen=10, nsamples=3, seed=0)
     assert (
         windows.sha256
@@ -82,7 +80,7 @@ def test_documents_are_joined_by_their_join_string() -> None:
     ]
 
 
-def test_a_stream_is_read_no_further_than_the_pool_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_is_read_only_as_far_as_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampling, "PIECE", 100)
     read = []
 
@@ -102,7 +100,7 @@ def test_a_stream_is_read_no_further_than_the_pool_needs(monkeypatch: pytest.Mon
     assert short.sha256 == longer.sha256
 
 
-def test_the_draw_does_not_depend_on_the_size_of_the_pieces(
+def test_windows_do_not_depend_on_the_size_of_pieces(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     documents = Documents("many", [f"text number {index} of many" for index in range(500)])
@@ -115,7 +113,7 @@ def test_the_draw_does_not_depend_on_the_size_of_the_pieces(
     assert len(hashes) == 1
 
 
-def test_a_long_document_is_tokenized_in_pieces_cut_before_a_word(
+def test_a_long_document_is_cut_into_pieces_before_words(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sampling, "PIECE", 64)
@@ -126,7 +124,7 @@ def test_a_long_document_is_tokenized_in_pieces_cut_before_a_word(
     assert sorted(windows.ids.flatten().tolist()) == sorted(all_ids(numbered(300), WordEncoder()))
 
 
-def test_text_without_blanks_is_cut_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_without_blanks_is_cut_into_pieces_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampling, "PIECE", 10)
     windows = calibration_windows(
         Documents("one word", ["x" * 95]),
@@ -151,7 +149,7 @@ def test_too_few_windows_are_refused_with_the_counts() -> None:
     assert caught.value.hint == "lower --nsamples or --seqlen, or give more text"
 
 
-def test_evaluation_takes_every_window_in_order_and_drops_the_tail() -> None:
+def test_evaluation_takes_every_full_window_in_order() -> None:
     encoder, documents = WordEncoder(), Documents("rows", ["a b c", "", "d e f g"])
     windows = evaluation_windows(documents, encoder, seqlen=4)
     ids = encoder("a b c\n\n\n\nd e f g", True)
@@ -170,7 +168,7 @@ def test_evaluation_tokenizes_once_with_special_tokens() -> None:
 @pytest.mark.parametrize(
     ("asked", "own", "expected"), [(3, None, 3), (None, 4, 4), (5, 2, 2), (2, 5, 2), (99, 99, 10)]
 )
-def test_evaluation_is_capped_by_the_caller_and_by_the_corpus(
+def test_the_caller_and_the_corpus_limit_evaluation_windows(
     asked: int | None, own: int | None, expected: int
 ) -> None:
     documents = Documents("capped", numbered(100).texts, max_windows=own)
@@ -180,7 +178,7 @@ def test_evaluation_is_capped_by_the_caller_and_by_the_corpus(
     )
 
 
-def test_evaluation_on_less_than_a_window_is_refused() -> None:
+def test_evaluation_refuses_less_than_one_window() -> None:
     with pytest.raises(InputError) as caught:
         evaluation_windows(numbered(4, "tiny"), WordEncoder(), seqlen=10)
     assert caught.value.code == "E_DATA_SHORT"
@@ -191,7 +189,7 @@ def test_evaluation_on_less_than_a_window_is_refused() -> None:
 
 
 @pytest.mark.parametrize("texts", [[], [""], [" \n", "\n"]])
-def test_no_text_at_all_is_empty_rather_than_short(texts: list[str]) -> None:
+def test_a_blank_dataset_is_empty_not_short(texts: list[str]) -> None:
     with pytest.raises(InputError) as caught:
         evaluation_windows(Documents("blank", texts), WordEncoder(), seqlen=4)
     assert caught.value.code == "E_DATA_EMPTY"
@@ -200,7 +198,7 @@ def test_no_text_at_all_is_empty_rather_than_short(texts: list[str]) -> None:
     assert caught.value.code == "E_DATA_EMPTY"
 
 
-def test_an_id_beyond_the_embedding_is_refused() -> None:
+def test_a_token_id_beyond_the_embedding_is_refused() -> None:
     check_token_ids(torch.tensor([[0, 9], [3, 4]]), 10)
     with pytest.raises(InputError) as caught:
         check_token_ids(torch.tensor([[0, 1], [10, 4]]), 10)

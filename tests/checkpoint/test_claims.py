@@ -98,7 +98,7 @@ def test_a_kernel_of_the_hub_is_refused(claimed: dict[str, Any], says: str, mode
         {"max_position_embeddings": 10_485_760, "rope_theta": 10**9, "num_parameters": 7 * 10**9},
     ],
 )
-def test_what_is_usual_is_taken(claimed: dict[str, Any], model: Path) -> None:
+def test_usual_settings_are_accepted(claimed: dict[str, Any], model: Path) -> None:
     check_claims(checkpoint(model, **claimed))
 
 
@@ -113,7 +113,7 @@ def test_a_package_that_is_installed_is_used(model: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("key", ["num_hidden_layers", "n_layer", "n_layers", "num_layers"])
 @pytest.mark.parametrize(("nested", "said"), [(False, 200_000), (True, 33)])
-def test_many_more_blocks_than_the_tensors_are_of_are_refused(
+def test_a_count_of_blocks_far_above_the_tensors_is_refused(
     nested: bool, said: int, key: str, model: Path
 ) -> None:
     claimed = {key: said}
@@ -137,7 +137,7 @@ def test_many_more_blocks_than_the_tensors_are_of_are_refused(
         ("num_labels", 10**9),
     ],
 )
-def test_more_parts_than_the_tensors_are_of_are_refused(
+def test_a_count_of_parts_far_above_the_tensors_is_refused(
     place: str, value: int, model: Path
 ) -> None:
     outer, _, inner = place.rpartition(".")
@@ -157,7 +157,7 @@ def test_more_parts_than_the_tensors_are_of_are_refused(
         ({"attn_implementation": "org/repo"}, "E_REMOTE_CODE"),
     ],
 )
-def test_plan_quantize_and_evaluate_refuse_before_anything_is_built(
+def test_plan_quantize_and_evaluate_refuse_such_a_config(
     claimed: dict[str, Any], code: str, model: Path, tmp_path: Path
 ) -> None:
     source = saying(model, tmp_path / "model", **claimed)
@@ -176,7 +176,7 @@ def test_plan_quantize_and_evaluate_refuse_before_anything_is_built(
     assert not (tmp_path / "out").exists()
 
 
-def test_no_name_of_code_is_left_where_code_is_not_trusted(model: Path, tmp_path: Path) -> None:
+def test_load_config_removes_auto_map_if_code_is_not_trusted(model: Path, tmp_path: Path) -> None:
     code = {"AutoConfig": "evil.Config", "AutoModel": "org/repo--evil.Model"}
     nested = AutoConfig.for_model("gemma3").to_dict()
     nested["text_config"]["auto_map"] = nested["vision_config"]["auto_map"] = code
@@ -194,7 +194,7 @@ def test_no_name_of_code_is_left_where_code_is_not_trusted(model: Path, tmp_path
         assert not any(hasattr(part, "auto_map") for part in parts)
 
 
-def test_sizes_that_would_fill_the_memory_are_refused(model: Path, tmp_path: Path) -> None:
+def test_buffers_that_would_fill_the_memory_are_refused(model: Path, tmp_path: Path) -> None:
     source = saying(model, tmp_path / "model", head_dim=2**33)
     with pytest.raises(
         InputError, match=r"^config.json asks for 34 GB of buffers, such as `model"
@@ -213,7 +213,7 @@ def test_sizes_that_would_fill_the_memory_are_refused(model: Path, tmp_path: Pat
         ("layer_types", ["full_attention"] * 200_000),
     ],
 )
-def test_kinds_for_more_blocks_than_are_stored_are_refused(
+def test_a_list_of_kinds_longer_than_the_blocks_is_refused(
     key: str, value: object, tmp_path: Path
 ) -> None:
     model = save_model(tmp_path / "model", num_hidden_layers=2)

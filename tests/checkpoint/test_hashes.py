@@ -33,7 +33,7 @@ def with_content(directory: Path, content: dict[str, object]) -> Path:
     return directory
 
 
-def test_hashes_and_sizes_are_those_of_the_manifest(tmp_path: Path) -> None:
+def test_a_changed_file_differs_from_the_manifest(tmp_path: Path) -> None:
     directory = with_manifest(gptq_files().write(tmp_path / "c"))
     found = verify_checkpoint(directory, full=True)
     assert (found.defects, found.hashed) == ((), 4)
@@ -53,7 +53,7 @@ def test_hashes_and_sizes_are_those_of_the_manifest(tmp_path: Path) -> None:
     assert (quick.code, quick.file) == ("E_CKPT_HASH", "config.json")
 
 
-def test_a_manifest_with_strange_names_or_missing_files_is_a_defect(tmp_path: Path) -> None:
+def test_unsafe_missing_and_unlisted_names_are_defects(tmp_path: Path) -> None:
     directory = with_manifest(gptq_files(format="gptq").write(tmp_path / "c"))
     content = json.loads((directory / "gptq_manifest.json").read_text())
     content["files"]["../secret"] = content["files"]["gone.json"] = {"sha256": "0", "size": 1}
@@ -100,14 +100,14 @@ def test_a_file_added_to_an_output_is_a_defect(name: str, full: bool, tmp_path: 
 
 
 @pytest.mark.parametrize("name", BESIDE)
-def test_what_no_reader_loads_may_come_to_an_output(name: str, tmp_path: Path) -> None:
+def test_a_file_that_no_reader_loads_may_be_added(name: str, tmp_path: Path) -> None:
     directory = with_manifest(gptq_files().write(tmp_path / "c"))
     (directory / name).parent.mkdir(parents=True, exist_ok=True)
     (directory / name).write_bytes(b"{}")
     assert verify_checkpoint(directory, full=True).ok
 
 
-def test_files_in_folders_may_be_listed(tmp_path: Path) -> None:
+def test_a_manifest_may_list_files_in_folders(tmp_path: Path) -> None:
     directory = gptq_files().write(tmp_path / "c")
     (directory / "additional_chat_templates").mkdir()
     (directory / "additional_chat_templates" / "tool.jinja").write_text("{}")
@@ -128,7 +128,7 @@ def test_a_link_to_a_folder_is_an_added_file(tmp_path: Path) -> None:
     ]
 
 
-def test_a_bit_that_flips_anywhere_in_the_manifest_is_a_defect(tmp_path: Path) -> None:
+def test_a_flipped_bit_in_the_manifest_is_a_defect(tmp_path: Path) -> None:
     directory = with_manifest(gptq_files().write(tmp_path / "c"))
     original = (directory / "gptq_manifest.json").read_bytes()
     for position in range(0, len(original), 3):
@@ -139,7 +139,7 @@ def test_a_bit_that_flips_anywhere_in_the_manifest_is_a_defect(tmp_path: Path) -
         assert "E_CKPT_HASH" in {defect.code for defect in verify_checkpoint(directory).defects}
 
 
-def test_what_is_no_manifest_of_ours_is_none(tmp_path: Path) -> None:
+def test_read_manifest_of_another_content_is_none(tmp_path: Path) -> None:
     write_manifest(tmp_path, {"identity": {"a": 1}})
     known = read_manifest(tmp_path)
     assert known is not None

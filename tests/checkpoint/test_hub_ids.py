@@ -56,7 +56,7 @@ FLAWED = [
 
 
 @pytest.mark.parametrize(("text", "meant"), PASTED)
-def test_an_address_is_refused_with_the_id_it_holds(text: str, meant: str, tmp_path: Path) -> None:
+def test_an_address_is_refused_with_its_id_as_hint(text: str, meant: str, tmp_path: Path) -> None:
     assert str(pasted_id(text)) == meant
     with pytest.raises(InputError) as model:
         hub_id(text)
@@ -78,7 +78,7 @@ def test_an_address_is_refused_with_the_id_it_holds(text: str, meant: str, tmp_p
 
 
 @pytest.mark.parametrize("name", FLAWED)
-def test_what_the_hubs_client_refuses_is_refused_here(name: str, tmp_path: Path) -> None:
+def test_an_id_that_the_hub_client_refuses_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(HFValidationError):
         validate_repo_id(name)
     assert id_flaw(name)
@@ -96,7 +96,7 @@ def test_what_the_hubs_client_refuses_is_refused_here(name: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "org/name", "hf://org/name", "Org-1/na_me.2"])
-def test_an_id_stays_an_id(name: str) -> None:
+def test_hub_id_keeps_a_valid_id(name: str) -> None:
     assert hub_id(name) == name.removeprefix("hf://")
     assert pasted_id(name) is None
 
@@ -123,7 +123,7 @@ def cached(folder: Path, *commits: str, main: str | None = None) -> Path:
     return folder
 
 
-def test_a_folder_of_the_cache_stands_for_its_snapshot(tmp_path: Path) -> None:
+def test_a_folder_of_the_cache_means_its_snapshot(tmp_path: Path) -> None:
     one, two = "1" * 40, "2" * 40
     folder = cached(tmp_path / "models--org--name", one, two, main=two)
     assert model_directory(folder) == local_model(folder) == folder / "snapshots" / two
@@ -139,7 +139,7 @@ def test_a_folder_of_the_cache_stands_for_its_snapshot(tmp_path: Path) -> None:
     assert locate_model(str(alone)).name == "gpt2"
 
 
-def test_a_folder_of_the_cache_without_one_snapshot_is_refused(tmp_path: Path) -> None:
+def test_a_folder_of_the_cache_without_its_main_is_refused(tmp_path: Path) -> None:
     folder = cached(tmp_path / "models--org--name", "1" * 40, "2" * 40, main="../../../etc")
     with pytest.raises(
         InputError, match="with 2 snapshots, but none of its main branch"
@@ -153,7 +153,7 @@ def test_a_folder_of_the_cache_without_one_snapshot_is_refused(tmp_path: Path) -
     assert (none.value.code, none.value.hint) == ("E_MODEL_NOT_FOUND", "use org/empty")
 
 
-def test_a_file_is_refused_with_what_to_give_instead(tmp_path: Path) -> None:
+def test_a_file_is_refused_with_a_directory_as_hint(tmp_path: Path) -> None:
     for name in ("config.json", "model.safetensors", "model.gguf", "other.txt"):
         (tmp_path / name).touch()
     (tmp_path / "apart").mkdir()
@@ -172,7 +172,7 @@ def test_a_file_is_refused_with_what_to_give_instead(tmp_path: Path) -> None:
             assert (caught.value.hint or "").endswith(hint)
 
 
-def test_links_and_names_that_lead_nowhere_are_no_ids(
+def test_broken_links_and_long_names_cannot_be_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -30,7 +30,7 @@ VALUES = {
 }
 
 
-def test_a_planned_file_is_what_the_safetensors_library_reads(tmp_path: Path) -> None:
+def test_the_safetensors_library_reads_a_planned_file(tmp_path: Path) -> None:
     layout = plan_layout([unit for unit in SPECS if unit[0].name != "scalar"], 10**9)
     with CheckpointWriter(tmp_path, layout) as writer:
         for name in reversed(VALUES):
@@ -47,7 +47,7 @@ def test_a_planned_file_is_what_the_safetensors_library_reads(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(("limit", "files"), [(10**9, 1), (83, 2), (60, 2), (20, 3), (1, 4)])
-def test_shards_respect_the_limit_and_never_split_a_unit(limit: int, files: int) -> None:
+def test_shards_stay_below_the_limit_and_keep_units_whole(limit: int, files: int) -> None:
     layout = plan_layout(SPECS, limit)
     assert len(layout.shards) == files
     home = {name: shard.file for shard in layout.shards for name in shard.offsets}
@@ -65,7 +65,7 @@ def test_shards_respect_the_limit_and_never_split_a_unit(limit: int, files: int)
         ] == f"model-{files:05d}-of-{files:05d}.safetensors"
 
 
-def test_every_tensor_is_aligned_to_its_own_size() -> None:
+def test_tensors_are_aligned_to_the_size_of_their_dtype() -> None:
     (shard,) = plan_layout(SPECS, 10**9).shards
     assert (
         shard.offsets["scalar"] % 8
@@ -75,7 +75,7 @@ def test_every_tensor_is_aligned_to_its_own_size() -> None:
     )
 
 
-def test_a_tensor_that_was_not_planned_so_is_refused(tmp_path: Path) -> None:
+def test_a_tensor_that_differs_from_the_plan_is_refused(tmp_path: Path) -> None:
     with CheckpointWriter(tmp_path, plan_layout([SPECS[0]], 10**9)) as writer:
         with pytest.raises(ValueError, match="planned F32"):
             writer.write("a.weight", torch.zeros(5, 3))
@@ -83,7 +83,7 @@ def test_a_tensor_that_was_not_planned_so_is_refused(tmp_path: Path) -> None:
             writer.write("a.weight", torch.zeros(3, 5, dtype=torch.bfloat16))
 
 
-def test_a_checkpoint_with_a_hole_is_never_finished(tmp_path: Path) -> None:
+def test_finish_refuses_a_checkpoint_with_missing_tensors(tmp_path: Path) -> None:
     with CheckpointWriter(tmp_path, plan_layout(SPECS, 10**9)) as writer:
         writer.write("a.weight", VALUES["a.weight"])
         with pytest.raises(ValueError, match=r"never written: b\.bias, b\.codes, empty, scalar"):
@@ -91,7 +91,7 @@ def test_a_checkpoint_with_a_hole_is_never_finished(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_packed_shapes(bits: int) -> None:
+def test_packed_specs_have_the_shapes_of_the_format(bits: int) -> None:
     specs = {
         spec.name: (spec.dtype, spec.shape) for spec in packed_specs("x.weight", 64, 96, 3, bits)
     }
@@ -103,7 +103,7 @@ def test_packed_shapes(bits: int) -> None:
     }
 
 
-def test_rules_match_kept_layers_their_fused_names_and_nothing_else() -> None:
+def test_skip_rules_match_kept_layers_and_fused_names_only() -> None:
     kept = ["m.1.attn.q_proj", "m.1.attn.k_proj", "m.1.attn.v_proj", "m.2.mlp.up_proj"]
     rules = [rule.removeprefix("-:") for rule in skip_rules(kept)]
 

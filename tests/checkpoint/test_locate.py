@@ -73,7 +73,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     )
 
 
-def test_a_hub_id_is_downloaded_at_one_commit_without_what_nobody_reads(
+def test_locate_downloads_the_needed_files_at_one_commit(
     files: dict[str, bytes], tmp_path: Path
 ) -> None:
     with serve({"someone/tiny": files}, kind="model") as hub:
@@ -91,7 +91,7 @@ def test_a_hub_id_is_downloaded_at_one_commit_without_what_nobody_reads(
     ]
 
 
-def test_the_hubs_refusals_have_codes_and_hints(files: dict[str, bytes], tmp_path: Path) -> None:
+def test_refusals_of_the_hub_have_codes_and_hints(files: dict[str, bytes], tmp_path: Path) -> None:
     with serve(
         {"someone/tiny": files, "someone/gated": files},
         kind="model",
@@ -109,7 +109,7 @@ def test_the_hubs_refusals_have_codes_and_hints(files: dict[str, bytes], tmp_pat
     assert "hf auth login" in gated["hint"]
 
 
-def test_a_hub_that_cannot_be_reached_is_an_input_error(tmp_path: Path) -> None:
+def test_an_unreachable_hub_is_an_input_error(tmp_path: Path) -> None:
     with serve({}, kind="model") as hub:
         gone = hub.environment(tmp_path)
     found = locate("someone/tiny", gone)
@@ -122,7 +122,7 @@ def test_a_hub_that_cannot_be_reached_is_an_input_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "model", ["./nothing", "/nothing/here", "~/nothing-here", "a b", "x/y/z", "file.txt"]
 )
-def test_what_looks_like_a_path_is_never_sent_to_the_hub(
+def test_a_name_that_looks_like_a_path_is_not_sent_to_the_hub(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -167,7 +167,7 @@ def test_a_revision_of_a_local_directory_is_refused(tmp_path: Path) -> None:
         (Fault("/resolve/.*/config.json", ENTRY), "E_HUB_NOT_FOUND", "lacks a file: 404"),
     ],
 )
-def test_a_fault_of_the_hub_has_its_code_hint_and_exit_code(
+def test_a_fault_of_the_hub_has_a_code_and_a_hint(
     fault: Fault, code: str, message: str, files: dict[str, bytes], tmp_path: Path
 ) -> None:
     with serve({"someone/tiny": files}, kind="model") as hub:
@@ -180,7 +180,7 @@ def test_a_fault_of_the_hub_has_its_code_hint_and_exit_code(
     assert "\n" not in found["message"]
 
 
-def test_a_download_that_breaks_off_is_continued_by_the_same_command(
+def test_the_same_command_resumes_a_broken_download(
     files: dict[str, bytes], tmp_path: Path
 ) -> None:
     with serve({"someone/tiny": files}, kind="model") as hub:
@@ -202,9 +202,7 @@ def test_a_download_that_breaks_off_is_continued_by_the_same_command(
     assert {request.rpartition("/")[2] for request in again} == {"model.safetensors"}
 
 
-def test_a_connection_that_is_cut_in_the_middle_is_taken_up_by_the_client(
-    files: dict[str, bytes], tmp_path: Path
-) -> None:
+def test_the_client_resumes_a_cut_connection(files: dict[str, bytes], tmp_path: Path) -> None:
     with serve({"someone/tiny": files}, kind="model") as hub:
         hub.faults.append(Fault("GET .*/resolve/.*/model.safetensors", None, times=1))
         found = locate("someone/tiny", hub.environment(tmp_path))
@@ -214,7 +212,7 @@ def test_a_connection_that_is_cut_in_the_middle_is_taken_up_by_the_client(
 
 
 @pytest.mark.parametrize("revision", ["", "main"])
-def test_headers_come_from_the_cache_when_there_is_no_network(
+def test_peek_reads_headers_from_the_cache_without_network(
     revision: str, files: dict[str, bytes], tmp_path: Path
 ) -> None:
     with serve({"someone/tiny": files}, kind="model") as hub:
@@ -237,7 +235,7 @@ def test_headers_come_from_the_cache_when_there_is_no_network(
         Fault("/api/", Reply(403, headers={"X-Error-Code": "GatedRepo"})),
     ],
 )
-def test_plan_takes_from_the_cache_what_quantize_takes(
+def test_plan_and_quantize_use_the_same_cached_snapshot(
     fault: Fault, files: dict[str, bytes], tmp_path: Path
 ) -> None:
     with serve({"someone/tiny": files}, kind="model") as hub:
@@ -251,7 +249,7 @@ def test_plan_takes_from_the_cache_what_quantize_takes(
         assert not any("safetensors" in request for request in hub.requests[asked_before:])
 
 
-def test_a_revision_that_the_hub_does_not_know_is_not_looked_for_in_the_cache(
+def test_the_cache_does_not_replace_an_unknown_revision(
     files: dict[str, bytes], tmp_path: Path
 ) -> None:
     with serve({"someone/tiny": files}, kind="model") as hub:
@@ -261,7 +259,7 @@ def test_a_revision_that_the_hub_does_not_know_is_not_looked_for_in_the_cache(
         assert asked(PEEK, "someone/tiny", environment, "main")["code"] == "E_HUB_NOT_FOUND"
 
 
-def test_what_the_cache_has_in_part_is_not_taken_for_the_model(
+def test_a_partial_snapshot_in_the_cache_is_not_the_model(
     files: dict[str, bytes], tmp_path: Path
 ) -> None:
     with serve({"someone/tiny": files}, kind="model") as hub:
@@ -273,7 +271,7 @@ def test_what_the_cache_has_in_part_is_not_taken_for_the_model(
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
-def test_a_snapshot_without_weights_is_no_model_in_the_cache(
+def test_a_snapshot_without_weights_is_not_the_model(
     name: str, files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / name).write_bytes(files[name])

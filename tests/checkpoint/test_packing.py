@@ -70,13 +70,13 @@ GOLDEN |= {("gptq_v2", 2): 0xAAAAAAAA, ("gptq_v2", 4): 0x88888888, ("gptq_v2", 8
 
 
 @pytest.mark.parametrize(("format", "bits"), GOLDEN)
-def test_symmetric_zero_points_are_the_words_that_readers_know(format: str, bits: int) -> None:
+def test_symmetric_zero_points_have_the_usual_words(format: str, bits: int) -> None:
     words = encode(symmetric(bits), format)["qzeros"]
     assert {int(word) & 0xFFFFFFFF for word in words.flatten()} == {GOLDEN[format, bits]}
 
 
 @pytest.mark.parametrize(("format", "stored"), [("gptq", 3), ("gptq_v2", 4)])
-def test_three_bit_symmetric_zero_points(format: str, stored: int) -> None:
+def test_three_bit_symmetric_zero_points_have_the_usual_words(format: str, stored: int) -> None:
     words = encode(symmetric(3), format)["qzeros"][0]
     assert [int(word) & 0xFFFFFFFF for word in words] == slow_words([stored] * 64, 3)
 
@@ -84,9 +84,7 @@ def test_three_bit_symmetric_zero_points(format: str, stored: int) -> None:
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("shape", [(32, 32, 1), (64, 96, 3), (96, 128, 2), (32, 160, 5)])
-def test_decoding_what_was_encoded_gives_the_same_layer(
-    format: str, bits: int, shape: tuple[int, int, int]
-) -> None:
+def test_decode_reverses_encode(format: str, bits: int, shape: tuple[int, int, int]) -> None:
     out_features, in_features, groups = shape
     order = torch.randperm(in_features)
     linear = QuantizedLinear(
@@ -113,7 +111,7 @@ def test_decoding_what_was_encoded_gives_the_same_layer(
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_dequantized_weights_are_scale_times_code_minus_zero(bits: int) -> None:
+def test_dequantized_weight_is_scale_times_code_minus_zero(bits: int) -> None:
     linear = symmetric(bits)
     weight = linear.dequantize()
     for row, column in [(0, 0), (5, 31), (5, 32), (63, 95)]:

@@ -29,7 +29,7 @@ def advised(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
     return seen
 
 
-def test_the_bytes_of_the_tensors_are_announced_and_no_others(
+def test_prefetch_announces_exactly_the_bytes_of_the_tensors(
     tmp_path: Path, advised: list[tuple[str, int, int]]
 ) -> None:
     checkpoint = open_checkpoint(save_model(tmp_path, max_shard_size="200KB"))
@@ -40,7 +40,7 @@ def test_the_bytes_of_the_tensors_are_announced_and_no_others(
     assert sorted(advised) == sorted((t.file.name, t.start, t.end - t.start) for t in expected)
 
 
-def test_of_a_quantized_weight_all_that_stands_for_it_is_announced(
+def test_prefetch_announces_all_parts_of_a_quantized_weight(
     tmp_path: Path, advised: list[tuple[str, int, int]]
 ) -> None:
     output, _ = quantize(tmp_path, save_model(tmp_path / "model"))
@@ -54,7 +54,7 @@ def test_of_a_quantized_weight_all_that_stands_for_it_is_announced(
     assert sorted(advised) == sorted((t.file.name, t.start, t.end - t.start) for t in expected)
 
 
-def test_a_run_announces_each_block_but_the_first_once_before_its_turn(
+def test_a_run_announces_each_later_block_once(
     tmp_path: Path, advised: list[tuple[str, int, int]]
 ) -> None:
     model = save_model(tmp_path / "model")
@@ -64,7 +64,7 @@ def test_a_run_announces_each_block_but_the_first_once_before_its_turn(
     assert sorted(advised) == sorted((t.file.name, t.start, t.end - t.start) for t in later)
 
 
-def test_without_read_ahead_in_the_system_nothing_happens(
+def test_prefetch_does_nothing_without_posix_fadvise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = open_checkpoint(save_model(tmp_path))
@@ -83,7 +83,7 @@ def test_without_read_ahead_in_the_system_nothing_happens(
         ("unable to open file </a/x> in read-only mode: Permission denied (13)", "E_FILE"),
     ],
 )
-def test_what_torch_tells_of_a_file_is_told_with_its_code(
+def test_a_file_error_of_torch_has_a_code(
     says: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> object:

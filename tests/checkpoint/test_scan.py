@@ -23,7 +23,7 @@ WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_numbers_are_finite_exactly_where_torch_says_so(dtype: str) -> None:
+def test_is_finite_agrees_with_torch(dtype: str) -> None:
     kind = FLOATS[dtype]
     n_bytes = kind.itemsize
     if n_bytes < 4:
@@ -47,7 +47,7 @@ def test_numbers_are_finite_exactly_where_torch_says_so(dtype: str) -> None:
     assert is_finite(patterns[expected].numpy().tobytes(), dtype)
 
 
-def test_integers_and_nothing_are_finite() -> None:
+def test_integers_and_empty_data_are_finite() -> None:
     assert is_finite(b"\xff" * 8, "I32")
     assert is_finite(b"", "F32")
     assert is_finite(b"\xff", "F16")  # a file that ends inside a number: headers tell that
@@ -74,7 +74,7 @@ def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> i
 
 
 @pytest.mark.usefixtures("chunks")
-def test_hashes_are_those_of_whole_files(tmp_path: Path) -> None:
+def test_scan_hashes_whole_files(tmp_path: Path) -> None:
     files = two_shards(tmp_path)
     tensors = [tensor for file in files for tensor in read_header(file).values()]
     found = scan_weights(reversed(tensors))
@@ -85,7 +85,7 @@ def test_hashes_are_those_of_whole_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("hashed", [True, False])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize(("name", "file"), [("a", "1.safetensors"), ("c", "2.safetensors")])
-def test_the_tensor_that_is_not_finite_is_named(
+def test_scan_names_a_tensor_that_is_not_finite(
     name: str, file: str, value: float, hashed: bool, tmp_path: Path
 ) -> None:
     tensor = torch.arange(40.0).to(torch.float16 if name == "a" else torch.float32)
@@ -100,7 +100,7 @@ def test_the_tensor_that_is_not_finite_is_named(
     assert "the file's hash with the original's" in (caught.value.hint or "")
 
 
-def test_no_number_that_is_not_finite_is_copied(tmp_path: Path) -> None:
+def test_the_writer_refuses_to_copy_numbers_that_are_not_finite(tmp_path: Path) -> None:
     spoilt = torch.ones(4)
     spoilt[3] = float("nan")
     (_, file) = two_shards(tmp_path / "source", c=spoilt)

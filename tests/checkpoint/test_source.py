@@ -41,7 +41,7 @@ def write_checkpoint(directory: Path) -> Path:
     return directory
 
 
-def test_headers_tell_dtype_shape_and_place_of_every_tensor(tmp_path: Path) -> None:
+def test_headers_hold_dtype_shape_and_offsets_of_tensors(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_checkpoint(tmp_path))
     assert {name: (t.dtype, t.shape) for name, t in checkpoint.tensors.items()} == {
         "a": ("F32", (2, 3)),
@@ -55,7 +55,7 @@ def test_headers_tell_dtype_shape_and_place_of_every_tensor(tmp_path: Path) -> N
     assert checkpoint.nbytes == 24 + 8 + 24 + 8
 
 
-def test_other_files_are_those_that_are_neither_weights_nor_hidden(tmp_path: Path) -> None:
+def test_other_files_are_neither_weights_nor_hidden(tmp_path: Path) -> None:
     write_checkpoint(tmp_path)
     for name in [
         "tokenizer.json",
@@ -96,7 +96,7 @@ OF_THE_MODEL = [
 OF_THE_MODEL += ["tokenizer.json", "tokenizer.model"]
 
 
-def test_what_training_and_other_models_leave_is_no_side_file(tmp_path: Path) -> None:
+def test_files_of_training_and_other_models_are_no_side_files(tmp_path: Path) -> None:
     write_checkpoint(tmp_path)
     for name in [*LEFT_BY_TRAINING, *OF_OTHER_MODELS, *OF_THE_MODEL]:
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
@@ -105,7 +105,7 @@ def test_what_training_and_other_models_leave_is_no_side_file(tmp_path: Path) ->
     assert found == sorted(OF_THE_MODEL)
 
 
-def test_an_adapter_beside_the_model_is_told(tmp_path: Path) -> None:
+def test_an_adapter_beside_the_model_gives_a_remark(tmp_path: Path) -> None:
     assert open_checkpoint(write_checkpoint(tmp_path)).remarks == ()
     (tmp_path / "adapter_config.json").write_text("{}")
     text = (
@@ -296,7 +296,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str, str]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_faulty_checkpoint_is_refused_with_its_code(fault: str, tmp_path: Path) -> None:
+def test_a_faulty_checkpoint_is_refused_with_a_code(fault: str, tmp_path: Path) -> None:
     break_it, code, message = FAULTS[fault]
     (tmp_path / "model").mkdir()
     break_it(write_checkpoint(tmp_path / "model"))
@@ -313,7 +313,7 @@ def told(directory: Path) -> list[tuple[str, str]]:
     ]
 
 
-def test_entries_of_the_index_without_a_tensor_are_told(tmp_path: Path) -> None:
+def test_index_entries_without_a_tensor_give_a_remark(tmp_path: Path) -> None:
     write_checkpoint(tmp_path)
     assert told(tmp_path) == []
     index_change(z="model-00001-of-00002.safetensors")(tmp_path)
@@ -326,14 +326,14 @@ def test_entries_of_the_index_without_a_tensor_are_told(tmp_path: Path) -> None:
     assert set(open_checkpoint(tmp_path).tensors) == set("abcd")
 
 
-def test_tensors_of_a_listed_shard_are_read_without_an_entry(tmp_path: Path) -> None:
+def test_a_tensor_without_an_index_entry_gives_a_remark(tmp_path: Path) -> None:
     index_change(b=None)(write_checkpoint(tmp_path))
     assert set(open_checkpoint(tmp_path).tensors) == set("abcd")
     text = "`DIR/model.safetensors.index.json` does not list `b`, which its shards hold"
     assert told(tmp_path) == [("W_CKPT_INDEX", text)]
 
 
-def test_names_of_shards_may_begin_with_the_directory_itself(tmp_path: Path) -> None:
+def test_names_of_shards_may_begin_with_a_dot_and_slash(tmp_path: Path) -> None:
     known = open_checkpoint(write_checkpoint(tmp_path)).tensors
     index_change(a="./model-00001-of-00002.safetensors", c="./model-00002-of-00002.safetensors")(
         tmp_path
@@ -342,7 +342,7 @@ def test_names_of_shards_may_begin_with_the_directory_itself(tmp_path: Path) -> 
     assert told(tmp_path) == []
 
 
-def test_a_second_set_of_weights_is_told(tmp_path: Path) -> None:
+def test_a_second_set_of_weights_gives_a_remark(tmp_path: Path) -> None:
     known = open_checkpoint(write_checkpoint(tmp_path)).tensors
     save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
     text = "`DIR` holds model.safetensors as well, which transformers reads instead of the shards of the index"
@@ -350,14 +350,14 @@ def test_a_second_set_of_weights_is_told(tmp_path: Path) -> None:
     assert open_checkpoint(tmp_path).tensors == known
 
 
-def test_metadata_of_null_is_none(tmp_path: Path) -> None:
+def test_metadata_may_be_null(tmp_path: Path) -> None:
     metadata(b"null")(write_checkpoint(tmp_path))
     assert set(open_checkpoint(tmp_path).tensors) == set("abcd")
     file = tmp_path / "model-00001-of-00002.safetensors"
     assert set(load_file(file)) == {"a", "b"}  # as the library does
 
 
-def test_the_last_of_two_values_counts_and_is_told_if_they_differ(tmp_path: Path) -> None:
+def test_the_last_of_two_values_of_a_key_counts(tmp_path: Path) -> None:
     config = write_checkpoint(tmp_path) / "config.json"
     config.write_text(
         '{"model_type": "llama", "vocab_size": 5, "x": {"y": [1], "y": [1]}, "vocab_size": 5}'
@@ -380,7 +380,7 @@ def test_the_last_of_two_values_counts_and_is_told_if_they_differ(tmp_path: Path
 
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
-def test_bitsandbytes_counts_only_where_weights_are_in_its_codes(
+def test_bitsandbytes_is_ignored_if_the_weights_are_floats(
     dtype: torch.dtype, nested: bool, tmp_path: Path
 ) -> None:
     content: dict[str, object] = {
@@ -401,7 +401,7 @@ def test_bitsandbytes_counts_only_where_weights_are_in_its_codes(
     assert told(tmp_path) == []
 
 
-def test_the_hint_for_a_byte_order_mark_takes_it_away(tmp_path: Path) -> None:
+def test_command_of_the_hint_removes_a_byte_order_mark(tmp_path: Path) -> None:
     prefixed("config.json", b"\xef\xbb\xbf")(write_checkpoint(tmp_path / "a b"))
     with pytest.raises(InputError) as caught:
         open_checkpoint(tmp_path / "a b")
@@ -411,14 +411,14 @@ def test_the_hint_for_a_byte_order_mark_takes_it_away(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", "\x00"])
-def test_a_config_that_is_no_json_object_is_refused(content: str, tmp_path: Path) -> None:
+def test_a_config_that_is_not_a_json_object_is_refused(content: str, tmp_path: Path) -> None:
     (write_checkpoint(tmp_path) / "config.json").write_text(content)
     with pytest.raises(InputError) as caught:
         open_checkpoint(tmp_path)
     assert caught.value.code == "E_CKPT_CONFIG"
 
 
-def test_no_mutated_header_byte_leads_to_anything_but_a_clean_refusal_or_a_sound_header(
+def test_a_mutated_header_is_refused_or_keeps_its_sizes(
     tmp_path: Path,
 ) -> None:
     file = write_checkpoint(tmp_path) / "model-00001-of-00002.safetensors"
@@ -453,14 +453,14 @@ def cached(tmp_path: Path) -> Path:
     return snapshot
 
 
-def test_links_of_the_hubs_cache_are_its_own_files(tmp_path: Path) -> None:
+def test_links_inside_the_hub_cache_are_accepted(tmp_path: Path) -> None:
     snapshot = cached(tmp_path)
     assert len(open_checkpoint(snapshot).tensors) == 4
     (tmp_path / "elsewhere").symlink_to(snapshot)
     assert len(open_checkpoint(tmp_path / "elsewhere").tensors) == 4
 
 
-def test_a_link_out_of_the_hubs_cache_is_refused(tmp_path: Path) -> None:
+def test_a_link_out_of_the_hub_cache_is_refused(tmp_path: Path) -> None:
     snapshot = cached(tmp_path)
     (tmp_path / "secret").write_text("x")
     (snapshot / "tokenizer.json").symlink_to(tmp_path / "secret")
@@ -472,7 +472,7 @@ def test_a_link_out_of_the_hubs_cache_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["a\\b.txt", "C:x", "a\nb.txt", "\x1b[2J", "code/\u202etxt.py", "\udcff.md"]
 )
-def test_a_side_file_that_no_manifest_could_list_is_refused(name: str, tmp_path: Path) -> None:
+def test_a_side_file_with_an_unsafe_name_is_refused(name: str, tmp_path: Path) -> None:
     file = write_checkpoint(tmp_path) / name
     file.parent.mkdir(exist_ok=True)
     file.write_text("x")
@@ -486,12 +486,12 @@ def test_a_side_file_that_no_manifest_could_list_is_refused(name: str, tmp_path:
 
 
 @pytest.mark.parametrize("name", ["\u00e9 x.txt", "-o", "*", "~", "CON", "$(x)", "\u8bf4\u660e.md"])
-def test_side_files_keep_all_other_names(name: str, tmp_path: Path) -> None:
+def test_other_names_of_side_files_are_accepted(name: str, tmp_path: Path) -> None:
     (write_checkpoint(tmp_path) / name).write_text("x")
     assert open_checkpoint(tmp_path).other_files() == [Path(name)]
 
 
-def test_blobs_beside_a_directory_that_is_no_snapshot_are_foreign(tmp_path: Path) -> None:
+def test_a_link_to_blobs_outside_a_snapshot_is_refused(tmp_path: Path) -> None:
     snapshot = cached(tmp_path)
     snapshot.parent.rename(snapshot.parent.parent / "mine")
     with pytest.raises(InputError, match="leads out of its directory"):
@@ -502,7 +502,7 @@ def test_blobs_beside_a_directory_that_is_no_snapshot_are_foreign(tmp_path: Path
     "name",
     ["caf\udce9.md", "new\nline.md", "back\\slash.md", "c:x.md", "\u202etxt.md", "a/b\x1b.md"],
 )
-def test_a_file_whose_name_no_output_may_have_is_refused(name: str, tmp_path: Path) -> None:
+def test_a_file_with_an_unsafe_name_is_refused(name: str, tmp_path: Path) -> None:
     directory = gptq_files().write(tmp_path / "c")
     (directory / name).parent.mkdir(exist_ok=True)
     (directory / name).touch()
@@ -516,7 +516,7 @@ def test_a_file_whose_name_no_output_may_have_is_refused(name: str, tmp_path: Pa
     open_checkpoint(directory)
 
 
-def test_names_as_long_as_they_may_be_are_copied_whole(tmp_path: Path) -> None:
+def test_names_of_the_greatest_length_are_copied(tmp_path: Path) -> None:
     directory = gptq_files().write(tmp_path / "c")
     for name in ("x" * 252 + ".md", "ä" * 126 + ".md"):
         (directory / name).write_text(name)

@@ -50,7 +50,7 @@ def test_sound_checkpoints_of_every_setting_pass(
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_fields_come_out_of_words_as_they_went_in(bits: int) -> None:
+def test_unpack_words_reverses_packing(bits: int) -> None:
     rows = [[(7 * column + row * column) % 2**bits for column in range(64)] for row in range(3)]
     packed = np.array([words(row, bits) for row in rows], np.int32)
     assert unpack_words(packed, bits).tolist() == rows
@@ -181,7 +181,7 @@ def with_biases(files: Files) -> None:
         with_biases,
     ],
 )
-def test_what_other_tools_write_passes(change: Callable[[Files], None], tmp_path: Path) -> None:
+def test_checkpoints_of_other_tools_pass(change: Callable[[Files], None], tmp_path: Path) -> None:
     files = gptq_files()
     change(files)
     assert defects(files.write(tmp_path / "c"), full=True) == []
@@ -466,7 +466,7 @@ PLANTED = {
 
 
 @pytest.mark.parametrize("plant", PLANTED)
-def test_a_planted_defect_is_found_where_it_is(plant: str, tmp_path: Path) -> None:
+def test_a_planted_defect_is_found_at_its_tensor(plant: str, tmp_path: Path) -> None:
     change, kind, tensor, words_of_it = PLANTED[plant]
     code = f"E_CKPT_{kind}"
     files = gptq_files()
@@ -485,7 +485,7 @@ def test_a_planted_defect_is_found_where_it_is(plant: str, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("code", "scale", "beyond"), [(0, 9000, 8), (1, 9000, 0), (15, -9000, 0), (15, 9360, 8)]
 )
-def test_only_weights_that_leave_float16_are_counted(
+def test_verify_counts_the_weights_beyond_float16(
     code: int, scale: float, beyond: int, format: str, tmp_path: Path
 ) -> None:
     files = gptq_files(format=format)  # symmetric with 4 bits: a code stands for scale * (code - 8)
@@ -532,7 +532,7 @@ EFFECTS["form"] += ["adapter", "other weights"]
 @pytest.mark.parametrize(
     ("effect", "plant"), [(effect, plant) for effect in EFFECTS for plant in EFFECTS[effect]]
 )
-def test_a_defect_tells_its_effect_and_a_remedy(effect: str, plant: str, tmp_path: Path) -> None:
+def test_a_defect_has_an_effect_and_a_hint(effect: str, plant: str, tmp_path: Path) -> None:
     files = gptq_files()
     PLANTED[plant][0](files)
     found = defects(files.write(tmp_path / "c"))
@@ -540,7 +540,7 @@ def test_a_defect_tells_its_effect_and_a_remedy(effect: str, plant: str, tmp_pat
     assert plant == "no scales" or all(defect.hint for defect in found)
 
 
-def test_formats_that_differ_change_asymmetric_weights(tmp_path: Path) -> None:
+def test_two_formats_change_the_numbers_of_asymmetric_weights(tmp_path: Path) -> None:
     symmetric, asymmetric = gptq_files(), gptq_files(sym=False)
     for files in (symmetric, asymmetric):
         two_formats(files)
@@ -551,7 +551,7 @@ def test_formats_that_differ_change_asymmetric_weights(tmp_path: Path) -> None:
     )  # fmt: skip
 
 
-def test_a_g_idx_in_order_may_be_missing_and_others_not(tmp_path: Path) -> None:
+def test_a_missing_g_idx_changes_numbers_only_if_out_of_order(tmp_path: Path) -> None:
     for desc_act, effect in ((False, "form"), (True, "numbers")):
         files = gptq_files(desc_act=desc_act)
         del files.tensors[f"{Q0}.g_idx"]
@@ -559,7 +559,7 @@ def test_a_g_idx_in_order_may_be_missing_and_others_not(tmp_path: Path) -> None:
         assert (found.code, found.tensor, found.effect) == ("E_CKPT_INCOMPLETE", Q0, effect)
 
 
-def test_zero_points_are_checked_without_a_g_idx_too(tmp_path: Path) -> None:
+def test_zero_points_are_checked_without_a_g_idx(tmp_path: Path) -> None:
     files = gptq_files()
     files.tensors[f"{Q0}.qzeros"] += 0x11111111
     del files.tensors[f"{Q0}.g_idx"]
@@ -570,7 +570,7 @@ def test_zero_points_are_checked_without_a_g_idx_too(tmp_path: Path) -> None:
     ]
 
 
-def test_shapes_are_checked_without_a_g_idx_too(tmp_path: Path) -> None:
+def test_shapes_are_checked_without_a_g_idx(tmp_path: Path) -> None:
     files = gptq_files()
     del files.tensors[f"{Q0}.g_idx"]
     files.tensors[f"{Q0}.scales"] = files.tensors[f"{Q0}.scales"][:1].copy()
@@ -581,7 +581,7 @@ def test_shapes_are_checked_without_a_g_idx_too(tmp_path: Path) -> None:
     ]
 
 
-def test_only_the_planted_module_is_accused(tmp_path: Path) -> None:
+def test_a_defect_names_only_the_planted_module(tmp_path: Path) -> None:
     files = gptq_files()
     files.tensors[f"{DOWN1}.scales"][2, 5] = 0
     (found,) = defects(files.write(tmp_path / "c"))
@@ -593,7 +593,7 @@ def test_only_the_planted_module_is_accused(tmp_path: Path) -> None:
     "name", ["model.embed_tokens.weight", "model.layers.1.norm.weight", "lm_head.weight"]
 )
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_kept_tensors_are_finite_when_every_byte_is_read(
+def test_full_verify_finds_kept_tensors_that_are_not_finite(
     name: str, value: float, tmp_path: Path
 ) -> None:
     files = gptq_files()
@@ -608,7 +608,7 @@ def test_kept_tensors_are_finite_when_every_byte_is_read(
     )
 
 
-def test_numbers_are_checked_in_every_chunk(
+def test_full_verify_checks_the_numbers_of_every_chunk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gptq_cli.checkpoint.headers.CHUNK_BYTES", 64)
@@ -618,14 +618,14 @@ def test_numbers_are_checked_in_every_chunk(
     assert found.message == "holds NaN or infinity, 3 times"
 
 
-def test_codes_that_were_never_written_are_found(tmp_path: Path) -> None:
+def test_full_verify_finds_codes_that_are_all_zero(tmp_path: Path) -> None:
     files = gptq_files()
     files.tensors[f"{DOWN1}.qweight"][:] = 0
     (found,) = defects(files.write(tmp_path / "c"), full=True)
     assert (found.code, found.tensor) == ("E_CKPT_CORRUPT", f"{DOWN1}.qweight")
 
 
-def test_bfloat16_numbers_are_read_as_they_are(tmp_path: Path) -> None:
+def test_full_verify_reads_bfloat16(tmp_path: Path) -> None:
     import torch
     from safetensors.torch import save_file as save_torch
 
@@ -645,7 +645,7 @@ def test_bfloat16_numbers_are_read_as_they_are(tmp_path: Path) -> None:
     assert {defect.tensor for defect in defects(directory, full=True)} == set(planted)
 
 
-def test_torn_and_missing_files_are_all_listed(tmp_path: Path) -> None:
+def test_every_torn_file_is_a_defect(tmp_path: Path) -> None:
     directory = gptq_files().write(tmp_path / "c")
     for shard in SHARDS:
         (directory / shard).write_bytes((directory / shard).read_bytes()[:-1])
@@ -657,7 +657,7 @@ def test_torn_and_missing_files_are_all_listed(tmp_path: Path) -> None:
     assert [defect.code for defect in defects(directory)] == ["E_CKPT_MISSING"]
 
 
-def test_shards_of_two_revisions_do_not_pass(tmp_path: Path) -> None:
+def test_shards_of_two_revisions_are_a_defect(tmp_path: Path) -> None:
     directory = gptq_files().write(tmp_path / "c")
     tensors = load_file(directory / SHARDS[1])
     tensors["model.layers.1.norm2.weight"] = tensors.pop("model.layers.1.norm.weight")
@@ -682,7 +682,7 @@ def test_a_torn_quantize_config_is_a_defect(tmp_path: Path) -> None:
     )
 
 
-def test_what_is_no_gptq_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_that_is_not_quantized_is_refused(tmp_path: Path) -> None:
     files = gptq_files()
     no_codes(files)
     del files.config["quantization_config"]

@@ -37,7 +37,7 @@ def begin_another(work: WorkDirectory) -> None:
 @pytest.mark.parametrize(
     "error", [FileNotFoundError(2, "No such file", "x"), ResourceError("E_DISK", "x"), KeyError()]
 )
-def test_a_directory_that_was_removed_is_the_reason(error: Exception, tmp_path: Path) -> None:
+def test_the_error_names_the_removed_work_directory(error: Exception, tmp_path: Path) -> None:
     with pytest.raises(GptqError) as caught:
         end_without_it(tmp_path / "out", error)
     assert (caught.value.code, caught.value.exit_code) == ("E_WORK_GONE", 5)
@@ -50,7 +50,7 @@ def test_a_directory_that_was_removed_is_the_reason(error: Exception, tmp_path: 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nothing_is_published_from_a_directory_of_another_run(tmp_path: Path) -> None:
+def test_publish_refuses_the_work_directory_of_another_run(tmp_path: Path) -> None:
     with pytest.raises(ResourceError) as caught:
         publish_from_another(tmp_path / "out")
     assert caught.value.code == "E_WORK_GONE"
@@ -58,7 +58,7 @@ def test_nothing_is_published_from_a_directory_of_another_run(tmp_path: Path) ->
     assert WorkDirectory(tmp_path / "out").journal.read_text() == "finished"
 
 
-def test_what_another_run_has_begun_stays_after_a_success(tmp_path: Path) -> None:
+def test_a_successful_run_keeps_the_work_of_another_run(tmp_path: Path) -> None:
     with locked(tmp_path / "out") as work:
         write_file(work.stage / "config.json", b"{}")
         work.publish(tmp_path, overwrite=False)
@@ -73,12 +73,12 @@ def test_what_another_run_has_begun_stays_after_a_success(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("error", [Stopped(15), KeyboardInterrupt()])
-def test_a_signal_stays_a_signal(error: BaseException, tmp_path: Path) -> None:
+def test_a_signal_is_raised_unchanged(error: BaseException, tmp_path: Path) -> None:
     with pytest.raises(type(error)):
         end_without_it(tmp_path / "out", error)
 
 
-def test_an_error_beside_a_directory_that_is_there_stays_itself(tmp_path: Path) -> None:
+def test_an_error_is_raised_unchanged_if_the_directory_exists(tmp_path: Path) -> None:
     with pytest.raises(KeyError), locked(tmp_path / "out"):
         raise KeyError
     assert list(tmp_path.iterdir()) == []

@@ -22,7 +22,7 @@ LAYOUT = plan_layout([(TensorSpec("a", "F32", (2, 3)),), (TensorSpec("b", "I32",
 A, B = torch.arange(6.0).reshape(2, 3), torch.arange(4, dtype=torch.int32)
 
 
-def test_tensors_reach_their_shards_in_any_order_and_are_read_back(
+def test_tensors_may_be_written_in_any_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(os, "posix_fadvise")
@@ -41,7 +41,7 @@ def test_tensors_reach_their_shards_in_any_order_and_are_read_back(
         again.finish()
 
 
-def test_what_is_written_again_takes_the_place_of_what_was(tmp_path: Path) -> None:
+def test_a_second_write_replaces_the_first(tmp_path: Path) -> None:
     with CheckpointWriter(tmp_path / "out", LAYOUT) as writer:
         writer.write("a", A - 1)
         old = writer.sync()
@@ -54,7 +54,7 @@ def test_what_is_written_again_takes_the_place_of_what_was(tmp_path: Path) -> No
         assert not again.holds(old)
 
 
-def test_what_was_not_planned_or_never_came_is_a_mistake(tmp_path: Path) -> None:
+def test_unplanned_and_missing_tensors_are_refused(tmp_path: Path) -> None:
     with CheckpointWriter(tmp_path / "out", LAYOUT) as writer:
         with pytest.raises(
             ValueError, match=r"a: planned F32 \(2, 3\), got torch.float32 \(3, 2\)"
@@ -65,7 +65,7 @@ def test_what_was_not_planned_or_never_came_is_a_mistake(tmp_path: Path) -> None
             writer.finish()
 
 
-def test_shards_that_cannot_all_be_opened_are_given_back(tmp_path: Path) -> None:
+def test_the_writer_closes_its_shards_if_one_cannot_be_opened(tmp_path: Path) -> None:
     class Second(Disk):
         opened: list[int]
 
@@ -86,7 +86,7 @@ def test_shards_that_cannot_all_be_opened_are_given_back(tmp_path: Path) -> None
         os.fstat(disk.opened[-1])
 
 
-def test_the_caller_goes_on_while_tensors_are_written_and_waits_when_too_many_are_left(
+def test_write_waits_only_if_too_many_tensors_are_pending(
     tmp_path: Path,
 ) -> None:
     class Slow(Disk):
@@ -112,7 +112,7 @@ def test_the_caller_goes_on_while_tensors_are_written_and_waits_when_too_many_ar
         assert writer.sync() == {}
 
 
-def test_what_goes_wrong_while_a_tensor_is_written_is_raised_when_all_must_survive(
+def test_sync_raises_an_error_of_an_earlier_write(
     tmp_path: Path,
 ) -> None:
     class Full(Disk):

@@ -38,7 +38,7 @@ FOREIGN = {
 }
 
 
-def test_what_is_below_a_linear_or_there_twice_is_foreign() -> None:
+def test_foreign_names_are_parts_of_linears_and_wrapped_copies() -> None:
     assert foreign_names(SHAPES) == []
     assert foreign_names(SHAPES | FOREIGN) == list(FOREIGN)
 
@@ -51,7 +51,7 @@ def test_what_is_below_a_linear_or_there_twice_is_foreign() -> None:
         ("base_model.model.", "model.merge_and_unload().save_pretrained(DIR)"),
     ],
 )
-def test_names_that_all_begin_with_a_wrappers_part_are_refused(part: str, remedy: str) -> None:
+def test_refuse_wrapped_refuses_prefixed_names_with_a_remedy(part: str, remedy: str) -> None:
     refuse_wrapped(SHAPES, own_code=False)
     with pytest.raises(InputError) as caught:
         refuse_wrapped([part + name for name in SHAPES], own_code=False)
@@ -65,7 +65,7 @@ def test_names_that_all_begin_with_a_wrappers_part_are_refused(part: str, remedy
     assert "download" not in (caught.value.hint or "")
 
 
-def test_a_model_with_code_of_its_own_may_have_a_module_of_that_name() -> None:
+def test_own_code_may_have_a_module_called_module() -> None:
     refuse_wrapped([f"module.{name}" for name in SHAPES], own_code=True)
     refuse_wrapped([f"module.{name}" for name in SHAPES if name != Q] + [Q], own_code=False)
     with pytest.raises(InputError):
@@ -75,7 +75,7 @@ def test_a_model_with_code_of_its_own_may_have_a_module_of_that_name() -> None:
 @pytest.mark.parametrize(
     "wrapped", [f"{MODULE}.base_layer.weight", "model.layers.0._orig_mod.self_attn.q_proj.weight"]
 )
-def test_one_weight_under_a_wrappers_name_only_is_refused(wrapped: str) -> None:
+def test_refuse_wrapped_refuses_a_wrapped_weight_alone(wrapped: str) -> None:
     refuse_wrapped([*SHAPES, wrapped], own_code=False)
     with pytest.raises(
         InputError, match=f"no tensor for 1 parameters, first `{Q}`, and 1 tensors .*`{wrapped}`"
@@ -171,7 +171,7 @@ REASONS: list[tuple[list[str], list[str], dict[str, Any], list[str], str | None,
 
 
 @pytest.mark.parametrize(("absent", "left", "config", "listed", "reason", "hint"), REASONS)
-def test_a_misfit_shows_both_sides_and_the_likely_reason(
+def test_misfit_names_both_sides_and_the_likely_reason(
     absent: list[str],
     left: list[str],
     config: dict[str, Any],

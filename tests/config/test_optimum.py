@@ -35,7 +35,7 @@ def resolved(values: dict[str, Any], folder: Path) -> Resolved:
     return resolve({}, {}, path)
 
 
-def test_optimum_dict_is_taken_field_by_field(tmp_path: Path) -> None:
+def test_optimum_dict_sets_every_field(tmp_path: Path) -> None:
     found = resolved(OPTIMUM, tmp_path)
     ours = {key: value for key, value in OPTIMUM.items() if key not in ("quant_method", "meta")}
     assert found.config == QuantizeConfig(**ours)
@@ -45,7 +45,7 @@ def test_optimum_dict_is_taken_field_by_field(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "said", [{}, {"desc_act": True, "dataset": ["a", "b"], "model_seqlen": 512, "sym": False}]
 )
-def test_transformers_dict_is_taken_as_it_is(said: dict[str, Any], tmp_path: Path) -> None:
+def test_transformers_dict_sets_every_field(said: dict[str, Any], tmp_path: Path) -> None:
     from transformers import GPTQConfig
 
     found = resolved(GPTQConfig(bits=4, **said).to_dict(), tmp_path)
@@ -109,7 +109,7 @@ KERNELS = ("exllama_config", "use_cuda_fp16", "use_exllama")
                        "offload_to_disk_path"), {"act_group_aware": True}),
     ],
 )  # fmt: skip
-def test_dicts_of_older_tools_are_taken_with_a_note(
+def test_dicts_of_older_tools_resolve_with_notes(
     values: dict[str, Any], noted: tuple[str, ...], config: dict[str, Any], tmp_path: Path
 ) -> None:
     found = resolved(values, tmp_path)
@@ -123,18 +123,18 @@ def test_dicts_of_older_tools_are_taken_with_a_note(
     assert all(" has no effect: " in note for note in found.notes)
 
 
-def test_settings_that_a_tool_has_noted_in_meta_are_named(tmp_path: Path) -> None:
+def test_note_names_the_settings_inside_meta(tmp_path: Path) -> None:
     (note,) = resolved(GPTQMODEL_4, tmp_path).notes
     assert note.endswith("give them yourself: damp_percent, static_groups, true_sequential")
 
 
-def test_another_name_for_act_group_aware_is_known(tmp_path: Path) -> None:
+def test_hyb_act_is_another_name_for_act_group_aware(tmp_path: Path) -> None:
     assert resolved({"bits": 4, "hyb_act": False}, tmp_path).config.act_group_aware is False
     with pytest.raises(ConfigError, match="hyb_act and act_group_aware mean the same but differ"):
         resolved({"bits": 4, "hyb_act": False, "act_group_aware": True}, tmp_path)
 
 
-def test_other_names_for_format_and_seqlen_are_known(tmp_path: Path) -> None:
+def test_format_and_seqlen_have_other_names(tmp_path: Path) -> None:
     found = resolved(
         {"bits": 4, "checkpoint_format": "gptq_v2", "format": None, "model_seqlen": 77}, tmp_path
     )
@@ -146,7 +146,7 @@ def test_other_names_for_format_and_seqlen_are_known(tmp_path: Path) -> None:
     )
 
 
-def test_fields_without_effect_are_noted_and_nulls_are_not(tmp_path: Path) -> None:
+def test_notes_name_fields_without_effect_but_not_nulls(tmp_path: Path) -> None:
     silent = {
         "meta": {},
         "pad_token_id": None,
@@ -203,7 +203,7 @@ def test_fields_without_effect_are_noted_and_nulls_are_not(tmp_path: Path) -> No
         ),
     ],
 )
-def test_what_we_would_not_honour_is_refused_under_its_own_name(
+def test_unsupported_settings_are_refused_under_their_own_name(
     values: dict[str, Any], message: str, line: int, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError) as caught:

@@ -32,7 +32,7 @@ def judged(config: QuantizeConfig) -> dict[str, str]:
     return {verdict.engine: verdict.outcome for verdict in found}
 
 
-def test_the_recipes_lie_in_the_package_and_are_described() -> None:
+def test_recipes_are_files_of_the_package_with_a_description() -> None:
     assert list(recipes()) == NAMES
     for file in recipes().values():
         assert file.is_relative_to(Path(gptq_cli.__file__).parent)
@@ -40,7 +40,7 @@ def test_the_recipes_lie_in_the_package_and_are_described() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_recipe_resolves_without_remarks(name: str) -> None:
+def test_recipe_resolves_without_notes(name: str) -> None:
     found = resolve({}, {}, Path(name))
     assert found.notes == ()
     assert {"2": 2, "8": 8}.get(
@@ -48,13 +48,13 @@ def test_a_recipe_resolves_without_remarks(name: str) -> None:
     ) == found.config.bits or "mixed" in name
 
 
-def test_the_vllm_recipes_load_in_vllm_and_the_first_everywhere() -> None:
+def test_vllm_recipes_load_in_vllm() -> None:
     assert set(judged(recipe("vllm-4bit")).values()) == {"yes"}
     assert judged(recipe("vllm-8bit"))["vllm"] == "limited"  # on GPU only
     assert judged(recipe("moe"))["vllm"] == "yes"
 
 
-def test_the_smallest_recipe_loads_where_it_says() -> None:
+def test_smallest_recipe_loads_in_three_engines() -> None:
     found = judged(recipe("smallest-2bit"))
     assert [
         engine for engine in ("transformers", "gptqmodel", "llama.cpp") if found[engine] != "yes"
@@ -63,7 +63,7 @@ def test_the_smallest_recipe_loads_where_it_says() -> None:
     assert found["vllm"] == "no"
 
 
-def test_the_paper_recipe_is_the_papers_setting() -> None:
+def test_paper_recipe_has_the_settings_of_the_paper() -> None:
     config = recipe("gptq-paper")
     assert (config.sym, config.group_size, config.damp_percent, config.dataset) == (
         False,
@@ -74,7 +74,7 @@ def test_the_paper_recipe_is_the_papers_setting() -> None:
     assert (config.desc_act, config.act_group_aware, config.static_groups) == (False, False, False)
 
 
-def test_the_mixed_recipe_gives_eight_bits_to_down_proj_alone() -> None:
+def test_mixed_recipe_gives_eight_bits_to_down_proj_only() -> None:
     config = recipe("mixed-4-8bit")
     names = [
         "model.layers.10.mlp.down_proj",

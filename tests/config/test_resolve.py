@@ -30,7 +30,7 @@ def messages_of(flags: dict[str, Any], env: dict[str, str], file: Path | None = 
     return [problem.message for problem in problems_of(flags, env, file)]
 
 
-def test_flag_beats_environment_beats_file_beats_preset_beats_default(tmp_path: Path) -> None:
+def test_precedence_is_flag_environment_file_preset_default(tmp_path: Path) -> None:
     file = write(tmp_path, "preset: act-order\nbits: 2\ngroup_size: 32\nseed: 3\n")
     found = resolve({"bits": 8, "sym": None}, {"GPTQ_BITS": "3", "GPTQ_GROUP_SIZE": "64"}, file)
     config, origins = found.config, found.origins
@@ -41,7 +41,7 @@ def test_flag_beats_environment_beats_file_beats_preset_beats_default(tmp_path: 
     assert [origins[field] for field in fields] == places
 
 
-def test_derived_values_name_their_reason() -> None:
+def test_origin_of_a_derived_value_is_its_reason() -> None:
     found = resolve({"bits": 4, "desc_act": True, "sym": False, "nsamples": 2}, {})
     assert found.origins["act_group_aware"] == "because desc_act is true"
     assert found.origins["format"] == "because sym is false"
@@ -52,7 +52,7 @@ def test_derived_values_name_their_reason() -> None:
     )
 
 
-def test_dynamic_is_replaced_whole(tmp_path: Path) -> None:
+def test_a_later_source_replaces_dynamic_whole(tmp_path: Path) -> None:
     file = write(tmp_path, "bits: 4\ndynamic: {'-:a': {}, b: {bits: 8}}\n")
     assert resolve({"dynamic": {"-:c": {}}}, {}, file).config.dynamic == {"-:c": {}}
     assert resolve({}, {"GPTQ_DYNAMIC": "{b: {bits: 2}}"}, file).config.dynamic == {
@@ -60,7 +60,7 @@ def test_dynamic_is_replaced_whole(tmp_path: Path) -> None:
     }
 
 
-def test_empty_variables_and_nulls_say_nothing(tmp_path: Path) -> None:
+def test_empty_variables_and_nulls_set_nothing(tmp_path: Path) -> None:
     file = write(tmp_path, "bits: 4\ngroup_size: null\nseed:\n")
     assert resolve({}, {"GPTQ_BITS": "", "GPTQ_SEED": ""}, file) == Resolved(
         config=resolve({"bits": 4}, {}).config,
@@ -69,7 +69,7 @@ def test_empty_variables_and_nulls_say_nothing(tmp_path: Path) -> None:
     )
 
 
-def test_every_problem_of_a_file_is_reported_at_once_in_order(tmp_path: Path) -> None:
+def test_all_problems_of_a_file_are_reported_in_order(tmp_path: Path) -> None:
     text = """\
 bits: 5
 group_sise: 3
@@ -173,7 +173,7 @@ dynamic:
         ("quant_method: awq", "E_CFG_RANGE", 'quant_method must be gptq, got "awq"'),
     ],
 )
-def test_a_wrong_value_is_one_problem_with_the_value(
+def test_a_wrong_value_gives_one_problem_that_names_it(
     line: str, code: str, words: str, tmp_path: Path
 ) -> None:
     text = line if line.startswith("bits") else f"bits: 4\n{line}"
@@ -187,7 +187,7 @@ def test_a_wrong_value_is_one_problem_with_the_value(
 @pytest.mark.parametrize(
     "key", ["group_sise", "group-size", "Groupsize", "percdamp", "act_order", "n_samples", "wbits"]
 )
-def test_unknown_keys_come_with_the_key_that_was_meant(key: str, tmp_path: Path) -> None:
+def test_hint_for_an_unknown_key_names_a_similar_key(key: str, tmp_path: Path) -> None:
     meant = {
         "percdamp": "damp_percent",
         "act_order": "desc_act",
@@ -198,13 +198,13 @@ def test_unknown_keys_come_with_the_key_that_was_meant(key: str, tmp_path: Path)
     assert problem.hint == f"did you mean {meant.get(key, 'group_size')}?"
 
 
-def test_without_bits_the_user_is_asked_for_them(tmp_path: Path) -> None:
+def test_missing_bits_are_an_error(tmp_path: Path) -> None:
     (problem,) = problems_of({}, {}, write(tmp_path, "sym: true\n"))
     assert (problem.code, problem.message) == ("E_CFG_MISSING", "bits is required")
     assert messages_of({}, {}) == ["bits is required"]
 
 
-def test_errors_from_flags_and_environment_bear_their_names() -> None:
+def test_errors_name_the_flag_or_the_variable() -> None:
     flags = {"bits": 5, "damp_percent": 2.0, "desc_act": True, "dynamic": {"+:(": {"bits": 9}}}
     env = {"GPTQ_SYM": "no", "GPTQ_ACT_GROUP_AWARE": "true", "GPTQ_SEQLEN": "many"}
     assert messages_of(flags, env) == [
@@ -218,7 +218,7 @@ def test_errors_from_flags_and_environment_bear_their_names() -> None:
     ]
 
 
-def test_a_conflict_between_sources_names_both(tmp_path: Path) -> None:
+def test_a_conflict_names_both_sources(tmp_path: Path) -> None:
     file = write(tmp_path, "bits: 4\nact_group_aware: true\n")
     words = f"--desc-act and act_group_aware ({file}:2:18) are both true and exclude each other"
     assert messages_of({"desc_act": True}, {}, file) == [words]
@@ -226,13 +226,13 @@ def test_a_conflict_between_sources_names_both(tmp_path: Path) -> None:
     assert messages_of({"bits": 4, "batch_size": 300}, {}) == [words]
 
 
-def test_a_wrong_value_in_the_file_is_found_even_where_a_flag_overrules_it(tmp_path: Path) -> None:
+def test_a_wrong_value_under_a_flag_is_still_an_error(tmp_path: Path) -> None:
     assert messages_of({"bits": 4}, {}, write(tmp_path, "bits: 5\n")) == [
         "bits must be 2, 3, 4 or 8, got 5"
     ]
 
 
-def test_a_misspelt_variable_is_an_error_and_a_foreign_one_a_note() -> None:
+def test_a_misspelt_variable_is_an_error() -> None:
     (problem,) = problems_of({"bits": 4}, {"GPTQ_GROUPSIZE": "64"})
     assert problem.code == "E_CFG_UNKNOWN_KEY"
     assert problem.message == "GPTQ_GROUPSIZE sets no known field"
@@ -242,7 +242,7 @@ def test_a_misspelt_variable_is_an_error_and_a_foreign_one_a_note() -> None:
     ).notes == ("GPTQ_HOME is not a setting of this tool and has no effect",)
 
 
-def test_flags_of_a_command_without_configuration_are_checked_under_their_names() -> None:
+def test_check_flags_names_each_wrong_flag() -> None:
     check_flags({"seqlen": 128, "device": "cpu", "model": 3, "bits": None})
     with pytest.raises(ConfigError) as caught:
         check_flags({"seqlen": 0, "device": "gpu"})
@@ -252,7 +252,7 @@ def test_flags_of_a_command_without_configuration_are_checked_under_their_names(
     ]
 
 
-def test_signed_scales_and_an_asymmetric_grid_are_a_conflict_with_both_places(
+def test_signed_scales_conflict_with_an_asymmetric_grid(
     tmp_path: Path,
 ) -> None:
     file = write(
@@ -272,7 +272,7 @@ def test_signed_scales_and_an_asymmetric_grid_are_a_conflict_with_both_places(
     assert flags.message.startswith("--signed-scales and --sym exclude each other")
 
 
-def test_asym_turns_the_signed_scales_of_a_preset_off_and_says_so() -> None:
+def test_asym_turns_off_the_signed_scales_of_a_preset() -> None:
     found = resolve({"bits": 4, "sym": False, "preset": "balanced"}, {})
     assert found.config.signed_scales is False
     assert found.origins["signed_scales"] == "because sym is false"

@@ -24,13 +24,13 @@ from gptq_cli.errors import ConfigError
         ("-:a{3}", "-:a{3}", {}),
     ],
 )
-def test_a_rule_and_its_settings_are_told_apart(
+def test_parse_rule_separates_the_rule_from_its_settings(
     text: str, rule: str, settings: dict[str, Any]
 ) -> None:
     assert parse_rule(text) == (rule, settings)
 
 
-def test_first_match_agrees_with_a_plain_walk_over_negatives_then_the_rest() -> None:
+def test_first_match_prefers_negative_rules_then_order() -> None:
     rules = ["+:a.*", "-:ab", "a", "-:.*c"]
     assert {name: first_match(rules, name) for name in ("ab", "ac", "ad", "b", "bc")} == {
         "ab": "-:ab",
@@ -41,7 +41,7 @@ def test_first_match_agrees_with_a_plain_walk_over_negatives_then_the_rest() -> 
     }
 
 
-def test_rules_that_reach_no_layer_are_found() -> None:
+def test_unmatched_rules_are_those_that_reach_no_layer() -> None:
     names = ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.up_proj"]
     assert unmatched_rules({"-:down_proj": {}, "+:.*up_proj": {}, "lm_head": {}}, iter(names)) == [
         "-:down_proj",
@@ -68,7 +68,7 @@ def test_rules_that_reach_no_layer_are_found() -> None:
     ],
 )
 @pytest.mark.parametrize("threads", [0, 1])
-def test_rules_mean_what_they_mean_to_re(rule: str, name: str, matched: bool, threads: int) -> None:
+def test_rules_match_as_in_the_re_module(rule: str, name: str, matched: bool, threads: int) -> None:
     if threads:
         with ThreadPoolExecutor(threads) as pool:
             assert pool.submit(matches, rule, name).result() is matched
@@ -77,7 +77,7 @@ def test_rules_mean_what_they_mean_to_re(rule: str, name: str, matched: bool, th
 
 @pytest.mark.parametrize("rule", ["-:(a+)+$", "+:(.|..|...)+(?!.|$)", "a?" * 60 + "a" * 60 + "$"])
 @pytest.mark.parametrize("threads", [0, 1])
-def test_a_rule_that_takes_for_ever_is_given_up(
+def test_a_rule_with_endless_backtracking_is_refused(
     rule: str, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(layer, "SECONDS", 0.05)
@@ -91,7 +91,7 @@ def test_a_rule_that_takes_for_ever_is_given_up(
     assert "(a+)+" in str(caught.value.hint)
 
 
-def test_usual_rules_take_no_process_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_usual_rules_start_no_process_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer.subprocess, "run", lambda *_, **__: pytest.fail("a child process"))
     usual = [
         r".*\.(?:q|k|v)_proj$",
@@ -107,7 +107,9 @@ def test_usual_rules_take_no_process_in_a_thread(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("rule", ["(a+)+", "(a+)+$"])
-def test_matching_puts_a_timer_of_others_back(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_matching_restores_a_timer_of_other_code(
+    rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def of_others(*_: object) -> None:
         raise AssertionError
 

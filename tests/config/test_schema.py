@@ -13,7 +13,7 @@ from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import ConfigError
 
 
-def test_defaults_are_those_of_the_preset_balanced_and_of_optimum_beyond_it() -> None:
+def test_defaults_are_those_of_balanced_and_of_optimum() -> None:
     config = QuantizeConfig(bits=4)
     expected = {
         "dataset": None,
@@ -99,14 +99,14 @@ def test_defaults_are_those_of_the_preset_balanced_and_of_optimum_beyond_it() ->
         ),
     ],
 )
-def test_what_was_left_open_follows_what_was_said(
+def test_unset_fields_follow_the_fields_that_are_set(
     said: dict[str, Any], derived: dict[str, Any]
 ) -> None:
     config = QuantizeConfig(bits=4, **said)
     assert {name: getattr(config, name) for name in derived} == derived
 
 
-def test_only_what_was_said_or_derived_counts_as_set() -> None:
+def test_fields_set_are_the_given_and_the_derived_ones() -> None:
     config = QuantizeConfig(bits=4, desc_act=True, preset="gptq")
     assert config.model_fields_set == {
         "bits",
@@ -144,12 +144,12 @@ def test_only_what_was_said_or_derived_counts_as_set() -> None:
         {"damp_percent": float("nan")},
     ],
 )
-def test_contradictions_and_wrong_values_cannot_be_constructed(said: dict[str, Any]) -> None:
+def test_contradictions_and_wrong_values_are_refused(said: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         QuantizeConfig(**{"bits": 4, **said})
 
 
-def test_a_configuration_cannot_be_changed() -> None:
+def test_a_configuration_is_immutable() -> None:
     config = QuantizeConfig(bits=4)
     with pytest.raises(ValidationError):
         config.bits = 8  # type: ignore[misc]
@@ -166,18 +166,18 @@ def test_a_configuration_cannot_be_changed() -> None:
         ("2TiB", 2**41),
     ],
 )
-def test_shard_sizes_count_bytes(size: int | str, n_bytes: int) -> None:
+def test_shard_sizes_are_numbers_of_bytes(size: int | str, n_bytes: int) -> None:
     assert size_in_bytes(size) == n_bytes
     assert QuantizeConfig(bits=4, max_shard_size=size).max_shard_bytes == n_bytes
 
 
 @pytest.mark.parametrize("size", [0, -1, "0GB", "GB", "5 parsecs", "1e9", "", "٣GB", "5GB\n"])
-def test_what_is_no_size_is_refused(size: int | str) -> None:
+def test_a_wrong_size_is_refused(size: int | str) -> None:
     with pytest.raises(ValueError, match="size"):
         size_in_bytes(size)
 
 
-def test_negative_rules_go_first_then_the_first_match_in_order_alone_decides() -> None:
+def test_negative_rules_win_then_the_first_match_decides() -> None:
     config = QuantizeConfig(
         bits=4,
         preset="gptq",
@@ -198,13 +198,13 @@ def test_negative_rules_go_first_then_the_first_match_in_order_alone_decides() -
     assert config.for_layer("model.layers.2.self_attn.q_proj") == base
 
 
-def test_rules_match_from_the_start_of_the_name_and_not_in_its_middle() -> None:
+def test_rules_match_from_the_start_of_a_name() -> None:
     config = QuantizeConfig(bits=4, dynamic={"-:down_proj": {}, r"-:model\.layers\.1": {}})
     assert config.for_layer("model.layers.2.mlp.down_proj") is not None
     assert config.for_layer("model.layers.12.mlp.up_proj") is None
 
 
-def test_each_choice_names_its_reason() -> None:
+def test_each_choice_has_a_reason() -> None:
     config = QuantizeConfig(bits=4, dynamic={"-:a": {}, "b": {"bits": 8}})
     assert [config.choose(name).why for name in "abc"] == [
         "rule '-:a': kept",
@@ -213,7 +213,7 @@ def test_each_choice_names_its_reason() -> None:
     ]
 
 
-def test_a_rule_that_says_desc_act_turns_group_aware_order_off_for_its_layers() -> None:
+def test_a_rule_with_desc_act_turns_off_act_group_aware() -> None:
     config = QuantizeConfig(bits=4, preset="act-order", dynamic={"+:a": {"desc_act": True}})
     assert config.for_layer("a") == LayerConfig(desc_act=True, act_group_aware=False)
     assert config.for_layer("b") == LayerConfig(static_groups=True)
@@ -234,7 +234,7 @@ def test_modules_in_block_match_the_end_of_a_name() -> None:
     assert QuantizeConfig(bits=4).reaches("anything")
 
 
-def test_every_layer_setting_reaches_its_layer_and_can_be_overridden() -> None:
+def test_every_layer_setting_applies_and_can_be_overridden() -> None:
     settings = {
         "bits": 3, "group_size": 64, "sym": True, "desc_act": False, "act_group_aware": False, "static_groups": True,
         "signed_scales": True, "scale_search": "mse", "refine_sweeps": 2, "damp_mode": "diagonal", "damp_percent": 0.2,
@@ -246,7 +246,7 @@ def test_every_layer_setting_reaches_its_layer_and_can_be_overridden() -> None:
     assert QuantizeConfig(bits=8, dynamic={"a": settings}).for_layer("a") == expected
 
 
-def test_a_rule_that_says_asym_turns_signed_scales_off_for_its_layers() -> None:
+def test_a_rule_with_asym_turns_off_signed_scales() -> None:
     config = QuantizeConfig(
         bits=4, preset="gptq", signed_scales=True, dynamic={"+:a": {"sym": False}}
     )
@@ -258,7 +258,7 @@ def test_a_rule_that_says_asym_turns_signed_scales_off_for_its_layers() -> None:
     assert turned_back.for_layer("a") == LayerConfig(signed_scales=True)
 
 
-def test_gptq_and_every_other_preset_say_what_they_are() -> None:
+def test_each_preset_gives_its_settings() -> None:
     assert PRESETS["gptq"].settings == {}
     for name, preset in PRESETS.items():
         config = QuantizeConfig(bits=4, preset=name)
@@ -266,7 +266,7 @@ def test_gptq_and_every_other_preset_say_what_they_are() -> None:
         assert QuantizeConfig(bits=4, preset=name, sym=False).base.signed_scales is False
 
 
-def test_every_field_says_what_it_accepts_and_refuses_in_those_words() -> None:
+def test_each_field_describes_the_values_it_accepts() -> None:
     assert [name for name, info in QuantizeConfig.model_fields.items()
             if not any(isinstance(item, Accepts) for item in info.metadata)] == []  # fmt: skip
     for field in ("max_ram", "max_vram", "max_shard_size"):

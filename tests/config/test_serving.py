@@ -56,7 +56,7 @@ def by_engine(export: Export) -> dict[str, str]:
         ({"sym": False}, "gptq_v2", "- w + + + + w -"),
     ],
 )
-def test_verdicts_are_those_of_the_portable_matrix(
+def test_verdicts_agree_with_the_written_table(
     settings: dict[str, Any], format: str, row: str
 ) -> None:
     layers = [LayerConfig(**settings), LayerConfig(**settings, damp_percent=0.2)]
@@ -65,7 +65,7 @@ def test_verdicts_are_those_of_the_portable_matrix(
     )
 
 
-def test_layers_with_different_bits_and_a_quantized_head_have_fewer_readers() -> None:
+def test_fewer_engines_read_mixed_bits() -> None:
     mixed = [LayerConfig(bits=4), LayerConfig(bits=8)]
     assert outcomes(mixed) == dict(
         zip(NAMES, ["limited", "limited", "no", "yes", "no", "no", "no", "yes"], strict=True)
@@ -76,14 +76,14 @@ def test_layers_with_different_bits_and_a_quantized_head_have_fewer_readers() ->
     )
 
 
-def test_every_remark_has_a_reason_and_every_engine_a_dated_source() -> None:
+def test_rules_have_reasons_and_engines_have_dated_sources() -> None:
     for engine in ENGINES:
         assert engine.source
         assert re.fullmatch(r"202\d-\d\d", engine.date)
         assert all(rule.reason and rule.outcome != "yes" for rule in engine.rules)
 
 
-def test_experts_are_read_by_engines_that_know_their_names() -> None:
+def test_engines_read_experts_if_they_know_the_names() -> None:
     def judged(*parts: str, **odd: LayerConfig | None) -> dict[str, str]:
         layers = {
             f"model.layers.0.mlp.experts.3.{part}": odd.get(part, LayerConfig()) for part in parts
@@ -107,7 +107,7 @@ def test_experts_are_read_by_engines_that_know_their_names() -> None:
     assert judged()["transformers"] == "yes"
 
 
-def test_a_fused_group_that_is_stored_in_two_ways_is_refused_by_engines_that_fuse() -> None:
+def test_engines_that_fuse_refuse_groups_stored_in_two_ways() -> None:
     def judged(**leaves: LayerConfig | None) -> dict[str, str]:
         layers = {f"model.layers.0.{leaf}": config for leaf, config in leaves.items()}
         return by_engine(
@@ -125,7 +125,7 @@ def test_a_fused_group_that_is_stored_in_two_ways_is_refused_by_engines_that_fus
     assert judged(q_proj=four, k_proj=None)["gptqmodel"] == "yes"
 
 
-def test_conv1d_models_and_narrow_experts_have_fewer_readers() -> None:
+def test_fewer_engines_read_narrow_experts() -> None:
     turned = by_engine(
         export_of({"h.0.c_attn": LayerConfig()}, "gptq", lm_head=False, transposed=True)
     )
@@ -151,7 +151,7 @@ def test_conv1d_models_and_narrow_experts_have_fewer_readers() -> None:
     assert by_engine(asym)["sglang"] == "no"
 
 
-def test_a_target_is_told_every_reason_at_once_and_what_would_load() -> None:
+def test_target_problems_name_every_reason_and_a_remedy() -> None:
     layers = {
         "layers.0.q_proj": LayerConfig(bits=3, group_size=16),
         "layers.0.o_proj": LayerConfig(bits=3, sym=False),
@@ -167,7 +167,7 @@ def test_a_target_is_told_every_reason_at_once_and_what_would_load() -> None:
 
 
 @pytest.mark.parametrize("target", [*NAMES, "any"])
-def test_a_target_refuses_what_the_table_says_it_does_not_load_or_misreads(target: str) -> None:
+def test_target_problems_agree_with_the_table(target: str) -> None:
     plain = {"layers.0.q_proj": LayerConfig()}
     exports = [export_of(plain, "gptq", lm_head=False), export_of(plain, "gptq", lm_head=True)]
     for settings, format in (
@@ -194,7 +194,7 @@ def test_a_target_refuses_what_the_table_says_it_does_not_load_or_misreads(targe
         assert target_problems(export, None) == []
 
 
-def test_a_configuration_alone_tells_some_of_what_readers_will_see() -> None:
+def test_settings_export_needs_only_a_configuration() -> None:
     mixed = QuantizeConfig(
         bits=4, sym=False, lm_head=True, dynamic={"-:.*q": {}, "+:.*o_proj": {"bits": 8}}
     )

@@ -64,7 +64,7 @@ def problems_of(text: str | bytes) -> list[Problem]:
         ("cuda:1", "cuda:1"),
     ],
 )
-def test_scalars_mean_what_yaml_1_2_says(text: str, value: object) -> None:
+def test_scalars_follow_yaml_1_2(text: str, value: object) -> None:
     found = parse(f"key: {text}\n".encode(), "c.yaml").values["key"]
     assert (type(found), found) == (type(value), value)
 
@@ -73,7 +73,7 @@ def test_nan_is_a_number() -> None:
     assert math.isnan(parse(b"key: .nan", "c.yaml").values["key"])
 
 
-def test_every_key_and_value_knows_its_place() -> None:
+def test_every_key_and_value_has_its_place() -> None:
     document = parse(
         b"bits: 4\nmodules:\n  - [a,  b]\n  - [c]\ndynamic:\n  '+:x': {bits:   8}\n", "c.yaml"
     )
@@ -122,7 +122,7 @@ def test_every_key_and_value_knows_its_place() -> None:
         ('{"a": "\\ud83d"}', 1, 7, "half of a surrogate pair"),
     ],
 )
-def test_what_readers_disagree_on_is_refused_where_it_stands(
+def test_ambiguous_yaml_is_refused_with_its_place(
     text: str, line: int, column: int, words: str
 ) -> None:
     problem = problems_of(text)[0]
@@ -134,7 +134,7 @@ def test_what_readers_disagree_on_is_refused_where_it_stands(
 @pytest.mark.parametrize(
     ("text", "line", "column"), [(b"a: 1\nb: \xff\n", 2, 4), ("é: ".encode() + b"\x80", 1, 4)]
 )
-def test_bytes_that_are_not_utf8_are_refused_where_they_stand(
+def test_bytes_that_are_not_utf8_are_refused_with_their_place(
     text: bytes, line: int, column: int
 ) -> None:
     (problem,) = problems_of(text)
@@ -142,13 +142,13 @@ def test_bytes_that_are_not_utf8_are_refused_where_they_stand(
     assert problem.location == Location("c.yaml", line, column)
 
 
-def test_reading_goes_on_after_what_can_be_passed_over() -> None:
+def test_parse_continues_after_anchors_aliases_and_tags() -> None:
     found = problems_of("a: &x 1\na: 2\nb: *x\nc: !t 3\n")
     assert [problem.location.line for problem in found if problem.location] == [1, 3, 4, 2]
 
 
 @pytest.mark.parametrize("indent", [None, 2, "\t"])
-def test_json_is_read_with_places_whatever_its_indentation(indent: str | int | None) -> None:
+def test_json_with_any_indentation_has_places(indent: str | int | None) -> None:
     values = {
         "bits": 4,
         "dataset": ["tab\there", 'é "q" 😀', "\\d"],
@@ -161,13 +161,13 @@ def test_json_is_read_with_places_whatever_its_indentation(indent: str | int | N
     assert document.places["dynamic", "+:.*", "sym"].value.line == (1 if indent is None else 10)
 
 
-def test_a_tab_inside_a_quoted_text_of_flow_yaml_stays() -> None:
+def test_flow_yaml_keeps_a_tab_inside_quotes() -> None:
     assert parse(b"{dataset: 'a\tb'}", "c.yaml").values == {"dataset": "a\tb"}
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.dictionaries(st.text("abc", min_size=1), Json, max_size=4))
-def test_json_values_come_back_as_json_reads_them(values: dict[str, Any]) -> None:
+def test_parse_reads_json_like_the_json_module(values: dict[str, Any]) -> None:
     document = parse(json.dumps(values).encode(), "c.json")
     assert document.values == values
     assert not document.problems
@@ -175,7 +175,7 @@ def test_json_values_come_back_as_json_reads_them(values: dict[str, Any]) -> Non
 
 @settings(max_examples=150, deadline=None)
 @given(st.binary(max_size=60) | st.text("abn:-[]{}&*!'\"#|>\n\t 01.e", max_size=40).map(str.encode))
-def test_whatever_the_bytes_only_problems_of_yaml_come_out(data: bytes) -> None:
+def test_parse_of_any_bytes_gives_yaml_problems_only(data: bytes) -> None:
     assert {problem.code for problem in problems_of(data)} <= {"E_CFG_YAML"}
 
 
@@ -195,13 +195,11 @@ def test_whatever_the_bytes_only_problems_of_yaml_come_out(data: bytes) -> None:
         ("[a, b]", ["a", "b"]),
     ],
 )
-def test_a_single_value_is_read_as_in_a_file_and_plain_text_as_it_is(
-    text: str, value: object
-) -> None:
+def test_parse_scalar_reads_a_value_or_plain_text(text: str, value: object) -> None:
     assert parse_scalar(text) == value
 
 
-def test_files_that_cannot_be_read_say_why(tmp_path: Path) -> None:
+def test_load_of_an_unreadable_file_names_the_reason(tmp_path: Path) -> None:
     large = tmp_path / "large.yaml"
     large.write_bytes(b"#" * (MAX_BYTES + 1))
     cases = {

@@ -58,7 +58,7 @@ SAMPLES: list[dict[str, Any]] = [
 @pytest.mark.parametrize(
     "origins", [None, {"bits": "--bits", "dynamic": "c.yaml:3", "dataset": "GPTQ_DATASET"}]
 )
-def test_what_is_written_resolves_to_an_equal_configuration(
+def test_written_yaml_resolves_to_an_equal_configuration(
     values: dict[str, Any], origins: dict[str, str] | None, tmp_path: Path
 ) -> None:
     config = QuantizeConfig(**values)
@@ -74,7 +74,7 @@ def test_what_is_written_resolves_to_an_equal_configuration(
 @given(
     st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), min_size=1, max_size=3)
 )
-def test_any_text_survives_for_readers_of_either_yaml(texts: list[str]) -> None:
+def test_yaml_1_1_and_1_2_readers_find_the_same_text(texts: list[str]) -> None:
     written = to_yaml(QuantizeConfig(bits=4, dataset=texts))
     assert parse(written.encode(), "c.yaml").values["dataset"] == texts
     assert yaml.safe_load(written)["dataset"] == texts
@@ -83,14 +83,14 @@ def test_any_text_survives_for_readers_of_either_yaml(texts: list[str]) -> None:
 @pytest.mark.parametrize(
     "text", ["a\u00a0b", "\u200dé", "\u202e[31m\x1b", "\x85 \x7f", "not utf-8 \udcff"]
 )
-def test_what_is_written_prints_and_comes_back(text: str) -> None:
+def test_written_yaml_is_printable_and_keeps_each_text(text: str) -> None:
     written = to_yaml(QuantizeConfig(bits=4, dataset=[text, "é"]))
     assert written.replace("\n", "").isprintable()
     assert parse(written.encode(), "c.yaml").values["dataset"] == [text, "é"]
 
 
 @pytest.mark.parametrize("name", ["a\nbits: 8", "a\u2028bits: 8", "\udcff"])
-def test_a_file_name_cannot_break_out_of_its_comment(name: str) -> None:
+def test_a_file_name_stays_inside_its_comment(name: str) -> None:
     written = to_yaml(
         QuantizeConfig(bits=4, dataset=["a", "b"]), {"bits": f"{name}:1", "dataset": f"{name}:2"}
     )
@@ -98,13 +98,13 @@ def test_a_file_name_cannot_break_out_of_its_comment(name: str) -> None:
     assert (found.values["bits"], found.values["dataset"], found.problems) == (4, ["a", "b"], ())
 
 
-def test_half_of_a_pair_that_is_no_byte_is_refused() -> None:
+def test_parse_refuses_half_of_a_surrogate_pair() -> None:
     (problem,) = parse(b'dataset: "\\uD800"', "c.yaml").problems
     assert problem.message == "a text holds half of a surrogate pair"
     assert parse(b'dataset: "\\uDCFF"', "c.yaml").values["dataset"] == "\udcff"
 
 
-def test_each_value_carries_where_it_comes_from() -> None:
+def test_a_comment_names_the_origin_of_each_value() -> None:
     text = to_yaml(
         QuantizeConfig(bits=4, dynamic={"a": {"bits": 8}}),
         {"bits": "--bits", "dynamic": "c.yaml:3"},
