@@ -1,17 +1,16 @@
 #!/usr/bin/env python3
-"""Forwards and wall time of the block loop: batches that wait inside a block against running it again for each stage.
-
-Quantizes one random Llama in both ways, alternating, each time in a fresh process; prints medians. Executions are those
-of linear layers; 1.00 for each batch is the least possible. Both ways must write the same bytes.
+"""Compare two ways to run a block: batches that pause inside it, and a replay for each stage.
 
     python scripts/bench_forwards.py [--runs 5] [--hidden 512] [--blocks 4] [--json FILE]
+
+Quantizes one random Llama in both ways, alternating, each time in a fresh process. Executions are
+those of a linear layer for each batch; 1.00 is the least possible. Prints a line for each run, the
+medians of both ways and their ratios; the exit code is 1 if the ways write different bytes.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import json
 import multiprocessing
 import platform
 import statistics
@@ -22,46 +21,41 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import benchmark_parser, save_random_model, write_json
 from torch import Tensor, nn
-from transformers.utils import logging
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from gptq_cli.config.schema import QuantizeConfig  # noqa: E402
-from gptq_cli.events import BlockFinished, Event  # noqa: E402
-from gptq_cli.quantization.run import quantize_checkpoint  # noqa: E402
-from gptq_cli.runtime import memory  # noqa: E402
-from tests.families import save_model, texts  # noqa: E402
+from gptq_cli.config.schema import QuantizeConfig
+from gptq_cli.events import BlockFinished, Event
+from gptq_cli.quantization.run import quantize_checkpoint
+from gptq_cli.runtime import memory
+from tests.families import texts
 
 WINDOWS, SEQLEN, BATCH_SIZE = 64, 256, 4
 WAYS = ("replay", "lockstep")
+FIGURES = ("seconds", "solver_seconds", "cpu_seconds", "executions", "peak_resident_bytes")
 
 
-def make_model(directory: str, hidden: int, blocks: int) -> None:
-    """Save a random Llama of `blocks` blocks."""
-    logging.disable_progress_bar()
-    shape = {
-        "hidden_size": hidden,
-        "intermediate_size": 3 * hidden,
-        "num_hidden_layers": blocks,
-        "head_dim": 64,
-    }
-    heads = {"num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 128}
-    save_model(Path(directory), "llama", max_position_embeddings=SEQLEN, **shape, **heads)
+def save_llama(directory: Path, hidden: int, blocks: int) -> None:
+    """Save a random Llama with heads of 64."""
+    shape: dict[str, Any] = {"hidden_size": hidden, "intermediate_size": 3 * hidden}
+    shape |= {"num_hidden_layers": blocks, "head_dim": 64, "max_position_embeddings": SEQLEN}
+    shape |= {"num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 128}
+    save_random_model(directory, "llama", **shape)
 
 
 def quantize(model: str, output: str, way: str) -> dict[str, Any]:
-    """One run: seconds in the block loop and of it in the solver, of processors in all, executions per batch, peak."""
-    executions, forward = [0], nn.Linear.forward
+    """Quantize once, in a process that is not used again, and return the figures of the run."""
+    executions = 0
+    forward = nn.Linear.forward
 
     def count(self: nn.Linear, inputs: Tensor) -> Tensor:
-        executions[0] += 1
+        nonlocal executions
+        executions += 1
         return forward(self, inputs)
 
     nn.Linear.forward = count  # type: ignore[method-assign]
     if way == "replay":
-        memory.free_bytes = lambda _device: 0
+        memory.WAITING_SHARE = 0.0  # of free memory for paused batches
     events: list[Event] = []
     processor = time.process_time()
     config = QuantizeConfig(
@@ -73,90 +67,94 @@ def quantize(model: str, output: str, way: str) -> dict[str, Any]:
         device="cpu",
     )
     result = quantize_checkpoint(model, Path(output), config, report=events.append)
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    processor = time.process_time() - processor
     return {
         "way": way,
         "seconds": sum(event.seconds for event in events if isinstance(event, BlockFinished)),
         "solver_seconds": sum(layer.seconds for layer in result.layers),
-        "cpu_seconds": time.process_time() - processor,
-        "executions": executions[0] / len(result.layers) / (WINDOWS // BATCH_SIZE),
-        "peak_resident_bytes": int(status["VmHWM"].split()[0]) * 1024,
+        "cpu_seconds": processor,
+        "executions": executions / len(result.layers) / (WINDOWS // BATCH_SIZE),
+        "peak_resident_bytes": peak_resident_bytes(),
         "sha256": hashlib.sha256((Path(output) / "model.safetensors").read_bytes()).hexdigest(),
     }
 
 
+def peak_resident_bytes() -> int:
+    """Return VmHWM of this process."""
+    status = Path("/proc/self/status").read_text()
+    peak = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(peak.split()[1]) * 1024
+
+
 def measure(runs: int, hidden: int, blocks: int) -> list[dict[str, Any]]:
-    """All runs, alternating; the first of each way is not counted."""
+    """Return the figures of all runs but the first of each way, which warms caches."""
     rows = []
     processes = multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1)
     with tempfile.TemporaryDirectory() as folder, processes:
-        processes.apply(make_model, (f"{folder}/model", hidden, blocks))
+        save_llama(Path(folder) / "model", hidden, blocks)
         for number in range(runs + 1):
             for way in WAYS:
-                row = processes.apply(
-                    quantize, (f"{folder}/model", f"{folder}/{way}-{number}", way)
-                )
-                rows += [row] if number else []
-                print(
-                    f"{way:9}  {row['seconds']:6.2f} s  {row['executions']:.2f} executions",
-                    flush=True,
-                )
+                arguments = (f"{folder}/model", f"{folder}/{way}-{number}", way)
+                row = processes.apply(quantize, arguments)
+                if number:
+                    rows.append(row)
+                figures = f"{row['seconds']:6.2f} s  {row['executions']:.2f} executions"
+                print(f"{way:9}  {figures}", flush=True)
     return rows
 
 
+def median_figures(rows: list[dict[str, Any]], way: str) -> dict[str, float]:
+    """Return the median of each figure over the runs of one way."""
+    of_way = [row for row in rows if row["way"] == way]
+    medians = {}
+    for figure in FIGURES:
+        medians[figure] = statistics.median(row[figure] for row in of_way)
+    return medians
+
+
+def ratios_of(replay: dict[str, float], lockstep: dict[str, float]) -> dict[str, float]:
+    """Return each figure of the replay over that of batches that pause."""
+    ratios = {figure: replay[figure] / lockstep[figure] for figure in FIGURES}
+    outside_replay = replay["seconds"] - replay["solver_seconds"]
+    outside_lockstep = lockstep["seconds"] - lockstep["solver_seconds"]
+    return ratios | {"without_solver": outside_replay / outside_lockstep}
+
+
+def print_figures(label: str, figures: dict[str, float]) -> None:
+    print(label, {name: round(figure, 2) for name, figure in figures.items()})
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--blocks", type=int, default=4)
-    parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
     rows = measure(arguments.runs, arguments.hidden, arguments.blocks)
-    keys = ("seconds", "solver_seconds", "cpu_seconds", "executions", "peak_resident_bytes")
-    medians = {
-        way: {key: statistics.median(r[key] for r in rows if r["way"] == way) for key in keys}
-        for way in WAYS
+    medians = {way: median_figures(rows, way) for way in WAYS}
+    ratios = ratios_of(medians["replay"], medians["lockstep"])
+    same_bytes = len({row["sha256"] for row in rows}) == 1
+    for way in WAYS:
+        print_figures(way, medians[way])
+    print_figures("replay / lockstep", ratios)
+    print("same bytes" if same_bytes else "BYTES DIFFER")
+    content = {
+        "command": " ".join(["python", *sys.argv]),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "hidden": arguments.hidden,
+        "blocks": arguments.blocks,
+        "windows": WINDOWS,
+        "seqlen": SEQLEN,
+        "batch_size": BATCH_SIZE,
+        "medians": medians,
+        "replay_over_lockstep": ratios,
+        "same_bytes": same_bytes,
+        "rows": rows,
     }
-    slow, fast = medians["replay"], medians["lockstep"]
-    outside = [way["seconds"] - way["solver_seconds"] for way in (slow, fast)]
-    ratios = {key: slow[key] / fast[key] for key in keys} | {
-        "without_solver": outside[0] / outside[1]
-    }
-    same = len({row["sha256"] for row in rows}) == 1
-    for way, median in medians.items():
-        print(way, {key: round(value, 2) for key, value in median.items()})
-    print(
-        {key: round(value, 2) for key, value in ratios.items()},
-        "same bytes" if same else "BYTES DIFFER",
-    )
-    if arguments.json:
-        machine = {
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-            "machine": platform.machine(),
-        }
-        shape = {
-            "hidden": arguments.hidden,
-            "blocks": arguments.blocks,
-            "windows": WINDOWS,
-            "seqlen": SEQLEN,
-        }
-        content = {
-            "command": " ".join(["python", *sys.argv]),
-            **machine,
-            **shape,
-            "batch_size": BATCH_SIZE,
-        }
-        content |= {
-            "medians": medians,
-            "replay_over_lockstep": ratios,
-            "same_bytes": same,
-            "rows": rows,
-        }
-        arguments.json.write_text(json.dumps(content, indent=2) + "\n")
-    return int(not same)
+    write_json(arguments.json, content)
+    return int(not same_bytes)
 
 
 if __name__ == "__main__":

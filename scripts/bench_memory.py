@@ -1,69 +1,64 @@
 #!/usr/bin/env python3
-"""Host memory against depth: quantizes two models of one width and 8 and 32 blocks, and compares their peaks.
+"""Measure the peak host memory of `gptq quantize` on the CPU, in one of three comparisons.
 
-What counts is private resident memory (RssAnon of the process, sampled every 10 ms): pages of mapped files belong to
-the page cache. The larger model is about 440 MB of float32 weights, so holding it would show.
+    python scripts/bench_memory.py [depth | experts | plan] [--sizes FEW MANY] [--json FILE]
 
-    python scripts/bench_memory.py [--blocks 8 32] [--json FILE]
+depth    two Llamas of one width, with 8 and 32 blocks. The larger one has 440 MB of float32
+         weights, so that a run that held them all would show.
+experts  two mixtures, with 8 and 64 experts in each block. A block of the larger one has 151 MB of
+         float32 weights; the Hessians of all its experts would take 168 MB, those of one 2.6 MB.
+plan     the estimate of `gptq plan` beside the measured peak, for six models and samples. The exit
+         code is 1 if an estimate is off by more than 25 %.
+
+Memory is private resident memory (RssAnon of the process, sampled every 10 ms), because pages of
+mapped files belong to the page cache. Prints a line for each run, then what the comparison shows.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-SHAPE = {
-    "hidden_size": 512,
-    "intermediate_size": 1536,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-}
+from common import ROOT, benchmark_parser, save_random_model, write_json
 
-
-def save_random_model(
-    directory: Path, family: str, *, dtype: str = "float32", **shape: object
-) -> None:
-    """As `tests.families.save_model`, in a process of its own, so that it leaves nothing in this one."""
-    code = f"""
-import torch
-from pathlib import Path
-from tests.families import save_model
-save_model(Path({str(directory)!r}), {family!r}, dtype=torch.{dtype}, **{shape!r})
-"""
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+HEADS: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 8}
+SIZES = {"depth": (8, 32), "experts": (8, 64)}
+HIDDEN, EXPERT_INTERMEDIATE = 768, 256
+TOLERANCE = 0.25
+CASES: list[dict[str, Any]] = [
+    {"hidden": 256, "width": 768, "dtype": "float32", "samples": 8, "seqlen": 128},
+    {"hidden": 512, "width": 1536, "dtype": "float32", "samples": 8, "seqlen": 128},
+    {"hidden": 1024, "width": 4096, "dtype": "float32", "samples": 8, "seqlen": 128},
+    {"hidden": 512, "width": 1536, "dtype": "float32", "samples": 64, "seqlen": 512},
+    {"hidden": 1024, "width": 2816, "dtype": "bfloat16", "samples": 32, "seqlen": 512},
+    {"hidden": 1024, "width": 4096, "dtype": "bfloat16", "samples": 8, "seqlen": 128},
+]
+CASES[-1]["no_sequential"] = True
 
 
-def private_bytes(pid: int) -> int:
-    """RssAnon of a running process, 0 once it has ended."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)
+# ---------------------------------------------------------------- one run
 
 
-def quantize_and_watch(model: Path, output: Path, words: list[str]) -> tuple[int, float]:
-    """Peak private memory in bytes and wall time in seconds of one `gptq quantize` with the flags `words`."""
-    command = [
-        sys.executable,
-        "-m",
-        "gptq_cli",
-        "quantize",
-        str(model),
-        "-o",
-        str(output),
-        "--quiet",
-        *words,
-    ]
-    started, peak = time.perf_counter(), 0
-    process = subprocess.Popen([*command, "--device", "cpu"], cwd=ROOT, stdout=subprocess.DEVNULL)
+def flags(folder: Path, *, windows: int = 8, seqlen: int = 128, repeats: int = 400) -> list[str]:
+    """Return the flags of a short run at 4 bits on a text that is written to `folder`."""
+    text = folder / "text.txt"
+    text.write_text("some words to calibrate on, more or less different each time " * repeats)
+    sample = ["--nsamples", str(windows), "--seqlen", str(seqlen), "--batch-size", "4"]
+    return ["--bits", "4", "--dataset", str(text), *sample]
+
+
+def peak_and_seconds(model: Path, output: Path, options: list[str]) -> tuple[int, float]:
+    """Return the peak private memory in bytes and the wall time of one `gptq quantize`."""
+    command = [sys.executable, "-m", "gptq_cli", "quantize", str(model), "-o", str(output)]
+    command += ["--quiet", "--device", "cpu", *options]
+    started = time.perf_counter()
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    peak = 0
     while process.poll() is None:
         peak = max(peak, private_bytes(process.pid))
         time.sleep(0.01)
@@ -72,58 +67,129 @@ def quantize_and_watch(model: Path, output: Path, words: list[str]) -> tuple[int
     return peak, time.perf_counter() - started
 
 
-def flags(folder: Path, *, windows: int = 8, seqlen: int = 128, repeats: int = 400) -> list[str]:
-    """Those of a short run at 4 bits, on a text in `folder` that is made here."""
-    text = folder / "text.txt"
-    text.write_text("some words to calibrate on, more or less different each time " * repeats)
-    words = [
-        "--bits",
-        "4",
-        "--dataset",
-        str(text),
-        "--nsamples",
-        str(windows),
-        "--seqlen",
-        str(seqlen),
-    ]
-    return [*words, "--batch-size", "4"]
+def private_bytes(pid: int) -> int:
+    """Return RssAnon of a running process, or 0 if it has ended."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    for line in status.splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    return 0
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--blocks", type=int, nargs=2, default=[8, 32])
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    arguments = parser.parse_args()
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        words = flags(Path(folder))
-        for n_blocks in arguments.blocks:
-            model = Path(folder) / f"model-{n_blocks}"
-            save_random_model(
-                model, "llama", num_hidden_layers=n_blocks, max_shard_size="200MB", **SHAPE
-            )
-            weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
-            peak, seconds = quantize_and_watch(model, Path(folder) / f"out-{n_blocks}", words)
-            rows.append(
-                {
-                    "blocks": n_blocks,
-                    "weights_bytes": weights,
-                    "peak_bytes": peak,
-                    "seconds": seconds,
-                }
-            )
-            print(
-                f"{n_blocks:3d} blocks  weights {weights / 1e6:6.0f} MB  peak {peak / 1e6:6.0f} MB  {seconds:5.1f} s"
-            )
+# ---------------------------------------------------------------- comparisons
+
+
+def compare_depths(folder: Path, sizes: list[int]) -> dict[str, Any]:
+    """Quantize a Llama with each number of blocks; the ratio is that of the two peaks."""
+    rows: list[dict[str, Any]] = []
+    options = flags(folder)
+    shape = {"hidden_size": 512, "intermediate_size": 1536, "head_dim": 64, **HEADS}
+    for n_blocks in sizes:
+        model = folder / f"model-{n_blocks}"
+        shape["num_hidden_layers"] = n_blocks
+        save_random_model(model, "llama", max_shard_size="200MB", **shape)
+        weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+        peak, seconds = peak_and_seconds(model, folder / f"out-{n_blocks}", options)
+        row = {"blocks": n_blocks, "weights_bytes": weights, "peak_bytes": peak}
+        rows.append({**row, "seconds": seconds})
+        print_row(rows[-1])
     ratio = rows[1]["peak_bytes"] / rows[0]["peak_bytes"]
-    print(
-        f"peak grows by a factor of {ratio:.3f} from {rows[0]['blocks']} to {rows[1]['blocks']} blocks"
-    )
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"rows": rows, "ratio": ratio}, indent=2) + "\n")
+    print(f"peak grows by a factor of {ratio:.3f} from {sizes[0]} to {sizes[1]} blocks")
+    return {"rows": rows, "ratio": ratio}
+
+
+def compare_experts(folder: Path, sizes: list[int]) -> dict[str, Any]:
+    """Quantize a mixture with each number of experts; growth is relative to the weights added."""
+    rows: list[dict[str, Any]] = []
+    options = [*flags(folder), "--preset", "gptq", "--moe-uncovered", "rtn"]
+    shape = {"hidden_size": HIDDEN, "moe_intermediate_size": EXPERT_INTERMEDIATE, **HEADS}
+    for n_experts in sizes:
+        model = folder / f"model-{n_experts}"
+        save_random_model(model, "qwen3_moe", num_experts=n_experts, head_dim=64, **shape)
+        peak, seconds = peak_and_seconds(model, folder / f"out-{n_experts}", options)
+        hessians = HIDDEN**2 + EXPERT_INTERMEDIATE**2
+        row = {
+            "experts": n_experts,
+            "block_experts_bytes": n_experts * 3 * HIDDEN * EXPERT_INTERMEDIATE * 4,
+            "all_hessians_bytes": n_experts * hessians * 4,
+        }
+        rows.append({**row, "peak_bytes": peak, "seconds": seconds})
+        print_row(rows[-1])
+    few, many = rows
+    grown = many["peak_bytes"] - few["peak_bytes"]
+    share = grown / (many["block_experts_bytes"] - few["block_experts_bytes"])
+    print(f"peak grows by {grown / 1e6:.0f} MB, {share:.2f} times the weights that a block gains")
+    return {"rows": rows, "growth_by_weights": share}
+
+
+def compare_plans(folder: Path) -> dict[str, Any]:
+    """Measure each case beside the peak that `gptq plan` estimates for it."""
+    rows = []
+    for number, case in enumerate(CASES):
+        own = folder / str(number)
+        own.mkdir()
+        save_random_model(own / "model", "llama", **shape_of(case))
+        options = flags(own, windows=case["samples"], seqlen=case["seqlen"], repeats=4000)
+        if case.get("no_sequential"):
+            options.append("--no-true-sequential")
+        estimated = estimated_peak(own / "model", options)
+        measured, _ = peak_and_seconds(own / "model", own / "out", options)
+        row = {**case, "estimated_bytes": estimated, "measured_bytes": measured}
+        rows.append({**row, "ratio": estimated / measured})
+        print_row(rows[-1])
+    return {"tolerance": TOLERANCE, "rows": rows}
+
+
+def shape_of(case: dict[str, Any]) -> dict[str, Any]:
+    """Return the shape of a Llama of three blocks."""
+    hidden = case["hidden"]
+    shape = {"hidden_size": hidden, "intermediate_size": case["width"], "head_dim": hidden // 8}
+    shape |= {"num_hidden_layers": 3, "max_position_embeddings": 2048, "dtype": case["dtype"]}
+    return shape | HEADS
+
+
+def estimated_peak(model: Path, options: list[str]) -> int:
+    """Return the peak in bytes that `gptq plan` estimates for the CPU."""
+    command = [sys.executable, "-m", "gptq_cli", "plan", str(model), *options, "--json"]
+    plan = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    peak: int = json.loads(plan.stdout)["memory"]["cpu"]["peak_bytes"]
+    return peak
+
+
+def print_row(row: dict[str, Any]) -> None:
+    """Print one run; bytes are in MB."""
+    words = []
+    for key, value in row.items():
+        if key.endswith("_bytes"):
+            words.append(f"{key.removesuffix('_bytes')} {value / 1e6:.0f} MB")
+        elif isinstance(value, float):
+            words.append(f"{key} {value:.2f}")
+        else:
+            words.append(f"{key} {value}")
+    print("  ".join(words), flush=True)
+
+
+def main() -> int:
+    parser = benchmark_parser(__doc__)
+    comparisons = ["depth", "experts", "plan"]
+    parser.add_argument("comparison", nargs="?", choices=comparisons, default="depth")
+    parser.add_argument("--sizes", type=int, nargs=2, help="numbers of blocks or of experts")
+    arguments = parser.parse_args()
+    kind = arguments.comparison
+    with tempfile.TemporaryDirectory() as folder:
+        if kind == "plan":
+            found = compare_plans(Path(folder))
+        else:
+            compare = compare_depths if kind == "depth" else compare_experts
+            found = compare(Path(folder), arguments.sizes or SIZES[kind])
+    write_json(arguments.json, found)
+    if kind == "plan":
+        return int(any(abs(row["ratio"] - 1) > TOLERANCE for row in found["rows"]))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Whole quantization runs side by side, each in a process of its own: this tool, GPTQModel, llm-compressor, auto-round.
+"""Compare whole runs of gptq_cli, GPTQModel, llm-compressor and auto-round, taking turns.
 
-    python scripts/bench_peers.py --gptqmodel PYTHON --llmcompressor PYTHON --autoround PYTHON [--runs 3] [--json FILE]
-    python scripts/bench_peers.py ... --model DIR --calibration FILE --evaluation FILE --bits 4 --group-size 64
+    python scripts/bench_peers.py --gptqmodel PYTHON --llmcompressor PYTHON --autoround PYTHON
+    python scripts/bench_peers.py ... --model DIR --calibration FILE --evaluation FILE --bits 3
 
-The tools take turns. All calibrate on the same token windows. Without --model a random Llama (4 blocks, hidden 1024) is
-timed; with --model and --evaluation the outputs are also compared with the original by one reader, `gptq eval-ppl` in
-float32. Wall and CPU seconds and the peak resident size are those of the whole process, start-up included.
+Each run is a process of its own, and all calibrate on the same token windows. Without --model a
+random Llama (4 blocks, hidden 1024) is timed; with --model and --evaluation the outputs are also
+compared with the original by one reader, `gptq eval-ppl` in float32. Prints the medians of wall and
+processor seconds and of the peak resident size of whole processes, start-up included, and the KL.
 """
 
 from __future__ import annotations
@@ -24,76 +25,76 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-RANDOM_MODEL = """
-from pathlib import Path
-import torch
-from tests.families import save_model
-shape = dict(hidden_size=1024, intermediate_size=2816, num_hidden_layers=4, num_attention_heads=16, head_dim=64)
-save_model(Path({directory!r}), dtype=torch.bfloat16, num_key_value_heads=8, max_position_embeddings=2048, **shape)
-"""
-WORDS = "the model reads some words and then some other words, 1 2 3 or 4 of them; it does not mind which. "
+from common import ROOT, benchmark_parser, save_random_model, write_json
+
+SHAPE: dict[str, Any] = {
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "max_position_embeddings": 2048,
+}
+WORDS = (
+    "the model reads some words and then some other words, 1 2 3 or 4 of them; "
+    "it does not mind which. "
+)
+PEERS = {"gptqmodel": "gptqmodel", "llmcompressor": "llmcompressor", "autoround": "auto-round"}
 
 
 @dataclass(frozen=True)
 class Tool:
-    """`command` quantizes into the directory that replaces OUT."""
+    """A tool with the command by which it quantizes into the directory that replaces OUT."""
 
     name: str
     command: list[str]
 
+    def output(self, work: Path) -> Path:
+        return work / self.name.replace(" ", "-")
 
-def run(tool: Tool, output: Path, log: Path) -> dict[str, float]:
-    """Wall seconds, CPU seconds and peak resident bytes of one run; SystemExit with the log when it fails."""
-    shutil.rmtree(output, ignore_errors=True)
-    command = [str(output) if word == "OUT" else word for word in tool.command]
-    with log.open("w") as stream:
-        started = time.perf_counter()
-        process = subprocess.Popen(
-            command, cwd=log.parent, stdout=stream, stderr=stream
-        )  # some leave logs
-        _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"{tool.name} failed:\n{log.read_text()[-3000:]}")
-    cpu = usage.ru_utime + usage.ru_stime
-    return {
-        "wall_s": time.perf_counter() - started,
-        "cpu_s": cpu,
-        "peak_bytes": usage.ru_maxrss * 1024,
-    }
+    def run(self, work: Path) -> dict[str, float]:
+        """Return wall seconds, CPU seconds and peak resident bytes of one run.
+
+        Exit with the end of the log if the run fails.
+        """
+        output, log = self.output(work), work / "log"
+        shutil.rmtree(output, ignore_errors=True)
+        command = [str(output) if word == "OUT" else word for word in self.command]
+        with log.open("w") as stream:
+            started = time.perf_counter()
+            # in `work`, because some tools write logs to the current directory
+            process = subprocess.Popen(command, cwd=work, stdout=stream, stderr=stream)
+            _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            raise SystemExit(f"{self.name} failed:\n{log.read_text()[-3000:]}")
+        return {
+            "wall_s": time.perf_counter() - started,
+            "cpu_s": usage.ru_utime + usage.ru_stime,
+            "peak_bytes": usage.ru_maxrss * 1024,
+        }
 
 
 def tools(arguments: argparse.Namespace, model: Path, text: Path, ids: Path) -> list[Tool]:
+    """Return gptq_cli with each preset, then the peers that the arguments name."""
     bits, group_size = str(arguments.bits), str(arguments.group_size)
-    ours = [
-        sys.executable,
-        "-m",
-        "gptq_cli",
-        "quantize",
-        str(model),
-        "-o",
-        "OUT",
-        "--quiet",
-        "--device",
-        "cpu",
-    ]
-    ours += ["--bits", bits, "--group-size", group_size, "--dataset", str(text)]
+    ours = [sys.executable, "-m", "gptq_cli", "quantize", str(model), "-o", "OUT", "--quiet"]
+    ours += ["--device", "cpu", "--bits", bits, "--group-size", group_size, "--dataset", str(text)]
     ours += ["--nsamples", str(arguments.nsamples), "--seqlen", str(arguments.seqlen)]
-    found = [
-        Tool(f"gptq_cli {preset}", [*ours, "--preset", preset]) for preset in arguments.presets
-    ]
-    for name in ("gptqmodel", "llmcompressor", "autoround"):
-        if python := getattr(arguments, name):
+    found = []
+    for preset in arguments.presets:
+        found.append(Tool(f"gptq_cli {preset}", [*ours, "--preset", preset]))
+    for name in PEERS:
+        python = getattr(arguments, name)
+        if python:
             runner = ROOT / "scripts" / "peers" / f"run_{name}.py"
-            found.append(
-                Tool(name, [python, str(runner), str(model), "OUT", str(ids), bits, group_size])
-            )
+            words = [python, str(runner), str(model), "OUT", str(ids), bits, group_size]
+            found.append(Tool(name, words))
     return found
 
 
 def windows(arguments: argparse.Namespace, model: Path, text: Path) -> list[list[int]]:
-    """The calibration windows that `gptq quantize` draws from `text`."""
+    """Return the calibration windows that `gptq quantize` draws from `text`."""
     from gptq_cli.calibration.corpus import DatasetSource, load_documents
     from gptq_cli.calibration.windows import calibration_windows, load_encoder
 
@@ -112,6 +113,7 @@ def windows(arguments: argparse.Namespace, model: Path, text: Path) -> list[list
 
 
 def quality(output: Path, model: Path, text: Path, seqlen: int) -> dict[str, float | None]:
+    """Return the distance of an output from the original model on `text`."""
     from gptq_cli.evaluation.perplexity import evaluate_perplexity
     from gptq_cli.evaluation.request import EvalRequest
 
@@ -126,60 +128,49 @@ def quality(output: Path, model: Path, text: Path, seqlen: int) -> dict[str, flo
     }
 
 
-def main() -> None:
-    arguments = parse()
-    report: dict[str, Any] = {
-        "arguments": {k: str(v) for k, v in vars(arguments).items() if "python" not in str(v)}
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        model, text, ids = (
-            arguments.model or work / "model",
-            arguments.calibration or work / "text.txt",
-            work / "ids.json",
-        )
-        if arguments.model is None:
-            subprocess.run(
-                [sys.executable, "-c", RANDOM_MODEL.format(directory=str(model))],
-                cwd=ROOT,
-                check=True,
-            )
-            text.write_text(WORDS * 4000)
-        ids.write_text(json.dumps(windows(arguments, model, text)))
-        competitors = tools(arguments, model, text, ids)
-        runs: dict[str, list[dict[str, float]]] = {tool.name: [] for tool in competitors}
-        for _ in range(arguments.runs):
-            for tool in competitors:
-                runs[tool.name].append(run(tool, work / tool.name.replace(" ", "-"), work / "log"))
-        report["runs"] = runs
-        if arguments.evaluation:
-            report["quality"] = {
-                tool.name: quality(
-                    work / tool.name.replace(" ", "-"),
-                    model,
-                    arguments.evaluation,
-                    arguments.seqlen,
-                )
-                for tool in competitors
-            }
-    show(report)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """Run the tools in turn; return all figures of all runs, and the quality if asked for."""
+    # absolute, because the tools run in `work`
+    model = (arguments.model or work / "model").resolve()
+    text = (arguments.calibration or work / "text.txt").resolve()
+    if arguments.model is None:
+        save_random_model(model, "llama", dtype="bfloat16", **SHAPE)
+        text.write_text(WORDS * 4000)
+    ids = work / "ids.json"
+    ids.write_text(json.dumps(windows(arguments, model, text)))
+    competitors = tools(arguments, model, text, ids)
+    runs: dict[str, list[dict[str, float]]] = {tool.name: [] for tool in competitors}
+    for _ in range(arguments.runs):
+        for tool in competitors:
+            runs[tool.name].append(tool.run(work))
+    found: dict[str, Any] = {"runs": runs}
+    if arguments.evaluation:
+        found["quality"] = {}
+        for tool in competitors:
+            judged = quality(tool.output(work), model, arguments.evaluation, arguments.seqlen)
+            found["quality"][tool.name] = judged
+    return found
+
+
+def print_medians(report: dict[str, Any]) -> None:
+    """Print a row for each tool."""
+    heads = f"{'wall s':>8s} {'cpu s':>8s} {'peak MB':>8s} {'KL':>10s}"
+    print(f"{'':22s} {heads}   medians of {report['arguments']['runs']}")
+    for name, rows in report["runs"].items():
+        wall = statistics.median(row["wall_s"] for row in rows)
+        cpu = statistics.median(row["cpu_s"] for row in rows)
+        peak = statistics.median(row["peak_bytes"] for row in rows)
+        kl = ""
+        if "quality" in report:
+            kl = f"{report['quality'][name]['kl']:10.5f}"
+        print(f"{name:22s} {wall:8.1f} {cpu:8.1f} {peak / 1e6:8.0f} {kl:>10s}")
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--gptqmodel", metavar="PYTHON", help="python of an environment with gptqmodel"
-    )
-    parser.add_argument(
-        "--llmcompressor", metavar="PYTHON", help="python of an environment with llmcompressor"
-    )
-    parser.add_argument(
-        "--autoround", metavar="PYTHON", help="python of an environment with auto-round"
-    )
+    parser = benchmark_parser(__doc__)
+    for name, package in PEERS.items():
+        words = f"python of an environment with {package}"
+        parser.add_argument(f"--{name}", metavar="PYTHON", help=words)
     parser.add_argument("--presets", nargs="+", default=["gptq"])
     parser.add_argument("--model", type=Path)
     parser.add_argument("--calibration", type=Path, help="text file")
@@ -189,22 +180,19 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--nsamples", type=int, default=64)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
 
-def show(report: dict[str, Any]) -> None:
-    print(
-        f"{'':22s} {'wall s':>8s} {'cpu s':>8s} {'peak MB':>8s} {'KL':>10s}   medians of {report['arguments']['runs']}"
-    )
-    for name, rows in report["runs"].items():
-        wall, cpu, peak = (
-            statistics.median(row[key] for row in rows) for key in ("wall_s", "cpu_s", "peak_bytes")
-        )
-        kl = report.get("quality", {}).get(name, {}).get("kl")
-        print(
-            f"{name:22s} {wall:8.1f} {cpu:8.1f} {peak / 1e6:8.0f} {'' if kl is None else format(kl, '10.5f'):>10s}"
-        )
+def main() -> None:
+    arguments = parse()
+    written = {}
+    for name, value in vars(arguments).items():
+        if "python" not in str(value):  # paths of environments mean nothing elsewhere
+            written[name] = str(value)
+    with tempfile.TemporaryDirectory() as folder:
+        report = {"arguments": written, **measure(arguments, Path(folder))}
+    print_medians(report)
+    write_json(arguments.json, report)
 
 
 if __name__ == "__main__":

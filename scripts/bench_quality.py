@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Quality by setting: quantizes a model in several ways and measures each against the original on held-out text.
+"""Measure the quality of settings: quantize a model with each, compare it with the original.
 
     python scripts/bench_quality.py MODEL --calibration FILE --evaluation FILE
         [--bits 4 3 2] [--group-size 64 128] [--settings gptq balanced ...] [--json FILE]
 
-KL is the mean over tokens of KL(original || quantized) in nats; `ratio` is KL over that of preset gptq at the same bits
-and group size, the published algorithm.
+Prints one JSON object for each run, then tables in Markdown. KL is the mean over held-out tokens of
+KL(original || quantized) in nats; `ratio` is KL over that of preset gptq, the published algorithm,
+at the same bits and group size.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from unittest.mock import patch
 
 import torch
 import transformers
+from common import benchmark_parser, write_json
 
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import __version__
@@ -56,47 +58,30 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--calibration", type=Path, required=True)
-    parser.add_argument("--evaluation", type=Path, required=True)
-    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
-    parser.add_argument("--group-size", type=int, nargs="+", default=[64, 128])
-    parser.add_argument(
-        "--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="NAME"
-    )
-    parser.add_argument("--nsamples", type=int, default=64)
-    parser.add_argument("--seqlen", type=int, default=256)
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    arguments = parser.parse_args()
-    rows = [
-        measure(arguments, name, bits, group_size)
-        for bits in arguments.bits
-        for group_size in arguments.group_size
-        for name in arguments.settings
-    ]
-    for row in rows:
-        print_row(row, rows)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(described(arguments, rows), indent=1) + "\n")
-
-
 def measure(arguments: argparse.Namespace, name: str, bits: int, group_size: int) -> dict[str, Any]:
-    """Quantize and evaluate once."""
+    """Quantize and evaluate once with the setting `name`."""
     config = QuantizeConfig(
-        bits=bits, group_size=group_size, dataset=str(arguments.calibration), nsamples=arguments.nsamples,
-        seqlen=arguments.seqlen, device="cpu", dtype="float32", **SETTINGS[name],
-    )  # fmt: skip
+        bits=bits,
+        group_size=group_size,
+        dataset=str(arguments.calibration),
+        nsamples=arguments.nsamples,
+        seqlen=arguments.seqlen,
+        device="cpu",
+        dtype="float32",
+        **SETTINGS[name],
+    )
     request = EvalRequest(
-        dataset=str(arguments.evaluation), seqlen=arguments.seqlen, batch_size=16, device="cpu", dtype="float32",
+        dataset=str(arguments.evaluation),
+        seqlen=arguments.seqlen,
+        batch_size=16,
+        device="cpu",
+        dtype="float32",
         baseline=str(arguments.model),
-    )  # fmt: skip
+    )
+    solver = only_rounding() if name == "rtn" else nullcontext()
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "quantized"
-        with only_rounding() if name == "rtn" else nullcontext():
+        with solver:
             done = quantize_checkpoint(str(arguments.model), output, config)
         found = evaluate_perplexity(str(output), request)
     errors = [layer.relative_error for layer in done.layers]
@@ -106,9 +91,8 @@ def measure(arguments: argparse.Namespace, name: str, bits: int, group_size: int
         "setting": name,
         "kl": found.kl,
         "top1": found.top1_agreement,
-    }
-    row |= {"perplexity": found.perplexity, "original_perplexity": found.baseline_perplexity}
-    row |= {
+        "perplexity": found.perplexity,
+        "original_perplexity": found.baseline_perplexity,
         "layer_error": sum(errors) / len(errors),
         "seconds": done.seconds,
         "bits_per_weight": done.bits_per_weight,
@@ -118,7 +102,7 @@ def measure(arguments: argparse.Namespace, name: str, bits: int, group_size: int
 
 
 def only_rounding() -> AbstractContextManager[object]:
-    """Runs in this context round every layer to nearest where they would solve it."""
+    """Return a context in which runs round every layer to nearest and solve none."""
 
     def solve(weight: Any, hessian: Any, prepared: Any, config: Any) -> Solution:
         nearest = round_to_nearest(weight, config, prepared.order.group_of_column)
@@ -131,44 +115,63 @@ def only_rounding() -> AbstractContextManager[object]:
     return patch("gptq_cli.quantization.layers.solve_together", solve_together)
 
 
-def print_row(row: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """A line of a table in Markdown."""
-    same = [
-        other
-        for other in rows
-        if (other["bits"], other["group_size"]) == (row["bits"], row["group_size"])
-    ]
-    if row is same[0]:
-        print(
-            f"\n{row['bits']} bits, group {row['group_size']}; original perplexity {row['original_perplexity']:.3f}\n"
-        )
-        print(
-            "| setting | KL x 1000 | ratio | top-1 | perplexity | layer error | s |\n|---|---|---|---|---|---|---|"
-        )
-    published = next((other["kl"] for other in same if other["setting"] == "gptq"), float("nan"))
-    figures = f"{1000 * row['kl']:.2f} | {row['kl'] / published:.3f} | {row['top1']:.2%} | {row['perplexity']:.3f}"
-    print(f"| {row['setting']} | {figures} | {row['layer_error']:.2e} | {row['seconds']:.1f} |")
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Print the rows of one bit width and group size as Markdown."""
+    first = rows[0]
+    original = f"original perplexity {first['original_perplexity']:.3f}"
+    print(f"\n{first['bits']} bits, group {first['group_size']}; {original}\n")
+    print("| setting | KL x 1000 | ratio | top-1 | perplexity | layer error | s |")
+    print("|---|---|---|---|---|---|---|")
+    published = float("nan")
+    for row in rows:
+        if row["setting"] == "gptq":
+            published = row["kl"]
+    for row in rows:
+        distance = f"{1000 * row['kl']:.2f} | {row['kl'] / published:.3f} | {row['top1']:.2%}"
+        errors = f"{row['perplexity']:.3f} | {row['layer_error']:.2e}"
+        print(f"| {row['setting']} | {distance} | {errors} | {row['seconds']:.1f} |")
 
 
-def described(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The rows with what they were measured with."""
-    versions = {
+def conditions(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the inputs and versions of a run."""
+    return {
+        "model": arguments.model.name,
+        "nsamples": arguments.nsamples,
+        "seqlen": arguments.seqlen,
+        "calibration": arguments.calibration.name,
+        "evaluation": arguments.evaluation.name,
+        "python": platform.python_version(),
         "gptq_cli": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    run = {
-        "model": arguments.model.name,
-        "nsamples": arguments.nsamples,
-        "seqlen": arguments.seqlen,
+
+
+def main() -> None:
+    parser = benchmark_parser(__doc__)
+    names = list(SETTINGS)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument("--evaluation", type=Path, required=True)
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
+    parser.add_argument("--group-size", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--settings", nargs="+", choices=names, default=names, metavar="NAME")
+    parser.add_argument("--nsamples", type=int, default=64)
+    parser.add_argument("--seqlen", type=int, default=256)
+    arguments = parser.parse_args()
+    tables = []
+    for bits in arguments.bits:
+        for group_size in arguments.group_size:
+            rows = [measure(arguments, name, bits, group_size) for name in arguments.settings]
+            tables.append(rows)
+    for rows in tables:
+        print_table(rows)
+    content = {
+        "run": conditions(arguments),
+        "settings": {name: SETTINGS[name] for name in arguments.settings},
+        "rows": [row for rows in tables for row in rows],
     }
-    run |= {"calibration": arguments.calibration.name, "evaluation": arguments.evaluation.name}
-    settings = {name: SETTINGS[name] for name in arguments.settings}
-    return {
-        "run": run | {"python": platform.python_version(), **versions},
-        "settings": settings,
-        "rows": rows,
-    }
+    write_json(arguments.json, content)
 
 
 if __name__ == "__main__":

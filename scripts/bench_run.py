@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""One `quantize` of a random model of a known shape: seconds, peak memory of device and host, written after each block.
+"""Measure one `quantize` of a random model of a known shape: seconds, peaks of device and host.
 
-Reads, quantizes and writes as `gptq quantize` does; making the model is not counted. With fewer blocks than the shape
-has, `scaled_seconds` are those of a run with all of them: what does not belong to a block, plus blocks times the
-median of a block.
+    python scripts/bench_run.py --shape llama-3-8b --json FILE [--blocks 8] [--preset best]
 
-    python scripts/bench_run.py --shape llama-3-8b --json FILE [--blocks 8] [--preset best] [--cap-gb 8]
+Reads, quantizes and writes as `gptq quantize` does; making the model is not counted. With fewer
+blocks than the shape has, `scaled_seconds` are those of a run with all of them: the time outside
+blocks, plus the number of blocks times the median of a block. Prints a line for each block, then
+all figures as JSON; the file is written after each block.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ import statistics
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from shapes import SHAPES, write_random_model
+from common import argument_parser, write_json
+from shapes import SHAPES, Shape, write_random_model
 
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.events import BlockFinished, Event, Warned
@@ -34,7 +35,7 @@ from tests.families import texts
 
 
 class Watch:
-    """Writes the figures so far after every block, so that a run that is cut short leaves them."""
+    """The figures of a run, written after every block, so that a run that is cut short has some."""
 
     def __init__(self, file: Path, figures: dict[str, Any]) -> None:
         self.file, self.figures = file, figures
@@ -45,69 +46,94 @@ class Watch:
             self.figures["warnings"].append(f"{event.code}: {event.message}")
         if isinstance(event, BlockFinished):
             self.figures["block_seconds"].append(event.seconds)
-            print(
-                f"block {event.index}: {event.seconds:.2f} s, host {event.host_bytes / 1e9:.1f} GB",
-                flush=True,
-            )
+            host = f"host {event.host_bytes / 1e9:.1f} GB"
+            print(f"block {event.index}: {event.seconds:.2f} s, {host}", flush=True)
             self.save()
 
     def save(self, **more: Any) -> None:
-        cuda = torch.cuda.is_available()
+        """Add `more` and the peaks of memory, and write the file."""
+        allocated = reserved = 0
+        if torch.cuda.is_available():
+            allocated = torch.cuda.max_memory_allocated()
+            reserved = torch.cuda.max_memory_reserved()
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         self.figures |= {
-            "peak_device_bytes": torch.cuda.max_memory_allocated() if cuda else 0,
-            "peak_device_reserved_bytes": torch.cuda.max_memory_reserved() if cuda else 0,
-            "peak_host_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        } | more
-        self.file.write_text(json.dumps(self.figures, indent=2) + "\n")
+            "peak_device_bytes": allocated,
+            "peak_device_reserved_bytes": reserved,
+            "peak_host_resident_bytes": resident,
+            **more,
+        }
+        write_json(self.file, self.figures)
 
 
 def settings(arguments: argparse.Namespace) -> QuantizeConfig:
-    """128 windows of 2048 tokens unless told otherwise; every byte of the text is a token."""
+    """Return the configuration; the text is long enough, as every byte of it is a token."""
     size = arguments.nsamples * arguments.seqlen
     fields: dict[str, Any] = {
-        "bits": 4, "group_size": arguments.group_size, "preset": arguments.preset, "device": arguments.device,
-        "dataset": texts(2 * size), "nsamples": arguments.nsamples, "seqlen": arguments.seqlen,
-        "batch_size": arguments.batch_size, "moe_uncovered": "rtn",
-    }  # fmt: skip
+        "bits": 4,
+        "group_size": arguments.group_size,
+        "preset": arguments.preset,
+        "device": arguments.device,
+        "dataset": texts(2 * size),
+        "nsamples": arguments.nsamples,
+        "seqlen": arguments.seqlen,
+        "batch_size": arguments.batch_size,
+        "moe_uncovered": "rtn",
+    }
     if arguments.cap_gb:
         fields["max_vram"] = f"{arguments.cap_gb}GB"
     return QuantizeConfig(**fields)
 
 
-def run(arguments: argparse.Namespace, folder: Path, watch: Watch) -> None:
-    """Make the model, quantize it, and keep what there is to know."""
-    shape = SHAPES[arguments.shape]
-    blocks = arguments.blocks or shape.blocks
+def make_model(folder: Path, shape: Shape, blocks: int) -> dict[str, Any]:
+    """Write a random model; return its figures.
+
+    A process of its own makes it, so that its memory does not count as the run's.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     started = time.perf_counter()
-    maker = "cuda" if torch.cuda.is_available() else "cpu"
-    with multiprocessing.get_context("spawn").Pool(
-        1
-    ) as process:  # what it takes is not counted here
-        bytes_before = process.apply(write_random_model, (folder / "model", shape, blocks, maker))
-    made = time.perf_counter() - started
-    watch.save(
-        blocks=blocks, of_blocks=shape.blocks, bytes_before=bytes_before, seconds_to_make_it=made
-    )
-    if torch.cuda.is_available() and arguments.cap_gb:
-        torch.cuda.set_per_process_memory_fraction(
-            arguments.cap_gb * 1e9 / torch.cuda.mem_get_info()[1]
-        )
+    with multiprocessing.get_context("spawn").Pool(1) as process:
+        bytes_before = process.apply(write_random_model, (folder, shape, blocks, device))
+    return {
+        "blocks": blocks,
+        "of_blocks": shape.blocks,
+        "bytes_before": bytes_before,
+        "seconds_to_make_it": time.perf_counter() - started,
+    }
+
+
+def profiled(file: Path, call: Any) -> Any:
+    """Return the result of `call` and write a table of its longest operations."""
     activities = [torch.profiler.ProfilerActivity.CPU]
-    activities += [torch.profiler.ProfilerActivity.CUDA] if torch.cuda.is_available() else []
-    profiler = torch.profiler.profile(activities=activities) if arguments.profile else nullcontext()
-    with profiler as profile:
-        result = quantize_checkpoint(
-            str(folder / "model"), folder / "out", settings(arguments), report=watch
-        )
-    if arguments.profile:
-        key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-        arguments.profile.write_text(profile.key_averages().table(sort_by=key, row_limit=40))
-    taken = watch.figures["block_seconds"]
-    rest = result.seconds - sum(taken)
+    key = "self_cpu_time_total"
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+        key = "self_cuda_time_total"
+    with torch.profiler.profile(activities=activities) as profile:
+        result = call()
+    file.write_text(profile.key_averages().table(sort_by=key, row_limit=40))
+    return result
+
+
+def run(arguments: argparse.Namespace, folder: Path, watch: Watch) -> None:
+    """Make the model, quantize it, and save the figures."""
+    shape = SHAPES[arguments.shape]
+    watch.save(**make_model(folder / "model", shape, arguments.blocks or shape.blocks))
+    if torch.cuda.is_available() and arguments.cap_gb:
+        share = arguments.cap_gb * 1e9 / torch.cuda.mem_get_info()[1]
+        torch.cuda.set_per_process_memory_fraction(share)
+    config = settings(arguments)
+
+    def quantize() -> Any:
+        return quantize_checkpoint(str(folder / "model"), folder / "out", config, report=watch)
+
+    result = profiled(arguments.profile, quantize) if arguments.profile else quantize()
+    block_seconds = watch.figures["block_seconds"]
+    outside_blocks = result.seconds - sum(block_seconds)
     watch.save(
         finished=True,
         seconds=result.seconds,
-        scaled_seconds=rest + shape.blocks * statistics.median(taken),
+        scaled_seconds=outside_blocks + shape.blocks * statistics.median(block_seconds),
         bytes_after=result.bytes_after,
         tokens=result.tokens,
         relative_error=statistics.mean(layer.relative_error for layer in result.layers),
@@ -115,31 +141,34 @@ def run(arguments: argparse.Namespace, folder: Path, watch: Watch) -> None:
     )
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse() -> argparse.Namespace:
+    parser = argument_parser(__doc__)
     parser.add_argument("--shape", choices=sorted(SHAPES), required=True)
-    parser.add_argument("--blocks", type=int, help="as many as the shape has, unless told")
+    parser.add_argument("--blocks", type=int, help="default: as many as the shape has")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--preset", default="balanced")
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--nsamples", type=int, default=128)
     parser.add_argument("--seqlen", type=int, default=2048)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--cap-gb", type=float, help="device memory that may be taken at all")
+    parser.add_argument("--cap-gb", type=float, help="limit of device memory for all of the run")
     parser.add_argument(
-        "--folder", type=Path, help="where the model is made; a temporary folder unless told"
+        "--folder", type=Path, help="folder for the model; default: a temporary one"
     )
     parser.add_argument("--profile", type=Path, help="write a table of the longest operations here")
-    parser.add_argument("--json", type=Path, required=True, help="write the figures here")
-    arguments = parser.parse_args()
+    parser.add_argument("--json", type=Path, required=True, help="write the figures to this file")
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = parse()
     folder = Path(tempfile.mkdtemp(dir=arguments.folder))
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    told = {key: str(value) for key, value in vars(arguments).items() if value is not None}
-    watch = Watch(
-        arguments.json, {"device_name": device, "torch": torch.__version__, "arguments": told}
-    )
+    device = platform.machine()
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    given = {key: str(value) for key, value in vars(arguments).items() if value is not None}
+    figures = {"device_name": device, "torch": torch.__version__, "arguments": given}
+    watch = Watch(arguments.json, figures)
     try:
         run(arguments, folder, watch)
     except Exception as error:

@@ -1,4 +1,11 @@
-"""Start-up times of the commands that promise to be quick: medians of several runs, each in a fresh process."""
+#!/usr/bin/env python3
+"""Measure the start-up time of the commands that promise to be quick.
+
+    python scripts/bench_startup.py [--runs 9]
+
+Each run is a process of its own. Prints the median and the range of the wall time and the median
+processor time of each command; the exit code is 1 if a median is over its limit.
+"""
 
 from __future__ import annotations
 
@@ -8,58 +15,75 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
-RUNS = 9
-DEMO = Path(__file__).resolve().parent / "demo" / "model"
+from common import DEMO, argument_parser
 
-
+PROGRAM = "import sys; sys.argv[0] = 'gptq'; from gptq_cli.__main__ import main; main()"
 COMPLETION = {
     "_GPTQ_COMPLETE": "complete_bash",
     "COMP_WORDS": "gptq quantize --gr",
     "COMP_CWORD": "2",
 }
-PROGRAM = "import sys; sys.argv[0] = 'gptq'; from gptq_cli.__main__ import main; main()"
 
 
-def seconds(arguments: list[str], environment: dict[str, str]) -> tuple[float, float]:
-    """Wall-clock and processor seconds of one run; the command must succeed."""
-    started, before, env = time.perf_counter(), os.times(), {**os.environ, **environment}
-    subprocess.run(
-        [sys.executable, "-c", PROGRAM, *arguments], check=True, stdout=subprocess.DEVNULL, env=env
-    )
-    wall, after = time.perf_counter() - started, os.times()
-    used = (
-        after.children_user - before.children_user + after.children_system - before.children_system
-    )
-    return wall, used
+@dataclass(frozen=True)
+class Command:
+    """A command with the limit of its median wall time in seconds."""
+
+    name: str
+    limit: float
+    arguments: list[str] = field(default_factory=list)
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def seconds(self) -> tuple[float, float]:
+        """Return wall and processor seconds of one run, which must succeed."""
+        before = os.times()
+        started = time.perf_counter()
+        words = [sys.executable, "-c", PROGRAM, *self.arguments]
+        environment = {**os.environ, **self.environment}
+        subprocess.run(words, check=True, stdout=subprocess.DEVNULL, env=environment)
+        wall = time.perf_counter() - started
+        after = os.times()
+        user = after.children_user - before.children_user
+        return wall, user + after.children_system - before.children_system
+
+
+def commands(recipe: Path) -> list[Command]:
+    """Return the commands to measure; `recipe` is a valid configuration."""
+    model = str(DEMO / "model")
+    return [
+        Command("--help", 0.4, ["--help"]),
+        Command("quantize --help", 0.6, ["quantize", "--help"]),
+        Command("validate-config recipe.yaml", 0.6, ["validate-config", str(recipe)]),
+        Command("plan model --bits 4", 1.5, ["plan", model, "--bits", "4"]),
+        Command("quantize --gr<TAB>", 0.6, environment=COMPLETION),
+    ]
 
 
 def main() -> int:
-    """Print a table; the exit code is 1 if a median is over its limit."""
-    late = 0
+    parser = argument_parser(__doc__)
+    parser.add_argument("--runs", type=int, default=9)
+    arguments = parser.parse_args()
+    code = 0
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / "recipe.yaml"
         recipe.write_text("bits: 4\n", encoding="utf-8")
-        limits: list[tuple[list[str], dict[str, str], float]] = [
-            (["--help"], {}, 0.4),
-            (["quantize", "--help"], {}, 0.6),
-            (["validate-config", str(recipe)], {}, 0.6),
-            (["plan", str(DEMO), "--bits", "4"], {}, 1.5),
-            ([], COMPLETION, 0.6),
-        ]
-        for arguments, environment, limit in limits:
-            seconds(arguments, environment)  # byte code and disk cache
-            runs = [seconds(arguments, environment) for _ in range(RUNS)]
-            times, used = (sorted(kind) for kind in zip(*runs, strict=True))
-            median = statistics.median(times)
-            late += median > limit
-            name = " ".join(Path(word).name for word in arguments) or "quantize --gr<TAB>"
+        for command in commands(recipe):
+            command.seconds()  # fills the caches of byte code and disk
+            runs = [command.seconds() for _ in range(arguments.runs)]
+            walls = sorted(wall for wall, _ in runs)
+            median = statistics.median(walls)
+            processor = statistics.median(used for _, used in runs)
+            if median > command.limit:
+                code = 1
             print(
-                f"gptq {name:<30} median {median:.3f} s  range {times[0]:.3f}-{times[-1]:.3f}  "
-                f"processor {statistics.median(used):.3f} s  limit {limit} s"
+                f"gptq {command.name:<30} median {median:.3f} s  "
+                f"range {walls[0]:.3f}-{walls[-1]:.3f}  "
+                f"processor {processor:.3f} s  limit {command.limit} s"
             )
-    return int(late > 0)
+    return code
 
 
 if __name__ == "__main__":

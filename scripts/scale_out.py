@@ -1,15 +1,21 @@
-"""What several devices would gain, by the cost model of `gptq plan --time` at assumed rates: nothing of it is measured.
+#!/usr/bin/env python3
+"""Estimate the seconds of a run on 1 to 64 devices; none of it is measured.
 
-python scripts/scale_out.py [--json FILE]
+    python scripts/scale_out.py [--preset balanced] [--json FILE]
+
+Uses the cost model of `gptq plan --time` at assumed rates. Prints a row of Markdown for each model
+and number of devices: total, forward, Hessian, factor, solve, network, reading.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
+
+from common import benchmark_parser, write_json
+from shapes import SHAPES, Shape
 
 from gptq_cli.checkpoint.headers import TensorInfo
 from gptq_cli.config.schema import QuantizeConfig
@@ -17,81 +23,62 @@ from gptq_cli.planning.estimate import Calibration, Rates, estimate_seconds
 from gptq_cli.planning.run_plan import LayerPlan
 
 DEVICES = (1, 2, 4, 8, 16, 64)
-NODE = 8
-# From data sheets of an H100 with NVLink and the share that such kernels usually reach; between nodes 400 Gb/s each.
-WITHIN = Rates(
+DEVICES_OF_A_NODE = 8
+# From data sheets of an H100 with NVLink, times the share of a rate that kernels usually reach.
+WITHIN_A_NODE = Rates(
     forward=3e14, hessian=3e14, factor=1e13, solve=1e14, columns=4e10, network=2e11, disk=6e9
 )
-BETWEEN = Rates(
-    forward=3e14, hessian=3e14, factor=1e13, solve=1e14, columns=4e10, network=4e10, disk=6e9
-)
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of a model; with `experts`, how many each block has and how many a token is sent to."""
-
-    name: str
-    blocks: int
-    hidden: int
-    wide: int
-    keys: int
-    experts: tuple[int, int] = (0, 1)
-
-
-SHAPES = (
-    Shape("8B", 32, 4096, 14336, 1024),
-    Shape("70B", 80, 8192, 28672, 1024),
-    Shape("405B", 126, 16384, 53248, 1024),
-    Shape("1T mixture", 60, 7168, 2048, 1536, (384, 8)),
-)
+BETWEEN_NODES = replace(WITHIN_A_NODE, network=4e10)  # 400 Gb/s each
+MODELS = {
+    "8B": "llama-3-8b",
+    "70B": "llama-3-70b",
+    "405B": "llama-3-405b",
+    "1T mixture": "mixture-1t",
+}
 
 
 def layers_of(shape: Shape, config: QuantizeConfig) -> Iterator[LayerPlan]:
-    def layer(block: int, name: str, rows: int, columns: int) -> LayerPlan:
-        full = f"model.layers.{block}.{name}"
-        tensor = TensorInfo(full, "BF16", (rows, columns), Path("none"), 0, 2 * rows * columns)
-        return LayerPlan(full, block, rows, columns, config.base, "", tensor)
-
+    """Plan all linears of a model; those that share an input get one parent module."""
     for block in range(shape.blocks):
-        yield layer(block, "self_attn.q_proj", shape.hidden, shape.hidden)
-        yield layer(block, "self_attn.k_proj", shape.keys, shape.hidden)
-        yield layer(block, "self_attn.v_proj", shape.keys, shape.hidden)
-        yield layer(block, "output.o_proj", shape.hidden, shape.hidden)
-        for place in [f"mlp.experts.{n}" for n in range(shape.experts[0])] or ["mlp"]:
-            yield layer(block, f"{place}.gate_proj", shape.wide, shape.hidden)
-            yield layer(block, f"{place}.up_proj", shape.wide, shape.hidden)
-            yield layer(block, f"{place}.down_proj", shape.hidden, shape.wide)
+        for stage, (columns, rows_of_linears, copies) in enumerate(shape.inputs):
+            for copy in range(copies):
+                parent = f"mlp.experts.{copy}" if copies > 1 else f"stage_{stage}"
+                for number, rows in enumerate(rows_of_linears):
+                    name = f"model.layers.{block}.{parent}.linear_{stage}_{number}"
+                    size = 2 * rows * columns
+                    tensor = TensorInfo(name, "BF16", (rows, columns), Path("none"), 0, size)
+                    yield LayerPlan(name, block, rows, columns, config.base, "", tensor)
+
+
+def estimate(shape: Shape, devices: int, preset: str) -> dict[str, float]:
+    """Estimate the seconds of each part of a run, and the total."""
+    batch_size = 8 if devices <= 16 else 2  # small batches, so that every device has one
+    config = QuantizeConfig(bits=4, preset=preset, batch_size=batch_size)
+    layers = list(layers_of(shape, config))
+    text = Calibration(
+        tokens=config.nsamples * config.seqlen,
+        experts_per_token=shape.experts_per_token or 1,
+        batches=config.nsamples // batch_size,
+        state_bytes=2 * shape.hidden,
+    )
+    n_bytes = sum(2 * layer.out_features * layer.in_features for layer in layers)
+    rates = WITHIN_A_NODE if devices <= DEVICES_OF_A_NODE else BETWEEN_NODES
+    seconds = estimate_seconds(layers, text, devices, n_bytes, rates)
+    return {"total": seconds.total, **asdict(seconds)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path)
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--preset", default="balanced")
     arguments = parser.parse_args()
-    results = []
-    for shape in SHAPES:
+    rows: list[dict[str, Any]] = []
+    for model, shape in MODELS.items():
         for devices in DEVICES:
-            batch_size = 8 if devices <= 16 else 2
-            config = QuantizeConfig(bits=4, preset=arguments.preset, batch_size=batch_size)
-            layers = list(layers_of(shape, config))
-            tokens = config.nsamples * config.seqlen
-            text = Calibration(
-                tokens, shape.experts[1], config.nsamples // batch_size, 2 * shape.hidden
-            )
-            nbytes = sum(2 * layer.out_features * layer.in_features for layer in layers)
-            found = estimate_seconds(
-                layers, text, devices, nbytes, WITHIN if devices <= NODE else BETWEEN
-            )
-            results.append(
-                {"model": shape.name, "devices": devices, "total": found.total, **asdict(found)}
-            )
-            cells = " | ".join(
-                f"{seconds:.0f}" for seconds in (found.total, *asdict(found).values())
-            )
-            print(f"| {shape.name} | {devices} | {cells} |", flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+            seconds = estimate(SHAPES[shape], devices, arguments.preset)
+            rows.append({"model": model, "devices": devices, **seconds})
+            cells = " | ".join(f"{part:.0f}" for part in seconds.values())
+            print(f"| {model} | {devices} | {cells} |", flush=True)
+    write_json(arguments.json, rows)
 
 
 if __name__ == "__main__":

@@ -1,27 +1,24 @@
-"""Shapes of known models, and random checkpoints that have them: what the GPU benchmarks run on."""
+"""Shapes of known models, and random checkpoints of these shapes for the benchmarks."""
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import common  # noqa: F401 -- makes `tests` importable
 import torch
 from safetensors.torch import save_file
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from tests.families import save_tokenizer  # noqa: E402
+from tests.families import save_tokenizer
 
 BLOCKS_PER_SHARD = 2
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder with gated feed-forwards; with `experts` each block has that many of them, and a router."""
+    """The shape of a decoder with gated feed-forwards; blocks with `experts` have a router too."""
 
     hidden: int
     intermediate: int
@@ -35,35 +32,53 @@ class Shape:
 
     @property
     def inputs(self) -> list[tuple[int, list[int], int]]:
-        """in_features, out_features of the linears that share them, and how often a block has that."""
+        """Groups of linears with one input in a block: in_features, their out_features, copies."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        attention = [(self.hidden, [q, kv, kv], 1), (q, [self.hidden], 1)]
         copies = self.experts or 1
         return [
-            *attention,
+            (self.hidden, [q, kv, kv], 1),
+            (q, [self.hidden], 1),
             (self.hidden, [self.intermediate] * 2, copies),
             (self.intermediate, [self.hidden], copies),
         ]
 
     def config(self, blocks: int) -> dict[str, object]:
-        """What transformers needs to know."""
-        common = {
-            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": self.hidden,
-            "intermediate_size": self.intermediate, "num_hidden_layers": blocks, "num_attention_heads": self.heads,
-            "num_key_value_heads": self.kv_heads, "head_dim": self.head_dim, "vocab_size": self.vocabulary,
-            "max_position_embeddings": 8192, "rope_theta": 500000.0, "tie_word_embeddings": False, "dtype": "bfloat16",
-            "hidden_act": "silu", "rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 2, "attention_bias": False,
-        }  # fmt: skip
-        if not self.experts:
-            return common
-        return common | {
-            "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_experts": self.experts,
-            "num_experts_per_tok": self.experts_per_token, "moe_intermediate_size": self.intermediate,
-            "decoder_sparse_step": 1, "norm_topk_prob": True, "mlp_only_layers": [],
-        }  # fmt: skip
+        """Return the content of config.json for a model of so many blocks."""
+        config: dict[str, object] = {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_size": self.hidden,
+            "intermediate_size": self.intermediate,
+            "num_hidden_layers": blocks,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "vocab_size": self.vocabulary,
+            "max_position_embeddings": 8192,
+            "rope_theta": 500000.0,
+            "tie_word_embeddings": False,
+            "dtype": "bfloat16",
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-5,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "attention_bias": False,
+        }
+        if self.experts:
+            config |= {
+                "architectures": ["Qwen3MoeForCausalLM"],
+                "model_type": "qwen3_moe",
+                "num_experts": self.experts,
+                "num_experts_per_tok": self.experts_per_token,
+                "moe_intermediate_size": self.intermediate,
+                "decoder_sparse_step": 1,
+                "norm_topk_prob": True,
+                "mlp_only_layers": [],
+            }
+        return config
 
     def block_tensors(self, block: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Names and shapes of the tensors of a block."""
+        """Yield names and shapes of the tensors of a block."""
         prefix = f"model.layers.{block}."
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         for name in ("input_layernorm", "post_attention_layernorm"):
@@ -71,17 +86,19 @@ class Shape:
         for name, rows in {"q_proj": q, "k_proj": kv, "v_proj": kv}.items():
             yield f"{prefix}self_attn.{name}.weight", (rows, self.hidden)
         yield f"{prefix}self_attn.o_proj.weight", (self.hidden, q)
+        feed_forwards = ["mlp"]
         if self.experts:
             yield f"{prefix}mlp.gate.weight", (self.experts, self.hidden)
             yield f"{prefix}self_attn.q_norm.weight", (self.head_dim,)
             yield f"{prefix}self_attn.k_norm.weight", (self.head_dim,)
-        for mlp in [f"mlp.experts.{expert}" for expert in range(self.experts)] or ["mlp"]:
+            feed_forwards = [f"mlp.experts.{expert}" for expert in range(self.experts)]
+        for mlp in feed_forwards:
             for name in ("gate_proj", "up_proj"):
                 yield f"{prefix}{mlp}.{name}.weight", (self.intermediate, self.hidden)
             yield f"{prefix}{mlp}.down_proj.weight", (self.hidden, self.intermediate)
 
     def outer_tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Embeddings, final norm and head."""
+        """Yield names and shapes of embeddings, final norm and head."""
         yield "model.embed_tokens.weight", (self.vocabulary, self.hidden)
         yield "model.norm.weight", (self.hidden,)
         yield "lm_head.weight", (self.vocabulary, self.hidden)
@@ -90,7 +107,9 @@ class Shape:
 SHAPES = {
     "llama-3-8b": Shape(4096, 14336, 32, 8, 128, 32, 128256),
     "llama-3-70b": Shape(8192, 28672, 64, 8, 128, 80, 128256),
+    "llama-3-405b": Shape(16384, 53248, 128, 8, 128, 126, 128256),
     "qwen3-30b-a3b": Shape(2048, 768, 32, 4, 128, 48, 151936, experts=128, experts_per_token=8),
+    "mixture-1t": Shape(7168, 2048, 56, 12, 128, 60, 163840, experts=384, experts_per_token=8),
     "small": Shape(512, 1536, 8, 4, 64, 4, 512),
     "tiny": Shape(128, 256, 4, 2, 32, 2, 512),
     "tiny-moe": Shape(128, 64, 4, 2, 32, 2, 512, experts=32, experts_per_token=4),
@@ -98,17 +117,20 @@ SHAPES = {
 
 
 def write_random_model(directory: Path, shape: Shape, blocks: int, device: str) -> int:
-    """A bfloat16 checkpoint with random weights and a tokenizer of bytes; returns its bytes."""
+    """Write a random bfloat16 checkpoint with a tokenizer of bytes; return the bytes of tensors."""
     directory.mkdir(parents=True)
     generator = torch.Generator(device).manual_seed(0)
-    groups = [list(shape.outer_tensors())]
+    shards = [list(shape.outer_tensors())]
     for start in range(0, blocks, BLOCKS_PER_SHARD):
-        members = range(start, min(start + BLOCKS_PER_SHARD, blocks))
-        groups.append([tensor for block in members for tensor in shape.block_tensors(block)])
-    weight_map, total = {}, 0
-    for number, group in enumerate(groups, 1):
-        file = f"model-{number:05}-of-{len(groups):05}.safetensors"
-        tensors = {name: _random(size, generator, device) for name, size in group}
+        shard = []
+        for block in range(start, min(start + BLOCKS_PER_SHARD, blocks)):
+            shard += shape.block_tensors(block)
+        shards.append(shard)
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        tensors = {name: _random(size, generator, device) for name, size in shard}
         save_file(tensors, directory / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
         total += sum(tensor.nbytes for tensor in tensors.values())
@@ -120,7 +142,7 @@ def write_random_model(directory: Path, shape: Shape, blocks: int, device: str) 
 
 
 def _random(size: tuple[int, ...], generator: torch.Generator, device: str) -> torch.Tensor:
-    if len(size) == 1:
+    if len(size) == 1:  # a norm
         return torch.ones(size, dtype=torch.bfloat16)
     values = torch.randn(size, generator=generator, device=device, dtype=torch.bfloat16)
     return values.mul_(size[1] ** -0.5).cpu()

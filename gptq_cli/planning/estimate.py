@@ -1,7 +1,7 @@
 """Estimates from a plan alone: the memory, disk space and time that a run will take.
 
 Every figure is a sum of named terms, so that a reader can see where it comes from;
-`scripts/bench_plan.py` compares the sum for the CPU with measured peaks. Work is counted in
+`scripts/bench_memory.py plan` compares the sum for the CPU with measured peaks. Work is counted in
 multiplications with an addition. The processes of a run balance their shares by these counts;
 seconds come from rates, which `gptq plan --time` measures on this machine. Needs no torch.
 """

@@ -1,6 +1,8 @@
-"""Tunes MODEL with auto-round's defaults and saves it as a plain gptq checkpoint.
+"""Tune MODEL with auto-round's defaults and save it as a plain gptq checkpoint.
 
-run_autoround.py MODEL OUT IDS.json BITS GROUP_SIZE, in an environment that has it.
+    python run_autoround.py MODEL OUT IDS.json BITS GROUP_SIZE
+
+`bench_peers.py` runs it in an environment that has auto-round.
 """
 
 import json
@@ -24,7 +26,7 @@ tuned = AutoRound(
         "data_type": "int",
         "act_bits": 16,
     },
-    dataset=list(rows.split(8)),  # what its own loader hands out, with its default batch_size
+    dataset=list(rows.split(8)),  # as its own loader does, with its default batch_size
     seqlen=rows.shape[1],
     nsamples=len(rows),
     device_map="cpu",

@@ -1,6 +1,8 @@
-"""Quantizes MODEL with GPTQModel.
+"""Quantize MODEL with GPTQModel.
 
-run_gptqmodel.py MODEL OUT IDS.json BITS GROUP_SIZE, in an environment that has it.
+    python run_gptqmodel.py MODEL OUT IDS.json BITS GROUP_SIZE
+
+`bench_peers.py` runs it in an environment that has GPTQModel.
 """
 
 import json

@@ -1,6 +1,8 @@
-"""Quantizes MODEL with llm-compressor's GPTQ and saves the dequantized weights as a plain checkpoint.
+"""Quantize MODEL with llm-compressor's GPTQ and save the dequantized weights as a checkpoint.
 
-run_llmcompressor.py MODEL OUT IDS.json BITS GROUP_SIZE, in an environment that has it.
+    python run_llmcompressor.py MODEL OUT IDS.json BITS GROUP_SIZE
+
+`bench_peers.py` runs it in an environment that has llm-compressor.
 """
 
 import json
@@ -31,11 +33,10 @@ recipe = GPTQModifier(
     config_groups={"group_0": QuantizationScheme(targets=["Linear"], weights=weights)},
     ignore=["lm_head"],
 )
+masks = [[1] * len(row) for row in rows]
 oneshot(
     model=loaded,
-    dataset=Dataset.from_dict(
-        {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}
-    ),
+    dataset=Dataset.from_dict({"input_ids": rows, "attention_mask": masks}),
     recipe=recipe,
     max_seq_length=len(rows[0]),
     num_calibration_samples=len(rows),

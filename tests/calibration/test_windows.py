@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from gptq_cli.calibration import windows as sampling
 from gptq_cli.calibration.corpus import Documents
 from gptq_cli.calibration.windows import calibration_windows, check_token_ids, evaluation_windows
 from gptq_cli.errors import InputError
@@ -81,7 +80,7 @@ def test_documents_are_joined_by_their_join_string() -> None:
 
 
 def test_a_stream_is_read_only_as_far_as_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling, "PIECE", 100)
+    monkeypatch.setattr("gptq_cli.calibration.windows.PIECE", 100)
     read = []
 
     def endless(limit: int) -> Documents:
@@ -106,7 +105,7 @@ def test_windows_do_not_depend_on_the_size_of_pieces(
     documents = Documents("many", [f"text number {index} of many" for index in range(500)])
     hashes = set()
     for piece in (50, 333, 1_000_000):
-        monkeypatch.setattr(sampling, "PIECE", piece)
+        monkeypatch.setattr("gptq_cli.calibration.windows.PIECE", piece)
         hashes.add(
             calibration_windows(documents, WordEncoder(), seqlen=12, nsamples=5, seed=0).sha256
         )
@@ -116,7 +115,7 @@ def test_windows_do_not_depend_on_the_size_of_pieces(
 def test_a_long_document_is_cut_into_pieces_before_words(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(sampling, "PIECE", 64)
+    monkeypatch.setattr("gptq_cli.calibration.windows.PIECE", 64)
     encoder = WordEncoder()
     windows = calibration_windows(numbered(300), encoder, seqlen=10, nsamples=60, seed=0)
     assert len(encoder.calls) > 20
@@ -125,7 +124,7 @@ def test_a_long_document_is_cut_into_pieces_before_words(
 
 
 def test_text_without_blanks_is_cut_into_pieces_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling, "PIECE", 10)
+    monkeypatch.setattr("gptq_cli.calibration.windows.PIECE", 10)
     windows = calibration_windows(
         Documents("one word", ["x" * 95]),
         lambda text, _: [len(text)],

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gptq_cli.checkpoint import locate as client
-from gptq_cli.checkpoint.locate import locate_model
+from gptq_cli.checkpoint.locate import _cached, locate_model
 from gptq_cli.errors import InputError
 from tests.families import save_model
 from tests.hub import Fault, Reply, serve
@@ -26,7 +25,6 @@ NOT_WANTED += ("checkpoint-500/model.safetensors", "wandb/run.json")
 
 LOCATE = """
 import json, sys
-from gptq_cli.checkpoint import locate as client
 from gptq_cli.checkpoint.locate import locate_model
 from gptq_cli.errors import GptqError
 try:
@@ -276,4 +274,4 @@ def test_a_snapshot_without_weights_is_not_the_model(
 ) -> None:
     (tmp_path / name).write_bytes(files[name])
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
-    assert client._cached("someone/tiny", None) is None
+    assert _cached("someone/tiny", None) is None

@@ -17,7 +17,6 @@ from gptq_cli.errors import InputError
 from gptq_cli.events import Event, Warned
 from gptq_cli.planning.plan import plan_checkpoint
 from gptq_cli.planning.run_plan import LayerPlan
-from gptq_cli.quantization import layers as solver
 from gptq_cli.quantization.layers import Rows, located, of_one_configuration, row_parts
 from gptq_cli.quantization.run import quantize_checkpoint
 from gptq_cli.solver.factor import prepare
@@ -108,17 +107,17 @@ def test_an_error_names_the_first_bad_row(order: str) -> None:
 def test_a_run_equals_solving_each_layer_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, usual = save_model(tmp_path / "model"), solver.solve_together
+    model, usual = save_model(tmp_path / "model"), solve_together
     rows: list[list[int]] = []
 
     def note(weights: Sequence[Tensor], *arguments: object) -> list[Solution]:
         rows.append([len(weight) for weight in weights])
         return usual(weights, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(solver, "solve_together", note)
+    monkeypatch.setattr("gptq_cli.quantization.layers.solve_together", note)
     output, result = quantize(tmp_path, model)
     assert rows == [[128, 64, 64], [64], [128, 128], [64]] * 3
-    monkeypatch.setattr(solver, "ROWS_OF_A_PART", {"cpu": 48})
+    monkeypatch.setattr("gptq_cli.quantization.layers.ROWS_OF_A_PART", {"cpu": 48})
     rows.clear()
     alone, expected = quantize(tmp_path, model)
     attention, output_or_down = [[48], [48], [32, 16], [48], [48], [16]], [[48], [16]]

@@ -18,8 +18,7 @@ from gptq_cli.checkpoint.writer import CheckpointWriter
 from gptq_cli.errors import ResourceError
 from gptq_cli.events import BlockFinished, BlockStarted, Event, PhaseStarted, Resumed, Warned
 from gptq_cli.models.stream import LoadedBlock, ModelStream
-from gptq_cli.quantization import block_loop, resume
-from gptq_cli.quantization import layers as solver
+from gptq_cli.quantization import block_loop, layers, resume
 from gptq_cli.quantization.block_loop import HessianOfBatches
 from gptq_cli.quantization.run import QuantizeResult
 from gptq_cli.runtime import memory
@@ -41,7 +40,7 @@ HEAD = 2  # the step after two blocks
 SITES: dict[str, tuple[object, str]] = {
     "a forward": (nn.Linear, "forward"),
     "a Hessian": (HessianOfBatches, "add"),
-    "the solver": (solver, "solve_together"),
+    "the solver": (layers, "solve_together"),
     "reading a weight": (ModelStream, "linear_weight"),
     "keeping a layer": (CheckpointWriter, "write"),
     "taking a tensor from its device": (CheckpointWriter, "_write"),
@@ -111,7 +110,7 @@ def watched(site: str, shortage: Shortage, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(owner, name, counted)
 
 
-def layers(result: QuantizeResult) -> list[tuple[str, float, int]]:
+def layer_results(result: QuantizeResult) -> list[tuple[str, float, int]]:
     return [(layer.name, layer.relative_error, layer.tokens) for layer in result.layers]
 
 
@@ -165,7 +164,7 @@ def test_a_shortage_in_every_step_does_not_change_the_output(
     names = [["model.layers.0", "model.layers.1", "lm_head"][step] for step in steps]
     assert [message.split("`")[1] for message in shortage.warnings] == names
     assert digest(tmp_path / "out") == digest(output)
-    assert layers(result) == layers(expected)
+    assert layer_results(result) == layer_results(expected)
     assert [event.index for event in shortage.events if isinstance(event, BlockFinished)] == [0, 1]
     assert not [event for event in shortage.events if isinstance(event, Resumed)]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -248,7 +247,7 @@ def test_a_retried_block_lists_its_experts_once(
     watched("keeping a layer", shortage, monkeypatch)
     result = tiny.run(tmp_path / "out", report=shortage, **changes)
     assert len(shortage.warnings) == 2
-    assert (layers(result), result.experts) == (layers(whole), whole.experts)
+    assert (layer_results(result), result.experts) == (layer_results(whole), whole.experts)
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
 
 

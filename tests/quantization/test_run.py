@@ -21,7 +21,7 @@ from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import GateError, InputError
 from gptq_cli.events import BlockFinished, BlockStarted, Event, LayerSolved, RunPlanned, Warned
 from gptq_cli.planning.plan import plan_run
-from gptq_cli.quantization import run as pipeline
+from gptq_cli.quantization import run
 from gptq_cli.quantization.run import quantize_checkpoint
 from tests.families import FAMILIES, save_model
 from tests.reference import follow, gptq
@@ -93,8 +93,8 @@ def test_codes_equal_a_stage_by_stage_whole_model_reference(
         seen.append(torch.as_tensor(windows.ids))
         return windows
 
-    original = pipeline.calibration_windows
-    monkeypatch.setattr(pipeline, "calibration_windows", spy)
+    original = run.calibration_windows
+    monkeypatch.setattr(run, "calibration_windows", spy)
     output, _ = quantize(tmp_path, model, **settings)
     attention, mlp = "self_attn", "mlp"
     stages = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gptq_cli.solver import factor as cholesky_module
+from gptq_cli.solver import factor as factor_module
 from gptq_cli.solver import numerics
 from gptq_cli.solver.factor import NotPositiveDefiniteError, cholesky_, prepare, reverse_
 from tests.solver.samples import ORDERS, correlated_layer, layer_config
@@ -61,7 +61,7 @@ def test_large_hessians_get_the_same_factors_and_the_same_ladder(
     before = hessian.clone()
     config = layer_config(order, group_size=32, damp_percent=0.16)
     usual = prepare(hessian, config)
-    monkeypatch.setitem(cholesky_module.PANEL, "cpu", 40)
+    monkeypatch.setitem(factor_module.PANEL, "cpu", 40)
     blocked = prepare(hessian, config)
     assert usual.retries == blocked.retries == 1
     assert usual.damp_percent == blocked.damp_percent
