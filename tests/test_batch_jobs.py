@@ -159,9 +159,7 @@ def job(place: Place, **variables: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_examples_quantize_measure_and_publish_and_another_run_finds_it_done(
-    real: Place, hub: Hub
-) -> None:
+def test_slurm_script_quantizes_measures_and_verifies(real: Place, hub: Hub) -> None:
     done = real.run("bash", str(SLURM))
     assert done.returncode == 0, done.stderr
     assert [call for call in real.calls if call.startswith("gptq")] == [
@@ -191,25 +189,25 @@ def test_the_examples_quantize_measure_and_publish_and_another_run_finds_it_done
 
 
 @pytest.mark.parametrize("code", [75, SIGUSR1])
-def test_a_job_whose_time_is_over_is_queued_again(code: int, told: Place) -> None:
+def test_slurm_job_out_of_time_is_queued_again(code: int, told: Place) -> None:
     assert told.run("bash", str(SLURM), QUANTIZE=str(code)).returncode == 0
     assert told.calls == ["srun gptq", "gptq quantize", "scontrol requeue"]
 
 
-def test_a_workflow_whose_time_is_over_starts_itself_again(told: Place) -> None:
+def test_workflow_out_of_time_starts_itself_again(told: Place) -> None:
     code, calls = workflow(told, QUANTIZE="75", MODEL="m", CONFIG="c")
     assert (code, calls) == (0, ["python -m", "gptq quantize", "gh workflow"])
 
 
 @pytest.mark.parametrize("code", [2, 3, 4, 5, 6])
-def test_a_failure_is_passed_on_and_nothing_is_queued_or_published(code: int, told: Place) -> None:
+def test_failure_keeps_its_exit_code_and_publishes_nothing(code: int, told: Place) -> None:
     assert told.run("bash", str(SLURM), QUANTIZE=str(code)).returncode == code
     assert told.calls == ["srun gptq", "gptq quantize"]
     assert workflow(told, QUANTIZE=str(code), CONFIG="c") == (code, ["python -m", "gptq quantize"])
     assert job(told, QUANTIZE=str(code)).returncode == code
 
 
-def test_a_gate_that_fails_stops_everything_after_it(told: Place) -> None:
+def test_failed_gate_stops_all_later_steps(told: Place) -> None:
     assert told.run("bash", str(SLURM), EVAL="4").returncode == 4
     assert told.calls[-1] == "gptq eval-ppl"
     code, calls = workflow(told, EVAL="4", CONFIG="c")
@@ -217,7 +215,7 @@ def test_a_gate_that_fails_stops_everything_after_it(told: Place) -> None:
     assert job(told, EVAL="4").returncode == 4
 
 
-def test_a_slurm_job_says_what_it_lacks_and_asks_for_a_signal_and_a_place_in_the_queue() -> None:
+def test_slurm_job_names_missing_variables_and_requests_requeue() -> None:
     bare = subprocess.run(
         ["bash", SLURM],
         capture_output=True,
@@ -231,9 +229,7 @@ def test_a_slurm_job_says_what_it_lacks_and_asks_for_a_signal_and_a_place_in_the
     assert {"--signal", "--requeue", "--time", "--open-mode"} <= set(asked)
 
 
-def test_kubernetes_replaces_a_pod_that_stopped_in_order_and_ends_a_job_that_would_fail_again() -> (
-    None
-):
+def test_kubernetes_replaces_paused_pods_and_ends_failing_jobs() -> None:
     rules = JOB["podFailurePolicy"]["rules"]
     action = {
         code: rule["action"]

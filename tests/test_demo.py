@@ -40,7 +40,7 @@ def rtn_perplexity(bits: int) -> float:
 
 
 @pytest.mark.parametrize(("bits", "least_damage"), [(2, 1.15), (3, 1.005)])
-def test_rounding_hurts_the_demo_model_visibly_and_gptq_less(
+def test_gptq_damages_the_demo_model_less_than_rounding(
     bits: int, least_damage: float, tmp_path: Path
 ) -> None:
     settings = QuantizeConfig(
@@ -67,7 +67,7 @@ def test_rounding_hurts_the_demo_model_visibly_and_gptq_less(
     assert gptq_damage - 1 < 0.6 * (rtn_damage - 1)
 
 
-def test_the_demo_model_has_learnt_its_language() -> None:
+def test_demo_model_perplexity_is_near_the_entropy() -> None:
     request = EvalRequest(
         dataset=str(DEMO / "heldout.txt"), seqlen=512, dtype="float32", batch_size=8
     )

@@ -40,7 +40,7 @@ def test_options_that_a_page_names_exist(page: Path) -> None:
     assert named <= options() | {"--help", "--version", "--install-completion"}
 
 
-def test_pages_name_options() -> None:
+def test_pages_name_more_than_twenty_options() -> None:
     assert (
         len(
             set(re.findall(r"`(--[a-z-]+)", "".join(page.read_text() for page in PAGES)))
@@ -58,6 +58,6 @@ def test_files_and_targets_of_the_readme_exist() -> None:
     assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
-def test_the_changelog_knows_the_version_or_what_comes() -> None:
+def test_changelog_lists_the_version_or_unreleased_changes() -> None:
     changelog = (ROOT / "CHANGELOG.md").read_text()
     assert f"## {__version__}" in changelog or "## Unreleased" in changelog

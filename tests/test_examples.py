@@ -101,13 +101,13 @@ def commands(page: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("page", pages_with("bash"), ids=name_of)
 @pytest.mark.usefixtures("here")
-def test_the_commands_of_a_page_run_in_their_order(page: Path, files: Path) -> None:
+def test_commands_of_a_page_run_in_their_order(page: Path, files: Path) -> None:
     for command in commands(page):
         run(command, files)
 
 
 @pytest.mark.usefixtures("here")
-def test_the_examples_of_help_run(files: Path) -> None:
+def test_examples_of_help_run(files: Path) -> None:
     for name in COMMANDS:
         example = load_command(name).help.partition("Example: ")[2]
         assert example, name
@@ -116,7 +116,7 @@ def test_the_examples_of_help_run(files: Path) -> None:
 
 @pytest.mark.parametrize("page", pages_with("pycon"), ids=name_of)
 @pytest.mark.usefixtures("here")
-def test_the_python_of_a_page_does_what_it_shows(page: Path) -> None:
+def test_python_of_a_page_gives_the_output_shown(page: Path) -> None:
     text = "\n".join(block.body for block in blocks(page) if block.language == "pycon")
     names: dict[str, Any] = {}
     said: list[str] = []
@@ -125,7 +125,7 @@ def test_the_python_of_a_page_does_what_it_shows(page: Path) -> None:
     assert (failed, tried > 3) == (0, True), "".join(said)
 
 
-def test_commands_stand_in_blocks_that_are_run_and_needs_are_known() -> None:
+def test_commands_stand_in_tested_blocks_with_known_needs() -> None:
     every = [block for page in PAGES for block in blocks(page)]
     hidden = [
         b
@@ -138,6 +138,6 @@ def test_commands_stand_in_blocks_that_are_run_and_needs_are_known() -> None:
     assert sum(block.language == "bash" and block.needs is None for block in every) > 20
 
 
-def test_every_command_is_shown_somewhere() -> None:
+def test_some_page_shows_each_command() -> None:
     shown = {line.split()[1] for page in PAGES for line in commands(page)}
     assert set(COMMANDS) <= shown

@@ -25,7 +25,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_fault_is_refused_in_a_few_lines_and_leaves_nothing(
+def test_fault_is_refused_in_a_few_lines_without_leftovers(
     case: Case, sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -54,7 +54,7 @@ def test_a_fault_is_refused_in_a_few_lines_and_leaves_nothing(
     assert len(lines) <= (4 if len(data["problems"]) == 1 else 3 * len(data["problems"]) + 1)
 
 
-def test_the_run_that_the_faults_break_works(sound: Path, tmp_path: Path) -> None:
+def test_run_without_a_fault_works(sound: Path, tmp_path: Path) -> None:
     from tests.faults import run
 
     folder = tmp_path / "run"
@@ -70,6 +70,6 @@ NOT_HERE = {
 }
 
 
-def test_every_row_about_inputs_and_numbers_is_tested_somewhere() -> None:
+def test_each_row_of_the_catalogue_has_a_test_or_a_reason() -> None:
     rows = {*range(1, 39), *range(58, 62), *range(64, 78), 82}
     assert rows == {case.row for case in CASES} | BY_OTHER_TESTS | set(NOT_HERE)

@@ -48,7 +48,7 @@ def failed(number: int, *names: str | bytes | int) -> OSError:
 
 
 @pytest.mark.parametrize(("number", "code", "exit_code", "reason", "hint"), READ)
-def test_what_cannot_be_read_is_told_with_path_and_advice(
+def test_read_error_names_path_reason_and_next_step(
     number: int, code: str, exit_code: int, reason: str, hint: str, tmp_path: Path
 ) -> None:
     (tmp_path / "a.json").touch()
@@ -63,7 +63,7 @@ def test_what_cannot_be_read_is_told_with_path_and_advice(
 
 
 @pytest.mark.parametrize(("number", "reason", "hint"), WRITTEN)
-def test_what_cannot_be_written_is_told_with_path_and_advice(
+def test_write_error_names_path_reason_and_next_step(
     number: int, reason: str, hint: str, tmp_path: Path
 ) -> None:
     message = rf"cannot write `.*out`: .*{reason}"
@@ -76,7 +76,7 @@ def test_what_cannot_be_written_is_told_with_path_and_advice(
     assert hint in (caught.value.hint or "")
 
 
-def test_an_error_that_names_its_file_needs_no_other_name(tmp_path: Path) -> None:
+def test_error_that_names_its_file_needs_no_other_name(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"none\.json") as caught, file_errors():
         (tmp_path / "none.json").read_bytes()
     assert caught.value.code == "E_FILE"
@@ -84,7 +84,7 @@ def test_an_error_that_names_its_file_needs_no_other_name(tmp_path: Path) -> Non
     assert [str(error).split("`")[1] for error in named] == ["/a/\udcff", "/a/b"]
 
 
-def test_what_is_no_matter_of_files_stays_what_it_is() -> None:
+def test_errors_that_are_not_about_files_stay_unchanged() -> None:
     assert file_error(failed(errno.EBADF)) is None
     assert file_error(failed(errno.ENOENT)) is None
     assert file_error(failed(errno.EINVAL, 7)) is None
@@ -96,14 +96,14 @@ def test_what_is_no_matter_of_files_stays_what_it_is() -> None:
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.ESTALE])
-def test_a_disk_that_fails_is_one_even_without_a_name(number: int) -> None:
+def test_disk_error_without_a_file_name_is_recognized(number: int) -> None:
     refused = file_error(failed(number))
     assert refused is not None
     assert (refused.code, refused.exit_code) == ("E_DISK", 5)
     assert os.strerror(number) in str(refused)
 
 
-def test_the_cause_is_found_below_what_libraries_make_of_it() -> None:
+def test_cause_is_found_below_errors_of_libraries() -> None:
     try:
         try:
             raise failed(errno.EACCES, "/root/x")
@@ -116,7 +116,7 @@ def test_the_cause_is_found_below_what_libraries_make_of_it() -> None:
     assert file_cause(ValueError("no file")) is None
 
 
-def test_a_name_that_is_too_long_is_told_by_how_much(tmp_path: Path) -> None:
+def test_error_for_a_long_name_gives_the_excess_bytes(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         status_of(tmp_path / ("ä" * 130))
     assert "name too long" in str(caught.value)
@@ -126,7 +126,7 @@ def test_a_name_that_is_too_long_is_told_by_how_much(tmp_path: Path) -> None:
     assert "choose a shorter path: it has 5049 bytes, 4095 are allowed" in (caught.value.hint or "")
 
 
-def test_loops_and_links_to_nothing_are_refused_by_name(tmp_path: Path) -> None:
+def test_link_loops_and_dangling_links_are_refused(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     for look in (status_of, is_directory, resolved):
@@ -142,7 +142,7 @@ def test_loops_and_links_to_nothing_are_refused_by_name(tmp_path: Path) -> None:
         resolved(tmp_path / "loop", writing=True)
 
 
-def test_a_file_in_place_of_a_folder_is_named(tmp_path: Path) -> None:
+def test_file_in_place_of_a_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert status_of(tmp_path / "file" / "x") is None
     with pytest.raises(InputError) as caught, file_errors():
@@ -150,7 +150,7 @@ def test_a_file_in_place_of_a_folder_is_named(tmp_path: Path) -> None:
     assert caught.value.hint == f"`{tmp_path}/file` is not a directory: check the path"
 
 
-def test_every_file_below_a_folder_is_found_or_refused(tmp_path: Path) -> None:
+def test_files_below_a_folder_are_found_or_refused(tmp_path: Path) -> None:
     (tmp_path / "a" / "b").mkdir(parents=True)
     for name in ("x", "a/y", "a/b/z"):
         (tmp_path / name).touch()
@@ -164,6 +164,6 @@ def test_every_file_below_a_folder_is_found_or_refused(tmp_path: Path) -> None:
         files_below(tmp_path / "none")
 
 
-def test_a_home_that_does_not_exist_is_no_error() -> None:
+def test_unknown_home_directory_stays_unexpanded() -> None:
     assert expanded("~nobody-of-that-name/x") == Path("~nobody-of-that-name/x")
     assert expanded("~") == Path.home()

@@ -26,14 +26,14 @@ def test_damaged_inputs_are_refused_or_accepted(kind: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("kind", CALLS)
-def test_commands_work_or_refuse_what_others_have_made(kind: str, tmp_path: Path) -> None:
+def test_commands_accept_or_refuse_damaged_files(kind: str, tmp_path: Path) -> None:
     tally = fuzz(CALLS[kind], CALLED * CALLS[kind].weight, seed=0, folder=tmp_path)
     assert tally.failures == []
     assert (tally.inputs, sum(tally.outcomes.values())) == (CALLED, CALLED)
     assert len(tally.outcomes) > 1
 
 
-def test_a_command_that_writes_beside_its_output_is_found(tmp_path: Path) -> None:
+def test_write_beside_the_output_is_found(tmp_path: Path) -> None:
     output = tmp_path / "trial" / "out"
     output.mkdir(parents=True)
     (output / REPORT_DATA).write_text(json.dumps(REPORT))
@@ -43,7 +43,7 @@ def test_a_command_that_writes_beside_its_output_is_found(tmp_path: Path) -> Non
     assert call(tmp_path, "report", tmp_path, may_change=[]) == "E_REPORT"
 
 
-def test_a_traceback_of_a_command_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_traceback_of_a_command_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise KeyError("layers")
 
@@ -56,7 +56,7 @@ def test_a_traceback_of_a_command_is_found(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     "error", [ValueError("x"), RecursionError("deep"), AssertionError("lies"), KeyError("k")]
 )
-def test_any_other_exception_is_a_failure_with_the_number_that_makes_it_again(
+def test_other_exceptions_are_failures_with_repeatable_numbers(
     error: Exception, tmp_path: Path
 ) -> None:
     def read(content: bytes, _: Path) -> str:
@@ -71,7 +71,7 @@ def test_any_other_exception_is_a_failure_with_the_number_that_makes_it_again(
     assert type(error).__name__ in first.failures[0]["what"]
 
 
-def test_an_input_that_takes_too_long_is_a_failure(
+def test_input_that_takes_too_long_is_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tests.fuzzing.SECONDS", 0.05)

@@ -27,7 +27,7 @@ def checks(*arguments: str, python: str = sys.executable) -> subprocess.Complete
 
 
 @pytest.mark.parametrize("call", PARTS)
-def test_a_part_that_fails_is_told_of_and_the_others_run(call: str, tmp_path: Path) -> None:
+def test_failed_part_is_reported_and_the_others_run(call: str, tmp_path: Path) -> None:
     failing = PARTS[call][1]
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\necho "$@"\ncase "$*" in *{failing}*) exit 7;; esac\n')
@@ -42,14 +42,14 @@ def test_a_part_that_fails_is_told_of_and_the_others_run(call: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("call", PARTS)
-def test_the_limits_of_a_call_leave_it_under_ten_minutes(call: str) -> None:
+def test_time_limits_of_a_call_sum_to_under_ten_minutes(call: str) -> None:
     lines = re.findall(r"^  (?:part|run) (\S+) (\d+) ", SCRIPT.read_text(), flags=re.MULTILINE)
     limits = {name: int(seconds) for name, seconds in lines}
     assert set(limits) == {name for names in PARTS.values() for name in names}
     assert sum(limits[name] for name in PARTS[call]) <= 570
 
 
-def test_the_tests_it_runs_need_no_package_for_development_but_pytest(tmp_path: Path) -> None:
+def test_gpu_tests_need_no_development_package_but_pytest(tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.write_text(f"""#!{sys.executable}
 import sys
@@ -71,12 +71,12 @@ if sys.argv[1:3] == ["-m", "pytest"]:
 
 
 @pytest.mark.parametrize("arguments", [(), ("1", "--tidy")])
-def test_what_it_does_not_know_is_refused(arguments: tuple[str, ...]) -> None:
+def test_unknown_arguments_are_refused(arguments: tuple[str, ...]) -> None:
     assert checks(*arguments).returncode in (1, 2)
 
 
 @pytest.mark.slow
-def test_kernels_and_parts_are_measured_on_a_cpu_with_tiny_shapes(tmp_path: Path) -> None:
+def test_first_call_measures_tiny_shapes_on_a_cpu(tmp_path: Path) -> None:
     found = checks("1", str(tmp_path), "--device", "cpu", "--tiny")
     assert found.returncode == 0, found.stdout
     engine, measured, run = (
@@ -93,7 +93,7 @@ def test_kernels_and_parts_are_measured_on_a_cpu_with_tiny_shapes(tmp_path: Path
 
 
 @pytest.mark.slow
-def test_whole_runs_are_measured_on_a_cpu_with_tiny_shapes(tmp_path: Path) -> None:
+def test_second_call_measures_tiny_runs_on_a_cpu(tmp_path: Path) -> None:
     found = checks("2", str(tmp_path), "--device", "cpu", "--tiny")
     runs = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in PARTS["2"]}
     told = dict(re.findall(r"^(\S+): exit code (\d+)", found.stdout, flags=re.MULTILINE))

@@ -53,7 +53,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def test_counts_of_a_file_are_those_by_hand(script: ModuleType, tmp_path: Path) -> None:
+def test_counts_of_a_file_equal_counts_by_hand(script: ModuleType, tmp_path: Path) -> None:
     file = tmp_path / "sample.py"
     file.write_text(SAMPLE + "# " + "x" * 99 + "\\n", encoding="utf-8")
     found = script.count_file(file)
@@ -63,7 +63,7 @@ def test_counts_of_a_file_are_those_by_hand(script: ModuleType, tmp_path: Path) 
     assert found.complex_functions == 1
 
 
-def test_parameters_are_all_but_self(script: ModuleType, tmp_path: Path) -> None:
+def test_parameters_exclude_self(script: ModuleType, tmp_path: Path) -> None:
     file = tmp_path / "sample.py"
     file.write_text(SAMPLE, encoding="utf-8")
     found = {function.name: script.n_parameters(function) for function in script.functions_of(file)}

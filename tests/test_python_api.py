@@ -63,14 +63,14 @@ def examples() -> list[doctest.DocTest]:
 
 @pytest.mark.parametrize("example", examples(), ids=lambda example: example.name)
 @pytest.mark.usefixtures("workspace")
-def test_the_examples_of_docstrings_do_what_they_show(example: doctest.DocTest) -> None:
+def test_examples_of_docstrings_give_the_output_shown(example: doctest.DocTest) -> None:
     said: list[str] = []
     failed, tried = doctest.DocTestRunner(verbose=False).run(example, out=said.append)
     assert not failed, "".join(said)
     assert tried
 
 
-def test_functions_have_examples() -> None:
+def test_public_functions_have_examples() -> None:
     named = {example.name for example in examples()}
     assert {
         "quantize",
@@ -88,7 +88,7 @@ def test_functions_have_examples() -> None:
         ("from gptq_cli import QuantizeConfig, quantize, evaluate_perplexity", {"pydantic"}),
     ],
 )
-def test_importing_loads_nothing_heavy(statement: str, allowed: set[str]) -> None:
+def test_import_loads_no_heavy_package(statement: str, allowed: set[str]) -> None:
     script = f"import sys, json; {statement}; print(json.dumps([*sys.modules]))"
     found = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
@@ -97,7 +97,7 @@ def test_importing_loads_nothing_heavy(statement: str, allowed: set[str]) -> Non
     assert heavy & set(json.loads(found.stdout)) == allowed
 
 
-def test_every_public_name_is_there_and_no_other() -> None:
+def test_package_has_exactly_its_public_names() -> None:
     assert set(gptq_cli.__all__) <= set(dir(gptq_cli))
     assert all(getattr(gptq_cli, name) is not None for name in gptq_cli.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'quantise'"):
@@ -131,7 +131,7 @@ def test_python_and_the_command_line_write_the_same_bytes(workspace: Path, gptq:
     assert digest(workspace / "from-python") == digest(workspace / "from-shell")
 
 
-def test_a_callback_that_raises_ends_the_run_and_the_same_call_goes_on(workspace: Path) -> None:
+def test_run_ended_by_its_callback_resumes_on_the_same_call(workspace: Path) -> None:
     with pytest.raises(GptqError, match="one block is enough") as stopped:
         quantize(MODEL, config(), "out", on_event=stop_after_the_first_block)
     assert stopped.value.exit_code == 75
@@ -142,12 +142,12 @@ def test_a_callback_that_raises_ends_the_run_and_the_same_call_goes_on(workspace
     assert [event.index for event in seen if isinstance(event, events.BlockFinished)] == [1]
 
 
-def test_a_report_names_the_command(workspace: Path) -> None:
+def test_report_names_the_command(workspace: Path) -> None:
     quantize(MODEL, config(), "out", report=True, command="my program")
     assert "my program" in (workspace / "out" / "gptq_report.html").read_text(encoding="utf-8")
 
 
-def test_all_that_is_wrong_with_a_configuration_is_one_error_with_hints() -> None:
+def test_one_error_lists_all_problems_of_a_configuration() -> None:
     with pytest.raises(GptqError) as refused:
         QuantizeConfig(bits=5, group_sise=64, dynamic={"+:x": {"bits": 7}})
     said = [(problem.code, problem.message, problem.hint) for problem in refused.value.problems]
@@ -165,7 +165,7 @@ def test_all_that_is_wrong_with_a_configuration_is_one_error_with_hints() -> Non
     assert refused.value.exit_code == 2
 
 
-def test_a_configuration_is_its_own_copy_and_derives_as_before() -> None:
+def test_copied_configuration_keeps_its_derived_values() -> None:
     whole = QuantizeConfig(bits=3, desc_act=True)
     assert QuantizeConfig.model_validate(whole) is whole
     assert QuantizeConfig(**whole.model_dump()) == whole
@@ -194,7 +194,7 @@ def test_wrong_arguments_are_refused(arguments: dict[str, str], code: str, messa
 
 
 @pytest.mark.usefixtures("workspace")
-def test_what_the_file_system_refuses_is_a_gptq_error() -> None:
+def test_file_system_error_becomes_a_gptq_error() -> None:
     Path("loop").symlink_to("loop")
     for call in (
         lambda: quantize("loop", config(), "out"),
@@ -216,7 +216,7 @@ def test_what_the_file_system_refuses_is_a_gptq_error() -> None:
 
 @pytest.mark.usefixtures("workspace")
 @pytest.mark.parametrize("when", ["block", "copy", "verify"])
-def test_a_work_directory_that_is_removed_ends_the_call(when: str) -> None:
+def test_removed_work_directory_ends_the_call(when: str) -> None:
     def remove(event: object) -> None:
         block = isinstance(event, events.BlockFinished) and when == "block"
         if block or (isinstance(event, events.PhaseStarted) and event.name == when):
@@ -231,7 +231,7 @@ def test_a_work_directory_that_is_removed_ends_the_call(when: str) -> None:
 @pytest.mark.parametrize(
     "said", [{"max_windows": 0}, {"seqlen": "64"}, {"device": "gpu"}, {"backend": "marlin"}]
 )
-def test_wrong_requests_cannot_be_made(said: dict[str, object]) -> None:
+def test_wrong_eval_request_is_refused(said: dict[str, object]) -> None:
     with pytest.raises(GptqError, match=f"{next(iter(said))} must be") as refused:
         EvalRequest(**said)  # type: ignore[arg-type]
     assert refused.value.exit_code == 2

@@ -83,7 +83,7 @@ def case_hash(name: str, directory: Path) -> str:
 
 
 @pytest.mark.parametrize("name", [*CASES, MIXTURE])
-def test_unchanged_settings_give_the_bytes_of_before(name: str, tmp_path: Path) -> None:
+def test_unchanged_settings_give_unchanged_bytes(name: str, tmp_path: Path) -> None:
     known = json.loads(KNOWN.read_text()).get(platform_name())
     if known is None:
         pytest.skip(f"no hashes were taken on {platform_name()}")

@@ -56,12 +56,12 @@ def gptq(
         ),
     ],
 )
-def test_secrets_are_struck_out_and_nothing_else(text: str, shown: str) -> None:
+def test_only_secrets_are_struck_out(text: str, shown: str) -> None:
     assert without_secrets(text) == shown
     assert visible(text) == text  # results are not touched
 
 
-def test_a_token_is_in_no_output_of_the_program(tmp_path: Path) -> None:
+def test_no_output_of_the_program_holds_a_token(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", num_hidden_layers=2)
     files = {path.name: path.read_bytes() for path in model.iterdir()}
     words = small_run(tmp_path)
@@ -103,7 +103,7 @@ def test_a_token_is_in_no_output_of_the_program(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("option", ["model", "--dataset", "--config", "--device"])
-def test_credentials_in_what_the_user_said_are_not_repeated(option: str) -> None:
+def test_credentials_in_arguments_are_not_repeated(option: str) -> None:
     secret = f"https://user:{CANARY}@huggingface.co/x"
     words = [
         "quantize",
@@ -117,7 +117,7 @@ def test_credentials_in_what_the_user_said_are_not_repeated(option: str) -> None
     assert CANARY not in found.stdout + found.stderr
 
 
-def test_a_traceback_of_a_bug_holds_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_traceback_of_a_bug_holds_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise ZeroDivisionError(f"while sending Bearer {CANARY}")
 
@@ -128,7 +128,7 @@ def test_a_traceback_of_a_bug_holds_no_token(monkeypatch: pytest.MonkeyPatch) ->
     assert CANARY not in found.stderr + found.stdout
 
 
-def test_secrets_are_struck_out_of_errors_and_the_environment(
+def test_secrets_are_struck_out_of_errors_and_variables(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("HF_ENDPOINT", f"https://user:{CANARY}@mirror/x")
@@ -144,7 +144,7 @@ def test_secrets_are_struck_out_of_errors_and_the_environment(
     assert "/none/hf_***.yaml" in refused.stderr
 
 
-def test_only_files_of_the_model_itself_reach_the_output(tmp_path: Path) -> None:
+def test_only_files_of_the_model_reach_the_output(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", num_hidden_layers=2)
     for name in (
         ".env",
@@ -176,7 +176,7 @@ def test_only_files_of_the_model_itself_reach_the_output(tmp_path: Path) -> None
     assert written - {"gptq_manifest.json"} == own | copied
 
 
-def test_a_models_name_with_escapes_and_markup_is_text_everywhere(
+def test_model_name_with_escapes_and_markup_is_shown_as_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

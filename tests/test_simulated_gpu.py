@@ -44,14 +44,16 @@ def test_operations_that_mix_devices_are_refused(mix: Callable[[], Tensor]) -> N
 
 
 @pytest.mark.usefixtures("gpu")
-def test_the_host_sees_no_memory_of_the_device() -> None:
+def test_host_cannot_access_memory_of_the_device() -> None:
     with pytest.raises(TypeError, match="can't convert cuda:0 device type tensor to numpy"):
         on_device(1, 2).numpy()
     assert on_device(1, 2).cpu().numpy().tolist() == [1, 2]
 
 
 @pytest.mark.parametrize("inference", [False, True])
-def test_what_may_be_mixed_is_computed_on_the_device(gpu: SimulatedGpu, inference: bool) -> None:
+def test_allowed_mixtures_of_devices_compute_on_the_device(
+    gpu: SimulatedGpu, inference: bool
+) -> None:
     with torch.inference_mode(inference):
         found = (on_device(1, 2) * torch.tensor(3.0))[torch.tensor([1, 0])]
         assert (found.device, found.is_cuda, found.tolist()) == (CUDA, True, [6, 3])
@@ -63,7 +65,7 @@ def test_what_may_be_mixed_is_computed_on_the_device(gpu: SimulatedGpu, inferenc
 
 
 @pytest.mark.usefixtures("gpu")
-def test_views_write_through_and_in_place_operations_give_the_tensor_itself() -> None:
+def test_views_and_in_place_operations_change_the_same_tensor() -> None:
     whole = torch.zeros(2, 3, device=CUDA)
     whole[1].add_(1)
     whole.T[0] = 5
@@ -73,7 +75,7 @@ def test_views_write_through_and_in_place_operations_give_the_tensor_itself() ->
 
 
 @pytest.mark.usefixtures("gpu")
-def test_16_bit_products_come_out_in_float32_in_other_threads_too() -> None:
+def test_other_threads_get_16_bit_products_in_float32() -> None:
     found: list[Tensor] = []
     matrix = torch.full((2, 2), 1.0078125, device=CUDA, dtype=torch.bfloat16)
     thread = Thread(target=lambda: found.append(torch.mm(matrix, matrix, out_dtype=torch.float32)))
@@ -100,7 +102,7 @@ def test_16_bit_products_come_out_in_float32_in_other_threads_too() -> None:
         (lambda x: x.nonzero(), 1),
     ],
 )
-def test_what_the_host_waits_for_is_counted(
+def test_waits_of_the_host_are_counted(
     gpu: SimulatedGpu, work: Callable[[Tensor], object], waits: int
 ) -> None:
     numbers = on_device(1, 2, 3)
@@ -109,7 +111,7 @@ def test_what_the_host_waits_for_is_counted(
     assert gpu.waits.total() == waits
 
 
-def test_more_than_there_may_be_is_not_allocated(gpu: SimulatedGpu) -> None:
+def test_allocation_beyond_the_limit_fails(gpu: SimulatedGpu) -> None:
     torch.cuda.set_per_process_memory_fraction(2048 / gpu.total_bytes)
     kept = torch.zeros(256, device=CUDA)
     with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):

@@ -46,7 +46,7 @@ def docs_site() -> ModuleType:
     return module
 
 
-def test_the_site_is_whole_and_fetches_nothing(site: Path) -> None:
+def test_site_is_complete_and_fetches_nothing(site: Path) -> None:
     pages = {
         str(page.relative_to(site)): page.read_text(encoding="utf-8")
         for page in site.rglob("*.html")
@@ -62,14 +62,14 @@ def test_the_site_is_whole_and_fetches_nothing(site: Path) -> None:
     assert fetched == []
 
 
-def test_equations_are_drawn(site: Path) -> None:
+def test_equations_are_rendered(site: Path) -> None:
     page = (site / "algorithm.html").read_text(encoding="utf-8")
     source = (ROOT / "docs" / "algorithm.md").read_text(encoding="utf-8")
     assert page.count("<math") == source.count(r"\(") + source.count(r"\[") > 30
     assert not re.search(r"\\[(\[]", page)
 
 
-def test_the_reference_has_every_command_option_key_code_and_engine(docs_site: ModuleType) -> None:
+def test_reference_lists_commands_options_keys_codes_and_engines(docs_site: ModuleType) -> None:
     pages = docs_site.pages()
     cli, keys, codes = (
         pages[f"reference/{name}.md"] for name in ("cli", "configuration", "error-codes")
@@ -86,13 +86,13 @@ def test_the_reference_has_every_command_option_key_code_and_engine(docs_site: M
     ] == []
 
 
-def test_defaults_of_the_reference_are_those_of_the_default_preset(docs_site: ModuleType) -> None:
+def test_reference_shows_the_values_of_the_default_preset(docs_site: ModuleType) -> None:
     keys = docs_site.pages()["reference/configuration.md"]
     assert '| `scale_search` | `"mse"` |' in keys
     assert "| `refine_sweeps` | `4` |" in keys
 
 
-def test_exit_codes_of_the_reference_are_those_of_the_errors(docs_site: ModuleType) -> None:
+def test_reference_lists_the_exit_codes_of_all_errors(docs_site: ModuleType) -> None:
     documented = {
         int(code)
         for code in re.findall(r"^\| (\d+) \|", docs_site.exit_codes(), flags=re.MULTILINE)
@@ -105,7 +105,7 @@ def test_exit_codes_of_the_reference_are_those_of_the_errors(docs_site: ModuleTy
     assert {kind.exit_code for kind in classes} | {0, 130, 143} == documented
 
 
-def test_every_part_of_the_output_schema_and_every_decision_has_its_place(
+def test_reference_lists_the_output_schema_and_all_decisions(
     docs_site: ModuleType,
 ) -> None:
     pages = docs_site.pages()

@@ -207,7 +207,7 @@ def load(
 
 
 @_with_limit(_is_read)
-def test_logits_are_those_of_the_dequantized_weights(
+def test_consumer_gives_the_logits_of_dequantized_weights(
     consumer: str, case: Case, load: Callable[[str, Case], Loaded]
 ) -> None:
     loaded = load(consumer, case)
@@ -221,7 +221,7 @@ def test_logits_are_those_of_the_dequantized_weights(
 
 
 @_with_limit(_is_refused)
-def test_settings_that_a_consumer_cannot_read_are_refused_by_it(
+def test_consumer_refuses_settings_that_it_cannot_read(
     consumer: str, case: Case, load: Callable[[str, Case], Loaded]
 ) -> None:
     loaded, limit = load(consumer, case), limit_of(consumer, case)
@@ -230,7 +230,7 @@ def test_settings_that_a_consumer_cannot_read_are_refused_by_it(
 
 
 @_with_limit(_is_misread)
-def test_settings_known_to_be_misread_are_still_misread(
+def test_consumer_still_misreads_known_settings(
     consumer: str, case: Case, load: Callable[[str, Case], Loaded]
 ) -> None:
     loaded = load(consumer, case)

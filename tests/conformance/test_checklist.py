@@ -21,14 +21,14 @@ from tests.conformance.written import write, write_mixture
 Plant = Callable[[Pair], object]
 
 
-def test_all_fifty_points_are_checked_or_said_not_to_apply() -> None:
+def test_each_of_fifty_points_has_a_check_or_a_reason() -> None:
     places = [*CHECKS, *BY_VERIFY, *BY_OTHER_TESTS, *NOT_HERE]
     assert sorted(places) == list(range(1, 51))
     assert set(BY_VERIFY.values()) <= set(PLANTED)
 
 
 @pytest.mark.parametrize("case", ["plain", *CASES])
-def test_what_we_write_meets_every_point(case: str, tmp_path: Path) -> None:
+def test_written_checkpoint_meets_every_point(case: str, tmp_path: Path) -> None:
     # rules with settings of their own are the user's and stay as they were written; those of one layer split nothing
     written = write(tmp_path, **CASES.get(case, {"bits": 4, "group_size": 32}))
     pair = Pair(written.source, written.output)
@@ -38,7 +38,7 @@ def test_what_we_write_meets_every_point(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_mixtures_of_experts_meet_every_point(bits: int, tmp_path: Path) -> None:
+def test_mixture_of_experts_meets_every_point(bits: int, tmp_path: Path) -> None:
     written = write_mixture(tmp_path, bits=bits, group_size=32)
     pair = Pair(written.source, written.output)
     assert {
@@ -149,7 +149,7 @@ SLIPS: dict[int, Plant] = {
 
 
 @pytest.mark.parametrize("number", CHECKS)
-def test_a_slip_is_noticed_by_its_point(number: int, tmp_path: Path) -> None:
+def test_check_of_a_point_finds_its_planted_defect(number: int, tmp_path: Path) -> None:
     mixture = number in (12, 34)
     settings = {"bits": 4, "group_size": 32}
     written = (

@@ -52,7 +52,7 @@ def promised(written: Written) -> dict[str, str]:
 @pytest.mark.parametrize("format", ["gptq", "gptq_v2"])
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_every_engine_does_with_a_checkpoint_what_is_said_of_it(
+def test_each_engine_behaves_as_the_serving_table_promises(
     bits: int, sym: bool, format: str, group_size: int, desc_act: bool, tmp_path: Path
 ) -> None:
     order = {"desc_act": desc_act, "act_group_aware": not desc_act}
@@ -114,7 +114,7 @@ SPLIT = {
 
 
 @pytest.mark.parametrize("case", [*CASES, *SPLIT])
-def test_every_engine_reads_what_rules_and_lists_made(case: str, tmp_path: Path) -> None:
+def test_each_engine_reads_rules_and_lists_as_promised(case: str, tmp_path: Path) -> None:
     settings = (CASES | SPLIT)[case]
     written = write(tmp_path, **settings)
     assert verify_checkpoint(written.output, full=True).defects == ()
@@ -170,13 +170,13 @@ SLIPS: dict[str, tuple[dict[str, object], Callable[[Path], object], dict[str, st
 
 
 @pytest.mark.parametrize("slip", SLIPS)
-def test_the_readers_notice_a_slip_as_the_engines_would(slip: str, tmp_path: Path) -> None:
+def test_readers_notice_planted_defects_as_engines_would(slip: str, tmp_path: Path) -> None:
     settings, break_it, expected = SLIPS[slip]
     written = write(tmp_path, group_size=32, **settings)
     break_it(written.output)
     assert {reader: outcome(reader, written) for reader in expected} == expected
 
 
-def test_the_models_of_these_tests_have_every_fused_group() -> None:
+def test_written_models_have_every_fused_group() -> None:
     prefixes = dict(fused_modules([f"model.layers.0.{name}" for name in LINEARS]))
     assert [len(shards) for shards in prefixes.values()] == [3, 1, 2, 1]

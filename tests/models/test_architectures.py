@@ -49,9 +49,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("model_type", WORKING)
-def test_logits_of_the_quantized_model_are_those_of_transformers(
-    model_type: str, tmp_path: Path
-) -> None:
+def test_quantized_model_gives_the_logits_of_transformers(model_type: str, tmp_path: Path) -> None:
     outcome = try_type(model_type, tmp_path)
     assert (outcome.status, outcome.differences) == ("worked", pytest.approx([0, 0], abs=1e-6)), (
         outcome.why
@@ -61,7 +59,7 @@ def test_logits_of_the_quantized_model_are_those_of_transformers(
 
 
 @pytest.mark.parametrize("model_type", REFUSED)
-def test_what_cannot_be_quantized_is_refused_by_name(model_type: str, tmp_path: Path) -> None:
+def test_unsupported_architecture_is_refused_by_name(model_type: str, tmp_path: Path) -> None:
     outcome = try_type(model_type, tmp_path)
     assert outcome.status == "refused", outcome.why
     assert outcome.why.startswith("E_ARCH: ")

@@ -71,20 +71,20 @@ def handed_on_to_the_end(blocks: list[nn.Module], x: Tensor) -> tuple[Tensor]:
 @pytest.mark.parametrize(
     ("forward", "extras"), [(plain, None), (pairs, (None,)), (inputs_of_each_layer, None)]
 )
-def test_a_chain_passes(forward: Forward, extras: tuple[object, ...] | None) -> None:
+def test_chain_of_blocks_passes_the_check(
+    forward: Forward, extras: tuple[object, ...] | None
+) -> None:
     assert not check(forward, extras)
 
 
 @pytest.mark.parametrize("extra", [torch.arange(5), torch.ones(2)], ids=["integers", "floats"])
 @pytest.mark.parametrize("forward", [handed_on, handed_on_to_the_end])
-def test_blocks_may_hand_more_than_hidden_states_to_the_next(
-    forward: Forward, extra: Tensor
-) -> None:
+def test_block_may_pass_extra_tensors_to_the_next_block(forward: Forward, extra: Tensor) -> None:
     assert check(forward, (extra,))
     assert not check(pairs, (extra,))
 
 
-def test_a_call_takes_what_was_handed_on_in_the_place_where_it_was_seen() -> None:
+def test_call_puts_passed_tensors_at_their_argument_positions() -> None:
     class Block(nn.Module):
         def forward(
             self, hidden: Tensor, mask: int, seen: Tensor, *, scale: Tensor
@@ -181,7 +181,7 @@ def skipped(blocks: list[nn.Module], x: Tensor) -> tuple[Tensor]:
         (skipped, None, "calls `blocks.2` 0 times, not once"),
     ],
 )
-def test_what_is_no_chain_is_refused(
+def test_model_that_is_no_chain_is_refused(
     forward: Forward, extras: tuple[object, ...] | None, message: str
 ) -> None:
     with pytest.raises(InputError) as caught:
@@ -190,6 +190,6 @@ def test_what_is_no_chain_is_refused(
     assert message in str(caught.value)
 
 
-def test_a_container_that_blocks_fill_for_each_other_stays_one() -> None:
+def test_container_shared_by_blocks_stays_one_object() -> None:
     filled: dict[str, Tensor] = {}
     assert reuse_equal_tensors({"states": filled}, {"states": {}})["states"] is filled

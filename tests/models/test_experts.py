@@ -70,7 +70,7 @@ def separated(kind: nn.Module) -> Experts:
         "nemotron_h",
     ],
 )
-def test_logits_are_those_of_the_stacked_model(model_type: str, tmp_path: Path) -> None:
+def test_separated_experts_give_the_logits_of_stacked_ones(model_type: str, tmp_path: Path) -> None:
     directory = save(build(model_type), tmp_path)
     whole = AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, experts_implementation="eager"
@@ -80,7 +80,7 @@ def test_logits_are_those_of_the_stacked_model(model_type: str, tmp_path: Path) 
     assert relative(streamed_logits(directory), expected) < 1e-6
 
 
-def test_each_expert_is_given_its_tokens_in_the_order_of_the_stacked_module() -> None:
+def test_expert_gets_its_tokens_in_order_of_the_stacked_module() -> None:
     experts = separated(mixtral_experts())
     chosen = torch.tensor([[0, 2], [2, 1], [0, 1], [2, 0]])
     rows = [mine.tolist() for mine in experts.rows(Routed(torch.zeros(4, 32), chosen))]
@@ -91,7 +91,7 @@ def test_each_expert_is_given_its_tokens_in_the_order_of_the_stacked_module() ->
     assert rows == [[1], [], [6, 8], []]
 
 
-def test_a_token_may_choose_the_same_expert_twice() -> None:
+def test_token_may_choose_the_same_expert_twice() -> None:
     kind = mixtral_experts()
     tokens, chosen, weights = torch.randn(5, 32), torch.full((5, 2), 3), torch.rand(5, 2)
     assert torch.allclose(
@@ -99,7 +99,7 @@ def test_a_token_may_choose_the_same_expert_twice() -> None:
     )
 
 
-def test_a_module_that_computes_something_else_is_left_alone() -> None:
+def test_module_with_another_computation_is_not_separated() -> None:
     class Louder(MixtralExperts):
         def forward(self, *args: Tensor) -> Tensor:
             return 1.01 * super().forward(*args)
@@ -113,7 +113,7 @@ def test_a_module_that_computes_something_else_is_left_alone() -> None:
     assert set(find_stacks(holder)) == {"plain", "again"}
 
 
-def test_experts_may_have_biases_and_gate_and_up_take_turns() -> None:
+def test_experts_with_biases_and_interleaved_gate_and_up_work() -> None:
     config = GptOssConfig(**SIZES)
     config._experts_implementation = "eager"
     kind = GptOssExperts(config)
@@ -134,7 +134,7 @@ def test_experts_may_have_biases_and_gate_and_up_take_turns() -> None:
     assert StackShape.of(nn.Linear(2, 2)) is None
 
 
-def test_a_choice_beyond_the_experts_gives_a_token_back_as_it_is() -> None:
+def test_choice_beyond_the_experts_passes_the_token_through() -> None:
     kind = LongcatFlashExperts(LongcatFlashConfig(expert_ffn_hidden_size=48, **LONGCAT))
     for parameter in kind.requires_grad_(False).parameters():
         nn.init.normal_(parameter, std=0.2)

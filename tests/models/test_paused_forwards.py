@@ -103,7 +103,7 @@ def replayed(block: Block, states: Sequence[Tensor]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("n_batches", [1, 3, 128])
-def test_outputs_and_weights_equal_those_of_whole_forwards_for_each_stage(n_batches: int) -> None:
+def test_outputs_and_weights_equal_those_of_whole_forwards(n_batches: int) -> None:
     ours, slow, states = Block(), Block(), inputs(n_batches)
     outputs = in_lockstep(ours, [partial(ours, state) for state in states])
     expected = replayed(slow, states)
@@ -112,7 +112,7 @@ def test_outputs_and_weights_equal_those_of_whole_forwards_for_each_stage(n_batc
     assert not torch.equal(ours.d.weight, Block().d.weight)
 
 
-def test_batches_move_one_at_a_time_and_stop_before_each_stage() -> None:
+def test_batches_run_one_at_a_time_and_stop_before_each_stage() -> None:
     block, log = Block(), []
     runs = [
         partial(block, x, partial(lambda n, name: log.append(f"{n}{name}"), n))
@@ -134,7 +134,7 @@ def test_batches_move_one_at_a_time_and_stop_before_each_stage() -> None:
     assert log == " ".join(rounds).split()
 
 
-def test_a_thread_is_made_when_its_batch_first_moves() -> None:
+def test_thread_starts_when_its_batch_first_runs() -> None:
     block, before = Block(), threading.active_count()
     with pause_forwards(STAGES, block.linears, [partial(block, x) for x in inputs()]) as batches:
         assert threading.active_count() == before
@@ -179,9 +179,7 @@ DEVIATIONS: dict[str, tuple[Callable[[Block, Tensor], Tensor], str]] = {
 
 @pytest.mark.parametrize("name", DEVIATIONS)
 @pytest.mark.parametrize("batch", [0, 1, 2])
-def test_a_batch_that_goes_another_way_is_an_error_with_its_number_and_the_linear(
-    name: str, batch: int
-) -> None:
+def test_deviating_batch_raises_error_with_its_number_and_linear(name: str, batch: int) -> None:
     deviate, linear = DEVIATIONS[name]
     block = Deviant(deviate, batch)
     with pytest.raises(InputError, match=f"batch {batch} does not call `{linear}`") as caught:
@@ -193,9 +191,7 @@ def test_a_batch_that_goes_another_way_is_an_error_with_its_number_and_the_linea
 
 @pytest.mark.parametrize("where", "abcd")
 @pytest.mark.parametrize("batch", [0, 1, 2])
-def test_an_error_in_one_forward_is_raised_to_the_caller_and_ends_the_others(
-    where: str, batch: int
-) -> None:
+def test_error_in_one_forward_reaches_the_caller_and_ends_others(where: str, batch: int) -> None:
     block, ended = Block(), []
 
     def fail(number: int, name: str) -> None:
@@ -215,7 +211,7 @@ def test_an_error_in_one_forward_is_raised_to_the_caller_and_ends_the_others(
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
-def test_an_error_of_the_caller_ends_all_forwards(stage: int) -> None:
+def test_error_of_the_caller_ends_all_forwards(stage: int) -> None:
     block = Block()
 
     def use() -> None:
@@ -232,7 +228,7 @@ def test_an_error_of_the_caller_ends_all_forwards(stage: int) -> None:
     assert not any(module._forward_pre_hooks for module in block.modules())
 
 
-def test_an_interrupt_while_a_forward_runs_ends_all_of_them() -> None:
+def test_interrupt_in_one_forward_ends_all_forwards() -> None:
     block = Block()
 
     def interrupt(number: int, name: str) -> None:
@@ -255,7 +251,7 @@ def test_an_interrupt_while_a_forward_runs_ends_all_of_them() -> None:
 
 
 @pytest.mark.parametrize("fails", ["nothing", "the caller", "a forward"])
-def test_no_tensor_outlives_its_forward_without_need(fails: str) -> None:
+def test_no_tensor_outlives_its_forward(fails: str) -> None:
     block, alive, outputs = Block(), [], []
 
     def run(state: Tensor) -> Tensor:
@@ -289,7 +285,7 @@ def test_no_tensor_outlives_its_forward_without_need(fails: str) -> None:
         gc.enable()
 
 
-def test_a_block_of_a_known_kind_is_not_run_again_and_keeps_its_own_names() -> None:
+def test_block_of_a_known_kind_gets_own_names_without_a_new_run() -> None:
     runs: list[str] = []
 
     def probe(block: Block, prefix: str) -> list[tuple[str, ...]]:
@@ -310,7 +306,7 @@ def test_a_block_of_a_known_kind_is_not_run_again_and_keeps_its_own_names() -> N
     assert runs == ["first", "third"]
 
 
-def test_stages_of_some_linears_are_in_the_order_in_which_these_are_called() -> None:
+def test_stages_follow_the_order_of_the_calls() -> None:
     class Parallel(Block):
         def forward(self, x: Tensor, before: Callable[[str], None] = lambda _: None) -> Tensor:
             del before
@@ -324,13 +320,13 @@ def test_stages_of_some_linears_are_in_the_order_in_which_these_are_called() -> 
     assert len(outputs) == 3
 
 
-def test_a_linear_called_twice_is_counted_and_one_never_called_is_in_no_stage() -> None:
+def test_stages_count_repeated_calls_and_omit_uncalled_linears() -> None:
     block = Deviant(lambda m, x: m.a(m.a(x)), 0)
     stages = probe_block(block.linears, lambda: block(inputs(1)[0])).stages("abcd")
     assert stages == [Stage(("a",), 2)]
 
 
-def test_memory_given_back_and_taken_again_is_not_taken_for_the_same_input() -> None:
+def test_reused_memory_counts_as_another_input() -> None:
     memory = bytearray(5 * FEATURES * 4)
 
     def allocate() -> Tensor:
@@ -346,15 +342,13 @@ def test_memory_given_back_and_taken_again_is_not_taken_for_the_same_input() -> 
     assert len(probe_block(block.linears, lambda: block(inputs(1)[0])).stages("ab")) == 2
 
 
-def test_different_parts_of_one_tensor_are_different_inputs() -> None:
+def test_different_slices_of_one_tensor_are_different_inputs() -> None:
     block = Deviant(lambda m, x: m.a(x[:2]) + m.b(x[2:4]) + m.c(x[:2]), 0)
     stages = probe_block(block.linears, lambda: block(inputs(1)[0])).stages("abc")
     assert [stage.names for stage in stages] == [("a", "c"), ("b",)]
 
 
-def test_waiting_bytes_are_the_most_that_a_forward_has_allocated_and_not_given_back_at_a_linear() -> (
-    None
-):
+def test_waiting_bytes_are_the_peak_held_at_any_linear() -> None:
     def hold(block: Block, x: Tensor) -> Tensor:
         kept = torch.cat([x, x])
         block.a(kept[:5])  # 2: a view allocates nothing

@@ -53,7 +53,7 @@ def gpu() -> Iterator[SimulatedGpu]:
         yield device
 
 
-def test_what_was_expected_is_read_once_and_pinned_and_all_else_when_its_turn_comes() -> None:
+def test_expected_tensors_are_read_once_and_pinned() -> None:
     source = Numbers()
     ahead = ReadAhead(source, 10_000)
     ahead.prefetch(["t1", "t2"])
@@ -71,7 +71,7 @@ def test_what_was_expected_is_read_once_and_pinned_and_all_else_when_its_turn_co
 
 
 @pytest.mark.parametrize("fitting", [0, 1, 4])
-def test_no_more_is_pinned_than_there_may_be(fitting: int) -> None:
+def test_pinned_bytes_stay_within_the_limit(fitting: int) -> None:
     ahead = ReadAhead(Numbers(), fitting * BYTES + BYTES - 1)
     for _ in range(2):  # the room is there again for the next block
         ahead.prefetch(NAMES)
@@ -82,7 +82,7 @@ def test_no_more_is_pinned_than_there_may_be(fitting: int) -> None:
         assert [tensor[0].item() for tensor in tensors] == [0, 1, 2, 3, 4, 5]
 
 
-def test_a_new_expectation_lets_go_of_the_old_one() -> None:
+def test_new_prefetch_frees_the_tensors_of_the_old_one() -> None:
     ahead = ReadAhead(Numbers(), 10_000)
     ahead.prefetch(["t1", "t2"])
     held = [ref(ahead.read(name)) for name in ("t1", "t2")]
@@ -94,7 +94,7 @@ def test_a_new_expectation_lets_go_of_the_old_one() -> None:
     assert not ahead.read("t1").is_pinned()
 
 
-def test_what_is_not_expected_any_more_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensors_of_an_old_prefetch_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     source, began, goes_on = Numbers(), Event(), Event()
     read = source.read
 
@@ -113,7 +113,7 @@ def test_what_is_not_expected_any_more_is_not_read(monkeypatch: pytest.MonkeyPat
     assert source.reads == ["t1", "t4"]
 
 
-def test_a_tensor_that_cannot_be_read_is_an_error_when_it_is_needed_and_not_before() -> None:
+def test_unreadable_tensor_raises_error_only_at_its_own_read() -> None:
     ahead = ReadAhead(Numbers(broken=["t2"]), 10_000)
     ahead.prefetch(["t1", "t2", "t3"])
     assert ahead.read("t3").is_pinned()
@@ -123,7 +123,7 @@ def test_a_tensor_that_cannot_be_read_is_an_error_when_it_is_needed_and_not_befo
     assert ahead.read("t1").is_pinned()
 
 
-def test_without_memory_that_can_be_pinned_tensors_are_read_as_ever(
+def test_tensors_are_read_if_no_memory_can_be_pinned(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def refuse(_tensor: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ def test_without_memory_that_can_be_pinned_tensors_are_read_as_ever(
     assert [ahead.read(name)[0].item() for name in NAMES] == [0, 1, 2, 3, 4, 5]
 
 
-def test_a_file_may_be_released_by_one_thread_the_moment_another_has_opened_it(
+def test_thread_may_release_a_file_just_opened_by_another(
     tmp_path: Path,
 ) -> None:
     class Forgetful(dict[str, object]):
@@ -148,7 +148,7 @@ def test_a_file_may_be_released_by_one_thread_the_moment_another_has_opened_it(
     assert all(torch.equal(reader.read(name), plain.read(name)) for name in checkpoint.tensors)
 
 
-def test_files_may_be_released_while_the_thread_reads_them(tmp_path: Path) -> None:
+def test_files_may_be_released_while_a_thread_reads_them(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(save_model(tmp_path / "model", max_shard_size="50KB"))
     ahead, plain = ReadAhead(TensorReader(checkpoint), 10**9), TensorReader(checkpoint)
     for _ in range(20):

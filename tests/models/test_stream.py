@@ -62,7 +62,7 @@ def token_batches(*sizes: int, seqlen: int = 48) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_streamed_hidden_states_and_logits_equal_the_models_own_forward(
+def test_streamed_states_and_logits_equal_the_models_own_forward(
     family: str, tmp_path: Path
 ) -> None:
     directory = save_model(tmp_path, family)
@@ -80,7 +80,7 @@ def test_streamed_hidden_states_and_logits_equal_the_models_own_forward(
             assert torch.equal(logits(ids, state), wanted)
 
 
-def test_only_the_block_at_work_has_weights(tmp_path: Path) -> None:
+def test_only_the_current_block_holds_weights(tmp_path: Path) -> None:
     directory = save_model(tmp_path)
     stream = open_stream(directory)
     stream.embed(token_batches(1))
@@ -109,7 +109,7 @@ STAGES = dict.fromkeys(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_stages_are_those_one_would_write_by_hand(family: str, tmp_path: Path) -> None:
+def test_stages_equal_those_written_by_hand(family: str, tmp_path: Path) -> None:
     stream = open_stream(save_model(tmp_path, family))
     hidden = stream.embed(token_batches(2))
     with stream.block(1) as block:
@@ -119,7 +119,7 @@ def test_stages_are_those_one_would_write_by_hand(family: str, tmp_path: Path) -
     ]
 
 
-def test_the_next_block_is_expected_and_nothing_behind_the_last_or_a_failed_one(
+def test_next_block_is_prefetched_unless_the_run_ends_or_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[list[str]] = []
@@ -140,7 +140,7 @@ def test_the_next_block_is_expected_and_nothing_behind_the_last_or_a_failed_one(
     assert told[3:] == [blocks[1], []]
 
 
-def test_a_model_with_one_block_streams_too(tmp_path: Path) -> None:
+def test_model_with_one_block_streams(tmp_path: Path) -> None:
     directory = save_model(tmp_path, num_hidden_layers=1)
     batches = token_batches(1, 1)
     expected, _ = own_forward(directory, batches)
@@ -150,7 +150,7 @@ def test_a_model_with_one_block_streams_too(tmp_path: Path) -> None:
         assert torch.equal(block.run(1, hidden[1]), expected[1][0])
 
 
-def test_masks_are_kept_once_for_all_batches(tmp_path: Path) -> None:
+def test_equal_masks_of_batches_are_stored_once(tmp_path: Path) -> None:
     stream = open_stream(save_model(tmp_path, "gemma2"))
     stream.embed(token_batches(2, 2, 2))
     masks = [calls[batch].kwargs["attention_mask"] for calls in stream._calls for batch in range(3)]
@@ -160,7 +160,7 @@ def test_masks_are_kept_once_for_all_batches(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # what transformers says about its own models is not at stake
-def test_what_a_block_leaves_for_later_ones_is_not_overwritten_by_its_twin(tmp_path: Path) -> None:
+def test_unquantized_copy_keeps_state_for_later_blocks_apart(tmp_path: Path) -> None:
     directory, batches = save(build("gemma4_text"), tmp_path), token_batches(2, 1)
 
     def run(*, changed: bool, beside: bool) -> tuple[list[Tensor], list[Tensor]]:
@@ -183,7 +183,7 @@ def test_what_a_block_leaves_for_later_ones_is_not_overwritten_by_its_twin(tmp_p
     assert not torch.equal(changed[0], original[0])
 
 
-def test_linears_that_several_blocks_share_are_found_by_their_tensor(tmp_path: Path) -> None:
+def test_linears_shared_by_blocks_are_found_by_their_tensor(tmp_path: Path) -> None:
     stream = open_stream(save_model(tmp_path))
     assert stream.shared_linears() == set()
     own, other = (f"model.layers.{block}.mlp.up_proj.weight" for block in (2, 1))
@@ -192,7 +192,7 @@ def test_linears_that_several_blocks_share_are_found_by_their_tensor(tmp_path: P
     assert len(stream.all_linears()) == 3 * 7
 
 
-def test_a_run_ends_when_its_last_input_has_been_seen() -> None:
+def test_watched_forward_ends_after_its_last_input() -> None:
     block = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
     linears = {str(index): module for index, module in enumerate(block)}
     seen: list[tuple[tuple[str, ...], Tensor]] = []
@@ -226,7 +226,7 @@ def test_hooks_are_removed_when_a_forward_raises() -> None:
     assert not block._forward_pre_hooks
 
 
-def test_a_missing_tensor_is_refused_by_name(tmp_path: Path) -> None:
+def test_missing_tensor_is_refused_by_name(tmp_path: Path) -> None:
     directory = save_model(tmp_path)
     names = [
         name
@@ -240,7 +240,7 @@ def test_a_missing_tensor_is_refused_by_name(tmp_path: Path) -> None:
         build_skeleton(directory, config, names, torch.float32, CPU, trust_remote_code=False)
 
 
-def test_a_config_that_lies_about_a_shape_is_refused(tmp_path: Path) -> None:
+def test_config_with_a_wrong_shape_is_refused(tmp_path: Path) -> None:
     directory = save_model(tmp_path)
     text = (directory / "config.json").read_text()
     (directory / "config.json").write_text(
@@ -255,14 +255,14 @@ def test_a_config_that_lies_about_a_shape_is_refused(tmp_path: Path) -> None:
     assert caught.value.code == "E_CKPT_SHAPE"
 
 
-def test_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
+def test_unknown_architecture_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "no-such-model"}')
     with pytest.raises(InputError) as caught:
         load_config(tmp_path, trust_remote_code=False)
     assert caught.value.code == "E_ARCH"
 
 
-def test_a_model_with_its_own_code_is_refused_without_consent(tmp_path: Path) -> None:
+def test_model_with_own_code_needs_consent(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(
         '{"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}'
     )
@@ -274,7 +274,7 @@ def test_a_model_with_its_own_code_is_refused_without_consent(tmp_path: Path) ->
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs a list of mapped files")
-def test_no_file_of_the_checkpoint_stays_mapped_once_a_block_or_the_embedding_is_left(
+def test_no_checkpoint_file_stays_mapped_after_its_block(
     tmp_path: Path,
 ) -> None:
     directory = save_model(tmp_path / "model", max_shard_size="200KB")

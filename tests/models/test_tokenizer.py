@@ -34,7 +34,7 @@ def model(tmp_path: Path) -> Path:
     return directory
 
 
-def test_code_of_a_tokenizer_is_refused_and_does_not_run(model: Path) -> None:
+def test_tokenizer_code_is_refused_and_does_not_run(model: Path) -> None:
     with pytest.raises(InputError) as caught:
         load_encoder(model, trust_remote_code=False)
     assert (caught.value.code, caught.value.exit_code) == ("E_REMOTE_CODE", 3)
@@ -46,9 +46,7 @@ def test_code_of_a_tokenizer_is_refused_and_does_not_run(model: Path) -> None:
     assert not (model.parent / "it ran").exists()
 
 
-def test_code_of_a_tokenizer_runs_when_it_is_trusted(
-    model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_trusted_tokenizer_code_runs(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(model.parent / "modules")
     )

@@ -48,7 +48,7 @@ def ours(inputs: Tensor, originals: Tensor, config: LayerConfig) -> Tensor:
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("fields", [{}, {"damp_mode": "diagonal"}, {"damp_percent": 0.3}], ids=str)
 @pytest.mark.parametrize("strength", [0.25, 1.0])
-def test_the_weight_is_that_of_ridge_regression_in_every_order(
+def test_weight_equals_ridge_regression_in_every_order(
     order: str, fields: dict[str, object], strength: float
 ) -> None:
     config = layer_config(order, group_size=16, asymmetric_calibration=strength, **fields)
@@ -59,7 +59,7 @@ def test_the_weight_is_that_of_ridge_regression_in_every_order(
     torch.testing.assert_close(ours(inputs, originals, config), expected, rtol=1e-8, atol=1e-11)
 
 
-def test_outputs_come_nearer_to_the_original_ones_also_on_tokens_not_seen() -> None:
+def test_outputs_on_unseen_tokens_approach_the_original_ones() -> None:
     config = layer_config("natural", group_size=16, asymmetric_calibration=1.0)
     originals = correlated_inputs(4 * TOKENS, COLUMNS)
     inputs = disturbed(originals)
@@ -70,7 +70,7 @@ def test_outputs_come_nearer_to_the_original_ones_also_on_tokens_not_seen() -> N
 
 
 @pytest.mark.parametrize("mode", ["mean", "diagonal"])
-def test_a_column_without_input_keeps_its_weight(mode: str) -> None:
+def test_column_without_input_keeps_its_weight(mode: str) -> None:
     config = layer_config(
         "static group aware", group_size=16, asymmetric_calibration=1.0, damp_mode=mode
     )
@@ -82,14 +82,14 @@ def test_a_column_without_input_keeps_its_weight(mode: str) -> None:
     assert not torch.allclose(found[:, 8], weight()[:, 8])
 
 
-def test_inputs_that_are_the_original_ones_change_nothing() -> None:
+def test_unchanged_inputs_leave_the_weight_unchanged() -> None:
     config = layer_config("natural", group_size=16, asymmetric_calibration=1.0)
     originals = correlated_inputs(TOKENS, COLUMNS)
     assert torch.equal(ours(originals, originals.clone(), config), weight())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_shift_is_a_float32_sum_over_chunks(
+def test_shift_is_a_float32_sum_over_chunks(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hessian_module, "TOKENS_PER_CHUNK", 32)

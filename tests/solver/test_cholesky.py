@@ -17,7 +17,7 @@ def positive_definite(size: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("size", "panel"), [(48, 16), (50, 16), (33, 32), (20, 64), (7, 1)])
-def test_factor_by_panels_is_that_of_lapack(size: int, panel: int) -> None:
+def test_factor_by_panels_equals_the_factor_of_lapack(size: int, panel: int) -> None:
     matrix = positive_definite(size)
     expected = torch.linalg.cholesky(matrix)
     matrix += torch.full_like(matrix, 1e6).triu(1)  # never read
@@ -25,7 +25,7 @@ def test_factor_by_panels_is_that_of_lapack(size: int, panel: int) -> None:
     torch.testing.assert_close(matrix, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_float32_factor_is_as_near_as_that_of_lapack() -> None:
+def test_float32_factor_is_as_exact_as_that_of_lapack() -> None:
     exact = torch.linalg.cholesky(positive_definite(300))
     matrix = positive_definite(300).float()
     usual = torch.linalg.cholesky(matrix)
@@ -34,7 +34,7 @@ def test_float32_factor_is_as_near_as_that_of_lapack() -> None:
 
 
 @pytest.mark.parametrize("at", [0, 5, 16, 31, 47])
-def test_first_minor_that_is_not_positive_is_named_as_lapack_names_it(at: int) -> None:
+def test_first_non_positive_minor_has_the_index_of_lapack(at: int) -> None:
     matrix = positive_definite(48)
     matrix[at, at] = -1.0
     _, expected = torch.linalg.cholesky_ex(matrix)
@@ -53,7 +53,7 @@ def test_rows_and_columns_are_reversed_in_place(
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_large_hessians_get_the_same_factors_and_the_same_ladder(
+def test_blocked_factors_and_retries_equal_those_of_lapack(
     order: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, hessian = correlated_layer(1, 96)

@@ -48,7 +48,7 @@ def test_rounded_and_dequantized_rows_do_not_depend_on_chunks(
     assert torch.equal(parts.dequantize(torch.float64), expected)
 
 
-def test_the_row_of_a_scale_out_of_range_counts_through_all_chunks(
+def test_error_names_the_row_of_the_whole_weight(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(numerics, "ELEMENTS_PER_CHUNK", {"cpu": 2 * 32})

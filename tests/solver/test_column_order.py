@@ -19,14 +19,14 @@ def test_natural_order_keeps_columns_and_groups() -> None:
     assert not order.static_grid
 
 
-def test_desc_act_sorts_all_columns_and_lets_the_groups_follow() -> None:
+def test_desc_act_sorts_all_columns_and_groups_follow() -> None:
     order = column_order(DIAGONAL, layer_config("desc_act", group_size=2))
     assert order.permutation.tolist() == [1, 3, 4, 2, 0, 5]
     assert order.group_of_column.tolist() == [2, 0, 1, 0, 1, 2]
     assert not order.static_grid
 
 
-def test_group_aware_order_sorts_groups_and_the_columns_inside_each() -> None:
+def test_group_aware_order_sorts_groups_and_columns_within() -> None:
     order = column_order(DIAGONAL, layer_config("group aware", group_size=2))
     assert order.permutation.tolist() == [1, 0, 3, 2, 4, 5]
     assert order.group_of_column.tolist() == [0, 0, 1, 1, 2, 2]
@@ -34,7 +34,7 @@ def test_group_aware_order_sorts_groups_and_the_columns_inside_each() -> None:
 
 
 @pytest.mark.parametrize("order", ["static group aware", "static desc_act"])
-def test_static_groups_allow_activation_order_with_trivial_groups(order: str) -> None:
+def test_static_groups_keep_trivial_groups_in_activation_order(order: str) -> None:
     found = column_order(DIAGONAL, layer_config(order, group_size=2))
     assert found.permutation.tolist() == [1, 3, 4, 2, 0, 5]
     assert found.group_of_column.tolist() == [0, 0, 1, 1, 2, 2]
@@ -54,7 +54,7 @@ def test_one_group_per_row_is_sorted_by_activation(order: str) -> None:
     order=st.sampled_from(sorted(ORDERS)),
     group_size=st.sampled_from([1, 2, 8, 12, 24, -1]),
 )
-def test_every_group_owns_its_share_of_columns_and_none_is_visited_twice(
+def test_groups_have_equal_shares_of_columns_visited_once(
     diagonal: list[float], order: str, group_size: int
 ) -> None:
     config = layer_config(order, group_size=group_size)
@@ -69,6 +69,6 @@ def test_every_group_owns_its_share_of_columns_and_none_is_visited_twice(
         assert (runs == runs[:, :1]).all()
 
 
-def test_group_size_that_does_not_divide_is_an_error() -> None:
+def test_group_size_that_does_not_divide_raises_error() -> None:
     with pytest.raises(ValueError, match="group_size 4 does not divide in_features 6"):
         column_order(DIAGONAL, LayerConfig(group_size=4))

@@ -27,7 +27,7 @@ def unit_diagonal_with_eigenvalue(eigenvalue: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_factors_multiply_to_the_damped_hessian_in_processing_order(order: str) -> None:
+def test_factors_multiply_to_the_permuted_damped_hessian(order: str) -> None:
     _, hessian = correlated_layer(1, 48)
     prepared = prepare(hessian, layer_config(order, group_size=16, damp_percent=0.05))
     permutation = prepared.order.permutation
@@ -69,7 +69,7 @@ def test_damping_is_raised_until_the_factorisation_succeeds(
 
 
 @pytest.mark.parametrize(("damp_percent", "last"), [(0.1, 0.4), (0.01, 0.64), (0.25, 0.25)])
-def test_hessian_that_stays_indefinite_is_an_error_with_the_damping_tried_last(
+def test_indefinite_hessian_raises_error_with_the_last_damping(
     damp_percent: float, last: float
 ) -> None:
     with pytest.raises(
@@ -83,7 +83,7 @@ def test_hessian_that_stays_indefinite_is_an_error_with_the_damping_tried_last(
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_hessian_that_is_not_finite_is_told_apart_from_an_indefinite_one(bad: float) -> None:
+def test_non_finite_hessian_raises_its_own_error(bad: float) -> None:
     hessian = hessian_with_eigenvalue(0.5)
     hessian[7, 7] = bad
     with pytest.raises(NonFiniteHessianError, match="the Hessian is not finite"):
@@ -91,7 +91,7 @@ def test_hessian_that_is_not_finite_is_told_apart_from_an_indefinite_one(bad: fl
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_hessian_is_left_as_it_was_even_when_damping_is_raised(order: str) -> None:
+def test_hessian_stays_unchanged_if_damping_is_raised(order: str) -> None:
     hessian = hessian_with_eigenvalue(-0.2)
     before = hessian.clone()
     assert prepare(hessian, layer_config(order, group_size=8, damp_percent=0.1)).retries == 1
@@ -103,7 +103,7 @@ def test_hessian_is_left_as_it_was_even_when_damping_is_raised(order: str) -> No
     ("tokens", "damp_percent", "share"),
     [(480, 0.01, 0.05), (480, 0.2, 0.2), (40, 0.01, 0.6), (5, 0.01, 1), (0, 0.5, 1)],
 )
-def test_diagonal_damping_is_a_share_of_each_entry_that_grows_as_tokens_get_few(
+def test_diagonal_damping_share_grows_with_fewer_tokens(
     tokens: int, damp_percent: float, share: float, order: str
 ) -> None:
     _, hessian = correlated_layer(1, 48)
@@ -118,7 +118,7 @@ def test_diagonal_damping_is_a_share_of_each_entry_that_grows_as_tokens_get_few(
     assert (prepared.damp_percent, prepared.retries) == (pytest.approx(share), 0)
 
 
-def test_diagonal_damping_does_not_depend_on_the_units_of_a_channel() -> None:
+def test_diagonal_damping_ignores_the_units_of_a_channel() -> None:
     _, hessian = correlated_layer(1, 48)
     units = torch.logspace(-2, 2, 48, dtype=torch.float64)
     config = layer_config("natural", group_size=16, damp_mode="diagonal")
@@ -149,7 +149,7 @@ def test_dead_and_nearly_dead_columns_get_diagonal_damping_too() -> None:
     )
 
 
-def test_mean_damping_is_recorded_with_what_makes_dead_columns_solvable() -> None:
+def test_recorded_mean_damping_includes_that_of_dead_columns() -> None:
     _, hessian = correlated_layer(1, 48)
     hessian[[5, 30]] = 0
     hessian[:, [5, 30]] = 0
@@ -174,13 +174,13 @@ def test_diagonal_damping_is_raised_up_to_one(
     torch.testing.assert_close((prepared.R * prepared.D) @ prepared.R.T, damped)
 
 
-def test_hessian_that_diagonal_damping_of_one_does_not_help_is_an_error() -> None:
+def test_indefinite_hessian_raises_error_at_diagonal_damping_one() -> None:
     config = layer_config("natural", group_size=8, damp_mode="diagonal")
     with pytest.raises(NotPositiveDefiniteError, match="even with damp_percent 1") as error:
         prepare(unit_diagonal_with_eigenvalue(-1.5), config, 10**6)
     assert error.value.damp_percent == 1
 
 
-def test_diagonal_damping_must_be_told_the_tokens() -> None:
+def test_diagonal_damping_needs_the_number_of_tokens() -> None:
     with pytest.raises(ValueError, match="number of tokens"):
         prepare(torch.eye(24), layer_config("natural", group_size=8, damp_mode="diagonal"))

@@ -50,7 +50,7 @@ def test_asymmetric_grid_spans_the_range_and_zero() -> None:
     assert zeros.tolist() == [1, 3]
 
 
-def test_positive_group_gets_zero_one_and_a_scale_that_still_reaches_its_largest_weight() -> None:
+def test_positive_group_gets_zero_one_and_reaches_its_maximum() -> None:
     weights = torch.tensor([[0.5, 1.0, 1.5]])
     scales, zeros = find_grid(weights, bits=2, sym=False)
     assert zeros.tolist() == [1]
@@ -58,7 +58,7 @@ def test_positive_group_gets_zero_one_and_a_scale_that_still_reaches_its_largest
     assert round_to_grid(weights, scales[:, None], zeros[:, None], 2).tolist() == [[2, 2, 3]]
 
 
-def test_slightly_negative_group_keeps_its_lowest_weight_when_its_zero_is_raised_to_one() -> None:
+def test_raised_zero_keeps_the_minimum_of_its_group() -> None:
     scales, zeros = find_grid(torch.tensor([[-0.0625, 15.0]]), bits=4, sym=False)
     assert zeros.tolist() == [1]
     assert scales.item() == pytest.approx(15 / 14, rel=2**-11)
@@ -80,7 +80,7 @@ def test_ties_go_to_the_even_multiple_of_the_scale(zero: int) -> None:
     assert (codes - zero).tolist() == [0, 2, 2, 0, -2]
 
 
-def test_weights_leave_the_grid_only_by_clamping() -> None:
+def test_weights_outside_the_grid_are_clamped() -> None:
     codes = round_to_grid(
         torch.tensor([-100.0, 100.0]), torch.tensor(1.0), torch.tensor(3.0), bits=3
     )
@@ -103,7 +103,7 @@ def test_scattered_groups_get_the_grids_of_their_own_columns() -> None:
     "group_of_column", [[0, 0, 1, 1, 2, 2], [2, 2, 0, 0, 1, 1], [1, 0, 2, 2, 0, 1]], ids=str
 )
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_groups_have_their_columns_in_order_and_go_back_to_where_they_were(
+def test_join_groups_restores_the_columns_of_split_groups(
     group_of_column: list[int], dtype: torch.dtype
 ) -> None:
     columns, groups = torch.arange(2 * 6).view(2, 6), torch.tensor(group_of_column, dtype=dtype)
@@ -116,7 +116,7 @@ def test_groups_have_their_columns_in_order_and_go_back_to_where_they_were(
 
 @pytest.mark.parametrize("bad", [1e6, float("inf"), float("nan")])
 @pytest.mark.parametrize("sym", [True, False])
-def test_weight_that_no_float16_scale_can_reach_is_an_error(bad: float, sym: bool) -> None:
+def test_weight_beyond_float16_scales_raises_error(bad: float, sym: bool) -> None:
     weight = torch.ones(4, 64)
     weight[2, 40] = bad
     with pytest.raises(ScaleRangeError, match="not finite in float16"):
@@ -140,7 +140,7 @@ def test_accuracy_does_not_depend_on_the_size_of_weights(
 
 
 @pytest.mark.parametrize("sym", [True, False])
-def test_a_subnormal_scale_clips_no_weight(sym: bool) -> None:
+def test_subnormal_scale_clips_no_weight(sym: bool) -> None:
     weight = 2.0**-17 * torch.randn(
         32, 4, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64
     )

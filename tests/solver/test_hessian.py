@@ -34,7 +34,7 @@ def test_hessian_of_several_batches_equals_the_dense_product(in_features: int) -
 
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_sums_are_float32_whatever_the_dtype_of_the_inputs(dtype: torch.dtype) -> None:
+def test_sums_are_float32_for_inputs_of_any_dtype(dtype: torch.dtype) -> None:
     inputs = (correlated_inputs(90, WIDE) / 100).to(dtype)
     accumulator = HessianAccumulator(WIDE, "cpu")
     accumulator.add(inputs)
@@ -61,7 +61,7 @@ def test_hessian_before_any_batch_is_zero() -> None:
     assert torch.equal(accumulator.hessian, torch.zeros(WIDE, WIDE))
 
 
-def test_inputs_are_left_as_they_were() -> None:
+def test_inputs_stay_unchanged() -> None:
     inputs = correlated_inputs(20, 40).float().requires_grad_()
     before = inputs.detach().clone()
     accumulator = HessianAccumulator(40, "cpu")
@@ -71,7 +71,7 @@ def test_inputs_are_left_as_they_were() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30])
-def test_one_input_that_is_not_finite_shows(bad: float) -> None:
+def test_first_non_finite_input_is_found(bad: float) -> None:
     accumulator = HessianAccumulator(WIDE, "cpu")
     accumulator.add(torch.ones(4, WIDE))
     assert accumulator.first_not_finite() is None
@@ -85,7 +85,7 @@ def test_one_input_that_is_not_finite_shows(bad: float) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bit_products_lose_nothing_on_cuda(dtype: torch.dtype) -> None:
+def test_16_bit_products_are_exact_on_cuda(dtype: torch.dtype) -> None:
     inputs = (correlated_inputs(500, WIDE) / 100).to(dtype)
     accumulator = HessianAccumulator(WIDE, "cuda")
     accumulator.add(inputs.cuda())

@@ -12,7 +12,7 @@ from gptq_cli.solver.numerics import bfloat16_factors, feedback_precision
 ONEDNN: Any = torch.backends.mkldnn
 
 
-def test_products_on_the_cpu_touch_no_setting_of_the_process() -> None:
+def test_products_on_the_cpu_change_no_setting_of_the_process() -> None:
     before = torch.backends.cuda.matmul.fp32_precision
     with feedback_precision(torch.zeros(1)):
         assert torch.backends.cuda.matmul.fp32_precision == before
@@ -20,7 +20,7 @@ def test_products_on_the_cpu_touch_no_setting_of_the_process() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_tf32_holds_for_one_product_also_when_it_fails() -> None:
+def test_tf32_ends_with_its_product_also_on_failure() -> None:
     before = torch.backends.cuda.matmul.fp32_precision
     with feedback_precision(torch.zeros(1, device="cuda")):
         assert torch.backends.cuda.matmul.fp32_precision == "tf32"
@@ -32,7 +32,7 @@ def test_tf32_holds_for_one_product_also_when_it_fails() -> None:
 @pytest.mark.parametrize(
     ("dtype", "precision"), [(torch.bfloat16, "bf16"), (torch.float16, None), (torch.float32, None)]
 )
-def test_only_inputs_that_are_bfloat16_are_multiplied_as_such(
+def test_only_bfloat16_inputs_are_multiplied_in_bfloat16(
     dtype: torch.dtype, precision: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = ONEDNN.matmul.fp32_precision
@@ -50,14 +50,14 @@ def test_only_inputs_that_are_bfloat16_are_multiplied_as_such(
     assert ONEDNN.matmul.fp32_precision == before
 
 
-def test_products_of_bfloat16_inputs_are_exact_whatever_their_order() -> None:
+def test_products_of_bfloat16_inputs_are_exact() -> None:
     inputs = torch.randn(700, 300, generator=torch.manual_seed(0)).mul_(64).round_().bfloat16()
     accumulator = HessianAccumulator(300, "cpu")
     accumulator.add(inputs)
     assert torch.equal(accumulator.hessian.double(), inputs.double().T @ inputs.double())
 
 
-def test_the_precision_is_what_it_was_after_a_failure() -> None:
+def test_failure_restores_the_precision() -> None:
     before = ONEDNN.matmul.fp32_precision
     with pytest.raises(ArithmeticError), bfloat16_factors(torch.zeros(1, dtype=torch.bfloat16)):
         raise ArithmeticError

@@ -19,7 +19,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_relative_errors_are_those_of_the_outputs_on_the_tokens(dtype: torch.dtype) -> None:
+def test_relative_errors_equal_those_of_the_outputs(dtype: torch.dtype) -> None:
     inputs = correlated_inputs(200, 96)
     weight = torch.randn(37, 96, generator=torch.Generator().manual_seed(5))
     candidates = [
@@ -39,7 +39,7 @@ def test_layer_without_output_has_no_error() -> None:
     assert output_energies(torch.zeros(4, 64), torch.eye(64), [quantized]) == [0.0, 0.0]
 
 
-def test_weight_and_hessian_are_left_as_they_were() -> None:
+def test_weight_and_hessian_stay_unchanged() -> None:
     weight, hessian = torch.randn(4, 64), torch.eye(64)
     before = weight.clone()
     quantized = round_to_nearest(weight, LayerConfig(bits=2, group_size=32))

@@ -42,7 +42,7 @@ def slow(values: list[Tensor]) -> Tensor:
 
 
 @given(n=st.integers(1, 40), cuts=st.sets(st.integers(1, 39), max_size=6))
-def test_however_summands_are_handed_out_the_sum_has_the_same_bits(n: int, cuts: set[int]) -> None:
+def test_sum_has_the_same_bits_for_any_split_of_summands(n: int, cuts: set[int]) -> None:
     values = summands(n)
     together: list[Node[Tensor]] = []
     for start, stop in pairwise(sorted({0, n, *(cut for cut in cuts if cut < n)})):
@@ -58,7 +58,7 @@ def test_however_summands_are_handed_out_the_sum_has_the_same_bits(n: int, cuts:
 
 
 @pytest.mark.parametrize("n_batches", [1, 2, 7, 8])
-def test_hessian_of_batches_is_that_of_all_their_tokens(n_batches: int) -> None:
+def test_hessian_of_batches_equals_that_of_all_tokens(n_batches: int) -> None:
     inputs = correlated_inputs(40 * n_batches, 150)
     batches = HessianOfBatches(150, "cpu")
     for batch, tokens in enumerate(inputs.split(40)):

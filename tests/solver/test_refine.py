@@ -59,7 +59,7 @@ def damped_loss(
 @pytest.mark.parametrize("order", ["group aware", "desc_act", "static group aware"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("start", ["gptq", "rtn"])
-def test_no_sweep_raises_the_damped_loss_and_the_first_lowers_it(
+def test_sweeps_never_raise_the_loss_and_the_first_lowers_it(
     start: str, kind: str, order: str
 ) -> None:
     weight, hessian = correlated_layer(30, 288)
@@ -78,7 +78,7 @@ def test_no_sweep_raises_the_damped_loss_and_the_first_lowers_it(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_without_a_sweep_only_scales_are_fitted_and_each_sweep_lowers_the_loss_further(
+def test_zero_sweeps_fit_scales_and_each_sweep_lowers_the_loss(
     kind: str,
 ) -> None:
     weight, hessian = correlated_layer(12, 192)
@@ -107,7 +107,7 @@ def test_reference_losses_never_rise() -> None:
     assert losses[-1] < 0.95 * losses[0]
 
 
-def test_scales_that_changed_are_exact_in_both_formats_and_positive_unless_signed() -> None:
+def test_fitted_scales_are_positive_and_exact_in_both_formats() -> None:
     weight, hessian = correlated_layer(30, 192)
     config = layer_config("static group aware", bits=3, group_size=48)
     plain = solved(weight, hessian, config).quantized
@@ -118,7 +118,7 @@ def test_scales_that_changed_are_exact_in_both_formats_and_positive_unless_signe
     assert (refined.scales > 0).all()
 
 
-def test_arguments_are_left_as_they_were() -> None:
+def test_refine_leaves_its_arguments_unchanged() -> None:
     weight, hessian = correlated_layer(10, 96)
     config = LayerConfig(bits=3, group_size=32)
     prepared = prepare(hessian, config)
@@ -136,7 +136,7 @@ def test_arguments_are_left_as_they_were() -> None:
     assert all(torch.equal(tensor, copy) for tensor, copy in zip(tensors, before, strict=True))
 
 
-def test_scales_that_should_turn_negative_do_so_only_where_they_may() -> None:
+def test_only_signed_scales_turn_negative() -> None:
     weight, hessian = correlated_layer(10, 96)
     config = layer_config("natural", bits=3, group_size=32)
     prepared = prepare(hessian, config)

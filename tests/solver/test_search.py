@@ -33,7 +33,7 @@ def groups_with_outliers(seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scale_search", ["none", "mse"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_chosen_grid_is_the_best_of_all_candidates(bits: int, scale_search: str, kind: str) -> None:
+def test_chosen_grid_is_the_best_candidate(bits: int, scale_search: str, kind: str) -> None:
     weights = groups_with_outliers(bits)
     config = LayerConfig(bits=bits, scale_search=scale_search, **KINDS[kind])
     scales, zeros = choose_grid(weights, config)
@@ -47,7 +47,7 @@ def test_chosen_grid_is_the_best_of_all_candidates(bits: int, scale_search: str,
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("scale_search", ["none", "mse"])
-def test_codes_equal_the_reference_with_static_and_dynamic_groups(
+def test_codes_equal_the_reference_for_static_and_dynamic_groups(
     scale_search: str, order: str, kind: str
 ) -> None:
     weight, hessian = correlated_layer(7, 144)
@@ -55,7 +55,7 @@ def test_codes_equal_the_reference_with_static_and_dynamic_groups(
     assert_same(solved(weight, hessian, config).quantized, reference.gptq(weight, hessian, config))
 
 
-def test_largest_weight_is_the_end_of_a_signed_grid_whatever_its_sign() -> None:
+def test_signed_grid_ends_at_the_largest_weight_of_either_sign() -> None:
     weights = torch.tensor([[[-0.5, 0.25], [0.5, 0.25], [0.5, -0.5], [0.25, 0.125]]])
     scales, zeros = find_signed_grid(weights, bits=4)
     assert scales.tolist() == [[0.0625, -0.0625, 0.0625, -0.03125]]
@@ -65,7 +65,7 @@ def test_largest_weight_is_the_end_of_a_signed_grid_whatever_its_sign() -> None:
 
 
 @pytest.mark.parametrize("scale_search", ["none", "mse"])
-def test_signed_scales_have_both_signs_and_are_exact_in_both_16_bit_formats(
+def test_signed_scales_of_both_signs_are_exact_in_both_formats(
     scale_search: str,
 ) -> None:
     weights = groups_with_outliers()
@@ -79,7 +79,7 @@ def test_signed_scales_have_both_signs_and_are_exact_in_both_16_bit_formats(
 
 
 @pytest.mark.parametrize("sym", [True, False])
-def test_searched_unsigned_scales_are_positive_and_exact_in_both_16_bit_formats(sym: bool) -> None:
+def test_searched_scales_are_positive_and_exact_in_both_formats(sym: bool) -> None:
     weights = groups_with_outliers()
     scales, zeros = choose_grid(weights, LayerConfig(bits=3, sym=sym, scale_search="mse"))
     assert (scales > 0).all()
@@ -110,9 +110,7 @@ def test_subnormal_scales_are_rounded_up_and_zero_is_normal() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scale_search", ["none", "mse"])
 @pytest.mark.parametrize("shrink", [2.0**-10, 2.0**-17])
-def test_subnormal_grids_are_the_best_of_all_candidates(
-    shrink: float, scale_search: str, kind: str
-) -> None:
+def test_subnormal_grid_is_the_best_candidate(shrink: float, scale_search: str, kind: str) -> None:
     weights = groups_with_outliers(3)
     config = LayerConfig(bits=4, scale_search=scale_search, **KINDS[kind])
     scales, zeros = choose_grid(shrink * weights, config)
@@ -123,7 +121,7 @@ def test_subnormal_grids_are_the_best_of_all_candidates(
         assert torch.equal(zeros[:, group], expected_zeros)
 
 
-def test_rows_taken_in_chunks_give_the_same_grids(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_of_rows_give_the_same_grids(monkeypatch: pytest.MonkeyPatch) -> None:
     weights = groups_with_outliers()
     config = LayerConfig(bits=3, signed_scales=True, scale_search="mse")
     whole = choose_grid(weights, config)
@@ -148,7 +146,7 @@ def test_group_of_zeros_decodes_to_zero(scale_search: str, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("bits", "fewest"), [(2, 25), (4, 1), (8, 1)])
-def test_scales_that_cannot_win_are_not_tried(
+def test_search_skips_scales_that_cannot_win(
     bits: int, fewest: int, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried = []
@@ -162,7 +160,7 @@ def test_scales_that_cannot_win_are_not_tried(
     assert fewest * each <= len(tried) <= (25 if bits == 2 else 15) * each
 
 
-def test_clipping_pays_where_weights_have_tails() -> None:
+def test_search_clips_weights_with_tails() -> None:
     weights = groups_with_outliers()
     scales, _ = choose_grid(weights, LayerConfig(bits=2, scale_search="mse"))
     widest, _ = choose_grid(weights, LayerConfig(bits=2))
@@ -174,7 +172,7 @@ def test_clipping_pays_where_weights_have_tails() -> None:
     "extra", [{"signed_scales": True}, {"scale_search": "mse"}, {"refine_sweeps": 1}], ids=str
 )
 @pytest.mark.parametrize("bad", [1e7, float("nan")])
-def test_weight_that_no_float16_scale_can_reach_is_an_error(
+def test_weight_beyond_float16_scales_raises_error(
     bad: float, extra: dict[str, object], order: str
 ) -> None:
     weight, hessian = correlated_layer(20, 192)

@@ -106,14 +106,14 @@ def test_diagonal_hessian_gives_round_to_nearest(group_size: int, sym: bool, ord
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_correlated_inputs_make_gptq_better_than_round_to_nearest(bits: int, order: str) -> None:
+def test_gptq_beats_round_to_nearest_on_correlated_inputs(bits: int, order: str) -> None:
     weight, hessian = correlated_layer(40, 256)
     config = layer_config(order, bits=bits, group_size=64, damp_percent=0.1)
     solution = solved(weight.float(), hessian.float(), config)
     assert 0 < solution.relative_error < 0.8 * solution.rtn_relative_error
 
 
-def test_reported_errors_are_those_of_the_weights_under_the_undamped_hessian() -> None:
+def test_reported_errors_use_the_undamped_hessian() -> None:
     weight, hessian = correlated_layer(23, 160)
     config = layer_config("group aware", bits=3, group_size=32, damp_percent=0.5)
     solution = solved(weight, hessian, config)
@@ -129,9 +129,7 @@ def test_reported_errors_are_those_of_the_weights_under_the_undamped_hessian() -
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("sym", [True, False], ids=["sym", "asym"])
-def test_dead_columns_decode_to_zero_and_leave_the_rest_to_the_reference(
-    sym: bool, order: str
-) -> None:
+def test_dead_columns_become_zero_and_others_equal_the_reference(sym: bool, order: str) -> None:
     weight, hessian = correlated_layer(21, 192)
     dead = [0, 40, 41, 127, 191]
     weight[:, dead] = 10.0  # would stretch every grid it took part in
@@ -143,7 +141,7 @@ def test_dead_columns_decode_to_zero_and_leave_the_rest_to_the_reference(
     assert_same(quantized, reference.gptq(weight, hessian, config))
 
 
-def test_raised_damping_is_the_damping_of_the_codes() -> None:
+def test_codes_use_the_raised_damping() -> None:
     weight, hessian = correlated_layer(17, 96)
     hessian -= 0.3 * hessian.diagonal().mean() * torch.eye(96, dtype=torch.float64)
     low, high = (
@@ -176,7 +174,7 @@ def test_result_has_the_types_and_shapes_of_a_quantized_linear() -> None:
         assert quantized.zeros.min() >= 1
 
 
-def test_16_bit_weight_is_solved_as_its_float32_copy() -> None:
+def test_16_bit_weight_gives_the_codes_of_its_float32_copy() -> None:
     weight, hessian = correlated_layer(30, 192)
     weight, hessian, config = (
         weight.bfloat16(),
@@ -188,7 +186,7 @@ def test_16_bit_weight_is_solved_as_its_float32_copy() -> None:
     assert half.relative_error == full.relative_error
 
 
-def test_weight_hessian_and_factors_are_left_as_they_were() -> None:
+def test_weight_hessian_and_factors_stay_unchanged() -> None:
     weight, hessian = correlated_layer(20, 192)
     for order in ORDERS:
         config = layer_config(order, group_size=48)
@@ -206,7 +204,7 @@ def test_weight_hessian_and_factors_are_left_as_they_were() -> None:
         assert all(torch.equal(tensor, copy) for tensor, copy in zip(tensors, before, strict=True))
 
 
-def test_layers_that_share_an_input_share_its_factors() -> None:
+def test_layers_of_one_input_share_its_factors() -> None:
     (first, hessian), (second, _) = correlated_layer(20, 192), correlated_layer(11, 192, seed=9)
     config = layer_config("desc_act", group_size=48)
     prepared = prepare(hessian, config)
@@ -219,14 +217,14 @@ def test_layers_that_share_an_input_share_its_factors() -> None:
 
 @pytest.mark.parametrize("order", ["group aware", "static group aware"])
 @pytest.mark.parametrize("bad", [1e7, float("nan")])
-def test_weight_that_no_float16_scale_can_reach_is_an_error(bad: float, order: str) -> None:
+def test_weight_beyond_float16_scales_raises_error(bad: float, order: str) -> None:
     weight, hessian = correlated_layer(20, 192)
     weight[3, 100] = bad
     with pytest.raises(ScaleRangeError):
         solved(weight, hessian, layer_config(order, group_size=48))
 
 
-def test_scale_that_overflows_only_because_of_fed_back_errors_is_an_error() -> None:
+def test_scale_that_overflows_by_error_feedback_raises_error() -> None:
     weight, hessian = correlated_layer(20, 192)
     config = layer_config("natural", bits=2, group_size=48)
     weight *= 65000 * 1.5 / weight.abs().max()
@@ -235,7 +233,7 @@ def test_scale_that_overflows_only_because_of_fed_back_errors_is_an_error() -> N
         solved(weight, hessian, config)
 
 
-def test_layer_whose_input_is_always_zero_decodes_to_zero() -> None:
+def test_layer_with_zero_input_decodes_to_zero() -> None:
     weight, _ = correlated_layer(20, 96)
     for order in ORDERS:
         solution = solved(
@@ -259,7 +257,7 @@ def test_cuda_gives_the_codes_of_the_reference(order: str) -> None:
 
 @pytest.mark.parametrize(("largest", "fits"), [(65024.0, True), (65504.0, False)])
 @pytest.mark.parametrize("row", [0, 5])
-def test_a_weight_that_decodes_beyond_float16_is_refused(
+def test_weight_that_decodes_beyond_float16_raises_error(
     largest: float, fits: bool, row: int
 ) -> None:
     weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))

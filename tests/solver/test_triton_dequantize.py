@@ -104,16 +104,14 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarra
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_kernel_decodes_as_bit_by_bit_reading_does(
-    name: str, interpreted: dict[str, np.ndarray]
-) -> None:
+def test_kernel_equals_decoding_bit_by_bit(name: str, interpreted: dict[str, np.ndarray]) -> None:
     np.testing.assert_allclose(interpreted[name], slow_weight(CASES[name]), rtol=1e-6, atol=0)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", CASES)
-def test_compiled_kernel_decodes_as_bit_by_bit_reading_does(name: str) -> None:
+def test_compiled_kernel_equals_decoding_bit_by_bit(name: str) -> None:
     case = CASES[name]
     packed = [
         torch.tensor(part).cuda() for part in (case.qweight, case.qzeros, case.scales, case.g_idx)

@@ -41,7 +41,7 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarra
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_kernels_give_the_codes_and_grids_of_the_torch_operations(
+def test_kernels_give_the_codes_and_grids_of_torch(
     name: str, interpreted: dict[str, np.ndarray]
 ) -> None:
     expected = solved(CASES[name])
@@ -51,14 +51,14 @@ def test_kernels_give_the_codes_and_grids_of_the_torch_operations(
         )
 
 
-def test_cases_cover_what_they_say() -> None:
+def test_cases_cover_all_widths_and_both_signs() -> None:
     configs = [case.config for case in CASES.values()]
     assert {config.bits for config in configs} == {2, 3, 4, 8}
     assert {config.scale_search for config in configs} == {"none", "mse"}
     assert any((solved(case).scales < 0).any() for case in CASES.values())
 
 
-def test_float64_and_other_devices_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float64_and_other_devices_use_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not triton_launch.uses_kernels(torch.zeros(1))
     monkeypatch.setattr(triton_launch, "KERNEL_DEVICES", {"cpu"})
     assert triton_launch.uses_kernels(torch.zeros(1))
@@ -81,7 +81,7 @@ def test_solver_imports_and_solves_without_triton() -> None:
 @pytest.mark.gpu
 @needs_cuda
 @pytest.mark.parametrize("name", CASES)
-def test_compiled_kernels_give_the_codes_and_grids_of_the_torch_operations(
+def test_compiled_kernels_give_the_codes_and_grids_of_torch(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in (solve_module, refine_module):
@@ -98,7 +98,7 @@ def test_compiled_kernels_give_the_codes_and_grids_of_the_torch_operations(
 @needs_cuda
 @pytest.mark.parametrize("order", ["static group aware", "group aware"])
 @pytest.mark.parametrize("group_size", [128, 256])
-def test_compiled_kernels_differ_from_torch_in_one_code_of_ten_thousand(
+def test_compiled_kernels_differ_in_one_of_ten_thousand_codes(
     group_size: int, order: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight, hessian = (tensor.float().cuda() for tensor in correlated_layer(1000, 1024))

@@ -45,7 +45,7 @@ def test_parts_of_a_file_may_come_in_any_order(tmp_path: Path) -> None:
     assert (tmp_path / "shard").read_bytes() == b"0123456789"
 
 
-def test_what_a_file_held_stays_and_its_length_is_set(tmp_path: Path) -> None:
+def test_opened_file_keeps_its_content_and_gets_its_length(tmp_path: Path) -> None:
     (tmp_path / "shard").write_bytes(b"0123456789abc")
     with OpenFile(tmp_path / "shard", 10) as file:
         file.write_at(2, b"--")
@@ -66,7 +66,7 @@ def test_a_short_write_is_continued(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("code", "hint"), [(errno.ENOSPC, "free some space"), (errno.EIO, "choose an output")]
 )
-def test_what_the_disk_refuses_is_a_resource_error_with_path_and_reason_and_the_old_file_stays(
+def test_disk_error_names_path_and_reason_and_keeps_the_old_file(
     name: str, code: int, hint: str, tmp_path: Path
 ) -> None:
     (tmp_path / "config.json").write_bytes(b"old")
@@ -80,7 +80,7 @@ def test_what_the_disk_refuses_is_a_resource_error_with_path_and_reason_and_the_
     assert (tmp_path / "config.json").read_bytes() == b"old"
 
 
-def test_a_failed_fsync_is_not_tried_again(tmp_path: Path) -> None:
+def test_failed_fsync_is_not_repeated(tmp_path: Path) -> None:
     class Once(CountingDisk):
         def before(self, _number: int, name: str) -> None:
             if name == "fsync" and self.operations.count("fsync") == 1:
@@ -101,7 +101,7 @@ def test_files_are_not_written_through_symbolic_links(tmp_path: Path) -> None:
     assert (tmp_path / "victim").read_bytes() == b"precious"
 
 
-def test_directories_are_made_with_their_parents_and_each_name_is_synced(tmp_path: Path) -> None:
+def test_make_directory_creates_and_syncs_each_parent(tmp_path: Path) -> None:
     disk = CountingDisk()
     with using(disk):
         make_directory(tmp_path / "a" / "b")
@@ -110,7 +110,7 @@ def test_directories_are_made_with_their_parents_and_each_name_is_synced(tmp_pat
     assert (tmp_path / "a" / "b").is_dir()
 
 
-def test_a_directory_that_somebody_else_makes_meanwhile_is_as_good(tmp_path: Path) -> None:
+def test_directory_made_by_another_process_meanwhile_is_accepted(tmp_path: Path) -> None:
     class Overtaken(Disk):
         def mkdir(self, path: Path, mode: int) -> None:
             super().mkdir(path, mode)
@@ -123,7 +123,7 @@ def test_a_directory_that_somebody_else_makes_meanwhile_is_as_good(tmp_path: Pat
         make_directory(tmp_path / "file")
 
 
-def test_removing_takes_links_and_not_what_they_point_to(tmp_path: Path) -> None:
+def test_remove_deletes_links_but_not_their_targets(tmp_path: Path) -> None:
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "file").touch()
     (tmp_path / "a" / "b").mkdir(parents=True)
@@ -150,7 +150,7 @@ def occupied(output: Path) -> None:
 
 
 @pytest.mark.parametrize("empty", [False, True])
-def test_publishing_gives_the_stage_its_name(empty: bool, tmp_path: Path) -> None:
+def test_publish_renames_the_stage_to_the_output(empty: bool, tmp_path: Path) -> None:
     stage, output, aside = finished(tmp_path)
     if empty:
         output.mkdir()
@@ -159,7 +159,7 @@ def test_publishing_gives_the_stage_its_name(empty: bool, tmp_path: Path) -> Non
     assert not stage.exists()
 
 
-def test_an_output_that_appeared_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+def test_output_that_appeared_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     stage, output, aside = finished(tmp_path)
     occupied(output)
     with pytest.raises(ExistsError, match="appeared while") as caught:
@@ -177,7 +177,7 @@ class NoExchange(DyingDisk):
 
 
 @pytest.mark.parametrize("kind", [DyingDisk, NoExchange])
-def test_overwriting_killed_after_any_operation_leaves_the_old_or_the_new_one_after_a_repair(
+def test_repair_after_a_kill_gives_the_old_or_the_new_output(
     kind: type[DyingDisk], tmp_path: Path
 ) -> None:
     seen = []
@@ -196,7 +196,7 @@ def test_overwriting_killed_after_any_operation_leaves_the_old_or_the_new_one_af
     assert set(seen) == ({"old", "new"} if kind is NoExchange else {"new"})
 
 
-def test_an_exchange_that_fails_otherwise_is_an_error_and_the_old_output_stays(
+def test_failed_exchange_raises_error_and_keeps_the_old_output(
     tmp_path: Path,
 ) -> None:
     stage, output, aside = finished(tmp_path)
@@ -209,7 +209,9 @@ def test_an_exchange_that_fails_otherwise_is_an_error_and_the_old_output_stays(
     assert (output / "file").read_text() == "old"
 
 
-def test_a_system_without_exchange_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exchange_without_system_support_raises_enosys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(durable.ctypes, "CDLL", lambda *_, **__: object())
     with pytest.raises(OSError, match=os.strerror(errno.ENOSYS)):
         Disk().exchange(tmp_path / "a", tmp_path / "b")
@@ -222,7 +224,7 @@ def interrupted() -> AbstractContextManager[object]:
     return pytest.raises(KeyboardInterrupt)
 
 
-def test_the_work_directory_is_private_and_goes_when_nothing_was_finished(tmp_path: Path) -> None:
+def test_work_directory_is_private_and_removed_if_empty(tmp_path: Path) -> None:
     with interrupted(), locked(tmp_path / "deep" / "out") as work:
         assert stat.S_IMODE(work.path.stat().st_mode) == 0o700
         (work.path / "something").touch()
@@ -230,7 +232,7 @@ def test_the_work_directory_is_private_and_goes_when_nothing_was_finished(tmp_pa
     assert list((tmp_path / "deep").iterdir()) == []
 
 
-def test_what_is_finished_stays_and_what_does_not_belong_there_goes(tmp_path: Path) -> None:
+def test_work_directory_keeps_finished_files_and_removes_others(tmp_path: Path) -> None:
     with interrupted(), locked(tmp_path / "out") as work:
         for name in ("journal.jsonl", "run.json", "hidden-0", ".run.json.tmp"):
             (work.path / name).touch()
@@ -241,7 +243,7 @@ def test_what_is_finished_stays_and_what_does_not_belong_there_goes(tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_second_run_is_refused_at_once_and_told_who_is_at_work(tmp_path: Path) -> None:
+def test_second_run_is_refused_with_the_name_of_the_first(tmp_path: Path) -> None:
     refuse_locked(tmp_path / "out")
     holder = rf"another run \(process {os.getpid()} on {socket.gethostname()}\) is writing `{tmp_path}/out`"
     with locked(tmp_path / "out"):
@@ -258,7 +260,7 @@ def test_a_second_run_is_refused_at_once_and_told_who_is_at_work(tmp_path: Path)
             refuse_locked(tmp_path / "out")
 
 
-def test_a_work_directory_that_was_not_made_here_is_not_used(tmp_path: Path) -> None:
+def test_work_directory_of_another_process_is_not_used(tmp_path: Path) -> None:
     work = tmp_path / ".out.gptq-work"
 
     class Overtaken(Disk):
@@ -275,7 +277,7 @@ def test_a_work_directory_that_was_not_made_here_is_not_used(tmp_path: Path) -> 
     assert not work.exists()
 
 
-def test_a_lock_file_that_a_successor_made_meanwhile_keeps_the_directory(tmp_path: Path) -> None:
+def test_lock_file_of_a_successor_keeps_the_work_directory(tmp_path: Path) -> None:
     class Succeeded(Disk):
         def rmdir(self, path: Path) -> None:
             if path.name == ".out.gptq-work":
@@ -287,7 +289,7 @@ def test_a_lock_file_that_a_successor_made_meanwhile_keeps_the_directory(tmp_pat
     assert (tmp_path / ".out.gptq-work" / "lock").exists()
 
 
-def test_a_work_directory_that_cannot_be_removed_is_said(tmp_path: Path) -> None:
+def test_undeletable_work_directory_raises_error(tmp_path: Path) -> None:
     with (
         using(Refusing("rmdir", errno.EIO)),
         pytest.raises(ResourceError, match="gptq-work"),
@@ -297,9 +299,7 @@ def test_a_work_directory_that_cannot_be_removed_is_said(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("kind", ["mode", "link", "file"])
-def test_a_work_directory_that_others_could_have_filled_is_refused(
-    kind: str, tmp_path: Path
-) -> None:
+def test_work_directory_writable_by_others_is_refused(kind: str, tmp_path: Path) -> None:
     path = WorkDirectory(tmp_path / "out").path
     (tmp_path / "elsewhere").mkdir(mode=0o700)
     if kind == "mode":
@@ -313,7 +313,7 @@ def test_a_work_directory_that_others_could_have_filled_is_refused(
     assert caught.value.code == ("E_DISK" if kind == "file" else "E_WORK_UNSAFE")
 
 
-def test_a_lock_that_others_could_have_placed_is_not_opened(tmp_path: Path) -> None:
+def test_lock_in_a_directory_of_others_is_not_opened(tmp_path: Path) -> None:
     work = WorkDirectory(tmp_path / "out")
     work.path.mkdir(mode=0o755)
     (tmp_path / "precious").write_text("precious")
@@ -323,14 +323,14 @@ def test_a_lock_that_others_could_have_placed_is_not_opened(tmp_path: Path) -> N
     assert (caught.value.code, (tmp_path / "precious").read_text()) == ("E_WORK_UNSAFE", "precious")
 
 
-def test_a_parent_that_cannot_be_written_is_a_resource_error(tmp_path: Path) -> None:
+def test_unwritable_parent_raises_resource_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no directory")
     with pytest.raises(ResourceError) as caught, locked(tmp_path / "file" / "out"):
         pass
     assert caught.value.code == "E_DISK"
 
 
-def test_a_lock_that_cannot_be_opened_is_a_resource_error(tmp_path: Path) -> None:
+def test_lock_that_cannot_be_opened_raises_resource_error(tmp_path: Path) -> None:
     with (
         using(Refusing("lock", errno.EROFS)),
         pytest.raises(ResourceError) as caught,

@@ -25,7 +25,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return paths
 
 
-def test_hashes_of_files_are_those_of_their_bytes_in_their_order(files: list[Path]) -> None:
+def test_file_hashes_are_sha256_in_the_order_of_the_files(files: list[Path]) -> None:
     expected = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
     assert list(file_hashes(files)) == expected
     assert [file_hash(path) for path in files] == expected
@@ -35,25 +35,25 @@ def test_hashes_of_files_are_those_of_their_bytes_in_their_order(files: list[Pat
 @pytest.mark.parametrize(
     ("start", "size"), [(0, 0), (0, 64), (3, 130), (64, 64), (300, 4), (250, 500), (400, 10)]
 )
-def test_a_span_is_hashed_as_far_as_its_file_goes(start: int, size: int, files: list[Path]) -> None:
+def test_span_is_hashed_up_to_the_end_of_its_file(start: int, size: int, files: list[Path]) -> None:
     (found,) = span_hashes([Span(files[19], start, size)])
     assert found == hashlib.sha256(files[19].read_bytes()[start : start + size]).hexdigest()
 
 
-def test_a_file_that_is_not_there_is_an_error_of_its_own(files: list[Path]) -> None:
+def test_missing_file_raises_input_error(files: list[Path]) -> None:
     files[3].unlink()
     with pytest.raises(InputError, match=r"cannot read `.*3`: No such file"):
         list(span_hashes(Span(path, 0, 4) for path in files))
 
 
-def test_several_are_at_work_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tasks_run_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manifest, "MOST_THREADS", 2)
     monkeypatch.setattr("os.cpu_count", lambda: 64)
     both = Barrier(2, timeout=60)
     assert sorted(side_by_side(lambda _: both.wait(), range(2))) == [0, 1]
 
 
-def test_who_stops_asking_does_not_wait_for_the_rest_of_a_large_file(
+def test_closed_iterator_does_not_wait_for_a_large_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given_up, read = Event(), []
@@ -78,7 +78,7 @@ def test_who_stops_asking_does_not_wait_for_the_rest_of_a_large_file(
     assert read in ([], [0])
 
 
-def test_a_disk_that_fails_while_it_reads_is_told_with_the_path(
+def test_read_error_of_the_disk_names_the_path(
     files: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> bytes:

@@ -61,7 +61,7 @@ def model(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["out", "out-v2"])
-def test_checkpoints_and_what_gptq_has_written_are_replaceable(
+def test_checkpoints_and_own_outputs_are_replaceable(
     name: str, model: Path, tmp_path: Path
 ) -> None:
     downloaded = (
@@ -82,7 +82,7 @@ def test_checkpoints_and_what_gptq_has_written_are_replaceable(
 @pytest.mark.parametrize(
     "name", ["thesis.tex", "notes/a.txt", "modeling_own.py", "weights.safetensors", ".env"]
 )
-def test_one_foreign_file_is_enough_to_refuse(
+def test_one_foreign_file_prevents_replacing(
     made: object, name: str, model: Path, tmp_path: Path
 ) -> None:
     output = (checkpoint if made is checkpoint else ours)(tmp_path / "out")
@@ -98,7 +98,7 @@ def test_one_foreign_file_is_enough_to_refuse(
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.safetensors"])
-def test_weights_that_no_manifest_lists_are_foreign(name: str, model: Path, tmp_path: Path) -> None:
+def test_weights_outside_the_manifest_are_foreign(name: str, model: Path, tmp_path: Path) -> None:
     output = ours(tmp_path / "out")
     check_output(output, model, overwrite=True)
     (output / name).write_text("mine")
@@ -120,7 +120,7 @@ def test_up_to_three_foreign_files_are_named(model: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("lacks", ["config.json", "model.safetensors"])
-def test_half_a_checkpoint_is_none(lacks: str, model: Path, tmp_path: Path) -> None:
+def test_incomplete_checkpoint_is_foreign(lacks: str, model: Path, tmp_path: Path) -> None:
     output = checkpoint(tmp_path / "out")
     (output / lacks).unlink()
     assert refusal(output, model).code == "E_OUT_FOREIGN"
@@ -129,7 +129,7 @@ def test_half_a_checkpoint_is_none(lacks: str, model: Path, tmp_path: Path) -> N
     assert refusal(output, model).code == "E_OUT_FOREIGN"
 
 
-def test_a_manifest_makes_no_project_an_output(model: Path, tmp_path: Path) -> None:
+def test_manifest_alone_makes_no_project_replaceable(model: Path, tmp_path: Path) -> None:
     written = ours(tmp_path / "written", "run.py")
     project = tmp_path / "project"
     project.mkdir()
@@ -153,7 +153,7 @@ def test_links_are_foreign_and_never_followed(name: str, model: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
-def test_a_repository_is_never_replaced(kind: str, model: Path, tmp_path: Path) -> None:
+def test_repository_is_never_replaced(kind: str, model: Path, tmp_path: Path) -> None:
     output = ours(tmp_path / "out")
     (output / ".git").mkdir() if kind == "folder" else (output / ".git").touch()
     error = refusal(output, model)
@@ -163,7 +163,7 @@ def test_a_repository_is_never_replaced(kind: str, model: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("above", [0, 1, 2])
-def test_the_current_directory_and_those_above_stay(
+def test_current_directory_and_its_parents_are_never_replaced(
     above: int, overwrite: bool, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = checkpoint(tmp_path / "a" / "b" / "c")
@@ -175,7 +175,7 @@ def test_the_current_directory_and_those_above_stay(
 
 
 @pytest.mark.parametrize("whose", ["variable", "list"])
-def test_a_home_directory_stays_even_if_it_is_empty(
+def test_home_directory_is_never_replaced(
     whose: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home = tmp_path / "home"
@@ -202,7 +202,7 @@ def listing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *mounts: Path) -> N
     monkeypatch.setattr(file_identity, "MOUNTS", tmp_path / "mountinfo")
 
 
-def test_a_mount_point_and_what_holds_one_stay(
+def test_mount_point_and_its_parents_are_never_replaced(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = ours(tmp_path / "out")
@@ -221,7 +221,7 @@ def test_a_mount_point_and_what_holds_one_stay(
     assert mounts_below(output) == []
 
 
-def test_removing_enters_no_mount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remove_enters_no_mount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = ours(tmp_path / "out", "data/listed")
     listing(tmp_path, monkeypatch, output / "data")
     assert remove_replaced(output) == ["data is a mount point"]
@@ -233,7 +233,7 @@ def test_removing_enters_no_mount(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.skipif(
     sys.platform != "linux" or os.geteuid() != 0, reason="mounts in a namespace of its own"
 )
-def test_a_bind_mount_of_the_model_is_the_model(model: Path, tmp_path: Path) -> None:
+def test_bind_mount_of_the_model_counts_as_the_model(model: Path, tmp_path: Path) -> None:
     (tmp_path / "seen").mkdir()
     (tmp_path / "around" / "inner").mkdir(parents=True)
     script = f"""
@@ -266,7 +266,7 @@ def test_directories_are_compared_by_device_and_inode(model: Path, tmp_path: Pat
     assert not is_inside(tmp_path / "model-2", model)
 
 
-def test_a_model_that_is_mounted_elsewhere_is_found_inside(
+def test_model_mounted_inside_the_output_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A bind mount of a folder in OUT is MODEL: no directory above MODEL is OUT, but one inside OUT is MODEL."""
@@ -278,7 +278,7 @@ def test_a_model_that_is_mounted_elsewhere_is_found_inside(
     assert caught.value.code == "E_OUT_IS_INPUT"
 
 
-def test_overwrite_is_advised_only_where_it_works(model: Path, tmp_path: Path) -> None:
+def test_hint_names_overwrite_only_if_it_works(model: Path, tmp_path: Path) -> None:
     output = ours(tmp_path / "out")
     assert (
         refusal(output, model, overwrite=False).hint
@@ -298,7 +298,7 @@ def test_overwrite_is_advised_only_where_it_works(model: Path, tmp_path: Path) -
         assert refusal(file, model, overwrite=overwrite).hint == "choose another -o"
 
 
-def test_publishing_looks_again_before_it_replaces(model: Path, tmp_path: Path) -> None:
+def test_publish_checks_the_old_output_again(model: Path, tmp_path: Path) -> None:
     output = ours(tmp_path / "out")
     check_output(output, model, overwrite=True)
     with locked(output) as work:
@@ -327,7 +327,7 @@ class Exchange(NoExchange):
 
 
 @pytest.mark.parametrize("disk", [NoExchange(), Exchange()])
-def test_what_comes_between_check_and_exchange_is_kept(
+def test_file_added_between_check_and_exchange_is_kept(
     disk: Disk, model: Path, tmp_path: Path
 ) -> None:
     output = ours(tmp_path / "out")
@@ -351,7 +351,7 @@ def test_what_comes_between_check_and_exchange_is_kept(
     )
 
 
-def test_what_the_disk_does_not_remove_is_told_and_the_rest_goes(tmp_path: Path) -> None:
+def test_undeletable_files_are_listed_and_others_removed(tmp_path: Path) -> None:
     output = ours(tmp_path / "out", "sub/listed", "sub/other")
 
     class Refusing(Disk):
@@ -370,7 +370,7 @@ def test_what_the_disk_does_not_remove_is_told_and_the_rest_goes(tmp_path: Path)
     assert not output.exists()
 
 
-def test_a_folder_that_nobody_may_change_does_not_block(
+def test_unwritable_folder_of_an_own_output_is_replaceable(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing in it can be removed; only an output that is gptq's own is taken so."""
@@ -385,7 +385,7 @@ def test_a_folder_that_nobody_may_change_does_not_block(
             check_output(output, model, overwrite=True)
 
 
-def test_an_output_that_may_not_be_moved_is_told_before_work(
+def test_unmovable_output_is_refused_before_the_run(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = ours(tmp_path / "out")
