@@ -1,7 +1,7 @@
-"""Any causal language model of transformers, tiny and random, and what becomes of it when it is quantized.
+"""Any causal language model of transformers, tiny and random, before and after quantization.
 
-`try_type` builds a model from its config class alone, quantizes it, reads the result back, and compares the logits of
-our stream with those of transformers' own forward over the dequantized weights.
+`try_type` builds a model from its config class alone, quantizes it, reads the result back, and
+compares the logits of our stream with those of transformers over the dequantized weights.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ class Outcome:
 
 
 def try_type(model_type: str, folder: Path, built: Callable[[], None] = lambda: None) -> Outcome:
-    """Build, save, quantize, read back and compare one model type in `folder`; `built` is told when it is built."""
+    """Build, save, quantize, read back and compare one model type; call `built` after the build."""
     try:
         model = build(model_type)
         source = save(model, folder / "source")
@@ -188,7 +188,7 @@ def try_type(model_type: str, folder: Path, built: Callable[[], None] = lambda: 
 
 
 def build(model_type: str) -> PreTrainedModel:
-    """A float32 model with small sizes wherever its config has the usual fields; no weight at its initial value."""
+    """Return a random float32 model with small sizes in all usual fields of its config."""
     torch.manual_seed(0)
     config_class = CONFIG_MAPPING[model_type]
     config = config_class(**small(config_class))
@@ -221,14 +221,13 @@ def token_batches() -> list[Tensor]:
 
 
 def own_logits(directory: Path) -> list[Tensor]:
-    """Logits of the checkpoint by transformers' own loading and forward; ValueError if it does not load whole."""
+    """Return logits by transformers alone; raise ValueError if a tensor of the model is missing."""
     model, loading = AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, output_loading_info=True
     )
     if loading["missing_keys"]:
-        raise ValueError(
-            f"transformers does not load what it saved: {sorted(loading['missing_keys'])[0]} is missing"
-        )
+        missing = sorted(loading["missing_keys"])[0]
+        raise ValueError(f"transformers does not load what it saved: {missing} is missing")
     with torch.inference_mode():
         logits = [model.eval()(input_ids=ids, use_cache=False).logits for ids in token_batches()]
     if not all(x.isfinite().all() for x in logits):
@@ -273,8 +272,9 @@ def quantize_and_compare(
 
 
 def quantize(source: Path, output: Path, bits: int) -> tuple[QuantizeResult, list[str]]:
-    """Groups of 32; layers that cannot be packed or calibrated are kept by the rules that errors hint at."""
-    settings = {"bits": bits, "group_size": 32, "dataset": texts(4000), "nsamples": 4, "seqlen": 64, "batch_size": 2,
+    """Quantize in groups of 32; keep unsupported layers by the rules in the hints of errors."""
+    settings = {"bits": bits, "group_size": 32, "dataset": texts(4000), "nsamples": 4, "seqlen": 64,
+                "batch_size": 2,
                 "moe_uncovered": "rtn"}  # fmt: skip
     config = QuantizeConfig(**settings, device="cpu")
     kept: list[str] = []
@@ -308,13 +308,14 @@ def dequantize(checkpoint: Checkpoint, source: Path, directory: Path) -> Path:
             continue
         tensors[name] = min((w for w in (weight, weight.T) if w.shape == tensors[name].shape),
                             key=lambda w: (w - tensors[name]).norm().item())  # fmt: skip
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / "model.safetensors",
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()},
+              directory / "model.safetensors",
               metadata={"format": "pt"})  # fmt: skip
     return directory
 
 
 def restack(tensors: dict[str, Tensor], name: str, weight: Tensor) -> None:
-    """Put the weight of one expert in place of what is nearest to it in the tensors beside it that hold all experts."""
+    """Put the weight of one expert in place of the nearest part of the stacks beside it."""
     holder, number = re.fullmatch(r"(.+)\.[^.]+\.(\d+)\.\w+\.weight", name).groups()
     stacks = [
         stack for key, stack in tensors.items() if key.startswith(f"{holder}.") and stack.dim() == 3

@@ -3,8 +3,8 @@
 One thread, because more threads are slower on tiny tensors; no network.
 
 The shared helpers have these homes:
-`families` = tiny models with random weights; `architectures` = the same for each model type of transformers;
-`runs` = a run of such a model and its output; `tiny` = the smallest run, for tests of unfinished work;
+`families` = tiny models with random weights; `architectures` = one of each type of transformers;
+`runs` = a run of such a model and its output; `tiny` = the smallest run, for unfinished work;
 `workspace` = the files that the documents name; `reference` = the slow truth of the mathematics;
 `checkpoint/gptq_files` = GPTQ checkpoints written number by number, without code of the product;
 `conformance/written` = checkpoints that our writer makes of random codes;

@@ -18,7 +18,7 @@ class Killed(BaseException):
 
 
 class CountingDisk(Disk):
-    """Notes the name of each operation. Nothing is really flushed: what a process sees does not depend on it."""
+    """A disk that notes the name of each operation and flushes nothing; no process sees that."""
 
     def __init__(self) -> None:
         self.operations: list[str] = []

@@ -81,7 +81,7 @@ def random_model(family: str, *, seed: int = 0, **changes: object) -> PreTrained
 
 
 def with_noise(model: PreTrainedModel) -> PreTrainedModel:
-    """Move each weight, bias and norm of `model` away from its initial value; return it in float32."""
+    """Move all parameters of `model` away from their initial values; return it in float32."""
     with torch.no_grad():
         for parameter in model.parameters():
             spread = 0.1 if parameter.dim() < 2 else parameter.shape[-1] ** -0.5

@@ -1,9 +1,9 @@
-"""`gptq` as a command that starts at once: a process that has loaded everything forks for each call.
+"""`gptq` as a command that starts at once: a process that has loaded everything forks for a call.
 
     python tests/forked.py serve SOCKET        prints a line when it is ready
-    python tests/forked.py call SOCKET ...     is `gptq ...`: its directory, variables, streams and exit code
+    python tests/forked.py call SOCKET ...     acts as `gptq ...` with its streams and exit code
 
-Scripts that call the program several times are tried with it in a fraction of the time that imports take.
+Tests of scripts that call the program several times save the time of the imports.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 
 def serve(path: str) -> None:
-    """Run the program for each connection, one after the other, for as long as this process lives."""
+    """Run the program for each connection, one after the other, while this process lives."""
     import datasets  # noqa: F401
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401

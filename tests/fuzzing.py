@@ -1,7 +1,8 @@
-"""Random damage to configurations, safetensors headers, index files, quantization configs and reports, from a seed.
+"""Random damage, from a seed, to configurations, headers, indexes, quantization configs, reports.
 
-An input is damaged as bytes or, where it is JSON, as a value. Whatever comes out must be accepted or refused with exit
-code 2 or 3 (a checkpoint that is verified: with a list of defects), within seconds and without any other exception.
+An input is damaged as bytes or, if it is JSON, as a value. The program must accept the result or
+refuse it with exit code 2 or 3 (`verify`: with a list of defects), within seconds and without any
+other exception.
 """
 
 from __future__ import annotations
@@ -30,30 +31,41 @@ SECONDS = 5
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = [file.read_bytes() for file in sorted((ROOT / "configs").glob("*.y*ml"))]
 TOKENS = [
-    b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"---\n", b"!!python/object:os.system ", b"&a ", b"*a", b"<<: ", b"{", b"}",
-    b"[" * 200, b'{"a":' * 200, b"9" * 5000, b"1e999", b".nan", b"NaN", b"-0", b"\t", b"\r\n", b'"\\ud800"', b"../",
+    b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"---\n", b"!!python/object:os.system ", b"&a ", b"*a",
+          b"<<: ", b"{", b"}",
+    b"[" * 200, b'{"a":' * 200, b"9" * 5000, b"1e999", b".nan", b"NaN", b"-0", b"\t", b"\r\n",
+          b'"\\ud800"', b"../",
     b": ", b"? ", b"| \n", b"%YAML 9.9\n", "\u2028".encode(), b"'-:(': {}\n", b"bits: 4\n",
 ]  # fmt: skip
 ODD: list[Any] = [
-    None, True, -1, 0, 1, 2**31, 2**63, 2**64, 10**400, 0.5, 1e308, float("nan"), float("inf"), "", "../x", "C:\\x",
-    "a\0b", "\ud800", "x" * 5000, [], {}, [[]], [None], {"": ""}, ["a", 10**9], {"-:(": {}}, {"+:.*": {"bits": 9}},
+    None, True, -1, 0, 1, 2**31, 2**63, 2**64, 10**400, 0.5, 1e308, float("nan"), float("inf"), "",
+                  "../x", "C:\\x",
+    "a\0b", "\ud800", "x" * 5000, [], {}, [[]], [None], {"": ""}, ["a", 10**9], {"-:(": {}},
+                  {"+:.*": {"bits": 9}},
     {"+:.*": None}, [["q_proj", 4]], "gptq_v2", "4", "I32", "F4",
 ]  # fmt: skip
 
 
 LAYER: dict[str, Any] = {
-    "name": "model.layers.0.mlp.up_proj", "block": 0, "bits": 4, "group_size": 32, "relative_error": 1e-3,
-    "rtn_relative_error": 2e-3, "damp_percent": 0.1, "damp_retries": 0, "tokens": 256, "fallback": None,
+    "name": "model.layers.0.mlp.up_proj", "block": 0, "bits": 4, "group_size": 32,
+                         "relative_error": 1e-3,
+    "rtn_relative_error": 2e-3, "damp_percent": 0.1, "damp_retries": 0, "tokens": 256,
+                         "fallback": None,
 }  # fmt: skip
 REPORT: dict[str, Any] = {
-    "report": 1, "version": "0", "command": "gptq quantize m", "name": "out", "model": "m", "commit": None,
-    "config": {"bits": 4, "moe_uncovered": "error"}, "layers": [LAYER, {**LAYER, "block": 1, "fallback": "tokens"}],
-    "experts": [{"name": "model.layers.0.mlp.experts", "tokens": [3, 0]}], "bits_per_weight": 4.5, "tokens": 256,
-    "seconds": 3.5, "bytes_before": 1000, "bytes_after": 300, "peak_host_bytes": 5000, "peak_device_bytes": 0,
+    "report": 1, "version": "0", "command": "gptq quantize m", "name": "out", "model": "m",
+                          "commit": None,
+    "config": {"bits": 4, "moe_uncovered": "error"},
+                          "layers": [LAYER, {**LAYER, "block": 1, "fallback": "tokens"}],
+    "experts": [{"name": "model.layers.0.mlp.experts", "tokens": [3, 0]}], "bits_per_weight": 4.5,
+                          "tokens": 256,
+    "seconds": 3.5, "bytes_before": 1000, "bytes_after": 300, "peak_host_bytes": 5000,
+                          "peak_device_bytes": 0,
     "blocks": [{"index": 0, "seconds": 1.5, "host_bytes": 5000, "device_bytes": 0}],
 }  # fmt: skip
 EVALUATION: dict[str, Any] = {
-    "perplexity": 12.5, "baseline_perplexity": 11.5, "kl": 0.01, "top1_agreement": 0.9, "dataset": "wikitext2",
+    "perplexity": 12.5, "baseline_perplexity": 11.5, "kl": 0.01, "top1_agreement": 0.9,
+                              "dataset": "wikitext2",
     "windows": 3, "seqlen": 64, "dtype": "float32", "dataset_revision": None,
 }  # fmt: skip
 
@@ -64,7 +76,7 @@ class TooSlowError(Exception):
 
 @dataclass
 class Tally:
-    """What became of the inputs; a failure holds the seed that makes the input again and the traceback."""
+    """The outcomes of the inputs; a failure holds the number that repeats it and the traceback."""
 
     inputs: int = 0
     outcomes: Counter[str] = field(default_factory=Counter)
@@ -73,8 +85,10 @@ class Tally:
 
 @dataclass(frozen=True)
 class Subject:
-    """Valid inputs, or what makes them in a folder, and what reads one: it returns what it says of an input that it
-    does not refuse. One input in `weight` is tried, for as many times as long.
+    """Valid inputs, or a function that makes them in a folder, and a function that reads one.
+
+    `read` returns the outcome of an input that it does not refuse. One of `weight` inputs is tried,
+    for `weight` times as long.
     """
 
     originals: list[bytes] | Callable[[Path], list[bytes]]

@@ -1,7 +1,7 @@
-"""Commands over what strangers may have made: run files, reports, evaluations, names of files beside a model.
+"""Commands over files of strangers: run files, reports, evaluations, names of files beside a model.
 
-Each call must work, or be refused with a code and exit code 2 to 6. Nothing but its output may be made, changed or
-removed, and nothing that it prints may steer a terminal.
+Each call must work, or be refused with a code and exit code 2 to 6. It may make, change and remove
+nothing but its output, and print no character that steers a terminal.
 """
 
 from __future__ import annotations
@@ -30,32 +30,42 @@ from tests.families import save_model
 from tests.fuzzing import EVALUATION, REPORT, Subject
 from tests.tiny import SMALL, WORK, Case, kill_after_block
 
-HERE = b"FOLDER"  # stands in the inputs for the folder of the trials, whose name differs from run to run
+HERE = b"FOLDER"  # in the inputs: the folder of the trials, whose name differs from run to run
 CODE = re.compile(r"\bE_[A-Z_]+")
 LONG = b"x" * 255
 NAMES = [
-    b"chat_template.jinja", b"LICENSE", b"tokenizer.model", b"sub/folder/file.txt", b"configuration_x.py", b".hidden",
-    MANIFEST.encode(), REPORT_DATA.encode(), REPORT_PAGE.encode(), b"gptq_config.yaml", b"quantize_config.json",
-    INDEX_NAME.encode(), b"model.safetensors", b"x.safetensors", b"pytorch_model.bin", b"adapter_config.json",
-    f".{MANIFEST}.tmp".encode(), b".config.json.tmp", b"lock", b"holder.json", b"run.json", b"journal.jsonl", b"out",
-    b"CON", b"nul.txt", b"CONFIG.JSON", b"config.json ", b"...", b" ", b"~", b"-o", b"--overwrite", b"*", b"[a-z]?.txt",
-    b"{a,b}", b"$(touch x)", b"`x`", b"%s%n", b"a\nerror[E_BUG]: forged", b"a\r\nwarning: x", b"\x1b[2J\x07.txt",
-    b"\xff\xfe.txt", "\ud800".encode("utf-8", "surrogatepass"), "\u202etxt.py".encode(), "e\u0301".encode(),
-    "\u2028".encode(), b"C:\\x", b"..\\x", LONG, LONG[:250] + b".json", b"d/" * 60 + b"f", b".git/config",
-    b"checkpoint-1/model.safetensors", b"__pycache__/x.pyc", b"../secret.txt", b"../../secret.txt", b"/etc/hostname",
+    b"chat_template.jinja", b"LICENSE", b"tokenizer.model", b"sub/folder/file.txt",
+         b"configuration_x.py", b".hidden",
+    MANIFEST.encode(), REPORT_DATA.encode(), REPORT_PAGE.encode(), b"gptq_config.yaml",
+         b"quantize_config.json",
+    INDEX_NAME.encode(), b"model.safetensors", b"x.safetensors", b"pytorch_model.bin",
+         b"adapter_config.json",
+    f".{MANIFEST}.tmp".encode(), b".config.json.tmp", b"lock", b"holder.json", b"run.json",
+         b"journal.jsonl", b"out",
+    b"CON", b"nul.txt", b"CONFIG.JSON", b"config.json ", b"...", b" ", b"~", b"-o", b"--overwrite",
+         b"*", b"[a-z]?.txt",
+    b"{a,b}", b"$(touch x)", b"`x`", b"%s%n", b"a\nerror[E_BUG]: forged", b"a\r\nwarning: x",
+         b"\x1b[2J\x07.txt",
+    b"\xff\xfe.txt", "\ud800".encode("utf-8", "surrogatepass"), "\u202etxt.py".encode(),
+         "e\u0301".encode(),
+    "\u2028".encode(), b"C:\\x", b"..\\x", LONG, LONG[:250] + b".json", b"d/" * 60 + b"f",
+         b".git/config",
+    b"checkpoint-1/model.safetensors", b"__pycache__/x.pyc", b"../secret.txt", b"../../secret.txt",
+         b"/etc/hostname",
     b"./config.json", b"sub/../config.json", b"'\"", b"a\\nb", b"\x7f", b"\xc2\x9b31m",
 ]  # fmt: skip
 
 
 def call(folder: Path, *words: object, may_change: Collection[Path] = ()) -> str:
-    """What `gptq` with `words` ends with in `folder`: `done`, or the code of its error.
+    """Return how `gptq` with `words` ends in `folder`: `done`, or the code of its error.
 
-    AssertionError if it ends otherwise, or has touched anything in `folder` but `may_change` and what is in them.
+    Raise AssertionError if it ends otherwise or changes anything in `folder` outside `may_change`.
     """
     before = _state(folder, may_change)
     with chdir(folder / "trial"):
         result = CliRunner().invoke(app, [str(word) for word in words])
-    said = f"gptq {words}: exit code {result.exit_code}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
+    printed = f"{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
+    said = f"gptq {words}: exit code {result.exit_code}\n{printed}"
     assert result.exception is None or isinstance(result.exception, SystemExit), (
         f"{result.exception!r}\n{said}"
     )
@@ -127,7 +137,7 @@ def _resume(content: bytes, folder: Path) -> str:
 
 
 def _with_checksum(content: bytes) -> bytes:
-    """The JSON object with the checksum that belongs to it, so that more than the checksum is looked at."""
+    """Return the JSON object with its right checksum, so that the program reads the rest, too."""
     with suppress(ValueError, RecursionError, AttributeError):
         return json.dumps(sealed(json.loads(content))).encode()
     return content
@@ -207,7 +217,7 @@ def _names_beside(content: bytes, folder: Path) -> str:
 
 
 def _path(content: bytes, directory: Path) -> Path | None:
-    """A place in `directory` with a name of `content`, and folders above it; None if there can be none."""
+    """Return a path in `directory` with a name of `content`, or None; make the folders above."""
     parts = [
         part[:255]
         for part in content.replace(b"\0", b"").split(b"/")

@@ -1,10 +1,10 @@
-"""A small Hub on the loopback: enough of its HTTP protocol for the real client to fetch files, and to send some.
+"""A small Hub on the loopback: its HTTP protocol as far as the real client needs it.
 
-    with serve({"someone/tiny": {"README.md": b"...", "data/train.parquet": b"..."}}, kind="dataset") as hub:
+    with serve({"someone/tiny": {"README.md": b"...", "data/train.parquet": b"..."}}) as hub:
         subprocess.run([...], env={**os.environ, **hub.environment(tmp_path / "home")})
 
-The client reads its endpoint when it is imported, so code that talks to the server runs in a process of its own.
-What is sent is in `hub_uploads.py`.
+The client reads its endpoint at import, so code that talks to the server runs in its own process.
+`hub_uploads.py` answers the requests that send files.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ROUTE = re.compile(
 
 @dataclass(slots=True)
 class Hub:
-    """The running server; `requests` lists what was asked, `gated` holds repositories that need consent."""
+    """The running server; `requests` lists all requests, `gated` the repositories with consent."""
 
     repos: Repos
     kind: Kind
@@ -64,7 +64,7 @@ class Hub:
 
 @dataclass(slots=True)
 class Fault:
-    """What goes wrong with the next `times` requests that match; a reply of None cuts the real one in half."""
+    """A fault of the next `times` matching requests; if `reply` is None, the real one is cut."""
 
     pattern: str
     reply: Reply | None
@@ -123,7 +123,7 @@ def _content(files: Mapping[str, bytes], action: str, path: str | None, body: by
 def serve(
     repos: Repos, kind: Kind = "dataset", *, gated: frozenset[str] = frozenset()
 ) -> Iterator[Hub]:
-    """Serves the repositories {id: {path: content}} until the block is left; `main` is their only branch."""
+    """Serve repositories {id: {path: content}} inside the block; `main` is the only branch."""
     hub = Hub(repos, kind, gated)
     server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(hub))
     hub.url = f"http://127.0.0.1:{server.server_port}"

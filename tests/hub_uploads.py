@@ -1,7 +1,7 @@
 """The write side of the loopback Hub: repositories, large files, commits.
 
-The protocol is that of huggingface_hub's client with the LFS transfer. As on the Hub, a commit is atomic, and one
-whose parent is no longer the head of `main` is refused.
+The protocol is that of huggingface_hub's client with the LFS transfer. As on the Hub, a commit is
+atomic, and a commit is refused if its parent is no longer the head of `main`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What a disk may hold after a power cut: names and bytes that were not yet synced are there, torn, or not.
+"""A model of a disk after a power cut: names and bytes that were not yet synced may be lost.
 
-The model is harsher than most file systems. Each name that was made, renamed or removed since its directory was synced
-may be lost or kept on its own, in any combination; each file with unsynced bytes may have all of them, none, or half.
-A rename is one change even between two directories.
+The model is harsher than most file systems. Each name that was made, renamed or removed since the
+last sync of its directory may be lost or kept, in any combination; each file with unsynced bytes
+may have all of them, none, or half. A rename is one change even between two directories.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SAMPLED = 40
 
 @dataclass(eq=False)
 class Node:
-    """A file with its bytes, or a directory with its names, each as processes see it and as the disk holds it."""
+    """A file with its bytes or a directory with its names, for processes and on the disk."""
 
     content: bytearray = field(default_factory=bytearray)
     durable: bytes = b""
@@ -39,9 +39,10 @@ Change = tuple[Node, str, Node | None]  # directory, name, what it names from no
 
 
 class PowerLossDisk(CountingDisk):
-    """Does everything for real below `root`, and after each operation tells `watch` how a power cut could leave it.
+    """A disk that works below `root` and calls `watch` after each operation.
 
-    `forgets` tells which files and directories an fsync does nothing for: a check of the check.
+    `watch` looks at the states after a power cut. An fsync does nothing for paths for which
+    `forgets` returns True: this checks the check.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class PowerLossDisk(CountingDisk):
         self._remember(self._root)
 
     def states(self) -> Iterator[State]:
-        """Every way the disk may be found, or the extremes and a sample where there are too many."""
+        """Yield all states of the disk, or the extremes and a sample if there are too many."""
         dirty = [
             file
             for file in self._reachable()

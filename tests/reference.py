@@ -1,8 +1,9 @@
-"""GPTQ as its authors published it, dense in float64, one column after the other; it shares no code with the package.
+"""GPTQ as its authors published it, dense in float64, one column after the other.
 
-H⁻¹ = UᵀU with U upper triangular; column j is rounded, and its error over U_jj is spread over the columns to its right.
-What goes beyond the publication is here as plainly: grids by trying every candidate for one row after the other, and
-refinement by trying every code of every weight.
+It shares no code with the package. H⁻¹ = UᵀU with U upper triangular; column j is rounded, and its
+error over U_jj is spread over the columns to its right. The additions to the publication are here
+as plainly: grids by trying every candidate for each row, refinement by trying every code of each
+weight.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def fit(weights: Tensor, config: LayerConfig) -> tuple[Tensor, Tensor]:
         )
     scale = in_float16((high - low) / maxq)
     zero = torch.round(-low / scale).clamp(max=maxq)
-    # A zero of 0 cannot be stored: one step is left below zero, and the rest must reach the largest weight.
+    # A zero of 0 cannot be stored: one step stays below zero, and the rest must reach the maximum.
     raised = zero == 0
     scale[raised] = in_float16(torch.maximum(high / (maxq - 1), -low))[raised]
     zero[raised] = 1
@@ -66,7 +67,7 @@ def in_float16(scale: Tensor) -> Tensor:
 
 
 def subnormal(scale: float) -> float:
-    """A positive number below 2**-14 as the next multiple of 2**-24; 0 stands for a group of zeros."""
+    """Return the next multiple of 2**-24 for a number below 2**-14; 0 means a group of zeros."""
     return math.ceil(scale * 2.0**24) / 2.0**24 if scale > 0 else 2.0**-14
 
 
@@ -123,7 +124,7 @@ def damping_of(energy: Tensor, config: LayerConfig, tokens: int | None) -> Tenso
 
 
 def follow(weight: Tensor, inputs: Tensor, originals: Tensor, config: LayerConfig) -> Tensor:
-    """The weight [O, I] to quantize for inputs [tokens, I] where the unquantized model has `originals`.
+    """Return the weight [O, I] to quantize for inputs [tokens, I]; the original inputs differ.
 
     Ridge regression of what the outputs lack on the inputs, as rows of one least-squares problem.
     """
@@ -140,8 +141,11 @@ def follow(weight: Tensor, inputs: Tensor, originals: Tensor, config: LayerConfi
 def refine(
     weight: Tensor, damped: Tensor, found: Reference, config: LayerConfig, sweeps: int
 ) -> list[float]:
-    """Improve `found` in place for the damped Hessian: all scales, then in each sweep a group's scale and its columns;
-    the losses after each step: least squares for a scale, all codes tried for a weight."""
+    """Improve `found` in place for the damped Hessian; return the losses after each step.
+
+    First fit all scales; then, in each sweep, a group's scale and its columns. A scale is fitted by
+    least squares, a weight by trying all codes.
+    """
     L = torch.linalg.cholesky(damped)
     groups = range(found.scales.shape[1])
     members = [[column for column, of in enumerate(found.g_idx) if of == group] for group in groups]

@@ -1,4 +1,4 @@
-"""The program as somebody who is not root, whom permissions hold back: root reads whatever it likes."""
+"""The program for a user who is not root: root may read everything despite permissions."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def held_back(*words: str | Path) -> Said:
 
 
 def in_a_child(run: Callable[[], Any]) -> Any:
-    """What `run` returns, as JSON takes it, in a forked process without root's right to read everything."""
+    """Return the JSON value of `run` in a forked process without root's right to read all."""
     reading, writing = os.pipe()
     child = os.fork()
     if not child:

@@ -1,8 +1,9 @@
-"""A CUDA device that is none: its tensors say so and obey its rules, and their numbers lie and are computed on the CPU.
+"""A simulated CUDA device: its tensors obey its rules, but the CPU computes their numbers.
 
-What a program does wrong on an accelerator then fails on any machine: operations that mix devices, host access to
-memory of the device, allocations beyond a limit. Each operation that has the host wait for the device is counted by the
-place in the package that asked for it. Nothing is said of time, of streams that race, or of kernels.
+Mistakes of a program on an accelerator then fail on any machine: operations that mix devices, host
+access to memory of the device, allocations beyond a limit. Each operation that makes the host wait
+for the device is counted by the place in the package that asked for it. The device simulates no
+time, no streams that race, and no kernels.
 
 Needs a torch without CUDA: there the device's dispatch key is free to take.
 """
@@ -43,12 +44,15 @@ INDEXING = {
     aten.index_put_.default,
 }  # take indices from the host
 WAITING = {
-    aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default, aten.equal.default,
-    aten.nonzero.default, aten.masked_select.default, aten.repeat_interleave.Tensor, aten._unique2.default,
+    aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default,
+           aten.equal.default,
+    aten.nonzero.default, aten.masked_select.default, aten.repeat_interleave.Tensor,
+           aten._unique2.default,
     aten.linalg_cholesky.default, aten.bincount.default,
 }  # fmt: skip
 RESIZING = {  # make their result by resizing it
-    aten.arange.default, aten.arange.start, aten.arange.start_step, aten.eye.default, aten.eye.m, aten.linspace.default,
+    aten.arange.default, aten.arange.start, aten.arange.start_step, aten.eye.default, aten.eye.m,
+              aten.linspace.default,
     aten.randperm.default,
 }  # fmt: skip
 NOT_FOR_THE_HOST = {Tensor.numpy, Tensor.__array__}
@@ -129,7 +133,7 @@ class SimulatedGpu:
         return sum(storage.nbytes() for storage in list(self._storages))
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """`func` on the numbers of its tensors; what comes out is on the device unless it was sent to the host."""
+        """Run `func` on the host's numbers; its output is on the device unless sent to the host."""
         tensors: list[Tensor] = []
         target = _target(func, args, kwargs)
         on_host = partial(_on_host, tensors=tensors, elsewhere=target == CUDA)
@@ -144,7 +148,7 @@ class SimulatedGpu:
         return _each(output, lambda tensor: self.wrap(tensor, before.get(id(tensor))))
 
     def wrap(self, host: Tensor, before: Tensor | None = None) -> Tensor:
-        """The tensor on the device with the numbers `host`, the one from `before` if there is one."""
+        """Return the tensor on the device with the numbers `host`, if possible from `before`."""
         if before is not None:
             assert before.shape == host.shape, f"resized from {before.shape} to {host.shape}"
             return before
@@ -186,7 +190,7 @@ class SimulatedGpu:
             self.wait("to the host")
 
     def copied(self, source: Tensor, *, non_blocking: bool) -> None:
-        """Count a copy between host and device: it waits unless it may go on by itself, from pinned memory."""
+        """Count a copy between host and device: only one without blocking, if pinned, is free."""
         to_device = not isinstance(source, DeviceTensor)
         if not (non_blocking and to_device and source.untyped_storage() in self.pinned):
             self.wait("to the device" if to_device else "to the host")
@@ -236,7 +240,7 @@ def _made(func: Any, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _copy_(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-    """Reached where torch takes Python's part out of the way: copies to a tensor that was just made."""
+    """Copy to a tensor that was just made; torch calls this where it skips Python dispatch."""
     if not isinstance(source, DeviceTensor):
         device().copied(source, non_blocking=non_blocking)
     _host(target).copy_(_host(source))
@@ -248,7 +252,7 @@ def _host(tensor: Tensor) -> Tensor:
 
 
 def _on_host(value: Any, tensors: list[Tensor], *, elsewhere: bool) -> Any:
-    """`value` with the numbers of its `tensors`, which are noted, and with the CPU in place of the device."""
+    """Return `value` with the numbers of its tensors, which are added to `tensors`, and the CPU."""
     if isinstance(value, Tensor):
         tensors.append(value)
         return _host(value)
@@ -282,7 +286,8 @@ def _check_devices(func: Any, tensors: list[Tensor]) -> None:
     if single_numbers and (isinstance(tensors[0], DeviceTensor) or not func._schema.is_mutable):
         return
     raise RuntimeError(
-        "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! "
+        "Expected all tensors to be on the same device, "
+        "but found at least two devices, cuda:0 and cpu! "
         f"({func}, {[(str(tensor.device), tuple(tensor.shape)) for tensor in tensors]})"
     )
 
@@ -296,7 +301,7 @@ def _target(func: Any, args: Any, kwargs: Any) -> torch.device | None:
 
 
 def _fills(func: Any, args: Any) -> bool:
-    """Whether a mask says where one number is put, which is done without knowing how many places there are."""
+    """Return whether a mask receives one number, for which its count is not needed."""
     return func in (aten.index_put_.default, aten.index_put.default) and args[2].numel() == 1
 
 

@@ -1,4 +1,4 @@
-"""The examples for batch systems run: their own shell lines, on a tiny model, and what they do with each exit code."""
+"""The examples for batch systems run on a tiny model; they react to each exit code as intended."""
 
 from __future__ import annotations
 
@@ -31,17 +31,15 @@ SIGUSR1 = 138
 
 @dataclass(frozen=True)
 class Place:
-    """Commands of a batch system that only note their call, and a `gptq` that is real or ends as it is told."""
+    """Commands of a batch system that only note their call, and a real or a scripted `gptq`."""
 
     folder: Path
     environment: dict[str, str]
 
     def command(self, name: str, script: str) -> None:
         path = self.folder / "bin" / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(
-            f'#!/usr/bin/env bash\necho "{name} $*" >> {shlex.quote(str(self.folder))}/calls\n{script}\n'
-        )
+        calls = shlex.quote(str(self.folder))
+        path.write_text(f'#!/usr/bin/env bash\necho "{name} $*" >> {calls}/calls\n{script}\n')
         path.chmod(0o755)
 
     def run(self, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -101,7 +99,7 @@ def program(tmp_path_factory: pytest.TempPathFactory, hub: Hub) -> Iterator[str]
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory, hub: Hub, program: str) -> Place:
-    """With a tiny model; what the recipe says of it and of the text is overruled by GPTQ_* variables."""
+    """Return a batch system with a tiny model; variables override model and text of the recipe."""
     folder = tmp_path_factory.mktemp("batch")
     save_model(folder / "model", num_hidden_layers=2)
     (folder / "text.txt").write_text(texts(4000)[0])
@@ -113,8 +111,10 @@ def real(tmp_path_factory: pytest.TempPathFactory, hub: Hub, program: str) -> Pl
         "device": "cpu",
     }
     said = {f"GPTQ_{name.upper()}": str(value) for name, value in settings.items()}
-    names = {"MODEL": folder / "model", "OUT": folder / "store/me/tiny", "TEXT": folder / "text.txt",
-             "STORE": folder / "store", "REPO": "me/tiny", "MAX_INCREASE": "10000", "CONFIG": "vllm-4bit"}  # fmt: skip
+    names = {"MODEL": folder / "model", "OUT": folder / "store/me/tiny",
+             "TEXT": folder / "text.txt",
+             "STORE": folder / "store", "REPO": "me/tiny", "MAX_INCREASE": "10000",
+             "CONFIG": "vllm-4bit"}  # fmt: skip
     environment = (
         said
         | {name: str(value) for name, value in names.items()}
@@ -133,7 +133,7 @@ def told(tmp_path: Path) -> Place:
 
 
 def workflow(place: Place, **variables: str) -> tuple[int, list[str]]:
-    """The exit code of the first step that fails, and the calls of all: what a runner does with the steps."""
+    """Run the steps; return the exit code of the first that fails, and the calls of all steps."""
     defaults = {name: value for name, value in WORKFLOW["env"].items() if "${{" not in str(value)}
     outputs = place.folder / "outputs"
     outputs.write_text("")

@@ -1,4 +1,4 @@
-"""The embedded model is trained and its language is known: quantization error shows, and GPTQ makes less of it."""
+"""The demo model is trained on a known language: rounding damages it visibly, GPTQ less."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Every command that a document shows is run here, on small files under the names that readers know, or says what it
-needs that is not here: `<!-- needs: network -->` in the line above its block.
+"""Every command in a document runs here, on small files under the names in the documents.
+
+If a command needs more, the line above its block names it: `<!-- needs: network -->`.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def here(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def run(command: str, files: Path) -> None:
     """Run one line of a document and compare its exit code with what the line says.
 
-    Settings are small, if the command leaves them open, but for those with the demo model, which say all they need.
+    If the command sets no settings, they are small; commands with the demo model set all.
     """
     line, _, expected = command.partition("  # exit code ")
     words, _, target = line.partition(" > ")

@@ -1,4 +1,4 @@
-"""Faults that a user can bring in: the same short refusal, with code, hint and exit code; nothing is left behind."""
+"""Faults of users: each gets a short refusal with code, hint and exit code, and no leftovers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a file system refuses has a code, the path, the reason and what to do; a mistake of the program stays one."""
+"""Errors of the file system have a code, the path, the reason and a hint; bugs stay bugs."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A thousand damaged inputs of each kind, and some of commands: refused or accepted, never a traceback, never a hang.
+"""A thousand damaged inputs of each kind: accepted or refused, but no traceback and no hang.
 
-The script takes a hundred times as many.
+`scripts/fuzz.py` takes a hundred times as many.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The checks for a GPU, as far as they run without one: every part starts, and none takes another's figures with it."""
+"""The GPU checks, as far as they run without one: every part starts and writes its own figures."""
 
 from __future__ import annotations
 
@@ -60,7 +60,8 @@ class Absent:
 sys.meta_path.insert(0, Absent())
 if sys.argv[1:3] == ["-m", "pytest"]:
     import pytest
-    sys.exit(pytest.main([*sys.argv[3:], "--collect-only", "-p", "no:hypothesispytest", "-p", "no:xdist"]))
+    options = ["--collect-only", "-p", "no:hypothesispytest", "-p", "no:xdist"]
+    sys.exit(pytest.main([*sys.argv[3:], *options]))
 """)
     python.chmod(0o755)
     checks("1", str(tmp_path), python=str(python))

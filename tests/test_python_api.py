@@ -1,4 +1,4 @@
-"""`from gptq_cli import ...`: the command line's code under its names, quick to import, with examples that run."""
+"""`from gptq_cli import ...`: the code of the command line, quick to import, with examples."""
 
 from __future__ import annotations
 
@@ -123,7 +123,10 @@ def option_names(command: str) -> set[str]:
     return {str(parameter.name) for parameter in load_command(command).params}
 
 
-def test_python_and_the_command_line_write_the_same_bytes(workspace: Path, gptq: Run) -> None:  # noqa: F811
+def test_python_and_the_command_line_write_the_same_bytes(
+    workspace: Path,
+    gptq: Run,  # noqa: F811
+) -> None:
     quantize(MODEL, config(), "from-python")
     words = [f"--{key.replace('_', '-')}={value}" for key, value in SETTINGS.items()]
     done = gptq("quantize", MODEL, "--bits", "4", "-o", "from-shell", *words)
@@ -188,8 +191,9 @@ def test_copied_configuration_keeps_its_derived_values() -> None:
 )
 @pytest.mark.usefixtures("workspace")
 def test_wrong_arguments_are_refused(arguments: dict[str, str], code: str, message: str) -> None:
+    usual = {"model": MODEL, "config": config(), "output": "out"}
     with pytest.raises(GptqError) as refused:
-        quantize(**({"model": MODEL, "config": config(), "output": "out"} | arguments))  # type: ignore[arg-type]
+        quantize(**(usual | arguments))
     assert (refused.value.code, message in str(refused.value)) == (code, True)
 
 

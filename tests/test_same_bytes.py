@@ -1,8 +1,8 @@
 """Outputs for unchanged settings keep their bytes from one version to the next.
 
-`tests/same_bytes.json` holds hashes of weights that an earlier version wrote, for each processor that was used:
-the last bits of sums differ between processors. On another one, take them with `python -m tests.test_same_bytes` from a
-version that is known to be good, then compare.
+`tests/same_bytes.json` holds hashes of weights that an earlier version wrote, for each processor:
+the last bits of sums differ between processors. On another processor, run
+`python -m tests.test_same_bytes` with a version that is known to be good, then compare.
 """
 
 from __future__ import annotations

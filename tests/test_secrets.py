@@ -1,4 +1,4 @@
-"""Tokens and credentials stay out of everything that is printed or written; so do strangers' files and escapes."""
+"""No output holds tokens, credentials, files of strangers or control characters."""
 
 from __future__ import annotations
 

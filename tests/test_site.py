@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built site; mkdocs raises Abort where a link or a page of the navigation leads nowhere."""
+    """Build the site; mkdocs raises Abort for a broken link or a missing page."""
     from mkdocs.commands.build import build
     from mkdocs.config import load_config
 

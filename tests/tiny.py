@@ -1,4 +1,4 @@
-"""The smallest run, a tenth of a second: a model, its settings, its output, a kill after any step."""
+"""The smallest run, a tenth of a second: a model, its settings, its output, a kill at any step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GPTQ checkpoints written by hand, number by number, as any tool could have: the slow truth of what files hold."""
+"""GPTQ checkpoints written number by number, as any tool could: the slow truth of the format."""
 
 from __future__ import annotations
 
@@ -123,7 +123,8 @@ def gptq_files(
         tensors[f"model.layers.{block}.norm.weight"] = np.ones(HIDDEN, np.float16)
         tensors[f"model.layers.{block}.mlp.gate.weight"] = np.ones((4, HIDDEN), np.float16)
     quantization = {
-        "quant_method": "gptq", "bits": bits, "group_size": group_size, "sym": sym, "desc_act": desc_act,
+        "quant_method": "gptq", "bits": bits, "group_size": group_size, "sym": sym,
+                    "desc_act": desc_act,
         "checkpoint_format": format, "format": format, "lm_head": False,
     }  # fmt: skip
     return Files(

@@ -1,4 +1,4 @@
-"""The programs that people load GPTQ checkpoints with, each in a process and environment of its own; their limits."""
+"""The programs that load GPTQ checkpoints, each in its own environment, and their limits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ANSWER_SECONDS = 900
 
 
 class Consumer:
-    """One consumer waiting for checkpoints; it starts with the first one, which takes many seconds."""
+    """One consumer that waits for checkpoints; it starts with the first one: many seconds."""
 
     def __init__(self, name: str, venvs: Path, scratch: Path) -> None:
         self._name = name
@@ -36,9 +36,9 @@ class Consumer:
             )
 
     def load(self, checkpoint: Path, ids: Path, logits: Path) -> dict[str, Any]:
-        """The answer as load_with.py describes it; without an `error` the logits are in the file `logits`.
+        """Return the answer of load_with.py; if it has no `error`, `logits` holds the logits.
 
-        RuntimeError if the consumer dies or is silent for too long; it is no use after that.
+        Raise RuntimeError if the consumer dies or is silent for too long; then it is unusable.
         """
         job = {"checkpoint": str(checkpoint), "ids": str(ids), "logits": str(logits)}
         assert self._process.stdin is not None
@@ -114,7 +114,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """What a consumer cannot read: it refuses in words that hold `words`, or it loads and is wrong if they are None."""
+    """Checkpoints that a consumer refuses in `words`, or that it misreads, if `words` is None."""
 
     consumer: str
     what: str

@@ -1,11 +1,12 @@
-"""Load GPTQ checkpoints with one consumer, in that consumer's own environment, and save the logits they give.
+"""Load GPTQ checkpoints with one consumer, in its own environment, and save their logits.
 
     python load_with.py CONSUMER < jobs > results
 
-A job is a line of JSON: a `checkpoint` directory, a file of token `ids` (int64 [B, T], .npy) and where the float32
-`logits` [B, T, V] (.npy) go. The answer is a line of JSON: `error` (null when it loaded), `missing` and `unexpected`
-tensor names as far as the consumer tells them.
-Importing a consumer takes many seconds, so one process serves many checkpoints. Nothing of gptq_cli is imported here.
+A job is a line of JSON: a `checkpoint` directory, a file of token `ids` (int64 [B, T], .npy) and
+the name of a new file for the float32 `logits` [B, T, V] (.npy). The answer is a line of JSON:
+`error` (null if it loaded), and the `missing` and `unexpected` tensor names, if the consumer
+reports them. An import of a consumer takes many seconds, so one process loads many checkpoints.
+This script imports nothing of gptq_cli.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def load_with_auto_round(directory: str) -> Loaded:
 def load_with_gptqmodel(directory: str) -> Loaded:
     from gptqmodel import GPTQModel
 
-    # Left alone it computes in bfloat16 on a CPU, which would hide smaller differences. It tells no names of tensors.
+    # Its default on a CPU is bfloat16, which would hide smaller differences. It reports no names.
     return GPTQModel.load(directory, device="cpu", dtype=torch.float16).model, {
         "missing": [],
         "unexpected": [],
@@ -65,7 +66,7 @@ def run(load: Callable[[str], Loaded], job: dict[str, str]) -> dict[str, Any]:
             logits = model.eval()(
                 input_ids=torch.from_numpy(np.load(job["ids"])), use_cache=False
             ).logits
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever it raises is what the test asks about
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - the test judges any exception
         traceback.print_exc()
         return {"error": f"{type(error).__name__}: {error}"}
     np.save(job["logits"], logits.float().numpy())

@@ -1,6 +1,6 @@
 """Checkpoints written by `quantize_checkpoint`, loaded by the programs that people use them with.
 
-Not part of `make test`: the consumers live in environments of their own, which scripts/test_compat.sh makes.
+`make test` skips these tests: scripts/test_compat.sh makes the environments of the consumers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.quantization.run import quantize_checkpoint
 from tests.families import save_model, texts
 
-# The consumers compute in the model's dtype, the reference in float32; a zero point off by one gives 0.07 or more.
+# The consumers compute in the model's dtype, the reference in float32; a zero point off by one
+# gives 0.07 or more.
 LARGEST_DIFFERENCE = {"float16": 5e-3, "bfloat16": 2e-2}
 SIZES = {
     "num_hidden_layers": 2,
@@ -137,7 +138,7 @@ def _is_misread(consumer: str, case: Case) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A quantized checkpoint, ids [B, T] and the logits [B, T, V] that its dequantized weights give in float32."""
+    """A quantized checkpoint, ids [B, T], and float32 logits [B, T, V] of dequantized weights."""
 
     directory: Path
     ids: Path
@@ -146,7 +147,7 @@ class Written:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What a consumer said, and how far its logits are from the expected ones (relative, inf if it gave none)."""
+    """A consumer's error and tensor names, and its relative distance to the expected logits."""
 
     error: str | None
     names: list[str]

@@ -1,7 +1,8 @@
 """The fifty points that a checkpoint must meet to be loaded everywhere, and where each is checked.
 
-`CHECKS` are functions that complain about a source and the checkpoint made of it; the other points are checked by
-`gptq verify` (named by a defect planted in its tests), by tests of other parts, or do not apply, for the reason given.
+Each function of `CHECKS` complains about a source and the checkpoint made of it. Other points are
+checked by `gptq verify` (BY_VERIFY names the defect planted in its tests) or by tests of other
+parts, or they do not apply, for the reason given.
 """
 
 from __future__ import annotations
@@ -306,23 +307,28 @@ def experts_are_alike(pair: Pair) -> Iterator[str]:
 
 
 CHECKS: dict[int, Callable[[Pair], Iterator[str]]] = {
-    2: keys_are_there, 4: formats_agree, 5: nothing_that_breaks_a_reader, 6: both_files_say_the_same,
-    7: damping_is_inside, 8: list_is_exact, 9: rules_are_anchored, 10: kept_is_said_twice, 11: fused_modules_are_alike,
+    2: keys_are_there, 4: formats_agree, 5: nothing_that_breaks_a_reader,
+                                                      6: both_files_say_the_same,
+    7: damping_is_inside, 8: list_is_exact, 9: rules_are_anchored, 10: kept_is_said_twice,
+                                                      11: fused_modules_are_alike,
     12: routers_are_kept_and_said, 13: the_head_is_as_said, 15: configuration_is_the_sources,
     16: class_and_dtype_are_there, 17: nothing_else_beside_a_module, 18: dtypes_are_the_writers,
     19: shapes_match_the_source,
     22: fused_modules_share_an_order, 29: biases_are_the_sources, 30: kept_tensors_are_the_sources,
-    32: names_are_the_sources, 34: experts_are_alike, 36: the_index_counts, 37: headers_say_pt, 38: no_other_weights,
+    32: names_are_the_sources, 34: experts_are_alike, 36: the_index_counts, 37: headers_say_pt,
+                                                      38: no_other_weights,
     39: parts_share_a_file,
-    41: other_files_are_the_sources, 43: nothing_is_left_over, 49: vllm_reads_it, 50: exllamav2_reads_it,
+    41: other_files_are_the_sources, 43: nothing_is_left_over, 49: vllm_reads_it,
+                                                      50: exllamav2_reads_it,
 }  # fmt: skip
 
 BY_VERIFY: dict[int, str] = {
-    1: "upper case", 14: "hidden order", 20: "group size 48", 21: "group uneven", 23: "one odd zero",
+    1: "upper case", 14: "hidden order", 20: "group size 48", 21: "group uneven",
+                             23: "one odd zero",
     24: "wrapped zero", 25: "scale too small",
 }  # fmt: skip
 
-# What engines do with a checkpoint, packing, sharding, publishing: points that tests of these parts check.
+# Points about engines, packing, sharding and publishing, which the tests of these parts check.
 BY_OTHER_TESTS = (3, 26, 27, 28, 31, 33, 40, 42, 44, 45, 46, 47, 48)
 
 NOT_HERE: dict[int, str] = {

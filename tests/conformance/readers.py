@@ -1,8 +1,9 @@
-"""The rules by which engines read a GPTQ checkpoint, written down again from their sources, in numpy.
+"""The rules by which engines read a GPTQ checkpoint, written again from their sources in numpy.
 
-Each reader returns the weights [O, I] that the engine would compute with, by module or by the fused module that the
-engine makes of several, or raises `Refused`. Sources, read in mid 2026: vLLM `auto_gptq.py`, `gptq_utils.py`,
-`parameter.py`; SGLang `layers/quantization/gptq`; llama.cpp `conversion/base.py`; exllamav2 `config.py`, `linear.py`.
+Each reader returns the weights [O, I] with which the engine would compute, by module or by the
+fused module that the engine makes of several, or raises `Refused`. Sources, read in mid 2026: vLLM
+`auto_gptq.py`, `gptq_utils.py`, `parameter.py`; SGLang `layers/quantization/gptq`; llama.cpp
+`conversion/base.py`; exllamav2 `config.py`, `linear.py`.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Directory:
 
 
 def fields(words: np.ndarray, bits: int) -> np.ndarray:
-    """Unsigned fields along the first axis, for 2, 3, 4 and 8 bits; three words hold 32 fields of 3 bits."""
+    """Return unsigned fields along the first axis; three words hold 32 fields of 3 bits."""
     unsigned = words.view(np.uint32).astype(np.uint64)
     if bits != 3:
         shifts = [unsigned >> np.uint64(bits * place) for place in range(32 // bits)]
@@ -153,7 +154,7 @@ def sglang(directory: Path) -> Weights:
                 checkpoint.part(shard, part) for part in ("qweight", "qzeros", "scales", "g_idx")
             )
             codes = fields(qweight, settings["bits"])
-            # the plain kernel is called without the version of the format, so it takes every file for v1
+            # The plain kernel does not get the version of the format, so it assumes v1.
             zeros = (
                 2 ** (settings["bits"] - 1)
                 if marlin
@@ -235,7 +236,7 @@ def skipped(checkpoint: Directory, prefix: str) -> bool:
 def overridden(
     checkpoint: Directory, base: dict[str, Any], prefix: str, shards: list[str]
 ) -> dict[str, Any]:
-    """The settings of a module after `dynamic`: by its own name, else by those of its shards, which must agree."""
+    """Return a module's settings after `dynamic`, by its own name or else by all its shards."""
     found = [_override(checkpoint, base, name) for name in (prefix, *shards)]
     if found[0] != base:
         return found[0]

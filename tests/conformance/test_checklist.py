@@ -1,4 +1,4 @@
-"""Every point of the checklist has a place where it is checked, what we write meets it, and a slip is noticed."""
+"""Each point of the checklist has a check, our output meets it, and it finds a planted defect."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_each_of_fifty_points_has_a_check_or_a_reason() -> None:
 
 @pytest.mark.parametrize("case", ["plain", *CASES])
 def test_written_checkpoint_meets_every_point(case: str, tmp_path: Path) -> None:
-    # rules with settings of their own are the user's and stay as they were written; those of one layer split nothing
+    # The user's rules with settings stay as they were written; those of one layer split nothing.
     written = write(tmp_path, **CASES.get(case, {"bits": 4, "group_size": 32}))
     pair = Pair(written.source, written.output)
     assert {

@@ -1,4 +1,4 @@
-"""What each engine would compute with, by its own rules, is what was written, or what `serving_table` says."""
+"""By its own rules, each engine computes with the written weights, or as `serving_table` says."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.conformance.written import LINEARS, Written, write
 
 
 def outcome(reader: str, written: Written) -> str:
-    """ "yes" if the engine computes with the weights that were written, "wrong" if with others, "no" if it refuses."""
+    """Return "yes" if the engine gets the written weights, "wrong" for others, "no" if refused."""
     try:
         found = READERS[reader](written.output)
     except Refused:
@@ -153,15 +153,19 @@ SLIPS: dict[str, tuple[dict[str, object], Callable[[Path], object], dict[str, st
         lambda out: rewritten(out, V0, "g_idx", lambda order: order[::-1]),
         {"vllm": "wrong", "sglang": "wrong", "llama.cpp": "wrong", "exllamav2": "wrong"}),
     "an order that nobody is told": (
-        {"bits": 4, "desc_act": True, "act_group_aware": False}, lambda out: described(out, desc_act=False),
+        {"bits": 4, "desc_act": True, "act_group_aware": False},
+                                     lambda out: described(out, desc_act=False),
         {"vllm": "wrong", "sglang": "wrong", "llama.cpp": "yes", "exllamav2": "yes"}),
     "sym said wrongly": (
-        {"bits": 4}, lambda out: described(out, sym=False), {"vllm": "no", "llama.cpp": "yes", "exllamav2": "yes"}),
+        {"bits": 4}, lambda out: described(out, sym=False),
+                         {"vllm": "no", "llama.cpp": "yes", "exllamav2": "yes"}),
     "a short name listed": (
-        {"bits": 4, "dynamic": KEPT}, lambda out: described(out, modules_in_block_to_quantize=[["_proj"]], dynamic={}),
+        {"bits": 4, "dynamic": KEPT},
+        lambda out: described(out, modules_in_block_to_quantize=[["_proj"]], dynamic={}),
         {"vllm": "no", "sglang": "no", "llama.cpp": "yes", "exllamav2": "yes"}),
     "no rule for the fused name": (
-        {"bits": 4, "dynamic": KEPT}, lambda out: described(out, dynamic={r"-:.*\.(q|k|v|down)_proj$": {}}),
+        {"bits": 4, "dynamic": KEPT},
+        lambda out: described(out, dynamic={r"-:.*\.(q|k|v|down)_proj$": {}}),
         {"sglang": "no", "llama.cpp": "yes"}),
     "codes shifted by a column": (
         {"bits": 4}, lambda out: rewritten(out, Q0, "qweight", lambda words: np.roll(words, 1, 1)),

@@ -1,4 +1,4 @@
-"""Checkpoints as our writer makes them, from random codes instead of a solved model, with the weights they mean."""
+"""Checkpoints that our writer makes of random codes, without a solver, and their true weights."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ from gptq_cli.solver.quantized_linear import QuantizedLinear
 
 HIDDEN, INNER, BLOCKS, VOCABULARY = 64, 128, 2, 96
 LINEARS = {
-    "self_attn.q_proj": (64, HIDDEN), "self_attn.k_proj": (32, HIDDEN), "self_attn.v_proj": (32, HIDDEN),
-    "self_attn.o_proj": (HIDDEN, 64), "mlp.gate_proj": (INNER, HIDDEN), "mlp.up_proj": (INNER, HIDDEN),
+    "self_attn.q_proj": (64, HIDDEN), "self_attn.k_proj": (32, HIDDEN),
+           "self_attn.v_proj": (32, HIDDEN),
+    "self_attn.o_proj": (HIDDEN, 64), "mlp.gate_proj": (INNER, HIDDEN),
+           "mlp.up_proj": (INNER, HIDDEN),
     "mlp.down_proj": (HIDDEN, INNER),
 }  # fmt: skip
 EXPERTS = {
@@ -49,7 +51,7 @@ INPUTS = {
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A source, the checkpoint made of it, plan and configuration of it, and the weights [O, I] it must be read as."""
+    """A source, its checkpoint, plan and configuration, and the weights [O, I] for readers."""
 
     source: Path
     output: Path
@@ -59,7 +61,7 @@ class Written:
 
 
 def write_source(directory: Path, linears: dict[str, tuple[int, int]]) -> Path:
-    """A model of two blocks with biases and files that must survive; norms are no linears, nor are routers."""
+    """Write a model of two blocks with biases, norms (which are no linears), and side files."""
     torch.manual_seed(0)
     tensors = {"model.embed_tokens.weight": torch.randn(VOCABULARY, HIDDEN).half()}
     for block in range(BLOCKS):
@@ -130,7 +132,7 @@ def write(
 def random_linear(
     seed: int, shape: tuple[int, int], config: LayerConfig, name: str, block: int
 ) -> QuantizedLinear:
-    """A linear with random codes, on the grids that the solver may choose; those of one input share an order."""
+    """Return a linear with random codes on allowed grids; linears of one input share an order."""
     generator = torch.Generator().manual_seed(seed)
     (rows, columns), levels = shape, 2**config.bits
     group_size = config.columns_per_group(columns)

@@ -1,4 +1,4 @@
-"""Architectures of every kind, end to end: quantized and computed as transformers does, or refused for a stated reason.
+"""Architectures of every kind, end to end: they give the logits of transformers, or are refused.
 
 The table of all of them is made by scripts/architecture_matrix.py.
 """
@@ -42,9 +42,11 @@ WORKING = [
 REFUSED = {
     "dbrx": "`transformer.blocks.0.ffn.experts.mlp.w1`",
     "hrm_text": "`model.H_module.layers.0.attn.gqkv_proj.weight` is split into",
-    "jetmoe": "`model.layers.0.mlp.input_linear.weight` [4, 256, 64]: stacked matrices that are not of experts",
+    "jetmoe": "`model.layers.0.mlp.input_linear.weight` [4, 256, 64]: "
+    "stacked matrices that are not of experts",
     "xlm": "the input of `transformer.ffns.1` is not the output of `transformer.ffns.0`",
-    "xlnet": "`transformer.layer.0.rel_attn.q` [64, 4, 16]: stacked matrices that are not of experts",
+    "xlnet": "`transformer.layer.0.rel_attn.q` [64, 4, 16]: "
+    "stacked matrices that are not of experts",
 }
 
 

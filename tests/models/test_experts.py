@@ -1,4 +1,4 @@
-"""Experts as linears of their own: the same numbers as transformers' stacked module, and names from its own mapping."""
+"""Experts as separate linears: they compute what the stacked module of transformers computes."""
 
 from __future__ import annotations
 

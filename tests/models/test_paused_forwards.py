@@ -1,4 +1,4 @@
-"""Batches that wait inside a block: order, thread state, errors, and that nothing is left behind."""
+"""Batches that wait inside a block: their order, thread state, errors, and what they free."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STAGES = [Stage(("a", "b"), 1), Stage(("c",), 1), Stage(("d",), 1)]
 
 
 class Block(nn.Module):
-    """a and b see the same tensor, c their sum, d what c says; `before` is called with each linear's name."""
+    """a and b get one tensor, c their sum, d the output of c; `before` gets each linear's name."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Block(nn.Module):
 
 
 class Deviant(Block):
-    """Behaves like its parent, but for one batch, which is known by `mark`, a number in its input."""
+    """A block that deviates for one batch: the batch with the number `mark` in its input."""
 
     def __init__(self, deviate: Callable[[Block, Tensor], Tensor], mark: float) -> None:
         super().__init__()

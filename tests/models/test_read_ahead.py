@@ -1,4 +1,4 @@
-"""Tensors that are read ahead: the same ones, pinned, no more of them than there may be, and none for ever."""
+"""Tensors that are read ahead: equal to others, pinned, within the limit, and freed in time."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Run the Triton kernel on the cases of an .npz file, in a process whose Triton interprets kernels on the CPU.
+"""Run the Triton kernel on the cases of an .npz file; Triton interprets the kernel on the CPU.
 
-usage: dequantize_in_interpreter.py CASES.npz WEIGHTS.npz        with TRITON_INTERPRET=1 set from outside
+usage: TRITON_INTERPRET=1 dequantize_in_interpreter.py CASES.npz WEIGHTS.npz
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Layers that the kernels solve in their tests: every order and kind of grid; widths, groups and shapes in turn."""
+"""Layers for tests of the kernels: every order and kind of grid, and various widths and groups."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ KINDS: dict[str, dict[str, object]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A layer and how to solve it; `column_block` columns meet in one launch unless groups are larger.
+    """A layer and the way to solve it; a launch takes `column_block` columns or one larger group.
 
-    With `ties` half of the weights lie in the middle between two points of their grid, and no error moves another.
-    With `shrink` weights are multiplied by it, and the first group of each row is 0.
+    If `ties` is set, half of the weights lie in the middle between two points of their grid, and
+    no error changes another weight. `shrink` multiplies the weights; if it is not 1, the first
+    group of each row is 0.
     """
 
     config: LayerConfig
@@ -64,13 +65,15 @@ def _case(
     )  # type: ignore[arg-type]
 
 
-# Launches of 20, 20 and 8 columns; groups smaller and larger than a launch, some of them cut by its end.
+# Launches of 20, 20 and 8 columns; some groups are smaller than a launch, some larger, and the end
+# of a launch cuts some of them.
 _TURNS = cycle([(2, 24, "none"), (3, 16, "mse"), (4, 8, "mse"), (8, -1, "none"), (4, 12, "mse")])
 CASES: dict[str, Case] = {}
 for (_order, _kind), (_bits, _group, _search) in zip(product(ORDERS, KINDS), _TURNS, strict=False):
     _name = f"{_order}, {_kind}, {_bits} bits, group {_group}, search {_search}"
     CASES[_name] = _case(_order, _kind, bits=_bits, group_size=_group, scale_search=_search)
-# More rows than one program has, more columns than a launch, a group larger than a launch of MOST_COLUMNS.
+# More rows than one program has, more columns than a launch, and a group larger than a launch of
+# MOST_COLUMNS.
 MOST_COLUMNS = 32
 _LARGE = {"out_features": 21, "column_block": MOST_COLUMNS}
 _LONG = {"out_features": 5, "in_features": 80, "column_block": MOST_COLUMNS}

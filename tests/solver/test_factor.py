@@ -19,7 +19,7 @@ def hessian_with_eigenvalue(eigenvalue: float, size: int = 24) -> torch.Tensor:
 
 
 def unit_diagonal_with_eigenvalue(eigenvalue: float) -> torch.Tensor:
-    """A symmetric matrix [24, 24] with 1 on its diagonal, in blocks of two, one of which has the eigenvalue given."""
+    """Return a matrix [24, 24] with unit diagonal, of 2 x 2 blocks, one with this eigenvalue."""
     hessian = torch.eye(24, dtype=torch.float64)
     for start, correlation in ((0, 0.5), (6, 1 - eigenvalue), (20, -0.3)):
         hessian[start, start + 1] = hessian[start + 1, start] = correlation

@@ -1,4 +1,4 @@
-"""Every kernel compiles for a GPU, with the sizes it is launched with, and keeps what it owns in registers.
+"""Every kernel compiles for a GPU with the sizes of its launches and keeps its data in registers.
 
 Compiling needs no GPU: Triton brings the assembler along.
 """

@@ -1,4 +1,4 @@
-"""The solver against `tests.reference`: every order, group size and ragged shape, exactly where float64 allows it."""
+"""The solver equals `tests.reference` for every order, group size and ragged shape in float64."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from gptq_cli.solver.solve import Solution, solve
 from tests import reference
 from tests.solver.samples import ORDERS, correlated_layer, layer_config
 
-# group size and in_features: smaller and larger than a column block of 128, aligned with it and not, all with two
-# groups and two blocks or more; and one group per row.
+# group size and in_features: smaller and larger than a column block of 128, aligned with it and
+# not, all with two groups and two blocks or more; and one group per row.
 GROUPINGS = [
     (7, 203),
     (16, 144),
@@ -72,7 +72,7 @@ def test_float32_codes_differ_from_the_reference_only_near_ties(bits: int, order
     weight, hessian = weight.float(), hessian.float()
     solution, expected = solved(weight, hessian, config), reference.gptq(weight, hessian, config)
     same = solution.quantized.codes.double() == expected.codes
-    # One value near a tie, of a code or of a float16 scale, changes the columns after it, in its own row.
+    # One code or float16 scale near a tie changes the later columns of its own row.
     assert same.all(dim=1).double().mean() >= 0.98
     assert same.double().mean() > 0.995
 

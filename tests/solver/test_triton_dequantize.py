@@ -1,5 +1,7 @@
-"""The kernel against a decoder that reads one bit at a time. Triton decides at import whether it interprets, so the
-kernel runs in a process of its own, once for all cases."""
+"""The kernel equals a decoder that reads one bit at a time.
+
+Triton decides at import whether it interprets, so one process of its own runs all cases.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,7 @@ class Packed:
 def packed_case(
     bits: int, v2: bool, out_features: int, in_features: int, group_size: int
 ) -> Packed:
-    """Every word at random, so that fields take every value, also the sign bit; columns belong to scattered groups."""
+    """Return random words, so that fields take every value, and columns of scattered groups."""
     random = np.random.default_rng(bits + 10 * v2)
 
     def words(*shape: int) -> np.ndarray:
@@ -48,7 +50,8 @@ def packed_case(
     return Packed(qweight, qzeros, scales, g_idx, bits, v2)
 
 
-# More and less than one tile of the kernel; tiles stick out on both sides wherever the packing of zeros allows it.
+# More and less than one tile of the kernel; where the packing of zeros allows it, tiles extend
+# beyond the weight on both sides.
 WIDE = {2: 48, 3: 64, 4: 40, 8: 36}
 CASES = {
     f"{bits}bit-{'v2' if v2 else 'v1'}-{out_features}x{in_features}": packed_case(

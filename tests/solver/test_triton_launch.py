@@ -1,6 +1,6 @@
-"""The solver's kernels against its torch operations, which `test_solve` and others hold to the reference.
+"""The solver's kernels equal its torch operations, which other tests compare with the reference.
 
-Triton decides at import whether it interprets, so the kernels run in a process of their own, once for all cases.
+Triton decides at import whether it interprets, so one process of its own runs all cases.
 """
 
 from __future__ import annotations

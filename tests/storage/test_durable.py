@@ -245,7 +245,8 @@ def test_work_directory_keeps_finished_files_and_removes_others(tmp_path: Path) 
 
 def test_second_run_is_refused_with_the_name_of_the_first(tmp_path: Path) -> None:
     refuse_locked(tmp_path / "out")
-    holder = rf"another run \(process {os.getpid()} on {socket.gethostname()}\) is writing `{tmp_path}/out`"
+    process = rf"\(process {os.getpid()} on {socket.gethostname()}\)"
+    holder = rf"another run {process} is writing `{tmp_path}/out`"
     with locked(tmp_path / "out"):
         for second in (
             lambda: refuse_locked(tmp_path / "out"),

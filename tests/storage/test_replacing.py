@@ -1,4 +1,4 @@
-"""What --overwrite replaces and what it does not, and that nothing foreign is removed with an old output."""
+"""The directories that --overwrite replaces; no foreign file is removed with an old output."""
 
 from __future__ import annotations
 
@@ -242,7 +242,8 @@ from gptq_cli.storage.replacing import check_output
 from gptq_cli.errors import GptqError
 for output, model in (("seen", "model"), ("seen/new", "model"), ("around", "around/inner")):
     try:
-        check_output(Path({str(tmp_path)!r}, output), Path({str(tmp_path)!r}, model), overwrite=True)
+        folder = Path({str(tmp_path)!r})
+        check_output(folder / output, folder / model, overwrite=True)
     except GptqError as error:
         print(error.code)
 """
@@ -269,7 +270,7 @@ def test_directories_are_compared_by_device_and_inode(model: Path, tmp_path: Pat
 def test_model_mounted_inside_the_output_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A bind mount of a folder in OUT is MODEL: no directory above MODEL is OUT, but one inside OUT is MODEL."""
+    """MODEL is a bind mount of a folder in OUT: OUT is not above MODEL, but MODEL is inside OUT."""
     output = ours(tmp_path / "out", "inner/listed")
     monkeypatch.setattr(replacing, "at_and_above", lambda _: set())
     monkeypatch.setattr(replacing, "is_inside", lambda *_: False)
@@ -311,7 +312,7 @@ def test_publish_checks_the_old_output_again(model: Path, tmp_path: Path) -> Non
 
 
 class NoExchange(Disk):
-    """A system that cannot swap two names; `late` appears in the old output when it is put aside."""
+    """A system that cannot swap two names; it adds `late` to the old output at that moment."""
 
     def exchange(self, one: Path, other: Path) -> None:
         (other / "late").write_text("mine")
