@@ -28,7 +28,7 @@ test: $(READY) ## the CPU test suite
 test-all: $(READY) ## every test that can run here
 	$(BIN)/python -m pytest -n 2
 
-test-compat: $(READY) ## load the output with transformers, GPTQModel and auto-round, in environments of their own
+test-compat: $(READY) ## load the output with transformers, GPTQModel and auto-round
 	PYTHON=$(abspath $(BIN)/python) scripts/test_compat.sh
 
 check: $(READY) ## format, lint, types, import contracts, density of the code
@@ -46,11 +46,11 @@ docs: $(READY) ## the documentation as a site in build/site, links checked
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 	@echo "open build/site/index.html"
 
-bench: $(READY) ## start-up times and memory against depth
+bench: $(READY) ## measure start-up times, and memory against depth
 	$(BIN)/python scripts/bench_startup.py
 	$(BIN)/python scripts/bench_memory.py
 
-soak: $(READY) ## kill, starve, damage thousands of small runs, fuzz 300,000 inputs: about 40 minutes
+soak: $(READY) ## kill, starve and damage small runs, fuzz 300,000 inputs: about 40 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/soak.py
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/fuzz.py --inputs 50000 --output docs/benchmarks/fuzz.json
 

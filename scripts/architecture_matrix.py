@@ -1,22 +1,21 @@
 #!/usr/bin/env python3
-"""Every causal language model of the installed transformers: built tiny, quantized, read back, compared.
+"""Quantize a tiny random model of every causal architecture of the installed transformers.
 
     python scripts/architecture_matrix.py [--jobs N] [TYPE ...]
 
-Each type runs in a process of its own, with limits of time and memory; nothing is downloaded. The outcomes go to
-docs/architectures.md and docs/benchmarks/architectures.json. Where only some types are tried, the rows of the others
-stay if they were made with the same versions.
+Each type runs in a process of its own, with limits of time and memory; nothing is downloaded.
+Prints a line for each type and writes docs/architectures.md and docs/benchmarks/architectures.json.
+If only some types are named, the rows of the others stay, provided that the same versions made
+them.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import multiprocessing
 import os
 import resource
-import sys
 import tempfile
 import warnings
 from collections import Counter
@@ -26,15 +25,15 @@ from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from common import ROOT, argument_parser, write_json
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
-import transformers  # noqa: E402
+import torch
+import transformers
 
-from tests.architectures import BITS, TOLERANCE, TYPES, Outcome, try_type  # noqa: E402
+from tests.architectures import BITS, TOLERANCE, TYPES, Outcome, try_type
 
 SECONDS = 600  # of one phase: building, or quantizing and comparing
 BYTES = 100 << 30  # of address space: every tensor that is read maps its file once more
@@ -51,7 +50,7 @@ STATUSES = {
 
 
 def attempt(model_type: str) -> Outcome:
-    """The outcome of one type, tried in a forked process that may fail in any way."""
+    """Return the outcome of one type, tried in a forked process that may fail in any way."""
     ours, theirs = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("fork").Process(target=_child, args=(model_type, theirs))
     process.start()
@@ -103,58 +102,56 @@ rounded to nearest.
 
 
 def to_markdown(outcomes: Sequence[Outcome], versions: dict[str, str]) -> str:
-    """The table as a document."""
+    """Return docs/architectures.md."""
     counts = Counter(outcome.status for outcome in outcomes)
-    built = len(outcomes) - counts["not built"]
-    said = " and ".join(f"{name} {version}" for name, version in versions.items())
-    lines = [
-        "# Architectures",
-        INTRODUCTION.format(
-            count=len(outcomes), versions=said, bits=" and to ".join(map(str, BITS))
-        ),
-        "| outcome | types | meaning |",
-        "|---|---|---|",
-        *(f"| {status} | {counts[status]} | {meaning} |" for status, meaning in STATUSES.items()),
-        "",
-        f"Of the {built} types that can be built {counts['worked']} worked: {counts['worked'] / max(1, built):.1%}.",
-        "",
-        f"| type | outcome | layers | kept | share | {' | '.join(f'difference, {bits} bits' for bits in BITS)} | why |",
-        "|---|---|---|---|---|" + "---|" * len(BITS) + "---|",
-        *(_row(outcome) for outcome in outcomes),
-    ]
+    built, worked = len(outcomes) - counts["not built"], counts["worked"]
+    made_with = " and ".join(f"{name} {version}" for name, version in versions.items())
+    bits = " and to ".join(map(str, BITS))
+    introduction = INTRODUCTION.format(count=len(outcomes), versions=made_with, bits=bits)
+    lines = ["# Architectures", introduction, "| outcome | types | meaning |", "|---|---|---|"]
+    for status, meaning in STATUSES.items():
+        lines.append(f"| {status} | {counts[status]} | {meaning} |")
+    share = f"{worked / max(1, built):.1%}"
+    lines += ["", f"Of the {built} types that can be built {worked} worked: {share}.", ""]
+    differences = " | ".join(f"difference, {bits} bits" for bits in BITS)
+    lines.append(f"| type | outcome | layers | kept | share | {differences} | why |")
+    lines.append("|---|---|---|---|---|" + "---|" * len(BITS) + "---|")
+    lines += [_row(outcome) for outcome in outcomes]
     return "\n".join(lines) + "\n"
 
 
 def _row(outcome: Outcome) -> str:
     figures = [""] * (3 + len(BITS))
     if outcome.quantized:
-        differences = [
-            f"{difference:.0e}" if difference else "0" for difference in outcome.differences
-        ]
-        figures = [str(outcome.quantized), str(outcome.kept), f"{outcome.share:.0%}", *differences]
+        figures = [str(outcome.quantized), str(outcome.kept), f"{outcome.share:.0%}"]
+        figures += [_short(difference) for difference in outcome.differences]
     cells = [outcome.model_type, outcome.status, *figures, outcome.why.replace("|", "\\|")]
     return f"| {' | '.join(cells)} |"
 
 
+def _short(difference: float) -> str:
+    return f"{difference:.0e}" if difference else "0"
+
+
 def recorded(versions: dict[str, str]) -> dict[str, Outcome]:
-    """Outcomes of the last run by type, if it was made with the same versions."""
-    content = json.loads(FIGURES.read_text()) if FIGURES.is_file() else {}
+    """Return the outcomes of the last run by type, if the same versions made them."""
+    if not FIGURES.is_file():
+        return {}
+    content = json.loads(FIGURES.read_text())
     if (content.get("versions"), content.get("bits")) != (versions, list(BITS)):
         return {}
     return {row["model_type"]: Outcome(**row) for row in content["rows"]}
 
 
 def write(rows: Sequence[Outcome], versions: dict[str, str]) -> None:
-    """Both documents, so that a run that is cut off leaves what it has found."""
+    """Write both documents after each type, so that a run that is cut off has its results."""
     DOCUMENT.write_text(to_markdown(rows, versions))
     content = {"versions": versions, "bits": BITS, "rows": [asdict(row) for row in rows]}
-    FIGURES.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(FIGURES, content)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("types", nargs="*", default=TYPES)
     parser.add_argument("--jobs", type=int, default=1, help="types at a time")
     arguments = parser.parse_args()
@@ -170,10 +167,8 @@ def main() -> None:
     with ThreadPoolExecutor(arguments.jobs) as pool:
         for last in pool.map(attempt, arguments.types):
             outcomes[last.model_type] = last
-            print(
-                f"{last.model_type:24s} {last.status:10s} {last.quantized:3d} {last.share:5.0%} {last.why}",
-                flush=True,
-            )
+            figures = f"{last.quantized:3d} {last.share:5.0%} {last.why}"
+            print(f"{last.model_type:24s} {last.status:10s} {figures}", flush=True)
             write([outcomes[known] for known in sorted(outcomes)], versions)
     print(dict(Counter(outcome.status for outcome in outcomes.values())))
 

@@ -1,15 +1,15 @@
-"""A small synthetic language whose entropy is known.
+"""Write texts of a small synthetic language whose entropy is known.
 
-A text is a run of scenes; a scene is a paragraph about one hero, the hero's animal, a place and a weekday. Every word
-comes from a choice with known probabilities, and the choices can be read back from the text (no two derivations write
-the same words), so
+A text is a run of scenes; a scene is a paragraph about one hero, the hero's animal, a place and a
+weekday. Every word comes from a choice with known probabilities, and the choices can be read back
+from the text (no two derivations write the same words), so
 
     - ln p(text) = Σ over choices of - ln p(choice)
 
-is exact, and no model of the text can have a lower expected loss. Some choices lean on near words (which verb a noun
-takes, which object a verb takes), others on words far back: the verb agrees with the head noun across a relative
-clause, the animal keeps its colour and kind, the weekday moves on by one, the sum of two numbers is right, and the
-nouns of a scene depend on its place.
+is exact, and no model of the text can have a lower expected loss. Some choices depend on near words
+(the verb on its noun, the object on its verb), others on words far back: the verb agrees with the
+head noun across a relative clause, the animal keeps its colour and kind, the weekday advances by
+one, the sum of two numbers is right, and the nouns of a scene depend on its place.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from itertools import accumulate
 
 
 def words(text: str) -> tuple[str, ...]:
-    """The words of a lexicon."""
+    """Return the words of a lexicon."""
     return tuple(text.split())
 
 
@@ -32,38 +32,40 @@ PLACES = words("farm river market harbour forest castle mill school")
 WEEKDAYS = words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
 NUMBERS = words(
     """
-    one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
-    eighteen
+    one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
+    sixteen seventeen eighteen
     """
 )
 COLOURS = words("grey brown white black red golden")
 ANIMALS = words("fox hen dog cat goat duck horse crow")
 NOUNS = words(
     """
-    apple barrel basket bell boat book boot bottle bridge broom button cake candle cart chair clock coat coin
-    cook cup doctor door drum egg farmer feather field flag flower gate ghost giant guard hammer hat hunter jar
-    kettle key king ladder lamp letter lion lock map merchant mirror monk nail needle oar owl pear pilot pot
-    prince queen ring robber robot rope sailor shepherd ship shoe singer soldier spoon stone student sword table
-    teacher tower tree trumpet wagon wall wheel window wizard worker
+    apple barrel basket bell boat book boot bottle bridge broom button cake candle cart chair
+    clock coat coin cook cup doctor door drum egg farmer feather field flag flower gate ghost
+    giant guard hammer hat hunter jar kettle key king ladder lamp letter lion lock map merchant
+    mirror monk nail needle oar owl pear pilot pot prince queen ring robber robot rope sailor
+    shepherd ship shoe singer soldier spoon stone student sword table teacher tower tree
+    trumpet wagon wall wheel window wizard worker
     """
 )
 VERBS = words(
     """
-    admire avoid bring build burn buy call chase clean count cover draw drop fear fill find follow greet help
-    hide hold keep know leave lift like lose love make mend move need open own paint pull remember save see sell
-    show steal take turn want
+    admire avoid bring build burn buy call chase clean count cover draw drop fear fill find
+    follow greet help hide hold keep know leave lift like lose love make mend move need open
+    own paint pull remember save see sell show steal take turn want
     """
 )
 ADJECTIVES = words(
     """
-    big bright broken clever cold common dark dear dry empty fine fresh funny gentle heavy hungry kind lazy long
-    lucky merry narrow new noisy old plain proud quiet rare round sharp short silent slow soft strange strong
-    tall tiny warm wise young
+    big bright broken clever cold common dark dear dry empty fine fresh funny gentle heavy
+    hungry kind lazy long lucky merry narrow new noisy old plain proud quiet rare round sharp
+    short silent slow soft strange strong tall tiny warm wise young
     """
 )
 ADVERBS = words(
     """
-    again alone always badly early gladly late loudly often quickly quietly rarely slowly soon today well
+    again alone always badly early gladly late loudly often quickly quietly rarely slowly soon
+    today well
     """
 )
 
@@ -76,14 +78,13 @@ class Distribution:
     probabilities: tuple[float, ...]
 
     def sample(self, rng: random.Random) -> int:
-        """The index of an option drawn with its probability."""
-        return min(
-            bisect(list(accumulate(self.probabilities)), rng.random()), len(self.options) - 1
-        )
+        """Draw an option with its probability and return its index."""
+        index = bisect(list(accumulate(self.probabilities)), rng.random())
+        return min(index, len(self.options) - 1)
 
 
 def zipf(options: Sequence[str], exponent: float, context: str) -> Distribution:
-    """Zipf's law over the options, in an order that belongs to `context`."""
+    """Return Zipf's law over the options, in an order that belongs to `context`."""
     order = list(options)
     random.Random(f"order of {context}").shuffle(order)
     weights = [rank**-exponent for rank in range(1, len(order) + 1)]
@@ -91,7 +92,7 @@ def zipf(options: Sequence[str], exponent: float, context: str) -> Distribution:
 
 
 def uniform(options: Sequence[str]) -> Distribution:
-    """Equal probabilities."""
+    """Return equal probabilities."""
     return Distribution(tuple(options), (1 / len(options),) * len(options))
 
 
@@ -100,12 +101,13 @@ SENTENCE_KINDS = Distribution(
 )
 MORE_SENTENCES = Distribution(("more", "stop"), (0.92, 0.08))
 YES_NO = {p: Distribution(("yes", "no"), (p, 1 - p)) for p in (0.2, 0.3, 0.35, 0.5)}
+SUBJECTS = (*NOUNS, *ANIMALS, "hero")
 CLASSES_OF_NOUNS = 6
 
 
 @dataclass(frozen=True, slots=True)
 class Tables:
-    """What each word wants beside it; one fixed draw, the same for every text."""
+    """The words that go with each word: one fixed draw, the same for every text."""
 
     subject: dict[str, Distribution]
     verb: dict[str, Distribution]
@@ -115,15 +117,15 @@ class Tables:
 
     @staticmethod
     def make() -> Tables:
-        """The tables of the language."""
+        """Return the tables of the language."""
+        objects = {}
+        for kind in range(CLASSES_OF_NOUNS):
+            for verb in VERBS:
+                objects[kind, verb] = zipf(NOUNS, 1.5, f"objects, {kind}, {verb}")
         return Tables(
             subject={place: zipf(NOUNS, 1.1, f"subjects, {place}") for place in PLACES},
-            verb={noun: zipf(VERBS, 1.5, f"verbs, {noun}") for noun in (*NOUNS, *ANIMALS, "hero")},
-            object={
-                (kind, verb): zipf(NOUNS, 1.5, f"objects, {kind}, {verb}")
-                for kind in range(CLASSES_OF_NOUNS)
-                for verb in VERBS
-            },
+            verb={noun: zipf(VERBS, 1.5, f"verbs, {noun}") for noun in SUBJECTS},
+            object=objects,
             adjective={noun: zipf(ADJECTIVES, 1.6, f"adjectives, {noun}") for noun in NOUNS},
             adverb={verb: zipf(ADVERBS, 1.4, f"adverbs, {verb}") for verb in VERBS},
         )
@@ -133,20 +135,20 @@ TABLES = Tables.make()
 
 
 def class_of(noun: str) -> int:
-    """The class of a noun, which decides the objects of its verbs."""
-    return (*NOUNS, *ANIMALS, "hero").index(noun) % CLASSES_OF_NOUNS
+    """Return the class of a noun, which decides the objects of its verbs."""
+    return SUBJECTS.index(noun) % CLASSES_OF_NOUNS
 
 
 @dataclass(slots=True)
 class Writer:
-    """Writes text from seeded choices and adds up their exact information."""
+    """A writer of text by seeded choices, whose exact information it adds up."""
 
     rng: random.Random
     surprisal: float = 0.0
     paragraphs: list[str] = field(default_factory=list)
 
     def choose(self, distribution: Distribution) -> str:
-        """One option; its - ln p is added to `surprisal` (nats)."""
+        """Choose an option and add its - ln p to `surprisal` (nats)."""
         index = distribution.sample(self.rng)
         self.surprisal -= math.log(distribution.probabilities[index])
         return distribution.options[index]
@@ -155,24 +157,29 @@ class Writer:
         return self.choose(YES_NO[probability]) == "yes"
 
     def noun_phrase(self, noun: str, *, plural: bool) -> str:
-        """`the old ships` or `a ship`: the article of a plural is always `the`."""
+        """Write `the old ships` or `a ship`: the article of a plural is always `the`."""
         indefinite = not plural and self.says_yes(0.3)
-        words = [self.choose(TABLES.adjective[noun])] if self.says_yes(0.35) else []
-        words.append(f"{noun}s" if plural else noun)
-        article = "the" if not indefinite else "an" if words[0][0] in "aeiou" else "a"
-        return " ".join((article, *words))
+        phrase = f"{noun}s" if plural else noun
+        if self.says_yes(0.35):
+            phrase = f"{self.choose(TABLES.adjective[noun])} {phrase}"
+        if not indefinite:
+            return f"the {phrase}"
+        if phrase[0] in "aeiou":
+            return f"an {phrase}"
+        return f"a {phrase}"
 
     def verb_phrase(self, subject: str, *, plural: bool) -> str:
-        """A verb that agrees with the subject, its object, perhaps an adverb."""
+        """Write a verb that agrees with the subject, its object, perhaps an adverb."""
         verb = self.choose(TABLES.verb[subject])
         noun = self.choose(TABLES.object[class_of(subject), verb])
-        phrase = (
-            f"{verb}{'' if plural else 's'} {self.noun_phrase(noun, plural=self.says_yes(0.35))}"
-        )
-        return f"{phrase} {self.choose(TABLES.adverb[verb])}" if self.says_yes(0.2) else phrase
+        conjugated = verb if plural else f"{verb}s"
+        phrase = f"{conjugated} {self.noun_phrase(noun, plural=self.says_yes(0.35))}"
+        if self.says_yes(0.2):
+            phrase += f" {self.choose(TABLES.adverb[verb])}"
+        return phrase
 
     def action(self, place: str) -> str:
-        """A clause about a thing of the place; a relative clause may part the subject from its verb."""
+        """Write a clause about a thing of the place, perhaps with a relative clause in it."""
         subject = self.choose(TABLES.subject[place])
         plural = self.says_yes(0.35)
         phrase = self.noun_phrase(subject, plural=plural)
@@ -181,13 +188,15 @@ class Writer:
         return f"{phrase} {self.verb_phrase(subject, plural=plural)}"
 
     def sum(self, place: str) -> str:
-        """A true sum of things."""
-        left, right = (NUMBERS.index(self.choose(uniform(NUMBERS[:9]))) + 1 for _ in range(2))
+        """Write a true sum of things."""
+        left, right = self.choose(uniform(NUMBERS[:9])), self.choose(uniform(NUMBERS[:9]))
         noun = self.choose(TABLES.subject[place])
-        return f"{NUMBERS[left - 1]} and {NUMBERS[right - 1]} {noun}s are {NUMBERS[left + right - 1]} {noun}s"
+        # The first number is one, at index 0.
+        total = NUMBERS[NUMBERS.index(left) + NUMBERS.index(right) + 1]
+        return f"{left} and {right} {noun}s are {total} {noun}s"
 
     def scene(self) -> str:
-        """One paragraph."""
+        """Write one paragraph."""
         place, hero = self.choose(uniform(PLACES)), self.choose(uniform(NAMES))
         animal = f"{self.choose(uniform(COLOURS))} {self.choose(uniform(ANIMALS))}"
         kind = animal.split()[1]
@@ -211,7 +220,7 @@ class Writer:
 
 
 def capital(text: str) -> str:
-    """The text with its first letter in upper case."""
+    """Return the text with its first letter in upper case."""
     return text[:1].upper() + text[1:]
 
 
@@ -224,7 +233,7 @@ class Text:
 
 
 def write_text(seed: str, characters: int) -> Text:
-    """Whole scenes, parted by empty lines, up to the first that brings the length to `characters`."""
+    """Write whole scenes until the text has at least `characters`; empty lines separate scenes."""
     writer = Writer(random.Random(seed))
     length = 0
     while length < characters:

@@ -1,6 +1,8 @@
-"""A hook of mkdocs that generates the pages under reference/, and equations as MathML.
+"""Generate the pages under reference/ and turn equations into MathML, as a hook of mkdocs.
 
-Browsers draw MathML without a script.
+    python -m mkdocs build
+
+Browsers draw MathML without a script. Writes the site to build/site.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ SIGNALS = {
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """mkdocs: add the pages that are made from the code."""
+    """Add the pages that are made from the code; mkdocs calls it."""
     from mkdocs.structure.files import File
 
     for path, content in pages().items():
@@ -53,17 +55,18 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """mkdocs: draw the equations of a page."""
+    """Draw the equations of a page; mkdocs calls it."""
 
     def draw(found: re.Match[str]) -> str:
-        drawn = convert(unescape(found[3]), display="block" if found[2] == "[" else "inline")
+        display = "block" if found[2] == "[" else "inline"
+        drawn = convert(unescape(found[3]), display=display)
         return f'<{found[1]} class="arithmatex">{drawn}</{found[1]}>'
 
     return EQUATION.sub(draw, html)
 
 
 def pages() -> dict[str, str]:
-    """The generated pages and files by their place under docs/."""
+    """Return the generated pages and files by their path under docs/."""
     return {
         "reference/cli.md": command_line(),
         "reference/configuration.md": configuration(),
@@ -79,13 +82,12 @@ def pages() -> dict[str, str]:
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    """A table of Markdown; cells are Markdown on one line."""
-    lines = [head, ("---",) * len(head), *rows]
-    return [
-        "",
-        *("| " + " | ".join(" ".join(cell.split()) for cell in row) + " |" for row in lines),
-        "",
-    ]
+    """Return a table of Markdown; line breaks in cells become blanks."""
+    lines = [""]
+    for row in (head, ("---",) * len(head), *rows):
+        cells = [" ".join(cell.split()) for cell in row]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
 
 
 def _code(text: object) -> str:
@@ -93,30 +95,22 @@ def _code(text: object) -> str:
 
 
 def _text(words: str) -> str:
-    """Words that are no Markdown: `<`, `*`, `_`, `[` and `|` stand for themselves."""
+    """Escape the characters that mean something in Markdown."""
     return re.sub(r"([<*_\[|])", r"\\\1", words)
 
 
 def command_line() -> str:
-    """Every command with its options, as `--help` has them."""
+    """Return the page of every command with its options, as `--help` shows them."""
     lines = ["# Command line", "", "`gptq COMMAND --help` prints the same in a terminal.", ""]
     for name in COMMANDS:
         command = load_command(name)
         about, _, example = command.help.partition("Example: ")
         words = [p.metavar for p in command.params if p.param_type_name == "argument"]
-        lines += [f"## gptq {name}", "", _text(about.strip()), "", "```text"]
-        lines += [
-            " ".join(["gptq", name, *words, "[OPTIONS]"]),
-            "```",
-            "",
-            "```bash",
-            example.strip(),
-            "```",
-        ]
-        lines += table(
-            ("option", "value", "meaning"),
-            [_parameter(p) for p in command.params if p.name != "help"],
-        )
+        usage = " ".join(["gptq", name, *words, "[OPTIONS]"])
+        lines += [f"## gptq {name}", "", _text(about.strip()), ""]
+        lines += ["```text", usage, "```", "", "```bash", example.strip(), "```"]
+        rows = [_parameter(p) for p in command.params if p.name != "help"]
+        lines += table(("option", "value", "meaning"), rows)
     top = typer.main.get_command(app)
     lines += ["## gptq", "", "Options of the program itself."]
     lines += table(("option", "value", "meaning"), [_parameter(p) for p in top.params])
@@ -124,18 +118,16 @@ def command_line() -> str:
 
 
 def _parameter(parameter: Any) -> tuple[str, str, str]:
-    names = [*parameter.opts, *parameter.secondary_opts]
-    is_option = parameter.param_type_name == "option"
-    called = " ".join(map(_code, names if is_option else [parameter.metavar]))
-    return (
-        called,
-        _code(parameter.metavar) if is_option and parameter.metavar else "",
-        _text(parameter.help or ""),
-    )
+    names, value = [parameter.metavar], ""
+    if parameter.param_type_name == "option":
+        names = [*parameter.opts, *parameter.secondary_opts]
+        if parameter.metavar:
+            value = _code(parameter.metavar)
+    return " ".join(map(_code, names)), value, _text(parameter.help or "")
 
 
 def configuration() -> str:
-    """Every field of the configuration, the presets and the recipes."""
+    """Return the page of the fields of the configuration, the presets and the recipes."""
     lines = [
         "# Configuration",
         "",
@@ -150,55 +142,45 @@ def configuration() -> str:
         "[JSON Schema](gptq.schema.json) that `gptq schema` prints lies beside it.",
         "",
     ]
-    lines += table(
-        ("key", "default", "meaning"), [_field(name) for name in QuantizeConfig.model_fields]
-    )
+    fields = [_field(name) for name in QuantizeConfig.model_fields]
+    lines += table(("key", "default", "meaning"), fields)
+    overrides = ", ".join(map(_code, LayerOverrides.__annotations__))
     lines += [
-        "Settings of single layers, in rules of `dynamic`: "
-        + ", ".join(map(_code, LayerOverrides.__annotations__))
-    ]
-    lines += [
+        f"Settings of single layers, in rules of `dynamic`: {overrides}",
         "",
         "## Presets",
         "",
         f"A preset sets the keys that are not given. `{DEFAULT_PRESET}` is the default preset.",
     ]
-    lines += table(
-        ("preset", "description"),
-        [(_code(name), preset.description) for name, preset in PRESETS.items()],
-    )
-    lines += ["Settings of the presets:"]
-    keys = sorted({key for preset in PRESETS.values() for key in preset.settings})
-    chosen = {name: QuantizeConfig(bits=4, preset=name) for name in PRESETS}
-    rows = [
-        (_code(key), *(_value(getattr(config, key)) for config in chosen.values())) for key in keys
-    ]
-    lines += table(("key", *map(_code, chosen)), rows)
-    lines += [
-        "## Recipes",
-        "",
-        "`--config NAME` uses a recipe, `gptq recipes NAME` prints it.",
-        "",
-    ]
+    descriptions = [(_code(name), preset.description) for name, preset in PRESETS.items()]
+    lines += table(("preset", "description"), descriptions)
+    lines += ["Settings of the presets:", *_settings_of_presets(), "## Recipes", ""]
+    lines += ["`--config NAME` uses a recipe, `gptq recipes NAME` prints it.", ""]
     for name, file in recipes().items():
-        lines += [
-            f"### {name}",
-            "",
-            describe_recipe(file),
-            "",
-            "```yaml",
-            file.read_text(encoding="utf-8").strip(),
-            "```",
-            "",
-        ]
+        content = file.read_text(encoding="utf-8").strip()
+        lines += [f"### {name}", "", describe_recipe(file), "", "```yaml", content, "```", ""]
     return "\n".join(lines)
+
+
+def _settings_of_presets() -> list[str]:
+    """Return a table with a column for each preset."""
+    keys: set[str] = set()
+    for preset in PRESETS.values():
+        keys |= set(preset.settings)
+    configs = [QuantizeConfig(bits=4, preset=name) for name in PRESETS]
+    rows = []
+    for key in sorted(keys):
+        values = [_value(getattr(config, key)) for config in configs]
+        rows.append((_code(key), *values))
+    return table(("key", *map(_code, PRESETS)), rows)
 
 
 def _field(name: str) -> tuple[str, str, str]:
     info = QuantizeConfig.model_fields[name]
-    accepts = accepted_by(info)
-    default = "required" if info.is_required() else _value(getattr(QuantizeConfig(bits=4), name))
-    return _code(name), default, _text(f"{info.description}. Accepts {accepts}.")
+    default = "required"
+    if not info.is_required():
+        default = _value(getattr(QuantizeConfig(bits=4), name))
+    return _code(name), default, _text(f"{info.description}. Accepts {accepted_by(info)}.")
 
 
 def _value(value: object) -> str:
@@ -206,17 +188,15 @@ def _value(value: object) -> str:
 
 
 def exit_codes() -> str:
-    """The exit codes of a process."""
-    kinds = [
-        kind
-        for kind in vars(errors).values()
-        if isinstance(kind, type) and issubclass(kind, errors.GptqError)
-    ]
-    rows = {
-        kind.exit_code: f"{inspect.getdoc(kind)} (`{kind.__name__}`)" for kind in kinds
-    } | SIGNALS
+    """Return the page of the exit codes of a process."""
+    meanings = dict(SIGNALS)
+    for kind in vars(errors).values():
+        if isinstance(kind, type) and issubclass(kind, errors.GptqError):
+            meaning = f"{inspect.getdoc(kind)} (`{kind.__name__}`)"
+            meanings.setdefault(kind.exit_code, meaning)
     lines = ["# Exit codes", "", "Each code stands for one possible reaction of a script."]
-    lines += table(("code", "meaning"), [(str(code), rows[code]) for code in sorted(rows)])
+    rows = [(str(code), meanings[code]) for code in sorted(meanings)]
+    lines += table(("code", "meaning"), rows)
     lines += [
         "137 comes from the kernel, most often because memory ran out: run the same command to",
         "resume.",
@@ -225,7 +205,7 @@ def exit_codes() -> str:
 
 
 def error_codes() -> str:
-    """The text of `gptq explain` for every code."""
+    """Return the page with the text of `gptq explain` for every code."""
     lines = [
         "# Error codes",
         "",
@@ -242,7 +222,7 @@ def _prose(text: str) -> str:
 
 
 def json_output() -> str:
-    """The parts of the schema of `--json` as tables."""
+    """Return the page with the parts of the schema of `--json` as tables."""
     schema = json.loads(_output_schema())
     lines = [
         "# JSON output",
@@ -250,19 +230,15 @@ def json_output() -> str:
         _text(schema["description"]),
         "",
         "[The schema](output.schema.json), which",
+        "`gptq schema output` prints.",
+        "",
     ]
-    lines += ["`gptq schema output` prints.", ""]
-    parts = sorted(
-        schema["$defs"].items(), key=lambda part: part[0] not in COMMANDS
-    )  # what commands share comes after
-    for name, part in parts:
+    # the parts of commands first, then the parts that commands share
+    for name in sorted(schema["$defs"], key=lambda name: name not in COMMANDS):
+        part = schema["$defs"][name]
         rows = [(_code(path), kind, _text(about)) for path, kind, about in _fields(part)]
-        lines += [
-            f"## {name}",
-            "",
-            _text(part.get("description", "")),
-            *table(("field", "type", ""), rows),
-        ]
+        lines += [f"## {name}", "", _text(part.get("description", ""))]
+        lines += table(("field", "type", ""), rows)
     return "\n".join(lines)
 
 
@@ -270,8 +246,10 @@ def _fields(part: dict[str, Any], prefix: str = "") -> list[tuple[str, str, str]
     rows = []
     for name, field in part.get("properties", {}).items():
         rows.append((prefix + name, _kind(field), field.get("description", "")))
-        inner = field.get("items", field)
-        rows += _fields(inner, f"{prefix}{name}{'[]' if inner is not field else ''}.")
+        if "items" in field:
+            rows += _fields(field["items"], f"{prefix}{name}[].")
+        else:
+            rows += _fields(field, f"{prefix}{name}.")
     return rows
 
 
@@ -283,12 +261,25 @@ def _kind(field: dict[str, Any]) -> str:
         return _code(json.dumps(field["const"]))
     if "enum" in field:
         return " or ".join(_code(json.dumps(value)) for value in field["enum"])
-    if options := field.get("anyOf") or field.get("oneOf"):
+    options = field.get("anyOf") or field.get("oneOf")
+    if options:
         return " or ".join(_kind(option) for option in options)
+    return _kind_of_type(field)
+
+
+def _kind_of_type(field: dict[str, Any]) -> str:
     kinds = field.get("type", "any value")
-    kinds = kinds if isinstance(kinds, list) else [kinds]
-    more = f" of {_kind(field['items'])}" if isinstance(field.get("items"), dict) else ""
-    return " or ".join("list" + more if kind == "array" else kind for kind in kinds)
+    if not isinstance(kinds, list):
+        kinds = [kinds]
+    words = []
+    for kind in kinds:
+        if kind != "array":
+            words.append(kind)
+        elif isinstance(field.get("items"), dict):
+            words.append(f"list of {_kind(field['items'])}")
+        else:
+            words.append("list")
+    return " or ".join(words)
 
 
 def _output_schema() -> str:
@@ -296,15 +287,15 @@ def _output_schema() -> str:
 
 
 def python_api() -> str:
-    """The public names of the package with their docstrings; examples are run by the tests."""
+    """Return the page of the public names with their docstrings; tests run the examples."""
     lines = [
         "# Python",
         "",
         "Import these names from `gptq_cli`. The import loads neither torch nor transformers.",
     ]
-    for name in ("quantize", "evaluate_perplexity"):
-        lines += _object(name, getattr(gptq_cli, name), 2)
-    for name in sorted(set(gptq_cli.__all__) - {"quantize", "evaluate_perplexity", "events"}):
+    functions = ["quantize", "evaluate_perplexity"]
+    others = set(gptq_cli.__all__) - {*functions, "events"}
+    for name in [*functions, *sorted(others)]:
         lines += _object(name, getattr(gptq_cli, name), 2)
     lines += [
         "",
@@ -322,47 +313,51 @@ def python_api() -> str:
 def _object(name: str, thing: Any, level: int) -> list[str]:
     lines = ["", f"{'#' * level} {name}", ""]
     if inspect.isfunction(thing):
-        parameters = [f"    {parameter}," for parameter in _parameters(thing)]
-        returns = inspect.signature(thing).return_annotation
-        lines += ["```python", f"{name}(", *parameters, f") -> {returns}", "```", ""]
-    document = "" if (thing.__doc__ or "").startswith(f"{name}(") else inspect.getdoc(thing) or ""
-    lines += _docstring(document)
+        lines += _signature(name, thing)
+    document = thing.__doc__ or ""
+    if not document.startswith(f"{name}("):  # the docstring that a dataclass gets if it has none
+        lines += _docstring(inspect.getdoc(thing) or "")
     if dataclasses.is_dataclass(thing):
-        lines += table(
-            ("field", "type"), [(_code(f.name), _code(f.type)) for f in dataclasses.fields(thing)]
-        )
+        rows = [(_code(field.name), _code(field.type)) for field in dataclasses.fields(thing)]
+        lines += table(("field", "type"), rows)
     if thing is QuantizeConfig:
         lines += ["", "The fields are those of the [configuration](configuration.md)."]
     return lines
 
 
-def _parameters(function: Any) -> list[str]:
-    words, keyword_only = [], False
-    for parameter in inspect.signature(function).parameters.values():
-        if parameter.kind is parameter.KEYWORD_ONLY and not keyword_only:
-            words, keyword_only = [*words, "*"], True
-        default = (
-            "" if parameter.default is parameter.empty else f" = {_default(parameter.default)}"
-        )
-        words.append(f"{parameter.name}: {parameter.annotation}{default}")
-    return words
+def _signature(name: str, function: Any) -> list[str]:
+    """Return the signature as code, a parameter a line."""
+    signature = inspect.signature(function)
+    lines = ["```python", f"{name}("]
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY and "    *," not in lines:
+            lines.append("    *,")
+        words = f"    {parameter.name}: {parameter.annotation}"
+        if parameter.default is not parameter.empty:
+            words += f" = {_default(parameter.default)}"
+        lines.append(f"{words},")
+    return [*lines, f") -> {signature.return_annotation}", "```", ""]
 
 
 def _default(value: object) -> str:
-    return value.__name__ if inspect.isfunction(value) else repr(value)
+    if inspect.isfunction(value):
+        return value.__name__
+    return repr(value)
 
 
 def _docstring(text: str) -> list[str]:
-    """Paragraphs as Markdown, examples as code."""
+    """Return paragraphs as Markdown and examples as code."""
     lines: list[str] = []
     for paragraph in re.split(r"\n\n+", text):
-        is_example = paragraph.startswith(">>>")
-        lines += ["```pycon", paragraph, "```", ""] if is_example else [paragraph, ""]
+        if paragraph.startswith(">>>"):
+            lines += ["```pycon", paragraph, "```", ""]
+        else:
+            lines += [paragraph, ""]
     return lines
 
 
 def engines() -> str:
-    """The table of engines by which `plan`, `inspect` and `validate-config --model` judge."""
+    """Return the page of engines, by which `plan`, `inspect` and `validate-config` judge."""
     lines = [
         "# Engines",
         "",
@@ -371,14 +366,13 @@ def engines() -> str:
     ]
     for engine in ENGINES:
         lines += ["", f"## {engine.name}", "", f"Source: {_text(engine.source)}."]
-        lines += table(
-            ("", "reason"), [(OUTCOMES[rule.outcome], _text(rule.reason)) for rule in engine.rules]
-        )
+        rows = [(OUTCOMES[rule.outcome], _text(rule.reason)) for rule in engine.rules]
+        lines += table(("", "reason"), rows)
     return "\n".join(lines)
 
 
 def decisions() -> str:
-    """All decisions with their titles."""
+    """Return the index page of the decisions."""
     lines = [
         "# Decisions",
         "",

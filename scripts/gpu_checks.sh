@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
-# What only a GPU can show, in two calls of under ten minutes each, every part with a time limit and a file of its own.
+# Check and measure what only a GPU can show, in two calls of under ten minutes each.
 #
-#   scripts/gpu_checks.sh 1 [OUT] [--device cpu] [--tiny]     kernels against the references, parts, Llama-3-8B
-#   scripts/gpu_checks.sh 2 [OUT] [--device cpu] [--tiny]     within 8 GB, 70B and mixture-of-experts blocks, best, profile
+#   scripts/gpu_checks.sh 1 [OUT] [--device cpu] [--tiny]   kernels against the references, parts,
+#                                                           Llama-3-8B
+#   scripts/gpu_checks.sh 2 [OUT] [--device cpu] [--tiny]   within 8 GB, 70B and mixture-of-experts
+#                                                           blocks, best, profile
 #
-# Runs from the source tree with whatever python has torch, transformers, tokenizers, pytest, pyyaml and pydantic; PYTHON
-# names another one, WHEELS a folder of wheels that are installed beside it first. A part that fails or takes too long is
-# told of at the end and in OUT/parts.txt, and the other parts run all the same.
+# Runs from the source tree with any python that has torch, transformers, tokenizers, pytest, pyyaml
+# and pydantic. PYTHON names another python, WHEELS a folder of wheels to install beside it first.
+# Each part has a time limit and a file of its own. If a part fails or takes too long, the others
+# still run; the failure is shown at once and in OUT/parts.txt, and the exit code is 1.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 call=${1:?which of the two calls: 1 or 2}
@@ -35,7 +38,7 @@ failed=0
 part() { # name, seconds it may take, command
   local name=$1 limit=$2 started=$SECONDS code=0
   shift 2
-  [[ $tiny ]] && limit=$((limit * 10)) # a CPU that others use may take its time
+  [[ $tiny ]] && limit=$((limit * 10)) # for a busy CPU
   timeout -k 5 "$limit" "$@" >"$out/$name.log" 2>&1 || code=$?
   echo "$name: exit code $code after $((SECONDS - started)) s" | tee -a "$out/parts.txt"
   ((code == 0)) || { failed=1; tail -n 5 "$out/$name.log"; }
@@ -49,13 +52,14 @@ run() { # name, seconds, shape, blocks, more arguments
     blocks=2
     set -- "$@" --nsamples 4 --seqlen 64 --batch-size 2 --group-size 32
   fi
-  part "$name" "$limit" "$python" scripts/bench_run.py --shape "$shape" --blocks "$blocks" --device "$device" \
-    --folder "$work" --json "$out/$name.json" "$@"
+  part "$name" "$limit" "$python" scripts/bench_run.py --shape "$shape" --blocks "$blocks" \
+    --device "$device" --folder "$work" --json "$out/$name.json" "$@"
 }
 
 engine=(--shape llama-3-8b --runs 3)
-mapfile -t tests < <(grep -l "mark.gpu" -r tests --include "test_*.py") # the others may need more packages
-tests=(-W default -m gpu "${tests[@]}") # a warning of that machine is no reason to lose a test
+# other test files may need more packages
+mapfile -t tests < <(grep -l "mark.gpu" -r tests --include "test_*.py")
+tests=(-W default -m gpu "${tests[@]}") # a warning on that machine must not fail a test
 if [[ $tiny ]]; then
   engine=(--shape tiny --runs 1 --tokens 256 --group-size 32)
   tests=(tests/solver/test_output_error.py)
@@ -63,9 +67,12 @@ fi
 
 : >"$out/parts.txt"
 if [[ $call == 1 ]]; then
-  part tests 130 "$python" -m pytest "${tests[@]}" -p no:cacheprovider -o addopts= -rA --junitxml "$out/tests.xml"
-  part measure 110 "$python" scripts/measure_gpu.py --device "$device" $tiny --json "$out/measure.json"
-  part engine 90 "$python" scripts/bench_engine.py --device "$device" "${engine[@]}" --json "$out/engine.json"
+  part tests 130 "$python" -m pytest "${tests[@]}" -p no:cacheprovider -o addopts= -rA \
+    --junitxml "$out/tests.xml"
+  part measure 110 "$python" scripts/measure_gpu.py --device "$device" $tiny \
+    --json "$out/measure.json"
+  part engine 90 "$python" scripts/bench_engine.py --device "$device" "${engine[@]}" \
+    --json "$out/engine.json"
   run llama-3-8b 220 llama-3-8b 32
 else
   run capped 150 llama-3-8b 16 --cap-gb 8

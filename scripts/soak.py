@@ -1,8 +1,12 @@
-"""Kill, starve and damage many small runs; write what became of them as JSON. `make soak` runs all of it.
+"""Kill, starve and damage many small runs, and check that no output is torn or lost.
 
-Each run quantizes a tiny model, or converts or dequantizes what came of it, in a process of its own, forked from a
-server that has torch imported. What must hold after each: OUT is absent, what it was, or the whole checkpoint; the same
-call afterwards writes the same bytes and keeps nothing beside them.
+    python scripts/soak.py [--kills 700] [--operation-kills 300] [--sizes 50] [--damages 500]
+
+Each run quantizes a tiny model, or converts or dequantizes its result, in a process of its own that
+is forked from a server with torch imported. After each, OUT must be absent, unchanged, or the whole
+checkpoint; the same call afterwards must write the same bytes and keep nothing beside them. Prints
+the counts of each part and writes them as JSON; exits with an error if it found a violation.
+`make soak` runs all of it.
 """
 
 from __future__ import annotations
@@ -17,30 +21,28 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from common import ROOT, argument_parser, write_json
 
-from gptq_cli.storage.manifest import file_hash  # noqa: E402
+from gptq_cli.storage.manifest import file_hash
 
 CHILDREN = multiprocessing.get_context("forkserver")
 
 
 def tree(directory: Path) -> dict[str, str]:
-    """Hashes of all files by name."""
-    return {
-        str(path.relative_to(directory)): file_hash(path)
-        for path in sorted(directory.rglob("*"))
-        if path.is_file()
-    }
+    """Return the hashes of all files by name."""
+    files = [path for path in sorted(directory.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(directory)): file_hash(path) for path in files}
 
 
 def quantize(model: Path, output: Path, answers: Any = None) -> None:
-    """In a child: quantize, and answer how many blocks were there before, or with which code it failed."""
+    """Quantize in a child process; answer with the resumed blocks or the code of the error."""
     from gptq_cli.errors import GptqError
     from tests.tiny import Case
 
@@ -53,21 +55,29 @@ def quantize(model: Path, output: Path, answers: Any = None) -> None:
 
 
 def call(model: Path, output: Path) -> object:
-    """The answer of a child that is let live."""
+    """Return the answer of a child that is not killed."""
     answers = CHILDREN.SimpleQueue()
     child = CHILDREN.Process(target=quantize, args=(model, output, answers))
     child.start()
     child.join()
-    return answers.get() if not answers.empty() else f"exit {child.exitcode}"
+    if answers.empty():
+        return f"exit {child.exitcode}"
+    return answers.get()
 
 
-def judge(output: Path, golden: dict[str, str]) -> str | None:
-    """What is wrong with an output that may be absent, None if nothing is."""
-    return None if not output.exists() or tree(output) == golden else "torn output"
+def is_torn(output: Path, golden: dict[str, str]) -> bool:
+    """Return whether an output is there but is not the whole checkpoint."""
+    return output.exists() and tree(output) != golden
+
+
+def is_whole(folder: Path, golden: dict[str, str]) -> bool:
+    """Return whether `folder` holds the whole checkpoint `out` and nothing else."""
+    names = [path.name for path in folder.iterdir()]
+    return names == ["out"] and tree(folder / "out") == golden
 
 
 def timed(model: Path, output: Path) -> float:
-    """Seconds of a child that is let live; its output is removed."""
+    """Return the seconds of a child that is not killed, and remove its output."""
     started = time.perf_counter()
     call(model, output)
     seconds = time.perf_counter() - started
@@ -78,10 +88,11 @@ def timed(model: Path, output: Path) -> float:
 def kills(
     model: Path, golden: dict[str, str], folder: Path, count: int, seed: int
 ) -> dict[str, Any]:
-    """SIGKILL at random times, up to ten times for one output, then a call that lives."""
+    """Kill at random times, up to ten times for one output, then let a call live."""
     chance, output = random.Random(seed), folder / "out"
     longest = min(timed(model, output) for _ in range(3))  # the first waits for the server
-    killed, violations, resumed, chains, lived = 0, [], 0, 0, 0
+    killed = resumed = chains = lived = 0
+    violations = []
     while killed < count:
         chains += 1
         for _ in range(chance.randint(1, 10)):
@@ -90,17 +101,16 @@ def kills(
             child.join(chance.uniform(0, longest))
             child.kill()
             child.join()
-            dead = child.exitcode == -signal.SIGKILL
-            killed, lived = killed + dead, lived + (not dead)
-            if wrong := judge(output, golden):
-                violations.append(wrong)
+            if child.exitcode == -signal.SIGKILL:
+                killed += 1
+            else:
+                lived += 1
+            if is_torn(output, golden):
+                violations.append("torn output")
         answer = call(model, output)
-        resumed += isinstance(answer, int) and answer > 0
-        if (
-            not output.exists()
-            or tree(output) != golden
-            or [path.name for path in folder.iterdir()] != ["out"]
-        ):
+        if isinstance(answer, int) and answer > 0:
+            resumed += 1
+        if not is_whole(folder, golden):
             violations.append(f"after {killed} kills: {answer}")
         shutil.rmtree(folder)
         folder.mkdir()
@@ -115,7 +125,7 @@ def kills(
 
 @dataclass(frozen=True)
 class Command:
-    """A command of which OUT is made from `source`, over the checkpoint `old` if there is one."""
+    """A command that makes OUT from `source`, over the checkpoint `old` if there is one."""
 
     name: str
     source: Path
@@ -134,7 +144,7 @@ class Command:
             dequantize_checkpoint(str(self.source), output, overwrite=overwrite)
 
     def prepare(self, folder: Path) -> Path:
-        """OUT in an empty `folder`, as it is before the command runs."""
+        """Return OUT in an empty `folder`, as it is before the command runs."""
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         if self.old is not None:
@@ -143,7 +153,7 @@ class Command:
 
 
 def die(command: Command, output: Path, last: int) -> None:
-    """In a child: be killed after operation `last` on the disk; a call that is refused ends before."""
+    """Run in a child that is killed after operation `last` on the disk, unless it is refused."""
     from gptq_cli.errors import GptqError
     from gptq_cli.storage import durable
     from tests.quantization.children import DeadlyDisk
@@ -154,46 +164,45 @@ def die(command: Command, output: Path, last: int) -> None:
 
 
 def killed_commands(model: Path, folder: Path, count: int, seed: int) -> dict[str, Any]:
-    """Commands with and without an old output, each killed after operations on the disk, `count` times or more."""
-    made = {}
-    for name, source in {
-        "quantize": model,
-        "convert": folder / "quantize",
-        "dequantize": folder / "quantize",
-    }.items():
-        made[name] = folder / name
-        Command(name, source, None).run(made[name])
-    olds = {
-        "quantize": made["convert"],
-        "convert": made["dequantize"],
-        "dequantize": made["convert"],
-    }
-    foreign = Path(
-        shutil.copytree(model, folder / "foreign")
-    )  # a checkpoint that gptq has not written
-    (foreign / "vocab.txt").write_text("a file that no new output has")
+    """Kill commands with and without an old output, each at least `count` times."""
     found: dict[str, Any] = {"kills": 0, "violations": []}
-    for name, old in olds.items():
-        source = model if name == "quantize" else made["quantize"]
-        # `quantize` without an old output is what `kills` does, and the suite after each operation.
-        bare: dict[str, Path | None] = {} if name == "quantize" else {"": None}
-        for over, what in {
-            **bare,
-            " over an output": old,
-            " over a foreign checkpoint": foreign,
-        }.items():
-            one = killed_command(Command(name, source, what), folder / "work", count, seed)
-            found["kills"] += one["kills"]
-            found["violations"] += [
-                f"{name}{over}: {violation}" for violation in one.pop("violations")
-            ]
-            found[name + over] = one
-            print(f"{name}{over}: {one}", file=sys.stderr, flush=True)
+    for label, command in commands_to_kill(model, folder).items():
+        one = killed_command(command, folder / "work", count, seed)
+        found["kills"] += one["kills"]
+        for violation in one.pop("violations"):
+            found["violations"].append(f"{label}: {violation}")
+        found[label] = one
+        print(f"{label}: {one}", file=sys.stderr, flush=True)
     return found
 
 
+def commands_to_kill(model: Path, folder: Path) -> dict[str, Command]:
+    """Make an output of each command; return commands over nothing, over these and over another."""
+    quantized, converted = folder / "quantize", folder / "convert"
+    dequantized = folder / "dequantize"
+    Command("quantize", model, None).run(quantized)
+    Command("convert", quantized, None).run(converted)
+    Command("dequantize", quantized, None).run(dequantized)
+    foreign = Path(shutil.copytree(model, folder / "foreign"))  # gptq has not written it
+    (foreign / "vocab.txt").write_text("a file that no new output has")
+    # `kills` and the test suite cover `quantize` without an old output.
+    return {
+        "quantize over an output": Command("quantize", model, converted),
+        "quantize over a foreign checkpoint": Command("quantize", model, foreign),
+        "convert": Command("convert", quantized, None),
+        "convert over an output": Command("convert", quantized, dequantized),
+        "convert over a foreign checkpoint": Command("convert", quantized, foreign),
+        "dequantize": Command("dequantize", quantized, None),
+        "dequantize over an output": Command("dequantize", quantized, converted),
+        "dequantize over a foreign checkpoint": Command("dequantize", quantized, foreign),
+    }
+
+
 def killed_command(command: Command, folder: Path, count: int, seed: int) -> dict[str, Any]:
-    """SIGKILL after an operation, each time another, then up to three times more after any; then a call that lives."""
+    """Kill a command after an operation on the disk, then after up to three more; let one live.
+
+    The first operation is another one in each chain of kills, until all have had their turn.
+    """
     from tests.disks import CountingDisk, using
 
     chance, counting = random.Random(seed), CountingDisk()
@@ -203,31 +212,46 @@ def killed_command(command: Command, folder: Path, count: int, seed: int) -> dic
         command.run(output)
     operations, golden = len(counting.operations), tree(output)
     order = chance.sample(range(1, operations + 1), operations)
-    chains, kills, violations = 0, 0, []
+    chains = kills = 0
+    violations = []
     while kills < count:
         first = order[chains % operations]
         others = [chance.randint(1, operations) for _ in range(chance.randint(0, 3))]
+        where = f"after operations {first}, {others}"
         chains += 1
         command.prepare(folder)
         for last in (first, *others):
-            child = CHILDREN.Process(target=die, args=(command, output, last))
-            child.start()
-            child.join()
-            kills += child.exitcode == -signal.SIGKILL
+            if is_killed(command, output, last):
+                kills += 1
             if tree(output) not in (before, golden):
-                violations.append(f"torn output after operations {first}, {others}")
-        was_whole = tree(output) == golden
+                violations.append(f"torn output {where}")
+        expected = ["done"]
+        if command.old is None and tree(output) == golden:  # a call before has finished it
+            expected.append("E_OUT_EXISTS")
         code = lives(command, output)
-        if code != "done" and not (code == "E_OUT_EXISTS" and was_whole and command.old is None):
-            violations.append(f"{code} after operations {first}, {others}")
-        if tree(output) != golden or [path.name for path in folder.iterdir()] != ["out"]:
-            violations.append(f"other files after operations {first}, {others}")
-    places = {"operations": operations, "killed_first_after": min(chains, operations)}
-    return {**places, "chains": chains, "kills": kills, "violations": violations}
+        if code not in expected:
+            violations.append(f"{code} {where}")
+        if not is_whole(folder, golden):
+            violations.append(f"other files {where}")
+    return {
+        "operations": operations,
+        "killed_first_after": min(chains, operations),
+        "chains": chains,
+        "kills": kills,
+        "violations": violations,
+    }
+
+
+def is_killed(command: Command, output: Path, last: int) -> bool:
+    """Run `command` in a child; return whether it was killed after operation `last`."""
+    child = CHILDREN.Process(target=die, args=(command, output, last))
+    child.start()
+    child.join()
+    return child.exitcode == -signal.SIGKILL
 
 
 def lives(command: Command, output: Path) -> str:
-    """`done`, or the code that a call in this process ends with."""
+    """Run `command` in this process; return `done` or the code of its error."""
     from gptq_cli.errors import GptqError
     from tests.disks import CountingDisk, using
 
@@ -240,58 +264,54 @@ def lives(command: Command, output: Path) -> str:
 
 
 def disk_sizes(model: Path, golden: dict[str, str], count: int, largest: int) -> dict[str, Any]:
-    """A tmpfs of each of `count` sizes, mounted without privileges; enlarged until the run fits."""
+    """Run on a tmpfs of each of `count` sizes, mounted without privileges, enlarged afterwards."""
     if subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode:
         return {"skipped": "no unprivileged mounts here"}
-    command = [
-        "unshare",
-        "-rm",
-        sys.executable,
-        __file__,
-        "--inside",
-        str(model),
-        "--sizes",
-        str(count),
-    ]
-    command += ["--largest", str(largest)]
+    command = ["unshare", "-rm", sys.executable, __file__, "--inside", str(model)]
+    command += ["--sizes", str(count), "--largest", str(largest)]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     if answer.returncode:
         return {"sizes": count, "violations": [answer.stderr[-2000:]]}
     found: dict[str, Any] = json.loads(answer.stdout)
-    found["violations"] += [
-        f"{size} bytes: other output" for size, out in found.pop("trees") if out != golden
-    ]
+    for size, files in found.pop("trees"):
+        if files != golden:
+            found["violations"].append(f"{size} bytes: other output")
     return found
 
 
 def inside(model: Path, count: int, largest: int) -> dict[str, Any]:
-    """In a user namespace: run on a small tmpfs, see it fail cleanly, enlarge it, run again."""
-    import gptq_cli.quantization.run as pipeline
+    """Run on small disks in a user namespace: fail cleanly, enlarge the disk, run again."""
+    from gptq_cli.quantization import run
 
-    # The check before the run would refuse most sizes: let the disk itself refuse on every second one.
-    preflight = pipeline.check_disk
-    codes: dict[str, int] = {}
+    # The check before the run would refuse most sizes, so every second run goes without it.
+    checks = [lambda *_: None, run.check_disk]
+    codes: Counter[str] = Counter()
     violations, trees = [], []
     mount = Path(tempfile.mkdtemp())
+    output = mount / "out"
     for number in range(count):
-        size = 8192 + number * largest // count  # the largest ones suffice
-        subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(mount)], check=True
-        )
-        pipeline.check_disk = preflight if number % 2 else lambda *_: None
-        code = attempt(model, mount / "out")
-        codes[code] = codes.get(code, 0) + 1
-        if code not in ("E_DISK", "done") or (code == "E_DISK" and (mount / "out").exists()):
+        size = 8192 + number * largest // count  # the largest sizes suffice
+        options = ["-t", "tmpfs", "-o", f"size={size}", "tmpfs"]
+        subprocess.run(["mount", *options, str(mount)], check=True)
+        run.check_disk = checks[number % 2]
+        code = attempt(model, output)
+        codes[code] += 1
+        failed_cleanly = code == "E_DISK" and not output.exists()
+        if code != "done" and not failed_cleanly:
             violations.append(f"{size} bytes: {code}")
         subprocess.run(["mount", "-o", "remount,size=64m", str(mount)], check=True)
-        again = attempt(model, mount / "out")
-        trees.append((size, tree(mount / "out") if again == "done" else {"failed": again}))
+        again = attempt(model, output)
+        files = {"failed": again}
+        if again == "done":
+            files = tree(output)
+        trees.append((size, files))
         subprocess.run(["umount", str(mount)], check=True)
     mount.rmdir()
     return {"sizes": count, "ended": codes, "violations": violations, "trees": trees}
 
 
 def attempt(model: Path, output: Path) -> str:
+    """Quantize in this process; return `done` or the code of the error."""
     from gptq_cli.errors import GptqError
     from tests.tiny import Case
 
@@ -305,7 +325,7 @@ def attempt(model: Path, output: Path) -> str:
 def damage(
     model: Path, golden: dict[str, str], folder: Path, count: int, seed: int
 ) -> dict[str, Any]:
-    """One bit of one file of an unfinished work directory, or a cut journal; then a call that lives."""
+    """Flip a bit of a file of an unfinished work directory, or cut the journal; then resume."""
     from tests.disks import CountingDisk, Killed, using
     from tests.tiny import WORK, Case, killer
 
@@ -314,11 +334,8 @@ def damage(
     with suppress(Killed):
         case.run(unfinished / "out", report=killer(1))
     violations: list[str] = []
-    files = [
-        path
-        for path in sorted((unfinished / WORK).rglob("*"))
-        if path.is_file() and path.stat().st_size
-    ]
+    paths = sorted((unfinished / WORK).rglob("*"))
+    files = [path for path in paths if path.is_file() and path.stat().st_size]
     for number in range(count):
         trial = Path(shutil.copytree(unfinished, folder / "trial"))
         path = trial / chance.choice(files).relative_to(unfinished)
@@ -338,7 +355,7 @@ def damage(
 
 
 def flips(golden: Path, count: int, seed: int) -> dict[str, Any]:
-    """One bit of one file of a finished checkpoint, which `gptq verify --full` must notice."""
+    """Flip a bit of a file of a finished checkpoint, which `gptq verify --full` must notice."""
     from gptq_cli.checkpoint.verify import verify_checkpoint
     from gptq_cli.errors import GptqError
 
@@ -348,9 +365,9 @@ def flips(golden: Path, count: int, seed: int) -> dict[str, Any]:
         path = chance.choice(files)
         original = path.read_bytes()
         where, bit = chance.randrange(len(original)), chance.randrange(8)
-        path.write_bytes(
-            original[:where] + bytes([original[where] ^ 1 << bit]) + original[where + 1 :]
-        )
+        damaged = bytearray(original)
+        damaged[where] ^= 1 << bit
+        path.write_bytes(damaged)
         with suppress(GptqError):
             if verify_checkpoint(golden, full=True).ok:
                 missed.append(f"bit {bit} of byte {where} of {path.name}")
@@ -358,19 +375,22 @@ def flips(golden: Path, count: int, seed: int) -> dict[str, Any]:
     return {"flips": count, "files": len(files), "violations": missed}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=700)
-    parser.add_argument(
-        "--operation-kills", type=int, default=300, help="at least, of each command"
-    )
+def parse() -> argparse.Namespace:
+    parser = argument_parser(__doc__)
+    parser.add_argument("--kills", type=int, default=700, help="kills at random times")
+    about = "least number of kills of each command after operations on the disk"
+    parser.add_argument("--operation-kills", type=int, default=300, help=about)
     parser.add_argument("--sizes", type=int, default=50)
     parser.add_argument("--damages", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "benchmarks" / "soak.json")
     parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--largest", type=int, help=argparse.SUPPRESS)
-    chosen = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    chosen = parse()
     import torch
 
     torch.set_num_threads(1)
@@ -383,31 +403,35 @@ def main() -> None:
 
     folder = Path(tempfile.mkdtemp())
     started = time.time()
-    model = save_model(
-        folder / "model", **SMALL | {"num_hidden_layers": 6}
-    )  # most of the time goes into blocks
+    # six blocks, so that most of the time goes into blocks
+    model = save_model(folder / "model", **SMALL | {"num_hidden_layers": 6})
     small = save_model(folder / "small", **SMALL)
     Case(model, {}, []).run(folder / "golden")
     golden = tree(folder / "golden")
     n_bytes = sum(path.stat().st_size for path in (folder / "golden").rglob("*"))
     result: dict[str, Any] = {"seed": chosen.seed}
-    for name, run in {
+    seed = chosen.seed
+    parts: dict[str, Callable[[Path], dict[str, Any]]] = {
         "disk_sizes": lambda _: disk_sizes(model, golden, chosen.sizes, 2 * n_bytes),
-        "damage": lambda work: damage(model, golden, work, chosen.damages, chosen.seed),
-        "flipped_outputs": lambda _: flips(folder / "golden", chosen.damages, chosen.seed),
-        "operation_kills": lambda work: killed_commands(
-            small, work, chosen.operation_kills, chosen.seed
-        ),
-        "random_kills": lambda work: kills(model, golden, work, chosen.kills, chosen.seed),
-    }.items():
-        (folder / name).mkdir()
-        begun = time.time()
-        result[name] = {**run(folder / name), "seconds": round(time.time() - begun)}
+        "damage": lambda work: damage(model, golden, work, chosen.damages, seed),
+        "flipped_outputs": lambda _: flips(folder / "golden", chosen.damages, seed),
+        "operation_kills": lambda work: killed_commands(small, work, chosen.operation_kills, seed),
+        "random_kills": lambda work: kills(model, golden, work, chosen.kills, seed),
+    }
+    found_violations = False
+    for name, part in parts.items():
+        work = folder / name
+        work.mkdir()
+        part_started = time.time()
+        found = part(work)
+        result[name] = {**found, "seconds": round(time.time() - part_started)}
         print(f"{name}: {result[name]}", file=sys.stderr)
+        if found.get("violations"):
+            found_violations = True
     result["seconds"] = round(time.time() - started)
     shutil.rmtree(folder)
-    chosen.json.write_text(json.dumps(result, indent=2) + "\n")
-    if any(part.get("violations") for part in result.values() if isinstance(part, dict)):
+    write_json(chosen.json, result)
+    if found_violations:
         sys.exit("violations were found")
 
 

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Loads checkpoints written here with the programs that people use them with, each in an environment of its own.
+# Load checkpoints of gptq_cli with GPTQModel, auto-round and transformers.
 #
 #   scripts/test_compat.sh [pytest arguments]
 #
-# The first run installs about 3 GB into GPTQ_COMPAT_VENVS (default: ~/.cache/gptq_cli/compat) and GPTQModel compiles a
-# CPU kernel there if it finds a C++ compiler; later runs start at once. On a machine where pip would fetch a CUDA build
-# of torch, point PIP_EXTRA_INDEX_URL to PyTorch's CPU wheels.
+# The tools have environments of their own. The first run installs about 3 GB into
+# GPTQ_COMPAT_VENVS (default: ~/.cache/gptq_cli/compat), and GPTQModel compiles a CPU kernel there
+# if it finds a C++ compiler; later runs start at once. On a machine where pip would fetch a CUDA build
+# of torch, point PIP_EXTRA_INDEX_URL to PyTorch's CPU wheels. Prints the results of the tests.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -18,7 +19,7 @@ make_venv() {
     cmp --silent "$requirements" "$stamp" && return
     echo "installing $venv" >&2
     "$python" -m venv --clear "$venv"
-    # torch first, with what it needs; everything else at the exact version, whatever it says it wants.
+    # torch first, with its dependencies; then every other package at its exact version
     "$venv/bin/pip" install -qq "$(grep '^torch==' "$requirements")"
     "$venv/bin/pip" install -qq --no-deps --requirement "$requirements"
     cp "$requirements" "$stamp"
