@@ -228,9 +228,7 @@ def test_refusals_of_the_hub_have_one_line_and_a_hint(hub: Hub, home: Path) -> N
     assert errors[1]["hint"] == "did you mean `wikitext2`?"
 
 
-def test_an_unreachable_hub_is_an_error_without_a_wait(
-    tmp_path: Path,
-) -> None:
+def test_an_unreachable_hub_is_an_error_without_a_wait(tmp_path: Path) -> None:
     with serve({}) as gone:
         environment = gone.environment(tmp_path)
     script = (

@@ -99,9 +99,7 @@ def test_a_stream_is_read_only_as_far_as_needed(monkeypatch: pytest.MonkeyPatch)
     assert short.sha256 == longer.sha256
 
 
-def test_windows_do_not_depend_on_the_size_of_pieces(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_windows_do_not_depend_on_the_size_of_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     documents = Documents("many", [f"text number {index} of many" for index in range(500)])
     hashes = set()
     for piece in (50, 333, 1_000_000):
@@ -112,9 +110,7 @@ def test_windows_do_not_depend_on_the_size_of_pieces(
     assert len(hashes) == 1
 
 
-def test_a_long_document_is_cut_into_pieces_before_words(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_long_document_is_cut_into_pieces_before_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gptq_cli.calibration.windows.PIECE", 64)
     encoder = WordEncoder()
     windows = calibration_windows(numbered(300), encoder, seqlen=10, nsamples=60, seed=0)

@@ -418,9 +418,7 @@ def test_a_config_that_is_not_a_json_object_is_refused(content: str, tmp_path: P
     assert caught.value.code == "E_CKPT_CONFIG"
 
 
-def test_a_mutated_header_is_refused_or_keeps_its_sizes(
-    tmp_path: Path,
-) -> None:
+def test_a_mutated_header_is_refused_or_keeps_its_sizes(tmp_path: Path) -> None:
     file = write_checkpoint(tmp_path) / "model-00001-of-00002.safetensors"
     original = file.read_bytes()
     refused = 0

@@ -86,9 +86,7 @@ def test_the_writer_closes_its_shards_if_one_cannot_be_opened(tmp_path: Path) ->
         os.fstat(disk.opened[-1])
 
 
-def test_write_waits_only_if_too_many_tensors_are_pending(
-    tmp_path: Path,
-) -> None:
+def test_write_waits_only_if_too_many_tensors_are_pending(tmp_path: Path) -> None:
     class Slow(Disk):
         may_write = Event()
         writing = 0
@@ -112,9 +110,7 @@ def test_write_waits_only_if_too_many_tensors_are_pending(
         assert writer.sync() == {}
 
 
-def test_sync_raises_an_error_of_an_earlier_write(
-    tmp_path: Path,
-) -> None:
+def test_sync_raises_an_error_of_an_earlier_write(tmp_path: Path) -> None:
     class Full(Disk):
         def write(self, descriptor: int, data: memoryview, offset: int) -> int:
             if current_thread() is not main_thread():

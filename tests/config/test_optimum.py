@@ -1,4 +1,4 @@
-"""Dicts that Optimum and transformers write are input as they are, and nothing in them is dropped in silence."""
+"""The dicts that Optimum, transformers and other tools write are valid input, with notes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from gptq_cli.config.resolve import Resolved, resolve
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import ConfigError
 
-# GPTQQuantizer(bits=4, dataset="c4", desc_act=True, act_group_aware=False, ...).to_dict() of optimum 2.3
+# GPTQQuantizer(bits=4, dataset="c4", desc_act=True, act_group_aware=False, ...).to_dict()
+# of optimum 2.3
 OPTIMUM = {
     "bits": 4,
     "dataset": "c4",
@@ -43,58 +44,72 @@ def test_optimum_dict_sets_every_field(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "said", [{}, {"desc_act": True, "dataset": ["a", "b"], "model_seqlen": 512, "sym": False}]
+    "given", [{}, {"desc_act": True, "dataset": ["a", "b"], "model_seqlen": 512, "sym": False}]
 )
-def test_transformers_dict_sets_every_field(said: dict[str, Any], tmp_path: Path) -> None:
+def test_transformers_dict_sets_every_field(given: dict[str, Any], tmp_path: Path) -> None:
     from transformers import GPTQConfig
 
-    found = resolved(GPTQConfig(bits=4, **said).to_dict(), tmp_path)
-    ours = {"seqlen" if key == "model_seqlen" else key: value for key, value in said.items()}
+    found = resolved(GPTQConfig(bits=4, **given).to_dict(), tmp_path)
+    ours = dict(given)
+    if "model_seqlen" in ours:
+        ours["seqlen"] = ours.pop("model_seqlen")
     assert found.config == QuantizeConfig(
         bits=4, batch_size=1, backend="auto", format="gptq", damp_percent=0.1, **ours
     )
     assert found.notes == ()
 
 
-# GPTQConfig(bits=4, ...).to_dict() of transformers 4.39, as in the config.json of Qwen2.5-Coder-1.5B-Instruct-GPTQ-Int4
+# GPTQConfig(bits=4, ...).to_dict() of transformers 4.39, as in the config.json of
+# Qwen2.5-Coder-1.5B-Instruct-GPTQ-Int4
 TRANSFORMERS_4 = {
-    "batch_size": 1, "bits": 4, "block_name_to_quantize": None, "cache_block_outputs": True, "damp_percent": 0.01,
-    "dataset": None, "desc_act": False, "exllama_config": {"version": 1}, "group_size": 128, "max_input_length": None,
-    "model_seqlen": None, "module_name_preceding_first_block": None, "modules_in_block_to_quantize": None,
-    "pad_token_id": None, "quant_method": "gptq", "sym": True, "tokenizer": None, "true_sequential": True,
-    "use_cuda_fp16": False, "use_exllama": True,
+    "batch_size": 1, "bits": 4, "block_name_to_quantize": None, "cache_block_outputs": True,
+    "damp_percent": 0.01, "dataset": None, "desc_act": False, "exllama_config": {"version": 1},
+    "group_size": 128, "max_input_length": None, "model_seqlen": None,
+    "module_name_preceding_first_block": None, "modules_in_block_to_quantize": None,
+    "pad_token_id": None, "quant_method": "gptq", "sym": True, "tokenizer": None,
+    "true_sequential": True, "use_cuda_fp16": False, "use_exllama": True,
 }  # fmt: skip
-# what transformers 4.57 adds and changes
+# the same with the additions and changes of transformers 4.57
 TRANSFORMERS_4_57 = {
     **TRANSFORMERS_4, "backend": "auto_trainable", "checkpoint_format": "gptq",
     "meta": {"quantizer": ["optimum:1.24.0", "gptqmodel:2.2.0"]},
 }  # fmt: skip
 # quantize_config.json of AutoGPTQ 0.6, and of the many checkpoints that were made with it
 AUTOGPTQ = {
-    "bits": 4, "group_size": 128, "damp_percent": 0.1, "desc_act": True, "static_groups": False, "sym": True,
-    "true_sequential": True, "model_name_or_path": None, "model_file_base_name": "model", "is_marlin_format": False,
-    "quant_method": "gptq",
+    "bits": 4, "group_size": 128, "damp_percent": 0.1, "desc_act": True, "static_groups": False,
+    "sym": True, "true_sequential": True, "model_name_or_path": None,
+    "model_file_base_name": "model", "is_marlin_format": False, "quant_method": "gptq",
 }  # fmt: skip
 # quantize_config.json of GPTQModel 0.9, 4 and 5.6
 GPTQMODEL_0 = {
-    "bits": 4, "dynamic": None, "group_size": 128, "damp_percent": 0.005, "true_sequential": True, "desc_act": True,
-    "static_groups": False, "sym": True, "lm_head": False, "model_name_or_path": "", "model_file_base_name": "model",
-    "quant_method": "gptq", "checkpoint_format": "gptq", "meta": {"quantizer": "gptqmodel:0.9.8"},
+    "bits": 4, "dynamic": None, "group_size": 128, "damp_percent": 0.005, "true_sequential": True,
+    "desc_act": True, "static_groups": False, "sym": True, "lm_head": False,
+    "model_name_or_path": "", "model_file_base_name": "model", "quant_method": "gptq",
+    "checkpoint_format": "gptq", "meta": {"quantizer": "gptqmodel:0.9.8"},
 }  # fmt: skip
-GPTQMODEL_4 = {
-    "bits": 4, "group_size": 128, "desc_act": False, "hyb_act": True, "sym": True, "lm_head": False,
+COMMON_TO_4_AND_5 = {
+    "bits": 4, "group_size": 128, "desc_act": False, "sym": True, "lm_head": False,
     "quant_method": "gptq", "checkpoint_format": "gptq", "pack_dtype": "int32",
-    "meta": {"quantizer": ["gptqmodel:4.0.0"], "uri": "https://github.com/modelcloud/gptqmodel", "damp_percent": 0.05,
-             "damp_auto_increment": 0.01, "static_groups": False, "true_sequential": True, "mse": 0.0, "v2": False,
-             "v2_alpha": 0.25},
+    "meta": {
+        "quantizer": ["gptqmodel:4.0.0"], "uri": "https://github.com/modelcloud/gptqmodel",
+        "damp_percent": 0.05, "damp_auto_increment": 0.01, "static_groups": False,
+        "true_sequential": True, "mse": 0.0, "v2": False, "v2_alpha": 0.25,
+    },
 }  # fmt: skip
+GPTQMODEL_4 = {**COMMON_TO_4_AND_5, "hyb_act": True}
 GPTQMODEL_5 = {
-    **{key: value for key, value in GPTQMODEL_4.items() if key != "hyb_act"},
-    "method": "gptq", "format": "gptq", "pack_impl": "cpu", "damp_auto_increment": 0.01, "mse": 0.0, "v2": False,
-    "v2_alpha": 0.25, "gptaq": None, "rotation": None, "adapter": None, "fail_safe": False, "act_group_aware": True,
-    "mock_quantization": False, "hessian_chunk_size": None, "offload_to_disk": True, "offload_to_disk_path": "/tmp/x",
+    **COMMON_TO_4_AND_5,
+    "method": "gptq", "format": "gptq", "pack_impl": "cpu", "damp_auto_increment": 0.01,
+    "mse": 0.0, "v2": False, "v2_alpha": 0.25, "gptaq": None, "rotation": None, "adapter": None,
+    "fail_safe": False, "act_group_aware": True, "mock_quantization": False,
+    "hessian_chunk_size": None, "offload_to_disk": True, "offload_to_disk_path": "/tmp/x",
 }  # fmt: skip
 KERNELS = ("exllama_config", "use_cuda_fp16", "use_exllama")
+NOTED_0 = ("model_name_or_path", "model_file_base_name", "meta")
+NOTED_5 = (
+    "meta", "pack_impl", "damp_auto_increment", "v2_alpha", "offload_to_disk",
+    "offload_to_disk_path",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -103,22 +118,18 @@ KERNELS = ("exllama_config", "use_cuda_fp16", "use_exllama")
         (TRANSFORMERS_4, KERNELS, {"damp_percent": 0.01, "batch_size": 1}),
         (TRANSFORMERS_4_57, (*KERNELS, "backend", "meta"), {"damp_percent": 0.01, "batch_size": 1}),
         (AUTOGPTQ, ("model_file_base_name",), {"damp_percent": 0.1, "desc_act": True}),
-        (GPTQMODEL_0, ("model_name_or_path", "model_file_base_name", "meta"), {"damp_percent": 0.005}),
+        (GPTQMODEL_0, NOTED_0, {"damp_percent": 0.005}),
         (GPTQMODEL_4, ("meta",), {"act_group_aware": True}),
-        (GPTQMODEL_5, ("meta", "pack_impl", "damp_auto_increment", "v2_alpha", "offload_to_disk",
-                       "offload_to_disk_path"), {"act_group_aware": True}),
+        (GPTQMODEL_5, NOTED_5, {"act_group_aware": True}),
     ],
-)  # fmt: skip
+)
 def test_dicts_of_older_tools_resolve_with_notes(
     values: dict[str, Any], noted: tuple[str, ...], config: dict[str, Any], tmp_path: Path
 ) -> None:
     found = resolved(values, tmp_path)
-    said = {
-        key: value
-        for key, value in values.items()
-        if value is not None and key in QuantizeConfig.model_fields
-    }
-    assert found.config == QuantizeConfig(**{**said, "backend": None, **config})
+    fields = QuantizeConfig.model_fields
+    given = {key: values[key] for key in values if key in fields and values[key] is not None}
+    assert found.config == QuantizeConfig(**{**given, "backend": None, **config})
     assert [note.split()[0] for note in found.notes] == list(noted)
     assert all(" has no effect: " in note for note in found.notes)
 
@@ -147,22 +158,22 @@ def test_format_and_seqlen_have_other_names(tmp_path: Path) -> None:
 
 
 def test_notes_name_fields_without_effect_but_not_nulls(tmp_path: Path) -> None:
-    silent = {
+    without_note = {
         "meta": {},
         "pad_token_id": None,
         "cache_block_outputs": True,
         "tokenizer": None,
         "pack_dtype": "int32",
     }
-    assert resolved({"bits": 4, **silent}, tmp_path).notes == ()
-    loud = {
+    assert resolved({"bits": 4, **without_note}, tmp_path).notes == ()
+    with_note = {
         "pad_token_id": 0,
         "cache_block_outputs": False,
         "max_input_length": 9,
         "module_name_preceding_first_block": ["x"],
     }
-    notes = resolved({"bits": 4, **loud}, tmp_path).notes
-    assert [note.split()[0] for note in notes] == list(loud)
+    notes = resolved({"bits": 4, **with_note}, tmp_path).notes
+    assert [note.split()[0] for note in notes] == list(with_note)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The recipes that ship are valid, belong to the package, and do what they say."""
+"""The recipes of the package are valid, and each fits its description."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from gptq_cli.config.resolve import describe_recipe, recipes, resolve
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.serving import export_of, verdicts
 
-NAMES = [
-    "cpu-small",
-    "gptq-paper",
-    "mixed-4-8bit",
-    "moe",
-    "smallest-2bit",
-    "vllm-4bit",
-    "vllm-8bit",
-]
+BITS = {
+    "cpu-small": 4,
+    "gptq-paper": 4,
+    "mixed-4-8bit": 4,
+    "moe": 4,
+    "smallest-2bit": 2,
+    "vllm-4bit": 4,
+    "vllm-8bit": 8,
+}
 
 
 def recipe(name: str) -> QuantizeConfig:
@@ -33,32 +33,32 @@ def judged(config: QuantizeConfig) -> dict[str, str]:
 
 
 def test_recipes_are_files_of_the_package_with_a_description() -> None:
-    assert list(recipes()) == NAMES
+    assert list(recipes()) == list(BITS)
     for file in recipes().values():
         assert file.is_relative_to(Path(gptq_cli.__file__).parent)
         assert 20 < len(describe_recipe(file)) < 120
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", BITS)
 def test_recipe_resolves_without_notes(name: str) -> None:
     found = resolve({}, {}, Path(name))
     assert found.notes == ()
-    assert {"2": 2, "8": 8}.get(
-        next((d for d in name if d in "28"), ""), 4
-    ) == found.config.bits or "mixed" in name
+    assert found.config.bits == BITS[name]
 
 
-def test_vllm_recipes_load_in_vllm() -> None:
+def test_the_vllm_4bit_recipe_loads_in_every_engine() -> None:
     assert set(judged(recipe("vllm-4bit")).values()) == {"yes"}
+
+
+def test_other_recipes_for_vllm_load_in_vllm() -> None:
     assert judged(recipe("vllm-8bit"))["vllm"] == "limited"  # on GPU only
     assert judged(recipe("moe"))["vllm"] == "yes"
 
 
 def test_smallest_recipe_loads_in_three_engines() -> None:
     found = judged(recipe("smallest-2bit"))
-    assert [
-        engine for engine in ("transformers", "gptqmodel", "llama.cpp") if found[engine] != "yes"
-    ] == []
+    for engine in ("transformers", "gptqmodel", "llama.cpp"):
+        assert found[engine] == "yes"
     assert found["sglang"] == "limited"
     assert found["vllm"] == "no"
 
@@ -81,4 +81,5 @@ def test_mixed_recipe_gives_eight_bits_to_down_proj_only() -> None:
         "model.layers.10.mlp.up_proj",
         "model.layers.0.mlp.down_proj.x",
     ]
-    assert [layer.bits for name in names if (layer := config.for_layer(name))] == [8, 4, 4]
+    layers = [config.for_layer(name) for name in names]
+    assert [layer.bits for layer in layers if layer is not None] == [8, 4, 4]

@@ -91,18 +91,19 @@ dynamic:
   '+:up': 4
 """
     file = write(tmp_path, text)
-    found = [
-        (p.code, p.location.line, p.location.column, p.message, p.hint)
-        for p in problems_of({}, {}, file)
-        if p.location
-    ]
+    found = []
+    for problem in problems_of({}, {}, file):
+        assert problem.location is not None
+        line, column = problem.location.line, problem.location.column
+        found.append((problem.code, line, column, problem.message, problem.hint))
     sizes = "a positive number of columns, or -1 for one group per row, got 0"
     datasets = "must be a dataset name, a path, or a list of texts"
     modules = "must be a list of lists of module names, like [[self_attn.q_proj], [mlp.down_proj]]"
     assert found == [
         ("E_CFG_RANGE", 1, 7, "bits must be 2, 3, 4 or 8, got 5", None),
         ("E_CFG_UNKNOWN_KEY", 2, 1, "group_sise is not a known key", "did you mean group_size?"),
-        ("E_CFG_TYPE", 3, 11, 'nsamples must be a whole number of 1 or more, got "128"', "write 128 without quotes"),
+        ("E_CFG_TYPE", 3, 11, 'nsamples must be a whole number of 1 or more, got "128"',
+         "write 128 without quotes"),
         ("E_CFG_TYPE", 4, 6, 'sym must be true or false, got "yes"', "write true, without quotes"),
         ("E_CFG_YAML", 5, 1, f"sym is given twice, first in {file}:4:1", "keep one of them"),
         ("E_CFG_RANGE", 6, 15, "damp_percent must be a number strictly between 0 and 1, got .nan",
@@ -110,22 +111,30 @@ dynamic:
         ("E_CFG_RANGE", 7, 13, f"group_size must be {sizes}", "write -1 for one group per row"),
         ("E_CFG_TYPE", 8, 9, "seqlen must be a whole number of 1 or more, got 1.5", None),
         ("E_CFG_CONFLICT", 9, 11,
-         f"desc_act ({file}:9:11) and act_group_aware ({file}:10:18) are both true and exclude each other",
+         f"desc_act ({file}:9:11) and act_group_aware ({file}:10:18) are both true "
+         "and exclude each other",
          "set act_group_aware to false, or remove it: desc_act turns it off"),
         ("E_CFG_TYPE", 11, 14, f"dataset[1] {datasets}, got 2 as item 2", None),
-        ("E_CFG_RANGE", 12, 9, 'format must be gptq or gptq_v2, got "gptqv2"', "did you mean gptq_v2?"),
-        ("E_CFG_TYPE", 13, 32, f'modules_in_block_to_quantize[0] {modules}, got "q_proj" as item 1', None),
+        ("E_CFG_RANGE", 12, 9, 'format must be gptq or gptq_v2, got "gptqv2"',
+         "did you mean gptq_v2?"),
+        ("E_CFG_TYPE", 13, 32,
+         f'modules_in_block_to_quantize[0] {modules}, got "q_proj" as item 1', None),
         ("E_CFG_RANGE", 14, 17,
-         'max_shard_size must be a size such as 5GB or 500MiB, or a number of bytes, got "5 parsecs"', None),
+         "max_shard_size must be a size such as 5GB or 500MiB, or a number of bytes, "
+         'got "5 parsecs"', None),
         ("E_CFG_CONFLICT", 16, 16,
          "dynamic['-:lm_head'] keeps its layers in full precision and takes no settings",
          "write {}, or use '+:lm_head' to quantize the layer with other settings"),
         ("E_CFG_REGEX", 17, 3,
-         "dynamic['+:.*(down'] is not a regular expression: missing ), unterminated subpattern at position 2",
+         "dynamic['+:.*(down'] is not a regular expression: "
+         "missing ), unterminated subpattern at position 2",
          "rules are regular expressions: write \\. for a dot and .* for anything"),
-        ("E_CFG_UNKNOWN_KEY", 17, 17, "dynamic['+:.*(down'].bitz is not a known key", "did you mean bits?"),
-        ("E_CFG_RANGE", 17, 38, f"dynamic['+:.*(down'].group_size must be {sizes}", "write -1 for one group per row"),
-        ("E_CFG_TYPE", 18, 11, "dynamic['+:up'] must be a mapping of settings such as {bits: 8}, got 4", None),
+        ("E_CFG_UNKNOWN_KEY", 17, 17, "dynamic['+:.*(down'].bitz is not a known key",
+         "did you mean bits?"),
+        ("E_CFG_RANGE", 17, 38, f"dynamic['+:.*(down'].group_size must be {sizes}",
+         "write -1 for one group per row"),
+        ("E_CFG_TYPE", 18, 11,
+         "dynamic['+:up'] must be a mapping of settings such as {bits: 8}, got 4", None),
     ]  # fmt: skip
 
 
@@ -210,7 +219,8 @@ def test_errors_name_the_flag_or_the_variable() -> None:
     assert messages_of(flags, env) == [
         "--bits must be 2, 3, 4 or 8, got 5",
         "--damp-percent must be a number strictly between 0 and 1, got 2.0",
-        "--dynamic['+:('] is not a regular expression: missing ), unterminated subpattern at position 0",
+        "--dynamic['+:('] is not a regular expression: "
+        "missing ), unterminated subpattern at position 0",
         "--dynamic['+:('].bits must be 2, 3, 4 or 8, got 9",
         'GPTQ_SYM must be true or false, got "no"',
         'GPTQ_SEQLEN must be a whole number of 1 or more, got "many"',
@@ -237,9 +247,12 @@ def test_a_misspelt_variable_is_an_error() -> None:
     assert problem.code == "E_CFG_UNKNOWN_KEY"
     assert problem.message == "GPTQ_GROUPSIZE sets no known field"
     assert problem.hint == "did you mean GPTQ_GROUP_SIZE?"
-    assert resolve(
-        {"bits": 4}, {"GPTQ_HOME": "/x", "GPTQMODEL_X": "1", "gptq_bits": "9"}
-    ).notes == ("GPTQ_HOME is not a setting of this tool and has no effect",)
+
+
+def test_a_variable_of_another_tool_gives_a_note() -> None:
+    variables = {"GPTQ_HOME": "/x", "GPTQMODEL_X": "1", "gptq_bits": "9"}
+    notes = resolve({"bits": 4}, variables).notes
+    assert notes == ("GPTQ_HOME is not a setting of this tool and has no effect",)
 
 
 def test_check_flags_names_each_wrong_flag() -> None:
@@ -252,9 +265,7 @@ def test_check_flags_names_each_wrong_flag() -> None:
     ]
 
 
-def test_signed_scales_conflict_with_an_asymmetric_grid(
-    tmp_path: Path,
-) -> None:
+def test_signed_scales_conflict_with_an_asymmetric_grid(tmp_path: Path) -> None:
     file = write(
         tmp_path, "bits: 4\nsym: false\ndynamic: {a: {signed_scales: true}, b: {sym: false}}\n"
     )
@@ -264,12 +275,13 @@ def test_signed_scales_conflict_with_an_asymmetric_grid(
         f"dynamic.a.signed_scales ({file}:3:30) and sym ({file}:2:6) exclude each other: "
         "only a symmetric grid has signed scales"
     )
-    assert (
-        problem.hint
-        == "set signed_scales to false, or remove it: an asymmetric grid has no larger end"
-    )
-    (flags,) = problems_of({"bits": 4, "sym": False, "signed_scales": True}, {})
-    assert flags.message.startswith("--signed-scales and --sym exclude each other")
+    hint = "set signed_scales to false, or remove it: an asymmetric grid has no larger end"
+    assert problem.hint == hint
+
+
+def test_flags_signed_scales_and_asym_conflict() -> None:
+    (problem,) = problems_of({"bits": 4, "sym": False, "signed_scales": True}, {})
+    assert problem.message.startswith("--signed-scales and --sym exclude each other")
 
 
 def test_asym_turns_off_the_signed_scales_of_a_preset() -> None:

@@ -1,4 +1,4 @@
-"""Rules as text, and rules that reach nothing."""
+"""Rules of `dynamic`: their text, the layers that they match, and the limit of their time."""
 
 from __future__ import annotations
 
@@ -51,14 +51,11 @@ def test_unmatched_rules_are_those_that_reach_no_layer() -> None:
 
 @pytest.mark.parametrize(
     ("rule", "name", "matched"),
-    [  # the first ones take a timer or a process
+    [  # the first rules need a timer or a process
         (r"()()()(?:q)_proj", "model.q_proj", False),
         (r"()()()(?:.*)_proj", "model.q_proj", True),
-        (
-            r".*\.(?:k){s}_proj",
-            "model.layers.1.self_attn.q_proj",
-            False,
-        ),  # to `regex`: but for one letter
+        # the module `regex` would match this name: it reads {s} as one substituted letter
+        (r".*\.(?:k){s}_proj", "model.layers.1.self_attn.q_proj", False),
         (r".*\.(?:k){s}_proj", "model.k{s}_proj", True),
         (r".*(?:k_proj){e<=1}$", "model.layers.1.self_attn.q_proj", False),
         (r"(?:x|model)\.(?:mlp){i,d,s,e}.*", "model.attn", False),
@@ -72,7 +69,8 @@ def test_rules_match_as_in_the_re_module(rule: str, name: str, matched: bool, th
     if threads:
         with ThreadPoolExecutor(threads) as pool:
             assert pool.submit(matches, rule, name).result() is matched
-    assert matches(rule, name) is matched
+    else:
+        assert matches(rule, name) is matched
 
 
 @pytest.mark.parametrize("rule", ["-:(a+)+$", "+:(.|..|...)+(?!.|$)", "a?" * 60 + "a" * 60 + "$"])
@@ -82,39 +80,42 @@ def test_a_rule_with_endless_backtracking_is_refused(
 ) -> None:
     monkeypatch.setattr(layer, "SECONDS", 0.05)
     monkeypatch.setattr(layer, "SECONDS_OF_CHILD", 1.0)
-    with pytest.raises(ConfigError, match=r"takes more than .* `aaaa") as caught:  # noqa: PT012
-        if threads:
-            with ThreadPoolExecutor(threads) as pool:
-                pool.submit(matches, rule, "a" * 60 + "b").result()
-        matches(rule, "a" * 60 + "b")
+    too_slow = pytest.raises(ConfigError, match=r"takes more than .* `aaaa")
+    if threads:
+        with ThreadPoolExecutor(threads) as pool:
+            task = pool.submit(matches, rule, "a" * 60 + "b")
+            with too_slow as caught:
+                task.result()
+    else:
+        with too_slow as caught:
+            matches(rule, "a" * 60 + "b")
     assert (caught.value.code, caught.value.exit_code) == ("E_CFG_REGEX", 2)
     assert "(a+)+" in str(caught.value.hint)
 
 
 def test_usual_rules_start_no_process_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer.subprocess, "run", lambda *_, **__: pytest.fail("a child process"))
-    usual = [
-        r".*\.(?:q|k|v)_proj$",
-        r"model[.]layers[.](0|[0-9]+1)[.]mlp[.].*",
-        "lm_head",
-        r".*(?<!up)_proj",
-    ]
+    usual = {
+        r".*\.(?:q|k|v)_proj$": False,
+        r"model[.]layers[.](0|[0-9]+1)[.]mlp[.].*": True,
+        "lm_head": False,
+        r".*(?<!up)_proj": False,
+    }
     with ThreadPoolExecutor(1) as pool:
-        found = [
-            pool.submit(matches, rule, "model.layers.11.mlp.up_proj").result() for rule in usual
-        ]
-    assert found == [False, True, False, False]
+        for rule, matched in usual.items():
+            task = pool.submit(matches, rule, "model.layers.11.mlp.up_proj")
+            assert task.result() is matched, rule
 
 
 @pytest.mark.parametrize("rule", ["(a+)+", "(a+)+$"])
 def test_matching_restores_a_timer_of_other_code(
     rule: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def of_others(*_: object) -> None:
+    def handler(*_: object) -> None:
         raise AssertionError
 
     monkeypatch.setattr(layer, "SECONDS", 0.05)
-    usual = signal.signal(signal.SIGVTALRM, of_others)
+    usual = signal.signal(signal.SIGVTALRM, handler)
     signal.setitimer(signal.ITIMER_VIRTUAL, 500.0)
     try:
         if rule == "(a+)+":
@@ -122,7 +123,7 @@ def test_matching_restores_a_timer_of_other_code(
         else:
             with pytest.raises(ConfigError):
                 matches(rule, "a" * 60 + "b")
-        assert signal.getsignal(signal.SIGVTALRM) is of_others
+        assert signal.getsignal(signal.SIGVTALRM) is handler
         assert 400 < signal.getitimer(signal.ITIMER_VIRTUAL)[0] < 501  # in ticks of the clock
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)

@@ -1,4 +1,4 @@
-"""The configuration model: defaults, what is derived, which layers a rule reaches."""
+"""The configuration model: defaults, derived values, and the layers that a rule reaches."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_defaults_are_those_of_balanced_and_of_optimum() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "derived"),
+    ("given", "derived"),
     [
         ({"desc_act": True}, {"act_group_aware": False, "static_groups": False, "format": "gptq"}),
         (
@@ -100,9 +100,9 @@ def test_defaults_are_those_of_balanced_and_of_optimum() -> None:
     ],
 )
 def test_unset_fields_follow_the_fields_that_are_set(
-    said: dict[str, Any], derived: dict[str, Any]
+    given: dict[str, Any], derived: dict[str, Any]
 ) -> None:
-    config = QuantizeConfig(bits=4, **said)
+    config = QuantizeConfig(bits=4, **given)
     assert {name: getattr(config, name) for name in derived} == derived
 
 
@@ -118,7 +118,7 @@ def test_fields_set_are_the_given_and_the_derived_ones() -> None:
 
 
 @pytest.mark.parametrize(
-    "said",
+    "given",
     [
         {"desc_act": True, "act_group_aware": True},
         {"batch_size": 9, "nsamples": 8},
@@ -144,9 +144,9 @@ def test_fields_set_are_the_given_and_the_derived_ones() -> None:
         {"damp_percent": float("nan")},
     ],
 )
-def test_contradictions_and_wrong_values_are_refused(said: dict[str, Any]) -> None:
+def test_contradictions_and_wrong_values_are_refused(given: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
-        QuantizeConfig(**{"bits": 4, **said})
+        QuantizeConfig(**{"bits": 4, **given})
 
 
 def test_a_configuration_is_immutable() -> None:
@@ -236,9 +236,9 @@ def test_modules_in_block_match_the_end_of_a_name() -> None:
 
 def test_every_layer_setting_applies_and_can_be_overridden() -> None:
     settings = {
-        "bits": 3, "group_size": 64, "sym": True, "desc_act": False, "act_group_aware": False, "static_groups": True,
-        "signed_scales": True, "scale_search": "mse", "refine_sweeps": 2, "damp_mode": "diagonal", "damp_percent": 0.2,
-        "asymmetric_calibration": 0.5,
+        "bits": 3, "group_size": 64, "sym": True, "desc_act": False, "act_group_aware": False,
+        "static_groups": True, "signed_scales": True, "scale_search": "mse", "refine_sweeps": 2,
+        "damp_mode": "diagonal", "damp_percent": 0.2, "asymmetric_calibration": 0.5,
     }  # fmt: skip
     expected = LayerConfig(**settings)
     assert set(settings) == set(LayerConfig.__slots__) == set(LayerOverrides.__annotations__)
@@ -252,10 +252,13 @@ def test_a_rule_with_asym_turns_off_signed_scales() -> None:
     )
     assert config.for_layer("a") == LayerConfig(sym=False)
     assert config.for_layer("b") == LayerConfig(signed_scales=True)
-    turned_back = QuantizeConfig(
+
+
+def test_a_rule_may_turn_signed_scales_on_again() -> None:
+    config = QuantizeConfig(
         bits=4, preset="gptq", sym=False, dynamic={"+:a": {"sym": True, "signed_scales": True}}
     )
-    assert turned_back.for_layer("a") == LayerConfig(signed_scales=True)
+    assert config.for_layer("a") == LayerConfig(signed_scales=True)
 
 
 def test_each_preset_gives_its_settings() -> None:
@@ -267,9 +270,15 @@ def test_each_preset_gives_its_settings() -> None:
 
 
 def test_each_field_describes_the_values_it_accepts() -> None:
-    assert [name for name, info in QuantizeConfig.model_fields.items()
-            if not any(isinstance(item, Accepts) for item in info.metadata)] == []  # fmt: skip
-    for field in ("max_ram", "max_vram", "max_shard_size"):
-        with pytest.raises(ConfigError, match=f'{field} must be a size such as .*, got "lots"'):
-            QuantizeConfig(**{"bits": 4, field: "lots"})
+    for name, info in QuantizeConfig.model_fields.items():
+        assert any(isinstance(item, Accepts) for item in info.metadata), name
+
+
+@pytest.mark.parametrize("field", ["max_ram", "max_vram", "max_shard_size"])
+def test_a_wrong_size_is_refused_under_the_name_of_its_field(field: str) -> None:
+    with pytest.raises(ConfigError, match=f'{field} must be a size such as .*, got "lots"'):
+        QuantizeConfig(**{"bits": 4, field: "lots"})
+
+
+def test_a_memory_limit_is_a_number_of_bytes() -> None:
     assert QuantizeConfig(bits=4, max_ram="64GB", max_vram=10**9).max_ram_bytes == 64 * 10**9

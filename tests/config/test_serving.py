@@ -1,4 +1,4 @@
-"""Which engine loads what: every cell that was executed or read, and no engine judged without a source."""
+"""The table of engines: each verdict was executed or read, and each engine has a source."""
 
 from __future__ import annotations
 
@@ -23,6 +23,11 @@ NAMES = [
     "auto-round",
 ]
 SIGNS = {"+": "yes", "~": "limited", "w": "wrong", "-": "no"}
+
+
+def expected(row: str) -> dict[str, str]:
+    """Return the outcome of each engine in NAMES from a row of SIGNS."""
+    return dict(zip(NAMES, [SIGNS[sign] for sign in row.split()], strict=True))
 
 
 def outcomes(
@@ -60,20 +65,16 @@ def test_verdicts_agree_with_the_written_table(
     settings: dict[str, Any], format: str, row: str
 ) -> None:
     layers = [LayerConfig(**settings), LayerConfig(**settings, damp_percent=0.2)]
-    assert outcomes(layers, format) == dict(
-        zip(NAMES, [SIGNS[sign] for sign in row.split()], strict=True)
-    )
+    assert outcomes(layers, format) == expected(row)
 
 
 def test_fewer_engines_read_mixed_bits() -> None:
     mixed = [LayerConfig(bits=4), LayerConfig(bits=8)]
-    assert outcomes(mixed) == dict(
-        zip(NAMES, ["limited", "limited", "no", "yes", "no", "no", "no", "yes"], strict=True)
-    )
-    head = outcomes([LayerConfig()], lm_head=True)
-    assert head == dict(
-        zip(NAMES, ["yes", "yes", "wrong", "yes", "yes", "yes", "limited", "wrong"], strict=True)
-    )
+    assert outcomes(mixed) == expected("~ ~ - + - - - +")
+
+
+def test_fewer_engines_read_a_quantized_head() -> None:
+    assert outcomes([LayerConfig()], lm_head=True) == expected("+ + w + + + ~ w")
 
 
 def test_rules_have_reasons_and_engines_have_dated_sources() -> None:
@@ -83,28 +84,34 @@ def test_rules_have_reasons_and_engines_have_dated_sources() -> None:
         assert all(rule.reason and rule.outcome != "yes" for rule in engine.rules)
 
 
-def test_engines_read_experts_if_they_know_the_names() -> None:
-    def judged(*parts: str, **odd: LayerConfig | None) -> dict[str, str]:
-        layers = {
-            f"model.layers.0.mlp.experts.3.{part}": odd.get(part, LayerConfig()) for part in parts
-        }
-        return by_engine(
-            export_of({"model.layers.0.q_proj": LayerConfig(), **layers}, "gptq", lm_head=False)
-        )
+PARTS = ("gate_proj", "up_proj", "down_proj")
 
-    three = ("gate_proj", "up_proj", "down_proj")
-    plain, renamed = judged(*three), judged("w1", "w2")
-    for split in (judged(*three, up_proj=LayerConfig(bits=8)), judged(*three, down_proj=None)):
-        assert (split["vllm"], split["sglang"]) == ("no", "no")
-    assert judged(*three, up_proj=LayerConfig(damp_percent=0.3)) == plain
-    assert (plain["vllm"], plain["transformers"], plain["gptqmodel"], plain["auto-round"]) == (
-        "yes",
-        "wrong",
-        "yes",
-        "yes",
-    )
+
+def expert(*parts: str, **changed: LayerConfig | None) -> dict[str, str]:
+    """Return the outcomes for a model that has an expert with these parts."""
+    layers: dict[str, LayerConfig | None] = {"model.layers.0.q_proj": LayerConfig()}
+    for part in parts:
+        layers[f"model.layers.0.mlp.experts.3.{part}"] = changed.get(part, LayerConfig())
+    return by_engine(export_of(layers, "gptq", lm_head=False))
+
+
+def test_engines_read_experts_if_they_know_the_names() -> None:
+    plain, renamed = expert(*PARTS), expert("w1", "w2")
+    assert (plain["vllm"], plain["gptqmodel"], plain["auto-round"]) == ("yes", "yes", "yes")
     assert (renamed["vllm"], renamed["gptqmodel"], renamed["auto-round"]) == ("yes", "no", "wrong")
-    assert judged()["transformers"] == "yes"
+
+
+def test_transformers_misreads_experts() -> None:
+    assert expert(*PARTS)["transformers"] == "wrong"
+    assert expert()["transformers"] == "yes"
+
+
+def test_engines_that_fuse_refuse_experts_stored_in_two_ways() -> None:
+    mixed_bits = expert(*PARTS, up_proj=LayerConfig(bits=8))
+    partly_kept = expert(*PARTS, down_proj=None)
+    for engines in (mixed_bits, partly_kept):
+        assert (engines["vllm"], engines["sglang"]) == ("no", "no")
+    assert expert(*PARTS, up_proj=LayerConfig(damp_percent=0.3)) == expert(*PARTS)
 
 
 def test_engines_that_fuse_refuse_groups_stored_in_two_ways() -> None:
@@ -115,36 +122,41 @@ def test_engines_that_fuse_refuse_groups_stored_in_two_ways() -> None:
         )
 
     four, eight = LayerConfig(), LayerConfig(bits=8)
-    for split in (judged(q_proj=four, k_proj=None), judged(gate_proj=eight, up_proj=four)):
-        assert (split["vllm"], split["sglang"]) == ("no", "no")
-    for whole in (
-        judged(q_proj=None, k_proj=None, v_proj=None),
-        judged(q_proj=eight, k_proj=eight, o_proj=four),
-    ):
-        assert (whole["vllm"], whole["sglang"]) in (("yes", "yes"), ("limited", "limited"))
+    partly_kept = judged(q_proj=four, k_proj=None)
+    mixed_bits = judged(gate_proj=eight, up_proj=four)
+    for engines in (partly_kept, mixed_bits):
+        assert (engines["vllm"], engines["sglang"]) == ("no", "no")
+    all_kept = judged(q_proj=None, k_proj=None, v_proj=None)
+    all_eight = judged(q_proj=eight, k_proj=eight, o_proj=four)
+    for engines in (all_kept, all_eight):
+        assert (engines["vllm"], engines["sglang"]) in (("yes", "yes"), ("limited", "limited"))
     assert judged(q_proj=four, k_proj=None)["gptqmodel"] == "yes"
 
 
-def test_fewer_engines_read_narrow_experts() -> None:
-    turned = by_engine(
-        export_of({"h.0.c_attn": LayerConfig()}, "gptq", lm_head=False, transposed=True)
-    )
-    assert (turned["transformers"], turned["llama.cpp"], turned["gptqmodel"]) == (
-        "no",
-        "wrong",
-        "yes",
-    )
+def test_fewer_engines_read_conv1d_models() -> None:
+    layers = {"h.0.c_attn": LayerConfig()}
+    engines = by_engine(export_of(layers, "gptq", lm_head=False, transposed=True))
+    assert engines["transformers"] == "no"
+    assert engines["llama.cpp"] == "wrong"
+    assert engines["gptqmodel"] == "yes"
 
-    def narrow(**settings: Any) -> str:
-        layers = {"layers.0.experts.1.down_proj": LayerConfig(**settings)}
-        return by_engine(export_of(layers, "gptq", lm_head=False, narrow_experts=True))["vllm"]
 
-    assert (narrow(), narrow(desc_act=True), narrow(bits=8), narrow(bits=8, group_size=-1)) == (
-        "limited",
-        "wrong",
-        "no",
-        "limited",
-    )
+@pytest.mark.parametrize(
+    ("settings", "outcome"),
+    [
+        ({}, "limited"),
+        ({"desc_act": True}, "wrong"),
+        ({"bits": 8}, "no"),
+        ({"bits": 8, "group_size": -1}, "limited"),
+    ],
+)
+def test_vllm_reads_narrow_experts_with_limits(settings: dict[str, Any], outcome: str) -> None:
+    layers = {"layers.0.experts.1.down_proj": LayerConfig(**settings)}
+    export = export_of(layers, "gptq", lm_head=False, narrow_experts=True)
+    assert by_engine(export)["vllm"] == outcome
+
+
+def test_sglang_refuses_asymmetric_experts() -> None:
     asym = export_of(
         {"layers.0.experts.1.down_proj": LayerConfig(sym=False)}, "gptq", lm_head=False
     )
@@ -166,32 +178,35 @@ def test_target_problems_name_every_reason_and_a_remedy() -> None:
     assert problems[0].hint == "what would load: --bits 4 or 8; as it is, it loads in gptqmodel"
 
 
+def one_layer(format: str, *, lm_head: bool, **settings: Any) -> Export:
+    return export_of({"layers.0.q_proj": LayerConfig(**settings)}, format, lm_head=lm_head)
+
+
 @pytest.mark.parametrize("target", [*NAMES, "any"])
-def test_target_problems_agree_with_the_table(target: str) -> None:
-    plain = {"layers.0.q_proj": LayerConfig()}
-    exports = [export_of(plain, "gptq", lm_head=False), export_of(plain, "gptq", lm_head=True)]
-    for settings, format in (
-        ({"bits": 3}, "gptq"),
-        ({"bits": 8}, "gptq_v2"),
-        ({"desc_act": True}, "gptq"),
-    ):
-        exports.append(
-            export_of({"layers.0.q_proj": LayerConfig(**settings)}, format, lm_head=False)
-        )
-    for export in exports:
-        judged = by_engine(export)
-        bad = [
-            engine
-            for engine in NAMES
-            if judged[engine] in ("no", "wrong") and target in (engine, "any")
-        ]
-        said = " ".join(problem.message for problem in target_problems(export, target))
-        assert [
-            engine
-            for engine in NAMES
-            if f"{engine} does not load" in said or f"{engine} would mis" in said
-        ] == bad
-        assert target_problems(export, None) == []
+@pytest.mark.parametrize(
+    ("settings", "format", "lm_head"),
+    [
+        ({}, "gptq", False),
+        ({}, "gptq", True),
+        ({"bits": 3}, "gptq", False),
+        ({"bits": 8}, "gptq_v2", False),
+        ({"desc_act": True}, "gptq", False),
+    ],
+)
+def test_target_problems_agree_with_the_table(
+    settings: dict[str, Any], format: str, lm_head: bool, target: str
+) -> None:
+    export = one_layer(format, lm_head=lm_head, **settings)
+    judged = by_engine(export)
+    bad, found = [], []
+    text = " ".join(problem.message for problem in target_problems(export, target))
+    for engine in NAMES:
+        if judged[engine] in ("no", "wrong") and target in (engine, "any"):
+            bad.append(engine)
+        if f"{engine} does not load" in text or f"{engine} would mis" in text:
+            found.append(engine)
+    assert found == bad
+    assert target_problems(export, None) == []
 
 
 def test_settings_export_needs_only_a_configuration() -> None:
@@ -199,13 +214,10 @@ def test_settings_export_needs_only_a_configuration() -> None:
         bits=4, sym=False, lm_head=True, dynamic={"-:.*q": {}, "+:.*o_proj": {"bits": 8}}
     )
     export = settings_export(mixed)
-    assert (export.bits, export.asym, export.v2, export.mixed, export.lm_head) == (
-        {4, 8},
-        True,
-        True,
-        True,
-        True,
-    )
-    assert not settings_export(
-        QuantizeConfig(bits=4, dynamic={"+:.*o_proj": {"damp_percent": 0.2}})
-    ).mixed
+    assert export.bits == {4, 8}
+    assert (export.asym, export.v2, export.mixed, export.lm_head) == (True, True, True, True)
+
+
+def test_different_damping_does_not_make_an_export_mixed() -> None:
+    config = QuantizeConfig(bits=4, dynamic={"+:.*o_proj": {"damp_percent": 0.2}})
+    assert not settings_export(config).mixed

@@ -1,4 +1,4 @@
-"""A resolved configuration is valid input and comes back equal."""
+"""A resolved configuration that is written as YAML is valid input and resolves to itself."""
 
 from __future__ import annotations
 
@@ -95,7 +95,8 @@ def test_a_file_name_stays_inside_its_comment(name: str) -> None:
         QuantizeConfig(bits=4, dataset=["a", "b"]), {"bits": f"{name}:1", "dataset": f"{name}:2"}
     )
     found = parse(written.encode(), "c.yaml")
-    assert (found.values["bits"], found.values["dataset"], found.problems) == (4, ["a", "b"], ())
+    assert (found.values["bits"], found.values["dataset"]) == (4, ["a", "b"])
+    assert found.problems == ()
 
 
 def test_parse_refuses_half_of_a_surrogate_pair() -> None:
