@@ -15,7 +15,7 @@ from gptq_cli.files import file_errors
 from gptq_cli.planning.checks import RunOptions, prepare_run
 from gptq_cli.planning.run_plan import default_name
 from gptq_cli.publish.report import BlockLog, check_report, save_report
-from gptq_cli.quantization.run_record import seconds
+from gptq_cli.quantization.run_state import seconds
 
 if TYPE_CHECKING:
     from gptq_cli.evaluation.perplexity import EvalResult

@@ -89,7 +89,7 @@ def quantize(
     console.show_notes(resolved.notes)
     from gptq_cli.planning.checks import RunOptions
     from gptq_cli.publish.report import BlockLog, check_report, save_report
-    from gptq_cli.quantization.run_record import seconds
+    from gptq_cli.quantization.run_state import seconds
 
     options = RunOptions(
         revision, overwrite, resume or "auto", seconds(max_runtime), allow_network_fs
@@ -257,7 +257,7 @@ def resume(
     if is_directory(begun.directory):
         os.chdir(begun.directory)
     from gptq_cli.planning.checks import RunOptions
-    from gptq_cli.quantization.run_record import seconds
+    from gptq_cli.quantization.run_state import seconds
 
     options = RunOptions(
         revision=begun.revision,

@@ -29,7 +29,7 @@ from gptq_cli.events import BlockStarted, PhaseStarted, Report, Warned, ignore
 from gptq_cli.json_values import to_json
 from gptq_cli.models.stream import ModelStream
 from gptq_cli.planning.run_plan import about_unused, bounded_seqlen
-from gptq_cli.quantization.run_record import Record
+from gptq_cli.quantization.run_state import Record
 from gptq_cli.runtime.hidden_states import HiddenStates
 from gptq_cli.runtime.memory import Memory, block_finished, device_errors
 from gptq_cli.runtime.open_model import open_stream, resolve_backend, resolve_device, warn_of

@@ -10,8 +10,7 @@ hidden states do not match their hash, the run repeats their block and every blo
 from __future__ import annotations
 
 import io
-import time
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from hashlib import sha256
@@ -28,12 +27,8 @@ from gptq_cli.checkpoint.writer import CheckpointWriter
 from gptq_cli.errors import ExistsError, GateError, GptqError, InputError
 from gptq_cli.events import ExpertsCovered, LayerReport, Report, Resumed, Warned, WorkKept
 from gptq_cli.files import UNREADABLE, is_file
-from gptq_cli.models.block_calls import Container
-from gptq_cli.models.stream import ModelStream
 from gptq_cli.quantization.identity import Identity, differences
-from gptq_cli.quantization.run_record import Record
-from gptq_cli.runtime.hidden_states import HiddenStates
-from gptq_cli.runtime.ranks import Ranks
+from gptq_cli.quantization.run_state import Batch, Record, SavingTimes
 from gptq_cli.storage.durable import COPY_BYTES, OpenFile, sync_directory
 from gptq_cli.storage.manifest import Entry, Journal, digest, file_hash, read_manifest
 from gptq_cli.storage.replacing import check_replaceable, overwrite_hint
@@ -44,70 +39,6 @@ from gptq_cli.storage.work_directory import (
     read_run,
     resume_command,
 )
-
-# The state of one batch: hidden states of the quantized model, and of the unquantized one if there
-# is one, and the containers that the blocks pass on beside them.
-Batch = tuple[tuple[Tensor, ...], list[Any]]
-
-MOST_SHARE = 1 / 20  # of the time of a run
-BYTES_PER_SECOND = 1e9  # of hidden states that are hashed and written; assumed
-
-
-class FinishedBlocks:
-    """The finished blocks of a run of `n_steps` blocks: the first `first` of them.
-
-    The output head counts as the last block. Only the leader has a `store`: it sends the saved
-    states to the other ranks and gathers theirs.
-    """
-
-    def __init__(self, ranks: Ranks, n_steps: int, store: BlockStore | None = None) -> None:
-        self._ranks, self._n_steps, self._store = ranks, n_steps, store
-        first = None
-        if store is not None:
-            first = store.first
-        self.first = ranks.broadcast(first)
-
-    @property
-    def complete(self) -> bool:
-        """Whether every block is finished."""
-        return self.first == self._n_steps
-
-    def restore(self, stream: ModelStream, hidden: Sequence[HiddenStates]) -> int:
-        """Load `hidden`, and what the blocks of `stream` pass on, as saved; return `first`."""
-        if not self.first:
-            return 0
-        saved = None
-        if self._store is not None:
-            saved = self._store.read()
-        batches = self._ranks.scatter(saved, hidden[0].n_all)
-        states_by_model = zip(*(states for states, _ in batches), strict=True)
-        for of_model, states in zip(hidden, states_by_model, strict=True):
-            of_model.restore(states)
-        for containers, (_, passed_on) in zip(stream.carried, batches, strict=True):
-            _fill(containers, passed_on, stream.device)
-        return self.first
-
-    def finished(self, block: int, stream: ModelStream, hidden: Sequence[HiddenStates]) -> None:
-        """Save the blocks up to `block` and the `hidden` states after it, if it is time to."""
-        if block + 1 == self._n_steps:
-            if self._store is not None:
-                self._store.save(block, None)
-        else:
-            due = None
-            if self._store is not None:
-                n_bytes = sum(of_model.nbytes for of_model in hidden)
-                due = self._store.times.is_due(self._ranks.size * n_bytes)
-            if not self._ranks.broadcast(due):
-                return
-            batches = self._ranks.gather(_batches(stream, hidden))
-            if self._store is not None:
-                self._store.save(block, batches)
-        self.first = block + 1
-
-    def save_every_block(self) -> None:
-        """Save after every block from now on."""
-        if self._store is not None:
-            self._store.times.always = True
 
 
 class BlockStore:
@@ -344,30 +275,6 @@ def _blocks(entries: Sequence[Entry]) -> int:
     return int(entries[-1]["block"]) + 1
 
 
-def _batches(stream: ModelStream, hidden: Sequence[HiddenStates]) -> list[Batch]:
-    """Return the state of each batch of this process."""
-    states_of_batches = zip(*(of_model.stored for of_model in hidden), strict=True)
-    batches: list[Batch] = []
-    for states, containers in zip(states_of_batches, stream.carried, strict=True):
-        batches.append((states, [_copied(container) for container in containers]))
-    return batches
-
-
-def _copied(container: Container) -> dict[Any, Any] | list[Any]:
-    if isinstance(container, MutableMapping):
-        return dict(container)
-    return list(container)
-
-
-def _fill(containers: Sequence[Container], passed_on: Sequence[Any], device: torch.device) -> None:
-    for container, saved in zip(containers, passed_on, strict=True):
-        saved = tree_map_only(Tensor, lambda tensor: tensor.to(device), saved)
-        if isinstance(container, MutableMapping):
-            container.update(saved)
-        else:
-            container.extend(saved)
-
-
 def _save(path: Path, batches: list[Batch]) -> str:
     """Write the state of all batches durably; return the hash of the file."""
     with OpenFile(path, 0) as file:
@@ -384,21 +291,3 @@ def _without_base(tensor: Tensor) -> Tensor:
     if tensor.untyped_storage().nbytes() == tensor.nbytes:
         return tensor
     return tensor.clone()
-
-
-class SavingTimes:
-    """Tells when to save: if saving takes at most a twentieth of the time since the last save.
-
-    With `always` it is time after every block.
-    """
-
-    def __init__(self, *, always: bool = False, now: Callable[[], float] = time.monotonic) -> None:
-        self.always, self._now, self._last = always, now, now()
-
-    def is_due(self, nbytes: int) -> bool:
-        """Return whether to save this many bytes now."""
-        return self.always or self._now() - self._last >= nbytes / BYTES_PER_SECOND / MOST_SHARE
-
-    def saved(self) -> None:
-        """Restart the interval."""
-        self._last = self._now()

@@ -51,15 +51,12 @@ from gptq_cli.quantization.block_loop import quantize_all_blocks
 from gptq_cli.quantization.identity import Identity, check_agreement, identify
 from gptq_cli.quantization.resume import (
     BlockStore,
-    FinishedBlocks,
-    SavingTimes,
     check_resumable,
     finished_output,
     marking_failures,
     reporting_kept_work,
 )
-from gptq_cli.quantization.run_record import Limits, Record
-from gptq_cli.quantization.run_state import Run
+from gptq_cli.quantization.run_state import FinishedBlocks, Limits, Record, Run, SavingTimes
 from gptq_cli.runtime.memory import Memory, device_errors
 from gptq_cli.runtime.open_model import STORED_DTYPES, open_stream, resolve_device
 from gptq_cli.runtime.ranks import SINGLE_PROCESS, Ranks, Worker

@@ -1,22 +1,48 @@
-"""The state of a run, which the parts of the block loop share."""
+"""The state of a run, which the parts of the block loop share.
+
+`Run` is one run as one of its processes sees it. `Record` keeps what its result is made of,
+`Limits` end it, and `FinishedBlocks` saves its blocks and restores them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import math
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.events import Report
+from gptq_cli.errors import ConfigError, GateError, PausedError
+from gptq_cli.events import (
+    BlockFinished,
+    Event,
+    ExpertsCovered,
+    LayerReport,
+    LayerSolved,
+    Report,
+    Resumed,
+)
+from gptq_cli.models.block_calls import Container
 from gptq_cli.models.paused_forwards import Prober
 from gptq_cli.models.stream import ModelStream
 from gptq_cli.planning.run_plan import LayerPlan, RunPlan
-from gptq_cli.quantization.resume import FinishedBlocks
-from gptq_cli.quantization.run_record import Limits, Record
+from gptq_cli.runtime.hidden_states import HiddenStates
 from gptq_cli.runtime.memory import Memory, PauseBudget
 from gptq_cli.runtime.ranks import Ranks
 from gptq_cli.solver.quantized_linear import QuantizedLinear
+
+# The state of one batch: hidden states of the quantized model, and of the unquantized one if there
+# is one, and the containers that the blocks pass on beside them.
+Batch = tuple[tuple[Tensor, ...], list[Any]]
+
+MOST_SHARE = 1 / 20  # of the time of a run
+BYTES_PER_SECOND = 1e9  # of hidden states that are hashed and written; assumed
 
 Keep = Callable[[LayerPlan, QuantizedLinear], None]
 
@@ -57,3 +83,260 @@ class Run:
         memory = Memory(device, config.max_vram_bytes, config.max_ram_bytes, processes)
         self.budget = PauseBudget(memory, self.record)
         self.layers = {layer.name: layer for layer in self.plan.quantized}
+
+
+class Record:
+    """Passes every event on and keeps the parts of a result: layer reports, memory peaks in bytes.
+
+    If a block is repeated, its layers are kept once.
+    """
+
+    def __init__(self, report: Report) -> None:
+        self._report = report
+        self._layers: dict[str, LayerReport] = {}
+        self._experts: dict[str, ExpertsCovered] = {}
+        self.host_bytes = 0
+        self.device_bytes = 0
+        self.resumed_blocks = 0
+        self.already_done = False
+
+    @property
+    def layers(self) -> list[LayerReport]:
+        """The reports of layers, in the order in which the layers were first solved."""
+        return list(self._layers.values())
+
+    @property
+    def experts(self) -> list[ExpertsCovered]:
+        """The coverage of each layer of experts, in the same order."""
+        return list(self._experts.values())
+
+    def for_manifest(self) -> dict[str, Any]:
+        """Return layers and experts for the manifest, without the seconds, which vary."""
+        layers = [asdict(layer) for layer in self.layers]
+        for layer in layers:
+            del layer["seconds"]
+        return {"layers": layers, "experts": [asdict(covered) for covered in self.experts]}
+
+    def take_over(self, manifest: Mapping[str, Any]) -> None:
+        """Take the record of the earlier call that finished the output of `manifest`."""
+        self.already_done = True
+        self._add(
+            [LayerReport(**layer, seconds=0.0) for layer in manifest.get("layers", ())],
+            [ExpertsCovered(**layer) for layer in manifest.get("experts", ())],
+        )
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, LayerSolved):
+            self._add([event.report])
+        elif isinstance(event, ExpertsCovered):
+            self._add(experts=[event])
+        elif isinstance(event, BlockFinished):
+            self.host_bytes = max(self.host_bytes, event.host_bytes)
+            self.device_bytes = max(self.device_bytes, event.device_bytes)
+        elif isinstance(event, Resumed):
+            self.resumed_blocks = event.index
+            self._add(event.layers, event.experts)
+        self._report(event)
+
+    def _add(
+        self, layers: Iterable[LayerReport] = (), experts: Iterable[ExpertsCovered] = ()
+    ) -> None:
+        self._layers |= {layer.name: layer for layer in layers}
+        self._experts |= {covered.name: covered for covered in experts}
+
+
+class Limits:
+    """The limits of a run: the block loop asks before each block and layer, and after each layer.
+
+    If `max_seconds` is None, the time is not limited.
+    """
+
+    def __init__(
+        self,
+        config: QuantizeConfig,
+        max_seconds: float | None = None,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._config, self._now = config, now
+        self._rounded: set[str] = set()  # names, since a layer may be solved again
+        self._longest = 0.0
+        self._seconds = math.inf
+        if max_seconds is not None:
+            self._seconds = max_seconds
+        self._end = now() + self._seconds
+
+    def check_time_for_block(self) -> None:
+        """Raise PausedError E_PAUSED if a block as long as the longest so far would be late."""
+        self._check_time(self._longest)
+
+    def check_time(self) -> None:
+        """Raise PausedError E_PAUSED if the time is over."""
+        self._check_time(0.0)
+
+    def add_block(self, seconds: float) -> None:
+        """Note how long a block took."""
+        self._longest = max(self._longest, seconds)
+
+    def check_fallbacks(self, layers: Iterable[LayerReport]) -> None:
+        """Count the `layers` that were rounded to nearest.
+
+        Layers of resumed blocks count as well, although their run may have had other limits.
+        Raises GateError E_NUM_FALLBACKS if there are too many.
+        """
+        allowed = self._config.max_fallbacks
+        for layer in layers:
+            if not layer.fallback:
+                continue
+            self._rounded.add(layer.name)
+            if layer.fallback in ("inputs", "hessian") and self._config.on_numeric_fault == "error":
+                text = f"an earlier call rounded `{layer.name}` to nearest"
+                raise GateError(
+                    "E_NUM_FALLBACKS",
+                    f"{text}, but --on-numeric-fault is error now",
+                    hint="use --on-numeric-fault rtn, or --resume never",
+                )
+            if allowed is not None and len(self._rounded) > allowed:
+                count = f"{len(self._rounded)} layers had to be rounded to nearest"
+                raise GateError(
+                    "E_NUM_FALLBACKS",
+                    f"{count}, the last `{layer.name}`, but --max-fallbacks allows {allowed}",
+                    hint="use more or other calibration text, or allow more",
+                )
+
+    def _check_time(self, needed: float) -> None:
+        if self._now() + needed > self._end:
+            raise PausedError(
+                "E_PAUSED",
+                f"the next block would not finish within --max-runtime ({self._seconds:g} s)",
+                hint="run the same command to resume; the current block starts over",
+            )
+
+
+def seconds(duration: str | None) -> float | None:
+    """Return the seconds of "3h30m", "90m" or "45s"; ConfigError E_CFG_RANGE for anything else."""
+    if duration is None:
+        return None
+    total = 0
+    match = re.fullmatch(r"(?:(\d{1,6})h)?(?:(\d{1,6})m)?(?:(\d{1,6})s)?", duration)
+    if match is not None:
+        hours, minutes, rest = match.groups(default="0")
+        total = 3600 * int(hours) + 60 * int(minutes) + int(rest)
+    if not total:
+        raise ConfigError(
+            "E_CFG_RANGE",
+            f"--max-runtime must be a time such as 3h30m, 90m or 45s, got {duration!r}",
+            hint="write hours with h, minutes with m, seconds with s",
+        )
+    return total
+
+
+class Store(Protocol):
+    """Finished blocks on the disk, as the leader has them: see `resume.BlockStore`."""
+
+    first: int
+    times: SavingTimes
+
+    def read(self) -> list[Batch]:
+        """Return the state of every batch after the last finished block, on the host."""
+
+    def save(self, block: int, batches: list[Batch] | None) -> None:
+        """Make the blocks up to `block` durable, with the state of `batches` after them."""
+
+
+class FinishedBlocks:
+    """The finished blocks of a run of `n_steps` blocks: the first `first` of them.
+
+    The output head counts as the last block. Only the leader has a `store`: it sends the saved
+    states to the other ranks and gathers theirs.
+    """
+
+    def __init__(self, ranks: Ranks, n_steps: int, store: Store | None = None) -> None:
+        self._ranks, self._n_steps, self._store = ranks, n_steps, store
+        first = None
+        if store is not None:
+            first = store.first
+        self.first = ranks.broadcast(first)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every block is finished."""
+        return self.first == self._n_steps
+
+    def restore(self, stream: ModelStream, hidden: Sequence[HiddenStates]) -> int:
+        """Load `hidden`, and what the blocks of `stream` pass on, as saved; return `first`."""
+        if not self.first:
+            return 0
+        saved = None
+        if self._store is not None:
+            saved = self._store.read()
+        batches = self._ranks.scatter(saved, hidden[0].n_all)
+        states_by_model = zip(*(states for states, _ in batches), strict=True)
+        for of_model, states in zip(hidden, states_by_model, strict=True):
+            of_model.restore(states)
+        for containers, (_, passed_on) in zip(stream.carried, batches, strict=True):
+            _fill(containers, passed_on, stream.device)
+        return self.first
+
+    def finished(self, block: int, stream: ModelStream, hidden: Sequence[HiddenStates]) -> None:
+        """Save the blocks up to `block` and the `hidden` states after it, if it is time to."""
+        if block + 1 == self._n_steps:
+            if self._store is not None:
+                self._store.save(block, None)
+        else:
+            due = None
+            if self._store is not None:
+                n_bytes = sum(of_model.nbytes for of_model in hidden)
+                due = self._store.times.is_due(self._ranks.size * n_bytes)
+            if not self._ranks.broadcast(due):
+                return
+            batches = self._ranks.gather(_batches(stream, hidden))
+            if self._store is not None:
+                self._store.save(block, batches)
+        self.first = block + 1
+
+    def save_every_block(self) -> None:
+        """Save after every block from now on."""
+        if self._store is not None:
+            self._store.times.always = True
+
+
+class SavingTimes:
+    """Tells when to save: if saving takes at most a twentieth of the time since the last save.
+
+    With `always` it is time after every block.
+    """
+
+    def __init__(self, *, always: bool = False, now: Callable[[], float] = time.monotonic) -> None:
+        self.always, self._now, self._last = always, now, now()
+
+    def is_due(self, nbytes: int) -> bool:
+        """Return whether to save this many bytes now."""
+        return self.always or self._now() - self._last >= nbytes / BYTES_PER_SECOND / MOST_SHARE
+
+    def saved(self) -> None:
+        """Restart the interval."""
+        self._last = self._now()
+
+
+def _batches(stream: ModelStream, hidden: Sequence[HiddenStates]) -> list[Batch]:
+    """Return the state of each batch of this process."""
+    states_of_batches = zip(*(of_model.stored for of_model in hidden), strict=True)
+    batches: list[Batch] = []
+    for states, containers in zip(states_of_batches, stream.carried, strict=True):
+        batches.append((states, [_copied(container) for container in containers]))
+    return batches
+
+
+def _copied(container: Container) -> dict[Any, Any] | list[Any]:
+    if isinstance(container, MutableMapping):
+        return dict(container)
+    return list(container)
+
+
+def _fill(containers: Sequence[Container], passed_on: Sequence[Any], device: torch.device) -> None:
+    for container, saved in zip(containers, passed_on, strict=True):
+        saved = tree_map_only(Tensor, lambda tensor: tensor.to(device), saved)
+        if isinstance(container, MutableMapping):
+            container.update(saved)
+        else:
+            container.extend(saved)

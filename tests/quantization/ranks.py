@@ -18,7 +18,7 @@ from gptq_cli.errors import GptqError
 from gptq_cli.events import BlockFinished, Event
 from gptq_cli.models.stream import LoadedBlock
 from gptq_cli.planning.checks import RunOptions, prepare_run
-from gptq_cli.quantization import block_loop, layers, resume, routed_experts, run
+from gptq_cli.quantization import block_loop, layers, routed_experts, run, run_state
 from gptq_cli.runtime import torchrun
 from gptq_cli.solver.factor import HessianFactor
 from gptq_cli.solver.grid import ScaleRangeError
@@ -123,20 +123,20 @@ def _refuse(*_: object) -> Any:
     raise ScaleRangeError(0)
 
 
-def _die_after_the_first_block(self: resume.FinishedBlocks, block: int, *arguments: Any) -> None:
+def _die_after_the_first_block(self: run_state.FinishedBlocks, block: int, *arguments: Any) -> None:
     _finished(self, block, *arguments)
     if block == 0:
         _die()
 
 
-_finished = resume.FinishedBlocks.finished
+_finished = run_state.FinishedBlocks.finished
 PLANTS: dict[str, tuple[Any, str, Any]] = {
     "start": (run, "check_agreement", _die),
     "forward": (LoadedBlock, "run", _die),
     "solve": (layers, "solve_together", _die),
     "expert": (routed_experts, "expert_cost", _die),
     "head": (block_loop, "head_forwards", _die),
-    "finished": (resume.FinishedBlocks, "finished", _die_after_the_first_block),
+    "finished": (run_state.FinishedBlocks, "finished", _die_after_the_first_block),
     "refused": (layers, "solve_together", _refuse),
 }
 

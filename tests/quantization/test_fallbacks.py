@@ -20,8 +20,7 @@ from gptq_cli.planning.plan import plan_run
 from gptq_cli.quantization import layers
 from gptq_cli.quantization.layers import LayerSolver
 from gptq_cli.quantization.run import QuantizeResult, quantize_checkpoint
-from gptq_cli.quantization.run_record import Limits
-from gptq_cli.quantization.run_state import Run
+from gptq_cli.quantization.run_state import Limits, Run
 from gptq_cli.runtime.ranks import SINGLE_PROCESS
 from gptq_cli.solver.factor import HessianFactor, NotPositiveDefiniteError, prepare
 from gptq_cli.solver.hessian import HessianAccumulator

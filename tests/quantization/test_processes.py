@@ -25,7 +25,7 @@ CHILDREN.set_forkserver_preload(["tests.quantization.children"])
 PROGRAM = """
 import os, sys, torch
 torch.set_num_threads(1)
-from gptq_cli.quantization import resume
+from gptq_cli.quantization import run_state
 from gptq_cli.__main__ import main
 from gptq_cli.storage import durable
 when, signals = sys.argv.pop(1), [int(number) for number in sys.argv.pop(1).split(",")]
@@ -33,11 +33,11 @@ def send():
     for number in signals:
         os.kill(os.getpid(), number)
 if when == "block":
-    usual = resume.FinishedBlocks.finished
+    usual = run_state.FinishedBlocks.finished
     def finished(*arguments):
         usual(*arguments)
         send()
-    resume.FinishedBlocks.finished = finished
+    run_state.FinishedBlocks.finished = finished
 elif when == "forward":
     from gptq_cli.models import paused_forwards
     usual = paused_forwards._Batch.before_linear

@@ -17,8 +17,7 @@ import torch
 from gptq_cli.errors import ConfigError, ExistsError, PausedError, ResourceError
 from gptq_cli.events import BlockStarted, Event, LayerStarted, PhaseStarted, Resumed, WorkKept
 from gptq_cli.models.stream import ModelStream
-from gptq_cli.quantization.resume import FinishedBlocks
-from gptq_cli.quantization.run_record import Limits
+from gptq_cli.quantization.run_state import FinishedBlocks, Limits
 from gptq_cli.runtime.hidden_states import HiddenStates
 from gptq_cli.runtime.memory import Memory
 from gptq_cli.runtime.ranks import Ranks

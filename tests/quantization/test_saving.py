@@ -11,7 +11,7 @@ import pytest
 
 from gptq_cli.events import BlockFinished, BlockStarted, Event, LayerStarted, PhaseStarted, Warned
 from gptq_cli.quantization import resume
-from gptq_cli.quantization.resume import SavingTimes
+from gptq_cli.quantization.run_state import SavingTimes
 from tests.disks import CountingDisk, DyingDisk, Killed, using
 from tests.families import save_model
 from tests.runs import digest
