@@ -1,12 +1,18 @@
-"""Every expected failure as an exception: each class has one exit code, each raise has a code, a
-message and usually a hint. The version is here too, because this module imports no other one.
+"""Every expected failure as an exception, and the words for values in messages.
+
+Each class of exceptions has one exit code; each raise has a code, a message and usually a hint. A
+`Finding` is a flaw in a set of values, whatever source gave them. The version is here too, because
+this module imports no other one.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
@@ -121,3 +127,103 @@ class Stopped(BaseException):
     def __init__(self, signal: int) -> None:
         super().__init__(signal)
         self.exit_code = 128 + signal
+
+
+UNITS = ("B", "KB", "MB", "GB", "TB")
+UNFINITE = {"nan": ".nan", "inf": ".inf", "-inf": "-.inf"}  # in YAML
+
+KeyPath = tuple[str | int, ...]
+
+# Names that other tools and papers use for a field, where the spelling alone does not lead to it.
+SYNONYMS = {
+    "percdamp": "damp_percent",
+    "dampening_frac": "damp_percent",
+    "act_order": "desc_act",
+    "actorder": "desc_act",
+    "wbits": "bits",
+    "w_bit": "bits",
+    "num_calibration_samples": "nsamples",
+    "max_seq_length": "seqlen",
+    "ignore": "dynamic",
+}
+
+
+def name_of(path: KeyPath) -> str:
+    """Return a path as people write it: `bits`, `dynamic['+:lm_head'].bits`, `dataset[1]`."""
+    head, *rest = path
+    words = [str(head)]
+    for part in rest:
+        if isinstance(part, str) and part.isidentifier():
+            words.append(f".{part}")
+        else:
+            words.append(f"[{part!r}]")
+    return "".join(words)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One flaw: its place (the first of `paths`), code, predicate for the fields, and hint."""
+
+    paths: tuple[KeyPath, ...]
+    code: str
+    predicate: str
+    hint: str | None = None
+
+    def message(self, name: Callable[[KeyPath], str] = name_of) -> str:
+        """Return the sentence about the fields, each called by its `name`."""
+        return f"{' and '.join(map(name, self.paths))} {self.predicate}"
+
+
+def size(n_bytes: float) -> str:
+    """Return bytes in powers of 1000: 5.4 MB."""
+    unit = 0
+    while n_bytes >= 999.5 and unit < len(UNITS) - 1:
+        n_bytes, unit = n_bytes / 1000, unit + 1
+    return f"{n_bytes:.3g} {UNITS[unit]}"
+
+
+def clock(seconds: float) -> str:
+    """Return seconds as h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def one_of(values: Sequence[object]) -> str:
+    """Return the values as a choice: `2, 3, 4 or 8`."""
+    *most, last = map(str, values)
+    if not most:
+        return last
+    return f"{', '.join(most)} or {last}"
+
+
+def shown(value: object, limit: int = 60) -> str:
+    """Return `value` as a file would hold it, on one line of at most `limit` characters."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return UNFINITE[str(float(value))]
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    text = "".join(map(_visible, text))
+    if len(text) <= limit:
+        return text
+    return text[: limit - 3] + "..."
+
+
+def _visible(letter: str) -> str:
+    if letter.isprintable():
+        return letter
+    return f"\\u{ord(letter):04x}"
+
+
+def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Return the known word that `word` was most likely meant to be, None if no word is close."""
+    known = list(known)
+    key = word.strip().lower().replace("-", "_").replace(" ", "_")
+    if SYNONYMS.get(key) in known:
+        return SYNONYMS[key]
+    matches = get_close_matches(key, known, n=1, cutoff=cutoff)
+    return matches[0] if matches else None
+
+
+def suggestion(word: str, known: Iterable[str]) -> str | None:
+    """Return the hint that names the nearest known word, None if no word is close."""
+    near = nearest(word, known)
+    return f"did you mean {near}?" if near else None

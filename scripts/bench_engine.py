@@ -32,7 +32,7 @@ from shapes import SHAPES, Shape
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from gptq_cli.checkpoint.codec import encode
+from gptq_cli.checkpoint.reader import encode
 from gptq_cli.config.layer import LayerConfig
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.solver import solve

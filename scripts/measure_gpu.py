@@ -22,7 +22,7 @@ from shapes import SHAPES
 from torch import Tensor
 
 from gptq_cli.config.layer import LayerConfig
-from gptq_cli.solver import triton_launch
+from gptq_cli.solver import numerics, triton_launch
 from gptq_cli.solver.factor import cholesky_, prepare
 from gptq_cli.solver.hessian import HessianAccumulator
 from gptq_cli.solver.solve import solve
@@ -157,14 +157,14 @@ class Measurements:
         )
         prepared = prepare(hessian, config)
         found, codes = {}, []
-        kernel_devices = set(triton_launch.KERNEL_DEVICES)
+        kernel_devices = set(numerics.KERNEL_DEVICES)
         for name, devices in {"kernels": kernel_devices, "torch": set[str]()}.items():
-            triton_launch.KERNEL_DEVICES = devices
+            numerics.KERNEL_DEVICES = devices
             found[name] = self.bench.seconds(
                 lambda: solve(weight, hessian, prepared, config), runs=2
             )
             codes.append(solve(weight, hessian, prepared, config).quantized.codes)
-        triton_launch.KERNEL_DEVICES = kernel_devices
+        numerics.KERNEL_DEVICES = kernel_devices
         found["codes_that_differ"] = (codes[0] != codes[1]).double().mean().item()
         return found
 

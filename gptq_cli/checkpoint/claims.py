@@ -17,7 +17,7 @@ from gptq_cli.checkpoint.defects import Defect, Effect, convert_command
 from gptq_cli.checkpoint.headers import TensorInfo
 from gptq_cli.checkpoint.quantization_config import HEAD, LISTED, StoredConfig
 from gptq_cli.checkpoint.source import Checkpoint
-from gptq_cli.config.module_names import kind_of, list_item
+from gptq_cli.config.layer import kind_of, list_item
 from gptq_cli.errors import InputError
 
 DECODER_BLOCKS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")

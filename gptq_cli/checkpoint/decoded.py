@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gptq_cli.checkpoint.headers import DTYPES_OF_CONFIG, TensorInfo
-from gptq_cli.checkpoint.packed import (
+from gptq_cli.checkpoint.layout import (
     FP8,
     PARTS,
     PackedModule,

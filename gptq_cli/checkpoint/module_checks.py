@@ -14,7 +14,7 @@ import numpy as np
 
 from gptq_cli.checkpoint.defects import Defect, convert_command, tensor_defect
 from gptq_cli.checkpoint.headers import TensorInfo, read_array, unpack_words
-from gptq_cli.checkpoint.packed import (
+from gptq_cli.checkpoint.layout import (
     NEEDED_PARTS,
     PACKED_DTYPES,
     PARTS,

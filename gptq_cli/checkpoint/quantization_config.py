@@ -15,8 +15,8 @@ from typing import Any
 
 from gptq_cli.checkpoint.defects import Defect, Effect, convert_command
 from gptq_cli.checkpoint.headers import TensorInfo
+from gptq_cli.checkpoint.layout import stored_parts
 from gptq_cli.checkpoint.model_files import read_json
-from gptq_cli.checkpoint.packed import stored_parts
 from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.config.layer import (
     BITS,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptq_cli.checkpoint.headers import TensorInfo, read_header
-from gptq_cli.checkpoint.layout import SINGLE_FILE
+from gptq_cli.checkpoint.layout import SINGLE_FILE, scales_of
 from gptq_cli.checkpoint.model_files import (
     ADAPTER_CONFIG,
     Remark,
@@ -26,10 +26,8 @@ from gptq_cli.checkpoint.model_files import (
     refuse_other_kinds,
     side_files,
 )
-from gptq_cli.checkpoint.packed import scales_of
 from gptq_cli.errors import InputError, Problem
-from gptq_cli.files import files_below, is_file, status_of
-from gptq_cli.storage.file_identity import Stamp, check_stamps, stamp_of
+from gptq_cli.files import Stamp, check_stamps, files_below, is_file, stamp_of, status_of
 from gptq_cli.storage.manifest import INDEX_NAME, QUANTIZE_CONFIG
 
 CODES_OF_BITSANDBYTES = ("U8", "I8")

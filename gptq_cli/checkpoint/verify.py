@@ -17,9 +17,8 @@ from typing import Any
 from gptq_cli.checkpoint.claims import check_rules
 from gptq_cli.checkpoint.defects import Defect, convert_command, tensor_defect
 from gptq_cli.checkpoint.headers import TensorInfo, count_not_finite, is_zero
-from gptq_cli.checkpoint.layout import SINGLE_FILE
+from gptq_cli.checkpoint.layout import FP8, PARTS, SINGLE_FILE
 from gptq_cli.checkpoint.model_files import ADAPTER_CONFIG, index_file, is_safe_file, read_json
-from gptq_cli.checkpoint.packed import FP8, PARTS
 from gptq_cli.checkpoint.quantization_config import (
     READABLE,
     Settings,

@@ -19,7 +19,7 @@ from gptq_cli.checkpoint.quantization_config import with_quantization
 from gptq_cli.checkpoint.reader import SAFETENSORS_DTYPE, tensor_bytes
 from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.errors import GateError
-from gptq_cli.files import file_errors
+from gptq_cli.files import file_errors, source_changed
 from gptq_cli.storage.durable import (
     COPY_BYTES,
     OpenFile,
@@ -29,7 +29,6 @@ from gptq_cli.storage.durable import (
     write_file,
     write_json,
 )
-from gptq_cli.storage.file_identity import source_changed
 from gptq_cli.storage.manifest import INDEX_NAME, QUANTIZE_CONFIG, RUN_FILES, Span, span_hashes
 
 MOST_WAITING = 4  # tensors that may wait for the disk: those of one linear

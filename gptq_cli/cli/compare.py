@@ -10,9 +10,8 @@ import typer
 from gptq_cli.cli import options as o
 from gptq_cli.cli.console import Console, aligned, indented_lines, joined
 from gptq_cli.cli.progress import Progress
-from gptq_cli.config.finding import clock
 from gptq_cli.config.resolve import check_flags
-from gptq_cli.errors import ConfigError
+from gptq_cli.errors import ConfigError, clock
 
 if TYPE_CHECKING:
     from gptq_cli.evaluation.perplexity import EvalResult

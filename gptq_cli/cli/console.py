@@ -29,8 +29,7 @@ from gptq_cli.json_values import to_json
 if TYPE_CHECKING:
     from logging import FileHandler, LogRecord
 
-    from gptq_cli.config.serving import Verdict
-    from gptq_cli.config.serving_table import Outcome
+    from gptq_cli.config.serving import Outcome, Verdict
     from gptq_cli.inspection.summary import Row
 
 

@@ -11,10 +11,9 @@ from gptq_cli.cli import options as o
 from gptq_cli.cli.console import Console, on_one_line
 from gptq_cli.cli.progress import Progress
 from gptq_cli.config.fields import Panel
-from gptq_cli.config.finding import shown, size
 from gptq_cli.config.layer import FORMATS
 from gptq_cli.config.resolve import check_flags
-from gptq_cli.errors import ConfigError
+from gptq_cli.errors import ConfigError, shown, size
 
 SHOWN = 5  # corrected defects in the human report
 

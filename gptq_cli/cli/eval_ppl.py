@@ -9,9 +9,8 @@ from gptq_cli.cli import options as o
 from gptq_cli.cli.console import Console, joined
 from gptq_cli.cli.progress import Progress
 from gptq_cli.config.fields import Panel
-from gptq_cli.config.finding import clock
 from gptq_cli.config.resolve import check_flags
-from gptq_cli.errors import ConfigError, GateError
+from gptq_cli.errors import ConfigError, GateError, clock
 
 if TYPE_CHECKING:
     from gptq_cli.evaluation.perplexity import EvalResult

@@ -10,8 +10,7 @@ import yaml
 
 from gptq_cli.cli.console import Console, fitted
 from gptq_cli.cli.options import AsJson
-from gptq_cli.config.finding import nearest
-from gptq_cli.errors import ConfigError
+from gptq_cli.errors import ConfigError, nearest
 
 
 def explain(

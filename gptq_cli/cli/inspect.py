@@ -19,13 +19,13 @@ from gptq_cli.cli.console import (
     row_data,
     row_lines,
 )
-from gptq_cli.config.finding import shown, size
 from gptq_cli.config.serving import Verdict, engine_data, verdicts
+from gptq_cli.errors import shown, size
 from gptq_cli.inspection.summary import Inspection, inspect_checkpoint
 
 if TYPE_CHECKING:
     from gptq_cli.checkpoint.defects import Defect
-    from gptq_cli.checkpoint.packed import PackedModule
+    from gptq_cli.checkpoint.layout import PackedModule
     from gptq_cli.inspection.layer_statistics import Histogram, LayerView, PackedView
 
 MOST_BARS = 32  # in a histogram

@@ -15,8 +15,8 @@ from gptq_cli.cli.console import LOG_MARK
 from gptq_cli.config.resolve import resolve
 from gptq_cli.config.schema import FIELDS
 from gptq_cli.errors import ConfigError, GptqError
+from gptq_cli.files import identity, is_inside
 from gptq_cli.planning.run_plan import default_name
-from gptq_cli.storage.file_identity import identity, is_inside
 from gptq_cli.storage.replacing import is_an_output
 from gptq_cli.storage.work_directory import WorkDirectory, output_of, read_run
 

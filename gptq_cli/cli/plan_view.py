@@ -19,11 +19,10 @@ from gptq_cli.cli.console import (
     row_data,
     row_lines,
 )
-from gptq_cli.config.finding import clock, size
 from gptq_cli.config.resolve import Resolved
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.serving import Verdict, engine_data
-from gptq_cli.errors import ConfigError
+from gptq_cli.errors import ConfigError, clock, size
 from gptq_cli.inspection.summary import Row, plan_rows
 from gptq_cli.json_values import to_json
 from gptq_cli.planning.checks import notes_on_limits, notes_on_output

@@ -11,8 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from gptq_cli.cli.console import Console, log, on_one_line, unread_line, visible
-from gptq_cli.config.finding import clock, size
-from gptq_cli.errors import without_secrets
+from gptq_cli.errors import clock, size, without_secrets
 from gptq_cli.events import (
     BlockFinished,
     BlockStarted,

@@ -11,7 +11,7 @@ import typer
 from gptq_cli.cli import options as o
 from gptq_cli.cli.console import Console, joined
 from gptq_cli.cli.progress import Progress
-from gptq_cli.config.finding import size
+from gptq_cli.errors import size
 
 if TYPE_CHECKING:
     from gptq_cli.publish.push import Upload

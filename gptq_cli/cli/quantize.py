@@ -25,10 +25,9 @@ from gptq_cli.cli.launch import (
     stoppable,
 )
 from gptq_cli.cli.progress import Progress
-from gptq_cli.config.finding import clock, size
 from gptq_cli.config.resolve import Resolved, resolve, to_yaml
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.errors import ConfigError, InputError
+from gptq_cli.errors import ConfigError, InputError, clock, size
 from gptq_cli.events import Report, ignore
 from gptq_cli.files import is_directory, resolved
 from gptq_cli.shell import shell_word, shell_words

@@ -8,10 +8,9 @@ import typer
 
 from gptq_cli.cli.console import Console, aligned, fitted
 from gptq_cli.cli.options import AsJson
-from gptq_cli.config.finding import nearest
 from gptq_cli.config.resolve import describe_recipe
 from gptq_cli.config.resolve import recipes as known_recipes
-from gptq_cli.errors import ConfigError
+from gptq_cli.errors import ConfigError, nearest
 
 
 def recipes(

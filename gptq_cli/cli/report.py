@@ -9,7 +9,7 @@ import typer
 
 from gptq_cli.cli import options as o
 from gptq_cli.cli.console import Console
-from gptq_cli.config.finding import size
+from gptq_cli.errors import size
 
 
 def report(

@@ -10,11 +10,10 @@ import typer
 
 from gptq_cli.cli.console import write_result
 from gptq_cli.config.fields import accepted_by
-from gptq_cli.config.finding import nearest, shown
 from gptq_cli.config.layer import PRESETS
 from gptq_cli.config.schema import DEFAULTS, QuantizeConfig
-from gptq_cli.config.serving_table import TARGETS
-from gptq_cli.errors import ConfigError
+from gptq_cli.config.serving import TARGETS
+from gptq_cli.errors import ConfigError, nearest, shown
 
 KINDS = ("config", "output")
 

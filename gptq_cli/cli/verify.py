@@ -11,8 +11,7 @@ import typer
 
 from gptq_cli.cli.console import Console, counted, fitted, joined
 from gptq_cli.cli.options import AsJson, Quiet, plain
-from gptq_cli.config.finding import size
-from gptq_cli.errors import GateError
+from gptq_cli.errors import GateError, size
 from gptq_cli.json_values import to_json
 
 if TYPE_CHECKING:

@@ -16,7 +16,6 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError
 from typing_extensions import TypedDict
 
-from gptq_cli.config.finding import Finding, KeyPath, one_of, shown, suggestion
 from gptq_cli.config.layer import (
     BITS,
     PRESETS,
@@ -27,8 +26,8 @@ from gptq_cli.config.layer import (
     Uncovered,
     flaw_of,
 )
-from gptq_cli.config.serving_table import TARGETS
-from gptq_cli.errors import ConfigError, Problem
+from gptq_cli.config.serving import TARGETS
+from gptq_cli.errors import ConfigError, Finding, KeyPath, Problem, one_of, shown, suggestion
 
 STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}

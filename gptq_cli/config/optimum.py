@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from gptq_cli.config.finding import Finding, KeyPath, shown
+from gptq_cli.errors import Finding, KeyPath, shown
 
 RENAMED = {"checkpoint_format": "format", "model_seqlen": "seqlen", "hyb_act": "act_group_aware"}
 

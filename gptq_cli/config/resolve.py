@@ -17,12 +17,11 @@ from typing import Any
 
 import yaml
 
-from gptq_cli.config.finding import Finding, KeyPath, name_of, nearest
 from gptq_cli.config.optimum import adopt
 from gptq_cli.config.schema import FIELDS, QuantizeConfig, conflicts, field_findings, fill
 from gptq_cli.config.serving import settings_export, target_problems
 from gptq_cli.config.strict_yaml import CORE_SCHEMA, Place, load, parse_scalar
-from gptq_cli.errors import ConfigError, Location, Problem
+from gptq_cli.errors import ConfigError, Finding, KeyPath, Location, Problem, name_of, nearest
 from gptq_cli.files import file_errors
 
 ENVIRONMENT = "GPTQ_"

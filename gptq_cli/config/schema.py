@@ -41,7 +41,6 @@ from gptq_cli.config.fields import (
     refusal,
     size_in_bytes,
 )
-from gptq_cli.config.finding import Finding, KeyPath, one_of
 from gptq_cli.config.layer import (
     DEFAULT_PRESET,
     FORMATS,
@@ -55,8 +54,8 @@ from gptq_cli.config.layer import (
     keeps,
     pattern_of,
 )
-from gptq_cli.config.serving_table import TARGETS
-from gptq_cli.errors import ConfigError
+from gptq_cli.config.serving import TARGETS
+from gptq_cli.errors import ConfigError, Finding, KeyPath, one_of
 
 Backend = Literal["auto", "torch", "triton"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from gptq_cli.config.layer import LayerConfig, expert_part, keeps, split_experts, split_groups
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.config.serving_table import ANY, ENGINES, Engine, Export, Outcome, Rule, Trait
+from gptq_cli.config.serving import ANY, ENGINES, Engine, Export, Outcome, Rule, Trait
 from gptq_cli.errors import Problem
 
 LOADS: tuple[Outcome, ...] = ("yes", "limited")

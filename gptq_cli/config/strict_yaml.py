@@ -18,8 +18,7 @@ from typing import Any
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from gptq_cli.config.finding import KeyPath
-from gptq_cli.errors import ConfigError, Location, Problem
+from gptq_cli.errors import ConfigError, KeyPath, Location, Problem
 from gptq_cli.files import advice
 
 MAX_BYTES = 10**6

@@ -30,9 +30,14 @@ from gptq_cli.json_values import to_json
 from gptq_cli.models.stream import ModelStream
 from gptq_cli.planning.run_plan import about_unused, bounded_seqlen
 from gptq_cli.quantization.run_state import Record
-from gptq_cli.runtime.hidden_states import HiddenStates
 from gptq_cli.runtime.memory import Memory, block_finished, device_errors
-from gptq_cli.runtime.open_model import open_stream, resolve_backend, resolve_device, warn_of
+from gptq_cli.runtime.open_model import (
+    HiddenStates,
+    open_stream,
+    resolve_backend,
+    resolve_device,
+    warn_of,
+)
 
 DEFAULT_SEQLEN = 2048
 

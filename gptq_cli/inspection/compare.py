@@ -11,8 +11,8 @@ from torch import Tensor
 
 from gptq_cli.checkpoint.decoded import is_stored_transposed
 from gptq_cli.checkpoint.headers import DAMAGED
+from gptq_cli.checkpoint.layout import packed_modules
 from gptq_cli.checkpoint.locate import locate_model
-from gptq_cli.checkpoint.packed import packed_modules
 from gptq_cli.checkpoint.reader import open_reader
 from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.checkpoint.verify import open_decodable

@@ -12,14 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptq_cli.checkpoint.codec import pack, unpack
 from gptq_cli.checkpoint.decoded import declared_dtype, is_stored_transposed
 from gptq_cli.checkpoint.defects import Defect
 from gptq_cli.checkpoint.headers import TensorInfo
-from gptq_cli.checkpoint.layout import TensorSpec, plan_layout
+from gptq_cli.checkpoint.layout import PARTS, PackedModule, TensorSpec, packed_modules, plan_layout
 from gptq_cli.checkpoint.locate import locate_model, model_directory
 from gptq_cli.checkpoint.model_files import read_json
-from gptq_cli.checkpoint.packed import PARTS, PackedModule, packed_modules
 from gptq_cli.checkpoint.quantization_config import (
     STORED_OFFSET,
     format_of,
@@ -32,6 +30,8 @@ from gptq_cli.checkpoint.reader import (
     DequantizingReader,
     TensorReader,
     columns_in_order,
+    pack,
+    unpack,
 )
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from gptq_cli.checkpoint.verify import check_written, refuse_wrong_numbers

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gptq_cli.checkpoint.packed import packed_modules
+from gptq_cli.checkpoint.layout import packed_modules
 from gptq_cli.checkpoint.reader import DequantizingReader, open_reader
 from gptq_cli.checkpoint.source import Checkpoint
-from gptq_cli.config.finding import nearest
-from gptq_cli.errors import ConfigError, InputError
+from gptq_cli.errors import ConfigError, InputError, nearest
 from gptq_cli.solver.quantized_linear import QuantizedLinear
 
 BINS = 16

@@ -15,14 +15,14 @@ from typing import Any
 from gptq_cli.checkpoint.decoded import stores_transposed
 from gptq_cli.checkpoint.defects import Defect
 from gptq_cli.checkpoint.headers import TensorInfo
-from gptq_cli.checkpoint.model_files import read_json
-from gptq_cli.checkpoint.packed import (
+from gptq_cli.checkpoint.layout import (
     PARTS,
     SCALES_SUFFIX,
     PackedModule,
     block_size,
     packed_modules,
 )
+from gptq_cli.checkpoint.model_files import read_json
 from gptq_cli.checkpoint.quantization_config import (
     declared_format,
     other_packing,
@@ -30,11 +30,8 @@ from gptq_cli.checkpoint.quantization_config import (
 )
 from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.checkpoint.verify import examine
-from gptq_cli.config import module_names
-from gptq_cli.config.layer import LayerConfig
-from gptq_cli.config.module_names import list_item
-from gptq_cli.config.serving import export_of
-from gptq_cli.config.serving_table import Export
+from gptq_cli.config.layer import LayerConfig, kind_of, list_item
+from gptq_cli.config.serving import Export, export_of
 from gptq_cli.errors import InputError
 from gptq_cli.files import is_file
 from gptq_cli.planning.run_plan import HEAD, RunPlan, has_narrow_experts
@@ -205,7 +202,7 @@ def _defects(checkpoint: Checkpoint) -> tuple[Defect, ...]:
 
 def _row(module: PackedModule, blocks: str, *, sym: bool) -> Row:
     return Row(
-        kind_of(module.name, blocks),
+        kind_in_block(module.name, blocks),
         (module.out_features, module.in_features),
         settings(module.bits, module.group_size, sym=sym),
         nbytes=module.nbytes,
@@ -217,7 +214,7 @@ def _scaled_rows(checkpoint: Checkpoint, scaled: list[TensorInfo], blocks: str) 
     rows, columns = block_size(checkpoint.quantization or {}) or (0, 0)
     found = []
     for weight in scaled:
-        name = kind_of(weight.name.removesuffix(".weight"), blocks)
+        name = kind_in_block(weight.name.removesuffix(".weight"), blocks)
         how = f"{weight.dtype} in blocks of {rows}x{columns}"
         nbytes = weight.nbytes + checkpoint.tensors[f"{weight.name}{SCALES_SUFFIX}"].nbytes
         found.append(Row(name, weight.shape, how, nbytes=nbytes))
@@ -267,7 +264,10 @@ def plan_rows(plan: RunPlan) -> tuple[list[Row], list[Row]]:
     """Return rows of the layers to quantize, and of the other tensors with the reason."""
     quantized, kept = [], []
     for layer in plan.layers:
-        name, shape = kind_of(layer.name, plan.blocks), (layer.out_features, layer.in_features)
+        name, shape = (
+            kind_in_block(layer.name, plan.blocks),
+            (layer.out_features, layer.in_features),
+        )
         if layer.config is None:
             how = _stored(layer.weight, plan.plain.parts)
             kept.append(Row(name, shape, how, layer.why, nbytes=layer.weight.nbytes))
@@ -298,7 +298,7 @@ def other_rows(
         why = "no linear layer of a block"
         if tensor.name == f"{HEAD}.weight":
             why = "output head, see --lm-head"
-        name = kind_of(tensor.name.removesuffix(".weight"), blocks)
+        name = kind_in_block(tensor.name.removesuffix(".weight"), blocks)
         how = _stored(tensor, decoded)
         rows.append(Row(name, tensor.shape, how, why, nbytes=tensor.nbytes))
     rows = collapse(rows)
@@ -333,10 +333,10 @@ def _merged(row: Row, other: Row) -> Row:
     return replace(row, count=row.count + other.count, nbytes=row.nbytes + other.nbytes)
 
 
-def kind_of(name: str, blocks: str) -> str:
+def kind_in_block(name: str, blocks: str) -> str:
     """Return the name of a module without its block: self_attn.q_proj, mlp.experts.N.down_proj."""
     inner = re.sub(rf"^{re.escape(blocks)}\.\d+\.", "", name)
-    return module_names.kind_of(inner, last_too=True)
+    return kind_of(inner, last_too=True)
 
 
 def settings(bits: int, group_size: int, *, sym: bool = True) -> str:

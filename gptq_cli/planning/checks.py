@@ -14,9 +14,8 @@ from pathlib import Path
 from gptq_cli.calibration.corpus import DatasetSource, check_source
 from gptq_cli.checkpoint.locate import ModelSource, hub_id, locate_model, model_directory
 from gptq_cli.checkpoint.source import open_checkpoint
-from gptq_cli.config.finding import size
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.errors import ConfigError, GptqError, ResourceError
+from gptq_cli.errors import ConfigError, GptqError, ResourceError, size
 from gptq_cli.files import expanded, file_errors, files_below, status_of
 from gptq_cli.planning.estimate import (
     DEVICE_SHARE,

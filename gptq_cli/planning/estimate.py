@@ -17,9 +17,9 @@ from pathlib import Path
 
 from gptq_cli.checkpoint.decoded import forward_dtype
 from gptq_cli.checkpoint.headers import DTYPES, DTYPES_OF_CONFIG
-from gptq_cli.config.finding import size
 from gptq_cli.config.layer import LayerConfig, expert_part
 from gptq_cli.config.schema import QuantizeConfig
+from gptq_cli.errors import size
 from gptq_cli.files import is_directory
 from gptq_cli.planning.run_plan import LayerPlan, RunPlan, bounded
 

@@ -23,9 +23,8 @@ from gptq_cli.checkpoint.decoded import Plain, plain_view, stores_transposed
 from gptq_cli.checkpoint.headers import DTYPES, TensorInfo
 from gptq_cli.checkpoint.layout import Layout, TensorSpec, plan_layout
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
-from gptq_cli.config.layer import LayerChoice, keeping, matches, unmatched_rules
+from gptq_cli.config.layer import LayerChoice, keeping, kind_of, matches, unmatched_rules
 from gptq_cli.config.leftovers import foreign_names, refuse_wrapped
-from gptq_cli.config.module_names import kind_of
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.serving import settings_export, target_problems
 from gptq_cli.errors import ConfigError, InputError, Problem

@@ -13,22 +13,25 @@ from dataclasses import dataclass
 
 from gptq_cli.checkpoint.decoded import Plain
 from gptq_cli.checkpoint.headers import TensorInfo
-from gptq_cli.checkpoint.layout import Layout, TensorSpec
+from gptq_cli.checkpoint.layout import Layout, TensorSpec, packed_specs
 from gptq_cli.checkpoint.locate import model_name
 from gptq_cli.checkpoint.model_files import Remark
-from gptq_cli.checkpoint.packed import packed_specs
 from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.config.layer import LayerChoice, LayerConfig, expert_part, split_experts, split_groups
 from gptq_cli.config.leftovers import is_of_adapter
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.config.serving import Verdict, export_of, limits, target_problems, verdicts
-from gptq_cli.config.serving_table import (
+from gptq_cli.config.serving import (
     ENGINES,
     LM_HEAD,
     SPLIT_EXPERTS,
     SPLIT_FUSED,
     Export,
     Trait,
+    Verdict,
+    export_of,
+    limits,
+    target_problems,
+    verdicts,
 )
 from gptq_cli.errors import ConfigError
 from gptq_cli.files import expanded, resolved

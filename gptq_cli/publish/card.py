@@ -14,8 +14,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
-from gptq_cli.config.finding import size
 from gptq_cli.config.resolve import printable_yaml
+from gptq_cli.errors import size
 from gptq_cli.publish.report_data import printable
 
 COPIED = ("license", "license_name", "license_link", "language", "pipeline_tag")

@@ -17,10 +17,9 @@ from gptq_cli.checkpoint.model_files import CONFIG_NAMES, read_json
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from gptq_cli.checkpoint.verify import verify_checkpoint
 from gptq_cli.config.corpora import CORPORA
-from gptq_cli.config.finding import size
 from gptq_cli.config.resolve import resolve
 from gptq_cli.config.serving import verdicts
-from gptq_cli.errors import ConfigError, GateError
+from gptq_cli.errors import ConfigError, GateError, size
 from gptq_cli.events import PhaseStarted, Report, Warned, ignore
 from gptq_cli.files import advice, file_errors, is_file
 from gptq_cli.hub_errors import id_flaw, pasted_id

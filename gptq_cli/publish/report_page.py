@@ -12,8 +12,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from gptq_cli.config.finding import clock, size
-from gptq_cli.config.module_names import list_item
+from gptq_cli.config.layer import list_item
+from gptq_cli.errors import clock, size
 from gptq_cli.publish.charts import as_png, as_svg, bars, coverage, heat_maps
 from gptq_cli.publish.report_data import Damaged
 

@@ -32,7 +32,6 @@ from gptq_cli.planning.run_plan import HEAD
 from gptq_cli.quantization.layers import LayerSolver
 from gptq_cli.quantization.routed_experts import RoutedInputs, quantize_experts
 from gptq_cli.quantization.run_state import Run
-from gptq_cli.runtime.hidden_states import HiddenStates
 from gptq_cli.runtime.memory import (
     Memory,
     block_finished,
@@ -40,6 +39,7 @@ from gptq_cli.runtime.memory import (
     out_of_memory,
     reason,
 )
+from gptq_cli.runtime.open_model import HiddenStates
 from gptq_cli.solver.hessian import HessianOfBatches
 
 # The inputs of some stages in the forward of one batch: one entry for each call of a stage.

@@ -27,7 +27,7 @@ from gptq_cli.checkpoint.writer import CheckpointWriter
 from gptq_cli.errors import ExistsError, GateError, GptqError, InputError
 from gptq_cli.events import ExpertsCovered, LayerReport, Report, Resumed, Warned, WorkKept
 from gptq_cli.files import UNREADABLE, is_file
-from gptq_cli.quantization.identity import Identity, differences
+from gptq_cli.quantization.resume import Identity, differences
 from gptq_cli.quantization.run_state import Batch, Record, SavingTimes
 from gptq_cli.storage.durable import COPY_BYTES, OpenFile, sync_directory
 from gptq_cli.storage.manifest import Entry, Journal, digest, file_hash, read_manifest

@@ -20,18 +20,16 @@ from torch import Tensor
 
 from gptq_cli.calibration.corpus import DatasetSource, load_documents
 from gptq_cli.calibration.windows import Windows, calibration_windows, check_token_ids, load_encoder
-from gptq_cli.checkpoint.codec import encode
 from gptq_cli.checkpoint.locate import ModelSource, model_directory
 from gptq_cli.checkpoint.quantization_config import describe
-from gptq_cli.checkpoint.reader import open_reader
+from gptq_cli.checkpoint.reader import encode, open_reader
 from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.checkpoint.verify import check_written, refuse_wrong_numbers
 from gptq_cli.checkpoint.writer import CheckpointWriter, write_side_files
-from gptq_cli.config.finding import size
 from gptq_cli.config.resolve import to_yaml
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.serving import Verdict, engine_data
-from gptq_cli.errors import InputError, __version__
+from gptq_cli.errors import InputError, __version__, size
 from gptq_cli.events import (
     ExpertsCovered,
     LayerReport,
@@ -48,11 +46,13 @@ from gptq_cli.planning.checks import PreparedRun, RunOptions, check_disk, check_
 from gptq_cli.planning.plan import check_shared, refine_plan
 from gptq_cli.planning.run_plan import HEAD, LayerPlan, RunPlan, judge_plan, remarks
 from gptq_cli.quantization.block_loop import quantize_all_blocks
-from gptq_cli.quantization.identity import Identity, check_agreement, identify
 from gptq_cli.quantization.resume import (
     BlockStore,
+    Identity,
+    check_agreement,
     check_resumable,
     finished_output,
+    identify,
     marking_failures,
     reporting_kept_work,
 )

@@ -32,8 +32,8 @@ from gptq_cli.models.block_calls import Container
 from gptq_cli.models.paused_forwards import Prober
 from gptq_cli.models.stream import ModelStream
 from gptq_cli.planning.run_plan import LayerPlan, RunPlan
-from gptq_cli.runtime.hidden_states import HiddenStates
 from gptq_cli.runtime.memory import Memory, PauseBudget
+from gptq_cli.runtime.open_model import HiddenStates
 from gptq_cli.runtime.ranks import Ranks
 from gptq_cli.solver.quantized_linear import QuantizedLinear
 

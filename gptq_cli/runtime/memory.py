@@ -19,8 +19,7 @@ from pathlib import Path
 
 import torch
 
-from gptq_cli.config.finding import size
-from gptq_cli.errors import GptqError, InputError, ResourceError
+from gptq_cli.errors import GptqError, InputError, ResourceError, size
 from gptq_cli.events import BlockFinished, Report, Warned
 from gptq_cli.models.stream import ModelStream
 from gptq_cli.planning.estimate import Limit

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from gptq_cli.config.layer import LayerConfig
 from gptq_cli.solver.float16 import SMALLEST, SMALLEST_NORMAL
-from gptq_cli.solver.numerics import row_chunks
-from gptq_cli.solver.triton_launch import best_candidates, uses_kernels
+from gptq_cli.solver.numerics import row_chunks, uses_kernels
+from gptq_cli.solver.triton_launch import best_candidates
 
 NORM = 2.4
 SHRINKS = tuple(1 - step / 40 for step in range(25))

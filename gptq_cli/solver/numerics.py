@@ -1,15 +1,29 @@
-"""Precision settings for products of float32 matrices, and chunks of rows that bound memory."""
+"""How the solver computes: with kernels or without, in which precision, in chunks that fit."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
+# The one switch: device types whose float32 tensors go through the kernels of `triton_launch`.
+KERNEL_DEVICES = {"cuda"}
 ELEMENTS_PER_CHUNK = {"cpu": 2**20, "cuda": 2**24}
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def uses_kernels(tensor: Tensor) -> bool:
+    """Return whether steps on tensors like this one run as Triton kernels."""
+    return tensor.device.type in KERNEL_DEVICES and tensor.dtype == torch.float32 and _has_triton()
 
 
 @contextmanager

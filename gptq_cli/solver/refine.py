@@ -25,9 +25,9 @@ from torch import Tensor
 
 from gptq_cli.solver.factor import HessianFactor
 from gptq_cli.solver.grid import round_scales
-from gptq_cli.solver.numerics import feedback_precision
+from gptq_cli.solver.numerics import feedback_precision, uses_kernels
 from gptq_cli.solver.quantized_linear import QuantizedLinear
-from gptq_cli.solver.triton_launch import fit_codes, fit_scales, uses_kernels
+from gptq_cli.solver.triton_launch import fit_codes, fit_scales
 
 COLUMN_BLOCK = 128
 INNER_BLOCK = 32

@@ -24,7 +24,7 @@ from torch import Tensor
 from gptq_cli.config.layer import LayerConfig
 from gptq_cli.solver.factor import ColumnOrder, HessianFactor
 from gptq_cli.solver.grid import check_scales, choose_grid, round_to_grid, split_groups
-from gptq_cli.solver.numerics import feedback_precision
+from gptq_cli.solver.numerics import feedback_precision, uses_kernels
 from gptq_cli.solver.quantized_linear import (
     QuantizedLinear,
     check_decoded,
@@ -32,7 +32,7 @@ from gptq_cli.solver.quantized_linear import (
     round_to_nearest,
 )
 from gptq_cli.solver.refine import refine
-from gptq_cli.solver.triton_launch import MOST_COLUMNS, round_columns, uses_kernels
+from gptq_cli.solver.triton_launch import MOST_COLUMNS, round_columns
 
 COLUMN_BLOCK = 128
 # Columns that pass errors on together inside a block, and columns that are rounded one by one

@@ -1,6 +1,6 @@
 """Launchers of the fused kernels in `triton_kernels`: steps of the solver, and decoding of weights.
 
-`solve`, `grid` and `refine` call them if `uses_kernels` is true for their tensors. Else they use
+`solve`, `grid` and `refine` call them if `numerics.uses_kernels` is true for their tensors. Else they use
 the torch operations beside each call: the same steps in the same order. The codes differ only if a
 value is within the rounding of float32 of a tie. `dequantize_packed` decodes packed GPTQ tensors in
 one pass, for the evaluation of quantized checkpoints.
@@ -10,14 +10,8 @@ Letters for shapes:  O out_features   I in_features   G groups
 
 from __future__ import annotations
 
-from functools import cache
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
-
-# The one switch: device types whose float32 tensors go through the kernels.
-KERNEL_DEVICES = {"cuda"}
 
 MOST_COLUMNS = 128  # in one launch of `round_columns` or `fit_codes`: they are held in registers
 ROWS, WARPS = 16, 4
@@ -26,16 +20,6 @@ ELEMENTS = 4096  # in a tile of short rows
 
 BLOCK_O = 32
 BLOCK_I = 64
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
-
-
-def uses_kernels(tensor: Tensor) -> bool:
-    """Return whether steps on tensors like this one run as Triton kernels."""
-    return tensor.device.type in KERNEL_DEVICES and tensor.dtype == torch.float32 and _has_triton()
 
 
 def round_columns(

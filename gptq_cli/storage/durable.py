@@ -21,8 +21,7 @@ from typing import Any
 from filelock import FileLock
 
 from gptq_cli.errors import ExistsError, GptqError
-from gptq_cli.files import MAX_NAME, file_error, file_errors, is_directory, status_of
-from gptq_cli.storage.file_identity import is_mount
+from gptq_cli.files import MAX_NAME, file_error, file_errors, is_directory, is_mount, status_of
 
 COPY_BYTES = 16 * 2**20
 _NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL}

@@ -18,18 +18,19 @@ from pathlib import Path
 from typing import Any
 
 from gptq_cli.errors import ConfigError, ExistsError, GptqError
-from gptq_cli.files import file_errors, status_of
-from gptq_cli.shell import shell_word
-from gptq_cli.storage import durable
-from gptq_cli.storage.durable import disk_error, is_occupied
-from gptq_cli.storage.file_identity import (
+from gptq_cli.files import (
     Identity,
     at_and_above,
+    file_errors,
     identity,
     is_inside,
     is_mount,
     mounts_below,
+    status_of,
 )
+from gptq_cli.shell import shell_word
+from gptq_cli.storage import durable
+from gptq_cli.storage.durable import disk_error, is_occupied
 from gptq_cli.storage.manifest import (
     INDEX_NAME,
     MANIFEST,

@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 
 from gptq_cli.errors import ExistsError, GptqError, ResourceError
 from gptq_cli.events import Report, Warned
-from gptq_cli.files import resolved, status_of
+from gptq_cli.files import Identity, identity, resolved, status_of
 from gptq_cli.shell import shell_word
 from gptq_cli.storage import durable, replacing
 from gptq_cli.storage.durable import (
@@ -40,7 +40,6 @@ from gptq_cli.storage.durable import (
     write_file,
     write_json,
 )
-from gptq_cli.storage.file_identity import Identity, identity
 from gptq_cli.storage.manifest import MANIFEST, read_sealed, sealed
 
 LOCK = "lock"

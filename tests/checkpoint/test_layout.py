@@ -10,8 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from gptq_cli.checkpoint.layout import TensorSpec, plan_layout
-from gptq_cli.checkpoint.packed import packed_specs
+from gptq_cli.checkpoint.layout import TensorSpec, packed_specs, plan_layout
 from gptq_cli.checkpoint.quantization_config import skip_rules
 from gptq_cli.checkpoint.writer import CheckpointWriter
 from gptq_cli.storage.manifest import INDEX_NAME

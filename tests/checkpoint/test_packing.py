@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptq_cli.checkpoint.codec import decode, encode, pack, unpack
+from gptq_cli.checkpoint.reader import decode, encode, pack, unpack
 from gptq_cli.solver.quantized_linear import QuantizedLinear
 
 BITS = [2, 3, 4, 8]

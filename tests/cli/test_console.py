@@ -8,7 +8,7 @@ import math
 import pytest
 
 from gptq_cli.cli.console import as_json_text, fitted
-from gptq_cli.config.finding import clock, size
+from gptq_cli.errors import clock, size
 
 
 @pytest.mark.parametrize(

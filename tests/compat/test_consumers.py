@@ -22,7 +22,7 @@ import torch
 from consumers import VENV_OF, Case, Consumer, limit_of
 from transformers import AutoModelForCausalLM
 
-from gptq_cli.checkpoint.packed import packed_modules
+from gptq_cli.checkpoint.layout import packed_modules
 from gptq_cli.checkpoint.reader import DequantizingReader
 from gptq_cli.checkpoint.source import open_checkpoint
 from gptq_cli.config.schema import QuantizeConfig

@@ -9,8 +9,14 @@ import pytest
 
 from gptq_cli.config.layer import LayerConfig
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.config.serving import export_of, settings_export, target_problems, verdicts
-from gptq_cli.config.serving_table import ENGINES, Export
+from gptq_cli.config.serving import (
+    ENGINES,
+    Export,
+    export_of,
+    settings_export,
+    target_problems,
+    verdicts,
+)
 
 NAMES = [
     "vllm",

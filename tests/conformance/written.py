@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from gptq_cli import __version__
-from gptq_cli.checkpoint.codec import encode
 from gptq_cli.checkpoint.quantization_config import describe
+from gptq_cli.checkpoint.reader import encode
 from gptq_cli.checkpoint.writer import CheckpointWriter, write_side_files
 from gptq_cli.config.layer import LayerConfig
 from gptq_cli.config.schema import QuantizeConfig

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gptq_cli.checkpoint.packed import packed_modules
+from gptq_cli.checkpoint.layout import packed_modules
 from gptq_cli.checkpoint.reader import DequantizingReader
 from gptq_cli.checkpoint.source import open_checkpoint
 from gptq_cli.config.schema import QuantizeConfig

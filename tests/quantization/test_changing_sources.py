@@ -35,7 +35,7 @@ from gptq_cli.inspection.convert import convert_checkpoint, dequantize_checkpoin
 from gptq_cli.inspection.layer_statistics import view_layer
 from gptq_cli.publish.push import prepare_push, push_upload
 from gptq_cli.quantization import identity
-from gptq_cli.quantization.identity import identify
+from gptq_cli.quantization.resume import identify
 from tests.families import save_model, texts
 from tests.runs import CPU, config, digest
 from tests.tiny import WORK, Case

@@ -9,7 +9,7 @@ import torch
 
 from gptq_cli.checkpoint.source import open_checkpoint
 from gptq_cli.errors import InputError
-from gptq_cli.quantization.identity import Identity, check_agreement, differences, identify
+from gptq_cli.quantization.resume import Identity, check_agreement, differences, identify
 from gptq_cli.runtime.ranks import Ranks
 from tests.families import save_model
 from tests.runs import config

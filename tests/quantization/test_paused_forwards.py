@@ -14,8 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gptq_cli.config.finding import size
-from gptq_cli.errors import GateError, ResourceError
+from gptq_cli.errors import GateError, ResourceError, size
 from gptq_cli.events import Event, Warned, ignore
 from gptq_cli.models.block_calls import Call
 from gptq_cli.models.paused_forwards import Prober
@@ -26,7 +25,6 @@ from gptq_cli.quantization import block_loop
 from gptq_cli.quantization.block_loop import block_forwards, quantize_stages
 from gptq_cli.quantization.layers import LayerSolver, SolvedLayer
 from gptq_cli.runtime import memory
-from gptq_cli.runtime.hidden_states import HiddenStates
 from gptq_cli.runtime.memory import (
     Memory,
     PauseBudget,
@@ -34,6 +32,7 @@ from gptq_cli.runtime.memory import (
     give_back_freed_tensors,
     host_bytes,
 )
+from gptq_cli.runtime.open_model import HiddenStates
 from gptq_cli.runtime.ranks import SINGLE_PROCESS, Ranks
 from gptq_cli.solver.hessian import HessianAccumulator
 from tests.families import FAMILIES, save_model

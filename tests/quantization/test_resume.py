@@ -18,8 +18,8 @@ from gptq_cli.errors import ConfigError, ExistsError, PausedError, ResourceError
 from gptq_cli.events import BlockStarted, Event, LayerStarted, PhaseStarted, Resumed, WorkKept
 from gptq_cli.models.stream import ModelStream
 from gptq_cli.quantization.run_state import FinishedBlocks, Limits
-from gptq_cli.runtime.hidden_states import HiddenStates
 from gptq_cli.runtime.memory import Memory
+from gptq_cli.runtime.open_model import HiddenStates
 from gptq_cli.runtime.ranks import Ranks
 from tests.architectures import build
 from tests.disks import CountingDisk, DyingDisk, FailingDisk, Killed, using
@@ -269,9 +269,7 @@ def test_a_mount_point_cannot_become_the_output(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "out").mkdir()
-    monkeypatch.setattr(
-        "gptq_cli.storage.file_identity.os.path.ismount", lambda path: path == tmp_path / "out"
-    )
+    monkeypatch.setattr("gptq_cli.files.os.path.ismount", lambda path: path == tmp_path / "out")
     with pytest.raises(ConfigError, match="is a mount point") as caught:
         case.run(tmp_path / "out")
     assert (caught.value.code, caught.value.exit_code) == ("E_OUT_MOUNT", 2)

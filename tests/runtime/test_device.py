@@ -19,10 +19,9 @@ from gptq_cli.evaluation.request import EvalRequest
 from gptq_cli.events import BlockFinished, Event, Warned
 from gptq_cli.quantization.run import quantize_checkpoint
 from gptq_cli.runtime import hidden_states, memory, open_model
-from gptq_cli.runtime.hidden_states import HiddenStates
 from gptq_cli.runtime.memory import Memory
-from gptq_cli.runtime.open_model import open_stream, resolve_device
-from gptq_cli.solver import triton_launch
+from gptq_cli.runtime.open_model import HiddenStates, open_stream, resolve_device
+from gptq_cli.solver import numerics
 from tests.families import save_model, texts
 from tests.runs import config, digest
 from tests.simulated_gpu import SimulatedGpu, simulated_gpu
@@ -41,7 +40,7 @@ SETTINGS = {"nsamples": 4, "batch_size": 2, "moe_uncovered": "rtn"}
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimulatedGpu]:
-    monkeypatch.setattr(triton_launch, "KERNEL_DEVICES", set())
+    monkeypatch.setattr(numerics, "KERNEL_DEVICES", set())
     with simulated_gpu() as device:
         yield device
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from gptq_cli.runtime.hidden_states import HiddenStates
 from gptq_cli.runtime.memory import Memory
+from gptq_cli.runtime.open_model import HiddenStates
 
 CPU = torch.device("cpu")
 

@@ -10,13 +10,13 @@ import sys
 import numpy as np
 import torch
 
-from gptq_cli.solver import refine, solve, triton_launch
+from gptq_cli.solver import numerics, refine, solve
 from tests.solver.kernel_cases import CASES, MOST_COLUMNS, solved
 
 
 def main(solutions_file: str) -> None:
     torch.set_num_threads(1)
-    triton_launch.KERNEL_DEVICES.add("cpu")
+    numerics.KERNEL_DEVICES.add("cpu")
     # Launches of fewer columns, as a step takes milliseconds here.
     solve.KERNEL_BLOCKS, refine.COLUMN_BLOCK = (MOST_COLUMNS, MOST_COLUMNS), MOST_COLUMNS
     solutions = {}

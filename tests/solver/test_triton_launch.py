@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 
+from gptq_cli.solver import numerics
 from gptq_cli.solver import refine as refine_module
 from gptq_cli.solver import solve as solve_module
-from gptq_cli.solver import triton_launch
 from gptq_cli.solver.factor import prepare
 from gptq_cli.solver.solve import solve
 from tests.solver.kernel_cases import CASES, solved
@@ -59,10 +59,10 @@ def test_cases_cover_all_widths_and_both_signs() -> None:
 
 
 def test_float64_and_other_devices_use_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not triton_launch.uses_kernels(torch.zeros(1))
-    monkeypatch.setattr(triton_launch, "KERNEL_DEVICES", {"cpu"})
-    assert triton_launch.uses_kernels(torch.zeros(1))
-    assert not triton_launch.uses_kernels(torch.zeros(1, dtype=torch.float64))
+    assert not numerics.uses_kernels(torch.zeros(1))
+    monkeypatch.setattr(numerics, "KERNEL_DEVICES", {"cpu"})
+    assert numerics.uses_kernels(torch.zeros(1))
+    assert not numerics.uses_kernels(torch.zeros(1, dtype=torch.float64))
 
 
 def test_solver_imports_and_solves_without_triton() -> None:
@@ -87,7 +87,7 @@ def test_compiled_kernels_give_the_codes_and_grids_of_torch(
     for module in (solve_module, refine_module):
         monkeypatch.setattr(module, "feedback_precision", nullcontext)
     fused = solved(CASES[name], "cuda")
-    monkeypatch.setattr(triton_launch, "KERNEL_DEVICES", set())
+    monkeypatch.setattr(numerics, "KERNEL_DEVICES", set())
     expected = solved(CASES[name], "cuda")
     for part in ("zeros", "scales", "codes"):
         same = getattr(fused, part) == getattr(expected, part)
@@ -107,7 +107,7 @@ def test_compiled_kernels_differ_in_one_of_ten_thousand_codes(
     with_tf32 = solve(weight, hessian, prepared, config)
     monkeypatch.setattr(solve_module, "feedback_precision", nullcontext)
     fused = solve(weight, hessian, prepared, config)
-    monkeypatch.setattr(triton_launch, "KERNEL_DEVICES", set())
+    monkeypatch.setattr(numerics, "KERNEL_DEVICES", set())
     expected = solve(weight, hessian, prepared, config)
     assert (fused.quantized.codes != expected.quantized.codes).double().mean() <= 1e-4
     assert with_tf32.relative_error == pytest.approx(expected.relative_error, rel=2e-3)

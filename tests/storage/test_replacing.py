@@ -11,9 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from gptq_cli import files
 from gptq_cli.errors import ConfigError, ExistsError, GptqError, ResourceError
-from gptq_cli.storage import durable, file_identity, replacing
-from gptq_cli.storage.file_identity import is_inside, mounts_below
+from gptq_cli.files import is_inside, mounts_below
+from gptq_cli.storage import durable, replacing
 from gptq_cli.storage.manifest import write_manifest
 from gptq_cli.storage.replacing import (
     check_output,
@@ -199,7 +200,7 @@ def listing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *mounts: Path) -> N
         for mount in mounts
     ]
     (tmp_path / "mountinfo").write_text("\n".join(lines))
-    monkeypatch.setattr(file_identity, "MOUNTS", tmp_path / "mountinfo")
+    monkeypatch.setattr(files, "MOUNTS", tmp_path / "mountinfo")
 
 
 def test_mount_point_and_its_parents_are_never_replaced(
@@ -217,7 +218,7 @@ def test_mount_point_and_its_parents_are_never_replaced(
     )
     assert "unmount it first" in (error.hint or "")
     assert "is a mount point" in str(refusal(mount, model))
-    monkeypatch.setattr(file_identity, "MOUNTS", tmp_path / "none")
+    monkeypatch.setattr(files, "MOUNTS", tmp_path / "none")
     assert mounts_below(output) == []
 
 
