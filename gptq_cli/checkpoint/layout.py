@@ -1,16 +1,31 @@
-"""The place of every byte of the output, decided before the first weight is read. Needs no torch.
+"""The tensors of a checkpoint and the place of every byte of an output. Needs no torch.
 
-Shard headers are written first. Tensors may then arrive in any order and go straight to their
-place.
+A weight may be stored as several tensors. A GPTQ linear is four tensors, with the shapes of
+AutoGPTQ's QuantLinear (O out_features, I in_features, G groups):
+
+    qweight int32 [I * bits / 32, O]    codes, packed along I
+    qzeros  int32 [G, O * bits / 32]    zero points, packed along O
+    scales  float16 [G, O]
+    g_idx   int32 [I]                   group of each input column
+
+A weight in 8-bit floats, as DeepSeek stores it, comes with a tensor of scales, one for each block
+of rows and columns. The name of that tensor is the weight's with SCALES_SUFFIX.
+
+The layout of an output is decided before the first weight is read: shard headers are written first,
+then tensors may arrive in any order and go straight to their places.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from gptq_cli.checkpoint.headers import DTYPES
+from gptq_cli.checkpoint.headers import DTYPES, TensorInfo
+from gptq_cli.errors import InputError
 
 SINGLE_FILE = "model.safetensors"
 
@@ -121,3 +136,202 @@ def _index(names: list[str], files: list[list[TensorSpec]]) -> str:
             total += spec.nbytes
     content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+PACKED_DTYPES = {  # dtypes that readers accept; the first one is written
+    "qweight": ("I32",),
+    "qzeros": ("I32",),
+    "scales": ("F16", "BF16", "F32"),
+    "g_idx": ("I32", "I64"),
+}
+PARTS = tuple(PACKED_DTYPES)
+NEEDED_PARTS = ("qweight", "qzeros", "scales")  # g_idx may be missing if the columns are in order
+
+FP8 = "fp8"
+SCALES_SUFFIX = "_scale_inv"
+SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
+FEW_BITS = ("F8_", "F4")  # how the names of dtypes of 8 bits or fewer begin
+
+
+@dataclass(frozen=True, slots=True)
+class PackedModule:
+    """A quantized linear as its packed tensors show it; `nbytes` is the size of all of them."""
+
+    name: str
+    out_features: int
+    in_features: int
+    bits: int
+    groups: int
+    nbytes: int
+
+    @property
+    def group_size(self) -> int:
+        """Columns that share a scale, -1 for one group a row."""
+        return -1 if self.groups == 1 else self.in_features // self.groups
+
+    @property
+    def weights(self) -> int:
+        return self.out_features * self.in_features
+
+
+def packed_shapes(
+    out_features: int, in_features: int, groups: int, bits: int
+) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each packed tensor of a linear, by part."""
+    return {
+        "qweight": (in_features * bits // 32, out_features),
+        "qzeros": (groups, out_features * bits // 32),
+        "scales": (groups, out_features),
+        "g_idx": (in_features,),
+    }
+
+
+def packed_specs(
+    weight: str, out_features: int, in_features: int, groups: int, bits: int
+) -> tuple[TensorSpec, ...]:
+    """Return the four tensors that replace `weight`, a name that ends in ".weight"."""
+    module = weight.removesuffix(".weight")
+    specs = []
+    for part, shape in packed_shapes(out_features, in_features, groups, bits).items():
+        specs.append(TensorSpec(f"{module}.{part}", PACKED_DTYPES[part][0], shape))
+    return tuple(specs)
+
+
+def stored_parts(module: str, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Return the packed tensors of `module` that are stored, by part."""
+    found = {}
+    for part in PARTS:
+        tensor = tensors.get(f"{module}.{part}")
+        if tensor is not None:
+            found[part] = tensor
+    return found
+
+
+def part_names(module: str, tensors: Mapping[str, TensorInfo]) -> tuple[str, ...]:
+    """Return the names of the packed tensors of `module` that are stored."""
+    return tuple(f"{module}.{part}" for part in stored_parts(module, tensors))
+
+
+def packed_modules(tensors: Mapping[str, TensorInfo]) -> tuple[PackedModule, ...]:
+    """Return the quantized linears among `tensors`, in file order.
+
+    InputError E_CKPT_INCOMPLETE if a linear lacks a part, or the shapes of its parts do not fit.
+    """
+    found = []
+    for name in tensors:
+        module, _, part = name.rpartition(".")
+        if part == "qweight":
+            found.append(_packed_module(module, stored_parts(module, tensors)))
+    return tuple(found)
+
+
+def _packed_module(name: str, parts: Mapping[str, TensorInfo]) -> PackedModule:
+    missing = ", ".join(part for part in NEEDED_PARTS if part not in parts)
+    if missing:
+        raise InputError("E_CKPT_INCOMPLETE", f"`{name}` has a qweight but no {missing}")
+    sizes = _sizes_of(parts)
+    if sizes is None:
+        listed = ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in parts.items())
+        message = f"the parts of `{name}` do not fit each other: {listed}"
+        raise InputError("E_CKPT_INCOMPLETE", message)
+    out_features, in_features, groups, bits = sizes
+    nbytes = sum(tensor.nbytes for tensor in parts.values())
+    return PackedModule(name, out_features, in_features, bits, groups, nbytes)
+
+
+def _sizes_of(parts: Mapping[str, TensorInfo]) -> tuple[int, int, int, int] | None:
+    """Return out_features, in_features, groups and bits; None if the shapes do not fit."""
+    for part in NEEDED_PARTS:
+        if len(parts[part].shape) != 2 or 0 in parts[part].shape:
+            return None
+    (rows, out_features), (groups, words) = parts["qweight"].shape, parts["qzeros"].shape
+    bits = words * 32 // out_features
+    if bits == 0:
+        return None
+    in_features = rows * 32 // bits
+    expected = packed_shapes(out_features, in_features, groups, bits)
+    for part in NEEDED_PARTS:
+        if parts[part].shape != expected[part]:
+            return None
+    return out_features, in_features, groups, bits
+
+
+def block_size(quantization: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return the rows and columns that share a scale in an FP8 checkpoint.
+
+    None if the `quantization_config` describes any other way to store weights.
+    """
+    is_dynamic = quantization.get("activation_scheme", "dynamic") == "dynamic"
+    if quantization.get("quant_method") != FP8 or not is_dynamic:
+        return None
+    size = quantization.get("weight_block_size")
+    if not isinstance(size, list) or len(size) != 2:
+        return None
+    rows, columns = size
+    if type(rows) is not int or type(columns) is not int or min(rows, columns) < 1:
+        return None
+    return rows, columns
+
+
+def scales_of(
+    directory: Path, quantization: Mapping[str, Any] | None, tensors: Mapping[str, TensorInfo]
+) -> dict[str, str]:
+    """Return the name of the scales of each weight that is stored in 8-bit floats.
+
+    `quantization` is the `quantization_config` of the checkpoint in `directory`. InputError
+    E_CKPT_FP8 for floats of 8 or 4 bits that are stored in another way, E_CKPT_INCOMPLETE for a
+    weight without scales, E_CKPT_SHAPE if a weight and its scales do not fit.
+    """
+    weights = [tensor for tensor in tensors.values() if _is_float_of_few_bits(tensor, tensors)]
+    if not weights:
+        return {}
+    block = block_size(quantization or {})
+    if block is None:
+        raise _unreadable_floats(directory, weights[0])
+    for weight in weights:
+        if not _is_readable(weight):
+            raise _unreadable_floats(directory, weight)
+    found = {}
+    for weight in weights:
+        scales = f"{weight.name}{SCALES_SUFFIX}"
+        _check_scales(weight, scales, tensors.get(scales), block)
+        found[weight.name] = scales
+    return found
+
+
+def _is_float_of_few_bits(tensor: TensorInfo, tensors: Mapping[str, TensorInfo]) -> bool:
+    """Return whether a tensor holds floats of 8 or 4 bits that are not scales of such a weight."""
+    if not tensor.dtype.startswith(FEW_BITS):
+        return False
+    if not tensor.name.endswith(SCALES_SUFFIX):
+        return True
+    weight = tensors.get(tensor.name.removesuffix(SCALES_SUFFIX))
+    return weight is None or not weight.dtype.startswith(FEW_BITS)
+
+
+def _is_readable(weight: TensorInfo) -> bool:
+    is_matrix = len(weight.shape) == 2 and weight.name.endswith(".weight")
+    return is_matrix and weight.dtype == "F8_E4M3"
+
+
+def _unreadable_floats(directory: Path, weight: TensorInfo) -> InputError:
+    message = f"`{directory}` holds {weight.dtype} weights, first `{weight.name}`"
+    hint = (
+        "use a float16 or bfloat16 version of the model: 8-bit floats can be read only as DeepSeek "
+        "stores them, with quant_method fp8, a weight_block_size, and a tensor of scales for each "
+        "weight"
+    )
+    return InputError("E_CKPT_FP8", message, hint=hint)
+
+
+def _check_scales(
+    weight: TensorInfo, name: str, scales: TensorInfo | None, block: tuple[int, int]
+) -> None:
+    if scales is None:
+        message = f"`{weight.name}` is stored in 8-bit floats, but its scales `{name}` are missing"
+        raise InputError("E_CKPT_INCOMPLETE", message, hint="download the checkpoint again")
+    expected = (-(-weight.shape[0] // block[0]), -(-weight.shape[1] // block[1]))
+    if scales.shape != expected or scales.dtype not in SCALE_DTYPES:
+        asked = f"blocks of {block[0]}x{block[1]} in {list(weight.shape)} ask for {list(expected)}"
+        message = f"`{name}` is {scales.dtype} {list(scales.shape)}, but {asked} floats"
+        raise InputError("E_CKPT_SHAPE", message)

@@ -1,6 +1,6 @@
 """Checks of one quantized linear: its parts, dtypes and shapes, and the numbers in them.
 
-`packed.py` has the shapes. A weight is scales[g] * (code - zero[g]), where g is the group of its
+`layout.py` has the shapes. A weight is scales[g] * (code - zero[g]), where g is the group of its
 column. Needs no torch.
 """
 

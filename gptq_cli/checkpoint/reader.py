@@ -1,7 +1,7 @@
 """Readers of one tensor at a time, and the coding of quantized linears.
 
 `encode` turns a QuantizedLinear into the four tensors of a GPTQ checkpoint, version `gptq` (v1) or
-`gptq_v2`, and `decode` turns them back; `packed.py` has their shapes. Small integers are packed as
+`gptq_v2`, and `decode` turns them back; `layout.py` has their shapes. Small integers are packed as
 one little-endian bit stream along the first dimension: bit p of the stream is bit p % 32 of word
 p // 32, so that 32 values of `bits` bits fill exactly `bits` words. For 2, 4 and 8 bits this is
 "32 / bits values a word, lowest first"; for 3 bits it is AutoGPTQ's 10-1-10-1-10 layout.

@@ -3,7 +3,7 @@
 The checks compare headers, index and files; `gptq_manifest.json` with sizes and SHA-256 of the
 files; the configuration with the tensors (`claims.py`); the parts of each quantized module
 (`module_checks.py`); with `full` every byte. If only some engine cannot serve a property, that is
-no defect: see `config/serving_table.py`. Source: the requirements of readers of the format. Needs
+no defect: see `config/serving.py`. Source: the requirements of readers of the format. Needs
 no torch.
 """
 

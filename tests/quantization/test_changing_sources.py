@@ -34,7 +34,7 @@ from gptq_cli.inspection.compare import compare_checkpoints
 from gptq_cli.inspection.convert import convert_checkpoint, dequantize_checkpoint
 from gptq_cli.inspection.layer_statistics import view_layer
 from gptq_cli.publish.push import prepare_push, push_upload
-from gptq_cli.quantization import identity
+from gptq_cli.quantization import resume
 from gptq_cli.quantization.resume import identify
 from tests.families import save_model, texts
 from tests.runs import CPU, config, digest
@@ -157,7 +157,7 @@ def test_a_model_that_changes_during_hashing_is_refused(
         yield from hashes(files)  # type: ignore[arg-type]
         in_place(own.model / WEIGHTS)
 
-    monkeypatch.setattr(identity, "file_hashes", late)
+    monkeypatch.setattr(resume, "file_hashes", late)
     with pytest.raises(InputError) as caught:
         identify(source, None, config(), CPU, "a")
     check(caught.value, own.model / WEIGHTS, "was written again")

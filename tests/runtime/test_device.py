@@ -18,7 +18,7 @@ from gptq_cli.evaluation.perplexity import evaluate_perplexity
 from gptq_cli.evaluation.request import EvalRequest
 from gptq_cli.events import BlockFinished, Event, Warned
 from gptq_cli.quantization.run import quantize_checkpoint
-from gptq_cli.runtime import hidden_states, memory, open_model
+from gptq_cli.runtime import memory, open_model
 from gptq_cli.runtime.memory import Memory
 from gptq_cli.runtime.open_model import HiddenStates, open_stream, resolve_device
 from gptq_cli.solver import numerics
@@ -147,15 +147,15 @@ def test_a_run_with_states_on_the_host_resumes_and_evaluates(
         config(preset="fast", **SETTINGS),
     )
     quantize_checkpoint(model, tmp_path / "cpu", settings)
-    monkeypatch.setattr(hidden_states, "DEVICE_SHARE", 10**9)
+    monkeypatch.setattr(open_model, "DEVICE_SHARE", 10**9)
     settings = settings.model_copy(update={"device": "cuda"})
     with pytest.raises(PausedError):
         quantize_checkpoint(model, tmp_path / "gpu", settings, report=stop)
     assert (
-        waits(gpu, "runtime.hidden_states") >= 2 * BATCHES
+        waits(gpu, "runtime.open_model") >= 2 * BATCHES
     )  # to pinned memory and, after the block, back to it
     assert quantize_checkpoint(model, tmp_path / "gpu", settings).resumed_blocks == 1
-    assert waits(gpu, "runtime.hidden_states.<lambda>: to the device") == 0, gpu.waits
+    assert waits(gpu, "runtime.open_model.<lambda>: to the device") == 0, gpu.waits
     assert written(tmp_path / "gpu") == written(tmp_path / "cpu")
     request = EvalRequest(dataset=texts(), seqlen=64, max_windows=2, baseline=model)
     found, expected = (
