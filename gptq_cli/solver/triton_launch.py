@@ -2,8 +2,8 @@
 
 `solve`, `grid` and `refine` call them if `numerics.uses_kernels` is true for their tensors; else
 they use the torch operations beside each call: the same steps in the same order. The codes differ
-only if a value is within the rounding of float32 of a tie. `dequantize_packed` decodes packed GPTQ tensors in
-one pass, for the evaluation of quantized checkpoints.
+only if a value is within the rounding of float32 of a tie. `dequantize_packed` decodes packed GPTQ
+tensors in one pass, for the evaluation of quantized checkpoints.
 
 Letters for shapes:  O out_features   I in_features   G groups
 """
