@@ -151,7 +151,7 @@ def test_a_model_that_changes_during_hashing_is_refused(
     own: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = open_checkpoint(own.model)
-    hashes = identity.file_hashes
+    hashes = resume.file_hashes
 
     def late(files: object) -> object:
         yield from hashes(files)  # type: ignore[arg-type]
