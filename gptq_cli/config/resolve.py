@@ -17,9 +17,10 @@ from typing import Any
 
 import yaml
 
+from gptq_cli.config.layer import LayerConfig, keeps
 from gptq_cli.config.optimum import adopt
 from gptq_cli.config.schema import FIELDS, QuantizeConfig, conflicts, field_findings, fill
-from gptq_cli.config.serving import settings_export, target_problems
+from gptq_cli.config.serving import Export, export_of, target_problems
 from gptq_cli.config.strict_yaml import CORE_SCHEMA, Place, load, parse_scalar
 from gptq_cli.errors import ConfigError, Finding, KeyPath, Location, Problem, name_of, nearest
 from gptq_cli.files import file_errors
@@ -344,3 +345,12 @@ def _one_line(origin: str | None) -> str | None:
     if origin is None or origin.isprintable():
         return origin
     return origin.encode("unicode-escape", "surrogatepass").decode("ascii")
+
+
+def settings_export(config: QuantizeConfig) -> Export:
+    """Return the export that a configuration implies by itself, whatever the model."""
+    layers: dict[str, LayerConfig | None] = {"": config.base}
+    for rule in config.dynamic:
+        if not keeps(rule):
+            layers[rule] = config.changed_by(rule)
+    return export_of(layers, config.format, lm_head=config.lm_head)

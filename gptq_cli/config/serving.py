@@ -9,13 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-from gptq_cli.config.layer import LayerConfig, expert_part, keeps, split_experts, split_groups
+from gptq_cli.config.layer import LayerConfig, expert_part, split_experts, split_groups
 from gptq_cli.errors import Problem
-
-if TYPE_CHECKING:
-    from gptq_cli.config.schema import QuantizeConfig
 
 Outcome = Literal["yes", "limited", "wrong", "no"]
 
@@ -330,15 +327,6 @@ def _expert_linears(names: Iterable[str]) -> frozenset[str]:
 
 def _outside_experts(stored: Mapping[str, _Stored | None]) -> dict[str, _Stored | None]:
     return {name: kind for name, kind in stored.items() if expert_part(name) is None}
-
-
-def settings_export(config: QuantizeConfig) -> Export:
-    """Return the export that a configuration implies by itself, whatever the model."""
-    layers: dict[str, LayerConfig | None] = {"": config.base}
-    for rule in config.dynamic:
-        if not keeps(rule):
-            layers[rule] = config.changed_by(rule)
-    return export_of(layers, config.format, lm_head=config.lm_head)
 
 
 def verdicts(export: Export) -> tuple[Verdict, ...]:

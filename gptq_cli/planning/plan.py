@@ -25,8 +25,9 @@ from gptq_cli.checkpoint.layout import Layout, TensorSpec, plan_layout
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from gptq_cli.config.layer import LayerChoice, keeping, kind_of, matches, unmatched_rules
 from gptq_cli.config.leftovers import foreign_names, refuse_wrapped
+from gptq_cli.config.resolve import settings_export
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.config.serving import settings_export, target_problems
+from gptq_cli.config.serving import target_problems
 from gptq_cli.errors import ConfigError, InputError, Problem
 from gptq_cli.planning.run_plan import HEAD, LayerPlan, RunPlan, check_target
 

@@ -15,8 +15,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from gptq_cli.cli.app import app
+from gptq_cli.config.resolve import settings_export
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.config.serving import Verdict, settings_export, verdicts
+from gptq_cli.config.serving import Verdict, verdicts
 from gptq_cli.evaluation.request import EvalRequest
 from gptq_cli.events import (
     BlockFinished,

@@ -8,15 +8,9 @@ from typing import Any
 import pytest
 
 from gptq_cli.config.layer import LayerConfig
+from gptq_cli.config.resolve import settings_export
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.config.serving import (
-    ENGINES,
-    Export,
-    export_of,
-    settings_export,
-    target_problems,
-    verdicts,
-)
+from gptq_cli.config.serving import ENGINES, Export, export_of, target_problems, verdicts
 
 NAMES = [
     "vllm",
