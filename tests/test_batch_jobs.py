@@ -38,6 +38,7 @@ class Place:
 
     def command(self, name: str, script: str) -> None:
         path = self.folder / "bin" / name
+        path.parent.mkdir(exist_ok=True)
         calls = shlex.quote(str(self.folder))
         path.write_text(f'#!/usr/bin/env bash\necho "{name} $*" >> {calls}/calls\n{script}\n')
         path.chmod(0o755)
@@ -51,7 +52,7 @@ class Place:
 
     @property
     def calls(self) -> list[str]:
-        """What was called since the last look."""
+        """The calls since the last look."""
         file = self.folder / "calls"
         found = file.read_text().splitlines() if file.exists() else []
         file.write_text("")
@@ -76,7 +77,7 @@ def hub() -> Iterator[Hub]:
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory, hub: Hub) -> Iterator[str]:
-    """A shell line that is `gptq "$@"` and starts at once."""
+    """Yield a shell line that acts as `gptq "$@"` and starts at once."""
     folder = tmp_path_factory.mktemp("forked")
     variables = hub.environment(folder / "home") | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "tests" / "forked.py")]
@@ -125,7 +126,7 @@ def real(tmp_path_factory: pytest.TempPathFactory, hub: Hub, program: str) -> Pl
 
 @pytest.fixture
 def told(tmp_path: Path) -> Place:
-    """With a `gptq` that ends with $QUANTIZE or $EVAL, or else with 0."""
+    """Return a batch system whose `gptq` exits with $QUANTIZE or $EVAL, or else with 0."""
     ends = 'case $1 in quantize) exit "${QUANTIZE:-0}" ;; eval-ppl) exit "${EVAL:-0}" ;; esac'
     return batch_system(
         tmp_path, ends, {"MODEL": "m", "OUT": "out", "STORE": "store", "REPO": "me/tiny"}
@@ -159,33 +160,53 @@ def job(place: Place, **variables: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_slurm_script_quantizes_measures_and_verifies(real: Place, hub: Hub) -> None:
+@dataclass(frozen=True)
+class SlurmRun:
+    """The calls of `gptq` by the Slurm script, and when its weights were written."""
+
+    calls: list[str]
+    modified: int
+
+
+def modified(place: Place) -> int:
+    """Return when the weights of the output were written, in nanoseconds."""
+    return (place.folder / "store/me/tiny/model.safetensors").stat().st_mtime_ns
+
+
+@pytest.fixture(scope="module")
+def slurm_run(real: Place) -> SlurmRun:
     done = real.run("bash", str(SLURM))
     assert done.returncode == 0, done.stderr
-    assert [call for call in real.calls if call.startswith("gptq")] == [
-        "gptq quantize",
-        "gptq eval-ppl",
-        "gptq verify",
-    ]
+    calls = [call for call in real.calls if call.startswith("gptq")]
+    return SlurmRun(calls, modified(real))
+
+
+def test_slurm_script_quantizes_measures_and_verifies(real: Place, slurm_run: SlurmRun) -> None:
+    assert slurm_run.calls == ["gptq quantize", "gptq eval-ppl", "gptq verify"]
     measured = json.loads((real.folder / "store/me/tiny.ppl.json").read_text())
     assert measured["baseline_perplexity"] > 1
-    stamp = (real.folder / "store/me/tiny/model.safetensors").stat().st_mtime_ns
 
-    # A base model is named by its id on the Hub, which the runner has and this test has not.
+
+@pytest.mark.usefixtures("slurm_run")
+def test_workflow_publishes_a_finished_output(
+    real: Place, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The runner names a base model by its id on the Hub, but this test has none.
     step = next(step for step in WORKFLOW["steps"] if step["name"] == "Publish")
     assert '--base-model "$MODEL"' in step["run"]
-    step["run"] = step["run"].replace('"$MODEL"', "org/tiny")
+    monkeypatch.setitem(step, "run", step["run"].replace('"$MODEL"', "org/tiny"))
     code, calls = workflow(real, HF_TOKEN="none")
     assert (code, calls[-1]) == (0, "gptq push")
-    assert (
-        "model-index" not in hub.repos["me/tiny"]["README.md"].decode()
-    )  # the text of this test is on no Hub
-    assert b"## Perplexity" in hub.repos["me/tiny"]["README.md"]
+    card = hub.repos["me/tiny"]["README.md"].decode()
+    assert "model-index" not in card  # the text of this test is on no Hub
+    assert "## Perplexity" in card
 
+
+def test_kubernetes_job_keeps_a_finished_output(real: Place, slurm_run: SlurmRun) -> None:
     again = job(real)
     assert again.returncode == 0, again.stderr
-    assert "done   before, by the same command" in again.stdout
-    assert (real.folder / "store/me/tiny/model.safetensors").stat().st_mtime_ns == stamp
+    assert "done   already, by an earlier run of the same command" in again.stdout
+    assert modified(real) == slurm_run.modified
 
 
 @pytest.mark.parametrize("code", [75, SIGUSR1])

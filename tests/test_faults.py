@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import chdir
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from gptq_cli.cli.app import app
 from tests.families import save_model, texts
-from tests.faults import CASES, Case
+from tests.faults import CASES, Case, run
 
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model of three shards and a text."""
+    """Write a folder with a model of three shards and a text."""
     folder = tmp_path_factory.mktemp("sound")
     save_model(folder / "model", num_hidden_layers=2, max_shard_size="280KB")
     assert len(list((folder / "model").glob("*.safetensors"))) == 3
@@ -24,45 +27,80 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_fault_is_refused_in_a_few_lines_without_leftovers(
-    case: Case, sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "run"
+@dataclass(frozen=True)
+class Refusal:
+    """What a case printed, as text and as JSON, and the files that were not there before."""
+
+    case: Case
+    human: Result
+    data: dict[str, Any]
+    new_files: set[Path]
+
+    @property
+    def lines(self) -> list[str]:
+        """The lines on stderr, without the first of a run that had begun: how to resume it."""
+        lines = [line for line in self.human.stderr.splitlines() if line]
+        return lines[1:] if self.case.begun else lines
+
+
+@pytest.fixture(scope="module", params=CASES, ids=str)
+def refusal(
+    request: pytest.FixtureRequest, sound: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Refusal:
+    """Run the command of one case, as a user and with --json."""
+    case: Case = request.param
+    directory = tmp_path_factory.mktemp("fault")
+    folder = directory / "run"
     shutil.copytree(sound, folder)
-    words = case.arrange(folder)
-    before = sorted(folder.rglob("*"))
-    human = CliRunner().invoke(
-        app, [*words, "--quiet"] if words[0] in ("quantize", "eval-ppl") else words
-    )
+    with chdir(directory):
+        words = case.arrange(folder)
+        before = set(folder.rglob("*"))
+        quiet = ["--quiet"] if words[0] in ("quantize", "eval-ppl") else []
+        human = CliRunner().invoke(app, [*words, *quiet])
+        new_files = set(folder.rglob("*")) - before
+        data = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
+    return Refusal(case, human, data, new_files)
+
+
+def test_fault_gets_its_code_message_and_hint(refusal: Refusal) -> None:
+    case, human = refusal.case, refusal.human
     assert human.exit_code == case.exit_code, human.output
-    assert human.stdout == ""
-    lines = [line for line in human.stderr.splitlines() if line]
-    if case.begun:  # a run that had begun says first how to go on with what it keeps
-        assert ".out.gptq-work" in lines.pop(0)
-    assert lines[0].startswith(f"error[{case.code}]: ")
+    assert refusal.lines[0].startswith(f"error[{case.code}]: ")
     assert case.message in human.stderr
+    hints = [line for line in refusal.lines if line.startswith("hint: ")]
+    assert case.hint in "".join(hints)
+
+
+def test_json_of_a_fault_has_its_codes(refusal: Refusal) -> None:
+    case, data = refusal.case, refusal.data
+    assert (data["exit_code"], data["problems"][0]["code"]) == (case.exit_code, case.code)
+
+
+def test_refusal_of_a_fault_is_short_plain_text(refusal: Refusal) -> None:
+    human, n_problems = refusal.human, len(refusal.data["problems"])
+    assert human.stdout == ""
     assert "Traceback" not in human.stderr
     assert "\x1b" not in human.stderr
-    hints = [line for line in lines if line.startswith("hint: ")]
-    assert case.hint in "".join(hints)
-    left = set(folder.rglob("*")) - set(before)
-    assert not {path for path in left if not (case.begun and ".out.gptq-work" in path.parts)}
-    data = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
-    assert (data["exit_code"], data["problems"][0]["code"]) == (case.exit_code, case.code)
-    assert len(lines) <= (4 if len(data["problems"]) == 1 else 3 * len(data["problems"]) + 1)
+    most = 4 if n_problems == 1 else 3 * n_problems + 1
+    assert len(refusal.lines) <= most
+
+
+def test_fault_leaves_only_the_work_of_a_begun_run(refusal: Refusal) -> None:
+    if not refusal.case.begun:
+        assert not refusal.new_files
+        return
+    assert not [path for path in refusal.new_files if ".out.gptq-work" not in path.parts]
+    first = next(line for line in refusal.human.stderr.splitlines() if line)
+    assert ".out.gptq-work" in first
 
 
 def test_run_without_a_fault_works(sound: Path, tmp_path: Path) -> None:
-    from tests.faults import run
-
     folder = tmp_path / "run"
     shutil.copytree(sound, folder)
     assert CliRunner().invoke(app, [*run(folder), "--quiet"]).exit_code == 0
 
 
-# Rows about numbers, devices, the Hub and secrets: tests of those parts see them.
+# Rows about numbers, devices, the Hub and secrets: the tests of these parts cover them.
 BY_OTHER_TESTS = {6, 21, 33, 38, *range(58, 62), *range(64, 71), 72, 75}
 NOT_HERE = {
     22: "calibration reads texts, so a chat template is never applied",

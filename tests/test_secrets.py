@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -61,57 +62,53 @@ def test_only_secrets_are_struck_out(text: str, shown: str) -> None:
     assert visible(text) == text  # results are not touched
 
 
-def test_no_output_of_the_program_holds_a_token(tmp_path: Path) -> None:
-    model = save_model(tmp_path / "model", num_hidden_layers=2)
+@dataclass(frozen=True)
+class HubRuns:
+    """A run of a model of the Hub, one that the Hub refused, and what the Hub saw."""
+
+    output: Path
+    done: subprocess.CompletedProcess[str]
+    refused: subprocess.CompletedProcess[str]
+    tokens: list[str]
+    commit: str
+
+
+@pytest.fixture(scope="module")
+def hub_runs(tmp_path_factory: pytest.TempPathFactory) -> HubRuns:
+    folder = tmp_path_factory.mktemp("hub")
+    model = save_model(folder / "model", num_hidden_layers=2)
     files = {path.name: path.read_bytes() for path in model.iterdir()}
-    words = small_run(tmp_path)
+    words = ["quantize", "someone/tiny", *small_run(folder)]
     with serve({"someone/tiny": files}, kind="model") as hub:
-        done = gptq(
-            tmp_path,
-            hub.environment(tmp_path / "a"),
-            "quantize",
-            "someone/tiny",
-            "-o",
-            "out",
-            "--json",
-            *words,
-        )
+        done = gptq(folder, hub.environment(folder / "a"), *words, "-o", "out", "--json")
         assert done.returncode == 0, done.stderr
-        assert f"Bearer {CANARY}" in hub.tokens  # the client does send it
-        hub.faults.append(
-            Fault(
-                "/api/", Reply(401, headers={"X-Error-Message": f"Bearer {CANARY} is not allowed"})
-            )
-        )
-        refused = gptq(
-            tmp_path,
-            hub.environment(tmp_path / "b"),
-            "quantize",
-            "someone/tiny",
-            "-o",
-            "no",
-            *words,
-        )
-        assert refused.returncode == 3
-    assert not any(CANARY in process.stdout + process.stderr for process in (done, refused))
-    written = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+        answer = {"X-Error-Message": f"Bearer {CANARY} is not allowed"}
+        hub.faults.append(Fault("/api/", Reply(401, headers=answer)))
+        refused = gptq(folder, hub.environment(folder / "b"), *words, "-o", "no")
+    return HubRuns(folder / "out", done, refused, hub.tokens, hub.commit("someone/tiny"))
+
+
+def test_no_output_of_the_program_holds_a_token(hub_runs: HubRuns) -> None:
+    assert f"Bearer {CANARY}" in hub_runs.tokens  # the client does send it
+    assert hub_runs.refused.returncode == 3
+    for process in (hub_runs.done, hub_runs.refused):
+        assert CANARY not in process.stdout + process.stderr
+    written = [path for path in hub_runs.output.rglob("*") if path.is_file()]
     assert len(written) > 5
-    origin = json.loads((tmp_path / "out" / "gptq_manifest.json").read_text())["origin"]
-    assert (origin["model"], origin["commit"]) == ("someone/tiny", hub.commit("someone/tiny"))
-    assert (origin["dataset"], origin["dataset_revision"]) == (None, None)
     assert not any(CANARY.encode() in path.read_bytes() for path in written)
+
+
+def test_manifest_names_the_model_and_commit_of_the_hub(hub_runs: HubRuns) -> None:
+    origin = json.loads((hub_runs.output / "gptq_manifest.json").read_text())["origin"]
+    assert (origin["model"], origin["commit"]) == ("someone/tiny", hub_runs.commit)
+    assert (origin["dataset"], origin["dataset_revision"]) == (None, None)
 
 
 @pytest.mark.parametrize("option", ["model", "--dataset", "--config", "--device"])
 def test_credentials_in_arguments_are_not_repeated(option: str) -> None:
     secret = f"https://user:{CANARY}@huggingface.co/x"
-    words = [
-        "quantize",
-        secret if option == "model" else "m",
-        "-b",
-        "4",
-        *([] if option == "model" else [option, secret]),
-    ]
+    given = [secret] if option == "model" else ["m", option, secret]
+    words = ["quantize", *given, "-b", "4"]
     found = CliRunner().invoke(app, [*words, "--json"])
     assert found.exit_code in (2, 3)
     assert CANARY not in found.stdout + found.stderr

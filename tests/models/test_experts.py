@@ -113,25 +113,37 @@ def test_module_with_another_computation_is_not_separated() -> None:
     assert set(find_stacks(holder)) == {"plain", "again"}
 
 
-def test_experts_with_biases_and_interleaved_gate_and_up_work() -> None:
+@pytest.fixture
+def gpt_oss_experts() -> GptOssExperts:
     config = GptOssConfig(**SIZES)
     config._experts_implementation = "eager"
     kind = GptOssExperts(config)
     for parameter in kind.requires_grad_(False).parameters():
         nn.init.normal_(parameter, std=0.2)
-    shape = StackShape.of(kind)
+    return kind
+
+
+def test_shape_of_interleaved_experts_with_biases_is_found(gpt_oss_experts: GptOssExperts) -> None:
+    shape = StackShape.of(gpt_oss_experts)
     assert shape is not None
     assert (shape.turned, shape.interleaved, shape.biased) == (True, True, True)
-    assert computes_the_same(kind)
-    experts = separated(kind)
+    assert computes_the_same(gpt_oss_experts)
+    assert StackShape.of(nn.Linear(2, 2)) is None
+
+
+def test_interleaved_gate_and_up_are_separated(gpt_oss_experts: GptOssExperts) -> None:
+    kind, experts = gpt_oss_experts, separated(gpt_oss_experts)
     assert torch.equal(experts[3].gate_proj.weight, kind.gate_up_proj[3].T[0::2])
     assert torch.equal(experts[3].up_proj.weight, kind.gate_up_proj[3].T[1::2])
     assert torch.equal(experts[3].down_proj.weight, kind.down_proj[3].T)
+
+
+def test_separated_experts_with_biases_compute_the_same(gpt_oss_experts: GptOssExperts) -> None:
+    kind, experts = gpt_oss_experts, separated(gpt_oss_experts)
     tokens, chosen, weights = torch.randn(5, 32), torch.randint(4, (5, 2)), torch.rand(5, 2)
     assert torch.allclose(
         experts(tokens, chosen, weights), kind(tokens, chosen, weights), atol=1e-5
     )
-    assert StackShape.of(nn.Linear(2, 2)) is None
 
 
 def test_choice_beyond_the_experts_passes_the_token_through() -> None:
