@@ -1,8 +1,7 @@
-"""Chats and folders of save_to_disk are refused by what they are, with the way to text."""
+"""Chats and folders of save_to_disk are refused with a hint that leads to text."""
 
 from __future__ import annotations
 
-import io
 import json
 import shlex
 import subprocess
@@ -13,10 +12,10 @@ from typing import Any
 import datasets
 import pyarrow
 import pytest
-from pyarrow import parquet
 
 from gptq_cli.calibration.corpus import DatasetSource, load_documents
 from gptq_cli.errors import InputError
+from tests.calibration.rows import json_lines, parquet_bytes
 
 OPENAI = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "an answer"}]
 SHAREGPT = [{"from": "human", "value": "a question"}, {"from": "gpt", "value": "an answer"}]
@@ -29,17 +28,13 @@ def refused(dataset: str | Path, column: str = "text") -> InputError:
 
 
 def written(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """Write `rows` in the format of the suffix; return `path`."""
     if path.suffix == ".parquet":
-        buffer = io.BytesIO()
-        parquet.write_table(pyarrow.Table.from_pylist(rows), buffer)
-        path.write_bytes(buffer.getvalue())
+        path.write_bytes(parquet_bytes(pyarrow.Table.from_pylist(rows)))
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
     else:
-        text = (
-            json.dumps(rows)
-            if path.suffix == ".json"
-            else "".join(json.dumps(row) + "\n" for row in rows)
-        )
-        path.write_text(text)
+        path.write_text(json_lines(rows))
     return path
 
 
@@ -62,9 +57,8 @@ def test_a_column_of_chats_is_refused_with_a_remedy(
 def test_hint_names_a_column_that_may_hold_chats(column: str, tmp_path: Path) -> None:
     error = refused(written(tmp_path / "x.jsonl", [{"id": "1", column: OPENAI}]))
     assert str(error).endswith(f"has no column `text`; it has `id`, `{column}`")
-    assert f"if `{column}` holds chats: chat messages have to become text first" in (
-        error.hint or ""
-    )
+    words = f"if `{column}` holds chats: chat messages have to become text first"
+    assert words in (error.hint or "")
 
 
 def test_a_text_column_beside_chats_is_read(tmp_path: Path) -> None:
@@ -89,8 +83,10 @@ def test_hint_converts_a_folder_of_save_to_disk(
 ) -> None:
     saved = datasets.Dataset.from_dict({"text": ["one", "two"]})
     folder = tmp_path / "it's saved"
-    whole = saved if split is None else datasets.DatasetDict({split: saved})
-    whole.save_to_disk(folder)
+    if split is None:
+        saved.save_to_disk(folder)
+    else:
+        datasets.DatasetDict({split: saved}).save_to_disk(folder)
     error = refused(folder)
     assert error.code == "E_DATA_FORMAT"
     assert "was written by save_to_disk of datasets" in str(error)

@@ -1,13 +1,12 @@
-"""Which text is read: names, files, folders, literal texts; and how what cannot be read is refused."""
+"""Datasets: registered names, ids of the Hub, files, folders, literal texts, and refusals."""
 
 from __future__ import annotations
 
 import gc
-import io
 import json
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -15,18 +14,16 @@ from typing import Any
 import datasets
 import pyarrow
 import pytest
-from pyarrow import parquet
 
 from gptq_cli.calibration.corpus import CORPORA, DatasetSource, Documents, load_documents
 from gptq_cli.errors import ConfigError, GptqError, InputError
+from tests.calibration.rows import json_lines, parquet_bytes
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def as_parquet(**columns: list[Any]) -> bytes:
-    buffer = io.BytesIO()
-    parquet.write_table(pyarrow.table(columns), buffer)
-    return buffer.getvalue()
+    return parquet_bytes(pyarrow.table(columns))
 
 
 def load(path: Path, **options: Any) -> Documents:
@@ -42,12 +39,12 @@ def refused(path: Path, **options: Any) -> InputError:
 
 
 class FakeBuilder:
-    """Stands for the builder of a Hub dataset: remembers how it was made and read."""
+    """A stand-in for the builder of a Hub dataset; it notes its arguments and how it is read."""
 
     hash = COMMIT
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
-        self.asked = (arguments, options)
+        self.arguments = (arguments, options)
         self.split: str | None = None
         self.prepared = False
         self.streamed = False
@@ -80,26 +77,12 @@ def builders(monkeypatch: pytest.MonkeyPatch) -> list[FakeBuilder]:
 
 C4_TRAIN = {"train": "en/c4-train.00000-of-01024.json.gz"}
 C4_VALIDATION = {"validation": "en/c4-validation.00000-of-00008.json.gz"}
-# The protocols of papers, written down a second time.
+WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1")
+# The protocols of papers, written down a second time:
+# repository, config, data files, split, streamed or not, separator of documents, most windows.
 PUBLISHED: dict[tuple[str, str], tuple[Any, ...]] = {
-    ("wikitext2", "calibration"): (
-        "Salesforce/wikitext",
-        "wikitext-2-raw-v1",
-        None,
-        "train",
-        False,
-        "\n\n",
-        None,
-    ),
-    ("wikitext2", "evaluation"): (
-        "Salesforce/wikitext",
-        "wikitext-2-raw-v1",
-        None,
-        "test",
-        False,
-        "\n\n",
-        None,
-    ),
+    ("wikitext2", "calibration"): (*WIKITEXT, None, "train", False, "\n\n", None),
+    ("wikitext2", "evaluation"): (*WIKITEXT, None, "test", False, "\n\n", None),
     ("c4", "calibration"): ("allenai/c4", None, C4_TRAIN, "train", True, "\n\n", None),
     ("c4", "evaluation"): ("allenai/c4", None, C4_VALIDATION, "validation", True, " ", 256),
     ("c4-new", "calibration"): ("allenai/c4", None, C4_TRAIN, "train", True, "\n\n", None),
@@ -115,7 +98,7 @@ def test_each_registered_corpus_is_read_as_in_its_entry(
     documents = load_documents(DatasetSource(name, purpose=purpose))
     [builder] = builders
     corpus, part = CORPORA[name], CORPORA[name].parts[purpose]
-    assert builder.asked[0] == (corpus.repo, corpus.config)
+    assert builder.arguments[0] == (corpus.repo, corpus.config)
     assert (builder.split, builder.streamed) == (part.split, corpus.stream)
     assert (documents.join, documents.max_windows) == (part.join, part.max_windows)
     assert len(list(documents.texts)) == (part.limit or 2000)
@@ -128,21 +111,20 @@ def test_a_published_corpus_is_read_as_published(
     repo, config, data_files, split, stream, join, max_windows = PUBLISHED[name, purpose]
     documents = load_documents(DatasetSource(name, purpose=purpose))
     [builder] = builders
-    assert builder.asked == ((repo, config), {"data_files": data_files})
+    assert builder.arguments == ((repo, config), {"data_files": data_files})
     assert (builder.split, builder.streamed) == (split, stream)
     assert (documents.name, documents.config, documents.split) == (name, config, split)
-    assert (documents.join, documents.max_windows, documents.revision) == (
-        join,
-        max_windows,
-        COMMIT,
-    )
-    expected = 1100 if (name != "wikitext2" and purpose == "evaluation") else 2000
-    assert list(documents.texts) == [f"row {index}" for index in range(expected)]
+    assert (documents.join, documents.max_windows) == (join, max_windows)
+    assert documents.revision == COMMIT
+    n_texts = 2000
+    if name != "wikitext2" and purpose == "evaluation":
+        n_texts = 1100
+    assert list(documents.texts) == [f"row {index}" for index in range(n_texts)]
 
 
 def test_the_default_dataset_is_wikitext2(builders: list[FakeBuilder]) -> None:
     assert load_documents(DatasetSource()).name == "wikitext2"
-    assert builders[0].asked[0] == ("Salesforce/wikitext", "wikitext-2-raw-v1")
+    assert builders[0].arguments[0] == ("Salesforce/wikitext", "wikitext-2-raw-v1")
 
 
 def test_a_registered_name_wins_over_a_folder_of_that_name(
@@ -161,13 +143,13 @@ def test_a_hub_dataset_streams_the_split_for_its_purpose(
     purpose: Any, split: str, builders: list[FakeBuilder]
 ) -> None:
     documents = load_documents(DatasetSource("someone/texts", purpose=purpose))
-    assert builders[0].asked == (("someone/texts", None), {"data_files": None})
+    assert builders[0].arguments == (("someone/texts", None), {"data_files": None})
     assert (builders[0].split, builders[0].streamed, documents.revision) == (split, True, COMMIT)
 
 
 def test_a_hub_dataset_has_the_given_config_and_split(builders: list[FakeBuilder]) -> None:
     load_documents(DatasetSource("someone/texts", config="english", split="extra"))
-    assert builders[0].asked[0] == ("someone/texts", "english")
+    assert builders[0].arguments[0] == ("someone/texts", "english")
     assert builders[0].split == "extra"
 
 
@@ -176,9 +158,8 @@ def test_a_hub_dataset_has_the_given_config_and_split(builders: list[FakeBuilder
 def test_only_hub_datasets_accept_a_config_and_a_split(
     dataset: Any, options: dict[str, str], builders: list[FakeBuilder]
 ) -> None:
-    with pytest.raises(
-        ConfigError, match=f"dataset_{next(iter(options))} `x` has no meaning for"
-    ) as caught:
+    (option,) = options
+    with pytest.raises(ConfigError, match=f"dataset_{option} `x` has no meaning for") as caught:
         load_documents(DatasetSource(dataset, **options))
     assert caught.value.code == "E_CFG_CONFLICT"
     assert builders == []
@@ -208,22 +189,18 @@ def test_a_folder_accepts_text_column_if_a_file_has_rows(tmp_path: Path) -> None
 def test_literal_texts_that_name_files_are_refused(texts: list[str], tmp_path: Path) -> None:
     (tmp_path / "notes").write_text("a text")
     paths = {"file": tmp_path / "notes", "folder": tmp_path}
-    with pytest.raises(
-        ConfigError, match="is a file, but a dataset given twice or more holds the texts"
-    ) as caught:
+    message = "is a file, but a dataset given twice or more holds the texts"
+    with pytest.raises(ConfigError, match=message) as caught:
         load_documents(DatasetSource([text.format(**paths) for text in texts]))
-    assert (caught.value.code, caught.value.hint) == (
-        "E_CFG_CONFLICT",
-        "put the files into a folder and give that",
-    )
+    assert caught.value.code == "E_CFG_CONFLICT"
+    assert caught.value.hint == "put the files into a folder and give that"
 
 
 def test_a_text_that_cannot_be_a_path_is_a_text() -> None:
     texts = ["a word " * 1000, "another\0", "it lies in notes.txt"]
     assert list(load_documents(DatasetSource(texts)).texts) == texts
-    with pytest.raises(
-        InputError, match="is not a registered name, a file, a folder or the id"
-    ) as caught:
+    message = "is not a registered name, a file, a folder or the id"
+    with pytest.raises(InputError, match=message) as caught:
         load_documents(DatasetSource(texts[0]))
     assert caught.value.code == "E_DATA_NOT_FOUND"
 
@@ -271,11 +248,8 @@ def test_corpora_that_need_a_script_are_refused(name: str, builders: list[FakeBu
 
 def test_literal_texts_are_documents_in_order() -> None:
     documents = load_documents(DatasetSource(["one", "", "two"]))
-    assert (list(documents.texts), documents.name, documents.revision) == (
-        ["one", "", "two"],
-        "texts",
-        None,
-    )
+    assert list(documents.texts) == ["one", "", "two"]
+    assert (documents.name, documents.revision) == ("texts", None)
     assert documents.sha256 == sha256(b"one\n\n\n\ntwo").hexdigest()
 
 
@@ -500,7 +474,7 @@ REFUSALS: dict[str, tuple[str, bytes, str, str]] = {
 }
 
 
-# `datasets` leaves a file it could not read to the garbage collector
+# `datasets` does not close a file that it cannot read: the garbage collector closes it
 @pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning"
 )
@@ -529,7 +503,7 @@ def test_message_names_the_broken_line(tmp_path: Path) -> None:
 def test_pipes_and_devices_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.txt")
     for path in (tmp_path / "pipe.txt", Path(os.devnull)):
-        error = refused(path)
+        error = refused(path)  # it would wait for ever if it opened the pipe
         assert error.code == "E_DATA_NOT_FOUND"
         assert "is not a supported type of file" in str(error)
 
@@ -546,9 +520,11 @@ def test_hint_names_the_other_columns_that_hold_text(tmp_path: Path) -> None:
     (tmp_path / "one.jsonl").write_text('{"text": 5}\n')
     assert refused(tmp_path / "one.jsonl").hint == "fix it"
     (tmp_path / "two.jsonl").write_text('{"text": 5, "body": "a"}\n')
-    assert (
-        refused(tmp_path / "two.jsonl").hint == "fix it, or name another with --text-column: `body`"
-    )
+    hint = refused(tmp_path / "two.jsonl").hint
+    assert hint == "fix it, or name another with --text-column: `body`"
+
+
+def test_message_names_only_the_first_of_many_columns(tmp_path: Path) -> None:
     (tmp_path / "many.jsonl").write_text(json.dumps({f"c{number}": "a" for number in range(30)}))
     assert str(refused(tmp_path / "many.jsonl")).endswith("`c6`, `c7`, ...")
 
@@ -587,6 +563,16 @@ NAMES = [
 ]
 
 
+# the content of a file with one text, by the suffix of the file
+ONE_TEXT: dict[str, Callable[[str], bytes]] = {
+    ".txt": lambda text: text.encode(),
+    ".csv": lambda text: f'text\n"{text}"\n'.encode(),
+    ".json": lambda text: json.dumps({"text": text}).encode(),
+    ".jsonl": lambda text: json.dumps({"text": text}).encode(),
+    ".parquet": lambda text: as_parquet(text=[text]),
+}
+
+
 @pytest.mark.parametrize(
     "suffix", [".txt", ".jsonl", ".json", ".csv", ".parquet", ".TXT", ".Jsonl", ".CSV"]
 )
@@ -594,12 +580,7 @@ def test_a_path_with_special_characters_is_not_a_pattern(
     suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-
-    def content(text: str) -> bytes:
-        rows = {".txt": text, ".csv": f'text\n"{text}"\n', ".parquet": ""}
-        written = rows.get(suffix.lower(), json.dumps({"text": text}))
-        return as_parquet(text=[text]) if suffix == ".parquet" else written.encode()
-
+    content = ONE_TEXT[suffix.lower()]
     for decoy in ("data1", "axx", "bx", "c", "d", "e", "l", "m", "x"):
         Path(f"{decoy}{suffix}").write_bytes(content("decoy"))
     for name in NAMES:
@@ -612,8 +593,19 @@ def test_a_path_with_special_characters_is_not_a_pattern(
         assert list(load(folder.absolute()).texts) == [f"in {name}"]
 
 
-@pytest.mark.parametrize("name", ["a[1].jsonl", "*.jsonl", "x::a.jsonl", "zip://a.jsonl::b.zip", "https://h/a.jsonl",
-                                  "hf://datasets/a/b.jsonl", "file:///etc/a.txt", "memory://a.json"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a[1].jsonl",
+        "*.jsonl",
+        "x::a.jsonl",
+        "zip://a.jsonl::b.zip",
+        "https://h/a.jsonl",
+        "hf://datasets/a/b.jsonl",
+        "file:///etc/a.txt",
+        "memory://a.json",
+    ],
+)
 def test_patterns_and_addresses_are_not_found_as_files(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -634,10 +626,8 @@ def test_a_type_of_file_is_refused_as_a_dataset_name(
     (tmp_path / "a.json").write_text('{"text": "what lies around"}')
     with pytest.raises(InputError, match=f"`{kind}` is a type of file for `datasets`") as caught:
         load_documents(DatasetSource(kind))
-    assert (caught.value.code, caught.value.hint) == (
-        "E_DATA_NOT_FOUND",
-        "give the path of the file itself",
-    )
+    assert caught.value.code == "E_DATA_NOT_FOUND"
+    assert caught.value.hint == "give the path of the file itself"
     assert builders == []
 
 
@@ -653,55 +643,62 @@ def test_a_folder_cannot_replace_a_registered_corpus(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / repo).mkdir(parents=True)
-    with pytest.raises(
-        InputError, match=f"`{repo}` in the current directory has the name of the Hub"
-    ) as caught:
+    message = f"`{repo}` in the current directory has the name of the Hub"
+    with pytest.raises(InputError, match=message) as caught:
         load_documents(DatasetSource(name))
     assert caught.value.code == "E_DATA_NOT_FOUND"
     assert "another directory" in (caught.value.hint or "")
     assert builders == []
 
 
-def test_rows_are_read_from_json_of_every_shape(tmp_path: Path) -> None:
-    shapes = {
-        "lines.json": '{"text": "a"}\n\n{"text": "b"}',
-        "list.jsonl": ' [{"text": "a"},\n {"text": "b"}]',
-        "texts.json": '["a", "b"]',
-        "marked.jsonl": '\ufeff{"text": "a"}\r\n{"text": "b"}\r\n',
-    }
-    for name, content in shapes.items():
-        (tmp_path / name).write_text(content, encoding="utf-8")
-        assert list(load(tmp_path / name).texts) == ["a", "b"], name
+SHAPES = {
+    "lines.json": '{"text": "a"}\n\n{"text": "b"}',
+    "list.jsonl": ' [{"text": "a"},\n {"text": "b"}]',
+    "texts.json": '["a", "b"]',
+    "marked.jsonl": '\ufeff{"text": "a"}\r\n{"text": "b"}\r\n',
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_rows_are_read_from_json_of_every_shape(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(SHAPES[name], encoding="utf-8")
+    assert list(load(tmp_path / name).texts) == ["a", "b"]
+
+
+def test_one_json_object_is_one_row(tmp_path: Path) -> None:
     (tmp_path / "one.json").write_text('{\n "text": "a\\u00e9",\n "n": 1\n}\n')
     assert list(load(tmp_path / "one.json").texts) == ["a\u00e9"]
 
 
 def test_csv_fields_may_contain_newlines_commas_and_quotes(tmp_path: Path) -> None:
-    content = (
-        b'\xef\xbb\xbfn,text\r\n1,"a, ""b""\r\nc"\r\n\r\n2,null\r\n3,' + b"x" * 200_000 + b"\n"
-    )
+    first = b'1,"a, ""b""\r\nc"\r\n'
+    last = b"3," + b"x" * 200_000 + b"\n"
+    content = b"\xef\xbb\xbfn,text\r\n" + first + b"\r\n2,null\r\n" + last
     (tmp_path / "x.csv").write_bytes(content)
     assert list(load(tmp_path / "x.csv").texts) == ['a, "b"\r\nc', "null", "x" * 200_000]
 
 
 def test_files_of_rows_are_read_lazily(tmp_path: Path) -> None:
     texts = [f"row {number}" for number in range(3000)]
-    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-    for name, content in (("x.jsonl", lines), ("x.csv", "text\n" + "\n".join(texts) + "\n")):
+    lines = json_lines({"text": text} for text in texts)
+    records = "text\n" + "\n".join(texts) + "\n"
+    for name, content in (("x.jsonl", lines), ("x.csv", records)):
         (tmp_path / name).write_bytes(content.encode() + b"\xff")
         found = iter(load(tmp_path / name).texts)
         assert [next(found) for _ in range(3)] == ["row 0", "row 1", "row 2"]
 
 
-def test_a_bug_of_the_program_is_not_an_input_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(*_: Any, **__: Any) -> None:
-        raise AttributeError("a slip in the program")
+def broken(*_: Any, **__: Any) -> None:
+    raise AttributeError("a slip in the program")
 
+
+def test_a_bug_is_not_blamed_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset_builder", broken)
     with pytest.raises(AttributeError, match="a slip"):
         list(load_documents(DatasetSource("someone/texts")).texts)
+
+
+def test_a_bug_is_not_blamed_on_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(json, "loads", broken)
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
     with pytest.raises(AttributeError, match="a slip"):

@@ -1,4 +1,4 @@
-"""Texts in other encodings than UTF-8 are named, and the command of the hint makes a file that is read."""
+"""A text that is not UTF-8 is refused with its encoding and a command that converts it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gptq_cli.errors import InputError
 
 TEXT = "It costs 5 \u20ac, said Zo\u00eb.\r\nNobody answered.\n" * 30
 CHINESE = "\u91cf\u5316\u6a21\u578b\u7684\u6821\u51c6\u6587\u672c\u3002\n" * 30
-# encoding of the file, what the message calls it, what iconv is told
+# encoding of the file, words of the message, option of iconv
 OTHERS = [
     ("utf-16", "is UTF-16, not UTF-8", "-f utf-16 "),
     ("utf-32", "is UTF-32, not UTF-8", "-f utf-32 "),
@@ -40,12 +40,11 @@ def refused(file: Path) -> InputError:
 
 
 def converted(file: Path) -> list[str]:
-    """The texts of what the command of the hint makes of `file`."""
+    """Run the command of the hint for `file`; return the texts of the file that it writes."""
     command = (refused(file).hint or "").partition(": ")[2]
     subprocess.run(["bash", "-c", command], check=True)
-    return list(
-        load_documents(DatasetSource(str(file.with_name(f"{file.stem}-utf8{file.suffix}")))).texts
-    )
+    result = file.with_name(f"{file.stem}-utf8{file.suffix}")
+    return list(load_documents(DatasetSource(str(result))).texts)
 
 
 @pytest.mark.parametrize("suffix", WRITTEN)
@@ -80,9 +79,7 @@ def test_hint_for_text_mostly_beyond_ascii_is_gbk_not_latin_1(suffix: str, tmp_p
 
 def test_hint_for_few_letters_beyond_ascii_is_latin_1(tmp_path: Path) -> None:
     file = tmp_path / "x.jsonl"
-    file.write_bytes(
-        json.dumps({"text": "na\u00efve caf\u00e9"}, ensure_ascii=False).encode("latin1")
-    )
+    file.write_bytes(WRITTEN[".jsonl"]("na\u00efve caf\u00e9").encode("latin1"))
     assert (refused(file).hint or "").startswith("if it is Latin-1, convert it: iconv -f latin1 ")
     assert "byte 0xef at offset 12" in str(refused(file))
     assert converted(file) == ["na\u00efve caf\u00e9"]

@@ -1,9 +1,8 @@
-"""Datasets through the real Hub client, from a server on the loopback."""
+"""Datasets that the real Hub client downloads from a server on the loopback."""
 
 from __future__ import annotations
 
 import gzip
-import io
 import json
 import os
 import subprocess
@@ -14,8 +13,8 @@ from typing import Any
 
 import pyarrow
 import pytest
-from pyarrow import parquet
 
+from tests.calibration.rows import json_lines, parquet_bytes
 from tests.hub import Hub, serve
 
 READ = """
@@ -34,25 +33,15 @@ for source in json.loads(sys.argv[1]):
 
 
 def as_parquet(texts: list[str]) -> bytes:
-    buffer = io.BytesIO()
-    parquet.write_table(pyarrow.table({"text": texts}), buffer)
-    return buffer.getvalue()
+    return parquet_bytes(pyarrow.table({"text": texts}))
 
 
 def as_json_gz(texts: list[str]) -> bytes:
-    return gzip.compress(
-        "".join(json.dumps({"text": text, "url": "x"}) + "\n" for text in texts).encode()
-    )
+    lines = json_lines({"text": text, "url": "x"} for text in texts)
+    return gzip.compress(lines.encode())
 
 
-def as_chats() -> bytes:
-    buffer = io.BytesIO()
-    parquet.write_table(
-        pyarrow.table({"messages": [[{"role": "user", "content": "a question"}]]}), buffer
-    )
-    return buffer.getvalue()
-
-
+CHAT = [{"role": "user", "content": "a question"}]
 WIKITEXT_CARD = b"""---
 configs:
 - config_name: wikitext-2-raw-v1
@@ -89,7 +78,9 @@ REPOS = {
     "someone/broken": {"train.jsonl": b'{"text": "a"}\n{"te'},
     "someone/ragged": {"train.csv": b"text\na\nb,c,d\n"},
     "someone/latin": {"train.jsonl": '{"text": "na\xefve"}\n'.encode("latin1")},
-    "someone/chats": {"data/train-00000.parquet": as_chats()},
+    "someone/chats": {
+        "data/train-00000.parquet": parquet_bytes(pyarrow.table({"messages": [CHAT]}))
+    },
     "someone/configs": {
         "README.md": b"---\nconfigs:\n"
         b"- {config_name: a, data_files: a.jsonl}\n- {config_name: b, data_files: b.jsonl}\n---\n",
@@ -113,7 +104,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def read(
     hub: Hub, home: Path, sources: Sequence[dict[str, Any]], *, offline: bool = False
 ) -> list[dict[str, Any]]:
-    """What a fresh process finds for each source."""
+    """Return the texts or the error that a fresh process finds for each source."""
     process = subprocess.run(
         [sys.executable, "-c", READ, json.dumps(list(sources))],
         env={**os.environ, **hub.environment(home, offline=offline)},
@@ -153,28 +144,25 @@ def test_hub_datasets_have_texts_and_a_commit(hub: Hub, found: list[dict[str, An
         ["three"],
         ["in b"],
     ]
-    repos = (
-        ["Salesforce/wikitext"] * 2
-        + ["allenai/c4"] * 2
-        + ["someone/texts"] * 2
-        + ["someone/configs"]
-    )
-    assert [one["revision"] for one in found] == [hub.commit(repo) for repo in repos]
+    revisions = [one["revision"] for one in found]
+    assert revisions[0:2] == [hub.commit("Salesforce/wikitext")] * 2
+    assert revisions[2:4] == [hub.commit("allenai/c4")] * 2
+    assert revisions[4:6] == [hub.commit("someone/texts")] * 2
+    assert revisions[6:] == [hub.commit("someone/configs")]
 
 
 @pytest.mark.usefixtures("found")
 def test_c4_downloads_one_shard_only(hub: Hub) -> None:
-    fetched = [
-        request for request in hub.requests if request.startswith("GET") and "c4-train" in request
-    ]
-    assert fetched
-    assert all("c4-train.00000-of-01024" in request for request in fetched)
+    downloads = [request for request in hub.requests if request.startswith("GET")]
+    shards = [request for request in downloads if "c4-train" in request]
+    assert shards
+    assert all("c4-train.00000-of-01024" in request for request in shards)
 
 
 def test_offline_mode_reads_the_cache_and_refuses_streams(
     hub: Hub, home: Path, found: list[dict[str, Any]]
 ) -> None:
-    asked = len(hub.requests)
+    requests_before = len(hub.requests)
     cached, stream, unknown = read(
         hub,
         home,
@@ -185,7 +173,7 @@ def test_offline_mode_reads_the_cache_and_refuses_streams(
     assert (stream["code"], unknown["code"]) == ("E_HUB_OFFLINE", "E_HUB_OFFLINE")
     assert "offline mode is on" in unknown["message"]
     assert "HF_HUB_OFFLINE" in unknown["hint"]
-    assert len(hub.requests) == asked
+    assert len(hub.requests) == requests_before
 
 
 REFUSALS: list[tuple[dict[str, Any], str, str]] = [
@@ -229,11 +217,10 @@ def test_refusals_of_the_hub_have_one_line_and_a_hint(hub: Hub, home: Path) -> N
 
 
 def test_an_unreachable_hub_is_an_error_without_a_wait(tmp_path: Path) -> None:
-    with serve({}) as gone:
-        environment = gone.environment(tmp_path)
-    script = (
-        "import time\nnaps = []\ntime.sleep = naps.append\n" + READ + "\nprint(json.dumps(naps))"
-    )
+    with serve({}) as stopped:
+        environment = stopped.environment(tmp_path)
+    begin = "import time\nnaps = []\ntime.sleep = naps.append\n"
+    script = begin + READ + "\nprint(json.dumps(naps))"
     sources = json.dumps([{"dataset": "wikitext2"}, {"dataset": "someone/texts"}])
     done = subprocess.run(
         [sys.executable, "-c", script, sources],

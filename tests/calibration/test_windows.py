@@ -1,4 +1,4 @@
-"""Windows of token ids."""
+"""Windows of token ids for calibration and evaluation."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ def test_calibration_windows_are_distinct_slices_of_the_text(seqlen: int, bos: i
     windows = calibration_windows(
         documents, encoder, seqlen=seqlen, nsamples=11, seed=3, bos_token_id=bos
     )
-    length = seqlen if bos is None else seqlen - 1
-    ids = all_ids(documents, encoder)
-    slices = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
     assert windows.ids.shape == (11, seqlen)
     assert windows.ids.dtype == torch.int64
     assert windows.tokens == 11 * seqlen
-    rows = windows.ids.tolist()
+    rows, length = windows.ids.tolist(), seqlen
     if bos is not None:
         assert {row[0] for row in rows} == {BOS}
-        rows = [row[1:] for row in rows]
+        rows, length = [row[1:] for row in rows], seqlen - 1
+    ids = all_ids(documents, encoder)
+    slices = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
+    # a window of one blank occurs after every word, so its position is not unique
     positions = [slices.index(row) for row in rows if row != [encoder.words[" "]]]
     assert len(set(positions)) == len(positions)
     assert all(BOS not in row for row in rows)
@@ -59,10 +59,8 @@ def test_each_window_is_drawn_once_if_all_are_requested() -> None:
 
 def test_the_hash_covers_the_ids_as_little_endian_int64() -> None:
     windows = calibration_windows(numbered(50), WordEncoder(), seqlen=10, nsamples=3, seed=0)
-    assert (
-        windows.sha256
-        == sha256(np.asarray(windows.ids.tolist(), dtype="<i8").tobytes()).hexdigest()
-    )
+    ids = np.asarray(windows.ids.tolist(), dtype="<i8")
+    assert windows.sha256 == sha256(ids.tobytes()).hexdigest()
 
 
 def test_documents_are_joined_by_their_join_string() -> None:
@@ -70,13 +68,8 @@ def test_documents_are_joined_by_their_join_string() -> None:
     encoder = WordEncoder()
     windows = calibration_windows(documents, encoder, seqlen=1, nsamples=5, seed=0)
     words = {number: word for word, number in encoder.words.items()}
-    assert sorted(words[number] for number in windows.ids.flatten().tolist()) == [
-        " ",
-        " ",
-        "a",
-        "b|c|d",
-        "e",
-    ]
+    found = [words[number] for number in windows.ids.flatten().tolist()]
+    assert sorted(found) == [" ", " ", "a", "b|c|d", "e"]
 
 
 def test_a_stream_is_read_only_as_far_as_needed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,9 +97,8 @@ def test_windows_do_not_depend_on_the_size_of_pieces(monkeypatch: pytest.MonkeyP
     hashes = set()
     for piece in (50, 333, 1_000_000):
         monkeypatch.setattr("gptq_cli.calibration.windows.PIECE", piece)
-        hashes.add(
-            calibration_windows(documents, WordEncoder(), seqlen=12, nsamples=5, seed=0).sha256
-        )
+        windows = calibration_windows(documents, WordEncoder(), seqlen=12, nsamples=5, seed=0)
+        hashes.add(windows.sha256)
     assert len(hashes) == 1
 
 
@@ -137,10 +129,8 @@ def test_too_few_windows_are_refused_with_the_counts() -> None:
             numbered(50, "small.txt"), WordEncoder(), seqlen=10, nsamples=11, seed=0
         )
     assert caught.value.code == "E_DATA_SHORT"
-    assert (
-        str(caught.value)
-        == "dataset `small.txt` gives 10 windows of 10 tokens (100 tokens), but 11 are needed"
-    )
+    message = "dataset `small.txt` gives 10 windows of 10 tokens (100 tokens), but 11 are needed"
+    assert str(caught.value) == message
     assert caught.value.hint == "lower --nsamples or --seqlen, or give more text"
 
 
@@ -161,26 +151,23 @@ def test_evaluation_tokenizes_once_with_special_tokens() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "own", "expected"), [(3, None, 3), (None, 4, 4), (5, 2, 2), (2, 5, 2), (99, 99, 10)]
+    ("of_caller", "of_corpus", "expected"),
+    [(3, None, 3), (None, 4, 4), (5, 2, 2), (2, 5, 2), (99, 99, 10)],
 )
 def test_the_caller_and_the_corpus_limit_evaluation_windows(
-    asked: int | None, own: int | None, expected: int
+    of_caller: int | None, of_corpus: int | None, expected: int
 ) -> None:
-    documents = Documents("capped", numbered(100).texts, max_windows=own)
-    assert (
-        len(evaluation_windows(documents, WordEncoder(), seqlen=20, max_windows=asked).ids)
-        == expected
-    )
+    documents = Documents("limited", numbered(100).texts, max_windows=of_corpus)
+    windows = evaluation_windows(documents, WordEncoder(), seqlen=20, max_windows=of_caller)
+    assert len(windows.ids) == expected
 
 
 def test_evaluation_refuses_less_than_one_window() -> None:
     with pytest.raises(InputError) as caught:
         evaluation_windows(numbered(4, "tiny"), WordEncoder(), seqlen=10)
     assert caught.value.code == "E_DATA_SHORT"
-    assert (
-        str(caught.value)
-        == "dataset `tiny` gives 0 windows of 10 tokens (9 tokens), but 1 are needed"
-    )
+    message = "dataset `tiny` gives 0 windows of 10 tokens (9 tokens), but 1 are needed"
+    assert str(caught.value) == message
 
 
 @pytest.mark.parametrize("texts", [[], [""], [" \n", "\n"]])
@@ -188,6 +175,9 @@ def test_a_blank_dataset_is_empty_not_short(texts: list[str]) -> None:
     with pytest.raises(InputError) as caught:
         evaluation_windows(Documents("blank", texts), WordEncoder(), seqlen=4)
     assert caught.value.code == "E_DATA_EMPTY"
+
+
+def test_calibration_refuses_an_empty_dataset() -> None:
     with pytest.raises(InputError) as caught:
         calibration_windows(Documents("none", []), WordEncoder(), seqlen=4, nsamples=1, seed=0)
     assert caught.value.code == "E_DATA_EMPTY"
