@@ -19,7 +19,7 @@ import resource
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from multiprocessing.connection import Connection
@@ -101,9 +101,13 @@ rounded to nearest.
 """
 
 
+def count_statuses(outcomes: Iterable[Outcome]) -> Counter[str]:
+    return Counter(outcome.status for outcome in outcomes)
+
+
 def to_markdown(outcomes: Sequence[Outcome], versions: dict[str, str]) -> str:
     """Return docs/architectures.md."""
-    counts = Counter(outcome.status for outcome in outcomes)
+    counts = count_statuses(outcomes)
     built, worked = len(outcomes) - counts["not built"], counts["worked"]
     made_with = " and ".join(f"{name} {version}" for name, version in versions.items())
     bits = " and to ".join(map(str, BITS))
@@ -116,7 +120,7 @@ def to_markdown(outcomes: Sequence[Outcome], versions: dict[str, str]) -> str:
     differences = " | ".join(f"difference, {bits} bits" for bits in BITS)
     lines.append(f"| type | outcome | layers | kept | share | {differences} | why |")
     lines.append("|---|---|---|---|---|" + "---|" * len(BITS) + "---|")
-    lines += [_row(outcome) for outcome in outcomes]
+    lines += map(_row, outcomes)
     return "\n".join(lines) + "\n"
 
 
@@ -124,7 +128,7 @@ def _row(outcome: Outcome) -> str:
     figures = [""] * (3 + len(BITS))
     if outcome.quantized:
         figures = [str(outcome.quantized), str(outcome.kept), f"{outcome.share:.0%}"]
-        figures += [_short(difference) for difference in outcome.differences]
+        figures += map(_short, outcome.differences)
     cells = [outcome.model_type, outcome.status, *figures, outcome.why.replace("|", "\\|")]
     return f"| {' | '.join(cells)} |"
 
@@ -146,7 +150,7 @@ def recorded(versions: dict[str, str]) -> dict[str, Outcome]:
 def write(rows: Sequence[Outcome], versions: dict[str, str]) -> None:
     """Write both documents after each type, so that a run that is cut off has its results."""
     DOCUMENT.write_text(to_markdown(rows, versions))
-    content = {"versions": versions, "bits": BITS, "rows": [asdict(row) for row in rows]}
+    content = {"versions": versions, "bits": BITS, "rows": list(map(asdict, rows))}
     write_json(FIGURES, content)
 
 
@@ -169,8 +173,9 @@ def main() -> None:
             outcomes[last.model_type] = last
             figures = f"{last.quantized:3d} {last.share:5.0%} {last.why}"
             print(f"{last.model_type:24s} {last.status:10s} {figures}", flush=True)
-            write([outcomes[known] for known in sorted(outcomes)], versions)
-    print(dict(Counter(outcome.status for outcome in outcomes.values())))
+            by_type = sorted(outcomes.values(), key=lambda outcome: outcome.model_type)
+            write(by_type, versions)
+    print(dict(count_statuses(outcomes.values())))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ run, then the medians and their share of the wall time.
 from __future__ import annotations
 
 import json
-import statistics
 import tempfile
 import time
 from collections import Counter
@@ -21,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import benchmark_parser, save_random_model, write_json
+from common import benchmark_parser, median_of, save_random_model, write_json
 
 from gptq_cli.checkpoint.writer import CheckpointWriter
 from gptq_cli.config.schema import QuantizeConfig
@@ -82,9 +81,7 @@ def main() -> None:
             run.quantize_checkpoint(str(model), Path(folder) / f"out-{number}", config)
             runs.append({"wall": time.perf_counter() - started, **seconds})
             print(runs[-1], flush=True)
-    medians = {}
-    for name in runs[0]:
-        medians[name] = statistics.median(one[name] for one in runs)
+    medians = {name: median_of(runs, name) for name in runs[0]}
     protecting = sum(medians[name] for name in PARTS if name != FSYNC)
     medians["share"] = protecting / medians["wall"]
     print(json.dumps(medians, indent=2))

@@ -28,7 +28,7 @@ import torch
 from common import benchmark_parser, write_json
 from safetensors import safe_open
 from safetensors.torch import save_file
-from shapes import SHAPES, Shape
+from shapes import SHAPES, Shape, bytes_of
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -70,6 +70,8 @@ class Bench:
     """A device with a clock for calls on it."""
 
     def __init__(self, device: str, runs: int) -> None:
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device, self.runs = torch.device(device), runs
         self.on_gpu = self.device.type == "cuda"
         self.dtype = torch.bfloat16 if self.on_gpu else torch.float32
@@ -225,7 +227,7 @@ class LayerBench:
         unrefined = replace(config, refine_sweeps=0)
         quantized = solve.solve(weight, hessian, prepared, unrefined).quantized
         nearest = round_to_nearest(weight, config, prepared.order.group_of_column)
-        packed_bytes = sum(tensor.nbytes for tensor in encode(quantized, "gptq").values())
+        packed_bytes = bytes_of(encode(quantized, "gptq"))
         original, sweeps = weight.float(), config.refine_sweeps
 
         def refine_all() -> None:
@@ -277,7 +279,7 @@ def disk_parts(
     """Measure reading the weights of a block and writing the packed ones, hidden behind nothing."""
     weights = {name: torch.zeros(size, dtype=bench.dtype) for name, size in shape.block_tensors(0)}
     _write(weights, folder / "block")
-    bytes_before = sum(tensor.nbytes for tensor in weights.values())
+    bytes_before = bytes_of(weights)
     bits = config.bits + 16 / max(config.group_size, 1)
     bytes_after = int(bytes_before / bench.dtype.itemsize * bits / 8)
     packed = {"x": torch.zeros(bytes_after, dtype=torch.uint8, device=bench.device)}
@@ -337,10 +339,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
-    device = arguments.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    bench, shape = Bench(device, arguments.runs), SHAPES[arguments.shape]
+    bench, shape = Bench(arguments.device, arguments.runs), SHAPES[arguments.shape]
     tokens = arguments.tokens or (262144 if bench.on_gpu else 16384)
     settings = QuantizeConfig(
         bits=arguments.bits, group_size=arguments.group_size, preset=arguments.preset
@@ -348,11 +347,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         found = measure(bench, shape, tokens, settings.base, Path(folder))
     rows = found["block"]
+    total = floor = 0.0
     for name, row in rows.items():
-        taken, floor = row["seconds"] * 1e3, row["floor"] * 1e3
-        print(f"{name:10} {taken:10.2f} ms a block   floor {floor:9.3f} ms")
-    total = shape.blocks * sum(row["seconds"] for row in rows.values())
-    floor = shape.blocks * sum(row["floor"] for row in rows.values())
+        in_ms = f"{row['seconds'] * 1e3:10.2f} ms a block   floor {row['floor'] * 1e3:9.3f} ms"
+        print(f"{name:10} {in_ms}")
+        total += shape.blocks * row["seconds"]
+        floor += shape.blocks * row["floor"]
     print(f"all        {total:10.2f} s for {shape.blocks} blocks   floor {floor:9.2f} s")
     print(f"next bottleneck: {found['next_bottleneck']}")
     content = {

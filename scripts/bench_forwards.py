@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import platform
-import statistics
 import sys
 import tempfile
 import time
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import benchmark_parser, save_random_model, write_json
+from common import benchmark_parser, median_of, save_random_model, write_json
 from torch import Tensor, nn
 
 from gptq_cli.config.schema import QuantizeConfig
@@ -82,8 +81,8 @@ def quantize(model: str, output: str, way: str) -> dict[str, Any]:
 def peak_resident_bytes() -> int:
     """Return VmHWM of this process."""
     status = Path("/proc/self/status").read_text()
-    peak = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
-    return int(peak.split()[1]) * 1024
+    kilobytes = status.partition("VmHWM:")[2].split()[0]
+    return int(kilobytes) * 1024
 
 
 def measure(runs: int, hidden: int, blocks: int) -> list[dict[str, Any]]:
@@ -106,10 +105,7 @@ def measure(runs: int, hidden: int, blocks: int) -> list[dict[str, Any]]:
 def median_figures(rows: list[dict[str, Any]], way: str) -> dict[str, float]:
     """Return the median of each figure over the runs of one way."""
     of_way = [row for row in rows if row["way"] == way]
-    medians = {}
-    for figure in FIGURES:
-        medians[figure] = statistics.median(row[figure] for row in of_way)
-    return medians
+    return {figure: median_of(of_way, figure) for figure in FIGURES}
 
 
 def ratios_of(replay: dict[str, float], lockstep: dict[str, float]) -> dict[str, float]:
@@ -131,11 +127,11 @@ def main() -> int:
     parser.add_argument("--blocks", type=int, default=4)
     arguments = parser.parse_args()
     rows = measure(arguments.runs, arguments.hidden, arguments.blocks)
-    medians = {way: median_figures(rows, way) for way in WAYS}
-    ratios = ratios_of(medians["replay"], medians["lockstep"])
+    replay, lockstep = median_figures(rows, "replay"), median_figures(rows, "lockstep")
+    ratios = ratios_of(replay, lockstep)
     same_bytes = len({row["sha256"] for row in rows}) == 1
-    for way in WAYS:
-        print_figures(way, medians[way])
+    print_figures("replay", replay)
+    print_figures("lockstep", lockstep)
     print_figures("replay / lockstep", ratios)
     print("same bytes" if same_bytes else "BYTES DIFFER")
     content = {
@@ -148,7 +144,7 @@ def main() -> int:
         "windows": WINDOWS,
         "seqlen": SEQLEN,
         "batch_size": BATCH_SIZE,
-        "medians": medians,
+        "medians": {"replay": replay, "lockstep": lockstep},
         "replay_over_lockstep": ratios,
         "same_bytes": same_bytes,
         "rows": rows,

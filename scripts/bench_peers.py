@@ -16,16 +16,16 @@ import argparse
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, benchmark_parser, save_random_model, write_json
+from common import ROOT, benchmark_parser, median_of, save_random_model, write_json
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 1024,
@@ -60,7 +60,8 @@ class Tool:
         """
         output, log = self.output(work), work / "log"
         shutil.rmtree(output, ignore_errors=True)
-        command = [str(output) if word == "OUT" else word for word in self.command]
+        command = list(self.command)
+        command[command.index("OUT")] = str(output)
         with log.open("w") as stream:
             started = time.perf_counter()
             # in `work`, because some tools write logs to the current directory
@@ -131,15 +132,16 @@ def quality(output: Path, model: Path, text: Path, seqlen: int) -> dict[str, flo
 def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Run the tools in turn; return all figures of all runs, and the quality if asked for."""
     # absolute, because the tools run in `work`
-    model = (arguments.model or work / "model").resolve()
-    text = (arguments.calibration or work / "text.txt").resolve()
-    if arguments.model is None:
+    if arguments.model:
+        model, text = arguments.model.resolve(), arguments.calibration.resolve()
+    else:
+        model, text = work / "model", work / "text.txt"
         save_random_model(model, "llama", dtype="bfloat16", **SHAPE)
         text.write_text(WORDS * 4000)
     ids = work / "ids.json"
     ids.write_text(json.dumps(windows(arguments, model, text)))
     competitors = tools(arguments, model, text, ids)
-    runs: dict[str, list[dict[str, float]]] = {tool.name: [] for tool in competitors}
+    runs: dict[str, list[dict[str, float]]] = defaultdict(list)
     for _ in range(arguments.runs):
         for tool in competitors:
             runs[tool.name].append(tool.run(work))
@@ -157,9 +159,8 @@ def print_medians(report: dict[str, Any]) -> None:
     heads = f"{'wall s':>8s} {'cpu s':>8s} {'peak MB':>8s} {'KL':>10s}"
     print(f"{'':22s} {heads}   medians of {report['arguments']['runs']}")
     for name, rows in report["runs"].items():
-        wall = statistics.median(row["wall_s"] for row in rows)
-        cpu = statistics.median(row["cpu_s"] for row in rows)
-        peak = statistics.median(row["peak_bytes"] for row in rows)
+        wall, cpu = median_of(rows, "wall_s"), median_of(rows, "cpu_s")
+        peak = median_of(rows, "peak_bytes")
         kl = ""
         if "quality" in report:
             kl = f"{report['quality'][name]['kl']:10.5f}"
@@ -180,7 +181,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--nsamples", type=int, default=64)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--runs", type=int, default=3)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if (arguments.model is None) != (arguments.calibration is None):
+        parser.error("--model and --calibration need each other")
+    return arguments
 
 
 def main() -> None:

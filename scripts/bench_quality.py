@@ -164,13 +164,12 @@ def main() -> None:
         for group_size in arguments.group_size:
             rows = [measure(arguments, name, bits, group_size) for name in arguments.settings]
             tables.append(rows)
+    all_rows = []
     for rows in tables:
         print_table(rows)
-    content = {
-        "run": conditions(arguments),
-        "settings": {name: SETTINGS[name] for name in arguments.settings},
-        "rows": [row for rows in tables for row in rows],
-    }
+        all_rows += rows
+    settings = {name: SETTINGS[name] for name in arguments.settings}
+    content = {"run": conditions(arguments), "settings": settings, "rows": all_rows}
     write_json(arguments.json, content)
 
 

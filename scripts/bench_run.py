@@ -176,7 +176,8 @@ def main() -> int:
         raise
     finally:
         shutil.rmtree(folder)
-    print(json.dumps({key: value for key, value in watch.figures.items() if key != "arguments"}))
+    del figures["arguments"]
+    print(json.dumps(figures))
     return 0
 
 

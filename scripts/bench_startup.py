@@ -10,7 +10,6 @@ processor time of each command; the exit code is 1 if a median is over its limit
 from __future__ import annotations
 
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common import DEMO, argument_parser
+from common import DEMO, argument_parser, median_of
 
 PROGRAM = "import sys; sys.argv[0] = 'gptq'; from gptq_cli.__main__ import main; main()"
 COMPLETION = {
@@ -37,7 +36,7 @@ class Command:
     arguments: list[str] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
 
-    def seconds(self) -> tuple[float, float]:
+    def seconds(self) -> dict[str, float]:
         """Return wall and processor seconds of one run, which must succeed."""
         before = os.times()
         started = time.perf_counter()
@@ -47,7 +46,8 @@ class Command:
         wall = time.perf_counter() - started
         after = os.times()
         user = after.children_user - before.children_user
-        return wall, user + after.children_system - before.children_system
+        processor = user + after.children_system - before.children_system
+        return {"wall": wall, "processor": processor}
 
 
 def commands(recipe: Path) -> list[Command]:
@@ -73,9 +73,8 @@ def main() -> int:
         for command in commands(recipe):
             command.seconds()  # fills the caches of byte code and disk
             runs = [command.seconds() for _ in range(arguments.runs)]
-            walls = sorted(wall for wall, _ in runs)
-            median = statistics.median(walls)
-            processor = statistics.median(used for _, used in runs)
+            walls = sorted(run["wall"] for run in runs)
+            median, processor = median_of(runs, "wall"), median_of(runs, "processor")
             if median > command.limit:
                 code = 1
             print(

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "scripts" / "demo"
@@ -33,6 +36,11 @@ def write_json(file: Path | None, content: object) -> None:
     """Write figures to `file`; write nothing if it is None."""
     if file is not None:
         file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def median_of(rows: Iterable[Mapping[str, Any]], key: str) -> float:
+    """Return the median of one figure over the rows of a result."""
+    return statistics.median(row[key] for row in rows)
 
 
 def save_random_model(

@@ -88,7 +88,8 @@ def zipf(options: Sequence[str], exponent: float, context: str) -> Distribution:
     order = list(options)
     random.Random(f"order of {context}").shuffle(order)
     weights = [rank**-exponent for rank in range(1, len(order) + 1)]
-    return Distribution(tuple(order), tuple(weight / sum(weights) for weight in weights))
+    total = sum(weights)
+    return Distribution(tuple(order), tuple(weight / total for weight in weights))
 
 
 def uniform(options: Sequence[str]) -> Distribution:

@@ -11,6 +11,7 @@ import dataclasses
 import inspect
 import json
 import re
+from collections.abc import Iterable
 from html import unescape
 from importlib.resources import files
 from pathlib import Path
@@ -81,7 +82,7 @@ def pages() -> dict[str, str]:
     }
 
 
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
     """Return a table of Markdown; line breaks in cells become blanks."""
     lines = [""]
     for row in (head, ("---",) * len(head), *rows):
@@ -113,7 +114,7 @@ def command_line() -> str:
         lines += table(("option", "value", "meaning"), rows)
     top = typer.main.get_command(app)
     lines += ["## gptq", "", "Options of the program itself."]
-    lines += table(("option", "value", "meaning"), [_parameter(p) for p in top.params])
+    lines += table(("option", "value", "meaning"), map(_parameter, top.params))
     return "\n".join(lines)
 
 
@@ -142,8 +143,7 @@ def configuration() -> str:
         "[JSON Schema](gptq.schema.json) that `gptq schema` prints lies beside it.",
         "",
     ]
-    fields = [_field(name) for name in QuantizeConfig.model_fields]
-    lines += table(("key", "default", "meaning"), fields)
+    lines += table(("key", "default", "meaning"), map(_field, QuantizeConfig.model_fields))
     overrides = ", ".join(map(_code, LayerOverrides.__annotations__))
     lines += [
         f"Settings of single layers, in rules of `dynamic`: {overrides}",
@@ -258,12 +258,12 @@ def _kind(field: dict[str, Any]) -> str:
         name = field["$ref"].rpartition("/")[2]
         return f"[{name}](#{name})"
     if "const" in field:
-        return _code(json.dumps(field["const"]))
+        return _value(field["const"])
     if "enum" in field:
-        return " or ".join(_code(json.dumps(value)) for value in field["enum"])
+        return " or ".join(map(_value, field["enum"]))
     options = field.get("anyOf") or field.get("oneOf")
     if options:
-        return " or ".join(_kind(option) for option in options)
+        return " or ".join(map(_kind, options))
     return _kind_of_type(field)
 
 

@@ -86,9 +86,12 @@ def make_optimizers(model: LlamaForCausalLM, peak_lr: float) -> tuple[torch.opti
 
     With AdamW alone the perplexity ends at 5.83 instead of 5.66.
     """
-    matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
-    ids = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in ids]
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        if name.startswith("model.layers.") and parameter.dim() == 2:
+            matrices.append(parameter)
+        else:
+            others.append(parameter)
     return (
         torch.optim.Muon([{"params": matrices, "peak": peak_lr}], lr=peak_lr, weight_decay=0.1),
         torch.optim.AdamW([{"params": others, "peak": 3e-3}], betas=(0.9, 0.98), weight_decay=0.0),
@@ -174,9 +177,10 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    texts = {name: write_text(name, characters) for name, characters in CHARACTERS.items()}
-    for name, text in texts.items():
-        (arguments.out / f"{name}.txt").write_text(text.text)
+    texts = {}
+    for name, characters in CHARACTERS.items():
+        texts[name] = write_text(name, characters)
+        (arguments.out / f"{name}.txt").write_text(texts[name].text)
     tokenizer = train_tokenizer(write_text("tokenizer", 1_000_000).text)
     model = train(tokenizer, arguments.steps, arguments.lr)
     save(model, tokenizer, arguments.out / "model")

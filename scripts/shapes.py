@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,12 +133,17 @@ def write_random_model(directory: Path, shape: Shape, blocks: int, device: str) 
         tensors = {name: _random(size, generator, device) for name, size in shard}
         save_file(tensors, directory / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
-        total += sum(tensor.nbytes for tensor in tensors.values())
+        total += bytes_of(tensors)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     (directory / "config.json").write_text(json.dumps(shape.config(blocks)))
     save_tokenizer(directory)
     return total
+
+
+def bytes_of(tensors: Mapping[str, torch.Tensor]) -> int:
+    """Return the bytes of all tensors."""
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def _random(size: tuple[int, ...], generator: torch.Generator, device: str) -> torch.Tensor:

@@ -37,8 +37,12 @@ CHILDREN = multiprocessing.get_context("forkserver")
 
 def tree(directory: Path) -> dict[str, str]:
     """Return the hashes of all files by name."""
-    files = [path for path in sorted(directory.rglob("*")) if path.is_file()]
-    return {str(path.relative_to(directory)): file_hash(path) for path in files}
+    return {str(path.relative_to(directory)): file_hash(path) for path in files_of(directory)}
+
+
+def files_of(directory: Path) -> list[Path]:
+    """Return all files below `directory` in a fixed order."""
+    return [path for path in sorted(directory.rglob("*")) if path.is_file()]
 
 
 def quantize(model: Path, output: Path, answers: Any = None) -> None:
@@ -72,8 +76,8 @@ def is_torn(output: Path, golden: dict[str, str]) -> bool:
 
 def is_whole(folder: Path, golden: dict[str, str]) -> bool:
     """Return whether `folder` holds the whole checkpoint `out` and nothing else."""
-    names = [path.name for path in folder.iterdir()]
-    return names == ["out"] and tree(folder / "out") == golden
+    output = folder / "out"
+    return list(folder.iterdir()) == [output] and tree(output) == golden
 
 
 def timed(model: Path, output: Path) -> float:
@@ -334,8 +338,7 @@ def damage(
     with suppress(Killed):
         case.run(unfinished / "out", report=killer(1))
     violations: list[str] = []
-    paths = sorted((unfinished / WORK).rglob("*"))
-    files = [path for path in paths if path.is_file() and path.stat().st_size]
+    files = [path for path in files_of(unfinished / WORK) if path.stat().st_size]
     for number in range(count):
         trial = Path(shutil.copytree(unfinished, folder / "trial"))
         path = trial / chance.choice(files).relative_to(unfinished)
@@ -360,7 +363,7 @@ def flips(golden: Path, count: int, seed: int) -> dict[str, Any]:
     from gptq_cli.errors import GptqError
 
     chance, missed = random.Random(seed), []
-    files = sorted(path for path in golden.rglob("*") if path.is_file())
+    files = files_of(golden)
     for _ in range(count):
         path = chance.choice(files)
         original = path.read_bytes()

@@ -5,8 +5,8 @@
 #
 # The tools have environments of their own. The first run installs about 3 GB into
 # GPTQ_COMPAT_VENVS (default: ~/.cache/gptq_cli/compat), and GPTQModel compiles a CPU kernel there
-# if it finds a C++ compiler; later runs start at once. On a machine where pip would fetch a CUDA build
-# of torch, point PIP_EXTRA_INDEX_URL to PyTorch's CPU wheels. Prints the results of the tests.
+# if it finds a C++ compiler; later runs start at once. On a machine where pip would fetch a CUDA
+# build of torch, point PIP_EXTRA_INDEX_URL to PyTorch's CPU wheels. Prints the results of the tests.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -19,7 +19,6 @@ rows = json.loads(Path(ids).read_text())
 loaded = GPTQModel.load(
     model, QuantizeConfig(bits=int(bits), group_size=int(group_size)), device="cpu"
 )
-loaded.quantize(
-    [{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows], batch_size=1
-)
+windows = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows]
+loaded.quantize(windows, batch_size=1)
 loaded.save(output)
