@@ -25,7 +25,7 @@ from common import benchmark_parser, median_of, save_random_model, write_json
 from gptq_cli.checkpoint.writer import CheckpointWriter
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.quantization import run
-from gptq_cli.quantization.resume import FinishedBlocks
+from gptq_cli.quantization.run_state import FinishedBlocks
 from gptq_cli.storage import durable
 from tests.families import texts
 
