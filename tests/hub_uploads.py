@@ -39,9 +39,8 @@ class Uploads:
     private: set[str] = field(default_factory=set)
     large: dict[str, bytes] = field(default_factory=dict)
     corrupt: str | None = None  # a file that commits garble
-    rival: dict[str, bytes] = field(
-        default_factory=dict
-    )  # files that somebody else pushes before the next commit
+    # files that somebody else pushes before the next commit
+    rival: dict[str, bytes] = field(default_factory=dict)
 
 
 def answer(
@@ -113,24 +112,21 @@ def _create(state: Uploads, repos: Any, url: str, asked: dict[str, Any]) -> Repl
 
 
 def _preupload(files: Mapping[str, bytes], asked: dict[str, Any]) -> Reply:
-    listed = [
-        {
-            "path": file["path"],
-            "uploadMode": "lfs" if file["path"].endswith(LARGE) else "regular",
-            "shouldIgnore": False,
-            "oid": blob_id(files[file["path"]]) if file["path"] in files else None,
-        }
-        for file in asked["files"]
-    ]
+    listed = []
+    for file in asked["files"]:
+        path = file["path"]
+        mode = "lfs" if path.endswith(LARGE) else "regular"
+        oid = blob_id(files[path]) if path in files else None
+        listed.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
     return json_reply({"files": listed})
 
 
 def _batch(state: Uploads, url: str, asked: dict[str, Any]) -> Reply:
-    objects = [
-        dict(item) if item["oid"] in state.large
-        else dict(item) | {"actions": {"upload": {"href": f"{url}/lfs/{item['oid']}"}}}
-        for item in asked["objects"]
-    ]  # fmt: skip
+    objects = []
+    for item in asked["objects"]:
+        upload = {"actions": {"upload": {"href": f"{url}/lfs/{item['oid']}"}}}
+        known = item["oid"] in state.large
+        objects.append(item if known else item | upload)
     return json_reply({"transfer": "basic", "objects": objects})
 
 

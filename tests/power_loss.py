@@ -54,11 +54,10 @@ class PowerLossDisk(CountingDisk):
         self._pending: list[list[Change]] = []
         self._files: dict[int, tuple[Path, Node]] = {}
         for path in sorted(root.rglob("*")):
-            node = (
-                Node.directory()
-                if path.is_dir()
-                else Node(bytearray(path.read_bytes()), path.read_bytes())
-            )
+            if path.is_dir():
+                node = Node.directory()
+            else:
+                node = Node(bytearray(path.read_bytes()), path.read_bytes())
             parent, name = self._parent(path)
             parent.names[name] = node  # type: ignore[index]
         self._durable: dict[Node, dict[str, Node]] = {}
@@ -156,12 +155,11 @@ class PowerLossDisk(CountingDisk):
         if node.names is None:
             node.durable = bytes(node.content)
             return
-        synced = [
-            changes
-            for changes in self._pending
-            if any(directory is node for directory, _, _ in changes)
-        ]
-        self._pending = [changes for changes in self._pending if changes not in synced]
+        synced, pending = [], []
+        for changes in self._pending:
+            touched = [directory for directory, _, _ in changes]
+            (synced if node in touched else pending).append(changes)
+        self._pending = pending
         for changes in synced:
             for directory, name, target in changes:
                 _apply(self._durable.setdefault(directory, {}), name, target)
@@ -213,11 +211,9 @@ def _found(file: Node, how: str) -> bytes:
     if how == "none":
         return file.durable
     content, half = bytes(file.content), len(file.content) // 2
-    return (
-        content
-        if how == "all"
-        else content[:half] + file.durable[half : len(content)].ljust(len(content) - half, b"\0")
-    )
+    if how == "all":
+        return content
+    return content[:half] + file.durable[half : len(content)].ljust(len(content) - half, b"\0")
 
 
 def _combinations(choices: list[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:

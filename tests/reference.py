@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -45,13 +46,12 @@ def order_and_groups(
 
 
 def fit(weights: Tensor, config: LayerConfig) -> tuple[Tensor, Tensor]:
-    """Scale and zero of each row of one group [O, n]; the scale is what a float16 holds."""
+    """Return scale and zero of each row of one group [O, n]; a float16 holds each scale."""
     maxq = 2**config.bits - 1
     low, high = weights.min(dim=1).values.clamp(max=0), weights.max(dim=1).values.clamp(min=0)
     if config.sym:
-        return in_float16(2 * torch.maximum(-low, high) / maxq), torch.full_like(
-            low, 2 ** (config.bits - 1)
-        )
+        scale = in_float16(2 * torch.maximum(-low, high) / maxq)
+        return scale, torch.full_like(low, 2 ** (config.bits - 1))
     scale = in_float16((high - low) / maxq)
     zero = torch.round(-low / scale).clamp(max=maxq)
     # A zero of 0 cannot be stored: one step stays below zero, and the rest must reach the maximum.
@@ -62,8 +62,13 @@ def fit(weights: Tensor, config: LayerConfig) -> tuple[Tensor, Tensor]:
 
 
 def in_float16(scale: Tensor) -> Tensor:
-    sizes = [value if value >= 2.0**-14 else subnormal(value) for value in scale.tolist()]
+    sizes = [storable(value) for value in scale.tolist()]
     return torch.tensor(sizes, dtype=torch.float64).half().double()
+
+
+def storable(scale: float) -> float:
+    """Return a scale of 0 or more as a float16 can hold it, before it is rounded to its digits."""
+    return scale if scale >= 2.0**-14 else subnormal(scale)
 
 
 def subnormal(scale: float) -> float:
@@ -73,8 +78,7 @@ def subnormal(scale: float) -> float:
 
 def in_both(scale: float) -> float:
     """The nearest number that float16 and bfloat16 both hold: 8 significant bits."""
-    size = abs(scale)
-    mantissa, exponent = math.frexp(size if size >= 2.0**-14 else subnormal(size))
+    mantissa, exponent = math.frexp(storable(abs(scale)))
     return math.copysign(math.ldexp(round(mantissa * 256), exponent - 8), scale)
 
 
@@ -97,17 +101,17 @@ def fit_row(row: list[float], config: LayerConfig) -> tuple[float, int]:
         scale, zero = scales.item(), int(zeros.item())
     if config.scale_search == "none":
         return scale, zero
-    tried = [
-        (in_both(scale * (sign * (1 - step / 40))), min(max(zero + offset, 1), 2 * half - 1))
-        for step in range(25)
-        for sign in ([1, -1] if config.signed_scales else [1])
-        for offset in ([0] if config.sym else [0, -1, 1])
-    ]
+    signs = [1, -1] if config.signed_scales else [1]
+    offsets = [0] if config.sym else [0, -1, 1]
+    tried = []
+    for step, sign, offset in product(range(25), signs, offsets):
+        clipped = in_both(scale * (sign * (1 - step / 40)))
+        tried.append((clipped, min(max(zero + offset, 1), 2 * half - 1)))
     return min(tried, key=lambda grid: row_error(row, *grid, config))
 
 
 def fit_any(weights: Tensor, config: LayerConfig) -> tuple[Tensor, Tensor]:
-    """As `fit`, for all grids that a configuration can ask for."""
+    """Return scale and zero of each row, for all grids of a configuration."""
     if not config.signed_scales and config.scale_search == "none":
         return fit(weights, config)
     grids = [fit_row(row, config) for row in weights.tolist()]
@@ -116,7 +120,7 @@ def fit_any(weights: Tensor, config: LayerConfig) -> tuple[Tensor, Tensor]:
 
 
 def damping_of(energy: Tensor, config: LayerConfig, tokens: int | None) -> Tensor:
-    """What is added to the diagonal [I], for columns that are not dead."""
+    """Return the addition to the diagonal [I], for columns that are not dead."""
     if config.damp_mode == "mean":
         return config.damp_percent * energy.mean().expand_as(energy)
     share = min(1.0, max(config.damp_percent, 0.5 * len(energy) / tokens))
@@ -148,14 +152,18 @@ def refine(
     """
     L = torch.linalg.cholesky(damped)
     groups = range(found.scales.shape[1])
-    members = [[column for column, of in enumerate(found.g_idx) if of == group] for group in groups]
+    members: list[list[int]] = [[] for _ in groups]
+    for column, group in enumerate(found.g_idx):
+        members[group].append(column)
     losses = [loss(weight, L, found)]
     for sweep in range(1 + sweeps):
         for group in groups:
             for row in range(len(weight)):
                 refine_scale(weight, L, found, config, row, group, members[group])
             losses.append(loss(weight, L, found))
-            for column in members[group] if sweep else []:
+            if sweep == 0:
+                continue
+            for column in members[group]:
                 refine_code(weight, L, found, config.bits, column)
                 losses.append(loss(weight, L, found))
     return losses
@@ -212,10 +220,8 @@ def gptq(
     H += damping_of(energy, config, tokens).diag()
 
     order, group = order_and_groups(energy.tolist(), config, group_size)
-    scales, zeros = (
-        torch.zeros(n_rows, n // group_size).double(),
-        torch.zeros(n_rows, n // group_size).double(),
-    )
+    scales = torch.zeros(n_rows, n // group_size).double()
+    zeros = torch.zeros_like(scales)
     if config.static_groups:
         for g in range(n // group_size):
             members = slice(g * group_size, (g + 1) * group_size)

@@ -24,7 +24,7 @@ Weights = dict[str, np.ndarray]
 
 
 class Refused(Exception):
-    """What the engine would say."""
+    """An engine refuses the checkpoint, with its words."""
 
 
 class Directory:
@@ -83,7 +83,7 @@ def fields(words: np.ndarray, bits: int) -> np.ndarray:
 def weights_of(
     codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | int, group: np.ndarray
 ) -> np.ndarray:
-    """[O, I] of codes [I, O], scales and zeros [G, O] and the group of each input."""
+    """Return weights [O, I] of codes [I, O], scales and zeros [G, O] and the group of inputs."""
     shift = zeros if isinstance(zeros, int) else zeros[group]
     return ((codes - shift) * scales.astype(np.float64)[group]).T
 
@@ -98,38 +98,50 @@ def vllm(directory: Path) -> Weights:
             continue
         settings = overridden(checkpoint, base, prefix, shards)
         _check_marlin(settings)
-        parts = [
-            [checkpoint.part(shard, part) for part in ("qweight", "scales", "g_idx")]
-            for shard in shards
-        ]
-        codes = np.concatenate([fields(qweight, settings["bits"]) for qweight, _, _ in parts], 1)
-        scales = np.concatenate([scale for _, scale, _ in parts], 1)
-        g_idx = parts[-1][2]  # a plain parameter: each shard overwrites it, the last one stays
-        result[prefix] = weights_of(
-            codes, scales, 2 ** (settings["bits"] - 1), _order(g_idx, settings, len(codes))
-        )
+        packed = [checkpoint.part(shard, "qweight") for shard in shards]
+        codes = np.concatenate([fields(qweight, settings["bits"]) for qweight in packed], 1)
+        scales = np.concatenate([checkpoint.part(shard, "scales") for shard in shards], 1)
+        # A plain parameter: each shard overwrites it, so that of the last one stays.
+        g_idx = [checkpoint.part(shard, "g_idx") for shard in shards][-1]
+        order = _order(g_idx, settings, len(codes))
+        result[prefix] = weights_of(codes, scales, 2 ** (settings["bits"] - 1), order)
     return result
 
 
 def _vllm_quantizes(checkpoint: Directory, prefix: str, shards: list[str]) -> bool:
     if skipped(checkpoint, prefix):
         return False
-    listed = checkpoint.quantization.get("modules_in_block_to_quantize")
+    listed = _listed(checkpoint)
     if listed:
-        flat = [name for item in listed for name in (item if isinstance(item, list) else [item])]
-        answers = {any(item in shard for item in flat) for shard in shards}
-    else:  # by the headers: a module with a tensor that is of no float type is quantized
-        packed = {
-            name.rpartition(".")[0]
-            for name, tensor in checkpoint.tensors.items()
-            if str(tensor.dtype) not in FULL_PRECISION
-        }
+        answers = {_holds_one_of(listed, shard) for shard in shards}
+    else:
+        packed = _with_other_than_floats(checkpoint)
         answers = {shard in packed for shard in shards}
     if prefix == "lm_head" and not checkpoint.quantization.get("lm_head"):
         return False
     if len(answers) > 1:
         raise Refused(f"Detected some but not all shards of {prefix} are quantized.")
     return answers.pop()
+
+
+def _listed(checkpoint: Directory) -> list[str]:
+    names: list[str] = []
+    for item in checkpoint.quantization.get("modules_in_block_to_quantize") or []:
+        names += item if isinstance(item, list) else [item]
+    return names
+
+
+def _holds_one_of(names: list[str], module: str) -> bool:
+    return any(name in module for name in names)
+
+
+def _with_other_than_floats(checkpoint: Directory) -> set[str]:
+    """Return the modules with a tensor of no float type: by the headers, they are quantized."""
+    found = set()
+    for name, tensor in checkpoint.tensors.items():
+        if str(tensor.dtype) not in FULL_PRECISION:
+            found.add(name.rpartition(".")[0])
+    return found
 
 
 def sglang(directory: Path) -> Weights:
@@ -215,7 +227,7 @@ READERS: dict[str, Callable[[Path], Weights]] = {
 
 
 def fused_modules(linears: list[str]) -> list[tuple[str, list[str]]]:
-    """What the engine calls its modules, and the modules of the checkpoint that each is made of."""
+    """Return the names of the engine's modules, each with its modules of the checkpoint."""
     found: dict[str, list[str]] = {}
     for name in linears:
         parent, _, leaf = name.rpartition(".")

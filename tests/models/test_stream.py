@@ -43,12 +43,12 @@ def own_forward(directory: Path, batches: list[Tensor]) -> tuple[list[list[Tenso
     """Outputs of every block for each batch, and logits, by transformers alone."""
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     outputs: list[list[Tensor]] = []
+
+    def note(_module: nn.Module, _args: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        outputs[-1].append(output[0] if isinstance(output, tuple) else output)
+
     for block in find_blocks(model)[1]:
-        block.register_forward_hook(
-            lambda _module, _args, output: outputs[-1].append(
-                output[0] if isinstance(output, tuple) else output
-            )
-        )
+        block.register_forward_hook(note)
     logits = []
     for ids in batches:
         outputs.append([])
@@ -114,9 +114,10 @@ def test_stages_equal_those_written_by_hand(family: str, tmp_path: Path) -> None
     hidden = stream.embed(token_batches(2))
     with stream.block(1) as block:
         stages = probe_block(block.linears, lambda: block.run(0, hidden[0])).stages(block.linears)
-    assert [tuple(name.rpartition(".")[2] for name in stage.names) for stage in stages] == STAGES[
-        family
-    ]
+    found = []
+    for stage in stages:
+        found.append(tuple(name.rpartition(".")[2] for name in stage.names))
+    assert found == STAGES[family]
 
 
 def test_next_block_is_prefetched_unless_the_run_ends_or_fails(
@@ -126,9 +127,10 @@ def test_next_block_is_prefetched_unless_the_run_ends_or_fails(
     monkeypatch.setattr(TensorReader, "prefetch", lambda _self, names: told.append(sorted(names)))
     directory = save_model(tmp_path, num_hidden_layers=3)
     names = sorted(open_checkpoint(directory).tensors)
-    blocks = [
-        [name for name in names if name.startswith(f"model.layers.{index}.")] for index in range(3)
-    ]
+    blocks: list[list[str]] = []
+    for index in range(3):
+        prefix = f"model.layers.{index}."
+        blocks.append([name for name in names if name.startswith(prefix)])
     stream = open_stream(directory)
     stream.embed(token_batches(1))
     for index in range(3):
@@ -153,10 +155,13 @@ def test_model_with_one_block_streams(tmp_path: Path) -> None:
 def test_equal_masks_of_batches_are_stored_once(tmp_path: Path) -> None:
     stream = open_stream(save_model(tmp_path, "gemma2"))
     stream.embed(token_batches(2, 2, 2))
-    masks = [calls[batch].kwargs["attention_mask"] for calls in stream._calls for batch in range(3)]
-    assert (
-        len({mask.data_ptr() for mask in masks if mask is not None}) <= 2
-    )  # one sliding, one full
+    masks: set[int] = set()
+    for calls in stream._calls:
+        for batch in range(3):
+            mask = calls[batch].kwargs["attention_mask"]
+            if mask is not None:
+                masks.add(mask.data_ptr())
+    assert len(masks) <= 2  # one sliding, one full
 
 
 @pytest.mark.filterwarnings("ignore")  # what transformers says about its own models is not at stake
@@ -170,8 +175,9 @@ def test_unquantized_copy_keeps_state_for_later_blocks_apart(tmp_path: Path) -> 
         for index in range(stream.n_blocks):
             with stream.block(index) as block:
                 twin = block.unquantized_copy()
-                for linear in block.linears.values() if changed else ():
-                    place(linear, "weight", linear.get_parameter("weight") * 0.9)
+                if changed:
+                    for linear in block.linears.values():
+                        place(linear, "weight", linear.get_parameter("weight") * 0.9)
                 states = [block.run(batch, state) for batch, state in enumerate(states)]
                 if beside:
                     others = [twin.run(batch, state) for batch, state in enumerate(others)]
@@ -247,11 +253,10 @@ def test_config_with_a_wrong_shape_is_refused(tmp_path: Path) -> None:
         text.replace('"intermediate_size": 128', '"intermediate_size": 256')
     )
     stream = open_stream(directory)
-    hidden_states_need_block_0 = token_batches(1)
-    with pytest.raises(
-        InputError, match=r"is \[128, 64\] in the checkpoint, \[256, 64\] in config\.json"
-    ) as caught:
-        stream.embed(hidden_states_need_block_0)
+    batches = token_batches(1)
+    message = r"is \[128, 64\] in the checkpoint, \[256, 64\] in config\.json"
+    with pytest.raises(InputError, match=message) as caught:
+        stream.embed(batches)  # which reads block 0
     assert caught.value.code == "E_CKPT_SHAPE"
 
 

@@ -62,19 +62,13 @@ def test_kernels_compile_for_a_gpu_and_spill_nothing(
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     module, sizes = KERNELS[name]
     kernel: Any = getattr(__import__(f"gptq_cli.solver.{module}", fromlist=[name]), name)
-    types = {
-        argument: "constexpr" if argument in sizes else type_of(argument)
-        for argument in kernel.arg_names
-    }
+    types, hints = {}, {}
+    for number, argument in enumerate(kernel.arg_names):
+        kind = "constexpr" if argument in sizes else type_of(argument)
+        types[argument] = kind
+        if kind.startswith("*") or kind == "i32":
+            hints[(number,)] = [["tt.divisibility", 16]]  # as for tensors of usual sizes
     values = {(kernel.arg_names.index(argument),): value for argument, value in sizes.items()}
-    even = [
-        number
-        for number, kind in enumerate(types.values())
-        if kind.startswith("*") or kind == "i32"
-    ]
-    hints = {
-        (number,): [["tt.divisibility", 16]] for number in even
-    }  # as for tensors of usual sizes
     source = ASTSource(fn=kernel, signature=types, constexprs=values, attrs=hints)
     options = {"num_warps": WARPS, "enable_fp_fusion": FUSED}
     compiled = triton.compile(source, target=GPUTarget("cuda", HOPPER, 32), options=options)

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -43,31 +44,28 @@ def packed_case(
     n_groups = in_features // group_size
     scales = random.uniform(0.01, 0.1, size=(n_groups, out_features)).astype(np.float16)
     g_idx = random.permutation(np.arange(in_features) // group_size).astype(np.int32)
-    qweight, qzeros = (
-        words(in_features * bits // 32, out_features),
-        words(n_groups, out_features * bits // 32),
-    )
+    qweight = words(in_features * bits // 32, out_features)
+    qzeros = words(n_groups, out_features * bits // 32)
     return Packed(qweight, qzeros, scales, g_idx, bits, v2)
 
 
 # More and less than one tile of the kernel; where the packing of zeros allows it, tiles extend
 # beyond the weight on both sides.
 WIDE = {2: 48, 3: 64, 4: 40, 8: 36}
-CASES = {
-    f"{bits}bit-{'v2' if v2 else 'v1'}-{out_features}x{in_features}": packed_case(
-        bits, v2, out_features, in_features, 32
-    )
-    for bits in (2, 3, 4, 8)
-    for v2 in (False, True)
-    for out_features, in_features in ((WIDE[bits], 96), (32, 32))
-}
+CASES: dict[str, Packed] = {}
+for _bits, _v2 in product(WIDE, (False, True)):
+    for _rows, _columns in ((WIDE[_bits], 96), (32, 32)):
+        _version = "v2" if _v2 else "v1"
+        _name = f"{_bits}bit-{_version}-{_rows}x{_columns}"
+        CASES[_name] = packed_case(_bits, _v2, _rows, _columns, 32)
 
 
 def field(words: np.ndarray, index: int, bits: int) -> int:
-    stream = range(bits * index, bits * (index + 1))
-    return sum(
-        ((int(words[bit // 32]) >> (bit % 32)) & 1) << place for place, bit in enumerate(stream)
-    )
+    value = 0
+    for place in range(bits):
+        bit = bits * index + place
+        value |= ((int(words[bit // 32]) >> (bit % 32)) & 1) << place
+    return value
 
 
 def slow_weight(case: Packed) -> np.ndarray:
@@ -78,20 +76,18 @@ def slow_weight(case: Packed) -> np.ndarray:
             zero = field(case.qzeros[group], o, case.bits)
             if not case.v2:
                 zero = (zero + 1) % 2**case.bits
-            weight[o, i] = float(case.scales[group, o]) * (
-                field(case.qweight[:, o], i, case.bits) - zero
-            )
+            code = field(case.qweight[:, o], i, case.bits)
+            weight[o, i] = float(case.scales[group, o]) * (code - zero)
     return weight
 
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
     folder = tmp_path_factory.mktemp("dequantize")
-    parts = {
-        f"{name}/{part}": getattr(case, part)
-        for name, case in CASES.items()
-        for part in Packed.__annotations__
-    }
+    parts = {}
+    for name, case in CASES.items():
+        for part in Packed.__annotations__:
+            parts[f"{name}/{part}"] = getattr(case, part)
     np.savez(folder / "cases.npz", **parts)
     command = [sys.executable, str(SCRIPT), str(folder / "cases.npz"), str(folder / "weights.npz")]
     run = subprocess.run(
