@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, ClassVar
@@ -47,6 +47,20 @@ class Location:
         return f"{self.file}:{self.line}:{self.column}"
 
 
+def causes(error: BaseException, *, hidden: bool = False) -> Iterator[BaseException]:
+    """Yield the error and its causes, outermost first, as a traceback would show them.
+
+    With `hidden` the errors that a library hides with `from None` are among them.
+    """
+    link: BaseException | None = error
+    while link is not None:
+        yield link
+        context = link.__context__
+        if link.__suppress_context__ and not hidden:
+            context = None
+        link = link.__cause__ or context
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """One problem: a stable code, a message with the value, a hint at the next step, the place."""
@@ -75,6 +89,10 @@ class GptqError(Exception):
         error = cls(problems[0].code, message)
         error.problems = tuple(problems)
         return error
+
+    def __reduce__(self) -> tuple[Callable[..., Self], tuple[object, ...]]:
+        """Let another process load the error: the arguments of Exception are not enough."""
+        return type(self).of, (self.problems,)
 
     @property
     def code(self) -> str:

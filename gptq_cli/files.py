@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from gptq_cli.errors import GptqError, InputError, ResourceError
+from gptq_cli.errors import GptqError, InputError, ResourceError, causes
 from gptq_cli.shell import shell_word
 
 StrPath = str | os.PathLike[str]
@@ -80,13 +80,11 @@ def file_error(
 
 def file_cause(error: BaseException) -> GptqError | None:
     """Return the error of the file system that caused `error`, or None; libraries reword it."""
-    link: BaseException | None = error
-    while link is not None:
+    for link in causes(error, hidden=True):
         if isinstance(link, OSError):
             refused = file_error(link)
             if refused is not None:
                 return refused
-        link = link.__cause__ or link.__context__
     return None
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
-from gptq_cli.errors import InputError
+from gptq_cli.errors import InputError, causes
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
@@ -106,7 +106,7 @@ def hub_refusal(error: BaseException, what: str, revision: str | None = None) ->
     None if neither the Hub nor the network caused the failure. Codes: E_HUB_GATED,
     E_HUB_NOT_FOUND (repository, revision or file), E_HUB_AUTH, E_HUB_OFFLINE, E_HUB_NETWORK.
     """
-    links = _chain(error)
+    links = list(causes(error))
     for link in links:
         refused = _from_answer(link, what, revision)
         if refused is not None:
@@ -122,7 +122,7 @@ def push_refusal(error: BaseException, what: str) -> InputError | None:
     """
     from huggingface_hub.errors import HfHubHTTPError
 
-    links = _chain(error)
+    links = list(causes(error))
     answers = [link for link in links if isinstance(link, HfHubHTTPError)]
     if not answers:
         return _push_without_answer(links, what)
@@ -169,16 +169,6 @@ def _push_without_answer(links: list[BaseException], what: str) -> InputError | 
     reason = first_line(_unanswered(links)[-1])
     message = f"{what} could not be reached on the Hub: {reason}"
     return InputError("E_HUB_NETWORK", message, hint=AGAIN)
-
-
-def _chain(error: BaseException) -> list[BaseException]:
-    """Return `error` and its causes, the first cause at the end."""
-    links: list[BaseException] = []
-    link: BaseException | None = error
-    while link is not None:
-        links.append(link)
-        link = link.__cause__
-    return links
 
 
 def _from_answer(error: BaseException, what: str, revision: str | None) -> InputError | None:

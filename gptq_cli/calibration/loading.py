@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gptq_cli.calibration.columns import Row, check_schema, texts_of
-from gptq_cli.errors import InputError
+from gptq_cli.errors import InputError, causes
 from gptq_cli.hub_errors import GATED, first_line, hub_refusal
 
 REACH_SECONDS = 10.0
@@ -168,25 +168,16 @@ def refusal(error: Exception, label: str, hint: str | None = None) -> InputError
 
     `hint` is for a dataset that the Hub does not know.
     """
-    causes = list(_chain(error))
-    for cause in causes:
+    links = list(causes(error))
+    for cause in links:
         refused = _from_hub(cause, label, hint) or _from_datasets(cause, label)
         if refused is not None:
             return refused
     if type(error).__module__.partition(".")[0] in READERS:
-        message = f"dataset `{label}` cannot be read: {first_line(causes[-1])}"
+        message = f"dataset `{label}` cannot be read: {first_line(links[-1])}"
         hint = "a file of it is damaged on the Hub: choose another dataset"
         return InputError("E_DATA_FORMAT", message, hint=hint)
     return None
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """Yield the error and its causes, outermost first."""
-    link: BaseException | None = error
-    while link is not None:
-        yield link
-        hidden = link.__suppress_context__
-        link = link.__cause__ or (link.__context__ if not hidden else None)
 
 
 def _from_hub(error: BaseException, label: str, hint: str | None) -> InputError | None:
