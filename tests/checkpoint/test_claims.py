@@ -1,4 +1,4 @@
-"""What config.json may not make transformers do: load code from the Hub, build what no tensor is of."""
+"""Claims of config.json that are refused: code from the Hub, and parts that have no tensors."""
 
 from __future__ import annotations
 
@@ -29,15 +29,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("claims") / "model", num_hidden_layers=2)
 
 
-def saying(model: Path, directory: Path, **claimed: Any) -> Path:
-    """`model` once more, with a config.json that says so as well."""
+def copy_with(model: Path, directory: Path, **claimed: Any) -> Path:
+    """Copy `model` into `directory` and add the claims to its config.json; return `directory`."""
     shutil.copytree(model, directory)
-    said = json.loads((model / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps(said | claimed))
+    config = json.loads((model / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | claimed))
     return directory
 
 
 def checkpoint(model: Path, **claimed: Any) -> Checkpoint:
+    """Open `model` and add the claims to its configuration, but not to the file."""
     source = open_checkpoint(model)
     source.config.update(claimed)
     return source
@@ -67,20 +68,16 @@ KERNELS = [
 ]
 
 
-@pytest.mark.parametrize(("claimed", "says"), KERNELS)
-def test_a_kernel_of_the_hub_is_refused(claimed: dict[str, Any], says: str, model: Path) -> None:
+@pytest.mark.parametrize(("claimed", "setting"), KERNELS)
+def test_a_kernel_of_the_hub_is_refused(claimed: dict[str, Any], setting: str, model: Path) -> None:
     with pytest.raises(InputError) as caught:
         check_claims(checkpoint(model, **claimed))
     assert (caught.value.code, caught.value.exit_code) == ("E_REMOTE_CODE", 3)
-    assert (
-        str(caught.value)
-        == f"config.json of `{model}` sets {says}, for which code would come from the Hub"
-    )
-    place = says.partition(":")[0]
-    assert (
-        caught.value.hint
-        == f"remove `{place}` from config.json: transformers then uses an installed one"
-    )
+    message = f"config.json of `{model}` sets {setting}, for which code would come from the Hub"
+    assert str(caught.value) == message
+    key = setting.partition(":")[0]
+    hint = f"remove `{key}` from config.json: transformers then uses an installed one"
+    assert caught.value.hint == hint
 
 
 @pytest.mark.parametrize(
@@ -103,26 +100,24 @@ def test_usual_settings_are_accepted(claimed: dict[str, Any], model: Path) -> No
 
 
 def test_a_package_that_is_installed_is_used(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        claims,
-        "find_spec",
-        lambda name: importlib.util.find_spec("os") if name == "flash_attn" else None,
-    )
+    specs = {"flash_attn": importlib.util.find_spec("os")}
+    monkeypatch.setattr(claims, "find_spec", specs.get)
     check_claims(checkpoint(model, attn_implementation="flash_attention_2"))
 
 
 @pytest.mark.parametrize("key", ["num_hidden_layers", "n_layer", "n_layers", "num_layers"])
-@pytest.mark.parametrize(("nested", "said"), [(False, 200_000), (True, 33)])
+@pytest.mark.parametrize(("nested", "count"), [(False, 200_000), (True, 33)])
 def test_a_count_of_blocks_far_above_the_tensors_is_refused(
-    nested: bool, said: int, key: str, model: Path
+    nested: bool, count: int, key: str, model: Path
 ) -> None:
-    claimed = {key: said}
+    claimed: dict[str, Any] = {key: count}
+    if nested:
+        claimed = {"text_config": claimed}
     with pytest.raises(InputError) as caught:
-        check_claims(checkpoint(model, **({"text_config": claimed} if nested else claimed)))
+        check_claims(checkpoint(model, **claimed))
     assert caught.value.code == "E_CKPT_INCOMPLETE"
-    assert (
-        str(caught.value) == f"config.json sets {key} to {said}, but there are tensors of 2 blocks"
-    )
+    message = f"config.json sets {key} to {count}, but there are tensors of 2 blocks"
+    assert str(caught.value) == message
     assert caught.value.hint == "download config.json and the weights again, of one revision"
 
 
@@ -141,13 +136,14 @@ def test_a_count_of_parts_far_above_the_tensors_is_refused(
     place: str, value: int, model: Path
 ) -> None:
     outer, _, inner = place.rpartition(".")
+    claimed: dict[str, Any] = {inner: value}
+    if outer:
+        claimed = {outer: claimed}
     with pytest.raises(InputError) as caught:
-        check_claims(checkpoint(model, **({outer: {inner: value}} if outer else {inner: value})))
+        check_claims(checkpoint(model, **claimed))
     assert (caught.value.code, caught.value.hint) == ("E_CKPT_CONFIG", "download config.json again")
-    assert (
-        str(caught.value)
-        == f"config.json sets {place} to {value}, but there are no tensors of so many"
-    )
+    message = f"config.json sets {place} to {value}, but there are no tensors of so many"
+    assert str(caught.value) == message
 
 
 @pytest.mark.parametrize(
@@ -160,45 +156,40 @@ def test_a_count_of_parts_far_above_the_tensors_is_refused(
 def test_plan_quantize_and_evaluate_refuse_such_a_config(
     claimed: dict[str, Any], code: str, model: Path, tmp_path: Path
 ) -> None:
-    source = saying(model, tmp_path / "model", **claimed)
+    source = copy_with(model, tmp_path / "model", **claimed)
     (tmp_path / "text.txt").write_text("some words " * 500)
     request = EvalRequest(dataset=str(tmp_path / "text.txt"), seqlen=32)
-    for run in (
-        lambda: plan_run(source, settings()),
-        lambda: quantize_checkpoint(
-            str(source), tmp_path / "out", settings(trust_remote_code=True)
-        ),
-        lambda: evaluate_perplexity(str(source), request, lambda _: None),
-    ):
-        with pytest.raises(InputError) as caught:
-            run()
-        assert caught.value.code == code
+    with pytest.raises(InputError) as planned:
+        plan_run(source, settings())
+    with pytest.raises(InputError) as quantized:
+        quantize_checkpoint(str(source), tmp_path / "out", settings(trust_remote_code=True))
+    with pytest.raises(InputError) as evaluated:
+        evaluate_perplexity(str(source), request, lambda _: None)
+    codes = [caught.value.code for caught in (planned, quantized, evaluated)]
+    assert codes == [code] * 3
     assert not (tmp_path / "out").exists()
 
 
 def test_load_config_removes_auto_map_if_code_is_not_trusted(model: Path, tmp_path: Path) -> None:
+    code = {"AutoModelForCausalLM": "evil.Model"}
+    source = copy_with(model, tmp_path / "model", auto_map=code)
+    assert not hasattr(load_config(source, trust_remote_code=False), "auto_map")
+
+
+def test_load_config_removes_auto_map_of_nested_configs(model: Path, tmp_path: Path) -> None:
     code = {"AutoConfig": "evil.Config", "AutoModel": "org/repo--evil.Model"}
     nested = AutoConfig.for_model("gemma3").to_dict()
     nested["text_config"]["auto_map"] = nested["vision_config"]["auto_map"] = code
-    for name, said in (
-        ("plain", {"auto_map": {"AutoModelForCausalLM": "evil.Model"}}),
-        ("nested", nested),
-    ):
-        source = saying(model, tmp_path / name, **said)
-        found = load_config(source, trust_remote_code=False)
-        parts = [
-            found,
-            *(part for part in vars(found).values() if isinstance(part, PreTrainedConfig)),
-        ]
-        assert len(parts) == (1 if name == "plain" else 3)
-        assert not any(hasattr(part, "auto_map") for part in parts)
+    config = load_config(copy_with(model, tmp_path / "model", **nested), trust_remote_code=False)
+    parts = [part for part in vars(config).values() if isinstance(part, PreTrainedConfig)]
+    assert len(parts) == 2
+    assert not any(hasattr(part, "auto_map") for part in [config, *parts])
 
 
 def test_buffers_that_would_fill_the_memory_are_refused(model: Path, tmp_path: Path) -> None:
-    source = saying(model, tmp_path / "model", head_dim=2**33)
-    with pytest.raises(
-        InputError, match=r"^config.json asks for 34 GB of buffers, such as `model"
-    ) as caught:
+    source = copy_with(model, tmp_path / "model", head_dim=2**33)
+    message = r"^config.json asks for 34 GB of buffers, such as `model"
+    with pytest.raises(InputError, match=message) as caught:
         quantize_checkpoint(str(source), tmp_path / "out", settings())
     assert caught.value.code == "E_ARCH"
     assert caught.value.hint is not None
@@ -214,14 +205,11 @@ def test_buffers_that_would_fill_the_memory_are_refused(model: Path, tmp_path: P
     ],
 )
 def test_a_list_of_kinds_longer_than_the_blocks_is_refused(
-    key: str, value: object, tmp_path: Path
+    key: str, value: object, model: Path, tmp_path: Path
 ) -> None:
-    model = save_model(tmp_path / "model", num_hidden_layers=2)
-    content = json.loads((model / "config.json").read_text()) | {key: value}
-    (model / "config.json").write_text(json.dumps(content))
-    with pytest.raises(
-        InputError, match=rf"config.json gives {key} for \d+ blocks, but there are tensors of 2"
-    ) as caught:
-        check_claims(open_checkpoint(model))
+    source = copy_with(model, tmp_path / "model", **{key: value})
+    message = rf"config.json gives {key} for \d+ blocks, but there are tensors of 2"
+    with pytest.raises(InputError, match=message) as caught:
+        check_claims(open_checkpoint(source))
     assert (caught.value.code, caught.value.exit_code) == ("E_CKPT_CONFIG", 3)
     assert caught.value.hint == "download config.json again"

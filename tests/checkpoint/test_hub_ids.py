@@ -1,7 +1,8 @@
-"""Words where an id of the Hub belongs: an id, what holds one, a folder of the cache, or a refusal that helps."""
+"""Words in the place of an id of the Hub: ids, addresses, folders of the cache, and refusals."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,7 @@ PASTED = [
     ("models--gpt2", "gpt2"),
     ("datasets--org--name", "org/name"),
 ]
+PASTED_WITH_OWNER = [pair for pair in PASTED if pair[1] != "gpt2"]
 FLAWED = [
     "foo--bar",
     "-",
@@ -55,44 +57,57 @@ FLAWED = [
 ]
 
 
-@pytest.mark.parametrize(("text", "meant"), PASTED)
-def test_an_address_is_refused_with_its_id_as_hint(text: str, meant: str, tmp_path: Path) -> None:
-    assert str(pasted_id(text)) == meant
-    with pytest.raises(InputError) as model:
+@pytest.mark.parametrize(("text", "words"), PASTED)
+def test_an_address_as_model_is_refused_with_its_id_as_hint(text: str, words: str) -> None:
+    assert str(pasted_id(text)) == words
+    with pytest.raises(InputError) as caught:
         hub_id(text)
-    assert (model.value.code, model.value.hint) == ("E_MODEL_NOT_FOUND", f"use {meant}")
-    with pytest.raises(InputError) as dataset:
+    assert (caught.value.code, caught.value.hint) == ("E_MODEL_NOT_FOUND", f"use {words}")
+
+
+@pytest.mark.parametrize(("text", "words"), PASTED)
+def test_an_address_as_dataset_is_refused_with_its_id_as_hint(text: str, words: str) -> None:
+    with pytest.raises(InputError) as caught:
         load_documents(DatasetSource(text))
-    assert (dataset.value.code, dataset.value.hint) == (
-        "E_DATA_NOT_FOUND",
-        f"use --dataset {meant.split()[0]}",
-    )
-    if "/" in meant.split()[0]:
-        for words in ({"repo": text}, {"repo": "me/x", "base_model": text}):
-            with pytest.raises(ConfigError) as pushed:
-                prepare_push(tmp_path, **words)
-            assert (pushed.value.code, pushed.value.hint) == (
-                "E_CFG_RANGE",
-                f"use {meant.split()[0]}",
-            )
+    assert caught.value.code == "E_DATA_NOT_FOUND"
+    assert caught.value.hint == f"use --dataset {words.split()[0]}"
+
+
+@pytest.mark.parametrize(("text", "words"), PASTED_WITH_OWNER)
+def test_push_refuses_an_address_with_its_id_as_hint(text: str, words: str, tmp_path: Path) -> None:
+    for names in ({"repo": text}, {"repo": "me/x", "base_model": text}):
+        with pytest.raises(ConfigError) as caught:
+            prepare_push(tmp_path, **names)
+        assert (caught.value.code, caught.value.hint) == ("E_CFG_RANGE", f"use {words.split()[0]}")
 
 
 @pytest.mark.parametrize("name", FLAWED)
-def test_an_id_that_the_hub_client_refuses_is_refused(name: str, tmp_path: Path) -> None:
+def test_the_hub_client_refuses_the_same_ids(name: str) -> None:
     with pytest.raises(HFValidationError):
         validate_repo_id(name)
     assert id_flaw(name)
-    if name:
-        with pytest.raises(InputError, match="is not a directory, and not a Hub id") as model:
-            hub_id(name)
-        assert (model.value.code, model.value.exit_code) == ("E_MODEL_NOT_FOUND", 3)
-        assert model.value.hint == "give a model directory or a Hub id"
-    with pytest.raises(InputError) as dataset:
+
+
+@pytest.mark.parametrize("name", [name for name in FLAWED if name])
+def test_a_flawed_id_of_a_model_is_refused(name: str) -> None:
+    with pytest.raises(InputError, match="is not a directory, and not a Hub id") as caught:
+        hub_id(name)
+    assert (caught.value.code, caught.value.exit_code) == ("E_MODEL_NOT_FOUND", 3)
+    assert caught.value.hint == "give a model directory or a Hub id"
+
+
+@pytest.mark.parametrize("name", FLAWED)
+def test_a_flawed_id_of_a_dataset_is_refused(name: str) -> None:
+    with pytest.raises(InputError) as caught:
         load_documents(DatasetSource(name))
-    assert dataset.value.code == "E_DATA_NOT_FOUND"
-    with pytest.raises(ConfigError) as pushed:
+    assert caught.value.code == "E_DATA_NOT_FOUND"
+
+
+@pytest.mark.parametrize("name", FLAWED)
+def test_push_refuses_a_flawed_id(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
         prepare_push(tmp_path, f"me/{name}")
-    assert pushed.value.code == "E_CFG_RANGE"
+    assert caught.value.code == "E_CFG_RANGE"
 
 
 @pytest.mark.parametrize("name", ["gpt2", "org/name", "hf://org/name", "Org-1/na_me.2"])
@@ -101,19 +116,22 @@ def test_hub_id_keeps_a_valid_id(name: str) -> None:
     assert pasted_id(name) is None
 
 
-def test_an_address_of_another_site_holds_no_id() -> None:
-    for text in (
+@pytest.mark.parametrize(
+    "text",
+    [
         "https://example.com/org/name",
         "https://huggingface.co",
         "https://[::1",
         "ftp://x/y",
         "/models/x",
-    ):
-        assert pasted_id(text) is None
+    ],
+)
+def test_an_address_of_another_site_holds_no_id(text: str) -> None:
+    assert pasted_id(text) is None
 
 
 def cached(folder: Path, *commits: str, main: str | None = None) -> Path:
-    """A model's folder in the cache with these snapshots."""
+    """Write the folder of a model as in the cache, with these snapshots; return it."""
     for commit in commits:
         (folder / "snapshots" / commit).mkdir(parents=True)
         (folder / "snapshots" / commit / "config.json").write_text("{}")
@@ -128,65 +146,79 @@ def test_a_folder_of_the_cache_means_its_snapshot(tmp_path: Path) -> None:
     folder = cached(tmp_path / "models--org--name", one, two, main=two)
     assert model_directory(folder) == local_model(folder) == folder / "snapshots" / two
     located = locate_model(str(folder))
-    assert (located.directory, located.name, located.commit) == (
-        folder / "snapshots" / two,
-        "name",
-        None,
-    )
+    assert located.directory == folder / "snapshots" / two
+    assert (located.name, located.commit) == ("name", None)
     assert default_name(str(folder), QuantizeConfig(bits=4, group_size=32)) == "name-GPTQ-Int4-g32"
-    alone = cached(tmp_path / "models--gpt2", one)
-    assert model_directory(alone) == alone / "snapshots" / one
-    assert locate_model(str(alone)).name == "gpt2"
+
+
+def test_a_folder_of_the_cache_may_hold_one_snapshot_only(tmp_path: Path) -> None:
+    commit = "1" * 40
+    folder = cached(tmp_path / "models--gpt2", commit)
+    assert model_directory(folder) == folder / "snapshots" / commit
+    assert locate_model(str(folder)).name == "gpt2"
 
 
 def test_a_folder_of_the_cache_without_its_main_is_refused(tmp_path: Path) -> None:
     folder = cached(tmp_path / "models--org--name", "1" * 40, "2" * 40, main="../../../etc")
-    with pytest.raises(
-        InputError, match="with 2 snapshots, but none of its main branch"
-    ) as several:
+    message = "with 2 snapshots, but none of its main branch"
+    with pytest.raises(InputError, match=message) as caught:
         locate_model(str(folder))
-    assert several.value.hint == f"give one of them: {folder}/snapshots/{'1' * 40}"
+    assert caught.value.hint == f"give one of them: {folder}/snapshots/{'1' * 40}"
+
+
+def test_a_folder_of_the_cache_without_snapshots_is_refused(tmp_path: Path) -> None:
     empty = cached(tmp_path / "models--org--empty")
     (empty / "snapshots").mkdir()
-    with pytest.raises(InputError, match="with 0 snapshots") as none:
+    with pytest.raises(InputError, match="with 0 snapshots") as caught:
         locate_model(str(empty))
-    assert (none.value.code, none.value.hint) == ("E_MODEL_NOT_FOUND", "use org/empty")
+    assert (caught.value.code, caught.value.hint) == ("E_MODEL_NOT_FOUND", "use org/empty")
 
 
-def test_a_file_is_refused_with_a_directory_as_hint(tmp_path: Path) -> None:
-    for name in ("config.json", "model.safetensors", "model.gguf", "other.txt"):
-        (tmp_path / name).touch()
+def locate_text(file: Path) -> object:
+    return locate_model(str(file))
+
+
+@pytest.mark.parametrize("find", [locate_text, local_model])
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("config.json", "give its directory: {directory}"),
+        ("model.safetensors", "give its directory: {directory}"),
+        ("model.gguf", "the directory of the safetensors checkpoint that the file was made from"),
+        ("apart/model.bin", "give the directory of a safetensors checkpoint"),
+    ],
+)
+def test_a_file_is_refused_with_a_directory_as_hint(
+    name: str, hint: str, find: Callable[[Path], object], tmp_path: Path
+) -> None:
+    for file in ("config.json", "model.safetensors", "model.gguf", "other.txt"):
+        (tmp_path / file).touch()
     (tmp_path / "apart").mkdir()
     (tmp_path / "apart" / "model.bin").touch()
-    hints = {
-        "config.json": f"give its directory: {tmp_path}",
-        "model.safetensors": f"give its directory: {tmp_path}",
-        "model.gguf": "the directory of the safetensors checkpoint that the file was made from",
-        "apart/model.bin": "give the directory of a safetensors checkpoint",
-    }
-    for name, hint in hints.items():
-        for look in (lambda file: locate_model(str(file)), local_model):
-            with pytest.raises(InputError, match="is not a directory") as caught:
-                look(tmp_path / name)
-            assert caught.value.code == "E_MODEL_NOT_FOUND"
-            assert (caught.value.hint or "").endswith(hint)
+    with pytest.raises(InputError, match="is not a directory") as caught:
+        find(tmp_path / name)
+    assert caught.value.code == "E_MODEL_NOT_FOUND"
+    assert (caught.value.hint or "").endswith(hint.format(directory=tmp_path))
 
 
+def load_file_of_texts(name: str) -> object:
+    return load_documents(DatasetSource(f"./{name}"))
+
+
+@pytest.mark.parametrize("find", [hub_id, model_directory, load_file_of_texts])
+@pytest.mark.parametrize("name", ["loop", "dangling", "x" * 300])
 def test_broken_links_and_long_names_cannot_be_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, find: Callable[[str], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("loop").symlink_to("loop")
     Path("dangling").symlink_to("nowhere")
-    for name in ("loop", "dangling", "x" * 300):
-        for look in (
-            hub_id,
-            model_directory,
-            lambda dataset: load_documents(DatasetSource(f"./{dataset}")),
-        ):
-            with pytest.raises(InputError, match="cannot read") as caught:
-                look(name)
-            assert (caught.value.code, caught.value.exit_code) == ("E_FILE", 3)
+    with pytest.raises(InputError, match="cannot read") as caught:
+        find(name)
+    assert (caught.value.code, caught.value.exit_code) == ("E_FILE", 3)
+
+
+def test_a_home_of_an_unknown_user_is_no_directory() -> None:
     assert model_directory("~no-such-user/x") is None
 
 

@@ -1,4 +1,4 @@
-"""MODEL as a Hub id: the real client against a server on the loopback."""
+"""A model on the Hub, which the real client downloads from a server on the loopback."""
 
 from __future__ import annotations
 
@@ -15,49 +15,55 @@ from gptq_cli.errors import InputError
 from tests.families import save_model
 from tests.hub import Fault, Reply, serve
 
+# files that no part of the program reads
 NOT_WANTED = (
     "pytorch_model.bin",
     "original/consolidated.safetensors",
     "onnx/model.onnx",
     "runs/events.safetensors",
+    "checkpoint-500/model.safetensors",
+    "wandb/run.json",
 )
-NOT_WANTED += ("checkpoint-500/model.safetensors", "wandb/run.json")
 
-LOCATE = """
+SCRIPT = """
 import json, sys
-from gptq_cli.checkpoint.locate import locate_model
+from gptq_cli.checkpoint.locate import locate_model, peek_model
 from gptq_cli.errors import GptqError
-try:
-    found = locate_model(sys.argv[1], sys.argv[2] or None)
-    print(json.dumps({"directory": str(found.directory), "name": found.name, "commit": found.commit}))
-except GptqError as error:
-    print(json.dumps({"code": error.code, "exit": error.exit_code, "message": str(error), "hint": error.hint}))
-"""
 
-PEEK = """
-import json, sys
-from gptq_cli.checkpoint.locate import peek_model
-from gptq_cli.errors import GptqError
+command, model, revision = sys.argv[1], sys.argv[2], sys.argv[3] or None
 try:
-    source, checkpoint = peek_model(sys.argv[1], sys.argv[2] or None)
-    print(json.dumps({"name": source.name, "commit": source.commit, "tensors": sorted(checkpoint.tensors)}))
+    if command == "locate":
+        source = locate_model(model, revision)
+        found = {"directory": str(source.directory)}
+    else:
+        source, checkpoint = peek_model(model, revision)
+        found = {"tensors": sorted(checkpoint.tensors)}
+    found |= {"name": source.name, "commit": source.commit}
 except GptqError as error:
-    print(json.dumps({"code": error.code, "exit": error.exit_code, "message": str(error), "hint": error.hint}))
+    found = {"code": error.code, "exit": error.exit_code}
+    found |= {"message": str(error), "hint": error.hint}
+print(json.dumps(found))
 """
 
 ENTRY = Reply(404, headers={"X-Error-Code": "EntryNotFound"})
 
 
 def locate(model: str, environment: dict[str, str], revision: str = "") -> dict[str, str]:
-    return asked(LOCATE, model, environment, revision)
+    return run("locate", model, environment, revision)
 
 
-def asked(
-    script: str, model: str, environment: dict[str, str], revision: str = ""
-) -> dict[str, str]:
-    command = [sys.executable, "-c", script, model, revision]
+def peek(model: str, environment: dict[str, str], revision: str = "") -> dict[str, str]:
+    return run("peek", model, environment, revision)
+
+
+def run(command: str, model: str, environment: dict[str, str], revision: str) -> dict[str, str]:
+    """Return the result or the error that a fresh process finds for `model`."""
     done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, **environment}, check=True
+        [sys.executable, "-c", SCRIPT, command, model, revision],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        check=True,
     )
     found: dict[str, str] = json.loads(done.stdout)
     return found
@@ -66,9 +72,13 @@ def asked(
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     model = save_model(tmp_path_factory.mktemp("hub") / "model", num_hidden_layers=2)
-    return {path.name: path.read_bytes() for path in model.iterdir()} | dict.fromkeys(
-        NOT_WANTED, b"of no use"
-    )
+    contents = {path.name: path.read_bytes() for path in model.iterdir()}
+    return contents | dict.fromkeys(NOT_WANTED, b"of no use")
+
+
+def assert_weights(found: dict[str, str], files: dict[str, bytes]) -> None:
+    weights = Path(found["directory"]) / "model.safetensors"
+    assert weights.read_bytes() == files["model.safetensors"]
 
 
 def test_locate_downloads_the_needed_files_at_one_commit(
@@ -78,15 +88,12 @@ def test_locate_downloads_the_needed_files_at_one_commit(
         found = locate("someone/tiny", hub.environment(tmp_path))
         assert found["commit"] == hub.commit("someone/tiny")
         assert found["name"] == "someone/tiny"
-        again = locate(
-            "hf://someone/tiny", hub.environment(tmp_path, offline=True), revision=found["commit"]
-        )
+        offline = hub.environment(tmp_path, offline=True)
+        again = locate("hf://someone/tiny", offline, revision=found["commit"])
         assert again == found  # from the cache
     downloaded = {path.name for path in Path(found["directory"]).iterdir()}
-    assert downloaded == {name for name in files if name not in NOT_WANTED}
-    assert (Path(found["directory"]) / "model.safetensors").read_bytes() == files[
-        "model.safetensors"
-    ]
+    assert downloaded == set(files) - set(NOT_WANTED)
+    assert_weights(found, files)
 
 
 def test_refusals_of_the_hub_have_codes_and_hints(files: dict[str, bytes], tmp_path: Path) -> None:
@@ -133,8 +140,8 @@ def test_a_name_that_looks_like_a_path_is_not_sent_to_the_hub(
     with pytest.raises(InputError) as caught:
         locate_model(model)
     assert caught.value.code == "E_MODEL_NOT_FOUND"
-    file = model == "file.txt"
-    assert ("a safetensors checkpoint" in (caught.value.hint or "")) == file
+    is_file = model == "file.txt"
+    assert ("a safetensors checkpoint" in (caught.value.hint or "")) == is_file
 
 
 def test_a_revision_of_a_local_directory_is_refused(tmp_path: Path) -> None:
@@ -184,29 +191,24 @@ def test_the_same_command_resumes_a_broken_download(
     with serve({"someone/tiny": files}, kind="model") as hub:
         hub.faults.append(Fault("GET .*/resolve/.*/model.safetensors", Reply(500), times=20))
         broken = locate("someone/tiny", hub.environment(tmp_path))
-        asked = len(hub.requests)
+        n_before = len(hub.requests)
         hub.faults.clear()
         found = locate("someone/tiny", hub.environment(tmp_path))
-        again = [
-            request
-            for request in hub.requests[asked:]
-            if request.startswith("GET") and "/resolve/" in request
-        ]
+        downloads = set()
+        for request in hub.requests[n_before:]:
+            if request.startswith("GET") and "/resolve/" in request:
+                downloads.add(request.rpartition("/")[2])
     assert broken["code"] == "E_HUB_NETWORK"
     assert "run again" in broken["hint"]
-    assert (Path(found["directory"]) / "model.safetensors").read_bytes() == files[
-        "model.safetensors"
-    ]
-    assert {request.rpartition("/")[2] for request in again} == {"model.safetensors"}
+    assert_weights(found, files)
+    assert downloads == {"model.safetensors"}
 
 
 def test_the_client_resumes_a_cut_connection(files: dict[str, bytes], tmp_path: Path) -> None:
     with serve({"someone/tiny": files}, kind="model") as hub:
         hub.faults.append(Fault("GET .*/resolve/.*/model.safetensors", None, times=1))
         found = locate("someone/tiny", hub.environment(tmp_path))
-    assert (Path(found["directory"]) / "model.safetensors").read_bytes() == files[
-        "model.safetensors"
-    ]
+    assert_weights(found, files)
 
 
 @pytest.mark.parametrize("revision", ["", "main"])
@@ -216,12 +218,20 @@ def test_peek_reads_headers_from_the_cache_without_network(
     with serve({"someone/tiny": files}, kind="model") as hub:
         environment = hub.environment(tmp_path)
         locate("someone/tiny", environment)
-        there = asked(PEEK, "someone/tiny", environment, revision)
-    assert asked(PEEK, "someone/tiny", environment, revision) == there
-    assert asked(PEEK, "someone/tiny", {**environment, "HF_HUB_OFFLINE": "1"}, revision) == there
-    assert len(there["tensors"]) > 10
-    assert asked(PEEK, "someone/tiny", environment, "v9")["code"] == "E_HUB_NETWORK"
-    assert asked(PEEK, "someone/other", environment)["code"] == "E_HUB_NETWORK"
+        online = peek("someone/tiny", environment, revision)
+    assert len(online["tensors"]) > 10
+    assert peek("someone/tiny", environment, revision) == online
+    assert peek("someone/tiny", {**environment, "HF_HUB_OFFLINE": "1"}, revision) == online
+
+
+def test_peek_without_network_refuses_an_uncached_revision(
+    files: dict[str, bytes], tmp_path: Path
+) -> None:
+    with serve({"someone/tiny": files}, kind="model") as hub:
+        environment = hub.environment(tmp_path)
+        locate("someone/tiny", environment)
+    assert peek("someone/tiny", environment, "v9")["code"] == "E_HUB_NETWORK"
+    assert peek("someone/other", environment)["code"] == "E_HUB_NETWORK"
 
 
 @pytest.mark.parametrize(
@@ -238,13 +248,13 @@ def test_plan_and_quantize_use_the_same_cached_snapshot(
 ) -> None:
     with serve({"someone/tiny": files}, kind="model") as hub:
         environment = hub.environment(tmp_path)
-        there = locate("someone/tiny", environment)
+        cached = locate("someone/tiny", environment)
         hub.faults.append(fault)
-        assert locate("someone/tiny", environment) == there
-        asked_before = len(hub.requests)
-        peeked = asked(PEEK, "someone/tiny", environment)
-        assert (peeked["commit"], peeked["name"]) == (there["commit"], "someone/tiny")
-        assert not any("safetensors" in request for request in hub.requests[asked_before:])
+        assert locate("someone/tiny", environment) == cached
+        n_before = len(hub.requests)
+        peeked = peek("someone/tiny", environment)
+        assert (peeked["commit"], peeked["name"]) == (cached["commit"], "someone/tiny")
+        assert not any("safetensors" in request for request in hub.requests[n_before:])
 
 
 def test_the_cache_does_not_replace_an_unknown_revision(
@@ -254,7 +264,7 @@ def test_the_cache_does_not_replace_an_unknown_revision(
         environment = hub.environment(tmp_path)
         locate("someone/tiny", environment)
         hub.faults.append(Fault("/api/", Reply(404, headers={"X-Error-Code": "RevisionNotFound"})))
-        assert asked(PEEK, "someone/tiny", environment, "main")["code"] == "E_HUB_NOT_FOUND"
+        assert peek("someone/tiny", environment, "main")["code"] == "E_HUB_NOT_FOUND"
 
 
 def test_a_partial_snapshot_in_the_cache_is_not_the_model(
@@ -262,8 +272,8 @@ def test_a_partial_snapshot_in_the_cache_is_not_the_model(
 ) -> None:
     with serve({"someone/tiny": files}, kind="model") as hub:
         environment = hub.environment(tmp_path)
-        asked(PEEK, "someone/tiny", environment)  # fetches config.json alone
-    found = asked(PEEK, "someone/tiny", environment)
+        peek("someone/tiny", environment)  # fetches config.json alone
+    found = peek("someone/tiny", environment)
     assert (found["code"], found["exit"]) == ("E_HUB_NETWORK", 3)
     assert "check the network" in found["hint"]
 

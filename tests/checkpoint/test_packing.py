@@ -1,4 +1,4 @@
-"""Packing against a bit stream written out by hand, and the words that other tools are known to write."""
+"""Packing compared with a slow bit stream and with the words that other tools write."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ FORMATS = ["gptq", "gptq_v2"]
 
 
 def slow_words(column: list[int], bits: int) -> list[int]:
-    """One column as 32-bit words, through one large integer: value i occupies bits [i * bits, (i + 1) * bits)."""
+    """Return one column as 32-bit words, by way of one large integer.
+
+    Value i has the bits [i * bits, (i + 1) * bits).
+    """
     stream = sum(value << (index * bits) for index, value in enumerate(column))
     return [(stream >> (32 * word)) & 0xFFFFFFFF for word in range(len(column) * bits // 32)]
 
@@ -28,15 +31,9 @@ def slow_words(column: list[int], bits: int) -> list[int]:
 def test_packed_words_are_the_little_endian_bit_stream(
     data: st.DataObject, bits: int, blocks: int, columns: int
 ) -> None:
-    values = np.array(
-        data.draw(
-            st.lists(
-                st.lists(st.integers(0, 2**bits - 1), min_size=columns, max_size=columns),
-                min_size=32 * blocks,
-                max_size=32 * blocks,
-            )
-        )
-    )
+    row = st.lists(st.integers(0, 2**bits - 1), min_size=columns, max_size=columns)
+    rows = st.lists(row, min_size=32 * blocks, max_size=32 * blocks)
+    values = np.array(data.draw(rows))
     words = pack(torch.tensor(values, dtype=torch.uint8), bits)
     assert words.dtype == torch.int32
     for column in range(columns):
@@ -86,18 +83,17 @@ def test_three_bit_symmetric_zero_points_have_the_usual_words(format: str, store
 @pytest.mark.parametrize("shape", [(32, 32, 1), (64, 96, 3), (96, 128, 2), (32, 160, 5)])
 def test_decode_reverses_encode(format: str, bits: int, shape: tuple[int, int, int]) -> None:
     out_features, in_features, groups = shape
-    order = torch.randperm(in_features)
+    groups_in_order = torch.arange(in_features, dtype=torch.int32) * groups // in_features
     linear = QuantizedLinear(
         codes=torch.randint(2**bits, (out_features, in_features), dtype=torch.uint8),
         scales=torch.rand(out_features, groups).half() + 0.1,
         zeros=torch.randint(1, 2**bits, (out_features, groups), dtype=torch.uint8),
-        group_of_column=(torch.arange(in_features, dtype=torch.int32) * groups // in_features)[
-            order
-        ],
+        group_of_column=groups_in_order[torch.randperm(in_features)],
         bits=bits,
     )
     tensors = encode(linear, format)
-    assert {suffix: (tensor.dtype, tuple(tensor.shape)) for suffix, tensor in tensors.items()} == {
+    found = {suffix: (tensor.dtype, tuple(tensor.shape)) for suffix, tensor in tensors.items()}
+    assert found == {
         "qweight": (torch.int32, (in_features * bits // 32, out_features)),
         "qzeros": (torch.int32, (groups, out_features * bits // 32)),
         "scales": (torch.float16, (groups, out_features)),

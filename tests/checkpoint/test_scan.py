@@ -1,4 +1,4 @@
-"""One pass over weights: hashes as of the whole files, and every number that is not finite found."""
+"""One pass over the weights: it hashes whole files and finds each number that is not finite."""
 
 from __future__ import annotations
 
@@ -20,26 +20,23 @@ FLOATS = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# bit patterns of NaN, infinity and the numbers next to them, by the bytes of the type
+LIMITS = {
+    4: [2**31 - 1, 0x7F800000, 0x7F7FFFFF, 0, 1],
+    8: [2**63 - 1, 0x7FF << 52, (0x7FF << 52) - 1],
+}
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_is_finite_agrees_with_torch(dtype: str) -> None:
-    kind = FLOATS[dtype]
-    n_bytes = kind.itemsize
+    n_bytes = FLOATS[dtype].itemsize
     if n_bytes < 4:
-        patterns = torch.arange(2 ** (8 * n_bytes)).to(WIDTH[n_bytes])
+        patterns = torch.arange(2 ** (8 * n_bytes))  # all numbers of the type
     else:
-        ends = (
-            [2**31 - 1, 0x7F800000, 0x7F7FFFFF, 0, 1]
-            if n_bytes == 4
-            else [2**63 - 1, 0x7FF << 52, (0x7FF << 52) - 1]
-        )
-        patterns = torch.cat(
-            [torch.tensor([*ends, *(~end for end in ends)]), torch.arange(-(2**31), 2**31, 2**22)]
-        )
-        patterns = patterns.to(WIDTH[n_bytes])
-    values = patterns.view(kind)
-    expected = values.double().isfinite()
+        limits = torch.tensor(LIMITS[n_bytes])
+        patterns = torch.cat([limits, ~limits, torch.arange(-(2**31), 2**31, 2**22)])
+    patterns = patterns.to(WIDTH[n_bytes])
+    expected = patterns.view(FLOATS[dtype]).double().isfinite()
     assert not expected.all()
     for pattern, finite in zip(patterns, expected.tolist(), strict=True):
         among = torch.stack([torch.zeros_like(pattern), pattern, torch.zeros_like(pattern)])
@@ -50,7 +47,7 @@ def test_is_finite_agrees_with_torch(dtype: str) -> None:
 def test_integers_and_empty_data_are_finite() -> None:
     assert is_finite(b"\xff" * 8, "I32")
     assert is_finite(b"", "F32")
-    assert is_finite(b"\xff", "F16")  # a file that ends inside a number: headers tell that
+    assert is_finite(b"\xff", "F16")  # the header shows that a file ends inside a number
 
 
 def two_shards(directory: Path, **changes: torch.Tensor) -> list[Path]:
@@ -68,7 +65,7 @@ def two_shards(directory: Path, **changes: torch.Tensor) -> list[Path]:
 
 @pytest.fixture(params=[7, 16, 2**24])
 def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Bytes that are read at a time, also such as end inside a number."""
+    """The number of bytes of one read; 7 bytes end inside a number."""
     monkeypatch.setattr(headers, "CHUNK_BYTES", request.param)
     return int(request.param)
 
@@ -76,7 +73,7 @@ def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> i
 @pytest.mark.usefixtures("chunks")
 def test_scan_hashes_whole_files(tmp_path: Path) -> None:
     files = two_shards(tmp_path)
-    tensors = [tensor for file in files for tensor in read_header(file).values()]
+    tensors = [*read_header(files[0]).values(), *read_header(files[1]).values()]
     found = scan_weights(reversed(tensors))
     assert found == {file: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
     assert scan_weights(tensors, hashed=False) == {}
@@ -88,11 +85,11 @@ def test_scan_hashes_whole_files(tmp_path: Path) -> None:
 def test_scan_names_a_tensor_that_is_not_finite(
     name: str, file: str, value: float, hashed: bool, tmp_path: Path
 ) -> None:
-    tensor = torch.arange(40.0).to(torch.float16 if name == "a" else torch.float32)
+    dtype = {"a": torch.float16, "c": torch.float32}[name]
+    tensor = torch.arange(40.0).to(dtype)
     tensor[[5, 39]] = value
-    tensors = [
-        t for path in two_shards(tmp_path, **{name: tensor}) for t in read_header(path).values()
-    ]
+    first, second = two_shards(tmp_path, **{name: tensor})
+    tensors = [*read_header(first).values(), *read_header(second).values()]
     with pytest.raises(InputError) as caught:
         scan_weights(tensors, hashed=hashed)
     assert (caught.value.code, caught.value.exit_code) == ("E_CKPT_NONFINITE", 3)
@@ -105,8 +102,7 @@ def test_the_writer_refuses_to_copy_numbers_that_are_not_finite(tmp_path: Path) 
     spoilt[3] = float("nan")
     (_, file) = two_shards(tmp_path / "source", c=spoilt)
     layout = plan_layout([(TensorSpec("c", "F32", (4,)),)], 2**20)
-    refused = pytest.raises(
-        InputError, match=r"`c` in 2\.safetensors holds NaN or infinity, 1 times"
-    )
+    message = r"`c` in 2\.safetensors holds NaN or infinity, 1 times"
+    refused = pytest.raises(InputError, match=message)
     with CheckpointWriter(tmp_path / "out", layout) as writer, refused:
         writer.copy(read_header(file)["c"])

@@ -1,4 +1,4 @@
-"""Checkpoints that are torn, incomplete or something else are refused, each with its code."""
+"""Faulty checkpoints are refused, each with its code; odd but usable ones give remarks."""
 
 from __future__ import annotations
 
@@ -17,25 +17,20 @@ from gptq_cli.checkpoint.source import open_checkpoint
 from gptq_cli.checkpoint.writer import copy_side_files
 from gptq_cli.errors import InputError
 from gptq_cli.storage.manifest import INDEX_NAME
-from tests.checkpoint.gptq_files import gptq_files
+from tests.checkpoint.gptq_files import SHARDS, gptq_files
 
 
 def write_checkpoint(directory: Path) -> Path:
-    """Two shards with two tensors each, an index, a config and some other files."""
+    """Write two shards with two tensors each, an index and a config; return `directory`."""
     directory.mkdir(exist_ok=True)
     shards = {
-        "model-00001-of-00002.safetensors": {
-            "a": torch.arange(6.0).reshape(2, 3),
-            "b": torch.arange(4).half(),
-        },
-        "model-00002-of-00002.safetensors": {
-            "c": torch.arange(3),
-            "d": torch.ones(2, 2, dtype=torch.bfloat16),
-        },
+        SHARDS[0]: {"a": torch.arange(6.0).reshape(2, 3), "b": torch.arange(4).half()},
+        SHARDS[1]: {"c": torch.arange(3), "d": torch.ones(2, 2, dtype=torch.bfloat16)},
     }
+    weight_map = {}
     for file, tensors in shards.items():
         save_file(tensors, directory / file, metadata={"format": "pt"})
-    weight_map = {name: file for file, tensors in shards.items() for name in tensors}
+        weight_map |= dict.fromkeys(tensors, file)
     (directory / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     (directory / "config.json").write_text('{"model_type": "llama"}')
     return directory
@@ -43,7 +38,8 @@ def write_checkpoint(directory: Path) -> Path:
 
 def test_headers_hold_dtype_shape_and_offsets_of_tensors(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_checkpoint(tmp_path))
-    assert {name: (t.dtype, t.shape) for name, t in checkpoint.tensors.items()} == {
+    found = {name: (tensor.dtype, tensor.shape) for name, tensor in checkpoint.tensors.items()}
+    assert found == {
         "a": ("F32", (2, 3)),
         "b": ("F16", (4,)),
         "c": ("I64", (3,)),
@@ -72,33 +68,37 @@ def test_other_files_are_neither_weights_nor_hidden(tmp_path: Path) -> None:
     assert found == ["LICENSE", "modeling.py", "templates/chat.jinja", "tokenizer.json"]
 
 
-LEFT_BY_TRAINING = [
-    "trainer_state.json", "training_args.bin", "training_args.json", "optimizer.pt", "scheduler.pt", "rng_state_0.pth",
-    "all_results.json", "eval_results.json", "trainer_log.jsonl", "zero_to_fp32.py", "train.log",
-    "events.out.tfevents.1.host", ".git/config", ".cache/huggingface/x.lock", "model.lock", "half.incomplete",
-    "__pycache__/modeling.txt", "code/__pycache__/x.pyc", "runs/Nov29/events", "wandb/run/config.yaml",
-    "logs/a.json", "tensorboard/b.json",
-    "checkpoint-500/config.json", "checkpoint-500/trainer_state.json", "global_step500/README",
+OF_TRAINING = [
+    "trainer_state.json", "training_args.bin", "training_args.json", "optimizer.pt", "scheduler.pt",
+    "rng_state_0.pth", "all_results.json", "eval_results.json", "trainer_log.jsonl",
+    "zero_to_fp32.py", "train.log", "events.out.tfevents.1.host", ".git/config",
+    ".cache/huggingface/x.lock", "model.lock", "half.incomplete", "__pycache__/modeling.txt",
+    "code/__pycache__/x.pyc", "runs/Nov29/events", "wandb/run/config.yaml",
+    "logs/a.json", "tensorboard/b.json", "checkpoint-500/config.json",
+    "checkpoint-500/trainer_state.json", "global_step500/README",
 ]  # fmt: skip
 OF_OTHER_MODELS = [
     "lora/adapter_config.json",
     "lora/adapter_model.safetensors",
     "draft/deep/config.json",
+    "draft/model.safetensors",
+    "adapter_config.json",
+    "adapter_model.safetensors",
 ]
-OF_OTHER_MODELS += ["draft/model.safetensors", "adapter_config.json", "adapter_model.safetensors"]
 OF_THE_MODEL = [
     "LICENSE",
     "chat_template.jinja",
     "code/modeling.py",
     "latest/readme.md",
     "modeling.py",
+    "tokenizer.json",
+    "tokenizer.model",
 ]
-OF_THE_MODEL += ["tokenizer.json", "tokenizer.model"]
 
 
 def test_files_of_training_and_other_models_are_no_side_files(tmp_path: Path) -> None:
     write_checkpoint(tmp_path)
-    for name in [*LEFT_BY_TRAINING, *OF_OTHER_MODELS, *OF_THE_MODEL]:
+    for name in [*OF_TRAINING, *OF_OTHER_MODELS, *OF_THE_MODEL]:
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_text("x")
     found = [file.as_posix() for file in open_checkpoint(tmp_path).other_files()]
@@ -115,48 +115,46 @@ def test_an_adapter_beside_the_model_gives_a_remark(tmp_path: Path) -> None:
 
 
 def truncate(directory: Path) -> None:
-    shard = directory / "model-00002-of-00002.safetensors"
+    shard = directory / SHARDS[1]
     shard.write_bytes(shard.read_bytes()[:-1])
 
 
 def append(directory: Path) -> None:
-    with (directory / "model-00002-of-00002.safetensors").open("ab") as stream:
+    with (directory / SHARDS[1]).open("ab") as stream:
         stream.write(b"x")
 
 
 def giant_header(directory: Path) -> None:
-    shard = directory / "model-00001-of-00002.safetensors"
+    shard = directory / SHARDS[0]
     shard.write_bytes((2**60).to_bytes(8, "little") + shard.read_bytes()[8:])
 
 
 def duplicate_key(directory: Path) -> None:
     entry = '"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}'
     header = f"{{{entry}, {entry}}}".encode()
-    (directory / "model-00001-of-00002.safetensors").write_bytes(
-        len(header).to_bytes(8, "little") + header + b"x"
-    )
+    (directory / SHARDS[0]).write_bytes(len(header).to_bytes(8, "little") + header + b"x")
 
 
 def lying_shape(directory: Path) -> None:
-    shard = directory / "model-00001-of-00002.safetensors"
+    shard = directory / SHARDS[0]
     shard.write_bytes(shard.read_bytes().replace(b'"shape":[2,3]', b'"shape":[3,3]'))
 
 
 def empty_file(directory: Path) -> None:
-    (directory / "model-00001-of-00002.safetensors").write_bytes(b"")
+    (directory / SHARDS[0]).write_bytes(b"")
 
 
 def missing_shard(directory: Path) -> None:
-    (directory / "model-00002-of-00002.safetensors").unlink()
+    (directory / SHARDS[1]).unlink()
 
 
 def lfs_pointer(directory: Path) -> None:
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 5775952\n"
-    (directory / "model-00002-of-00002.safetensors").write_text(pointer)
+    (directory / SHARDS[1]).write_text(pointer)
 
 
 def linked_shard(directory: Path) -> None:
-    shard = directory / "model-00002-of-00002.safetensors"
+    shard = directory / SHARDS[1]
     shard.symlink_to(shard.rename(directory.parent / "elsewhere.safetensors"))
 
 
@@ -171,15 +169,12 @@ def index_change(**changes: str | None) -> Callable[[Path], None]:
 
 
 def hold_twice(name: str) -> Callable[[Path], None]:
-    """Lets the second shard hold a tensor of the first one as well."""
+    """Copy a tensor of the first shard into the second one."""
 
     def change(directory: Path) -> None:
-        first, second = (
-            directory / f"model-0000{number}-of-00002.safetensors" for number in (1, 2)
-        )
-        save_file(
-            load_file(second) | {name: load_file(first)[name]}, second, metadata={"format": "pt"}
-        )
+        first, second = directory / SHARDS[0], directory / SHARDS[1]
+        tensors = load_file(second) | {name: load_file(first)[name]}
+        save_file(tensors, second, metadata={"format": "pt"})
 
     return change
 
@@ -200,10 +195,10 @@ def prefixed(name: str, content: bytes) -> Callable[[Path], None]:
 
 
 def metadata(content: bytes) -> Callable[[Path], None]:
-    """Puts `content` in the place of the metadata of the first shard."""
+    """Replace the metadata of the first shard by `content`."""
 
     def change(directory: Path) -> None:
-        shard = directory / "model-00001-of-00002.safetensors"
+        shard = directory / SHARDS[0]
         whole = shard.read_bytes()
         length = int.from_bytes(whole[:8], "little")
         header = whole[8 : 8 + length].replace(b'{"format":"pt"}', content)
@@ -231,7 +226,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "empty file": (empty_file, "E_CKPT_CORRUPT", "model-00001-of-00002"),
     "missing shard": (missing_shard, "E_CKPT_MISSING", "lacks 1 of 2 shards: model-00002-of-00002"),
     "index names the wrong shard": (
-        index_change(a="model-00002-of-00002.safetensors"),
+        index_change(a=SHARDS[1]),
         "E_CKPT_INDEX",
         "puts `a` into model-00002",
     ),
@@ -306,22 +301,21 @@ def test_a_faulty_checkpoint_is_refused_with_a_code(fault: str, tmp_path: Path) 
     assert caught.value.exit_code == 3
 
 
-def told(directory: Path) -> list[tuple[str, str]]:
-    return [
-        (code, text.replace(str(directory), "DIR"))
-        for code, text in open_checkpoint(directory).remarks
-    ]
+def remarks(directory: Path) -> list[tuple[str, str]]:
+    """Return the remarks of the checkpoint, with DIR for its directory."""
+    found = open_checkpoint(directory).remarks
+    return [(code, text.replace(str(directory), "DIR")) for code, text in found]
 
 
 def test_index_entries_without_a_tensor_give_a_remark(tmp_path: Path) -> None:
     write_checkpoint(tmp_path)
-    assert told(tmp_path) == []
-    index_change(z="model-00001-of-00002.safetensors")(tmp_path)
+    assert remarks(tmp_path) == []
+    index_change(z=SHARDS[0])(tmp_path)
     one = "`DIR/model.safetensors.index.json` lists `z`, which no shard holds"
-    assert told(tmp_path) == [("W_CKPT_INDEX", one)]
-    index_change(y="model-00002-of-00002.safetensors")(tmp_path)
+    assert remarks(tmp_path) == [("W_CKPT_INDEX", one)]
+    index_change(y=SHARDS[1])(tmp_path)
     two = "`DIR/model.safetensors.index.json` lists `z` and 1 more, which no shard holds"
-    assert told(tmp_path) == [("W_CKPT_INDEX", two)]
+    assert remarks(tmp_path) == [("W_CKPT_INDEX", two)]
     assert open_checkpoint(tmp_path).absent == ("z", "y")
     assert set(open_checkpoint(tmp_path).tensors) == set("abcd")
 
@@ -330,7 +324,7 @@ def test_a_tensor_without_an_index_entry_gives_a_remark(tmp_path: Path) -> None:
     index_change(b=None)(write_checkpoint(tmp_path))
     assert set(open_checkpoint(tmp_path).tensors) == set("abcd")
     text = "`DIR/model.safetensors.index.json` does not list `b`, which its shards hold"
-    assert told(tmp_path) == [("W_CKPT_INDEX", text)]
+    assert remarks(tmp_path) == [("W_CKPT_INDEX", text)]
 
 
 def test_names_of_shards_may_begin_with_a_dot_and_slash(tmp_path: Path) -> None:
@@ -339,66 +333,78 @@ def test_names_of_shards_may_begin_with_a_dot_and_slash(tmp_path: Path) -> None:
         tmp_path
     )
     assert open_checkpoint(tmp_path).tensors == known
-    assert told(tmp_path) == []
+    assert remarks(tmp_path) == []
 
 
 def test_a_second_set_of_weights_gives_a_remark(tmp_path: Path) -> None:
     known = open_checkpoint(write_checkpoint(tmp_path)).tensors
     save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
-    text = "`DIR` holds model.safetensors as well, which transformers reads instead of the shards of the index"
-    assert told(tmp_path) == [("W_CKPT_INDEX", text)]
+    text = (
+        "`DIR` holds model.safetensors as well, "
+        "which transformers reads instead of the shards of the index"
+    )
+    assert remarks(tmp_path) == [("W_CKPT_INDEX", text)]
     assert open_checkpoint(tmp_path).tensors == known
 
 
 def test_metadata_may_be_null(tmp_path: Path) -> None:
     metadata(b"null")(write_checkpoint(tmp_path))
     assert set(open_checkpoint(tmp_path).tensors) == set("abcd")
-    file = tmp_path / "model-00001-of-00002.safetensors"
+    file = tmp_path / SHARDS[0]
     assert set(load_file(file)) == {"a", "b"}  # as the library does
 
 
-def test_the_last_of_two_values_of_a_key_counts(tmp_path: Path) -> None:
-    config = write_checkpoint(tmp_path) / "config.json"
-    config.write_text(
+def test_two_equal_values_of_a_key_give_no_remark(tmp_path: Path) -> None:
+    (write_checkpoint(tmp_path) / "config.json").write_text(
         '{"model_type": "llama", "vocab_size": 5, "x": {"y": [1], "y": [1]}, "vocab_size": 5}'
     )
-    assert told(tmp_path) == []
-    config.write_text(
-        '{"model_type": "llama", "vocab_size": 5, "x": {"y": [1], "y": "%s"}, "vocab_size": 6}'
-        % ("z" * 99)
-    )
-    checkpoint = open_checkpoint(tmp_path)
-    assert (
-        checkpoint.config
-        == json.loads(config.read_text())
-        == {"model_type": "llama", "vocab_size": 6, "x": {"y": "z" * 99}}
-    )
-    differing = f'y is [1], then "{"z" * 39}...; vocab_size is 5, then 6'
-    text = f"`DIR/config.json` has keys with two values, and the last one counts, as in transformers: {differing}"
-    assert told(tmp_path) == [("W_CKPT_CONFIG", text)]
+    assert remarks(tmp_path) == []
 
 
-@pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
-def test_bitsandbytes_is_ignored_if_the_weights_are_floats(
-    dtype: torch.dtype, nested: bool, tmp_path: Path
-) -> None:
-    content: dict[str, object] = {
-        "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    }
-    content = {"text_config": content} if nested else content
+def test_the_last_of_two_values_of_a_key_counts(tmp_path: Path) -> None:
+    long = "z" * 99
+    text = '{"model_type": "llama", "vocab_size": 5, "x": {"y": [1], "y": "LONG"}, "vocab_size": 6}'
+    config = write_checkpoint(tmp_path) / "config.json"
+    config.write_text(text.replace("LONG", long))
+    expected = {"model_type": "llama", "vocab_size": 6, "x": {"y": long}}
+    assert open_checkpoint(tmp_path).config == expected
+    assert json.loads(config.read_text()) == expected
+    remark = (
+        "`DIR/config.json` has keys with two values, and the last one counts, as in transformers: "
+        f'y is [1], then "{long[:39]}...; vocab_size is 5, then 6'
+    )
+    assert remarks(tmp_path) == [("W_CKPT_CONFIG", remark)]
+
+
+@pytest.fixture(params=["config", "text_config"])
+def with_bitsandbytes(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A checkpoint of floats with a config.json that names bitsandbytes."""
+    method = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    content: dict[str, object] = {"quantization_config": method}
+    if request.param == "text_config":
+        content = {"text_config": content}
     (write_checkpoint(tmp_path) / "config.json").write_text(json.dumps(content))
-    checkpoint = open_checkpoint(tmp_path)
+    return tmp_path
+
+
+def test_bitsandbytes_is_ignored_if_the_weights_are_floats(with_bitsandbytes: Path) -> None:
+    checkpoint = open_checkpoint(with_bitsandbytes)
     assert (checkpoint.method, checkpoint.quantization) == (None, None)
     text = (
         "config.json of `DIR` names bitsandbytes, but the weights are plain floats: "
         "they are read as such"
     )
-    assert told(tmp_path) == [("W_CKPT_CONFIG", text)]
-    shard = tmp_path / "model-00002-of-00002.safetensors"
+    assert remarks(with_bitsandbytes) == [("W_CKPT_CONFIG", text)]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
+def test_bitsandbytes_is_the_method_if_weights_are_codes(
+    dtype: torch.dtype, with_bitsandbytes: Path
+) -> None:
+    shard = with_bitsandbytes / SHARDS[1]
     save_file(load_file(shard) | {"d": torch.ones(2, 2, dtype=dtype)}, shard)
-    assert open_checkpoint(tmp_path).method == "bitsandbytes"
-    assert told(tmp_path) == []
+    assert open_checkpoint(with_bitsandbytes).method == "bitsandbytes"
+    assert remarks(with_bitsandbytes) == []
 
 
 def test_command_of_the_hint_removes_a_byte_order_mark(tmp_path: Path) -> None:
@@ -419,14 +425,14 @@ def test_a_config_that_is_not_a_json_object_is_refused(content: str, tmp_path: P
 
 
 def test_a_mutated_header_is_refused_or_keeps_its_sizes(tmp_path: Path) -> None:
-    file = write_checkpoint(tmp_path) / "model-00001-of-00002.safetensors"
+    file = write_checkpoint(tmp_path) / SHARDS[0]
     original = file.read_bytes()
     refused = 0
     for position in range(len(original) - 32):
         for flip in (0x01, 0x10, 0x80):
-            file.write_bytes(
-                original[:position] + bytes([original[position] ^ flip]) + original[position + 1 :]
-            )
+            mutated = bytearray(original)
+            mutated[position] ^= flip
+            file.write_bytes(mutated)
             try:
                 tensors = read_header(file)
             except InputError:
@@ -437,15 +443,13 @@ def test_a_mutated_header_is_refused_or_keeps_its_sizes(tmp_path: Path) -> None:
 
 
 def cached(tmp_path: Path) -> Path:
-    """A snapshot as the Hub's cache keeps it: every file a link into the blobs of its repository."""
-    snapshot, blobs = (
-        tmp_path / "models--a--b" / "snapshots" / "0123",
-        tmp_path / "models--a--b" / "blobs",
-    )
-    blobs.mkdir(parents=True)
-    write_checkpoint(snapshot.parent.parent / "written")
+    """Write a snapshot as in the cache of the Hub; each file is a link to a blob."""
+    repository = tmp_path / "models--a--b"
+    snapshot, blobs = repository / "snapshots" / "0123", repository / "blobs"
     snapshot.mkdir(parents=True)
-    for number, file in enumerate(sorted((snapshot.parent.parent / "written").iterdir())):
+    blobs.mkdir()
+    files = sorted(write_checkpoint(repository / "files").iterdir())
+    for number, file in enumerate(files):
         file.rename(blobs / str(number))
         (snapshot / file.name).symlink_to(Path("..") / ".." / "blobs" / str(number))
     return snapshot
@@ -479,7 +483,7 @@ def test_a_side_file_with_an_unsafe_name_is_refused(name: str, tmp_path: Path) -
     assert (caught.value.code, caught.value.exit_code) == ("E_UNSAFE_PATH", 3)
     assert str(caught.value) == f"`{file}` has a name that not every system accepts or shows"
     assert (caught.value.hint or "").startswith("rename it, without backslash")
-    file.rename(tmp_path / ".hidden\\name")  # which is not copied
+    file.rename(tmp_path / ".hidden\\name")  # hidden files are not copied
     assert open_checkpoint(tmp_path).other_files() == []
 
 
@@ -508,19 +512,16 @@ def test_a_file_with_an_unsafe_name_is_refused(name: str, tmp_path: Path) -> Non
         open_checkpoint(directory)
     assert (caught.value.code, caught.value.exit_code) == ("E_UNSAFE_PATH", 3)
     assert "move it elsewhere" in (caught.value.hint or "")
-    (directory / name).rename(
-        directory / ("." + "x" * 50)
-    )  # what is not copied may be called anything
+    # hidden files are not copied, so they may have any name
+    (directory / name).rename(directory / ("." + "x" * 50))
     open_checkpoint(directory)
 
 
 def test_names_of_the_greatest_length_are_copied(tmp_path: Path) -> None:
     directory = gptq_files().write(tmp_path / "c")
-    for name in ("x" * 252 + ".md", "ä" * 126 + ".md"):
+    names = {"x" * 252 + ".md", "ä" * 126 + ".md"}
+    for name in names:
         (directory / name).write_text(name)
     copy_side_files(open_checkpoint(directory), tmp_path / "out", without=())
-    assert {path.name for path in (tmp_path / "out").iterdir()} >= {
-        "x" * 252 + ".md",
-        "ä" * 126 + ".md",
-    }
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= names
     assert not is_safe_path(directory, "ä" * 128)

@@ -1,4 +1,4 @@
-"""A run whose work directory is taken away ends with that as its reason, and touches nobody else's."""
+"""If the work directory of a run is removed, the run ends with that error and changes no other."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from gptq_cli.storage.work_directory import WorkDirectory, locked
 
 
 def end_without_it(output: Path, error: BaseException) -> None:
-    """A run that loses its directory and ends with `error`."""
+    """Begin a run, remove its work directory, and end the run with `error`."""
     with locked(output) as work:
         shutil.rmtree(work.path)
         raise error
 
 
 def publish_from_another(output: Path) -> None:
+    """Publish a run after another run has replaced its work directory."""
     with locked(output) as work:
         begin_another(work)
         write_file(work.stage / "config.json", b"{}")
@@ -41,10 +42,8 @@ def test_the_error_names_the_removed_work_directory(error: Exception, tmp_path: 
     with pytest.raises(GptqError) as caught:
         end_without_it(tmp_path / "out", error)
     assert (caught.value.code, caught.value.exit_code) == ("E_WORK_GONE", 5)
-    assert (
-        str(caught.value)
-        == f"`{tmp_path}/.out.gptq-work` was removed while this run was working in it"
-    )
+    message = f"`{tmp_path}/.out.gptq-work` was removed while this run was working in it"
+    assert str(caught.value) == message
     assert caught.value.hint == "let nothing remove it, then run the same command again"
     assert caught.value.__context__ is error
     assert list(tmp_path.iterdir()) == []
@@ -65,11 +64,14 @@ def test_a_successful_run_keeps_the_work_of_another_run(tmp_path: Path) -> None:
         begin_another(work)
     assert (tmp_path / "out" / "config.json").read_bytes() == b"{}"
     assert work.journal.read_text() == "finished"
-    with locked(tmp_path / "next") as work:
+
+
+def test_a_run_may_lose_its_work_directory_after_it_published(tmp_path: Path) -> None:
+    with locked(tmp_path / "out") as work:
         write_file(work.stage / "config.json", b"{}")
         work.publish(tmp_path, overwrite=False)
         shutil.rmtree(work.path)
-    assert (tmp_path / "next" / "config.json").exists()
+    assert (tmp_path / "out" / "config.json").exists()
 
 
 @pytest.mark.parametrize("error", [Stopped(15), KeyboardInterrupt()])

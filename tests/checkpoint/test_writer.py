@@ -1,4 +1,4 @@
-"""The writer takes what was planned, once, and nothing else."""
+"""The writer accepts exactly the planned tensors and writes them in the background."""
 
 from __future__ import annotations
 
@@ -29,10 +29,20 @@ def test_tensors_may_be_written_in_any_order(
     with CheckpointWriter(tmp_path / "out", LAYOUT) as writer:
         writer.write("b", B)
         writer.write("a", A)
-        hashes = writer.sync()
         writer.finish()
     (tmp_path / "out" / "config.json").write_text("{}")
     assert sorted(open_checkpoint(tmp_path / "out").tensors) == ["a", "b"]
+
+
+def test_a_second_writer_holds_the_tensors_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "posix_fadvise")
+    with CheckpointWriter(tmp_path / "out", LAYOUT) as writer:
+        writer.write("b", B)
+        writer.write("a", A)
+        hashes = writer.sync()
+        writer.finish()
     with CheckpointWriter(tmp_path / "out", LAYOUT) as again:
         assert again.holds(hashes)
         assert not again.holds({"a": hashes["b"]})
@@ -55,10 +65,9 @@ def test_a_second_write_replaces_the_first(tmp_path: Path) -> None:
 
 
 def test_unplanned_and_missing_tensors_are_refused(tmp_path: Path) -> None:
+    message = r"a: planned F32 \(2, 3\), got torch.float32 \(3, 2\)"
     with CheckpointWriter(tmp_path / "out", LAYOUT) as writer:
-        with pytest.raises(
-            ValueError, match=r"a: planned F32 \(2, 3\), got torch.float32 \(3, 2\)"
-        ):
+        with pytest.raises(ValueError, match=message):
             writer.write("a", A.T)
         writer.write("a", A)
         with pytest.raises(ValueError, match="never written: b"):
@@ -66,24 +75,20 @@ def test_unplanned_and_missing_tensors_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_writer_closes_its_shards_if_one_cannot_be_opened(tmp_path: Path) -> None:
-    class Second(Disk):
-        opened: list[int]
+    opened: list[int] = []
 
+    class OpensOneShard(Disk):
         def open(self, path: Path, flags: int) -> int:
             if "00002" in path.name:
                 raise OSError(errno.EMFILE, "too many")
-            self.opened = [*getattr(self, "opened", []), super().open(path, flags)]
-            return self.opened[-1]
+            opened.append(super().open(path, flags))
+            return opened[-1]
 
-    disk = Second()
-    with (
-        using(disk),
-        pytest.raises(ResourceError, match="too many"),
-        CheckpointWriter(tmp_path / "out", LAYOUT),
-    ):
+    refused = pytest.raises(ResourceError, match="too many")
+    with using(OpensOneShard()), refused, CheckpointWriter(tmp_path / "out", LAYOUT):
         pass
     with pytest.raises(OSError, match="Bad file descriptor"):
-        os.fstat(disk.opened[-1])
+        os.fstat(opened[-1])
 
 
 def test_write_waits_only_if_too_many_tensors_are_pending(tmp_path: Path) -> None:
@@ -122,5 +127,5 @@ def test_sync_raises_an_error_of_an_earlier_write(tmp_path: Path) -> None:
         writer.write("b", B)
         with pytest.raises(ResourceError, match="no room"):
             writer.sync()
-        assert writer.sync() == {}  # once, however many
+        assert writer.sync() == {}  # the error of the second tensor is not raised again
     assert "writer" not in {thread.name.partition("_")[0] for thread in enumerate_threads()}
