@@ -1,4 +1,4 @@
-"""Several processes that quantize one model for a test, meeting in a store that the test keeps."""
+"""Several processes quantize one model for a test and meet in a store that the test owns."""
 
 from __future__ import annotations
 
@@ -38,10 +38,11 @@ def team(
     dies: int | None = None,
     when: str = "",
 ) -> tuple[list[Counter[str]], list[str | None], list[int | None]]:
-    """What each of `size` processes has done and what it said at its end, if anything, and their exit codes.
+    """Return the work, the error message (or None) and the exit code of each of `size` processes.
 
-    Process `dies` kills itself `when`: at the "start", in a "forward", when it is to "solve" rows or an "expert", with
-    the first block "finished", or "told" of, or at the "head". Or it is "unlike" the others, or its weights "refused".
+    Process `dies` kills itself `when`: at the "start", in a "forward", before it can "solve" rows
+    or an "expert", after the first block is "finished" or "told", or at the "head". If `when` is
+    "unlike", the process differs from the others; if it is "refused", no scale fits its weights.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     answers = CHILDREN.SimpleQueue()
@@ -63,17 +64,24 @@ def team(
 
 
 def member(
-    rank: int, size: int, port: int, model: Path, output: Path, settings: QuantizeConfig, dies: int | None, when: str,
+    rank: int,
+    size: int,
+    port: int,
+    model: Path,
+    output: Path,
+    settings: QuantizeConfig,
+    dies: int | None,
+    when: str,
     answers: Any,
-) -> None:  # fmt: skip
-    place = {
+) -> None:
+    variables = {
         "RANK": rank,
         "LOCAL_RANK": rank,
         "WORLD_SIZE": size,
         "LOCAL_WORLD_SIZE": size,
         "MASTER_PORT": port,
     }
-    os.environ |= {name: str(value) for name, value in place.items()}
+    os.environ |= {name: str(value) for name, value in variables.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     done = _counted()
     if rank == dies:
@@ -92,7 +100,7 @@ def member(
 
 
 def _counted() -> Counter[str]:
-    """Forwards of blocks, and how much is multiplied where rows are solved, from now on."""
+    """Count the forwards of blocks and the multiplied weights of solved rows from now on."""
     done: Counter[str] = Counter()
     run, solve = LoadedBlock.run, layers.solve_together
 

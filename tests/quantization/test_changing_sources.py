@@ -1,4 +1,4 @@
-"""A model whose files change while they are read is refused: no mixture is published, saved or measured."""
+"""A model whose files change during a read is refused: no mixture of versions is used."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ Change = Callable[[Path], None]
 
 
 def in_place(file: Path) -> None:
-    """Other bytes, as many as before, through the file's own inode."""
+    """Write as many other bytes through the inode of the file."""
     with file.open("r+b") as stream:
         stream.seek(-16, os.SEEK_END)
         stream.write(b"\x3d" * 16)
@@ -80,25 +80,31 @@ CHANGES = {
     one_byte_more: "had {size} bytes, but now has {larger}",
     gone: "is gone",
 }
-MOMENTS: dict[str, Callable[[Event], bool]] = {
-    "a block is finished": lambda event: isinstance(event, BlockFinished) and event.index == 0,
-    "the last block is at work": lambda event: (
-        isinstance(event, LayerSolved) and event.report.block == 1
-    ),
-    "everything is copied": lambda event: (
-        isinstance(event, PhaseStarted) and event.name == "verify"
-    ),
-}
+
+
+def block_is_finished(event: Event) -> bool:
+    return isinstance(event, BlockFinished) and event.index == 0
+
+
+def last_block_is_at_work(event: Event) -> bool:
+    return isinstance(event, LayerSolved) and event.report.block == 1
+
+
+def everything_is_copied(event: Event) -> bool:
+    return isinstance(event, PhaseStarted) and event.name == "verify"
+
+
+RESUMED_AFTER = {block_is_finished: 1, last_block_is_at_work: 1, everything_is_copied: 3}
 
 
 @pytest.fixture
 def own(case: Case, tmp_path: Path) -> Case:
-    """The case with a copy of its model, which a test may spoil."""
+    """Return the case with a copy of its model that a test may change."""
     return replace(case, model=Path(shutil.copytree(case.model, tmp_path / "model")))
 
 
 def when(moment: Callable[[Event], bool], change: Change, file: Path) -> Callable[[Event], None]:
-    """A report that changes `file` once."""
+    """Return a report that changes `file` once."""
     done: list[Event] = []
 
     def report(event: Event) -> None:
@@ -126,23 +132,21 @@ def test_an_error_names_the_changed_file_and_publishes_nothing(
     file = own.model / name
     size = file.stat().st_size
     with pytest.raises(InputError) as caught:
-        own.run(tmp_path / "out", report=when(MOMENTS["a block is finished"], change, file))
+        own.run(tmp_path / "out", report=when(block_is_finished, change, file))
     check(caught.value, file, CHANGES[change].format(size=size, larger=size + 1))
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(("moment", "resumed_blocks"), RESUMED_AFTER.items())
 def test_no_block_of_a_changed_model_counts_as_finished(
-    moment: str, own: Case, tmp_path: Path
+    moment: Callable[[Event], bool], resumed_blocks: int, own: Case, tmp_path: Path
 ) -> None:
     file = own.model / WEIGHTS
     whole = file.read_bytes()
     with pytest.raises(InputError, match="was written again"):
-        own.run(tmp_path / "out", report=when(MOMENTS[moment], in_place, file))
+        own.run(tmp_path / "out", report=when(moment, in_place, file))
     file.write_bytes(whole)
-    assert own.run(tmp_path / "out").resumed_blocks == (
-        3 if moment == "everything is copied" else 1
-    )
+    assert own.run(tmp_path / "out").resumed_blocks == resumed_blocks
     assert digest(tmp_path / "out") == own.tree
     assert not (tmp_path / WORK).exists()
 
@@ -183,7 +187,7 @@ def test_a_file_that_appears_later_is_no_part_of_the_model(own: Case, tmp_path: 
 
     own.run(
         tmp_path / "out",
-        report=when(MOMENTS["a block is finished"], appear, own.model / "added.json"),
+        report=when(block_is_finished, appear, own.model / "added.json"),
     )
     assert digest(tmp_path / "out") == own.tree
 
@@ -204,16 +208,17 @@ def test_rewriting_a_checkpoint_that_changes_is_refused(
 
     if late:  # all tensors are written
         monkeypatch.setattr(convert, "write_json", write_late)
-    report = when(
-        lambda event: isinstance(event, LayerStarted) and not late, in_place_with_its_old_time, file
-    )
-    call = (
-        dequantize_checkpoint
-        if command == "dequantize"
-        else partial(convert_checkpoint, to="gptq_v2")
-    )
+
+    def early(event: Event) -> bool:
+        return isinstance(event, LayerStarted) and not late
+
+    report = when(early, in_place_with_its_old_time, file)
+    calls = {
+        "convert": partial(convert_checkpoint, to="gptq_v2"),
+        "dequantize": dequantize_checkpoint,
+    }
     with pytest.raises(InputError) as caught:
-        call(str(tmp_path / "quantized"), tmp_path / "out", report=report)
+        calls[command](str(tmp_path / "quantized"), tmp_path / "out", report=report)
     check(caught.value, file, "was written again")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "quantized"]
 
@@ -265,21 +270,16 @@ def test_checkpoints_that_change_are_not_compared(
 
 def test_a_shard_that_is_replaced_is_found_at_the_next_block(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", max_shard_size="100KB")
-    file = (
-        model
-        / json.loads((model / "model.safetensors.index.json").read_text())["weight_map"][
-            "model.layers.2.mlp.up_proj.weight"
-        ]
-    )
+    index = json.loads((model / "model.safetensors.index.json").read_text())
+    file = model / index["weight_map"]["model.layers.2.mlp.up_proj.weight"]
     started: list[int] = []
 
     def replace_it(file: Path) -> None:
-        save_file(
-            {name: tensor * 2 for name, tensor in load_file(file).items()}, file.with_name("new")
-        )
+        doubled = {name: tensor * 2 for name, tensor in load_file(file).items()}
+        save_file(doubled, file.with_name("new"))
         file.with_name("new").rename(file)
 
-    change = when(MOMENTS["a block is finished"], replace_it, file)
+    change = when(block_is_finished, replace_it, file)
 
     def report(event: Event) -> None:
         if isinstance(event, BlockStarted):
@@ -297,14 +297,15 @@ def test_a_checkpoint_that_changes_is_not_inspected(
 ) -> None:
     own.run(tmp_path / "quantized")
     file = tmp_path / "quantized" / "config.json"
-    module, called = (
-        (verify, "check_manifest") if command == "verify" else (layer_statistics, "_view")
-    )
+    module, called = {
+        "verify": (verify, "check_manifest"),
+        "inspect": (layer_statistics, "_view"),
+    }[command]
     usual = getattr(module, called)
 
-    def late(*arguments: object, **manner: object) -> object:
+    def late(*arguments: object, **options: object) -> object:
         in_place_with_its_old_time(file)
-        return usual(*arguments, **manner)
+        return usual(*arguments, **options)
 
     monkeypatch.setattr(module, called, late)
     source = open_checkpoint(tmp_path / "quantized")

@@ -1,4 +1,4 @@
-"""Memory that runs out and a GPU that fails are told from each other and from mistakes of the program."""
+"""A lack of memory, a failed GPU and a mistake of the program get different errors."""
 
 from __future__ import annotations
 
@@ -18,17 +18,20 @@ from tests.runs import digest
 from tests.tiny import Case
 
 ADVICE = (
-    "\nSearch for `cudaError' in https://docs.nvidia.com/cuda/ for more information.\nCUDA kernel errors might be "
-    "asynchronously reported at some other API call, so the stacktrace below might be incorrect.\nFor debugging "
-    "consider passing CUDA_LAUNCH_BLOCKING=1\n"
+    "\nSearch for `cudaError' in https://docs.nvidia.com/cuda/ for more information."
+    "\nCUDA kernel errors might be asynchronously reported at some other API call, "
+    "so the stacktrace below might be incorrect."
+    "\nFor debugging consider passing CUDA_LAUNCH_BLOCKING=1\n"
 )
 CUDA_FULL = (
-    "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.10 GiB of which 5 MiB is free."
+    "CUDA out of memory. Tried to allocate 20.00 MiB. "
+    "GPU 0 has a total capacity of 79.10 GiB of which 5 MiB is free."
     " Process 1 has 79.09 GiB memory in use. Of the allocated memory 70 GiB is allocated by PyTorch"
 )
 HOST_FULL = (
-    "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
-    "4000 bytes. Error code 12 (Cannot allocate memory)"
+    "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: "
+    "can't allocate memory: you tried to allocate 4000 bytes. "
+    "Error code 12 (Cannot allocate memory)"
 )
 EXHAUSTED = {
     torch.OutOfMemoryError(CUDA_FULL): CUDA_FULL.partition(". Process")[0],
@@ -121,7 +124,8 @@ def test_a_gpu_that_torch_does_not_support_is_an_input_error(
         == f"torch {torch.__version__} with CUDA 13.0 cannot run on this GPU: {UNFIT[error]}"
     )
     assert caught.value.hint == (
-        "install a torch that was built for the GPU and its driver, which `gptq env` shows, or use --device cpu"
+        "install a torch that was built for the GPU and its driver, which `gptq env` shows, "
+        "or use --device cpu"
     )
 
 

@@ -1,4 +1,4 @@
-"""Layers about whose inputs nothing useful is known: located, refused by default, rounded and counted on request."""
+"""Layers with useless inputs are located and refused, or rounded and counted on request."""
 
 from __future__ import annotations
 
@@ -46,19 +46,20 @@ def changed(model: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
 
 
 def overflowing(model: Path) -> list[int]:
-    """Lets the value projection of block 1 overflow on the rarest token of the text; the windows that have it."""
+    """Make the value projection of block 1 overflow on the rarest token of the text.
+
+    Return the numbers of the windows that contain the token.
+    """
     ids = calibration_ids(model, config(**PLAIN))
-    where = {
-        int(token): (ids == token).any(1).nonzero().flatten().tolist() for token in ids.unique()
-    }
+    where: dict[int, list[int]] = {}
+    for token in ids.unique().tolist():
+        where[token] = (ids == token).any(1).nonzero().flatten().tolist()
     token = min(where, key=lambda token: len(where[token]))
     assert len(where[token]) < len(ids)
 
     def change(tensors: dict[str, Tensor]) -> None:
-        for (
-            name,
-            tensor,
-        ) in tensors.items():  # the first channel is the token's own, all through the model
+        # The first channel belongs to the token alone, through the whole model.
+        for name, tensor in tensors.items():
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 tensor[0] = 0
         tensors["model.embed_tokens.weight"][:, 0] = 0
@@ -71,9 +72,12 @@ def overflowing(model: Path) -> list[int]:
 
 def run(model: Path, output: Path, **settings: object) -> tuple[QuantizeResult, list[Event]]:
     events: list[Event] = []
-    return quantize_checkpoint(
-        str(model), output, config(**(PLAIN | settings)), report=events.append
-    ), events
+    changed = config(**(PLAIN | settings))
+    return quantize_checkpoint(str(model), output, changed, report=events.append), events
+
+
+def messages(events: list[Event], code: str) -> list[str]:
+    return [event.message for event in events if isinstance(event, Warned) and event.code == code]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
@@ -124,14 +128,8 @@ def test_rtn_rounds_and_counts_layers_with_infinite_inputs(
     result, events = run(model, tmp_path / "out", on_numeric_fault="rtn")
     rounded = [layer.name for layer in result.layers if layer.fallback == "inputs"]
     assert rounded == [BROKEN]  # the norm after it makes its outputs finite again
-    warned = [
-        event.message
-        for event in events
-        if isinstance(event, Warned) and event.code == "W_NUM_FALLBACK"
-    ]
-    assert [f"`{name}`" in text for name, text in zip(rounded, warned, strict=True)] == [
-        True
-    ] * len(rounded)
+    for name, text in zip(rounded, messages(events, "W_NUM_FALLBACK"), strict=True):
+        assert f"`{name}`" in text
     source = TensorReader(open_checkpoint(model))
     for name in rounded:
         nearest = round_to_nearest(source.read(f"{name}.weight"), config(**PLAIN).base)
@@ -150,7 +148,7 @@ def test_a_run_stopped_by_infinite_inputs_resumes_with_rtn(tmp_path: Path) -> No
 
 
 def refusing(monkeypatch: pytest.MonkeyPatch, in_features: int) -> None:
-    """Let no Hessian of this size have a factor, unless nothing is known."""
+    """Refuse a factor for each Hessian of this size that has seen a token."""
 
     def fails(hessian: Tensor, settings: object, tokens: int | None) -> HessianFactor:
         if len(hessian) == in_features and tokens:
@@ -178,11 +176,8 @@ def test_rtn_rounds_layers_whose_hessian_has_no_factor(
         event.code for event in events if isinstance(event, Warned) and event.code != "W_CFG_FUSED"
     ]
     assert warned == ["W_NUM_FALLBACK"] * 3
-    assert all(
-        layer.relative_error < layer.rtn_relative_error
-        for layer in result.layers
-        if not layer.fallback
-    )
+    for layer in result.layers:
+        assert layer.fallback or layer.relative_error < layer.rtn_relative_error
     assert result.to_json()["layers"][6]["fallback"] is None
 
 
@@ -193,17 +188,15 @@ def test_more_fallbacks_than_allowed_end_the_run(
     refusing(monkeypatch, 96)
     with pytest.raises(GateError) as caught:
         run(model, tmp_path / "out", on_numeric_fault="rtn", max_fallbacks=1)
-    expected = "2 layers had to be rounded to nearest, the last `model.layers.1.mlp.down_proj`, but --max-fallbacks allows 1"
-    assert (caught.value.code, caught.value.exit_code, str(caught.value)) == (
-        "E_NUM_FALLBACKS",
-        4,
-        expected,
+    assert str(caught.value) == (
+        "2 layers had to be rounded to nearest, the last `model.layers.1.mlp.down_proj`, "
+        "but --max-fallbacks allows 1"
     )
+    assert (caught.value.code, caught.value.exit_code) == ("E_NUM_FALLBACKS", 4)
     assert caught.value.hint == "use more or other calibration text, or allow more"
     assert not (tmp_path / "out").exists()
-    with pytest.raises(
-        GateError, match=r"3 layers .* allows 2"
-    ):  # one of a finished block, two of this call
+    # One fallback comes from a finished block and two from this call.
+    with pytest.raises(GateError, match=r"3 layers .* allows 2"):
         run(model, tmp_path / "out", on_numeric_fault="rtn", max_fallbacks=2)
     result, events = run(model, tmp_path / "out", on_numeric_fault="rtn", max_fallbacks=3)
     assert [event.index for event in events if isinstance(event, Resumed)] == [2]
@@ -234,14 +227,9 @@ def test_a_stricter_policy_rejects_finished_fallbacks(
 def test_fewer_tokens_than_inputs_cause_one_warning(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     _, events = run(model, tmp_path / "out", nsamples=3, seqlen=16, batch_size=1)
-    few = [
-        event.message
-        for event in events
-        if isinstance(event, Warned) and event.code == "W_NUM_TOKENS"
-    ]
-    assert few == [
-        "layer `model.layers.0.self_attn.q_proj` (block 0) saw 48 calibration tokens for 64 inputs; "
-        "others may have as few"
+    assert messages(events, "W_NUM_TOKENS") == [
+        "layer `model.layers.0.self_attn.q_proj` (block 0) saw 48 calibration tokens "
+        "for 64 inputs; others may have as few"
     ]
 
 

@@ -1,4 +1,4 @@
-"""Layers that share an input are solved as the rows of one, and stay layers of their own to everybody else."""
+"""Layers that share an input are solved as rows of one layer, but are reported separately."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_a_run_equals_solving_each_layer_alone(
 
 
 def scaled(model: Path, **factors: float) -> Path:
-    """The model with weights of the second block multiplied: `v_proj` and the like are names of layers."""
+    """Multiply the weights of layers of the second block by `factors`, keyed by `v_proj` etc."""
     tensors = load_file(model / "model.safetensors")
     for name in tensors:
         layer = name.removesuffix(".weight").rpartition(".")[2]
@@ -153,10 +153,11 @@ def test_a_warning_names_a_layer_that_loses_its_weights(preset: str, tmp_path: P
     model = scaled(save_model(tmp_path / "model"), v_proj=2.0**-27)
     first, *others = warned(model, tmp_path / "out", preset=preset)
     name = "model.layers.1.self_attn.v_proj"
-    start = rf"W_NUM_SCALES layer `{name}` \(block 1\) has so small weights that 128 of 128 scales are held at 2\^-24, "
-    assert re.match(
-        start + r"the smallest number of float16; its relative error is (1|0\.9)", first
+    expected = (
+        rf"W_NUM_SCALES layer `{name}` \(block 1\) has so small weights that 128 of 128 scales "
+        r"are held at 2\^-24, the smallest number of float16; its relative error is (1|0\.9)"
     )
+    assert re.match(expected, first)
     for other in others:  # its outputs are zero, and the next layer is not to blame
         assert other.startswith("W_NUM_DEAD layer `model.layers.1.self_attn.o_proj`")
         assert other.endswith(f"their weights become zero; `{name}` before it has lost weights")
@@ -167,17 +168,18 @@ def test_subnormal_scales_cause_one_warning(tmp_path: Path) -> None:
     model = scaled(save_model(tmp_path / "model"), v_proj=2.0**-12, up_proj=2.0**-12)
     (told,) = warned(model, tmp_path / "out")
     assert told.startswith(
-        "W_NUM_SCALES layer `model.layers.1.self_attn.v_proj` (block 1) has so small weights that 128 "
+        "W_NUM_SCALES layer `model.layers.1.self_attn.v_proj` (block 1) "
+        "has so small weights that 128 "
     )
     assert "of 128 scales are below 2^-14, which makes them subnormal in float16" in told
 
 
 def test_groups_of_zeros_cause_no_scale_warning(tmp_path: Path) -> None:
-    found = warned(
-        scaled(save_model(tmp_path / "model"), up_proj=0.0, k_proj=0.0), tmp_path / "out"
-    )
-    dead = "W_NUM_DEAD layer `model.layers.1.mlp.down_proj`: 128 of 128 inputs were always zero, their weights become zero"
-    assert found == [dead]
+    model = scaled(save_model(tmp_path / "model"), up_proj=0.0, k_proj=0.0)
+    assert warned(model, tmp_path / "out") == [
+        "W_NUM_DEAD layer `model.layers.1.mlp.down_proj`: "
+        "128 of 128 inputs were always zero, their weights become zero"
+    ]
 
 
 @pytest.mark.parametrize("layer", ["q_proj", "v_proj"])

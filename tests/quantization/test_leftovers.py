@@ -1,4 +1,4 @@
-"""Checkpoints with tensors that the model does not have, or under other names: plan and run give one answer."""
+"""Plan and run agree about tensors that the model does not use or that have other names."""
 
 from __future__ import annotations
 
@@ -25,12 +25,22 @@ from tests.families import save_model, texts
 from tests.runs import config
 
 Tensors = dict[str, Tensor]
-SECOND = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
 
 def change(model: Path, edit: Callable[[Tensors], Tensors]) -> None:
     file = model / "model.safetensors"
     save_file(edit(load_file(file)), file, metadata={"format": "pt"})
+
+
+def without(absent: str) -> Callable[[Tensors], Tensors]:
+    """Return an edit that removes one tensor."""
+
+    def edit(tensors: Tensors) -> Tensors:
+        del tensors[absent]
+        return tensors
+
+    return edit
 
 
 def warnings_of(model: Path, output: Path, **settings: object) -> list[tuple[str, str]]:
@@ -50,11 +60,10 @@ def with_adapter(tensors: Tensors) -> Tensors:
 
 
 def compiled_twice(tensors: Tensors) -> Tensors:
-    again = {
-        name.replace("layers.1.", "layers.1._orig_mod."): tensor.clone()
-        for name, tensor in tensors.items()
-        if "layers.1." in name
-    }
+    again = {}
+    for name, tensor in tensors.items():
+        if "layers.1." in name:
+            again[name.replace("layers.1.", "layers.1._orig_mod.")] = tensor.clone()
     return tensors | again
 
 
@@ -73,7 +82,8 @@ def test_the_plan_and_the_run_name_the_same_unused_tensors(
     change(model, edit)
     plan = plan_run(model, config())
     text = f"the model does not use `{first}` and {more} more: transformers ignores them"
-    text += ", an adapter that is not merged" if adapter else ""
+    if adapter:
+        text += ", an adapter that is not merged"
     assert remarks(plan, config()) == [("W_CKPT_UNUSED", text)]
     assert warnings_of(model, tmp_path / "out") == [("W_CKPT_UNUSED", text)]
     assert [layer.name for layer in plan.quantized] == [layer.name for layer in plain.quantized]
@@ -85,8 +95,8 @@ def test_the_plan_and_the_run_name_the_same_unused_tensors(
     assert (tmp_path / "out" / "model.safetensors").stat().st_size == plan.layout.nbytes
     source = load_file(model / "model.safetensors")
     assert all(torch.equal(written[name], source[name]) for name in plan.unused)
-    said = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
-    assert "dynamic" not in said
+    written_config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "dynamic" not in written_config["quantization_config"]
 
 
 def test_evaluation_names_unused_tensors(tmp_path: Path) -> None:
@@ -125,33 +135,29 @@ def test_an_error_shows_the_part_that_names_have_too_much(part: str, tmp_path: P
     calls: list[Callable[[], object]] = [
         lambda: quantize_checkpoint(str(model), tmp_path / "out", config())
     ]
-    if part != "wrapped.inside.":  # which only the model itself can tell
+    if part != "wrapped.inside.":  # only the model itself can show this part
         calls.append(lambda: plan_run(model, config()))
     for call in calls:
         with pytest.raises(InputError) as caught:
             call()
         assert (caught.value.code, caught.value.exit_code) == ("E_CKPT_INCOMPLETE", 3)
-        assert f"its names have `{part}` in them, but those of the model do not" in str(
-            caught.value
-        )
+        message = str(caught.value)
+        assert f"its names have `{part}` in them, but those of the model do not" in message
         assert "download" not in (caught.value.hint or "")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_an_error_reports_a_missing_head(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", "llama", tie_word_embeddings=False)
-    change(
-        model,
-        lambda tensors: {
-            name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"
-        },
-    )
+    change(model, without("lm_head.weight"))
     with pytest.raises(
         InputError, match=r"no output head, and config\.json says tie_word_embeddings: false"
     ) as caught:
         quantize_checkpoint(str(model), tmp_path / "out", config())
-    hint = 'write "tie_word_embeddings": true into config.json if the embeddings are its head; else it is incomplete'
-    assert caught.value.hint == hint
+    assert caught.value.hint == (
+        'write "tie_word_embeddings": true into config.json if the embeddings are its head; '
+        "else it is incomplete"
+    )
     content = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(content | {"tie_word_embeddings": True}))
     assert warnings_of(model, tmp_path / "out") == []
@@ -161,10 +167,8 @@ def test_an_error_reports_a_classifier(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
 
     def classify(tensors: Tensors) -> Tensors:
-        return {
-            "score.weight" if name == "lm_head.weight" else name: tensor
-            for name, tensor in tensors.items()
-        }
+        tensors["score.weight"] = tensors.pop("lm_head.weight")
+        return tensors
 
     change(model, classify)
     with pytest.raises(
@@ -175,19 +179,16 @@ def test_an_error_reports_a_classifier(tmp_path: Path) -> None:
 
 
 def shard(model: Path, absent: tuple[str, ...] = (), unlisted: tuple[str, ...] = ()) -> None:
-    """Two shards and an index that lists `absent` as well, and not `unlisted`."""
+    """Write two shards and an index that lists `absent` tensors too, but no `unlisted` ones."""
     tensors = load_file(model / "model.safetensors")
     names = sorted(tensors)
-    parts = names[:9], names[9:]
-    for file, part in zip(SECOND, parts, strict=True):
+    weight_map = {}
+    for file, part in zip(SHARDS, (names[:9], names[9:]), strict=True):
         save_file({name: tensors[name] for name in part}, model / file, metadata={"format": "pt"})
-    weight_map = {
-        name: file
-        for file, part in zip(SECOND, parts, strict=True)
-        for name in part
-        if name not in unlisted
-    }
-    weight_map |= dict.fromkeys(absent, SECOND[1])
+        weight_map |= dict.fromkeys(part, file)
+    for name in unlisted:
+        del weight_map[name]
+    weight_map |= dict.fromkeys(absent, SHARDS[1])
     (model / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     (model / "model.safetensors").unlink()
 
@@ -213,25 +214,18 @@ def test_a_wrong_index_is_read_as_in_transformers(tmp_path: Path) -> None:
     ]
     assert remarks(plan_run(model, config()), config()) == found[:2]
     warnings_of(plain, tmp_path / "truth")
-    expected, written = (
-        load_file(tmp_path / name / "model.safetensors") for name in ("truth", "out")
-    )
+    expected = load_file(tmp_path / "truth" / "model.safetensors")
+    written = load_file(tmp_path / "out" / "model.safetensors")
     assert set(written) == set(expected)
     assert all(torch.equal(written[name], expected[name]) for name in expected)
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    assert torch.equal(
-        loaded.model.norm.weight, load_file(plain / "model.safetensors")["model.norm.weight"]
-    )
+    norm = load_file(plain / "model.safetensors")["model.norm.weight"]
+    assert torch.equal(loaded.model.norm.weight, norm)
 
 
 def test_a_listed_tensor_that_the_model_needs_is_refused(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
-    change(
-        model,
-        lambda tensors: {
-            name: tensor for name, tensor in tensors.items() if name != "model.norm.weight"
-        },
-    )
+    change(model, without("model.norm.weight"))
     shard(model, absent=("model.norm.weight",))
     with pytest.raises(
         InputError, match=r"first `model\.norm\.weight`: the index lists 1 tensors"
@@ -245,8 +239,8 @@ def test_a_bitsandbytes_leftover_changes_no_byte_of_the_weights(tmp_path: Path) 
     model = save_model(tmp_path / "model", dtype=torch.bfloat16)
     warnings_of(model, tmp_path / "truth")
     content = json.loads((model / "config.json").read_text())
-    said = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-    (model / "config.json").write_text(json.dumps(content | {"quantization_config": said}))
+    leftover = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    (model / "config.json").write_text(json.dumps(content | {"quantization_config": leftover}))
     assert [code for code, _ in warnings_of(model, tmp_path / "out")] == ["W_CKPT_CONFIG"]
     for name in ("model.safetensors", "config.json", "quantize_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "truth" / name).read_bytes()
@@ -261,8 +255,10 @@ def test_an_adapter_beside_the_model_is_reported_but_not_copied(tmp_path: Path) 
     save_file(
         {"base_model.model.x.lora_A.weight": torch.ones(2, 2)}, model / "adapter_model.safetensors"
     )
-    text = f"`{model}` holds an adapter beside the model (adapter_config.json): it is not applied and not copied"
+    text = f"`{model}` holds an adapter beside the model (adapter_config.json): "
+    text += "it is not applied and not copied"
     assert warnings_of(model, tmp_path / "out") == [("W_CKPT_ADAPTER", text)]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
-        path.name for path in (tmp_path / "truth").iterdir()
+    published, expected = (
+        sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("out", "truth")
     )
+    assert published == expected

@@ -1,4 +1,4 @@
-"""The block loop with waiting batches against the block loop that runs each block again for every stage."""
+"""The block loop with paused batches equals the block loop that replays each block per stage."""
 
 from __future__ import annotations
 
@@ -62,6 +62,10 @@ def quantize(model: Path, output: Path, **changes: object) -> list[Event]:
     return quantize_with_events(model, output, **({"nsamples": 5, "batch_size": 2} | changes))[1]
 
 
+def warnings(events: Sequence[Event]) -> list[str]:
+    return [event.code for event in events if isinstance(event, Warned)]
+
+
 def replay(
     model: Path, output: Path, monkeypatch: pytest.MonkeyPatch, **changes: object
 ) -> list[Event]:
@@ -71,7 +75,7 @@ def replay(
 
 
 def executions_by_block(executions: Counter[nn.Module]) -> list[set[int]]:
-    """The counts of the linears of each of three blocks; linears appear in the order in which blocks are run."""
+    """Return the counts of the linears of each of three blocks, in the order of the run."""
     counts = list(executions.values())
     per_block = len(counts) // 3
     return [set(counts[start : start + per_block]) for start in range(0, len(counts), per_block)]
@@ -82,13 +86,14 @@ def test_each_linear_runs_once_per_batch_if_all_batches_pause(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, executions: Counter[nn.Module]
 ) -> None:
     model = save_model(tmp_path / "model", family, dtype=torch.bfloat16)
-    quantize(model, tmp_path / "lockstep")
-    # The first block runs once to show what it returns and once to show its stages; the others are of its kind.
+    quantize(model, tmp_path / "paused")
+    # The first block runs once to reveal its result and once to reveal its stages.
+    # The other blocks are of the same kind.
     assert executions_by_block(executions) == [{N_BATCHES + 2}, {N_BATCHES}, {N_BATCHES}]
     executions.clear()
     replay(model, tmp_path / "replay", monkeypatch)
     assert max(executions.values()) > 2 * N_BATCHES
-    assert digest(tmp_path / "lockstep") == digest(tmp_path / "replay")
+    assert digest(tmp_path / "paused") == digest(tmp_path / "replay")
 
 
 @pytest.mark.parametrize("n_waiting", [1, 2])
@@ -108,26 +113,20 @@ def test_some_batches_may_pause_while_the_others_are_replayed(
     monkeypatch.setattr(PauseBudget, "n_paused", lambda *_: n_waiting)
     quantize(model, tmp_path / "some", **settings)
     assert digest(tmp_path / "some") == digest(tmp_path / "all")
-    if (
-        family == "llama" and not settings
-    ):  # the first linears once for each later stage and once to the end
+    if family == "llama" and not settings:
+        # A replayed batch runs the first linears once per later stage and once to the end.
         n_again = N_BATCHES - n_waiting
-        assert executions_by_block(executions)[-1] == {
-            N_BATCHES + later * n_again for later in range(4)
-        }
+        expected = {N_BATCHES + later * n_again for later in range(4)}
+        assert executions_by_block(executions)[-1] == expected
 
 
 def test_a_memory_budget_pauses_fewer_batches_for_the_same_bytes(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
-    assert [
-        event for event in quantize(model, tmp_path / "free") if isinstance(event, Warned)
-    ] == []
-    told = quantize(model, tmp_path / "tight", max_ram=host_bytes() + 2**27)
-    assert [event.code for event in told if isinstance(event, Warned)] in ([], ["W_MEM_REPLAY"])
-    assert (
-        digest(tmp_path / "tight")["model.safetensors"]
-        == digest(tmp_path / "free")["model.safetensors"]
-    )
+    assert warnings(quantize(model, tmp_path / "free")) == []
+    tight = quantize(model, tmp_path / "tight", max_ram=host_bytes() + 2**27)
+    assert warnings(tight) in ([], ["W_MEM_REPLAY"])
+    expected = digest(tmp_path / "free")["model.safetensors"]
+    assert digest(tmp_path / "tight")["model.safetensors"] == expected
 
 
 def test_a_memory_budget_counts_memory_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,9 +141,8 @@ def test_a_run_over_max_ram_stops_with_flags_that_help(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limit, held = host_bytes() + 2**27, iter([0, 0, 0])
-    monkeypatch.setattr(
-        memory, "host_bytes", lambda: next(held, limit + 1)
-    )  # grows after the second block
+    # The memory in use grows after the second block.
+    monkeypatch.setattr(memory, "host_bytes", lambda: next(held, limit + 1))
     with pytest.raises(
         ResourceError, match=rf"holds {size(limit + 1)} of host memory, max_ram"
     ) as caught:
@@ -181,23 +179,18 @@ def test_the_original_block_runs_once_per_batch_as_well(
     assert Counter(executions.values()) == {N_BATCHES + 2: 7, N_BATCHES: 2 * 3 * 7 - 7}
 
 
-def warnings(events: Sequence[Event]) -> list[str]:
-    return [event.code for event in events if isinstance(event, Warned)]
-
-
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("family", ["llama", "phi"])
 def test_pausing_and_replaying_write_the_same_bytes(
     family: str, settings: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = save_model(tmp_path / "model", family)
-    told = quantize(model, tmp_path / "lockstep", **settings)
-    told_by_replay = replay(model, tmp_path / "replay", monkeypatch, **settings)
-    assert digest(tmp_path / "lockstep") == digest(tmp_path / "replay")
-    assert [code for code in warnings(told) if not code.startswith("W_CFG")] == []
-    assert [code for code in warnings(told_by_replay) if not code.startswith("W_CFG")] == [
-        "W_MEM_REPLAY"
-    ]
+    paused = quantize(model, tmp_path / "paused", **settings)
+    replayed = replay(model, tmp_path / "replay", monkeypatch, **settings)
+    assert digest(tmp_path / "paused") == digest(tmp_path / "replay")
+    assert [code for code in warnings(paused) if not code.startswith("W_CFG")] == []
+    codes = [code for code in warnings(replayed) if not code.startswith("W_CFG")]
+    assert codes == ["W_MEM_REPLAY"]
 
 
 def test_two_forwards_suffice_without_true_sequential(
@@ -205,10 +198,8 @@ def test_two_forwards_suffice_without_true_sequential(
 ) -> None:
     monkeypatch.setattr(PauseBudget, "n_paused", None)
     quantize(save_model(tmp_path / "model"), tmp_path / "out", true_sequential=False)
-    down_proj, others = (
-        N_BATCHES,
-        2 * N_BATCHES,
-    )  # a forward that only gathers inputs ends before the last linear
+    # A forward that only gathers inputs ends before the last linear.
+    down_proj, others = N_BATCHES, 2 * N_BATCHES
     assert executions_by_block(executions) == [
         {down_proj + 2, others + 2},
         {down_proj, others},
@@ -249,7 +240,7 @@ class TwiceInARow(nn.Module):
 
 
 class HessianKeeper(LayerSolver):
-    """Keeps the Hessians that it is given, and changes the weights of `module` by them."""
+    """Keep each given Hessian, and change the weights of `module` by it."""
 
     run: Any
 

@@ -1,4 +1,4 @@
-"""After a power cut at any moment nothing torn stands under the output's name, and no finished block is lost."""
+"""A power cut at any moment publishes no torn output and loses no finished block."""
 
 from __future__ import annotations
 
@@ -27,20 +27,15 @@ def tree_in(state: State, directory: str = OUT) -> dict[str, str] | None:
     if directory not in state:
         return None
     start = f"{directory}/"
-    files = {
-        name.removeprefix(start): content
-        for name, content in state.items()
-        if name.startswith(start)
-    }
-    return {
-        name: hashlib.sha256(content).hexdigest()
-        for name, content in files.items()
-        if content is not None
-    }
+    tree = {}
+    for name, content in state.items():
+        if name.startswith(start) and content is not None:
+            tree[name.removeprefix(start)] = hashlib.sha256(content).hexdigest()
+    return tree
 
 
 def blocks_in(state: State) -> int:
-    """How many blocks a run could take from the work directory: read with code of its own, from bytes."""
+    """Count the blocks that a run could reuse from the work directory, with independent code."""
     lines = (state.get(f"{WORK}journal.jsonl") or b"").split(b"\n")
     tensors = dict(stored_tensors(state))
     count = 0
@@ -75,12 +70,12 @@ def stored_tensors(state: State) -> Iterator[tuple[str, str]]:
 
 
 class Violated(BaseException):
-    """A power cut could leave what must not be."""
+    """A power cut could cause a torn output or lost work."""
 
 
 @dataclass
 class Observer:
-    """Looks at every state a power cut could leave, and notes what must not be."""
+    """Check every state after a possible power cut, and raise `Violated` for a wrong one."""
 
     allowed: list[dict[str, str] | None]
     final: dict[str, str]
@@ -90,9 +85,8 @@ class Observer:
 
     def __call__(self, disk: PowerLossDisk) -> None:
         for state in disk.states():
-            name = hashlib.sha256(repr(sorted(state.items())).encode()).hexdigest() + str(
-                (self.finished, self.published)
-            )
+            content = hashlib.sha256(repr(sorted(state.items())).encode()).hexdigest()
+            name = f"{content} {self.finished} {self.published}"
             if name in self.states:
                 continue
             self.states[name] = state, self.finished

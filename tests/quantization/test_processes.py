@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from tests.tiny import SETTINGS, WORK, Case
 CHILDREN = multiprocessing.get_context("forkserver")
 CHILDREN.set_forkserver_preload(["tests.quantization.children"])
 
-# Runs the command line and does to itself, when a block is finished or a layer begun, what a test asks for.
+# A command line that sends signals to itself after the first block or before a layer.
 PROGRAM = """
 import os, sys, torch
 torch.set_num_threads(1)
@@ -114,26 +115,47 @@ def test_one_of_eight_processes_racing_for_one_output_works(case: Case, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize(
-    ("name", "when", "blocks"),
-    [("SIGINT", "block", 1), ("SIGTERM", "forward", 1)],
+@dataclass(frozen=True)
+class Stopped:
+    """A run that a signal stopped after `blocks` blocks, and its printed output."""
+
+    number: int
+    blocks: int
+    directory: Path
+    code: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(signal.SIGINT, "block", 1), (signal.SIGTERM, "forward", 1)],
+    ids=["SIGINT", "SIGTERM"],
 )
-def test_a_signal_ends_the_run_and_shows_the_resume_command(
-    name: str, when: str, blocks: int, case: Case, tmp_path: Path
-) -> None:
-    number = getattr(signal, name)
-    code, stdout, stderr = run(when, [number], *quantize(case, tmp_path), "--json")
-    assert code == 128 + number, stderr
-    assert "Traceback" not in stderr
-    assert f"stopping on {name}; a second signal exits immediately" in stderr
-    assert f"resume with: gptq resume {tmp_path}/{WORK}\n" in stderr
-    assert (
-        f"error[E_INTERRUPTED]: stopped by {name}\n\nhint: run the same command again to go on"
-        in stderr
-    )
-    assert json.loads(stdout)["exit_code"] == 128 + number
-    code, stdout, stderr = run("never", [], "resume", tmp_path / WORK, "--json")
+def stopped(
+    case: Case, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Stopped:
+    number, when, blocks = request.param
+    directory = tmp_path_factory.mktemp("stopped")
+    printed = run(when, [number], *quantize(case, directory), "--json")
+    return Stopped(number, blocks, directory, *printed)
+
+
+def test_a_signal_ends_the_run_and_shows_the_resume_command(stopped: Stopped) -> None:
+    name = signal.Signals(stopped.number).name
+    assert stopped.code == 128 + stopped.number, stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    assert f"stopping on {name}; a second signal exits immediately" in stopped.stderr
+    assert f"resume with: gptq resume {stopped.directory}/{WORK}\n" in stopped.stderr
+    expected = f"error[E_INTERRUPTED]: stopped by {name}\n\n"
+    expected += "hint: run the same command again to go on"
+    assert expected in stopped.stderr
+    assert json.loads(stopped.stdout)["exit_code"] == 128 + stopped.number
+
+
+def test_gptq_resume_finishes_the_work_after_a_signal(stopped: Stopped, case: Case) -> None:
+    code, stdout, stderr = run("never", [], "resume", stopped.directory / WORK, "--json")
     assert code == 0, stderr
-    assert f"resuming after {blocks} of 3 blocks" in stderr
-    assert json.loads(stdout)["resumed_blocks"] == blocks
-    assert digest(tmp_path / "out") == case.tree
+    assert f"resuming after {stopped.blocks} of 3 blocks" in stderr
+    assert json.loads(stdout)["resumed_blocks"] == stopped.blocks
+    assert digest(stopped.directory / "out") == case.tree

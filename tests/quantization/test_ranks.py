@@ -1,4 +1,4 @@
-"""Several processes write what one writes, share the work, and end together; in a team of gloo on the CPU."""
+"""Several processes of gloo on the CPU write the bytes of one, share the work and end together."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def small_parts() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Case:
-    """A model, and what one process makes of it."""
+    """A model and the output of one process."""
 
     model: Path
     settings: QuantizeConfig
@@ -51,9 +51,8 @@ def made(directory: Path, model: Path, settings: QuantizeConfig) -> Case:
 def dense(small_parts: None, tmp_path_factory: pytest.TempPathFactory) -> Case:
     del small_parts
     directory = tmp_path_factory.mktemp("dense")
-    return made(
-        directory, save_model(directory / "model", num_hidden_layers=2), config(**SETTINGS, **DENSE)
-    )
+    model = save_model(directory / "model", num_hidden_layers=2)
+    return made(directory, model, config(**SETTINGS, **DENSE))
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +78,8 @@ def test_several_processes_write_the_bytes_of_one_process(
     kind: str, size: int, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     case: Case = request.getfixturevalue(kind)
-    work, said, _ = team(size, case.model, tmp_path / "out", case.settings)
-    assert said == [None] * size
+    work, errors, _ = team(size, case.model, tmp_path / "out", case.settings)
+    assert errors == [None] * size
     assert digest(tmp_path / "out") == case.tree
     assert balanced([done[RUNS] for done in work])
     assert balanced([done[ROWS] for done in work])
@@ -97,9 +96,9 @@ def test_a_run_resumes_with_another_number_of_processes(
         with pytest.raises(Killed):
             quantize_checkpoint(str(model), tmp_path / "out", settings, report=killer(0))
     else:
-        _, said, codes = team(first, model, tmp_path / "out", settings, dies=1, when="finished")
-        assert said[0] is not None
-        assert said[0].startswith(
+        _, errors, codes = team(first, model, tmp_path / "out", settings, dies=1, when="finished")
+        assert errors[0] is not None
+        assert errors[0].startswith(
             "E_RANK_LOST: process 1 of 2 (the first is 0) was killed or cannot be reached"
         )
         assert codes == [0, -signal.SIGKILL]
@@ -120,9 +119,9 @@ def test_a_killed_process_is_reported_once_and_a_rerun_finishes(
     when: str, dies: int, dense: Case, tmp_path: Path
 ) -> None:
     model, settings = dense.model, dense.settings
-    _, said, codes = team(3, model, tmp_path / "out", settings, dies=dies, when=when)
-    (words,) = filter(None, said)
-    assert words.startswith(f"E_RANK_LOST: process {dies} of 3")
+    _, errors, codes = team(3, model, tmp_path / "out", settings, dies=dies, when=when)
+    (error,) = filter(None, errors)
+    assert error.startswith(f"E_RANK_LOST: process {dies} of 3")
     assert codes[dies] == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
     assert team(2, model, tmp_path / "out", settings)[1] == [None] * 2
@@ -131,18 +130,18 @@ def test_a_killed_process_is_reported_once_and_a_rerun_finishes(
 
 def test_one_process_reports_the_error_that_ends_all(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", num_hidden_layers=1)
-    _, said, codes = team(2, model, tmp_path / "out", config(**SETTINGS), dies=1, when="refused")
-    (words,) = filter(None, said)
-    assert words.startswith("E_CKPT_NONFINITE: layer `model.layers.0.self_attn.")
+    _, errors, codes = team(2, model, tmp_path / "out", config(**SETTINGS), dies=1, when="refused")
+    (error,) = filter(None, errors)
+    assert error.startswith("E_CKPT_NONFINITE: layer `model.layers.0.self_attn.")
     assert codes == [0, 0]
     assert not (tmp_path / WORK).exists()
 
 
 def test_a_process_that_would_write_other_bytes_is_refused(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", num_hidden_layers=1)
-    _, said, _ = team(2, model, tmp_path / "out", config(**SETTINGS), dies=1, when="unlike")
-    (words,) = filter(None, said)
-    assert words == "E_RANK_MISMATCH: process 1 differs from process 0: device.threads was 1, is 2"
+    _, errors, _ = team(2, model, tmp_path / "out", config(**SETTINGS), dies=1, when="unlike")
+    (error,) = filter(None, errors)
+    assert error == "E_RANK_MISMATCH: process 1 differs from process 0: device.threads was 1, is 2"
 
 
 def test_more_processes_than_batches_are_refused() -> None:

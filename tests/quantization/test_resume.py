@@ -1,4 +1,4 @@
-"""A run that ends early, wherever it does, is gone on with by the same call, and nothing shows of it in the output."""
+"""The same call resumes a run that ended early anywhere, and writes the same output."""
 
 from __future__ import annotations
 
@@ -87,10 +87,8 @@ def test_a_kill_loses_only_the_block_at_work(case: Case, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("lm_head", [False, True])
 def test_unused_blocks_in_the_file_are_no_steps_of_the_run(lm_head: bool, tmp_path: Path) -> None:
-    model, output = (
-        save_model(tmp_path / "model", **(SMALL | {"num_hidden_layers": 3})),
-        tmp_path / "out",
-    )
+    model = save_model(tmp_path / "model", **(SMALL | {"num_hidden_layers": 3}))
+    output = tmp_path / "out"
     declared = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(declared | {"num_hidden_layers": 2}))
     case = Case(model, {}, [])
@@ -103,9 +101,8 @@ def test_unused_blocks_in_the_file_are_no_steps_of_the_run(lm_head: bool, tmp_pa
         case.run(output, lm_head=lm_head, report=stop_before_verifying)
     events: list[Event] = []
     result = case.run(output, lm_head=lm_head, report=events.append)
-    assert [(event.index, event.n_blocks) for event in events if isinstance(event, Resumed)] == [
-        (2 + lm_head,) * 2
-    ]
+    resumed = [(event.index, event.n_blocks) for event in events if isinstance(event, Resumed)]
+    assert resumed == [(2 + lm_head, 2 + lm_head)]
     assert not [event for event in events if isinstance(event, BlockStarted | LayerStarted)]
     assert {layer.block for layer in result.layers} == set(range(2 + lm_head))
 
@@ -118,9 +115,8 @@ def test_a_rerun_does_not_touch_a_complete_output(case: Case, tmp_path: Path) ->
         again = case.run(output, **options)
         assert again.already_done
         assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
-        assert [layer.relative_error for layer in again.layers] == [
-            layer.relative_error for layer in first.layers
-        ]
+        errors = [layer.relative_error for layer in again.layers]
+        assert errors == [layer.relative_error for layer in first.layers]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -145,9 +141,8 @@ def test_work_of_another_run_is_neither_used_nor_deleted(
     assert field in str(caught.value)
     assert "--resume never" in (caught.value.hint or "")
     assert f"gptq resume {tmp_path / WORK}," in (caught.value.hint or "")
-    assert {name: old for name, old in before.items() if name != "holder.json"}.items() <= digest(
-        tmp_path / WORK
-    ).items()
+    del before["holder.json"]
+    assert before.items() <= digest(tmp_path / WORK).items()
     case.run(output)
     assert digest(output) == case.tree
 
@@ -277,9 +272,8 @@ def test_a_mount_point_cannot_become_the_output(
 
 def test_overwriting_resumes_after_a_kill(case: Case, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    last = case.operations.index(
-        "unlink"
-    )  # the output has its name, the work directory is not removed yet
+    # At the first "unlink" the output has its name, but the work directory still exists.
+    last = case.operations.index("unlink")
     for extra in (-8, -4, 0, 2, 4):
         shutil.copytree(case.model, output)
         with pytest.raises(Killed), using(DyingDisk(last + extra)):
@@ -313,22 +307,20 @@ def test_a_run_resumes_with_settings_of_all_kinds(
 
 
 def test_a_resumed_run_keeps_the_token_counts_of_experts(tmp_path: Path) -> None:
-    tiny = Case(
-        save_model(tmp_path / "model", "mixtral", hidden_size=32, intermediate_size=64), {}, []
-    )
+    model = save_model(tmp_path / "model", "mixtral", hidden_size=32, intermediate_size=64)
+    tiny = Case(model, {}, [])
     changes = {"dynamic": {}, "lm_head": False, "nsamples": 6, "seqlen": 64}
     whole = tiny.run(tmp_path / "whole", **changes)
     with pytest.raises(Killed):
         tiny.run(tmp_path / "out", report=killer(0), **changes)
     result = tiny.run(tmp_path / "out", **changes)
     assert result.resumed_blocks == 1
-    assert [(layer.name, layer.tokens) for layer in result.layers] == [
-        (a.name, a.tokens) for a in whole.layers
-    ]
+    tokens = [(layer.name, layer.tokens) for layer in result.layers]
+    assert tokens == [(layer.name, layer.tokens) for layer in whole.layers]
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
 
 
-@pytest.mark.filterwarnings("ignore")  # what transformers says about its own models is not at stake
+@pytest.mark.filterwarnings("ignore")  # the warnings of transformers do not matter here
 @pytest.mark.parametrize("model_type", ["gemma4_text", "gpt2", "zaya"])
 def test_a_resumed_run_keeps_values_carried_between_blocks(model_type: str, tmp_path: Path) -> None:
     tiny = Case(save(build(model_type), tmp_path / "model"), {}, [])
@@ -347,7 +339,7 @@ def test_a_resumed_run_keeps_values_carried_between_blocks(model_type: str, tmp_
 
 
 class Dealer(Ranks):
-    """The ranks of a process that writes nothing; `answers` are what the leader broadcasts."""
+    """The ranks of a process that writes nothing; the leader broadcasts `answers`."""
 
     size, rank = 2, 1
 
@@ -379,7 +371,7 @@ def test_a_rank_that_writes_nothing_gets_and_returns_its_share() -> None:
     assert [[float(state) for state in way.stored] for way in ways] == [[2.0, 3.0], [-2.0, -3.0]]
     assert stream.carried == [[{"keys": 2}], [{"keys": 3}]]
     blocks.finished(1, stream, ways)
-    assert (team.kept, blocks.first) == ([], 1)  # the leading process said that it was not time
+    assert (team.kept, blocks.first) == ([], 1)  # the leading process did not ask for a save
     blocks.finished(2, stream, ways)
     assert (team.kept, blocks.first) == ([states[2:]], 3)
     blocks.finished(3, stream, [])  # after the last block nothing is needed

@@ -1,4 +1,4 @@
-"""A block that runs out of memory, wherever it does, is done once more, and nothing shows of it in the output."""
+"""A block that runs out of memory anywhere runs once more, and the output is the same."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("nothing_hangs_or_leaks")
 
 CPU = torch.device("cpu")
 SETTINGS: dict[str, object] = {"asymmetric_calibration": 0.5, "nsamples": 3}
-SAID = "CUDA out of memory. Tried to allocate 2 MiB. GPU 0 has none"
+OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2 MiB. GPU 0 has none"
 HEAD = 2  # the step after two blocks
 SITES: dict[str, tuple[object, str]] = {
     "a forward": (nn.Linear, "forward"),
@@ -51,9 +51,11 @@ SITES: dict[str, tuple[object, str]] = {
 
 
 class Shortage:
-    """Memory that runs out in each step of a run, at the call that `when` chooses from as many as are `expected`.
+    """Memory that runs out in each step of a run, at the call that `when` chooses.
 
-    Takes the events of the run, to know the step. `failures`: in how many attempts at each of `steps`.
+    `when` maps the `expected` number of calls in a step to the number of the call that fails.
+    `failures` is the number of attempts at each of `steps` that fail. The shortage receives the
+    events of the run, because they show the step.
     """
 
     def __init__(
@@ -80,13 +82,11 @@ class Shortage:
 
     def count(self) -> None:
         self.calls[self.step] += 1
-        total, due = self.expected[self.step], self.attempts[self.step] <= self.failures
-        if (
-            self.step in self.steps
-            and due
-            and self.calls[self.step] == max(1, self.when(total)) <= total
-        ):
-            error = torch.OutOfMemoryError(f"{SAID}. Process 7 has more")
+        if self.step not in self.steps or self.attempts[self.step] > self.failures:
+            return
+        total = self.expected[self.step]
+        if self.calls[self.step] == max(1, self.when(total)) <= total:
+            error = torch.OutOfMemoryError(f"{OUT_OF_MEMORY}. Process 7 has more")
             raise error  # which this frame holds, so that only a collector of garbage can free it
 
     @property
@@ -118,7 +118,7 @@ def layer_results(result: QuantizeResult) -> list[tuple[str, float, int]]:
 def undisturbed(
     case: Case, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, QuantizeResult, dict[str, Any]]:
-    """The output, its result, and for each site how often each step calls it."""
+    """Return the output, its result, and the number of calls by site and step."""
     output = tmp_path_factory.mktemp("undisturbed") / "out"
     counters = {site: Shortage(Counter(), int) for site in SITES}
 
@@ -186,7 +186,7 @@ def test_two_shortages_in_one_block_end_a_resumable_run(
         with pytest.raises(ResourceError) as caught:
             case.run(tmp_path / "out", report=shortage, **SETTINGS)
     assert (caught.value.code, caught.value.exit_code) == ("E_OOM", 5)
-    assert str(caught.value) == f"there is not enough memory: {SAID}"
+    assert str(caught.value) == f"there is not enough memory: {OUT_OF_MEMORY}"
     for flag in ("--batch-size 1", "--seqlen", "--device cpu"):
         assert flag in (caught.value.hint or "")
     assert len(shortage.warnings) == 1
@@ -213,9 +213,9 @@ def test_a_shortage_in_the_embeddings_retries_the_first_block(
     monkeypatch.setattr(ModelStream, "embed", embed)
     shortage = Shortage(Counter(), int)
     case.run(tmp_path / "out", report=shortage, **SETTINGS)
-    (said,) = shortage.warnings
-    assert said.startswith("out of memory in `model.layers.0`, which runs again with less: ")
-    assert said.endswith("(the host has no more)")
+    (message,) = shortage.warnings
+    assert message.startswith("out of memory in `model.layers.0`, which runs again with less: ")
+    assert message.endswith("(the host has no more)")
     assert digest(tmp_path / "out") == digest(undisturbed[0])
 
 
@@ -227,7 +227,7 @@ def test_a_shortage_warns_with_flags_that_avoid_it(
     case.run(tmp_path / "out", report=shortage, **SETTINGS)
     assert shortage.warnings == [
         "out of memory in `model.layers.1`, which runs again with less: no batch pauses inside it, and half as "
-        f"many inside later blocks; a smaller --max-ram pauses fewer batches from the start ({SAID})"
+        f"many inside later blocks; a smaller --max-ram pauses fewer batches from the start ({OUT_OF_MEMORY})"
     ]
     gpu = torch.device("cuda", 0)
     assert block_loop._advice(Memory(gpu, 2**30)) == "a larger --max-vram avoids it"
@@ -237,9 +237,8 @@ def test_a_shortage_warns_with_flags_that_avoid_it(
 def test_a_retried_block_lists_its_experts_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiny = Case(
-        save_model(tmp_path / "model", "mixtral", hidden_size=32, intermediate_size=64), {}, []
-    )
+    model = save_model(tmp_path / "model", "mixtral", hidden_size=32, intermediate_size=64)
+    tiny = Case(model, {}, [])
     changes = {"dynamic": {}, "lm_head": False, "nsamples": 6, "seqlen": 64, "preset": "gptq"}
     changes |= {"moe_uncovered": "rtn", "max_fallbacks": None}
     whole = tiny.run(tmp_path / "whole", **changes)
@@ -251,7 +250,7 @@ def test_a_retried_block_lists_its_experts_once(
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
 
 
-@pytest.mark.filterwarnings("ignore")  # what transformers says about its own models is not at stake
+@pytest.mark.filterwarnings("ignore")  # the warnings of transformers do not matter here
 def test_a_retry_restores_values_carried_between_blocks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,7 +298,7 @@ def test_a_retry_starts_after_the_first_attempt_is_freed(
 
 
 class Pair(Ranks):
-    """Two processes, as far as this one can tell, which has all of the work."""
+    """Two processes in appearance; this one has all of the work."""
 
     size = 2
 
