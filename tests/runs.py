@@ -11,7 +11,7 @@ from torch import Tensor
 from gptq_cli.checkpoint.reader import DequantizingReader
 from gptq_cli.checkpoint.source import open_checkpoint
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.events import Event, ignore
+from gptq_cli.events import Event, Warned, ignore
 from gptq_cli.quantization import run
 from gptq_cli.quantization.run import QuantizeResult, quantize_checkpoint
 from gptq_cli.runtime.ranks import SINGLE_PROCESS
@@ -46,6 +46,11 @@ def quantize_with_events(
     events: list[Event] = []
     result = quantize_checkpoint(str(model), output, config(**changes), report=events.append)
     return result, events
+
+
+def messages(events: list[Event], code: str) -> list[str]:
+    """Return the messages of the warnings with `code`, in their order."""
+    return [event.message for event in events if isinstance(event, Warned) and event.code == code]
 
 
 def digest(directory: Path) -> dict[str, str]:

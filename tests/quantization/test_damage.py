@@ -1,4 +1,4 @@
-"""Work that was damaged while nobody looked is done again, and never reaches the output."""
+"""Damaged work is repeated and never reaches the output."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gptq_cli.quantization.resume import BlockStore
 from gptq_cli.storage.manifest import Journal, sealed
 from gptq_cli.storage.manifest import digest as digest_of
 from tests.disks import CountingDisk, DyingDisk, Killed, using
-from tests.runs import digest
+from tests.runs import digest, messages
 from tests.tiny import WORK, Case, kill_after_block
 
 FILES = ("journal.jsonl", "run.json", "hidden-0", "hidden-1", "shard")
@@ -23,7 +23,7 @@ FILES = ("journal.jsonl", "run.json", "hidden-0", "hidden-1", "shard")
 
 @pytest.fixture(scope="module")
 def unfinished(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A work directory with both blocks finished, the head not."""
+    """Return a directory with the work of two finished blocks, but without the head."""
     directory = tmp_path_factory.mktemp("unfinished")
     kill_after_block(case, directory / "out", 1)
     return directory
@@ -34,6 +34,19 @@ def resumed(case: Case, directory: Path) -> tuple[list[Event], dict[str, str]]:
     with using(CountingDisk()):
         case.run(directory / "out", report=events.append)
     return events, digest(directory / "out")
+
+
+def resume_codes(events: list[Event]) -> list[str]:
+    warned = [event.code for event in events if isinstance(event, Warned)]
+    return [code for code in warned if code.startswith("W_RESUME")]
+
+
+def resumed_after(events: list[Event]) -> int:
+    """Return the number of blocks that the run reused; 0 = it started over."""
+    indices = [event.index for event in events if isinstance(event, Resumed)]
+    assert len(indices) <= 1
+    assert 0 not in indices
+    return sum(indices)
 
 
 def copy_of(unfinished: Path, target: Path) -> Path:
@@ -47,7 +60,7 @@ def flip(file: Path, where: float) -> None:
 
 
 def shard_of(directory: Path, tensor: str) -> tuple[Path, int]:
-    """The shard that holds `tensor` and the byte where it begins."""
+    """Return the shard that holds `tensor` and its first byte there."""
     for shard in (directory / WORK / "out").glob("*.safetensors"):
         content = shard.read_bytes()
         length = int.from_bytes(content[:8], "little")
@@ -70,12 +83,10 @@ def test_a_rerun_repairs_a_flipped_bit_in_unfinished_work(
     name: str, where: float, case: Case, unfinished: Path, tmp_path: Path
 ) -> None:
     directory = copy_of(unfinished, tmp_path / "work")
-    flip(
-        shard_of(directory, "model.layers.0.mlp.down_proj.scales")[0]
-        if name == "shard"
-        else directory / WORK / name,
-        where,
-    )
+    file = directory / WORK / name
+    if name == "shard":
+        file, _ = shard_of(directory, "model.layers.0.mlp.down_proj.scales")
+    flip(file, where)
     assert resumed(case, directory)[1] == case.tree
 
 
@@ -94,14 +105,9 @@ def test_damage_is_reported_and_only_dependent_blocks_rerun(
     directory = copy_of(unfinished, tmp_path / "work")
     flip(directory / WORK / name, where)
     events, tree = resumed(case, directory)
-    warned = [
-        event for event in events if isinstance(event, Warned) and event.code.startswith("W_RESUME")
-    ]
-    assert [event.code for event in warned] == ["W_RESUME_DAMAGED"]
-    assert words in warned[0].message
-    assert [event.index for event in events if isinstance(event, Resumed)] == (
-        [first] if first else []
-    )
+    assert resume_codes(events) == ["W_RESUME_DAMAGED"]
+    assert words in messages(events, "W_RESUME_DAMAGED")[0]
+    assert resumed_after(events) == first
     assert tree == case.tree
 
 
@@ -112,16 +118,10 @@ def test_a_run_file_without_its_parts_is_damaged(
     directory = copy_of(unfinished, tmp_path / "work")
     file = directory / WORK / "run.json"
     run = json.loads(file.read_bytes())
-    file.write_text(
-        json.dumps(sealed({key: value for key, value in run.items() if key not in missing}))
-    )
+    rest = {key: value for key, value in run.items() if key not in missing}
+    file.write_text(json.dumps(sealed(rest)))
     events, tree = resumed(case, directory)
-    warned = [
-        event.code
-        for event in events
-        if isinstance(event, Warned) and event.code.startswith("W_RESUME")
-    ]
-    assert (warned, tree) == (["W_RESUME_DAMAGED"], case.tree)
+    assert (resume_codes(events), tree) == (["W_RESUME_DAMAGED"], case.tree)
 
 
 def test_a_run_file_without_a_model_belongs_to_another_run(
@@ -147,15 +147,9 @@ def test_a_damaged_tensor_reruns_its_block_and_later_blocks(
         directory = copy_of(unfinished, tmp_path / str(block))
         flip_tensor(directory, f"model.layers.{block}.mlp.down_proj.scales")
         events, tree = resumed(case, directory)
-        warned = [
-            event.message
-            for event in events
-            if isinstance(event, Warned) and event.code == "W_RESUME_DAMAGED"
-        ]
+        warned = messages(events, "W_RESUME_DAMAGED")
         assert f"block {block} is not as it was written" in warned[0]
-        assert [event.index for event in events if isinstance(event, Resumed)] == (
-            [1] if block else []
-        )
+        assert resumed_after(events) == block
         assert tree == case.tree
 
 
@@ -166,9 +160,8 @@ def test_a_truncated_journal_is_read_up_to_its_last_whole_line(
     seed = json.loads((unfinished / WORK / "run.json").read_bytes())
     assert content.count(b"\n") == 2
     first_line = content.index(b"\n") + 1
-    for length in sorted(
-        {*range(0, len(content), 7), *range(first_line - 3, first_line + 3), len(content)}
-    ):
+    near_first_line = range(first_line - 3, first_line + 3)
+    for length in sorted({*range(0, len(content), 7), *near_first_line, len(content)}):
         (tmp_path / "journal").write_bytes(content[:length])
         journal = Journal(tmp_path / "journal", digest_of(seed["identity"]))
         expected = (length >= first_line) + (length == len(content))
@@ -264,13 +257,11 @@ def change_tensor(directory: Path) -> None:
 
 def change_hidden(directory: Path) -> None:
     path = directory / WORK / "hidden-1"
-    content = path.read_bytes()
+    content = bytearray(path.read_bytes())
     middle = len(content) // 2
-    path.write_bytes(
-        content[:middle]
-        + bytes(byte ^ 64 for byte in content[middle : middle + 400])
-        + content[middle + 400 :]
-    )
+    for position in range(middle, middle + 400):
+        content[position] ^= 64
+    path.write_bytes(content)
 
 
 MUTATIONS = {

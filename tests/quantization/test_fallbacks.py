@@ -19,14 +19,14 @@ from gptq_cli.events import Event, LayerReport, Resumed, Warned, ignore
 from gptq_cli.planning.plan import plan_run
 from gptq_cli.quantization import layers
 from gptq_cli.quantization.layers import LayerSolver
-from gptq_cli.quantization.run import QuantizeResult, quantize_checkpoint
+from gptq_cli.quantization.run import QuantizeResult
 from gptq_cli.quantization.run_state import Limits, Run
 from gptq_cli.runtime.ranks import SINGLE_PROCESS
 from gptq_cli.solver.factor import HessianFactor, NotPositiveDefiniteError, prepare
 from gptq_cli.solver.hessian import HessianAccumulator
 from gptq_cli.solver.quantized_linear import round_to_nearest
 from tests.families import save_model
-from tests.runs import calibration_ids, config, digest, reader
+from tests.runs import calibration_ids, config, digest, messages, quantize_with_events, reader
 
 BROKEN = "model.layers.1.self_attn.o_proj"
 PLAIN: dict[str, object] = {
@@ -71,13 +71,7 @@ def overflowing(model: Path) -> list[int]:
 
 
 def run(model: Path, output: Path, **settings: object) -> tuple[QuantizeResult, list[Event]]:
-    events: list[Event] = []
-    changed = config(**(PLAIN | settings))
-    return quantize_checkpoint(str(model), output, changed, report=events.append), events
-
-
-def messages(events: list[Event], code: str) -> list[str]:
-    return [event.message for event in events if isinstance(event, Warned) and event.code == code]
+    return quantize_with_events(model, output, **(PLAIN | settings))
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])

@@ -14,16 +14,15 @@ from torch import Tensor
 
 from gptq_cli.checkpoint.source import open_checkpoint
 from gptq_cli.errors import InputError
-from gptq_cli.events import Event, Warned
+from gptq_cli.events import Warned
 from gptq_cli.planning.plan import plan_checkpoint
 from gptq_cli.planning.run_plan import LayerPlan
 from gptq_cli.quantization.layers import Rows, located, of_one_configuration, row_parts
-from gptq_cli.quantization.run import quantize_checkpoint
 from gptq_cli.solver.factor import prepare
 from gptq_cli.solver.grid import ScaleRangeError
 from gptq_cli.solver.solve import Solution, solve, solve_together
 from tests.families import save_model
-from tests.runs import config, quantize, reader
+from tests.runs import config, quantize, quantize_with_events, reader
 from tests.solver.samples import ORDERS, correlated_layer, layer_config
 
 
@@ -143,8 +142,7 @@ def scaled(model: Path, **factors: float) -> Path:
 
 
 def warned(model: Path, output: Path, **changes: object) -> list[str]:
-    events: list[Event] = []
-    quantize_checkpoint(str(model), output, config(**changes), report=events.append)
+    _, events = quantize_with_events(model, output, **changes)
     return [f"{event.code} {event.message}" for event in events if isinstance(event, Warned)]
 
 

@@ -22,7 +22,7 @@ from gptq_cli.planning.run_plan import remarks
 from gptq_cli.quantization.run import quantize_checkpoint
 from gptq_cli.storage.manifest import INDEX_NAME
 from tests.families import save_model, texts
-from tests.runs import config
+from tests.runs import config, quantize_with_events
 
 Tensors = dict[str, Tensor]
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -44,8 +44,7 @@ def without(absent: str) -> Callable[[Tensors], Tensors]:
 
 
 def warnings_of(model: Path, output: Path, **settings: object) -> list[tuple[str, str]]:
-    events: list[Event] = []
-    quantize_checkpoint(str(model), output, config(**settings), report=events.append)
+    _, events = quantize_with_events(model, output, **settings)
     return [(event.code, event.message) for event in events if isinstance(event, Warned)]
 
 

@@ -290,21 +290,35 @@ def test_a_linear_called_twice_is_replayed_with_both_inputs(
     assert torch.allclose(solver.seen[1][1], sum(x.T @ x for x in lasts), rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        ((4, 1_000), 4),
+        ((4, 1_001), 3),
+        ((5, 1_000), 4),
+        ((5, 1_000, 2), 2),
+        ((5, 4_001), 0),
+        ((2, 2_000), 2),
+        ((7, 0), 7),
+    ],
+)
 def test_paused_batches_fill_half_of_free_memory_at_most(
-    monkeypatch: pytest.MonkeyPatch,
+    wanted: tuple[int, ...], expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda _device: 8_000)
+    assert PauseBudget(Memory(CPU), ignore).n_paused(*wanted) == expected
+
+
+def test_a_lack_of_memory_for_paused_batches_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "free_bytes", lambda _device: 8_000)
     events: list[Event] = []
     budget = PauseBudget(Memory(CPU), events.append)
     assert budget.n_paused(4, 1_000) == 4
     assert events == []
-    assert budget.n_paused(4, 1_001) == 3
-    assert budget.n_paused(5, 1_000) == 4
-    assert budget.n_paused(5, 1_000, 2) == 2
-    assert budget.n_paused(5, 4_001) == 0
-    assert [event.code for event in events if isinstance(event, Warned)] == ["W_MEM_REPLAY"]
-    assert budget.n_paused(2, 2_000) == 2
-    assert budget.n_paused(7, 0) == 7
+    assert [budget.n_paused(4, 1_001), budget.n_paused(5, 1_000)] == [3, 4]
+    assert [budget.n_paused(5, 1_000, 2), budget.n_paused(5, 4_001)] == [2, 0]
+    assert warnings(events) == ["W_MEM_REPLAY"]
+    assert [budget.n_paused(2, 2_000), budget.n_paused(7, 0)] == [2, 7]
 
 
 def test_paused_threads_count_with_their_worker_threads(monkeypatch: pytest.MonkeyPatch) -> None:

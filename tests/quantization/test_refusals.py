@@ -15,14 +15,13 @@ from torch import nn
 from gptq_cli.checkpoint.verify import verify_checkpoint
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import ConfigError, ExistsError, InputError, ResourceError
-from gptq_cli.events import Event, Warned
 from gptq_cli.models.skeleton import outside_linears
 from gptq_cli.planning.checks import check_memory
 from gptq_cli.planning.estimate import Limit, estimate_memory
 from gptq_cli.planning.plan import check_shared, plan_run
 from gptq_cli.quantization.run import quantize_checkpoint
 from tests.families import save_model
-from tests.runs import config, digest, quantize
+from tests.runs import config, digest, messages, quantize, quantize_with_events
 
 ATTENTION = "model.layers[.][0-9]+[.]self_attn"
 
@@ -320,22 +319,16 @@ def test_a_model_that_does_not_exist_is_refused(tmp_path: Path) -> None:
 
 
 def test_raised_damping_is_reported_with_the_value_used(tmp_path: Path) -> None:
-    events: list[Event] = []
-    settings = config(preset="gptq", damp_percent=1e-9, nsamples=1, batch_size=1, seqlen=16)
-    result = quantize_checkpoint(
-        str(save_model(tmp_path / "model")), tmp_path / "out", settings, report=events.append
+    settings = {"damp_percent": 1e-9, "nsamples": 1, "batch_size": 1, "seqlen": 16}
+    result, events = quantize_with_events(
+        save_model(tmp_path / "model"), tmp_path / "out", preset="gptq", **settings
     )
     raised = [layer for layer in result.layers if layer.damp_retries]
     assert raised
     assert all(
         layer.damp_percent == pytest.approx(1e-9 * 4**layer.damp_retries) for layer in result.layers
     )
-    warnings = [
-        event.message
-        for event in events
-        if isinstance(event, Warned) and event.code == "W_NUM_DAMPING"
-    ]
-    for layer, text in zip(raised, warnings, strict=True):
+    for layer, text in zip(raised, messages(events, "W_NUM_DAMPING"), strict=True):
         assert f"`{layer.name}`: damp_percent was raised to {layer.damp_percent:g}" in text
 
 

@@ -28,7 +28,7 @@ from gptq_cli.runtime.ranks import Ranks, Worker
 from gptq_cli.solver.hessian import HessianAccumulator
 from tests.architectures import build
 from tests.families import save, save_model
-from tests.runs import digest
+from tests.runs import digest, messages
 from tests.tiny import Case
 
 pytestmark = pytest.mark.usefixtures("nothing_hangs_or_leaks")
@@ -91,11 +91,7 @@ class Shortage:
 
     @property
     def warnings(self) -> list[str]:
-        return [
-            event.message
-            for event in self.events
-            if isinstance(event, Warned) and event.code == "W_OOM_RETRY"
-        ]
+        return messages(self.events, "W_OOM_RETRY")
 
 
 def watched(site: str, shortage: Shortage, patch: pytest.MonkeyPatch) -> None:
@@ -226,8 +222,9 @@ def test_a_shortage_warns_with_flags_that_avoid_it(
     watched("the unquantized twin", shortage, monkeypatch)
     case.run(tmp_path / "out", report=shortage, **SETTINGS)
     assert shortage.warnings == [
-        "out of memory in `model.layers.1`, which runs again with less: no batch pauses inside it, and half as "
-        f"many inside later blocks; a smaller --max-ram pauses fewer batches from the start ({OUT_OF_MEMORY})"
+        "out of memory in `model.layers.1`, which runs again with less: "
+        "no batch pauses inside it, and half as many inside later blocks; "
+        f"a smaller --max-ram pauses fewer batches from the start ({OUT_OF_MEMORY})"
     ]
     gpu = torch.device("cuda", 0)
     assert block_loop._advice(Memory(gpu, 2**30)) == "a larger --max-vram avoids it"

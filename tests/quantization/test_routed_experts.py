@@ -1,9 +1,10 @@
-"""Mixtures of experts end to end, against a slow reference that routes in the whole transformers model."""
+"""Mixtures of experts end to end; a slow reference routes in the whole transformers model."""
 
 from __future__ import annotations
 
 import json
 import re
+from itertools import product
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -14,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from gptq_cli.checkpoint.headers import TensorInfo
 from gptq_cli.checkpoint.source import open_checkpoint
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import ConfigError, GateError, InputError
-from gptq_cli.events import Event, Warned
 from gptq_cli.models.experts import Routed
 from gptq_cli.quantization.routed_experts import RoutedInputs
 from gptq_cli.quantization.run import quantize_checkpoint
@@ -26,39 +27,42 @@ from gptq_cli.solver.hessian import HessianAccumulator
 from tests.families import random_model, save_tokenizer
 from tests.models.test_experts import mixtral_experts, separated
 from tests.reference import follow, gptq
-from tests.runs import calibration_ids, config, digest, quantize, reader
+from tests.runs import (
+    calibration_ids,
+    config,
+    digest,
+    messages,
+    quantize,
+    quantize_with_events,
+    reader,
+)
 
 N_EXPERTS, IDLE = 5, 4
 NAMES = {  # of an expert's gate, up and down in the checkpoint
     "mixtral": ("model.layers.{}.block_sparse_moe.experts.{}.w{}", (1, 3, 2)),
     "qwen3_moe": ("model.layers.{}.mlp.experts.{}.{}_proj", ("gate", "up", "down")),
 }
-SEEDS = {
-    "gpt_oss": 1
-}  # where no value lies between two codes: one that falls the other way changes what follows
-STACKED = {
-    "gpt_oss": ("model.layers.{}.mlp.experts.{}.{}_proj", ("gate", "up", "down"))
-}  # turned, interleaved, biases
+# With this seed no value lies between two codes; a different rounding would change later layers.
+SEEDS = {"gpt_oss": 1}
+# These experts are transposed and interleaved, and have biases.
+STACKED = {"gpt_oss": ("model.layers.{}.mlp.experts.{}.{}_proj", ("gate", "up", "down"))}
 ATTENTION = [["q_proj", "k_proj", "v_proj"], ["o_proj"]]
 
 
 def save_mixture(directory: Path, family: str, *, idle: bool = False, **changes: object) -> Path:
-    """A tiny mixture; `idle`: in both blocks nothing is ever sent to the last expert."""
+    """Save a tiny mixture; if `idle`, the routers of both blocks never choose the last expert."""
     model = random_model(family, **changes)
     for block in model.model.layers if idle else ():
         rows = block.mlp.gate.weight.data
-        rows[1], rows[3], rows[IDLE] = (
-            -rows[0],
-            -rows[2],
-            0,
-        )  # of a, -a, b, -b and 0 the two largest are never 0
+        # The logits are a, -a, b, -b and 0; the two largest of these are never 0.
+        rows[1], rows[3], rows[IDLE] = -rows[0], -rows[2], 0
     model.save_pretrained(directory)
     save_tokenizer(directory)
     return directory
 
 
 def seen_by(whole: PreTrainedModel, path: str, windows: Tensor) -> tuple[Tensor, ...]:
-    """What module `path` is called with."""
+    """Return the arguments of the call of module `path`."""
     calls: list[tuple[Tensor, ...]] = []
     hook = whole.get_submodule(path).register_forward_pre_hook(lambda _, args: calls.append(args))
     with torch.no_grad():
@@ -68,17 +72,16 @@ def seen_by(whole: PreTrainedModel, path: str, windows: Tensor) -> tuple[Tensor,
 
 
 def matrices(experts: nn.Module, number: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Views [O, I] of the gate, up and down of one expert."""
+    """Return views [O, I] of the gate, up and down of one expert."""
     gate_up, down = experts.gate_up_proj.data[number], experts.down_proj.data[number]
-    return (
-        (gate_up[:, ::2].T, gate_up[:, 1::2].T, down.T)
-        if biased(experts)
-        else (*gate_up.chunk(2), down)
-    )
+    if biased(experts):
+        return gate_up[:, ::2].T, gate_up[:, 1::2].T, down.T
+    gate, up = gate_up.chunk(2)
+    return gate, up, down
 
 
 def between(experts: nn.Module, number: int, tokens: Tensor) -> Tensor:
-    """What one expert gives to its down_proj."""
+    """Return the inputs of the down_proj of one expert."""
     gate_up = experts.gate_up_proj[number]
     if biased(experts):
         return experts._apply_gate(tokens @ gate_up + experts.gate_up_proj_bias[number])
@@ -93,13 +96,10 @@ def biased(experts: nn.Module) -> bool:
 def slow_codes(
     model: Path, family: str, windows: Tensor, settings: QuantizeConfig
 ) -> dict[str, Tensor]:
-    """Codes of every layer, by running the whole model anew for each stage and each expert's down_proj."""
-    whole, untouched = (
-        AutoModelForCausalLM.from_pretrained(
-            model, dtype=torch.float32, experts_implementation="eager"
-        ).eval()
-        for _ in range(2)
-    )
+    """Return the codes of every layer; each stage and each down_proj runs the whole model anew."""
+    options = {"dtype": torch.float32, "experts_implementation": "eager"}
+    whole = AutoModelForCausalLM.from_pretrained(model, **options).eval()
+    untouched = AutoModelForCausalLM.from_pretrained(model, **options).eval()
     codes = {}
     pattern, parts = (NAMES | STACKED)[family]
 
@@ -115,16 +115,14 @@ def slow_codes(
     for block in range(2):
         for stage in ATTENTION:
             paths = [f"model.layers.{block}.self_attn.{leaf}" for leaf in stage]
-            tokens, originals = (
-                seen_by(way, paths[0], windows)[0].flatten(0, 1) for way in (whole, untouched)
-            )
+            tokens = seen_by(whole, paths[0], windows)[0].flatten(0, 1)
+            originals = seen_by(untouched, paths[0], windows)[0].flatten(0, 1)
             for path in paths:
                 solve(path, whole.get_submodule(path).weight.data, tokens, originals)
         path = f"model.layers.{block}.mlp.experts"
         experts = whole.get_submodule(path)
-        (hidden, chosen, _), (before, _, _) = (
-            seen_by(way, path, windows) for way in (whole, untouched)
-        )
+        hidden, chosen, _ = seen_by(whole, path, windows)
+        before, _, _ = seen_by(untouched, path, windows)
         for number in range(N_EXPERTS):
             mine = [token for token in range(len(hidden)) if number in chosen[token].tolist()]
             *halves, down = matrices(experts, number)
@@ -167,6 +165,13 @@ def test_an_expert_without_tokens_stops_the_run_by_default(family: str, tmp_path
     assert "--moe-uncovered rtn or all-tokens" in (caught.value.hint or "")
 
 
+def rounded_codes(model: Path, layer: str, settings: QuantizeConfig) -> Tensor:
+    """Return the codes of a layer without tokens: its Hessian is the identity."""
+    weight = load_file(model / "model.safetensors")[f"{layer}.weight"]
+    identity = torch.eye(weight.shape[1], dtype=torch.float64)
+    return gptq(weight, identity, settings.base, 1).codes
+
+
 @pytest.mark.parametrize("family", NAMES)
 def test_moe_uncovered_rounds_an_idle_expert_or_uses_all_tokens(
     family: str, tmp_path: Path
@@ -178,23 +183,17 @@ def test_moe_uncovered_rounds_an_idle_expert_or_uses_all_tokens(
     pattern, parts = NAMES[family]
     for part in parts:
         idle, busy = (pattern.format(1, number, part) for number in (IDLE, 0))
-        assert torch.equal(
-            reader(rounded).linear(busy).codes, reader(calibrated).linear(busy).codes
-        )
-        weight = load_file(model / "model.safetensors")[f"{idle}.weight"]
-        alone = gptq(
-            weight, torch.eye(weight.shape[1], dtype=torch.float64), config(**plain).base, 1
-        )
-        assert torch.equal(reader(rounded).linear(idle).codes, alone.codes)
-        assert not torch.equal(reader(calibrated).linear(idle).codes, alone.codes)
+        without, with_tokens = reader(rounded), reader(calibrated)
+        assert torch.equal(without.linear(busy).codes, with_tokens.linear(busy).codes)
+        alone = rounded_codes(model, idle, config(**plain))
+        assert torch.equal(without.linear(idle).codes, alone)
+        assert not torch.equal(with_tokens.linear(idle).codes, alone)
         tokens = {layer.name: layer.tokens for layer in other.layers}
         assert tokens[idle] == other.tokens
         assert {layer.name: layer.tokens for layer in result.layers}[idle] == 0
     assert [layer.uncovered for layer in result.experts] == [(IDLE,), (IDLE,)]
-    assert [
-        layer["min_tokens"]
-        for layer in json.loads(json.dumps(result.to_json(), default=str))["experts"]
-    ] == [0, 0]
+    content = json.loads(json.dumps(result.to_json(), default=str))
+    assert [layer["min_tokens"] for layer in content["experts"]] == [0, 0]
 
 
 def test_an_expert_without_tokens_has_no_original_to_follow(tmp_path: Path) -> None:
@@ -202,23 +201,18 @@ def test_an_expert_without_tokens_has_no_original_to_follow(tmp_path: Path) -> N
     plain = {"preset": "gptq", "act_group_aware": False, "moe_uncovered": "rtn"}
     output, _ = quantize(tmp_path, model, asymmetric_calibration=0.75, **plain)
     pattern, parts = NAMES["qwen3_moe"]
-    for name in (pattern.format(block, IDLE, part) for block in range(2) for part in parts):
-        weight = load_file(model / "model.safetensors")[f"{name}.weight"]
-        alone = gptq(
-            weight, torch.eye(weight.shape[1], dtype=torch.float64), config(**plain).base, 1
-        )
-        assert torch.equal(reader(output).linear(name).codes, alone.codes)
+    for block, part in product(range(2), parts):
+        name = pattern.format(block, IDLE, part)
+        alone = rounded_codes(model, name, config(**plain))
+        assert torch.equal(reader(output).linear(name).codes, alone)
 
 
 def test_a_token_of_another_original_expert_stands_for_itself() -> None:
-    """Where tokens come in rows of each expert, a row of zeros is no token but one that was sent elsewhere."""
+    """If tokens come in rows of each expert, a row of zeros stands for a token of other experts."""
     ways = [separated(mixtral_experts()) for _ in range(2)]
     ways[1][2].up_proj.weight.data.mul_(1.1)
-    sent = [
-        ({0, 2}, {0, 1}),
-        ({1}, {1}),
-        ({0, 1, 2}, set()),
-    ]  # of three tokens, to expert 2, on both ways, by batch
+    # For each batch of three tokens: the tokens of expert 2 in the quantized and original model.
+    sent: list[tuple[set[int], set[int]]] = [({0, 2}, {0, 1}), ({1}, {1}), ({0, 1, 2}, set())]
     inputs, pairs = RoutedInputs("experts", ways), []
     for number, tokens in enumerate(sent):
         batch = []
@@ -228,26 +222,23 @@ def test_a_token_of_another_original_expert_stands_for_itself() -> None:
             batch.append(Routed(hidden.reshape(12, 32)))
         inputs.add(number, *batch)
         first, other = (routed.hidden.view(4, 3, 32)[2] for routed in batch)
-        pairs += [
-            (first[token], (other if token in tokens[1] else first)[token])
-            for token in sorted(tokens[0])
-        ]
+        for token in sorted(tokens[0]):
+            original = other[token] if token in tokens[1] else first[token]
+            pairs.append((first[token], original))
     rows = inputs.rows()[2]
     assert [mine.tolist() for mine in rows] == [[6, 8], [7], [6, 7, 8]]
     for down in (False, True):
         if down:
             pairs = [
-                tuple(way.intermediate(2, x[None])[0] for way, x in zip(ways, pair, strict=True))
-                for pair in pairs
+                (ways[0].intermediate(2, x[None])[0], ways[1].intermediate(2, old[None])[0])
+                for x, old in pairs
             ]
         hessian = inputs.hessian(2, rows, torch.device("cpu"), down=down)
-        expected = [
-            sum(torch.outer(x, x) for x, _ in pairs),
-            sum(torch.outer(old - x, x) for x, old in pairs),
-        ]
+        square = sum(torch.outer(x, x) for x, _ in pairs)
+        shift = sum(torch.outer(old - x, x) for x, old in pairs)
         assert hessian.shift is not None
-        assert torch.allclose(hessian.hessian, expected[0], atol=1e-4)
-        assert torch.allclose(hessian.shift, expected[1], atol=1e-4)
+        assert torch.allclose(hessian.hessian, square, atol=1e-4)
+        assert torch.allclose(hessian.shift, shift, atol=1e-4)
         assert hessian.tokens == 6
 
 
@@ -302,6 +293,10 @@ def test_down_proj_sees_original_inputs_without_true_sequential(
     )
 
 
+def bytes_of(tensor: TensorInfo) -> bytes:
+    return tensor.file.read_bytes()[tensor.start : tensor.start + tensor.nbytes]
+
+
 def test_shards_ties_and_extra_tensors_pass_through(tmp_path: Path) -> None:
     model = tmp_path / "model"
     random_model("qwen3_moe", tie_word_embeddings=True).save_pretrained(
@@ -323,16 +318,10 @@ def test_shards_ties_and_extra_tensors_pass_through(tmp_path: Path) -> None:
     written, source = open_checkpoint(output), open_checkpoint(model)
     kept = {name for name in source.tensors if name in written.tensors}
     assert set(extra) < kept
-    assert {name for name in kept if "mlp" in name} == {
-        next(iter(extra)), "model.layers.0.mlp.gate.weight", "model.layers.1.mlp.gate.weight",
-    }  # fmt: skip
+    routers = {f"model.layers.{block}.mlp.gate.weight" for block in range(2)}
+    assert {name for name in kept if "mlp" in name} == {next(iter(extra)), *routers}
     for name in kept:
-        before, after = source.tensors[name], written.tensors[name]
-        read = [
-            info.file.read_bytes()[info.start : info.start + info.nbytes]
-            for info in (before, after)
-        ]
-        assert read[0] == read[1], name
+        assert bytes_of(written.tensors[name]) == bytes_of(source.tensors[name]), name
 
 
 def test_experts_stored_in_one_tensor_are_written_one_by_one(tmp_path: Path) -> None:
@@ -340,13 +329,10 @@ def test_experts_stored_in_one_tensor_are_written_one_by_one(tmp_path: Path) -> 
     output, result = quantize(tmp_path, model)
     names = {layer.name for layer in result.layers}
     assert "model.layers.1.feed_forward.experts.4.gate_proj" in names
-    assert not any(
-        name.endswith(("gate_up_proj", "experts.down_proj"))
-        for name in open_checkpoint(output).tensors
-    )
-    stack = load_file(model / "model.safetensors")[
-        "model.layers.1.feed_forward.experts.gate_up_proj"
-    ]
+    for name in open_checkpoint(output).tensors:
+        assert not name.endswith(("gate_up_proj", "experts.down_proj"))
+    tensors = load_file(model / "model.safetensors")
+    stack = tensors["model.layers.1.feed_forward.experts.gate_up_proj"]
     near = reader(output).read("model.layers.1.feed_forward.experts.3.up_proj.weight")
     assert (near - stack[3, :, 128:].T).norm() < 0.2 * stack[3, :, 128:].norm()
     with pytest.raises(ConfigError, match="holds all experts in one tensor") as caught:
@@ -356,40 +342,27 @@ def test_experts_stored_in_one_tensor_are_written_one_by_one(tmp_path: Path) -> 
 
 def test_rules_that_split_the_experts_of_a_layer_cause_a_warning(tmp_path: Path) -> None:
     model = save_mixture(tmp_path / "model", "qwen3_moe")
-    events: list[Event] = []
     rule = r"+:model\.layers\.1\.mlp\.experts\.2\."
-    settings = config(preset="gptq", dynamic={rule: {"bits": 8}})
-    result = quantize_checkpoint(str(model), tmp_path / "out", settings, report=events.append)
+    settings = {"preset": "gptq", "dynamic": {rule: {"bits": 8}}}
+    result, events = quantize_with_events(model, tmp_path / "out", **settings)
     assert result.split_experts == ("model.layers.1.mlp.experts",)
-    warned = [
-        event for event in events if isinstance(event, Warned) and event.code == "W_CFG_EXPERTS"
-    ]
-    assert [event.message for event in warned] == [
+    assert messages(events, "W_CFG_EXPERTS") == [
         "the experts of `model.layers.1.mlp.experts` differ in settings: not loaded by vllm, sglang"
     ]
 
 
-@pytest.mark.filterwarnings("ignore")  # what transformers says about its own models is not at stake
+@pytest.mark.filterwarnings("ignore")  # the warnings of transformers do not matter here
 def test_experts_with_biases_cause_a_warning(tmp_path: Path) -> None:
-    events: list[Event] = []
     model = save_mixture(tmp_path / "model", "gpt_oss", num_hidden_layers=1)
-    quantize_checkpoint(str(model), tmp_path / "out", config(preset="fast"), report=events.append)
-    warned = [
-        event for event in events if isinstance(event, Warned) and event.code == "W_ARCH_EXPERTS"
+    _, events = quantize_with_events(model, tmp_path / "out", preset="fast")
+    experts = "model.layers.0.mlp.experts"
+    assert messages(events, "W_ARCH_EXPERTS") == [
+        f"the experts of `{experts}` have biases: "
+        "no engine is known to load them quantized, `gptq eval-ppl` does"
     ]
-    assert [event.message for event in warned] == [
-        "the experts of `model.layers.0.mlp.experts` have biases: no engine is known to load them quantized, "
-        "`gptq eval-ppl` does"
-    ]
-    written = open_checkpoint(tmp_path / "out").tensors
-    assert {
-        "model.layers.0.mlp.experts.gate_up_proj_bias",
-        "model.layers.0.mlp.experts.4.up_proj.qweight",
-    } < set(written)
-    assert not {
-        "model.layers.0.mlp.experts.gate_up_proj",
-        "model.layers.0.mlp.experts.down_proj",
-    } & set(written)
+    written = set(open_checkpoint(tmp_path / "out").tensors)
+    assert {f"{experts}.gate_up_proj_bias", f"{experts}.4.up_proj.qweight"} < written
+    assert not {f"{experts}.gate_up_proj", f"{experts}.down_proj"} & written
 
 
 def test_a_checkpoint_that_lacks_an_expert_is_refused(tmp_path: Path) -> None:
@@ -409,8 +382,8 @@ def test_the_config_lists_kept_routers_and_experts(tmp_path: Path) -> None:
     output, result = quantize(
         tmp_path, model, preset="gptq", dynamic={r"-:model\.layers\.1\.mlp\.experts": {}}
     )
-    told = json.loads((output / "config.json").read_text())["quantization_config"]
-    patterns = [rule.removeprefix("-:") for rule in told["dynamic"]]
+    described = json.loads((output / "config.json").read_text())["quantization_config"]
+    patterns = [rule.removeprefix("-:") for rule in described["dynamic"]]
 
     def skipped(name: str) -> bool:
         return any(re.match(pattern, name) for pattern in patterns)
@@ -418,9 +391,7 @@ def test_the_config_lists_kept_routers_and_experts(tmp_path: Path) -> None:
     assert skipped("model.layers.1.mlp.experts")
     assert skipped("model.layers.1.mlp.experts.3.gate_proj")
     assert skipped("model.layers.0.mlp.gate")
-    assert not any(
-        skipped(f"model.layers.0.mlp.{name}")
-        for name in ("experts", "experts.3.gate_proj", "gate_up_proj")
-    )
-    assert "modules_in_block_to_quantize" not in told
+    for name in ("experts", "experts.3.gate_proj", "gate_up_proj"):
+        assert not skipped(f"model.layers.0.mlp.{name}")
+    assert "modules_in_block_to_quantize" not in described
     assert [layer.name for layer in result.experts] == ["model.layers.0.mlp.experts"]

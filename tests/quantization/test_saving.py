@@ -1,4 +1,4 @@
-"""Blocks are saved when that takes little of the time; whichever are, what is gone on with writes the same."""
+"""Blocks are saved if a save takes little time; a resumed run writes the same for any saves."""
 
 from __future__ import annotations
 
@@ -9,28 +9,22 @@ from typing import Any
 
 import pytest
 
-from gptq_cli.events import BlockFinished, BlockStarted, Event, LayerStarted, PhaseStarted, Warned
+from gptq_cli.events import BlockFinished, BlockStarted, Event, LayerStarted, PhaseStarted
 from gptq_cli.quantization import resume
 from gptq_cli.quantization.run_state import SavingTimes
 from tests.disks import CountingDisk, DyingDisk, Killed, using
 from tests.families import save_model
-from tests.runs import digest
+from tests.runs import digest, messages
 from tests.tiny import SMALL, WORK, Case, kill_after_block
 
 BLOCKS = 5
 KILLS = 7  # every so many operations
-MANNERS = [
-    (),
-    (1,),
-    (0, 2),
-    (1, 2, 3),
-    (0, 1, 2, 3),
-]  # after which of the blocks it is time to save
+SAVED_BLOCKS = [(), (1,), (0, 2), (1, 2, 3), (0, 1, 2, 3)]
 
 
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    """A model of five blocks and a head, and what comes of it if all are saved."""
+    """Return a model of five blocks and a head with its output if all blocks are saved."""
     tmp_path = tmp_path_factory.mktemp("deep")
     plain = Case(save_model(tmp_path / "model", **(SMALL | {"num_hidden_layers": BLOCKS})), {}, [])
     operations = counted(plain, tmp_path / "out")
@@ -39,7 +33,7 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 @pytest.fixture
 def saved_after(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Has every run from now on save after blocks of these numbers only, the last one not counted."""
+    """Return a function that limits the saves of later runs to the given blocks and the last."""
 
     def only(*blocks: int) -> None:
         def is_due(self: SavingTimes, nbytes: int) -> bool:
@@ -54,7 +48,7 @@ def saved_after(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def counted(case: Case, output: Path, **changes: object) -> list[str]:
-    """The operations on the disk that a run takes."""
+    """Run, and return the operations on the disk."""
     disk = CountingDisk()
     with using(disk):
         case.run(output, **changes)
@@ -62,12 +56,11 @@ def counted(case: Case, output: Path, **changes: object) -> list[str]:
 
 
 def journal(tmp_path: Path) -> list[int]:
+    """Return the numbers of the saved blocks."""
     file = tmp_path / WORK / "journal.jsonl"
-    return (
-        [json.loads(line)["block"] for line in file.read_text().splitlines()]
-        if file.exists()
-        else []
-    )
+    if not file.exists():
+        return []
+    return [json.loads(line)["block"] for line in file.read_text().splitlines()]
 
 
 def ticking(*times: float) -> Any:
@@ -79,18 +72,15 @@ def test_a_save_is_due_if_it_takes_a_twentieth_of_the_time() -> None:
     times = SavingTimes(now=ticking(100.0, 119.0, 120.0, 121.0, 140.0, 141.0, 141.0))
     assert [times.is_due(gigabyte), times.is_due(gigabyte)] == [False, True]
     times.saved()
-    assert [times.is_due(gigabyte), times.is_due(gigabyte), times.is_due(2 * gigabyte)] == [
-        False,
-        True,
-        False,
-    ]
+    due = [times.is_due(gigabyte), times.is_due(gigabyte), times.is_due(2 * gigabyte)]
+    assert due == [False, True, False]
 
 
 def test_a_save_is_always_due_with_a_time_limit() -> None:
     assert SavingTimes(always=True, now=ticking(0.0)).is_due(10**15)
 
 
-@pytest.mark.parametrize("blocks", MANNERS, ids=str)
+@pytest.mark.parametrize("blocks", SAVED_BLOCKS, ids=str)
 def test_a_run_resumes_after_the_last_saved_block(
     blocks: tuple[int, ...], deep: Case, tmp_path: Path, saved_after: Any
 ) -> None:
@@ -126,10 +116,10 @@ def test_a_rerun_after_any_kill_writes_the_same_for_any_saves(
 
 
 @pytest.mark.parametrize(
-    ("blocks", "gone_back_to"), [((0, 2), 1), ((1,), 0), ((0, 1, 3), 2), ((1, 2), 2)], ids=str
+    ("blocks", "resumed_after"), [((0, 2), 1), ((1,), 0), ((0, 1, 3), 2), ((1, 2), 2)], ids=str
 )
 def test_damaged_states_resume_from_the_save_before(
-    blocks: tuple[int, ...], gone_back_to: int, deep: Case, tmp_path: Path, saved_after: Any
+    blocks: tuple[int, ...], resumed_after: int, deep: Case, tmp_path: Path, saved_after: Any
 ) -> None:
     output = tmp_path / "out"
     saved_after(*blocks)
@@ -137,15 +127,10 @@ def test_damaged_states_resume_from_the_save_before(
     states = tmp_path / WORK / f"hidden-{(len(blocks) - 1) % 2}"
     states.write_bytes(states.read_bytes()[:-1] + b"?")
     events: list[Event] = []
-    assert deep.run(output, report=events.append).resumed_blocks == gone_back_to
-    (warned,) = [
-        event.message
-        for event in events
-        if isinstance(event, Warned) and event.code == "W_RESUME_DAMAGED"
-    ]
-    assert warned.startswith(
-        f"the hidden states after block {blocks[-1]} are not as they were written"
-    )
+    assert deep.run(output, report=events.append).resumed_blocks == resumed_after
+    (warned,) = messages(events, "W_RESUME_DAMAGED")
+    expected = f"the hidden states after block {blocks[-1]} are not as they were written"
+    assert warned.startswith(expected)
     assert digest(output) == deep.tree
 
 
@@ -190,20 +175,10 @@ def test_every_block_is_saved_after_a_memory_shortage(
     saved_after(0)
     with pytest.raises(Killed):
         deep.run(tmp_path / "out", report=run_out_once_and_end)
-    assert [event.index for event in events if isinstance(event, BlockStarted)] == [
-        0,
-        1,
-        2,
-        1,
-        2,
-        3,
-    ]
-    (said,) = [
-        event.message
-        for event in events
-        if isinstance(event, Warned) and event.code == "W_OOM_RETRY"
-    ]
-    assert said.startswith("out of memory in `model.layers.1`, which runs again with less")
+    started = [event.index for event in events if isinstance(event, BlockStarted)]
+    assert started == [0, 1, 2, 1, 2, 3]
+    (warned,) = messages(events, "W_OOM_RETRY")
+    assert warned.startswith("out of memory in `model.layers.1`, which runs again with less")
     assert journal(tmp_path) == [0, 1, 2, 3]
     deep.run(tmp_path / "out")
     assert digest(tmp_path / "out") == deep.tree
