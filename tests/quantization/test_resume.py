@@ -155,7 +155,7 @@ def test_changed_texts_under_the_same_name_are_another_run(case: Case, tmp_path:
         case.run(output, dataset=str(text), report=killer(0))
     text.write_text("two " * 400)
     with pytest.raises(
-        ExistsError, match=r"holds 1 finished blocks .*differs: calibration_sha256 was"
+        ExistsError, match=r"holds 1 finished blocks .*other settings: calibration_sha256 was"
     ):
         case.run(output, dataset=str(text))
 
@@ -168,7 +168,9 @@ def test_changed_weights_under_the_same_name_are_another_run(case: Case, tmp_pat
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    with pytest.raises(ExistsError, match=r"differs: source\.files\.model\.safetensors was"):
+    with pytest.raises(
+        ExistsError, match=r"with other settings: source\.files\.model\.safetensors was"
+    ):
         other.run(output)
 
 
