@@ -1,4 +1,4 @@
-"""Converted and dequantized checkpoints hold the same numbers in another form, and all else byte for byte."""
+"""Converted and dequantized checkpoints change the form of the numbers, but no other byte."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from typer.testing import CliRunner
@@ -21,12 +23,12 @@ from gptq_cli.checkpoint.verify import verify_checkpoint
 from gptq_cli.cli.app import app
 from gptq_cli.config.resolve import resolve
 from gptq_cli.errors import ConfigError, ExistsError, InputError
-from gptq_cli.events import Event, Warned
+from gptq_cli.events import Event
 from gptq_cli.inspection.compare import compare_checkpoints
 from gptq_cli.inspection.convert import convert_checkpoint, dequantize_checkpoint
 from gptq_cli.quantization.run import quantize_checkpoint
 from tests.families import FAMILIES, save_model
-from tests.runs import config, digest, quantize, reader
+from tests.runs import config, digest, messages, quantize, reader
 
 GPT2: dict[str, object] = {
     "n_embd": 64,
@@ -47,6 +49,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("rewrite") / "model", dtype=torch.bfloat16)
 
 
+def json_of(folder: Path, name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / name).read_text())
+    return content
+
+
+def nibbles(words: Tensor) -> Tensor:
+    """Return the eight numbers of 4 bits of each word of 32 bits."""
+    return torch.stack([(words >> shift) & 15 for shift in range(0, 32, 4)])
+
+
 @pytest.mark.parametrize(
     ("sym", "first", "second"), [(True, "gptq", "gptq_v2"), (False, "gptq_v2", "gptq")]
 )
@@ -62,20 +74,16 @@ def test_converting_only_shifts_zero_points_by_one(
     for name in before:
         if not name.endswith("qzeros"):
             assert torch.equal(before[name], after[name])
-    words = zip(
-        *(t["model.layers.0.mlp.up_proj.qzeros"].flatten().tolist() for t in (before, after)),
-        strict=True,
+    old, new = (
+        nibbles(tensors["model.layers.0.mlp.up_proj.qzeros"]) for tensors in (before, after)
     )
-    for one, other in words:  # 4 bits: eight zero points a word
-        nibbles = [(((one >> 4 * i) & 15) + step, (other >> 4 * i) & 15) for i in range(8)]
-        assert all(expected == got for expected, got in nibbles)
+    assert torch.equal(new, old + step)
     for name in reader(source).names():
         assert torch.equal(reader(source).read(name), reader(there).read(name))
     convert_checkpoint(str(there), back, first)
     original, converted = digest(source), digest(back)
-    assert original.pop("gptq_manifest.json") != converted.pop(
-        "gptq_manifest.json"
-    )  # how each was made
+    # The manifests differ, because they record how each checkpoint was made.
+    assert original.pop("gptq_manifest.json") != converted.pop("gptq_manifest.json")
     assert converted == original
 
 
@@ -83,15 +91,15 @@ def test_converted_settings_change_only_the_format(model: Path, tmp_path: Path) 
     source, _ = quantize(tmp_path, model)
     (source / "gptq_manifest.json").write_text("{}")
     convert_checkpoint(str(source), tmp_path / "v2", "gptq_v2")
-    for file, place in (("config.json", "quantization_config"), ("quantize_config.json", None)):
-        old, new = (json.loads((folder / file).read_text()) for folder in (source, tmp_path / "v2"))
-        old, new = (old[place], new[place]) if place else (old, new)
-        assert new == old | {"checkpoint_format": "gptq_v2", "format": "gptq_v2"}
+    changed = {"checkpoint_format": "gptq_v2", "format": "gptq_v2"}
+    old, new = (json_of(folder, "quantize_config.json") for folder in (source, tmp_path / "v2"))
+    assert new == old | changed
+    old, new = (json_of(folder, "config.json") for folder in (source, tmp_path / "v2"))
+    assert new["quantization_config"] == old["quantization_config"] | changed
     assert resolve({}, {}, tmp_path / "v2" / "gptq_config.yaml").config.format == "gptq_v2"
     assert verify_checkpoint(tmp_path / "v2", full=True).ok  # with a manifest of its own
-    assert (tmp_path / "v2" / "tokenizer.json").read_bytes() == (
-        model / "tokenizer.json"
-    ).read_bytes()
+    tokenizer = (model / "tokenizer.json").read_bytes()
+    assert (tmp_path / "v2" / "tokenizer.json").read_bytes() == tokenizer
 
 
 def test_a_zero_point_of_zero_does_not_fit_the_gptq_format(model: Path, tmp_path: Path) -> None:
@@ -125,41 +133,53 @@ def test_impossible_conversions_are_refused(model: Path, tmp_path: Path) -> None
     assert not (tmp_path / "out").exists()
 
 
-def test_dequantized_weights_equal_those_the_model_computes_with(
-    model: Path, tmp_path: Path
-) -> None:
+@pytest.fixture(scope="module")
+def packed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Quantize the model with its head to 8 bits and keep each v_proj."""
     rules = {r".*k_proj": {"bits": 4}, r"-:.*v_proj": {}}
-    source, _ = quantize(tmp_path, model, bits=8, dynamic=rules, lm_head=True)
-    plain = tmp_path / "plain"
-    found = dequantize_checkpoint(str(source), plain)
-    assert found.layers == 3 * 6 + 1
-    tensors, original = (
-        load_file(plain / "model.safetensors"),
-        load_file(model / "model.safetensors"),
-    )
-    assert {name: (t.shape, t.dtype) for name, t in tensors.items()} == {
-        name: (t.shape, t.dtype) for name, t in original.items()
-    }
+    folder = tmp_path_factory.mktemp("packed")
+    return quantize(folder, model, bits=8, dynamic=rules, lm_head=True)[0]
+
+
+@pytest.fixture(scope="module")
+def dequantized(packed: Path) -> Path:
+    output = packed.parent / "plain"
+    assert dequantize_checkpoint(str(packed), output).layers == 3 * 6 + 1
+    return output
+
+
+def test_dequantized_weights_equal_the_decoded_weights(
+    model: Path, packed: Path, dequantized: Path
+) -> None:
+    tensors = load_file(dequantized / "model.safetensors")
+    original = load_file(model / "model.safetensors")
+    assert set(tensors) == set(original)
     for name, tensor in tensors.items():
-        assert torch.equal(tensor, reader(source).read(name).bfloat16())
+        assert (tensor.shape, tensor.dtype) == (original[name].shape, original[name].dtype)
+        assert torch.equal(tensor, reader(packed).read(name).bfloat16())
     kept = "model.layers.2.self_attn.v_proj.weight"
     assert torch.equal(tensors[kept], original[kept])
     assert not torch.equal(tensors["lm_head.weight"], original["lm_head.weight"])
-    config = json.loads((plain / "config.json").read_text())
-    assert "quantization_config" not in config
-    assert config == json.loads((model / "config.json").read_text()) | {
-        "tie_word_embeddings": False
-    }
-    assert not {"quantize_config.json", "gptq_config.yaml"} & {
-        path.name for path in plain.iterdir()
-    }
+
+
+def test_a_dequantized_config_declares_no_quantization(model: Path, dequantized: Path) -> None:
+    found = json_of(dequantized, "config.json")
+    assert "quantization_config" not in found
+    assert found == json_of(model, "config.json") | {"tie_word_embeddings": False}
+    assert not (dequantized / "quantize_config.json").exists()
+    assert not (dequantized / "gptq_config.yaml").exists()
+
+
+def test_transformers_computes_with_the_dequantized_weights(
+    model: Path, packed: Path, dequantized: Path
+) -> None:
     truth = AutoModelForCausalLM.from_pretrained(model)
-    truth.load_state_dict({name: reader(source).read(name).bfloat16() for name in tensors})
+    names = load_file(dequantized / "model.safetensors")
+    truth.load_state_dict({name: reader(packed).read(name).bfloat16() for name in names})
+    found = AutoModelForCausalLM.from_pretrained(dequantized)
     ids = torch.arange(20)[None]
     with torch.inference_mode():
-        assert torch.equal(
-            AutoModelForCausalLM.from_pretrained(plain)(ids).logits, truth(ids).logits
-        )
+        assert torch.equal(found(ids).logits, truth(ids).logits)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
@@ -168,11 +188,10 @@ def test_a_dtype_applies_to_all_floats(dtype: str, model: Path, tmp_path: Path) 
     dequantize_checkpoint(str(source), tmp_path / "plain", dtype)
     tensors = load_file(tmp_path / "plain" / "model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {getattr(torch, dtype)}
-    assert json.loads((tmp_path / "plain" / "config.json").read_text())["dtype"] == dtype
-    norm = "model.layers.0.input_layernorm.weight"
-    assert torch.equal(
-        tensors[norm], load_file(model / "model.safetensors")[norm].to(getattr(torch, dtype))
-    )
+    assert json_of(tmp_path / "plain", "config.json")["dtype"] == dtype
+    name = "model.layers.0.input_layernorm.weight"
+    expected = load_file(model / "model.safetensors")[name].to(getattr(torch, dtype))
+    assert torch.equal(tensors[name], expected)
 
 
 def test_weights_that_a_dtype_cannot_hold_are_refused(model: Path, tmp_path: Path) -> None:
@@ -196,27 +215,19 @@ def test_transposed_linears_are_dequantized_transposed(
     dequantize_checkpoint(str(source), tmp_path / "plain")
     found = compare_checkpoints(str(tmp_path / "plain"), str(model))
     assert {tensor.name for tensor in found.tensors} == set(open_checkpoint(model).tensors)
-    assert all(
-        tensor.relative_error < 1e-3 for tensor in found.tensors
-    )  # c_proj is square: shapes alone do not tell
+    # c_proj is square, so its shape does not reveal its orientation.
+    assert all(tensor.relative_error < 1e-3 for tensor in found.tensors)
     packed = compare_checkpoints(str(source), str(model))
     assert packed.tensors == found.tensors
 
 
 def test_transposed_model_types_equal_those_of_transformers() -> None:
     folder = Path(transformers.__file__).parent / "models"
-    sources = [
-        text
-        for file in folder.glob("*/modeling_*.py")
-        if re.search(r"\bConv1D\(", text := file.read_text())
-    ]
+    texts = [file.read_text() for file in folder.glob("*/modeling_*.py")]
+    sources = "\n".join(text for text in texts if re.search(r"\bConv1D\(", text))
     assert sources
-    found = {
-        kind
-        for kind, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()
-        if any(f"class {name}(" in text for text in sources)
-    }
-    assert found == TRANSPOSED
+    names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()
+    assert {kind for kind, name in names if f"class {name}(" in sources} == TRANSPOSED
 
 
 def test_checkpoints_differ_as_their_weights_differ(model: Path, tmp_path: Path) -> None:
@@ -253,10 +264,10 @@ def test_a_rewritten_checkpoint_may_be_replaced(command: str, model: Path, tmp_p
     source, _ = quantize(tmp_path, model)
     output = tmp_path / "out"
 
-    def rewrite(**manner: bool) -> object:
+    def rewrite(**options: bool) -> object:
         if command == "convert":
-            return convert_checkpoint(str(source), output, "gptq_v2", **manner)
-        return dequantize_checkpoint(str(source), output, **manner)
+            return convert_checkpoint(str(source), output, "gptq_v2", **options)
+        return dequantize_checkpoint(str(source), output, **options)
 
     rewrite()
     first = digest(output)
@@ -275,13 +286,9 @@ def test_a_call_removes_remains_of_a_killed_equal_call(
     command: str, model: Path, tmp_path: Path
 ) -> None:
     source, _ = quantize(tmp_path, model)
-    words = [
-        command,
-        str(source),
-        *(["--to", "gptq_v2"] if command == "convert" else []),
-        "-o",
-        str(tmp_path / "out"),
-    ]
+    words = [command, str(source), "-o", str(tmp_path / "out")]
+    if command == "convert":
+        words += ["--to", "gptq_v2"]
     assert CliRunner().invoke(app, words).exit_code == 0
     work = tmp_path / ".out.gptq-work"
     (work / "out").mkdir(parents=True, mode=0o700)
@@ -324,12 +331,9 @@ def test_an_old_output_that_remains_is_a_warning_each_time(
             )
         else:
             convert_checkpoint(str(source), output, "gptq_v2", overwrite=True, report=events.append)
-        told = [
-            event for event in events if isinstance(event, Warned) and event.code == "W_OUT_LEFT"
-        ]
-        assert [event.message for event in told] == [
-            f"`{tmp_path}/.out.gptq-work` holds files of the old `{output}` that could not be removed: "
-            "fixed/file: gptq has not written it"
+        assert messages(events, "W_OUT_LEFT") == [
+            f"`{tmp_path}/.out.gptq-work` holds files of the old `{output}` "
+            "that could not be removed: fixed/file: gptq has not written it"
         ]
         assert verify_checkpoint(output, full=True).ok
     assert [path.read_text() for path in (tmp_path / ".out.gptq-work").rglob("file")] == ["x"]

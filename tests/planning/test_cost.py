@@ -1,8 +1,9 @@
-"""The cost of a run on several devices, against counts written out by hand, and the rates of this device."""
+"""The cost of a run on several devices against counts by hand, and the rates of this device."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.planning.estimate import (
     Calibration,
     Rates,
+    Term,
     estimate_memory,
     estimate_seconds,
     expert_cost,
@@ -33,45 +35,42 @@ TEXT = Calibration(tokens=100, experts_per_token=2, batches=8, state_bytes=3)
 
 
 def linear(name: str, rows: int, columns: int, settings: LayerConfig | None) -> LayerPlan:
-    return LayerPlan(
-        name,
-        0,
-        rows,
-        columns,
-        settings,
-        "",
-        TensorInfo(name, "F32", (rows, columns), Path("x"), 0, 0),
-    )
+    weight = TensorInfo(name, "F32", (rows, columns), Path("x"), 0, 0)
+    return LayerPlan(name, 0, rows, columns, settings, "", weight)
 
 
 PLAIN = LayerConfig()
 
 
-def test_ranks_share_dense_work_except_the_factor() -> None:
-    layers = [
-        linear("a.q_proj", 8192, 12, PLAIN),
-        linear("a.k_proj", 8192, 12, PLAIN),
-        linear("a.kept", 5, 6, None),
-    ]
-    one = estimate_seconds(layers, TEXT, 1, 7, ONE)
+DENSE = [
+    linear("a.q_proj", 8192, 12, PLAIN),
+    linear("a.k_proj", 8192, 12, PLAIN),
+    linear("a.kept", 5, 6, None),
+]
+
+
+def test_one_device_does_all_dense_work() -> None:
+    one = estimate_seconds(DENSE, TEXT, 1, 7, ONE)
     assert one.forward == 16384 * 12 * 100 + 5 * 6 * 100
     assert one.hessian == pytest.approx(9 / 16 * 100 * 12**2)
     assert one.factor == 12**3 / 6
     assert one.solve == 1.5 * 16384 * 12**2 + 16384 * 12
     assert (one.network, one.reading) == (0, 7)
-    four = estimate_seconds(layers, TEXT, 4, 7, ONE)
-    assert (four.forward, four.hessian, four.factor) == (
-        one.forward / 4,
-        one.hessian / 4,
-        one.factor,
-    )
+
+
+def test_ranks_share_dense_work_except_the_factor() -> None:
+    one, four = (estimate_seconds(DENSE, TEXT, devices, 7, ONE) for devices in (1, 4))
+    assert (four.forward, four.hessian) == (one.forward / 4, one.hessian / 4)
+    assert four.factor == one.factor
     assert four.solve == one.solve / 4  # four parts of 4096 rows
     assert four.network == pytest.approx(0.75 * (16384 * 12 + 2 * 9 / 16 * 4 * 12**2))
-    three = estimate_seconds(layers, TEXT, 3, 7, ONE)
+    shared = four.forward + four.hessian + four.factor + four.solve
+    assert four.total == pytest.approx(shared + four.network)
+
+
+def test_the_largest_share_of_uneven_work_counts() -> None:
+    one, three = (estimate_seconds(DENSE, TEXT, devices, 7, ONE) for devices in (1, 3))
     assert (three.forward, three.solve) == (one.forward * 3 / 8, one.solve / 2)
-    assert four.total == pytest.approx(
-        four.forward + four.hessian + four.factor + four.solve + four.network
-    )
 
 
 @pytest.mark.parametrize("order", [1, -1])
@@ -88,11 +87,8 @@ def test_ranks_take_whole_experts_with_their_share_of_tokens() -> None:
     one, four = (estimate_seconds(layers, TEXT, devices, 0, ONE) for devices in (1, 4))
     assert one.forward == 8 * 16 * 12 * 100 * 2 / 8
     assert one.factor == 8 * 12**3 / 6
-    assert (four.factor, four.solve, four.hessian) == (
-        one.factor / 4,
-        one.solve / 4,
-        one.hessian / 4,
-    )
+    shares = (four.factor, four.solve, four.hessian)
+    assert shares == (one.factor / 4, one.solve / 4, one.hessian / 4)
     assert four.network == pytest.approx(0.75 * (8 * 16 * 12 + 100 * 3))
 
 
@@ -103,11 +99,10 @@ def test_refinement_and_asymmetric_calibration_cost_more() -> None:
     assert solve_cost(plain) == 1.5 * 16 * 12**2
     assert solve_cost(refined) == solve_cost(plain) + 5 * 16 * 12**2
     assert solve_cost(followed) == solve_cost(plain) + 16 * 12**2
-    assert expert_cost([plain], 10) == 10 * 16 * 12 + 9 / 16 * 10 * 12**2 + 12**3 / 6 + solve_cost(
-        plain
-    )
-    ways = [estimate_seconds([layer], TEXT, 1, 0, ONE).forward for layer in (plain, followed)]
-    assert ways[1] == 2 * ways[0]
+    other_work = 10 * 16 * 12 + 9 / 16 * 10 * 12**2 + 12**3 / 6
+    assert expert_cost([plain], 10) == other_work + solve_cost(plain)
+    one_model = estimate_seconds([plain], TEXT, 1, 0, ONE).forward
+    assert estimate_seconds([followed], TEXT, 1, 0, ONE).forward == 2 * one_model
 
 
 @pytest.mark.parametrize(
@@ -131,20 +126,21 @@ def test_the_disk_of_an_absent_file_has_no_rate(tmp_path: Path) -> None:
     assert seconds.reading == 0
 
 
+def nbytes_of(terms: Sequence[Term]) -> dict[str, int]:
+    return {term.what: term.nbytes for term in terms}
+
+
 def test_each_of_several_devices_holds_its_share_of_the_states(tmp_path: Path) -> None:
     settings: QuantizeConfig = config(nsamples=8, batch_size=1)
     plan = plan_run(save_model(tmp_path / "dense"), settings)
-    one, four = (
-        {term.what: term.nbytes for term in estimate_memory(plan, settings, devices).cpu}
-        for devices in (1, 4)
-    )
+    one = nbytes_of(estimate_memory(plan, settings, 1).cpu)
+    four = nbytes_of(estimate_memory(plan, settings, 4).cpu)
     assert four["hidden states"] == one["hidden states"] / 4
     assert four["waiting batches"] == one["waiting batches"] / 4
     assert four["block"] == one["block"]
     assert four["solver"] <= one["solver"]
     mixture = plan_run(save_mixture(tmp_path / "mixture", "qwen3_moe"), settings)
-    terms = {term.what: term.nbytes for term in estimate_memory(mixture, settings, 4).accelerator}
+    alone, shared = (estimate_memory(mixture, settings, devices) for devices in (1, 4))
+    terms = nbytes_of(shared.accelerator)
     assert terms["experts' inputs"] == 4 * terms["hidden states"]
-    assert total(estimate_memory(mixture, settings, 4).cpu) < total(
-        estimate_memory(mixture, settings, 1).cpu
-    ) + sum(terms.values())
+    assert total(shared.cpu) < total(alone.cpu) + sum(terms.values())

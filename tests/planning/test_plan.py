@@ -1,10 +1,11 @@
-"""What a plan promises from headers alone is what a run then writes."""
+"""A plan from headers alone predicts the files of the run exactly."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -57,11 +58,8 @@ def planned_files(model: Path, **changes: object) -> dict[str, int]:
             {},
             {"bits": 8, "sym": False, "dynamic": {r"-:.*\.1\.mlp": {}, r".*q_proj": {"bits": 2}}},
         ),
-        (
-            "qwen3",
-            {"max_shard_size": "100KB"},
-            {"bits": 4, "lm_head": True},
-        ),  # tied: the head is written beside it
+        # The head is tied to the embeddings and written beside them.
+        ("qwen3", {"max_shard_size": "100KB"}, {"bits": 4, "lm_head": True}),
         ("qwen3", {}, {"bits": 4}),
         ("gpt2", {}, {"bits": 4, "group_size": -1}),  # stored [I, O]
     ],
@@ -118,34 +116,27 @@ def test_similar_layers_share_a_row_and_rows_sum_to_all_bytes(tmp_path: Path) ->
 def test_the_memory_estimate_is_the_sum_of_documented_terms(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", dtype=torch.bfloat16)
     plan = plan_run(model, config(nsamples=6, seqlen=64))
-    terms = {
-        term.what: term.nbytes for term in estimate_memory(plan, config(nsamples=6, seqlen=64)).cpu
-    }
+    estimate = estimate_memory(plan, config(nsamples=6, seqlen=64))
+    terms = {term.what: term.nbytes for term in estimate.cpu}
     tokens = 6 * 64
     block = 64 * (128 + 64 + 64) + 128 * 64 + 3 * 64 * 128
     assert terms["hidden states"] == tokens * 64 * 2
     assert terms["waiting batches"] == tokens * (2 * 64 + 128) * 2
     assert terms["block"] == block * 2
     assert terms["solver"] == 2 * 128**2 * 4 + 64 * 128 * (3 * 4 + 2 + 2 + 1) + 4 * 64 * 128 * 4
-    replayed = estimate_memory(
-        plan, config(nsamples=6, seqlen=64, batch_size=2, true_sequential=False)
-    )
-    assert {t.what: t.nbytes for t in replayed.cpu}["waiting batches"] == 2 * 64 * (
-        2 * 64 + 128
-    ) * 2
+    settings = config(nsamples=6, seqlen=64, batch_size=2, true_sequential=False)
+    replayed = estimate_memory(plan, settings)
+    terms = {term.what: term.nbytes for term in replayed.cpu}
+    assert terms["waiting batches"] == 2 * 64 * (2 * 64 + 128) * 2
     assert total(replayed.accelerator) < total(replayed.cpu)
 
 
 def test_the_estimate_limits_windows_to_the_models_positions(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     plan = plan_run(model, config())
-    bounded, said = (
-        QuantizeConfig(bits=4, nsamples=2, batch_size=2),
-        config(seqlen=128, nsamples=2, batch_size=2),
-    )
-    assert (
-        estimate_memory(plan, bounded).cpu == estimate_memory(plan, said).cpu
-    )  # the model has 128 positions
+    limited = QuantizeConfig(bits=4, nsamples=2, batch_size=2)
+    given = config(seqlen=128, nsamples=2, batch_size=2)  # the model has 128 positions
+    assert estimate_memory(plan, limited).cpu == estimate_memory(plan, given).cpu
     with pytest.raises(ConfigError) as caught:
         estimate_memory(plan, config(seqlen=129))
     assert caught.value.code == "E_CFG_SEQLEN"
@@ -225,9 +216,8 @@ def test_rows_of_one_kind_of_layer_are_adjacent(tmp_path: Path) -> None:
     plan = plan_run(model, config(dynamic={r"+:.*\.0\.mlp\.(down|up)_proj": {"bits": 8}}))
     names = [row.name for row in plan_rows(plan)[0]]
     assert len(names) > len(set(names))
-    assert [
-        name for name, after in zip(names, [*names[1:], None], strict=True) if name != after
-    ] == list(dict.fromkeys(names))
+    in_order = [name for name, _ in groupby(names)]
+    assert in_order == list(dict.fromkeys(names))
 
 
 def test_a_plan_needs_neither_torch_nor_numpy(tmp_path: Path) -> None:

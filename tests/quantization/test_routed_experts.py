@@ -358,7 +358,7 @@ def test_experts_with_biases_cause_a_warning(tmp_path: Path) -> None:
     experts = "model.layers.0.mlp.experts"
     assert messages(events, "W_ARCH_EXPERTS") == [
         f"the experts of `{experts}` have biases: "
-        "no engine is known to load them quantized, `gptq eval-ppl` does"
+        "no engine is known to load them quantized, but `gptq eval-ppl` does"
     ]
     written = set(open_checkpoint(tmp_path / "out").tensors)
     assert {f"{experts}.gate_up_proj_bias", f"{experts}.4.up_proj.qweight"} < written

@@ -1,6 +1,6 @@
-"""Runs on a device that is simulated: the same bytes as on the CPU, and what the host waits for.
+"""Runs on a simulated device write the bytes of the CPU; the tests count the waits of the host.
 
-Kernels are left out: what is compiled for a GPU cannot be simulated.
+Kernels are absent, because code that is compiled for a GPU cannot be simulated.
 """
 
 from __future__ import annotations
@@ -29,12 +29,8 @@ from tests.simulated_gpu import SimulatedGpu, simulated_gpu
 pytestmark = pytest.mark.skipif(
     torch.version.cuda is not None, reason="torch has a device of its own"
 )
-BLOCKS, BATCHES, LINEARS, INPUTS = (
-    2,
-    2,
-    7,
-    4,
-)  # of the runs below; linears and inputs of a block of Llama
+BLOCKS, BATCHES = 2, 2  # of the runs below
+LINEARS, INPUTS = 7, 4  # of a block of Llama
 SETTINGS = {"nsamples": 4, "batch_size": 2, "moe_uncovered": "rtn"}
 
 
@@ -56,12 +52,8 @@ def written(directory: Path) -> str:
 @pytest.mark.usefixtures("gpu")
 def test_the_present_device_is_named_as_its_tensors_name_it() -> None:
     device = resolve_device("auto")
-    assert (
-        device
-        == resolve_device("cuda")
-        == resolve_device("cuda:0")
-        == torch.zeros(1, device=device).device
-    )
+    assert resolve_device("cuda") == resolve_device("cuda:0") == device
+    assert torch.zeros(1, device=device).device == device
     states = HiddenStates([torch.zeros(2, 3, device=device)], Memory(device)).copy()
     assert states.stored[0].device == device
 
@@ -127,12 +119,10 @@ def test_the_host_waits_once_or_twice_for_all_experts_of_a_batch(
         str(model), tmp_path / "gpu", config(preset="fast", device="cuda", **SETTINGS)
     )
     assert written(tmp_path / "gpu") == written(tmp_path / "cpu")
-    forwards = (
-        BLOCKS * BATCHES + 2
-    )  # of the first block two more, to see what it returns and which stages it has
-    assert waits(gpu, "models.experts", "models.stages") == each * (BLOCKS * BATCHES + forwards), (
-        gpu.waits
-    )
+    # The first block runs twice more, to reveal its result and its stages.
+    forwards = BLOCKS * BATCHES + 2
+    found = waits(gpu, "models.experts", "models.stages")
+    assert found == each * (BLOCKS * BATCHES + forwards), gpu.waits
 
 
 def test_a_run_with_states_on_the_host_resumes_and_evaluates(
@@ -142,18 +132,15 @@ def test_a_run_with_states_on_the_host_resumes_and_evaluates(
         if isinstance(event, BlockFinished):
             raise PausedError("E_PAUSED", "one block is enough")
 
-    model, settings = (
-        str(save_model(tmp_path / "model", num_hidden_layers=BLOCKS)),
-        config(preset="fast", **SETTINGS),
-    )
+    model = str(save_model(tmp_path / "model", num_hidden_layers=BLOCKS))
+    settings = config(preset="fast", **SETTINGS)
     quantize_checkpoint(model, tmp_path / "cpu", settings)
     monkeypatch.setattr(open_model, "DEVICE_SHARE", 10**9)
     settings = settings.model_copy(update={"device": "cuda"})
     with pytest.raises(PausedError):
         quantize_checkpoint(model, tmp_path / "gpu", settings, report=stop)
-    assert (
-        waits(gpu, "runtime.open_model") >= 2 * BATCHES
-    )  # to pinned memory and, after the block, back to it
+    # Each batch waits for pinned memory before the block and after it.
+    assert waits(gpu, "runtime.open_model") >= 2 * BATCHES
     assert quantize_checkpoint(model, tmp_path / "gpu", settings).resumed_blocks == 1
     assert waits(gpu, "runtime.open_model.<lambda>: to the device") == 0, gpu.waits
     assert written(tmp_path / "gpu") == written(tmp_path / "cpu")

@@ -1,4 +1,4 @@
-"""States between blocks, wherever they are kept; torch's meta device plays another one than that at work."""
+"""Hidden states stay on the device that keeps them; the meta device of torch stands for one."""
 
 from __future__ import annotations
 

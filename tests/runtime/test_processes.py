@@ -1,4 +1,4 @@
-"""The processes of `--devices`: how one end becomes that of all, where they meet, whose modules they load."""
+"""The processes of `--devices`: their common end, their meeting place, their modules."""
 
 from __future__ import annotations
 
@@ -29,6 +29,10 @@ from gptq_cli.runtime.processes import (
 from gptq_cli.runtime.ranks import _give, _take
 
 HERE = Path.cwd()
+# The process that reported nothing ends before the process with an error of its own.
+SLOW_ERROR = (
+    "signal.signal(15, signal.SIG_IGN); time.sleep([1.5, 0.7][rank]); sys.exit([4, 76][rank])"
+)
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
@@ -54,7 +58,8 @@ def test_a_process_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(processes, "PATIENCE", 0.5)
     scripted(
         monkeypatch,
-        "signal.signal(15, signal.SIG_IGN); time.sleep(60) if rank else (time.sleep(0.5), sys.exit(5))",
+        "signal.signal(15, signal.SIG_IGN); "
+        "time.sleep(60) if rank else (time.sleep(0.5), sys.exit(5))",
     )
     assert Processes(2).run(HERE, local_environment()) == [5, -signal.SIGKILL]
 
@@ -90,10 +95,7 @@ def test_an_unreported_signal_is_reported(monkeypatch: pytest.MonkeyPatch) -> No
     ("script", "code"),
     [
         ("sys.exit([76, 3][rank])", 3),
-        (
-            "signal.signal(15, signal.SIG_IGN); time.sleep([1.5, 0.7][rank]); sys.exit([4, 76][rank])",
-            4,
-        ),
+        (SLOW_ERROR, 4),
         ("sys.exit(0)", 0),
         ("os.kill(os.getpid(), 9) if rank else time.sleep(60)", ResourceError.exit_code),
     ],
@@ -111,8 +113,11 @@ def test_the_exit_code_comes_from_the_process_that_reported(
 def test_processes_meet_in_a_directory_of_their_own(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    scripted(monkeypatch, "store = os.environ['_GPTQ_STORE']; mode = os.stat(os.path.dirname(store)).st_mode; "
-                "print(store, mode, sep='\\n', end='', file=open(str(rank), 'w'))")  # fmt: skip
+    scripted(
+        monkeypatch,
+        "store = os.environ['_GPTQ_STORE']; mode = os.stat(os.path.dirname(store)).st_mode; "
+        "print(store, mode, sep='\\n', end='', file=open(str(rank), 'w'))",
+    )
     Processes(2).run(tmp_path, local_environment())
     (first, mode), (second, _) = ((tmp_path / name).read_text().split("\n") for name in "01")
     assert first == second
@@ -135,12 +140,9 @@ def test_the_error_without_a_meeting_place_names_the_variable(
 
 
 def test_the_environment_always_names_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {
-        "GLOO_SOCKET_IFNAME": "eth0",
-        "NCCL_SOCKET_IFNAME": "eth",
-        "NCCL_COMM_ID": "10.0.0.1:5",
-    }.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth")
+    monkeypatch.setenv("NCCL_COMM_ID", "10.0.0.1:5")
     environment = local_environment()
     assert (environment["GLOO_SOCKET_IFNAME"], environment["NCCL_SOCKET_IFNAME"]) == ("lo", "=lo")
     assert "NCCL_COMM_ID" not in environment
@@ -247,6 +249,7 @@ def test_a_directory_named_in_pythonpath_is_used(tmp_path: Path) -> None:
 
 
 def test_a_removed_current_directory_is_no_failure(tmp_path: Path) -> None:
-    command = f"mkdir {tmp_path}/gone && cd {tmp_path}/gone && rmdir ../gone && exec {sys.executable} -m gptq_cli --version"
+    command = f"mkdir {tmp_path}/gone && cd {tmp_path}/gone && rmdir ../gone && "
+    command += f"exec {sys.executable} -m gptq_cli --version"
     found = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert (found.returncode, found.stderr) == (0, "")
