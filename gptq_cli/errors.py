@@ -104,13 +104,13 @@ class GptqError(Exception):
 
 
 class ConfigError(GptqError):
-    """The flags or the configuration file are wrong; nothing was read or written."""
+    """The flags or the configuration file are wrong, or do not fit the model."""
 
     exit_code = 2
 
 
 class InputError(GptqError):
-    """The model, tokenizer or dataset was refused."""
+    """The model, the tokenizer, the dataset or the device was refused."""
 
     exit_code = 3
 
@@ -122,7 +122,7 @@ class GateError(GptqError):
 
 
 class ResourceError(GptqError):
-    """Memory, disk or a device is missing: provide it and run the command again."""
+    """Memory, disk or another process is missing: provide it and run the command again."""
 
     exit_code = 5
 

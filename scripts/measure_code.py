@@ -34,7 +34,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "gptq_cli"
 DEMO = ROOT / "scripts" / "demo"
 MODEL = DEMO / "model"
-SOLVER = "solve.py"  # holds the loop over columns
+SOLVER = "solve.py"
+COLUMN_LOOP = "_round_one_by_one"  # of SOLVER, on the CPU
 LOOP = "quantize_blocks"  # the function that holds the loop over blocks
 COUNTED = ("plan_checkpoint", "open_checkpoint", "choose")
 LONGEST_LINE = 100
@@ -207,7 +208,7 @@ class Trace:
             return  # of the output, which is read back before it is published
         if code.co_name in COUNTED:
             self.calls[code.co_name] += 1
-        if Path(file).name == SOLVER:
+        if Path(file).name == SOLVER and code.co_name == COLUMN_LOOP:
             stack = self._stack(frame)
             if len(stack) > len(self.deepest):
                 self.deepest = stack

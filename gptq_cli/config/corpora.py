@@ -11,7 +11,12 @@ PARAGRAPH = "\n\n"
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """The rows of a Hub dataset for one purpose; `limit` counts documents, None means all."""
+    """The rows of a Hub dataset for one purpose, as a paper reads them.
+
+    `file` names one file of the dataset; None means all files of `split`. For evaluation the first
+    `limit` documents are joined with `join`, and the first `max_windows` windows count; None means
+    all.
+    """
 
     split: str
     file: str | None = None
@@ -22,7 +27,11 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """A Hub dataset that has a short name; with `stream` its rows are read on demand."""
+    """A Hub dataset that has a short name.
+
+    `config` is the configuration of the dataset on the Hub, None if there is one only. With
+    `stream` rows are read on demand.
+    """
 
     repo: str
     config: str | None

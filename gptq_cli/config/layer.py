@@ -238,19 +238,26 @@ def pattern_of(rule: str) -> str:
     return rule
 
 
-def keeping(names: Iterable[str], *, in_all_blocks: bool = False) -> tuple[str, str]:
+class KeepRule(NamedTuple):
+    """A `-:` rule, and the command-line option that gives it."""
+
+    rule: str
+    option: str
+
+
+def keeping(names: Iterable[str], *, in_all_blocks: bool = False) -> KeepRule:
     """Return a rule that keeps layers and those that engines fuse with them, and its option.
 
     With `in_all_blocks` each number inside the names stands for all numbers.
 
-    >>> keeping(["model.layers.3.mlp.down_proj"])[1]
+    >>> keeping(["model.layers.3.mlp.down_proj"]).option
     "--dynamic '-:model[.]layers[.]3[.]mlp[.]down_proj$'"
-    >>> keeping(["m.0.k_proj", "m.1.k_proj"], in_all_blocks=True)[0]
+    >>> keeping(["m.0.k_proj", "m.1.k_proj"], in_all_blocks=True).rule
     '-:m[.][0-9]+[.](k_proj|q_proj|v_proj)$'
     """
     patterns = [_pattern_for(name, in_all_blocks=in_all_blocks) for name in names]
     rule = f"{KEEP}{_any_of(dict.fromkeys(patterns))}$"
-    return rule, f"--dynamic {shlex.quote(rule)}"
+    return KeepRule(rule, f"--dynamic {shlex.quote(rule)}")
 
 
 def _pattern_for(name: str, *, in_all_blocks: bool) -> str:

@@ -112,13 +112,13 @@ def _plan(
     blocks, weights = find_block_linears(tensors, model)
     check_claims(source)
 
-    chooser = _Chooser(source, plain, blocks, config, model, choices)
-    layers = chooser.plan_layers(weights, _find_routers(tensors, blocks))
+    planner = _LayerPlanner(source, plain, blocks, config, model, choices)
+    layers = planner.plan_layers(weights, _find_routers(tensors, blocks))
     plain = _as_kept(plain, layers)
     if model is not None:
         _check_found(layers, model.linears)
     if config.lm_head:
-        layers.append(chooser.plan_head(_head_weight(source, plain)))
+        layers.append(planner.plan_head(_head_weight(source, plain)))
 
     names_are_known = model is not None or not _has_stacks(plain, blocks)
     _check_layers(layers, config, names_are_known=names_are_known)
@@ -126,7 +126,7 @@ def _plan(
         source=source,
         plain=plain,
         blocks=blocks,
-        n_blocks=chooser.n_blocks,
+        n_blocks=planner.n_blocks,
         layers=tuple(layers),
         layout=_lay_out(plain, layers, config.max_shard_bytes),
         unused=tuple(unused),
@@ -247,7 +247,7 @@ def _place_in_blocks(name: str, blocks: str) -> tuple[int, str]:
 # ---------------------------------------------------------------- settings of each layer
 
 
-class _Chooser:
+class _LayerPlanner:
     """Chooses the settings of each linear layer of one source; asks the rules once for a name."""
 
     def __init__(
@@ -393,7 +393,7 @@ def _check_rules(config: QuantizeConfig, layers: Sequence[LayerPlan]) -> None:
     names = [layer.name for layer in layers]
     problems = []
     for rule in unmatched_rules(config.dynamic, names):
-        _, example = keeping([min(names)], in_all_blocks=True)
+        example = keeping([min(names)], in_all_blocks=True).option
         hint = f"rules match from the start of the full name, for example {example}"
         problems.append(Problem("E_CFG_NO_MATCH", f"rule {rule!r} matches no layer", hint))
     problems = problems or _unmatched_modules(config, names)

@@ -54,17 +54,18 @@ def quantize_blocks(run: Run) -> None:
     InputError E_ARCH if the model never calls a planned layer; ResourceError E_OOM; PausedError.
     """
     stream, solver = run.stream, LayerSolver(run)
-    states = embed(run)
-    for index in range(run.saved.restore(stream, states), stream.n_blocks):
+    states = embed(run)  # also if the run resumes: it records how the model calls its blocks
+    n_finished = run.saved.restore(stream, states)
+    for index in range(n_finished, stream.n_blocks):
         started = time.perf_counter()
         run.report(BlockStarted(index, stream.n_blocks, stream.block_name(index)))
         run.limits.check_time_for_block()
         with stream.block(index) as block, block_forwards(block, states, run) as forwards:
-            for (
-                together
-            ) in forwards.stages:  # later stages see the quantized weights of earlier ones
+            # Later stages see the quantized weights of earlier ones,
+            for together in forwards.stages:
                 quantize_stages(together, forwards, solver)
-            forwards.finish()  # the next block sees the outputs of the quantized one
+            # and the next block sees the outputs of the quantized one.
+            forwards.finish()
         run.saved.finished(index, stream, states)
         done = block_finished(index, stream, started)
         run.report(done)
@@ -99,9 +100,11 @@ def gather_inputs(
     """Return what each stage sees over this process's batches: a Hessian, or inputs of experts."""
     gathered = {stage: _nothing_seen(stage, forwards, run) for stage in together}
     for batch, seen in forwards.inputs(together):
-        for calls in zip(*seen, strict=True):  # the same call in each of the forwards
-            stage = calls[0][0]
-            gathered[stage].add(batch, *(inputs for _, inputs in calls))
+        # `seen` has the calls of each passage; the passages make the same calls in the same order.
+        for same_call in zip(*seen, strict=True):
+            stage = same_call[0][0]
+            inputs = [call[1] for call in same_call]
+            gathered[stage].add(batch, *inputs)
     return gathered
 
 
@@ -146,6 +149,10 @@ class Forwards:
 
     The first of `passages` is the quantized model. If there is a second one, it is the unquantized
     model. `stages` lists the stages in order; stages in one list are solved with the same forward.
+
+    For a block of Llama, a passage has the seven linears of the block and one forward for each
+    batch, and the stages are [[q, k, v]], [[o]], [[gate, up]], [[down]]. With a mixture of experts
+    the passage calls the experts as one module, which is a stage of its own.
     """
 
     passages: Sequence[Passage]
@@ -159,7 +166,7 @@ class Forwards:
     def inputs(self, together: Sequence[Stage]) -> Iterator[tuple[int, Sequence[StageInputs]]]:
         """Yield the number of each batch and the inputs of the stages, one entry per passage."""
         of_batches = zip(*(passage.inputs(together) for passage in self.passages), strict=True)
-        yield from enumerate(of_batches, self.passages[0].first)
+        yield from enumerate(of_batches, self.passages[0].first_batch)
 
     def finish(self) -> None:
         """Run every batch to the end of the block; its output replaces its hidden states."""
@@ -180,7 +187,7 @@ def block_forwards(
     for original in states[1:]:
         passages.append(Passage.through(block.unquantized_copy(), original, run.layers))
     first = passages[0]
-    probe = run.prober(block.module, block.called, first.runs[0])
+    probe = run.prober(block.module, block.called, first.forwards[0])
     stages = probe.stages(first.called)
     _check_reached(first.called, stages)
     if not run.config.true_sequential:
@@ -202,9 +209,9 @@ def head_forwards(states: Sequence[HiddenStates], run: Run) -> Iterator[Forwards
     with run.stream.head() as logits:
         passages = []
         for hidden in states:
-            mine = run.batches[hidden.first : hidden.first + len(hidden)]
-            runs = [partial(_head, logits, ids, hidden, number) for number, ids in enumerate(mine)]
-            passages.append(Passage(linears, linears, runs, hidden))
+            mine = run.batches[hidden.first_batch : hidden.first_batch + len(hidden)]
+            forwards = [partial(_head, logits, ids, hidden, n) for n, ids in enumerate(mine)]
+            passages.append(Passage(linears, linears, forwards, hidden))
         yield Forwards(passages, [[Stage((HEAD,), 1)]])
 
 
@@ -225,7 +232,7 @@ def _check_reached(linears: Mapping[str, nn.Module], stages: Sequence[Stage]) ->
         "E_ARCH",
         f"the model's forward never calls {len(names)} linears of the block, so they cannot be "
         f"calibrated, first `{names[0]}`",
-        hint=f"keep them: {keeping(names, in_all_blocks=True)[1]}",
+        hint=f"keep them: {keeping(names, in_all_blocks=True).option}",
     )
 
 
@@ -233,18 +240,19 @@ class Passage:
     """One forward for each batch of `hidden`, through a block or what follows the blocks.
 
     `linears` are the planned linears by name. `called` is what the forward itself calls: these
-    linears, but a mixture of experts as a whole. `runs` start the forward of each batch anew.
+    linears, but a mixture of experts as a whole. Each of `forwards` runs one batch from the start.
     """
 
     def __init__(
         self,
         linears: Mapping[str, nn.Module],
         called: Mapping[str, nn.Module],
-        runs: Sequence[Callable[[], State]],
+        forwards: Sequence[Callable[[], State]],
         hidden: HiddenStates,
     ) -> None:
-        self.linears, self.called, self.runs, self._hidden = linears, called, runs, hidden
-        self.first = hidden.first
+        self.linears, self.called = linears, called
+        self.forwards, self._hidden = forwards, hidden
+        self.first_batch = hidden.first_batch
         self._paused: PausedForwards | None = None
         self._n_paused = 0
 
@@ -257,14 +265,14 @@ class Passage:
         for name, module in block.called.items():
             if planned.intersection(module.modules()):
                 called[name] = module
-        runs = [partial(_run, block, hidden, batch) for batch in range(len(hidden))]
-        return cls(linears, called, runs, hidden)
+        forwards = [partial(_forward, block, hidden, batch) for batch in range(len(hidden))]
+        return cls(linears, called, forwards, hidden)
 
     @contextmanager
     def paused(self, stages: Sequence[Stage], n_batches: int) -> Iterator[None]:
         """Pause the forwards of the first `n_batches` batches at each of `stages`."""
-        with pause_forwards(stages, self.called, self.runs[:n_batches]) as self._paused:
-            self._n_paused = n_batches
+        with pause_forwards(stages, self.called, self.forwards[:n_batches]) as paused:
+            self._paused, self._n_paused = paused, n_batches
             yield
 
     def inputs(self, together: Sequence[Stage]) -> Iterator[StageInputs]:
@@ -273,31 +281,31 @@ class Passage:
             (stage,) = together
             for seen in self._paused.reach(stage):
                 yield [(stage, seen)]
-        for run in self.runs[self._n_paused :]:
-            yield _watched(together, self.called, run)
+        for forward in self.forwards[self._n_paused :]:
+            yield _watched(together, self.called, forward)
 
     def finish(self) -> None:
         """Run every batch to its end; its output replaces its hidden states."""
         if self._paused is not None:
             for batch, output in enumerate(self._paused.finish()):
                 self._hidden[batch] = output
-        for batch in range(self._n_paused, len(self.runs)):
-            self._hidden[batch] = self.runs[batch]()
+        for batch in range(self._n_paused, len(self.forwards)):
+            self._hidden[batch] = self.forwards[batch]()
 
 
-def _run(block: LoadedBlock, hidden: HiddenStates, batch: int) -> State:
+def _forward(block: LoadedBlock, hidden: HiddenStates, batch: int) -> State:
     return block.run(batch, hidden[batch])
 
 
 def _watched(
-    together: Sequence[Stage], called: Mapping[str, nn.Module], run: Callable[[], object]
+    together: Sequence[Stage], called: Mapping[str, nn.Module], forward: Callable[[], object]
 ) -> StageInputs:
     seen: StageInputs = []
 
     def note(stage: Stage, inputs: Any) -> None:
         seen.append((stage, inputs.clone()))  # a later part of the forward may write into it
 
-    watch_inputs(together, called, note, run)
+    watch_inputs(together, called, note, forward)
     return seen
 
 
@@ -314,7 +322,7 @@ def quantize_all_blocks(run: Run) -> None:
     """
     run.budget.memory.enforce()
     repeated = None
-    while not run.saved.complete:
+    while not run.saved.complete:  # it is from the start if an earlier call only had to publish
         try:
             quantize_blocks(run)
         except Exception as error:
@@ -323,7 +331,7 @@ def quantize_all_blocks(run: Run) -> None:
             why = reason(error)
         else:
             return
-        repeated = run.saved.first
+        repeated = run.saved.n_finished
         _free_memory(run.stream.device)
         run.budget.shrink_after_oom()
         run.saved.save_every_block()
@@ -338,7 +346,7 @@ def quantize_all_blocks(run: Run) -> None:
 
 def _may_repeat(run: Run, repeated: int | None, error: Exception) -> bool:
     """Return whether a second try of the first unfinished block can succeed after `error`."""
-    if not out_of_memory(error) or run.ranks.size > 1 or run.saved.first == repeated:
+    if not out_of_memory(error) or run.ranks.size > 1 or run.saved.n_finished == repeated:
         return False
     # A second try would hold as much as the user's --max-ram forbids.
     return not run.budget.memory.is_over_limit()
@@ -350,7 +358,8 @@ def _free_memory(device: torch.device) -> None:
     if device.type == "cuda":
         # cuBLAS keeps a workspace for each thread that has waited (torch's notes on CUDA). The
         # function does not exist in builds for the CPU.
-        getattr(torch._C, "_cuda_clearCublasWorkspaces", int)()
+        if hasattr(torch._C, "_cuda_clearCublasWorkspaces"):
+            torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
 
 

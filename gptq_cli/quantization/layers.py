@@ -37,8 +37,8 @@ from gptq_cli.solver.hessian import HessianAccumulator
 from gptq_cli.solver.quantized_linear import QuantizedLinear
 from gptq_cli.solver.solve import Solution, solve_together
 
-LOST_SHARE = 0.01  # if more of a layer's scales are at the smallest number, each layer is warned of
-SUBNORMAL_SHARE = 0.5  # if as many of a layer's scales are subnormal, the first layer is warned of
+LOST_SHARE = 0.01  # warn of every layer with more of its scales at the smallest number
+SUBNORMAL_SHARE = 0.5  # warn once of a layer with at least this share of subnormal scales
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class SolvedLayer:
 class UsableHessian:
     """A Hessian that layers can be solved with, and its factor.
 
-    `fallback` tells why it is not that of the inputs seen; None if it is.
+    `fallback` tells why the layer is rounded to nearest, or that it saw no tokens; None if neither.
     """
 
     inputs: HessianAccumulator
@@ -76,7 +76,7 @@ class LayerSolver:
         self._batches = [len(batch) for batch in run.batches]
         self._warned_of_tokens = self._warned_of_subnormal = False
         self._lost: str | None = None  # the last layer whose weights were too small for its scales
-        self._read: tuple[str, Tensor] | None = None  # the layer whose rows were solved last
+        self._read: tuple[str, Tensor] | None = None  # the weight read last, of this layer
 
     def solve(
         self, layers: Sequence[LayerPlan], inputs: HessianAccumulator, ranks: Ranks
@@ -328,7 +328,7 @@ def located(
     text of the first input that was not finite.
     """
     first = _where(together[0])
-    keep = f"keep it: {keeping([together[0].name])[1]}"
+    keep = f"keep it: {keeping([together[0].name]).option}"
     try:
         yield
     except NonFiniteHessianError as error:
@@ -347,7 +347,7 @@ def located(
     except ScaleRangeError as error:
         ends = accumulate(rows)
         owner = next(layer for layer, end in zip(together, ends, strict=True) if error.row < end)
-        keep = keeping([owner.name])[1]
+        keep = keeping([owner.name]).option
         raise InputError(
             "E_CKPT_NONFINITE",
             f"{_where(owner)}: its weights are not finite or beyond the range of float16",

@@ -35,7 +35,7 @@ from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import ExistsError, GateError, GptqError, InputError, __version__
 from gptq_cli.events import ExpertsCovered, LayerReport, Report, Resumed, Warned, WorkKept
 from gptq_cli.files import UNREADABLE, file_errors, is_file
-from gptq_cli.quantization.run_state import Batch, Record, SavingTimes
+from gptq_cli.quantization.run_state import BatchState, Record, SavingTimes
 from gptq_cli.runtime.ranks import Ranks
 from gptq_cli.storage.durable import COPY_BYTES, OpenFile, sync_directory
 from gptq_cli.storage.manifest import Entry, Journal, digest, file_hash, file_hashes, read_manifest
@@ -136,7 +136,7 @@ def _device(device: torch.device) -> dict[str, Any]:
 def _settings(config: QuantizeConfig) -> dict[str, Any]:
     """Return the settings that change the bytes of a finished layer."""
     without_effect = {"max_ram", "max_vram", "target", "on_numeric_fault", "max_fallbacks"}
-    without_effect.add("device")  # the identity has a field for it
+    without_effect.add("device")  # it is a field of the identity itself
     settings = config.model_dump(mode="json", exclude=without_effect)
     if isinstance(config.dataset, list):
         settings["dataset"] = f"{len(config.dataset)} texts, sha256 {_text_hash(config.dataset)}"
@@ -203,7 +203,7 @@ class BlockStore:
         self.times = times
         self._work, self._writer, self._record, self._n_steps = work, writer, record, n_steps
         self._journal = Journal(work.journal, digest(identity))
-        self.first = self._recover()
+        self.n_finished = self._recover()
         self._n_layers, self._n_experts = len(record.layers), len(record.experts)
 
     def __enter__(self) -> BlockStore:
@@ -212,13 +212,13 @@ class BlockStore:
     def __exit__(self, *_: object) -> None:
         self._journal.close()
 
-    def read(self) -> list[Batch]:
+    def read(self) -> list[BatchState]:
         """Return the state of every batch after the last finished block, on the host."""
         last = self._work.hidden(len(self._journal.entries) - 1)
-        found: list[Batch] = torch.load(last, map_location="cpu", weights_only=True)
+        found: list[BatchState] = torch.load(last, map_location="cpu", weights_only=True)
         return found
 
-    def save(self, block: int, batches: list[Batch] | None) -> None:
+    def save(self, block: int, batches: list[BatchState] | None) -> None:
         """Make the blocks up to `block` durable: tensors, states of `batches`, then the journal.
 
         `batches` is None after the last block.
@@ -235,15 +235,16 @@ class BlockStore:
         self.times.saved()
 
     def _recover(self) -> int:
-        """Keep the entries of the journal that can be resumed from; return their blocks."""
+        """Keep the entries of the journal that can be resumed from; return how many blocks."""
         entries = self._journal.entries
         if self._journal.damaged_bytes:
             self._warn(f"the last {self._journal.damaged_bytes} bytes of the journal are not valid")
         intact = self._n_intact(entries)
         if intact < len(entries):
-            self._warn(f"block {_blocks(entries[:intact])} is not as it was written")
+            self._warn(f"block {_n_blocks(entries[:intact])} is not as it was written")
         kept = intact
-        while 0 < _blocks(entries[:kept]) < self._n_steps and not self._has_hidden(kept - 1):
+        # After the last step no hidden states are needed.
+        while 0 < _n_blocks(entries[:kept]) < self._n_steps and not self._has_hidden(kept - 1):
             kept -= 1
         if kept < intact:
             last = entries[intact - 1]["block"]
@@ -251,7 +252,7 @@ class BlockStore:
         for entry in entries[:kept]:
             self._writer.mark_written(entry["tensors"])
         self._journal.cut(kept)
-        first = _blocks(entries[:kept])
+        first = _n_blocks(entries[:kept])
         if first:
             layers, experts = _reports(entries[:kept])
             self._record(Resumed(first, self._n_steps, self._work.path, layers, experts))
@@ -287,7 +288,7 @@ def check_resumable(
     run = _read_run(work, report)
     n_blocks = 0
     if run is not None:
-        n_blocks = _blocks(Journal(work.journal, digest(run["identity"])).entries)
+        n_blocks = _n_blocks(Journal(work.journal, digest(run["identity"])).entries)
     if run is None or not n_blocks:
         if policy == "require":
             text = f"there is no finished block to resume from in `{work.path}`"
@@ -299,7 +300,7 @@ def check_resumable(
     if policy == "auto" and drop_failed(work, report):
         return
     hint = "discard it: --resume never"
-    if not _is_of_this_place(different, run["request"], model):
+    if not _no_command_helps(different, run["request"], model):
         hint = f"resume that run: {resume_command(work.path)}, or {hint}"
     finished = f"{n_blocks} finished blocks of a run with other settings"
     raise ExistsError(
@@ -317,7 +318,7 @@ def _read_run(work: WorkDirectory, report: Report) -> dict[str, Any] | None:
     return run
 
 
-def _is_of_this_place(different: Sequence[str], request: dict[str, Any], model: Path) -> bool:
+def _no_command_helps(different: Sequence[str], request: dict[str, Any], model: Path) -> bool:
     """Return whether runs differ in what no command can choose: versions, device, changed model."""
     for line in different:
         if line.startswith(("versions.", "device.")):
@@ -415,14 +416,14 @@ def _reports(
     return tuple(layers), tuple(experts)
 
 
-def _blocks(entries: Sequence[Entry]) -> int:
+def _n_blocks(entries: Sequence[Entry]) -> int:
     """Return how many blocks are finished after these entries of the journal."""
     if not entries:
         return 0
     return int(entries[-1]["block"]) + 1
 
 
-def _save(path: Path, batches: list[Batch]) -> str:
+def _save(path: Path, batches: list[BatchState]) -> str:
     """Write the state of all batches durably; return the hash of the file."""
     with OpenFile(path, 0) as file:
         raw = _HashedFile(file)

@@ -35,7 +35,7 @@ class RoutedInputs:
 
     def add(self, batch: int, *inputs: Routed) -> None:
         """Add the inputs of one batch in each model; batches come in order."""
-        del batch
+        del batch  # the signature is that of HessianOfBatches.add
         self.batches.append(inputs)
 
     def rows(self) -> list[tuple[Tensor, ...]]:
@@ -128,12 +128,13 @@ def _solve_expert(
 def _hessian(
     inputs: RoutedInputs, number: int, rows: Sequence[Tensor], solver: LayerSolver, *, down: bool
 ) -> HessianAccumulator:
-    if any(map(len, rows)):
-        return inputs.hessian(number, rows, solver.device, down=down)
-    if solver.policy.moe_uncovered == "all-tokens":
-        return inputs.hessian(number, [slice(None)] * len(rows), solver.device, down=down)
-    hessian = inputs.hessian(number, rows, solver.device, down=down)
-    hessian.add_identity()
+    used: Sequence[Tensor | slice] = rows
+    covered = any(map(len, rows))
+    if not covered and solver.policy.moe_uncovered == "all-tokens":
+        used = [slice(None)] * len(rows)
+    hessian = inputs.hessian(number, used, solver.device, down=down)
+    if not covered and solver.policy.moe_uncovered != "all-tokens":
+        hessian.add_identity()  # the expert is then rounded to nearest
     return hessian
 
 
@@ -163,6 +164,6 @@ def _taken(batch: Sequence[Routed], rows: Tensor | slice) -> list[Tensor]:
     If the unquantized model sends no such token, the token of the quantized model stands in.
     """
     first, *others = (routed.hidden[rows] for routed in batch)
-    if batch[0].experts is None:
+    if batch[0].experts is None:  # the other model's absent tokens are rows of zeros
         others = [torch.where(other.any(-1, keepdim=True), other, first) for other in others]
     return [first, *others]

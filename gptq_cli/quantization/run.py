@@ -141,6 +141,7 @@ def carry_out(
     config, options, source = prepared.config, prepared.options, prepared.plan.source
     worker = worker or Worker(SINGLE_PROCESS, resolve_device(config.device))
     ranks = worker.team
+    # A limit of time ends the leader; the other processes notice that it is gone.
     record, limits = Record(ignore), Limits(config)
     if ranks.is_leader:
         record, limits = Record(report), Limits(config, options.max_seconds)
@@ -167,7 +168,7 @@ def carry_out(
         else:
             batches = calibration.batches(config.batch_size)
             run = Run(config, plan, stream, ranks, batches, record, limits)
-            with _output(run, work, prepared, calibration, identity):
+            with _writing_output(run, work, prepared, calibration, identity):
                 quantize_all_blocks(run)
     return _result(prepared, plan, calibration.windows, record, time.perf_counter() - started)
 
@@ -354,7 +355,7 @@ def _request(prepared: PreparedRun, output: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _output(
+def _writing_output(
     run: Run,
     work: WorkDirectory | None,
     prepared: PreparedRun,
@@ -371,14 +372,14 @@ def _output(
         yield
         return
     check_resumable(work, identity, options.resume, record, model=prepared.located.directory)
-    plan.source.check_unchanged()
+    plan.source.check_unchanged()  # since it was opened; again after the last byte was copied
     write_run(work.path, identity, _request(prepared, work.output))
     # A run with a time limit stops between two blocks, so it saves each of them.
     times = SavingTimes(always=options.max_seconds is not None)
     with marking_failures(work):
         with CheckpointWriter(work.stage, plan.layout) as writer:
             with BlockStore(work, identity, writer, record, plan.n_steps, times) as store:
-                run.limits.check_fallbacks(record.layers)
+                run.limits.check_fallbacks(record.layers)  # those of resumed blocks
                 run.saved = FinishedBlocks(run.ranks, plan.n_steps, store)
                 run.keep = partial(_write_layer, writer, run.config.format)
                 yield
@@ -394,6 +395,7 @@ def _output(
         manifest = {"identity": identity, "origin": origin, **record.for_manifest()}
         write_manifest(work.stage, manifest)
         plan.source.check_unchanged()
+    # A refusal to publish says nothing about the finished work, so it is not marked as failed.
     work.publish(plan.source.directory, overwrite=options.overwrite)
 
 

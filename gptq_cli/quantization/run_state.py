@@ -11,7 +11,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ from gptq_cli.solver.quantized_linear import QuantizedLinear
 
 # The state of one batch: hidden states of the quantized model, and of the unquantized one if there
 # is one, and the containers that the blocks pass on beside them.
-Batch = tuple[tuple[Tensor, ...], list[Any]]
+BatchState = tuple[tuple[Tensor, ...], list[Any]]
 
 MOST_SHARE = 1 / 20  # of the time of a run
 BYTES_PER_SECOND = 1e9  # of hidden states that are hashed and written; assumed
@@ -167,11 +167,18 @@ class Limits:
 
     def check_time_for_block(self) -> None:
         """Raise PausedError E_PAUSED if a block as long as the longest so far would be late."""
-        self._check_time(self._longest)
+        if self._now() + self._longest > self._end:
+            self._pause("the next block would not finish", "run the same command to resume")
 
     def check_time(self) -> None:
         """Raise PausedError E_PAUSED if the time is over."""
-        self._check_time(0.0)
+        if self._now() > self._end:
+            hint = "run the same command to resume; the current block starts over"
+            self._pause("the current block did not finish", hint)
+
+    def _pause(self, what: str, hint: str) -> NoReturn:
+        limit = f"--max-runtime ({self._seconds:g} s)"
+        raise PausedError("E_PAUSED", f"{what} within {limit}", hint=hint)
 
     def add_block(self, seconds: float) -> None:
         """Note how long a block took."""
@@ -203,14 +210,6 @@ class Limits:
                     hint="use more or other calibration text, or allow more",
                 )
 
-    def _check_time(self, needed: float) -> None:
-        if self._now() + needed > self._end:
-            raise PausedError(
-                "E_PAUSED",
-                f"the next block would not finish within --max-runtime ({self._seconds:g} s)",
-                hint="run the same command to resume; the current block starts over",
-            )
-
 
 def seconds(duration: str | None) -> float | None:
     """Return the seconds of "3h30m", "90m" or "45s"; ConfigError E_CFG_RANGE for anything else."""
@@ -231,20 +230,23 @@ def seconds(duration: str | None) -> float | None:
 
 
 class Store(Protocol):
-    """Finished blocks on the disk, as the leader has them: see `resume.BlockStore`."""
+    """The finished blocks on the disk, which only the leader has.
 
-    first: int
+    `resume.BlockStore` is the one implementation; naming it here would be a circle of imports.
+    """
+
+    n_finished: int
     times: SavingTimes
 
-    def read(self) -> list[Batch]:
+    def read(self) -> list[BatchState]:
         """Return the state of every batch after the last finished block, on the host."""
 
-    def save(self, block: int, batches: list[Batch] | None) -> None:
+    def save(self, block: int, batches: list[BatchState] | None) -> None:
         """Make the blocks up to `block` durable, with the state of `batches` after them."""
 
 
 class FinishedBlocks:
-    """The finished blocks of a run of `n_steps` blocks: the first `first` of them.
+    """The finished blocks of a run of `n_steps` blocks: the first `n_finished` of them.
 
     The output head counts as the last block. Only the leader has a `store`: it sends the saved
     states to the other ranks and gathers theirs.
@@ -252,19 +254,19 @@ class FinishedBlocks:
 
     def __init__(self, ranks: Ranks, n_steps: int, store: Store | None = None) -> None:
         self._ranks, self._n_steps, self._store = ranks, n_steps, store
-        first = None
+        n_finished = None
         if store is not None:
-            first = store.first
-        self.first = ranks.broadcast(first)
+            n_finished = store.n_finished
+        self.n_finished = ranks.broadcast(n_finished)
 
     @property
     def complete(self) -> bool:
         """Whether every block is finished."""
-        return self.first == self._n_steps
+        return self.n_finished == self._n_steps
 
     def restore(self, stream: ModelStream, hidden: Sequence[HiddenStates]) -> int:
-        """Load `hidden`, and what the blocks of `stream` pass on, as saved; return `first`."""
-        if not self.first:
+        """Load `hidden`, and what the blocks of `stream` pass on, as saved; return `n_finished`."""
+        if not self.n_finished:
             return 0
         saved = None
         if self._store is not None:
@@ -275,7 +277,7 @@ class FinishedBlocks:
             of_model.restore(states)
         for containers, (_, passed_on) in zip(stream.carried, batches, strict=True):
             _fill(containers, passed_on, stream.device)
-        return self.first
+        return self.n_finished
 
     def finished(self, block: int, stream: ModelStream, hidden: Sequence[HiddenStates]) -> None:
         """Save the blocks up to `block` and the `hidden` states after it, if it is time to."""
@@ -292,7 +294,7 @@ class FinishedBlocks:
             batches = self._ranks.gather(_batches(stream, hidden))
             if self._store is not None:
                 self._store.save(block, batches)
-        self.first = block + 1
+        self.n_finished = block + 1
 
     def save_every_block(self) -> None:
         """Save after every block from now on."""
@@ -318,10 +320,10 @@ class SavingTimes:
         self._last = self._now()
 
 
-def _batches(stream: ModelStream, hidden: Sequence[HiddenStates]) -> list[Batch]:
+def _batches(stream: ModelStream, hidden: Sequence[HiddenStates]) -> list[BatchState]:
     """Return the state of each batch of this process."""
     states_of_batches = zip(*(of_model.stored for of_model in hidden), strict=True)
-    batches: list[Batch] = []
+    batches: list[BatchState] = []
     for states, containers in zip(states_of_batches, stream.carried, strict=True):
         batches.append((states, [_copied(container) for container in containers]))
     return batches

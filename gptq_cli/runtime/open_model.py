@@ -6,7 +6,7 @@ little of its memory, else on the host.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -138,7 +138,7 @@ class HiddenStates:
         self._memory, self._device = memory, memory.device
         if n_all is None:
             n_all = len(self._states)
-        self.first, self.n_all = first, n_all
+        self.first_batch, self.n_all = first, n_all
         if self._device.type == "cuda" and not self._may_stay_on_device():
             self._change(lambda tensor: _pinned(tensor.cpu()))
 
@@ -150,7 +150,7 @@ class HiddenStates:
 
     def copy(self) -> HiddenStates:
         """Return the same states for a second stream, which replaces them independently."""
-        other = HiddenStates((), self._memory, self.first, self.n_all)
+        other = HiddenStates((), self._memory, self.first_batch, self.n_all)
         other._states = list(self._states)
         other._change(self._copied)
         return other
@@ -185,10 +185,6 @@ class HiddenStates:
             self._states[batch] = (kept.copy_(state[0]), *_moved(state[1:], kept.device))
         else:
             self._states[batch] = kept.copy_(state)
-
-    def __iter__(self) -> Iterator[State]:
-        for batch in range(len(self)):
-            yield self[batch]
 
     def _change(self, change: Callable[[Tensor], Tensor]) -> None:
         for batch, state in enumerate(self._states):

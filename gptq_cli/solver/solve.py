@@ -166,10 +166,12 @@ class _Grid:
 
 
 @dataclass(frozen=True, slots=True)
-class _Block:
+class _ColumnBlock:
     """Columns that are rounded together. Indices count from the first column of the block.
 
-    Rounding column j turns values[j] from v_j into its codes, and errors[j] from w_j into e_j.
+    values[j] begins as w_j with the errors of earlier blocks. It becomes v_j as `pass_on` adds the
+    errors of earlier columns of the block, and is then rounded to the codes of the column.
+    errors[j] turns from w_j into e_j; it is a part of the `errors` of the whole weight.
     """
 
     values: Tensor  # [n, O]
@@ -206,7 +208,7 @@ class _Rounding:
     Rounding turns columns of `errors` from w_j into e_j and fills columns of `codes`.
     """
 
-    errors: Tensor  # [I, O]
+    errors: Tensor  # [I, O], w_j until column j is rounded, then e_j
     codes: Tensor  # uint8 [I, O]
     R: Tensor  # [I, I]
     group_of: Tensor  # int32 [I]
@@ -234,12 +236,12 @@ class _Rounding:
         for start in range(0, len(self.errors), width):
             yield start, min(start + width, len(self.errors))
 
-    def block(self, start: int, stop: int) -> _Block:
+    def block(self, start: int, stop: int) -> _ColumnBlock:
         """Return columns start..stop with the errors of all columns before them."""
         errors, R = self.errors[start:stop], self.R[:stop, start:stop]
         with feedback_precision(errors):
             values = torch.addmm(errors, R[:start].T, self.errors[:start])
-        return _Block(values, errors, R[start:], self.group_of[start:stop])
+        return _ColumnBlock(values, errors, R[start:], self.group_of[start:stop])
 
     def result(self) -> QuantizedLinear:
         """Return the quantized weight with its columns in natural order."""
@@ -255,19 +257,22 @@ class _Rounding:
         )
 
 
-def _round_block(block: _Block, grid: _Grid) -> Tensor:
-    """Return the codes [n, O] of a block that has the errors of all columns before it."""
+def _round_block(block: _ColumnBlock, grid: _Grid) -> Tensor:
+    """Return the codes [n, O] of a block that has the errors of all columns before it.
+
+    The errors of its own columns replace their weights in `block.errors`.
+    """
     end = len(block.group_of)
     outer, inner = INNER_BLOCKS
     round_few = _round_one_by_one
     if uses_kernels(block.values):
         outer, inner = KERNEL_BLOCKS
         round_few = _round_at_once
-    run = end  # columns whose grids must be known before the first of them is rounded
+    with_known_grids = end  # columns whose grids are found before the first of them is rounded
     if not grid.static:
-        run = grid.group_size
-    for start in range(0, end, run):
-        stop = min(start + run, end)
+        with_known_grids = grid.group_size
+    for start in range(0, end, with_known_grids):
+        stop = min(start + with_known_grids, end)
         if not grid.static:
             grid.find(block.group_of[start : start + 1].long(), block.updated_weights(start, stop))
         for left in range(start, stop, outer):
@@ -281,7 +286,7 @@ def _round_block(block: _Block, grid: _Grid) -> Tensor:
     return block.values
 
 
-def _round_at_once(block: _Block, grid: _Grid, start: int, stop: int) -> None:
+def _round_at_once(block: _ColumnBlock, grid: _Grid, start: int, stop: int) -> None:
     """Round columns start..stop with one launch of the kernel."""
     columns = slice(start, stop)
     values, errors, R = block.values[columns], block.errors[columns], block.R[columns, columns]
@@ -289,7 +294,7 @@ def _round_at_once(block: _Block, grid: _Grid, start: int, stop: int) -> None:
     round_columns(values, errors, R, grid.scales, grid.zeros, groups, bits)
 
 
-def _round_one_by_one(block: _Block, grid: _Grid, start: int, stop: int) -> None:
+def _round_one_by_one(block: _ColumnBlock, grid: _Grid, start: int, stop: int) -> None:
     """Round columns start..stop: each receives the errors of those before it, then is rounded."""
     columns = slice(start, stop)
     values, errors, R = block.values[columns], block.errors[columns], block.R[columns, columns]
@@ -298,5 +303,5 @@ def _round_one_by_one(block: _Block, grid: _Grid, start: int, stop: int) -> None
         scales, zeros = grid.scales[group], grid.zeros[group]
         if column:
             value.addmv_(errors[:column].T, R[:column, column])
-        round_to_grid(value, scales, zeros, grid.config.bits, out=value)
+        round_to_grid(value, scales, zeros, grid.config.bits, out=value)  # value is now the codes
         error.addcmul_(value - zeros, scales, value=-1)

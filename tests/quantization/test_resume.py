@@ -373,9 +373,9 @@ def test_a_rank_that_writes_nothing_gets_and_returns_its_share() -> None:
     assert [[float(state) for state in way.stored] for way in ways] == [[2.0, 3.0], [-2.0, -3.0]]
     assert stream.carried == [[{"keys": 2}], [{"keys": 3}]]
     blocks.finished(1, stream, ways)
-    assert (team.kept, blocks.first) == ([], 1)  # the leading process did not ask for a save
+    assert (team.kept, blocks.n_finished) == ([], 1)  # the leading process did not ask for a save
     blocks.finished(2, stream, ways)
-    assert (team.kept, blocks.first) == ([states[2:]], 3)
+    assert (team.kept, blocks.n_finished) == ([states[2:]], 3)
     blocks.finished(3, stream, [])  # after the last block nothing is needed
     assert (team.kept, team.answers, blocks.complete) == ([states[2:]], [], True)
     team.answers = [3]
