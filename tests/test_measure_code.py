@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -68,3 +69,10 @@ def test_parameters_exclude_self(script: ModuleType, tmp_path: Path) -> None:
     file.write_text(SAMPLE, encoding="utf-8")
     found = {function.name: script.n_parameters(function) for function in script.functions_of(file)}
     assert found == {"many": 3, "none": 2, "inner": 0}
+
+
+def test_sources_and_one_traced_run_stay_within_the_limits() -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "measure_code.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "frames from main to the column loop" in done.stdout
