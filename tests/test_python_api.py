@@ -159,7 +159,7 @@ def test_one_error_lists_all_problems_of_a_configuration() -> None:
         ("E_CFG_RANGE", "dynamic['+:x'].bits must be 2, 3, 4 or 8, got 7", None),
         ("E_CFG_UNKNOWN_KEY", "group_sise is not a known key", "did you mean group_size?"),
     ]
-    with pytest.raises(GptqError, match="signed_scales and sym exclude each other") as refused:
+    with pytest.raises(GptqError, match="signed_scales and sym conflict") as refused:
         QuantizeConfig(bits=4, signed_scales=True, sym=False)
     assert (
         refused.value.hint

@@ -454,7 +454,7 @@ def _both_orders(*paths: KeyPath) -> Finding:
 
 
 def _signed_asymmetry(*paths: KeyPath) -> Finding:
-    predicate = "exclude each other: only a symmetric grid has signed scales"
+    predicate = "conflict: signed scales need a symmetric grid, but sym is false"
     hint = "set signed_scales to false, or remove it: an asymmetric grid has no larger end"
     return Finding(paths, "E_CFG_CONFLICT", predicate, hint)
 

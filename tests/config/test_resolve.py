@@ -272,8 +272,8 @@ def test_signed_scales_conflict_with_an_asymmetric_grid(tmp_path: Path) -> None:
     (problem,) = problems_of({}, {}, file)
     assert (problem.code, problem.location) == ("E_CFG_CONFLICT", Location(str(file), 3, 30))
     assert problem.message == (
-        f"dynamic.a.signed_scales ({file}:3:30) and sym ({file}:2:6) exclude each other: "
-        "only a symmetric grid has signed scales"
+        f"dynamic.a.signed_scales ({file}:3:30) and sym ({file}:2:6) conflict: "
+        "signed scales need a symmetric grid, but sym is false"
     )
     hint = "set signed_scales to false, or remove it: an asymmetric grid has no larger end"
     assert problem.hint == hint
@@ -281,7 +281,9 @@ def test_signed_scales_conflict_with_an_asymmetric_grid(tmp_path: Path) -> None:
 
 def test_flags_signed_scales_and_asym_conflict() -> None:
     (problem,) = problems_of({"bits": 4, "sym": False, "signed_scales": True}, {})
-    assert problem.message.startswith("--signed-scales and --sym exclude each other")
+    assert problem.message.startswith(
+        "--signed-scales and --sym conflict: signed scales need a symmetric grid"
+    )
 
 
 def test_asym_turns_off_the_signed_scales_of_a_preset() -> None:

@@ -176,7 +176,7 @@ def test_changed_weights_under_the_same_name_are_another_run(case: Case, tmp_pat
 
 def test_resume_never_starts_over_but_resume_require_refuses_to(case: Case, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    with pytest.raises(ExistsError, match="no finished block to go on from") as caught:
+    with pytest.raises(ExistsError, match="no finished block to resume from") as caught:
         case.run(output, resume="require")
     assert caught.value.code == "E_RESUME_NOTHING"
     assert list(tmp_path.iterdir()) == []
