@@ -22,7 +22,7 @@ from gptq_cli.errors import (
 from .conftest import FakeQuantizer, Run
 
 
-def test_the_table_tells_what_each_command_tells_of_itself(gptq: Run) -> None:
+def test_help_lists_the_summary_of_each_command(gptq: Run) -> None:
     listing = gptq("--help")
     assert listing.exit_code == 0
     for name, summary in COMMANDS.items():
@@ -38,7 +38,7 @@ def test_version_is_one_line(gptq: Run) -> None:
     assert (result.exit_code, result.stdout, result.stderr) == (0, "gptq 0.1.0\n", "")
 
 
-def test_nothing_said_shows_help_and_is_a_usage_error(gptq: Run) -> None:
+def test_no_arguments_show_help_as_a_usage_error(gptq: Run) -> None:
     result = gptq()
     assert result.exit_code == 2
     assert "quantize" in result.stdout
@@ -79,7 +79,7 @@ def test_nothing_said_shows_help_and_is_a_usage_error(gptq: Run) -> None:
         (["inspect", "m", "more"], "unexpected extra argument", "hint: see gptq inspect --help"),
     ],
 )
-def test_usage_errors_say_what_was_meant(
+def test_usage_errors_suggest_the_intended_word(
     words: list[str], message: str, hint: str, gptq: Run
 ) -> None:
     result = gptq(*words)
@@ -99,7 +99,7 @@ def test_usage_errors_say_what_was_meant(
         (ExistsError("E_X", "bad [red]words[/red]", hint="mend it"), 6),
     ],
 )
-def test_an_expected_failure_is_a_message_a_hint_and_its_code(
+def test_an_expected_failure_prints_message_hint_and_code(
     error: GptqError, exit_code: int, gptq: Run, quantizer: FakeQuantizer
 ) -> None:
     quantizer.error = error
@@ -117,7 +117,7 @@ def test_an_expected_failure_is_a_message_a_hint_and_its_code(
     assert (result.exit_code, json.loads(result.stdout)) == (exit_code, expected)
 
 
-def test_several_problems_are_all_said_and_counted(gptq: Run, quantizer: FakeQuantizer) -> None:
+def test_several_problems_are_all_printed_and_counted(gptq: Run, quantizer: FakeQuantizer) -> None:
     quantizer.error = ConfigError.of([Problem("E_A", "one"), Problem("E_B", "two", "mend it")])
     result = gptq("quantize", "m", "-b", "4", "-q")
     assert result.stderr.endswith(
@@ -134,7 +134,7 @@ def test_a_bug_shows_its_traceback_and_exits_1(gptq: Run, quantizer: FakeQuantiz
     assert json.loads(result.stdout)["problems"][0]["code"] == "E_BUG"
 
 
-def test_an_interrupt_is_130_and_no_traceback(gptq: Run, quantizer: FakeQuantizer) -> None:
+def test_an_interrupt_exits_130_without_traceback(gptq: Run, quantizer: FakeQuantizer) -> None:
     quantizer.error = KeyboardInterrupt()
     result = gptq("quantize", "m", "-b", "4", "--json")
     assert result.exit_code == 130
@@ -142,7 +142,7 @@ def test_an_interrupt_is_130_and_no_traceback(gptq: Run, quantizer: FakeQuantize
     assert json.loads(result.stdout)["exit_code"] == 130
 
 
-def test_usage_errors_are_json_too(gptq: Run) -> None:
+def test_usage_errors_are_json_if_asked(gptq: Run) -> None:
     result = gptq("quantize", "--json")
     assert result.exit_code == 2
     assert json.loads(result.stdout)["problems"][0]["code"] == "E_USAGE"
@@ -156,23 +156,21 @@ def test_usage_errors_are_json_too(gptq: Run) -> None:
         (["plan", "m", "-o", ""], "gptq plan m -o"),
     ],
 )
-def test_an_empty_word_is_not_the_current_directory(
-    words: list[str], before: str, gptq: Run
-) -> None:
+def test_an_empty_argument_is_a_usage_error(words: list[str], before: str, gptq: Run) -> None:
     result = gptq(*words)
     assert result.exit_code == 2
     assert f"error[E_USAGE]: empty argument after `{before}`" in result.stderr
     assert "is a variable of the shell not set?" in result.stderr
 
 
-def test_terminal_escapes_in_names_are_shown_not_obeyed(gptq: Run) -> None:
+def test_terminal_escapes_in_names_are_escaped(gptq: Run) -> None:
     result = gptq("validate-config", "no\x1b[31m.yaml")
     assert result.exit_code == 2
     assert "no\\x1b[31m.yaml" in result.stderr
     assert "\x1b" not in result.stderr
 
 
-def test_an_interrupt_before_there_is_a_command_is_130_and_no_traceback(
+def test_an_interrupt_before_any_command_exits_130(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def interrupted(**_: object) -> None:
@@ -184,7 +182,7 @@ def test_an_interrupt_before_there_is_a_command_is_130_and_no_traceback(
     assert str(caught.value) == "130"
 
 
-def test_of_many_problems_the_first_are_said_and_all_are_in_json(gptq: Run, tmp_path: Path) -> None:
+def test_stderr_shows_8_of_30_problems_and_json_shows_all(gptq: Run, tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text(json.dumps({"bits": 4, **{f"other_{number}": 1 for number in range(30)}}))
     said = gptq("validate-config", file).stderr

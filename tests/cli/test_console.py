@@ -27,12 +27,12 @@ def test_times_are_hours_minutes_seconds(seconds: float, text: str) -> None:
     assert clock(seconds) == text
 
 
-def test_json_has_null_for_what_it_cannot_say() -> None:
+def test_json_has_null_for_nan_and_infinity() -> None:
     data = {"a": [math.nan, math.inf, 1.5], "b": {"c": (-math.inf, True)}}
     assert json.loads(as_json_text(data)) == {"a": [None, None, 1.5], "b": {"c": [None, True]}}
 
 
-def test_prose_is_broken_between_words_on_a_narrow_terminal_alone(
+def test_only_a_narrow_terminal_wraps_prose(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     line = "NAME      what it is for, and /a/path/that/is/longer/than/the/terminal/is/wide"

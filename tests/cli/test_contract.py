@@ -11,7 +11,7 @@ from gptq_cli.quantization import run
 from . import conftest
 
 
-def test_the_pipeline_takes_the_calls_that_the_command_line_makes() -> None:
+def test_the_pipeline_takes_the_calls_of_the_command_line() -> None:
     bound = inspect.signature(run.carry_out).bind("prepared", print, "worker")
     assert bound.arguments == {"prepared": "prepared", "report": print, "worker": "worker"}
     assert (
@@ -22,7 +22,7 @@ def test_the_pipeline_takes_the_calls_that_the_command_line_makes() -> None:
     assert bound.arguments == {"model": "m", "request": "request", "report": print}
 
 
-def test_requests_and_results_have_the_fields_that_the_command_line_uses() -> None:
+def test_results_have_the_fields_of_their_stand_ins() -> None:
     pairs = [
         (conftest.FakeEvaluated, perplexity.EvalResult),
         (conftest.FakeQuantized, run.QuantizeResult),

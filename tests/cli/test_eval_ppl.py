@@ -16,7 +16,7 @@ COMPARED = FakeEvaluated(
 )
 
 
-def test_what_is_not_said_is_left_to_the_pipeline(gptq: Run, evaluator: FakeEvaluator) -> None:
+def test_without_flags_the_request_has_its_defaults(gptq: Run, evaluator: FakeEvaluator) -> None:
     assert gptq("eval-ppl", "m").exit_code == 0
     assert evaluator.calls == [("m", EvalRequest())]
 
@@ -94,7 +94,7 @@ def test_a_gate_passes_at_its_limit_and_fails_on_nan(gptq: Run, evaluator: FakeE
 @pytest.mark.parametrize(
     ("limit", "exit_code"), [([], 4), (["--max-ppl", "1e5"], 0), (["--max-ppl", "1e4"], 4)]
 )
-def test_a_perplexity_that_no_sound_model_has_is_a_failed_gate(
+def test_a_perplexity_above_the_limit_fails_the_gate(
     limit: list[str], exit_code: int, gptq: Run, evaluator: FakeEvaluator
 ) -> None:
     evaluator.result = FakeEvaluated(10_001.0, None, None, None)
@@ -107,7 +107,7 @@ def test_a_perplexity_that_no_sound_model_has_is_a_failed_gate(
 
 
 @pytest.mark.usefixtures("evaluator")
-def test_a_limit_of_ones_own_says_no_more_than_that_it_was_passed(gptq: Run) -> None:
+def test_the_error_of_a_limit_set_by_the_user_has_no_hint(gptq: Run) -> None:
     result = gptq("eval-ppl", "m", "--max-ppl", "12")
     assert (result.exit_code, result.stderr.splitlines()[-1]) == (
         4, "error[E_NUM_PPL]: perplexity 12.5 is above the 12 of --max-ppl"
@@ -131,7 +131,7 @@ def test_a_limit_of_ones_own_says_no_more_than_that_it_was_passed(gptq: Run) -> 
         (["--backend", "marlin"], '--backend must be auto, torch, triton or null, got "marlin"'),
     ],
 )
-def test_wrong_settings_stop_before_anything_is_loaded(
+def test_wrong_settings_are_refused_before_loading(
     words: list[str], message: str, gptq: Run, evaluator: FakeEvaluator
 ) -> None:
     result = gptq("eval-ppl", "m", *words)

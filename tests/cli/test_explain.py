@@ -32,14 +32,14 @@ def test_every_code_of_the_sources_has_a_text() -> None:
     )
 
 
-def test_every_text_is_of_a_code_of_the_sources() -> None:
+def test_every_text_has_a_code_in_the_sources() -> None:
     stale = sorted(set(explanations()) - used_codes())
     assert not stale, (
         f"no source has these codes any more, delete them from {CODES.relative_to(PACKAGE.parent)}: {stale}"
     )
 
 
-def test_texts_are_sorted_say_what_and_then_what_to_do() -> None:
+def test_texts_are_sorted_and_give_a_cause_and_a_remedy() -> None:
     texts = explanations()
     assert list(texts) == sorted(texts)
     for code, text in texts.items():
@@ -51,7 +51,7 @@ def test_texts_are_sorted_say_what_and_then_what_to_do() -> None:
     assert len(keys) == len(set(keys)) == len(yaml.safe_load(CODES.read_text()))
 
 
-def test_a_code_is_explained_however_it_is_written(gptq: Run) -> None:
+def test_explain_takes_a_code_in_any_spelling(gptq: Run) -> None:
     for code in ("E_SHAPE", "e_shape", "e-shape"):
         result = gptq("explain", code)
         assert (result.exit_code, result.stderr) == (0, "")
@@ -64,7 +64,7 @@ def test_a_code_is_explained_however_it_is_written(gptq: Run) -> None:
 @pytest.mark.parametrize(
     ("code", "hint"), [("E_SHAP", "did you mean E_SHAPE?"), ("zzz", "gptq explain lists all codes")]
 )
-def test_a_code_that_is_none_is_refused_with_the_nearest(code: str, hint: str, gptq: Run) -> None:
+def test_an_unknown_code_gets_the_nearest_as_hint(code: str, hint: str, gptq: Run) -> None:
     result = gptq("explain", code)
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr == f"error[E_CODE]: there is no code `{code}`\n\nhint: {hint}\n"

@@ -41,7 +41,7 @@ def honest(*streams: str) -> bool:
     return all(line.isprintable() and not line.startswith("error[E_OK]") for line in lines)
 
 
-def test_an_end_of_line_is_shown_as_what_it_is() -> None:
+def test_line_ends_are_escaped_or_indented() -> None:
     assert on_one_line(EVIL) == SHOWN
     assert on_one_line("a\tb ä 漢") == "a\tb ä 漢"
     assert indented("a\nb\x1b") == "a\n  b\\x1b"
@@ -57,7 +57,7 @@ SPOKEN: list[Callable[[Console], None]] = [
 
 @pytest.mark.parametrize("speak", SPOKEN)
 @pytest.mark.parametrize("quiet", [False, True])
-def test_whatever_is_said_is_one_line(
+def test_each_message_of_the_console_is_one_line(
     quiet: bool,
     speak: Callable[[Console], None],
     capsys: pytest.CaptureFixture[str],
@@ -81,7 +81,7 @@ def test_a_message_and_its_hint_are_one_line_each(capsys: pytest.CaptureFixture[
     assert json.loads(found.out)["problems"][0]["message"] == EVIL
 
 
-def test_the_lines_of_a_traceback_are_no_messages(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_lines_of_a_traceback_forge_no_message(capsys: pytest.CaptureFixture[str]) -> None:
     try:
         raise LookupError(EVIL)
     except LookupError as error:

@@ -49,7 +49,7 @@ def edit(file: Path, change: Callable[[dict[str, object]], object]) -> None:
         ("tokenizer_config.json", {"tokenizer_class": "RagTokenizer"}, "E_TOKENIZER"),
     ],
 )
-def test_odd_values_of_a_model_are_refused_with_a_code(
+def test_odd_values_in_a_model_are_refused_with_a_code(
     file: str,
     values: dict[str, object],
     code: str,
@@ -77,7 +77,7 @@ def test_a_sealed_manifest_without_an_identity_is_not_ours(
 
 
 @pytest.mark.parametrize("command", ["env", "quantize"])
-def test_a_log_that_cannot_be_written_changes_no_exit_code(
+def test_an_unwritable_log_does_not_change_the_exit_code(
     command: str, words: list[str | Path], gptq: Run, tmp_path: Path
 ) -> None:
     asked = words if command == "quantize" else ["env"]
@@ -93,7 +93,7 @@ def test_a_log_that_cannot_be_written_changes_no_exit_code(
     assert (tmp_path / "o").exists() == (command == "quantize")
 
 
-def test_a_page_and_a_picture_of_one_name_are_refused(
+def test_one_path_for_page_and_picture_is_refused(
     words: list[str | Path], gptq: Run, tmp_path: Path
 ) -> None:
     assert gptq(*words, "--report").exit_code == 0

@@ -58,7 +58,7 @@ def unfinished(model: Path, text: Path, output: Path) -> Path:
     return output.with_name(f".{output.name}.gptq-work")
 
 
-def test_the_schema_is_one_and_has_a_part_for_every_command() -> None:
+def test_the_schema_is_valid_and_has_a_part_for_each_command() -> None:
     Draft202012Validator.check_schema(SCHEMA)
     missing = set(COMMANDS) - WITHOUT_JSON - set(SCHEMA["$defs"])
     assert not missing, (
@@ -139,7 +139,7 @@ def test_every_failure_fits_the_schema(gptq: Run, place: Path) -> None:
     assert validated(gptq(*gated, "--max-increase", "0", "--json"), "eval-ppl")["status"] == "ok"
 
 
-def test_the_schema_refuses_what_it_does_not_describe(gptq: Run) -> None:
+def test_the_schema_refuses_unknown_and_wrong_values(gptq: Run) -> None:
     data = validated(gptq("env", "--json"), "env")
     for change in ({"more": 1}, {"schema": 2}, {"versions": None}, {"devices": [1]}):
         assert not Draft202012Validator(SCHEMA).is_valid(data | change)

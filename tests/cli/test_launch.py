@@ -60,14 +60,12 @@ exit $first
         (None, []),
     ],
 )
-def test_devices_are_gpus_by_number_or_so_many_processes_on_the_cpu(
-    said: str | None, devices: list[str]
-) -> None:
+def test_devices_name_gpus_or_count_cpu_processes(said: str | None, devices: list[str]) -> None:
     assert parse_devices(said) == devices
 
 
 @pytest.mark.parametrize(("devices", "nsamples"), [("cpu:120", 128), ("cpu:3", 2)])
-def test_more_processes_than_batches_are_never_started(
+def test_more_processes_than_batches_are_refused(
     devices: str, nsamples: int, gptq: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(subprocess, "Popen", None)
@@ -88,7 +86,7 @@ def test_more_processes_than_batches_are_never_started(
     assert "use fewer processes" in result.stderr
 
 
-def test_a_device_that_is_not_there_is_said_once_before_anything_is_started(
+def test_a_missing_device_is_refused_once_before_the_start(
     gptq: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -111,7 +109,7 @@ def test_a_device_that_is_not_there_is_said_once_before_anything_is_started(
 
 
 @pytest.mark.parametrize("said", ["", "cpu:0", "0,,1", "gpu", "-1", "cuda", "0;1"])
-def test_what_names_no_device_is_refused(said: str) -> None:
+def test_words_that_name_no_device_are_refused(said: str) -> None:
     with pytest.raises(
         ConfigError, match=r"--devices must be numbers of GPUs as in 0,1,2,3, or cpu:4"
     ) as caught:
@@ -132,9 +130,7 @@ def test_devices_that_cannot_work_together_are_refused(said: str, why: str) -> N
     assert caught.value.code == "E_CFG_CONFLICT"
 
 
-def test_a_wrong_path_is_told_once_and_before_any_process_is_started(
-    gptq: Run, tmp_path: Path
-) -> None:
+def test_a_wrong_path_is_refused_once_before_the_start(gptq: Run, tmp_path: Path) -> None:
     result = gptq("quantize", str(tmp_path / "none"), "--bits", "4", "--devices", "cpu:2")
     assert result.exit_code == InputError.exit_code
     assert result.stderr.count("error[") == 1
@@ -154,7 +150,7 @@ def test_one_device_for_several_processes_is_refused(monkeypatch: pytest.MonkeyP
         torchrun._device_of(0, 2, "auto", ["cpu"] * 3)
 
 
-def test_a_lost_process_is_named_with_what_to_look_at() -> None:
+def test_a_lost_process_is_named_with_a_hint() -> None:
     error = rank_lost([1, 3], 4)
     assert str(error) == "process 1, 3 of 4 (the first is 0) was killed or cannot be reached"
     assert (error.code, error.exit_code) == ("E_RANK_LOST", ResourceError.exit_code)
@@ -162,9 +158,7 @@ def test_a_lost_process_is_named_with_what_to_look_at() -> None:
     assert error.hint.endswith("the same command resumes after the last finished block")
 
 
-def test_only_the_first_of_several_processes_talks(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_a_muted_process_prints_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     log.muted = True
     try:
         from gptq_cli.cli.console import Console
@@ -206,7 +200,7 @@ def start(model: Path, recipe: Path, *words: str, cwd: Path | None = None) -> su
 
 
 @pytest.mark.slow
-def test_several_devices_look_like_one(recipe: Path, tmp_path: Path) -> None:
+def test_two_devices_write_the_output_of_one(recipe: Path, tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", **SMALL)
     run = start(model, recipe, "--devices", "cpu:2", "--quiet")
     stdout, stderr = run.communicate(timeout=120)
@@ -250,7 +244,7 @@ def test_several_devices_resume_from_any_directory(
         (signal.SIGTERM, 143, "error[E_INTERRUPTED]: stopped by SIGTERM"),
     ],
 )
-def test_what_ends_one_process_ends_all_and_is_said_once(
+def test_a_signal_to_one_process_ends_all_with_one_error(
     number: int, code: int, says: str, recipe: Path, tmp_path: Path
 ) -> None:
     model = save_model(tmp_path / "model", num_hidden_layers=4)
@@ -272,7 +266,7 @@ def test_what_ends_one_process_ends_all_and_is_said_once(
 
 
 @pytest.mark.slow
-def test_processes_of_one_machine_listen_on_loopback_alone(recipe: Path, tmp_path: Path) -> None:
+def test_processes_of_one_machine_listen_only_on_loopback(recipe: Path, tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", num_hidden_layers=2)
     (model / "yaml.py").write_text(f"open({str(tmp_path / 'harmed')!r}, 'w').close()")
     recipe.write_text(yaml.safe_dump(config(nsamples=40, batch_size=1).model_dump(mode="json")))
@@ -299,7 +293,7 @@ def listening(process: psutil.Process) -> set[str]:
 
 
 @pytest.mark.slow
-def test_processes_end_when_what_started_them_was_killed(recipe: Path, tmp_path: Path) -> None:
+def test_processes_end_if_their_parent_is_killed(recipe: Path, tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", num_hidden_layers=12)
     recipe.write_text(yaml.safe_dump(config(nsamples=100, batch_size=1).model_dump(mode="json")))
     run = start(model, recipe, "--devices", "cpu:2")
@@ -318,7 +312,7 @@ def test_processes_end_when_what_started_them_was_killed(recipe: Path, tmp_path:
     not (shutil.which("unshare") and shutil.which("ip") and shutil.which("nsenter")),
     reason="needs network namespaces",
 )
-def test_two_machines_each_read_their_own_copy_and_one_writes(recipe: Path, tmp_path: Path) -> None:
+def test_two_machines_read_their_own_copies_and_one_writes(recipe: Path, tmp_path: Path) -> None:
     if subprocess.run(["unshare", "-rn", "true"], capture_output=True, check=False).returncode:
         pytest.skip("network namespaces are not allowed")
     model = save_model(tmp_path / "model", **SMALL)

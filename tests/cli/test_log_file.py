@@ -75,7 +75,7 @@ def test_no_log_is_written_into_the_output(log: str, output: str, gptq: Run) -> 
 
 @pytest.mark.usefixtures("model", "quantizer")
 @pytest.mark.parametrize("exists", [False, True])
-def test_an_output_that_nobody_named_is_an_output(exists: bool, gptq: Run) -> None:
+def test_no_log_is_written_into_the_default_output(exists: bool, gptq: Run) -> None:
     name = "m-GPTQ-Int4-g128"
     if exists:
         Path(name).mkdir()
@@ -84,7 +84,7 @@ def test_an_output_that_nobody_named_is_an_output(exists: bool, gptq: Run) -> No
 
 
 @pytest.mark.usefixtures("model")
-def test_commands_that_only_read_keep_checkpoints_as_they_are(gptq: Run) -> None:
+def test_no_log_is_written_into_a_checkpoint_that_is_read(gptq: Run) -> None:
     for words in (
         ("verify", "m"),
         ("inspect", "m"),
@@ -96,7 +96,7 @@ def test_commands_that_only_read_keep_checkpoints_as_they_are(gptq: Run) -> None
     assert "a checkpoint" in refused(gptq, "m/run.log", "env")
 
 
-def test_no_log_is_written_where_a_resumed_run_works(model: Path, gptq: Run) -> None:
+def test_no_log_is_written_into_the_paths_of_a_resumed_run(model: Path, gptq: Run) -> None:
     work = Path(".out.gptq-work")
     for place in (work, Path("out"), Path("elsewhere")):
         place.mkdir()
@@ -107,7 +107,7 @@ def test_no_log_is_written_where_a_resumed_run_works(model: Path, gptq: Run) -> 
 
 
 @pytest.mark.parametrize("name", ["\ud800", "a\0b"])
-def test_a_run_file_with_a_name_that_cannot_be_is_no_bug(name: str, gptq: Run) -> None:
+def test_an_impossible_name_in_a_run_file_is_no_bug(name: str, gptq: Run) -> None:
     work = Path(".out.gptq-work")
     work.mkdir(mode=0o700)
     write_run(work, {}, {"model": name, "output": "out"})
@@ -118,7 +118,7 @@ def test_a_run_file_with_a_name_that_cannot_be_is_no_bug(name: str, gptq: Run) -
 
 @pytest.mark.usefixtures("quantizer")
 @pytest.mark.parametrize("content", ["\\documentclass{book}", "\n", "log of gptq 0.1.0\n", "{}"])
-def test_a_file_that_is_no_log_of_gptq_stays(content: str, gptq: Run) -> None:
+def test_a_file_that_is_no_log_of_gptq_stays_unchanged(content: str, gptq: Run) -> None:
     Path("thesis.tex").write_text(content)
     Path("link").symlink_to("thesis.tex")
     for log in ("thesis.tex", "link"):
@@ -151,7 +151,7 @@ def test_a_directory_or_an_unreadable_file_is_no_log(
 
 
 @pytest.mark.usefixtures("quantizer")
-def test_new_empty_and_own_logs_are_written_and_continued(gptq: Run) -> None:
+def test_new_and_empty_files_become_logs_and_are_continued(gptq: Run) -> None:
     Path("empty").touch()
     for log in ("new", "empty", "new", "empty"):
         assert gptq(*QUANTIZE, "--log-file", log).exit_code == 0

@@ -23,7 +23,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return output, model
 
 
-def test_inspect_tells_layers_sizes_origin_and_readers_without_torch(
+def test_inspect_prints_layers_bits_and_engines_without_torch(
     pair: tuple[Path, Path],
 ) -> None:
     code, stdout, stderr, loaded = run_process(["inspect", str(pair[0])], {})
@@ -37,7 +37,7 @@ def test_inspect_tells_layers_sizes_origin_and_readers_without_torch(
     assert any(line.startswith("loads in ") for line in lines)
 
 
-def test_inspect_as_json_and_in_short(gptq: Run, pair: tuple[Path, Path]) -> None:
+def test_inspect_prints_json_or_the_format_alone(gptq: Run, pair: tuple[Path, Path]) -> None:
     data = json.loads(gptq("inspect", pair[0], "--json").stdout)
     assert (data["status"], data["method"], data["format"]) == ("ok", "gptq", "gptq")
     assert len(data["layers"]) == sum(row["count"] for row in data["quantized"]) == 18
@@ -45,7 +45,7 @@ def test_inspect_as_json_and_in_short(gptq: Run, pair: tuple[Path, Path]) -> Non
     assert gptq("inspect", pair[1], "-q").stdout == "not quantized\n"
 
 
-def test_inspect_a_layer_draws_its_codes(gptq: Run, pair: tuple[Path, Path]) -> None:
+def test_inspect_draws_the_codes_of_a_layer(gptq: Run, pair: tuple[Path, Path]) -> None:
     result = gptq("inspect", pair[0], "--layer", "1.self_attn.q_proj")
     lines = result.stdout.splitlines()
     assert lines[0] == "model.layers.1.self_attn.q_proj  128x64  4 bit"
@@ -129,7 +129,7 @@ def test_compare_tells_the_worst_and_with_text_the_divergence(
         ),
     ],
 )
-def test_what_cannot_be_done_is_said_in_a_line_and_a_hint(
+def test_impossible_requests_get_an_error_line_and_a_hint(
     words: list[str], exit_code: int, message: str, hint: str, gptq: Run, pair: tuple[Path, Path]
 ) -> None:
     names = {"OUT": str(pair[0]), "MODEL": str(pair[1])}
@@ -140,7 +140,7 @@ def test_what_cannot_be_done_is_said_in_a_line_and_a_hint(
     assert len([line for line in result.stderr.splitlines() if not line.startswith("note:")]) <= 4
 
 
-def test_convert_and_dequantize_print_the_path_they_wrote(
+def test_convert_and_dequantize_print_the_written_path(
     gptq: Run, pair: tuple[Path, Path], tmp_path: Path
 ) -> None:
     result = gptq("convert", pair[0], "--to", "gptq_v2", "-o", tmp_path / "v2")

@@ -214,7 +214,7 @@ DECODING: dict[str, Callable[[Path, Path, Path], tuple[object, ...]]] = {
 
 @pytest.mark.parametrize("command", DECODING)
 @pytest.mark.parametrize("defect", DEFECTS)
-def test_what_would_decode_to_other_numbers_is_refused(
+def test_weights_that_would_decode_wrongly_are_refused(
     defect: str, command: str, place: Path, packed: Path, gptq: Run, tmp_path: Path
 ) -> None:
     plant, code, hint = DEFECTS[defect]
@@ -235,7 +235,9 @@ def test_what_would_decode_to_other_numbers_is_refused(
 @pytest.mark.parametrize(
     "defect", [defect for defect in DEFECTS if DEFECTS[defect][1] != "E_CKPT_QUANTIZED"]
 )
-def test_verify_finds_it_and_inspect_names_no_engine(defect: str, packed: Path, gptq: Run) -> None:
+def test_verify_finds_the_defect_and_inspect_names_no_engine(
+    defect: str, packed: Path, gptq: Run
+) -> None:
     plant, code, hint = DEFECTS[defect]
     assert gptq("inspect", packed).stdout.count("loads in") == 1
     plant(packed)
@@ -247,7 +249,9 @@ def test_verify_finds_it_and_inspect_names_no_engine(defect: str, packed: Path, 
 
 
 @pytest.mark.parametrize("defect", ["marlin flag", "marlin", "exl2", "bytes", "awq"])
-def test_what_only_calls_itself_gptq_is_a_defect(defect: str, packed: Path, gptq: Run) -> None:
+def test_other_packings_under_the_name_gptq_are_defects(
+    defect: str, packed: Path, gptq: Run
+) -> None:
     DEFECTS[defect][0](packed)
     verified, looked = gptq("verify", packed), gptq("inspect", packed)
     assert verified.exit_code == 4
@@ -428,7 +432,9 @@ def test_convert_writes_what_all_readers_take(
     assert compared.stdout.startswith("21 of 21 tensors are the same, 0 differ")
 
 
-def test_what_convert_cannot_correct_is_refused(packed: Path, gptq: Run, tmp_path: Path) -> None:
+def test_convert_refuses_rules_that_it_cannot_correct(
+    packed: Path, gptq: Run, tmp_path: Path
+) -> None:
     change_settings(packed, dynamic={r"-:.*\.1\.mlp\.up_proj": {}})
     found = gptq("convert", packed, "--to", "gptq_v2", "-o", tmp_path / "new")
     assert (found.exit_code, (tmp_path / "new").exists()) == (3, False)
@@ -457,7 +463,7 @@ def test_names_with_line_breaks_forge_no_line(packed: Path, gptq: Run, tmp_path:
         ]
 
 
-def test_plain_weights_say_nothing_of_a_quantization(
+def test_dequantize_removes_the_quantization_settings(
     packed: Path, gptq: Run, tmp_path: Path
 ) -> None:
     in_text_config(packed)
@@ -466,7 +472,7 @@ def test_plain_weights_say_nothing_of_a_quantization(
     assert gptq("inspect", tmp_path / "plain", "-q").stdout == "not quantized\n"
 
 
-def test_a_quantized_head_beside_transposed_blocks_is_not_turned(
+def test_dequantize_does_not_transpose_the_head_of_gpt2(
     gptq: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 128, "vocab_size": 512}

@@ -48,9 +48,7 @@ except SystemExit as stop:
     return found.returncode, found.stdout, "\n".join(stderr), loaded.split()[1:]
 
 
-def test_the_plan_tells_layers_reasons_sizes_memory_disk_and_readers(
-    gptq: Run, model: Path
-) -> None:
+def test_the_plan_lists_the_layers_and_why_some_are_kept(gptq: Run, model: Path) -> None:
     result = gptq("plan", model, "-b", "4", "-g", "32", "--dynamic", r"-:.*\.0\.mlp", "-o", "there")
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
@@ -101,7 +99,7 @@ def test_a_dry_run_prints_the_same_and_runs_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_plan_has_a_time_only_if_it_is_asked_for(gptq: Run, model: Path) -> None:
+def test_a_plan_has_a_time_only_with_the_flag(gptq: Run, model: Path) -> None:
     words = ["plan", str(model), "-b", "4", "-g", "32", "--device", "cpu"]
     plain, timed = gptq(*words, "--json"), gptq(*words, "--time", "--json")
     assert (plain.exit_code, timed.exit_code) == (0, 0)
@@ -148,7 +146,7 @@ def test_quiet_prints_the_bytes_alone(gptq: Run, model: Path) -> None:
         (["MODEL", "-b", "4", "--overwrite"], 2, "No such option: --overwrite", ""),
     ],
 )
-def test_what_a_run_would_refuse_the_plan_refuses(
+def test_the_plan_refuses_the_settings_that_a_run_refuses(
     words: list[str], exit_code: int, message: str, hint: str, gptq: Run, model: Path
 ) -> None:
     result = gptq("plan", *[str(model) if word == "MODEL" else word for word in words])
@@ -157,7 +155,7 @@ def test_what_a_run_would_refuse_the_plan_refuses(
     assert hint in result.stderr
 
 
-def test_a_text_config_that_is_no_mapping_is_not_asked(
+def test_a_text_config_that_is_no_mapping_is_ignored(
     gptq: Run, model: Path, tmp_path: Path
 ) -> None:
     odd = Path(shutil.copytree(model, tmp_path / "odd"))
@@ -171,7 +169,7 @@ def test_a_text_config_that_is_no_mapping_is_not_asked(
     assert (result.exit_code, result.stdout) == (0, usual.stdout)
 
 
-def test_an_output_in_the_way_and_a_full_disk_are_said(
+def test_the_plan_reports_an_existing_output_and_a_full_disk(
     gptq: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
@@ -181,7 +179,7 @@ def test_an_output_in_the_way_and_a_full_disk_are_said(
     assert "warning[W_DISK]: 1 KB are free" in result.stderr
 
 
-def test_an_output_of_gptq_may_be_done_already_and_plan_notes_it(
+def test_the_plan_notes_that_an_output_may_be_complete(
     gptq: Run, model: Path, tmp_path: Path
 ) -> None:
     write_manifest(tmp_path, {"identity": {}})
@@ -190,7 +188,7 @@ def test_an_output_of_gptq_may_be_done_already_and_plan_notes_it(
     assert "if this run would write the same, quantize will keep it; if not" in result.stderr
 
 
-def test_a_limit_below_what_the_run_needs_is_noted(gptq: Run, model: Path) -> None:
+def test_the_plan_notes_a_memory_limit_that_is_too_low(gptq: Run, model: Path) -> None:
     words = ["plan", model, "-b", "4", "-g", "32", "--max-ram", "1MB", "--max-vram", "900GB"]
     result = gptq(*words)
     assert result.exit_code == 0
@@ -232,7 +230,7 @@ def test_a_hub_model_is_planned_from_ranges_of_its_files(model: Path, tmp_path: 
     assert "E_HUB_NOT_FOUND" in unknown[2]
 
 
-def test_a_hub_that_is_gone_is_an_input_error(tmp_path: Path) -> None:
+def test_an_unreachable_hub_is_an_input_error(tmp_path: Path) -> None:
     with serve({}, kind="model") as hub:
         environment = hub.environment(tmp_path)
     code, _, stderr, _ = run_process(["plan", "someone/tiny", "-b", "4"], environment)

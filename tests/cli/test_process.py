@@ -50,7 +50,7 @@ except SystemExit:
     assert found.stdout.splitlines()[-1] == "LOADED []"
 
 
-def test_what_libraries_are_told_is_what_the_user_says() -> None:
+def test_variables_of_the_user_override_our_defaults() -> None:
     names = ("OMP_WAIT_POLICY", "THP_MEM_ALLOC_ENABLE", "USE_HUB_KERNELS")
     found = json.loads(shell(f"unset {' '.join(names)}; $GPTQ env --json").stdout)["variables"]
     assert [found[name] for name in names] == ["PASSIVE", "1", "NO"]
@@ -64,7 +64,7 @@ def test_what_libraries_are_told_is_what_the_user_says() -> None:
     assert [found[name] for name in names] == ["ACTIVE", "0", "YES"]
 
 
-def test_a_reader_who_leaves_early_is_no_failure(recipe: Path) -> None:
+def test_a_pipe_that_closes_early_is_no_failure(recipe: Path) -> None:
     found = shell(f"set -o pipefail; $GPTQ validate-config {recipe} | (exec <&-; sleep 0)")
     assert (found.returncode, found.stderr) == (0, "")
 
@@ -87,7 +87,7 @@ def test_closed_streams_do_not_matter(closed: str, recipe: Path) -> None:
     assert shell(f"$GPTQ validate-config {recipe}.none --json {closed}").returncode == 2
 
 
-def test_without_stderr_the_talk_does_not_land_on_stdout(recipe: Path) -> None:
+def test_messages_for_a_closed_stderr_stay_off_stdout(recipe: Path) -> None:
     found = shell(f"$GPTQ validate-config {recipe}.none --json 2>&-")
     assert json.loads(found.stdout)["problems"][0]["code"] == "E_CFG_FILE"
 
@@ -107,7 +107,7 @@ def test_a_narrow_terminal_does_not_break_paths(tmp_path: Path) -> None:
     assert f"cannot read the configuration {path}: No such file or directory\n" in found.stderr
 
 
-def test_names_that_the_locale_cannot_say_are_escaped(tmp_path: Path) -> None:
+def test_letters_outside_the_locale_are_escaped(tmp_path: Path) -> None:
     found = shell(
         f"$GPTQ validate-config {tmp_path}/é.yaml", PYTHONIOENCODING="ascii", PYTHONUTF8="0"
     )

@@ -19,7 +19,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_log_gets_a_line_a_block_with_error_time_and_memory(
+def test_a_log_gets_a_line_for_each_block(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with Progress(Console()) as progress:
@@ -39,7 +39,7 @@ block 2/2 model.layers.1 error 2.0e-04 (rtn 6.0e-04) 18.2 s eta 0:00:00 mem 2.15
     )
 
 
-def test_a_long_block_does_not_leave_the_log_silent(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_long_block_prints_a_line_for_a_layer(capsys: pytest.CaptureFixture[str]) -> None:
     seconds = iter([0.0, 1.0, SILENCE + 1, SILENCE + 1, SILENCE + 2])
     with Progress(Console(), now=lambda: next(seconds)) as progress:
         progress(BlockStarted(0, 9, "model.layers.0"))
@@ -48,7 +48,7 @@ def test_a_long_block_does_not_leave_the_log_silent(capsys: pytest.CaptureFixtur
     assert capsys.readouterr().err == "block 1/9 model.layers.0.b error 1.0e-04 (rtn 3.0e-04)\n"
 
 
-def test_a_terminal_sees_block_layer_time_and_memory_and_is_left_clean(
+def test_a_terminal_gets_a_live_view_and_its_cursor_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     terminal = Terminal()
@@ -70,7 +70,7 @@ def test_a_terminal_sees_block_layer_time_and_memory_and_is_left_clean(
     assert "\x1b[?25h" in seen  # the cursor is shown again
 
 
-def test_a_view_counts_the_blocks_that_were_finished_before(
+def test_the_live_view_counts_blocks_of_earlier_runs(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     progress = Progress(Console())

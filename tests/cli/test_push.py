@@ -152,13 +152,13 @@ def test_a_push_makes_a_private_repository_that_verifies_after_a_download(
     )
 
 
-def test_all_files_go_up_in_one_commit_on_the_head_of_main(push: Push, hub: Hub) -> None:
+def test_all_files_are_sent_in_one_commit_to_main(push: Push, hub: Hub) -> None:
     assert push().exit_code == 0
     commits = [request for request in hub.requests if "/commit/" in request]
     assert [request.split("/")[-1].split("?")[0] for request in commits] == ["main"]
 
 
-def test_a_push_is_refused_if_somebody_else_pushed_meanwhile(push: Push, hub: Hub) -> None:
+def test_a_push_is_refused_after_a_rival_commit(push: Push, hub: Hub) -> None:
     hub.uploads.rival = {"theirs.txt": b"new"}
     done = push()
     assert (done.exit_code, done.stdout) == (3, "")
@@ -175,9 +175,7 @@ def test_a_repeated_push_sends_nothing(push: Push, hub: Hub) -> None:
     assert not [request for request in hub.requests[asked:] if not request.startswith("GET ")]
 
 
-def test_an_upload_that_broke_off_sends_only_what_is_missing(
-    push: Push, hub: Hub, output: Path
-) -> None:
+def test_a_repeated_upload_sends_only_the_missing_files(push: Push, hub: Hub, output: Path) -> None:
     shards = sorted(output.glob("*.safetensors"))
     last = hashlib.sha256(shards[-1].read_bytes()).hexdigest()
     hub.faults.append(Fault(f"PUT /lfs/{last}", Reply(403)))
@@ -192,7 +190,7 @@ def test_an_upload_that_broke_off_sends_only_what_is_missing(
     ]
 
 
-def test_bytes_that_the_hub_garbles_fail_the_push(push: Push, hub: Hub) -> None:
+def test_a_push_fails_if_the_hub_corrupts_a_file(push: Push, hub: Hub) -> None:
     hub.uploads.corrupt = "config.json"
     done = push()
     assert (done.exit_code, done.stdout) == (3, "")
@@ -200,7 +198,7 @@ def test_bytes_that_the_hub_garbles_fail_the_push(push: Push, hub: Hub) -> None:
     assert "of model `me/tiny` does not hold the files that were sent" in done.stderr
 
 
-def test_another_model_is_replaced_on_demand_and_its_weights_go(push: Push, hub: Hub) -> None:
+def test_overwrite_replaces_a_model_and_deletes_its_weights(push: Push, hub: Hub) -> None:
     old = {
         "model.safetensors": b"old",
         "config.json": b"{}",
@@ -223,7 +221,7 @@ def test_another_model_is_replaced_on_demand_and_its_weights_go(push: Push, hub:
     assert "model.safetensors" not in hub.repos["me/tiny"]
 
 
-def test_privacy_is_what_was_said_or_the_push_is_refused(push: Push, hub: Hub) -> None:
+def test_a_push_obeys_or_refuses_the_requested_privacy(push: Push, hub: Hub) -> None:
     hub.repos = {"me/tiny": {".gitattributes": b""}}
     assert "is public already" in push().stderr
     assert hub.repos["me/tiny"] == {".gitattributes": b""}
@@ -315,7 +313,7 @@ def test_the_card_says_where_the_model_comes_from_and_never_a_path(
         {"layers": [1, {}, {"name": "x"}], "experts": [{"uncovered": None}]},
     ],
 )
-def test_a_manifest_that_says_nothing_of_use_gives_a_shorter_card(
+def test_a_manifest_without_useful_values_shortens_the_card(
     change: dict[str, Any], push: Push, output: Path, tmp_path: Path
 ) -> None:
     copy = Path(shutil.copytree(output, tmp_path / "copy"))
@@ -327,7 +325,7 @@ def test_a_manifest_that_says_nothing_of_use_gives_a_shorter_card(
     assert "gptq quantize org/tiny" in done.stdout
 
 
-def test_what_came_from_the_hub_needs_no_base_model(
+def test_the_base_model_of_the_manifest_needs_no_flag(
     push: Push, hub: Hub, output: Path, tmp_path: Path
 ) -> None:
     copy = Path(shutil.copytree(output, tmp_path / "copy"))
@@ -346,9 +344,7 @@ def test_what_came_from_the_hub_needs_no_base_model(
     assert f"gptq quantize org/source --revision {'b' * 40} --config gptq_config.yaml" in card
 
 
-def test_a_dry_run_prints_the_card_that_can_be_edited_and_sent(
-    push: Push, hub: Hub, tmp_path: Path
-) -> None:
+def test_a_dry_run_prints_a_card_that_push_accepts(push: Push, hub: Hub, tmp_path: Path) -> None:
     printed = push("--dry-run")
     assert (printed.exit_code, hub.requests) == (0, [])
     assert "warning[W_PUSH_PATH]" in printed.stderr
@@ -359,7 +355,7 @@ def test_a_dry_run_prints_the_card_that_can_be_edited_and_sent(
     )
 
 
-def test_a_checkpoint_of_another_tool_gets_a_card_of_what_is_known(
+def test_a_checkpoint_of_another_tool_gets_a_short_card(
     push: Push, hub: Hub, output: Path, tmp_path: Path
 ) -> None:
     foreign = Path(shutil.copytree(output, tmp_path / "foreign"))
@@ -374,7 +370,7 @@ def test_a_checkpoint_of_another_tool_gets_a_card_of_what_is_known(
     ]
 
 
-def test_offline_mode_sends_nothing_and_says_so(gptq: Run, output: Path) -> None:
+def test_push_is_refused_in_offline_mode(gptq: Run, output: Path) -> None:
     done = gptq(
         "push", output, "me/tiny", "--base-model", "org/tiny"
     )  # these tests run in offline mode
@@ -413,7 +409,7 @@ def test_offline_mode_sends_nothing_and_says_so(gptq: Run, output: Path) -> None
         ),
     ],
 )
-def test_what_cannot_be_pushed_is_said_before_anything_is_sent(
+def test_wrong_arguments_are_refused_before_any_request(
     words: list[str],
     base: str | None,
     exit_code: int,

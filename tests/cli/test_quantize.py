@@ -58,13 +58,13 @@ def test_every_flag_reaches_its_field(gptq: Run, quantizer: FakeQuantizer, tmp_p
     }  # fmt: skip
 
 
-def test_every_field_has_a_flag_but_those_that_quantizing_does_not_use() -> None:
+def test_every_field_that_quantize_uses_has_a_flag() -> None:
     options = {parameter.name for parameter in load_command("quantize").params}
     missing = set(QuantizeConfig.model_fields) - options
     assert missing == {"backend", "modules_in_block_to_quantize"}
 
 
-def test_flags_may_be_spelt_with_underscores_and_values_stay(
+def test_underscores_in_flags_are_accepted_and_values_kept(
     gptq: Run, quantizer: FakeQuantizer
 ) -> None:
     text = ("--dataset=org/t", "--text_column=my_text")
@@ -81,7 +81,7 @@ def test_a_negative_group_size_is_a_value_and_no_option(
     assert quantizer.calls[0]["config"].group_size == -1
 
 
-def test_file_environment_and_flags_meet(
+def test_flags_override_variables_and_variables_the_file(
     gptq: Run, quantizer: FakeQuantizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = tmp_path / "c.yaml"
@@ -116,7 +116,7 @@ def test_repeated_datasets_are_texts(gptq: Run, quantizer: FakeQuantizer) -> Non
         ),
     ],
 )
-def test_wrong_settings_stop_before_anything_is_loaded(
+def test_wrong_settings_are_refused_before_loading(
     words: list[str], message: str, gptq: Run, quantizer: FakeQuantizer
 ) -> None:
     result = gptq("quantize", "m", *words)
@@ -125,9 +125,7 @@ def test_wrong_settings_stop_before_anything_is_loaded(
     assert quantizer.calls == []
 
 
-def test_a_dataset_that_is_not_there_stops_before_anything_is_loaded(
-    gptq: Run, quantizer: FakeQuantizer
-) -> None:
+def test_a_missing_dataset_is_refused_before_loading(gptq: Run, quantizer: FakeQuantizer) -> None:
     result = gptq("quantize", "org/m", "-b", "4", "--dataset", "none.txt")
     assert result.exit_code == 3
     assert result.stderr.startswith(
@@ -137,7 +135,7 @@ def test_a_dataset_that_is_not_there_stops_before_anything_is_loaded(
 
 
 @pytest.mark.parametrize("model", ["./none", "/none", "~/none", "a/b/c", "none dir"])
-def test_a_wrong_path_stops_before_anything_is_loaded(
+def test_a_wrong_path_is_refused_before_loading(
     model: str, gptq: Run, quantizer: FakeQuantizer
 ) -> None:
     result = gptq("quantize", model, "-b", "4")
@@ -146,7 +144,7 @@ def test_a_wrong_path_stops_before_anything_is_loaded(
     assert quantizer.calls == []
 
 
-def test_the_summary_names_the_output_the_gain_and_the_readers(
+def test_the_summary_names_output_size_error_and_engines(
     gptq: Run, quantizer: FakeQuantizer
 ) -> None:
     result = gptq("quantize", "org/name", "-b", "4", "--desc-act")
@@ -165,7 +163,7 @@ does not load in auto-round: it refuses desc_act without static_groups
     assert len(quantizer.calls) == 1
 
 
-def test_quiet_prints_the_path_alone_and_warnings(gptq: Run, quantizer: FakeQuantizer) -> None:
+def test_quiet_prints_only_the_path_and_warnings(gptq: Run, quantizer: FakeQuantizer) -> None:
     result = gptq("quantize", "m", "-b", "4", "-q", "-o", "somewhere")
     assert result.stdout == "somewhere\n"
     assert (
@@ -186,7 +184,7 @@ def test_json_is_one_object_without_nan(gptq: Run, quantizer: FakeQuantizer) -> 
     assert len(quantizer.calls) == 1
 
 
-def test_print_config_resolves_and_leaves(
+def test_print_config_prints_the_configuration_and_exits(
     gptq: Run, quantizer: FakeQuantizer, tmp_path: Path
 ) -> None:
     result = gptq("quantize", "m", "-b", "4", "--asym", "--print-config")
@@ -201,7 +199,7 @@ def test_print_config_resolves_and_leaves(
     assert quantizer.calls == []
 
 
-def test_outputs_are_named_as_published_checkpoints_are(tmp_path: Path) -> None:
+def test_the_default_output_is_named_like_published_ones(tmp_path: Path) -> None:
     model = tmp_path / "Tiny-1B"
     model.mkdir()
     config = QuantizeConfig(bits=8, group_size=-1)
@@ -217,12 +215,12 @@ def test_outputs_are_named_as_published_checkpoints_are(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("said", "expected"), [("3h30m", 12600), ("90m", 5400), ("45s", 45), ("1h1s", 3601)]
 )
-def test_times_are_read(said: str, expected: int) -> None:
+def test_max_runtime_is_read_as_seconds(said: str, expected: int) -> None:
     assert seconds(said) == expected
 
 
 @pytest.mark.parametrize("said", ["", "0s", "10", "1.5h", "3m2h", "-5m", "h"])
-def test_times_that_say_nothing_are_refused(said: str, gptq: Run, quantizer: FakeQuantizer) -> None:
+def test_a_wrong_max_runtime_is_refused(said: str, gptq: Run, quantizer: FakeQuantizer) -> None:
     result = gptq("quantize", "m", "-b", "4", f"--max-runtime={said}")
     assert result.exit_code == 2
     assert (
@@ -232,7 +230,7 @@ def test_times_that_say_nothing_are_refused(said: str, gptq: Run, quantizer: Fak
     assert quantizer.calls == []
 
 
-def test_a_policy_that_does_not_exist_is_refused(gptq: Run, quantizer: FakeQuantizer) -> None:
+def test_an_unknown_resume_policy_is_refused(gptq: Run, quantizer: FakeQuantizer) -> None:
     result = gptq("quantize", "m", "-b", "4", "--resume=always")
     assert result.exit_code == 2
     assert (
@@ -241,7 +239,7 @@ def test_a_policy_that_does_not_exist_is_refused(gptq: Run, quantizer: FakeQuant
     assert quantizer.calls == []
 
 
-def test_what_was_done_before_is_said(
+def test_the_summary_reports_a_run_that_was_complete(
     gptq: Run, quantizer: FakeQuantizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(FakeQuantized, "already_done", True)

@@ -70,7 +70,7 @@ def test_a_terminal_gets_no_control_from_a_path(
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
-def test_print_config_gives_back_what_was_asked_for(encoding: str, tmp_path: Path) -> None:
+def test_print_config_keeps_texts_in_any_locale(encoding: str, tmp_path: Path) -> None:
     asked = [*SECRETS, "é\u00a0\u200d\U0001f600", "\x1b[31m"]
     words = ["quantize", "m", "-b", "4"]
     for text in asked:
@@ -90,7 +90,7 @@ def test_print_config_gives_back_what_was_asked_for(encoding: str, tmp_path: Pat
     )
 
 
-def test_results_keep_what_looks_like_a_secret(gptq: Run) -> None:
+def test_results_keep_texts_that_look_like_secrets(gptq: Run) -> None:
     for text in SECRETS:
         result = gptq(
             "quantize",
@@ -108,7 +108,7 @@ def test_results_keep_what_looks_like_a_secret(gptq: Run) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_word_that_is_pasted_into_a_shell_is_the_same(name: str) -> None:
+def test_a_quoted_word_survives_the_shell(name: str) -> None:
     assert shell_word(name).isprintable()
     done = subprocess.run(
         ["bash", "-c", f"printf %s {shell_words([name, ''])}"], capture_output=True, check=True
@@ -116,7 +116,7 @@ def test_a_word_that_is_pasted_into_a_shell_is_the_same(name: str) -> None:
     assert done.stdout == os.fsencode(name)
 
 
-def test_an_output_whose_name_is_not_utf_8_is_whole(tmp_path: Path) -> None:
+def test_an_output_may_have_a_name_that_is_not_utf_8(tmp_path: Path) -> None:
     save_model(tmp_path / "model", num_hidden_layers=2)
     (tmp_path / "text\udcff.txt").write_text(texts(2_000)[0])
     sizes = ["-b", "4", "-g", "32", "--nsamples", "2", "--batch-size", "1", "--seqlen", "32"]
@@ -145,14 +145,12 @@ def test_an_output_whose_name_is_not_utf_8_is_whole(tmp_path: Path) -> None:
     assert json.loads(config.stdout)["config"]["dataset"] == "text\udcff.txt"
 
 
-def test_words_after_two_dashes_are_no_options(gptq: Run) -> None:
+def test_words_after_two_dashes_are_arguments(gptq: Run) -> None:
     assert "`--my_model` is not a directory" in gptq("verify", "--", "--my_model").stderr
 
 
 @pytest.mark.usefixtures("quantizer")
-def test_the_command_in_a_report_is_the_one_that_was_given(
-    gptq: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_report_shows_the_exact_command(gptq: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     commands: list[str] = []
 
     def keep(output: Path, result: object, log: object, command: str) -> Path:

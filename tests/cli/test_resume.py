@@ -40,14 +40,14 @@ def trusting() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("config", [None, 7, [], "x"])
-def test_the_command_to_go_on_is_told_of_any_run_file(config: object, tmp_path: Path) -> None:
+def test_resume_command_takes_any_run_file(config: object, tmp_path: Path) -> None:
     work = begun(tmp_path, config=config)
     assert resume_command(work) == f"gptq resume {work}"
     assert resume_command(tmp_path) == f"gptq resume {tmp_path}"
 
 
 @pytest.mark.parametrize("there", [False, True])
-def test_the_call_is_repeated_where_it_was_made_with_all_it_was_given(
+def test_resume_repeats_the_call_in_its_directory(
     there: bool,
     gptq: Run,
     quantizer: FakeQuantizer,
@@ -79,7 +79,7 @@ SEALED = [
     "content",
     [None, "", "{", "[]", "7", '{"checksum": "0"}', '{"request": {}, "checksum": 3}', *SEALED],
 )
-def test_a_directory_that_holds_no_run_is_refused(
+def test_a_directory_without_a_run_is_refused(
     content: str | None, gptq: Run, quantizer: FakeQuantizer, tmp_path: Path
 ) -> None:
     work = tmp_path / ".o.gptq-work"
@@ -110,7 +110,7 @@ def test_a_directory_that_holds_no_run_is_refused(
         {"more": 1, "config": None},
     ],
 )
-def test_what_no_version_of_gptq_writes_is_refused(
+def test_a_run_file_with_wrong_values_is_refused(
     claims: dict[str, Any], gptq: Run, quantizer: FakeQuantizer, tmp_path: Path
 ) -> None:
     result = gptq("resume", begun(tmp_path, **claims))
@@ -149,7 +149,7 @@ def test_a_directory_that_others_may_enter_is_refused(
 
 @pytest.mark.parametrize("place", ["", "run.json"])
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs the right to give files away")
-def test_what_belongs_to_another_user_is_refused(
+def test_a_run_of_another_user_is_refused(
     place: str, gptq: Run, quantizer: FakeQuantizer, tmp_path: Path
 ) -> None:
     work = begun(tmp_path)
@@ -159,7 +159,7 @@ def test_what_belongs_to_another_user_is_refused(
     assert quantizer.calls == []
 
 
-def test_the_output_is_beside_the_work_whatever_was_written_there(
+def test_the_output_is_beside_the_work_and_not_in_its_file(
     gptq: Run, quantizer: FakeQuantizer, tmp_path: Path
 ) -> None:
     victim = tmp_path / "victim"
@@ -173,7 +173,7 @@ def test_the_output_is_beside_the_work_whatever_was_written_there(
     ]
 
 
-def test_a_moved_work_directory_overwrites_only_if_that_is_said_again(
+def test_a_moved_run_needs_overwrite_again(
     gptq: Run, quantizer: FakeQuantizer, tmp_path: Path
 ) -> None:
     moved = tmp_path / "elsewhere"
@@ -185,7 +185,7 @@ def test_a_moved_work_directory_overwrites_only_if_that_is_said_again(
     assert quantizer.calls == []
 
 
-def test_code_of_the_model_runs_only_if_that_is_said_again(
+def test_a_run_with_remote_code_needs_consent_again(
     gptq: Run, quantizer: FakeQuantizer, tmp_path: Path
 ) -> None:
     work = begun(tmp_path, config=trusting())
@@ -199,7 +199,7 @@ def test_code_of_the_model_runs_only_if_that_is_said_again(
     assert quantizer.calls[0]["config"] == QuantizeConfig(bits=3, trust_remote_code=True)
 
 
-def test_what_is_told_to_type_next_works(
+def test_the_printed_resume_command_works(
     gptq: Run, quantizer: FakeQuantizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     work = begun(tmp_path, config=trusting())
@@ -209,7 +209,7 @@ def test_what_is_told_to_type_next_works(
     assert len(quantizer.calls) == 1
 
 
-def test_the_output_instead_of_the_work_beside_it_is_recognised(
+def test_the_output_path_gets_a_hint_to_the_work_directory(
     gptq: Run, quantizer: FakeQuantizer, tmp_path: Path
 ) -> None:
     work = begun(tmp_path).rename(tmp_path / ".my out.gptq-work")
@@ -221,7 +221,7 @@ def test_the_output_instead_of_the_work_beside_it_is_recognised(
     assert quantizer.calls == []
 
 
-def test_resuming_and_what_is_kept_are_said_even_when_quiet(
+def test_quiet_still_prints_resumed_and_kept_work(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     progress = Progress(Console(quiet=True))

@@ -23,7 +23,7 @@ def schema(gptq: Run) -> dict[str, Any]:
     return found
 
 
-def test_the_schema_is_valid_knows_every_field_and_says_what_it_means(
+def test_the_schema_is_valid_and_describes_every_field(
     schema: dict[str, Any],
 ) -> None:
     Draft7Validator.check_schema(schema)
@@ -33,7 +33,7 @@ def test_the_schema_is_valid_knows_every_field_and_says_what_it_means(
     assert "$defs" not in json.dumps(schema)  # drafts before 2019 call them definitions
 
 
-def test_it_takes_what_the_program_takes_and_refuses_what_it_refuses(
+def test_the_schema_agrees_with_the_program(
     schema: dict[str, Any],
 ) -> None:
     check = Draft7Validator(schema)
@@ -54,7 +54,7 @@ def test_recipes_point_to_the_schema_beside_them_and_fit_it(schema: dict[str, An
         Draft7Validator(schema).validate(yaml.safe_load(file.read_text()))
 
 
-def test_the_schema_of_the_output_is_printed_too(gptq: Run) -> None:
+def test_schema_prints_the_schema_of_the_output(gptq: Run) -> None:
     Draft202012Validator.check_schema(json.loads(gptq("schema", "output").stdout))
     result = gptq("schema", "outputs")
     assert (result.exit_code, result.stdout) == (2, "")
@@ -73,7 +73,7 @@ def test_recipes_are_listed_and_printed(gptq: Run) -> None:
     )
 
 
-def test_a_recipe_is_found_by_name_and_a_file_goes_first(
+def test_a_file_takes_precedence_over_a_recipe(
     gptq: Run, quantizer: FakeQuantizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -91,7 +91,7 @@ def test_a_recipe_is_found_by_name_and_a_file_goes_first(
         ("zzz", "`gptq recipes` lists the names"),
     ],
 )
-def test_a_name_that_is_no_recipe_is_refused_with_the_nearest(
+def test_an_unknown_recipe_gets_the_nearest_as_hint(
     name: str, hint: str, gptq: Run, quantizer: FakeQuantizer
 ) -> None:
     result = gptq("quantize", "m", "--config", name)

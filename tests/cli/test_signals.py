@@ -16,7 +16,7 @@ from .conftest import FakeQuantizer, Run
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_signal_ends_the_body_and_the_old_handler_comes_back(
+def test_a_signal_ends_the_body_and_restores_its_handler(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     number = getattr(signal, name)

@@ -20,7 +20,7 @@ from .test_process import shell
 TOKEN = "hf_" + "aB3" * 11
 
 
-def test_verbose_adds_a_line_a_layer(gptq: Run, quantizer: FakeQuantizer) -> None:
+def test_verbose_adds_a_line_for_each_layer(gptq: Run, quantizer: FakeQuantizer) -> None:
     short, long = (gptq("quantize", "m", "-b", "4", *more) for more in ([], ["--verbose"]))
     assert "layer model.layers" not in short.stderr
     layers = [line for line in long.stderr.splitlines() if line.startswith("layer ")]
@@ -56,7 +56,7 @@ def test_the_log_keeps_what_was_said_and_more_with_times(
     assert log.read_text(encoding="utf-8") == text  # the log ends with its command
 
 
-def test_a_log_that_cannot_be_written_is_refused_before_the_run(
+def test_an_unwritable_log_is_refused_before_the_run(
     gptq: Run, quantizer: FakeQuantizer, tmp_path: Path
 ) -> None:
     result = gptq("quantize", "m", "-b", "4", "--log-file", tmp_path / "none" / "run.log")
@@ -82,9 +82,7 @@ def test_tokens_of_the_hub_are_never_shown(
     assert json.loads(results[1].stdout)["variables"]["HF_TOKEN"] == "set"
 
 
-def test_the_environment_tells_versions_and_loads_nothing(
-    gptq: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_env_prints_versions_and_variables(gptq: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPTQ_BITS", "4")
     data = json.loads(gptq("env", "--json").stdout)
     assert data["versions"]["torch"].startswith("2.")
@@ -101,7 +99,7 @@ def test_help_fits_the_terminal(columns: str) -> None:
         assert max(map(len, lines)) <= int(columns)
 
 
-def test_help_at_80_columns_spells_every_option_out() -> None:
+def test_help_at_80_columns_shortens_no_option() -> None:
     for command in COMMANDS:
         assert (
             "\N{HORIZONTAL ELLIPSIS}"
@@ -120,7 +118,7 @@ def test_a_long_path_is_never_broken(tmp_path: Path) -> None:
         assert f"`{path}" in shell(f"$GPTQ {words}", COLUMNS="40").stderr
 
 
-def test_completion_knows_commands_and_options_and_loads_no_torch() -> None:
+def test_completion_knows_words_and_loads_no_torch() -> None:
     script = """
 import os, sys
 os.environ.update(_GPTQ_COMPLETE="complete_bash", COMP_WORDS=sys.argv[1], COMP_CWORD=sys.argv[2])
@@ -141,7 +139,7 @@ finally:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_misspelt_command_or_option_is_recognised(command: str, gptq: Run) -> None:
+def test_a_misspelt_command_or_option_gets_a_hint(command: str, gptq: Run) -> None:
     result = gptq(command[:-1] + "x")
     assert result.exit_code == 2
     assert "hint: did you mean" in result.stderr

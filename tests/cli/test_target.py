@@ -22,7 +22,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("target") / "Experts", "qwen3_moe")
 
 
-def test_settings_that_the_target_cannot_load_are_refused_whatever_the_model(
+def test_settings_that_the_target_cannot_load_are_refused(
     gptq: Run, quantizer: FakeQuantizer
 ) -> None:
     for command in ("quantize", "plan"):
@@ -35,7 +35,7 @@ def test_settings_that_the_target_cannot_load_are_refused_whatever_the_model(
     assert quantizer.calls == []
 
 
-def test_a_target_in_a_file_is_refused_with_its_line(gptq: Run, tmp_path: Path) -> None:
+def test_a_refused_target_in_a_file_has_its_line(gptq: Run, tmp_path: Path) -> None:
     (tmp_path / "cfg.yaml").write_text("bits: 4\nsym: false\ntarget: sglang\n")
     result = gptq("validate-config", tmp_path / "cfg.yaml", "--json")
     data = json.loads(result.stdout)
@@ -63,7 +63,7 @@ def test_a_target_in_a_file_is_refused_with_its_line(gptq: Run, tmp_path: Path) 
         (["--target", "any", "--desc-act"], "auto-round does not load desc_act"),
     ],
 )
-def test_what_rules_and_layers_make_is_judged_before_any_work(
+def test_rules_and_layers_are_checked_for_the_target_first(
     more: list[str], message: str, gptq: Run, model: Path, quantizer: FakeQuantizer, tmp_path: Path
 ) -> None:
     for command in ("quantize", "plan"):
@@ -95,7 +95,7 @@ def test_a_mixture_is_refused_for_transformers_and_loads_in_vllm(gptq: Run, mixt
     assert "vllm would misread experts of this width with desc_act" in ordered.stderr
 
 
-def test_validate_config_judges_a_target_for_a_model(
+def test_validate_config_checks_the_target_for_a_model(
     gptq: Run, model: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "cfg.yaml").write_text(
@@ -107,21 +107,21 @@ def test_validate_config_judges_a_target_for_a_model(
     assert "error[E_TARGET]: vllm does not load q, k and v (or gate and up)" in result.stderr
 
 
-def test_a_target_that_is_unknown_is_refused_with_the_nearest(gptq: Run) -> None:
+def test_an_unknown_target_gets_the_nearest_as_hint(gptq: Run) -> None:
     result = gptq("plan", "m", "-b", "4", "--target", "vlm")
     assert result.exit_code == 2
     assert "error[E_CFG_RANGE]: --target must be vllm, sglang, transformers" in result.stderr
     assert "did you mean vllm?" in result.stderr
 
 
-def test_a_target_that_loads_changes_nothing(gptq: Run, model: Path) -> None:
+def test_a_satisfied_target_does_not_change_the_plan(gptq: Run, model: Path) -> None:
     words = ["plan", model, "-b", "4", "-g", "32", "--json"]
     plain, aimed = (json.loads(gptq(*words, *more).stdout) for more in ([], ["--target", "any"]))
     assert aimed["disk"].pop("free_bytes")
     assert aimed == plain | {"disk": aimed["disk"]}
 
 
-def test_without_a_target_a_line_before_the_work_names_who_will_not_load_it(
+def test_without_a_target_a_note_names_engines_that_fail(
     gptq: Run, model: Path, quantizer: FakeQuantizer, tmp_path: Path
 ) -> None:
     words = ["quantize", model, "-g", "32", "-o", tmp_path / "out", "-b"]
@@ -133,9 +133,7 @@ def test_without_a_target_a_line_before_the_work_names_who_will_not_load_it(
     assert len(quantizer.calls) == 4
 
 
-def test_rules_that_split_a_fused_group_and_a_quantized_head_are_warned_of(
-    gptq: Run, model: Path
-) -> None:
+def test_a_split_fused_group_and_a_quantized_head_warn(gptq: Run, model: Path) -> None:
     words = ["plan", model, "-b", "4", "-g", "32"]
     split = gptq(*words, "--dynamic", r"-:.*\.1\..*up_proj")
     assert split.exit_code == 0

@@ -79,7 +79,7 @@ QUANTIZE = ("-b4", "-g32", "--nsamples=4", "--seqlen=32", "--device=cpu", "-q", 
         ("packed/gptq_report.json", ("report", "packed")),
     ],
 )
-def test_what_may_not_be_read_is_told_with_its_path(
+def test_an_unreadable_file_is_refused_with_its_path(
     closed: str, words: tuple[str, ...], here: Path
 ) -> None:
     (here / closed).chmod(0)
@@ -91,7 +91,7 @@ def test_what_may_not_be_read_is_told_with_its_path(
     assert not list(here.glob(".out*"))
 
 
-def test_a_folder_that_may_not_be_entered_is_named(here: Path) -> None:
+def test_a_closed_folder_is_refused_with_its_path(here: Path) -> None:
     (here / "closed").mkdir()
     (here / "model").rename(here / "closed" / "model")
     (here / "closed").chmod(0)
@@ -114,7 +114,7 @@ def test_a_folder_that_may_not_be_entered_is_named(here: Path) -> None:
     (here / "closed").chmod(0o700)
 
 
-def test_an_output_that_may_not_be_written_is_told(here: Path) -> None:
+def test_an_unwritable_output_is_refused_with_a_hint(here: Path) -> None:
     (here / "fixed").mkdir(0o500)
     for words in (
         ("quantize", "model", *QUANTIZE[:-1], "--output=fixed/out", "--dataset=texts"),
@@ -127,7 +127,7 @@ def test_an_output_that_may_not_be_written_is_told(here: Path) -> None:
         assert "hint: choose an output you may write to" in said.stderr
 
 
-def test_a_configuration_and_a_card_are_of_the_command_line(here: Path) -> None:
+def test_an_unreadable_recipe_or_card_is_a_usage_error(here: Path) -> None:
     (here / "recipe.yaml").chmod(0)
     for words in (("validate-config", "recipe.yaml"), ("plan", "model", "--config=recipe.yaml")):
         refused(held_back(*words), "recipe.yaml", "E_CFG_FILE", 2)
@@ -135,7 +135,7 @@ def test_a_configuration_and_a_card_are_of_the_command_line(here: Path) -> None:
     refused(said, "recipe.yaml", "E_CFG_FILE", 2)
 
 
-def test_a_directory_that_was_removed_below_ones_feet_is_named(here: Path) -> None:
+def test_a_removed_current_directory_is_reported(here: Path) -> None:
     def run() -> list[object]:
         (here / "gone").mkdir()
         os.chdir(here / "gone")
@@ -148,7 +148,7 @@ def test_a_directory_that_was_removed_below_ones_feet_is_named(here: Path) -> No
         assert found == (3, "", expected)
 
 
-def test_a_folder_below_the_model_is_not_missed_in_silence(here: Path) -> None:
+def test_a_closed_folder_below_the_model_is_refused(here: Path) -> None:
     (here / "model" / "more").mkdir()
     (here / "model" / "more" / "LICENSE").touch()
     (here / "model" / "more").chmod(0)

@@ -42,7 +42,7 @@ def make_model(folder: Path, *, hidden: int = 256, inner: int = 320, n_blocks: i
     return model
 
 
-def test_valid_input_prints_a_configuration_that_is_valid_again(gptq: Run, tmp_path: Path) -> None:
+def test_a_printed_configuration_is_valid_again(gptq: Run, tmp_path: Path) -> None:
     result = gptq("validate-config", write(tmp_path, "bits: 4\nsym: false\n"))
     assert (result.exit_code, result.stderr) == (0, "")
     again = write(tmp_path, result.stdout)
@@ -57,7 +57,7 @@ def test_json_carries_configuration_and_notes(gptq: Run, tmp_path: Path) -> None
     assert "note: pad_token_id has no effect" in result.stderr
 
 
-def test_every_problem_comes_with_its_place(gptq: Run, tmp_path: Path) -> None:
+def test_every_problem_has_its_line_and_column(gptq: Run, tmp_path: Path) -> None:
     path = write(tmp_path, "bits: 5\ngroup_sise: 3\n")
     result = gptq("validate-config", path)
     assert (result.exit_code, result.stdout) == (2, "")
@@ -79,16 +79,16 @@ hint: did you mean group_size?
     assert [problem["location"]["line"] for problem in data["problems"]] == [1, 2]
 
 
-def test_only_the_file_counts(gptq: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_validate_config_ignores_variables(
+    gptq: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("GPTQ_BITS", "4")
     result = gptq("validate-config", write(tmp_path, "sym: true\n"))
     assert result.exit_code == 2
     assert "bits is required" in result.stderr
 
 
-def test_with_a_model_it_says_what_happens_to_the_layers_and_who_loads_them(
-    gptq: Run, tmp_path: Path
-) -> None:
+def test_a_model_adds_the_plan_of_its_layers_and_the_engines(gptq: Run, tmp_path: Path) -> None:
     model = make_model(tmp_path)
     path = write(
         tmp_path,
@@ -109,16 +109,14 @@ def test_with_a_model_it_says_what_happens_to_the_layers_and_who_loads_them(
     assert data["plan"]["engines"]["llama.cpp"]["outcome"] == "no"
 
 
-def test_with_a_model_it_names_the_layers_that_the_group_size_does_not_divide(
-    gptq: Run, tmp_path: Path
-) -> None:
+def test_layers_that_the_group_size_does_not_divide_are_named(gptq: Run, tmp_path: Path) -> None:
     result = gptq("validate-config", write(tmp_path, "bits: 4\n"), "--model", make_model(tmp_path))
     assert (result.exit_code, result.stdout) == (2, "")
     assert "error[E_SHAPE]: group_size 128 does not divide the 320 input features" in result.stderr
     assert "mlp.down_proj" in result.stderr
 
 
-def test_a_model_that_is_not_there_is_input_refused(gptq: Run, tmp_path: Path) -> None:
+def test_a_missing_model_is_an_input_error(gptq: Run, tmp_path: Path) -> None:
     result = gptq("validate-config", write(tmp_path, "bits: 4\n"), "--model", "org/name")
     assert result.exit_code == 3
     assert "error[E_MODEL_NOT_FOUND]: `org/name` is not a directory" in result.stderr

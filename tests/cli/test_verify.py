@@ -12,9 +12,7 @@ from tests.checkpoint.gptq_files import MODULES, SHARDS, gptq_files
 from .conftest import Run
 
 
-def test_a_sound_checkpoint_is_one_line_that_says_what_was_checked(
-    gptq: Run, tmp_path: Path
-) -> None:
+def test_a_sound_checkpoint_gets_one_line_with_the_checks(gptq: Run, tmp_path: Path) -> None:
     directory = gptq_files().write(tmp_path / "c")
     found = gptq("verify", directory)
     assert (found.exit_code, found.stderr) == (0, "")
@@ -31,7 +29,7 @@ def test_a_sound_checkpoint_is_one_line_that_says_what_was_checked(
     )
 
 
-def test_defects_are_listed_and_the_exit_code_is_4(gptq: Run, tmp_path: Path) -> None:
+def test_defects_are_listed_and_exit_with_4(gptq: Run, tmp_path: Path) -> None:
     files = gptq_files()
     files.tensors[f"{MODULES[5]}.scales"][0, 0] = 0
     files.tensors[f"{MODULES[0]}.g_idx"][0] = 7
@@ -63,7 +61,7 @@ def test_many_defects_of_one_kind_are_counted(gptq: Run, tmp_path: Path) -> None
     assert found.stdout.endswith("E_CKPT_SCALES 1 more, see --json\n")
 
 
-def test_a_torn_checkpoint_is_a_defect_and_none_at_all_a_refusal(gptq: Run, tmp_path: Path) -> None:
+def test_a_torn_checkpoint_has_a_defect_but_none_is_refused(gptq: Run, tmp_path: Path) -> None:
     directory = gptq_files().write(tmp_path / "c")
     (directory / SHARDS[0]).write_bytes(b"torn")
     found = gptq("verify", directory)
@@ -75,7 +73,7 @@ def test_a_torn_checkpoint_is_a_defect_and_none_at_all_a_refusal(gptq: Run, tmp_
     assert gptq("verify", tmp_path / "none").exit_code == 3
 
 
-def test_names_with_escapes_and_markup_are_shown_and_not_obeyed(gptq: Run, tmp_path: Path) -> None:
+def test_escapes_and_markup_in_names_are_escaped(gptq: Run, tmp_path: Path) -> None:
     files = gptq_files()
     for part in ("qweight", "qzeros", "scales"):
         files.tensors[f"model.layers.0.\x1b[31m[red]evil[/red].{part}"] = np.zeros(
