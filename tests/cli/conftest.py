@@ -1,8 +1,9 @@
-"""Stand-ins for the pipeline, so that these tests are about the command line alone."""
+"""Stand-ins for the pipeline: the tests of the command line run no model unless they name one."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from jsonschema import Draft202012Validator
 from typer.testing import CliRunner, Result
 
 from gptq_cli.cli.app import app
@@ -34,23 +36,39 @@ from gptq_cli.events import (
 from gptq_cli.planning import checks
 from gptq_cli.planning.checks import PreparedRun
 
+OUTPUT_SCHEMA_FILE = Path(__file__).parents[2] / "gptq_cli" / "cli" / "output.schema.json"
+OUTPUT_SCHEMA = json.loads(OUTPUT_SCHEMA_FILE.read_text(encoding="utf-8"))
+
 Run = Callable[..., Result]
 
 
-@pytest.fixture
-def gptq(monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs the program in this process; stdout and stderr apart."""
+def run_gptq(*arguments: str | Path) -> Result:
+    """Run the program in this process; return its exit code, stdout and stderr."""
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def remove_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Remove the variables that change the settings or the output of the program."""
     for variable in [*os.environ]:
         if variable.startswith("GPTQ_") or variable in ("GITHUB_ACTIONS", "FORCE_COLOR"):
             monkeypatch.delenv(variable)
 
-    def run(*arguments: str | Path) -> Result:
-        return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
-    return run
+@pytest.fixture
+def gptq(monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Return `run_gptq` for an environment without variables of the program."""
+    remove_variables(monkeypatch)
+    return run_gptq
+
+
+def validate_output(data: object, kind: str) -> None:
+    """Raise an error if `data` does not fit the part of the output schema for `kind`."""
+    part = {"$defs": OUTPUT_SCHEMA["$defs"], "$ref": f"#/$defs/{kind}"}
+    Draft202012Validator(part).validate(data)
 
 
 def layer_report(index: int, name: str = "q_proj", error: float = 1e-4) -> LayerReport:
+    """Return the report of layer `name` in block `index`."""
     return LayerReport(
         name=f"model.layers.{index}.{name}",
         block=index,
@@ -69,11 +87,13 @@ def layer_report(index: int, name: str = "q_proj", error: float = 1e-4) -> Layer
 def play(
     report: Report, n_blocks: int = 2, config: QuantizeConfig | None = None
 ) -> tuple[LayerReport, ...]:
-    """The events of a small run, in order."""
+    """Report the events of a small run in order; return the reports of its layers."""
     solved = []
-    judged = verdicts(settings_export(config)) if config else ()
-    target = config.target if config else None
-    report(RunPlanned("m", n_blocks, 2 * n_blocks, 1, 8_000_000, 2_500_000, 4.25, judged, target))
+    engines: tuple[Verdict, ...] = ()
+    target = None
+    if config:
+        engines, target = verdicts(settings_export(config)), config.target
+    report(RunPlanned("m", n_blocks, 2 * n_blocks, 1, 8_000_000, 2_500_000, 4.25, engines, target))
     report(PhaseStarted("calibration", "128 windows"))
     for index in range(n_blocks):
         report(BlockStarted(index, n_blocks, f"model.layers.{index}"))
@@ -88,7 +108,7 @@ def play(
 
 @dataclass
 class FakeQuantizer:
-    """The calls of `carry_out`, with options and settings by name; `error` is raised instead of a result."""
+    """Stands for `carry_out`: records options and settings by name; raises `error` if it is set."""
 
     calls: list[dict[str, Any]] = field(default_factory=list)
     error: BaseException | None = None
@@ -124,11 +144,10 @@ class FakeQuantized:
 
 
 def _plan_without_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a run be prepared for a model that is not there, as one of the Hub; others are opened and planned."""
+    """Accept a model that is not there as one of the Hub; open and plan models that are there."""
     nowhere = SimpleNamespace(directory=Path("/no/such/model"), name="m", commit=None)
-    locate, open_there, plan, bound = (
-        checks.locate_model, checks.open_checkpoint, checks.plan_checkpoint, checks.bounded
-    )  # fmt: skip
+    locate, open_there = checks.locate_model, checks.open_checkpoint
+    plan, bound = checks.plan_checkpoint, checks.bounded
 
     def located(model: str, revision: str | None) -> Any:
         return locate(model, revision) if Path(model).is_dir() else nowhere
@@ -142,14 +161,15 @@ def _plan_without_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def bounded(config: QuantizeConfig, source: Any) -> QuantizeConfig:
         return config if source is None else bound(config, source)
 
-    for name, stand_in in (
-        ("locate_model", located), ("open_checkpoint", opened), ("plan_checkpoint", planned), ("bounded", bounded)
-    ):  # fmt: skip
-        monkeypatch.setattr(checks, name, stand_in)
+    monkeypatch.setattr(checks, "locate_model", located)
+    monkeypatch.setattr(checks, "open_checkpoint", opened)
+    monkeypatch.setattr(checks, "plan_checkpoint", planned)
+    monkeypatch.setattr(checks, "bounded", bounded)
 
 
 @pytest.fixture
 def quantizer(monkeypatch: pytest.MonkeyPatch) -> FakeQuantizer:
+    """Replace the quantization by a stand-in; return it."""
     fake = FakeQuantizer()
     module = ModuleType("gptq_cli.quantization.run")
     module.carry_out = fake  # type: ignore[attr-defined]
@@ -176,6 +196,8 @@ class FakeEvaluated:
 
 @dataclass
 class FakeEvaluator:
+    """Stands for `evaluate_perplexity`: records its calls and returns `result`."""
+
     result: FakeEvaluated = field(default_factory=FakeEvaluated)
     calls: list[tuple[str, EvalRequest]] = field(default_factory=list)
 
@@ -189,6 +211,7 @@ class FakeEvaluator:
 
 @pytest.fixture
 def evaluator(monkeypatch: pytest.MonkeyPatch) -> FakeEvaluator:
+    """Replace the evaluation by a stand-in; return it."""
     fake = FakeEvaluator()
     module = ModuleType("gptq_cli.evaluation.perplexity")
     module.evaluate_perplexity = fake  # type: ignore[attr-defined]

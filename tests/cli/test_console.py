@@ -1,4 +1,4 @@
-"""Small words: sizes, times, JSON."""
+"""Sizes, times, JSON and wrapped prose."""
 
 from __future__ import annotations
 
@@ -13,9 +13,16 @@ from gptq_cli.errors import clock, size
 
 @pytest.mark.parametrize(
     ("n_bytes", "text"),
-    [(0, "0 B"), (999, "999 B"), (1000, "1 KB"), (5_400_000, "5.4 MB"), (999_900, "1 MB"), (1.234e12, "1.23 TB"),
-     (5e15, "5e+03 TB")],
-)  # fmt: skip
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1 KB"),
+        (5_400_000, "5.4 MB"),
+        (999_900, "1 MB"),
+        (1.234e12, "1.23 TB"),
+        (5e15, "5e+03 TB"),
+    ],
+)
 def test_sizes_have_three_digits(n_bytes: float, text: str) -> None:
     assert size(n_bytes) == text
 

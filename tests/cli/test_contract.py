@@ -1,4 +1,4 @@
-"""The stand-ins of these tests have the shape of what they stand for."""
+"""The stand-ins of these tests have the signatures and fields of the real pipeline."""
 
 from __future__ import annotations
 
@@ -14,10 +14,8 @@ from . import conftest
 def test_the_pipeline_takes_the_calls_of_the_command_line() -> None:
     bound = inspect.signature(run.carry_out).bind("prepared", print, "worker")
     assert bound.arguments == {"prepared": "prepared", "report": print, "worker": "worker"}
-    assert (
-        list(bound.arguments)
-        == list(inspect.signature(conftest.FakeQuantizer.__call__).parameters)[1:]
-    )
+    _, *fake_parameters = inspect.signature(conftest.FakeQuantizer.__call__).parameters
+    assert list(bound.arguments) == fake_parameters
     bound = inspect.signature(perplexity.evaluate_perplexity).bind("m", "request", print)
     assert bound.arguments == {"model": "m", "request": "request", "report": print}
 
@@ -28,7 +26,7 @@ def test_results_have_the_fields_of_their_stand_ins() -> None:
         (conftest.FakeQuantized, run.QuantizeResult),
     ]
     for fake, real in pairs:
-        assert {item.name for item in dataclasses.fields(fake)} <= {
-            item.name for item in dataclasses.fields(real)
-        }
+        fake_names = {item.name for item in dataclasses.fields(fake)}
+        real_names = {item.name for item in dataclasses.fields(real)}
+        assert fake_names <= real_names
         assert hasattr(real, "to_json") == hasattr(fake, "to_json")

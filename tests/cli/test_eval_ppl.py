@@ -23,10 +23,21 @@ def test_without_flags_the_request_has_its_defaults(gptq: Run, evaluator: FakeEv
 
 def test_every_flag_reaches_the_request(gptq: Run, evaluator: FakeEvaluator) -> None:
     words = [
-        "--dataset=c4", "--dataset-config=en", "--dataset-split=validation", "--text-column=body", "--seqlen=64",
-        "--batch-size=2", "--max-windows=5", "--device=cuda:1", "--dtype=float16", "--backend=torch", "--baseline=b",
-        "--max-increase=0.5", "--revision=v1", "--trust-remote-code",
-    ]  # fmt: skip
+        "--dataset=c4",
+        "--dataset-config=en",
+        "--dataset-split=validation",
+        "--text-column=body",
+        "--seqlen=64",
+        "--batch-size=2",
+        "--max-windows=5",
+        "--device=cuda:1",
+        "--dtype=float16",
+        "--backend=torch",
+        "--baseline=b",
+        "--max-increase=0.5",
+        "--revision=v1",
+        "--trust-remote-code",
+    ]
     evaluator.result = COMPARED
     assert gptq("eval-ppl", "m", *words).exit_code == 0
     request = EvalRequest(
@@ -57,31 +68,30 @@ def test_quiet_prints_the_number_alone(gptq: Run, evaluator: FakeEvaluator) -> N
     assert len(evaluator.calls) == 1
 
 
-@pytest.mark.parametrize("as_json", [False, True])
-def test_a_failed_gate_prints_the_result_and_exits_4(
-    as_json: bool, gptq: Run, evaluator: FakeEvaluator
+GATE = ["eval-ppl", "m", "--baseline", "b", "--max-increase", "0.2"]
+GATE_ERROR = (
+    "error[E_GATE_PPL]: perplexity rose by 0.25, from 12.25 to 12.5, but --max-increase allows 0.2"
+)
+
+
+def test_a_failed_gate_prints_the_result_and_exits_4(gptq: Run, evaluator: FakeEvaluator) -> None:
+    evaluator.result = COMPARED
+    result = gptq(*GATE)
+    assert result.exit_code == 4
+    assert GATE_ERROR in result.stderr
+    assert result.stdout.startswith("perplexity  12.5000\n")
+
+
+def test_a_failed_gate_prints_result_and_problem_as_json(
+    gptq: Run, evaluator: FakeEvaluator
 ) -> None:
     evaluator.result = COMPARED
-    result = gptq(
-        "eval-ppl",
-        "m",
-        "--baseline",
-        "b",
-        "--max-increase",
-        "0.2",
-        *(["--json"] if as_json else []),
-    )
+    result = gptq(*GATE, "--json")
     assert result.exit_code == 4
-    assert (
-        "error[E_GATE_PPL]: perplexity rose by 0.25, from 12.25 to 12.5, but --max-increase allows 0.2"
-        in result.stderr
-    )
-    if as_json:
-        data = json.loads(result.stdout)
-        assert (data["status"], data["exit_code"], data["perplexity"]) == ("error", 4, 12.5)
-        assert data["problems"][0]["code"] == "E_GATE_PPL"
-    else:
-        assert result.stdout.startswith("perplexity  12.5000\n")
+    assert GATE_ERROR in result.stderr
+    data = json.loads(result.stdout)
+    assert (data["status"], data["exit_code"], data["perplexity"]) == ("error", 4, 12.5)
+    assert data["problems"][0]["code"] == "E_GATE_PPL"
 
 
 def test_a_gate_passes_at_its_limit_and_fails_on_nan(gptq: Run, evaluator: FakeEvaluator) -> None:
@@ -91,27 +101,34 @@ def test_a_gate_passes_at_its_limit_and_fails_on_nan(gptq: Run, evaluator: FakeE
     assert gptq("eval-ppl", "m", "--baseline", "b", "--max-increase", "0.25").exit_code == 4
 
 
-@pytest.mark.parametrize(
-    ("limit", "exit_code"), [([], 4), (["--max-ppl", "1e5"], 0), (["--max-ppl", "1e4"], 4)]
-)
+ABOVE_LIMIT = "error[E_NUM_PPL]: perplexity 10001 is above the 10000 of --max-ppl"
+
+
+@pytest.mark.parametrize("limit", [[], ["--max-ppl", "1e4"]])
 def test_a_perplexity_above_the_limit_fails_the_gate(
-    limit: list[str], exit_code: int, gptq: Run, evaluator: FakeEvaluator
+    limit: list[str], gptq: Run, evaluator: FakeEvaluator
 ) -> None:
     evaluator.result = FakeEvaluated(10_001.0, None, None, None)
     result = gptq("eval-ppl", "m", *limit)
-    assert result.exit_code == exit_code
-    assert (
-        "error[E_NUM_PPL]: perplexity 10001 is above the 10000 of --max-ppl" in result.stderr
-    ) == bool(exit_code)
-    assert ("gptq verify DIR --full" in result.stderr) == bool(exit_code)
+    assert result.exit_code == 4
+    assert ABOVE_LIMIT in result.stderr
+    assert "gptq verify DIR --full" in result.stderr
+
+
+def test_a_perplexity_below_a_raised_limit_passes(gptq: Run, evaluator: FakeEvaluator) -> None:
+    evaluator.result = FakeEvaluated(10_001.0, None, None, None)
+    result = gptq("eval-ppl", "m", "--max-ppl", "1e5")
+    assert result.exit_code == 0
+    assert ABOVE_LIMIT not in result.stderr
+    assert "gptq verify DIR --full" not in result.stderr
 
 
 @pytest.mark.usefixtures("evaluator")
 def test_the_error_of_a_limit_set_by_the_user_has_no_hint(gptq: Run) -> None:
     result = gptq("eval-ppl", "m", "--max-ppl", "12")
-    assert (result.exit_code, result.stderr.splitlines()[-1]) == (
-        4, "error[E_NUM_PPL]: perplexity 12.5 is above the 12 of --max-ppl"
-    )  # fmt: skip
+    assert result.exit_code == 4
+    expected = "error[E_NUM_PPL]: perplexity 12.5 is above the 12 of --max-ppl"
+    assert result.stderr.splitlines()[-1] == expected
 
 
 @pytest.mark.parametrize(

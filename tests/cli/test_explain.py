@@ -18,25 +18,23 @@ CODES = PACKAGE / "cli" / "codes.yaml"
 
 
 def used_codes() -> set[str]:
-    return {
-        code
-        for file in PACKAGE.rglob("*.py")
-        for code in re.findall(r"[\"']([EW]_[A-Z0-9_]+)[\"']", file.read_text())
-    }
+    """Return the codes of errors and warnings that the sources name."""
+    codes: set[str] = set()
+    for file in PACKAGE.rglob("*.py"):
+        codes.update(re.findall(r"[\"']([EW]_[A-Z0-9_]+)[\"']", file.read_text()))
+    return codes
 
 
 def test_every_code_of_the_sources_has_a_text() -> None:
     missing = sorted(used_codes() - set(explanations()))
-    assert not missing, (
-        f"say in {CODES.relative_to(PACKAGE.parent)} what these mean and what to do: {missing}"
-    )
+    file = CODES.relative_to(PACKAGE.parent)
+    assert not missing, f"explain in {file} their cause and remedy: {missing}"
 
 
 def test_every_text_has_a_code_in_the_sources() -> None:
     stale = sorted(set(explanations()) - used_codes())
-    assert not stale, (
-        f"no source has these codes any more, delete them from {CODES.relative_to(PACKAGE.parent)}: {stale}"
-    )
+    file = CODES.relative_to(PACKAGE.parent)
+    assert not stale, f"no source has these codes, delete them from {file}: {stale}"
 
 
 def test_texts_are_sorted_and_give_a_cause_and_a_remedy() -> None:

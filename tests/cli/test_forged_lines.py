@@ -1,4 +1,4 @@
-"""Names and texts in files that were downloaded cannot look like lines of the program, or control the terminal."""
+"""Names and texts in downloaded files cannot forge lines of the program or control the terminal."""
 
 from __future__ import annotations
 
@@ -36,9 +36,12 @@ SHOWN = r"x\nerror[E_OK]: everything is fine\r\x1b[31m\u202e\u2028error[E_OK]: y
 
 
 def honest(*streams: str) -> bool:
-    """Whether no line is forged, and nothing but printable letters is there."""
-    lines = [line for stream in streams for line in stream.split("\n")]
-    return all(line.isprintable() and not line.startswith("error[E_OK]") for line in lines)
+    """Return True if all letters are printable and no line is forged."""
+    for stream in streams:
+        for line in stream.split("\n"):
+            if not line.isprintable() or line.startswith("error[E_OK]"):
+                return False
+    return True
 
 
 def test_line_ends_are_escaped_or_indented() -> None:
@@ -68,9 +71,9 @@ def test_each_message_of_the_console_is_one_line(
         speak(Console(quiet=quiet))
     finally:
         log.end()
-    said, kept = capsys.readouterr().err, (tmp_path / "log").read_text()
-    assert honest(said)
-    assert len(kept.splitlines()) == 2  # the first one tells that the file is a log
+    assert honest(capsys.readouterr().err)
+    kept = (tmp_path / "log").read_text()
+    assert len(kept.splitlines()) == 2  # the first line marks the file as a log
     assert kept.rstrip("\n").endswith(SHOWN)
 
 
@@ -85,12 +88,13 @@ def test_the_lines_of_a_traceback_forge_no_message(capsys: pytest.CaptureFixture
     try:
         raise LookupError(EVIL)
     except LookupError as error:
-        assert report_failure(error, as_json=False) == 1
-    said = capsys.readouterr().err
-    assert said.startswith("Traceback (most recent call last):\n")
-    assert said.count("\nerror[") == 1
-    assert f"\nerror[E_BUG]: LookupError: {SHOWN}\n" in said
-    assert honest(said)
+        exit_code = report_failure(error, as_json=False)
+    assert exit_code == 1
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("Traceback (most recent call last):\n")
+    assert stderr.count("\nerror[") == 1
+    assert f"\nerror[E_BUG]: LookupError: {SHOWN}\n" in stderr
+    assert honest(stderr)
 
 
 def test_cells_and_lists_are_one_line_each() -> None:
@@ -116,7 +120,7 @@ def test_logs_and_warnings_of_libraries_are_quoted(capsys: pytest.CaptureFixture
 
 @pytest.fixture
 def evil_model(tmp_path: Path) -> Path:
-    """A model with a tensor and settings of such names, that transformers is said to speak of."""
+    """Write a model with tensors, settings and a file of such a name; transformers warns of them."""
     model = save_model(tmp_path / "model", num_hidden_layers=1)
     tensors = load_file(model / "model.safetensors")
     for name in (EVIL, f"model.layers.0.{EVIL}.weight"):
@@ -134,49 +138,27 @@ def evil_model(tmp_path: Path) -> Path:
     return model
 
 
-WORDS = [
-    "-b",
-    "4",
-    "-g",
-    "32",
-    "--nsamples",
-    "4",
-    "--seqlen",
-    "64",
-    "--device",
-    "cpu",
-    "--batch-size",
-    "2",
-]
+WORDS = ["-b4", "-g32", "--nsamples=4", "--seqlen=64", "--device=cpu", "--batch-size=2"]
 
 
 @pytest.mark.parametrize("command", ["plan", "inspect", "quantize", "layer", "compare"])
 def test_no_command_forges_a_line(
     command: str, evil_model: Path, gptq: Run, tmp_path: Path
 ) -> None:
-    log, text = tmp_path / "log", tmp_path / "text.txt"
+    log, text, out = tmp_path / "log", tmp_path / "text.txt", tmp_path / "out"
     commands = {
         "plan": ["plan", evil_model, *WORDS],
         "inspect": ["inspect", evil_model],
         "layer": ["inspect", evil_model, "--layer", EVIL],
         "compare": ["compare", evil_model, save_model(tmp_path / "other", num_hidden_layers=1)],
-        "quantize": [
-            "quantize",
-            evil_model,
-            "-o",
-            tmp_path / "out",
-            "--dataset",
-            text,
-            *WORDS,
-            "--verbose",
-        ],
+        "quantize": ["quantize", evil_model, "-o", out, "--dataset", text, *WORDS, "--verbose"],
     }
     result = gptq(*commands[command], "--log-file", log)
     assert honest(result.stdout, result.stderr), result.output
     assert "E_OK" in result.output
-    assert not any(
-        line.partition("Z ")[2].startswith("error[E_OK]") for line in log.read_text().splitlines()
-    )
+    for line in log.read_text().splitlines():
+        _, _, message = line.partition("Z ")
+        assert not message.startswith("error[E_OK]")
 
 
 @pytest.mark.parametrize("command", ["plan", "inspect", "quantize"])
@@ -199,13 +181,13 @@ def test_a_file_of_the_model_forges_no_line(
 def test_no_setting_forges_a_line(place: str, gptq: Run, tmp_path: Path) -> None:
     directory = gptq_files().write(tmp_path / "c")
     config = json.loads((directory / "config.json").read_text())
-    (config if place in ("model_type", "dtype") else config["quantization_config"])[place] = EVIL
+    if place in ("model_type", "dtype"):
+        config[place] = EVIL
+    else:
+        config["quantization_config"][place] = EVIL
     (directory / "config.json").write_text(json.dumps(config))
-    for command in (
-        ["inspect", directory],
-        ["verify", directory],
-        ["dequantize", directory, "-o", tmp_path / "out"],
-    ):
+    dequantize = ["dequantize", directory, "-o", tmp_path / "out"]
+    for command in (["inspect", directory], ["verify", directory], dequantize):
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         result = gptq(*command)
         assert honest(result.stdout, result.stderr), result.output

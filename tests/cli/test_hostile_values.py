@@ -1,9 +1,8 @@
-"""Values that a stranger may put into a checkpoint, and logs that cannot be written: a code, never a traceback."""
+"""Odd values in a checkpoint and logs that cannot be written get a code, never a traceback."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,29 +15,12 @@ from .conftest import Run
 
 @pytest.fixture
 def words(tmp_path: Path) -> list[str | Path]:
-    """A quantization that works; the model is in `tmp_path / "m"`."""
-    (tmp_path / "text.txt").write_text(texts(2_000)[0])
+    """Return the words of a quantization that succeeds; its model is in `tmp_path / "m"`."""
+    text = tmp_path / "text.txt"
+    text.write_text(texts(2_000)[0])
     model = save_model(tmp_path / "m", num_hidden_layers=2)
-    sizes = ["--nsamples", "4", "--seqlen", "32", "--batch-size", "1", "--device", "cpu"]
-    return [
-        "quantize",
-        model,
-        "-b",
-        "4",
-        "-g",
-        "32",
-        "-o",
-        tmp_path / "o",
-        "--dataset",
-        tmp_path / "text.txt",
-        *sizes,
-    ]
-
-
-def edit(file: Path, change: Callable[[dict[str, object]], object]) -> None:
-    content = json.loads(file.read_text())
-    change(content)
-    file.write_text(json.dumps(content))
+    sizes = ["--nsamples=4", "--seqlen=32", "--batch-size=1", "--device=cpu"]
+    return ["quantize", model, "-b4", "-g32", "-o", tmp_path / "o", "--dataset", text, *sizes]
 
 
 @pytest.mark.parametrize(
@@ -57,7 +39,8 @@ def test_odd_values_in_a_model_are_refused_with_a_code(
     gptq: Run,
     tmp_path: Path,
 ) -> None:
-    edit(tmp_path / "m" / file, lambda content: content.update(values))
+    path = tmp_path / "m" / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
     result = gptq(*words)
     assert result.exit_code == 3, result.stderr
     assert f"error[{code}" in result.stderr
@@ -83,12 +66,8 @@ def test_an_unwritable_log_does_not_change_the_exit_code(
     asked = words if command == "quantize" else ["env"]
     result = gptq(*asked, "--log-file", "/dev/full")
     assert result.exit_code == 0, result.stderr
-    assert (
-        result.stderr.count(
-            "warning[W_LOG_FILE]: cannot write the log file `/dev/full`: No space left"
-        )
-        == 1
-    )
+    warning = "warning[W_LOG_FILE]: cannot write the log file `/dev/full`: No space left"
+    assert result.stderr.count(warning) == 1
     assert "Traceback" not in result.stderr
     assert (tmp_path / "o").exists() == (command == "quantize")
 

@@ -1,4 +1,4 @@
-"""What --json prints, of every command, is what the published schema says."""
+"""The output of every command with --json fits the published schema."""
 
 from __future__ import annotations
 
@@ -10,24 +10,21 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from gptq_cli.cli.app import COMMANDS
-from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.events import BlockFinished, Event
 from gptq_cli.quantization.run import quantize_checkpoint
+from tests.disks import Killed
 from tests.families import save_model, texts
+from tests.runs import config
+from tests.tiny import killer
 
-from .conftest import Run
+from .conftest import OUTPUT_SCHEMA, Run, validate_output
 
 WITHOUT_JSON = {"schema"}  # its result is JSON already
 NEEDS_A_HUB = {"push"}  # tests/cli/test_push.py
-SCHEMA = json.loads(
-    (Path(__file__).parents[2] / "gptq_cli" / "cli" / "output.schema.json").read_text(
-        encoding="utf-8"
-    )
-)
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write a model, a text and a recipe into one folder."""
     folder = tmp_path_factory.mktemp("json")
     save_model(folder / "model")
     (folder / "text.txt").write_text(texts()[0], encoding="utf-8")
@@ -36,55 +33,39 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def validated(result: Any, kind: str) -> dict[str, Any]:
-    """The only line of stdout, which must fit the schema as a whole and the part for `kind`."""
+    """Return the one line of stdout; it must fit the whole schema and the part for `kind`."""
     assert result.stdout.count("\n") == 1, result.stdout + result.stderr
     data: dict[str, Any] = json.loads(result.stdout)
-    Draft202012Validator(SCHEMA).validate(data)
-    Draft202012Validator({"$defs": SCHEMA["$defs"], "$ref": f"#/$defs/{kind}"}).validate(data)
+    Draft202012Validator(OUTPUT_SCHEMA).validate(data)
+    validate_output(data, kind)
     return data
 
 
 def unfinished(model: Path, text: Path, output: Path) -> Path:
-    """The work directory of a run that has ended after its first block."""
-
-    def stop(event: Event) -> None:
-        if isinstance(event, BlockFinished):
-            raise KeyboardInterrupt
-
-    sizes: dict[str, Any] = {"group_size": 32, "nsamples": 4, "batch_size": 4, "seqlen": 64}
-    config = QuantizeConfig(bits=4, dataset=str(text), device="cpu", **sizes)
-    with pytest.raises(KeyboardInterrupt):
-        quantize_checkpoint(str(model), output, config, report=stop)
+    """Return the work directory of a run that was killed after its first block."""
+    settings = config(dataset=str(text), nsamples=4)
+    with pytest.raises(Killed):
+        quantize_checkpoint(str(model), output, settings, report=killer(0))
     return output.with_name(f".{output.name}.gptq-work")
 
 
 def test_the_schema_is_valid_and_has_a_part_for_each_command() -> None:
-    Draft202012Validator.check_schema(SCHEMA)
-    missing = set(COMMANDS) - WITHOUT_JSON - set(SCHEMA["$defs"])
+    Draft202012Validator.check_schema(OUTPUT_SCHEMA)
+    missing = set(COMMANDS) - WITHOUT_JSON - set(OUTPUT_SCHEMA["$defs"])
     assert not missing, (
-        f"describe the --json output of {missing} in gptq_cli/cli/output.schema.json, and run it below"
+        f"describe the --json output of {missing} in gptq_cli/cli/output.schema.json; run it below"
     )
-    parts = {part["$ref"].rpartition("/")[2] for part in SCHEMA["anyOf"]}
+    parts = {part["$ref"].rpartition("/")[2] for part in OUTPUT_SCHEMA["anyOf"]}
     assert set(COMMANDS) - WITHOUT_JSON <= parts
     assert "error" in parts
 
 
 def test_every_result_fits_the_schema(gptq: Run, place: Path) -> None:
     model, text, out = place / "model", place / "text.txt", place / "out"
-    run = [
-        "--dataset",
-        str(text),
-        "--nsamples",
-        "4",
-        "--batch-size",
-        "4",
-        "--seqlen",
-        "64",
-        "--device",
-        "cpu",
-    ]
-    quantize = ["quantize", model, "-b", "4", "-g", "32", *run, "-o", out]
-    commands: list[tuple[str, list[object]]] = [
+    sizes = ["--nsamples=4", "--batch-size=4", "--seqlen=64", "--device=cpu"]
+    quantize = ["quantize", model, "-b4", "-g32", "--dataset", text, *sizes, "-o", out]
+    windows = ["--text", text, "--seqlen", "64", "--max-windows", "2"]
+    commands: list[tuple[str, list[str | Path]]] = [
         ("plan", ["plan", *quantize[1:]]),
         ("plan", [*quantize, "--dry-run"]),
         ("quantize-print-config", [*quantize, "--print-config"]),
@@ -97,10 +78,7 @@ def test_every_result_fits_the_schema(gptq: Run, place: Path) -> None:
         ("inspect", ["inspect", model]),
         ("inspect-layer", ["inspect", out, "--layer", "0.mlp.up_proj"]),
         ("inspect-layer", ["inspect", model, "--layer", "0.mlp.up_proj"]),
-        (
-            "compare",
-            ["compare", out, model, "--text", text, "--seqlen", "64", "--max-windows", "2"],
-        ),
+        ("compare", ["compare", out, model, *windows]),
         ("convert", ["convert", out, "--to", "gptq_v2", "-o", place / "v2"]),
         ("dequantize", ["dequantize", out, "-o", place / "plain"]),
         ("report", ["report", out]),
@@ -113,7 +91,7 @@ def test_every_result_fits_the_schema(gptq: Run, place: Path) -> None:
         ("env", ["env"]),
     ]
     for kind, words in commands:
-        data = validated(gptq(*map(str, words), "--json"), kind)
+        data = validated(gptq(*words, "--json"), kind)
         assert data["schema"] == 1
     untried = set(COMMANDS) - WITHOUT_JSON - NEEDS_A_HUB - {kind for kind, _ in commands}
     assert not untried, f"run {untried} above"
@@ -121,25 +99,30 @@ def test_every_result_fits_the_schema(gptq: Run, place: Path) -> None:
 
 def test_every_failure_fits_the_schema(gptq: Run, place: Path) -> None:
     model = place / "model"
-    for words in (["quantize"], ["plan", "./none", "-b", "4"], ["inspect", model, "--layer", "x"], ["nothing"],
-                  ["validate-config", "none.yaml"], ["explain", "x"], ["recipes", "x"], ["report", model]):  # fmt: skip
+    failures: list[list[str | Path]] = [
+        ["quantize"],
+        ["plan", "./none", "-b", "4"],
+        ["inspect", model, "--layer", "x"],
+        ["nothing"],
+        ["validate-config", "none.yaml"],
+        ["explain", "x"],
+        ["recipes", "x"],
+        ["report", model],
+    ]
+    for words in failures:
         result = gptq(*words, "--json")
         data = validated(result, "error")
         assert data["exit_code"] == result.exit_code > 0
-    gated = [
-        "eval-ppl",
-        model,
-        "--baseline",
-        model,
-        "--dataset",
-        place / "text.txt",
-        "--seqlen",
-        "64",
-    ]
-    assert validated(gptq(*gated, "--max-increase", "0", "--json"), "eval-ppl")["status"] == "ok"
+
+
+def test_a_passed_gate_fits_the_schema(gptq: Run, place: Path) -> None:
+    model, text = place / "model", place / "text.txt"
+    words = ["eval-ppl", model, "--baseline", model, "--dataset", text, "--seqlen", "64"]
+    result = gptq(*words, "--max-increase", "0", "--json")
+    assert validated(result, "eval-ppl")["status"] == "ok"
 
 
 def test_the_schema_refuses_unknown_and_wrong_values(gptq: Run) -> None:
     data = validated(gptq("env", "--json"), "env")
     for change in ({"more": 1}, {"schema": 2}, {"versions": None}, {"devices": [1]}):
-        assert not Draft202012Validator(SCHEMA).is_valid(data | change)
+        assert not Draft202012Validator(OUTPUT_SCHEMA).is_valid(data | change)

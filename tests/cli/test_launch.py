@@ -1,4 +1,4 @@
-"""`--devices` and torchrun: which devices are meant, several processes that look like one, and two machines."""
+"""`--devices` and torchrun: names of devices, several processes of one run, and two machines."""
 
 from __future__ import annotations
 
@@ -22,14 +22,16 @@ from gptq_cli.errors import ConfigError, InputError, ResourceError
 from gptq_cli.quantization.run import quantize_checkpoint
 from gptq_cli.runtime import torchrun
 from gptq_cli.runtime.torchrun import rank_lost
-from tests.cli.conftest import Run
 from tests.disks import Killed
 from tests.families import save_model
 from tests.runs import config, digest
 from tests.tiny import SETTINGS, SMALL, WORK, killer
 
+from .conftest import Run
+from .processes import GPTQ
+
 ALONE = {**os.environ, "OMP_NUM_THREADS": "1"}
-TWO_NODES = """
+TWO_NODES = r"""
 set -e
 ip link set lo up
 ip link add gq0 type veth peer name gq1
@@ -37,16 +39,22 @@ unshare -n sleep 300 & other=$!
 until [ "$(readlink /proc/$other/ns/net)" != "$(readlink /proc/self/ns/net)" ]; do sleep 0.1; done
 ip link set gq1 netns $other
 ip addr add 10.99.0.1/24 dev gq0 && ip link set gq0 up
-nsenter -t $other -n sh -c "ip addr add 10.99.0.2/24 dev gq1 && ip link set gq1 up && ip link set lo up"
-node() { "$PYTHON" -m torch.distributed.run --nnodes 2 --nproc-per-node 1 --master-addr 10.99.0.1 --master-port 29511 "$@"; }
+nsenter -t $other -n sh -c \
+  "ip addr add 10.99.0.2/24 dev gq1 && ip link set gq1 up && ip link set lo up"
+node() {
+  "$PYTHON" -m torch.distributed.run --nnodes 2 --nproc-per-node 1 \
+    --master-addr 10.99.0.1 --master-port 29511 "$@"
+}
 export -f node
-GLOO_SOCKET_IFNAME=gq1 nsenter -t $other -n bash -c 'node --node-rank 1 -m gptq_cli "$@"' two quantize "$COPY" -o /no/where -c "$RECIPE" &
+GLOO_SOCKET_IFNAME=gq1 nsenter -t $other -n bash -c 'node --node-rank 1 -m gptq_cli "$@"' \
+  two quantize "$COPY" -o /no/where -c "$RECIPE" &
 second=$!
-GLOO_SOCKET_IFNAME=gq0 node --node-rank 0 -m gptq_cli quantize "$MODEL" -o "$OUT" -c "$RECIPE" && first=0 || first=$?
+GLOO_SOCKET_IFNAME=gq0 node --node-rank 0 \
+  -m gptq_cli quantize "$MODEL" -o "$OUT" -c "$RECIPE" && first=0 || first=$?
 wait $second
 kill $other
 exit $first
-"""  # noqa: E501
+"""
 
 
 @pytest.mark.parametrize(
@@ -64,44 +72,35 @@ def test_devices_name_gpus_or_count_cpu_processes(said: str | None, devices: lis
     assert parse_devices(said) == devices
 
 
+@pytest.fixture
+def quantize_words(tmp_path: Path) -> list[str | Path]:
+    """Return the words of a quantization of a small model and a text."""
+    text = tmp_path / "text.txt"
+    text.write_text("some words")
+    model = save_model(tmp_path / "model")
+    return ["quantize", model, "-b4", "-g32", "--dataset", text, "-o", tmp_path / "out"]
+
+
 @pytest.mark.parametrize(("devices", "nsamples"), [("cpu:120", 128), ("cpu:3", 2)])
 def test_more_processes_than_batches_are_refused(
-    devices: str, nsamples: int, gptq: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    devices: str,
+    nsamples: int,
+    quantize_words: list[str | Path],
+    gptq: Run,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(subprocess, "Popen", None)
-    (tmp_path / "text.txt").write_text("some words")
-    words = [
-        "quantize",
-        save_model(tmp_path / "model"),
-        "-b",
-        "4",
-        "-g",
-        "32",
-        "--dataset",
-        tmp_path / "text.txt",
-    ]
-    result = gptq(*words, "-o", tmp_path / "out", "--devices", devices, "--nsamples", nsamples)
+    result = gptq(*quantize_words, "--devices", devices, f"--nsamples={nsamples}")
     assert (result.exit_code, result.stdout) == (2, "")
     assert "error[E_CFG_RANKS]" in result.stderr
     assert "use fewer processes" in result.stderr
 
 
 def test_a_missing_device_is_refused_once_before_the_start(
-    gptq: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quantize_words: list[str | Path], gptq: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    (tmp_path / "text.txt").write_text("some words")
-    words = [
-        "quantize",
-        save_model(tmp_path / "model"),
-        "-b",
-        "4",
-        "-g",
-        "32",
-        "--dataset",
-        tmp_path / "text.txt",
-    ]
-    result = gptq(*words, "-o", tmp_path / "out", "--devices", "0,1")
+    result = gptq(*quantize_words, "--devices", "0,1")
     assert (result.exit_code, result.stdout) == (3, "")
     assert result.stderr.startswith("error[E_DEVICE]: no CUDA device 0")
     assert result.stderr.count("error[") == 1
@@ -114,11 +113,8 @@ def test_words_that_name_no_device_are_refused(said: str) -> None:
         ConfigError, match=r"--devices must be numbers of GPUs as in 0,1,2,3, or cpu:4"
     ) as caught:
         parse_devices(said)
-    assert (caught.value.code, caught.value.exit_code, caught.value.hint) == (
-        "E_CFG_RANGE",
-        2,
-        "--devices 0,1",
-    )
+    assert (caught.value.code, caught.value.exit_code) == ("E_CFG_RANGE", 2)
+    assert caught.value.hint == "--devices 0,1"
 
 
 @pytest.mark.parametrize(
@@ -136,11 +132,15 @@ def test_a_wrong_path_is_refused_once_before_the_start(gptq: Run, tmp_path: Path
     assert result.stderr.count("error[") == 1
 
 
-def test_one_device_for_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_process_gets_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torchrun.torch.cuda, "is_available", lambda: True)
     assert torchrun._device_of(1, 2, "auto", []) == "cuda:1"
     assert torchrun._device_of(1, 2, "cpu", []) == "cpu"
     assert torchrun._device_of(1, 2, "auto", ["cuda:4", "cuda:6"]) == "cuda:6"
+
+
+def test_one_device_for_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torchrun.torch.cuda, "is_available", lambda: True)
     with pytest.raises(
         ConfigError, match="device cuda:1 is one device, but 2 processes run here"
     ) as caught:
@@ -173,30 +173,30 @@ def test_a_muted_process_prints_nothing(capsys: pytest.CaptureFixture[str], tmp_
     assert not list(tmp_path.iterdir())
 
 
-@pytest.fixture
-def recipe(tmp_path: Path) -> Path:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(config(**SETTINGS).model_dump(mode="json")))
+def write_recipe(path: Path, **settings: object) -> Path:
+    """Write the configuration of a run with `settings`; return its path."""
+    path.write_text(yaml.safe_dump(config(**settings).model_dump(mode="json")))
     return path
 
 
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """Write the recipe of the smallest run."""
+    return write_recipe(tmp_path / "recipe.yaml", **SETTINGS)
+
+
 def start(model: Path, recipe: Path, *words: str, cwd: Path | None = None) -> subprocess.Popen[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "gptq_cli",
-        "quantize",
-        model,
-        "-o",
-        recipe.parent / "out",
-        "-c",
-        recipe,
-        *words,
-    ]
+    """Start a quantization into `out` beside `recipe`."""
+    output = recipe.parent / "out"
+    command = [*GPTQ, "quantize", str(model), "-o", str(output), "-c", str(recipe), *words]
     pipe = subprocess.PIPE
-    return subprocess.Popen(
-        list(map(str, command)), stdout=pipe, stderr=pipe, text=True, env=ALONE, cwd=cwd
-    )
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=ALONE, cwd=cwd)
+
+
+def wait_for_a_finished_block(run: subprocess.Popen[str], journal: Path) -> None:
+    """Return when the run has written its journal or has ended."""
+    while not journal.exists() and run.poll() is None:
+        time.sleep(0.02)
 
 
 @pytest.mark.slow
@@ -222,7 +222,7 @@ def test_several_devices_resume_from_any_directory(
     settings = config(**SETTINGS)
     with pytest.raises(Killed):
         quantize_checkpoint(str(model), Path("../out"), settings, report=killer(0))
-    words = [sys.executable, "-m", "gptq_cli", "resume", f"../{WORK}", "--devices", "cpu:2"]
+    words = [*GPTQ, "resume", f"../{WORK}", "--devices", "cpu:2"]
     run = subprocess.run(
         words, capture_output=True, text=True, env=ALONE, cwd=tmp_path / "elsewhere", check=False
     )
@@ -234,7 +234,7 @@ def test_several_devices_resume_from_any_directory(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "code", "says"),
+    ("number", "code", "message"),
     [
         (
             signal.SIGKILL,
@@ -245,14 +245,13 @@ def test_several_devices_resume_from_any_directory(
     ],
 )
 def test_a_signal_to_one_process_ends_all_with_one_error(
-    number: int, code: int, says: str, recipe: Path, tmp_path: Path
+    number: int, code: int, message: str, tmp_path: Path
 ) -> None:
     model = save_model(tmp_path / "model", num_hidden_layers=4)
-    recipe.write_text(yaml.safe_dump(config(nsamples=100, batch_size=1).model_dump(mode="json")))
+    recipe = write_recipe(tmp_path / "recipe.yaml", nsamples=100, batch_size=1)
     run = start(model, recipe, "--devices", "cpu:2")
     journal = tmp_path / WORK / "journal.jsonl"
-    while not journal.exists() and run.poll() is None:
-        time.sleep(0.02)
+    wait_for_a_finished_block(run, journal)
     assert journal.exists(), run.communicate()
     second = sorted(psutil.Process(run.pid).children(), key=lambda process: process.pid)[1]
     os.kill(second.pid if number == signal.SIGKILL else run.pid, number)
@@ -260,16 +259,16 @@ def test_a_signal_to_one_process_ends_all_with_one_error(
     _, stderr = run.communicate(timeout=120)
     assert run.returncode == code, stderr
     assert stderr.count("error[") == 1, stderr
-    assert says in stderr
+    assert message in stderr
     assert "resume with: gptq resume" in stderr
     assert time.monotonic() - began < 60
 
 
 @pytest.mark.slow
-def test_processes_of_one_machine_listen_only_on_loopback(recipe: Path, tmp_path: Path) -> None:
+def test_processes_of_one_machine_listen_only_on_loopback(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", num_hidden_layers=2)
     (model / "yaml.py").write_text(f"open({str(tmp_path / 'harmed')!r}, 'w').close()")
-    recipe.write_text(yaml.safe_dump(config(nsamples=40, batch_size=1).model_dump(mode="json")))
+    recipe = write_recipe(tmp_path / "recipe.yaml", nsamples=40, batch_size=1)
     run = start(model, recipe, "--devices", "cpu:2", cwd=model)
     addresses: set[str] = set()
     while run.poll() is None:
@@ -283,26 +282,28 @@ def test_processes_of_one_machine_listen_only_on_loopback(recipe: Path, tmp_path
 
 
 def listening(process: psutil.Process) -> set[str]:
-    """The addresses at which `process` and its children take connections."""
+    """Return the addresses at which `process` and its children take connections."""
+    addresses: set[str] = set()
     try:
-        everyone = [process, *process.children(recursive=True)]
-        sockets = [socket for one in everyone for socket in one.net_connections(kind="inet")]
+        for member in [process, *process.children(recursive=True)]:
+            for socket in member.net_connections(kind="inet"):
+                if socket.status == psutil.CONN_LISTEN:
+                    addresses.add(socket.laddr.ip)
     except psutil.Error:  # it has just ended
         return set()
-    return {socket.laddr.ip for socket in sockets if socket.status == psutil.CONN_LISTEN}
+    return addresses
 
 
 @pytest.mark.slow
-def test_processes_end_if_their_parent_is_killed(recipe: Path, tmp_path: Path) -> None:
+def test_processes_end_if_their_parent_is_killed(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", num_hidden_layers=12)
-    recipe.write_text(yaml.safe_dump(config(nsamples=100, batch_size=1).model_dump(mode="json")))
+    recipe = write_recipe(tmp_path / "recipe.yaml", nsamples=100, batch_size=1)
     run = start(model, recipe, "--devices", "cpu:2")
     journal = tmp_path / WORK / "journal.jsonl"
-    while not journal.exists() and run.poll() is None:
-        time.sleep(0.02)
+    wait_for_a_finished_block(run, journal)
     assert len(psutil.Process(run.pid).children()) == 2
     run.kill()
-    _, stderr = run.communicate(timeout=120)  # which ends when nobody can write there any more
+    _, stderr = run.communicate(timeout=120)  # ends when no process can write to the pipe
     assert stderr.count("error[E_INTERRUPTED]: stopped by SIGTERM") == 1, stderr
     assert journal.exists()
 
@@ -317,16 +318,22 @@ def test_two_machines_read_their_own_copies_and_one_writes(recipe: Path, tmp_pat
         pytest.skip("network namespaces are not allowed")
     model = save_model(tmp_path / "model", **SMALL)
     shutil.copytree(model, tmp_path / "copy")
-    places = {"MODEL": model, "COPY": tmp_path / "copy", "OUT": tmp_path / "out", "RECIPE": recipe}
     environment = {
         **ALONE,
         "PYTHON": sys.executable,
-        **{name: str(path) for name, path in places.items()},
+        "MODEL": str(model),
+        "COPY": str(tmp_path / "copy"),
+        "OUT": str(tmp_path / "out"),
+        "RECIPE": str(recipe),
     }
     run = subprocess.run(
-        ["unshare", "-rn", "bash", "-c", TWO_NODES], capture_output=True, text=True, env=environment, timeout=180,
+        ["unshare", "-rn", "bash", "-c", TWO_NODES],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=180,
         check=False,
-    )  # fmt: skip
+    )
     assert run.returncode == 0, run.stderr
     assert len(re.findall(r"^verify: ", run.stderr, flags=re.MULTILINE)) == 1
     quantize_checkpoint(str(model), tmp_path / "alone", config(**SETTINGS))

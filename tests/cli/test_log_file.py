@@ -1,4 +1,4 @@
-"""Where --log-file may write: no file that is not a log, no model, no output, no work directory."""
+"""--log-file refuses files that are no logs, models, outputs and work directories."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """Enough of a model for a command that is refused before it reads one."""
+    """Write two files like those of a model, for commands that are refused before they read it."""
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "config.json").write_text(json.dumps({"model_type": "llama"}))
     (tmp_path / "m" / "model.safetensors").write_bytes(b"weights")
@@ -29,7 +29,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def refused(gptq: Run, log: str | Path, *words: str) -> str:
-    """What is said of `log`; nothing may change by the command."""
+    """Return the first line of stderr; the command must refuse `log` and change no file."""
     before = digest(Path.cwd())
     result = gptq(*words, "--log-file", log)
     assert (result.exit_code, result.stdout) == (2, "")
@@ -48,10 +48,8 @@ def test_no_log_is_written_into_the_model(
     log: str, model: Path, gptq: Run, quantizer: FakeQuantizer
 ) -> None:
     Path("link").symlink_to(model)
-    assert (
-        refused(gptq, log, *QUANTIZE)
-        == f"error[E_LOG_FILE]: `{log}` is in `m`, which this command reads or writes"
-    )
+    expected = f"error[E_LOG_FILE]: `{log}` is in `m`, which this command reads or writes"
+    assert refused(gptq, log, *QUANTIZE) == expected
     assert quantizer.calls == []
 
 
@@ -122,25 +120,25 @@ def test_a_file_that_is_no_log_of_gptq_stays_unchanged(content: str, gptq: Run) 
     Path("thesis.tex").write_text(content)
     Path("link").symlink_to("thesis.tex")
     for log in ("thesis.tex", "link"):
-        assert (
-            refused(gptq, log, *QUANTIZE)
-            == f"error[E_LOG_FILE]: `{log}` exists and is not a log of gptq"
-        )
+        expected = f"error[E_LOG_FILE]: `{log}` exists and is not a log of gptq"
+        assert refused(gptq, log, *QUANTIZE) == expected
 
 
 @pytest.mark.usefixtures("quantizer")
-def test_a_directory_or_an_unreadable_file_is_no_log(
-    gptq: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_directory_is_no_log(gptq: Run) -> None:
     Path("folder").mkdir()
     assert "exists and is not a log of gptq" in refused(gptq, "folder", *QUANTIZE)
+
+
+@pytest.mark.usefixtures("quantizer")
+def test_an_unreadable_file_is_no_log(gptq: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("secret").write_text("x")
     real = Path.open
 
-    def closed(path: Path, *how: object, **more: object) -> object:
+    def closed(path: Path, *arguments: object, **named: object) -> object:
         if path.name == "secret":
             raise PermissionError(13, "Permission denied")
-        return real(path, *how, **more)  # type: ignore[call-overload]
+        return real(path, *arguments, **named)  # type: ignore[call-overload]
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", closed)
@@ -157,6 +155,7 @@ def test_new_and_empty_files_become_logs_and_are_continued(gptq: Run) -> None:
         assert gptq(*QUANTIZE, "--log-file", log).exit_code == 0
     for log in ("new", "empty"):
         lines = Path(log).read_text().splitlines()
-        assert [line.split(" ", 1)[1] for line in lines].count("log of gptq 0.1.0") == 2
+        messages = [line.split(" ", 1)[1] for line in lines]
+        assert messages.count("log of gptq 0.1.0") == 2
         assert lines[0].endswith("Z log of gptq 0.1.0")
     assert gptq(*QUANTIZE, "--log-file", os.devnull).exit_code == 0

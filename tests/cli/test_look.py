@@ -1,4 +1,4 @@
-"""`gptq inspect`, `compare`, `convert` and `dequantize` at the prompt: words, JSON, refusals, streams."""
+"""Printed output, JSON and refusals of `gptq inspect`, `compare`, `convert` and `dequantize`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from tests.families import save_model, texts
 from tests.runs import quantize
 
 from .conftest import Run
-from .test_plan import run_process
+from .processes import run_process
+
+ON_THE_TEXT = ["--seqlen", "64", "--max-windows"]
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Return a quantized model and the model it was made of; `text.txt` lies beside them."""
     folder = tmp_path_factory.mktemp("look")
     model = save_model(folder / "Tiny-1M")
     output, _ = quantize(folder, model, dynamic={r"-:.*\.0\.mlp": {}})
@@ -59,7 +62,7 @@ def test_inspect_draws_the_codes_of_a_layer(gptq: Run, pair: tuple[Path, Path]) 
     assert [int(row[1]) for row in codes] == data["layer"]["packed"]["codes"]["counts"]
 
 
-def test_compare_tells_the_worst_and_with_text_the_divergence(
+def test_compare_counts_equal_tensors_and_names_the_worst(
     gptq: Run, pair: tuple[Path, Path]
 ) -> None:
     result = gptq("compare", *pair)
@@ -69,23 +72,28 @@ def test_compare_tells_the_worst_and_with_text_the_divergence(
     worst = max(data["tensors"], key=lambda tensor: tensor["relative_error"])
     assert result.stdout.splitlines()[3].split()[-1] == worst["name"]
     assert data["predictions"] is None
+
+
+def test_compare_with_text_measures_the_divergence(gptq: Run, pair: tuple[Path, Path]) -> None:
     text = pair[0].parent / "text.txt"
-    seen = gptq("compare", *pair, "--text", text, "--seqlen", "64", "--max-windows", "3", "--json")
-    found = json.loads(seen.stdout)["predictions"]
-    assert found["kl"] > 0
-    assert (found["windows"], found["seqlen"]) == (3, 64)
-    windows = json.loads(seen.stdout)["windows"]
+    result = gptq("compare", *pair, "--text", text, *ON_THE_TEXT, "3", "--json")
+    data = json.loads(result.stdout)
+    predictions, windows = data["predictions"], data["windows"]
+    assert predictions["kl"] > 0
+    assert (predictions["windows"], predictions["seqlen"]) == (3, 64)
     assert [window["first_token"] for window in windows] == [0, 64, 128]
-    assert sum(window["kl"] for window in windows) / 3 == pytest.approx(found["kl"])
-    lines = gptq(
-        "compare", *pair, "--text", text, "--seqlen", "64", "--max-windows", "7"
-    ).stdout.splitlines()
-    table = [line.split() for line in lines[lines.index("worst windows") + 2 :]]
-    divergences = [float(row[0]) for row in table]
-    assert len(table) == 5
+    assert sum(window["kl"] for window in windows) / 3 == pytest.approx(predictions["kl"])
+    assert "block 3/3" in result.stderr
+
+
+def test_compare_with_text_lists_the_worst_windows(gptq: Run, pair: tuple[Path, Path]) -> None:
+    text = pair[0].parent / "text.txt"
+    lines = gptq("compare", *pair, "--text", text, *ON_THE_TEXT, "7").stdout.splitlines()
+    table = lines[lines.index("worst windows") :]
+    divergences = [float(line.split()[0]) for line in table[2:]]
+    assert len(divergences) == 5
     assert divergences == sorted(divergences, reverse=True)
-    assert max(map(len, lines[lines.index("worst windows") :])) <= 80
-    assert "block 3/3" in seen.stderr
+    assert max(map(len, table)) <= 80
 
 
 @pytest.mark.parametrize(
@@ -146,14 +154,11 @@ def test_convert_and_dequantize_print_the_written_path(
     result = gptq("convert", pair[0], "--to", "gptq_v2", "-o", tmp_path / "v2")
     assert result.stdout.splitlines()[0] == str(tmp_path / "v2")
     assert gptq("inspect", tmp_path / "v2", "-q").stdout == "gptq_v2\n"
-    assert (
-        gptq("dequantize", tmp_path / "v2", "-o", tmp_path / "plain", "-q").stdout
-        == f"{tmp_path / 'plain'}\n"
-    )
-    again = gptq("dequantize", tmp_path / "v2", "-o", tmp_path / "plain", "--overwrite", "--json")
+    plain = tmp_path / "plain"
+    assert gptq("dequantize", tmp_path / "v2", "-o", plain, "-q").stdout == f"{plain}\n"
+    again = gptq("dequantize", tmp_path / "v2", "-o", plain, "--overwrite", "--json")
     data = json.loads(again.stdout)
-    assert (data["output"], data["layers"]) == (str(tmp_path / "plain"), 18)
-    compared = json.loads(gptq("compare", tmp_path / "plain", pair[0], "--json").stdout)
-    assert (
-        max(tensor["relative_error"] for tensor in compared["tensors"]) == 0
-    )  # float32 holds all of it
+    assert (data["output"], data["layers"]) == (str(plain), 18)
+    compared = json.loads(gptq("compare", plain, pair[0], "--json").stdout)
+    errors = [tensor["relative_error"] for tensor in compared["tensors"]]
+    assert max(errors) == 0  # float32 holds the weights exactly

@@ -1,10 +1,11 @@
-"""Every command that decodes packed weights refuses those that would come out wrong, and its hint works."""
+"""Every command refuses packed weights that would decode wrongly, and its hint works."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from typer.testing import Result
 
 from tests.families import FAMILIES, save_model, texts
 from tests.runs import digest, quantize
 
-from .conftest import Run
+from .conftest import Run, remove_variables, run_gptq
 
 LAYER = "model.layers.1.mlp.up_proj"
 V2_STEP = 0x11111111  # one more in each zero point of 4 bits
@@ -26,7 +28,7 @@ Plant = Callable[[Path], None]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of `model`, `out` made from it, and a text."""
+    """Write `model`, the quantized `out` made of it, and a text into one folder."""
     folder = tmp_path_factory.mktemp("packed")
     output, _ = quantize(folder, save_model(folder / "model", num_hidden_layers=2))
     output.rename(folder / "out")
@@ -36,8 +38,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def packed(place: Path, tmp_path: Path) -> Path:
-    """A copy as another tool would have published it."""
-    copy = tmp_path / "packed"
+    """Copy `out` as another tool would have published it."""
+    return copy_of_another_tool(place, tmp_path / "packed")
+
+
+def copy_of_another_tool(place: Path, copy: Path) -> Path:
+    """Copy `out` of `place` without the files that only this program writes."""
     shutil.copytree(place / "out", copy)
     for name in ("gptq_config.yaml", "gptq_manifest.json"):
         (copy / name).unlink()
@@ -52,21 +58,27 @@ def change_tensors(directory: Path, change: Callable[[Tensors], object]) -> None
 
 
 def change_settings(directory: Path, **values: object) -> None:
-    """In both files; None removes a key."""
+    """Change the settings in both files; a value of None removes its key."""
     for name in ("config.json", "quantize_config.json"):
         content = json.loads((directory / name).read_text())
         settings: dict[str, Any] = content.get("quantization_config", content)
-        settings.update(values)
-        for key in [key for key, value in settings.items() if value is None]:
-            del settings[key]
+        for key, value in values.items():
+            if value is None:
+                settings.pop(key, None)
+            else:
+                settings[key] = value
         (directory / name).write_text(json.dumps(content))
+
+
+def names_ending(tensors: Tensors, suffix: str) -> list[str]:
+    """Return the names of tensors that end with `suffix`."""
+    return [name for name in tensors if name.endswith(suffix)]
 
 
 def zeros_of_v2(directory: Path) -> None:
     def change(tensors: Tensors) -> None:
-        for name in tensors:
-            if name.endswith(".qzeros"):
-                tensors[name] += V2_STEP
+        for name in names_ending(tensors, ".qzeros"):
+            tensors[name] += V2_STEP
 
     change_tensors(directory, change)
 
@@ -82,9 +94,8 @@ def unlike_zero(directory: Path) -> None:
 
 def placeholder(directory: Path) -> None:
     def change(tensors: Tensors) -> None:
-        for name in tensors:
-            if name.endswith(".g_idx"):
-                tensors[name].zero_()
+        for name in names_ending(tensors, ".g_idx"):
+            tensors[name].zero_()
 
     change_tensors(directory, change)
 
@@ -113,15 +124,14 @@ def marlin_flag(directory: Path) -> None:
 
 
 def repacked(*, part: str, scales: str) -> Plant:
-    """All linears as another packing has them."""
+    """Give the tensors of all linears the names of another packing."""
 
     def change(tensors: Tensors) -> None:
-        for name in [
-            name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")
-        ]:
-            for gone in ("qzeros", "g_idx"):
-                del tensors[f"{name}.{gone}"]
-            tensors[f"{name}.{part}"] = tensors.pop(f"{name}.qweight")
+        for qweight in names_ending(tensors, ".qweight"):
+            name = qweight.removesuffix(".qweight")
+            for removed in ("qzeros", "g_idx"):
+                del tensors[f"{name}.{removed}"]
+            tensors[f"{name}.{part}"] = tensors.pop(qweight)
             tensors[f"{name}.{scales}"] = tensors.pop(f"{name}.scales")
 
     return lambda directory: change_tensors(directory, change)
@@ -131,7 +141,7 @@ def as_bytes(directory: Path) -> None:
     repacked(part="weight", scales="absmax")(directory)
 
     def change(tensors: Tensors) -> None:
-        for name in [name for name in tensors if name.endswith("proj.weight")]:
+        for name in names_ending(tensors, "proj.weight"):
             tensors[name] = tensors[name].view(torch.uint8)
 
     change_tensors(directory, change)
@@ -144,7 +154,7 @@ def as_bitsandbytes(directory: Path) -> None:
 
 def as_awq(directory: Path) -> None:
     def change(tensors: Tensors) -> None:
-        for name in [name for name in tensors if name.endswith(".qweight")]:
+        for name in names_ending(tensors, ".qweight"):
             rows, columns = tensors[name].shape
             tensors[name] = torch.zeros(8 * rows, columns // 8, dtype=torch.int32)
 
@@ -196,7 +206,7 @@ DEFECTS: dict[str, tuple[Plant, str, str]] = {
     "5 bits": (settings(bits=5), "E_CKPT_CONFIG", "correct it"),
     "twice": (stored_twice, "E_CKPT_RULES", "remove one of the two"),
 }
-DECODING: dict[str, Callable[[Path, Path, Path], tuple[object, ...]]] = {
+DECODING: dict[str, Callable[[Path, Path, Path], tuple[str | Path, ...]]] = {
     "dequantize": lambda packed, _, out: ("dequantize", packed, "-o", out),
     "convert": lambda packed, _, out: ("convert", packed, "--to", "gptq_v2", "-o", out),
     "compare": lambda packed, place, _: ("compare", packed, place / "model"),
@@ -207,7 +217,8 @@ DECODING: dict[str, Callable[[Path, Path, Path], tuple[object, ...]]] = {
         "eval-ppl", place / "model", "--baseline", packed, "--dataset", place / "text.txt",
     ),
     "quantize": lambda packed, place, out: (
-        "quantize", packed, "--allow-requantize", "-b", 4, "-g", 32, "--dataset", place / "text.txt", "-o", out,
+        "quantize", packed, "--allow-requantize", "-b4", "-g32",
+        "--dataset", place / "text.txt", "-o", out,
     ),
 }  # fmt: skip
 
@@ -219,17 +230,15 @@ def test_weights_that_would_decode_wrongly_are_refused(
 ) -> None:
     plant, code, hint = DEFECTS[defect]
     plant(packed)
-    found = gptq(*map(str, DECODING[command](packed, place, tmp_path / "new")))
-    told = " ".join((found.stderr + found.stdout).split())
-    assert found.exit_code == 3, told
+    found = gptq(*DECODING[command](packed, place, tmp_path / "new"))
+    printed = " ".join((found.stderr + found.stdout).split())
+    assert found.exit_code == 3, printed
     assert not (tmp_path / "new").exists()
-    if (
-        command == "quantize" and code not in told
-    ):  # the plan is made first, and says more plainly what it lacks
-        assert "error[E_CKPT_" in told or "error[E_ARCH]" in told
+    if command == "quantize" and code not in printed:  # the plan found another defect before
+        assert "error[E_CKPT_" in printed or "error[E_ARCH]" in printed
         return
-    assert f"error[{code}]" in told
-    assert hint in told or "full-precision" in told
+    assert f"error[{code}]" in printed
+    assert hint in printed or "full-precision" in printed
 
 
 @pytest.mark.parametrize(
@@ -253,14 +262,14 @@ def test_other_packings_under_the_name_gptq_are_defects(
     defect: str, packed: Path, gptq: Run
 ) -> None:
     DEFECTS[defect][0](packed)
-    verified, looked = gptq("verify", packed), gptq("inspect", packed)
+    verified, inspected = gptq("verify", packed), gptq("inspect", packed)
     assert verified.exit_code == 4
     assert verified.stdout.startswith(
         "E_CKPT_QUANTIZED config.json: has format gptq, but its linears are packed for"
     )
-    assert looked.exit_code == 0
-    assert "packed for" in looked.stdout
-    assert "loads in" not in looked.stdout
+    assert inspected.exit_code == 0
+    assert "packed for" in inspected.stdout
+    assert "loads in" not in inspected.stdout
 
 
 def test_a_marlin_checkpoint_gets_no_hint_that_fails(
@@ -298,7 +307,7 @@ def test_the_remedy_for_a_placeholder_works(
     place: Path, packed: Path, gptq: Run, tmp_path: Path
 ) -> None:
     def remove(tensors: Tensors) -> None:
-        for name in [name for name in tensors if name.endswith(".g_idx")]:
+        for name in names_ending(tensors, ".g_idx"):
             del tensors[name]
 
     change_tensors(packed, remove)
@@ -327,12 +336,12 @@ def test_the_remedies_by_a_setting_work(
 
 
 def in_one_file(directory: Path) -> None:
-    """As AutoGPTQ published in 2023."""
+    """Put the settings into one file, as AutoGPTQ did in 2023."""
     no_settings_in_config(directory)
-    said = {"bits": 4, "group_size": 32, "damp_percent": 0.01, "desc_act": False, "sym": True}
-    said |= {"static_groups": False, "true_sequential": True, "model_name_or_path": None}
-    said |= {"model_file_base_name": "gptq_model-4bit-32g"}
-    (directory / "quantize_config.json").write_text(json.dumps(said))
+    published = {"bits": 4, "group_size": 32, "damp_percent": 0.01, "desc_act": False, "sym": True}
+    published |= {"static_groups": False, "true_sequential": True, "model_name_or_path": None}
+    published |= {"model_file_base_name": "gptq_model-4bit-32g"}
+    (directory / "quantize_config.json").write_text(json.dumps(published))
     (directory / "model.safetensors").rename(directory / "gptq_model-4bit-32g.safetensors")
 
 
@@ -353,7 +362,7 @@ def other_name(directory: Path) -> None:
 
 
 def other_index(directory: Path) -> None:
-    """Two shards as AutoGPTQ named them."""
+    """Write two shards with the names that AutoGPTQ gave them."""
     tensors = sorted(load_file(directory / "model.safetensors").items())
     weight_map: dict[str, str] = {}
     for number, part in enumerate((tensors[:20], tensors[20:]), 1):
@@ -366,7 +375,7 @@ def other_index(directory: Path) -> None:
 
 
 def stumbling_blocks(directory: Path) -> None:
-    """Readers refuse each of these; they come along with a method that is missing."""
+    """Remove the method and add settings of which each stops some reader."""
     listed = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
     listed += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
     more: dict[str, object] = {
@@ -392,42 +401,75 @@ LENIENT: dict[str, Plant] = {
 }
 
 
-@pytest.mark.parametrize("to", ["gptq", "gptq_v2"])
-@pytest.mark.parametrize("form", LENIENT)
-def test_convert_writes_what_all_readers_take(
-    form: str, to: str, place: Path, packed: Path, gptq: Run, tmp_path: Path
-) -> None:
-    LENIENT[form](packed)
-    new = tmp_path / "new"
-    assert gptq("verify", packed).exit_code == 4
-    assert "loads in" not in gptq("inspect", packed).stdout
-    converted = gptq("convert", packed, "--to", to, "-o", new)
-    assert converted.exit_code == 0, converted.stderr
-    assert f"layers are now in format {to}, corrected:" in converted.stdout
-    assert gptq("verify", new, "--full").exit_code == 0
-    config = json.loads((new / "config.json").read_text())
-    said, second = (
-        config["quantization_config"],
-        json.loads((new / "quantize_config.json").read_text()),
-    )
+@dataclass(frozen=True)
+class Converted:
+    """A checkpoint, the one that `convert` makes of it, and the result of the command."""
+
+    old: Path
+    new: Path
+    to: str
+    result: Result
+
+
+@pytest.fixture(scope="module", params=LENIENT)
+def lenient(request: pytest.FixtureRequest) -> str:
+    """Return the name of a form that some readers take and others refuse."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="module", params=["gptq", "gptq_v2"])
+def converted(
+    lenient: str,
+    place: Path,
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Converted:
+    """Convert a checkpoint of the form `lenient` into the format of the parameter."""
+    folder = tmp_path_factory.mktemp("converted")
+    old, new = copy_of_another_tool(place, folder / "old"), folder / "new"
+    LENIENT[lenient](old)
+    with pytest.MonkeyPatch.context() as patch:
+        remove_variables(patch)
+        result = run_gptq("convert", old, "--to", request.param, "-o", new)
+    return Converted(old, new, request.param, result)
+
+
+def test_convert_corrects_what_some_readers_refuse(converted: Converted, gptq: Run) -> None:
+    assert gptq("verify", converted.old).exit_code == 4
+    assert "loads in" not in gptq("inspect", converted.old).stdout
+    assert converted.result.exit_code == 0, converted.result.stderr
+    expected = f"layers are now in format {converted.to}, corrected:"
+    assert expected in converted.result.stdout
+    assert gptq("verify", converted.new, "--full").exit_code == 0
+
+
+def test_convert_writes_the_same_settings_into_both_files(converted: Converted) -> None:
+    config = json.loads((converted.new / "config.json").read_text())
+    second = json.loads((converted.new / "quantize_config.json").read_text())
     meta = second.pop("meta", {"quantizer": []})
-    assert said == second
+    assert config["quantization_config"] == second
     assert list(meta) == ["quantizer"] or "calibration_sha256" in meta
-    assert (said["quant_method"], said["checkpoint_format"], said["format"], said["lm_head"]) == (
-        "gptq",
-        to,
-        to,
-        False,
-    )
-    assert None not in said.values()
-    assert (
-        not {"meta", "is_marlin_format", "autoround_version", "model_file_base_name"} & said.keys()
-    )
-    assert 0 < said.get("damp_percent", 0.5) < 1
-    assert all(isinstance(names, list) for names in said.get("modules_in_block_to_quantize", []))
     assert "quantization_config" not in config.get("text_config", {})
-    assert [path.name for path in new.glob("*.safetensors")] == ["model.safetensors"]
-    assert gptq("dequantize", new, "-o", tmp_path / "plain").exit_code == 0
+
+
+def test_convert_writes_settings_that_all_readers_take(converted: Converted) -> None:
+    config = json.loads((converted.new / "config.json").read_text())
+    written = config["quantization_config"]
+    assert (written["quant_method"], written["lm_head"]) == ("gptq", False)
+    assert (written["checkpoint_format"], written["format"]) == (converted.to, converted.to)
+    assert None not in written.values()
+    refused = {"meta", "is_marlin_format", "autoround_version", "model_file_base_name"}
+    assert not refused & written.keys()
+    assert 0 < written.get("damp_percent", 0.5) < 1
+    listed = written.get("modules_in_block_to_quantize", [])
+    assert all(isinstance(names, list) for names in listed)
+
+
+def test_convert_keeps_the_weights(
+    converted: Converted, place: Path, gptq: Run, tmp_path: Path
+) -> None:
+    assert [path.name for path in converted.new.glob("*.safetensors")] == ["model.safetensors"]
+    assert gptq("dequantize", converted.new, "-o", tmp_path / "plain").exit_code == 0
     compared = gptq("compare", tmp_path / "plain", place / "out")
     assert compared.stdout.startswith("21 of 21 tensors are the same, 0 differ")
 
@@ -451,16 +493,13 @@ def test_names_with_line_breaks_forge_no_line(packed: Path, gptq: Run, tmp_path:
             tensors[f"{evil}.{part}"] = tensors[f"{LAYER}.{part}"].clone()
 
     change_tensors(packed, change)
-    for arguments in (
-        ("inspect", packed),
-        ("convert", packed, "--to", "gptq", "-o", tmp_path / "new"),
-    ):
+    convert = ("convert", packed, "--to", "gptq", "-o", tmp_path / "new")
+    for arguments in (("inspect", packed), convert):
         found = gptq(*arguments)
         assert found.exit_code == 0, found.stderr
         assert "no g_idx" in found.stdout
-        assert not [
-            line for line in (found.stdout + found.stderr).splitlines() if line.startswith("error[")
-        ]
+        for line in (found.stdout + found.stderr).splitlines():
+            assert not line.startswith("error[")
 
 
 def test_dequantize_removes_the_quantization_settings(

@@ -1,53 +1,38 @@
-"""The program as a process: what it imports; pipes, full disks, closed streams and narrow terminals."""
+"""The program as a process: imports, pipes, full disks, closed streams and narrow terminals."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-HEAVY = ("torch", "transformers", "datasets", "safetensors", "triton")
-GPTQ = [sys.executable, "-m", "gptq_cli"]
+from .processes import run_process, shell
 
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
+    """Write a valid recipe."""
     path = tmp_path / "recipe.yaml"
     path.write_text("bits: 4\n", encoding="utf-8")
     return path
 
 
-def shell(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "GPTQ": " ".join(GPTQ), **environment}
-    for variable in ("GITHUB_ACTIONS", "FORCE_COLOR", "NO_COLOR"):
-        if variable not in environment:
-            env.pop(variable, None)
-    return subprocess.run(
-        ["bash", "-c", command], capture_output=True, text=True, env=env, check=False
-    )
-
-
-@pytest.mark.parametrize("words", [["--help"], ["--version"], ["quantize", "--help"], ["validate-config", "RECIPE"],
-                                   ["quantize", "./none", "-b", "4"], ["quantize", "m", "-b", "5"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--help"],
+        ["--version"],
+        ["quantize", "--help"],
+        ["validate-config", "RECIPE"],
+        ["quantize", "./none", "-b", "4"],
+        ["quantize", "m", "-b", "5"],
+    ],
+)
 def test_quick_commands_load_nothing_heavy(words: list[str], recipe: Path) -> None:
-    arguments = [str(recipe) if word == "RECIPE" else word for word in words]
-    script = f"""
-import sys
-from gptq_cli.__main__ import main
-sys.argv = ["gptq", *{arguments!r}]
-try:
-    main()
-except SystemExit:
-    print("LOADED", sorted(set({HEAVY!r}) & set(sys.modules)))
-"""
-    found = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    )
-    assert found.stdout.splitlines()[-1] == "LOADED []"
+    names = {"RECIPE": str(recipe)}
+    _, _, _, loaded = run_process([names.get(word, word) for word in words], {})
+    assert loaded == []
 
 
 def test_variables_of_the_user_override_our_defaults() -> None:
@@ -72,10 +57,8 @@ def test_a_pipe_that_closes_early_is_no_failure(recipe: Path) -> None:
 def test_a_full_disk_behind_stdout_is_a_failure_in_one_line(recipe: Path) -> None:
     found = shell(f"$GPTQ validate-config {recipe} > /dev/full")
     assert found.returncode == 1
-    assert (
-        found.stderr
-        == "error[E_STDOUT]: cannot write the result to stdout: No space left on device\n"
-    )
+    expected = "error[E_STDOUT]: cannot write the result to stdout: No space left on device\n"
+    assert found.stderr == expected
     found = shell(f"$GPTQ validate-config {recipe}.none --json > /dev/full")
     assert found.returncode == 2
     assert "Traceback" not in found.stderr

@@ -1,4 +1,4 @@
-"""What is said where: --verbose, --log-file, tokens, narrow and wide terminals, completion, the machine."""
+"""--verbose, --log-file, tokens, the width of the terminal, completion and `gptq env`."""
 
 from __future__ import annotations
 
@@ -15,45 +15,62 @@ from gptq_cli.cli.app import COMMANDS
 from gptq_cli.errors import GateError
 
 from .conftest import FakeQuantizer, Run
-from .test_process import shell
+from .processes import shell
 
 TOKEN = "hf_" + "aB3" * 11
 
 
 def test_verbose_adds_a_line_for_each_layer(gptq: Run, quantizer: FakeQuantizer) -> None:
-    short, long = (gptq("quantize", "m", "-b", "4", *more) for more in ([], ["--verbose"]))
+    words = ["quantize", "m", "-b", "4"]
+    short, long = gptq(*words), gptq(*words, "--verbose")
     assert "layer model.layers" not in short.stderr
     layers = [line for line in long.stderr.splitlines() if line.startswith("layer ")]
     assert len(layers) == 4
     assert layers[0] == (
-        "layer model.layers.0.q_proj error 1.0e-04 (rtn 3.0e-04) 4 bit group_size 128 damp 0.1 tokens 4096 0.50 s"
+        "layer model.layers.0.q_proj error 1.0e-04 (rtn 3.0e-04) "
+        "4 bit group_size 128 damp 0.1 tokens 4096 0.50 s"
     )
     assert long.stdout == short.stdout
     assert len(quantizer.calls) == 2
 
 
-def test_the_log_keeps_what_was_said_and_more_with_times(
-    gptq: Run, quantizer: FakeQuantizer, tmp_path: Path
-) -> None:
+@pytest.mark.usefixtures("quantizer")
+def test_the_log_has_the_lines_that_quiet_hides_with_times(gptq: Run, tmp_path: Path) -> None:
     log = tmp_path / "run.log"
     result = gptq("quantize", "m", "-b", "4", "-q", "--log-file", log)
     assert "layer " not in result.stderr
     assert "block 1/2" not in result.stderr
     lines = log.read_text(encoding="utf-8").splitlines()
     assert all(re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z ", line) for line in lines)
-    said = [line.split(" ", 1)[1] for line in lines]
-    assert sum(line.startswith("layer ") for line in said) == 4
-    assert sum(line.startswith("block ") for line in said) == 2
-    assert sum(line.startswith("warning[W_TEST]") for line in said) == 2
+    messages = [line.split(" ", 1)[1] for line in lines]
+    assert sum(message.startswith("layer ") for message in messages) == 4
+    assert sum(message.startswith("block ") for message in messages) == 2
+    assert sum(message.startswith("warning[W_TEST]") for message in messages) == 2
+
+
+def test_a_traceback_is_appended_to_the_log_but_not_printed(
+    gptq: Run, quantizer: FakeQuantizer, tmp_path: Path
+) -> None:
+    log = tmp_path / "run.log"
+    words = ["quantize", "m", "-b", "4", "-q", "--log-file", log]
+    gptq(*words)
+    before = log.read_text(encoding="utf-8")
     quantizer.error = GateError("E_NUM_ACT", "broken")
-    result = gptq("quantize", "m", "-b", "4", "-q", "--log-file", log)
+    result = gptq(*words)
     assert "Traceback" not in result.stderr
     text = log.read_text(encoding="utf-8")
-    assert text.startswith("\n".join(lines))
+    assert text.startswith(before.rstrip("\n"))
     assert "Traceback" in text
     assert "error[E_NUM_ACT]: broken" in text
+
+
+@pytest.mark.usefixtures("quantizer")
+def test_the_log_ends_with_its_command(gptq: Run, tmp_path: Path) -> None:
+    log = tmp_path / "run.log"
+    gptq("quantize", "m", "-b", "4", "-q", "--log-file", log)
+    text = log.read_text(encoding="utf-8")
     gptq("explain", "nothing")
-    assert log.read_text(encoding="utf-8") == text  # the log ends with its command
+    assert log.read_text(encoding="utf-8") == text
 
 
 def test_an_unwritable_log_is_refused_before_the_run(
@@ -73,13 +90,13 @@ def test_tokens_of_the_hub_are_never_shown(
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     quantizer.error = GateError("E_NUM_ACT", f"refused with {TOKEN}", hint=TOKEN)
-    results = [
-        gptq("quantize", "m", "-b", "4", "-v", "--json", "--log-file", tmp_path / "log"),
-        gptq("env", "--json"),
-    ]
-    for text in (*(r.stdout + r.stderr for r in results), (tmp_path / "log").read_text()):
-        assert TOKEN not in text
-    assert json.loads(results[1].stdout)["variables"]["HF_TOKEN"] == "set"
+    log = tmp_path / "log"
+    failed = gptq("quantize", "m", "-b", "4", "-v", "--json", "--log-file", log)
+    environment = gptq("env", "--json")
+    for result in (failed, environment):
+        assert TOKEN not in result.stdout + result.stderr
+    assert TOKEN not in log.read_text()
+    assert json.loads(environment.stdout)["variables"]["HF_TOKEN"] == "set"
 
 
 def test_env_prints_versions_and_variables(gptq: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,10 +118,8 @@ def test_help_fits_the_terminal(columns: str) -> None:
 
 def test_help_at_80_columns_shortens_no_option() -> None:
     for command in COMMANDS:
-        assert (
-            "\N{HORIZONTAL ELLIPSIS}"
-            not in shell(f"$GPTQ {command} --help", COLUMNS="80", TERM="dumb").stdout
-        )
+        page = shell(f"$GPTQ {command} --help", COLUMNS="80", TERM="dumb").stdout
+        assert "\N{HORIZONTAL ELLIPSIS}" not in page
 
 
 def test_a_long_path_is_never_broken(tmp_path: Path) -> None:
@@ -118,8 +133,7 @@ def test_a_long_path_is_never_broken(tmp_path: Path) -> None:
         assert f"`{path}" in shell(f"$GPTQ {words}", COLUMNS="40").stderr
 
 
-def test_completion_knows_words_and_loads_no_torch() -> None:
-    script = """
+COMPLETE = """
 import os, sys
 os.environ.update(_GPTQ_COMPLETE="complete_bash", COMP_WORDS=sys.argv[1], COMP_CWORD=sys.argv[2])
 sys.argv = ["gptq"]
@@ -129,13 +143,18 @@ try:
 finally:
     print("LOADED", "torch" in sys.modules or "transformers" in sys.modules)
 """
-    for words, position, expected in (
-        ("gptq de", "1", "dequantize"),
-        ("gptq quantize --gr", "2", "--group-size"),
-    ):
-        done = subprocess.run([sys.executable, "-c", script, words, position], capture_output=True, text=True,
-                              env=os.environ, check=False)  # fmt: skip
-        assert done.stdout.splitlines() == [expected, "LOADED False"]
+
+
+@pytest.mark.parametrize(
+    ("words", "position", "expected"),
+    [("gptq de", "1", "dequantize"), ("gptq quantize --gr", "2", "--group-size")],
+)
+def test_completion_knows_words_and_loads_no_torch(
+    words: str, position: str, expected: str
+) -> None:
+    command = [sys.executable, "-c", COMPLETE, words, position]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
+    assert done.stdout.splitlines() == [expected, "LOADED False"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
