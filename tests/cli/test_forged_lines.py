@@ -120,7 +120,7 @@ def test_logs_and_warnings_of_libraries_are_quoted(capsys: pytest.CaptureFixture
 
 @pytest.fixture
 def evil_model(tmp_path: Path) -> Path:
-    """Write a model with tensors, settings and a file of such a name; transformers warns of them."""
+    """Write a model with tensors, settings and a file of such a name."""
     model = save_model(tmp_path / "model", num_hidden_layers=1)
     tensors = load_file(model / "model.safetensors")
     for name in (EVIL, f"model.layers.0.{EVIL}.weight"):

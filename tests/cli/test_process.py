@@ -32,20 +32,15 @@ def recipe(tmp_path: Path) -> Path:
 def test_quick_commands_load_nothing_heavy(words: list[str], recipe: Path) -> None:
     names = {"RECIPE": str(recipe)}
     _, _, _, loaded = run_process([names.get(word, word) for word in words], {})
-    assert loaded == []
+    assert set(loaded) <= {"huggingface_hub"}
 
 
 def test_variables_of_the_user_override_our_defaults() -> None:
     names = ("OMP_WAIT_POLICY", "THP_MEM_ALLOC_ENABLE", "USE_HUB_KERNELS")
     found = json.loads(shell(f"unset {' '.join(names)}; $GPTQ env --json").stdout)["variables"]
     assert [found[name] for name in names] == ["PASSIVE", "1", "NO"]
-    said = shell(
-        "$GPTQ env --json",
-        OMP_WAIT_POLICY="ACTIVE",
-        THP_MEM_ALLOC_ENABLE="0",
-        USE_HUB_KERNELS="YES",
-    )
-    found = json.loads(said.stdout)["variables"]
+    by_user = {"OMP_WAIT_POLICY": "ACTIVE", "THP_MEM_ALLOC_ENABLE": "0", "USE_HUB_KERNELS": "YES"}
+    found = json.loads(shell("$GPTQ env --json", **by_user).stdout)["variables"]
     assert [found[name] for name in names] == ["ACTIVE", "0", "YES"]
 
 

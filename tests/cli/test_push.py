@@ -1,4 +1,4 @@
-"""`gptq push`: the real client of the Hub against a server on the loopback that keeps what it is sent."""
+"""`gptq push`: the real client of the Hub against a server on loopback that keeps the uploads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import yaml
-from jsonschema import Draft202012Validator
 
 from gptq_cli.checkpoint.verify import verify_checkpoint
 from gptq_cli.storage.manifest import sealed
@@ -24,13 +23,8 @@ from tests.hub import Fault, Hub, Reply, serve
 from tests.hub_uploads import Uploads, blob_id, refusal
 from tests.runs import digest, quantize
 
-from .conftest import Run
+from .conftest import Run, validate_output
 
-SCHEMA = json.loads(
-    (Path(__file__).parents[2] / "gptq_cli" / "cli" / "output.schema.json").read_text(
-        encoding="utf-8"
-    )
-)
 CANARY = "hf_" + "CanaryCanary0123456789abcdef"
 SOURCE_CARD = """---
 license: other
@@ -41,7 +35,8 @@ base_model: a/b
 ---
 # Source
 """
-# The client reads its endpoint when it is imported: one process for all tests, a line of arguments in, a line out.
+# The client reads its endpoint when it is imported, so one process serves all tests:
+# it reads a line of arguments and writes a line with the result.
 CLIENT = """
 import json, sys
 from typer.testing import CliRunner
@@ -65,6 +60,7 @@ Push = Callable[..., Done]
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Quantize a model that has a card and a licence."""
     folder = tmp_path_factory.mktemp("push")
     model = save_model(folder / "model", num_hidden_layers=2)
     (model / "README.md").write_text(SOURCE_CARD)
@@ -77,6 +73,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Hub, subprocess.Popen[str]]]:
+    """Start the server and the process of the client."""
     with serve({}, kind="model") as hub:
         environment = hub.environment(tmp_path_factory.mktemp("home")) | {"HF_TOKEN": CANARY}
         process = subprocess.Popen(
@@ -90,66 +87,110 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Hub, subp
         process.communicate(timeout=30)
 
 
+def emptied(hub: Hub) -> Hub:
+    """Remove the repositories, requests, faults and tokens of the server; return it."""
+    hub.repos, hub.uploads = {}, Uploads()
+    hub.requests.clear()
+    hub.faults.clear()
+    hub.tokens.clear()
+    return hub
+
+
 @pytest.fixture
 def hub(client: tuple[Hub, subprocess.Popen[str]]) -> Hub:
-    found = client[0]
-    found.repos, found.uploads = {}, Uploads()
-    found.requests.clear(), found.faults.clear(), found.tokens.clear()
-    return found
+    """Return the server without repositories."""
+    return emptied(client[0])
+
+
+def send(process: subprocess.Popen[str], *words: object) -> Done:
+    """Let the client push with the arguments `words`."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(json.dumps([str(word) for word in words]) + "\n")
+    process.stdin.flush()
+    code, stdout, stderr, heavy = json.loads(process.stdout.readline())
+    assert heavy == []
+    assert CANARY not in stdout + stderr
+    return Done(code, stdout, stderr)
 
 
 @pytest.fixture
 def push(client: tuple[Hub, subprocess.Popen[str]], output: Path, hub: Hub) -> Push:
+    """Return a function that pushes `output` to the empty server."""
     process = client[1]
     assert hub.repos == {}
 
     def run(*words: object, directory: Path = output, base: str | None = "org/tiny") -> Done:
         named = ["--base-model", base] if base else []
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdin.write(
-            json.dumps([str(directory), "me/tiny", *named, *map(str, words)]) + "\n"
-        )
-        process.stdin.flush()
-        code, stdout, stderr, heavy = json.loads(process.stdout.readline())
-        assert heavy == []
-        assert CANARY not in stdout + stderr
-        return Done(code, stdout, stderr)
+        return send(process, directory, "me/tiny", *named, *words)
 
     return run
 
 
 def front_matter(card: bytes | str) -> dict[str, Any]:
+    """Return the metadata of a model card."""
     text = card.decode() if isinstance(card, bytes) else card
     found: dict[str, Any] = yaml.safe_load(text.split("---\n")[1])
     return found
 
 
-def test_a_push_makes_a_private_repository_that_verifies_after_a_download(
-    push: Push, hub: Hub, output: Path, tmp_path: Path
-) -> None:
+@dataclass(frozen=True)
+class Pushed:
+    """A push of `output` to an empty server: the answer and the state of the server after it."""
+
+    done: Done
+    before: dict[str, str]  # hash of each file of `output` before the push
+    files: dict[str, bytes]
+    private: set[str]
+    commit: str
+    tokens: list[str]
+
+
+@pytest.fixture(scope="module")
+def pushed(client: tuple[Hub, subprocess.Popen[str]], output: Path) -> Pushed:
+    """Push `output` once for all tests of its result."""
+    hub, process = client
+    emptied(hub)
     before = digest(output)
-    done = push("--json")
-    assert (done.exit_code, done.stderr.count("error")) == (0, 0), done.stderr
-    data = json.loads(done.stdout)
-    Draft202012Validator({"$defs": SCHEMA["$defs"], "$ref": "#/$defs/push"}).validate(data)
-    assert hub.uploads.private == {"me/tiny"}
-    assert data["commit"] == hub.commit("me/tiny")
+    done = send(process, output, "me/tiny", "--base-model", "org/tiny", "--json")
     files = dict(hub.repos["me/tiny"])
     del files[".gitattributes"]
-    assert {path: len(content) for path, content in files.items()} == data["files"]
-    changed = {"README.md", "gptq_manifest.json"}
-    same = {path for path in before if files.get(path) == (output / path).read_bytes()}
-    assert same == set(before) - changed - {"gptq_report.json"}
-    assert len([path for path in files if path.endswith(".safetensors")]) >= 2
-    for path, content in files.items():
+    private, tokens = set(hub.uploads.private), list(hub.tokens)
+    return Pushed(done, before, files, private, hub.commit("me/tiny"), tokens)
+
+
+def test_a_push_makes_a_private_repository_and_reports_it(pushed: Pushed) -> None:
+    assert pushed.done.exit_code == 0, pushed.done.stderr
+    assert "error" not in pushed.done.stderr
+    data = json.loads(pushed.done.stdout)
+    validate_output(data, "push")
+    assert pushed.private == {"me/tiny"}
+    assert data["commit"] == pushed.commit
+    assert {path: len(content) for path, content in pushed.files.items()} == data["files"]
+
+
+def test_a_push_changes_only_card_and_manifest(pushed: Pushed, output: Path) -> None:
+    same: set[str] = set()
+    for path in pushed.before:
+        if pushed.files.get(path) == (output / path).read_bytes():
+            same.add(path)
+    changed, omitted = {"README.md", "gptq_manifest.json"}, {"gptq_report.json"}
+    assert same == set(pushed.before) - changed - omitted
+    assert digest(output) == pushed.before
+
+
+def test_a_pushed_model_verifies_after_a_download(pushed: Pushed, tmp_path: Path) -> None:
+    assert len([path for path in pushed.files if path.endswith(".safetensors")]) >= 2
+    for path, content in pushed.files.items():
         (tmp_path / path).write_bytes(content)
     assert verify_checkpoint(tmp_path, full=True).ok
-    assert digest(output) == before
-    assert f"Bearer {CANARY}" in hub.tokens  # the client does send it
-    assert not any(
-        b"/secret/path" in content or CANARY.encode() in content for content in files.values()
-    )
+
+
+def test_a_push_uploads_no_token_and_no_path(pushed: Pushed) -> None:
+    assert f"Bearer {CANARY}" in pushed.tokens  # the client does send it
+    for content in pushed.files.values():
+        assert b"/secret/path" not in content
+        assert CANARY.encode() not in content
 
 
 def test_all_files_are_sent_in_one_commit_to_main(push: Push, hub: Hub) -> None:
@@ -176,8 +217,8 @@ def test_a_repeated_push_sends_nothing(push: Push, hub: Hub) -> None:
 
 
 def test_a_repeated_upload_sends_only_the_missing_files(push: Push, hub: Hub, output: Path) -> None:
-    shards = sorted(output.glob("*.safetensors"))
-    last = hashlib.sha256(shards[-1].read_bytes()).hexdigest()
+    *_, shard = sorted(output.glob("*.safetensors"))
+    last = hashlib.sha256(shard.read_bytes()).hexdigest()
     hub.faults.append(Fault(f"PUT /lfs/{last}", Reply(403)))
     broken = push()
     assert (broken.exit_code, "error[E_PUSH]" in broken.stderr) == (3, True)
@@ -185,9 +226,8 @@ def test_a_repeated_upload_sends_only_the_missing_files(push: Push, hub: Hub, ou
     hub.faults.clear()
     hub.requests.clear()
     assert push().exit_code == 0
-    assert [request for request in hub.requests if request.startswith("PUT")] == [
-        f"PUT /lfs/{last}"
-    ]
+    sent = [request for request in hub.requests if request.startswith("PUT")]
+    assert sent == [f"PUT /lfs/{last}"]
 
 
 def test_a_push_fails_if_the_hub_corrupts_a_file(push: Push, hub: Hub) -> None:
@@ -237,15 +277,40 @@ def test_a_push_obeys_or_refuses_the_requested_privacy(push: Push, hub: Hub) -> 
 @pytest.mark.parametrize(
     ("fault", "code", "message", "hint"),
     [
-        (Fault("/api/repos/create", Reply(401)), "E_HUB_AUTH", "not logged in to the Hub", "hf auth login"),
-        (Fault("/api/repos/create", Reply(403)), "E_PUSH", "the Hub refused the upload to", "may write there"),
+        (
+            Fault("/api/repos/create", Reply(401)),
+            "E_HUB_AUTH",
+            "not logged in to the Hub",
+            "hf auth login",
+        ),
+        (
+            Fault("/api/repos/create", Reply(403)),
+            "E_PUSH",
+            "the Hub refused the upload to",
+            "may write there",
+        ),
         (Fault("POST .*/commit/", Reply(413)), "E_PUSH", "refused", "unchanged"),
-        (Fault("/commit/", Reply(409, b'{"error": "conflict"}')), "E_PUSH", "conflict", "same command again"),
-        (Fault("GET /api/models/me/tiny$", refusal(403, "GatedRepo")), "E_HUB_GATED", "is gated", "accept its terms"),
-        (Fault("/commit/", refusal(404, "RepoNotFound")), "E_HUB_NOT_FOUND", "is not on the Hub", "spelling"),
+        (
+            Fault("/commit/", Reply(409, b'{"error": "conflict"}')),
+            "E_PUSH",
+            "conflict",
+            "same command again",
+        ),
+        (
+            Fault("GET /api/models/me/tiny$", refusal(403, "GatedRepo")),
+            "E_HUB_GATED",
+            "is gated",
+            "accept its terms",
+        ),
+        (
+            Fault("/commit/", refusal(404, "RepoNotFound")),
+            "E_HUB_NOT_FOUND",
+            "is not on the Hub",
+            "spelling",
+        ),
         (Fault("/commit/", Reply(429)), "E_HUB_NETWORK", "429", "only what is missing"),
     ],
-)  # fmt: skip
+)
 def test_a_refusal_of_the_hub_has_its_code_hint_and_exit_code(
     fault: Fault, code: str, message: str, hint: str, push: Push, hub: Hub
 ) -> None:
@@ -270,24 +335,48 @@ def test_a_damaged_checkpoint_is_not_sent(
     assert "gptq verify" in done.stderr
 
 
-def test_the_card_says_where_the_model_comes_from_and_never_a_path(
-    push: Push, hub: Hub, output: Path, tmp_path: Path
-) -> None:
-    measured = {"perplexity": 12.3456, "baseline_perplexity": 11.5, "kl": 0.0123, "top1_agreement": 0.987,
-                "dataset": "wikitext2", "dataset_config": "wikitext-2-raw-v1", "dataset_split": "test",
-                "dataset_revision": "a" * 40, "windows": 3, "seqlen": 64, "dtype": "float32"}  # fmt: skip
-    (tmp_path / "ppl.json").write_text(json.dumps(measured))
-    assert push("--evaluation", tmp_path / "ppl.json").exit_code == 0
-    card = hub.repos["me/tiny"]["README.md"].decode()
+MEASURED = {
+    "perplexity": 12.3456,
+    "baseline_perplexity": 11.5,
+    "kl": 0.0123,
+    "top1_agreement": 0.987,
+    "dataset": "wikitext2",
+    "dataset_config": "wikitext-2-raw-v1",
+    "dataset_split": "test",
+    "dataset_revision": "a" * 40,
+    "windows": 3,
+    "seqlen": 64,
+    "dtype": "float32",
+}
+
+
+@pytest.fixture(scope="module")
+def card(
+    client: tuple[Hub, subprocess.Popen[str]],
+    output: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> str:
+    """Push `output` with an evaluation; return the card."""
+    hub, process = client
+    emptied(hub)
+    measured = tmp_path_factory.mktemp("card") / "ppl.json"
+    measured.write_text(json.dumps(MEASURED))
+    words = ["--base-model", "org/tiny", "--evaluation", measured]
+    assert send(process, output, "me/tiny", *words).exit_code == 0
+    return hub.repos["me/tiny"]["README.md"].decode()
+
+
+def test_the_card_has_the_base_model_and_its_licence(card: str) -> None:
     data = front_matter(card)
     assert (data["base_model"], data["base_model_relation"]) == ("org/tiny", "quantized")
-    assert (data["license"], data["license_name"], data["license_link"]) == (
-        "other",
-        "ours",
-        "LICENSE",
-    )
+    assert (data["license"], data["license_name"]) == ("other", "ours")
+    assert data["license_link"] == "LICENSE"
     assert (data["language"], data["pipeline_tag"]) == (["en", "no"], "text-generation")
-    result = data["model-index"][0]["results"][0]
+    assert "datasets" not in data
+
+
+def test_the_card_has_the_evaluation(card: str) -> None:
+    result = front_matter(card)["model-index"][0]["results"][0]
     assert result["dataset"]["type"] == "Salesforce/wikitext"
     assert result["metrics"] == [{"type": "perplexity", "value": 12.3456}]
     for words in (
@@ -298,12 +387,18 @@ def test_the_card_says_where_the_model_comes_from_and_never_a_path(
         "3 windows of 64",
     ):
         assert words in card
+
+
+def test_the_card_names_the_worst_layer(card: str, output: Path) -> None:
     manifest = json.loads((output / "gptq_manifest.json").read_text())
-    assert set(manifest["origin"].values()) == {None}  # all of it lay here
     worst = max(manifest["layers"], key=lambda layer: layer["relative_error"])
     assert f"| `{worst['name']}` | 4 | {worst['relative_error']:.2e} |" in card
+
+
+def test_card_and_manifest_name_no_local_path(card: str, output: Path) -> None:
+    manifest = json.loads((output / "gptq_manifest.json").read_text())
+    assert set(manifest["origin"].values()) == {None}  # the model and the text are local
     assert str(output.parent) not in card
-    assert "datasets" not in data
 
 
 @pytest.mark.parametrize(
@@ -365,19 +460,16 @@ def test_a_checkpoint_of_another_tool_gets_a_short_card(
     card = hub.repos["me/tiny"]["README.md"].decode()
     assert "org/tiny, quantized to 4 bits with GPTQ." in card
     assert "| format | gptq, 4 bits, group size 32, symmetric |" in card
-    assert not [
-        words for words in ("gptq quantize", "Worst layers", "Versions", "license") if words in card
-    ]
+    for words in ("gptq quantize", "Worst layers", "Versions", "license"):
+        assert words not in card
 
 
 def test_push_is_refused_in_offline_mode(gptq: Run, output: Path) -> None:
-    done = gptq(
-        "push", output, "me/tiny", "--base-model", "org/tiny"
-    )  # these tests run in offline mode
+    # tests/conftest.py sets offline mode in this process
+    done = gptq("push", output, "me/tiny", "--base-model", "org/tiny")
     assert (done.exit_code, done.stdout) == (3, "")
-    assert (
-        "error[E_HUB_OFFLINE]: model `me/tiny` cannot be reached: offline mode is on" in done.stderr
-    )
+    expected = "error[E_HUB_OFFLINE]: model `me/tiny` cannot be reached: offline mode is on"
+    assert expected in done.stderr
     assert "unset HF_HUB_OFFLINE" in done.stderr
 
 

@@ -1,4 +1,4 @@
-"""What reaches stdout is the result itself: JSON for any letters, paths byte for byte, texts unchanged."""
+"""Results on stdout are exact: JSON of any letters, paths byte for byte, texts unchanged."""
 
 from __future__ import annotations
 
@@ -15,18 +15,36 @@ from gptq_cli.shell import shell_word, shell_words
 from tests.families import save_model, texts
 
 from .conftest import Run
+from .processes import GPTQ
 
-NAMES = ["mes\u00a0mod\u00e8les-\u200d", "soft\u00adhyphen \u3000", "\x1b[31m\x7f\x85", "emoji \U0001f600\U000e0001",
-         "\udcff\udc80 é", "a\nb\tc\r", "it's \\ \"quoted\""]  # fmt: skip
-SECRETS = ["The basic principles of thermodynamics.", "the bearer certificate was lost", "hf_" + "a1B2" * 8,
-           "see ftp://me:you@host/x"]  # fmt: skip
+NAMES = [
+    "mes\u00a0mod\u00e8les-\u200d",
+    "soft\u00adhyphen \u3000",
+    "\x1b[31m\x7f\x85",
+    "emoji \U0001f600\U000e0001",
+    "\udcff\udc80 é",
+    "a\nb\tc\r",
+    'it\'s \\ "quoted"',
+]
+SECRETS = [
+    "The basic principles of thermodynamics.",
+    "the bearer certificate was lost",
+    "hf_" + "a1B2" * 8,
+    "see ftp://me:you@host/x",
+]
 
 
 def gptq_bytes(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
-    command = [sys.executable, "-m", "gptq_cli", *words]
-    return subprocess.run(
-        command, capture_output=True, env={**os.environ, **environment}, cwd=folder, check=False
-    )
+    """Run the program in `folder` as a process of its own."""
+    env = {**os.environ, **environment}
+    return subprocess.run([*GPTQ, *words], capture_output=True, env=env, cwd=folder, check=False)
+
+
+def dataset_of(folder: Path, recipe: str, **environment: str) -> object:
+    """Return the dataset that `validate-config --json` reads from a recipe."""
+    done = gptq_bytes(folder, "validate-config", recipe, "--json", **environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)["config"]["dataset"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -77,33 +95,16 @@ def test_print_config_keeps_texts_in_any_locale(encoding: str, tmp_path: Path) -
         words += ["--dataset", text]
     shown = gptq_bytes(tmp_path, *words, "--print-config", PYTHONIOENCODING=encoding)
     (tmp_path / "c.yaml").write_bytes(shown.stdout)
-    checked = gptq_bytes(tmp_path, "validate-config", "c.yaml", "--json", PYTHONIOENCODING=encoding)
-    assert checked.returncode == 0, checked.stderr
-    assert json.loads(checked.stdout)["config"]["dataset"] == asked
+    assert dataset_of(tmp_path, "c.yaml", PYTHONIOENCODING=encoding) == asked
     again = gptq_bytes(tmp_path, "validate-config", "c.yaml", PYTHONIOENCODING=encoding)
     (tmp_path / "d.yaml").write_bytes(again.stdout)
-    assert (
-        json.loads(gptq_bytes(tmp_path, "validate-config", "d.yaml", "--json").stdout)["config"][
-            "dataset"
-        ]
-        == asked
-    )
+    assert dataset_of(tmp_path, "d.yaml") == asked
 
 
 def test_results_keep_texts_that_look_like_secrets(gptq: Run) -> None:
     for text in SECRETS:
-        result = gptq(
-            "quantize",
-            "m",
-            "-b",
-            "4",
-            "--dataset",
-            text,
-            "--dataset",
-            "x",
-            "--print-config",
-            "--json",
-        )
+        datasets = ["--dataset", text, "--dataset", "x"]
+        result = gptq("quantize", "m", "-b", "4", *datasets, "--print-config", "--json")
         assert json.loads(result.stdout)["config"]["dataset"] == [text, "x"]
 
 
@@ -119,30 +120,19 @@ def test_a_quoted_word_survives_the_shell(name: str) -> None:
 def test_an_output_may_have_a_name_that_is_not_utf_8(tmp_path: Path) -> None:
     save_model(tmp_path / "model", num_hidden_layers=2)
     (tmp_path / "text\udcff.txt").write_text(texts(2_000)[0])
-    sizes = ["-b", "4", "-g", "32", "--nsamples", "2", "--batch-size", "1", "--seqlen", "32"]
-    words = [
-        "quantize",
-        "model",
-        "-o",
-        "out\udcff",
-        "--dataset",
-        "text\udcff.txt",
-        "--report",
-        *sizes,
-    ]
+    sizes = ["-b4", "-g32", "--nsamples=2", "--batch-size=1", "--seqlen=32"]
+    paths = ["model", "-o", "out\udcff", "--dataset", "text\udcff.txt"]
+    words = ["quantize", *paths, "--report", *sizes]
     done = gptq_bytes(tmp_path, *words, "--quiet")
     assert (done.returncode, done.stdout) == (0, b"out\xff\n"), done.stderr
     again = gptq_bytes(tmp_path, *words, "--json")
     assert json.loads(again.stdout)["already_done"] is True
     assert gptq_bytes(tmp_path, "verify", "out\udcff", "--full").returncode == 0
-    assert (
-        gptq_bytes(tmp_path, "report", "out\udcff", "--quiet").stdout
-        == b"out\xff/gptq_report.html\n"
-    )
+    page = gptq_bytes(tmp_path, "report", "out\udcff", "--quiet").stdout
+    assert page == b"out\xff/gptq_report.html\n"
     run = json.loads((tmp_path / "out\udcff" / "gptq_report.json").read_bytes())
     assert run["command"] == "gptq " + shell_words([*words, "--json"])
-    config = gptq_bytes(tmp_path, "validate-config", "out\udcff/gptq_config.yaml", "--json")
-    assert json.loads(config.stdout)["config"]["dataset"] == "text\udcff.txt"
+    assert dataset_of(tmp_path, "out\udcff/gptq_config.yaml") == "text\udcff.txt"
 
 
 def test_words_after_two_dashes_are_arguments(gptq: Run) -> None:
@@ -162,6 +152,5 @@ def test_a_report_shows_the_exact_command(gptq: Run, monkeypatch: pytest.MonkeyP
     for text in SECRETS:
         monkeypatch.setattr(sys, "argv", ["gptq", "quantize", "m", "--dataset", text])
         gptq("quantize", "m", "-b", "4", "--dataset", text, "--dataset", "x", "--report")
-    assert commands == [
-        shell_words(["gptq", "quantize", "m", "--dataset", text]) for text in SECRETS
-    ]
+    words = ["gptq", "quantize", "m", "--dataset"]
+    assert commands == [shell_words([*words, text]) for text in SECRETS]

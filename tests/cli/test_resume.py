@@ -1,4 +1,4 @@
-"""`gptq resume`: the call of a work directory, once more."""
+"""`gptq resume` repeats the call that a work directory describes."""
 
 from __future__ import annotations
 
@@ -19,23 +19,27 @@ from gptq_cli.storage.work_directory import resume_command, write_run
 
 from .conftest import FakeQuantizer, Run
 
+CONFIG = QuantizeConfig(bits=3, sym=False, dynamic={"-:.*x": {}}, seqlen=64, dataset=["a", "b"])
+
 
 def begun(beside: Path, **claims: Any) -> Path:
-    """A work directory in `beside`, with a run.json that says so of its run."""
+    """Write a work directory into `beside`; `claims` replace values of its run.json."""
     work = beside / ".o.gptq-work"
     work.mkdir(mode=0o700)
-    config = QuantizeConfig(bits=3, sym=False, dynamic={"-:.*x": {}}, seqlen=64, dataset=["a", "b"])
     request = {
         "model": "org/m",
         "output": str(beside / "o"),
-        "config": config.model_dump(mode="json"),
+        "config": CONFIG.model_dump(mode="json"),
+        "revision": "abc",
+        "overwrite": True,
+        "directory": str(beside / "there"),
     }
-    rest = {"revision": "abc", "overwrite": True, "directory": str(beside / "there")}
-    write_run(work, {"any": 1}, {**request, **rest, **claims})
+    write_run(work, {"any": 1}, {**request, **claims})
     return work
 
 
 def trusting() -> dict[str, Any]:
+    """Return the settings of a run that trusts the code of its model."""
     return QuantizeConfig(bits=3, trust_remote_code=True).model_dump(mode="json")
 
 
@@ -46,9 +50,10 @@ def test_resume_command_takes_any_run_file(config: object, tmp_path: Path) -> No
     assert resume_command(tmp_path) == f"gptq resume {tmp_path}"
 
 
-@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize(("exists", "directory"), [(False, "."), (True, "there")])
 def test_resume_repeats_the_call_in_its_directory(
-    there: bool,
+    exists: bool,
+    directory: str,
     gptq: Run,
     quantizer: FakeQuantizer,
     tmp_path: Path,
@@ -56,18 +61,23 @@ def test_resume_repeats_the_call_in_its_directory(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     work = begun(tmp_path)
-    if there:
+    if exists:
         (tmp_path / "there").mkdir()
     result = gptq("resume", work.name, "--max-runtime", "2m", "--quiet")
     assert result.exit_code == 0, result.stderr
     assert result.stdout == f"{tmp_path}/o\n"
-    assert Path.cwd() == (tmp_path / "there" if there else tmp_path)
+    assert Path.cwd() == tmp_path / directory
     (call,) = quantizer.calls
-    config = QuantizeConfig(bits=3, sym=False, dynamic={"-:.*x": {}}, seqlen=64, dataset=["a", "b"])
     assert call == {
-        "model": "org/m", "output": tmp_path / "o", "config": config, "revision": "abc", "overwrite": True,
-        "resume": "auto", "max_seconds": 120, "allow_network_fs": False,
-    }  # fmt: skip
+        "model": "org/m",
+        "output": tmp_path / "o",
+        "config": CONFIG,
+        "revision": "abc",
+        "overwrite": True,
+        "resume": "auto",
+        "max_seconds": 120,
+        "allow_network_fs": False,
+    }
 
 
 SEALED = [
@@ -75,24 +85,36 @@ SEALED = [
 ]
 
 
-@pytest.mark.parametrize(
-    "content",
-    [None, "", "{", "[]", "7", '{"checksum": "0"}', '{"request": {}, "checksum": 3}', *SEALED],
-)
 def test_a_directory_without_a_run_is_refused(
-    content: str | None, gptq: Run, quantizer: FakeQuantizer, tmp_path: Path
+    gptq: Run, quantizer: FakeQuantizer, tmp_path: Path
 ) -> None:
     work = tmp_path / ".o.gptq-work"
     work.mkdir(mode=0o700)
-    said = f"`{work}` holds no unfinished run\n\nhint: give the hidden directory"
-    if content is not None:
-        (work / "run.json").write_text(content)
-        said = (
-            f"`{work}/run.json` was not written by this version of gptq\n\nhint: repeat the command"
-        )
     result = gptq("resume", work)
     assert result.exit_code == 3
-    assert result.stderr.startswith(f"error[E_RESUME_NOTHING]: {said}")
+    assert result.stderr.startswith(
+        f"error[E_RESUME_NOTHING]: `{work}` holds no unfinished run\n\n"
+        "hint: give the hidden directory"
+    )
+    assert quantizer.calls == []
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "7", '{"checksum": "0"}', '{"request": {}, "checksum": 3}', *SEALED],
+)
+def test_a_damaged_run_file_is_refused(
+    content: str, gptq: Run, quantizer: FakeQuantizer, tmp_path: Path
+) -> None:
+    work = tmp_path / ".o.gptq-work"
+    work.mkdir(mode=0o700)
+    (work / "run.json").write_text(content)
+    result = gptq("resume", work)
+    assert result.exit_code == 3
+    assert result.stderr.startswith(
+        f"error[E_RESUME_NOTHING]: `{work}/run.json` was not written by this version of gptq\n\n"
+        "hint: repeat the command"
+    )
     assert quantizer.calls == []
 
 
@@ -142,8 +164,10 @@ def test_a_directory_that_others_may_enter_is_refused(
     work.chmod(mode)
     result = gptq("resume", work)
     assert result.exit_code == 6
-    said = f"error[E_WORK_UNSAFE]: `{work}` is not a directory that you alone own, read and write\n\nhint: check its"
-    assert result.stderr.startswith(said)
+    assert result.stderr.startswith(
+        f"error[E_WORK_UNSAFE]: `{work}` is not a directory that you alone own, read and write\n\n"
+        "hint: check its"
+    )
     assert quantizer.calls == []
 
 
@@ -191,9 +215,10 @@ def test_a_run_with_remote_code_needs_consent_again(
     work = begun(tmp_path, config=trusting())
     result = gptq("resume", work)
     assert result.exit_code == 3
-    said = f"error[E_REMOTE_CODE]: the run in `{work}` needs Python code that comes with `org/m`"
-    hint = f"hint: read that code, then: gptq resume {work} --trust-remote-code"
-    assert (result.stderr.splitlines()[0], result.stderr.splitlines()[-1]) == (said, hint)
+    first, *_, hint = result.stderr.splitlines()
+    needs_code = f"the run in `{work}` needs Python code that comes with `org/m`"
+    assert first == f"error[E_REMOTE_CODE]: {needs_code}"
+    assert hint == f"hint: read that code, then: gptq resume {work} --trust-remote-code"
     assert quantizer.calls == []
     assert gptq("resume", work, "--trust-remote-code").exit_code == 0
     assert quantizer.calls[0]["config"] == QuantizeConfig(bits=3, trust_remote_code=True)
@@ -214,10 +239,8 @@ def test_the_output_path_gets_a_hint_to_the_work_directory(
 ) -> None:
     work = begun(tmp_path).rename(tmp_path / ".my out.gptq-work")
     result = gptq("resume", tmp_path / "my out")
-    assert (result.exit_code, result.stderr.splitlines()[-1]) == (
-        3,
-        f"hint: did you mean gptq resume '{work}'?",
-    )
+    assert result.exit_code == 3
+    assert result.stderr.splitlines()[-1] == f"hint: did you mean gptq resume '{work}'?"
     assert quantizer.calls == []
 
 

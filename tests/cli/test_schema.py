@@ -1,4 +1,4 @@
-"""`gptq schema` and `gptq recipes`: what editors read, and templates that point to it."""
+"""`gptq schema` prints the schema for editors; the templates of `gptq recipes` name it."""
 
 from __future__ import annotations
 
@@ -42,8 +42,15 @@ def test_the_schema_agrees_with_the_program(
         QuantizeConfig(bits=3, sym=False, dynamic={".*q": {"bits": 8}}, dataset=["a"]),
     ):
         check.validate(yaml.safe_load(to_yaml(config)))
-    for wrong in ({}, {"bits": 5}, {"bits": 4, "group_sise": 3}, {"bits": 4, "dynamic": {"x": {"bit": 4}}},
-                  {"bits": 4, "damp_percent": 1}, {"bits": 4, "preset": "x"}, {"bits": 4, "device": "g"}):  # fmt: skip
+    for wrong in (
+        {},
+        {"bits": 5},
+        {"bits": 4, "group_sise": 3},
+        {"bits": 4, "dynamic": {"x": {"bit": 4}}},
+        {"bits": 4, "damp_percent": 1},
+        {"bits": 4, "preset": "x"},
+        {"bits": 4, "device": "g"},
+    ):
         assert not check.is_valid(wrong)
 
 
@@ -68,9 +75,8 @@ def test_recipes_are_listed_and_printed(gptq: Run) -> None:
     assert gptq("recipes", "moe").stdout == recipes()["moe"].read_text()
     result = gptq("recipes", "mo")
     assert (result.exit_code, result.stdout) == (2, "")
-    assert (
-        result.stderr == "error[E_CFG_FILE]: there is no recipe `mo`\n\nhint: did you mean moe?\n"
-    )
+    expected = "error[E_CFG_FILE]: there is no recipe `mo`\n\nhint: did you mean moe?\n"
+    assert result.stderr == expected
 
 
 def test_a_file_takes_precedence_over_a_recipe(

@@ -1,4 +1,4 @@
-"""Signals end a run in order, then at once; those that somebody ignores stay ignored."""
+"""The first signal ends a run in order, the second at once; ignored signals stay ignored."""
 
 from __future__ import annotations
 

@@ -64,9 +64,9 @@ def test_a_traceback_is_appended_to_the_log_but_not_printed(
     assert "error[E_NUM_ACT]: broken" in text
 
 
-@pytest.mark.usefixtures("quantizer")
-def test_the_log_ends_with_its_command(gptq: Run, tmp_path: Path) -> None:
+def test_the_log_ends_with_its_command(gptq: Run, quantizer: FakeQuantizer, tmp_path: Path) -> None:
     log = tmp_path / "run.log"
+    quantizer.error = GateError("E_NUM_ACT", "broken")
     gptq("quantize", "m", "-b", "4", "-q", "--log-file", log)
     text = log.read_text(encoding="utf-8")
     gptq("explain", "nothing")

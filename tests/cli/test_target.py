@@ -1,4 +1,4 @@
-"""`--target`, and who is told of not loading the result: before any work, in quantize, plan, validate-config."""
+"""`--target` and notes on engines in quantize, plan and validate-config, before any work."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ def test_settings_that_the_target_cannot_load_are_refused(
         result = gptq(command, "org/name", "-b", "3", "--target", "vllm")
         assert (result.exit_code, result.stdout) == (2, "")
         assert result.stderr == (
-            "error[E_TARGET]: vllm does not load 3 bits: it serves 4 and 8 bits only\n\nhint: what would load: --bits "
-            "4 or 8; as it is, it loads in sglang, transformers, gptqmodel, auto-round\n"
+            "error[E_TARGET]: vllm does not load 3 bits: it serves 4 and 8 bits only\n\n"
+            "hint: what would load: --bits 4 or 8; "
+            "as it is, it loads in sglang, transformers, gptqmodel, auto-round\n"
         )
     assert quantizer.calls == []
 
@@ -79,18 +80,14 @@ def test_rules_and_layers_are_checked_for_the_target_first(
 def test_a_mixture_is_refused_for_transformers_and_loads_in_vllm(gptq: Run, mixture: Path) -> None:
     words = ["plan", mixture, "-b", "4", "-g", "32", "--target"]
     result = gptq(*words, "transformers")
-    # the experts of these tiny models are stacked in memory only: on disk each has a name
+    # these tiny models stack their experts in memory, but on disk each expert has its own tensors
     assert (result.exit_code, result.stdout) == (2, "")
-    assert (
-        "transformers would misread quantized experts: it leaves quantized experts random"
-        in result.stderr
-    )
+    misread = "transformers would misread quantized experts: it leaves quantized experts random"
+    assert misread in result.stderr
     served = gptq(*words, "vllm")
     assert served.exit_code == 0
-    assert (
-        "warning[W_TARGET]: vllm: a slower kernel for experts whose hidden size is no multiple of 128"
-        in (served.stderr)
-    )
+    slower = "vllm: a slower kernel for experts whose hidden size is no multiple of 128"
+    assert f"warning[W_TARGET]: {slower}" in served.stderr
     ordered = gptq(*words, "vllm", "--desc-act")
     assert "vllm would misread experts of this width with desc_act" in ordered.stderr
 
@@ -116,9 +113,10 @@ def test_an_unknown_target_gets_the_nearest_as_hint(gptq: Run) -> None:
 
 def test_a_satisfied_target_does_not_change_the_plan(gptq: Run, model: Path) -> None:
     words = ["plan", model, "-b", "4", "-g", "32", "--json"]
-    plain, aimed = (json.loads(gptq(*words, *more).stdout) for more in ([], ["--target", "any"]))
-    assert aimed["disk"].pop("free_bytes")
-    assert aimed == plain | {"disk": aimed["disk"]}
+    plain = json.loads(gptq(*words).stdout)
+    with_target = json.loads(gptq(*words, "--target", "any").stdout)
+    assert with_target["disk"].pop("free_bytes")
+    assert with_target == plain | {"disk": with_target["disk"]}
 
 
 def test_without_a_target_a_note_names_engines_that_fail(
@@ -133,32 +131,33 @@ def test_without_a_target_a_note_names_engines_that_fail(
     assert len(quantizer.calls) == 4
 
 
-def test_a_split_fused_group_and_a_quantized_head_warn(gptq: Run, model: Path) -> None:
-    words = ["plan", model, "-b", "4", "-g", "32"]
-    split = gptq(*words, "--dynamic", r"-:.*\.1\..*up_proj")
-    assert split.exit_code == 0
-    assert split.stderr == (
-        "warning[W_CFG_FUSED]: the layers that engines fuse to `model.layers.1.mlp.gate_up_proj` differ in settings: "
-        "not loaded by vllm, sglang\n"
+def test_a_rule_that_splits_a_fused_group_warns(gptq: Run, model: Path) -> None:
+    rule = r"-:.*\.1\..*up_proj"
+    result = gptq("plan", model, "-b", "4", "-g", "32", "--dynamic", rule)
+    assert result.exit_code == 0
+    assert result.stderr == (
+        "warning[W_CFG_FUSED]: the layers that engines fuse to `model.layers.1.mlp.gate_up_proj` "
+        "differ in settings: not loaded by vllm, sglang\n"
     )
-    head = gptq(*words, "--lm-head").stderr
-    assert (
-        "warning[W_CFG_HEAD]: lm_head is untied from the embeddings and stored beside them, 0.0"
-        in head
-    )
-    assert "misread by transformers, auto-round; loaded with limits by tgi" in head
+
+
+def test_a_quantized_head_warns(gptq: Run, model: Path) -> None:
+    stderr = gptq("plan", model, "-b", "4", "-g", "32", "--lm-head").stderr
+    untied = "lm_head is untied from the embeddings and stored beside them, 0.0"
+    assert f"warning[W_CFG_HEAD]: {untied}" in stderr
+    assert "misread by transformers, auto-round; loaded with limits by tgi" in stderr
 
 
 def test_a_listed_module_that_no_layer_has_is_an_error(
     gptq: Run, model: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "cfg.yaml").write_text(
-        "bits: 4\ngroup_size: 32\nmodules_in_block_to_quantize: [[self_attn.q_proj], [mlp.down_prj]]\n"
+        "bits: 4\n"
+        "group_size: 32\n"
+        "modules_in_block_to_quantize: [[self_attn.q_proj], [mlp.down_prj]]\n"
     )
     result = gptq("plan", model, "--config", tmp_path / "cfg.yaml")
     assert (result.exit_code, result.stdout) == (2, "")
-    assert (
-        "error[E_CFG_NO_MATCH]: modules_in_block_to_quantize has 'mlp.down_prj', but no layer"
-        in result.stderr
-    )
+    problem = "modules_in_block_to_quantize has 'mlp.down_prj', but no layer"
+    assert f"error[E_CFG_NO_MATCH]: {problem}" in result.stderr
     assert "hint: a name stands for all layers that end with it" in result.stderr

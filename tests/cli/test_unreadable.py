@@ -1,4 +1,4 @@
-"""Files that may not be read are refused by each command with path and advice, never as damaged, never as a bug."""
+"""Each command refuses unreadable files with path and hint, never as damage, never as a bug."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.rights import Said, held_back, in_a_child
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A plain model, a quantized one with a report, a text and a recipe."""
+    """Write a plain model, a quantized one with a report, a text and a recipe."""
     folder = tmp_path_factory.mktemp("unreadable")
     save_model(folder / "model", num_hidden_layers=1)
     gptq_files().write(folder / "packed")
@@ -143,9 +143,10 @@ def test_a_removed_current_directory_is_reported(here: Path) -> None:
         return [*held_back("plan", here / "model", "-b4"), *held_back("verify", ".")]
 
     said = in_a_child(run)
-    for found in (Said(*said[:3]), Said(*said[3:])):
-        expected = "error[E_FILE]: the current directory has been removed\n\nhint: change to another one: cd\n"
-        assert found == (3, "", expected)
+    expected = (
+        "error[E_FILE]: the current directory has been removed\n\nhint: change to another one: cd\n"
+    )
+    assert said == [3, "", expected, 3, "", expected]
 
 
 def test_a_closed_folder_below_the_model_is_refused(here: Path) -> None:
@@ -153,8 +154,7 @@ def test_a_closed_folder_below_the_model_is_refused(here: Path) -> None:
     (here / "model" / "more" / "LICENSE").touch()
     (here / "model" / "more").chmod(0)
     refused(held_back("plan", "model", "-b4", "-g32"), "model/more")
-    (here / "model" / "more").rename(
-        here / "model" / ".git"
-    )  # what is never copied need not be read
+    # a folder that is never copied need not be readable
+    (here / "model" / "more").rename(here / "model" / ".git")
     assert held_back("plan", "model", "-b4", "-g32").exit_code == 0
     (here / "model" / ".git").chmod(0o700)

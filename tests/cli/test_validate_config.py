@@ -1,4 +1,4 @@
-"""`gptq validate-config`: all problems, or the resolved configuration and what it would do to a model."""
+"""`gptq validate-config` prints all problems, or the configuration and the plan of a model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def write(folder: Path, text: str) -> Path:
 
 
 def make_model(folder: Path, *, hidden: int = 256, inner: int = 320, n_blocks: int = 2) -> Path:
-    """A checkpoint that has headers and zeros only."""
+    """Write a checkpoint of headers and zeros."""
     shapes = {"model.embed_tokens.weight": [64, hidden]}
     for block in range(n_blocks):
         shapes[f"model.layers.{block}.self_attn.q_proj.weight"] = [hidden, hidden]
@@ -101,7 +101,8 @@ def test_a_model_adds_the_plan_of_its_layers_and_the_engines(gptq: Run, tmp_path
         "# 1 layer: 8 bits, group_size 64 (rule '+:.*mlp')",
         "# 1 layer: full precision (rule '-:.*layers\\.1\\.mlp': kept)",
         "# loads in gptqmodel, auto-round",
-        "# does not load in transformers: it ignores `dynamic`, all layers must share their settings",
+        "# does not load in transformers: "
+        "it ignores `dynamic`, all layers must share their settings",
     ):
         assert line in result.stdout
     data = json.loads(gptq("validate-config", path, "--model", model, "--json").stdout)
