@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gptq_cli.config.fields import seconds
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.evaluation.request import EvalRequest
 from gptq_cli.events import Report, ignore
@@ -15,7 +16,6 @@ from gptq_cli.files import file_errors
 from gptq_cli.planning.checks import RunOptions, prepare_run
 from gptq_cli.planning.run_plan import default_name
 from gptq_cli.publish.report import BlockLog, check_report, save_report
-from gptq_cli.quantization.run_state import seconds
 
 if TYPE_CHECKING:
     from gptq_cli.evaluation.perplexity import EvalResult

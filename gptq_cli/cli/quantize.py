@@ -86,9 +86,9 @@ def quantize(
 
         return show_plan(console, resolved, model, output, revision, devices=max(1, len(named)))
     console.show_notes(resolved.notes)
+    from gptq_cli.config.fields import seconds
     from gptq_cli.planning.checks import RunOptions
     from gptq_cli.publish.report import BlockLog, check_report, save_report
-    from gptq_cli.quantization.run_state import seconds
 
     options = RunOptions(
         revision, overwrite, resume or "auto", seconds(max_runtime), allow_network_fs
@@ -255,8 +255,8 @@ def resume(
     named = parse_devices(devices)
     if is_directory(begun.directory):
         os.chdir(begun.directory)
+    from gptq_cli.config.fields import seconds
     from gptq_cli.planning.checks import RunOptions
-    from gptq_cli.quantization.run_state import seconds
 
     options = RunOptions(
         revision=begun.revision,

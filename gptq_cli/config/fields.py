@@ -324,3 +324,21 @@ def _choices(field: str, model: type[BaseModel]) -> Sequence[str]:
     for option in (schema, *schema.get("anyOf", ())):
         words += option.get("enum", ())
     return [word for word in words if isinstance(word, str)]
+
+
+def seconds(duration: str | None) -> float | None:
+    """Return the seconds of "3h30m", "90m" or "45s"; ConfigError E_CFG_RANGE for anything else."""
+    if duration is None:
+        return None
+    total = 0
+    match = re.fullmatch(r"(?:(\d{1,6})h)?(?:(\d{1,6})m)?(?:(\d{1,6})s)?", duration)
+    if match is not None:
+        hours, minutes, rest = match.groups(default="0")
+        total = 3600 * int(hours) + 60 * int(minutes) + int(rest)
+    if not total:
+        raise ConfigError(
+            "E_CFG_RANGE",
+            f"--max-runtime must be a time such as 3h30m, 90m or 45s, got {duration!r}",
+            hint="write hours with h, minutes with m, seconds with s",
+        )
+    return total

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.errors import ConfigError, GateError, PausedError
+from gptq_cli.errors import GateError, PausedError
 from gptq_cli.events import (
     BlockFinished,
     Event,
@@ -209,24 +208,6 @@ class Limits:
                     f"{count}, the last `{layer.name}`, but --max-fallbacks allows {allowed}",
                     hint="use more or other calibration text, or allow more",
                 )
-
-
-def seconds(duration: str | None) -> float | None:
-    """Return the seconds of "3h30m", "90m" or "45s"; ConfigError E_CFG_RANGE for anything else."""
-    if duration is None:
-        return None
-    total = 0
-    match = re.fullmatch(r"(?:(\d{1,6})h)?(?:(\d{1,6})m)?(?:(\d{1,6})s)?", duration)
-    if match is not None:
-        hours, minutes, rest = match.groups(default="0")
-        total = 3600 * int(hours) + 60 * int(minutes) + int(rest)
-    if not total:
-        raise ConfigError(
-            "E_CFG_RANGE",
-            f"--max-runtime must be a time such as 3h30m, 90m or 45s, got {duration!r}",
-            hint="write hours with h, minutes with m, seconds with s",
-        )
-    return total
 
 
 class Store(Protocol):

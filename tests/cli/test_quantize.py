@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from gptq_cli.cli.app import load_command
+from gptq_cli.config.fields import seconds
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.planning.run_plan import default_name
-from gptq_cli.quantization.run_state import seconds
 
 from .conftest import FakeQuantized, FakeQuantizer, Run
 
