@@ -1,4 +1,4 @@
-"""Streamed perplexity, KL and agreement against the whole transformers model, computed in one piece."""
+"""Streamed perplexity, KL and agreement equal those of the whole transformers model."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def quantized(tmp_path: Path, model: Path, **changes: object) -> Path:
 
 
 def whole_model(directory: Path, original: Path) -> AutoModelForCausalLM:
-    """The full model in memory; for a quantized checkpoint the original's with each weight decoded by hand."""
+    """Return the full model in memory; quantized weights are decoded by hand."""
     model = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32).eval()
     checkpoint = open_checkpoint(directory)
     reader = DequantizingReader(checkpoint, torch.device("cpu"), "torch")

@@ -1,4 +1,4 @@
-"""The model card: whatever a name holds, the YAML says it and the page shows it; judged by a parser of Markdown."""
+"""A model card holds any name unchanged, in its YAML and on its page, as Markdown parsers see it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,25 @@ from gptq_cli.publish.card import CardFacts, code, code_block, escaped, model_ca
 
 MARKDOWN = MarkdownIt("commonmark").enable("table")  # HTML is let through: it must not be in there
 EVIL = [
-    "<script>alert(1)</script>", "[x](javascript:alert(1))", "![x](http://t/x.png)", "a`b``c", "`", "a | b", "# head",
-    "---\nlicense: mit\n---", "$x$", "&lt;b&gt;", "<!-- x -->", "\\`", "*a* _b_ ~c~", "x\n\n- y", "<http://a.b>",
-    "{{ f }}", "```\n# x", "a\n````\nb",
-]  # fmt: skip
+    "<script>alert(1)</script>",
+    "[x](javascript:alert(1))",
+    "![x](http://t/x.png)",
+    "a`b``c",
+    "`",
+    "a | b",
+    "# head",
+    "---\nlicense: mit\n---",
+    "$x$",
+    "&lt;b&gt;",
+    "<!-- x -->",
+    "\\`",
+    "*a* _b_ ~c~",
+    "x\n\n- y",
+    "<http://a.b>",
+    "{{ f }}",
+    "```\n# x",
+    "a\n````\nb",
+]
 nasty = st.sampled_from(EVIL) | st.text(max_size=40)
 FACTS = CardFacts(
     repo="me/tiny",
@@ -137,9 +152,16 @@ def test_names_change_neither_metadata_nor_page_layout(
 
 def test_the_page_shows_readers_experts_and_usage() -> None:
     page = body(model_card(FACTS))
-    for words in ("vllm serve me/tiny", 'from_pretrained("me/tiny", device_map="auto")', "123 MB, 4.5 bits",
-                  "Read by vllm.", "With limits by transformers: needs optimum.", "calibration token | 2 |",
-                  "gptq quantize org/tiny --config gptq_config.yaml", "Of 14 quantized linears"):  # fmt: skip
+    for words in (
+        "vllm serve me/tiny",
+        'from_pretrained("me/tiny", device_map="auto")',
+        "123 MB, 4.5 bits",
+        "Read by vllm.",
+        "With limits by transformers: needs optimum.",
+        "calibration token | 2 |",
+        "gptq quantize org/tiny --config gptq_config.yaml",
+        "Of 14 quantized linears",
+    ):
         assert words in page
     none = dataclasses.replace(
         FACTS, readers=[("vllm", "no", "why")], worst=[], settings={}, versions={}, uncovered=0

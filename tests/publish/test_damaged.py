@@ -1,4 +1,4 @@
-"""A damaged report, or one of a stranger, is refused with the place of what is wrong, or shown without obeying it."""
+"""A damaged or foreign report is refused with the place of the flaw, or shown but not obeyed."""
 
 from __future__ import annotations
 

@@ -134,8 +134,16 @@ def test_grids_have_one_row_per_block_and_join_experts() -> None:
 
 
 def test_a_perplexity_is_shown_if_it_is_known(finished: Path, tmp_path: Path) -> None:
-    measured = {"perplexity": 12.3456, "baseline_perplexity": 11.5, "kl": 0.0123, "top1_agreement": 0.987,
-                "dataset": "wikitext2", "windows": 3, "seqlen": 64, "dtype": "float32"}  # fmt: skip
+    measured = {
+        "perplexity": 12.3456,
+        "baseline_perplexity": 11.5,
+        "kl": 0.0123,
+        "top1_agreement": 0.987,
+        "dataset": "wikitext2",
+        "windows": 3,
+        "seqlen": 64,
+        "dtype": "float32",
+    }
     (tmp_path / "ppl.json").write_text(json.dumps(measured))
     page = write_page(
         finished, tmp_path / "page.html", evaluation=tmp_path / "ppl.json", png=tmp_path / "map.png"
