@@ -1,4 +1,4 @@
-"""A model card holds any name unchanged, in its YAML and on its page, as Markdown parsers see it."""
+"""A model card holds any name unchanged, in its YAML and on its page, as Markdown parsers see."""
 
 from __future__ import annotations
 
