@@ -66,8 +66,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def here(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Make a reader's directory current, with a text in place of the Hub's."""
 
-    def stand_in(request: object, column: str) -> tuple[list[str], str]:
-        del request, column
+    def stand_in(request: object, column: str, template: object) -> tuple[list[str], str]:
+        del request, column, template
         return (files / "heldout.txt").read_text(encoding="utf-8").split(";"), "0" * 40
 
     monkeypatch.setattr(corpus, "open_column", stand_in)

@@ -16,7 +16,8 @@ from tests.families import save_model, texts
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL, QUANTIZED = "Qwen3-0.6B", "Qwen3-0.6B-GPTQ-Int4-g128"
-FILES = ("calibration.txt", "heldout.txt", "recipe.yaml", "ppl.json")
+FILES = ("calibration.txt", "heldout.txt", "recipe.yaml", "ppl.json", "chats.jsonl", "chat.jinja")
+TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
 SMALL = {"GPTQ_NSAMPLES": "4", "GPTQ_SEQLEN": "64", "GPTQ_BATCH_SIZE": "2", "GPTQ_DEVICE": "cpu"}
 SETTINGS = {
     "dataset": "calibration.txt",
@@ -39,6 +40,9 @@ def make_workspace(directory: Path) -> Path:
     )
     for seed, name in enumerate(FILES[:2]):
         (directory / name).write_text(texts(4000, seed)[0], encoding="utf-8")
+    (directory / MODEL / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    (directory / "chat.jinja").write_text(TEMPLATE, encoding="utf-8")
+    (directory / "chats.jsonl").write_text(chats(40), encoding="utf-8")
     (directory / "recipe.yaml").write_text("bits: 4\n", encoding="utf-8")
     settings = config(dataset=str(directory / FILES[0]))
     quantize(directory / MODEL, settings, directory / "made" / QUANTIZED, report=True)
@@ -46,6 +50,16 @@ def make_workspace(directory: Path) -> Path:
     found = evaluate_perplexity(directory / MODEL, request).to_json()
     (directory / "ppl.json").write_text(json.dumps(found), encoding="utf-8")
     return directory
+
+
+def chats(number: int) -> str:
+    """Return lines of JSON, each a chat of two messages."""
+    lines = []
+    for index in range(number):
+        question = {"role": "user", "content": f"how much is {index} and {index}?"}
+        answer = {"role": "assistant", "content": f"{index} and {index} is {2 * index}."}
+        lines.append(json.dumps({"messages": [question, answer]}) + "\n")
+    return "".join(lines)
 
 
 def copy_workspace(workspace: Path, directory: Path) -> Path:

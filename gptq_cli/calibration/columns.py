@@ -1,4 +1,4 @@
-"""The column of texts among the columns of rows, and the refusal of rows without one."""
+"""The columns of rows: their text, and the refusal of rows without it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,11 @@ from gptq_cli.errors import InputError
 
 Row = Mapping[str, Any]
 LISTED = 8  # columns named in a message
-CHAT_COLUMNS = ("messages", "conversations", "conversation", "chat")
 MESSAGE_KEYS = ({"role", "content"}, {"from", "value"})
-RENDER = (
-    "chat messages have to become text first: render each chat with the apply_chat_template of the "
-    "model's tokenizer, and write the results into a .jsonl file, as column `text`"
+NAME_IT = (
+    "name the column that holds the text or the chats with --text-column; a chat is a list of "
+    '{"role": ..., "content": ...}'
 )
-OF_CHATS = " of chat messages"
-NAME_IT = "name the column that holds the text with --text-column"
 KINDS = {  # in the words of JSON
     type(None): "null",
     bool: "a truth value",
@@ -48,12 +45,9 @@ def _text_of(row: Row, number: int, column: str, label: str) -> str:
         raise no_column(column, row, label, place)
     text = row[column]
     if not isinstance(text, str):
-        chat = isinstance(text, list) and len(text) > 0 and is_message(text[0])
-        found = kind_of(text)
-        if chat:
-            found += OF_CHATS
-        raise no_string(f"of row {number} holds {found}, not a string", column, row, label, chat)
-    if not _is_whole(text):
+        what = f"of row {number} holds {kind_of(text)}, not a string"
+        raise no_string(what, column, row, label)
+    if not is_whole(text):
         message = (
             f"dataset `{label}`: column `{column}` of row {number} holds half of a surrogate pair"
         )
@@ -73,15 +67,18 @@ def check_schema(schema: Any, column: str, label: str) -> None:
     kind = schema.field(column).type
     if _is_text(kind):
         return
-    found, chat = str(kind), False
-    items = _items_of(kind)
-    if items is not None:
-        chat = is_message(items)
-        found = "a list"
-        if chat:
-            found += OF_CHATS
-        found += " in each row"
-    raise no_string(f"holds {found}, not strings", column, schema.names, label, chat)
+    found = str(kind)
+    if _items_of(kind) is not None:
+        found = "a list in each row"
+    raise no_string(f"holds {found}, not strings", column, schema.names, label)
+
+
+def columns_of_schema(schema: Any) -> dict[str, bool]:
+    """Return the columns of an Arrow schema, true for each that holds chat messages."""
+    columns = {}
+    for field in schema:
+        columns[field.name] = is_message(_items_of(field.type))
+    return columns
 
 
 def _is_text(kind: Any) -> bool:
@@ -109,21 +106,14 @@ def no_column(column: str, columns: Iterable[str], label: str, place: str = "") 
     """Return E_DATA_COLUMN for a column that the dataset, or a `place` in it, does not have."""
     columns = list(columns)
     message = f"{place}dataset `{label}` has no column `{column}`; it has {_listed(columns)}"
-    hint = NAME_IT
-    for name in columns:
-        if name in CHAT_COLUMNS:
-            hint += f"; if `{name}` holds chats: {RENDER}"
-            break
-    return InputError("E_DATA_COLUMN", message, hint=hint)
+    return InputError("E_DATA_COLUMN", message, hint=NAME_IT)
 
 
-def no_string(what: str, column: str, columns: Iterable[str], label: str, chat: bool) -> InputError:
-    """Return E_DATA_COLUMN for a column that holds no strings; `chat` if it holds messages."""
+def no_string(what: str, column: str, columns: Iterable[str], label: str) -> InputError:
+    """Return E_DATA_COLUMN for a column that holds no strings."""
     others = [name for name in columns if name != column]
     hint = "fix it"
-    if chat:
-        hint = RENDER
-    elif others:
+    if others:
         hint = f"fix it, or name another with --text-column: {_listed(others)}"
     return InputError("E_DATA_COLUMN", f"dataset `{label}`: column `{column}` {what}", hint=hint)
 
@@ -141,7 +131,7 @@ def is_message(fields: object) -> bool:
     return any(keys.issubset(fields) for keys in MESSAGE_KEYS)
 
 
-def _is_whole(text: str) -> bool:
+def is_whole(text: str) -> bool:
     """Return whether a text has no halves of surrogate pairs."""
     try:
         text.encode()

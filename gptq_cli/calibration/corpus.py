@@ -3,7 +3,7 @@
 A registered name is read by the protocol of papers. Any other string that looks like a path (it
 begins with `.`, `/` or `~`, ends like a data file, or exists) is only looked for on this machine.
 Every other string is the id of a Hub dataset. A .txt file is one document; each row of another file
-is one document.
+is one document; the row of a chat is a document after the chat template has made text of it.
 """
 
 from __future__ import annotations
@@ -16,10 +16,18 @@ from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 
+from gptq_cli.calibration.chats import (
+    DEFAULT_COLUMN,
+    ChatTemplate,
+    Form,
+    form_of,
+    read_template,
+    rendered_chats,
+)
 from gptq_cli.calibration.columns import texts_of
 from gptq_cli.calibration.encodings import decoded
 from gptq_cli.calibration.loading import LoadRequest, open_column
-from gptq_cli.calibration.rows import READERS
+from gptq_cli.calibration.rows import READERS, columns_of_file
 from gptq_cli.config.corpora import CORPORA, DEFAULT_DATASET, PARAGRAPH, REGISTERED, Purpose
 from gptq_cli.errors import ConfigError, GptqError, InputError
 from gptq_cli.files import expanded, file_errors, is_directory, is_file, resolved, status_of
@@ -33,24 +41,43 @@ KINDS = ", ".join(SUFFIXES)
 
 @dataclass(frozen=True, slots=True)
 class FileTexts:
-    """The texts of some files in order, read on demand."""
+    """The texts of some files in order, read on demand; a file of text has no form."""
 
     files: tuple[Path, ...]
-    column: str
+    forms: tuple[Form | None, ...]
+    template: ChatTemplate
 
     def __iter__(self) -> Iterator[str]:
-        for file in self.files:
+        for file, form in zip(self.files, self.forms, strict=True):
             with file_errors(file, writing=False):
                 if file.stat().st_size == 0:
                     message = f"dataset `{file}` is an empty file"
                     raise InputError("E_DATA_EMPTY", message, hint="choose a file that holds text")
-                yield from self._texts(file)
+                yield from self._texts(file, form)
 
-    def _texts(self, file: Path) -> Iterable[str]:
-        if suffix_of(file) == TEXT:
+    def _texts(self, file: Path, form: Form | None) -> Iterable[str]:
+        if form is None:
             return [decoded(file)]
-        rows = READERS[suffix_of(file)](file, self.column)
-        return texts_of(rows, self.column, str(file))
+        rows = READERS[suffix_of(file)](file, form)
+        if form.is_chat:
+            return rendered_chats(rows, form, str(file), self.template)
+        return texts_of(rows, form.columns[0], str(file))
+
+    def chats(self, name: str) -> ChatTemplate | None:
+        """Return the template if the files hold chats, None if they hold text.
+
+        Raises InputError E_DATA_FORMAT if some hold chats and others text; `name` is the dataset.
+        """
+        kinds = {}
+        for file, form in zip(self.files, self.forms, strict=True):
+            kinds[form is not None and form.is_chat] = file.name
+        if len(kinds) == 2:
+            message = f"dataset `{name}` mixes chats (`{kinds[True]}`) and text (`{kinds[False]}`)"
+            hint = "put them into two folders, and give one of these"
+            raise InputError("E_DATA_FORMAT", message, hint=hint)
+        if True in kinds:
+            return self.template
+        return None
 
 
 def suffix_of(file: Path) -> str:
@@ -58,13 +85,22 @@ def suffix_of(file: Path) -> str:
     return file.suffix.lower()
 
 
-def read_files(path: Path, column: str) -> Iterable[str]:
+def read_files(path: Path, column: str | None, template: ChatTemplate) -> FileTexts:
     """Return the texts of a file, or of the files of a folder sorted by name.
 
-    Raises InputError: E_DATA_NOT_FOUND, and E_DATA_FORMAT for a folder of another kind. Reading the
-    texts raises E_DATA_ENCODING, E_DATA_FORMAT, E_DATA_COLUMN and E_DATA_EMPTY.
+    `column` is the one that the user named, None if the columns of each file decide. Raises
+    InputError: E_DATA_NOT_FOUND, and E_DATA_FORMAT for a folder of another kind. Reading the texts
+    raises E_DATA_ENCODING, E_DATA_FORMAT, E_DATA_COLUMN, E_DATA_EMPTY and the errors of chats.
     """
-    return FileTexts(_files_at(path), column)
+    files = _files_at(path)
+    return FileTexts(files, tuple(_form_of_file(file, column) for file in files), template)
+
+
+def _form_of_file(file: Path, column: str | None) -> Form | None:
+    if suffix_of(file) == TEXT:
+        return None
+    with file_errors(file, writing=False):
+        return form_of(columns_of_file(file), column)
 
 
 def _listed(folder: Path) -> list[Path]:
@@ -120,20 +156,23 @@ def _refuse_saved(folder: Path) -> None:
     raise InputError("E_DATA_FORMAT", message, hint=hint)
 
 
-DEFAULT_COLUMN = "text"
 DEFAULT_SPLITS: dict[Purpose, str] = {"calibration": "train", "evaluation": "test"}
 SCRIPTED = ("ptb", "ptb-new")
 
 
 @dataclass(frozen=True, slots=True)
 class DatasetSource:
-    """The user's request. `config` and `split` are for Hub datasets; a list holds literal texts."""
+    """The user's request. `config` and `split` are for Hub datasets; a list holds literal texts.
+
+    If `text_column` is None, the columns of the rows decide. `chat_template` is the path of a file.
+    """
 
     dataset: str | Sequence[str] | None = None
     config: str | None = None
     split: str | None = None
-    text_column: str = DEFAULT_COLUMN
+    text_column: str | None = None
     purpose: Purpose = "calibration"
+    chat_template: str | None = None
 
     @property
     def name(self) -> str | Sequence[str]:
@@ -142,6 +181,13 @@ class DatasetSource:
             return DEFAULT_DATASET
         return self.dataset
 
+    @property
+    def template_file(self) -> Path | None:
+        """The path of the chat template, None if the user gave none."""
+        if self.chat_template is None:
+            return None
+        return expanded(self.chat_template)
+
 
 @dataclass(frozen=True, slots=True)
 class Documents:
@@ -149,7 +195,8 @@ class Documents:
 
     `revision` is the commit of a Hub dataset, None for other text. Texts for calibration may be
     read on demand, so that a stream is read no further than needed. `max_windows` is part of the
-    evaluation protocol of some corpora.
+    evaluation protocol of some corpora. `chats` is the template that renders the texts, None if
+    they are plain text.
     """
 
     name: str
@@ -159,6 +206,7 @@ class Documents:
     split: str | None = None
     revision: str | None = None
     max_windows: int | None = None
+    chats: ChatTemplate | None = None
 
     @property
     def sha256(self) -> str:
@@ -174,22 +222,27 @@ class Documents:
             yield text if position == 0 else self.join + text
 
 
-def load_documents(source: DatasetSource) -> Documents:
+def load_documents(source: DatasetSource, template: ChatTemplate | None = None) -> Documents:
     """Return the documents that `source` names, in the order of their files and rows.
 
-    Raises the errors of `check_source`, and InputError: E_DATA_NOT_FOUND, E_DATA_COLUMN,
-    E_DATA_SCRIPT, E_DATA_EMPTY, E_DATA_ENCODING, E_DATA_FORMAT, E_DATA_CONFIG, E_DATA_SPLIT,
-    E_HUB_*. Texts read on demand raise the same errors when they are read.
+    `template` renders chats; without one, chats are refused. Raises the errors of `check_source`,
+    and InputError: E_DATA_NOT_FOUND, E_DATA_COLUMN, E_DATA_SCRIPT, E_DATA_EMPTY, E_DATA_ENCODING,
+    E_DATA_FORMAT, E_DATA_CONFIG, E_DATA_SPLIT, E_DATA_CHAT, E_DATA_TEMPLATE, E_HUB_*. Texts read on
+    demand raise the same errors when they are read.
     """
     check_source(source)
-    documents = _documents_of(source)
+    documents = _documents_of(source, template or ChatTemplate())
+    if source.chat_template is not None and documents.chats is None:
+        message = f"chat_template has no meaning for dataset `{documents.name}`, which holds text"
+        hint = "remove chat_template, or name the column of chats with --text-column"
+        raise ConfigError("E_CFG_CONFLICT", message, hint=hint)
     if source.purpose == "evaluation":
         # Evaluation tokenizes all of the text at once.
         documents = replace(documents, texts=list(documents.texts))
     return documents
 
 
-def _documents_of(source: DatasetSource) -> Documents:
+def _documents_of(source: DatasetSource, template: ChatTemplate) -> Documents:
     name = source.name
     if not isinstance(name, str):
         return _literal(list(name))
@@ -202,15 +255,25 @@ def _documents_of(source: DatasetSource) -> Documents:
             hint=f"use {REGISTERED} or a file of your own",
         )
     if is_path(name):
-        return Documents(name, read_files(expanded(name), source.text_column))
-    return _hub(name, source)
+        texts = read_files(expanded(name), source.text_column, template)
+        chats = texts.chats(name)
+        return Documents(name, texts, join=_join(chats), chats=chats)
+    return _hub(name, source, template)
+
+
+def _join(chats: ChatTemplate | None) -> str:
+    """Return the string between two documents; a chat ends as its template has written."""
+    if chats is None:
+        return PARAGRAPH
+    return ""
 
 
 def check_source(source: DatasetSource) -> None:
     """Check `source` before a text is read or fetched.
 
     Raises ConfigError E_CFG_CONFLICT for a config, split or column of a dataset that has none, and
-    for files in place of texts; InputError E_DATA_NOT_FOUND for a path that leads to nothing.
+    for files in place of texts; InputError E_DATA_NOT_FOUND for a path that leads to nothing,
+    E_DATA_TEMPLATE for a chat template that is not there.
     """
     name = source.name
     if not isinstance(name, str):
@@ -221,7 +284,9 @@ def check_source(source: DatasetSource) -> None:
     elif is_path(name):
         path = expanded(name)
         _refuse_options(f"`{name}`", source, columns=has_columns(path))
-        read_files(path, source.text_column)
+        _files_at(path)
+    if source.template_file is not None:
+        read_template(source.template_file)
 
 
 def is_path(name: str) -> bool:
@@ -270,20 +335,25 @@ def _registered(name: str, purpose: Purpose) -> Documents:
         stream=corpus.stream,
     )
     texts: Iterable[str]
-    texts, revision = open_column(request, DEFAULT_COLUMN)
+    texts, revision = open_column(request, DEFAULT_COLUMN, ChatTemplate())
     if part.limit is not None:
         texts = list(islice(texts, part.limit))
     return Documents(name, texts, part.join, corpus.config, part.split, revision, part.max_windows)
 
 
-def _hub(name: str, source: DatasetSource) -> Documents:
+def _hub(name: str, source: DatasetSource, template: ChatTemplate) -> Documents:
     _refuse_bad_id(name)
     split = source.split or DEFAULT_SPLITS[source.purpose]
     request = LoadRequest(
         path=name, label=name, config=source.config, split=split, stream=True, hint=_nearest(name)
     )
-    column, revision = open_column(request, source.text_column)
-    return Documents(name, column, config=source.config, split=split, revision=revision)
+    column, revision = open_column(request, source.text_column, template)
+    chats = None
+    if column.form.is_chat:
+        chats = template
+    return Documents(
+        name, column, _join(chats), source.config, split, revision=revision, chats=chats
+    )
 
 
 def _refuse_bad_id(name: str) -> None:
@@ -307,9 +377,13 @@ def _nearest(name: str) -> str | None:
 
 
 def _refuse_options(what: str, source: DatasetSource, *, columns: bool = False) -> None:
-    if source.text_column != DEFAULT_COLUMN and not columns:
+    if source.text_column not in (None, DEFAULT_COLUMN) and not columns:
         message = f"text_column `{source.text_column}` has no meaning for {what}"
         raise ConfigError("E_CFG_CONFLICT", message, hint="remove text_column")
+    if source.chat_template is not None and not columns:
+        message = f"chat_template `{source.chat_template}` has no meaning for {what}"
+        hint = "remove chat_template, or give a dataset of chats"
+        raise ConfigError("E_CFG_CONFLICT", message, hint=hint)
     for option, value in (("dataset_config", source.config), ("dataset_split", source.split)):
         if value is not None:
             raise ConfigError(

@@ -10,7 +10,14 @@ from logging import CRITICAL
 from pathlib import Path
 from typing import Any
 
-from gptq_cli.calibration.columns import Row, check_schema, texts_of
+from gptq_cli.calibration.chats import (
+    ChatTemplate,
+    Form,
+    columns_of_row,
+    form_of,
+    rendered_chats,
+)
+from gptq_cli.calibration.columns import Row, check_schema, columns_of_schema, texts_of
 from gptq_cli.errors import InputError, causes
 from gptq_cli.hub_errors import GATED, first_line, hub_refusal
 
@@ -40,14 +47,20 @@ class LoadRequest:
 
 @dataclass(frozen=True, slots=True)
 class TextColumn:
-    """The strings of one column, row by row; can be read again. Errors as `texts_of`."""
+    """The texts or rendered chats of rows; can be read again.
+
+    Errors as `texts_of` and `rendered_chats`.
+    """
 
     rows: Iterable[Row]
-    column: str
+    form: Form
     request: LoadRequest
+    template: ChatTemplate
 
     def __iter__(self) -> Iterator[str]:
-        return texts_of(self._rows(), self.column, self.request.label)
+        if self.form.is_chat:
+            return rendered_chats(self._rows(), self.form, self.request.label, self.template)
+        return texts_of(self._rows(), self.form.columns[0], self.request.label)
 
     def _rows(self) -> Iterator[Row]:
         rows = iter(self.rows)
@@ -59,11 +72,14 @@ class TextColumn:
             yield row
 
 
-def open_column(request: LoadRequest, column: str) -> tuple[TextColumn, str | None]:
-    """Return a column of the rows, and their commit if it is known; no row is read yet.
+def open_column(
+    request: LoadRequest, column: str | None, template: ChatTemplate
+) -> tuple[TextColumn, str | None]:
+    """Return the texts of the rows, and the commit of the rows if it is known.
 
-    Raises the InputErrors of `refusal`, and E_DATA_COLUMN if the schema has no such column of
-    strings.
+    `column` is the one that the user named, None if the columns decide. Only a dataset without a
+    schema is read before its texts are, for the columns of its first row. Raises the InputErrors of
+    `refusal`, and E_DATA_COLUMN if the schema has no such column of strings.
     """
     _refuse_namesakes(request)
     with refusals(request):
@@ -72,8 +88,15 @@ def open_column(request: LoadRequest, column: str) -> tuple[TextColumn, str | No
     # A stream may not know its features before a row is read.
     features = getattr(rows, "features", None)
     if features:
-        check_schema(features.arrow_schema, column, request.label)
-    return TextColumn(rows, column, request), revision
+        schema = features.arrow_schema
+        form = form_of(columns_of_schema(schema), column)
+        if not form.is_chat:
+            check_schema(schema, form.columns[0], request.label)
+    else:
+        with refusals(request):
+            first = next(iter(rows), None)
+        form = form_of(columns_of_row(first), column)
+    return TextColumn(rows, form, request, template), revision
 
 
 def _refuse_namesakes(request: LoadRequest) -> None:

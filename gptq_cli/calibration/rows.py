@@ -14,7 +14,8 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from gptq_cli.calibration.columns import Row, check_schema, kind_of
+from gptq_cli.calibration.chats import BESIDE_CHATS, Form, columns_of_row
+from gptq_cli.calibration.columns import Row, check_schema, columns_of_schema, kind_of
 from gptq_cli.calibration.encodings import decoded, decoded_lines
 from gptq_cli.errors import InputError
 
@@ -22,7 +23,7 @@ PARQUET_ROWS = 1024
 FIX = "fix that line"
 
 
-def json_rows(file: Path, column: str) -> Iterator[Row]:  # noqa: ARG001
+def json_rows(file: Path, form: Form | None) -> Iterator[Row]:  # noqa: ARG001
     """Yield a row for each object: one on each line, or all in one list.
 
     A list of texts has the column `text`.
@@ -53,7 +54,7 @@ def _filled_lines(stream: BinaryIO, label: str) -> Iterator[tuple[int, str]]:
             yield number, line
 
 
-def csv_rows(file: Path, column: str) -> Iterator[Row]:  # noqa: ARG001
+def csv_rows(file: Path, form: Form | None) -> Iterator[Row]:  # noqa: ARG001
     """Yield a row for each record after the header, its fields as text."""
     csv.field_size_limit(sys.maxsize)
     with file.open("rb") as stream:
@@ -71,24 +72,53 @@ def csv_rows(file: Path, column: str) -> Iterator[Row]:  # noqa: ARG001
             raise _broken(file, f"line {reader.line_num} is not CSV: {error}", FIX) from error
 
 
-def parquet_rows(file: Path, column: str) -> Iterator[Row]:
-    """Yield the rows of one column; InputError E_DATA_COLUMN if the schema lacks it as text."""
+def parquet_rows(file: Path, form: Form) -> Iterator[Row]:
+    """Yield the rows with the columns of `form`, and with those that a chat may have besides.
+
+    Raises InputError E_DATA_COLUMN if the schema lacks the column of text.
+    """
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
     with file.open("rb") as stream:
         try:
             table = ParquetFile(stream)
-            check_schema(table.schema_arrow, column, str(file))
-            for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=[column]):
-                for text in batch.column(column).to_pylist():
-                    yield {column: text}
+            columns = list(form.columns)
+            if form.is_chat:
+                columns += [name for name in BESIDE_CHATS if name in table.schema_arrow.names]
+            else:
+                check_schema(table.schema_arrow, form.columns[0], str(file))
+            for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=columns):
+                yield from batch.to_pylist()
         except (ArrowException, OSError) as error:
-            reason = " ".join(str(error).split())
-            raise _broken(file, reason, "check that it is a whole Parquet file") from error
+            raise _damaged(file, error) from error
 
 
-READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
+def _parquet_columns(file: Path) -> dict[str, bool]:
+    from pyarrow import ArrowException
+    from pyarrow.parquet import read_schema
+
+    with file.open("rb") as stream:
+        try:
+            return columns_of_schema(read_schema(stream))
+        except (ArrowException, OSError) as error:
+            raise _damaged(file, error) from error
+
+
+def columns_of_file(file: Path) -> dict[str, bool]:
+    """Return the columns of a file of rows, true for each that holds chat messages.
+
+    They are those of the schema or of the first row; none if the file has no row.
+    """
+    if file.stat().st_size == 0:
+        return {}
+    suffix = file.suffix.lower()
+    if suffix == ".parquet":
+        return _parquet_columns(file)
+    return columns_of_row(next(READERS[suffix](file, None), None))
+
+
+READERS: dict[str, Callable[[Path, Any], Iterator[Row]]] = {
     ".json": json_rows,
     ".jsonl": json_rows,
     ".csv": csv_rows,
@@ -134,6 +164,11 @@ def _check_header(header: list[str], file: Path) -> None:
     for name in header:
         if header.count(name) > 1:
             raise _broken(file, f"its header has the column `{name}` twice", "rename one of them")
+
+
+def _damaged(file: Path, error: Exception) -> InputError:
+    reason = " ".join(str(error).split())
+    return _broken(file, reason, "check that it is a whole Parquet file")
 
 
 def _broken(file: Path, reason: str, hint: str) -> InputError:

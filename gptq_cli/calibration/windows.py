@@ -2,7 +2,8 @@
 
 Calibration reads documents until the first POOL x nsamples windows are full or the text ends, and
 draws nsamples of them without replacement. Evaluation takes every window of the text in order, as
-the GPTQ paper does. Ids come from the model's own tokenizer.
+the GPTQ paper does. Ids come from the model's own tokenizer. Chats follow one another whole, and
+are cut where a window ends; their special tokens are those of the chat template.
 """
 
 from __future__ import annotations
@@ -57,25 +58,52 @@ def calibration_windows(
 ) -> Windows:
     """Return windows [nsamples, seqlen], drawn from the text without replacement.
 
-    With `bos_token_id` each window is that token and seqlen - 1 tokens of text. The text is
-    tokenized in pieces of about PIECE characters, cut between words. The draw is among the first
-    POOL x nsamples windows, so that the result depends neither on how far a stream was read nor on
-    the size of the rest. `seed` decides the draw and its order.
+    With `bos_token_id` each window is that token and seqlen - 1 tokens of text. For chats this
+    holds only if their template begins a chat with that token, and a window that begins with a chat
+    has no second one. Text is tokenized in pieces of about PIECE characters, cut
+    between words; a chat is tokenized whole. The draw is among the first POOL x nsamples windows,
+    so that the result depends neither on how far a stream was read nor on the size of the rest.
+    `seed` decides the draw and its order.
 
     Raises InputError: E_DATA_SHORT with the counts, E_DATA_EMPTY if there is not a single token.
     """
     prefix = [] if bos_token_id is None else [bos_token_id]
     length = seqlen - len(prefix)
+    if documents.chats is not None:
+        length = seqlen  # windows that begin with a chat have no prefix
     ids: list[int] = []
     for piece in _pieces(documents):
         ids += encode(piece, False)
         if len(ids) >= POOL * nsamples * length:
             break
-    available = min(len(ids) // length, POOL * nsamples)
-    if available < nsamples:
-        raise _too_short(documents, available, nsamples, seqlen, len(ids))
-    chosen = random.Random(seed).sample(range(available), nsamples)
-    return Windows.of([prefix + ids[index * length : (index + 1) * length] for index in chosen])
+    if documents.chats is None:
+        windows = _cut(ids, seqlen, prefix)
+    elif ids[: len(prefix)] == prefix:
+        windows = _cut(ids, seqlen, prefix, own=True)
+    else:
+        windows = _cut(ids, seqlen, [])
+    pool = windows[: POOL * nsamples]
+    if len(pool) < nsamples:
+        raise _too_short(documents, len(pool), nsamples, seqlen, len(ids))
+    return Windows.of(random.Random(seed).sample(pool, nsamples))
+
+
+def _cut(ids: list[int], seqlen: int, prefix: list[int], *, own: bool = False) -> list[list[int]]:
+    """Return the full windows of `ids` in order, each with `prefix` before its tokens.
+
+    If `own`, a window whose tokens begin with `prefix` themselves gets no other.
+    """
+    windows: list[list[int]] = []
+    start = 0
+    while True:
+        before = prefix
+        if own and ids[start : start + len(prefix)] == prefix:
+            before = []
+        end = start + seqlen - len(before)
+        if end > len(ids):
+            return windows
+        windows.append(before + ids[start:end])
+        start = end
 
 
 def evaluation_windows(
@@ -84,15 +112,20 @@ def evaluation_windows(
     """Return every full window [windows, seqlen] of the joined text in order.
 
     The rest of the text is dropped. All text is tokenized at once with the tokenizer's defaults,
-    special tokens included: the protocol of GPTQ, Frantar et al. 2022, section 4. `max_windows` and
-    the corpus's own limit cap the count.
+    special tokens included: the protocol of GPTQ, Frantar et al. 2022, section 4. Chats are
+    tokenized one by one, with the special tokens of their template. `max_windows` and the corpus's
+    own limit cap the count.
 
     Raises InputError: E_DATA_SHORT if there is no full window, E_DATA_EMPTY if there is no token.
     """
-    text = documents.join.join(documents.texts)
     ids: list[int] = []
-    if text.strip():
-        ids = encode(text, True)
+    if documents.chats is not None:
+        for chat in documents.texts:
+            ids += encode(chat, False)
+    else:
+        text = documents.join.join(documents.texts)
+        if text.strip():
+            ids = encode(text, True)
     count = len(ids) // seqlen
     for limit in (max_windows, documents.max_windows):
         if limit is not None:
@@ -115,7 +148,10 @@ def check_token_ids(ids: Tensor, vocab_size: int) -> None:
 
 
 def _pieces(documents: Documents) -> Iterator[str]:
-    """Yield the joined text in order, in pieces of about PIECE characters."""
+    """Yield the joined text in order, in pieces of about PIECE characters; chats one by one."""
+    if documents.chats is not None:
+        yield from documents.texts
+        return
     waiting = ""
     for text in documents.pieces():
         waiting += text
@@ -157,6 +193,16 @@ class Encoder:
         encoded = self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
         ids: list[int] = encoded["input_ids"]
         return ids
+
+    def first_token(self, documents: Documents) -> int | None:
+        """Return the token that may begin a window, None if there is none.
+
+        For chats the template decides about it, whatever the tokenizer puts before a text.
+        """
+        if documents.chats is None:
+            return self.bos_token_id
+        token: int | None = self.tokenizer.bos_token_id
+        return token
 
 
 def load_encoder(directory: Path, *, trust_remote_code: bool) -> Encoder:

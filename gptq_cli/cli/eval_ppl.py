@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 MAX_PPL = 10_000.0  # far above the perplexity of any language model whose weights are intact
 
-TEXT = ("dataset_config", "dataset_split", "text_column", "seqlen")
+TEXT = ("dataset_config", "dataset_split", "text_column", "chat_template", "seqlen")
 RUN = ("device", "dtype", "backend", "trust_remote_code")
 BatchSize = Annotated[
     int,

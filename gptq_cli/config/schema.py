@@ -190,8 +190,18 @@ class QuantizeConfig(BaseModel):
     dataset_split: Annotated[Name, Option(Panel.TEXT)] = Field(
         default=None, description="split of a Hub dataset"
     )
-    text_column: Annotated[Text, Option(Panel.TEXT)] = Field(
-        default="text", description="column that holds the text"
+    text_column: Annotated[
+        Text | None, Accepts("the name of a column, or null"), Option(Panel.TEXT)
+    ] = Field(
+        default=None,
+        description="column that holds text or chats; null: a column `text`, or else the chats "
+        "that the columns of the rows show",
+    )
+    chat_template: Annotated[
+        Text | None, Accepts("a path or null"), Option(Panel.TEXT, metavar="FILE")
+    ] = Field(
+        default=None,
+        description="Jinja file that makes text of chats; null: the model's own template",
     )
     seqlen: Annotated[Count, Option(Panel.TEXT)] = Field(
         default=2048, description="tokens per window, at most the model's positions"

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from gptq_cli.calibration.chats import ChatTemplate
 from gptq_cli.calibration.corpus import DatasetSource, Documents, load_documents
 from gptq_cli.calibration.windows import Windows, check_token_ids, evaluation_windows, load_encoder
 from gptq_cli.checkpoint.locate import locate_model
@@ -189,9 +190,13 @@ def _windows(
         split=request.dataset_split,
         text_column=request.text_column,
         purpose="evaluation",
+        chat_template=request.chat_template,
     )
-    documents = load_documents(source)
+    template = ChatTemplate.of(encoder.tokenizer, checkpoint.directory, source.template_file)
+    documents = load_documents(source, template)
     windows = evaluation_windows(documents, encoder, seqlen=seqlen, max_windows=request.max_windows)
+    if documents.chats is not None:
+        report(PhaseStarted("text", template.summary))
     return windows, documents
 
 

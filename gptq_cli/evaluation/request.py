@@ -28,7 +28,7 @@ class EvalRequest:
     dataset: str | list[str] | None = None
     dataset_config: str | None = None
     dataset_split: str | None = None
-    text_column: str = "text"
+    text_column: str | None = None
     seqlen: int | None = None
     batch_size: int = 1
     max_windows: int | None = None
@@ -38,6 +38,7 @@ class EvalRequest:
     revision: str | None = None
     trust_remote_code: bool = False
     baseline: str | None = None
+    chat_template: str | None = None
 
     def __post_init__(self) -> None:
         given = {}

@@ -103,7 +103,11 @@ def prepare_run(
 def _check_text(config: QuantizeConfig) -> None:
     check_source(
         DatasetSource(
-            config.dataset, config.dataset_config, config.dataset_split, config.text_column
+            config.dataset,
+            config.dataset_config,
+            config.dataset_split,
+            config.text_column,
+            chat_template=config.chat_template,
         )
     )
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptq_cli.calibration.chats import ChatTemplate
 from gptq_cli.calibration.corpus import DatasetSource, load_documents
 from gptq_cli.calibration.windows import Windows, calibration_windows, check_token_ids, load_encoder
 from gptq_cli.checkpoint.locate import ModelSource, model_directory
@@ -155,7 +156,10 @@ def carry_out(
         check_token_ids(calibration.windows.ids, stream.vocabulary_rows)
         record(PhaseStarted("source", f"identifying {size(source.nbytes)}"))
         commit, sha256 = prepared.located.commit, calibration.windows.sha256
-        identity = identify(source, commit, config, worker.device, sha256, hashed=ranks.first_here)
+        settings = calibration.identifying(config)
+        identity = identify(
+            source, commit, settings, worker.device, sha256, hashed=ranks.first_here
+        )
         check_agreement(ranks, identity)
         manifest = None
         if work is not None:
@@ -296,15 +300,26 @@ def _origin(located: ModelSource, calibration: Calibration) -> dict[str, str | N
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """The calibration windows of a run, with the Hub dataset and revision that they are from."""
+    """The calibration windows of a run, with the Hub dataset and revision that they are from.
+
+    `template_sha256` is the hash of the chat template that the user gave, None without one.
+    """
 
     windows: Windows
     dataset: str | None
     dataset_revision: str | None
+    template_sha256: str | None = None
 
     def batches(self, batch_size: int) -> tuple[Tensor, ...]:
         """Return the token ids [batch_size, seqlen] of each batch, on the host."""
         return torch.split(self.windows.ids.cpu(), batch_size)
+
+    def identifying(self, config: QuantizeConfig) -> QuantizeConfig:
+        """Return `config` with the content of the chat template in place of its path."""
+        if self.template_sha256 is None:
+            return config
+        content = f"sha256 {self.template_sha256}"
+        return config.model_copy(update={"chat_template": content})
 
 
 def _calibrate(
@@ -315,27 +330,31 @@ def _calibrate(
         return ranks.broadcast()
     report(PhaseStarted("calibration", f"{config.nsamples} windows of {config.seqlen} tokens"))
     encoder = load_encoder(source.directory, trust_remote_code=config.trust_remote_code)
-    documents = load_documents(
-        DatasetSource(
-            dataset=config.dataset,
-            config=config.dataset_config,
-            split=config.dataset_split,
-            text_column=config.text_column,
-            purpose="calibration",
-        )
+    dataset_source = DatasetSource(
+        dataset=config.dataset,
+        config=config.dataset_config,
+        split=config.dataset_split,
+        text_column=config.text_column,
+        purpose="calibration",
+        chat_template=config.chat_template,
     )
+    template = ChatTemplate.of(encoder.tokenizer, source.directory, dataset_source.template_file)
+    documents = load_documents(dataset_source, template)
     windows = calibration_windows(
         documents,
         encoder,
         seqlen=config.seqlen,
         nsamples=config.nsamples,
         seed=config.seed,
-        bos_token_id=encoder.bos_token_id,
+        bos_token_id=encoder.first_token(documents),
     )
+    if documents.chats is not None:
+        report(PhaseStarted("text", template.summary))
     dataset = None
     if documents.revision:
         dataset = documents.name
-    return ranks.broadcast(Calibration(windows, dataset, documents.revision))
+    calibration = Calibration(windows, dataset, documents.revision, template.sha256)
+    return ranks.broadcast(calibration)
 
 
 def _request(prepared: PreparedRun, output: Path) -> dict[str, Any]:

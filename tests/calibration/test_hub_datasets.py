@@ -192,11 +192,11 @@ REFUSALS: list[tuple[dict[str, Any], str, str]] = [
     ({"dataset": "someone/broken"}, "E_DATA_FORMAT", "dataset `someone/broken` cannot be read: "),
     ({"dataset": "someone/ragged"}, "E_DATA_FORMAT", "dataset `someone/ragged` cannot be read: "),
     ({"dataset": "someone/latin"}, "E_DATA_ENCODING", "is not UTF-8: byte 0xef"),
-    ({"dataset": "someone/chats"}, "E_DATA_COLUMN", "has no column `text`; it has `messages`"),
+    ({"dataset": "someone/chats"}, "E_DATA_TEMPLATE", "the model has no chat template"),
     (
         {"dataset": "someone/chats", "text_column": "messages"},
-        "E_DATA_COLUMN",
-        "holds a list of chat messages in each",
+        "E_DATA_TEMPLATE",
+        "row 1 of dataset `someone/chats` holds a chat",
     ),
     (
         {"dataset": "someone/texts", "text_column": "body"},

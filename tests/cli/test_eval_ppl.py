@@ -27,6 +27,7 @@ def test_every_flag_reaches_the_request(gptq: Run, evaluator: FakeEvaluator) -> 
         "--dataset-config=en",
         "--dataset-split=validation",
         "--text-column=body",
+        "--chat-template=t.jinja",
         "--seqlen=64",
         "--batch-size=2",
         "--max-windows=5",
@@ -41,7 +42,7 @@ def test_every_flag_reaches_the_request(gptq: Run, evaluator: FakeEvaluator) -> 
     evaluator.result = COMPARED
     assert gptq("eval-ppl", "m", *words).exit_code == 0
     request = EvalRequest(
-        "c4", "en", "validation", "body", 64, 2, 5, "cuda:1", "float16", "torch", "v1", True, "b"
+        "c4", "en", "validation", "body", 64, 2, 5, "cuda:1", "float16", "torch", "v1", True, "b", "t.jinja"
     )  # fmt: skip
     assert evaluator.calls == [("m", request)]
 

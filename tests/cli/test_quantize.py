@@ -44,6 +44,7 @@ EVERY_FLAG = [
     "--dataset-config=en",
     "--dataset-split=train",
     "--text-column=body",
+    "--chat-template=t.jinja",
     "--nsamples=6",
     "--seqlen=64",
     "--batch-size=2",
@@ -74,6 +75,7 @@ EVERY_FIELD = {
     "dataset_config": "en",
     "dataset_split": "train",
     "text_column": "body",
+    "chat_template": "t.jinja",
     "nsamples": 6,
     "seqlen": 64,
     "batch_size": 2,
@@ -86,7 +88,11 @@ EVERY_FIELD = {
 }
 
 
-def test_every_flag_reaches_its_field(gptq: Run, quantizer: FakeQuantizer, tmp_path: Path) -> None:
+def test_every_flag_reaches_its_field(
+    gptq: Run, quantizer: FakeQuantizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.jinja").write_text("a template")
     result = gptq("quantize", "org/m", "-o", tmp_path / "out", *RUN_FLAGS, *EVERY_FLAG)
     assert result.exit_code == 0, result.stderr
     (call,) = quantizer.calls

@@ -1,0 +1,351 @@
+"""Chats in rows: their forms, their messages, and the text that a chat template makes of them.
+
+The forms are those of OpenAI (`role`, `content`), ShareGPT (`from`, `value`), TRL (`prompt`,
+`completion`) and Alpaca (`instruction`, `input`, `output`). docs/decisions/0026 has the order in
+which they are recognised.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from hashlib import sha256
+from pathlib import Path
+from traceback import extract_tb
+from typing import Any, Literal
+
+from gptq_cli.calibration.columns import Row, is_message, is_whole, kind_of, no_column
+from gptq_cli.errors import InputError
+from gptq_cli.files import file_errors, is_file
+
+Message = dict[str, Any]
+Kind = Literal["text", "messages", "prompt", "instruction"]
+DEFAULT_COLUMN = "text"
+CHAT_COLUMNS = ("messages", "conversations", "conversation", "chat")
+BESIDE_CHATS = ("input", "tools", "system")  # columns that a chat may have besides its own
+ROLES = {  # of ShareGPT
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+}
+# Templates may write the date of today with `strftime_now`. With a fixed date in its place, a run
+# that resumes tomorrow has the text of today. transformers passes no functions to a template, so a
+# macro replaces the function; it is on the first line and moves no other.
+TODAY = datetime(2025, 7, 1)
+NOW = "strftime_now"
+_PARTS = [f" | replace('%{part}', '{TODAY.strftime('%' + part)}')" for part in "aAbBdHIjmMpSyY"]
+FIXED_DATE = f"{{% macro {NOW}(format) %}}{{{{ format{''.join(_PARTS)} }}}}{{% endmacro +%}}"
+IN_TEMPLATE = ("<template>", "<unknown>")  # jinja2's names for a template without a file
+FIX_TEMPLATE = "fix the template, or give another one with --chat-template FILE"
+FIX_CHAT = (
+    'write each chat as {"messages": [{"role": "user", "content": "..."}, ...]}, or name a column '
+    "of text with --text-column"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """The columns in which each row must hold its text or its chat."""
+
+    kind: Kind
+    columns: tuple[str, ...]
+
+    @property
+    def is_chat(self) -> bool:
+        """Return whether a chat template has to make text of the rows."""
+        return self.kind != "text"
+
+
+def form_of(columns: Mapping[str, bool], text_column: str | None) -> Form:
+    """Return the form of rows with these `columns`, true for each that holds chat messages.
+
+    `text_column` is the column that the user named, None if the columns decide. If nothing is
+    recognised, the form is that of a column `text`.
+    """
+    named = text_column
+    if named is None and DEFAULT_COLUMN in columns:
+        named = DEFAULT_COLUMN
+    if named is not None:
+        if columns.get(named):
+            return Form("messages", (named,))
+        return Form("text", (named,))
+    for name in CHAT_COLUMNS:
+        if columns.get(name):
+            return Form("messages", (name,))
+    if "prompt" in columns and "completion" in columns:
+        return Form("prompt", ("prompt", "completion"))
+    if "instruction" in columns and "output" in columns:
+        return Form("instruction", ("instruction", "output"))
+    return Form("text", (DEFAULT_COLUMN,))
+
+
+def columns_of_row(row: Row | None) -> dict[str, bool]:
+    """Return the columns of a row, true for each that holds chat messages; none without a row."""
+    columns = {}
+    for name, value in (row or {}).items():
+        columns[name] = isinstance(value, list) and len(value) > 0 and is_message(value[0])
+    return columns
+
+
+@dataclass(slots=True)
+class ChatTemplate:
+    """The template that makes text of chats; it counts the chats that it has `rendered`.
+
+    `file` and `text` are those of --chat-template; without them the template is that of the
+    `tokenizer`, whose files lie in `directory`.
+    """
+
+    tokenizer: Any = None
+    directory: Path = Path()
+    file: Path | None = None
+    text: str | None = None
+    rendered: int = 0
+
+    @classmethod
+    def of(cls, tokenizer: Any, directory: Path, file: Path | None) -> ChatTemplate:
+        """Return the template in `file`, or else the tokenizer's; errors as `read_template`."""
+        text = None
+        if file is not None:
+            text = read_template(file)
+        return cls(tokenizer, directory, file, text)
+
+    @property
+    def sha256(self) -> str | None:
+        """The hash of a template that the user gave, None for the tokenizer's own."""
+        if self.text is None:
+            return None
+        return sha256(self.text.encode()).hexdigest()
+
+    @property
+    def summary(self) -> str:
+        """A few words for the user about the chats that were rendered."""
+        noun = "chat"
+        if self.rendered != 1:
+            noun = "chats"
+        origin = "the model's chat template"
+        if self.file is not None:
+            origin = f"the chat template {self.file}"
+        return f"{self.rendered} {noun}, rendered with {origin}"
+
+    def render(self, messages: list[Message], tools: list[Any] | None, place: str) -> str:
+        """Return the text of a chat with the special tokens of the template.
+
+        Raises InputError E_DATA_TEMPLATE if there is no template or if it fails; `place` names the
+        row of the chat.
+        """
+        if self.text is None and getattr(self.tokenizer, "chat_template", None) is None:
+            raise InputError(
+                "E_DATA_TEMPLATE",
+                f"{place} holds a chat, but the model has no chat template",
+                hint="give one with --chat-template FILE, such as the chat_template.jinja of the "
+                "model's instruct version, or name a column of text with --text-column",
+            )
+        try:
+            template = self.text or self.tokenizer.get_chat_template(tools=tools)
+            if NOW in template:
+                template = FIXED_DATE + template
+            text: str = self.tokenizer.apply_chat_template(
+                messages, tools=tools, chat_template=template, tokenize=False
+            )
+        except Exception as error:
+            raise self._failure(error, place) from error
+        self.rendered += 1
+        return text
+
+    def _failure(self, error: Exception, place: str) -> InputError:
+        where = self._name()
+        line = _line_of(error)
+        if line is not None:
+            where += f", line {line}"
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        message = f"chat template {where}, fails at {place}: {reason}"
+        return InputError("E_DATA_TEMPLATE", message, hint=FIX_TEMPLATE)
+
+    def _name(self) -> str:
+        """Return the file of the template in the words of a message."""
+        if self.file is not None:
+            return f"`{self.file}`"
+        own = self.directory / "chat_template.jinja"
+        if own.is_file():
+            return f"`{own}`"
+        return f"in `{self.directory / 'tokenizer_config.json'}`"
+
+
+def read_template(file: Path) -> str:
+    """Return the template in `file`; InputError E_DATA_TEMPLATE if there is none."""
+    if not is_file(file):
+        hint = "give the path of a Jinja file, such as chat_template.jinja"
+        raise InputError("E_DATA_TEMPLATE", f"chat template `{file}` is not a file", hint=hint)
+    with file_errors(file, writing=False):
+        content = file.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        message = f"chat template `{file}` is not UTF-8: {error.reason} at offset {error.start}"
+        raise InputError("E_DATA_TEMPLATE", message, hint="save it as UTF-8") from error
+    if not text.strip():
+        hint = "give a file that holds a Jinja template"
+        raise InputError("E_DATA_TEMPLATE", f"chat template `{file}` is empty", hint=hint)
+    return text
+
+
+def _line_of(error: Exception) -> int | None:
+    """Return the line of a template at which it is wrong or has failed, if that is known."""
+    line = getattr(error, "lineno", None)
+    if isinstance(line, int):
+        return line
+    for frame in extract_tb(error.__traceback__):
+        if frame.filename in IN_TEMPLATE:
+            line = frame.lineno
+    return line
+
+
+def rendered_chats(
+    rows: Iterable[Row], form: Form, label: str, template: ChatTemplate
+) -> Iterator[str]:
+    """Yield the text of the chat in each row; `label` is the user's name for the dataset.
+
+    Raises InputError: E_DATA_COLUMN at a row that lacks a column of the form, E_DATA_CHAT at one
+    that holds no chat, E_DATA_TEMPLATE, E_DATA_FORMAT at half a letter.
+    """
+    for number, row in enumerate(rows, start=1):
+        for column in form.columns:
+            if column not in row:
+                raise no_column(column, row, label, f"row {number} of ")
+        place = f"row {number} of dataset `{label}`"
+        try:
+            messages, tools = _messages_of(row, form), _tools_of(row)
+        except _NoChatError as flaw:
+            message = f"{place} holds no chat: {flaw}"
+            raise InputError("E_DATA_CHAT", message, hint=FIX_CHAT) from flaw
+        text = template.render(messages, tools, place)
+        if not is_whole(text):
+            message = f"{place} holds half of a surrogate pair"
+            hint = "fix that text: half of a pair is not a letter"
+            raise InputError("E_DATA_FORMAT", message, hint=hint)
+        yield text
+
+
+class _NoChatError(Exception):
+    """A row holds no chat; the text is the reason."""
+
+
+def _messages_of(row: Row, form: Form) -> list[Message]:
+    """Return the messages of a row, with the turn in its column `system` before them."""
+    if form.kind == "messages":
+        messages = _turns(row, form.columns[0])
+    elif form.kind == "prompt":
+        messages = _side(row, "prompt", "user") + _side(row, "completion", "assistant")
+    else:
+        messages = _side(row, "instruction", "user") + _side(row, "output", "assistant")
+        if row.get("input"):
+            messages[0]["content"] += "\n" + _string(row, "input")
+    if row.get("system") and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": _string(row, "system")})
+    return messages
+
+
+def _string(row: Row, column: str) -> str:
+    text = row[column]
+    if not isinstance(text, str):
+        raise _NoChatError(f"column `{column}` holds {kind_of(text)}, not a string")
+    return text
+
+
+def _side(row: Row, column: str, role: str) -> list[Message]:
+    """Return the messages of one side of a chat: a string, or messages if it is a prompt."""
+    if isinstance(row[column], list) and column in ("prompt", "completion"):
+        return _turns(row, column)
+    return [{"role": role, "content": _string(row, column)}]
+
+
+def _turns(row: Row, column: str) -> list[Message]:
+    items = row[column]
+    if not isinstance(items, list):
+        raise _NoChatError(f"column `{column}` holds {kind_of(items)}, not a list of messages")
+    if not items:
+        raise _NoChatError(f"column `{column}` is an empty list")
+    return [_turn(item, f"message {number}") for number, item in enumerate(items, start=1)]
+
+
+def _turn(item: object, name: str) -> Message:
+    """Return a message with `role` and all other keys that hold something."""
+    if not isinstance(item, dict):
+        raise _NoChatError(f"{name} is {kind_of(item)}, not an object")
+    # A schema gives each message the keys of all messages.
+    message = {key: value for key, value in item.items() if value is not None}
+    if "role" not in message and "from" in message:
+        speaker = message.pop("from")
+        if speaker not in ROLES:
+            raise _NoChatError(f"{name} is from {speaker!r}; known are {', '.join(ROLES)}")
+        message["role"] = ROLES[speaker]
+        message["content"] = message.pop("value", None)
+    if not isinstance(message.get("role"), str):
+        raise _NoChatError(f"{name} has no `role` that is a string")
+    if "tool_calls" in message:
+        message["tool_calls"] = _with_parsed_arguments(message["tool_calls"], name)
+        if message.get("content") is None:
+            return message
+    message["content"] = _content(message.get("content"), name)
+    return message
+
+
+def _content(content: object, name: str) -> str:
+    """Return the text of a message; a list of parts becomes one text, as in vLLM."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise _NoChatError(f"{name} has {kind_of(content)} as its content, not a string")
+    texts = []
+    for part in content:
+        text = None
+        if isinstance(part, dict) and part.get("type") == "text":
+            text = part.get("text")
+        if not isinstance(text, str):
+            raise _NoChatError(f"{name} has a part that is no text; images are not read")
+        texts.append(text)
+    return "\n".join(texts)
+
+
+def _with_parsed_arguments(calls: object, name: str) -> list[Any]:
+    """Return tool calls with their arguments as an object, which templates expect.
+
+    OpenAI's API writes the arguments as JSON in a string.
+    """
+    if not isinstance(calls, list):
+        raise _NoChatError(f"{name} has {kind_of(calls)} as its `tool_calls`, not a list")
+    parsed = []
+    for call in calls:
+        function = call.get("function") if isinstance(call, dict) else None
+        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+            arguments = _json(function["arguments"], f"{name} has a string of arguments")
+            call = {**call, "function": {**function, "arguments": arguments}}
+        parsed.append(call)
+    return parsed
+
+
+def _tools_of(row: Row) -> list[Any] | None:
+    """Return the tools of a chat: a list, or JSON in a string, which keeps a schema simple."""
+    tools = row.get("tools")
+    if isinstance(tools, str) and tools.strip():
+        tools = _json(tools, "column `tools` holds a string")
+    if not tools:
+        return None
+    if not isinstance(tools, list):
+        raise _NoChatError(f"column `tools` holds {kind_of(tools)}, not a list")
+    return tools
+
+
+def _json(text: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _NoChatError(f"{what} that is not JSON: {error}") from error
