@@ -31,7 +31,7 @@ from gptq_cli.calibration.windows import (
     evaluation_windows,
     load_encoder,
 )
-from gptq_cli.errors import ConfigError, ExistsError, GptqError, InputError
+from gptq_cli.errors import ConfigError, ExistsError, GptqError
 from gptq_cli.evaluation.perplexity import evaluate_perplexity
 from gptq_cli.evaluation.request import EvalRequest
 from gptq_cli.events import Event, PhaseStarted
@@ -160,7 +160,9 @@ def model(tmp_path: Path) -> Path:
     return tokenizer_in(save_model(tmp_path / "model", **SMALL), TEMPLATE)
 
 
-def loaded(dataset: Path, model: Path, **options: Any) -> Documents:
+def loaded(dataset: Path, model: Path | None, **options: Any) -> Documents:
+    if model is None:
+        return load_documents(DatasetSource(str(dataset), **options))
     encoder = load_encoder(model, trust_remote_code=False)
     source = DatasetSource(str(dataset), **options)
     template = ChatTemplate.of(encoder.tokenizer, model, source.template_file)
@@ -169,10 +171,7 @@ def loaded(dataset: Path, model: Path, **options: Any) -> Documents:
 
 def refused(dataset: Path, model: Path | None = None, **options: Any) -> GptqError:
     with pytest.raises(GptqError) as caught:
-        if model is None:
-            list(load_documents(DatasetSource(str(dataset), **options)).texts)
-        else:
-            list(loaded(dataset, model, **options).texts)
+        list(loaded(dataset, model, **options).texts)
     return caught.value
 
 
