@@ -7,7 +7,6 @@ by hand.
 from __future__ import annotations
 
 import csv
-import io
 import json
 import shlex
 import shutil
@@ -19,7 +18,6 @@ from typing import Any
 import datasets
 import pyarrow
 import pytest
-from pyarrow import parquet
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
@@ -36,6 +34,7 @@ from gptq_cli.evaluation.perplexity import evaluate_perplexity
 from gptq_cli.evaluation.request import EvalRequest
 from gptq_cli.events import Event, PhaseStarted
 from gptq_cli.quantization.run import quantize_checkpoint
+from tests.calibration.rows import json_lines, parquet_bytes
 from tests.disks import Killed
 from tests.families import save_model, save_tokenizer
 from tests.runs import calibration_ids, config, quantize_with_events
@@ -118,9 +117,7 @@ IN_CSV = ("prompt", "instruction", "instruction without input", "instruction wit
 
 def written(path: Path, rows: list[Row]) -> Path:
     if path.suffix == ".parquet":
-        buffer = io.BytesIO()
-        parquet.write_table(pyarrow.Table.from_pylist(rows), buffer)
-        path.write_bytes(buffer.getvalue())
+        path.write_bytes(parquet_bytes(pyarrow.Table.from_pylist(rows)))
     elif path.suffix == ".csv":
         with path.open("w", newline="") as stream:
             table = csv.DictWriter(stream, rows[0])
@@ -129,7 +126,7 @@ def written(path: Path, rows: list[Row]) -> Path:
     elif path.suffix == ".json":
         path.write_text(json.dumps(rows))
     else:
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        path.write_text(json_lines(rows))
     return path
 
 
@@ -577,8 +574,10 @@ def test_hint_converts_a_folder_of_save_to_disk(
 ) -> None:
     saved = datasets.Dataset.from_dict({"text": ["one", "two"]})
     folder = tmp_path / "it's saved"
-    whole = saved if split is None else datasets.DatasetDict({split: saved})
-    whole.save_to_disk(folder)
+    if split is None:
+        saved.save_to_disk(folder)
+    else:
+        datasets.DatasetDict({split: saved}).save_to_disk(folder)
     error = refused(folder)
     assert error.code == "E_DATA_FORMAT"
     assert "was written by save_to_disk of datasets" in str(error)
