@@ -42,7 +42,8 @@ def test_every_flag_reaches_the_request(gptq: Run, evaluator: FakeEvaluator) -> 
     evaluator.result = COMPARED
     assert gptq("eval-ppl", "m", *words).exit_code == 0
     request = EvalRequest(
-        "c4", "en", "validation", "body", 64, 2, 5, "cuda:1", "float16", "torch", "v1", True, "b", "t.jinja"
+        "c4", "en", "validation", "body", 64, 2, 5, "cuda:1", "float16", "torch", "v1", True, "b",
+        chat_template="t.jinja",
     )  # fmt: skip
     assert evaluator.calls == [("m", request)]
 
