@@ -99,23 +99,22 @@ def columns_of_row(row: Row | None) -> dict[str, bool]:
 class ChatTemplate:
     """The template that makes text of chats; it counts the chats that it has `rendered`.
 
-    `file` and `text` are those of --chat-template; without them the template is that of the
-    `tokenizer`, whose files lie in `directory`.
+    `file` is that of --chat-template, None if the template is that of the `tokenizer`, whose files
+    lie in `directory`.
     """
 
     tokenizer: Any = None
     directory: Path = Path()
     file: Path | None = None
-    text: str | None = None
     rendered: int = 0
+    _text: str | None = None
 
-    @classmethod
-    def of(cls, tokenizer: Any, directory: Path, file: Path | None) -> ChatTemplate:
-        """Return the template in `file`, or else the tokenizer's; errors as `read_template`."""
-        text = None
-        if file is not None:
-            text = read_template(file)
-        return cls(tokenizer, directory, file, text)
+    @property
+    def text(self) -> str | None:
+        """The text of `file`, read once; None without one. Raises the errors of `read_template`."""
+        if self._text is None and self.file is not None:
+            self._text = read_template(self.file)
+        return self._text
 
     @property
     def sha256(self) -> str | None:

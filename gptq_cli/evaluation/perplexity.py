@@ -192,7 +192,7 @@ def _windows(
         purpose="evaluation",
         chat_template=request.chat_template,
     )
-    template = ChatTemplate.of(encoder.tokenizer, checkpoint.directory, source.template_file)
+    template = ChatTemplate(encoder.tokenizer, checkpoint.directory, source.template_file)
     documents = load_documents(source, template)
     windows = evaluation_windows(documents, encoder, seqlen=seqlen, max_windows=request.max_windows)
     if documents.chats is not None:

@@ -49,7 +49,7 @@ from gptq_cli.storage.work_directory import (
 )
 
 # A release that writes other bytes, or saves its work in another form, counts this up.
-REVISION = 5
+REVISION = 6
 
 Identity = dict[str, Any]
 

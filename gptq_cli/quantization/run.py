@@ -338,7 +338,7 @@ def _calibrate(
         purpose="calibration",
         chat_template=config.chat_template,
     )
-    template = ChatTemplate.of(encoder.tokenizer, source.directory, dataset_source.template_file)
+    template = ChatTemplate(encoder.tokenizer, source.directory, dataset_source.template_file)
     documents = load_documents(dataset_source, template)
     windows = calibration_windows(
         documents,
@@ -348,12 +348,14 @@ def _calibrate(
         seed=config.seed,
         bos_token_id=encoder.first_token(documents),
     )
+    template_sha256 = None
     if documents.chats is not None:
         report(PhaseStarted("text", template.summary))
+        template_sha256 = template.sha256
     dataset = None
     if documents.revision:
         dataset = documents.name
-    calibration = Calibration(windows, dataset, documents.revision, template.sha256)
+    calibration = Calibration(windows, dataset, documents.revision, template_sha256)
     return ranks.broadcast(calibration)
 
 

@@ -162,7 +162,7 @@ def loaded(dataset: Path, model: Path | None, **options: Any) -> Documents:
         return load_documents(DatasetSource(str(dataset), **options))
     encoder = load_encoder(model, trust_remote_code=False)
     source = DatasetSource(str(dataset), **options)
-    template = ChatTemplate.of(encoder.tokenizer, model, source.template_file)
+    template = ChatTemplate(encoder.tokenizer, model, source.template_file)
     return load_documents(source, template)
 
 
