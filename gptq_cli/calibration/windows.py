@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from gptq_cli.calibration.corpus import Documents
-from gptq_cli.errors import GptqError, InputError
+from gptq_cli.errors import ConfigError, GptqError, InputError
 from gptq_cli.files import file_cause, file_errors
 from gptq_cli.models.remote_code import remote_code_refusal
 
@@ -65,9 +65,14 @@ def calibration_windows(
     so that the result depends neither on how far a stream was read nor on the size of the rest.
     `seed` decides the draw and its order.
 
-    Raises InputError: E_DATA_SHORT with the counts, E_DATA_EMPTY if there is not a single token.
+    Raises InputError: E_DATA_SHORT with the counts, E_DATA_EMPTY if there is not a single token;
+    ConfigError E_CFG_RANGE if a window has no room for text.
     """
     prefix = [] if bos_token_id is None else [bos_token_id]
+    if seqlen <= len(prefix):
+        message = f"seqlen must be 2 or more for this model, got {seqlen}"
+        hint = "each window begins with the model's BOS token: choose a larger --seqlen"
+        raise ConfigError("E_CFG_RANGE", message, hint=hint)
     length = seqlen - len(prefix)
     if documents.chats is not None:
         length = seqlen  # windows that begin with a chat have no prefix

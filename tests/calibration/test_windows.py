@@ -11,7 +11,7 @@ import torch
 
 from gptq_cli.calibration.corpus import Documents
 from gptq_cli.calibration.windows import calibration_windows, check_token_ids, evaluation_windows
-from gptq_cli.errors import InputError
+from gptq_cli.errors import ConfigError, InputError
 from tests.calibration.words import BOS, WordEncoder, numbered
 
 
@@ -132,6 +132,18 @@ def test_too_few_windows_are_refused_with_the_counts() -> None:
     message = "dataset `small.txt` gives 10 windows of 10 tokens (100 tokens), but 11 are needed"
     assert str(caught.value) == message
     assert caught.value.hint == "lower --nsamples or --seqlen, or give more text"
+
+
+def test_a_window_without_room_for_text_is_refused() -> None:
+    text, encode = numbered(50, "small.txt"), WordEncoder()
+    with pytest.raises(ConfigError) as caught:
+        calibration_windows(text, encode, seqlen=1, nsamples=4, seed=0, bos_token_id=7)
+    assert (caught.value.code, caught.value.exit_code) == ("E_CFG_RANGE", 2)
+    assert str(caught.value) == "seqlen must be 2 or more for this model, got 1"
+    hint = "each window begins with the model's BOS token: choose a larger --seqlen"
+    assert caught.value.hint == hint
+    alone = calibration_windows(text, encode, seqlen=1, nsamples=4, seed=0)
+    assert alone.ids.shape == (4, 1)
 
 
 def test_evaluation_takes_every_full_window_in_order() -> None:
