@@ -7,19 +7,16 @@
 Names are loaded when they are asked for: importing the package imports nothing else.
 """
 
-from __future__ import annotations
-
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-from gptq_cli.errors import __version__ as __version__
-
+# Nothing is imported here: with `python -m gptq_cli` a module of the same name in the current
+# directory would run, before `__main__` leaves that directory out. Type checkers read the branch.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from gptq_cli import events
     from gptq_cli.api import evaluate_perplexity, quantize
     from gptq_cli.config.resolve import load_config
     from gptq_cli.config.schema import QuantizeConfig
     from gptq_cli.errors import GptqError
+    from gptq_cli.errors import __version__ as __version__
     from gptq_cli.evaluation.perplexity import EvalResult
     from gptq_cli.evaluation.request import EvalRequest
     from gptq_cli.quantization.run import QuantizeResult
@@ -41,13 +38,16 @@ _HOMES = {
     "GptqError": "errors",
     "QuantizeConfig": "config.schema",
     "QuantizeResult": "quantization.run",
+    "__version__": "errors",
     "evaluate_perplexity": "api",
     "load_config": "config.resolve",
     "quantize": "api",
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
+    from importlib import import_module
+
     if name == "events":
         return import_module(f"{__name__}.events")
     if name not in _HOMES:

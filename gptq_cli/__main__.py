@@ -1,7 +1,5 @@
 """Entry point of `gptq` and of `python -m gptq_cli`."""
 
-from __future__ import annotations
-
 # Nothing else may be imported before `leave_out_current_directory` has run. Python has loaded
 # these two already.
 import os

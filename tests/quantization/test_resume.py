@@ -202,10 +202,11 @@ def test_a_block_that_would_exceed_max_runtime_does_not_start() -> None:
     ) as caught:
         limits.check_time_for_block()
     assert (caught.value.code, caught.value.exit_code) == ("E_PAUSED", 75)
-    assert "same command again" in (caught.value.hint or "")
+    assert caught.value.hint == "run the same command to resume"
     clock[0] = 161.0
-    with pytest.raises(PausedError):
+    with pytest.raises(PausedError, match="the current block did not finish within") as late:
         limits.check_time()
+    assert late.value.hint == "run the same command to resume; the current block starts over"
 
 
 def test_a_run_out_of_time_keeps_its_work_and_reports_where(case: Case, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gptq_cli.events import BlockFinished, BlockStarted, Event, LayerStarted, PhaseStarted
-from gptq_cli.quantization import resume
+from gptq_cli.quantization import run_state
 from gptq_cli.quantization.run_state import SavingTimes
 from tests.disks import CountingDisk, DyingDisk, Killed, using
 from tests.families import save_model
@@ -137,7 +137,7 @@ def test_damaged_states_resume_from_the_save_before(
 def test_slow_saving_saves_only_the_last_block(
     deep: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resume, "BYTES_PER_SECOND", 1.0)
+    monkeypatch.setattr(run_state, "BYTES_PER_SECOND", 1.0)
     assert len(counted(deep, tmp_path / "out")) < len(deep.operations)
     assert digest(tmp_path / "out") == deep.tree
     kill_after_block(deep, tmp_path / "other", BLOCKS - 2)
@@ -197,5 +197,5 @@ def test_the_clock_restarts_at_each_save(
 def test_a_run_with_a_time_limit_saves_every_block(
     deep: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resume, "BYTES_PER_SECOND", 1.0)
+    monkeypatch.setattr(run_state, "BYTES_PER_SECOND", 1.0)
     assert counted(deep, tmp_path / "out", max_seconds=1e6) == deep.operations

@@ -219,7 +219,7 @@ def test_children_search_modules_where_this_process_does(tmp_path: Path) -> None
     assert not (tmp_path / "harmed").exists()
 
 
-@pytest.mark.parametrize("name", ["yaml", "typer", "pydantic", "json"])
+@pytest.mark.parametrize("name", ["yaml", "typer", "pydantic", "json", "typing", "dataclasses"])
 @pytest.mark.parametrize("words", [None, "", ".", ":/nowhere", "/nowhere:"])
 def test_python_m_loads_no_module_of_the_current_directory(
     name: str, words: str | None, tmp_path: Path
