@@ -180,7 +180,7 @@ def _json(content: bytes) -> list[str]:
 
 
 def _names_beside(content: bytes, folder: Path) -> str:
-    """A command over a model that holds something of a strange name, or is said to."""
+    """A command over a model with a strange name in it, or with settings that name one."""
     if not (folder / "gptq").exists():
         gptq_files().write(folder / "gptq")
         save_model(folder / "plain", **SMALL)

@@ -102,7 +102,13 @@ def test_usual_settings_are_accepted(claimed: dict[str, Any], model: Path) -> No
 def test_a_package_that_is_installed_is_used(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     specs = {"flash_attn": importlib.util.find_spec("os")}
     monkeypatch.setattr(claims, "find_spec", specs.get)
-    check_claims(checkpoint(model, attn_implementation="flash_attention_2"))
+    source = checkpoint(model, attn_implementation="flash_attention_2")
+    check_claims(source)
+    specs.clear()  # now it is not installed
+    with pytest.raises(
+        InputError, match="`flash_attention_2`, for which code would come from the Hub"
+    ):
+        check_claims(source)
 
 
 @pytest.mark.parametrize("key", ["num_hidden_layers", "n_layer", "n_layers", "num_layers"])

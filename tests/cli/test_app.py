@@ -92,11 +92,11 @@ def test_usage_errors_suggest_the_intended_word(
 @pytest.mark.parametrize(
     ("error", "exit_code"),
     [
-        (ConfigError("E_X", "bad [red]words[/red]", hint="mend it"), 2),
-        (InputError("E_X", "bad [red]words[/red]", hint="mend it"), 3),
-        (GateError("E_X", "bad [red]words[/red]", hint="mend it"), 4),
-        (ResourceError("E_X", "bad [red]words[/red]", hint="mend it"), 5),
-        (ExistsError("E_X", "bad [red]words[/red]", hint="mend it"), 6),
+        (ConfigError("E_X", "bad [red]words[/red]", hint="fix it"), 2),
+        (InputError("E_X", "bad [red]words[/red]", hint="fix it"), 3),
+        (GateError("E_X", "bad [red]words[/red]", hint="fix it"), 4),
+        (ResourceError("E_X", "bad [red]words[/red]", hint="fix it"), 5),
+        (ExistsError("E_X", "bad [red]words[/red]", hint="fix it"), 6),
     ],
 )
 def test_an_expected_failure_prints_message_hint_and_code(
@@ -105,12 +105,12 @@ def test_an_expected_failure_prints_message_hint_and_code(
     quantizer.error = error
     result = gptq("quantize", "m", "-b", "4", "-q")
     assert (result.exit_code, result.stdout) == (exit_code, "")
-    assert result.stderr.endswith("error[E_X]: bad [red]words[/red]\n\nhint: mend it\n")
+    assert result.stderr.endswith("error[E_X]: bad [red]words[/red]\n\nhint: fix it\n")
     result = gptq("quantize", "m", "-b", "4", "-q", "--json")
     problem = {
         "code": "E_X",
         "message": "bad [red]words[/red]",
-        "hint": "mend it",
+        "hint": "fix it",
         "location": None,
     }
     expected = {"schema": 1, "status": "error", "exit_code": exit_code, "problems": [problem]}
@@ -118,10 +118,10 @@ def test_an_expected_failure_prints_message_hint_and_code(
 
 
 def test_several_problems_are_all_printed_and_counted(gptq: Run, quantizer: FakeQuantizer) -> None:
-    quantizer.error = ConfigError.of([Problem("E_A", "one"), Problem("E_B", "two", "mend it")])
+    quantizer.error = ConfigError.of([Problem("E_A", "one"), Problem("E_B", "two", "fix it")])
     result = gptq("quantize", "m", "-b", "4", "-q")
     assert result.stderr.endswith(
-        "error[E_A]: one\n\nerror[E_B]: two\n\nhint: mend it\n\n2 problems\n"
+        "error[E_A]: one\n\nerror[E_B]: two\n\nhint: fix it\n\n2 problems\n"
     )
 
 

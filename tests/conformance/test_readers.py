@@ -42,7 +42,7 @@ def agree(found: Weights, truth: Weights) -> bool:
 
 
 def promised(written: Written) -> dict[str, str]:
-    """What `config/serving_table.py` says, where "limited" loads as "yes" does."""
+    """What `config/serving.py` says, where "limited" loads as "yes" does."""
     judged = verdicts(export_of_layers(written.plan.layers, written.config))
     return {verdict.engine: verdict.outcome.replace("limited", "yes") for verdict in judged}
 
@@ -59,9 +59,8 @@ def test_each_engine_behaves_as_the_serving_table_promises(
     written = write(tmp_path, bits=bits, sym=sym, format=format, group_size=group_size, **order)
     assert verify_checkpoint(written.output, full=True).defects == ()
     said, found = promised(written), {reader: outcome(reader, written) for reader in READERS}
-    if (
-        group_size == 16
-    ):  # whether SGLang refuses these or goes on with a plain kernel is not clear from its source
+    # SGLang's source does not show whether it refuses these or uses a plain kernel.
+    if group_size == 16:
         assert said.pop("sglang") in ("no", "wrong")
         del found["sglang"]
     assert found == {reader: said[reader] for reader in found}
