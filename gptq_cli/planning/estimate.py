@@ -306,7 +306,7 @@ class Seconds:
 
     @property
     def total(self) -> float:
-        """Seconds of the whole run; the model is read while the rest goes on."""
+        """Seconds of the whole run; the model is read while other parts work."""
         return max(
             self.forward + self.hessian + self.factor + self.solve + self.network, self.reading
         )
