@@ -362,12 +362,16 @@ def engines() -> str:
         "# Engines",
         "",
         "`gptq plan`, `gptq inspect` and `gptq validate-config --model` judge by these tables. The",
-        "first row that applies decides. If no row applies, the engine loads the checkpoint.",
+        "first row that applies decides. If no row applies, the engine loads the checkpoint. If",
+        "an engine has no table for a format, it does not read it.",
     ]
     for engine in ENGINES:
-        lines += ["", f"## {engine.name}", "", f"Source: {_text(engine.source)}."]
-        rows = [(OUTCOMES[rule.outcome], _text(rule.reason)) for rule in engine.rules]
-        lines += table(("", "reason"), rows)
+        lines += ["", f"## {engine.name}"]
+        for reader in engine.readers:
+            formats = ", ".join(sorted(reader.formats))
+            lines += ["", f"Formats: {formats}. Source: {_text(reader.source)}."]
+            rows = [(OUTCOMES[rule.outcome], _text(rule.reason)) for rule in reader.rules]
+            lines += table(("", "reason"), rows)
     return "\n".join(lines)
 
 

@@ -30,7 +30,7 @@ class Export:
     asym: bool
     real_g_idx: bool
     mixed: bool
-    v2: bool
+    format: str
     lm_head: bool
     experts: frozenset[str] = frozenset()  # last names of the linears of experts: gate_proj or w1
     split_experts: bool = False  # experts of one layer have different settings, or some are kept
@@ -63,26 +63,50 @@ class Rule:
 
 
 @dataclass(frozen=True, slots=True)
-class Engine:
-    """A reader of GPTQ checkpoints; `source` names the code read or run in the month `date`."""
+class Reader:
+    """How an engine reads some formats; `source` names the code read or run in the month `date`."""
 
-    name: str
+    formats: frozenset[str]
     source: str
     date: str
     rules: tuple[Rule, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """A program that loads checkpoints, with its readers of different formats."""
+
+    name: str
+    readers: tuple[Reader, ...]
+
+    def rules_for(self, format: str) -> tuple[Rule, ...]:
+        """Return the rules for checkpoints in a format; if nothing reads it, the one that says so.
+
+        >>> ENGINES[0].rules_for("awq")[0].reason
+        'it does not read awq'
+        """
+        for reader in self.readers:
+            if format in reader.formats:
+                return reader.rules
+        return (Rule(FORMAT, "no", f"it does not read {format}"),)
+
+
+GPTQ = frozenset({"gptq", "gptq_v2"})
+
+FORMAT = Trait(lambda _: True, "format {format}", "--format gptq")
 ODD_BITS = Trait(lambda e: not e.bits <= {4, 8}, "{bits} bits", "--bits 4 or 8")
 NOT_4_BITS = Trait(lambda e: e.bits != {4}, "{bits} bits", "--bits 4")
 BITS_3 = Trait(lambda e: 3 in e.bits, "3 bits", "--bits 2, 4 or 8")
 BITS_8 = Trait(lambda e: 8 in e.bits, "8 bits", "--bits 4")
 ASYM = Trait(lambda e: e.asym, "asymmetric grids", "--sym")
 ASYM_V1 = Trait(
-    lambda e: e.asym and not e.v2, "asymmetric grids in format gptq", "--format gptq_v2 or --sym"
+    lambda e: e.asym and e.format == "gptq",
+    "asymmetric grids in format gptq",
+    "--format gptq_v2 or --sym",
 )
-V2 = Trait(lambda e: e.v2, "format gptq_v2", "--format gptq")
+V2 = Trait(lambda e: e.format == "gptq_v2", "format gptq_v2", "--format gptq")
 V2_PLAIN = Trait(
-    lambda e: e.v2 and not e.marlin,
+    lambda e: e.format == "gptq_v2" and not e.marlin,
     "format gptq_v2 with these settings",
     "--format gptq, or 4 or 8 bits, --sym and --group-size 128",
 )
@@ -151,115 +175,175 @@ TRANSPOSED = Trait(lambda e: e.transposed, "a model of Conv1D layers", "another 
 ENGINES: tuple[Engine, ...] = (
     Engine(
         "vllm",
-        "vllm-project/vllm, layers/quantization/auto_gptq.py and gptq_utils.py, "
-        "fused_moe/oracle/int_wna16.py, read",
-        "2026-06",
         (
-            Rule(ODD_BITS, "no", "it serves 4 and 8 bits only"),
-            Rule(ASYM, "no", "it serves symmetric checkpoints only"),
-            Rule(GROUPS, "no", "group_size must be -1, 32, 64 or 128"),
-            Rule(SPLIT_EXPERTS, "no", "the experts of a layer must share their settings"),
-            Rule(
-                SPLIT_FUSED, "no", "layers it fuses (q, k, v; gate, up) must share their settings"
-            ),
-            Rule(NARROW_G_IDX, "wrong", "the kernel for experts of this width ignores g_idx"),
-            Rule(
-                NARROW_8_BITS,
-                "no",
-                "its kernel for experts of this width has 8 bits with one group a row only",
-            ),
-            Rule(G_IDX, "limited", "desc_act is slow, and refused from 0.30 on"),
-            Rule(MIXED, "limited", "layers it fuses (q, k, v; gate, up) must share their settings"),
-            Rule(BITS_8, "limited", "8 bits on GPU only"),
-            Rule(
-                NARROW,
-                "limited",
-                "a slower kernel for experts whose hidden size is no multiple of 128",
+            Reader(
+                GPTQ,
+                "vllm-project/vllm, layers/quantization/auto_gptq.py and gptq_utils.py, "
+                "fused_moe/oracle/int_wna16.py, read",
+                "2026-06",
+                (
+                    Rule(ODD_BITS, "no", "it serves 4 and 8 bits only"),
+                    Rule(ASYM, "no", "it serves symmetric checkpoints only"),
+                    Rule(GROUPS, "no", "group_size must be -1, 32, 64 or 128"),
+                    Rule(SPLIT_EXPERTS, "no", "the experts of a layer must share their settings"),
+                    Rule(
+                        SPLIT_FUSED,
+                        "no",
+                        "layers it fuses (q, k, v; gate, up) must share their settings",
+                    ),
+                    Rule(
+                        NARROW_G_IDX, "wrong", "the kernel for experts of this width ignores g_idx"
+                    ),
+                    Rule(
+                        NARROW_8_BITS,
+                        "no",
+                        "its kernel for experts of this width has 8 bits with one group a row only",
+                    ),
+                    Rule(G_IDX, "limited", "desc_act is slow, and refused from 0.30 on"),
+                    Rule(
+                        MIXED,
+                        "limited",
+                        "layers it fuses (q, k, v; gate, up) must share their settings",
+                    ),
+                    Rule(BITS_8, "limited", "8 bits on GPU only"),
+                    Rule(
+                        NARROW,
+                        "limited",
+                        "a slower kernel for experts whose hidden size is no multiple of 128",
+                    ),
+                ),
             ),
         ),
     ),
     Engine(
         "sglang",
-        "sgl-project/sglang, layers/quantization/gptq, read",
-        "2026-06",
         (
-            Rule(PLAIN_EXPERTS, "no", "it serves experts in 4 and 8 bits, symmetric, only"),
-            Rule(V2_PLAIN, "wrong", "its kernel for these settings reads v2 zeros as v1"),
-            Rule(GROUPS, "no", "group_size must be -1, 32, 64 or 128"),
-            Rule(SPLIT_EXPERTS, "no", "the experts of a layer must share their settings"),
-            Rule(
-                SPLIT_FUSED, "no", "it asks rules for the fused name (qkv_proj, gate_up_proj) only"
+            Reader(
+                GPTQ,
+                "sgl-project/sglang, layers/quantization/gptq, read",
+                "2026-06",
+                (
+                    Rule(PLAIN_EXPERTS, "no", "it serves experts in 4 and 8 bits, symmetric, only"),
+                    Rule(V2_PLAIN, "wrong", "its kernel for these settings reads v2 zeros as v1"),
+                    Rule(GROUPS, "no", "group_size must be -1, 32, 64 or 128"),
+                    Rule(SPLIT_EXPERTS, "no", "the experts of a layer must share their settings"),
+                    Rule(
+                        SPLIT_FUSED,
+                        "no",
+                        "it asks rules for the fused name (qkv_proj, gate_up_proj) only",
+                    ),
+                    Rule(PLAIN, "limited", "without Marlin: plain float16 kernel"),
+                    Rule(
+                        MIXED,
+                        "limited",
+                        "layers it fuses (q, k, v; gate, up) must share their settings",
+                    ),
+                ),
             ),
-            Rule(PLAIN, "limited", "without Marlin: plain float16 kernel"),
-            Rule(MIXED, "limited", "layers it fuses (q, k, v; gate, up) must share their settings"),
         ),
     ),
     Engine(
         "transformers",
-        "transformers 5.23 with optimum 2.3 and gptqmodel 7.7, run on CPU",
-        "2026-11",
         (
-            Rule(EXPERTS, "wrong", "it leaves quantized experts random"),
-            Rule(LM_HEAD, "wrong", "it ignores a quantized lm_head"),
-            Rule(MIXED, "no", "it ignores `dynamic`, all layers must share their settings"),
-            Rule(TRANSPOSED, "no", "its loading of quantized Conv1D layers fails"),
-            Rule(TORCH_GROUP, "no", "gptqmodel has no kernel for this group_size"),
-            Rule(GROUPS_OF_16, "limited", "group_size 16 not on CPU"),
+            Reader(
+                GPTQ,
+                "transformers 5.23 with optimum 2.3 and gptqmodel 7.7, run on CPU",
+                "2026-11",
+                (
+                    Rule(EXPERTS, "wrong", "it leaves quantized experts random"),
+                    Rule(LM_HEAD, "wrong", "it ignores a quantized lm_head"),
+                    Rule(MIXED, "no", "it ignores `dynamic`, all layers must share their settings"),
+                    Rule(TRANSPOSED, "no", "its loading of quantized Conv1D layers fails"),
+                    Rule(TORCH_GROUP, "no", "gptqmodel has no kernel for this group_size"),
+                    Rule(GROUPS_OF_16, "limited", "group_size 16 not on CPU"),
+                ),
+            ),
         ),
     ),
     Engine(
         "gptqmodel",
-        "gptqmodel 7.7, run on CPU",
-        "2026-11",
         (
-            Rule(OTHER_EXPERTS, "no", "it knows experts as gate_proj, up_proj, down_proj"),
-            Rule(ASYM_V1, "no", "it takes asymmetric v1 from itself only: use format gptq_v2"),
-            Rule(TORCH_GROUP, "no", "no kernel for this group_size"),
-            Rule(GROUPS_OF_16, "limited", "group_size 16 not on CPU"),
+            Reader(
+                GPTQ,
+                "gptqmodel 7.7, run on CPU",
+                "2026-11",
+                (
+                    Rule(OTHER_EXPERTS, "no", "it knows experts as gate_proj, up_proj, down_proj"),
+                    Rule(
+                        ASYM_V1, "no", "it takes asymmetric v1 from itself only: use format gptq_v2"
+                    ),
+                    Rule(TORCH_GROUP, "no", "no kernel for this group_size"),
+                    Rule(GROUPS_OF_16, "limited", "group_size 16 not on CPU"),
+                ),
+            ),
         ),
     ),
     Engine(
         "llama.cpp",
-        "ggml-org/llama.cpp, conversion/base.py (converts to GGUF), read",
-        "2026-06",
         (
-            Rule(BITS_3, "no", "its converter has no 3 bits"),
-            Rule(MIXED, "no", "its converter knows one setting for all layers"),
-            Rule(TRANSPOSED, "wrong", "its converter transposes quantized Conv1D layers twice"),
+            Reader(
+                GPTQ,
+                "ggml-org/llama.cpp, conversion/base.py (converts to GGUF), read",
+                "2026-06",
+                (
+                    Rule(BITS_3, "no", "its converter has no 3 bits"),
+                    Rule(MIXED, "no", "its converter knows one setting for all layers"),
+                    Rule(
+                        TRANSPOSED,
+                        "wrong",
+                        "its converter transposes quantized Conv1D layers twice",
+                    ),
+                ),
+            ),
         ),
     ),
     Engine(
         "exllamav2",
-        "turboderp-org/exllamav2, exllamav2/config.py, read",
-        "2026-06",
         (
-            Rule(NOT_4_BITS, "no", "it runs 4 bits only"),
-            Rule(MIXED, "no", "all layers must share their settings"),
-            Rule(NO_POWER, "no", "group_size must be a power of two"),
+            Reader(
+                GPTQ,
+                "turboderp-org/exllamav2, exllamav2/config.py, read",
+                "2026-06",
+                (
+                    Rule(NOT_4_BITS, "no", "it runs 4 bits only"),
+                    Rule(MIXED, "no", "all layers must share their settings"),
+                    Rule(NO_POWER, "no", "group_size must be a power of two"),
+                ),
+            ),
         ),
     ),
     Engine(
         "tgi",
-        "huggingface/text-generation-inference, server/utils/quantization.py, read",
-        "2026-06",
         (
-            Rule(BITS_3, "no", "it has no 3 bits"),
-            Rule(MIXED, "no", "it ignores `dynamic`, all layers must share their settings"),
-            Rule(V2_PLAIN, "wrong", "it reads v2 zeros as v1"),
-            Rule(LM_HEAD, "limited", "a quantized lm_head was not tried"),
-            Rule(PLAIN, "limited", "without Marlin: exllama or Triton kernel"),
+            Reader(
+                GPTQ,
+                "huggingface/text-generation-inference, server/utils/quantization.py, read",
+                "2026-06",
+                (
+                    Rule(BITS_3, "no", "it has no 3 bits"),
+                    Rule(MIXED, "no", "it ignores `dynamic`, all layers must share their settings"),
+                    Rule(V2_PLAIN, "wrong", "it reads v2 zeros as v1"),
+                    Rule(LM_HEAD, "limited", "a quantized lm_head was not tried"),
+                    Rule(PLAIN, "limited", "without Marlin: exllama or Triton kernel"),
+                ),
+            ),
         ),
     ),
     Engine(
         "auto-round",
-        "auto-round 0.15.1, its CPU loader, run",
-        "2026-11",
         (
-            Rule(OTHER_EXPERTS, "wrong", "it knows no such names of experts"),
-            Rule(ASYM, "no", "its CPU loader takes symmetric checkpoints only"),
-            Rule(V2, "wrong", "it reads v2 zeros as v1"),
-            Rule(LM_HEAD, "wrong", "it ignores a quantized lm_head"),
-            Rule(G_IDX, "no", "it refuses desc_act without static_groups"),
+            Reader(
+                GPTQ,
+                "auto-round 0.15.1, its CPU loader, run",
+                "2026-11",
+                (
+                    Rule(OTHER_EXPERTS, "wrong", "it knows no such names of experts"),
+                    Rule(ASYM, "no", "its CPU loader takes symmetric checkpoints only"),
+                    Rule(V2, "wrong", "it reads v2 zeros as v1"),
+                    Rule(LM_HEAD, "wrong", "it ignores a quantized lm_head"),
+                    Rule(G_IDX, "no", "it refuses desc_act without static_groups"),
+                ),
+            ),
         ),
     ),
 )
@@ -309,7 +393,7 @@ def export_of(
         asym=not all(config.sym for config in configs),
         real_g_idx=not all(config.has_trivial_g_idx for config in configs),
         mixed=len(kinds) > 1,
-        v2=format == "gptq_v2",
+        format=format,
         lm_head=lm_head,
         experts=_expert_linears(quantized),
         split_experts=bool(split_experts(stored)),
@@ -335,7 +419,7 @@ def verdicts(export: Export) -> tuple[Verdict, ...]:
 
 
 def _judge(engine: Engine, export: Export) -> Verdict:
-    for rule in engine.rules:
+    for rule in engine.rules_for(export.format):
         if rule.trait.has(export):
             return Verdict(engine.name, rule.outcome, rule.reason)
     return Verdict(engine.name, "yes", "")
@@ -350,7 +434,7 @@ def target_problems(export: Export, target: str | None) -> list[Problem]:
     asked = [engine for engine in ENGINES if target in (engine.name, ANY)]
     found: dict[Trait, list[str]] = {}
     for engine in asked:
-        for rule in engine.rules:
+        for rule in engine.rules_for(export.format):
             if rule.outcome not in LOADS and rule.trait.has(export):
                 words = _refusal(engine, rule, export)
                 if len(asked) == 1:
@@ -399,4 +483,6 @@ def _named(trait: Trait, export: Export) -> str:
     for name, value in asdict(export).items():
         if isinstance(value, frozenset):
             words[name] = ", ".join(map(str, sorted(value)))
+        else:
+            words[name] = str(value)
     return trait.called.format(**words)

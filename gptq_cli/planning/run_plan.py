@@ -255,7 +255,7 @@ def remarks(plan: RunPlan, config: QuantizeConfig) -> list[Remark]:
     found = [*plan.source.remarks, *about_unused(plan.unused)]
     for text in limits(export_of_layers(plan.layers, config), config.target):
         found.append(("W_TARGET", text))
-    return found + _about_codes(plan) + _about_differences(plan) + _about_head(plan)
+    return found + _about_codes(plan) + _about_engines(plan, config.format)
 
 
 def about_unused(names: Sequence[str]) -> list[Remark]:
@@ -292,32 +292,31 @@ def _about_codes(plan: RunPlan) -> list[Remark]:
     return found
 
 
-def _about_differences(plan: RunPlan) -> list[Remark]:
-    """Warn about layers that engines hold as one but whose settings differ."""
+def _about_engines(plan: RunPlan, format: str) -> list[Remark]:
+    """Warn about layers that engines hold as one but whose settings differ, and about the head."""
     found = []
     experts = plan.split_experts
     if experts:
-        text = (
-            f"the experts of `{experts[0]}` differ in settings: {_engines_against(SPLIT_EXPERTS)}"
-        )
-        found.append(("W_CFG_EXPERTS", text))
+        text = f"the experts of `{experts[0]}` differ in settings"
+        against = _engines_against(SPLIT_EXPERTS, format)
+        found.append(("W_CFG_EXPERTS", f"{text}: {against}"))
     settings = {layer.name: layer.stored for layer in plan.layers if not expert_part(layer.name)}
     fused = split_groups(settings)
     if fused:
         text = f"the layers that engines fuse to `{fused[0]}` differ in settings"
-        found.append(("W_CFG_FUSED", f"{text}: {_engines_against(SPLIT_FUSED)}"))
+        found.append(("W_CFG_FUSED", f"{text}: {_engines_against(SPLIT_FUSED, format)}"))
+    if plan.head is not None:
+        found.append(_about_head(plan, plan.head, format))
     return found
 
 
-def _about_head(plan: RunPlan) -> list[Remark]:
+def _about_head(plan: RunPlan, head: LayerPlan, format: str) -> Remark:
     """Warn about engines that do not load a quantized head, and about its bytes."""
-    if plan.head is None:
-        return []
     how = "is untied from the embeddings and stored beside them"
     if f"{HEAD}.weight" in plan.plain.tensors:
         how = "is quantized"
-    text = f"{HEAD} {how}, {plan.head.packed_bytes / 1e6:.3g} MB: {_engines_against(LM_HEAD)}"
-    return [("W_CFG_HEAD", text)]
+    text = f"{HEAD} {how}, {head.packed_bytes / 1e6:.3g} MB: {_engines_against(LM_HEAD, format)}"
+    return "W_CFG_HEAD", text
 
 
 def _and_others(first: str, count: int) -> str:
@@ -327,12 +326,12 @@ def _and_others(first: str, count: int) -> str:
     return f"`{first}` and {count - 1} more"
 
 
-def _engines_against(trait: Trait) -> str:
-    """List the engines that do not load a checkpoint of this trait, or misread it."""
+def _engines_against(trait: Trait, format: str) -> str:
+    """List the engines that do not load a checkpoint of this trait and format, or misread it."""
     words = {"no": "not loaded by", "wrong": "misread by", "limited": "loaded with limits by"}
     engines: dict[str, list[str]] = {}
     for engine in ENGINES:
-        for rule in engine.rules:
+        for rule in engine.rules_for(format):
             if rule.trait is trait:
                 engines.setdefault(words[rule.outcome], []).append(engine.name)
     return "; ".join(f"{how} {', '.join(names)}" for how, names in engines.items())

@@ -78,10 +78,19 @@ def test_fewer_engines_read_a_quantized_head() -> None:
 
 
 def test_rules_have_reasons_and_engines_have_dated_sources() -> None:
-    for engine in ENGINES:
-        assert engine.source
-        assert re.fullmatch(r"202\d-\d\d", engine.date)
-        assert all(rule.reason and rule.outcome != "yes" for rule in engine.rules)
+    for reader in (reader for engine in ENGINES for reader in engine.readers):
+        assert reader.source
+        assert re.fullmatch(r"202\d-\d\d", reader.date)
+        assert all(rule.reason and rule.outcome != "yes" for rule in reader.rules)
+
+
+def test_an_engine_loads_no_format_that_the_table_does_not_give_it() -> None:
+    export = one_layer("mlx", lm_head=False)
+    (verdict,) = [verdict for verdict in verdicts(export) if verdict.engine == "vllm"]
+    assert (verdict.outcome, verdict.reason) == ("no", "it does not read mlx")
+    (problem,) = target_problems(export, "vllm")
+    assert problem.message == "vllm does not load format mlx: it does not read mlx"
+    assert problem.hint.startswith("what would load: --format gptq")
 
 
 PARTS = ("gate_proj", "up_proj", "down_proj")
@@ -215,7 +224,8 @@ def test_settings_export_needs_only_a_configuration() -> None:
     )
     export = settings_export(mixed)
     assert export.bits == {4, 8}
-    assert (export.asym, export.v2, export.mixed, export.lm_head) == (True, True, True, True)
+    assert (export.asym, export.format) == (True, "gptq_v2")
+    assert (export.mixed, export.lm_head) == (True, True)
 
 
 def test_different_damping_does_not_make_an_export_mixed() -> None:
