@@ -12,34 +12,41 @@ Names are loaded when they are asked for: importing the package imports nothing 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from gptq_cli import events
-    from gptq_cli.api import evaluate_perplexity, quantize
+    from gptq_cli.api import evaluate_perplexity, generate, quantize
     from gptq_cli.config.resolve import load_config
     from gptq_cli.config.schema import QuantizeConfig
     from gptq_cli.errors import GptqError
     from gptq_cli.errors import __version__ as __version__
+    from gptq_cli.evaluation.generate import GenerateResult
     from gptq_cli.evaluation.perplexity import EvalResult
-    from gptq_cli.evaluation.request import EvalRequest
+    from gptq_cli.evaluation.request import EvalRequest, GenerateRequest
     from gptq_cli.quantization.run import QuantizeResult
 
 __all__ = [
     "EvalRequest",
     "EvalResult",
+    "GenerateRequest",
+    "GenerateResult",
     "GptqError",
     "QuantizeConfig",
     "QuantizeResult",
     "evaluate_perplexity",
     "events",
+    "generate",
     "load_config",
     "quantize",
 ]
 _HOMES = {
     "EvalRequest": "evaluation.request",
     "EvalResult": "evaluation.perplexity",
+    "GenerateRequest": "evaluation.request",
+    "GenerateResult": "evaluation.generate",
     "GptqError": "errors",
     "QuantizeConfig": "config.schema",
     "QuantizeResult": "quantization.run",
     "__version__": "errors",
     "evaluate_perplexity": "api",
+    "generate": "api",
     "load_config": "config.resolve",
     "quantize": "api",
 }

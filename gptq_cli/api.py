@@ -1,16 +1,17 @@
-"""The two functions of the package, for the command line and for Python callers.
+"""The functions of the package, for the command line and for Python callers.
 
-Both refuse what they can before torch is imported.
+They refuse what they can before torch is imported.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gptq_cli.config.fields import seconds
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.evaluation.request import EvalRequest
+from gptq_cli.evaluation.request import EvalRequest, GenerateRequest
 from gptq_cli.events import Report, ignore
 from gptq_cli.files import file_errors
 from gptq_cli.planning.checks import RunOptions, prepare_run
@@ -18,6 +19,7 @@ from gptq_cli.planning.run_plan import default_name
 from gptq_cli.publish.report import BlockLog, check_report, save_report
 
 if TYPE_CHECKING:
+    from gptq_cli.evaluation.generate import GenerateResult
     from gptq_cli.evaluation.perplexity import EvalResult
     from gptq_cli.quantization.run import QuantizeResult
 
@@ -100,3 +102,34 @@ def evaluate_perplexity(
     from gptq_cli.evaluation.perplexity import evaluate_perplexity as evaluate
 
     return evaluate(str(model), request or EvalRequest(), on_event)
+
+
+@file_errors()
+def generate(
+    model: str | Path,
+    request: GenerateRequest | str,
+    *,
+    on_text: Callable[[str], object] | None = None,
+    on_event: Report = ignore,
+) -> GenerateResult:
+    """Return the text that `model`, a directory or a Hub id, quantized or not, writes.
+
+    `request` is a prompt, or a GenerateRequest. `on_text` is called with each piece of the text as
+    soon as it is written. `on_event` is called, and GptqError is raised, as in `quantize`.
+
+    >>> from gptq_cli import GenerateRequest, generate
+    >>> request = GenerateRequest("the quick brown", max_new_tokens=5)
+    >>> result = generate("Qwen3-0.6B-GPTQ-Int4-g128", request)
+    >>> result.tokens, result.chat
+    (5, True)
+    """
+    from gptq_cli.evaluation.generate import generate_text
+
+    if isinstance(request, str):
+        request = GenerateRequest(request)
+    return generate_text(str(model), request, on_text or _discard, on_event)
+
+
+def _discard(text: str) -> None:
+    """Do nothing with `text`."""
+    del text

@@ -16,10 +16,12 @@ import pytest
 import gptq_cli
 from gptq_cli import (
     EvalRequest,
+    GenerateRequest,
     GptqError,
     QuantizeConfig,
     evaluate_perplexity,
     events,
+    generate,
     load_config,
     quantize,
 )
@@ -75,9 +77,11 @@ def test_public_functions_have_examples() -> None:
     assert {
         "quantize",
         "evaluate_perplexity",
+        "generate",
         "load_config",
         "QuantizeConfig",
         "EvalRequest",
+        "GenerateRequest",
     } <= named
 
 
@@ -117,6 +121,8 @@ def test_arguments_have_the_names_of_the_options() -> None:
         option_names("eval-ppl") - asked
         == {"model", "max_increase", "max_ppl", "as_json", "quiet"} | EVERYWHERE
     )
+    asked = {field.name for field in dataclasses.fields(GenerateRequest)}
+    assert option_names("generate") == asked | {"model", "as_json", "quiet"} | EVERYWHERE
 
 
 def option_names(command: str) -> set[str]:
@@ -204,6 +210,7 @@ def test_file_system_error_becomes_a_gptq_error() -> None:
         lambda: quantize("loop", config(), "out"),
         lambda: evaluate_perplexity(MODEL, EvalRequest(dataset="./loop", seqlen=32, device="cpu")),
         lambda: evaluate_perplexity("loop"),
+        lambda: generate("loop", "the quick"),
     ):
         with pytest.raises(
             GptqError, match=r"cannot read `.*loop`: Too many levels of symbolic links"

@@ -117,6 +117,11 @@ class ChatTemplate:
         return self._text
 
     @property
+    def exists(self) -> bool:
+        """Whether the user gave a template or the tokenizer has one."""
+        return self.text is not None or getattr(self.tokenizer, "chat_template", None) is not None
+
+    @property
     def sha256(self) -> str | None:
         """The hash of a template that the user gave, None for the tokenizer's own."""
         if self.text is None:
@@ -134,13 +139,20 @@ class ChatTemplate:
             origin = f"the chat template {self.file}"
         return f"{self.rendered} {noun}, rendered with {origin}"
 
-    def render(self, messages: list[Message], tools: list[Any] | None, place: str) -> str:
+    def render(
+        self,
+        messages: list[Message],
+        tools: list[Any] | None,
+        place: str,
+        *,
+        answer: bool = False,
+    ) -> str:
         """Return the text of a chat with the special tokens of the template.
 
-        Raises InputError E_DATA_TEMPLATE if there is no template or if it fails; `place` names the
-        row of the chat.
+        With `answer` it ends where the model begins to answer. Raises InputError E_DATA_TEMPLATE if
+        there is no template or if it fails; `place` names the row of the chat.
         """
-        if self.text is None and getattr(self.tokenizer, "chat_template", None) is None:
+        if not self.exists:
             raise InputError(
                 "E_DATA_TEMPLATE",
                 f"{place} holds a chat, but the model has no chat template",
@@ -152,7 +164,11 @@ class ChatTemplate:
             if NOW in template:
                 template = FIXED_DATE + template
             text: str = self.tokenizer.apply_chat_template(
-                messages, tools=tools, chat_template=template, tokenize=False
+                messages,
+                tools=tools,
+                chat_template=template,
+                add_generation_prompt=answer,
+                tokenize=False,
             )
         except Exception as error:
             raise self._failure(error, place) from error

@@ -260,6 +260,18 @@ def write_exactly(text: str, data: bytes) -> None:
             sys.stdout.buffer.flush()
 
 
+def write_piece(text: str) -> None:
+    """Write a part of a result on stdout at once; a terminal gets text that cannot control it."""
+    with _stdout_errors():
+        if sys.stdout is None or sys.stdout.closed or log.muted:
+            return
+        if sys.stdout.isatty():
+            text = visible(text)
+        sys.stdout.flush()
+        sys.stdout.buffer.write(text.encode())
+        sys.stdout.buffer.flush()
+
+
 @contextmanager
 def _stdout_errors() -> Iterator[None]:
     try:

@@ -1,8 +1,11 @@
-"""The request to `evaluate_perplexity`, without torch, so that a wrong one fails at once."""
+"""The requests of evaluations and of `generate`, without torch, so that wrong ones fail at once."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from gptq_cli.config.fields import refusal
 from gptq_cli.config.schema import FIELDS, field_findings
@@ -41,13 +44,69 @@ class EvalRequest:
     chat_template: str | None = None
 
     def __post_init__(self) -> None:
-        given = {}
-        for key, value in asdict(self).items():
-            if key in FIELDS and value is not None:
-                given[key] = value
-        findings = field_findings(given)
-        if findings:
-            raise refusal(findings)
+        _check_fields(asdict(self))
         if self.max_windows is not None and self.max_windows < 1:
             message = f"max_windows must be a whole number of 1 or more, got {self.max_windows}"
             raise ConfigError("E_CFG_RANGE", message)
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """A prompt and how a model goes on; the fields are the options of `gptq generate`.
+
+    The chat template, if the model has one, makes a chat of the prompt unless `raw`.
+    `max_new_tokens` None means 128, or as many as the positions of the model leave. A `temperature`
+    of 0 takes the most likely token each time; above 0, `top_p` and `seed` count as well. Raises
+    ConfigError if a value is not accepted.
+
+    >>> GenerateRequest("Why is the sky blue?", max_new_tokens=20).temperature
+    0.0
+    >>> GenerateRequest("Hello", top_p=0.9)
+    Traceback (most recent call last):
+        ...
+    gptq_cli.errors.ConfigError: top_p has no effect without a temperature above 0
+    """
+
+    prompt: str
+    raw: bool = False
+    chat_template: str | None = None
+    max_new_tokens: int | None = None
+    temperature: float = 0.0
+    top_p: float | None = None
+    seed: int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        _check_fields(asdict(self))
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            message = (
+                f"max_new_tokens must be a whole number of 1 or more, got {self.max_new_tokens}"
+            )
+            raise ConfigError("E_CFG_RANGE", message)
+        if not 0 <= self.temperature < math.inf:
+            message = f"temperature must be a number of 0 or more, got {self.temperature}"
+            raise ConfigError("E_CFG_RANGE", message)
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            message = f"top_p must be a number above 0 and at most 1, got {self.top_p}"
+            raise ConfigError("E_CFG_RANGE", message)
+        if self.raw and self.chat_template is not None:
+            message = "raw and chat_template conflict"
+            raise ConfigError("E_CFG_CONFLICT", message, hint="remove one of them")
+        for name in ("top_p", "seed"):
+            if getattr(self, name) is not None and self.temperature == 0:
+                message = f"{name} has no effect without a temperature above 0"
+                raise ConfigError("E_CFG_CONFLICT", message, hint="set temperature to 0.7, or so")
+
+
+def _check_fields(values: Mapping[str, Any]) -> None:
+    """Raise ConfigError if a field of the configuration among `values` is not accepted."""
+    given = {}
+    for key, value in values.items():
+        if key in FIELDS and value is not None:
+            given[key] = value
+    findings = field_findings(given)
+    if findings:
+        raise refusal(findings)

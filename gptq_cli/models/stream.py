@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -295,6 +295,55 @@ class ModelStream:
         with self._outside(self._model):
             yield logits
 
+    def block_bytes(self, index: int) -> int:
+        """Return the bytes of the weights of a block on the device."""
+        return self._bytes(self._blocks[index], f"{self.block_name(index)}.")
+
+    def outside_bytes(self) -> int:
+        """Return the bytes of the weights outside the blocks: embeddings, norms, the head."""
+        return self._bytes(self._model, "", without=f"{self._path}.")
+
+    def _bytes(self, module: nn.Module, prefix: str, without: str | None = None) -> int:
+        sizes = {}  # by source: tied parameters share one tensor
+        for name, tensor in _parameters(module, prefix, without).items():
+            sizes[self._sources[f"{prefix}{name}"]] = tensor.nbytes
+        return sum(sizes.values())
+
+    @contextmanager
+    def whole(self, n_kept: int) -> Iterator[Any]:
+        """Yield the model of transformers, which runs its blocks itself.
+
+        The weights of the first `n_kept` blocks stay on the device. Each of the others is read when
+        it is called, and its weights are freed after the call.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(self._outside(self._model))
+            for index in range(n_kept):
+                stack.enter_context(self._filled(self._blocks[index], f"{self.block_name(index)}."))
+            for index in range(n_kept, self.n_blocks):
+                stack.enter_context(self._filled_when_called(index))
+            yield self._model
+
+    @contextmanager
+    def _filled_when_called(self, index: int) -> Iterator[None]:
+        block, filled = self._blocks[index], ExitStack()
+
+        def fill(*_: object) -> None:
+            filled.enter_context(self._filled(block, f"{self.block_name(index)}."))
+            self._source.prefetch(dict.fromkeys(self._stored(index + 1)))
+
+        def free(*_: object) -> None:
+            filled.close()
+
+        before = block.register_forward_pre_hook(fill)
+        after = block.register_forward_hook(free, always_call=True)
+        try:
+            yield
+        finally:
+            before.remove()
+            after.remove()
+            filled.close()
+
     @property
     def output_linear(self) -> nn.Module:
         """The module that turns hidden states into logits."""
@@ -360,10 +409,7 @@ class ModelStream:
 
         Parameters whose full names begin with `without` are not filled.
         """
-        empty = {}
-        for name, tensor in module.state_dict().items():
-            if without is None or not f"{prefix}{name}".startswith(without):
-                empty[name] = tensor
+        empty = _parameters(module, prefix, without)
         try:
             loaded: dict[str, Tensor] = {}  # by source: tied parameters share one tensor
             for name, tensor in empty.items():
@@ -395,6 +441,15 @@ class ModelStream:
             )
         dtype = like.dtype if tensor.is_floating_point() else tensor.dtype
         return tensor.to(self.device, dtype, non_blocking=tensor.is_pinned())
+
+
+def _parameters(module: nn.Module, prefix: str, without: str | None) -> dict[str, Tensor]:
+    """Return the stored tensors of `module`, except those whose full names begin with `without`."""
+    found = {}
+    for name, tensor in module.state_dict().items():
+        if without is None or not f"{prefix}{name}".startswith(without):
+            found[name] = tensor
+    return found
 
 
 class Source(Protocol):

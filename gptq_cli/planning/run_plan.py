@@ -176,14 +176,22 @@ def bounded(config: QuantizeConfig, checkpoint: Checkpoint) -> QuantizeConfig:
     return config.model_copy(update={"seqlen": seqlen})
 
 
+def positions(checkpoint: Checkpoint) -> int | None:
+    """Return the number of positions of the model; None if config.json names none."""
+    declared = checkpoint.text_config
+    limit = declared.get("max_position_embeddings") or declared.get("n_positions")
+    if isinstance(limit, int):
+        return limit
+    return None
+
+
 def bounded_seqlen(seqlen: int, *, explicit: bool, checkpoint: Checkpoint) -> int:
     """Return `seqlen`, or the number of positions of the model if that is smaller.
 
     Raise ConfigError E_CFG_SEQLEN if the user asked for a larger `seqlen`, which is `explicit`.
     """
-    declared = checkpoint.text_config
-    limit = declared.get("max_position_embeddings") or declared.get("n_positions")
-    if not isinstance(limit, int) or seqlen <= limit:
+    limit = positions(checkpoint)
+    if limit is None or seqlen <= limit:
         return seqlen
     if explicit:
         raise ConfigError(

@@ -74,6 +74,7 @@ def test_every_result_fits_the_schema(gptq: Run, place: Path) -> None:
         ("validate-config", ["validate-config", place / "cfg.yaml"]),
         ("validate-config", ["validate-config", place / "cfg.yaml", "--model", model]),
         ("eval-ppl", ["eval-ppl", out, "--dataset", text, "--seqlen", "64", "--baseline", model]),
+        ("generate", ["generate", out, "the quick", "--max-new-tokens", "2"]),
         ("inspect", ["inspect", out]),
         ("inspect", ["inspect", model]),
         ("inspect-layer", ["inspect", out, "--layer", "0.mlp.up_proj"]),
