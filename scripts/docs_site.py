@@ -29,7 +29,7 @@ from gptq_cli.config.fields import LayerOverrides, accepted_by
 from gptq_cli.config.layer import DEFAULT_PRESET, PRESETS
 from gptq_cli.config.resolve import describe_recipe, recipes
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.config.serving import ENGINES
+from gptq_cli.config.serving import ENGINES, Rule
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 EQUATION = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
@@ -37,6 +37,7 @@ OUTCOMES = {
     "wrong": "loads it but computes something else",
     "no": "does not load",
     "limited": "loads with limits",
+    "yes": "loads",
 }
 SIGNALS = {
     0: "done; the output is complete",
@@ -368,11 +369,25 @@ def engines() -> str:
     for engine in ENGINES:
         lines += ["", f"## {engine.name}"]
         for reader in engine.readers:
-            formats = ", ".join(sorted(reader.formats))
-            lines += ["", f"Formats: {formats}. Source: {_text(reader.source)}."]
-            rows = [(OUTCOMES[rule.outcome], _text(rule.reason)) for rule in reader.rules]
-            lines += table(("", "reason"), rows)
+            formats = ", ".join(map(_code, sorted(reader.formats)))
+            lines += ["", f"Formats: {formats}.", f"Read: {_text(reader.read)}."]
+            if reader.run:
+                lines.append(f"Run: {_text(reader.run)}.")
+            lines.append(f"Date: {reader.date}.")
+            rows = [_rule(rule) for rule in reader.rules]
+            if engine.reads(min(reader.formats)):
+                rows.append((OUTCOMES["yes"], "every other checkpoint", "", "", reader.loads))
+            lines += table(("", "reason", "versions", "platform", "seen"), rows)
     return "\n".join(lines)
+
+
+def _rule(rule: Rule) -> tuple[str, ...]:
+    versions = []
+    if rule.since:
+        versions.append(f"from {rule.since}")
+    if rule.until:
+        versions.append(f"before {rule.until}")
+    return (OUTCOMES[rule.outcome], _text(rule.reason), ", ".join(versions), rule.on, rule.seen)
 
 
 def decisions() -> str:

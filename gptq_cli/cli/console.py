@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import get_terminal_size
-from textwrap import fill
+from textwrap import fill, wrap
 from time import gmtime
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
@@ -37,6 +37,7 @@ SCHEMA = 1
 SHOWN = 8  # problems on a terminal
 LOG_MARK = "log of gptq"
 
+ENGINES_WIDTH = 98  # columns, with room for "# " before a line
 WORDS: dict[Outcome, str] = {
     "yes": "loads in",
     "limited": "loads with limits in",
@@ -391,11 +392,12 @@ def row_data(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def engine_lines(judged: Sequence[Verdict]) -> list[str]:
-    """Return a line for the engines without a remark, then one line for each remark."""
-    lines = []
+    """Return the engines without a remark in short lines, then one line for each remark."""
+    lines: list[str] = []
     clean = [verdict.engine for verdict in judged if verdict.outcome == "yes"]
     if clean:
-        lines.append(f"{WORDS['yes']} {', '.join(clean)}")
+        line = f"{WORDS['yes']} {', '.join(clean)}"
+        lines += wrap(line, ENGINES_WIDTH, subsequent_indent="  ", break_on_hyphens=False)
     for verdict in judged:
         if verdict.outcome != "yes":
             lines.append(f"{WORDS[verdict.outcome]} {verdict.engine}: {verdict.reason}")

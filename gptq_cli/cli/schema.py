@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib.resources import files
 from typing import Annotated, Any
 
@@ -50,6 +51,12 @@ def schema(
         write_result(file.read_text(encoding="utf-8").rstrip("\n"))
 
 
+def _targets() -> str:
+    """Return the pattern of an engine with a version or a platform."""
+    names = "|".join(map(re.escape, TARGETS))
+    return rf"^({names})(@[0-9.]+)?(/[a-z]+)?$"
+
+
 def config_schema() -> dict[str, Any]:
     """Return the JSON Schema of a configuration file; each field has its meaning and its values."""
     schema = QuantizeConfig.model_json_schema(ref_template="#/definitions/{model}")
@@ -62,7 +69,10 @@ def config_schema() -> dict[str, Any]:
         if "default" in field:
             field["default"] = defaults[name]
     fields["preset"]["enum"] = list(PRESETS)
-    fields["target"]["enum"] = [*TARGETS, None]
+    fields["target"]["anyOf"] = [
+        {"enum": [*TARGETS, None]},
+        {"type": "string", "pattern": _targets()},
+    ]
     schema["description"] = schema["description"].partition("\n")[0]
     definitions = schema.pop("$defs", {})
     return {"$schema": DRAFT, **schema, "title": "gptq configuration", "definitions": definitions}

@@ -26,7 +26,7 @@ from gptq_cli.config.layer import (
     Uncovered,
     flaw_of,
 )
-from gptq_cli.config.serving import TARGETS
+from gptq_cli.config.serving import ANY, TARGETS, find_target, target_hint
 from gptq_cli.errors import ConfigError, Finding, KeyPath, Problem, one_of, shown, suggestion
 
 STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
@@ -104,7 +104,7 @@ def _preset(name: str) -> str:
 
 
 def _target(name: str | None) -> str | None:
-    if name not in (None, *TARGETS):
+    if name not in (None, ANY) and find_target(name) is None:
         raise ValueError("target")
     return name
 
@@ -136,7 +136,11 @@ Text = Annotated[str, Field(min_length=1), Accepts("a text that is not empty")]
 Name = Annotated[Text | None, Accepts("a name or null")]
 Rule = Annotated[str, AfterValidator(_rule)]
 PresetName = Annotated[str, AfterValidator(_preset), Accepts(one_of([*PRESETS]))]
-Target = Annotated[str | None, AfterValidator(_target), Accepts(", ".join(TARGETS) + " or null")]
+Target = Annotated[
+    str | None,
+    AfterValidator(_target),
+    Accepts(", ".join(TARGETS) + " or null; @VERSION and /PLATFORM may follow an engine"),
+]
 Experts = Annotated[Uncovered, Accepts(one_of(get_args(Uncovered)))]
 Fault = Annotated[OnFault, Accepts(one_of(get_args(OnFault)))]
 
@@ -294,7 +298,8 @@ def _hint(field: str, value: object, model: type[BaseModel]) -> str | None:
     if field == "damp_percent" and not isinstance(value, str):
         return "typical values are 0.01 to 0.1"
     if isinstance(value, str):
-        return _hint_for_text(field, value, model)
+        known = target_hint(value) if field == "target" else None
+        return known or _hint_for_text(field, value, model)
     return None
 
 

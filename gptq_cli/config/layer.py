@@ -170,6 +170,14 @@ KEEP, CHANGE = "-:", "+:"
 NUMBER, DOT = "[0-9]+", "[.]"  # in patterns for module names
 
 
+class Stored(NamedTuple):
+    """The settings of a linear that readers see."""
+
+    bits: int
+    group_size: int
+    sym: bool
+
+
 # Engines that fuse these linears look up rules by the fused name, and need all of a group alike.
 FUSED_ALIASES = {
     frozenset({"q_proj", "k_proj", "v_proj"}): "qkv_proj",
@@ -196,6 +204,19 @@ def expert_part(name: str) -> tuple[str, str] | None:
     return (match[1], match[2]) if match else None
 
 
+def fused_name(name: str) -> str:
+    """Return the name of the linear that engines make of a linear and others; its own if none.
+
+    >>> fused_name("layers.0.q_proj"), fused_name("layers.0.o_proj")
+    ('layers.0.qkv_proj', 'layers.0.o_proj')
+    """
+    parent, _, leaf = name.rpartition(".")
+    for parts, alias in FUSED_ALIASES.items():
+        if leaf in parts:
+            return f"{parent}.{alias}"
+    return name
+
+
 def split_groups(settings: Mapping[str, object]) -> list[str]:
     """Return the fused names of linears that engines fuse but whose `settings`, by name, differ.
 
@@ -204,10 +225,7 @@ def split_groups(settings: Mapping[str, object]) -> list[str]:
     """
     groups: dict[str, set[object]] = defaultdict(set)
     for name, stored in settings.items():
-        parent, _, leaf = name.rpartition(".")
-        for parts, alias in FUSED_ALIASES.items():
-            if leaf in parts:
-                groups[f"{parent}.{alias}"].add(stored)
+        groups[fused_name(name)].add(stored)
     return _with_several(groups)
 
 

@@ -34,7 +34,7 @@ from gptq_cli.config.layer import LayerConfig, kind_of, list_item
 from gptq_cli.config.serving import Export, export_of
 from gptq_cli.errors import InputError
 from gptq_cli.files import is_file
-from gptq_cli.planning.run_plan import HEAD, RunPlan, has_narrow_experts
+from gptq_cli.planning.run_plan import HEAD, RunPlan
 from gptq_cli.storage.manifest import QUANTIZE_CONFIG
 
 FROM_CONFIG = ("model_type", "architectures", "transformers_version")
@@ -108,9 +108,9 @@ class Inspection:
         if not self.modules or self.format is None or self.defects:
             return None
         settings: dict[str, LayerConfig | None] = dict.fromkeys(self.matrices)
-        widths = {}
+        shapes = {}
         for module in self.modules:
-            widths[module.name] = module.out_features
+            shapes[module.name] = (module.out_features, module.in_features)
             settings[module.name] = LayerConfig(
                 bits=module.bits,
                 group_size=module.group_size,
@@ -121,7 +121,7 @@ class Inspection:
             settings,
             self.format,
             lm_head=settings.get(HEAD) is not None,
-            narrow_experts=has_narrow_experts(widths),
+            shapes=shapes,
             transposed=self.transposed,
         )
 

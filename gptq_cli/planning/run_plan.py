@@ -8,7 +8,7 @@ serve the output. Needs no torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gptq_cli.checkpoint.decoded import Plain
@@ -21,13 +21,13 @@ from gptq_cli.config.layer import LayerChoice, LayerConfig, expert_part, split_e
 from gptq_cli.config.leftovers import is_of_adapter
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.serving import (
-    ENGINES,
     LM_HEAD,
     SPLIT_EXPERTS,
     SPLIT_FUSED,
     Export,
     Trait,
     Verdict,
+    engines_against,
     export_of,
     limits,
     target_problems,
@@ -37,8 +37,6 @@ from gptq_cli.errors import ConfigError
 from gptq_cli.files import expanded, resolved
 
 HEAD = "lm_head"
-MARLIN_WIDTH = 128  # the kernels that serve experts need a hidden size that is a multiple of this
-INTO_HIDDEN = {"down_proj", "w2"}  # linears of an expert whose outputs are hidden states
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,32 +216,20 @@ def default_name(model: str, config: QuantizeConfig) -> str:
 
 def export_of_layers(layers: Sequence[LayerPlan], config: QuantizeConfig) -> Export:
     """Return what engines will see of these layers."""
-    settings, out_features, transposed = {}, {}, False
+    settings, shapes, transposed = {}, {}, False
     for layer in layers:
         settings[layer.name] = layer.config
         if layer.config:
-            out_features[layer.name] = layer.out_features
+            shapes[layer.name] = (layer.out_features, layer.in_features)
         if layer.transposed:
             transposed = True
     return export_of(
         settings,
         config.format,
-        lm_head=HEAD in out_features,
-        narrow_experts=has_narrow_experts(out_features),
+        lm_head=HEAD in shapes,
+        shapes=shapes,
         transposed=transposed,
     )
-
-
-def has_narrow_experts(out_features: Mapping[str, int]) -> bool:
-    """Return true if the hidden size of one of these experts is no multiple of 128.
-
-    `out_features` are those of quantized linears, by name.
-    """
-    for name, width in out_features.items():
-        part = expert_part(name)
-        if part and part[1] in INTO_HIDDEN and width % MARLIN_WIDTH:
-            return True
-    return False
 
 
 def check_target(layers: Sequence[LayerPlan], config: QuantizeConfig) -> None:
@@ -337,9 +323,5 @@ def _and_others(first: str, count: int) -> str:
 def _engines_against(trait: Trait, format: str) -> str:
     """List the engines that do not load a checkpoint of this trait and format, or misread it."""
     words = {"no": "not loaded by", "wrong": "misread by", "limited": "loaded with limits by"}
-    engines: dict[str, list[str]] = {}
-    for engine in ENGINES:
-        for rule in engine.rules_for(format):
-            if rule.trait is trait:
-                engines.setdefault(words[rule.outcome], []).append(engine.name)
-    return "; ".join(f"{how} {', '.join(names)}" for how, names in engines.items())
+    found = engines_against(trait, format)
+    return "; ".join(f"{words[outcome]} {', '.join(names)}" for outcome, names in found.items())

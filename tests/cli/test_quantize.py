@@ -205,9 +205,12 @@ name-GPTQ-Int4-g128
 size   8 MB -> 2.5 MB (3.20x smaller)
 error  2.00e-04 mean output error of 4 layers, round-to-nearest 6.00e-04
 time   1:02:03
-loads in sglang, transformers, gptqmodel, llama.cpp, exllamav2, tgi
-loads with limits in vllm: desc_act is slow, and refused from 0.30 on
+loads in sglang, transformers, gptqmodel, llama.cpp, onnxruntime-genai, exllamav2
+does not load in vllm: it refuses desc_act
+loads WRONGLY in openvino: it ignores g_idx
+does not load in lmdeploy: TurboMind refuses desc_act
 does not load in auto-round: it refuses desc_act without static_groups
+loads with limits in aphrodite: desc_act is slow
 """
     )
     assert len(quantizer.calls) == 1

@@ -29,9 +29,10 @@ def test_settings_that_the_target_cannot_load_are_refused(
         result = gptq(command, "org/name", "-b", "3", "--target", "vllm")
         assert (result.exit_code, result.stdout) == (2, "")
         assert result.stderr == (
-            "error[E_TARGET]: vllm does not load 3 bits: it serves 4 and 8 bits only\n\n"
+            "error[E_TARGET]: vllm does not load 3 bits: it serves 4 and 8 bits; its option "
+            "--quantization humming serves others on GPUs, without kept layers\n\n"
             "hint: what would load: --bits 4 or 8; "
-            "as it is, it loads in sglang, transformers, gptqmodel, auto-round\n"
+            "as it is, it loads in transformers, gptqmodel, auto-round\n"
         )
     assert quantizer.calls == []
 
@@ -43,7 +44,7 @@ def test_a_refused_target_in_a_file_has_its_line(gptq: Run, tmp_path: Path) -> N
     assert (result.exit_code, data["exit_code"]) == (2, 2)
     (problem,) = data["problems"]
     assert (problem["code"], problem["location"]["line"]) == ("E_TARGET", 3)
-    assert problem["message"].startswith("sglang would misread format gptq_v2 with these settings")
+    assert problem["message"].startswith("sglang does not load asymmetric grids: the kernel for")
 
 
 @pytest.mark.parametrize(
@@ -51,17 +52,17 @@ def test_a_refused_target_in_a_file_has_its_line(gptq: Run, tmp_path: Path) -> N
     [
         (
             ["--target", "llama.cpp", "--dynamic", "+:.*down_proj={bits: 8}"],
-            "llama.cpp does not load layers with diff",
+            "llama.cpp does not load layers with 4, 8 bits",
         ),
         (
             ["--target", "vllm", "--dynamic", r"-:.*\.0\..*q_proj"],
-            "vllm does not load q, k and v (or gate and up) of",
+            "vllm does not load layers that it fuses (q, k, v; gate, up) with",
         ),
         (
             ["--target", "transformers", "--lm-head"],
             "transformers would misread a quantized lm_head: it ignores",
         ),
-        (["--target", "any", "--desc-act"], "auto-round does not load desc_act"),
+        (["--target", "openvino", "--desc-act"], "openvino would misread desc_act"),
     ],
 )
 def test_rules_and_layers_are_checked_for_the_target_first(
@@ -88,8 +89,8 @@ def test_a_mixture_is_refused_for_transformers_and_loads_in_vllm(gptq: Run, mixt
     assert served.exit_code == 0
     slower = "vllm: a slower kernel for experts whose hidden size is no multiple of 128"
     assert f"warning[W_TARGET]: {slower}" in served.stderr
-    ordered = gptq(*words, "vllm", "--desc-act")
-    assert "vllm would misread experts of this width with desc_act" in ordered.stderr
+    ordered = gptq(*words, "vllm@0.29", "--desc-act")
+    assert "vllm@0.29 would misread experts of this width with desc_act" in ordered.stderr
 
 
 def test_validate_config_checks_the_target_for_a_model(
@@ -101,7 +102,7 @@ def test_validate_config_checks_the_target_for_a_model(
     assert gptq("validate-config", tmp_path / "cfg.yaml").exit_code == 0
     result = gptq("validate-config", tmp_path / "cfg.yaml", "--model", model)
     assert (result.exit_code, result.stdout) == (2, "")
-    assert "error[E_TARGET]: vllm does not load q, k and v (or gate and up)" in result.stderr
+    assert "error[E_TARGET]: vllm does not load layers that it fuses" in result.stderr
 
 
 def test_an_unknown_target_gets_the_nearest_as_hint(gptq: Run) -> None:
@@ -111,10 +112,35 @@ def test_an_unknown_target_gets_the_nearest_as_hint(gptq: Run) -> None:
     assert "did you mean vllm?" in result.stderr
 
 
+@pytest.mark.parametrize("target", ["vllm@0.99", "vllm@latest", "vllm/tpu", "vllm@0.29/"])
+def test_an_unknown_version_or_platform_gets_the_known_ones(gptq: Run, target: str) -> None:
+    result = gptq("plan", "m", "-b", "4", "--target", target)
+    assert result.exit_code == 2
+    assert "error[E_CFG_RANGE]: --target must be vllm, sglang" in result.stderr
+    assert f'got "{target}"' in result.stderr
+    assert "hint: the table knows vllm, @0.29 to @0.33, /cuda, /cpu, /rocm" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("target", "exit_code", "words"),
+    [
+        ("vllm@0.30", 2, "error[E_TARGET]: vllm@0.30 does not load desc_act: it refuses desc_act"),
+        ("vllm@0.29", 0, "warning[W_TARGET]: vllm@0.29: desc_act is slow"),
+        ("vllm@0.29/cpu", 0, "warning[W_TARGET]: vllm@0.29/cpu: desc_act is slow"),
+    ],
+)
+def test_the_version_of_the_target_decides(
+    target: str, exit_code: int, words: str, gptq: Run, model: Path
+) -> None:
+    result = gptq("plan", model, "-b", "4", "-g", "32", "--desc-act", "--target", target)
+    assert result.exit_code == exit_code
+    assert words in result.stderr
+
+
 def test_a_satisfied_target_does_not_change_the_plan(gptq: Run, model: Path) -> None:
     words = ["plan", model, "-b", "4", "-g", "32", "--json"]
     plain = json.loads(gptq(*words).stdout)
-    with_target = json.loads(gptq(*words, "--target", "any").stdout)
+    with_target = json.loads(gptq(*words, "--target", "vllm@0.33/cpu").stdout)
     assert with_target["disk"].pop("free_bytes")
     assert with_target == plain | {"disk": with_target["disk"]}
 
@@ -124,9 +150,13 @@ def test_without_a_target_a_note_names_engines_that_fail(
 ) -> None:
     words = ["quantize", model, "-g", "32", "-o", tmp_path / "out", "-b"]
     first = gptq(*words, "3").stderr.splitlines()[0]
-    assert first == "note: the output does not load in vllm, llama.cpp, exllamav2, tgi"
+    assert first == (
+        "note: the output does not load in vllm, sglang, llama.cpp, openvino, lmdeploy, "
+        "onnxruntime-genai, exllamav2, aphrodite"
+    )
     assert "note: the output loads WRONGLY in transformers" in gptq(*words, "4", "--lm-head").stderr
-    assert "note:" not in gptq(*words, "4").stderr
+    lmdeploy = "note: the output does not load in lmdeploy"
+    assert [line for line in gptq(*words, "4").stderr.splitlines() if "note:" in line] == [lmdeploy]
     assert "note:" not in gptq(*words, "8", "--target", "vllm").stderr
     assert len(quantizer.calls) == 4
 
@@ -137,7 +167,7 @@ def test_a_rule_that_splits_a_fused_group_warns(gptq: Run, model: Path) -> None:
     assert result.exit_code == 0
     assert result.stderr == (
         "warning[W_CFG_FUSED]: the layers that engines fuse to `model.layers.1.mlp.gate_up_proj` "
-        "differ in settings: not loaded by vllm, sglang\n"
+        "differ in settings: not loaded by vllm, sglang, aphrodite\n"
     )
 
 
@@ -145,7 +175,7 @@ def test_a_quantized_head_warns(gptq: Run, model: Path) -> None:
     stderr = gptq("plan", model, "-b", "4", "-g", "32", "--lm-head").stderr
     untied = "lm_head is untied from the embeddings and stored beside them, 0.0"
     assert f"warning[W_CFG_HEAD]: {untied}" in stderr
-    assert "misread by transformers, auto-round; loaded with limits by tgi" in stderr
+    assert "misread by transformers, openvino, auto-round; not loaded by lmdeploy" in stderr
 
 
 def test_a_listed_module_that_no_layer_has_is_an_error(

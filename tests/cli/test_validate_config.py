@@ -100,7 +100,8 @@ def test_a_model_adds_the_plan_of_its_layers_and_the_engines(gptq: Run, tmp_path
         "# 2 layers: 4 bits, group_size 64 (default)",
         "# 1 layer: 8 bits, group_size 64 (rule '+:.*mlp')",
         "# 1 layer: full precision (rule '-:.*layers\\.1\\.mlp': kept)",
-        "# loads in gptqmodel, auto-round",
+        "# loads in sglang, gptqmodel, onnxruntime-genai, auto-round, aphrodite",
+        "# loads with limits in vllm: not on cpu: its kernel for CPUs has 4 bits only",
         "# does not load in transformers: "
         "it ignores `dynamic`, all layers must share their settings",
     ):

@@ -10,7 +10,16 @@ import pytest
 from gptq_cli.config.layer import LayerConfig
 from gptq_cli.config.resolve import settings_export
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.config.serving import ENGINES, Export, export_of, target_problems, verdicts
+from gptq_cli.config.serving import (
+    ENGINES,
+    Export,
+    export_of,
+    find_target,
+    target_hint,
+    target_problems,
+    verdict_of,
+    verdicts,
+)
 
 NAMES = [
     "vllm",
@@ -18,9 +27,12 @@ NAMES = [
     "transformers",
     "gptqmodel",
     "llama.cpp",
+    "openvino",
+    "lmdeploy",
+    "onnxruntime-genai",
     "exllamav2",
-    "tgi",
     "auto-round",
+    "aphrodite",
 ]
 SIGNS = {"+": "yes", "~": "limited", "w": "wrong", "-": "no"}
 
@@ -44,21 +56,23 @@ def by_engine(export: Export) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("settings", "format", "row"),
     [
-        ({}, "gptq", "+ + + + + + + +"),
-        ({"group_size": 32}, "gptq", "+ + + + + + + +"),
-        ({"group_size": -1}, "gptq", "+ + + + + + + +"),
-        ({"group_size": 16}, "gptq", "- - ~ ~ + + ~ +"),
-        ({"group_size": 256}, "gptq", "- - + + + + ~ +"),
-        ({"group_size": 96}, "gptq", "- - - - + - ~ +"),
-        ({"bits": 8}, "gptq", "~ + + + + - + +"),
-        ({"bits": 2}, "gptq", "- ~ + + + - ~ +"),
-        ({"bits": 3}, "gptq", "- ~ + + - - - +"),
-        ({"desc_act": True}, "gptq", "~ + + + + + + -"),
-        ({"desc_act": True, "static_groups": True}, "gptq", "+ + + + + + + +"),
-        ({}, "gptq_v2", "+ + + + + + + w"),
-        ({"bits": 2}, "gptq_v2", "- w + + + - w w"),
-        ({"sym": False}, "gptq", "- ~ + - + + ~ -"),
-        ({"sym": False}, "gptq_v2", "- w + + + + w -"),
+        # vllm sglang transformers gptqmodel llama.cpp openvino lmdeploy onnx exllamav2 auto-round
+        ({}, "gptq", "+ + + + + + + + + + +"),
+        ({"group_size": 32}, "gptq", "+ + + + + + - + + + +"),
+        ({"group_size": -1}, "gptq", "+ + + + + + - + + + +"),
+        ({"group_size": 16}, "gptq", "- - ~ ~ + - - + + + -"),
+        ({"group_size": 256}, "gptq", "- - + + + + - + + + -"),
+        ({"group_size": 96}, "gptq", "- - - - + - - + - + -"),
+        ({"bits": 8}, "gptq", "~ + + + + - - + - + +"),
+        ({"bits": 2}, "gptq", "- - + + + - - + - + -"),
+        ({"bits": 3}, "gptq", "- - + + - - - - - + -"),
+        ({"desc_act": True}, "gptq", "- + + + + w - + + - ~"),
+        ({"desc_act": True, "group_size": -1}, "gptq", "+ + + + + w - + + - +"),
+        ({"desc_act": True, "static_groups": True}, "gptq", "+ + + + + + + + + + +"),
+        ({}, "gptq_v2", "+ + + + + + w w + w +"),
+        ({"bits": 2}, "gptq_v2", "- - + + + - - w - w -"),
+        ({"sym": False}, "gptq", "- - + - + w - + + - -"),
+        ({"sym": False}, "gptq_v2", "- - + + + w - w + - -"),
     ],
 )
 def test_verdicts_agree_with_the_written_table(
@@ -68,25 +82,122 @@ def test_verdicts_agree_with_the_written_table(
     assert outcomes(layers, format) == expected(row)
 
 
-def test_fewer_engines_read_mixed_bits() -> None:
-    mixed = [LayerConfig(bits=4), LayerConfig(bits=8)]
-    assert outcomes(mixed) == expected("~ ~ - + - - - +")
+def test_fewer_engines_read_mixed_settings() -> None:
+    bits = [LayerConfig(bits=4), LayerConfig(bits=8)]
+    assert outcomes(bits) == expected("~ + - + - - - + - + +")
+    groups = [LayerConfig(group_size=128), LayerConfig(group_size=32)]
+    assert outcomes(groups) == expected("+ + - + + - - + - + +")
 
 
 def test_fewer_engines_read_a_quantized_head() -> None:
-    assert outcomes([LayerConfig()], lm_head=True) == expected("+ + w + + + ~ w")
+    assert outcomes([LayerConfig()], lm_head=True) == expected("+ + w + + w - + + w +")
+
+
+def judged(target: str, format: str = "gptq", **settings: Any) -> str:
+    """Return the outcome of one target for a checkpoint of one layer."""
+    return verdict_of(one_layer(format, lm_head=False, **settings), target).outcome
+
+
+@pytest.mark.parametrize(
+    ("settings", "target", "outcome"),
+    [
+        ({"desc_act": True}, "vllm", "no"),
+        ({"desc_act": True}, "vllm@0.30", "no"),
+        ({"desc_act": True}, "vllm@0.33.0", "no"),
+        ({"desc_act": True}, "vllm@0.29.0", "limited"),
+        ({"bits": 3}, "sglang", "no"),
+        ({"bits": 3}, "sglang@0.5.20", "no"),
+        ({"bits": 3}, "sglang@0.5.19", "limited"),
+        ({"bits": 8}, "vllm/cuda", "yes"),
+        ({"bits": 8}, "vllm/rocm", "limited"),
+        ({"bits": 8}, "vllm/cpu", "no"),
+        ({"bits": 8}, "vllm@0.32/cpu", "no"),
+        ({}, "vllm@0.29/cpu", "yes"),
+        ({}, "sglang/rocm", "no"),
+        ({"group_size": 16}, "gptqmodel/cpu", "no"),
+    ],
+)
+def test_a_target_names_a_version_and_a_platform(
+    settings: dict[str, Any], target: str, outcome: str
+) -> None:
+    assert judged(target, **settings) == outcome
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["vlm", "vllm@0.28.9", "vllm@0.34", "vllm@1", "vllm@x", "vllm@", "vllm/", "vllm/tpu",
+     "llama.cpp@1", "llama.cpp/cpu", "any@1", "vllm/cpu@0.30", "sglang@0.5.24", "vllm@0.30.0.0.1"],
+)  # fmt: skip
+def test_targets_that_the_table_does_not_know_are_none(target: str) -> None:
+    assert find_target(target) is None
+
+
+def test_hints_tell_the_known_versions_and_platforms() -> None:
+    assert target_hint("vllm@9") == "the table knows vllm, @0.29 to @0.33, /cuda, /cpu, /rocm"
+    assert target_hint("gptqmodel@9") == "the table knows gptqmodel, @7.7, /cuda, /cpu"
+    assert target_hint("llama.cpp@9") == "the table knows llama.cpp"
+    assert target_hint("vlm@9") is None
+
+
+def test_known_versions_enclose_those_of_the_rules() -> None:
+    for engine in ENGINES:
+        for reader in engine.readers:
+            for rule in reader.rules:
+                named = [version for version in (rule.since, rule.until) if version]
+                assert [v for v in named if not find_target(f"{engine.name}@{v}")] == []
+                assert rule.on == "" or rule.on in engine.platforms
+
+
+FORMATS = [
+    ("compressed-tensors", "vllm", {}, "yes"),
+    ("compressed-tensors", "vllm", {"bits": 3}, "limited"),
+    ("compressed-tensors", "vllm", {"bits": 2, "sym": False}, "limited"),
+    ("compressed-tensors", "vllm/cpu", {"sym": False}, "yes"),
+    ("compressed-tensors", "vllm/cpu", {"bits": 3}, "no"),
+    ("compressed-tensors", "sglang", {"bits": 3}, "no"),
+    ("compressed-tensors", "sglang", {"sym": False}, "yes"),
+    ("compressed-tensors", "sglang", {"bits": 8, "sym": False}, "no"),
+    ("compressed-tensors", "transformers", {"bits": 3}, "yes"),
+    ("compressed-tensors", "llama.cpp", {"bits": 3}, "no"),
+    ("compressed-tensors", "llama.cpp", {"group_size": -1}, "no"),
+    ("compressed-tensors", "llama.cpp", {"bits": 8, "sym": False}, "yes"),
+    ("compressed-tensors", "lmdeploy", {"group_size": 32}, "yes"),
+    ("compressed-tensors", "lmdeploy", {"group_size": 64}, "no"),
+    ("auto-round", "vllm", {"bits": 3}, "limited"),
+    ("auto-round", "vllm", {"sym": False}, "no"),
+    ("auto-round", "sglang", {"bits": 3}, "no"),
+    ("mlx", "mlx-lm", {"bits": 3, "sym": False}, "yes"),
+    ("mlx", "mlx-lm", {"group_size": -1}, "no"),
+    ("mlx", "vllm", {}, "no"),
+    ("gptq", "mlx-lm", {}, "no"),
+    ("gptq", "exllamav3", {}, "no"),
+]
+
+
+@pytest.mark.parametrize(("format", "target", "settings", "outcome"), FORMATS)
+def test_each_format_has_verdicts_of_its_own(
+    format: str, target: str, settings: dict[str, Any], outcome: str
+) -> None:
+    assert judged(target, format, **settings) == outcome
+
+
+def test_only_engines_that_read_a_format_are_listed_for_it() -> None:
+    for format, engines in {"mlx": ["mlx-lm"], "gptq": NAMES, "awq": []}.items():
+        found = verdicts(one_layer(format, lm_head=False))
+        assert [verdict.engine for verdict in found] == engines
 
 
 def test_rules_have_reasons_and_engines_have_dated_sources() -> None:
     for reader in (reader for engine in ENGINES for reader in engine.readers):
-        assert reader.source
+        assert reader.read
         assert re.fullmatch(r"202\d-\d\d", reader.date)
         assert all(rule.reason and rule.outcome != "yes" for rule in reader.rules)
+        assert reader.run or all(rule.seen == "read" for rule in reader.rules)
 
 
 def test_an_engine_loads_no_format_that_the_table_does_not_give_it() -> None:
     export = one_layer("mlx", lm_head=False)
-    (verdict,) = [verdict for verdict in verdicts(export) if verdict.engine == "vllm"]
+    verdict = verdict_of(export, "vllm")
     assert (verdict.outcome, verdict.reason) == ("no", "it does not read mlx")
     (problem,) = target_problems(export, "vllm")
     assert problem.message == "vllm does not load format mlx: it does not read mlx"
@@ -106,8 +217,12 @@ def expert(*parts: str, **changed: LayerConfig | None) -> dict[str, str]:
 
 def test_engines_read_experts_if_they_know_the_names() -> None:
     plain, renamed = expert(*PARTS), expert("w1", "w2")
-    assert (plain["vllm"], plain["gptqmodel"], plain["auto-round"]) == ("yes", "yes", "yes")
-    assert (renamed["vllm"], renamed["gptqmodel"], renamed["auto-round"]) == ("yes", "no", "wrong")
+    assert (plain["vllm"], plain["gptqmodel"], plain["auto-round"]) == ("limited", "yes", "yes")
+    assert (renamed["vllm"], renamed["gptqmodel"], renamed["auto-round"]) == (
+        "limited",
+        "no",
+        "wrong",
+    )
 
 
 def test_transformers_misreads_experts() -> None:
@@ -137,8 +252,8 @@ def test_engines_that_fuse_refuse_groups_stored_in_two_ways() -> None:
         assert (engines["vllm"], engines["sglang"]) == ("no", "no")
     all_kept = judged(q_proj=None, k_proj=None, v_proj=None)
     all_eight = judged(q_proj=eight, k_proj=eight, o_proj=four)
-    for engines in (all_kept, all_eight):
-        assert (engines["vllm"], engines["sglang"]) in (("yes", "yes"), ("limited", "limited"))
+    assert (all_kept["vllm"], all_kept["sglang"]) == ("yes", "yes")
+    assert (all_eight["vllm"], all_eight["sglang"]) == ("limited", "yes")  # not on CPUs
     assert judged(q_proj=four, k_proj=None)["gptqmodel"] == "yes"
 
 
@@ -153,16 +268,45 @@ def test_fewer_engines_read_conv1d_models() -> None:
 @pytest.mark.parametrize(
     ("settings", "outcome"),
     [
-        ({}, "limited"),
-        ({"desc_act": True}, "wrong"),
-        ({"bits": 8}, "no"),
-        ({"bits": 8, "group_size": -1}, "limited"),
+        ({}, ["limited", "limited"]),
+        ({"desc_act": True}, ["no", "wrong"]),
+        ({"bits": 8}, ["limited", "limited"]),
     ],
 )
-def test_vllm_reads_narrow_experts_with_limits(settings: dict[str, Any], outcome: str) -> None:
-    layers = {"layers.0.experts.1.down_proj": LayerConfig(**settings)}
-    export = export_of(layers, "gptq", lm_head=False, narrow_experts=True)
-    assert by_engine(export)["vllm"] == outcome
+def test_vllm_reads_narrow_experts_with_limits(
+    settings: dict[str, Any], outcome: list[str]
+) -> None:
+    shapes = {"layers.0.experts.1.down_proj": (96, 64)}
+    layers = {name: LayerConfig(**settings) for name in shapes}
+    narrow = export_of(layers, "gptq", lm_head=False, shapes=shapes)
+    wide = export_of(layers, "gptq", lm_head=False, shapes=dict.fromkeys(shapes, (256, 64)))
+    assert [verdict_of(narrow, target).outcome for target in ("vllm", "vllm@0.29")] == outcome
+    assert "slower kernel" not in verdict_of(wide, "vllm").reason
+
+
+def test_experts_are_a_limit_of_vllm_on_cpus_only() -> None:
+    export = export_of({"layers.0.experts.1.up_proj": LayerConfig()}, "gptq", lm_head=False)
+    assert verdict_of(export, "vllm").reason.startswith("not on cpu: its kernel for experts")
+    assert verdict_of(export, "vllm/cuda").outcome == "yes"
+    assert verdict_of(export, "vllm/cpu").outcome == "no"
+
+
+def test_sglang_refuses_layers_whose_experts_are_kept() -> None:
+    kept = expert(*PARTS, **dict.fromkeys(PARTS))
+    assert (kept["sglang"], kept["gptqmodel"], kept["llama.cpp"]) == ("no", "yes", "yes")
+
+
+def test_widths_decide_on_cpus_after_layers_are_fused() -> None:
+    def on_cpu(**widths: int) -> str:
+        shapes = {f"layers.0.{leaf}": (width, 64) for leaf, width in widths.items()}
+        layers = dict.fromkeys(shapes, LayerConfig())
+        return verdict_of(
+            export_of(layers, "gptq", lm_head=False, shapes=shapes), "vllm/cpu"
+        ).outcome
+
+    assert on_cpu(q_proj=64, k_proj=16, v_proj=16) == "yes"
+    assert on_cpu(q_proj=64, k_proj=16, v_proj=32) == "no"
+    assert on_cpu(o_proj=48) == "no"
 
 
 def test_sglang_refuses_asymmetric_experts() -> None:
@@ -180,8 +324,10 @@ def test_target_problems_name_every_reason_and_a_remedy() -> None:
     problems = target_problems(export_of(layers, "gptq_v2", lm_head=False), "vllm")
     assert [problem.code for problem in problems] == ["E_TARGET"] * 3
     assert [problem.message for problem in problems] == [
-        "vllm does not load 3 bits: it serves 4 and 8 bits only",
-        "vllm does not load asymmetric grids: it serves symmetric checkpoints only",
+        "vllm does not load 3 bits: it serves 4 and 8 bits; its option --quantization humming "
+        "serves others on GPUs, without kept layers",
+        "vllm does not load asymmetric grids: it serves symmetric checkpoints; its option "
+        "--quantization humming serves format gptq_v2 on GPUs, without kept layers",
         "vllm does not load group_size 16, 128: group_size must be -1, 32, 64 or 128",
     ]
     assert problems[0].hint == "what would load: --bits 4 or 8; as it is, it loads in gptqmodel"

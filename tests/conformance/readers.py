@@ -1,9 +1,9 @@
 """The rules by which engines read a GPTQ checkpoint, written again from their sources in numpy.
 
 Each reader returns the weights [O, I] with which the engine would compute, by module or by the
-fused module that the engine makes of several, or raises `Refused`. Sources, read in mid 2026: vLLM
-`auto_gptq.py`, `gptq_utils.py`, `parameter.py`; SGLang `layers/quantization/gptq`; llama.cpp
-`conversion/base.py`; exllamav2 `config.py`, `linear.py`.
+fused module that the engine makes of several, or raises `Refused`. Sources, read in November 2026:
+vLLM 0.33.0 `auto_gptq.py`, `gptq_utils.py`, `parameter.py`; SGLang 0.5.23
+`layers/quantization/gptq`; llama.cpp `conversion/base.py`; exllamav2 `config.py`, `linear.py`.
 """
 
 from __future__ import annotations
@@ -92,6 +92,9 @@ def vllm(directory: Path) -> Weights:
     checkpoint = Directory(directory)
     bits, group_size, desc_act, sym = checkpoint.need("bits", "group_size", "desc_act", "sym")
     base = {"bits": bits, "group_size": group_size, "desc_act": desc_act, "sym": sym}
+    _refuse_desc_act(base)
+    for values in (checkpoint.quantization.get("dynamic") or {}).values():
+        _refuse_desc_act(base | values)
     result: Weights = {}
     for prefix, shards in fused_modules([*checkpoint.linears(), "lm_head"]):
         if not _vllm_quantizes(checkpoint, prefix, shards):
@@ -101,9 +104,7 @@ def vllm(directory: Path) -> Weights:
         packed = [checkpoint.part(shard, "qweight") for shard in shards]
         codes = np.concatenate([fields(qweight, settings["bits"]) for qweight in packed], 1)
         scales = np.concatenate([checkpoint.part(shard, "scales") for shard in shards], 1)
-        # A plain parameter: each shard overwrites it, so that of the last one stays.
-        g_idx = [checkpoint.part(shard, "g_idx") for shard in shards][-1]
-        order = _order(g_idx, settings, len(codes))
+        order = _in_turn(settings, len(codes))  # the loader drops g_idx
         result[prefix] = weights_of(codes, scales, 2 ** (settings["bits"] - 1), order)
     return result
 
@@ -148,9 +149,8 @@ def sglang(directory: Path) -> Weights:
     checkpoint = Directory(directory)
     bits, group_size, desc_act, sym = checkpoint.need("bits", "group_size", "desc_act", "sym")
     base = {"bits": bits, "group_size": group_size, "desc_act": desc_act, "sym": sym}
-    if bits not in (2, 3, 4, 8) or group_size not in MARLIN_GROUPS:
-        raise Refused("unsupported bits or group_size")
-    marlin = (bits, sym) in ((4, True), (8, True))
+    if (bits, sym) not in ((4, True), (8, True)) or group_size not in MARLIN_GROUPS:
+        raise Refused("The non-Marlin GPTQ CUDA kernel has been removed.")
     result: Weights = {}
     for prefix, shards in fused_modules([*checkpoint.linears(), "lm_head"]):
         if skipped(checkpoint, prefix) or (
@@ -158,21 +158,13 @@ def sglang(directory: Path) -> Weights:
         ):
             continue
         settings = overridden(checkpoint, base, prefix, shards)
-        if marlin:
-            _check_marlin(settings)
+        _check_marlin(settings)
         columns = []
         for shard in shards:
-            qweight, qzeros, scales, g_idx = (
-                checkpoint.part(shard, part) for part in ("qweight", "qzeros", "scales", "g_idx")
-            )
-            codes = fields(qweight, settings["bits"])
-            # The plain kernel does not get the version of the format, so it assumes v1.
-            zeros = (
-                2 ** (settings["bits"] - 1)
-                if marlin
-                else fields(qzeros.T.copy(), settings["bits"]).T + 1
-            )
-            last = checkpoint.part(shards[-1], "g_idx") if desc_act else g_idx
+            codes = fields(checkpoint.part(shard, "qweight"), settings["bits"])
+            scales, zeros = checkpoint.part(shard, "scales"), 2 ** (settings["bits"] - 1)
+            # A plain parameter: each shard overwrites it, so that of the last one stays.
+            last = checkpoint.part(shards[-1], "g_idx")
             columns.append(weights_of(codes, scales, zeros, _order(last, settings, len(codes))))
         result[prefix] = np.concatenate(columns)
     return result
@@ -275,7 +267,17 @@ def _check_marlin(settings: dict[str, Any]) -> None:
         raise Refused(f"group_size {settings['group_size']} is not supported")
 
 
+def _refuse_desc_act(settings: dict[str, Any]) -> None:
+    if settings["desc_act"] and settings["group_size"] != -1:
+        raise Refused("GPTQ group activation ordering (desc_act=True) is no longer supported.")
+
+
 def _order(g_idx: np.ndarray, settings: dict[str, Any], in_features: int) -> np.ndarray:
+    if settings["desc_act"] and settings["group_size"] != -1:
+        return g_idx
+    return _in_turn(settings, in_features)
+
+
+def _in_turn(settings: dict[str, Any], in_features: int) -> np.ndarray:
     group_size = in_features if settings["group_size"] == -1 else settings["group_size"]
-    by_order = settings["desc_act"] and settings["group_size"] != -1
-    return g_idx if by_order else np.arange(in_features) // group_size
+    return np.arange(in_features) // group_size
