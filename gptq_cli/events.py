@@ -162,6 +162,14 @@ class WorkKept:
     failed: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class EngineSaid:
+    """A line that a serving engine wrote before it failed."""
+
+    engine: str
+    line: str
+
+
 Event = (
     PhaseStarted
     | RunPlanned
@@ -173,6 +181,7 @@ Event = (
     | Warned
     | Resumed
     | WorkKept
+    | EngineSaid
 )
 Report = Callable[[Event], None]
 

@@ -44,6 +44,7 @@ COMMANDS = {
     "dequantize": "Turn a GPTQ checkpoint back into plain weights.",
     "verify": "Check that a GPTQ checkpoint is complete and means the same to every engine.",
     "eval-ppl": "Measure the perplexity of a checkpoint, quantized or not.",
+    "check-engine": "Check that an engine computes with a checkpoint what it should.",
     "generate": "Write text with a checkpoint, quantized or not.",
     "report": "Write an HTML report about a run: errors, time, memory, the command.",
     "push": "Upload a checkpoint with a model card to the Hub.",

@@ -15,6 +15,7 @@ from gptq_cli.errors import clock, size, without_secrets
 from gptq_cli.events import (
     BlockFinished,
     BlockStarted,
+    EngineSaid,
     Event,
     LayerReport,
     LayerSolved,
@@ -75,6 +76,9 @@ class Progress:
                 return
             case Resumed() | WorkKept():
                 self._console.advise(_about_work(event))
+                return
+            case EngineSaid():
+                self._console.advise(f"{event.engine}: {event.line}")
                 return
             case LayerSolved():
                 self._console.detail(_detail(event.report))

@@ -331,7 +331,7 @@ def _choices(field: str, model: type[BaseModel]) -> Sequence[str]:
     return [word for word in words if isinstance(word, str)]
 
 
-def seconds(duration: str | None) -> float | None:
+def seconds(duration: str | None, option: str = "--max-runtime") -> float | None:
     """Return the seconds of "3h30m", "90m" or "45s"; ConfigError E_CFG_RANGE for anything else."""
     if duration is None:
         return None
@@ -343,7 +343,7 @@ def seconds(duration: str | None) -> float | None:
     if not total:
         raise ConfigError(
             "E_CFG_RANGE",
-            f"--max-runtime must be a time such as 3h30m, 90m or 45s, got {duration!r}",
+            f"{option} must be a time such as 3h30m, 90m or 45s, got {duration!r}",
             hint="write hours with h, minutes with m, seconds with s",
         )
     return total

@@ -19,30 +19,26 @@ from torch.nn import functional
 
 from gptq_cli.calibration.chats import ChatTemplate
 from gptq_cli.calibration.corpus import DatasetSource, Documents, load_documents
-from gptq_cli.calibration.windows import Windows, check_token_ids, evaluation_windows, load_encoder
+from gptq_cli.calibration.windows import Windows, evaluation_windows, load_encoder
 from gptq_cli.checkpoint.locate import locate_model
 from gptq_cli.checkpoint.quantization_config import recorded_settings
 from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.checkpoint.verify import open_decodable
 from gptq_cli.errors import InputError
+from gptq_cli.evaluation.forward import POSITIONS, Forward, distance, run_blocks
 from gptq_cli.evaluation.request import EvalRequest
-from gptq_cli.events import BlockStarted, PhaseStarted, Report, Warned, ignore
+from gptq_cli.events import PhaseStarted, Report, ignore
 from gptq_cli.json_values import to_json
-from gptq_cli.models.stream import ModelStream
-from gptq_cli.planning.run_plan import about_unused, bounded_seqlen
+from gptq_cli.planning.run_plan import bounded_seqlen
 from gptq_cli.quantization.run_state import Record
-from gptq_cli.runtime.memory import Memory, block_finished, device_errors
+from gptq_cli.runtime.memory import device_errors
 from gptq_cli.runtime.open_model import (
-    HiddenStates,
-    open_stream,
     resolve_backend,
     resolve_device,
     warn_of,
 )
 
 DEFAULT_SEQLEN = 2048
-
-POSITIONS = 256  # converted to float32 at a time: a vocabulary of 256k makes that 256 MB
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +108,17 @@ def evaluate_perplexity(model: str, request: EvalRequest, report: Report = ignor
         windows, documents = _windows(checkpoints[0], request, record)
         batches = list(windows.ids.split(request.batch_size))
         for checkpoint in checkpoints:
-            runs.append(_run(checkpoint, batches, request, device, backend, record))
+            runs.append(
+                run_blocks(
+                    checkpoint,
+                    batches,
+                    record,
+                    device=device,
+                    dtype=request.dtype,
+                    trust_remote_code=request.trust_remote_code,
+                    backend=backend,
+                )
+            )
         perplexities, divergence = _compare(runs, batches)
     result = EvalResult(
         model=model,
@@ -161,14 +167,6 @@ def _per_window(
     return tuple(results)
 
 
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """A model after its last block."""
-
-    stream: ModelStream
-    hidden: HiddenStates
-
-
 def _recorded_backend(checkpoint: Checkpoint) -> str | None:
     """Return the `backend` in the configuration beside a checkpoint, None without one."""
     backend = recorded_settings(checkpoint.directory).get("backend")
@@ -200,39 +198,9 @@ def _windows(
     return windows, documents
 
 
-def _run(
-    checkpoint: Checkpoint,
-    batches: list[Tensor],
-    request: EvalRequest,
-    device: torch.device,
-    backend: str,
-    report: Report,
-) -> _Run:
-    report(PhaseStarted("evaluation", str(checkpoint.directory)))
-    stream = open_stream(
-        checkpoint,
-        device=device,
-        dtype=request.dtype,
-        trust_remote_code=request.trust_remote_code,
-        backend=backend,
-        host=Memory(torch.device("cpu")),
-    )
-    for code, text in about_unused(stream.unused):
-        report(Warned(code, text))
-    for ids in batches:
-        check_token_ids(ids, stream.vocabulary_rows)
-    hidden = HiddenStates(stream.embed(batches), Memory(device))
-    for index in range(stream.n_blocks):
-        started = time.perf_counter()
-        report(BlockStarted(index, stream.n_blocks, stream.block_name(index)))
-        with stream.block(index) as block:
-            for batch in range(len(hidden)):
-                hidden[batch] = block.run(batch, hidden[batch])
-        report(block_finished(index, stream, started))
-    return _Run(stream, hidden)
-
-
-def _compare(runs: list[_Run], batches: list[Tensor]) -> tuple[list[Perplexity], Divergence | None]:
+def _compare(
+    runs: list[Forward], batches: list[Tensor]
+) -> tuple[list[Perplexity], Divergence | None]:
     """Return the perplexity of each run, and the divergence of the first from a second one."""
     perplexities = [Perplexity() for _ in runs]
     divergence = Divergence() if len(runs) == 2 else None
@@ -304,13 +272,7 @@ class Divergence:
 
     def add(self, baseline: Tensor, logits: Tensor) -> None:
         """Add a window: the logits [seqlen, V] of both models."""
-        total, same = 0.0, 0
-        for wanted, got in zip(
-            baseline[:-1].split(POSITIONS), logits[:-1].split(POSITIONS), strict=True
-        ):
-            log_p, log_q = wanted.float().log_softmax(-1), got.float().log_softmax(-1)
-            total += float((log_p.exp() * (log_p - log_q)).sum())
-            same += int((wanted.argmax(-1) == got.argmax(-1)).sum())
+        total, same = distance(baseline[:-1], logits[:-1])
         self.sums.append(total)
         self.agreements.append(same)
         self.positions.append(len(logits) - 1)

@@ -9,7 +9,9 @@ from typing import Any
 
 from gptq_cli.config.fields import refusal
 from gptq_cli.config.schema import FIELDS, field_findings
-from gptq_cli.errors import ConfigError
+from gptq_cli.errors import ConfigError, one_of, shown, suggestion
+
+CHECKED_ENGINES = ("vllm", "llama.cpp", "mlx", "transformers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,40 @@ class GenerateRequest:
             if getattr(self, name) is not None and self.temperature == 0:
                 message = f"{name} has no effect without a temperature above 0"
                 raise ConfigError("E_CFG_CONFLICT", message, hint="set temperature to 0.7, or so")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """An engine to check; the fields are the options of `gptq check-engine`.
+
+    `python` None means the Python of this program, `prompts` None a few sentences. `converter` is
+    that of llama.cpp. `timeout` is in seconds. Raises ConfigError if a value is not accepted.
+    """
+
+    engine: str
+    python: str | None = None
+    converter: str | None = None
+    prompts: str | None = None
+    timeout: float = 900.0
+    device: str = "auto"
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        _check_fields(asdict(self))
+        if self.engine not in CHECKED_ENGINES:
+            message = f"engine must be {one_of(CHECKED_ENGINES)}, got {shown(self.engine)}"
+            hint = suggestion(self.engine, CHECKED_ENGINES)
+            raise ConfigError("E_CFG_RANGE", message, hint=hint)
+        if self.engine == "llama.cpp" and self.converter is None:
+            raise ConfigError(
+                "E_CFG_MISSING",
+                "llama.cpp needs its converter to read a checkpoint",
+                hint="give llama.cpp's convert_hf_to_gguf.py with --converter FILE",
+            )
+        if self.engine != "llama.cpp" and self.converter is not None:
+            message = f"a converter has no effect on {self.engine}"
+            raise ConfigError("E_CFG_CONFLICT", message, hint="omit --converter")
 
 
 def _check_fields(values: Mapping[str, Any]) -> None:

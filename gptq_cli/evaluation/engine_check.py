@@ -1,0 +1,355 @@
+"""`gptq check-engine`: does an engine compute with a checkpoint what this reader computes?
+
+The engine runs in a process of its own Python. It and this reader get the same token ids, so the
+tokenizer of the engine has no part in the result. This reader computes in float32.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gptq_cli.calibration.windows import Encoder, load_encoder
+from gptq_cli.checkpoint.locate import locate_model
+from gptq_cli.checkpoint.source import Checkpoint
+from gptq_cli.checkpoint.verify import open_decodable
+from gptq_cli.errors import GateError, InputError, ResourceError, clock
+from gptq_cli.evaluation import engine_driver
+from gptq_cli.evaluation.forward import distance, run_blocks
+from gptq_cli.evaluation.request import EngineRequest
+from gptq_cli.events import EngineSaid, PhaseStarted, Report, ignore
+from gptq_cli.files import file_errors, is_file
+from gptq_cli.json_values import to_json
+from gptq_cli.planning.run_plan import positions
+from gptq_cli.runtime.memory import device_errors
+from gptq_cli.runtime.open_model import resolve_device, warn_of
+from gptq_cli.shell import shell_word
+
+PROMPTS = (
+    "The capital of France is Paris, and the capital of Italy is Rome.",
+    "She opened the old door, looked into the dark room and called his name.",
+    "def add(a, b):\n    return a + b\n\nprint(add(2, 3))",
+    "In 1969 two people walked on the Moon for the first time; 12 have done so since.",
+)
+PREFIXES = 8  # of each prompt, after which the next token is compared
+LONGEST = 128  # tokens of a prompt
+LAST_LINES = 12  # of an engine that failed
+INSTALL = {
+    "vllm": "pip install vllm",
+    "llama.cpp": "pip install xllamacpp",
+    "mlx": "pip install mlx-lm",
+    "transformers": "pip install transformers optimum gptqmodel",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PromptResult:
+    """The distance of an engine from this reader after `positions` prefixes of one prompt.
+
+    `kl` is the mean KL(reader || engine) in nats.
+    """
+
+    prompt: str
+    tokens: int
+    positions: int
+    kl: float
+    top1_agreement: float
+
+
+@dataclass(frozen=True, slots=True)
+class EngineResult:
+    """The distance of an engine from this reader.
+
+    `kl` and `top1_agreement` are means over all prefixes. `versions` are those of the packages of
+    the engine.
+    """
+
+    model: str
+    engine: str
+    python: str
+    versions: dict[str, str]
+    positions: int
+    kl: float
+    top1_agreement: float
+    seconds: float
+    prompts: tuple[PromptResult, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the result as plain JSON values."""
+        values: dict[str, Any] = to_json(self)
+        return values
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    text: str
+    ids: list[int]
+    ends: list[int]  # lengths of the prefixes
+
+    @property
+    def prefixes(self) -> list[list[int]]:
+        return [self.ids[:end] for end in self.ends]
+
+
+def check_engine(model: str, request: EngineRequest, report: Report = ignore) -> EngineResult:
+    """Return the distance of an engine from this reader on MODEL, a directory or a Hub id.
+
+    Raises InputError E_ENGINE_MISSING if the engine is not installed, E_ENGINE_FORMAT if it reads
+    another format; GateError E_ENGINE_FAILED if it fails, and ResourceError E_ENGINE_TIMEOUT if it
+    takes too long.
+    """
+    started = time.perf_counter()
+    device = resolve_device(request.device)
+    checkpoint = open_decodable(locate_model(model, request.revision).directory)
+    _refuse_other_format(checkpoint, request.engine)
+    _refuse_absent_converter(request)
+    warn_of(checkpoint, report)
+    encoder = load_encoder(checkpoint.directory, trust_remote_code=request.trust_remote_code)
+    prompts = _prompts(request, encoder, checkpoint)
+    with torch.inference_mode(), device_errors():
+        wanted = _reference(checkpoint, prompts, request, device, report)
+    prefixes: list[list[int]] = []
+    for prompt in prompts:
+        prefixes += prompt.prefixes
+    with tempfile.TemporaryDirectory(prefix="gptq-") as folder:
+        process = _Engine(request, checkpoint.directory, Path(folder))
+        got, versions = process.run(prefixes, wanted[0].shape[-1], report)
+    results = _compare(prompts, wanted, got)
+    n_positions, total, same = len(prefixes), 0.0, 0.0
+    for result in results:
+        total += result.kl * result.positions
+        same += result.top1_agreement * result.positions
+    return EngineResult(
+        model=model,
+        engine=request.engine,
+        python=request.python or sys.executable,
+        versions=versions,
+        positions=n_positions,
+        kl=total / n_positions,
+        top1_agreement=same / n_positions,
+        seconds=time.perf_counter() - started,
+        prompts=tuple(results),
+    )
+
+
+def _refuse_other_format(checkpoint: Checkpoint, engine: str) -> None:
+    """Raise InputError E_ENGINE_FORMAT for GPTQ tensors and an engine with a format of its own."""
+    if engine != "mlx" or checkpoint.method != "gptq":
+        return
+    directory = checkpoint.directory
+    output = shell_word(f"{directory.name}-mlx")
+    raise InputError(
+        "E_ENGINE_FORMAT",
+        f"mlx does not read GPTQ checkpoints such as `{directory}`, but a format of its own",
+        hint=f"convert it first: gptq convert {shell_word(str(directory))} --to mlx -o {output}",
+    )
+
+
+def _refuse_absent_converter(request: EngineRequest) -> None:
+    """Raise InputError E_ENGINE_MISSING if the converter of the request is no file."""
+    if request.converter is not None and not is_file(request.converter):
+        raise InputError(
+            "E_ENGINE_MISSING",
+            f"{request.engine} cannot be used: there is no file `{request.converter}`",
+            hint="give the path of convert_hf_to_gguf.py, which is in llama.cpp's sources",
+        )
+
+
+# ---------------------------------------------------------------- prompts
+
+
+def _prompts(request: EngineRequest, encoder: Encoder, checkpoint: Checkpoint) -> list[_Prompt]:
+    texts: Sequence[str] = PROMPTS
+    if request.prompts is not None:
+        texts = _lines(Path(request.prompts))
+    limit = LONGEST
+    declared = positions(checkpoint)
+    if declared is not None:
+        limit = min(limit, declared - 1)
+    found = []
+    for text in texts:
+        ids = encoder(text, True)[:limit]
+        if ids:
+            found.append(_Prompt(text, ids, _ends(len(ids))))
+    if not found:
+        raise InputError("E_DATA_EMPTY", "no prompt holds a token", hint="give other prompts")
+    return found
+
+
+def _lines(file: Path) -> list[str]:
+    """Return the lines of a file that hold text; InputError if there are none."""
+    with file_errors(file, writing=False):
+        content = file.read_bytes()
+    try:
+        lines = content.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        message = f"`{file}` is not UTF-8: {error.reason} at offset {error.start}"
+        raise InputError("E_DATA_ENCODING", message, hint="save it as UTF-8") from error
+    texts = [line for line in lines if line.strip()]
+    if not texts:
+        hint = "write one prompt on each line"
+        raise InputError("E_DATA_EMPTY", f"`{file}` holds no prompt", hint=hint)
+    return texts
+
+
+def _ends(n_tokens: int) -> list[int]:
+    """Return the lengths of up to PREFIXES prefixes of a prompt, the whole prompt among them."""
+    ends = {math.ceil(n_tokens * part / PREFIXES) for part in range(1, PREFIXES + 1)}
+    return sorted(ends)
+
+
+def _reference(
+    checkpoint: Checkpoint,
+    prompts: list[_Prompt],
+    request: EngineRequest,
+    device: torch.device,
+    report: Report,
+) -> list[Tensor]:
+    """Return the logits [prefixes, V] of each prompt, by this reader in float32."""
+    batches = [torch.tensor([prompt.ids]) for prompt in prompts]
+    run = run_blocks(
+        checkpoint,
+        batches,
+        report,
+        device=device,
+        dtype="float32",
+        trust_remote_code=request.trust_remote_code,
+    )
+    rows = []
+    with run.stream.head() as head:
+        for batch, prompt in enumerate(prompts):
+            logits = head(batches[batch], run.hidden[batch])[0]
+            rows.append(logits[torch.tensor(prompt.ends) - 1].cpu())
+    return rows
+
+
+def _compare(prompts: list[_Prompt], wanted: list[Tensor], got: Tensor) -> list[PromptResult]:
+    results = []
+    parts = got.split([len(prompt.ends) for prompt in prompts])
+    for prompt, rows, others in zip(prompts, wanted, parts, strict=True):
+        total, same = distance(rows, others)
+        n = len(prompt.ends)
+        results.append(PromptResult(prompt.text, len(prompt.ids), n, total / n, same / n))
+    return results
+
+
+# ---------------------------------------------------------------- the process of the engine
+
+
+class _Engine:
+    """The process of an engine that computes the rows of a job; its files are in `folder`."""
+
+    def __init__(self, request: EngineRequest, checkpoint: Path, folder: Path) -> None:
+        self._request, self._checkpoint, self._folder = request, checkpoint, folder
+        self._rows, self._answer = folder / "rows.npy", folder / "answer.json"
+        self._log = folder / "log"
+
+    def run(
+        self, prefixes: list[list[int]], vocabulary: int, report: Report
+    ) -> tuple[Tensor, dict[str, str]]:
+        """Return the log-probabilities [prefixes, vocabulary] and the versions of the engine."""
+        python = self._request.python or sys.executable
+        report(PhaseStarted("engine", f"{self._request.engine} with {python}"))
+        job = self._folder / "job.json"
+        job.write_text(json.dumps(self._job(prefixes, vocabulary)), encoding="utf-8")
+        code = self._wait([python, engine_driver.__file__, str(job)], report)
+        if not self._answer.exists():
+            raise self._failed(f"its process ended with {_ending(code)}", report)
+        answer = json.loads(self._answer.read_text(encoding="utf-8"))
+        if "missing" in answer:
+            raise self._missing(answer["missing"])
+        if "failed" in answer:
+            raise self._failed(answer["failed"], report)
+        return torch.from_numpy(np.load(self._rows)), answer["versions"]
+
+    def _job(self, prefixes: list[list[int]], vocabulary: int) -> dict[str, Any]:
+        return {
+            "engine": self._request.engine,
+            "checkpoint": str(self._checkpoint.absolute()),
+            "converter": self._request.converter,
+            "trust_remote_code": self._request.trust_remote_code,
+            "prefixes": prefixes,
+            "vocabulary": vocabulary,
+            "rows": str(self._rows),
+            "answer": str(self._answer),
+        }
+
+    def _wait(self, command: list[str], report: Report) -> int:
+        """Return the exit code of the process; end it and its children if it takes too long."""
+        # Engines leave files in TMPDIR, and ask the Hub about models that are here.
+        variables = {"TMPDIR": str(self._folder), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+        with self._log.open("wb") as log:
+            try:
+                process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=os.environ | variables,
+                    start_new_session=True,
+                )
+            except OSError as error:
+                raise self._missing(f"cannot run `{command[0]}`: {error.strerror}") from error
+        try:
+            return process.wait(self._request.timeout)
+        except subprocess.TimeoutExpired:
+            self._report_last_lines(report)
+            raise ResourceError(
+                "E_ENGINE_TIMEOUT",
+                f"{self._request.engine} gave no result within {clock(self._request.timeout)}",
+                hint="allow more with --timeout, or give fewer prompts with --prompts",
+            ) from None
+        finally:
+            _end_group(process)
+
+    def _missing(self, reason: str) -> InputError:
+        engine = self._request.engine
+        return InputError(
+            "E_ENGINE_MISSING",
+            f"{engine} cannot be used: {reason}",
+            hint=f"install it into an environment of its own ({INSTALL[engine]}), and name the "
+            "Python of that environment with --python",
+        )
+
+    def _failed(self, reason: str, report: Report) -> GateError:
+        self._report_last_lines(report)
+        first = reason.strip().partition("\n")[0]
+        return GateError(
+            "E_ENGINE_FAILED",
+            f"{self._request.engine} could not run `{self._checkpoint}`: {first}",
+            hint="gptq inspect shows which engines load the checkpoint, and why others do not",
+        )
+
+    def _report_last_lines(self, report: Report) -> None:
+        text = self._log.read_bytes().decode(errors="replace")
+        lines = [line for line in text.splitlines() if line.strip()]
+        for line in lines[-LAST_LINES:]:
+            report(EngineSaid(self._request.engine, line))
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """End the process with all processes that it has started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _ending(code: int) -> str:
+    if code < 0:
+        return signal.Signals(-code).name
+    return f"exit code {code}"

@@ -1,0 +1,277 @@
+"""The distance of an engine from our reader, and what becomes of an engine that fails.
+
+A fake engine is a script in place of the Python of an engine: it gets the driver and the job.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gptq_cli.errors import ConfigError, GateError, InputError, ResourceError
+from gptq_cli.evaluation.engine_check import PREFIXES, EngineResult, check_engine
+from gptq_cli.evaluation.request import EngineRequest
+from gptq_cli.events import BlockFinished, EngineSaid, Event, PhaseStarted
+from gptq_cli.inspection.convert import dequantize_checkpoint
+from tests.families import save_model
+from tests.runs import quantize
+
+PROMPTS = ["the quick brown fox", "0 1 2", "", "jumps over the lazy dog and then some"]
+FAKE = """#!{python}
+import json, os, shutil, signal, sys, time
+job = json.load(open(sys.argv[2]))
+def answer(**values):
+    json.dump({{"versions": {{"fake": "1.2"}}, **values}}, open(job["answer"], "w"))
+{body}
+"""
+Fake = Callable[[str], str]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Quantize a tiny model to 3 bits; beside it are the plain weights that it stands for."""
+    folder = tmp_path_factory.mktemp("engine")
+    model = save_model(folder / "model", num_hidden_layers=2)
+    output, _ = quantize(folder, model, bits=3, nsamples=4)
+    dequantize_checkpoint(str(output), folder / "plain", "float32")
+    output.rename(folder / "out")
+    return folder / "out"
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> Fake:
+    """Return a function that writes an engine with the given body of Python."""
+
+    def write(body: str) -> str:
+        script = tmp_path / "engine"
+        script.write_text(FAKE.format(python=sys.executable, body=body))
+        script.chmod(0o755)
+        return str(script)
+
+    return write
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> str:
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(PROMPTS), encoding="utf-8")
+    return str(file)
+
+
+def checked(model: Path, events: list[Event] | None = None, **options: object) -> EngineResult:
+    request = EngineRequest(**({"engine": "vllm", "device": "cpu"} | options))  # type: ignore[arg-type]
+    report = (events if events is not None else []).append
+    return check_engine(str(model), request, report)
+
+
+def rows_of(model: Path, file: Path) -> list[np.ndarray]:
+    """Save the log-probabilities after each prefix of the prompts by single forwards."""
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    rows = []
+    for prompt in filter(None, PROMPTS):
+        ids = tokenizer(prompt)["input_ids"]
+        for end in sorted({-(-len(ids) * part // PREFIXES) for part in range(1, PREFIXES + 1)}):
+            with torch.no_grad():
+                logits = whole(input_ids=torch.tensor([ids[:end]])).logits[0, -1]
+            rows.append(logits.log_softmax(-1).numpy())
+    np.save(file, np.stack(rows))
+    return rows
+
+
+COPY = "shutil.copy({file!r}, job['rows']); answer()"
+
+
+def test_an_engine_with_the_decoded_weights_agrees(
+    checkpoint: Path, fake: Fake, prompts: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "true.npy"
+    rows = rows_of(checkpoint.with_name("plain"), file)
+    events: list[Event] = []
+    engine = fake(COPY.format(file=str(file)))
+    result = checked(checkpoint, events, python=engine, prompts=prompts)
+    assert 0 <= result.kl < 1e-6
+    assert (result.top1_agreement, result.positions) == (1.0, len(rows))
+    assert [found.prompt for found in result.prompts] == [text for text in PROMPTS if text]
+    assert [found.positions for found in result.prompts] == [8, 5, 8]
+    assert (result.versions, result.python) == ({"fake": "1.2"}, engine)
+    assert PhaseStarted("engine", f"vllm with {engine}") in events
+    assert sum(isinstance(event, BlockFinished) for event in events) == 2
+
+
+def test_an_engine_with_other_weights_has_their_distance(
+    checkpoint: Path, fake: Fake, prompts: str, tmp_path: Path
+) -> None:
+    true = np.stack(rows_of(checkpoint.with_name("plain"), tmp_path / "true.npy")).astype(float)
+    lies = np.stack(rows_of(checkpoint.with_name("model"), tmp_path / "lies.npy")).astype(float)
+    engine = fake(COPY.format(file=str(tmp_path / "lies.npy")))
+    result = checked(checkpoint, python=engine, prompts=prompts)
+    kl = (np.exp(true) * (true - lies)).sum(-1)
+    assert result.kl == pytest.approx(kl.mean(), rel=1e-4)
+    assert result.kl > 1e-3
+    assert result.prompts[1].kl == pytest.approx(kl[8:13].mean(), rel=1e-4)
+    same = true.argmax(-1) == lies.argmax(-1)
+    assert result.top1_agreement == pytest.approx(same.mean())
+
+
+def test_a_job_names_all_that_an_engine_needs(
+    checkpoint: Path, fake: Fake, prompts: str, tmp_path: Path
+) -> None:
+    copy = str(tmp_path / "job.json")
+    engine = fake(
+        f"shutil.copy(sys.argv[2], {copy!r}); answer(failed=os.environ['TMPDIR'] + sys.argv[1])"
+    )
+    with pytest.raises(GateError, match=r"engine_driver\.py"):
+        checked(checkpoint, python=engine, prompts=prompts, trust_remote_code=True)
+    job = json.loads(Path(copy).read_text())
+    rows = job.pop("rows"), job.pop("answer")
+    assert not Path(rows[0]).parent.exists()
+    lengths = [len(prefix) for prefix in job.pop("prefixes")]
+    assert lengths[:8] == [3, 5, 8, 10, 12, 15, 17, 19]
+    assert job == {
+        "engine": "vllm",
+        "checkpoint": str(checkpoint),
+        "converter": None,
+        "trust_remote_code": True,
+        "vocabulary": 512,
+    }
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("print('first'); print('a kernel is missing'); sys.exit(3)", "ended with exit code 3"),
+        ("print('a kernel is missing', flush=True); os.kill(0, signal.SIGSEGV)", "SIGSEGV"),
+        ("print('a kernel is missing'); answer(failed='KeyError: x\\nmore')", "KeyError: x"),
+    ],
+)
+def test_an_engine_that_fails_shows_its_last_lines(
+    body: str, message: str, checkpoint: Path, fake: Fake, prompts: str
+) -> None:
+    events: list[Event] = []
+    with pytest.raises(GateError) as failed:
+        checked(checkpoint, events, python=fake(body), prompts=prompts)
+    assert (failed.value.code, failed.value.exit_code) == ("E_ENGINE_FAILED", 4)
+    assert str(failed.value).startswith(f"vllm could not run `{checkpoint}`: ")
+    assert str(failed.value).endswith(message)
+    assert failed.value.hint == (
+        "gptq inspect shows which engines load the checkpoint, and why others do not"
+    )
+    assert events[-1] == EngineSaid("vllm", "a kernel is missing")
+
+
+def test_an_engine_that_hangs_is_ended_with_its_children(
+    checkpoint: Path, fake: Fake, prompts: str, tmp_path: Path
+) -> None:
+    mark = tmp_path / "pids"
+    body = f"child = os.fork(); open({str(mark)!r}, 'a').write(f'{{os.getpid()}} '); signal.pause()"
+    with pytest.raises(ResourceError, match="vllm gave no result within 0:00:01") as late:
+        checked(checkpoint, python=fake(body), prompts=prompts, timeout=0.6)
+    assert (late.value.code, late.value.exit_code) == ("E_ENGINE_TIMEOUT", 5)
+    assert "--timeout" in str(late.value.hint)
+    pids = mark.read_text().split()
+    assert len(pids) == 2
+    for pid in pids:
+        assert not is_running(int(pid))
+
+
+def is_running(pid: int) -> bool:
+    """Return whether a process runs; one that has ended may wait for its parent."""
+    try:
+        os.kill(pid, 0)
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.parametrize("python", ["fake", "/no/such/python"])
+def test_an_engine_that_is_absent_is_named_with_its_remedy(
+    python: str, checkpoint: Path, fake: Fake, prompts: str
+) -> None:
+    reason = f"cannot run `{python}`: No such file or directory"
+    if python == "fake":
+        python, reason = (
+            fake("answer(missing=\"No module named 'vllm'\")"),
+            "No module named 'vllm'",
+        )
+    with pytest.raises(InputError) as refused:
+        checked(checkpoint, python=python, prompts=prompts)
+    assert (refused.value.code, refused.value.exit_code) == ("E_ENGINE_MISSING", 3)
+    assert str(refused.value) == f"vllm cannot be used: {reason}"
+    assert "(pip install vllm)" in str(refused.value.hint)
+    assert "--python" in str(refused.value.hint)
+
+
+def test_mlx_is_told_to_convert_a_gptq_checkpoint(checkpoint: Path) -> None:
+    with pytest.raises(InputError, match="mlx does not read GPTQ checkpoints") as refused:
+        checked(checkpoint, engine="mlx")
+    assert (refused.value.code, refused.value.exit_code) == ("E_ENGINE_FORMAT", 3)
+    assert "gptq convert" in str(refused.value.hint)
+    assert "--to mlx" in str(refused.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("content", "code", "message"),
+    [
+        (b" \n\n", "E_DATA_EMPTY", "holds no prompt"),
+        (b"a\xff", "E_DATA_ENCODING", "is not UTF-8: invalid start byte at offset 1"),
+        (None, "E_FILE", "No such file"),
+    ],
+)
+def test_a_wrong_file_of_prompts_is_refused(
+    content: bytes | None, code: str, message: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "prompts.txt"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(InputError, match=message) as refused:
+        checked(checkpoint, prompts=str(file))
+    assert (refused.value.code, refused.value.exit_code) == (code, 3)
+    assert refused.value.hint
+
+
+@pytest.mark.parametrize(
+    ("values", "code", "message", "hint"),
+    [
+        (
+            {"engine": "vlm"},
+            "E_CFG_RANGE",
+            'engine must be vllm, llama.cpp, mlx or transformers, got "vlm"',
+            "did you mean vllm?",
+        ),
+        (
+            {"engine": "llama.cpp"},
+            "E_CFG_MISSING",
+            "llama.cpp needs its converter to read a checkpoint",
+            "give llama.cpp's convert_hf_to_gguf.py with --converter FILE",
+        ),
+        (
+            {"engine": "vllm", "converter": "x"},
+            "E_CFG_CONFLICT",
+            "a converter has no effect on vllm",
+            "omit --converter",
+        ),
+    ],
+)
+def test_a_wrong_engine_request_is_refused(
+    values: dict[str, str], code: str, message: str, hint: str
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        EngineRequest(**values)
+    assert (refused.value.code, str(refused.value)) == (code, message)
+    assert (refused.value.hint, refused.value.exit_code) == (hint, 2)
+
+
+def test_an_absent_converter_is_refused(checkpoint: Path) -> None:
+    with pytest.raises(InputError, match=r"there is no file `x\.py`") as refused:
+        checked(checkpoint, engine="llama.cpp", converter="x.py")
+    assert refused.value.code == "E_ENGINE_MISSING"
