@@ -6,8 +6,9 @@ A fake engine is a script in place of the Python of an engine: it gets the drive
 from __future__ import annotations
 
 import json
-import os
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -169,28 +170,42 @@ def test_an_engine_that_fails_shows_its_last_lines(
 
 
 def test_an_engine_that_hangs_is_ended_with_its_children(
-    checkpoint: Path, fake: Fake, prompts: str, tmp_path: Path
+    checkpoint: Path, fake: Fake, prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mark = tmp_path / "pids"
     body = f"child = os.fork(); open({str(mark)!r}, 'a').write(f'{{os.getpid()}} '); signal.pause()"
-    with pytest.raises(ResourceError, match="vllm gave no result within 0:00:01") as late:
-        checked(checkpoint, python=fake(body), prompts=prompts, timeout=0.6)
+    wait = subprocess.Popen.wait
+
+    def wait_for_both(process: subprocess.Popen[bytes], timeout: float | None = None) -> int:
+        if timeout is None:
+            return wait(process)
+        eventually(lambda: mark.exists() and len(mark.read_text().split()) == 2)
+        raise subprocess.TimeoutExpired("engine", timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", wait_for_both)
+    with pytest.raises(ResourceError, match="vllm gave no result within 0:01:30") as late:
+        checked(checkpoint, python=fake(body), prompts=prompts, timeout=90)
     assert (late.value.code, late.value.exit_code) == ("E_ENGINE_TIMEOUT", 5)
     assert "--timeout" in str(late.value.hint)
-    pids = mark.read_text().split()
-    assert len(pids) == 2
-    for pid in pids:
-        assert not is_running(int(pid))
+    for pid in mark.read_text().split():
+        eventually(lambda pid=pid: has_ended(int(pid)))  # type: ignore[misc]
 
 
-def is_running(pid: int) -> bool:
-    """Return whether a process runs; one that has ended may wait for its parent."""
+def eventually(condition: Callable[[], bool]) -> None:
+    """Wait until `condition` holds; fail if it never does."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def has_ended(pid: int) -> bool:
+    """Return whether a process has ended, even if it still waits for its parent."""
     try:
-        os.kill(pid, 0)
         status = Path(f"/proc/{pid}/stat").read_text()
     except (ProcessLookupError, FileNotFoundError):
-        return False
-    return status.rpartition(")")[2].split()[0] != "Z"
+        return True
+    return status.rpartition(")")[2].split()[0] == "Z"
 
 
 @pytest.mark.parametrize("python", ["fake", "/no/such/python"])
