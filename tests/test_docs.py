@@ -36,14 +36,14 @@ def options() -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_options_that_a_page_names_exist(page: Path) -> None:
-    named = set(re.findall(r"`(--[a-z][a-z-]+)", page.read_text()))
+    named = set(re.findall(r"`(--[a-z][a-z0-9-]+)", page.read_text()))
     assert named <= options() | {"--help", "--version", "--install-completion"}
 
 
 def test_pages_name_more_than_twenty_options() -> None:
     assert (
         len(
-            set(re.findall(r"`(--[a-z-]+)", "".join(page.read_text() for page in PAGES)))
+            set(re.findall(r"`(--[a-z0-9-]+)", "".join(page.read_text() for page in PAGES)))
             & options()
         )
         > 20

@@ -119,7 +119,8 @@ def test_arguments_have_the_names_of_the_options() -> None:
     assert asked <= option_names("eval-ppl")
     assert (
         option_names("eval-ppl") - asked
-        == {"model", "max_increase", "max_ppl", "as_json", "quiet"} | EVERYWHERE
+        == {"model", "max_increase", "max_kl", "min_top1", "max_ppl", "as_json", "quiet"}
+        | EVERYWHERE
     )
     asked = {field.name for field in dataclasses.fields(GenerateRequest)}
     assert option_names("generate") == asked | {"model", "as_json", "quiet"} | EVERYWHERE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from gptq_cli.cli import options as o
@@ -10,11 +11,12 @@ from gptq_cli.cli.console import Console, joined
 from gptq_cli.cli.progress import Progress
 from gptq_cli.config.fields import Panel
 from gptq_cli.config.resolve import check_flags
-from gptq_cli.errors import ConfigError, GateError, clock
+from gptq_cli.errors import ConfigError, GateError, Problem, clock
 
 if TYPE_CHECKING:
     from gptq_cli.evaluation.perplexity import EvalResult
 
+BETTER = "try more bits, a smaller --group-size, more calibration text, or --preset best"
 MAX_PPL = 10_000.0  # far above the perplexity of any language model whose weights are intact
 
 TEXT = ("dataset_config", "dataset_split", "text_column", "chat_template", "seqlen")
@@ -30,11 +32,29 @@ Baseline = Annotated[
     o.plain("--baseline", help="model to compare with", metavar="MODEL", panel=Panel.GATE),
 ]
 MaxIncrease = Annotated[
-    float | None,
+    str | None,
     o.plain(
         "--max-increase",
-        help="exit 4 if perplexity exceeds the baseline's by more",
+        help="exit 4 if perplexity exceeds the baseline's by more: 0.2, or 2% of it",
+        metavar="X|X%",
+        panel=Panel.GATE,
+    ),
+]
+MaxKl = Annotated[
+    float | None,
+    o.plain(
+        "--max-kl",
+        help="exit 4 if the KL from the baseline is larger",
         metavar="X",
+        panel=Panel.GATE,
+    ),
+]
+MinTop1 = Annotated[
+    str | None,
+    o.plain(
+        "--min-top1",
+        help="exit 4 if the top-1 agreement with the baseline is smaller: 0.95, or 95%",
+        metavar="X|X%",
         panel=Panel.GATE,
     ),
 ]
@@ -56,6 +76,8 @@ def eval_ppl(
     batch_size: BatchSize = 1,
     baseline: Baseline = None,
     max_increase: MaxIncrease = None,
+    max_kl: MaxKl = None,
+    min_top1: MinTop1 = None,
     max_ppl: MaxPpl = MAX_PPL,
     revision: o.Revision = None,
     as_json: o.AsJson = False,
@@ -67,10 +89,10 @@ def eval_ppl(
     wikitext-2-raw-v1 in windows of seqlen tokens that do not overlap; the
     rest at the end is dropped.
 
-    Example: gptq eval-ppl ./out --baseline ./Qwen3-0.6B --max-increase 0.2
+    Example: gptq eval-ppl ./out --baseline ./Qwen3-0.6B --max-increase 2%
     """
     check_flags({**settings, "batch_size": batch_size})
-    _check_gates(baseline, max_increase, max_ppl)
+    limits = _limits(baseline, max_increase, max_kl, min_top1, max_ppl)
     console = Console(as_json, quiet)
     from gptq_cli.api import evaluate_perplexity
     from gptq_cli.evaluation.request import EvalRequest
@@ -86,49 +108,116 @@ def eval_ppl(
     with Progress(console) as progress:
         result = evaluate_perplexity(model, request, on_event=progress)
     output = (result.to_json(), _summary(result), f"{result.perplexity:.6g}")
-    failure = _failed_gate(result, max_increase, max_ppl)
-    if failure:
-        console.refused(*output, failure)
+    failed = _failed_gates(result, limits)
+    if failed:
+        console.refused(*output, GateError.of(failed))
     console.result(*output)
 
 
-def _check_gates(baseline: str | None, max_increase: float | None, max_ppl: float) -> None:
-    """Raise ConfigError for a limit out of range, or for --max-increase without a baseline."""
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The limits of the gates; None stands for no limit. A `relative` increase is a share."""
+
+    max_ppl: float
+    max_increase: float | None = None
+    relative: bool = False
+    max_kl: float | None = None
+    min_top1: float | None = None
+
+
+def _limits(
+    baseline: str | None,
+    max_increase: str | None,
+    max_kl: float | None,
+    min_top1: str | None,
+    max_ppl: float,
+) -> Limits:
+    """Return the limits; ConfigError for one out of range, or that lacks a baseline."""
     if not max_ppl > 0:
         raise ConfigError("E_CFG_RANGE", f"--max-ppl must be a number above 0, got {max_ppl}")
-    if max_increase is None:
+    given = {"--max-increase": max_increase, "--max-kl": max_kl, "--min-top1": min_top1}
+    for flag, value in given.items():
+        if value is not None and baseline is None:
+            message = f"{flag} needs --baseline to compare with"
+            hint = "add --baseline MODEL, most often the model before quantization"
+            raise ConfigError("E_CFG_CONFLICT", message, hint=hint)
+    increase, relative = _number_or_share("--max-increase", max_increase, math.inf)
+    _check_range("--max-kl", max_kl, max_kl, math.inf)
+    top1, _ = _number_or_share("--min-top1", min_top1, 1.0)
+    return Limits(max_ppl, increase, relative, max_kl, top1)
+
+
+def _number_or_share(flag: str, text: str | None, most: float) -> tuple[float | None, bool]:
+    """Return the number that `text` stands for, 0.02 for 2%, and whether it has a percent sign."""
+    if text is None:
+        return None, False
+    is_share = text.endswith("%")
+    try:
+        number = float(text.removesuffix("%"))
+    except ValueError:
+        message = f"{flag} must be a number such as 0.2, or a share such as 2%, got {text!r}"
+        raise ConfigError("E_CFG_RANGE", message) from None
+    if is_share:
+        number /= 100
+    _check_range(flag, number, text, most)
+    return number, is_share
+
+
+def _check_range(flag: str, number: float | None, given: object, most: float) -> None:
+    """Raise ConfigError E_CFG_RANGE for a number below 0, above `most`, or not finite."""
+    if number is None or (0 <= number <= most and math.isfinite(number)):
         return
-    if baseline is None:
-        message = "--max-increase needs --baseline to compare with"
-        hint = "add --baseline MODEL, most often the model before quantization"
-        raise ConfigError("E_CFG_CONFLICT", message, hint=hint)
-    if not 0 <= max_increase < math.inf:
-        message = f"--max-increase must be a number of 0 or more, got {max_increase}"
-        raise ConfigError("E_CFG_RANGE", message)
+    accepted = "a number of 0 or more"
+    if most < math.inf:
+        accepted = f"a number from 0 to {most:g}"
+    raise ConfigError("E_CFG_RANGE", f"{flag} must be {accepted}, got {given}")
 
 
-def _failed_gate(
-    result: EvalResult, max_increase: float | None, max_ppl: float
-) -> GateError | None:
-    """Return the error if perplexity is above a limit or not finite, else None."""
-    ppl = result.perplexity
+def _failed_gates(result: EvalResult, limits: Limits) -> list[Problem]:
+    """Return a problem for each limit that the result is beyond."""
+    failed: list[Problem] = []
+    problem = _unusable(result.perplexity, limits.max_ppl) or _too_much_increase(result, limits)
+    if problem is not None:
+        failed.append(problem)
+    kl, top1 = result.kl, result.top1_agreement
+    if limits.max_kl is not None and not (kl is not None and kl <= limits.max_kl):
+        message = f"KL {kl:.4g} is above the {limits.max_kl:g} of --max-kl"
+        failed.append(Problem("E_GATE_KL", message, BETTER))
+    if limits.min_top1 is not None and not (top1 is not None and top1 >= limits.min_top1):
+        wanted = f"the {limits.min_top1:.2%} of --min-top1"
+        message = f"top-1 agreement {top1:.2%} is below {wanted}"
+        failed.append(Problem("E_GATE_TOP1", message, BETTER))
+    return failed
+
+
+def _unusable(ppl: float, max_ppl: float) -> Problem | None:
+    """Return the problem if perplexity is above its limit or not finite, else None."""
     hint = "try --dtype float32; for a quantized model: gptq verify DIR --full"
     if ppl > max_ppl:
         message = f"perplexity {ppl:.6g} is above the {max_ppl:g} of --max-ppl"
         if max_ppl < MAX_PPL:
-            return GateError("E_NUM_PPL", message)
-        return GateError("E_NUM_PPL", f"{message}: such a model predicts nothing", hint=hint)
+            return Problem("E_NUM_PPL", message)
+        return Problem("E_NUM_PPL", f"{message}: such a model predicts nothing", hint)
     if not math.isfinite(ppl):
         message = f"perplexity is {ppl}: the model's outputs are not usable"
-        return GateError("E_NUM_PPL", message, hint=hint)
-    if max_increase is None:
+        return Problem("E_NUM_PPL", message, hint)
+    return None
+
+
+def _too_much_increase(result: EvalResult, limits: Limits) -> Problem | None:
+    """Return the problem if perplexity rose by more than its limit, else None."""
+    if limits.max_increase is None:
         return None
-    assert result.baseline_perplexity is not None
-    increase = ppl - result.baseline_perplexity
-    if increase <= max_increase:
+    ppl, before = result.perplexity, result.baseline_perplexity
+    assert before is not None
+    increase, by, allowed = ppl - before, f"{ppl - before:.4g}", f"{limits.max_increase:g}"
+    if limits.relative:
+        increase = ppl / before - 1
+        by, allowed = f"{increase:.3%}", f"{100 * limits.max_increase:g}%"
+    if increase <= limits.max_increase:
         return None
-    rose = f"perplexity rose by {increase:.4g}, from {result.baseline_perplexity:.6g} to {ppl:.6g}"
-    return GateError("E_GATE_PPL", f"{rose}, but --max-increase allows {max_increase:g}")
+    rose = f"perplexity rose by {by}, from {before:.6g} to {ppl:.6g}"
+    return Problem("E_GATE_PPL", f"{rose}, but --max-increase allows {allowed}", BETTER)
 
 
 def _summary(result: EvalResult) -> str:

@@ -67,7 +67,11 @@ def llama_cpp(job: Job) -> NextToken:
 
     file = Path(tempfile.mkdtemp()) / "model.gguf"
     command = [sys.executable, job["converter"], job["checkpoint"], "--outfile", str(file)]
-    subprocess.run(command, check=True)
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, errors="replace")
+    sys.stderr.write(done.stderr)
+    if done.returncode:
+        last = done.stderr.strip().rpartition("\n")[2]
+        raise RuntimeError(f"the converter ended with exit code {done.returncode}: {last}")
     settings = xllamacpp.CommonParams()
     settings.model.path = str(file)
     settings.n_ctx = max(256, max(map(len, job["prefixes"])) + 1)
@@ -81,7 +85,11 @@ def llama_cpp(job: Job) -> NextToken:
         answer = server.handle_completions(request)
         if isinstance(answer, str):
             answer = json.loads(answer)
-        found = answer["completion_probabilities"][0]["top_logprobs"]
+        if "choices" in answer:  # the form of OpenAI's API
+            first = answer["choices"][0]["logprobs"]["content"][0]
+        else:
+            first = answer["completion_probabilities"][0]
+        found = first["top_logprobs"]
         return row_of({entry["id"]: entry["logprob"] for entry in found}, job["vocabulary"])
 
     return next_token

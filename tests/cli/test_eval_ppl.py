@@ -103,6 +103,55 @@ def test_a_gate_passes_at_its_limit_and_fails_on_nan(gptq: Run, evaluator: FakeE
     assert gptq("eval-ppl", "m", "--baseline", "b", "--max-increase", "0.25").exit_code == 4
 
 
+HINT = "hint: try more bits, a smaller --group-size, more calibration text, or --preset best\n"
+
+
+@pytest.mark.parametrize(
+    ("limit", "passes", "fails", "error"),
+    [
+        (
+            "--max-increase",
+            "2.05%",
+            "2.04%",
+            "error[E_GATE_PPL]: perplexity rose by 2.041%, from 12.25 to 12.5, but --max-increase "
+            "allows 2.04%",
+        ),
+        (
+            "--max-kl",
+            "0.0123",
+            "0.0122",
+            "error[E_GATE_KL]: KL 0.0123 is above the 0.0122 of --max-kl",
+        ),
+        (
+            "--min-top1",
+            "0.956",
+            "95.7%",
+            "error[E_GATE_TOP1]: top-1 agreement 95.60% is below the 95.70% of --min-top1",
+        ),
+    ],
+)
+def test_each_gate_passes_at_its_limit_and_fails_beyond(
+    limit: str, passes: str, fails: str, error: str, gptq: Run, evaluator: FakeEvaluator
+) -> None:
+    evaluator.result = COMPARED
+    words = ["eval-ppl", "m", "--baseline", "b", limit]
+    assert gptq(*words, passes).exit_code == 0
+    result = gptq(*words, fails)
+    assert result.exit_code == 4
+    assert result.stderr.endswith(f"{error}\n\n{HINT}")
+    evaluator.result = FakeEvaluated(math.nan, 12.25, math.nan, math.nan)
+    assert gptq(*words, passes).exit_code == 4
+
+
+def test_all_failed_gates_are_told_at_once(gptq: Run, evaluator: FakeEvaluator) -> None:
+    evaluator.result = COMPARED
+    limits = ["--max-increase=0", "--max-kl=0", "--min-top1=1", "--max-ppl=13"]
+    result = gptq("eval-ppl", "m", "--baseline", "b", *limits, "--json")
+    problems = json.loads(result.stdout)["problems"]
+    assert [problem["code"] for problem in problems] == ["E_GATE_PPL", "E_GATE_KL", "E_GATE_TOP1"]
+    assert result.exit_code == 4
+
+
 ABOVE_LIMIT = "error[E_NUM_PPL]: perplexity 10001 is above the 10000 of --max-ppl"
 
 
@@ -143,8 +192,14 @@ def test_the_error_of_a_limit_set_by_the_user_has_no_hint(gptq: Run) -> None:
         ),
         (
             ["--max-increase", "-1", "--baseline", "b"],
-            "--max-increase must be a number of 0 or more, got -1.0",
+            "--max-increase must be a number of 0 or more, got -1",
         ),
+        (["--max-increase", "2x", "--baseline", "b"], "or a share such as 2%, got '2x'"),
+        (["--max-increase=-2%", "--baseline", "b"], "a number of 0 or more, got -2%"),
+        (["--max-kl", "1"], "--max-kl needs --baseline to compare with"),
+        (["--max-kl", "nan", "--baseline", "b"], "--max-kl must be a number of 0 or more, got nan"),
+        (["--min-top1", "0.9"], "--min-top1 needs --baseline to compare with"),
+        (["--min-top1", "101%", "--baseline", "b"], "must be a number from 0 to 1, got 101%"),
         (["--seqlen", "0"], "--seqlen must be a whole number of 1 or more, got 0"),
         (["--max-windows", "0"], "Invalid value for '--max-windows'"),
         (["--backend", "marlin"], '--backend must be auto, torch, triton or null, got "marlin"'),

@@ -102,8 +102,10 @@ def test_llama_cpp_serves_the_file_of_its_converter(
             assert (request["n_predict"], request["n_probs"]) == (1, VOCABULARY)
             found = numbers(request["prompt"])
             entries = [{"id": token, "logprob": value} for token, value in found.items()]
-            answer = {"completion_probabilities": [{"top_logprobs": entries}]}
-            return json.dumps(answer) if as_text else answer
+            first = [{"top_logprobs": entries}]
+            if as_text:
+                return json.dumps({"choices": [{"logprobs": {"content": first}}]})
+            return {"completion_probabilities": first}
 
     settings = SimpleNamespace(model=SimpleNamespace())
     stand_in(monkeypatch, "xllamacpp", CommonParams=lambda: settings, Server=Server)
@@ -119,8 +121,9 @@ def test_a_converter_that_fails_is_a_failure(
     converter = tmp_path / "convert.py"
     converter.write_text("raise SystemExit('3 bits are not read')\n")
     found = engine_driver.run(job(tmp_path, "llama.cpp", converter=str(converter)))
-    assert found["failed"].startswith("CalledProcessError: ")
-    assert "3 bits are not read" in capfd.readouterr().err
+    reason = "the converter ended with exit code 1: 3 bits are not read"
+    assert found == {"failed": f"RuntimeError: {reason}"}
+    assert "3 bits are not read\n" in capfd.readouterr().err
 
 
 def test_mlx_gives_the_logits_of_the_last_token(
