@@ -32,6 +32,7 @@ from shapes import SHAPES, Shape, bytes_of
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from gptq_cli.checkpoint.layout import GPTQ
 from gptq_cli.checkpoint.reader import encode
 from gptq_cli.config.layer import LayerConfig
 from gptq_cli.config.schema import QuantizeConfig
@@ -227,7 +228,7 @@ class LayerBench:
         unrefined = replace(config, refine_sweeps=0)
         quantized = solve.solve(weight, hessian, prepared, unrefined).quantized
         nearest = round_to_nearest(weight, config, prepared.order.group_of_column)
-        packed_bytes = bytes_of(encode(quantized, "gptq"))
+        packed_bytes = bytes_of(encode(quantized, GPTQ, sym=True))
         original, sweeps = weight.float(), config.refine_sweeps
 
         def refine_all() -> None:
@@ -243,7 +244,7 @@ class LayerBench:
             refining = bench.seconds(refine_all, runs=2)
             refining_floor = (1 + sweeps) * 2 * n * in_features / tf32
         dequantizing = bench.seconds(lambda: quantized.dequantize(weight.dtype))
-        packing = bench.seconds(lambda: encode(quantized, "gptq"))
+        packing = bench.seconds(lambda: encode(quantized, GPTQ, sym=True))
         return {
             "refine": (refining, refining_floor),
             "errors": (bench.seconds(measure_errors, runs=2), 3 * n * in_features / fp32),

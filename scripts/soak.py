@@ -136,7 +136,8 @@ class Command:
     old: Path | None
 
     def run(self, output: Path) -> None:
-        from gptq_cli.inspection.convert import convert_checkpoint, dequantize_checkpoint
+        from gptq_cli.inspection.convert import convert_checkpoint
+        from gptq_cli.inspection.dequantize import dequantize_checkpoint
         from tests.tiny import Case
 
         overwrite = self.old is not None

@@ -15,6 +15,7 @@ from typing import Any
 
 from gptq_cli.checkpoint.defects import Defect, Effect, convert_command
 from gptq_cli.checkpoint.headers import TensorInfo
+from gptq_cli.checkpoint.layout import Packing
 from gptq_cli.checkpoint.quantization_config import HEAD, LISTED, StoredConfig
 from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.config.layer import kind_of, list_item
@@ -168,7 +169,7 @@ def _largest_stack(tensors: Iterable[TensorInfo]) -> int:
 
 
 def check_rules(
-    checkpoint: Checkpoint, config: StoredConfig, modules: Sequence[str]
+    checkpoint: Checkpoint, config: StoredConfig, modules: Sequence[str], packing: Packing
 ) -> Iterator[Defect]:
     """Yield differences between the rules and the quantized `modules`.
 
@@ -176,11 +177,16 @@ def check_rules(
     twice or not at all.
     """
     if not modules:
-        message = "the configuration names gptq, but no tensor is quantized"
+        message = f"the configuration names {config.format}, but no tensor is quantized"
         hint = "download the checkpoint again, or remove a quantization_config that is not its own"
         yield Defect("E_CKPT_RULES", message, "config.json", None, hint)
     for module in modules:
-        yield from _check_module(checkpoint, config, module)
+        yield from _check_module(config, module)
+        plain = checkpoint.tensors.get(f"{module}.weight")
+        if plain is not None and plain.name != f"{module}.{packing.codes}":
+            hint = "remove one of the two from the file: readers take one or the other"
+            message = "stored beside its packed form"
+            yield Defect("E_CKPT_RULES", message, plain.file.name, plain.name, hint)
     for name in config.listed or ():
         if modules and not any(module.endswith(name) for module in modules):
             message = f"{LISTED} names `{name}`, but no quantized module has that name"
@@ -196,17 +202,12 @@ def _rule_defect(
     return Defect("E_CKPT_RULES", message, "config.json", module, hint, effect)
 
 
-def _check_module(checkpoint: Checkpoint, config: StoredConfig, module: str) -> Iterator[Defect]:
+def _check_module(config: StoredConfig, module: str) -> Iterator[Defect]:
     rule = config.skip_rule(module)
     if rule:
         yield _rule_defect(f"`{module}` is quantized, but rule '{rule}' excludes it", module)
     if not config.is_listed(module) and module != HEAD:
         yield _rule_defect(f"`{module}` is quantized, but {LISTED} does not name it", module)
-    plain = checkpoint.tensors.get(f"{module}.weight")
-    if plain is not None:
-        hint = "remove one of the two from the file: readers take one or the other"
-        message = "stored beside its packed form"
-        yield Defect("E_CKPT_RULES", message, plain.file.name, plain.name, hint)
 
 
 def _check_head(checkpoint: Checkpoint, config: StoredConfig, quantized: bool) -> Iterator[Defect]:

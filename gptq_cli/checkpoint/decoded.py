@@ -12,19 +12,20 @@ from typing import Any
 from gptq_cli.checkpoint.headers import DTYPES_OF_CONFIG, TensorInfo
 from gptq_cli.checkpoint.layout import (
     FP8,
-    PARTS,
     PackedModule,
     block_size,
     packed_modules,
     part_names,
 )
-from gptq_cli.checkpoint.quantization_config import HEAD, format_of
+from gptq_cli.checkpoint.quantization_config import HEAD, format_of, packing_of
 from gptq_cli.checkpoint.source import Checkpoint
+from gptq_cli.config.layer import FORMATS
 from gptq_cli.errors import InputError
 
 FULL_PRECISION = "start from the full-precision model it was made from"
+AGAIN = f"{FULL_PRECISION}, or round its weights a second time: --allow-requantize"
 ALTERNATIVES = {
-    "gptq": f"{FULL_PRECISION}, or round its weights a second time: --allow-requantize",
+    **dict.fromkeys(FORMATS, AGAIN),
     "mxfp4": "serve gpt-oss unchanged: its experts are already 4-bit, "
     "and no engine loads GPTQ experts for it",
 }
@@ -39,19 +40,18 @@ class Plain:
     """Tensors by name in file order, and the stored tensors that each decoded one is made of.
 
     A decoded weight has the place of its codes and the dtype in which it would be stored. `how`
-    describes in a few words how the decoded ones are stored; it is None if there are none.
+    describes in a few words how the decoded ones are stored; it is None if there are none. If they
+    are `packed`, they are [O, I] in every model.
     """
 
     tensors: dict[str, TensorInfo]
     parts: dict[str, tuple[str, ...]]
     how: str | None = None
+    packed: bool = False
 
     def is_packed(self, name: str) -> bool:
-        """Return whether a decoded weight is stored under other names.
-
-        It is then [O, I] in every model.
-        """
-        return name in self.parts and name not in self.parts[name]
+        """Return whether a weight is decoded from packed codes."""
+        return self.packed and name in self.parts
 
 
 def plain_view(checkpoint: Checkpoint, *, allow_requantize: bool = False) -> Plain:
@@ -62,10 +62,10 @@ def plain_view(checkpoint: Checkpoint, *, allow_requantize: bool = False) -> Pla
     errors of `Checkpoint.scales` and `packed_modules`, too.
     """
     method = checkpoint.method
-    if method == "gptq" and allow_requantize:
+    if method in FORMATS and allow_requantize:
         return _unpacked(checkpoint)
     if method not in (None, FP8):
-        if method == "gptq":
+        if method in FORMATS:
             format_of(checkpoint)  # raises if the weights cannot be decoded for a second rounding
         message = f"`{checkpoint.directory}` is already quantized ({method})"
         hint = ALTERNATIVES.get(method, FULL_PRECISION)
@@ -92,11 +92,12 @@ def _scaled(checkpoint: Checkpoint, scales: Mapping[str, str]) -> Plain:
 
 
 def _unpacked(checkpoint: Checkpoint) -> Plain:
-    """Return the tensors of a GPTQ checkpoint with its linears decoded."""
+    """Return the tensors of a checkpoint in codes with its linears decoded."""
     format, dtype = format_of(checkpoint), declared_dtype(checkpoint)
-    modules = {module.name: module for module in packed_modules(checkpoint.tensors)}
+    packing = packing_of(checkpoint)
+    modules = {module.name: module for module in packed_modules(checkpoint.tensors, packing)}
     if not modules:
-        message = f"`{checkpoint.directory}` is marked as quantized with GPTQ, but no linear is"
+        message = f"`{checkpoint.directory}` is marked as quantized ({format}), but no linear is"
         hint = (
             "download the checkpoint again, or remove quantization_config from a config.json "
             "that is not its own"
@@ -107,13 +108,13 @@ def _unpacked(checkpoint: Checkpoint) -> Plain:
     for name, tensor in checkpoint.tensors.items():
         owner, _, part = name.rpartition(".")
         module = modules.get(owner)
-        if module is None or part not in PARTS:
+        if module is None or part not in packing.dtypes:
             tensors[name] = tensor
-        elif part == "qweight":
+        elif part == packing.codes:
             weight, shape = f"{owner}.weight", (module.out_features, module.in_features)
             tensors[weight] = replace(tensor, name=weight, dtype=dtype, shape=shape)
-            parts[weight] = part_names(owner, checkpoint.tensors)
-    return Plain(tensors, parts, f"{format}, {_kinds(modules.values())}")
+            parts[weight] = part_names(owner, checkpoint.tensors, packing)
+    return Plain(tensors, parts, f"{format}, {_kinds(modules.values())}", packed=True)
 
 
 def _kinds(modules: Iterable[PackedModule]) -> str:
@@ -128,8 +129,9 @@ def declared_dtype(checkpoint: Checkpoint) -> str:
     if named is not None:
         return DTYPES_OF_CONFIG[named]
     known = set(DTYPES_OF_CONFIG.values())
+    packing = packing_of(checkpoint)
     for tensor in checkpoint.tensors.values():
-        if tensor.dtype in known and tensor.name.rpartition(".")[2] not in PARTS:
+        if tensor.dtype in known and tensor.name.rpartition(".")[2] not in packing.dtypes:
             return tensor.dtype
     return "BF16"
 

@@ -19,13 +19,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from gptq_cli.checkpoint.headers import DTYPES, TensorInfo
 from gptq_cli.errors import InputError
+
+if TYPE_CHECKING:
+    from gptq_cli.solver.quantized_linear import QuantizedLinear
 
 SINGLE_FILE = "model.safetensors"
 
@@ -138,14 +141,144 @@ def _index(names: list[str], files: list[list[TensorSpec]]) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
-PACKED_DTYPES = {  # dtypes that readers accept; the first one is written
-    "qweight": ("I32",),
-    "qzeros": ("I32",),
-    "scales": ("F16", "BF16", "F32"),
-    "g_idx": ("I32", "I64"),
-}
-PARTS = tuple(PACKED_DTYPES)
-NEEDED_PARTS = ("qweight", "qzeros", "scales")  # g_idx may be missing if the columns are in order
+Pack = Callable[[Any, int], Any]  # numbers [N, C] and bits to words [N * bits / 32, C]
+
+
+class Arrays(NamedTuple):
+    """What decoding needs of numpy or torch.
+
+    `unpack` turns words [N * bits / 32, C] into numbers [N, C], `signed` reads words of either sign
+    as signed ones, and `single` makes float32.
+    """
+
+    unpack: Callable[[Any, int], Any]
+    signed: Callable[[Any], Any]
+    single: Callable[[Any], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """The properties of a linear that decide which parts it has, and their shapes."""
+
+    out_features: int
+    in_features: int
+    groups: int
+    bits: int
+    sym: bool = True
+    scales: str = "F16"  # the stored dtype of the scales
+
+
+class Packing:
+    """How a format stores one linear: names, dtypes and shapes of its parts, and the coding.
+
+    This class is the packing of `gptq` and `gptq_v2`; the packings of other formats derive from it.
+    `format` is the name of the format, `zero_offset` the number that readers add to stored zero
+    points. `codes`, `scales` and `g_idx` are the names of the parts with codes, scales, and the
+    group of each column. `dtypes` are those that readers accept, by part; the first one is written.
+    Without one of the `needed` parts a linear cannot be decoded. No tensor of a plain model has the
+    name of one of the `marks`.
+
+    Methods that take or return tensors only transpose them and use the functions given, so that
+    they do for arrays of numpy as for tensors of torch.
+    """
+
+    dtypes: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "qweight": ("I32",),
+        "qzeros": ("I32",),
+        "scales": ("F16", "BF16", "F32"),
+        "g_idx": ("I32", "I64"),
+    }
+    needed: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales")  # columns may be in order
+    marks: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "g_idx")
+    codes: ClassVar[str] = "qweight"
+    scales: ClassVar[str] = "scales"
+    g_idx: ClassVar[str | None] = "g_idx"
+
+    def __init__(self, format: str, zero_offset: int = 0) -> None:
+        self.format, self.zero_offset = format, zero_offset
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of all parts."""
+        return tuple(self.dtypes)
+
+    def shapes(self, sizes: Sizes) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each part of a linear."""
+        out_features, in_features, groups = sizes.out_features, sizes.in_features, sizes.groups
+        return {
+            "qweight": (in_features * sizes.bits // 32, out_features),
+            "qzeros": (groups, out_features * sizes.bits // 32),
+            "scales": (groups, out_features),
+            "g_idx": (in_features,),
+        }
+
+    def dimensions(self, part: str) -> int:
+        """Return the number of dimensions of a part."""
+        return len(self.shapes(Sizes(1, 1, 1, 1, sym=False))[part])
+
+    def written_dtype(self, part: str, sizes: Sizes) -> str:
+        """Return the dtype in which a part is written: scales keep theirs."""
+        if part == self.scales:
+            return sizes.scales
+        return self.dtypes[part][0]
+
+    def sizes_of(self, module: str, parts: Mapping[str, TensorInfo]) -> Sizes | None:
+        """Return the sizes that the parts of `module` show; None if their shapes do not fit."""
+        del module
+        (rows, out_features), (groups, words) = parts["qweight"].shape, parts["qzeros"].shape
+        bits = words * 32 // out_features
+        if bits == 0:
+            return None
+        return Sizes(out_features, rows * 32 // bits, groups, bits, scales=parts["scales"].dtype)
+
+    def out_features(self, parts: Mapping[str, TensorInfo]) -> int:
+        """Return the outputs that the scales show, 0 if these have no dimension."""
+        return [0, *parts["scales"].shape][-1]
+
+    def in_features(self, parts: Mapping[str, TensorInfo], bits: int) -> int:
+        """Return the inputs that the codes show, 0 if these have no dimension."""
+        return [*parts["qweight"].shape, 0][0] * 32 // bits
+
+    def encode(self, linear: QuantizedLinear, pack: Pack, *, sym: bool) -> dict[str, Any]:
+        """Return the tensors of a linear by part; they need not be contiguous.
+
+        `sym` tells whether the settings of the linear say that it is symmetric.
+        """
+        del sym
+        stored = linear.zeros - self.zero_offset
+        return {
+            "qweight": pack(linear.codes.T, linear.bits),
+            "qzeros": pack(stored, linear.bits).T,
+            "scales": linear.scales.T,
+            "g_idx": linear.group_of_column.int(),
+        }
+
+    def words(self, tensors: Mapping[str, Any], arrays: Arrays) -> Any:
+        """Return the codes as words [I * bits / 32, O], whose columns are streams of bits."""
+        del arrays
+        return tensors["qweight"]
+
+    def stored_scales(self, tensors: Mapping[str, Any]) -> Any:
+        """Return the scales [O, G]."""
+        return tensors["scales"].T
+
+    def zeros(self, tensors: Mapping[str, Any], bits: int, arrays: Arrays) -> Any:
+        """Return the zero points [O, G], None if each is half the number of codes.
+
+        Zero points of v1 wrap at 2**bits, as AutoGPTQ reads them.
+        """
+        stored = arrays.unpack(tensors["qzeros"].T, bits)
+        return (stored + self.zero_offset) & (2**bits - 1)
+
+    def groups(self, tensors: Mapping[str, Any]) -> Any:
+        """Return the group of each column [I], None if groups are runs of columns."""
+        if self.g_idx is None:
+            return None
+        return tensors.get(self.g_idx)
+
+
+GPTQ, GPTQ_V2 = Packing("gptq", 1), Packing("gptq_v2")  # v1 stores zero - 1
+PARTS = GPTQ.parts
 
 FP8 = "fp8"
 SCALES_SUFFIX = "_scale_inv"
@@ -174,86 +307,90 @@ class PackedModule:
         return self.out_features * self.in_features
 
 
-def packed_shapes(
-    out_features: int, in_features: int, groups: int, bits: int
-) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each packed tensor of a linear, by part."""
-    return {
-        "qweight": (in_features * bits // 32, out_features),
-        "qzeros": (groups, out_features * bits // 32),
-        "scales": (groups, out_features),
-        "g_idx": (in_features,),
-    }
-
-
-def packed_specs(
-    weight: str, out_features: int, in_features: int, groups: int, bits: int
-) -> tuple[TensorSpec, ...]:
-    """Return the four tensors that replace `weight`, a name that ends in ".weight"."""
+def packed_specs(weight: str, sizes: Sizes, packing: Packing) -> tuple[TensorSpec, ...]:
+    """Return the tensors that replace `weight`, a name that ends in ".weight"."""
     module = weight.removesuffix(".weight")
     specs = []
-    for part, shape in packed_shapes(out_features, in_features, groups, bits).items():
-        specs.append(TensorSpec(f"{module}.{part}", PACKED_DTYPES[part][0], shape))
+    for part, shape in packing.shapes(sizes).items():
+        specs.append(TensorSpec(f"{module}.{part}", packing.written_dtype(part, sizes), shape))
     return tuple(specs)
 
 
-def stored_parts(module: str, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+def stored_parts(
+    module: str, tensors: Mapping[str, TensorInfo], packing: Packing = GPTQ
+) -> dict[str, TensorInfo]:
     """Return the packed tensors of `module` that are stored, by part."""
     found = {}
-    for part in PARTS:
+    for part in packing.dtypes:
         tensor = tensors.get(f"{module}.{part}")
         if tensor is not None:
             found[part] = tensor
     return found
 
 
-def part_names(module: str, tensors: Mapping[str, TensorInfo]) -> tuple[str, ...]:
+def part_names(
+    module: str, tensors: Mapping[str, TensorInfo], packing: Packing = GPTQ
+) -> tuple[str, ...]:
     """Return the names of the packed tensors of `module` that are stored."""
-    return tuple(f"{module}.{part}" for part in stored_parts(module, tensors))
+    return tuple(f"{module}.{part}" for part in stored_parts(module, tensors, packing))
 
 
-def packed_modules(tensors: Mapping[str, TensorInfo]) -> tuple[PackedModule, ...]:
+def quantized_names(tensors: Iterable[str], packing: Packing = GPTQ) -> list[str]:
+    """Return the names of modules that have a part which only quantized linears have.
+
+    They are in file order.
+    """
+    found: dict[str, None] = {}
+    for name in tensors:
+        module, _, part = name.rpartition(".")
+        if part in packing.marks:
+            found[module] = None
+    return list(found)
+
+
+def packed_modules(
+    tensors: Mapping[str, TensorInfo], packing: Packing = GPTQ
+) -> tuple[PackedModule, ...]:
     """Return the quantized linears among `tensors`, in file order.
 
     InputError E_CKPT_INCOMPLETE if a linear lacks a part, or the shapes of its parts do not fit.
     """
     found = []
-    for name in tensors:
-        module, _, part = name.rpartition(".")
-        if part == "qweight":
-            found.append(_packed_module(module, stored_parts(module, tensors)))
+    for module in quantized_names(tensors, packing):
+        parts = stored_parts(module, tensors, packing)
+        if packing.codes in parts:
+            found.append(_packed_module(module, parts, packing))
     return tuple(found)
 
 
-def _packed_module(name: str, parts: Mapping[str, TensorInfo]) -> PackedModule:
-    missing = ", ".join(part for part in NEEDED_PARTS if part not in parts)
+def _packed_module(name: str, parts: Mapping[str, TensorInfo], packing: Packing) -> PackedModule:
+    missing = ", ".join(part for part in packing.needed if part not in parts)
     if missing:
-        raise InputError("E_CKPT_INCOMPLETE", f"`{name}` has a qweight but no {missing}")
-    sizes = _sizes_of(parts)
+        raise InputError("E_CKPT_INCOMPLETE", f"`{name}` has a {packing.codes} but no {missing}")
+    sizes = sizes_of(name, parts, packing)
     if sizes is None:
         listed = ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in parts.items())
         message = f"the parts of `{name}` do not fit each other: {listed}"
         raise InputError("E_CKPT_INCOMPLETE", message)
-    out_features, in_features, groups, bits = sizes
     nbytes = sum(tensor.nbytes for tensor in parts.values())
-    return PackedModule(name, out_features, in_features, bits, groups, nbytes)
+    return PackedModule(
+        name, sizes.out_features, sizes.in_features, sizes.bits, sizes.groups, nbytes
+    )
 
 
-def _sizes_of(parts: Mapping[str, TensorInfo]) -> tuple[int, int, int, int] | None:
-    """Return out_features, in_features, groups and bits; None if the shapes do not fit."""
-    for part in NEEDED_PARTS:
-        if len(parts[part].shape) != 2 or 0 in parts[part].shape:
+def sizes_of(module: str, parts: Mapping[str, TensorInfo], packing: Packing) -> Sizes | None:
+    """Return the sizes of a linear that has all needed parts; None if their shapes do not fit."""
+    for part in packing.needed:
+        if len(parts[part].shape) != packing.dimensions(part) or 0 in parts[part].shape:
             return None
-    (rows, out_features), (groups, words) = parts["qweight"].shape, parts["qzeros"].shape
-    bits = words * 32 // out_features
-    if bits == 0:
+    sizes = packing.sizes_of(module, parts)
+    if sizes is None:
         return None
-    in_features = rows * 32 // bits
-    expected = packed_shapes(out_features, in_features, groups, bits)
-    for part in NEEDED_PARTS:
+    expected = packing.shapes(sizes)
+    for part in packing.needed:
         if parts[part].shape != expected[part]:
             return None
-    return out_features, in_features, groups, bits
+    return sizes
 
 
 def block_size(quantization: Mapping[str, Any]) -> tuple[int, int] | None:

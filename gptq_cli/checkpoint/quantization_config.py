@@ -7,39 +7,39 @@ Sources: transformers `GPTQConfig`, GPTQModel `QuantizeConfig`, vLLM `AutoGPTQCo
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from gptq_cli.checkpoint.defects import Defect, Effect, convert_command
 from gptq_cli.checkpoint.headers import TensorInfo
-from gptq_cli.checkpoint.layout import stored_parts
+from gptq_cli.checkpoint.layout import FP8, GPTQ, GPTQ_V2, Packing, stored_parts
 from gptq_cli.checkpoint.model_files import read_json
-from gptq_cli.checkpoint.source import Checkpoint
+from gptq_cli.checkpoint.source import Checkpoint, is_of_mlx
 from gptq_cli.config.layer import (
-    BITS,
     FORMATS,
     FUSED_ALIASES,
+    GPTQ_FORMATS,
+    HOLDS,
     LayerConfig,
     expert_part,
     first_match,
     flaw_of,
     keeps,
+    list_item,
 )
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.strict_yaml import load
-from gptq_cli.errors import ConfigError, InputError
+from gptq_cli.errors import ConfigError, InputError, one_of
 from gptq_cli.files import UNREADABLE, file_errors, is_file
 from gptq_cli.storage.manifest import CONFIG_FILE, QUANTIZE_CONFIG
 
 HEAD = "lm_head"
 LISTED = "modules_in_block_to_quantize"
 BOTH_FILES = f"config.json and {QUANTIZE_CONFIG}"
-READABLE = "use a full-precision, gptq or gptq_v2 checkpoint of the model"
-
-STORED_OFFSET = {"gptq": 1, "gptq_v2": 0}  # v1 files store zero - 1 and readers add it back
+READABLE = f"use a full-precision checkpoint of the model, or one of {one_of(FORMATS)}"
 # Linears packed in another way have no qweight, but tensors with these names.
 OTHER_PACKINGS = {
     ("B", "s"): "Marlin",
@@ -69,13 +69,51 @@ UNPORTABLE = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How one module is stored; `group_size` -1 is one group a row."""
+
+    bits: int
+    group_size: int
+    sym: bool
+    desc_act: bool
+
+    @classmethod
+    def of(cls, layer: LayerConfig) -> Settings:
+        """Return how a layer with this configuration is stored."""
+        return cls(layer.bits, layer.group_size, layer.sym, not layer.has_trivial_g_idx)
+
+
+@dataclass(frozen=True, slots=True)
+class Linears:
+    """The linears of a checkpoint by name: settings and inputs of quantized ones, and kept ones."""
+
+    quantized: Mapping[str, Settings]
+    in_features: Mapping[str, int]
+    kept: Sequence[str]
+
+    @property
+    def sym(self) -> bool:
+        """Whether all quantized linears are symmetric."""
+        return all(settings.sym for settings in self.quantized.values())
+
+    def usual(self) -> tuple[Settings, dict[str, Settings]]:
+        """Return the settings of most linears, and those of the others, sorted by name."""
+        base = Counter(self.quantized.values()).most_common(1)[0][0]
+        others = {}
+        for name, settings in sorted(self.quantized.items()):
+            if settings != base:
+                others[name] = settings
+        return base, others
+
+
 # ---------------------------------------------------------------- write
 
 
 def describe(
     config: QuantizeConfig, quantized: Mapping[str, LayerConfig], kept: Iterable[str]
 ) -> dict[str, Any]:
-    """Return the `quantization_config` for config.json.
+    """Return the `quantization_config` of GPTQ for config.json.
 
     `quantized` has the settings of linears by their full names; `kept` are full names of linears of
     the blocks. If a linear of a block is kept, both dialects state it: transformers reads
@@ -137,22 +175,58 @@ def _rules(config: QuantizeConfig, skipped: Iterable[str]) -> dict[str, dict[str
 
 
 def skip_rules(kept: Iterable[str]) -> list[str]:
-    """Return anchored `-:` rules that match exactly `kept` and the fused names of these linears.
+    """Return anchored `-:` rules that match exactly `kept` and the fused names of these linears."""
+    return [f"-:{pattern}" for pattern in _anchored(kept)]
 
-    Parent modules with the same kept children share a rule.
+
+def _anchored(linears: Iterable[str]) -> list[str]:
+    """Return patterns that match exactly `linears` and the fused names of them.
+
+    Parent modules with the same such children share a pattern.
     """
     children: dict[str, set[str]] = defaultdict(set)
-    for name in kept:
+    for name in linears:
         parent, _, child = name.rpartition(".")
         children[parent].add(child)
     parents: dict[frozenset[str], list[str]] = defaultdict(list)
     for parent, names in children.items():
         fused = {alias for parts, alias in FUSED_ALIASES.items() if parts <= names}
         parents[frozenset(names | fused)].append(parent)
-    rules = []
+    patterns = []
     for all_names, where in parents.items():
-        rules.append(f"-:^({_any_of(where)})\\.({_any_of(sorted(all_names))})$")
-    return rules
+        patterns.append(f"^({_any_of(where)})\\.({_any_of(sorted(all_names))})$")
+    return patterns
+
+
+def describe_linears(linears: Linears, format: str) -> dict[str, Any]:
+    """Return the `quantization_config` of a GPTQ checkpoint in `format`, from its linears alone.
+
+    Exact rules state what differs from the settings of most linears.
+    """
+    base, others = linears.usual()
+    by_settings: dict[Settings, list[str]] = defaultdict(list)
+    for name, settings in others.items():
+        by_settings[settings].append(name)
+    rules: dict[str, dict[str, Any]] = {}
+    for settings, names in by_settings.items():
+        for pattern in _anchored(names):
+            rules[f"+:{pattern}"] = {
+                "bits": settings.bits,
+                "group_size": settings.group_size,
+                "sym": settings.sym,
+            }
+    given = {"bits": base.bits, "group_size": base.group_size, "sym": base.sym, "dynamic": rules}
+    config = QuantizeConfig.model_validate({"preset": "gptq", "format": format, **given})
+    quantized = {}
+    for name, settings in linears.quantized.items():
+        quantized[name] = LayerConfig(settings.bits, settings.group_size, settings.sym)
+    blocks = {item.list_name for item in map(list_item, quantized) if item}
+    kept = []
+    for name in linears.kept:
+        item = list_item(name)
+        if item and item.list_name in blocks:
+            kept.append(name)
+    return describe(config, quantized, kept)
 
 
 def _any_of(names: Iterable[str]) -> str:
@@ -160,8 +234,13 @@ def _any_of(names: Iterable[str]) -> str:
 
 
 def with_quantization(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `config` with `settings` as its only quantization, at the place of the old one."""
-    return dict(config) | without_quantization(config) | {"quantization_config": dict(settings)}
+    """Return `config` with `settings` as its only quantization, at the place of the old one.
+
+    `settings` are one or several keys of config.json.
+    """
+    plain = without_quantization(config)
+    kept = {key: value for key, value in config.items() if key in plain or key in settings}
+    return kept | plain | dict(settings)
 
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -170,7 +249,7 @@ def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in config.items():
         if isinstance(value, dict) and "quantization_config" in value:
             kept[key] = without_quantization(value)
-        elif key != "quantization_config":
+        elif key != "quantization_config" and not is_of_mlx(key, value):
             kept[key] = value
     return kept
 
@@ -218,16 +297,6 @@ def _is_damp_percent(value: object) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
-    """How one module is stored; `group_size` -1 is one group a row."""
-
-    bits: int
-    group_size: int
-    sym: bool
-    desc_act: bool
-
-
-@dataclass(frozen=True, slots=True)
 class StoredConfig:
     """A `quantization_config` whose values have the right types.
 
@@ -269,6 +338,10 @@ def stored_config(checkpoint: Checkpoint) -> tuple[StoredConfig | None, list[Def
     InputError E_CKPT_QUANTIZED as in `format_of`.
     """
     format = format_of(checkpoint)
+    dialect = dialect_of(format)
+    if dialect is not None:
+        found: tuple[StoredConfig | None, list[Defect]] = dialect.stored_config(checkpoint)
+        return found
     stored = checkpoint.quantization
     if stored is None:
         message = f"neither config.json nor {QUANTIZE_CONFIG} describes how the linears are packed"
@@ -288,17 +361,68 @@ def stored_config(checkpoint: Checkpoint) -> tuple[StoredConfig | None, list[Def
     return config, _defects_of_form(checkpoint, stored, format)
 
 
+def dialect_of(format: str | None) -> Any:
+    """Return the module of a format other than those of GPTQ, None for any other name.
+
+    Each has `readable`, `packing_of`, `stored_config` and `describe`, which do for their format
+    what the functions of these names do here.
+    """
+    if format == "compressed-tensors":
+        from gptq_cli.checkpoint import compressed_tensors
+
+        return compressed_tensors
+    if format == "mlx":
+        from gptq_cli.checkpoint import mlx
+
+        return mlx
+    if format == "auto-round":
+        from gptq_cli.checkpoint import auto_round
+
+        return auto_round
+    return None
+
+
+def packing_for(format: str, *, sym: bool) -> Packing:
+    """Return how `format` stores linears; `sym` tells whether all of them are symmetric."""
+    dialect = dialect_of(format)
+    if dialect is None:
+        return {"gptq": GPTQ, "gptq_v2": GPTQ_V2}[format]
+    packing: Packing = dialect.packing_for(sym=sym)
+    return packing
+
+
+def packing_of(checkpoint: Checkpoint) -> Packing:
+    """Return how the checkpoint stores its quantized linears, that of `gptq` if it is plain.
+
+    InputError E_CKPT_QUANTIZED as in `format_of`.
+    """
+    if checkpoint.method in (None, FP8):
+        return GPTQ
+    format = format_of(checkpoint)
+    dialect = dialect_of(format)
+    if dialect is None:
+        return packing_for(format, sym=True)
+    packing: Packing = dialect.packing_of(checkpoint)
+    return packing
+
+
 def format_of(checkpoint: Checkpoint) -> str:
-    """Return the version of the format, "gptq" or "gptq_v2".
+    """Return the format, one of FORMATS.
 
     InputError E_CKPT_QUANTIZED if the checkpoint is quantized in a way that cannot be read.
     """
     stored = checkpoint.quantization or {}
+    dialect = dialect_of(checkpoint.method)
+    if dialect is not None:
+        unreadable = dialect.unreadable(stored)
+        if unreadable:
+            raise _not_read(checkpoint, f"is quantized as {checkpoint.method} ({unreadable})")
+        return str(checkpoint.method)
     method, format = checkpoint.method or "gptq", declared_format(stored)
     packing = stored.get("pack_dtype") or "int32"
     if method != "gptq":
         raise _not_read(checkpoint, f"is quantized as {method}")
-    if format not in FORMATS or packing != "int32":
+    if format not in GPTQ_FORMATS or packing != "int32":
         raise _not_read(checkpoint, f"is quantized as gptq ({format}, {packing})")
     other = other_packing(checkpoint)
     if other:
@@ -413,7 +537,7 @@ def _format_defect(checkpoint: Checkpoint, message: str, stored: Mapping[str, An
 
 
 def _is_bits(value: object) -> bool:
-    return type(value) is int and value in BITS
+    return type(value) is int and value in HOLDS["gptq"].bits
 
 
 def _is_group_size(value: object) -> bool:

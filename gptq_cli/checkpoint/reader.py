@@ -1,10 +1,10 @@
 """Readers of one tensor at a time, and the coding of quantized linears.
 
-`encode` turns a QuantizedLinear into the four tensors of a GPTQ checkpoint, version `gptq` (v1) or
-`gptq_v2`, and `decode` turns them back; `layout.py` has their shapes. Small integers are packed as
-one little-endian bit stream along the first dimension: bit p of the stream is bit p % 32 of word
-p // 32, so that 32 values of `bits` bits fill exactly `bits` words. For 2, 4 and 8 bits this is
-"32 / bits values a word, lowest first"; for 3 bits it is AutoGPTQ's 10-1-10-1-10 layout.
+`encode` turns a QuantizedLinear into the tensors of a format, and `decode` turns them back;
+`Packing` in `layout.py` has their names, shapes and coding. In all formats small integers are
+packed as one little-endian bit stream: bit p of the stream is bit p % 32 of word p // 32, so that
+32 values of `bits` bits fill exactly `bits` words. For 2, 4 and 8 bits this is "32 / bits values a
+word, lowest first"; for 3 bits it is AutoGPTQ's 10-1-10-1-10 layout.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,15 @@ from torch import Tensor
 
 from gptq_cli.checkpoint.layout import (
     FP8,
-    PARTS,
+    Arrays,
     PackedModule,
+    Packing,
     block_size,
     packed_modules,
     part_names,
     stored_parts,
 )
-from gptq_cli.checkpoint.quantization_config import STORED_OFFSET, format_of
+from gptq_cli.checkpoint.quantization_config import packing_of
 from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.files import file_errors
 from gptq_cli.solver.quantized_linear import QuantizedLinear
@@ -39,30 +41,26 @@ from gptq_cli.solver.triton_launch import dequantize_packed
 VALUES = 32  # values packed together
 
 
-def encode(linear: QuantizedLinear, format: str) -> dict[str, Tensor]:
-    """Return the tensors of `linear` by part, contiguous, on the device of its codes."""
-    stored = linear.zeros - STORED_OFFSET[format]
-    return {
-        "qweight": pack(linear.codes.T, linear.bits).contiguous(),
-        "qzeros": pack(stored, linear.bits).T.contiguous(),
-        "scales": linear.scales.T.contiguous(),
-        "g_idx": linear.group_of_column.to(torch.int32).contiguous(),
-    }
+def encode(linear: QuantizedLinear, packing: Packing, *, sym: bool) -> dict[str, Tensor]:
+    """Return the tensors of `linear` by part, contiguous.
 
-
-def decode(tensors: dict[str, Tensor], bits: int, format: str) -> QuantizedLinear:
-    """Return the layer that `encode`, or another tool, has written.
-
-    Zero points of v1 wrap at 2**bits, as AutoGPTQ reads them.
+    `sym` tells whether its settings say that it is symmetric.
     """
-    stored = unpack(tensors["qzeros"].T, bits)
-    return QuantizedLinear(
-        codes=unpack(tensors["qweight"], bits).T,
-        scales=tensors["scales"].T,
-        zeros=(stored + STORED_OFFSET[format]) & (2**bits - 1),
-        group_of_column=tensors["g_idx"],
-        bits=bits,
-    )
+    tensors = packing.encode(linear, pack, sym=sym)
+    return {part: tensor.contiguous() for part, tensor in tensors.items()}
+
+
+def decode(tensors: dict[str, Tensor], bits: int, packing: Packing) -> QuantizedLinear:
+    """Return the layer that `encode`, or another tool, has written."""
+    scales: Tensor = packing.stored_scales(tensors)
+    zeros = packing.zeros(tensors, bits, TORCH)
+    if zeros is None:
+        zeros = torch.full(scales.shape, 2 ** (bits - 1), dtype=torch.uint8, device=scales.device)
+    codes = unpack(packing.words(tensors, TORCH), bits).T
+    groups = packing.groups(tensors)
+    if groups is None:
+        groups = columns_in_order(codes.shape[1], scales.shape[1]).to(codes.device)
+    return QuantizedLinear(codes, scales, zeros, groups, bits)
 
 
 def pack(values: Tensor, bits: int) -> Tensor:
@@ -101,10 +99,12 @@ def unpack(words: Tensor, bits: int) -> Tensor:
     return values.flatten(0, 1)
 
 
+TORCH = Arrays(unpack, partial(Tensor.view, dtype=torch.int32), Tensor.float)
+
 SAFETENSORS_DTYPE = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16",
-    torch.int32: "I32", torch.int64: "I64", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.float32: "F32", torch.float64: "F64",
+    torch.int32: "I32", torch.uint32: "U32", torch.int64: "I64", torch.float16: "F16",
+    torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64",
 }  # fmt: skip
 
 CPU = torch.device("cpu")
@@ -174,47 +174,50 @@ class TensorReader:
 
 
 class DequantizingReader:
-    """Reads a GPTQ checkpoint as a full-precision model: `X.qweight`, ... appear as `X.weight`.
+    """Reads a checkpoint in codes as a full-precision model: the parts of X appear as `X.weight`.
 
-    It reads v1 and v2, 2, 3, 4 and 8 bits, with g_idx or without. The shapes show the bits, so
-    that mixed checkpoints need no rules. With `backend` "triton" the packed words are moved to
-    `device` and decoded there by one kernel.
+    It reads every format of `FORMATS`, mixed bits and groups, with g_idx or without. With `backend`
+    "triton" the words of a GPTQ linear are moved to `device` and decoded there by one kernel.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, backend: str) -> None:
         self._tensors = checkpoint.tensors
         self._raw = TensorReader(checkpoint)
-        self._format = format_of(checkpoint)
-        self._modules = {module.name: module for module in packed_modules(checkpoint.tensors)}
+        self._packing = packing_of(checkpoint)
+        modules = packed_modules(checkpoint.tensors, self._packing)
+        self._modules = {f"{module.name}.weight": module for module in modules}
         self._device, self._backend = device, backend
 
     def names(self) -> list[str]:
-        names = [f"{module}.weight" for module in self._modules]
-        plain = [name for name in self._tensors if name.rpartition(".")[2] not in PARTS]
-        return plain + names
+        hidden: set[str] = set()
+        for module in self._modules.values():
+            hidden.update(self._parts(module))
+        plain = [name for name in self._tensors if name not in hidden]
+        return plain + list(self._modules)
 
     def read(self, name: str) -> Tensor:
         """Return the stored tensor, or the dequantized weight [O, I] in float32."""
-        if name in self._tensors:
+        module = self._modules.get(name)
+        if module is None:
             return self._raw.read(name)
-        module = self._modules[name.removesuffix(".weight")]
         packed = self._packed(module)
-        if self._backend == "triton":
+        if self._backend == "triton" and type(self._packing) is Packing:
+            if "g_idx" not in packed:
+                packed["g_idx"] = columns_in_order(module.in_features, module.groups)
             moved = {part: tensor.to(self._device) for part, tensor in packed.items()}
-            return dequantize_packed(
-                **moved, bits=module.bits, v2=self._format == "gptq_v2", dtype=torch.float32
-            )
+            v2 = not self._packing.zero_offset
+            return dequantize_packed(**moved, bits=module.bits, v2=v2, dtype=torch.float32)
         # Contiguous, as a stored weight: products of another layout differ in their last bits.
-        return decode(packed, module.bits, self._format).dequantize().contiguous()
+        return decode(packed, module.bits, self._packing).dequantize().contiguous()
 
     def prefetch(self, names: Iterable[str]) -> None:
         """Do the same as TensorReader, for tensors and for the parts of weights."""
         stored: list[str] = []
         for name in names:
-            if name in self._tensors:
-                stored.append(name)
+            if name in self._modules:
+                stored += self._parts(self._modules[name])
             else:
-                stored += part_names(name.removesuffix(".weight"), self._tensors)
+                stored.append(name)
         self._raw.prefetch(stored)
 
     def check_unchanged(self) -> None:
@@ -227,16 +230,17 @@ class DequantizingReader:
 
     def linear(self, name: str) -> QuantizedLinear:
         """Return the codes and the grid of one quantized linear."""
-        module = self._modules[name]
-        return decode(self._packed(module), module.bits, self._format)
+        module = self._modules[f"{name}.weight"]
+        return decode(self._packed(module), module.bits, self._packing)
+
+    def _parts(self, module: PackedModule) -> tuple[str, ...]:
+        return part_names(module.name, self._tensors, self._packing)
 
     def _packed(self, module: PackedModule) -> dict[str, Tensor]:
-        """Return the packed tensors of a linear by part, with a g_idx in any case."""
+        """Return the packed tensors of a linear by part."""
         packed = {}
-        for part in stored_parts(module.name, self._tensors):
+        for part in stored_parts(module.name, self._tensors, self._packing):
             packed[part] = self._raw.read(f"{module.name}.{part}")
-        if "g_idx" not in packed:
-            packed["g_idx"] = columns_in_order(module)
         return packed
 
 
@@ -308,10 +312,9 @@ def scale_blocks(weight: Tensor, scales: Tensor, block: tuple[int, int]) -> Tens
     return scaled.bfloat16()
 
 
-def columns_in_order(module: PackedModule) -> Tensor:
+def columns_in_order(in_features: int, groups: int) -> Tensor:
     """Return the g_idx [I] of a linear whose groups are runs of columns."""
-    columns = torch.arange(module.in_features, dtype=torch.int32)
-    return columns // (module.in_features // module.groups)
+    return torch.arange(in_features, dtype=torch.int32) // (in_features // groups)
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
@@ -319,5 +322,5 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
     There is no copy if the tensor is contiguous and on the CPU.
     """
-    array: Any = tensor.detach().cpu().contiguous().view(torch.uint8).reshape(-1).numpy()
+    array: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return memoryview(array)

@@ -56,6 +56,8 @@ class Checkpoint:
         The value is None for a leftover of bitsandbytes, which quantizes while it loads: the
         weights are plain floats. InputError E_CKPT_CONFIG if it is not an object.
         """
+        if is_of_mlx("quantization", self.config.get("quantization")):
+            return dict(self.config["quantization"])
         found = self.config.get("quantization_config")
         if found is None:
             found = self.text_config.get("quantization_config")
@@ -71,7 +73,9 @@ class Checkpoint:
 
     @property
     def method(self) -> str | None:
-        """How weights are quantized: gptq, awq, fp8, ...; None if they are plain numbers."""
+        """How weights are quantized: gptq, awq, fp8, mlx, ...; None if they are plain numbers."""
+        if is_of_mlx("quantization", self.config.get("quantization")):
+            return "mlx"
         quantization = self.quantization
         if quantization is None:
             return None
@@ -114,6 +118,13 @@ class Checkpoint:
     def check_unchanged(self) -> None:
         """Raise InputError E_SOURCE_CHANGED if a file changed since the checkpoint was opened."""
         check_stamps(self.stamps)
+
+
+def is_of_mlx(key: str, value: object) -> bool:
+    """Return whether an entry of config.json is the one in which MLX describes a quantization."""
+    return (
+        key == "quantization" and isinstance(value, dict) and {"bits", "group_size"} <= set(value)
+    )
 
 
 def _method_of(quantization: Mapping[str, Any]) -> str:

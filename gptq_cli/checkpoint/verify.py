@@ -17,7 +17,7 @@ from typing import Any
 from gptq_cli.checkpoint.claims import check_rules
 from gptq_cli.checkpoint.defects import Defect, convert_command, tensor_defect
 from gptq_cli.checkpoint.headers import TensorInfo, count_not_finite, is_zero
-from gptq_cli.checkpoint.layout import FP8, PARTS, SINGLE_FILE
+from gptq_cli.checkpoint.layout import FP8, GPTQ, SINGLE_FILE, quantized_names
 from gptq_cli.checkpoint.model_files import ADAPTER_CONFIG, index_file, is_safe_file, read_json
 from gptq_cli.checkpoint.quantization_config import (
     READABLE,
@@ -26,10 +26,11 @@ from gptq_cli.checkpoint.quantization_config import (
     declared_format,
     format_of,
     other_packing,
+    packing_of,
     stored_config,
 )
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
-from gptq_cli.config.layer import FORMATS
+from gptq_cli.config.layer import GPTQ_FORMATS
 from gptq_cli.errors import GateError, InputError
 from gptq_cli.files import UNREADABLE, is_file
 from gptq_cli.shell import shell_word
@@ -112,8 +113,7 @@ def verify_checkpoint(directory: Path, *, full: bool = False) -> Verification:
     examined = examine(checkpoint)
     defects = list(examined.defects)
     if full:
-        for tensor in _unread_tensors(checkpoint, examined.modules):
-            defects += _check_bytes(tensor)
+        defects += _check_unread(checkpoint, examined.modules)
     hashed, of_files = check_manifest(directory, full=full)
     checkpoint.check_unchanged()
     return Verification(
@@ -196,8 +196,9 @@ def examine(checkpoint: Checkpoint, *, numbers: bool = True) -> Examined:
     mislabelled = _mislabelled(checkpoint)
     if mislabelled:
         return Examined(None, {}, (), (mislabelled,))
-    modules = quantized_names(checkpoint.tensors)
     config, defects = stored_config(checkpoint)
+    packing = packing_of(checkpoint)
+    modules = quantized_names(checkpoint.tensors, packing)
     for code, text in checkpoint.remarks:
         # Such a model can be loaded, but no tool that writes whole checkpoints makes such an index.
         if code == "W_CKPT_INDEX":
@@ -208,11 +209,11 @@ def examine(checkpoint: Checkpoint, *, numbers: bool = True) -> Examined:
     # Rules are matched here and not in threads: only the main thread can stop a slow pattern
     # without a process of its own.
     settings = {module: config.settings(module) for module in modules}
-    defects += check_rules(checkpoint, config, modules)
-    tensors, format = checkpoint.tensors, config.format
+    defects += check_rules(checkpoint, config, modules, packing)
+    tensors = checkpoint.tensors
 
     def check(module: str) -> list[Defect]:
-        return check_module(module, tensors, settings[module], format, numbers=numbers)
+        return check_module(module, tensors, settings[module], packing, numbers=numbers)
 
     for of_module in side_by_side(check, modules):
         defects += of_module
@@ -224,23 +225,10 @@ def _mislabelled(checkpoint: Checkpoint) -> Defect | None:
     if checkpoint.method != "gptq":
         return None
     packing = other_packing(checkpoint)
-    if packing is None or declared_format(checkpoint.quantization or {}) not in FORMATS:
+    if packing is None or declared_format(checkpoint.quantization or {}) not in GPTQ_FORMATS:
         return None
     message = f"has format gptq, but its linears are packed for {packing}"
     return Defect("E_CKPT_QUANTIZED", message, "config.json", None, READABLE)
-
-
-def quantized_names(tensors: Iterable[str]) -> list[str]:
-    """Return the names of modules that have any of qweight, qzeros and g_idx, in file order.
-
-    Scales alone do not count: other formats have them, too.
-    """
-    found: dict[str, None] = {}
-    for name in tensors:
-        module, _, part = name.rpartition(".")
-        if part in PARTS and part != "scales":
-            found[module] = None
-    return list(found)
 
 
 def check_files(checkpoint: Checkpoint) -> Iterator[Defect]:
@@ -277,21 +265,30 @@ def _check_weight_files(checkpoint: Checkpoint, used: list[str]) -> Iterator[Def
             yield Defect("E_CKPT_INDEX", message, file.name, None, hint, "form")
 
 
-def _unread_tensors(checkpoint: Checkpoint, modules: Iterable[str]) -> Iterator[TensorInfo]:
-    """Yield tensors whose numbers `examine` has not read."""
-    examined = set(modules)
+def _check_unread(checkpoint: Checkpoint, modules: Iterable[str]) -> Iterator[Defect]:
+    """Yield defects of tensors whose numbers `examine` has not read."""
+    packing = GPTQ
+    if checkpoint.method not in (None, "gptq"):  # the packing may be the defect
+        packing = packing_of(checkpoint)
+    codes, examined = set(), set()
+    for module in modules:
+        for part in packing.dtypes:
+            examined.add(f"{module}.{part}")
+        codes.add(f"{module}.{packing.codes}")
     for name, tensor in checkpoint.tensors.items():
-        module, _, part = name.rpartition(".")
-        if module not in examined or part not in PARTS or part == "qweight":
-            yield tensor
+        if name in codes:
+            yield from _check_codes(tensor)
+        elif name not in examined:
+            yield from _check_finite(tensor)
 
 
-def _check_bytes(tensor: TensorInfo) -> Iterator[Defect]:
-    if tensor.name.endswith(".qweight"):
-        if tensor.dtype == "I32" and tensor.nbytes and is_zero(tensor):
-            message = "holds nothing but zeros, as a file that was never written does"
-            yield tensor_defect("E_CKPT_CORRUPT", tensor, message)
-        return
+def _check_codes(tensor: TensorInfo) -> Iterator[Defect]:
+    if tensor.dtype in ("I32", "U32") and tensor.nbytes and is_zero(tensor):
+        message = "holds nothing but zeros, as a file that was never written does"
+        yield tensor_defect("E_CKPT_CORRUPT", tensor, message)
+
+
+def _check_finite(tensor: TensorInfo) -> Iterator[Defect]:
     count = count_not_finite(tensor)
     if count:
         yield tensor_defect("E_CKPT_NONFINITE", tensor, f"holds NaN or infinity, {count} times")

@@ -192,25 +192,26 @@ class CheckpointWriter:
 def write_side_files(
     source: Checkpoint,
     directory: Path,
-    quantization: dict[str, Any],
-    meta: dict[str, Any],
+    described: dict[str, Any],
+    quantize_config: dict[str, Any] | None,
     *,
     untie: bool,
     hashes: Mapping[str, str] | None = None,
 ) -> None:
     """Write config.json and quantize_config.json, and copy every other file of the source.
 
-    Files of an earlier run of this tool are not copied. config.json is the source's JSON plus
-    `quantization_config`, because a library that writes it again would rename keys that older
-    readers need. `meta` goes into quantize_config.json only, because some readers fail on it in
-    config.json. `hashes` and errors are those of `copy_side_files`.
+    Files of an earlier run of this tool are not copied. config.json is the source's JSON plus the
+    entries of `described`, because a library that writes it again would rename keys that older
+    readers need. Formats other than GPTQ have no `quantize_config`. `hashes` and errors are those
+    of `copy_side_files`.
     """
     copy_side_files(source, directory, without=RUN_FILES, hashes=hashes)
-    config = with_quantization(source.config, quantization)
+    config = with_quantization(source.config, described)
     if untie:
         config["tie_word_embeddings"] = False
     write_json(directory / "config.json", config)
-    write_json(directory / QUANTIZE_CONFIG, quantization | {"meta": meta})
+    if quantize_config is not None:
+        write_json(directory / QUANTIZE_CONFIG, quantize_config)
 
 
 def copy_side_files(

@@ -1,5 +1,5 @@
-"""`gptq convert` and `gptq dequantize`: write a GPTQ checkpoint in the other version of its format,
-or as plain weights.
+"""`gptq convert` and `gptq dequantize`: write a quantized checkpoint in another format, or as plain
+weights.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from gptq_cli.cli.progress import Progress
 from gptq_cli.config.fields import Panel
 from gptq_cli.config.layer import FORMATS
 from gptq_cli.config.resolve import check_flags
-from gptq_cli.errors import ConfigError, shown, size
+from gptq_cli.errors import ConfigError, one_of, shown, size
 
 SHOWN = 5  # corrected defects in the human report
 
@@ -33,18 +33,18 @@ def convert(
     as_json: o.AsJson = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Convert a GPTQ checkpoint between the formats gptq and gptq_v2.
+    """Write a quantized checkpoint in another format, without a loss.
 
-    The formats differ in how they store zero points. Codes, scales and
-    unquantized tensors are copied byte for byte. If only some engines read
-    a part (settings in quantize_config.json alone, a missing g_idx, another
-    file name), it is corrected for all of them, even if --to is the format
-    of the checkpoint.
+    Codes and scales stay as they are, so the decoded weights keep every
+    bit; unquantized tensors are copied. If only some engines read a part
+    (settings in quantize_config.json alone, a missing g_idx, another file
+    name), it is corrected for all of them, even if --to is the format of
+    the checkpoint. Layers that the format cannot store are refused.
 
-    Example: gptq convert ./out --to gptq_v2 -o ./out-v2
+    Example: gptq convert ./out --to compressed-tensors -o ./out-ct
     """
     if to not in FORMATS:
-        raise ConfigError("E_CFG_RANGE", f"--to must be {' or '.join(FORMATS)}, got {shown(to)}")
+        raise ConfigError("E_CFG_RANGE", f"--to must be {one_of(FORMATS)}, got {shown(to)}")
     console = Console(as_json, quiet)
     from gptq_cli.inspection.convert import convert_checkpoint
 
@@ -82,7 +82,7 @@ def dequantize(
     as_json: o.AsJson = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Turn a GPTQ checkpoint back into plain weights.
+    """Turn a quantized checkpoint back into plain weights.
 
     The weights are those that the quantized model computes with, not those
     of the original: rounding is not undone. Only one linear layer is in
@@ -92,7 +92,7 @@ def dequantize(
     """
     check_flags({"dtype": dtype})
     console = Console(as_json, quiet)
-    from gptq_cli.inspection.convert import dequantize_checkpoint
+    from gptq_cli.inspection.dequantize import dequantize_checkpoint
 
     with Progress(console) as progress:
         found = dequantize_checkpoint(model, output, dtype, overwrite=overwrite, report=progress)

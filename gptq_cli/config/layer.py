@@ -23,10 +23,10 @@ from types import FrameType
 from typing import Any, Literal, NamedTuple, get_args
 
 from gptq_cli.config.strict_yaml import parse_scalar
-from gptq_cli.errors import ConfigError
+from gptq_cli.errors import ConfigError, one_of
 
-BitWidth = Literal[2, 3, 4, 8]
-Format = Literal["gptq", "gptq_v2"]
+BitWidth = Literal[2, 3, 4, 5, 6, 7, 8]
+Format = Literal["gptq", "gptq_v2", "compressed-tensors", "mlx", "auto-round"]
 ScaleSearch = Literal["none", "mse"]
 DampMode = Literal["mean", "diagonal"]
 Uncovered = Literal["error", "rtn", "all-tokens"]
@@ -34,6 +34,51 @@ OnFault = Literal["error", "rtn"]
 
 BITS: tuple[int, ...] = get_args(BitWidth)
 FORMATS: tuple[str, ...] = get_args(Format)
+GPTQ_FORMATS = ("gptq", "gptq_v2")
+
+
+class Holds(NamedTuple):
+    """What a format can store, with the reasons in decision 27.
+
+    A group has a multiple of `columns` columns, or it is a whole row. With `g_idx` the columns of a
+    group need not follow one another.
+    """
+
+    bits: tuple[int, ...] = BITS
+    columns: int = 1
+    g_idx: bool = False
+
+
+HOLDS = {
+    "gptq": Holds(bits=(2, 3, 4, 8), g_idx=True),
+    "gptq_v2": Holds(bits=(2, 3, 4, 8), g_idx=True),
+    "compressed-tensors": Holds(),
+    "mlx": Holds(bits=(2, 3, 4, 5, 6, 8), columns=32),
+    "auto-round": Holds(),
+}
+
+
+def misfits(format: str, bits: int, group_size: int, *, g_idx: bool) -> dict[str, str]:
+    """Return the settings of a layer that a format cannot store, with the reason.
+
+    `g_idx` tells whether columns of a group need not follow one another, which desc_act asks for.
+
+    >>> misfits("mlx", 7, 48, g_idx=False)["bits"]
+    'mlx stores 2, 3, 4, 5, 6 or 8 bits'
+    """
+    holds, found = HOLDS[format], {}
+    if bits not in holds.bits:
+        found["bits"] = f"{format} stores {one_of(holds.bits)} bits"
+    if group_size != -1 and group_size % holds.columns:
+        found["group_size"] = f"{format} stores groups of a multiple of {holds.columns} columns"
+    if g_idx and not holds.g_idx:
+        found["desc_act"] = f"{format} stores no g_idx, the group of each column"
+    return found
+
+
+def formats_for(bits: int, group_size: int, *, g_idx: bool) -> list[str]:
+    """Return the formats that can store a layer with these settings."""
+    return [name for name in FORMATS if not misfits(name, bits, group_size, g_idx=g_idx)]
 
 
 @dataclass(frozen=True, slots=True)

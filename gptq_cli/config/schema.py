@@ -6,7 +6,7 @@ resolved configuration is valid input again and gives an equal one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal, get_args
 
@@ -42,6 +42,7 @@ from gptq_cli.config.fields import (
     size_in_bytes,
 )
 from gptq_cli.config.layer import (
+    BITS,
     DEFAULT_PRESET,
     FORMATS,
     PRESETS,
@@ -50,8 +51,10 @@ from gptq_cli.config.layer import (
     LayerChoice,
     LayerConfig,
     first_match,
+    formats_for,
     is_listed,
     keeps,
+    misfits,
     pattern_of,
 )
 from gptq_cli.config.serving import TARGETS
@@ -70,10 +73,10 @@ class QuantizeConfig(BaseModel):
     >>> config = QuantizeConfig(bits=4, sym=False, dynamic={"-:.*down_proj": {}})
     >>> config.group_size, config.format, config.preset
     (128, 'gptq_v2', 'balanced')
-    >>> QuantizeConfig(bits=5, group_sise=64)
+    >>> QuantizeConfig(bits=4, lm_head=1, group_sise=64)
     Traceback (most recent call last):
         ...
-    gptq_cli.errors.ConfigError: bits must be 2, 3, 4 or 8, got 5; group_sise is not a known key
+    gptq_cli.errors.ConfigError: lm_head must be true or false, got 1; group_sise is not a known key
     """
 
     model_config = STRICT
@@ -414,6 +417,7 @@ def conflicts(values: Mapping[str, Any]) -> list[Finding]:
         findings.append(_both_orders(("desc_act",), ("act_group_aware",)))
     if values.get("signed_scales") is True and values.get("sym") is False:
         findings.append(_signed_asymmetry(("signed_scales",), ("sym",)))
+    findings += _format_conflicts(values)
     findings += _batch_conflicts(values)
     for rule, overrides in _rules(values):
         if keeps(rule):
@@ -421,6 +425,39 @@ def conflicts(values: Mapping[str, Any]) -> list[Finding]:
         else:
             findings += _override_conflicts(rule, overrides, values)
     return findings
+
+
+def _format_conflicts(
+    values: Mapping[str, Any], rule: str | None = None, overrides: Mapping[str, Any] | None = None
+) -> list[Finding]:
+    """Return settings that the format cannot store: those of all layers, or those of a rule."""
+    changed = overrides or {}
+    implied = {key: value for key, value, _ in _implied(changed)}
+    effective = {**values, **implied, **changed}
+    format = effective.get("format", _default("format"))
+    bits, group_size = effective.get("bits"), effective.get("group_size", _default("group_size"))
+    if format not in FORMATS or bits not in BITS or type(group_size) is not int:
+        return []  # the schema refuses these values
+    g_idx = effective.get("desc_act") is True and effective.get("static_groups") is not True
+    could = formats_for(bits, group_size, g_idx=g_idx)
+    findings = []
+    for key, reason in misfits(format, bits, group_size, g_idx=g_idx).items():
+        path: KeyPath = (key,)
+        if rule is not None:
+            path = ("dynamic", rule, key)
+        if rule is None or key in changed:  # others are reported for all layers
+            predicate, hint = f"do not fit: {reason}", _format_hint(key, could)
+            findings.append(Finding((path, ("format",)), "E_CFG_FORMAT", predicate, hint))
+    return findings
+
+
+def _format_hint(key: str, could: Sequence[str]) -> str | None:
+    """Return the way out for a setting; `could` are the formats that store it."""
+    if key == "desc_act":
+        return "use --static-groups or --act-group-aware in its place, or --format gptq"
+    if not could:
+        return None
+    return f"use --format {one_of(could)}"
 
 
 def _batch_conflicts(values: Mapping[str, Any]) -> list[Finding]:
@@ -455,7 +492,7 @@ def _override_conflicts(
         findings.append(_both_orders(where("desc_act"), (*path, "act_group_aware")))
     if overrides.get("signed_scales") is True and effective.get("sym") is False:
         findings.append(_signed_asymmetry((*path, "signed_scales"), where("sym")))
-    return findings
+    return findings + _format_conflicts(values, rule, overrides)
 
 
 def _both_orders(*paths: KeyPath) -> Finding:

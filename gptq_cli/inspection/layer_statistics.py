@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gptq_cli.checkpoint.layout import packed_modules
+from gptq_cli.checkpoint.quantization_config import packing_of
 from gptq_cli.checkpoint.reader import DequantizingReader, open_reader
 from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.errors import ConfigError, InputError, nearest
@@ -75,7 +76,8 @@ def view_layer(checkpoint: Checkpoint, name: str) -> LayerView:
 def _read_view(checkpoint: Checkpoint, name: str) -> LayerView:
     modules = set()
     if checkpoint.quantization:
-        modules = {module.name for module in packed_modules(checkpoint.tensors)}
+        packing = packing_of(checkpoint)
+        modules = {module.name for module in packed_modules(checkpoint.tensors, packing)}
     full = _find(name, sorted(modules | _plain_matrices(checkpoint)))
     if full not in modules:
         weight = open_reader(checkpoint).read(f"{full}.weight")

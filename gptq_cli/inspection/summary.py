@@ -16,21 +16,27 @@ from gptq_cli.checkpoint.decoded import stores_transposed
 from gptq_cli.checkpoint.defects import Defect
 from gptq_cli.checkpoint.headers import TensorInfo
 from gptq_cli.checkpoint.layout import (
-    PARTS,
+    GPTQ,
     SCALES_SUFFIX,
     PackedModule,
+    Packing,
     block_size,
     packed_modules,
+    part_names,
 )
 from gptq_cli.checkpoint.model_files import read_json
 from gptq_cli.checkpoint.quantization_config import (
+    StoredConfig,
     declared_format,
+    dialect_of,
     other_packing,
+    packing_of,
     recorded_settings,
+    stored_config,
 )
 from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.checkpoint.verify import examine
-from gptq_cli.config.layer import LayerConfig, kind_of, list_item
+from gptq_cli.config.layer import FORMATS, LayerConfig, kind_of, list_item
 from gptq_cli.config.serving import Export, export_of
 from gptq_cli.errors import InputError
 from gptq_cli.files import is_file
@@ -133,26 +139,23 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     do not load one with defects. Raises InputError E_CKPT_INCOMPLETE if a part of a linear is
     missing or does not fit.
     """
-    recorded = checkpoint.quantization or {}
-    modules: tuple[PackedModule, ...] = ()
-    format: str | None = None
-    defects: tuple[Defect, ...] = ()
-    if checkpoint.method == "gptq":
-        modules, format, defects = _gptq_content(checkpoint)
+    content = _Content()
+    if checkpoint.method in FORMATS:
+        content = _packed_content(checkpoint)
+    modules = content.modules
     scales = checkpoint.scales()
     scaled = [checkpoint.tensors[name] for name in scales]
-    others = _other_tensors(checkpoint, modules, scales)
+    others = _other_tensors(checkpoint, content, scales)
     blocks = _blocks(checkpoint.tensors)
-    sym = bool(recorded.get("sym", True))
-    quantized = [_row(module, blocks, sym=sym) for module in modules]
+    quantized = [_row(module, blocks, sym=content.is_sym(module.name)) for module in modules]
     quantized += _scaled_rows(checkpoint, scaled, blocks)
     parameters = sum(module.weights for module in modules)
     parameters += sum(math.prod(tensor.shape) for tensor in [*others, *scaled])
     return Inspection(
         method=checkpoint.method,
-        format=format,
-        sym=sym,
-        desc_act=bool(recorded.get("desc_act")),
+        format=content.format,
+        sym=all(content.is_sym(module.name) for module in modules),
+        desc_act=content.desc_act,
         modules=modules,
         matrices=_matrices(others),
         transposed=stores_transposed(checkpoint.config),
@@ -162,28 +165,57 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         nbytes=checkpoint.nbytes,
         files=_files(checkpoint),
         provenance=_provenance(checkpoint),
-        defects=defects,
+        defects=content.defects,
     )
 
 
-def _gptq_content(
-    checkpoint: Checkpoint,
-) -> tuple[tuple[PackedModule, ...], str, tuple[Defect, ...]]:
-    """Return the packed linears, the format and the defects of a GPTQ checkpoint."""
-    packing = other_packing(checkpoint)
-    if packing:
-        return (), packing.lower(), _defects(checkpoint)
-    modules = packed_modules(checkpoint.tensors)
-    return modules, str(declared_format(checkpoint.quantization or {})), _defects(checkpoint)
+@dataclass(frozen=True, slots=True)
+class _Content:
+    """The quantized part of a checkpoint; `config` is None if its settings are unusable."""
+
+    modules: tuple[PackedModule, ...] = ()
+    format: str | None = None
+    packing: Packing = GPTQ
+    config: StoredConfig | None = None
+    defects: tuple[Defect, ...] = ()
+
+    def is_sym(self, module: str) -> bool:
+        """Return whether the grid of a module is symmetric, as far as the settings tell."""
+        return self.config is None or self.config.settings(module).sym
+
+    @property
+    def desc_act(self) -> bool:
+        """Whether the columns of the groups of some module need not follow one another."""
+        if self.config is None:
+            return False
+        return any(self.config.settings(module.name).desc_act for module in self.modules)
+
+
+def _packed_content(checkpoint: Checkpoint) -> _Content:
+    """Return the packed linears, the format and the defects of a checkpoint in codes."""
+    dialect = dialect_of(checkpoint.method)
+    format = str(declared_format(checkpoint.quantization or {}))
+    packing = GPTQ
+    if dialect is not None:
+        if dialect.unreadable(checkpoint.quantization or {}):
+            return _Content()
+        format, packing = str(checkpoint.method), packing_of(checkpoint)
+    elif other := other_packing(checkpoint):
+        return _Content(format=other.lower(), defects=_defects(checkpoint))
+    modules = packed_modules(checkpoint.tensors, packing)
+    config = None
+    if format in FORMATS:
+        config, _ = stored_config(checkpoint)
+    return _Content(modules, format, packing, config, _defects(checkpoint))
 
 
 def _other_tensors(
-    checkpoint: Checkpoint, modules: Iterable[PackedModule], scales: Mapping[str, str]
+    checkpoint: Checkpoint, content: _Content, scales: Mapping[str, str]
 ) -> list[TensorInfo]:
     """Return the tensors that are neither packed nor scaled, nor the scales of another one."""
     hidden = {*scales, *scales.values()}
-    for module in modules:
-        hidden |= {f"{module.name}.{part}" for part in PARTS}
+    for module in content.modules:
+        hidden.update(part_names(module.name, checkpoint.tensors, content.packing))
     return [tensor for name, tensor in checkpoint.tensors.items() if name not in hidden]
 
 
@@ -273,7 +305,7 @@ def plan_rows(plan: RunPlan) -> tuple[list[Row], list[Row]]:
             kept.append(Row(name, shape, how, layer.why, nbytes=layer.weight.nbytes))
             continue
         how = settings(layer.config.bits, layer.config.group_size, sym=layer.config.sym)
-        row = Row(name, shape, how, nbytes=sum(spec.nbytes for spec in layer.packed()))
+        row = Row(name, shape, how, nbytes=layer.packed_bytes(plan.packing))
         if layer.why != "default":
             row = replace(row, why=layer.why)
         quantized.append(row)

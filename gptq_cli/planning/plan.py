@@ -21,7 +21,8 @@ from pathlib import Path
 from gptq_cli.checkpoint.claims import check_claims
 from gptq_cli.checkpoint.decoded import Plain, plain_view, stores_transposed
 from gptq_cli.checkpoint.headers import DTYPES, TensorInfo
-from gptq_cli.checkpoint.layout import Layout, TensorSpec, plan_layout
+from gptq_cli.checkpoint.layout import Layout, Packing, TensorSpec, plan_layout
+from gptq_cli.checkpoint.quantization_config import packing_for
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from gptq_cli.config.layer import LayerChoice, keeping, kind_of, matches, unmatched_rules
 from gptq_cli.config.leftovers import foreign_names, refuse_wrapped
@@ -122,13 +123,17 @@ def _plan(
 
     names_are_known = model is not None or not _has_stacks(plain, blocks)
     _check_layers(layers, config, names_are_known=names_are_known)
+    packing = packing_for(
+        config.format, sym=all(layer.config.sym for layer in layers if layer.config)
+    )
     return RunPlan(
         source=source,
         plain=plain,
         blocks=blocks,
         n_blocks=planner.n_blocks,
         layers=tuple(layers),
-        layout=_lay_out(plain, layers, config.max_shard_bytes),
+        layout=_lay_out(plain, layers, packing, config.max_shard_bytes),
+        packing=packing,
         unused=tuple(unused),
     )
 
@@ -575,12 +580,14 @@ def _advise_keeping(misfits: Sequence[LayerPlan], quantized: Iterable[LayerPlan]
 # ---------------------------------------------------------------- the output
 
 
-def _lay_out(plain: Plain, layers: Iterable[LayerPlan], max_shard_bytes: int) -> Layout:
+def _lay_out(
+    plain: Plain, layers: Iterable[LayerPlan], packing: Packing, max_shard_bytes: int
+) -> Layout:
     """Lay out the output in the order of the source; quantized layers take their weight's place."""
     packed: dict[str, list[tuple[TensorSpec, ...]]] = defaultdict(list)
     for layer in layers:
         if layer.config:
-            packed[layer.stack or layer.weight.name].append(layer.packed())
+            packed[layer.stack or layer.weight.name].append(layer.packed(packing))
     units = []
     for tensor in plain.tensors.values():
         unchanged = (TensorSpec(tensor.name, tensor.dtype, tensor.shape),)

@@ -13,11 +13,20 @@ from dataclasses import dataclass
 
 from gptq_cli.checkpoint.decoded import Plain
 from gptq_cli.checkpoint.headers import TensorInfo
-from gptq_cli.checkpoint.layout import Layout, TensorSpec, packed_specs
+from gptq_cli.checkpoint.layout import GPTQ, Layout, Packing, Sizes, TensorSpec, packed_specs
 from gptq_cli.checkpoint.locate import model_name
 from gptq_cli.checkpoint.model_files import Remark
+from gptq_cli.checkpoint.quantization_config import Linears, Settings
 from gptq_cli.checkpoint.source import Checkpoint
-from gptq_cli.config.layer import LayerChoice, LayerConfig, expert_part, split_experts, split_groups
+from gptq_cli.config.layer import (
+    FORMATS,
+    GPTQ_FORMATS,
+    LayerChoice,
+    LayerConfig,
+    expert_part,
+    split_experts,
+    split_groups,
+)
 from gptq_cli.config.leftovers import is_of_adapter
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.serving import (
@@ -76,17 +85,16 @@ class LayerPlan:
     def n_weights(self) -> int:
         return self.out_features * self.in_features
 
-    def packed(self) -> tuple[TensorSpec, ...]:
+    def packed(self, packing: Packing) -> tuple[TensorSpec, ...]:
         """Return the tensors that replace this layer's weight."""
         assert self.config is not None
-        return packed_specs(
-            self.weight.name, self.out_features, self.in_features, self.groups, self.config.bits
-        )
+        config = self.config
+        sizes = Sizes(self.out_features, self.in_features, self.groups, config.bits, sym=config.sym)
+        return packed_specs(self.weight.name, sizes, packing)
 
-    @property
-    def packed_bytes(self) -> int:
-        """Bytes of the quantized layer, with scales, zero points and g_idx."""
-        return sum(spec.nbytes for spec in self.packed())
+    def packed_bytes(self, packing: Packing) -> int:
+        """Return the bytes of the quantized layer, with all its parts."""
+        return sum(spec.nbytes for spec in self.packed(packing))
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +102,8 @@ class RunPlan:
     """Every linear layer of the blocks (and the head, if it is to be quantized), and the layout.
 
     `plain` has the tensors that `source` stands for: its own, unless it is stored in codes.
-    `unused` are tensors that the model does not use, as far as names or the model itself tell; the
-    run copies them.
+    `packing` is how the output stores quantized linears. `unused` are tensors that the model does
+    not use, as far as names or the model itself tell; the run copies them.
     """
 
     source: Checkpoint
@@ -104,6 +112,7 @@ class RunPlan:
     n_blocks: int
     layers: tuple[LayerPlan, ...]
     layout: Layout
+    packing: Packing = GPTQ
     unused: tuple[str, ...] = ()
 
     @property
@@ -114,6 +123,17 @@ class RunPlan:
     def settings(self) -> dict[str, LayerConfig]:
         """The settings of each quantized layer, by name."""
         return {layer.name: layer.config for layer in self.layers if layer.config}
+
+    @property
+    def linears(self) -> Linears:
+        """The linears of the output; kept ones are those of blocks and all other matrices."""
+        in_features = {layer.name: layer.in_features for layer in self.quantized}
+        stored = {name: Settings.of(config) for name, config in self.settings.items()}
+        kept = dict.fromkeys(layer.name for layer in self.kept)
+        for tensor in self.copied:
+            if len(tensor.shape) == 2 and tensor.name.endswith(".weight"):
+                kept[tensor.name.removesuffix(".weight")] = None
+        return Linears(stored, in_features, tuple(kept))
 
     @property
     def kept(self) -> tuple[LayerPlan, ...]:
@@ -147,7 +167,9 @@ class RunPlan:
     @property
     def copied(self) -> list[TensorInfo]:
         """Tensors that are not quantized: copied as bytes, or `decoded` if stored in codes."""
-        return [tensor for name, tensor in self.plain.tensors.items() if name in self.layout.specs]
+        # A part of a quantized linear may have the name of its weight.
+        replaced = {layer.stack or layer.weight.name for layer in self.quantized}
+        return [tensor for name, tensor in self.plain.tensors.items() if name not in replaced]
 
     @property
     def decoded(self) -> list[TensorInfo]:
@@ -159,7 +181,7 @@ class RunPlan:
         """Stored bits per quantized weight, with scales, zero points and g_idx."""
         nbytes = n_weights = 0
         for layer in self.quantized:
-            nbytes += layer.packed_bytes
+            nbytes += layer.packed_bytes(self.packing)
             n_weights += layer.n_weights
         return 8 * nbytes / n_weights
 
@@ -208,7 +230,10 @@ def default_name(model: str, config: QuantizeConfig) -> str:
     group = "channel"
     if config.group_size > 0:
         group = f"g{config.group_size}"
-    return f"{model_name(path.name)}-GPTQ-Int{config.bits}-{group}"
+    name = f"{model_name(path.name)}-GPTQ-Int{config.bits}-{group}"
+    if config.format not in GPTQ_FORMATS:
+        name += f"-{config.format}"
+    return name
 
 
 # ---------------------------------------------------------------- engines, and warnings
@@ -270,7 +295,7 @@ def _about_codes(plan: RunPlan) -> list[Remark]:
     """Warn that weights stored in codes are rounded twice, or take more bytes if they are kept."""
     found = []
     how = plan.plain.how
-    if plan.source.method == "gptq":
+    if plan.source.method in FORMATS:
         text = f"the source is quantized ({how}): its rounded weights are rounded a second time"
         found.append(("W_CKPT_REQUANTIZED", text))
     decoded = plan.decoded
@@ -309,7 +334,8 @@ def _about_head(plan: RunPlan, head: LayerPlan, format: str) -> Remark:
     how = "is untied from the embeddings and stored beside them"
     if f"{HEAD}.weight" in plan.plain.tensors:
         how = "is quantized"
-    text = f"{HEAD} {how}, {head.packed_bytes / 1e6:.3g} MB: {_engines_against(LM_HEAD, format)}"
+    megabytes = head.packed_bytes(plan.packing) / 1e6
+    text = f"{HEAD} {how}, {megabytes:.3g} MB: {_engines_against(LM_HEAD, format)}"
     return "W_CFG_HEAD", text
 
 

@@ -21,8 +21,9 @@ from torch import Tensor
 from gptq_cli.calibration.chats import ChatTemplate
 from gptq_cli.calibration.corpus import DatasetSource, load_documents
 from gptq_cli.calibration.windows import Windows, calibration_windows, check_token_ids, load_encoder
+from gptq_cli.checkpoint.layout import Packing
 from gptq_cli.checkpoint.locate import ModelSource, model_directory
-from gptq_cli.checkpoint.quantization_config import describe
+from gptq_cli.checkpoint.quantization_config import describe, dialect_of
 from gptq_cli.checkpoint.reader import encode, open_reader
 from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.checkpoint.verify import check_written, refuse_wrong_numbers
@@ -402,7 +403,7 @@ def _writing_output(
             with BlockStore(work, identity, writer, record, plan.n_steps, times) as store:
                 run.limits.check_fallbacks(record.layers)  # those of resumed blocks
                 run.saved = FinishedBlocks(run.ranks, plan.n_steps, store)
-                run.keep = partial(_write_layer, writer, run.config.format)
+                run.keep = partial(_write_layer, writer, plan.packing)
                 yield
             record(PhaseStarted("copy", f"{len(plan.copied)} other tensors"))
             copy_others(writer, plan)
@@ -421,10 +422,11 @@ def _writing_output(
 
 
 def _write_layer(
-    writer: CheckpointWriter, format: str, layer: LayerPlan, linear: QuantizedLinear
+    writer: CheckpointWriter, packing: Packing, layer: LayerPlan, linear: QuantizedLinear
 ) -> None:
-    for suffix, tensor in encode(linear, format).items():
-        writer.write(f"{layer.name}.{suffix}", tensor)
+    assert layer.config is not None
+    for part, tensor in encode(linear, packing, sym=layer.config.sym).items():
+        writer.write(f"{layer.name}.{part}", tensor)
 
 
 def copy_others(writer: CheckpointWriter, plan: RunPlan) -> None:
@@ -465,14 +467,29 @@ def write_beside(
 
     Raises InputError E_SOURCE_CHANGED if a file of the source no longer has its hash in `hashes`.
     """
-    kept = [layer.name for layer in plan.kept if layer.name != HEAD]
+    described, quantize_config = _describe(plan, config, calibration_sha256)
+    untie = plan.head is not None
+    write_side_files(plan.source, directory, described, quantize_config, untie=untie, hashes=hashes)
+    write_file(directory / CONFIG_FILE, to_yaml(config).encode())
+
+
+def _describe(
+    plan: RunPlan, config: QuantizeConfig, calibration_sha256: str
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Return the entries of config.json, and the content of quantize_config.json if there is one.
+
+    Notes of this tool stand in quantize_config.json only, because some readers fail on them in
+    config.json.
+    """
+    dialect = dialect_of(config.format)
+    if dialect is not None:
+        return dialect.describe(plan.linears), None
     meta: dict[str, Any] = {
         "quantizer": [f"gptq_cli:{__version__}"],
         "calibration_sha256": calibration_sha256,
     }
     if plan.plain.how:
         meta["source_quantization"] = plan.plain.how
+    kept = [layer.name for layer in plan.kept if layer.name != HEAD]
     described = describe(config, plan.settings, kept)
-    untie = plan.head is not None
-    write_side_files(plan.source, directory, described, meta, untie=untie, hashes=hashes)
-    write_file(directory / CONFIG_FILE, to_yaml(config).encode())
+    return {"quantization_config": described}, described | {"meta": meta}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from gptq_cli.checkpoint.layout import Layout, TensorSpec, packed_specs, plan_layout
+from gptq_cli.checkpoint.layout import GPTQ, Layout, Sizes, TensorSpec, packed_specs, plan_layout
 from gptq_cli.checkpoint.quantization_config import skip_rules
 from gptq_cli.checkpoint.writer import CheckpointWriter
 from gptq_cli.storage.manifest import INDEX_NAME
@@ -100,7 +100,8 @@ def test_finish_refuses_a_checkpoint_with_missing_tensors(tmp_path: Path) -> Non
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_packed_specs_have_the_shapes_of_the_format(bits: int) -> None:
     specs = {
-        spec.name: (spec.dtype, spec.shape) for spec in packed_specs("x.weight", 64, 96, 3, bits)
+        spec.name: (spec.dtype, spec.shape)
+        for spec in packed_specs("x.weight", Sizes(64, 96, 3, bits), GPTQ)
     }
     assert specs == {
         "x.qweight": ("I32", (3 * bits, 64)),

@@ -8,11 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gptq_cli.checkpoint.layout import GPTQ, GPTQ_V2
 from gptq_cli.checkpoint.reader import decode, encode, pack, unpack
 from gptq_cli.solver.quantized_linear import QuantizedLinear
 
-BITS = [2, 3, 4, 8]
+BITS = [2, 3, 4, 5, 6, 7, 8]
 FORMATS = ["gptq", "gptq_v2"]
+PACKINGS = {"gptq": GPTQ, "gptq_v2": GPTQ_V2}
 
 
 def slow_words(column: list[int], bits: int) -> list[int]:
@@ -68,13 +70,13 @@ GOLDEN |= {("gptq_v2", 2): 0xAAAAAAAA, ("gptq_v2", 4): 0x88888888, ("gptq_v2", 8
 
 @pytest.mark.parametrize(("format", "bits"), GOLDEN)
 def test_symmetric_zero_points_have_the_usual_words(format: str, bits: int) -> None:
-    words = encode(symmetric(bits), format)["qzeros"]
+    words = encode(symmetric(bits), PACKINGS[format], sym=True)["qzeros"]
     assert {int(word) & 0xFFFFFFFF for word in words.flatten()} == {GOLDEN[format, bits]}
 
 
 @pytest.mark.parametrize(("format", "stored"), [("gptq", 3), ("gptq_v2", 4)])
 def test_three_bit_symmetric_zero_points_have_the_usual_words(format: str, stored: int) -> None:
-    words = encode(symmetric(3), format)["qzeros"][0]
+    words = encode(symmetric(3), PACKINGS[format], sym=True)["qzeros"][0]
     assert [int(word) & 0xFFFFFFFF for word in words] == slow_words([stored] * 64, 3)
 
 
@@ -91,7 +93,7 @@ def test_decode_reverses_encode(format: str, bits: int, shape: tuple[int, int, i
         group_of_column=groups_in_order[torch.randperm(in_features)],
         bits=bits,
     )
-    tensors = encode(linear, format)
+    tensors = encode(linear, PACKINGS[format], sym=False)
     found = {suffix: (tensor.dtype, tuple(tensor.shape)) for suffix, tensor in tensors.items()}
     assert found == {
         "qweight": (torch.int32, (in_features * bits // 32, out_features)),
@@ -100,7 +102,7 @@ def test_decode_reverses_encode(format: str, bits: int, shape: tuple[int, int, i
         "g_idx": (torch.int32, (in_features,)),
     }
     assert all(tensor.is_contiguous() for tensor in tensors.values())
-    back = decode(tensors, bits, format)
+    back = decode(tensors, bits, PACKINGS[format])
     for field in ("codes", "scales", "zeros", "group_of_column"):
         assert torch.equal(getattr(back, field), getattr(linear, field)), field
     assert torch.equal(back.dequantize(), linear.dequantize())

@@ -117,7 +117,7 @@ def test_compare_with_text_lists_the_worst_windows(gptq: Run, pair: tuple[Path, 
         (
             ["convert", "OUT", "--to", "gptq_v3", "-o", "x"],
             2,
-            '--to must be gptq or gptq_v2, got "gptq_v3"',
+            '--to must be gptq, gptq_v2, compressed-tensors, mlx or auto-round, got "gptq_v3"',
             "",
         ),
         (["convert", "OUT", "--to", "gptq", "-o", "x"], 2, "E_CFG_NOTHING_TO_DO", "unchanged"),

@@ -121,7 +121,7 @@ def test_a_damaged_run_file_is_refused(
 @pytest.mark.parametrize(
     "claims",
     [
-        {"config": {"bits": 5}},
+        {"config": {"bits": 9}},
         {"config": {"bits": 4, "who": 1}},
         {"config": []},
         {"model": 3},

@@ -29,7 +29,7 @@ def test_the_schema_is_valid_and_describes_every_field(
     Draft7Validator.check_schema(schema)
     assert set(schema["properties"]) == set(QuantizeConfig.model_fields)
     assert all(field["description"] for field in schema["properties"].values())
-    assert "2, 3, 4 or 8" in schema["properties"]["bits"]["description"]
+    assert "2, 3, 4, 5, 6, 7 or 8" in schema["properties"]["bits"]["description"]
     assert "$defs" not in json.dumps(schema)  # drafts before 2019 call them definitions
 
 
@@ -44,7 +44,7 @@ def test_the_schema_agrees_with_the_program(
         check.validate(yaml.safe_load(to_yaml(config)))
     for wrong in (
         {},
-        {"bits": 5},
+        {"bits": 9},
         {"bits": 4, "group_sise": 3},
         {"bits": 4, "dynamic": {"x": {"bit": 4}}},
         {"bits": 4, "damp_percent": 1},

@@ -58,13 +58,13 @@ def test_json_carries_configuration_and_notes(gptq: Run, tmp_path: Path) -> None
 
 
 def test_every_problem_has_its_line_and_column(gptq: Run, tmp_path: Path) -> None:
-    path = write(tmp_path, "bits: 5\ngroup_sise: 3\n")
+    path = write(tmp_path, "bits: 9\ngroup_sise: 3\n")
     result = gptq("validate-config", path)
     assert (result.exit_code, result.stdout) == (2, "")
     assert (
         result.stderr
         == f"""\
-error[E_CFG_RANGE]: bits must be 2, 3, 4 or 8, got 5
+error[E_CFG_RANGE]: bits must be 2, 3, 4, 5, 6, 7 or 8, got 9
   --> {path}:1:7
 
 error[E_CFG_UNKNOWN_KEY]: group_sise is not a known key

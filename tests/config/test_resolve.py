@@ -71,7 +71,7 @@ def test_empty_variables_and_nulls_set_nothing(tmp_path: Path) -> None:
 
 def test_all_problems_of_a_file_are_reported_in_order(tmp_path: Path) -> None:
     text = """\
-bits: 5
+bits: 9
 group_sise: 3
 nsamples: "128"
 sym: yes
@@ -100,7 +100,7 @@ dynamic:
     datasets = "must be a dataset name, a path, or a list of texts"
     modules = "must be a list of lists of module names, like [[self_attn.q_proj], [mlp.down_proj]]"
     assert found == [
-        ("E_CFG_RANGE", 1, 7, "bits must be 2, 3, 4 or 8, got 5", None),
+        ("E_CFG_RANGE", 1, 7, "bits must be 2, 3, 4, 5, 6, 7 or 8, got 9", None),
         ("E_CFG_UNKNOWN_KEY", 2, 1, "group_sise is not a known key", "did you mean group_size?"),
         ("E_CFG_TYPE", 3, 11, 'nsamples must be a whole number of 1 or more, got "128"',
          "write 128 without quotes"),
@@ -115,7 +115,7 @@ dynamic:
          "and exclude each other",
          "set act_group_aware to false, or remove it: desc_act turns it off"),
         ("E_CFG_TYPE", 11, 14, f"dataset[1] {datasets}, got 2 as item 2", None),
-        ("E_CFG_RANGE", 12, 9, 'format must be gptq or gptq_v2, got "gptqv2"',
+        ("E_CFG_RANGE", 12, 9, 'format must be gptq, gptq_v2, compressed-tensors, mlx or auto-round, got "gptqv2"',
          "did you mean gptq_v2?"),
         ("E_CFG_TYPE", 13, 32,
          f'modules_in_block_to_quantize[0] {modules}, got "q_proj" as item 1', None),
@@ -214,14 +214,14 @@ def test_missing_bits_are_an_error(tmp_path: Path) -> None:
 
 
 def test_errors_name_the_flag_or_the_variable() -> None:
-    flags = {"bits": 5, "damp_percent": 2.0, "desc_act": True, "dynamic": {"+:(": {"bits": 9}}}
+    flags = {"bits": 9, "damp_percent": 2.0, "desc_act": True, "dynamic": {"+:(": {"bits": 9}}}
     env = {"GPTQ_SYM": "no", "GPTQ_ACT_GROUP_AWARE": "true", "GPTQ_SEQLEN": "many"}
     assert messages_of(flags, env) == [
-        "--bits must be 2, 3, 4 or 8, got 5",
+        "--bits must be 2, 3, 4, 5, 6, 7 or 8, got 9",
         "--damp-percent must be a number strictly between 0 and 1, got 2.0",
         "--dynamic['+:('] is not a regular expression: "
         "missing ), unterminated subpattern at position 0",
-        "--dynamic['+:('].bits must be 2, 3, 4 or 8, got 9",
+        "--dynamic['+:('].bits must be 2, 3, 4, 5, 6, 7 or 8, got 9",
         'GPTQ_SYM must be true or false, got "no"',
         'GPTQ_SEQLEN must be a whole number of 1 or more, got "many"',
         "--desc-act and GPTQ_ACT_GROUP_AWARE are both true and exclude each other",
@@ -237,8 +237,8 @@ def test_a_conflict_names_both_sources(tmp_path: Path) -> None:
 
 
 def test_a_wrong_value_under_a_flag_is_still_an_error(tmp_path: Path) -> None:
-    assert messages_of({"bits": 4}, {}, write(tmp_path, "bits: 5\n")) == [
-        "bits must be 2, 3, 4 or 8, got 5"
+    assert messages_of({"bits": 4}, {}, write(tmp_path, "bits: 9\n")) == [
+        "bits must be 2, 3, 4, 5, 6, 7 or 8, got 9"
     ]
 
 

@@ -138,7 +138,7 @@ def test_fields_set_are_the_given_and_the_derived_ones() -> None:
         {"scale_search": "hessian"},
         {"scale_search": False},
         {"damp_mode": "median"},
-        {"bits": 5},
+        {"bits": 9},
         {"bits": "4"},
         {"unknown": 1},
         {"damp_percent": float("nan")},

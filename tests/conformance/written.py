@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 
 from gptq_cli import __version__
-from gptq_cli.checkpoint.quantization_config import describe
+from gptq_cli.checkpoint.quantization_config import describe, dialect_of
 from gptq_cli.checkpoint.reader import encode
 from gptq_cli.checkpoint.writer import CheckpointWriter, write_side_files
 from gptq_cli.config.layer import LayerConfig
@@ -117,16 +118,27 @@ def write(
                 seed, (layer.out_features, layer.in_features), layer.config, layer.name, layer.block
             )
             weights[layer.name] = linear.dequantize().numpy().astype(np.float64)
-            for suffix, tensor in encode(linear, config.format).items():
+            for suffix, tensor in encode(linear, plan.packing, sym=layer.config.sym).items():
                 writer.write(f"{layer.name}.{suffix}", tensor)
         for tensor in plan.copied:
             writer.copy(tensor)
         writer.finish()
+    described, quantize_config = described_output(plan, config)
+    write_side_files(plan.source, output, described, quantize_config, untie="lm_head" in weights)
+    return Written(source, output, plan, config, weights)
+
+
+def described_output(
+    plan: RunPlan, config: QuantizeConfig
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Return the entries of config.json, and the content of quantize_config.json."""
+    dialect = dialect_of(config.format)
+    if dialect is not None:
+        return dialect.describe(plan.linears), None
     kept = [layer.name for layer in plan.kept if layer.name != "lm_head"]
     described = describe(config, plan.settings, kept)
     meta = {"quantizer": [f"gptq_cli:{__version__}"]}
-    write_side_files(plan.source, output, described, meta, untie="lm_head" in weights)
-    return Written(source, output, plan, config, weights)
+    return {"quantization_config": described}, described | {"meta": meta}
 
 
 def random_linear(

@@ -25,7 +25,8 @@ from gptq_cli.config.resolve import resolve
 from gptq_cli.errors import ConfigError, ExistsError, InputError
 from gptq_cli.events import Event
 from gptq_cli.inspection.compare import compare_checkpoints
-from gptq_cli.inspection.convert import convert_checkpoint, dequantize_checkpoint
+from gptq_cli.inspection.convert import convert_checkpoint
+from gptq_cli.inspection.dequantize import dequantize_checkpoint
 from gptq_cli.quantization.run import quantize_checkpoint
 from tests.families import FAMILIES, save_model
 from tests.runs import config, digest, messages, quantize, reader

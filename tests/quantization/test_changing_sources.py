@@ -31,7 +31,8 @@ from gptq_cli.events import (
 )
 from gptq_cli.inspection import compare, convert, layer_statistics
 from gptq_cli.inspection.compare import compare_checkpoints
-from gptq_cli.inspection.convert import convert_checkpoint, dequantize_checkpoint
+from gptq_cli.inspection.convert import convert_checkpoint
+from gptq_cli.inspection.dequantize import dequantize_checkpoint
 from gptq_cli.inspection.layer_statistics import view_layer
 from gptq_cli.publish.push import prepare_push, push_upload
 from gptq_cli.quantization import resume

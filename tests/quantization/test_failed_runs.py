@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from gptq_cli.errors import ExistsError, InputError
 from gptq_cli.events import BlockStarted, Event, Resumed, Warned, WorkKept
-from gptq_cli.inspection.convert import convert_checkpoint, dequantize_checkpoint
+from gptq_cli.inspection.convert import convert_checkpoint
+from gptq_cli.inspection.dequantize import dequantize_checkpoint
 from tests.disks import Killed
 from tests.families import save_model
 from tests.tiny import SETTINGS, SMALL, WORK, Case, kill_after_block

@@ -21,7 +21,7 @@ from gptq_cli.evaluation.perplexity import evaluate_perplexity
 from gptq_cli.evaluation.request import EvalRequest
 from gptq_cli.events import BlockFinished, Event
 from gptq_cli.inspection.compare import compare_checkpoints
-from gptq_cli.inspection.convert import dequantize_checkpoint
+from gptq_cli.inspection.dequantize import dequantize_checkpoint
 from gptq_cli.inspection.layer_statistics import view_layer
 from gptq_cli.inspection.summary import inspect_checkpoint, plan_rows
 from gptq_cli.planning.plan import plan_run
