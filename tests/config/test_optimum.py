@@ -198,7 +198,8 @@ def test_notes_name_fields_without_effect_but_not_nulls(tmp_path: Path) -> None:
         ({"backend": "unknown"}, 'backend must be auto, torch, triton or null, got "unknown"', 3),
         (
             {"checkpoint_format": "marlin"},
-            'checkpoint_format must be gptq, gptq_v2, compressed-tensors, mlx or auto-round, got "marlin"',
+            "checkpoint_format must be gptq, gptq_v2, compressed-tensors, mlx or auto-round, "
+            'got "marlin"',
             3,
         ),
         (
