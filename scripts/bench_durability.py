@@ -27,7 +27,7 @@ from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.quantization import run
 from gptq_cli.quantization.run_state import FinishedBlocks
 from gptq_cli.storage import durable
-from tests.families import texts
+from tests.families import text_file
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 1024,
@@ -69,7 +69,7 @@ def main() -> None:
     seconds: Counter[str] = Counter()
     for name, (owner, attribute) in PARTS.items():
         setattr(owner, attribute, timed(seconds, name, getattr(owner, attribute)))
-    dataset = texts(4 * 64 * 512)
+    dataset = text_file(4 * 64 * 512)
     config = QuantizeConfig(bits=4, dataset=dataset, nsamples=64, seqlen=512, device="cpu")
     runs: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:

@@ -27,7 +27,7 @@ from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.events import BlockFinished, Event
 from gptq_cli.quantization.run import quantize_checkpoint
 from gptq_cli.runtime import memory
-from tests.families import texts
+from tests.families import text_file
 
 WINDOWS, SEQLEN, BATCH_SIZE = 64, 256, 4
 WAYS = ("replay", "lockstep")
@@ -59,7 +59,7 @@ def quantize(model: str, output: str, way: str) -> dict[str, Any]:
     processor = time.process_time()
     config = QuantizeConfig(
         bits=4,
-        dataset=texts(WINDOWS * SEQLEN * 2),
+        dataset=text_file(WINDOWS * SEQLEN * 2),
         seqlen=SEQLEN,
         nsamples=WINDOWS,
         batch_size=BATCH_SIZE,

@@ -31,7 +31,7 @@ from shapes import SHAPES, Shape, write_random_model
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.events import BlockFinished, Event, Warned
 from gptq_cli.quantization.run import quantize_checkpoint
-from tests.families import texts
+from tests.families import text_file
 
 
 class Watch:
@@ -74,7 +74,7 @@ def settings(arguments: argparse.Namespace) -> QuantizeConfig:
         "group_size": arguments.group_size,
         "preset": arguments.preset,
         "device": arguments.device,
-        "dataset": texts(2 * size),
+        "dataset": text_file(2 * size),
         "nsamples": arguments.nsamples,
         "seqlen": arguments.seqlen,
         "batch_size": arguments.batch_size,

@@ -26,7 +26,7 @@ from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import GptqError
 from gptq_cli.quantization.run import QuantizeResult, quantize_checkpoint
 from gptq_cli.runtime.open_model import open_stream
-from tests.families import save, texts, with_noise
+from tests.families import save, text_file, with_noise
 
 TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 CPU = torch.device("cpu")
@@ -273,7 +273,8 @@ def quantize_and_compare(
 
 def quantize(source: Path, output: Path, bits: int) -> tuple[QuantizeResult, list[str]]:
     """Quantize in groups of 32; keep unsupported layers by the rules in the hints of errors."""
-    settings = {"bits": bits, "group_size": 32, "dataset": texts(4000), "nsamples": 4, "seqlen": 64,
+    settings = {"bits": bits, "group_size": 32, "dataset": text_file(4000), "nsamples": 4,
+                "seqlen": 64,
                 "batch_size": 2,
                 "moe_uncovered": "rtn"}  # fmt: skip
     config = QuantizeConfig(**settings, device="cpu")

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+from functools import cache
+from hashlib import sha256
 from pathlib import Path
+from shutil import rmtree
+from tempfile import mkdtemp
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -131,8 +136,29 @@ def save_tokenizer(directory: Path) -> None:
 
 
 def texts(n_characters: int = 20_000, seed: int = 0) -> list[str]:
-    """Return calibration text with some variety, as a list of one literal document."""
+    """Return calibration text with some variety, as a list of one document."""
     generator = torch.Generator().manual_seed(seed)
     words = TEXT.split(" ")
     picked = torch.randint(len(words), (n_characters // 4,), generator=generator)
     return [" ".join(words[index] for index in picked)[:n_characters]]
+
+
+@cache
+def text_file(n_characters: int = 20_000, seed: int = 0) -> str:
+    """Return the path of a file that holds one of `texts`, which lasts as long as this process."""
+    return written(texts(n_characters, seed)[0])
+
+
+@cache
+def written(text: str) -> str:
+    """Return the path of a file that holds `text`, which lasts as long as this process."""
+    file = _folder() / f"{sha256(text.encode()).hexdigest()[:16]}.txt"
+    file.write_text(text, encoding="utf-8")
+    return str(file)
+
+
+@cache
+def _folder() -> Path:
+    folder = Path(mkdtemp(prefix="gptq-texts-"))
+    atexit.register(rmtree, folder, ignore_errors=True)
+    return folder

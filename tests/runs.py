@@ -15,7 +15,7 @@ from gptq_cli.events import Event, Warned, ignore
 from gptq_cli.quantization import run
 from gptq_cli.quantization.run import QuantizeResult, quantize_checkpoint
 from gptq_cli.runtime.ranks import SINGLE_PROCESS
-from tests.families import texts
+from tests.families import text_file
 
 CPU = torch.device("cpu")
 
@@ -25,7 +25,7 @@ def config(**changes: object) -> QuantizeConfig:
     settings = {
         "bits": 4,
         "group_size": 32,
-        "dataset": texts(),
+        "dataset": text_file(),
         "seqlen": 64,
         "nsamples": 6,
         "batch_size": 4,

@@ -10,13 +10,16 @@ import pytest
 from gptq_cli.events import BlockFinished, Event, Report
 from gptq_cli.quantization.run import QuantizeResult, quantize_checkpoint
 from tests.disks import DyingDisk, Killed, using
+from tests.families import written
 from tests.runs import config
 
 WORK = ".out.gptq-work"
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 SETTINGS = {"nsamples": 2, "batch_size": 1, "seqlen": 16, "lm_head": True, "max_shard_size": "60KB"}
 SETTINGS |= {"dynamic": {"-:.*(q|k|v|gate|up)_proj": {}}}
-SETTINGS |= {"dataset": ["a quick brown fox jumps over the lazy dog and then some more " * 20]}
+SETTINGS |= {
+    "dataset": written("a quick brown fox jumps over the lazy dog and then some more " * 20)
+}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ which they are recognised.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from hashlib import sha256
@@ -16,7 +16,7 @@ from pathlib import Path
 from traceback import extract_tb
 from typing import Any, Literal
 
-from gptq_cli.calibration.columns import Row, is_message, is_whole, kind_of, no_column
+from gptq_cli.calibration.columns import Content, Row, is_whole, kind_of, no_column, row_name
 from gptq_cli.errors import InputError
 from gptq_cli.files import file_errors, is_file
 
@@ -53,10 +53,14 @@ FIX_CHAT = (
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """The columns in which each row must hold its text or its chat."""
+    """The columns in which each row must hold its text or its chat.
+
+    `beside` are columns of chats that are not read because there is a column `text`.
+    """
 
     kind: Kind
     columns: tuple[str, ...]
+    beside: tuple[str, ...] = ()
 
     @property
     def is_chat(self) -> bool:
@@ -64,35 +68,40 @@ class Form:
         return self.kind != "text"
 
 
-def form_of(columns: Mapping[str, bool], text_column: str | None) -> Form:
-    """Return the form of rows with these `columns`, true for each that holds chat messages.
+def form_of(columns: Mapping[str, Content], named: Sequence[str]) -> Form:
+    """Return the form of rows with the content of these `columns`.
 
-    `text_column` is the column that the user named, None if the columns decide. If nothing is
-    recognised, the form is that of a column `text`.
+    `named` are the columns that the user named; without one, the columns decide: a column `text`,
+    else chats, else the only column of text. If nothing is recognised, the form is that of a column
+    `text`.
     """
-    named = text_column
-    if named is None and DEFAULT_COLUMN in columns:
-        named = DEFAULT_COLUMN
-    if named is not None:
-        if columns.get(named):
-            return Form("messages", (named,))
-        return Form("text", (named,))
+    if len(named) == 1 and columns.get(named[0]) == "chat":
+        return Form("messages", (named[0],))
+    if named:
+        return Form("text", tuple(named))
+    chat = _form_of_chat(columns)
+    if columns.get(DEFAULT_COLUMN) == "chat":
+        return Form("messages", (DEFAULT_COLUMN,))
+    if DEFAULT_COLUMN in columns and chat is not None:
+        return Form("text", (DEFAULT_COLUMN,), chat.columns)
+    if chat is not None:
+        return chat
+    texts = [name for name, content in columns.items() if content == "text"]
+    if len(texts) == 1 and DEFAULT_COLUMN not in columns:
+        return Form("text", (texts[0],))
+    return Form("text", (DEFAULT_COLUMN,))
+
+
+def _form_of_chat(columns: Mapping[str, Content]) -> Form | None:
+    """Return the form of the chats that the columns show, None if they show none."""
     for name in CHAT_COLUMNS:
-        if columns.get(name):
+        if columns.get(name) == "chat":
             return Form("messages", (name,))
     if "prompt" in columns and "completion" in columns:
         return Form("prompt", ("prompt", "completion"))
     if "instruction" in columns and "output" in columns:
         return Form("instruction", ("instruction", "output"))
-    return Form("text", (DEFAULT_COLUMN,))
-
-
-def columns_of_row(row: Row | None) -> dict[str, bool]:
-    """Return the columns of a row, true for each that holds chat messages; none without a row."""
-    columns = {}
-    for name, value in (row or {}).items():
-        columns[name] = isinstance(value, list) and len(value) > 0 and is_message(value[0])
-    return columns
+    return None
 
 
 @dataclass(slots=True)
@@ -232,10 +241,11 @@ def rendered_chats(
     that holds no chat, E_DATA_TEMPLATE, E_DATA_FORMAT at half a letter.
     """
     for number, row in enumerate(rows, start=1):
+        name = row_name(number, row)
         for column in form.columns:
             if column not in row:
-                raise no_column(column, row, label, f"row {number} of ")
-        place = f"row {number} of dataset `{label}`"
+                raise no_column(column, row, label, f"{name} of ")
+        place = f"{name} of dataset `{label}`"
         try:
             messages, tools = _messages_of(row, form), _tools_of(row)
         except _NoChatError as flaw:

@@ -1,9 +1,10 @@
-"""The text that a dataset names: registered datasets, local files, Hub datasets, literal texts.
+"""The text that a dataset names: registered datasets, local files and folders, Hub datasets.
 
 A registered name is read by the protocol of papers. Any other string that looks like a path (it
 begins with `.`, `/` or `~`, ends like a data file, or exists) is only looked for on this machine.
 Every other string is the id of a Hub dataset. A .txt file is one document; each row of another file
 is one document; the row of a chat is a document after the chat template has made text of it.
+`mixture.py` makes one text of several datasets.
 """
 
 from __future__ import annotations
@@ -24,19 +25,20 @@ from gptq_cli.calibration.chats import (
     read_template,
     rendered_chats,
 )
-from gptq_cli.calibration.columns import texts_of
+from gptq_cli.calibration.columns import quoted, texts_of
 from gptq_cli.calibration.encodings import decoded
 from gptq_cli.calibration.loading import LoadRequest, open_column
-from gptq_cli.calibration.rows import READERS, columns_of_file
+from gptq_cli.calibration.rows import READERS, TABLES, columns_of_file, suffix_of
 from gptq_cli.config.corpora import CORPORA, DEFAULT_DATASET, PARAGRAPH, REGISTERED, Purpose
+from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import ConfigError, GptqError, InputError
-from gptq_cli.files import expanded, file_errors, is_directory, is_file, resolved, status_of
+from gptq_cli.files import expanded, file_errors, is_directory, status_of
 from gptq_cli.hub_errors import id_flaw, pasted_id
-from gptq_cli.shell import shell_word
 
 TEXT = ".txt"
 SUFFIXES = (TEXT, *READERS)
 KINDS = ", ".join(SUFFIXES)
+PACKABLE = ", ".join(suffix for suffix in SUFFIXES if suffix not in TABLES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,15 @@ class FileTexts:
         rows = READERS[suffix_of(file)](file, form)
         if form.is_chat:
             return rendered_chats(rows, form, str(file), self.template)
-        return texts_of(rows, form.columns[0], str(file))
+        return texts_of(rows, form.columns, str(file))
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """The columns of chats that are not read, in the first file that has some."""
+        for form in self.forms:
+            if form is not None and form.beside:
+                return form.beside
+        return ()
 
     def chats(self, name: str) -> ChatTemplate | None:
         """Return the template if the files hold chats, None if they hold text.
@@ -80,27 +90,22 @@ class FileTexts:
         return None
 
 
-def suffix_of(file: Path) -> str:
-    """Return the suffix of a file's name in small letters: TRAIN.TXT is a text, too."""
-    return file.suffix.lower()
+def read_files(files: Sequence[Path], columns: Sequence[str], template: ChatTemplate) -> FileTexts:
+    """Return the texts of files in order.
 
-
-def read_files(path: Path, column: str | None, template: ChatTemplate) -> FileTexts:
-    """Return the texts of a file, or of the files of a folder sorted by name.
-
-    `column` is the one that the user named, None if the columns of each file decide. Raises
-    InputError: E_DATA_NOT_FOUND, and E_DATA_FORMAT for a folder of another kind. Reading the texts
-    raises E_DATA_ENCODING, E_DATA_FORMAT, E_DATA_COLUMN, E_DATA_EMPTY and the errors of chats.
+    `columns` are those that the user named; without one, the columns of each file decide. Reading
+    the texts raises InputError E_DATA_ENCODING, E_DATA_FORMAT, E_DATA_COLUMN, E_DATA_EMPTY and the
+    errors of chats.
     """
-    files = _files_at(path)
-    return FileTexts(files, tuple(_form_of_file(file, column) for file in files), template)
+    forms = tuple(_form_of_file(file, columns) for file in files)
+    return FileTexts(tuple(files), forms, template)
 
 
-def _form_of_file(file: Path, column: str | None) -> Form | None:
+def _form_of_file(file: Path, columns: Sequence[str]) -> Form | None:
     if suffix_of(file) == TEXT:
         return None
     with file_errors(file, writing=False):
-        return form_of(columns_of_file(file), column)
+        return form_of(columns_of_file(file), columns)
 
 
 def _listed(folder: Path) -> list[Path]:
@@ -110,20 +115,45 @@ def _listed(folder: Path) -> list[Path]:
 
 def has_columns(path: Path) -> bool:
     """Return whether `path` leads to a file of rows, or to a folder that holds one."""
-    files = _listed(path) if is_directory(path) else [path]
-    return any(suffix_of(file) in READERS for file in files)
+    if not is_directory(path):
+        return suffix_of(path) in READERS
+    return _is_saved(path) or any(suffix_of(file) in READERS for file in _listed(path))
 
 
-def _files_at(path: Path) -> tuple[Path, ...]:
+def has_splits(path: Path) -> bool:
+    """Return whether `path` leads to a folder of `save_to_disk` with several splits."""
+    if not is_directory(path):
+        return False
+    from gptq_cli.calibration import tables
+
+    return tables.has_splits(path)
+
+
+def _is_saved(folder: Path) -> bool:
+    from gptq_cli.calibration import tables
+
+    return tables.is_saved(folder)
+
+
+def _files_at(path: Path, split: str | None, purpose: Purpose) -> tuple[Path, ...]:
+    """Return the files that a path leads to, those of a folder sorted by name.
+
+    Raises InputError: E_DATA_NOT_FOUND, and E_DATA_SPLIT or E_DATA_FORMAT for a folder of
+    `save_to_disk`.
+    """
     if status_of(path) is None:
-        hint = f"give a {KINDS} file, a folder or a Hub id"
+        hint = f"give a file ({KINDS}), a folder or a Hub id"
         raise InputError("E_DATA_NOT_FOUND", f"dataset `{path}` does not exist", hint=hint)
     if path.is_dir():
-        _refuse_saved(path)
+        if _is_saved(path):
+            from gptq_cli.calibration import tables
+
+            return tables.saved_files(path, split, DEFAULT_SPLITS[purpose])
         return _files_in(path)
     if not path.is_file() or suffix_of(path) not in SUFFIXES:
         message = f"dataset `{path}` is not a supported type of file"
-        raise InputError("E_DATA_NOT_FOUND", message, hint=f"give {KINDS}")
+        hint = f"give {KINDS}; with .gz or .zst after it: {PACKABLE}"
+        raise InputError("E_DATA_NOT_FOUND", message, hint=hint)
     return (path,)
 
 
@@ -138,48 +168,39 @@ def _files_in(folder: Path) -> tuple[Path, ...]:
     return tuple(files)
 
 
-def _refuse_saved(folder: Path) -> None:
-    """Raise E_DATA_FORMAT for a folder of `save_to_disk`, whose JSON files hold no texts."""
-    place = resolved(folder)
-    splits = sorted(file.parent.name for file in folder.glob("*/state.json"))
-    if is_file(folder / "dataset_dict.json") and splits:
-        split = "train" if "train" in splits else splits[0]
-        loaded = f"load_from_disk({str(place)!r})[{split!r}]"
-    elif is_file(folder / "dataset_info.json") and is_file(folder / "state.json"):
-        loaded = f"load_from_disk({str(place)!r})"
-    else:
-        return
-    target = str(place.with_name(f"{place.name}.jsonl"))
-    code = f"from datasets import load_from_disk; {loaded}.to_json({target!r})"
-    message = f"folder `{folder}` was written by save_to_disk of datasets: Arrow files are not read"
-    hint = f"write it as JSON: python -c {shell_word(code)}"
-    raise InputError("E_DATA_FORMAT", message, hint=hint)
-
-
 DEFAULT_SPLITS: dict[Purpose, str] = {"calibration": "train", "evaluation": "test"}
 SCRIPTED = ("ptb", "ptb-new")
 
 
 @dataclass(frozen=True, slots=True)
 class DatasetSource:
-    """The user's request. `config` and `split` are for Hub datasets; a list holds literal texts.
+    """The user's request for the text of one dataset.
 
-    If `text_column` is None, the columns of the rows decide. `chat_template` is the path of a file.
+    `config` and `split` are for Hub datasets; a folder of `save_to_disk` may have splits, too.
+    `text_column` names the column of text or chats, or several columns of text, which are joined;
+    if it is None, the columns of the rows decide. `chat_template` is the path of a file.
     """
 
-    dataset: str | Sequence[str] | None = None
+    dataset: str | None = None
     config: str | None = None
     split: str | None = None
-    text_column: str | None = None
+    text_column: str | Sequence[str] | None = None
     purpose: Purpose = "calibration"
     chat_template: str | None = None
 
     @property
-    def name(self) -> str | Sequence[str]:
+    def name(self) -> str:
         """The dataset, or the default one if none was asked for."""
         if self.dataset is None:
             return DEFAULT_DATASET
         return self.dataset
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that the user named."""
+        if isinstance(self.text_column, str):
+            return (self.text_column,)
+        return tuple(self.text_column or ())
 
     @property
     def template_file(self) -> Path | None:
@@ -196,7 +217,8 @@ class Documents:
     `revision` is the commit of a Hub dataset, None for other text. Texts for calibration may be
     read on demand, so that a stream is read no further than needed. `max_windows` is part of the
     evaluation protocol of some corpora. `chats` is the template that renders the texts, None if
-    they are plain text.
+    they are plain text. `beside` are columns of chats that are not read because there is a column
+    of text.
     """
 
     name: str
@@ -207,6 +229,7 @@ class Documents:
     revision: str | None = None
     max_windows: int | None = None
     chats: ChatTemplate | None = None
+    beside: tuple[str, ...] = ()
 
     @property
     def sha256(self) -> str:
@@ -215,6 +238,17 @@ class Documents:
         for piece in self.pieces():
             digest.update(piece.encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
+
+    @property
+    def about_chats(self) -> str:
+        """The warning about chats `beside` the text."""
+        way_out = f"remove `{DEFAULT_COLUMN}` to take them"
+        if len(self.beside) == 1:
+            way_out = f"--text-column {self.beside[0]} takes them"
+        return (
+            f"dataset `{self.name}` has a column `{DEFAULT_COLUMN}`, so the chats in "
+            f"{quoted(self.beside)} are not read: {way_out}"
+        )
 
     def pieces(self) -> Iterator[str]:
         """Yield the texts, each but the first with the string that joins it to the one before."""
@@ -244,8 +278,6 @@ def load_documents(source: DatasetSource, template: ChatTemplate | None = None) 
 
 def _documents_of(source: DatasetSource, template: ChatTemplate) -> Documents:
     name = source.name
-    if not isinstance(name, str):
-        return _literal(list(name))
     if name in CORPORA:
         return _registered(name, source.purpose)
     if name in SCRIPTED:
@@ -255,9 +287,10 @@ def _documents_of(source: DatasetSource, template: ChatTemplate) -> Documents:
             hint=f"use {REGISTERED} or a file of your own",
         )
     if is_path(name):
-        texts = read_files(expanded(name), source.text_column, template)
+        files = _files_at(expanded(name), source.split, source.purpose)
+        texts = read_files(files, source.columns, template)
         chats = texts.chats(name)
-        return Documents(name, texts, join=_join(chats), chats=chats)
+        return Documents(name, texts, join=_join(chats), chats=chats, beside=texts.beside)
     return _hub(name, source, template)
 
 
@@ -268,23 +301,44 @@ def _join(chats: ChatTemplate | None) -> str:
     return ""
 
 
+def calibration_sources(config: QuantizeConfig) -> list[tuple[DatasetSource, int]]:
+    """Return the datasets of a run, each with the number of windows that it has to give.
+
+    Raises the errors of `mixture.sources_of` if there are several.
+    """
+    dataset = config.dataset
+    if isinstance(dataset, list) and len(dataset) > 1:
+        from gptq_cli.calibration.mixture import sources_of
+
+        return sources_of(config, dataset)
+    if isinstance(dataset, list):
+        dataset = dataset[0]
+    source = DatasetSource(
+        dataset,
+        config.dataset_config,
+        config.dataset_split,
+        config.text_column,
+        chat_template=config.chat_template,
+    )
+    return [(source, config.nsamples)]
+
+
 def check_source(source: DatasetSource) -> None:
     """Check `source` before a text is read or fetched.
 
-    Raises ConfigError E_CFG_CONFLICT for a config, split or column of a dataset that has none, and
-    for files in place of texts; InputError E_DATA_NOT_FOUND for a path that leads to nothing,
-    E_DATA_TEMPLATE for a chat template that is not there.
+    Raises ConfigError E_CFG_CONFLICT for a config, split or column of a dataset that has none;
+    InputError E_DATA_NOT_FOUND for a path that leads to nothing, E_DATA_TEMPLATE for a chat
+    template that is not there, and the errors of a folder of `save_to_disk`.
     """
     name = source.name
-    if not isinstance(name, str):
-        _refuse_options("literal texts", source)
-        _refuse_files(name)
-    elif name in CORPORA:
-        _refuse_options(f"the registered dataset `{name}`", source)
+    if name in CORPORA:
+        _refuse_options(f"the registered dataset `{name}`", source, columns=False, splits=False)
     elif is_path(name):
         path = expanded(name)
-        _refuse_options(f"`{name}`", source, columns=has_columns(path))
-        _files_at(path)
+        _refuse_options(f"`{name}`", source, columns=has_columns(path), splits=has_splits(path))
+        _files_at(path, source.split, source.purpose)
+    else:
+        _refuse_bad_id(name)
     if source.template_file is not None:
         read_template(source.template_file)
 
@@ -294,33 +348,15 @@ def is_path(name: str) -> bool:
     if name.startswith((".", "/", "~")):
         return True
     has_suffix = suffix_of(Path(name)) in SUFFIXES and "://" not in name
-    return has_suffix or _exists(name)
+    return has_suffix or exists(name)
 
 
-def _exists(name: str) -> bool:
+def exists(name: str) -> bool:
     """Return whether something is, or may be, at a path; a text too long for one is none."""
     try:
         return bool(name) and status_of(name) is not None
     except GptqError as error:
         return not isinstance(error.__cause__, OSError) or error.__cause__.errno != ENAMETOOLONG
-
-
-def _refuse_files(texts: Sequence[str]) -> None:
-    for text in texts:
-        is_one_word = len(text.split()) == 1
-        if _exists(text) or (is_one_word and text.lower().endswith(SUFFIXES)):
-            message = (
-                f"`{text}` is a file, but a dataset given twice or more holds the texts themselves"
-            )
-            hint = "put the files into a folder and give that"
-            raise ConfigError("E_CFG_CONFLICT", message, hint=hint)
-
-
-def _literal(texts: list[str]) -> Documents:
-    if not any(text.strip() for text in texts):
-        message = "the list of texts holds no text"
-        raise InputError("E_DATA_EMPTY", message, hint="give at least one text, or a dataset")
-    return Documents("texts", texts)
 
 
 def _registered(name: str, purpose: Purpose) -> Documents:
@@ -335,24 +371,30 @@ def _registered(name: str, purpose: Purpose) -> Documents:
         stream=corpus.stream,
     )
     texts: Iterable[str]
-    texts, revision = open_column(request, DEFAULT_COLUMN, ChatTemplate())
+    texts, revision = open_column(request, (DEFAULT_COLUMN,), ChatTemplate())
     if part.limit is not None:
         texts = list(islice(texts, part.limit))
     return Documents(name, texts, part.join, corpus.config, part.split, revision, part.max_windows)
 
 
 def _hub(name: str, source: DatasetSource, template: ChatTemplate) -> Documents:
-    _refuse_bad_id(name)
     split = source.split or DEFAULT_SPLITS[source.purpose]
     request = LoadRequest(
         path=name, label=name, config=source.config, split=split, stream=True, hint=_nearest(name)
     )
-    column, revision = open_column(request, source.text_column, template)
+    column, revision = open_column(request, source.columns, template)
     chats = None
     if column.form.is_chat:
         chats = template
     return Documents(
-        name, column, _join(chats), source.config, split, revision=revision, chats=chats
+        name,
+        column,
+        _join(chats),
+        source.config,
+        split,
+        revision=revision,
+        chats=chats,
+        beside=column.form.beside,
     )
 
 
@@ -360,15 +402,30 @@ def _refuse_bad_id(name: str) -> None:
     flaw = id_flaw(name)
     if flaw is None:
         return
+    _refuse_lonely_share(name)
     message = (
         f"dataset `{name}` is not a registered name, a file, a folder or the id of a Hub dataset: "
         f"{flaw}"
     )
     pasted = pasted_id(name)
-    hint = f"registered names are {REGISTERED}; give literal texts as a list"
+    hint = (
+        f"registered names are {REGISTERED}; a text itself is not taken: write it into a .txt file "
+        "and give its path"
+    )
     if pasted is not None:
         hint = f"use --dataset {pasted.id}"
     raise InputError("E_DATA_NOT_FOUND", message, hint=hint)
+
+
+def _refuse_lonely_share(name: str) -> None:
+    """Raise E_CFG_CONFLICT for the only dataset if it has a share."""
+    from gptq_cli.calibration.mixture import split_share
+
+    dataset, share = split_share(name)
+    if share is not None:
+        message = f"dataset `{dataset}` has a share of {share}, but it is the only one"
+        hint = f"remove `:{share}`, or give a second --dataset"
+        raise ConfigError("E_CFG_CONFLICT", message, hint=hint)
 
 
 def _nearest(name: str) -> str | None:
@@ -376,18 +433,20 @@ def _nearest(name: str) -> str | None:
     return f"did you mean `{near[0]}`?" if near else None
 
 
-def _refuse_options(what: str, source: DatasetSource, *, columns: bool = False) -> None:
-    if source.text_column not in (None, DEFAULT_COLUMN) and not columns:
-        message = f"text_column `{source.text_column}` has no meaning for {what}"
+def _refuse_options(what: str, source: DatasetSource, *, columns: bool, splits: bool) -> None:
+    """Raise E_CFG_CONFLICT for options that mean nothing for `what`, which may have columns."""
+    if source.columns not in ((), (DEFAULT_COLUMN,)) and not columns:
+        message = f"text_column {quoted(source.columns)} has no meaning for {what}"
         raise ConfigError("E_CFG_CONFLICT", message, hint="remove text_column")
     if source.chat_template is not None and not columns:
         message = f"chat_template `{source.chat_template}` has no meaning for {what}"
         hint = "remove chat_template, or give a dataset of chats"
         raise ConfigError("E_CFG_CONFLICT", message, hint=hint)
     for option, value in (("dataset_config", source.config), ("dataset_split", source.split)):
-        if value is not None:
-            raise ConfigError(
-                "E_CFG_CONFLICT",
-                f"{option} `{value}` has no meaning for {what}",
-                hint=f"remove {option}, or name a Hub dataset by its id",
-            )
+        if value is None or (option == "dataset_split" and splits):
+            continue
+        raise ConfigError(
+            "E_CFG_CONFLICT",
+            f"{option} `{value}` has no meaning for {what}",
+            hint=f"remove {option}, or name a Hub dataset by its id",
+        )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -10,6 +12,7 @@ from gptq_cli.errors import InputError
 from gptq_cli.shell import shell_word
 
 HEAD_BYTES = 65536
+PACKED = {".gz": "gzip", ".zst": "zstd"}
 UTF8_MARK = b"\xef\xbb\xbf"
 MARKS = {
     b"\xff\xfe\0\0": "utf-32",
@@ -22,28 +25,66 @@ READABLE_SHARE = 0.7  # the least share of ASCII letters if NULs come from an en
 WESTERN_SHARE = 0.3  # the largest share of bytes beyond ASCII in Latin-1 text of any language
 
 
+@contextmanager
+def opened(file: Path) -> Iterator[BinaryIO]:
+    """Yield the bytes of a file, unpacked if its name ends with .gz or .zst.
+
+    Raises InputError E_DATA_FORMAT if packed bytes are damaged.
+    """
+    with file.open("rb") as stream:
+        if not is_packed(file):
+            yield stream
+            return
+        try:
+            with _unpacked(stream, file) as plain:
+                yield plain
+        except (OSError, EOFError, ValueError) as error:
+            kind = PACKED[file.suffix.lower()]
+            message = f"dataset `{file}` cannot be read: it is not a whole {kind} file: {error}"
+            hint = "make the file again, or fetch it again"
+            raise InputError("E_DATA_FORMAT", message, hint=hint) from error
+
+
+def is_packed(file: Path) -> bool:
+    """Return whether the name of a file says that its bytes are compressed."""
+    return file.suffix.lower() in PACKED
+
+
+def _unpacked(stream: BinaryIO, file: Path) -> BinaryIO:
+    if file.suffix.lower() == ".gz":
+        from gzip import GzipFile
+
+        return io.BufferedReader(GzipFile(fileobj=stream))
+    import pyarrow
+
+    return io.BufferedReader(pyarrow.input_stream(stream, compression="zstd"))
+
+
 def decoded(file: Path) -> str:
     """Return the text of a file; errors as `decoded_lines`."""
-    data = file.read_bytes()
+    with opened(file) as stream:
+        data = stream.read()
     label = str(file)
     check_start(data[:HEAD_BYTES], label)
     start = len(UTF8_MARK) if data.startswith(UTF8_MARK) else 0
     return _decode(data[start:], label, start)
 
 
-def decoded_lines(stream: BinaryIO, label: str) -> Iterator[str]:
-    """Yield the lines of a file, each with its end; `label` is the user's name for it.
+def decoded_lines(file: Path) -> Iterator[str]:
+    """Yield the lines of a file, each with its end.
 
     Raises InputError: E_DATA_ENCODING for another encoding than UTF-8, E_DATA_FORMAT if it holds no
-    text.
+    text or its packed bytes are damaged.
     """
-    check_start(stream.read(HEAD_BYTES), label)
-    stream.seek(0)
+    label = str(file)
+    with opened(file) as stream:
+        check_start(stream.read(HEAD_BYTES), label)
     offset = 0
-    for line in stream:
-        start = len(UTF8_MARK) if offset == 0 and line.startswith(UTF8_MARK) else 0
-        yield _decode(line[start:], label, offset + start)
-        offset += len(line)
+    with opened(file) as stream:
+        for line in stream:
+            start = len(UTF8_MARK) if offset == 0 and line.startswith(UTF8_MARK) else 0
+            yield _decode(line[start:], label, offset + start)
+            offset += len(line)
 
 
 def check_start(data: bytes, label: str) -> None:
@@ -97,6 +138,12 @@ def _other_encoding(encoding: str, label: str) -> InputError:
 
 
 def _command(encoding: str, label: str) -> str:
+    """Return the shell command that writes a copy of the file in UTF-8, unpacked."""
     path = Path(label)
+    source = f"iconv -f {encoding} -t utf-8 {shell_word(label)}"
+    if is_packed(path):
+        unpack = f"{PACKED[path.suffix.lower()]} -dc {shell_word(label)}"
+        source = f"{unpack} | iconv -f {encoding} -t utf-8"
+        path = path.with_suffix("")
     target = path.with_name(f"{path.stem}-utf8{path.suffix}")
-    return f"iconv -f {encoding} -t utf-8 {shell_word(label)} > {shell_word(str(target))}"
+    return f"{source} > {shell_word(str(target))}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from logging import CRITICAL
@@ -13,11 +13,16 @@ from typing import Any
 from gptq_cli.calibration.chats import (
     ChatTemplate,
     Form,
-    columns_of_row,
     form_of,
     rendered_chats,
 )
-from gptq_cli.calibration.columns import Row, check_schema, columns_of_schema, texts_of
+from gptq_cli.calibration.columns import (
+    Row,
+    check_schema,
+    columns_of_row,
+    columns_of_schema,
+    texts_of,
+)
 from gptq_cli.errors import InputError, causes
 from gptq_cli.hub_errors import GATED, first_line, hub_refusal
 
@@ -60,7 +65,7 @@ class TextColumn:
     def __iter__(self) -> Iterator[str]:
         if self.form.is_chat:
             return rendered_chats(self._rows(), self.form, self.request.label, self.template)
-        return texts_of(self._rows(), self.form.columns[0], self.request.label)
+        return texts_of(self._rows(), self.form.columns, self.request.label)
 
     def _rows(self) -> Iterator[Row]:
         rows = iter(self.rows)
@@ -73,13 +78,13 @@ class TextColumn:
 
 
 def open_column(
-    request: LoadRequest, column: str | None, template: ChatTemplate
+    request: LoadRequest, columns: Sequence[str], template: ChatTemplate
 ) -> tuple[TextColumn, str | None]:
     """Return the texts of the rows, and the commit of the rows if it is known.
 
-    `column` is the one that the user named, None if the columns decide. Only a dataset without a
-    schema is read before its texts are, for the columns of its first row. Raises the InputErrors of
-    `refusal`, and E_DATA_COLUMN if the schema has no such column of strings.
+    `columns` are those that the user named; without one, the columns of the rows decide. Only a
+    dataset without a schema is read before its texts are, for the columns of its first row. Raises
+    the InputErrors of `refusal`, and E_DATA_COLUMN if the schema has no such column of strings.
     """
     _refuse_namesakes(request)
     with refusals(request):
@@ -89,13 +94,13 @@ def open_column(
     features = getattr(rows, "features", None)
     if features:
         schema = features.arrow_schema
-        form = form_of(columns_of_schema(schema), column)
+        form = form_of(columns_of_schema(schema), columns)
         if not form.is_chat:
-            check_schema(schema, form.columns[0], request.label)
+            check_schema(schema, form.columns, request.label)
     else:
         with refusals(request):
             first = next(iter(rows), None)
-        form = form_of(columns_of_row(first), column)
+        form = form_of(columns_of_row(first), columns)
     return TextColumn(rows, form, request, template), revision
 
 

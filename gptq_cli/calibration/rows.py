@@ -1,4 +1,4 @@
-"""Rows in files of this machine: JSON, CSV and Parquet.
+"""Rows in files of this machine: JSON and CSV; `tables.py` reads those that have a schema.
 
 `datasets` does not read them: it would take the name of a file for a pattern or an address
 (`data[1].jsonl`, `a::b.csv`).
@@ -12,14 +12,13 @@ import sys
 from collections.abc import Callable, Iterator
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from gptq_cli.calibration.chats import BESIDE_CHATS, Form, columns_of_row
-from gptq_cli.calibration.columns import Row, check_schema, columns_of_schema, kind_of
-from gptq_cli.calibration.encodings import decoded, decoded_lines
+from gptq_cli.calibration.chats import Form
+from gptq_cli.calibration.columns import Content, LineRow, Row, columns_of_row, kind_of
+from gptq_cli.calibration.encodings import decoded, decoded_lines, is_packed
 from gptq_cli.errors import InputError
 
-PARQUET_ROWS = 1024
 FIX = "fix that line"
 
 
@@ -28,15 +27,15 @@ def json_rows(file: Path, form: Form | None) -> Iterator[Row]:  # noqa: ARG001
 
     A list of texts has the column `text`.
     """
-    with file.open("rb") as stream:
-        lines = _filled_lines(stream, str(file))
-        first = next(lines, None)
-        if first is None:
-            return
-        if not _is_whole_document(first[1], file):
-            for number, line in chain([first], lines):
-                yield _row(_parsed(line.rstrip(), file, number), file, f"line {number}")
-            return
+    lines = _filled_lines(file)
+    first = next(lines, None)
+    if first is None:
+        return
+    if not _is_whole_document(first[1], file):
+        for number, line in chain([first], lines):
+            row = _row(_parsed(line.rstrip(), file, number), file, f"line {number}")
+            yield LineRow.of(row, number)
+        return
     document = _parsed(decoded(file), file)
     if not isinstance(document, list):
         document = [document]
@@ -47,9 +46,9 @@ def json_rows(file: Path, form: Form | None) -> Iterator[Row]:  # noqa: ARG001
             yield _row(item, file, f"item {number}")
 
 
-def _filled_lines(stream: BinaryIO, label: str) -> Iterator[tuple[int, str]]:
+def _filled_lines(file: Path) -> Iterator[tuple[int, str]]:
     """Yield each line that is not blank, with its number."""
-    for number, line in enumerate(decoded_lines(stream, label), start=1):
+    for number, line in enumerate(decoded_lines(file), start=1):
         if line.strip():
             yield number, line
 
@@ -57,72 +56,69 @@ def _filled_lines(stream: BinaryIO, label: str) -> Iterator[tuple[int, str]]:
 def csv_rows(file: Path, form: Form | None) -> Iterator[Row]:  # noqa: ARG001
     """Yield a row for each record after the header, its fields as text."""
     csv.field_size_limit(sys.maxsize)
-    with file.open("rb") as stream:
-        reader = csv.reader(decoded_lines(stream, str(file)), strict=True)
-        records = filter(None, reader)
-        try:
-            header = next(records, [])
-            _check_header(header, file)
-            for record in records:
-                if len(record) > len(header):
-                    many = f"{len(record)} fields, but the header has {len(header)}"
-                    raise _broken(file, f"line {reader.line_num} has {many}", FIX)
-                yield dict(zip_longest(header, record))
-        except csv.Error as error:
-            raise _broken(file, f"line {reader.line_num} is not CSV: {error}", FIX) from error
+    reader = csv.reader(decoded_lines(file), strict=True)
+    end = 0  # line of the file on which the record before has ended
+    header: list[str] = []
+    try:
+        for record in reader:
+            begin, end = end + 1, reader.line_num
+            if not record:
+                continue
+            if not header:
+                _check_header(record, file)
+                header = record
+                continue
+            if len(record) > len(header):
+                many = f"{len(record)} fields, but the header has {len(header)}"
+                raise _broken(file, f"line {end} has {many}", FIX)
+            yield LineRow.of(dict(zip_longest(header, record)), begin)
+    except csv.Error as error:
+        raise _broken(file, f"line {reader.line_num} is not CSV: {error}", FIX) from error
 
 
-def parquet_rows(file: Path, form: Form) -> Iterator[Row]:
-    """Yield the rows with the columns of `form`, and with those that a chat may have besides.
+def table_rows(file: Path, form: Form) -> Iterator[Row]:
+    """Yield the rows of a file that has a schema; see `tables.table_rows`."""
+    from gptq_cli.calibration import tables
 
-    Raises InputError E_DATA_COLUMN if the schema lacks the column of text.
-    """
-    from pyarrow import ArrowException
-    from pyarrow.parquet import ParquetFile
-
-    with file.open("rb") as stream:
-        try:
-            table = ParquetFile(stream)
-            columns = list(form.columns)
-            if form.is_chat:
-                columns += [name for name in BESIDE_CHATS if name in table.schema_arrow.names]
-            else:
-                check_schema(table.schema_arrow, form.columns[0], str(file))
-            for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=columns):
-                yield from batch.to_pylist()
-        except (ArrowException, OSError) as error:
-            raise _damaged(file, error) from error
+    return tables.table_rows(file, form)
 
 
-def _parquet_columns(file: Path) -> dict[str, bool]:
-    from pyarrow import ArrowException
-    from pyarrow.parquet import read_schema
+def columns_of_file(file: Path) -> dict[str, Content]:
+    """Return the content of each column of a file of rows.
 
-    with file.open("rb") as stream:
-        try:
-            return columns_of_schema(read_schema(stream))
-        except (ArrowException, OSError) as error:
-            raise _damaged(file, error) from error
-
-
-def columns_of_file(file: Path) -> dict[str, bool]:
-    """Return the columns of a file of rows, true for each that holds chat messages.
-
-    They are those of the schema or of the first row; none if the file has no row.
+    It is that of the schema or of the first row; there are no columns if the file has no row.
     """
     if file.stat().st_size == 0:
         return {}
+    if suffix_of(file) in TABLES:
+        from gptq_cli.calibration import tables
+
+        return tables.columns_of_table(file)
+    return columns_of_row(next(READERS[suffix_of(file)](file, None), None))
+
+
+def suffix_of(file: Path) -> str:
+    """Return the suffix of a file's name in small letters: TRAIN.TXT is a text, too.
+
+    A file of text that is packed has the suffix of its content: .jsonl for a.jsonl.gz. Other packed
+    files are not read, so they have none.
+    """
     suffix = file.suffix.lower()
-    if suffix == ".parquet":
-        return _parquet_columns(file)
-    return columns_of_row(next(READERS[suffix](file, None), None))
+    if not is_packed(file):
+        return suffix
+    inner = Path(file.stem).suffix.lower()
+    if inner in TABLES:
+        return ""
+    return inner
 
 
+TABLES = (".parquet", ".arrow")
 READERS: dict[str, Callable[[Path, Any], Iterator[Row]]] = {
     ".json": json_rows,
     ".jsonl": json_rows,
     ".csv": csv_rows,
-    ".parquet": parquet_rows,
+    ".parquet": table_rows,
+    ".arrow": table_rows,
 }
 
 
@@ -133,7 +129,7 @@ def _is_whole_document(line: str, file: Path) -> bool:
     """
     if line.lstrip().startswith("["):
         return True
-    if file.suffix.lower() != ".json":
+    if suffix_of(file) != ".json":
         return False
     try:
         json.loads(line)
@@ -164,11 +160,6 @@ def _check_header(header: list[str], file: Path) -> None:
     for name in header:
         if header.count(name) > 1:
             raise _broken(file, f"its header has the column `{name}` twice", "rename one of them")
-
-
-def _damaged(file: Path, error: Exception) -> InputError:
-    reason = " ".join(str(error).split())
-    return _broken(file, reason, "check that it is a whole Parquet file")
 
 
 def _broken(file: Path, reason: str, hint: str) -> InputError:

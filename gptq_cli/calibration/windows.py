@@ -19,7 +19,15 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from gptq_cli.calibration.corpus import Documents
+from gptq_cli.calibration.chats import ChatTemplate
+from gptq_cli.calibration.corpus import (
+    DatasetSource,
+    Documents,
+    calibration_sources,
+    is_path,
+    load_documents,
+)
+from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import ConfigError, GptqError, InputError
 from gptq_cli.files import file_cause, file_errors
 from gptq_cli.models.remote_code import remote_code_refusal
@@ -47,6 +55,20 @@ class Windows:
         return self.ids.numel()
 
 
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """The windows of a text from which some are drawn.
+
+    `tokens` were read, up to the end of the text if it is `whole`. A window has `length` tokens of
+    text.
+    """
+
+    windows: list[list[int]]
+    tokens: int
+    whole: bool
+    length: int
+
+
 def calibration_windows(
     documents: Documents,
     encode: Encode,
@@ -58,15 +80,30 @@ def calibration_windows(
 ) -> Windows:
     """Return windows [nsamples, seqlen], drawn from the text without replacement.
 
-    With `bos_token_id` each window is that token and seqlen - 1 tokens of text. For chats this
-    holds only if their template begins a chat with that token, and a window that begins with a chat
-    has no second one. Text is tokenized in pieces of about PIECE characters, cut
-    between words; a chat is tokenized whole. The draw is among the first POOL x nsamples windows,
-    so that the result depends neither on how far a stream was read nor on the size of the rest.
-    `seed` decides the draw and its order.
+    The draw is among the first POOL x nsamples windows, so that the result depends neither on how
+    far a stream was read nor on the size of the rest. `seed` decides the draw and its order.
 
     Raises InputError: E_DATA_SHORT with the counts, E_DATA_EMPTY if there is not a single token;
     ConfigError E_CFG_RANGE if a window has no room for text.
+    """
+    pool = read_pool(documents, encode, seqlen=seqlen, nsamples=nsamples, bos_token_id=bos_token_id)
+    return Windows.of(_drawn(documents, pool, nsamples, seqlen, seed))
+
+
+def read_pool(
+    documents: Documents,
+    encode: Encode,
+    *,
+    seqlen: int,
+    nsamples: int,
+    bos_token_id: int | None = None,
+) -> Pool:
+    """Return the first POOL x nsamples windows [seqlen] of the text, or all if there are fewer.
+
+    With `bos_token_id` each window is that token and seqlen - 1 tokens of text. For chats this
+    holds only if their template begins a chat with that token, and a window that begins with a chat
+    has no second one. Text is tokenized in pieces of about PIECE characters, cut between words; a
+    chat is tokenized whole. Raises ConfigError E_CFG_RANGE if a window has no room for text.
     """
     prefix = [] if bos_token_id is None else [bos_token_id]
     if seqlen <= len(prefix):
@@ -77,9 +114,11 @@ def calibration_windows(
     if documents.chats is not None:
         length = seqlen  # windows that begin with a chat have no prefix
     ids: list[int] = []
+    whole = True
     for piece in _pieces(documents):
         ids += encode(piece, False)
         if len(ids) >= POOL * nsamples * length:
+            whole = False
             break
     if documents.chats is None:
         windows = _cut(ids, seqlen, prefix)
@@ -87,10 +126,107 @@ def calibration_windows(
         windows = _cut(ids, seqlen, prefix, own=True)
     else:
         windows = _cut(ids, seqlen, [])
-    pool = windows[: POOL * nsamples]
-    if len(pool) < nsamples:
-        raise _too_short(documents, len(pool), nsamples, seqlen, len(ids))
-    return Windows.of(random.Random(seed).sample(pool, nsamples))
+    return Pool(windows[: POOL * nsamples], len(ids), whole, length)
+
+
+def _drawn(
+    documents: Documents, pool: Pool, nsamples: int, seqlen: int, seed: int
+) -> list[list[int]]:
+    refused = _shortage(documents, pool, nsamples, seqlen)
+    if refused is not None:
+        raise refused
+    return random.Random(seed).sample(pool.windows, nsamples)
+
+
+def _shortage(documents: Documents, pool: Pool, nsamples: int, seqlen: int) -> InputError | None:
+    """Return the error for a pool of too few windows, None if there are enough."""
+    if len(pool.windows) >= nsamples:
+        return None
+    return _too_short(documents, len(pool.windows), nsamples, seqlen, pool.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The text of one dataset of a calibration, which has to give `nsamples` windows [seqlen]."""
+
+    documents: Documents
+    pool: Pool
+    nsamples: int
+    seqlen: int
+
+    @property
+    def n_chats(self) -> int | None:
+        """The number of chats that were read, None for plain text."""
+        if self.documents.chats is None:
+            return None
+        return self.documents.chats.rendered
+
+    @property
+    def shortage(self) -> InputError | None:
+        """The error of `draw`, None if the text gives enough windows."""
+        return _shortage(self.documents, self.pool, self.nsamples, self.seqlen)
+
+    @property
+    def needed_tokens(self) -> int:
+        return self.nsamples * self.pool.length
+
+    @property
+    def summary(self) -> str:
+        """One line for the user: the dataset, what was read of it, and what is needed."""
+        held = f"{self.pool.tokens:,} tokens"
+        if self.documents.chats is not None:
+            held = f"{self.documents.chats.summary}, {held}"
+        if not self.pool.whole:
+            held = f"{held} read"
+        needed = f"{self.nsamples} windows of {self.seqlen} need {self.needed_tokens:,}"
+        return f"{self.documents.name}, {held}; {needed}"
+
+    def draw(self, seed: int) -> list[list[int]]:
+        """Return the windows; raises InputError E_DATA_SHORT or E_DATA_EMPTY."""
+        return _drawn(self.documents, self.pool, self.nsamples, self.seqlen, seed)
+
+    def identity(self, windows: list[list[int]]) -> str:
+        """Return what the dataset is known by: its id on the Hub, else the hash of its windows."""
+        if not is_path(self.documents.name):
+            return self.documents.name
+        return f"sha256 {sha256(repr(windows).encode()).hexdigest()}"
+
+
+def read_parts(directory: Path, config: QuantizeConfig) -> list[Part]:
+    """Return the text of each dataset of a run, tokenized by the tokenizer in `directory`.
+
+    Raises the errors of `load_encoder`, `load_documents` and `read_pool`.
+    """
+    encoder = load_encoder(directory, trust_remote_code=config.trust_remote_code)
+    parts = []
+    for source, nsamples in calibration_sources(config):
+        template = ChatTemplate(encoder.tokenizer, directory, _template_file(config))
+        documents = load_documents(source, template)
+        pool = read_pool(
+            documents,
+            encoder,
+            seqlen=config.seqlen,
+            nsamples=nsamples,
+            bos_token_id=encoder.first_token(documents),
+        )
+        parts.append(Part(documents, pool, nsamples, config.seqlen))
+    if config.chat_template is not None and not any(part.documents.chats for part in parts):
+        message = "chat_template has no meaning: none of the datasets holds chats"
+        hint = "remove chat_template, or name the column of chats with --text-column"
+        raise ConfigError("E_CFG_CONFLICT", message, hint=hint)
+    return parts
+
+
+def _template_file(config: QuantizeConfig) -> Path | None:
+    return DatasetSource(chat_template=config.chat_template).template_file
+
+
+def in_order(windows: list[list[list[int]]], seed: int) -> list[list[int]]:
+    """Return the windows of all datasets; `seed` mixes those of several."""
+    rows = [row for of_dataset in windows for row in of_dataset]
+    if len(windows) > 1:
+        random.Random(seed).shuffle(rows)
+    return rows
 
 
 def _cut(ids: list[int], seqlen: int, prefix: list[int], *, own: bool = False) -> list[list[int]]:
@@ -180,10 +316,18 @@ def _too_short(
     if tokens == 0:
         message = f"dataset `{name}` holds no text"
         return InputError("E_DATA_EMPTY", message, hint="choose a dataset that holds text")
-    held = f"{windows} windows of {seqlen} tokens ({tokens} tokens)"
+    held = f"{windows} windows of {seqlen} tokens ({tokens:,} tokens)"
     message = f"dataset `{name}` gives {held}, but {asked} are needed"
-    options = "--nsamples or --seqlen" if asked > 1 else "--seqlen"
-    return InputError("E_DATA_SHORT", message, hint=f"lower {options}, or give more text")
+    fits = []
+    if 0 < windows < asked:
+        fits.append(f"{windows} windows (--nsamples)")
+    shorter = tokens // asked
+    if shorter > 1:
+        fits.append(f"windows of {shorter} tokens (--seqlen)")
+    hint = "give more text"
+    if fits:
+        hint = f"give more text, or what fits: {' or '.join(fits)}"
+    return InputError("E_DATA_SHORT", message, hint=hint)
 
 
 @dataclass(frozen=True, slots=True)

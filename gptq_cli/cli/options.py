@@ -86,7 +86,7 @@ def _given(values: Mapping[str, Any]) -> dict[str, Any]:
             continue
         if name == "dynamic":
             value = _rules(value)
-        elif name == "dataset" and len(value) == 1:
+        elif name in ("dataset", "text_column") and len(value) == 1:
             value = value[0]
         given[name] = value
     return given

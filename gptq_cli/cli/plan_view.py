@@ -19,6 +19,7 @@ from gptq_cli.cli.console import (
     row_data,
     row_lines,
 )
+from gptq_cli.cli.plan_text import Text, plan_text, text_lines
 from gptq_cli.config.resolve import Resolved
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.serving import Verdict, engine_data
@@ -37,7 +38,14 @@ from gptq_cli.planning.estimate import (
     total,
 )
 from gptq_cli.planning.plan import plan_checkpoint
-from gptq_cli.planning.run_plan import LayerPlan, RunPlan, default_name, judge_plan, remarks
+from gptq_cli.planning.run_plan import (
+    LayerPlan,
+    RunPlan,
+    bounded,
+    default_name,
+    judge_plan,
+    remarks,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +60,7 @@ class Shown:
     disk: Disk
     seconds: Seconds | None
     engines: Sequence[Verdict]
+    texts: list[Text]
 
 
 def show_plan(
@@ -81,7 +90,13 @@ def show_plan(
     memory, disk = estimate_memory(plan, config, devices), estimate_disk(plan, output)
     engines = judge_plan(plan, config)
     quantized, kept = plan_rows(plan)
-    found = Shown(plan, quantized, kept, devices, memory, disk, seconds, engines)
+    texts = plan_text(
+        console,
+        bounded(config, checkpoint),
+        checkpoint.directory,
+        has_tokenizer=source.commit is None,
+    )
+    found = Shown(plan, quantized, kept, devices, memory, disk, seconds, engines, texts)
     _warn(console, found, config, output)
     names = {"model": source.name, "commit": source.commit, "output": output}
     lines = [on_one_line(f"{source.name} -> {output}"), "", *_lines(found)]
@@ -121,6 +136,7 @@ def _data(found: Shown) -> dict[str, Any]:
         "disk": {"needed_bytes": found.disk.needed, "free_bytes": found.disk.free},
         "engines": engine_data(found.engines),
         "seconds": _seconds_data(found.seconds),
+        "text": found.texts,
     }
 
 
@@ -159,6 +175,7 @@ def _lines(found: Shown) -> list[str]:
     lines.append(f"size    {smaller} in {files}, {after} bytes")
     rate = f"{plan.bits_per_weight:.3g} per quantized weight"
     lines.append(f"bits    {rate}, with scales, zero points and g_idx")
+    lines += text_lines(found.texts)
     lines += _memory_lines(found) + _time_lines(found.seconds) + _disk_lines(found.disk)
     return [*lines, *map(fitted, engine_lines(found.engines))]
 

@@ -181,8 +181,8 @@ class QuantizeConfig(BaseModel):
     dataset: Annotated[
         str | list[str] | None,
         Field(min_length=1),
-        Accepts("a dataset name, a path, or a list of texts"),
-        Option(Panel.TEXT, note="; given twice or more: the texts themselves"),
+        Accepts("a dataset name, a path, or a list of these"),
+        Option(Panel.TEXT, note="; repeatable, with shares: a.jsonl:0.7 b.txt:0.3"),
     ] = Field(
         default=None,
         description=f"calibration text: {ACCEPTED_TEXT}; null: {DEFAULT_DATASET}",
@@ -194,11 +194,14 @@ class QuantizeConfig(BaseModel):
         default=None, description="split of a Hub dataset"
     )
     text_column: Annotated[
-        Text | None, Accepts("the name of a column, or null"), Option(Panel.TEXT)
+        str | list[Text] | None,
+        Field(min_length=1),
+        Accepts("the name of a column, a list of names, or null"),
+        Option(Panel.TEXT, note="; repeatable"),
     ] = Field(
         default=None,
-        description="column that holds text or chats; null: a column `text`, or else the chats "
-        "that the columns of the rows show",
+        description="column that holds text or chats, or several columns of text, which are "
+        "joined; null: a column `text`, or else the chats or the only text that the rows show",
     )
     chat_template: Annotated[
         Text | None, Accepts("a path or null"), Option(Panel.TEXT, metavar="FILE")

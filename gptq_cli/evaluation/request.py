@@ -30,10 +30,10 @@ class EvalRequest:
     gptq_cli.errors.ConfigError: seqlen must be a whole number of 1 or more, got 0
     """
 
-    dataset: str | list[str] | None = None
+    dataset: str | None = None
     dataset_config: str | None = None
     dataset_split: str | None = None
-    text_column: str | None = None
+    text_column: str | list[str] | None = None
     seqlen: int | None = None
     batch_size: int = 1
     max_windows: int | None = None
@@ -47,6 +47,9 @@ class EvalRequest:
 
     def __post_init__(self) -> None:
         _check_fields(asdict(self))
+        if isinstance(self.dataset, list):
+            message = "dataset must be one dataset for an evaluation, got a list"
+            raise ConfigError("E_CFG_TYPE", message, hint="evaluate on one dataset after the other")
         if self.max_windows is not None and self.max_windows < 1:
             message = f"max_windows must be a whole number of 1 or more, got {self.max_windows}"
             raise ConfigError("E_CFG_RANGE", message)

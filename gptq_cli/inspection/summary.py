@@ -284,7 +284,7 @@ def _provenance(checkpoint: Checkpoint) -> dict[str, Any]:
         found |= _known(content["meta"], content["meta"])
     settings = recorded_settings(checkpoint.directory)
     if isinstance(settings.get("dataset"), list):
-        settings["dataset"] = f"{len(settings['dataset'])} texts"
+        settings["dataset"] = ", ".join(map(str, settings["dataset"]))
     return found | _known(settings, FROM_RUN)
 
 

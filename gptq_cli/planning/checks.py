@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from gptq_cli.calibration.corpus import DatasetSource, check_source
+from gptq_cli.calibration.corpus import calibration_sources, check_source
 from gptq_cli.checkpoint.locate import ModelSource, hub_id, locate_model, model_directory
 from gptq_cli.checkpoint.source import open_checkpoint
 from gptq_cli.config.schema import QuantizeConfig
@@ -101,15 +101,8 @@ def prepare_run(
 
 
 def _check_text(config: QuantizeConfig) -> None:
-    check_source(
-        DatasetSource(
-            config.dataset,
-            config.dataset_config,
-            config.dataset_split,
-            config.text_column,
-            chat_template=config.chat_template,
-        )
-    )
+    for source, _ in calibration_sources(config):
+        check_source(source)
 
 
 def check_shares(n_batches: int, n_processes: int) -> None:

@@ -30,7 +30,7 @@ LONGEST_WORD = 500  # letters of a license, language or task in the metadata
 class CardFacts:
     """The facts that a card shows.
 
-    `dataset` and `evaluation_dataset` are ids of the Hub, None for private text. `readers` are
+    `datasets` and `evaluation_dataset` are ids of the Hub, empty for private text. `readers` are
     (engine, outcome, reason). `uncovered` counts experts without a calibration token.
     """
 
@@ -43,7 +43,7 @@ class CardFacts:
     nbytes: int
     versions: Mapping[str, str]
     settings: Mapping[str, Any]
-    dataset: str | None
+    datasets: tuple[str, ...]
     worst: Sequence[Mapping[str, Any]]
     n_layers: int
     uncovered: int
@@ -124,8 +124,8 @@ def _metadata(facts: CardFacts) -> ModelCardData:
         value = facts.source_card.get(key)
         if _is_words(value):
             metadata[key] = value
-    if facts.dataset:
-        metadata["datasets"] = [_one_line(facts.dataset)]
+    if facts.datasets:
+        metadata["datasets"] = [_one_line(name) for name in facts.datasets]
     results = _results(facts)
     if results is not None:
         metadata["model_name"] = facts.repo.rpartition("/")[2]

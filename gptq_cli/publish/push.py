@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from gptq_cli.calibration.corpus import is_path
+from gptq_cli.calibration.mixture import split_share
 from gptq_cli.checkpoint.locate import local_model
 from gptq_cli.checkpoint.model_files import CONFIG_NAMES, read_json
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
@@ -192,7 +193,7 @@ def _card(
             nbytes=found.nbytes,
             versions=_versions(manifest),
             settings=settings,
-            dataset=_hub_dataset(origin.get("dataset")),
+            datasets=_hub_datasets(origin.get("dataset")),
             worst=sorted(layers, key=lambda layer: -layer["relative_error"])[:WORST],
             n_layers=len(layers),
             uncovered=_n_uncovered(manifest),
@@ -308,13 +309,29 @@ def _settings(directory: Path, report: Report) -> dict[str, Any]:
     for key, value in config.model_dump(mode="json").items():
         if value not in (None, {}):
             settings[key] = value
-    if isinstance(config.dataset, list):
-        settings["dataset"] = f"{len(config.dataset)} texts"
-    elif config.dataset is not None and is_path(config.dataset):
-        settings["dataset"] = Path(config.dataset).name
-        text = f"{CONFIG_FILE} will publish the local path of the dataset: {config.dataset}"
-        report(Warned("W_PUSH_PATH", text))
+    if config.dataset is not None:
+        settings["dataset"] = _public_datasets(config.dataset, report)
     return settings
+
+
+def _public_datasets(datasets: str | list[str], report: Report) -> str:
+    """Return the names of datasets, without folders; W_PUSH_PATH for each that has a path."""
+    if isinstance(datasets, str):
+        datasets = [datasets]
+    names = []
+    for dataset in datasets:
+        path, share = dataset, None
+        if not is_path(dataset):
+            path, share = split_share(dataset)
+        name = path
+        if is_path(path):
+            name = Path(path).name
+            text = f"{CONFIG_FILE} will publish the local path of the dataset: {path}"
+            report(Warned("W_PUSH_PATH", text))
+        if share is not None:
+            name = f"{name}:{share}"
+        names.append(name)
+    return ", ".join(names)
 
 
 def _front_matter(file: Path) -> dict[str, Any]:
@@ -356,6 +373,13 @@ def _hub_dataset(name: object) -> str | None:
     if not _is_id(name):
         return None
     return name
+
+
+def _hub_datasets(names: object) -> tuple[str, ...]:
+    """Return the Hub ids of one dataset or a list of several, without local text."""
+    if not isinstance(names, list):
+        names = [names]
+    return tuple(filter(None, map(_hub_dataset, names)))
 
 
 def _evaluation_dataset(evaluation: Mapping[str, Any] | None) -> str | None:

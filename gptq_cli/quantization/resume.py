@@ -137,14 +137,7 @@ def _settings(config: QuantizeConfig) -> dict[str, Any]:
     """Return the settings that change the bytes of a finished layer."""
     without_effect = {"max_ram", "max_vram", "target", "on_numeric_fault", "max_fallbacks"}
     without_effect.add("device")  # it is a field of the identity itself
-    settings = config.model_dump(mode="json", exclude=without_effect)
-    if isinstance(config.dataset, list):
-        settings["dataset"] = f"{len(config.dataset)} texts, sha256 {_text_hash(config.dataset)}"
-    return settings
-
-
-def _text_hash(texts: list[str]) -> str:
-    return sha256(json.dumps(texts).encode()).hexdigest()
+    return config.model_dump(mode="json", exclude=without_effect)
 
 
 def _files(source: Checkpoint, commit: str | None) -> dict[str, Any]:

@@ -18,9 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptq_cli.calibration.chats import ChatTemplate
-from gptq_cli.calibration.corpus import DatasetSource, load_documents
-from gptq_cli.calibration.windows import Windows, calibration_windows, check_token_ids, load_encoder
+from gptq_cli.calibration.windows import Part, Windows, check_token_ids, in_order, read_parts
 from gptq_cli.checkpoint.layout import Packing
 from gptq_cli.checkpoint.locate import ModelSource, model_directory
 from gptq_cli.checkpoint.quantization_config import describe, dialect_of
@@ -286,29 +284,37 @@ def _planned(model: str, plan: RunPlan, config: QuantizeConfig) -> RunPlanned:
     )
 
 
-def _origin(located: ModelSource, calibration: Calibration) -> dict[str, str | None]:
-    """Return the Hub ids of model and dataset, for a model card; local paths are private: None."""
+def _origin(located: ModelSource, calibration: Calibration) -> dict[str, Any]:
+    """Return the Hub ids of model and datasets, for a model card; local paths are private: None.
+
+    Several datasets are lists of ids and revisions.
+    """
     model = None
     if located.commit:
         model = located.name
+    names: Any = [name for name, _ in calibration.hub_datasets] or None
+    revisions: Any = [revision for _, revision in calibration.hub_datasets] or None
+    if len(calibration.hub_datasets) == 1:
+        [(names, revisions)] = calibration.hub_datasets
     return {
         "model": model,
         "commit": located.commit,
-        "dataset": calibration.dataset,
-        "dataset_revision": calibration.dataset_revision,
+        "dataset": names,
+        "dataset_revision": revisions,
     }
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """The calibration windows of a run, with the Hub dataset and revision that they are from.
+    """The calibration windows of a run, with the Hub datasets and revisions that they are from.
 
+    `identity` is what the datasets are known by, in place of their paths: one or a list of several.
     `template_sha256` is the hash of the chat template that the user gave, None without one.
     """
 
     windows: Windows
-    dataset: str | None
-    dataset_revision: str | None
+    hub_datasets: tuple[tuple[str, str], ...]
+    identity: str | list[str]
     template_sha256: str | None = None
 
     def batches(self, batch_size: int) -> tuple[Tensor, ...]:
@@ -316,11 +322,13 @@ class Calibration:
         return torch.split(self.windows.ids.cpu(), batch_size)
 
     def identifying(self, config: QuantizeConfig) -> QuantizeConfig:
-        """Return `config` with the content of the chat template in place of its path."""
-        if self.template_sha256 is None:
-            return config
-        content = f"sha256 {self.template_sha256}"
-        return config.model_copy(update={"chat_template": content})
+        """Return `config` with the content of text and chat template in place of their paths."""
+        known: dict[str, Any] = {}
+        if config.dataset is not None:
+            known["dataset"] = self.identity
+        if self.template_sha256 is not None:
+            known["chat_template"] = f"sha256 {self.template_sha256}"
+        return config.model_copy(update=known)
 
 
 def _calibrate(
@@ -330,34 +338,31 @@ def _calibrate(
     if not ranks.is_leader:
         return ranks.broadcast()
     report(PhaseStarted("calibration", f"{config.nsamples} windows of {config.seqlen} tokens"))
-    encoder = load_encoder(source.directory, trust_remote_code=config.trust_remote_code)
-    dataset_source = DatasetSource(
-        dataset=config.dataset,
-        config=config.dataset_config,
-        split=config.dataset_split,
-        text_column=config.text_column,
-        purpose="calibration",
-        chat_template=config.chat_template,
-    )
-    template = ChatTemplate(encoder.tokenizer, source.directory, dataset_source.template_file)
-    documents = load_documents(dataset_source, template)
-    windows = calibration_windows(
-        documents,
-        encoder,
-        seqlen=config.seqlen,
-        nsamples=config.nsamples,
-        seed=config.seed,
-        bos_token_id=encoder.first_token(documents),
-    )
+    parts = read_parts(source.directory, config)
+    hub_datasets, windows, known = [], [], []
     template_sha256 = None
-    if documents.chats is not None:
-        report(PhaseStarted("text", template.summary))
-        template_sha256 = template.sha256
-    dataset = None
-    if documents.revision:
-        dataset = documents.name
-    calibration = Calibration(windows, dataset, documents.revision, template_sha256)
+    for part in parts:
+        report_text(part, report)
+        windows.append(part.draw(config.seed))
+        known.append(part.identity(windows[-1]))
+        documents = part.documents
+        if documents.revision:
+            hub_datasets.append((documents.name, documents.revision))
+        if documents.chats is not None:
+            template_sha256 = documents.chats.sha256
+    identity: str | list[str] = known
+    if len(known) == 1:
+        identity = known[0]
+    drawn = Windows.of(in_order(windows, config.seed))
+    calibration = Calibration(drawn, tuple(hub_datasets), identity, template_sha256)
     return ranks.broadcast(calibration)
+
+
+def report_text(part: Part, report: Report) -> None:
+    """Report the text of a dataset, and chats in it that are not read."""
+    report(PhaseStarted("text", part.summary))
+    if part.documents.beside:
+        report(Warned("W_DATA_CHATS", part.documents.about_chats))
 
 
 def _request(prepared: PreparedRun, output: Path) -> dict[str, Any]:

@@ -8,14 +8,10 @@ from __future__ import annotations
 
 import csv
 import json
-import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pyarrow
 import pytest
 from tokenizers.processors import TemplateProcessing
@@ -266,7 +262,7 @@ def test_a_row_without_a_chat_is_named_with_the_reason(name: str, tmp_path: Path
     file = written(tmp_path / "x.jsonl", [first, row])
     error = refused(file, tokenizer_in(tmp_path / "tokenizer", TEMPLATE))
     assert (error.code, error.exit_code) == ("E_DATA_CHAT", 3)
-    assert str(error).startswith(f"row 2 of dataset `{file}` holds no chat: ")
+    assert str(error).startswith(f"line 2 of dataset `{file}` holds no chat: ")
     assert reason in str(error)
     assert (error.hint or "").startswith('write each chat as {"messages": [{"role": "user"')
 
@@ -275,7 +271,7 @@ def test_a_row_without_the_columns_of_the_first_is_named(tmp_path: Path) -> None
     file = written(tmp_path / "x.jsonl", [{"messages": OPENAI}, {"text": "plain"}])
     error = refused(file, tokenizer_in(tmp_path / "tokenizer", TEMPLATE))
     assert error.code == "E_DATA_COLUMN"
-    assert str(error).startswith(f"row 2 of dataset `{file}` has no column `messages`")
+    assert str(error).startswith(f"line 2 of dataset `{file}` has no column `messages`")
 
 
 def test_half_a_letter_in_a_chat_is_refused(tmp_path: Path) -> None:
@@ -283,7 +279,7 @@ def test_half_a_letter_in_a_chat_is_refused(tmp_path: Path) -> None:
     file.write_text('{"messages": [{"role": "user", "content": "\\ud83d"}]}\n')
     error = refused(file, tokenizer_in(tmp_path / "tokenizer", TEMPLATE))
     assert error.code == "E_DATA_FORMAT"
-    assert "row 1" in str(error)
+    assert "line 1" in str(error)
     assert "half of a surrogate pair" in str(error)
 
 
@@ -307,7 +303,7 @@ def test_chats_of_a_model_without_a_template_need_one(tmp_path: Path) -> None:
     error = refused(file, directory)
     assert (error.code, error.exit_code) == ("E_DATA_TEMPLATE", 3)
     assert (
-        str(error) == f"row 1 of dataset `{file}` holds a chat, but the model has no chat template"
+        str(error) == f"line 1 of dataset `{file}` holds a chat, but the model has no chat template"
     )
     assert "--chat-template FILE" in (error.hint or "")
     assert "--text-column" in (error.hint or "")
@@ -357,7 +353,7 @@ def test_a_failing_template_is_named_with_its_line(name: str, own: bool, tmp_pat
         error = refused(file, directory, chat_template=str(place))
     assert (error.code, error.exit_code) == ("E_DATA_TEMPLATE", 3)
     assert str(error).startswith(
-        f"chat template `{place}`, {line}, fails at row 1 of dataset `{file}`: "
+        f"chat template `{place}`, {line}, fails at line 1 of dataset `{file}`: "
     )
     assert reason in str(error)
     assert "\n" not in str(error)
@@ -370,7 +366,7 @@ def test_a_template_in_the_settings_of_the_tokenizer_is_named(tmp_path: Path) ->
     content = json.loads(settings.read_text()) | {"chat_template": "a\n{{ raise_exception('no') }}"}
     settings.write_text(json.dumps(content))
     error = refused(written(tmp_path / "x.jsonl", [{"messages": OPENAI}]), directory)
-    assert str(error).startswith(f"chat template in `{settings}`, line 2, fails at row 1 of ")
+    assert str(error).startswith(f"chat template in `{settings}`, line 2, fails at line 1 of ")
 
 
 def test_a_template_file_that_cannot_be_one_is_refused(tmp_path: Path) -> None:
@@ -520,17 +516,18 @@ def test_a_run_and_an_evaluation_tell_what_was_recognised(model: Path, tmp_path:
     file = written(tmp_path / "x.jsonl", rows)
     settings = {"dataset": str(file), "seqlen": 32, "nsamples": 4, "batch_size": 2}
     result, events = quantize_with_events(model, tmp_path / "out", **settings)
-    assert phases(events, "text") == ["10 chats, rendered with the model's chat template"]
     ids = ids_of(rows, model)
+    told = f"{file}, 10 chats, rendered with the model's chat template, {len(ids)} tokens"
+    assert phases(events, "text") == [f"{told}; 4 windows of 32 need 128"]
     for window in calibration_ids(model, config(**settings)).tolist():
         assert window[0] == BOS
         assert place_of(window[1:], ids) > 0
     template = tmp_path / "other.jinja"
     template.write_text(BODY)
     request = EvalRequest(str(file), seqlen=32, device="cpu", chat_template=str(template))
-    told: list[Event] = []
-    measured = evaluate_perplexity(str(result.output), request, told.append)
-    assert phases(told, "text") == [f"10 chats, rendered with the chat template {template}"]
+    heard: list[Event] = []
+    measured = evaluate_perplexity(str(result.output), request, heard.append)
+    assert phases(heard, "text") == [f"10 chats, rendered with the chat template {template}"]
     assert measured.join == ""
     assert measured.tokens == (len(ids) - 10) // 32 * 32
 
@@ -563,28 +560,3 @@ def test_a_list_without_messages_is_called_a_list(suffix: str, tmp_path: Path) -
     assert "holds a list" in str(error)
     assert "chat" not in str(error)
     assert error.hint == "fix it, or name another with --text-column: `body`"
-
-
-@pytest.mark.parametrize("split", [None, "train", "other"])
-def test_hint_converts_a_folder_of_save_to_disk(
-    split: str | None,
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    saved = datasets.Dataset.from_dict({"text": ["one", "two"]})
-    folder = tmp_path / "it's saved"
-    if split is None:
-        saved.save_to_disk(folder)
-    else:
-        datasets.DatasetDict({split: saved}).save_to_disk(folder)
-    error = refused(folder)
-    assert error.code == "E_DATA_FORMAT"
-    assert "was written by save_to_disk of datasets" in str(error)
-    program, *words = shlex.split((error.hint or "").partition(": ")[2])
-    assert program == "python"
-    subprocess.run([sys.executable, *words], check=True, capture_output=True)
-    assert list(load_documents(DatasetSource(f"{folder}.jsonl")).texts) == ["one", "two"]
-    capfd.readouterr()
-    monkeypatch.chdir(folder)
-    assert refused(".").hint == error.hint

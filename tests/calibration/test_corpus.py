@@ -1,4 +1,4 @@
-"""Datasets: registered names, ids of the Hub, files, folders, literal texts, and refusals."""
+"""Datasets: registered names, ids of the Hub, files, folders, and refusals."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_a_hub_dataset_has_the_given_config_and_split(builders: list[FakeBuilder
     assert builders[0].split == "extra"
 
 
-@pytest.mark.parametrize("dataset", ["wikitext2", "./notes.txt", ["a text"]])
+@pytest.mark.parametrize("dataset", ["wikitext2", "./notes.txt"])
 @pytest.mark.parametrize("options", [{"config": "x"}, {"split": "x"}])
 def test_only_hub_datasets_accept_a_config_and_a_split(
     dataset: Any, options: dict[str, str], builders: list[FakeBuilder]
@@ -165,7 +165,7 @@ def test_only_hub_datasets_accept_a_config_and_a_split(
     assert builders == []
 
 
-@pytest.mark.parametrize("dataset", ["wikitext2", "./notes.txt", ["a text"]])
+@pytest.mark.parametrize("dataset", ["wikitext2", "./notes.txt"])
 def test_datasets_without_columns_refuse_text_column(
     dataset: Any, builders: list[FakeBuilder]
 ) -> None:
@@ -183,26 +183,14 @@ def test_a_folder_accepts_text_column_if_a_file_has_rows(tmp_path: Path) -> None
     assert list(load(tmp_path, text_column="body").texts) == ["one", "two"]
 
 
-@pytest.mark.parametrize(
-    "texts", [["a text", "gone.jsonl"], ["{file}", "a text"], ["a text", "{folder}"]]
-)
-def test_literal_texts_that_name_files_are_refused(texts: list[str], tmp_path: Path) -> None:
-    (tmp_path / "notes").write_text("a text")
-    paths = {"file": tmp_path / "notes", "folder": tmp_path}
-    message = "is a file, but a dataset given twice or more holds the texts"
-    with pytest.raises(ConfigError, match=message) as caught:
-        load_documents(DatasetSource([text.format(**paths) for text in texts]))
-    assert caught.value.code == "E_CFG_CONFLICT"
-    assert caught.value.hint == "put the files into a folder and give that"
-
-
-def test_a_text_that_cannot_be_a_path_is_a_text() -> None:
-    texts = ["a word " * 1000, "another\0", "it lies in notes.txt"]
-    assert list(load_documents(DatasetSource(texts)).texts) == texts
-    message = "is not a registered name, a file, a folder or the id"
-    with pytest.raises(InputError, match=message) as caught:
-        load_documents(DatasetSource(texts[0]))
+@pytest.mark.parametrize("text", ["a word " * 1000, "The basic principles of it.", "another\0"])
+def test_a_text_itself_is_refused_with_the_way_out(text: str) -> None:
+    with pytest.raises(
+        InputError, match="is not a registered name, a file, a folder or the id"
+    ) as (caught):
+        load_documents(DatasetSource(text))
     assert caught.value.code == "E_DATA_NOT_FOUND"
+    assert (caught.value.hint or "").endswith("write it into a .txt file and give its path")
 
 
 @pytest.mark.parametrize(
@@ -244,20 +232,6 @@ def test_corpora_that_need_a_script_are_refused(name: str, builders: list[FakeBu
         load_documents(DatasetSource(name))
     assert caught.value.code == "E_DATA_SCRIPT"
     assert builders == []
-
-
-def test_literal_texts_are_documents_in_order() -> None:
-    documents = load_documents(DatasetSource(["one", "", "two"]))
-    assert list(documents.texts) == ["one", "", "two"]
-    assert (documents.name, documents.revision) == ("texts", None)
-    assert documents.sha256 == sha256(b"one\n\n\n\ntwo").hexdigest()
-
-
-@pytest.mark.parametrize("texts", [[], [" ", "\n"]])
-def test_blank_literal_texts_are_an_empty_dataset(texts: list[str]) -> None:
-    with pytest.raises(InputError) as caught:
-        load_documents(DatasetSource(texts))
-    assert caught.value.code == "E_DATA_EMPTY"
 
 
 FILES: dict[str, bytes] = {
@@ -306,7 +280,7 @@ def test_text_column_selects_another_column(tmp_path: Path) -> None:
 REFUSALS: dict[str, tuple[str, bytes, str, str]] = {
     "no such column": (
         "x.jsonl",
-        b'{"body": "a", "n": 1}\n',
+        b'{"body": "a", "n": "1"}\n',
         "E_DATA_COLUMN",
         "has no column `text`; it has `body`, `n`",
     ),
@@ -318,15 +292,15 @@ REFUSALS: dict[str, tuple[str, bytes, str, str]] = {
     ),
     "no such column of a list": (
         "x.json",
-        b'[{"body": "a"}]',
+        b'[{"body": "a", "n": "b"}]',
         "E_DATA_COLUMN",
-        "has no column `text`; it has `body`",
+        "has no column `text`; it has `body`, `n`",
     ),
     "numbers": (
         "x.jsonl",
         b'{"text": 5}\n',
         "E_DATA_COLUMN",
-        "of row 1 holds a number, not a string",
+        "of line 1 holds a number, not a string",
     ),
     "numbers of a list": (
         "x.json",
@@ -344,7 +318,7 @@ REFUSALS: dict[str, tuple[str, bytes, str, str]] = {
         "x.jsonl",
         b'{"text": "a"}\n{"text": null}\n',
         "E_DATA_COLUMN",
-        "column `text` of row 2 holds null",
+        "column `text` of line 2 holds null",
     ),
     "null row of parquet": (
         "x.parquet",
@@ -381,13 +355,13 @@ REFUSALS: dict[str, tuple[str, bytes, str, str]] = {
         "x.jsonl",
         b'{"text": "a"}\n{"body": "b"}\n',
         "E_DATA_COLUMN",
-        "row 2 of dataset",
+        "line 2 of dataset",
     ),
     "list": (
         "x.jsonl",
         b'{"text": ["a"]}\n',
         "E_DATA_COLUMN",
-        "of row 1 holds a list, not a string",
+        "of line 1 holds a list, not a string",
     ),
     "list of parquet": (
         "x.parquet",
@@ -411,7 +385,7 @@ REFUSALS: dict[str, tuple[str, bytes, str, str]] = {
         "x.jsonl",
         b'{"text": "\\ud800"}\n',
         "E_DATA_FORMAT",
-        "of row 1 holds half of a surrogate pair",
+        "of line 1 holds half of a surrogate pair",
     ),
     "deep": (
         "x.jsonl",
@@ -432,7 +406,12 @@ REFUSALS: dict[str, tuple[str, bytes, str, str]] = {
         "E_DATA_FORMAT",
         "line 2 has 3 fields, but the header has 2",
     ),
-    "short record": ("x.csv", b"n,text\n1\n", "E_DATA_COLUMN", "column `text` of row 1 holds null"),
+    "short record": (
+        "x.csv",
+        b"n,text\n1\n",
+        "E_DATA_COLUMN",
+        "column `text` of line 2 holds null",
+    ),
     "open quote": (
         "x.csv",
         b'text\n"a\nb\n',
@@ -538,7 +517,7 @@ def test_a_folder_without_texts_is_refused(tmp_path: Path) -> None:
 
 def test_a_faulty_later_file_is_refused_when_it_is_read(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("good")
-    (tmp_path / "b.jsonl").write_text(json.dumps({"other": "x"}))
+    (tmp_path / "b.jsonl").write_text(json.dumps({"other": 5}))
     texts: Iterator[str] = iter(load(tmp_path).texts)
     assert next(texts) == "good"
     with pytest.raises(GptqError, match="has no column `text`"):

@@ -131,7 +131,8 @@ def test_too_few_windows_are_refused_with_the_counts() -> None:
     assert caught.value.code == "E_DATA_SHORT"
     message = "dataset `small.txt` gives 10 windows of 10 tokens (100 tokens), but 11 are needed"
     assert str(caught.value) == message
-    assert caught.value.hint == "lower --nsamples or --seqlen, or give more text"
+    fits = "10 windows (--nsamples) or windows of 9 tokens (--seqlen)"
+    assert caught.value.hint == f"give more text, or what fits: {fits}"
 
 
 def test_a_window_without_room_for_text_is_refused() -> None:

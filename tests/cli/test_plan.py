@@ -268,3 +268,40 @@ def test_an_unreachable_hub_is_an_input_error(tmp_path: Path) -> None:
     assert code == 3
     assert "E_HUB_NETWORK" in stderr
     assert len(stderr.splitlines()) <= 4
+
+
+def test_the_plan_counts_the_text_of_this_machine(gptq: Run, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x" * 1500)  # the tokenizer has one token for each byte
+    (tmp_path / "b.txt").write_text("y" * 100)
+    windows = ["--nsamples", "10", "--seqlen", "11"]
+    names = ["--dataset", f"{tmp_path}/a.txt:0.7", "--dataset", f"{tmp_path}/b.txt:0.3"]
+    result = gptq("plan", model, *SETTINGS, *windows, *names)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert f"text    {tmp_path}/a.txt, 1,500 tokens read; 7 windows of 11 need 77" in result.stdout
+    assert f"text    {tmp_path}/b.txt, 100 tokens; 3 windows of 11 need 33" in result.stdout
+
+
+def test_the_plan_names_what_would_fit_a_short_text(gptq: Run, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x" * 100)
+    words = ["--dataset", tmp_path / "a.txt", "--nsamples", "12", "--seqlen", "10"]
+    result = gptq("plan", model, *SETTINGS, *words, "--json")
+    [text] = json.loads(result.stdout)["text"]
+    assert (text["tokens"], text["windows"], text["needed_tokens"]) == (100, 12, 120)
+    assert "gives 10 windows of 10 tokens (100 tokens), but 12 are needed" in result.stderr
+    assert "10 windows (--nsamples) or windows of 8 tokens (--seqlen)" in result.stderr
+    fitting = gptq("plan", model, *SETTINGS, *words[:2], "--nsamples", 12, "--seqlen", 8)
+    assert "are needed" not in fitting.stderr
+
+
+def test_the_plan_of_text_on_the_hub_says_what_is_needed(gptq: Run, model: Path) -> None:
+    result = gptq("plan", model, *SETTINGS)
+    needed = f"{128 * 128:,} tokens"  # the model has 128 positions
+    assert f"text    wikitext2, not read yet; 128 windows of 128 need {needed}" in result.stdout
+
+
+def test_the_plan_refuses_text_that_the_run_would_refuse(
+    gptq: Run, model: Path, tmp_path: Path
+) -> None:
+    result = gptq("plan", model, *SETTINGS, "--dataset", tmp_path / "gone.txt")
+    assert result.exit_code == 3
+    assert "gone.txt` does not exist" in result.stderr

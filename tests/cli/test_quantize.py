@@ -179,7 +179,7 @@ def test_a_missing_dataset_is_refused_before_loading(gptq: Run, quantizer: FakeQ
     result = gptq("quantize", "org/m", "-b", "4", "--dataset", "none.txt")
     assert result.exit_code == 3
     assert result.stderr.startswith(
-        "error[E_DATA_NOT_FOUND]: dataset `none.txt` does not exist\n\nhint: give a .txt"
+        "error[E_DATA_NOT_FOUND]: dataset `none.txt` does not exist\n\nhint: give a file (.txt"
     )
     assert quantizer.calls == []
 

@@ -97,7 +97,7 @@ dynamic:
         line, column = problem.location.line, problem.location.column
         found.append((problem.code, line, column, problem.message, problem.hint))
     sizes = "a positive number of columns, or -1 for one group per row, got 0"
-    datasets = "must be a dataset name, a path, or a list of texts"
+    datasets = "must be a dataset name, a path, or a list of these"
     modules = "must be a list of lists of module names, like [[self_attn.q_proj], [mlp.down_proj]]"
     assert found == [
         ("E_CFG_RANGE", 1, 7, "bits must be 2, 3, 4, 5, 6, 7 or 8, got 9", None),

@@ -35,7 +35,7 @@ from tests.engines.engines import ENGINES, LARGEST_DIFFERENCE, Engine, Process
 from tests.engines.results import RESULTS, Results
 from tests.engines.truth import logits_of
 from tests.engines.verdicts import said_of
-from tests.families import save_model, texts
+from tests.families import save_model, text_file
 
 ENVIRONMENTS = Path(os.environ["GPTQ_ENGINES_HOME"])
 ASKED = os.environ["GPTQ_ENGINES"].split()
@@ -90,7 +90,7 @@ def write(ids: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case
 
     def write_case(case: Case) -> Written:
         if case.id not in written:
-            config = QuantizeConfig(**(SHARED | {"dataset": texts()} | case.settings))
+            config = QuantizeConfig(**(SHARED | {"dataset": text_file()} | case.settings))
             source, output = model_of(case.family, case.dtype), root / case.id
             planned = export_of_layers(
                 plan_checkpoint(open_checkpoint(source), config).layers, config

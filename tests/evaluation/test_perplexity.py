@@ -22,7 +22,7 @@ from gptq_cli.evaluation.perplexity import Divergence, Perplexity, evaluate_perp
 from gptq_cli.evaluation.request import EvalRequest
 from gptq_cli.events import BlockFinished, Event
 from gptq_cli.quantization.run import quantize_checkpoint
-from tests.families import save_model, texts
+from tests.families import save_model, text_file, texts
 
 SEQLEN = 48
 
@@ -30,7 +30,7 @@ SEQLEN = 48
 def request(**changes: object) -> EvalRequest:
     return EvalRequest(
         **(
-            {"dataset": texts(2000, seed=3), "seqlen": SEQLEN, "batch_size": 3, "device": "cpu"}
+            {"dataset": text_file(2000, seed=3), "seqlen": SEQLEN, "batch_size": 3, "device": "cpu"}
             | changes
         )
     )
@@ -40,7 +40,7 @@ def quantized(tmp_path: Path, model: Path, **changes: object) -> Path:
     settings = {
         "bits": 3,
         "group_size": 32,
-        "dataset": texts(),
+        "dataset": text_file(),
         "seqlen": 64,
         "nsamples": 6,
         "device": "cpu",

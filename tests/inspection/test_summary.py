@@ -15,7 +15,7 @@ from gptq_cli.errors import ConfigError, InputError
 from gptq_cli.inspection.layer_statistics import view_layer
 from gptq_cli.inspection.summary import inspect_checkpoint
 from tests.checkpoint.gptq_files import gptq_files
-from tests.families import save_model
+from tests.families import save_model, text_file
 from tests.runs import quantize, reader
 
 
@@ -71,7 +71,7 @@ def test_the_summary_shows_the_origin(mixed: Path) -> None:
     assert origin["model_type"] == "llama"
     assert origin["quantizer"] == ["gptq_cli:0.1.0"]
     assert origin["seed"] == 7
-    assert origin["dataset"] == "1 texts"
+    assert origin["dataset"] == text_file()
 
 
 def test_plain_checkpoints_and_foreign_methods_are_summarized(mixed: Path, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ FACTS = CardFacts(
     nbytes=123_456_789,
     versions={"gptq_cli": "0.1.0", "torch": "2.13"},
     settings={"nsamples": 4, "seqlen": 64, "seed": 0},
-    dataset="org/text",
+    datasets=("org/text",),
     worst=[
         {
             "name": "model.layers.0.q_proj",
@@ -130,7 +130,7 @@ def test_names_change_neither_metadata_nor_page_layout(
     plain = body(model_card(FACTS))
     facts = dataclasses.replace(
         FACTS,
-        dataset=dataset,
+        datasets=(dataset,),
         source_card={"license": licence, "language": [layer], "pipeline_tag": 3, "tags": ["evil"]},
         worst=[{**FACTS.worst[0], "name": layer}],
         settings={**FACTS.settings, "dataset": dataset, "dynamic": {layer: {}}},

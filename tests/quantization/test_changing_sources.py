@@ -37,7 +37,7 @@ from gptq_cli.inspection.layer_statistics import view_layer
 from gptq_cli.publish.push import prepare_push, push_upload
 from gptq_cli.quantization import resume
 from gptq_cli.quantization.resume import identify
-from tests.families import save_model, texts
+from tests.families import save_model, text_file
 from tests.runs import CPU, config, digest
 from tests.tiny import WORK, Case
 
@@ -238,7 +238,11 @@ def test_a_model_that_changes_gets_no_perplexity(changing: str, tmp_path: Path) 
         return len(seen) == 1 + (changing == "baseline")
 
     request = EvalRequest(
-        dataset=texts(), seqlen=32, max_windows=2, device="cpu", baseline=str(models["baseline"])
+        dataset=text_file(),
+        seqlen=32,
+        max_windows=2,
+        device="cpu",
+        baseline=str(models["baseline"]),
     )
     file = models[changing] / WEIGHTS
     with pytest.raises(InputError) as caught:

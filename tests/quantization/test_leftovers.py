@@ -21,7 +21,7 @@ from gptq_cli.planning.plan import plan_run
 from gptq_cli.planning.run_plan import remarks
 from gptq_cli.quantization.run import quantize_checkpoint
 from gptq_cli.storage.manifest import INDEX_NAME
-from tests.families import save_model, texts
+from tests.families import save_model, text_file
 from tests.runs import config, quantize_with_events
 
 Tensors = dict[str, Tensor]
@@ -100,7 +100,7 @@ def test_the_plan_and_the_run_name_the_same_unused_tensors(
 
 def test_evaluation_names_unused_tensors(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
-    request = EvalRequest(dataset=texts(), seqlen=32, max_windows=2, device="cpu")
+    request = EvalRequest(dataset=text_file(), seqlen=32, max_windows=2, device="cpu")
     events: list[Event] = []
     before = evaluate_perplexity(str(model), request, events.append)
     assert not [event for event in events if isinstance(event, Warned)]
@@ -243,7 +243,7 @@ def test_a_bitsandbytes_leftover_changes_no_byte_of_the_weights(tmp_path: Path) 
     assert [code for code, _ in warnings_of(model, tmp_path / "out")] == ["W_CKPT_CONFIG"]
     for name in ("model.safetensors", "config.json", "quantize_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "truth" / name).read_bytes()
-    request = EvalRequest(dataset=texts(), seqlen=32, max_windows=2, device="cpu")
+    request = EvalRequest(dataset=text_file(), seqlen=32, max_windows=2, device="cpu")
     assert evaluate_perplexity(str(model), request).perplexity > 1
 
 

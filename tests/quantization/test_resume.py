@@ -23,7 +23,7 @@ from gptq_cli.runtime.open_model import HiddenStates
 from gptq_cli.runtime.ranks import Ranks
 from tests.architectures import build
 from tests.disks import CountingDisk, DyingDisk, FailingDisk, Killed, using
-from tests.families import save, save_model
+from tests.families import save, save_model, written
 from tests.runs import config, digest
 from tests.tiny import SMALL, WORK, Case, kill_after_block, killer
 
@@ -125,7 +125,10 @@ def test_a_rerun_does_not_touch_a_complete_output(case: Case, tmp_path: Path) ->
     [
         ({"bits": 3}, "config.bits was 4, is 3"),
         ({"seed": 1}, "config.seed was 0, is 1"),
-        ({"dataset": ["another text of a hundred words or so, " * 20]}, "config.dataset was"),
+        (
+            {"dataset": written("another text of ten words or so, " * 20)},
+            "config.dataset was",
+        ),
     ],
 )
 def test_work_of_another_run_is_neither_used_nor_deleted(

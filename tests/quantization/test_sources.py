@@ -26,7 +26,7 @@ from gptq_cli.inspection.layer_statistics import view_layer
 from gptq_cli.inspection.summary import inspect_checkpoint, plan_rows
 from gptq_cli.planning.plan import plan_run
 from gptq_cli.quantization.run import QuantizeResult, quantize_checkpoint
-from tests.families import FAMILIES, save_model, texts
+from tests.families import FAMILIES, save_model, text_file
 from tests.planning.test_plan import GPT2
 from tests.runs import config, messages, quantize, quantize_with_events
 
@@ -174,7 +174,7 @@ def test_every_command_reads_block_floats(
     assert view_layer(open_checkpoint(coded), name) == view_layer(open_checkpoint(plain), name)
     assert compare_checkpoints(str(coded), str(plain)).different == ()
     request = EvalRequest(
-        dataset=texts(), seqlen=64, max_windows=2, device="cpu", baseline=str(plain)
+        dataset=text_file(), seqlen=64, max_windows=2, device="cpu", baseline=str(plain)
     )
     assert evaluate_perplexity(str(coded), request).kl == 0
 

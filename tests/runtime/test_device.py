@@ -22,7 +22,7 @@ from gptq_cli.runtime import memory, open_model
 from gptq_cli.runtime.memory import Memory
 from gptq_cli.runtime.open_model import HiddenStates, open_stream, resolve_device
 from gptq_cli.solver import numerics
-from tests.families import save_model, texts
+from tests.families import save_model, text_file
 from tests.runs import config, digest
 from tests.simulated_gpu import SimulatedGpu, simulated_gpu
 
@@ -144,7 +144,7 @@ def test_a_run_with_states_on_the_host_resumes_and_evaluates(
     assert quantize_checkpoint(model, tmp_path / "gpu", settings).resumed_blocks == 1
     assert waits(gpu, "runtime.open_model.<lambda>: to the device") == 0, gpu.waits
     assert written(tmp_path / "gpu") == written(tmp_path / "cpu")
-    request = EvalRequest(dataset=texts(), seqlen=64, max_windows=2, baseline=model)
+    request = EvalRequest(dataset=text_file(), seqlen=64, max_windows=2, baseline=model)
     found, expected = (
         evaluate_perplexity(str(tmp_path / "gpu"), replace(request, device=device))
         for device in ("cuda", "cpu")
