@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable
 from html import unescape
 from importlib.resources import files
+from inspect import cleandoc
 from pathlib import Path
 from typing import Any
 
@@ -106,11 +107,17 @@ def command_line() -> str:
     lines = ["# Command line", "", "`gptq COMMAND --help` prints the same in a terminal.", ""]
     for name in COMMANDS:
         command = load_command(name)
-        about, _, example = command.help.partition("Example: ")
+        about, _, example = cleandoc(command.help).partition("Example: ")
         words = [p.metavar for p in command.params if p.param_type_name == "argument"]
         usage = " ".join(["gptq", name, *words, "[OPTIONS]"])
-        lines += [f"## gptq {name}", "", _text(about.strip()), ""]
-        lines += ["```text", usage, "```", "", "```bash", example.strip(), "```"]
+        lines += [f"## gptq {name}", ""]
+        for paragraph in about.strip().split("\n\n"):
+            if "\n  " in paragraph:
+                lines += ["```text", paragraph, "```", ""]
+            else:
+                lines += [_text(paragraph), ""]
+        examples = example.replace("Example: ", "").strip()
+        lines += ["```text", usage, "```", "", "```bash", examples, "```"]
         rows = [_parameter(p) for p in command.params if p.name != "help"]
         lines += table(("option", "value", "meaning"), rows)
     top = typer.main.get_command(app)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
 from gptq_cli.cli.console import (
@@ -31,28 +31,47 @@ from gptq_cli.cli.launch import name_of
 from gptq_cli.errors import ConfigError, GptqError, Problem, Stopped, __version__
 from gptq_cli.files import file_cause, file_errors
 
-# A command's function has its name, with _ for -, and is in the module of that name unless MODULES
-# names another one.
-COMMANDS = {
-    "quantize": "Quantize a model to a GPTQ checkpoint.",
-    "plan": "Show what quantize would do, without doing it.",
-    "resume": "Resume a quantization that ended early.",
-    "validate-config": "Check a configuration file, and show what it does to a model.",
-    "inspect": "Show what a checkpoint holds: layers, sizes, origin.",
-    "compare": "Compare two checkpoints: weights and, with --text, predictions.",
-    "convert": "Convert a GPTQ checkpoint between the formats gptq and gptq_v2.",
-    "dequantize": "Turn a GPTQ checkpoint back into plain weights.",
-    "verify": "Check that a GPTQ checkpoint is complete and means the same to every engine.",
-    "eval-ppl": "Measure the perplexity of a checkpoint, quantized or not.",
-    "check-engine": "Check that an engine computes with a checkpoint what it should.",
-    "generate": "Write text with a checkpoint, quantized or not.",
-    "report": "Write an HTML report about a run: errors, time, memory, the command.",
-    "push": "Upload a checkpoint with a model card to the Hub.",
-    "recipes": "List the recipes that --config takes by name, or print one.",
-    "schema": "Print the JSON Schema of the configuration, or of --json output.",
-    "explain": "Explain the code of an error or a warning.",
-    "env": "Print versions, devices and variables for a bug report.",
+# The commands in the groups of `gptq --help`, which are those of the README. A command's function
+# has its name, with _ for -, and is in the module of that name unless MODULES names another one.
+GROUPS = {
+    "Plan": {
+        "plan": "Show what quantize would do, without doing it.",
+        "validate-config": "Check a configuration file, and show what it does to a model.",
+        "recipes": "List the recipes that --config takes by name, or print one.",
+        "schema": "Print the JSON Schema of the configuration, or of --json output.",
+    },
+    "Quantize": {
+        "quantize": "Quantize a model to a GPTQ checkpoint.",
+        "resume": "Resume a quantization that ended early.",
+    },
+    "Inspect": {
+        "inspect": "Show what a checkpoint holds: layers, sizes, origin.",
+        "compare": "Compare two checkpoints: weights and, with --text, predictions.",
+        "report": "Write an HTML report about a run: errors, time, memory, the command.",
+    },
+    "Check": {
+        "verify": "Check that a GPTQ checkpoint is complete and means the same to every engine.",
+        "eval-ppl": "Measure the perplexity of a checkpoint, quantized or not.",
+    },
+    "Try": {
+        "generate": "Write text with a checkpoint, quantized or not.",
+        "check-engine": "Check that an engine computes with a checkpoint what it should.",
+    },
+    "Convert": {
+        "convert": "Write a quantized checkpoint in another format, without a loss.",
+        "dequantize": "Turn a quantized checkpoint back into plain weights.",
+    },
+    "Publish": {
+        "push": "Upload a checkpoint with a model card to the Hub.",
+    },
+    "Look up": {
+        "explain": "Explain the code of an error or a warning.",
+        "env": "Print versions, devices and variables for a bug report.",
+    },
 }
+COMMANDS: dict[str, str] = {}
+for _commands in GROUPS.values():
+    COMMANDS |= _commands
 MODULES = {"dequantize": "convert", "resume": "quantize"}
 BUG, USAGE, INTERRUPTED = 1, 2, 130
 PLAIN_WORDS = {  # sentences of typer about a value, and their replacements
@@ -63,12 +82,28 @@ PLAIN_WORDS = {  # sentences of typer about a value, and their replacements
 }
 
 
+class Command(TyperCommand):
+    """A command whose --help shows its `everyday` options, if it has a list of them, else all."""
+
+    everyday: Sequence[str] = ()
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        from gptq_cli.cli.help_page import command_page
+
+        formatter.write(command_page(ctx, self.everyday))
+
+
 class Gptq(TyperGroup):
     """The program: it loads a command when it runs, and turns every failure into an exit code."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, _, rest = super().resolve_command(ctx, args)
         return name, load_command(str(name)), rest
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        from gptq_cli.cli.help_page import program_page
+
+        formatter.write(program_page(ctx, GROUPS))
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         _refuse_empty(args)
@@ -85,6 +120,7 @@ class Gptq(TyperGroup):
     ) -> Any:
         _disable_colour_in_pipes()
         words = _kebab_options(sys.argv[1:] if args is None else args)
+        words = _without_aliases(words)
         code = 0
         try:
             with libraries_quoted():
@@ -185,6 +221,16 @@ def _kebab_options(words: Sequence[str]) -> list[str]:
     return [*map(_kebab, words[:end]), *words[end:]]
 
 
+def _without_aliases(words: list[str]) -> list[str]:
+    """Return `help` and `version` as the options that they stand for."""
+    match words:
+        case ["version"]:
+            return ["--version"]
+        case ["help", *rest]:
+            return [*rest, "--help"]
+    return words
+
+
 def _kebab(word: str) -> str:
     """Return `--group_size` as `--group-size`: other tools spell their options with `_`."""
     if not word.startswith("--"):
@@ -207,9 +253,12 @@ def load_command(name: str) -> Any:
 
     function = name.replace("-", "_")
     module = import_module(f"gptq_cli.cli.{MODULES.get(function, function)}")
-    single = typer.Typer(add_completion=False, rich_markup_mode="rich")
-    single.command(name=name)(with_options(getattr(module, function), begin=_begin_log))
-    return typer.main.get_command(single)
+    body = getattr(module, function)
+    single = typer.Typer(add_completion=False)
+    single.command(name=name, cls=Command)(with_options(body, begin=_begin_log))
+    command: Any = typer.main.get_command(single)
+    command.everyday = getattr(body, "everyday", ())
+    return command
 
 
 def _begin_log(verbose: bool, log_file: Path | None, values: Mapping[str, Any]) -> None:
@@ -225,7 +274,8 @@ def _begin_log(verbose: bool, log_file: Path | None, values: Mapping[str, Any]) 
 app = typer.Typer(
     name="gptq",
     cls=Gptq,
-    help="Quantize Hugging Face models with GPTQ, one transformer block at a time.",
+    help="Quantize Hugging Face models with GPTQ, one transformer block at a time.\n\n"
+    "gptq help COMMAND shows examples and options of a command.",
     invoke_without_command=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -244,7 +294,7 @@ def _gptq(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", help="print the version and exit", callback=_version, is_eager=True
+            "--version", "-V", help="print the version and exit", callback=_version, is_eager=True
         ),
     ] = False,
 ) -> None:

@@ -42,6 +42,16 @@ def takes_settings(*fields: str) -> Callable[[Command], Command]:
     return mark
 
 
+def shows_first(*names: str) -> Callable[[Command], Command]:
+    """Mark what --help shows of a command, in this order; --help-all shows all of it."""
+
+    def mark(command: Command) -> Command:
+        command.everyday = (*names, "help_all")  # type: ignore[attr-defined]
+        return command
+
+    return mark
+
+
 def with_options(command: Callable[..., None], begin: Begin) -> Callable[..., None]:
     """Return `command` as a function whose signature names every option, for typer.
 
@@ -56,11 +66,14 @@ def with_options(command: Callable[..., None], begin: Begin) -> Callable[..., No
         else:
             parameters.append(parameter.replace(kind=Parameter.KEYWORD_ONLY))
     parameters += [_parameter("verbose", Verbose, False), _parameter("log_file", LogFile, None)]
+    if hasattr(command, "everyday"):
+        parameters.append(_parameter("help_all", HelpAll, False))
     for parameter in parameters:
         for info in getattr(parameter.annotation, "__metadata__", ()):
             info.readable = False  # no check by typer: the code that opens a path reports more
 
-    def run(*, verbose: bool, log_file: Path | None, **values: Any) -> None:
+    def run(*, verbose: bool, log_file: Path | None, help_all: bool = False, **values: Any) -> None:
+        del help_all  # its callback has shown the help
         settings = _given({name: values.pop(name) for name in fields})
         begin(verbose, log_file, {**values, **settings})
         if fields:
@@ -305,5 +318,24 @@ LogFile = Annotated[
         "--log-file",
         help="also write messages, including --verbose details, to this file",
         metavar="FILE",
+    ),
+]
+
+
+def _show_all_help(context: typer.Context, wanted: bool) -> None:
+    if wanted:
+        context.command.everyday = ()  # type: ignore[attr-defined]
+        typer.echo(context.get_help())
+        raise typer.Exit
+
+
+HelpAll = Annotated[
+    bool,
+    typer.Option(
+        "--help-all",
+        help="show all options and exit",
+        callback=_show_all_help,
+        is_eager=True,
+        show_default=False,
     ),
 ]

@@ -8,7 +8,7 @@ from typing import Annotated
 from gptq_cli.cli import options as o
 from gptq_cli.cli.console import Console
 from gptq_cli.cli.plan_view import show_plan
-from gptq_cli.cli.quantize import SETTINGS
+from gptq_cli.cli.quantize import EVERYDAY, SETTINGS
 from gptq_cli.config.fields import Panel
 from gptq_cli.config.resolve import resolve
 
@@ -32,6 +32,7 @@ Devices = Annotated[
 ]
 
 
+@o.shows_first("model", *EVERYDAY, "time")
 @o.takes_settings(*SETTINGS)
 def plan(
     model: o.Model,

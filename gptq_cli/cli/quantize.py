@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 # The kernel that runs quantized linears matters only when a checkpoint is evaluated.
 SETTINGS = [name for name in o.configurable_fields() if name != "backend"]
+EVERYDAY = ("bits", "group_size", "preset", "dataset", "target", "output", "config")
 
 Directory = Annotated[
     Path,
@@ -50,6 +51,7 @@ Directory = Annotated[
 ]
 
 
+@o.shows_first("model", *EVERYDAY, "dry_run")
 @o.takes_settings(*SETTINGS)
 def quantize(
     model: o.Model,
@@ -71,10 +73,21 @@ def quantize(
 ) -> None:
     """Quantize a model to a GPTQ checkpoint.
 
+    bits  size of layers  KL x 1000
+       8            51 %  not measured
+       4            26 %  3.8
+       3            20 %  15
+       2            13 %  78
+
+    The size is that of groups of 128 beside 16 bits. KL is the distance
+    from the original of one small model (docs/accuracy.md).
+
     Options not given here are taken from GPTQ_* variables, then --config,
     then the preset, then the defaults.
 
-    Example: gptq quantize ./Qwen3-0.6B -b 4 -o ./Qwen3-0.6B-4bit
+    Example: gptq quantize ./Qwen3-0.6B --bits 4
+    Example: gptq quantize ./Qwen3-0.6B -b 3 -g 64 --preset best -o ./out
+    Example: gptq quantize Qwen/Qwen3-0.6B --config vllm-4bit --dry-run
     """
     console = Console(as_json, quiet)
     resolved = resolve(settings, os.environ, config)

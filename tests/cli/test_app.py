@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from gptq_cli.__main__ import main
-from gptq_cli.cli.app import COMMANDS
+from gptq_cli.cli import help_page
+from gptq_cli.cli.app import COMMANDS, GROUPS, load_command
 from gptq_cli.errors import (
     ConfigError,
     ExistsError,
@@ -20,6 +23,8 @@ from gptq_cli.errors import (
 )
 
 from .conftest import FakeQuantizer, Run
+
+README = Path(__file__).parents[2] / "README.md"
 
 
 def test_help_lists_the_summary_of_each_command(gptq: Run) -> None:
@@ -33,9 +38,77 @@ def test_help_lists_the_summary_of_each_command(gptq: Run) -> None:
         assert name in listing.stdout
 
 
-def test_version_is_one_line(gptq: Run) -> None:
-    result = gptq("--version")
+@pytest.mark.parametrize("word", ["--version", "-V", "version"])
+def test_version_is_one_line(word: str, gptq: Run) -> None:
+    result = gptq(word)
     assert (result.exit_code, result.stdout, result.stderr) == (0, "gptq 0.1.0\n", "")
+
+
+def test_help_groups_the_commands_as_the_readme_does(gptq: Run) -> None:
+    rows = re.findall(r"^\| ([a-z ]+) \| (`gptq .*) \|$", README.read_text(), flags=re.MULTILINE)
+    groups = {name.capitalize(): set(re.findall(r"`gptq ([a-z-]+)", row)) for name, row in rows}
+    assert groups == {name: set(commands) for name, commands in GROUPS.items()}
+    listing = gptq("--help").stdout
+    titles = re.findall(r"^([A-Z][a-z ]+)$", listing, flags=re.MULTILINE)
+    assert titles == [*GROUPS, "Options"]
+
+
+def test_help_of_a_command_is_shown_under_its_name(gptq: Run) -> None:
+    for words in (["help"], ["help", "verify"], ["help", "quantize"]):
+        result = gptq(*words)
+        assert (result.exit_code, result.stdout) == (0, gptq(*words[1:], "--help").stdout)
+    assert gptq("help", "quantize", "--help-all").stdout == gptq("quantize", "--help-all").stdout
+
+
+EVERYDAY = ["bits", "group-size", "preset", "dataset", "target", "output", "config", "dry-run"]
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_quantize_shows_its_everyday_options_first(
+    width: int, gptq: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    short, whole = gptq("quantize", "--help").stdout, gptq("quantize", "--help-all").stdout
+    assert named_options(short) == [*EVERYDAY, "help-all", "help"]
+    expected = set()
+    for parameter in load_command("quantize").params:
+        expected.update(word for word in parameter.opts if word.startswith("--"))
+    assert expected <= {f"--{name}" for name in named_options(whole)}
+    assert short.count("Example: gptq quantize") == 3
+    assert max(map(len, (short + whole).splitlines())) <= width
+    assert not re.search(r"<\w+>", short + whole)
+    assert len(short.splitlines()) < {60: 70, 80: 50, 120: 45}[width]
+
+
+def named_options(page: str) -> list[str]:
+    """Return the long options that begin a row of a help page, in their order."""
+    return re.findall(r"^  (?:-[a-zA-Z], )?--([a-z0-9-]+)", page, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_every_help_page_fits_and_names_every_option(
+    width: int, gptq: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    for name in COMMANDS:
+        command = load_command(name)
+        page = gptq(name, "--help-all" if command.everyday else "--help").stdout
+        assert max(map(len, page.splitlines())) <= width
+        for parameter in command.params:
+            assert parameter.opts[-1] in page or parameter.metavar in page
+        assert not re.search(r"<\w+>", page)
+
+
+def test_a_title_is_bold_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("sys.stdout", SimpleNamespace(isatty=lambda: True))
+    assert help_page._bold("Run") == "\x1b[1mRun\x1b[0m"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert help_page._bold("Run") == "Run"
+    monkeypatch.delenv("NO_COLOR")
+    monkeypatch.setattr("sys.stdout", None)
+    assert help_page._bold("Run") == "Run"
 
 
 def test_no_arguments_show_help_as_a_usage_error(gptq: Run) -> None:
@@ -68,7 +141,8 @@ def test_no_arguments_show_help_as_a_usage_error(gptq: Run) -> None:
             "quantize --help",
         ),
         (["quantize"], "error[E_USAGE]: Missing argument 'MODEL'", "see gptq quantize --help"),
-        (["help"], "No such command 'help'", "hint: see gptq --help"),
+        (["help", "plam"], "No such command 'plam'", "did you mean 'plan'?"),
+        (["quantize", "m", "help"], "unexpected extra argument", "see gptq quantize --help"),
         (["quantize", "m", "--bit", "3"], "No such option: --bit", "--bits?"),
         (["quantize", "m", "--bits"], "requires an argument", "see --help"),
         (
