@@ -175,19 +175,34 @@ def _check_range(flag: str, number: float | None, given: object, most: float) ->
 
 def _failed_gates(result: EvalResult, limits: Limits) -> list[Problem]:
     """Return a problem for each limit that the result is beyond."""
-    failed: list[Problem] = []
-    problem = _unusable(result.perplexity, limits.max_ppl) or _too_much_increase(result, limits)
-    if problem is not None:
-        failed.append(problem)
-    kl, top1 = result.kl, result.top1_agreement
-    if limits.max_kl is not None and not (kl is not None and kl <= limits.max_kl):
-        message = f"KL {kl:.4g} is above the {limits.max_kl:g} of --max-kl"
-        failed.append(Problem("E_GATE_KL", message, BETTER))
-    if limits.min_top1 is not None and not (top1 is not None and top1 >= limits.min_top1):
-        wanted = f"the {limits.min_top1:.2%} of --min-top1"
-        message = f"top-1 agreement {top1:.2%} is below {wanted}"
-        failed.append(Problem("E_GATE_TOP1", message, BETTER))
-    return failed
+    problems = (
+        _unusable(result.perplexity, limits.max_ppl) or _too_much_increase(result, limits),
+        _too_far(result, limits),
+        _too_little_agreement(result, limits),
+    )
+    return [problem for problem in problems if problem is not None]
+
+
+def _too_far(result: EvalResult, limits: Limits) -> Problem | None:
+    """Return the problem if KL is above its limit or not a number, else None."""
+    if limits.max_kl is None:
+        return None
+    assert result.kl is not None
+    if result.kl <= limits.max_kl:
+        return None
+    message = f"KL {result.kl:.4g} is above the {limits.max_kl:g} of --max-kl"
+    return Problem("E_GATE_KL", message, BETTER)
+
+
+def _too_little_agreement(result: EvalResult, limits: Limits) -> Problem | None:
+    """Return the problem if top-1 agreement is below its limit or not a number, else None."""
+    if limits.min_top1 is None:
+        return None
+    assert result.top1_agreement is not None
+    if result.top1_agreement >= limits.min_top1:
+        return None
+    message = f"top-1 agreement {result.top1_agreement:.2%} is below"
+    return Problem("E_GATE_TOP1", f"{message} the {limits.min_top1:.2%} of --min-top1", BETTER)
 
 
 def _unusable(ppl: float, max_ppl: float) -> Problem | None:

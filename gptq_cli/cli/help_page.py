@@ -42,18 +42,24 @@ def command_page(context: Any, shown: Sequence[str]) -> str:
     parameters = command.get_params(context)
     arguments = [item.metavar for item in parameters if item.param_type_name == "argument"]
     usage = " ".join(["Usage:", context.command_path, *arguments, "[OPTIONS]"])
-    sections: dict[str, list[Row]] = {}
     if shown:
         by_name = {item.name: item for item in parameters}
-        sections["Options"] = [_row(by_name[name]) for name in (*shown, "help")]
+        sections = {"Options": [_row(by_name[name]) for name in (*shown, "help")]}
     else:
-        for item in sorted(parameters, key=lambda item: item.param_type_name):
-            title = getattr(item, "rich_help_panel", None) or "Options"
-            sections.setdefault(title, []).append(_row(item))
+        sections = _by_title(parameters)
     parts = [usage, *_paragraphs(command.help, width)]
     for title, rows in sections.items():
         parts.append(_section(title, rows, width))
     return "\n\n".join(parts)
+
+
+def _by_title(parameters: Sequence[Any]) -> dict[str, list[Row]]:
+    """Return the rows of all parameters under their titles, those of arguments first."""
+    sections: dict[str, list[Row]] = {}
+    for item in sorted(parameters, key=lambda item: item.param_type_name):
+        title = getattr(item, "rich_help_panel", None) or "Options"
+        sections.setdefault(title, []).append(_row(item))
+    return sections
 
 
 def _width() -> int:

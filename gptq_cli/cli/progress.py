@@ -74,11 +74,8 @@ class Progress:
             case Warned():
                 self._console.warn(event.code, event.message)
                 return
-            case Resumed() | WorkKept():
-                self._console.advise(_about_work(event))
-                return
-            case EngineSaid():
-                self._console.advise(f"{event.engine}: {event.line}")
+            case Resumed() | WorkKept() | EngineSaid():
+                self._console.advise(_advice(event))
                 return
             case LayerSolved():
                 self._console.detail(_detail(event.report))
@@ -171,7 +168,9 @@ def _cropped(view: str) -> Text:
     return Text(visible(without_secrets(view)), no_wrap=True, overflow="ellipsis")
 
 
-def _about_work(event: Resumed | WorkKept) -> str:
+def _advice(event: Resumed | WorkKept | EngineSaid) -> str:
+    if isinstance(event, EngineSaid):
+        return f"{event.engine}: {event.line}"
     if isinstance(event, Resumed):
         return f"resuming after {event.index} of {event.n_blocks} blocks, from {event.directory}"
     if event.failed:

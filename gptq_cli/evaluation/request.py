@@ -50,9 +50,7 @@ class EvalRequest:
         if isinstance(self.dataset, list):
             message = "dataset must be one dataset for an evaluation, got a list"
             raise ConfigError("E_CFG_TYPE", message, hint="evaluate on one dataset after the other")
-        if self.max_windows is not None and self.max_windows < 1:
-            message = f"max_windows must be a whole number of 1 or more, got {self.max_windows}"
-            raise ConfigError("E_CFG_RANGE", message)
+        _check_count("max_windows", self.max_windows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +98,23 @@ class GenerateRequest:
         if self.raw and self.chat_template is not None:
             message = "raw and chat_template conflict"
             raise ConfigError("E_CFG_CONFLICT", message, hint="remove one of them")
-        for name in ("top_p", "seed"):
-            if getattr(self, name) is not None and self.temperature == 0:
-                message = f"{name} has no effect without a temperature above 0"
-                raise ConfigError("E_CFG_CONFLICT", message, hint="set temperature to 0.7, or so")
+        if self.temperature == 0:
+            _refuse_sampling({"top_p": self.top_p, "seed": self.seed})
+
+
+def _check_count(name: str, number: int | None) -> None:
+    """Raise ConfigError E_CFG_RANGE for a number below 1; None is accepted."""
+    if number is not None and number < 1:
+        message = f"{name} must be a whole number of 1 or more, got {number}"
+        raise ConfigError("E_CFG_RANGE", message)
+
+
+def _refuse_sampling(settings: Mapping[str, Any]) -> None:
+    """Raise ConfigError E_CFG_CONFLICT for settings that need a temperature."""
+    for name, value in settings.items():
+        if value is not None:
+            message = f"{name} has no effect without a temperature above 0"
+            raise ConfigError("E_CFG_CONFLICT", message, hint="set temperature to 0.7, or so")
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from gptq_cli.errors import ConfigError, GateError, InputError, ResourceError
 from gptq_cli.evaluation.engine_check import PREFIXES, EngineResult, check_engine
 from gptq_cli.evaluation.request import EngineRequest
 from gptq_cli.events import BlockFinished, EngineSaid, Event, PhaseStarted
-from gptq_cli.inspection.convert import dequantize_checkpoint
+from gptq_cli.inspection.dequantize import dequantize_checkpoint
 from tests.families import save_model
 from tests.runs import quantize
 

@@ -16,7 +16,7 @@ from gptq_cli.evaluation import generate
 from gptq_cli.evaluation.generate import GenerateResult, generate_text
 from gptq_cli.evaluation.request import GenerateRequest
 from gptq_cli.events import Event, PhaseStarted, Warned
-from gptq_cli.inspection.convert import dequantize_checkpoint
+from gptq_cli.inspection.dequantize import dequantize_checkpoint
 from tests.families import save_model
 from tests.runs import quantize
 from tests.workspace import TEMPLATE

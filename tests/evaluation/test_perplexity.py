@@ -208,7 +208,7 @@ def test_a_baseline_with_another_vocabulary_is_refused(tmp_path: Path) -> None:
     assert caught.value.code == "E_TOKENIZER"
 
 
-@pytest.mark.parametrize("method", ["awq", "compressed-tensors"])
+@pytest.mark.parametrize("method", ["awq", "aqlm"])
 def test_a_checkpoint_of_another_method_is_refused(method: str, tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     described = json.loads((model / "config.json").read_text()) | {
