@@ -196,6 +196,15 @@ class DatasetSource:
         return self.dataset
 
     @property
+    def hub_id(self) -> str | None:
+        """The id of the dataset on the Hub, None for text of this machine."""
+        if self.name in CORPORA:
+            return CORPORA[self.name].repo
+        if is_path(self.name):
+            return None
+        return self.name
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """The columns that the user named."""
         if isinstance(self.text_column, str):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from logging import CRITICAL
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from gptq_cli.calibration.chats import (
@@ -24,11 +25,11 @@ from gptq_cli.calibration.columns import (
     texts_of,
 )
 from gptq_cli.errors import InputError, causes
-from gptq_cli.hub_errors import GATED, first_line, hub_refusal
+from gptq_cli.hub_errors import GATED, NETWORK, first_line, hub_refusal
 
-REACH_SECONDS = 10.0
+REACH_SECONDS = 2.0
 
-OWN = ", or give a file of your own"
+OWN = "give text of this machine (--dataset calibration.txt, or a folder), or "
 READERS = ("datasets", "pyarrow", "pandas")  # whose errors are about the content of files
 ASK = "check the id; a private dataset needs `hf auth login`"
 
@@ -88,7 +89,7 @@ def open_column(
     """
     _refuse_namesakes(request)
     with refusals(request):
-        _reach_hub(request.path)
+        reach_hub(request.path)
         rows, revision = _open(request)
     # A stream may not know its features before a row is read.
     features = getattr(rows, "features", None)
@@ -120,18 +121,53 @@ def _refuse_namesakes(request: LoadRequest) -> None:
         raise InputError("E_DATA_NOT_FOUND", message, hint=hint)
 
 
-def _reach_hub(dataset: str) -> None:
+def check_reach(dataset: str, label: str) -> None:
+    """Raise InputError E_HUB_NETWORK if the Hub gives no answer about a dataset in two seconds.
+
+    It is for the time before torch is loaded. `label` is the user's name for the dataset.
+    """
+    try:
+        reach_hub(dataset)
+    except Exception as error:
+        refused = hub_refusal(error, f"dataset `{label}`")
+        if refused is None:
+            raise
+        raise InputError(refused.code, str(refused), hint=f"{OWN}{refused.hint}") from error
+
+
+def reach_hub(dataset: str) -> None:
     """Raise the error of the Hub's client at once if there is no connection.
 
-    `datasets` would try for half a minute.
+    `datasets` would try for half a minute. The client bounds neither the time to find an address
+    nor the number of addresses, so a thread waits for it.
     """
-    from huggingface_hub import HfApi
     from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    if HF_HUB_OFFLINE:
+        return
+    failures: list[Exception] = []
+    thread = Thread(target=_ask_hub, args=(dataset, failures), daemon=True)
+    thread.start()
+    thread.join(REACH_SECONDS)
+    if thread.is_alive():
+        raise TimeoutError(f"no answer in {REACH_SECONDS:g} seconds")
+    if failures:
+        raise failures[0]
+
+
+def _ask_hub(dataset: str, failures: list[Exception]) -> None:
+    """Ask the Hub about a dataset; put the error into `failures` if there is no answer."""
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
-    if not HF_HUB_OFFLINE:
-        with suppress(HfHubHTTPError):  # an answer proves the connection
-            HfApi().dataset_info(dataset, timeout=REACH_SECONDS, expand=["sha"])
+    try:
+        HfApi().dataset_info(dataset, timeout=REACH_SECONDS, expand=["sha"])
+    except HfHubHTTPError as answer:
+        # An answer proves the connection, unless it is that of a server that is out of order.
+        if answer.response.status_code >= 500:
+            failures.append(answer)
+    except Exception as error:  # noqa: BLE001
+        failures.append(error)
 
 
 def _open(request: LoadRequest) -> tuple[Iterable[Mapping[str, Any]], str | None]:
@@ -224,7 +260,7 @@ def _from_hub(error: BaseException, label: str, hint: str | None) -> InputError 
         return InputError("E_DATA_NOT_FOUND", f"{subject} is not on the Hub", hint=hint or ASK)
     refused = hub_refusal(error, subject)
     if refused is not None and refused.code in ("E_HUB_NETWORK", "E_HUB_OFFLINE"):
-        return InputError(refused.code, str(refused), hint=f"{refused.hint}{OWN}")
+        return InputError(refused.code, str(refused), hint=f"{OWN}{refused.hint}")
     return refused
 
 
@@ -241,6 +277,10 @@ def _from_datasets(error: BaseException, label: str) -> InputError | None:
             f"{subject} needs a loading script, which `datasets` 4 and later do not run",
             hint="look for a copy of it in Parquet, or use a file of your own",
         )
+    if isinstance(error, FileNotFoundError) and "LocalEntryNotFoundError" in text:
+        # Something answered that is not the Hub, such as a page to log in to a network.
+        message = f"{subject} could not be fetched from the Hub: no usable answer"
+        return InputError("E_HUB_NETWORK", message, hint=f"{OWN}{NETWORK}")
     if not isinstance(error, ValueError):
         return None
     if "Config name is missing" in text or "BuilderConfig" in text:

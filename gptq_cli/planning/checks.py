@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptq_cli.calibration.corpus import calibration_sources, check_source
+from gptq_cli.calibration.loading import check_reach
 from gptq_cli.checkpoint.locate import ModelSource, hub_id, locate_model, model_directory
 from gptq_cli.checkpoint.source import open_checkpoint
 from gptq_cli.config.schema import QuantizeConfig
@@ -103,6 +104,8 @@ def prepare_run(
 def _check_text(config: QuantizeConfig) -> None:
     for source, _ in calibration_sources(config):
         check_source(source)
+        if source.hub_id is not None:
+            check_reach(source.hub_id, source.name)
 
 
 def check_shares(n_batches: int, n_processes: int) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,14 @@ from typing import Any
 import pyarrow
 import pytest
 
+from gptq_cli.calibration import loading
+from gptq_cli.errors import InputError
+from gptq_cli.planning.checks import RunOptions, prepare_run
 from tests.calibration.rows import json_lines, parquet_bytes
+from tests.families import save_model
 from tests.hub import Hub, serve
+from tests.runs import config
+from tests.tiny import SMALL
 
 READ = """
 import json, sys
@@ -234,5 +241,37 @@ def test_an_unreachable_hub_is_an_error_without_a_wait(tmp_path: Path) -> None:
         ("E_HUB_NETWORK", "dataset `someone/texts` could not be fetched from the Hub"),
     ]
     assert all("HF_HUB_OFFLINE=1" in one["hint"] for one in found)
-    assert all(one["hint"].endswith("or give a file of your own") for one in found)
+    assert all(one["hint"].startswith("give text of this machine (--dataset ") for one in found)
     assert (naps, done.stderr) == ([], "")
+
+
+def test_a_hub_that_keeps_silent_is_given_up_soon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = threading.Event()
+    end = threading.Event()
+
+    def hang(*_: object) -> None:
+        asked.set()
+        end.wait(60)
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(loading, "_ask_hub", hang)
+    monkeypatch.setattr(loading, "REACH_SECONDS", 0.1)
+    model = save_model(tmp_path / "model", **SMALL)
+    with pytest.raises(
+        InputError, match=r"fetched from the Hub: no answer in 0\.1 seconds"
+    ) as caught:
+        prepare_run(str(model), tmp_path / "out", config(dataset=None), RunOptions())
+    end.set()
+    assert asked.is_set()
+    assert (caught.value.code, caught.value.exit_code) == ("E_HUB_NETWORK", 3)
+    assert (caught.value.hint or "").startswith("give text of this machine (--dataset ")
+
+
+def test_a_server_that_is_not_the_hub_is_an_unreachable_one() -> None:
+    text = "Couldn't find 'a/b' on the Hugging Face Hub either: LocalEntryNotFoundError: An error"
+    found = loading.refusal(FileNotFoundError(text), "a/b")
+    assert found is not None
+    assert (found.code, found.exit_code) == ("E_HUB_NETWORK", 3)
+    assert str(found) == "dataset `a/b` could not be fetched from the Hub: no usable answer"
