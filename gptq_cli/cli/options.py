@@ -101,8 +101,18 @@ def _given(values: Mapping[str, Any]) -> dict[str, Any]:
             value = _rules(value)
         elif name in ("dataset", "text_column") and len(value) == 1:
             value = value[0]
+        elif name == "group_size":
+            value = _number_or_word(value)
         given[name] = value
     return given
+
+
+def _number_or_word(text: str) -> int | str:
+    """Return the number that a text is, or the text, for the schema to judge."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
 
 
 def _rules(texts: Iterable[str]) -> dict[str, Any]:

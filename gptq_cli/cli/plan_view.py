@@ -26,7 +26,7 @@ from gptq_cli.config.serving import Verdict, engine_data
 from gptq_cli.errors import ConfigError, clock, size
 from gptq_cli.inspection.summary import Row, plan_rows
 from gptq_cli.json_values import to_json
-from gptq_cli.planning.checks import notes_on_limits, notes_on_output
+from gptq_cli.planning.checks import notes_on_groups, notes_on_limits, notes_on_output
 from gptq_cli.planning.estimate import (
     Disk,
     Estimate,
@@ -37,7 +37,7 @@ from gptq_cli.planning.estimate import (
     estimate_time,
     total,
 )
-from gptq_cli.planning.plan import plan_checkpoint
+from gptq_cli.planning.plan import plan_checkpoint, with_group_size
 from gptq_cli.planning.run_plan import (
     LayerPlan,
     RunPlan,
@@ -82,6 +82,9 @@ def show_plan(
     config = resolved.config
     console.show_notes(resolved.notes)
     source, checkpoint = peek_model(model, revision)
+    given, config = config, with_group_size(checkpoint, config)
+    for note in notes_on_groups(given, config):
+        console.say(f"note: {note}")
     plan = plan_checkpoint(checkpoint, config)
     output = output or Path(default_name(model, config))
     seconds = None

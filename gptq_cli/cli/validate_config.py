@@ -53,13 +53,16 @@ def validate_config(
 
 def _plan(console: Console, model: Path, resolved: Resolved) -> tuple[RunPlan, tuple[Verdict, ...]]:
     from gptq_cli.checkpoint.locate import local_model
-    from gptq_cli.planning.plan import plan_run
+    from gptq_cli.checkpoint.source import open_checkpoint
+    from gptq_cli.planning.plan import plan_checkpoint, with_group_size
     from gptq_cli.planning.run_plan import judge_plan, remarks
 
-    plan = plan_run(local_model(model), resolved.config)
-    for code, remark in remarks(plan, resolved.config):
+    source = open_checkpoint(local_model(model))
+    config = with_group_size(source, resolved.config)
+    plan = plan_checkpoint(source, config)
+    for code, remark in remarks(plan, config):
         console.warn(code, remark)
-    return plan, judge_plan(plan, resolved.config)
+    return plan, judge_plan(plan, config)
 
 
 def _plan_lines(layers: Sequence[LayerPlan]) -> list[str]:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
@@ -30,6 +30,7 @@ from gptq_cli.config.serving import ANY, TARGETS, find_target, target_hint
 from gptq_cli.errors import ConfigError, Finding, KeyPath, Problem, one_of, shown, suggestion
 
 STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+AUTO = "auto"  # in place of a group size
 SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 SIZE_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -92,6 +93,14 @@ def _group_size(columns: int) -> int:
     return columns
 
 
+def _group_size_or_auto(columns: int | str) -> int | str:
+    if isinstance(columns, int):
+        return _group_size(columns)
+    if columns != AUTO:
+        raise PydanticCustomError("int_type", "group_size")
+    return columns
+
+
 def _size(size: int | str) -> int | str:
     size_in_bytes(size)
     return size
@@ -122,6 +131,12 @@ GroupSize = Annotated[
     AfterValidator(_group_size),
     Accepts("a positive number of columns, or -1 for one group per row"),
 ]
+GroupSizeOrAuto = Annotated[
+    int | str,
+    AfterValidator(_group_size_or_auto),
+    Accepts("a positive number of columns, -1 for one group per row, or auto"),
+]
+Unfit = Annotated[Literal["error", "keep"], Accepts("error or keep")]
 DampPercent = Annotated[float, Field(gt=0, lt=1), Accepts("a number strictly between 0 and 1")]
 Damping = Annotated[DampMode, Accepts(one_of(get_args(DampMode)))]
 Search = Annotated[ScaleSearch, Accepts(one_of(get_args(ScaleSearch)))]

@@ -15,6 +15,7 @@ from pydantic_core import PydanticCustomError
 
 from gptq_cli.config.corpora import ACCEPTED_TEXT, DEFAULT_DATASET
 from gptq_cli.config.fields import (
+    AUTO,
     STRICT,
     Accepts,
     Bits,
@@ -24,7 +25,7 @@ from gptq_cli.config.fields import (
     Experts,
     Fault,
     Flag,
-    GroupSize,
+    GroupSizeOrAuto,
     LayerOverrides,
     Name,
     Option,
@@ -37,6 +38,7 @@ from gptq_cli.config.fields import (
     Sweeps,
     Target,
     Text,
+    Unfit,
     findings_of,
     refusal,
     size_in_bytes,
@@ -85,8 +87,18 @@ class QuantizeConfig(BaseModel):
         description="bits per weight"
     )
     group_size: Annotated[
-        GroupSize, Option(Panel.ALGORITHM, ("--group-size", "-g"), note=", -1 for one group a row")
-    ] = Field(default=128, description="input columns that share one scale")
+        GroupSizeOrAuto,
+        Option(
+            Panel.ALGORITHM,
+            ("--group-size", "-g"),
+            metavar="N|auto",
+            note=", -1 for one group a row",
+        ),
+    ] = Field(
+        default=128,
+        description="input columns that share one scale; auto: the largest of 128, 64, 32 that "
+        "fits all layers",
+    )
     sym: Annotated[Flag, Option(Panel.SWITCHES, ("--sym/--asym",))] = Field(
         default=True, description="symmetric grid; false stores a zero point per group"
     )
@@ -146,6 +158,10 @@ class QuantizeConfig(BaseModel):
             note=": '-:regex' keeps, '+:regex={bits: 8}' changes; repeatable",
         ),
     ] = Field(default={}, description="rules for single layers")
+    unfit: Annotated[Unfit, Option(Panel.LAYERS)] = Field(
+        default="error",
+        description="if a layer cannot be packed: stop, or keep it and quantize the others",
+    )
     lm_head: Annotated[Flag, Option(Panel.LAYERS)] = Field(
         default=False, description="quantize the output head too"
     )
@@ -305,7 +321,10 @@ class QuantizeConfig(BaseModel):
     @property
     def base(self) -> LayerConfig:
         """The settings of a layer that no `dynamic` rule matches."""
-        return LayerConfig(**{name: getattr(self, name) for name in LayerConfig.__slots__})
+        settings = {name: getattr(self, name) for name in LayerConfig.__slots__}
+        if self.group_size == AUTO:  # until the shapes of a model tell
+            settings["group_size"] = _default("group_size")
+        return LayerConfig(**settings)
 
     def choose(self, name: str) -> LayerChoice:
         """Return the settings of the layer with the full module name `name`, and the reason."""

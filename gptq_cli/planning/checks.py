@@ -29,7 +29,7 @@ from gptq_cli.planning.estimate import (
     total,
     without,
 )
-from gptq_cli.planning.plan import plan_checkpoint
+from gptq_cli.planning.plan import USUAL_GROUP_SIZES, plan_checkpoint, with_group_size
 from gptq_cli.planning.run_plan import RunPlan, bounded
 from gptq_cli.storage.manifest import read_manifest
 from gptq_cli.storage.replacing import check_output
@@ -56,7 +56,8 @@ class RunOptions:
 class PreparedRun:
     """A run that is located and planned, as far as that needs no torch.
 
-    `config` has windows that fit the model; `plan` is made from headers.
+    `config` has windows and a group size that fit the model; `plan` is made from headers. `notes`
+    tell what was chosen for the user.
     """
 
     model: str
@@ -65,6 +66,7 @@ class PreparedRun:
     options: RunOptions
     located: ModelSource
     plan: RunPlan
+    notes: tuple[str, ...] = ()
 
 
 def prepare_run(
@@ -96,9 +98,11 @@ def prepare_run(
     if writes and directory is None:
         check_output(output, located.directory, overwrite=options.overwrite, may_be_done=True)
     source = open_checkpoint(located.directory)
+    given, config = config, with_group_size(source, config)
     plan = plan_checkpoint(source, config)
     _check_text(config)
-    return PreparedRun(model, output, bounded(config, source), options, located, plan)
+    notes = notes_on_groups(given, config)
+    return PreparedRun(model, output, bounded(config, source), options, located, plan, notes)
 
 
 def _check_text(config: QuantizeConfig) -> None:
@@ -189,6 +193,16 @@ def _check_fit(terms: Sequence[Term], free: int, where: str, limit: Limit | None
     parts = ", ".join(f"{term.what} {size(term.nbytes)}" for term in terms)
     message = f"about {size(needed)} of {where} memory are needed; {available}: {parts}"
     raise ResourceError("E_OOM", message, hint=hint)
+
+
+def notes_on_groups(given: QuantizeConfig, config: QuantizeConfig) -> tuple[str, ...]:
+    """Return a note about the group size that was chosen, if the user has left it open."""
+    if given.group_size == config.group_size:
+        return ()
+    sizes = ", ".join(map(str, USUAL_GROUP_SIZES))
+    return (
+        f"group_size {given.group_size} is {config.group_size}, the largest of {sizes} that fits",
+    )
 
 
 def notes_on_output(output: Path) -> list[str]:

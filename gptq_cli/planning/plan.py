@@ -13,7 +13,6 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from math import gcd
 from os.path import commonpath
 from pathlib import Path
@@ -24,13 +23,14 @@ from gptq_cli.checkpoint.headers import DTYPES, TensorInfo
 from gptq_cli.checkpoint.layout import Layout, Packing, TensorSpec, plan_layout
 from gptq_cli.checkpoint.quantization_config import packing_for
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
+from gptq_cli.config.fields import AUTO
 from gptq_cli.config.layer import LayerChoice, keeping, kind_of, matches, unmatched_rules
 from gptq_cli.config.leftovers import foreign_names, refuse_wrapped
 from gptq_cli.config.resolve import settings_export
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.serving import target_problems
 from gptq_cli.errors import ConfigError, InputError, Problem
-from gptq_cli.planning.run_plan import HEAD, LayerPlan, RunPlan, check_target
+from gptq_cli.planning.run_plan import HEAD, UNFIT, LayerPlan, RunPlan, check_target
 
 PACK_MULTIPLE = 32  # 32-bit words hold whole columns and whole rows of zero points
 USUAL_GROUP_SIZES = (128, 64, PACK_MULTIPLE)
@@ -56,6 +56,32 @@ class Structure:
 def plan_run(model_dir: Path, config: QuantizeConfig) -> RunPlan:
     """Return the plan for the checkpoint in `model_dir`; raise what `plan_checkpoint` raises."""
     return plan_checkpoint(open_checkpoint(model_dir), config)
+
+
+def with_group_size(source: Checkpoint, config: QuantizeConfig) -> QuantizeConfig:
+    """Return `config` with a number in place of the group size `auto`.
+
+    It is the largest of USUAL_GROUP_SIZES that divides the inputs of all layers that have no group
+    size of their own, as far as headers tell, and that the target loads. Layers that no size fits
+    do not count. Of a tensor that holds many experts, both sides count. Raises what
+    `plan_checkpoint` raises before it checks layers.
+    """
+    if config.group_size != AUTO:
+        return config
+    found = _read(source, config, None, {})
+    alike = []
+    for layer in found.layers:
+        fits = layer.in_features % PACK_MULTIPLE == layer.out_features % PACK_MULTIPLE == 0
+        if layer.config and fits and _rule_with_group_size(layer, config) is None:
+            alike.append(layer.in_features)
+    for name, tensor in found.plain.tensors.items():
+        if len(tensor.shape) == 3 and name.startswith(f"{found.blocks}.") and tensor.shape[1] > 1:
+            alike += tensor.shape[1:]
+    width = gcd(*alike)
+    for size in USUAL_GROUP_SIZES:
+        if width % size == 0 and _target_loads(config, size):
+            return config.model_copy(update={"group_size": size})
+    return config.model_copy(update={"group_size": PACK_MULTIPLE})
 
 
 def plan_checkpoint(source: Checkpoint, config: QuantizeConfig) -> RunPlan:
@@ -102,6 +128,51 @@ def _plan(
     choices: Mapping[str, LayerChoice],
 ) -> RunPlan:
     """Make a plan, with or without the built model; `choices` of the rules are known already."""
+    found = _read(source, config, model, choices)
+    layers = found.layers
+    if model is not None:
+        _check_found(layers, model.linears)
+    if config.lm_head:
+        layers.append(found.planner.plan_head(_head_weight(source, found.plain)))
+    if config.unfit == "keep":
+        layers = list(map(_kept_if_unfit, layers))
+    plain = _as_kept(found.plain, layers)
+
+    names_are_known = model is not None or not _has_stacks(plain, found.blocks)
+    _check_layers(layers, config, names_are_known=names_are_known)
+    packing = packing_for(
+        config.format, sym=all(layer.config.sym for layer in layers if layer.config)
+    )
+    return RunPlan(
+        source=source,
+        plain=plain,
+        blocks=found.blocks,
+        n_blocks=found.planner.n_blocks,
+        layers=tuple(layers),
+        layout=_lay_out(plain, layers, packing, config.max_shard_bytes),
+        packing=packing,
+        unused=tuple(found.unused),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """What headers, and the model if it has been built, tell about the linear layers."""
+
+    plain: Plain
+    unused: Sequence[str]
+    blocks: str
+    planner: _LayerPlanner
+    layers: list[LayerPlan]
+
+
+def _read(
+    source: Checkpoint,
+    config: QuantizeConfig,
+    model: Structure | None,
+    choices: Mapping[str, LayerChoice],
+) -> _Read:
+    """Find the linear layers of `source` and choose the settings of each, unchecked."""
     plain = plain_view(source, allow_requantize=config.allow_requantize)
     if model is None:
         refuse_wrapped(plain.tensors.keys(), own_code="auto_map" in source.config)
@@ -115,27 +186,7 @@ def _plan(
 
     planner = _LayerPlanner(source, plain, blocks, config, model, choices)
     layers = planner.plan_layers(weights, _find_routers(tensors, blocks))
-    plain = _as_kept(plain, layers)
-    if model is not None:
-        _check_found(layers, model.linears)
-    if config.lm_head:
-        layers.append(planner.plan_head(_head_weight(source, plain)))
-
-    names_are_known = model is not None or not _has_stacks(plain, blocks)
-    _check_layers(layers, config, names_are_known=names_are_known)
-    packing = packing_for(
-        config.format, sym=all(layer.config.sym for layer in layers if layer.config)
-    )
-    return RunPlan(
-        source=source,
-        plain=plain,
-        blocks=blocks,
-        n_blocks=planner.n_blocks,
-        layers=tuple(layers),
-        layout=_lay_out(plain, layers, packing, config.max_shard_bytes),
-        packing=packing,
-        unused=tuple(unused),
-    )
+    return _Read(plain, tuple(unused), blocks, planner, layers)
 
 
 # ---------------------------------------------------------------- blocks and their linear layers
@@ -503,6 +554,16 @@ def _misfit_message(reason: str, kinds: Counter[str]) -> str:
     return f"{message} ({kinds.total()} layers)"
 
 
+def _kept_if_unfit(layer: LayerPlan) -> LayerPlan:
+    """Return the layer, kept if it cannot be packed."""
+    if layer.config is None:
+        return layer
+    reason = _misfit_reason(layer)
+    if reason is None:
+        return layer
+    return replace(layer, config=None, why=f"{UNFIT}: {reason}")
+
+
 def _misfit_reason(layer: LayerPlan) -> str | None:
     """Return the reason why a layer to be quantized cannot be packed; None if it can."""
     if layer.in_features % PACK_MULTIPLE:
@@ -533,10 +594,13 @@ def _advise_group_size(
     sizes = _usual_sizes(alike)
     if rule is not None:
         return _use_group_size(sizes, f"all layers of rule '{rule}'")
-    return _use_group_size(filter(partial(_target_loads, config), sizes), "all layers")
+    loaded = [str(size) for size in sizes if _target_loads(config, size)]
+    if loaded and sizes[0] > 0:
+        loaded.append(f"{AUTO} for the largest of {', '.join(map(str, USUAL_GROUP_SIZES))}")
+    return _use_group_size(loaded, "all layers")
 
 
-def _use_group_size(sizes: Iterable[int], where: str) -> str:
+def _use_group_size(sizes: Iterable[object], where: str) -> str:
     named = " or ".join(map(str, sizes))
     if not named:
         return ""
@@ -572,9 +636,10 @@ def _advise_keeping(misfits: Sequence[LayerPlan], quantized: Iterable[LayerPlan]
     rule, option = keeping([layer.name for layer in misfits], in_all_blocks=True)
     if all(matches(rule, layer.name) for layer in quantized):
         return ""
+    them = "them"
     if len(misfits) == 1:
-        return f"keep it: {option}"
-    return f"keep them: {option}"
+        them = "it"
+    return f"keep {them} with --unfit keep, or with {option}"
 
 
 # ---------------------------------------------------------------- the output

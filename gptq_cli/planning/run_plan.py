@@ -8,6 +8,7 @@ serve the output. Needs no torch.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,6 +25,7 @@ from gptq_cli.config.layer import (
     LayerChoice,
     LayerConfig,
     expert_part,
+    kind_of,
     split_experts,
     split_groups,
 )
@@ -46,6 +48,7 @@ from gptq_cli.errors import ConfigError
 from gptq_cli.files import expanded, resolved
 
 HEAD = "lm_head"
+UNFIT = "does not fit"  # the reason to keep a layer that cannot be packed
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,9 +230,9 @@ def default_name(model: str, config: QuantizeConfig) -> str:
     path = expanded(model)
     if path.name in ("", ".."):  # any other path keeps its own name, even if it is a link
         path = resolved(path)
-    group = "channel"
-    if config.group_size > 0:
-        group = f"g{config.group_size}"
+    group = f"g{config.group_size}"
+    if config.group_size == -1:
+        group = "channel"
     name = f"{model_name(path.name)}-GPTQ-Int{config.bits}-{group}"
     if config.format not in GPTQ_FORMATS:
         name += f"-{config.format}"
@@ -274,6 +277,7 @@ def remarks(plan: RunPlan, config: QuantizeConfig) -> list[Remark]:
     found = [*plan.source.remarks, *about_unused(plan.unused)]
     for text in limits(export_of_layers(plan.layers, config), config.target):
         found.append(("W_TARGET", text))
+    found += _about_unfit(plan)
     return found + _about_codes(plan) + _about_engines(plan, config.format)
 
 
@@ -289,6 +293,18 @@ def about_unused(names: Sequence[str]) -> list[Remark]:
     if any(map(is_of_adapter, names)):
         text += ", an adapter that is not merged"
     return [("W_CKPT_UNUSED", text)]
+
+
+def _about_unfit(plan: RunPlan) -> list[Remark]:
+    """Return a warning with the names and the number of layers kept since they do not fit."""
+    kinds: Counter[str] = Counter()
+    for layer in plan.kept:
+        if layer.why.startswith(UNFIT):
+            kinds[kind_of(layer.name)] += 1
+    if not kinds:
+        return []
+    named = ", ".join(f"{count} x `{kind}`" for kind, count in kinds.items())
+    return [("W_CFG_UNFIT", f"kept because they cannot be packed: {named}")]
 
 
 def _about_codes(plan: RunPlan) -> list[Remark]:

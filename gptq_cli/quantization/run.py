@@ -148,6 +148,8 @@ def carry_out(
     with _work_directory(prepared, record, ranks) as work, torch.inference_mode(), device_errors():
         refuse_wrong_numbers(source)
         stream = _open_stream(prepared, worker)
+        for note in prepared.notes:
+            record(PhaseStarted("layers", note))
         plan = _refine_plan(prepared, stream, record)
         if work is not None:
             _check_room(work, plan, stream, config, worker)

@@ -96,7 +96,7 @@ dynamic:
         assert problem.location is not None
         line, column = problem.location.line, problem.location.column
         found.append((problem.code, line, column, problem.message, problem.hint))
-    sizes = "a positive number of columns, or -1 for one group per row, got 0"
+    sizes = "a positive number of columns, -1 for one group per row, or auto, got 0"
     datasets = "must be a dataset name, a path, or a list of these"
     modules = "must be a list of lists of module names, like [[self_attn.q_proj], [mlp.down_proj]]"
     assert found == [

@@ -199,7 +199,8 @@ def test_the_hint_changes_the_group_size_inside_its_rule(tmp_path: Path) -> None
         plan_run(model, config(dynamic={rule: {"group_size": 128}, **others}))
     (hint,) = {problem.hint or "" for problem in caught.value.problems}
     assert hint.startswith(
-        f"use a group_size that fits all layers of rule '{rule}', such as 32 or -1, or keep them: "
+        f"use a group_size that fits all layers of rule '{rule}', such as 32 or -1, "
+        "or keep them with "
     )
     for size in (32, -1):
         assert plan_run(model, config(dynamic={rule: {"group_size": size}, **others})).quantized
@@ -212,7 +213,9 @@ def test_the_hint_keeps_a_layer_with_its_fused_siblings(target: str | None, tmp_
     )
     with pytest.raises(ConfigError) as caught:  # 16 outputs of k and v
         plan_run(model, config(target=target))
-    option, rule = shlex.split((caught.value.hint or "").removeprefix("keep them: "))
+    option, rule = shlex.split(
+        (caught.value.hint or "").removeprefix("keep them with --unfit keep, or with ")
+    )
     assert option == "--dynamic"
     plan = plan_run(model, config(target=target, dynamic={rule: {}}))
     assert {layer.name.rpartition(".")[2] for layer in plan.kept} == {"q_proj", "k_proj", "v_proj"}
