@@ -39,10 +39,33 @@ PIECE = 1_000_000  # characters tokenized at a time for calibration
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Windows:
-    """Token ids [windows, seqlen], int64, and their hash as little-endian int64."""
+    """Token ids [windows, seqlen], int64, and their hash as little-endian int64.
+
+    Windows that are not packed have `lengths` of their own; zeros behind them are no tokens.
+    """
 
     ids: Tensor
     sha256: str
+    lengths: tuple[int, ...] | None = None
+
+    @classmethod
+    def of_documents(cls, rows: list[list[int]]) -> Windows:
+        """Return windows of any lengths, and the hash of ids and lengths."""
+        lengths = tuple(map(len, rows))
+        longest = max(lengths)
+        filled = [row + [0] * (longest - len(row)) for row in rows]
+        digest = sha256(repr(rows).encode()).hexdigest()
+        return cls(torch.tensor(filled, dtype=torch.long), digest, lengths)
+
+    def batches(self, batch_size: int) -> tuple[Tensor, ...]:
+        """Return the token ids [batch, length] of each batch: windows of one length, no padding."""
+        if self.lengths is None:
+            return torch.split(self.ids, batch_size)
+        batches: list[Tensor] = []
+        lengths = torch.tensor(self.lengths)
+        for length in sorted(set(self.lengths), reverse=True):
+            batches += torch.split(self.ids[lengths == length, :length], batch_size)
+        return tuple(batch.contiguous() for batch in batches)
 
     @classmethod
     def of(cls, rows: list[list[int]]) -> Windows:
@@ -52,6 +75,8 @@ class Windows:
 
     @property
     def tokens(self) -> int:
+        if self.lengths is not None:
+            return sum(self.lengths)
         return self.ids.numel()
 
 
@@ -60,13 +85,13 @@ class Pool:
     """The windows of a text from which some are drawn.
 
     `tokens` were read, up to the end of the text if it is `whole`. A window has `length` tokens of
-    text.
+    text, None if each is a document of any length.
     """
 
     windows: list[list[int]]
     tokens: int
     whole: bool
-    length: int
+    length: int | None
 
 
 def calibration_windows(
@@ -129,6 +154,34 @@ def read_pool(
     return Pool(windows[: POOL * nsamples], len(ids), whole, length)
 
 
+def read_documents(
+    documents: Documents,
+    encode: Encode,
+    *,
+    seqlen: int,
+    nsamples: int,
+    bos_token_id: int | None = None,
+) -> Pool:
+    """Return the first POOL x nsamples documents, each as a window of up to `seqlen` tokens.
+
+    A document that is not a chat begins with `bos_token_id`. Documents without a token are left
+    out.
+    """
+    prefix = []
+    if bos_token_id is not None and documents.chats is None:
+        prefix = [bos_token_id]
+    windows: list[list[int]] = []
+    tokens = 0
+    for text in documents.texts:
+        ids = encode(text, False)
+        tokens += len(ids)
+        if ids:
+            windows.append((prefix + ids)[:seqlen])
+        if len(windows) == POOL * nsamples:
+            return Pool(windows, tokens, False, None)
+    return Pool(windows, tokens, True, None)
+
+
 def _drawn(
     documents: Documents, pool: Pool, nsamples: int, seqlen: int, seed: int
 ) -> list[list[int]]:
@@ -142,6 +195,10 @@ def _shortage(documents: Documents, pool: Pool, nsamples: int, seqlen: int) -> I
     """Return the error for a pool of too few windows, None if there are enough."""
     if len(pool.windows) >= nsamples:
         return None
+    if pool.length is None and pool.windows:
+        message = f"dataset `{documents.name}` has {len(pool.windows)} documents with tokens"
+        hint = "give more documents, fewer --nsamples, or leave out --no-pack"
+        return InputError("E_DATA_SHORT", f"{message}, but {nsamples} are needed", hint=hint)
     return _too_short(documents, len(pool.windows), nsamples, seqlen, pool.tokens)
 
 
@@ -167,7 +224,10 @@ class Part:
         return _shortage(self.documents, self.pool, self.nsamples, self.seqlen)
 
     @property
-    def needed_tokens(self) -> int:
+    def needed_tokens(self) -> int | None:
+        """The tokens that the windows need, None if each is a document of any length."""
+        if self.pool.length is None:
+            return None
         return self.nsamples * self.pool.length
 
     @property
@@ -178,7 +238,9 @@ class Part:
             held = f"{self.documents.chats.summary}, {held}"
         if not self.pool.whole:
             held = f"{held} read"
-        needed = f"{self.nsamples} windows of {self.seqlen} need {self.needed_tokens:,}"
+        needed = f"{self.nsamples} documents of up to {self.seqlen} tokens are needed"
+        if self.needed_tokens is not None:
+            needed = f"{self.nsamples} windows of {self.seqlen} need {self.needed_tokens:,}"
         return f"{self.documents.name}, {held}; {needed}"
 
     def draw(self, seed: int) -> list[list[int]]:
@@ -198,11 +260,14 @@ def read_parts(directory: Path, config: QuantizeConfig) -> list[Part]:
     Raises the errors of `load_encoder`, `load_documents` and `read_pool`.
     """
     encoder = load_encoder(directory, trust_remote_code=config.trust_remote_code)
+    read = read_pool
+    if not config.pack:
+        read = read_documents
     parts = []
     for source, nsamples in calibration_sources(config):
         template = ChatTemplate(encoder.tokenizer, directory, _template_file(config))
         documents = load_documents(source, template)
-        pool = read_pool(
+        pool = read(
             documents,
             encoder,
             seqlen=config.seqlen,

@@ -63,8 +63,11 @@ def _counted(console: Console, part: Part) -> Text:
 
 
 def _uncounted(source: DatasetSource, n_windows: int, config: QuantizeConfig) -> Text:
-    needed = n_windows * config.seqlen
-    windows = f"{n_windows} windows of {config.seqlen} need {needed:,} tokens"
+    needed = None
+    windows = f"{n_windows} documents of up to {config.seqlen} tokens are needed"
+    if config.pack:
+        needed = n_windows * config.seqlen
+        windows = f"{n_windows} windows of {config.seqlen} need {needed:,} tokens"
     return {
         "dataset": source.name,
         "chats": None,

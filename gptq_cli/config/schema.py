@@ -225,6 +225,11 @@ class QuantizeConfig(BaseModel):
         default=None,
         description="Jinja file that makes text of chats; null: the model's own template",
     )
+    pack: Annotated[Flag, Option(Panel.TEXT)] = Field(
+        default=True,
+        description="fill each window with one document after the other; false takes each chat or "
+        "document alone, up to seqlen tokens, without padding",
+    )
     seqlen: Annotated[Count, Option(Panel.TEXT)] = Field(
         default=2048, description="tokens per window, at most the model's positions"
     )

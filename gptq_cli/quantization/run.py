@@ -321,7 +321,7 @@ class Calibration:
 
     def batches(self, batch_size: int) -> tuple[Tensor, ...]:
         """Return the token ids [batch_size, seqlen] of each batch, on the host."""
-        return torch.split(self.windows.ids.cpu(), batch_size)
+        return self.windows.batches(batch_size)
 
     def identifying(self, config: QuantizeConfig) -> QuantizeConfig:
         """Return `config` with the content of text and chat template in place of their paths."""
@@ -355,7 +355,8 @@ def _calibrate(
     identity: str | list[str] = known
     if len(known) == 1:
         identity = known[0]
-    drawn = Windows.of(in_order(windows, config.seed))
+    rows = in_order(windows, config.seed)
+    drawn = Windows.of(rows) if config.pack else Windows.of_documents(rows)
     calibration = Calibration(drawn, tuple(hub_datasets), identity, template_sha256)
     return ranks.broadcast(calibration)
 

@@ -12,10 +12,13 @@ import pytest
 from pyarrow import ipc
 
 from gptq_cli.calibration.corpus import DatasetSource, Documents, check_source, load_documents
-from gptq_cli.errors import GptqError
+from gptq_cli.calibration.windows import Windows, read_parts
+from gptq_cli.errors import GptqError, InputError
 from gptq_cli.planning.checks import _check_text
 from tests.calibration.rows import json_lines, parquet_bytes
-from tests.runs import config
+from tests.families import save_model
+from tests.runs import config, quantize_with_events
+from tests.tiny import SMALL
 
 PACK: dict[str, Callable[[bytes], bytes]] = {
     ".gz": gzip.compress,
@@ -191,3 +194,37 @@ def test_text_beside_chats_is_told(case: str, suffix: str, tmp_path: Path) -> No
     assert list(found.texts) == ["a text"]
     assert found.about_chats.endswith(told)
     assert load(file, text_column="text").beside == ()
+
+
+def test_without_packing_each_document_is_a_window_of_its_own(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", **SMALL)
+    rows = ["abc", "", "defgh", "ij", "klmnopqrst"]
+    (tmp_path / "x.jsonl").write_text(json_lines([{"text": text} for text in rows]))
+    settings = {"dataset": str(tmp_path / "x.jsonl"), "seqlen": 6, "nsamples": 4, "pack": False}
+    [part] = read_parts(model, config(**settings))
+    assert [len(ids) for ids in part.pool.windows] == [3, 5, 2, 6], "the last one is cut"
+    assert len({ids[0] for ids in part.pool.windows}) == 4, "a document begins each window"
+    assert part.summary.endswith("20 tokens; 4 documents of up to 6 tokens are needed")
+    result, _ = quantize_with_events(model, tmp_path / "out", **settings)
+    assert result.tokens == 3 + 5 + 2 + 6, "no padding counts"
+
+
+def test_batches_of_documents_hold_one_length_and_no_padding() -> None:
+    rows = [[1, 2, 3], [4], [5, 6, 7], [8, 9], [10], [11, 12, 13]]
+    windows = Windows.of_documents(rows)
+    batches = [batch.tolist() for batch in windows.batches(2)]
+    assert batches == [[[1, 2, 3], [5, 6, 7]], [[11, 12, 13]], [[8, 9]], [[4], [10]]]
+    assert windows.tokens == 13
+    assert windows.sha256 != Windows.of_documents([[1, 2], [3], *rows[1:]]).sha256
+
+
+def test_too_few_documents_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", **SMALL)
+    (tmp_path / "x.txt").write_text("one document " * 100)
+    [part] = read_parts(model, config(dataset=str(tmp_path / "x.txt"), pack=False))
+    with pytest.raises(
+        InputError, match=r"has 1 documents with tokens, but 6 are needed"
+    ) as caught:
+        part.draw(0)
+    assert (caught.value.code, caught.value.exit_code) == ("E_DATA_SHORT", 3)
+    assert (caught.value.hint or "").endswith("or leave out --no-pack")
