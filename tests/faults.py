@@ -224,7 +224,7 @@ CONFIGURATION = [
          2),
     *(Case(4, f"bits {bits}", recipe(f"bits: {bits}\n"), code, "bits must be 2, 3, 4, 5, 6, 7 or 8",
           "", 2)
-      for bits, code in (("9", "E_CFG_RANGE"), ("0", "E_CFG_RANGE"), ("4.5", "E_CFG_RANGE"))),
+      for bits, code in (("9", "E_CFG_RANGE"), ("0", "E_CFG_RANGE"), ("1.5", "E_CFG_RANGE"))),
     Case(5, "group 0", recipe("bits: 4\ngroup_size: 0\n"), "E_CFG_RANGE", "got 0", "write -1", 2),
     Case(5, "group -2", recipe("bits: 4\ngroup_size: -2\n"), "E_CFG_RANGE",
          "-1 for one group per row, got -2", "", 2),

@@ -69,4 +69,4 @@ def reader(directory: Path) -> DequantizingReader:
 
 def calibration_ids(model: Path, settings: QuantizeConfig) -> Tensor:
     """Return the windows [nsamples, seqlen] on which a run of `model` is calibrated."""
-    return run._calibrate(open_checkpoint(model), settings, ignore, SINGLE_PROCESS).windows.ids
+    return run.calibrate(open_checkpoint(model), settings, ignore, SINGLE_PROCESS).windows.ids

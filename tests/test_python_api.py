@@ -162,7 +162,11 @@ def test_one_error_lists_all_problems_of_a_configuration() -> None:
         QuantizeConfig(bits=9, group_sise=64, dynamic={"+:x": {"bits": 1}})
     said = [(problem.code, problem.message, problem.hint) for problem in refused.value.problems]
     assert said == [
-        ("E_CFG_RANGE", "bits must be 2, 3, 4, 5, 6, 7 or 8, got 9", None),
+        (
+            "E_CFG_RANGE",
+            "bits must be 2, 3, 4, 5, 6, 7 or 8, or an average such as 3.5, got 9",
+            None,
+        ),
         ("E_CFG_RANGE", "dynamic['+:x'].bits must be 2, 3, 4, 5, 6, 7 or 8, got 1", None),
         ("E_CFG_UNKNOWN_KEY", "group_sise is not a known key", "did you mean group_size?"),
     ]

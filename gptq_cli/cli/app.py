@@ -41,6 +41,7 @@ GROUPS = {
         "schema": "Print the JSON Schema of the configuration, or of --json output.",
     },
     "Quantize": {
+        "allocate": "Measure which layers need bits, and choose a width for each.",
         "quantize": "Quantize a model to a GPTQ checkpoint.",
         "resume": "Resume a quantization that ended early.",
     },

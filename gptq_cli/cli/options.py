@@ -19,6 +19,7 @@ from gptq_cli.config.corpora import ACCEPTED_TEXT, DEFAULT_DATASET
 from gptq_cli.config.fields import Option, Panel
 from gptq_cli.config.layer import parse_rule
 from gptq_cli.config.schema import DEFAULTS, QuantizeConfig
+from gptq_cli.config.strict_yaml import parse_scalar
 from gptq_cli.errors import ConfigError
 
 DATASET = f"{ACCEPTED_TEXT}; default {DEFAULT_DATASET}"
@@ -97,12 +98,8 @@ def _given(values: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in values.items():
         if value is None or value == []:
             continue
-        if name == "dynamic":
-            value = _rules(value)
-        elif name in ("dataset", "text_column") and len(value) == 1:
-            value = value[0]
-        elif name == "group_size":
-            value = _number_or_word(value)
+        if name in CONVERTED:
+            value = CONVERTED[name](value)
         given[name] = value
     return given
 
@@ -113,6 +110,18 @@ def _number_or_word(text: str) -> int | str:
         return int(text)
     except ValueError:
         return text
+
+
+def _one_or_all(values: list[str]) -> str | list[str]:
+    """Return the only value of an option that may be repeated, or the list of them."""
+    if len(values) == 1:
+        return values[0]
+    return values
+
+
+def _widths(texts: list[str]) -> list[Any]:
+    """Return the widths of --allow-bits, which may be repeated or have commas."""
+    return list(map(parse_scalar, ",".join(texts).split(",")))
 
 
 def _rules(texts: Iterable[str]) -> dict[str, Any]:
@@ -133,6 +142,16 @@ def _rules(texts: Iterable[str]) -> dict[str, Any]:
             raise ConfigError("E_CFG_MISSING", message, hint=hint)
         rules[rule] = settings
     return rules
+
+
+CONVERTED: dict[str, Callable[[Any], Any]] = {
+    "allow_bits": _widths,
+    "bits": parse_scalar,
+    "dataset": _one_or_all,
+    "dynamic": _rules,
+    "group_size": _number_or_word,
+    "text_column": _one_or_all,
+}
 
 
 def _option_of(field: str) -> Option | None:
@@ -180,9 +199,9 @@ def _value_type(annotation: Any) -> Any:
         return type(members[0])
     if any(get_origin(member) is list for member in members):
         return list[str]
-    if int in members and str not in members:
-        return int
-    return str
+    if str in members:
+        return str
+    return next((kind for kind in (int, float) if kind in members), str)
 
 
 def _metavar(annotation: Any) -> str | None:

@@ -9,6 +9,7 @@ from textwrap import wrap
 from typing import Any
 
 from gptq_cli.checkpoint.decoded import forward_dtype
+from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.cli.console import (
     Console,
     counted,
@@ -23,7 +24,7 @@ from gptq_cli.cli.plan_text import Text, plan_text, text_lines
 from gptq_cli.config.resolve import Resolved
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.serving import Verdict, engine_data
-from gptq_cli.errors import ConfigError, clock, size
+from gptq_cli.errors import ConfigError, clock, one_of, size
 from gptq_cli.inspection.summary import Row, plan_rows
 from gptq_cli.json_values import to_json
 from gptq_cli.planning.checks import notes_on_groups, notes_on_limits, notes_on_output
@@ -82,11 +83,13 @@ def show_plan(
     config = resolved.config
     console.show_notes(resolved.notes)
     source, checkpoint = peek_model(model, revision)
+    output = output or Path(default_name(model, config))
+    if config.allocates:
+        config = _before_allocation(console, checkpoint, config)
     given, config = config, with_group_size(checkpoint, config)
     for note in notes_on_groups(given, config):
         console.say(f"note: {note}")
     plan = plan_checkpoint(checkpoint, config)
-    output = output or Path(default_name(model, config))
     seconds = None
     if with_time:
         seconds = _measured_seconds(plan, config, devices)
@@ -104,6 +107,20 @@ def show_plan(
     names = {"model": source.name, "commit": source.commit, "output": output}
     lines = [on_one_line(f"{source.name} -> {output}"), "", *_lines(found)]
     console.result({**names, **_data(found)}, "\n".join(lines), str(plan.layout.nbytes))
+
+
+def _before_allocation(
+    console: Console, checkpoint: Checkpoint, config: QuantizeConfig
+) -> QuantizeConfig:
+    """Return the widest settings that layers may get, and note what widths and sizes may be."""
+    from gptq_cli.allocation.goals import allowed_bits, sizes, starting_config
+
+    start = starting_config(config)
+    least, most = sizes(checkpoint, config)
+    widths = one_of(allowed_bits(config))
+    console.say(f"note: each layer will get {widths} bits, the output {least} to {most} bytes")
+    console.say(f"note: `gptq allocate` measures which; this plan has {start.bits} bits everywhere")
+    return start
 
 
 def _warn(console: Console, found: Shown, config: QuantizeConfig, output: Path) -> None:

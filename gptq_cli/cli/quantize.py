@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
@@ -109,11 +110,15 @@ def quantize(
     if report:
         check_report()
     prepared = _prepare(model, output, resolved.config, options)
-    _launch_processes(console, prepared, named, Path.cwd())
+    launch_processes(console, prepared, named, Path.cwd())
     from gptq_cli.quantization.run import carry_out
 
     page = None
-    with _working(console, prepared, named) as (worker, progress):
+    with working(console, prepared, named) as (worker, progress):
+        if resolved.config.allocates:
+            from gptq_cli.cli.allocate import allocated
+
+            prepared = allocated(console, prepared, resolved.config, worker, progress)
         if report and worker.team.is_leader:
             log = BlockLog(progress)
             result = carry_out(prepared, log, worker)
@@ -134,10 +139,14 @@ def _prepare(
     from gptq_cli.planning.run_plan import default_name
 
     output = output or Path(default_name(model, config))
+    if config.allocates:
+        from gptq_cli.allocation.goals import starting_config
+
+        config = starting_config(config)
     return prepare_run(model, output, config, options, writes=is_leader())
 
 
-def _launch_processes(
+def launch_processes(
     console: Console, prepared: PreparedRun, devices: list[str], directory: Path
 ) -> None:
     """Run the command once for each of several `devices`, in `directory`, and exit.
@@ -153,7 +162,7 @@ def _launch_processes(
 
 
 @contextmanager
-def _working(
+def working(
     console: Console, prepared: PreparedRun, devices: list[str]
 ) -> Iterator[tuple[Worker, Report]]:
     """Yield the place of this process in the run, and a receiver of events that shows progress.
@@ -280,10 +289,11 @@ def resume(
     config = begun.config.model_copy(update={"trust_remote_code": trust_remote_code})
     console = Console(as_json, quiet)
     prepared = _prepare(begun.model, output, config, options)
-    _launch_processes(console, prepared, named, started_in)
+    prepared = replace(prepared, allocated=begun.allocated)
+    launch_processes(console, prepared, named, started_in)
     from gptq_cli.quantization.run import carry_out
 
-    with _working(console, prepared, named) as (worker, progress):
+    with working(console, prepared, named) as (worker, progress):
         result = carry_out(prepared, progress, worker)
     if worker.team.is_leader:
         _show_result(console, result, config)
@@ -297,6 +307,7 @@ class _Begun(BaseModel):
     config: Annotated[QuantizeConfig, BeforeValidator(TypeAdapter(dict[str, Any]).validate_python)]
     revision: str | None
     overwrite: StrictBool
+    allocated: StrictBool = False
     directory: Path
 
 

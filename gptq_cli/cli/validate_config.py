@@ -57,8 +57,14 @@ def _plan(console: Console, model: Path, resolved: Resolved) -> tuple[RunPlan, t
     from gptq_cli.planning.plan import plan_checkpoint, with_group_size
     from gptq_cli.planning.run_plan import judge_plan, remarks
 
+    config = resolved.config
+    if config.allocates:
+        from gptq_cli.allocation.goals import starting_config
+
+        config = starting_config(config)
+        console.say(f"note: layers get widths when they are measured; here all have {config.bits}")
     source = open_checkpoint(local_model(model))
-    config = with_group_size(source, resolved.config)
+    config = with_group_size(source, config)
     plan = plan_checkpoint(source, config)
     for code, remark in remarks(plan, config):
         console.warn(code, remark)

@@ -11,7 +11,14 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+)
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError
 from typing_extensions import TypedDict
@@ -55,6 +62,7 @@ class Panel:
 
     ALGORITHM = "Algorithm"
     SWITCHES = "Algorithm, on or off"  # their long names stand apart
+    ALLOCATION = "Bits where they count"
     LAYERS = "Layers"
     TEXT = "Text"
     OUTPUT = "Output"
@@ -85,6 +93,20 @@ def size_in_bytes(size: int | str) -> int:
     if n_bytes <= 0:
         raise ValueError(f"not a positive size: {size!r}")
     return n_bytes
+
+
+def _bits(bits: float) -> float:
+    if bits in BITS:
+        return int(bits)
+    if bits.is_integer() or not BITS[0] < bits < BITS[-1]:
+        raise ValueError("bits")
+    return bits
+
+
+def _widths(widths: list[BitWidth]) -> list[BitWidth]:
+    if len(set(widths)) < 2:
+        raise ValueError("widths")
+    return sorted(set(widths))
 
 
 def _group_size(columns: int) -> int:
@@ -126,6 +148,24 @@ def _rule(rule: str) -> str:
 
 TRUTH = Accepts("true or false")
 Bits = Annotated[BitWidth, Accepts(one_of(BITS))]
+AVERAGE: dict[str, Any] = {"type": "number", "not": {"multipleOf": 1}}
+AVERAGE |= {"exclusiveMinimum": BITS[0], "exclusiveMaximum": BITS[-1]}
+AverageBits = Annotated[
+    BitWidth | Annotated[float, AfterValidator(_bits)],
+    WithJsonSchema({"anyOf": [{"enum": [*BITS]}, AVERAGE]}),
+    Accepts(f"{one_of(BITS)}, or an average such as 3.5"),
+]
+Widths = Annotated[
+    list[BitWidth] | None,
+    AfterValidator(lambda widths: widths and _widths(widths)),
+    Accepts(f"a list of two or more of {', '.join(map(str, BITS))}, or null"),
+]
+Divergence = Annotated[float | None, Field(gt=0), Accepts("a number above 0, or null")]
+Pattern = Annotated[
+    str | None,
+    AfterValidator(lambda pattern: pattern and _rule(pattern)),
+    Accepts("a regular expression, or null"),
+]
 GroupSize = Annotated[
     int,
     AfterValidator(_group_size),
@@ -278,6 +318,8 @@ def _unknown(path: KeyPath, model: type[BaseModel]) -> Finding:
 
 
 def _accepted(path: KeyPath, field: str, model: type[BaseModel]) -> str:
+    if field == "bits" and path[0] == "dynamic":  # of one layer, which has no average
+        return one_of(BITS)
     if path[0] != "dynamic" or len(path) != 2:
         return accepted_by(model.model_fields[field])
     if isinstance(path[1], str):

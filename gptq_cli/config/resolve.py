@@ -101,8 +101,16 @@ class _File(_Source):
         return self.renamed.get(path[:1], path[:1]) + path[1:]
 
 
-def resolve(flags: Mapping[str, Any], env: Mapping[str, str], file: Path | None = None) -> Resolved:
+def resolve(
+    flags: Mapping[str, Any],
+    env: Mapping[str, str],
+    file: Path | None = None,
+    *,
+    bits: int | None = None,
+) -> Resolved:
     """Return the configuration of flags (None: not given), environment and file together.
+
+    `bits` is the default of that field, which has none by itself.
 
     Raises ConfigError with every problem of every source: E_CFG_FILE, E_CFG_YAML,
     E_CFG_UNKNOWN_KEY, E_CFG_TYPE, E_CFG_RANGE, E_CFG_REGEX, E_CFG_MISSING, E_CFG_CONFLICT; if there
@@ -113,6 +121,8 @@ def resolve(flags: Mapping[str, Any], env: Mapping[str, str], file: Path | None 
         sources.append(_read_file(find_config(file)))
     chosen = _choose(sources)
     filled, reasons = fill({key: source.values[key] for key, source in chosen.items()})
+    if bits is not None:
+        filled.setdefault("bits", bits)
 
     problems: list[Problem] = []
     notes: list[str] = []
@@ -246,6 +256,8 @@ def _conflict(
 
 def _check_target(config: QuantizeConfig, chosen: Mapping[str, _Source]) -> None:
     """Raise ConfigError E_TARGET if the target cannot load any output of the configuration."""
+    if config.allocates:
+        return  # which widths the target takes is decided when they are allocated
     refused = target_problems(settings_export(config), config.target)
     if refused:
         at = chosen["target"].locate(("target",), at_key=False)
@@ -324,6 +336,19 @@ def to_yaml(config: QuantizeConfig, origins: Mapping[str, str] | None = None) ->
         else:
             blocks.append(f"# {origin}\n{block}")
     return "".join(blocks)
+
+
+def shortened_yaml(config: QuantizeConfig) -> str:
+    """Return `config` as YAML without the values that follow from the others.
+
+    Loading the text gives an equal configuration.
+    """
+    wanted = config.model_dump()
+    given = {key: wanted[key] for key in ("bits", "group_size", "preset")}
+    for key, value in wanted.items():
+        if QuantizeConfig.model_validate(given).model_dump()[key] != value:
+            given[key] = value
+    return printable_yaml(given)
 
 
 def printable_yaml(values: Mapping[str, Any]) -> str:

@@ -18,10 +18,11 @@ from gptq_cli.config.fields import (
     AUTO,
     STRICT,
     Accepts,
-    Bits,
+    AverageBits,
     Count,
     Damping,
     DampPercent,
+    Divergence,
     Experts,
     Fault,
     Flag,
@@ -30,6 +31,7 @@ from gptq_cli.config.fields import (
     Name,
     Option,
     Panel,
+    Pattern,
     PresetName,
     Rule,
     Search,
@@ -39,6 +41,7 @@ from gptq_cli.config.fields import (
     Target,
     Text,
     Unfit,
+    Widths,
     findings_of,
     refusal,
     size_in_bytes,
@@ -47,6 +50,7 @@ from gptq_cli.config.layer import (
     BITS,
     DEFAULT_PRESET,
     FORMATS,
+    HOLDS,
     PRESETS,
     FaultPolicy,
     Format,
@@ -83,9 +87,9 @@ class QuantizeConfig(BaseModel):
 
     model_config = STRICT
 
-    bits: Annotated[Bits, Option(Panel.ALGORITHM, ("--bits", "-b"))] = Field(
-        description="bits per weight"
-    )
+    bits: Annotated[
+        AverageBits, Option(Panel.ALGORITHM, ("--bits", "-b"), metavar="2|3|4|8|3.5")
+    ] = Field(description="bits per weight; an average gives each layer a width that suits it")
     group_size: Annotated[
         GroupSizeOrAuto,
         Option(
@@ -161,6 +165,25 @@ class QuantizeConfig(BaseModel):
     unfit: Annotated[Unfit, Option(Panel.LAYERS)] = Field(
         default="error",
         description="if a layer cannot be packed: stop, or keep it and quantize the others",
+    )
+    target_size: Annotated[
+        Size | None,
+        Accepts("a size such as 4GB, a number of bytes, or null"),
+        Option(Panel.ALLOCATION, metavar="SIZE"),
+    ] = Field(
+        default=None,
+        description="largest size of all safetensors files; each layer gets a width that suits it",
+    )
+    target_kl: Annotated[Divergence, Option(Panel.ALLOCATION)] = Field(
+        default=None,
+        description="write the smallest output with a lower expected KL to the original, in nats",
+    )
+    allow_bits: Annotated[Widths, Option(Panel.ALLOCATION, metavar="2,3,4,8")] = Field(
+        default=None,
+        description="widths that layers may get; null: all that format and target take",
+    )
+    protect: Annotated[Pattern, Option(Panel.ALLOCATION, metavar="REGEX")] = Field(
+        default=None, description="layers that get the widest of these widths"
     )
     lm_head: Annotated[Flag, Option(Panel.LAYERS)] = Field(
         default=False, description="quantize the output head too"
@@ -319,6 +342,11 @@ class QuantizeConfig(BaseModel):
         return _bytes_or_none(self.max_ram)
 
     @property
+    def allocates(self) -> bool:
+        """True if layers get widths by the harm that each does, as `gptq_cli.allocation` does."""
+        return _allocates(self.__dict__)
+
+    @property
     def fault_policy(self) -> FaultPolicy:
         """The treatment of layers that cannot be calibrated."""
         return FaultPolicy(self.on_numeric_fault, self.moe_uncovered)
@@ -416,6 +444,9 @@ def _derived(given: Mapping[str, Any]) -> Iterator[Default]:
     symmetries += [overrides.get("sym") for _, overrides in _rules(given)]
     if any(sym is False for sym in symmetries):
         yield "format", "gptq_v2", "because sym is false"
+    for goal in ("target_size", "target_kl"):
+        if goal in given:
+            yield "bits", BITS[-1], f"because {goal} decides"
     n_samples = given.get("nsamples")
     if type(n_samples) is int and 0 < n_samples < _default("batch_size"):
         yield "batch_size", n_samples, "because there are no more samples"
@@ -444,7 +475,10 @@ def conflicts(values: Mapping[str, Any]) -> list[Finding]:
         findings.append(_both_orders(("desc_act",), ("act_group_aware",)))
     if values.get("signed_scales") is True and values.get("sym") is False:
         findings.append(_signed_asymmetry(("signed_scales",), ("sym",)))
-    findings += _format_conflicts(values)
+    if not _allocates(values):  # else `bits` is no width
+        findings += _format_conflicts(values)
+    findings += _goal_conflicts(values)
+    findings += _width_conflicts(values)
     findings += _batch_conflicts(values)
     for rule, overrides in _rules(values):
         if keeps(rule):
@@ -485,6 +519,41 @@ def _format_hint(key: str, could: Sequence[str]) -> str | None:
     if not could:
         return None
     return f"use --format {one_of(could)}"
+
+
+def _goal_conflicts(values: Mapping[str, Any]) -> list[Finding]:
+    """Return the contradictions between the goals of an allocation of bits."""
+    goals = {"target_size": None, "target_kl": None, "bits": BITS[-1]}
+    paths = tuple((goal,) for goal, default in goals.items() if values.get(goal) != default)
+    if len(paths) > 1 and _allocates(values):
+        hint = "give one goal: an average of bits, a size or a KL"
+        return [Finding(paths, "E_CFG_CONFLICT", "are both goals of an allocation", hint)]
+    if values.get("protect") is not None and not _allocates(values):
+        hint = "add --allow-bits, or an average such as --bits 3.5"
+        predicate = "has no effect if all layers have the same bits"
+        return [Finding((("protect",),), "E_CFG_CONFLICT", predicate, hint)]
+    return []
+
+
+def _allocates(values: Mapping[str, Any]) -> bool:
+    """Return whether layers get widths by the harm that each does."""
+    goals = (values.get("target_size"), values.get("target_kl"), values.get("allow_bits"))
+    return values.get("bits") not in BITS or any(goal is not None for goal in goals)
+
+
+def _width_conflicts(values: Mapping[str, Any]) -> list[Finding]:
+    """Return the widths of `allow_bits` that the format cannot store."""
+    format = values.get("format", _default("format"))
+    allowed = values.get("allow_bits")
+    if format not in FORMATS or not isinstance(allowed, list):
+        return []
+    findings = []
+    for width in allowed:
+        if width not in HOLDS[format].bits:
+            predicate = f"do not fit: {format} stores {one_of(HOLDS[format].bits)} bits"
+            paths: tuple[KeyPath, ...] = (("allow_bits",), ("format",))
+            findings.append(Finding(paths, "E_CFG_FORMAT", predicate, f"leave out {width}"))
+    return findings
 
 
 def _batch_conflicts(values: Mapping[str, Any]) -> list[Finding]:

@@ -57,7 +57,8 @@ class PreparedRun:
     """A run that is located and planned, as far as that needs no torch.
 
     `config` has windows and a group size that fit the model; `plan` is made from headers. `notes`
-    tell what was chosen for the user.
+    tell what was chosen for the user. If `allocated`, the widths of layers were
+    chosen by the measurement in the work directory.
     """
 
     model: str
@@ -67,6 +68,7 @@ class PreparedRun:
     located: ModelSource
     plan: RunPlan
     notes: tuple[str, ...] = ()
+    allocated: bool = False
 
 
 def prepare_run(

@@ -233,7 +233,10 @@ def default_name(model: str, config: QuantizeConfig) -> str:
     group = f"g{config.group_size}"
     if config.group_size == -1:
         group = "channel"
-    name = f"{model_name(path.name)}-GPTQ-Int{config.bits}-{group}"
+    bits = f"{config.bits:g}"
+    if config.target_size is not None or config.target_kl is not None:
+        bits = "Mixed"
+    name = f"{model_name(path.name)}-GPTQ-Int{bits}-{group}"
     if config.format not in GPTQ_FORMATS:
         name += f"-{config.format}"
     return name

@@ -221,7 +221,7 @@ class BlockStore:
         experts = [asdict(covered) for covered in self._record.experts[self._n_experts :]]
         saved = None
         if batches is not None:
-            saved = _save(self._work.hidden(len(self._journal.entries)), batches)
+            saved = save_tensors(self._work.hidden(len(self._journal.entries)), batches)
         entry = {"block": block, "tensors": tensors, "layers": layers, "experts": experts}
         self._journal.append({**entry, "hidden": saved})
         self._n_layers, self._n_experts = len(self._record.layers), len(self._record.experts)
@@ -416,8 +416,8 @@ def _n_blocks(entries: Sequence[Entry]) -> int:
     return int(entries[-1]["block"]) + 1
 
 
-def _save(path: Path, batches: list[BatchState]) -> str:
-    """Write the state of all batches durably; return the hash of the file."""
+def save_tensors(path: Path, batches: Any) -> str:
+    """Write tensors in lists, tuples and dicts durably; return the hash of the file."""
     with OpenFile(path, 0) as file:
         raw = _HashedFile(file)
         with io.BufferedWriter(raw, COPY_BYTES) as buffered:

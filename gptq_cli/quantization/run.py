@@ -39,7 +39,7 @@ from gptq_cli.events import (
     Warned,
     ignore,
 )
-from gptq_cli.files import resolved
+from gptq_cli.files import is_file, resolved
 from gptq_cli.json_values import to_json
 from gptq_cli.models.stream import ModelStream
 from gptq_cli.planning.checks import PreparedRun, RunOptions, check_disk, check_memory, prepare_run
@@ -62,7 +62,7 @@ from gptq_cli.runtime.open_model import STORED_DTYPES, open_stream, resolve_devi
 from gptq_cli.runtime.ranks import SINGLE_PROCESS, Ranks, Worker
 from gptq_cli.solver.quantized_linear import QuantizedLinear
 from gptq_cli.storage.durable import write_file
-from gptq_cli.storage.manifest import CONFIG_FILE, write_manifest
+from gptq_cli.storage.manifest import ALLOCATION, CONFIG_FILE, write_manifest
 from gptq_cli.storage.replacing import check_output
 from gptq_cli.storage.work_directory import WorkDirectory, working_on, write_run
 
@@ -153,7 +153,7 @@ def carry_out(
         plan = _refine_plan(prepared, stream, record)
         if work is not None:
             _check_room(work, plan, stream, config, worker)
-        calibration = _calibrate(source, config, record, ranks)
+        calibration = calibrate(source, config, record, ranks)
         check_token_ids(calibration.windows.ids, stream.vocabulary_rows)
         record(PhaseStarted("source", f"identifying {size(source.nbytes)}"))
         commit, sha256 = prepared.located.commit, calibration.windows.sha256
@@ -333,7 +333,7 @@ class Calibration:
         return config.model_copy(update=known)
 
 
-def _calibrate(
+def calibrate(
     source: Checkpoint, config: QuantizeConfig, report: Report, ranks: Ranks
 ) -> Calibration:
     """Tokenize the calibration text on the leader, which sends the windows to the other ranks."""
@@ -380,6 +380,7 @@ def _request(prepared: PreparedRun, output: Path) -> dict[str, Any]:
         "config": prepared.config.model_dump(mode="json"),
         "revision": prepared.located.commit or prepared.options.revision,
         "overwrite": prepared.options.overwrite,
+        "allocated": prepared.allocated,
         "directory": str(Path.cwd()),  # a dataset may be a path relative to it
     }
 
@@ -420,6 +421,8 @@ def _writing_output(
         work.refuse_gone()
         hashes = identity["source"]["files"]
         write_beside(work.stage, plan, run.config, calibration.windows.sha256, hashes)
+        if prepared.allocated and is_file(work.allocation):
+            write_file(work.stage / ALLOCATION, work.allocation.read_bytes())
         check_written(work.stage)
         origin = _origin(prepared.located, calibration)
         manifest = {"identity": identity, "origin": origin, **record.for_manifest()}

@@ -164,6 +164,11 @@ class Limits:
             self._seconds = max_seconds
         self._end = now() + self._seconds
 
+    @property
+    def has_end(self) -> bool:
+        """Whether the time is limited."""
+        return math.isfinite(self._seconds)
+
     def check_time_for_block(self) -> None:
         """Raise PausedError E_PAUSED if a block as long as the longest so far would be late."""
         if self._now() + self._longest > self._end:

@@ -114,7 +114,9 @@ MAX_CONFIG_BYTES, MAX_JSON_BYTES = 5_000_000, 50_000_000
 MANIFEST = "gptq_manifest.json"
 CONFIG_FILE = "gptq_config.yaml"  # the resolved configuration
 REPORT_DATA, REPORT_PAGE = "gptq_report.json", "gptq_report.html"  # the report of the run
-RUN_FILES = {CONFIG_FILE, MANIFEST, REPORT_DATA, REPORT_PAGE}  # about a run, not about the model
+ALLOCATION = "gptq_allocation.json"  # the measurement that the widths of layers were chosen by
+# about a run, not about the model
+RUN_FILES = {CONFIG_FILE, MANIFEST, REPORT_DATA, REPORT_PAGE, ALLOCATION}
 SCHEMA = 1
 
 MOST_THREADS = 8

@@ -6,6 +6,8 @@
     run.json      identity of the run, and the call that `gptq resume` repeats
     journal.jsonl the finished blocks
     hidden-0, -1  hidden states after the last two finished blocks
+    allocation.jsonl, allocation-0, -1, gptq_allocation.json
+                  the same for the measurement before an allocation of bits, and its result
     out/          becomes OUT
     replaced-0    an output that was replaced, until it is removed, or as much as cannot be removed
 """
@@ -40,7 +42,7 @@ from gptq_cli.storage.durable import (
     write_file,
     write_json,
 )
-from gptq_cli.storage.manifest import MANIFEST, read_sealed, sealed
+from gptq_cli.storage.manifest import ALLOCATION, MANIFEST, read_sealed, sealed
 
 LOCK = "lock"
 HOLDER = "holder.json"
@@ -49,6 +51,9 @@ JOURNAL = "journal.jsonl"
 STAGE = "out"
 ASIDE = "old"
 HIDDEN = ("hidden-0", "hidden-1")
+ALLOCATION_JOURNAL = "allocation.jsonl"
+ALLOCATION_STATES = ("allocation-0", "allocation-1")
+OF_ALLOCATION = (ALLOCATION, ALLOCATION_JOURNAL, *ALLOCATION_STATES)
 REPLACED = "replaced-"
 SUFFIX = ".gptq-work"
 # Numbers of statfs(2) for file systems that other machines write too, or that promise no durable
@@ -73,6 +78,8 @@ class WorkDirectory:
         self.aside = self.path / ASIDE
         self.lock = self.path / LOCK
         self.journal = self.path / JOURNAL
+        self.allocation = self.path / ALLOCATION
+        self.allocation_journal = self.path / ALLOCATION_JOURNAL
         self.not_removed: list[str] = []
         self._held: Identity | None = None
 
@@ -83,6 +90,10 @@ class WorkDirectory:
     def is_held(self) -> bool:
         """Return whether the directory is still the one whose lock was taken."""
         return identity(self.lock) == self._held
+
+    def may_be_removed(self, *, keep: bool) -> bool:
+        """Return whether to remove the directory: if another one has its place, it is not ours."""
+        return not keep and self.is_held()
 
     def refuse_gone(self) -> None:
         """Raise ResourceError E_WORK_GONE if the directory was removed or replaced by another."""
@@ -97,6 +108,15 @@ class WorkDirectory:
         The file is written again two lines later.
         """
         return self.path / HIDDEN[save % 2]
+
+    def allocation_state(self, save: int) -> Path:
+        """Return the file of the state that belongs to line `save` of `allocation_journal`."""
+        return self.path / ALLOCATION_STATES[save % 2]
+
+    def holds_work(self) -> bool:
+        """Return whether a later run can use something in the directory."""
+        kept = (self.journal, self.allocation, self.allocation_journal)
+        return any(file.exists() for file in kept)
 
     def publish(self, model: Path, *, overwrite: bool) -> None:
         """Rename the finished `stage`, made from `model`, to the output.
@@ -187,10 +207,13 @@ def refuse_foreign(work: Path) -> None:
 
 
 @contextmanager
-def locked(output: Path, *, allow_network_fs: bool = False) -> Iterator[WorkDirectory]:
+def locked(
+    output: Path, *, allow_network_fs: bool = False, keep: bool = False
+) -> Iterator[WorkDirectory]:
     """Hold the work directory of `output` for this run alone.
 
-    The directory is kept if the body raises after it has finished a block, else it is removed.
+    The directory is kept if the body raises after it has finished a block, else it is removed; with
+    `keep` it is kept for a run that follows.
     Raises ExistsError E_LOCKED with process and host of the other run, E_WORK_UNSAFE if the
     directory is not private; ResourceError E_DISK if its parent cannot be written, E_FS_UNSAFE on a
     network file system, E_WORK_GONE if the directory is removed meanwhile.
@@ -207,7 +230,7 @@ def locked(output: Path, *, allow_network_fs: bool = False) -> Iterator[WorkDire
         _check_private(work.path)
         _prepare(work)
         yield work
-        removing = work.is_held()  # if not, the directory that is there now belongs to another run
+        removing = work.may_be_removed(keep=keep)
         if removing:
             work.remove()
     except BaseException as error:
@@ -228,7 +251,7 @@ def _refuse_gone_after(error: BaseException, work: WorkDirectory) -> None:
 
 def _remove_unfinished(work: WorkDirectory) -> None:
     """Remove a work directory without a finished block; the error that ended the run is kept."""
-    if not work.journal.exists():
+    if not work.holds_work():
         with suppress(GptqError, OSError):
             work.remove()
 
@@ -274,7 +297,8 @@ def _prepare(work: WorkDirectory) -> None:
     # A run that was killed may have created the directory without syncing its name.
     sync_directory(work.path.parent)
     work.repair()
-    sweep(work.path, (LOCK, RUN, JOURNAL, STAGE, *HIDDEN, *work.replaced_names()))
+    own = (LOCK, RUN, JOURNAL, STAGE, *HIDDEN, *OF_ALLOCATION)
+    sweep(work.path, (*own, *work.replaced_names()))
     holder = {"pid": os.getpid(), "host": socket.gethostname()}
     write_file(work.path / HOLDER, json.dumps(holder).encode())
 
@@ -363,13 +387,13 @@ def drop_failed(work: WorkDirectory, report: Report) -> bool:
 
 @contextmanager
 def working_on(
-    output: Path, report: Report, *, allow_network_fs: bool = False
+    output: Path, report: Report, *, allow_network_fs: bool = False, keep: bool = False
 ) -> Iterator[WorkDirectory]:
     """Hold the work directory of `output` as `locked` does.
 
     Report W_OUT_LEFT if files of a replaced output could not be removed.
     """
-    with locked(output, allow_network_fs=allow_network_fs) as work:
+    with locked(output, allow_network_fs=allow_network_fs, keep=keep) as work:
         yield work
     if work.not_removed:
         first, *others = work.not_removed

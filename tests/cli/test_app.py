@@ -131,8 +131,8 @@ def test_no_arguments_show_help_as_a_usage_error(gptq: Run) -> None:
             "--group-size?",
         ),
         (
-            ["quantize", "m", "--bits", "four"],
-            "'--bits' / '-b': this is not a whole number",
+            ["quantize", "m", "--nsamples", "four"],
+            "'--nsamples': this is not a whole number",
             "see gptq quantize --help",
         ),
         (

@@ -70,6 +70,7 @@ def test_every_result_fits_the_schema(gptq: Run, place: Path) -> None:
         ("plan", [*quantize, "--dry-run"]),
         ("quantize-print-config", [*quantize, "--print-config"]),
         ("quantize", [*quantize, "--report"]),
+        ("allocate", ["allocate", *quantize[1:-2], "--allow-bits=3,4", "-o", place / "a.yaml"]),
         ("resume", ["resume", unfinished(model, text, place / "stopped")]),
         ("validate-config", ["validate-config", place / "cfg.yaml"]),
         ("validate-config", ["validate-config", place / "cfg.yaml", "--model", model]),

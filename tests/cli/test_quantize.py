@@ -152,7 +152,7 @@ def test_repeated_datasets_are_texts(gptq: Run, quantizer: FakeQuantizer) -> Non
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["-b", "9"], "error[E_CFG_RANGE]: --bits must be 2, 3, 4, 5, 6, 7 or 8, got 9"),
+        (["-b", "9"], "error[E_CFG_RANGE]: --bits must be 2, 3, 4, 5, 6, 7 or 8, or an average"),
         (["--dtype", "half"], '--dtype must be auto, bfloat16, float16 or float32, got "half"'),
         ([], "error[E_CFG_MISSING]: bits is required"),
         (["-b", "4", "--dynamic", "+:.*x"], "--dynamic '+:.*x' changes nothing"),

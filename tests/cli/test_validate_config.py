@@ -64,7 +64,7 @@ def test_every_problem_has_its_line_and_column(gptq: Run, tmp_path: Path) -> Non
     assert (
         result.stderr
         == f"""\
-error[E_CFG_RANGE]: bits must be 2, 3, 4, 5, 6, 7 or 8, got 9
+error[E_CFG_RANGE]: bits must be 2, 3, 4, 5, 6, 7 or 8, or an average such as 3.5, got 9
   --> {path}:1:7
 
 error[E_CFG_UNKNOWN_KEY]: group_sise is not a known key

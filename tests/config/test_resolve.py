@@ -96,11 +96,12 @@ dynamic:
         assert problem.location is not None
         line, column = problem.location.line, problem.location.column
         found.append((problem.code, line, column, problem.message, problem.hint))
+    bits = "2, 3, 4, 5, 6, 7 or 8, or an average such as 3.5"
     sizes = "a positive number of columns, -1 for one group per row, or auto, got 0"
     datasets = "must be a dataset name, a path, or a list of these"
     modules = "must be a list of lists of module names, like [[self_attn.q_proj], [mlp.down_proj]]"
     assert found == [
-        ("E_CFG_RANGE", 1, 7, "bits must be 2, 3, 4, 5, 6, 7 or 8, got 9", None),
+        ("E_CFG_RANGE", 1, 7, f"bits must be {bits}, got 9", None),
         ("E_CFG_UNKNOWN_KEY", 2, 1, "group_sise is not a known key", "did you mean group_size?"),
         ("E_CFG_TYPE", 3, 11, 'nsamples must be a whole number of 1 or more, got "128"',
          "write 128 without quotes"),
@@ -143,7 +144,7 @@ dynamic:
     ("line", "code", "words"),
     [
         ("bits: 0", "E_CFG_RANGE", "got 0"),
-        ("bits: 4.5", "E_CFG_RANGE", "got 4.5"),
+        ("bits: 1.5", "E_CFG_RANGE", "got 1.5"),
         ("bits: '4'", "E_CFG_TYPE", 'got "4"'),
         ("bits: true", "E_CFG_TYPE", "got true"),
         ("group_size: -2", "E_CFG_RANGE", "got -2"),
@@ -218,7 +219,7 @@ def test_errors_name_the_flag_or_the_variable() -> None:
     flags = {"bits": 9, "damp_percent": 2.0, "desc_act": True, "dynamic": {"+:(": {"bits": 9}}}
     env = {"GPTQ_SYM": "no", "GPTQ_ACT_GROUP_AWARE": "true", "GPTQ_SEQLEN": "many"}
     assert messages_of(flags, env) == [
-        "--bits must be 2, 3, 4, 5, 6, 7 or 8, got 9",
+        "--bits must be 2, 3, 4, 5, 6, 7 or 8, or an average such as 3.5, got 9",
         "--damp-percent must be a number strictly between 0 and 1, got 2.0",
         "--dynamic['+:('] is not a regular expression: "
         "missing ), unterminated subpattern at position 0",
@@ -239,7 +240,7 @@ def test_a_conflict_names_both_sources(tmp_path: Path) -> None:
 
 def test_a_wrong_value_under_a_flag_is_still_an_error(tmp_path: Path) -> None:
     assert messages_of({"bits": 4}, {}, write(tmp_path, "bits: 9\n")) == [
-        "bits must be 2, 3, 4, 5, 6, 7 or 8, got 9"
+        "bits must be 2, 3, 4, 5, 6, 7 or 8, or an average such as 3.5, got 9"
     ]
 
 

@@ -1,0 +1,1 @@
+"""Bit allocation: measure the harm of each group of layers, and give bits where they count."""

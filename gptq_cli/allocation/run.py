@@ -1,0 +1,336 @@
+"""`gptq allocate`: measure the harm of each unit, and choose a width for each.
+
+`measure_model` is the measurement from top to bottom. Its result allocates bits for any goal: a
+configuration with `dynamic` rules, which `gptq quantize` carries out like any other.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptq_cli.allocation.goals import allowed_bits, at_width
+from gptq_cli.allocation.harms import Harms, Measurement, harms_of, measured_widths
+from gptq_cli.allocation.measure import Measuring, probe_shape
+from gptq_cli.allocation.rules import with_widths
+from gptq_cli.allocation.saved import (
+    MeasuredBlocks,
+    read_measurement,
+    remove_state,
+    write_measurement,
+)
+from gptq_cli.allocation.solution import Allocation, Allocator
+from gptq_cli.allocation.units import Unit, find_units
+from gptq_cli.calibration.windows import check_token_ids
+from gptq_cli.config.schema import QuantizeConfig
+from gptq_cli.config.serving import LOADS, Verdict
+from gptq_cli.events import PhaseStarted, Report, Resumed, ignore
+from gptq_cli.models.stream import ModelStream
+from gptq_cli.planning.checks import PreparedRun
+from gptq_cli.planning.plan import plan_checkpoint, refine_plan
+from gptq_cli.planning.run_plan import RunPlan, judge_plan
+from gptq_cli.quantization.resume import Identity, check_agreement, identify
+from gptq_cli.quantization.run import Calibration, calibrate
+from gptq_cli.quantization.run_state import Limits, SavingTimes
+from gptq_cli.runtime.memory import Memory, device_errors
+from gptq_cli.runtime.open_model import open_stream, resolve_device
+from gptq_cli.runtime.ranks import SINGLE_PROCESS, Worker
+from gptq_cli.storage.manifest import ALLOCATION
+from gptq_cli.storage.work_directory import WorkDirectory, working_on
+
+REVISION = 1  # counted up if the same model gets another measurement
+# Rounding for the measurement: quick, but with the order and the signs of the run itself
+QUICK: dict[str, Any] = {"scale_search": "none", "refine_sweeps": 0, "asymmetric_calibration": 0.0}
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a measurement is kept.
+
+    The work directory of `output` holds the state of one that has not ended. `result` gets the
+    finished measurement; None stands for a file in the work directory, which then stays for the run
+    that follows. `known` are other files that may hold it already.
+    """
+
+    output: Path
+    result: Path | None = None
+    known: tuple[Path, ...] = ()
+
+    @classmethod
+    def beside(cls, configuration: Path) -> Place:
+        """Return the place for a configuration file: a file of JSON of the same name."""
+        return cls(configuration, configuration.with_suffix(".json"))
+
+    @classmethod
+    def of_output(cls, output: Path) -> Place:
+        """Return the place for a quantized output, which holds its measurement when finished."""
+        return cls(output, known=(output / ALLOCATION,))
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """An allocation, the engines that load it, and bits with scales, zero points and g_idx."""
+
+    allocation: Allocation
+    engines: tuple[Verdict, ...]
+    bits_per_weight: float
+
+    @property
+    def loads(self) -> list[str]:
+        """The names of the engines that load the output."""
+        return [verdict.engine for verdict in self.engines if verdict.outcome in LOADS]
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredModel:
+    """A model whose units were measured: it allocates bits for any goal.
+
+    `harms` has the harm of each of `units` by width, `base` the settings beside the widths. If
+    `already_done`, an earlier call has measured.
+    """
+
+    model: str
+    base: QuantizeConfig
+    widths: tuple[int, ...]
+    units: tuple[Unit, ...]
+    harms: tuple[Harms, ...]
+    plan_of: Callable[[QuantizeConfig], RunPlan]
+    probe_tokens: int
+    seconds: float
+    already_done: bool
+
+    def configured(self, chosen: Sequence[int]) -> QuantizeConfig:
+        """Return the configuration that gives each unit its width."""
+        return with_widths(self.base, self.units, chosen)
+
+    def choose(self, goal: QuantizeConfig) -> Entry:
+        """Return the allocation of least harm for a goal; raise E_ALLOC_GOAL if there is none."""
+        return self._entry(self._allocator().solve(goal))
+
+    def frontier(self) -> list[Entry]:
+        """Return the allocations of least harm in steps of average bits."""
+        return list(map(self._entry, self._allocator().frontier()))
+
+    def uniform(self) -> dict[int, Entry]:
+        """Return the allocation of one width to all units, for each width."""
+        allocator = self._allocator()
+        return {width: self._entry(allocator.uniform(width)) for width in self.widths}
+
+    def _allocator(self) -> Allocator:
+        def size_of(chosen: Sequence[int]) -> int:
+            return self.plan_of(self.configured(chosen)).layout.nbytes
+
+        return Allocator(self.units, self.harms, size_of)
+
+    def _entry(self, allocation: Allocation) -> Entry:
+        config = self.configured(allocation.widths)
+        plan = self.plan_of(config)
+        return Entry(allocation, judge_plan(plan, config), plan.bits_per_weight)
+
+
+def measure_model(
+    prepared: PreparedRun,
+    goal: QuantizeConfig,
+    report: Report = ignore,
+    worker: Worker | None = None,
+    place: Place | None = None,
+) -> MeasuredModel:
+    """Measure the located model of `prepared` at the widths that `goal` allows.
+
+    Without a `place` nothing is kept on the disk. Raises ConfigError E_TARGET or E_ALLOC_GOAL for
+    widths that the target does not take, and what a run raises for model, text and device;
+    PausedError if the time of the run is over.
+    """
+    started = time.perf_counter()
+    widths = allowed_bits(goal)
+    worker = worker or Worker(SINGLE_PROCESS, resolve_device(goal.device))
+    with (
+        _work_directory(prepared, worker, place, report) as work,
+        torch.inference_mode(),
+        device_errors(),
+    ):
+        stream = _open(prepared, worker)
+        plan_of = partial(_plan, prepared, stream)
+        plans = {width: plan_of(at_width(prepared.config, width)) for width in widths}
+        units = find_units(plans, goal.protect)
+        calibration = calibrate(prepared.plan.source, prepared.config, report, worker.team)
+        check_token_ids(calibration.windows.ids, stream.vocabulary_rows)
+        probe = _probe(prepared, calibration, len(units), worker)
+        identity = _identify(prepared, calibration, plans, worker, report)
+        kept = Kept.of(prepared, place, work, identity)
+        measured = worker.team.broadcast([kept.read()])[0]
+        already_done = measured is not None
+        if measured is None:
+            measuring = _measuring(
+                prepared, plans, units, stream, calibration, probe, worker, report
+            )
+            measured = _carry_out(measuring, work, identity, report)
+        kept.write(measured)
+    return MeasuredModel(
+        model=prepared.located.name,
+        base=prepared.config,
+        widths=tuple(widths),
+        units=tuple(units),
+        harms=tuple(harms_of(units, measured, widths)),
+        plan_of=plan_of,
+        probe_tokens=probe.numel(),
+        seconds=time.perf_counter() - started,
+        already_done=already_done,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """The file of a finished measurement, and others that may have it; none if nothing is kept."""
+
+    file: Path | None
+    others: tuple[Path, ...]
+    work: WorkDirectory | None
+    identity: Identity
+
+    @classmethod
+    def of(
+        cls,
+        prepared: PreparedRun,
+        place: Place | None,
+        work: WorkDirectory | None,
+        identity: Identity,
+    ) -> Kept:
+        """Return the files of `place`; with --resume never, they are written but not read."""
+        if place is None or work is None:
+            return cls(None, (), None, identity)
+        file = place.result or work.allocation
+        others: tuple[Path, ...] = (file, *place.known)
+        if prepared.options.resume == "never":
+            others = ()
+        return cls(file, others, work, identity)
+
+    def read(self) -> Measurement | None:
+        """Return the measurement if an earlier call has finished it."""
+        return read_measurement(self.others, self.identity)
+
+    def write(self, measured: Measurement) -> None:
+        """Write the measurement, and remove the state that it needs no more."""
+        if self.file is not None and self.work is not None:
+            write_measurement(self.file, self.identity, measured)
+            remove_state(self.work)
+
+
+@contextmanager
+def _work_directory(
+    prepared: PreparedRun, worker: Worker, place: Place | None, report: Report
+) -> Iterator[WorkDirectory | None]:
+    """Lock and yield the work directory; None if this process keeps nothing."""
+    if place is None or not worker.team.is_leader:
+        yield None
+        return
+    allow = prepared.options.allow_network_fs
+    keep = place.result is None
+    with working_on(place.output, report, allow_network_fs=allow, keep=keep) as work:
+        yield work
+
+
+def _open(prepared: PreparedRun, worker: Worker) -> ModelStream:
+    """Return the model, in float32 unless the user chose a dtype.
+
+    In 16 bits, any change at all changes the last bits of everything behind it; the KL of that is
+    as large as the harm of a unit at 4 bits.
+    """
+    config = prepared.config
+    dtype = config.dtype
+    if dtype == "auto":
+        dtype = "float32"
+    host = Memory(torch.device("cpu"), None, config.max_ram_bytes, worker.team.local_world_size)
+    return open_stream(
+        prepared.plan.source,
+        device=worker.device,
+        dtype=dtype,
+        trust_remote_code=config.trust_remote_code,
+        host=host,
+    )
+
+
+def _plan(prepared: PreparedRun, stream: ModelStream, config: QuantizeConfig) -> RunPlan:
+    plan = plan_checkpoint(prepared.plan.source, config)
+    return refine_plan(plan, config, stream.all_linears(), stream.stacked_linears(), stream.unused)
+
+
+def _probe(prepared: PreparedRun, calibration: Calibration, n_units: int, worker: Worker) -> Tensor:
+    """Return the token ids [windows, length] of the probe, drawn from the calibration text."""
+    config = prepared.config
+    n_windows, length = probe_shape(calibration.windows.tokens, n_units, config.seqlen)
+    drawn = {"nsamples": n_windows, "seqlen": length, "seed": config.seed + 1}
+    other = config.model_copy(update=drawn)
+    return calibrate(prepared.plan.source, other, ignore, worker.team).windows.ids
+
+
+def _identify(
+    prepared: PreparedRun,
+    calibration: Calibration,
+    plans: dict[int, RunPlan],
+    worker: Worker,
+    report: Report,
+) -> Identity:
+    """Return everything that the measurement depends on; all processes agree about it."""
+    source, ranks = prepared.plan.source, worker.team
+    report(PhaseStarted("source", f"identifying {prepared.located.name}"))
+    settings = calibration.identifying(prepared.config)
+    sha256 = calibration.windows.sha256
+    commit = prepared.located.commit
+    identity = identify(source, commit, settings, worker.device, sha256, hashed=ranks.first_here)
+    identity["allocation"] = {"revision": REVISION, "widths": sorted(plans)}
+    check_agreement(ranks, identity)
+    return identity
+
+
+def _measuring(
+    prepared: PreparedRun,
+    plans: dict[int, RunPlan],
+    units: Sequence[Unit],
+    stream: ModelStream,
+    calibration: Calibration,
+    probe: Tensor,
+    worker: Worker,
+    report: Report,
+) -> Measuring:
+    """Return the measurement, which has not begun."""
+    windows, length = probe.shape
+    report(PhaseStarted("probe", f"{windows} windows of {length} tokens for {len(units)} units"))
+    quick = {}
+    for width in measured_widths(sorted(plans)):
+        quick[width] = _quickly(plans[width])
+    config = prepared.config.model_copy(update=QUICK)
+    batches = calibration.batches(config.batch_size)
+    limits = Limits(config, prepared.options.max_seconds)
+    return Measuring(config, quick, units, stream, worker.team, batches, probe, report, limits)
+
+
+def _carry_out(
+    measuring: Measuring, work: WorkDirectory | None, identity: Identity, report: Report
+) -> Measurement:
+    """Measure from the last block that was saved."""
+    if work is None:
+        return measuring.carry_out()
+    times = SavingTimes(always=measuring.limits.has_end)
+    with MeasuredBlocks(work, identity, times) as saved:
+        if saved.n_finished:
+            report(Resumed(saved.n_finished, measuring.stream.n_blocks, work.path))
+        return measuring.carry_out(saved)
+
+
+def _quickly(plan: RunPlan) -> RunPlan:
+    """Return `plan` with the settings of quick rounding for every layer."""
+    layers = []
+    for layer in plan.layers:
+        if layer.config is not None:
+            layer = replace(layer, config=replace(layer.config, **QUICK))
+        layers.append(layer)
+    return replace(plan, layers=tuple(layers))

@@ -1,0 +1,110 @@
+"""A measurement on the disk: its state after finished blocks, and its result.
+
+The state lies in the work directory beside the output. A line of the journal has the number of the
+finished block, what was measured so far, and the hash of the file with the hidden states. The
+result is a file of JSON with the identity of the measurement: everything that its figures depend
+on. Only the leader of several processes reads and writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gptq_cli.allocation.harms import Measurement
+from gptq_cli.quantization.resume import Identity, save_tensors
+from gptq_cli.quantization.run_state import SavingTimes
+from gptq_cli.storage.durable import remove, write_json
+from gptq_cli.storage.manifest import Entry, Journal, digest, file_hash, read_sealed, sealed
+from gptq_cli.storage.work_directory import WorkDirectory
+
+ByWidth = dict[int, float]
+
+
+class MeasuredBlocks:
+    """The finished blocks of a measurement in a work directory; opening checks them."""
+
+    def __init__(self, work: WorkDirectory, identity: Identity, times: SavingTimes) -> None:
+        self.times, self._work = times, work
+        self._journal = Journal(work.allocation_journal, digest(identity))
+        kept = len(self._journal.entries)
+        while kept and not self._is_intact(kept - 1):
+            kept -= 1
+        self._journal.cut(kept)
+
+    def __enter__(self) -> MeasuredBlocks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._journal.close()
+
+    @property
+    def n_finished(self) -> int:
+        """How many blocks are finished."""
+        if not self._journal.entries:
+            return 0
+        return int(self._last["block"]) + 1
+
+    def read(self) -> tuple[int, list[Any] | None, tuple[dict[str, Any], Measurement] | None]:
+        """Return the number of finished blocks and, on the host, the state after the last one.
+
+        The state is that of the calibration batches, that of the probe, and what was measured.
+        """
+        if not self.n_finished:
+            return 0, None, None
+        file = self._work.allocation_state(len(self._journal.entries) - 1)
+        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        measured = measurement_of(self._last["measured"])
+        return self.n_finished, state["batches"], (state["probe"], measured)
+
+    def save(self, block: int, state: Mapping[str, Any], measured: Measurement) -> None:
+        """Make the blocks up to `block` durable."""
+        file = self._work.allocation_state(len(self._journal.entries))
+        entry = {"block": block, "state": save_tensors(file, state), "measured": asdict(measured)}
+        self._journal.append(entry)
+        self.times.saved()
+
+    @property
+    def _last(self) -> Entry:
+        return self._journal.entries[-1]
+
+    def _is_intact(self, number: int) -> bool:
+        file = self._work.allocation_state(number)
+        return file.is_file() and file_hash(file) == self._journal.entries[number]["state"]
+
+
+def measurement_of(data: Mapping[str, Any]) -> Measurement:
+    """Return a measurement from its JSON, where widths are text."""
+    return Measurement(
+        {name: _by_width(found) for name, found in data["kl"].items()},
+        {name: _by_width(found) for name, found in data["change"].items()},
+        _by_width(data["uniform"]),
+    )
+
+
+def _by_width(data: Mapping[str, float]) -> ByWidth:
+    return {int(width): value for width, value in data.items()}
+
+
+def read_measurement(files: Sequence[Path], identity: Identity) -> Measurement | None:
+    """Return the measurement of `identity` that one of `files` holds; None if none does."""
+    for file in files:
+        content = read_sealed(file)
+        if content is not None and content.get("identity") == identity:
+            return measurement_of(content["measured"])
+    return None
+
+
+def write_measurement(file: Path, identity: Identity, measured: Measurement) -> None:
+    """Write a finished measurement."""
+    write_json(file, sealed({"identity": identity, "measured": asdict(measured)}))
+
+
+def remove_state(work: WorkDirectory) -> None:
+    """Remove what a finished measurement needs no more; the journal goes first."""
+    for file in (work.allocation_journal, work.allocation_state(0), work.allocation_state(1)):
+        remove(file)

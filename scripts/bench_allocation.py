@@ -1,0 +1,143 @@
+#!/usr/bin/env python3
+"""Measure what allocation of bits is worth: KL at the bytes of one width, and between two widths.
+
+    python scripts/bench_allocation.py MODEL --calibration FILE --evaluation FILE
+        [--widths 2 3 4] [--averages 2.5 3 3.5] [--group-size 64] [--protocol ...] [--json FILE]
+
+Allocates, quantizes and evaluates for each average of bits, and quantizes and evaluates with one
+width for all layers. Prints one JSON object for each run, then a table in Markdown. KL is the mean
+over held-out tokens of KL(original || quantized) in nats. `ratio` is the KL relative to the uniform
+width of the same bytes, or to the geometric mean of the two uniform widths beside the average.
+`measuring` and `quantizing` are seconds of processor time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from common import benchmark_parser, write_json
+
+from gptq_cli.allocation.goals import starting_config
+from gptq_cli.allocation.run import MeasuredModel, Place, measure_model
+from gptq_cli.config.schema import QuantizeConfig
+from gptq_cli.evaluation.perplexity import evaluate_perplexity
+from gptq_cli.evaluation.request import EvalRequest
+from gptq_cli.planning.checks import RunOptions, prepare_run
+from gptq_cli.quantization.run import quantize_checkpoint
+
+
+def measured(arguments: argparse.Namespace, goal: QuantizeConfig) -> tuple[MeasuredModel, float]:
+    """Return the measured model, and the processor time of the measurement."""
+    started = time.process_time()
+    start = starting_config(goal)
+    place = Place.beside(arguments.work / "allocation.yaml")
+    prepared = prepare_run(str(arguments.model), place.output, start, RunOptions(), writes=False)
+    found = measure_model(prepared, goal, place=place)
+    return found, time.process_time() - started
+
+
+def quantized(arguments: argparse.Namespace, name: str, config: QuantizeConfig) -> dict[str, Any]:
+    """Quantize and evaluate once; keep the result of an earlier call."""
+    known = arguments.work / f"{name}.json"
+    if known.exists():
+        row: dict[str, Any] = json.loads(known.read_text())
+        return row
+    output = arguments.work / name
+    started = time.process_time()
+    done = quantize_checkpoint(str(arguments.model), output, config)
+    seconds = time.process_time() - started
+    request = EvalRequest(
+        dataset=str(arguments.evaluation),
+        seqlen=arguments.seqlen,
+        batch_size=16,
+        max_windows=arguments.windows,
+        device="cpu",
+        dtype="float32",
+        baseline=str(arguments.model),
+    )
+    found = evaluate_perplexity(str(output), request)
+    row = {
+        "name": name,
+        "bytes": done.bytes_after,
+        "kl": found.kl,
+        "top1": found.top1_agreement,
+        "perplexity": found.perplexity,
+        "quantizing": seconds,
+    }
+    known.write_text(json.dumps(row))
+    return row
+
+
+def settings(arguments: argparse.Namespace, **changes: Any) -> QuantizeConfig:
+    """Return the settings of a run."""
+    return QuantizeConfig(
+        group_size=arguments.group_size,
+        dataset=str(arguments.calibration),
+        nsamples=arguments.nsamples,
+        seqlen=arguments.seqlen,
+        device="cpu",
+        preset=arguments.preset,
+        **changes,
+    )
+
+
+def main() -> None:
+    """Run all settings and print a table."""
+    parser = benchmark_parser(__doc__)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument("--evaluation", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True, help="directory of outputs, kept")
+    parser.add_argument("--widths", type=int, nargs="+", default=[2, 3, 4])
+    parser.add_argument("--averages", type=float, nargs="+", default=[2.5, 3, 3.5])
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--nsamples", type=int, default=64)
+    parser.add_argument("--seqlen", type=int, default=256)
+    parser.add_argument("--windows", type=int, help="of the evaluation text; default: all")
+    parser.add_argument("--preset", default="balanced")
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    rows = []
+    uniform = {}
+    for width in arguments.widths:
+        uniform[width] = quantized(arguments, f"all-{width}", settings(arguments, bits=width))
+        rows.append({"bits": width, "ratio": 1.0, **uniform[width]})
+        print(json.dumps(rows[-1]), flush=True)
+    for average in arguments.averages:
+        goal = settings(arguments, bits=average, allow_bits=arguments.widths)
+        found, seconds = measured(arguments, goal)
+        chosen = found.choose(goal).allocation
+        row = quantized(arguments, f"mixed-{average:g}", found.configured(chosen.widths))
+        expected = {"expected": chosen.kl}
+        if not found.already_done:
+            expected["measuring"] = seconds
+        below = max(width for width in arguments.widths if width <= average)
+        above = min(width for width in arguments.widths if width >= average)
+        share = 0.0 if above == below else (average - below) / (above - below)
+        reference = uniform[below]["kl"] ** (1 - share) * uniform[above]["kl"] ** share
+        rows.append({"bits": average, "ratio": row["kl"] / reference, **row, **expected})
+        print(json.dumps(rows[-1]), flush=True)
+    rows.sort(key=lambda row: (row["bits"], "expected" in row))
+    print("\n| | bits | bytes | KL x 1000 | ratio | top-1 | perplexity |")
+    print("|---|---|---|---|---|---|---|")
+    for row in rows:
+        cells = (
+            row["name"],
+            f"{row['bits']:g}",
+            f"{row['bytes']:,}",
+            f"{1000 * row['kl']:.2f}",
+            f"{row['ratio']:.2f}",
+            f"{100 * row['top1']:.1f}",
+            f"{row['perplexity']:.2f}",
+        )
+        print("| " + " | ".join(cells) + " |")
+    if arguments.json:
+        write_json(arguments.json, {"rows": rows})
+
+
+if __name__ == "__main__":
+    main()

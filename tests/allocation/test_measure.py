@@ -1,0 +1,176 @@
+"""The harm of units, compared with the whole model of transformers; experts, resume, processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from gptq_cli.allocation.measure import probe_shape
+from gptq_cli.allocation.run import QUICK
+from gptq_cli.config.layer import LayerConfig
+from gptq_cli.events import BlockFinished, Event
+from gptq_cli.quantization.run_state import SavingTimes
+from gptq_cli.solver.factor import prepare
+from gptq_cli.solver.hessian import HessianAccumulator
+from gptq_cli.solver.solve import solve
+from tests.allocation.measuring import SIZES, WIDTHS, figures, goal, measure
+from tests.allocation.processes import measure_together
+from tests.disks import Killed
+from tests.families import save_model
+from tests.runs import calibration_ids, config, digest
+
+CARRIED = 3
+
+
+def whole_model(directory: Path) -> PreTrainedModel:
+    """Return the model of transformers in float32."""
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+
+def probe_of(model: Path, n_units: int) -> Tensor:
+    """Return the tokens of the probe of a measurement with `SIZES`."""
+    windows, length = probe_shape(SIZES["nsamples"] * SIZES["seqlen"], n_units, SIZES["seqlen"])
+    return calibration_ids(model, config(nsamples=windows, seqlen=length, batch_size=1, seed=1))
+
+
+def rounded(model: PreTrainedModel, ids: Tensor, name: str, width: int) -> Tensor:
+    """Return the weight of a linear as quick rounding leaves it, given inputs of the whole model.
+
+    The inputs are those of the unquantized model on `ids`.
+    """
+    linear = model.get_submodule(name)
+    hessian = HessianAccumulator(linear.in_features, "cpu")
+    hook = linear.register_forward_pre_hook(lambda _, inputs: hessian.add(inputs[0]))
+    for batch in ids.split(SIZES["batch_size"]):
+        model(batch)
+    hook.remove()
+    base = config(bits=width, **QUICK).base
+    assert isinstance(base, LayerConfig)
+    factor = prepare(hessian.hessian, base, hessian.tokens)
+    return solve(linear.weight.data, hessian.hessian, factor, base).quantized.dequantize()
+
+
+def divergence(model: PreTrainedModel, probe: Tensor, weights: dict[str, Tensor]) -> float:
+    """Return the mean KL on the probe of the model with other `weights`."""
+    wanted = model(probe).logits[:, :-1].log_softmax(-1)
+    before = {}
+    for name, weight in weights.items():
+        parameter = model.get_submodule(name).weight
+        before[name] = parameter.data.clone()
+        parameter.data.copy_(weight)
+    got = model(probe).logits[:, :-1].log_softmax(-1)
+    for name, weight in before.items():
+        model.get_submodule(name).weight.data.copy_(weight)
+    return float((wanted.exp() * (wanted - got)).sum(-1).mean())
+
+
+@pytest.fixture(scope="module")
+def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Save a model with tied embeddings."""
+    return save_model(tmp_path_factory.mktemp("qwen3") / "model", "qwen3")
+
+
+@torch.no_grad()
+def test_harms_are_those_of_the_whole_model(qwen3: Path, tmp_path: Path) -> None:
+    measured = measure(qwen3, goal(), tmp_path / "a.yaml")
+    found = figures(tmp_path / "a.yaml")
+    model = whole_model(qwen3)
+    ids, probe = calibration_ids(qwen3, config(**SIZES)), probe_of(qwen3, len(measured.units))
+
+    def harm(layers: Iterable[str], width: int) -> float:
+        weights = {name: rounded(model, ids, name, width) for name in layers}
+        return divergence(model, probe, weights)
+
+    for unit in measured.units[:5]:
+        expected = harm(unit.layers, CARRIED)
+        assert found["kl"][unit.name][str(CARRIED)] == pytest.approx(expected, rel=1e-3)
+    layers = [*chain.from_iterable(unit.layers for unit in measured.units)]
+    for width in WIDTHS:
+        assert found["uniform"][str(width)] == pytest.approx(harm(layers, width), rel=1e-3)
+    total = sum(harms[CARRIED] for harms in measured.harms)
+    assert total == pytest.approx(found["uniform"][str(CARRIED)])
+
+
+@torch.no_grad()
+def test_a_quantized_head_is_a_unit_of_its_own(qwen3: Path, tmp_path: Path) -> None:
+    measured = measure(qwen3, goal(lm_head=True), tmp_path / "a.yaml")
+    (head,) = [unit for unit in measured.units if unit.name == "lm_head"]
+    model = whole_model(qwen3)
+    ids, probe = calibration_ids(qwen3, config(**SIZES)), probe_of(qwen3, len(measured.units))
+    embeddings = model.get_input_embeddings().weight.data.clone()
+    weight = rounded(model, ids, "lm_head", CARRIED)
+    wanted = model(probe).logits[:, :-1].log_softmax(-1)
+    hidden = model.model(probe).last_hidden_state[:, :-1]
+    got = (hidden @ weight.T).log_softmax(-1)
+    expected = float((wanted.exp() * (wanted - got)).sum(-1).mean())
+    found = figures(tmp_path / "a.yaml")["kl"]["lm_head"][str(CARRIED)]
+    assert found == pytest.approx(expected, rel=1e-3)
+    assert torch.equal(model.get_input_embeddings().weight.data, embeddings)
+    assert head.layers == ("lm_head",)
+
+
+def test_all_experts_of_a_block_are_one_unit(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", "qwen3_moe")
+    wanted = goal(bits=2.5, moe_uncovered="rtn")
+    measured = measure(model, wanted, tmp_path / "a.yaml")
+    experts = [unit for unit in measured.units if unit.kind == "mlp.experts"]
+    assert [len(unit.layers) for unit in experts] == [15, 15]
+    chosen = measured.configured(measured.choose(wanted).allocation.widths)
+    plan = measured.plan_of(chosen)
+    for unit in experts:
+        assert len({chosen.choose(name).config for name in unit.layers}) == 1
+    assert plan.split_experts == []
+    assert all(harms[2] > harms[4] > 0 for harms in measured.harms)
+
+
+def kill_after(block: int) -> object:
+    """Return a report that kills the measurement after a block."""
+
+    def stop(event: Event) -> None:
+        if isinstance(event, BlockFinished) and event.index == block:
+            raise Killed
+
+    return stop
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text"])
+def test_a_killed_measurement_resumes_to_the_same_bytes(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save_model(tmp_path / "model", family)
+    monkeypatch.setattr(SavingTimes, "is_due", lambda *_: True)
+    measure(model, goal(), tmp_path / "whole.yaml")
+    file = tmp_path / "a.yaml"
+    for block in (0, 1):
+        with pytest.raises(Killed):
+            measure(model, goal(), file, kill_after(block))
+    events: list[Event] = []
+    measure(model, goal(), file, events.append)
+    finished = [event.index for event in events if isinstance(event, BlockFinished)]
+    assert finished == [2]
+    assert figures(file) == figures(tmp_path / "whole.yaml")
+    assert not (tmp_path / ".a.yaml.gptq-work").exists()
+
+
+def test_a_finished_measurement_serves_another_goal(qwen3: Path, tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    first = measure(qwen3, goal(), file)
+    before = digest(tmp_path)
+    again = measure(qwen3, goal(bits=2.25, protect=".*v_proj"), file)
+    assert (first.already_done, again.already_done) == (False, True)
+    assert digest(tmp_path) == before
+    other = measure(qwen3, goal(seed=5), file)
+    assert not other.already_done
+    assert digest(tmp_path) != before
+
+
+def test_several_processes_measure_the_same(qwen3: Path, tmp_path: Path) -> None:
+    measure(qwen3, goal(batch_size=1), tmp_path / "one.yaml")
+    measure_together(2, qwen3, tmp_path / "two.yaml", goal(batch_size=1))
+    assert figures(tmp_path / "two.yaml") == figures(tmp_path / "one.yaml")

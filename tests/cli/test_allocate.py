@@ -1,0 +1,209 @@
+"""`gptq allocate`, and `gptq quantize` with a goal: sizes, rules, refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gptq_cli.config.resolve import load_config
+from tests.families import save_model, texts
+
+from .conftest import Run
+
+WIDTHS = "--allow-bits=2,3,4"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write a model and a text into one folder."""
+    folder = tmp_path_factory.mktemp("allocate")
+    save_model(folder / "model", "qwen3")
+    (folder / "text.txt").write_text(texts()[0], encoding="utf-8")
+    return folder
+
+
+def settings(place: Path) -> list[str | Path]:
+    """Return the model and the options of a run of a second."""
+    sizes = ["--nsamples=4", "--batch-size=4", "--seqlen=64", "--device=cpu", "-g32"]
+    return [place / "model", "--dataset", place / "text.txt", *sizes]
+
+
+def smallest_step(units: list[dict[str, object]]) -> int:
+    """Return the fewest bytes that one more bit of a unit takes."""
+    steps = []
+    for unit in units:
+        sizes = unit["bytes"]
+        assert isinstance(sizes, dict)
+        steps += [sizes["3"] - sizes["2"], sizes["4"] - sizes["3"]]
+    return min(steps)
+
+
+def test_a_target_size_is_met_from_below_by_less_than_a_unit(gptq: Run, place: Path) -> None:
+    file, out = place / "size.yaml", place / "size"
+    for target in (200_000, 215_000, 229_999):
+        goal = [*settings(place), WIDTHS, f"--target-size={target}", "--json", "--overwrite"]
+        found = json.loads(gptq("allocate", *goal, "-o", file).stdout)
+        gap = target - found["chosen"]["bytes"]
+        assert 0 <= gap < smallest_step(found["units"])
+    done = gptq("quantize", *goal, "-o", out)
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["bytes_after"] == found["chosen"]["bytes"]
+    files = [path.stat().st_size for path in out.glob("*.safetensors")]
+    assert sum(files) == found["chosen"]["bytes"]
+    assert (out / "gptq_allocation.json").is_file()
+
+
+def test_the_written_rules_do_what_quantize_does_alone(gptq: Run, place: Path) -> None:
+    file, alone, after = place / "rules.yaml", place / "alone", place / "after"
+    goal = [*settings(place), WIDTHS, "--bits=2.5", "--protect=.*[.]2[.].*v_proj"]
+    found = gptq("allocate", *goal, "-o", file, "--json")
+    widths = json.loads(found.stdout)["chosen"]["widths"]
+    assert widths["model.layers.2.self_attn.qkv_proj"] == 4
+    config = load_config(file)
+    for unit in json.loads(found.stdout)["units"]:
+        assert {config.choose(name).config.bits for name in unit["layers"]} == {
+            widths[unit["name"]]
+        }
+    assert gptq("quantize", *goal, "-o", alone).exit_code == 0
+    assert gptq("quantize", place / "model", "-c", file, "-o", after).exit_code == 0
+    one, other = (directory / "model.safetensors" for directory in (alone, after))
+    assert one.read_bytes() == other.read_bytes()
+    again = gptq("quantize", *goal, "-o", alone)
+    assert "already, by an earlier run" in again.stdout
+
+
+def test_the_result_shows_the_frontier_and_the_width_of_each_unit(gptq: Run, place: Path) -> None:
+    result = gptq("allocate", *settings(place), WIDTHS, "--bits=3.5")
+    assert result.exit_code == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[2].split()[:4] == ["bits", "size", "per", "weight"]
+    assert [line.split()[0] for line in lines if " all " in line] == ["2.00", "3.00", "4.00"]
+    (chosen,) = [line for line in lines if line.startswith("chosen: ")]
+    assert "bits on average" in chosen
+    (picture,) = [line for line in lines if "self_attn.qkv_proj" in line]
+    assert set(picture.split()[1]) <= {"2", "3", "4"}
+    assert len(picture.split()[1]) == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "message", "hint"),
+    [
+        (
+            ["--target-size=1KB"],
+            "error[E_ALLOC_GOAL]: no choice of widths has a target_size of 1000 bytes: "
+            "the smallest is",
+            "choose another goal, or allow other widths with --allow-bits",
+        ),
+        (
+            ["--target-size=1GB"],
+            "error[E_ALLOC_GOAL]: no choice of widths has a target_size of 1000000000 bytes: "
+            "the largest is",
+            "choose another goal, or allow other widths with --allow-bits",
+        ),
+        (
+            ["--bits=3.5", "--target=vllm"],
+            "error[E_ALLOC_GOAL]: layers cannot have 3.5 bits on average: vllm takes 4 or 8 bits",
+            "use an average between these, or allow other widths with --allow-bits",
+        ),
+        (
+            ["--bits=4.5", "--allow-bits=2,4"],
+            "error[E_ALLOC_GOAL]: layers cannot have 4.5 bits on average: layers may get 2 or",
+            "use an average between these, or allow other widths with --allow-bits",
+        ),
+        (
+            ["--bits=5", "--allow-bits=4,6"],
+            "error[E_CFG_FORMAT]: --allow-bits and format (default) do not fit: gptq stores 2",
+            "leave out 6",
+        ),
+        (
+            ["--bits=3.5", "--allow-bits=3,4", "--target=vllm"],
+            "error[E_TARGET]: vllm does not load 3, 4 bits: it serves 4 and 8 bits",
+            "what would load: --bits 4 or 8",
+        ),
+        (
+            ["--bits=3.5", "--target=transformers"],
+            "error[E_TARGET]: transformers does not load layers with different settings",
+            "what would load: no `+:` rules of --dynamic",
+        ),
+        (
+            ["--bits=3.5", "--target=exllamav2"],
+            "error[E_TARGET]: exllamav2 takes 4 bits only, so there is nothing to allocate",
+            "use --bits 4, or another --target",
+        ),
+        (
+            ["--bits=3.5", "--target-kl=0.1"],
+            "error[E_CFG_CONFLICT]: --target-kl and --bits are both goals of an allocation",
+            "give one goal: an average of bits, a size or a KL",
+        ),
+        (
+            ["--bits=4", "--protect=.*v_proj"],
+            "error[E_CFG_CONFLICT]: --protect has no effect if all layers have the same bits",
+            "add --allow-bits, or an average such as --bits 3.5",
+        ),
+    ],
+)
+def test_a_goal_that_cannot_be_met_is_refused_by_the_plan(
+    words: list[str], message: str, hint: str | None, gptq: Run, place: Path
+) -> None:
+    result = gptq("plan", *settings(place), *words)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in result.stderr
+    assert hint is None or f"hint: {hint}" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message", "hint"),
+    [
+        (
+            ["--target-kl=1e-9", "--allow-bits=2,3"],
+            "error[E_ALLOC_GOAL]: no choice of widths has a target_kl of 1e-09: the smallest is",
+            "choose another goal",
+        ),
+        (
+            ["--bits=2.5", "--allow-bits=2,3", "--protect=.*x_proj"],
+            "error[E_CFG_NO_MATCH]: protect: '.*x_proj' matches no layer",
+            "it must match from the start of a name such as model.layers.0.",
+        ),
+        (
+            ["--bits=2.1", "--allow-bits=2,4", "--protect=.*"],
+            "error[E_ALLOC_GOAL]: no choice of widths has an average of 2.1 bits: "
+            "the smallest is 4 bits",
+            "choose another goal",
+        ),
+    ],
+)
+def test_a_goal_that_the_measurement_excludes_is_refused(
+    words: list[str], message: str, hint: str, gptq: Run, place: Path
+) -> None:
+    result = gptq("allocate", *settings(place), *words)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in result.stderr
+    assert f"hint: {hint}" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message", "hint"),
+    [
+        ([], 2, "error[E_ALLOC_GOAL]: there is no goal, so", "add a goal: --bits 3.5"),
+        (["--bits=3"], 6, "error[E_OUT_EXISTS]: `", "replace it: --overwrite"),
+    ],
+)
+def test_a_configuration_is_only_written_for_a_goal(
+    words: list[str], code: int, message: str, hint: str, gptq: Run, place: Path
+) -> None:
+    file = place / "old.yaml"
+    file.write_text("bits: 4\n")
+    result = gptq("allocate", *settings(place), *words, "-o", file)
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert message in result.stderr
+    assert f"hint: {hint}" in result.stderr
+    assert file.read_text() == "bits: 4\n"
+
+
+def test_a_plan_shows_the_sizes_that_widths_may_make(gptq: Run, place: Path) -> None:
+    result = gptq("plan", *settings(place), "--bits=5.5", "--target=vllm")
+    assert result.exit_code == 0, result.stderr
+    assert "note: each layer will get 4 or 8 bits, the output " in result.stderr
+    assert "this plan has 8 bits everywhere" in result.stderr
