@@ -134,6 +134,7 @@ class Command:
     name: str
     source: Path
     old: Path | None
+    to: str = "gptq_v2"  # the format of `convert`
 
     def run(self, output: Path) -> None:
         from gptq_cli.inspection.convert import convert_checkpoint
@@ -144,7 +145,7 @@ class Command:
         if self.name == "quantize":
             Case(self.source, {}, []).run(output, overwrite=overwrite)
         elif self.name == "convert":
-            convert_checkpoint(str(self.source), output, "gptq_v2", overwrite=overwrite)
+            convert_checkpoint(str(self.source), output, self.to, overwrite=overwrite)
         else:
             dequantize_checkpoint(str(self.source), output, overwrite=overwrite)
 
@@ -195,6 +196,7 @@ def commands_to_kill(model: Path, folder: Path) -> dict[str, Command]:
         "quantize over an output": Command("quantize", model, converted),
         "quantize over a foreign checkpoint": Command("quantize", model, foreign),
         "convert": Command("convert", quantized, None),
+        "convert to mlx": Command("convert", quantized, None, "mlx"),
         "convert over an output": Command("convert", quantized, dequantized),
         "convert over a foreign checkpoint": Command("convert", quantized, foreign),
         "dequantize": Command("dequantize", quantized, None),

@@ -182,11 +182,7 @@ def check_rules(
         yield Defect("E_CKPT_RULES", message, "config.json", None, hint)
     for module in modules:
         yield from _check_module(config, module)
-        plain = checkpoint.tensors.get(f"{module}.weight")
-        if plain is not None and plain.name != f"{module}.{packing.codes}":
-            hint = "remove one of the two from the file: readers take one or the other"
-            message = "stored beside its packed form"
-            yield Defect("E_CKPT_RULES", message, plain.file.name, plain.name, hint)
+        yield from _check_plain_form(checkpoint, module, packing)
     for name in config.listed or ():
         if modules and not any(module.endswith(name) for module in modules):
             message = f"{LISTED} names `{name}`, but no quantized module has that name"
@@ -208,6 +204,14 @@ def _check_module(config: StoredConfig, module: str) -> Iterator[Defect]:
         yield _rule_defect(f"`{module}` is quantized, but rule '{rule}' excludes it", module)
     if not config.is_listed(module) and module != HEAD:
         yield _rule_defect(f"`{module}` is quantized, but {LISTED} does not name it", module)
+
+
+def _check_plain_form(checkpoint: Checkpoint, module: str, packing: Packing) -> Iterator[Defect]:
+    plain = checkpoint.tensors.get(f"{module}.weight")
+    if plain is not None and plain.name != f"{module}.{packing.codes}":
+        hint = "remove one of the two from the file: readers take one or the other"
+        message = "stored beside its packed form"
+        yield Defect("E_CKPT_RULES", message, plain.file.name, plain.name, hint)
 
 
 def _check_head(checkpoint: Checkpoint, config: StoredConfig, quantized: bool) -> Iterator[Defect]:

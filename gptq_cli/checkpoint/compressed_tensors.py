@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from gptq_cli.checkpoint.defects import Defect
@@ -137,14 +138,22 @@ def unreadable(stored: Mapping[str, Any]) -> str:
     if not isinstance(groups, dict) or not all(isinstance(item, dict) for item in groups.values()):
         return "without a mapping config_groups"
     for group in groups.values():
-        format = group.get("format") or stored.get("format")
-        if format != PACKED:
-            return str(format)
-        if group.get("input_activations") or group.get("output_activations"):
-            return "quantized activations"
-        weights = group.get("weights") or {}
-        if weights.get("type", "int") != "int" or weights.get("dynamic"):
-            return f"weights of type {weights.get('type')}"
+        found = _unreadable_group(group, group.get("format") or stored.get("format"))
+        if found:
+            return found
+    return ""
+
+
+def _unreadable_group(group: Mapping[str, Any], format: object) -> str:
+    if format != PACKED:
+        return str(format)
+    if group.get("input_activations") or group.get("output_activations"):
+        return "quantized activations"
+    weights = group.get("weights") or {}
+    if weights.get("type", "int") != "int":
+        return f"weights of type {weights['type']}"
+    if weights.get("dynamic"):
+        return "dynamic weights"
     return ""
 
 
@@ -227,8 +236,8 @@ def _wrong_groups(stored: Mapping[str, Any]) -> Iterator[str]:
         yield "config_groups is missing or empty"
         return
     for name, group in groups.items():
-        weights, targets = group.get("weights"), group.get("targets")
-        if not isinstance(targets, list) or not all(isinstance(item, str) for item in targets):
+        weights = group.get("weights")
+        if not _are_names(group.get("targets")):
             yield f"{name}: targets is not a list of names"
         if not isinstance(weights, dict):
             yield f"{name}: weights is not a mapping of settings"
@@ -240,19 +249,20 @@ def _wrong_groups(stored: Mapping[str, Any]) -> Iterator[str]:
 
 def _wrong_patterns(stored: Mapping[str, Any]) -> Iterator[str]:
     """Yield names and patterns of `ignore` and targets that cannot be matched."""
-    names = stored.get("ignore") or []
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    lists = [stored.get("ignore") or []]
+    if not _are_names(lists[0]):
         yield "ignore is not a list of names"
-        return
     for group in (stored.get("config_groups") or {}).values():
-        targets = group.get("targets")
-        if isinstance(targets, list):
-            names = names + targets
-    for name in names:
-        if isinstance(name, str) and name.startswith(PATTERN):
+        lists.append(group.get("targets"))
+    for name in chain(*filter(_are_names, lists)):
+        if name.startswith(PATTERN):
             reason = flaw_of(name.removeprefix(PATTERN))
             if reason:
                 yield f"{name!r} is not a regular expression: {reason}"
+
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def describe(linears: Linears) -> dict[str, Any]:

@@ -76,7 +76,10 @@ DTYPES_OF_CONFIG = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # i
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor on disk; `start` and `end` are byte offsets in `file`."""
+    """One tensor on disk; `start` and `end` are byte offsets in `file`.
+
+    With a `stack` it is item `place` of the tensor that has this name in the file.
+    """
 
     name: str
     dtype: str
@@ -84,6 +87,8 @@ class TensorInfo:
     file: Path
     start: int
     end: int
+    stack: str | None = None
+    place: int = 0
 
     @property
     def nbytes(self) -> int:

@@ -19,13 +19,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from gptq_cli.checkpoint.headers import DTYPES, TensorInfo
-from gptq_cli.errors import InputError
+from gptq_cli.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
     from gptq_cli.solver.quantized_linear import QuantizedLinear
@@ -35,11 +36,21 @@ SINGLE_FILE = "model.safetensors"
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """A tensor to be written: safetensors dtype name and shape."""
+    """A tensor to be written: safetensors dtype name and shape.
+
+    With a `stack` it is item `place` of the first dimension of the tensor of that name.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    stack: str | None = None
+    place: int = 0
+
+    @property
+    def stored_name(self) -> str:
+        """The name of the tensor in the file."""
+        return self.stack or self.name
 
     @property
     def nbytes(self) -> int:
@@ -76,10 +87,11 @@ class Layout:
 def plan_layout(units: list[tuple[TensorSpec, ...]], max_shard_bytes: int) -> Layout:
     """Return files of at most `max_shard_bytes` that hold all tensors of `units`.
 
-    A unit, such as the tensors of one linear, is never split. If it is larger than the limit, it
-    gets a file of its own. File names follow the Hugging Face convention.
+    A unit, such as the tensors of one linear, is never split, and neither are the units of a stack.
+    If a unit is larger than the limit, it gets a file of its own. File names follow the Hugging
+    Face convention. ConfigError E_CFG_FORMAT if the items of a stack differ, or some are missing.
     """
-    files = _fill_files(units, max_shard_bytes)
+    files = _fill_files(_joined(units), max_shard_bytes)
     if len(files) == 1:
         names, index = [SINGLE_FILE], None
     else:
@@ -90,6 +102,31 @@ def plan_layout(units: list[tuple[TensorSpec, ...]], max_shard_bytes: int) -> La
         for spec in unit:
             specs[spec.name] = spec
     return Layout(tuple(map(_shard, names, files)), specs, index)
+
+
+def _joined(units: list[tuple[TensorSpec, ...]]) -> list[tuple[TensorSpec, ...]]:
+    """Return the units, with those of a stack as one unit at the place of its first one."""
+    joined: dict[str, tuple[TensorSpec, ...]] = {}
+    for unit in units:
+        name = unit[0].stored_name
+        joined[name] = (*joined.get(name, ()), *unit)
+    for unit in joined.values():
+        _check_stacks(unit)
+    return list(joined.values())
+
+
+def _check_stacks(unit: Iterable[TensorSpec]) -> None:
+    stacks: dict[str, list[TensorSpec]] = defaultdict(list)
+    for spec in unit:
+        if spec.stack is not None:
+            stacks[spec.stack].append(spec)
+    for name, items in stacks.items():
+        places = sorted(spec.place for spec in items)
+        kinds = {(spec.dtype, spec.shape) for spec in items}
+        if places != list(range(len(items))) or len(kinds) > 1:
+            message = f"`{name}` would hold all experts, but they differ in settings"
+            hint = "give all experts of a layer the same settings, or keep all of them"
+            raise ConfigError("E_CFG_FORMAT", message, hint=hint)
 
 
 def _fill_files(
@@ -111,18 +148,24 @@ def _fill_files(
 def _shard(file: str, specs: list[TensorSpec]) -> Shard:
     # Wide types come first, as in the safetensors library, so that every tensor is aligned to its
     # own size.
-    ordered = sorted(specs, key=lambda spec: (-DTYPES[spec.dtype].bits, spec.name))
+    ordered = sorted(
+        specs, key=lambda spec: (-DTYPES[spec.dtype].bits, spec.stored_name, spec.place)
+    )
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     relative: dict[str, int] = {}
     position = 0
     for spec in ordered:
         relative[spec.name] = position
-        entries[spec.name] = {
-            "dtype": spec.dtype,
-            "shape": list(spec.shape),
-            "data_offsets": [position, position + spec.nbytes],
-        }
+        start, shape = position, list(spec.shape)
         position += spec.nbytes
+        if spec.stack is not None:
+            start = relative[spec.name] - spec.place * spec.nbytes
+            shape = [spec.place + 1, *shape]  # the last item of a stack has the right one
+        entries[spec.stored_name] = {
+            "dtype": spec.dtype,
+            "shape": shape,
+            "data_offsets": [start, position],
+        }
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)
@@ -135,7 +178,7 @@ def _index(names: list[str], files: list[list[TensorSpec]]) -> str:
     total = 0
     for name, specs in zip(names, files, strict=True):
         for spec in specs:
-            weight_map[spec.name] = name
+            weight_map[spec.stored_name] = name
             total += spec.nbytes
     content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
@@ -201,6 +244,14 @@ class Packing:
     def parts(self) -> tuple[str, ...]:
         """The names of all parts."""
         return tuple(self.dtypes)
+
+    def stack_of(self, module: str) -> tuple[str, int] | None:
+        """Return the module whose parts hold those of `module`, and the place in them.
+
+        None if the parts of `module` are tensors of their own.
+        """
+        del module
+        return None
 
     def shapes(self, sizes: Sizes) -> dict[str, tuple[int, ...]]:
         """Return the shape of each part of a linear."""
@@ -310,9 +361,14 @@ class PackedModule:
 def packed_specs(weight: str, sizes: Sizes, packing: Packing) -> tuple[TensorSpec, ...]:
     """Return the tensors that replace `weight`, a name that ends in ".weight"."""
     module = weight.removesuffix(".weight")
+    stacked = packing.stack_of(module)
     specs = []
     for part, shape in packing.shapes(sizes).items():
-        specs.append(TensorSpec(f"{module}.{part}", packing.written_dtype(part, sizes), shape))
+        spec = TensorSpec(f"{module}.{part}", packing.written_dtype(part, sizes), shape)
+        if stacked is not None:
+            stack, place = stacked
+            spec = replace(spec, stack=f"{stack}.{part}", place=place)
+        specs.append(spec)
     return tuple(specs)
 
 

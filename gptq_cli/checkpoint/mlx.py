@@ -8,8 +8,9 @@ torch, except to encode.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from gptq_cli.checkpoint.defects import Defect
@@ -25,6 +26,65 @@ if TYPE_CHECKING:
 FORMAT = "mlx"
 GROUP_SIZES = (128, 64, 32)
 FLOATS = ("F16", "BF16", "F32")
+
+
+SWITCH = "switch_mlp"  # the module that holds all experts of a layer
+EXPERT_LINEARS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+LETTERS = {name: letter for letter, name in EXPERT_LINEARS.items()}
+HOLDER_OF_LETTERS = "block_sparse_moe"  # whose experts have w1, w2 and w3, as in Mixtral
+_EXPERT = re.compile(r"(.+)[.]experts[.](\d+)[.]([^.]+)")
+_STACKED = re.compile(rf"(.+)[.]{SWITCH}[.]([^.]+)[.](weight|scales|biases)")
+
+
+def unstacked(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Return the tensors with one of each expert in place of those that hold all experts.
+
+    Experts get the names that they have in checkpoints for transformers.
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        match = _STACKED.fullmatch(name)
+        if match is None or len(tensor.shape) != 3:
+            found[name] = tensor
+            continue
+        holder, linear, part = match.groups()
+        if holder.endswith(HOLDER_OF_LETTERS):
+            linear = LETTERS.get(linear, linear)
+        size = tensor.nbytes // max(tensor.shape[0], 1)
+        for place in range(tensor.shape[0]):
+            item = f"{holder}.experts.{place}.{linear}.{part}"
+            start = tensor.start + place * size
+            found[item] = replace(
+                tensor,
+                name=item,
+                shape=tensor.shape[1:],
+                start=start,
+                end=start + size,
+                stack=name,
+                place=place,
+            )
+    return found
+
+
+def stack_of(module: str) -> tuple[str, int] | None:
+    """Return the module that holds all experts beside the linear `module`, and its place in it.
+
+    >>> stack_of("model.layers.0.mlp.experts.7.up_proj")
+    ('model.layers.0.mlp.switch_mlp.up_proj', 7)
+    """
+    match = _EXPERT.fullmatch(module)
+    if match is None:
+        return None
+    linear = EXPERT_LINEARS.get(match[3], match[3])
+    return f"{match[1]}.{SWITCH}.{linear}", int(match[2])
+
+
+def stored_name(module: str) -> str:
+    """Return the name of the module that holds the parts of `module`."""
+    stacked = stack_of(module)
+    if stacked is None:
+        return module
+    return stacked[0]
 
 
 def columns_of(group_size: int, in_features: int) -> int:
@@ -53,6 +113,10 @@ class MlxPacking(Packing):
     def __init__(self, settings: Callable[[str], Settings] | None = None) -> None:
         super().__init__(FORMAT)
         self._settings = settings
+
+    def stack_of(self, module: str) -> tuple[str, int] | None:
+        """Return the module that holds all experts of a layer, and the place of this one."""
+        return stack_of(module)
 
     def shapes(self, sizes: Sizes) -> dict[str, tuple[int, ...]]:
         """Return the shape of each part of a linear."""
@@ -162,7 +226,7 @@ class MlxConfig(StoredConfig):
 
     def settings(self, module: str) -> Settings:
         """Return the settings of a quantized module."""
-        changes = self.layers.get(module)
+        changes = self.layers.get(stored_name(module))
         if not isinstance(changes, dict):
             changes = {}
         return Settings(
@@ -174,7 +238,7 @@ class MlxConfig(StoredConfig):
 
     def skip_rule(self, module: str) -> str | None:
         """Return the entry that excludes `module` from quantization."""
-        if self.layers.get(module) is False:
+        if self.layers.get(stored_name(module)) is False:
             return f"{module}: false"
         return None
 
@@ -224,6 +288,6 @@ def describe(linears: Linears) -> dict[str, Any]:
     base, others = Linears(stored, linears.in_features, ()).usual()
     described: dict[str, Any] = {"group_size": base.group_size, "bits": base.bits}
     for name, settings in others.items():
-        described[name] = {"group_size": settings.group_size, "bits": settings.bits}
+        described[stored_name(name)] = {"group_size": settings.group_size, "bits": settings.bits}
     # mlx-lm writes both, and reads the first one.
     return {"quantization": described, "quantization_config": described}

@@ -293,10 +293,7 @@ def _check_decoded(stored: Stored) -> Iterator[Defect]:
     if not outputs.size:
         return
     arrays = {part: read_array(tensor) for part, tensor in stored.parts.items()}
-    groups = packing.groups(arrays)
-    if groups is None:
-        columns = np.arange(stored.in_features)
-        groups = columns // (columns.size // scales.shape[1])
+    groups = _groups(stored, arrays, scales.shape[1])
     # `_check_groups` reports groups that do not exist.
     if groups.min() < 0 or groups.max() >= scales.shape[1]:
         return
@@ -315,3 +312,12 @@ def _check_decoded(stored: Stored) -> Iterator[Defect]:
         hint = "quantize the full-precision model again, or gptq dequantize with --dtype bfloat16"
         file, name = codes_part.file.name, codes_part.name
         yield Defect("E_CKPT_NONFINITE", message, file, name, hint, "readers")
+
+
+def _groups(stored: Stored, arrays: Mapping[str, Array], groups: int) -> Array:
+    """Return the group of each column, which is that of the order if there is no g_idx."""
+    g_idx: Array | None = stored.packing.groups(arrays)
+    if g_idx is not None:
+        return g_idx
+    columns = np.arange(stored.in_features)
+    return columns // (columns.size // groups)

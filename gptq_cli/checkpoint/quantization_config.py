@@ -97,6 +97,16 @@ class Linears:
         """Whether all quantized linears are symmetric."""
         return all(settings.sym for settings in self.quantized.values())
 
+    def kept_in_blocks(self) -> list[str]:
+        """Return the kept linears that are beside quantized ones in a list of blocks."""
+        blocks = {item.list_name for item in map(list_item, self.quantized) if item}
+        kept = []
+        for name in self.kept:
+            item = list_item(name)
+            if item and item.list_name in blocks:
+                kept.append(name)
+        return kept
+
     def usual(self) -> tuple[Settings, dict[str, Settings]]:
         """Return the settings of most linears, and those of the others, sorted by name."""
         base = Counter(self.quantized.values()).most_common(1)[0][0]
@@ -204,29 +214,26 @@ def describe_linears(linears: Linears, format: str) -> dict[str, Any]:
     Exact rules state what differs from the settings of most linears.
     """
     base, others = linears.usual()
-    by_settings: dict[Settings, list[str]] = defaultdict(list)
-    for name, settings in others.items():
-        by_settings[settings].append(name)
-    rules: dict[str, dict[str, Any]] = {}
-    for settings, names in by_settings.items():
-        for pattern in _anchored(names):
-            rules[f"+:{pattern}"] = {
-                "bits": settings.bits,
-                "group_size": settings.group_size,
-                "sym": settings.sym,
-            }
+    rules = _exact_rules(others)
     given = {"bits": base.bits, "group_size": base.group_size, "sym": base.sym, "dynamic": rules}
     config = QuantizeConfig.model_validate({"preset": "gptq", "format": format, **given})
     quantized = {}
     for name, settings in linears.quantized.items():
         quantized[name] = LayerConfig(settings.bits, settings.group_size, settings.sym)
-    blocks = {item.list_name for item in map(list_item, quantized) if item}
-    kept = []
-    for name in linears.kept:
-        item = list_item(name)
-        if item and item.list_name in blocks:
-            kept.append(name)
-    return describe(config, quantized, kept)
+    return describe(config, quantized, linears.kept_in_blocks())
+
+
+def _exact_rules(linears: Mapping[str, Settings]) -> dict[str, dict[str, Any]]:
+    """Return `+:` rules that give exactly these linears their settings."""
+    by_settings: dict[Settings, list[str]] = defaultdict(list)
+    for name, settings in linears.items():
+        by_settings[settings].append(name)
+    rules: dict[str, dict[str, Any]] = {}
+    for settings, names in by_settings.items():
+        values = {"bits": settings.bits, "group_size": settings.group_size, "sym": settings.sym}
+        for pattern in _anchored(names):
+            rules[f"+:{pattern}"] = values
+    return rules
 
 
 def _any_of(names: Iterable[str]) -> str:
@@ -411,13 +418,9 @@ def format_of(checkpoint: Checkpoint) -> str:
 
     InputError E_CKPT_QUANTIZED if the checkpoint is quantized in a way that cannot be read.
     """
+    if dialect_of(checkpoint.method) is not None:
+        return _other_format(checkpoint)
     stored = checkpoint.quantization or {}
-    dialect = dialect_of(checkpoint.method)
-    if dialect is not None:
-        unreadable = dialect.unreadable(stored)
-        if unreadable:
-            raise _not_read(checkpoint, f"is quantized as {checkpoint.method} ({unreadable})")
-        return str(checkpoint.method)
     method, format = checkpoint.method or "gptq", declared_format(stored)
     packing = stored.get("pack_dtype") or "int32"
     if method != "gptq":
@@ -428,6 +431,15 @@ def format_of(checkpoint: Checkpoint) -> str:
     if other:
         raise _not_read(checkpoint, f"has format {format}, but its linears are packed for {other}")
     return str(format)
+
+
+def _other_format(checkpoint: Checkpoint) -> str:
+    """Return the format of a checkpoint that is not of GPTQ's own formats."""
+    format = str(checkpoint.method)
+    unreadable = dialect_of(format).unreadable(checkpoint.quantization or {})
+    if unreadable:
+        raise _not_read(checkpoint, f"is quantized as {format} ({unreadable})")
+    return format
 
 
 def _not_read(checkpoint: Checkpoint, reason: str) -> InputError:

@@ -149,7 +149,12 @@ class TensorReader:
             with _system_errors(file), Path(file).open("rb"):
                 opened = self._open[file] = safe_open(file, framework="pt", device="cpu")
         with _system_errors(file):
-            tensor: Tensor = opened.get_tensor(name)
+            tensor: Tensor
+            stack = self._tensors[name].stack
+            if stack is None:
+                tensor = opened.get_tensor(name)
+            else:
+                tensor = opened.get_slice(stack)[self._tensors[name].place]
         return tensor
 
     def prefetch(self, names: Iterable[str]) -> None:

@@ -166,6 +166,10 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     stamps = _stamps(directory)
     config, repeated = read_config(directory / "config.json")
     stored = _read_tensors(directory)
+    if is_of_mlx("quantization", config.get("quantization")):
+        from gptq_cli.checkpoint.mlx import unstacked
+
+        stored = stored._replace(tensors=unstacked(stored.tensors))
     has_adapter = directory / ADAPTER_CONFIG in stamps
     config_remarks = remarks_on(str(directory), config, stored.tensors, has_adapter=has_adapter)
     checkpoint = Checkpoint(

@@ -6,7 +6,7 @@ resolved configuration is valid input again and gives an equal one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Literal, get_args
 
@@ -495,30 +495,34 @@ def _format_conflicts(
     changed = overrides or {}
     implied = {key: value for key, value, _ in _implied(changed)}
     effective = {**values, **implied, **changed}
-    format = effective.get("format", _default("format"))
-    bits, group_size = effective.get("bits"), effective.get("group_size", _default("group_size"))
-    if format not in FORMATS or bits not in BITS or type(group_size) is not int:
-        return []  # the schema refuses these values
-    g_idx = effective.get("desc_act") is True and effective.get("static_groups") is not True
-    could = formats_for(bits, group_size, g_idx=g_idx)
     findings = []
-    for key, reason in misfits(format, bits, group_size, g_idx=g_idx).items():
+    for key, (reason, hint) in _misfits_of(effective).items():
         path: KeyPath = (key,)
         if rule is not None:
             path = ("dynamic", rule, key)
         if rule is None or key in changed:  # others are reported for all layers
-            predicate, hint = f"do not fit: {reason}", _format_hint(key, could)
+            predicate = f"do not fit: {reason}"
             findings.append(Finding((path, ("format",)), "E_CFG_FORMAT", predicate, hint))
     return findings
 
 
-def _format_hint(key: str, could: Sequence[str]) -> str | None:
-    """Return the way out for a setting; `could` are the formats that store it."""
-    if key == "desc_act":
-        return "use --static-groups or --act-group-aware in its place, or --format gptq"
-    if not could:
-        return None
-    return f"use --format {one_of(could)}"
+def _misfits_of(values: Mapping[str, Any]) -> dict[str, tuple[str, str | None]]:
+    """Return the settings that the format cannot store, with the reason and the way out."""
+    format = values.get("format", _default("format"))
+    bits, group_size = values.get("bits"), values.get("group_size", _default("group_size"))
+    if format not in FORMATS or bits not in BITS or type(group_size) is not int:
+        return {}  # the schema refuses these values
+    g_idx = values.get("desc_act") is True and values.get("static_groups") is not True
+    could = formats_for(bits, group_size, g_idx=g_idx)
+    hint = None
+    if could:
+        hint = f"use --format {one_of(could)}"
+    found = {}
+    for key, reason in misfits(format, bits, group_size, g_idx=g_idx).items():
+        found[key] = reason, hint
+        if key == "desc_act":
+            found[key] = reason, "use --static-groups or --act-group-aware in its place"
+    return found
 
 
 def _goal_conflicts(values: Mapping[str, Any]) -> list[Finding]:

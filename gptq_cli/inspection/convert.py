@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -37,9 +37,9 @@ from gptq_cli.checkpoint.reader import DequantizingReader, columns_in_order, enc
 from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.checkpoint.verify import check_written
 from gptq_cli.checkpoint.writer import CheckpointWriter, copy_side_files
-from gptq_cli.config.layer import FORMATS, GPTQ_FORMATS, kind_of, misfits
+from gptq_cli.config.layer import FORMATS, GPTQ_FORMATS, formats_for, misfits
 from gptq_cli.config.resolve import resolve, to_yaml
-from gptq_cli.errors import ConfigError, InputError, Problem
+from gptq_cli.errors import ConfigError, InputError, Problem, one_of
 from gptq_cli.events import LayerStarted, PhaseStarted, Report, ignore
 from gptq_cli.files import is_file
 from gptq_cli.inspection.rewriting import Rewritten, fresh, open_source, publish, write_tensors
@@ -110,26 +110,23 @@ class _Conversion:
 
     def check(self) -> None:
         """Raise ConfigError E_CFG_FORMAT for each kind of layer that the format cannot store."""
-        kinds: dict[str, Counter[str]] = defaultdict(Counter)
-        could = set(FORMATS)
+        layers: dict[str, list[str]] = defaultdict(list)
+        could = list(FORMATS)
         for name, settings in self._settings.items():
             g_idx = settings.desc_act and not self._is_in_order(name)
             size = settings.group_size
             for reason in misfits(self._to, settings.bits, size, g_idx=g_idx).values():
-                kinds[reason][kind_of(name)] += 1
-            for format in FORMATS:
-                if misfits(format, settings.bits, size, g_idx=g_idx):
-                    could.discard(format)
-        if not kinds:
+                layers[reason].append(name)
+            holders = formats_for(settings.bits, size, g_idx=g_idx)
+            could = [format for format in could if format in holders]
+        if not layers:
             return
         hint = "quantize the original model again with other settings"
         if could:
-            named = ", ".join(format for format in FORMATS if format in could)
-            hint = f"formats that store all layers: {named}"
+            hint = f"what stores all layers: --to {one_of(could)}"
         problems = []
-        for reason, names in kinds.items():
-            first, count = next(iter(names)), names.total()
-            message = f"{reason}, which {count} layers need, first `{first}`"
+        for reason, names in layers.items():
+            message = f"{reason}, but `{names[0]}`{_others(names)} needs more"
             problems.append(Problem("E_CFG_FORMAT", message, hint))
         raise ConfigError.of(problems)
 
@@ -197,6 +194,13 @@ class _Conversion:
             tensors = encode(linear, self._packing, sym=self._settings[unit].sym)
             for part, tensor in tensors.items():
                 writer.write(f"{unit}.{part}", tensor)
+
+
+def _others(names: Sequence[str]) -> str:
+    """Return how many names follow the first one, "" if none does."""
+    if len(names) == 1:
+        return ""
+    return f" and {len(names) - 1} more"
 
 
 def _zero_point_of_zero(name: str, to: str) -> InputError:

@@ -645,6 +645,12 @@ def _advise_keeping(misfits: Sequence[LayerPlan], quantized: Iterable[LayerPlan]
 # ---------------------------------------------------------------- the output
 
 
+def _packing_of(layers: Iterable[LayerPlan], format: str) -> Packing:
+    """Return how the output stores the layers to be quantized."""
+    sym = all(layer.config.sym for layer in layers if layer.config)
+    return packing_for(format, sym=sym)
+
+
 def _lay_out(
     plain: Plain, layers: Iterable[LayerPlan], packing: Packing, max_shard_bytes: int
 ) -> Layout:

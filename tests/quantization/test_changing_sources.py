@@ -29,7 +29,7 @@ from gptq_cli.events import (
     LayerStarted,
     PhaseStarted,
 )
-from gptq_cli.inspection import compare, convert, layer_statistics
+from gptq_cli.inspection import compare, convert, dequantize, layer_statistics
 from gptq_cli.inspection.compare import compare_checkpoints
 from gptq_cli.inspection.convert import convert_checkpoint
 from gptq_cli.inspection.dequantize import dequantize_checkpoint
@@ -209,6 +209,7 @@ def test_rewriting_a_checkpoint_that_changes_is_refused(
 
     if late:  # all tensors are written
         monkeypatch.setattr(convert, "write_json", write_late)
+        monkeypatch.setattr(dequantize, "write_json", write_late)
 
     def early(event: Event) -> bool:
         return isinstance(event, LayerStarted) and not late
