@@ -29,7 +29,7 @@ CHANGES: dict[str, dict[str, object]] = {
     "gpt2": {"n_embd": 256, "n_layer": 2, "n_head": 8},
     "opt": {"ffn_dim": 512, "word_embed_proj_dim": 256},
     "phi": {"num_key_value_heads": 8},
-    "qwen3_moe": {"moe_intermediate_size": 128},
+    "qwen3_moe": {"moe_intermediate_size": 256},
 }
 SHARED = {"group_size": 128, "seqlen": 64, "nsamples": 16, "device": "cpu"}
 GROUPED = re.compile(r"[^a-z0-9.-]+")
@@ -47,20 +47,25 @@ class Case:
 
     @property
     def id(self) -> str:
-        return GROUPED.sub("-", f"{self.section} {self.title}".lower())
+        return GROUPED.sub("-", f"{self.section} {self.title}".lower()).strip("-")
 
 
 def _grids() -> Iterator[Case]:
-    for bits, sym, order, format in itertools.product(
-        (2, 3, 4, 8), (True, False), (False, True), ("gptq", "gptq_v2")
-    ):
-        words = [f"{bits} bits"]
-        words.append("sym" if sym else "asym")
-        if order:
-            words.append("desc_act")
-        words.append(f"`{format}`")
-        settings = {"bits": bits, "sym": sym, "format": format, "desc_act": order}
-        yield Case("bits, grid, order", ", ".join(words), settings | {"preset": "gptq"})
+    for bits, sym, format in itertools.product((2, 3, 4, 8), (True, False), ("gptq", "gptq_v2")):
+        yield _grid(bits, sym=sym, format=format)
+    for bits in (2, 3, 4, 8):
+        yield _grid(bits, sym=True, format="gptq", desc_act=True)
+    yield _grid(4, sym=False, format="gptq_v2", desc_act=True)
+
+
+def _grid(bits: int, *, sym: bool, format: str, desc_act: bool = False) -> Case:
+    words = [f"{bits} bits", "sym", f"`{format}`"]
+    if not sym:
+        words[1] = "asym"
+    if desc_act:
+        words.append("desc_act")
+    settings = {"bits": bits, "sym": sym, "format": format, "desc_act": desc_act}
+    return Case("bits, grid, order", ", ".join(words), settings | {"preset": "gptq"})
 
 
 def _groups() -> Iterator[Case]:
@@ -192,9 +197,8 @@ VARIANTS: dict[str, Case] = {
     "down_proj in 8 bits": _rule("", "", r"+:.*\.down_proj=bits=8"),
     "q, k and v in groups of 32": _rule("", "", r"+:.*\.[qkv]_proj=group_size=32"),
     "quantized lm_head": Case("", "", {"lm_head": True}),
-    "tied model": Case("", "", {}, "qwen3"),
+    "tied lm_head": Case("", "", {}, "qwen3"),
     "Qwen2 (with biases)": Case("", "", {}, "qwen2"),
-    "Phi-3": Case("", "", {}, "phi3"),
     "Qwen3-MoE": Case("", "", {}, "qwen3_moe"),
 }
 
@@ -208,7 +212,7 @@ def _formats() -> Iterator[Case]:
             settings = {"bits": bits, "format": format, "sym": False}
             yield Case(section, f"{bits} bits, asym", settings)
         for title, case in VARIANTS.items():
-            settings = {"bits": 4, "format": format} | case.settings
+            settings = {"bits": 4} | case.settings | {"format": format}
             yield Case(section, f"4 bits, {title}", settings, case.family)
 
 
@@ -220,4 +224,5 @@ CASES = (
     *HEADS,
     *_families(),
     *MIXTURES,
+    *_formats(),
 )

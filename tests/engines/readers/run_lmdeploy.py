@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from answers import serve
-from run_transformers import run as run_transformers
+from run_transformers import logits_of, unknown_names
 from safetensors.torch import load_file, save_file
 from stand_ins import stand_in_for
+from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, sys.argv[1])
 stand_in_for({"lmdeploy.turbomind._turbomind", "mmengine", "shortuuid"})
@@ -51,7 +52,7 @@ def formats_of(directory: str) -> list[Any]:
     converter.WeightFormatResolver = lambda **named: formats.extend(named["formats"])
     converter.get_registered_name = stop
     try:
-        converter.get_tm_config(directory, TurbomindEngineConfig())
+        converter.get_tm_config(directory, TurbomindEngineConfig(devices=[0]))
     except Accepted:
         return formats
     finally:
@@ -70,7 +71,8 @@ def run(directory: str, ids: np.ndarray) -> tuple[np.ndarray, list[str]]:
     with tempfile.TemporaryDirectory() as plain:
         (Path(plain) / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
         save_file(unpack(tensors, formats), Path(plain) / "model.safetensors", {"format": "pt"})
-        return run_transformers(plain, ids)
+        model, info = AutoModelForCausalLM.from_pretrained(plain, output_loading_info=True)
+        return logits_of(model, ids), unknown_names(info)
 
 
 def unpack(tensors: Tensors, formats: list[Any]) -> Tensors:
