@@ -289,5 +289,7 @@ def describe(linears: Linears) -> dict[str, Any]:
     described: dict[str, Any] = {"group_size": base.group_size, "bits": base.bits}
     for name, settings in others.items():
         described[stored_name(name)] = {"group_size": settings.group_size, "bits": settings.bits}
+    for name in linears.kept:
+        described[stored_name(name)] = False
     # mlx-lm writes both, and reads the first one.
     return {"quantization": described, "quantization_config": described}

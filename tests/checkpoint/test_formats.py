@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from gptq_cli.checkpoint.layout import Sizes
-from gptq_cli.checkpoint.quantization_config import packing_for
+from gptq_cli.checkpoint.mlx import describe
+from gptq_cli.checkpoint.quantization_config import Linears, Settings, packing_for
 from gptq_cli.checkpoint.reader import SAFETENSORS_DTYPE, decode, encode
 from gptq_cli.config.layer import FORMATS, HOLDS
 from gptq_cli.solver.quantized_linear import QuantizedLinear
@@ -113,3 +114,11 @@ def test_mlx_splits_long_groups_into_equal_ones(
     assert torch.equal(tensors["scales"][:, :: in_features // groups // columns], layer.scales)
     truth = layer.dequantize().double().numpy()
     assert np.array_equal(slow_weight("mlx", tensors, 5, False), truth)
+
+
+def test_mlx_names_each_linear_that_is_kept() -> None:
+    settings = Settings(4, 128, sym=True, desc_act=False)
+    linears = Linears({"a.q": settings, "b.q": settings}, {"a.q": 256, "b.q": 256}, ("a.k", "b.k"))
+    described = describe(linears)["quantization"]
+    assert (described["a.k"], described["b.k"]) == (False, False)
+    assert described.keys() == {"bits", "group_size", "a.k", "b.k"}
