@@ -26,6 +26,7 @@ from gptq_cli.checkpoint.layout import (
 )
 from gptq_cli.checkpoint.model_files import read_json
 from gptq_cli.checkpoint.quantization_config import (
+    Settings,
     StoredConfig,
     declared_format,
     dialect_of,
@@ -69,7 +70,8 @@ class Inspection:
     """The content of a checkpoint; `defects` are those of a GPTQ checkpoint.
 
     `method` is None if the checkpoint is not quantized; for methods other than gptq and fp8, only
-    tensors are listed. `matrices` are the modules with a plain 2-D weight; `transposed` tells
+    tensors are listed. `settings` are those that the configuration gives to each of `modules`, empty
+    if it is unusable. `matrices` are the modules with a plain 2-D weight; `transposed` tells
     whether the original stores its linears [I, O]. `parameters` counts a packed linear by its
     weights. `provenance` holds the notes in the files about the origin of the checkpoint.
     """
@@ -79,6 +81,7 @@ class Inspection:
     sym: bool
     desc_act: bool
     modules: tuple[PackedModule, ...]
+    settings: Mapping[str, Settings]
     matrices: tuple[str, ...]
     transposed: bool
     quantized: tuple[Row, ...]
@@ -117,11 +120,12 @@ class Inspection:
         shapes = {}
         for module in self.modules:
             shapes[module.name] = (module.out_features, module.in_features)
+            stored = self.settings[module.name]
             settings[module.name] = LayerConfig(
                 bits=module.bits,
-                group_size=module.group_size,
-                sym=self.sym,
-                desc_act=self.desc_act,
+                group_size=stored.group_size,  # which engines read, even if it is a whole row
+                sym=stored.sym,
+                desc_act=stored.desc_act,
             )
         return export_of(
             settings,
@@ -157,6 +161,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         sym=all(content.is_sym(module.name) for module in modules),
         desc_act=content.desc_act,
         modules=modules,
+        settings=content.settings,
         matrices=_matrices(others),
         transposed=stores_transposed(checkpoint.config),
         quantized=tuple(collapse(quantized)),
@@ -178,6 +183,13 @@ class _Content:
     packing: Packing = GPTQ
     config: StoredConfig | None = None
     defects: tuple[Defect, ...] = ()
+
+    @property
+    def settings(self) -> dict[str, Settings]:
+        """The settings of each module, empty if the configuration is unusable."""
+        if self.config is None:
+            return {}
+        return {module.name: self.config.settings(module.name) for module in self.modules}
 
     def is_sym(self, module: str) -> bool:
         """Return whether the grid of a module is symmetric, as far as the settings tell."""

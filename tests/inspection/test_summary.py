@@ -11,12 +11,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
+from gptq_cli.config.serving import verdicts
 from gptq_cli.errors import ConfigError, InputError
 from gptq_cli.inspection.layer_statistics import view_layer
 from gptq_cli.inspection.summary import inspect_checkpoint
+from gptq_cli.planning.plan import plan_checkpoint
+from gptq_cli.planning.run_plan import export_of_layers, judge_plan
 from tests.checkpoint.gptq_files import gptq_files
 from tests.families import save_model, text_file
-from tests.runs import quantize, reader
+from tests.runs import config, quantize, reader
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +49,22 @@ def test_shapes_determine_bits_and_groups(mixed: Path) -> None:
     assert (3, "self_attn.o_proj", (64, 128), "BF16") in {
         (r.count, r.name, r.shape, r.settings) for r in found.kept
     }
+
+
+@pytest.mark.parametrize(
+    "changes", [{"group_size": 64}, {"dynamic": {r"+:.*down_proj": {"sym": False}}}]
+)
+def test_engines_judge_an_output_as_they_judged_the_plan(
+    changes: dict[str, object], tmp_path: Path
+) -> None:
+    model = save_model(tmp_path / "model", hidden_size=64, num_hidden_layers=1)
+    settings = config(**changes)
+    plan = plan_checkpoint(open_checkpoint(model), settings)
+    output, _ = quantize(tmp_path, model, **changes)
+    export = inspect_checkpoint(open_checkpoint(output)).export
+    assert export is not None
+    assert verdicts(export) == judge_plan(plan, settings)
+    assert export == export_of_layers(plan.layers, settings)
 
 
 def test_every_byte_and_every_parameter_counts_once(mixed: Path) -> None:
