@@ -17,9 +17,9 @@ SIZES: dict[str, object] = {
     "num_key_value_heads": 4,
     "tie_word_embeddings": False,
 }
-# Both layers of Gemma are of different kinds and see different masks; its head is tied.
-GEMMA: dict[str, object] = {
-    "sliding_window": 8,
+# No window is shorter than the prompts, because not every engine knows windows.
+WINDOW: dict[str, object] = {"sliding_window": 128}
+GEMMA: dict[str, object] = WINDOW | {
     "layer_types": ["sliding_attention", "full_attention"],
     "tie_word_embeddings": True,
 }
@@ -28,6 +28,8 @@ CHANGES: dict[str, dict[str, object]] = {
     "gemma3_text": GEMMA,
     "gpt2": {"n_embd": 256, "n_layer": 2, "n_head": 8},
     "opt": {"ffn_dim": 512, "word_embed_proj_dim": 256},
+    "mistral": WINDOW,
+    "qwen2": WINDOW,
     "phi": {"num_key_value_heads": 8},
     "qwen3_moe": {"moe_intermediate_size": 256},
 }

@@ -10,11 +10,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gptq_cli.config.layer import FORMATS
+
+GPTQ = ("gptq", "gptq_v2")
 READERS = Path(__file__).with_name("readers")
 # The relative error of logits; a zero point that is off by one gives 0.07 or more.
 LARGEST_DIFFERENCE = {"float32": 1e-3, "float16": 5e-3, "bfloat16": 2e-2}
 # GPTQModel compiles a kernel for minutes the first time.
 ANSWER_SECONDS = 900
+
+# Parts of what engines say when they refuse a checkpoint; other words may tell of another fault.
+REFUSALS: dict[str, tuple[str, ...]] = {
+    "vllm": (),
+    "llama.cpp": ("3-bit gptq dequantization is not yet implemented", "is invalid for input of"),
+    "mlx-lm": (
+        "(g_idx) are not currently supported",
+        "is supported for AutoAWQ/GPTQ",
+        "parameters not in model",
+    ),
+    "openvino": (),
+    "transformers": (),
+    "gptqmodel": (),
+    "auto-round": (),
+    "sglang": ("The non-Marlin GPTQ CUDA kernel has been removed", "but in the checkpoint it is"),
+    "lmdeploy": ("unsupported quant config", "Unsupported group_size", "columns"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +43,8 @@ class Engine:
 
     `target` is what the table calls the version and the platform that run here.
     `precision` is a dtype, or "" for that of the model. `packages` are those whose versions count.
-    `source` is a package whose unpacked archive the reader needs.
+    `formats` are those that its reader can try. `source` is a package whose unpacked archive the
+    reader needs.
     """
 
     name: str
@@ -33,6 +54,7 @@ class Engine:
     packages: tuple[str, ...]
     precision: str = ""
     source: str = ""
+    formats: tuple[str, ...] = FORMATS
 
 
 ENGINES = (
@@ -46,7 +68,7 @@ ENGINES = (
         precision="float16",  # of its cache
         source="llama-cpp-python",
     ),
-    Engine("mlx-lm", "mlx-lm", "mlx-lm", "run_mlx.py", ("mlx", "mlx-lm")),
+    Engine("mlx-lm", "mlx-lm", "mlx-lm", "run_mlx.py", ("mlx", "mlx-lm"), precision="float32"),
     Engine(
         "openvino",
         "openvino",
@@ -70,7 +92,15 @@ ENGINES = (
         "run_auto_round.py",
         ("auto-round", "transformers"),
     ),
-    Engine("sglang", "sglang@0.5.23/cuda", "vllm", "run_sglang.py", (), source="sglang"),
+    Engine(
+        "sglang",
+        "sglang@0.5.23/cuda",
+        "vllm",
+        "run_sglang.py",
+        (),
+        source="sglang",
+        formats=GPTQ,
+    ),
     Engine(
         "lmdeploy",
         "lmdeploy",
@@ -79,8 +109,14 @@ ENGINES = (
         (),
         precision="float16",
         source="lmdeploy",
+        formats=GPTQ,
     ),
 )
+
+
+def is_known(engine: Engine, words: str) -> bool:
+    """Return whether `engine` is known to refuse checkpoints with these words."""
+    return any(known in words for known in REFUSALS[engine.name])
 
 
 class Process:

@@ -20,20 +20,19 @@ from transformers import AutoModelForCausalLM
 Tensors = dict[str, torch.Tensor]
 
 
-def logits_of(checkpoint: Path, ids: np.ndarray, plain: Path) -> np.ndarray:
-    """Unpack `checkpoint` into the new directory `plain`; return its float32 logits [B, T, V]."""
-    unpack(checkpoint, plain)
+def logits_of(plain: Path, ids: np.ndarray) -> np.ndarray:
+    """Return the float32 logits [B, T, V] of a checkpoint that is not quantized."""
     model, info = AutoModelForCausalLM.from_pretrained(
         plain, dtype=torch.float32, output_loading_info=True
     )
     unknown = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
-    assert not unknown, f"the unpacked weights do not fit the model: {unknown}"
+    assert not unknown, f"the weights do not fit the model: {unknown}"
     with torch.inference_mode():
         return model.eval()(input_ids=torch.from_numpy(ids), use_cache=False).logits.numpy()
 
 
 def unpack(checkpoint: Path, plain: Path) -> None:
-    """Write the weights of `checkpoint` in float32, without its quantization, into `plain`."""
+    """Write the weights of `checkpoint` in float32, unpacked, into the new directory `plain`."""
     plain.mkdir()
     settings = json.loads((checkpoint / "config.json").read_text())
     quantization = settings.pop("quantization_config", {})

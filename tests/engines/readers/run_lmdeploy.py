@@ -67,7 +67,7 @@ def run(directory: str, ids: np.ndarray) -> tuple[np.ndarray, list[str]]:
     for file in sorted(Path(directory).glob("*.safetensors")):
         tensors |= load_file(file)
     config = json.loads((Path(directory) / "config.json").read_text())
-    del config["quantization_config"]
+    config.pop("quantization_config", None)
     with tempfile.TemporaryDirectory() as plain:
         (Path(plain) / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
         save_file(unpack(tensors, formats), Path(plain) / "model.safetensors", {"format": "pt"})
@@ -101,7 +101,11 @@ def weight_of(module: str, tensors: Tensors, formats: list[Any]) -> torch.Tensor
             columns = len(tensors[f"{module}.g_idx"])
             if len(codes) != columns:
                 raise Refused(f"{module} has {columns} columns, unpacked {len(codes)}")
-            groups = torch.arange(len(codes)) * len(scales) // len(codes)
+            groups = torch.arange(len(codes)) // reader.block_in
+            if len(groups.unique()) != len(scales):
+                raise Refused(
+                    f"{module} has {len(scales)} groups, not of {reader.block_in} columns"
+                )
             return ((codes - zeros[groups]) * scales[groups]).T.contiguous()
     raise Refused(f"no format accepts {module}")
 

@@ -50,7 +50,9 @@ def run(directory: str, ids: object) -> tuple[None, list[str]]:
     """Return nothing if the parameters of each layer fit the checkpoint; raise otherwise."""
     del ids
     config = json.loads((Path(directory) / "config.json").read_text())
-    quantization = config["quantization_config"]
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        return None, []
     kind = GPTQConfig
     if GPTQMarlinConfig.override_quantization_method(quantization, None):
         kind = GPTQMarlinConfig
