@@ -37,7 +37,6 @@ CPU_WIDTH = 32
 EXPERT_NAMES = {"gate_proj", "up_proj", "down_proj"}
 INTO_HIDDEN = {"down_proj", "w2"}  # linears of an expert whose outputs are hidden states
 TORCH_GROUPS = {-1, 16, 32, 64, 128, 256, 512, 1024}
-MLX_GROUPS = {32, 64, 128}
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +211,11 @@ ASYM_V1 = Trait(
     "--format gptq_v2 or --sym",
 )
 V2 = Trait(lambda e: e.format == "gptq_v2", "format gptq_v2", "--format gptq")
+V2_MIXED = Trait(
+    lambda e: e.format == "gptq_v2" and e.mixed,
+    "format gptq_v2 with rules",
+    "--format gptq",
+)
 V2_PLAIN = Trait(
     lambda e: e.format == "gptq_v2" and not e.marlin,
     "format gptq_v2 with these settings",
@@ -238,7 +242,7 @@ NOT_32_OR_128 = Trait(
 )
 ROWS = Trait(lambda e: -1 in e.group_sizes, "group_size -1", "--group-size 128")
 NOT_MLX_GROUPS = Trait(
-    lambda e: not e.group_sizes <= MLX_GROUPS,
+    lambda e: any(size > 0 and size % 32 for size in e.group_sizes),
     "group_size {group_sizes}",
     "--group-size 32, 64 or 128",
 )
@@ -630,11 +634,12 @@ LMDEPLOY = Engine(
             GPTQ,
             (
                 Rule(NOT_4_BITS, "no", "TurboMind serves 4 bits only"),
+                Rule(V2_MIXED, "wrong", "TurboMind reads v2 zeros as v1", seen="run"),
                 Rule(ASYM, "no", "TurboMind refuses asymmetric checkpoints"),
                 Rule(G_IDX, "no", "TurboMind refuses desc_act"),
                 Rule(NOT_128, "no", "TurboMind serves group_size 128 only"),
                 Rule(V2, "wrong", "TurboMind reads v2 zeros as v1", seen="run"),
-                Rule(LM_HEAD, "no", "a quantized lm_head was not tried"),
+                Rule(LM_HEAD, "limited", "a quantized lm_head was unpacked, but not run"),
             ),
             "wheel of lmdeploy 0.18.0: turbomind/converter.py, turbomind/weight_format.py",
             "lmdeploy 0.18.0, its unpacking of our tensors",
@@ -688,7 +693,7 @@ MLX_LM = Engine(
             MLX,
             (
                 Rule(NOT_MLX_BITS, "no", "it has 2, 3, 4, 5, 6 and 8 bits"),
-                Rule(NOT_MLX_GROUPS, "no", "it has groups of 32, 64 and 128"),
+                Rule(NOT_MLX_GROUPS, "no", "its groups have a multiple of 32 columns"),
                 Rule(G_IDX, "no", "it has no order of columns"),
                 Rule(EXPERTS, "no", "it does not stack the scales of single experts"),
             ),

@@ -70,10 +70,10 @@ class Inspection:
     """The content of a checkpoint; `defects` are those of a GPTQ checkpoint.
 
     `method` is None if the checkpoint is not quantized; for methods other than gptq and fp8, only
-    tensors are listed. `settings` are those that the configuration gives to each of `modules`, empty
-    if it is unusable. `matrices` are the modules with a plain 2-D weight; `transposed` tells
-    whether the original stores its linears [I, O]. `parameters` counts a packed linear by its
-    weights. `provenance` holds the notes in the files about the origin of the checkpoint.
+    tensors are listed. `settings` are those that the configuration gives to each module, empty if
+    it is unusable. `matrices` are the modules with a plain 2-D weight; `transposed` tells whether
+    the original stores its linears [I, O]. `parameters` counts a packed linear by its weights.
+    `provenance` holds the notes in the files about the origin of the checkpoint.
     """
 
     method: str | None

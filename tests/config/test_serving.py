@@ -90,7 +90,7 @@ def test_fewer_engines_read_mixed_settings() -> None:
 
 
 def test_fewer_engines_read_a_quantized_head() -> None:
-    assert outcomes([LayerConfig()], lm_head=True) == expected("+ + w + + w - + + w +")
+    assert outcomes([LayerConfig()], lm_head=True) == expected("+ + w + + w ~ + + w +")
 
 
 def judged(target: str, format: str = "gptq", **settings: Any) -> str:
