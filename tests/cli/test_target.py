@@ -175,7 +175,7 @@ def test_a_quantized_head_warns(gptq: Run, model: Path) -> None:
     stderr = gptq("plan", model, "-b", "4", "-g", "32", "--lm-head").stderr
     untied = "lm_head is untied from the embeddings and stored beside them, 0.0"
     assert f"warning[W_CFG_HEAD]: {untied}" in stderr
-    assert "misread by transformers, openvino, auto-round; not loaded by lmdeploy" in stderr
+    assert "misread by transformers, openvino, auto-round; loaded with limits by lmdeploy" in stderr
 
 
 def test_a_listed_module_that_no_layer_has_is_an_error(
