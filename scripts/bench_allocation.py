@@ -85,46 +85,37 @@ def settings(arguments: argparse.Namespace, **changes: Any) -> QuantizeConfig:
     )
 
 
-def main() -> None:
-    """Run all settings and print a table."""
-    parser = benchmark_parser(__doc__)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--calibration", type=Path, required=True)
-    parser.add_argument("--evaluation", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True, help="directory of outputs, kept")
-    parser.add_argument("--widths", type=int, nargs="+", default=[2, 3, 4])
-    parser.add_argument("--averages", type=float, nargs="+", default=[2.5, 3, 3.5])
-    parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--nsamples", type=int, default=64)
-    parser.add_argument("--seqlen", type=int, default=256)
-    parser.add_argument("--windows", type=int, help="of the evaluation text; default: all")
-    parser.add_argument("--preset", default="balanced")
-    arguments = parser.parse_args()
-    arguments.work.mkdir(parents=True, exist_ok=True)
-    rows = []
-    uniform = {}
-    for width in arguments.widths:
-        uniform[width] = quantized(arguments, f"all-{width}", settings(arguments, bits=width))
-        rows.append({"bits": width, "ratio": 1.0, **uniform[width]})
-        print(json.dumps(rows[-1]), flush=True)
-    for average in arguments.averages:
-        goal = settings(arguments, bits=average, allow_bits=arguments.widths)
-        found, seconds = measured(arguments, goal)
-        chosen = found.choose(goal).allocation
-        row = quantized(arguments, f"mixed-{average:g}", found.configured(chosen.widths))
-        expected = {"expected": chosen.kl}
-        if not found.already_done:
-            expected["measuring"] = seconds
-        below = max(width for width in arguments.widths if width <= average)
-        above = min(width for width in arguments.widths if width >= average)
-        share = 0.0 if above == below else (average - below) / (above - below)
-        reference = uniform[below]["kl"] ** (1 - share) * uniform[above]["kl"] ** share
-        rows.append({"bits": average, "ratio": row["kl"] / reference, **row, **expected})
-        print(json.dumps(rows[-1]), flush=True)
+def allocated(arguments: argparse.Namespace, average: float) -> dict[str, Any]:
+    """Allocate, quantize and evaluate for an average of bits."""
+    goal = settings(arguments, bits=average, allow_bits=arguments.widths)
+    found, seconds = measured(arguments, goal)
+    if not found.already_done:
+        (arguments.work / "measuring.json").write_text(json.dumps(seconds))
+    chosen = found.choose(goal).allocation
+    row = quantized(arguments, f"mixed-{average:g}", found.configured(chosen.widths))
+    return row | {"expected": chosen.kl}
+
+
+def ratio_of(
+    arguments: argparse.Namespace, row: dict[str, Any], rows: list[dict[str, Any]]
+) -> float:
+    """Return the KL of a row relative to that of the uniform widths at the same average."""
+    uniform = {other["bits"]: other["kl"] for other in rows if "expected" not in other}
+    below = max(width for width in arguments.widths if width <= row["bits"])
+    above = min(width for width in arguments.widths if width >= row["bits"])
+    if below == above:
+        return float(row["kl"] / uniform[below])
+    share = (row["bits"] - below) / (above - below)
+    return float(row["kl"] / (uniform[below] ** (1 - share) * uniform[above] ** share))
+
+
+def show(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Print the table."""
     rows.sort(key=lambda row: (row["bits"], "expected" in row))
     print("\n| | bits | bytes | KL x 1000 | ratio | top-1 | perplexity |")
     print("|---|---|---|---|---|---|---|")
     for row in rows:
+        row["ratio"] = ratio_of(arguments, row, rows)
         cells = (
             row["name"],
             f"{row['bits']:g}",
@@ -135,6 +126,37 @@ def main() -> None:
             f"{row['perplexity']:.2f}",
         )
         print("| " + " | ".join(cells) + " |")
+
+
+def main() -> None:
+    """Carry out all runs and print a table."""
+    parser = benchmark_parser(__doc__)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument("--evaluation", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True, help="directory of outputs, kept")
+    parser.add_argument("--widths", type=int, nargs="*", default=[2, 3, 4])
+    parser.add_argument("--averages", type=float, nargs="*", default=[2.5, 3, 3.5])
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--nsamples", type=int, default=64)
+    parser.add_argument("--seqlen", type=int, default=256)
+    parser.add_argument("--windows", type=int, help="of the evaluation text; default: all")
+    parser.add_argument("--preset", default="balanced")
+    parser.add_argument("--only", help="one run alone, such as all-3 or mixed-2.5; no table")
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for width in arguments.widths:
+        if arguments.only in (None, f"all-{width}"):
+            row = quantized(arguments, f"all-{width}", settings(arguments, bits=width))
+            rows.append({"bits": width, **row})
+    for average in arguments.averages:
+        if arguments.only in (None, f"mixed-{average:g}"):
+            rows.append({"bits": average, **allocated(arguments, average)})
+    if arguments.only is not None:
+        print(json.dumps(rows))
+        return
+    show(arguments, rows)
     if arguments.json:
         write_json(arguments.json, {"rows": rows})
 
