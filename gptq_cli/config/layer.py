@@ -38,7 +38,7 @@ GPTQ_FORMATS = ("gptq", "gptq_v2")
 
 
 class Holds(NamedTuple):
-    """What a format can store, with the reasons in decision 27.
+    """What a format can store.
 
     A group has a multiple of `columns` columns, or it is a whole row. With `g_idx` the columns of a
     group need not follow one another.

@@ -244,7 +244,7 @@ def test_words_of_older_versions_and_other_shapes_are_defects(tmp_path: Path) ->
     change(output, f"{NAME}.weight_shape", torch.tensor([128, 96]))
     assert [found.code for found in defects(output)] == ["E_CKPT_SHAPE"]
     change(output, f"{NAME}.weight_shape", torch.tensor([128, 64]))
-    # Ten numbers of three bits a word, as before version 0.15
+    # Ten numbers of three bits a word, as before version 0.18
     change(output, f"{NAME}.weight_packed", torch.ones(128, 7, dtype=torch.int32))
     assert {found.code for found in defects(output)} == {"E_CKPT_SHAPE"}
 
