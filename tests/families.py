@@ -10,8 +10,15 @@ from shutil import rmtree
 from tempfile import mkdtemp
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 VOCABULARY = 512
 _COMMON = {
@@ -79,6 +86,52 @@ MIXTURES: dict[str, dict[str, object]] = {  # five experts, two of them for each
         "intermediate_size_mlp": 64,
     },
 }
+_LATE_EXPERTS = {
+    "num_hidden_layers": 2,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 3,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+DRAFTED: dict[str, dict[str, object]] = {  # published with a block that drafts tokens
+    "qwen3_5_moe": {
+        "text_config": _COMMON
+        | {
+            "num_hidden_layers": 2,
+            "linear_key_head_dim": 32,
+            "linear_value_head_dim": 32,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 32,
+            "num_experts": 3,
+            "num_experts_per_tok": 2,
+            "layer_types": ["linear_attention", "full_attention"],
+        },
+        "vision_config": {
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+            "num_position_embeddings": 16,
+            "patch_size": 4,
+        },
+    },
+    "deepseek_v3": _COMMON
+    | _LATE_EXPERTS
+    | {
+        "num_key_value_heads": 4,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 32,
+        "qk_rope_head_dim": 32,
+        "qk_nope_head_dim": 32,
+        "v_head_dim": 32,
+    },
+    "glm4_moe": _COMMON | _LATE_EXPERTS,
+}
 TEXT = "the quick brown fox jumps over the lazy dog, and then some; 0 1 2 3 4 5 6 7 8 9. "
 
 
@@ -141,6 +194,29 @@ def texts(n_characters: int = 20_000, seed: int = 0) -> list[str]:
     words = TEXT.split(" ")
     picked = torch.randint(len(words), (n_characters // 4,), generator=generator)
     return [" ".join(words[index] for index in picked)[:n_characters]]
+
+
+def save_drafted(directory: Path, family: str) -> Path:
+    """Save a model of DRAFTED with a block that drafts tokens, which transformers does not know.
+
+    Qwen3.5 calls it mtp.layers.0; in the other families it is numbered behind the other blocks.
+    """
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **DRAFTED[family])
+    last, draft = "model.layers.1.", "model.layers.2."
+    if "vision_config" in DRAFTED[family]:
+        model = AutoModelForImageTextToText.from_config(config)
+        last, draft = "model.language_model.layers.1.", "mtp.layers.0."
+    else:
+        model = AutoModelForCausalLM.from_config(config)
+    save(with_noise(model), directory)
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    for name in list(tensors):
+        if name.startswith(last):
+            tensors[draft + name.removeprefix(last)] = tensors[name] + 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    return directory
 
 
 @cache

@@ -20,15 +20,17 @@ from gptq_cli.checkpoint.model_files import read_json
 from gptq_cli.checkpoint.source import Checkpoint, is_of_mlx
 from gptq_cli.config.layer import (
     FORMATS,
-    FUSED_ALIASES,
     GPTQ_FORMATS,
     HOLDS,
     LayerConfig,
+    Stored,
     expert_part,
     first_match,
     flaw_of,
+    fused_groups,
     keeps,
     list_item,
+    runtime_names,
 )
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.strict_yaml import load
@@ -37,6 +39,7 @@ from gptq_cli.files import UNREADABLE, file_errors, is_file
 from gptq_cli.storage.manifest import CONFIG_FILE, QUANTIZE_CONFIG
 
 HEAD = "lm_head"
+DRAFT = "mtp"  # the name of blocks that predict more than one token
 LISTED = "modules_in_block_to_quantize"
 BOTH_FILES = f"config.json and {QUANTIZE_CONFIG}"
 READABLE = f"use a full-precision checkpoint of the model, or one of {one_of(FORMATS)}"
@@ -121,15 +124,18 @@ class Linears:
 
 
 def describe(
-    config: QuantizeConfig, quantized: Mapping[str, LayerConfig], kept: Iterable[str]
+    config: QuantizeConfig,
+    quantized: Mapping[str, LayerConfig],
+    kept: Iterable[str],
+    others: Iterable[str] = (),
 ) -> dict[str, Any]:
     """Return the `quantization_config` of GPTQ for config.json.
 
     `quantized` has the settings of linears by their full names; `kept` are full names of linears of
-    the blocks. If a linear of a block is kept, both dialects state it: transformers reads
-    `modules_in_block_to_quantize`, GPTQModel and SGLang read `dynamic`. For mixtures of experts
-    only `dynamic` does: transformers 5 cannot load quantized experts at all, and the list would
-    hold tens of thousands of names.
+    the blocks, and `others` those of tensors that are copied. If a linear of a block is kept, both
+    dialects state it: transformers reads `modules_in_block_to_quantize`, GPTQModel and SGLang read
+    `dynamic`. For mixtures of experts only `dynamic` does: transformers 5 cannot load quantized
+    experts at all, and the list would hold tens of thousands of names.
 
     No value is null, `desc_act` is true and `static_groups` false if any g_idx is not trivial, and
     `format` and `checkpoint_format` agree: each of these was seen to break a reader.
@@ -154,7 +160,10 @@ def describe(
     mixtures = _mixtures(quantized)
     # Engines look up the settings of all experts of a layer by the name that these share.
     skipped = kept + [name for name in _mixtures(kept) if name not in mixtures]
-    dynamic = _rules(config, skipped)
+    rules = dict.fromkeys(
+        [*skip_rules(skipped, quantized), *_rules_of_drafts(quantized, kept, others)]
+    )
+    dynamic = _rules(config, rules, quantized, kept)
     if dynamic:
         described["dynamic"] = dynamic
     if kept and not mixtures:
@@ -172,40 +181,143 @@ def _mixtures(names: Iterable[str]) -> list[str]:
     return list(found)
 
 
-def _rules(config: QuantizeConfig, skipped: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Return rules that exclude `skipped`, then those that change settings readers know."""
-    found: dict[str, dict[str, Any]] = {}
-    for rule in skip_rules(skipped):
-        found[rule] = {}
+def _rules(
+    config: QuantizeConfig,
+    skipping: Iterable[str],
+    quantized: Mapping[str, LayerConfig],
+    kept: Iterable[str],
+) -> dict[str, dict[str, Any]]:
+    """Return the rules `skipping`, those that engines need, then those that change settings.
+
+    Engines ask about names that a user's rule may not match, or not mean.
+    """
+    changing: dict[str, dict[str, Any]] = {}
     for rule, values in config.dynamic.items():
         if not keeps(rule):
             known = {key: value for key, value in values.items() if key not in UNKNOWN_TO_READERS}
-            found[rule] = known
+            changing[rule] = known
+    found: dict[str, dict[str, Any]] = {rule: {} for rule in skipping}
+    if changing:
+        stored: dict[str, Stored | None] = dict.fromkeys(kept)
+        for name, layer in quantized.items():
+            stored[name] = Stored(layer.bits, layer.group_size, layer.sym)
+        base = Stored(config.bits, config.group_size, config.sym)
+        wrong: dict[Stored, list[str]] = defaultdict(list)
+        for name, settings in misnamed(stored, base, changing).items():
+            wrong[settings].append(name)
+        for settings, names in wrong.items():
+            for pattern in _anchored(names):
+                found[f"+:{pattern}"] = settings._asdict()
+    return found | changing
+
+
+def misnamed(
+    stored: Mapping[str, Stored | None], base: Stored, rules: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Stored]:
+    """Return the names by which engines ask, and for which rules do not give what is stored.
+
+    `stored` has the settings of linears, None for one that is kept. An engine asks for linears that
+    it fuses by the fused name, for the experts of a layer by the name that they share, and with
+    names of its own for the parts of some models. Where linears differ, there is no right answer.
+    """
+    found = {}
+    for name, linears in _asked_names(stored).items():
+        settings = {stored[linear] for linear in linears}
+        right = settings.pop()
+        if not settings and right is not None and right != _told(name, base, rules):
+            found[name] = right
     return found
 
 
-def skip_rules(kept: Iterable[str]) -> list[str]:
-    """Return anchored `-:` rules that match exactly `kept` and the fused names of these linears."""
-    return [f"-:{pattern}" for pattern in _anchored(kept)]
+def _asked_names(linears: Iterable[str]) -> dict[str, list[str]]:
+    """Return the linears that are meant by each name that an engine asks for beside their own."""
+    single: list[str] = []
+    asked: dict[str, list[str]] = {}
+    for name in linears:
+        part = expert_part(name)
+        if part is None:
+            single.append(name)
+        else:
+            asked.setdefault(part[0], []).append(name)
+    asked |= fused_groups(single)
+    found: dict[str, list[str]] = {}
+    for name, parts in asked.items():
+        for runtime in runtime_names(name):
+            found[runtime] = parts
+    for name in single:
+        for runtime in runtime_names(name)[1:]:
+            found[runtime] = [name]
+    return found
 
 
-def _anchored(linears: Iterable[str]) -> list[str]:
-    """Return patterns that match exactly `linears` and the fused names of them.
+def _told(name: str, base: Stored, rules: Mapping[str, Mapping[str, Any]]) -> Stored | None:
+    """Return the settings that rules give for a name, None if they keep it."""
+    rule = first_match(rules, name)
+    if rule is None:
+        return base
+    if keeps(rule):
+        return None
+    changes = {}
+    for key, value in rules[rule].items():
+        if key in Stored._fields:
+            changes[key] = value
+    return base._replace(**changes)
+
+
+def skip_rules(kept: Iterable[str], quantized: Iterable[str] = ()) -> list[str]:
+    """Return anchored `-:` rules that match exactly `kept` and the fused names of these linears.
+
+    A group that engines fuse has a name only if none of its linears is `quantized`.
+    """
+    names = dict.fromkeys(kept)
+    for alias, parts in fused_groups([*names, *quantized]).items():
+        if names.keys() >= set(parts):
+            names[alias] = None
+    return [f"-:{pattern}" for pattern in _anchored(names)]
+
+
+def _anchored(names: Iterable[str]) -> list[str]:
+    """Return patterns that match exactly `names`, and those under which vLLM asks for them.
 
     Parent modules with the same such children share a pattern.
     """
     children: dict[str, set[str]] = defaultdict(set)
-    for name in linears:
+    for name in names:
         parent, _, child = name.rpartition(".")
         children[parent].add(child)
-    parents: dict[frozenset[str], list[str]] = defaultdict(list)
-    for parent, names in children.items():
-        fused = {alias for parts, alias in FUSED_ALIASES.items() if parts <= names}
-        parents[frozenset(names | fused)].append(parent)
+    parents: dict[frozenset[str], dict[str, None]] = defaultdict(dict)
+    for parent, leaves in children.items():
+        parents[frozenset(leaves)] |= dict.fromkeys(runtime_names(parent))
     patterns = []
-    for all_names, where in parents.items():
-        patterns.append(f"^({_any_of(where)})\\.({_any_of(sorted(all_names))})$")
+    for alike, where in parents.items():
+        patterns.append(f"^({_any_of(where)})\\.({_any_of(sorted(alike))})$")
     return patterns
+
+
+def _rules_of_drafts(
+    quantized: Iterable[str], kept: Iterable[str], others: Iterable[str]
+) -> list[str]:
+    """Return `-:` rules for blocks that draft further tokens, which are copied as they are.
+
+    They are called mtp, or are numbered behind the blocks of the model. vLLM builds them without
+    quantization if a rule with `mtp` keeps something, and SGLang asks rules for them.
+    """
+    blocks: dict[str, set[str]] = defaultdict(set)
+    for name in (*quantized, *kept):
+        if DRAFT in name:
+            return []  # the name means something else here
+        item = list_item(name)
+        if item is not None:
+            blocks[item.list_name].add(item.number)
+    rules: dict[str, None] = {}
+    for name in others:
+        item = list_item(name)
+        if DRAFT in name:
+            rules[f"-:.*{DRAFT}.*"] = None
+        elif item and item.list_name in blocks and item.number not in blocks[item.list_name]:
+            where = _any_of(runtime_names(f"{item.list_name}.{item.number}"))
+            rules[f"-:^({where})\\..*"] = None
+    return list(rules)
 
 
 def describe_linears(linears: Linears, format: str) -> dict[str, Any]:
@@ -220,7 +332,9 @@ def describe_linears(linears: Linears, format: str) -> dict[str, Any]:
     quantized = {}
     for name, settings in linears.quantized.items():
         quantized[name] = LayerConfig(settings.bits, settings.group_size, settings.sym)
-    return describe(config, quantized, linears.kept_in_blocks())
+    kept = linears.kept_in_blocks()
+    outside = [name for name in linears.kept if name not in set(kept)]
+    return describe(config, quantized, kept, outside)
 
 
 def _exact_rules(linears: Mapping[str, Settings]) -> dict[str, dict[str, Any]]:

@@ -223,10 +223,56 @@ class Stored(NamedTuple):
     sym: bool
 
 
-# Engines that fuse these linears look up rules by the fused name, and need all of a group alike.
-FUSED_ALIASES = {
-    frozenset({"q_proj", "k_proj", "v_proj"}): "qkv_proj",
-    frozenset({"gate_proj", "up_proj"}): "gate_up_proj",
+class Fused(NamedTuple):
+    """Linears of one module that engines compute as one, and their names for it.
+
+    Engines look up rules by such a name, and need all of a group alike. `always` is false if only
+    some models fuse these linears: others have linears of these names that are separate.
+    """
+
+    parts: frozenset[str]
+    names: tuple[str, ...]
+    always: bool = True
+
+
+def _fused(parts: str, *names: str, always: bool = True) -> Fused:
+    return Fused(frozenset(parts.split()), names, always)
+
+
+# Sources, read in November 2026: packed_modules_mapping and the stacked names of the models of
+# vllm 0.33.0 and sglang 0.5.23. Their vision towers are left out, because nothing quantizes them.
+FUSED = (
+    _fused("q_proj k_proj v_proj", "qkv_proj"),
+    _fused("gate_proj up_proj", "gate_up_proj"),
+    _fused("query key value", "qkv_proj"),  # BERT, TeleChat2
+    _fused("c_fc_0 c_fc_1", "gate_up_proj"),  # EXAONE
+    _fused("w1 w3", "w13", "gate_up_proj"),  # LFM2, InternLM2
+    _fused("fc1 fc3", "fc13", "gate_up_proj", always=False),  # Voxtral
+    _fused("in_proj_qkv in_proj_z", "in_proj_qkvz"),  # Qwen3.5
+    _fused("in_proj_b in_proj_a", "in_proj_ba"),
+    _fused("q_a_proj kv_a_proj_with_mqa", "fused_qkv_a_proj", "fused_qkv_a_proj_with_mqa"),
+    _fused("wk weights_proj", "wk_weights_proj"),  # the indexer of DeepSeek V3.2
+    _fused("wq_a wkv", "fused_wqa_wkv"),  # DeepSeek V4
+    _fused("wkv wgate", "fused_wkv_wgate"),  # its compressor
+    _fused("index_q_proj index_k_proj", "index_qkv_proj"),  # MiniMax M3
+    _fused("wq_du wk_dv wv_dv wr_du", "qkvr"),  # Inkling
+    _fused("q_proj k_proj", "qk_proj", always=False),  # K2 Horizon
+    _fused("k_proj v_proj", "kv_proj", always=False),  # attention to an encoder
+    _fused("q_proj k_proj v_proj b_proj", "qkvb_proj", always=False),  # linear attention
+    _fused("q_proj k_proj v_proj g_proj", "in_proj_qkvg", "fused_qkvg_proj", always=False),
+    _fused("q_proj k_proj v_proj b_proj f_a_proj", "in_proj_qkvgfab", always=False),
+    _fused("q_proj k_proj v_proj b_proj f_a_proj g_a_proj", "fused_qkvbfg_a_proj", always=False),
+    _fused("b_proj f_a_proj g_a_proj", "fused_bfg_a_proj", always=False),
+    _fused("f_b_proj g_b_proj", "fused_fg_b_proj", always=False),
+    _fused("q_proj k_proj v_proj a_proj b_proj g_proj", "qkvabz_proj", always=False),
+)
+# The prefix of a text model beside a vision tower, and vLLM's for it (hf_to_vllm_mapper of its
+# models). vLLM asks rules by its own names.
+RUNTIME_PREFIXES = {
+    "model.language_model.model.": "language_model.model.",
+    "model.language_model.": "language_model.model.",
+    "thinker.model.": "language_model.model.",
+    "language_model.layers.": "language_model.model.layers.",
 }
 _OF_EXPERT = re.compile(r"(.+\.\d+\..+)\.\d+\.([^.]+)")
 
@@ -250,16 +296,48 @@ def expert_part(name: str) -> tuple[str, str] | None:
 
 
 def fused_name(name: str) -> str:
-    """Return the name of the linear that engines make of a linear and others; its own if none.
+    """Return the usual name of what engines make of a linear and others; its own if nothing.
 
     >>> fused_name("layers.0.q_proj"), fused_name("layers.0.o_proj")
     ('layers.0.qkv_proj', 'layers.0.o_proj')
     """
     parent, _, leaf = name.rpartition(".")
-    for parts, alias in FUSED_ALIASES.items():
-        if leaf in parts:
-            return f"{parent}.{alias}"
+    for fused in FUSED:
+        if fused.always and leaf in fused.parts:
+            return f"{parent}.{fused.names[0]}"
     return name
+
+
+def fused_groups(names: Iterable[str]) -> dict[str, list[str]]:
+    """Return linears that an engine may compute as one, by each name that it may have for them.
+
+    >>> fused_groups(["layers.0.q_proj", "layers.0.k_proj", "layers.0.o_proj"])["layers.0.qkv_proj"]
+    ['layers.0.q_proj', 'layers.0.k_proj']
+    """
+    leaves: dict[str, dict[str, None]] = defaultdict(dict)
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        leaves[parent][leaf] = None
+    found: dict[str, list[str]] = {}
+    for parent, present in leaves.items():
+        for fused in FUSED:
+            parts = [f"{parent}.{leaf}" for leaf in present if leaf in fused.parts]
+            if len(parts) == len(fused.parts) or (fused.always and len(parts) > 1):
+                for alias in fused.names:
+                    found.setdefault(f"{parent}.{alias}", parts)
+    return found
+
+
+def runtime_names(name: str) -> list[str]:
+    """Return the names by which engines ask rules about a module: its own, and vLLM's for it.
+
+    >>> runtime_names("model.language_model.layers.0.mlp.up_proj")[1]
+    'language_model.model.layers.0.mlp.up_proj'
+    """
+    for prefix, runtime in RUNTIME_PREFIXES.items():
+        if name.startswith(prefix):
+            return [name, runtime + name.removeprefix(prefix)]
+    return [name]
 
 
 def split_groups(settings: Mapping[str, object]) -> list[str]:
@@ -327,9 +405,9 @@ def _pattern_for(name: str, *, in_all_blocks: bool) -> str:
     """Return the pattern of a linear and of those that engines fuse with it."""
     *holders, leaf = name.split(".")
     leaves = {leaf}
-    for parts in FUSED_ALIASES:
-        if leaf in parts:
-            leaves |= parts
+    for fused in FUSED:
+        if fused.always and leaf in fused.parts:
+            leaves |= fused.parts
     words = []
     for holder in holders:
         is_number = in_all_blocks and holder.isdecimal()

@@ -502,5 +502,6 @@ def _describe(
     if plan.plain.how:
         meta["source_quantization"] = plan.plain.how
     kept = [layer.name for layer in plan.kept if layer.name != HEAD]
-    described = describe(config, plan.settings, kept)
+    copied = [tensor.name for tensor in plan.copied]
+    described = describe(config, plan.settings, kept, copied)
     return {"quantization_config": described}, described | {"meta": meta}

@@ -85,6 +85,19 @@ CASES = {
         "group_size": 32,
         "dynamic": {**KEPT, r"+:.*o_proj": {"bits": 4}},
     },
+    "a fused group by its parts": {
+        "bits": 4,
+        "group_size": 32,
+        "dynamic": {
+            r"+:.*self_attn\.[qkv]_proj": {"group_size": 64},
+            r"+:.*layers\.1\.mlp\.(gate|up)_proj": {"bits": 8},
+        },
+    },
+    "a rule for a fused name alone": {
+        "bits": 4,
+        "group_size": 32,
+        "dynamic": {r"+:.*(gate_up_proj|qkv_proj|o_proj)$": {"bits": 8}},
+    },
     "quantized head": {"bits": 4, "group_size": 32, "lm_head": True},
 }
 

@@ -136,7 +136,8 @@ def described_output(
     if dialect is not None:
         return dialect.describe(plan.linears), None
     kept = [layer.name for layer in plan.kept if layer.name != "lm_head"]
-    described = describe(config, plan.settings, kept)
+    copied = [tensor.name for tensor in plan.copied]
+    described = describe(config, plan.settings, kept, copied)
     meta = {"quantizer": [f"gptq_cli:{__version__}"]}
     return {"quantization_config": described}, described | {"meta": meta}
 
