@@ -30,6 +30,7 @@ from gptq_cli.checkpoint.quantization_config import (
     StoredConfig,
     declared_format,
     dialect_of,
+    misnamed,
     other_packing,
     packing_of,
     recorded_settings,
@@ -37,7 +38,14 @@ from gptq_cli.checkpoint.quantization_config import (
 )
 from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.checkpoint.verify import examine
-from gptq_cli.config.layer import FORMATS, LayerConfig, kind_of, list_item
+from gptq_cli.config.layer import (
+    FORMATS,
+    GPTQ_FORMATS,
+    LayerConfig,
+    Stored,
+    kind_of,
+    list_item,
+)
 from gptq_cli.config.serving import Export, export_of
 from gptq_cli.errors import InputError
 from gptq_cli.files import is_file
@@ -91,6 +99,7 @@ class Inspection:
     files: dict[str, int]
     provenance: dict[str, Any]
     defects: tuple[Defect, ...] = ()
+    misnamed: str = ""  # a name for which the rules do not say what its parts have
 
     @property
     def bits_per_weight(self) -> float | None:
@@ -133,6 +142,7 @@ class Inspection:
             lm_head=settings.get(HEAD) is not None,
             shapes=shapes,
             transposed=self.transposed,
+            misnamed=self.misnamed,
         )
 
 
@@ -171,6 +181,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         files=_files(checkpoint),
         provenance=_provenance(checkpoint),
         defects=content.defects,
+        misnamed=_misnamed(content, _matrices(others)),
     )
 
 
@@ -219,6 +230,19 @@ def _packed_content(checkpoint: Checkpoint) -> _Content:
     if format in FORMATS:
         config, _ = stored_config(checkpoint)
     return _Content(modules, format, packing, config, _defects(checkpoint))
+
+
+def _misnamed(content: _Content, matrices: Iterable[str]) -> str:
+    """Return a name by which engines ask, if the rules do not give what is stored under it."""
+    config = content.config
+    if config is None or content.format not in GPTQ_FORMATS:
+        return ""
+    stored: dict[str, Stored | None] = dict.fromkeys(matrices)
+    for module in content.modules:
+        found = config.settings(module.name)
+        stored[module.name] = Stored(found.bits, found.group_size, found.sym)
+    base = Stored(config.base.bits, config.base.group_size, config.base.sym)
+    return next(iter(misnamed(stored, base, config.dynamic)), "")
 
 
 def _other_tensors(

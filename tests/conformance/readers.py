@@ -99,7 +99,8 @@ def vllm(directory: Path) -> Weights:
     for prefix, shards in fused_modules([*checkpoint.linears(), "lm_head"]):
         if not _vllm_quantizes(checkpoint, prefix, shards):
             continue
-        settings = overridden(checkpoint, base, prefix, shards)
+        settings = _override(checkpoint, base, prefix)
+        _check_shapes(checkpoint, shards, settings)
         _check_marlin(settings)
         packed = [checkpoint.part(shard, "qweight") for shard in shards]
         codes = np.concatenate([fields(qweight, settings["bits"]) for qweight in packed], 1)
@@ -157,7 +158,8 @@ def sglang(directory: Path) -> Weights:
             prefix == "lm_head" and not checkpoint.quantization.get("lm_head")
         ):
             continue
-        settings = overridden(checkpoint, base, prefix, shards)
+        settings = _override(checkpoint, base, prefix)
+        _check_shapes(checkpoint, shards, settings)
         _check_marlin(settings)
         columns = []
         for shard in shards:
@@ -240,15 +242,21 @@ def skipped(checkpoint: Directory, prefix: str) -> bool:
 def overridden(
     checkpoint: Directory, base: dict[str, Any], prefix: str, shards: list[str]
 ) -> dict[str, Any]:
-    """Return a module's settings after `dynamic`, by its own name or else by all its shards."""
-    found = [_override(checkpoint, base, name) for name in (prefix, *shards)]
-    if found[0] != base:
-        return found[0]
-    if any(settings != found[1] for settings in found[1:]):
-        raise Refused(
-            f"Dynamic quantization config for fused layer {prefix} does not match across shards"
-        )
-    return found[1]
+    """Return a module's settings after `dynamic`, which have to be those of all its shards."""
+    found = _override(checkpoint, base, prefix)
+    if any(_override(checkpoint, base, shard) != found for shard in shards):
+        raise Refused(f"the rules for {prefix} do not match those for its shards")
+    return found
+
+
+def _check_shapes(checkpoint: Directory, shards: list[str], settings: dict[str, Any]) -> None:
+    """Refuse shards that do not fit the parameters which an engine makes for these settings."""
+    for shard in shards:
+        inputs = len(checkpoint.part(shard, "g_idx"))
+        group_size = inputs if settings["group_size"] == -1 else settings["group_size"]
+        found = len(checkpoint.part(shard, "qweight")), len(checkpoint.part(shard, "scales"))
+        if found != (inputs * settings["bits"] // 32, inputs // group_size):
+            raise Refused("AssertionError: param_data.shape == loaded_weight.shape")
 
 
 def _override(checkpoint: Directory, base: dict[str, Any], name: str) -> dict[str, Any]:

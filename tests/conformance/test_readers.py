@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from gptq_cli.checkpoint.source import open_checkpoint
 from gptq_cli.checkpoint.verify import verify_checkpoint
 from gptq_cli.config.serving import verdicts
+from gptq_cli.inspection.summary import inspect_checkpoint
 from gptq_cli.planning.run_plan import export_of_layers
 from tests.conformance.readers import READERS, Refused, Weights, fused_modules
 from tests.conformance.written import LINEARS, Written, write
@@ -85,6 +87,11 @@ CASES = {
         "group_size": 32,
         "dynamic": {**KEPT, r"+:.*o_proj": {"bits": 4}},
     },
+    "quantized head": {"bits": 4, "group_size": 32, "lm_head": True},
+}
+
+
+SPLIT = {
     "a fused group by its parts": {
         "bits": 4,
         "group_size": 32,
@@ -98,11 +105,6 @@ CASES = {
         "group_size": 32,
         "dynamic": {r"+:.*(gate_up_proj|qkv_proj|o_proj)$": {"bits": 8}},
     },
-    "quantized head": {"bits": 4, "group_size": 32, "lm_head": True},
-}
-
-
-SPLIT = {
     "one of a fused group kept": {
         "bits": 4,
         "group_size": 32,
@@ -130,6 +132,23 @@ def test_each_engine_reads_rules_and_lists_as_promised(case: str, tmp_path: Path
     assert {reader: outcome(reader, written) for reader in READERS} == {
         reader: said[reader] for reader in READERS
     }
+
+
+def test_rules_that_name_the_parts_alone_are_inspected_as_refused(tmp_path: Path) -> None:
+    case = SPLIT["a fused group by its parts"]
+    written = write(tmp_path, **case)
+    found = [engines_of(written.output)["vllm"]]
+    described(written.output, dynamic=case["dynamic"])  # as the user wrote them
+    (written.output / "quantize_config.json").unlink()
+    found.append(engines_of(written.output)["vllm"])
+    assert found == ["limited", "no"]
+    assert [outcome(reader, written) for reader in ("vllm", "sglang")] == ["no", "no"]
+
+
+def engines_of(checkpoint: Path) -> dict[str, str]:
+    export = inspect_checkpoint(open_checkpoint(checkpoint)).export
+    assert export is not None
+    return {verdict.engine: verdict.outcome for verdict in verdicts(export)}
 
 
 def rewritten(

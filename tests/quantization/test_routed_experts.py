@@ -347,7 +347,8 @@ def test_rules_that_split_the_experts_of_a_layer_cause_a_warning(tmp_path: Path)
     result, events = quantize_with_events(model, tmp_path / "out", **settings)
     assert result.split_experts == ("model.layers.1.mlp.experts",)
     assert messages(events, "W_CFG_EXPERTS") == [
-        "the experts of `model.layers.1.mlp.experts` differ in settings: not loaded by vllm, sglang"
+        "the experts of `model.layers.1.mlp.experts` differ in settings: "
+        "not loaded by vllm, sglang, aphrodite"
     ]
 
 
