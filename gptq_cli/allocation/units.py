@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from gptq_cli.config.layer import FUSED_ALIASES, expert_part, list_item, matches
+from gptq_cli.config.layer import expert_part, fused_name, list_item, matches
 from gptq_cli.errors import ConfigError
 from gptq_cli.planning.run_plan import LayerPlan, RunPlan
 
@@ -54,11 +54,7 @@ def unit_name(layer: str) -> str:
     part = expert_part(layer)
     if part is not None:
         return part[0]
-    parent, _, leaf = layer.rpartition(".")
-    for parts, alias in FUSED_ALIASES.items():
-        if leaf in parts:
-            return f"{parent}.{alias}"
-    return layer
+    return fused_name(layer)
 
 
 def find_units(plans: Mapping[int, RunPlan], protect: str | None = None) -> list[Unit]:

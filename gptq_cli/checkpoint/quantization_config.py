@@ -201,7 +201,7 @@ def _rules(
         stored: dict[str, Stored | None] = dict.fromkeys(kept)
         for name, layer in quantized.items():
             stored[name] = Stored(layer.bits, layer.group_size, layer.sym)
-        base = Stored(config.bits, config.group_size, config.sym)
+        base = Stored(config.base.bits, config.base.group_size, config.base.sym)
         wrong: dict[Stored, list[str]] = defaultdict(list)
         for name, settings in misnamed(stored, base, changing).items():
             wrong[settings].append(name)
