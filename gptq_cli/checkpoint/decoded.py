@@ -59,8 +59,17 @@ def plain_view(checkpoint: Checkpoint, *, allow_requantize: bool = False) -> Pla
 
     Weights in 8-bit floats with scales are those of the model itself. InputError E_CKPT_QUANTIZED
     for weights that another method has made, and for GPTQ unless `allow_requantize`. Raises the
-    errors of `Checkpoint.scales` and `packed_modules`, too.
+    errors of `Checkpoint.scales`, `packed_modules` and `merged_view`, too.
     """
+    plain = _plain_view(checkpoint, allow_requantize=allow_requantize)
+    if not checkpoint.adapters:
+        return plain
+    from gptq_cli.checkpoint.adapters import merged_view
+
+    return merged_view(checkpoint, plain)
+
+
+def _plain_view(checkpoint: Checkpoint, *, allow_requantize: bool) -> Plain:
     method = checkpoint.method
     if method in FORMATS and allow_requantize:
         return _unpacked(checkpoint)

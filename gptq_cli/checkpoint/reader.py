@@ -13,10 +13,11 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Union
 
 import torch
 from safetensors import safe_open
@@ -37,6 +38,9 @@ from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.files import file_errors
 from gptq_cli.solver.quantized_linear import QuantizedLinear
 from gptq_cli.solver.triton_launch import dequantize_packed
+
+if TYPE_CHECKING:
+    from gptq_cli.checkpoint.adapters import MergingReader
 
 VALUES = 32  # values packed together
 
@@ -286,7 +290,7 @@ class BlockFloatReader:
         self._raw.release()
 
 
-PlainReader = TensorReader | DequantizingReader | BlockFloatReader
+PlainReader = Union[TensorReader, DequantizingReader, BlockFloatReader, "MergingReader"]
 
 
 def open_reader(
@@ -296,6 +300,11 @@ def open_reader(
 
     Raises the errors of `format_of` and `Checkpoint.scales`.
     """
+    if checkpoint.adapters:
+        from gptq_cli.checkpoint.adapters import MergingReader
+
+        model = replace(checkpoint, adapters=())
+        return MergingReader(open_reader(model, device, backend), checkpoint)
     scales = checkpoint.scales()
     if scales:
         return BlockFloatReader(checkpoint, scales)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gptq_cli.checkpoint.headers import TensorInfo, read_header
 from gptq_cli.checkpoint.layout import SINGLE_FILE, scales_of
@@ -30,6 +30,9 @@ from gptq_cli.errors import InputError, Problem
 from gptq_cli.files import Stamp, check_stamps, files_below, is_file, stamp_of, status_of
 from gptq_cli.storage.manifest import INDEX_NAME, QUANTIZE_CONFIG
 
+if TYPE_CHECKING:
+    from gptq_cli.checkpoint.adapters import Adapter
+
 CODES_OF_BITSANDBYTES = ("U8", "I8")
 
 
@@ -38,7 +41,8 @@ class Checkpoint:
     """A model directory whose headers agree with each other; `tensors` is in file order.
 
     `absent` are names of its index that no shard holds. `stamps` are those of all its files, taken
-    before the first one was read. `remarks` are codes and texts of warnings.
+    before the first one was read. `remarks` are codes and texts of warnings. `adapters` are merged
+    into the weights while they are read.
     """
 
     directory: Path
@@ -47,6 +51,7 @@ class Checkpoint:
     absent: tuple[str, ...] = ()
     stamps: Mapping[Path, Stamp] = field(default_factory=dict)
     remarks: tuple[Remark, ...] = ()
+    adapters: tuple[Adapter, ...] = ()
 
     @property
     def quantization(self) -> dict[str, Any] | None:
@@ -118,6 +123,8 @@ class Checkpoint:
     def check_unchanged(self) -> None:
         """Raise InputError E_SOURCE_CHANGED if a file changed since the checkpoint was opened."""
         check_stamps(self.stamps)
+        for adapter in self.adapters:
+            check_stamps(adapter.stamps)
 
 
 def is_of_mlx(key: str, value: object) -> bool:

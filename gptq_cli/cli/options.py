@@ -150,6 +150,7 @@ CONVERTED: dict[str, Callable[[Any], Any]] = {
     "dataset": _one_or_all,
     "dynamic": _rules,
     "group_size": _number_or_word,
+    "lora": _one_or_all,
     "text_column": _one_or_all,
 }
 

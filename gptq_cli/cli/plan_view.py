@@ -27,7 +27,7 @@ from gptq_cli.config.serving import Verdict, engine_data
 from gptq_cli.errors import ConfigError, clock, one_of, size
 from gptq_cli.inspection.summary import Row, plan_rows
 from gptq_cli.json_values import to_json
-from gptq_cli.planning.checks import notes_on_groups, notes_on_limits, notes_on_output
+from gptq_cli.planning.checks import notes_on_groups, notes_on_limits, notes_on_output, with_lora
 from gptq_cli.planning.estimate import (
     Disk,
     Estimate,
@@ -83,6 +83,7 @@ def show_plan(
     config = resolved.config
     console.show_notes(resolved.notes)
     source, checkpoint = peek_model(model, revision)
+    checkpoint = with_lora(checkpoint, config)
     output = output or Path(default_name(model, config))
     if config.allocates:
         config = _before_allocation(console, checkpoint, config)

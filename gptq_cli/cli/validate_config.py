@@ -54,6 +54,7 @@ def validate_config(
 def _plan(console: Console, model: Path, resolved: Resolved) -> tuple[RunPlan, tuple[Verdict, ...]]:
     from gptq_cli.checkpoint.locate import local_model
     from gptq_cli.checkpoint.source import open_checkpoint
+    from gptq_cli.planning.checks import with_lora
     from gptq_cli.planning.plan import plan_checkpoint, with_group_size
     from gptq_cli.planning.run_plan import judge_plan, remarks
 
@@ -63,7 +64,7 @@ def _plan(console: Console, model: Path, resolved: Resolved) -> tuple[RunPlan, t
 
         config = starting_config(config)
         console.say(f"note: layers get widths when they are measured; here all have {config.bits}")
-    source = open_checkpoint(local_model(model))
+    source = with_lora(open_checkpoint(local_model(model)), config)
     config = with_group_size(source, config)
     plan = plan_checkpoint(source, config)
     for code, remark in remarks(plan, config):

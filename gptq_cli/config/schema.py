@@ -188,6 +188,16 @@ class QuantizeConfig(BaseModel):
     lm_head: Annotated[Flag, Option(Panel.LAYERS)] = Field(
         default=False, description="quantize the output head too"
     )
+    lora: Annotated[
+        str | list[Text] | None,
+        Field(min_length=1),
+        Accepts("the directory of an adapter, a list of these, none, or null"),
+        Option(Panel.LAYERS, metavar="DIR", note="; repeatable, with a scale: DIR:0.8"),
+    ] = Field(
+        default=None,
+        description="LoRA adapter of peft that is merged into the model while it is read; none: "
+        "leave out one that lies beside the model",
+    )
     allow_requantize: Annotated[Flag, Option(Panel.LAYERS, ("--allow-requantize",))] = Field(
         default=False,
         description="take a GPTQ checkpoint as the source and round its weights a second time",

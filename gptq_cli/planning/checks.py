@@ -14,9 +14,9 @@ from pathlib import Path
 from gptq_cli.calibration.corpus import calibration_sources, check_source
 from gptq_cli.calibration.loading import check_reach
 from gptq_cli.checkpoint.locate import ModelSource, hub_id, locate_model, model_directory
-from gptq_cli.checkpoint.source import open_checkpoint
+from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.errors import ConfigError, GptqError, ResourceError, size
+from gptq_cli.errors import ConfigError, GptqError, InputError, ResourceError, size
 from gptq_cli.files import expanded, file_errors, files_below, status_of
 from gptq_cli.planning.estimate import (
     DEVICE_SHARE,
@@ -31,10 +31,12 @@ from gptq_cli.planning.estimate import (
 )
 from gptq_cli.planning.plan import USUAL_GROUP_SIZES, plan_checkpoint, with_group_size
 from gptq_cli.planning.run_plan import RunPlan, bounded
+from gptq_cli.shell import shell_word
 from gptq_cli.storage.manifest import read_manifest
 from gptq_cli.storage.replacing import check_output
 from gptq_cli.storage.work_directory import WorkDirectory, refuse_locked
 
+NO_LORA = "none"
 RESUME = ("auto", "require", "never")
 
 
@@ -99,12 +101,36 @@ def prepare_run(
     located = locate_model(model, options.revision)
     if writes and directory is None:
         check_output(output, located.directory, overwrite=options.overwrite, may_be_done=True)
-    source = open_checkpoint(located.directory)
+    source = with_lora(open_checkpoint(located.directory), config)
     given, config = config, with_group_size(source, config)
     plan = plan_checkpoint(source, config)
     _check_text(config)
     notes = notes_on_groups(given, config)
     return PreparedRun(model, output, bounded(config, source), options, located, plan, notes)
+
+
+def with_lora(source: Checkpoint, config: QuantizeConfig) -> Checkpoint:
+    """Return `source` with the adapters of the configuration, which are merged while it is read.
+
+    Raises InputError E_LORA for an adapter that does not fit, and for one that lies beside the
+    model if the configuration does not say which of the two is meant.
+    """
+    chosen = config.lora
+    if isinstance(chosen, str):
+        chosen = [chosen]
+    beside = any(code == "W_CKPT_ADAPTER" for code, _ in source.remarks)
+    if chosen is None and beside:
+        directory = shell_word(str(source.directory))
+        raise InputError(
+            "E_LORA",
+            f"`{source.directory}` holds a model and an adapter: which is meant is not clear",
+            hint=f"merge the adapter with --lora {directory}, or leave it out with --lora none",
+        )
+    if chosen is None or chosen == [NO_LORA]:
+        return source
+    from gptq_cli.checkpoint.adapters import with_adapters
+
+    return with_adapters(source, chosen)
 
 
 def _check_text(config: QuantizeConfig) -> None:

@@ -318,7 +318,7 @@ def _about_codes(plan: RunPlan) -> list[Remark]:
         text = f"the source is quantized ({how}): its rounded weights are rounded a second time"
         found.append(("W_CKPT_REQUANTIZED", text))
     decoded = plan.decoded
-    if decoded:
+    if decoded and how is not None:
         more = 0
         for tensor in decoded:
             more += tensor.nbytes

@@ -25,6 +25,7 @@ from gptq_cli.events import PhaseStarted, Report, Warned, ignore
 from gptq_cli.files import advice, file_errors, is_file
 from gptq_cli.hub_errors import id_flaw, pasted_id
 from gptq_cli.inspection.summary import Inspection, inspect_checkpoint
+from gptq_cli.planning.checks import NO_LORA
 from gptq_cli.publish.card import CardFacts, model_card
 from gptq_cli.publish.report import read_evaluation
 from gptq_cli.publish.upload import Published, publish
@@ -311,6 +312,8 @@ def _settings(directory: Path, report: Report) -> dict[str, Any]:
             settings[key] = value
     if config.dataset is not None:
         settings["dataset"] = _public_datasets(config.dataset, report)
+    if config.lora is not None and config.lora != NO_LORA:
+        settings["lora"] = _public_adapters(config.lora, report)
     return settings
 
 
@@ -332,6 +335,16 @@ def _public_datasets(datasets: str | list[str], report: Report) -> str:
             name = f"{name}:{share}"
         names.append(name)
     return ", ".join(names)
+
+
+def _public_adapters(adapters: str | list[str], report: Report) -> str:
+    """Return the names of adapters, without folders; W_PUSH_PATH for each."""
+    if isinstance(adapters, str):
+        adapters = [adapters]
+    for adapter in adapters:
+        text = f"{CONFIG_FILE} will publish the local path of the adapter: {adapter}"
+        report(Warned("W_PUSH_PATH", text))
+    return ", ".join(Path(adapter).name for adapter in adapters)
 
 
 def _front_matter(file: Path) -> dict[str, Any]:

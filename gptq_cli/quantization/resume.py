@@ -70,7 +70,7 @@ def identify(
     "source". Raises InputError E_CKPT_NONFINITE for weights that are not finite, E_SOURCE_CHANGED
     for files that have changed.
     """
-    known = {
+    known: dict[str, Any] = {
         "versions": {
             "gptq_cli": __version__,
             "revision": REVISION,
@@ -81,6 +81,8 @@ def identify(
         "config": _settings(config),
         "calibration_sha256": calibration_sha256,
     }
+    if source.adapters:
+        known["adapters"] = [adapter.identity() for adapter in source.adapters]
     if not hashed:
         return known
     files = _files(source, commit)
@@ -136,7 +138,7 @@ def _device(device: torch.device) -> dict[str, Any]:
 def _settings(config: QuantizeConfig) -> dict[str, Any]:
     """Return the settings that change the bytes of a finished layer."""
     without_effect = {"max_ram", "max_vram", "target", "on_numeric_fault", "max_fallbacks"}
-    without_effect.add("device")  # it is a field of the identity itself
+    without_effect |= {"device", "lora"}  # which are fields of the identity itself
     return config.model_dump(mode="json", exclude=without_effect)
 
 

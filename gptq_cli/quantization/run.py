@@ -499,6 +499,8 @@ def _describe(
         "quantizer": [f"gptq_cli:{__version__}"],
         "calibration_sha256": calibration_sha256,
     }
+    if plan.source.adapters:
+        meta["lora"] = [adapter.provenance() for adapter in plan.source.adapters]
     if plan.plain.how:
         meta["source_quantization"] = plan.plain.how
     kept = [layer.name for layer in plan.kept if layer.name != HEAD]

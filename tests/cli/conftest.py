@@ -146,6 +146,7 @@ class FakeQuantized:
 def _plan_without_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Accept a model that is not there as one of the Hub; open and plan models that are there."""
     nowhere = SimpleNamespace(directory=Path("/no/such/model"), name="m", commit=None)
+    unopened = SimpleNamespace(remarks=())
     locate, open_there = checks.locate_model, checks.open_checkpoint
     plan, bound = checks.plan_checkpoint, checks.bounded
 
@@ -153,13 +154,13 @@ def _plan_without_model(monkeypatch: pytest.MonkeyPatch) -> None:
         return locate(model, revision) if Path(model).is_dir() else nowhere
 
     def opened(directory: Path) -> Any:
-        return None if directory == nowhere.directory else open_there(directory)
+        return unopened if directory == nowhere.directory else open_there(directory)
 
     def planned(source: Any, config: QuantizeConfig) -> Any:
-        return None if source is None else plan(source, config)
+        return None if source is unopened else plan(source, config)
 
     def bounded(config: QuantizeConfig, source: Any) -> QuantizeConfig:
-        return config if source is None else bound(config, source)
+        return config if source is unopened else bound(config, source)
 
     monkeypatch.setattr(checks, "locate_model", located)
     monkeypatch.setattr(checks, "open_checkpoint", opened)

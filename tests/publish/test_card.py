@@ -171,3 +171,9 @@ def test_the_page_shows_readers_experts_and_usage() -> None:
     assert "Not by vllm: why." in page
     assert "Worst layers" not in page
     assert "gptq quantize" not in page
+
+
+def test_the_card_names_merged_adapters() -> None:
+    facts = dataclasses.replace(FACTS, settings={**FACTS.settings, "lora": "style:0.8, facts"})
+    assert "| merged adapters | `style:0.8, facts` |" in model_card(facts)
+    assert "merged adapters" not in model_card(FACTS)
