@@ -33,7 +33,7 @@ Shape = tuple[int, int]  # outputs and inputs of a linear
 
 MARLIN_GROUPS = {-1, 32, 64, 128}
 MARLIN_WIDTH = 128  # the kernels that serve experts need a hidden size that is a multiple of this
-CPU_WIDTH = 32
+COLUMNS = 32  # what kernels for CPUs and MLX take at once
 EXPERT_NAMES = {"gate_proj", "up_proj", "down_proj"}
 INTO_HIDDEN = {"down_proj", "w2"}  # linears of an expert whose outputs are hidden states
 TORCH_GROUPS = {-1, 16, 32, 64, 128, 256, 512, 1024}
@@ -242,9 +242,9 @@ NOT_32_OR_128 = Trait(
 )
 ROWS = Trait(lambda e: -1 in e.group_sizes, "group_size -1", "--group-size 128")
 NOT_MLX_GROUPS = Trait(
-    lambda e: any(size > 0 and size % 32 for size in e.group_sizes),
+    lambda e: any(size % COLUMNS for size in e.group_sizes if size > 0),
     "group_size {group_sizes}",
-    "--group-size 32, 64 or 128",
+    "a multiple of 32 as --group-size",
 )
 TORCH_GROUP = Trait(
     lambda e: not e.group_sizes <= TORCH_GROUPS,
@@ -355,15 +355,13 @@ VLLM = Engine(
                 Rule(
                     ODD_BITS,
                     "no",
-                    "it serves 4 and 8 bits; its option --quantization humming serves others on "
-                    "GPUs, without kept layers",
+                    "it serves 4 and 8 bits in this format, others on GPUs as compressed-tensors",
                     seen="run",
                 ),
                 Rule(
                     ASYM,
                     "no",
-                    "it serves symmetric checkpoints; its option --quantization humming serves "
-                    "format gptq_v2 on GPUs, without kept layers",
+                    "it serves symmetric grids in this format, others as compressed-tensors",
                     seen="run",
                 ),
                 NO_OTHER_GROUPS,
@@ -528,7 +526,15 @@ TRANSFORMERS = Engine(
         ),
         Reader(
             COMPRESSED,
-            (Rule(EXPERTS, "no", "quantized experts were not tried"),),
+            (
+                Rule(
+                    ASYM,
+                    "no",
+                    "it needs CompressedTensorsConfig(dequantize=True) for asymmetric grids",
+                    seen="run",
+                ),
+                Rule(EXPERTS, "no", "quantized experts were not tried"),
+            ),
             "compressed-tensors 0.20.1",
             "transformers 5.17 with compressed-tensors 0.19, on CPU",
             loads="run",
@@ -695,9 +701,9 @@ MLX_LM = Engine(
                 Rule(NOT_MLX_BITS, "no", "it has 2, 3, 4, 5, 6 and 8 bits"),
                 Rule(NOT_MLX_GROUPS, "no", "its groups have a multiple of 32 columns"),
                 Rule(G_IDX, "no", "it has no order of columns"),
-                Rule(EXPERTS, "no", "it does not stack the scales of single experts"),
+                Rule(SPLIT_EXPERTS, "no", "the experts of a layer are one tensor"),
             ),
-            "mlx-lm 0.32.2: utils.py, models/qwen3_moe.py",
+            "mlx-lm 0.32.2: utils.py",
             "mlx-lm 0.32.2 with mlx 0.32.4 on CPU, at 3 and 4 bits",
             loads="run",
         ),
@@ -926,10 +932,10 @@ def _has_odd_widths(shapes: Mapping[str, Shape]) -> bool:
     """Return whether a width of a linear, with those fused to it, is no multiple of 32."""
     outputs: Counter[str] = Counter()
     for name, (out_features, in_features) in shapes.items():
-        if in_features % CPU_WIDTH:
+        if in_features % COLUMNS:
             return True
         outputs[fused_name(name)] += out_features
-    return any(width % CPU_WIDTH for width in outputs.values())
+    return any(width % COLUMNS for width in outputs.values())
 
 
 def verdicts(export: Export) -> tuple[Verdict, ...]:

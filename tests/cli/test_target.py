@@ -29,8 +29,8 @@ def test_settings_that_the_target_cannot_load_are_refused(
         result = gptq(command, "org/name", "-b", "3", "--target", "vllm")
         assert (result.exit_code, result.stdout) == (2, "")
         assert result.stderr == (
-            "error[E_TARGET]: vllm does not load 3 bits: it serves 4 and 8 bits; its option "
-            "--quantization humming serves others on GPUs, without kept layers\n\n"
+            "error[E_TARGET]: vllm does not load 3 bits: it serves 4 and 8 bits in this format, "
+            "others on GPUs as compressed-tensors\n\n"
             "hint: what would load: --bits 4 or 8; "
             "as it is, it loads in transformers, gptqmodel, auto-round\n"
         )

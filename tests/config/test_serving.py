@@ -158,6 +158,7 @@ FORMATS = [
     ("compressed-tensors", "sglang", {"sym": False}, "yes"),
     ("compressed-tensors", "sglang", {"bits": 8, "sym": False}, "no"),
     ("compressed-tensors", "transformers", {"bits": 3}, "yes"),
+    ("compressed-tensors", "transformers", {"sym": False}, "no"),
     ("compressed-tensors", "llama.cpp", {"bits": 3}, "no"),
     ("compressed-tensors", "llama.cpp", {"group_size": -1}, "no"),
     ("compressed-tensors", "llama.cpp", {"bits": 8, "sym": False}, "yes"),
@@ -325,10 +326,10 @@ def test_target_problems_name_every_reason_and_a_remedy() -> None:
     problems = target_problems(export_of(layers, "gptq_v2", lm_head=False), "vllm")
     assert [problem.code for problem in problems] == ["E_TARGET"] * 3
     assert [problem.message for problem in problems] == [
-        "vllm does not load 3 bits: it serves 4 and 8 bits; its option --quantization humming "
-        "serves others on GPUs, without kept layers",
-        "vllm does not load asymmetric grids: it serves symmetric checkpoints; its option "
-        "--quantization humming serves format gptq_v2 on GPUs, without kept layers",
+        "vllm does not load 3 bits: it serves 4 and 8 bits in this format, others on GPUs as "
+        "compressed-tensors",
+        "vllm does not load asymmetric grids: it serves symmetric grids in this format, others "
+        "as compressed-tensors",
         "vllm does not load group_size 16, 128: group_size must be -1, 32, 64 or 128",
     ]
     assert problems[0].hint == "what would load: --bits 4 or 8; as it is, it loads in gptqmodel"
