@@ -225,6 +225,8 @@ CONFIGURATION = [
     *(Case(4, f"bits {bits}", recipe(f"bits: {bits}\n"), code, "bits must be 2, 3, 4, 5, 6, 7 or 8",
           "", 2)
       for bits, code in (("9", "E_CFG_RANGE"), ("0", "E_CFG_RANGE"), ("1.5", "E_CFG_RANGE"))),
+    Case(4, "bits of a format", recipe("bits: 5\n"), "E_CFG_FORMAT", "gptq stores 2, 3, 4 or 8",
+         "compressed-tensors, mlx or auto-round", 2),
     Case(5, "group 0", recipe("bits: 4\ngroup_size: 0\n"), "E_CFG_RANGE", "got 0", "write -1", 2),
     Case(5, "group -2", recipe("bits: 4\ngroup_size: -2\n"), "E_CFG_RANGE",
          "-1 for one group per row, got -2", "", 2),

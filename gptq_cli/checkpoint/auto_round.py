@@ -18,6 +18,7 @@ from gptq_cli.config.layer import HOLDS, list_item, matches
 
 FORMAT = "auto-round"
 PLAIN_BITS = 16
+PLAIN = {"bits": PLAIN_BITS, "group_size": -1, "sym": True}
 # What readers add to stored zero points. auto-round writes the first one if all grids are
 # symmetric, which is the only one that vLLM reads, and the second one if some are not.
 ZERO_OFFSETS = {"auto_round:auto_gptq": 1, "auto_round": 0, "auto_round:gptqmodel": 0}
@@ -68,7 +69,7 @@ def unreadable(stored: Mapping[str, Any]) -> str:
         return format
     if stored.get("data_type", "int") != "int":
         return f"data_type {stored['data_type']}"
-    if (stored.get("act_bits") or PLAIN_BITS) < PLAIN_BITS:
+    if stored.get("act_bits") not in (None, PLAIN_BITS):
         return f"activations of {stored['act_bits']} bits"
     return ""
 
@@ -108,9 +109,12 @@ def stored_config(checkpoint: Checkpoint) -> tuple[StoredConfig | None, list[Def
     """Return the configuration of a readable checkpoint, None if it is unusable, and defects."""
     stored = checkpoint.quantization or {}
     extra = stored.get("extra_config") or {}
-    wrong = _wrong_values(stored)
+    wrong = _wrong_values({"sym": True, **stored})
     if not isinstance(extra, dict) or not all(isinstance(item, dict) for item in extra.values()):
         wrong.append("extra_config is not a mapping from names to settings")
+        extra = {}
+    for values in extra.values():
+        wrong += _wrong_values({**PLAIN, **values})
     if wrong:
         hint = "correct it in config.json, as it was set in the tool that wrote the weights"
         return None, [Defect("E_CKPT_CONFIG", text, "config.json", hint=hint) for text in wrong]
@@ -119,14 +123,16 @@ def stored_config(checkpoint: Checkpoint) -> tuple[StoredConfig | None, list[Def
     return AutoRoundConfig(base, FORMAT, HEAD in names, {}, None, extra), []
 
 
-def _wrong_values(stored: Mapping[str, Any]) -> list[str]:
+def _wrong_values(values: Mapping[str, Any]) -> list[str]:
+    """Return errors in the settings of all modules or of one, where plain ones have 16 bits."""
+    bits, group_size, sym = values.get("bits"), values.get("group_size"), values.get("sym")
     wrong = []
-    if stored.get("bits") not in HOLDS[FORMAT].bits:
-        wrong.append(f"bits is {stored.get('bits')!r}")
-    if type(stored.get("group_size")) is not int:
-        wrong.append(f"group_size is {stored.get('group_size')!r}")
-    if not isinstance(stored.get("sym", True), bool):
-        wrong.append(f"sym is {stored['sym']!r}")
+    if type(bits) is not int or bits not in (*HOLDS[FORMAT].bits, PLAIN_BITS):
+        wrong.append(f"bits is {bits!r}")
+    if type(group_size) is not int or group_size < -1 or group_size == 0:
+        wrong.append(f"group_size is {group_size!r}")
+    if not isinstance(sym, bool):
+        wrong.append(f"sym is {sym!r}")
     return wrong
 
 

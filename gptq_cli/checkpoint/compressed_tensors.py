@@ -13,7 +13,9 @@ vLLM 0.33.0. Needs no torch, except to encode.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -23,7 +25,7 @@ from gptq_cli.checkpoint.headers import TensorInfo
 from gptq_cli.checkpoint.layout import Arrays, Pack, Packing, Sizes, quantized_names
 from gptq_cli.checkpoint.quantization_config import HEAD, Linears, Settings, StoredConfig
 from gptq_cli.checkpoint.source import Checkpoint
-from gptq_cli.config.layer import HOLDS, flaw_of, matches
+from gptq_cli.config.layer import HOLDS, expert_part, flaw_of, matches
 
 if TYPE_CHECKING:
     from gptq_cli.solver.quantized_linear import QuantizedLinear
@@ -135,7 +137,7 @@ def packing_of(checkpoint: Checkpoint) -> Packing:
 def unreadable(stored: Mapping[str, Any]) -> str:
     """Return what cannot be read here, "" if all can."""
     groups = stored.get("config_groups") or {}
-    if not isinstance(groups, dict) or not all(isinstance(item, dict) for item in groups.values()):
+    if not isinstance(groups, dict) or not all(map(_is_group, groups.values())):
         return "without a mapping config_groups"
     for group in groups.values():
         found = _unreadable_group(group, group.get("format") or stored.get("format"))
@@ -144,12 +146,16 @@ def unreadable(stored: Mapping[str, Any]) -> str:
     return ""
 
 
+def _is_group(value: object) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("weights"), dict)
+
+
 def _unreadable_group(group: Mapping[str, Any], format: object) -> str:
     if format != PACKED:
         return str(format)
     if group.get("input_activations") or group.get("output_activations"):
         return "quantized activations"
-    weights = group.get("weights") or {}
+    weights = group["weights"]
     if weights.get("type", "int") != "int":
         return f"weights of type {weights['type']}"
     if weights.get("dynamic"):
@@ -217,17 +223,17 @@ def stored_config(checkpoint: Checkpoint) -> tuple[StoredConfig | None, list[Def
         for target in group["targets"]:
             targets.setdefault(target, _settings(group["weights"]))
     names = quantized_names(checkpoint.tensors, CompressedTensorsPacking())
-    base = next(iter(targets.values()))
+    base = next(iter(targets.values()), Settings(4, -1, sym=True, desc_act=False))
     ignore = tuple(stored.get("ignore") or ())
     return GroupedConfig(base, FORMAT, HEAD in names, {}, None, targets, ignore), []
 
 
 def _settings(weights: Mapping[str, Any]) -> Settings:
-    group_size = weights.get("group_size") or -1
-    if weights.get("strategy") == "channel":
-        group_size = -1
+    group_size = -1
+    if weights["strategy"] == "group":
+        group_size = weights["group_size"]
     ordered = weights.get("actorder") in ("group", "dynamic", True)
-    return Settings(weights["num_bits"], group_size, weights.get("symmetric", True), ordered)
+    return Settings(weights["num_bits"], group_size, weights.get("symmetric") is not False, ordered)
 
 
 def _wrong_groups(stored: Mapping[str, Any]) -> Iterator[str]:
@@ -236,15 +242,33 @@ def _wrong_groups(stored: Mapping[str, Any]) -> Iterator[str]:
         yield "config_groups is missing or empty"
         return
     for name, group in groups.items():
-        weights = group.get("weights")
+        weights = group["weights"]
         if not _are_names(group.get("targets")):
             yield f"{name}: targets is not a list of names"
-        if not isinstance(weights, dict):
-            yield f"{name}: weights is not a mapping of settings"
-        elif weights.get("num_bits") not in HOLDS[FORMAT].bits:
-            yield f"{name}: num_bits is {weights.get('num_bits')!r}"
-        elif weights.get("strategy") not in ("group", "channel"):
-            yield f"{name}: strategy is {weights.get('strategy')!r}"
+        for key, accepts in _ACCEPTS.items():
+            if not accepts(weights.get(key)):
+                yield f"{name}: {key} is {weights.get(key)!r}"
+        if weights.get("strategy") == "group" and not _is_group_size(weights.get("group_size")):
+            yield f"{name}: group_size is {weights.get('group_size')!r}"
+
+
+def _is_bits(value: object) -> bool:
+    return type(value) is int and value in HOLDS[FORMAT].bits
+
+
+def _is_group_size(value: object) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_strategy(value: object) -> bool:
+    return value in ("group", "channel")
+
+
+def _is_flag(value: object) -> bool:
+    return value is None or isinstance(value, bool)
+
+
+_ACCEPTS = {"num_bits": _is_bits, "strategy": _is_strategy, "symmetric": _is_flag}
 
 
 def _wrong_patterns(stored: Mapping[str, Any]) -> Iterator[str]:
@@ -273,10 +297,11 @@ def describe(linears: Linears) -> dict[str, Any]:
         targets.setdefault(settings, []).append(name)
     if linears.quantized.get(HEAD) == base:  # engines have a class of its own for it
         targets[base].append(HEAD)
+    sizes = Counter(map(_holder, [*linears.quantized, *linears.kept]))
     groups = {}
     for number, (settings, names) in enumerate(targets.items()):
-        groups[f"group_{number}"] = _group(settings, names)
-    ignore = sorted(linears.kept)
+        groups[f"group_{number}"] = _group(settings, _shortened(names, sizes))
+    ignore = _shortened(sorted(linears.kept), sizes)
     if HEAD not in linears.quantized and HEAD not in ignore:
         ignore.append(HEAD)
     described = {
@@ -288,6 +313,32 @@ def describe(linears: Linears) -> dict[str, Any]:
         "version": VERSION,
     }
     return {"quantization_config": described}
+
+
+def _holder(name: str) -> str | None:
+    """Return the module that holds the expert of a linear, None for a linear of no expert."""
+    part = expert_part(name)
+    if part is None:
+        return None
+    return part[0]
+
+
+def _shortened(names: Sequence[str], sizes: Mapping[str | None, int]) -> list[str]:
+    """Return the names, with one pattern for all experts of a layer if all are among them.
+
+    transformers takes the settings of experts from a pattern that says so. `sizes` are the numbers
+    of linears of each holder.
+    """
+    found: dict[str, None] = {}
+    here = Counter(map(_holder, names))
+    for name in names:
+        holder = _holder(name)
+        if holder is None or here[holder] < sizes[holder]:
+            found[name] = None
+        else:  # vLLM may have another prefix
+            inside = re.escape(holder[holder.index(".") :])
+            found[f"{PATTERN}.*{inside}[.].*"] = None
+    return list(found)
 
 
 def _group(settings: Settings, targets: list[str]) -> dict[str, Any]:

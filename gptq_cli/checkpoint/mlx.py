@@ -272,10 +272,10 @@ def stored_config(checkpoint: Checkpoint) -> tuple[StoredConfig | None, list[Def
 def _wrong_values(name: str, values: Mapping[str, Any]) -> list[str]:
     """Return errors in the settings of one module, or of all if it has no name."""
     wrong = []
-    if values.get("bits", 4) not in HOLDS[FORMAT].bits:
-        wrong.append(f"quantization {name}: bits is {values['bits']!r}")
-    if values.get("group_size", 32) not in GROUP_SIZES:
-        wrong.append(f"quantization {name}: group_size is {values['group_size']!r}")
+    for key, accepted in {"bits": HOLDS[FORMAT].bits, "group_size": GROUP_SIZES}.items():
+        value = values.get(key, accepted[0])
+        if type(value) is not int or value not in accepted:
+            wrong.append(f"quantization {name}: {key} is {value!r}")
     return wrong
 
 

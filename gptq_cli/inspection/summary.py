@@ -225,10 +225,12 @@ def _packed_content(checkpoint: Checkpoint) -> _Content:
         format, packing = str(checkpoint.method), packing_of(checkpoint)
     elif other := other_packing(checkpoint):
         return _Content(format=other.lower(), defects=_defects(checkpoint))
-    modules = packed_modules(checkpoint.tensors, packing)
     config = None
     if format in FORMATS:
         config, _ = stored_config(checkpoint)
+    modules: tuple[PackedModule, ...] = ()
+    if config is not None or dialect is None:  # other formats tell bits in their settings alone
+        modules = packed_modules(checkpoint.tensors, packing)
     return _Content(modules, format, packing, config, _defects(checkpoint))
 
 

@@ -182,6 +182,19 @@ def test_experts_convert_with_their_router_kept(format: str, tmp_path: Path) -> 
     assert all(tensors[name].shape[0] == 3 for name in stacked)
 
 
+def test_all_experts_of_a_layer_share_one_pattern(tmp_path: Path) -> None:
+    rules = {r"+:.*self_attn": {"bits": 8}, r"-:.*1\.mlp\.experts": {}}
+    experts = {f"mlp.experts.{expert}.up_proj": (32, 64) for expert in range(12)}
+    source = write(tmp_path, LINEARS | experts, bits=4, group_size=32, dynamic=rules)
+    convert_checkpoint(str(source.output), tmp_path / "there", "compressed-tensors")
+    assert defects(tmp_path / "there") == ()
+    found = settings_of(tmp_path / "there")
+    assert found["config_groups"]["group_0"]["targets"] == ["Linear"]
+    assert found["ignore"] == [
+        "lm_head", "model.embed_tokens", r"re:.*\.layers\.1\.mlp\.experts[.].*",
+    ]  # fmt: skip
+
+
 def test_mlx_refuses_experts_with_different_settings(tmp_path: Path) -> None:
     rules = {r"+:.*experts\.1\.up_proj": {"bits": 8}}
     source = write(tmp_path, LINEARS | {f"mlp.experts.{e}.up_proj": (32, 64) for e in range(2)},
@@ -251,7 +264,7 @@ def test_words_of_older_versions_and_other_shapes_are_defects(tmp_path: Path) ->
 
 BROKEN: dict[str, dict[str, dict[str, Any]]] = {
     "compressed-tensors": {
-        "num_bits is 9": {"config_groups": {"g": {"weights": {"num_bits": 9, "strategy": "group"},
+        "num_bits is 9": {"config_groups": {"g": {"weights": {"num_bits": 9, "strategy": "channel"},
                                                   "targets": [], "format": "pack-quantized"}}},
         "config_groups is missing or empty": {"config_groups": {}},
         "ignore is not a list": {"ignore": "lm_head"},
@@ -284,7 +297,10 @@ def test_unusable_settings_of_a_format_are_defects(format: str, tmp_path: Path) 
 
 
 UNREADABLE = {
-    "compressed-tensors": ({"format": "float-quantized", "config_groups": {"g": {}}}, "float-"),
+    "compressed-tensors": (
+        {"config_groups": {"g": {"format": "float-quantized", "weights": {}}}},
+        "float-",
+    ),
     "mlx": ({"mode": "mxfp4"}, "mode mxfp4"),
     "auto-round": ({"packing_format": "auto_round:auto_awq"}, "auto_round:auto_awq"),
 }
@@ -325,7 +341,8 @@ def test_mlx_settings_name_layers_that_differ(tmp_path: Path) -> None:
     found = settings_of(output)
     names = [f"model.layers.{block}.mlp.down_proj" for block in range(2)]
     rows = {name: {"group_size": 128, "bits": 4} for name in names}
-    assert found == {"group_size": 32, "bits": 4} | rows
+    kept = {"lm_head": False, "model.embed_tokens": False}
+    assert found == {"group_size": 32, "bits": 4} | rows | kept
     content = json.loads((output / "config.json").read_text())
     assert content["quantization_config"] == content["quantization"]
 
