@@ -143,7 +143,7 @@ def test_flags_override_variables_and_variables_the_file(
     assert "note: pad_token_id has no effect" in result.stderr
 
 
-def test_repeated_datasets_are_texts(gptq: Run, quantizer: FakeQuantizer) -> None:
+def test_a_repeated_dataset_is_a_list(gptq: Run, quantizer: FakeQuantizer) -> None:
     gptq("quantize", "m", "-b", "4", "--dataset", "one", "--dataset", "two")
     gptq("quantize", "m", "-b", "4", "--dataset", "one")
     assert [call["config"].dataset for call in quantizer.calls] == [["one", "two"], "one"]

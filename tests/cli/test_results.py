@@ -140,8 +140,11 @@ def test_words_after_two_dashes_are_arguments(gptq: Run) -> None:
 
 
 @pytest.mark.usefixtures("quantizer")
-def test_a_report_shows_the_exact_command(gptq: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_report_shows_the_exact_command(
+    gptq: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     commands: list[str] = []
+    (tmp_path / "x.txt").write_text("a text")
 
     def keep(output: Path, result: object, log: object, command: str) -> Path:
         del result, log
@@ -151,6 +154,6 @@ def test_a_report_shows_the_exact_command(gptq: Run, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("gptq_cli.publish.report.save_report", keep)
     for text in SECRETS:
         monkeypatch.setattr(sys, "argv", ["gptq", "quantize", "m", "--dataset", text])
-        gptq("quantize", "m", "-b", "4", "--dataset", text, "--dataset", "x", "--report")
+        gptq("quantize", "m", "-b", "4", "--dataset", tmp_path / "x.txt", "--report")
     words = ["gptq", "quantize", "m", "--dataset"]
     assert commands == [shell_words([*words, text]) for text in SECRETS]
