@@ -68,9 +68,16 @@ def quantize(
     if report:
         check_report()
     options = RunOptions(revision, overwrite, resume, seconds(max_runtime), allow_network_fs)
-    prepared = prepare_run(
-        str(model), Path(output or default_name(str(model), config)), config, options
-    )
+    output = Path(output or default_name(str(model), config))
+    if config.allocates:
+        from gptq_cli.allocation.goals import starting_config
+        from gptq_cli.allocation.run import allocate_run
+
+        start = starting_config(config)
+        prepared = prepare_run(str(model), output, start, options)
+        prepared, _, _ = allocate_run(prepared, config, on_event)
+    else:
+        prepared = prepare_run(str(model), output, config, options)
     from gptq_cli.quantization.run import carry_out
 
     if not report:

@@ -187,6 +187,28 @@ def measure_model(
     )
 
 
+def allocate_run(
+    prepared: PreparedRun,
+    goal: QuantizeConfig,
+    report: Report = ignore,
+    worker: Worker | None = None,
+) -> tuple[PreparedRun, MeasuredModel, Entry]:
+    """Return `prepared` with the widths that meet the goal, and what was measured and chosen.
+
+    `prepared` is that of `starting_config`. The time that the measurement takes counts as time of
+    the run. Raises what `measure_model` and `MeasuredModel.choose` raise.
+    """
+    measured = measure_model(prepared, goal, report, worker, Place.of_output(prepared.output))
+    chosen = measured.choose(goal)
+    config = measured.configured(chosen.allocation.widths)
+    options = prepared.options
+    if options.max_seconds is not None:
+        options = replace(options, max_seconds=max(1.0, options.max_seconds - measured.seconds))
+    plan = plan_checkpoint(prepared.plan.source, config)
+    run = replace(prepared, config=config, plan=plan, options=options, allocated=True)
+    return run, measured, chosen
+
+
 @dataclass(frozen=True, slots=True)
 class Kept:
     """The file of a finished measurement, and others that may have it; none if nothing is kept."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -117,26 +116,14 @@ def allocated(
     worker: Worker,
     report: Report,
 ) -> PreparedRun:
-    """Return `prepared` with the widths that meet the goal, which it measures and shows.
+    """Return `prepared` with the widths that meet the goal, which it measures and shows."""
+    from gptq_cli.allocation.run import allocate_run
 
-    The time that the measurement takes counts as time of the run.
-    """
-    from gptq_cli.allocation.run import Place, measure_model
-    from gptq_cli.planning.plan import plan_checkpoint
-
-    place = Place.of_output(prepared.output)
-    measured = measure_model(prepared, goal, report, worker, place)
-    chosen = measured.choose(goal)
+    prepared, measured, chosen = allocate_run(prepared, goal, report, worker)
     if worker.team.is_leader:
         for line in [*_chosen_lines(chosen), *_picture(measured, chosen)]:
             console.say(line)
-    config = measured.configured(chosen.allocation.widths)
-    options = prepared.options
-    if options.max_seconds is not None:
-        left = max(1.0, options.max_seconds - measured.seconds)
-        options = replace(options, max_seconds=left)
-    plan = plan_checkpoint(prepared.plan.source, config)
-    return replace(prepared, config=config, plan=plan, options=options, allocated=True)
+    return prepared
 
 
 def _write(output: Path, measured: MeasuredModel, chosen: Entry) -> None:
