@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gptq_cli.allocation.goals import allowed_bits, at_width
-from gptq_cli.allocation.harms import Harms, Measurement, harms_of, measured_widths
+from gptq_cli.allocation.harms import Harms, Measurement, harms_of, reference_width
 from gptq_cli.allocation.measure import Measuring, probe_shape
 from gptq_cli.allocation.rules import with_widths
 from gptq_cli.allocation.saved import (
@@ -39,7 +39,7 @@ from gptq_cli.planning.plan import plan_checkpoint, refine_plan
 from gptq_cli.planning.run_plan import RunPlan, judge_plan
 from gptq_cli.quantization.resume import Identity, check_agreement, identify
 from gptq_cli.quantization.run import Calibration, calibrate
-from gptq_cli.quantization.run_state import Limits, SavingTimes
+from gptq_cli.quantization.run_state import Limits, Record, Run, SavingTimes
 from gptq_cli.runtime.memory import Memory, device_errors
 from gptq_cli.runtime.open_model import open_stream, resolve_device
 from gptq_cli.runtime.ranks import SINGLE_PROCESS, Worker
@@ -47,6 +47,8 @@ from gptq_cli.storage.manifest import ALLOCATION
 from gptq_cli.storage.work_directory import WorkDirectory, working_on
 
 REVISION = 1  # counted up if the same model gets another measurement
+LEAST_TOKENS = 8192  # of calibration, if the run has as many
+SHARE = 4  # the measurement takes a quarter of the windows, but not fewer tokens than these
 # Rounding for the measurement: quick, but with the order and the signs of the run itself
 QUICK: dict[str, Any] = {"scale_search": "none", "refine_sweeps": 0, "asymmetric_calibration": 0.0}
 
@@ -161,16 +163,16 @@ def measure_model(
         plan_of = partial(_plan, prepared, stream)
         plans = {width: plan_of(at_width(prepared.config, width)) for width in widths}
         units = find_units(plans, goal.protect)
-        calibration = calibrate(prepared.plan.source, prepared.config, report, worker.team)
+        calibration, probe = _text(prepared, len(units), worker, report)
         check_token_ids(calibration.windows.ids, stream.vocabulary_rows)
-        probe = _probe(prepared, calibration, len(units), worker)
-        identity = _identify(prepared, calibration, plans, worker, report)
+        reference = reference_width(widths)
+        identity = _identify(prepared, calibration, reference, worker, report)
         kept = Kept.of(prepared, place, work, identity)
         measured = worker.team.broadcast([kept.read()])[0]
         already_done = measured is not None
         if measured is None:
             measuring = _measuring(
-                prepared, plans, units, stream, calibration, probe, worker, report
+                prepared, plans[reference], units, stream, calibration, probe, worker, report
             )
             measured = _carry_out(measuring, work, identity, report)
         kept.write(measured)
@@ -179,7 +181,7 @@ def measure_model(
         base=prepared.config,
         widths=tuple(widths),
         units=tuple(units),
-        harms=tuple(harms_of(units, measured, widths)),
+        harms=tuple(harms_of(units, measured, reference)),
         plan_of=plan_of,
         probe_tokens=probe.numel(),
         seconds=time.perf_counter() - started,
@@ -285,37 +287,50 @@ def _plan(prepared: PreparedRun, stream: ModelStream, config: QuantizeConfig) ->
     return refine_plan(plan, config, stream.all_linears(), stream.stacked_linears(), stream.unused)
 
 
-def _probe(prepared: PreparedRun, calibration: Calibration, n_units: int, worker: Worker) -> Tensor:
-    """Return the token ids [windows, length] of the probe, drawn from the calibration text."""
+def _text(
+    prepared: PreparedRun, n_units: int, worker: Worker, report: Report
+) -> tuple[Calibration, Tensor]:
+    """Return the calibration windows of the measurement, and the token ids of the probe.
+
+    A part of the windows of the run is enough for rounding. They make as many batches, so that as
+    many processes can share them.
+    """
     config = prepared.config
-    n_windows, length = probe_shape(calibration.windows.tokens, n_units, config.seqlen)
+    n_windows = max(-(-LEAST_TOKENS // config.seqlen), -(-config.nsamples // SHARE))
+    n_windows = min(config.nsamples, max(n_windows, _n_batches(config)))
+    source, team = prepared.plan.source, worker.team
+    fewer = config.model_copy(update={"nsamples": n_windows})
+    calibration = calibrate(source, fewer, report, team)
+    n_tokens = config.nsamples * config.seqlen
+    n_windows, length = probe_shape(n_tokens, n_units, config.seqlen)
+    report(PhaseStarted("probe", f"{n_windows} windows of {length} tokens for {n_units} units"))
     drawn = {"nsamples": n_windows, "seqlen": length, "seed": config.seed + 1}
-    other = config.model_copy(update=drawn)
-    return calibrate(prepared.plan.source, other, ignore, worker.team).windows.ids
+    probe = calibrate(source, config.model_copy(update=drawn), ignore, team).windows.ids
+    return calibration, probe
 
 
 def _identify(
     prepared: PreparedRun,
     calibration: Calibration,
-    plans: dict[int, RunPlan],
+    reference: int,
     worker: Worker,
     report: Report,
 ) -> Identity:
     """Return everything that the measurement depends on; all processes agree about it."""
     source, ranks = prepared.plan.source, worker.team
     report(PhaseStarted("source", f"identifying {prepared.located.name}"))
-    settings = calibration.identifying(prepared.config)
+    settings = calibration.identifying(at_width(prepared.config, reference))
     sha256 = calibration.windows.sha256
     commit = prepared.located.commit
     identity = identify(source, commit, settings, worker.device, sha256, hashed=ranks.first_here)
-    identity["allocation"] = {"revision": REVISION, "widths": sorted(plans)}
+    identity["allocation"] = REVISION
     check_agreement(ranks, identity)
     return identity
 
 
 def _measuring(
     prepared: PreparedRun,
-    plans: dict[int, RunPlan],
+    plan: RunPlan,
     units: Sequence[Unit],
     stream: ModelStream,
     calibration: Calibration,
@@ -323,16 +338,13 @@ def _measuring(
     worker: Worker,
     report: Report,
 ) -> Measuring:
-    """Return the measurement, which has not begun."""
-    windows, length = probe.shape
-    report(PhaseStarted("probe", f"{windows} windows of {length} tokens for {len(units)} units"))
-    quick = {}
-    for width in measured_widths(sorted(plans)):
-        quick[width] = _quickly(plans[width])
-    config = prepared.config.model_copy(update=QUICK)
-    batches = calibration.batches(config.batch_size)
+    """Return the measurement, which has not begun; `plan` is that of the reference width."""
+    config = prepared.config.model_copy(update=QUICK | {"true_sequential": False})
+    batches = torch.tensor_split(calibration.windows.ids.cpu(), _n_batches(prepared.config))
+    unlimited, record = Limits(config), Record(ignore)
+    run = Run(config, _quickly(plan), stream, worker.team, batches, record, unlimited)
     limits = Limits(config, prepared.options.max_seconds)
-    return Measuring(config, quick, units, stream, worker.team, batches, probe, report, limits)
+    return Measuring(run, units, probe, report, limits)
 
 
 def _carry_out(
@@ -346,6 +358,11 @@ def _carry_out(
         if saved.n_finished:
             report(Resumed(saved.n_finished, measuring.stream.n_blocks, work.path))
         return measuring.carry_out(saved)
+
+
+def _n_batches(config: QuantizeConfig) -> int:
+    """Return the number of calibration batches of the run."""
+    return -(-config.nsamples // config.batch_size)
 
 
 def _quickly(plan: RunPlan) -> RunPlan:

@@ -1,7 +1,7 @@
 """A measurement on the disk: its state after finished blocks, and its result.
 
 The state lies in the work directory beside the output. A line of the journal has the number of the
-finished block, what was measured so far, and the hash of the file with the hidden states. The
+finished block and the hash of the file with the hidden states. The
 result is a file of JSON with the identity of the measurement: everything that its figures depend
 on. Only the leader of several processes reads and writes.
 """
@@ -19,10 +19,8 @@ from gptq_cli.allocation.harms import Measurement
 from gptq_cli.quantization.resume import Identity, save_tensors
 from gptq_cli.quantization.run_state import SavingTimes
 from gptq_cli.storage.durable import remove, write_json
-from gptq_cli.storage.manifest import Entry, Journal, digest, file_hash, read_sealed, sealed
+from gptq_cli.storage.manifest import Journal, digest, file_hash, read_sealed, sealed
 from gptq_cli.storage.work_directory import WorkDirectory
-
-ByWidth = dict[int, float]
 
 
 class MeasuredBlocks:
@@ -47,47 +45,28 @@ class MeasuredBlocks:
         """How many blocks are finished."""
         if not self._journal.entries:
             return 0
-        return int(self._last["block"]) + 1
+        return int(self._journal.entries[-1]["block"]) + 1
 
-    def read(self) -> tuple[int, list[Any] | None, tuple[dict[str, Any], Measurement] | None]:
+    def read(self) -> tuple[int, list[Any] | None, dict[str, Any] | None]:
         """Return the number of finished blocks and, on the host, the state after the last one.
 
-        The state is that of the calibration batches, that of the probe, and what was measured.
+        The state is that of the calibration batches, and that of the probe.
         """
         if not self.n_finished:
             return 0, None, None
         file = self._work.allocation_state(len(self._journal.entries) - 1)
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-        measured = measurement_of(self._last["measured"])
-        return self.n_finished, state["batches"], (state["probe"], measured)
+        return self.n_finished, state["batches"], state["probe"]
 
-    def save(self, block: int, state: Mapping[str, Any], measured: Measurement) -> None:
+    def save(self, block: int, state: Mapping[str, Any]) -> None:
         """Make the blocks up to `block` durable."""
         file = self._work.allocation_state(len(self._journal.entries))
-        entry = {"block": block, "state": save_tensors(file, state), "measured": asdict(measured)}
-        self._journal.append(entry)
+        self._journal.append({"block": block, "state": save_tensors(file, state)})
         self.times.saved()
-
-    @property
-    def _last(self) -> Entry:
-        return self._journal.entries[-1]
 
     def _is_intact(self, number: int) -> bool:
         file = self._work.allocation_state(number)
         return file.is_file() and file_hash(file) == self._journal.entries[number]["state"]
-
-
-def measurement_of(data: Mapping[str, Any]) -> Measurement:
-    """Return a measurement from its JSON, where widths are text."""
-    return Measurement(
-        {name: _by_width(found) for name, found in data["kl"].items()},
-        {name: _by_width(found) for name, found in data["change"].items()},
-        _by_width(data["uniform"]),
-    )
-
-
-def _by_width(data: Mapping[str, float]) -> ByWidth:
-    return {int(width): value for width, value in data.items()}
 
 
 def read_measurement(files: Sequence[Path], identity: Identity) -> Measurement | None:
@@ -95,7 +74,7 @@ def read_measurement(files: Sequence[Path], identity: Identity) -> Measurement |
     for file in files:
         content = read_sealed(file)
         if content is not None and content.get("identity") == identity:
-            return measurement_of(content["measured"])
+            return Measurement(**content["measured"])
     return None
 
 

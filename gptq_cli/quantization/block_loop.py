@@ -98,7 +98,7 @@ def gather_inputs(
     together: Sequence[Stage], forwards: Forwards, run: Run
 ) -> dict[Stage, HessianOfBatches | RoutedInputs]:
     """Return what each stage sees over this process's batches: a Hessian, or inputs of experts."""
-    gathered = {stage: _nothing_seen(stage, forwards, run) for stage in together}
+    gathered = {stage: nothing_seen(stage, forwards, run) for stage in together}
     for batch, seen in forwards.inputs(together):
         # `seen` has the calls of each passage; the passages make the same calls in the same order.
         for same_call in zip(*seen, strict=True):
@@ -128,7 +128,7 @@ def embed(run: Run) -> list[HiddenStates]:
     return [hidden]
 
 
-def _nothing_seen(stage: Stage, forwards: Forwards, run: Run) -> HessianOfBatches | RoutedInputs:
+def nothing_seen(stage: Stage, forwards: Forwards, run: Run) -> HessianOfBatches | RoutedInputs:
     name = stage.names[0]
     experts = []
     for passage in forwards.passages:

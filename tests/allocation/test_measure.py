@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from gptq_cli.allocation.harms import REFERENCE
 from gptq_cli.allocation.measure import probe_shape
 from gptq_cli.allocation.run import QUICK
 from gptq_cli.config.layer import LayerConfig
@@ -19,13 +20,11 @@ from gptq_cli.quantization.run_state import SavingTimes
 from gptq_cli.solver.factor import prepare
 from gptq_cli.solver.hessian import HessianAccumulator
 from gptq_cli.solver.solve import solve
-from tests.allocation.measuring import SIZES, WIDTHS, figures, goal, measure
+from tests.allocation.measuring import SIZES, figures, goal, measure
 from tests.allocation.processes import measure_together
 from tests.disks import Killed
 from tests.families import save_model
 from tests.runs import calibration_ids, config, digest
-
-CARRIED = 3
 
 
 def whole_model(directory: Path) -> PreTrainedModel:
@@ -39,7 +38,7 @@ def probe_of(model: Path, n_units: int) -> Tensor:
     return calibration_ids(model, config(nsamples=windows, seqlen=length, batch_size=1, seed=1))
 
 
-def rounded(model: PreTrainedModel, ids: Tensor, name: str, width: int) -> Tensor:
+def rounded(model: PreTrainedModel, ids: Tensor, name: str) -> Tensor:
     """Return the weight of a linear as quick rounding leaves it, given inputs of the whole model.
 
     The inputs are those of the unquantized model on `ids`.
@@ -50,7 +49,7 @@ def rounded(model: PreTrainedModel, ids: Tensor, name: str, width: int) -> Tenso
     for batch in ids.split(SIZES["batch_size"]):
         model(batch)
     hook.remove()
-    base = config(bits=width, **QUICK).base
+    base = config(bits=REFERENCE, **QUICK).base
     assert isinstance(base, LayerConfig)
     factor = prepare(hessian.hessian, base, hessian.tokens)
     return solve(linear.weight.data, hessian.hessian, factor, base).quantized.dequantize()
@@ -83,18 +82,16 @@ def test_harms_are_those_of_the_whole_model(qwen3: Path, tmp_path: Path) -> None
     model = whole_model(qwen3)
     ids, probe = calibration_ids(qwen3, config(**SIZES)), probe_of(qwen3, len(measured.units))
 
-    def harm(layers: Iterable[str], width: int) -> float:
-        weights = {name: rounded(model, ids, name, width) for name in layers}
+    def harm(layers: Iterable[str]) -> float:
+        weights = {name: rounded(model, ids, name) for name in layers}
         return divergence(model, probe, weights)
 
     for unit in measured.units[:5]:
-        expected = harm(unit.layers, CARRIED)
-        assert found["kl"][unit.name][str(CARRIED)] == pytest.approx(expected, rel=1e-3)
+        assert found["kl"][unit.name] == pytest.approx(harm(unit.layers), rel=1e-3)
     layers = [*chain.from_iterable(unit.layers for unit in measured.units)]
-    for width in WIDTHS:
-        assert found["uniform"][str(width)] == pytest.approx(harm(layers, width), rel=1e-3)
-    total = sum(harms[CARRIED] for harms in measured.harms)
-    assert total == pytest.approx(found["uniform"][str(CARRIED)])
+    assert found["uniform"] == pytest.approx(harm(layers), rel=1e-3)
+    total = sum(harms[REFERENCE] for harms in measured.harms)
+    assert total == pytest.approx(found["uniform"])
 
 
 @torch.no_grad()
@@ -104,12 +101,12 @@ def test_a_quantized_head_is_a_unit_of_its_own(qwen3: Path, tmp_path: Path) -> N
     model = whole_model(qwen3)
     ids, probe = calibration_ids(qwen3, config(**SIZES)), probe_of(qwen3, len(measured.units))
     embeddings = model.get_input_embeddings().weight.data.clone()
-    weight = rounded(model, ids, "lm_head", CARRIED)
+    weight = rounded(model, ids, "lm_head")
     wanted = model(probe).logits[:, :-1].log_softmax(-1)
     hidden = model.model(probe).last_hidden_state[:, :-1]
     got = (hidden @ weight.T).log_softmax(-1)
     expected = float((wanted.exp() * (wanted - got)).sum(-1).mean())
-    found = figures(tmp_path / "a.yaml")["kl"]["lm_head"][str(CARRIED)]
+    found = figures(tmp_path / "a.yaml")["kl"]["lm_head"]
     assert found == pytest.approx(expected, rel=1e-3)
     assert torch.equal(model.get_input_embeddings().weight.data, embeddings)
     assert head.layers == ("lm_head",)

@@ -65,7 +65,9 @@ def test_rules_give_each_layer_its_width_and_keep_those_of_the_user(llama: Path)
     base = config(bits=8, dynamic=own, lm_head=True)
     units = units_of(llama, dynamic=own, lm_head=True)
     widths = [WIDTHS[number % 3] for number in range(len(units))]
-    widths = [unit.widths[-1] if unit.ruled else width for unit, width in zip(units, widths)]
+    for number, unit in enumerate(units):
+        if unit.ruled:
+            widths[number] = unit.widths[0]
     found = with_widths(base, units, widths)
     assert list(found.dynamic)[:2] == list(own)
     for unit, width in zip(units, widths, strict=True):
@@ -79,16 +81,11 @@ def test_rules_give_each_layer_its_width_and_keep_those_of_the_user(llama: Path)
 
 def test_harms_follow_what_was_measured(llama: Path) -> None:
     units = units_of(llama)
-    names = [unit.name for unit in units]
-    measured = Measurement(
-        {name: {3: 0.1 * (number + 1)} for number, name in enumerate(names)},
-        {name: {2: 0.4, 3: 0.1, 4: 0.02} for name in names},
-        {2: 12.0, 3: 3.0, 4: 0.5},
-    )
-    harms = harms_of(units, measured, WIDTHS)
-    for width in (2, 3, 4):
-        assert sum(of_unit[width] for of_unit in harms) == pytest.approx(measured.uniform[width])
+    kl = {unit.name: 0.1 * (number + 1) for number, unit in enumerate(units)}
+    harms = harms_of(units, Measurement(kl, uniform=3.0), reference=3)
+    assert sum(of_unit[3] for of_unit in harms) == pytest.approx(3.0)
     assert harms[4][3] / harms[0][3] == pytest.approx(5)
+    assert harms[0][2] / harms[0][3] == pytest.approx((7 / 3) ** 2)
     assert harms[0][8] / harms[0][4] == pytest.approx((15 / 255) ** 2)
     assert all(list(of_unit.values()) == sorted(of_unit.values())[::-1] for of_unit in harms)
 
