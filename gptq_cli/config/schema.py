@@ -200,7 +200,7 @@ class QuantizeConfig(BaseModel):
     )
     allow_requantize: Annotated[Flag, Option(Panel.LAYERS, ("--allow-requantize",))] = Field(
         default=False,
-        description="take a GPTQ checkpoint as the source and round its weights a second time",
+        description="take a quantized checkpoint as the source, round its weights a second time",
     )
     target: Annotated[
         Target, Option(Panel.LAYERS, metavar="ENGINE", note=f": {', '.join(TARGETS)}")
