@@ -26,9 +26,9 @@ from gptq_cli.calibration.chats import (
     rendered_chats,
 )
 from gptq_cli.calibration.columns import quoted, texts_of
-from gptq_cli.calibration.encodings import decoded
+from gptq_cli.calibration.encodings import TABLES, decoded, suffix_of
 from gptq_cli.calibration.loading import LoadRequest, open_column
-from gptq_cli.calibration.rows import READERS, TABLES, columns_of_file, suffix_of
+from gptq_cli.calibration.rows import READERS, columns_of_file
 from gptq_cli.config.corpora import CORPORA, DEFAULT_DATASET, PARAGRAPH, REGISTERED, Purpose
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import ConfigError, GptqError, InputError

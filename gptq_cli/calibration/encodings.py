@@ -13,6 +13,7 @@ from gptq_cli.shell import shell_word
 
 HEAD_BYTES = 65536
 PACKED = {".gz": "gzip", ".zst": "zstd"}
+TABLES = (".parquet", ".arrow")  # which are not read if they are packed again
 UTF8_MARK = b"\xef\xbb\xbf"
 MARKS = {
     b"\xff\xfe\0\0": "utf-32",
@@ -48,6 +49,21 @@ def opened(file: Path) -> Iterator[BinaryIO]:
 def is_packed(file: Path) -> bool:
     """Return whether the name of a file says that its bytes are compressed."""
     return file.suffix.lower() in PACKED
+
+
+def suffix_of(file: Path) -> str:
+    """Return the suffix of a file's name in small letters: TRAIN.TXT is a text, too.
+
+    A file of text that is packed has the suffix of its content: .jsonl for a.jsonl.gz. Other packed
+    files are not read, so they have none.
+    """
+    suffix = file.suffix.lower()
+    if not is_packed(file):
+        return suffix
+    inner = Path(file.stem).suffix.lower()
+    if inner in TABLES:
+        return ""
+    return inner
 
 
 def _unpacked(stream: BinaryIO, file: Path) -> BinaryIO:

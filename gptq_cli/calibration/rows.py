@@ -16,7 +16,7 @@ from typing import Any
 
 from gptq_cli.calibration.chats import Form
 from gptq_cli.calibration.columns import Content, LineRow, Row, columns_of_row, kind_of
-from gptq_cli.calibration.encodings import decoded, decoded_lines, is_packed
+from gptq_cli.calibration.encodings import TABLES, decoded, decoded_lines, suffix_of
 from gptq_cli.errors import InputError
 
 FIX = "fix that line"
@@ -97,22 +97,6 @@ def columns_of_file(file: Path) -> dict[str, Content]:
     return columns_of_row(next(READERS[suffix_of(file)](file, None), None))
 
 
-def suffix_of(file: Path) -> str:
-    """Return the suffix of a file's name in small letters: TRAIN.TXT is a text, too.
-
-    A file of text that is packed has the suffix of its content: .jsonl for a.jsonl.gz. Other packed
-    files are not read, so they have none.
-    """
-    suffix = file.suffix.lower()
-    if not is_packed(file):
-        return suffix
-    inner = Path(file.stem).suffix.lower()
-    if inner in TABLES:
-        return ""
-    return inner
-
-
-TABLES = (".parquet", ".arrow")
 READERS: dict[str, Callable[[Path, Any], Iterator[Row]]] = {
     ".json": json_rows,
     ".jsonl": json_rows,
