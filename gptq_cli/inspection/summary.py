@@ -172,7 +172,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         desc_act=content.desc_act,
         modules=modules,
         settings=content.settings,
-        matrices=_matrices(others),
+        matrices=_matrices(others, blocks, checkpoint.n_blocks),
         transposed=stores_transposed(checkpoint.config),
         quantized=tuple(collapse(quantized)),
         kept=tuple([replace(row, why="") for row in other_rows(others, blocks)]),
@@ -181,7 +181,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         files=_files(checkpoint),
         provenance=_provenance(checkpoint),
         defects=content.defects,
-        misnamed=_misnamed(content, _matrices(others)),
+        misnamed=_misnamed(content, _matrices(others, blocks, checkpoint.n_blocks)),
     )
 
 
@@ -257,8 +257,26 @@ def _other_tensors(
     return [tensor for name, tensor in checkpoint.tensors.items() if name not in hidden]
 
 
-def _matrices(tensors: Iterable[TensorInfo]) -> tuple[str, ...]:
-    return tuple(t.name.removesuffix(".weight") for t in tensors if len(t.shape) == 2)
+def _matrices(tensors: Iterable[TensorInfo], blocks: str, n_blocks: int | None) -> tuple[str, ...]:
+    """Return the modules with a 2-D weight, without those of blocks that the model does not run.
+
+    A tensor of all experts of a layer counts as a linear of the first one.
+    """
+    names = []
+    for tensor in tensors:
+        name = tensor.name.removesuffix(".weight")
+        parent, _, leaf = name.rpartition(".")
+        if len(tensor.shape) == 3 and parent.endswith(".experts"):
+            name = f"{parent}.0.{leaf}"
+        elif len(tensor.shape) != 2:
+            continue
+        item = list_item(name)
+        if item is not None and item.list_name != blocks:
+            continue
+        if item is not None and n_blocks is not None and int(item.number) >= n_blocks:
+            continue
+        names.append(name)
+    return tuple(names)
 
 
 def _defects(checkpoint: Checkpoint) -> tuple[Defect, ...]:

@@ -30,11 +30,10 @@ from gptq_cli.config.resolve import settings_export
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.serving import target_problems
 from gptq_cli.errors import ConfigError, InputError, Problem
-from gptq_cli.planning.run_plan import HEAD, UNFIT, LayerPlan, RunPlan, check_target
+from gptq_cli.planning.run_plan import BEYOND, HEAD, UNFIT, LayerPlan, RunPlan, check_target
 
 PACK_MULTIPLE = 32  # 32-bit words hold whole columns and whole rows of zero points
 USUAL_GROUP_SIZES = (128, 64, PACK_MULTIPLE)
-BEYOND = "of a block that the model does not run"
 _IN_LIST = re.compile(r"^(?P<list>.*?)\.\d+\..+\.weight$")
 
 Stacked = tuple[str, int, int]  # the tensor that holds a linear, out_features, in_features

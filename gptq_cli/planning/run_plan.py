@@ -48,6 +48,7 @@ from gptq_cli.errors import ConfigError
 from gptq_cli.files import expanded, resolved
 
 HEAD = "lm_head"
+BEYOND = "of a block that the model does not run"
 UNFIT = "does not fit"  # the reason to keep a layer that cannot be packed
 
 
@@ -249,6 +250,8 @@ def export_of_layers(layers: Sequence[LayerPlan], config: QuantizeConfig) -> Exp
     """Return what engines will see of these layers."""
     settings, shapes, transposed = {}, {}, False
     for layer in layers:
+        if layer.why == BEYOND:
+            continue  # engines load such a block apart from the model, if at all
         settings[layer.name] = layer.config
         if layer.config:
             shapes[layer.name] = (layer.out_features, layer.in_features)

@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 
 from gptq_cli.checkpoint.quantization_config import describe, skip_rules
+from gptq_cli.checkpoint.source import open_checkpoint
 from gptq_cli.config.schema import QuantizeConfig
+from gptq_cli.config.serving import verdict_of
+from gptq_cli.inspection.summary import inspect_checkpoint
 from gptq_cli.planning.plan import plan_run
-from gptq_cli.planning.run_plan import RunPlan, remarks
+from gptq_cli.planning.run_plan import RunPlan, export_of_layers, remarks
 from tests.families import DRAFTED, save_drafted
 
 # What the engines fuse in these models. Sources: the models qwen3_5.py, deepseek_v2.py and
@@ -155,6 +158,16 @@ def test_blocks_that_draft_are_kept_for_every_engine(model: Model) -> None:
     # vllm 0.33.0, qwen3_5_mtp.py: without such a rule it quantizes the block
     rules = [rule for rule in described["dynamic"] if rule.startswith("-:") and "mtp" in rule]
     assert bool(rules) == block.startswith("mtp")
+
+
+def test_experts_of_blocks_that_draft_keep_no_engine_from_the_model(model: Model) -> None:
+    for rules, outcome in ((KEEP, "yes"), (KEEP | {r"-:.*layers\.1\.mlp\.": {}}, "no")):
+        plan, config = model.planned(rules)
+        assert verdict_of(export_of_layers(plan.layers, config), "sglang").outcome == outcome
+    matrices = inspect_checkpoint(open_checkpoint(model.directory)).matrices
+    assert [name for name in matrices if name.endswith("layers.1.mlp.experts.2.up_proj")] != []
+    draft = DRAFTS[model.family][0]
+    assert [name for name in matrices if name.startswith((draft, "model.visual.blocks"))] == []
 
 
 def test_half_of_each_fused_group_warns(model: Model) -> None:
