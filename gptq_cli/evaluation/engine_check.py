@@ -49,6 +49,7 @@ PROMPTS = (
 PREFIXES = 8  # of each prompt, after which the next token is compared
 LONGEST = 128  # tokens of a prompt
 LAST_LINES = 12  # of an engine that failed
+REASON = 300  # letters of what it raised
 INSTALL = {
     "vllm": "pip install vllm",
     "llama.cpp": "pip install xllamacpp",
@@ -328,10 +329,10 @@ class _Engine:
 
     def _failed(self, reason: str, report: Report) -> GateError:
         self._report_last_lines(report)
-        first = reason.strip().partition("\n")[0]
+        short = " ".join(reason.split())[:REASON]
         return GateError(
             "E_ENGINE_FAILED",
-            f"{self._request.engine} could not run `{self._checkpoint}`: {first}",
+            f"{self._request.engine} could not run `{self._checkpoint}`: {short}",
             hint="gptq inspect shows which engines load the checkpoint, and why others do not",
         )
 
@@ -350,6 +351,8 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
 
 
 def _ending(code: int) -> str:
+    if -code == signal.SIGILL:
+        return "SIGILL, an instruction that this processor does not have"
     if code < 0:
         return signal.Signals(-code).name
     return f"exit code {code}"

@@ -151,7 +151,11 @@ def test_a_job_names_all_that_an_engine_needs(
     [
         ("print('first'); print('a kernel is missing'); sys.exit(3)", "ended with exit code 3"),
         ("print('a kernel is missing', flush=True); os.kill(0, signal.SIGSEGV)", "SIGSEGV"),
-        ("print('a kernel is missing'); answer(failed='KeyError: x\\nmore')", "KeyError: x"),
+        (
+            "print('a kernel is missing', flush=True); os.kill(0, signal.SIGILL)",
+            "SIGILL, an instruction that this processor does not have",
+        ),
+        ("print('a kernel is missing'); answer(failed='KeyError: x\\n more')", "KeyError: x more"),
     ],
 )
 def test_an_engine_that_fails_shows_its_last_lines(
