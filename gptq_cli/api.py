@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 from gptq_cli.config.fields import seconds
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.evaluation.request import EvalRequest, GenerateRequest
-from gptq_cli.events import Report, ignore
+from gptq_cli.events import BlockLog, Report, ignore
 from gptq_cli.files import file_errors
 from gptq_cli.planning.checks import RunOptions, prepare_run
 from gptq_cli.planning.run_plan import default_name
-from gptq_cli.publish.report import BlockLog, check_report, save_report
+from gptq_cli.publish.report import check_report, write_page
+from gptq_cli.storage.manifest import REPORT_PAGE, write_run
 
 if TYPE_CHECKING:
     from gptq_cli.evaluation.generate import GenerateResult
@@ -44,9 +45,10 @@ def quantize(
     The output appears complete or not at all. The arguments are the options of `gptq quantize`:
     `output` defaults to NAME-GPTQ-Int4-g128 in the current directory, `resume` is "auto",
     "require" or "never", and `max_runtime` is a time such as "3h30m", after which PausedError is
-    raised; the same call then resumes the run. With `report`, the output gets an HTML report that
-    shows `command`. `on_event` is called in this thread with each of `gptq_cli.events` when it
-    happens; if it raises, the run ends, but finished blocks are kept.
+    raised; the same call then resumes the run. The output gets a gptq_report.json about the run and
+    its `command`, and with `report` an HTML page that shows it. `on_event` is called in this thread
+    with each of `gptq_cli.events` when it happens; if it raises, the run ends, but finished blocks
+    are kept.
 
     Every expected failure raises a GptqError: ConfigError, InputError, GateError, ResourceError,
     ExistsError or PausedError, with `code`, `hint` and the `exit_code` of the command.
@@ -80,11 +82,11 @@ def quantize(
         prepared = prepare_run(str(model), output, config, options)
     from gptq_cli.quantization.run import carry_out
 
-    if not report:
-        return carry_out(prepared, on_event)
     log = BlockLog(on_event)
     result = carry_out(prepared, log)
-    save_report(prepared.output, result.to_json(), log, command)
+    write_run(prepared.output, result.to_json(), log.blocks, command)
+    if report:
+        write_page(prepared.output, prepared.output / REPORT_PAGE)
     return result
 
 

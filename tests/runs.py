@@ -15,6 +15,7 @@ from gptq_cli.events import Event, Warned, ignore
 from gptq_cli.quantization import run
 from gptq_cli.quantization.run import QuantizeResult, quantize_checkpoint
 from gptq_cli.runtime.ranks import SINGLE_PROCESS
+from gptq_cli.storage.manifest import REPORT_DATA
 from tests.families import text_file
 
 CPU = torch.device("cpu")
@@ -54,10 +55,13 @@ def messages(events: list[Event], code: str) -> list[str]:
 
 
 def digest(directory: Path) -> dict[str, str]:
-    """Return the SHA-256 of each file below `directory` by its relative path."""
+    """Return the SHA-256 of each file below `directory` by its relative path.
+
+    The data about the run holds times, so it is left out.
+    """
     hashes: dict[str, str] = {}
     for path in sorted(directory.rglob("*")):
-        if path.is_file():
+        if path.is_file() and path.name != REPORT_DATA:
             hashes[str(path.relative_to(directory))] = sha256(path.read_bytes()).hexdigest()
     return hashes
 

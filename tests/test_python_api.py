@@ -152,6 +152,21 @@ def test_run_ended_by_its_callback_resumes_on_the_same_call(workspace: Path) -> 
     assert [event.index for event in seen if isinstance(event, events.BlockFinished)] == [1]
 
 
+def test_every_run_leaves_its_data_for_a_report(workspace: Path, gptq: Run) -> None:  # noqa: F811
+    quantize(MODEL, config(), "out")
+    file = workspace / "out" / "gptq_report.json"
+    data = json.loads(file.read_text())
+    assert (data["command"], len(data["blocks"]), len(data["layers"])) == (
+        "gptq_cli.quantize",
+        2,
+        14,
+    )
+    assert quantize(MODEL, config(), "out", command="again").already_done
+    assert json.loads(file.read_text()) == data
+    assert gptq("report", "out").exit_code == 0
+    assert gptq("verify", "out", "--full").exit_code == 0
+
+
 def test_report_names_the_command(workspace: Path) -> None:
     quantize(MODEL, config(), "out", report=True, command="my program")
     assert "my program" in (workspace / "out" / "gptq_report.html").read_text(encoding="utf-8")

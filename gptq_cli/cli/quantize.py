@@ -28,8 +28,9 @@ from gptq_cli.cli.launch import (
 from gptq_cli.cli.progress import Progress
 from gptq_cli.config.resolve import Resolved, resolve, to_yaml
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.errors import ConfigError, InputError, clock, size
-from gptq_cli.events import Report, ignore
+from gptq_cli.config.serving import LOADS
+from gptq_cli.errors import ConfigError, GptqError, InputError, clock, size
+from gptq_cli.events import BlockLog, Report, ignore
 from gptq_cli.files import is_directory, resolved
 from gptq_cli.shell import shell_word, shell_words
 
@@ -42,6 +43,11 @@ if TYPE_CHECKING:
 
 # The kernel that runs quantized linears matters only when a checkpoint is evaluated.
 SETTINGS = [name for name in o.configurable_fields() if name != "backend"]
+SERVING = {  # commands of engines; the first one that loads the output is shown
+    "vllm": "vllm serve {}",
+    "sglang": "python -m sglang.launch_server --model-path {}",
+    "llama.cpp": "python convert_hf_to_gguf.py {} --outfile model.gguf",
+}
 EVERYDAY = ("bits", "group_size", "preset", "dataset", "target", "output", "config")
 
 Directory = Annotated[
@@ -102,32 +108,28 @@ def quantize(
     console.show_notes(resolved.notes)
     from gptq_cli.config.fields import seconds
     from gptq_cli.planning.checks import RunOptions
-    from gptq_cli.publish.report import BlockLog, check_report, save_report
 
     options = RunOptions(
         revision, overwrite, resume or "auto", seconds(max_runtime), allow_network_fs
     )
     if report:
+        from gptq_cli.publish.report import check_report
+
         check_report()
     prepared = _prepare(model, output, resolved.config, options)
     launch_processes(console, prepared, named, Path.cwd())
     from gptq_cli.quantization.run import carry_out
 
-    page = None
     with working(console, prepared, named) as (worker, progress):
         if resolved.config.allocates:
             from gptq_cli.cli.allocate import allocated
 
             prepared = allocated(console, prepared, resolved.config, worker, progress)
-        if report and worker.team.is_leader:
-            log = BlockLog(progress)
-            result = carry_out(prepared, log, worker)
-            command = shell_words(["gptq", *sys.argv[1:]])
-            page = save_report(prepared.output, result.to_json(), log, command)
-        else:
-            result = carry_out(prepared, progress, worker)
+        log = BlockLog(progress)
+        result = carry_out(prepared, log, worker)
     if worker.team.is_leader:
-        _show_result(console, result, resolved.config, page)
+        page = _report(console, result, log, with_page=report)
+        _show_result(console, result, prepared, page)
     return None
 
 
@@ -181,10 +183,35 @@ def working(
         yield worker, report
 
 
+def _report(
+    console: Console, result: QuantizeResult, log: BlockLog, *, with_page: bool
+) -> Path | None:
+    """Write the data about a run into its output, and the page; return the path of the page.
+
+    If the user did not ask for the page, a failure is a warning: the checkpoint is complete.
+    """
+    from gptq_cli.storage.manifest import REPORT_PAGE, write_run
+
+    try:
+        command = shell_words(["gptq", *sys.argv[1:]])
+        write_run(result.output, result.to_json(), log.blocks, command)
+        if not with_page:
+            return None
+        from gptq_cli.publish.report import write_page
+
+        return write_page(result.output, result.output / REPORT_PAGE)
+    except GptqError as error:
+        if with_page:
+            raise
+        console.warn("W_REPORT", f"the checkpoint is complete, but not its report: {error}")
+        return None
+
+
 def _show_result(
-    console: Console, result: QuantizeResult, config: QuantizeConfig, page: Path | None = None
+    console: Console, result: QuantizeResult, prepared: PreparedRun, page: Path | None = None
 ) -> None:
-    """Show a finished run and the path of its HTML report, if there is one."""
+    """Show a finished run, the path of its HTML report, if there is one, and what to do next."""
+    config = prepared.config
     if page is not None:
         console.say(f"report: {page}")
     lines = [
@@ -192,6 +219,21 @@ def _show_result(
         *map(fitted, engine_lines(result.engines)),
     ]
     console.result(result.to_json(), "\n".join(lines), result.output)
+    for line in _next_steps(result, prepared):
+        console.say(f"next: {line}")
+
+
+def _next_steps(result: QuantizeResult, prepared: PreparedRun) -> list[str]:
+    """Return a command that measures the output, and one that serves it."""
+    output, model = shell_word(str(result.output)), shell_word(prepared.model)
+    loads = [verdict.engine for verdict in result.engines if verdict.outcome in LOADS]
+    target = (prepared.config.target or "").partition("@")[0].partition("/")[0]
+    serving = f'gptq generate {output} "Why is the sky blue?"'
+    for engine in (target, *SERVING):
+        if engine in SERVING and engine in loads:
+            serving = SERVING[engine].format(output)
+            break
+    return [f"gptq eval-ppl {output} --baseline {model}", serving]
 
 
 def _summary(result: QuantizeResult, config: QuantizeConfig) -> list[str]:
@@ -294,9 +336,11 @@ def resume(
     from gptq_cli.quantization.run import carry_out
 
     with working(console, prepared, named) as (worker, progress):
-        result = carry_out(prepared, progress, worker)
+        log = BlockLog(progress)
+        result = carry_out(prepared, log, worker)
     if worker.team.is_leader:
-        _show_result(console, result, config)
+        _report(console, result, log, with_page=False)
+        _show_result(console, result, prepared)
 
 
 class _Begun(BaseModel):

@@ -15,7 +15,7 @@ from gptq_cli.errors import size
 def report(
     directory: Annotated[
         Path,
-        typer.Argument(metavar="OUT", help="output of gptq quantize --report", show_default=False),
+        typer.Argument(metavar="OUT", help="output of gptq quantize", show_default=False),
     ],
     output: Annotated[
         Path | None,
@@ -36,8 +36,7 @@ def report(
     """Write an HTML report about a run: errors, time, memory, the command.
 
     The report is one HTML file without scripts and without other files.
-    It is made from the gptq_report.json that quantize --report writes into
-    OUT.
+    It is made from the gptq_report.json that quantize writes into OUT.
 
     Example: gptq report ./out --evaluation ppl.json
     """

@@ -1,40 +1,23 @@
-"""The report of a run: its data, kept beside the weights, and the page that shows the data."""
+"""The page about a run, made from the data that the run has left beside the weights."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from gptq_cli.checkpoint.model_files import read_json
-from gptq_cli.errors import ConfigError, InputError, __version__
-from gptq_cli.events import BlockFinished, Event, Report
-from gptq_cli.files import UNREADABLE, is_file, resolved
+from gptq_cli.errors import ConfigError, InputError
+from gptq_cli.files import UNREADABLE, is_file
 from gptq_cli.publish.report_data import Damaged, checked_evaluation, checked_run
-from gptq_cli.storage.durable import json_bytes, write_file
-from gptq_cli.storage.manifest import REPORT_DATA, REPORT_PAGE
+from gptq_cli.storage.durable import write_file
+from gptq_cli.storage.manifest import REPORT_DATA, REPORT_PAGE, REPORT_VERSION
 from gptq_cli.storage.replacing import check_file
 
-VERSION = 1
-AGAIN = "quantize again with --report"
+AGAIN = "quantize again, with --overwrite"
 MEASURE = "write one: gptq eval-ppl MODEL --json > FILE"
 PAGE_MARK = b'<meta name="generator" content="gptq_cli">'
 PNG_MARK = b"Software\0gptq_cli"
-
-
-class BlockLog:
-    """A listener that passes events on and records time and memory of each block."""
-
-    def __init__(self, report: Report) -> None:
-        self._report = report
-        self.blocks: list[dict[str, Any]] = []
-
-    def __call__(self, event: Event) -> None:
-        if isinstance(event, BlockFinished):
-            self.blocks.append(asdict(event))
-        self._report(event)
 
 
 def check_report() -> None:
@@ -43,21 +26,6 @@ def check_report() -> None:
         raise InputError(
             "E_REPORT", "reports need matplotlib", hint="install it: pip install 'gptq_cli[report]'"
         )
-
-
-def save_report(output: Path, result: Mapping[str, Any], log: BlockLog, command: str) -> Path:
-    """Write the data of a finished run and its page into `output`; return the path of the page."""
-    data = {
-        "report": VERSION,
-        "version": __version__,
-        "command": command,
-        "name": resolved(output).name,
-        **result,
-        "blocks": log.blocks,
-    }
-    data.pop("output", None)  # the directory may be moved
-    write_file(output / REPORT_DATA, json_bytes(data, indent=1))
-    return write_page(output, output / REPORT_PAGE)
 
 
 def write_page(
@@ -108,14 +76,12 @@ def read_run(directory: Path) -> dict[str, Any]:
     """
     file = directory / REPORT_DATA
     if not is_file(file):
-        raise InputError(
-            "E_REPORT", f"`{directory}` holds no {REPORT_DATA}", hint="quantize with --report"
-        )
+        hint = f"gptq quantize writes it: {AGAIN}"
+        raise InputError("E_REPORT", f"`{directory}` holds no {REPORT_DATA}", hint=hint)
     content = _json(file, AGAIN)
-    if not isinstance(content, dict) or content.get("report") != VERSION:
-        raise InputError(
-            "E_REPORT", f"`{file}` is not the data of a report of version {VERSION}", hint=AGAIN
-        )
+    if not isinstance(content, dict) or content.get("report") != REPORT_VERSION:
+        message = f"`{file}` is not the data of a report of version {REPORT_VERSION}"
+        raise InputError("E_REPORT", message, hint=AGAIN)
     try:
         return checked_run(content)
     except Damaged as error:

@@ -9,15 +9,23 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 from threading import Event
 from typing import Any, NamedTuple, TypeGuard, TypeVar
 
-from gptq_cli.files import file_errors, files_below, is_file
-from gptq_cli.storage.durable import OpenFile, remove, sync_directory, write_file, write_json
+from gptq_cli.errors import __version__
+from gptq_cli.files import file_errors, files_below, is_file, resolved
+from gptq_cli.storage.durable import (
+    OpenFile,
+    json_bytes,
+    remove,
+    sync_directory,
+    write_file,
+    write_json,
+)
 
 Entry = dict[str, Any]
 
@@ -114,6 +122,7 @@ MAX_CONFIG_BYTES, MAX_JSON_BYTES = 5_000_000, 50_000_000
 MANIFEST = "gptq_manifest.json"
 CONFIG_FILE = "gptq_config.yaml"  # the resolved configuration
 REPORT_DATA, REPORT_PAGE = "gptq_report.json", "gptq_report.html"  # the report of the run
+REPORT_VERSION = 1
 ALLOCATION = "gptq_allocation.json"  # the measurement that the widths of layers were chosen by
 # about a run, not about the model
 RUN_FILES = {CONFIG_FILE, MANIFEST, REPORT_DATA, REPORT_PAGE, ALLOCATION}
@@ -137,6 +146,28 @@ def write_manifest(directory: Path, content: dict[str, Any]) -> None:
         name = path.relative_to(directory).as_posix()
         files[name] = {"sha256": found, "size": path.stat().st_size}
     write_json(directory / MANIFEST, sealed({"schema": SCHEMA, **content, "files": files}))
+
+
+def write_run(
+    output: Path, result: Mapping[str, Any], blocks: Sequence[Mapping[str, Any]], command: str
+) -> None:
+    """Write the data of a finished run into its output, for `gptq report`.
+
+    `blocks` are the events of its blocks. The data of a run that was finished before is kept.
+    """
+    file = output / REPORT_DATA
+    if result.get("already_done") and is_file(file):
+        return
+    data = {
+        "report": REPORT_VERSION,
+        "version": __version__,
+        "command": command,
+        "name": resolved(output).name,
+        **result,
+        "blocks": blocks,
+    }
+    data.pop("output", None)  # the directory may be moved
+    write_file(file, json_bytes(data, indent=1))
 
 
 def sealed(content: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import pytest
 from gptq_cli.cli.app import load_command
 from gptq_cli.config.fields import seconds
 from gptq_cli.config.schema import QuantizeConfig
+from gptq_cli.errors import ResourceError
 from gptq_cli.planning.run_plan import default_name
 
 from .conftest import FakeQuantized, FakeQuantizer, Run
@@ -214,6 +215,43 @@ loads with limits in aphrodite: desc_act is slow
 """
     )
     assert len(quantizer.calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "serving"),
+    [
+        ([], "vllm serve 'my out'"),
+        (["--target", "sglang"], "python -m sglang.launch_server --model-path 'my out'"),
+        (["-b", "2"], "python convert_hf_to_gguf.py 'my out' --outfile model.gguf"),
+        (["-b", "3"], "gptq generate 'my out' \"Why is the sky blue?\""),
+    ],
+)
+def test_a_finished_run_shows_the_next_two_commands(
+    words: list[str], serving: str, gptq: Run, quantizer: FakeQuantizer
+) -> None:
+    del quantizer
+    result = gptq("quantize", "m", "-b", "4", "-o", "my out", *words)
+    assert result.stderr.splitlines()[-2:] == [
+        "next: gptq eval-ppl 'my out' --baseline m",
+        f"next: {serving}",
+    ]
+    assert "next:" not in result.stdout
+
+
+def test_a_report_that_cannot_be_written_is_a_warning(
+    gptq: Run, quantizer: FakeQuantizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del quantizer
+
+    def fail(*_: object) -> None:
+        raise ResourceError("E_DISK", "cannot write `m/gptq_report.json`: No space left on device")
+
+    monkeypatch.setattr("gptq_cli.storage.manifest.write_run", fail)
+    result = gptq("quantize", "m", "-b", "4")
+    assert result.exit_code == 0
+    complete = "the checkpoint is complete, but not its report"
+    expected = f"warning[W_REPORT]: {complete}: cannot write `m/gptq_report.json`: No space left"
+    assert expected in result.stderr
 
 
 def test_quiet_prints_only_the_path_and_warnings(gptq: Run, quantizer: FakeQuantizer) -> None:

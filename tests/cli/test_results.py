@@ -14,7 +14,7 @@ from gptq_cli.cli.console import Console, as_json_text, visible
 from gptq_cli.shell import shell_word, shell_words
 from tests.families import save_model, texts
 
-from .conftest import Run
+from .conftest import FakeQuantizer, Run
 from .processes import GPTQ
 
 NAMES = [
@@ -131,7 +131,7 @@ def test_an_output_may_have_a_name_that_is_not_utf_8(tmp_path: Path) -> None:
     page = gptq_bytes(tmp_path, "report", "out\udcff", "--quiet").stdout
     assert page == b"out\xff/gptq_report.html\n"
     run = json.loads((tmp_path / "out\udcff" / "gptq_report.json").read_bytes())
-    assert run["command"] == "gptq " + shell_words([*words, "--json"])
+    assert run["command"] == "gptq " + shell_words([*words, "--quiet"])
     assert dataset_of(tmp_path, "out\udcff/gptq_config.yaml") == "text\udcff.txt"
 
 
@@ -139,21 +139,12 @@ def test_words_after_two_dashes_are_arguments(gptq: Run) -> None:
     assert "`--my_model` is not a directory" in gptq("verify", "--", "--my_model").stderr
 
 
-@pytest.mark.usefixtures("quantizer")
-def test_a_report_shows_the_exact_command(
-    gptq: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_data_of_a_run_holds_the_exact_command(
+    gptq: Run, quantizer: FakeQuantizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    commands: list[str] = []
-    (tmp_path / "x.txt").write_text("a text")
-
-    def keep(output: Path, result: object, log: object, command: str) -> Path:
-        del result, log
-        commands.append(command)
-        return output / "gptq_report.html"
-
-    monkeypatch.setattr("gptq_cli.publish.report.save_report", keep)
     for text in SECRETS:
         monkeypatch.setattr(sys, "argv", ["gptq", "quantize", "m", "--dataset", text])
-        gptq("quantize", "m", "-b", "4", "--dataset", tmp_path / "x.txt", "--report")
+        gptq("quantize", "m", "-b", "4")
     words = ["gptq", "quantize", "m", "--dataset"]
-    assert commands == [shell_words([*words, text]) for text in SECRETS]
+    assert [run[3] for run in quantizer.runs] == [shell_words([*words, text]) for text in SECRETS]
+    assert [len(run[2]) for run in quantizer.runs] == [2] * len(SECRETS)

@@ -88,7 +88,7 @@ def test_an_error_shows_the_place_of_damage_in_a_report(
     assert (found.exit_code, found.stdout) == (3, "")
     assert found.stderr.startswith("error[E_REPORT]: `")
     assert says in found.stderr
-    assert "hint: quantize again with --report" in found.stderr
+    assert "hint: quantize again, with --overwrite" in found.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["gptq_report.json"]
 
 

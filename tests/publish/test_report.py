@@ -13,11 +13,12 @@ from typer.testing import CliRunner
 
 from gptq_cli.cli.app import app
 from gptq_cli.errors import InputError
-from gptq_cli.events import ignore
+from gptq_cli.events import BlockLog, ignore
 from gptq_cli.publish.charts import NEVER
-from gptq_cli.publish.report import BlockLog, check_report, save_report, write_page
+from gptq_cli.publish.report import check_report, write_page
 from gptq_cli.publish.report_page import experts_of, grids, render
 from gptq_cli.quantization.run import quantize_checkpoint
+from gptq_cli.storage.manifest import write_run
 from tests.cli.conftest import layer_report, play
 from tests.disks import CountingDisk, DyingDisk, Killed, using
 from tests.families import save_model
@@ -30,7 +31,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     log = BlockLog(ignore)
     output = folder / "Tiny-GPTQ-Int4-g32"
     result = quantize_checkpoint(str(save_model(folder / "model")), output, config(), report=log)
-    save_report(output, result.to_json(), log, "gptq quantize model -b 4 --report")
+    write_run(output, result.to_json(), log.blocks, "gptq quantize model -b 4 --report")
+    write_page(output, output / "gptq_report.html")
     return output
 
 
@@ -219,7 +221,7 @@ def test_a_file_that_is_no_report_is_refused(
     with pytest.raises(InputError, match=r"holds no gptq_report\.json") as absent:
         write_page(tmp_path, tmp_path / "x.html")
     assert (absent.value.code, absent.value.exit_code) == ("E_REPORT", 3)
-    assert absent.value.hint == "quantize with --report"
+    assert absent.value.hint == "gptq quantize writes it: quantize again, with --overwrite"
     (tmp_path / "gptq_report.json").write_text('{"report": 99}')
     with pytest.raises(InputError, match="not the data of a report of version 1"):
         write_page(tmp_path, tmp_path / "x.html")
