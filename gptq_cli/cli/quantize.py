@@ -94,7 +94,7 @@ def quantize(
 
     Example: gptq quantize ./Qwen3-0.6B --bits 4
     Example: gptq quantize ./Qwen3-0.6B -b 3 -g 64 --preset best -o ./out
-    Example: gptq quantize Qwen/Qwen3-0.6B --config vllm-4bit --dry-run
+    Example: gptq quantize ./Qwen3-0.6B --config vllm-4bit --dry-run
     """
     console = Console(as_json, quiet)
     resolved = resolve(settings, os.environ, config)
