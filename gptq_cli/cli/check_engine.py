@@ -17,8 +17,8 @@ from gptq_cli.evaluation.request import CHECKED_ENGINES, EngineRequest
 if TYPE_CHECKING:
     from gptq_cli.evaluation.engine_check import EngineResult
 
-# Engines that compute in 16 bits are at 1e-4 to 7e-4, engines that misread a grid at 0.08 or more:
-# docs/compatibility.md.
+# Runs of llama.cpp, MLX and vLLM on a small trained model gave 4e-6 to 1.8e-4; a 4-bit checkpoint
+# is itself about 3e-3 from the original.
 MAX_KL = 0.002
 TIMEOUT = "15m"
 SHOWN = 40  # letters of a prompt
