@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from gptq_cli.checkpoint.defects import Defect, Effect, convert_command
 from gptq_cli.checkpoint.headers import TensorInfo
@@ -461,8 +461,7 @@ def stored_config(checkpoint: Checkpoint) -> tuple[StoredConfig | None, list[Def
     format = format_of(checkpoint)
     dialect = dialect_of(format)
     if dialect is not None:
-        found: tuple[StoredConfig | None, list[Defect]] = dialect.stored_config(checkpoint)
-        return found
+        return dialect.stored_config(checkpoint)
     stored = checkpoint.quantization
     if stored is None:
         message = f"neither config.json nor {QUANTIZE_CONFIG} describes how the linears are packed"
@@ -482,12 +481,27 @@ def stored_config(checkpoint: Checkpoint) -> tuple[StoredConfig | None, list[Def
     return config, _defects_of_form(checkpoint, stored, format)
 
 
-def dialect_of(format: str | None) -> Any:
-    """Return the module of a format other than those of GPTQ, None for any other name.
+class Dialect(Protocol):
+    """The module of a format other than those of GPTQ."""
 
-    Each has `readable`, `packing_of`, `stored_config` and `describe`, which do for their format
-    what the functions of these names do here.
-    """
+    def unreadable(self, stored: Mapping[str, Any]) -> str:
+        """Return what cannot be read of a quantization so described, "" if all can."""
+
+    def packing_for(self, *, sym: bool) -> Packing:
+        """Return how linears are written; `sym` tells whether all of them are symmetric."""
+
+    def packing_of(self, checkpoint: Checkpoint) -> Packing:
+        """Return how the linears of a readable checkpoint are stored."""
+
+    def stored_config(self, checkpoint: Checkpoint) -> tuple[StoredConfig | None, list[Defect]]:
+        """Return the configuration of a readable checkpoint, None if unusable, and its defects."""
+
+    def describe(self, linears: Linears) -> dict[str, Any]:
+        """Return the entries of config.json for a checkpoint of these linears."""
+
+
+def dialect_of(format: str | None) -> Dialect | None:
+    """Return the module of a format; None for those of GPTQ, and for a name of no format."""
     if format == "compressed-tensors":
         from gptq_cli.checkpoint import compressed_tensors
 
@@ -508,8 +522,7 @@ def packing_for(format: str, *, sym: bool) -> Packing:
     dialect = dialect_of(format)
     if dialect is None:
         return {"gptq": GPTQ, "gptq_v2": GPTQ_V2}[format]
-    packing: Packing = dialect.packing_for(sym=sym)
-    return packing
+    return dialect.packing_for(sym=sym)
 
 
 def packing_of(checkpoint: Checkpoint) -> Packing:
@@ -523,8 +536,7 @@ def packing_of(checkpoint: Checkpoint) -> Packing:
     dialect = dialect_of(format)
     if dialect is None:
         return packing_for(format, sym=True)
-    packing: Packing = dialect.packing_of(checkpoint)
-    return packing
+    return dialect.packing_of(checkpoint)
 
 
 def format_of(checkpoint: Checkpoint) -> str:
@@ -532,8 +544,9 @@ def format_of(checkpoint: Checkpoint) -> str:
 
     InputError E_CKPT_QUANTIZED if the checkpoint is quantized in a way that cannot be read.
     """
-    if dialect_of(checkpoint.method) is not None:
-        return _other_format(checkpoint)
+    dialect = dialect_of(checkpoint.method)
+    if dialect is not None:
+        return _other_format(checkpoint, dialect)
     stored = checkpoint.quantization or {}
     method, format = checkpoint.method or "gptq", declared_format(stored)
     packing = stored.get("pack_dtype") or "int32"
@@ -547,10 +560,10 @@ def format_of(checkpoint: Checkpoint) -> str:
     return str(format)
 
 
-def _other_format(checkpoint: Checkpoint) -> str:
+def _other_format(checkpoint: Checkpoint, dialect: Dialect) -> str:
     """Return the format of a checkpoint that is not of GPTQ's own formats."""
     format = str(checkpoint.method)
-    unreadable = dialect_of(format).unreadable(checkpoint.quantization or {})
+    unreadable = dialect.unreadable(checkpoint.quantization or {})
     if unreadable:
         raise _not_read(checkpoint, f"is quantized as {format} ({unreadable})")
     return format
