@@ -145,7 +145,7 @@ def test_commands_stand_in_tested_blocks_with_known_needs() -> None:
         if block.needs:
             needs.update(re.split(r", and |, ", block.needs))
     assert hidden == []
-    assert needs <= {"network", "gpu", "the repository"} | PROGRAMS
+    assert needs <= {"network", "gpu", "the repository", "an adapter"} | PROGRAMS
     assert sum(block.language == "bash" and block.needs is None for block in every) > 20
 
 
