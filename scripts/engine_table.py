@@ -16,7 +16,7 @@ from common import ROOT, argument_parser
 
 FIGURES = ROOT / "docs" / "benchmarks" / "engines.json"
 DOCUMENT = ROOT / "docs" / "compatibility.md"
-SIGNS = {"yes": "●", "no": "○", "wrong": "**✗**"}
+SIGNS = {"yes": "●", "no": "○", "wrong": "**✗**", "other": "–"}
 TITLES = {
     "vllm": "vLLM",
     "llama.cpp": "llama.cpp",
@@ -47,7 +47,8 @@ grids of 4 bits with groups of 128 columns, made with the default preset.
   float32; a zero point that is off by one gives 0.07 or more
 * ○ = the program refuses the checkpoint
 * **✗** = the program loads the checkpoint but computes something else
-* no sign = the program was not run on it
+* – = the program does not run the unquantized model either
+* no sign = the checkpoint was not tried with the program
 """
 STUBBED = """\
 SGLang and LMDeploy need a GPU. Here their own configuration and loader classes read the checkpoints

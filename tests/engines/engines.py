@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gptq_cli.config.layer import FORMATS
+from tests.engines.cases import Case
 
 GPTQ = ("gptq", "gptq_v2")
 READERS = Path(__file__).with_name("readers")
@@ -112,6 +113,11 @@ ENGINES = (
         formats=GPTQ,
     ),
 )
+
+
+def can_try(engine: Engine, case: Case) -> bool:
+    """Return whether the reader of `engine` can try the format of a case."""
+    return case.settings.get("format", "gptq") in engine.formats
 
 
 def is_known(engine: Engine, words: str) -> bool:

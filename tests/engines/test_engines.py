@@ -31,7 +31,7 @@ from gptq_cli.planning.plan import plan_checkpoint
 from gptq_cli.planning.run_plan import export_of_layers
 from gptq_cli.quantization.run import quantize_checkpoint
 from tests.engines.cases import CASES, CHANGES, SHARED, SIZES, Case
-from tests.engines.engines import ENGINES, LARGEST_DIFFERENCE, Engine, Process, is_known
+from tests.engines.engines import ENGINES, LARGEST_DIFFERENCE, Engine, Process, can_try, is_known
 from tests.engines.results import RESULTS, Results
 from tests.engines.truth import logits_of, unpack
 from tests.engines.verdicts import said_of
@@ -43,7 +43,7 @@ PAIRS = [
     pytest.param(engine, case, id=f"{engine.name}-{case.id}")
     for engine in ENGINES
     for case in CASES
-    if engine.name in ASKED and case.settings.get("format", "gptq") in engine.formats
+    if engine.name in ASKED and can_try(engine, case)
 ]
 
 
