@@ -46,9 +46,9 @@ class Results:
         row = self._cases.setdefault(case.id, {"id": case.id, "seen": {}})
         row |= {"section": case.section, "title": case.title, "export": _plain(export)}
         row["seen"][engine.name] = seen
+        self._write()  # each time, so that a run that is cut off has its results
 
-    def write(self) -> None:
-        """Write the file, its rows in the order of CASES."""
+    def _write(self) -> None:
         rows = [self._cases[case.id] for case in CASES if case.id in self._cases]
         content = {"limits": LARGEST_DIFFERENCE, "engines": self._engines, "cases": rows}
         self._file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -195,11 +195,9 @@ def _difference(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 @pytest.fixture(scope="session")
-def record() -> Iterator[Callable[[Engine, Case, Export, dict[str, Any]], None]]:
-    """Return a function that notes a result; the file of results is written at the end."""
-    results = Results(Path(os.environ.get("GPTQ_ENGINES_RESULTS", RESULTS)), ENVIRONMENTS)
-    yield results.note
-    results.write()
+def record() -> Callable[[Engine, Case, Export, dict[str, Any]], None]:
+    """Return a function that notes a result in the file of results."""
+    return Results(Path(os.environ.get("GPTQ_ENGINES_RESULTS", RESULTS)), ENVIRONMENTS).note
 
 
 @pytest.mark.parametrize(("engine", "case"), PAIRS)
