@@ -31,7 +31,7 @@ CHANGES: dict[str, dict[str, object]] = {
     "mistral": WINDOW,
     "qwen2": WINDOW,
     "phi": {"num_key_value_heads": 8},
-    "qwen3_moe": {"moe_intermediate_size": 256},
+    "qwen3_moe": {"moe_intermediate_size": 256, "norm_topk_prob": True},
 }
 SHARED = {"group_size": 128, "seqlen": 64, "nsamples": 16, "device": "cpu"}
 GROUPED = re.compile(r"[^a-z0-9.-]+")

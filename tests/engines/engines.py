@@ -23,17 +23,29 @@ ANSWER_SECONDS = 900
 # Parts of what engines say when they refuse a checkpoint; other words may tell of another fault.
 REFUSALS: dict[str, tuple[str, ...]] = {
     "vllm": (),
-    "llama.cpp": ("3-bit gptq dequantization is not yet implemented", "is invalid for input of"),
+    "llama.cpp": (
+        "3-bit gptq dequantization is not yet implemented",
+        "is invalid for input of",
+        "Can't handle multiple config groups",
+        "Can not map tensor",
+        "Quant method is not yet supported",
+        "AssertionError",  # of compressed-tensors whose groups are whole rows
+    ),
     "mlx-lm": (
         "(g_idx) are not currently supported",
         "is supported for AutoAWQ/GPTQ",
         "parameters not in model",
+        "cannot be broadcast",
     ),
     "openvino": (),
     "transformers": (),
     "gptqmodel": (),
     "auto-round": (),
-    "sglang": ("The non-Marlin GPTQ CUDA kernel has been removed", "but in the checkpoint it is"),
+    "sglang": (
+        "The non-Marlin GPTQ CUDA kernel has been removed",
+        "Unsupported quantization config",
+        "but in the checkpoint it is",
+    ),
     "lmdeploy": ("unsupported quant config", "Unsupported group_size", "columns"),
 }
 
@@ -66,7 +78,7 @@ ENGINES = (
         "llama.cpp",
         "run_llama_cpp.py",
         ("xllamacpp",),
-        precision="float16",  # of its cache
+        precision="float32",
         source="llama-cpp-python",
     ),
     Engine("mlx-lm", "mlx-lm", "mlx-lm", "run_mlx.py", ("mlx", "mlx-lm"), precision="float32"),

@@ -171,19 +171,27 @@ def _unpack_mlx(tensors: Tensors, quantization: dict[str, Any]) -> Tensors:
             weights[name] = tensor
         elif part == "weight":
             size = quantization.get(module, quantization)["group_size"]
-            weights[name] = _mlx_weight(tensors, module, size)
+            parts = [tensors[f"{module}.{kind}"] for kind in ("weight", "scales", "biases")]
+            if tensor.dim() == 2:
+                weights[name] = _mlx_weight(*parts, size)
+                continue
+            holder, _, last = module.partition(".switch_mlp.")  # [E, O, I] of all experts
+            for expert, slices in enumerate(zip(*parts, strict=True)):
+                weight = _mlx_weight(*slices, size)
+                weights[f"{holder}.experts.{expert}.{last}.weight"] = weight
     return weights
 
 
-def _mlx_weight(tensors: Tensors, module: str, group_size: int) -> torch.Tensor:
+def _mlx_weight(
+    codes: torch.Tensor, scales: torch.Tensor, biases: torch.Tensor, group_size: int
+) -> torch.Tensor:
     """Return the weight [O, I]: scale * code + bias, column by column."""
-    scales = tensors[f"{module}.scales"].double().numpy()  # [O, G]
-    biases = tensors[f"{module}.biases"].double().numpy()
-    packed = _words(tensors[f"{module}.weight"])
-    columns = scales.shape[1] * group_size
+    scale, bias = scales.double().numpy(), biases.double().numpy()  # [O, G]
+    packed = _words(codes)
+    columns = scale.shape[1] * group_size
     groups = np.arange(columns) // group_size
-    codes = _bit_stream(packed, packed.shape[1] * 32 // columns)
-    weight = scales[:, groups] * codes + biases[:, groups]
+    numbers = _bit_stream(packed, packed.shape[1] * 32 // columns)
+    weight = scale[:, groups] * numbers + bias[:, groups]
     return torch.from_numpy(weight.astype(np.float32))
 
 

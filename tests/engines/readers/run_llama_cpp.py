@@ -45,6 +45,7 @@ def _log_probabilities(file: Path, ids: np.ndarray) -> np.ndarray:
     settings.n_ctx = 256
     settings.n_parallel = 1
     settings.cpuparams.n_threads = 1
+    settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     settings.warmup = False
     server = xllamacpp.Server(settings)
     rows = []
