@@ -16,13 +16,20 @@ from tests.engines.cases import Case
 GPTQ = ("gptq", "gptq_v2")
 READERS = Path(__file__).with_name("readers")
 # The relative error of logits; a zero point that is off by one gives 0.07 or more.
-LARGEST_DIFFERENCE = {"float32": 1e-3, "float16": 5e-3, "bfloat16": 2e-2}
+LARGEST_DIFFERENCE = {"float32": 2e-3, "float16": 5e-3, "bfloat16": 4e-2}
 # GPTQModel compiles a kernel for minutes the first time.
 ANSWER_SECONDS = 900
 
 # Parts of what engines say when they refuse a checkpoint; other words may tell of another fault.
 REFUSALS: dict[str, tuple[str, ...]] = {
-    "vllm": (),
+    "vllm": (
+        "Unsupported quantization config",
+        "(desc_act=True) is no longer supported",
+        "Marlin does not support",
+        "Detected some but not all shards",
+        "No WNA16 MoE backend",
+        "AssertionError",  # of shapes that differ in a fused layer
+    ),
     "llama.cpp": (
         "3-bit gptq dequantization is not yet implemented",
         "is invalid for input of",
@@ -38,7 +45,7 @@ REFUSALS: dict[str, tuple[str, ...]] = {
         "cannot be broadcast",
     ),
     "openvino": (),
-    "transformers": (),
+    "transformers": ("ignore_mismatched_sizes",),
     "gptqmodel": (),
     "auto-round": (),
     "sglang": (
@@ -132,9 +139,9 @@ def can_try(engine: Engine, case: Case) -> bool:
     return case.settings.get("format", "gptq") in engine.formats
 
 
-def is_known(engine: Engine, words: str) -> bool:
-    """Return whether `engine` is known to refuse checkpoints with these words."""
-    return any(known in words for known in REFUSALS[engine.name])
+def known_words(engine: str, words: str) -> list[str]:
+    """Return the parts of `words` with which an engine is known to refuse checkpoints."""
+    return [known for known in REFUSALS[engine] if known in words]
 
 
 class Process:

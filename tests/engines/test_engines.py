@@ -31,7 +31,7 @@ from gptq_cli.planning.plan import plan_checkpoint
 from gptq_cli.planning.run_plan import export_of_layers
 from gptq_cli.quantization.run import quantize_checkpoint
 from tests.engines.cases import CASES, CHANGES, SHARED, SIZES, Case
-from tests.engines.engines import ENGINES, LARGEST_DIFFERENCE, Engine, Process, can_try, is_known
+from tests.engines.engines import ENGINES, LARGEST_DIFFERENCE, Engine, Process, can_try, known_words
 from tests.engines.results import RESULTS, Results
 from tests.engines.truth import logits_of, unpack
 from tests.engines.verdicts import said_of
@@ -187,11 +187,16 @@ def runs_unquantized(
 
 
 def _difference(found: np.ndarray, expected: np.ndarray) -> float:
-    """Return the relative distance of logits; log-probabilities are logits up to a constant."""
+    """Return the relative distance of logits that four fifths of all positions keep.
+
+    Log-probabilities are logits up to a constant. A mixture may send a token to another expert if
+    two are as good, which changes the positions from there on; a misread grid changes all.
+    """
     found, expected = found.astype(np.float64), expected.astype(np.float64)
     found = found - found.mean(-1, keepdims=True)
     expected = expected - expected.mean(-1, keepdims=True)
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+    distances = np.linalg.norm(found - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
+    return float(np.quantile(distances, 0.8))
 
 
 @pytest.fixture(scope="session")
@@ -214,8 +219,9 @@ def test_engine_does_what_the_table_says_of_it(
     if seen.outcome != "yes" and not runs_unquantized(engine, written.source):
         seen = replace(seen, outcome="other")
     record(engine, case, written.planned, asdict(seen))
+    assert (case.family, seen.outcome) != ("llama", "other"), "the reader is broken"
     said = said_of(engine.name, written.planned)
     assert said == said_of(engine.name, written.inspected)
     assert seen.outcome in (said, "other"), f"{seen.words} {seen.difference}"
     if seen.outcome == "no":
-        assert is_known(engine, seen.words), f"an unknown refusal: {seen.words}"
+        assert known_words(engine.name, seen.words), f"an unknown refusal: {seen.words}"
