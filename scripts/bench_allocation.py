@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Measure what allocation of bits is worth: KL at the bytes of one width, and between two widths.
 
-    python scripts/bench_allocation.py MODEL --calibration FILE --evaluation FILE
-        [--widths 2 3 4] [--averages 2.5 3 3.5] [--group-size 64] [--protocol ...] [--json FILE]
+    python scripts/bench_allocation.py MODEL --calibration FILE --evaluation FILE --work DIR
+        [--widths 2 3 4] [--averages 2.5 3 3.5] [--group-size 64] [--json FILE] [--png FILE]
 
 Allocates, quantizes and evaluates for each average of bits, and quantizes and evaluates with one
 width for all layers. Prints one JSON object for each run, then a table in Markdown. KL is the mean
@@ -128,6 +128,26 @@ def show(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         print("| " + " | ".join(cells) + " |")
 
 
+def draw(file: Path, rows: list[dict[str, Any]]) -> None:
+    """Draw the KL against the size of the output."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.pyplot import subplots
+
+    figure, axes = subplots(figsize=(6.4, 3.6), layout="constrained")
+    kinds = (("one width for all layers", "#9aa0a6", False), ("allocated", "#2f6fb5", True))
+    for label, colour, allocated_too in kinds:
+        points = [row for row in rows if ("expected" in row) == allocated_too]
+        sizes = [row["bytes"] / 1e6 for row in points]
+        axes.plot(sizes, [row["kl"] for row in points], "o-", color=colour, label=label)
+        for row, x in zip(points, sizes, strict=True):
+            axes.annotate(f"{row['bits']:g}", (x, row["kl"]), (4, 4), textcoords="offset points")
+    axes.set(yscale="log", xlabel="size in MB", ylabel="KL to the original")
+    axes.legend(frameon=False)
+    figure.savefig(file, dpi=160)
+
+
 def main() -> None:
     """Carry out all runs and print a table."""
     parser = benchmark_parser(__doc__)
@@ -142,6 +162,7 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--windows", type=int, help="of the evaluation text; default: all")
     parser.add_argument("--preset", default="balanced")
+    parser.add_argument("--png", type=Path, help="draw KL against size into this file")
     parser.add_argument("--only", help="one run alone, such as all-3 or mixed-2.5; no table")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
@@ -157,8 +178,12 @@ def main() -> None:
         print(json.dumps(rows))
         return
     show(arguments, rows)
+    measuring = json.loads((arguments.work / "measuring.json").read_text())
+    print(f"\nmeasuring: {measuring:.1f} s of processor time")
     if arguments.json:
-        write_json(arguments.json, {"rows": rows})
+        write_json(arguments.json, {"measuring": measuring, "rows": rows})
+    if arguments.png:
+        draw(arguments.png, rows)
 
 
 if __name__ == "__main__":

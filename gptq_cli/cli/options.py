@@ -9,6 +9,7 @@ share are defined here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
@@ -19,7 +20,6 @@ from gptq_cli.config.corpora import ACCEPTED_TEXT, DEFAULT_DATASET
 from gptq_cli.config.fields import Option, Panel
 from gptq_cli.config.layer import parse_rule
 from gptq_cli.config.schema import DEFAULTS, QuantizeConfig
-from gptq_cli.config.strict_yaml import parse_scalar
 from gptq_cli.errors import ConfigError
 
 DATASET = f"{ACCEPTED_TEXT}; default {DEFAULT_DATASET}"
@@ -104,12 +104,12 @@ def _given(values: Mapping[str, Any]) -> dict[str, Any]:
     return given
 
 
-def _number_or_word(text: str) -> int | str:
+def _number_or_word(text: str) -> float | str:
     """Return the number that a text is, or the text, for the schema to judge."""
-    try:
-        return int(text)
-    except ValueError:
-        return text
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def _one_or_all(values: list[str]) -> str | list[str]:
@@ -121,7 +121,7 @@ def _one_or_all(values: list[str]) -> str | list[str]:
 
 def _widths(texts: list[str]) -> list[Any]:
     """Return the widths of --allow-bits, which may be repeated or have commas."""
-    return list(map(parse_scalar, ",".join(texts).split(",")))
+    return list(map(_number_or_word, ",".join(texts).split(",")))
 
 
 def _rules(texts: Iterable[str]) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def _rules(texts: Iterable[str]) -> dict[str, Any]:
 
 CONVERTED: dict[str, Callable[[Any], Any]] = {
     "allow_bits": _widths,
-    "bits": parse_scalar,
+    "bits": _number_or_word,
     "dataset": _one_or_all,
     "dynamic": _rules,
     "group_size": _number_or_word,
