@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 from gptq_cli.config.fields import seconds
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.evaluation.request import EvalRequest, GenerateRequest
-from gptq_cli.events import BlockLog, Report, ignore
+from gptq_cli.events import Report, ignore
 from gptq_cli.files import file_errors
 from gptq_cli.planning.checks import RunOptions, prepare_run
 from gptq_cli.planning.run_plan import default_name
 from gptq_cli.publish.report import check_report, write_page
-from gptq_cli.storage.manifest import REPORT_PAGE, write_run
+from gptq_cli.storage.manifest import REPORT_PAGE, write_report_data
 
 if TYPE_CHECKING:
     from gptq_cli.evaluation.generate import GenerateResult
@@ -82,9 +82,8 @@ def quantize(
         prepared = prepare_run(str(model), output, config, options)
     from gptq_cli.quantization.run import carry_out
 
-    log = BlockLog(on_event)
-    result = carry_out(prepared, log)
-    write_run(prepared.output, result.to_json(), log.blocks, command)
+    result = carry_out(prepared, on_event)
+    write_report_data(prepared.output, result.to_json(), command)
     if report:
         write_page(prepared.output, prepared.output / REPORT_PAGE)
     return result

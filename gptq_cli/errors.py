@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -245,3 +247,24 @@ def suggestion(word: str, known: Iterable[str]) -> str | None:
     """Return the hint that names the nearest known word, None if no word is close."""
     near = nearest(word, known)
     return f"did you mean {near}?" if near else None
+
+
+def shell_word(word: str) -> str:
+    """Return `word` quoted for bash or zsh, unprintable letters as the escapes of their bytes."""
+    if word.isprintable():
+        return shlex.quote(word)
+    return f"$'{''.join(map(_escaped, word))}'"
+
+
+def shell_words(words: Iterable[str]) -> str:
+    """Return a command line of `words`, each quoted by `shell_word`."""
+    return " ".join(map(shell_word, words))
+
+
+def _escaped(letter: str) -> str:
+    """Return `letter` as it stands inside $'...'."""
+    if letter in "\\'":
+        return f"\\{letter}"
+    if letter.isprintable():
+        return letter
+    return "".join(f"\\x{byte:02x}" for byte in os.fsencode(letter))

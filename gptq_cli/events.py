@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from gptq_cli.config.serving import Verdict
 
@@ -189,16 +189,3 @@ Report = Callable[[Event], None]
 def ignore(event: Event) -> None:
     """Do nothing with `event`; the default of callers that want no events."""
     del event
-
-
-class BlockLog:
-    """A receiver of events that passes them on, and keeps time and memory of each block."""
-
-    def __init__(self, report: Report) -> None:
-        self._report = report
-        self.blocks: list[dict[str, Any]] = []
-
-    def __call__(self, event: Event) -> None:
-        if isinstance(event, BlockFinished):
-            self.blocks.append(asdict(event))
-        self._report(event)

@@ -19,8 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from gptq_cli.errors import GptqError, InputError, ResourceError, causes
-from gptq_cli.shell import shell_word
+from gptq_cli.errors import GptqError, InputError, ResourceError, causes, shell_word
 
 StrPath = str | os.PathLike[str]
 

@@ -8,8 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from gptq_cli.errors import InputError
-from gptq_cli.shell import shell_word
+from gptq_cli.errors import InputError, shell_word
 
 HEAD_BYTES = 65536
 PACKED = {".gz": "gzip", ".zst": "zstd"}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from gptq_cli.checkpoint.headers import TensorInfo
-from gptq_cli.shell import shell_word
+from gptq_cli.errors import shell_word
 
 # numbers = the decoded weights may not be those that were meant
 # readers = they are, but some readers fail or take something else; only the owner can decide

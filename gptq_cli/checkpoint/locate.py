@@ -24,7 +24,7 @@ from gptq_cli.checkpoint.source import (
     open_checkpoint,
     remarks_on,
 )
-from gptq_cli.errors import GptqError, InputError, ResourceError
+from gptq_cli.errors import GptqError, InputError, ResourceError, shell_word
 from gptq_cli.files import (
     expanded,
     file_cause,
@@ -36,7 +36,6 @@ from gptq_cli.files import (
     status_of,
 )
 from gptq_cli.hub_errors import first_line, hub_refusal, id_flaw, pasted_id
-from gptq_cli.shell import shell_word
 from gptq_cli.storage.manifest import INDEX_NAME
 
 if TYPE_CHECKING:

@@ -15,9 +15,8 @@ from typing import Any
 
 from gptq_cli.checkpoint.headers import unique_keys
 from gptq_cli.checkpoint.layout import SINGLE_FILE
-from gptq_cli.errors import InputError
+from gptq_cli.errors import InputError, shell_word
 from gptq_cli.files import MAX_NAME, file_errors, is_file, resolved
-from gptq_cli.shell import shell_word
 from gptq_cli.storage.manifest import INDEX_NAME, MAX_CONFIG_BYTES, MAX_JSON_BYTES, QUANTIZE_CONFIG
 
 Remark = tuple[str, str]  # code and text of a warning

@@ -31,9 +31,8 @@ from gptq_cli.checkpoint.quantization_config import (
 )
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from gptq_cli.config.layer import GPTQ_FORMATS
-from gptq_cli.errors import GateError, InputError
+from gptq_cli.errors import GateError, InputError, shell_word
 from gptq_cli.files import UNREADABLE, is_file
-from gptq_cli.shell import shell_word
 from gptq_cli.storage.manifest import (
     INDEX_NAME,
     MANIFEST,

@@ -29,10 +29,9 @@ from gptq_cli.cli.progress import Progress
 from gptq_cli.config.resolve import Resolved, resolve, to_yaml
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.serving import LOADS
-from gptq_cli.errors import ConfigError, GptqError, InputError, clock, size
-from gptq_cli.events import BlockLog, Report, ignore
+from gptq_cli.errors import ConfigError, GptqError, InputError, clock, shell_word, shell_words, size
+from gptq_cli.events import Report, ignore
 from gptq_cli.files import is_directory, resolved
-from gptq_cli.shell import shell_word, shell_words
 
 if TYPE_CHECKING:
     from gptq_cli.events import LayerReport
@@ -125,10 +124,9 @@ def quantize(
             from gptq_cli.cli.allocate import allocated
 
             prepared = allocated(console, prepared, resolved.config, worker, progress)
-        log = BlockLog(progress)
-        result = carry_out(prepared, log, worker)
+        result = carry_out(prepared, progress, worker)
     if worker.team.is_leader:
-        page = _report(console, result, log, with_page=report)
+        page = _report(console, result, with_page=report)
         _show_result(console, result, prepared, page)
     return None
 
@@ -183,18 +181,16 @@ def working(
         yield worker, report
 
 
-def _report(
-    console: Console, result: QuantizeResult, log: BlockLog, *, with_page: bool
-) -> Path | None:
+def _report(console: Console, result: QuantizeResult, *, with_page: bool) -> Path | None:
     """Write the data about a run into its output, and the page; return the path of the page.
 
     If the user did not ask for the page, a failure is a warning: the checkpoint is complete.
     """
-    from gptq_cli.storage.manifest import REPORT_PAGE, write_run
+    from gptq_cli.storage.manifest import REPORT_PAGE, write_report_data
 
     try:
         command = shell_words(["gptq", *sys.argv[1:]])
-        write_run(result.output, result.to_json(), log.blocks, command)
+        write_report_data(result.output, result.to_json(), command)
         if not with_page:
             return None
         from gptq_cli.publish.report import write_page
@@ -336,10 +332,9 @@ def resume(
     from gptq_cli.quantization.run import carry_out
 
     with working(console, prepared, named) as (worker, progress):
-        log = BlockLog(progress)
-        result = carry_out(prepared, log, worker)
+        result = carry_out(prepared, progress, worker)
     if worker.team.is_leader:
-        _report(console, result, log, with_page=False)
+        _report(console, result, with_page=False)
         _show_result(console, result, prepared)
 
 

@@ -28,7 +28,7 @@ from gptq_cli.calibration.windows import Encoder, load_encoder
 from gptq_cli.checkpoint.locate import locate_model
 from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.checkpoint.verify import open_decodable
-from gptq_cli.errors import GateError, InputError, ResourceError, clock
+from gptq_cli.errors import GateError, InputError, ResourceError, clock, shell_word
 from gptq_cli.evaluation import engine_driver
 from gptq_cli.evaluation.forward import distance, run_blocks
 from gptq_cli.evaluation.request import EngineRequest
@@ -38,7 +38,6 @@ from gptq_cli.json_values import to_json
 from gptq_cli.planning.run_plan import positions
 from gptq_cli.runtime.memory import device_errors
 from gptq_cli.runtime.open_model import resolve_device, warn_of
-from gptq_cli.shell import shell_word
 
 PROMPTS = (
     "The capital of France is Paris, and the capital of Italy is Rome.",

@@ -16,7 +16,7 @@ from gptq_cli.calibration.loading import check_reach
 from gptq_cli.checkpoint.locate import ModelSource, hub_id, locate_model, model_directory
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.errors import ConfigError, GptqError, InputError, ResourceError, size
+from gptq_cli.errors import ConfigError, GptqError, InputError, ResourceError, shell_word, size
 from gptq_cli.files import expanded, file_errors, files_below, status_of
 from gptq_cli.planning.estimate import (
     DEVICE_SHARE,
@@ -31,7 +31,6 @@ from gptq_cli.planning.estimate import (
 )
 from gptq_cli.planning.plan import USUAL_GROUP_SIZES, plan_checkpoint, with_group_size
 from gptq_cli.planning.run_plan import RunPlan, bounded
-from gptq_cli.shell import shell_word
 from gptq_cli.storage.manifest import read_manifest
 from gptq_cli.storage.replacing import check_output
 from gptq_cli.storage.work_directory import WorkDirectory, refuse_locked

@@ -31,6 +31,7 @@ from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.serving import Verdict, engine_data
 from gptq_cli.errors import InputError, __version__, size
 from gptq_cli.events import (
+    BlockFinished,
     ExpertsCovered,
     LayerReport,
     PhaseStarted,
@@ -82,6 +83,7 @@ class QuantizeResult:
     config: QuantizeConfig
     layers: tuple[LayerReport, ...]
     experts: tuple[ExpertsCovered, ...]
+    blocks: tuple[BlockFinished, ...]
     split_experts: tuple[str, ...]
     engines: tuple[Verdict, ...]
     kept: tuple[str, ...]
@@ -255,6 +257,7 @@ def _result(
         config=prepared.config,
         layers=tuple(record.layers),
         experts=tuple(record.experts),
+        blocks=tuple(record.blocks),
         split_experts=tuple(plan.split_experts),
         engines=judge_plan(plan, prepared.config),
         kept=tuple(layer.name for layer in plan.kept),

@@ -85,7 +85,7 @@ class Run:
 
 
 class Record:
-    """Passes every event on and keeps the parts of a result: layer reports, memory peaks in bytes.
+    """Passes every event on and keeps the parts of a result: layers, blocks, memory peaks in bytes.
 
     If a block is repeated, its layers are kept once.
     """
@@ -94,6 +94,7 @@ class Record:
         self._report = report
         self._layers: dict[str, LayerReport] = {}
         self._experts: dict[str, ExpertsCovered] = {}
+        self.blocks: list[BlockFinished] = []
         self.host_bytes = 0
         self.device_bytes = 0
         self.resumed_blocks = 0
@@ -130,6 +131,7 @@ class Record:
         elif isinstance(event, ExpertsCovered):
             self._add(experts=[event])
         elif isinstance(event, BlockFinished):
+            self.blocks.append(event)
             self.host_bytes = max(self.host_bytes, event.host_bytes)
             self.device_bytes = max(self.device_bytes, event.device_bytes)
         elif isinstance(event, Resumed):

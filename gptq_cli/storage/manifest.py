@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
@@ -148,12 +148,10 @@ def write_manifest(directory: Path, content: dict[str, Any]) -> None:
     write_json(directory / MANIFEST, sealed({"schema": SCHEMA, **content, "files": files}))
 
 
-def write_run(
-    output: Path, result: Mapping[str, Any], blocks: Sequence[Mapping[str, Any]], command: str
-) -> None:
+def write_report_data(output: Path, result: Mapping[str, Any], command: str) -> None:
     """Write the data of a finished run into its output, for `gptq report`.
 
-    `blocks` are the events of its blocks. The data of a run that was finished before is kept.
+    The data of a run that was finished before is kept.
     """
     file = output / REPORT_DATA
     if result.get("already_done") and is_file(file):
@@ -164,7 +162,6 @@ def write_run(
         "command": command,
         "name": resolved(output).name,
         **result,
-        "blocks": blocks,
     }
     data.pop("output", None)  # the directory may be moved
     write_file(file, json_bytes(data, indent=1))

@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from gptq_cli.errors import ConfigError, ExistsError, GptqError
+from gptq_cli.errors import ConfigError, ExistsError, GptqError, shell_word
 from gptq_cli.files import (
     Identity,
     at_and_above,
@@ -28,7 +28,6 @@ from gptq_cli.files import (
     mounts_below,
     status_of,
 )
-from gptq_cli.shell import shell_word
 from gptq_cli.storage import durable
 from gptq_cli.storage.durable import disk_error, is_occupied
 from gptq_cli.storage.manifest import (

@@ -28,10 +28,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from gptq_cli.errors import ExistsError, GptqError, ResourceError
+from gptq_cli.errors import ExistsError, GptqError, ResourceError, shell_word
 from gptq_cli.events import Report, Warned
 from gptq_cli.files import Identity, identity, resolved, status_of
-from gptq_cli.shell import shell_word
 from gptq_cli.storage import durable, replacing
 from gptq_cli.storage.durable import (
     disk_errors,

@@ -115,7 +115,7 @@ class FakeQuantizer:
     runs: list[tuple[Any, ...]] = field(default_factory=list)
 
     def keep_run(self, *arguments: Any) -> None:
-        """Stand for `write_run`: the output is not there."""
+        """Stand for `write_report_data`: the output is not there."""
         self.runs.append(arguments)
 
     def __call__(self, prepared: PreparedRun, report: Report, worker: object = None) -> Any:
@@ -181,7 +181,7 @@ def quantizer(monkeypatch: pytest.MonkeyPatch) -> FakeQuantizer:
     module.carry_out = fake  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "gptq_cli.quantization.run", module)
     _plan_without_model(monkeypatch)
-    monkeypatch.setattr("gptq_cli.storage.manifest.write_run", fake.keep_run)
+    monkeypatch.setattr("gptq_cli.storage.manifest.write_report_data", fake.keep_run)
     return fake
 
 

@@ -246,7 +246,7 @@ def test_a_report_that_cannot_be_written_is_a_warning(
     def fail(*_: object) -> None:
         raise ResourceError("E_DISK", "cannot write `m/gptq_report.json`: No space left on device")
 
-    monkeypatch.setattr("gptq_cli.storage.manifest.write_run", fail)
+    monkeypatch.setattr("gptq_cli.storage.manifest.write_report_data", fail)
     result = gptq("quantize", "m", "-b", "4")
     assert result.exit_code == 0
     complete = "the checkpoint is complete, but not its report"

@@ -13,13 +13,11 @@ from typer.testing import CliRunner
 
 from gptq_cli.cli.app import app
 from gptq_cli.errors import InputError
-from gptq_cli.events import BlockLog, ignore
 from gptq_cli.publish.charts import NEVER
 from gptq_cli.publish.report import check_report, write_page
 from gptq_cli.publish.report_page import experts_of, grids, render
 from gptq_cli.quantization.run import quantize_checkpoint
-from gptq_cli.storage.manifest import write_run
-from tests.cli.conftest import layer_report, play
+from gptq_cli.storage.manifest import write_report_data
 from tests.disks import CountingDisk, DyingDisk, Killed, using
 from tests.families import save_model
 from tests.runs import config
@@ -28,10 +26,9 @@ from tests.runs import config
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
-    log = BlockLog(ignore)
     output = folder / "Tiny-GPTQ-Int4-g32"
-    result = quantize_checkpoint(str(save_model(folder / "model")), output, config(), report=log)
-    write_run(output, result.to_json(), log.blocks, "gptq quantize model -b 4 --report")
+    result = quantize_checkpoint(str(save_model(folder / "model")), output, config())
+    write_report_data(output, result.to_json(), "gptq quantize model -b 4 --report")
     write_page(output, output / "gptq_report.html")
     return output
 
@@ -249,16 +246,6 @@ def test_a_file_that_is_no_report_is_refused(
     with pytest.raises(InputError, match="reports need matplotlib") as missing:
         check_report()
     assert "gptq_cli[report]" in (missing.value.hint or "")
-
-
-def test_block_events_are_logged_and_forwarded() -> None:
-    seen: list[object] = []
-    log = BlockLog(seen.append)
-    play(log)
-    assert [block["index"] for block in log.blocks] == [0, 1]
-    assert log.blocks[0]["seconds"] == 18.2
-    assert len(seen) == 2 + 2 * 7
-    assert layer_report(0).block == 0
 
 
 @pytest.mark.parametrize("option", ["--output", "--png"])
