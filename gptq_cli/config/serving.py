@@ -60,6 +60,8 @@ class Export:
     narrow_experts: bool = False  # the hidden size is no multiple of 128
     odd_widths: bool = False  # a width of a linear, fused with others, is no multiple of 32
     transposed: bool = False  # the source stores its linears [I, O]
+    joined_gate: bool = False  # one linear holds gate and up, as in Phi-3
+    neox: bool = False  # the layers are called as in GPT-NeoX, whose head is embed_out
 
     @property
     def marlin(self) -> bool:
@@ -254,6 +256,11 @@ TORCH_GROUP = Trait(
 GROUPS_OF_16 = Trait(
     lambda e: 4 in e.bits and 16 in e.group_sizes, "4 bits with group_size 16", "--group-size 32"
 )
+ROWS_OF_4_BITS = Trait(
+    lambda e: 4 in e.bits and -1 in e.group_sizes,
+    "4 bits with group_size -1",
+    "--group-size 128",
+)
 NO_POWER = Trait(
     lambda e: any(size & (size - 1) for size in e.group_sizes if size > 0),
     "group_size {group_sizes}",
@@ -268,6 +275,11 @@ G_IDX_OF_GROUPS = Trait(
     "--static-groups or --act-group-aware instead of --desc-act",
 )
 MIXED = Trait(lambda e: e.mixed, "layers with different settings", "no `+:` rules of --dynamic")
+MIXED_SHAPES = Trait(
+    lambda e: e.mixed and (len(e.bits) > 1 or len(e.group_sizes) > 1),
+    "layers with different bits or group_size",
+    "no `+:` rules of --dynamic",
+)
 MIXED_BITS = Trait(
     lambda e: len(e.bits) > 1, "layers with {bits} bits", "the same bits for all layers"
 )
@@ -316,6 +328,10 @@ ODD_WIDTHS = Trait(
     lambda e: e.odd_widths, "layers whose widths are no multiples of 32", "another model"
 )
 TRANSPOSED = Trait(lambda e: e.transposed, "a model of Conv1D layers", "another engine")
+JOINED_GATE = Trait(
+    lambda e: e.joined_gate, "a linear that holds gate and up (Phi-3)", "another engine"
+)
+NEOX = Trait(lambda e: e.neox, "a GPT-NeoX model", "another engine")
 
 # ---------------------------------------------------------------- the table
 
@@ -505,17 +521,24 @@ TRANSFORMERS = Engine(
                 Rule(EXPERTS, "wrong", "it leaves quantized experts random", seen="run"),
                 Rule(LM_HEAD, "wrong", "it ignores a quantized lm_head", seen="run"),
                 Rule(
-                    MIXED,
+                    MIXED_SHAPES,
                     "no",
-                    "it ignores `dynamic`, all layers must share their settings",
+                    "it ignores `dynamic`, all layers must share their bits and group_size",
                     seen="run",
                 ),
                 Rule(TRANSPOSED, "no", "its loading of quantized Conv1D layers fails", seen="run"),
                 Rule(TORCH_GROUP, "no", "gptqmodel has no kernel for this group_size", seen="run"),
                 Rule(
-                    GROUPS_OF_16,
+                    ROWS_OF_4_BITS,
                     "no",
-                    "gptqmodel has no kernel for groups of 16 on CPU",
+                    "gptqmodel's kernel for CPUs needs groups of 32 to 256",
+                    on="cpu",
+                    seen="run",
+                ),
+                Rule(
+                    GROUPS_OF_16,
+                    "limited",
+                    "gptqmodel takes groups of 16 on CPUs with AVX512-BF16 only",
                     on="cpu",
                     seen="run",
                 ),
@@ -557,12 +580,26 @@ GPTQMODEL = Engine(
                     seen="run",
                 ),
                 Rule(
+                    JOINED_GATE,
+                    "no",
+                    "it looks for gate_proj and up_proj in place of gate_up_proj",
+                    seen="run",
+                ),
+                Rule(NEOX, "wrong", "it leaves the head random, embed_out", seen="run"),
+                Rule(
                     ASYM_V1,
                     "no",
                     "it takes asymmetric v1 from itself only: use format gptq_v2",
                     seen="run",
                 ),
                 Rule(TORCH_GROUP, "no", "no kernel for this group_size", seen="run"),
+                Rule(
+                    ROWS_OF_4_BITS,
+                    "no",
+                    "its kernel for CPUs needs groups of 32 to 256",
+                    on="cpu",
+                    seen="run",
+                ),
                 Rule(
                     GROUPS_OF_16,
                     "no",
@@ -618,12 +655,15 @@ OPENVINO = Engine(
                 Rule(NOT_4_BITS, "no", "it exports 4 bits only", seen="run"),
                 Rule(EXPERTS, "wrong", "transformers leaves quantized experts random"),
                 Rule(ASYM, "wrong", "it moves the zero points twice", seen="run"),
-                Rule(G_IDX, "wrong", "it ignores g_idx", seen="run"),
+                Rule(G_IDX_OF_GROUPS, "wrong", "it ignores g_idx", seen="run"),
                 Rule(LM_HEAD, "wrong", "it ignores a quantized lm_head", seen="run"),
-                Rule(MIXED, "no", "it ignores `dynamic`, all layers must share their settings"),
+                Rule(
+                    MIXED_SHAPES,
+                    "no",
+                    "it ignores `dynamic`, all layers must share their bits and group_size",
+                ),
                 Rule(TRANSPOSED, "no", "transformers fails to load quantized Conv1D layers"),
                 Rule(TORCH_GROUP, "no", "gptqmodel has no kernel for this group_size"),
-                Rule(GROUPS_OF_16, "no", "gptqmodel has no kernel for groups of 16 on CPU"),
             ),
             "openvino 2026.4.1: frontend/pytorch/gptq.py",
             "optimum-intel 2.2.0 with openvino 2026.4.1 and gptqmodel 7.7.0",
@@ -899,6 +939,8 @@ def export_of(
         narrow_experts=_has_narrow_experts(shapes),
         odd_widths=_has_odd_widths(shapes),
         transposed=transposed,
+        joined_gate=any(name.endswith(".gate_up_proj") for name in layers),
+        neox=any(name.startswith("gpt_neox.") for name in layers),
     )
 
 

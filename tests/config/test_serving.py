@@ -59,15 +59,15 @@ def by_engine(export: Export) -> dict[str, str]:
         # vllm sglang transformers gptqmodel llama.cpp openvino lmdeploy onnx exllamav2 auto-round
         ({}, "gptq", "+ + + + + + + + + + +"),
         ({"group_size": 32}, "gptq", "+ + + + + + - + + + +"),
-        ({"group_size": -1}, "gptq", "+ + + + + + - + + + +"),
-        ({"group_size": 16}, "gptq", "- - ~ ~ + - - + + + -"),
+        ({"group_size": -1}, "gptq", "+ + ~ ~ + + - + + + +"),
+        ({"group_size": 16}, "gptq", "- - ~ ~ + + - + + + -"),
         ({"group_size": 256}, "gptq", "- - + + + + - + + + -"),
         ({"group_size": 96}, "gptq", "- - - - + - - + - + -"),
         ({"bits": 8}, "gptq", "~ + + + + - - + - + +"),
         ({"bits": 2}, "gptq", "- - + + + - - + - + -"),
         ({"bits": 3}, "gptq", "- - + + - - - - - + -"),
         ({"desc_act": True}, "gptq", "- + + + + w - + + - ~"),
-        ({"desc_act": True, "group_size": -1}, "gptq", "+ + + + + w - + + - +"),
+        ({"desc_act": True, "group_size": -1}, "gptq", "+ + ~ ~ + + - + + - +"),
         ({"desc_act": True, "static_groups": True}, "gptq", "+ + + + + + + + + + +"),
         ({}, "gptq_v2", "+ + + + + + w w + w +"),
         ({"bits": 2}, "gptq_v2", "- - + + + - - w - w -"),
@@ -115,6 +115,10 @@ def judged(target: str, format: str = "gptq", **settings: Any) -> str:
         ({}, "vllm@0.29/cpu", "yes"),
         ({}, "sglang/rocm", "no"),
         ({"group_size": 16}, "gptqmodel/cpu", "no"),
+        ({"group_size": 16}, "transformers/cpu", "limited"),
+        ({"group_size": -1}, "gptqmodel/cpu", "no"),
+        ({"group_size": -1}, "transformers/cpu", "no"),
+        ({"group_size": -1, "bits": 8}, "transformers/cpu", "yes"),
     ],
 )
 def test_a_target_names_a_version_and_a_platform(
@@ -257,6 +261,21 @@ def test_engines_that_fuse_refuse_groups_stored_in_two_ways() -> None:
     assert (all_kept["vllm"], all_kept["sglang"]) == ("yes", "yes")
     assert (all_eight["vllm"], all_eight["sglang"]) == ("limited", "yes")  # not on CPUs
     assert judged(q_proj=four, k_proj=None)["gptqmodel"] == "yes"
+
+
+def test_gptqmodel_does_not_read_the_names_of_two_families() -> None:
+    def read_by_gptqmodel(name: str) -> str:
+        export = export_of({name: LayerConfig()}, "gptq", lm_head=False)
+        return by_engine(export)["gptqmodel"]
+
+    assert read_by_gptqmodel("model.layers.0.mlp.gate_up_proj") == "no"
+    assert read_by_gptqmodel("gpt_neox.layers.0.mlp.dense_h_to_4h") == "wrong"
+    assert read_by_gptqmodel("model.layers.0.mlp.gate_proj") == "yes"
+
+
+def test_transformers_reads_grids_that_differ_in_symmetry_alone() -> None:
+    layers = [LayerConfig(), LayerConfig(sym=False)]
+    assert outcomes(layers, "gptq_v2")["transformers"] == "yes"
 
 
 def test_fewer_engines_read_conv1d_models() -> None:

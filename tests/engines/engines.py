@@ -44,10 +44,24 @@ REFUSALS: dict[str, tuple[str, ...]] = {
         "parameters not in model",
         "cannot be broadcast",
     ),
-    "openvino": (),
-    "transformers": ("ignore_mismatched_sizes",),
-    "gptqmodel": (),
-    "auto-round": (),
+    "openvino": (
+        "Couldn't get TorchScript module by tracing",  # of other bits than 4
+    ),
+    "transformers": (
+        "ignore_mismatched_sizes",
+        "expect qGroupSize to be",
+        "object has no attribute 'weight'",  # of Conv1D layers
+        "has no `quant_method` attribute",  # of the format mlx
+    ),
+    "gptqmodel": (
+        "is only supported if produced by gptqmodel",
+        "expect qGroupSize to be",
+        "Missing required quantized weights",
+    ),
+    "auto-round": (
+        "non-dummy g_idx",
+        "unsupported operand type(s) for +",  # of asymmetric grids
+    ),
     "sglang": (
         "The non-Marlin GPTQ CUDA kernel has been removed",
         "Unsupported quantization config",

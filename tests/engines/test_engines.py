@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -22,16 +23,28 @@ if "GPTQ_ENGINES" not in os.environ:
     pytest.skip("needs the environments that `make test-engines` makes", allow_module_level=True)
 
 import torch
+from transformers import AutoTokenizer
 
 from gptq_cli.checkpoint.source import open_checkpoint
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.serving import Export
+from gptq_cli.evaluation.generate import generate_text
+from gptq_cli.evaluation.request import GenerateRequest
+from gptq_cli.inspection.convert import convert_checkpoint
 from gptq_cli.inspection.summary import inspect_checkpoint
 from gptq_cli.planning.plan import plan_checkpoint
 from gptq_cli.planning.run_plan import export_of_layers
 from gptq_cli.quantization.run import quantize_checkpoint
 from tests.engines.cases import CASES, CHANGES, SHARED, SIZES, Case
-from tests.engines.engines import ENGINES, LARGEST_DIFFERENCE, Engine, Process, can_try, known_words
+from tests.engines.engines import (
+    ENGINES,
+    LARGEST_DIFFERENCE,
+    READERS,
+    Engine,
+    Process,
+    can_try,
+    known_words,
+)
 from tests.engines.results import RESULTS, Results
 from tests.engines.truth import logits_of, unpack
 from tests.engines.verdicts import said_of
@@ -153,12 +166,15 @@ def load(
         if answer["error"]:
             words = answer["error"].replace(str(checkpoint.directory), "CHECKPOINT")
             return Seen("no", " ".join(words.split())[:300], None)
-        if not answer["computed"]:
-            return Seen("yes", "", None)
-        difference = _difference(np.load(scratch / "logits.npy"), checkpoint.logits)
-        limit = LARGEST_DIFFERENCE[engine.precision or checkpoint.dtype]
-        outcome = "wrong"  # NaN is a misreading too
-        if difference <= limit and not answer["unknown"]:
+        difference, agrees = None, True
+        if answer["computed"]:
+            difference = _difference(np.load(scratch / "logits.npy"), checkpoint.logits)
+            limit = LARGEST_DIFFERENCE[engine.precision or checkpoint.dtype]
+            agrees = difference <= limit  # NaN is a misreading too
+            if not np.isfinite(difference):
+                difference = None
+        outcome = "wrong"
+        if agrees and not answer["unknown"]:
             outcome = "yes"
         return Seen(outcome, ", ".join(answer["unknown"][:3]), difference)
 
@@ -225,3 +241,22 @@ def test_engine_does_what_the_table_says_of_it(
     assert seen.outcome in (said, "other"), f"{seen.words} {seen.difference}"
     if seen.outcome == "no":
         assert known_words(engine.name, seen.words), f"an unknown refusal: {seen.words}"
+
+
+@pytest.mark.skipif("mlx-lm" not in ASKED, reason="MLX-LM was not asked for")
+@pytest.mark.parametrize("bits", [3, 4])
+def test_mlx_writes_the_text_that_generate_writes(
+    bits: int, write: Callable[[Case], Written], tmp_path: Path
+) -> None:
+    source = write(Case("text", f"{bits} bits", {"bits": bits})).output.directory
+    request = GenerateRequest("the history", max_new_tokens=48, device="cpu", dtype="float32")
+    ours = generate_text(str(source), request, str)
+
+    convert_checkpoint(str(source), tmp_path / "mlx", "mlx")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    prompt = json.dumps(tokenizer(request.prompt)["input_ids"])
+    command = [ENVIRONMENTS / "mlx-lm/bin/python", READERS / "generate_mlx.py"]
+    command += [tmp_path / "mlx", prompt, str(ours.tokens)]
+    written = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    assert len(written) > 4
+    assert tokenizer.decode(written, skip_special_tokens=True) == ours.text

@@ -20,14 +20,17 @@ import numpy as np
 
 Run = Callable[[str, np.ndarray], tuple["np.ndarray | None", list[str]]]
 
+# Engines print to stdout whatever they like, some when they are imported, and one that calls exit()
+# closes stdin. So a reader imports this module before its engine.
+JOBS, ANSWERS = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+
 
 def serve(run: Run) -> None:
     """Answer each job with what `run` gives for its checkpoint and ids: logits, unknown names."""
-    # Engines print to stdout whatever they like, and one that calls exit() closes stdin.
-    with os.fdopen(os.dup(0)) as jobs, os.fdopen(os.dup(1), "w") as answers:
-        os.dup2(2, 1)
-        for line in jobs:
-            print(json.dumps(answer(run, json.loads(line))), file=answers, flush=True)
+    with JOBS, ANSWERS:
+        for line in JOBS:
+            print(json.dumps(answer(run, json.loads(line))), file=ANSWERS, flush=True)
 
 
 def answer(run: Run, job: dict[str, str]) -> dict[str, Any]:

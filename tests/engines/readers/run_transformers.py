@@ -10,12 +10,21 @@ from answers import serve
 from transformers import AutoModelForCausalLM
 
 
-def run(directory: str, ids: np.ndarray, **options: object) -> tuple[np.ndarray, list[str]]:
-    """Return the logits [B, T, V] and the names that transformers reports as unknown."""
+def run(directory: str, ids: np.ndarray, **options: object) -> tuple[np.ndarray | None, list[str]]:
+    """Return the logits [B, T, V] and the names that transformers reports as unknown.
+
+    If a tensor is missing, there may be no logits.
+    """
     model, info = AutoModelForCausalLM.from_pretrained(
         directory, device_map="cpu", output_loading_info=True, **options
     )
-    return logits_of(model, ids), unknown_names(info)
+    unknown = unknown_names(info)
+    try:
+        return logits_of(model, ids), unknown
+    except IndexError:
+        if not unknown:
+            raise
+        return None, unknown  # memory without weights: a router may choose an expert number -1
 
 
 def logits_of(model: Any, ids: np.ndarray) -> np.ndarray:
