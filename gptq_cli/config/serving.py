@@ -796,11 +796,11 @@ AUTOROUND = Engine(
             AUTO_ROUND,
             (
                 Rule(OTHER_EXPERTS, "wrong", "it knows no such names of experts"),
-                Rule(ASYM, "no", "its CPU loader takes symmetric checkpoints only"),
-                Rule(LM_HEAD, "wrong", "it ignores a quantized lm_head"),
                 Rule(G_IDX, "no", "it has no desc_act in this format"),
             ),
             "auto-round 0.16.1: inference/convert_model.py",
+            "auto-round 0.16.1, its CPU loader",
+            loads="run",
         ),
     ),
 )

@@ -29,6 +29,7 @@ REFUSALS: dict[str, tuple[str, ...]] = {
         "Detected some but not all shards",
         "No WNA16 MoE backend",
         "AssertionError",  # of shapes that differ in a fused layer
+        "Failed to find a kernel that can implement the WNA16 linear layer",
     ),
     "llama.cpp": (
         "3-bit gptq dequantization is not yet implemented",

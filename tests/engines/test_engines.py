@@ -163,20 +163,7 @@ def load(
         process = running.pop(engine.name)  # if it dies, the next case starts another one
         answer = process.load(checkpoint.directory, ids, scratch / "logits.npy")
         running[engine.name] = process
-        if answer["error"]:
-            words = answer["error"].replace(str(checkpoint.directory), "CHECKPOINT")
-            return Seen("no", " ".join(words.split())[:300], None)
-        difference, agrees = None, True
-        if answer["computed"]:
-            difference = _difference(np.load(scratch / "logits.npy"), checkpoint.logits)
-            limit = LARGEST_DIFFERENCE[engine.precision or checkpoint.dtype]
-            agrees = difference <= limit  # NaN is a misreading too
-            if not np.isfinite(difference):
-                difference = None
-        outcome = "wrong"
-        if agrees and not answer["unknown"]:
-            outcome = "yes"
-        return Seen(outcome, ", ".join(answer["unknown"][:3]), difference)
+        return _seen(engine, checkpoint, answer, scratch / "logits.npy")
 
     def stop() -> None:
         while running:
@@ -200,6 +187,24 @@ def runs_unquantized(
         return found[key]
 
     return runs
+
+
+def _seen(engine: Engine, checkpoint: Checkpoint, answer: dict[str, Any], logits: Path) -> Seen:
+    """Return what the answer of an engine tells, with the file of its logits if it has some."""
+    if answer["error"]:
+        words = answer["error"].replace(str(checkpoint.directory), "CHECKPOINT")
+        return Seen("no", " ".join(words.split())[:300], None)
+    difference, agrees = None, True
+    if answer["computed"]:
+        difference = _difference(np.load(logits), checkpoint.logits)
+        limit = LARGEST_DIFFERENCE[engine.precision or checkpoint.dtype]
+        agrees = difference <= limit  # NaN is a misreading too
+        if not np.isfinite(difference):
+            difference = None
+    outcome = "wrong"
+    if agrees and not answer["unknown"]:
+        outcome = "yes"
+    return Seen(outcome, ", ".join(answer["unknown"][:3]), difference)
 
 
 def _difference(found: np.ndarray, expected: np.ndarray) -> float:
