@@ -8,6 +8,7 @@ on. Only the leader of several processes reads and writes.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -76,6 +77,14 @@ def read_measurement(files: Sequence[Path], identity: Identity) -> Measurement |
         if content is not None and content.get("identity") == identity:
             return Measurement(**content["measured"])
     return None
+
+
+def may_write_measurement(file: Path) -> bool:
+    """Return whether there is no `file`, or it is a measurement that gptq wrote."""
+    if not os.path.lexists(file):
+        return True
+    content = read_sealed(file)
+    return content is not None and content.keys() >= {"identity", "measured"}
 
 
 def write_measurement(file: Path, identity: Identity, measured: Measurement) -> None:

@@ -106,7 +106,23 @@ def _check_output(output: Path, *, overwrite: bool, has_goal: bool) -> Place:
         raise ConfigError("E_CFG_FILE", message, hint=f"name it {output.with_suffix('.yaml')}")
     if output.exists() and not overwrite:
         raise ExistsError("E_OUT_EXISTS", f"`{output}` exists", hint="replace it: --overwrite")
-    return Place.beside(output)
+    place = Place.beside(output)
+    if place.result is not None:
+        _check_result(place.result, overwrite=overwrite)
+    return place
+
+
+def _check_result(file: Path, *, overwrite: bool) -> None:
+    """Refuse to write the measurement over a file that is none, whose name nobody has given."""
+    from gptq_cli.allocation.saved import may_write_measurement
+
+    if may_write_measurement(file):
+        return
+    code = "E_OUT_EXISTS"
+    if overwrite:
+        code = "E_OUT_FOREIGN"
+    message = f"`{file}` would hold the measurement, but it exists and is no measurement of gptq"
+    raise ExistsError(code, message, hint="choose another -o, or move this file")
 
 
 def allocated(

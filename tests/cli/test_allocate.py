@@ -202,6 +202,27 @@ def test_a_configuration_is_only_written_for_a_goal(
     assert file.read_text() == "bits: 4\n"
 
 
+@pytest.mark.parametrize("content", ["{}", "[1]", "notes", None])
+@pytest.mark.parametrize(
+    ("words", "code"), [([], "E_OUT_EXISTS"), (["--overwrite"], "E_OUT_FOREIGN")]
+)
+def test_a_file_that_is_no_measurement_is_not_replaced(
+    content: str | None, words: list[str], code: str, gptq: Run, place: Path, tmp_path: Path
+) -> None:
+    beside = tmp_path / "config.json"
+    if content is None:
+        beside.mkdir()
+    else:
+        beside.write_text(content)
+    output = tmp_path / "config.yaml"
+    result = gptq("allocate", *settings(place), WIDTHS, "--bits=3", "-o", output, *words)
+    assert (result.exit_code, result.stdout) == (6, "")
+    assert f"error[{code}]: `{beside}` would hold the measurement" in result.stderr
+    assert "hint: choose another -o, or move this file" in result.stderr
+    assert content is None or beside.read_text() == content
+    assert list(tmp_path.iterdir()) == [beside]
+
+
 def test_a_plan_shows_the_sizes_that_widths_may_make(gptq: Run, place: Path) -> None:
     result = gptq("plan", *settings(place), "--bits=5.5", "--target=vllm")
     assert result.exit_code == 0, result.stderr
