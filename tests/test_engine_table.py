@@ -29,9 +29,7 @@ NOT_YET = {
     ("openvino", "compressed-tensors"),
     ("openvino", "mlx"),
     ("openvino", "auto-round"),
-    ("gptqmodel", "compressed-tensors"),
-    ("gptqmodel", "mlx"),
-    ("gptqmodel", "auto-round"),
+    ("auto-round", "gptq"),
     ("auto-round", "compressed-tensors"),
     ("auto-round", "mlx"),
 }

@@ -60,6 +60,8 @@ REFUSALS: dict[str, tuple[str, ...]] = {
         "expect qGroupSize to be",
         "Missing required quantized weights",
         "ignore_mismatched_sizes",  # of asymmetric compressed-tensors
+        "requires auto-round library",
+        "has no `quant_method` attribute",  # of the format mlx
     ),
     "auto-round": (
         "non-dummy g_idx",
