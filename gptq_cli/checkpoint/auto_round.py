@@ -14,7 +14,7 @@ from gptq_cli.checkpoint.defects import Defect
 from gptq_cli.checkpoint.layout import Packing, Sizes, quantized_names
 from gptq_cli.checkpoint.quantization_config import HEAD, Linears, Settings, StoredConfig
 from gptq_cli.checkpoint.source import Checkpoint
-from gptq_cli.config.layer import HOLDS, list_item, matches
+from gptq_cli.config.layer import HOLDS, flaw_of, list_item, matches
 
 FORMAT = "auto-round"
 PLAIN_BITS = 16
@@ -59,7 +59,10 @@ def packing_of(checkpoint: Checkpoint) -> Packing:
 
 
 def _packing_format(stored: Mapping[str, Any]) -> str:
-    return str(stored.get("packing_format") or SYMMETRIC)
+    format = stored.get("packing_format")
+    if format in (None, ""):
+        return SYMMETRIC
+    return str(format)
 
 
 def unreadable(stored: Mapping[str, Any]) -> str:
@@ -74,6 +77,10 @@ def unreadable(stored: Mapping[str, Any]) -> str:
     return ""
 
 
+def _pattern(name: str) -> str:
+    return f".*(?:{name})"
+
+
 @dataclass(frozen=True, slots=True)
 class AutoRoundConfig(StoredConfig):
     """The settings of a checkpoint of auto-round; `extra` has those that differ, by name."""
@@ -84,7 +91,7 @@ class AutoRoundConfig(StoredConfig):
         if module in self.extra:
             return self.extra[module]
         for name, values in self.extra.items():
-            if _OF_PATTERNS & set(name) and matches(f".*(?:{name})", module):
+            if _OF_PATTERNS & set(name) and matches(_pattern(name), module):
                 return values
         return {}
 
@@ -113,14 +120,25 @@ def stored_config(checkpoint: Checkpoint) -> tuple[StoredConfig | None, list[Def
     if not isinstance(extra, dict) or not all(isinstance(item, dict) for item in extra.values()):
         wrong.append("extra_config is not a mapping from names to settings")
         extra = {}
-    for values in extra.values():
+    for name, values in extra.items():
         wrong += _wrong_values({**PLAIN, **values})
+        wrong += _wrong_pattern(name)
     if wrong:
         hint = "correct it in config.json, as it was set in the tool that wrote the weights"
         return None, [Defect("E_CKPT_CONFIG", text, "config.json", hint=hint) for text in wrong]
     base = Settings(stored["bits"], stored["group_size"], stored.get("sym", True), desc_act=False)
     names = quantized_names(checkpoint.tensors)
     return AutoRoundConfig(base, FORMAT, HEAD in names, {}, None, extra), []
+
+
+def _wrong_pattern(name: str) -> list[str]:
+    """Return the error in a name of `extra_config` that is a regular expression, if it has one."""
+    reason = None
+    if _OF_PATTERNS & set(name):
+        reason = flaw_of(_pattern(name))
+    if reason is None:
+        return []
+    return [f"extra_config: {name!r} is not a regular expression: {reason}"]
 
 
 def _wrong_values(values: Mapping[str, Any]) -> list[str]:

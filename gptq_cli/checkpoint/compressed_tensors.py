@@ -136,6 +136,9 @@ def packing_of(checkpoint: Checkpoint) -> Packing:
 
 def unreadable(stored: Mapping[str, Any]) -> str:
     """Return what cannot be read here, "" if all can."""
+    beside = _unreadable_beside(stored)
+    if beside:
+        return beside
     groups = stored.get("config_groups") or {}
     if not isinstance(groups, dict) or not all(map(_is_group, groups.values())):
         return "without a mapping config_groups"
@@ -144,6 +147,21 @@ def unreadable(stored: Mapping[str, Any]) -> str:
         if found:
             return found
     return ""
+
+
+def _unreadable_beside(stored: Mapping[str, Any]) -> str:
+    """Return what changes weights or their use beside the groups, "" if nothing does."""
+    for key in ("transform_config", "kv_cache_scheme"):
+        if stored.get(key) not in (None, {}):
+            return f"with {key}"
+    sparsity = stored.get("sparsity_config")
+    if sparsity in (None, {}) or _is_dense(sparsity):
+        return ""
+    return "with sparsity_config"
+
+
+def _is_dense(sparsity: object) -> bool:
+    return isinstance(sparsity, dict) and sparsity.get("format") == "dense"
 
 
 def _is_group(value: object) -> bool:

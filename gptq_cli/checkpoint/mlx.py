@@ -19,6 +19,7 @@ from gptq_cli.checkpoint.layout import Arrays, Pack, Packing, Sizes, quantized_n
 from gptq_cli.checkpoint.quantization_config import HEAD, Linears, Settings, StoredConfig
 from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.config.layer import HOLDS
+from gptq_cli.errors import InputError
 
 if TYPE_CHECKING:
     from gptq_cli.solver.quantized_linear import QuantizedLinear
@@ -39,20 +40,27 @@ _STACKED = re.compile(rf"(.+)[.]{SWITCH}[.]([^.]+)[.](weight|scales|biases)")
 def unstacked(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     """Return the tensors with one of each expert in place of those that hold all experts.
 
-    Experts get the names that they have in checkpoints for transformers.
+    Experts get the names that they have in checkpoints for transformers. InputError
+    E_CKPT_INCOMPLETE if the tensors of a layer do not hold the same experts, E_CKPT_SHAPE if one
+    stacks no matrices, E_CKPT_RULES if an expert is stored twice.
     """
     found = {}
+    stacks: dict[str, TensorInfo] = {}  # the first one of each layer
     for name, tensor in tensors.items():
         match = _STACKED.fullmatch(name)
-        if match is None or len(tensor.shape) != 3:
+        if match is None:
             found[name] = tensor
             continue
         holder, linear, part = match.groups()
+        _refuse_stack(tensor, stacks.setdefault(holder, tensor))
         if holder.endswith(HOLDER_OF_LETTERS):
             linear = LETTERS.get(linear, linear)
-        size = tensor.nbytes // max(tensor.shape[0], 1)
+        size = tensor.nbytes // tensor.shape[0]
         for place in range(tensor.shape[0]):
             item = f"{holder}.experts.{place}.{linear}.{part}"
+            if item in tensors or item in found:
+                message = f"also holds `{item}`, which is stored beside it"
+                raise _wrong_stack("E_CKPT_RULES", tensor, message)
             start = tensor.start + place * size
             found[item] = replace(
                 tensor,
@@ -64,6 +72,21 @@ def unstacked(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
                 place=place,
             )
     return found
+
+
+def _refuse_stack(tensor: TensorInfo, first: TensorInfo) -> None:
+    """Raise InputError unless a tensor stacks matrices, as many as the first one of its layer."""
+    if len(tensor.shape) != 3 or tensor.shape[0] == 0:
+        message = f"has shape {list(tensor.shape)}, but should stack a matrix of each expert"
+        raise _wrong_stack("E_CKPT_SHAPE", tensor, message)
+    if tensor.shape[0] != first.shape[0]:
+        message = f"holds {tensor.shape[0]} experts, but `{first.name}` holds {first.shape[0]}"
+        raise _wrong_stack("E_CKPT_INCOMPLETE", tensor, message)
+
+
+def _wrong_stack(code: str, tensor: TensorInfo, message: str) -> InputError:
+    hint = "download the checkpoint again, or write it again with the tool that wrote it"
+    return InputError(code, f"`{tensor.file}`: `{tensor.name}` {message}", hint=hint)
 
 
 def stack_of(module: str) -> tuple[str, int] | None:
@@ -260,7 +283,7 @@ def stored_config(checkpoint: Checkpoint) -> tuple[StoredConfig | None, list[Def
     """Return the configuration of a readable checkpoint, None if it is unusable, and defects."""
     stored = checkpoint.quantization or {}
     wrong = []
-    for name, values in {"": stored, **stored}.items():
+    for name, values in [("", stored), *stored.items()]:
         if isinstance(values, dict):
             wrong += _wrong_values(name, values)
     if wrong:

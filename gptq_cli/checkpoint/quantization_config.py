@@ -331,7 +331,9 @@ def describe_linears(linears: Linears, format: str) -> dict[str, Any]:
     config = QuantizeConfig.model_validate({"preset": "gptq", "format": format, **given})
     quantized = {}
     for name, settings in linears.quantized.items():
-        quantized[name] = LayerConfig(settings.bits, settings.group_size, settings.sym)
+        quantized[name] = LayerConfig(
+            settings.bits, settings.group_size, settings.sym, desc_act=settings.desc_act
+        )
     kept = linears.kept_in_blocks()
     outside = [name for name in linears.kept if name not in set(kept)]
     return describe(config, quantized, kept, outside)

@@ -270,12 +270,18 @@ BROKEN: dict[str, dict[str, dict[str, Any]]] = {
         "ignore is not a list": {"ignore": "lm_head"},
         "'re:(' is not a regular": {"ignore": ["re:("]},
     },
-    "mlx": {"bits is 7": {"bits": 7}, "group_size is 48": {"group_size": 48}},
+    "mlx": {
+        "bits is 7": {"bits": 7},
+        "group_size is 48": {"group_size": 48},
+        "bits is '4'": {"bits": "4", "": {"bits": 4}},
+    },
     "auto-round": {
         "bits is 9": {"bits": 9},
         "group_size is '32'": {"group_size": "32"},
         "sym is 1": {"sym": 1},
         "extra_config is not a mapping": {"extra_config": [1]},
+        "'*bad' is not a regular": {"extra_config": {"*bad": {"bits": 4}}},
+        "'(a' is not a regular": {"extra_config": {"(a": {"bits": 4}}},
     },
 }  # fmt: skip
 
@@ -296,21 +302,24 @@ def test_unusable_settings_of_a_format_are_defects(format: str, tmp_path: Path) 
         assert message in found.message
 
 
-UNREADABLE = {
-    "compressed-tensors": (
-        {"config_groups": {"g": {"format": "float-quantized", "weights": {}}}},
-        "float-",
-    ),
-    "mlx": ({"mode": "mxfp4"}, "mode mxfp4"),
-    "auto-round": ({"packing_format": "auto_round:auto_awq"}, "auto_round:auto_awq"),
-}
+FLOATS = {"config_groups": {"g": {"format": "float-quantized", "weights": {}}}}
+UNREADABLE: list[tuple[str, dict[str, Any], str]] = [
+    ("compressed-tensors", FLOATS, "float-"),
+    ("compressed-tensors", {"transform_config": {"config_groups": {"u": {}}}}, "with transform_"),
+    ("compressed-tensors", {"kv_cache_scheme": {"num_bits": 8}}, "with kv_cache_scheme"),
+    ("compressed-tensors", {"sparsity_config": {"format": "sparse-24"}}, "with sparsity_config"),
+    ("mlx", {"mode": "mxfp4"}, "mode mxfp4"),
+    ("auto-round", {"packing_format": "auto_round:auto_awq"}, "auto_round:auto_awq"),
+    ("auto-round", {"packing_format": []}, r"\[\]"),
+]
 
 
-@pytest.mark.parametrize("format", NEW)
-def test_other_forms_of_a_method_are_refused(format: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("format", "changed", "words"), UNREADABLE)
+def test_other_forms_of_a_method_are_refused(
+    format: str, changed: dict[str, Any], words: str, tmp_path: Path
+) -> None:
     output = single(tmp_path, format=format).output
     content = json.loads((output / "config.json").read_text())
-    changed, words = UNREADABLE[format]
     key = "quantization" if format == "mlx" else "quantization_config"
     (output / "config.json").write_text(json.dumps(content | {key: content[key] | changed}))
     with pytest.raises(InputError, match=f"is quantized as {format} \\({words}") as caught:
@@ -318,6 +327,67 @@ def test_other_forms_of_a_method_are_refused(format: str, tmp_path: Path) -> Non
     assert (caught.value.code, caught.value.exit_code) == ("E_CKPT_QUANTIZED", 3)
     assert "full-precision" in (caught.value.hint or "")
     assert inspect_checkpoint(open_checkpoint(output)).format is None
+
+
+def test_unused_settings_beside_the_groups_are_read(tmp_path: Path) -> None:
+    output = single(tmp_path, format="compressed-tensors").output
+    content = json.loads((output / "config.json").read_text())
+    unused = {"transform_config": {}, "kv_cache_scheme": None, "sparsity_config": {}}
+    for sparsity in ({}, {"format": "dense"}):
+        content["quantization_config"] |= unused | {"sparsity_config": sparsity}
+        (output / "config.json").write_text(json.dumps(content))
+        assert defects(output) == ()
+
+
+@pytest.mark.parametrize("to", ["gptq", "gptq_v2"])
+def test_a_g_idx_of_compressed_tensors_makes_desc_act_true(to: str, tmp_path: Path) -> None:
+    output = single(tmp_path, format="compressed-tensors").output
+    content = json.loads((output / "config.json").read_text())
+    content["quantization_config"]["config_groups"]["group_0"]["weights"]["actorder"] = "group"
+    (output / "config.json").write_text(json.dumps(content))
+    tensors = load_file(output / "model.safetensors")
+    g_idx = torch.arange(64, dtype=torch.int32) % 2
+    tensors[f"{NAME}.weight_g_idx"] = g_idx
+    save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
+    convert_checkpoint(str(output), tmp_path / "there", to)
+    assert settings_of(tmp_path / "there")["desc_act"] is True
+    assert defects(tmp_path / "there") == ()
+    name = f"{NAME}.weight"
+    assert torch.equal(reader(tmp_path / "there").read(name), reader(output).read(name))
+
+
+UP = "model.layers.1.mlp.switch_mlp.up_proj"
+EXPERT = "model.layers.1.mlp.experts.0.up_proj"
+STACKS: dict[str, tuple[str, str]] = {
+    "fewer": ("E_CKPT_INCOMPLETE", "holds 2 experts, but `"),
+    "none": ("E_CKPT_SHAPE", "has shape [0, 32, "),
+    "flat": ("E_CKPT_SHAPE", "has shape [96, "),
+    "twice": ("E_CKPT_RULES", f"also holds `{EXPERT}."),
+}
+
+
+@pytest.mark.parametrize("case", STACKS)
+def test_experts_that_a_stack_lacks_or_doubles_are_refused(case: str, tmp_path: Path) -> None:
+    output = write_mixture(
+        tmp_path, bits=4, group_size=32, format="mlx", max_shard_size="1GB"
+    ).output
+    tensors = load_file(output / "model.safetensors")
+    for part in ("weight", "scales", "biases"):
+        name = f"{UP}.{part}"
+        stack = tensors[name]
+        if case == "twice":
+            tensors[f"{EXPERT}.{part}"] = stack[0].clone()
+            continue
+        changed = {"fewer": stack[:2], "none": stack[:0], "flat": stack.flatten(0, 1)}
+        tensors[name] = changed[case].clone()
+    save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
+    code, words = STACKS[case]
+    (found,) = defects(output)
+    assert (found.code, UP in found.message, words in found.message) == (code, True, True)
+    with pytest.raises(InputError) as caught:
+        convert_checkpoint(str(output), tmp_path / "there", "gptq")
+    assert (caught.value.code, caught.value.exit_code) == (code, 3)
+    assert "download the checkpoint again" in (caught.value.hint or "")
 
 
 def test_compressed_tensors_settings_are_those_of_its_library(tmp_path: Path) -> None:
