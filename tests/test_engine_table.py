@@ -21,7 +21,6 @@ ROOT = Path(__file__).resolve().parents[1]
 CONTENT: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8"))
 # Engines and formats of which some checkpoints were not run yet.
 NOT_YET = {
-    ("vllm", "gptq"),
     ("vllm", "mlx"),
     ("vllm", "auto-round"),
     ("openvino", "gptq"),
@@ -29,7 +28,6 @@ NOT_YET = {
     ("openvino", "compressed-tensors"),
     ("openvino", "mlx"),
     ("openvino", "auto-round"),
-    ("auto-round", "gptq"),
     ("auto-round", "compressed-tensors"),
     ("auto-round", "mlx"),
 }

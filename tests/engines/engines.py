@@ -65,6 +65,7 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     ),
     "auto-round": (
         "non-dummy g_idx",
+        "Failed to convert to auto_round format",
         "unsupported operand type(s) for +",  # of asymmetric grids
     ),
     "sglang": (
