@@ -168,7 +168,8 @@ def measure_model(
         reference = reference_width(widths)
         identity = _identify(prepared, calibration, reference, worker, report)
         kept = Kept.of(prepared, place, work, identity)
-        measured = worker.team.broadcast([kept.read()])[0]
+        names = [unit.name for unit in units]
+        measured = worker.team.broadcast([kept.read(names, report)])[0]
         already_done = measured is not None
         if measured is None:
             measuring = _measuring(
@@ -203,9 +204,7 @@ def allocate_run(
     measured = measure_model(prepared, goal, report, worker, Place.of_output(prepared.output))
     chosen = measured.choose(goal)
     config = measured.configured(chosen.allocation.widths)
-    options = prepared.options
-    if options.max_seconds is not None:
-        options = replace(options, max_seconds=max(1.0, options.max_seconds - measured.seconds))
+    options = replace(prepared.options, spent_seconds=measured.seconds)
     plan = plan_checkpoint(prepared.plan.source, config)
     run = replace(prepared, config=config, plan=plan, options=options, allocated=True)
     return run, measured, chosen
@@ -237,9 +236,9 @@ class Kept:
             others = ()
         return cls(file, others, work, identity)
 
-    def read(self) -> Measurement | None:
-        """Return the measurement if an earlier call has finished it."""
-        return read_measurement(self.others, self.identity)
+    def read(self, units: Sequence[str], report: Report) -> Measurement | None:
+        """Return the measurement of `units` if an earlier call has finished it."""
+        return read_measurement(self.others, self.identity, units, report)
 
     def write(self, measured: Measurement) -> None:
         """Write the measurement, and remove the state that it needs no more."""

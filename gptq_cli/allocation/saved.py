@@ -9,19 +9,22 @@ on. Only the leader of several processes reads and writes.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
 from gptq_cli.allocation.harms import Measurement
+from gptq_cli.events import Report, Warned, ignore
 from gptq_cli.quantization.resume import Identity, save_tensors
 from gptq_cli.quantization.run_state import SavingTimes
 from gptq_cli.storage.durable import remove, write_json
 from gptq_cli.storage.manifest import Journal, digest, file_hash, read_sealed, sealed
 from gptq_cli.storage.work_directory import WorkDirectory
+
+LEAST_KL, MOST_KL = -1e-3, 1e38  # float32 leaves a KL of 0 a little below 0, and ends at 3.4e38
 
 
 class MeasuredBlocks:
@@ -70,13 +73,37 @@ class MeasuredBlocks:
         return file.is_file() and file_hash(file) == self._journal.entries[number]["state"]
 
 
-def read_measurement(files: Sequence[Path], identity: Identity) -> Measurement | None:
-    """Return the measurement of `identity` that one of `files` holds; None if none does."""
+def read_measurement(
+    files: Sequence[Path], identity: Identity, units: Collection[str], report: Report = ignore
+) -> Measurement | None:
+    """Return the measurement of `identity` that one of `files` holds; None if none does.
+
+    One without usable figures for all `units` is reported as damaged.
+    """
     for file in files:
         content = read_sealed(file)
-        if content is not None and content.get("identity") == identity:
-            return Measurement(**content["measured"])
+        if content is None or content.get("identity") != identity:
+            continue
+        measured = content.get("measured")
+        if _is_usable(measured, units):
+            return Measurement(**measured)
+        text = f"`{file}` has no usable figures: the run measures again"
+        report(Warned("W_RESUME_DAMAGED", text))
     return None
+
+
+def _is_usable(measured: Any, units: Collection[str]) -> TypeGuard[dict[str, Any]]:
+    """Return whether JSON that was read is a `Measurement` of these units."""
+    if not isinstance(measured, dict) or measured.keys() != {"kl", "uniform"}:
+        return False
+    kl = measured["kl"]
+    if not isinstance(kl, dict) or kl.keys() != set(units):
+        return False
+    return all(map(_is_kl, (*kl.values(), measured["uniform"])))
+
+
+def _is_kl(value: Any) -> bool:
+    return type(value) in (int, float) and LEAST_KL <= value <= MOST_KL
 
 
 def may_write_measurement(file: Path) -> bool:

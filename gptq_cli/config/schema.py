@@ -563,7 +563,7 @@ def _width_conflicts(values: Mapping[str, Any]) -> list[Finding]:
         return []
     findings = []
     for width in allowed:
-        if width not in HOLDS[format].bits:
+        if width in BITS and width not in HOLDS[format].bits:
             predicate = f"do not fit: {format} stores {one_of(HOLDS[format].bits)} bits"
             paths: tuple[KeyPath, ...] = (("allow_bits",), ("format",))
             findings.append(Finding(paths, "E_CFG_FORMAT", predicate, f"leave out {width}"))

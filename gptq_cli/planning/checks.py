@@ -44,6 +44,7 @@ class RunOptions:
     """Options of a run that do not change a byte of the output.
 
     `resume` is "auto", "require" or "never"; without `max_seconds` the run may take any time.
+    `spent_seconds` of them were over before it began.
     """
 
     revision: str | None = None
@@ -51,6 +52,7 @@ class RunOptions:
     resume: str = "auto"
     max_seconds: float | None = None
     allow_network_fs: bool = False
+    spent_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -146,7 +146,7 @@ def carry_out(
     # A limit of time ends the leader; the other processes notice that it is gone.
     record, limits = Record(ignore), Limits(config)
     if ranks.is_leader:
-        record, limits = Record(report), Limits(config, options.max_seconds)
+        record, limits = Record(report), Limits(config, options.max_seconds, options.spent_seconds)
     with _work_directory(prepared, record, ranks) as work, torch.inference_mode(), device_errors():
         refuse_wrong_numbers(source)
         stream = _open_stream(prepared, worker)

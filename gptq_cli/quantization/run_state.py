@@ -149,13 +149,14 @@ class Record:
 class Limits:
     """The limits of a run: the block loop asks before each block and layer, and after each layer.
 
-    If `max_seconds` is None, the time is not limited.
+    If `max_seconds` is None, the time is not limited. `spent` of these seconds are over already.
     """
 
     def __init__(
         self,
         config: QuantizeConfig,
         max_seconds: float | None = None,
+        spent: float = 0.0,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config, self._now = config, now
@@ -164,7 +165,7 @@ class Limits:
         self._seconds = math.inf
         if max_seconds is not None:
             self._seconds = max_seconds
-        self._end = now() + self._seconds
+        self._end = now() + self._seconds - spent
 
     @property
     def has_end(self) -> bool:

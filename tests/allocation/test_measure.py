@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from gptq_cli.allocation.harms import REFERENCE
+from gptq_cli.allocation.harms import REFERENCE, Measurement
 from gptq_cli.allocation.measure import probe_shape
 from gptq_cli.allocation.run import QUICK
+from gptq_cli.allocation.saved import read_measurement
 from gptq_cli.config.layer import LayerConfig
-from gptq_cli.events import BlockFinished, Event
+from gptq_cli.events import BlockFinished, Event, Warned
 from gptq_cli.quantization.run_state import SavingTimes
 from gptq_cli.solver.factor import prepare
 from gptq_cli.solver.hessian import HessianAccumulator
 from gptq_cli.solver.solve import solve
+from gptq_cli.storage.manifest import sealed
 from tests.allocation.measuring import SIZES, figures, goal, measure
 from tests.allocation.processes import measure_together
 from tests.disks import Killed
@@ -165,6 +170,56 @@ def test_a_finished_measurement_serves_another_goal(qwen3: Path, tmp_path: Path)
     other = measure(qwen3, goal(seed=5), file)
     assert not other.already_done
     assert digest(tmp_path) != before
+
+
+@pytest.fixture(scope="module")
+def finished(qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Return the content of the file of a finished measurement."""
+    file = tmp_path_factory.mktemp("finished") / "a.yaml"
+    measure(qwen3, goal(), file)
+    content: dict[str, Any] = json.loads(file.with_suffix(".json").read_text())
+    return content
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        None,
+        [1],
+        {},
+        {"extra": 1},
+        {"kl": None},
+        {"kl": {}},
+        {"kl": [1]},
+        {"uniform": "x"},
+        {"uniform": True},
+        {"uniform": math.nan},
+        {"uniform": -1},
+        {"uniform": 1e308},
+        {"uniform": math.inf},
+    ],
+    ids=str,
+)
+def test_a_measurement_without_usable_figures_is_damaged(
+    change: Any, finished: dict[str, Any], tmp_path: Path
+) -> None:
+    measured, units = finished["measured"], [*finished["measured"]["kl"]]
+    planted = change
+    if isinstance(change, dict) and change:
+        planted = measured | change
+    text = json.dumps(sealed(finished | {"measured": planted}))
+    file = tmp_path / "a.json"
+    file.write_text(text)
+    events: list[Event] = []
+    assert read_measurement([file], finished["identity"], units, events.append) is None
+    text = f"`{file}` has no usable figures: the run measures again"
+    assert events == [Warned("W_RESUME_DAMAGED", text)]
+    planted = measured | {"kl": measured["kl"] | {units[1]: "x"}}
+    file.write_text(json.dumps(sealed(finished | {"measured": planted})))
+    assert read_measurement([file], finished["identity"], units) is None
+    file.write_text(json.dumps(finished))
+    found = read_measurement([file], finished["identity"], units)
+    assert found == Measurement(**measured)
 
 
 def test_several_processes_measure_the_same(qwen3: Path, tmp_path: Path) -> None:

@@ -202,6 +202,15 @@ def test_a_configuration_is_only_written_for_a_goal(
     assert file.read_text() == "bits: 4\n"
 
 
+@pytest.mark.parametrize("widths", ["[]", "3.5,4", "1,4", "x,4"])
+def test_a_wrong_width_is_one_problem(widths: str, gptq: Run, place: Path) -> None:
+    result = gptq("plan", *settings(place), "--bits=3.5", f"--allow-bits={widths}")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "--allow-bits" in result.stderr
+    assert "leave out" not in result.stderr
+    assert result.stderr.count("error[") == 1
+
+
 @pytest.mark.parametrize("content", ["{}", "[1]", "notes", None])
 @pytest.mark.parametrize(
     ("words", "code"), [([], "E_OUT_EXISTS"), (["--overwrite"], "E_OUT_FOREIGN")]

@@ -212,6 +212,18 @@ def test_a_block_that_would_exceed_max_runtime_does_not_start() -> None:
     assert late.value.hint == "run the same command to resume; the current block starts over"
 
 
+def test_time_spent_before_the_run_is_part_of_max_runtime() -> None:
+    clock = [100.0]
+    limits = Limits(config(), 9, spent=7.5, now=lambda: clock[0])
+    limits.check_time_for_block()
+    clock[0] = 101.6
+    with pytest.raises(PausedError, match=r"within --max-runtime .9 s."):
+        limits.check_time()
+    over = Limits(config(), 9, spent=9.5, now=lambda: clock[0])
+    with pytest.raises(PausedError, match=r"would not finish within --max-runtime .9 s."):
+        over.check_time_for_block()
+
+
 def test_a_run_out_of_time_keeps_its_work_and_reports_where(case: Case, tmp_path: Path) -> None:
     events: list[Event] = []
     with pytest.raises(PausedError):
