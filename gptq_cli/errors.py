@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 _SECRETS = (
     (re.compile(r"\bhf_[A-Za-z0-9]{20,}"), "hf_***"),
     (re.compile(r"(?i)\b(bearer|basic)\s+[\w.~+/=-]{8,}"), r"\1 ***"),
-    (re.compile(r"(\w+://)[^/\s@]+@"), r"\1***@"),
+    # A lookbehind, because a search for the whole scheme takes quadratic time in a long word.
+    (re.compile(r"(?<=\w://)[^/\s@]+@"), "***@"),
 )
 
 __version__ = "0.1.0"
@@ -221,7 +222,11 @@ def shown(value: object, limit: int = 60) -> str:
     if isinstance(value, float) and not math.isfinite(value):
         return UNFINITE[str(float(value))]
     text = json.dumps(value, ensure_ascii=False, default=str)
-    text = "".join(map(_visible, text))
+    return cut("".join(map(_visible, text)), limit)
+
+
+def cut(text: str, limit: int = 60) -> str:
+    """Return at most `limit` letters of `text`, the last three as dots if there are more."""
     if len(text) <= limit:
         return text
     return text[: limit - 3] + "..."

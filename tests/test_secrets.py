@@ -51,6 +51,7 @@ def gptq(
         (f"{{'authorization': 'Bearer {CANARY}'}}", "{'authorization': 'Bearer hf_***'}"),
         ("authorization: Basic dXNlcjpwYXNz=", "authorization: Basic ***"),
         ("https://user:pass@host/x and http://t@h", "https://***@host/x and http://***@h"),
+        ("a" * 1_000_000, "a" * 1_000_000),
         (
             "hf_short, a@b.c, file:///a/b@c, bearer of news",
             "hf_short, a@b.c, file:///a/b@c, bearer of news",
@@ -78,7 +79,7 @@ def hub_runs(tmp_path_factory: pytest.TempPathFactory) -> HubRuns:
     folder = tmp_path_factory.mktemp("hub")
     model = save_model(folder / "model", num_hidden_layers=2)
     files = {path.name: path.read_bytes() for path in model.iterdir()}
-    words = ["quantize", "someone/tiny", *small_run(folder)]
+    words = ["quantize", "someone/tiny", *small_run(folder), f"--log-file={CANARY}.log"]
     with serve({"someone/tiny": files}, kind="model") as hub:
         done = gptq(folder, hub.environment(folder / "a"), *words, "-o", "out", "--json")
         assert done.returncode == 0, done.stderr
@@ -170,7 +171,7 @@ def test_only_files_of_the_model_reach_the_output(tmp_path: Path) -> None:
         "notes.md",
         "folder/inside.json",
     }
-    assert written - {"gptq_manifest.json"} == own | copied
+    assert written - {"gptq_manifest.json", "gptq_report.json"} == own | copied
 
 
 def test_model_name_with_escapes_and_markup_is_shown_as_text(

@@ -252,11 +252,16 @@ def rendered_chats(
             message = f"{place} holds no chat: {flaw}"
             raise InputError("E_DATA_CHAT", message, hint=FIX_CHAT) from flaw
         text = template.render(messages, tools, place)
-        if not is_whole(text):
-            message = f"{place} holds half of a surrogate pair"
-            hint = "fix that text: half of a pair is not a letter"
-            raise InputError("E_DATA_FORMAT", message, hint=hint)
+        check_whole(text, place)
         yield text
+
+
+def check_whole(text: str, place: str) -> None:
+    """Raise InputError E_DATA_FORMAT for a text with half a letter; `place` names the text."""
+    if not is_whole(text):
+        message = f"{place} holds half of a surrogate pair"
+        hint = "fix that text: half of a pair is not a letter"
+        raise InputError("E_DATA_FORMAT", message, hint=hint)
 
 
 class _NoChatError(Exception):

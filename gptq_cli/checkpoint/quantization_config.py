@@ -34,7 +34,7 @@ from gptq_cli.config.layer import (
 )
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.strict_yaml import load
-from gptq_cli.errors import ConfigError, InputError, one_of
+from gptq_cli.errors import ConfigError, InputError, cut, one_of
 from gptq_cli.files import UNREADABLE, file_errors, is_file
 from gptq_cli.storage.manifest import CONFIG_FILE, QUANTIZE_CONFIG
 
@@ -555,7 +555,8 @@ def format_of(checkpoint: Checkpoint) -> str:
     if method != "gptq":
         raise _not_read(checkpoint, f"is quantized as {method}")
     if format not in GPTQ_FORMATS or packing != "int32":
-        raise _not_read(checkpoint, f"is quantized as gptq ({format}, {packing})")
+        named = f"{cut(str(format))}, {cut(str(packing))}"
+        raise _not_read(checkpoint, f"is quantized as gptq ({named})")
     other = other_packing(checkpoint)
     if other:
         raise _not_read(checkpoint, f"has format {format}, but its linears are packed for {other}")
@@ -746,7 +747,7 @@ def _unseen_settings(checkpoint: Checkpoint, stored: Mapping[str, Any]) -> Itera
     if stored.get("quant_method") != "gptq":
         method = "quant_method is missing"
         if "quant_method" in stored:
-            method = f"quant_method is {stored['quant_method']!r}"
+            method = f"quant_method is {cut(repr(stored['quant_method']))}"
         yield f"{method}: transformers knows only 'gptq' and would skip it"
 
 

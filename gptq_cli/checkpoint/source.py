@@ -26,7 +26,7 @@ from gptq_cli.checkpoint.model_files import (
     refuse_other_kinds,
     side_files,
 )
-from gptq_cli.errors import InputError, Problem
+from gptq_cli.errors import InputError, Problem, cut
 from gptq_cli.files import Stamp, check_stamps, files_below, is_file, stamp_of, status_of
 from gptq_cli.storage.manifest import INDEX_NAME, QUANTIZE_CONFIG
 
@@ -137,7 +137,7 @@ def is_of_mlx(key: str, value: object) -> bool:
 def _method_of(quantization: Mapping[str, Any]) -> str:
     """Return the method of a `quantization_config`; the first tools wrote no `quant_method`."""
     if quantization.get("quant_method"):
-        return str(quantization["quant_method"]).lower()
+        return cut(str(quantization["quant_method"]).lower())
     if any(key.removeprefix("_").startswith(("load_in_", "bnb_")) for key in quantization):
         return "bitsandbytes"
     if "w_bit" in quantization or "zero_point" in quantization:

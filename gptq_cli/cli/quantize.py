@@ -29,7 +29,16 @@ from gptq_cli.cli.progress import Progress
 from gptq_cli.config.resolve import Resolved, resolve, to_yaml
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.serving import LOADS
-from gptq_cli.errors import ConfigError, GptqError, InputError, clock, shell_word, shell_words, size
+from gptq_cli.errors import (
+    ConfigError,
+    GptqError,
+    InputError,
+    clock,
+    shell_word,
+    shell_words,
+    size,
+    without_secrets,
+)
 from gptq_cli.events import Report, ignore
 from gptq_cli.files import is_directory, resolved
 
@@ -189,7 +198,7 @@ def _report(console: Console, result: QuantizeResult, *, with_page: bool) -> Pat
     from gptq_cli.storage.manifest import REPORT_PAGE, write_report_data
 
     try:
-        command = shell_words(["gptq", *sys.argv[1:]])
+        command = without_secrets(shell_words(["gptq", *sys.argv[1:]]))
         write_report_data(result.output, result.to_json(), command)
         if not with_page:
             return None

@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -47,7 +48,10 @@ PROMPTS = (
 )
 PREFIXES = 8  # of each prompt, after which the next token is compared
 LONGEST = 128  # tokens of a prompt
+KEPT = 65_536  # bytes of an engine's output
+LONGEST_ANSWER = 1_000_000  # bytes
 LAST_LINES = 12  # of an engine that failed
+UNUSABLE = "the engine gave an unusable answer"
 REASON = 300  # letters of what it raised
 INSTALL = {
     "vllm": "pip install vllm",
@@ -257,7 +261,7 @@ class _Engine:
     def __init__(self, request: EngineRequest, checkpoint: Path, folder: Path) -> None:
         self._request, self._checkpoint, self._folder = request, checkpoint, folder
         self._rows, self._answer = folder / "rows.npy", folder / "answer.json"
-        self._log = folder / "log"
+        self._said: _Tail | None = None
 
     def run(
         self, prefixes: list[list[int]], vocabulary: int, report: Report
@@ -268,14 +272,21 @@ class _Engine:
         job = self._folder / "job.json"
         job.write_text(json.dumps(self._job(prefixes, vocabulary)), encoding="utf-8")
         code = self._wait([python, engine_driver.__file__, str(job)], report)
-        if not self._answer.exists():
+        if not os.path.lexists(self._answer):
             raise self._failed(f"its process ended with {_ending(code)}", report)
-        answer = json.loads(self._answer.read_text(encoding="utf-8"))
+        try:
+            answer = _read_answer(self._answer)
+        except Exception as error:  # whatever an engine wrote
+            raise self._failed(f"{UNUSABLE}: {error}", report) from error
         if "missing" in answer:
             raise self._missing(answer["missing"])
         if "failed" in answer:
             raise self._failed(answer["failed"], report)
-        return torch.from_numpy(np.load(self._rows)), answer["versions"]
+        try:
+            rows = _read_rows(self._rows, len(prefixes), vocabulary)
+        except Exception as error:
+            raise self._failed(f"{UNUSABLE}: {error}", report) from error
+        return rows, answer["versions"]
 
     def _job(self, prefixes: list[list[int]], vocabulary: int) -> dict[str, Any]:
         return {
@@ -293,29 +304,35 @@ class _Engine:
         """Return the exit code of the process; end it and its children if it takes too long."""
         # Engines leave files in TMPDIR, and ask the Hub about models that are here.
         variables = {"TMPDIR": str(self._folder), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-        with self._log.open("wb") as log:
-            try:
-                process = subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    env=os.environ | variables,
-                    start_new_session=True,
-                )
-            except OSError as error:
-                raise self._missing(f"cannot run `{command[0]}`: {error.strerror}") from error
         try:
-            return process.wait(self._request.timeout)
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                bufsize=0,
+                env=os.environ | variables,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise self._missing(f"cannot run `{command[0]}`: {error.strerror}") from error
+        code = None
+        try:
+            if process.stdout is not None:
+                self._said = _Tail(process.stdout)
+            code = process.wait(self._request.timeout)
         except subprocess.TimeoutExpired:
+            pass  # reported below, after the end of the process
+        finally:
+            _end_group(process)
+        if code is None:
             self._report_last_lines(report)
             raise ResourceError(
                 "E_ENGINE_TIMEOUT",
                 f"{self._request.engine} gave no result within {clock(self._request.timeout)}",
                 hint="allow more with --timeout, or give fewer prompts with --prompts",
-            ) from None
-        finally:
-            _end_group(process)
+            )
+        return code
 
     def _missing(self, reason: str) -> InputError:
         engine = self._request.engine
@@ -336,10 +353,66 @@ class _Engine:
         )
 
     def _report_last_lines(self, report: Report) -> None:
-        text = self._log.read_bytes().decode(errors="replace")
-        lines = [line for line in text.splitlines() if line.strip()]
+        if self._said is None:
+            return
+        lines = [line for line in self._said.text().splitlines() if line.strip()]
         for line in lines[-LAST_LINES:]:
             report(EngineSaid(self._request.engine, line))
+
+
+class _Tail:
+    """Reads a stream in a thread and keeps its last KEPT bytes, however much it holds."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._kept = b""
+        self._thread = Thread(target=self._read, args=(stream,), daemon=True)
+        self._thread.start()
+
+    def _read(self, stream: IO[bytes]) -> None:
+        with stream:
+            while piece := stream.read(KEPT):
+                self._kept = (self._kept + piece)[-KEPT:]
+
+    def text(self) -> str:
+        """Return the end of what was written.
+
+        A process that outlives the engine may hold the stream open: wait for it only briefly.
+        """
+        self._thread.join(1)
+        return self._kept.decode(errors="replace")
+
+
+def _read_answer(file: Path) -> dict[str, Any]:
+    """Return the answer in `file`; raise some error if it is none, because the engine wrote it."""
+    _check_regular(file)
+    with file.open("rb") as stream:
+        content = stream.read(LONGEST_ANSWER)
+    answer = json.loads(content)
+    if not isinstance(answer, dict) or not isinstance(answer.get("versions"), dict):
+        raise ValueError(f"{file.name} holds no versions")
+    texts = [*answer["versions"].values(), answer.get("missing", ""), answer.get("failed", "")]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{file.name} holds an entry that is not a text")
+    return answer
+
+
+def _read_rows(file: Path, n_prefixes: int, vocabulary: int) -> Tensor:
+    """Return the rows in `file`; raise some error if they are not what the driver writes."""
+    _check_regular(file)
+    stored = np.lib.format.open_memmap(file, mode="r")
+    if stored.shape != (n_prefixes, vocabulary) or stored.dtype != np.float32:
+        found = f"{stored.dtype} {list(stored.shape)}"
+        raise ValueError(f"rows are {found}, not float32 [{n_prefixes}, {vocabulary}]")
+    rows = np.array(stored)
+    if not np.isfinite(rows).all():
+        raise ValueError("rows hold NaN or infinity")
+    return torch.from_numpy(rows)
+
+
+def _check_regular(file: Path) -> None:
+    """Raise ValueError for anything but a regular file: to open a pipe could wait for ever."""
+    if not file.is_file():
+        raise ValueError(f"{file.name} is not a regular file")
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
@@ -352,6 +425,8 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
 def _ending(code: int) -> str:
     if -code == signal.SIGILL:
         return "SIGILL, an instruction that this processor does not have"
-    if code < 0:
+    if -code in set(signal.Signals):
         return signal.Signals(-code).name
+    if code < 0:  # a real-time signal has no name
+        return f"signal {-code}"
     return f"exit code {code}"

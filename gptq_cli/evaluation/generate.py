@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
-from gptq_cli.calibration.chats import ChatTemplate
+from gptq_cli.calibration.chats import ChatTemplate, check_whole
 from gptq_cli.calibration.windows import Encoder, check_token_ids, load_encoder
 from gptq_cli.checkpoint.locate import locate_model
 from gptq_cli.checkpoint.model_files import read_json
@@ -37,6 +37,7 @@ DEFAULT_NEW_TOKENS = 128
 # Of the free memory, for weights; the rest is for the keys and values of tokens and for forwards.
 WEIGHTS_SHARE = 0.8
 UNFINISHED = "\ufffd"  # a letter of which the last tokens hold only some bytes
+LARGEST_ID = 2**63 - 1  # of a token in a tensor
 SETTINGS_FILE = "generation_config.json"
 
 Write = Callable[[str], object]
@@ -136,8 +137,10 @@ def _prompt_ids(
     if is_chat:
         messages = [{"role": "user", "content": request.prompt}]
         text = template.render(messages, None, "the prompt", answer=True)
+        check_whole(text, "the prompt, as the chat template renders it,")
         ids = encoder(text, False)
     else:
+        check_whole(request.prompt, "the prompt")
         ids = encoder(request.prompt, True)
     if not ids:
         hint = "give a prompt that holds text"
@@ -168,11 +171,11 @@ def _end_tokens(directory: Path, encoder: Encoder) -> list[int]:
     if is_file(file):
         found = read_json(file)
         named = found.get("eos_token_id") if isinstance(found, dict) else None
-        if isinstance(named, list):
-            ends.update(named)
-        else:
-            ends.add(named)
-    return sorted(token for token in ends if type(token) is int)
+        if not isinstance(named, list):
+            named = [named]
+        # Ids that no tensor can hold are never written.
+        ends.update(token for token in named if type(token) is int and 0 <= token <= LARGEST_ID)
+    return sorted(ends - {None})
 
 
 def _blocks_in_memory(stream: ModelStream, memory: Memory, report: Report) -> int:

@@ -11,6 +11,7 @@ from gptq_cli.config.fields import refusal
 from gptq_cli.config.schema import FIELDS, field_findings
 from gptq_cli.errors import ConfigError, one_of, shown, suggestion
 
+LEAST_TEMPERATURE = 1e-5  # logits divided by less may exceed float32
 CHECKED_ENGINES = ("vllm", "llama.cpp", "mlx", "transformers")
 
 
@@ -89,9 +90,7 @@ class GenerateRequest:
                 f"max_new_tokens must be a whole number of 1 or more, got {self.max_new_tokens}"
             )
             raise ConfigError("E_CFG_RANGE", message)
-        if not 0 <= self.temperature < math.inf:
-            message = f"temperature must be a number of 0 or more, got {self.temperature}"
-            raise ConfigError("E_CFG_RANGE", message)
+        _check_temperature(self.temperature)
         if self.top_p is not None and not 0 < self.top_p <= 1:
             message = f"top_p must be a number above 0 and at most 1, got {self.top_p}"
             raise ConfigError("E_CFG_RANGE", message)
@@ -100,6 +99,17 @@ class GenerateRequest:
             raise ConfigError("E_CFG_CONFLICT", message, hint="remove one of them")
         if self.temperature == 0:
             _refuse_sampling({"top_p": self.top_p, "seed": self.seed})
+
+
+def _check_temperature(temperature: float) -> None:
+    """Raise ConfigError E_CFG_RANGE for a temperature by which logits cannot be divided."""
+    if not 0 <= temperature < math.inf:
+        message = f"temperature must be a number of 0 or more, got {temperature}"
+        raise ConfigError("E_CFG_RANGE", message)
+    if 0 < temperature < LEAST_TEMPERATURE:
+        message = f"temperature must be 0 or at least {LEAST_TEMPERATURE}, got {temperature}"
+        hint = "use 0, which takes the most likely token each time"
+        raise ConfigError("E_CFG_RANGE", message, hint=hint)
 
 
 def _check_count(name: str, number: int | None) -> None:

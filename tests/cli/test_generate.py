@@ -118,6 +118,10 @@ def test_stdin_without_a_text_is_refused(
     [
         (["--top-p", "0.5"], "error[E_CFG_CONFLICT]: top_p has no effect without a temperature"),
         (["--temperature", "-1"], "error[E_CFG_RANGE]: temperature must be a number of 0 or more"),
+        (
+            ["--temperature", "1e-300"],
+            "error[E_CFG_RANGE]: temperature must be 0 or at least 1e-05",
+        ),
         (["--max-new-tokens", "0"], "error[E_USAGE]: Invalid value for '--max-new-tokens'"),
         (["--device", "gpu"], "error[E_CFG_RANGE]: --device must be"),
     ],

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gptq_cli.errors import ConfigError, GateError, InputError, ResourceError
-from gptq_cli.evaluation.engine_check import PREFIXES, EngineResult, check_engine
+from gptq_cli.evaluation.engine_check import KEPT, PREFIXES, EngineResult, check_engine
 from gptq_cli.evaluation.request import EngineRequest
 from gptq_cli.events import BlockFinished, EngineSaid, Event, PhaseStarted
 from gptq_cli.inspection.dequantize import dequantize_checkpoint
@@ -155,6 +155,7 @@ def test_a_job_names_all_that_an_engine_needs(
             "print('a kernel is missing', flush=True); os.kill(0, signal.SIGILL)",
             "SIGILL, an instruction that this processor does not have",
         ),
+        ("print('a kernel is missing', flush=True); os.kill(0, 40)", "signal 40"),
         ("print('a kernel is missing'); answer(failed='KeyError: x\\n more')", "KeyError: x more"),
     ],
 )
@@ -171,6 +172,48 @@ def test_an_engine_that_fails_shows_its_last_lines(
         "gptq inspect shows which engines load the checkpoint, and why others do not"
     )
     assert events[-1] == EngineSaid("vllm", "a kernel is missing")
+
+
+ROWS = "import numpy; rows = numpy.zeros((21, 512), numpy.float32); "
+SAVE = "; numpy.save(job['rows'], rows); answer()"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "open(job['answer'], 'w').write('{')",
+        "open(job['answer'], 'wb').write(bytes([255, 254]))",
+        "open(job['answer'], 'w').write('[]')",
+        "open(job['answer'], 'w').write('{}')",
+        "answer(failed=5)",
+        "answer(versions=[1])",
+        "os.mkdir(job['answer'])",
+        "os.mkfifo(job['answer'])",
+        "answer()",
+        "os.mkfifo(job['rows']); answer()",
+        ROWS + "rows = rows[1:]" + SAVE,
+        ROWS + "rows = rows.astype(int)" + SAVE,
+        ROWS + "rows[3, 4] = numpy.nan" + SAVE,
+        ROWS + "rows = numpy.array([{}])" + SAVE,
+        "open(job['rows'], 'w').write('x'); answer()",
+    ],
+)
+def test_an_unusable_answer_is_a_failure_of_the_engine(
+    body: str, checkpoint: Path, fake: Fake, prompts: str
+) -> None:
+    with pytest.raises(GateError, match="the engine gave an unusable answer: ") as failed:
+        checked(checkpoint, python=fake(body), prompts=prompts, timeout=30)
+    assert (failed.value.code, failed.value.exit_code) == ("E_ENGINE_FAILED", 4)
+    assert "gptq inspect" in str(failed.value.hint)
+
+
+def test_only_the_end_of_a_long_output_is_kept(checkpoint: Path, fake: Fake, prompts: str) -> None:
+    events: list[Event] = []
+    body = "sys.stdout.write('y' * 3_000_000 + chr(10) + 'last'); sys.exit(3)"
+    with pytest.raises(GateError, match="exit code 3"):
+        checked(checkpoint, events, python=fake(body), prompts=prompts)
+    said = [event.line for event in events if isinstance(event, EngineSaid)]
+    assert said == ["y" * (KEPT - 5), "last"]
 
 
 def test_an_engine_that_hangs_is_ended_with_its_children(

@@ -105,10 +105,23 @@ def test_a_token_of_the_generation_config_ends_the_text(as_list: bool, tmp_path:
     model = save_model(tmp_path / "model")
     ends: object = first_token(model, PROMPT)
     if as_list:
-        ends = [500, ends]
+        ends = [500, 10**30, [1], ends]
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
     result = written(model, GenerateRequest(PROMPT), [])
     assert (result.tokens, result.stopped) == (1, "end")
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_half_of_a_letter_in_the_prompt_is_refused(raw: bool, tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    (model / "chat_template.jinja").write_text(TEMPLATE + '{{ "\\ud800" }}')
+    prompt = PROMPT
+    if raw:
+        prompt += "\udcff"
+    with pytest.raises(InputError, match=r"the prompt.* holds half of a surrogate pair") as refused:
+        written(model, GenerateRequest(prompt, raw=raw, max_new_tokens=1), [])
+    assert (refused.value.code, refused.value.exit_code) == ("E_DATA_FORMAT", 3)
+    assert "half of a pair" in str(refused.value.hint)
 
 
 def test_the_chat_template_makes_a_chat_unless_raw(tmp_path: Path) -> None:

@@ -130,6 +130,17 @@ def test_a_quantized_source_is_refused(tmp_path: Path) -> None:
     assert caught.value.code == "E_CKPT_QUANTIZED"
 
 
+def test_a_long_method_of_a_source_is_cut(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    values = json.loads((model / "config.json").read_text())
+    values["quantization_config"] = {"quant_method": "x" * 60_000}
+    (model / "config.json").write_text(json.dumps(values))
+    with pytest.raises(InputError, match=r"already quantized \(x{57}\.\.\.\)") as caught:
+        quantize_checkpoint(str(model), tmp_path / "again", config())
+    assert (caught.value.code, caught.value.exit_code) == ("E_CKPT_QUANTIZED", 3)
+    assert caught.value.hint
+
+
 def test_an_unfit_group_size_names_every_kind_of_layer(
     tmp_path: Path,
 ) -> None:
