@@ -10,6 +10,7 @@ Headers and settings are read without torch.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import isfinite, sqrt
@@ -20,7 +21,8 @@ from gptq_cli.checkpoint.decoded import Plain
 from gptq_cli.checkpoint.headers import TensorInfo, read_header
 from gptq_cli.checkpoint.model_files import ADAPTER_CONFIG, read_json
 from gptq_cli.checkpoint.source import Checkpoint
-from gptq_cli.errors import InputError
+from gptq_cli.config.layer import SECONDS, matches_in_time
+from gptq_cli.errors import InputError, shown
 from gptq_cli.files import Stamp, expanded, is_directory, is_file, stamp_of, status_of
 from gptq_cli.storage.manifest import file_hash
 
@@ -34,7 +36,16 @@ PREFIX = "base_model.model."
 LINEAR, EMBEDDING = ("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")
 MAGNITUDE = "lora_magnitude_vector"
 # Settings of peft that change the arithmetic in ways that are not read here.
-UNREAD = ("layer_replication", "target_parameters", "lora_bias", "megatron_config", "use_qalora")
+UNREAD = (
+    "layer_replication",
+    "target_parameters",
+    "trainable_token_indices",
+    "lora_bias",
+    "megatron_config",
+    "use_qalora",
+)
+FLAGS = ("use_rslora", "use_dora", "fan_in_fan_out")
+FLOATS = ("F16", "BF16", "F32", "F64")
 _SCALE = re.compile(r"(.+):([0-9]{1,9}(?:\.[0-9]{1,9})?|\.[0-9]{1,9})", re.DOTALL)
 _PART = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|"
@@ -47,12 +58,13 @@ class Change:
     """The change of one tensor of a model by one adapter.
 
     `parts` are names in the adapter's file: those of LoRA by kind, or one under "whole" for a
-    tensor that replaces the model's. `scaling` multiplies the product of a LoRA. If `transposed`,
-    the product is turned.
+    tensor that replaces the model's. `scaling` multiplies the product of a LoRA of this `rank`. If
+    `transposed`, the product is turned.
     """
 
     adapter: Adapter
     parts: Mapping[str, str]
+    rank: float
     scaling: float
     transposed: bool
 
@@ -84,12 +96,24 @@ def with_adapters(source: Checkpoint, names: Iterable[str]) -> Checkpoint:
     Raises InputError E_LORA for an adapter that is none, or that does not fit the model.
     """
     adapters = tuple(open_adapter(name) for name in names)
+    _check_distinct(adapters)
     remarks = source.remarks
     if any(adapter.directory.resolve() == source.directory.resolve() for adapter in adapters):
         remarks = tuple(remark for remark in remarks if remark[0] != "W_CKPT_ADAPTER")
     merged = replace(source, adapters=adapters, remarks=remarks)
     changes_of(merged, source.tensors)  # raises if an adapter does not fit
     return merged
+
+
+def _check_distinct(adapters: Iterable[Adapter]) -> None:
+    seen = set()
+    for adapter in adapters:
+        directory = adapter.directory.resolve()
+        if directory in seen:
+            message = f"adapter `{adapter.directory}` is given twice"
+            hint = "give it once; a scale such as DIR:2 adds more of it"
+            raise InputError("E_LORA", message, hint=hint)
+        seen.add(directory)
 
 
 def open_adapter(name: str) -> Adapter:
@@ -113,7 +137,10 @@ def open_adapter(name: str) -> Adapter:
         stamp = stamp_of(file)
         if stamp is not None:
             stamps[file] = stamp
-    return Adapter(directory, scale, config, read_header(weights), stamps)
+    tensors = read_header(weights)
+    if not tensors:
+        raise _unread(path, f"its {WEIGHTS} holds no tensor")
+    return Adapter(directory, scale, config, tensors, stamps)
 
 
 def _split(name: str) -> tuple[str, float]:
@@ -130,10 +157,44 @@ def _check_config(path: str, config: Mapping[str, Any]) -> None:
     for key in UNREAD:
         if config.get(key):
             raise _unread(path, f"it uses {key}")
-    for key in ("r", "lora_alpha"):
-        value = config.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
-            raise _unread(path, f"its {key} is {value!r}, not a number")
+    for key in FLAGS:
+        if config.get(key) not in (None, False, True):
+            raise _unread(path, f"its {key} is {shown(config[key])}, not true or false")
+    _check_numbers(path, "r", config.get("rank_pattern"), config.get("r"))
+    _check_numbers(path, "lora_alpha", config.get("alpha_pattern"), config.get("lora_alpha"))
+    _check_ranks(path, [config["r"], *(config.get("rank_pattern") or {}).values()])
+
+
+def _check_ranks(path: str, ranks: Iterable[float]) -> None:
+    for rank in ranks:
+        if rank <= 0:
+            raise _unread(path, f"it has the rank {shown(rank)}")
+
+
+def _check_numbers(path: str, key: str, patterns: Any, common: Any) -> None:
+    """Raise InputError E_LORA if a setting, of all modules or of a pattern, is not usable."""
+    if patterns is not None and not isinstance(patterns, dict):
+        raise _unread(path, f"its patterns for {key} are {shown(patterns)}, not an object")
+    for pattern, value in (patterns or {}).items():
+        _check_number(path, f"{key} for the pattern {shown(pattern)}", value)
+        try:
+            re.compile(_for_names(pattern))
+        except (re.error, OverflowError, RecursionError) as error:
+            reason = f"its pattern {shown(pattern)} is not a regular expression: {error}"
+            raise _unread(path, reason) from None
+    _check_number(path, key, common)
+
+
+def _check_number(path: str, key: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _unread(path, f"its {key} is {shown(value)}, not a number")
+    if not abs(value) <= sys.float_info.max:  # so that an integer of 400 digits is refused too
+        raise _unread(path, f"its {key} is {shown(value)}, not a finite number")
+
+
+def _for_names(pattern: str) -> str:
+    """Return a pattern of peft as it is matched with the whole name of a module."""
+    return rf"(.*\.)?({pattern})$"
 
 
 def _unread(path: str, reason: str) -> InputError:
@@ -158,37 +219,62 @@ def changes_of(
 
 
 def _changes(adapter: Adapter) -> dict[str, Change]:
-    parts: dict[str, dict[str, str]] = {}
-    for stored in adapter.tensors:
-        name = stored.removeprefix(PREFIX)
-        match = _PART.fullmatch(name)
-        if match is None:
-            name = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
-            parts.setdefault(name, {})["whole"] = stored
-        else:
-            parts.setdefault(f"{match['module']}.weight", {})[match["part"]] = stored
     changes = {}
-    for name, of_name in parts.items():
-        is_embedding = EMBEDDING[0] in of_name
-        transposed = is_embedding or bool(adapter.config.get("fan_in_fan_out"))
-        changes[name] = Change(adapter, of_name, _scaling(adapter, name, of_name), transposed)
+    for name, parts in _parts(adapter).items():
+        transposed = EMBEDDING[0] in parts or bool(adapter.config.get("fan_in_fan_out"))
+        rank = _of_module(adapter, name, "rank_pattern", "r")
+        scaling = adapter.scale
+        if set(parts) != {"whole"}:
+            scaling = _scaling(adapter, name, rank)
+        changes[name] = Change(adapter, parts, rank, scaling, transposed)
     return changes
 
 
-def _scaling(adapter: Adapter, name: str, parts: Mapping[str, str]) -> float:
+def _parts(adapter: Adapter) -> dict[str, dict[str, str]]:
+    """Return the names in the file by tensor of the model and by kind."""
+    parts: dict[str, dict[str, str]] = {}
+    for stored in adapter.tensors:
+        name, part = stored.removeprefix(PREFIX), "whole"
+        match = _PART.fullmatch(name)
+        if match is None:
+            name = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+        else:
+            name, part = f"{match['module']}.weight", match["part"]
+        of_name = parts.setdefault(name, {})
+        if part in of_name:
+            reason = f"`{of_name[part]}` and `{stored}` are the same part of `{name}`"
+            raise _unread(str(adapter.directory), reason)
+        of_name[part] = stored
+    return parts
+
+
+def _scaling(adapter: Adapter, name: str, rank: float) -> float:
     """Return the factor of a LoRA: alpha / r, or alpha / sqrt(r) for rsLoRA, times the scale."""
-    first = parts.get(LINEAR[0]) or parts.get(EMBEDDING[0])
-    if first is None:
-        return adapter.scale
-    rank = adapter.tensors[first].shape[0]
-    alpha = adapter.config["lora_alpha"]
-    for pattern, value in (adapter.config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name.removesuffix(".weight")):
-            alpha = value
-            break
+    alpha = _of_module(adapter, name, "alpha_pattern", "lora_alpha")
+    divisor = rank
     if adapter.config.get("use_rslora"):
-        return float(adapter.scale * (alpha / sqrt(rank)))
-    return float(adapter.scale * (alpha / rank))
+        divisor = sqrt(rank)
+    scaling = float(adapter.scale * (alpha / divisor))
+    if scaling == 0 or not isfinite(scaling):
+        message = f"adapter `{adapter.directory}` is multiplied by {scaling:g} for `{name}`"
+        hint = "give a scale above 0 and an adapter with a lora_alpha, or leave out the adapter"
+        raise InputError("E_LORA", message, hint=hint)
+    return scaling
+
+
+def _of_module(adapter: Adapter, name: str, patterns: str, key: str) -> float:
+    """Return the number of the first pattern that matches the module, or that of all modules."""
+    found: float = adapter.config[key]
+    for pattern, value in (adapter.config.get(patterns) or {}).items():
+        try:
+            is_match = matches_in_time(_for_names(pattern), name.removesuffix(".weight"))
+        except TimeoutError:
+            reason = f"its pattern {shown(pattern)} takes more than {SECONDS:g} s to match `{name}`"
+            raise _unread(str(adapter.directory), reason) from None
+        if is_match:
+            found = value
+            break
+    return found
 
 
 def _check_fit(
@@ -206,14 +292,7 @@ def _check_fit(
             hint = "the head is tied to the embeddings: save the merged model with peft first"
         message = f"adapter `{path}` changes `{name}`, which `{source.directory}` does not have"
         raise InputError("E_LORA", message, hint=hint)
-    shapes = {part: adapter.tensors[stored].shape for part, stored in change.parts.items()}
-    made = _shape_of(shapes, transposed=change.transposed)
-    if made is None:
-        raise _unread(path, f"`{name}` has the parts {', '.join(sorted(shapes))}")
-    if made != weight.shape:
-        message = f"adapter `{path}` changes `{name}` of shape {list(made)}"
-        hint = "give the model that the adapter was trained on"
-        raise InputError("E_LORA", f"{message}, but it is {list(weight.shape)}", hint=hint)
+    _check_parts(path, name, change, weight)
     if "whole" in change.parts and adapter.scale != 1:
         hint = "leave out the scale, or merge the adapter with peft"
         message = f"adapter `{path}` replaces `{name}` as a whole, which has no scale"
@@ -228,22 +307,43 @@ def _check_tied(source: Checkpoint, path: str, name: str, change: Change) -> Non
         raise _unread(path, f"it replaces `{name}`, but the output head is tied to it")
 
 
-def _shape_of(shapes: Mapping[str, tuple[int, ...]], *, transposed: bool) -> tuple[int, ...] | None:
-    """Return the shape of the tensor that parts of these shapes change, None if they do not fit."""
-    factors = set(shapes) - {"whole", MAGNITUDE}
-    if not factors:
-        return shapes.get("whole")
-    if factors not in (set(LINEAR), set(EMBEDDING)):
-        return None
-    first, second = sorted(factors)  # A before B
-    if len(shapes[first]) != 2 or len(shapes[second]) != 2:
-        return None
-    if shapes[first][0] != shapes[second][1]:
-        return None
-    made = (shapes[second][0], shapes[first][1])
-    if transposed:
-        return made[::-1]
-    return made
+def _check_parts(path: str, name: str, change: Change, weight: TensorInfo) -> None:
+    """Raise InputError E_LORA if a part is missing, or has another dtype or shape than it must."""
+    factors = set(change.parts) - {"whole"}
+    wanted = _wanted_shapes(change, weight)
+    if factors and (factors != set(wanted) - {"whole"} or len(weight.shape) != 2):
+        has = f"`{name}` of shape {list(weight.shape)} has the parts {', '.join(sorted(factors))}"
+        use_dora = shown(bool(change.adapter.config.get("use_dora")))
+        raise _unread(path, f"{has}, and use_dora is {use_dora}")
+    for part, stored in change.parts.items():
+        info = change.adapter.tensors[stored]
+        if info.dtype not in FLOATS:
+            raise _unread(path, f"`{stored}` has the dtype {info.dtype}, not a float type")
+        if info.shape != wanted[part]:
+            message = f"adapter `{path}` has `{stored}` of shape {list(info.shape)}"
+            must = f"it must be {list(wanted[part])} for `{name}` of shape {list(weight.shape)}"
+            if factors:
+                must += f" and rank {change.rank:g}"
+            hint = f"give the model that the adapter was trained on, and its own {ADAPTER_CONFIG}"
+            raise InputError("E_LORA", f"{message}, but {must}", hint=hint)
+
+
+def _wanted_shapes(change: Change, weight: TensorInfo) -> dict[str, tuple[float, ...]]:
+    """Return the shape that each part must have for a weight [outputs, inputs]."""
+    pair = LINEAR
+    if EMBEDDING[0] in change.parts:
+        pair = EMBEDDING
+    shape = weight.shape
+    if change.transposed:
+        shape = shape[::-1]
+    wanted: dict[str, tuple[float, ...]] = {
+        "whole": weight.shape,
+        pair[0]: (change.rank, *shape[1:]),
+        pair[1]: (*shape[:1], change.rank),
+    }
+    if change.adapter.config.get("use_dora"):
+        wanted[MAGNITUDE] = shape[:1]
+    return wanted
 
 
 def merged_view(source: Checkpoint, plain: Plain) -> Plain:

@@ -395,6 +395,7 @@ class QuantizeConfig(BaseModel):
 
 
 FIELDS = tuple(QuantizeConfig.model_fields)
+NO_LORA = "none"  # leaves out the adapter beside the model
 
 
 def field_findings(values: Mapping[str, Any]) -> list[Finding]:
@@ -490,6 +491,7 @@ def conflicts(values: Mapping[str, Any]) -> list[Finding]:
     findings += _goal_conflicts(values)
     findings += _width_conflicts(values)
     findings += _batch_conflicts(values)
+    findings += _adapter_conflicts(values)
     for rule, overrides in _rules(values):
         if keeps(rule):
             findings += _keeping_conflicts(rule, overrides)
@@ -577,6 +579,15 @@ def _batch_conflicts(values: Mapping[str, Any]) -> list[Finding]:
     paths: tuple[KeyPath, ...] = (("batch_size",), ("nsamples",))
     predicate = f"disagree: a batch of {batch} from {samples} samples"
     return [Finding(paths, "E_CFG_RANGE", predicate, f"set batch_size to {samples} or less")]
+
+
+def _adapter_conflicts(values: Mapping[str, Any]) -> list[Finding]:
+    adapters = values.get("lora")
+    if not isinstance(adapters, list) or len(adapters) < 2 or NO_LORA not in adapters:
+        return []
+    hint = f"leave out `{NO_LORA}`, or all others; ./{NO_LORA} is a directory of this name"
+    predicate = f"has `{NO_LORA}` beside other adapters"
+    return [Finding((("lora",),), "E_CFG_CONFLICT", predicate, hint)]
 
 
 def _keeping_conflicts(rule: str, overrides: dict[str, Any]) -> list[Finding]:

@@ -15,7 +15,7 @@ from gptq_cli.calibration.corpus import calibration_sources, check_source
 from gptq_cli.calibration.loading import check_reach
 from gptq_cli.checkpoint.locate import ModelSource, hub_id, locate_model, model_directory
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
-from gptq_cli.config.schema import QuantizeConfig
+from gptq_cli.config.schema import NO_LORA, QuantizeConfig
 from gptq_cli.errors import ConfigError, GptqError, InputError, ResourceError, shell_word, size
 from gptq_cli.files import expanded, file_errors, files_below, status_of
 from gptq_cli.planning.estimate import (
@@ -35,7 +35,6 @@ from gptq_cli.storage.manifest import read_manifest
 from gptq_cli.storage.replacing import check_output
 from gptq_cli.storage.work_directory import WorkDirectory, refuse_locked
 
-NO_LORA = "none"
 RESUME = ("auto", "require", "never")
 
 

@@ -19,13 +19,13 @@ from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from gptq_cli.checkpoint.verify import verify_checkpoint
 from gptq_cli.config.corpora import CORPORA
 from gptq_cli.config.resolve import resolve
+from gptq_cli.config.schema import NO_LORA
 from gptq_cli.config.serving import verdicts
 from gptq_cli.errors import ConfigError, GateError, size
 from gptq_cli.events import PhaseStarted, Report, Warned, ignore
 from gptq_cli.files import advice, file_errors, is_file
 from gptq_cli.hub_errors import id_flaw, pasted_id
 from gptq_cli.inspection.summary import Inspection, inspect_checkpoint
-from gptq_cli.planning.checks import NO_LORA
 from gptq_cli.publish.card import CardFacts, model_card
 from gptq_cli.publish.report import read_evaluation
 from gptq_cli.publish.upload import Published, publish

@@ -16,7 +16,7 @@ from torch import Tensor
 from gptq_cli.checkpoint.adapters import with_adapters
 from gptq_cli.checkpoint.reader import open_reader
 from gptq_cli.checkpoint.source import open_checkpoint
-from gptq_cli.errors import ExistsError, InputError
+from gptq_cli.errors import ConfigError, ExistsError, InputError
 from gptq_cli.planning.checks import with_lora
 from gptq_cli.quantization.run import quantize_checkpoint
 from tests.disks import Killed
@@ -153,6 +153,9 @@ def test_an_embedding_that_is_tied_to_the_head_is_not_replaced(tmp_path: Path) -
     assert caught.value.code == "E_LORA"
 
 
+Damage = Callable[[dict[str, Tensor], dict[str, Any]], None]
+
+
 def wrong_rank(tensors: dict[str, Tensor], _: dict[str, Any]) -> None:
     tensors[f"{QKV}.lora_A.weight"] = noise(3, 32)
 
@@ -169,23 +172,85 @@ def unknown(tensors: dict[str, Tensor], _: dict[str, Any]) -> None:
     tensors |= pair("model.layers.9.self_attn.q_proj", 128, 32)
 
 
-def setting(**changes: Any) -> Callable[[dict[str, Tensor], dict[str, Any]], None]:
+def setting(**changes: Any) -> Damage:
     return lambda _, settings: settings.update(changes)
 
 
-WRONG = {
-    "rank": (wrong_rank, f"`{QKV}.weight` has the parts lora_A, lora_B", "merge_and_unload"),
-    "shape": (wrong_shape, "of shape [128, 48], but it is [128, 32]", "was trained on"),
-    "half": (half_a_pair, f"`{QKV}.weight` has the parts lora_A", "merge_and_unload"),
+def stored(changes: Mapping[str, Tensor], **settings: Any) -> Damage:
+    """Return the damage of other tensors of the module, and of settings."""
+    renamed = {f"{QKV}.{name}": tensor for name, tensor in changes.items()}
+
+    def damage(tensors: dict[str, Tensor], changed: dict[str, Any]) -> None:
+        tensors |= renamed
+        changed |= settings
+
+    return damage
+
+
+def without_tensors(tensors: dict[str, Tensor], _: dict[str, Any]) -> None:
+    tensors.clear()
+
+
+def magnitude(*shape: int) -> Damage:
+    return stored({"lora_magnitude_vector": torch.ones(shape)}, use_dora=True)
+
+
+def factors_in(dtype: torch.dtype) -> Damage:
+    a, b = noise(4, 32).to(dtype), noise(128, 4).to(dtype)
+    return stored({"lora_A.weight": a, "lora_B.weight": b})
+
+
+SLOW = "(.*.*.*.*.*.*.*.*)*x"
+OTHERS = stored({"lora_A.weight": noise(0, 32), "lora_B.weight": noise(128, 0)})
+NUMBERS = stored({"lora_A.weight": torch.tensor(1.0), "lora_B.weight": torch.tensor(1.0)})
+BAD_SHAPES: dict[str, tuple[Damage, str, str]] = {
+    "no rank": (OTHERS, "of shape [0, 32], but it must be [4, 32]", "its own adapter_config"),
+    "numbers": (NUMBERS, "of shape [], but it must be [4, 32]", "was trained on"),
+    "magnitude": (magnitude(7), "of shape [7], but it must be [128]", "was trained on"),
+    "one magnitude": (magnitude(1), "of shape [1], but it must be [128]", "was trained on"),
+    "flat magnitude": (magnitude(), "of shape [], but it must be [128]", "was trained on"),
+    "whole": (stored({"weight": noise(5, 5)}), "[5, 5], but it must be [128, 32]", "trained on"),
+    "other rank": (setting(r=99), "of shape [4, 32], but it must be [99, 32]", "its own"),
+    "rank of a pattern": (setting(rank_pattern={"q_proj": 17}), "it must be [17, 32]", "its own"),
+    "no magnitude": (setting(use_dora=True), "has the parts lora_A, lora_B, and use_dora", "merge"),
+    "no tensor": (without_tensors, f"its {WEIGHTS} holds no tensor", "merge_and_unload"),
+    "two names": (stored({"lora_A": noise(4, 32)}), "are the same part of", "merge_and_unload"),
+    "bool": (factors_in(torch.bool), "dtype BOOL, not a float type", "merge_and_unload"),
+    "int8": (factors_in(torch.int8), "dtype I8, not a float type", "merge_and_unload"),
+    "fp8": (factors_in(torch.float8_e4m3fn), "dtype F8_E4M3, not a float", "merge_and_unload"),
+    "complex": (factors_in(torch.complex64), "dtype C64, not a float type", "merge_and_unload"),
+}
+BAD_SETTINGS: dict[str, tuple[Damage, str, str]] = {
+    "slow": (setting(alpha_pattern={SLOW: 3}), "takes more than 1 s to match", "merge_and"),
+    "list": (setting(rank_pattern=[1]), "its patterns for r are [1], not an object", "merge_and"),
+    "text": (setting(alpha_pattern="q"), 'lora_alpha are "q", not an object', "merge_and"),
+    "regex": (setting(alpha_pattern={"(": 1}), "is not a regular expression", "merge_and"),
+    "null": (setting(alpha_pattern={"q": None}), "is null, not a number", "merge_and"),
+    "word": (setting(rank_pattern={"q": "x"}), 'is "x", not a number', "merge_and"),
+    "digits": (setting(lora_alpha=10**400), "0..., not a finite number", "merge_and"),
+    "rank 0": (setting(r=0), "it has the rank 0", "merge_and"),
+    "alpha 0": (setting(lora_alpha=0), "is multiplied by 0", "a scale above 0"),
+    "flag": (setting(use_rslora="no"), 'its use_rslora is "no", not true or', "merge_and"),
+    "tokens": (setting(trainable_token_indices=[3]), "it uses trainable_token_in", "merge_and"),
+}
+WRONG: dict[str, tuple[Damage, str, str]] = {
+    **BAD_SHAPES,
+    **BAD_SETTINGS,
+    "rank": (wrong_rank, "of shape [3, 32], but it must be [4, 32]", "was trained on"),
+    "shape": (wrong_shape, "of shape [4, 48], but it must be [4, 32]", "was trained on"),
+    "half": (half_a_pair, "has the parts lora_A, and use_dora is false", "merge_and_unload"),
     "unknown": (unknown, "changes `model.layers.9.self_attn.q_proj.weight`, which", "trained on"),
     "kind": (setting(peft_type="IA3"), "its peft_type is 'IA3', not 'LORA'", "merge_and_unload"),
-    "alpha": (setting(lora_alpha="8"), "its lora_alpha is '8', not a number", "merge_and"),
+    "alpha": (setting(lora_alpha="8"), 'its lora_alpha is "8", not a number', "merge_and"),
     "unread": (setting(layer_replication=[[0, 2]]), "it uses layer_replication", "merge_and"),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_an_adapter_that_does_not_fit_is_refused(case: str, model: Path, tmp_path: Path) -> None:
+def test_an_adapter_that_does_not_fit_is_refused(
+    case: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gptq_cli.config.layer.SECONDS", 0.05)
     damage, message, hint = WRONG[case]
     tensors: dict[str, Tensor] = pair(QKV, 128, 32)
     settings: dict[str, Any] = {}
@@ -204,6 +269,25 @@ def test_a_directory_without_an_adapter_is_refused(model: Path, tmp_path: Path) 
             with_lora(open_checkpoint(model), config(lora=[str(name)]))
         assert caught.value.code == "E_LORA"
         assert caught.value.hint
+
+
+def test_an_adapter_that_counts_twice_or_not_is_refused(model: Path, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter", pair(QKV, 128, 32))
+    for names, message in (
+        ([f"{adapter}:0"], "is multiplied by 0"),
+        ([str(adapter), f"{adapter}:0.5"], "is given twice"),
+    ):
+        with pytest.raises(InputError, match=message) as caught:
+            with_lora(open_checkpoint(model), config(lora=names))
+        assert (caught.value.code, caught.value.exit_code) == ("E_LORA", 3)
+        assert "scale" in (caught.value.hint or "")
+
+
+def test_none_beside_another_adapter_is_a_conflict() -> None:
+    with pytest.raises(ConfigError, match="lora has `none` beside other adapters") as caught:
+        config(lora=["adapter", "none"])
+    assert (caught.value.code, caught.value.exit_code) == ("E_CFG_CONFLICT", 2)
+    assert "leave out `none`" in (caught.value.hint or "")
 
 
 def test_an_adapter_beside_the_model_asks_which_is_meant(model: Path, tmp_path: Path) -> None:
