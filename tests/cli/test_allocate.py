@@ -124,7 +124,7 @@ def test_the_result_shows_the_frontier_and_the_width_of_each_unit(gptq: Run, pla
         ),
         (
             ["--bits=3.5", "--target=transformers"],
-            "error[E_TARGET]: transformers does not load layers with different settings",
+            "error[E_TARGET]: transformers does not load layers with different bits or group_size",
             "what would load: no `+:` rules of --dynamic",
         ),
         (
