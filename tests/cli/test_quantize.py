@@ -105,6 +105,7 @@ def test_every_flag_reaches_its_field(
         "resume": "require",
         "max_seconds": 12600,
         "allow_network_fs": True,
+        "spent_seconds": 0.0,
         "config": QuantizeConfig(**EVERY_FIELD),
     }
 
