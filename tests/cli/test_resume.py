@@ -77,6 +77,7 @@ def test_resume_repeats_the_call_in_its_directory(
         "resume": "auto",
         "max_seconds": 120,
         "allow_network_fs": False,
+        "spent_seconds": 0.0,
     }
 
 
