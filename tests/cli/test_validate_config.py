@@ -103,7 +103,7 @@ def test_a_model_adds_the_plan_of_its_layers_and_the_engines(gptq: Run, tmp_path
         "# loads in sglang, gptqmodel, onnxruntime-genai, auto-round, aphrodite",
         "# loads with limits in vllm: not on cpu: its kernel for CPUs has 4 bits only",
         "# does not load in transformers: "
-        "it ignores `dynamic`, all layers must share bits and group_size",
+        "it ignores `dynamic`, all layers must share their bits and group_size",
     ):
         assert line in result.stdout
     data = json.loads(gptq("validate-config", path, "--model", model, "--json").stdout)
