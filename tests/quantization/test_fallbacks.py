@@ -25,7 +25,7 @@ from gptq_cli.runtime.ranks import SINGLE_PROCESS
 from gptq_cli.solver.factor import HessianFactor, NotPositiveDefiniteError, prepare
 from gptq_cli.solver.hessian import HessianAccumulator
 from gptq_cli.solver.quantized_linear import round_to_nearest
-from tests.families import save_model
+from tests.families import save_model, written
 from tests.runs import calibration_ids, config, digest, messages, quantize_with_events, reader
 
 BROKEN = "model.layers.1.self_attn.o_proj"
@@ -35,7 +35,7 @@ PLAIN: dict[str, object] = {
     "batch_size": 4,
     "nsamples": 10,
 }
-PLAIN["dataset"] = [("a quick brown fox " * 60 + "~ ") * 20]
+PLAIN["dataset"] = written(("a quick brown fox " * 60 + "~ ") * 20)
 
 
 def changed(model: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:

@@ -158,7 +158,7 @@ def test_changed_texts_under_the_same_name_are_another_run(case: Case, tmp_path:
         case.run(output, dataset=str(text), report=killer(0))
     text.write_text("two " * 400)
     with pytest.raises(
-        ExistsError, match=r"holds 1 finished blocks .*other settings: calibration_sha256 was"
+        ExistsError, match=r"holds 1 finished blocks .*other settings: config\.dataset was"
     ):
         case.run(output, dataset=str(text))
 
