@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from hashlib import sha256
 from pathlib import Path
 
@@ -74,3 +75,16 @@ def reader(directory: Path) -> DequantizingReader:
 def calibration_ids(model: Path, settings: QuantizeConfig) -> Tensor:
     """Return the windows [nsamples, seqlen] on which a run of `model` is calibrated."""
     return run.calibrate(open_checkpoint(model), settings, ignore, SINGLE_PROCESS).windows.ids
+
+
+def be_rank(rank: int, size: int, port: int) -> None:
+    """Make this process one of `size` that torchrun started, with their store at `port`."""
+    variables = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": size,
+        "LOCAL_WORLD_SIZE": size,
+        "MASTER_PORT": port,
+    }
+    os.environ |= {name: str(value) for name, value in variables.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}

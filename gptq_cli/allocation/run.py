@@ -79,7 +79,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """An allocation, the engines that load it, and bits with scales, zero points and g_idx."""
+    """An allocation, the engines that load it, and bits with all that is stored for them."""
 
     allocation: Allocation
     engines: tuple[Verdict, ...]

@@ -23,7 +23,7 @@ class Unit:
     """Layers that get one width, and what each width costs.
 
     `kind` is the name inside its block, which the units of all blocks share. `nbytes` maps each
-    width that the unit may get to its bytes with scales, zero points and g_idx. If `ruled`, a rule
+    width that the unit may get to its bytes with all that is stored for them. If `ruled`, a rule
     of the user decides about the width.
     """
 

@@ -102,7 +102,7 @@ def _check_output(output: Path, *, overwrite: bool, has_goal: bool) -> Place:
         hint = "add a goal: --bits 3.5, --target-size 4GB or --target-kl 0.02"
         raise ConfigError("E_ALLOC_GOAL", message, hint=hint)
     if output.suffix not in SUFFIXES:
-        message = f"`{output}` is to be a YAML file"
+        message = f"`{output}` must be a YAML file"
         raise ConfigError("E_CFG_FILE", message, hint=f"name it {output.with_suffix('.yaml')}")
     if output.exists() and not overwrite:
         raise ExistsError("E_OUT_EXISTS", f"`{output}` exists", hint="replace it: --overwrite")

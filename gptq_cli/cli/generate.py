@@ -23,7 +23,7 @@ Prompt = Annotated[
     str,
     typer.Argument(
         metavar="PROMPT",
-        help="text to go on with; - reads it from stdin",
+        help="prompt; - reads it from stdin",
         show_default=False,
         rich_help_panel="Input",
     ),
@@ -32,7 +32,7 @@ Raw = Annotated[
     bool,
     o.plain(
         "--raw",
-        help="go on with the plain text, even if the model has a chat template",
+        help="take the prompt as plain text, even if the model has a chat template",
         panel=Panel.TEXT,
     ),
 ]

@@ -133,7 +133,7 @@ def _size_lines(found: Inspection) -> list[str]:
     rate = f"{found.bits_per_parameter:.3g} per parameter"
     if found.bits_per_weight is not None:
         weight = f"{found.bits_per_weight:.3g} per quantized weight"
-        rate = f"{weight}, with scales, zero points and g_idx; {rate}"
+        rate = f"{weight}, with all that is stored for it; {rate}"
     return [f"size     {size(found.nbytes)} in {files}, {millions}", f"bits     {rate}"]
 
 

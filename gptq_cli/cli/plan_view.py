@@ -195,7 +195,7 @@ def _lines(found: Shown) -> list[str]:
     smaller = f"{size(before)} -> {size(after)} ({before / after:.2f}x smaller)"
     lines.append(f"size    {smaller} in {files}, {after} bytes")
     rate = f"{plan.bits_per_weight:.3g} per quantized weight"
-    lines.append(f"bits    {rate}, with scales, zero points and g_idx")
+    lines.append(f"bits    {rate}, with all that is stored for it")
     lines += text_lines(found.texts)
     lines += _memory_lines(found) + _time_lines(found.seconds) + _disk_lines(found.disk)
     return [*lines, *map(fitted, engine_lines(found.engines))]

@@ -29,16 +29,7 @@ from gptq_cli.cli.progress import Progress
 from gptq_cli.config.resolve import Resolved, resolve, to_yaml
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.serving import LOADS
-from gptq_cli.errors import (
-    ConfigError,
-    GptqError,
-    InputError,
-    clock,
-    shell_word,
-    shell_words,
-    size,
-    without_secrets,
-)
+from gptq_cli.errors import ConfigError, GptqError, InputError, clock, shell_word, shell_words, size
 from gptq_cli.events import Report, ignore
 from gptq_cli.files import is_directory, resolved
 
@@ -198,7 +189,7 @@ def _report(console: Console, result: QuantizeResult, *, with_page: bool) -> Pat
     from gptq_cli.storage.manifest import REPORT_PAGE, write_report_data
 
     try:
-        command = without_secrets(shell_words(["gptq", *sys.argv[1:]]))
+        command = shell_words(["gptq", *sys.argv[1:]])
         write_report_data(result.output, result.to_json(), command)
         if not with_page:
             return None
@@ -230,7 +221,7 @@ def _show_result(
 
 def _next_steps(result: QuantizeResult, prepared: PreparedRun) -> list[str]:
     """Return a command that measures the output, and one that serves it."""
-    output, model = shell_word(str(result.output)), shell_word(prepared.model)
+    output = shell_word(str(result.output))
     loads = [verdict.engine for verdict in result.engines if verdict.outcome in LOADS]
     target = (prepared.config.target or "").partition("@")[0].partition("/")[0]
     serving = f'gptq generate {output} "Why is the sky blue?"'
@@ -238,7 +229,23 @@ def _next_steps(result: QuantizeResult, prepared: PreparedRun) -> list[str]:
         if engine in SERVING and engine in loads:
             serving = SERVING[engine].format(output)
             break
-    return [f"gptq eval-ppl {output} --baseline {model}", serving]
+    return [_measuring(result, prepared), serving]
+
+
+def _measuring(result: QuantizeResult, prepared: PreparedRun) -> str:
+    """Return the command that measures the output, on text of this machine if the run had some."""
+    from gptq_cli.calibration.corpus import calibration_sources, is_path
+
+    words = ["gptq", "eval-ppl", str(result.output), "--baseline", prepared.model]
+    config = prepared.config
+    source, _ = calibration_sources(config)[0]
+    if is_path(source.name):
+        words += ["--dataset", source.name, "--seqlen", str(config.seqlen)]
+        for column in source.columns:
+            words += ["--text-column", column]
+        if source.chat_template is not None:
+            words += ["--chat-template", source.chat_template]
+    return shell_words(words)
 
 
 def _summary(result: QuantizeResult, config: QuantizeConfig) -> list[str]:

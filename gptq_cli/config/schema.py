@@ -87,9 +87,9 @@ class QuantizeConfig(BaseModel):
 
     model_config = STRICT
 
-    bits: Annotated[
-        AverageBits, Option(Panel.ALGORITHM, ("--bits", "-b"), metavar="2|3|4|8|3.5")
-    ] = Field(description="bits per weight; an average gives each layer a width that suits it")
+    bits: Annotated[AverageBits, Option(Panel.ALGORITHM, ("--bits", "-b"), metavar="2..8|3.5")] = (
+        Field(description="bits per weight; an average gives each layer a width that suits it")
+    )
     group_size: Annotated[
         GroupSizeOrAuto,
         Option(

@@ -103,7 +103,7 @@ class Inspection:
 
     @property
     def bits_per_weight(self) -> float | None:
-        """Stored bits per weight of the quantized linears, with scales, zero points and g_idx."""
+        """Stored bits per weight of the quantized linears, with all that is stored for them."""
         weights = nbytes = 0
         for module in self.modules:
             weights += module.weights

@@ -139,9 +139,7 @@ def _plan(
 
     names_are_known = model is not None or not _has_stacks(plain, found.blocks)
     _check_layers(layers, config, names_are_known=names_are_known)
-    packing = packing_for(
-        config.format, sym=all(layer.config.sym for layer in layers if layer.config)
-    )
+    packing = _packing_of(layers, config.format)
     return RunPlan(
         source=source,
         plain=plain,

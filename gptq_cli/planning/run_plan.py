@@ -182,7 +182,7 @@ class RunPlan:
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits per quantized weight, with scales, zero points and g_idx."""
+        """Stored bits per quantized weight, with all that is stored for it."""
         nbytes = n_weights = 0
         for layer in self.quantized:
             nbytes += layer.packed_bytes(self.packing)

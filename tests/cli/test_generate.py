@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from types import ModuleType
 
 import pytest
 from typer.testing import CliRunner
@@ -16,7 +15,7 @@ from gptq_cli.evaluation.generate import GenerateResult
 from gptq_cli.evaluation.request import GenerateRequest
 from gptq_cli.events import PhaseStarted, Report, Warned
 
-from .conftest import Run
+from .conftest import Run, stand_in
 
 Write = Callable[[str], object]
 MODULE = "gptq_cli.evaluation.generate"
@@ -49,9 +48,7 @@ class FakeGenerator:
 @pytest.fixture
 def generator(monkeypatch: pytest.MonkeyPatch) -> FakeGenerator:
     fake = FakeGenerator()
-    module = ModuleType(MODULE)
-    module.generate_text = fake  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, MODULE, module)
+    stand_in(monkeypatch, MODULE, generate_text=fake)
     return fake
 
 

@@ -239,6 +239,21 @@ def test_a_finished_run_shows_the_next_two_commands(
     assert "next:" not in result.stdout
 
 
+def test_the_next_command_measures_on_text_of_this_machine(
+    gptq: Run, quantizer: FakeQuantizer, tmp_path: Path
+) -> None:
+    del quantizer
+    rows = tmp_path / "my rows.jsonl"
+    rows.write_text('{"a": "x", "b": "y"}')
+    words = ["--dataset", rows, "--seqlen", "64", "--text-column", "a", "--text-column", "b"]
+    result = gptq("quantize", "m", "-b", "4", "-o", "out", *words)
+    measuring = result.stderr.splitlines()[-2]
+    assert measuring == (
+        f"next: gptq eval-ppl out --baseline m --dataset '{rows}' --seqlen 64 "
+        "--text-column a --text-column b"
+    )
+
+
 def test_a_report_that_cannot_be_written_is_a_warning(
     gptq: Run, quantizer: FakeQuantizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,14 +29,15 @@ class DeadlyDisk(CountingDisk):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def die(model: Path, output: Path, last: int) -> None:
+def die(model: Path, output: Path, text: str, last: int) -> None:
     durable.disk = DeadlyDisk(last)
-    Case(model, {}, []).run(output)
+    Case(model, {}, []).run(output, dataset=text)
 
 
-def race(model: Path, output: Path, barrier: Any, answers: Any) -> None:
+def race(model: Path, output: Path, text: str, barrier: Any, answers: Any) -> None:
     barrier.wait()
     try:
-        answers.put("already done" if Case(model, {}, []).run(output).already_done else "worked")
+        result = Case(model, {}, []).run(output, dataset=text)
+        answers.put("already done" if result.already_done else "worked")
     except GptqError as error:
         answers.put(f"{error.code}: {error}")

@@ -22,6 +22,7 @@ from gptq_cli.quantization import block_loop, layers, routed_experts, run, run_s
 from gptq_cli.runtime import torchrun
 from gptq_cli.solver.factor import HessianFactor
 from gptq_cli.solver.grid import ScaleRangeError
+from tests.runs import be_rank
 
 torch.set_num_threads(1)
 CHILDREN = multiprocessing.get_context("forkserver")
@@ -74,15 +75,7 @@ def member(
     when: str,
     answers: Any,
 ) -> None:
-    variables = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": size,
-        "LOCAL_WORLD_SIZE": size,
-        "MASTER_PORT": port,
-    }
-    os.environ |= {name: str(value) for name, value in variables.items()}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    be_rank(rank, size, port)
     done = _counted()
     if rank == dies:
         _doom(when)

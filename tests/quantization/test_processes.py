@@ -80,8 +80,9 @@ def quantize(case: Case, directory: Path) -> list[str | Path]:
 def test_the_same_call_resumes_the_work_of_a_killed_process(
     share: float, case: Case, tmp_path: Path
 ) -> None:
+    last = int(share * len(case.operations))
     process = CHILDREN.Process(
-        target=children.die, args=(case.model, tmp_path / "out", int(share * len(case.operations)))
+        target=children.die, args=(case.model, tmp_path / "out", SETTINGS["dataset"], last)
     )
     process.start()
     process.join()
@@ -96,7 +97,8 @@ def test_one_of_eight_processes_racing_for_one_output_works(case: Case, tmp_path
     barrier, answers = CHILDREN.Barrier(8), CHILDREN.Queue()
     processes = [
         CHILDREN.Process(
-            target=children.race, args=(case.model, tmp_path / "out", barrier, answers)
+            target=children.race,
+            args=(case.model, tmp_path / "out", SETTINGS["dataset"], barrier, answers),
         )
         for _ in range(8)
     ]

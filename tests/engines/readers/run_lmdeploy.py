@@ -39,7 +39,7 @@ class Accepted(Exception):
 def formats_of(directory: str) -> list[Any]:
     """Return the formats with which LMDeploy reads a checkpoint; raise what its converter raises.
 
-    The kernels are said to take both dtypes.
+    The stub of the kernels takes both dtypes.
     """
     formats: list[Any] = []
     registered = converter.get_registered_name
