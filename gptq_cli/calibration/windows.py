@@ -34,6 +34,7 @@ from gptq_cli.models.remote_code import remote_code_refusal
 
 Encode = Callable[[str, bool], list[int]]  # text, add_special_tokens -> ids
 POOL = 8
+LEAST_ADVISED = 32  # tokens of a window; shorter ones show little of what a model sees
 PIECE = 1_000_000  # characters tokenized at a time for calibration
 
 
@@ -387,7 +388,7 @@ def _too_short(
     if 0 < windows < asked:
         fits.append(f"{windows} windows (--nsamples)")
     shorter = tokens // asked
-    if shorter > 1:
+    if shorter >= LEAST_ADVISED:
         fits.append(f"windows of {shorter} tokens (--seqlen)")
     hint = "give more text"
     if fits:

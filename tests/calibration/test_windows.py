@@ -126,12 +126,12 @@ def test_text_without_blanks_is_cut_into_pieces_too(monkeypatch: pytest.MonkeyPa
 def test_too_few_windows_are_refused_with_the_counts() -> None:
     with pytest.raises(InputError) as caught:
         calibration_windows(
-            numbered(50, "small.txt"), WordEncoder(), seqlen=10, nsamples=11, seed=0
+            numbered(500, "small.txt"), WordEncoder(), seqlen=100, nsamples=11, seed=0
         )
     assert caught.value.code == "E_DATA_SHORT"
-    message = "dataset `small.txt` gives 10 windows of 10 tokens (100 tokens), but 11 are needed"
+    message = "dataset `small.txt` gives 10 windows of 100 tokens (1,000 tokens), but 11 are needed"
     assert str(caught.value) == message
-    fits = "10 windows (--nsamples) or windows of 9 tokens (--seqlen)"
+    fits = "10 windows (--nsamples) or windows of 90 tokens (--seqlen)"
     assert caught.value.hint == f"give more text, or what fits: {fits}"
 
 

@@ -46,7 +46,7 @@ SITES: dict[str, tuple[object, str]] = {
     "taking a tensor from its device": (CheckpointWriter, "_write"),
     "the unquantized twin": (LoadedBlock, "unquantized_copy"),
     "the states after the block": (HiddenStates, "__setitem__"),
-    "saving the states": (resume, "_save"),
+    "saving the states": (resume, "save_tensors"),
 }
 
 

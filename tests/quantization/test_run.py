@@ -102,12 +102,12 @@ def test_codes_equal_a_stage_by_stage_whole_model_reference(
     seen: list[Tensor] = []
 
     def spy(*args: object, **kwargs: object) -> object:
-        windows = original(*args, **kwargs)
-        seen.append(torch.as_tensor(windows.ids))
-        return windows
+        calibration = original(*args, **kwargs)
+        seen.append(torch.as_tensor(calibration.windows.ids))
+        return calibration
 
-    original = run.calibration_windows
-    monkeypatch.setattr(run, "calibration_windows", spy)
+    original = run.calibrate
+    monkeypatch.setattr(run, "calibrate", spy)
     output, _ = quantize(tmp_path, model, **settings)
     attention, mlp = "self_attn", "mlp"
     stages = [
