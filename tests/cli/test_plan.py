@@ -282,14 +282,14 @@ def test_the_plan_counts_the_text_of_this_machine(gptq: Run, model: Path, tmp_pa
 
 
 def test_the_plan_names_what_would_fit_a_short_text(gptq: Run, model: Path, tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("x" * 100)
-    words = ["--dataset", tmp_path / "a.txt", "--nsamples", "12", "--seqlen", "10"]
+    (tmp_path / "a.txt").write_text("x" * 1000)
+    words = ["--dataset", tmp_path / "a.txt", "--nsamples", "12", "--seqlen", "100"]
     result = gptq("plan", model, *SETTINGS, *words, "--json")
     [text] = json.loads(result.stdout)["text"]
-    assert (text["tokens"], text["windows"], text["needed_tokens"]) == (100, 12, 120)
-    assert "gives 10 windows of 10 tokens (100 tokens), but 12 are needed" in result.stderr
-    assert "10 windows (--nsamples) or windows of 8 tokens (--seqlen)" in result.stderr
-    fitting = gptq("plan", model, *SETTINGS, *words[:2], "--nsamples", 12, "--seqlen", 8)
+    assert (text["tokens"], text["windows"], text["needed_tokens"]) == (1000, 12, 1200)
+    assert "gives 10 windows of 100 tokens (1,000 tokens), but 12 are needed" in result.stderr
+    assert "10 windows (--nsamples) or windows of 83 tokens (--seqlen)" in result.stderr
+    fitting = gptq("plan", model, *SETTINGS, *words[:2], "--nsamples", 12, "--seqlen", 83)
     assert "are needed" not in fitting.stderr
 
 
