@@ -49,7 +49,7 @@ Timeout = Annotated[
     str,
     o.plain(
         "--timeout",
-        help=f"end the engine after this time; default {TIMEOUT}",
+        help=f"end the engine after this time, such as 90s or 90; default {TIMEOUT}",
         metavar="TIME",
         panel=Panel.RUN,
     ),
@@ -100,7 +100,7 @@ def check_engine(
     check_flags(settings)
     if not 0 < max_kl < math.inf:
         raise ConfigError("E_CFG_RANGE", f"--max-kl must be a number above 0, got {max_kl}")
-    limit = seconds(timeout, "--timeout")
+    limit = seconds(timeout, "--timeout", plain=True)
     assert limit is not None
     request = EngineRequest(
         engine,

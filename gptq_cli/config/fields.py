@@ -388,12 +388,20 @@ def _choices(field: str, model: type[BaseModel]) -> Sequence[str]:
     return [word for word in words if isinstance(word, str)]
 
 
-def seconds(duration: str | None, option: str = "--max-runtime") -> float | None:
-    """Return the seconds of "3h30m", "90m" or "45s"; ConfigError E_CFG_RANGE for anything else."""
+def seconds(
+    duration: str | None, option: str = "--max-runtime", *, plain: bool = False
+) -> float | None:
+    """Return the seconds of "3h30m", "90m" or "45s"; ConfigError E_CFG_RANGE for anything else.
+
+    With `plain`, a number without a unit is seconds. Schedulers read such a number as minutes.
+    """
     if duration is None:
         return None
     total = 0
-    match = re.fullmatch(r"(?:(\d{1,6})h)?(?:(\d{1,6})m)?(?:(\d{1,6})s)?", duration)
+    written = duration
+    if plain and duration.isdecimal():
+        written += "s"
+    match = re.fullmatch(r"(?:(\d{1,6})h)?(?:(\d{1,6})m)?(?:(\d{1,6})s)?", written)
     if match is not None:
         hours, minutes, rest = match.groups(default="0")
         total = 3600 * int(hours) + 60 * int(minutes) + int(rest)

@@ -125,13 +125,14 @@ def check_engine(model: str, request: EngineRequest, report: Report = ignore) ->
     warn_of(checkpoint, report)
     encoder = load_encoder(checkpoint.directory, trust_remote_code=request.trust_remote_code)
     prompts = _prompts(request, encoder, checkpoint)
-    with torch.inference_mode(), device_errors():
-        wanted = _reference(checkpoint, prompts, request, device, report)
     prefixes: list[list[int]] = []
     for prompt in prompts:
         prefixes += prompt.prefixes
     with tempfile.TemporaryDirectory(prefix="gptq-") as folder:
         process = _Engine(request, checkpoint.directory, Path(folder))
+        process.refuse_absent(report)  # before minutes of work
+        with torch.inference_mode(), device_errors():
+            wanted = _reference(checkpoint, prompts, request, device, report)
         got, versions = process.run(prefixes, wanted[0].shape[-1], report)
     results = _compare(prompts, wanted, got)
     n_positions, total, same = len(prefixes), 0.0, 0.0
@@ -256,22 +257,36 @@ def _compare(prompts: list[_Prompt], wanted: list[Tensor], got: Tensor) -> list[
 
 
 class _Engine:
-    """The process of an engine that computes the rows of a job; its files are in `folder`."""
+    """The processes of an engine that do its jobs; their files are in `folder`."""
 
     def __init__(self, request: EngineRequest, checkpoint: Path, folder: Path) -> None:
         self._request, self._checkpoint, self._folder = request, checkpoint, folder
+        self._python = request.python or sys.executable
         self._rows, self._answer = folder / "rows.npy", folder / "answer.json"
         self._said: _Tail | None = None
+
+    def refuse_absent(self, report: Report) -> None:
+        """Raise InputError E_ENGINE_MISSING if the engine is not installed."""
+        self._ask({"engine": self._request.engine, "answer": str(self._answer)}, report)
 
     def run(
         self, prefixes: list[list[int]], vocabulary: int, report: Report
     ) -> tuple[Tensor, dict[str, str]]:
         """Return the log-probabilities [prefixes, vocabulary] and the versions of the engine."""
-        python = self._request.python or sys.executable
-        report(PhaseStarted("engine", f"{self._request.engine} with {python}"))
-        job = self._folder / "job.json"
-        job.write_text(json.dumps(self._job(prefixes, vocabulary)), encoding="utf-8")
-        code = self._wait([python, engine_driver.__file__, str(job)], report)
+        report(PhaseStarted("engine", f"{self._request.engine} with {self._python}"))
+        answer = self._ask(self._job(prefixes, vocabulary), report)
+        try:
+            rows = _read_rows(self._rows, len(prefixes), vocabulary)
+        except Exception as error:
+            raise self._failed(f"{UNUSABLE}: {error}", report) from error
+        return rows, answer["versions"]
+
+    def _ask(self, job: dict[str, Any], report: Report) -> dict[str, Any]:
+        """Return the answer of a new process to a job; raise what became of it if it has none."""
+        file = self._folder / "job.json"
+        file.write_text(json.dumps(job), encoding="utf-8")
+        self._answer.unlink(missing_ok=True)
+        code = self._wait([self._python, engine_driver.__file__, str(file)], report)
         if not os.path.lexists(self._answer):
             raise self._failed(f"its process ended with {_ending(code)}", report)
         try:
@@ -282,11 +297,7 @@ class _Engine:
             raise self._missing(answer["missing"])
         if "failed" in answer:
             raise self._failed(answer["failed"], report)
-        try:
-            rows = _read_rows(self._rows, len(prefixes), vocabulary)
-        except Exception as error:
-            raise self._failed(f"{UNUSABLE}: {error}", report) from error
-        return rows, answer["versions"]
+        return answer
 
     def _job(self, prefixes: list[list[int]], vocabulary: int) -> dict[str, Any]:
         return {

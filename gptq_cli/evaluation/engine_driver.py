@@ -5,8 +5,8 @@
 JOB is a JSON file. `engine` and `checkpoint` say what to load, `prefixes` are lists of token ids,
 `vocabulary` is the number of ids. The log-probabilities of the token after each prefix become the
 rows of the file `rows` (.npy, float32 [prefixes, vocabulary]), and the file `answer` gets a JSON
-object: `versions` of packages, and `missing` or `failed` with a text if there are no rows. This
-file imports nothing of gptq_cli.
+object: `versions` of packages, and `missing` or `failed` with a text if there are no rows. A job
+without `prefixes` asks only whether the engine is installed. This file imports nothing of gptq_cli.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,12 @@ PACKAGES = {  # whose versions the answer tells, as far as they are installed
     "llama.cpp": ("xllamacpp",),
     "mlx": ("mlx", "mlx-lm"),
     "transformers": ("transformers", "optimum", "gptqmodel"),
+}
+MODULES = {  # without which an engine cannot start
+    "vllm": "vllm",
+    "llama.cpp": "xllamacpp",
+    "mlx": "mlx_lm",
+    "transformers": "transformers",
 }
 LEAST = -100.0  # in place of the logarithm of 0
 
@@ -165,6 +172,13 @@ def run(job: Job) -> dict[str, str]:
     return {}
 
 
+def look(engine: str) -> dict[str, str]:
+    """Return `missing` with a text if an engine is not installed; import nothing of it."""
+    if find_spec(MODULES[engine]) is None:
+        return {"missing": f"No module named '{MODULES[engine]}'"}
+    return {}
+
+
 def versions(engine: str) -> dict[str, str]:
     """Return the versions of the packages of an engine that are installed."""
     found = {}
@@ -179,7 +193,8 @@ def versions(engine: str) -> dict[str, str]:
 def main(file: str) -> None:
     """Do the job in `file`, and end at once: engines may wait for their own threads for long."""
     job = json.loads(Path(file).read_text(encoding="utf-8"))
-    answer = {"versions": versions(job["engine"]), **run(job)}
+    answer: dict[str, Any] = {"versions": versions(job["engine"])}
+    answer |= run(job) if "prefixes" in job else look(job["engine"])
     Path(job["answer"]).write_text(json.dumps(answer), encoding="utf-8")
     sys.stdout.flush()
     sys.stderr.flush()

@@ -77,6 +77,14 @@ def test_every_flag_of_check_engine_reaches_the_request(gptq: Run, check: FakeCh
     assert check.calls == [("m", expected)]
 
 
+@pytest.mark.parametrize(("written", "expected"), [("120", 120.0), ("2m30s", 150.0)])
+def test_a_timeout_without_a_unit_is_seconds(
+    written: str, expected: float, gptq: Run, check: FakeCheck
+) -> None:
+    assert gptq("check-engine", "m", "--engine=vllm", f"--timeout={written}").exit_code == 0
+    assert check.calls[0][1].timeout == expected
+
+
 @pytest.mark.parametrize("kl", [0.0021, math.nan])
 def test_an_engine_that_differs_exits_4_after_the_table(
     kl: float, gptq: Run, check: FakeCheck
@@ -119,6 +127,7 @@ def test_the_last_lines_of_an_engine_are_shown_even_if_quiet(gptq: Run, check: F
         (["--engine", "llama.cpp"], "error[E_CFG_MISSING]: llama.cpp needs its converter"),
         (["--engine", "vllm", "--max-kl", "0"], "--max-kl must be a number above 0, got 0.0"),
         (["--engine", "vllm", "--timeout", "x"], "--timeout must be a time such as 3h30m"),
+        (["--engine", "vllm", "--timeout", "0"], "90m or 45s, got '0'"),
         ([], "error[E_USAGE]: Missing option '--engine'"),
     ],
 )

@@ -31,9 +31,12 @@ import json, os, shutil, signal, sys, time
 job = json.load(open(sys.argv[2]))
 def answer(**values):
     json.dump({{"versions": {{"fake": "1.2"}}, **values}}, open(job["answer"], "w"))
+if {installed} and "prefixes" not in job:
+    answer()
+    sys.exit()
 {body}
 """
-Fake = Callable[[str], str]
+Fake = Callable[..., str]
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +52,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def fake(tmp_path: Path) -> Fake:
-    """Return a function that writes an engine with the given body of Python."""
+    """Return a function that writes an engine with the given body of Python.
 
-    def write(body: str) -> str:
+    If it is not `installed`, the body answers the question whether it is, too.
+    """
+
+    def write(body: str, *, installed: bool = True) -> str:
         script = tmp_path / "engine"
-        script.write_text(FAKE.format(python=sys.executable, body=body))
+        content = FAKE.format(python=sys.executable, installed=installed, body=body)
+        script.write_text(content)
         script.chmod(0o755)
         return str(script)
 
@@ -231,7 +238,7 @@ def test_an_engine_that_hangs_is_ended_with_its_children(
 
     monkeypatch.setattr(subprocess.Popen, "wait", wait_for_both)
     with pytest.raises(ResourceError, match="vllm gave no result within 0:01:30") as late:
-        checked(checkpoint, python=fake(body), prompts=prompts, timeout=90)
+        checked(checkpoint, python=fake(body, installed=False), prompts=prompts, timeout=90)
     assert (late.value.code, late.value.exit_code) == ("E_ENGINE_TIMEOUT", 5)
     assert "--timeout" in str(late.value.hint)
     for pid in mark.read_text().split():
@@ -262,11 +269,13 @@ def test_an_engine_that_is_absent_is_named_with_its_remedy(
     reason = f"cannot run `{python}`: No such file or directory"
     if python == "fake":
         python, reason = (
-            fake("answer(missing=\"No module named 'vllm'\")"),
+            fake("answer(missing=\"No module named 'vllm'\")", installed=False),
             "No module named 'vllm'",
         )
+    events: list[Event] = []
     with pytest.raises(InputError) as refused:
-        checked(checkpoint, python=python, prompts=prompts)
+        checked(checkpoint, events, python=python, prompts=prompts)
+    assert events == []  # nothing was computed before
     assert (refused.value.code, refused.value.exit_code) == ("E_ENGINE_MISSING", 3)
     assert str(refused.value) == f"vllm cannot be used: {reason}"
     assert "(pip install vllm)" in str(refused.value.hint)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -172,3 +173,19 @@ def test_the_answer_tells_why_there_are_no_rows(
     assert (found, ended) == (answer, [0])
     assert "Traceback" in capfd.readouterr().err
     assert not Path(asked["rows"]).exists()
+
+
+@pytest.mark.parametrize(
+    ("engine", "module"),
+    [("vllm", "vllm"), ("llama.cpp", "xllamacpp"), ("mlx", "mlx_lm"), ("transformers", None)],
+)
+def test_a_job_without_prefixes_asks_whether_an_engine_is_here(
+    engine: str, module: str | None, tmp_path: Path
+) -> None:
+    answer = tmp_path / "answer.json"
+    (tmp_path / "job.json").write_text(json.dumps({"engine": engine, "answer": str(answer)}))
+    command = [sys.executable, engine_driver.__file__, str(tmp_path / "job.json")]
+    subprocess.run(command, check=True)
+    found = json.loads(answer.read_text())
+    assert found.get("missing") == (module and f"No module named '{module}'")
+    assert set(found["versions"]) == ({"transformers"} if module is None else set())
