@@ -170,7 +170,7 @@ def _annotation(field: str) -> Any:
     kind = _value_type(info.annotation)
     default = getattr(DEFAULTS, field)
     help_text = f"{info.description}{option.note}"
-    if default and not info.is_required():
+    if default:
         help_text += f"; default {_word(default)}"
     spellings = option.names or _spellings(field, kind)
     shown = plain(

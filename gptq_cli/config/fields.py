@@ -268,9 +268,6 @@ def _deepest(findings: list[Finding]) -> list[Finding]:
 def _finding(detail: ErrorDetails, values: Mapping[str, Any], model: type[BaseModel]) -> Finding:
     path = _path(detail["loc"])
     kind = detail["type"]
-    if kind == "missing":
-        hint = "4 is the usual choice" if path == ("bits",) else None
-        return Finding((path,), "E_CFG_MISSING", "is required", hint)
     if kind == "extra_forbidden":
         return _unknown(path, model)
     if kind == "regex":

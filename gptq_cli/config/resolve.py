@@ -89,13 +89,9 @@ class _File(_Source):
         while path and path not in self.places:
             path = path[:-1]  # the nearest place around it
         if not path:
-            return self.first_line
+            return Location(self.path, 1, 1)
         place = self.places[path]
         return place.key if at_key else place.value
-
-    @property
-    def first_line(self) -> Location:
-        return Location(self.path, 1, 1)
 
     def _as_written(self, path: KeyPath) -> KeyPath:
         return self.renamed.get(path[:1], path[:1]) + path[1:]
@@ -110,19 +106,19 @@ def resolve(
 ) -> Resolved:
     """Return the configuration of flags (None: not given), environment and file together.
 
-    `bits` is the default of that field, which has none by itself.
+    `bits` is another default of that field.
 
     Raises ConfigError with every problem of every source: E_CFG_FILE, E_CFG_YAML,
-    E_CFG_UNKNOWN_KEY, E_CFG_TYPE, E_CFG_RANGE, E_CFG_REGEX, E_CFG_MISSING, E_CFG_CONFLICT; if there
-    is no other problem, E_TARGET.
+    E_CFG_UNKNOWN_KEY, E_CFG_TYPE, E_CFG_RANGE, E_CFG_REGEX, E_CFG_CONFLICT; if there is no other
+    problem, E_TARGET.
     """
     sources = [_Source(dict(flags)), _read_environment(env)]
     if file is not None:
         sources.append(_read_file(find_config(file)))
     chosen = _choose(sources)
     filled, reasons = fill({key: source.values[key] for key, source in chosen.items()})
-    if bits is not None:
-        filled.setdefault("bits", bits)
+    if bits is not None and reasons.get("bits") == "default":
+        filled["bits"] = bits
 
     problems: list[Problem] = []
     notes: list[str] = []
@@ -131,7 +127,6 @@ def resolve(
         problems += _problems_of(source)
         notes += source.notes
     problems += [_conflict(finding, chosen, reasons) for finding in conflicts(filled)]
-    problems += _missing_bits(filled, sources[-1])
     if problems:
         raise ConfigError.of(sorted(problems, key=_position))
 
@@ -221,14 +216,6 @@ def _problems_of(source: _Source) -> list[Problem]:
 def _problem(finding: Finding, source: _Source) -> Problem:
     location = source.locate(finding.paths[0], at_key=finding.code in AT_KEY)
     return Problem(finding.code, finding.message(source.name), finding.hint, location)
-
-
-def _missing_bits(filled: Mapping[str, Any], last: _Source) -> list[Problem]:
-    """Return E_CFG_MISSING without `bits`, unless they may stand in a file that cannot be read."""
-    if "bits" in filled or last.problems:
-        return []
-    at = last.first_line if isinstance(last, _File) else None
-    return [Problem("E_CFG_MISSING", "bits is required", "4 is the usual choice: --bits 4", at)]
 
 
 def _conflict(

@@ -88,7 +88,10 @@ class QuantizeConfig(BaseModel):
     model_config = STRICT
 
     bits: Annotated[AverageBits, Option(Panel.ALGORITHM, ("--bits", "-b"), metavar="2..8|3.5")] = (
-        Field(description="bits per weight; an average gives each layer a width that suits it")
+        Field(
+            default=4,
+            description="bits per weight; an average gives each layer a width that suits it",
+        )
     )
     group_size: Annotated[
         GroupSizeOrAuto,
@@ -399,14 +402,13 @@ NO_LORA = "none"  # leaves out the adapter beside the model
 
 
 def field_findings(values: Mapping[str, Any]) -> list[Finding]:
-    """Return the findings about single `values`: missing fields and conflicts are not reported."""
+    """Return the findings about single `values`; conflicts are not reported."""
     try:
         QuantizeConfig.model_validate(dict(values))
     except ConfigError as refused:
         if not isinstance(refused.__cause__, ValidationError):
             raise
-        found = findings_of(refused.__cause__, values, QuantizeConfig)
-        return [finding for finding in found if finding.code != "E_CFG_MISSING"]
+        return findings_of(refused.__cause__, values, QuantizeConfig)
     return []
 
 
@@ -458,6 +460,7 @@ def _derived(given: Mapping[str, Any]) -> Iterator[Default]:
     for goal in ("target_size", "target_kl"):
         if goal in given:
             yield "bits", BITS[-1], f"because {goal} decides"
+    yield "bits", _default("bits"), "default"
     n_samples = given.get("nsamples")
     if type(n_samples) is int and 0 < n_samples < _default("batch_size"):
         yield "batch_size", n_samples, "because there are no more samples"
@@ -627,4 +630,4 @@ def _signed_asymmetry(*paths: KeyPath) -> Finding:
     return Finding(paths, "E_CFG_CONFLICT", predicate, hint)
 
 
-DEFAULTS = QuantizeConfig(bits=4)  # with the settings of the default preset
+DEFAULTS = QuantizeConfig()  # with the settings of the default preset

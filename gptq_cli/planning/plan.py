@@ -34,6 +34,7 @@ from gptq_cli.planning.run_plan import BEYOND, HEAD, UNFIT, LayerPlan, RunPlan, 
 
 PACK_MULTIPLE = 32  # 32-bit words hold whole columns and whole rows of zero points
 USUAL_GROUP_SIZES = (128, 64, PACK_MULTIPLE)
+ROW = -1  # the group size of one group for each row
 _IN_LIST = re.compile(r"^(?P<list>.*?)\.\d+\..+\.weight$")
 
 Stacked = tuple[str, int, int]  # the tensor that holds a linear, out_features, in_features
@@ -537,7 +538,7 @@ def _check_shapes(layers: Iterable[LayerPlan], config: QuantizeConfig) -> None:
         _advise_group_size(misfits, quantized, config),
         _advise_keeping(misfits, quantized),
     ]
-    hint = ", or ".join(filter(None, advice)) or None
+    hint = "; or ".join(filter(None, advice)) or None
     problems = []
     for reason, kinds in kinds_by_reason.items():
         problems.append(Problem("E_SHAPE", _misfit_message(reason, kinds), hint))
@@ -588,31 +589,27 @@ def _advise_group_size(
         if _rule_with_group_size(layer, config) != rule:
             return ""
     alike = [layer for layer in quantized if _rule_with_group_size(layer, config) == rule]
-    sizes = _usual_sizes(alike)
+    sizes = _sizes_that_divide(alike)
     if rule is not None:
-        return _use_group_size(sizes, f"all layers of rule '{rule}'")
-    loaded = [str(size) for size in sizes if _target_loads(config, size)]
-    if loaded and sizes[0] > 0:
-        loaded.append(f"{AUTO} for the largest of {', '.join(map(str, USUAL_GROUP_SIZES))}")
-    return _use_group_size(loaded, "all layers")
-
-
-def _use_group_size(sizes: Iterable[object], where: str) -> str:
-    named = " or ".join(map(str, sizes))
-    if not named:
+        named = " or ".join(map(str, [*sizes[:1], ROW]))
+        return f"use a group_size that fits all layers of rule '{rule}', such as {named}"
+    loaded = [size for size in sizes if _target_loads(config, size)]
+    ways = []
+    if loaded:
+        ways.append(f"--group-size {AUTO}, which takes {loaded[0]}")
+    if _target_loads(config, ROW):
+        ways.append(f"--group-size {ROW}")
+    if not ways:
         return ""
-    return f"use a group_size that fits {where}, such as {named}"
+    return f"use {', or '.join(ways)}"
 
 
-def _usual_sizes(layers: Iterable[LayerPlan]) -> list[int]:
-    """Return the largest usual group size that fits all layers, if any, and -1 for whole rows."""
+def _sizes_that_divide(layers: Iterable[LayerPlan]) -> list[int]:
+    """Return the usual group sizes that divide the inputs of all layers, the largest first."""
     width = 0  # its divisors are those of the inputs of all layers
     for layer in layers:
         width = gcd(width, layer.in_features)
-    for size in USUAL_GROUP_SIZES:
-        if width % size == 0:
-            return [size, -1]
-    return [-1]
+    return [size for size in USUAL_GROUP_SIZES if width % size == 0]
 
 
 def _rule_with_group_size(layer: LayerPlan, config: QuantizeConfig) -> str | None:
@@ -631,12 +628,13 @@ def _target_loads(config: QuantizeConfig, group_size: int) -> bool:
 def _advise_keeping(misfits: Sequence[LayerPlan], quantized: Iterable[LayerPlan]) -> str:
     """Return the advice to keep layers that do not fit; empty if it would keep all layers."""
     rule, option = keeping([layer.name for layer in misfits], in_all_blocks=True)
-    if all(matches(rule, layer.name) for layer in quantized):
+    others = {layer.name for layer in quantized} - {layer.name for layer in misfits}
+    fused = [name for name in others if matches(rule, name)]
+    if len(fused) == len(others):
         return ""
-    them = "them"
-    if len(misfits) == 1:
-        them = "it"
-    return f"keep {them} with --unfit keep, or with {option}"
+    if fused:
+        return f"keep what does not fit, and what engines fuse with it: {option}"
+    return "keep what does not fit: --unfit keep"
 
 
 # ---------------------------------------------------------------- the output

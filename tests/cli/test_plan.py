@@ -134,12 +134,11 @@ def test_quiet_prints_the_bytes_alone(gptq: Run, model: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "exit_code", "message", "hint"),
     [
-        (["MODEL"], 2, "error[E_CFG_MISSING]: bits is required", "--bits 4"),
         (
             ["MODEL", "-b", "4", "-g", "48"],
             2,
             "error[E_SHAPE]: group_size 48 does not divide",
-            "such as 64 or -1",
+            "use --group-size auto, which takes 64, or --group-size -1",
         ),
         (["MODEL", "-b", "4", "-g", "32", "--seqlen", "999"], 2, "E_CFG_SEQLEN", "--seqlen 128"),
         (

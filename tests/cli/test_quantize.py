@@ -156,7 +156,6 @@ def test_a_repeated_dataset_is_a_list(gptq: Run, quantizer: FakeQuantizer) -> No
     [
         (["-b", "9"], "error[E_CFG_RANGE]: --bits must be 2, 3, 4, 5, 6, 7 or 8, or an average"),
         (["--dtype", "half"], '--dtype must be auto, bfloat16, float16 or float32, got "half"'),
-        ([], "error[E_CFG_MISSING]: bits is required"),
         (["-b", "4", "--dynamic", "+:.*x"], "--dynamic '+:.*x' changes nothing"),
         (["-b", "4", "--dynamic", "-:x", "--dynamic", "-:x"], "--dynamic has '-:x' twice"),
         (["-b", "4", "--dynamic", "+:x={bitz: 1}"], "--dynamic['+:x'].bitz is not a known key"),

@@ -38,12 +38,11 @@ def test_the_schema_agrees_with_the_program(
 ) -> None:
     check = Draft7Validator(schema)
     for config in (
-        QuantizeConfig(bits=4),
+        QuantizeConfig(),
         QuantizeConfig(bits=3, sym=False, dynamic={".*q": {"bits": 8}}, dataset=["a"]),
     ):
         check.validate(yaml.safe_load(to_yaml(config)))
     for wrong in (
-        {},
         {"bits": 9},
         {"bits": 4, "group_sise": 3},
         {"bits": 4, "dynamic": {"x": {"bit": 4}}},

@@ -209,10 +209,11 @@ def test_hint_for_an_unknown_key_names_a_similar_key(key: str, tmp_path: Path) -
     assert problem.hint == f"did you mean {meant.get(key, 'group_size')}?"
 
 
-def test_missing_bits_are_an_error(tmp_path: Path) -> None:
-    (problem,) = problems_of({}, {}, write(tmp_path, "sym: true\n"))
-    assert (problem.code, problem.message) == ("E_CFG_MISSING", "bits is required")
-    assert messages_of({}, {}) == ["bits is required"]
+def test_without_a_width_there_are_four_bits(tmp_path: Path) -> None:
+    for found in (resolve({}, {}, write(tmp_path, "sym: true\n")), resolve({}, {})):
+        assert (found.config.bits, found.origins["bits"]) == (4, "default")
+    assert resolve({}, {}, bits=8).config.bits == 8
+    assert resolve({"bits": 3}, {}, bits=8).config.bits == 3
 
 
 def test_errors_name_the_flag_or_the_variable() -> None:

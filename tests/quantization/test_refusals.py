@@ -161,8 +161,8 @@ def test_an_unfit_group_size_names_every_kind_of_layer(
     named = re.findall(r"`model\.layers\.N\.\w+\.(\w+_proj)`", str(caught.value))
     all_but_down_proj = ["gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
     assert sorted(named) == all_but_down_proj
-    rules = [(problem.hint or "").partition("--dynamic '")[2].rstrip("'") for problem in problems]
-    plan = plan_run(model, config(group_size=48, dynamic={rule: {} for rule in rules}))
+    assert all((problem.hint or "").endswith("--unfit keep") for problem in problems)
+    plan = plan_run(model, config(group_size=48, unfit="keep"))
     assert {layer.name.rpartition(".")[2] for layer in plan.quantized} == {"down_proj"}
     assert not (tmp_path / "out").exists()
 
@@ -183,8 +183,8 @@ def test_the_hint_for_a_layer_that_does_not_fit_works(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", intermediate_size=96)
     with pytest.raises(ConfigError) as caught:
         plan_run(model, config(group_size=64))
-    rule = (caught.value.hint or "").partition("--dynamic '")[2].rstrip("'")
-    plan = plan_run(model, config(group_size=64, dynamic={rule: {}}))
+    assert (caught.value.hint or "").endswith("--unfit keep")
+    plan = plan_run(model, config(group_size=64, unfit="keep"))
     assert {layer.name.rpartition(".")[2] for layer in plan.kept} == {"down_proj"}
 
 
@@ -196,7 +196,7 @@ def test_proposed_group_sizes_fit_all_layers(asked: int, fits: list[str], tmp_pa
     with pytest.raises(ConfigError) as caught:
         plan_run(model, config(group_size=asked))
     (hint,) = {problem.hint or "" for problem in caught.value.problems}
-    found = re.search(r"use a group_size that fits all layers, such as (\S+) or ([-0-9]+)", hint)
+    found = re.search(r"use --group-size auto, which takes (\d+), or --group-size (-1)", hint)
     assert found
     assert list(found.groups()) == fits
     for size in fits:
@@ -210,8 +210,8 @@ def test_the_hint_changes_the_group_size_inside_its_rule(tmp_path: Path) -> None
         plan_run(model, config(dynamic={rule: {"group_size": 128}, **others}))
     (hint,) = {problem.hint or "" for problem in caught.value.problems}
     assert hint.startswith(
-        f"use a group_size that fits all layers of rule '{rule}', such as 32 or -1, "
-        "or keep them with "
+        f"use a group_size that fits all layers of rule '{rule}', such as 32 or -1; "
+        "or keep what does not fit, and what engines fuse with it: --dynamic '-:"
     )
     for size in (32, -1):
         assert plan_run(model, config(dynamic={rule: {"group_size": size}, **others})).quantized
@@ -224,9 +224,8 @@ def test_the_hint_keeps_a_layer_with_its_fused_siblings(target: str | None, tmp_
     )
     with pytest.raises(ConfigError) as caught:  # 16 outputs of k and v
         plan_run(model, config(target=target))
-    option, rule = shlex.split(
-        (caught.value.hint or "").removeprefix("keep them with --unfit keep, or with ")
-    )
+    advice = "keep what does not fit, and what engines fuse with it: "
+    option, rule = shlex.split((caught.value.hint or "").removeprefix(advice))
     assert option == "--dynamic"
     plan = plan_run(model, config(target=target, dynamic={rule: {}}))
     assert {layer.name.rpartition(".")[2] for layer in plan.kept} == {"q_proj", "k_proj", "v_proj"}
