@@ -23,6 +23,7 @@ from gptq_cli.allocation.measure import Measuring, probe_shape
 from gptq_cli.allocation.rules import with_widths
 from gptq_cli.allocation.saved import (
     MeasuredBlocks,
+    note_choice,
     read_measurement,
     remove_state,
     write_measurement,
@@ -89,6 +90,16 @@ class Entry:
     def loads(self) -> list[str]:
         """The names of the engines that load the output."""
         return [verdict.engine for verdict in self.engines if verdict.outcome in LOADS]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the figures as plain JSON values, without widths and engines."""
+        return {
+            "bits": self.allocation.bits,
+            "bits_per_weight": self.bits_per_weight,
+            "bytes": self.allocation.nbytes,
+            "expected_kl": self.allocation.kl,
+            "least_kl": self.allocation.bound,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,15 +210,30 @@ def allocate_run(
     """Return `prepared` with the widths that meet the goal, and what was measured and chosen.
 
     `prepared` is that of `starting_config`. The time that the measurement takes counts as time of
-    the run. Raises what `measure_model` and `MeasuredModel.choose` raise.
+    the run. The output will hold the measurement with the frontier and the choice. Raises what
+    `measure_model` and `MeasuredModel.choose` raise.
     """
-    measured = measure_model(prepared, goal, report, worker, Place.of_output(prepared.output))
+    worker = worker or Worker(SINGLE_PROCESS, resolve_device(goal.device))
+    place = Place.of_output(prepared.output)
+    measured = measure_model(prepared, goal, report, worker, place)
     chosen = measured.choose(goal)
+    with _work_directory(prepared, worker, place, report) as work:
+        if work is not None:
+            note_choice(work.allocation, _choice_data(measured, chosen))
     config = measured.configured(chosen.allocation.widths)
     options = replace(prepared.options, spent_seconds=measured.seconds)
     plan = plan_checkpoint(prepared.plan.source, config)
     run = replace(prepared, config=config, plan=plan, options=options, allocated=True)
     return run, measured, chosen
+
+
+def _choice_data(measured: MeasuredModel, chosen: Entry) -> dict[str, Any]:
+    """Return a choice beside the frontier and the uniform widths, for the report of the run."""
+    return {
+        "frontier": [entry.to_json() for entry in measured.frontier()],
+        "uniform": [entry.to_json() for entry in measured.uniform().values()],
+        "chosen": chosen.to_json(),
+    }
 
 
 @dataclass(frozen=True, slots=True)

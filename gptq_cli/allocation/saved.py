@@ -3,7 +3,8 @@
 The state lies in the work directory beside the output. A line of the journal has the number of the
 finished block and the hash of the file with the hidden states. The
 result is a file of JSON with the identity of the measurement: everything that its figures depend
-on. Only the leader of several processes reads and writes.
+on. A run with a goal adds what it chose from, for its report. Only the leader of several processes
+reads and writes.
 """
 
 from __future__ import annotations
@@ -117,6 +118,13 @@ def may_write_measurement(file: Path) -> bool:
 def write_measurement(file: Path, identity: Identity, measured: Measurement) -> None:
     """Write a finished measurement."""
     write_json(file, sealed({"identity": identity, "measured": asdict(measured)}))
+
+
+def note_choice(file: Path, choice: Mapping[str, Any]) -> None:
+    """Add a choice and its frontier to the measurement that `file` holds."""
+    content = read_sealed(file)
+    assert content is not None  # this run wrote it
+    write_json(file, sealed(content | {"choice": choice}))
 
 
 def remove_state(work: WorkDirectory) -> None:

@@ -255,12 +255,4 @@ def _chosen_data(measured: MeasuredModel, chosen: Entry) -> dict[str, Any]:
 
 
 def _entry_data(entry: Entry) -> dict[str, Any]:
-    allocation = entry.allocation
-    return {
-        "bits": allocation.bits,
-        "bits_per_weight": entry.bits_per_weight,
-        "bytes": allocation.nbytes,
-        "expected_kl": allocation.kl,
-        "least_kl": allocation.bound,
-        "engines": engine_data(entry.engines),
-    }
+    return entry.to_json() | {"engines": engine_data(entry.engines)}

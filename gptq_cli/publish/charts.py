@@ -15,6 +15,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, LogNorm, Normalize
+from matplotlib.ticker import EngFormatter
 from numpy.typing import NDArray
 
 INK = "#010203"  # stands for the colour of the page's text
@@ -29,6 +30,7 @@ GB = 1e9
 
 Grid = Sequence[Sequence[float | None]]
 Cells = NDArray[numpy.float64]
+Point = tuple[float, float, float]
 _STYLE: Mapping[str, Any] = {
     "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK,
     "xtick.color": INK, "ytick.color": INK,
@@ -51,10 +53,63 @@ def heat_maps(blocks: Sequence[int], linears: Sequence[str], error: Grid, agains
             layout="constrained",
             sharey=True,
         )
-        _map(axes[0], error, "error", blocks, linears, log=True)
-        _map(axes[1], against_rtn, "error / round-to-nearest", blocks, linears, log=False)
+        cells = _cells(error)
+        lowest, highest = _range(cells, (0.1, 1.0))
+        by_decades = LogNorm(lowest / 1.0001, highest * 1.0001)
+        _map(axes[0], cells, by_decades, "{:.1e}", "error", blocks, linears)
+        cells = _cells(against_rtn)
+        lowest, highest = _range(cells, (0.1, 1.0))
+        around_1 = Normalize(min(lowest, 1.0), max(highest, 1.0))
+        _map(axes[1], cells, around_1, "{:.2f}", "error / round-to-nearest", blocks, linears)
         axes[0].set_ylabel("block")
     return figure
+
+
+def width_map(blocks: Sequence[int], linears: Sequence[str], bits: Grid) -> Any:
+    """Return a map of the bits of each linear: rows are blocks, columns linears."""
+    with pyplot.rc_context(dict(_STYLE)):
+        figure, axes = pyplot.subplots(
+            figsize=(1.6 + 0.75 * len(linears), 1.6 + min(0.26 * len(blocks), TALLEST)),
+            layout="constrained",
+        )
+        cells = _cells(bits)
+        least, most = _range(cells, (1.0, 8.0))
+        bar = _map(axes, cells, Normalize(least, most), "{:.3g}", "bits", blocks, linears)
+        bar.set_ticks(range(math.ceil(least), math.floor(most) + 1))
+        axes.set_ylabel("block")
+    return figure
+
+
+def frontier(
+    allocated: Sequence[Point], uniform: Sequence[Point], chosen: tuple[float, float]
+) -> Any:
+    """Return the expected KL against the size, of allocated and of uniform widths.
+
+    A point is the bytes of the output, its expected KL and its average bits. `chosen` are bytes and
+    KL of the output itself.
+    """
+    with pyplot.rc_context(dict(_STYLE)):
+        figure, axes = pyplot.subplots(figsize=(10, 3.4), layout="constrained")
+        _points(axes, allocated, "o-", "#3b82c4", "allocated")
+        _points(axes, uniform, "s", "#8a8f98", "one width for all layers")
+        axes.plot(chosen[0], chosen[1], "o", ms=10, mfc="none", color="#d9822b", label="chosen")
+        for nbytes, kl, bits in uniform:
+            if kl > SMALLEST:
+                text = f"all {bits:.3g} bits"
+                axes.annotate(text, (nbytes, kl), (5, 5), textcoords="offset points", fontsize=8)
+        axes.set(xlabel="size", ylabel="expected KL in nats a token", yscale="log")
+        axes.xaxis.set_major_formatter(EngFormatter("B"))
+        axes.margins(0.08)
+        axes.legend(frameon=False)
+    return figure
+
+
+def _points(axes: Axes, points: Sequence[Point], marks: str, colour: str, label: str) -> None:
+    """Draw points; a logarithmic scale has no place for a KL of 0."""
+    shown = [point for point in points if point[1] > SMALLEST]
+    sizes = [point[0] for point in shown]
+    divergences = [point[1] for point in shown]
+    axes.plot(sizes, divergences, marks, ms=5, color=colour, label=label)
 
 
 def coverage(blocks: Sequence[int], tokens: Sequence[Sequence[int]]) -> Any:
@@ -137,18 +192,26 @@ def as_png(figure: Any) -> bytes:
     return data.getvalue()
 
 
-def _map(
-    axes: Axes, grid: Grid, title: str, blocks: Sequence[int], linears: Sequence[str], *, log: bool
-) -> None:
+def _cells(grid: Grid) -> Cells:
+    """Return a grid with NaN for what has no value or cannot be drawn."""
     cells = numpy.array(grid, dtype=float)  # None becomes NaN
     cells[~((cells > SMALLEST) & (cells < LARGEST))] = numpy.nan
-    lowest, highest = _range(cells, (0.1, 1.0))
-    if log:
-        norm: Normalize = LogNorm(lowest / 1.0001, highest * 1.0001)
-        pattern = "{:.1e}"
-    else:
-        norm = Normalize(min(lowest, 1.0), max(highest, 1.0))
-        pattern = "{:.2f}"
+    return cells
+
+
+def _map(
+    axes: Axes,
+    cells: Cells,
+    norm: Normalize,
+    pattern: str,
+    title: str,
+    blocks: Sequence[int],
+    linears: Sequence[str],
+) -> Any:
+    """Draw the cells, each with its number in `pattern` if there are few of them.
+
+    Return the colour bar.
+    """
     mesh = axes.pcolormesh(cells, norm=norm, cmap="viridis", edgecolors="face", linewidth=0.4)
     axes.set_title(title, fontsize=10)
     axes.set_xticks(
@@ -165,7 +228,7 @@ def _map(
     axes.tick_params(length=0)
     if len(blocks) <= MOST_NUMBERS:
         _numbers(axes, cells, norm, pattern)
-    _colour_bar(mesh, axes, len(blocks))
+    return _colour_bar(mesh, axes, len(blocks))
 
 
 def _range(cells: Cells, if_empty: tuple[float, float]) -> tuple[float, float]:
@@ -192,11 +255,12 @@ def _centres(cells: range) -> list[float]:
     return [cell + 0.5 for cell in cells]
 
 
-def _colour_bar(mesh: Any, axes: Axes, rows: int, label: str = "") -> None:
+def _colour_bar(mesh: Any, axes: Axes, rows: int, label: str = "") -> Any:
     figure: Any = axes.figure
     bar = figure.colorbar(mesh, ax=axes, pad=0.02, fraction=0.03, aspect=20 + rows, label=label)
     bar.outline.set_visible(False)
     bar.ax.minorticks_off()
+    return bar
 
 
 def _numbers(axes: Axes, cells: Cells, norm: Any, pattern: str) -> None:

@@ -9,9 +9,15 @@ from typing import Any
 from gptq_cli.checkpoint.model_files import read_json
 from gptq_cli.errors import ConfigError, InputError
 from gptq_cli.files import UNREADABLE, is_file
-from gptq_cli.publish.report_data import Damaged, checked_evaluation, checked_run
+from gptq_cli.publish.report_data import Damaged, checked_choice, checked_evaluation, checked_run
 from gptq_cli.storage.durable import write_file
-from gptq_cli.storage.manifest import REPORT_DATA, REPORT_PAGE, REPORT_VERSION
+from gptq_cli.storage.manifest import (
+    ALLOCATION,
+    REPORT_DATA,
+    REPORT_PAGE,
+    REPORT_VERSION,
+    read_sealed,
+)
 from gptq_cli.storage.replacing import check_file
 
 AGAIN = "quantize again, with --overwrite"
@@ -70,7 +76,7 @@ def _check_targets(directory: Path, page: Path, png: Path | None) -> None:
 
 
 def read_run(directory: Path) -> dict[str, Any]:
-    """Return the data of the run that made `directory`.
+    """Return the data of the run that made `directory`, with the frontier that it chose from.
 
     Raises InputError E_REPORT if the data is missing or damaged.
     """
@@ -83,7 +89,23 @@ def read_run(directory: Path) -> dict[str, Any]:
         message = f"`{file}` is not the data of a report of version {REPORT_VERSION}"
         raise InputError("E_REPORT", message, hint=AGAIN)
     try:
-        return checked_run(content)
+        run = checked_run(content)
+    except Damaged as error:
+        raise _damaged(file, error) from None
+    return {**run, "choice": _choice(directory / ALLOCATION)}
+
+
+def _choice(file: Path) -> dict[str, Any] | None:
+    """Return the choice of widths that `file` holds; None if the run had no goal."""
+    if not is_file(file):
+        return None
+    content = read_sealed(file)
+    if content is None:
+        raise _damaged(file, Damaged("its checksum is wrong"))
+    if "choice" not in content:
+        return None
+    try:
+        return checked_choice(content["choice"])
     except Damaged as error:
         raise _damaged(file, error) from None
 

@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 MOST_BLOCKS, MOST_LAYERS = 10_000, 1_000_000
+MOST_POINTS = 1000  # of a frontier
 MOST_TOKEN_COUNTS = 1_000_000  # layers with experts times the experts of the widest one
 LONGEST_TEXT = 100_000
 
@@ -52,6 +53,7 @@ def _finite_or_none(value: float | None) -> float | None:
 Text = Annotated[str, BeforeValidator(_printable_if_text), Field(max_length=LONGEST_TEXT)]
 Count = Annotated[int, Field(strict=True, ge=0, lt=2**53)]
 Index = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
+Width = Annotated[int, Field(strict=True, ge=1, le=32)]
 Number = Annotated[float, Field(strict=True, ge=0, lt=1e15)]
 Share = Annotated[float | None, Field(strict=True), AfterValidator(_finite_or_none)]
 
@@ -61,7 +63,7 @@ class Layer(BaseModel):
 
     name: Text
     block: Index
-    bits: Index
+    bits: Width
     relative_error: Share
     rtn_relative_error: Share
     damp_percent: Number
@@ -90,6 +92,22 @@ class Settings(BaseModel):
     """The part of the configuration that the page shows."""
 
     moe_uncovered: Text = ""
+
+
+class Allocation(BaseModel):
+    """The sizes and the expected KL of one choice of widths; see `allocation.run.Entry`."""
+
+    bits: Number
+    bytes: Annotated[Count, Field(gt=0)]
+    expected_kl: Annotated[float, Field(strict=True, lt=1e15, allow_inf_nan=False)]
+
+
+class Choice(BaseModel):
+    """The widths that a run with a goal chose, and those that it chose from."""
+
+    frontier: Annotated[list[Allocation], Field(max_length=MOST_POINTS)]
+    uniform: Annotated[list[Allocation], Field(max_length=MOST_POINTS)]
+    chosen: Allocation
 
 
 class Evaluation(BaseModel):
@@ -146,6 +164,11 @@ class Run(BaseModel):
 def checked_run(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return the known fields of a run's data; raise Damaged if a value is missing or wrong."""
     return _checked(Run, content)
+
+
+def checked_choice(content: object) -> dict[str, Any]:
+    """Return the known fields of a choice; raise Damaged if a value is missing or wrong."""
+    return _checked(Choice, content)
 
 
 def checked_evaluation(content: object) -> dict[str, Any]:

@@ -14,7 +14,15 @@ from markupsafe import Markup
 
 from gptq_cli.config.layer import list_item
 from gptq_cli.errors import clock, size
-from gptq_cli.publish.charts import as_png, as_svg, bars, coverage, heat_maps
+from gptq_cli.publish.charts import (
+    as_png,
+    as_svg,
+    bars,
+    coverage,
+    frontier,
+    heat_maps,
+    width_map,
+)
 from gptq_cli.publish.report_data import Damaged
 
 WORST = 10
@@ -23,7 +31,7 @@ MOST_LINEARS, MOST_CELLS = 200, 50_000  # of the heat maps
 
 @dataclass(frozen=True, slots=True)
 class Grids:
-    """Errors by block and linear; None if a block has no such linear.
+    """Errors and bits by block and linear; None if a block has no such linear.
 
     All experts of a block are one linear, with their mean error.
     """
@@ -32,6 +40,7 @@ class Grids:
     linears: tuple[str, ...]
     error: tuple[tuple[float | None, ...], ...]
     against_rtn: tuple[tuple[float | None, ...], ...]
+    bits: tuple[tuple[float | None, ...], ...]
 
 
 def render(run: Mapping[str, Any]) -> str:
@@ -51,7 +60,13 @@ def render(run: Mapping[str, Any]) -> str:
         "experts": None,
         "coverage": None,
         "bars": None,
+        "widths": None,
+        "frontier": None,
     }
+    if len(set(_column(run["layers"], "bits"))) > 1:
+        parts["widths"] = Markup(as_svg(_widths(run), "widths"))
+    if run.get("choice"):
+        parts["frontier"] = Markup(as_svg(_frontier(run["choice"]), "frontier"))
     if run.get("experts"):
         parts["experts"] = experts_of(run["experts"])
         parts["coverage"] = Markup(as_svg(_coverage(run["experts"]), "coverage"))
@@ -109,20 +124,40 @@ def grids(layers: Sequence[Mapping[str, Any]]) -> Grids:
         cells[layer["block"], _linear(layer["name"])].append(layer)
     blocks = tuple(sorted({block for block, _ in cells}))
     linears = tuple(dict.fromkeys(linear for _, linear in cells))
-    errors, ratios = [], []
+    errors, ratios, bits = [], [], []
     for block in blocks:
         row = [cells.get((block, linear), []) for linear in linears]
         errors.append(tuple([_mean(alike, "relative_error") for alike in row]))
         ratios.append(tuple(map(_ratio, row)))
-    return Grids(blocks, linears, tuple(errors), tuple(ratios))
+        bits.append(tuple([_mean(alike, "bits") for alike in row]))
+    return Grids(blocks, linears, tuple(errors), tuple(ratios), tuple(bits))
 
 
 def _heat(run: Mapping[str, Any]) -> Any:
+    found = _drawable(run)
+    return heat_maps(found.blocks, found.linears, found.error, found.against_rtn)
+
+
+def _widths(run: Mapping[str, Any]) -> Any:
+    found = _drawable(run)
+    return width_map(found.blocks, found.linears, found.bits)
+
+
+def _frontier(choice: Mapping[str, Any]) -> Any:
+    points = {}
+    for name in ("frontier", "uniform"):
+        points[name] = [(row["bytes"], row["expected_kl"], row["bits"]) for row in choice[name]]
+    chosen = choice["chosen"]
+    return frontier(points["frontier"], points["uniform"], (chosen["bytes"], chosen["expected_kl"]))
+
+
+def _drawable(run: Mapping[str, Any]) -> Grids:
+    """Return the grids of a run; raise Damaged if they are too large to be drawn."""
     found = grids(run["layers"])
     n_blocks, n_linears = len(found.blocks), len(found.linears)
     if n_blocks * n_linears > MOST_CELLS or n_linears > MOST_LINEARS:
         raise Damaged(f"{n_linears} kinds of layers in {n_blocks} blocks are too many to be drawn")
-    return heat_maps(found.blocks, found.linears, found.error, found.against_rtn)
+    return found
 
 
 def _coverage(layers: Sequence[Mapping[str, Any]]) -> Any:

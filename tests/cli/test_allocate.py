@@ -87,6 +87,23 @@ def test_the_result_shows_the_frontier_and_the_width_of_each_unit(gptq: Run, pla
     assert len(picture.split()[1]) == 3
 
 
+def test_the_report_of_a_run_shows_what_it_chose_from(gptq: Run, place: Path) -> None:
+    out, file = place / "reported", place / "reported.yaml"
+    goal = [*settings(place), WIDTHS, "--bits=2.5"]
+    done = gptq("quantize", *goal, "-o", out, "--report")
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(gptq("allocate", *goal, "-o", file, "--json").stdout)
+    choice = json.loads((out / "gptq_allocation.json").read_text())["choice"]
+    figures = ("bits", "bytes", "expected_kl")
+    shown = [[entry[key] for key in figures] for entry in choice["frontier"]]
+    assert shown == [[entry[key] for key in figures] for entry in found["frontier"]]
+    assert choice["chosen"]["bytes"] == (out / "model.safetensors").stat().st_size
+    assert [entry["bits"] for entry in choice["uniform"]] == [2, 3, 4]
+    page = (out / "gptq_report.html").read_text()
+    assert "2.5 bits on average" in page
+    assert page.count("<svg") == 4
+
+
 @pytest.mark.parametrize(
     ("words", "message", "hint"),
     [

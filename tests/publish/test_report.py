@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ from gptq_cli.publish.charts import NEVER
 from gptq_cli.publish.report import check_report, write_page
 from gptq_cli.publish.report_page import experts_of, grids, render
 from gptq_cli.quantization.run import quantize_checkpoint
-from gptq_cli.storage.manifest import write_report_data
+from gptq_cli.storage.manifest import sealed, write_report_data
 from tests.disks import CountingDisk, DyingDisk, Killed, using
 from tests.families import save_model
 from tests.runs import config
@@ -117,19 +119,79 @@ def test_grids_have_one_row_per_block_and_join_experts() -> None:
         }
         for block, expert, error in ((0, 0, 0.1), (0, 1, 0.3), (1, 0, 0.2))
     ]
-    layers = [layer | {"rtn_relative_error": 0.5} for layer in layers]
-    layers.append(
-        {"name": "lm_head", "block": 2, "relative_error": None, "rtn_relative_error": 0.0}
-    )
+    layers = [layer | {"rtn_relative_error": 0.5, "bits": 3} for layer in layers]
+    head = {"name": "lm_head", "block": 2, "bits": 8}
+    layers.append(head | {"relative_error": None, "rtn_relative_error": 0.0})
     found = grids(layers)
     assert found.blocks == (0, 1, 2)
     assert found.linears == ("mlp.experts.up_proj", "lm_head")
+    assert found.bits == ((3, None), (3, None), (None, 8))
     assert found.error == ((pytest.approx(0.2), None), (0.2, None), (None, None))
     assert found.against_rtn == (
         (pytest.approx(0.4), None),
         (pytest.approx(0.4), None),
         (None, None),
     )
+
+
+CHOICE: dict[str, Any] = {
+    "frontier": [
+        {"bits": 2.0, "bytes": 2_000_000, "expected_kl": 0.5},
+        {"bits": 2.5, "bytes": 2_500_000, "expected_kl": 0.2},
+        {"bits": 4.0, "bytes": 4_000_000, "expected_kl": -1e-9},
+    ],
+    "uniform": [
+        {"bits": 2.0, "bytes": 2_000_000, "expected_kl": 0.5},
+        {"bits": 4.0, "bytes": 4_000_000, "expected_kl": -1e-9},
+    ],
+    "chosen": {"bits": 2.5, "bytes": 2_500_000, "expected_kl": 0.2},
+}
+
+
+def with_choice(finished: Path, copy: Path, choice: object) -> Path:
+    """Return a copy of a finished run that holds a choice of widths."""
+    copytree(finished, copy)
+    (copy / "gptq_allocation.json").write_text(json.dumps(sealed({"choice": choice})))
+    return copy
+
+
+def test_a_choice_of_widths_is_shown_with_its_frontier(finished: Path, tmp_path: Path) -> None:
+    copy = with_choice(finished, tmp_path / "run", CHOICE)
+    run = data_of(copy)
+    for layer in run["layers"]:
+        layer["bits"] = 2 + layer["block"] % 2
+    stored(copy / "gptq_report.json", run)
+    page = write_page(copy, copy / "gptq_report.html").read_text()
+    assert "2.5 bits on average, 2.5 MB, with an expected KL of 0.2" in page
+    numbers = re.findall(r"<text[^>]*>\s*([^<]*?)\s*</text>", page)
+    assert [text for text in numbers if text.startswith("all ")] == ["all 2 bits"]
+    n_of_block = len(run["layers"]) // 3
+    assert numbers.count("2") >= 2 * n_of_block
+    assert numbers.count("3") >= n_of_block
+    assert page.count("<svg") == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"chosen": None}, "chosen: Input should be"),
+        ({"frontier": [{"bits": 2.0, "bytes": 5}]}, "frontier.0.expected_kl: Field required"),
+        ({"uniform": [CHOICE["chosen"] | {"expected_kl": math.nan}]}, "uniform.0.expected_kl: "),
+        ({"uniform": [CHOICE["chosen"] | {"bytes": 0}]}, "uniform.0.bytes: "),
+    ],
+)
+def test_a_damaged_choice_is_refused_with_its_place(
+    change: dict[str, Any], says: str, finished: Path, tmp_path: Path
+) -> None:
+    copy = with_choice(finished, tmp_path / "run", CHOICE | change)
+    found = CliRunner().invoke(app, ["report", str(copy)])
+    assert (found.exit_code, found.stdout) == (3, "")
+    file = copy / "gptq_allocation.json"
+    assert f"error[E_REPORT]: `{file}` is damaged: {says}" in found.stderr
+    assert "hint: quantize again, with --overwrite" in found.stderr
+    file.write_text(file.read_text().replace("frontier", "frontiers"))
+    found = CliRunner().invoke(app, ["report", str(copy)])
+    assert f"`{file}` is damaged: its checksum is wrong" in found.stderr
 
 
 def test_a_perplexity_is_shown_if_it_is_known(finished: Path, tmp_path: Path) -> None:
