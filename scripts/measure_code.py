@@ -3,11 +3,11 @@
 
     python scripts/measure_code.py [--check] [--static] [--json FILE]
 
-The run is `gptq quantize` of the demo model; a second one, in a process of its own, is
-`gptq_cli.quantize` of the same. A file is entered when a function of it runs. Frames are functions
-of the package on the stack, without comprehensions. Lines of code are those that are not blank, a
-comment or part of a docstring. The complexity of a function is 1, plus 1 for each branch, loop,
-case, part of a `try`, `for` and `if` of a comprehension, conditional expression, `and` and `or`.
+The run is `gptq quantize` of the demo model; a second one after it is `gptq_cli.quantize` of the
+same. A file is entered when a function of it runs. Frames are functions of the package on the
+stack, without comprehensions. Lines of code are those that are not blank, a comment or part of a
+docstring. The complexity of a function is 1, plus 1 for each branch, loop, case, part of a `try`,
+`for` and `if` of a comprehension, conditional expression, `and` and `or`.
 With `--check` the exit code is 1 if a count is over its limit; with `--static` nothing is run.
 """
 
@@ -23,7 +23,7 @@ import tempfile
 import threading
 import tokenize
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -199,9 +199,11 @@ class Trace:
         self._prefix = str(PACKAGE) + "/"
 
     def __call__(self, frame: FrameType, event: str, _argument: object) -> None:
-        if event != "call" or not self._is_function(frame):
-            return
         code = frame.f_code
+        if event != "call" or not code.co_filename.startswith(self._prefix):
+            return  # most calls are of other packages
+        if not self._is_function(frame):
+            return
         file = code.co_filename.removeprefix(self._prefix)
         self.functions[file, code.co_firstlineno] = code.co_name
         if code.co_name == "open_checkpoint" and frame.f_locals["directory"] != MODEL:
@@ -232,56 +234,60 @@ class Trace:
         return stack[::-1]
 
 
-def trace_in_process(way: str, output: Path) -> None:
-    """Quantize the demo model by the command or from Python, traced; print the notes as JSON."""
+def trace_in_process(folder: Path) -> None:
+    """Quantize the demo model by the command, then from Python; print the notes as JSON."""
     sys.path.insert(0, str(ROOT))
+    notes = {}
+    with redirect_stdout(io.StringIO()):
+        # The command is first: what a run keeps for the next one would hide files from it.
+        notes["command"] = notes_of(quantize_by_command, folder / "command")
+        notes["python"] = notes_of(quantize_from_python, folder / "python")
+    print(json.dumps(notes))
+
+
+def notes_of(run: Callable[[Path], int], output: Path) -> dict[str, Any]:
+    """Return what a trace of `run` tells, which quantizes into `output` and counts its layers."""
     trace = Trace()
-    threading.setprofile(trace)
-    result = io.StringIO()
-    with redirect_stdout(result):
-        run = quantize_by_command if way == "command" else quantize_from_python
-        layers = run(output, trace)
-    notes = {
+    threading.settrace(trace)
+    sys.settrace(trace)
+    try:
+        layers = run(output)
+    finally:
+        sys.settrace(None)
+        threading.settrace(None)  # type: ignore[arg-type]
+    return {
         "files": sorted({file for file, _ in trace.functions}),
         "functions": len(trace.functions),
         "calls": trace.calls,
         "stack": trace.deepest,
         "layers": layers,
     }
-    print(json.dumps(notes))
 
 
-def quantize_by_command(output: Path, trace: Trace) -> int:
+def quantize_by_command(output: Path) -> int:
     from gptq_cli.__main__ import main
 
     text = str(DEMO / "calibration.txt")
     sys.argv = ["gptq", "quantize", str(MODEL), "-o", str(output), "--dataset", text, *RUN]
-    sys.setprofile(trace)
     try:
         main()
     except SystemExit as end:
         if end.code:
             raise
-    finally:
-        sys.setprofile(None)
     return len(json.loads((output / "gptq_manifest.json").read_text(encoding="utf-8"))["layers"])
 
 
-def quantize_from_python(output: Path, trace: Trace) -> int:
+def quantize_from_python(output: Path) -> int:
     from gptq_cli import QuantizeConfig, quantize
 
     text = str(DEMO / "calibration.txt")
     config = QuantizeConfig(bits=4, nsamples=8, seqlen=128, device="cpu", dataset=text)
-    sys.setprofile(trace)
-    try:
-        return len(quantize(MODEL, config, output).layers)
-    finally:
-        sys.setprofile(None)
+    return len(quantize(MODEL, config, output).layers)
 
 
-def traced(way: str, folder: Path) -> dict[str, Any]:
-    """The notes of one run, which gets a process of its own."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--trace", way, str(folder / way)]
+def traced(folder: Path) -> dict[str, Any]:
+    """Return the notes of both runs by "command" and "python"; they get a process of their own."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--trace", str(folder)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     notes: dict[str, Any] = json.loads(done.stdout)
     return notes
@@ -319,10 +325,10 @@ def print_packages(found: dict[str, Counts]) -> None:
         )
 
 
-def source_figures() -> dict[str, float]:
-    """The counts of the sources that have a limit."""
+def source_figures(found: dict[str, Counts]) -> dict[str, float]:
+    """Return the counts of the sources that have a limit, from those of each package."""
     whole = Counts()
-    for counts in packages().values():
+    for counts in found.values():
         whole.add(counts)
     return {
         "comprehensions per 1,000 lines": whole.per_thousand(whole.comprehensions),
@@ -337,7 +343,8 @@ def source_figures() -> dict[str, float]:
 def run_figures() -> tuple[dict[str, float], dict[str, Any]]:
     """The counts of a traced run that have a limit, and the notes behind them."""
     with tempfile.TemporaryDirectory() as folder:
-        command, python = traced("command", Path(folder)), traced("python", Path(folder))
+        runs = traced(Path(folder))
+    command, python = runs["command"], runs["python"]
     for name in COUNTED:
         if not command["calls"].get(name):
             raise SystemExit(f"{name} is never called: has it another name now?")
@@ -363,19 +370,19 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="exit with 1 if over a limit")
     parser.add_argument("--static", action="store_true", help="count the sources, run nothing")
     parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--trace", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--trace", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.trace:
-        trace_in_process(arguments.trace[0], Path(arguments.trace[1]))
+        trace_in_process(arguments.trace)
         return
-    figures, notes = source_figures(), {}
+    found = packages()
+    figures, notes = source_figures(found), {}
     if not arguments.static:
         of_a_run, notes = run_figures()
         figures |= of_a_run
         print(f"{notes['functions']} functions ran; {notes['parameters']} has the most parameters")
         print("frames: " + ", ".join(notes["frames"]))
         print("from quantize(): " + ", ".join(notes["calls"]) + "\n")
-    found = packages()
     found["tests"] = folder_counts(ROOT / "tests")
     found["scripts"] = folder_counts(ROOT / "scripts")
     print_packages(found)
