@@ -1,34 +1,47 @@
 """The functions of the package, for the command line and for Python callers.
 
-They refuse what they can before torch is imported.
+They refuse what they can before torch is imported. A configuration is a `QuantizeConfig`, or a dict
+such as Optimum writes, or nothing but settings: `quantize(model, bits=4)`. The result of each
+function has a method `to_json`, which returns what the command prints with --json. Every expected
+failure raises a GptqError: ConfigError, InputError, GateError, ResourceError, ExistsError or
+PausedError, with `code`, `hint` and the `exit_code` of the command. `on_event` is called in the
+thread of the call with each of `gptq_cli.events` when it happens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, overload
 
-from gptq_cli.config.fields import seconds
-from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.evaluation.request import EvalRequest, GenerateRequest
-from gptq_cli.events import Report, ignore
+from gptq_cli.errors import ConfigError, one_of, shown
+from gptq_cli.events import Noted, Report, Warned, ignore
 from gptq_cli.files import file_errors
-from gptq_cli.planning.checks import RunOptions, prepare_run
-from gptq_cli.planning.run_plan import default_name
-from gptq_cli.publish.report import check_report, write_page
-from gptq_cli.storage.manifest import REPORT_PAGE, write_report_data
 
 if TYPE_CHECKING:
+    from gptq_cli.allocation.result import AllocateResult
+    from gptq_cli.checkpoint.verify import Verification
+    from gptq_cli.config.resolve import Resolved
+    from gptq_cli.config.schema import QuantizeConfig
+    from gptq_cli.evaluation.comparison import CompareResult
     from gptq_cli.evaluation.generate import GenerateResult
     from gptq_cli.evaluation.perplexity import EvalResult
+    from gptq_cli.evaluation.request import EvalRequest, GenerateRequest
+    from gptq_cli.inspection.layer_statistics import LayerView
+    from gptq_cli.inspection.rewriting import Rewritten
+    from gptq_cli.inspection.summary import Inspection
+    from gptq_cli.preview import PlanResult
+    from gptq_cli.publish.push import PushResult
     from gptq_cli.quantization.run import QuantizeResult
+
+    Config = QuantizeConfig | Mapping[str, Any]
 
 
 @file_errors()
 def quantize(
     model: str | Path,
-    config: QuantizeConfig,
+    config: Config | None = None,
     output: str | Path | None = None,
     *,
     revision: str | None = None,
@@ -39,27 +52,28 @@ def quantize(
     report: bool = False,
     command: str = "gptq_cli.quantize",
     on_event: Report = ignore,
+    **settings: Any,
 ) -> QuantizeResult:
     """Quantize `model` (a directory or a Hub id) into the directory `output`.
 
-    The output appears complete or not at all. The arguments are the options of `gptq quantize`:
-    `output` defaults to NAME-GPTQ-Int4-g128 in the current directory, `resume` is "auto",
-    "require" or "never", and `max_runtime` is a time such as "3h30m", after which PausedError is
-    raised; the same call then resumes the run. The output gets a gptq_report.json about the run and
-    its `command`, and with `report` an HTML page that shows it. `on_event` is called in this thread
-    with each of `gptq_cli.events` when it happens; if it raises, the run ends, but finished blocks
-    are kept.
+    The output appears complete or not at all. `config` is a QuantizeConfig, or a dict of settings
+    such as Optimum writes, over which `settings` take precedence. The other arguments are the
+    options of `gptq quantize`: `output` defaults to NAME-GPTQ-Int4-g128 in the current directory,
+    `resume` is "auto", "require" or "never", and `max_runtime` is a time such as "3h30m", after
+    which PausedError is raised; the same call then resumes the run. The output gets a
+    gptq_report.json about the run and its `command`, and with `report` an HTML page that shows it.
+    `on_event` is called in this thread with each of `gptq_cli.events` when it happens; if it
+    raises, the run ends, but finished blocks are kept.
 
     Every expected failure raises a GptqError: ConfigError, InputError, GateError, ResourceError,
     ExistsError or PausedError, with `code`, `hint` and the `exit_code` of the command.
 
-    >>> from gptq_cli import QuantizeConfig, events, quantize
+    >>> from gptq_cli import events, quantize
     >>> def show(event):
     ...     if isinstance(event, events.BlockFinished):
     ...         print(f"block {event.index + 1} of {event.n_blocks}: {event.name}")
-    >>> text = "calibration.txt"
-    >>> config = QuantizeConfig(bits=4, group_size=32, dataset=text, nsamples=8, seqlen=64)
-    >>> result = quantize("Qwen3-0.6B", config, on_event=show)
+    >>> text = {"dataset": "calibration.txt", "nsamples": 8, "seqlen": 64}
+    >>> result = quantize("Qwen3-0.6B", text, bits=4, group_size=32, on_event=show)
     block 1 of 2: model.layers.0
     block 2 of 2: model.layers.1
     >>> result.output
@@ -67,19 +81,26 @@ def quantize(
     >>> all(layer.relative_error < layer.rtn_relative_error for layer in result.layers)
     True
     """
+    from gptq_cli.config.fields import seconds
+    from gptq_cli.planning.checks import RunOptions, prepare_run
+    from gptq_cli.planning.run_plan import default_name
+    from gptq_cli.publish.report import check_report, write_page
+    from gptq_cli.storage.manifest import REPORT_PAGE, write_report_data
+
+    resolved = _configured(config, settings, on_event)
     if report:
         check_report()
     options = RunOptions(revision, overwrite, resume, seconds(max_runtime), allow_network_fs)
-    output = Path(output or default_name(str(model), config))
-    if config.allocates:
+    goal = resolved.config
+    output = Path(output or default_name(str(model), goal))
+    if goal.allocates:
         from gptq_cli.allocation.goals import starting_config
         from gptq_cli.allocation.run import allocate_run
 
-        start = starting_config(config)
-        prepared = prepare_run(str(model), output, start, options)
-        prepared, _, _ = allocate_run(prepared, config, on_event)
+        prepared = prepare_run(str(model), output, starting_config(goal), options)
+        prepared, _, _ = allocate_run(prepared, goal, on_event)
     else:
-        prepared = prepare_run(str(model), output, config, options)
+        prepared = prepare_run(str(model), output, goal, options)
     from gptq_cli.quantization.run import carry_out
 
     result = carry_out(prepared, on_event)
@@ -90,26 +111,319 @@ def quantize(
 
 
 @file_errors()
+def plan(
+    model: str | Path,
+    config: Config | None = None,
+    output: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    devices: int = 1,
+    time: bool = False,
+    on_event: Report = ignore,
+    **settings: Any,
+) -> PlanResult:
+    """Return what `quantize` with the same arguments would write and need, without doing it.
+
+    Only headers are read; for a Hub id nothing else is downloaded. Sizes are exact, in bytes; the
+    memory of each of `devices` processes is an estimate. With `time`, this device is measured for
+    a few seconds, and `seconds` of the result estimates a run. Notes and warnings are events.
+
+    Raises what `quantize` raises before its work.
+
+    >>> from gptq_cli import plan
+    >>> planned = plan("Qwen3-0.6B", bits=4, group_size=32, dataset="calibration.txt", seqlen=64)
+    >>> planned.plan.n_blocks, len(planned.plan.quantized)
+    (2, 14)
+    >>> planned.bytes_after < planned.bytes_before
+    True
+    >>> [verdict.outcome for verdict in planned.engines if verdict.engine == "vllm"]
+    ['yes']
+    """
+    from gptq_cli.preview import preview_run
+
+    return preview_run(
+        str(model),
+        _configured(config, settings, on_event).config,
+        _path_or_none(output),
+        revision=revision,
+        devices=devices,
+        with_time=time,
+        report=on_event,
+    )
+
+
+@file_errors()
+def allocate(
+    model: str | Path,
+    config: Config | None = None,
+    output: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    overwrite: bool = False,
+    resume: str = "auto",
+    max_runtime: str | None = None,
+    on_event: Report = ignore,
+    **settings: Any,
+) -> AllocateResult:
+    """Measure which layers of `model` need bits, and choose a width for each.
+
+    The goal is `bits` as an average, `target_size` or `target_kl`; without one, nothing is chosen,
+    and the result has the frontier alone. `output` is a YAML file that gets the choice as rules,
+    and beside it the measurement, with which a later call with another goal measures nothing.
+    A QuantizeConfig always has `bits`, so it always has a goal.
+
+    Raises what `quantize` raises before its work, and ConfigError E_ALLOC_GOAL if no choice of
+    widths meets the goal.
+
+    >>> from gptq_cli import allocate, quantize
+    >>> text = {"dataset": "calibration.txt", "nsamples": 4, "seqlen": 64, "group_size": 32}
+    >>> found = allocate("Qwen3-0.6B", text, bits=3.5)
+    >>> found.chosen.allocation.bits <= 3.5
+    True
+    >>> found.widths["model.layers.0.self_attn.o_proj"] in (2, 3, 4, 8)
+    True
+    >>> quantize("Qwen3-0.6B", found.config, "mixed").output
+    PosixPath('mixed')
+    """
+    from gptq_cli.allocation.goals import starting_config
+    from gptq_cli.config.fields import seconds
+    from gptq_cli.config.layer import BITS
+    from gptq_cli.planning.checks import RunOptions, prepare_run
+
+    resolved = _configured(config, settings, on_event, bits=BITS[-1])
+
+    options = RunOptions(revision, overwrite, resume, seconds(max_runtime))
+    start = starting_config(resolved.config)
+    prepared = prepare_run(str(model), Path(model), start, options, writes=False)
+    from gptq_cli.allocation.result import allocated_result, check_configuration
+    from gptq_cli.allocation.run import measure_model
+
+    place, file, goal = None, _path_or_none(output), None
+    if resolved.has_goal:
+        goal = resolved.config
+    if file is not None:
+        place = check_configuration(file, overwrite=overwrite, has_goal=resolved.has_goal)
+    measured = measure_model(prepared, resolved.config, on_event, place=place)
+    return allocated_result(measured, goal, file)
+
+
+@overload
+def inspect(
+    model: str | Path,
+    *,
+    layer: None = None,
+    revision: str | None = None,
+    on_event: Report = ignore,
+) -> Inspection: ...
+@overload
+def inspect(
+    model: str | Path,
+    *,
+    layer: str,
+    revision: str | None = None,
+    on_event: Report = ignore,
+) -> LayerView: ...
+@file_errors()
+def inspect(
+    model: str | Path,
+    *,
+    layer: str | None = None,
+    revision: str | None = None,
+    on_event: Report = ignore,
+) -> Inspection | LayerView:
+    """Return what a checkpoint holds, or the numbers of one `layer`.
+
+    The checkpoint may be quantized or not, by gptq or another tool. For a Hub id only the headers
+    are downloaded. `layer` is a name or the end of one; its checkpoint must be on this machine or
+    is downloaded.
+
+    Raises InputError if there is no such checkpoint or it cannot be read, ConfigError E_LAYER if
+    there is not exactly one such layer.
+
+    >>> from gptq_cli import inspect
+    >>> found = inspect("Qwen3-0.6B-GPTQ-Int4-g128")
+    >>> found.format, len(found.modules), found.defects
+    ('gptq', 14, ())
+    >>> round(found.bits_per_weight, 2)
+    4.45
+    >>> view = inspect("Qwen3-0.6B-GPTQ-Int4-g128", layer="0.mlp.up_proj")
+    >>> view.shape, view.packed.bits
+    ((128, 128), 4)
+    """
+    if layer is not None:
+        from gptq_cli.checkpoint.locate import locate_model
+        from gptq_cli.checkpoint.verify import open_decodable
+
+        directory = locate_model(str(model), revision).directory
+        checkpoint = open_decodable(directory)
+        from gptq_cli.inspection.layer_statistics import view_layer
+
+        return view_layer(checkpoint, layer)
+    from gptq_cli.checkpoint.locate import peek_model
+    from gptq_cli.inspection.summary import inspect_checkpoint
+
+    source, checkpoint = peek_model(str(model), revision)
+    for code, remark in checkpoint.remarks:
+        on_event(Warned(code, remark))
+    found = inspect_checkpoint(checkpoint)
+    return dataclasses.replace(found, model=source.name, commit=source.commit)
+
+
+@file_errors()
+def compare(
+    a: str | Path,
+    b: str | Path,
+    text: str | None = None,
+    *,
+    max_windows: int | None = None,
+    on_event: Report = ignore,
+    **settings: Any,
+) -> CompareResult:
+    """Return the distance of checkpoint `a` from the reference `b`, quantized or not.
+
+    The weight error of a tensor is |A-B|^2 / |B|^2. With `text`, which is a dataset, a file or a
+    folder, both models run, and the result has KL and top-1 agreement, also for each window.
+    `settings` are seqlen, device, dtype and the other fields of `EvalRequest`.
+
+    Raises InputError E_COMPARE for checkpoints that have nothing in common, ConfigError
+    E_CFG_CONFLICT for settings without a text.
+
+    >>> from gptq_cli import compare
+    >>> found = compare("Qwen3-0.6B-GPTQ-Int4-g128", "Qwen3-0.6B", "heldout.txt", seqlen=64)
+    >>> len(found.weights.different)
+    14
+    >>> 0 < found.weights.mean_error < 0.02
+    True
+    >>> len(found.predictions.per_window) == found.predictions.windows
+    True
+    """
+    from gptq_cli.evaluation.request import EvalRequest
+
+    request = None
+    if text is not None:
+        request = EvalRequest(dataset=text, baseline=str(b), max_windows=max_windows, **settings)
+    else:
+        _refuse_alone({**settings, "max_windows": max_windows})
+    from gptq_cli.evaluation.comparison import compare_models
+
+    return compare_models(str(a), str(b), request, on_event)
+
+
+@file_errors()
+def verify(directory: str | Path, *, full: bool = False) -> Verification:
+    """Return whether a GPTQ checkpoint is complete and means the same to every engine.
+
+    The checkpoint may come from gptq or another tool. `defects` of the result lists what is wrong;
+    nothing is raised for it. With `full` every byte is read.
+
+    Raises InputError E_MODEL_NOT_FOUND if there is no such directory.
+
+    >>> from gptq_cli import verify
+    >>> found = verify("Qwen3-0.6B-GPTQ-Int4-g128", full=True)
+    >>> found.ok, found.modules, found.bits
+    (True, 14, (4,))
+    """
+    from gptq_cli.checkpoint.locate import local_model
+    from gptq_cli.checkpoint.verify import verify_checkpoint
+
+    return verify_checkpoint(local_model(Path(directory)), full=full)
+
+
+@file_errors()
+def convert(
+    model: str | Path,
+    to: str,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    on_event: Report = ignore,
+) -> Rewritten:
+    """Write a quantized checkpoint in the format `to`, without a loss.
+
+    Codes and scales stay as they are, so the decoded weights keep every bit.
+
+    Raises ConfigError E_CFG_FORMAT if `to` cannot store a layer, E_CFG_NOTHING_TO_DO if nothing
+    would change; InputError if the checkpoint cannot be decoded; ExistsError for an output that
+    exists.
+
+    >>> from gptq_cli import convert, inspect
+    >>> convert("Qwen3-0.6B-GPTQ-Int4-g128", "compressed-tensors", "converted").layers
+    14
+    >>> inspect("converted").format
+    'compressed-tensors'
+    """
+    from gptq_cli.config.layer import FORMATS
+
+    if to not in FORMATS:
+        raise ConfigError("E_CFG_RANGE", f"--to must be {one_of(FORMATS)}, got {shown(to)}")
+    from gptq_cli.inspection.convert import convert_checkpoint
+
+    return convert_checkpoint(str(model), Path(output), to, overwrite=overwrite, report=on_event)
+
+
+@file_errors()
+def dequantize(
+    model: str | Path,
+    output: str | Path,
+    dtype: str = "auto",
+    *,
+    overwrite: bool = False,
+    on_event: Report = ignore,
+) -> Rewritten:
+    """Write a quantized checkpoint as plain weights, those with which its model computes.
+
+    `dtype` is "auto", "bfloat16", "float16" or "float32"; auto stands for the dtype in
+    config.json, with all other tensors copied unchanged.
+
+    Raises InputError if the checkpoint cannot be decoded or a weight does not fit the dtype;
+    ExistsError for an output that exists.
+
+    >>> from gptq_cli import compare, dequantize
+    >>> dequantize("Qwen3-0.6B-GPTQ-Int4-g128", "plain", "float32").layers
+    14
+    >>> compare("plain", "Qwen3-0.6B-GPTQ-Int4-g128").weights.different
+    ()
+    """
+    from gptq_cli.config.resolve import check_flags
+
+    check_flags({"dtype": dtype})
+    from gptq_cli.inspection.dequantize import dequantize_checkpoint
+
+    return dequantize_checkpoint(
+        str(model), Path(output), dtype, overwrite=overwrite, report=on_event
+    )
+
+
+@file_errors()
 def evaluate_perplexity(
-    model: str | Path, request: EvalRequest | None = None, *, on_event: Report = ignore
+    model: str | Path,
+    request: EvalRequest | None = None,
+    *,
+    on_event: Report = ignore,
+    **fields: Any,
 ) -> EvalResult:
     """Return the perplexity of `model`, a directory or a Hub id, quantized or not.
 
-    The result also holds the protocol. If `request` has a `baseline`, it holds the baseline's
-    perplexity, the KL divergence from it in nats per token, and the share of tokens with the same
-    first choice. `on_event` is called, and GptqError is raised, as in `quantize`.
+    `fields` are those of an EvalRequest, and change those of `request`. The result also holds the
+    protocol. With a `baseline`, it holds the baseline's perplexity, the KL divergence from it in
+    nats per token, and the share of tokens with the same first choice. `on_event` is called, and
+    GptqError is raised, as in `quantize`.
 
-    >>> from gptq_cli import EvalRequest, evaluate_perplexity
-    >>> request = EvalRequest(dataset="heldout.txt", seqlen=64, baseline="Qwen3-0.6B")
-    >>> measured = evaluate_perplexity("Qwen3-0.6B-GPTQ-Int4-g128", request)
+    >>> from gptq_cli import evaluate_perplexity
+    >>> measured = evaluate_perplexity(
+    ...     "Qwen3-0.6B-GPTQ-Int4-g128", dataset="heldout.txt", seqlen=64, baseline="Qwen3-0.6B"
+    ... )
     >>> 0 < measured.kl < 0.1
     True
     >>> abs(measured.perplexity / measured.baseline_perplexity - 1) < 0.1
     True
     """
+    from gptq_cli.evaluation.request import EvalRequest
+
+    request = dataclasses.replace(request or EvalRequest(), **fields)
     from gptq_cli.evaluation.perplexity import evaluate_perplexity as evaluate
 
-    return evaluate(str(model), request or EvalRequest(), on_event)
+    return evaluate(str(model), request, on_event)
 
 
 @file_errors()
@@ -119,23 +433,102 @@ def generate(
     *,
     on_text: Callable[[str], object] | None = None,
     on_event: Report = ignore,
+    **fields: Any,
 ) -> GenerateResult:
     """Return the text that `model`, a directory or a Hub id, quantized or not, writes.
 
-    `request` is a prompt, or a GenerateRequest. `on_text` is called with each piece of the text as
-    soon as it is written. `on_event` is called, and GptqError is raised, as in `quantize`.
+    `request` is a prompt, or a GenerateRequest; `fields` change fields of it. `on_text` is called
+    with each piece of the text as soon as it is written. `on_event` is called, and GptqError is
+    raised, as in `quantize`.
 
-    >>> from gptq_cli import GenerateRequest, generate
-    >>> request = GenerateRequest("the quick brown", max_new_tokens=5)
-    >>> result = generate("Qwen3-0.6B-GPTQ-Int4-g128", request)
+    >>> from gptq_cli import generate
+    >>> result = generate("Qwen3-0.6B-GPTQ-Int4-g128", "the quick brown", max_new_tokens=5)
     >>> result.tokens, result.chat
     (5, True)
     """
-    from gptq_cli.evaluation.generate import generate_text
+    from gptq_cli.evaluation.request import GenerateRequest
 
     if isinstance(request, str):
         request = GenerateRequest(request)
+    request = dataclasses.replace(request, **fields)
+    from gptq_cli.evaluation.generate import generate_text
+
     return generate_text(str(model), request, on_text or _discard, on_event)
+
+
+@file_errors()
+def push(
+    directory: str | Path,
+    repo: str,
+    *,
+    base_model: str | None = None,
+    evaluation: str | Path | None = None,
+    card: str | Path | None = None,
+    public: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    on_event: Report = ignore,
+) -> PushResult:
+    """Upload a checkpoint with a model card to `repo` (NAMESPACE/NAME) on the Hub, in one commit.
+
+    The checkpoint is verified first. `base_model` is the Hub id of the original model, if the
+    checkpoint does not name it; `evaluation` a file with the result of an evaluation as JSON;
+    `card` a file that replaces the generated card. With `dry_run` nothing is sent.
+
+    Raises ConfigError for names that the Hub would refuse, GateError E_VERIFY for a checkpoint with
+    defects, InputError E_HUB_* if the Hub refuses or cannot be reached.
+
+    >>> from gptq_cli import push
+    >>> found = push("Qwen3-0.6B-GPTQ-Int4-g128", "me/small", base_model="a/b", dry_run=True)
+    >>> found.published, "model.safetensors" in found.files
+    (None, True)
+    >>> print(found.card.splitlines()[1])
+    base_model: a/b
+    """
+    from gptq_cli.publish.push import prepare_push, push_upload
+
+    upload = prepare_push(
+        Path(directory),
+        repo,
+        base_model=base_model,
+        evaluation=_path_or_none(evaluation),
+        card=_path_or_none(card),
+        report=on_event,
+    )
+    if dry_run:
+        return upload.result(public=public)
+    return push_upload(upload, public=public, overwrite=overwrite, progress=False, report=on_event)
+
+
+def _configured(
+    config: Config | None,
+    settings: Mapping[str, Any],
+    report: Report,
+    *,
+    bits: int | None = None,
+) -> Resolved:
+    """Return the configuration of a call, and report the notes about it."""
+    from gptq_cli.config.resolve import resolve_arguments
+
+    resolved = resolve_arguments(config, settings, bits=bits)
+    for note in resolved.notes:
+        report(Noted(note))
+    return resolved
+
+
+def _refuse_alone(options: Mapping[str, Any]) -> None:
+    """Raise ConfigError E_CFG_CONFLICT for an option that needs a text to compare on."""
+    for option, value in options.items():
+        if value is not None:
+            name = option.replace("_", "-")
+            hint = f"add --text, or omit --{name}"
+            raise ConfigError("E_CFG_CONFLICT", f"--{name} needs --text", hint=hint)
+
+
+def _path_or_none(path: str | Path | None) -> Path | None:
+    if path is None:
+        return None
+    return Path(path)
 
 
 def _discard(text: str) -> None:

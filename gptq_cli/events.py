@@ -138,6 +138,13 @@ class Warned:
 
 
 @dataclass(frozen=True, slots=True)
+class Noted:
+    """A note: a choice that was made for the user, or something that will have no effect."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Resumed:
     """The run resumes: the first `index` of `n_blocks` blocks are read from `directory`.
 
@@ -179,6 +186,7 @@ Event = (
     | ExpertsCovered
     | BlockFinished
     | Warned
+    | Noted
     | Resumed
     | WorkKept
     | EngineSaid

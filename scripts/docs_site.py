@@ -22,7 +22,7 @@ import typer
 from latex2mathml.converter import convert
 
 import gptq_cli
-from gptq_cli import errors, events
+from gptq_cli import api, errors, events
 from gptq_cli.cli.app import COMMANDS, app, load_command
 from gptq_cli.cli.explain import explanations
 from gptq_cli.cli.schema import config_schema
@@ -300,8 +300,13 @@ def python_api() -> str:
         "# Python",
         "",
         "Import these names from `gptq_cli`. The import loads neither torch nor transformers.",
+        "",
+        *_docstring(inspect.getdoc(api) or ""),
     ]
-    functions = ["quantize", "evaluate_perplexity"]
+    functions = []
+    for name, thing in vars(api).items():  # in the order of the file
+        if name in gptq_cli.__all__ and inspect.isfunction(thing):
+            functions.append(name)
     others = set(gptq_cli.__all__) - {*functions, "events"}
     for name in [*functions, *sorted(others)]:
         lines += _object(name, getattr(gptq_cli, name), 2)
@@ -309,8 +314,8 @@ def python_api() -> str:
         "",
         "## events",
         "",
-        "`quantize` calls `on_event` with these objects, one after the other, in the thread of the",
-        "run.",
+        "Functions call `on_event` with these objects, one after the other, in the thread of the",
+        "call.",
     ]
     for name, kind in vars(events).items():
         if dataclasses.is_dataclass(kind):
@@ -340,11 +345,18 @@ def _signature(name: str, function: Any) -> list[str]:
     for parameter in signature.parameters.values():
         if parameter.kind is parameter.KEYWORD_ONLY and "    *," not in lines:
             lines.append("    *,")
-        words = f"    {parameter.name}: {parameter.annotation}"
+        words = f"    {_stars(parameter)}{parameter.name}: {parameter.annotation}"
         if parameter.default is not parameter.empty:
             words += f" = {_default(parameter.default)}"
         lines.append(f"{words},")
     return [*lines, f") -> {signature.return_annotation}", "```", ""]
+
+
+def _stars(parameter: inspect.Parameter) -> str:
+    """Return the stars before a parameter that takes all other keywords."""
+    if parameter.kind is parameter.VAR_KEYWORD:
+        return "**"
+    return ""
 
 
 def _default(value: object) -> str:

@@ -19,10 +19,15 @@ from gptq_cli import (
     GenerateRequest,
     GptqError,
     QuantizeConfig,
+    allocate,
+    compare,
+    convert,
+    dequantize,
     evaluate_perplexity,
     events,
     generate,
     load_config,
+    plan,
     quantize,
 )
 from gptq_cli.cli.app import load_command
@@ -74,15 +79,9 @@ def test_examples_of_docstrings_give_the_output_shown(example: doctest.DocTest) 
 
 def test_public_functions_have_examples() -> None:
     named = {example.name for example in examples()}
-    assert {
-        "quantize",
-        "evaluate_perplexity",
-        "generate",
-        "load_config",
-        "QuantizeConfig",
-        "EvalRequest",
-        "GenerateRequest",
-    } <= named
+    functions = {name for name in gptq_cli.__all__ if inspect.isfunction(getattr(gptq_cli, name))}
+    assert functions | {"QuantizeConfig", "EvalRequest", "GenerateRequest"} == named
+    assert len(functions) == 12
 
 
 @pytest.mark.parametrize(
@@ -109,25 +108,139 @@ def test_package_has_exactly_its_public_names() -> None:
     assert (Path(gptq_cli.__file__).parent / "py.typed").is_file()
 
 
-EVERYWHERE = {"verbose", "log_file"}
+EVERYWHERE = {"verbose", "log_file", "as_json", "quiet"}
+ONLY_IN_PYTHON = {"on_event", "settings"}
+ONLY_IN_A_SHELL = {"config", "devices", "help_all"} | set(QuantizeConfig.model_fields) | EVERYWHERE
 
 
 def test_arguments_have_the_names_of_the_options() -> None:
-    ours = set(inspect.signature(quantize).parameters) - {"on_event", "command"}
-    assert ours - {"config"} <= option_names("quantize")
+    assert arguments("quantize") - {"command"} <= option_names("quantize")
     asked = {field.name for field in dataclasses.fields(EvalRequest)}
     assert asked <= option_names("eval-ppl")
     assert (
         option_names("eval-ppl") - asked
-        == {"model", "max_increase", "max_kl", "min_top1", "max_ppl", "as_json", "quiet"}
-        | EVERYWHERE
+        == {"model", "max_increase", "max_kl", "min_top1", "max_ppl"} | EVERYWHERE
     )
     asked = {field.name for field in dataclasses.fields(GenerateRequest)}
-    assert option_names("generate") == asked | {"model", "as_json", "quiet"} | EVERYWHERE
+    assert option_names("generate") == asked | {"model"} | EVERYWHERE
+
+
+@pytest.mark.parametrize(
+    "command", ["plan", "allocate", "inspect", "compare", "verify", "convert", "dequantize", "push"]
+)
+def test_a_function_has_the_arguments_of_its_command(command: str) -> None:
+    assert arguments(command) - {"config"} >= option_names(command) - ONLY_IN_A_SHELL
+    assert arguments(command) <= option_names(command)
+
+
+def arguments(function: str) -> set[str]:
+    return set(inspect.signature(getattr(gptq_cli, function)).parameters) - ONLY_IN_PYTHON
 
 
 def option_names(command: str) -> set[str]:
     return {str(parameter.name) for parameter in load_command(command).params}
+
+
+CALLS = {
+    "plan": ["Qwen3-0.6B", "--bits=4", "--dataset=calibration.txt", "--seqlen=64"],
+    "inspect": [QUANTIZED],
+    "compare": [QUANTIZED, "Qwen3-0.6B"],
+    "verify": [QUANTIZED],
+}
+
+
+@pytest.mark.parametrize("command", CALLS)
+@pytest.mark.usefixtures("workspace")
+def test_results_are_those_that_the_command_prints_as_json(
+    command: str,
+    gptq: Run,  # noqa: F811
+) -> None:
+    words = [word for word in CALLS[command] if not word.startswith("-")]
+    settings = {}
+    if command == "plan":
+        settings = {"bits": 4, "dataset": "calibration.txt", "seqlen": 64}
+    found = getattr(gptq_cli, command)(*words, **settings).to_json()
+    printed = json.loads(gptq(command, *CALLS[command], "--json").stdout)
+    for values in (found, printed):
+        values.pop("seconds", None)
+        values.pop("disk", None)
+    assert {"schema": 1, "status": "ok", **found} == printed
+
+
+OF_OPTIMUM = {"bits": 3, "desc_act": False, "quant_method": "gptq", "pad_token_id": 7}
+
+
+@pytest.mark.usefixtures("workspace")
+def test_a_dict_is_a_configuration_that_settings_change() -> None:
+    seen: list[events.Event] = []
+    planned = plan(MODEL, {**SETTINGS, **OF_OPTIMUM}, bits=4, group_size=32, on_event=seen.append)
+    assert {(layer.config.bits, layer.config.group_size) for layer in planned.plan.quantized} == {
+        (4, 32)
+    }
+    notes = [event.text for event in seen if isinstance(event, events.Noted)]
+    assert notes[0].startswith("pad_token_id has no effect")
+    of_three = plan(MODEL, {**SETTINGS, **OF_OPTIMUM})
+    assert {layer.config.bits for layer in of_three.plan.quantized} == {3}
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "code", "message", "hint"),
+    [
+        (
+            QuantizeConfig(bits=4),
+            {"nsamples": 4},
+            "E_CFG_CONFLICT",
+            "config is complete, but nsamples is given beside it",
+            "give all settings in one of them; a dict as config can be overridden",
+        ),
+        (
+            "vllm-4bit",
+            {},
+            "E_CFG_TYPE",
+            'config must be a QuantizeConfig or a dict, got "vllm-4bit"',
+            "load a file or a recipe with load_config",
+        ),
+        (
+            None,
+            {"bit": 4, "bits": 4},
+            "E_CFG_UNKNOWN_KEY",
+            "bit is not a known key",
+            "did you mean bits?",
+        ),
+        (
+            {"checkpoint_format": "gptq_v3"},
+            {"bits": 4},
+            "E_CFG_RANGE",
+            "checkpoint_format must be",
+            None,
+        ),
+    ],
+)
+def test_a_wrong_configuration_is_refused_before_the_model_is_read(
+    config: object, settings: dict[str, object], code: str, message: str, hint: str | None
+) -> None:
+    for call in (quantize, plan, allocate):
+        with pytest.raises(GptqError) as refused:
+            call("nowhere", config, **settings)  # type: ignore[operator]
+        assert (refused.value.code, refused.value.exit_code) == (code, 2)
+        assert message in str(refused.value)
+        assert hint is None or refused.value.hint == hint
+
+
+@pytest.mark.usefixtures("workspace")
+def test_compare_and_formats_refuse_what_has_no_effect() -> None:
+    with pytest.raises(GptqError, match="--seqlen needs --text") as refused:
+        compare(QUANTIZED, MODEL, seqlen=64)
+    assert (refused.value.code, refused.value.hint) == (
+        "E_CFG_CONFLICT",
+        "add --text, or omit --seqlen",
+    )
+    with pytest.raises(GptqError, match="--to must be gptq, gptq_v2") as unknown:
+        convert(QUANTIZED, "awq", "out")
+    assert (unknown.value.code, unknown.value.exit_code) == ("E_CFG_RANGE", 2)
+    with pytest.raises(GptqError, match="--dtype must be auto") as dtype:
+        dequantize(QUANTIZED, "out", "int8")
+    assert (dtype.value.code, dtype.value.exit_code) == ("E_CFG_RANGE", 2)
 
 
 def test_python_and_the_command_line_write_the_same_bytes(

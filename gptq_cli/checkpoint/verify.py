@@ -33,6 +33,7 @@ from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from gptq_cli.config.layer import GPTQ_FORMATS
 from gptq_cli.errors import GateError, InputError, shell_word
 from gptq_cli.files import UNREADABLE, is_file
+from gptq_cli.json_values import to_json
 from gptq_cli.storage.manifest import (
     INDEX_NAME,
     MANIFEST,
@@ -65,7 +66,12 @@ class Verification:
 
     @property
     def ok(self) -> bool:
+        """True if there is no defect."""
         return not self.defects
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the result as plain JSON values."""
+        return to_json(self)
 
 
 @dataclass(frozen=True, slots=True)

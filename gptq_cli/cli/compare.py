@@ -11,7 +11,7 @@ from gptq_cli.cli import options as o
 from gptq_cli.cli.console import Console, aligned, indented_lines, joined
 from gptq_cli.cli.progress import Progress
 from gptq_cli.config.resolve import check_flags
-from gptq_cli.errors import ConfigError, clock
+from gptq_cli.errors import clock
 
 if TYPE_CHECKING:
     from gptq_cli.evaluation.perplexity import EvalResult
@@ -60,62 +60,21 @@ def compare(
 
     Example: gptq compare ./Qwen3-0.6B-GPTQ-Int4-g128 ./Qwen3-0.6B
     """
-    if text is None:
-        _check_alone(settings, max_windows)
     check_flags(settings)
     console = Console(as_json, quiet)
-    from gptq_cli.inspection.compare import compare_checkpoints
+    from gptq_cli.api import compare
 
-    weights = compare_checkpoints(a, b)
-    data = {"a": a, "b": b, **weights.to_json(), "predictions": None, "windows": None}
-    predictions = None
-    if text is not None:
-        predictions = _evaluate(console, a, b, text, settings, max_windows)
-        data["predictions"] = predictions.to_json()
-        data["windows"] = predictions.per_window
-    console.result(data, joined(_lines(weights, predictions)), f"{_mean_error(weights):.6g}")
-
-
-def _check_alone(settings: o.Settings, max_windows: int | None) -> None:
-    """Raise ConfigError E_CFG_CONFLICT for options that need --text."""
-    alone = list(settings)
-    if max_windows is not None:
-        alone.append("max_windows")
-    if alone:
-        name = alone[0].replace("_", "-")
-        hint = f"add --text, or omit --{name}"
-        raise ConfigError("E_CFG_CONFLICT", f"--{name} needs --text", hint=hint)
-
-
-def _evaluate(
-    console: Console,
-    model: str,
-    baseline: str,
-    text: str,
-    settings: o.Settings,
-    max_windows: int | None,
-) -> EvalResult:
-    from gptq_cli.api import evaluate_perplexity
-    from gptq_cli.evaluation.request import EvalRequest
-
-    request = EvalRequest(dataset=text, baseline=baseline, max_windows=max_windows, **settings)
     with Progress(console) as progress:
-        return evaluate_perplexity(model, request, on_event=progress)
-
-
-def _mean_error(found: Comparison) -> float:
-    """Return the mean weight error of the tensors that differ."""
-    errors = [tensor.relative_error for tensor in found.different]
-    if not errors:
-        return 0.0
-    return sum(errors) / len(errors)
+        found = compare(a, b, text, max_windows=max_windows, on_event=progress, **settings)
+    lines = _lines(found.weights, found.predictions)
+    console.result(found.to_json(), joined(lines), f"{found.weights.mean_error:.6g}")
 
 
 def _lines(found: Comparison, predictions: EvalResult | None) -> list[str]:
     n_different, n_tensors = len(found.different), len(found.tensors)
     first = f"{n_tensors - n_different} of {n_tensors} tensors are the same, {n_different} differ"
     if n_different:
-        lines = [f"{first}: mean weight error {_mean_error(found):.2e}", *_worst_lines(found)]
+        lines = [f"{first}: mean weight error {found.mean_error:.2e}", *_worst_lines(found)]
     else:
         lines = [first]
     lines += _missing_lines("A", found.only_a) + _missing_lines("B", found.only_b)

@@ -383,14 +383,6 @@ def aligned(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[
     return ["  ".join(line).rstrip() for line in zip(*columns, strict=True)]
 
 
-def row_data(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Return rows as plain JSON values, with `nbytes` under the name `bytes`."""
-    found: list[dict[str, Any]] = to_json(rows)
-    for row in found:
-        row["bytes"] = row.pop("nbytes")
-    return found
-
-
 def engine_lines(judged: Sequence[Verdict]) -> list[str]:
     """Return the engines without a remark in short lines, then one line for each remark."""
     lines: list[str] = []

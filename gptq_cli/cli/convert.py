@@ -12,8 +12,7 @@ from gptq_cli.cli.console import Console, on_one_line
 from gptq_cli.cli.progress import Progress
 from gptq_cli.config.fields import Panel
 from gptq_cli.config.layer import FORMATS
-from gptq_cli.config.resolve import check_flags
-from gptq_cli.errors import ConfigError, one_of, shown, size
+from gptq_cli.errors import size
 
 SHOWN = 5  # corrected defects in the human report
 
@@ -43,13 +42,11 @@ def convert(
 
     Example: gptq convert ./out --to compressed-tensors -o ./out-ct
     """
-    if to not in FORMATS:
-        raise ConfigError("E_CFG_RANGE", f"--to must be {one_of(FORMATS)}, got {shown(to)}")
     console = Console(as_json, quiet)
-    from gptq_cli.inspection.convert import convert_checkpoint
+    from gptq_cli.api import convert
 
     with Progress(console) as progress:
-        found = convert_checkpoint(model, output, to, overwrite=overwrite, report=progress)
+        found = convert(model, to, output, overwrite=overwrite, on_event=progress)
     done = f"{found.layers} layers are now in format {to}"
     if found.corrected:
         lines = [str(output), f"{done}, corrected:"]
@@ -90,11 +87,10 @@ def dequantize(
 
     Example: gptq dequantize ./out -o ./out-bf16 --dtype bfloat16
     """
-    check_flags({"dtype": dtype})
     console = Console(as_json, quiet)
-    from gptq_cli.inspection.dequantize import dequantize_checkpoint
+    from gptq_cli.api import dequantize
 
     with Progress(console) as progress:
-        found = dequantize_checkpoint(model, output, dtype, overwrite=overwrite, report=progress)
+        found = dequantize(model, output, dtype, overwrite=overwrite, on_event=progress)
     sizes = f"{size(found.bytes_before)} -> {size(found.bytes_after)}"
     console.result(found.to_json(), f"{output}\n{found.layers} layers dequantized, {sizes}", output)

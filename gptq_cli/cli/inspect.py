@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from gptq_cli.cli import options as o
 from gptq_cli.cli.console import (
@@ -16,17 +16,15 @@ from gptq_cli.cli.console import (
     indented_lines,
     joined,
     on_one_line,
-    row_data,
     row_lines,
 )
-from gptq_cli.config.serving import Verdict, engine_data, verdicts
+from gptq_cli.cli.progress import Progress
 from gptq_cli.errors import shown, size
-from gptq_cli.inspection.summary import Inspection, inspect_checkpoint
 
 if TYPE_CHECKING:
     from gptq_cli.checkpoint.defects import Defect
-    from gptq_cli.checkpoint.layout import PackedModule
     from gptq_cli.inspection.layer_statistics import Histogram, LayerView, PackedView
+    from gptq_cli.inspection.summary import Inspection
 
 MOST_BARS = 32  # in a histogram
 BAR = 40  # letters of the longest bar
@@ -51,58 +49,16 @@ def inspect(
     Example: gptq inspect ./Qwen3-0.6B-GPTQ-Int4-g128 --layer 0.mlp.up_proj
     """
     console = Console(as_json, quiet)
+    from gptq_cli.api import inspect
+
+    report = Progress(console)
     if layer is not None:
-        _show_layer(console, model, revision, layer)
+        view = inspect(model, layer=layer, revision=revision, on_event=report)
+        console.result({"layer": view}, joined(_layer_lines(view)), on_one_line(view.name))
         return
-    from gptq_cli.checkpoint.locate import peek_model
-
-    source, checkpoint = peek_model(model, revision)
-    for code, remark in checkpoint.remarks:
-        console.warn(code, remark)
-    found = inspect_checkpoint(checkpoint)
-    judged = verdicts(found.export) if found.export else ()
-    data = {"model": source.name, "commit": source.commit, **_data(found, judged)}
-    lines = [on_one_line(source.name), "", *_lines(found, judged)]
-    console.result(data, "\n".join(lines), _storage(found))
-
-
-def _show_layer(console: Console, model: str, revision: str | None, name: str) -> None:
-    from gptq_cli.checkpoint.locate import locate_model
-    from gptq_cli.checkpoint.verify import open_decodable
-
-    checkpoint = open_decodable(locate_model(model, revision).directory)
-    from gptq_cli.inspection.layer_statistics import view_layer
-
-    view = view_layer(checkpoint, name)
-    console.result({"layer": view}, joined(_layer_lines(view)), on_one_line(view.name))
-
-
-def _data(found: Inspection, judged: Sequence[Verdict]) -> dict[str, Any]:
-    return {
-        "method": found.method,
-        "format": found.format,
-        "quantized": row_data(found.quantized),
-        "kept": row_data(found.kept),
-        "layers": list(map(_module_data, found.modules)),
-        "bits_per_weight": found.bits_per_weight,
-        "bits_per_parameter": found.bits_per_parameter,
-        "parameters": found.parameters,
-        "bytes": found.nbytes,
-        "files": found.files,
-        "provenance": found.provenance,
-        "defects": found.defects,
-        "engines": engine_data(judged),
-    }
-
-
-def _module_data(module: PackedModule) -> dict[str, Any]:
-    return {
-        "name": module.name,
-        "shape": (module.out_features, module.in_features),
-        "bits": module.bits,
-        "group_size": module.group_size,
-        "bytes": module.nbytes,
-    }
+    found = inspect(model, revision=revision, on_event=report)
+    lines = [on_one_line(found.model), "", *_lines(found)]
+    console.result(found.to_json(), "\n".join(lines), _storage(found))
 
 
 def _storage(found: Inspection) -> str:
@@ -112,7 +68,7 @@ def _storage(found: Inspection) -> str:
     return on_one_line(found.format or found.method)
 
 
-def _lines(found: Inspection, judged: Sequence[Verdict]) -> list[str]:
+def _lines(found: Inspection) -> list[str]:
     rows = row_lines([*found.quantized, *found.kept])
     n_quantized = len(found.quantized)
     title = "tensors"
@@ -124,7 +80,7 @@ def _lines(found: Inspection, judged: Sequence[Verdict]) -> list[str]:
         lines.append(f"quantized as {_storage(found)}, whose tensors are not decoded here")
     lines += [title, *indented_lines(rows[n_quantized:]), ""]
     lines += _size_lines(found) + _origin_lines(found) + _defect_lines(found.defects)
-    return [*map(on_one_line, lines), *map(fitted, engine_lines(judged))]
+    return [*map(on_one_line, lines), *map(fitted, engine_lines(found.engines))]
 
 
 def _size_lines(found: Inspection) -> list[str]:

@@ -20,6 +20,7 @@ from gptq_cli.events import (
     LayerReport,
     LayerSolved,
     LayerStarted,
+    Noted,
     PhaseStarted,
     Resumed,
     RunPlanned,
@@ -73,6 +74,9 @@ class Progress:
         match event:
             case Warned():
                 self._console.warn(event.code, event.message)
+                return
+            case Noted():
+                self._console.show_notes([event.text])
                 return
             case Resumed() | WorkKept() | EngineSaid():
                 self._console.advise(_advice(event))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,7 +14,7 @@ from gptq_cli.cli.progress import Progress
 from gptq_cli.errors import size
 
 if TYPE_CHECKING:
-    from gptq_cli.publish.push import Upload
+    from gptq_cli.publish.push import PushResult
     from gptq_cli.publish.upload import Published
 
 
@@ -77,35 +77,23 @@ def push(
             report=progress,
         )
     if dry_run:
-        data = {"repo": repo, "files": upload.sizes, "card": upload.card}
-        return console.document(data, upload.card)
+        return console.document(upload.result(public=public).to_json(), upload.card)
     bars = not (as_json or quiet) and sys.stderr is not None and sys.stderr.isatty()
     done = push_upload(
         upload, public=public, overwrite=overwrite, progress=bars, report=Progress(console)
     )
-    return console.result(_data(upload, done, public), _text(upload, done, public), done.url)
+    assert done.published is not None
+    return console.result(done.to_json(), _text(done, done.published), done.published.url)
 
 
-def _data(upload: Upload, done: Published, public: bool) -> dict[str, Any]:
-    return {
-        "repo": upload.repo,
-        "url": done.url,
-        "commit": done.commit,
-        "private": not public,
-        "files": upload.sizes,
-        "deleted": done.deleted,
-        "already_there": done.already_there,
-    }
-
-
-def _text(upload: Upload, done: Published, public: bool) -> str:
-    files = f"{len(upload.files)} files, {size(sum(upload.sizes.values()))}"
-    readers = "public" if public else "private"
-    change = "unchanged" if done.already_there else "new commit"
+def _text(done: PushResult, published: Published) -> str:
+    files = f"{len(done.files)} files, {size(sum(done.files.values()))}"
+    readers = "private" if done.private else "public"
+    change = "unchanged" if published.already_there else "new commit"
     lines = [
-        done.url,
+        published.url,
         f"files    {files}, {readers}",
-        f"main     {done.commit[:12]}, {change}",
+        f"main     {published.commit[:12]}, {change}",
     ]
-    lines += [f"deleted  {name}" for name in done.deleted]
+    lines += [f"deleted  {name}" for name in published.deleted]
     return joined(lines)

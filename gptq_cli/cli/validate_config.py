@@ -41,7 +41,7 @@ def validate_config(
     data: dict[str, Any] = {"config": resolved.config, "notes": resolved.notes}
     text = to_yaml(resolved.config)
     if model is not None:
-        from gptq_cli.cli.plan_view import layer_data
+        from gptq_cli.preview import layer_data
 
         plan, judged = _plan(console, model, resolved)
         data["plan"] = {"layers": layer_data(plan), "engines": engine_data(judged)}

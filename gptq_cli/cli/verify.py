@@ -12,7 +12,6 @@ import typer
 from gptq_cli.cli.console import Console, counted, fitted, joined
 from gptq_cli.cli.options import AsJson, Quiet, plain
 from gptq_cli.errors import GateError, size
-from gptq_cli.json_values import to_json
 
 if TYPE_CHECKING:
     from gptq_cli.checkpoint.defects import Defect
@@ -44,17 +43,16 @@ def verify(
     Example: gptq verify ./Qwen3-0.6B-GPTQ-Int4-g128 --full
     """
     console = Console(as_json, quiet)
-    from gptq_cli.checkpoint.locate import local_model
-    from gptq_cli.checkpoint.verify import verify_checkpoint
+    from gptq_cli.api import verify
 
-    found = verify_checkpoint(local_model(directory), full=full)
+    found = verify(directory, full=full)
     if found.ok:
-        console.result(to_json(found), fitted(f"{directory}: {_checked(found)}"), "ok")
+        console.result(found.to_json(), fitted(f"{directory}: {_checked(found)}"), "ok")
         return
     count = len(found.defects)
     message = f"`{directory}` has {counted(count, 'defect')}"
     error = GateError("E_VERIFY", message, hint=_remedy(found.defects))
-    console.refused(to_json(found), joined(_lines(found.defects)), str(count), error)
+    console.refused(found.to_json(), joined(_lines(found.defects)), str(count), error)
 
 
 def _remedy(defects: Sequence[Defect]) -> str:

@@ -22,7 +22,16 @@ from gptq_cli.config.optimum import adopt
 from gptq_cli.config.schema import FIELDS, QuantizeConfig, conflicts, field_findings, fill
 from gptq_cli.config.serving import Export, export_of, target_problems
 from gptq_cli.config.strict_yaml import CORE_SCHEMA, Place, load, parse_scalar
-from gptq_cli.errors import ConfigError, Finding, KeyPath, Location, Problem, name_of, nearest
+from gptq_cli.errors import (
+    ConfigError,
+    Finding,
+    KeyPath,
+    Location,
+    Problem,
+    name_of,
+    nearest,
+    shown,
+)
 from gptq_cli.files import file_errors
 
 ENVIRONMENT = "GPTQ_"
@@ -38,6 +47,11 @@ class Resolved:
     config: QuantizeConfig
     origins: dict[str, str]
     notes: tuple[str, ...]
+
+    @property
+    def has_goal(self) -> bool:
+        """True if the user gave a number of bits, or another goal for which widths are chosen."""
+        return self.config.allocates or self.origins["bits"] != "default"
 
 
 @dataclass(slots=True)
@@ -70,13 +84,22 @@ class _Environment(_Source):
 
 
 @dataclass(slots=True)
-class _File(_Source):
-    path: str = ""
-    places: dict[KeyPath, Place] = field(default_factory=dict)
+class _Mapping(_Source):
+    """The values of a mapping; `renamed` has the keys of other tools as they were written."""
+
     renamed: dict[KeyPath, KeyPath] = field(default_factory=dict)
 
     def name(self, path: KeyPath) -> str:
         return name_of(self._as_written(path))
+
+    def _as_written(self, path: KeyPath) -> KeyPath:
+        return self.renamed.get(path[:1], path[:1]) + path[1:]
+
+
+@dataclass(slots=True)
+class _File(_Mapping):
+    path: str = ""
+    places: dict[KeyPath, Place] = field(default_factory=dict)
 
     def origin(self, key: str) -> str:
         place = self.places.get(self._as_written((key,)))
@@ -92,9 +115,6 @@ class _File(_Source):
             return Location(self.path, 1, 1)
         place = self.places[path]
         return place.key if at_key else place.value
-
-    def _as_written(self, path: KeyPath) -> KeyPath:
-        return self.renamed.get(path[:1], path[:1]) + path[1:]
 
 
 def resolve(
@@ -115,6 +135,44 @@ def resolve(
     sources = [_Source(dict(flags)), _read_environment(env)]
     if file is not None:
         sources.append(_read_file(find_config(file)))
+    return _combined(sources, bits)
+
+
+def resolve_arguments(
+    config: QuantizeConfig | Mapping[str, Any] | None,
+    settings: Mapping[str, Any],
+    *,
+    bits: int | None = None,
+) -> Resolved:
+    """Return the configuration of a Python call: a whole one, or a mapping with `settings` over it.
+
+    A mapping may be one that Optimum, transformers or GPTQModel writes. GPTQ_* variables are not
+    read. `bits` and the errors are those of `resolve`; E_CFG_CONFLICT for a `QuantizeConfig` beside
+    settings.
+    """
+    if not isinstance(config, QuantizeConfig):
+        return _resolve_mapping(config or {}, settings, bits)
+    if settings:
+        message = f"config is complete, but {next(iter(settings))} is given beside it"
+        hint = "give all settings in one of them; a dict as config can be overridden"
+        raise ConfigError("E_CFG_CONFLICT", message, hint=hint)
+    return Resolved(config, dict.fromkeys(FIELDS, "config"), ())
+
+
+def _resolve_mapping(
+    values: Mapping[str, Any], settings: Mapping[str, Any], bits: int | None
+) -> Resolved:
+    if not isinstance(values, Mapping):
+        message = f"config must be a QuantizeConfig or a dict, got {shown(values)}"
+        hint = "load a file or a recipe with load_config"
+        raise ConfigError("E_CFG_TYPE", message, hint=hint)
+    adopted = adopt(values)
+    given = _Mapping(adopted.values, adopted.findings, adopted.notes, renamed=adopted.renamed)
+    return _combined([_Mapping(dict(settings)), given], bits)
+
+
+def _combined(sources: Sequence[_Source], bits: int | None) -> Resolved:
+    """Return the configuration of `sources`, of which the first that gives a value decides."""
     chosen = _choose(sources)
     filled, reasons = fill({key: source.values[key] for key, source in chosen.items()})
     if bits is not None and reasons.get("bits") == "default":
@@ -183,9 +241,9 @@ def _read_file(path: Path) -> _File:
         adopted.findings,
         adopted.notes,
         list(document.problems),
+        adopted.renamed,
         str(path),
         document.places,
-        adopted.renamed,
     )
 
 

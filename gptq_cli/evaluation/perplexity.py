@@ -87,6 +87,10 @@ class EvalResult:
         del values["per_window"]
         return values
 
+    def windows_to_json(self) -> list[dict[str, Any]]:
+        """Return the results of single windows as plain JSON values."""
+        return list(map(to_json, self.per_window))
+
 
 def evaluate_perplexity(model: str, request: EvalRequest, report: Report = ignore) -> EvalResult:
     """Return the perplexity of MODEL (a directory or a Hub id), and its divergence from a baseline.

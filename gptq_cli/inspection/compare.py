@@ -50,6 +50,14 @@ class Comparison:
         """The tensors whose numbers are not the same."""
         return tuple(tensor for tensor in self.tensors if tensor.largest > 0)
 
+    @property
+    def mean_error(self) -> float:
+        """The mean weight error of the tensors that differ; 0 if none does."""
+        errors = [tensor.relative_error for tensor in self.different]
+        if not errors:
+            return 0.0
+        return sum(errors) / len(errors)
+
     def to_json(self) -> dict[str, Any]:
         """Return the comparison as plain JSON values."""
         return to_json(self)

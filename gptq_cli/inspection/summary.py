@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,9 +46,10 @@ from gptq_cli.config.layer import (
     kind_of,
     list_item,
 )
-from gptq_cli.config.serving import Export, export_of
+from gptq_cli.config.serving import Export, Verdict, engine_data, export_of, verdicts
 from gptq_cli.errors import InputError
 from gptq_cli.files import is_file
+from gptq_cli.json_values import to_json
 from gptq_cli.planning.run_plan import HEAD, RunPlan
 from gptq_cli.storage.manifest import QUANTIZE_CONFIG
 
@@ -81,7 +82,8 @@ class Inspection:
     tensors are listed. `settings` are those that the configuration gives to each module, empty if
     it is unusable. `matrices` are the modules with a plain 2-D weight; `transposed` tells whether
     the original stores its linears [I, O]. `parameters` counts a packed linear by its weights.
-    `provenance` holds the notes in the files about the origin of the checkpoint.
+    `provenance` holds the notes in the files about the origin of the checkpoint. `model` is its
+    name, `commit` that of a checkpoint on the Hub.
     """
 
     method: str | None
@@ -100,6 +102,8 @@ class Inspection:
     provenance: dict[str, Any]
     defects: tuple[Defect, ...] = ()
     misnamed: str = ""  # a name for which the rules do not say what its parts have
+    model: str = ""
+    commit: str | None = None
 
     @property
     def bits_per_weight(self) -> float | None:
@@ -144,6 +148,33 @@ class Inspection:
             transposed=self.transposed,
             misnamed=self.misnamed,
         )
+
+    @property
+    def engines(self) -> tuple[Verdict, ...]:
+        """The verdict of each engine; none if `export` is None."""
+        if self.export is None:
+            return ()
+        return verdicts(self.export)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content as plain JSON values."""
+        return {
+            "model": self.model,
+            "commit": self.commit,
+            "method": self.method,
+            "format": self.format,
+            "quantized": row_data(self.quantized),
+            "kept": row_data(self.kept),
+            "layers": list(map(_module_data, self.modules)),
+            "bits_per_weight": self.bits_per_weight,
+            "bits_per_parameter": self.bits_per_parameter,
+            "parameters": self.parameters,
+            "bytes": self.nbytes,
+            "files": self.files,
+            "provenance": to_json(self.provenance),
+            "defects": to_json(self.defects),
+            "engines": engine_data(self.engines),
+        }
 
 
 def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
@@ -419,6 +450,24 @@ def collapse(rows: Iterable[Row]) -> list[Row]:
 
 def _merged(row: Row, other: Row) -> Row:
     return replace(row, count=row.count + other.count, nbytes=row.nbytes + other.nbytes)
+
+
+def _module_data(module: PackedModule) -> dict[str, Any]:
+    return {
+        "name": module.name,
+        "shape": [module.out_features, module.in_features],
+        "bits": module.bits,
+        "group_size": module.group_size,
+        "bytes": module.nbytes,
+    }
+
+
+def row_data(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return rows as plain JSON values, with `nbytes` under the name `bytes`."""
+    found: list[dict[str, Any]] = to_json(rows)
+    for row in found:
+        row["bytes"] = row.pop("nbytes")
+    return found
 
 
 def kind_in_block(name: str, blocks: str) -> str:

@@ -20,7 +20,6 @@ from gptq_cli.checkpoint.verify import verify_checkpoint
 from gptq_cli.config.corpora import CORPORA
 from gptq_cli.config.resolve import resolve
 from gptq_cli.config.schema import NO_LORA
-from gptq_cli.config.serving import verdicts
 from gptq_cli.errors import ConfigError, GateError, size
 from gptq_cli.events import PhaseStarted, Report, Warned, ignore
 from gptq_cli.files import advice, file_errors, is_file
@@ -52,6 +51,34 @@ _YAML_BLOCK = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", 
 
 
 @dataclass(frozen=True, slots=True)
+class PushResult:
+    """What a push has sent, or would send: the model `card`, and the size of each file in bytes.
+
+    `published` is the state of the repository after the push; None if nothing was sent.
+    """
+
+    repo: str
+    card: str
+    files: dict[str, int]
+    private: bool
+    published: Published | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the result as plain JSON values."""
+        if self.published is None:
+            return {"repo": self.repo, "files": self.files, "card": self.card}
+        return {
+            "repo": self.repo,
+            "url": self.published.url,
+            "commit": self.published.commit,
+            "private": self.private,
+            "files": self.files,
+            "deleted": list(self.published.deleted),
+            "already_there": self.published.already_there,
+        }
+
+
+@dataclass(frozen=True, slots=True)
 class Upload:
     """The files that a push sends.
 
@@ -74,6 +101,10 @@ class Upload:
             else:
                 sizes[path] = content.stat().st_size
         return sizes
+
+    def result(self, *, public: bool, published: Published | None = None) -> PushResult:
+        """Return what was sent, or what would be sent if nothing is `published`."""
+        return PushResult(self.repo, self.card, self.sizes, not public, published)
 
 
 def prepare_push(
@@ -120,13 +151,13 @@ def _check_ids(repo: str, base_model: str | None) -> None:
 
 def push_upload(
     upload: Upload, *, public: bool, overwrite: bool, progress: bool, report: Report = ignore
-) -> Published:
+) -> PushResult:
     """Send the upload.
 
     Raises as `publish` does, and InputError E_SOURCE_CHANGED if a file is no longer the one that
     was verified.
     """
-    return publish(
+    published = publish(
         upload.repo,
         upload.files,
         public=public,
@@ -135,6 +166,7 @@ def push_upload(
         on_phase=lambda phase, detail: report(PhaseStarted(phase, detail)),
         check=upload.check_unchanged,
     )
+    return upload.result(public=public, published=published)
 
 
 def _verify(directory: Path) -> None:
@@ -232,9 +264,7 @@ def _n_uncovered(manifest: Mapping[str, Any]) -> int:
 
 def _engines(found: Inspection) -> list[tuple[str, str, str]]:
     """Return engine, outcome and reason for each engine in the serving table."""
-    if not found.export:
-        return []
-    return [(verdict.engine, verdict.outcome, verdict.reason) for verdict in verdicts(found.export)]
+    return [(verdict.engine, verdict.outcome, verdict.reason) for verdict in found.engines]
 
 
 def _is_id(name: str) -> bool:

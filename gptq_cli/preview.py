@@ -1,0 +1,312 @@
+"""The plan of a run with all that it costs, from headers alone, as `gptq plan` shows it.
+
+Only the measured time of a run needs torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gptq_cli.calibration.corpus import DatasetSource, calibration_sources, check_source, is_path
+from gptq_cli.checkpoint.decoded import forward_dtype
+from gptq_cli.checkpoint.locate import peek_model
+from gptq_cli.checkpoint.source import Checkpoint
+from gptq_cli.config.schema import QuantizeConfig
+from gptq_cli.config.serving import Verdict, engine_data
+from gptq_cli.errors import ConfigError, InputError, one_of, size
+from gptq_cli.events import Noted, Report, Warned, ignore
+from gptq_cli.inspection.summary import Row, plan_rows, row_data
+from gptq_cli.json_values import to_json
+from gptq_cli.planning.checks import notes_on_groups, notes_on_limits, notes_on_output, with_lora
+from gptq_cli.planning.estimate import (
+    Disk,
+    Estimate,
+    Seconds,
+    Term,
+    estimate_disk,
+    estimate_memory,
+    estimate_time,
+    total,
+)
+from gptq_cli.planning.plan import plan_checkpoint, with_group_size
+from gptq_cli.planning.run_plan import (
+    LayerPlan,
+    RunPlan,
+    bounded,
+    default_name,
+    judge_plan,
+    remarks,
+)
+
+if TYPE_CHECKING:
+    from gptq_cli.calibration.windows import Part
+
+NO_TOKENIZER = ("E_TOKENIZER", "E_REMOTE_CODE")
+
+
+@dataclass(frozen=True, slots=True)
+class TextPlan:
+    """One dataset of the calibration text: what it holds, and what the run needs of it.
+
+    What is not known before the run is None: text of the Hub is not fetched, and text of this
+    machine is counted if the model's tokenizer is here, too. `whole` tells whether all of the
+    text was counted.
+    """
+
+    dataset: str
+    chats: int | None
+    tokens: int | None
+    whole: bool | None
+    windows: int
+    needed_tokens: int | None
+    summary: str
+
+
+@dataclass(frozen=True, slots=True)
+class PlanResult:
+    """What a run would write, and what it needs.
+
+    `quantized` and `kept` are the rows of the layers and of all other tensors; `memory` is an
+    estimate for each of `devices` processes, `seconds` one from rates measured on this device, or
+    None. `engines` tells for each serving engine whether it will load the output.
+    """
+
+    model: str
+    commit: str | None
+    output: Path
+    plan: RunPlan
+    quantized: tuple[Row, ...]
+    kept: tuple[Row, ...]
+    devices: int
+    memory: Estimate
+    disk: Disk
+    seconds: Seconds | None
+    engines: tuple[Verdict, ...]
+    text: tuple[TextPlan, ...]
+
+    @property
+    def bytes_before(self) -> int:
+        """The bytes of the source's tensors."""
+        return self.plan.source.nbytes
+
+    @property
+    def bytes_after(self) -> int:
+        """The bytes of the safetensors files of the output, exactly."""
+        return self.plan.layout.nbytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per quantized weight, with all that is stored for it."""
+        return self.plan.bits_per_weight
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as plain JSON values."""
+        plan, memory = self.plan, self.memory
+        return {
+            "model": self.model,
+            "commit": self.commit,
+            "output": str(self.output),
+            "blocks": plan.n_blocks,
+            "quantized": row_data(self.quantized),
+            "kept": row_data(self.kept),
+            "layers": layer_data(plan),
+            "bits_per_weight": self.bits_per_weight,
+            "source_quantization": plan.plain.how,
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "files": {shard.file: shard.size for shard in plan.layout.shards},
+            "memory": {
+                "estimate": True,
+                "cpu": _peak(memory.cpu),
+                "accelerator": _peak(memory.accelerator),
+                "accelerator_host": _peak(memory.accelerator_host),
+            },
+            "devices": self.devices,
+            "disk": {"needed_bytes": self.disk.needed, "free_bytes": self.disk.free},
+            "engines": engine_data(self.engines),
+            "seconds": _seconds_data(self.seconds),
+            "text": to_json(self.text),
+        }
+
+
+def preview_run(
+    model: str,
+    config: QuantizeConfig,
+    output: Path | None = None,
+    *,
+    revision: str | None = None,
+    devices: int = 1,
+    with_time: bool = False,
+    report: Report = ignore,
+) -> PlanResult:
+    """Return the plan of a run on `devices`, with its memory, disk space and serving engines.
+
+    With `with_time`, measure the device of the run and estimate its time. Notes and warnings are
+    reported. Raises what `prepare_run` raises for model, settings and text; ConfigError
+    E_CFG_CONFLICT if the time of several devices is asked for.
+    """
+    source, checkpoint = peek_model(model, revision)
+    checkpoint = with_lora(checkpoint, config)
+    output = output or Path(default_name(model, config))
+    if config.allocates:
+        config = _before_allocation(checkpoint, config, report)
+    given, config = config, with_group_size(checkpoint, config)
+    for note in notes_on_groups(given, config):
+        report(Noted(note))
+    plan = plan_checkpoint(checkpoint, config)
+    seconds = None
+    if with_time:
+        seconds = _measured_seconds(plan, config, devices)
+    quantized, kept = plan_rows(plan)
+    has_tokenizer = source.commit is None
+    result = PlanResult(
+        model=source.name,
+        commit=source.commit,
+        output=output,
+        plan=plan,
+        quantized=tuple(quantized),
+        kept=tuple(kept),
+        devices=devices,
+        memory=estimate_memory(plan, config, devices),
+        disk=estimate_disk(plan, output),
+        seconds=seconds,
+        engines=judge_plan(plan, config),
+        text=plan_text(bounded(config, checkpoint), checkpoint.directory, has_tokenizer, report),
+    )
+    _warn(result, config, report)
+    return result
+
+
+def _before_allocation(
+    checkpoint: Checkpoint, config: QuantizeConfig, report: Report
+) -> QuantizeConfig:
+    """Return the widest settings that layers may get, and note what widths and sizes may be."""
+    from gptq_cli.allocation.goals import allowed_bits, sizes, starting_config
+
+    start = starting_config(config)
+    least, most = sizes(checkpoint, config)
+    widths = one_of(allowed_bits(config))
+    report(Noted(f"each layer will get {widths} bits, the output {least} to {most} bytes"))
+    report(Noted(f"`gptq allocate` measures which; this plan has {start.bits} bits everywhere"))
+    return start
+
+
+def _warn(result: PlanResult, config: QuantizeConfig, report: Report) -> None:
+    notes = notes_on_output(result.output)
+    notes += notes_on_limits(result.plan, config, result.devices)
+    for note in notes:
+        report(Noted(note))
+    disk = result.disk
+    if disk.free is not None and not disk.fits:
+        free, needed = size(disk.free), size(disk.needed)
+        text = f"{free} are free at `{result.output}`, but {needed} are needed"
+        report(Warned("W_DISK", text))
+    for code, remark in remarks(result.plan, config):
+        report(Warned(code, remark))
+
+
+def _measured_seconds(plan: RunPlan, config: QuantizeConfig, devices: int) -> Seconds:
+    """Measure the device of the run and estimate the time of the run.
+
+    Raise ConfigError E_CFG_CONFLICT for several devices.
+    """
+    from gptq_cli.runtime.open_model import DTYPES, resolve_device
+    from gptq_cli.runtime.rates import measure_rates
+
+    if devices > 1:
+        message = f"--time measures one device, but --devices is {devices}"
+        raise ConfigError("E_CFG_CONFLICT", message, hint="omit --devices or --time")
+    widest = max(plan.quantized, key=lambda layer: layer.in_features)
+    assert widest.config is not None
+    dtype = DTYPES[forward_dtype(plan.source, config.dtype)]
+    device = resolve_device(config.device)
+    rates = measure_rates(device, dtype, widest.in_features, widest.config, widest.weight.file)
+    return estimate_time(plan, config, rates)
+
+
+# ---------------------------------------------------------------- calibration text
+
+
+def plan_text(
+    config: QuantizeConfig, directory: Path, has_tokenizer: bool, report: Report
+) -> tuple[TextPlan, ...]:
+    """Return the text of each dataset; notes about it are reported.
+
+    Raises the errors of `check_source` and `read_parts`, but a text that is too short is a note.
+    """
+    sources = calibration_sources(config)
+    for source, _ in sources:
+        check_source(source)
+    if has_tokenizer and all(is_path(source.name) for source, _ in sources):
+        from gptq_cli.calibration.windows import read_parts
+
+        try:
+            return tuple(_counted(part, report) for part in read_parts(directory, config))
+        except InputError as error:
+            if error.code not in NO_TOKENIZER:
+                raise
+            report(Noted(f"the text is not counted: {error}"))
+    return tuple(_uncounted(source, n_windows, config) for source, n_windows in sources)
+
+
+def _counted(part: Part, report: Report) -> TextPlan:
+    documents = part.documents
+    if documents.beside:
+        report(Warned("W_DATA_CHATS", documents.about_chats))
+    refused = part.shortage
+    if refused is not None:
+        report(Noted(f"quantize will refuse the text: {refused}; {refused.hint}"))
+    return TextPlan(
+        dataset=documents.name,
+        chats=part.n_chats,
+        tokens=part.pool.tokens,
+        whole=part.pool.whole,
+        windows=part.nsamples,
+        needed_tokens=part.needed_tokens,
+        summary=part.summary,
+    )
+
+
+def _uncounted(source: DatasetSource, n_windows: int, config: QuantizeConfig) -> TextPlan:
+    needed = None
+    windows = f"{n_windows} documents of up to {config.seqlen} tokens are needed"
+    if config.pack:
+        needed = n_windows * config.seqlen
+        windows = f"{n_windows} windows of {config.seqlen} need {needed:,} tokens"
+    summary = f"{source.name}, not read yet; {windows}"
+    return TextPlan(source.name, None, None, None, n_windows, needed, summary)
+
+
+# ---------------------------------------------------------------- as JSON values
+
+
+def layer_data(plan: RunPlan) -> list[dict[str, Any]]:
+    """Return every linear layer of a plan as plain JSON values."""
+    return list(map(_layer_data, plan.layers))
+
+
+def _layer_data(layer: LayerPlan) -> dict[str, Any]:
+    data: dict[str, Any] = {
+        "name": layer.name,
+        "block": layer.block,
+        "shape": [layer.out_features, layer.in_features],
+        "bits": None,
+        "group_size": None,
+        "why": layer.why,
+    }
+    if layer.config is not None:
+        data |= {"bits": layer.config.bits, "group_size": layer.config.group_size}
+    return data
+
+
+def _peak(terms: Sequence[Term]) -> dict[str, Any]:
+    return {"peak_bytes": total(terms), "terms": {term.what: term.nbytes for term in terms}}
+
+
+def _seconds_data(seconds: Seconds | None) -> dict[str, Any] | None:
+    if seconds is None:
+        return None
+    return {"estimate": True, "total": seconds.total, **to_json(seconds)}
