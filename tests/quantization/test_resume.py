@@ -27,15 +27,15 @@ from tests.families import save, save_model, written
 from tests.runs import config, digest
 from tests.tiny import SMALL, WORK, Case, kill_after_block, killer
 
-PARTS = 2  # of a test that takes every operation in turn, for as many processes
+EVERY = pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
 
 
-@pytest.mark.parametrize("part", range(PARTS))
+@EVERY
 def test_a_rerun_after_any_kill_writes_the_same_output(
-    part: int, case: Case, tmp_path: Path
+    every: bool, case: Case, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    for last in range(1 + part, len(case.operations) + 1, PARTS):
+    for last in case.moments(every):
         assert case.interrupted(output, last)
         assert not output.exists() or digest(output) == case.tree, (
             f"torn output after operation {last}"
@@ -49,15 +49,15 @@ def test_a_rerun_after_any_kill_writes_the_same_output(
     assert not case.interrupted(output, len(case.operations) + 1)
 
 
-@pytest.mark.parametrize("part", range(PARTS))
+@EVERY
 @pytest.mark.parametrize("for_ever", [False, True])
 def test_a_rerun_after_any_disk_error_writes_the_same_output(
-    for_ever: bool, part: int, case: Case, tmp_path: Path
+    for_ever: bool, every: bool, case: Case, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
     codes = [errno.ENOSPC, errno.EIO, errno.EDQUOT]
-    for first in range(1 + part, len(case.operations) + 1, PARTS):
-        code = codes[first // PARTS % 3]
+    for first in case.moments(every):
+        code = codes[first % 3]
         with (
             using(FailingDisk(first, code, for_ever=for_ever)),
             pytest.raises(ResourceError) as caught,
