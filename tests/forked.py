@@ -11,8 +11,33 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@contextmanager
+def serving(folder: Path, environment: dict[str, str]) -> Iterator[list[str]]:
+    """Start a server whose socket is in `folder`; yield the words that act as `gptq`."""
+    place = str(folder / "s")
+    server = subprocess.Popen(
+        [sys.executable, __file__, "serve", place],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+    )
+    assert server.stdout is not None
+    try:
+        assert server.stdout.readline() == "ready\n"
+        yield [sys.executable, "-S", __file__, "call", place]
+    finally:
+        server.kill()
+        server.wait()
+        server.stdout.close()
 
 
 def serve(path: str) -> None:

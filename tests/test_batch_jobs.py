@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import yaml
 
 from gptq_cli import errors
 from tests.families import save_model, texts
+from tests.forked import serving
 from tests.hub import Hub, serve
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,23 +79,8 @@ def hub() -> Iterator[Hub]:
 def program(tmp_path_factory: pytest.TempPathFactory, hub: Hub) -> Iterator[str]:
     """Yield a shell line that acts as `gptq "$@"` and starts at once."""
     folder = tmp_path_factory.mktemp("forked")
-    variables = hub.environment(folder / "home") | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "tests" / "forked.py")]
-    server = subprocess.Popen(
-        [*command, "serve", str(folder / "s")],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **variables},
-    )
-    assert server.stdout is not None
-    assert server.stdout.readline() == "ready\n"
-    yield (
-        shlex.join(["exec", sys.executable, "-S", *command[1:], "call", str(folder / "s")])
-        + ' "$@"'
-    )
-    server.kill()
-    server.wait()
-    server.stdout.close()
+    with serving(folder, hub.environment(folder / "home")) as words:
+        yield shlex.join(["exec", *words]) + ' "$@"'
 
 
 @pytest.fixture(scope="module")

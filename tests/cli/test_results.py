@@ -13,6 +13,7 @@ import pytest
 from gptq_cli.cli.console import Console, as_json_text, visible
 from gptq_cli.errors import shell_word, shell_words
 from tests.families import save_model, texts
+from tests.forked import serving
 
 from .conftest import FakeQuantizer, Run
 from .processes import GPTQ
@@ -34,10 +35,12 @@ SECRETS = [
 ]
 
 
-def gptq_bytes(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
-    """Run the program in `folder` as a process of its own."""
+def gptq_bytes(
+    folder: Path, *words: str, program: list[str] = GPTQ, **environment: str
+) -> subprocess.CompletedProcess[bytes]:
+    """Run `program` in `folder` as a process of its own."""
     env = {**os.environ, **environment}
-    return subprocess.run([*GPTQ, *words], capture_output=True, env=env, cwd=folder, check=False)
+    return subprocess.run([*program, *words], capture_output=True, env=env, cwd=folder, check=False)
 
 
 def dataset_of(folder: Path, recipe: str, **environment: str) -> object:
@@ -123,13 +126,15 @@ def test_an_output_may_have_a_name_that_is_not_utf_8(tmp_path: Path) -> None:
     sizes = ["-b4", "-g32", "--nsamples=2", "--batch-size=1", "--seqlen=32"]
     paths = ["model", "-o", "out\udcff", "--dataset", "text\udcff.txt"]
     words = ["quantize", *paths, "--report", *sizes]
-    done = gptq_bytes(tmp_path, *words, "--quiet")
+    with serving(tmp_path, {}) as program:
+        done = gptq_bytes(tmp_path, *words, "--quiet", program=program)
+        again = gptq_bytes(tmp_path, *words, "--json", program=program)
+        verified = gptq_bytes(tmp_path, "verify", "out\udcff", "--full", program=program)
+        page = gptq_bytes(tmp_path, "report", "out\udcff", "--quiet", program=program)
     assert (done.returncode, done.stdout) == (0, b"out\xff\n"), done.stderr
-    again = gptq_bytes(tmp_path, *words, "--json")
     assert json.loads(again.stdout)["already_done"] is True
-    assert gptq_bytes(tmp_path, "verify", "out\udcff", "--full").returncode == 0
-    page = gptq_bytes(tmp_path, "report", "out\udcff", "--quiet").stdout
-    assert page == b"out\xff/gptq_report.html\n"
+    assert verified.returncode == 0
+    assert page.stdout == b"out\xff/gptq_report.html\n"
     run = json.loads((tmp_path / "out\udcff" / "gptq_report.json").read_bytes())
     assert run["command"] == "gptq " + shell_words([*words, "--quiet"])
     assert dataset_of(tmp_path, "out\udcff/gptq_config.yaml") == "text\udcff.txt"

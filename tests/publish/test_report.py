@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from gptq_cli.cli.app import app
 from gptq_cli.errors import InputError
+from gptq_cli.publish import report_page
 from gptq_cli.publish.charts import NEVER
 from gptq_cli.publish.report import check_report, write_page
 from gptq_cli.publish.report_page import experts_of, grids, render
@@ -353,7 +354,14 @@ def test_pages_and_pictures_of_gptq_are_replaced(finished: Path, tmp_path: Path)
     assert swapped.exit_code == 6  # a picture is no page
 
 
-def test_the_same_call_finishes_a_killed_report(finished: Path, tmp_path: Path) -> None:
+def test_the_same_call_finishes_a_killed_report(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = data_of(finished) | {"evaluation": None}
+    page, image = render(run), report_page.picture(run)
+    # The page and the picture are the same each time, so they are drawn once.
+    monkeypatch.setattr(report_page, "render", lambda _: page)
+    monkeypatch.setattr(report_page, "picture", lambda _: image)
     operations = CountingDisk()
     with using(operations):
         write_page(finished, tmp_path / "page.html", png=tmp_path / "heat.png")

@@ -18,7 +18,7 @@ from tests.runs import digest, messages
 from tests.tiny import SMALL, WORK, Case, kill_after_block
 
 BLOCKS = 5
-KILLS = 7  # every so many operations
+KILLS = [29, pytest.param(7, marks=pytest.mark.slow)]  # after every so many operations
 SAVED_BLOCKS = [(), (1,), (0, 2), (1, 2, 3), (0, 1, 2, 3)]
 
 
@@ -94,13 +94,14 @@ def test_a_run_resumes_after_the_last_saved_block(
     assert digest(output) == deep.tree
 
 
+@pytest.mark.parametrize("kills", KILLS)
 @pytest.mark.parametrize("blocks", [(), (0, 2)], ids=str)
 def test_a_rerun_after_any_kill_writes_the_same_for_any_saves(
-    blocks: tuple[int, ...], deep: Case, tmp_path: Path, saved_after: Any
+    blocks: tuple[int, ...], kills: int, deep: Case, tmp_path: Path, saved_after: Any
 ) -> None:
     output = tmp_path / "out"
     saved_after(*blocks)
-    operations = iter(range(1, len(deep.operations), KILLS))
+    operations = iter(range(1, len(deep.operations), kills))
     for last in operations:
         try:
             with using(DyingDisk(last)):
