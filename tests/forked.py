@@ -1,7 +1,7 @@
 """`gptq` as a command that starts at once: a process that has loaded everything forks for a call.
 
-    python tests/forked.py serve SOCKET        prints a line when it is ready
-    python tests/forked.py call SOCKET ...     acts as `gptq ...` with its streams and exit code
+    python tests/forked.py serve SOCKET MODULE...   prints a line when it has loaded the modules
+    python tests/forked.py call SOCKET ...          acts as `gptq ...` with its streams, exit code
 
 Tests of scripts that call the program several times save the time of the imports.
 """
@@ -13,19 +13,28 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+ALL = (
+    "datasets",
+    "transformers.models.llama.modeling_llama",
+    "gptq_cli.evaluation.perplexity",
+    "gptq_cli.quantization.run",
+)
 
 
 @contextmanager
-def serving(folder: Path, environment: dict[str, str]) -> Iterator[list[str]]:
+def serving(
+    folder: Path, environment: dict[str, str], modules: Sequence[str] = ALL
+) -> Iterator[list[str]]:
     """Start a server whose socket is in `folder`; yield the words that act as `gptq`."""
     place = str(folder / "s")
     server = subprocess.Popen(
-        [sys.executable, __file__, "serve", place],
+        [sys.executable, __file__, "serve", place, *modules],
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
@@ -40,16 +49,10 @@ def serving(folder: Path, environment: dict[str, str]) -> Iterator[list[str]]:
         server.stdout.close()
 
 
-def serve(path: str) -> None:
+def serve(path: str, modules: Sequence[str]) -> None:
     """Run the program for each connection, one after the other, while this process lives."""
-    import datasets  # noqa: F401
-    import torch
-    import transformers.models.llama.modeling_llama  # noqa: F401
-
-    import gptq_cli.evaluation.perplexity
-    import gptq_cli.quantization.run  # noqa: F401
-
-    torch.set_num_threads(1)
+    for module in modules:
+        import_module(module)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path)
     listener.listen()
@@ -99,6 +102,6 @@ def _become(called: dict[str, object], streams: list[int]) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "serve":
-        serve(sys.argv[2])
+        serve(sys.argv[2], sys.argv[3:])
     else:
         sys.exit(call(sys.argv[2], sys.argv[3:]))

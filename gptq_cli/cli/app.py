@@ -98,7 +98,9 @@ class Gptq(TyperGroup):
     """The program: it loads a command when it runs, and turns every failure into an exit code."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        name, _, rest = super().resolve_command(ctx, args)
+        name, command, rest = super().resolve_command(ctx, args)
+        if command is None:  # while a shell completes words after one that is no command
+            return None, None, rest
         return name, load_command(str(name)), rest
 
     def format_help(self, ctx: Any, formatter: Any) -> None:

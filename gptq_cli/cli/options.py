@@ -72,6 +72,7 @@ def with_options(command: Callable[..., None], begin: Begin) -> Callable[..., No
     for parameter in parameters:
         for info in getattr(parameter.annotation, "__metadata__", ()):
             info.readable = False  # no check by typer: the code that opens a path reports more
+            info.autocompletion = _completing(command.__name__, parameter.name)
 
     def run(*, verbose: bool, log_file: Path | None, help_all: bool = False, **values: Any) -> None:
         del help_all  # its callback has shown the help
@@ -86,6 +87,17 @@ def with_options(command: Callable[..., None], begin: Begin) -> Callable[..., No
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     run.__doc__ = command.__doc__
     return run
+
+
+def _completing(command: str, parameter: str) -> Callable[[str], list[tuple[str, str]]]:
+    """Return a function that completes values of a parameter, for typer."""
+
+    def complete(incomplete: str) -> list[tuple[str, str]]:
+        from gptq_cli.cli.completion import completed_values
+
+        return completed_values(command, parameter, incomplete)
+
+    return complete
 
 
 def _parameter(name: str, annotation: Any, default: object) -> Parameter:

@@ -370,11 +370,11 @@ def _hint_for_text(field: str, value: str, model: type[BaseModel]) -> str | None
     try:
         float(value)
     except ValueError:
-        return suggestion(value, _choices(field, model))
+        return suggestion(value, words_of(field, model))
     return f"write {value.strip()} without quotes"
 
 
-def _choices(field: str, model: type[BaseModel]) -> Sequence[str]:
+def words_of(field: str, model: type[BaseModel]) -> Sequence[str]:
     """Return the words that a field accepts, none if it accepts any text."""
     if field in NAMES:
         return NAMES[field]

@@ -1,12 +1,9 @@
-"""--verbose, --log-file, tokens, the width of the terminal, completion and `gptq env`."""
+"""--verbose, --log-file, tokens, the width of the terminal and `gptq env`."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -123,30 +120,6 @@ def test_a_long_path_is_never_broken(tmp_path: Path) -> None:
         f"explain x --log-file {path}/x",
     ):
         assert f"`{path}" in shell(f"$GPTQ {words}", COLUMNS="40").stderr
-
-
-COMPLETE = """
-import os, sys
-os.environ.update(_GPTQ_COMPLETE="complete_bash", COMP_WORDS=sys.argv[1], COMP_CWORD=sys.argv[2])
-sys.argv = ["gptq"]
-from gptq_cli.__main__ import main
-try:
-    main()
-finally:
-    print("LOADED", "torch" in sys.modules or "transformers" in sys.modules)
-"""
-
-
-@pytest.mark.parametrize(
-    ("words", "position", "expected"),
-    [("gptq de", "1", "dequantize"), ("gptq quantize --gr", "2", "--group-size")],
-)
-def test_completion_knows_words_and_loads_no_torch(
-    words: str, position: str, expected: str
-) -> None:
-    command = [sys.executable, "-c", COMPLETE, words, position]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
-    assert done.stdout.splitlines() == [expected, "LOADED False"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
