@@ -34,6 +34,7 @@ from gptq_cli.config.serving import ENGINES, Rule
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 EQUATION = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+WIDE = ("compatibility.md",)
 OUTCOMES = {
     "wrong": "loads it but computes something else",
     "no": "does not load",
@@ -55,6 +56,13 @@ def on_files(files: Any, config: Any) -> Any:
     for path, content in pages().items():
         files.append(File.generated(config, path, content=content))
     return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Give pages with wide tables the place of their table of contents; mkdocs calls it."""
+    if page.file.src_uri in WIDE:
+        page.meta["hide"] = ["toc"]
+    return markdown
 
 
 def on_page_content(html: str, **_: Any) -> str:
@@ -98,8 +106,9 @@ def _code(text: object) -> str:
 
 
 def _text(words: str) -> str:
-    """Escape the characters that mean something in Markdown."""
-    return re.sub(r"([<*_\[|])", r"\\\1", words)
+    """Escape the characters that mean something in Markdown, and mark options as code."""
+    escaped = re.sub(r"([<*_\[|])", r"\\\1", words)
+    return re.sub(r"(?<![\w`-])(--?[a-z][a-z-]*\b)", r"`\1`", escaped)
 
 
 def command_line() -> str:

@@ -12,11 +12,8 @@ from gptq_cli.cli.app import COMMANDS, load_command
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-PAGES = [
-    ROOT / "README.md",
-    *sorted((ROOT / "docs").glob("*.md")),
-    *sorted((ROOT / "docs/how-to").glob("*.md")),
-]
+HOW_TO = sorted((ROOT / "docs/how-to").glob("*.md"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *HOW_TO]
 SOURCES = sorted((ROOT / "gptq_cli").rglob("*.py"))
 
 
@@ -38,6 +35,14 @@ def options() -> set[str]:
 def test_options_that_a_page_names_exist(page: Path) -> None:
     named = set(re.findall(r"`(--[a-z][a-z0-9-]+)", page.read_text()))
     assert named <= options() | {"--help", "--version", "--install-completion"}
+
+
+@pytest.mark.parametrize("page", HOW_TO, ids=lambda page: page.name)
+def test_a_how_to_page_begins_with_its_command(page: Path) -> None:
+    lines = [line for line in page.read_text().splitlines() if line]
+    begin = [line for line in lines if not line.startswith("<!-- needs:")]
+    assert begin[0].startswith("# ")
+    assert begin[1] in ("```bash", "```pycon")
 
 
 def test_pages_name_more_than_twenty_options() -> None:

@@ -62,6 +62,16 @@ def test_site_is_complete_and_fetches_nothing(site: Path) -> None:
     assert fetched == []
 
 
+def test_the_search_needs_no_server(site: Path) -> None:
+    """Browsers read neither JSON nor workers from the disk: both come as plain scripts."""
+    index = (site / "search" / "search_index.js").read_text(encoding="utf-8")
+    found = json.loads(index.removeprefix("var __index = "))
+    assert "tutorial.html" in {entry["location"] for entry in found["docs"]}
+    page = (site / "how-to" / "quantize.html").read_text(encoding="utf-8")
+    assert '<script src="../assets/iframe-worker.js">' in page
+    assert (site / "assets" / "iframe-worker.js").exists()
+
+
 def test_equations_are_rendered(site: Path) -> None:
     page = (site / "algorithm.html").read_text(encoding="utf-8")
     source = (ROOT / "docs" / "algorithm.md").read_text(encoding="utf-8")
