@@ -15,8 +15,8 @@ class PhaseStarted:
     """A part of the command began.
 
     `name` is "source", "calibration", "embeddings", "head", "copy" or "verify" in `quantize`, and
-    "dataset" or "evaluation" in `evaluate_perplexity`. In both, "text" tells how chats became text.
-    `detail` is a few words about it.
+    "dataset" or "evaluation" in `evaluate_perplexity`. In both, "device" names the device, and
+    "text" tells how chats became text. `detail` is a few words about it.
     """
 
     name: str

@@ -33,7 +33,7 @@ from gptq_cli.allocation.units import Unit, find_units
 from gptq_cli.calibration.windows import check_token_ids
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.serving import LOADS, Verdict
-from gptq_cli.events import PhaseStarted, Report, Resumed, ignore
+from gptq_cli.events import PhaseStarted, Report, Resumed, Warned, ignore
 from gptq_cli.models.stream import ModelStream
 from gptq_cli.planning.checks import PreparedRun
 from gptq_cli.planning.plan import plan_checkpoint, refine_plan
@@ -42,7 +42,7 @@ from gptq_cli.quantization.resume import Identity, check_agreement, identify
 from gptq_cli.quantization.run import Calibration, calibrate
 from gptq_cli.quantization.run_state import Limits, Record, Run, SavingTimes
 from gptq_cli.runtime.memory import Memory, device_errors
-from gptq_cli.runtime.open_model import open_stream, resolve_device
+from gptq_cli.runtime.open_model import open_stream, report_device, resolve_device
 from gptq_cli.runtime.ranks import SINGLE_PROCESS, Worker
 from gptq_cli.storage.manifest import ALLOCATION
 from gptq_cli.storage.work_directory import WorkDirectory, working_on
@@ -170,6 +170,10 @@ def measure_model(
         torch.inference_mode(),
         device_errors(),
     ):
+        if worker.team.is_leader:
+            report_device(worker.device, goal.device, report, worker.team.size)
+            for code, text in prepared.warnings:
+                report(Warned(code, text))
         stream = _open(prepared, worker)
         plan_of = partial(_plan, prepared, stream)
         plans = {width: plan_of(at_width(prepared.config, width)) for width in widths}
@@ -223,7 +227,7 @@ def allocate_run(
     config = measured.configured(chosen.allocation.widths)
     options = replace(prepared.options, spent_seconds=measured.seconds)
     plan = plan_checkpoint(prepared.plan.source, config)
-    run = replace(prepared, config=config, plan=plan, options=options, allocated=True)
+    run = replace(prepared, config=config, plan=plan, options=options, warnings=(), allocated=True)
     return run, measured, chosen
 
 

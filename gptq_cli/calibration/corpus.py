@@ -29,7 +29,14 @@ from gptq_cli.calibration.columns import quoted, texts_of
 from gptq_cli.calibration.encodings import TABLES, decoded, suffix_of
 from gptq_cli.calibration.loading import LoadRequest, open_column
 from gptq_cli.calibration.rows import READERS, columns_of_file
-from gptq_cli.config.corpora import CORPORA, DEFAULT_DATASET, PARAGRAPH, REGISTERED, Purpose
+from gptq_cli.config.corpora import (
+    BUILT_IN,
+    CORPORA,
+    DEFAULT_DATASET,
+    PARAGRAPH,
+    REGISTERED,
+    Purpose,
+)
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import ConfigError, GptqError, InputError
 from gptq_cli.files import expanded, file_errors, is_directory, status_of
@@ -200,7 +207,7 @@ class DatasetSource:
         """The id of the dataset on the Hub, None for text of this machine."""
         if self.name in CORPORA:
             return CORPORA[self.name].repo
-        if is_path(self.name):
+        if self.name == BUILT_IN or is_path(self.name):
             return None
         return self.name
 
@@ -287,6 +294,8 @@ def load_documents(source: DatasetSource, template: ChatTemplate | None = None) 
 
 def _documents_of(source: DatasetSource, template: ChatTemplate) -> Documents:
     name = source.name
+    if name == BUILT_IN:
+        return _built_in(source.purpose)
     if name in CORPORA:
         return _registered(name, source.purpose)
     if name in SCRIPTED:
@@ -340,7 +349,7 @@ def check_source(source: DatasetSource) -> None:
     template that is not there, and the errors of a folder of `save_to_disk`.
     """
     name = source.name
-    if name in CORPORA:
+    if name in CORPORA or name == BUILT_IN:
         _refuse_options(f"the registered dataset `{name}`", source, columns=False, splits=False)
     elif is_path(name):
         path = expanded(name)
@@ -366,6 +375,14 @@ def exists(name: str) -> bool:
         return bool(name) and status_of(name) is not None
     except GptqError as error:
         return not isinstance(error.__cause__, OSError) or error.__cause__.errno != ENAMETOOLONG
+
+
+def _built_in(purpose: Purpose) -> Documents:
+    """Return the text that comes with the program; texts/README.md tells what it is."""
+    from bz2 import decompress
+
+    packed = Path(__file__).with_name("texts") / f"{purpose}.txt.bz2"
+    return Documents(BUILT_IN, [decompress(packed.read_bytes()).decode()])
 
 
 def _registered(name: str, purpose: Purpose) -> Documents:
@@ -438,7 +455,7 @@ def _refuse_lonely_share(name: str) -> None:
 
 
 def _nearest(name: str) -> str | None:
-    near = get_close_matches(name, CORPORA, n=1)
+    near = get_close_matches(name, [*CORPORA, BUILT_IN], n=1)
     return f"did you mean `{near[0]}`?" if near else None
 
 

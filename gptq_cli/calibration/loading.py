@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,12 +25,13 @@ from gptq_cli.calibration.columns import (
     columns_of_schema,
     texts_of,
 )
-from gptq_cli.errors import InputError, causes
-from gptq_cli.hub_errors import GATED, NETWORK, first_line, hub_refusal
+from gptq_cli.errors import GptqError, InputError, causes
+from gptq_cli.files import is_directory
+from gptq_cli.hub_errors import GATED, NETWORK, OFFLINE, first_line, hub_refusal
 
 REACH_SECONDS = 2.0
 
-OWN = "give text of this machine (--dataset calibration.txt, or a folder), or "
+OWN = "give text of this machine (--dataset FILE, or --dataset english), or "
 READERS = ("datasets", "pyarrow", "pandas")  # whose errors are about the content of files
 ASK = "check the id; a private dataset needs `hf auth login`"
 
@@ -133,6 +135,21 @@ def check_reach(dataset: str, label: str) -> None:
         if refused is None:
             raise
         raise InputError(refused.code, str(refused), hint=f"{OWN}{refused.hint}") from error
+
+
+def is_out_of_reach(error: GptqError) -> bool:
+    """Return whether text could not be had because there is no network."""
+    return error.code in ("E_HUB_NETWORK", "E_HUB_OFFLINE")
+
+
+def check_cached(dataset: str, label: str) -> None:
+    """Raise InputError E_HUB_OFFLINE in offline mode if the cache holds nothing of a dataset."""
+    from huggingface_hub.constants import HF_HOME, HF_HUB_OFFLINE
+
+    cache = Path(os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME) / "datasets")
+    if HF_HUB_OFFLINE and not is_directory(cache / dataset.replace("/", "___")):
+        message = f"dataset `{label}` is not in the cache, and offline mode is on"
+        raise InputError("E_HUB_OFFLINE", message, hint=f"{OWN}{OFFLINE}")
 
 
 def reach_hub(dataset: str) -> None:

@@ -14,7 +14,7 @@ from fractions import Fraction
 
 from gptq_cli.calibration.chats import read_template
 from gptq_cli.calibration.corpus import DatasetSource, exists, has_columns, has_splits, is_path
-from gptq_cli.config.corpora import CORPORA
+from gptq_cli.config.corpora import BUILT_IN, CORPORA
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import ConfigError
 from gptq_cli.files import expanded
@@ -93,7 +93,7 @@ def divide(total: int, shares: Sequence[Fraction]) -> list[int]:
 def _source_of(config: QuantizeConfig, name: str) -> DatasetSource:
     """Return a dataset with the options that mean something for it."""
     source = DatasetSource(name)
-    if name in CORPORA:
+    if name in CORPORA or name == BUILT_IN:
         return source
     if not is_path(name):
         return DatasetSource(name, config.dataset_config, config.dataset_split, config.text_column)

@@ -64,6 +64,7 @@ C4 = Corpus(
 )
 CORPORA: dict[str, Corpus] = {"wikitext2": WIKITEXT2, "c4": C4, "c4-new": C4}
 DEFAULT_DATASET = "wikitext2"
+BUILT_IN = "english"  # comes with the program, so it needs no network
 
-REGISTERED = ", ".join(CORPORA)
+REGISTERED = ", ".join([*CORPORA, BUILT_IN])
 ACCEPTED_TEXT = f"{REGISTERED}, a Hub id, a file or a folder"  # for help texts

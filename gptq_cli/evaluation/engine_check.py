@@ -38,7 +38,7 @@ from gptq_cli.files import file_errors, is_file
 from gptq_cli.json_values import to_json
 from gptq_cli.planning.run_plan import positions
 from gptq_cli.runtime.memory import device_errors
-from gptq_cli.runtime.open_model import resolve_device, warn_of
+from gptq_cli.runtime.open_model import report_device, resolve_device, warn_of
 
 PROMPTS = (
     "The capital of France is Paris, and the capital of Italy is Rome.",
@@ -122,6 +122,7 @@ def check_engine(model: str, request: EngineRequest, report: Report = ignore) ->
     checkpoint = open_decodable(locate_model(model, request.revision).directory)
     _refuse_other_format(checkpoint, request.engine)
     _refuse_absent_converter(request)
+    report_device(device, request.device, report)
     warn_of(checkpoint, report)
     encoder = load_encoder(checkpoint.directory, trust_remote_code=request.trust_remote_code)
     prompts = _prompts(request, encoder, checkpoint)

@@ -31,7 +31,7 @@ from gptq_cli.json_values import to_json
 from gptq_cli.models.stream import ModelStream
 from gptq_cli.planning.run_plan import about_unused, positions
 from gptq_cli.runtime.memory import Memory, device_errors
-from gptq_cli.runtime.open_model import open_stream, resolve_device, warn_of
+from gptq_cli.runtime.open_model import open_stream, report_device, resolve_device, warn_of
 
 DEFAULT_NEW_TOKENS = 128
 # Of the free memory, for weights; the rest is for the keys and values of tokens and for forwards.
@@ -81,6 +81,7 @@ def generate_text(
     """
     device = resolve_device(request.device)
     checkpoint = open_decodable(locate_model(model, request.revision).directory)
+    report_device(device, request.device, report)
     warn_of(checkpoint, report)
     encoder = load_encoder(checkpoint.directory, trust_remote_code=request.trust_remote_code)
     ids, is_chat = _prompt_ids(request, encoder, checkpoint)

@@ -33,6 +33,7 @@ from gptq_cli.planning.run_plan import bounded_seqlen
 from gptq_cli.quantization.run_state import Record
 from gptq_cli.runtime.memory import device_errors
 from gptq_cli.runtime.open_model import (
+    report_device,
     resolve_backend,
     resolve_device,
     warn_of,
@@ -105,6 +106,7 @@ def evaluate_perplexity(model: str, request: EvalRequest, report: Report = ignor
         checkpoints.append(open_decodable(locate_model(request.baseline).directory))
     backend = resolve_backend(request.backend or _recorded_backend(checkpoints[0]), device)
     record = Record(report)
+    report_device(device, request.device, record)
     for checkpoint in checkpoints:
         warn_of(checkpoint, record)
     runs = []

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptq_cli.calibration.corpus import calibration_sources, check_source
-from gptq_cli.calibration.loading import check_reach
+from gptq_cli.calibration.loading import check_cached, check_reach, is_out_of_reach
 from gptq_cli.checkpoint.locate import ModelSource, hub_id, locate_model, model_directory
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
+from gptq_cli.config.corpora import BUILT_IN, DEFAULT_DATASET
 from gptq_cli.config.schema import NO_LORA, QuantizeConfig
 from gptq_cli.errors import ConfigError, GptqError, InputError, ResourceError, shell_word, size
 from gptq_cli.files import expanded, file_errors, files_below, status_of
@@ -33,7 +34,7 @@ from gptq_cli.planning.plan import USUAL_GROUP_SIZES, plan_checkpoint, with_grou
 from gptq_cli.planning.run_plan import RunPlan, bounded
 from gptq_cli.storage.manifest import read_manifest
 from gptq_cli.storage.replacing import check_output
-from gptq_cli.storage.work_directory import WorkDirectory, refuse_locked
+from gptq_cli.storage.work_directory import WorkDirectory, read_run, refuse_locked
 
 RESUME = ("auto", "require", "never")
 
@@ -59,8 +60,8 @@ class PreparedRun:
     """A run that is located and planned, as far as that needs no torch.
 
     `config` has windows and a group size that fit the model; `plan` is made from headers. `notes`
-    tell what was chosen for the user. If `allocated`, the widths of layers were
-    chosen by the measurement in the work directory.
+    and `warnings`, which have codes, tell what was chosen for the user. If `allocated`, the widths
+    of layers were chosen by the measurement in the work directory.
     """
 
     model: str
@@ -70,6 +71,7 @@ class PreparedRun:
     located: ModelSource
     plan: RunPlan
     notes: tuple[str, ...] = ()
+    warnings: tuple[tuple[str, str], ...] = ()
     allocated: bool = False
 
 
@@ -97,16 +99,17 @@ def prepare_run(
         refuse_locked(output)
     if directory is None:
         # A wrong dataset fails before a download; for a local model its own faults come first.
-        _check_text(config)
+        _with_text(config, output, options)
     located = locate_model(model, options.revision)
     if writes and directory is None:
         check_output(output, located.directory, overwrite=options.overwrite, may_be_done=True)
     source = with_lora(open_checkpoint(located.directory), config)
     given, config = config, with_group_size(source, config)
     plan = plan_checkpoint(source, config)
-    _check_text(config)
     notes = notes_on_groups(given, config)
-    return PreparedRun(model, output, bounded(config, source), options, located, plan, notes)
+    config, warnings = _with_text(config, output, options)
+    config = bounded(config, source)
+    return PreparedRun(model, output, config, options, located, plan, notes, warnings)
 
 
 def with_lora(source: Checkpoint, config: QuantizeConfig) -> Checkpoint:
@@ -133,11 +136,52 @@ def with_lora(source: Checkpoint, config: QuantizeConfig) -> Checkpoint:
     return with_adapters(source, chosen)
 
 
+def _with_text(
+    config: QuantizeConfig, output: Path, options: RunOptions
+) -> tuple[QuantizeConfig, tuple[tuple[str, str], ...]]:
+    """Return `config` with the text that the run reads, and warnings about it.
+
+    If the user chose no text and the Hub gives no answer, it is the text that comes with the
+    program. A run that has begun goes on with the text that it began with. Raises the errors of
+    `check_source`, and E_HUB_NETWORK or E_HUB_OFFLINE for text that cannot be had.
+    """
+    begun = None
+    if options.resume != "never":
+        begun = _text_of_unfinished(output)
+    built_in = config.model_copy(update={"dataset": BUILT_IN})
+    if config.dataset is None and begun == BUILT_IN:
+        return built_in, ()
+    try:
+        _check_text(config)
+    except InputError as refused:
+        if config.dataset is not None or begun or not is_out_of_reach(refused):
+            raise
+        text = (
+            f"{refused}; the run calibrates on `{BUILT_IN}`, the old prose that comes with gptq, "
+            f"but {DEFAULT_DATASET} or your own text is better: --dataset FILE"
+        )
+        return built_in, (("W_DATA_BUILT_IN", text),)
+    return config, ()
+
+
+def _text_of_unfinished(output: Path) -> str | None:
+    """Return the dataset of the unfinished run at an output, None if there is no such run."""
+    run = read_run(WorkDirectory(output).path)
+    if run is None:
+        return None
+    config = run["request"].get("config")
+    if isinstance(config, dict) and isinstance(config.get("dataset"), str):
+        return str(config["dataset"])
+    return DEFAULT_DATASET
+
+
 def _check_text(config: QuantizeConfig) -> None:
     for source, _ in calibration_sources(config):
         check_source(source)
         if source.hub_id is not None:
             check_reach(source.hub_id, source.name)
+            if source.dataset is None:
+                check_cached(source.hub_id, source.name)
 
 
 def check_shares(n_batches: int, n_processes: int) -> None:

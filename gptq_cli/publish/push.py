@@ -17,7 +17,7 @@ from gptq_cli.checkpoint.locate import local_model
 from gptq_cli.checkpoint.model_files import CONFIG_NAMES, read_json
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from gptq_cli.checkpoint.verify import verify_checkpoint
-from gptq_cli.config.corpora import CORPORA
+from gptq_cli.config.corpora import BUILT_IN, CORPORA
 from gptq_cli.config.resolve import resolve
 from gptq_cli.config.schema import NO_LORA
 from gptq_cli.errors import ConfigError, GateError, size
@@ -409,7 +409,7 @@ def _unreadable_card(file: Path, reason: str | None, hint: str | None) -> Config
 
 def _hub_dataset(name: object) -> str | None:
     """Return the Hub id of a dataset, which may have a registered name; None for local text."""
-    if not isinstance(name, str):
+    if not isinstance(name, str) or name == BUILT_IN:
         return None
     if name in CORPORA:
         name = CORPORA[name].repo

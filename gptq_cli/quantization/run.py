@@ -59,7 +59,12 @@ from gptq_cli.quantization.resume import (
 )
 from gptq_cli.quantization.run_state import FinishedBlocks, Limits, Record, Run, SavingTimes
 from gptq_cli.runtime.memory import Memory, device_errors
-from gptq_cli.runtime.open_model import STORED_DTYPES, open_stream, resolve_device
+from gptq_cli.runtime.open_model import (
+    STORED_DTYPES,
+    open_stream,
+    report_device,
+    resolve_device,
+)
 from gptq_cli.runtime.ranks import SINGLE_PROCESS, Ranks, Worker
 from gptq_cli.solver.quantized_linear import QuantizedLinear
 from gptq_cli.storage.durable import write_file
@@ -148,8 +153,11 @@ def carry_out(
     if ranks.is_leader:
         record, limits = Record(report), Limits(config, options.max_seconds, options.spent_seconds)
     with _work_directory(prepared, record, ranks) as work, torch.inference_mode(), device_errors():
+        report_device(worker.device, config.device, record, ranks.size)
         refuse_wrong_numbers(source)
         stream = _open_stream(prepared, worker)
+        for code, text in prepared.warnings:
+            record(Warned(code, text))
         for note in prepared.notes:
             record(PhaseStarted("layers", note))
         plan = _refine_plan(prepared, stream, record)

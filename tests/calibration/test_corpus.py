@@ -127,6 +127,22 @@ def test_the_default_dataset_is_wikitext2(builders: list[FakeBuilder]) -> None:
     assert builders[0].arguments[0] == ("Salesforce/wikitext", "wikitext-2-raw-v1")
 
 
+def test_the_own_text_is_whole_and_needs_no_hub(builders: list[FakeBuilder]) -> None:
+    texts = {}
+    for purpose in ("calibration", "evaluation"):
+        documents = load_documents(DatasetSource("english", purpose=purpose))  # type: ignore[arg-type]
+        assert (documents.name, documents.revision) == ("english", None)
+        [texts[purpose]] = documents.texts
+    first, second = texts["calibration"], texts["evaluation"]
+    assert first.startswith("To Sherlock Holmes she is always THE woman.")
+    assert first.endswith("The sun is but a morning star.\n")
+    assert (len(first.encode()), len(second.encode())) == (1_265_072, 138_922)
+    own = {paragraph for paragraph in first.split("\n\n") if len(paragraph) > 100}
+    assert len(own) > 1000
+    assert own.isdisjoint(second.split("\n\n"))
+    assert builders == []
+
+
 def test_a_registered_name_wins_over_a_folder_of_that_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, builders: list[FakeBuilder]
 ) -> None:
@@ -153,7 +169,7 @@ def test_a_hub_dataset_has_the_given_config_and_split(builders: list[FakeBuilder
     assert builders[0].split == "extra"
 
 
-@pytest.mark.parametrize("dataset", ["wikitext2", "./notes.txt"])
+@pytest.mark.parametrize("dataset", ["wikitext2", "english", "./notes.txt"])
 @pytest.mark.parametrize("options", [{"config": "x"}, {"split": "x"}])
 def test_only_hub_datasets_accept_a_config_and_a_split(
     dataset: Any, options: dict[str, str], builders: list[FakeBuilder]
@@ -165,7 +181,7 @@ def test_only_hub_datasets_accept_a_config_and_a_split(
     assert builders == []
 
 
-@pytest.mark.parametrize("dataset", ["wikitext2", "./notes.txt"])
+@pytest.mark.parametrize("dataset", ["wikitext2", "english", "./notes.txt"])
 def test_datasets_without_columns_refuse_text_column(
     dataset: Any, builders: list[FakeBuilder]
 ) -> None:

@@ -18,6 +18,7 @@ import pytest
 from gptq_cli.calibration import loading
 from gptq_cli.errors import InputError
 from gptq_cli.planning.checks import RunOptions, prepare_run
+from gptq_cli.storage.work_directory import WorkDirectory, write_run
 from tests.calibration.rows import json_lines, parquet_bytes
 from tests.families import save_model
 from tests.hub import Hub, serve
@@ -262,11 +263,70 @@ def test_a_hub_that_keeps_silent_is_given_up_soon(
     with pytest.raises(
         InputError, match=r"fetched from the Hub: no answer in 0\.1 seconds"
     ) as caught:
-        prepare_run(str(model), tmp_path / "out", config(dataset=None), RunOptions())
+        prepare_run(str(model), tmp_path / "out", config(dataset="c4"), RunOptions())
     end.set()
     assert asked.is_set()
     assert (caught.value.code, caught.value.exit_code) == ("E_HUB_NETWORK", 3)
     assert (caught.value.hint or "").startswith("give text of this machine (--dataset ")
+
+
+OFF = "huggingface_hub.constants.HF_HUB_OFFLINE"
+
+
+def refuse_to_answer(_: str, failures: list[Exception]) -> None:
+    failures.append(ConnectionError("no route to host"))
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_without_a_network_the_own_text_calibrates(
+    offline: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(OFF, offline)
+    monkeypatch.setattr(loading, "_ask_hub", refuse_to_answer)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    model, out = save_model(tmp_path / "model", **SMALL), tmp_path / "out"
+    prepared = prepare_run(str(model), out, config(dataset=None), RunOptions())
+    assert prepared.config.dataset == "english"
+    [(code, text)] = prepared.warnings
+    assert code == "W_DATA_BUILT_IN"
+    assert "the run calibrates on `english`" in text
+    assert text.endswith("wikitext2 or your own text is better: --dataset FILE")
+
+
+def test_a_cached_default_text_is_read_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(OFF, True)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    (tmp_path / "Salesforce___wikitext").mkdir()
+    model = save_model(tmp_path / "model", **SMALL)
+    prepared = prepare_run(str(model), tmp_path / "out", config(dataset=None), RunOptions())
+    assert (prepared.config.dataset, prepared.warnings) == (None, ())
+
+
+@pytest.mark.parametrize("begun", [None, "english"])
+def test_a_begun_run_keeps_its_text(
+    begun: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers: list[Exception] = [ConnectionError("no route to host")]
+    monkeypatch.setattr(OFF, False)
+    monkeypatch.setattr(loading, "_ask_hub", lambda _, failures: failures.extend(answers))
+    model, out = save_model(tmp_path / "model", **SMALL), tmp_path / "out"
+    work = WorkDirectory(out).path
+    work.mkdir()
+    write_run(work, {}, {"config": {"dataset": begun}})
+    asked = config(dataset=None)
+    if begun is None:
+        with pytest.raises(InputError) as caught:
+            prepare_run(str(model), out, asked, RunOptions())
+        assert (caught.value.code, caught.value.exit_code) == ("E_HUB_NETWORK", 3)
+        again = prepare_run(str(model), out, asked, RunOptions(resume="never"))
+        assert again.config.dataset == "english"
+        return
+    answers.clear()  # the network is back
+    assert prepare_run(str(model), out, asked, RunOptions()).config.dataset == "english"
+    again = prepare_run(str(model), out, asked, RunOptions(resume="never"))
+    assert again.config.dataset is None
 
 
 def test_a_server_that_is_not_the_hub_is_an_unreachable_one() -> None:

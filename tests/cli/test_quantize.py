@@ -230,6 +230,7 @@ def test_a_finished_run_shows_the_next_two_commands(
     words: list[str], serving: str, gptq: Run, quantizer: FakeQuantizer
 ) -> None:
     del quantizer
+    words = ["--dataset", "wikitext2", *words]
     result = gptq("quantize", "m", "-b", "4", "-o", "my out", *words)
     assert result.stderr.splitlines()[-2:] == [
         "next: gptq eval-ppl 'my out' --baseline m",
@@ -251,6 +252,9 @@ def test_the_next_command_measures_on_text_of_this_machine(
         f"next: gptq eval-ppl out --baseline m --dataset '{rows}' --seqlen 64 "
         "--text-column a --text-column b"
     )
+    result = gptq("quantize", "m", "-o", "out", "--dataset", "english", "--seqlen", "64")
+    measuring = result.stderr.splitlines()[-2]
+    assert measuring == "next: gptq eval-ppl out --baseline m --dataset english --seqlen 64"
 
 
 def test_a_report_that_cannot_be_written_is_a_warning(

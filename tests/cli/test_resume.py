@@ -40,7 +40,8 @@ def begun(beside: Path, **claims: Any) -> Path:
 
 def trusting() -> dict[str, Any]:
     """Return the settings of a run that trusts the code of its model."""
-    return QuantizeConfig(bits=3, trust_remote_code=True).model_dump(mode="json")
+    config = QuantizeConfig(bits=3, dataset="c4", trust_remote_code=True)
+    return config.model_dump(mode="json")
 
 
 @pytest.mark.parametrize("config", [None, 7, [], "x"])
@@ -222,7 +223,7 @@ def test_a_run_with_remote_code_needs_consent_again(
     assert hint == f"hint: read that code, then: gptq resume {work} --trust-remote-code"
     assert quantizer.calls == []
     assert gptq("resume", work, "--trust-remote-code").exit_code == 0
-    assert quantizer.calls[0]["config"] == QuantizeConfig(bits=3, trust_remote_code=True)
+    assert quantizer.calls[0]["config"] == QuantizeConfig(**trusting())
 
 
 def test_the_printed_resume_command_works(

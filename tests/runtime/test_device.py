@@ -5,6 +5,7 @@ Kernels are absent, because code that is compiled for a GPU cannot be simulated.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +17,16 @@ from gptq_cli.checkpoint.source import open_checkpoint
 from gptq_cli.errors import PausedError
 from gptq_cli.evaluation.perplexity import evaluate_perplexity
 from gptq_cli.evaluation.request import EvalRequest
-from gptq_cli.events import BlockFinished, Event, Warned
+from gptq_cli.events import BlockFinished, Event, PhaseStarted, Warned
 from gptq_cli.quantization.run import quantize_checkpoint
 from gptq_cli.runtime import memory, open_model
 from gptq_cli.runtime.memory import Memory
-from gptq_cli.runtime.open_model import HiddenStates, open_stream, resolve_device
+from gptq_cli.runtime.open_model import (
+    HiddenStates,
+    open_stream,
+    report_device,
+    resolve_device,
+)
 from gptq_cli.solver import numerics
 from tests.families import save_model, text_file
 from tests.runs import config, digest
@@ -170,3 +176,31 @@ def test_oom_on_device_falls_back_to_fewer_paused_batches(
     assert "W_OOM_RETRY" in run("tight", limit)
     assert 0 < gpu.peak_bytes <= limit
     assert written(tmp_path / "tight") == written(tmp_path / "roomy")
+
+
+@pytest.mark.parametrize("asked", ["auto", "cpu"])
+def test_a_gpu_that_torch_cannot_use_is_a_warning(
+    asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(open_model, "DEV", tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def told() -> list[str]:
+        events: list[Event] = []
+        report_device(torch.device("cpu"), asked, events.append, 2)
+        assert isinstance(events[0], PhaseStarted)
+        assert re.fullmatch(r"\d+ threads of the CPU, one of 2 processes", events[0].detail)
+        return [event.code for event in events if isinstance(event, Warned)]
+
+    assert told() == []
+    (tmp_path / "nvidiactl").touch()
+    assert told() == []
+    (tmp_path / "nvidia0").touch()
+    expected = {"auto": ["W_DEVICE_UNUSED"], "cpu": []}[asked]
+    assert told() == expected
+    (tmp_path / "nvidia0").rename(tmp_path / "nvidia-smi")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    assert told() == expected
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert told() == []
