@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-engines check check-engines schema docs bench soak clean
+.PHONY: help install demo test test-all test-engines check check-engines schema docs release bench soak clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -48,6 +48,10 @@ schema: $(READY) ## write the JSON Schema of the configuration beside the recipe
 docs: $(READY) ## the documentation as a site in build/site, links checked
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 	@echo "open build/site/index.html"
+
+release: $(READY) ## build sdist and wheel, run the demo with the wheel; RELEASE="--python 3.11"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "uv>=0.9,<1"
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python scripts/release.py $(RELEASE)
 
 bench: $(READY) ## measure start-up times, and memory against depth
 	$(BIN)/python scripts/bench_startup.py

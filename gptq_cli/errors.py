@@ -28,7 +28,7 @@ _SECRETS = (
     (re.compile(r"(?<=\w://)[^/\s@]+@"), "***@"),
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def without_secrets(text: str) -> str:

@@ -30,7 +30,7 @@ def check_report() -> None:
     """Raise InputError E_REPORT if matplotlib is not installed."""
     if find_spec("matplotlib") is None:
         raise InputError(
-            "E_REPORT", "reports need matplotlib", hint="install it: pip install 'gptq_cli[report]'"
+            "E_REPORT", "reports need matplotlib", hint="install it: pip install matplotlib"
         )
 
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from gptq_cli import __version__
 from gptq_cli.__main__ import main
 from gptq_cli.cli import help_page
 from gptq_cli.cli.app import COMMANDS, GROUPS, load_command
@@ -41,7 +42,7 @@ def test_help_lists_the_summary_of_each_command(gptq: Run) -> None:
 @pytest.mark.parametrize("word", ["--version", "-V", "version"])
 def test_version_is_one_line(word: str, gptq: Run) -> None:
     result = gptq(word)
-    assert (result.exit_code, result.stdout, result.stderr) == (0, "gptq 0.1.0\n", "")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, f"gptq {__version__}\n", "")
 
 
 def test_help_groups_the_commands_as_the_readme_does(gptq: Run) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from gptq_cli import __version__
 from gptq_cli.storage.work_directory import write_run
 from tests.runs import digest
 
@@ -156,6 +157,6 @@ def test_new_and_empty_files_become_logs_and_are_continued(gptq: Run) -> None:
     for log in ("new", "empty"):
         lines = Path(log).read_text().splitlines()
         messages = [line.split(" ", 1)[1] for line in lines]
-        assert messages.count("log of gptq 0.1.0") == 2
-        assert lines[0].endswith("Z log of gptq 0.1.0")
+        assert messages.count(f"log of gptq {__version__}") == 2
+        assert lines[0].endswith(f"Z log of gptq {__version__}")
     assert gptq(*QUANTIZE, "--log-file", os.devnull).exit_code == 0

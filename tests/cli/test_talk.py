@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from gptq_cli import __version__
 from gptq_cli.cli.app import COMMANDS
 from gptq_cli.errors import GateError
 
@@ -102,7 +103,7 @@ def test_env_prints_versions_and_variables(gptq: Run, monkeypatch: pytest.Monkey
     assert data["versions"]["torch"].startswith("2.")
     assert data["variables"]["GPTQ_BITS"] == "4"
     assert "torch" in gptq("env").stdout
-    assert gptq("env", "-q").stdout == "0.1.0\n"
+    assert gptq("env", "-q").stdout == f"{__version__}\n"
 
 
 def test_help_fits_a_narrow_terminal() -> None:

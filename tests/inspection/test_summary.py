@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from gptq_cli import __version__
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from gptq_cli.config.serving import verdicts
 from gptq_cli.errors import ConfigError, InputError
@@ -88,7 +89,7 @@ def test_every_byte_and_every_parameter_counts_once(mixed: Path) -> None:
 def test_the_summary_shows_the_origin(mixed: Path) -> None:
     origin = inspect_checkpoint(open_checkpoint(mixed)).provenance
     assert origin["model_type"] == "llama"
-    assert origin["quantizer"] == ["gptq_cli:0.1.0"]
+    assert origin["quantizer"] == [f"gptq_cli:{__version__}"]
     assert origin["seed"] == 7
     assert origin["dataset"] == text_file()
 
