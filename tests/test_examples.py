@@ -26,7 +26,7 @@ FENCE = re.compile(
     r"(?:<!-- needs: (?P<needs>[^>]+) -->\n)?^```(?P<language>\w*)\n(?P<body>.*?)^```$", re.M | re.S
 )
 NEEDS_AN_ENGINE = {"check-engine"}  # no engine is installed: exit code 3
-PROGRAMS = {"mlx-lm", "vLLM", "SGLang", "llama.cpp", "OpenVINO"}
+PROGRAMS = {"mlx-lm", "vLLM", "SGLang", "llama.cpp", "OpenVINO", "docker"}
 
 
 @dataclass(frozen=True)
