@@ -82,8 +82,7 @@ def quantize(
     True
     """
     from gptq_cli.config.fields import seconds
-    from gptq_cli.planning.checks import RunOptions, prepare_run
-    from gptq_cli.planning.run_plan import default_name
+    from gptq_cli.planning.checks import RunOptions, default_output, prepare_run
     from gptq_cli.publish.report import check_report, write_page
     from gptq_cli.storage.manifest import REPORT_PAGE, write_report_data
 
@@ -92,15 +91,17 @@ def quantize(
         check_report()
     options = RunOptions(revision, overwrite, resume, seconds(max_runtime), allow_network_fs)
     goal = resolved.config
-    output = Path(output or default_name(str(model), goal))
+    start = goal
     if goal.allocates:
         from gptq_cli.allocation.goals import starting_config
+
+        start = starting_config(goal)
+    output = Path(output or default_output(str(model), goal, start, revision))
+    prepared = prepare_run(str(model), output, start, options)
+    if goal.allocates:
         from gptq_cli.allocation.run import allocate_run
 
-        prepared = prepare_run(str(model), output, starting_config(goal), options)
         prepared, _, _ = allocate_run(prepared, goal, on_event)
-    else:
-        prepared = prepare_run(str(model), output, goal, options)
     from gptq_cli.quantization.run import carry_out
 
     result = carry_out(prepared, on_event)

@@ -6,16 +6,19 @@ Only the measured time of a run needs torch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptq_cli.calibration.corpus import DatasetSource, calibration_sources, check_source, is_path
 from gptq_cli.checkpoint.decoded import forward_dtype
+from gptq_cli.checkpoint.layout import TensorSpec
 from gptq_cli.checkpoint.locate import peek_model
 from gptq_cli.checkpoint.source import Checkpoint
+from gptq_cli.config.fields import AUTO
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.config.serving import Verdict, engine_data
+from gptq_cli.config.serving import LOADS, Verdict, engine_data
 from gptq_cli.errors import ConfigError, InputError, one_of, size
 from gptq_cli.events import Noted, Report, Warned, ignore
 from gptq_cli.inspection.summary import Row, plan_rows, row_data
@@ -33,6 +36,7 @@ from gptq_cli.planning.estimate import (
 )
 from gptq_cli.planning.plan import plan_checkpoint, with_group_size
 from gptq_cli.planning.run_plan import (
+    HEAD,
     LayerPlan,
     RunPlan,
     bounded,
@@ -45,6 +49,9 @@ if TYPE_CHECKING:
     from gptq_cli.calibration.windows import Part
 
 NO_TOKENIZER = ("E_TOKENIZER", "E_REMOTE_CODE")
+USUAL_BITS = (8, 4, 3, 2)
+HEADS = (HEAD, "embed_out", "output")
+EMBEDDINGS = ("wte", "wpe", "tok_embeddings", "word_embeddings")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +73,42 @@ class TextPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class Choice:
+    """What a run with another width or group size would write and need; see PlanResult."""
+
+    bits: int
+    group_size: int
+    bytes_after: int
+    bits_per_weight: float
+    memory: Estimate
+    engines: tuple[Verdict, ...]
+
+    @property
+    def loads(self) -> list[str]:
+        """The engines that load the output."""
+        return [verdict.engine for verdict in self.engines if verdict.outcome in LOADS]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the choice as plain JSON values."""
+        return {
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "bytes_after": self.bytes_after,
+            "bits_per_weight": self.bits_per_weight,
+            "cpu_bytes": total(self.memory.cpu),
+            "accelerator_bytes": total(self.memory.accelerator),
+            "loads": self.loads,
+        }
+
+
+@dataclass(frozen=True, slots=True)
 class PlanResult:
     """What a run would write, and what it needs.
 
     `quantized` and `kept` are the rows of the layers and of all other tensors; `memory` is an
     estimate for each of `devices` processes, `seconds` one from rates measured on this device, or
-    None. `engines` tells for each serving engine whether it will load the output.
+    None. `engines` tells for each serving engine whether it will load the output. `choices` are
+    other widths and group sizes, if they were asked for.
     """
 
     model: str
@@ -86,6 +123,18 @@ class PlanResult:
     seconds: Seconds | None
     engines: tuple[Verdict, ...]
     text: tuple[TextPlan, ...]
+    choices: tuple[Choice, ...] = ()
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """The bytes of the output's tensors: layers (all of the blocks), embeddings, head, others.
+
+        A head that shares the tensor of the embeddings takes none of its own.
+        """
+        parts = dict.fromkeys(("layers", "embeddings", "head", "others"), 0)
+        for spec in self.plan.layout.specs.values():
+            parts[_part_of(spec, self.plan.blocks)] += spec.nbytes
+        return parts
 
     @property
     def bytes_before(self) -> int:
@@ -117,6 +166,8 @@ class PlanResult:
             "source_quantization": plan.plain.how,
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
+            "parts": self.parts,
+            "choices": [choice.to_json() for choice in self.choices],
             "files": {shard.file: shard.size for shard in plan.layout.shards},
             "memory": {
                 "estimate": True,
@@ -132,6 +183,19 @@ class PlanResult:
         }
 
 
+def _part_of(spec: TensorSpec, blocks: str) -> str:
+    """Return the part of a model that a tensor of the output belongs to."""
+    owner = spec.stored_name.rpartition(".")[0]
+    leaf = owner.rpartition(".")[2]
+    if spec.stored_name.startswith(f"{blocks}."):
+        return "layers"
+    if leaf in HEADS:
+        return "head"
+    if "embed" in leaf or leaf in EMBEDDINGS:
+        return "embeddings"
+    return "others"
+
+
 def preview_run(
     model: str,
     config: QuantizeConfig,
@@ -140,22 +204,33 @@ def preview_run(
     revision: str | None = None,
     devices: int = 1,
     with_time: bool = False,
+    group_sizes: Sequence[int] | None = None,
     report: Report = ignore,
 ) -> PlanResult:
     """Return the plan of a run on `devices`, with its memory, disk space and serving engines.
 
-    With `with_time`, measure the device of the run and estimate its time. Notes and warnings are
-    reported. Raises what `prepare_run` raises for model, settings and text; ConfigError
+    With `with_time`, measure the device of the run and estimate its time. With `group_sizes`, the
+    result has choices: each usual width with each of these group sizes that fits; if the one of
+    `config` does not fit, the plan has the largest that does. Notes and warnings are reported.
+    Raises what `prepare_run` raises for model, settings and text; ConfigError
     E_CFG_CONFLICT if the time of several devices is asked for.
     """
     source, checkpoint = peek_model(model, revision)
     checkpoint = with_lora(checkpoint, config)
-    output = output or Path(default_name(model, config))
+    named = config
     if config.allocates:
         config = _before_allocation(checkpoint, config, report)
+    choices: list[Choice] = []
+    if group_sizes is not None:
+        choices = _choices(checkpoint, config, group_sizes, devices)
+        if choices and config.group_size not in {choice.group_size for choice in choices}:
+            config = config.model_copy(update={"group_size": AUTO})
     given, config = config, with_group_size(checkpoint, config)
     for note in notes_on_groups(given, config):
         report(Noted(note))
+    if output is None:
+        named = named.model_copy(update={"group_size": config.group_size})
+        output = Path(default_name(model, named))
     plan = plan_checkpoint(checkpoint, config)
     seconds = None
     if with_time:
@@ -175,9 +250,35 @@ def preview_run(
         seconds=seconds,
         engines=judge_plan(plan, config),
         text=plan_text(bounded(config, checkpoint), checkpoint.directory, has_tokenizer, report),
+        choices=tuple(choices),
     )
     _warn(result, config, report)
     return result
+
+
+def _choices(
+    checkpoint: Checkpoint, config: QuantizeConfig, group_sizes: Sequence[int], devices: int
+) -> list[Choice]:
+    """Return each usual width with each of `group_sizes`, as far as a run would not be refused."""
+    found = []
+    for bits in USUAL_BITS:
+        for group_size in group_sizes:
+            changed = config.model_copy(update={"bits": bits, "group_size": group_size})
+            with suppress(ConfigError):
+                found.append(_choice(checkpoint, changed, devices))
+    return found
+
+
+def _choice(checkpoint: Checkpoint, config: QuantizeConfig, devices: int) -> Choice:
+    plan = plan_checkpoint(checkpoint, config)
+    return Choice(
+        bits=int(config.bits),
+        group_size=int(config.group_size),
+        bytes_after=plan.layout.nbytes,
+        bits_per_weight=plan.bits_per_weight,
+        memory=estimate_memory(plan, config, devices),
+        engines=judge_plan(plan, config),
+    )
 
 
 def _before_allocation(

@@ -358,6 +358,17 @@ def fitted(line: str, indent: int = 2) -> str:
     )
 
 
+def shortened(names: Sequence[str], width: int) -> str:
+    """Return as many names as fit into `width` columns, and the number of the others."""
+    for shown in range(len(names), 0, -1):
+        text = ", ".join(names[:shown])
+        if shown < len(names):
+            text += f" +{len(names) - shown}"
+        if len(text) <= width or shown == 1:
+            return text
+    return "-"
+
+
 def row_lines(rows: Sequence[Row]) -> list[str]:
     """Return an aligned line for each row: count, name, shape, settings, reason."""
     cells = []

@@ -13,10 +13,10 @@ from typing import Any
 
 from gptq_cli.cli.console import LOG_MARK
 from gptq_cli.config.resolve import resolve
-from gptq_cli.config.schema import FIELDS
+from gptq_cli.config.schema import DEFAULTS, FIELDS
 from gptq_cli.errors import ConfigError, GptqError
 from gptq_cli.files import identity, is_inside
-from gptq_cli.planning.run_plan import default_name
+from gptq_cli.planning.checks import default_output
 from gptq_cli.storage.replacing import is_an_output
 from gptq_cli.storage.work_directory import WorkDirectory, output_of, read_run
 
@@ -82,9 +82,10 @@ def _default_output(values: Mapping[str, Any]) -> Iterator[Path]:
     settings = {name: values[name] for name in FIELDS if name in values}
     try:
         config = resolve(settings, os.environ, values["config"]).config
+        start = config.model_copy(update={"bits": DEFAULTS.bits})
+        yield default_output(values["model"], config, start, values.get("revision"))
     except GptqError:  # the command itself will report it
         return
-    yield Path(default_name(values["model"], config))
 
 
 def _may_exist(path: Path) -> bool:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Annotated
 
 from gptq_cli.cli import options as o
 from gptq_cli.cli.console import Console
 from gptq_cli.cli.plan_view import show_plan
 from gptq_cli.cli.quantize import EVERYDAY, SETTINGS
-from gptq_cli.config.fields import Panel
-from gptq_cli.config.resolve import resolve
+from gptq_cli.config.fields import AUTO, Panel
+from gptq_cli.config.resolve import Resolved, resolve
+from gptq_cli.planning.plan import USUAL_GROUP_SIZES
 
 WithTime = Annotated[
     bool,
@@ -48,14 +50,32 @@ def plan(
 ) -> None:
     """Show what quantize would do, without doing it.
 
-    Reads config.json and the headers of the weights; for a Hub id nothing
-    else is downloaded. Accepts the options of quantize. Sizes are exact,
-    memory is an estimate. --time measures this device for a few seconds
-    and estimates the time of a run.
+    Without --bits it is a table of widths and group sizes. Reads config.json
+    and the headers of the weights; for a Hub id nothing else is downloaded.
+    Accepts the options of quantize. Sizes are exact, memory is an estimate.
+    --time measures this device for a few seconds and estimates the time of
+    a run.
 
-    Example: gptq plan ./Qwen3-0.6B --bits 4
+    Example: gptq plan ./Qwen3-0.6B
+    Example: gptq plan ./Qwen3-0.6B --bits 4 --time
     """
     resolved = resolve(settings, os.environ, config)
     show_plan(
-        Console(as_json, quiet), resolved, model, output, revision, devices=devices, with_time=time
+        Console(as_json, quiet),
+        resolved,
+        model,
+        output,
+        revision,
+        devices=devices,
+        with_time=time,
+        group_sizes=_group_sizes(resolved),
     )
+
+
+def _group_sizes(resolved: Resolved) -> Sequence[int] | None:
+    """Return the group sizes of a table of widths, None if the user has chosen a width."""
+    if resolved.origins["bits"] != "default" or resolved.config.allocates:
+        return None
+    if resolved.origins["group_size"] == "default" or resolved.config.group_size == AUTO:
+        return USUAL_GROUP_SIZES
+    return [int(resolved.config.group_size)]

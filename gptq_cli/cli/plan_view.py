@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import wrap
 
-from gptq_cli.api import plan
 from gptq_cli.cli.console import (
     Console,
+    aligned,
     counted,
     engine_lines,
     fitted,
     indented_lines,
     on_one_line,
     row_lines,
+    shortened,
 )
 from gptq_cli.cli.progress import Progress
+from gptq_cli.config.fields import AUTO
 from gptq_cli.config.resolve import Resolved
-from gptq_cli.errors import clock, size
+from gptq_cli.errors import clock, shell_word, size
 from gptq_cli.planning.estimate import Disk, Seconds, total
-from gptq_cli.preview import PlanResult, TextPlan
+from gptq_cli.preview import PlanResult, TextPlan, preview_run
+
+ENGINES_SHOWN = 24  # columns
 
 
 def show_plan(
@@ -32,20 +36,72 @@ def show_plan(
     *,
     devices: int = 1,
     with_time: bool = False,
+    group_sizes: Sequence[int] | None = None,
 ) -> None:
-    """Print the plan of a run on `devices`; with `with_time`, estimate its time."""
+    """Print the plan of a run on `devices`; with `with_time`, estimate its time.
+
+    With `group_sizes` it is a table of widths and these group sizes.
+    """
     console.show_notes(resolved.notes)
-    found = plan(
+    found = preview_run(
         model,
         resolved.config,
         output,
         revision=revision,
         devices=devices,
-        time=with_time,
-        on_event=Progress(console),
+        with_time=with_time,
+        group_sizes=group_sizes,
+        report=Progress(console),
     )
-    lines = [on_one_line(f"{found.model} -> {found.output}"), "", *_lines(found)]
+    if found.choices:
+        table = _table(found, resolved.config.group_size)
+        lines = [on_one_line(f"{found.model}: {_source(found)}"), "", *table]
+    else:
+        lines = [on_one_line(f"{found.model} -> {found.output}"), "", *_lines(found)]
     console.result(found.to_json(), "\n".join(lines), str(found.bytes_after))
+    if found.choices:
+        console.say(f"next: gptq plan {shell_word(model)} --bits 4 shows the layers of a row")
+
+
+def _source(found: PlanResult) -> str:
+    plan = found.plan
+    layers = counted(len(plan.quantized), "layer")
+    return f"{size(found.bytes_before)}, {layers} to quantize in {counted(plan.n_blocks, 'block')}"
+
+
+def _table(found: PlanResult, group_size: int | str) -> list[str]:
+    """Return a row for each choice, with a mark at the plan, and what that is made of.
+
+    `group_size` is that of the configuration.
+    """
+    planned = {(layer.bits, layer.group_size) for layer in found.plan.settings.values()}
+    cells = [("", "bits", "group", "size", "bits/weight", "CPU", "GPU", "loads in")]
+    for choice in found.choices:
+        mark = ""
+        if {(choice.bits, choice.group_size)} == planned:
+            mark = "*"
+        cells.append(
+            (
+                mark,
+                str(choice.bits),
+                str(choice.group_size),
+                size(choice.bytes_after),
+                f"{choice.bits_per_weight:.2f}",
+                size(total(choice.memory.cpu)),
+                size(total(choice.memory.accelerator)),
+                shortened(choice.loads, ENGINES_SHOWN),
+            )
+        )
+    marked = "* the defaults:"
+    if group_size not in {planned_size for _, planned_size in planned}:
+        marked = f"* the defaults with --group-size {AUTO}:"
+    return [
+        *aligned(cells, right={1, 2, 3, 4, 5, 6}),
+        "",
+        marked,
+        *_part_lines(found.parts),
+        "CPU and GPU: about the memory of a run there (estimates); GPU not measured",
+    ]
 
 
 def _lines(found: PlanResult) -> list[str]:
@@ -60,13 +116,20 @@ def _lines(found: PlanResult) -> list[str]:
         lines.append(f"source  {on_one_line(plan.plain.how)}, decoded while it is read")
     before, after = plan.source.nbytes, plan.layout.nbytes
     files = counted(len(plan.layout.shards), "file")
-    smaller = f"{size(before)} -> {size(after)} ({before / after:.2f}x smaller)"
-    lines.append(f"size    {smaller} in {files}, {after} bytes")
+    smaller = f"{size(before)} of tensors -> {size(after)} ({before / after:.2f}x smaller)"
+    lines.append(f"size    {smaller} in {files}, {after:,} bytes")
+    lines += _part_lines(found.parts)
     rate = f"{plan.bits_per_weight:.3g} per quantized weight"
     lines.append(f"bits    {rate}, with all that is stored for it")
     lines += _text_lines(found.text)
     lines += _memory_lines(found) + _time_lines(found.seconds) + _disk_lines(found.disk)
     return [*lines, *map(fitted, engine_lines(found.engines))]
+
+
+def _part_lines(parts: Mapping[str, int]) -> list[str]:
+    """Return what the size is made of, in parts that have tensors."""
+    held = [f"{name} {size(nbytes)}" for name, nbytes in parts.items() if nbytes]
+    return [f"        {', '.join(held)}"]
 
 
 def _memory_lines(found: PlanResult) -> list[str]:

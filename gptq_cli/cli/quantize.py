@@ -135,15 +135,15 @@ def _prepare(
     model: str, output: Path | None, config: QuantizeConfig, options: RunOptions
 ) -> PreparedRun:
     """Check and plan a run; of several processes only the first one may write."""
-    from gptq_cli.planning.checks import prepare_run
-    from gptq_cli.planning.run_plan import default_name
+    from gptq_cli.planning.checks import default_output, prepare_run
 
-    output = output or Path(default_name(model, config))
+    start = config
     if config.allocates:
         from gptq_cli.allocation.goals import starting_config
 
-        config = starting_config(config)
-    return prepare_run(model, output, config, options, writes=is_leader())
+        start = starting_config(config)
+    output = output or default_output(model, config, start, options.revision)
+    return prepare_run(model, output, start, options, writes=is_leader())
 
 
 def launch_processes(

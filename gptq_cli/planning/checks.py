@@ -13,9 +13,16 @@ from pathlib import Path
 
 from gptq_cli.calibration.corpus import calibration_sources, check_source
 from gptq_cli.calibration.loading import check_cached, check_reach, is_out_of_reach
-from gptq_cli.checkpoint.locate import ModelSource, hub_id, locate_model, model_directory
+from gptq_cli.checkpoint.locate import (
+    ModelSource,
+    hub_id,
+    locate_model,
+    model_directory,
+    peek_model,
+)
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from gptq_cli.config.corpora import BUILT_IN, DEFAULT_DATASET
+from gptq_cli.config.fields import AUTO
 from gptq_cli.config.schema import NO_LORA, QuantizeConfig
 from gptq_cli.errors import ConfigError, GptqError, InputError, ResourceError, shell_word, size
 from gptq_cli.files import expanded, file_errors, files_below, status_of
@@ -31,7 +38,7 @@ from gptq_cli.planning.estimate import (
     without,
 )
 from gptq_cli.planning.plan import USUAL_GROUP_SIZES, plan_checkpoint, with_group_size
-from gptq_cli.planning.run_plan import RunPlan, bounded
+from gptq_cli.planning.run_plan import RunPlan, bounded, default_name
 from gptq_cli.storage.manifest import read_manifest
 from gptq_cli.storage.replacing import check_output
 from gptq_cli.storage.work_directory import WorkDirectory, read_run, refuse_locked
@@ -110,6 +117,21 @@ def prepare_run(
     config, warnings = _with_text(config, output, options)
     config = bounded(config, source)
     return PreparedRun(model, output, config, options, located, plan, notes, warnings)
+
+
+def default_output(
+    model: str, config: QuantizeConfig, start: QuantizeConfig, revision: str | None = None
+) -> Path:
+    """Return the directory for the output of a run of `config` whose user has named none.
+
+    `start` has the widths with which the run is planned. In place of the group size `auto` the name
+    has the number, for which the headers of the model are read. Raises what reading them raises.
+    """
+    if config.group_size == AUTO:
+        _, checkpoint = peek_model(model, revision)
+        sized = with_group_size(with_lora(checkpoint, config), start)
+        config = config.model_copy(update={"group_size": sized.group_size})
+    return Path(default_name(model, config))
 
 
 def with_lora(source: Checkpoint, config: QuantizeConfig) -> Checkpoint:

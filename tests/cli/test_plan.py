@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 from typer.testing import Result
 
+from gptq_cli.checkpoint.source import open_checkpoint
+from gptq_cli.config.schema import QuantizeConfig
+from gptq_cli.planning.checks import default_output
 from gptq_cli.storage.manifest import write_manifest
 from tests.families import save_model
 from tests.hub import serve
@@ -97,6 +100,58 @@ def test_the_sums_of_the_plan_as_json_are_right(gptq: Run, model: Path) -> None:
     assert data["memory"]["estimate"] is True
     assert data["memory"]["cpu"]["peak_bytes"] == sum(data["memory"]["cpu"]["terms"].values())
     assert len(data["layers"]) == sum(row["count"] for row in data["quantized"]) == 21
+
+
+def test_a_plan_without_a_width_is_a_table(gptq: Run, model: Path) -> None:
+    result = gptq("plan", model, "--seqlen", "64", "--device", "cpu")
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert lines[2].split() == ["bits", "group", "size", "bits/weight", "CPU", "GPU", "loads", "in"]
+    rows = [line.removeprefix("*").split() for line in lines[3:11]]
+    groups = ["64", "32"]  # 128 does not divide 64 inputs
+    assert [row[:2] for row in rows] == [[bits, group] for bits in "8432" for group in groups]
+    marked = [line for line in lines if line.startswith("*")]
+    assert marked == [lines[5], "* the defaults with --group-size auto:"]
+    assert "group_size auto is 64" in result.stderr
+    assert max(map(len, lines)) <= 80
+
+
+def test_the_name_of_an_output_has_the_number_of_auto(gptq: Run, model: Path) -> None:
+    planned = gptq("plan", model, "-b", "3", "-g", "auto", "--json")
+    assert json.loads(planned.stdout)["output"] == "Tiny-1M-GPTQ-Int3-g64"
+    config = QuantizeConfig(bits=3, group_size="auto")
+    assert default_output(str(model), config, config) == Path("Tiny-1M-GPTQ-Int3-g64")
+
+
+def test_the_rows_of_the_table_are_those_of_single_plans(gptq: Run, model: Path) -> None:
+    data = json.loads(gptq("plan", model, "--json").stdout)
+    assert len(data["choices"]) == 8
+    for choice in data["choices"][::3]:
+        words = ["-b", str(choice["bits"]), "-g", str(choice["group_size"])]
+        alone = json.loads(gptq("plan", model, *words, "--json").stdout)
+        assert alone["choices"] == []
+        assert choice["bytes_after"] == alone["bytes_after"]
+        assert choice["bits_per_weight"] == alone["bits_per_weight"]
+        assert choice["cpu_bytes"] == alone["memory"]["cpu"]["peak_bytes"]
+        outcomes = alone["engines"].items()
+        assert choice["loads"] == [
+            engine for engine, found in outcomes if found["outcome"] in ("yes", "limited")
+        ]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_parts_of_a_plan_are_those_of_the_file(kind: str, gptq: Run, tmp_path: Path) -> None:
+    source = save_model(tmp_path / "model", kind)
+    data = json.loads(gptq("plan", source, *SETTINGS, "--json").stdout)
+    before = {}
+    for name, tensor in open_checkpoint(source).tensors.items():
+        before[name] = tensor.nbytes
+    names = ("model.embed_tokens.weight", "transformer.wte.weight", "transformer.wpe.weight")
+    assert data["parts"]["embeddings"] == sum(before.get(name, 0) for name in names) > 0
+    assert data["parts"]["head"] == before.get("lm_head.weight", 0)
+    headers = data["bytes_after"] - sum(data["parts"].values())
+    assert 0 < headers < 20_000
+    assert data["parts"]["layers"] > sum(row["bytes"] for row in data["quantized"])
 
 
 def test_a_plan_has_a_time_only_with_the_flag(gptq: Run, model: Path) -> None:
