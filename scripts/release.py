@@ -16,6 +16,8 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 from common import DEMO, ROOT, argument_parser
@@ -23,8 +25,8 @@ from common import DEMO, ROOT, argument_parser
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 RESOLUTIONS = {"lowest": "lowest-direct", "newest": "highest"}  # the words of uv
 WORK = ROOT / "build" / "release"
-LOOKS = (
-    ["--version"],
+LOOKS = (  # commands that need no torch
+    ["quantize", "--help"],
     ["plan", "demo/model", "--bits", "4"],
     ["inspect", "demo/model"],
     ["recipes"],
@@ -66,9 +68,21 @@ def build(directory: Path, name: str) -> Path:
         old.unlink()
     uv("build", ROOT, "--out-dir", directory)
     wheel = directory / f"gptq_cli-{name}-py3-none-any.whl"
-    if not wheel.exists() or not (directory / f"gptq_cli-{name}.tar.gz").exists():
-        raise Failed(f"{directory} has no wheel and sdist of version {name}")
+    sdist = directory / f"gptq_cli-{name}.tar.gz"
+    with tarfile.open(sdist) as archive:
+        check_files(sdist, {member.partition("/")[2] for member in archive.getnames()})
+    with zipfile.ZipFile(wheel) as packed:
+        check_files(wheel, set(packed.namelist()))
     return wheel
+
+
+def check_files(archive: Path, names: set[str]) -> None:
+    """Raise Failed if a file of the package is not among the `names` in `archive`."""
+    listing = ["git", "ls-files", "gptq_cli"]
+    listed = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    absent = sorted(set(listed.splitlines()) - names)
+    if absent:
+        raise Failed(f"{archive.name} lacks {', '.join(absent)}")
 
 
 def make_environment(
@@ -99,11 +113,10 @@ def try_environment(place: Path, name: str, without_torch: bool) -> str:
         shutil.copy(ROOT / "scripts" / script, place / "scripts")
     if name not in run(place, "gptq", "--version"):
         raise Failed(f"{place} holds another version than {name}")
+    for words in LOOKS:
+        run(place, "gptq", *words)
     if without_torch:
-        for words in LOOKS:
-            run(place, "gptq", *words)
-        return "looks work"
-    run(place, "gptq", "quantize", "--help")
+        return "commands without torch work"
     printed = run(place, "python", "demo.py")
     measured = re.search(r"KL to the original\W+([\d.]+)", printed)
     if measured is None:
