@@ -17,7 +17,7 @@ from math import isfinite, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptq_cli.checkpoint.decoded import Plain
+from gptq_cli.checkpoint.decoded import Plain, plain_view
 from gptq_cli.checkpoint.headers import TensorInfo, read_header
 from gptq_cli.checkpoint.model_files import ADAPTER_CONFIG, read_json
 from gptq_cli.checkpoint.source import Checkpoint
@@ -365,7 +365,8 @@ class MergingReader:
 
     def __init__(self, reader: PlainReader, source: Checkpoint) -> None:
         self._reader = reader
-        self._changes = changes_of(source, source.tensors)
+        plain = plain_view(replace(source, adapters=()), allow_requantize=True)
+        self._changes = changes_of(source, plain.tensors)
 
     def names(self) -> list[str]:
         return self._reader.names()

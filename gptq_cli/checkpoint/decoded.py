@@ -7,27 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gptq_cli.checkpoint.headers import DTYPES_OF_CONFIG, TensorInfo
-from gptq_cli.checkpoint.layout import (
-    FP8,
-    PackedModule,
-    block_size,
-    packed_modules,
-    part_names,
-)
+from gptq_cli.checkpoint.layout import PackedModule, packed_modules, part_names
 from gptq_cli.checkpoint.quantization_config import HEAD, format_of, packing_of
-from gptq_cli.checkpoint.source import Checkpoint
+from gptq_cli.checkpoint.source import CODED_METHODS, Checkpoint
 from gptq_cli.config.layer import FORMATS
 from gptq_cli.errors import InputError
+
+if TYPE_CHECKING:
+    from gptq_cli.checkpoint.coded import Coded
 
 FULL_PRECISION = "start from the full-precision model it was made from"
 AGAIN = f"{FULL_PRECISION}, or round its weights a second time: --allow-requantize"
 ALTERNATIVES = {
     **dict.fromkeys(FORMATS, AGAIN),
-    "mxfp4": "serve gpt-oss unchanged: its experts are already 4-bit, "
-    "and no engine loads GPTQ experts for it",
+    "bitsandbytes": f"{FULL_PRECISION}, or write plain weights with transformers, by "
+    "`model.dequantize()` and `model.save_pretrained(DIR)`",
 }
 
 # The causal language models of transformers whose blocks are made of Conv1D. A test compares this
@@ -41,13 +38,16 @@ class Plain:
 
     A decoded weight has the place of its codes and the dtype in which it would be stored. `how`
     describes in a few words how the decoded ones are stored; it is None if there are none. If they
-    are `packed`, they are [O, I] in every model.
+    are `packed`, they are [O, I] in every model; if they are `rounded`, from a better model to
+    integers, quantization rounds a second time. `left_out` are stored tensors without a use.
     """
 
     tensors: dict[str, TensorInfo]
     parts: dict[str, tuple[str, ...]]
     how: str | None = None
     packed: bool = False
+    rounded: bool = False
+    left_out: tuple[str, ...] = ()
 
     def is_packed(self, name: str) -> bool:
         """Return whether a weight is decoded from packed codes."""
@@ -57,9 +57,9 @@ class Plain:
 def plain_view(checkpoint: Checkpoint, *, allow_requantize: bool = False) -> Plain:
     """Return the plain tensors that `checkpoint` stands for; a plain one stands for itself.
 
-    Weights in 8-bit floats with scales are those of the model itself. InputError E_CKPT_QUANTIZED
-    for weights that another method has made, and for GPTQ unless `allow_requantize`. Raises the
-    errors of `Checkpoint.scales`, `packed_modules` and `merged_view`, too.
+    Weights in floats of few bits are those of the model itself. InputError E_CKPT_QUANTIZED
+    for weights in another form, and for integers unless `allow_requantize`. Raises the errors of
+    `Checkpoint.coded`, `packed_modules` and `merged_view`, too.
     """
     plain = _plain_view(checkpoint, allow_requantize=allow_requantize)
     if not checkpoint.adapters:
@@ -70,34 +70,38 @@ def plain_view(checkpoint: Checkpoint, *, allow_requantize: bool = False) -> Pla
 
 
 def _plain_view(checkpoint: Checkpoint, *, allow_requantize: bool) -> Plain:
-    method = checkpoint.method
-    if method in FORMATS and allow_requantize:
-        return _unpacked(checkpoint)
-    if method not in (None, FP8):
-        if method in FORMATS:
-            format_of(checkpoint)  # raises if the weights cannot be decoded for a second rounding
-        message = f"`{checkpoint.directory}` is already quantized ({method})"
-        hint = ALTERNATIVES.get(method, FULL_PRECISION)
-        raise InputError("E_CKPT_QUANTIZED", message, hint=hint)
-    scales = checkpoint.scales()
-    if not scales:
+    coded = checkpoint.coded()
+    if coded:
+        return _decoded(checkpoint, coded, allow_requantize=allow_requantize)
+    if not checkpoint.is_packed:
         return Plain(checkpoint.tensors, {})
-    return _scaled(checkpoint, scales)
+    if checkpoint.method in FORMATS and allow_requantize:
+        return _unpacked(checkpoint)
+    if checkpoint.method in FORMATS:
+        format_of(checkpoint)  # raises if the weights cannot be decoded for a second rounding
+    elif checkpoint.method in CODED_METHODS:
+        raise _nothing_quantized(checkpoint)
+    raise _already_quantized(checkpoint, ALTERNATIVES.get(checkpoint.method or "", FULL_PRECISION))
 
 
-def _scaled(checkpoint: Checkpoint, scales: Mapping[str, str]) -> Plain:
-    """Return the tensors of an FP8 checkpoint with its scales applied."""
-    hidden = set(scales.values())
-    tensors: dict[str, TensorInfo] = {}
-    parts: dict[str, tuple[str, ...]] = {}
-    for name, tensor in checkpoint.tensors.items():
-        if name in scales:
-            tensors[name] = replace(tensor, dtype="BF16")
-            parts[name] = (name, scales[name])
-        elif name not in hidden:
-            tensors[name] = tensor
-    rows, columns = block_size(checkpoint.quantization or {}) or (0, 0)
-    return Plain(tensors, parts, f"fp8 in blocks of {rows}x{columns}")
+def _already_quantized(checkpoint: Checkpoint, hint: str) -> InputError:
+    message = f"`{checkpoint.directory}` is already quantized ({checkpoint.method})"
+    return InputError("E_CKPT_QUANTIZED", message, hint=hint)
+
+
+def _decoded(
+    checkpoint: Checkpoint, coded: Mapping[str, Coded], *, allow_requantize: bool
+) -> Plain:
+    """Return the tensors of a checkpoint with these weights in codes."""
+    from gptq_cli.checkpoint.coded import plain_tensors
+
+    rounded = any(weight.rounded for weight in coded.values())
+    if rounded and not allow_requantize:
+        raise _already_quantized(checkpoint, AGAIN)
+    tensors, left_out = plain_tensors(checkpoint, coded)
+    parts = {name: tuple(weight.parts.values()) for name, weight in coded.items()}
+    forms = dict.fromkeys(weight.form for weight in coded.values())
+    return Plain(tensors, parts, ", ".join(forms), rounded=rounded, left_out=tuple(left_out))
 
 
 def _unpacked(checkpoint: Checkpoint) -> Plain:
@@ -106,12 +110,7 @@ def _unpacked(checkpoint: Checkpoint) -> Plain:
     packing = packing_of(checkpoint)
     modules = {module.name: module for module in packed_modules(checkpoint.tensors, packing)}
     if not modules:
-        message = f"`{checkpoint.directory}` is marked as quantized ({format}), but no linear is"
-        hint = (
-            "download the checkpoint again, or remove quantization_config from a config.json "
-            "that is not its own"
-        )
-        raise InputError("E_CKPT_INCOMPLETE", message, hint=hint)
+        raise _nothing_quantized(checkpoint)
     tensors: dict[str, TensorInfo] = {}
     parts: dict[str, tuple[str, ...]] = {}
     for name, tensor in checkpoint.tensors.items():
@@ -123,7 +122,18 @@ def _unpacked(checkpoint: Checkpoint) -> Plain:
             weight, shape = f"{owner}.weight", (module.out_features, module.in_features)
             tensors[weight] = replace(tensor, name=weight, dtype=dtype, shape=shape)
             parts[weight] = part_names(owner, checkpoint.tensors, packing)
-    return Plain(tensors, parts, f"{format}, {_kinds(modules.values())}", packed=True)
+    how = f"{format}, {_kinds(modules.values())}"
+    return Plain(tensors, parts, how, packed=True, rounded=True)
+
+
+def _nothing_quantized(checkpoint: Checkpoint) -> InputError:
+    name = checkpoint.directory
+    message = f"`{name}` is marked as quantized ({checkpoint.method}), but no linear is"
+    hint = (
+        "download the checkpoint again, or remove quantization_config from a config.json "
+        "that is not its own"
+    )
+    return InputError("E_CKPT_INCOMPLETE", message, hint=hint)
 
 
 def _kinds(modules: Iterable[PackedModule]) -> str:
@@ -134,9 +144,8 @@ def _kinds(modules: Iterable[PackedModule]) -> str:
 
 def declared_dtype(checkpoint: Checkpoint) -> str:
     """Return the stored dtype that config.json names, else that of a tensor that is not packed."""
-    named = _named_dtype(checkpoint.text_config)
-    if named is not None:
-        return DTYPES_OF_CONFIG[named]
+    if checkpoint.named_dtype is not None:
+        return DTYPES_OF_CONFIG[checkpoint.named_dtype]
     known = set(DTYPES_OF_CONFIG.values())
     packing = packing_of(checkpoint)
     for tensor in checkpoint.tensors.values():
@@ -153,22 +162,13 @@ def forward_dtype(checkpoint: Checkpoint, wanted: str) -> str:
     """
     if wanted != "auto":
         return wanted
-    named = _named_dtype(checkpoint.text_config) or _named_dtype(checkpoint.config)
-    if named is not None:
-        return named
+    if checkpoint.named_dtype is not None:
+        return checkpoint.named_dtype
     for tensor in checkpoint.tensors.values():
         for name, stored in DTYPES_OF_CONFIG.items():
             if tensor.dtype == stored:
                 return name
     return "float32"
-
-
-def _named_dtype(config: Mapping[str, Any]) -> str | None:
-    """Return the dtype that a config.json names; None if it names none of DTYPES_OF_CONFIG."""
-    named = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
-    if named in DTYPES_OF_CONFIG:
-        return named
-    return None
 
 
 def stores_transposed(config: Mapping[str, Any]) -> bool:

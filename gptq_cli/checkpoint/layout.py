@@ -8,9 +8,6 @@ AutoGPTQ's QuantLinear (O out_features, I in_features, G groups):
     scales  float16 [G, O]
     g_idx   int32 [I]                   group of each input column
 
-A weight in 8-bit floats, as DeepSeek stores it, comes with a tensor of scales, one for each block
-of rows and columns. The name of that tensor is the weight's with SCALES_SUFFIX.
-
 The layout of an output is decided before the first weight is read: shard headers are written first,
 then tensors may arrive in any order and go straight to their places.
 """
@@ -22,7 +19,6 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from gptq_cli.checkpoint.headers import DTYPES, TensorInfo
@@ -331,11 +327,6 @@ class Packing:
 GPTQ, GPTQ_V2 = Packing("gptq", 1), Packing("gptq_v2")  # v1 stores zero - 1
 PARTS = GPTQ.parts
 
-FP8 = "fp8"
-SCALES_SUFFIX = "_scale_inv"
-SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
-FEW_BITS = ("F8_", "F4")  # how the names of dtypes of 8 bits or fewer begin
-
 
 @dataclass(frozen=True, slots=True)
 class PackedModule:
@@ -447,84 +438,3 @@ def sizes_of(module: str, parts: Mapping[str, TensorInfo], packing: Packing) -> 
         if parts[part].shape != expected[part]:
             return None
     return sizes
-
-
-def block_size(quantization: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Return the rows and columns that share a scale in an FP8 checkpoint.
-
-    None if the `quantization_config` describes any other way to store weights.
-    """
-    is_dynamic = quantization.get("activation_scheme", "dynamic") == "dynamic"
-    if quantization.get("quant_method") != FP8 or not is_dynamic:
-        return None
-    size = quantization.get("weight_block_size")
-    if not isinstance(size, list) or len(size) != 2:
-        return None
-    rows, columns = size
-    if type(rows) is not int or type(columns) is not int or min(rows, columns) < 1:
-        return None
-    return rows, columns
-
-
-def scales_of(
-    directory: Path, quantization: Mapping[str, Any] | None, tensors: Mapping[str, TensorInfo]
-) -> dict[str, str]:
-    """Return the name of the scales of each weight that is stored in 8-bit floats.
-
-    `quantization` is the `quantization_config` of the checkpoint in `directory`. InputError
-    E_CKPT_FP8 for floats of 8 or 4 bits that are stored in another way, E_CKPT_INCOMPLETE for a
-    weight without scales, E_CKPT_SHAPE if a weight and its scales do not fit.
-    """
-    weights = [tensor for tensor in tensors.values() if _is_float_of_few_bits(tensor, tensors)]
-    if not weights:
-        return {}
-    block = block_size(quantization or {})
-    if block is None:
-        raise _unreadable_floats(directory, weights[0])
-    for weight in weights:
-        if not _is_readable(weight):
-            raise _unreadable_floats(directory, weight)
-    found = {}
-    for weight in weights:
-        scales = f"{weight.name}{SCALES_SUFFIX}"
-        _check_scales(weight, scales, tensors.get(scales), block)
-        found[weight.name] = scales
-    return found
-
-
-def _is_float_of_few_bits(tensor: TensorInfo, tensors: Mapping[str, TensorInfo]) -> bool:
-    """Return whether a tensor holds floats of 8 or 4 bits that are not scales of such a weight."""
-    if not tensor.dtype.startswith(FEW_BITS):
-        return False
-    if not tensor.name.endswith(SCALES_SUFFIX):
-        return True
-    weight = tensors.get(tensor.name.removesuffix(SCALES_SUFFIX))
-    return weight is None or not weight.dtype.startswith(FEW_BITS)
-
-
-def _is_readable(weight: TensorInfo) -> bool:
-    is_matrix = len(weight.shape) == 2 and weight.name.endswith(".weight")
-    return is_matrix and weight.dtype == "F8_E4M3"
-
-
-def _unreadable_floats(directory: Path, weight: TensorInfo) -> InputError:
-    message = f"`{directory}` holds {weight.dtype} weights, first `{weight.name}`"
-    hint = (
-        "use a float16 or bfloat16 version of the model: 8-bit floats can be read only as DeepSeek "
-        "stores them, with quant_method fp8, a weight_block_size, and a tensor of scales for each "
-        "weight"
-    )
-    return InputError("E_CKPT_FP8", message, hint=hint)
-
-
-def _check_scales(
-    weight: TensorInfo, name: str, scales: TensorInfo | None, block: tuple[int, int]
-) -> None:
-    if scales is None:
-        message = f"`{weight.name}` is stored in 8-bit floats, but its scales `{name}` are missing"
-        raise InputError("E_CKPT_INCOMPLETE", message, hint="download the checkpoint again")
-    expected = (-(-weight.shape[0] // block[0]), -(-weight.shape[1] // block[1]))
-    if scales.shape != expected or scales.dtype not in SCALE_DTYPES:
-        asked = f"blocks of {block[0]}x{block[1]} in {list(weight.shape)} ask for {list(expected)}"
-        message = f"`{name}` is {scales.dtype} {list(scales.shape)}, but {asked} floats"
-        raise InputError("E_CKPT_SHAPE", message)

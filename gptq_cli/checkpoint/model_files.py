@@ -23,6 +23,7 @@ Remark = tuple[str, str]  # code and text of a warning
 
 CONFIG_NAMES = ("config.json", QUANTIZE_CONFIG)
 ADAPTER_CONFIG = "adapter_config.json"
+MODELOPT_CONFIG = "hf_quant_config.json"  # of NVIDIA's quantizer, beside or in place of config.json
 INDEX_OF_AUTOGPTQ = "gptq_model-*.safetensors.index.json"
 BYTE_ORDER_MARK = "\ufeff"
 MAX_DEPTH = 64
@@ -37,7 +38,8 @@ SKIPPED_FOLDERS = (
     "wandb", "mlruns", "lightning_logs", "__pycache__",
 )  # fmt: skip
 SKIPPED_FILES = (
-    ADAPTER_CONFIG, "*.index.json", "trainer_state.json", "trainer_log.jsonl", "training_args.*",
+    ADAPTER_CONFIG, MODELOPT_CONFIG, "*.index.json", "trainer_state.json", "trainer_log.jsonl",
+    "training_args.*",
     "all_results.json", "train_results.json", "eval_results.json", "test_results.json",
     "predict_results.json", "training_loss.png", "training_eval_loss.png", "events.out.tfevents.*",
     "zero_to_fp32.py", "latest", "*.distcp", "*.lock", "*.log", "*.pyc", "*.tmp", "*.incomplete",

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from gptq_cli.checkpoint.defects import Defect, Effect, convert_command
 from gptq_cli.checkpoint.headers import TensorInfo
-from gptq_cli.checkpoint.layout import FP8, GPTQ, GPTQ_V2, Packing, stored_parts
+from gptq_cli.checkpoint.layout import GPTQ, GPTQ_V2, Packing, stored_parts
 from gptq_cli.checkpoint.model_files import read_json
 from gptq_cli.checkpoint.source import Checkpoint, is_of_mlx
 from gptq_cli.config.layer import (
@@ -532,7 +532,7 @@ def packing_of(checkpoint: Checkpoint) -> Packing:
 
     InputError E_CKPT_QUANTIZED as in `format_of`.
     """
-    if checkpoint.method in (None, FP8):
+    if not checkpoint.is_packed:
         return GPTQ
     format = format_of(checkpoint)
     dialect = dialect_of(format)

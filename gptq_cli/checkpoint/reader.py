@@ -24,11 +24,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from gptq_cli.checkpoint.layout import (
-    FP8,
     Arrays,
     PackedModule,
     Packing,
-    block_size,
     packed_modules,
     part_names,
     stored_parts,
@@ -41,6 +39,7 @@ from gptq_cli.solver.triton_launch import dequantize_packed
 
 if TYPE_CHECKING:
     from gptq_cli.checkpoint.adapters import MergingReader
+    from gptq_cli.checkpoint.coded_reader import CodedReader
 
 VALUES = 32  # values packed together
 
@@ -253,44 +252,7 @@ class DequantizingReader:
         return packed
 
 
-class BlockFloatReader:
-    """Reads a checkpoint of 8-bit floats as a bfloat16 one, in which scales do not appear."""
-
-    def __init__(self, checkpoint: Checkpoint, scales: dict[str, str]) -> None:
-        block = block_size(checkpoint.quantization or {})
-        assert block is not None
-        self._raw, self._scales, self._block = TensorReader(checkpoint), scales, block
-
-    def names(self) -> list[str]:
-        hidden = set(self._scales.values())
-        return [name for name in self._raw.names() if name not in hidden]
-
-    def read(self, name: str) -> Tensor:
-        """Return the stored tensor, or its product with its scales in bfloat16."""
-        tensor = self._raw.read(name)
-        if name not in self._scales:
-            return tensor
-        return scale_blocks(tensor, self._raw.read(self._scales[name]), self._block)
-
-    def prefetch(self, names: Iterable[str]) -> None:
-        """Do the same as TensorReader, for weights and their scales."""
-        stored = []
-        for name in names:
-            stored.append(name)
-            if name in self._scales:
-                stored.append(self._scales[name])
-        self._raw.prefetch(stored)
-
-    def check_unchanged(self) -> None:
-        """Do the same as TensorReader."""
-        self._raw.check_unchanged()
-
-    def release(self) -> None:
-        """Do the same as TensorReader."""
-        self._raw.release()
-
-
-PlainReader = Union[TensorReader, DequantizingReader, BlockFloatReader, "MergingReader"]
+PlainReader = Union[TensorReader, DequantizingReader, "CodedReader", "MergingReader"]
 
 
 def open_reader(
@@ -298,32 +260,20 @@ def open_reader(
 ) -> PlainReader:
     """Return a reader of the plain weights that `checkpoint` stands for.
 
-    Raises the errors of `format_of` and `Checkpoint.scales`.
+    Raises the errors of `format_of` and `Checkpoint.coded`.
     """
     if checkpoint.adapters:
         from gptq_cli.checkpoint.adapters import MergingReader
 
         model = replace(checkpoint, adapters=())
         return MergingReader(open_reader(model, device, backend), checkpoint)
-    scales = checkpoint.scales()
-    if scales:
-        return BlockFloatReader(checkpoint, scales)
-    if checkpoint.method in (None, FP8):
+    if checkpoint.is_packed:
+        return DequantizingReader(checkpoint, device, backend)
+    if not checkpoint.coded():
         return TensorReader(checkpoint)
-    return DequantizingReader(checkpoint, device, backend)
+    from gptq_cli.checkpoint.coded_reader import CodedReader
 
-
-def scale_blocks(weight: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
-    """Return `weight` [O, I] times the scale of each block, in bfloat16.
-
-    `scales` are [ceil(O / rows), ceil(I / columns)], `block` is (rows, columns).
-    """
-    rows, columns = block
-    scaled = weight.float()
-    of_columns = scales.float().repeat_interleave(columns, 1)[:, : weight.shape[1]]
-    for band, scale in zip(scaled.split(rows), of_columns, strict=True):
-        band.mul_(scale)
-    return scaled.bfloat16()
+    return CodedReader(checkpoint)
 
 
 def columns_in_order(in_features: int, groups: int) -> Tensor:

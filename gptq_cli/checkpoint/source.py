@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from gptq_cli.checkpoint.headers import TensorInfo, read_header
-from gptq_cli.checkpoint.layout import SINGLE_FILE, scales_of
+from gptq_cli.checkpoint.headers import DTYPES_OF_CONFIG, TensorInfo, read_header
+from gptq_cli.checkpoint.layout import SINGLE_FILE
 from gptq_cli.checkpoint.model_files import (
     ADAPTER_CONFIG,
+    MODELOPT_CONFIG,
     Remark,
     index_file,
     is_safe_path,
@@ -32,8 +33,15 @@ from gptq_cli.storage.manifest import INDEX_NAME, QUANTIZE_CONFIG
 
 if TYPE_CHECKING:
     from gptq_cli.checkpoint.adapters import Adapter
+    from gptq_cli.checkpoint.coded import Coded
 
 CODES_OF_BITSANDBYTES = ("U8", "I8")
+FP8 = "fp8"
+# Methods of quantization whose weights `coded` tells.
+CODED_METHODS = (
+    FP8, "fbgemm_fp8", "compressed-tensors", "modelopt", "mxfp4", "mxfp8", "awq",
+)  # fmt: skip
+FEW_BITS = ("F8_", "F4")  # how the names of dtypes of 8 bits or fewer begin
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +74,9 @@ class Checkpoint:
         found = self.config.get("quantization_config")
         if found is None:
             found = self.text_config.get("quantization_config")
-        if found is None and is_file(self.directory / QUANTIZE_CONFIG):
-            found = read_json(self.directory / QUANTIZE_CONFIG)
+        for name in (QUANTIZE_CONFIG, MODELOPT_CONFIG):
+            if found is None and is_file(self.directory / name):
+                found = read_json(self.directory / name)
         if found is not None and not isinstance(found, dict):
             message = f"the quantization of `{self.directory}` is not a JSON object"
             hint = "download config.json and quantize_config.json again"
@@ -106,12 +115,31 @@ class Checkpoint:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    def scales(self) -> dict[str, str]:
-        """Return the name of the scales of each weight in 8-bit floats.
+    @property
+    def named_dtype(self) -> str | None:
+        """The dtype that config.json names, one of DTYPES_OF_CONFIG; None if it names none."""
+        for config in (self.text_config, self.config):
+            named = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
+            if named in DTYPES_OF_CONFIG:
+                return named
+        return None
 
-        Raises the errors of `scales_of`.
+    @property
+    def is_packed(self) -> bool:
+        """Whether a method has packed the linears, which is not so for weights of `coded`."""
+        return self.method not in (None, FP8) and not self.coded()
+
+    def coded(self) -> dict[str, Coded]:
+        """Return the weights in floats of few bits, in bytes or of AWQ, by their plain names.
+
+        Raises the errors of `coded_weights`.
         """
-        return scales_of(self.directory, self.quantization, self.tensors)
+        has_few_bits = any(map(_has_few_bits, self.tensors.values()))
+        if self.method not in CODED_METHODS and not has_few_bits:
+            return {}
+        from gptq_cli.checkpoint.coded import coded_weights
+
+        return coded_weights(self)
 
     def other_files(self) -> list[Path]:
         """Return files beside the weights (tokenizer, licence, code, ...), sorted.
@@ -127,6 +155,10 @@ class Checkpoint:
             check_stamps(adapter.stamps)
 
 
+def _has_few_bits(tensor: TensorInfo) -> bool:
+    return tensor.dtype.startswith(FEW_BITS)
+
+
 def is_of_mlx(key: str, value: object) -> bool:
     """Return whether an entry of config.json is the one in which MLX describes a quantization."""
     return (
@@ -138,6 +170,8 @@ def _method_of(quantization: Mapping[str, Any]) -> str:
     """Return the method of a `quantization_config`; the first tools wrote no `quant_method`."""
     if quantization.get("quant_method"):
         return cut(str(quantization["quant_method"]).lower())
+    if "producer" in quantization:
+        return "modelopt"
     if any(key.removeprefix("_").startswith(("load_in_", "bnb_")) for key in quantization):
         return "bitsandbytes"
     if "w_bit" in quantization or "zero_point" in quantization:
@@ -190,13 +224,18 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     for other in checkpoint.other_files():
         refuse_escape(directory, directory / other)
         refuse_name(directory, other)
-    checkpoint.scales()  # raises for 8-bit floats that cannot be read
+    checkpoint.coded()  # raises for weights in codes that cannot be read
     return checkpoint
 
 
 def _settings_files(directory: Path) -> list[Path]:
     """Return the configuration files and the index, whether they exist or not."""
-    return [directory / "config.json", directory / QUANTIZE_CONFIG, index_file(directory)]
+    return [
+        directory / "config.json",
+        directory / QUANTIZE_CONFIG,
+        directory / MODELOPT_CONFIG,
+        index_file(directory),
+    ]
 
 
 def _stamps(directory: Path) -> dict[Path, Stamp]:

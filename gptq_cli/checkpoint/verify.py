@@ -17,7 +17,7 @@ from typing import Any
 from gptq_cli.checkpoint.claims import check_rules
 from gptq_cli.checkpoint.defects import Defect, convert_command, tensor_defect
 from gptq_cli.checkpoint.headers import TensorInfo, count_not_finite, is_zero
-from gptq_cli.checkpoint.layout import FP8, GPTQ, SINGLE_FILE, quantized_names
+from gptq_cli.checkpoint.layout import GPTQ, SINGLE_FILE, quantized_names
 from gptq_cli.checkpoint.model_files import ADAPTER_CONFIG, index_file, is_safe_file, read_json
 from gptq_cli.checkpoint.quantization_config import (
     READABLE,
@@ -164,10 +164,11 @@ def refuse_wrong_numbers(checkpoint: Checkpoint) -> tuple[Defect, ...]:
     The result is empty for a plain checkpoint. InputError with the code of the first defect that
     changes decoded weights, E_CKPT_QUANTIZED if the weights are packed in an unsupported way.
     """
-    is_plain = checkpoint.method in (None, FP8)
-    if is_plain and not quantized_names(checkpoint.tensors):
+    if checkpoint.coded():
         return ()
-    if not is_plain:
+    if not checkpoint.is_packed and not quantized_names(checkpoint.tensors):
+        return ()
+    if checkpoint.is_packed:
         format_of(checkpoint)
     examined = examine(checkpoint)
     for defect in examined.defects:

@@ -10,17 +10,15 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gptq_cli.checkpoint.decoded import stores_transposed
 from gptq_cli.checkpoint.defects import Defect
 from gptq_cli.checkpoint.headers import TensorInfo
 from gptq_cli.checkpoint.layout import (
     GPTQ,
-    SCALES_SUFFIX,
     PackedModule,
     Packing,
-    block_size,
     packed_modules,
     part_names,
 )
@@ -53,6 +51,9 @@ from gptq_cli.json_values import to_json
 from gptq_cli.planning.run_plan import HEAD, RunPlan
 from gptq_cli.storage.manifest import QUANTIZE_CONFIG
 
+if TYPE_CHECKING:
+    from gptq_cli.checkpoint.coded import Coded
+
 FROM_CONFIG = ("model_type", "architectures", "transformers_version")
 FROM_RUN = ("preset", "dataset", "nsamples", "seqlen", "seed")
 VECTORS = "norms, biases and other vectors"
@@ -78,7 +79,7 @@ class Row:
 class Inspection:
     """The content of a checkpoint; `defects` are those of a GPTQ checkpoint.
 
-    `method` is None if the checkpoint is not quantized; for methods other than gptq and fp8, only
+    `method` is None if the checkpoint is not quantized; for methods that are not read, only
     tensors are listed. `settings` are those that the configuration gives to each module, empty if
     it is unusable. `matrices` are the modules with a plain 2-D weight; `transposed` tells whether
     the original stores its linears [I, O]. `parameters` counts a packed linear by its weights.
@@ -185,17 +186,17 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     missing or does not fit.
     """
     content = _Content()
-    if checkpoint.method in FORMATS:
+    coded = checkpoint.coded()
+    if checkpoint.method in FORMATS and not coded:
         content = _packed_content(checkpoint)
     modules = content.modules
-    scales = checkpoint.scales()
-    scaled = [checkpoint.tensors[name] for name in scales]
-    others = _other_tensors(checkpoint, content, scales)
+    others = _other_tensors(checkpoint, content, coded.values())
     blocks = _blocks(checkpoint.tensors)
     quantized = [_row(module, blocks, sym=content.is_sym(module.name)) for module in modules]
-    quantized += _scaled_rows(checkpoint, scaled, blocks)
+    quantized += _coded_rows(checkpoint, coded.values(), blocks)
     parameters = sum(module.weights for module in modules)
-    parameters += sum(math.prod(tensor.shape) for tensor in [*others, *scaled])
+    plain = [weight.plain for weight in coded.values()]
+    parameters += sum(math.prod(tensor.shape) for tensor in [*others, *plain])
     return Inspection(
         method=checkpoint.method,
         format=content.format,
@@ -279,10 +280,12 @@ def _misnamed(content: _Content, matrices: Iterable[str]) -> str:
 
 
 def _other_tensors(
-    checkpoint: Checkpoint, content: _Content, scales: Mapping[str, str]
+    checkpoint: Checkpoint, content: _Content, coded: Iterable[Coded]
 ) -> list[TensorInfo]:
-    """Return the tensors that are neither packed nor scaled, nor the scales of another one."""
-    hidden = {*scales, *scales.values()}
+    """Return the tensors that are no part of a quantized weight."""
+    hidden: set[str] = set()
+    for weight in coded:
+        hidden.update(weight.parts.values())
     for module in content.modules:
         hidden.update(part_names(module.name, checkpoint.tensors, content.packing))
     return [tensor for name, tensor in checkpoint.tensors.items() if name not in hidden]
@@ -328,15 +331,13 @@ def _row(module: PackedModule, blocks: str, *, sym: bool) -> Row:
     )
 
 
-def _scaled_rows(checkpoint: Checkpoint, scaled: list[TensorInfo], blocks: str) -> list[Row]:
-    """Return a row for each weight in 8-bit floats; its bytes include those of its scales."""
-    rows, columns = block_size(checkpoint.quantization or {}) or (0, 0)
+def _coded_rows(checkpoint: Checkpoint, coded: Iterable[Coded], blocks: str) -> list[Row]:
+    """Return a row for each weight in codes; its bytes include those of its scales."""
     found = []
-    for weight in scaled:
-        name = kind_in_block(weight.name.removesuffix(".weight"), blocks)
-        how = f"{weight.dtype} in blocks of {rows}x{columns}"
-        nbytes = weight.nbytes + checkpoint.tensors[f"{weight.name}{SCALES_SUFFIX}"].nbytes
-        found.append(Row(name, weight.shape, how, nbytes=nbytes))
+    for weight in coded:
+        name = kind_in_block(weight.plain.name.removesuffix(".weight"), blocks)
+        nbytes = sum(checkpoint.tensors[part].nbytes for part in weight.parts.values())
+        found.append(Row(name, weight.plain.shape, weight.form, nbytes=nbytes))
     return found
 
 

@@ -20,7 +20,6 @@ from gptq_cli.checkpoint.model_files import Remark
 from gptq_cli.checkpoint.quantization_config import Linears, Settings
 from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.config.layer import (
-    FORMATS,
     GPTQ_FORMATS,
     LayerChoice,
     LayerConfig,
@@ -317,7 +316,7 @@ def _about_codes(plan: RunPlan) -> list[Remark]:
     """Warn that weights stored in codes are rounded twice, or take more bytes if they are kept."""
     found = []
     how = plan.plain.how
-    if plan.source.method in FORMATS:
+    if plan.plain.rounded:
         text = f"the source is quantized ({how}): its rounded weights are rounded a second time"
         found.append(("W_CKPT_REQUANTIZED", text))
     decoded = plan.decoded
@@ -330,6 +329,11 @@ def _about_codes(plan: RunPlan) -> list[Remark]:
         text = f"kept weights that are stored as {how} become {decoded[0].dtype}"
         names = _and_others(decoded[0].name, len(decoded))
         found.append(("W_CKPT_DECODED", f"{text}, {more / 1e6:.3g} MB more: {names}"))
+    left_out = plan.plain.left_out
+    if left_out:
+        text = "scales of activations and caches mean nothing beside decoded weights"
+        names = _and_others(left_out[0], len(left_out))
+        found.append(("W_CKPT_DECODED", f"{text}, and are left out: {names}"))
     return found
 
 

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_map_only
 
 from gptq_cli.checkpoint.defects import Defect
 from gptq_cli.checkpoint.headers import scan_weights
-from gptq_cli.checkpoint.model_files import index_file
+from gptq_cli.checkpoint.model_files import MODELOPT_CONFIG, index_file
 from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.checkpoint.verify import check_manifest
 from gptq_cli.checkpoint.writer import CheckpointWriter
@@ -150,7 +150,8 @@ def _files(source: Checkpoint, commit: str | None) -> dict[str, Any]:
     header_bytes: dict[Path, int] = {}
     for tensor in source.tensors.values():
         header_bytes[tensor.file] = min(tensor.start, header_bytes.get(tensor.file, tensor.start))
-    beside = [source.directory / "config.json", index_file(source.directory)]
+    beside = [source.directory / "config.json", source.directory / MODELOPT_CONFIG]
+    beside.append(index_file(source.directory))
     beside += [source.directory / file for file in source.other_files()]
     hashed = [path for path in beside if is_file(path)]
     hashes = dict(zip(hashed, file_hashes(hashed), strict=True))

@@ -168,7 +168,7 @@ def test_every_command_reads_block_floats(
     assert (found.method, found.parameters) == ("fp8", expected.parameters)
     assert found.nbytes == sum(tensor.nbytes for tensor in tensors_of(coded).values())
     rows = {row.name: (row.settings, row.nbytes) for row in (*found.quantized, *found.kept)}
-    assert rows["mlp.up_proj"] == ("F8_E4M3 in blocks of 48x40", 3 * (128 * 64 + 3 * 2 * 4))
+    assert rows["mlp.up_proj"] == ("fp8 in blocks of 48x40", 3 * (128 * 64 + 3 * 2 * 4))
     assert rows["self_attn.o_proj"] == ("BF16", 3 * 2 * 64 * 128)
     name = "model.layers.1.mlp.up_proj"
     assert view_layer(open_checkpoint(coded), name) == view_layer(open_checkpoint(plain), name)
@@ -177,22 +177,6 @@ def test_every_command_reads_block_floats(
         dataset=text_file(), seqlen=64, max_windows=2, device="cpu", baseline=str(plain)
     )
     assert evaluate_perplexity(str(coded), request).kl == 0
-
-
-def test_scales_apply_as_in_transformers() -> None:
-    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
-
-    from gptq_cli.checkpoint.reader import scale_blocks
-
-    codes = (torch.randn(96, 80) * 100).to(torch.float8_e4m3fn)
-    scales = torch.rand(2, 4) + 0.01
-    expected = Fp8Dequantize(None)._dequantize_one(codes, scales, torch.bfloat16)
-    assert torch.equal(scale_blocks(codes, scales, (48, 20)), expected)
-    powers = torch.tensor([[0.5, 2.0, 1.0, 4.0], [8.0, 0.25, 1.0, 2.0]])
-    assert torch.equal(
-        scale_blocks(codes, powers.to(torch.float8_e8m0fnu), (48, 20)),
-        scale_blocks(codes, powers, (48, 20)),
-    )
 
 
 def shrunk(tensors: dict[str, Tensor], name: str) -> None:
@@ -233,7 +217,6 @@ UP = "model.layers.0.mlp.up_proj.weight"
             "E_CKPT_FP8",
             "holds F8_E4M3 weights",
         ),
-        (None, {**BLOCKS, "activation_scheme": "static"}, "E_CKPT_FP8", "holds F8_E4M3 weights"),
         (None, {"quant_method": "fbgemm_fp8"}, "E_CKPT_FP8", "holds F8_E4M3 weights"),
         (None, None, "E_CKPT_FP8", "holds F8_E4M3 weights"),
     ],
