@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +20,7 @@ from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
 from gptq_cli.cli.console import (
+    COLOURS,
     Console,
     indented,
     libraries_quoted,
@@ -28,7 +30,16 @@ from gptq_cli.cli.console import (
     write_result,
 )
 from gptq_cli.cli.launch import name_of
-from gptq_cli.errors import ConfigError, GptqError, Problem, Stopped, __version__
+from gptq_cli.errors import (
+    ConfigError,
+    GptqError,
+    Problem,
+    Stopped,
+    __version__,
+    one_of,
+    shown,
+    suggestion,
+)
 from gptq_cli.files import file_cause, file_errors
 
 # The commands in the groups of `gptq --help`, which are those of the README. A command's function
@@ -126,6 +137,7 @@ class Gptq(TyperGroup):
         words = _without_aliases(words)
         code = 0
         try:
+            log.colour = _colour_of(words)
             with libraries_quoted():
                 returned = super().main(
                     words, prog_name or "gptq", complete_var, False, windows_expand_args, **extra
@@ -182,8 +194,7 @@ def _bug(error: BaseException) -> Problem:
 
 
 def _stopped(stop: Stopped) -> Problem:
-    hint = "run the same command to resume; only unsaved work is repeated"
-    return Problem("E_INTERRUPTED", f"stopped by {name_of(stop.exit_code)}", hint)
+    return Problem("E_INTERRUPTED", f"stopped by {name_of(stop.exit_code)}")
 
 
 def _usage(error: TyperException) -> Problem:
@@ -214,6 +225,25 @@ def _disable_colour_in_pipes() -> None:
     """Let typer write plain text into a pipe, even if it detects a CI system."""
     if os.environ.get("NO_COLOR") or sys.stdout is None or not sys.stdout.isatty():
         os.environ.setdefault("_TYPER_FORCE_DISABLE_TERMINAL", "1")
+
+
+def _colour_of(words: Sequence[str]) -> str:
+    """Return the value of --color, which counts before anything else is read; auto without one.
+
+    Raise ConfigError E_CFG_RANGE for a value that is none.
+    """
+    found = COLOURS[0]
+    for word, following in pairwise([*words, ""]):
+        if word == "--":
+            break
+        if word == "--color":
+            found = following
+        elif word.startswith("--color="):
+            found = word.partition("=")[2]
+    if found not in COLOURS:
+        message = f"--color must be {one_of(COLOURS)}, got {shown(found)}"
+        raise ConfigError("E_CFG_RANGE", message, hint=suggestion(found, COLOURS))
+    return found
 
 
 def _kebab_options(words: Sequence[str]) -> list[str]:

@@ -67,7 +67,10 @@ def compare(
     with Progress(console) as progress:
         found = compare(a, b, text, max_windows=max_windows, on_event=progress, **settings)
     lines = _lines(found.weights, found.predictions)
-    console.result(found.to_json(), joined(lines), f"{found.weights.mean_error:.6g}")
+    short = f"{found.weights.mean_error:.6g}"
+    if found.predictions is not None:
+        short = f"{found.predictions.kl:.6g}"
+    console.result(found.to_json(), joined(lines), short)
 
 
 def _lines(found: Comparison, predictions: EvalResult | None) -> list[str]:

@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -23,7 +24,14 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import typer
 
-from gptq_cli.errors import ConfigError, GptqError, Problem, __version__, without_secrets
+from gptq_cli.errors import (
+    ConfigError,
+    GptqError,
+    Location,
+    Problem,
+    __version__,
+    without_secrets,
+)
 from gptq_cli.json_values import to_json
 
 if TYPE_CHECKING:
@@ -35,6 +43,16 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 SHOWN = 8  # problems on a terminal
+STOPS = ("E_INTERRUPTED", "E_PAUSED")  # ends that the user wanted, which are no errors
+LINE_ENDS = re.compile("\r\n|[\n\r\x85\u2028\u2029]")  # those of YAML
+CARET_WIDTH = 40  # columns of a long line that are shown on each side of the caret
+COLOURS = ("auto", "always", "never")
+PAINT = {  # the start of a line, and its colour
+    re.compile(r"^error\[\w+\]", re.MULTILINE): "1;31",
+    re.compile(r"^warning\[\w+\]", re.MULTILINE): "1;33",
+    re.compile(r"^(hint|note|next):", re.MULTILINE): "36",
+    re.compile(r"^ +\| +\^$", re.MULTILINE): "31",
+}
 LOG_MARK = "log of gptq"
 
 ENGINES_WIDTH = 98  # columns, with room for "# " before a line
@@ -127,6 +145,7 @@ class Log:
 
     def __init__(self) -> None:
         self.verbose = False
+        self.colour = COLOURS[0]
         # Of several processes only the first one writes messages.
         self.muted = os.environ.get("RANK", "0") != "0"
         self._handler: FileHandler | None = None
@@ -168,6 +187,7 @@ class Log:
             with suppress(OSError):  # a failure to write was reported already
                 self._handler.close()
         self.verbose, self._handler, self._failure = False, None, None
+        self.colour = COLOURS[0]
 
     def _note_failure(self, record: LogRecord) -> None:
         """Remember why a line could not be written; a log must not change the exit code."""
@@ -237,11 +257,32 @@ def _cleaned(value: Any) -> Any:
 
 def _as_text(problem: Problem) -> str:
     lines = [f"error[{problem.code}]: {problem.message}"]
+    if problem.code in STOPS:
+        lines = [problem.message]
     if problem.location:
-        lines.append(f"  --> {problem.location}")
+        lines += [f"  --> {problem.location}", *_line_at(problem.location)]
     if problem.hint:
         lines += ["", f"hint: {problem.hint}"]
     return joined(lines)
+
+
+def _line_at(location: Location) -> list[str]:
+    """Return the line of a file that the user wrote, with a caret below the column; [] without."""
+    file = Path(location.file)
+    try:
+        if not file.is_file():
+            return []
+        lines = LINE_ENDS.split(file.read_text(encoding="utf-8-sig", errors="replace"))
+    except OSError:
+        return []
+    if location.line > len(lines):
+        return []
+    line = lines[location.line - 1].replace("\t", " ")
+    start = max(0, location.column - 1 - CARET_WIDTH)
+    before = visible(line[start : location.column - 1])
+    after = visible(line[location.column - 1 : start + 2 * CARET_WIDTH])
+    number = f"{location.line:>4}"
+    return [f"{number} | {before}{after}", f"{' ' * len(number)} | {' ' * len(before)}^"]
 
 
 def write_result(text: str) -> None:
@@ -297,8 +338,32 @@ def write(stream: TextIO | None, text: str) -> None:
 def _print(stream: TextIO | None, text: str) -> None:
     if stream is not None and not stream.closed and not log.muted:
         encoding = stream.encoding or "utf-8"
-        stream.write(visible(text).encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        text = visible(text).encode(encoding, "backslashreplace").decode(encoding)
+        if stream is sys.stderr and wants_colour(stream):
+            text = _painted(text)
+        stream.write(text + "\n")
         stream.flush()
+
+
+def wants_colour(stream: TextIO) -> bool:
+    """Return whether messages on `stream` have colours.
+
+    --color decides, then NO_COLOR and FORCE_COLOR, then whether it is a terminal.
+    """
+    if log.colour != COLOURS[0]:
+        return log.colour == "always"
+    if os.environ.get("NO_COLOR"):
+        return False
+    if os.environ.get("FORCE_COLOR", "0") not in ("", "0"):
+        return True
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def _painted(text: str) -> str:
+    """Return messages with colours for their first words; names in them cannot begin a line."""
+    for words, colour in PAINT.items():
+        text = words.sub(f"\x1b[{colour}m\\g<0>\x1b[0m", text)
+    return text
 
 
 def visible(text: str) -> str:

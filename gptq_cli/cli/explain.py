@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import SequenceMatcher
 from importlib.resources import files
 from typing import Annotated
 
@@ -10,7 +12,9 @@ import yaml
 
 from gptq_cli.cli.console import Console, fitted
 from gptq_cli.cli.options import AsJson
-from gptq_cli.errors import ConfigError, nearest
+from gptq_cli.errors import ConfigError
+
+LEAST_LIKENESS = 0.7
 
 
 def explain(
@@ -35,14 +39,30 @@ def explain(
         return
     known = code.strip().upper().replace("-", "_")
     if known not in texts:
-        near = nearest(known.lower(), map(str.lower, texts))
+        near = _nearest(known, texts)
         hint = "gptq explain lists all codes"
         if near:
-            hint = f"did you mean {near.upper()}?"
+            hint = f"did you mean {near}?"
         raise ConfigError("E_CODE", f"there is no code `{code}`", hint=hint)
     text = texts[known]
     lines = [known, "", *(fitted(line, 0) for line in text.splitlines())]
     console.result({"code": known, "text": text}, "\n".join(lines), text)
+
+
+def _nearest(word: str, codes: Iterable[str]) -> str | None:
+    """Return the code that `word` was most likely meant to be, None if none is close.
+
+    The letter before _ says little, and a word may be the beginning of a code.
+    """
+    name = word.partition("_")[2] or word
+    best, closest = LEAST_LIKENESS, None
+    for code in codes:
+        whole = code.partition("_")[2]
+        for part in (whole, whole[: len(name)], whole[: len(name) + 1]):
+            likeness = SequenceMatcher(None, name, part).ratio()
+            if likeness > best:
+                best, closest = likeness, code
+    return closest
 
 
 def explanations() -> dict[str, str]:

@@ -56,8 +56,9 @@ def shows_first(*names: str) -> Callable[[Command], Command]:
 def with_options(command: Callable[..., None], begin: Begin) -> Callable[..., None]:
     """Return `command` as a function whose signature names every option, for typer.
 
-    The options of its fields replace `settings`. Each command also takes --verbose and --log-file;
-    before the command, `begin` is called with these two and a mapping of all other values.
+    The options of its fields replace `settings`. Each command also takes --verbose, --log-file and
+    --color; before the command, `begin` is called with the first two and a mapping of all values of
+    its own.
     """
     fields = getattr(command, "fields", ())
     parameters: list[Parameter] = []
@@ -67,6 +68,7 @@ def with_options(command: Callable[..., None], begin: Begin) -> Callable[..., No
         else:
             parameters.append(parameter.replace(kind=Parameter.KEYWORD_ONLY))
     parameters += [_parameter("verbose", Verbose, False), _parameter("log_file", LogFile, None)]
+    parameters.append(_parameter("color", Color, None))
     if hasattr(command, "everyday"):
         parameters.append(_parameter("help_all", HelpAll, False))
     for parameter in parameters:
@@ -74,7 +76,15 @@ def with_options(command: Callable[..., None], begin: Begin) -> Callable[..., No
             info.readable = False  # no check by typer: the code that opens a path reports more
             info.autocompletion = _completing(command.__name__, parameter.name)
 
-    def run(*, verbose: bool, log_file: Path | None, help_all: bool = False, **values: Any) -> None:
+    def run(
+        *,
+        verbose: bool,
+        log_file: Path | None,
+        color: str | None,
+        help_all: bool = False,
+        **values: Any,
+    ) -> None:
+        del color  # it counts from the first word on, so `Gptq.main` has read it
         del help_all  # its callback has shown the help
         settings = _given({name: values.pop(name) for name in fields})
         begin(verbose, log_file, {**values, **settings})
@@ -360,6 +370,17 @@ LogFile = Annotated[
         "--log-file",
         help="also write messages, including --verbose details, to this file",
         metavar="FILE",
+    ),
+]
+
+
+Color = Annotated[
+    str | None,
+    plain(
+        "--color",
+        help="colours of messages; auto = on a terminal, unless NO_COLOR is set, and with "
+        "FORCE_COLOR in a pipe too; default auto",
+        metavar="auto|always|never",
     ),
 ]
 

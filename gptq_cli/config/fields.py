@@ -194,7 +194,7 @@ PresetName = Annotated[str, AfterValidator(_preset), Accepts(one_of([*PRESETS]))
 Target = Annotated[
     str | None,
     AfterValidator(_target),
-    Accepts(", ".join(TARGETS) + " or null; @VERSION and /PLATFORM may follow an engine"),
+    Accepts("an engine, ENGINE@VERSION, ENGINE/PLATFORM or null"),
 ]
 Experts = Annotated[Uncovered, Accepts(one_of(get_args(Uncovered)))]
 Fault = Annotated[OnFault, Accepts(one_of(get_args(OnFault)))]
@@ -218,6 +218,7 @@ class LayerOverrides(TypedDict, total=False):
     damp_percent: DampPercent
 
 
+ENGINES_ARE = f"engines are {', '.join(TARGETS)}"
 NAMES = {"preset": tuple(PRESETS), "target": TARGETS}
 OUT_OF_RANGE = {
     "greater_than",
@@ -310,7 +311,11 @@ def _unknown(path: KeyPath, model: type[BaseModel]) -> Finding:
     known = tuple(model.model_fields)
     if len(path) > 1:
         known = tuple(LayerOverrides.__annotations__)
-    hint = suggestion(str(path[-1]), known) or f"known are: {', '.join(known)}"
+    hint = suggestion(str(path[-1]), known)
+    if hint is None and len(path) > 1:
+        hint = f"known are: {', '.join(known)}"
+    elif hint is None:
+        hint = "`gptq schema` prints all keys"
     return Finding((path,), "E_CFG_UNKNOWN_KEY", "is not a known key", hint)
 
 
@@ -352,8 +357,9 @@ def _hint(field: str, value: object, model: type[BaseModel]) -> str | None:
     if field == "damp_percent" and not isinstance(value, str):
         return "typical values are 0.01 to 0.1"
     if isinstance(value, str):
-        known = target_hint(value) if field == "target" else None
-        return known or _hint_for_text(field, value, model)
+        if field == "target":
+            return target_hint(value) or suggestion(value, TARGETS) or ENGINES_ARE
+        return _hint_for_text(field, value, model)
     return None
 
 

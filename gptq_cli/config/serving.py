@@ -907,14 +907,17 @@ def target_hint(text: str) -> str | None:
     engine = _KNOWN.get(re.split("[@/]", text)[0])
     if engine is None:
         return None
-    known = [engine.name]
+    known = []
     if engine.newest:
         versions = f"@{engine.newest}"
         if engine.oldest != engine.newest:
             versions = f"@{engine.oldest} to @{engine.newest}"
         known.append(versions)
     known += [f"/{platform}" for platform in engine.platforms if platform]
-    return f"the table knows {', '.join(known)}"
+    hint = f"--target {engine.name}"
+    if known:
+        hint += f", or with {', '.join(known)}"
+    return hint
 
 
 def export_of(

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import sys
 
 import pytest
+import typer
 
+from gptq_cli.cli.app import app
 from gptq_cli.cli.console import as_json_text, fitted
 from gptq_cli.errors import clock, size
+
+from .conftest import Run
 
 
 @pytest.mark.parametrize(
@@ -51,3 +57,54 @@ def test_only_a_narrow_terminal_wraps_prose(
     assert shown[1:] == [" " * 10 + "/a/path/that/is/longer/than/the/terminal/is/wide"]
     monkeypatch.setenv("COLUMNS", "200")
     assert fitted(line, 10) == line
+
+
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+CALLS: list[tuple[list[str], dict[str, str], bool, bool]] = [
+    # words, environment, on a terminal, coloured
+    ([], {}, True, True),
+    ([], {}, False, False),
+    ([], {"TERM": "dumb"}, True, False),
+    ([], {"NO_COLOR": "1"}, True, False),
+    ([], {"FORCE_COLOR": "1"}, False, True),
+    ([], {"FORCE_COLOR": "0"}, False, False),
+    (["--color", "always"], {"NO_COLOR": "1"}, False, True),
+    (["--color=never"], {"FORCE_COLOR": "1"}, True, False),
+    (["--color", "auto"], {}, True, True),
+    (["--", "--color=always"], {}, False, False),
+]
+
+
+@pytest.mark.parametrize(("words", "environment", "terminal", "coloured"), CALLS)
+def test_messages_are_coloured_where_it_is_wanted(
+    words: list[str],
+    environment: dict[str, str],
+    terminal: bool,
+    coloured: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    screen = io.StringIO()
+    if terminal:
+        screen = Screen()
+    monkeypatch.setattr(sys, "stderr", screen)
+    program = typer.main.get_command(app)
+    assert program.main(["explain", "E_NONE", *words], standalone_mode=False) == 2
+    painted = "\x1b[1;31merror[" in screen.getvalue()
+    assert (painted, "\x1b" in screen.getvalue()) == (coloured, coloured)
+    assert "hint" in screen.getvalue()
+
+
+def test_a_wrong_colour_is_refused_with_the_values(gptq: Run) -> None:
+    result = gptq("explain", "--color", "allways")
+    assert result.exit_code == 2
+    expected = "error[E_CFG_RANGE]: --color must be auto, always or never, got "
+    assert result.stderr == f'{expected}"allways"\n\nhint: did you mean always?\n'

@@ -60,7 +60,14 @@ def test_explain_takes_a_code_in_any_spelling(gptq: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "hint"), [("E_SHAP", "did you mean E_SHAPE?"), ("zzz", "gptq explain lists all codes")]
+    ("code", "hint"),
+    [
+        ("E_SHAP", "did you mean E_SHAPE?"),
+        ("E_ALOC", "did you mean E_ALLOC_GOAL?"),
+        ("e_out_exist", "did you mean E_OUT_EXISTS?"),
+        ("zzz", "gptq explain lists all codes"),
+        ("E_XY", "gptq explain lists all codes"),
+    ],
 )
 def test_an_unknown_code_gets_the_nearest_as_hint(code: str, hint: str, gptq: Run) -> None:
     result = gptq("explain", code)

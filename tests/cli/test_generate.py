@@ -135,7 +135,7 @@ def test_an_interrupted_text_ends_with_its_line(gptq: Run, generator: FakeGenera
     generator.error = KeyboardInterrupt()
     result = gptq("generate", "m", "why?")
     assert (result.exit_code, result.stdout) == (130, "a fox \x1b[31mé\nend\n")
-    assert result.stderr.splitlines()[-1] == "error[E_INTERRUPTED]: interrupted"
+    assert result.stderr.splitlines()[-1] == "interrupted"
 
 
 def test_a_terminal_gets_escapes_made_visible(

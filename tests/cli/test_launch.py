@@ -241,7 +241,7 @@ def test_several_devices_resume_from_any_directory(
             5,
             "error[E_RANK_LOST]: process 1 of 2 (the first is 0) was killed or cannot be reached",
         ),
-        (signal.SIGTERM, 143, "error[E_INTERRUPTED]: stopped by SIGTERM"),
+        (signal.SIGTERM, 143, "stopped by SIGTERM"),
     ],
 )
 def test_a_signal_to_one_process_ends_all_with_one_error(
@@ -258,8 +258,8 @@ def test_a_signal_to_one_process_ends_all_with_one_error(
     began = time.monotonic()
     _, stderr = run.communicate(timeout=120)
     assert run.returncode == code, stderr
-    assert stderr.count("error[") == 1, stderr
-    assert message in stderr
+    assert stderr.count("error[") == message.count("error["), stderr
+    assert stderr.count(message) == 1, stderr
     assert "resume with: gptq resume" in stderr
     assert time.monotonic() - began < 60
 
@@ -304,7 +304,7 @@ def test_processes_end_if_their_parent_is_killed(tmp_path: Path) -> None:
     assert len(psutil.Process(run.pid).children()) == 2
     run.kill()
     _, stderr = run.communicate(timeout=120)  # ends when no process can write to the pipe
-    assert stderr.count("error[E_INTERRUPTED]: stopped by SIGTERM") == 1, stderr
+    assert stderr.count("stopped by SIGTERM\n") == 1, stderr
     assert journal.exists()
 
 

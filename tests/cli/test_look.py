@@ -86,6 +86,15 @@ def test_compare_with_text_measures_the_divergence(gptq: Run, pair: tuple[Path, 
     assert "block 3/3" in result.stderr
 
 
+def test_a_quiet_comparison_with_text_prints_its_kl(gptq: Run, pair: tuple[Path, Path]) -> None:
+    text = pair[0].parent / "text.txt"
+    words = ["compare", *pair, "--text", text, *ON_THE_TEXT, "2"]
+    data = json.loads(gptq(*words, "--json").stdout)
+    assert gptq(*words, "-q").stdout == f"{data['predictions']['kl']:.6g}\n"
+    alone = gptq("compare", *pair, "-q").stdout
+    assert 0 < float(alone) != data["predictions"]["kl"]
+
+
 def test_compare_with_text_lists_the_worst_windows(gptq: Run, pair: tuple[Path, Path]) -> None:
     text = pair[0].parent / "text.txt"
     lines = gptq("compare", *pair, "--text", text, *ON_THE_TEXT, "7").stdout.splitlines()

@@ -74,5 +74,5 @@ def test_a_stopped_run_has_the_exit_code_of_its_signal(
     quantizer.error = Stopped(getattr(signal, name))
     result = gptq("quantize", "m", "-b", "4", "-q")
     assert result.exit_code == exit_code
-    expected = f"error[E_INTERRUPTED]: stopped by {name}\n\nhint: run the same command to resume"
-    assert expected in result.stderr
+    assert result.stderr.splitlines()[-1] == f"stopped by {name}"
+    assert "error[" not in result.stderr

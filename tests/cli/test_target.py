@@ -108,7 +108,7 @@ def test_validate_config_checks_the_target_for_a_model(
 def test_an_unknown_target_gets_the_nearest_as_hint(gptq: Run) -> None:
     result = gptq("plan", "m", "-b", "4", "--target", "vlm")
     assert result.exit_code == 2
-    assert "error[E_CFG_RANGE]: --target must be vllm, sglang, transformers" in result.stderr
+    assert "error[E_CFG_RANGE]: --target must be an engine, ENGINE@VERSION" in result.stderr
     assert "did you mean vllm?" in result.stderr
 
 
@@ -116,9 +116,9 @@ def test_an_unknown_target_gets_the_nearest_as_hint(gptq: Run) -> None:
 def test_an_unknown_version_or_platform_gets_the_known_ones(gptq: Run, target: str) -> None:
     result = gptq("plan", "m", "-b", "4", "--target", target)
     assert result.exit_code == 2
-    assert "error[E_CFG_RANGE]: --target must be vllm, sglang" in result.stderr
+    assert "error[E_CFG_RANGE]: --target must be an engine, ENGINE@VERSION" in result.stderr
     assert f'got "{target}"' in result.stderr
-    assert "hint: the table knows vllm, @0.29 to @0.33, /cuda, /cpu, /rocm" in result.stderr
+    assert "hint: --target vllm, or with @0.29 to @0.33, /cuda, /cpu, /rocm" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -66,9 +66,13 @@ def test_every_problem_has_its_line_and_column(gptq: Run, tmp_path: Path) -> Non
         == f"""\
 error[E_CFG_RANGE]: bits must be 2, 3, 4, 5, 6, 7 or 8, or an average such as 3.5, got 9
   --> {path}:1:7
+   1 | bits: 9
+     |       ^
 
 error[E_CFG_UNKNOWN_KEY]: group_sise is not a known key
   --> {path}:2:1
+   2 | group_sise: 3
+     | ^
 
 hint: did you mean group_size?
 
@@ -77,6 +81,28 @@ hint: did you mean group_size?
     )
     data = json.loads(gptq("validate-config", path, "--json").stdout)
     assert [problem["location"]["line"] for problem in data["problems"]] == [1, 2]
+
+
+@pytest.mark.parametrize("before", [0, 5, 300])
+def test_the_caret_stands_below_the_value(before: int, gptq: Run, tmp_path: Path) -> None:
+    path = tmp_path / "cfg.yaml"
+    rule = "é" * before + "\t"
+    path.write_bytes(f"# x\r\ndynamic: {{'+:{rule}': {{bits: 9}}}}\r\n".encode())
+    lines = gptq("validate-config", path).stderr.splitlines()
+    place = next(index for index, line in enumerate(lines) if line.startswith("  --> "))
+    line, caret = lines[place + 1 : place + 3]
+    assert line.startswith("   2 | ")
+    assert line[caret.index("^")] == "9"
+    assert len(line) < 100
+
+
+def test_a_line_of_a_file_cannot_forge_a_message(gptq: Run, tmp_path: Path) -> None:
+    path = write(tmp_path, "bits: '9\x1b[31m\u2028error[E_BUG]: no'\n")
+    for colour in ("never", "always"):
+        result = gptq("validate-config", path, "--color", colour)
+        assert "\x1b[31m\u2028" not in result.stderr
+        assert "\nerror[E_BUG]" not in result.stderr
+        assert "\u2028" not in result.stderr
 
 
 def test_validate_config_ignores_variables(

@@ -137,9 +137,9 @@ def test_targets_that_the_table_does_not_know_are_none(target: str) -> None:
 
 
 def test_hints_tell_the_known_versions_and_platforms() -> None:
-    assert target_hint("vllm@9") == "the table knows vllm, @0.29 to @0.33, /cuda, /cpu, /rocm"
-    assert target_hint("gptqmodel@9") == "the table knows gptqmodel, @7.7, /cuda, /cpu"
-    assert target_hint("llama.cpp@9") == "the table knows llama.cpp"
+    assert target_hint("vllm@9") == "--target vllm, or with @0.29 to @0.33, /cuda, /cpu, /rocm"
+    assert target_hint("gptqmodel@9") == "--target gptqmodel, or with @7.7, /cuda, /cpu"
+    assert target_hint("llama.cpp@9") == "--target llama.cpp"
     assert target_hint("vlm@9") is None
 
 

@@ -149,9 +149,8 @@ def test_a_signal_ends_the_run_and_shows_the_resume_command(stopped: Stopped) ->
     assert "Traceback" not in stopped.stderr
     assert f"stopping on {name}; a second signal exits immediately" in stopped.stderr
     assert f"resume with: gptq resume {stopped.directory}/{WORK}\n" in stopped.stderr
-    expected = f"error[E_INTERRUPTED]: stopped by {name}\n\n"
-    expected += "hint: run the same command to resume; only unsaved work is repeated"
-    assert expected in stopped.stderr
+    assert stopped.stderr.splitlines()[-1] == f"stopped by {name}"
+    assert "error[" not in stopped.stderr
     assert json.loads(stopped.stdout)["exit_code"] == 128 + stopped.number
 
 
