@@ -88,11 +88,15 @@ def check_files(archive: Path, names: set[str]) -> None:
 def make_environment(
     place: Path, python: str, resolution: str, wheel: Path, options: list[str | Path]
 ) -> None:
-    """Install `wheel` and its report extra into a new environment at `place`."""
+    """Install `wheel` and what its report extra needs into a new environment at `place`."""
     shutil.rmtree(place, ignore_errors=True)
     uv("venv", place, "--python", python)
-    target = ["--python", place / "bin" / "python", "--resolution", RESOLUTIONS[resolution]]
-    uv("pip", "install", *target, *options, f"{wheel}[report]")
+    target = ["--python", place / "bin" / "python"]
+    # For uv the requirements of a wheel are indirect, of which it takes the newest.
+    chosen = ["--resolution", RESOLUTIONS[resolution], "--extra", "report"]
+    pins = place / "pins.txt"
+    uv("pip", "compile", ROOT / "pyproject.toml", *target, *chosen, *options, "-o", pins)
+    uv("pip", "install", *target, *options, "--requirement", pins, wheel)
 
 
 def run(place: Path, *words: str | Path) -> str:
@@ -132,7 +136,7 @@ def versions_in(place: Path) -> str:
     """Return the names and versions that matter most in the environment at `place`."""
     python = place / "bin" / "python"
     lines = uv("pip", "freeze", "--python", python).splitlines()
-    wanted = ("torch==", "transformers==", "numpy==", "datasets==")
+    wanted = ("torch==", "transformers==", "numpy==", "datasets==", "filelock==", "typer==")
     return ", ".join(line for line in lines if line.startswith(wanted))
 
 

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from gptq_cli.calibration import corpus
 from gptq_cli.cli.app import COMMANDS, app, load_command
+from gptq_cli.config.corpora import BUILT_IN
 from tests.workspace import ROOT, SMALL, copy_workspace, make_workspace, supply
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -65,13 +66,15 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def here(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Make a reader's directory current, with a text in place of the Hub's."""
+    """Make a reader's directory current, with a short text in place of the Hub's and our own."""
+    text = (files / "heldout.txt").read_text(encoding="utf-8")
 
     def stand_in(request: object, column: str, template: object) -> tuple[list[str], str]:
         del request, column, template
-        return (files / "heldout.txt").read_text(encoding="utf-8").split(";"), "0" * 40
+        return text.split(";"), "0" * 40
 
     monkeypatch.setattr(corpus, "open_column", stand_in)
+    monkeypatch.setattr(corpus, "_built_in", lambda _: corpus.Documents(BUILT_IN, [text]))
     monkeypatch.chdir(copy_workspace(files, tmp_path))
     return tmp_path
 
