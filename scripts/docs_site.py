@@ -25,8 +25,8 @@ import gptq_cli
 from gptq_cli import api, errors, events
 from gptq_cli.cli.app import COMMANDS, app, load_command
 from gptq_cli.cli.explain import explanations
-from gptq_cli.cli.schema import config_schema
 from gptq_cli.config.fields import LayerOverrides, accepted_by
+from gptq_cli.config.json_schema import config_schema
 from gptq_cli.config.layer import DEFAULT_PRESET, PRESETS
 from gptq_cli.config.resolve import describe_recipe, recipes
 from gptq_cli.config.schema import QuantizeConfig

@@ -1,4 +1,4 @@
-"""`gptq validate-config`: report all problems of a configuration, or print the resolved one."""
+"""`gptq validate-config`: report all problems of a configuration, or say that it is ok."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gptq_cli.cli.console import Console, counted, engine_lines
-from gptq_cli.cli.options import AsJson, plain
+from gptq_cli.cli.console import Console, counted, engine_lines, fitted, on_one_line
+from gptq_cli.cli.options import AsJson, Quiet, plain
 from gptq_cli.config.resolve import Resolved, resolve, to_yaml
+from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.serving import Verdict, engine_data
 
 if TYPE_CHECKING:
@@ -26,29 +27,42 @@ def validate_config(
         Path | None,
         plain("--model", help="model directory to plan for; only headers are read", metavar="DIR"),
     ] = None,
+    print_config: Annotated[
+        bool,
+        plain("--print-config", help="print the resolved configuration, which is a file as well"),
+    ] = False,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Check a configuration file, and show what it does to a model.
 
     All problems are reported at once, each with its line. For a valid file
-    the resolved configuration is printed. GPTQ_* variables are ignored.
+    one line says ok. GPTQ_* variables are ignored.
 
     Example: gptq validate-config recipe.yaml --model ./Qwen3-0.6B
     """
-    console = Console(as_json)
+    console = Console(as_json, quiet)
     resolved = resolve({}, {}, file)
     console.show_notes(resolved.notes)
     data: dict[str, Any] = {"config": resolved.config, "notes": resolved.notes}
-    text = to_yaml(resolved.config)
+    lines: list[str] = []
     if model is not None:
         from gptq_cli.preview import layer_data
 
         plan, judged = _plan(console, model, resolved)
         data["plan"] = {"layers": layer_data(plan), "engines": engine_data(judged)}
-        text += "\n"
-        for line in [*_plan_lines(plan.layers), *engine_lines(judged)]:
-            text += f"# {line}\n"
-    console.document(data, text.rstrip("\n"))
+        lines = [*_plan_lines(plan.layers), *engine_lines(judged)]
+    if print_config:
+        text = to_yaml(resolved.config) + "".join(f"# {line}\n" for line in lines)
+        return console.document(data, text.rstrip("\n"))
+    summary = on_one_line(f"{file}: ok, {_settings(resolved.config)}")
+    return console.result(data, "\n".join([summary, *map(fitted, lines)]), "ok")
+
+
+def _settings(config: QuantizeConfig) -> str:
+    """Return the settings that matter most, in a few words."""
+    groups = f"group_size {config.group_size}"
+    return f"{config.bits:g} bits, {groups}, format {config.format}, preset {config.preset}"
 
 
 def _plan(console: Console, model: Path, resolved: Resolved) -> tuple[RunPlan, tuple[Verdict, ...]]:

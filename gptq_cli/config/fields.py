@@ -157,7 +157,7 @@ AverageBits = Annotated[
 ]
 Widths = Annotated[
     list[BitWidth] | None,
-    AfterValidator(lambda widths: widths and _widths(widths)),
+    AfterValidator(lambda widths: widths if widths is None else _widths(widths)),
     Accepts(f"a list of two or more of {', '.join(map(str, BITS))}, or null"),
 ]
 Divergence = Annotated[float | None, Field(gt=0), Accepts("a number above 0, or null")]

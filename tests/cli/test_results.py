@@ -99,7 +99,8 @@ def test_print_config_keeps_texts_in_any_locale(encoding: str, tmp_path: Path) -
     shown = gptq_bytes(tmp_path, *words, "--print-config", PYTHONIOENCODING=encoding)
     (tmp_path / "c.yaml").write_bytes(shown.stdout)
     assert dataset_of(tmp_path, "c.yaml", PYTHONIOENCODING=encoding) == asked
-    again = gptq_bytes(tmp_path, "validate-config", "c.yaml", PYTHONIOENCODING=encoding)
+    words = ["validate-config", "c.yaml", "--print-config"]
+    again = gptq_bytes(tmp_path, *words, PYTHONIOENCODING=encoding)
     (tmp_path / "d.yaml").write_bytes(again.stdout)
     assert dataset_of(tmp_path, "d.yaml") == asked
 

@@ -43,10 +43,21 @@ def make_model(folder: Path, *, hidden: int = 256, inner: int = 320, n_blocks: i
 
 
 def test_a_printed_configuration_is_valid_again(gptq: Run, tmp_path: Path) -> None:
-    result = gptq("validate-config", write(tmp_path, "bits: 4\nsym: false\n"))
+    file = write(tmp_path, "bits: 4\nsym: false\n")
+    result = gptq("validate-config", file, "--print-config")
     assert (result.exit_code, result.stderr) == (0, "")
     again = write(tmp_path, result.stdout)
     assert resolve({}, {}, again).config == QuantizeConfig(bits=4, sym=False)
+
+
+def test_a_valid_file_is_ok_in_one_line(gptq: Run, tmp_path: Path) -> None:
+    file = write(tmp_path, "bits: 3\nsym: false\n")
+    result = gptq("validate-config", file)
+    said = f"{file}: ok, 3 bits, group_size 128, format gptq_v2, preset balanced\n"
+    assert (result.exit_code, result.stdout, result.stderr) == (0, said, "")
+    assert gptq("validate-config", file, "-q").stdout == "ok\n"
+    average = gptq("validate-config", write(tmp_path, "bits: 3.5\ngroup_size: auto\n"))
+    assert ": ok, 3.5 bits, group_size auto, " in average.stdout
 
 
 def test_json_carries_configuration_and_notes(gptq: Run, tmp_path: Path) -> None:
@@ -112,7 +123,7 @@ def test_validate_config_ignores_variables(
     monkeypatch.setenv("GPTQ_GROUP_SIZE", "none")
     result = gptq("validate-config", write(tmp_path, "sym: true\n"))
     assert result.exit_code == 0
-    assert result.stdout.startswith("bits: 4\n")
+    assert ": ok, 4 bits, group_size 128, " in result.stdout
 
 
 def test_a_model_adds_the_plan_of_its_layers_and_the_engines(gptq: Run, tmp_path: Path) -> None:
@@ -123,6 +134,12 @@ def test_a_model_adds_the_plan_of_its_layers_and_the_engines(gptq: Run, tmp_path
     )
     result = gptq("validate-config", path, "--model", model)
     assert result.exit_code == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith(f"{path}: ok, 4 bits, group_size 64, ")
+    printed = gptq("validate-config", path, "--model", model, "--print-config").stdout
+    assert [line.removeprefix("# ") for line in printed.splitlines()[-len(lines) + 1 :]] == lines[
+        1:
+    ]
     for line in (
         "# 2 layers: 4 bits, group_size 64 (default)",
         "# 1 layer: 8 bits, group_size 64 (rule '+:.*mlp')",
@@ -132,7 +149,7 @@ def test_a_model_adds_the_plan_of_its_layers_and_the_engines(gptq: Run, tmp_path
         "# does not load in transformers: "
         "it ignores `dynamic`, all layers must share their bits and group_size",
     ):
-        assert line in result.stdout
+        assert line in printed
     data = json.loads(gptq("validate-config", path, "--model", model, "--json").stdout)
     assert [layer["bits"] for layer in data["plan"]["layers"]] == [4, 8, 4, None]
     assert data["plan"]["engines"]["llama.cpp"]["outcome"] == "no"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gptq_cli.config.resolve import Resolved, resolve
+from gptq_cli.config.resolve import Resolved, resolve, resolve_arguments
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import ConfigError
 
@@ -132,6 +132,27 @@ def test_dicts_of_older_tools_resolve_with_notes(
     assert found.config == QuantizeConfig(**{**given, "backend": None, **config})
     assert [note.split()[0] for note in found.notes] == list(noted)
     assert all(" has no effect: " in note for note in found.notes)
+
+
+# What `to_dict` of each library returned, with the defaults and with other values.
+FOREIGN = json.loads(Path(__file__).with_name("foreign.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("tool", [name for name in FOREIGN if "marlin" not in name])
+def test_dicts_that_the_libraries_wrote_are_configurations(tool: str, tmp_path: Path) -> None:
+    values = FOREIGN[tool]
+    found = resolved(values, tmp_path)
+    for key, value in values.items():
+        if key in QuantizeConfig.model_fields and value is not None:
+            assert getattr(found.config, key) == value, key
+    assert found.config.seqlen == (values.get("model_seqlen") or 2048)
+    assert resolve_arguments(values, {}).config == found.config
+
+
+def test_a_dict_for_the_layout_of_marlin_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is_marlin_format must be false, got true") as refused:
+        resolved(FOREIGN["AutoGPTQ 0.7.1 marlin"], tmp_path)
+    assert (refused.value.code, refused.value.exit_code) == ("E_CFG_RANGE", 2)
 
 
 def test_note_names_the_settings_inside_meta(tmp_path: Path) -> None:
