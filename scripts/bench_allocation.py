@@ -2,24 +2,28 @@
 """Measure what allocation of bits is worth: KL at the bytes of one width, and between two widths.
 
     python scripts/bench_allocation.py MODEL --calibration FILE --evaluation FILE --work DIR
-        [--widths 2 3 4] [--averages 2.5 3 3.5] [--group-size 64] [--json FILE] [--png FILE]
+        [--widths 2 3 4] [--averages 2.5 3 3.5] [--group-size 64] [--autoround PYTHON]
+        [--json FILE] [--png FILE]
 
 Allocates, quantizes and evaluates for each average of bits, and quantizes and evaluates with one
-width for all layers. Prints one JSON object for each run, then a table in Markdown. KL is the mean
-over held-out tokens of KL(original || quantized) in nats. `ratio` is the KL relative to the uniform
-width of the same bytes, or to the geometric mean of the two uniform widths beside the average.
-`measuring` and `quantizing` are seconds of processor time.
+width for all layers. With the Python of an environment that has auto-round, the widths that its
+search finds are quantized by gptq, too. Prints one JSON object for each run, then a table in
+Markdown. KL is the mean over held-out tokens of KL(original || quantized) in nats. `ratio` is the
+KL relative to the uniform width of the same bytes, or to the geometric mean of the two uniform
+widths beside the average. `measuring` and `quantizing` are seconds of processor time.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
-from common import benchmark_parser, write_json
+from common import ROOT, benchmark_parser, write_json
 
 from gptq_cli.allocation.goals import starting_config
 from gptq_cli.allocation.run import MeasuredModel, Place, measure_model
@@ -28,6 +32,9 @@ from gptq_cli.evaluation.perplexity import evaluate_perplexity
 from gptq_cli.evaluation.request import EvalRequest
 from gptq_cli.planning.checks import RunOptions, prepare_run
 from gptq_cli.quantization.run import quantize_checkpoint
+
+UNIFORM, ALLOCATED = "one width for all layers", "allocated"
+AUTOROUND = "widths of auto-round"
 
 
 def measured(arguments: argparse.Namespace, goal: QuantizeConfig) -> tuple[MeasuredModel, float]:
@@ -53,7 +60,7 @@ def quantized(arguments: argparse.Namespace, name: str, config: QuantizeConfig) 
     request = EvalRequest(
         dataset=str(arguments.evaluation),
         seqlen=arguments.seqlen,
-        batch_size=16,
+        batch_size=arguments.batch_size,
         max_windows=arguments.windows,
         device="cpu",
         dtype="float32",
@@ -96,11 +103,25 @@ def allocated(arguments: argparse.Namespace, average: float) -> dict[str, Any]:
     return row | {"expected": chosen.kl}
 
 
+def searched(arguments: argparse.Namespace, average: float) -> dict[str, Any]:
+    """Quantize and evaluate with the widths that auto-round finds for an average of bits."""
+    file = arguments.work / "autoround.json"
+    if not file.exists():
+        lists = [",".join(map(str, some)) for some in (arguments.widths, arguments.averages)]
+        script = ROOT / "scripts" / "peers" / "search_autoround.py"
+        command = [arguments.autoround, script, arguments.model, arguments.calibration, file]
+        subprocess.run([*map(str, command), str(arguments.group_size), *lists], check=True)
+    rules = {}
+    for layer, bits in json.loads(file.read_text())[f"{average:g}"].items():
+        rules[f"+:{re.escape(layer)}$"] = {"bits": bits}
+    return quantized(arguments, f"autoround-{average:g}", settings(arguments, dynamic=rules))
+
+
 def ratio_of(
     arguments: argparse.Namespace, row: dict[str, Any], rows: list[dict[str, Any]]
 ) -> float:
     """Return the KL of a row relative to that of the uniform widths at the same average."""
-    uniform = {other["bits"]: other["kl"] for other in rows if "expected" not in other}
+    uniform = {other["bits"]: other["kl"] for other in rows if other["kind"] == UNIFORM}
     below = max(width for width in arguments.widths if width <= row["bits"])
     above = min(width for width in arguments.widths if width >= row["bits"])
     if below == above:
@@ -111,7 +132,7 @@ def ratio_of(
 
 def show(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """Print the table."""
-    rows.sort(key=lambda row: (row["bits"], "expected" in row))
+    rows.sort(key=lambda row: (row["bits"], row["kind"] != UNIFORM, row["name"]))
     print("\n| | bits | bytes | KL x 1000 | ratio | top-1 | perplexity |")
     print("|---|---|---|---|---|---|---|")
     for row in rows:
@@ -136,16 +157,37 @@ def draw(file: Path, rows: list[dict[str, Any]]) -> None:
     from matplotlib.pyplot import subplots
 
     figure, axes = subplots(figsize=(6.4, 3.6), layout="constrained")
-    kinds = (("one width for all layers", "#9aa0a6", False), ("allocated", "#2f6fb5", True))
-    for label, colour, allocated_too in kinds:
-        points = [row for row in rows if ("expected" in row) == allocated_too]
+    colours = {UNIFORM: "#9aa0a6", ALLOCATED: "#2f6fb5", AUTOROUND: "#d9822b"}
+    for kind, colour in colours.items():
+        points = [row for row in rows if row["kind"] == kind]
+        if not points:
+            continue
         sizes = [row["bytes"] / 1e6 for row in points]
-        axes.plot(sizes, [row["kl"] for row in points], "o-", color=colour, label=label)
+        axes.plot(sizes, [row["kl"] for row in points], "o-", color=colour, label=kind)
         for row, x in zip(points, sizes, strict=True):
             axes.annotate(f"{row['bits']:g}", (x, row["kl"]), (4, 4), textcoords="offset points")
     axes.set(yscale="log", xlabel="size in MB", ylabel="KL to the original")
     axes.legend(frameon=False)
     figure.savefig(file, dpi=160)
+
+
+def all_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Carry out all runs, or the one that `arguments.only` names."""
+    rows = []
+
+    def is_wanted(name: str) -> bool:
+        return arguments.only in (None, name)
+
+    for width in arguments.widths:
+        if is_wanted(f"all-{width}"):
+            row = quantized(arguments, f"all-{width}", settings(arguments, bits=width))
+            rows.append({"bits": width, "kind": UNIFORM, **row})
+    for average in arguments.averages:
+        if is_wanted(f"mixed-{average:g}"):
+            rows.append({"bits": average, "kind": ALLOCATED, **allocated(arguments, average)})
+        if arguments.autoround and is_wanted(f"autoround-{average:g}"):
+            rows.append({"bits": average, "kind": AUTOROUND, **searched(arguments, average)})
+    return rows
 
 
 def main() -> None:
@@ -162,18 +204,13 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--windows", type=int, help="of the evaluation text; default: all")
     parser.add_argument("--preset", default="balanced")
+    parser.add_argument("--batch-size", type=int, default=16, help="of the evaluation")
+    parser.add_argument("--autoround", metavar="PYTHON", help="of an environment with auto-round")
     parser.add_argument("--png", type=Path, help="draw KL against size into this file")
     parser.add_argument("--only", help="one run alone, such as all-3 or mixed-2.5; no table")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for width in arguments.widths:
-        if arguments.only in (None, f"all-{width}"):
-            row = quantized(arguments, f"all-{width}", settings(arguments, bits=width))
-            rows.append({"bits": width, **row})
-    for average in arguments.averages:
-        if arguments.only in (None, f"mixed-{average:g}"):
-            rows.append({"bits": average, **allocated(arguments, average)})
+    rows = all_rows(arguments)
     if arguments.only is not None:
         print(json.dumps(rows))
         return

@@ -1,12 +1,15 @@
 #!/usr/bin/env python3
-"""Measure the peak host memory of `gptq quantize` on the CPU, in one of three comparisons.
+"""Measure the peak host memory of `gptq quantize` on the CPU, in one of four comparisons.
 
-    python scripts/bench_memory.py [depth | experts | plan] [--sizes FEW MANY] [--json FILE]
+    python scripts/bench_memory.py [depth | experts | allocation | plan] [--sizes FEW MANY]
+        [--json FILE]
 
 depth    two Llamas of one width, with 8 and 32 blocks. The larger one has 440 MB of float32
          weights, so that a run that held them all would show.
 experts  two mixtures, with 8 and 64 experts in each block. A block of the larger one has 151 MB of
          float32 weights; the Hessians of all its experts would take 168 MB, those of one 2.6 MB.
+allocation  `gptq allocate` beside `gptq quantize` (balanced), for Llamas of 4, 8 and 16 blocks
+         with 16,384 tokens of calibration. Their processor time is shown, too.
 plan     the estimate of `gptq plan` beside the measured peak, for six models and samples. The exit
          code is 1 if an estimate is off by more than 25 %.
 
@@ -17,17 +20,19 @@ mapped files belong to the page cache. Prints a line for each run, then what the
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from common import ROOT, benchmark_parser, save_random_model, write_json
 
 HEADS: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 8}
-SIZES = {"depth": (8, 32), "experts": (8, 64)}
+SIZES: dict[str, tuple[int, ...]] = {"depth": (8, 32), "experts": (8, 64), "allocation": (4, 8, 16)}
 HIDDEN, EXPERT_INTERMEDIATE = 768, 256
 TOLERANCE = 0.25
 CASES: list[dict[str, Any]] = [
@@ -54,17 +59,23 @@ def flags(folder: Path, *, windows: int = 8, seqlen: int = 128, repeats: int = 4
 
 def peak_and_seconds(model: Path, output: Path, options: list[str]) -> tuple[int, float]:
     """Return the peak private memory in bytes and the wall time of one `gptq quantize`."""
-    command = [sys.executable, "-m", "gptq_cli", "quantize", str(model), "-o", str(output)]
-    command += ["--quiet", "--device", "cpu", *options]
     started = time.perf_counter()
+    peak = peak_of("quantize", model, output, options)
+    return peak, time.perf_counter() - started
+
+
+def peak_of(verb: str, model: Path, output: Path, options: list[str]) -> int:
+    """Return the peak private memory in bytes of `gptq quantize` or `gptq allocate`."""
+    command = [sys.executable, "-m", "gptq_cli", verb, str(model), "-o", str(output)]
+    command += ["--quiet", "--device", "cpu", *options]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     peak = 0
     while process.poll() is None:
         peak = max(peak, private_bytes(process.pid))
         time.sleep(0.01)
     if process.returncode:
-        raise SystemExit(f"gptq quantize failed with exit code {process.returncode}")
-    return peak, time.perf_counter() - started
+        raise SystemExit(f"gptq {verb} failed with exit code {process.returncode}")
+    return peak
 
 
 def private_bytes(pid: int) -> int:
@@ -125,6 +136,45 @@ def compare_experts(folder: Path, sizes: list[int]) -> dict[str, Any]:
     return {"rows": rows, "growth_by_weights": share}
 
 
+def compare_allocations(folder: Path, sizes: list[int]) -> dict[str, Any]:
+    """Measure the units of a Llama with each number of blocks, and quantize it.
+
+    The ratio is that of the peaks of the measurement in the deepest and in the shallowest model.
+    `slopes` are the processor seconds that a further block takes.
+    """
+    rows: list[dict[str, Any]] = []
+    options = flags(folder, windows=64, seqlen=256, repeats=4000)
+    shape = {"hidden_size": 256, "intermediate_size": 768, "head_dim": 32, **HEADS}
+    shape["max_position_embeddings"] = 256
+    for n_blocks in sizes:
+        model = folder / f"model-{n_blocks}"
+        shape["num_hidden_layers"] = n_blocks
+        save_random_model(model, "llama", **shape)
+        row: dict[str, Any] = {"blocks": n_blocks}
+        for verb, file, more in (
+            ("allocate", "a.yaml", ["--allow-bits", "2,3,4"]),
+            ("quantize", "out", ["--preset", "balanced"]),
+        ):
+            before = processor_seconds()
+            peak = peak_of(verb, model, folder / f"{n_blocks}-{file}", [*options, *more])
+            row |= {f"{verb}_peak_bytes": peak, f"{verb}_seconds": processor_seconds() - before}
+        rows.append(row)
+        print_row(row)
+    slopes = []
+    for one, other in pairwise(rows):
+        seconds = other["allocate_seconds"] - one["allocate_seconds"]
+        slopes.append(seconds / (other["blocks"] - one["blocks"]))
+    ratio = rows[-1]["allocate_peak_bytes"] / rows[0]["allocate_peak_bytes"]
+    print(f"peak grows by a factor of {ratio:.3f}; seconds for a further block: {slopes}")
+    return {"rows": rows, "ratio": ratio, "slopes": slopes}
+
+
+def processor_seconds() -> float:
+    """Return the processor time of all child processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def compare_plans(folder: Path) -> dict[str, Any]:
     """Measure each case beside the peak that `gptq plan` estimates for it."""
     rows = []
@@ -172,19 +222,27 @@ def print_row(row: dict[str, Any]) -> None:
     print("  ".join(words), flush=True)
 
 
+COMPARE = {
+    "depth": compare_depths,
+    "experts": compare_experts,
+    "allocation": compare_allocations,
+}
+
+
 def main() -> int:
     parser = benchmark_parser(__doc__)
-    comparisons = ["depth", "experts", "plan"]
+    comparisons = ["depth", "experts", "allocation", "plan"]
     parser.add_argument("comparison", nargs="?", choices=comparisons, default="depth")
-    parser.add_argument("--sizes", type=int, nargs=2, help="numbers of blocks or of experts")
+    parser.add_argument("--sizes", type=int, nargs="+", help="numbers of blocks or of experts")
     arguments = parser.parse_args()
     kind = arguments.comparison
+    if kind in ("depth", "experts") and arguments.sizes and len(arguments.sizes) != 2:
+        parser.error(f"{kind} compares two sizes")
     with tempfile.TemporaryDirectory() as folder:
         if kind == "plan":
             found = compare_plans(Path(folder))
         else:
-            compare = compare_depths if kind == "depth" else compare_experts
-            found = compare(Path(folder), arguments.sizes or SIZES[kind])
+            found = COMPARE[kind](Path(folder), arguments.sizes or [*SIZES[kind]])
     write_json(arguments.json, found)
     if kind == "plan":
         return int(any(abs(row["ratio"] - 1) > TOLERANCE for row in found["rows"]))

@@ -150,6 +150,11 @@ def test_the_report_of_a_run_shows_what_it_chose_from(gptq: Run, place: Path) ->
             "use --bits 4, or another --target",
         ),
         (
+            ["--bits=4.5", "--target=vllm/cpu"],
+            "error[E_TARGET]: vllm/cpu takes 4 bits only, so there is nothing to allocate",
+            "use --bits 4, or another --target",
+        ),
+        (
             ["--bits=3.5", "--target-kl=0.1"],
             "error[E_CFG_CONFLICT]: --target-kl and --bits are both goals of an allocation",
             "give one goal: an average of bits, a size or a KL",
