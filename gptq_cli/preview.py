@@ -60,11 +60,12 @@ class TextPlan:
 
     What is not known before the run is None: text of the Hub is not fetched, and text of this
     machine is counted if the model's tokenizer is here, too. `whole` tells whether all of the
-    text was counted.
+    text was counted. The tokens of chats with images are not counted.
     """
 
     dataset: str
     chats: int | None
+    chats_with_images: int | None
     tokens: int | None
     whole: bool | None
     windows: int
@@ -363,6 +364,7 @@ def _counted(part: Part, report: Report) -> TextPlan:
     return TextPlan(
         dataset=documents.name,
         chats=part.n_chats,
+        chats_with_images=part.n_with_images,
         tokens=part.pool.tokens,
         whole=part.pool.whole,
         windows=part.nsamples,
@@ -378,7 +380,7 @@ def _uncounted(source: DatasetSource, n_windows: int, config: QuantizeConfig) ->
         needed = n_windows * config.seqlen
         windows = f"{n_windows} windows of {config.seqlen} need {needed:,} tokens"
     summary = f"{source.name}, not read yet; {windows}"
-    return TextPlan(source.name, None, None, None, n_windows, needed, summary)
+    return TextPlan(source.name, None, None, None, None, n_windows, needed, summary)
 
 
 # ---------------------------------------------------------------- as JSON values

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 VOCABULARY = 512
-_COMMON = {
+COMMON = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -36,14 +36,14 @@ _COMMON = {
 }
 _MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 FAMILIES: dict[str, dict[str, object]] = {
-    "llama": _COMMON,
-    "mistral": _COMMON | {"sliding_window": 16},
-    "qwen2": _COMMON | {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
-    "qwen3": _COMMON | {"tie_word_embeddings": True},
-    "gemma2": _COMMON | {"sliding_window": 16, "layer_types": _MIXED},
-    "gemma3_text": _COMMON | {"sliding_window": 16, "layer_types": _MIXED},
-    "phi": _COMMON | {"num_key_value_heads": 4},
-    "phi3": _COMMON,
+    "llama": COMMON,
+    "mistral": COMMON | {"sliding_window": 16},
+    "qwen2": COMMON | {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+    "qwen3": COMMON | {"tie_word_embeddings": True},
+    "gemma2": COMMON | {"sliding_window": 16, "layer_types": _MIXED},
+    "gemma3_text": COMMON | {"sliding_window": 16, "layer_types": _MIXED},
+    "phi": COMMON | {"num_key_value_heads": 4},
+    "phi3": COMMON,
     "opt": {
         "vocab_size": VOCABULARY,
         "hidden_size": 64,
@@ -64,21 +64,21 @@ FAMILIES: dict[str, dict[str, object]] = {
 }
 OTHERS: dict[str, dict[str, object]] = {
     "gpt2": {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 128},
-    "granite": _COMMON,
-    "olmo2": _COMMON,
+    "granite": COMMON,
+    "olmo2": COMMON,
 }
 MIXTURES: dict[str, dict[str, object]] = {  # five experts, two of them for each token
-    "mixtral": _COMMON | {"num_hidden_layers": 2, "num_local_experts": 5},
-    "qwen3_moe": _COMMON
+    "mixtral": COMMON | {"num_hidden_layers": 2, "num_local_experts": 5},
+    "qwen3_moe": COMMON
     | {
         "num_hidden_layers": 2,
         "num_experts": 5,
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 64,
     },
-    "gpt_oss": _COMMON
+    "gpt_oss": COMMON
     | {"num_hidden_layers": 2, "num_local_experts": 5, "num_experts_per_tok": 2, "head_dim": 32},
-    "llama4_text": _COMMON
+    "llama4_text": COMMON
     | {
         "num_hidden_layers": 2,
         "num_local_experts": 5,
@@ -97,7 +97,7 @@ _LATE_EXPERTS = {
 }
 DRAFTED: dict[str, dict[str, object]] = {  # published with a block that drafts tokens
     "qwen3_5_moe": {
-        "text_config": _COMMON
+        "text_config": COMMON
         | {
             "num_hidden_layers": 2,
             "linear_key_head_dim": 32,
@@ -120,7 +120,7 @@ DRAFTED: dict[str, dict[str, object]] = {  # published with a block that drafts 
             "patch_size": 4,
         },
     },
-    "deepseek_v3": _COMMON
+    "deepseek_v3": COMMON
     | _LATE_EXPERTS
     | {
         "num_key_value_heads": 4,
@@ -130,7 +130,7 @@ DRAFTED: dict[str, dict[str, object]] = {  # published with a block that drafts 
         "qk_nope_head_dim": 32,
         "v_head_dim": 32,
     },
-    "glm4_moe": _COMMON | _LATE_EXPERTS,
+    "glm4_moe": COMMON | _LATE_EXPERTS,
 }
 TEXT = "the quick brown fox jumps over the lazy dog, and then some; 0 1 2 3 4 5 6 7 8 9. "
 
@@ -145,12 +145,17 @@ def random_model(family: str, *, seed: int = 0, **changes: object) -> PreTrained
 
 def with_noise(model: PreTrainedModel) -> PreTrainedModel:
     """Move all parameters of `model` away from their initial values; return it in float32."""
+    add_noise(model)
+    return model.float().eval()
+
+
+def add_noise(model: PreTrainedModel) -> None:
+    """Move all parameters of `model` away from their initial values."""
     with torch.no_grad():
         for parameter in model.parameters():
             spread = 0.1 if parameter.dim() < 2 else parameter.shape[-1] ** -0.5
             if parameter.is_floating_point():
                 parameter.add_(torch.randn_like(parameter) * spread)
-    return model.float().eval()
 
 
 def save_model(

@@ -33,6 +33,7 @@ from gptq_cli.allocation.units import Unit, find_units
 from gptq_cli.calibration.windows import check_token_ids
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.serving import LOADS, Verdict
+from gptq_cli.errors import InputError
 from gptq_cli.events import PhaseStarted, Report, Resumed, Warned, ignore
 from gptq_cli.models.stream import ModelStream
 from gptq_cli.planning.checks import PreparedRun
@@ -330,6 +331,12 @@ def _text(
     source, team = prepared.plan.source, worker.team
     fewer = config.model_copy(update={"nsamples": n_windows})
     calibration = calibrate(source, fewer, report, team)
+    if calibration.windows.images:
+        raise InputError(
+            "E_DATA_IMAGE",
+            "widths are measured on text, but the dataset holds images",
+            hint="allocate on text, then quantize with that file: --config FILE --dataset IMAGES",
+        )
     n_tokens = config.nsamples * config.seqlen
     n_windows, length = probe_shape(n_tokens, n_units, config.seqlen)
     report(PhaseStarted("probe", f"{n_windows} windows of {length} tokens for {n_units} units"))

@@ -24,7 +24,11 @@ Message = dict[str, Any]
 Kind = Literal["text", "messages", "prompt", "instruction"]
 DEFAULT_COLUMN = "text"
 CHAT_COLUMNS = ("messages", "conversations", "conversation", "chat")
-BESIDE_CHATS = ("input", "tools", "system")  # columns that a chat may have besides its own
+IMAGE_COLUMNS = ("images", "image")
+# Columns that a chat may have besides its own:
+BESIDE_CHATS = ("input", "tools", "system", *IMAGE_COLUMNS)
+IMAGE_PARTS = ("image", "image_url")
+IMAGE_MARK = "<image>"  # the place of an image of IMAGE_COLUMNS in a text
 ROLES = {  # of ShareGPT
     "human": "user",
     "user": "user",
@@ -45,10 +49,15 @@ _PARTS = [f" | replace('%{part}', '{TODAY.strftime('%' + part)}')" for part in "
 FIXED_DATE = f"{{% macro {NOW}(format) %}}{{{{ format{''.join(_PARTS)} }}}}{{% endmacro +%}}"
 IN_TEMPLATE = ("<template>", "<unknown>")  # jinja2's names for a template without a file
 FIX_TEMPLATE = "fix the template, or give another one with --chat-template FILE"
+TEXT_ONLY = "give chats or text without images"
 FIX_CHAT = (
     'write each chat as {"messages": [{"role": "user", "content": "..."}, ...]}, or name a column '
     "of text with --text-column"
 )
+
+
+class ImagesFoundError(InputError):
+    """A chat has images, but the template makes text only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +178,7 @@ class ChatTemplate:
                 "model's instruct version, or name a column of text with --text-column",
             )
         try:
-            template = self.text or self.tokenizer.get_chat_template(tools=tools)
+            template = self.text or self._own_template(tools)
             if NOW in template:
                 template = FIXED_DATE + template
             text: str = self.tokenizer.apply_chat_template(
@@ -183,6 +192,20 @@ class ChatTemplate:
             raise self._failure(error, place) from error
         self.rendered += 1
         return text
+
+    def render_with_images(self, chat: ChatRow) -> str:
+        """Return the text of a chat with images.
+
+        Raises ImagesFoundError, because this template makes text only.
+        """
+        only = "only the calibration of `gptq quantize` reads images"
+        raise ImagesFoundError(
+            "E_DATA_IMAGE", f"{chat.place} holds an image, but {only}", hint=TEXT_ONLY
+        )
+
+    def _own_template(self, tools: list[Any] | None) -> str:
+        template: str = self.tokenizer.get_chat_template(tools=tools)
+        return template
 
     def _failure(self, error: Exception, place: str) -> InputError:
         where = self._name()
@@ -232,13 +255,35 @@ def _line_of(error: Exception) -> int | None:
     return line
 
 
+@dataclass(frozen=True, slots=True)
+class ChatRow:
+    """A chat and its `place` in the words of a message.
+
+    The content of a message is a text, or a list of parts. `images` are those in columns of the
+    row. Paths are relative to `folder`.
+    """
+
+    messages: list[Message]
+    tools: list[Any] | None
+    images: list[Any]
+    place: str
+    folder: Path
+
+    @property
+    def has_images(self) -> bool:
+        """Whether there is an image, in a column or in a message."""
+        if self.images:
+            return True
+        return any(isinstance(message.get("content"), list) for message in self.messages)
+
+
 def rendered_chats(
     rows: Iterable[Row], form: Form, label: str, template: ChatTemplate
 ) -> Iterator[str]:
     """Yield the text of the chat in each row; `label` is the user's name for the dataset.
 
     Raises InputError: E_DATA_COLUMN at a row that lacks a column of the form, E_DATA_CHAT at one
-    that holds no chat, E_DATA_TEMPLATE, E_DATA_FORMAT at half a letter.
+    that holds no chat, E_DATA_TEMPLATE, E_DATA_IMAGE, E_DATA_FORMAT at half a letter.
     """
     for number, row in enumerate(rows, start=1):
         name = row_name(number, row)
@@ -251,7 +296,11 @@ def rendered_chats(
         except _NoChatError as flaw:
             message = f"{place} holds no chat: {flaw}"
             raise InputError("E_DATA_CHAT", message, hint=FIX_CHAT) from flaw
-        text = template.render(messages, tools, place)
+        chat = ChatRow(messages, tools, _images_of(row), place, Path(label).parent)
+        if chat.has_images:
+            text = template.render_with_images(chat)
+        else:
+            text = template.render(messages, tools, place)
         check_whole(text, place)
         yield text
 
@@ -328,21 +377,52 @@ def _turn(item: object, name: str) -> Message:
     return message
 
 
-def _content(content: object, name: str) -> str:
-    """Return the text of a message; a list of parts becomes one text, as in vLLM."""
+def _content(content: object, name: str) -> str | list[Message]:
+    """Return the content of a message: a text, or a list of parts if there is an image in it.
+
+    A list of texts becomes one text, as in vLLM.
+    """
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
         raise _NoChatError(f"{name} has {kind_of(content)} as its content, not a string")
-    texts = []
-    for part in content:
-        text = None
-        if isinstance(part, dict) and part.get("type") == "text":
-            text = part.get("text")
-        if not isinstance(text, str):
-            raise _NoChatError(f"{name} has a part that is no text; images are not read")
-        texts.append(text)
-    return "\n".join(texts)
+    parts = [_part(part, name) for part in content]
+    if any(part["type"] == "image" for part in parts):
+        return parts
+    return "\n".join([part["text"] for part in parts])
+
+
+def _part(part: object, name: str) -> Message:
+    """Return a part of a message: a text, or an `image`, None if a column of the row holds it."""
+    if not isinstance(part, dict):
+        raise _NoChatError(f"{name} has {kind_of(part)} as a part of its content, not an object")
+    if part.get("type") in IMAGE_PARTS:
+        return {"type": "image", "image": _image_in(part)}
+    if part.get("type") != "text" or not isinstance(part.get("text"), str):
+        raise _NoChatError(f"{name} has a part that is neither a text nor an image")
+    return {"type": "text", "text": part["text"]}
+
+
+def _image_in(part: Mapping[str, Any]) -> Any:
+    """Return what a part says about its image: a path, a URL or bytes; None if it says nothing."""
+    for key in ("image", "path", "url", "image_url"):
+        value = part.get(key)
+        if isinstance(value, dict) and "url" in value:
+            value = value["url"]
+        if value is not None:
+            return value
+    return None
+
+
+def _images_of(row: Row) -> list[Any]:
+    """Return the images in the columns of a row."""
+    for column in IMAGE_COLUMNS:
+        images = row.get(column)
+        if isinstance(images, list):
+            return images
+        if images is not None:
+            return [images]
+    return []
 
 
 def _with_parsed_arguments(calls: object, name: str) -> list[Any]:

@@ -9,17 +9,17 @@ are cut where a window ends; their special tokens are those of the chat template
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from gptq_cli.calibration.chats import ChatTemplate
+from gptq_cli.calibration.chats import ChatTemplate, ImagesFoundError
 from gptq_cli.calibration.corpus import (
     DatasetSource,
     Documents,
@@ -32,6 +32,9 @@ from gptq_cli.errors import ConfigError, GptqError, InputError
 from gptq_cli.files import file_cause, file_errors
 from gptq_cli.models.remote_code import remote_code_refusal
 
+if TYPE_CHECKING:
+    from gptq_cli.calibration.images import ImageWindow
+
 Encode = Callable[[str, bool], list[int]]  # text, add_special_tokens -> ids
 POOL = 8
 LEAST_ADVISED = 32  # tokens of a window; shorter ones show little of what a model sees
@@ -43,30 +46,45 @@ class Windows:
     """Token ids [windows, seqlen], int64, and their hash as little-endian int64.
 
     Windows that are not packed have `lengths` of their own; zeros behind them are no tokens.
+    `images` are the windows with images, by their numbers.
     """
 
     ids: Tensor
     sha256: str
     lengths: tuple[int, ...] | None = None
+    images: dict[int, ImageWindow] = field(default_factory=dict)
 
     @classmethod
-    def of_documents(cls, rows: list[list[int]]) -> Windows:
-        """Return windows of any lengths, and the hash of ids and lengths."""
-        lengths = tuple(map(len, rows))
+    def of_documents(cls, rows: Sequence[list[int] | ImageWindow]) -> Windows:
+        """Return windows of any lengths, and the hash of ids, lengths and images."""
+        ids: list[list[int]] = []
+        images: dict[int, ImageWindow] = {}
+        for number, row in enumerate(rows):
+            if isinstance(row, list):
+                ids.append(row)
+            else:
+                ids.append(row.ids[0].tolist())
+                images[number] = row
+        lengths = tuple(map(len, ids))
         longest = max(lengths)
-        filled = [row + [0] * (longest - len(row)) for row in rows]
-        digest = sha256(repr(rows).encode()).hexdigest()
-        return cls(torch.tensor(filled, dtype=torch.long), digest, lengths)
+        filled = [row + [0] * (longest - len(row)) for row in ids]
+        digest = sha256(repr([_known(row) for row in rows]).encode()).hexdigest()
+        return cls(torch.tensor(filled, dtype=torch.long), digest, lengths, images)
 
-    def batches(self, batch_size: int) -> tuple[Tensor, ...]:
-        """Return the token ids [batch, length] of each batch: windows of one length, no padding."""
+    def batches(self, batch_size: int) -> tuple[Tensor | ImageWindow, ...]:
+        """Return the token ids [batch, length] of each batch: windows of one length, no padding.
+
+        Each window with images is a batch of its own.
+        """
         if self.lengths is None:
             return torch.split(self.ids, batch_size)
         batches: list[Tensor] = []
         lengths = torch.tensor(self.lengths)
-        for length in sorted(set(self.lengths), reverse=True):
-            batches += torch.split(self.ids[lengths == length, :length], batch_size)
-        return tuple(batch.contiguous() for batch in batches)
+        lengths[list(self.images)] = 0
+        for length in sorted(set(lengths.tolist()), reverse=True):
+            if length:
+                batches += torch.split(self.ids[lengths == length, :length], batch_size)
+        return (*[batch.contiguous() for batch in batches], *self.images.values())
 
     @classmethod
     def of(cls, rows: list[list[int]]) -> Windows:
@@ -85,12 +103,12 @@ class Windows:
 class Pool:
     """The windows of a text from which some are drawn.
 
-    `tokens` were read, up to the end of the text if it is `whole`. A window has `length` tokens of
-    text, None if each is a document of any length.
+    `tokens` were read, up to the end of the text if it is `whole`; None if they are not counted. A
+    window has `length` tokens of text, None if each is a document of any length.
     """
 
-    windows: list[list[int]]
-    tokens: int
+    windows: list[Any]
+    tokens: int | None
     whole: bool
     length: int | None
 
@@ -200,7 +218,7 @@ def _shortage(documents: Documents, pool: Pool, nsamples: int, seqlen: int) -> I
         message = f"dataset `{documents.name}` has {len(pool.windows)} documents with tokens"
         hint = "give more documents, fewer --nsamples, or leave out --no-pack"
         return InputError("E_DATA_SHORT", f"{message}, but {nsamples} are needed", hint=hint)
-    return _too_short(documents, len(pool.windows), nsamples, seqlen, pool.tokens)
+    return _too_short(documents, len(pool.windows), nsamples, seqlen, pool.tokens or 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,37 +262,56 @@ class Part:
             needed = f"{self.nsamples} windows of {self.seqlen} need {self.needed_tokens:,}"
         return f"{self.documents.name}, {held}; {needed}"
 
-    def draw(self, seed: int) -> list[list[int]]:
+    @property
+    def n_with_images(self) -> int | None:
+        """The number of chats with images, None for text."""
+        return None
+
+    def draw(self, seed: int) -> list[Any]:
         """Return the windows; raises InputError E_DATA_SHORT or E_DATA_EMPTY."""
         return _drawn(self.documents, self.pool, self.nsamples, self.seqlen, seed)
 
-    def identity(self, windows: list[list[int]]) -> str:
+    def identity(self, windows: list[Any]) -> str:
         """Return what the dataset is known by: its id on the Hub, else the hash of its windows."""
         if not is_path(self.documents.name):
             return self.documents.name
-        return f"sha256 {sha256(repr(windows).encode()).hexdigest()}"
+        known = repr([_known(window) for window in windows])
+        return f"sha256 {sha256(known.encode()).hexdigest()}"
+
+
+def _known(window: list[int] | ImageWindow) -> list[int] | str:
+    """Return what a window is known by: its token ids, or the hash of ids and pixels."""
+    if isinstance(window, list):
+        return window
+    return window.sha256
 
 
 def read_parts(directory: Path, config: QuantizeConfig) -> list[Part]:
     """Return the text of each dataset of a run, tokenized by the tokenizer in `directory`.
 
-    Raises the errors of `load_encoder`, `load_documents` and `read_pool`.
+    Raises the errors of `load_encoder`, `load_documents`, `read_pool` and `read_image_part`.
     """
     encoder = load_encoder(directory, trust_remote_code=config.trust_remote_code)
     read = read_pool
     if not config.pack:
         read = read_documents
-    parts = []
+    parts: list[Part] = []
     for source, nsamples in calibration_sources(config):
         template = ChatTemplate(encoder.tokenizer, directory, _template_file(config))
         documents = load_documents(source, template)
-        pool = read(
-            documents,
-            encoder,
-            seqlen=config.seqlen,
-            nsamples=nsamples,
-            bos_token_id=encoder.first_token(documents),
-        )
+        try:
+            pool = read(
+                documents,
+                encoder,
+                seqlen=config.seqlen,
+                nsamples=nsamples,
+                bos_token_id=encoder.first_token(documents),
+            )
+        except ImagesFoundError:
+            from gptq_cli.calibration.images import read_image_part
+
+            parts.append(read_image_part(source, nsamples, config, directory, encoder))
+            continue
         parts.append(Part(documents, pool, nsamples, config.seqlen))
     if config.chat_template is not None and not any(part.documents.chats for part in parts):
         message = "chat_template has no meaning: none of the datasets holds chats"
@@ -287,12 +324,19 @@ def _template_file(config: QuantizeConfig) -> Path | None:
     return DatasetSource(chat_template=config.chat_template).template_file
 
 
-def in_order(windows: list[list[list[int]]], seed: int) -> list[list[int]]:
+def in_order(windows: list[list[Any]], seed: int) -> list[Any]:
     """Return the windows of all datasets; `seed` mixes those of several."""
     rows = [row for of_dataset in windows for row in of_dataset]
     if len(windows) > 1:
         random.Random(seed).shuffle(rows)
     return rows
+
+
+def windows_of(rows: list[Any], *, packed: bool) -> Windows:
+    """Return the windows of all datasets: of one length if they are packed and have no images."""
+    if packed and all(isinstance(row, list) and len(row) == len(rows[0]) for row in rows):
+        return Windows.of(rows)
+    return Windows.of_documents(rows)
 
 
 def _cut(ids: list[int], seqlen: int, prefix: list[int], *, own: bool = False) -> list[list[int]]:

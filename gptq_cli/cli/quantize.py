@@ -233,14 +233,18 @@ def _next_steps(result: QuantizeResult, prepared: PreparedRun) -> list[str]:
 
 
 def _measuring(result: QuantizeResult, prepared: PreparedRun) -> str:
-    """Return the command that measures the output, on text of this machine if the run had some."""
+    """Return the command that measures the output, on text of this machine if the run had some.
+
+    Chats with images are not measured.
+    """
     from gptq_cli.calibration.corpus import calibration_sources, is_path
     from gptq_cli.config.corpora import BUILT_IN
 
     words = ["gptq", "eval-ppl", str(result.output), "--baseline", prepared.model]
     config = prepared.config
     source, _ = calibration_sources(config)[0]
-    if is_path(source.name) or source.name == BUILT_IN:
+    on_this_machine = is_path(source.name) or source.name == BUILT_IN
+    if on_this_machine and not result.image_windows:
         words += ["--dataset", source.name, "--seqlen", str(config.seqlen)]
         for column in source.columns:
             words += ["--text-column", column]

@@ -11,7 +11,7 @@ blocks must depend on the last output alone. `stream` runs the blocks with the r
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping, MutableSequence, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -32,8 +32,9 @@ class Recorder(nn.Module):
 
     It lends the attributes of the block to the model's code. `extras` are the values that it
     returns beside hidden states, None if it returns hidden states alone. `inject` is returned in
-    place of its input; if `inject` is a tuple, it replaces `extras` too. `before` is the recorder
-    of the block before; it tells which arguments that block hands on.
+    place of its input; if `inject` is a tuple, it replaces `extras` too. With `zero` it returns
+    zeros. `before` is the recorder of the block before; it tells which arguments that block hands
+    on.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Recorder(nn.Module):
         object.__setattr__(self, "_before", before)
         self.extras = extras
         self.inject: State | None = None
+        self.zero = False
         self.seen: list[tuple[Tensor, Call]] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -82,6 +84,8 @@ class Recorder(nn.Module):
             call = call.handed(self._before.returned)
         self.seen.append((hidden, call))
         output = hidden if self.inject is None else self.inject
+        if self.zero:
+            output = torch.zeros_like(hidden)
         if self.extras is None or isinstance(output, tuple):
             return output
         return (output, *self.extras)
@@ -99,11 +103,15 @@ class FromPreviousBlock:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """Arguments of one call of a block, without hidden states; some may be `FromPreviousBlock`."""
+    """Arguments of one call of a block, without hidden states; some may be `FromPreviousBlock`.
+
+    `added` are features of images that the model adds to the hidden states before the block.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     positional: bool  # hidden states are the first positional argument
+    added: Tensor | None = None
 
     def run(self, block: nn.Module, state: State) -> State:
         """Return the output of `block` for `state`: a tuple with extras if `state` is a tuple."""
@@ -119,6 +127,7 @@ class Call:
             return value
 
         call = self._with_each(fill)
+        hidden = plus(hidden, self.added)
         if self.positional:
             return block(hidden, *call.args, **call.kwargs)
         return block(hidden_states=hidden, **call.kwargs)
@@ -141,7 +150,26 @@ class Call:
         """Return this call with `change` applied to each argument."""
         args = tuple([change(value) for value in self.args])
         kwargs = {key: change(value) for key, value in self.kwargs.items()}
-        return Call(args, kwargs, self.positional)
+        return replace(self, args=args, kwargs=kwargs)
+
+
+def plus(hidden: Tensor, added: Tensor | None) -> Tensor:
+    """Return hidden states with what the model adds to them, if there is something."""
+    if added is None:
+        return hidden
+    return hidden + added
+
+
+def added_before_blocks(recorders: Sequence[Recorder]) -> list[Tensor | None]:
+    """Return what the model adds to the hidden states before each block.
+
+    The `recorders` have returned zeros. Qwen3-VL adds features of images before its first blocks.
+    """
+    added: list[Tensor | None] = [None]
+    for recorder in recorders[1:]:
+        features = recorder.first_hidden
+        added.append(features if bool(features.any()) else None)
+    return added
 
 
 def reuse_equal_tensors(value: Any, like: Any) -> Any:
@@ -156,7 +184,7 @@ def reuse_equal_tensors(value: Any, like: Any) -> Any:
         return value
     if isinstance(value, Call):
         args = reuse_equal_tensors(value.args, like.args)
-        return Call(args, reuse_equal_tensors(value.kwargs, like.kwargs), value.positional)
+        return replace(value, args=args, kwargs=reuse_equal_tensors(value.kwargs, like.kwargs))
     if isinstance(value, dict):
         return {key: reuse_equal_tensors(item, like.get(key)) for key, item in value.items()}
     if type(value) in (tuple, list) and len(like) == len(value):
@@ -202,7 +230,7 @@ def with_own_containers(value: Any, copies: dict[int, Container]) -> Any:
         return copies.setdefault(id(value), type(value)())
     change = partial(with_own_containers, copies=copies)
     if isinstance(value, Call):
-        return Call(change(value.args), change(value.kwargs), value.positional)
+        return replace(value, args=change(value.args), kwargs=change(value.kwargs))
     if isinstance(value, dict):
         return {key: change(item) for key, item in value.items()}
     if type(value) in (tuple, list):
@@ -214,12 +242,18 @@ def _is_empty_container(value: Any) -> bool:
     return isinstance(value, MutableMapping | MutableSequence) and not value
 
 
-def check_chain(run: Run, names: Sequence[str], extras: Extras | None) -> bool:
+def check_chain(
+    run: Run,
+    names: Sequence[str],
+    extras: Extras | None,
+    added: Sequence[Tensor | None] | None = None,
+) -> bool:
     """Return whether the blocks `names` hand on more than hidden states.
 
     `run` takes the output of each block (None: the block's input) and runs the model's forward.
     `extras` are the values that the first block returned beside hidden states, as an example for
-    all blocks. A block may take extras of the block before it unchanged.
+    all blocks. A block may take extras of the block before it unchanged. `added` is what the model
+    adds to the hidden states before each block, None if it adds nothing.
 
     Raise InputError E_ARCH if the blocks are not a chain. One case is not detected: a block that
     hides a result in a module or in an object for a later block. Containers that all blocks are
@@ -243,7 +277,7 @@ def check_chain(run: Run, names: Sequence[str], extras: Extras | None) -> bool:
     else:
         others[-1] = _with_hidden_of(outputs[-1], others[-1])
     second, other_end = run(others)
-    _check_inputs(first, outputs, names)
+    _check_inputs(first, outputs, names, added or [None] * len(names))
     _check_equal_calls(first, second, names)
     if not same(_first_tensor(end), _first_tensor(other_end)):
         raise InputError(
@@ -269,11 +303,15 @@ def _check_called_once(recorders: Sequence[Recorder], names: Sequence[str]) -> N
 
 
 def _check_inputs(
-    recorders: Sequence[Recorder], outputs: Sequence[State], names: Sequence[str]
+    recorders: Sequence[Recorder],
+    outputs: Sequence[State],
+    names: Sequence[str],
+    added: Sequence[Tensor | None],
 ) -> None:
     """Raise InputError E_ARCH if the input of a block is not the output of the block before."""
     for before, after in enumerate(range(1, len(names))):
-        if not torch.equal(recorders[after].first_hidden, _first_tensor(outputs[before])):
+        expected = plus(_first_tensor(outputs[before]), added[after])
+        if not torch.equal(recorders[after].first_hidden, expected):
             message = f"the input of `{names[after]}` is not the output of `{names[before]}`"
             raise InputError("E_ARCH", message)
 

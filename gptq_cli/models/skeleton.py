@@ -15,7 +15,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+)
 from transformers.pytorch_utils import Conv1D
 
 from gptq_cli.config.leftovers import misfit
@@ -88,16 +98,18 @@ def build_skeleton(
     *,
     trust_remote_code: bool,
     listed: Collection[str] = (),
+    images: bool = False,
 ) -> Skeleton:
     """Return the model of `config`: parameters on meta in `dtype`, computed buffers on `device`.
 
     `names` are the tensors of the checkpoint; `listed` are those in its index that no shard holds.
+    With `images` it is the model with its vision part, even if transformers has one for text alone.
     Raise InputError E_ARCH if the model cannot be built or has no repeated blocks,
     E_CKPT_INCOMPLETE if a parameter has no tensor.
     """
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
+            model = _auto_class(config, images=images).from_config(
                 config, dtype=dtype, trust_remote_code=trust_remote_code
             )
     except Exception as error:
@@ -114,6 +126,18 @@ def build_skeleton(
     name, blocks = find_blocks(model)
     _check_single(model, name, sources)
     return Skeleton(model, sources, name, blocks, unused)
+
+
+def _auto_class(config: Any, *, images: bool) -> Any:
+    """Return transformers' class of models for `config`.
+
+    A model with a vision part may have no class for text alone.
+    """
+    kind = type(config)
+    sees = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if sees and (images or kind not in MODEL_FOR_CAUSAL_LM_MAPPING):
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:

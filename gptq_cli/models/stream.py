@@ -17,7 +17,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from inspect import signature
 from typing import Any, Protocol
 
 import torch
@@ -30,6 +31,7 @@ from gptq_cli.models.block_calls import (
     Extras,
     Recorder,
     State,
+    added_before_blocks,
     check_chain,
     empty_containers,
     reuse_equal_tensors,
@@ -37,6 +39,31 @@ from gptq_cli.models.block_calls import (
 )
 from gptq_cli.models.experts import Experts
 from gptq_cli.models.skeleton import Skeleton, is_linear, is_transposed, outside_linears, place
+
+
+class ImageBatch(Protocol):
+    """A batch with images: token ids [1, tokens], and all inputs of the model by their names."""
+
+    @property
+    def ids(self) -> Tensor:
+        """The token ids."""
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """The inputs, token ids and pixels among them; they are made when they are asked for."""
+
+    def __len__(self) -> int:
+        """Return the number of windows."""
+
+
+Batch = Tensor | ImageBatch  # a tensor holds token ids [batch, seqlen]
+
+
+def token_ids(batch: Batch) -> Tensor:
+    """Return the token ids of a batch."""
+    if isinstance(batch, Tensor):
+        return batch
+    return batch.ids
 
 
 class _FirstBlockDone(Exception):
@@ -130,6 +157,11 @@ class ModelStream:
         """Features of a hidden state according to the model's config; 0 if it does not tell."""
         return int(getattr(self._model.config.get_text_config(), "hidden_size", 0))
 
+    @property
+    def takes_images(self) -> bool:
+        """Whether the model has a vision part."""
+        return "pixel_values" in signature(self._model.base_model.forward).parameters
+
     def block_name(self, index: int) -> str:
         return f"{self._path}.{index}"
 
@@ -215,40 +247,73 @@ class ModelStream:
             weight = weight.T
         return weight
 
-    def embed(self, batches: Sequence[Tensor]) -> list[State]:
-        """Return the states that enter block 0, for token ids [batch, seqlen] each.
+    def embed(self, batches: Sequence[Batch]) -> list[State]:
+        """Return the states that enter block 0, for token ids [batch, seqlen] or images each.
 
         A state is hidden states [batch, seqlen, features], in a tuple if blocks hand on more. The
         arguments of all blocks are recorded on the way. Raise InputError E_ARCH if the blocks are
-        not a chain.
+        not a chain. Everything outside the blocks is in memory, the vision part included.
         """
         base = self._model.base_model
+        example = self._inputs(_example(batches))
         self._calls, self._calls_of_copies, self.carried = [[] for _ in self._blocks], [], []
         with self._outside(base):
-            self._extras = self._learn_output(batches[0][:1])
+            self._extras = self._learn_output(example)
             handed_on = check_chain(
-                lambda outputs: self._run_recorders(base, batches[0][:1], outputs),
+                lambda outputs: self._run_recorders(base, example, outputs),
                 [self.block_name(index) for index in range(self.n_blocks)],
                 self._extras,
+                self._recorded(example)[1],
             )
             states: list[State] = []
-            for ids in batches:
-                recorders, _ = self._run_recorders(base, ids, [None] * self.n_blocks)
+            for batch in batches:
+                recorders, added = self._recorded(self._inputs(batch))
                 hidden = recorders[0].first_hidden
                 states.append((hidden,) if handed_on else hidden)
-                self._keep_calls(recorders)
+                self._keep_calls(recorders, added)
         self._calls_of_copies = with_own_containers(self._calls, {})
-        for batch in range(len(batches)):
-            own = empty_containers([calls[batch] for calls in self._calls])
-            of_copies = empty_containers([calls[batch] for calls in self._calls_of_copies])
+        for number in range(len(batches)):
+            own = empty_containers([calls[number] for calls in self._calls])
+            of_copies = empty_containers([calls[number] for calls in self._calls_of_copies])
             self.carried.append(own + of_copies)
         return states
 
-    def _keep_calls(self, recorders: Sequence[Recorder]) -> None:
+    def _inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the inputs of the model for a batch, on the device.
+
+        A processor may make more than the model takes. Pixels get the dtype of the forward passes.
+        """
+        if isinstance(batch, Tensor):
+            return {"input_ids": batch.to(self.device)}
+        taken = signature(self._model.base_model.forward).parameters
+        inputs = {}
+        for name, value in batch.inputs.items():
+            if name not in taken:
+                continue
+            if value.is_floating_point():
+                value = value.to(self.dtype)
+            inputs[name] = value.to(self.device)
+        return inputs
+
+    def _keep_calls(self, recorders: Sequence[Recorder], added: Sequence[Tensor | None]) -> None:
         """Append the call of each block for one batch; share the tensors that equal the first's."""
-        for calls, recorder in zip(self._calls, recorders, strict=True):
+        for calls, recorder, features in zip(self._calls, recorders, added, strict=True):
             first = calls[0] if calls else None
-            calls.append(reuse_equal_tensors(recorder.first_call, first))
+            call = replace(recorder.first_call, added=features)
+            calls.append(reuse_equal_tensors(call, first))
+
+    def _recorded(self, inputs: dict[str, Tensor]) -> tuple[list[Recorder], list[Tensor | None]]:
+        """Return what recorders have seen of one batch.
+
+        Return beside it what the model adds to the hidden states before each block, which shows if
+        the recorders return zeros. It adds nothing to text.
+        """
+        base, nothing = self._model.base_model, [None] * self.n_blocks
+        has_images = inputs.keys() != {"input_ids"}
+        recorders, _ = self._run_recorders(base, inputs, nothing, zero=has_images)
+        if has_images:
+            return recorders, added_before_blocks(recorders)
+        return recorders, [None] * self.n_blocks
 
     @contextmanager
     def block(self, index: int) -> Iterator[LoadedBlock]:
@@ -288,11 +353,12 @@ class ModelStream:
 
         def logits(ids: Tensor, state: State) -> Tensor:
             outputs = [*[None] * (self.n_blocks - 1), state]
-            _, output = self._run_recorders(self._model, ids, outputs)
+            inputs = {"input_ids": ids.to(self.device)}
+            _, output = self._run_recorders(self._model, inputs, outputs)
             found: Tensor = output.logits
             return found
 
-        with self._outside(self._model):
+        with self._outside(self._model, vision=False):  # its work went into the states
             yield logits
 
     def block_bytes(self, index: int) -> int:
@@ -301,9 +367,9 @@ class ModelStream:
 
     def outside_bytes(self) -> int:
         """Return the bytes of the weights outside the blocks: embeddings, norms, the head."""
-        return self._bytes(self._model, "", without=f"{self._path}.")
+        return self._bytes(self._model, "", without=(f"{self._path}.",))
 
-    def _bytes(self, module: nn.Module, prefix: str, without: str | None = None) -> int:
+    def _bytes(self, module: nn.Module, prefix: str, without: tuple[str, ...] = ()) -> int:
         sizes = {}  # by source: tied parameters share one tensor
         for name, tensor in _parameters(module, prefix, without).items():
             sizes[self._sources[f"{prefix}{name}"]] = tensor.nbytes
@@ -350,7 +416,7 @@ class ModelStream:
         module: nn.Module = self._model.get_output_embeddings()
         return module
 
-    def _learn_output(self, ids: Tensor) -> Extras | None:
+    def _learn_output(self, inputs: dict[str, Tensor]) -> Extras | None:
         """Run the first block; return its outputs beside hidden states, None if there are none."""
         outputs: list[object] = []
 
@@ -362,7 +428,7 @@ class ModelStream:
         handle = first.register_forward_hook(stop)
         try:
             with self._filled(first, f"{self.block_name(0)}."), suppress(_FirstBlockDone):
-                self._model.base_model(input_ids=ids.to(self.device), use_cache=False)
+                self._model.base_model(**inputs, use_cache=False)
         finally:
             handle.remove()
         if not outputs:
@@ -373,41 +439,58 @@ class ModelStream:
         return None
 
     def _run_recorders(
-        self, model: nn.Module, ids: Tensor, outputs: Sequence[State | None]
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        outputs: Sequence[State | None],
+        *,
+        zero: bool = False,
     ) -> tuple[list[Recorder], Any]:
-        """Run `model` on `ids` with recorders in place of its blocks.
+        """Run `model` on `inputs` with recorders in place of its blocks.
 
-        The recorders return `outputs` (None: their input). Return them and the model's output.
+        The recorders return `outputs` (None: their input), or zeros with `zero`. Return them and
+        the model's output.
         """
         recorders: list[Recorder] = []
         before = None
         for block, output in zip(self._blocks, outputs, strict=True):
             recorder = Recorder(block, self._extras, before)
             recorder.inject = output
+            recorder.zero = zero
             recorders.append(recorder)
             before = recorder
         for index, recorder in enumerate(recorders):
             self._list[index] = recorder
         try:
-            result = model(input_ids=ids.to(self.device), use_cache=False)
+            result = model(**inputs, use_cache=False)
         finally:
             for index, block in enumerate(self._blocks):
                 self._list[index] = block
         return recorders, result
 
     @contextmanager
-    def _outside(self, module: nn.Module) -> Iterator[None]:
-        """Fill everything of `module` but the blocks."""
-        (name,) = [name for name, found in self._model.named_modules() if found is module]
+    def _outside(self, module: nn.Module, *, vision: bool = True) -> Iterator[None]:
+        """Fill everything of `module` but the blocks, with the vision part or without it."""
+        without = [f"{self._path}."]
+        if not vision and self.takes_images:
+            without.append(f"{self._name_of(self._model.get_encoder(modality='image'))}.")
+        name = self._name_of(module)
         prefix = f"{name}." if name else ""
-        with self._filled(module, prefix, without=f"{self._path}."):
+        with self._filled(module, prefix, without=tuple(without)):
             yield
 
+    def _name_of(self, module: nn.Module) -> str:
+        name: str
+        (name,) = [name for name, found in self._model.named_modules() if found is module]
+        return name
+
     @contextmanager
-    def _filled(self, module: nn.Module, prefix: str, without: str | None = None) -> Iterator[None]:
+    def _filled(
+        self, module: nn.Module, prefix: str, without: tuple[str, ...] = ()
+    ) -> Iterator[None]:
         """Fill `module`, whose names begin with `prefix`; make it empty again at the end.
 
-        Parameters whose full names begin with `without` are not filled.
+        Parameters whose full names begin with one of `without` are not filled.
         """
         empty = _parameters(module, prefix, without)
         try:
@@ -443,11 +526,21 @@ class ModelStream:
         return tensor.to(self.device, dtype, non_blocking=tensor.is_pinned())
 
 
-def _parameters(module: nn.Module, prefix: str, without: str | None) -> dict[str, Tensor]:
-    """Return the stored tensors of `module`, except those whose full names begin with `without`."""
+def _example(batches: Sequence[Batch]) -> Batch:
+    """Return a batch of one window: one with images if there is any."""
+    for batch in batches:
+        if not isinstance(batch, Tensor):
+            return batch
+    first = batches[0]
+    assert isinstance(first, Tensor)
+    return first[:1]
+
+
+def _parameters(module: nn.Module, prefix: str, without: tuple[str, ...]) -> dict[str, Tensor]:
+    """Return the stored tensors of `module` whose full names begin with none of `without`."""
     found = {}
     for name, tensor in module.state_dict().items():
-        if without is None or not f"{prefix}{name}".startswith(without):
+        if not f"{prefix}{name}".startswith(without):
             found[name] = tensor
     return found
 

@@ -27,7 +27,7 @@ from gptq_cli.events import BlockStarted, PhaseStarted, Warned
 from gptq_cli.models.block_calls import State
 from gptq_cli.models.experts import Experts
 from gptq_cli.models.paused_forwards import PausedForwards, Stage, pause_forwards, watch_inputs
-from gptq_cli.models.stream import LoadedBlock
+from gptq_cli.models.stream import LoadedBlock, token_ids
 from gptq_cli.planning.run_plan import HEAD
 from gptq_cli.quantization.layers import LayerSolver
 from gptq_cli.quantization.routed_experts import RoutedInputs, quantize_experts
@@ -210,7 +210,9 @@ def head_forwards(states: Sequence[HiddenStates], run: Run) -> Iterator[Forwards
         passages = []
         for hidden in states:
             mine = run.batches[hidden.first_batch : hidden.first_batch + len(hidden)]
-            forwards = [partial(_head, logits, ids, hidden, n) for n, ids in enumerate(mine)]
+            forwards = []
+            for number, batch in enumerate(mine):
+                forwards.append(partial(_head, logits, token_ids(batch), hidden, number))
             passages.append(Passage(linears, linears, forwards, hidden))
         yield Forwards(passages, [[Stage((HEAD,), 1)]])
 

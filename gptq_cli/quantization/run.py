@@ -16,9 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from gptq_cli.calibration.windows import Part, Windows, check_token_ids, in_order, read_parts
+from gptq_cli.calibration.windows import (
+    Part,
+    Windows,
+    check_token_ids,
+    in_order,
+    read_parts,
+    windows_of,
+)
 from gptq_cli.checkpoint.layout import Packing
 from gptq_cli.checkpoint.locate import ModelSource, model_directory
 from gptq_cli.checkpoint.quantization_config import describe, dialect_of
@@ -42,7 +48,7 @@ from gptq_cli.events import (
 )
 from gptq_cli.files import is_file, resolved
 from gptq_cli.json_values import to_json
-from gptq_cli.models.stream import ModelStream
+from gptq_cli.models.stream import Batch, ModelStream
 from gptq_cli.planning.checks import PreparedRun, RunOptions, check_disk, check_memory, prepare_run
 from gptq_cli.planning.plan import check_shared, refine_plan
 from gptq_cli.planning.run_plan import HEAD, LayerPlan, RunPlan, judge_plan, remarks
@@ -77,6 +83,7 @@ from gptq_cli.storage.work_directory import WorkDirectory, working_on, write_run
 class QuantizeResult:
     """The result of a finished run, for scripts. Sizes are in bytes, peaks are taken after blocks.
 
+    `image_windows` of the calibration windows have images.
     `source_quantization` names the form in which the source stores its weights, None if plain.
     `resumed_blocks` blocks were finished by an earlier run; seconds and peaks are those of this
     run. If `already_done`, an earlier run finished the output, and the seconds of layers are 0.
@@ -95,6 +102,7 @@ class QuantizeResult:
     bits_per_weight: float
     tokens: int
     calibration_sha256: str
+    image_windows: int
     seconds: float
     source_quantization: str | None
     bytes_before: int
@@ -164,6 +172,8 @@ def carry_out(
         if work is not None:
             _check_room(work, plan, stream, config, worker)
         calibration = calibrate(source, config, record, ranks)
+        if calibration.windows.images and not stream.takes_images:
+            stream = _open_stream(prepared, worker, images=True)
         check_token_ids(calibration.windows.ids, stream.vocabulary_rows)
         record(PhaseStarted("source", f"identifying {size(source.nbytes)}"))
         commit, sha256 = prepared.located.commit, calibration.windows.sha256
@@ -208,7 +218,7 @@ def _work_directory(
             yield work
 
 
-def _open_stream(prepared: PreparedRun, worker: Worker) -> ModelStream:
+def _open_stream(prepared: PreparedRun, worker: Worker, *, images: bool = False) -> ModelStream:
     config = prepared.config
     return open_stream(
         prepared.plan.source,
@@ -216,6 +226,7 @@ def _open_stream(prepared: PreparedRun, worker: Worker) -> ModelStream:
         dtype=config.dtype,
         trust_remote_code=config.trust_remote_code,
         host=_host(config, worker),
+        images=images,
     )
 
 
@@ -272,6 +283,7 @@ def _result(
         bits_per_weight=plan.bits_per_weight,
         tokens=windows.tokens,
         calibration_sha256=windows.sha256,
+        image_windows=len(windows.images),
         seconds=seconds,
         source_quantization=plan.plain.how,
         bytes_before=plan.source.nbytes,
@@ -330,7 +342,7 @@ class Calibration:
     identity: str | list[str]
     template_sha256: str | None = None
 
-    def batches(self, batch_size: int) -> tuple[Tensor, ...]:
+    def batches(self, batch_size: int) -> tuple[Batch, ...]:
         """Return the token ids [batch_size, seqlen] of each batch, on the host."""
         return self.windows.batches(batch_size)
 
@@ -367,7 +379,7 @@ def calibrate(
     if len(known) == 1:
         identity = known[0]
     rows = in_order(windows, config.seed)
-    drawn = Windows.of(rows) if config.pack else Windows.of_documents(rows)
+    drawn = windows_of(rows, packed=config.pack)
     calibration = Calibration(drawn, tuple(hub_datasets), identity, template_sha256)
     return ranks.broadcast(calibration)
 

@@ -29,7 +29,7 @@ from gptq_cli.events import (
 )
 from gptq_cli.models.block_calls import Container
 from gptq_cli.models.paused_forwards import Prober
-from gptq_cli.models.stream import ModelStream
+from gptq_cli.models.stream import Batch, ModelStream
 from gptq_cli.planning.run_plan import LayerPlan, RunPlan
 from gptq_cli.runtime.memory import Memory, PauseBudget
 from gptq_cli.runtime.open_model import HiddenStates
@@ -63,7 +63,7 @@ class Run:
     plan: RunPlan
     stream: ModelStream
     ranks: Ranks
-    batches: Sequence[Tensor]
+    batches: Sequence[Batch]
     record: Record
     limits: Limits
     keep: Keep = keep_nothing

@@ -111,11 +111,12 @@ def open_stream(
     trust_remote_code: bool,
     backend: str = "torch",
     host: Memory | None = None,
+    images: bool = False,
 ) -> ModelStream:
     """Return the model of `checkpoint`, quantized or not, ready to run block by block on `device`.
 
-    `device` becomes the current one. For an accelerator the next block is read ahead, into a share
-    of the memory that is free on `host`.
+    With `images` the model has its vision part. `device` becomes the current one. For an
+    accelerator the next block is read ahead, into a share of the memory that is free on `host`.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)  # Triton launches on the current one, wherever tensors are
@@ -130,6 +131,7 @@ def open_stream(
         device,
         trust_remote_code=trust_remote_code,
         listed=checkpoint.absent,
+        images=images,
     )
     dequantized = set(reader.names()) - set(checkpoint.tensors)
     # With triton the reader decodes on the device itself, so there is nothing to read ahead for.

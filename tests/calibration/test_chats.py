@@ -220,9 +220,9 @@ WRONG = {
     "no object": ({"messages": [USER, "hello"]}, "message 2 is a text, not an object"),
     "no content": ({"messages": [USER, {"role": "assistant"}]}, "message 2 has null as its"),
     "number": ({"messages": [{"role": "user", "content": 4}]}, "has a number as its content"),
-    "image": (
-        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
-        "message 1 has a part that is no text; images are not read",
+    "video": (
+        {"messages": [{"role": "user", "content": [{"type": "video", "video": "x"}]}]},
+        "message 1 has a part that is neither a text nor an image",
     ),
     "speaker": (
         {"conversations": [{"from": "function_call", "value": "a"}]},
