@@ -146,6 +146,8 @@ def declared_dtype(checkpoint: Checkpoint) -> str:
     """Return the stored dtype that config.json names, else that of a tensor that is not packed."""
     if checkpoint.named_dtype is not None:
         return DTYPES_OF_CONFIG[checkpoint.named_dtype]
+    for weight in checkpoint.coded().values():
+        return weight.plain.dtype
     known = set(DTYPES_OF_CONFIG.values())
     packing = packing_of(checkpoint)
     for tensor in checkpoint.tensors.values():

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from gptq_cli.checkpoint.headers import TensorInfo, tensor_info
 from gptq_cli.checkpoint.model_files import (
     ADAPTER_CONFIG,
-    CONFIG_NAMES,
     OTHER_WEIGHTS,
+    SETTINGS_NAMES,
     SKIPPED_FOLDERS,
     read_config,
     refuse_other_kinds,
@@ -255,7 +255,7 @@ def _peek(api: HfApi, identifier: str, revision: str | None) -> tuple[ModelSourc
         message = f"`{identifier}` has no config.json"
         raise InputError("E_CKPT_CONFIG", message, hint="name a Hugging Face model")
     fetched = []
-    for name in CONFIG_NAMES:
+    for name in SETTINGS_NAMES:
         if name in files:
             fetched.append(Path(api.hf_hub_download(identifier, name, revision=info.sha)))
     try:

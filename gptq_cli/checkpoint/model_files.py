@@ -24,6 +24,7 @@ Remark = tuple[str, str]  # code and text of a warning
 CONFIG_NAMES = ("config.json", QUANTIZE_CONFIG)
 ADAPTER_CONFIG = "adapter_config.json"
 MODELOPT_CONFIG = "hf_quant_config.json"  # of NVIDIA's quantizer, beside or in place of config.json
+SETTINGS_NAMES = (*CONFIG_NAMES, MODELOPT_CONFIG)
 INDEX_OF_AUTOGPTQ = "gptq_model-*.safetensors.index.json"
 BYTE_ORDER_MARK = "\ufeff"
 MAX_DEPTH = 64
@@ -38,8 +39,7 @@ SKIPPED_FOLDERS = (
     "wandb", "mlruns", "lightning_logs", "__pycache__",
 )  # fmt: skip
 SKIPPED_FILES = (
-    ADAPTER_CONFIG, MODELOPT_CONFIG, "*.index.json", "trainer_state.json", "trainer_log.jsonl",
-    "training_args.*",
+    ADAPTER_CONFIG, "*.index.json", "trainer_state.json", "trainer_log.jsonl", "training_args.*",
     "all_results.json", "train_results.json", "eval_results.json", "test_results.json",
     "predict_results.json", "training_loss.png", "training_eval_loss.png", "events.out.tfevents.*",
     "zero_to_fp32.py", "latest", "*.distcp", "*.lock", "*.log", "*.pyc", "*.tmp", "*.incomplete",
@@ -62,7 +62,7 @@ def side_files(directory: Path, files: Iterable[Path]) -> list[Path]:
 
 
 def _belongs(file: PurePath) -> bool:
-    if file.as_posix() in CONFIG_NAMES or file.suffix in WEIGHT_SUFFIXES:
+    if file.as_posix() in SETTINGS_NAMES or file.suffix in WEIGHT_SUFFIXES:
         return False
     if file.name.startswith(".") or _matches(file.name, SKIPPED_FILES):
         return False

@@ -78,13 +78,15 @@ class Verification:
 class Examined:
     """The result of `examine`: quantized modules with their settings, and defects.
 
-    `config` is None if the settings of the checkpoint are not usable.
+    `config` is None if the settings of the checkpoint are not usable, and for weights that
+    `Checkpoint.coded` tells, whose forms in words are `forms`.
     """
 
     config: StoredConfig | None
     settings: dict[str, Settings]
     modules: tuple[str, ...]
     defects: tuple[Defect, ...]
+    forms: str = ""
 
     @property
     def bits(self) -> tuple[int, ...]:
@@ -93,13 +95,14 @@ class Examined:
 
     @property
     def format(self) -> str:
-        return self.config.format if self.config else ""
+        return self.config.format if self.config else self.forms
 
 
 def verify_checkpoint(directory: Path, *, full: bool = False) -> Verification:
-    """Return every defect of the GPTQ checkpoint in `directory`.
+    """Return every defect of the quantized checkpoint in `directory`.
 
-    Headers, configuration, g_idx, qzeros and scales are read. With `full` every other number must
+    Headers, configuration, g_idx, qzeros and scales are read, but of weights that
+    `Checkpoint.coded` tells only headers. With `full` every other number must
     be finite, and every file must have the hash that `gptq_manifest.json` lists. Memory holds a few
     tensors at a time. InputError E_CKPT_KIND if there is neither a quantized tensor nor a
     quantization, E_CKPT_QUANTIZED if the checkpoint claims another method than GPTQ,
@@ -196,6 +199,10 @@ def examine(checkpoint: Checkpoint, *, numbers: bool = True) -> Examined:
     Without `numbers` only headers are read. InputError E_CKPT_QUANTIZED as in `format_of`, but a
     checkpoint that claims format gptq and is packed in another way is a defect.
     """
+    coded = checkpoint.coded()
+    if coded:  # whose parts were compared when the checkpoint was opened
+        forms = dict.fromkeys(weight.form for weight in coded.values())
+        return Examined(None, {}, tuple(coded), (), ", ".join(forms))
     # This module imports numpy, without which commands that examine nothing start faster.
     from gptq_cli.checkpoint.module_checks import check_module
 

@@ -62,10 +62,16 @@ def _remedy(defects: Sequence[Defect]) -> str:
 
 
 def _checked(found: Verification) -> str:
-    bits = " and ".join(map(str, found.bits))
-    modules = f"{found.modules} modules of {bits} bits ({found.format})"
+    modules = f"{found.modules} weights in codes ({found.format})"
+    if found.bits:
+        bits = " and ".join(map(str, found.bits))
+        modules = f"{found.modules} modules of {bits} bits ({found.format})"
     parts = f"{modules} in {found.tensors} tensors, {size(found.nbytes)}"
-    read = "every byte" if found.full else "headers, groups, zero points and scales"
+    read = "headers, groups, zero points and scales"
+    if found.full:
+        read = "every byte"
+    elif not found.bits:
+        read = "headers"
     if found.hashed:
         read += f", {found.hashed} hashes"
     return f"ok, {parts}; read {read}"

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
-from gptq_cli.checkpoint.decoded import declared_dtype, is_stored_transposed
+from gptq_cli.checkpoint.decoded import declared_dtype, is_stored_transposed, plain_view
 from gptq_cli.checkpoint.headers import TensorInfo
-from gptq_cli.checkpoint.layout import PackedModule, TensorSpec
-from gptq_cli.checkpoint.quantization_config import packing_of, without_quantization
-from gptq_cli.checkpoint.reader import SAFETENSORS_DTYPE, DequantizingReader
+from gptq_cli.checkpoint.layout import TensorSpec
+from gptq_cli.checkpoint.quantization_config import without_quantization
+from gptq_cli.checkpoint.reader import SAFETENSORS_DTYPE, open_reader
 from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.checkpoint.writer import CheckpointWriter, copy_side_files
 from gptq_cli.errors import InputError
@@ -22,7 +21,6 @@ from gptq_cli.storage.durable import write_json
 from gptq_cli.storage.manifest import RUN_FILES
 
 FLOATS = set(STORED_DTYPES)
-CPU = torch.device("cpu")
 
 
 def dequantize_checkpoint(
@@ -40,14 +38,15 @@ def dequantize_checkpoint(
     Raises InputError E_CKPT_QUANTIZED if it cannot be decoded, E_CKPT_NONFINITE if a weight
     does not fit the dtype.
     """
-    source, modules, _ = open_source(model, output, report, overwrite=overwrite)
+    source, _, _ = open_source(model, output, report, overwrite=overwrite)
     warn_of(source, report)
     wanted = STORED_DTYPES[declared_dtype(source)] if dtype == "auto" else DTYPES[dtype]
-    plain = _PlainWeights(source, modules, wanted, cast=dtype != "auto")
+    weights = _PlainWeights(source, wanted, cast=dtype != "auto")
+    n_layers = len(weights.plain.parts)
     with fresh(output, report) as work:
-        report(PhaseStarted("dequantize", f"{len(modules)} layers to {_name_of(wanted)}"))
+        report(PhaseStarted("dequantize", f"{n_layers} layers to {_name_of(wanted)}"))
         written = write_tensors(
-            work.stage, plain.units(), lambda writer: plain.write(writer, report)
+            work.stage, weights.units(), lambda writer: weights.write(writer, report)
         )
         copy_side_files(source, work.stage, without=RUN_FILES)
         config = without_quantization(source.config)
@@ -57,71 +56,53 @@ def dequantize_checkpoint(
             config["dtype"] = dtype
         write_json(work.stage / "config.json", config)
         publish(work, source, overwrite=overwrite, command="dequantize", dtype=dtype)
-    return Rewritten(output, len(modules), source.nbytes, written)
+    return Rewritten(output, n_layers, source.nbytes, written)
 
 
 class _PlainWeights:
     """The tensors of a quantized checkpoint as floats.
 
-    With `cast` the tensors that are not quantized get `dtype` as well.
+    Decoded weights get `dtype`. With `cast` the tensors that are not quantized get it as well.
     """
 
-    def __init__(
-        self,
-        source: Checkpoint,
-        modules: Iterable[PackedModule],
-        dtype: torch.dtype,
-        *,
-        cast: bool,
-    ) -> None:
+    def __init__(self, source: Checkpoint, dtype: torch.dtype, *, cast: bool) -> None:
         self._source, self._dtype, self._cast = source, dtype, cast
-        self._modules = {module.name: module for module in modules}
-        self._packing = packing_of(source)
-        self._reader = DequantizingReader(source, CPU, "torch")
+        self.plain = plain_view(source, allow_requantize=True)
+        self._reader = open_reader(source)
 
     def units(self) -> list[tuple[TensorSpec, ...]]:
         """Return the tensors to write, in file order."""
-        specs = map(self.spec, self._source.tensors.values())
-        return [(spec,) for spec in specs if spec is not None]
+        return [(self.spec(tensor),) for tensor in self.plain.tensors.values()]
 
-    def spec(self, tensor: TensorInfo) -> TensorSpec | None:
-        """Return the tensor to write for a stored one.
-
-        The weight of a packed linear takes the place of its codes; the other parts give None.
-        """
-        name, _, part = tensor.name.rpartition(".")
-        if name in self._modules and part in self._packing.dtypes:
-            if part != self._packing.codes:
-                return None
-            return self._weight_spec(self._modules[name])
-        dtype = tensor.dtype
-        if self._cast and dtype in FLOATS:
+    def spec(self, tensor: TensorInfo) -> TensorSpec:
+        """Return the tensor to write for a tensor of the plain model."""
+        dtype, shape = tensor.dtype, tensor.shape
+        is_decoded = tensor.name in self.plain.parts
+        if is_decoded or (self._cast and dtype in FLOATS):
             dtype = SAFETENSORS_DTYPE[self._dtype]
-        return TensorSpec(tensor.name, dtype, tensor.shape)
-
-    def _weight_spec(self, module: PackedModule) -> TensorSpec:
-        shape = (module.out_features, module.in_features)
-        if is_stored_transposed(self._source.config, module.name):
+        if self._is_turned(tensor.name):
             shape = shape[::-1]
-        return TensorSpec(f"{module.name}.weight", SAFETENSORS_DTYPE[self._dtype], shape)
+        return TensorSpec(tensor.name, dtype, shape)
+
+    def _is_turned(self, name: str) -> bool:
+        """Return whether a weight is decoded as [O, I], but the model stores it [I, O]."""
+        if not self.plain.is_packed(name):
+            return False
+        return is_stored_transposed(self._source.config, name.removesuffix(".weight"))
 
     def write(self, writer: CheckpointWriter, report: Report) -> None:
         """Write all tensors in file order; tensors that keep their dtype are copied."""
-        for name, tensor in self._source.tensors.items():
-            planned = self.spec(tensor)
-            if planned is None:
-                continue
-            if (planned.name, planned.dtype) == (name, tensor.dtype):
+        for name, tensor in self.plain.tensors.items():
+            if name not in self.plain.parts and self.spec(tensor).dtype == tensor.dtype:
                 writer.copy(tensor)
                 continue
-            report(LayerStarted(planned.name))
-            weight = self._reader.read(planned.name).to(self._dtype)
+            report(LayerStarted(name))
+            weight = self._reader.read(name).to(self._dtype)
             if not bool(weight.isfinite().all()):
-                raise _not_finite(planned.name, self._dtype)
-            module = planned.name.removesuffix(".weight")
-            if module in self._modules and is_stored_transposed(self._source.config, module):
+                raise _not_finite(name, self._dtype)
+            if self._is_turned(name):
                 weight = weight.T
-            writer.write(planned.name, weight)
+            writer.write(name, weight)
 
 
 def _not_finite(name: str, dtype: torch.dtype) -> InputError:

@@ -31,12 +31,14 @@ class CardFacts:
     """The facts that a card shows.
 
     `datasets` and `evaluation_dataset` are ids of the Hub, empty for private text. `readers` are
-    (engine, outcome, reason). `uncovered` counts experts without a calibration token.
+    (engine, outcome, reason). `uncovered` counts experts without a calibration token. `source_form`
+    is the form in which the source model stores its weights, None if they are plain.
     """
 
     repo: str
     base_model: str
     commit: str | None
+    source_form: str | None
     source_card: Mapping[str, Any]
     method: Mapping[str, Any]
     bits_per_weight: float

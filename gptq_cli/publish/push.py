@@ -220,6 +220,7 @@ def _card(
             repo=repo,
             base_model=base,
             commit=_commit(origin, base),
+            source_form=_text(origin.get("source_quantization")),
             source_card=_front_matter(checkpoint.directory / CARD),
             method=_method(found),
             bits_per_weight=found.bits_per_weight or 0.0,
@@ -235,6 +236,12 @@ def _card(
             evaluation_dataset=_evaluation_dataset(evaluation),
         )
     )
+
+
+def _text(value: object) -> str | None:
+    if isinstance(value, str):
+        return value
+    return None
 
 
 def _commit(origin: Mapping[str, Any], base_model: str) -> str | None:

@@ -309,10 +309,13 @@ def _planned(model: str, plan: RunPlan, config: QuantizeConfig) -> RunPlanned:
     )
 
 
-def _origin(located: ModelSource, calibration: Calibration) -> dict[str, Any]:
+def _origin(
+    located: ModelSource, calibration: Calibration, source_quantization: str | None
+) -> dict[str, Any]:
     """Return the Hub ids of model and datasets, for a model card; local paths are private: None.
 
-    Several datasets are lists of ids and revisions.
+    Several datasets are lists of ids and revisions. `source_quantization` is the form in which the
+    model stores its weights, None if they are plain.
     """
     model = None
     if located.commit:
@@ -321,12 +324,15 @@ def _origin(located: ModelSource, calibration: Calibration) -> dict[str, Any]:
     revisions: Any = [revision for _, revision in calibration.hub_datasets] or None
     if len(calibration.hub_datasets) == 1:
         [(names, revisions)] = calibration.hub_datasets
-    return {
+    origin = {
         "model": model,
         "commit": located.commit,
         "dataset": names,
         "dataset_revision": revisions,
     }
+    if source_quantization is not None:
+        origin["source_quantization"] = source_quantization
+    return origin
 
 
 @dataclass(frozen=True, slots=True)
@@ -447,7 +453,7 @@ def _writing_output(
         if prepared.allocated and is_file(work.allocation):
             write_file(work.stage / ALLOCATION, work.allocation.read_bytes())
         check_written(work.stage)
-        origin = _origin(prepared.located, calibration)
+        origin = _origin(prepared.located, calibration, plan.plain.how)
         manifest = {"identity": identity, "origin": origin, **record.for_manifest()}
         write_manifest(work.stage, manifest)
         plan.source.check_unchanged()

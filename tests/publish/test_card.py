@@ -38,6 +38,7 @@ FACTS = CardFacts(
     repo="me/tiny",
     base_model="org/tiny",
     commit=None,
+    source_form=None,
     source_card={},
     method={"bits": 4, "group_size": 32, "sym": True, "desc_act": False, "format": "gptq"},
     bits_per_weight=4.5,
@@ -171,6 +172,12 @@ def test_the_page_shows_readers_experts_and_usage() -> None:
     assert "Not by vllm: why." in page
     assert "Worst layers" not in page
     assert "gptq quantize" not in page
+
+
+def test_the_card_names_the_form_of_the_source() -> None:
+    facts = dataclasses.replace(FACTS, source_form="mxfp4 in groups of 32")
+    assert "| base model | `org/tiny`, stored as mxfp4 in groups of 32 |" in model_card(facts)
+    assert "stored as" not in model_card(FACTS)
 
 
 def test_the_card_names_merged_adapters() -> None:

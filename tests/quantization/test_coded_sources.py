@@ -12,8 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from typer.testing import CliRunner
 
 from gptq_cli.checkpoint.verify import verify_checkpoint
+from gptq_cli.cli.app import app
+from gptq_cli.inspection.dequantize import dequantize_checkpoint
 from gptq_cli.planning.plan import plan_run
 from tests.coded import fp8, grouped, int8, mxfp4, nvfp4, random_bytes
 from tests.families import save_model
@@ -163,8 +166,52 @@ def test_a_source_in_codes_quantizes_like_its_plain_model(
     parts = sorted((result.source_quantization or "").replace(", mxfp4", "\0mxfp4").split("\0"))
     assert ", ".join(parts) == form
     assert meta["source_quantization"] == result.source_quantization
+    origin = json.loads((output / "gptq_manifest.json").read_text())["origin"]
+    assert origin["source_quantization"] == result.source_quantization
     again = messages(events, "W_CKPT_REQUANTIZED")
     assert len(again) == bool(settings.get("allow_requantize"))
+
+
+@pytest.mark.parametrize("make", [gpt_oss, w8a8])
+def test_dequantizing_a_source_in_codes_writes_its_plain_model(
+    make: Callable[[Path], Source], tmp_path: Path
+) -> None:
+    source = make(tmp_path)
+    result = dequantize_checkpoint(str(source.coded), tmp_path / "output")
+    found = tensors_of(tmp_path / "output")
+    assert set(found) == set(source.meant)
+    for name, tensor in source.meant.items():
+        assert torch.equal(found[name], tensor), name
+    written, expected = (
+        json.loads((folder / "config.json").read_text())
+        for folder in (tmp_path / "output", source.plain)
+    )
+    assert written == expected
+    assert result.layers == len(source.stored.keys() - source.meant.keys()) // 2
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (gpt_oss, "ok, 4 weights in codes (mxfp4 in groups of 32) in"),
+        (modelopt, "ok, 14 weights in codes (nvfp4 in groups of 16) in"),
+    ],
+)
+def test_verify_reads_a_source_in_codes(
+    make: Callable[[Path], Source], words: str, tmp_path: Path
+) -> None:
+    source = make(tmp_path)
+    printed = CliRunner().invoke(app, ["verify", str(source.coded)])
+    assert printed.exit_code == 0
+    assert words in " ".join(printed.stdout.split())
+    assert " ".join(printed.stdout.split()).endswith("; read headers")
+    found = verify_checkpoint(source.coded, full=True)
+    assert (found.ok, found.bits, found.tensors) == (True, (), len(source.stored))
+    name = next(name for name in source.stored if name.endswith(("_scales", "weight_scale")))
+    changed = {**source.stored, name: source.stored[name][1:].clone()}
+    save_file(changed, source.coded / "model.safetensors", metadata={"format": "pt"})
+    (defect,) = verify_checkpoint(source.coded).defects
+    assert defect.code == "E_CKPT_SHAPE"
 
 
 @pytest.mark.parametrize("make", [deepseek_like, modelopt])
