@@ -82,6 +82,11 @@ class Console:
         else:
             write(sys.stderr, line)
 
+    def say_on_screen(self, line: str) -> None:
+        """Write a line for somebody who waits at a terminal, unless `quiet`."""
+        if sys.stderr is not None and sys.stderr.isatty():
+            self.say(line)
+
     def show_notes(self, notes: Iterable[str]) -> None:
         """Write the notes about a resolved configuration, unless `quiet`."""
         for note in notes:
@@ -465,7 +470,10 @@ def engine_lines(judged: Sequence[Verdict]) -> list[str]:
     clean = [verdict.engine for verdict in judged if verdict.outcome == "yes"]
     if clean:
         line = f"{WORDS['yes']} {', '.join(clean)}"
-        lines += wrap(line, ENGINES_WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+        width = ENGINES_WIDTH
+        if sys.stdout is not None and sys.stdout.isatty():
+            width = min(width, get_terminal_size().columns)
+        lines += wrap(line, width, subsequent_indent="  ", break_on_hyphens=False)
     for verdict in judged:
         if verdict.outcome != "yes":
             lines.append(f"{WORDS[verdict.outcome]} {verdict.engine}: {verdict.reason}")

@@ -1,4 +1,7 @@
-"""The progress of a run on stderr: a live view on a terminal, elsewhere a line for each block."""
+"""The progress of a run on stderr: a line for each block above a live view on a terminal.
+
+Elsewhere, as in the log of a job, there is a line for each tenth of the blocks.
+"""
 
 from __future__ import annotations
 
@@ -35,6 +38,8 @@ if TYPE_CHECKING:
 
 SILENCE = 60.0  # seconds after which a log without a new line looks dead
 BAR = 24
+TENTHS = 10  # lines about blocks in a log
+LASTING = ("device", "text")  # phases that stay on a terminal
 
 
 class Progress:
@@ -85,13 +90,29 @@ class Progress:
                 self._console.detail(_detail(event.report))
             case RunPlanned():
                 self._say_unread(event)
-        line = self._line(event)
+        self._show(event, self._line(event))
+
+    def _show(self, event: Event, line: str | None) -> None:
+        """Write the line for an event, or keep it for the log file if it says little."""
         if self._live:
             self._live.update(_cropped(self._view()), refresh=isinstance(event, BlockFinished))
-            log.write(on_one_line(line or ""))
-        elif line is not None:
-            self._last_line = self._now()
-            self._console.say(line)
+        if line is None:
+            return
+        hidden = self._is_between(event)
+        if self._live:  # which shows the phase that it is in
+            hidden = isinstance(event, PhaseStarted) and event.name not in LASTING
+        if hidden:
+            log.write(on_one_line(line))
+            return
+        self._last_line = self._now()
+        self._console.say(line)
+
+    def _is_between(self, event: Event) -> bool:
+        """Return whether an event ends a block that is no tenth, soon after the last line."""
+        if not isinstance(event, BlockFinished) or self._now() - self._last_line > SILENCE:
+            return False
+        before, now = TENTHS * event.index, TENTHS * (event.index + 1)
+        return before // event.n_blocks == now // event.n_blocks
 
     def _say_unread(self, event: RunPlanned) -> None:
         """Name the engines that will not load the output, unless the user chose one as target."""

@@ -117,6 +117,7 @@ def quantize(
         check_report()
     prepared = _prepare(model, output, resolved.config, options)
     launch_processes(console, prepared, named, Path.cwd())
+    console.say_on_screen(f"{model} -> {prepared.output}, loading torch and transformers")
     from gptq_cli.quantization.run import carry_out
 
     with working(console, prepared, named) as (worker, progress):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 
 import pytest
@@ -39,6 +40,42 @@ block 2/2 model.layers.1 error 2.0e-04 (rtn 6.0e-04) 18.2 s eta 0:00:00 mem 2.15
     )
 
 
+@pytest.mark.parametrize(("n_blocks", "step"), [(80, 8), (20, 2), (10, 1), (7, 1)])
+def test_a_log_gets_a_line_for_each_tenth(
+    n_blocks: int, step: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    progress = Progress(Console(), now=lambda: now[0])
+    for index in range(n_blocks):
+        progress(BlockStarted(index, n_blocks, "b"))
+        progress(BlockFinished(index, n_blocks, "b", 1.0, 10**9, 0))
+    lines = capsys.readouterr().err.splitlines()
+    told = [int(line.split("/")[0].removeprefix("block ")) for line in lines]
+    assert told == list(range(step, n_blocks + 1, step))
+    now[0] += SILENCE + 1  # a slow block gets a line, whichever it is
+    progress(BlockStarted(0, n_blocks, "b"))
+    progress(BlockFinished(0, n_blocks, "b", 70.0, 10**9, 0))
+    assert capsys.readouterr().err.startswith(f"block 1/{n_blocks} ")
+
+
+def test_finished_blocks_stay_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    with Progress(Console()) as progress:
+        progress(PhaseStarted("device", "the CPU"))
+        progress(PhaseStarted("calibration", "4 windows"))
+        play(progress)
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
+    for line in (
+        "device: the CPU",
+        "block 1/2 model.layers.0 error 2.0e-04 (rtn 6.0e-04) 18.2 s eta 0:00:18 mem 2.15 GB",
+        "block 2/2 model.layers.1 error 2.0e-04 (rtn 6.0e-04) 18.2 s eta 0:00:00 mem 2.15 GB",
+    ):
+        assert line in [found.strip() for found in plain.splitlines()]
+
+
 def test_a_long_block_prints_a_line_for_a_layer(capsys: pytest.CaptureFixture[str]) -> None:
     seconds = iter([0.0, 1.0, SILENCE + 1, SILENCE + 1, SILENCE + 2])
     with Progress(Console(), now=lambda: next(seconds)) as progress:
@@ -66,7 +103,7 @@ def test_a_terminal_gets_a_live_view_and_its_cursor_back(
     ):
         assert words in seen
     assert "[bold]down  error 1.0e-04" not in seen  # the error of the layer before it
-    assert seen.index("warning[W_TEST]: a warning in block 0") < seen.index("block 2/2 ")
+    assert seen.index(": a warning in block 0") < seen.index("block 2/2 ")
     assert "\x1b[?25h" in seen  # the cursor is shown again
 
 
