@@ -49,6 +49,7 @@ def quantize(
     resume: str = "auto",
     max_runtime: str | None = None,
     allow_network_fs: bool = False,
+    stream_download: bool = False,
     report: bool = False,
     command: str = "gptq_cli.quantize",
     on_event: Report = ignore,
@@ -60,7 +61,8 @@ def quantize(
     such as Optimum writes, over which `settings` take precedence. The other arguments are the
     options of `gptq quantize`: `output` defaults to NAME-GPTQ-Int4-g128 in the current directory,
     `resume` is "auto", "require" or "never", and `max_runtime` is a time such as "3h30m", after
-    which PausedError is raised; the same call then resumes the run. The output gets a
+    which PausedError is raised; the same call then resumes the run. With `stream_download` the
+    weights of a Hub model are fetched block by block and dropped behind the run. The output gets a
     gptq_report.json about the run and its `command`, and with `report` an HTML page that shows it.
     `on_event` is called in this thread with each of `gptq_cli.events` when it happens; if it
     raises, the run ends, but finished blocks are kept.
@@ -82,15 +84,23 @@ def quantize(
     True
     """
     from gptq_cli.config.fields import seconds
-    from gptq_cli.planning.checks import RunOptions, default_output, prepare_run
+    from gptq_cli.planning.checks import (
+        RunOptions,
+        default_output,
+        prepare_run,
+        refuse_streaming,
+    )
     from gptq_cli.publish.report import check_report, write_page
     from gptq_cli.storage.manifest import REPORT_PAGE, write_report_data
 
     resolved = _configured(config, settings, on_event)
     if report:
         check_report()
-    options = RunOptions(revision, overwrite, resume, seconds(max_runtime), allow_network_fs)
+    options = RunOptions(
+        revision, overwrite, resume, seconds(max_runtime), allow_network_fs, stream_download
+    )
     goal = resolved.config
+    refuse_streaming(goal, options)
     start = goal
     if goal.allocates:
         from gptq_cli.allocation.goals import starting_config

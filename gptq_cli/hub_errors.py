@@ -19,8 +19,15 @@ NETWORK = (
     "check the network and HF_ENDPOINT, then run again: downloaded files are kept; "
     "HF_HUB_OFFLINE=1 uses the cache"
 )
+NETWORK_MIDWAY = (
+    "check the network and HF_ENDPOINT, then run the same command again: finished blocks are kept"
+)
 WRITER = "log in with a token that may write there: hf auth login"
 AGAIN = "run the same command again: it sends only what is missing"
+
+OF_THE_HUB = (  # codes of failures that may pass, although nothing changes here
+    "E_HUB_AUTH", "E_HUB_GATED", "E_HUB_NETWORK", "E_HUB_NOT_FOUND", "E_HUB_OFFLINE",
+)  # fmt: skip
 
 _HOSTS = {"huggingface.co", "www.huggingface.co", "hf.co"}
 _KINDS = {"models", "datasets", "spaces"}
@@ -213,14 +220,16 @@ def _unanswered(links: list[BaseException]) -> list[BaseException]:
     """
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    found = []
-    for link in links:
-        of_http = type(link).__module__.startswith(("httpx", "httpcore"))
-        if of_http or isinstance(link, ConnectionError | TimeoutError | HfHubHTTPError):
-            found.append(link)
+    found = [link for link in links if is_of_network(link) or isinstance(link, HfHubHTTPError)]
     if not found and isinstance(links[0], LocalEntryNotFoundError):
         return links[:1]
     return found
+
+
+def is_of_network(error: BaseException) -> bool:
+    """Return whether a connection failed or broke, so that another try may succeed."""
+    of_http = type(error).__module__.startswith(("httpx", "httpcore"))
+    return of_http or isinstance(error, ConnectionError | TimeoutError)
 
 
 def first_line(error: BaseException) -> str:

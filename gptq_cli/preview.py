@@ -26,10 +26,12 @@ from gptq_cli.json_values import to_json
 from gptq_cli.planning.checks import notes_on_groups, notes_on_limits, notes_on_output, with_lora
 from gptq_cli.planning.estimate import (
     Disk,
+    DownloadPlan,
     Estimate,
     Seconds,
     Term,
     estimate_disk,
+    estimate_download,
     estimate_memory,
     estimate_time,
     total,
@@ -108,8 +110,9 @@ class PlanResult:
 
     `quantized` and `kept` are the rows of the layers and of all other tensors; `memory` is an
     estimate for each of `devices` processes, `seconds` one from rates measured on this device, or
-    None. `engines` tells for each serving engine whether it will load the output. `choices` are
-    other widths and group sizes, if they were asked for.
+    None. `download` is None for a model that is on this machine. `engines` tells for each serving
+    engine whether it will load the output. `choices` are other widths and group sizes, if they were
+    asked for.
     """
 
     model: str
@@ -121,6 +124,7 @@ class PlanResult:
     devices: int
     memory: Estimate
     disk: Disk
+    download: DownloadPlan | None
     seconds: Seconds | None
     engines: tuple[Verdict, ...]
     text: tuple[TextPlan, ...]
@@ -178,6 +182,7 @@ class PlanResult:
             },
             "devices": self.devices,
             "disk": {"needed_bytes": self.disk.needed, "free_bytes": self.disk.free},
+            "download": to_json(self.download),
             "engines": engine_data(self.engines),
             "seconds": _seconds_data(self.seconds),
             "text": to_json(self.text),
@@ -236,6 +241,9 @@ def preview_run(
     seconds = None
     if with_time:
         seconds = _measured_seconds(plan, config, devices)
+    download = None
+    if not source.is_complete:
+        download = estimate_download(plan)
     quantized, kept = plan_rows(plan)
     has_tokenizer = source.commit is None
     result = PlanResult(
@@ -248,6 +256,7 @@ def preview_run(
         devices=devices,
         memory=estimate_memory(plan, config, devices),
         disk=estimate_disk(plan, output),
+        download=download,
         seconds=seconds,
         engines=judge_plan(plan, config),
         text=plan_text(bounded(config, checkpoint), checkpoint.directory, has_tokenizer, report),

@@ -3,7 +3,8 @@
     with serve({"someone/tiny": {"README.md": b"...", "data/train.parquet": b"..."}}) as hub:
         subprocess.run([...], env={**os.environ, **hub.environment(tmp_path / "home")})
 
-The client reads its endpoint at import, so code that talks to the server runs in its own process.
+The client reads its endpoint at import, so code that talks to the server runs in its own process,
+or inside `client_of(hub, home)`.
 `hub_uploads.py` answers the requests that send files.
 """
 
@@ -12,13 +13,15 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
+
+import pytest
 
 from tests import hub_uploads
 from tests.hub_uploads import Reply, Uploads, blob_id, commit_of
@@ -27,6 +30,7 @@ from tests.hub_uploads import refusal as _refusal
 
 Kind = Literal["dataset", "model"]
 Repos = Mapping[str, Mapping[str, bytes]]
+Change = Callable[[Reply], Reply]
 ROUTE = re.compile(
     r"(?P<api>/api)?(?:/(?P<kind>datasets|models))?/(?P<repo>[^/]+/[^/]+)"
     r"(?:/(?P<action>resolve|revision|tree|paths-info)/(?P<revision>[^/]+))?(?:/(?P<path>.*))?"
@@ -35,7 +39,11 @@ ROUTE = re.compile(
 
 @dataclass(slots=True)
 class Hub:
-    """The running server; `requests` lists all requests, `gated` the repositories with consent."""
+    """The running server; `requests` lists all requests, `gated` the repositories with consent.
+
+    `ranges` has the first and the last byte of each part of a file that was sent, by name.
+    `earlier` has the content of commits that `main` has left.
+    """
 
     repos: Repos
     kind: Kind
@@ -44,7 +52,15 @@ class Hub:
     requests: list[str] = field(default_factory=list)
     tokens: list[str] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
+    slept: list[float] = field(default_factory=list)  # seconds, by a client of this process
     uploads: Uploads = field(default_factory=Uploads)
+    ranges: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+    earlier: dict[str, Mapping[str, bytes]] = field(default_factory=dict)
+
+    def move_on(self, repo: str, files: Mapping[str, bytes]) -> None:
+        """Let `main` have these files; its present commit is still there under its name."""
+        self.earlier[self.commit(repo)] = self.repos[repo]
+        self.repos = {**self.repos, repo: files}
 
     def commit(self, repo: str) -> str:
         """What revision `main` of a repository resolves to."""
@@ -64,10 +80,13 @@ class Hub:
 
 @dataclass(slots=True)
 class Fault:
-    """A fault of the next `times` matching requests; if `reply` is None, the real one is cut."""
+    """A fault of the next `times` matching requests.
+
+    `reply` takes the place of the real one, or changes it; if it is None, the real one is cut.
+    """
 
     pattern: str
-    reply: Reply | None
+    reply: Reply | Change | None
     times: int = 10**6
 
     def hits(self, request: str) -> bool:
@@ -94,7 +113,9 @@ def answer(hub: Hub, method: str, target: str, body: bytes) -> Reply:
         return _refusal(403, "GatedRepo")
     revision = (match["revision"] or "main").replace("\0", "/")
     commit = commit_of(files)
-    if revision not in ("main", commit):
+    if revision in hub.earlier:
+        files, commit = hub.earlier[revision], revision
+    elif revision not in ("main", commit):
         return _refusal(404, "RevisionNotFound")
     if match["action"] in ("resolve", "tree", "paths-info"):
         return _content(files, match["action"], match["path"], body)
@@ -137,6 +158,26 @@ def serve(
         thread.join()
 
 
+@contextmanager
+def client_of(hub: Hub, home: Path) -> Iterator[None]:
+    """Send the client of this process to `hub`, with a cache of its own, and without waiting."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import close_session
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NO_PROXY", "127.0.0.1")
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        patch.setattr(constants, "ENDPOINT", hub.url)
+        template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        patch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+        patch.setattr("huggingface_hub.utils._http.time.sleep", hub.slept.append)
+        close_session()
+        yield
+        close_session()
+
+
 def _file(files: Mapping[str, bytes], path: str | None, commit: str) -> Reply:
     if path is None or path not in files:
         return Reply(404, headers={"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
@@ -174,13 +215,12 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             hub.requests.append(request)
             hub.tokens.append(self.headers.get("Authorization", ""))
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            refused = next(
-                (fault.reply for fault in hub.faults if fault.hits(request) and fault.reply), None
-            )
-            reply = refused or _ranged(
-                answer(hub, self.command, self.path, body), self.headers.get("Range")
-            )
+            reply = _refused(hub, request)
+            if reply is None:
+                whole = answer(hub, self.command, self.path, body)
+                reply = _ranged(whole, self.headers.get("Range"))
             reply = _faulty(hub, request, reply)
+            _note_range(hub, self.path, reply)
             self.send_response(reply.status)
             for name, value in reply.headers.items():
                 self.send_header(name, value)
@@ -200,13 +240,32 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
+def _refused(hub: Hub, request: str) -> Reply | None:
+    """The reply of a fault that needs no real one."""
+    for fault in hub.faults:
+        if fault.hits(request) and isinstance(fault.reply, Reply):
+            return fault.reply
+    return None
+
+
 def _faulty(hub: Hub, request: str, reply: Reply) -> Reply:
     """The reply, or what a fault makes of it."""
     for fault in hub.faults:
         if fault.hits(request):
             fault.times -= 1
-            return replace(reply, cut=len(reply.body) // 2) if fault.reply is None else fault.reply
+            if fault.reply is None:
+                return replace(reply, cut=len(reply.body) // 2)
+            if isinstance(fault.reply, Reply):
+                return fault.reply
+            return fault.reply(reply)
     return reply
+
+
+def _note_range(hub: Hub, target: str, reply: Reply) -> None:
+    match = re.match(r"bytes (\d+)-(\d+)/", reply.headers.get("Content-Range", ""))
+    if match:
+        name = unquote(urlsplit(target).path).rpartition("/")[2]
+        hub.ranges.setdefault(name, []).append((int(match[1]), int(match[2])))
 
 
 def _ranged(reply: Reply, wanted: str | None) -> Reply:

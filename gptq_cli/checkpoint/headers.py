@@ -102,6 +102,14 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     InputError E_CKPT_CORRUPT if the file is torn or its header contradicts itself.
     """
     raw, size = _read_raw(file)
+    return parse_header(file, raw, size)
+
+
+def parse_header(file: Path, raw: bytes, size: int) -> dict[str, TensorInfo]:
+    """Return the tensors of a file of `size` bytes, of which `raw` is the JSON of the header.
+
+    Raises the errors of `read_header`.
+    """
     try:
         entries = json.loads(raw, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
@@ -132,13 +140,27 @@ def _read_raw(file: Path) -> tuple[bytes, int]:
             if first == LFS_POINTER:
                 message = f"`{file}` is a pointer of Git LFS, not the weights"
                 raise InputError("E_CKPT_CORRUPT", message, hint="fetch them: git lfs pull")
-            length = int.from_bytes(first, "little")
-            if size < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-                raise _corrupt(file, f"a header of {length} bytes in a file of {size} bytes")
+            length = header_length(file, first, size)
             raw = stream.read(length)
     if len(raw) < length:
         raise _corrupt(file, f"a header of {length} bytes, but only {len(raw)} can be read")
     return raw, size
+
+
+def header_length(file: Path, first: bytes, size: int) -> int:
+    """Return the length of the header of a file of `size` bytes, given its `first` 8 bytes.
+
+    InputError E_CKPT_CORRUPT if there cannot be such a header.
+    """
+    length = int.from_bytes(first, "little")
+    if size < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+        raise _corrupt(file, f"a header of {length} bytes in a file of {size} bytes")
+    return length
+
+
+def header_identity(size: int, header: bytes) -> str:
+    """Return what a file of a commit is known by: its size, and the hash of its whole header."""
+    return f"{size} bytes, header {sha256(header).hexdigest()}"
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

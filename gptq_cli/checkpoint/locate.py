@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from gptq_cli.checkpoint.headers import TensorInfo, tensor_info
 from gptq_cli.checkpoint.model_files import (
@@ -50,11 +50,15 @@ UNSEEN = ("E_HUB_NOT_FOUND", "E_HUB_OFFLINE", "E_HUB_NETWORK")  # may be a missp
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """The directory of a model and its name; `commit` is None for a local directory."""
+    """The directory of a model and its name; `commit` is None for a local directory.
+
+    `is_complete` is false if the weights are not in the directory, but on the Hub only.
+    """
 
     directory: Path
     name: str
     commit: str | None
+    is_complete: bool = True
 
 
 def locate_model(model: str, revision: str | None = None) -> ModelSource:
@@ -70,22 +74,31 @@ def locate_model(model: str, revision: str | None = None) -> ModelSource:
 def peek_model(model: str, revision: str | None = None) -> tuple[ModelSource, Checkpoint]:
     """Return MODEL with its config and the headers of its weights; no weights are fetched.
 
-    The directory of a Hub id holds its configuration only, unless the Hub cannot be reached and the
-    cache holds the whole model. Raises the errors of `locate_model` and `open_checkpoint`.
+    The directory of a Hub id holds its configuration only, unless the cache holds the whole model.
+    Raises the errors of `locate_model` and `open_checkpoint`.
     """
     local = _local(model, revision)
     if local:
         return local, open_checkpoint(local.directory)
+    return look_up(hub_id(model), revision, _peek)
+
+
+def look_up(identifier: str, revision: str | None, look: Look) -> tuple[ModelSource, Checkpoint]:
+    """Return a model of the Hub from the cache if it is there as a whole, else what `look` finds.
+
+    If the Hub cannot be reached, the cache decides which commit the revision is.
+    """
     from huggingface_hub import HfApi
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
-    identifier = hub_id(model)
     if HF_HUB_OFFLINE:
         cached = _download(identifier, revision)  # from the cache, or refused
         return cached, open_checkpoint(cached.directory)
     try:
         with _hub_errors(identifier, revision):
-            return _peek(HfApi(), identifier, revision)
+            api = HfApi()
+            listed = _listed(api, identifier, revision)
+            return _cached(identifier, listed.commit) or look(api, listed)
     except InputError as refused:
         if not _may_be_cached(refused):
             raise
@@ -244,22 +257,38 @@ def _cached(identifier: str, revision: str | None) -> tuple[ModelSource, Checkpo
         raise
 
 
-def _peek(api: HfApi, identifier: str, revision: str | None) -> tuple[ModelSource, Checkpoint]:
-    from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
+class Listed(NamedTuple):
+    """A model on the Hub: its id, the commit of a revision, and the names of its files."""
 
+    identifier: str
+    commit: str
+    files: frozenset[str]
+
+
+Look = Callable[["HfApi", Listed], tuple[ModelSource, Checkpoint]]
+
+
+def _listed(api: HfApi, identifier: str, revision: str | None) -> Listed:
     info = api.model_info(identifier, revision=revision)
     assert info.sha is not None
-    files = {sibling.rfilename for sibling in info.siblings or ()}
+    files = frozenset(sibling.rfilename for sibling in info.siblings or ())
     if "config.json" not in files:
         refuse_other_kinds(identifier, files)
         message = f"`{identifier}` has no config.json"
         raise InputError("E_CKPT_CONFIG", message, hint="name a Hugging Face model")
+    return Listed(identifier, info.sha, files)
+
+
+def _peek(api: HfApi, listed: Listed) -> tuple[ModelSource, Checkpoint]:
+    from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
+
+    identifier, commit, files = listed
     fetched = []
     for name in SETTINGS_NAMES:
         if name in files:
-            fetched.append(Path(api.hf_hub_download(identifier, name, revision=info.sha)))
+            fetched.append(Path(api.hf_hub_download(identifier, name, revision=commit)))
     try:
-        stored = _remote_tensors(api, identifier, info.sha)
+        stored = _remote_tensors(api, identifier, commit)
     except NotASafetensorsRepoError:
         refuse_other_kinds(identifier, files)
         message = f"`{identifier}` holds no model.safetensors and no {INDEX_NAME}"
@@ -273,7 +302,7 @@ def _peek(api: HfApi, identifier: str, revision: str | None) -> tuple[ModelSourc
     config_remarks = remarks_on(identifier, config, stored.tensors, has_adapter=has_adapter)
     remarks = (*repeated, *stored.remarks, *config_remarks)
     found = Checkpoint(directory, config, stored.tensors, stored.absent, remarks=remarks)
-    return ModelSource(directory, identifier, info.sha), found
+    return ModelSource(directory, identifier, commit, is_complete=False), found
 
 
 def _remote_tensors(api: HfApi, identifier: str, commit: str) -> StoredTensors:

@@ -40,6 +40,7 @@ from gptq_cli.solver.triton_launch import dequantize_packed
 if TYPE_CHECKING:
     from gptq_cli.checkpoint.adapters import MergingReader
     from gptq_cli.checkpoint.coded_reader import CodedReader
+    from gptq_cli.checkpoint.streaming import FetchingReader
 
 VALUES = 32  # values packed together
 
@@ -252,7 +253,9 @@ class DequantizingReader:
         return packed
 
 
-PlainReader = Union[TensorReader, DequantizingReader, "CodedReader", "MergingReader"]
+PlainReader = Union[
+    TensorReader, DequantizingReader, "CodedReader", "MergingReader", "FetchingReader"
+]
 
 
 def open_reader(
@@ -267,6 +270,11 @@ def open_reader(
 
         model = replace(checkpoint, adapters=())
         return MergingReader(open_reader(model, device, backend), checkpoint)
+    if checkpoint.download is not None:
+        from gptq_cli.checkpoint.streaming import FetchingReader
+
+        fetched = replace(checkpoint, download=None)
+        return FetchingReader(open_reader(fetched, device, backend), checkpoint.download)
     if checkpoint.is_packed:
         return DequantizingReader(checkpoint, device, backend)
     if not checkpoint.coded():

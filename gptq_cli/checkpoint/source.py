@@ -5,10 +5,10 @@ Reads headers only. Needs no torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from gptq_cli.checkpoint.headers import DTYPES_OF_CONFIG, TensorInfo, read_header
 from gptq_cli.checkpoint.layout import SINGLE_FILE
@@ -34,6 +34,7 @@ from gptq_cli.storage.manifest import INDEX_NAME, QUANTIZE_CONFIG
 if TYPE_CHECKING:
     from gptq_cli.checkpoint.adapters import Adapter
     from gptq_cli.checkpoint.coded import Coded
+    from gptq_cli.checkpoint.streaming import Download
 
 CODES_OF_BITSANDBYTES = ("U8", "I8")
 FP8 = "fp8"
@@ -50,7 +51,8 @@ class Checkpoint:
 
     `absent` are names of its index that no shard holds. `stamps` are those of all its files, taken
     before the first one was read. `remarks` are codes and texts of warnings. `adapters` are merged
-    into the weights while they are read.
+    into the weights while they are read. With a `download`, the file of a tensor exists from the
+    first `fetch` on, until the download drops it.
     """
 
     directory: Path
@@ -60,6 +62,7 @@ class Checkpoint:
     stamps: Mapping[Path, Stamp] = field(default_factory=dict)
     remarks: tuple[Remark, ...] = ()
     adapters: tuple[Adapter, ...] = ()
+    download: Download | None = None
 
     @property
     def quantization(self) -> dict[str, Any] | None:
@@ -148,6 +151,11 @@ class Checkpoint:
         """
         return side_files(self.directory, self.stamps)
 
+    def fetch(self, name: str) -> None:
+        """Wait until the file of tensor `name` exists; raise what `Download.wait` raises."""
+        if self.download is not None:
+            self.download.wait(name)
+
     def check_unchanged(self) -> None:
         """Raise InputError E_SOURCE_CHANGED if a file changed since the checkpoint was opened."""
         check_stamps(self.stamps)
@@ -191,8 +199,40 @@ def is_leftover(quantization: object, tensors: Mapping[str, TensorInfo]) -> bool
 # ---------------------------------------------------------------- open
 
 
-def open_checkpoint(directory: Path) -> Checkpoint:
-    """Return the checkpoint in `directory`.
+class WeightFiles(Protocol):
+    """The files of a checkpoint that may hold weights."""
+
+    def names(self) -> Sequence[str]:
+        """Return the names of all files beside config.json."""
+
+    def has(self, name: str) -> bool:
+        """Return whether there is a file of this name."""
+
+    def headers(self, names: Sequence[str]) -> dict[str, dict[str, TensorInfo]]:
+        """Return the tensors of these files; one InputError for all that are torn."""
+
+
+@dataclass(frozen=True, slots=True)
+class LocalFiles:
+    """The files of a directory."""
+
+    directory: Path
+
+    def names(self) -> Sequence[str]:
+        """Return the names of everything in the directory."""
+        return names_in(self.directory)
+
+    def has(self, name: str) -> bool:
+        """Return whether there is a file of this name."""
+        return is_file(self.directory / name)
+
+    def headers(self, names: Sequence[str]) -> dict[str, dict[str, TensorInfo]]:
+        """Return the tensors of these files; one InputError for all that are torn."""
+        return read_headers(names, lambda name: read_header(self.directory / name))
+
+
+def open_checkpoint(directory: Path, files: WeightFiles | None = None) -> Checkpoint:
+    """Return the checkpoint in `directory`; its weights may be in `files` of another place.
 
     InputError E_CKPT_* if files are missing, torn, pickled, of an unsupported kind, or disagree;
     every torn file is a problem of its own. E_UNSAFE_PATH if a name or a link leads out of the
@@ -206,7 +246,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         refuse_escape(directory, file)
     stamps = _stamps(directory)
     config, repeated = read_config(directory / "config.json")
-    stored = _read_tensors(directory)
+    stored = _read_tensors(directory, files or LocalFiles(directory))
     if is_of_mlx("quantization", config.get("quantization")):
         from gptq_cli.checkpoint.mlx import unstacked
 
@@ -298,38 +338,38 @@ class StoredTensors(NamedTuple):
     remarks: tuple[Remark, ...] = ()
 
 
-def _read_tensors(directory: Path) -> StoredTensors:
+def _read_tensors(directory: Path, files: WeightFiles) -> StoredTensors:
     if is_file(index_file(directory)):
-        return _read_sharded(directory)
-    file = _only_weight_file(directory)
-    refuse_escape(directory, file)
-    return StoredTensors(read_header(file))
+        return _read_sharded(directory, files)
+    name = _only_weight_file(directory, files)
+    refuse_escape(directory, directory / name)
+    return StoredTensors(files.headers([name])[name])
 
 
-def _only_weight_file(directory: Path) -> Path:
-    """Return the file that holds all weights of a checkpoint without an index."""
-    names = sorted(name for name in names_in(directory) if name.endswith(".safetensors"))
+def _only_weight_file(directory: Path, files: WeightFiles) -> str:
+    """Return the name of the file that holds all weights of a checkpoint without an index."""
+    names = sorted(name for name in files.names() if name.endswith(".safetensors"))
     is_adapter = is_file(directory / ADAPTER_CONFIG)
     if is_adapter and all("adapter" in name for name in names):
         names = []
     if not names:
-        refuse_other_kinds(str(directory), names_in(directory))
+        refuse_other_kinds(str(directory), files.names())
         message = f"`{directory}` holds no *.safetensors file"
         raise InputError("E_CKPT_MISSING", message, hint="download the weights first")
     if len(names) == 1:
-        return directory / names[0]
-    if not is_file(directory / SINGLE_FILE):
+        return names[0]
+    if not files.has(SINGLE_FILE):
         message = f"`{directory}` holds {len(names)} safetensors files, but no {INDEX_NAME}"
         raise InputError("E_CKPT_INDEX", message, hint=f"download {INDEX_NAME} as well")
-    return directory / SINGLE_FILE
+    return SINGLE_FILE
 
 
-def _read_sharded(directory: Path) -> StoredTensors:
+def _read_sharded(directory: Path, files: WeightFiles) -> StoredTensors:
     index = index_file(directory)
     weight_map, repeated = _weight_map(index)
     names = sorted(set(weight_map.values()))
     _check_shard_names(directory, index, names)
-    missing = [name for name in names if not is_file(directory / name)]
+    missing = [name for name in names if not files.has(name)]
     if missing:
         listed = ", ".join(missing[:3])
         raise InputError(
@@ -337,10 +377,10 @@ def _read_sharded(directory: Path) -> StoredTensors:
             f"`{directory}` lacks {len(missing)} of {len(names)} shards: {listed}",
             hint="finish the download, for example with `hf download MODEL --local-dir DIR`",
         )
-    stored = merge_shards(str(index), weight_map, _read_headers(directory, names))
+    stored = merge_shards(str(index), weight_map, files.headers(names))
     remarks = [*repeated, *stored.remarks]
     # No reader loads both, and transformers prefers the single file.
-    if SINGLE_FILE not in names and (directory / SINGLE_FILE).is_file():
+    if SINGLE_FILE not in names and files.has(SINGLE_FILE):
         text = f"`{directory}` holds {SINGLE_FILE} as well, which transformers reads instead"
         remarks.append(("W_CKPT_INDEX", f"{text} of the shards of the index"))
     return stored._replace(remarks=tuple(remarks))
@@ -374,13 +414,15 @@ def _check_shard_names(directory: Path, index: Path, names: Sequence[str]) -> No
             raise InputError("E_CKPT_INDEX", message)
 
 
-def _read_headers(directory: Path, names: list[str]) -> dict[str, dict[str, TensorInfo]]:
+def read_headers(
+    names: Sequence[str], read: Callable[[str], dict[str, TensorInfo]]
+) -> dict[str, dict[str, TensorInfo]]:
     """Return the tensors of each shard; one InputError for all shards that are torn."""
     shards: dict[str, dict[str, TensorInfo]] = {}
     problems: list[Problem] = []
     for name in names:
         try:
-            shards[name] = read_header(directory / name)
+            shards[name] = read(name)
         except InputError as error:
             problems += error.problems
     if problems:

@@ -100,7 +100,11 @@ class CheckpointWriter:
                     raise not_finite(tensor)
                 self._write_at(file, offset + start - tensor.start, chunk)
                 digest.update(chunk)
-        self._hashes[tensor.name] = digest.hexdigest()
+        self._hashes[tensor.name] = self._new[tensor.name] = digest.hexdigest()
+
+    def is_written(self, name: str) -> bool:
+        """Return whether a tensor was written, or marked as written, and no error followed."""
+        return name in self._hashes
 
     def sync(self) -> dict[str, str]:
         """Make all written tensors durable; return the hashes of those since the last call."""

@@ -338,6 +338,15 @@ MaxRuntime = Annotated[
         metavar="3h30m",
     ),
 ]
+StreamDownload = Annotated[
+    bool,
+    plain(
+        "--stream-download",
+        help="fetch the blocks of a Hub model when they are needed, and drop them when they are "
+        "done: the disk never holds the whole model",
+        panel=Panel.RUN,
+    ),
+]
 AllowNetworkFs = Annotated[
     bool,
     plain(

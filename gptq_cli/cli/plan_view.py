@@ -21,7 +21,7 @@ from gptq_cli.cli.progress import Progress
 from gptq_cli.config.fields import AUTO
 from gptq_cli.config.resolve import Resolved
 from gptq_cli.errors import clock, shell_word, size
-from gptq_cli.planning.estimate import Disk, Seconds, total
+from gptq_cli.planning.estimate import Disk, DownloadPlan, Seconds, total
 from gptq_cli.preview import PlanResult, TextPlan, preview_run
 
 ENGINES_SHOWN = 24  # columns
@@ -122,7 +122,8 @@ def _lines(found: PlanResult) -> list[str]:
     rate = f"{plan.bits_per_weight:.3g} per quantized weight"
     lines.append(f"bits    {rate}, with all that is stored for it")
     lines += _text_lines(found.text)
-    lines += _memory_lines(found) + _time_lines(found.seconds) + _disk_lines(found.disk)
+    lines += _memory_lines(found) + _time_lines(found.seconds)
+    lines += _disk_lines(found.disk) + _download_lines(found.download)
     return [*lines, *map(fitted, engine_lines(found.engines))]
 
 
@@ -150,6 +151,18 @@ def _disk_lines(disk: Disk) -> list[str]:
     if disk.free is None:
         return [f"disk    {size(disk.needed)}"]
     return [f"disk    {size(disk.needed)}, {size(disk.free)} free"]
+
+
+def _download_lines(download: DownloadPlan | None) -> list[str]:
+    """Return lines about both ways of downloading, or none for a model that is here."""
+    if download is None:
+        return []
+    fetched, whole = size(download.bytes), size(download.peak_disk_bytes)
+    streamed = size(download.streamed_peak_disk_bytes)
+    return [
+        f"fetch   {fetched}, kept in the Hub's cache: {whole} of disk with the output",
+        f"        with --stream-download the same bytes, but {streamed} of disk at most",
+    ]
 
 
 def _time_lines(seconds: Seconds | None) -> list[str]:

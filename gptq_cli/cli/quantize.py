@@ -71,6 +71,7 @@ def quantize(
     resume: o.Resume = None,
     max_runtime: o.MaxRuntime = None,
     allow_network_fs: o.AllowNetworkFs = False,
+    stream_download: o.StreamDownload = False,
     config: o.ConfigFile = None,
     print_config: o.PrintConfig = False,
     dry_run: o.DryRun = False,
@@ -109,7 +110,12 @@ def quantize(
     from gptq_cli.planning.checks import RunOptions
 
     options = RunOptions(
-        revision, overwrite, resume or "auto", seconds(max_runtime), allow_network_fs
+        revision,
+        overwrite,
+        resume or "auto",
+        seconds(max_runtime),
+        allow_network_fs,
+        stream_download,
     )
     if report:
         from gptq_cli.publish.report import check_report
@@ -136,8 +142,9 @@ def _prepare(
     model: str, output: Path | None, config: QuantizeConfig, options: RunOptions
 ) -> PreparedRun:
     """Check and plan a run; of several processes only the first one may write."""
-    from gptq_cli.planning.checks import default_output, prepare_run
+    from gptq_cli.planning.checks import default_output, prepare_run, refuse_streaming
 
+    refuse_streaming(config, options)
     start = config
     if config.allocates:
         from gptq_cli.allocation.goals import starting_config
@@ -154,9 +161,10 @@ def launch_processes(
 
     Return if there are not several, or if this process is one of theirs.
     """
-    from gptq_cli.planning.checks import check_shares
+    from gptq_cli.planning.checks import check_shares, check_sharing
 
     if len(devices) > 1 and not is_one_of_several():
+        check_sharing(prepared.plan.source, len(devices))
         n_batches = -(-prepared.config.nsamples // prepared.config.batch_size)
         check_shares(n_batches, len(devices))
         sys.exit(launch(devices, as_json=console.as_json, directory=directory))
@@ -216,6 +224,9 @@ def _show_result(
         *map(fitted, engine_lines(result.engines)),
     ]
     console.result(result.to_json(), "\n".join(lines), result.output)
+    if prepared.options.stream_download and not prepared.located.is_complete:
+        again = f"what measures against it downloads {size(result.bytes_before)} again"
+        console.say(f"note: the original was not kept on the disk: {again}")
     for line in _next_steps(result, prepared):
         console.say(f"next: {line}")
 
@@ -345,6 +356,7 @@ def resume(
         overwrite=overwrite or (begun.overwrite and begun.output == output),
         max_seconds=seconds(max_runtime),
         allow_network_fs=allow_network_fs,
+        stream_download=begun.stream_download,
     )
     config = begun.config.model_copy(update={"trust_remote_code": trust_remote_code})
     console = Console(as_json, quiet)
@@ -369,6 +381,7 @@ class _Begun(BaseModel):
     revision: str | None
     overwrite: StrictBool
     allocated: StrictBool = False
+    stream_download: StrictBool = False
     directory: Path
 
 

@@ -51,7 +51,8 @@ class RunOptions:
     """Options of a run that do not change a byte of the output.
 
     `resume` is "auto", "require" or "never"; without `max_seconds` the run may take any time.
-    `spent_seconds` of them were over before it began.
+    `spent_seconds` of them were over before it began. With `stream_download` the weights of a Hub
+    model are fetched when they are read.
     """
 
     revision: str | None = None
@@ -59,6 +60,7 @@ class RunOptions:
     resume: str = "auto"
     max_seconds: float | None = None
     allow_network_fs: bool = False
+    stream_download: bool = False
     spent_seconds: float = 0.0
 
 
@@ -87,8 +89,8 @@ def prepare_run(
 ) -> PreparedRun:
     """Locate the model, open its headers and plan the run; raise the first error of these steps.
 
-    A model of the Hub is downloaded. `writes` is false for a process that does not write the
-    output, because it is one of several.
+    A model of the Hub is downloaded, now or while it is read. `writes` is false for a process that
+    does not write the output, because it is one of several.
     """
     if options.resume not in RESUME:
         raise ConfigError(
@@ -107,10 +109,10 @@ def prepare_run(
     if directory is None:
         # A wrong dataset fails before a download; for a local model its own faults come first.
         _with_text(config, output, options)
-    located = locate_model(model, options.revision)
+    located, source = _located(model, output, options)
     if writes and directory is None:
         check_output(output, located.directory, overwrite=options.overwrite, may_be_done=True)
-    source = with_lora(open_checkpoint(located.directory), config)
+    source = with_lora(source, config)
     given, config = config, with_group_size(source, config)
     plan = plan_checkpoint(source, config)
     notes = notes_on_groups(given, config)
@@ -132,6 +134,26 @@ def default_output(
         sized = with_group_size(with_lora(checkpoint, config), start)
         config = config.model_copy(update={"group_size": sized.group_size})
     return Path(default_name(model, config))
+
+
+def _located(model: str, output: Path, options: RunOptions) -> tuple[ModelSource, Checkpoint]:
+    if options.stream_download:
+        from gptq_cli.checkpoint.streaming import stream_model
+
+        return stream_model(model, options.revision, WorkDirectory(output).download)
+    located = locate_model(model, options.revision)
+    return located, open_checkpoint(located.directory)
+
+
+def refuse_streaming(config: QuantizeConfig, options: RunOptions) -> None:
+    """Raise ConfigError E_CFG_CONFLICT for a run that reads the model twice if it is streamed."""
+    if options.stream_download and config.allocates:
+        raise ConfigError(
+            "E_CFG_CONFLICT",
+            "--stream-download drops the weights that are done, but an allocation of bits reads "
+            "them twice: to measure, then to quantize",
+            hint="omit --stream-download, or give whole --bits",
+        )
 
 
 def with_lora(source: Checkpoint, config: QuantizeConfig) -> Checkpoint:
@@ -216,10 +238,23 @@ def check_shares(n_batches: int, n_processes: int) -> None:
         )
 
 
-def check_disk(work: WorkDirectory, output_bytes: int, hidden_bytes: int) -> None:
+def check_sharing(source: Checkpoint, n_processes: int) -> None:
+    """ConfigError E_CFG_CONFLICT if several processes would download the same blocks."""
+    if source.download is not None and n_processes > 1:
+        raise ConfigError(
+            "E_CFG_CONFLICT",
+            f"--stream-download serves one process, but there are {n_processes}",
+            hint="omit --stream-download, or use one device",
+        )
+
+
+def check_disk(
+    work: WorkDirectory, output_bytes: int, hidden_bytes: int, downloaded_bytes: int = 0
+) -> None:
     """ResourceError E_DISK if the output and two sets of hidden states do not fit on the disk.
 
-    The bytes that an earlier run has written to `work` count as free.
+    `downloaded_bytes` of the model are there at once, if it is downloaded while it is read. The
+    bytes that an earlier run has written to `work` count as free.
     """
     free = 0
     with file_errors(work.path):
@@ -227,9 +262,11 @@ def check_disk(work: WorkDirectory, output_bytes: int, hidden_bytes: int) -> Non
             free += path.lstat().st_blocks * 512
         disk = os.statvfs(work.path)
     free += disk.f_bavail * disk.f_frsize
-    needed = output_bytes + 2 * hidden_bytes
+    needed = output_bytes + 2 * hidden_bytes + downloaded_bytes
     if needed > free:
         parts = f"{size(output_bytes)} of output, {size(2 * hidden_bytes)} of hidden states"
+        if downloaded_bytes:
+            parts += f", {size(downloaded_bytes)} of downloaded blocks"
         message = (
             f"`{work.output.parent}` has {size(free)} free, {size(needed)} are needed: {parts}"
         )

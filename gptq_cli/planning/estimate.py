@@ -107,6 +107,18 @@ class Disk:
         return self.free is None or self.needed <= self.free
 
 
+@dataclass(frozen=True, slots=True)
+class DownloadPlan:
+    """Bytes of the weights of a Hub model, and the most bytes on the disk with the output.
+
+    The peaks are those of a model that is downloaded first, and while it is read.
+    """
+
+    bytes: int
+    peak_disk_bytes: int
+    streamed_peak_disk_bytes: int
+
+
 def total(terms: Iterable[Term]) -> int:
     """Return the bytes of all terms."""
     return sum(term.nbytes for term in terms)
@@ -184,6 +196,22 @@ def estimate_disk(plan: RunPlan, output: Path) -> Disk:
         if is_directory(folder, writing=True):
             return Disk(plan.layout.nbytes, shutil.disk_usage(folder).free)
     return Disk(plan.layout.nbytes, None)
+
+
+def estimate_download(plan: RunPlan) -> DownloadPlan:
+    """Return what the download of the model takes in both ways."""
+    output, weights = plan.layout.nbytes, plan.source.nbytes
+    return DownloadPlan(weights, output + weights, output + streamed_bytes(plan))
+
+
+def streamed_bytes(plan: RunPlan) -> int:
+    """Return the most bytes of a model on the disk at once, if it is downloaded while it is read.
+
+    These are two blocks, and everything that is in no block.
+    """
+    from gptq_cli.checkpoint.streaming import most_bytes_at_once
+
+    return most_bytes_at_once(plan.source.tensors.values(), plan.blocks)
 
 
 def _forward_bits(plan: RunPlan, config: QuantizeConfig) -> int:

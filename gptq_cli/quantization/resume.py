@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from gptq_cli.checkpoint.defects import Defect
-from gptq_cli.checkpoint.headers import scan_weights
+from gptq_cli.checkpoint.headers import header_identity, scan_weights
 from gptq_cli.checkpoint.model_files import MODELOPT_CONFIG, index_file
 from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.checkpoint.verify import check_manifest
@@ -35,6 +35,7 @@ from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import ExistsError, GateError, GptqError, InputError, __version__
 from gptq_cli.events import ExpertsCovered, LayerReport, Report, Resumed, Warned, WorkKept
 from gptq_cli.files import UNREADABLE, file_errors, is_file
+from gptq_cli.hub_errors import OF_THE_HUB
 from gptq_cli.quantization.run_state import BatchState, Record, SavingTimes
 from gptq_cli.runtime.ranks import Ranks
 from gptq_cli.storage.durable import COPY_BYTES, OpenFile, sync_directory
@@ -145,29 +146,37 @@ def _settings(config: QuantizeConfig) -> dict[str, Any]:
 def _files(source: Checkpoint, commit: str | None) -> dict[str, Any]:
     """Return the hash of each file that is read; of a commit's shards, the hash of the header.
 
-    Every weight is read here. Raises InputError E_CKPT_NONFINITE if one is not finite.
+    Every weight is read here, unless it is downloaded later. Raises InputError E_CKPT_NONFINITE if
+    one is not finite.
     """
-    header_bytes: dict[Path, int] = {}
-    for tensor in source.tensors.values():
-        header_bytes[tensor.file] = min(tensor.start, header_bytes.get(tensor.file, tensor.start))
     beside = [source.directory / "config.json", source.directory / MODELOPT_CONFIG]
     beside.append(index_file(source.directory))
     beside += [source.directory / file for file in source.other_files()]
     hashed = [path for path in beside if is_file(path)]
     hashes = dict(zip(hashed, file_hashes(hashed), strict=True))
-    hashes |= scan_weights(source.tensors.values(), hashed=commit is None)
+    if source.download is None:
+        hashes |= scan_weights(source.tensors.values(), hashed=commit is None)
     known = {}
     for path, found in hashes.items():
         known[path.relative_to(source.directory).as_posix()] = found
+    if source.download is not None:
+        return known | source.download.identities
     if commit:
-        for path, n_bytes in header_bytes.items():
-            known[path.name] = _header(path, n_bytes)
+        return known | _headers(source)
     return known
+
+
+def _headers(source: Checkpoint) -> dict[str, str]:
+    """Return what each file of weights is known by."""
+    header_bytes: dict[Path, int] = {}
+    for tensor in source.tensors.values():
+        header_bytes[tensor.file] = min(tensor.start, header_bytes.get(tensor.file, tensor.start))
+    return {path.name: _header(path, n_bytes) for path, n_bytes in header_bytes.items()}
 
 
 def _header(path: Path, n_bytes: int) -> str:
     with file_errors(path, writing=False), path.open("rb") as stream:
-        return f"{path.stat().st_size} bytes, header {sha256(stream.read(n_bytes)).hexdigest()}"
+        return header_identity(path.stat().st_size, stream.read(n_bytes))
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -328,12 +337,13 @@ def _no_command_helps(different: Sequence[str], request: dict[str, Any], model: 
 def marking_failures(work: WorkDirectory) -> Iterator[None]:
     """Note in `work` that the run failed, if the body fails for a reason that will not go away.
 
-    Such reasons are a fault of the model or its numbers, but not a file that cannot be read.
+    Such reasons are a fault of the model or its numbers, but not a file that cannot be read, or a
+    Hub that cannot be reached.
     """
     try:
         yield
     except (InputError, GateError) as error:
-        if error.code != UNREADABLE:
+        if error.code not in (UNREADABLE, *OF_THE_HUB):
             with suppress(GptqError, OSError):  # the user hears of `error`, not of the note
                 mark_failed(work.path, error.code)
         raise

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gptq_cli.calibration.windows import (
     Part,
@@ -25,10 +26,11 @@ from gptq_cli.calibration.windows import (
     read_parts,
     windows_of,
 )
+from gptq_cli.checkpoint.headers import TensorInfo
 from gptq_cli.checkpoint.layout import Packing
 from gptq_cli.checkpoint.locate import ModelSource, model_directory
 from gptq_cli.checkpoint.quantization_config import describe, dialect_of
-from gptq_cli.checkpoint.reader import encode, open_reader
+from gptq_cli.checkpoint.reader import PlainReader, encode, open_reader
 from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.checkpoint.verify import check_written, refuse_wrong_numbers
 from gptq_cli.checkpoint.writer import CheckpointWriter, write_side_files
@@ -49,7 +51,15 @@ from gptq_cli.events import (
 from gptq_cli.files import is_file, resolved
 from gptq_cli.json_values import to_json
 from gptq_cli.models.stream import Batch, ModelStream
-from gptq_cli.planning.checks import PreparedRun, RunOptions, check_disk, check_memory, prepare_run
+from gptq_cli.planning.checks import (
+    PreparedRun,
+    RunOptions,
+    check_disk,
+    check_memory,
+    check_sharing,
+    prepare_run,
+)
+from gptq_cli.planning.estimate import streamed_bytes
 from gptq_cli.planning.plan import check_shared, refine_plan
 from gptq_cli.planning.run_plan import HEAD, LayerPlan, RunPlan, judge_plan, remarks
 from gptq_cli.quantization.block_loop import quantize_all_blocks
@@ -73,7 +83,7 @@ from gptq_cli.runtime.open_model import (
 )
 from gptq_cli.runtime.ranks import SINGLE_PROCESS, Ranks, Worker
 from gptq_cli.solver.quantized_linear import QuantizedLinear
-from gptq_cli.storage.durable import write_file
+from gptq_cli.storage.durable import remove, write_file
 from gptq_cli.storage.manifest import ALLOCATION, CONFIG_FILE, write_manifest
 from gptq_cli.storage.replacing import check_output
 from gptq_cli.storage.work_directory import WorkDirectory, working_on, write_run
@@ -127,20 +137,24 @@ def quantize_checkpoint(
     resume: str = "auto",
     max_seconds: float | None = None,
     allow_network_fs: bool = False,
+    stream_download: bool = False,
     report: Report = ignore,
     worker: Worker | None = None,
 ) -> QuantizeResult:
     """Quantize MODEL (a directory or a Hub id) into `output`, which appears complete or not at all.
 
     `resume` "auto" resumes unfinished work of an earlier call if there is any, "require" fails if
-    there is none, "never" starts over. If `output` already is what this call would write, it stays
-    untouched. Nothing that existed before is replaced, unless `overwrite` is set and the new
-    checkpoint is complete.
+    there is none, "never" starts over. With `stream_download` the blocks of a Hub model are fetched
+    when they are needed and dropped when they are done. If `output` already is what this call would
+    write, it stays untouched. Nothing that existed before is replaced, unless `overwrite` is set
+    and the new checkpoint is complete.
 
     Raises ConfigError, InputError, GateError, ResourceError or ExistsError with a code; PausedError
     if `max_seconds` are over.
     """
-    options = RunOptions(revision, overwrite, resume, max_seconds, allow_network_fs)
+    options = RunOptions(
+        revision, overwrite, resume, max_seconds, allow_network_fs, stream_download
+    )
     return carry_out(prepare_run(model, output, config, options), report, worker)
 
 
@@ -160,7 +174,12 @@ def carry_out(
     record, limits = Record(ignore), Limits(config)
     if ranks.is_leader:
         record, limits = Record(report), Limits(config, options.max_seconds, options.spent_seconds)
-    with _work_directory(prepared, record, ranks) as work, torch.inference_mode(), device_errors():
+    with (
+        _work_directory(prepared, record, ranks) as work,
+        _downloading(source, work, ranks),
+        torch.inference_mode(),
+        device_errors(),
+    ):
         report_device(worker.device, config.device, record, ranks.size)
         refuse_wrong_numbers(source)
         stream = _open_stream(prepared, worker)
@@ -175,7 +194,7 @@ def carry_out(
         if calibration.windows.images and not stream.takes_images:
             stream = _open_stream(prepared, worker, images=True)
         check_token_ids(calibration.windows.ids, stream.vocabulary_rows)
-        record(PhaseStarted("source", f"identifying {size(source.nbytes)}"))
+        record(PhaseStarted("source", _how_read(source)))
         commit, sha256 = prepared.located.commit, calibration.windows.sha256
         settings = calibration.identifying(config)
         identity = identify(
@@ -218,6 +237,28 @@ def _work_directory(
             yield work
 
 
+@contextmanager
+def _downloading(source: Checkpoint, work: WorkDirectory | None, ranks: Ranks) -> Iterator[None]:
+    """End the download of a model that is read meanwhile, and remove what is left of it."""
+    if source.download is None:
+        yield
+        return
+    check_sharing(source, ranks.size)
+    assert work is not None
+    try:
+        yield
+    finally:
+        source.download.close()
+        if work.is_held():
+            remove(work.download)
+
+
+def _how_read(source: Checkpoint) -> str:
+    if source.download is None:
+        return f"identifying {size(source.nbytes)}"
+    return f"downloading {size(source.nbytes)} block by block"
+
+
 def _open_stream(prepared: PreparedRun, worker: Worker, *, images: bool = False) -> ModelStream:
     config = prepared.config
     return open_stream(
@@ -239,7 +280,10 @@ def _check_room(
 ) -> None:
     """Raise ResourceError E_DISK or E_OOM if the disk or the memory cannot hold the run."""
     hidden_bytes = config.nsamples * config.seqlen * stream.hidden_size * stream.dtype.itemsize
-    check_disk(work, plan.layout.nbytes, (1 + plan.asymmetric) * hidden_bytes)
+    downloaded_bytes = 0
+    if plan.source.download is not None:
+        downloaded_bytes = streamed_bytes(plan)
+    check_disk(work, plan.layout.nbytes, (1 + plan.asymmetric) * hidden_bytes, downloaded_bytes)
     host, host_limit = _host(config, worker).free_and_limit()
     device, device_limit = None, None
     if worker.device.type == "cuda":
@@ -410,6 +454,7 @@ def _request(prepared: PreparedRun, output: Path) -> dict[str, Any]:
         "revision": prepared.located.commit or prepared.options.revision,
         "overwrite": prepared.options.overwrite,
         "allocated": prepared.allocated,
+        "stream_download": prepared.options.stream_download,
         "directory": str(Path.cwd()),  # a dataset may be a path relative to it
     }
 
@@ -442,6 +487,8 @@ def _writing_output(
                 run.limits.check_fallbacks(record.layers)  # those of resumed blocks
                 run.saved = FinishedBlocks(run.ranks, plan.n_steps, store)
                 run.keep = partial(_write_layer, writer, plan.packing)
+                if plan.source.download is not None:
+                    plan.source.download.take = partial(copy_others, writer, plan)
                 yield
             record(PhaseStarted("copy", f"{len(plan.copied)} other tensors"))
             copy_others(writer, plan)
@@ -469,10 +516,11 @@ def _write_layer(
         writer.write(f"{layer.name}.{part}", tensor)
 
 
-def copy_others(writer: CheckpointWriter, plan: RunPlan) -> None:
-    """Write every tensor of `plan.copied`, decoded if the source stores it in another form.
+def copy_others(writer: CheckpointWriter, plan: RunPlan, prefix: str = "") -> None:
+    """Write the tensors of `plan.copied` with this prefix that are not written yet.
 
-    Raises InputError E_CKPT_NONFINITE if a decoded tensor is not finite in its dtype.
+    A tensor is decoded if the source stores it in another form. Raises InputError E_CKPT_NONFINITE
+    if a decoded tensor is not finite in its dtype.
     """
     decoded = {tensor.name for tensor in plan.decoded}
     transposed = set()
@@ -481,19 +529,27 @@ def copy_others(writer: CheckpointWriter, plan: RunPlan) -> None:
             transposed.add(layer.weight.name)
     reader = open_reader(plan.source)
     for tensor in plan.copied:
-        if tensor.name not in decoded:
-            writer.copy(tensor)
+        if writer.is_written(tensor.name) or not tensor.name.startswith(prefix):
             continue
-        weight = reader.read(tensor.name).to(STORED_DTYPES[tensor.dtype])
-        if not bool(weight.isfinite().all()):
-            raise InputError(
-                "E_CKPT_NONFINITE",
-                f"`{tensor.name}` has values that are not finite as {tensor.dtype}",
-                hint="the checkpoint is damaged: download it again",
-            )
-        if tensor.name in transposed:
-            weight = weight.T.contiguous()
-        writer.write(tensor.name, weight)
+        plan.source.fetch(tensor.name)
+        if tensor.name in decoded:
+            weight = _decoded(reader, tensor)
+            if tensor.name in transposed:
+                weight = weight.T.contiguous()
+            writer.write(tensor.name, weight)
+        else:
+            writer.copy(tensor)
+
+
+def _decoded(reader: PlainReader, tensor: TensorInfo) -> Tensor:
+    weight = reader.read(tensor.name).to(STORED_DTYPES[tensor.dtype])
+    if not bool(weight.isfinite().all()):
+        raise InputError(
+            "E_CKPT_NONFINITE",
+            f"`{tensor.name}` has values that are not finite as {tensor.dtype}",
+            hint="the checkpoint is damaged: download it again",
+        )
+    return weight
 
 
 def write_beside(

@@ -9,6 +9,7 @@
     allocation.jsonl, allocation-0, -1, gptq_allocation.json
                   the same for the measurement before an allocation of bits, and its result
     out/          becomes OUT
+    download/     blocks of a model that is downloaded while it is read
     replaced-0    an output that was replaced, until it is removed, or as much as cannot be removed
 """
 
@@ -48,6 +49,7 @@ HOLDER = "holder.json"
 RUN = "run.json"
 JOURNAL = "journal.jsonl"
 STAGE = "out"
+DOWNLOAD = "download"
 ASIDE = "old"
 HIDDEN = ("hidden-0", "hidden-1")
 ALLOCATION_JOURNAL = "allocation.jsonl"
@@ -74,6 +76,7 @@ class WorkDirectory:
         self.output = resolved(output, writing=True)
         self.path = self.output.with_name(f".{self.output.name}{SUFFIX}")
         self.stage = self.path / STAGE
+        self.download = self.path / DOWNLOAD
         self.aside = self.path / ASIDE
         self.lock = self.path / LOCK
         self.journal = self.path / JOURNAL

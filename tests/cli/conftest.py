@@ -150,7 +150,8 @@ class FakeQuantized:
 
 def _plan_without_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Accept a model that is not there as one of the Hub; open and plan models that are there."""
-    nowhere = SimpleNamespace(directory=Path("/no/such/model"), name="m", commit=None)
+    where = {"directory": Path("/no/such/model"), "name": "m", "commit": None}
+    nowhere = SimpleNamespace(**where, is_complete=True)
     unopened = SimpleNamespace(remarks=())
     locate, open_there = checks.locate_model, checks.open_checkpoint
     plan, bound = checks.plan_checkpoint, checks.bounded
@@ -167,6 +168,10 @@ def _plan_without_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def bounded(config: QuantizeConfig, source: Any) -> QuantizeConfig:
         return config if source is unopened else bound(config, source)
 
+    def streamed(*_arguments: object) -> Any:
+        return nowhere, unopened
+
+    monkeypatch.setattr("gptq_cli.checkpoint.streaming.stream_model", streamed)
     monkeypatch.setattr(checks, "locate_model", located)
     monkeypatch.setattr(checks, "open_checkpoint", opened)
     monkeypatch.setattr(checks, "plan_checkpoint", planned)

@@ -21,6 +21,7 @@ RUN_FLAGS = [
     "--resume=require",
     "--max-runtime=3h30m",
     "--allow-network-fs",
+    "--stream-download",
 ]
 EVERY_FLAG = [
     "--bits=3",
@@ -105,6 +106,7 @@ def test_every_flag_reaches_its_field(
         "resume": "require",
         "max_seconds": 12600,
         "allow_network_fs": True,
+        "stream_download": True,
         "spent_seconds": 0.0,
         "config": QuantizeConfig(**EVERY_FIELD),
     }

@@ -61,7 +61,7 @@ def test_resume_repeats_the_call_in_its_directory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    work = begun(tmp_path)
+    work = begun(tmp_path, stream_download=exists)
     if exists:
         (tmp_path / "there").mkdir()
     result = gptq("resume", work.name, "--max-runtime", "2m", "--quiet")
@@ -78,6 +78,7 @@ def test_resume_repeats_the_call_in_its_directory(
         "resume": "auto",
         "max_seconds": 120,
         "allow_network_fs": False,
+        "stream_download": exists,
         "spent_seconds": 0.0,
     }
 
