@@ -62,11 +62,19 @@ PAIRS = [
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint, the float32 logits [B, T, V] of its weights, and the dtype of its model."""
+    """A checkpoint, the dtype of its model, and the place of its unpacked weights."""
 
     directory: Path
-    logits: np.ndarray
     dtype: str
+    plain: Path
+
+
+@cache
+def truth_of(checkpoint: Checkpoint, ids: Path) -> np.ndarray:
+    """Return the float32 logits [B, T, V] of a checkpoint; unpack its weights the first time."""
+    if not checkpoint.plain.exists():
+        unpack(checkpoint.directory, checkpoint.plain)
+    return logits_of(checkpoint.plain, np.load(ids))
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +108,7 @@ def ids(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def write(ids: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Written]:
+def write(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Written]:
     """Return a function that quantizes a case, once."""
     root = tmp_path_factory.mktemp("checkpoints")
     written: dict[str, Written] = {}
@@ -111,7 +119,7 @@ def write(ids: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case
         sizes = SIZES | CHANGES.get(family, {})
         save_model(directory, family, dtype=getattr(torch, dtype), **sizes)
         make_usual(directory)
-        return Checkpoint(directory, logits_of(directory, np.load(ids)), dtype)
+        return Checkpoint(directory, dtype, directory)
 
     def write_case(case: Case) -> Written:
         if case.id not in written:
@@ -119,11 +127,9 @@ def write(ids: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case
             source, output = source_of(case.family, case.dtype), root / case.id
             plan = plan_checkpoint(open_checkpoint(source.directory), config)
             quantize_checkpoint(str(source.directory), output, config)
-            plain = root / f"{case.id}-plain"
-            unpack(output, plain)
             written[case.id] = Written(
                 source,
-                Checkpoint(output, logits_of(plain, np.load(ids)), case.dtype),
+                Checkpoint(output, case.dtype, root / f"{case.id}-plain"),
                 export_of_layers(plan.layers, config),
                 inspect_checkpoint(open_checkpoint(output)).export,
             )
@@ -161,7 +167,11 @@ def load(ids: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callab
         process = running.pop(engine.name)  # if it dies, the next case starts another one
         answer = process.load(checkpoint.directory, ids, scratch / "logits.npy")
         running[engine.name] = process
-        return _seen(engine, checkpoint, answer, scratch / "logits.npy")
+        difference = None
+        if answer.get("computed"):
+            truth = truth_of(checkpoint, ids)
+            difference = _difference(np.load(scratch / "logits.npy"), truth)
+        return _seen(engine, checkpoint, answer, difference)
 
     def stop() -> None:
         while running:
@@ -181,21 +191,23 @@ def runs_unquantized(
     def runs(engine: Engine, source: Checkpoint) -> bool:
         key = (engine.name, source.directory)
         if key not in found:
-            # auto-round changes classes of transformers for the rest of a process
-            found[key] = load(engine, source, fresh=True).outcome == "yes"
+            # It changes classes of transformers for the rest of a process.
+            fresh = engine.name == "auto-round"
+            found[key] = load(engine, source, fresh=fresh).outcome == "yes"
         return found[key]
 
     return runs
 
 
-def _seen(engine: Engine, checkpoint: Checkpoint, answer: dict[str, Any], logits: Path) -> Seen:
-    """Return what the answer of an engine tells, with the file of its logits if it has some."""
+def _seen(
+    engine: Engine, checkpoint: Checkpoint, answer: dict[str, Any], difference: float | None
+) -> Seen:
+    """Return what the answer of an engine tells, with the distance of its logits if it has some."""
     if answer["error"]:
         words = answer["error"].replace(str(checkpoint.directory), "CHECKPOINT")
         return Seen("no", " ".join(words.split())[:300], None)
-    difference, agrees = None, True
-    if answer["computed"]:
-        difference = _difference(np.load(logits), checkpoint.logits)
+    agrees = True
+    if difference is not None:
         limit = LARGEST_DIFFERENCE[engine.precision or checkpoint.dtype]
         agrees = difference <= limit  # NaN is a misreading too
         if not np.isfinite(difference):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+
 import numpy as np
 import torch
 from answers import serve
@@ -11,7 +13,10 @@ EXACT = {
     "INFERENCE_PRECISION_HINT": "f32",
     "KV_CACHE_PRECISION": "f32",
     "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
+    "INFERENCE_NUM_THREADS": "1",  # as all other engines here
 }
+# If a trace fails, torch spends minutes on a comparison of two graphs for its message.
+difflib.ndiff = lambda *_: []
 
 
 def run(directory: str, ids: np.ndarray) -> tuple[np.ndarray, list[str]]:
