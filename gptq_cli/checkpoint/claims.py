@@ -7,7 +7,7 @@ stored. `check_rules` is about what the `quantization_config` says is quantized.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,9 +33,15 @@ _EXPERTS = re.compile(r"(\w+_)?experts")
 _PER_BLOCK = re.compile(r"\w+_(types|pattern)")  # a kind for each block: a list, counts or letters
 _LABELS = re.compile(r"(\w+_)?labels")
 _INDEX = re.compile(r"(?:^|\.)(\d+)(?=\.)")
+_EXPERT = re.compile(r"(.+)\.experts\.(\d+)\.")
+_ROUTERS = ("gate", "router")  # beside the experts; a row for each of them
+
+# What a block holds: modules with "" for a linear, with part and shape for any other tensor.
+Content = frozenset[tuple[str, str]]
 
 CORRECT = "correct it in config.json and quantize_config.json"
 DOWNLOAD_CONFIG = "download config.json again"
+DOWNLOAD_WEIGHTS = "download the checkpoint again, or write it again with the tool that wrote it"
 
 
 def check_claims(source: Checkpoint) -> None:
@@ -189,7 +195,11 @@ def check_rules(
             yield _rule_defect(message, name)
     yield from _check_head(checkpoint, config, HEAD in modules)
     yield from _check_siblings(checkpoint, config, modules)
-    yield from _check_blocks(checkpoint, modules)
+    blocks = _block_list(modules)
+    if blocks is not None:
+        yield from _check_blocks(checkpoint, blocks)
+        yield from _check_lost_linears(checkpoint, modules, blocks)
+    yield from _check_experts(checkpoint)
 
 
 def _rule_defect(
@@ -268,14 +278,87 @@ def _numbers_by_list(names: Iterable[str]) -> dict[str, list[int]]:
     return found
 
 
-def _check_blocks(checkpoint: Checkpoint, modules: Iterable[str]) -> Iterator[Defect]:
-    """Yield blocks without any tensor, in the list that holds most of the quantized modules."""
+def _block_list(modules: Iterable[str]) -> str | None:
+    """Return the list that holds most of the quantized modules; None if no list holds any."""
     quantized = _numbers_by_list(modules)
-    if not quantized:
-        return
-    blocks = max(quantized, key=lambda name: len(quantized[name]))
+    return max(quantized, key=lambda name: len(quantized[name]), default=None)
+
+
+def _check_blocks(checkpoint: Checkpoint, blocks: str) -> Iterator[Defect]:
+    """Yield blocks without any tensor."""
     present = set(_numbers_by_list(checkpoint.tensors)[blocks])
     expected = min(max(max(present) + 1, checkpoint.n_blocks or 0), MOST_MISSING)
     for index in sorted(set(range(expected)) - present):
         name = f"{blocks}.{index}"
         yield Defect("E_CKPT_INCOMPLETE", f"no tensor of `{name}`", None, name)
+
+
+def _check_lost_linears(
+    checkpoint: Checkpoint, modules: Sequence[str], blocks: str
+) -> Iterator[Defect]:
+    """Yield a linear that one block lacks, if several others have it and are equal to it otherwise.
+
+    Blocks of a hybrid model may differ: by more than a linear, by their norms, or by layer_types.
+    """
+    contents = _contents(checkpoint, modules, blocks)
+    kinds = Counter(contents.values())
+    usual = [kind for kind, count in kinds.items() if count > 1]
+    for index, content in contents.items():
+        lost = None
+        if kinds[content] == 1:
+            lost = _lost_linear(content, usual)
+        if lost is not None:
+            message = "has no tensor, but the same blocks elsewhere have this linear"
+            place = f"{blocks}.{index}.{lost}"
+            yield Defect("E_CKPT_INCOMPLETE", message, None, place, DOWNLOAD_WEIGHTS)
+
+
+def _lost_linear(content: Content, usual: Iterable[Content]) -> str | None:
+    """Return the linear without which a block has this content; None if that is no such block."""
+    for kind in usual:
+        missing = kind - content
+        modules = {module for module, _ in missing}
+        if content < kind and len(modules) == 1:
+            module = modules.pop()
+            if (module, "") in missing:
+                return module
+    return None
+
+
+def _contents(checkpoint: Checkpoint, modules: Sequence[str], blocks: str) -> dict[int, Content]:
+    """Return what each block holds."""
+    packed = set(modules)
+    found: dict[int, set[tuple[str, str]]] = defaultdict(set)
+    for name, tensor in checkpoint.tensors.items():
+        item = list_item(name)
+        if item is None or item.list_name != blocks:
+            continue
+        module, _, part = item.inner.rpartition(".")
+        is_packed = name.rpartition(".")[0] in packed and part != "bias"
+        is_plain = part == "weight" and len(tensor.shape) == 2
+        held = f"{part} {tensor.shape}"
+        if is_packed or is_plain:
+            held = ""
+        found[int(item.number)].add((module, held))
+    layer_types = checkpoint.text_config.get("layer_types")
+    for index, content in found.items():
+        if isinstance(layer_types, list) and index < len(layer_types):
+            content.add(("layer_types", str(layer_types[index])))
+    return {index: frozenset(content) for index, content in found.items()}
+
+
+def _check_experts(checkpoint: Checkpoint) -> Iterator[Defect]:
+    """Yield the experts of a layer if there are fewer of them than its router has rows."""
+    experts: dict[str, set[str]] = defaultdict(set)
+    for name in checkpoint.tensors:
+        match = _EXPERT.match(name)
+        if match:
+            experts[match[1]].add(match[2])
+    for holder, numbers in experts.items():
+        for name in _ROUTERS:
+            router = checkpoint.tensors.get(f"{holder}.{name}.weight")
+            if router is not None and router.shape and router.shape[0] > len(numbers):
+                claim = f"there are {len(numbers)} experts"
+                message = f"{claim}, but `{router.name}` chooses among {router.shape[0]}"
+                place = f"{holder}.experts"
+                yield Defect("E_CKPT_INCOMPLETE", message, None, place, DOWNLOAD_WEIGHTS)

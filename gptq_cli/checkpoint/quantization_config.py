@@ -22,6 +22,7 @@ from gptq_cli.config.layer import (
     FORMATS,
     GPTQ_FORMATS,
     HOLDS,
+    RUNTIME_HEAD,
     LayerConfig,
     Stored,
     expert_part,
@@ -36,7 +37,7 @@ from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.strict_yaml import load
 from gptq_cli.errors import ConfigError, InputError, cut, one_of
 from gptq_cli.files import UNREADABLE, file_errors, is_file
-from gptq_cli.storage.manifest import CONFIG_FILE, QUANTIZE_CONFIG
+from gptq_cli.storage.manifest import CONFIG_FILE, MANIFEST, QUANTIZE_CONFIG
 
 HEAD = "lm_head"
 DRAFT = "mtp"  # the name of blocks that predict more than one token
@@ -247,6 +248,8 @@ def _asked_names(linears: Iterable[str]) -> dict[str, list[str]]:
     for name in single:
         for runtime in runtime_names(name)[1:]:
             found[runtime] = [name]
+            if HEAD in single:
+                found[RUNTIME_HEAD] = [HEAD]
     return found
 
 
@@ -639,6 +642,32 @@ def recorded_settings(directory: Path) -> dict[str, Any]:
         return dict(load(file).values)
     except ConfigError:
         return {}
+
+
+def recorded_notes(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the notes of quantization tools about the origin of a checkpoint; {} if it has none.
+
+    They stand in quantize_config.json, which engines do not read, in the settings, or in the
+    manifest if the format has no such file. InputError E_FILE if a file cannot be read.
+    """
+    directory = checkpoint.directory
+    places = [valid_json(directory / QUANTIZE_CONFIG), checkpoint.quantization]
+    for content in (*places, valid_json(directory / MANIFEST)):
+        if isinstance(content, dict) and isinstance(content.get("meta"), dict):
+            return dict(content["meta"])
+    return {}
+
+
+def valid_json(file: Path) -> Any:
+    """Return the JSON in a file; None if there is none, or a damaged one, which `verify` shows."""
+    if not is_file(file):
+        return None
+    try:
+        return read_json(file)
+    except InputError as error:
+        if error.code == UNREADABLE:
+            raise
+        return None
 
 
 # ---------------------------------------------------------------- defects

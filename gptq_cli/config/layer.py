@@ -274,6 +274,7 @@ RUNTIME_PREFIXES = {
     "thinker.model.": "language_model.model.",
     "language_model.layers.": "language_model.model.layers.",
 }
+RUNTIME_HEAD = "language_model.lm_head"  # the head of such a model in vLLM
 _OF_EXPERT = re.compile(r"(.+\.\d+\..+)\.\d+\.([^.]+)")
 
 

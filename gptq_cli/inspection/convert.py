@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -21,7 +20,6 @@ from gptq_cli.checkpoint.layout import (
     packed_specs,
     part_names,
 )
-from gptq_cli.checkpoint.model_files import read_json
 from gptq_cli.checkpoint.quantization_config import (
     Linears,
     describe_linears,
@@ -30,7 +28,9 @@ from gptq_cli.checkpoint.quantization_config import (
     packing_for,
     packing_of,
     portable_settings,
+    recorded_notes,
     stored_config,
+    valid_json,
     with_quantization,
 )
 from gptq_cli.checkpoint.reader import DequantizingReader, columns_in_order, encode
@@ -79,7 +79,8 @@ def convert_checkpoint(
         copy_side_files(source, work.stage, without={CONFIG_FILE, MANIFEST})
         _write_settings(work.stage, source, conversion.linears(), to)
         check_written(work.stage)
-        publish(work, source, overwrite=overwrite, command="convert", format=to)
+        kept = _kept(source, to)
+        publish(work, source, kept, overwrite=overwrite, command="convert", format=to)
     return Rewritten(output, len(modules), source.nbytes, written, defects)
 
 
@@ -234,16 +235,25 @@ def _gptq_settings(source: Checkpoint, linears: Linears, to: str) -> dict[str, A
 
 
 def _meta(source: Checkpoint) -> dict[str, Any]:
-    """Return the notes of quantization tools, for quantize_config.json only.
+    """Return the notes of quantization tools under their key, {} if there are none.
 
     Engines that read config.json do not accept the notes there.
     """
-    file = source.directory / QUANTIZE_CONFIG
-    content = None
-    with suppress(InputError):  # a damaged file is a defect, which a new file corrects
-        if is_file(file):
-            content = read_json(file)
-    for settings in (content, source.quantization):
-        if isinstance(settings, dict) and isinstance(settings.get("meta"), dict):
-            return {"meta": settings["meta"]}
-    return {}
+    notes = recorded_notes(source)
+    if not notes:
+        return {}
+    return {"meta": notes}
+
+
+def _kept(source: Checkpoint, to: str) -> dict[str, Any]:
+    """Return what the manifest of the source tells about the origin of the weights.
+
+    The notes of quantization tools are added if format `to` has no file of its own for them.
+    """
+    kept = {}
+    manifest = valid_json(source.directory / MANIFEST)
+    if isinstance(manifest, dict) and isinstance(manifest.get("origin"), dict):
+        kept["origin"] = manifest["origin"]
+    if dialect_of(to) is not None:
+        kept |= _meta(source)
+    return kept

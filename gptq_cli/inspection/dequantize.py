@@ -55,7 +55,7 @@ def dequantize_checkpoint(
         elif dtype != "auto":
             config["dtype"] = dtype
         write_json(work.stage / "config.json", config)
-        publish(work, source, overwrite=overwrite, command="dequantize", dtype=dtype)
+        publish(work, source, {}, overwrite=overwrite, command="dequantize", dtype=dtype)
     return Rewritten(output, n_layers, source.nbytes, written)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,10 +76,21 @@ def _remove_leftover(output: Path, report: Report) -> None:
             pass
 
 
-def publish(work: WorkDirectory, source: Checkpoint, *, overwrite: bool, **identity: str) -> None:
-    """Check the written checkpoint, write its manifest, and rename it to the output."""
+def publish(
+    work: WorkDirectory,
+    source: Checkpoint,
+    kept: Mapping[str, Any],
+    *,
+    overwrite: bool,
+    **identity: str,
+) -> None:
+    """Check the written checkpoint, write its manifest, and rename it to the output.
+
+    `kept` are entries of the manifest about the origin of the checkpoint.
+    """
     open_checkpoint(work.stage)
-    write_manifest(work.stage, {"identity": {"versions": {"gptq_cli": __version__}, **identity}})
+    versions = {"gptq_cli": __version__}
+    write_manifest(work.stage, {"identity": {"versions": versions, **identity}, **kept})
     source.check_unchanged()
     work.publish(source.directory, overwrite=overwrite)
 

@@ -22,7 +22,6 @@ from gptq_cli.checkpoint.layout import (
     packed_modules,
     part_names,
 )
-from gptq_cli.checkpoint.model_files import read_json
 from gptq_cli.checkpoint.quantization_config import (
     Settings,
     StoredConfig,
@@ -31,6 +30,7 @@ from gptq_cli.checkpoint.quantization_config import (
     misnamed,
     other_packing,
     packing_of,
+    recorded_notes,
     recorded_settings,
     stored_config,
 )
@@ -46,10 +46,8 @@ from gptq_cli.config.layer import (
 )
 from gptq_cli.config.serving import Export, Verdict, engine_data, export_of, verdicts
 from gptq_cli.errors import InputError
-from gptq_cli.files import is_file
 from gptq_cli.json_values import to_json
 from gptq_cli.planning.run_plan import HEAD, RunPlan
-from gptq_cli.storage.manifest import QUANTIZE_CONFIG
 
 if TYPE_CHECKING:
     from gptq_cli.checkpoint.coded import Coded
@@ -364,12 +362,8 @@ def _files(checkpoint: Checkpoint) -> dict[str, int]:
 def _provenance(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the notes on the origin of a checkpoint in its configuration files."""
     found = _known(checkpoint.config, FROM_CONFIG)
-    file = checkpoint.directory / QUANTIZE_CONFIG
-    content = checkpoint.quantization
-    if is_file(file):
-        content = read_json(file)
-    if isinstance(content, dict) and isinstance(content.get("meta"), dict):
-        found |= _known(content["meta"], content["meta"])
+    notes = recorded_notes(checkpoint)
+    found |= _known(notes, notes)
     settings = recorded_settings(checkpoint.directory)
     if isinstance(settings.get("dataset"), list):
         settings["dataset"] = ", ".join(map(str, settings["dataset"]))

@@ -502,6 +502,8 @@ def _writing_output(
         check_written(work.stage)
         origin = _origin(prepared.located, calibration, plan.plain.how)
         manifest = {"identity": identity, "origin": origin, **record.for_manifest()}
+        if dialect_of(run.config.format) is not None:  # which has no quantize_config.json
+            manifest["meta"] = _notes(plan, calibration.windows.sha256)
         write_manifest(work.stage, manifest)
         plan.source.check_unchanged()
     # A refusal to publish says nothing about the finished work, so it is not marked as failed.
@@ -580,6 +582,15 @@ def _describe(
     dialect = dialect_of(config.format)
     if dialect is not None:
         return dialect.describe(plan.linears), None
+    kept = [layer.name for layer in plan.kept if layer.name != HEAD]
+    copied = [tensor.name for tensor in plan.copied]
+    described = describe(config, plan.settings, kept, copied)
+    notes = _notes(plan, calibration_sha256)
+    return {"quantization_config": described}, described | {"meta": notes}
+
+
+def _notes(plan: RunPlan, calibration_sha256: str) -> dict[str, Any]:
+    """Return the notes about the origin of an output, which no engine reads."""
     meta: dict[str, Any] = {
         "quantizer": [f"gptq_cli:{__version__}"],
         "calibration_sha256": calibration_sha256,
@@ -588,7 +599,4 @@ def _describe(
         meta["lora"] = [adapter.provenance() for adapter in plan.source.adapters]
     if plan.plain.how:
         meta["source_quantization"] = plan.plain.how
-    kept = [layer.name for layer in plan.kept if layer.name != HEAD]
-    copied = [tensor.name for tensor in plan.copied]
-    described = describe(config, plan.settings, kept, copied)
-    return {"quantization_config": described}, described | {"meta": meta}
+    return meta

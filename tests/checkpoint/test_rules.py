@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +180,21 @@ def test_half_of_each_fused_group_warns(model: Model) -> None:
     plan, config = model.planned(KEEP | {f"-:.*layers\\.0\\..*\\.{leaf}$": {}})
     (text,) = [text for code, text in remarks(plan, config) if code == "W_CFG_FUSED"]
     assert f".{fused}` differ in settings: not loaded by vllm, sglang" in text
+
+
+@pytest.mark.parametrize("prefix", ["model.", "model.language_model."])
+def test_vllm_asks_for_the_head_beside_a_vision_tower(prefix: str) -> None:
+    # hf_to_vllm_mapper of gemma3_mm.py and llava.py in vllm 0.32.0: "lm_head." has a prefix
+    config = QuantizeConfig(bits=4, lm_head=True, dynamic={"+:lm_head": {"bits": 8}})
+    names = [f"{prefix}layers.0.mlp.{leaf}_proj" for leaf in ("up", "down")]
+    quantized = dict.fromkeys(names, config.base)
+    quantized["lm_head"] = replace(config.base, bits=8)
+    described = describe(config, quantized, [], ["model.embed_tokens.weight"])
+    assert first_told(described, "lm_head") == (8, 128, True)
+    beside_vision = prefix != "model."
+    told = first_told(described, "language_model.lm_head")
+    assert (told == (8, 128, True)) == beside_vision
+    assert len(described["dynamic"]) == 1 + beside_vision
 
 
 def test_rules_that_keep_match_whole_names_only() -> None:

@@ -61,11 +61,13 @@ class Written:
     weights: dict[str, np.ndarray]
 
 
-def write_source(directory: Path, linears: dict[str, tuple[int, int]]) -> Path:
-    """Write a model of two blocks with biases, norms (which are no linears), and side files."""
+def write_source(
+    directory: Path, linears: dict[str, tuple[int, int]], blocks: int = BLOCKS
+) -> Path:
+    """Write a model with biases, norms (which are no linears), and side files."""
     torch.manual_seed(0)
     tensors = {"model.embed_tokens.weight": torch.randn(VOCABULARY, HIDDEN).half()}
-    for block in range(BLOCKS):
+    for block in range(blocks):
         for name, shape in linears.items():
             tensors[f"model.layers.{block}.{name}.weight"] = torch.randn(shape).half()
         tensors[f"model.layers.{block}.self_attn.q_proj.bias"] = torch.randn(64).half()
@@ -82,7 +84,7 @@ def write_source(directory: Path, linears: dict[str, tuple[int, int]]) -> Path:
         "torch_dtype": "float16",
         "rope_theta": 1e4,
     }
-    config |= {"num_hidden_layers": BLOCKS, "vocab_size": VOCABULARY, "tie_word_embeddings": False}
+    config |= {"num_hidden_layers": blocks, "vocab_size": VOCABULARY, "tie_word_embeddings": False}
     (directory / "config.json").write_text(json.dumps(config))
     for name in (
         "tokenizer.json",
@@ -102,10 +104,13 @@ def write_mixture(folder: Path, **settings: object) -> Written:
 
 
 def write(
-    folder: Path, linears: dict[str, tuple[int, int]] = LINEARS, **settings: object
+    folder: Path,
+    linears: dict[str, tuple[int, int]] = LINEARS,
+    blocks: int = BLOCKS,
+    **settings: object,
 ) -> Written:
     """A checkpoint with these settings: plan, encode, describe and write as a run does."""
-    source = write_source(folder / "source", linears)
+    source = write_source(folder / "source", linears, blocks)
     config = QuantizeConfig(**{"max_shard_size": "60KB", **settings})
     plan = plan_run(source, config)
     output = folder / "out"

@@ -16,7 +16,7 @@ from gptq_cli.checkpoint.defects import Defect
 from gptq_cli.checkpoint.source import open_checkpoint
 from gptq_cli.checkpoint.verify import verify_checkpoint
 from gptq_cli.cli.app import app
-from gptq_cli.config.layer import FORMATS
+from gptq_cli.config.layer import FORMATS, GPTQ_FORMATS
 from gptq_cli.errors import ConfigError, InputError
 from gptq_cli.inspection.compare import compare_checkpoints
 from gptq_cli.inspection.convert import convert_checkpoint
@@ -102,6 +102,23 @@ def test_a_run_writes_what_a_conversion_of_it_writes(format: str, tmp_path: Path
     assert settings_of(direct) == settings_of(tmp_path / "converted")
     assert result.bytes_after == (direct / "model.safetensors").stat().st_size
     assert defects(direct) == ()
+
+
+@pytest.mark.parametrize("format", NEW)
+def test_the_origin_of_a_checkpoint_outlives_a_conversion(format: str, tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", num_hidden_layers=1)
+    usual, _ = quantize(tmp_path, model)
+    direct, _ = quantize(tmp_path, model, format=format)
+    convert_checkpoint(str(usual), tmp_path / "there", format)
+    convert_checkpoint(str(tmp_path / "there"), tmp_path / "back", "gptq")
+    known = inspect_checkpoint(open_checkpoint(usual)).provenance
+    assert {"quantizer", "calibration_sha256", "dataset"} <= set(known)
+    manifest = json.loads((usual / "gptq_manifest.json").read_text())
+    for other in (direct, tmp_path / "there", tmp_path / "back"):
+        assert inspect_checkpoint(open_checkpoint(other)).provenance == known
+        found = json.loads((other / "gptq_manifest.json").read_text())
+        assert found["origin"] == manifest["origin"]
+        assert ("meta" in found) == (other.name != "back")
 
 
 @pytest.mark.parametrize("format", NEW)
@@ -252,6 +269,51 @@ def test_each_missing_part_is_a_defect(format: str, tmp_path: Path) -> None:
         save_file(whole, output / "model.safetensors", metadata={"format": "pt"})
 
 
+def without(output: Path, *names: str) -> None:
+    """Remove every tensor of the named modules, but no bias."""
+    tensors = load_file(output / "model.safetensors")
+    for name in list(tensors):
+        module, _, part = name.rpartition(".")
+        if module in names and part != "bias":
+            del tensors[name]
+    save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_linear_that_one_block_lacks_is_a_defect(format: str, tmp_path: Path) -> None:
+    output = single(tmp_path, format=format, blocks=3, dynamic={r"-:.*\.2\.mlp": {}}).output
+    assert defects(output) == ()
+    without(output, "model.layers.1.self_attn.q_proj")
+    *others, found = defects(output)
+    assert len(others) == (format in GPTQ_FORMATS)  # which list the quantized linears
+    assert (found.code, found.tensor) == ("E_CKPT_INCOMPLETE", "model.layers.1.self_attn.q_proj")
+    assert found.message == "has no tensor, but the same blocks elsewhere have this linear"
+    with pytest.raises(InputError, match=r"1\.self_attn\.q_proj: has no tensor") as caught:
+        convert_checkpoint(str(output), tmp_path / "there", "gptq_v2")
+    assert (caught.value.code, caught.value.exit_code) == ("E_CKPT_INCOMPLETE", 3)
+    assert "download the checkpoint again" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize(
+    "case", ["two linears", "two blocks", "another type", "another norm", "few blocks"]
+)
+def test_blocks_of_a_hybrid_model_may_differ(case: str, tmp_path: Path) -> None:
+    blocks = {"few blocks": 2, "two blocks": 4}.get(case, 3)
+    output = single(tmp_path, blocks=blocks).output
+    without(output, NAME)
+    if case == "two linears":
+        without(output, "model.layers.1.mlp.gate_proj")
+    elif case == "two blocks":
+        without(output, "model.layers.2.mlp.up_proj")
+    elif case == "another type":
+        content = json.loads((output / "config.json").read_text())
+        content["layer_types"] = ["full", "linear", "full"]
+        (output / "config.json").write_text(json.dumps(content))
+    elif case == "another norm":
+        change(output, "model.layers.1.input_layernorm.weight", torch.ones(32).half())
+    assert defects(output) == ()
+
+
 def test_words_of_older_versions_and_other_shapes_are_defects(tmp_path: Path) -> None:
     output = single(tmp_path, format="compressed-tensors", bits=3).output
     change(output, f"{NAME}.weight_shape", torch.tensor([128, 96]))
@@ -388,6 +450,21 @@ def test_experts_that_a_stack_lacks_or_doubles_are_refused(case: str, tmp_path: 
         convert_checkpoint(str(output), tmp_path / "there", "gptq")
     assert (caught.value.code, caught.value.exit_code) == (code, 3)
     assert "download the checkpoint again" in (caught.value.hint or "")
+
+
+def test_stacks_that_are_cut_alike_have_too_few_experts(tmp_path: Path) -> None:
+    output = write_mixture(
+        tmp_path, bits=4, group_size=32, format="mlx", max_shard_size="1GB"
+    ).output
+    tensors = load_file(output / "model.safetensors")
+    for name, tensor in tensors.items():
+        if "layers.1.mlp.switch_mlp" in name:
+            tensors[name] = tensor[:2].clone()
+    save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
+    (found,) = defects(output)
+    assert (found.code, found.tensor) == ("E_CKPT_INCOMPLETE", "model.layers.1.mlp.experts")
+    router = "model.layers.1.mlp.gate.weight"
+    assert found.message == f"there are 2 experts, but `{router}` chooses among 3"
 
 
 def test_compressed_tensors_settings_are_those_of_its_library(tmp_path: Path) -> None:
