@@ -47,6 +47,8 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     ),
     "openvino": (
         "Couldn't get TorchScript module by tracing",  # of other bits than 4
+        "has no `quant_method` attribute",  # of the format mlx
+        "requires auto-round library",
     ),
     "transformers": (
         "ignore_mismatched_sizes",
