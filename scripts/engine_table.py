@@ -91,7 +91,12 @@ def _versions(about: Mapping[str, Any], engines: Iterable[str]) -> list[str]:
     return lines
 
 
-def _results(rows: Iterable[Mapping[str, Any]], engines: list[str]) -> list[str]:
+def _results(rows: list[Mapping[str, Any]], engines: Iterable[str]) -> list[str]:
+    """Return a table of these rows, with a column for each engine that ran on any of them."""
+    ran: set[str] = set()
+    for row in rows:
+        ran |= row["seen"].keys()
+    engines = [name for name in engines if name in ran]
     titles = " | ".join(TITLES[name] for name in engines)
     lines = [f"| checkpoint | {titles} |", "|---|" + ":-:|" * len(engines)]
     for row in rows:

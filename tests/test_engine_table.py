@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.engines.cases import CASES
-from tests.engines.engines import ENGINES, can_try
+from tests.engines.engines import ENGINES, can_try, known_words
 from tests.engines.results import RESULTS, export_of
 from tests.engines.verdicts import said_of
 
@@ -76,6 +76,15 @@ def test_the_table_says_what_the_engines_did() -> None:
             if seen["outcome"] not in (said, "other"):
                 different.append((engine, row["id"], said, seen["outcome"]))
     assert different == []
+
+
+def test_engines_refuse_in_known_words() -> None:
+    unknown = []
+    for row in CONTENT["cases"]:
+        for engine, seen in row["seen"].items():
+            if seen["outcome"] == "no" and not known_words(engine, seen["words"]):
+                unknown.append((engine, row["id"], seen["words"]))
+    assert unknown == []
 
 
 def test_the_page_shows_the_results(script: ModuleType) -> None:
