@@ -10,7 +10,7 @@ import base64
 import binascii
 import io
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -32,7 +32,7 @@ from gptq_cli.calibration.chats import (
 )
 from gptq_cli.calibration.columns import kind_of
 from gptq_cli.calibration.corpus import DatasetSource, load_documents
-from gptq_cli.calibration.windows import POOL, Encode, Part, Pool
+from gptq_cli.calibration.windows import POOL, Encode, ImageWindow, Part, Pool
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import InputError
 from gptq_cli.files import file_errors, is_file
@@ -71,26 +71,39 @@ class VisionModel:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class ImageWindow:
-    """A chat with images as a window of its own: token ids [1, tokens].
+class ImageBatch:
+    """A window with images as a batch of its own, and the model that reads it."""
 
-    `sha256` is the hash of everything that the model gets, pixels included.
-    """
-
-    ids: Tensor
-    sha256: str
-    text: str
-    images: tuple[bytes, ...]
+    window: ImageWindow
     model: VisionModel
 
     def __len__(self) -> int:
-        """Return the number of windows in a batch: an image window is a batch of its own."""
+        """Return the number of windows."""
         return 1
+
+    @property
+    def ids(self) -> Tensor:
+        """The token ids [1, tokens]."""
+        return self.window.ids
 
     @property
     def inputs(self) -> dict[str, Tensor]:
         """The inputs of the model, made anew: token ids, pixels, and what goes with them."""
-        return _cut(_processed(self.model, self.text, self.images), self.ids.shape[1])
+        made = _processed(self.model, self.window.text, self.window.images)
+        return _cut(made, self.ids.shape[1])
+
+
+def with_model(
+    batches: Iterable[Tensor | ImageWindow], model: VisionModel
+) -> tuple[Tensor | ImageBatch, ...]:
+    """Return batches that make the inputs of their images by the processor of `model`."""
+    found: list[Tensor | ImageBatch] = []
+    for batch in batches:
+        if isinstance(batch, Tensor):
+            found.append(batch)
+        else:
+            found.append(ImageBatch(batch, model))
+    return tuple(found)
 
 
 class ImageTemplate(ChatTemplate):
@@ -399,7 +412,7 @@ def image_window(chat: ImageChat, model: VisionModel, seqlen: int) -> ImageWindo
             hint=f"use --seqlen {end} or more, or smaller images",
         )
     kept = _cut(inputs, seqlen)
-    return ImageWindow(kept["input_ids"], _hash_of(kept), chat.text, images, model)
+    return ImageWindow(kept["input_ids"], _hash_of(kept), chat.text, images)
 
 
 def _hash_of(inputs: Mapping[str, Tensor]) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,13 +32,23 @@ from gptq_cli.errors import ConfigError, GptqError, InputError
 from gptq_cli.files import file_cause, file_errors
 from gptq_cli.models.remote_code import remote_code_refusal
 
-if TYPE_CHECKING:
-    from gptq_cli.calibration.images import ImageWindow
-
 Encode = Callable[[str, bool], list[int]]  # text, add_special_tokens -> ids
 POOL = 8
 LEAST_ADVISED = 32  # tokens of a window; shorter ones show little of what a model sees
 PIECE = 1_000_000  # characters tokenized at a time for calibration
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ImageWindow:
+    """A chat with images as a window of its own: token ids [1, tokens], its text, and image files.
+
+    `sha256` is the hash of everything that the model gets, pixels included.
+    """
+
+    ids: Tensor
+    sha256: str
+    text: str
+    images: tuple[bytes, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -210,7 +210,7 @@ def carry_out(
             record.take_over(manifest or {})
             limits.check_fallbacks(record.layers)
         else:
-            batches = calibration.batches(config.batch_size)
+            batches = calibration.batches(config, source.directory)
             run = Run(config, plan, stream, ranks, batches, record, limits)
             with _writing_output(run, work, prepared, calibration, identity):
                 quantize_all_blocks(run)
@@ -392,9 +392,17 @@ class Calibration:
     identity: str | list[str]
     template_sha256: str | None = None
 
-    def batches(self, batch_size: int) -> tuple[Batch, ...]:
-        """Return the token ids [batch_size, seqlen] of each batch, on the host."""
-        return self.windows.batches(batch_size)
+    def batches(self, config: QuantizeConfig, directory: Path) -> tuple[Batch, ...]:
+        """Return the token ids [batch_size, seqlen] of each batch, on the host.
+
+        The processor of the model in `directory` makes the inputs of batches with images.
+        """
+        batches = self.windows.batches(config.batch_size)
+        if not self.windows.images:
+            return cast(tuple[Tensor, ...], batches)
+        from gptq_cli.calibration.images import VisionModel, with_model
+
+        return with_model(batches, VisionModel(directory, config.trust_remote_code))
 
     def identifying(self, config: QuantizeConfig) -> QuantizeConfig:
         """Return `config` with the content of text and chat template in place of their paths."""

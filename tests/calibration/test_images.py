@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,18 @@ from unittest.mock import ANY, Mock
 import pyarrow
 import pytest
 import torch
+from PIL import Image
 
 from gptq_cli.allocation.run import Place, measure_model
 from gptq_cli.calibration import images
-from gptq_cli.calibration.images import ImageWindow, load_processor
-from gptq_cli.calibration.windows import Windows
+from gptq_cli.calibration.chats import ChatRow
+from gptq_cli.calibration.images import load_processor, located
+from gptq_cli.calibration.windows import ImageWindow, Windows
 from gptq_cli.checkpoint.source import open_checkpoint
 from gptq_cli.errors import GptqError
 from gptq_cli.evaluation.perplexity import evaluate_perplexity
 from gptq_cli.evaluation.request import EvalRequest
 from gptq_cli.events import PhaseStarted, ignore
-from gptq_cli.models.stream import token_ids
 from gptq_cli.planning.checks import RunOptions, prepare_run
 from gptq_cli.quantization.run import calibrate, quantize_checkpoint
 from gptq_cli.runtime.ranks import SINGLE_PROCESS
@@ -106,6 +108,15 @@ def test_every_way_to_write_an_image_is_the_same(way: str, model: Path, tmp_path
     assert found.sha256 == truth.sha256
 
 
+def test_images_of_a_hub_dataset_keep_their_colours(tmp_path: Path) -> None:
+    row = ChatRow([], None, [], "row 1", tmp_path)
+    picture = Image.open(save_image(tmp_path / "a.png", 24, 16))
+    for source in (picture, {"bytes": None, "path": "a.png"}):
+        found = located(source, row)
+        content = found if isinstance(found, bytes) else found.read_bytes()
+        assert Image.open(io.BytesIO(content)).tobytes() == picture.tobytes()
+
+
 def test_images_are_read_from_parquet(model: Path, tmp_path: Path) -> None:
     files = [save_image(tmp_path / f"{seed}.png", 24, 16, seed) for seed in (0, 1)]
     rows = []
@@ -132,7 +143,9 @@ def test_a_chat_is_cut_behind_its_images_only(model: Path, tmp_path: Path) -> No
     token = load_processor(model, trust_remote_code=False).image_token_ids[0]
     end = len(tokens) - tokens[::-1].index(token)
     assert tokens.count(token) == 4
-    (cut,) = windows(model, file, seqlen=end).batches(1)
+    short = settings(file, seqlen=end)
+    calibration = calibrate(open_checkpoint(model), short, ignore, SINGLE_PROCESS)
+    (cut,) = calibration.batches(short, model)
     assert cut.ids[0].tolist() == tokens[:end]
     assert cut.inputs["token_type_ids"].shape == cut.ids.shape == (1, end)
     refused = refusal(lambda: windows(model, file, seqlen=end - 1))
@@ -149,7 +162,12 @@ def test_chats_with_and_without_images_share_a_run(model: Path, tmp_path: Path) 
     by_length = [batch.shape for batch in mixed.batches(2) if isinstance(batch, torch.Tensor)]
     assert by_length[:2] == [(2, 60), (2, 60)]
     assert sum(shape[0] for shape in by_length) == 5
-    assert mixed.tokens == sum(token_ids(batch).numel() for batch in mixed.batches(2))
+    assert mixed.tokens == sum(map(token_count, mixed.batches(2)))
+
+
+def token_count(batch: torch.Tensor | ImageWindow) -> int:
+    ids = batch if isinstance(batch, torch.Tensor) else batch.ids
+    return ids.numel()
 
 
 def test_another_picture_is_another_run(model: Path, tmp_path: Path) -> None:

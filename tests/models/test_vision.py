@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
-from gptq_cli.calibration.images import ImageWindow
+from gptq_cli.calibration.images import ImageBatch
 from gptq_cli.checkpoint.source import open_checkpoint
 from gptq_cli.events import ignore
 from gptq_cli.models.stream import ModelStream, token_ids
@@ -36,11 +36,12 @@ def batches_of(model: Path, folder: Path, **changes: Any) -> list[Any]:
         dataset=str(save_chats(folder)),
         nsamples=4,
         seqlen=100,
+        batch_size=2,
         trust_remote_code=True,
         **changes,
     )
     calibration = calibrate(open_checkpoint(model), settings, ignore, SINGLE_PROCESS)
-    return list(calibration.batches(2))
+    return list(calibration.batches(settings, model))
 
 
 def opened(model: Path, dtype: str = "float32") -> ModelStream:
@@ -75,9 +76,9 @@ def plain_inputs(batch: Any, processor: Any) -> dict[str, Tensor]:
 
     from PIL import Image
 
-    images = [Image.open(BytesIO(content)).convert("RGB") for content in batch.images]
+    images = [Image.open(BytesIO(content)).convert("RGB") for content in batch.window.images]
     made = processor(
-        text=[batch.text], images=[images], return_tensors="pt", add_special_tokens=False
+        text=[batch.window.text], images=[images], return_tensors="pt", add_special_tokens=False
     )
     return dict(made)
 
@@ -110,7 +111,7 @@ def noting(seen: list[Tensor]) -> Callable[..., None]:
 @torch.inference_mode()
 def test_states_equal_those_of_a_plain_forward(model: Path, tmp_path: Path) -> None:
     batches = batches_of(model, tmp_path)
-    assert sum(isinstance(batch, ImageWindow) for batch in batches) == 3
+    assert sum(isinstance(batch, ImageBatch) for batch in batches) == 3
     stream = opened(model)
     entered, last = through_stream(stream, batches)
     truth, processor = plain(model), AutoProcessor.from_pretrained(model, trust_remote_code=True)

@@ -20,6 +20,7 @@ from tests.quantization.ranks import ROWS, RUNS, team
 from tests.quantization.test_routed_experts import save_mixture
 from tests.runs import config, digest
 from tests.tiny import WORK, killer
+from tests.vision import save_chats, save_vision_model
 
 SETTINGS = {"nsamples": 12, "batch_size": 1, "seqlen": 32, "group_size": 16}
 DENSE = {"preset": "best", "lm_head": True}
@@ -63,6 +64,15 @@ def mixture(small_parts: None, tmp_path_factory: pytest.TempPathFactory) -> Case
     return made(directory, model, config(**SETTINGS, **MIXTURE))
 
 
+@pytest.fixture(scope="module")
+def images(small_parts: None, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    del small_parts
+    directory = tmp_path_factory.mktemp("images")
+    model = save_vision_model(directory / "model", "gemma3")
+    chats = {"dataset": str(save_chats(directory)), "nsamples": 4, "seqlen": 100}
+    return made(directory, model, config(**(SETTINGS | DENSE | chats | {"lm_head": False})))
+
+
 def balanced(work: list[int]) -> bool:
     return max(work) <= 1.15 * sum(work) / len(work)
 
@@ -73,7 +83,7 @@ FEW = pytest.mark.parametrize(
 
 
 @FEW
-@pytest.mark.parametrize("kind", ["dense", "mixture"])
+@pytest.mark.parametrize("kind", ["dense", "mixture", "images"])
 def test_several_processes_write_the_bytes_of_one_process(
     kind: str, size: int, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
