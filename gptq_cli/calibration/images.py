@@ -64,6 +64,10 @@ class VisionModel:
         """The processor, loaded once in each process; errors as `load_processor`."""
         return load_processor(self.directory, trust_remote_code=self.trust_remote_code)
 
+    def check_reads_images(self) -> None:
+        """Raise InputError E_DATA_IMAGE if the model reads text only."""
+        _image_token(self.directory, trust_remote_code=self.trust_remote_code)
+
     @property
     def image_token(self) -> int:
         """The token id that stands for each piece of an image."""
@@ -392,8 +396,6 @@ def image_window(chat: ImageChat, model: VisionModel, seqlen: int) -> ImageWindo
     images = tuple([_read(image, chat.place) for image in chat.images])
     try:
         inputs = _processed(model, chat.text, images)
-    except InputError:
-        raise
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         message = f"the model's processor refuses {chat.place}: {reason}"
@@ -486,7 +488,7 @@ def read_image_part(
     Raises the errors of `load_documents`, and InputError: E_DATA_IMAGE, E_PROCESSOR.
     """
     model = VisionModel(directory, config.trust_remote_code)
-    assert model.image_token is not None  # or it raises: the model reads no images
+    model.check_reads_images()
     template = ImageTemplate(model.processor, directory, source.template_file)
     documents = load_documents(source, template)
     chats: list[Any] = []
