@@ -69,7 +69,11 @@ def test_gptq_damages_the_demo_model_less_than_rounding(
 
 def test_demo_model_perplexity_is_near_the_entropy() -> None:
     request = EvalRequest(
-        dataset=str(DEMO / "heldout.txt"), seqlen=512, dtype="float32", batch_size=8
+        dataset=str(DEMO / "heldout.txt"),
+        seqlen=512,
+        dtype="float32",
+        batch_size=8,
+        max_windows=WINDOWS,
     )
     result = evaluate_perplexity(str(MODEL), request)
     assert 1 < result.perplexity / torch.tensor(ENTROPY).exp().item() < 1.2

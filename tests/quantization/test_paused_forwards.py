@@ -42,6 +42,8 @@ pytestmark = pytest.mark.usefixtures("nothing_hangs_or_leaks")
 
 CPU = torch.device("cpu")
 N_BATCHES = 3  # of 2 windows and 1
+SLOW = pytest.mark.slow
+LATER = [pytest.param("phi", marks=SLOW)]  # attention and MLP side by side; other tests run it too
 
 
 @pytest.fixture
@@ -98,7 +100,7 @@ def test_each_linear_runs_once_per_batch_if_all_batches_pause(
 
 @pytest.mark.parametrize("n_waiting", [1, 2])
 @pytest.mark.parametrize("settings", [{}, {"preset": "best", "bits": 2}], ids=str)
-@pytest.mark.parametrize("family", ["llama", "phi", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", *LATER, pytest.param("gemma2", marks=SLOW)])
 def test_some_batches_may_pause_while_the_others_are_replayed(
     family: str,
     settings: dict[str, object],
@@ -180,7 +182,7 @@ def test_the_original_block_runs_once_per_batch_as_well(
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-@pytest.mark.parametrize("family", ["llama", "phi"])
+@pytest.mark.parametrize("family", ["llama", *LATER])
 def test_pausing_and_replaying_write_the_same_bytes(
     family: str, settings: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

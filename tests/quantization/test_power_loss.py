@@ -19,7 +19,7 @@ from tests.runs import digest
 from tests.tiny import Case
 
 WORK, OUT = "disk/.out.gptq-work/", "disk/out"
-RERUNS = 25
+RERUNS = [8, pytest.param(25, marks=pytest.mark.slow)]
 
 
 def tree_in(state: State, directory: str = OUT) -> dict[str, str] | None:
@@ -124,9 +124,10 @@ def observe(
     return observer
 
 
+@pytest.mark.parametrize("reruns", RERUNS)
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_rerun_after_any_power_cut_writes_the_same_output(
-    overwrite: bool, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    overwrite: bool, reruns: int, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, old = tmp_path / "root", None
     (root / "disk").mkdir(parents=True)
@@ -138,7 +139,7 @@ def test_a_rerun_after_any_power_cut_writes_the_same_output(
     observer = observe(case, root, monkeypatch, old=old)
     assert len(observer.states) > 200
     found = list(observer.states.values())
-    for number, (state, finished) in enumerate(found[:: len(found) // RERUNS]):
+    for number, (state, finished) in enumerate(found[:: len(found) // reruns]):
         after = tmp_path / f"after-{number}"
         after.mkdir()
         materialise(state, after)
