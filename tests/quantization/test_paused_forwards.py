@@ -43,7 +43,7 @@ pytestmark = pytest.mark.usefixtures("nothing_hangs_or_leaks")
 CPU = torch.device("cpu")
 N_BATCHES = 3  # of 2 windows and 1
 SLOW = pytest.mark.slow
-LATER = [pytest.param("phi", marks=SLOW)]  # attention and MLP side by side; other tests run it too
+LATER = [pytest.param("phi", marks=SLOW)]  # the test of each linear runs it too
 
 
 @pytest.fixture
