@@ -23,13 +23,6 @@ CONTENT: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8"))
 NOT_YET = {
     ("vllm", "mlx"),
     ("vllm", "auto-round"),
-    ("openvino", "gptq"),
-    ("openvino", "gptq_v2"),
-    ("openvino", "compressed-tensors"),
-    ("openvino", "mlx"),
-    ("openvino", "auto-round"),
-    ("auto-round", "compressed-tensors"),
-    ("auto-round", "mlx"),
 }
 
 

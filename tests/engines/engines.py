@@ -69,6 +69,7 @@ REFUSALS: dict[str, tuple[str, ...]] = {
         "non-dummy g_idx",
         "Failed to convert to auto_round format",
         "unsupported operand type(s) for +",  # of asymmetric grids
+        "has no `quant_method` attribute",  # of the format mlx
     ),
     "sglang": (
         "The non-Marlin GPTQ CUDA kernel has been removed",
