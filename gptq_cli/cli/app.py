@@ -64,6 +64,7 @@ GROUPS = {
     "Check": {
         "verify": "Check that a GPTQ checkpoint is complete and means the same to every engine.",
         "eval-ppl": "Measure the perplexity of a checkpoint, quantized or not.",
+        "eval": "Measure a checkpoint in tasks of lm-eval, such as hellaswag.",
     },
     "Try": {
         "generate": "Write text with a checkpoint, quantized or not.",
@@ -84,7 +85,7 @@ GROUPS = {
 COMMANDS: dict[str, str] = {}
 for _commands in GROUPS.values():
     COMMANDS |= _commands
-MODULES = {"dequantize": "convert", "resume": "quantize"}
+MODULES = {"dequantize": "convert", "eval": "eval_tasks", "resume": "quantize"}
 BUG, USAGE, INTERRUPTED = 1, 2, 130
 PLAIN_WORDS = {  # sentences of typer about a value, and their replacements
     "Input should be a valid integer, unable to parse string as an integer": (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from gptq_cli.config.fields import refusal
@@ -159,6 +160,39 @@ class EngineRequest:
         if self.engine != "llama.cpp" and self.converter is not None:
             message = f"a converter has no effect on {self.engine}"
             raise ConfigError("E_CFG_CONFLICT", message, hint="omit --converter")
+
+
+@dataclass(frozen=True, slots=True)
+class TaskRequest:
+    """The tasks of an evaluation; the fields are the options of `gptq eval`.
+
+    `tasks` are names of lm-eval, or of YAML files in the folder `include_path`. `limit` is the
+    number of questions of each task. Raises ConfigError if a value is not accepted.
+    """
+
+    tasks: tuple[str, ...]
+    include_path: str | None = None
+    num_fewshot: int | None = None
+    limit: int | None = None
+    batch_size: int = 8
+    baseline: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        _check_fields(asdict(self))
+        _check_count("limit", self.limit)
+        if not self.tasks or "" in self.tasks:
+            message = "tasks must be names with commas between them, such as arc_easy,hellaswag"
+            raise ConfigError("E_CFG_RANGE", message)
+        if self.num_fewshot is not None and self.num_fewshot < 0:
+            message = f"num_fewshot must be a whole number of 0 or more, got {self.num_fewshot}"
+            raise ConfigError("E_CFG_RANGE", message)
+        if self.include_path is not None and not Path(self.include_path).is_dir():
+            message = f"include_path must be a folder of task files, got {self.include_path!r}"
+            raise ConfigError("E_CFG_RANGE", message)
 
 
 def _check_fields(values: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ from tests.tiny import killer
 from .conftest import OUTPUT_SCHEMA, Run, validate_output
 
 WITHOUT_JSON = {"schema"}  # its result is JSON already
-NEEDS_MORE = {"push", "check-engine"}  # a Hub, an engine: tests/cli have files about them
+NEEDS_MORE = {"push", "check-engine", "eval"}  # Hub, engine, lm-eval: tests/cli have files
 
 
 @pytest.fixture(scope="module")
