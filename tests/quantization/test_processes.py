@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import re
 import signal
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import yaml
@@ -22,34 +20,6 @@ from tests.tiny import SETTINGS, WORK, Case
 CHILDREN = multiprocessing.get_context("forkserver")
 CHILDREN.set_forkserver_preload(["tests.quantization.children"])
 
-# A command line that sends signals to itself after the first block or before a layer.
-PROGRAM = """
-import os, sys, torch
-torch.set_num_threads(1)
-from gptq_cli.quantization import run_state
-from gptq_cli.__main__ import main
-from gptq_cli.storage import durable
-when, signals = sys.argv.pop(1), [int(number) for number in sys.argv.pop(1).split(",")]
-def send():
-    for number in signals:
-        os.kill(os.getpid(), number)
-if when == "block":
-    usual = run_state.FinishedBlocks.finished
-    def finished(*arguments):
-        usual(*arguments)
-        send()
-    run_state.FinishedBlocks.finished = finished
-elif when == "forward":
-    from gptq_cli.models import paused_forwards
-    usual = paused_forwards._Batch.before_linear
-    def before_linear(self, stage, name, inputs):
-        if "layers.1.mlp.down" in name:
-            send()
-        return usual(self, stage, name, inputs)
-    paused_forwards._Batch.before_linear = before_linear
-main()
-"""
-
 
 def recipe(directory: Path) -> Path:
     path = directory / "recipe.yaml"
@@ -57,19 +27,19 @@ def recipe(directory: Path) -> Path:
     return path
 
 
-def start(when: str, signals: list[int], *words: str | Path) -> subprocess.Popen[str]:
-    numbers = ",".join(str(int(number)) for number in signals) or "0"
-    command = [sys.executable, "-c", PROGRAM, when, numbers, *map(str, words)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
-
-
 def run(when: str, signals: list[int], *words: str | Path) -> tuple[int, str, str]:
-    process = start(when, signals, *words)
-    stdout, stderr = process.communicate(timeout=120)
-    return process.returncode, stdout, stderr
+    """Run the command line in a forked process; return its exit code, stdout and stderr.
+
+    It sends itself `signals` after the first block, before a layer or never, as `when` says.
+    """
+    with TemporaryDirectory() as folder:
+        printed = [Path(folder, name) for name in ("stdout", "stderr")]
+        arguments = (when, [int(number) for number in signals], [*map(str, words)], *printed)
+        process = CHILDREN.Process(target=children.be_gptq, args=arguments)
+        process.start()
+        process.join(120)
+        assert process.exitcode is not None
+        return process.exitcode, printed[0].read_text(), printed[1].read_text()
 
 
 def quantize(case: Case, directory: Path) -> list[str | Path]:
