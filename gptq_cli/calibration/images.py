@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from gptq_cli.calibration.chats import (
-    FIX_TEMPLATE,
     IMAGE_MARK,
     TEXT_ONLY,
     ChatRow,
@@ -390,8 +389,8 @@ def _cut(inputs: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:
 def image_window(chat: ImageChat, model: VisionModel, seqlen: int) -> ImageWindow:
     """Return the window of a chat with images, cut after `seqlen` tokens.
 
-    Raises InputError E_DATA_IMAGE if an image cannot be read, if the processor refuses the chat, if
-    the template leaves an image out, or if the cut would hit an image.
+    Raises InputError E_DATA_IMAGE if an image cannot be read, if the processor refuses the chat
+    (its template may leave an image out), or if the cut would hit an image.
     """
     images = tuple([_read(image, chat.place) for image in chat.images])
     try:
@@ -403,8 +402,9 @@ def image_window(chat: ImageChat, model: VisionModel, seqlen: int) -> ImageWindo
     ids = inputs["input_ids"]
     places = (ids[0] == model.image_token).nonzero()
     if not len(places):
-        message = f"the chat template leaves the images of {chat.place} out"
-        raise InputError("E_DATA_IMAGE", message, hint=FIX_TEMPLATE)
+        message = f"the images of {chat.place} have no token {model.image_token}"
+        hint = "compare image_token_id in config.json and the tokenizer with those of the original"
+        raise InputError("E_DATA_IMAGE", message, hint=hint)
     end = int(places[-1]) + 1
     if end > seqlen:
         raise InputError(

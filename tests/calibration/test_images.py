@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ from gptq_cli.checkpoint.source import open_checkpoint
 from gptq_cli.errors import GptqError
 from gptq_cli.evaluation.perplexity import evaluate_perplexity
 from gptq_cli.evaluation.request import EvalRequest
-from gptq_cli.events import PhaseStarted, ignore
+from gptq_cli.events import Event, Noted, PhaseStarted, ignore
 from gptq_cli.planning.checks import RunOptions, prepare_run
+from gptq_cli.preview import plan_text
 from gptq_cli.quantization.run import calibrate, quantize_checkpoint
 from gptq_cli.runtime.ranks import SINGLE_PROCESS
 from tests.calibration.rows import json_lines, parquet_bytes
@@ -323,14 +325,43 @@ def test_missing_pillow_is_named(
     assert refused.hint == "install it: pip install 'gptq_cli[vision]'"
 
 
-def test_a_template_that_leaves_images_out_is_refused(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["gemma3", "qwen2_5_vl"])
+def test_a_template_that_leaves_images_out_is_refused(family: str, tmp_path: Path) -> None:
+    reader = save_vision_model(tmp_path / "model", family)
     template = tmp_path / "chat.jinja"
     template.write_text("{% for message in messages %}{{ message.role }}{% endfor %}")
     chats = save_chats(tmp_path)
-    given = {"chat_template": str(template), "nsamples": 4}
-    refused = refusal(lambda: windows(model, chats, **given))
+    given = {"chat_template": str(template), "nsamples": 4, "trust_remote_code": True}
+    refused = refusal(lambda: windows(reader, chats, **given))
     assert (refused.code, refused.exit_code) == ("E_DATA_IMAGE", 3)
-    assert "images" in str(refused)
+    assert str(refused).startswith("the model's processor refuses line ")
+    assert f"of dataset `{chats}`: " in str(refused)
+    assert refused.hint == "fix the row, or remove it"
+
+
+def test_another_image_token_in_the_config_is_refused(tmp_path: Path) -> None:
+    reader = save_vision_model(tmp_path / "model", "gemma3")
+    description = json.loads((reader / "config.json").read_text())
+    description["image_token_index"] = description["image_token_id"] = 400
+    (reader / "config.json").write_text(json.dumps(description))
+    refused = refusal(lambda: windows(reader, save_chats(tmp_path), nsamples=4))
+    assert (refused.code, refused.exit_code) == ("E_DATA_IMAGE", 3)
+    assert str(refused).endswith("have no token 400")
+    assert refused.hint is not None
+    assert refused.hint.startswith("compare image_token_id in config.json and the tokenizer")
+
+
+def test_the_plan_counts_chats_with_images(model: Path, tmp_path: Path) -> None:
+    chats = save_chats(tmp_path)
+    (text,) = plan_text(settings(chats, nsamples=2), model, True, ignore)
+    assert (text.chats, text.chats_with_images, text.tokens) == (4, 3, None)
+    assert text.summary.endswith("3 with images; 2 chats of up to 100 tokens are needed")
+    noted: list[Event] = []
+    plan_text(settings(chats, nsamples=5), model, True, noted.append)
+    assert [event.text for event in noted if isinstance(event, Noted)] == [
+        f"quantize will refuse the text: dataset `{chats}` has 4 chats, but 5 are needed; "
+        "give more chats, or fewer --nsamples"
+    ]
 
 
 def test_widths_are_not_measured_on_images(model: Path, tmp_path: Path) -> None:
