@@ -6,7 +6,7 @@ of 8 or 4 bits, and the exponent of a power of two.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ class Example:
 
     parts: dict[str, Tensor]
     weight: Tensor
-    settings: Mapping[str, Any]
+    settings: dict[str, Any]
     form: str
 
 
@@ -152,6 +152,44 @@ def int8(
         lambda i, j: factors[i][j // group],
     )
     return parts, weight
+
+
+def packed(
+    rows: int, columns: int, group: int, *, asymmetric: bool
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Return a linear of compressed-tensors in words of eight numbers of 4 bits, lowest first."""
+    codes = torch.randint(16, (rows, columns))
+    zeros = torch.full((rows, columns // group), 8)
+    scales = (torch.rand(rows, columns // group) * 1e-2).bfloat16()
+    parts = {
+        "weight_packed": words_of(codes),
+        "weight_scale": scales,
+        "weight_shape": torch.tensor([rows, columns]),
+    }
+    if asymmetric:
+        zeros = torch.randint(16, (rows, columns // group))
+        parts["weight_zero_point"] = words_of(zeros.T).T.contiguous()
+    numbers, offsets, factors = codes.tolist(), zeros.tolist(), scales.tolist()
+    weight = product(
+        rows,
+        columns,
+        lambda i, j: numbers[i][j] - offsets[i][j // group],
+        lambda i, j: factors[i][j // group],
+    )
+    return parts, weight
+
+
+def words_of(numbers: Tensor) -> Tensor:
+    """Return words int32 [R, C / 8] of numbers [R, C] of 4 bits, lowest first."""
+    words = []
+    for row in numbers.tolist():
+        text = b"".join((low | high << 4).to_bytes(1, "little") for low, high in pairs(row))
+        words.append(np.frombuffer(text, "<i4"))
+    return torch.from_numpy(np.stack(words).copy())
+
+
+def pairs(row: list[int]) -> list[tuple[int, int]]:
+    return list(zip(row[::2], row[1::2], strict=True))
 
 
 def awq(rows: int, columns: int, group: int) -> tuple[dict[str, Tensor], Tensor]:

@@ -9,6 +9,7 @@ Each comes with scales (O out_features, I in_features, G groups of a row):
     nvfp4   X.weight_packed or X.weight U8 [O, I / 2]; groups of 16, scales F8_E4M3, and one scale
             of them all that divides (weight_global_scale) or multiplies (weight_scale_2)
     int8    X.weight I8 [O, I], with zero points if it is asymmetric
+    packed  the parts of compressed-tensors, if it quantizes activations or other weights as well
     awq     X.qweight I32 [I, O / 8], X.qzeros I32 [G, O / 8], X.scales [G, O]
 
 Sources: transformers 5.23 `integrations/{finegrained_fp8,mxfp4,fbgemm_fp8}.py`, compressed-tensors
@@ -20,21 +21,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from gptq_cli.checkpoint.headers import DTYPES_OF_CONFIG, TensorInfo
+from gptq_cli.checkpoint.layout import AGAIN, packed_module, stored_parts
 from gptq_cli.checkpoint.source import CODED_METHODS, FEW_BITS, FP8, Checkpoint
 from gptq_cli.errors import InputError
 
-Kind = Literal["fp8", "fp4", "stacked fp4", "int8", "awq"]
+if TYPE_CHECKING:
+    from gptq_cli.checkpoint.compressed_tensors import GroupedConfig
+
+Kind = Literal["fp8", "fp4", "stacked fp4", "int8", "packed", "awq"]
 Block = tuple[int, int]  # rows and columns that share a scale
 
-INTEGERS = ("int8", "awq")
+INTEGERS = ("int8", "packed", "awq")
 SCALES = ("weight_scale_inv", "weight_scale", "scale")  # names of scales beside X.weight
 POWERS = ("U8", "F8_E8M0")  # dtypes whose scales are powers of two
 FLOATS = ("F32", "BF16", "F16")
 MX_GROUP, NV_GROUP = 32, 16
 AWQ_OUTPUTS = 8  # of 4 bits in a word
+VALUES = 32  # packed together by compressed-tensors
 # Scales of activations and of the key-value cache, which mean nothing beside plain weights.
 OF_ACTIVATIONS = (
     "input_scale", "input_zero_point", "input_global_scale", "input_scale_ub", "activation_scale",
@@ -47,7 +53,6 @@ OTHER_FORM = (
     "use a float16 or bfloat16 version of the model: `gptq explain E_CKPT_FP8` lists the forms "
     "that are read"
 )
-AGAIN = "download the checkpoint again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +60,8 @@ class Coded:
     """A weight in codes, and the tensor `plain` that it stands for, at the place of its codes.
 
     `parts` are names of stored tensors: "codes", "scales", and if there are any "zeros", and
-    "divisor" or "factor" of all scales. `form` describes the form in words.
+    "divisor" or "factor" of all scales. `form` describes the form in words; `bits` are those of
+    packed codes.
     """
 
     plain: TensorInfo
@@ -63,6 +69,7 @@ class Coded:
     parts: Mapping[str, str]
     block: Block
     form: str
+    bits: int = 0
 
     @property
     def rounded(self) -> bool:
@@ -155,6 +162,11 @@ class _Finder:
         self._dtype = DTYPES_OF_CONFIG.get(checkpoint.named_dtype or "", "BF16")
         self._block = _declared_block(checkpoint.quantization or {})
         self._is_awq = checkpoint.method == "awq"
+        self._packed: GroupedConfig | None = None
+        if checkpoint.method == "compressed-tensors":
+            from gptq_cli.checkpoint.compressed_tensors import settings_of_source
+
+            self._packed = settings_of_source(checkpoint.quantization or {})
 
     def find(self, name: str) -> Coded | None:
         """Return the weight, None if the tensor holds no codes."""
@@ -165,11 +177,33 @@ class _Finder:
         stem, _, kind = name.rpartition("_")
         if kind == "blocks" and f"{stem}_scales" in self._tensors:
             return self._stacked(tensor)
-        if part == "weight_packed" and tensor.dtype == "U8":
-            return self._fp4(module, tensor)
+        if part == "weight_packed":
+            return self._packed_codes(module, tensor)
         if part == "weight" and len(tensor.shape) == 2:
             return self._weight(module, tensor)
         return None
+
+    def _packed_codes(self, module: str, tensor: TensorInfo) -> Coded | None:
+        if tensor.dtype == "U8":
+            return self._fp4(module, tensor)
+        if self._packed is None:
+            return None
+        from gptq_cli.checkpoint.compressed_tensors import CompressedTensorsPacking
+
+        packing = CompressedTensorsPacking(self._packed.settings)
+        stored = stored_parts(module, self._tensors, packing)
+        found = packed_module(module, stored, packing)
+        sizes = {"weight_packed": found.in_features, "weight_zero_point": found.out_features}
+        for part, info in stored.items():
+            if sizes.get(part, 0) % VALUES:
+                raise _misfit(info, f"{sizes[part]} features are not read, only multiples of 32")
+        parts = {part: info.name for part, info in stored.items() if part != "weight_packed"}
+        parts["scales"] = parts.pop("weight_scale")
+        shape = (found.out_features, found.in_features)
+        form = f"pack-quantized, {found.bits} bits group_size {found.group_size}"
+        block = (1, found.in_features // found.groups)
+        coded = self._coded(tensor, shape, "packed", parts, block, form, f"{module}.weight")
+        return replace(coded, bits=found.bits)
 
     def _weight(self, module: str, tensor: TensorInfo) -> Coded | None:
         """Return the weight for a matrix with the name of a weight, None if it holds no codes."""

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from gptq_cli.checkpoint.coded import AWQ_OUTPUTS, Block, Coded, plain_tensors
+from gptq_cli.checkpoint.compressed_tensors import CompressedTensorsPacking
 from gptq_cli.checkpoint.reader import SAFETENSORS_DTYPE, TensorReader
+from gptq_cli.checkpoint.reader import decode as decode_linear
 from gptq_cli.checkpoint.source import Checkpoint
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # the last bit of four is the sign
@@ -75,6 +77,8 @@ def decode(coded: Coded, parts: dict[str, Tensor]) -> Tensor:
     """Return the weight for which `parts` stand, contiguous, in the dtype of the model."""
     dtype = STORED_DTYPES[coded.plain.dtype]
     codes, scales = parts["codes"], parts["scales"]
+    if coded.kind == "packed":
+        return _rounded(_unpacked(coded, parts), scales, dtype)
     if coded.kind == "stacked fp4":
         stack = torch.empty(coded.plain.shape, dtype=dtype)
         for expert, (of_rows, of_groups) in enumerate(zip(codes, scales, strict=True)):
@@ -92,10 +96,20 @@ def decode(coded: Coded, parts: dict[str, Tensor]) -> Tensor:
     if "zeros" in parts:
         zeros = _grid(parts["zeros"].float(), values, coded.block)
         values = values.unflatten(1, (zeros.shape[1], -1)).sub(zeros.unsqueeze(-1)).flatten(1)
-    values = _scaled(values, scales, coded.block)
-    if parts["scales"].dtype in (torch.float16, torch.bfloat16):
-        values = values.to(parts["scales"].dtype)
-    return values.to(dtype)
+    return _rounded(_scaled(values, scales, coded.block), parts["scales"], dtype)
+
+
+def _rounded(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return float32 `values` in `dtype`, rounded to the dtype of the scales on the way."""
+    if scales.dtype in (torch.float16, torch.bfloat16):
+        values = values.to(scales.dtype)
+    return values.to(dtype).contiguous()
+
+
+def _unpacked(coded: Coded, parts: dict[str, Tensor]) -> Tensor:
+    """Return the weight [O, I] in float32 of a packed linear of compressed-tensors."""
+    stored = {**parts, "weight_packed": parts["codes"], "weight_scale": parts["scales"]}
+    return decode_linear(stored, coded.bits, CompressedTensorsPacking()).dequantize()
 
 
 def fp4_values(codes: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from gptq_cli.config.layer import HOLDS, expert_part, flaw_of, matches
 if TYPE_CHECKING:
     from gptq_cli.solver.quantized_linear import QuantizedLinear
 
-FORMAT, PACKED = "compressed-tensors", "pack-quantized"
+FORMAT, PACKED, MIXED = "compressed-tensors", "pack-quantized", "mixed-precision"
 # The version whose packing this is: earlier ones filled up the words of 3, 5, 6 and 7 bits.
 VERSION = "0.20.1"
 PATTERN = "re:"
@@ -181,6 +181,39 @@ def _unreadable_group(group: Mapping[str, Any], format: object) -> str:
     return ""
 
 
+def settings_of_source(stored: Mapping[str, Any]) -> GroupedConfig | None:
+    """Return the settings of packed weights beside which something else is quantized, too.
+
+    That are activations, the key-value cache, or weights in another form. None if there are no such
+    weights, all is read as a checkpoint of this format, or a transform or a mask changes weights.
+    """
+    if not unreadable(stored) or _unreadable_beside({**stored, "kv_cache_scheme": None}):
+        return None
+    groups = stored.get("config_groups")
+    if not isinstance(groups, dict) or not all(map(_is_group, groups.values())):
+        return None
+    targets: dict[str, Settings] = {}
+    for group in groups.values():
+        format = group.get("format") or stored.get("format")
+        if format in (PACKED, MIXED) and _is_integer(group):
+            for target in group["targets"]:
+                targets.setdefault(target, _settings(group["weights"]))
+    if not targets:
+        return None
+    base = next(iter(targets.values()))
+    return GroupedConfig(base, FORMAT, lm_head=False, dynamic={}, listed=None, targets=targets)
+
+
+def _is_integer(group: Mapping[str, Any]) -> bool:
+    """Return whether a group tells usable settings of weights in integers."""
+    weights = group["weights"]
+    if weights.get("type", "int") != "int" or not _are_names(group.get("targets")):
+        return False
+    if weights.get("strategy") == "group" and not _is_group_size(weights.get("group_size")):
+        return False
+    return all(accepts(weights.get(key)) for key, accepts in _ACCEPTS.items())
+
+
 @dataclass(frozen=True, slots=True)
 class GroupedConfig(StoredConfig):
     """The settings of a checkpoint of compressed-tensors.
@@ -190,7 +223,7 @@ class GroupedConfig(StoredConfig):
     """
 
     targets: Mapping[str, Settings]
-    ignore: tuple[str, ...]
+    ignore: tuple[str, ...] = ()
 
     def settings(self, module: str) -> Settings:
         """Return the settings of a quantized module."""

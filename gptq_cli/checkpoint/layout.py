@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from gptq_cli.solver.quantized_linear import QuantizedLinear
 
 SINGLE_FILE = "model.safetensors"
+AGAIN = "download the checkpoint again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -406,19 +407,21 @@ def packed_modules(
     for module in quantized_names(tensors, packing):
         parts = stored_parts(module, tensors, packing)
         if packing.codes in parts:
-            found.append(_packed_module(module, parts, packing))
+            found.append(packed_module(module, parts, packing))
     return tuple(found)
 
 
-def _packed_module(name: str, parts: Mapping[str, TensorInfo], packing: Packing) -> PackedModule:
+def packed_module(name: str, parts: Mapping[str, TensorInfo], packing: Packing) -> PackedModule:
+    """Return the linear that has these parts; raise the errors of `packed_modules`."""
     missing = ", ".join(part for part in packing.needed if part not in parts)
     if missing:
-        raise InputError("E_CKPT_INCOMPLETE", f"`{name}` has a {packing.codes} but no {missing}")
+        message = f"`{name}` has a {packing.codes} but no {missing}"
+        raise InputError("E_CKPT_INCOMPLETE", message, hint=AGAIN)
     sizes = sizes_of(name, parts, packing)
     if sizes is None:
         listed = ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in parts.items())
         message = f"the parts of `{name}` do not fit each other: {listed}"
-        raise InputError("E_CKPT_INCOMPLETE", message)
+        raise InputError("E_CKPT_INCOMPLETE", message, hint=AGAIN)
     nbytes = sum(tensor.nbytes for tensor in parts.values())
     return PackedModule(
         name, sizes.out_features, sizes.in_features, sizes.bits, sizes.groups, nbytes

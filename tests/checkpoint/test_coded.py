@@ -17,9 +17,9 @@ from gptq_cli.checkpoint.reader import open_reader
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from gptq_cli.errors import InputError
 from gptq_cli.inspection.summary import inspect_checkpoint
-from tests.coded import Example, awq, fp8, grouped, int8, mxfp4, nvfp4, random_bytes
+from tests.coded import Example, awq, fp8, grouped, int8, mxfp4, nvfp4, packed, random_bytes
 
-ROWS, COLUMNS = 48, 64
+ROWS, COLUMNS = 64, 64
 MODULES = ("model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj")
 NORM = "model.layers.0.norm.weight"
 FP8 = {"quant_method": "fp8", "weight_block_size": [20, 24]}
@@ -61,11 +61,11 @@ def scale_of_each_group() -> Example:
 def scale_of_each_block() -> Example:
     weights = FLOAT | {"strategy": "block", "block_structure": [20, 24]}
     settings = grouped(weights, "float-quantized")
-    return fp8_example(torch.rand(3, 3) / 100, (20, 24), settings, "fp8 in blocks of 20x24")
+    return fp8_example(torch.rand(4, 3) / 100, (20, 24), settings, "fp8 in blocks of 20x24")
 
 
 def powers_of_blocks() -> Example:
-    scales = random_bytes(3, 3, low=115, high=125)
+    scales = random_bytes(4, 3, low=115, high=125)
     example = fp8_example(scales, (20, 24), FP8, "fp8 in blocks of 20x24", name="scale")
     example.parts["scale"] = scales.view(torch.float8_e8m0fnu)
     return example
@@ -117,6 +117,20 @@ def int8_asymmetric() -> Example:
     return Example(parts, weight, grouped(weights, "int-quantized"), "int8 in groups of 16")
 
 
+def packed_symmetric() -> Example:
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 16}
+    parts, weight = packed(ROWS, COLUMNS, 16, asymmetric=False)
+    form = "pack-quantized, 4 bits group_size 16"
+    return Example(parts, weight, grouped(weights, "pack-quantized"), form)
+
+
+def packed_asymmetric() -> Example:
+    weights = {"num_bits": 4, "type": "int", "strategy": "channel", "symmetric": False}
+    parts, weight = packed(ROWS, COLUMNS, COLUMNS, asymmetric=True)
+    form = "pack-quantized, 4 bits group_size -1"
+    return Example(parts, weight, grouped(weights, "mixed-precision"), form)
+
+
 def awq_gemm() -> Example:
     settings = {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm"}
     return Example(*awq(ROWS, COLUMNS, 16), settings, "awq, 4 bits group_size 16")
@@ -125,9 +139,9 @@ def awq_gemm() -> Example:
 FORMS = [
     one_scale, scale_of_each_row, vector_of_scales, scale_of_each_group, scale_of_each_block,
     powers_of_blocks, mxfp8, mxfp4_packed, mxfp4_in_bytes, nvfp4_divided, nvfp4_multiplied,
-    int8_symmetric, int8_asymmetric, awq_gemm,
+    int8_symmetric, int8_asymmetric, packed_symmetric, packed_asymmetric, awq_gemm,
 ]  # fmt: skip
-OF_INTEGERS = {int8_symmetric, int8_asymmetric, awq_gemm}
+OF_INTEGERS = {int8_symmetric, int8_asymmetric, packed_symmetric, packed_asymmetric, awq_gemm}
 
 
 def save(directory: Path, tensors: dict[str, Tensor], settings: object, **config: object) -> Path:
@@ -179,6 +193,35 @@ def test_inspect_shows_the_form_and_its_bytes(form: Callable[[], Example], tmp_p
     others = 1 + len(example.parts) - len(counted)
     assert found.parameters == ROWS * COLUMNS + COLUMNS + others
     assert found.nbytes == sum(tensor.nbytes for tensor in example.parts.values()) + 4 * COLUMNS + 4
+
+
+def test_packed_zero_points_of_odd_numbers_are_refused(tmp_path: Path) -> None:
+    example = packed_asymmetric()
+    module, cut = MODULES[0], {"weight_packed": 48, "weight_scale": 48, "weight_zero_point": 6}
+    tensors = {f"{module}.{part}": tensor for part, tensor in example.parts.items()}
+    for part, rows in cut.items():
+        tensors[f"{module}.{part}"] = tensors[f"{module}.{part}"][:rows].clone()
+    save(tmp_path, tensors, example.settings)
+    with pytest.raises(InputError, match=r"is I32 \[6, 1\], but .* multiples of 32") as caught:
+        open_checkpoint(tmp_path)
+    assert (caught.value.code, caught.value.exit_code) == ("E_CKPT_SHAPE", 3)
+
+
+def test_one_checkpoint_may_mix_floats_and_packed_integers(tmp_path: Path) -> None:
+    floats, integers = scale_of_each_row(), packed_symmetric()
+    groups = {"a": floats, "b": integers}
+    settings = {**floats.settings, "format": "mixed-precision"}
+    settings["config_groups"] = {
+        name: example.settings["config_groups"]["group_0"] for name, example in groups.items()
+    }
+    floats.settings.update(settings)
+    checkpoint = saved(tmp_path, floats, integers)
+    plain = plain_view(checkpoint, allow_requantize=True)
+    assert plain.how == f"{integers.form}, {floats.form}"
+    assert plain.rounded
+    for module, example in zip(MODULES, (floats, integers), strict=True):
+        read = open_reader(checkpoint).read(f"{module}.weight")
+        assert torch.equal(read, example.weight)
 
 
 def test_experts_of_gpt_oss_are_read_as_a_stack(tmp_path: Path) -> None:
@@ -238,7 +281,7 @@ REFUSED: list[tuple[Callable[[], Example], Change, str, str]] = [
     (nvfp4_divided, with_part("weight_global_scale", torch.ones(2)), "E_CKPT_SHAPE",
      "must be one F32 number"),
     (mxfp4_packed, with_part("weight_scale", random_bytes(ROWS, 1)), "E_CKPT_SHAPE",
-     r"is U8 \[48, 1\], but .* asks for \[48, 2\] in groups of 32"),
+     r"is U8 \[64, 1\], but .* asks for \[64, 2\] in groups of 32"),
     (mxfp4_packed, with_part("weight_scale", torch.ones(ROWS, 2)), "E_CKPT_FP8",
      "holds U8 weights"),
     (mxfp4_packed, with_part("other", torch.ones(2).to(torch.float8_e5m2)), "E_CKPT_FP8",
@@ -248,6 +291,10 @@ REFUSED: list[tuple[Callable[[], Example], Change, str, str]] = [
      "asks for floats of rows"),
     (int8_asymmetric, with_part("weight_zero_point", random_bytes(ROWS, 1)), "E_CKPT_SHAPE",
      "zero_point` is U8 .*, but its scales have the shape"),
+    (packed_symmetric, without("weight_shape"), "E_CKPT_INCOMPLETE",
+     "has a weight_packed but no weight_shape"),
+    (packed_symmetric, with_part("weight_scale", torch.ones(ROWS, 3)), "E_CKPT_INCOMPLETE",
+     "the parts of `.*up_proj` do not fit each other"),
     (awq_gemm, without("qzeros"), "E_CKPT_INCOMPLETE", "has a qweight but no qzeros"),
     (awq_gemm, with_part("scales", torch.ones(3, ROWS).half()), "E_CKPT_QUANTIZED",
      "packed by AWQ in another way than version gemm with 4 bits"),
