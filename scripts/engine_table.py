@@ -56,6 +56,9 @@ STUBBED = """\
 SGLang and LMDeploy need a GPU. Here their own configuration and loader classes read the checkpoints
 while their kernels were left out: ● means that the parameters they make fit the checkpoint, not
 that a model ran.
+
+transformers refuses asymmetric checkpoints in the format `compressed-tensors`, unless
+`CompressedTensorsConfig(dequantize=True)` tells it to decode them. The run tests this, too.
 """
 REFUSALS = """\
 ## What the programs say

@@ -30,6 +30,7 @@ REFUSALS: dict[str, tuple[str, ...]] = {
         "No WNA16 MoE backend",
         "AssertionError",  # of shapes that differ in a fused layer
         "Failed to find a kernel that can implement the WNA16 linear layer",
+        "There is no module or parameter named",  # of the format mlx
     ),
     "llama.cpp": (
         "3-bit gptq dequantization is not yet implemented",

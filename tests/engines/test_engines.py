@@ -13,6 +13,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,8 @@ from tests.families import save_model, text_file
 
 ENVIRONMENTS = Path(os.environ["GPTQ_ENGINES_HOME"])
 ASKED = os.environ["GPTQ_ENGINES"].split()
+KNOWN = {engine.name: engine for engine in ENGINES}
+DECODED = [f"compressed-tensors-{bits}-bits-asym" for bits in (2, 3, 4, 8)]
 PAIRS = [
     pytest.param(engine, case, id=f"{engine.name}-{case.id}")
     for engine in ENGINES
@@ -257,6 +260,27 @@ def test_engine_does_what_the_table_says_of_it(
     assert seen.outcome in (said, "other"), f"{seen.words} {seen.difference}"
     if seen.outcome == "no":
         assert known_words(engine.name, seen.words), f"an unknown refusal: {seen.words}"
+
+
+@pytest.mark.skipif("transformers" not in ASKED, reason="transformers was not asked for")
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.id in DECODED], ids=attrgetter("id")
+)
+def test_transformers_decodes_asymmetric_grids_if_told(
+    case: Case, write: Callable[[Case], Written], load: Callable[..., Seen]
+) -> None:
+    engine = replace(KNOWN["transformers"], name="decoded", reader="run_decoded.py")
+    seen = load(engine, write(case).output)
+    assert (seen.outcome, seen.words) == ("yes", ""), seen.difference
+
+
+@pytest.mark.skipif("mlx-lm" not in ASKED, reason="MLX-LM was not asked for")
+def test_mlx_loads_the_experts_of_mixtral(
+    write: Callable[[Case], Written], load: Callable[..., Seen]
+) -> None:
+    case = Case("mlx", "mixtral", {"bits": 4, "format": "mlx"}, "mixtral")
+    seen = load(KNOWN["mlx-lm"], write(case).output)
+    assert (seen.outcome, seen.words) == ("yes", ""), seen.difference
 
 
 @pytest.mark.skipif("mlx-lm" not in ASKED, reason="MLX-LM was not asked for")

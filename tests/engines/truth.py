@@ -163,6 +163,9 @@ def _compressed_weight(tensors: Tensors, module: str) -> torch.Tensor:
 # ---------------------------------------------------------------- mlx
 
 
+OF_MIXTRAL = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+
+
 def _unpack_mlx(tensors: Tensors, quantization: dict[str, Any]) -> Tensors:
     weights = {}
     for name, tensor in tensors.items():
@@ -176,6 +179,8 @@ def _unpack_mlx(tensors: Tensors, quantization: dict[str, Any]) -> Tensors:
                 weights[name] = _mlx_weight(*parts, size)
                 continue
             holder, _, last = module.partition(".switch_mlp.")  # [E, O, I] of all experts
+            if holder.endswith("block_sparse_moe"):
+                last = OF_MIXTRAL[last]
             for expert, slices in enumerate(zip(*parts, strict=True)):
                 weight = _mlx_weight(*slices, size)
                 weights[f"{holder}.experts.{expert}.{last}.weight"] = weight
