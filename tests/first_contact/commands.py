@@ -29,7 +29,7 @@ CONTACTS = (
         "gptq help quantize", 0, ("bits size of layers", "Example: gptq quantize", "--help-all")
     ),
     Contact("gptq plan --help", 0, ("Example: gptq plan", "--bits")),
-    Contact("gptq recipes", 0, ("vllm-4bit 4 bits that every engine loads",)),
+    Contact("gptq recipes", 0, ("vllm-4bit 4 bits that every reader of GPTQ loads",)),
     Contact("gptq explain E_SHAPE", 0, ("E_SHAPE", "does not fit the group size")),
     Contact("gptq env", 0, ("gptq_cli", "torch")),
     # words that are nearly right
