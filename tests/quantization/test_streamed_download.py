@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,13 @@ from tests.disks import DyingDisk, Killed, using
 from tests.families import save_drafted, save_model
 from tests.hub import Fault, Hub, Reply, client_of, serve
 from tests.quantization.test_adapters import pair, write_adapter
-from tests.quantization.test_sources import KEPT, save_block_floats
+from tests.quantization.test_coded_sources import (
+    EXPERTS_KEPT,
+    FIRST_KEPT,
+    Source,
+    gpt_oss,
+    modelopt,
+)
 from tests.runs import config, digest
 from tests.tiny import SETTINGS, SMALL, killer
 
@@ -331,15 +337,23 @@ def test_adapters_are_merged_while_blocks_are_downloaded(tmp_path: Path) -> None
     assert digest(streamed) == digest(plain)
 
 
-def test_codes_of_8_bits_are_decoded_while_downloaded(tmp_path: Path) -> None:
-    coded, _ = save_block_floats(tmp_path)
-    streamed, plain = served_run(coded, tmp_path / "out", dynamic=KEPT, group_size=32)
+@pytest.mark.parametrize(
+    ("make", "settings"),
+    [
+        (gpt_oss, {"dynamic": EXPERTS_KEPT, "moe_uncovered": "rtn"}),
+        (modelopt, {"dynamic": FIRST_KEPT, "lm_head": False}),
+    ],
+)
+def test_codes_are_decoded_while_blocks_are_downloaded(
+    make: Callable[[Path], Source], settings: dict[str, object], tmp_path: Path
+) -> None:
+    streamed, plain = served_run(make(tmp_path).coded, tmp_path / "out", **settings)
     assert digest(streamed) == digest(plain)
 
 
 def test_a_vision_tower_and_a_draft_block_are_downloaded(tmp_path: Path) -> None:
     model = save_drafted(tmp_path / "model", "qwen3_5_moe")
-    settings = {"moe_uncovered": "rtn", "lm_head": False, "unfit": "keep"}
+    settings = {"moe_uncovered": "rtn", "unfit": "keep"}  # the head reads the tower once more
     streamed, plain = served_run(model, tmp_path, **settings)
     assert digest(streamed) == digest(plain)
 
