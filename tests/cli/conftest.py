@@ -139,6 +139,7 @@ class FakeQuantized:
     bytes_before: int = 8_000_000
     bytes_after: int = 2_500_000
     already_done: bool = False
+    image_windows: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return {
