@@ -352,7 +352,7 @@ def test_the_summary_reports_a_run_that_was_complete(
 ) -> None:
     monkeypatch.setattr(FakeQuantized, "already_done", True)
     monkeypatch.setattr(
-        FakeQuantized.__init__, "__defaults__", ((), (), 3723.4, 8_000_000, 2_500_000, True)
+        FakeQuantized.__init__, "__defaults__", ((), (), 3723.4, 8_000_000, 2_500_000, True, 0)
     )
     result = gptq("quantize", "m", "-b", "4")
     assert "done   already, by an earlier run of the same command\n" in result.stdout
