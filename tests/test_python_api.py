@@ -108,7 +108,7 @@ def test_package_has_exactly_its_public_names() -> None:
     assert (Path(gptq_cli.__file__).parent / "py.typed").is_file()
 
 
-EVERYWHERE = {"verbose", "log_file", "as_json", "quiet"}
+EVERYWHERE = {"verbose", "log_file", "color", "as_json", "quiet"}
 ONLY_IN_PYTHON = {"on_event", "settings"}
 ONLY_IN_A_SHELL = {"config", "devices", "help_all"} | set(QuantizeConfig.model_fields) | EVERYWHERE
 
