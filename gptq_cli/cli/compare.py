@@ -12,6 +12,7 @@ from gptq_cli.cli.console import Console, aligned, indented_lines, joined
 from gptq_cli.cli.progress import Progress
 from gptq_cli.config.resolve import check_flags
 from gptq_cli.errors import clock
+from gptq_cli.evaluation.verdict import verdict_lines
 
 if TYPE_CHECKING:
     from gptq_cli.evaluation.perplexity import EvalResult
@@ -105,9 +106,11 @@ def _missing_lines(label: str, names: Sequence[str]) -> list[str]:
 
 def _prediction_lines(found: EvalResult) -> list[str]:
     windows = f"{found.windows} windows of {found.seqlen} tokens"
+    assert found.kl is not None
     lines = [
         f"perplexity  {found.perplexity:.4f}, reference {found.baseline_perplexity:.4f}",
         f"agreement   KL {found.kl:.4g}, top-1 {found.top1_agreement:.2%}",
+        *verdict_lines(found.kl),
         f"protocol    {found.dataset}, {windows}, {found.dtype}, {clock(found.seconds)}",
         "worst windows",
     ]

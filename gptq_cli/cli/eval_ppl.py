@@ -12,11 +12,11 @@ from gptq_cli.cli.progress import Progress
 from gptq_cli.config.fields import Panel
 from gptq_cli.config.resolve import check_flags
 from gptq_cli.errors import ConfigError, GateError, Problem, clock
+from gptq_cli.evaluation.verdict import BETTER, verdict_lines
 
 if TYPE_CHECKING:
     from gptq_cli.evaluation.perplexity import EvalResult
 
-BETTER = "try more bits, a smaller --group-size, more calibration text, or --preset best"
 MAX_PPL = 10_000.0  # far above the perplexity of any language model whose weights are intact
 
 TEXT = ("dataset_config", "dataset_split", "text_column", "chat_template", "seqlen")
@@ -107,7 +107,7 @@ def eval_ppl(
     )
     with Progress(console) as progress:
         result = evaluate_perplexity(model, request, on_event=progress)
-    output = (result.to_json(), _summary(result), f"{result.perplexity:.6g}")
+    output = (result.to_json(), joined(summary_of(result)), f"{result.perplexity:.6g}")
     failed = _failed_gates(result, limits)
     if failed:
         console.refused(*output, GateError.of(failed))
@@ -235,13 +235,16 @@ def _too_much_increase(result: EvalResult, limits: Limits) -> Problem | None:
     return Problem("E_GATE_PPL", f"{rose}, but --max-increase allows {allowed}", BETTER)
 
 
-def _summary(result: EvalResult) -> str:
+def summary_of(result: EvalResult) -> list[str]:
+    """Return lines about an evaluation, and a verdict if there is a baseline."""
     windows = f"{result.windows} windows of {result.seqlen} tokens"
     lines = [f"perplexity  {result.perplexity:.4f}"]
     if result.baseline_perplexity is not None:
         increase = result.perplexity - result.baseline_perplexity
         lines.append(f"baseline    {result.baseline_perplexity:.4f} ({increase:+.4f})")
         lines.append(f"agreement   KL {result.kl:.4g}, top-1 {result.top1_agreement:.2%}")
+        assert result.kl is not None
+        lines += verdict_lines(result.kl)
     lines.append(f"protocol    {result.dataset}, {windows}, {result.dtype}")
     lines.append(f"time        {clock(result.seconds)}")
-    return joined(lines)
+    return lines

@@ -314,6 +314,14 @@ WithReport = Annotated[
     bool,
     plain("--report", help="write an HTML report into the output directory", panel=Panel.OUTPUT),
 ]
+WithEvaluation = Annotated[
+    bool,
+    plain(
+        "--eval",
+        help="at the end measure perplexity, and KL to the original; the report gets them",
+        panel=Panel.OUTPUT,
+    ),
+]
 PrintConfig = Annotated[
     bool, plain("--print-config", help="print the resolved configuration and exit")
 ]

@@ -27,13 +27,16 @@ from gptq_cli.cli.launch import (
 )
 from gptq_cli.cli.progress import Progress
 from gptq_cli.config.resolve import Resolved, resolve, to_yaml
-from gptq_cli.config.schema import QuantizeConfig
+from gptq_cli.config.schema import NO_LORA, QuantizeConfig
 from gptq_cli.config.serving import LOADS
 from gptq_cli.errors import ConfigError, GptqError, InputError, clock, shell_word, shell_words, size
 from gptq_cli.events import Report, ignore
 from gptq_cli.files import is_directory, resolved
 
 if TYPE_CHECKING:
+    from gptq_cli.calibration.corpus import DatasetSource
+    from gptq_cli.evaluation.perplexity import EvalResult
+    from gptq_cli.evaluation.request import EvalRequest
     from gptq_cli.events import LayerReport
     from gptq_cli.planning.checks import PreparedRun, RunOptions
     from gptq_cli.quantization.run import QuantizeResult
@@ -65,6 +68,7 @@ def quantize(
     output: o.Output = None,
     overwrite: o.Overwrite = False,
     report: o.WithReport = False,
+    evaluate: o.WithEvaluation = False,
     settings: o.Settings,
     devices: o.Devices = None,
     revision: o.Revision = None,
@@ -121,6 +125,8 @@ def quantize(
         from gptq_cli.publish.report import check_report
 
         check_report()
+    if evaluate:
+        _check_evaluation(resolved.config, streams=stream_download)
     prepared = _prepare(model, output, resolved.config, options)
     launch_processes(console, prepared, named, Path.cwd())
     console.say_on_screen(f"{model} -> {prepared.output}, loading torch and transformers")
@@ -133,8 +139,7 @@ def quantize(
             prepared = allocated(console, prepared, resolved.config, worker, progress)
         result = carry_out(prepared, progress, worker)
     if worker.team.is_leader:
-        page = _report(console, result, with_page=report)
-        _show_result(console, result, prepared, page)
+        _finish(console, result, prepared, with_page=report, evaluate=evaluate)
     return None
 
 
@@ -190,16 +195,59 @@ def working(
         yield worker, report
 
 
-def _report(console: Console, result: QuantizeResult, *, with_page: bool) -> Path | None:
+def _finish(
+    console: Console,
+    result: QuantizeResult,
+    prepared: PreparedRun,
+    *,
+    with_page: bool,
+    evaluate: bool,
+) -> None:
+    """Report a run that is complete, measure its output if this was asked for, and show both."""
+    measured = None
+    page = _report(console, result, None, with_page=with_page)
+    if evaluate:
+        from gptq_cli.api import evaluate_perplexity
+
+        request = _evaluation_of(prepared)
+        with Progress(console) as progress:
+            measured = evaluate_perplexity(result.output, request, on_event=progress)
+        page = _report(console, result, measured, with_page=with_page)
+    if page is not None:
+        console.say(f"report: {page}")
+    lines = [
+        *map(on_one_line, _summary(result, prepared.config)),
+        *map(fitted, engine_lines(result.engines)),
+    ]
+    data = {**result.to_json(), "evaluation": None}
+    if measured is not None:
+        from gptq_cli.cli.eval_ppl import summary_of
+
+        lines += map(on_one_line, summary_of(measured))
+        data["evaluation"] = measured.to_json()
+    console.result(data, "\n".join(lines), result.output)
+    if prepared.options.stream_download and not prepared.located.is_complete:
+        again = f"what measures against it downloads {size(result.bytes_before)} again"
+        console.say(f"note: the original was not kept on the disk: {again}")
+    for line in _next_steps(result, prepared, measured):
+        console.say(f"next: {line}")
+
+
+def _report(
+    console: Console, result: QuantizeResult, measured: EvalResult | None, *, with_page: bool
+) -> Path | None:
     """Write the data about a run into its output, and the page; return the path of the page.
 
     If the user did not ask for the page, a failure is a warning: the checkpoint is complete.
     """
     from gptq_cli.storage.manifest import REPORT_PAGE, write_report_data
 
+    evaluation = None
+    if measured is not None:
+        evaluation = measured.to_json()
     try:
         command = shell_words(["gptq", *sys.argv[1:]])
-        write_report_data(result.output, result.to_json(), command)
+        write_report_data(result.output, result.to_json(), command, evaluation)
         if not with_page:
             return None
         from gptq_cli.publish.report import write_page
@@ -212,27 +260,63 @@ def _report(console: Console, result: QuantizeResult, *, with_page: bool) -> Pat
         return None
 
 
-def _show_result(
-    console: Console, result: QuantizeResult, prepared: PreparedRun, page: Path | None = None
-) -> None:
-    """Show a finished run, the path of its HTML report, if there is one, and what to do next."""
-    config = prepared.config
-    if page is not None:
-        console.say(f"report: {page}")
-    lines = [
-        *map(on_one_line, _summary(result, config)),
-        *map(fitted, engine_lines(result.engines)),
-    ]
-    console.result(result.to_json(), "\n".join(lines), result.output)
-    if prepared.options.stream_download and not prepared.located.is_complete:
-        again = f"what measures against it downloads {size(result.bytes_before)} again"
-        console.say(f"note: the original was not kept on the disk: {again}")
-    for line in _next_steps(result, prepared):
-        console.say(f"next: {line}")
+def _check_evaluation(config: QuantizeConfig, *, streams: bool = False) -> None:
+    """Raise ConfigError E_CFG_CONFLICT for a run whose original will not be on the disk."""
+    if streams:
+        message = "--eval needs the original on the disk, but --stream-download does not keep it"
+        raise ConfigError("E_CFG_CONFLICT", message, hint="omit --eval or --stream-download")
+    if config.lora not in (None, NO_LORA, [NO_LORA]):
+        message = "--eval compares with the model as it is stored, but --lora merges an adapter"
+        hint = "omit --eval, and compare with the merged model: gptq eval-ppl OUT --baseline MERGED"
+        raise ConfigError("E_CFG_CONFLICT", message, hint=hint)
 
 
-def _next_steps(result: QuantizeResult, prepared: PreparedRun) -> list[str]:
-    """Return a command that measures the output, and one that serves it."""
+def _evaluation_of(prepared: PreparedRun) -> EvalRequest:
+    """Return the request that compares the output of a run with its original.
+
+    Its text is the one that `_measuring` names. A file is read no further than the calibration may
+    have read it.
+    """
+    from gptq_cli.evaluation.request import EvalRequest
+
+    config, baseline = prepared.config, prepared.model
+    if prepared.options.revision is not None:  # which names no baseline
+        baseline = str(prepared.located.directory)
+    request = EvalRequest(
+        baseline=baseline,
+        device=config.device,
+        dtype=config.dtype,
+        backend=config.backend,
+        trust_remote_code=config.trust_remote_code,
+    )
+    source = _own_text(prepared)
+    if source is None:
+        return request
+    return replace(
+        request,
+        dataset=source.name,
+        seqlen=config.seqlen,
+        max_windows=config.nsamples,
+        text_column=list(source.columns) or None,
+        chat_template=source.chat_template,
+    )
+
+
+def _own_text(prepared: PreparedRun) -> DatasetSource | None:
+    """Return the first text of a run if it is on this machine, else None."""
+    from gptq_cli.calibration.corpus import calibration_sources, is_path
+    from gptq_cli.config.corpora import BUILT_IN
+
+    source, _ = calibration_sources(prepared.config)[0]
+    if is_path(source.name) or source.name == BUILT_IN:
+        return source
+    return None
+
+
+def _next_steps(
+    result: QuantizeResult, prepared: PreparedRun, measured: EvalResult | None
+) -> list[str]:
+    """Return a command that measures the output, unless it was measured, and one that serves it."""
     output = shell_word(str(result.output))
     loads = [verdict.engine for verdict in result.engines if verdict.outcome in LOADS]
     target = (prepared.config.target or "").partition("@")[0].partition("/")[0]
@@ -241,23 +325,17 @@ def _next_steps(result: QuantizeResult, prepared: PreparedRun) -> list[str]:
         if engine in SERVING and engine in loads:
             serving = SERVING[engine].format(output)
             break
+    if measured is not None:
+        return [serving]
     return [_measuring(result, prepared), serving]
 
 
 def _measuring(result: QuantizeResult, prepared: PreparedRun) -> str:
-    """Return the command that measures the output, on text of this machine if the run had some.
-
-    Chats with images are not measured.
-    """
-    from gptq_cli.calibration.corpus import calibration_sources, is_path
-    from gptq_cli.config.corpora import BUILT_IN
-
+    """Return the command that measures the output, on text of this machine if the run had some."""
     words = ["gptq", "eval-ppl", str(result.output), "--baseline", prepared.model]
-    config = prepared.config
-    source, _ = calibration_sources(config)[0]
-    on_this_machine = is_path(source.name) or source.name == BUILT_IN
-    if on_this_machine and not result.image_windows:
-        words += ["--dataset", source.name, "--seqlen", str(config.seqlen)]
+    source = _own_text(prepared)
+    if source is not None:
+        words += ["--dataset", source.name, "--seqlen", str(prepared.config.seqlen)]
         for column in source.columns:
             words += ["--text-column", column]
         if source.chat_template is not None:
@@ -318,6 +396,7 @@ def resume(
     directory: Directory,
     *,
     overwrite: o.Overwrite = False,
+    evaluate: o.WithEvaluation = False,
     devices: o.Devices = None,
     settings: o.Settings,
     max_runtime: o.MaxRuntime = None,
@@ -359,6 +438,8 @@ def resume(
         stream_download=begun.stream_download,
     )
     config = begun.config.model_copy(update={"trust_remote_code": trust_remote_code})
+    if evaluate:
+        _check_evaluation(config, streams=begun.stream_download)
     console = Console(as_json, quiet)
     prepared = _prepare(begun.model, output, config, options)
     prepared = replace(prepared, allocated=begun.allocated)
@@ -368,8 +449,7 @@ def resume(
     with working(console, prepared, named) as (worker, progress):
         result = carry_out(prepared, progress, worker)
     if worker.team.is_leader:
-        _report(console, result, with_page=False)
-        _show_result(console, result, prepared)
+        _finish(console, result, prepared, with_page=False, evaluate=evaluate)
 
 
 class _Begun(BaseModel):

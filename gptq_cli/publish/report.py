@@ -39,12 +39,13 @@ def write_page(
 ) -> Path:
     """Write the page of the run that made `directory`, and its heat maps to `png`; return `page`.
 
-    `evaluation` is a file with the result of `gptq eval-ppl --json`. Raises InputError E_REPORT if
+    `evaluation` is a file with the result of `gptq eval-ppl --json`; without one the page has the
+    evaluation of the run, if it was made with --eval. Raises InputError E_REPORT if
     the data of the run or the evaluation is missing or wrong; ConfigError E_CFG_CONFLICT if both
     outputs are one file; ExistsError E_OUT_FOREIGN if one exists that gptq has not written.
     """
     check_report()
-    run = {**read_run(directory), "evaluation": None}
+    run = read_run(directory)
     if evaluation is not None:
         run["evaluation"] = read_evaluation(evaluation)
     _check_targets(directory, page, png)

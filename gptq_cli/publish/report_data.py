@@ -152,6 +152,7 @@ class Run(BaseModel):
     layers: Annotated[list[Layer], Field(min_length=1, max_length=MOST_LAYERS)]
     blocks: Annotated[list[Block], Field(max_length=MOST_BLOCKS)]
     experts: Annotated[list[Experts], Field(max_length=MOST_BLOCKS)] = []
+    evaluation: Evaluation | None = None
 
     @model_validator(mode="after")
     def _can_be_drawn(self) -> Run:

@@ -148,23 +148,47 @@ def write_manifest(directory: Path, content: dict[str, Any]) -> None:
     write_json(directory / MANIFEST, sealed({"schema": SCHEMA, **content, "files": files}))
 
 
-def write_report_data(output: Path, result: Mapping[str, Any], command: str) -> None:
+def write_report_data(
+    output: Path,
+    result: Mapping[str, Any],
+    command: str,
+    evaluation: Mapping[str, Any] | None = None,
+) -> None:
     """Write the data of a finished run into its output, for `gptq report`.
 
-    The data of a run that was finished before is kept.
+    The data of a run that was finished before is kept if it is whole, and gets the `evaluation`.
     """
     file = output / REPORT_DATA
-    if result.get("already_done") and is_file(file):
-        return
-    data = {
-        "report": REPORT_VERSION,
-        "version": __version__,
-        "command": command,
-        "name": resolved(output).name,
-        **result,
-    }
-    data.pop("output", None)  # the directory may be moved
+    data = None
+    if result.get("already_done"):
+        data = _read_report(file)
+        if data is not None and evaluation is None:
+            return
+    if data is None:
+        data = {
+            "report": REPORT_VERSION,
+            "version": __version__,
+            "command": command,
+            "name": resolved(output).name,
+            **result,
+        }
+        data.pop("output", None)  # the directory may be moved
+    if evaluation is not None:
+        data["evaluation"] = evaluation
     write_file(file, json_bytes(data, indent=1))
+
+
+def _read_report(file: Path) -> dict[str, Any] | None:
+    """Return the data of a run, None if the file is missing or damaged."""
+    if not is_file(file):
+        return None
+    try:
+        data = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(data, dict) or data.get("report") != REPORT_VERSION:
+        return None
+    return data
 
 
 def sealed(content: dict[str, Any]) -> dict[str, Any]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 
 from gptq_cli.evaluation.request import EvalRequest
+from gptq_cli.evaluation.verdict import BETTER, VERDICTS, WORST, verdict_lines
 
 from .conftest import FakeEvaluated, FakeEvaluator, Run
 
+ROOT = Path(__file__).resolve().parents[2]
 COMPARED = FakeEvaluated(
     perplexity=12.5, baseline_perplexity=12.25, kl=0.0123, top1_agreement=0.956
 )
@@ -57,6 +60,7 @@ def test_the_answer_states_its_protocol(gptq: Run, evaluator: FakeEvaluator) -> 
 perplexity  12.5000
 baseline    12.2500 (+0.2500)
 agreement   KL 0.0123, top-1 95.60%
+verdict     the model is close to the original: KL is below 0.05
 protocol    wikitext2, 3 windows of 128 tokens, bfloat16
 time        0:01:01
 """
@@ -212,3 +216,32 @@ def test_wrong_settings_are_refused_before_loading(
     assert result.exit_code == 2
     assert message in result.stderr
     assert evaluator.calls == []
+
+
+@pytest.mark.parametrize(
+    ("kl", "words", "advised"),
+    [
+        (-1e-9, "hardly differs from the original: KL is below 0.01", False),
+        (0.00999, "hardly differs from the original: KL is below 0.01", False),
+        (0.01, "is close to the original: KL is below 0.05", False),
+        (0.05, "differs noticeably from the original: KL is below 0.2", True),
+        (0.19, "differs noticeably from the original: KL is below 0.2", True),
+        (0.2, "has lost much of the original: KL is below 0.5", True),
+        (0.5, "is badly damaged: KL is 0.5 or more", True),
+        (math.inf, "is badly damaged: KL is 0.5 or more", True),
+        (math.nan, "is badly damaged: KL is 0.5 or more", True),
+    ],
+)
+def test_a_verdict_has_words_and_what_to_try(kl: float, words: str, advised: bool) -> None:
+    first, *rest = verdict_lines(kl)
+    assert first == f"verdict     the model {words}"
+    assert [line.strip() for line in rest] == [BETTER] * advised
+
+
+def test_the_documents_have_the_limits_of_the_verdicts() -> None:
+    section = (ROOT / "docs" / "accuracy.md").read_text().partition("## Verdicts")[2]
+    rows = [line.split("|")[1:3] for line in section.splitlines() if line.startswith("| ")]
+    expected = [["KL", "verdict"]]
+    expected += [[f"below {limit}", words] for limit, words in VERDICTS.items()]
+    expected.append([f"{max(VERDICTS)} or more", WORST])
+    assert [[cell.strip() for cell in row] for row in rows[: len(expected)]] == expected

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,9 +12,10 @@ from gptq_cli.cli.app import load_command
 from gptq_cli.config.fields import seconds
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import ResourceError
+from gptq_cli.evaluation.request import EvalRequest
 from gptq_cli.planning.run_plan import default_name
 
-from .conftest import FakeQuantized, FakeQuantizer, Run
+from .conftest import FakeEvaluated, FakeEvaluator, FakeQuantized, FakeQuantizer, Run
 
 RUN_FLAGS = [
     "--revision=v1",
@@ -259,6 +261,55 @@ def test_the_next_command_measures_on_text_of_this_machine(
     assert measuring == "next: gptq eval-ppl out --baseline m --dataset english --seqlen 64"
 
 
+@pytest.mark.parametrize("text", ["english", "rows.jsonl", "c4"])
+def test_eval_measures_the_output_at_the_end(
+    text: str,
+    gptq: Run,
+    quantizer: FakeQuantizer,
+    evaluator: FakeEvaluator,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text('{"a": "x", "b": "y"}')
+    evaluator.result = FakeEvaluated(baseline_perplexity=12.25, kl=0.3, top1_agreement=0.7)
+    words = ["--dataset", text, "--seqlen", "64", "--nsamples", "9", "--device", "cpu", "--eval"]
+    if text == "rows.jsonl":
+        words += ["--text-column", "b"]
+    result = gptq("quantize", "m", "-o", "out", *words)
+    assert (result.exit_code, len(quantizer.calls)) == (0, 1), result.stderr
+    [(measured, request)] = evaluator.calls
+    expected: dict[str, Any] = {"baseline": "m", "device": "cpu"}
+    if text != "c4":
+        expected |= {"dataset": text, "seqlen": 64, "max_windows": 9}
+    if text == "rows.jsonl":
+        expected["text_column"] = ["b"]
+    assert (measured, request) == ("out", EvalRequest(**expected))
+    assert "\nagreement   KL 0.3, top-1 70.00%\n" in result.stdout
+    assert "the model has lost much of the original: KL is below 0.5" in result.stdout
+    assert [line for line in result.stderr.splitlines() if line.startswith("next: ")] == [
+        "next: vllm serve out"
+    ]
+    assert [run[-1] for run in quantizer.runs] == [None, evaluator.result.to_json()]
+
+
+def test_the_json_of_a_run_has_its_evaluation(
+    gptq: Run, quantizer: FakeQuantizer, evaluator: FakeEvaluator
+) -> None:
+    evaluator.result = FakeEvaluated(baseline_perplexity=12.25, kl=0.3, top1_agreement=0.7)
+    for words, expected in (([], None), (["--eval"], evaluator.result.to_json())):
+        data = json.loads(gptq("quantize", "m", "--json", *words).stdout)
+        assert data["evaluation"] == expected
+    assert (len(quantizer.calls), len(evaluator.calls)) == (2, 1)
+
+
+def test_eval_refuses_an_adapter_before_the_run(gptq: Run, quantizer: FakeQuantizer) -> None:
+    result = gptq("quantize", "m", "--lora", "adapter", "--eval")
+    assert (result.exit_code, quantizer.calls) == (2, [])
+    assert "error[E_CFG_CONFLICT]: --eval compares with the model as it is" in result.stderr
+    assert "hint: omit --eval, and compare with the merged model" in result.stderr
+
+
 def test_a_report_that_cannot_be_written_is_a_warning(
     gptq: Run, quantizer: FakeQuantizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -290,7 +341,8 @@ def test_json_is_one_object_without_nan(gptq: Run, quantizer: FakeQuantizer) -> 
     layers: list[str] = []
     for block in ("model.layers.0", "model.layers.1"):
         layers += [f"{block}.q_proj", f"{block}.[bold]down"]
-    expected = {"schema": 1, "status": "ok", "output": "o", "layers": layers, "worst": None}
+    expected: dict[str, Any] = {"schema": 1, "status": "ok", "output": "o", "layers": layers}
+    expected |= {"worst": None, "evaluation": None}
     assert json.loads(result.stdout) == expected
     assert result.stdout.count("\n") == 1
     assert len(quantizer.calls) == 1

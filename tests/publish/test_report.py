@@ -57,6 +57,37 @@ class Tags(HTMLParser):
         self.found.append((tag, dict(attrs)))
 
 
+@pytest.mark.parametrize("left", [b"", b"{", b"[]", b'{"report": 0}', None])
+def test_damaged_data_of_a_finished_run_is_written_again(
+    left: bytes | None, finished: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "gptq_report.json"
+    result = {**data_of(finished), "already_done": True}
+    del result["command"]
+    if left is not None:
+        file.write_bytes(left)
+    write_report_data(tmp_path, result, "again")
+    assert data_of(tmp_path)["command"] == "again"
+    write_report_data(tmp_path, result, "a third time")
+    assert data_of(tmp_path)["command"] == "again"
+
+
+def test_an_evaluation_joins_the_data_that_is_kept(finished: Path, tmp_path: Path) -> None:
+    result = {**data_of(finished), "already_done": True}
+    del result["command"]
+    write_report_data(tmp_path, result, "first")
+    measured = {
+        "perplexity": 12.5, "windows": 3, "seqlen": 64, "dataset": "english", "dtype": "float32",
+        "baseline_perplexity": 12.25, "kl": 0.0456, "top1_agreement": 0.9,
+    }  # fmt: skip
+    write_report_data(tmp_path, result, "second", measured)
+    data = data_of(tmp_path)
+    assert (data["command"], data["evaluation"]) == ("first", measured)
+    page = write_page(tmp_path, tmp_path / "page.html").read_text()
+    assert "0.0456" in page
+    assert "english" in page
+
+
 def test_the_page_shows_layers_errors_blocks_and_the_command(finished: Path) -> None:
     page, run = (finished / "gptq_report.html").read_text(), data_of(finished)
     worst = sorted(run["layers"], key=lambda layer: -layer["relative_error"])[:10]
