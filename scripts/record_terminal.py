@@ -20,7 +20,7 @@ from common import DEMO, argument_parser
 from rich.console import Console
 from rich.text import Text
 
-COLUMNS = 94
+COLUMNS = 99
 COMMANDS = [
     "gptq quantize demo --bits 4 --dataset text.txt --nsamples 64 --seqlen 512",
     "gptq eval-ppl demo-GPTQ-Int4-g128 --baseline demo --dataset heldout.txt 2> /dev/null",

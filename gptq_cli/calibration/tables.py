@@ -10,7 +10,7 @@ from typing import Any
 
 from gptq_cli.calibration.chats import BESIDE_CHATS, Form
 from gptq_cli.calibration.columns import Content, Row, check_schema, columns_of_schema
-from gptq_cli.errors import InputError
+from gptq_cli.errors import InputError, shown
 from gptq_cli.files import file_errors, is_file
 
 BATCH_ROWS = 1024
@@ -133,6 +133,9 @@ def _chosen_split(folder: Path, split: str | None, usual_split: str) -> str:
     splits = _read(folder / DICT_FILE).get("splits")
     if not isinstance(splits, list) or not all(isinstance(name, str) for name in splits):
         raise _not_saved(folder / DICT_FILE, "it names no splits")
+    for name in splits:
+        if name in ("", ".", "..") or Path(name).name != name:
+            raise _not_saved(folder / DICT_FILE, f"its split {shown(name)} is outside the folder")
     wanted = split or usual_split
     if wanted in splits:
         return wanted

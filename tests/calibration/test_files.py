@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -117,6 +118,20 @@ def test_a_split_of_save_to_disk_is_chosen(saved: datasets.Dataset, tmp_path: Pa
     error = refused(tmp_path / "both", split="gone")
     assert str(error).endswith("has no split `gone`; it has test, train")
     assert (error.code, error.hint) == ("E_DATA_SPLIT", "name a split with --dataset-split")
+
+
+@pytest.mark.parametrize("split", ["..", "../elsewhere", "/etc", ".", "a/b", ""])
+def test_a_split_never_leaves_its_saved_folder(
+    split: str, saved: datasets.Dataset, tmp_path: Path
+) -> None:
+    saved.save_to_disk(tmp_path / "elsewhere")
+    datasets.DatasetDict({"train": saved}).save_to_disk(tmp_path / "both")
+    names = json.dumps({"splits": ["train", split]})
+    (tmp_path / "both" / "dataset_dict.json").write_text(names)
+    error = refused(tmp_path / "both", split=split or None)
+    assert str(error).endswith(f'its split "{split}" is outside the folder')
+    assert (error.code, error.exit_code) == ("E_DATA_FORMAT", 3)
+    assert error.hint == "write the folder again with save_to_disk"
 
 
 @pytest.mark.parametrize("damage", ["{", "[]", '{"_data_files": []}', '{"_data_files": [{}]}'])
