@@ -19,11 +19,6 @@ from tests.engines.verdicts import said_of
 
 ROOT = Path(__file__).resolve().parents[1]
 CONTENT: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8"))
-# Engines and formats of which some checkpoints were not run yet.
-NOT_YET = {
-    ("vllm", "mlx"),
-    ("vllm", "auto-round"),
-}
 
 
 @pytest.fixture
@@ -55,8 +50,7 @@ def test_every_engine_ran_on_every_checkpoint() -> None:
     rows = {row["id"]: row for row in CONTENT["cases"]}
     for engine, case in itertools.product(ENGINES, CASES):
         tried = engine.name in rows[case.id]["seen"]
-        later = (engine.name, case.settings.get("format", "gptq")) in NOT_YET
-        if can_try(engine, case) and not tried and not later:
+        if can_try(engine, case) and not tried:
             missing.append((engine.name, case.id))
     assert missing == []
 

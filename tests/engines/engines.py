@@ -31,6 +31,9 @@ REFUSALS: dict[str, tuple[str, ...]] = {
         "AssertionError",  # of shapes that differ in a fused layer
         "Failed to find a kernel that can implement the WNA16 linear layer",
         "There is no module or parameter named",  # of the format mlx
+        "INC on CPU: unsupported config",  # of auto-round with other bits than 4
+        "Unsupported packing_format",  # of auto-round with zero points
+        "has no parameter 'w2_qweight'",  # of experts in the format auto-round
     ),
     "llama.cpp": (
         "3-bit gptq dequantization is not yet implemented",
