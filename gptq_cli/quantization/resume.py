@@ -68,8 +68,8 @@ def identify(
 
     The weights of a commit of the Hub are known by its hash; those of a directory are read and
     hashed. If not `hashed`, another process on this machine does this, and the identity has no
-    "source". Raises InputError E_CKPT_NONFINITE for weights that are not finite, E_SOURCE_CHANGED
-    for files that have changed.
+    "source". Raises InputError E_CKPT_NONFINITE for weights of the model or of an adapter that are
+    not finite, E_SOURCE_CHANGED for files that have changed.
     """
     known: dict[str, Any] = {
         "versions": {
@@ -87,6 +87,8 @@ def identify(
     if not hashed:
         return known
     files = _files(source, commit)
+    for adapter in source.adapters:
+        scan_weights(adapter.tensors.values(), hashed=False)
     source.check_unchanged()
     return known | {"source": {"commit": commit, "files": files}}
 

@@ -14,9 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gptq_cli.checkpoint.adapters import with_adapters
+from gptq_cli.checkpoint.headers import DAMAGED
 from gptq_cli.checkpoint.reader import open_reader
 from gptq_cli.checkpoint.source import open_checkpoint
 from gptq_cli.errors import ConfigError, ExistsError, InputError
+from gptq_cli.events import BlockStarted, Event
 from gptq_cli.planning.checks import with_lora
 from gptq_cli.quantization.run import quantize_checkpoint
 from tests.disks import Killed
@@ -337,6 +339,27 @@ def test_a_changed_adapter_is_another_run_and_a_moved_one_is_not(
         assert caught.value.code == "E_RESUME_MISMATCH"
     resumed = quantize_checkpoint(str(model), output, config(lora=str(moved)))
     assert resumed.resumed_blocks == 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("name", [f"{QKV}.lora_A.weight", "model.norm.weight"])
+def test_an_adapter_that_is_not_finite_is_refused_before_a_block(
+    name: str, value: float, model: Path, tmp_path: Path
+) -> None:
+    tensors = pair(QKV, 128, 32) | {"model.norm.weight": noise(32, seed=3)}
+    tensors[name].view(-1)[3] = value
+    adapter = write_adapter(tmp_path / "adapter", tensors)
+    events: list[Event] = []
+    sound = write_adapter(tmp_path / "sound", pair(QKV, 128, 32))
+    settings = config(lora=[str(sound), str(adapter)])
+    with pytest.raises(InputError) as caught:
+        quantize_checkpoint(str(model), tmp_path / "out", settings, report=events.append)
+    assert (caught.value.code, caught.value.exit_code) == ("E_CKPT_NONFINITE", 3)
+    file = f"`base_model.model.{name}` in {WEIGHTS}"
+    assert str(caught.value) == f"{file} holds NaN or infinity, 1 times"
+    assert caught.value.hint == DAMAGED
+    assert not [event for event in events if isinstance(event, BlockStarted)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "sound"]
 
 
 def trained(model: Path, directory: Path, **settings: Any) -> dict[str, Tensor]:
