@@ -175,15 +175,18 @@ class Limits:
     def check_time_for_block(self) -> None:
         """Raise PausedError E_PAUSED if a block as long as the longest so far would be late."""
         if self._now() + self._longest > self._end:
-            self._pause("the next block would not finish", "run the same command to resume")
+            self._pause("the next block would not finish")
 
     def check_time(self) -> None:
         """Raise PausedError E_PAUSED if the time is over."""
         if self._now() > self._end:
-            hint = "run the same command to resume; the current block starts over"
-            self._pause("the current block did not finish", hint)
+            self._pause("the current block, which will start over, did not finish")
 
-    def _pause(self, what: str, hint: str) -> NoReturn:
+    def _pause(self, what: str) -> NoReturn:
+        """Raise PausedError; if blocks are kept, WorkKept is reported, which shows how to resume."""
+        hint = None
+        if not self._longest:
+            hint = "this call has finished no block: allow more time"
         limit = f"--max-runtime ({self._seconds:g} s)"
         raise PausedError("E_PAUSED", f"{what} within {limit}", hint=hint)
 
