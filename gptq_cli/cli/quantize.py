@@ -210,6 +210,7 @@ def _finish(
         from gptq_cli.api import evaluate_perplexity
 
         request = _evaluation_of(prepared)
+        _note_same_text(console, result, prepared)
         with Progress(console) as progress:
             measured = evaluate_perplexity(result.output, request, on_event=progress)
         page = _report(console, result, measured, with_page=with_page)
@@ -300,6 +301,17 @@ def _evaluation_of(prepared: PreparedRun) -> EvalRequest:
         text_column=list(source.columns) or None,
         chat_template=source.chat_template,
     )
+
+
+def _note_same_text(console: Console, result: QuantizeResult, prepared: PreparedRun) -> None:
+    """Tell if --eval measures on the text of the calibration, and how to measure on another."""
+    source = _own_text(prepared)
+    if source is None:
+        return
+    words = ["gptq", "eval-ppl", str(result.output), "--baseline", prepared.model]
+    command = f"{shell_words(words)} --dataset FILE"
+    same = f"--eval measures on `{source.name}`, which the calibration has read"
+    console.show_notes([f"{same}; to measure on other text: {command}"])
 
 
 def _own_text(prepared: PreparedRun) -> DatasetSource | None:

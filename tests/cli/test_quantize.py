@@ -291,6 +291,10 @@ def test_eval_measures_the_output_at_the_end(
         "next: vllm serve out"
     ]
     assert [run[-1] for run in quantizer.runs] == [None, evaluator.result.to_json()]
+    same = f"note: --eval measures on `{text}`, which the calibration has read; "
+    other = "to measure on other text: gptq eval-ppl out --baseline m --dataset FILE"
+    notes = [line for line in result.stderr.splitlines() if line.startswith("note: --eval")]
+    assert notes == [same + other] * (text != "c4")
 
 
 def test_the_json_of_a_run_has_its_evaluation(
