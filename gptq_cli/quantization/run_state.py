@@ -183,7 +183,7 @@ class Limits:
             self._pause("the current block, which will start over, did not finish")
 
     def _pause(self, what: str) -> NoReturn:
-        """Raise PausedError; if blocks are kept, WorkKept is reported, which shows how to resume."""
+        """Raise PausedError; if blocks are kept, WorkKept shows the command that resumes."""
         hint = None
         if not self._longest:
             hint = "this call has finished no block: allow more time"
