@@ -34,6 +34,7 @@ from gptq_cli.config.serving import ENGINES, Rule
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 EQUATION = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+VALUE = re.compile(r"<td><code>[^<]*</code>")
 WIDE = ("compatibility.md",)
 OUTCOMES = {
     "wrong": "loads it but computes something else",
@@ -65,15 +66,22 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     return markdown
 
 
-def on_page_content(html: str, **_: Any) -> str:
-    """Draw the equations of a page; mkdocs calls it."""
+def on_page_content(html: str, page: Any, **_: Any) -> str:
+    """Draw the equations of a page; mark the reference, and where long values in it may break.
+
+    mkdocs calls it.
+    """
 
     def draw(found: re.Match[str]) -> str:
         display = "block" if found[2] == "[" else "inline"
         drawn = convert(unescape(found[3]), display=display)
         return f'<{found[1]} class="arithmatex">{drawn}</{found[1]}>'
 
-    return EQUATION.sub(draw, html)
+    html = EQUATION.sub(draw, html)
+    if page.file.src_uri.startswith("reference/"):
+        html = VALUE.sub(lambda found: found[0].replace("|", "|<wbr>"), html)
+        html = f'<div class="reference">{html}</div>'
+    return html
 
 
 def pages() -> dict[str, str]:
@@ -107,8 +115,11 @@ def _code(text: object) -> str:
 
 def _text(words: str) -> str:
     """Escape the characters that mean something in Markdown, and mark options as code."""
-    escaped = re.sub(r"([<*_\[|])", r"\\\1", words)
-    return re.sub(r"(?<![\w`-])(--?[a-z][a-z-]*\b)", r"`\1`", escaped)
+    parts = words.split("`")  # every second part is code already
+    for index in range(0, len(parts), 2):
+        escaped = re.sub(r"([<*_\[|])", r"\\\1", parts[index])
+        parts[index] = re.sub(r"(?<![\w-])(--?[a-z][a-z-]*\b)", r"`\1`", escaped)
+    return "`".join(parts)
 
 
 def command_line() -> str:
@@ -255,7 +266,10 @@ def json_output() -> str:
         part = schema["$defs"][name]
         rows = [(_code(path), kind, _text(about)) for path, kind, about in _fields(part)]
         lines += [f"## {name}", "", _text(part.get("description", ""))]
-        lines += table(("field", "type", ""), rows)
+        if "$ref" in part:
+            lines.append(f"The same as {_kind(part)}.")
+        if rows:
+            lines += table(("field", "type", ""), rows)
     return "\n".join(lines)
 
 

@@ -129,3 +129,22 @@ def test_reference_lists_the_output_schema_and_all_decisions(
     assert "| `memory.cpu` | [memory_peak](#memory_peak) |" in shown
     written = sorted(file.name for file in (ROOT / "docs" / "decisions").glob("*.md"))
     assert re.findall(r"\]\((\d\S+\.md)\)", pages["decisions/index.md"]) == written
+
+
+def test_words_that_are_code_already_stay_as_they_are(docs_site: ModuleType) -> None:
+    assert docs_site._text("`gptq plan --json` has `a_b` and --bits") == (
+        "`gptq plan --json` has `a_b` and `--bits`"
+    )
+    assert docs_site._text("no --bits, a_b <x>") == r"no `--bits`, a\_b \<x>"
+
+
+def test_parts_of_json_without_fields_have_no_table(docs_site: ModuleType) -> None:
+    shown = docs_site.pages()["reference/json.md"]
+    assert "The same as [quantize](#quantize)." in shown.partition("## resume\n")[2]
+    assert "| --- | --- | --- |\n\n" not in shown
+
+
+def test_long_values_of_the_reference_break_at_their_bars(site: Path) -> None:
+    page = (site / "reference" / "cli.html").read_text(encoding="utf-8")
+    assert "<code>mean|<wbr>diagonal</code>" in page
+    assert "<wbr>" not in (site / "index.html").read_text(encoding="utf-8")
