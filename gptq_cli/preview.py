@@ -307,6 +307,7 @@ def _before_allocation(
 
 def _warn(result: PlanResult, config: QuantizeConfig, report: Report) -> None:
     notes = notes_on_output(result.output)
+    notes += _notes_on_stacks(result.plan)
     notes += notes_on_limits(result.plan, config, result.devices)
     for note in notes:
         report(Noted(note))
@@ -317,6 +318,18 @@ def _warn(result: PlanResult, config: QuantizeConfig, report: Report) -> None:
         report(Warned("W_DISK", text))
     for code, remark in remarks(result.plan, config):
         report(Warned(code, remark))
+
+
+def _notes_on_stacks(plan: RunPlan) -> list[str]:
+    """Return a note about stacks of matrices that the run may quantize, but the plan keeps."""
+    if not plan.unknown:
+        return []
+    first = plan.unknown[0]
+    named = f"`{first.name}` {list(first.shape)}"
+    if len(plan.unknown) > 1:
+        named += f" and {len(plan.unknown) - 1} more"
+    text = f"headers do not tell whether {named} hold linear layers"
+    return [f"{text}: the plan keeps them, but the run asks the model, and may quantize them"]
 
 
 def _measured_seconds(plan: RunPlan, config: QuantizeConfig, devices: int) -> Seconds:

@@ -63,8 +63,8 @@ def with_group_size(source: Checkpoint, config: QuantizeConfig) -> QuantizeConfi
 
     It is the largest of USUAL_GROUP_SIZES that divides the inputs of all layers that have no group
     size of their own, as far as headers tell, and that the target loads. Layers that no size fits
-    do not count. Of a tensor that holds many experts, both sides count. Raises what
-    `plan_checkpoint` raises before it checks layers.
+    do not count. Of a stack of matrices whose meaning only the model knows, both sides count.
+    Raises what `plan_checkpoint` raises before it checks layers.
     """
     if config.group_size != AUTO:
         return config
@@ -74,9 +74,8 @@ def with_group_size(source: Checkpoint, config: QuantizeConfig) -> QuantizeConfi
         fits = layer.in_features % PACK_MULTIPLE == layer.out_features % PACK_MULTIPLE == 0
         if layer.config and fits and _rule_with_group_size(layer, config) is None:
             alike.append(layer.in_features)
-    for name, tensor in found.plain.tensors.items():
-        if len(tensor.shape) == 3 and name.startswith(f"{found.blocks}.") and tensor.shape[1] > 1:
-            alike += tensor.shape[1:]
+    for stack in _unknown_stacks(found.plain, found.blocks, found.layers):
+        alike += stack.shape[1:]
     width = gcd(*alike)
     for size in USUAL_GROUP_SIZES:
         if width % size == 0 and _target_loads(config, size):
@@ -138,8 +137,10 @@ def _plan(
         layers = list(map(_kept_if_unfit, layers))
     plain = _as_kept(found.plain, layers)
 
-    names_are_known = model is not None or not _has_stacks(plain, found.blocks)
-    _check_layers(layers, config, names_are_known=names_are_known)
+    unknown = []
+    if model is None:
+        unknown = _unknown_stacks(plain, found.blocks, layers)
+    _check_layers(layers, config, names_are_known=not unknown)
     packing = _packing_of(layers, config.format)
     return RunPlan(
         source=source,
@@ -150,6 +151,7 @@ def _plan(
         layout=_lay_out(plain, layers, packing, config.max_shard_bytes),
         packing=packing,
         unused=tuple(found.unused),
+        unknown=tuple(unknown),
     )
 
 
@@ -183,7 +185,8 @@ def _read(
     check_claims(source)
 
     planner = _LayerPlanner(source, plain, blocks, config, model, choices)
-    layers = planner.plan_layers(weights, _find_routers(tensors, blocks))
+    stacked = _find_stacked(tensors, blocks, model)
+    layers = planner.plan_layers(weights, stacked, _find_routers(tensors, blocks))
     return _Read(plain, tuple(unused), blocks, planner, layers)
 
 
@@ -267,12 +270,27 @@ def _is_router(tensor: TensorInfo, n_experts: Mapping[str, int]) -> bool:
     return False
 
 
-def _has_stacks(plain: Plain, blocks: str) -> bool:
-    """True if a tensor of the blocks is 3-D, which most often holds all experts of a layer."""
-    for name, tensor in plain.tensors.items():
-        if len(tensor.shape) == 3 and name.startswith(f"{blocks}."):
-            return True
-    return False
+def _find_stacked(
+    tensors: Sequence[TensorInfo], blocks: str, model: Structure | None
+) -> Mapping[str, Stacked]:
+    """Return the linears that share one tensor with others, by the model or by headers."""
+    if model is not None:
+        return model.stacked
+    if all(len(tensor.shape) != 3 for tensor in tensors):
+        return {}
+    from gptq_cli.planning.stacks import linears_in_stacks
+
+    return linears_in_stacks(tensors, blocks)
+
+
+def _unknown_stacks(plain: Plain, blocks: str, layers: Iterable[LayerPlan]) -> list[TensorInfo]:
+    """Return the stacks of matrices in the blocks that are not known to hold linear layers."""
+    if all(len(tensor.shape) != 3 for tensor in plain.tensors.values()):
+        return []
+    from gptq_cli.planning.stacks import stacks_of
+
+    known = {layer.stack for layer in layers}
+    return [stack for stack in stacks_of(plain.tensors.values(), blocks) if stack.name not in known]
 
 
 def _end_of_blocks(source: Checkpoint, blocks: str, model: Structure | None) -> int:
@@ -319,14 +337,15 @@ class _LayerPlanner:
         self._end = _end_of_blocks(source, blocks, model)
         self.n_blocks = 0  # that hold linear layers, known after `plan_layers`
 
-    def plan_layers(self, weights: Iterable[TensorInfo], routers: set[str]) -> list[LayerPlan]:
+    def plan_layers(
+        self, weights: Iterable[TensorInfo], stacked: Mapping[str, Stacked], routers: set[str]
+    ) -> list[LayerPlan]:
         """Plan the linear layers with these weights and those that share a tensor, by block."""
         layers = []
         for weight in weights:
             layers.append(self._plan_weight(weight, routers))
-        if self._model is not None:
-            for name, stacked in self._model.stacked.items():
-                layers.append(self._plan_stacked(name, stacked))
+        for name, place in stacked.items():
+            layers.append(self._plan_stacked(name, place))
         layers.sort(key=lambda layer: layer.block)
         self.n_blocks = len({layer.block for layer in layers if layer.block < self._end})
         return layers

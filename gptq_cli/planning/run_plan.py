@@ -106,7 +106,8 @@ class RunPlan:
 
     `plain` has the tensors that `source` stands for: its own, unless it is stored in codes.
     `packing` is how the output stores quantized linears. `unused` are tensors that the model does
-    not use, as far as names or the model itself tell; the run copies them.
+    not use, as far as names or the model itself tell; the run copies them. `unknown` are stacks of
+    matrices of which only the model will tell whether they hold linear layers.
     """
 
     source: Checkpoint
@@ -117,6 +118,7 @@ class RunPlan:
     layout: Layout
     packing: Packing = GPTQ
     unused: tuple[str, ...] = ()
+    unknown: tuple[TensorInfo, ...] = ()
 
     @property
     def quantized(self) -> tuple[LayerPlan, ...]:
