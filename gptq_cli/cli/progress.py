@@ -99,13 +99,22 @@ class Progress:
         if line is None:
             return
         hidden = self._is_between(event)
-        if self._live:  # which shows the phase that it is in
-            hidden = isinstance(event, PhaseStarted) and event.name not in LASTING
+        if self._live:
+            hidden = not self._lasts(event)
         if hidden:
             log.write(on_one_line(line))
             return
         self._last_line = self._now()
         self._console.say(line)
+
+    def _lasts(self, event: Event) -> bool:
+        """Return whether the line for an event stays above the live view, which shows the rest."""
+        match event:
+            case PhaseStarted():
+                return event.name in LASTING
+            case BlockFinished():  # of an evaluation it has no errors
+                return bool(self._solved)
+        return True
 
     def _is_between(self, event: Event) -> bool:
         """Return whether an event ends a block that is no tenth, soon after the last line."""

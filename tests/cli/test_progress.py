@@ -76,6 +76,19 @@ def test_finished_blocks_stay_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> 
         assert line in [found.strip() for found in plain.splitlines()]
 
 
+def test_blocks_without_errors_leave_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    with Progress(Console()) as progress:
+        for index in range(2):
+            progress(BlockStarted(index, 2, "model.layers"))
+            progress(BlockFinished(index, 2, "model.layers", 1.0, 10**9, 0))
+    seen = terminal.getvalue()
+    assert "0:00:01 left" in seen
+    assert " eta " not in seen
+
+
 def test_a_long_block_prints_a_line_for_a_layer(capsys: pytest.CaptureFixture[str]) -> None:
     seconds = iter([0.0, 1.0, SILENCE + 1, SILENCE + 1, SILENCE + 2])
     with Progress(Console(), now=lambda: next(seconds)) as progress:
