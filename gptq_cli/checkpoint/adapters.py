@@ -93,7 +93,8 @@ class Adapter:
 def with_adapters(source: Checkpoint, names: Iterable[str]) -> Checkpoint:
     """Return `source` as the model into which the adapters `DIR` or `DIR:SCALE` are merged.
 
-    Raises InputError E_LORA for an adapter that is none, or that does not fit the model.
+    Raises InputError E_LORA for an adapter that is none, or that does not fit the model, and the
+    errors of `plain_view` for weights that cannot be decoded.
     """
     adapters = tuple(open_adapter(name) for name in names)
     _check_distinct(adapters)
@@ -101,7 +102,8 @@ def with_adapters(source: Checkpoint, names: Iterable[str]) -> Checkpoint:
     if any(adapter.directory.resolve() == source.directory.resolve() for adapter in adapters):
         remarks = tuple(remark for remark in remarks if remark[0] != "W_CKPT_ADAPTER")
     merged = replace(source, adapters=adapters, remarks=remarks)
-    changes_of(merged, source.tensors)  # raises if an adapter does not fit
+    stored = plain_view(source, allow_requantize=True)
+    changes_of(merged, stored.tensors)  # raises if an adapter does not fit
     return merged
 
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     Array = NDArray[Any]
 
 LFS_POINTER = b"version "
+NAN_POWER = 0xFF
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 MAX_SIZE = 2**63 - 1  # of one dimension
 MAX_DIMENSIONS = 64
@@ -273,6 +274,14 @@ def count_not_finite(tensor: TensorInfo) -> int:
         if magnitude.max() >= infinity:
             count += int((magnitude >= infinity).sum())
     return count
+
+
+def count_nan_powers(tensor: TensorInfo) -> int:
+    """Return how many of the exponents of two in bytes are NaN, whose bits are all ones.
+
+    Holds one chunk in memory.
+    """
+    return sum(int((chunk == NAN_POWER).sum()) for chunk in read_chunks(tensor, "u1"))
 
 
 def is_finite(data: bytes, dtype: str) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 
 from gptq_cli.checkpoint.claims import check_rules
 from gptq_cli.checkpoint.defects import Defect, convert_command, tensor_defect
-from gptq_cli.checkpoint.headers import TensorInfo, count_not_finite, is_zero
+from gptq_cli.checkpoint.headers import TensorInfo, count_nan_powers, count_not_finite, is_zero
 from gptq_cli.checkpoint.layout import GPTQ, SINGLE_FILE, quantized_names
 from gptq_cli.checkpoint.model_files import ADAPTER_CONFIG, index_file, is_safe_file, read_json
 from gptq_cli.checkpoint.quantization_config import (
@@ -102,17 +102,17 @@ def verify_checkpoint(directory: Path, *, full: bool = False) -> Verification:
     """Return every defect of the quantized checkpoint in `directory`.
 
     Headers, configuration, g_idx, qzeros and scales are read, but of weights that
-    `Checkpoint.coded` tells only headers. With `full` every other number must
-    be finite, and every file must have the hash that `gptq_manifest.json` lists. Memory holds a few
-    tensors at a time. InputError E_CKPT_KIND if there is neither a quantized tensor nor a
-    quantization, E_CKPT_QUANTIZED if the checkpoint claims another method than GPTQ,
-    E_SOURCE_CHANGED if files change meanwhile.
+    `Checkpoint.coded` tells only headers. With `full` every other number must be finite, scales
+    that are powers of two as well, and every file must have the hash that `gptq_manifest.json`
+    lists. Memory holds a few tensors at a time. InputError E_CKPT_KIND if there is neither a
+    quantized tensor nor a quantization, E_CKPT_QUANTIZED if the checkpoint claims another method
+    than GPTQ, E_SOURCE_CHANGED if files change meanwhile.
     """
     try:
         checkpoint = open_checkpoint(directory)
     except InputError as error:
-        # A file that cannot be read need not be defective.
-        if error.code == UNREADABLE:
+        # A file that cannot be read need not be defective, nor codes of another method.
+        if error.code in (UNREADABLE, "E_CKPT_QUANTIZED"):
             raise
         return _not_opened(error, full=full)
     if checkpoint.quantization is None and not quantized_names(checkpoint.tensors):
@@ -280,6 +280,7 @@ def _check_weight_files(checkpoint: Checkpoint, used: list[str]) -> Iterator[Def
 
 def _check_unread(checkpoint: Checkpoint, modules: Iterable[str]) -> Iterator[Defect]:
     """Yield defects of tensors whose numbers `examine` has not read."""
+    yield from _check_powers(checkpoint)
     packing = GPTQ
     if checkpoint.method not in (None, "gptq"):  # the packing may be the defect
         packing = packing_of(checkpoint)
@@ -292,7 +293,20 @@ def _check_unread(checkpoint: Checkpoint, modules: Iterable[str]) -> Iterator[De
         if name in codes:
             yield from _check_codes(tensor)
         elif name not in examined:
-            yield from _check_finite(tensor)
+            yield from _not_finite(tensor, count_not_finite(tensor))
+
+
+def _check_powers(checkpoint: Checkpoint) -> Iterator[Defect]:
+    """Yield defects of the scales of weights in codes that are powers of two."""
+    weights = checkpoint.coded().values()
+    if not weights:
+        return
+    from gptq_cli.checkpoint.coded import POWERS
+
+    for weight in weights:
+        scales = checkpoint.tensors[weight.parts["scales"]]
+        if scales.dtype in POWERS:
+            yield from _not_finite(scales, count_nan_powers(scales))
 
 
 def _check_codes(tensor: TensorInfo) -> Iterator[Defect]:
@@ -301,8 +315,7 @@ def _check_codes(tensor: TensorInfo) -> Iterator[Defect]:
         yield tensor_defect("E_CKPT_CORRUPT", tensor, message)
 
 
-def _check_finite(tensor: TensorInfo) -> Iterator[Defect]:
-    count = count_not_finite(tensor)
+def _not_finite(tensor: TensorInfo, count: int) -> Iterator[Defect]:
     if count:
         yield tensor_defect("E_CKPT_NONFINITE", tensor, f"holds NaN or infinity, {count} times")
 

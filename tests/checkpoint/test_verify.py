@@ -713,13 +713,19 @@ def test_a_checkpoint_that_is_not_quantized_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
-    [("quant_method", "awq"), ("checkpoint_format", "marlin"), ("pack_dtype", "int16")],
+    ("key", "value", "words"),
+    [
+        ("quant_method", "awq", "packed by AWQ in another way"),
+        ("checkpoint_format", "marlin", "not read here"),
+        ("pack_dtype", "int16", "not read here"),
+    ],
 )
-def test_a_checkpoint_of_another_method_is_refused(key: str, value: str, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_method_is_refused(
+    key: str, value: str, words: str, tmp_path: Path
+) -> None:
     files = gptq_files()
     files.quantization[key] = value
-    with pytest.raises(InputError, match="not read here") as caught:
+    with pytest.raises(InputError, match=words) as caught:
         verify_checkpoint(files.write(tmp_path / "c"))
     assert caught.value.code == "E_CKPT_QUANTIZED"
 

@@ -16,11 +16,16 @@ from typer.testing import CliRunner
 
 from gptq_cli.checkpoint.verify import verify_checkpoint
 from gptq_cli.cli.app import app
+from gptq_cli.errors import InputError
 from gptq_cli.inspection.dequantize import dequantize_checkpoint
 from gptq_cli.planning.plan import plan_run
+from gptq_cli.quantization.run import quantize_checkpoint
 from tests.coded import fp8, grouped, int8, mxfp4, nvfp4, random_bytes
+from tests.disks import Killed
 from tests.families import save_model
-from tests.runs import config, messages, quantize, quantize_with_events
+from tests.quantization.test_adapters import pair, write_adapter
+from tests.runs import config, digest, messages, quantize, quantize_with_events
+from tests.tiny import killer
 
 Encode = Callable[[str, int, int], "dict[str, Tensor]"]
 
@@ -214,6 +219,30 @@ def test_verify_reads_a_source_in_codes(
     assert defect.code == "E_CKPT_SHAPE"
 
 
+@pytest.mark.parametrize(
+    ("make", "part"),
+    [(gpt_oss, "0.mlp.experts.down_proj_scales"), (deepseek_like, "0.self_attn.q_proj.scale")],
+)
+def test_scales_that_are_no_numbers_are_refused(
+    make: Callable[[Path], Source], part: str, tmp_path: Path
+) -> None:
+    source = make(tmp_path)
+    name = f"model.layers.{part}"
+    scales = source.stored[name].view(torch.uint8).clone()
+    scales.view(-1)[-2:] = 255
+    source.stored[name] = scales.view(source.stored[name].dtype)
+    source.save()
+    assert verify_checkpoint(source.coded).ok  # which reads headers
+    (defect,) = verify_checkpoint(source.coded, full=True).defects
+    assert (defect.code, defect.tensor) == ("E_CKPT_NONFINITE", name)
+    assert "holds NaN or infinity, 2 times" in defect.message
+    printed = CliRunner().invoke(app, ["verify", "--full", str(source.coded)])
+    assert printed.exit_code == 4
+    with pytest.raises(InputError) as caught:
+        quantize(tmp_path, source.coded, moe_uncovered="rtn")
+    assert caught.value.code == "E_CKPT_NONFINITE"
+
+
 @pytest.mark.parametrize("make", [deepseek_like, modelopt])
 def test_the_plan_of_a_source_in_codes_is_exact(
     make: Callable[[Path], Source], tmp_path: Path
@@ -239,3 +268,48 @@ def test_scales_of_activations_are_left_out_and_named(tmp_path: Path) -> None:
         "scales of activations and caches mean nothing beside decoded weights, and are left out: "
         "`model.layers.0.mlp.down_proj.input_scale` and 14 more"
     )
+
+
+@pytest.mark.parametrize("make", [gpt_oss, modelopt, w8a8])
+def test_an_interrupted_run_from_codes_resumes(
+    make: Callable[[Path], Source], tmp_path: Path
+) -> None:
+    source = str(make(tmp_path).coded)
+    settings = config(moe_uncovered="rtn", allow_requantize=True, nsamples=4)
+    with pytest.raises(Killed):
+        quantize_checkpoint(source, tmp_path / "output", settings, report=killer(0))
+    assert quantize_checkpoint(source, tmp_path / "output", settings).resumed_blocks == 1
+    quantize_checkpoint(source, tmp_path / "whole", settings)
+    assert digest(tmp_path / "output") == digest(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("make", "modules"),
+    [
+        (deepseek_like, ["self_attn.q_proj", "mlp.experts.1.up_proj"]),  # in fp8, in mxfp4
+        (modelopt, ["self_attn.q_proj", "mlp.up_proj"]),
+    ],
+)
+def test_an_adapter_is_merged_into_weights_in_codes(
+    make: Callable[[Path], Source], modules: list[str], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    source = make(tmp_path)
+    factors: dict[str, Tensor] = {}
+    for module in modules:
+        name = f"model.layers.0.{module}"
+        factors |= pair(name, *source.meant[f"{name}.weight"].shape)
+    adapter = str(write_adapter(tmp_path / "adapter", factors))
+    settings: dict[str, object] = {"moe_uncovered": "rtn", "dynamic": {r"-:.*up_proj": {}}}
+    output, _ = quantize(tmp_path, source.coded, lora=adapter, **settings)
+    truth, _ = quantize(tmp_path, source.plain, lora=adapter, **settings)
+    found, expected = tensors_of(output), tensors_of(truth)
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+    name = f"model.layers.0.{modules[-1]}"
+    b, a = factors[f"{name}.lora_B.weight"], factors[f"{name}.lora_A.weight"]
+    weight = source.meant[f"{name}.weight"]
+    wanted = (weight.double() + 2 * b.double() @ a.double()).bfloat16()
+    assert (found[f"{name}.weight"] == wanted).float().mean() > 0.99
+    assert not torch.equal(found[f"{name}.weight"], weight)
