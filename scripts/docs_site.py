@@ -24,7 +24,7 @@ from latex2mathml.converter import convert
 import gptq_cli
 from gptq_cli import api, errors, events
 from gptq_cli.cli.app import COMMANDS, app, load_command
-from gptq_cli.cli.explain import explanations
+from gptq_cli.cli.explain import examples, explanations
 from gptq_cli.config.fields import LayerOverrides, accepted_by
 from gptq_cli.config.json_schema import config_schema
 from gptq_cli.config.layer import DEFAULT_PRESET, PRESETS
@@ -239,9 +239,11 @@ def error_codes() -> str:
         "",
         "`gptq explain CODE` prints the same. Codes are stable; messages are not.",
     ]
+    shown = examples()
     for code, text in explanations().items():
         first, _, rest = text.partition("\n")
         lines += ["", f"## {code}", "", f"**{_prose(first)}**", "", _prose(rest)]
+        lines += ["", "```text", shown[code], "```"]
     return "\n".join(lines)
 
 

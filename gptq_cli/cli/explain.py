@@ -1,4 +1,4 @@
-"""`gptq explain`: the meaning of the code of an error or a warning, and the way to fix it."""
+"""`gptq explain`: the meaning of the code of an error or a warning, its remedy and an example."""
 
 from __future__ import annotations
 
@@ -44,9 +44,11 @@ def explain(
         if near:
             hint = f"did you mean {near}?"
         raise ConfigError("E_CODE", f"there is no code `{code}`", hint=hint)
-    text = texts[known]
-    lines = [known, "", *(fitted(line, 0) for line in text.splitlines())]
-    console.result({"code": known, "text": text}, "\n".join(lines), text)
+    text, example = texts[known], examples()[known]
+    lines = [known, "", *(fitted(line, 0) for line in text.splitlines()), "", "Example:"]
+    lines += [fitted(f"  {line}", 4) for line in example.splitlines()]
+    data = {"code": known, "text": text, "example": example}
+    console.result(data, "\n".join(lines), text)
 
 
 def _nearest(word: str, codes: Iterable[str]) -> str | None:
@@ -67,6 +69,15 @@ def _nearest(word: str, codes: Iterable[str]) -> str | None:
 
 def explanations() -> dict[str, str]:
     """Return the text for each code, in the order of the file."""
+    return {code: entry["text"].strip() for code, entry in _entries().items()}
+
+
+def examples() -> dict[str, str]:
+    """Return the example for each code: what is there, the command, what it prints."""
+    return {code: entry["example"].strip() for code, entry in _entries().items()}
+
+
+def _entries() -> dict[str, dict[str, str]]:
     file = files("gptq_cli.cli").joinpath("codes.yaml")
-    content: dict[str, str] = yaml.safe_load(file.read_text(encoding="utf-8"))
-    return {code: text.strip() for code, text in content.items()}
+    entries: dict[str, dict[str, str]] = yaml.safe_load(file.read_text(encoding="utf-8"))
+    return entries

@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 
-from gptq_cli.cli.explain import explanations
+from gptq_cli.cli.explain import examples, explanations
+from tests.families import save_model
 
 from .conftest import Run
 
 PACKAGE = Path(__file__).parents[2] / "gptq_cli"
 CODES = PACKAGE / "cli" / "codes.yaml"
+
+
+SAID = re.compile(r"(?:error|warning)\[(?P<code>\w+)\]: (?P<message>.+)")
+STOPS = ("E_INTERRUPTED", "E_PAUSED")  # printed without a code
+OF_OTHERS = ("E_BUG", "E_DATA_CONFIG")  # whose words come from Python and from datasets
+# Examples that need nothing but a model and the files that they name.
+RUN = (
+    "E_ALLOC_GOAL", "E_CFG_CONFLICT", "E_CFG_FILE", "E_CFG_FORMAT", "E_CFG_MISSING",
+    "E_CFG_NOTHING_TO_DO", "E_CFG_NO_MATCH", "E_CFG_RANGE", "E_CFG_RANKS", "E_CFG_REGEX",
+    "E_CFG_SEQLEN", "E_CFG_TYPE", "E_CFG_UNKNOWN_KEY", "E_CFG_YAML", "E_CKPT_CONFIG",
+    "E_CKPT_CORRUPT", "E_CKPT_INDEX", "E_CKPT_KIND", "E_CKPT_MISSING", "E_CKPT_PICKLE", "E_CODE",
+    "E_DATA_CHAT", "E_DATA_COLUMN", "E_DATA_FORMAT", "E_DATA_NOT_FOUND", "E_DATA_SCRIPT",
+    "E_DATA_SHORT", "E_DATA_TEMPLATE", "E_LOG_FILE", "E_LORA", "E_MODEL_NOT_FOUND",
+    "E_OUT_EXISTS", "E_OUT_FOREIGN", "E_OUT_IS_INPUT", "E_REPORT", "E_RESUME_NOTHING", "E_SHAPE",
+    "E_TARGET", "E_USAGE", "W_CFG_FUSED", "W_CFG_HEAD", "W_CFG_UNFIT", "W_CKPT_ADAPTER",
+    "W_TARGET",
+)  # fmt: skip
 
 
 def used_codes() -> set[str]:
@@ -54,7 +75,9 @@ def test_explain_takes_a_code_in_any_spelling(gptq: Run) -> None:
         result = gptq("explain", code)
         assert (result.exit_code, result.stderr) == (0, "")
         assert result.stdout.startswith("E_SHAPE\n\nA layer's size does not fit the group size")
-    assert json.loads(gptq("explain", "E_SHAPE", "--json").stdout)["code"] == "E_SHAPE"
+        assert "\n\nExample:\n  $ gptq plan ./model --group-size 96\n  error[" in result.stdout
+    data = json.loads(gptq("explain", "E_SHAPE", "--json").stdout)
+    assert (data["code"], data["example"]) == ("E_SHAPE", examples()["E_SHAPE"])
     listing = gptq("explain").stdout.splitlines()
     assert len(listing) == len(explanations())
 
@@ -73,3 +96,60 @@ def test_an_unknown_code_gets_the_nearest_as_hint(code: str, hint: str, gptq: Ru
     result = gptq("explain", code)
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr == f"error[E_CODE]: there is no code `{code}`\n\nhint: {hint}\n"
+
+
+def test_every_code_has_an_example_with_its_command() -> None:
+    for code, example in examples().items():
+        *before, command = [line for line in example.splitlines() if line.startswith(("#", "$"))]
+        assert command.startswith("$ gptq "), code
+        assert all(line.startswith("# ") for line in before), code
+        says = example.partition(f"{command}\n")[2]
+        assert f"[{code}]: " in says or f"{code} " in says or code in STOPS, code
+        assert says, code
+
+
+def pieces_of_the_sources() -> list[str]:
+    """Return the texts between values and names in the strings of the sources, longest first."""
+    pieces = set()
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                pieces.update(piece.strip(" :,;") for piece in node.value.split("`"))
+    return sorted((piece for piece in pieces if len(piece) >= 8), key=len, reverse=True)
+
+
+def test_examples_say_what_the_sources_say() -> None:
+    pieces = pieces_of_the_sources()
+    for code, example in examples().items():
+        said = SAID.fullmatch(example.splitlines()[-1])
+        if said is None or code in RUN or code in OF_OTHERS:
+            continue
+        words = re.sub("`[^`]*`", "", said["message"])
+        words = words.rpartition(": ")[0] or words  # without the reason, which may be the system's
+        left = words
+        for piece in pieces:
+            left = left.replace(piece, "")
+        assert len(left) < 0.75 * len(words), f"{code}: no source says {words!r}"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+    return save_model(tmp_path_factory.mktemp("explained") / "model", **sizes)
+
+
+@pytest.mark.parametrize("code", RUN)
+def test_an_example_prints_what_it_shows(
+    code: str, gptq: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    *before, command, message = examples()[code].splitlines()
+    shutil.copytree(model, tmp_path / "model")
+    for line in before:
+        name, content = line.removeprefix("# ").split(": ", 1)
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"{content}\n")
+    monkeypatch.chdir(tmp_path)
+    result = gptq(*shlex.split(command)[2:])
+    printed = result.stderr.replace(str(tmp_path), "/data").splitlines()
+    assert message in printed
+    assert result.exit_code == 0 if code.startswith("W_") else result.exit_code in (2, 3, 6)
