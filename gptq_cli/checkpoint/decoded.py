@@ -126,6 +126,17 @@ def _unpacked(checkpoint: Checkpoint) -> Plain:
     return Plain(tensors, parts, how, packed=True, rounded=True)
 
 
+def packed_linears(checkpoint: Checkpoint) -> tuple[PackedModule, ...]:
+    """Return the linears of a format of `FORMATS`, in file order.
+
+    None of them is a weight that `Checkpoint.coded` tells. Raises the errors of `packing_of` and
+    `packed_modules`.
+    """
+    if checkpoint.coded():  # the parts of AWQ have the names of GPTQ's
+        return ()
+    return packed_modules(checkpoint.tensors, packing_of(checkpoint))
+
+
 def _nothing_quantized(checkpoint: Checkpoint) -> InputError:
     name = checkpoint.directory
     message = f"`{name}` is marked as quantized ({checkpoint.method}), but no linear is"

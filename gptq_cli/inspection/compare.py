@@ -9,11 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptq_cli.checkpoint.decoded import is_stored_transposed
+from gptq_cli.checkpoint.decoded import is_stored_transposed, packed_linears
 from gptq_cli.checkpoint.headers import DAMAGED
-from gptq_cli.checkpoint.layout import packed_modules
 from gptq_cli.checkpoint.locate import locate_model
-from gptq_cli.checkpoint.quantization_config import packing_of
 from gptq_cli.checkpoint.reader import open_reader
 from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.checkpoint.verify import open_decodable
@@ -96,8 +94,7 @@ class _Weights:
         self._reader = open_reader(self._checkpoint)
         self.names = dict.fromkeys(self._reader.names())  # in order, and quick to search
         self._transposed = set()
-        packing = packing_of(self._checkpoint)
-        for module in packed_modules(self._checkpoint.tensors, packing):
+        for module in packed_linears(self._checkpoint):
             if is_stored_transposed(self._checkpoint.config, module.name):
                 self._transposed.add(f"{module.name}.weight")
 

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gptq_cli.checkpoint.layout import packed_modules
-from gptq_cli.checkpoint.quantization_config import packing_of
+from gptq_cli.checkpoint.decoded import packed_linears
 from gptq_cli.checkpoint.reader import DequantizingReader, open_reader
 from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.errors import ConfigError, InputError, nearest
@@ -76,8 +75,7 @@ def view_layer(checkpoint: Checkpoint, name: str) -> LayerView:
 def _read_view(checkpoint: Checkpoint, name: str) -> LayerView:
     modules = set()
     if checkpoint.quantization:
-        packing = packing_of(checkpoint)
-        modules = {module.name for module in packed_modules(checkpoint.tensors, packing)}
+        modules = {module.name for module in packed_linears(checkpoint)}
     full = _find(name, sorted(modules | _plain_matrices(checkpoint)))
     if full not in modules:
         weight = open_reader(checkpoint).read(f"{full}.weight")
@@ -87,9 +85,10 @@ def _read_view(checkpoint: Checkpoint, name: str) -> LayerView:
 
 
 def _plain_matrices(checkpoint: Checkpoint) -> set[str]:
-    """Return the names of modules with a 2-D weight that is not packed."""
+    """Return the names of modules with a 2-D weight that is plain, or that `coded` tells."""
+    decoded = {name: weight.plain for name, weight in checkpoint.coded().items()}
     names = set()
-    for name, info in checkpoint.tensors.items():
+    for name, info in {**checkpoint.tensors, **decoded}.items():
         if name.endswith(".weight") and len(info.shape) == 2:
             names.add(name.removesuffix(".weight"))
     return names

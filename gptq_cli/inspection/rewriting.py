@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gptq_cli.checkpoint.decoded import packed_linears
 from gptq_cli.checkpoint.defects import Defect
-from gptq_cli.checkpoint.layout import PackedModule, TensorSpec, packed_modules, plan_layout
+from gptq_cli.checkpoint.layout import PackedModule, TensorSpec, plan_layout
 from gptq_cli.checkpoint.locate import locate_model, model_directory
-from gptq_cli.checkpoint.quantization_config import packing_of
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from gptq_cli.checkpoint.verify import refuse_wrong_numbers
 from gptq_cli.checkpoint.writer import CheckpointWriter
@@ -65,8 +65,7 @@ def open_source(model: str, output: Path, report: Report, *, overwrite: bool) ->
     if source.quantization is None:
         hint = "give a checkpoint that gptq or another GPTQ tool has written"
         raise InputError("E_CKPT_QUANTIZED", f"`{model}` is not quantized", hint=hint)
-    modules = packed_modules(source.tensors, packing_of(source))
-    return source, modules, defects
+    return source, packed_linears(source), defects
 
 
 def _remove_leftover(output: Path, report: Report) -> None:
