@@ -166,6 +166,7 @@ SYNONYMS = {
     "num_calibration_samples": "nsamples",
     "max_seq_length": "seqlen",
     "ignore": "dynamic",
+    "gpu": "cuda",
 }
 
 

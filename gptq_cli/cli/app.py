@@ -6,6 +6,7 @@ A command's module is imported when the command runs: `gptq --help` reads only t
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -87,11 +88,16 @@ for _commands in GROUPS.values():
     COMMANDS |= _commands
 MODULES = {"dequantize": "convert", "eval": "eval_tasks", "resume": "quantize"}
 BUG, USAGE, INTERRUPTED = 1, 2, 130
-PLAIN_WORDS = {  # sentences of typer about a value, and their replacements
-    "Input should be a valid integer, unable to parse string as an integer": (
-        "this is not a whole number"
-    ),
-    "Input should be a valid number, unable to parse string as a number": "this is not a number",
+PLAIN_WORDS = {  # sentences of typer, and their replacements
+    r"No such command '(.+)'": r"there is no command `\1`",
+    r"No such option: ": "there is no option ",
+    r"Missing (argument|option) '(\S+)'( / '\S+')*": r"the \1 \2 is missing",
+    r"Got unexpected extra argument\(s\) \((.+)\)": r"the command takes no further argument: `\1`",
+    r"Option '(.+)' requires an argument": r"the option \1 needs a value",
+    r"Invalid value for '(\S+)'( / '\S+')*: Input should be ": r"\1 must be ",
+    r"Invalid value for '(\S+)'( / '\S+')*: ": r"\1: ",
+    "a valid integer, unable to parse string as an integer": "a whole number",
+    "a valid number, unable to parse string as a number": "a number",
 }
 
 
@@ -202,12 +208,14 @@ def _usage(error: TyperException) -> Problem:
     message, _, near = error.format_message().partition(" Did you mean ")
     possible = getattr(error, "possibilities", None)
     if possible:
-        message, near = error.message, get_close_matches(error.message, possible, 1, cutoff=0)[0]
-    hint = f"did you mean {near.split(',')[0].rstrip('?')}?"
+        message, typed = error.message, getattr(error, "option_name", "")
+        near = "".join(get_close_matches(typed, possible, 1, cutoff=0.7))
+    first = near.split(",")[0].strip("'?")
+    hint = f"did you mean {first}?"
     if not near:
         hint = _where_to_look(error, message)
     for of_typer, plain in PLAIN_WORDS.items():
-        message = message.replace(of_typer, plain)
+        message = re.sub(of_typer, plain, message)
     return Problem("E_USAGE", message.rstrip("."), hint)
 
 
@@ -218,7 +226,7 @@ def _where_to_look(error: TyperException, message: str) -> str:
     hint = f"see {context.command_path} --help"
     takes_output = any("-o" in parameter.opts for parameter in context.command.params)
     if "unexpected extra argument" in message and takes_output:
-        hint = f"the output is given with -o; {hint}"
+        hint = f"give the output with -o; {hint}"
     return hint
 
 

@@ -219,7 +219,7 @@ class LayerOverrides(TypedDict, total=False):
 
 
 ENGINES_ARE = f"engines are {', '.join(TARGETS)}"
-NAMES = {"preset": tuple(PRESETS), "target": TARGETS}
+NAMES = {"preset": tuple(PRESETS), "target": TARGETS, "device": ("auto", "cpu", "cuda")}
 OUT_OF_RANGE = {
     "greater_than",
     "greater_than_equal",

@@ -1070,7 +1070,7 @@ def target_problems(export: Export, target: str | None) -> list[Problem]:
     others = _what_loads(export)
     problems = []
     for (_, instead), refusals in found.items():
-        hint = f"what would load: {instead}{others}"
+        hint = f"use {instead}{others}"
         problems.append(Problem("E_TARGET", "; ".join(refusals), hint))
     return problems
 

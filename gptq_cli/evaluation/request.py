@@ -148,7 +148,7 @@ class EngineRequest:
     def __post_init__(self) -> None:
         _check_fields(asdict(self))
         if self.engine not in CHECKED_ENGINES:
-            message = f"engine must be {one_of(CHECKED_ENGINES)}, got {shown(self.engine)}"
+            message = f"--engine must be {one_of(CHECKED_ENGINES)}, got {shown(self.engine)}"
             hint = suggestion(self.engine, CHECKED_ENGINES)
             raise ConfigError("E_CFG_RANGE", message, hint=hint)
         if self.engine == "llama.cpp" and self.converter is None:

@@ -96,6 +96,24 @@ def test_a_flawed_id_of_a_model_is_refused(name: str) -> None:
     assert caught.value.hint == "give a model directory or a Hub id"
 
 
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("Qwen3-0.6", "Qwen3-0.6B"), ("qwen3_0.6b", "Qwen3-0.6B"), ("Qw", None)]
+)
+def test_a_folder_with_nearly_the_name_is_suggested(
+    typed: str, meant: str | None, tmp_path: Path
+) -> None:
+    (tmp_path / "Qwen3-0.6B").mkdir()
+    (tmp_path / "Qwen3-0.6C").write_text("no folder")
+    for look in (lambda: hub_id(str(tmp_path / typed)), lambda: local_model(tmp_path / typed)):
+        with pytest.raises(InputError) as caught:
+            look()
+        suggested = caught.value.hint == f"did you mean {tmp_path / 'Qwen3-0.6B'}?"
+        assert suggested == (meant is not None)
+    with pytest.raises(InputError) as caught:
+        hub_id(str(tmp_path / "none" / typed))
+    assert caught.value.hint == "give a model directory or a Hub id"
+
+
 @pytest.mark.parametrize("name", FLAWED)
 def test_a_flawed_id_of_a_dataset_is_refused(name: str) -> None:
     with pytest.raises(InputError) as caught:

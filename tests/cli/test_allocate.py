@@ -137,12 +137,12 @@ def test_the_report_of_a_run_shows_what_it_chose_from(gptq: Run, place: Path) ->
         (
             ["--bits=3.5", "--allow-bits=3,4", "--target=vllm"],
             "error[E_TARGET]: vllm does not load 3, 4 bits: it serves 4 and 8 bits",
-            "what would load: --bits 4 or 8",
+            "use --bits 4 or 8",
         ),
         (
             ["--bits=3.5", "--target=transformers"],
             "error[E_TARGET]: transformers does not load layers with different bits or group_size",
-            "what would load: no `+:` rules of --dynamic",
+            "use no `+:` rules of --dynamic",
         ),
         (
             ["--bits=3.5", "--target=exllamav2"],

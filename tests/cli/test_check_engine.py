@@ -123,12 +123,12 @@ def test_the_last_lines_of_an_engine_are_shown_even_if_quiet(gptq: Run, check: F
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--engine", "vlm"], "error[E_CFG_RANGE]: engine must be vllm, llama.cpp, mlx or"),
+        (["--engine", "vlm"], "error[E_CFG_RANGE]: --engine must be vllm, llama.cpp, mlx or"),
         (["--engine", "llama.cpp"], "error[E_CFG_MISSING]: llama.cpp needs its converter"),
         (["--engine", "vllm", "--max-kl", "0"], "--max-kl must be a number above 0, got 0.0"),
         (["--engine", "vllm", "--timeout", "x"], "--timeout must be a time such as 3h30m"),
         (["--engine", "vllm", "--timeout", "0"], "90m or 45s, got '0'"),
-        ([], "error[E_USAGE]: Missing option '--engine'"),
+        ([], "error[E_USAGE]: the option --engine is missing"),
     ],
 )
 def test_a_wrong_option_of_check_engine_exits_2(

@@ -205,7 +205,7 @@ def test_the_error_of_a_limit_set_by_the_user_has_no_hint(gptq: Run) -> None:
         (["--min-top1", "0.9"], "--min-top1 needs --baseline to compare with"),
         (["--min-top1", "101%", "--baseline", "b"], "must be a number from 0 to 1, got 101%"),
         (["--seqlen", "0"], "--seqlen must be a whole number of 1 or more, got 0"),
-        (["--max-windows", "0"], "Invalid value for '--max-windows'"),
+        (["--max-windows", "0"], "--max-windows must be greater than or equal to 1"),
         (["--backend", "marlin"], '--backend must be auto, torch, triton or null, got "marlin"'),
     ],
 )

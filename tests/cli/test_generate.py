@@ -119,7 +119,7 @@ def test_stdin_without_a_text_is_refused(
             ["--temperature", "1e-300"],
             "error[E_CFG_RANGE]: temperature must be 0 or at least 1e-05",
         ),
-        (["--max-new-tokens", "0"], "error[E_USAGE]: Invalid value for '--max-new-tokens'"),
+        (["--max-new-tokens", "0"], "error[E_USAGE]: --max-new-tokens must be "),
         (["--device", "gpu"], "error[E_CFG_RANGE]: --device must be"),
     ],
 )

@@ -202,7 +202,7 @@ def test_quiet_prints_the_bytes_alone(gptq: Run, model: Path) -> None:
             "error[E_MODEL_NOT_FOUND]: `./none` is not a directory",
             "a Hub id",
         ),
-        (["MODEL", "-b", "4", "--overwrite"], 2, "No such option: --overwrite", ""),
+        (["MODEL", "-b", "4", "--overwrite"], 2, "there is no option --overwrite", ""),
     ],
 )
 def test_the_plan_refuses_the_settings_that_a_run_refuses(

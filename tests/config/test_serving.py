@@ -210,7 +210,7 @@ def test_an_engine_loads_no_format_that_the_table_does_not_give_it() -> None:
     assert (verdict.outcome, verdict.reason) == ("no", "it does not read mlx")
     (problem,) = target_problems(export, "vllm")
     assert problem.message == "vllm does not load format mlx: it does not read mlx"
-    assert problem.hint.startswith("what would load: --format gptq")
+    assert problem.hint.startswith("use --format gptq")
 
 
 PARTS = ("gate_proj", "up_proj", "down_proj")
@@ -354,7 +354,7 @@ def test_target_problems_name_every_reason_and_a_remedy() -> None:
         "as compressed-tensors",
         "vllm does not load group_size 16, 128: group_size must be -1, 32, 64 or 128",
     ]
-    assert problems[0].hint == "what would load: --bits 4 or 8; as it is, it loads in gptqmodel"
+    assert problems[0].hint == "use --bits 4 or 8; as it is, it loads in gptqmodel"
 
 
 def one_layer(format: str, *, lm_head: bool, **settings: Any) -> Export:

@@ -36,17 +36,18 @@ CONTACTS = (
     Contact(
         f"gptq quantise {MODEL}",
         2,
-        ("error[E_USAGE]: No such command 'quantise'", "hint: did you mean 'quantize'?"),
+        ("error[E_USAGE]: there is no command `quantise`", "hint: did you mean quantize?"),
     ),
-    Contact("gptq help qantize", 2, ("No such command 'qantize'", "did you mean 'quantize'?")),
-    Contact("gptq frobnicate", 2, ("error[E_USAGE]: No such command 'frobnicate'",)),
-    Contact("gptq --verison", 2, ("No such option: --verison", "hint: did you mean --version?")),
+    Contact("gptq help qantize", 2, ("there is no command `qantize`", "did you mean quantize?")),
+    Contact("gptq frobnicate", 2, ("error[E_USAGE]: there is no command `frobnicate`",)),
+    Contact("gptq --verison", 2, ("there is no option --verison", "hint: did you mean --version?")),
     Contact(
         f"gptq quantize {MODEL} --bit 4",
         2,
-        ("error[E_USAGE]: No such option: --bit", "hint: did you mean --bits?"),
+        ("error[E_USAGE]: there is no option --bit", "hint: did you mean --bits?"),
     ),
-    Contact("gptq env --jsn", 2, ("No such option: --jsn", "hint: did you mean --json?")),
+    Contact("gptq plan --bogus", 2, ("there is no option --bogus", "hint: see gptq plan --help")),
+    Contact("gptq env --jsn", 2, ("there is no option --jsn", "hint: did you mean --json?")),
     Contact(
         f"gptq quantize {MODEL} -g auto --preset bets",
         2,
@@ -69,16 +70,18 @@ CONTACTS = (
         ("must be vllm, llama.cpp, mlx or transformers", "hint: did you mean vllm?"),
     ),
     # words that are missing or too many
-    Contact("gptq quantize", 2, ("Missing argument 'MODEL'", "hint: see gptq quantize --help")),
-    Contact("gptq plan", 2, ("Missing argument 'MODEL'", "hint: see gptq plan --help")),
-    Contact(f"gptq compare {MODEL}", 2, ("Missing argument 'B'", "see gptq compare --help")),
-    Contact(f"gptq convert {MODEL} --to mlx", 2, ("Missing option '--output' / '-o'",)),
-    Contact(f"gptq generate {MODEL}", 2, ("Missing argument 'PROMPT'",)),
-    Contact(f"gptq push {MODEL}", 2, ("Missing argument 'REPO'", "see gptq push --help")),
+    Contact(
+        "gptq quantize", 2, ("the argument MODEL is missing", "hint: see gptq quantize --help")
+    ),
+    Contact("gptq plan", 2, ("the argument MODEL is missing", "hint: see gptq plan --help")),
+    Contact(f"gptq compare {MODEL}", 2, ("the argument B is missing", "see gptq compare --help")),
+    Contact(f"gptq convert {MODEL} --to mlx", 2, ("the option --output is missing",)),
+    Contact(f"gptq generate {MODEL}", 2, ("the argument PROMPT is missing",)),
+    Contact(f"gptq push {MODEL}", 2, ("the argument REPO is missing", "see gptq push --help")),
     Contact(
         f"gptq quantize {MODEL} 4",
         2,
-        ("Got unexpected extra argument(s) (4)", "hint: the output is given with -o"),
+        ("takes no further argument: `4`", "hint: give the output with -o"),
     ),
     # values that do not work
     Contact(
@@ -103,12 +106,16 @@ CONTACTS = (
     Contact(
         f"gptq quantize {MODEL} -g auto --device gpu",
         2,
-        ("error[E_CFG_RANGE]: --device must be auto, cpu, cuda or cuda:N", 'got "gpu"'),
+        (
+            "error[E_CFG_RANGE]: --device must be auto, cpu, cuda or cuda:N",
+            'got "gpu"',
+            "hint: did you mean cuda?",
+        ),
     ),
     Contact(
         f"gptq plan {MODEL} --bits 3 -g auto --target vllm",
         2,
-        ("error[E_TARGET]: vllm does not load 3 bits", "hint: what would load: --bits 4 or 8"),
+        ("error[E_TARGET]: vllm does not load 3 bits", "hint: use --bits 4 or 8"),
     ),
     Contact(
         f"gptq quantize {MODEL} -g auto -o {MODEL}",
@@ -135,7 +142,7 @@ CONTACTS = (
     Contact(
         "gptq quantize ./Qwen3-0.6",
         3,
-        ("error[E_MODEL_NOT_FOUND]: `./Qwen3-0.6` is not a directory", "hint: give a model"),
+        ("`./Qwen3-0.6` is not a directory", "hint: did you mean Qwen3-0.6B?"),
     ),
     Contact("gptq plan ./empty", 3, ("`empty` has no config.json", "hint: point to a Hugging")),
     Contact("gptq inspect ./nothing", 3, ("`./nothing` is not a directory", "hint: give a model")),
