@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from gptq_cli.allocation.harms import Measurement
 from gptq_cli.allocation.saved import MeasuredBlocks
 from gptq_cli.allocation.units import Unit
+from gptq_cli.calibration.windows import Windows
 from gptq_cli.evaluation.perplexity import Divergence
 from gptq_cli.events import BlockStarted, Report, ignore
 from gptq_cli.models.block_calls import Container, State
@@ -80,19 +81,21 @@ class Measuring:
     """A measurement from the first block to the last.
 
     `run` has the plan in which every layer is rounded as for the measurement, and the calibration
-    batches. `probe` [windows, length] is text beside them. `limits` end the measurement early,
-    between two blocks.
+    batches. `probe` is text beside them, of which zeros behind its windows do not count. `limits`
+    end the measurement early, between two blocks.
     """
 
     def __init__(
         self,
         run: Run,
         units: Sequence[Unit],
-        probe: Tensor,
+        probe: Windows,
         report: Report = ignore,
         limits: Limits | None = None,
     ) -> None:
-        self.run, self.units, self.probe, self.report = run, units, probe, report
+        self.run, self.units, self.probe, self.report = run, units, probe.ids, report
+        self._lengths = probe.lengths or (probe.ids.shape[1],) * len(probe.ids)
+        self._n_predicted = max(1, sum(self._lengths) - len(self._lengths))
         self.stream, self.ranks = run.stream, run.ranks
         self.limits = limits or Limits(run.config)
         self.solver = LayerSolver(run)
@@ -250,19 +253,20 @@ class Measuring:
     def _predict(
         self, logits: Callable[[Tensor, State], Tensor], window: int, copy: Copy
     ) -> Tensor:
-        """Return the logits [length, V] of one window of a copy."""
+        """Return the logits [length, V] of one window of a copy, without those of padding."""
         rows = slice(window, window + 1)
         state = tree_map_only(Tensor, lambda tensor: tensor[rows], copy.state)
-        return logits(self.probe[rows], _moved(state, self.stream.device))[0]
+        found = logits(self.probe[rows], _moved(state, self.stream.device))[0]
+        return found[: self._lengths[window]]
 
     def _add_kl(self, name: str, wanted: Tensor, got: Tensor) -> None:
         self.found.kl[name] = self.found.kl.get(name, 0.0) + self._share(wanted, got)
 
     def _share(self, wanted: Tensor, got: Tensor) -> float:
-        """Return what one window adds to a mean KL."""
+        """Return what one window adds to the mean KL of all predicted tokens."""
         divergence = Divergence()
         divergence.add(wanted, got)
-        return divergence.kl / len(self.probe)
+        return sum(divergence.sums) / self._n_predicted
 
     def _merge(self) -> None:
         """Take over what the other processes have measured."""

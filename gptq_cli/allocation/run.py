@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from gptq_cli.allocation.saved import (
 )
 from gptq_cli.allocation.solution import Allocation, Allocator
 from gptq_cli.allocation.units import Unit, find_units
-from gptq_cli.calibration.windows import check_token_ids
+from gptq_cli.calibration.windows import Windows, check_token_ids
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.serving import LOADS, Verdict
 from gptq_cli.errors import InputError
@@ -48,7 +48,7 @@ from gptq_cli.runtime.ranks import SINGLE_PROCESS, Worker
 from gptq_cli.storage.manifest import ALLOCATION
 from gptq_cli.storage.work_directory import WorkDirectory, working_on
 
-REVISION = 1  # counted up if the same model gets another measurement
+REVISION = 2  # counted up if the same model gets another measurement
 LEAST_TOKENS = 8192  # of calibration, if the run has as many
 SHARE = 4  # the measurement takes a quarter of the windows, but not fewer tokens than these
 # Rounding for the measurement: quick, but with the order and the signs of the run itself
@@ -200,7 +200,7 @@ def measure_model(
         units=tuple(units),
         harms=tuple(harms_of(units, measured, reference)),
         plan_of=plan_of,
-        probe_tokens=probe.numel(),
+        probe_tokens=probe.tokens,
         seconds=time.perf_counter() - started,
         already_done=already_done,
     )
@@ -319,8 +319,8 @@ def _plan(prepared: PreparedRun, stream: ModelStream, config: QuantizeConfig) ->
 
 def _text(
     prepared: PreparedRun, n_units: int, worker: Worker, report: Report
-) -> tuple[Calibration, Tensor]:
-    """Return the calibration windows of the measurement, and the token ids of the probe.
+) -> tuple[Calibration, Windows]:
+    """Return the calibration windows of the measurement, and those of the probe.
 
     A part of the windows of the run is enough for rounding. They make as many batches, so that as
     many processes can share them.
@@ -341,8 +341,16 @@ def _text(
     n_windows, length = probe_shape(n_tokens, n_units, config.seqlen)
     report(PhaseStarted("probe", f"{n_windows} windows of {length} tokens for {n_units} units"))
     drawn = {"nsamples": n_windows, "seqlen": length, "seed": config.seed + 1}
-    probe = calibrate(source, config.model_copy(update=drawn), ignore, team).windows.ids
+    probe = calibrate(source, config.model_copy(update=drawn), ignore, team).windows
     return calibration, probe
+
+
+def _batches(windows: Windows, n_batches: int) -> Sequence[Tensor]:
+    """Return `n_batches` of windows, or more if windows have lengths of their own: no padding."""
+    if windows.lengths is None:
+        return torch.tensor_split(windows.ids.cpu(), n_batches)
+    batches = windows.batches(max(1, len(windows.lengths) // n_batches))
+    return cast(tuple[Tensor, ...], batches)  # of text
 
 
 def _identify(
@@ -370,13 +378,13 @@ def _measuring(
     units: Sequence[Unit],
     stream: ModelStream,
     calibration: Calibration,
-    probe: Tensor,
+    probe: Windows,
     worker: Worker,
     report: Report,
 ) -> Measuring:
     """Return the measurement, which has not begun; `plan` is that of the reference width."""
     config = prepared.config.model_copy(update=QUICK | {"true_sequential": False})
-    batches = torch.tensor_split(calibration.windows.ids.cpu(), _n_batches(prepared.config))
+    batches = _batches(calibration.windows, _n_batches(prepared.config))
     unlimited, record = Limits(config), Record(ignore)
     run = Run(config, _quickly(plan), stream, worker.team, batches, record, unlimited)
     limits = Limits(config, prepared.options.max_seconds)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,13 @@ from gptq_cli.allocation.harms import REFERENCE, Measurement
 from gptq_cli.allocation.measure import probe_shape
 from gptq_cli.allocation.run import QUICK
 from gptq_cli.allocation.saved import read_measurement
+from gptq_cli.checkpoint.source import open_checkpoint
 from gptq_cli.config.layer import LayerConfig
-from gptq_cli.events import BlockFinished, Event, Warned
+from gptq_cli.config.schema import QuantizeConfig
+from gptq_cli.events import BlockFinished, Event, Warned, ignore
+from gptq_cli.quantization.run import calibrate
 from gptq_cli.quantization.run_state import SavingTimes
+from gptq_cli.runtime.ranks import SINGLE_PROCESS
 from gptq_cli.solver.factor import prepare
 from gptq_cli.solver.hessian import HessianAccumulator
 from gptq_cli.solver.solve import solve
@@ -28,7 +32,7 @@ from gptq_cli.storage.manifest import sealed
 from tests.allocation.measuring import SIZES, figures, goal, measure
 from tests.allocation.processes import measure_together
 from tests.disks import Killed
-from tests.families import save_model
+from tests.families import save_model, texts
 from tests.runs import calibration_ids, config, digest
 
 
@@ -43,15 +47,15 @@ def probe_of(model: Path, n_units: int) -> Tensor:
     return calibration_ids(model, config(nsamples=windows, seqlen=length, batch_size=1, seed=1))
 
 
-def rounded(model: PreTrainedModel, ids: Tensor, name: str) -> Tensor:
+def rounded(model: PreTrainedModel, batches: Sequence[Tensor], name: str) -> Tensor:
     """Return the weight of a linear as quick rounding leaves it, given inputs of the whole model.
 
-    The inputs are those of the unquantized model on `ids`.
+    The inputs are those of the unquantized model on `batches` of ids.
     """
     linear = model.get_submodule(name)
     hessian = HessianAccumulator(linear.in_features, "cpu")
     hook = linear.register_forward_pre_hook(lambda _, inputs: hessian.add(inputs[0]))
-    for batch in ids.split(SIZES["batch_size"]):
+    for batch in batches:
         model(batch)
     hook.remove()
     base = config(bits=REFERENCE, **QUICK).base
@@ -85,10 +89,11 @@ def test_harms_are_those_of_the_whole_model(qwen3: Path, tmp_path: Path) -> None
     measured = measure(qwen3, goal(), tmp_path / "a.yaml")
     found = figures(tmp_path / "a.yaml")
     model = whole_model(qwen3)
-    ids, probe = calibration_ids(qwen3, config(**SIZES)), probe_of(qwen3, len(measured.units))
+    batches = calibration_ids(qwen3, config(**SIZES)).split(SIZES["batch_size"])
+    probe = probe_of(qwen3, len(measured.units))
 
     def harm(layers: Iterable[str]) -> float:
-        weights = {name: rounded(model, ids, name) for name in layers}
+        weights = {name: rounded(model, batches, name) for name in layers}
         return divergence(model, probe, weights)
 
     for unit in measured.units[:5]:
@@ -100,13 +105,47 @@ def test_harms_are_those_of_the_whole_model(qwen3: Path, tmp_path: Path) -> None
 
 
 @torch.no_grad()
+def test_harms_of_documents_count_no_padding(qwen3: Path, tmp_path: Path) -> None:
+    rows = [json.dumps({"text": texts(12 + 5 * number, number)[0]}) for number in range(24)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    text = {"dataset": str(tmp_path / "rows.jsonl"), "pack": False}
+    measured = measure(qwen3, goal(**text), tmp_path / "a.yaml")
+    found = figures(tmp_path / "a.yaml")
+    model = whole_model(qwen3)
+    batches = documents(qwen3, config(**SIZES, **text))
+    assert len({len(ids[0]) for ids in batches}) > 1
+    n_tokens = SIZES["nsamples"] * SIZES["seqlen"]
+    windows, length = probe_shape(n_tokens, len(measured.units), SIZES["seqlen"])
+    sizes = {"nsamples": windows, "seqlen": length, "batch_size": 1, "seed": 1}
+    probe = documents(qwen3, config(**sizes, **text))
+    for unit in measured.units[:3]:
+        weights = {name: rounded(model, batches, name) for name in unit.layers}
+        harm = total = 0
+        for ids in probe:
+            harm += divergence(model, ids, weights) * (ids.numel() - 1)
+            total += ids.numel() - 1
+        assert found["kl"][unit.name] == pytest.approx(harm / total, rel=1e-3)
+
+
+def documents(model: Path, settings: QuantizeConfig) -> list[Tensor]:
+    """Return the token ids [1, length] of each document of a calibration without packing."""
+    windows = calibrate(open_checkpoint(model), settings, ignore, SINGLE_PROCESS).windows
+    assert windows.lengths is not None
+    found = []
+    for ids, length in zip(windows.ids, windows.lengths, strict=True):
+        found.append(ids[None, :length])
+    return found
+
+
+@torch.no_grad()
 def test_a_quantized_head_is_a_unit_of_its_own(qwen3: Path, tmp_path: Path) -> None:
     measured = measure(qwen3, goal(lm_head=True), tmp_path / "a.yaml")
     (head,) = [unit for unit in measured.units if unit.name == "lm_head"]
     model = whole_model(qwen3)
-    ids, probe = calibration_ids(qwen3, config(**SIZES)), probe_of(qwen3, len(measured.units))
+    batches = calibration_ids(qwen3, config(**SIZES)).split(SIZES["batch_size"])
+    probe = probe_of(qwen3, len(measured.units))
     embeddings = model.get_input_embeddings().weight.data.clone()
-    weight = rounded(model, ids, "lm_head")
+    weight = rounded(model, batches, "lm_head")
     wanted = model(probe).logits[:, :-1].log_softmax(-1)
     hidden = model.model(probe).last_hidden_state[:, :-1]
     got = (hidden @ weight.T).log_softmax(-1)
