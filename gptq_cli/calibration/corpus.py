@@ -127,6 +127,14 @@ def has_columns(path: Path) -> bool:
     return _is_saved(path) or any(suffix_of(file) in READERS for file in _listed(path))
 
 
+def holds_chats(source: DatasetSource) -> bool:
+    """Return whether a text of this machine is made of chats; raises the errors of `read_files`."""
+    if not is_path(source.name):
+        return False
+    files = _files_at(expanded(source.name), source.split, source.purpose)
+    return read_files(files, source.columns, ChatTemplate()).chats(source.name) is not None
+
+
 def has_splits(path: Path) -> bool:
     """Return whether `path` leads to a folder of `save_to_disk` with several splits."""
     if not is_directory(path):

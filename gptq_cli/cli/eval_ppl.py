@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gptq_cli.evaluation.perplexity import EvalResult
 
 MAX_PPL = 10_000.0  # far above the perplexity of any language model whose weights are intact
+OTHER_TEXT = "measure on text like that of its training: --dataset FILE"
 
 TEXT = ("dataset_config", "dataset_split", "text_column", "chat_template", "seqlen")
 RUN = ("device", "dtype", "backend", "trust_remote_code")
@@ -176,7 +177,7 @@ def _check_range(flag: str, number: float | None, given: object, most: float) ->
 def _failed_gates(result: EvalResult, limits: Limits) -> list[Problem]:
     """Return a problem for each limit that the result is beyond."""
     problems = (
-        _unusable(result.perplexity, limits.max_ppl) or _too_much_increase(result, limits),
+        _unusable(result, limits.max_ppl) or _too_much_increase(result, limits),
         _too_far(result, limits),
         _too_little_agreement(result, limits),
     )
@@ -205,9 +206,14 @@ def _too_little_agreement(result: EvalResult, limits: Limits) -> Problem | None:
     return Problem("E_GATE_TOP1", f"{message} the {limits.min_top1:.2%} of --min-top1", BETTER)
 
 
-def _unusable(ppl: float, max_ppl: float) -> Problem | None:
+def _unusable(result: EvalResult, max_ppl: float) -> Problem | None:
     """Return the problem if perplexity is above its limit or not finite, else None."""
+    ppl, before = result.perplexity, result.baseline_perplexity
     hint = "try --dtype float32; for a quantized model: gptq verify DIR --full"
+    if before is not None and max_ppl < before < math.inf and ppl < math.inf:
+        message = f"perplexity {ppl:.6g} is above the {max_ppl:g} of --max-ppl"
+        message += f", but so is the {before:.6g} of the baseline: the text does not suit the model"
+        return Problem("E_NUM_PPL", message, OTHER_TEXT)
     if ppl > max_ppl:
         message = f"perplexity {ppl:.6g} is above the {max_ppl:g} of --max-ppl"
         if max_ppl < MAX_PPL:

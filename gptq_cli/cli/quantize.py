@@ -210,7 +210,7 @@ def _finish(
         from gptq_cli.api import evaluate_perplexity
 
         request = _evaluation_of(prepared)
-        _note_same_text(console, result, prepared)
+        _note_same_text(console, result, prepared, "--eval")
         with Progress(console) as progress:
             measured = evaluate_perplexity(result.output, request, on_event=progress)
         page = _report(console, result, measured, with_page=with_page)
@@ -230,6 +230,8 @@ def _finish(
     if prepared.options.stream_download and not prepared.located.is_complete:
         again = f"what measures against it downloads {size(result.bytes_before)} again"
         console.say(f"note: the original was not kept on the disk: {again}")
+    if measured is None:
+        _note_same_text(console, result, prepared, "the next command")
     for line in _next_steps(result, prepared, measured):
         console.say(f"next: {line}")
 
@@ -303,23 +305,32 @@ def _evaluation_of(prepared: PreparedRun) -> EvalRequest:
     )
 
 
-def _note_same_text(console: Console, result: QuantizeResult, prepared: PreparedRun) -> None:
-    """Tell if --eval measures on the text of the calibration, and how to measure on another."""
+def _note_same_text(
+    console: Console, result: QuantizeResult, prepared: PreparedRun, what: str
+) -> None:
+    """Tell if `what` measures on the text of the calibration, and how to measure on another."""
+    from gptq_cli.config.corpora import BUILT_IN
+
     source = _own_text(prepared)
-    if source is None:
+    if source is None or source.name == BUILT_IN:  # which has another text for evaluations
         return
     words = ["gptq", "eval-ppl", str(result.output), "--baseline", prepared.model]
     command = f"{shell_words(words)} --dataset FILE"
-    same = f"--eval measures on `{source.name}`, which the calibration has read"
+    same = f"{what} measures on `{source.name}`, which the calibration has read"
     console.show_notes([f"{same}; to measure on other text: {command}"])
 
 
 def _own_text(prepared: PreparedRun) -> DatasetSource | None:
-    """Return the first text of a run if it is on this machine, else None."""
-    from gptq_cli.calibration.corpus import calibration_sources, is_path
+    """Return the first text of a run if it is on this machine, else None.
+
+    If it holds chats, it has the chat template of the run.
+    """
+    from gptq_cli.calibration.corpus import calibration_sources, holds_chats, is_path
     from gptq_cli.config.corpora import BUILT_IN
 
     source, _ = calibration_sources(prepared.config)[0]
+    if prepared.config.chat_template is not None and holds_chats(source):
+        source = replace(source, chat_template=prepared.config.chat_template)
     if is_path(source.name) or source.name == BUILT_IN:
         return source
     return None

@@ -122,8 +122,6 @@ def check_engine(model: str, request: EngineRequest, report: Report = ignore) ->
     checkpoint = open_decodable(locate_model(model, request.revision).directory)
     _refuse_other_format(checkpoint, request.engine)
     _refuse_absent_converter(request)
-    report_device(device, request.device, report)
-    warn_of(checkpoint, report)
     encoder = load_encoder(checkpoint.directory, trust_remote_code=request.trust_remote_code)
     prompts = _prompts(request, encoder, checkpoint)
     prefixes: list[list[int]] = []
@@ -131,7 +129,9 @@ def check_engine(model: str, request: EngineRequest, report: Report = ignore) ->
         prefixes += prompt.prefixes
     with tempfile.TemporaryDirectory(prefix="gptq-") as folder:
         process = _Engine(request, checkpoint.directory, Path(folder))
-        process.refuse_absent(report)  # before minutes of work
+        process.refuse_absent(checkpoint.method, report)  # before minutes of work
+        report_device(device, request.device, report)
+        warn_of(checkpoint, report)
         with torch.inference_mode(), device_errors():
             wanted = _reference(checkpoint, prompts, request, device, report)
         got, versions = process.run(prefixes, wanted[0].shape[-1], report)
@@ -266,9 +266,13 @@ class _Engine:
         self._rows, self._answer = folder / "rows.npy", folder / "answer.json"
         self._said: _Tail | None = None
 
-    def refuse_absent(self, report: Report) -> None:
-        """Raise InputError E_ENGINE_MISSING if the engine is not installed."""
-        self._ask({"engine": self._request.engine, "answer": str(self._answer)}, report)
+    def refuse_absent(self, method: str | None, report: Report) -> None:
+        """Raise InputError E_ENGINE_MISSING if a package is absent that the engine needs.
+
+        `method` is how the checkpoint is quantized.
+        """
+        job = {"engine": self._request.engine, "method": method, "answer": str(self._answer)}
+        self._ask(job, report)
 
     def run(
         self, prefixes: list[list[int]], vocabulary: int, report: Report

@@ -6,7 +6,8 @@ JOB is a JSON file. `engine` and `checkpoint` say what to load, `prefixes` are l
 `vocabulary` is the number of ids. The log-probabilities of the token after each prefix become the
 rows of the file `rows` (.npy, float32 [prefixes, vocabulary]), and the file `answer` gets a JSON
 object: `versions` of packages, and `missing` or `failed` with a text if there are no rows. A job
-without `prefixes` asks only whether the engine is installed. This file imports nothing of gptq_cli.
+without `prefixes` asks only whether the engine is installed, with what it needs to read the
+`method` of quantization. This file imports nothing of gptq_cli.
 """
 
 from __future__ import annotations
@@ -37,6 +38,10 @@ MODULES = {  # without which an engine cannot start
     "llama.cpp": "xllamacpp",
     "mlx": "mlx_lm",
     "transformers": "transformers",
+}
+READERS = {  # modules that transformers needs beside itself to read a method of quantization
+    "gptq": ("optimum", "gptqmodel"),
+    "compressed-tensors": ("compressed_tensors",),
 }
 LEAST = -100.0  # in place of the logarithm of 0
 
@@ -172,10 +177,14 @@ def run(job: Job) -> dict[str, str]:
     return {}
 
 
-def look(engine: str) -> dict[str, str]:
-    """Return `missing` with a text if an engine is not installed; import nothing of it."""
-    if find_spec(MODULES[engine]) is None:
-        return {"missing": f"No module named '{MODULES[engine]}'"}
+def look(job: Job) -> dict[str, str]:
+    """Return `missing` with a text if a module that a job needs is absent; import none of them."""
+    modules = [MODULES[job["engine"]]]
+    if job["engine"] == "transformers":
+        modules += READERS.get(job["method"], ())
+    for module in modules:
+        if find_spec(module) is None:
+            return {"missing": f"No module named '{module}'"}
     return {}
 
 
@@ -194,7 +203,7 @@ def main(file: str) -> None:
     """Do the job in `file`, and end at once: engines may wait for their own threads for long."""
     job = json.loads(Path(file).read_text(encoding="utf-8"))
     answer: dict[str, Any] = {"versions": versions(job["engine"])}
-    answer |= run(job) if "prefixes" in job else look(job["engine"])
+    answer |= run(job) if "prefixes" in job else look(job)
     Path(job["answer"]).write_text(json.dumps(answer), encoding="utf-8")
     sys.stdout.flush()
     sys.stderr.flush()

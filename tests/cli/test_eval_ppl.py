@@ -170,6 +170,21 @@ def test_a_perplexity_above_the_limit_fails_the_gate(
     assert "gptq verify DIR --full" in result.stderr
 
 
+def test_a_text_that_does_not_suit_the_baseline_is_told(
+    gptq: Run, evaluator: FakeEvaluator
+) -> None:
+    evaluator.result = FakeEvaluated(740_505.0, 714_977.0, 0.001, 0.99)
+    result = gptq("eval-ppl", "m", "--baseline", "b")
+    assert result.exit_code == 4
+    assert result.stderr.endswith(
+        "error[E_NUM_PPL]: perplexity 740505 is above the 10000 of --max-ppl, but so is the 714977 "
+        "of the baseline: the text does not suit the model\n\n"
+        "hint: measure on text like that of its training: --dataset FILE\n"
+    )
+    evaluator.result = FakeEvaluated(740_505.0, 12.0, 3.0, 0.1)
+    assert "gptq verify DIR --full" in gptq("eval-ppl", "m", "--baseline", "b").stderr
+
+
 def test_a_perplexity_below_a_raised_limit_passes(gptq: Run, evaluator: FakeEvaluator) -> None:
     evaluator.result = FakeEvaluated(10_001.0, None, None, None)
     result = gptq("eval-ppl", "m", "--max-ppl", "1e5")

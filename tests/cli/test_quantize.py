@@ -256,9 +256,34 @@ def test_the_next_command_measures_on_text_of_this_machine(
         f"next: gptq eval-ppl out --baseline m --dataset '{rows}' --seqlen 64 "
         "--text-column a --text-column b"
     )
+    same = f"note: the next command measures on `{rows}`, which the calibration has read; "
+    other = "to measure on other text: gptq eval-ppl out --baseline m --dataset FILE"
+    assert result.stderr.splitlines()[-3] == same + other
     result = gptq("quantize", "m", "-o", "out", "--dataset", "english", "--seqlen", "64")
+    assert "which the calibration has read" not in result.stderr
     measuring = result.stderr.splitlines()[-2]
     assert measuring == "next: gptq eval-ppl out --baseline m --dataset english --seqlen 64"
+
+
+CHAT = '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}'
+
+
+@pytest.mark.parametrize("first", ["chats.jsonl", "plain.txt"])
+def test_the_next_command_has_the_template_of_chats_in_a_mix(
+    first: str, gptq: Run, quantizer: FakeQuantizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del quantizer
+    monkeypatch.chdir(tmp_path)
+    Path("chats.jsonl").write_text(CHAT)
+    Path("plain.txt").write_text("a b c")
+    Path("chat.jinja").write_text("{{ messages[0].content }}")
+    texts = sorted(["chats.jsonl", "plain.txt"], key=lambda name: name != first)
+    words = ["--dataset", f"{texts[0]}:0.75", "--dataset", f"{texts[1]}:0.25", "--seqlen", "64"]
+    result = gptq("quantize", "m", "-o", "out", *words, "--chat-template", "chat.jinja")
+    expected = f"next: gptq eval-ppl out --baseline m --dataset {first} --seqlen 64"
+    if first == "chats.jsonl":
+        expected += " --chat-template chat.jinja"
+    assert result.stderr.splitlines()[-2] == expected
 
 
 @pytest.mark.parametrize("text", ["english", "rows.jsonl", "c4"])
@@ -294,7 +319,7 @@ def test_eval_measures_the_output_at_the_end(
     same = f"note: --eval measures on `{text}`, which the calibration has read; "
     other = "to measure on other text: gptq eval-ppl out --baseline m --dataset FILE"
     notes = [line for line in result.stderr.splitlines() if line.startswith("note: --eval")]
-    assert notes == [same + other] * (text != "c4")
+    assert notes == [same + other] * (text == "rows.jsonl")
 
 
 def test_the_json_of_a_run_has_its_evaluation(

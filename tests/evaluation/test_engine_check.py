@@ -282,6 +282,21 @@ def test_an_engine_that_is_absent_is_named_with_its_remedy(
     assert "--python" in str(refused.value.hint)
 
 
+@pytest.mark.parametrize("absent", ["optimum", "gptqmodel"])
+def test_what_transformers_needs_to_read_gptq_is_looked_for_first(
+    absent: str, checkpoint: Path, prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in {"optimum", "gptqmodel"} - {absent}:
+        (tmp_path / f"{module}.py").write_text("")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    events: list[Event] = []
+    with pytest.raises(InputError) as refused:
+        checked(checkpoint, events, engine="transformers", prompts=prompts)
+    assert events == []
+    assert refused.value.code == "E_ENGINE_MISSING"
+    assert str(refused.value) == f"transformers cannot be used: No module named '{absent}'"
+
+
 def test_mlx_is_told_to_convert_a_gptq_checkpoint(checkpoint: Path) -> None:
     with pytest.raises(InputError, match="mlx does not read GPTQ checkpoints") as refused:
         checked(checkpoint, engine="mlx")
