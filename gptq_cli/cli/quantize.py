@@ -170,9 +170,25 @@ def launch_processes(
 
     if len(devices) > 1 and not is_one_of_several():
         check_sharing(prepared.plan.source, len(devices))
-        n_batches = -(-prepared.config.nsamples // prepared.config.batch_size)
-        check_shares(n_batches, len(devices))
+        check_shares(_n_batches(prepared, len(devices)), len(devices))
         sys.exit(launch(devices, as_json=console.as_json, directory=directory))
+
+
+def _n_batches(prepared: PreparedRun, n_processes: int) -> int:
+    """Return the number of calibration batches.
+
+    Chats with images are batches of their own, and only windows of one length share a batch. If the
+    settings alone give too few batches for the processes, the text is read to count them.
+    """
+    config = prepared.config
+    n_batches = -(-config.nsamples // config.batch_size)
+    if n_batches >= n_processes:
+        return n_batches
+    from gptq_cli.quantization.run import calibrate
+    from gptq_cli.runtime.ranks import SINGLE_PROCESS
+
+    calibration = calibrate(prepared.plan.source, config, ignore, SINGLE_PROCESS)
+    return len(calibration.windows.batches(config.batch_size))
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 
+from gptq_cli.cli import quantize
 from gptq_cli.cli.console import log
 from gptq_cli.cli.launch import parse_devices
 from gptq_cli.errors import ConfigError, InputError, ResourceError
@@ -23,9 +24,10 @@ from gptq_cli.quantization.run import quantize_checkpoint
 from gptq_cli.runtime import torchrun
 from gptq_cli.runtime.torchrun import rank_lost
 from tests.disks import Killed
-from tests.families import save_model
+from tests.families import save_model, text_file
 from tests.runs import config, digest
 from tests.tiny import SETTINGS, SMALL, WORK, killer
+from tests.vision import save_chats, save_vision_model
 
 from .conftest import Run
 from .processes import GPTQ
@@ -75,10 +77,8 @@ def test_devices_name_gpus_or_count_cpu_processes(said: str | None, devices: lis
 @pytest.fixture
 def quantize_words(tmp_path: Path) -> list[str | Path]:
     """Return the words of a quantization of a small model and a text."""
-    text = tmp_path / "text.txt"
-    text.write_text("some words")
     model = save_model(tmp_path / "model")
-    return ["quantize", model, "-b4", "-g32", "--dataset", text, "-o", tmp_path / "out"]
+    return ["quantize", model, "-b4", "-g32", "--dataset", text_file(), "-o", tmp_path / "out"]
 
 
 @pytest.mark.parametrize(("devices", "nsamples"), [("cpu:120", 128), ("cpu:3", 2)])
@@ -94,6 +94,26 @@ def test_more_processes_than_batches_are_refused(
     assert (result.exit_code, result.stdout) == (2, "")
     assert "error[E_CFG_RANKS]" in result.stderr
     assert "use fewer processes" in result.stderr
+
+
+@pytest.mark.parametrize(("devices", "exit_code"), [("cpu:4", 0), ("cpu:5", 2)])
+def test_each_chat_with_images_is_a_batch_to_share(
+    devices: str, exit_code: int, gptq: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[list[str]] = []
+
+    def note(names: list[str], **_: object) -> int:
+        started.append(names)
+        return 0
+
+    monkeypatch.setattr(quantize, "launch", note)
+    model = save_vision_model(tmp_path / "model", "gemma3")
+    words = ["quantize", model, "-b4", "-g32", "--dataset", save_chats(tmp_path), "--nsamples=4"]
+    result = gptq(*words, "-o", tmp_path / "out", "--devices", devices)
+    assert result.exit_code == exit_code, result.stderr
+    assert len(started) == 1 - bool(exit_code)
+    refused = "5 processes cannot share 4 calibration batches" in result.stderr
+    assert refused == bool(exit_code)
 
 
 def test_a_missing_device_is_refused_once_before_the_start(
