@@ -81,7 +81,8 @@ def coded_weights(checkpoint: Checkpoint) -> dict[str, Coded]:
     """Return the weights in codes by their plain names, in file order.
 
     InputError E_CKPT_FP8 for floats of few bits in another form, and for weights that another part
-    changes; E_CKPT_INCOMPLETE for a weight without scales, E_CKPT_SHAPE if the two do not fit.
+    changes; E_CKPT_INCOMPLETE for a weight without scales, or without zero points that its settings
+    ask for, E_CKPT_SHAPE if the parts do not fit.
     """
     found: dict[str, Coded] = {}
     if checkpoint.method in CODED_METHODS:
@@ -163,10 +164,15 @@ class _Finder:
         self._block = _declared_block(checkpoint.quantization or {})
         self._is_awq = checkpoint.method == "awq"
         self._packed: GroupedConfig | None = None
+        self._asymmetric: dict[str, bool] = {}
         if checkpoint.method == "compressed-tensors":
-            from gptq_cli.checkpoint.compressed_tensors import settings_of_source
+            from gptq_cli.checkpoint.compressed_tensors import (
+                asymmetric_targets,
+                settings_of_source,
+            )
 
             self._packed = settings_of_source(checkpoint.quantization or {})
+            self._asymmetric = asymmetric_targets(checkpoint.quantization or {})
 
     def find(self, name: str) -> Coded | None:
         """Return the weight, None if the tensor holds no codes."""
@@ -197,6 +203,8 @@ class _Finder:
         for part, info in stored.items():
             if sizes.get(part, 0) % VALUES:
                 raise _misfit(info, f"{sizes[part]} features are not read, only multiples of 32")
+        if "weight_zero_point" not in stored:
+            self._refuse_lost_zeros(module)
         parts = {part: info.name for part, info in stored.items() if part != "weight_packed"}
         parts["scales"] = parts.pop("weight_scale")
         shape = (found.out_features, found.in_features)
@@ -273,12 +281,26 @@ class _Finder:
             raise _misfit(scales, f"`{weight.name}` {list(weight.shape)} asks for floats of rows")
         parts = {"scales": scales.name}
         zeros = self._tensors.get(f"{module}.weight_zero_point")
-        if zeros is not None:
+        if zeros is None:
+            self._refuse_lost_zeros(module)
+        else:
             if zeros.shape != self._tensors[scales.name].shape:
                 raise _misfit(zeros, f"its scales have the shape {list(scales.shape)}")
             parts["zeros"] = zeros.name
         form = f"int8 {_words(block, weight.shape)}"
         return self._coded(weight, weight.shape, "int8", parts, block, form)
+
+    def _refuse_lost_zeros(self, module: str) -> None:
+        """Raise InputError E_CKPT_INCOMPLETE for integers whose settings ask for zero points."""
+        if not self._asymmetric:
+            return
+        from gptq_cli.checkpoint.compressed_tensors import deciding_target
+
+        target = deciding_target(self._asymmetric, module)
+        if target is not None and self._asymmetric[target]:
+            zeros = f"`{module}.weight_zero_point`"
+            message = f"`{module}` is asymmetric by config.json, but its zero points {zeros}"
+            raise InputError("E_CKPT_INCOMPLETE", f"{message} are missing", hint=AGAIN)
 
     def _fp4(self, module: str, codes: TensorInfo) -> Coded:
         scales = self._scales(module, codes)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -204,6 +204,24 @@ def settings_of_source(stored: Mapping[str, Any]) -> GroupedConfig | None:
     return GroupedConfig(base, FORMAT, lm_head=False, dynamic={}, listed=None, targets=targets)
 
 
+def asymmetric_targets(stored: Mapping[str, Any]) -> dict[str, bool]:
+    """Return for each usable target of a `quantization_config` whether it asks for zero points."""
+    groups = stored.get("config_groups")
+    found: dict[str, bool] = {}
+    if not isinstance(groups, dict):
+        return found
+    for group in filter(_is_group, groups.values()):
+        targets = group.get("targets")
+        if _are_names(targets):
+            for target in filter(_can_match, targets):
+                found.setdefault(target, group["weights"].get("symmetric") is False)
+    return found
+
+
+def _can_match(target: str) -> bool:
+    return not target.startswith(PATTERN) or not flaw_of(target.removeprefix(PATTERN))
+
+
 def _is_integer(group: Mapping[str, Any]) -> bool:
     """Return whether a group tells usable settings of weights in integers."""
     weights = group["weights"]
@@ -227,7 +245,7 @@ class GroupedConfig(StoredConfig):
 
     def settings(self, module: str) -> Settings:
         """Return the settings of a quantized module."""
-        target = self._target(module)
+        target = deciding_target(self.targets, module)
         if target is None:
             return self.base
         return self.targets[target]
@@ -241,18 +259,19 @@ class GroupedConfig(StoredConfig):
 
     def is_listed(self, module: str) -> bool:
         """Return whether a target names the module."""
-        return self._target(module) is not None
+        return deciding_target(self.targets, module) is not None
 
-    def _target(self, module: str) -> str | None:
-        """Return the target that decides: a name, else a pattern, else the class of linears."""
-        if module in self.targets:
-            return module
-        for target in self.targets:
-            if _names(target, module):
-                return target
-        if LINEAR in self.targets:
-            return LINEAR
-        return None
+
+def deciding_target(targets: Collection[str], module: str) -> str | None:
+    """Return the target that decides: a name, else a pattern, else the class of linears."""
+    if module in targets:
+        return module
+    for target in targets:
+        if _names(target, module):
+            return target
+    if LINEAR in targets:
+        return LINEAR
+    return None
 
 
 def _names(target: str, module: str) -> bool:
