@@ -217,7 +217,7 @@ def relabelled(directory: Path) -> None:
 CONFIGURATION = [
     Case(1, "flag", flags("--bitz=4"), "E_USAGE", "there is no option --bitz", "--bits", 2),
     Case(1, "command", lambda _: ["quantise", "m"], "E_USAGE", "there is no command `quantise`",
-         "'quantize'", 2),
+         "quantize?", 2),
     Case(2, "key", recipe("bits: 4\ngroup_sise: 8\n"), "E_CFG_UNKNOWN_KEY", "group_sise",
          "group_size", 2),
     Case(3, "type", recipe('bits: 4\nnsamples: "128"\n'), "E_CFG_TYPE", '"128"', "without quotes",
