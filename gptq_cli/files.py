@@ -415,10 +415,10 @@ def check_stamps(stamps: Mapping[Path, Stamp]) -> None:
             raise source_changed(path, _difference(known, found))
 
 
-def source_changed(path: Path, how: str) -> InputError:
+def source_changed(path: Path, how: str, hint: str = HINT) -> InputError:
     """Return InputError E_SOURCE_CHANGED; `how` completes a sentence about the file."""
     message = f"`{path}` has changed while it was read: it {how}"
-    return InputError("E_SOURCE_CHANGED", message, hint=HINT)
+    return InputError("E_SOURCE_CHANGED", message, hint=hint)
 
 
 def _difference(known: Stamp, found: Stamp | None) -> str:

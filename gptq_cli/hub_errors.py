@@ -22,6 +22,11 @@ NETWORK = (
 NETWORK_MIDWAY = (
     "check the network and HF_ENDPOINT, then run the same command again: finished blocks are kept"
 )
+NETWORK_UNCACHED = (
+    "check the network and HF_ENDPOINT, then run the same command again: "
+    "the cache does not hold the whole model"
+)
+GONE = "look at its files on the Hub: it may have changed during the download"
 WRITER = "log in with a token that may write there: hf auth login"
 AGAIN = "run the same command again: it sends only what is missing"
 
@@ -192,8 +197,7 @@ def _from_answer(error: BaseException, what: str, revision: str | None) -> Input
         hint = f"check the spelling; if it is private, {LOGIN}"
         return InputError("E_HUB_NOT_FOUND", f"{what} is not on the Hub", hint=hint)
     if isinstance(error, hub.RemoteEntryNotFoundError):
-        hint = "look at its files on the Hub: it may have changed during the download"
-        return InputError("E_HUB_NOT_FOUND", f"{what} lacks a file: {first_line(error)}", hint=hint)
+        return InputError("E_HUB_NOT_FOUND", f"{what} lacks a file: {first_line(error)}", hint=GONE)
     if isinstance(error, hub.HfHubHTTPError) and error.response.status_code in (401, 403):
         return InputError("E_HUB_AUTH", f"the Hub does not let you read {what}", hint=LOGIN)
     return None

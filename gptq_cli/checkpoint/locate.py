@@ -35,7 +35,13 @@ from gptq_cli.files import (
     resolved,
     status_of,
 )
-from gptq_cli.hub_errors import first_line, hub_refusal, id_flaw, pasted_id
+from gptq_cli.hub_errors import (
+    NETWORK_UNCACHED,
+    first_line,
+    hub_refusal,
+    id_flaw,
+    pasted_id,
+)
 from gptq_cli.storage.manifest import INDEX_NAME
 
 if TYPE_CHECKING:
@@ -45,6 +51,7 @@ SKIPPED = [
     *(f"*{suffix}" for suffix in OTHER_WEIGHTS),
     *(f"{folder}/*" for folder in SKIPPED_FOLDERS),
 ]
+NO_DIRECTORY = "there is no directory of that name"
 UNSEEN = ("E_HUB_NOT_FOUND", "E_HUB_OFFLINE", "E_HUB_NETWORK")  # may be a misspelt path
 
 
@@ -103,6 +110,9 @@ def look_up(identifier: str, revision: str | None, look: Look) -> tuple[ModelSou
         if not _may_be_cached(refused):
             raise
         cached_model = _cached(identifier, revision)
+        if cached_model is None and refused.code == "E_HUB_NETWORK":
+            hint = f"{NO_DIRECTORY}; {NETWORK_UNCACHED}"
+            raise InputError(refused.code, str(refused), hint=hint) from refused
         if cached_model is None:
             raise
         return cached_model
@@ -352,7 +362,7 @@ def _hub_errors(identifier: str, revision: str | None) -> Iterator[None]:
         if refused is None:
             raise
         if refused.code in UNSEEN:
-            hint = f"there is no directory of that name; {refused.hint}"
+            hint = f"{NO_DIRECTORY}; {refused.hint}"
             raise InputError(refused.code, str(refused), hint=hint) from error
         raise refused from error
 

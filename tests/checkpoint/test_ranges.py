@@ -99,7 +99,7 @@ def test_a_redirect_to_storage_is_followed_without_the_token(
     assert set(storage.tokens) == {""}
 
 
-@pytest.mark.parametrize("reply", [Reply(500), Reply(403), Reply(404)])
+@pytest.mark.parametrize("reply", [Reply(500), Reply(403)])
 def test_an_answer_that_refuses_is_raised(reply: Reply, hub: Hub) -> None:
     hub.faults.append(Fault(ALL, reply))
     with pytest.raises(HfHubHTTPError) as caught:
@@ -138,6 +138,70 @@ def test_a_file_that_changes_its_size_is_refused(hub: Hub) -> None:
     with pytest.raises(InputError, match="had 50000 bytes, but now has 4000") as caught:
         received(hub, 0, 10, files)
     assert (caught.value.code, caught.value.exit_code) == ("E_SOURCE_CHANGED", 3)
+    assert caught.value.hint == ranges.OTHER_BYTES
+
+
+@pytest.mark.parametrize(
+    ("header", "value", "message"),
+    [
+        ("ETag", '"other"', r'had the ETag "\w+", but now has "other"'),
+        ("X-Linked-Etag", '"other"', r'had the ETag "\w+", but now has "other"'),
+        ("X-Repo-Commit", "1" * 40, r"was of commit \w+, but now is of 1{40}"),
+    ],
+)
+def test_a_file_of_another_version_is_refused(
+    header: str, value: str, message: str, hub: Hub
+) -> None:
+    def other(reply: Reply) -> Reply:
+        return replace(reply, headers={**reply.headers, header: value})
+
+    files = HubFiles(ID, hub.commit(ID))
+    received(hub, 0, 10, files)
+    received(hub, 10, 20, files)
+    hub.faults.append(Fault(ALL, other))
+    with pytest.raises(InputError, match=message) as caught:
+        received(hub, 20, 30, files)
+    assert (caught.value.code, caught.value.exit_code) == ("E_SOURCE_CHANGED", 3)
+    assert caught.value.hint == ranges.OTHER_BYTES
+
+
+def test_the_tag_of_a_redirect_counts_not_that_of_the_storage(hub: Hub) -> None:
+    files = HubFiles(ID, hub.commit(ID))
+    with (
+        serve({ID: {FILE: DATA}}, kind="model") as storage,
+        serve({ID: {FILE: DATA[::-1]}}, kind="model") as other_storage,
+    ):
+        for place, tag in ((storage, '"a"'), (other_storage, '"a"'), (storage, '"b"')):
+            headers = {"Location": f"{place.url}/{ID}/resolve/main/{FILE}", "X-Linked-Etag": tag}
+            headers["X-Repo-Commit"] = hub.commit(ID)
+            hub.faults[:] = [Fault(ALL, Reply(302, headers=headers))]
+            if tag == '"a"':
+                received(hub, 0, 10, files)
+                continue
+            with pytest.raises(InputError, match='had the ETag "a", but now has "b"'):
+                received(hub, 0, 10, files)
+
+
+def test_a_file_that_is_gone_is_named(hub: Hub) -> None:
+    hub.faults.append(Fault(ALL, Reply(404)))
+    with pytest.raises(InputError, match=f"`{ID}` has no file {FILE} on the Hub") as gone:
+        received(hub, 0, 10)
+    assert (gone.value.code, gone.value.exit_code) == ("E_HUB_NOT_FOUND", 3)
+    assert (gone.value.hint or "").startswith("look at its files on the Hub")
+
+
+def test_a_file_that_lost_its_end_has_changed(hub: Hub) -> None:
+    files = HubFiles(ID, hub.commit(ID))
+    hub.faults.append(Fault(ALL, Reply(416)))
+    with pytest.raises(InputError, match="does not send ranges") as unknown:
+        received(hub, 0, 10, files)
+    assert unknown.value.code == "E_STREAM"
+    hub.faults.clear()
+    received(hub, 0, 10, files)
+    hub.faults.append(Fault(ALL, Reply(416)))
+    with pytest.raises(InputError, match="had 50000 bytes, but now has no byte 49000") as caught:
+        received(hub, 49000, 50000, files)
+    assert (caught.value.code, caught.value.hint) == ("E_SOURCE_CHANGED", ranges.OTHER_BYTES)
 
 
 def test_more_bytes_than_were_asked_for_are_not_put(hub: Hub) -> None:

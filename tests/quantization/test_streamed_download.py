@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -20,13 +20,14 @@ from gptq_cli.checkpoint.streaming import stream_model
 from gptq_cli.cli.app import app
 from gptq_cli.errors import ConfigError, ExistsError, InputError, size
 from gptq_cli.events import BlockFinished, BlockStarted, Event, LayerSolved, Report, Resumed
+from gptq_cli.hub_errors import NETWORK_UNCACHED
 from gptq_cli.planning.checks import check_sharing
 from gptq_cli.quantization.run import QuantizeResult, quantize_checkpoint
 from gptq_cli.storage.work_directory import WorkDirectory, read_run
 from tests.checkpoint.test_ranges import shortened
 from tests.disks import DyingDisk, Killed, using
 from tests.families import save_drafted, save_model
-from tests.hub import Fault, Hub, Reply, client_of, serve
+from tests.hub import Change, Fault, Hub, Reply, client_of, serve
 from tests.quantization.test_adapters import pair, write_adapter
 from tests.quantization.test_coded_sources import (
     EXPERTS_KEPT,
@@ -217,6 +218,10 @@ def test_a_plain_run_resumes_a_streamed_one(plain: dict[str, str], tmp_path: Pat
 # ---------------------------------------------------------------- faults of the Hub
 
 
+def empty(reply: Reply) -> Reply:
+    return replace(reply, body=b"")
+
+
 def test_faults_that_pass_change_no_byte(hub: Hub, plain: dict[str, str], tmp_path: Path) -> None:
     faults = [Fault(WEIGHTS, None, 3), Fault(WEIGHTS, shortened, 3), Fault(WEIGHTS, Reply(503), 3)]
     hub.faults += faults
@@ -260,6 +265,28 @@ def test_work_is_kept_if_the_hub_fails_in_a_run(
     run(tmp_path / "out", report=seen.append)
     assert [event.index for event in seen if isinstance(event, Resumed)] == [finished]
     assert digest(tmp_path / "out") == plain
+
+
+def test_other_bytes_of_the_same_size_end_the_run(hub: Hub, tmp_path: Path) -> None:
+    def other(reply: Reply) -> Reply:
+        return replace(reply, body=reply.body[::-1], headers={**reply.headers, "ETag": '"other"'})
+
+    seen: list[Event] = []
+    with pytest.raises(InputError, match='but now has "other"') as caught:
+        run(tmp_path / "out", report=failing(hub, Fault(WEIGHTS, other), seen))
+    assert (caught.value.code, caught.value.exit_code) == ("E_SOURCE_CHANGED", 3)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("reply", [Reply(500), empty])
+def test_a_hub_that_fails_at_the_start_promises_no_cache(
+    reply: Reply | Change, hub: Hub, tmp_path: Path
+) -> None:
+    hub.faults.append(Fault(WEIGHTS, reply))
+    with pytest.raises(InputError) as caught:
+        run(tmp_path / "out")
+    assert (caught.value.code, caught.value.exit_code) == ("E_HUB_NETWORK", 3)
+    assert (caught.value.hint or "").endswith(NETWORK_UNCACHED)
 
 
 def test_the_commit_is_pinned_if_the_branch_moves_on(
