@@ -33,6 +33,14 @@ ConfigOut = Annotated[
         metavar="FILE",
     ),
 ]
+Overwrite = Annotated[
+    bool,
+    o.plain(
+        "--overwrite",
+        help="replace a configuration at the output",
+        panel=Panel.OUTPUT,
+    ),
+]
 
 
 @o.takes_settings(*SETTINGS)
@@ -40,7 +48,7 @@ def allocate(
     model: o.Model,
     *,
     output: ConfigOut = None,
-    overwrite: o.Overwrite = False,
+    overwrite: Overwrite = False,
     settings: o.Settings,
     devices: o.Devices = None,
     revision: o.Revision = None,

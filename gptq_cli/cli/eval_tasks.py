@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
@@ -16,6 +17,7 @@ from gptq_cli.errors import ConfigError, GateError, Problem, clock
 if TYPE_CHECKING:
     from gptq_cli.evaluation.tasks import Score, TasksResult
 
+LARGE = 1e6  # numbers from here on are shown with four digits and an exponent
 BETTER = "try more bits, a smaller --group-size, more calibration text, or --preset best"
 Tasks = Annotated[
     str,
@@ -48,7 +50,7 @@ Limit = Annotated[
     int | None,
     o.plain(
         "--limit",
-        help="take this many questions of each task",
+        help="take at most this many questions of each task",
         metavar="N",
         panel=Panel.TEXT,
         min=1,
@@ -99,7 +101,8 @@ def eval(
     Takes tasks that compare log-likelihoods; one block is in memory at a
     time. With --baseline both models answer the same questions, and the
     difference has a standard error of its own. The main metric of a task
-    is acc_norm if it has one, else acc. Needs the extra `eval`.
+    is acc_norm if it has one, else acc. --max-drop judges each task, but
+    a group by its own metric if it has one. Needs the extra `eval`.
 
     Example: gptq eval ./out --tasks arc_easy,hellaswag --baseline ./Qwen3-0.6B --max-drop 0.01
     """
@@ -119,6 +122,8 @@ def eval(
         **settings,
     )
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars of lm-eval and datasets; read on import
+    if quiet:
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
     from gptq_cli.evaluation.tasks import evaluate_tasks
 
     with Progress(console) as progress:
@@ -172,7 +177,7 @@ def _lines(result: TasksResult) -> list[str]:
     for score in result.scores:
         cells = [score.task, score.metric, _decimal(score.value), _decimal(score.stderr)]
         if result.baseline is not None:
-            difference = f"{score.difference:+.4f}"
+            difference = _decimal(score.difference, "+")
             cells += [_decimal(score.baseline), difference, _decimal(score.paired_stderr)]
         rows.append(tuple(cells))
     shots = "as many examples as the task says"
@@ -180,13 +185,16 @@ def _lines(result: TasksResult) -> list[str]:
         shots = f"{result.num_fewshot} examples"
     questions = "all questions"
     if result.limit is not None:
-        questions = f"the first {result.limit} questions"
+        questions = f"at most {result.limit} questions of each task"
     protocol = f"lm-eval {result.lm_eval}, {questions}, {shots}, {result.dtype}"
     table = aligned(rows, right=set(range(2, len(head))))
     return [*table, "", f"protocol  {protocol}", f"time      {clock(result.seconds)}"]
 
 
-def _decimal(number: float | None) -> str:
+def _decimal(number: float | None, sign: str = "") -> str:
+    """Return a number in a few digits; with the `sign` "+", positive ones have a sign too."""
     if number is None:
         return "-"
-    return f"{number:.4f}"
+    if abs(number) >= LARGE:
+        return f"{number:{sign}.4g}"
+    return f"{number:{sign}.4f}"

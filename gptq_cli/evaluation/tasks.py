@@ -48,7 +48,8 @@ class Score:
 
     With a baseline, `difference` is that of the model from the baseline, and `paired_stderr` the
     standard error of this difference; None for a group or for a metric that is no mean over
-    questions. `is_main` marks the metric of the task that the gate judges.
+    questions. `is_main` marks what the gate judges: the main metric of each task. But a group
+    with a metric of its own stands for those of its tasks that have this metric, too.
     """
 
     task: str
@@ -94,22 +95,21 @@ class TasksResult:
 def evaluate_tasks(model: str, request: TaskRequest, report: Report = ignore) -> TasksResult:
     """Return the scores of MODEL (a directory or a Hub id) in tasks of lm-eval.
 
-    Raises ConfigError E_LM_EVAL without lm-eval, E_EVAL_TASK for tasks that it does not know or
-    that generate text; InputError E_EVAL_DATA if the data of a task cannot be loaded, and what
-    opening a model raises.
+    Raises ConfigError E_LM_EVAL without lm-eval, E_EVAL_TASK for tasks that it does not know, that
+    generate text, have no metric or cannot have `num_fewshot` examples; InputError E_EVAL_DATA if
+    the data of a task cannot be loaded, and what opening a model raises, for both models before
+    the first is measured.
     """
     started = time.perf_counter()
     harness = _harness()
     manager = _task_manager(request)
-    _check_tasks(manager, request.tasks)
+    _check_tasks(manager, request)
     device = resolve_device(request.device)
-    names = [model]
+    checkpoints = [open_decodable(locate_model(model, request.revision).directory)]
     if request.baseline is not None:
-        names.append(request.baseline)
+        checkpoints.append(open_decodable(locate_model(request.baseline).directory))
     found, dtype = [], ""
-    for number, name in enumerate(names):
-        revision = request.revision if number == 0 else None
-        checkpoint = open_decodable(locate_model(name, revision).directory)
+    for checkpoint in checkpoints:
         warn_of(checkpoint, report)
         streamed = _Streamed(checkpoint, request, device, report)
         with torch.inference_mode(), device_errors():
@@ -118,7 +118,7 @@ def evaluate_tasks(model: str, request: TaskRequest, report: Report = ignore) ->
     return TasksResult(
         model=model,
         baseline=request.baseline,
-        scores=tuple(_scores(found, request.tasks)),
+        scores=tuple(_scores(found)),
         num_fewshot=request.num_fewshot,
         limit=request.limit,
         dtype=dtype,
@@ -151,20 +151,13 @@ def _task_manager(request: TaskRequest) -> Any:
         raise InputError("E_EVAL_DATA", message) from error
 
 
-def _check_tasks(manager: Any, names: Sequence[str]) -> None:
-    """Load the tasks, and refuse those that are unknown or generate text."""
-    known = set(manager.all_tasks)
-    for name in names:
-        if name not in known:
-            near = nearest(name, known)
-            hint = "`lm-eval ls tasks` lists the tasks; --include-path adds a folder of your own"
-            if near is not None:
-                hint = f"did you mean {near}?"
-            raise ConfigError("E_EVAL_TASK", f"lm-eval has no task `{name}`", hint=hint)
+def _check_tasks(manager: Any, request: TaskRequest) -> None:
+    """Load the tasks, and refuse those that are unknown or cannot be judged as requested."""
+    _check_names(set(manager.all_tasks), request.tasks)
     try:
-        loaded = manager.load(list(names))["tasks"]
+        loaded = manager.load(list(request.tasks))["tasks"]
     except Exception as error:
-        message = f"cannot load the data of {', '.join(names)}: {first_line(error)}"
+        message = f"cannot load the data of {', '.join(request.tasks)}: {first_line(error)}"
         hint = "without a network, give tasks whose data are on this machine: --include-path DIR"
         raise InputError("E_EVAL_DATA", message, hint=hint) from error
     for name, task in loaded.items():
@@ -172,6 +165,42 @@ def _check_tasks(manager: Any, names: Sequence[str]) -> None:
             message = f"task `{name}` generates text, but gptq eval measures log-likelihoods only"
             hint = "use lm-eval with an engine that serves the checkpoint, such as vLLM"
             raise ConfigError("E_EVAL_TASK", message, hint=hint)
+        if not task.aggregation():
+            message = f"task `{name}` has no metric"
+            hint = "name one under metric_list in the task's file, such as acc"
+            raise ConfigError("E_EVAL_TASK", message, hint=hint)
+        if request.num_fewshot:
+            _check_examples(name, task, request.num_fewshot)
+
+
+def _check_names(known: set[str], names: Sequence[str]) -> None:
+    for name in names:
+        if name not in known:
+            near = nearest(name, known)
+            hint = "`lm-eval ls tasks` lists the tasks; --include-path adds a folder of your own"
+            if near is not None:
+                hint = f"did you mean {near}?"
+            raise ConfigError("E_EVAL_TASK", f"lm-eval has no task `{name}`", hint=hint)
+
+
+def _check_examples(name: str, task: Any, wanted: int) -> None:
+    """Raise ConfigError E_EVAL_TASK if lm-eval would not put `wanted` examples before questions."""
+    hint = "omit --num-fewshot, or measure this task without the others"
+    if task.OUTPUT_TYPE == "loglikelihood_rolling":
+        message = f"task `{name}` scores whole texts, so num_fewshot has no effect on it"
+        raise ConfigError("E_EVAL_TASK", message, hint=hint)
+    if task.get_config("num_fewshot") == 0:
+        message = f"task `{name}` has num_fewshot 0 in its file, which lm-eval does not change"
+        raise ConfigError("E_EVAL_TASK", message, hint=hint)
+    if not hasattr(task, "sampler"):
+        return
+    available = len(task.sampler.fewshot_docs())
+    if task.fewshot_cfg.split == task.config.test_split:
+        available -= 1  # the question itself is no example
+    if wanted > available:
+        message = f"task `{name}` has {available} examples, but num_fewshot is {wanted}"
+        hint = f"use --num-fewshot {available} or fewer"
+        raise ConfigError("E_EVAL_TASK", message, hint=hint)
 
 
 def _carried_out(
@@ -366,13 +395,12 @@ def _likelihood(logits: Tensor, continuation: list[int]) -> tuple[float, bool]:
 # ---------------------------------------------------------------- scores
 
 
-def _scores(found: Sequence[Mapping[str, Any]], asked: Sequence[str]) -> list[Score]:
+def _scores(found: Sequence[Mapping[str, Any]]) -> list[Score]:
     """Return the scores of a model, beside those of the baseline if it was evaluated."""
     scores = []
+    judged = _judged(found[0])
     for task, values in found[0]["results"].items():
-        metrics = [key for key in values if _is_metric(key, values)]
-        main = _main_metric(metrics)
-        for key in metrics:
+        for key in _metrics(values):
             better = found[0].get("higher_is_better", {}).get(task, {})
             scores.append(
                 _score(
@@ -380,10 +408,41 @@ def _scores(found: Sequence[Mapping[str, Any]], asked: Sequence[str]) -> list[Sc
                     task,
                     key,
                     higher_is_better=better.get(key.partition(",")[0]) is not False,
-                    is_main=key == main and task in asked,
+                    is_main=judged.get(task) == key,
                 )
             )
     return scores
+
+
+def _judged(found: Mapping[str, Any]) -> dict[str, str]:
+    """Return the tasks and groups that the gate judges, each with its main metric.
+
+    A tag, and a group without a metric of its own, is judged by its tasks. A group with a metric
+    stands for its members that have this metric.
+    """
+    results, groups = found["results"], found.get("group_subtasks", {})
+    judged = {}
+    for task, values in results.items():
+        metric = _main_metric(_metrics(values))
+        if metric is not None:
+            judged[task] = metric
+    for group in groups:
+        metric = _main_metric(_metrics(results.get(group, {})))
+        for member in _members(group, groups):
+            if metric in results.get(member, {}):
+                judged.pop(member, None)
+    return judged
+
+
+def _members(group: str, groups: Mapping[str, Sequence[str]]) -> Iterable[str]:
+    """Yield the tasks and groups below a group, at any depth."""
+    for name in groups.get(group, ()):
+        yield name
+        yield from _members(name, groups)
+
+
+def _metrics(values: Mapping[str, Any]) -> list[str]:
+    return [key for key in values if _is_metric(key, values)]
 
 
 def _is_metric(key: str, values: Mapping[str, Any]) -> bool:

@@ -259,3 +259,9 @@ def test_a_plan_shows_the_sizes_that_widths_may_make(gptq: Run, place: Path) -> 
     assert result.exit_code == 0, result.stderr
     assert "note: each layer will get 4 or 8 bits, the output " in result.stderr
     assert "this plan has 8 bits everywhere" in result.stderr
+
+
+def test_help_tells_that_overwrite_replaces_a_configuration(gptq: Run) -> None:
+    shown = " ".join(gptq("allocate", "--help").stdout.split())
+    assert "replace a configuration at the output" in shown
+    assert "replace a checkpoint" not in shown

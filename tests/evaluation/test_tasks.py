@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import math
 import statistics
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -85,10 +87,34 @@ def test_likelihoods_are_those_of_single_forwards(
 # ---------------------------------------------------------------- with a stand-in for lm-eval
 
 
-class Manager:
-    """Stands for lm-eval's TaskManager: it knows three tasks, one of which cannot be loaded."""
+class Task:
+    """Stands for a task of lm-eval: 12 questions, which are its examples too."""
 
-    all_tasks = ("arc_easy", "gsm8k", "unreachable")
+    fewshot_cfg = SimpleNamespace(split="test")
+    config = SimpleNamespace(test_split="test")
+    sampler = SimpleNamespace(fewshot_docs=lambda: [{"q": number} for number in range(12)])
+
+    def __init__(self, name: str) -> None:
+        kinds = {"gsm8k": "generate_until", "wikitext": "loglikelihood_rolling"}
+        self.OUTPUT_TYPE = kinds.get(name, "multiple_choice")
+        self._name = name
+
+    def aggregation(self) -> dict[str, Any]:
+        if self._name == "unmeasured":
+            return {}
+        return {"acc": statistics.mean}
+
+    def get_config(self, key: str) -> int | None:
+        if self._name == "zero_shot":
+            return {"num_fewshot": 0}.get(key)
+        return None
+
+
+class Manager:
+    """Stands for lm-eval's TaskManager: it knows some tasks, one of which cannot be loaded."""
+
+    all_tasks = ("ai2_arc", "arc_easy", "gsm8k", "unmeasured", "unreachable", "wikitext")
+    all_tasks += ("zero_shot",)
 
     def __init__(self, include_path: str | None = None) -> None:
         self.include_path = include_path
@@ -96,10 +122,11 @@ class Manager:
     def load(self, names: list[str]) -> dict[str, Any]:
         if "unreachable" in names:
             raise ConnectionError("no route to host\nand more")
-        kinds = {"gsm8k": "generate_until"}
         found = {}
         for name in names:
-            found[name] = SimpleNamespace(OUTPUT_TYPE=kinds.get(name, "multiple_choice"))
+            if name == "ai2_arc":
+                name = "arc_easy"  # a tag stands for its tasks
+            found[name] = Task(name)
         return {"tasks": found}
 
 
@@ -116,6 +143,7 @@ class Harness:
 
     def __call__(self, *, model: Any, tasks: list[str], **options: Any) -> dict[str, Any]:
         self.calls.append({"tasks": tasks, **options})
+        logging.getLogger("lm_eval.api.task").warning("a metric has no aggregation")
         context = model.tok_encode("the quick")
         answer = model.tok_encode(" brown", add_special_tokens=False)
         self.likelihoods.append(model._loglikelihood_tokens([(None, context, answer)]))
@@ -133,13 +161,14 @@ class Harness:
 
 
 @pytest.fixture
-def harness(monkeypatch: pytest.MonkeyPatch) -> Harness:
+def harness(monkeypatch: pytest.MonkeyPatch) -> Iterator[Harness]:
     fake = Harness()
     stand_in(monkeypatch, "lm_eval", simple_evaluate=fake, __version__="0.4.13")
     stand_in(monkeypatch, "lm_eval.evaluator")
     stand_in(monkeypatch, "lm_eval.tasks", TaskManager=Manager)
     stand_in(monkeypatch, "lm_eval.api.model", TemplateLM=Base)
-    return fake
+    yield fake
+    logging.getLogger("lm_eval").setLevel(logging.NOTSET)
 
 
 def test_the_difference_has_the_error_of_paired_answers(
@@ -195,9 +224,130 @@ def test_a_drop_beyond_the_limit_is_a_failed_gate(
     ]
 
 
+def test_quiet_hides_the_notes_of_lm_eval(
+    model: Path,
+    harness: Harness,
+    gptq: Run,  # noqa: F811
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    words = ["eval", model, "--tasks", "arc_easy", "--device", "cpu"]
+    assert gptq(*words).exit_code == 0
+    assert "a metric has no aggregation" in caplog.text
+    caplog.clear()
+    harness.calls.clear()
+    assert gptq(*words, "-q").exit_code == 0
+    assert not caplog.text
+
+
+def test_a_tag_is_judged_by_its_tasks(
+    model: Path,
+    harness: Harness,
+    gptq: Run,  # noqa: F811
+) -> None:
+    words = ["eval", model, "--tasks", "ai2_arc", "--baseline", model, "--device", "cpu", "-q"]
+    failed = gptq(*words, "--max-drop", "0.1")
+    assert (failed.exit_code, failed.stdout) == (4, "0.5\n")
+    assert "acc of arc_easy went from 0.6667 to 0.5000" in failed.stderr
+    harness.calls.clear()
+    assert gptq(*words, "--max-drop", "0.2").exit_code == 0
+
+
+def judged(results: dict[str, dict[str, float]], groups: dict[str, list[str]]) -> set[str]:
+    found = {"results": results, "group_subtasks": groups}
+    return {f"{score.task} {score.metric}" for score in tasks._scores([found]) if score.is_main}
+
+
+def test_a_group_is_judged_by_its_metric_or_by_its_tasks() -> None:
+    both = {"acc,none": 0.5, "acc_stderr,none": 0.1, "acc_norm,none": 0.25}
+    texts = {"word_perplexity,none": 9.0}
+    empty: dict[str, float] = {}
+    assert judged({"a": both, "b": texts, "g": empty}, {"g": ["a", "b"]}) == {
+        "a acc_norm",
+        "b word_perplexity",
+    }
+    nested = {"outer": ["inner", "b"], "inner": ["a"]}
+    assert judged({"a": both, "b": both, "inner": empty, "outer": empty}, nested) == {
+        "a acc_norm",
+        "b acc_norm",
+    }
+    mean = {"acc,none": 0.5}
+    assert judged({"a": both, "b": both, "inner": empty, "outer": mean}, nested) == {"outer acc"}
+    # The group's metric says nothing about a task without it.
+    assert judged({"a": both, "b": texts, "g": mean}, {"g": ["a", "b"]}) == {
+        "g acc",
+        "b word_perplexity",
+    }
+
+
+def test_a_missing_baseline_is_found_before_the_model_is_measured(
+    model: Path,
+    harness: Harness,
+    gptq: Run,  # noqa: F811
+) -> None:
+    done = gptq("eval", model, "--tasks", "arc_easy", "--baseline", "./none", "--device", "cpu")
+    assert (done.exit_code, done.stdout) == (3, "")
+    assert "error[E_MODEL_NOT_FOUND]: `./none` is not a directory" in done.stderr
+    assert not harness.calls
+
+
+def test_a_limit_beyond_the_questions_is_told_as_a_limit(
+    model: Path,
+    harness: Harness,
+    gptq: Run,  # noqa: F811
+) -> None:
+    words = ["eval", model, "--tasks", "arc_easy", "--device", "cpu", "--limit", "100"]
+    done = gptq(*words, "--num-fewshot", "11")
+    assert done.exit_code == 0, done.stderr
+    assert "at most 100 questions of each task, 11 examples" in done.stdout
+    assert harness.calls[0]["num_fewshot"] == 11
+
+
+def test_large_numbers_have_an_exponent_in_the_table() -> None:
+    from gptq_cli.cli.eval_tasks import _decimal
+
+    assert [_decimal(value) for value in (121903031906579.7031, 12.34567, None)] == [
+        "1.219e+14",
+        "12.3457",
+        "-",
+    ]
+    assert [_decimal(value, "+") for value in (2e6, 0.25, -0.25)] == [
+        "+2e+06",
+        "+0.2500",
+        "-0.2500",
+    ]
+
+
 @pytest.mark.parametrize(
     ("words", "code", "exit_code", "message", "hint"),
     [
+        (
+            ["--tasks", "unmeasured"],
+            "E_EVAL_TASK",
+            2,
+            "task `unmeasured` has no metric",
+            "name one under metric_list in the task's file",
+        ),
+        (
+            ["--tasks", "arc_easy", "--num-fewshot", "12"],
+            "E_EVAL_TASK",
+            2,
+            "task `arc_easy` has 11 examples, but num_fewshot is 12",
+            "use --num-fewshot 11 or fewer",
+        ),
+        (
+            ["--tasks", "arc_easy,wikitext", "--num-fewshot", "3"],
+            "E_EVAL_TASK",
+            2,
+            "task `wikitext` scores whole texts, so num_fewshot has no effect on it",
+            "omit --num-fewshot",
+        ),
+        (
+            ["--tasks", "zero_shot", "--num-fewshot", "3"],
+            "E_EVAL_TASK",
+            2,
+            "task `zero_shot` has num_fewshot 0 in its file, which lm-eval does not change",
+            "omit --num-fewshot",
+        ),
         (["--tasks", "arc_eazy"], "E_EVAL_TASK", 2, "lm-eval has no task `arc_eazy`", "arc_easy?"),
         (
             ["--tasks", "arc_easy,gsm8k"],
