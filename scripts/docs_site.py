@@ -34,8 +34,9 @@ from gptq_cli.config.serving import ENGINES, Rule
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 EQUATION = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+CELL = re.compile(r"<td.*?</td>", re.DOTALL)
 VALUE = re.compile(r"<td><code>[^<]*</code>")
-WIDE = ("compatibility.md",)
+WIDE = ("architectures.md", "compatibility.md")
 OUTCOMES = {
     "wrong": "loads it but computes something else",
     "no": "does not load",
@@ -78,6 +79,7 @@ def on_page_content(html: str, page: Any, **_: Any) -> str:
         return f'<{found[1]} class="arithmatex">{drawn}</{found[1]}>'
 
     html = EQUATION.sub(draw, html)
+    html = CELL.sub(lambda found: found[0].replace(r"\|", "|"), html)  # as other readers show it
     if page.file.src_uri.startswith("reference/"):
         html = VALUE.sub(lambda found: found[0].replace("|", "|<wbr>"), html)
         html = f'<div class="reference">{html}</div>'

@@ -148,3 +148,9 @@ def test_long_values_of_the_reference_break_at_their_bars(site: Path) -> None:
     page = (site / "reference" / "cli.html").read_text(encoding="utf-8")
     assert "<code>mean|<wbr>diagonal</code>" in page
     assert "<wbr>" not in (site / "index.html").read_text(encoding="utf-8")
+
+
+def test_a_bar_in_a_cell_has_no_backslash(site: Path) -> None:
+    page = (site / "architectures.html").read_text(encoding="utf-8")
+    assert "k_proj|model" in page
+    assert r"\|" not in page
