@@ -246,6 +246,8 @@ def preview_run(
         download = estimate_download(plan)
     quantized, kept = plan_rows(plan)
     has_tokenizer = source.commit is None
+    text = plan_text(bounded(config, checkpoint), checkpoint.directory, has_tokenizer, report)
+    images = any(part.chats_with_images for part in text)
     result = PlanResult(
         model=source.name,
         commit=source.commit,
@@ -254,12 +256,12 @@ def preview_run(
         quantized=tuple(quantized),
         kept=tuple(kept),
         devices=devices,
-        memory=estimate_memory(plan, config, devices),
+        memory=estimate_memory(plan, config, devices, images=images),
         disk=estimate_disk(plan, output),
         download=download,
         seconds=seconds,
         engines=judge_plan(plan, config),
-        text=plan_text(bounded(config, checkpoint), checkpoint.directory, has_tokenizer, report),
+        text=text,
         choices=tuple(choices),
     )
     _warn(result, config, report)

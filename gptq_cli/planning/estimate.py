@@ -21,7 +21,7 @@ from gptq_cli.config.layer import LayerConfig, expert_part
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import size
 from gptq_cli.files import is_directory
-from gptq_cli.planning.run_plan import LayerPlan, RunPlan, bounded
+from gptq_cli.planning.run_plan import HEAD, LayerPlan, RunPlan, bounded
 
 # A proposed limit leaves at least this much, or a quarter of the estimate, for what libraries
 # take later.
@@ -29,6 +29,7 @@ SLACK_BYTES = 128 * 10**6
 STEP_BYTES = 10**7
 
 STATES, LIBRARIES = "hidden states", "libraries"  # names of terms that others look for
+OUTSIDE = "embeddings and vision part"
 DEVICE_SHARE = 4  # hidden states may fill a quarter of the free memory of an accelerator
 # Private memory of Python with torch and transformers at work, as measured on Linux.
 LIBRARIES_BYTES = 320_000_000
@@ -129,8 +130,10 @@ def without(what: str, terms: Iterable[Term]) -> list[Term]:
     return [term for term in terms if term.what != what]
 
 
-def estimate_memory(plan: RunPlan, config: QuantizeConfig, devices: int = 1) -> Estimate:
-    """Estimate the peak memory of the block loop on each of `devices`.
+def estimate_memory(
+    plan: RunPlan, config: QuantizeConfig, devices: int = 1, *, images: bool = False
+) -> Estimate:
+    """Estimate the peak memory of a run on each of `devices`, calibrated on `images` or on text.
 
     The peak is the sum of all that lives at once while the costliest layer of the largest block
     is calibrated or solved:
@@ -143,6 +146,9 @@ def estimate_memory(plan: RunPlan, config: QuantizeConfig, devices: int = 1) -> 
     * experts' inputs: tokens x hidden of all calibration windows, if there are several devices
     * solver: see `_solver_bytes`; or, if that is more, as many panels of [I, I] as sums of batches
       wait for each other. One chunk of inputs in float32 comes on top
+
+    While images are embedded, the hidden states are in memory beside everything outside of the
+    blocks, in the dtype of the forwards. If that is more, it is the peak.
     """
     bits = _forward_bits(plan, config)
     seqlen, hidden = bounded(config, plan.source).seqlen, _hidden_size(plan)
@@ -174,11 +180,22 @@ def estimate_memory(plan: RunPlan, config: QuantizeConfig, devices: int = 1) -> 
     solver = {}
     for device, rows in ROWS_OF_A_PART.items():
         solver[device] = Term("solver", max(_solver_bytes(plan, bits, rows), sums) + chunk)
-    return Estimate(
-        cpu=(libraries, *work, solver["cpu"]),
-        accelerator=(*work, solver["cuda"]),
-        accelerator_host=(libraries, states, block),
-    )
+    on_cpu: tuple[Term, ...] = (libraries, *work, solver["cpu"])
+    on_device: tuple[Term, ...] = (*work, solver["cuda"])
+    if images:
+        embedding = (states, Term(OUTSIDE, _outside_weights(plan) * bits // 8))
+        on_cpu = max(on_cpu, (libraries, *embedding), key=total)
+        on_device = max(on_device, embedding, key=total)
+    return Estimate(cpu=on_cpu, accelerator=on_device, accelerator_host=(libraries, states, block))
+
+
+def _outside_weights(plan: RunPlan) -> int:
+    """Return the number of weights outside of the blocks, except those of the head."""
+    count = 0
+    for name, tensor in plan.plain.tensors.items():
+        if not name.startswith(f"{plan.blocks}.") and f"{HEAD}." not in name:
+            count += math.prod(tensor.shape)
+    return count
 
 
 def estimate_least_memory(plan: RunPlan, config: QuantizeConfig, devices: int = 1) -> Estimate:

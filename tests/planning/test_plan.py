@@ -25,9 +25,11 @@ from gptq_cli.planning.estimate import (
     total,
 )
 from gptq_cli.planning.plan import plan_run, refine_plan
+from gptq_cli.preview import preview_run
 from gptq_cli.runtime.open_model import open_stream
-from tests.families import FAMILIES, save_model
+from tests.families import FAMILIES, save_model, text_file
 from tests.runs import CPU, config, quantize
+from tests.vision import save_chats, save_vision_model
 
 GPT2: dict[str, object] = {
     "n_embd": 64,
@@ -129,6 +131,36 @@ def test_the_memory_estimate_is_the_sum_of_documented_terms(tmp_path: Path) -> N
     terms = {term.what: term.nbytes for term in replayed.cpu}
     assert terms["waiting batches"] == 2 * 64 * (2 * 64 + 128) * 2
     assert total(replayed.accelerator) < total(replayed.cpu)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_vl"])
+def test_images_need_memory_for_the_part_that_embeds_them(family: str, tmp_path: Path) -> None:
+    model = save_vision_model(tmp_path / "model", family, vocab_size=8192)
+    settings = config(nsamples=1, batch_size=1, seqlen=32, trust_remote_code=True)
+    plan = plan_run(model, settings)
+    shapes = {name: tensor.shape for name, tensor in open_checkpoint(model).tensors.items()}
+    table = next(name for name in shapes if name.endswith("embed_tokens.weight"))
+    blocks = table.replace("embed_tokens.weight", "layers.")
+    outside = 0
+    for name, shape in shapes.items():
+        if not name.startswith((blocks, "lm_head")):
+            outside += torch.Size(shape).numel()
+    estimate = estimate_memory(plan, settings, images=True)
+    terms = {term.what: term.nbytes for term in estimate.accelerator}
+    assert terms == {"hidden states": 32 * 64 * 4, "embeddings and vision part": outside * 4}
+    assert outside > torch.Size(shapes[table]).numel() + 10_000, "the vision part counts"
+
+
+def test_a_plan_knows_whether_images_calibrate(tmp_path: Path) -> None:
+    model = save_vision_model(tmp_path / "model", "gemma3", vocab_size=8192)
+    given = {"nsamples": 1, "batch_size": 1, "seqlen": 32}
+    chats = config(dataset=str(save_chats(tmp_path)), **given)
+    with_images = preview_run(str(model), chats).memory.accelerator
+    assert with_images == estimate_memory(plan_run(model, chats), chats, images=True).accelerator
+    words = config(dataset=text_file(), **given)
+    on_text = preview_run(str(model), words).memory.accelerator
+    assert on_text == estimate_memory(plan_run(model, words), words).accelerator
+    assert {term.what for term in with_images} != {term.what for term in on_text}
 
 
 def test_the_estimate_limits_windows_to_the_models_positions(tmp_path: Path) -> None:
