@@ -130,3 +130,12 @@ def test_every_help_page_fits_the_window(width: int, monkeypatch: pytest.MonkeyP
             lines = [line for line in printed.splitlines() if not line.startswith("Example: ")]
             longer = [line for line in lines if len(line) > width]
             assert longer == [], f"gptq {shlex.join(words)}"
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_list_of_recipes_fits_a_terminal(width: int) -> None:
+    exit_code, printed = in_a_terminal(["recipes"], width)
+    lines = CONTROL.sub("", printed).splitlines()
+    assert exit_code == 0
+    assert len(lines) >= 7
+    assert max(map(len, lines)) <= width
