@@ -84,6 +84,13 @@ This page is for users who want to know whether `gptq` quantizes their type of m
 no table of architectures; it accepts or refuses a model after running it. The table shows the
 results for the {count} model types of transformers' mapping for causal language models.
 
+Another 83 types have a class for images and text alone. They are not in the table, because many of
+them cannot be built from sizes alone; the script takes their names as arguments. On text, tiny
+models of aya_vision, cohere2_vision, cohere_compass, deepseek_vl_hybrid, exaone4_5, internvl,
+llava, llava_next, mistral3, paligemma, qwen3_vl and smolvlm worked. aria and qwen3_vl_moe, as
+transformers saves them, were refused (E_ARCH): the order of their experts is not supported. Tests
+run tiny models of gemma3, llama4, qwen2_5_vl and qwen3_vl on chats with images.
+
 `python scripts/architecture_matrix.py` builds a tiny random model of each type from its config
 class, quantizes it to {bits} bits in groups of 32, reads it back, and compares the logits of the
 block stream with those of transformers' own forward over the dequantized weights. It ran with

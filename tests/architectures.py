@@ -16,7 +16,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -187,12 +193,19 @@ def try_type(model_type: str, folder: Path, built: Callable[[], None] = lambda: 
     return dataclasses.replace(last, status="wrong", why=f"logits differ by {max(differences):.1e}")
 
 
+def auto_class(model_type: str) -> Any:
+    """Return transformers' class for text alone, or that for images and text if it has no other."""
+    if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return AutoModelForCausalLM
+    return AutoModelForImageTextToText
+
+
 def build(model_type: str) -> PreTrainedModel:
     """Return a random float32 model with small sizes in all usual fields of its config."""
     torch.manual_seed(0)
     config_class = CONFIG_MAPPING[model_type]
     config = config_class(**small(config_class))
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = auto_class(model_type).from_config(config, dtype=torch.float32)
     return with_noise(model)
 
 
@@ -222,7 +235,8 @@ def token_batches() -> list[Tensor]:
 
 def own_logits(directory: Path) -> list[Tensor]:
     """Return logits by transformers alone; raise ValueError if a tensor of the model is missing."""
-    model, loading = AutoModelForCausalLM.from_pretrained(
+    model_type = AutoConfig.from_pretrained(directory).model_type
+    model, loading = auto_class(model_type).from_pretrained(
         directory, dtype=torch.float32, output_loading_info=True
     )
     if loading["missing_keys"]:
