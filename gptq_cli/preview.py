@@ -223,9 +223,9 @@ def preview_run(
     """
     source, checkpoint = peek_model(model, revision)
     checkpoint = with_lora(checkpoint, config)
-    named = config
+    named, mixed = config, None
     if config.allocates:
-        config = _before_allocation(checkpoint, config, report)
+        config, mixed = _before_allocation(checkpoint, config, report)
     choices: list[Choice] = []
     if group_sizes is not None:
         choices = _choices(checkpoint, config, group_sizes, devices)
@@ -260,7 +260,7 @@ def preview_run(
         disk=estimate_disk(plan, output),
         download=download,
         seconds=seconds,
-        engines=judge_plan(plan, config),
+        engines=_engines(checkpoint, plan, config, mixed),
         text=text,
         choices=tuple(choices),
     )
@@ -295,16 +295,44 @@ def _choice(checkpoint: Checkpoint, config: QuantizeConfig, devices: int) -> Cho
 
 def _before_allocation(
     checkpoint: Checkpoint, config: QuantizeConfig, report: Report
-) -> QuantizeConfig:
-    """Return the widest settings that layers may get, and note what widths and sizes may be."""
-    from gptq_cli.allocation.goals import allowed_bits, sizes, starting_config
+) -> tuple[QuantizeConfig, QuantizeConfig]:
+    """Return settings with widths that meet the goal, and some with all widths that are allowed.
 
-    start = starting_config(config)
+    The first are an example, which is noted: the run measures before it chooses widths. It may
+    choose any of them, so engines are judged by the second.
+    """
+    from gptq_cli.allocation.goals import allowed_bits, at_width, sizes, starting_config
+    from gptq_cli.allocation.rules import with_widths
+    from gptq_cli.allocation.solution import unmeasured
+    from gptq_cli.allocation.units import find_units
+
     least, most = sizes(checkpoint, config)
-    widths = one_of(allowed_bits(config))
-    report(Noted(f"each layer will get {widths} bits, the output {least} to {most} bytes"))
-    report(Noted(f"`gptq allocate` measures which; this plan has {start.bits} bits everywhere"))
-    return start
+    start, widths = starting_config(config), allowed_bits(config)
+    base = with_group_size(checkpoint, start)
+    for note in notes_on_groups(start, base):
+        report(Noted(note))
+    plans = {width: plan_checkpoint(checkpoint, at_width(base, width)) for width in widths}
+    units = find_units(plans, config.protect)
+
+    def size_of(chosen: Sequence[int]) -> int:
+        return plan_checkpoint(checkpoint, with_widths(base, units, chosen)).layout.nbytes
+
+    example = unmeasured(units, config, size_of)
+    ends = f"{size(least)} to {size(most)}"
+    report(Noted(f"each layer will get {one_of(widths)} bits, the output {ends}"))
+    average = f"{example.bits:.3g} bits on average"
+    report(Noted(f"the run measures which; this plan is an example with {average}"))
+    in_turn = [widths[number % len(widths)] for number in range(len(units))]
+    return with_widths(base, units, example.widths), with_widths(base, units, in_turn)
+
+
+def _engines(
+    checkpoint: Checkpoint, plan: RunPlan, config: QuantizeConfig, mixed: QuantizeConfig | None
+) -> tuple[Verdict, ...]:
+    """Return the verdicts on the output of `plan`, or on any that an allocation may make."""
+    if mixed is None:
+        return judge_plan(plan, config)
+    return judge_plan(plan_checkpoint(checkpoint, mixed), mixed)
 
 
 def _warn(result: PlanResult, config: QuantizeConfig, report: Report) -> None:

@@ -28,7 +28,7 @@ from gptq_cli.allocation.saved import (
     remove_state,
     write_measurement,
 )
-from gptq_cli.allocation.solution import Allocation, Allocator
+from gptq_cli.allocation.solution import Allocation, Allocator, unmeasured
 from gptq_cli.allocation.units import Unit, find_units
 from gptq_cli.calibration.windows import Windows, check_token_ids
 from gptq_cli.config.schema import QuantizeConfig
@@ -160,7 +160,8 @@ def measure_model(
     """Measure the located model of `prepared` at the widths that `goal` allows.
 
     Without a `place` nothing is kept on the disk. Raises ConfigError E_TARGET or E_ALLOC_GOAL for
-    widths that the target does not take, and what a run raises for model, text and device;
+    widths that the target does not take, E_ALLOC_GOAL before the text is read for a goal of bits
+    or bytes that no choice of widths meets, and what a run raises for model, text and device;
     PausedError if the time of the run is over.
     """
     started = time.perf_counter()
@@ -179,6 +180,7 @@ def measure_model(
         plan_of = partial(_plan, prepared, stream)
         plans = {width: plan_of(at_width(prepared.config, width)) for width in widths}
         units = find_units(plans, goal.protect)
+        _refuse_unreachable(units, goal, prepared.config, plan_of)
         calibration, probe = _text(prepared, len(units), worker, report)
         check_token_ids(calibration.windows.ids, stream.vocabulary_rows)
         reference = reference_width(widths)
@@ -315,6 +317,20 @@ def _open(prepared: PreparedRun, worker: Worker) -> ModelStream:
 def _plan(prepared: PreparedRun, stream: ModelStream, config: QuantizeConfig) -> RunPlan:
     plan = plan_checkpoint(prepared.plan.source, config)
     return refine_plan(plan, config, stream.all_linears(), stream.stacked_linears(), stream.unused)
+
+
+def _refuse_unreachable(
+    units: Sequence[Unit],
+    goal: QuantizeConfig,
+    base: QuantizeConfig,
+    plan_of: Callable[[QuantizeConfig], RunPlan],
+) -> None:
+    """Raise ConfigError E_ALLOC_GOAL for a goal that no choice of widths meets."""
+
+    def size_of(chosen: Sequence[int]) -> int:
+        return plan_of(with_widths(base, units, chosen)).layout.nbytes
+
+    unmeasured(units, goal, size_of)
 
 
 def _text(

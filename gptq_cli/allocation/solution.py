@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from gptq_cli.allocation.goals import check_size, has_average, unreachable
-from gptq_cli.allocation.harms import Harms
+from gptq_cli.allocation.goals import allowed_bits, check_size, has_average, unreachable
+from gptq_cli.allocation.harms import REFERENCE, Harms, Measurement, harms_of
 from gptq_cli.allocation.knapsack import Choice, Knapsack, Option
 from gptq_cli.allocation.units import Unit
 from gptq_cli.config.fields import size_in_bytes
@@ -46,6 +46,11 @@ class Allocator:
         self._by_bits = Knapsack(self._options(lambda unit, width: width * unit.n_weights))
         self._by_bytes = Knapsack(self._options(lambda unit, width: unit.nbytes[width]))
 
+    @property
+    def least_bits(self) -> float:
+        """The smallest average of bits that the widths of the units make."""
+        return self._by_bits.least / self._n_weights
+
     def solve(self, config: QuantizeConfig) -> Allocation:
         """Return the allocation for the goal of `config`.
 
@@ -65,8 +70,8 @@ class Allocator:
         """
         choice = self._by_bits.within(int(bits * self._n_weights))
         if choice is None:
-            least = self._by_bits.least / self._n_weights
-            raise unreachable(f"an average of {bits:g} bits", f"{least:.4g} bits", "smallest")
+            least = f"{self.least_bits:.4g} bits"
+            raise unreachable(f"an average of {bits:g} bits", least, "smallest")
         return self._allocation(choice)
 
     def uniform(self, width: int) -> Allocation:
@@ -127,3 +132,19 @@ class Allocator:
             bits += width * unit.n_weights
             kl += harms[width]
         return Allocation(tuple(widths), bits / self._n_weights, self._size_of(widths), kl, bound)
+
+
+def unmeasured(units: Sequence[Unit], goal: QuantizeConfig, size_of: SizeOf) -> Allocation:
+    """Return the allocation for `goal` if each weight did as much harm as any other.
+
+    It is an example of the size that a run will have: only a measurement tells the harms. A KL
+    says nothing about the size, so the example for `target_kl` has the mean of the widths. Raises
+    ConfigError E_ALLOC_GOAL if no choice of widths meets the goal, whatever the harms are.
+    """
+    even = Measurement({unit.name: float(unit.n_weights) for unit in units})
+    even.uniform = sum(even.kl.values())
+    allocator = Allocator(units, harms_of(units, even, REFERENCE), size_of)
+    if goal.target_kl is None:
+        return allocator.solve(goal)
+    widths = allowed_bits(goal)
+    return allocator.with_average(max((widths[0] + widths[-1]) / 2, allocator.least_bits))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -258,7 +259,40 @@ def test_a_plan_shows_the_sizes_that_widths_may_make(gptq: Run, place: Path) -> 
     result = gptq("plan", *settings(place), "--bits=5.5", "--target=vllm")
     assert result.exit_code == 0, result.stderr
     assert "note: each layer will get 4 or 8 bits, the output " in result.stderr
-    assert "this plan has 8 bits everywhere" in result.stderr
+    assert "this plan is an example with 5." in result.stderr
+
+
+def test_the_plan_of_a_goal_has_its_size_and_its_engines(gptq: Run, place: Path) -> None:
+    def planned(*words: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(gptq("plan", *settings(place), *words, "--json").stdout)
+        return found
+
+    least, most = planned("--bits=2")["bytes_after"], planned("--bits=4")["bytes_after"]
+    target = least + (most - least) // 3
+    by_size = planned(f"--target-size={target}", WIDTHS)
+    assert 0.95 * target < by_size["bytes_after"] <= target
+    by_bits = planned("--bits=2.7", WIDTHS)
+    share = (by_bits["bytes_after"] - least) / (most - least)
+    assert 0.25 < share <= 0.37  # 0.7 of 2 bits
+    by_kl = planned("--target-kl=0.02", WIDTHS)
+    assert least < by_kl["bytes_after"] < most
+    for found in (by_size, by_bits, by_kl):
+        loads = [name for name, verdict in found["engines"].items() if verdict["outcome"] == "yes"]
+        assert loads == ["gptqmodel", "auto-round"]
+
+
+@pytest.mark.parametrize("goal", ["--target-size=1KB", "--bits=2.1"])
+@pytest.mark.parametrize("command", ["quantize", "allocate"])
+def test_a_goal_out_of_reach_is_refused_before_the_measurement(
+    command: str, goal: str, gptq: Run, place: Path, tmp_path: Path
+) -> None:
+    words = [goal, WIDTHS, "--protect=.*"]
+    if command == "quantize":
+        words += ["-o", str(tmp_path / "out")]
+    result = gptq(command, *settings(place), *words)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "error[E_ALLOC_GOAL]: no choice of widths has a" in result.stderr
+    assert "probe" not in result.stderr
 
 
 def test_help_tells_that_overwrite_replaces_a_configuration(gptq: Run) -> None:
