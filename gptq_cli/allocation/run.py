@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from gptq_cli.allocation.goals import allowed_bits, at_width
+from gptq_cli.allocation.goals import NO_GOAL, allowed_bits, at_width
 from gptq_cli.allocation.harms import Harms, Measurement, harms_of, reference_width
 from gptq_cli.allocation.measure import Measuring, probe_shape
 from gptq_cli.allocation.rules import with_widths
@@ -34,19 +34,19 @@ from gptq_cli.calibration.windows import Windows, check_token_ids
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.serving import LOADS, Verdict
 from gptq_cli.errors import InputError
-from gptq_cli.events import PhaseStarted, Report, Resumed, Warned, ignore
+from gptq_cli.events import PhaseStarted, Report, Resumed, Warned, WorkKept, ignore
 from gptq_cli.models.stream import ModelStream
 from gptq_cli.planning.checks import PreparedRun
 from gptq_cli.planning.plan import plan_checkpoint, refine_plan
 from gptq_cli.planning.run_plan import RunPlan, judge_plan
 from gptq_cli.quantization.resume import Identity, check_agreement, identify
-from gptq_cli.quantization.run import Calibration, calibrate
+from gptq_cli.quantization.run import Calibration, calibrate, request_of
 from gptq_cli.quantization.run_state import Limits, Record, Run, SavingTimes
 from gptq_cli.runtime.memory import Memory, device_errors
 from gptq_cli.runtime.open_model import open_stream, report_device, resolve_device
 from gptq_cli.runtime.ranks import SINGLE_PROCESS, Worker
 from gptq_cli.storage.manifest import ALLOCATION
-from gptq_cli.storage.work_directory import WorkDirectory, working_on
+from gptq_cli.storage.work_directory import WorkDirectory, read_run, working_on, write_run
 
 REVISION = 2  # counted up if the same model gets another measurement
 LEAST_TOKENS = 8192  # of calibration, if the run has as many
@@ -193,6 +193,8 @@ def measure_model(
             measuring = _measuring(
                 prepared, plans[reference], units, stream, calibration, probe, worker, report
             )
+            if work is not None and kept.file == work.allocation:
+                _note_begun(prepared, goal, work, identity)
             measured = _carry_out(measuring, work, identity, report)
         kept.write(measured)
     return MeasuredModel(
@@ -407,6 +409,17 @@ def _measuring(
     return Measuring(run, units, probe, report, limits)
 
 
+def _note_begun(
+    prepared: PreparedRun, goal: QuantizeConfig, work: WorkDirectory, identity: Identity
+) -> None:
+    """Write the call that `gptq resume` repeats, unless blocks of a run wait for theirs."""
+    if work.journal.exists():
+        return
+    goals = {name: getattr(goal, name) for name in ("bits", *NO_GOAL)}
+    config = prepared.config.model_copy(update=goals)
+    write_run(work.path, identity, request_of(replace(prepared, config=config), work.output))
+
+
 def _carry_out(
     measuring: Measuring, work: WorkDirectory | None, identity: Identity, report: Report
 ) -> Measurement:
@@ -417,7 +430,12 @@ def _carry_out(
     with MeasuredBlocks(work, identity, times) as saved:
         if saved.n_finished:
             report(Resumed(saved.n_finished, measuring.stream.n_blocks, work.path))
-        return measuring.carry_out(saved)
+        try:
+            return measuring.carry_out(saved)
+        except BaseException:
+            if saved.n_finished and read_run(work.path) is not None and not work.journal.exists():
+                report(WorkKept(work.path, failed=False))
+            raise
 
 
 def _n_batches(config: QuantizeConfig) -> int:

@@ -130,16 +130,7 @@ def quantize(
     prepared = _prepare(model, output, resolved.config, options)
     launch_processes(console, prepared, named, Path.cwd())
     console.say_on_screen(f"{model} -> {prepared.output}, loading torch and transformers")
-    from gptq_cli.quantization.run import carry_out
-
-    with working(console, prepared, named) as (worker, progress):
-        if resolved.config.allocates:
-            from gptq_cli.cli.allocate import allocated
-
-            prepared = allocated(console, prepared, resolved.config, worker, progress)
-        result = carry_out(prepared, progress, worker)
-    if worker.team.is_leader:
-        _finish(console, result, prepared, with_page=report, evaluate=evaluate)
+    _carry_out(console, prepared, resolved.config, named, with_page=report, evaluate=evaluate)
     return None
 
 
@@ -189,6 +180,28 @@ def _n_batches(prepared: PreparedRun, n_processes: int) -> int:
 
     calibration = calibrate(prepared.plan.source, config, ignore, SINGLE_PROCESS)
     return len(calibration.windows.batches(config.batch_size))
+
+
+def _carry_out(
+    console: Console,
+    prepared: PreparedRun,
+    goal: QuantizeConfig,
+    devices: list[str],
+    *,
+    with_page: bool,
+    evaluate: bool,
+) -> None:
+    """Carry out a run on `devices`, with widths that are measured if `goal` allocates; show it."""
+    from gptq_cli.quantization.run import carry_out
+
+    with working(console, prepared, devices) as (worker, progress):
+        if goal.allocates:
+            from gptq_cli.cli.allocate import allocated
+
+            prepared = allocated(console, prepared, goal, worker, progress)
+        result = carry_out(prepared, progress, worker)
+    if worker.team.is_leader:
+        _finish(console, result, prepared, with_page=with_page, evaluate=evaluate)
 
 
 @contextmanager
@@ -483,12 +496,7 @@ def resume(
     prepared = _prepare(begun.model, output, config, options)
     prepared = replace(prepared, allocated=begun.allocated)
     launch_processes(console, prepared, named, started_in)
-    from gptq_cli.quantization.run import carry_out
-
-    with working(console, prepared, named) as (worker, progress):
-        result = carry_out(prepared, progress, worker)
-    if worker.team.is_leader:
-        _finish(console, result, prepared, with_page=False, evaluate=evaluate)
+    _carry_out(console, prepared, config, named, with_page=False, evaluate=evaluate)
 
 
 class _Begun(BaseModel):

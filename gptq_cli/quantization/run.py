@@ -449,7 +449,7 @@ def report_text(part: Part, report: Report) -> None:
         report(Warned("W_DATA_CHATS", part.documents.about_chats))
 
 
-def _request(prepared: PreparedRun, output: Path) -> dict[str, Any]:
+def request_of(prepared: PreparedRun, output: Path) -> dict[str, Any]:
     """Return the call that resumes this run from anywhere."""
     directory = model_directory(prepared.model)
     model = prepared.model
@@ -486,7 +486,7 @@ def _writing_output(
         return
     check_resumable(work, identity, options.resume, record, model=prepared.located.directory)
     plan.source.check_unchanged()  # since it was opened; again after the last byte was copied
-    write_run(work.path, identity, _request(prepared, work.output))
+    write_run(work.path, identity, request_of(prepared, work.output))
     # A run with a time limit stops between two blocks, so it saves each of them.
     times = SavingTimes(always=options.max_seconds is not None)
     with marking_failures(work):

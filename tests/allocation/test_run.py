@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gptq_cli import quantize
-from gptq_cli.events import BlockFinished, Event, Report
+from gptq_cli.events import BlockFinished, Event, Report, WorkKept
 from gptq_cli.quantization.run_state import SavingTimes
 from tests.allocation.measuring import goal
 from tests.cli.conftest import run_gptq
@@ -18,31 +18,41 @@ from tests.runs import digest
 BLOCKS = 3
 
 
-def killer(n_blocks: int) -> Report:
-    """Return a report that kills the run when it has finished this many blocks in both parts."""
+def killer(n_blocks: int, events: list[Event]) -> Report:
+    """Return a report that kills the run when it has finished this many blocks in both parts.
+
+    It collects the events.
+    """
     finished = 0
 
     def stop(event: Event) -> None:
         nonlocal finished
-        finished += isinstance(event, BlockFinished)
-        if finished == n_blocks:
-            raise Killed
+        events.append(event)
+        if isinstance(event, BlockFinished):
+            finished += 1
+            if finished == n_blocks:
+                raise Killed
 
     return stop
 
 
-@pytest.mark.parametrize("again", ["call", "resume"])
+@pytest.mark.parametrize(
+    ("again", "kills"),  # in the measurement, and in the block after its last one
+    [("call", (1, BLOCKS)), ("resume", (1, BLOCKS)), ("resume", (1,))],
+)
 def test_a_killed_run_with_a_goal_writes_the_same_bytes(
-    again: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    again: str, kills: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(SavingTimes, "is_due", lambda *_: True)
     model = save_model(tmp_path / "model", "llama")
     wanted = goal(bits=2.5)
     whole = quantize(model, wanted, tmp_path / "whole").output
     out = tmp_path / "out"
-    for n_blocks in (1, BLOCKS):  # in the measurement, and in the block after its last one
+    for n_blocks in kills:
+        events: list[Event] = []
         with pytest.raises(Killed):
-            quantize(model, wanted, out, on_event=killer(n_blocks))
+            quantize(model, wanted, out, on_event=killer(n_blocks, events))
+        assert events[-1] == WorkKept(tmp_path / ".out.gptq-work")
     if again == "call":
         assert quantize(model, wanted, out).resumed_blocks == 1
     else:
