@@ -322,10 +322,11 @@ def compare(
 
 @file_errors()
 def verify(directory: str | Path, *, full: bool = False) -> Verification:
-    """Return whether a GPTQ checkpoint is complete and means the same to every engine.
+    """Return whether a GPTQ checkpoint is sound and means the same to every engine.
 
     The checkpoint may come from gptq or another tool. `defects` of the result lists what is wrong;
-    nothing is raised for it. With `full` every byte is read.
+    nothing is raised for it. With `full` every byte is read, and each parameter of the model must
+    be stored; `unchecked` of the result tells why if transformers does not know the parameters.
 
     Raises InputError E_MODEL_NOT_FOUND if there is no such directory.
 
@@ -337,7 +338,12 @@ def verify(directory: str | Path, *, full: bool = False) -> Verification:
     from gptq_cli.checkpoint.locate import local_model
     from gptq_cli.checkpoint.verify import verify_checkpoint
 
-    return verify_checkpoint(local_model(Path(directory)), full=full)
+    path = local_model(Path(directory))
+    if not full:
+        return verify_checkpoint(path)
+    from gptq_cli.checkpoint.completeness import verify_whole
+
+    return verify_whole(path)
 
 
 @file_errors()

@@ -52,7 +52,8 @@ class Verification:
     """The result of `verify_checkpoint`.
 
     `bits` are the numbers of bits that occur, `nbytes` is the size of all tensors, `hashed` the
-    number of files whose hash was compared.
+    number of files whose hash was compared. `unchecked` is the reason why a full verification could
+    not compare the tensors with the parameters of the model; it is empty if it could.
     """
 
     defects: tuple[Defect, ...]
@@ -63,6 +64,7 @@ class Verification:
     format: str
     full: bool
     hashed: int
+    unchecked: str = ""
 
     @property
     def ok(self) -> bool:

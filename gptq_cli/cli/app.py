@@ -63,7 +63,7 @@ GROUPS = {
         "report": "Write an HTML report about a run: errors, time, memory, the command.",
     },
     "Check": {
-        "verify": "Check that a GPTQ checkpoint is complete and means the same to every engine.",
+        "verify": "Check that a GPTQ checkpoint is sound and means the same to every engine.",
         "eval-ppl": "Measure the perplexity of a checkpoint, quantized or not.",
         "eval": "Measure a checkpoint in tasks of lm-eval, such as hellaswag.",
     },

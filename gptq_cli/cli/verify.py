@@ -27,18 +27,22 @@ def verify(
     full: Annotated[
         bool,
         plain(
-            "--full", help="read every byte: check that all numbers are finite and all hashes match"
+            "--full",
+            help="read every byte: check that all numbers are finite, all hashes match and no "
+            "parameter of the model is missing",
         ),
     ] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Check that a GPTQ checkpoint is complete and means the same to every engine.
+    """Check that a GPTQ checkpoint is sound and means the same to every engine.
 
     The checkpoint may come from gptq or another tool. The check compares
     the files with index and headers, and the configuration with the
     tensors. It examines the shapes, zero points, groups and scales of each
-    quantized layer. Exit code 4 if there is a defect.
+    quantized layer. With --full it also compares the tensors with all
+    parameters that transformers would load, and tells if it cannot build
+    the model. Exit code 4 if there is a defect.
 
     Example: gptq verify ./Qwen3-0.6B-GPTQ-Int4-g128 --full
     """
@@ -74,6 +78,8 @@ def _checked(found: Verification) -> str:
         read = "headers"
     if found.hashed:
         read += f", {found.hashed} hashes"
+    if found.unchecked:
+        read += f"; did not look for missing parameters: {found.unchecked}"
     return f"ok, {parts}; read {read}"
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from gptq_cli.api import verify
 from gptq_cli.checkpoint.layout import PARTS
 from gptq_cli.checkpoint.reader import DequantizingReader, TensorReader
 from gptq_cli.checkpoint.source import open_checkpoint
@@ -154,6 +155,8 @@ def test_every_family_is_quantized_and_reads_back(family: str, tmp_path: Path) -
             assert torch.equal(TensorReader(written).read(name), original.read(name))
             expected.add(name)
     assert set(written.tensors) == expected
+    verified = verify(output, full=True)
+    assert (verified.defects, verified.unchecked) == ((), "")
 
 
 def test_equal_runs_write_equal_bytes_and_another_seed_does_not(tmp_path: Path) -> None:
