@@ -11,11 +11,12 @@ thread of the call with each of `gptq_cli.events` when it happens.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
-from gptq_cli.errors import ConfigError, one_of, shown
+from gptq_cli.arguments import checked
+from gptq_cli.errors import ConfigError, one_of, shown, suggestion
 from gptq_cli.events import Noted, Report, Warned, ignore
 from gptq_cli.files import file_errors
 
@@ -36,9 +37,11 @@ if TYPE_CHECKING:
     from gptq_cli.quantization.run import QuantizeResult
 
     Config = QuantizeConfig | Mapping[str, Any]
+    Request = TypeVar("Request", EvalRequest, GenerateRequest)
 
 
 @file_errors()
+@checked
 def quantize(
     model: str | Path,
     config: Config | None = None,
@@ -122,6 +125,7 @@ def quantize(
 
 
 @file_errors()
+@checked
 def plan(
     model: str | Path,
     config: Config | None = None,
@@ -152,6 +156,9 @@ def plan(
     """
     from gptq_cli.preview import preview_run
 
+    if devices < 1:
+        message = f"devices must be a whole number of 1 or more, got {devices}"
+        raise ConfigError("E_CFG_RANGE", message)
     return preview_run(
         str(model),
         _configured(config, settings, on_event).config,
@@ -164,6 +171,7 @@ def plan(
 
 
 @file_errors()
+@checked
 def allocate(
     model: str | Path,
     config: Config | None = None,
@@ -235,6 +243,7 @@ def inspect(
     on_event: Report = ignore,
 ) -> LayerView: ...
 @file_errors()
+@checked
 def inspect(
     model: str | Path,
     *,
@@ -281,10 +290,11 @@ def inspect(
 
 
 @file_errors()
+@checked
 def compare(
     a: str | Path,
     b: str | Path,
-    text: str | None = None,
+    text: str | Path | None = None,
     *,
     max_windows: int | None = None,
     on_event: Report = ignore,
@@ -311,8 +321,11 @@ def compare(
     from gptq_cli.evaluation.request import EvalRequest
 
     request = None
+    _check_known(settings, EvalRequest, taken=("dataset", "baseline"))
     if text is not None:
-        request = EvalRequest(dataset=text, baseline=str(b), max_windows=max_windows, **settings)
+        request = EvalRequest(
+            dataset=str(text), baseline=str(b), max_windows=max_windows, **settings
+        )
     else:
         _refuse_alone({**settings, "max_windows": max_windows})
     from gptq_cli.evaluation.comparison import compare_models
@@ -321,6 +334,7 @@ def compare(
 
 
 @file_errors()
+@checked
 def verify(directory: str | Path, *, full: bool = False) -> Verification:
     """Return whether a GPTQ checkpoint is sound and means the same to every engine.
 
@@ -347,6 +361,7 @@ def verify(directory: str | Path, *, full: bool = False) -> Verification:
 
 
 @file_errors()
+@checked
 def convert(
     model: str | Path,
     to: str,
@@ -379,6 +394,7 @@ def convert(
 
 
 @file_errors()
+@checked
 def dequantize(
     model: str | Path,
     output: str | Path,
@@ -412,6 +428,7 @@ def dequantize(
 
 
 @file_errors()
+@checked
 def evaluate_perplexity(
     model: str | Path,
     request: EvalRequest | None = None,
@@ -437,13 +454,16 @@ def evaluate_perplexity(
     """
     from gptq_cli.evaluation.request import EvalRequest
 
-    request = dataclasses.replace(request or EvalRequest(), **fields)
+    if request is None:
+        request = EvalRequest()
+    request = _changed(request, EvalRequest, fields)
     from gptq_cli.evaluation.perplexity import evaluate_perplexity as evaluate
 
     return evaluate(str(model), request, on_event)
 
 
 @file_errors()
+@checked
 def generate(
     model: str | Path,
     request: GenerateRequest | str,
@@ -467,13 +487,14 @@ def generate(
 
     if isinstance(request, str):
         request = GenerateRequest(request)
-    request = dataclasses.replace(request, **fields)
+    request = _changed(request, GenerateRequest, fields)
     from gptq_cli.evaluation.generate import generate_text
 
     return generate_text(str(model), request, on_text or _discard, on_event)
 
 
 @file_errors()
+@checked
 def push(
     directory: str | Path,
     repo: str,
@@ -531,6 +552,26 @@ def _configured(
     for note in resolved.notes:
         report(Noted(note))
     return resolved
+
+
+def _changed(request: Request, kind: type[Request], fields: Mapping[str, Any]) -> Request:
+    """Return the request with other fields; raise ConfigError for a wrong one."""
+    if not isinstance(request, kind):
+        message = f"request must be of type {kind.__name__}, got {shown(request)}"
+        raise ConfigError("E_CFG_TYPE", message, hint="give its fields as keyword arguments")
+    _check_known(fields, kind)
+    return dataclasses.replace(request, **fields)
+
+
+def _check_known(
+    fields: Mapping[str, Any], kind: type[EvalRequest | GenerateRequest], taken: Sequence[str] = ()
+) -> None:
+    """Raise ConfigError E_CFG_UNKNOWN_KEY for a field that `kind` lacks, or that is `taken`."""
+    known = {field.name for field in dataclasses.fields(kind)} - set(taken)
+    for name in fields:
+        if name not in known:
+            message = f"{name} is not a known key"
+            raise ConfigError("E_CFG_UNKNOWN_KEY", message, hint=suggestion(name, known))
 
 
 def _refuse_alone(options: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -379,3 +380,70 @@ def test_wrong_eval_request_is_refused(said: dict[str, object]) -> None:
     with pytest.raises(GptqError, match=f"{next(iter(said))} must be") as refused:
         EvalRequest(**said)  # type: ignore[arg-type]
     assert refused.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("call", "code", "message"),
+    [
+        (lambda: plan(MODEL, devices=0), "E_CFG_RANGE", "devices must be a whole number of 1 or"),
+        (lambda: plan(MODEL, devices=1.5), "E_CFG_TYPE", "devices must be a whole number, got 1.5"),
+        (lambda: plan(MODEL, devices=True), "E_CFG_TYPE", "devices must be a whole number, got"),
+        (lambda: plan(MODEL, time="no"), "E_CFG_TYPE", 'time must be true or false, got "no"'),
+        (lambda: plan(None), "E_CFG_TYPE", "model must be a directory or a Hub id, got null"),
+        (lambda: plan(""), "E_CFG_TYPE", 'model must be a directory or a Hub id, got ""'),
+        (lambda: quantize(MODEL, overwrite="no"), "E_CFG_TYPE", "overwrite must be true or false"),
+        (lambda: quantize(MODEL, max_runtime=30), "E_CFG_TYPE", "max_runtime must be a time such"),
+        (lambda: allocate(MODEL, output=3), "E_CFG_TYPE", "output must be a path, got 3"),
+        (lambda: gptq_cli.inspect(MODEL, layer=3), "E_CFG_TYPE", "layer must be a text, got 3"),
+        (lambda: gptq_cli.verify(None), "E_CFG_TYPE", "directory must be a path, got null"),
+        (lambda: load_config(None), "E_CFG_TYPE", "file must be a path, got null"),
+        (lambda: compare(MODEL, MODEL, foo=1), "E_CFG_UNKNOWN_KEY", "foo is not a known key"),
+        (
+            lambda: compare(MODEL, MODEL, "heldout.txt", dataset="heldout.txt"),
+            "E_CFG_UNKNOWN_KEY",
+            "dataset is not a known key",
+        ),
+        (
+            lambda: compare(MODEL, MODEL, "heldout.txt", max_windows="2"),
+            "E_CFG_TYPE",
+            'max_windows must be a whole number, got "2"',
+        ),
+        (lambda: evaluate_perplexity(MODEL, foo=1), "E_CFG_UNKNOWN_KEY", "foo is not a known key"),
+        (
+            lambda: evaluate_perplexity(MODEL, {"seqlen": 64}),
+            "E_CFG_TYPE",
+            "request must be of type EvalRequest, got",
+        ),
+        (lambda: EvalRequest(max_windows="2"), "E_CFG_TYPE", "max_windows must be a whole number"),
+        (
+            lambda: generate(MODEL, 3),
+            "E_CFG_TYPE",
+            "request must be of type GenerateRequest, got 3",
+        ),
+        (
+            lambda: generate(MODEL, "x", max_new_tokens=1.5),
+            "E_CFG_TYPE",
+            "max_new_tokens must be a whole number, got 1.5",
+        ),
+        (
+            lambda: GenerateRequest("x", temperature="hot"),
+            "E_CFG_TYPE",
+            "temperature must be a num",
+        ),
+        (lambda: GenerateRequest(None), "E_CFG_TYPE", "prompt must be a text, got null"),
+    ],
+)
+@pytest.mark.usefixtures("workspace")
+def test_arguments_of_a_wrong_type_are_refused(
+    call: Callable[[], object], code: str, message: str
+) -> None:
+    with pytest.raises(GptqError) as refused:
+        call()
+    assert (refused.value.code, refused.value.exit_code) == (code, 2)
+    assert message in str(refused.value)
+
+
+@pytest.mark.usefixtures("workspace")
+def test_a_text_to_compare_on_may_be_a_path() -> None:
+    found = compare(QUANTIZED, MODEL, Path("heldout.txt"), seqlen=64, max_windows=1)
+    assert found.predictions is not None

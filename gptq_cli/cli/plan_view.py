@@ -20,7 +20,7 @@ from gptq_cli.cli.console import (
 from gptq_cli.cli.progress import Progress
 from gptq_cli.config.fields import AUTO
 from gptq_cli.config.resolve import Resolved
-from gptq_cli.errors import clock, shell_word, size
+from gptq_cli.errors import clock, size
 from gptq_cli.planning.estimate import Disk, DownloadPlan, Seconds, total
 from gptq_cli.preview import PlanResult, TextPlan, preview_run
 
@@ -60,7 +60,7 @@ def show_plan(
         lines = [on_one_line(f"{found.model} -> {found.output}"), "", *_lines(found)]
     console.result(found.to_json(), "\n".join(lines), str(found.bytes_after))
     if found.choices:
-        console.say(f"next: gptq plan {shell_word(model)} --bits 4 shows the layers of a row")
+        console.say("next: the same command with --bits 4 shows the layers of a row")
 
 
 def _source(found: PlanResult) -> str:
@@ -100,6 +100,7 @@ def _table(found: PlanResult, group_size: int | str) -> list[str]:
         "",
         marked,
         *_part_lines(found.parts),
+        *_time_lines(found.seconds),
         "CPU and GPU: about the memory of a run there (estimates); GPU not measured",
     ]
 

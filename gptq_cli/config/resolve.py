@@ -206,6 +206,9 @@ def load_config(file: str | Path) -> QuantizeConfig:
     >>> load_config("vllm-4bit").bits
     4
     """
+    from gptq_cli.arguments import check_arguments
+
+    check_arguments({"file": file}, {})
     return resolve({}, {}, Path(file)).config
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from gptq_cli.arguments import check_arguments
 from gptq_cli.config.fields import refusal
 from gptq_cli.config.schema import FIELDS, field_findings
 from gptq_cli.errors import ConfigError, one_of, shown, suggestion
@@ -49,6 +50,7 @@ class EvalRequest:
 
     def __post_init__(self) -> None:
         _check_fields(asdict(self))
+        check_arguments(asdict(self), _defaults(type(self)))
         if isinstance(self.dataset, list):
             message = "dataset must be one dataset for an evaluation, got a list"
             raise ConfigError("E_CFG_TYPE", message, hint="evaluate on one dataset after the other")
@@ -86,6 +88,7 @@ class GenerateRequest:
 
     def __post_init__(self) -> None:
         _check_fields(asdict(self))
+        check_arguments(asdict(self), _defaults(type(self)))
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             message = (
                 f"max_new_tokens must be a whole number of 1 or more, got {self.max_new_tokens}"
@@ -100,6 +103,10 @@ class GenerateRequest:
             raise ConfigError("E_CFG_CONFLICT", message, hint="remove one of them")
         if self.temperature == 0:
             _refuse_sampling({"top_p": self.top_p, "seed": self.seed})
+
+
+def _defaults(kind: type[Any]) -> dict[str, Any]:
+    return {field.name: field.default for field in fields(kind)}
 
 
 def _check_temperature(temperature: float) -> None:

@@ -163,6 +163,16 @@ def test_a_plan_has_a_time_only_with_the_flag(gptq: Run, model: Path) -> None:
     assert "rates measured on this device" in timed
 
 
+def test_the_table_has_the_time_of_the_marked_row(gptq: Run, model: Path) -> None:
+    words = ["plan", model, "--device", "cpu", "--format", "mlx", "--seqlen", "64"]
+    plain, timed = gptq(*words), gptq(*words, "--time")
+    assert "rates measured" not in plain.stdout
+    lines = timed.stdout.splitlines()
+    marked = lines.index("* the defaults with --group-size auto:")
+    assert lines[marked + 2].startswith("time    about 0:00:0")
+    assert "next: the same command with --bits 4 shows the layers of a row" in timed.stderr
+
+
 def test_a_plan_as_json_has_seconds_only_with_the_flag(gptq: Run, model: Path) -> None:
     words = ["plan", model, *SETTINGS, "--device", "cpu", "--json"]
     plain, timed = gptq(*words), gptq(*words, "--time")
