@@ -241,9 +241,10 @@ def preview_run(
     seconds = None
     if with_time:
         seconds = _measured_seconds(plan, config, devices)
+    disk = estimate_disk(plan, config, output)
     download = None
     if not source.is_complete:
-        download = estimate_download(plan)
+        download = estimate_download(plan, disk)
     quantized, kept = plan_rows(plan)
     has_tokenizer = source.commit is None
     text = plan_text(bounded(config, checkpoint), checkpoint.directory, has_tokenizer, report)
@@ -257,7 +258,7 @@ def preview_run(
         kept=tuple(kept),
         devices=devices,
         memory=estimate_memory(plan, config, devices, images=images),
-        disk=estimate_disk(plan, output),
+        disk=disk,
         download=download,
         seconds=seconds,
         engines=_engines(checkpoint, plan, config, mixed),

@@ -149,9 +149,11 @@ def _memory_lines(found: PlanResult) -> list[str]:
 
 
 def _disk_lines(disk: Disk) -> list[str]:
-    if disk.free is None:
-        return [f"disk    {size(disk.needed)}"]
-    return [f"disk    {size(disk.needed)}, {size(disk.free)} free"]
+    parts = f"output {size(disk.output)}, saved hidden states {size(disk.states)}"
+    lines = [f"disk    {size(disk.needed)} while it runs", f"          {parts}"]
+    if disk.free is not None:
+        lines[0] += f", {size(disk.free)} free"
+    return lines
 
 
 def _download_lines(download: DownloadPlan | None) -> list[str]:
@@ -161,7 +163,7 @@ def _download_lines(download: DownloadPlan | None) -> list[str]:
     fetched, whole = size(download.bytes), size(download.peak_disk_bytes)
     streamed = size(download.streamed_peak_disk_bytes)
     return [
-        f"fetch   {fetched}, kept in the Hub's cache: {whole} of disk with the output",
+        f"fetch   {fetched}, kept in the Hub's cache: {whole} of disk with the run",
         f"        with --stream-download the same bytes, but {streamed} of disk at most",
     ]
 

@@ -249,9 +249,9 @@ def check_sharing(source: Checkpoint, n_processes: int) -> None:
 
 
 def check_disk(
-    work: WorkDirectory, output_bytes: int, hidden_bytes: int, downloaded_bytes: int = 0
+    work: WorkDirectory, output_bytes: int, saved_bytes: int, downloaded_bytes: int = 0
 ) -> None:
-    """ResourceError E_DISK if the output and two sets of hidden states do not fit on the disk.
+    """ResourceError E_DISK if the output and the saved hidden states do not fit on the disk.
 
     `downloaded_bytes` of the model are there at once, if it is downloaded while it is read. The
     bytes that an earlier run has written to `work` count as free.
@@ -262,9 +262,9 @@ def check_disk(
             free += path.lstat().st_blocks * 512
         disk = os.statvfs(work.path)
     free += disk.f_bavail * disk.f_frsize
-    needed = output_bytes + 2 * hidden_bytes + downloaded_bytes
+    needed = output_bytes + saved_bytes + downloaded_bytes
     if needed > free:
-        parts = f"{size(output_bytes)} of output, {size(2 * hidden_bytes)} of hidden states"
+        parts = f"{size(output_bytes)} of output, {size(saved_bytes)} of hidden states"
         if downloaded_bytes:
             parts += f", {size(downloaded_bytes)} of downloaded blocks"
         message = (

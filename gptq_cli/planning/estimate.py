@@ -98,10 +98,19 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Disk:
-    """Bytes that the output takes, and bytes that are free; None if no part of the path exists."""
+    """Bytes of the output and of the saved hidden states, and bytes that are free.
 
-    needed: int
+    `free` is None if no part of the path exists.
+    """
+
+    output: int
+    states: int
     free: int | None
+
+    @property
+    def needed(self) -> int:
+        """The most bytes that the run holds at once, without a download."""
+        return self.output + self.states
 
     @property
     def fits(self) -> bool:
@@ -110,7 +119,7 @@ class Disk:
 
 @dataclass(frozen=True, slots=True)
 class DownloadPlan:
-    """Bytes of the weights of a Hub model, and the most bytes on the disk with the output.
+    """Bytes of the weights of a Hub model, and the most bytes on the disk with those of the run.
 
     The peaks are those of a model that is downloaded first, and while it is read.
     """
@@ -204,21 +213,34 @@ def estimate_least_memory(plan: RunPlan, config: QuantizeConfig, devices: int = 
     return estimate_memory(plan, one_waits, devices)
 
 
-def estimate_disk(plan: RunPlan, output: Path) -> Disk:
-    """Estimate the disk space of the output.
+def estimate_disk(plan: RunPlan, config: QuantizeConfig, output: Path) -> Disk:
+    """Estimate the disk space of a run: its output, and the hidden states that let it resume.
 
     The output is written once, under another name beside its own. An older output stays until then.
     """
+    seqlen = bounded(config, plan.source).seqlen
+    bits = config.nsamples * seqlen * _hidden_size(plan) * _forward_bits(plan, config)
+    states = saved_states(plan, bits // 8)
     for folder in (output, *output.absolute().parents):
         if is_directory(folder, writing=True):
-            return Disk(plan.layout.nbytes, shutil.disk_usage(folder).free)
-    return Disk(plan.layout.nbytes, None)
+            return Disk(plan.layout.nbytes, states, shutil.disk_usage(folder).free)
+    return Disk(plan.layout.nbytes, states, None)
 
 
-def estimate_download(plan: RunPlan) -> DownloadPlan:
-    """Return what the download of the model takes in both ways."""
-    output, weights = plan.layout.nbytes, plan.source.nbytes
-    return DownloadPlan(weights, output + weights, output + streamed_bytes(plan))
+def saved_states(plan: RunPlan, hidden_bytes: int) -> int:
+    """Return the bytes of saved hidden states, if those of all windows take `hidden_bytes` once.
+
+    While new ones are written, the last ones are kept; with asymmetric calibration both are double.
+    """
+    if plan.asymmetric:
+        hidden_bytes *= 2
+    return 2 * hidden_bytes
+
+
+def estimate_download(plan: RunPlan, disk: Disk) -> DownloadPlan:
+    """Return what the download of the model takes in both ways, beside what the run needs."""
+    weights = plan.source.nbytes
+    return DownloadPlan(weights, disk.needed + weights, disk.needed + streamed_bytes(plan))
 
 
 def streamed_bytes(plan: RunPlan) -> int:

@@ -59,7 +59,7 @@ from gptq_cli.planning.checks import (
     check_sharing,
     prepare_run,
 )
-from gptq_cli.planning.estimate import streamed_bytes
+from gptq_cli.planning.estimate import saved_states, streamed_bytes
 from gptq_cli.planning.plan import check_shared, refine_plan
 from gptq_cli.planning.run_plan import HEAD, LayerPlan, RunPlan, judge_plan, remarks
 from gptq_cli.quantization.block_loop import quantize_all_blocks
@@ -283,7 +283,8 @@ def _check_room(
     downloaded_bytes = 0
     if plan.source.download is not None:
         downloaded_bytes = streamed_bytes(plan)
-    check_disk(work, plan.layout.nbytes, (1 + plan.asymmetric) * hidden_bytes, downloaded_bytes)
+    saved_bytes = saved_states(plan, hidden_bytes)
+    check_disk(work, plan.layout.nbytes, saved_bytes, downloaded_bytes)
     host, host_limit = _host(config, worker).free_and_limit()
     device, device_limit = None, None
     if worker.device.type == "cuda":

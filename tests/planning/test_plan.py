@@ -226,8 +226,8 @@ def test_headers_determine_the_dtype_of_the_forwards(
 
 def test_free_space_is_read_at_the_place_of_the_output(tmp_path: Path) -> None:
     plan = plan_run(save_model(tmp_path / "model"), config())
-    disk = estimate_disk(plan, tmp_path / "not" / "yet" / "there")
-    assert disk.needed == plan.layout.nbytes
+    disk = estimate_disk(plan, config(), tmp_path / "not" / "yet" / "there")
+    assert disk.output == plan.layout.nbytes
     assert disk.free is not None
     assert disk.fits
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -18,10 +19,11 @@ from gptq_cli.checkpoint import ranges, streaming
 from gptq_cli.checkpoint.locate import locate_model
 from gptq_cli.checkpoint.streaming import stream_model
 from gptq_cli.cli.app import app
-from gptq_cli.errors import ConfigError, ExistsError, InputError, size
+from gptq_cli.errors import ConfigError, ExistsError, InputError, ResourceError, size
 from gptq_cli.events import BlockFinished, BlockStarted, Event, LayerSolved, Report, Resumed
 from gptq_cli.hub_errors import NETWORK_UNCACHED
 from gptq_cli.planning.checks import check_sharing
+from gptq_cli.preview import preview_run
 from gptq_cli.quantization.run import QuantizeResult, quantize_checkpoint
 from gptq_cli.storage.work_directory import WorkDirectory, read_run
 from tests.checkpoint.test_ranges import shortened
@@ -485,6 +487,23 @@ def test_what_cannot_be_streamed_conflicts_with_the_option(tmp_path: Path) -> No
 
 
 @pytest.mark.usefixtures("hub")
+@pytest.mark.parametrize("changes", [{}, {"asymmetric_calibration": 1.0}])
+def test_plan_names_the_disk_that_the_run_asks_for(
+    changes: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = config(**(SETTINGS | changes))
+    planned = preview_run(ID, given, tmp_path / "out")
+    assert planned.download is not None
+    wanted = {True: planned.download.streamed_peak_disk_bytes, False: planned.disk.needed}
+    for stream_download, needed in wanted.items():
+        full = Mock(f_bavail=0, f_frsize=4096)
+        monkeypatch.setattr("gptq_cli.planning.checks.os", Mock(statvfs=Mock(return_value=full)))
+        with pytest.raises(ResourceError, match=f"{size(needed)} are needed") as caught:
+            run(tmp_path / "out", stream_download=stream_download, **changes)
+        assert (caught.value.code, caught.value.exit_code) == ("E_DISK", 5)
+
+
+@pytest.mark.usefixtures("hub")
 def test_plan_shows_both_ways_of_downloading(hub: Hub, files: dict[str, bytes]) -> None:
     del hub  # which serves the model
     arguments = ["plan", ID, "--bits", "4", "--group-size", "32", "--dataset", SETTINGS["dataset"]]
@@ -494,7 +513,8 @@ def test_plan_shows_both_ways_of_downloading(hub: Hub, files: dict[str, bytes]) 
     total = sum(tensor.nbytes for tensor in found.values())
     of_block = sum(tensor.nbytes for name, tensor in found.items() if ".layers.3." in name)
     outside = sum(tensor.nbytes for name, tensor in found.items() if ".layers." not in name)
-    output = data["disk"]["needed_bytes"]
+    output = data["disk"]["needed_bytes"]  # and hidden states
+    assert output > data["bytes_after"]
     assert data["download"] == {
         "bytes": total,
         "peak_disk_bytes": output + total,
