@@ -97,18 +97,23 @@ class _PlainWeights:
                 writer.copy(tensor)
                 continue
             report(LayerStarted(name))
-            weight = self._reader.read(name).to(self._dtype)
+            read = self._reader.read(name)
+            weight = read.to(self._dtype)
             if not bool(weight.isfinite().all()):
-                raise _not_finite(name, self._dtype)
+                raise _not_finite(name, self._dtype, is_cast=bool(read.isfinite().all()))
             if self._is_turned(name):
                 weight = weight.T
             writer.write(name, weight)
 
 
-def _not_finite(name: str, dtype: torch.dtype) -> InputError:
-    message = f"`{name}` has values that are not finite as {_name_of(dtype)}"
-    hint = "choose --dtype bfloat16 or float32; if that fails too, the checkpoint is damaged"
-    return InputError("E_CKPT_NONFINITE", message, hint=hint)
+def _not_finite(name: str, dtype: torch.dtype, *, is_cast: bool) -> InputError:
+    """Return the error for a tensor; `is_cast` if it is finite in the dtype that it is read in."""
+    if is_cast:
+        message = f"`{name}` has values that are not finite as {_name_of(dtype)}"
+        hint = "choose --dtype bfloat16 or float32"
+        return InputError("E_CKPT_NONFINITE", message, hint=hint)
+    message = f"`{name}` has values that are not finite: the checkpoint is damaged"
+    return InputError("E_CKPT_NONFINITE", message, hint="download or quantize it again")
 
 
 def _name_of(dtype: torch.dtype) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -205,6 +206,17 @@ def test_weights_that_a_dtype_cannot_hold_are_refused(model: Path, tmp_path: Pat
     assert (caught.value.code, caught.value.exit_code) == ("E_CKPT_NONFINITE", 3)
     assert "bfloat16" in (caught.value.hint or "")
     dequantize_checkpoint(str(source), tmp_path / "plain", "bfloat16")
+
+
+def test_numbers_that_no_dtype_can_hold_are_damage(model: Path, tmp_path: Path) -> None:
+    source, _ = quantize(tmp_path, model)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.0.input_layernorm.weight"][0] = math.nan
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="not finite: the checkpoint is damaged") as caught:
+        dequantize_checkpoint(str(source), tmp_path / "plain", "float16")
+    assert (caught.value.code, caught.value.exit_code) == ("E_CKPT_NONFINITE", 3)
+    assert caught.value.hint == "download or quantize it again"
 
 
 def test_transposed_linears_are_dequantized_transposed(
