@@ -390,7 +390,8 @@ def plan_text(
 ) -> tuple[TextPlan, ...]:
     """Return the text of each dataset; notes about it are reported.
 
-    Raises the errors of `check_source` and `read_parts`, but a text that is too short is a note.
+    Raises the errors of `check_source` and `read_parts`, but a text that is too short is a note;
+    and those of `ImagePart.draw` for images.
     """
     sources = calibration_sources(config)
     for source, _ in sources:
@@ -399,7 +400,9 @@ def plan_text(
         from gptq_cli.calibration.windows import read_parts
 
         try:
-            return tuple(_counted(part, report) for part in read_parts(directory, config))
+            return tuple(
+                _counted(part, config.seed, report) for part in read_parts(directory, config)
+            )
         except InputError as error:
             if error.code not in NO_TOKENIZER:
                 raise
@@ -407,13 +410,16 @@ def plan_text(
     return tuple(_uncounted(source, n_windows, config) for source, n_windows in sources)
 
 
-def _counted(part: Part, report: Report) -> TextPlan:
+def _counted(part: Part, seed: int, report: Report) -> TextPlan:
+    """Return what a text holds; images of the chats that the run draws are read, as it does."""
     documents = part.documents
     if documents.beside:
         report(Warned("W_DATA_CHATS", documents.about_chats))
     refused = part.shortage
     if refused is not None:
         report(Noted(f"quantize will refuse the text: {refused}; {refused.hint}"))
+    elif part.n_with_images:
+        part.draw(seed)
     return TextPlan(
         dataset=documents.name,
         chats=part.n_chats,

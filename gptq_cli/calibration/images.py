@@ -18,6 +18,7 @@ from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from warnings import catch_warnings, simplefilter
 
 import torch
 from torch import Tensor
@@ -288,11 +289,21 @@ def _read(image: Path | bytes, place: str) -> bytes:
 
 
 def _decoded(content: bytes) -> Any:
-    """Return the image in RGB, turned as its camera says."""
+    """Return the image in RGB, turned as its camera says.
+
+    ValueError for an image of more pixels than Pillow takes for safe.
+    """
     from PIL import Image
     from transformers.image_utils import load_image
 
-    return load_image(Image.open(io.BytesIO(content)))
+    with catch_warnings():
+        simplefilter("ignore", Image.DecompressionBombWarning)  # it is refused below
+        image = Image.open(io.BytesIO(content))
+    pixels, most = image.width * image.height, Image.MAX_IMAGE_PIXELS
+    if most is not None and pixels > most:
+        text = f"it has {image.width} x {image.height} pixels, more than the {most:,} it allows"
+        raise ValueError(text)
+    return load_image(image)
 
 
 # ------------------------------------------------------------ the processor
@@ -386,11 +397,20 @@ def _cut(inputs: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:
     return cut
 
 
-def image_window(chat: ImageChat, model: VisionModel, seqlen: int) -> ImageWindow:
+@dataclass(frozen=True, slots=True)
+class TooLong:
+    """A chat of `tokens` whose last image ends at token `end`, behind the end of a window."""
+
+    place: str
+    tokens: int
+    end: int
+
+
+def image_window(chat: ImageChat, model: VisionModel, seqlen: int) -> ImageWindow | TooLong:
     """Return the window of a chat with images, cut after `seqlen` tokens.
 
-    Raises InputError E_DATA_IMAGE if an image cannot be read, if the processor refuses the chat
-    (its template may leave an image out), or if the cut would hit an image.
+    It is TooLong if the cut would hit an image. Raises InputError E_DATA_IMAGE if an image cannot
+    be read, or if the processor refuses the chat (its template may leave an image out).
     """
     images = tuple([_read(image, chat.place) for image in chat.images])
     try:
@@ -407,14 +427,23 @@ def image_window(chat: ImageChat, model: VisionModel, seqlen: int) -> ImageWindo
         raise InputError("E_DATA_IMAGE", message, hint=hint)
     end = int(places[-1]) + 1
     if end > seqlen:
-        raise InputError(
-            "E_DATA_IMAGE",
-            f"{chat.place} has {ids.shape[1]:,} tokens, and its last image ends at token {end:,}, "
-            f"but a window has {seqlen:,}",
-            hint=f"use --seqlen {end} or more, or smaller images",
-        )
+        return TooLong(chat.place, ids.shape[1], end)
     kept = _cut(inputs, seqlen)
     return ImageWindow(kept["input_ids"], _hash_of(kept), chat.text, images)
+
+
+def _check_lengths(windows: Iterable[Any], seqlen: int) -> None:
+    """Raise InputError E_DATA_IMAGE with the length that fits, if a window is TooLong."""
+    too_long = [window for window in windows if isinstance(window, TooLong)]
+    if not too_long:
+        return
+    longest = max(too_long, key=lambda chat: chat.end)
+    raise InputError(
+        "E_DATA_IMAGE",
+        f"{longest.place} has {longest.tokens:,} tokens, and its last image ends at token "
+        f"{longest.end:,}, but a window has {seqlen:,}",
+        hint=f"use --seqlen {longest.end} or more, or smaller images",
+    )
 
 
 def _hash_of(inputs: Mapping[str, Tensor]) -> str:
@@ -477,6 +506,7 @@ class ImagePart(Part):
                 drawn.append(image_window(chat, self.model, self.seqlen))
             else:
                 drawn.append(self.encode(chat.text, False)[: self.seqlen])
+        _check_lengths(drawn, self.seqlen)
         return drawn
 
 

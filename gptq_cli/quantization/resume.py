@@ -282,10 +282,17 @@ class BlockStore:
 
 
 def check_resumable(
-    work: WorkDirectory, identity: Identity, policy: str, report: Report, *, model: Path
+    work: WorkDirectory,
+    identity: Identity,
+    policy: str,
+    report: Report,
+    *,
+    model: Path,
+    request: Mapping[str, Any],
 ) -> None:
     """Check that the finished blocks in `work`, if any, are of the run `identity` of `model`.
 
+    `request` is the call of this run, in which a dataset has its name, not its content.
     `policy` "never" removes the blocks. Raises ExistsError E_RESUME_NOTHING if `policy` is
     "require" and there is no block, E_RESUME_MISMATCH with the fields in which the runs differ. If
     the other run failed and `policy` is "auto", its blocks are removed instead.
@@ -306,9 +313,7 @@ def check_resumable(
         return
     if policy == "auto" and drop_failed(work, report):
         return
-    hint = "discard it: --resume never"
-    if not _no_command_helps(different, run["request"], model):
-        hint = f"resume that run: {resume_command(work.path)}, or {hint}"
+    hint = _way_out(different, run["request"], request, work, model)
     finished = f"{n_blocks} finished blocks of a run with other settings"
     raise ExistsError(
         "E_RESUME_MISMATCH", f"`{work.path}` holds {finished}: {'; '.join(different)}", hint=hint
@@ -323,6 +328,32 @@ def _read_run(work: WorkDirectory, report: Report) -> dict[str, Any] | None:
         report(Warned("W_RESUME_DAMAGED", text))
         work.drop()
     return run
+
+
+def _way_out(
+    different: Sequence[str],
+    known: dict[str, Any],
+    request: Mapping[str, Any],
+    work: WorkDirectory,
+    model: Path,
+) -> str:
+    """Return the hint for a run that differs from the one in `work`, whose call was `known`."""
+    discard = "discard it: --resume never"
+    if _is_other_text(different, known, request):
+        return f"restore the text as it was, with its images, or {discard}"
+    if _no_command_helps(different, known, model):
+        return discard
+    return f"resume that run: {resume_command(work.path)}, or {discard}"
+
+
+def _is_other_text(
+    different: Sequence[str], known: Mapping[str, Any], request: Mapping[str, Any]
+) -> bool:
+    """Return whether equal calls differ in what datasets and template hold."""
+    of_text = ("calibration_sha256", "config.dataset", "config.chat_template")
+    if not all(line.startswith(of_text) for line in different):
+        return False
+    return all(known.get(name) == request[name] for name in ("config", "directory"))
 
 
 def _no_command_helps(different: Sequence[str], request: dict[str, Any], model: Path) -> bool:

@@ -61,7 +61,14 @@ from gptq_cli.planning.checks import (
 )
 from gptq_cli.planning.estimate import saved_states, streamed_bytes
 from gptq_cli.planning.plan import check_shared, refine_plan
-from gptq_cli.planning.run_plan import HEAD, LayerPlan, RunPlan, judge_plan, remarks
+from gptq_cli.planning.run_plan import (
+    HEAD,
+    LayerPlan,
+    RunPlan,
+    about_unused,
+    judge_plan,
+    remarks,
+)
 from gptq_cli.quantization.block_loop import quantize_all_blocks
 from gptq_cli.quantization.resume import (
     BlockStore,
@@ -191,8 +198,7 @@ def carry_out(
         if work is not None:
             _check_room(work, plan, stream, config, worker)
         calibration = calibrate(source, config, record, ranks)
-        if calibration.windows.images and not stream.takes_images:
-            stream = _open_stream(prepared, worker, images=True)
+        stream = _stream_for(calibration, stream, prepared, worker, record)
         check_token_ids(calibration.windows.ids, stream.vocabulary_rows)
         record(PhaseStarted("source", _how_read(source)))
         commit, sha256 = prepared.located.commit, calibration.windows.sha256
@@ -271,6 +277,24 @@ def _open_stream(prepared: PreparedRun, worker: Worker, *, images: bool = False)
     )
 
 
+def _stream_for(
+    calibration: Calibration,
+    stream: ModelStream,
+    prepared: PreparedRun,
+    worker: Worker,
+    report: Report,
+) -> ModelStream:
+    """Return `stream`, or one with the vision part if there are images to read.
+
+    Warn of the tensors that it does not use.
+    """
+    if calibration.windows.images and not stream.takes_images:
+        stream = _open_stream(prepared, worker, images=True)
+    for code, text in about_unused(stream.unused):
+        report(Warned(code, text))
+    return stream
+
+
 def _host(config: QuantizeConfig, worker: Worker) -> Memory:
     return Memory(torch.device("cpu"), None, config.max_ram_bytes, worker.team.local_world_size)
 
@@ -296,9 +320,8 @@ def _check_room(
 def _refine_plan(prepared: PreparedRun, stream: ModelStream, report: Report) -> RunPlan:
     """Refine the plan with the opened model, report it, and warn of what a user should know."""
     config = prepared.config
-    plan = refine_plan(
-        prepared.plan, config, stream.all_linears(), stream.stacked_linears(), stream.unused
-    )
+    # Images may need tensors that this stream does not use: the warning waits for the text.
+    plan = refine_plan(prepared.plan, config, stream.all_linears(), stream.stacked_linears(), ())
     check_shared(plan, stream.shared_linears())
     if outside := stream.outside_linears():
         report(Warned("W_ARCH_KEPT", f"{outside}: they stay unquantized"))
@@ -485,9 +508,17 @@ def _writing_output(
         run.saved = FinishedBlocks(run.ranks, plan.n_steps)
         yield
         return
-    check_resumable(work, identity, options.resume, record, model=prepared.located.directory)
+    request = request_of(prepared, work.output)
+    check_resumable(
+        work,
+        identity,
+        options.resume,
+        record,
+        model=prepared.located.directory,
+        request=request,
+    )
     plan.source.check_unchanged()  # since it was opened; again after the last byte was copied
-    write_run(work.path, identity, request_of(prepared, work.output))
+    write_run(work.path, identity, request)
     # A run with a time limit stops between two blocks, so it saves each of them.
     times = SavingTimes(always=options.max_seconds is not None)
     with marking_failures(work):

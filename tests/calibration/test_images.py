@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -156,6 +158,45 @@ def test_a_chat_is_cut_behind_its_images_only(model: Path, tmp_path: Path) -> No
     assert refused.hint == f"use --seqlen {end} or more, or smaller images"
 
 
+def test_the_hint_about_length_fits_all_chats(model: Path, tmp_path: Path) -> None:
+    chats = save_chats(tmp_path)
+    refused = refusal(lambda: windows(model, chats, nsamples=4, seqlen=8))
+    length = re.search(r"--seqlen (\d+)", refused.hint or "")
+    assert refused.code == "E_DATA_IMAGE"
+    assert length
+    found = windows(model, chats, nsamples=4, seqlen=int(length[1]))
+    assert len(found.images) == 3
+    assert refusal(lambda: windows(model, chats, nsamples=4, seqlen=int(length[1]) - 1))
+
+
+@pytest.mark.parametrize("fault", ["short", "no image"])
+def test_plan_refuses_the_images_that_a_run_refuses(
+    fault: str, model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    chats, given = row_file(tmp_path, FAULTS["no image"][0]), {"seqlen": 100}
+    if fault == "short":
+        chats, given = save_chats(tmp_path), {"seqlen": 8, "nsamples": 4}
+    of_run = refusal(lambda: windows(model, chats, **given))
+    of_plan = refusal(lambda: plan_text(settings(chats, **given), model, True, ignore))
+    assert (of_plan.code, str(of_plan), of_plan.hint) == (of_run.code, str(of_run), of_run.hint)
+
+
+def test_an_image_of_too_many_pixels_is_refused(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_image(tmp_path / "a.png", 24, 16)
+    file = row_file(tmp_path, asking({"type": "image", "image": "a.png"}, ASKED))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 383)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        refused = refusal(lambda: windows(model, file))
+    assert (refused.code, refused.exit_code) == ("E_DATA_IMAGE", 3)
+    assert str(refused).endswith("it has 24 x 16 pixels, more than the 383 it allows")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 384)
+    assert len(windows(model, file).images) == 1
+
+
 def test_chats_with_and_without_images_share_a_run(model: Path, tmp_path: Path) -> None:
     chats = save_chats(tmp_path)
     mixed = windows(model, [str(chats), text_file()], nsamples=8, seqlen=60)
@@ -197,6 +238,8 @@ def test_a_run_on_images_resumes_with_the_same_bytes(model: Path, tmp_path: Path
     save_image(tmp_path / "low.png", 24, 16, seed=5)
     changed = refusal(lambda: quantize_checkpoint(str(model), output, given, resume="require"))
     assert changed.code == "E_RESUME_MISMATCH"
+    hint = "restore the text as it was, with its images, or discard it: --resume never"
+    assert changed.hint == hint
     save_image(tmp_path / "low.png", 24, 16)
     quantize_checkpoint(str(model), output, given, resume="require")
     assert digest(output) == digest(tmp_path / "whole")

@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.families import text_file
-from tests.runs import quantize
+from tests.runs import messages, quantize, quantize_with_events
 from tests.vision import save_chats, save_vision_model
 
 
@@ -17,7 +17,10 @@ def test_images_and_text_give_the_same_names(family: str, tmp_path: Path) -> Non
     model = save_vision_model(tmp_path / "model", family)
     given = {"nsamples": 4, "batch_size": 2, "seqlen": 100, "trust_remote_code": True}
     given |= {"moe_uncovered": "rtn", "preset": "fast"}
-    on_images, result = quantize(tmp_path, model, dataset=str(save_chats(tmp_path)), **given)
+    on_images = tmp_path / "on images"
+    images = str(save_chats(tmp_path))
+    result, events = quantize_with_events(model, on_images, dataset=images, **given)
+    assert messages(events, "W_CKPT_UNUSED") == []
     on_text, of_text = quantize(tmp_path, model, dataset=text_file(), **given)
     assert (result.image_windows, of_text.image_windows) == (3, 0)
     with_images, with_text = tensors(on_images), tensors(on_text)
