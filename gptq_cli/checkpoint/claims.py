@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from gptq_cli.checkpoint.defects import Defect, Effect, convert_command
+from gptq_cli.checkpoint.defects import Defect, Effect, convert_command, tensor_defect
 from gptq_cli.checkpoint.headers import TensorInfo
 from gptq_cli.checkpoint.layout import Packing
 from gptq_cli.checkpoint.quantization_config import HEAD, LISTED, StoredConfig
@@ -34,6 +34,7 @@ _PER_BLOCK = re.compile(r"\w+_(types|pattern)")  # a kind for each block: a list
 _LABELS = re.compile(r"(\w+_)?labels")
 _INDEX = re.compile(r"(?:^|\.)(\d+)(?=\.)")
 _EXPERT = re.compile(r"(.+)\.experts\.(\d+)\.")
+_STACK = re.compile(r"(.+)\.experts\.[^.]+")
 _ROUTERS = ("gate", "router")  # beside the experts; a row for each of them
 
 # What a block holds: modules with "" for a linear, with part and shape for any other tensor.
@@ -48,7 +49,8 @@ def check_claims(source: Checkpoint) -> None:
     """Raise InputError for a config that makes transformers run foreign code or fill the memory.
 
     E_REMOTE_CODE if it names a kernel of the Hub, E_CKPT_INCOMPLETE if it has many more blocks than
-    there are tensors of, E_CKPT_CONFIG if it counts other parts that no tensor is of.
+    there are tensors of, E_CKPT_CONFIG if it counts other parts that no tensor is of. E_CKPT_SHAPE
+    if a tensor holds another number of experts than their router chooses among.
     """
     for place, value in _values(source.config):
         _refuse_kernel(source.directory, place, value)
@@ -66,6 +68,8 @@ def check_claims(source: Checkpoint) -> None:
         _LABELS: MAX_LABELS,
         _EXPERTS: max(longest, _largest_stack(source.tensors.values()), USUAL_PARTS),
     }
+    for stack, message in _cut_stacks(source):
+        raise InputError("E_CKPT_SHAPE", f"`{stack.name}` {message}", hint=DOWNLOAD_WEIGHTS)
     for place, value in _values(source.config):
         _refuse_kinds(place, value, longest)
         _refuse_count(place, value, limits)
@@ -195,11 +199,18 @@ def check_rules(
             yield _rule_defect(message, name)
     yield from _check_head(checkpoint, config, HEAD in modules)
     yield from _check_siblings(checkpoint, config, modules)
+    yield from check_complete(checkpoint, modules)
+
+
+def check_complete(checkpoint: Checkpoint, modules: Sequence[str]) -> Iterator[Defect]:
+    """Yield blocks, linears and experts that the other tensors ask for, but that are not stored."""
     blocks = _block_list(modules)
     if blocks is not None:
         yield from _check_blocks(checkpoint, blocks)
         yield from _check_lost_linears(checkpoint, modules, blocks)
     yield from _check_experts(checkpoint)
+    for stack, message in _cut_stacks(checkpoint):
+        yield tensor_defect("E_CKPT_SHAPE", stack, message, DOWNLOAD_WEIGHTS)
 
 
 def _rule_defect(
@@ -362,3 +373,35 @@ def _check_experts(checkpoint: Checkpoint) -> Iterator[Defect]:
                 message = f"{claim}, but `{router.name}` chooses among {router.shape[0]}"
                 place = f"{holder}.experts"
                 yield Defect("E_CKPT_INCOMPLETE", message, None, place, DOWNLOAD_WEIGHTS)
+
+
+def _cut_stacks(checkpoint: Checkpoint) -> Iterator[tuple[TensorInfo, str]]:
+    """Yield tensors of experts that are not as many as the router has rows, or config.json says.
+
+    Routers of some models also choose among what is no expert.
+    """
+    named = _counts_of_experts(checkpoint.config)
+    for name, tensor in checkpoint.tensors.items():
+        match = _STACK.fullmatch(name)
+        if match is None or len(tensor.shape) < 3 or tensor.shape[0] in named:
+            continue
+        rows = _rows_of_router(checkpoint, match[1])
+        if rows not in (None, tensor.shape[0]):
+            claim = f"holds {tensor.shape[0]} experts"
+            yield tensor, f"{claim}, but the router of `{match[1]}` chooses among {rows}"
+
+
+def _counts_of_experts(config: Mapping[str, Any]) -> set[int]:
+    found = set()
+    for place, value in _values(config):
+        if type(value) is int and _EXPERTS.fullmatch(_key(place)):
+            found.add(value)
+    return found
+
+
+def _rows_of_router(checkpoint: Checkpoint, holder: str) -> int | None:
+    for name in _ROUTERS:
+        router = checkpoint.tensors.get(f"{holder}.{name}.weight")
+        if router is not None and router.shape:
+            return router.shape[0]
+    return None

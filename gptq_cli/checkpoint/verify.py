@@ -16,7 +16,7 @@ from typing import Any
 
 from gptq_cli.checkpoint.claims import check_rules
 from gptq_cli.checkpoint.defects import Defect, convert_command, tensor_defect
-from gptq_cli.checkpoint.headers import TensorInfo, count_nan_powers, count_not_finite, is_zero
+from gptq_cli.checkpoint.headers import TensorInfo, count_not_finite, is_zero
 from gptq_cli.checkpoint.layout import GPTQ, SINGLE_FILE, quantized_names
 from gptq_cli.checkpoint.model_files import ADAPTER_CONFIG, index_file, is_safe_file, read_json
 from gptq_cli.checkpoint.quantization_config import (
@@ -104,11 +104,11 @@ def verify_checkpoint(directory: Path, *, full: bool = False) -> Verification:
     """Return every defect of the quantized checkpoint in `directory`.
 
     Headers, configuration, g_idx, qzeros and scales are read, but of weights that
-    `Checkpoint.coded` tells only headers. With `full` every other number must be finite, scales
-    that are powers of two as well, and every file must have the hash that `gptq_manifest.json`
-    lists. Memory holds a few tensors at a time. InputError E_CKPT_KIND if there is neither a
-    quantized tensor nor a quantization, E_CKPT_QUANTIZED if the checkpoint claims another method
-    than GPTQ, E_SOURCE_CHANGED if files change meanwhile.
+    `Checkpoint.coded` tells only headers and noted shapes. With `full` every other number must be
+    finite, scales that are powers of two as well, and every file must have the hash that
+    `gptq_manifest.json` lists. Memory holds a few tensors at a time. InputError E_CKPT_KIND if
+    there is neither a quantized tensor nor a quantization, E_CKPT_QUANTIZED if the checkpoint
+    claims another method than GPTQ, E_SOURCE_CHANGED if files change meanwhile.
     """
     try:
         checkpoint = open_checkpoint(directory)
@@ -164,18 +164,17 @@ def open_decodable(directory: Path) -> Checkpoint:
 
 
 def refuse_wrong_numbers(checkpoint: Checkpoint) -> tuple[Defect, ...]:
-    """Return the defects of a GPTQ checkpoint that change none of its numbers.
+    """Return the defects of a quantized checkpoint that change none of its numbers.
 
-    The result is empty for a plain checkpoint. InputError with the code of the first defect that
+    Only headers are read of files that are still to arrive. The result is empty for a plain
+    checkpoint. InputError with the code of the first defect that
     changes decoded weights, E_CKPT_QUANTIZED if the weights are packed in an unsupported way.
     """
-    if checkpoint.coded():
-        return ()
-    if not checkpoint.is_packed and not quantized_names(checkpoint.tensors):
-        return ()
     if checkpoint.is_packed:
         format_of(checkpoint)
-    examined = examine(checkpoint)
+    elif not checkpoint.coded() and not quantized_names(checkpoint.tensors):
+        return ()
+    examined = examine(checkpoint, numbers=checkpoint.download is None)
     for defect in examined.defects:
         if defect.effect == "numbers":
             raise _wrong_numbers(checkpoint.directory, defect)
@@ -202,9 +201,12 @@ def examine(checkpoint: Checkpoint, *, numbers: bool = True) -> Examined:
     checkpoint that claims format gptq and is packed in another way is a defect.
     """
     coded = checkpoint.coded()
-    if coded:  # whose parts were compared when the checkpoint was opened
+    if coded:
+        from gptq_cli.checkpoint.coded_checks import check_coded
+
         forms = dict.fromkeys(weight.form for weight in coded.values())
-        return Examined(None, {}, tuple(coded), (), ", ".join(forms))
+        found = tuple(check_coded(checkpoint, coded, numbers=numbers))
+        return Examined(None, {}, tuple(coded), found, ", ".join(forms))
     # This module imports numpy, without which commands that examine nothing start faster.
     from gptq_cli.checkpoint.module_checks import check_module
 
@@ -282,7 +284,11 @@ def _check_weight_files(checkpoint: Checkpoint, used: list[str]) -> Iterator[Def
 
 def _check_unread(checkpoint: Checkpoint, modules: Iterable[str]) -> Iterator[Defect]:
     """Yield defects of tensors whose numbers `examine` has not read."""
-    yield from _check_powers(checkpoint)
+    coded = checkpoint.coded()
+    if coded:
+        from gptq_cli.checkpoint.coded_checks import check_scales
+
+        yield from check_scales(checkpoint, coded.values())
     packing = GPTQ
     if checkpoint.method not in (None, "gptq"):  # the packing may be the defect
         packing = packing_of(checkpoint)
@@ -295,20 +301,7 @@ def _check_unread(checkpoint: Checkpoint, modules: Iterable[str]) -> Iterator[De
         if name in codes:
             yield from _check_codes(tensor)
         elif name not in examined:
-            yield from _not_finite(tensor, count_not_finite(tensor))
-
-
-def _check_powers(checkpoint: Checkpoint) -> Iterator[Defect]:
-    """Yield defects of the scales of weights in codes that are powers of two."""
-    weights = checkpoint.coded().values()
-    if not weights:
-        return
-    from gptq_cli.checkpoint.coded import POWERS
-
-    for weight in weights:
-        scales = checkpoint.tensors[weight.parts["scales"]]
-        if scales.dtype in POWERS:
-            yield from _not_finite(scales, count_nan_powers(scales))
+            yield from _check_finite(tensor)
 
 
 def _check_codes(tensor: TensorInfo) -> Iterator[Defect]:
@@ -317,7 +310,8 @@ def _check_codes(tensor: TensorInfo) -> Iterator[Defect]:
         yield tensor_defect("E_CKPT_CORRUPT", tensor, message)
 
 
-def _not_finite(tensor: TensorInfo, count: int) -> Iterator[Defect]:
+def _check_finite(tensor: TensorInfo) -> Iterator[Defect]:
+    count = count_not_finite(tensor)
     if count:
         yield tensor_defect("E_CKPT_NONFINITE", tensor, f"holds NaN or infinity, {count} times")
 

@@ -21,9 +21,11 @@ from gptq_cli.checkpoint.decoded import forward_dtype
 from gptq_cli.checkpoint.headers import DTYPES_OF_CONFIG
 from gptq_cli.checkpoint.reader import open_reader
 from gptq_cli.checkpoint.source import Checkpoint
+from gptq_cli.config.leftovers import OF_ONE_REVISION
 from gptq_cli.errors import ConfigError, InputError
 from gptq_cli.events import PhaseStarted, Report, Warned
 from gptq_cli.models.block_calls import State
+from gptq_cli.models.names import Sources
 from gptq_cli.models.skeleton import build_skeleton, load_config
 from gptq_cli.models.stream import ModelStream, ReadAhead
 from gptq_cli.planning.estimate import DEVICE_SHARE
@@ -133,11 +135,23 @@ def open_stream(
         listed=checkpoint.absent,
         images=images,
     )
+    _refuse_cut_stacks(skeleton.sources, checkpoint)
     dequantized = set(reader.names()) - set(checkpoint.tensors)
     # With triton the reader decodes on the device itself, so there is nothing to read ahead for.
     if device.type == "cpu" or host is None or backend == "triton":
         return ModelStream(skeleton, reader, device, dequantized)
     return ModelStream(skeleton, ReadAhead(reader, host.free() // AHEAD_SHARE), device, dequantized)
+
+
+def _refuse_cut_stacks(sources: Sources, checkpoint: Checkpoint) -> None:
+    """Raise InputError E_CKPT_SHAPE for a tensor with fewer experts than the model has."""
+    decoded = {name: weight.plain for name, weight in checkpoint.coded().items()}
+    stored = {**checkpoint.tensors, **decoded}
+    for piece in sources.slices.values():
+        stack = stored.get(piece.stack)
+        if stack is not None and piece.expert >= stack.shape[0]:
+            message = f"`{piece.stack}` holds {stack.shape[0]} experts, but config.json has more"
+            raise InputError("E_CKPT_SHAPE", message, hint=OF_ONE_REVISION)
 
 
 def warn_of(checkpoint: Checkpoint, report: Report) -> None:

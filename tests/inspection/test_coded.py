@@ -23,9 +23,9 @@ Encode = Callable[[int, int], "tuple[dict[str, Tensor], Tensor]"]
 Make = Callable[[Path], Source]
 
 
-def llama(folder: Path, settings: dict[str, object], encode: Encode) -> Source:
+def llama(folder: Path, settings: dict[str, object], encode: Encode, layers: int = 2) -> Source:
     """Return a model whose linears are the parts that `encode` returns for rows and columns."""
-    source = Source(folder, "llama", settings, **SMALL)
+    source = Source(folder, "llama", settings, **SMALL | {"num_hidden_layers": layers})
     for name, (rows, columns) in source.matrices("layers.*_proj.weight"):
         parts, weight = encode(rows, columns)
         module = name.removesuffix(".weight")
