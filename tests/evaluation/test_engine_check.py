@@ -275,7 +275,7 @@ def test_an_engine_that_is_absent_is_named_with_its_remedy(
     events: list[Event] = []
     with pytest.raises(InputError) as refused:
         checked(checkpoint, events, python=python, prompts=prompts)
-    assert [event.name for event in events] == ["device"]  # nothing was computed before
+    assert events == []  # nothing was computed before
     assert (refused.value.code, refused.value.exit_code) == ("E_ENGINE_MISSING", 3)
     assert str(refused.value) == f"vllm cannot be used: {reason}"
     assert "(pip install vllm)" in str(refused.value.hint)

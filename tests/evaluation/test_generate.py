@@ -63,7 +63,8 @@ def test_greedy_text_is_that_of_single_forwards(
     request = GenerateRequest(PROMPT, max_new_tokens=8, device="cpu", dtype="float32")
     events: list[Event] = []
     whole = written(output, request, events)
-    assert [type(event) for event in events] == [PhaseStarted]
+    assert [type(event) for event in events] == [PhaseStarted, PhaseStarted]
+    assert events[0].name == "device"
     assert (whole.text, whole.tokens, whole.stopped) == (expected, 8, "length")
     assert whole.blocks_in_memory == whole.blocks
     monkeypatch.setattr(generate, "_blocks_in_memory", lambda *_: 1)
