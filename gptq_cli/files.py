@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from gptq_cli.errors import GptqError, InputError, ResourceError, causes, shell_word
+from gptq_cli.errors import GptqError, InputError, ResourceError, causes, nearest, shell_word
 
 StrPath = str | os.PathLike[str]
 
@@ -429,3 +429,17 @@ def _difference(known: Stamp, found: Stamp | None) -> str:
     if (found.inode, found.device) != (known.inode, known.device):
         return "was replaced by another file"
     return "was written again"
+
+
+def hint_at_near(path: Path, *, folders: bool = False) -> str | None:
+    """Return the hint that names what lies beside `path` with nearly the same name, if any.
+
+    Only folders are named if the path should lead to one of these.
+    """
+    names = []
+    with suppress(OSError):
+        names = [item.name for item in path.parent.iterdir() if item.is_dir() or not folders]
+    near = nearest(path.name, names, cutoff=0.7)
+    if near is None:
+        return None
+    return f"did you mean {shell_word(str(path.parent / near))}?"

@@ -39,7 +39,7 @@ from gptq_cli.config.corpora import (
 )
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import ConfigError, GptqError, InputError
-from gptq_cli.files import expanded, file_errors, is_directory, status_of
+from gptq_cli.files import expanded, file_errors, hint_at_near, is_directory, status_of
 from gptq_cli.hub_errors import id_flaw, pasted_id
 
 TEXT = ".txt"
@@ -157,7 +157,7 @@ def _files_at(path: Path, split: str | None, purpose: Purpose) -> tuple[Path, ..
     `save_to_disk`.
     """
     if status_of(path) is None:
-        hint = f"give a file ({KINDS}), a folder or a Hub id"
+        hint = hint_at_near(path) or f"give a file ({KINDS}), a folder or a Hub id"
         raise InputError("E_DATA_NOT_FOUND", f"dataset `{path}` does not exist", hint=hint)
     if path.is_dir():
         if _is_saved(path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -24,11 +24,12 @@ from gptq_cli.checkpoint.source import (
     open_checkpoint,
     remarks_on,
 )
-from gptq_cli.errors import GptqError, InputError, ResourceError, nearest, shell_word
+from gptq_cli.errors import GptqError, InputError, ResourceError, shell_word
 from gptq_cli.files import (
     expanded,
     file_cause,
     file_errors,
+    hint_at_near,
     is_directory,
     is_file,
     refuse_other_than_utf8,
@@ -128,7 +129,7 @@ def hub_id(model: str) -> str:
         raise _not_a_directory(model, _hint_for_file(path))
     hint = "give a model directory or a Hub id"
     if model.startswith((".", "/", "~")):
-        raise _not_a_directory(model, _near(path) or hint)
+        raise _not_a_directory(model, hint_at_near(path, folders=True) or hint)
     pasted = pasted_id(model)
     if pasted:
         message = f"`{model}` is neither a directory nor an id, but an address that contains an id"
@@ -139,17 +140,6 @@ def hub_id(model: str) -> str:
         message = f"`{model}` is not a directory, and not a Hub id: {flaw}"
         raise InputError("E_MODEL_NOT_FOUND", message, hint=hint)
     return identifier
-
-
-def _near(path: Path) -> str | None:
-    """Return the hint that names the folder beside `path` with nearly the same name, if any."""
-    names = []
-    with suppress(OSError):
-        names = [item.name for item in path.parent.iterdir() if item.is_dir()]
-    near = nearest(path.name, names, cutoff=0.7)
-    if near is None:
-        return None
-    return f"did you mean {shell_word(str(path.parent / near))}?"
 
 
 def _not_a_directory(model: str | Path, hint: str) -> InputError:
@@ -189,7 +179,7 @@ def local_model(model: Path) -> Path:
     if status_of(path) is not None:
         raise _not_a_directory(model, _hint_for_file(path))
     hint = "give the directory of a GPTQ checkpoint on this machine"
-    raise _not_a_directory(model, _near(path) or hint)
+    raise _not_a_directory(model, hint_at_near(path, folders=True) or hint)
 
 
 def is_cache_folder(path: Path) -> bool:

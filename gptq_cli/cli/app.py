@@ -268,6 +268,8 @@ def _without_aliases(words: list[str]) -> list[str]:
     match words:
         case ["version"]:
             return ["--version"]
+        case ["help", "help" | "version"]:
+            return ["--help"]  # which shows both
         case ["help", *rest]:
             return [*rest, "--help"]
     return words

@@ -58,6 +58,8 @@ def test_help_of_a_command_is_shown_under_its_name(gptq: Run) -> None:
     for words in (["help"], ["help", "verify"], ["help", "quantize"]):
         result = gptq(*words)
         assert (result.exit_code, result.stdout) == (0, gptq(*words[1:], "--help").stdout)
+    for word in ("help", "version"):  # the page of the program shows them
+        assert gptq("help", word).stdout == gptq("--help").stdout
     assert gptq("help", "quantize", "--help-all").stdout == gptq("quantize", "--help-all").stdout
 
 

@@ -189,6 +189,21 @@ def test_a_missing_dataset_is_refused_before_loading(gptq: Run, quantizer: FakeQ
     assert quantizer.calls == []
 
 
+def test_a_misspelt_dataset_is_told_the_file_that_is_there(
+    gptq: Run, quantizer: FakeQuantizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("calibration.txt", "notes.txt"):
+        Path(name).write_text("text")
+    result = gptq("quantize", "org/m", "-b", "4", "--dataset", "calibraton.txt")
+    assert result.exit_code == 3
+    assert result.stderr == (
+        "error[E_DATA_NOT_FOUND]: dataset `calibraton.txt` does not exist\n\n"
+        "hint: did you mean calibration.txt?\n"
+    )
+    assert quantizer.calls == []
+
+
 @pytest.mark.parametrize("model", ["./none", "/none", "~/none", "a/b/c", "none dir"])
 def test_a_wrong_path_is_refused_before_loading(
     model: str, gptq: Run, quantizer: FakeQuantizer
