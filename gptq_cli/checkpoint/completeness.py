@@ -57,11 +57,13 @@ def _check_parameters(checkpoint: Checkpoint) -> str:
     """
     check_claims(checkpoint)
     config = load_config(checkpoint.directory, trust_remote_code=False)
-    classes = config.architectures or ()
+    classes: list[object] = []
+    if isinstance(config.architectures, list):  # a damaged config.json may hold anything
+        classes = config.architectures
     images = _class_name(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, config) in classes
     text = _class_name(MODEL_FOR_CAUSAL_LM_MAPPING, config)
     if classes and not images and text not in classes:
-        return f"config.json names the class {classes[0]}, which is no language model"
+        return f"config.json names the class {classes[0]!r}, which is no language model"
     build_skeleton(
         checkpoint.directory,
         config,

@@ -97,8 +97,9 @@ def test_a_lost_parameter_exits_with_4(checkpoints: Checkpoints, tmp_path: Path)
         ({"model_type": "unknown"}, "does not recognize this architecture"),
         (
             {"architectures": ["LlamaForSequenceClassification"]},
-            "config.json names the class LlamaForSequenceClassification",
+            "config.json names the class 'LlamaForSequenceClassification'",
         ),
+        ({"architectures": ["a\nb"]}, r"config.json names the class 'a\nb'"),
     ],
 )
 def test_an_unknown_model_is_said_to_be_unchecked(
@@ -113,3 +114,14 @@ def test_an_unknown_model_is_said_to_be_unchecked(
     assert reason in done.stdout
     shown = CliRunner().invoke(app, ["verify", str(directory), "--full", "--json"])
     assert reason in json.loads(shown.stdout)["unchecked"]
+
+
+@pytest.mark.parametrize("classes", [5, "LlamaForCausalLM", {}])
+def test_a_damaged_list_of_classes_is_passed_over(
+    classes: object, checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    directory = without(checkpoints("llama"), tmp_path / "c", "model.norm.")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"architectures": classes}))
+    (found,) = verify(directory, full=True).defects
+    assert "first `model.norm.weight`" in found.message
