@@ -350,6 +350,7 @@ def run_figures() -> tuple[dict[str, float], dict[str, Any]]:
             raise SystemExit(f"{name} is never called: has it another name now?")
     frames = [name for _, name, _ in command["stack"]]
     called = [name for _, name, _ in python["stack"]]
+    called = called[called.index("quantize") :]  # not the check of its arguments around it
     parameters, where = longest_parameter_list(command["stack"])
     figures = {
         "files entered by gptq quantize": len(command["files"]),
