@@ -203,7 +203,7 @@ def test_a_finished_measurement_serves_another_goal(qwen3: Path, tmp_path: Path)
     file = tmp_path / "a.yaml"
     first = measure(qwen3, goal(), file)
     before = digest(tmp_path)
-    again = measure(qwen3, goal(bits=2.25, protect=".*v_proj"), file)
+    again = measure(qwen3, goal(bits=2.75, protect=".*v_proj"), file)
     assert (first.already_done, again.already_done) == (False, True)
     assert digest(tmp_path) == before
     other = measure(qwen3, goal(seed=5), file)
