@@ -25,7 +25,7 @@ from gptq_cli.checkpoint.headers import TensorInfo
 from gptq_cli.checkpoint.layout import Arrays, Pack, Packing, Sizes, quantized_names
 from gptq_cli.checkpoint.quantization_config import HEAD, Linears, Settings, StoredConfig
 from gptq_cli.checkpoint.source import Checkpoint
-from gptq_cli.config.layer import HOLDS, expert_part, flaw_of, matches
+from gptq_cli.config.layer import HOLDS, expert_part, flaw_of, matches, runtime_names
 
 if TYPE_CHECKING:
     from gptq_cli.solver.quantized_linear import QuantizedLinear
@@ -401,14 +401,27 @@ def _shortened(names: Sequence[str], sizes: Mapping[str | None, int]) -> list[st
     """
     found: dict[str, None] = {}
     here = Counter(map(_holder, names))
+    holders = [holder for holder in sizes if holder is not None]
+    insides = Counter(map(_inside, holders))
     for name in names:
         holder = _holder(name)
         if holder is None or here[holder] < sizes[holder]:
             found[name] = None
-        else:  # vLLM may have another prefix
-            inside = re.escape(holder[holder.index(".") :])
-            found[f"{PATTERN}.*{inside}[.].*"] = None
+        elif insides[_inside(holder)] == 1:  # vLLM may have another prefix
+            found[_all_of(_inside(holder))] = None
+        else:  # only the prefix tells a drafting block from a block of the model
+            for runtime in runtime_names(holder):
+                found[_all_of(runtime)] = None
     return list(found)
+
+
+def _inside(holder: str) -> str:
+    """Return the name of a module without its first part, such as ".layers.0.mlp.experts"."""
+    return holder[holder.index(".") :].removeprefix(".language_model")
+
+
+def _all_of(module: str) -> str:
+    return f"{PATTERN}.*{re.escape(module)}[.].*"
 
 
 def _group(settings: Settings, targets: list[str]) -> dict[str, Any]:

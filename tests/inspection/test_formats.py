@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from gptq_cli.inspection.summary import inspect_checkpoint
 from gptq_cli.planning.plan import plan_run
 from tests.conformance.written import LINEARS, Written, write, write_mixture
 from tests.disks import CountingDisk, DyingDisk, Killed, using
-from tests.families import save_model
+from tests.families import save_drafted, save_model
 from tests.runs import config, digest, quantize, reader
 
 # Bits and groups by rule, a whole row, kept linears, and a quantized head
@@ -210,6 +211,20 @@ def test_all_experts_of_a_layer_share_one_pattern(tmp_path: Path) -> None:
     assert found["ignore"] == [
         "lm_head", "model.embed_tokens", r"re:.*\.layers\.1\.mlp\.experts[.].*",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("group_size", [16, 32])
+def test_kept_experts_of_a_drafting_block_spare_a_blocks(group_size: int, tmp_path: Path) -> None:
+    """mtp.layers.0 and model.language_model.layers.0 differ in their first parts alone."""
+    model = save_drafted(tmp_path / "model", "qwen3_5_moe")
+    written = {"format": "compressed-tensors", "group_size": group_size, "unfit": "keep"}
+    output, _ = quantize(tmp_path, model, **written)
+    assert defects(output) == ()
+    pattern = r"re:.*mtp\.layers\.0\.mlp\.experts[.].*"
+    assert pattern in settings_of(output)["ignore"]
+    ours = "model.language_model.layers.0.mlp.experts.0.up_proj"
+    assert f"{ours}.weight_packed" in open_checkpoint(output).tensors
+    assert re.fullmatch(pattern.removeprefix("re:"), ours) is None
 
 
 def test_mlx_refuses_experts_with_different_settings(tmp_path: Path) -> None:
