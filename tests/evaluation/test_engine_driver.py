@@ -183,7 +183,8 @@ def test_a_job_without_prefixes_asks_whether_an_engine_is_here(
     engine: str, module: str | None, tmp_path: Path
 ) -> None:
     answer = tmp_path / "answer.json"
-    (tmp_path / "job.json").write_text(json.dumps({"engine": engine, "answer": str(answer)}))
+    job = {"engine": engine, "method": "fp8", "answer": str(answer)}
+    (tmp_path / "job.json").write_text(json.dumps(job))
     command = [sys.executable, engine_driver.__file__, str(tmp_path / "job.json")]
     subprocess.run(command, check=True)
     found = json.loads(answer.read_text())
