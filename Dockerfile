@@ -1,12 +1,12 @@
 # gptq in a container, for CPUs and for NVIDIA GPUs:
 #
 #   docker build --target cpu -t gptq .
-#   docker run --rm -v "$PWD:/work" gptq quantize ./Qwen3-0.6B --bits 4
+#   docker run --rm -v "$PWD:/data" gptq quantize ./Qwen3-0.6B --bits 4
 #
 #   docker build --target cuda -t gptq:cuda .
-#   docker run --rm --gpus all -v "$PWD:/work" gptq:cuda quantize ./Qwen3-0.6B --bits 4
+#   docker run --rm --gpus all -v "$PWD:/data" gptq:cuda quantize ./Qwen3-0.6B --bits 4
 #
-# /work is the directory in which gptq runs. Add `--user "$(id -u):$(id -g)"` to own the output, and
+# /data is the directory in which gptq runs. Add `--user "$(id -u):$(id -g)"` to own the output, and
 # `-v "$HOME/.cache/huggingface:/cache/huggingface"` to keep downloads. podman takes the same words.
 ARG PYTHON=docker.io/library/python:3.12-slim
 
@@ -17,8 +17,8 @@ RUN python -m pip wheel --no-cache-dir --no-deps --wheel-dir /wheels /sources
 
 FROM ${PYTHON} AS base
 ENV HF_HOME=/cache/huggingface PYTHONUNBUFFERED=1
-RUN mkdir -p /cache/huggingface /work && chmod 1777 /cache /cache/huggingface /work
-WORKDIR /work
+RUN mkdir -p /cache/huggingface /data && chmod 1777 /cache /cache/huggingface /data
+WORKDIR /data
 ENTRYPOINT ["gptq"]
 CMD ["--help"]
 

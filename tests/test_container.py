@@ -65,7 +65,7 @@ def test_docker_sends_what_the_image_copies_and_no_more() -> None:
 def test_a_target_starts_gptq_in_the_mounted_directory(target: str) -> None:
     bases = dict(reversed(words.split(" AS ")) for name, words in instructions() if name == "FROM")
     assert bases[target] == "base"
-    assert ("WORKDIR", "/work") in instructions()
+    assert ("WORKDIR", "/data") in instructions()
     assert ("ENTRYPOINT", '["gptq"]') in instructions()
     head = DOCKERFILE.partition("\n\n")[0]
     shown = re.findall(r"docker (?:build|run) .+", head)
