@@ -186,7 +186,7 @@ def _with_text(
     """Return `config` with the text that the run reads, and warnings about it.
 
     If the user chose no text and the Hub gives no answer, it is the text that comes with the
-    program. A run that has begun goes on with the text that it began with. Raises the errors of
+    program. A run that has begun keeps its text. Raises the errors of
     `check_source`, and E_HUB_NETWORK or E_HUB_OFFLINE for text that cannot be had.
     """
     begun = None
