@@ -32,6 +32,12 @@ torch.set_num_threads(1)
 MOST_SECONDS = 300  # for one test that could hang
 
 
+@pytest.fixture(autouse=True)
+def python_finds_modules_as_usual(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undo what `gptq_cli.__main__.main` tells child processes if it has run in this process."""
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+
+
 @pytest.fixture
 def nothing_hangs_or_leaks() -> Iterator[None]:
     """End the process with a traceback if a test hangs; fail a test if a thread outlives it."""

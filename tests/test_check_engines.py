@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tarfile
@@ -58,11 +57,7 @@ def check(archives: Path, *options: str) -> subprocess.CompletedProcess[str]:
     facts = archives / "facts.yaml"
     facts.write_text(yaml.safe_dump(FACTS))
     command = [sys.executable, str(SCRIPT), "--facts", str(facts), "--archives", str(archives)]
-    environment = dict(os.environ)
-    environment.pop("PYTHONSAFEPATH", None)  # of a test that ran the program in this process
-    return subprocess.run(
-        [*command, *options], env=environment, capture_output=True, text=True, check=False
-    )
+    return subprocess.run([*command, *options], capture_output=True, text=True, check=False)
 
 
 def states(done: subprocess.CompletedProcess[str]) -> list[str]:
