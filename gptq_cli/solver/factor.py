@@ -30,13 +30,14 @@ arXiv 2504.09629).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from gptq_cli.config.layer import LayerConfig
-from gptq_cli.solver.numerics import row_chunks
+from gptq_cli.solver.numerics import add_product_, permuted, row_chunks
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,23 +48,23 @@ class ColumnOrder:
     of a group is found when its first column is reached.
     """
 
-    permutation: Tensor  # int64 [I]: position j of the order is column permutation[j]
-    group_of_column: Tensor  # int32 [I], the g_idx of the checkpoint
+    permutation: Tensor  # int64 [..., I]: position j of the order is column permutation[j]
+    group_of_column: Tensor  # int32 [..., I], the g_idx of the checkpoint
     static_grid: bool  # grids are found from the original weights, before any column is rounded
     scattered: bool  # columns of a group need not be neighbours
 
 
 def column_order(diagonal: Tensor, config: LayerConfig) -> ColumnOrder:
-    """Return the order and the groups that `config` asks for, given diag(H) [I].
+    """Return the order and the groups that `config` asks for, given diag(H) [..., I].
 
     Columns with equal entries keep their natural order. Raise ValueError if the group size does not
     divide I.
     """
-    in_features = diagonal.numel()
+    in_features = diagonal.shape[-1]
     group_size = config.columns_per_group(in_features)
     if in_features % group_size:
         raise ValueError(f"group_size {group_size} does not divide in_features {in_features}")
-    positions = torch.arange(in_features, device=diagonal.device)
+    positions = torch.arange(in_features, device=diagonal.device).expand_as(diagonal)
     groups = (positions // group_size).int()
     # A group of the whole row gets its grid before any column is rounded: it is static anyway.
     static_grid = config.static_groups or group_size == in_features
@@ -71,23 +72,25 @@ def column_order(diagonal: Tensor, config: LayerConfig) -> ColumnOrder:
     if config.desc_act or (config.act_group_aware and static_grid):
         permutation = diagonal.argsort(descending=True, stable=True)
         if scattered:
-            groups = torch.empty_like(groups).index_copy_(0, permutation, groups)
+            groups = torch.empty_like(groups).scatter_(-1, permutation, groups)
     elif config.act_group_aware:
-        permutation = _group_aware(diagonal.reshape(-1, group_size))
+        permutation = _group_aware(diagonal.unflatten(-1, (-1, group_size)))
     else:
         permutation = positions
     return ColumnOrder(permutation, groups, static_grid, scattered)
 
 
 def _group_aware(diagonal: Tensor) -> Tensor:
-    """Return the order int64 [I] of columns for diag(H) as groups [G, n].
+    """Return the order int64 [..., I] of columns for diag(H) as groups [..., G, n].
 
     Groups are sorted by their largest entry and columns inside a group by their own, largest first.
     """
-    inside = diagonal.argsort(dim=1, descending=True, stable=True)
-    groups = diagonal.amax(dim=1).argsort(descending=True, stable=True)
-    first_column = torch.arange(0, diagonal.numel(), diagonal.shape[1], device=diagonal.device)
-    return (inside + first_column[:, None])[groups].flatten()
+    n_groups, group_size = diagonal.shape[-2:]
+    inside = diagonal.argsort(descending=True, stable=True)
+    groups = diagonal.amax(-1).argsort(descending=True, stable=True)
+    first_column = torch.arange(n_groups, device=diagonal.device) * group_size
+    columns = inside + first_column[:, None]
+    return columns.take_along_dim(groups.unsqueeze(-1), dim=-2).flatten(-2)
 
 
 DAMPING_STEP = 4.0
@@ -99,41 +102,54 @@ BLOCKED_FROM = 16384
 QUIETEST = 1e-10
 
 PANEL = {"cpu": 512, "cuda": 4096}  # columns at a time of `cholesky_`
+# The same for several matrices on CUDA, whose library factorises small matrices at once. To be
+# measured on a GPU:
+PANEL_OF_SEVERAL = 256
 
 
 class NotPositiveDefiniteError(ArithmeticError):
-    """The Hessian has no Cholesky factor, even with `damp_percent`, the last damping tried."""
+    """A Hessian has no Cholesky factor, even with `damp_percent`, the last damping tried.
 
-    def __init__(self, damp_percent: float) -> None:
+    `experts` has the numbers of the experts with such a Hessian; a dense layer is expert 0.
+    """
+
+    def __init__(self, damp_percent: float, experts: Sequence[int] = (0,)) -> None:
         super().__init__(
             f"the Hessian is not positive definite even with damp_percent {damp_percent:g}"
         )
-        self.damp_percent = damp_percent
+        self.damp_percent, self.experts = damp_percent, experts
 
 
 class NonFiniteHessianError(ArithmeticError):
-    """The Hessian holds NaN or infinity: an input of the layer was not finite."""
+    """The Hessian of each of `experts` holds NaN or infinity: an input was not finite."""
 
-    def __init__(self) -> None:
+    def __init__(self, experts: Sequence[int] = (0,)) -> None:
         super().__init__("the Hessian is not finite")
+        self.experts = experts
 
 
 @dataclass(frozen=True, slots=True)
 class HessianFactor:
-    """The factors of a damped Hessian, in processing order; shared by the linears of a stage."""
+    """The factors of a damped Hessian, in processing order; shared by the linears of a stage.
+
+    Tensors have a leading dimension E if they are those of E experts. Lists have E entries; a dense
+    layer has one.
+    """
 
     order: ColumnOrder
-    R: Tensor  # [I, I], unit upper triangular
-    D: Tensor  # [I], positive
-    dead: Tensor  # bool [I], columns whose input was always zero, in natural order
-    dead_columns: int  # the number of dead columns
-    damping: Tensor  # [I], added to diag H before the factorisation, in natural order
-    damp_percent: float  # the damping in R and D: λ / mean(diag H), or λ_j / H_jj
-    retries: int  # number of times that damping was raised before the factorisation succeeded
+    R: Tensor  # [..., I, I], unit upper triangular
+    D: Tensor  # [..., I], positive
+    dead: Tensor  # bool [..., I], columns whose input was always zero, in natural order
+    dead_columns: list[int]  # the number of dead columns
+    damping: Tensor  # [..., I], added to diag H before the factorisation, in natural order
+    damp_percent: list[float]  # the damping in R and D: λ / mean(diag H), or λ_j / H_jj
+    retries: list[int]  # number of times that damping was raised before the factorisation succeeded
 
 
 @torch.no_grad()
-def prepare(hessian: Tensor, config: LayerConfig, tokens: int | None = None) -> HessianFactor:
+def prepare(
+    hessian: Tensor, config: LayerConfig, tokens: int | Sequence[int] | None = None
+) -> HessianFactor:
     """Return the column order of `config` and the factors of the damped Hessian [I, I].
 
     With `damp_mode` mean, λ = damp_percent * mean(diag H). With diagonal, λ_j = ρ H_jj, where
@@ -142,128 +158,194 @@ def prepare(hessian: Tensor, config: LayerConfig, tokens: int | None = None) -> 
     to 1); `retries` counts the multiplications and `damp_percent` holds the value used. The Hessian
     itself is not changed.
 
+    The Hessians [E, I, I] of E experts, with E numbers of tokens, are factorised together. Each
+    expert gets the order and the damping that it would get alone.
+
     Raise NonFiniteHessianError, NotPositiveDefiniteError, and ValueError if the group size does not
     divide I or `tokens` is missing with diagonal damping.
     Source: GPTQ (Frantar et al. 2022), section 3.3, in the LDL form of QuIP (Chee et al. 2023).
     """
-    energy = hessian.diagonal().clone()
+    hessians = hessian.reshape(-1, *hessian.shape[-2:])
+    energy = hessians.diagonal(dim1=-2, dim2=-1).clone()
     dead = energy == 0
     # Both are asked for together, to wait for the device only once.
-    finite, dead_columns = torch.stack([torch.isfinite(energy.mean()), dead.sum()]).tolist()
-    if not finite:
-        raise NonFiniteHessianError
+    finite, dead_columns = torch.stack([torch.isfinite(energy.mean(-1)), dead.sum(-1)]).tolist()
+    if not all(finite):
+        raise NonFiniteHessianError([expert for expert, known in enumerate(finite) if not known])
     order = column_order(energy, config)
     undamped, unit = _diagonal(energy, dead, config)
-    damp_percent, retries = _first_damping(config, energy.numel(), tokens), 0
-    while True:
-        damped = undamped + damp_percent * unit
-        R = _upper_factor(hessian, damped, order.permutation)
-        if R is not None:
-            break
-        damp_percent, retries = _next_damping(damp_percent, config), retries + 1
-    root = R.diagonal().clone()
-    factors = (R.div_(root), root.square())
+    damp_percent = _first_dampings(config, energy, tokens)
+    retries = [0] * len(energy)
+    damped = _damped(undamped, unit, damp_percent)
+    R, failed = _upper_factors(hessians, damped, order.permutation)
+    while failed:
+        _raise_dampings(damp_percent, failed, config)
+        for expert in failed:
+            retries[expert] += 1
+        damped = _damped(undamped, unit, damp_percent)
+        if len(failed) == len(hessians):
+            del R  # the next try takes its memory
+            R, failed = _upper_factors(hessians, damped, order.permutation)
+            continue
+        found, again = _upper_factors(hessians[failed], damped[failed], order.permutation[failed])
+        R[failed] = found
+        failed = [failed[number] for number in again]
+    root = R.diagonal(dim1=-2, dim2=-1).clone()
+    R.div_(root.unsqueeze(-2))
+    per_column = hessian.shape[:-1]
+    order = replace(
+        order,
+        permutation=order.permutation.view(per_column),
+        group_of_column=order.group_of_column.reshape(per_column),
+    )
     return HessianFactor(
-        order, *factors, dead, dead_columns, damped - energy, damp_percent, retries
+        order=order,
+        R=R.view(hessian.shape),
+        D=root.square().view(per_column),
+        dead=dead.view(per_column),
+        dead_columns=dead_columns,
+        damping=(damped - energy).view(per_column),
+        damp_percent=damp_percent,
+        retries=retries,
     )
 
 
-def _upper_factor(hessian: Tensor, diagonal: Tensor, permutation: Tensor) -> Tensor | None:
-    """Return the upper Cholesky factor of the Hessian with `diagonal` [I], in the order given.
+def _upper_factors(
+    hessians: Tensor, diagonals: Tensor, permutations: Tensor
+) -> tuple[Tensor, list[int]]:
+    """Return the upper Cholesky factors [E, I, I] of the Hessians, and the experts without one.
 
-    Return None if there is none.
+    The Hessians get the `diagonals` [E, I] and are put into the order of `permutations` [E, I].
     """
-    backwards = permutation.flip(0)
-    matrix = hessian[backwards[:, None], backwards]
-    matrix.diagonal().copy_(diagonal[backwards])
+    backwards = permutations.flip(-1)
+    matrices = permuted(hessians, backwards)
+    matrices.diagonal(dim1=-2, dim2=-1).copy_(diagonals.gather(-1, backwards))
     panel = None
-    if matrix.is_cuda and len(matrix) < BLOCKED_FROM:
-        panel = len(matrix)
-    if cholesky_(matrix, panel):
-        return None
-    reverse_(matrix)
-    return matrix
+    if matrices.is_cuda and len(matrices) > 1:
+        panel = PANEL_OF_SEVERAL
+    elif matrices.is_cuda and matrices.shape[-1] < BLOCKED_FROM:
+        panel = matrices.shape[-1]
+    failed_at = cholesky_(matrices, panel).tolist()
+    reverse_(matrices)
+    return matrices, [expert for expert, minor in enumerate(failed_at) if minor]
 
 
 def _diagonal(energy: Tensor, dead: Tensor, config: LayerConfig) -> tuple[Tensor, Tensor]:
-    """Return the undamped diagonal [I], nowhere zero, and the addition [I] of a damping of 1."""
+    """Return the undamped diagonal [E, I], nowhere 0, and the addition [E, I] of a damping of 1."""
     if config.damp_mode == "mean":
-        return energy.masked_fill(dead, 1), energy.mean().expand_as(energy)
+        return energy.masked_fill(dead, 1), energy.mean(-1, keepdim=True).expand_as(energy)
     # A dead column becomes 1, not QUIETEST: if all columns are dead, that share is zero too.
-    diagonal = energy.clamp(min=QUIETEST * energy.max()).masked_fill(dead, 1)
+    quietest = QUIETEST * energy.amax(-1, keepdim=True)
+    diagonal = energy.clamp(min=quietest).masked_fill(dead, 1)
     return diagonal, diagonal
 
 
-def _first_damping(config: LayerConfig, in_features: int, tokens: int | None) -> float:
-    """Return the damping ρ that is tried first."""
+def _damped(undamped: Tensor, unit: Tensor, damp_percent: Sequence[float]) -> Tensor:
+    """Return the damped diagonals [E, I]."""
+    if len(set(damp_percent)) == 1:  # then the device needs no tensor from the host
+        return undamped + damp_percent[0] * unit
+    return undamped + undamped.new_tensor(damp_percent)[:, None] * unit
+
+
+def _first_dampings(
+    config: LayerConfig, energy: Tensor, tokens: int | Sequence[int] | None
+) -> list[float]:
+    """Return for each diag(H) of `energy` [E, I] the damping ρ that is tried first."""
+    n_experts, in_features = energy.shape
     if config.damp_mode == "mean":
-        return config.damp_percent
+        return [config.damp_percent] * n_experts
     if tokens is None:
         raise ValueError("diagonal damping needs the number of tokens")
-    return min(1.0, max(config.damp_percent, COLUMNS_PER_TOKEN * in_features / max(tokens, 1)))
+    if isinstance(tokens, int):
+        tokens = [tokens]
+    found = []
+    for seen in tokens:
+        share = COLUMNS_PER_TOKEN * in_features / max(seen, 1)
+        found.append(min(1.0, max(config.damp_percent, share)))
+    return found
 
 
-def _next_damping(tried: float, config: LayerConfig) -> float:
-    """Return the damping to try after `tried`; raise NotPositiveDefiniteError if there is none."""
+def _raise_dampings(damp_percent: list[float], failed: Sequence[int], config: LayerConfig) -> None:
+    """Replace the dampings of the experts that `failed` with those to try next.
+
+    Raise NotPositiveDefiniteError for the experts that have tried all.
+    """
+    last = [expert for expert in failed if _next_damping(damp_percent[expert], config) is None]
+    if last:
+        raise NotPositiveDefiniteError(damp_percent[last[0]], last)
+    for expert in failed:
+        damp_percent[expert] = _next_damping(damp_percent[expert], config) or 1.0
+
+
+def _next_damping(tried: float, config: LayerConfig) -> float | None:
+    """Return the damping to try after `tried`, None if there is none."""
     stronger = tried * DAMPING_STEP
     if config.damp_mode == "diagonal" and tried < 1:
         return min(1.0, stronger)
     if stronger >= 1:
-        raise NotPositiveDefiniteError(tried)
+        return None
     return stronger
 
 
 @torch.no_grad()
-def cholesky_(matrix: Tensor, panel: int | None = None) -> int:
-    """Turn a symmetric positive definite matrix [n, n] into its lower Cholesky factor, in place.
+def cholesky_(matrix: Tensor, panel: int | None = None) -> Tensor:
+    """Turn symmetric positive definite matrices [..., n, n] into lower Cholesky factors, in place.
 
     `panel` is the number of columns that are done at a time; the default depends on the device.
-    Return 0 on success. Else return, as `torch.linalg.cholesky_ex` does, the order of the first
-    leading minor that is not positive; the contents of the matrix are then undefined. Only the
-    lower triangle is read. Waits for the device once per panel.
+    Return int32 [...]: 0 on success, else, as `torch.linalg.cholesky_ex` does, the order of the
+    first leading minor that is not positive; the contents of the matrix are then undefined. Only
+    lower triangles are read. Never waits for the device.
     """
-    size = len(matrix)
+    size = matrix.shape[-1]
     panel = panel or PANEL[matrix.device.type]
+    failed_at = torch.zeros(matrix.shape[:-2], dtype=torch.int32, device=matrix.device)
     for start in range(0, size, panel):
         stop = min(start + panel, size)
-        corner = matrix[start:stop, start:stop]
-        factor, failed_at = torch.linalg.cholesky_ex(corner)
-        if bool(failed_at):
-            return start + int(failed_at)
+        corner = matrix[..., start:stop, start:stop]
+        factor, failed_here = torch.linalg.cholesky_ex(corner)
+        first_failure = (failed_at == 0) & (failed_here > 0)
+        failed_at = torch.where(first_failure, failed_here + start, failed_at)
+        if matrix.is_cpu and bool((failed_at > 0).all()):
+            break
         corner.copy_(factor)
-        matrix[start:stop, stop:] = 0
+        matrix[..., start:stop, stop:] = 0
         if stop < size:
-            below = matrix[stop:, start:stop]
-            below.copy_(torch.linalg.solve_triangular(factor.T, below, upper=True, left=False))
-            _subtract_square_(matrix[stop:, stop:], below, panel)
-    return 0
+            below = matrix[..., stop:, start:stop]
+            below.copy_(torch.linalg.solve_triangular(factor.mT, below, upper=True, left=False))
+            _subtract_square_(matrix[..., stop:, stop:], below, panel)
+    return failed_at
 
 
 def reverse_(matrix: Tensor) -> None:
-    """Reverse the rows and the columns of a contiguous matrix in place."""
-    numbers = matrix.view(-1)
-    size = len(numbers)
-    for part in row_chunks(numbers[: size // 2]):
-        front, back = numbers[part], numbers[size - part.stop : size - part.start]
-        kept = front.flip(0)
-        front.copy_(back.flip(0))
+    """Reverse the rows and the columns of contiguous matrices [..., n, n] in place."""
+    size = matrix.shape[-1] ** 2
+    numbers = matrix.view(-1, size)
+    for part in row_chunks(numbers.T[: size // 2]):
+        front, back = numbers[:, part], numbers[:, size - part.stop : size - part.start]
+        kept = front.flip(1)
+        front.copy_(back.flip(1))
         back.copy_(kept)
 
 
 def _subtract_square_(matrix: Tensor, factor: Tensor, panel: int) -> None:
     """Subtract factor factorᵀ from the matrix on and below the diagonal.
 
-    Entries above the diagonal change too if they are in a diagonal block of `panel` columns.
+    Entries above the diagonal change too if they are in a diagonal block of `panel` columns. The
+    products of a single matrix on CUDA run on tensor cores.
     """
-    on_tensor_cores = factor.is_cuda and factor.dtype == torch.float32
+    several = factor.dim() > 2 and len(factor) > 1
+    if not several:
+        matrix, factor = matrix.view(matrix.shape[-2:]), factor.view(factor.shape[-2:])
+    on_tensor_cores = factor.is_cuda and factor.dtype == torch.float32 and not several
     if on_tensor_cores:
         high = factor.bfloat16()
         low = (factor - high).bfloat16()
-    for start in range(0, len(matrix), panel):
-        stop = min(start + panel, len(matrix))
-        target = matrix[start:, start:stop]
+    for start in range(0, matrix.shape[-1], panel):
+        stop = min(start + panel, matrix.shape[-1])
+        target = matrix[..., start:, start:stop]
         if not on_tensor_cores:
-            target.addmm_(factor[start:], factor[start:stop].T, alpha=-1)
+            left, right = factor[..., start:, :], factor[..., start:stop, :].mT
+            add_product_(target, left, right, alpha=-1)
             continue
         for left, right in ((high, high), (high, low), (low, high)):
             target -= torch.mm(left[start:], right[start:stop].T, out_dtype=torch.float32)

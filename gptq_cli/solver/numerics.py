@@ -69,6 +69,24 @@ def _precision(products: Any, precision: str, *, wanted: bool) -> Iterator[None]
         products.fp32_precision = before
 
 
+def add_product_(target: Tensor, left: Tensor, right: Tensor, *, alpha: float = 1) -> None:
+    """Add alpha left right to `target`: matrices [m, k] [k, n] to [m, n], or such of E experts."""
+    if target.dim() == 3 and len(target) > 1:
+        target.baddbmm_(left, right, alpha=alpha)
+        return
+    if target.dim() == 3:  # one expert, or a dense layer: a plain product, on any device
+        target, left, right = target[0], left[0], right[0]
+    target.addmm_(left, right, alpha=alpha)
+
+
+def permuted(matrices: Tensor, orders: Tensor) -> Tensor:
+    """Return [E, n, n] matrices with their rows and columns in the `orders` [E, n]."""
+    if len(matrices) == 1:
+        return matrices[0][orders[0][:, None], orders[0]][None]
+    experts = torch.arange(len(matrices), device=matrices.device)[:, None, None]
+    return matrices[experts, orders[:, :, None], orders[:, None, :]]
+
+
 def row_chunks(tensor: Tensor) -> Iterator[slice]:
     """Yield consecutive slices of the rows of `tensor`, of ELEMENTS_PER_CHUNK elements at most.
 

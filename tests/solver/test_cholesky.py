@@ -63,7 +63,7 @@ def test_blocked_factors_and_retries_equal_those_of_lapack(
     usual = prepare(hessian, config)
     monkeypatch.setitem(factor_module.PANEL, "cpu", 40)
     blocked = prepare(hessian, config)
-    assert usual.retries == blocked.retries == 1
+    assert usual.retries == blocked.retries == [1]
     assert usual.damp_percent == blocked.damp_percent
     torch.testing.assert_close(blocked.R, usual.R, rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(blocked.D, usual.D)
@@ -84,3 +84,18 @@ def test_factor_on_tensor_cores_multiplies_to_the_matrix() -> None:
     assert (found - matrix).norm() < 2e-5 * matrix.norm()
     matrix[700, 700] = -1.0
     assert cholesky_(matrix, 256) == 701
+
+
+def test_matrices_factorised_together_equal_each_alone_by_panels() -> None:
+    matrices = torch.stack(
+        [positive_definite(50), 3 * positive_definite(50), torch.eye(50).double()]
+    )
+    matrices[1, 40, 40] = -1.0
+    factors = matrices.clone()
+    assert cholesky_(factors, 16).tolist() == [0, 41, 0]
+    reversed_factors = factors.clone()
+    reverse_(reversed_factors)
+    for number in (0, 2):
+        expected = torch.linalg.cholesky(matrices[number])
+        torch.testing.assert_close(factors[number], expected, rtol=1e-10, atol=1e-12)
+        assert torch.equal(reversed_factors[number], factors[number].flip(0, 1))

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from gptq_cli.config.layer import LayerConfig
 from gptq_cli.solver.factor import NonFiniteHessianError, NotPositiveDefiniteError, prepare
 from tests.solver.samples import ORDERS, correlated_layer, layer_config
 
@@ -38,7 +41,7 @@ def test_factors_multiply_to_the_permuted_damped_hessian(order: str) -> None:
     assert torch.equal(prepared.R, prepared.R.triu())
     assert torch.equal(prepared.R.diagonal(), torch.ones(48, dtype=torch.float64))
     assert (prepared.D > 0).all()
-    assert (prepared.damp_percent, prepared.retries, prepared.dead_columns) == (0.05, 0, 0)
+    assert (prepared.damp_percent, prepared.retries, prepared.dead_columns) == ([0.05], [0], [0])
 
 
 def test_dead_columns_are_recorded_and_touch_no_other_column() -> None:
@@ -47,7 +50,7 @@ def test_dead_columns_are_recorded_and_touch_no_other_column() -> None:
     hessian[:, [5, 30]] = 0
     prepared = prepare(hessian, layer_config("group aware", group_size=16))
     assert prepared.dead.nonzero().flatten().tolist() == [5, 30]
-    assert prepared.dead_columns == 2
+    assert prepared.dead_columns == [2]
     for position in (prepared.order.permutation == 5).nonzero().flatten():
         assert prepared.R[position, position + 1 :].abs().sum() == 0
         assert prepared.R[:position, position].abs().sum() == 0
@@ -62,8 +65,8 @@ def test_damping_is_raised_until_the_factorisation_succeeds(
 ) -> None:
     hessian = hessian_with_eigenvalue(eigenvalue)
     prepared = prepare(hessian, layer_config("natural", group_size=8, damp_percent=damp_percent))
-    assert prepared.damp_percent == pytest.approx(used)
-    assert prepared.retries == retries
+    assert prepared.damp_percent == [pytest.approx(used)]
+    assert prepared.retries == [retries]
     damped = hessian + used * torch.eye(24, dtype=torch.float64)
     torch.testing.assert_close((prepared.R * prepared.D) @ prepared.R.T, damped)
 
@@ -94,7 +97,7 @@ def test_non_finite_hessian_raises_its_own_error(bad: float) -> None:
 def test_hessian_stays_unchanged_if_damping_is_raised(order: str) -> None:
     hessian = hessian_with_eigenvalue(-0.2)
     before = hessian.clone()
-    assert prepare(hessian, layer_config(order, group_size=8, damp_percent=0.1)).retries == 1
+    assert prepare(hessian, layer_config(order, group_size=8, damp_percent=0.1)).retries == [1]
     assert torch.equal(hessian, before)
 
 
@@ -115,7 +118,7 @@ def test_diagonal_damping_share_grows_with_fewer_tokens(
         (prepared.R * prepared.D) @ prepared.R.T, damped[permutation][:, permutation]
     )
     torch.testing.assert_close(prepared.damping, share * hessian.diagonal())
-    assert (prepared.damp_percent, prepared.retries) == (pytest.approx(share), 0)
+    assert (prepared.damp_percent, prepared.retries) == ([pytest.approx(share)], [0])
 
 
 def test_diagonal_damping_ignores_the_units_of_a_channel() -> None:
@@ -168,7 +171,7 @@ def test_diagonal_damping_is_raised_up_to_one(
     hessian = unit_diagonal_with_eigenvalue(eigenvalue)
     config = layer_config("natural", group_size=8, damp_percent=damp_percent, damp_mode="diagonal")
     prepared = prepare(hessian, config, 10**6)
-    assert (prepared.damp_percent, prepared.retries) == (pytest.approx(used), retries)
+    assert (prepared.damp_percent, prepared.retries) == ([pytest.approx(used)], [retries])
     damped = hessian + used * torch.eye(24, dtype=torch.float64)
     torch.testing.assert_close((prepared.R * prepared.D) @ prepared.R.T, damped)
 
@@ -183,3 +186,46 @@ def test_indefinite_hessian_raises_error_at_diagonal_damping_one() -> None:
 def test_diagonal_damping_needs_the_number_of_tokens() -> None:
     with pytest.raises(ValueError, match="number of tokens"):
         prepare(torch.eye(24), layer_config("natural", group_size=8, damp_mode="diagonal"))
+
+
+def experts_in_need(order: str) -> tuple[torch.Tensor, LayerConfig, list[int]]:
+    """Return Hessians [5, 24, 24], of which two need more damping, one has dead columns, and one
+    is zero, with a configuration and the tokens that each saw."""
+    _, usual = correlated_layer(1, 24)
+    with_dead = usual.clone()
+    with_dead[[5, 9]] = 0
+    with_dead[:, [5, 9]] = 0
+    hessians = [hessian_with_eigenvalue(-0.2), usual, hessian_with_eigenvalue(-0.5), with_dead]
+    hessians.append(torch.zeros_like(usual))
+    return torch.stack(hessians), layer_config(order, group_size=8), [40, 480, 90, 5, 0]
+
+
+@pytest.mark.parametrize("mode", ["mean", "diagonal"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_experts_factorised_together_equal_each_alone(order: str, mode: str) -> None:
+    hessians, config, tokens = experts_in_need(order)
+    config = replace(config, damp_mode=mode)
+    together = prepare(hessians, config, tokens)
+    for expert, (hessian, seen) in enumerate(zip(hessians, tokens, strict=True)):
+        alone = prepare(hessian, config, seen)
+        for part in ("R", "D", "dead", "damping"):
+            assert torch.equal(getattr(together, part)[expert], getattr(alone, part)), part
+        for part in ("permutation", "group_of_column"):
+            found, expected = getattr(together.order, part)[expert], getattr(alone.order, part)
+            assert torch.equal(found, expected), part
+        for part in ("damp_percent", "retries", "dead_columns"):
+            assert getattr(together, part)[expert] == getattr(alone, part)[0], part
+    assert together.dead_columns == [0, 0, 0, 2, 24]
+
+
+def test_errors_of_experts_have_the_numbers_of_all_that_fail() -> None:
+    config = layer_config("natural", group_size=8, damp_percent=0.1)
+    usual, indefinite = hessian_with_eigenvalue(0.5), hessian_with_eigenvalue(-2.0)
+    infinite = usual.clone()
+    infinite[7, 7] = float("inf")
+    with pytest.raises(NonFiniteHessianError) as of_inputs:
+        prepare(torch.stack([indefinite, usual, infinite, infinite]), config)
+    assert of_inputs.value.experts == [2, 3]
+    with pytest.raises(NotPositiveDefiniteError) as of_hessians:
+        prepare(torch.stack([indefinite, usual, hessian_with_eigenvalue(-0.2), indefinite]), config)
+    assert of_hessians.value.experts == [0, 3]
