@@ -1,8 +1,10 @@
-"""Generate the pages under reference/ and turn equations into MathML, as a hook of mkdocs.
+"""Generate the pages under reference/, link to them, and draw equations, as a hook of mkdocs.
 
     python -m mkdocs build
 
-Browsers draw MathML without a script. Writes the site to build/site.
+In a clone the pages under reference/ do not exist: documents link to reference/README.md, which
+names their commands, and name error codes without a link. In the site these lead to the pages.
+Equations become MathML, which browsers draw without a script. Writes the site to build/site.
 """
 
 from __future__ import annotations
@@ -36,7 +38,13 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 EQUATION = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 CELL = re.compile(r"<td.*?</td>", re.DOTALL)
 VALUE = re.compile(r"<td><code>[^<]*</code>")
-WIDE = ("architectures.md", "compatibility.md")
+WORD = re.compile(r"(<(pre|code|a|h\d)\b.*?</\2>|<[^>]+>)|\b[EW]_[A-Z_]+\b", re.DOTALL)
+TABLE = re.compile(r"<table>.*?</table>", re.DOTALL)
+HEAD = re.compile(r"<th[^>]*>(.*?)</th>", re.DOTALL)
+ROW = re.compile(r"<tr>.*?</tr>", re.DOTALL)
+WIDE = ("architectures.md", "compatibility.md", "peers.md", "tutorial.md")
+STACKED = ("architectures.md", "peers.md")
+REFERENCE = "reference/README.md"
 OUTCOMES = {
     "wrong": "loads it but computes something else",
     "no": "does not load",
@@ -61,14 +69,25 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Give pages with wide tables the place of their table of contents; mkdocs calls it."""
+    """Lead links to the pages that are generated; give wide pages more room.
+
+    mkdocs calls it.
+    """
     if page.file.src_uri in WIDE:
         page.meta["hide"] = ["toc"]
-    return markdown
+    if page.file.src_uri == REFERENCE:
+        return re.sub(r"^## (.*)$", _linked_heading, markdown, flags=re.MULTILINE)
+    markdown = re.sub(r"(reference/)README\.md#([a-z-]+)\)", r"\1\2.md)", markdown)
+    return markdown.replace("(decisions/)", "(decisions/index.md)")
+
+
+def _linked_heading(heading: re.Match[str]) -> str:
+    page = heading[1].lower().replace(" ", "-")
+    return f"## [{heading[1]}]({page}.md)"
 
 
 def on_page_content(html: str, page: Any, **_: Any) -> str:
-    """Draw the equations of a page; mark the reference, and where long values in it may break.
+    """Draw the equations of a page, link error codes, and prepare tables for narrow windows.
 
     mkdocs calls it.
     """
@@ -78,21 +97,53 @@ def on_page_content(html: str, page: Any, **_: Any) -> str:
         drawn = convert(unescape(found[3]), display=display)
         return f'<{found[1]} class="arithmatex">{drawn}</{found[1]}>'
 
+    source = page.file.src_uri
     html = EQUATION.sub(draw, html)
     html = CELL.sub(lambda found: found[0].replace(r"\|", "|"), html)  # as other readers show it
-    if page.file.src_uri.startswith("reference/"):
+    if source != "reference/error-codes.md":
+        html = _link_codes(html, "../" * source.count("/"))
+    if source in STACKED:
+        html = TABLE.sub(lambda found: _labelled(found[0]), html)
+        html = f'<div class="stacked">{html}</div>'
+    if source.startswith("reference/") and source != REFERENCE:
         html = VALUE.sub(lambda found: found[0].replace("|", "|<wbr>"), html)
         html = f'<div class="reference">{html}</div>'
     return html
 
 
+def _link_codes(html: str, root: str) -> str:
+    """Link each code of an error or a warning to its text; `root` is the way to the first page."""
+    codes = set(explanations())
+
+    def link(found: re.Match[str]) -> str:
+        if found[0] not in codes:
+            return found[0]
+        return f'<a href="{root}reference/error-codes.html#{found[0].lower()}">{found[0]}</a>'
+
+    return WORD.sub(link, html)
+
+
+def _labelled(table: str) -> str:
+    """Give each cell the heading of its column, which narrow windows show beside it."""
+    heads = [re.sub(r"<[^>]+>", "", head) for head in HEAD.findall(table)]
+
+    def label(row: re.Match[str]) -> str:
+        parts = row[0].split("<td")
+        cells = [
+            f'<td data-label="{head}"{part}' for head, part in zip(heads, parts[1:], strict=False)
+        ]
+        return "".join([parts[0], *cells])
+
+    return ROW.sub(label, table)
+
+
 def pages() -> dict[str, str]:
     """Return the generated pages and files by their path under docs/."""
     return {
-        "reference/cli.md": command_line(),
+        "reference/command-line.md": command_line(),
         "reference/configuration.md": configuration(),
         "reference/python.md": python_api(),
-        "reference/json.md": json_output(),
+        "reference/json-output.md": json_output(),
         "reference/exit-codes.md": exit_codes(),
         "reference/error-codes.md": error_codes(),
         "reference/engines.md": engines(),

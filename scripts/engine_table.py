@@ -68,7 +68,7 @@ refused with them.
 """
 END = """\
 GPTQ checkpoints of other tools load as far as they have the same settings. The verdicts on further
-programs come from their sources: [engines](reference/engines.md).
+programs come from their sources: [engines](reference/README.md#engines).
 """
 
 

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 HOW_TO = sorted((ROOT / "docs/how-to").glob("*.md"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *HOW_TO]
+DOCUMENTS = [*ROOT.glob("*.md"), *sorted((ROOT / "docs").rglob("*.md"))]
 SOURCES = sorted((ROOT / "gptq_cli").rglob("*.py"))
 
 
@@ -66,3 +67,36 @@ def test_files_and_targets_of_the_readme_exist() -> None:
 def test_changelog_lists_the_version_or_unreleased_changes() -> None:
     changelog = (ROOT / "CHANGELOG.md").read_text()
     assert f"## {__version__}" in changelog or "## Unreleased" in changelog
+
+
+def headings(page: Path) -> set[str]:
+    """Return the names by which links reach the headings of a page."""
+    found = re.findall(r"^#+ (.+)$", page.read_text(), flags=re.MULTILINE)
+    plain = [re.sub(r"[^\w\- ]", "", heading).strip().lower() for heading in found]
+    return {heading.replace(" ", "-") for heading in plain}
+
+
+def broken(page: Path) -> list[str]:
+    """Return the links of a page that lead to no file or heading of the repository."""
+    missing = []
+    text = re.sub(r"`[^`\n]+`", "", page.read_text())
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        name, _, heading = link.partition("#")
+        if "://" in name:
+            continue
+        target = page
+        if name:
+            target = page.parent / name
+        if not target.exists() or (heading and heading not in headings(target)):
+            missing.append(link)
+    return missing
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_of_a_document_lead_somewhere_in_a_clone(page: Path) -> None:
+    assert broken(page) == []
+
+
+def test_documents_have_more_than_a_hundred_links() -> None:
+    links = [link for page in DOCUMENTS for link in re.findall(r"\]\([^)]+\)", page.read_text())]
+    assert len(links) > 100

@@ -51,9 +51,12 @@ def test_site_is_complete_and_fetches_nothing(site: Path) -> None:
         str(page.relative_to(site)): page.read_text(encoding="utf-8")
         for page in site.rglob("*.html")
     }
-    assert {"index.html", "tutorial.html", "reference/cli.html", "benchmarks/index.html"} <= set(
-        pages
-    )
+    assert {
+        "index.html",
+        "tutorial.html",
+        "reference/command-line.html",
+        "benchmarks/index.html",
+    } <= set(pages)
     fetched = [
         (name, at)
         for name, page in pages.items()
@@ -82,7 +85,7 @@ def test_equations_are_rendered(site: Path) -> None:
 def test_reference_lists_commands_options_keys_codes_and_engines(docs_site: ModuleType) -> None:
     pages = docs_site.pages()
     cli, keys, codes = (
-        pages[f"reference/{name}.md"] for name in ("cli", "configuration", "error-codes")
+        pages[f"reference/{name}.md"] for name in ("command-line", "configuration", "error-codes")
     )
     assert [name for name in COMMANDS if f"## gptq {name}\n" not in cli] == []
     assert [option for option in options() - {"--help"} if f"`{option}`" not in cli] == []
@@ -119,7 +122,7 @@ def test_reference_lists_the_output_schema_and_all_decisions(
     docs_site: ModuleType,
 ) -> None:
     pages = docs_site.pages()
-    shown = pages["reference/json.md"]
+    shown = pages["reference/json-output.md"]
     assert [name for name in COMMANDS if name != "schema" and f"## {name}\n" not in shown] == []
     parts = json.loads(
         (ROOT / "gptq_cli" / "cli" / "output.schema.json").read_text(encoding="utf-8")
@@ -139,13 +142,13 @@ def test_words_that_are_code_already_stay_as_they_are(docs_site: ModuleType) -> 
 
 
 def test_parts_of_json_without_fields_have_no_table(docs_site: ModuleType) -> None:
-    shown = docs_site.pages()["reference/json.md"]
+    shown = docs_site.pages()["reference/json-output.md"]
     assert "The same as [quantize](#quantize)." in shown.partition("## resume\n")[2]
     assert "| --- | --- | --- |\n\n" not in shown
 
 
 def test_long_values_of_the_reference_break_at_their_bars(site: Path) -> None:
-    page = (site / "reference" / "cli.html").read_text(encoding="utf-8")
+    page = (site / "reference" / "command-line.html").read_text(encoding="utf-8")
     assert "<code>mean|<wbr>diagonal</code>" in page
     assert "<wbr>" not in (site / "index.html").read_text(encoding="utf-8")
 
@@ -154,3 +157,26 @@ def test_a_bar_in_a_cell_has_no_backslash(site: Path) -> None:
     page = (site / "architectures.html").read_text(encoding="utf-8")
     assert "k_proj|model" in page
     assert r"\|" not in page
+
+
+def test_links_to_the_reference_reach_its_pages(site: Path) -> None:
+    page = (site / "how-to" / "quantize.html").read_text(encoding="utf-8")
+    assert 'href="../reference/configuration.html"' in page
+    assert 'href="../reference/error-codes.html#w_data_built_in"' in page
+    assert "reference/index.html#" not in page
+    overview = (site / "reference" / "index.html").read_text(encoding="utf-8")
+    assert 'href="error-codes.html"' in overview.partition('id="error-codes"')[2]
+
+
+def test_codes_in_code_and_in_headings_are_no_links(docs_site: ModuleType) -> None:
+    text = "<h2>E_SHAPE</h2> <pre><code>E_SHAPE</code></pre> E_SHAPE, E_OF_NOBODY"
+    linked = docs_site._link_codes(text, "../")
+    found = '<a href="../reference/error-codes.html#e_shape">E_SHAPE</a>'
+    assert linked == f"<h2>E_SHAPE</h2> <pre><code>E_SHAPE</code></pre> {found}, E_OF_NOBODY"
+
+
+def test_cells_of_a_wide_table_know_their_columns(site: Path) -> None:
+    page = (site / "peers.html").read_text(encoding="utf-8")
+    row = page.partition("reads the output back and hashes it")[2].partition("</tr>")[0]
+    labels = re.findall(r'data-label="([^"]*)"', row)
+    assert labels == ["gptq_cli", "GPTQModel", "llm-compressor", "auto-round", "Optimum"]

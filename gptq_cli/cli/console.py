@@ -420,22 +420,37 @@ def counted(number: int, noun: str) -> str:
 
 def fitted(line: str, indent: int = 2) -> str:
     """Return `line` wrapped and indented if stdout is a terminal and narrower, else unchanged."""
-    if sys.stdout is None or not sys.stdout.isatty():
+    if len(line) <= window():
         return line
-    width = get_terminal_size().columns
     return fill(
-        line, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
+        line,
+        window(),
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
     )
 
 
-def shortened(names: Sequence[str], width: int) -> str:
-    """Return as many names as fit into `width` columns, and the number of the others."""
+def window() -> int:
+    """Return the columns of the terminal that stdout is, a very large number if it is none."""
+    if sys.stdout is None or not sys.stdout.isatty():
+        return sys.maxsize
+    return get_terminal_size().columns
+
+
+def shortened(names: Sequence[str], width: int, noun: str) -> str:
+    """Return as many names as fit into `width` columns, and the number of the others.
+
+    If no name fits, return their number with `noun`.
+    """
     for shown in range(len(names), 0, -1):
         text = ", ".join(names[:shown])
         if shown < len(names):
             text += f" +{len(names) - shown}"
-        if len(text) <= width or shown == 1:
+        if len(text) <= width:
             return text
+    if names:
+        return counted(len(names), noun)
     return "-"
 
 
@@ -470,9 +485,7 @@ def engine_lines(judged: Sequence[Verdict]) -> list[str]:
     clean = [verdict.engine for verdict in judged if verdict.outcome == "yes"]
     if clean:
         line = f"{WORDS['yes']} {', '.join(clean)}"
-        width = ENGINES_WIDTH
-        if sys.stdout is not None and sys.stdout.isatty():
-            width = min(width, get_terminal_size().columns)
+        width = min(ENGINES_WIDTH, window())
         lines += wrap(line, width, subsequent_indent="  ", break_on_hyphens=False)
     for verdict in judged:
         if verdict.outcome != "yes":

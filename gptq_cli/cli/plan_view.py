@@ -16,6 +16,7 @@ from gptq_cli.cli.console import (
     on_one_line,
     row_lines,
     shortened,
+    window,
 )
 from gptq_cli.cli.progress import Progress
 from gptq_cli.config.fields import AUTO
@@ -25,6 +26,7 @@ from gptq_cli.planning.estimate import Disk, DownloadPlan, Seconds, total
 from gptq_cli.preview import PlanResult, TextPlan, preview_run
 
 ENGINES_SHOWN = 24  # columns
+HEADS = ("bits", "group", "size", "bpw", "CPU", "GPU", "loads in")
 
 
 def show_plan(
@@ -60,7 +62,7 @@ def show_plan(
         lines = [on_one_line(f"{found.model} -> {found.output}"), "", *_lines(found)]
     console.result(found.to_json(), "\n".join(lines), str(found.bytes_after))
     if found.choices:
-        console.say("next: the same command with --bits 4 shows the layers of a row")
+        console.say("next: add --bits 4 to see the layers of a row")
 
 
 def _source(found: PlanResult) -> str:
@@ -75,34 +77,37 @@ def _table(found: PlanResult, group_size: int | str) -> list[str]:
     `group_size` is that of the configuration.
     """
     planned = {(layer.bits, layer.group_size) for layer in found.plan.settings.values()}
-    cells = [("", "bits", "group", "size", "bits/weight", "CPU", "GPU", "loads in")]
+    cells = [HEADS[:-1]]
     for choice in found.choices:
         mark = ""
         if {(choice.bits, choice.group_size)} == planned:
-            mark = "*"
+            mark = "* "
         cells.append(
             (
-                mark,
-                str(choice.bits),
+                f"{mark}{choice.bits}",
                 str(choice.group_size),
                 size(choice.bytes_after),
                 f"{choice.bits_per_weight:.2f}",
                 size(total(choice.memory.cpu)),
                 size(total(choice.memory.accelerator)),
-                shortened(choice.loads, ENGINES_SHOWN),
             )
         )
+    numbers = aligned(cells, right=range(len(cells[0])))
+    room = min(ENGINES_SHOWN, window() - len(numbers[0]) - 2)
+    engines = [HEADS[-1]]
+    engines += [shortened(choice.loads, room, "engine") for choice in found.choices]
     marked = "* the defaults:"
     if group_size not in {planned_size for _, planned_size in planned}:
         marked = f"* the defaults with --group-size {AUTO}:"
-    return [
-        *aligned(cells, right={1, 2, 3, 4, 5, 6}),
-        "",
+    below = [
         marked,
         *_part_lines(found.parts),
         *_time_lines(found.seconds),
+        "bpw: bits per quantized weight, with all that is stored for it",
         "CPU and GPU: about the memory of a run there (estimates); GPU not measured",
     ]
+    rows = map("  ".join, zip(numbers, engines, strict=True))
+    return [*rows, "", *[fitted(line, indent=8) for line in below]]
 
 
 def _lines(found: PlanResult) -> list[str]:
@@ -125,7 +130,7 @@ def _lines(found: PlanResult) -> list[str]:
     lines += _text_lines(found.text)
     lines += _memory_lines(found) + _time_lines(found.seconds)
     lines += _disk_lines(found.disk) + _download_lines(found.download)
-    return [*lines, *map(fitted, engine_lines(found.engines))]
+    return [fitted(line, indent=8) for line in [*lines, *engine_lines(found.engines)]]
 
 
 def _part_lines(parts: Mapping[str, int]) -> list[str]:
@@ -140,10 +145,11 @@ def _memory_lines(found: PlanResult) -> list[str]:
     if found.devices > 1:
         each = f" for each of {found.devices} processes"
     terms = ", ".join(f"{term.what} {size(term.nbytes)}" for term in memory.cpu)
+    width = min(78, window())
     gpu, host = size(total(memory.accelerator)), size(total(memory.accelerator_host))
     return [
         f"memory  about {size(total(memory.cpu))} on the CPU{each} (estimate):",
-        *wrap(terms, 78, initial_indent=" " * 10, subsequent_indent=" " * 10),
+        *wrap(terms, width, initial_indent=" " * 10, subsequent_indent=" " * 10),
         f"        about {gpu} on a GPU and {host} on its host (estimate, not measured)",
     ]
 
@@ -183,4 +189,4 @@ def _time_lines(seconds: Seconds | None) -> list[str]:
 
 def _text_lines(texts: Sequence[TextPlan]) -> list[str]:
     """Return a line for each dataset."""
-    return [fitted(f"text    {text.summary}") for text in texts]
+    return [f"text    {text.summary}" for text in texts]

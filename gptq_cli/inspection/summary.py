@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
 FROM_CONFIG = ("model_type", "architectures", "transformers_version")
 FROM_RUN = ("preset", "dataset", "nsamples", "seqlen", "seed")
-VECTORS = "norms, biases and other vectors"
+VECTORS = "norms, biases, other vectors"
 
 
 @dataclass(frozen=True, slots=True)

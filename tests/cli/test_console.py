@@ -11,7 +11,7 @@ import pytest
 import typer
 
 from gptq_cli.cli.app import app
-from gptq_cli.cli.console import as_json_text, fitted
+from gptq_cli.cli.console import as_json_text, fitted, shortened
 from gptq_cli.errors import clock, size
 
 from .conftest import Run
@@ -108,3 +108,10 @@ def test_a_wrong_colour_is_refused_with_the_values(gptq: Run) -> None:
     assert result.exit_code == 2
     expected = "error[E_CFG_RANGE]: --color must be auto, always or never, got "
     assert result.stderr == f'{expected}"allways"\n\nhint: did you mean always?\n'
+
+
+def test_names_that_do_not_fit_become_a_number() -> None:
+    names = ["transformers", "gptqmodel", "auto-round"]
+    shown = [shortened(names, width, "engine") for width in (40, 25, 15, 14)]
+    assert shown == [", ".join(names), "transformers +2", "transformers +2", "3 engines"]
+    assert shortened([], 14, "engine") == "-"

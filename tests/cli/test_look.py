@@ -33,8 +33,8 @@ def test_inspect_prints_layers_bits_and_engines_without_torch(
     assert (code, stderr, loaded) == (0, "", [])
     lines = stdout.splitlines()
     assert "quantized (gptq)" in lines
-    assert "  3 x  self_attn.q_proj                 128x64  4 bit g32" in lines
-    assert "  1 x  mlp.down_proj                    64x128  F32" in lines
+    assert "  3 x  self_attn.q_proj              128x64  4 bit g32" in lines
+    assert "  1 x  mlp.down_proj                 64x128  F32" in lines
     assert any(line.startswith("bits     ") and "per quantized weight" in line for line in lines)
     assert any(line.split() == ["model_type", "llama"] for line in lines)
     assert any(line.startswith("loads in ") for line in lines)

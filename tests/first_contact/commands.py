@@ -163,7 +163,7 @@ CONTACTS = (
     Contact(
         f"gptq plan {MODEL} -g auto",
         0,
-        ("14 layers to quantize in 2 blocks", "* 4 64", "next: the same command with --bits 4"),
+        ("14 layers to quantize in 2 blocks", "* 4 64", "next: add --bits 4 to see"),
     ),
     Contact(
         f"gptq plan {MODEL} -b 4 -g auto",

@@ -133,6 +133,16 @@ def test_every_help_page_fits_the_window(width: int, monkeypatch: pytest.MonkeyP
             assert longer == [], f"gptq {shlex.join(words)}"
 
 
+@pytest.mark.parametrize("bits", [(), ("--bits", "4")])
+@pytest.mark.parametrize("width", [56, *WIDTHS])
+def test_a_plan_fits_a_terminal(width: int, bits: tuple[str, ...]) -> None:
+    exit_code, printed = in_a_terminal(["plan", "Qwen3-0.6B", "-g", "64", *bits], width)
+    lines = CONTROL.sub("", printed).splitlines()
+    assert exit_code == 0
+    assert len(lines) > 8
+    assert max(map(len, lines)) <= width
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 def test_the_list_of_recipes_fits_a_terminal(width: int) -> None:
     exit_code, printed = in_a_terminal(["recipes"], width)
