@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,6 +140,27 @@ def write_random_model(directory: Path, shape: Shape, blocks: int, device: str) 
     (directory / "config.json").write_text(json.dumps(shape.config(blocks)))
     save_tokenizer(directory)
     return total
+
+
+def write_sparse_model(directory: Path, shape: Shape, blocks: int) -> None:
+    """Write a bfloat16 checkpoint of zeros that take no room on the disk."""
+    directory.mkdir(parents=True)
+    sizes = dict(shape.outer_tensors())
+    for block in range(blocks):
+        sizes |= dict(shape.block_tensors(block))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, size in sizes.items():
+        end = position + 2 * math.prod(size)
+        header[name] = {"dtype": "BF16", "shape": list(size), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with (directory / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + position)
+    (directory / "config.json").write_text(json.dumps(shape.config(blocks)))
+    save_tokenizer(directory)
 
 
 def bytes_of(tensors: Mapping[str, torch.Tensor]) -> int:

@@ -3,7 +3,7 @@
 Mistakes of a program on an accelerator then fail on any machine: operations that mix devices, host
 access to memory of the device, allocations beyond a limit. Each operation that makes the host wait
 for the device is counted by the place in the package that asked for it. The device simulates no
-time, no streams that race, and no kernels.
+time, no streams that race, and no kernels. `counting_gpu` has a kind without numbers.
 
 Needs a torch without CUDA: there the device's dispatch key is free to take.
 """
@@ -18,7 +18,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 from unittest.mock import patch
 from weakref import WeakSet
 
@@ -102,7 +102,7 @@ class DeviceTensor(Tensor):
             return func(args[0].host)
         if func in TO_PYTHON:
             device().wait("to Python")
-            return func(args[0].host)
+            return func(device().numbers(args[0]))
         if func is Tensor.new_tensor:  # asks the guard where that is
             return torch.tensor(
                 args[1], **{"dtype": args[0].dtype, "device": CUDA} | (kwargs or {})
@@ -116,7 +116,12 @@ class DeviceTensor(Tensor):
 
 
 class SimulatedGpu:
-    """What tests look at: `waits` by place and operation, and how much memory is taken."""
+    """What tests look at: `waits` by place and operation, and how much memory is taken.
+
+    `memory` is the device of torch on which the numbers really are.
+    """
+
+    memory = CPU
 
     def __init__(self, total_bytes: int) -> None:
         self.total_bytes = total_bytes
@@ -136,16 +141,28 @@ class SimulatedGpu:
         """Run `func` on the host's numbers; its output is on the device unless sent to the host."""
         tensors: list[Tensor] = []
         target = _target(func, args, kwargs)
-        on_host = partial(_on_host, tensors=tensors, elsewhere=target == CUDA)
+        memory = None
+        if target == CUDA:
+            memory = self.memory
+        on_host = partial(_on_host, tensors=tensors, memory=memory)
         host_args, host_kwargs = on_host(args), on_host(kwargs)
         _check_devices(func, tensors)
         self._count(func, args, kwargs, tensors)
-        output = SUBSTITUTES.get(func, func)(*host_args, **host_kwargs)
+        output = self.compute(func, host_args, host_kwargs, target)
         if target == CPU:
             known = set(map(id, map(_host, tensors)))
             return _each(output, lambda tensor: tensor.clone() if id(tensor) in known else tensor)
         before = {id(_host(tensor)): tensor for tensor in tensors}
         return _each(output, lambda tensor: self.wrap(tensor, before.get(id(tensor))))
+
+    def compute(self, func: Any, args: Any, kwargs: Any, target: torch.device | None) -> Any:
+        """Return the output of `func` for the host's numbers."""
+        del target
+        return SUBSTITUTES.get(func, func)(*args, **kwargs)
+
+    def numbers(self, tensor: Tensor) -> Tensor:
+        """Return the numbers of a tensor that Python reads."""
+        return _host(tensor)
 
     def wrap(self, host: Tensor, before: Tensor | None = None) -> Tensor:
         """Return the tensor on the device with the numbers `host`, if possible from `before`."""
@@ -161,9 +178,13 @@ class SimulatedGpu:
             self.peak_bytes = max(self.peak_bytes, allocated)
         return DeviceTensor(host)
 
+    def make(self, func: Any, args: Any, kwargs: Any) -> Tensor:
+        """Return a new tensor on the device, which `func` makes from no other one."""
+        return self.wrap(func(*args, **kwargs, device=self.memory))
+
     def wait(self, operation: str) -> None:
         """Count that the host waits for the device."""
-        self.waits[f"{_place()}: {operation}"] += 1
+        self.waits[f"{place()}: {operation}"] += 1
 
     def _count(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> None:
         name = func.name().removeprefix("aten::")
@@ -204,6 +225,7 @@ class SimulatedGpu:
 
 
 _current: list[SimulatedGpu] = []
+Gpu = TypeVar("Gpu", bound=SimulatedGpu)
 
 
 def device() -> SimulatedGpu:
@@ -212,9 +234,11 @@ def device() -> SimulatedGpu:
 
 
 @contextmanager
-def simulated_gpu(total_bytes: int = 16 * 2**30) -> Iterator[SimulatedGpu]:
+def simulated_gpu(
+    total_bytes: int = 16 * 2**30, kind: Callable[[int], Gpu] = SimulatedGpu
+) -> Iterator[Gpu]:
     """A device `cuda:0` with `total_bytes` of memory while the context lasts."""
-    gpu = SimulatedGpu(total_bytes)
+    gpu = kind(total_bytes)
     _current.append(gpu)
     everything, own = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
     everything.fallback(_made, "CUDA")
@@ -236,7 +260,7 @@ def _made(func: Any, *args: Any, **kwargs: Any) -> Tensor:
     if any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs))):
         return device().run(func, args, kwargs)
     kwargs = {key: value for key, value in kwargs.items() if key not in ("device", "pin_memory")}
-    return device().wrap(func(*args, **kwargs, device="cpu"))
+    return device().make(func, args, kwargs)
 
 
 def _copy_(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
@@ -251,17 +275,20 @@ def _host(tensor: Tensor) -> Tensor:
     return tensor.host if isinstance(tensor, DeviceTensor) else tensor
 
 
-def _on_host(value: Any, tensors: list[Tensor], *, elsewhere: bool) -> Any:
-    """Return `value` with the numbers of its tensors, which are added to `tensors`, and the CPU."""
+def _on_host(value: Any, tensors: list[Tensor], *, memory: torch.device | None) -> Any:
+    """Return `value` with the numbers of its tensors, which are added to `tensors`.
+
+    Its devices become `memory`, unless that is None.
+    """
     if isinstance(value, Tensor):
         tensors.append(value)
         return _host(value)
     if isinstance(value, torch.device):
-        return CPU if elsewhere else value
+        return memory or value
     if isinstance(value, dict):
-        return {key: _on_host(item, tensors, elsewhere=elsewhere) for key, item in value.items()}
+        return {key: _on_host(item, tensors, memory=memory) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)([_on_host(item, tensors, elsewhere=elsewhere) for item in value])
+        return type(value)([_on_host(item, tensors, memory=memory) for item in value])
     return value
 
 
@@ -305,7 +332,8 @@ def _fills(func: Any, args: Any) -> bool:
     return func in (aten.index_put_.default, aten.index_put.default) and args[2].numel() == 1
 
 
-def _place() -> str:
+def place() -> str:
+    """Return the innermost function of the package that is running."""
     frame = sys._getframe(1)
     while frame is not None:
         module = frame.f_globals.get("__name__", "")

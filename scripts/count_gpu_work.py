@@ -1,0 +1,372 @@
+#!/usr/bin/env python3
+"""Count the work of one block on a GPU, and estimate its time from public rates.
+
+    python scripts/count_gpu_work.py --shape llama-3-8b --preset balanced [--json]
+
+Needs no GPU: the program itself runs on a simulated device (`tests/counting_gpu.py`) whose tensors
+have shapes but no numbers, so that a block of full size passes in seconds. Every operation, every
+launch of a kernel and every wait of the host is counted by the part of the work that asks for it.
+The time is that of a host that launches one operation after the other and a device that carries
+them out in order; a part gets the time by which its operations move the end of the device's work.
+
+Nothing here is measured. `--rates` shows the rates and where they are from.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from threading import current_thread
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from common import argument_parser
+from shapes import SHAPES, Shape, write_sparse_model
+
+from gptq_cli.checkpoint import writer as checkpoint_writer
+from gptq_cli.checkpoint.writer import CheckpointWriter
+from gptq_cli.config.schema import QuantizeConfig
+from gptq_cli.events import BlockFinished, BlockStarted, Event
+from gptq_cli.planning.checks import RunOptions, prepare_run
+from gptq_cli.planning.plan import refine_plan
+from gptq_cli.quantization import run as quantize_run
+from gptq_cli.quantization.block_loop import quantize_all_blocks
+from gptq_cli.quantization.run_state import (
+    BatchState,
+    FinishedBlocks,
+    Limits,
+    Record,
+    Run,
+    SavingTimes,
+)
+from gptq_cli.runtime.memory import Memory
+from gptq_cli.runtime.open_model import open_stream, resolve_device
+from gptq_cli.runtime.ranks import SINGLE_PROCESS
+from tests.counting_gpu import CountingGpu, Operation, counting_gpu
+from tests.families import text_file
+
+PRESETS = ("gptq", "balanced", "best")
+BLOCKS = 2  # the first one runs once more, to show its stages; the last one is counted
+MEMORY = 80 * 10**9
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Rates that one H100 and its host usually reach; see SOURCES.
+
+    Products are operations (two for a multiplication with an addition) in a second.
+    """
+
+    bfloat16: float = 600e12
+    tf32: float = 250e12
+    float32: float = 45e12
+    cholesky: float = 15e12
+    memory: float = 3.0e12
+    pinned_copy: float = 50e9
+    other_copy: float = 6e9
+    torch_launch: float = 6e-6
+    triton_launch: float = 15e-6
+    least_kernel: float = 2e-6
+    multiprocessors: int = 132
+    small_tiles: float = 0.6
+    column: float = 0.48e-6
+    column_rows: float = 14.3e9
+    candidates: float = 7.3e11
+
+
+SOURCES = {
+    "bfloat16": "products of bfloat16, sums in float32: 989e12 by the data sheet, 60 % reached",
+    "tf32": "products in TF32: 495e12 by the data sheet, about half reached",
+    "float32": "products in float32, no tensor cores: 67e12 by the data sheet, 2/3 reached",
+    "cholesky": "Cholesky factors in float32 by cuSOLVER",
+    "memory": "bytes read and written: 3.35e12 by the data sheet, nine tenths reached",
+    "pinned_copy": "bytes to and from pinned memory of the host: PCIe 5",
+    "other_copy": "bytes to and from other memory of the host",
+    "torch_launch": "seconds of the host for an operation of torch",
+    "triton_launch": "seconds of the host for a kernel of Triton",
+    "least_kernel": "seconds that the shortest kernel takes on the device",
+    "multiprocessors": "tiles of a product, 128 x 128, that are computed at once; no sum is split",
+    "small_tiles": "share of the rate that products in tiles 64 x 64 reach; the faster counts",
+    "column": "seconds of a column in the kernels that take columns in turn, if they have few rows",
+    "column_rows": "weights that these kernels round in a second, if they have many rows: 63 "
+    "instructions of a warp for a weight, of which a device issues 132 x 4 in a cycle of 1.7 GHz",
+    "candidates": "candidates for the scale that are tried on a weight in a second",
+}
+
+
+class Clock:
+    """The time of a host that launches, and of a device that follows; all by part."""
+
+    def __init__(self, rates: Rates) -> None:
+        self.rates = rates
+        self.started = False
+        self.host = self.device = self.begin = 0.0
+        self.parts: dict[str, Counter[str]] = defaultdict(Counter)
+
+    def start(self) -> None:
+        """Begin to count, with an idle device."""
+        self.started = True
+        self.host = self.begin = self.device = max(self.host, self.device)
+
+    def stop(self) -> None:
+        """Count nothing from now on."""
+        self.started = False
+
+    @property
+    def seconds(self) -> float:
+        """The seconds between start and stop."""
+        return max(self.host, self.device) - self.begin
+
+    def add(self, operation: Operation) -> None:
+        """Launch an operation."""
+        if not self.started:
+            return
+        part = self.parts[operation.part]
+        part["launches"] += 1
+        part["kernels"] += operation.kernel
+        part["bytes"] += operation.moved
+        part["products"] += 2 * operation.products
+        takes = seconds_of(operation, self.rates)
+        part["device_seconds"] += takes
+        launch = self.rates.torch_launch
+        if operation.kernel:
+            launch = self.rates.triton_launch
+        if _is_behind():
+            start = self.device
+        else:
+            self.host += launch
+            part["host_seconds"] += launch
+            start = max(self.host, self.device)
+        part["seconds"] += start + takes - self.device
+        self.device = start + takes
+
+    def wait(self, part: str) -> None:
+        """Let the host wait for the device."""
+        if not self.started:
+            return
+        if _is_behind():
+            self.parts[part]["waits_behind"] += 1
+            return
+        self.parts[part]["waits"] += 1
+        self.host = max(self.host, self.device)
+
+
+def _is_behind() -> bool:
+    """Return whether a thread runs that the program does not wait for."""
+    return current_thread().name.startswith(("writer", "reader"))
+
+
+def seconds_of(operation: Operation, rates: Rates) -> float:
+    """Estimate how long the device takes for an operation."""
+    copying = rates.other_copy
+    if operation.pinned:
+        copying = rates.pinned_copy
+    moving = operation.moved / rates.memory + operation.copied / copying
+    least = max(moving, rates.least_kernel)
+    if operation.kernel:
+        return max(least, _kernel_seconds(operation, rates))
+    if not operation.products:
+        return least
+    if operation.name == "linalg_cholesky_ex":
+        return max(least, 2 * operation.products / rates.cholesky)
+    rate = {"bfloat16": rates.bfloat16, "float16": rates.bfloat16, "tf32": rates.tf32}.get(
+        operation.precision, rates.float32
+    )
+    busy = 1.0
+    if operation.result is not None:
+        large = _busy(operation.result, 128, rates.multiprocessors)
+        small = _busy(operation.result, 64, rates.multiprocessors) * rates.small_tiles
+        busy = max(large, small)
+    return max(least, 2 * operation.products / rate / busy)
+
+
+def _busy(result: tuple[int, int, int], side: int, at_once: int) -> float:
+    """Return the share of the device that computes numbers of the matrices of a product.
+
+    Their tiles have `side` rows and columns; `at_once` of them are computed together.
+    """
+    matrices, rows, columns = result
+    tiles = matrices * math.ceil(rows / side) * math.ceil(columns / side)
+    waves = math.ceil(tiles / at_once)
+    return matrices * rows * columns / (waves * at_once * side**2)
+
+
+def _kernel_seconds(operation: Operation, rates: Rates) -> float:
+    """Estimate the arithmetic of a kernel, which is not bound by memory."""
+    sizes = operation.sizes or {}
+    if operation.name in ("round_columns_kernel", "fit_codes_kernel"):
+        return max(sizes["n_columns"] * rates.column, sizes["errors"] / rates.column_rows)
+    if operation.name == "best_candidate_kernel":
+        return sizes["weights"] * sizes["n_candidates"] / rates.candidates
+    return 0.0
+
+
+# ---------------------------------------------------------------- the run that is counted
+
+
+class NoFile:
+    """Stands for an output file, and forgets what is written to it."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        self.path = path
+        del size
+
+    def write_at(self, offset: int, data: bytes | memoryview) -> None:
+        del offset, data
+
+    def sync(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class NoHash:
+    """Stands for a hash that costs nothing."""
+
+    def __init__(self, data: object = b"") -> None:
+        del data
+
+    def update(self, data: object) -> None:
+        del data
+
+    def hexdigest(self) -> str:
+        return ""
+
+
+class NoStore:
+    """Stands for the finished blocks on the disk, of which there are none."""
+
+    n_finished = 0
+    times = SavingTimes(now=lambda: 0.0)  # never due before the last block
+
+    def read(self) -> list[BatchState]:
+        return []
+
+    def save(self, block: int, batches: list[BatchState] | None) -> None:
+        del block, batches
+
+
+def count(shape: Shape, rates: Rates, **settings: Any) -> dict[str, Any]:
+    """Return the counts and the estimate of one block of `shape`, quantized with `settings`."""
+    usual = {"bits": 4, "device": "cuda", "dataset": text_file(), "moe_uncovered": "rtn"}
+    config = QuantizeConfig(**(usual | settings))
+    clock = Clock(rates)
+    with tempfile.TemporaryDirectory() as folder, counting_gpu(MEMORY) as gpu:
+        gpu.on_operation, gpu.on_wait = clock.add, clock.wait
+        model = Path(folder) / "model"
+        write_sparse_model(model, shape, BLOCKS)
+        peak = quantize_counted(model, Path(folder) / "out", config, clock, gpu)
+    return figures(clock, peak)
+
+
+def quantize_counted(
+    model: Path, output: Path, config: QuantizeConfig, clock: Clock, gpu: CountingGpu
+) -> int:
+    """Quantize `model` and count its last block; return the most bytes that were allocated."""
+    started_at: list[int] = []
+
+    def report(event: Event) -> None:
+        if isinstance(event, BlockStarted) and event.index == BLOCKS - 1:
+            gpu.most_bytes = gpu.held_bytes
+            clock.start()
+        elif isinstance(event, BlockFinished) and event.index == BLOCKS - 1:
+            clock.stop()
+            started_at.append(gpu.most_bytes)
+
+    device = resolve_device("cuda")
+    prepared = prepare_run(str(model), output, config, RunOptions())
+    with (
+        torch.inference_mode(),
+        patch.object(checkpoint_writer, "OpenFile", NoFile),
+        patch.object(checkpoint_writer, "sha256", NoHash),
+    ):
+        host = Memory(torch.device("cpu"))
+        stream = open_stream(
+            prepared.plan.source,
+            device=device,
+            dtype=config.dtype,
+            trust_remote_code=False,
+            host=host,
+        )
+        plan = refine_plan(
+            prepared.plan, config, stream.all_linears(), stream.stacked_linears(), ()
+        )
+        ids = torch.zeros(config.nsamples, config.seqlen, dtype=torch.long)
+        batches = ids.split(config.batch_size)
+        run = Run(config, plan, stream, SINGLE_PROCESS, batches, Record(report), Limits(config))
+        run.saved = FinishedBlocks(SINGLE_PROCESS, plan.n_steps, NoStore())
+        with CheckpointWriter(output, plan.layout) as writer:
+            run.keep = partial(quantize_run._write_layer, writer, plan.packing)
+            quantize_all_blocks(run)
+    return started_at[0]
+
+
+def figures(clock: Clock, peak: int) -> dict[str, Any]:
+    """Return what was counted, largest part first."""
+    parts: dict[str, dict[str, float]] = {}
+    for name, part in sorted(clock.parts.items(), key=lambda item: -item[1]["seconds"]):
+        parts[name] = {
+            "seconds": part["seconds"],
+            "device_seconds": part["device_seconds"],
+            "host_seconds": part["host_seconds"],
+            "launches": part["launches"],
+            "kernels": part["kernels"],
+            "waits": part["waits"],
+            "waits_behind": part["waits_behind"],
+            "bytes": part["bytes"],
+            "products": part["products"],
+        }
+    found: dict[str, Any] = {"block_seconds": clock.seconds}
+    for figure in ("launches", "kernels", "waits", "waits_behind", "bytes", "products"):
+        found[figure] = sum(part[figure] for part in parts.values())
+    return found | {"peak_device_bytes": peak, "parts": parts}
+
+
+def table(found: dict[str, Any]) -> Iterator[str]:
+    """Yield the lines of a table of what was counted."""
+    yield "part             ms   device     host  launches  Triton  waits"
+    for name, part in found["parts"].items():
+        times = [part[key] * 1e3 for key in ("seconds", "device_seconds", "host_seconds")]
+        in_ms = " ".join(f"{time:8.1f}" for time in times)
+        counts = f"{part['launches']:9} {part['kernels']:7} {part['waits']:6}"
+        work = f"{part['products'] / 1e12:8.2f} TFLOP {part['bytes'] / 1e9:7.1f} GB"
+        yield f"{name:10} {in_ms} {counts} {work}"
+    waits = f"{found['waits']} waits, {found['waits_behind']} more of other threads"
+    launches = f"{found['launches']} launches, {found['kernels']} of them of Triton"
+    peak = f"peak {found['peak_device_bytes'] / 1e9:.1f} GB"
+    yield f"a block takes {found['block_seconds']:.2f} s: {launches}; {waits}; {peak}"
+
+
+def main() -> int:
+    parser = argument_parser(__doc__)
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-3-8b")
+    parser.add_argument("--preset", choices=PRESETS, default="balanced")
+    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    parser.add_argument("--rates", action="store_true", help="print the rates and their sources")
+    arguments = parser.parse_args()
+    rates = Rates()
+    if arguments.rates:
+        for name, value in asdict(rates).items():
+            print(f"{name:16} {value:9.3g}  {SOURCES[name]}")
+        return 0
+    shape = SHAPES[arguments.shape]
+    found = count(shape, rates, preset=arguments.preset, group_size=arguments.group_size)
+    if arguments.json:
+        asked = {"shape": arguments.shape, "preset": arguments.preset}
+        print(json.dumps({**asked, **found, "rates": asdict(rates)}, indent=2))
+        return 0
+    for line in table(found):
+        print(line)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
