@@ -415,7 +415,10 @@ def _error_lines(layers: Sequence[LayerReport]) -> list[str]:
     error = math.fsum(layer.relative_error for layer in layers) / len(layers)
     rtn = math.fsum(layer.rtn_relative_error for layer in layers) / len(layers)
     mean = f"{error:.2e} mean output error of {len(layers)} layers"
-    lines = [f"error  {mean}, round-to-nearest {rtn:.2e}"]
+    baseline = f"round-to-nearest {rtn:.2e}"
+    if any(layer.rtn_rows for layer in layers):
+        baseline += " on a sample of rows"
+    lines = [f"error  {mean}, {baseline}"]
     rounded = [layer.name for layer in layers if layer.fallback]
     if rounded:
         count = f"{len(rounded)} of {len(layers)} layers"

@@ -48,6 +48,7 @@ class CardFacts:
     datasets: tuple[str, ...]
     worst: Sequence[Mapping[str, Any]]
     n_layers: int
+    rtn_sampled: bool
     uncovered: int
     readers: Sequence[tuple[str, str, str]]
     evaluation: Mapping[str, Any] | None

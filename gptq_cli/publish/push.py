@@ -230,6 +230,7 @@ def _card(
             datasets=_hub_datasets(origin.get("dataset")),
             worst=sorted(layers, key=lambda layer: -layer["relative_error"])[:WORST],
             n_layers=len(layers),
+            rtn_sampled=any(layer.get("rtn_rows") for layer in layers),
             uncovered=_n_uncovered(manifest),
             readers=_engines(found),
             evaluation=evaluation,

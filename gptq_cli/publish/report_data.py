@@ -70,6 +70,7 @@ class Layer(BaseModel):
     damp_retries: Count
     tokens: Count
     fallback: Text | None = None
+    rtn_rows: Count | None = None
 
 
 class Block(BaseModel):

@@ -56,6 +56,7 @@ def render(run: Mapping[str, Any]) -> str:
         "worst": sorted(run["layers"], key=lambda layer: -(layer["relative_error"] or 0))[:WORST],
         "mean": _mean(run["layers"], "relative_error"),
         "rtn": _mean(run["layers"], "rtn_relative_error"),
+        "rtn_sampled": any(layer.get("rtn_rows") for layer in run["layers"]),
         "heat": Markup(as_svg(_heat(run), "heat")),
         "experts": None,
         "coverage": None,

@@ -163,6 +163,7 @@ class LayerSolver:
             group_size=layer.config.group_size,
             relative_error=solution.relative_error,
             rtn_relative_error=solution.rtn_relative_error,
+            rtn_rows=solution.sampled_rows,
             damp_percent=usable.factor.damp_percent[0],
             damp_retries=usable.factor.retries[0],
             dead_columns=usable.factor.dead_columns[0],

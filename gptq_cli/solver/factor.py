@@ -13,8 +13,7 @@ exceed the whole energy of a quiet one. Diagonal damping, λ_j = ρ H_jj, shrink
 `cholesky_` computes the factor of a large matrix in its own memory, with most of the work in
 products. It takes a panel of columns at a time: first its diagonal block A_kk = L_kk L_kkᵀ, then
 the rows below it, L_ik = A_ik L_kk⁻ᵀ, then the lower half of the rest of the matrix,
-A_ij -= L_ik L_jkᵀ. On CUDA the last products run on tensor cores. Each factor is split into two
-bfloat16 numbers, which keep 16 of the 24 bits of float32; sums are float32.
+A_ij -= L_ik L_jkᵀ. On CUDA the last products run on tensor cores (see `numerics`).
 
 `follow_original` uses the same factors to correct weights for the error of earlier quantized
 layers. After them a layer sees inputs x instead of the inputs x₀ of the unquantized model, but its
@@ -37,7 +36,17 @@ import torch
 from torch import Tensor
 
 from gptq_cli.config.layer import LayerConfig
-from gptq_cli.solver.numerics import add_product_, permuted, row_chunks
+from gptq_cli.solver.numerics import (
+    Split,
+    add_product_,
+    full_precision,
+    multiply,
+    multiply_split,
+    permuted,
+    row_chunks,
+    split,
+    splits,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +114,7 @@ PANEL = {"cpu": 512, "cuda": 4096}  # columns at a time of `cholesky_`
 # The same for several matrices on CUDA, whose library factorises small matrices at once. To be
 # measured on a GPU:
 PANEL_OF_SEVERAL = 256
+SOLVED_COLUMNS = 512  # at a time of `follow_original` on tensor cores, to be measured on a GPU
 
 
 class NotPositiveDefiniteError(ArithmeticError):
@@ -147,6 +157,7 @@ class HessianFactor:
 
 
 @torch.no_grad()
+@full_precision()
 def prepare(
     hessian: Tensor, config: LayerConfig, tokens: int | Sequence[int] | None = None
 ) -> HessianFactor:
@@ -336,22 +347,23 @@ def _subtract_square_(matrix: Tensor, factor: Tensor, panel: int) -> None:
     several = factor.dim() > 2 and len(factor) > 1
     if not several:
         matrix, factor = matrix.view(matrix.shape[-2:]), factor.view(factor.shape[-2:])
-    on_tensor_cores = factor.is_cuda and factor.dtype == torch.float32 and not several
-    if on_tensor_cores:
-        high = factor.bfloat16()
-        low = (factor - high).bfloat16()
+    parts: Split | None = None
+    if splits(factor) and not several:
+        parts = split(factor)
     for start in range(0, matrix.shape[-1], panel):
         stop = min(start + panel, matrix.shape[-1])
         target = matrix[..., start:, start:stop]
-        if not on_tensor_cores:
+        if parts is None:
             left, right = factor[..., start:, :], factor[..., start:stop, :].mT
             add_product_(target, left, right, alpha=-1)
             continue
-        for left, right in ((high, high), (high, low), (low, high)):
-            target -= torch.mm(left[start:], right[start:stop].T, out_dtype=torch.float32)
+        high, low = parts
+        own = (high[start:stop].T, low[start:stop].T)
+        target -= multiply_split((high[start:], low[start:]), own)
 
 
 @torch.no_grad()
+@full_precision()
 def follow_original(
     weight: Tensor, shift: Tensor, prepared: HessianFactor, strength: float
 ) -> Tensor:
@@ -362,12 +374,44 @@ def follow_original(
     """
     R, D, order = prepared.R, prepared.D, prepared.order.permutation
     weight = weight.to(R.dtype)
-    pull = (weight @ shift.to(R.dtype))[:, order]
+    pull = multiply(weight, shift.to(R.dtype))[:, order]
     # Solve X R D Rᵀ = pull from the right: first with Rᵀ, then with R.
-    scaled: Tensor = torch.linalg.solve_triangular(
-        R.T, pull, upper=False, left=False, unitriangular=True
-    )
-    change: Tensor = torch.linalg.solve_triangular(
-        R, scaled / D, upper=True, left=False, unitriangular=True
-    )
+    scaled = _solve_unit(pull, R.T, upper=False)
+    change = _solve_unit(scaled.div_(D), R, upper=True)
     return weight + strength * change[:, order.argsort()]
+
+
+def _solve_unit(matrix: Tensor, triangle: Tensor, *, upper: bool) -> Tensor:
+    """Return the X [O, I] with X T = `matrix` for a triangle T [I, I] with a diagonal of ones.
+
+    On tensor cores X is solved by panels of columns. Each panel receives the panels before it, or
+    those after it if T is lower, in one product.
+    """
+    if not splits(matrix):
+        return _solve_directly(matrix, triangle, upper=upper)
+    solved = torch.empty_like(matrix)
+    high = torch.empty_like(solved, dtype=torch.bfloat16)
+    low = torch.empty_like(high)
+    starts = list(range(0, len(triangle), SOLVED_COLUMNS))
+    if not upper:
+        starts.reverse()
+    for start in starts:
+        stop = min(start + SOLVED_COLUMNS, len(triangle))
+        own, known = slice(start, stop), slice(0, start)
+        if not upper:
+            known = slice(stop, None)
+        rest = matrix[:, own]
+        if start != starts[0]:
+            rest = rest - multiply_split(
+                (high[:, known], low[:, known]), split(triangle[known, own])
+            )
+        solved[:, own] = _solve_directly(rest, triangle[own, own], upper=upper)
+        high[:, own], low[:, own] = split(solved[:, own])
+    return solved
+
+
+def _solve_directly(matrix: Tensor, triangle: Tensor, *, upper: bool) -> Tensor:
+    solved: Tensor = torch.linalg.solve_triangular(
+        triangle, matrix, upper=upper, left=False, unitriangular=True
+    )
+    return solved

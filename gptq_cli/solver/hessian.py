@@ -11,7 +11,7 @@ thus every bit of H, does not depend on how batches are shared among processes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Generic, TypeVar
@@ -19,7 +19,9 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from gptq_cli.solver.numerics import bfloat16_factors
+from gptq_cli.solver.numerics import bfloat16_factors, full_precision, on_tensor_cores, split
+
+HALF = (torch.bfloat16, torch.float16)
 
 Value = TypeVar("Value")
 Add = Callable[[Value, Value], None]  # adds the second to the first
@@ -66,9 +68,13 @@ def _siblings(left: Node[Value], right: Node[Value]) -> bool:
     return right.stop - right.start == size and left.start % (2 * size) == 0
 
 
-TOKENS_PER_CHUNK = 1024  # bounds the float32 copy of the inputs
-PANELS = 8  # needs 9/16 of the products of a full multiplication
+# Bound the float32 copy of the inputs. Each chunk of a shift on CUDA reads and writes the sum.
+TOKENS_PER_CHUNK = {"cpu": 1024, "cuda": 4096}
+PANELS = 8  # on the CPU; they need 9/16 of the products of a full multiplication
 SMALLEST_PANEL = 128
+# Columns of a panel on CUDA: a row of 16 x 8 tiles of 128 x 256 keeps a large GPU busy, and no
+# panel leaves most of it idle in its last round of tiles. To be measured on a GPU.
+CUDA_PANEL = 2048
 
 
 class HessianAccumulator:
@@ -82,30 +88,31 @@ class HessianAccumulator:
     def __init__(self, in_features: int, device: torch.device | str) -> None:
         self.tokens = 0
         self.shift: Tensor | None = None
-        self._size = in_features
-        self._panels = [
-            torch.zeros(stop, stop - start, device=device) for start, stop in _panels(in_features)
-        ]
+        self._size, self._device, self._dtype = in_features, torch.device(device), torch.float32
+        self._bounds = _panels(in_features, self._device)
+        self._panels: list[Tensor] = []  # empty until they are needed on CUDA
+        if self._device.type == "cpu":
+            self._add_zeros()
         self.finite: list[Tensor] = []  # for each `add`, whether the diagonal was finite after it
         self._whole: Tensor | None = None  # H, if it was read; the panels are then views of it
 
     @torch.no_grad()
+    @full_precision()
     def add(self, inputs: Tensor, original: Tensor | None = None) -> None:
         """Add inputs [..., I]; all leading dimensions count tokens, so there must be no padding.
 
         `original` [..., I] are the inputs of the same tokens in the unquantized model.
         """
         tokens = inputs.reshape(-1, self._size)
-        if tokens.dtype == torch.float64 != self._panels[0].dtype:
-            self._panels, self._whole = [panel.double() for panel in self._panels], None
-        # Products of two 16-bit floats are exact in float32: tensor cores need no float32 copy.
-        on_tensor_cores = tokens.is_cuda and tokens.dtype in (torch.bfloat16, torch.float16)
-        if on_tensor_cores or tokens.dtype == self._panels[0].dtype:
+        if tokens.dtype == torch.float64 != self._dtype:
+            self._dtype, self._whole = torch.float64, None
+            self._panels = [panel.double() for panel in self._panels]
+        if _exact_on_tensor_cores(tokens) or tokens.dtype == self._dtype:
             self._add_products(tokens)
         else:
             with bfloat16_factors(tokens):
-                for chunk in torch.split(tokens, TOKENS_PER_CHUNK):
-                    self._add_products(chunk.to(self._panels[0].dtype))
+                for chunk in torch.split(tokens, TOKENS_PER_CHUNK[self._device.type]):
+                    self._add_products(chunk.to(self._dtype))
         if original is not None:
             self._add_shift(tokens, original.reshape(tokens.shape))
         self.tokens += tokens.shape[0]
@@ -125,13 +132,17 @@ class HessianAccumulator:
 
     @property
     def sums(self) -> list[Tensor]:
-        """The tensors that hold the sums; accumulators of inputs of one kind have equal shapes."""
+        """The tensors that hold the sums; accumulators of inputs of one kind have equal shapes.
+
+        They exist after the first `add`.
+        """
         if self.shift is None:
             return [*self._panels]
         return [*self._panels, self.shift]
 
     def add_identity(self) -> None:
         """Add the identity without tokens, with which solving a layer is rounding to nearest."""
+        self._add_zeros()
         for diagonal in self._diagonal():
             diagonal.add_(1)
 
@@ -139,11 +150,12 @@ class HessianAccumulator:
     def hessian(self) -> Tensor:
         """H [I, I] over all tokens so far: the accumulator's own tensor, not a copy."""
         if self._whole is None:
+            self._add_zeros()
             self._whole = self._panels[0].new_empty(self._size, self._size)
-            for number, (start, stop) in enumerate(_panels(self._size)):
+            for number, (start, stop) in enumerate(self._bounds):
                 view = self._whole[:stop, start:stop]
                 self._panels[number] = view.copy_(self._panels[number])
-        for start, stop in _panels(self._size):
+        for start, stop in self._bounds:
             self._whole[stop:, start:stop] = self._whole[start:stop, stop:].T
             corner = self._whole[start:stop, start:stop]
             corner.copy_(corner.triu() + corner.triu(1).T)
@@ -166,22 +178,66 @@ class HessianAccumulator:
         """Return the diagonal of H as one view for each panel."""
         return [panel.diagonal(panel.shape[1] - panel.shape[0]) for panel in self._panels]
 
+    def _add_zeros(self) -> None:
+        """Make the sums zero if nothing was added yet."""
+        if self._panels:
+            return
+        for start, stop in self._bounds:
+            shape = (stop, stop - start)
+            self._panels.append(torch.zeros(shape, dtype=self._dtype, device=self._device))
+
     def _add_products(self, tokens: Tensor) -> None:
-        for panel, (start, stop) in zip(self._panels, _panels(self._size), strict=True):
+        """Add x xᵀ over `tokens`; on CUDA the first products become the sums themselves."""
+        is_first = not self._panels
+        for number, (start, stop) in enumerate(self._bounds):
             left, right = tokens[:, :stop].T, tokens[:, start:stop]
-            if tokens.dtype == panel.dtype:
-                panel.addmm_(left, right)
+            if tokens.dtype == self._dtype and not is_first:
+                self._panels[number].addmm_(left, right)
+                continue
+            product = _product(left, right)
+            if is_first:
+                self._panels.append(product)
             else:
-                panel += torch.mm(left, right, out_dtype=torch.float32)
+                self._panels[number] += product
 
     def _add_shift(self, tokens: Tensor, original: Tensor) -> None:
-        if self.shift is None:
-            self.shift = self._panels[0].new_zeros(self._size, self._size)
-        for chunk, before in zip(
-            tokens.split(TOKENS_PER_CHUNK), original.split(TOKENS_PER_CHUNK), strict=True
-        ):
+        n_tokens = TOKENS_PER_CHUNK[self._device.type]
+        for chunk, before in zip(tokens.split(n_tokens), original.split(n_tokens), strict=True):
+            if _exact_on_tensor_cores(chunk):
+                self._add_split_shift(chunk, before)
+                continue
+            if self.shift is None:
+                self.shift = chunk.new_zeros(self._size, self._size, dtype=self._dtype)
             inputs = chunk.to(self.shift.dtype)
             self.shift.addmm_((before.to(self.shift.dtype) - inputs).T, inputs)
+
+    def _add_split_shift(self, tokens: Tensor, original: Tensor) -> None:
+        """Add (x₀ - x) xᵀ on tensor cores, where x₀ - x is the sum of two 16-bit numbers.
+
+        Both parts are rows of one product, which reads and writes the sum only once.
+        """
+        difference = torch.cat(split(original.float() - tokens.float(), tokens.dtype)).T
+        twice = torch.cat([tokens, tokens])
+        if self.shift is None:
+            self.shift = _product(difference, twice)
+            return
+        for start, stop in self._bounds:  # which bounds the memory of the product
+            self.shift[:, start:stop] += _product(difference, twice[:, start:stop])
+
+
+def _exact_on_tensor_cores(tokens: Tensor) -> bool:
+    """Return whether products of `tokens` with each other need no float32 copy of them.
+
+    Two 16-bit floats multiply exactly in float32, in which tensor cores sum.
+    """
+    return tokens.dtype in HALF and on_tensor_cores(tokens)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """Return left @ right, in float32 if the factors have 16 bits."""
+    if left.dtype in HALF:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left @ right
 
 
 class HessianOfBatches:
@@ -215,8 +271,9 @@ class HessianOfBatches:
             self._open = None
 
 
-def _panels(size: int) -> Iterator[tuple[int, int]]:
-    """Yield the first column and the end of each panel of H; its rows are all before that end."""
+def _panels(size: int, device: torch.device) -> list[tuple[int, int]]:
+    """Return first column and end of each panel of H; its rows are all before that end."""
     width = max(SMALLEST_PANEL, -(-size // PANELS))
-    for start in range(0, size, width):
-        yield start, min(start + width, size)
+    if device.type == "cuda":
+        width = CUDA_PANEL
+    return [(start, min(start + width, size)) for start in range(0, size, width)]

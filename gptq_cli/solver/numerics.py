@@ -1,4 +1,9 @@
-"""How the solver computes: with kernels or without, in which precision, in chunks that fit."""
+"""How the solver computes: with kernels or without, in which precision, in chunks that fit.
+
+Products in the precision of float32 run on the tensor cores of a CUDA device if each factor is
+split into two bfloat16 numbers, which keep 16 of the 24 bits of float32. Products of 16-bit numbers
+are exact there, and sums are float32.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +19,10 @@ from torch import Tensor
 # The one switch: device types whose float32 tensors go through the kernels of `triton_launch`.
 KERNEL_DEVICES = {"cuda"}
 ELEMENTS_PER_CHUNK = {"cpu": 2**20, "cuda": 2**24}
+# The first compute capability that multiplies bfloat16; what earlier ones make of it is not known.
+TENSOR_CORES_FROM = (8, 0)
+
+Split = tuple[Tensor, Tensor]  # high and low part of a matrix
 
 
 @cache
@@ -26,6 +35,57 @@ def uses_kernels(tensor: Tensor) -> bool:
     return tensor.device.type in KERNEL_DEVICES and tensor.dtype == torch.float32 and _has_triton()
 
 
+def on_tensor_cores(tensor: Tensor) -> bool:
+    """Return whether the tensor is on a CUDA device that multiplies bfloat16 numbers."""
+    return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= TENSOR_CORES_FROM
+
+
+def splits(tensor: Tensor) -> bool:
+    """Return whether products of float32 matrices like this one are made of bfloat16 parts."""
+    return tensor.dtype == torch.float32 and on_tensor_cores(tensor)
+
+
+def split(matrix: Tensor, dtype: torch.dtype = torch.bfloat16) -> Split:
+    """Return two matrices of a 16-bit `dtype` whose sum is the float32 `matrix`, or nearly so."""
+    within = matrix
+    if dtype == torch.float16:  # whose largest number is small: the sum reaches twice as far
+        largest = torch.finfo(dtype).max
+        within = matrix.clamp(-largest, largest)
+    high = within.to(dtype)
+    return high, (matrix - high).to(dtype)
+
+
+def multiply_split(left: Split, right: Split) -> Tensor:
+    """Return the float32 product of two matrices that `split` returned, on tensor cores.
+
+    The product of the two low parts is left out: it is below the rounding of the others.
+    """
+    (high, low), (other_high, other_low) = left, right
+    product = torch.mm(high, other_high, out_dtype=torch.float32)
+    product += torch.mm(high, other_low, out_dtype=torch.float32)
+    product += torch.mm(low, other_high, out_dtype=torch.float32)
+    return product
+
+
+def multiply(left: Tensor, right: Tensor) -> Tensor:
+    """Return left @ right in the precision of float32, or of float64 if both are float64."""
+    if splits(left):
+        return multiply_split(split(left), split(right))
+    return left @ right
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Let products of float32 matrices run in float32, whatever the process was told before.
+
+    The environment or a model's own code may have allowed TF32 or bfloat16. Hessians, factors,
+    reported errors and corrected weights are not computed with them.
+    """
+    library: Any = torch.backends.mkldnn
+    with _precision(torch.backends.cuda.matmul, "ieee"), _precision(library.matmul, "ieee"):
+        yield
+
+
 @contextmanager
 def feedback_precision(tensor: Tensor) -> Iterator[None]:
     """Let products of float32 matrices run in TF32 if `tensor` is on a CUDA device.
@@ -34,7 +94,10 @@ def feedback_precision(tensor: Tensor) -> Iterator[None]:
     each factor, so a passed error changes by less than a thousandth of itself; the column that
     receives it is then rounded to few levels.
     """
-    with _precision(torch.backends.cuda.matmul, "tf32", wanted=tensor.is_cuda):
+    if not tensor.is_cuda:
+        yield
+        return
+    with _precision(torch.backends.cuda.matmul, "tf32"):
         yield
 
 
@@ -47,20 +110,19 @@ def bfloat16_factors(tensor: Tensor) -> Iterator[None]:
     library, oneDNN. If `tensor` is on a device or has another dtype, nothing is changed.
     """
     library: Any = torch.backends.mkldnn
-    wanted = tensor.is_cpu and tensor.dtype == torch.bfloat16
-    with _precision(library.matmul, "bf16", wanted=wanted):
+    if not (tensor.is_cpu and tensor.dtype == torch.bfloat16):
+        yield
+        return
+    with _precision(library.matmul, "bf16"):
         yield
 
 
 @contextmanager
-def _precision(products: Any, precision: str, *, wanted: bool) -> Iterator[None]:
-    """Set the precision of `products` if `wanted`, and restore it at the end.
+def _precision(products: Any, precision: str) -> Iterator[None]:
+    """Set the precision of `products`, and restore it at the end.
 
     The setting belongs to the whole process: no other thread may multiply meanwhile.
     """
-    if not wanted:
-        yield
-        return
     before = products.fp32_precision
     products.fp32_precision = precision
     try:
@@ -87,12 +149,12 @@ def permuted(matrices: Tensor, orders: Tensor) -> Tensor:
     return matrices[experts, orders[:, :, None], orders[:, None, :]]
 
 
-def row_chunks(tensor: Tensor) -> Iterator[slice]:
+def row_chunks(tensor: Tensor, times: int = 1) -> Iterator[slice]:
     """Yield consecutive slices of the rows of `tensor`, of ELEMENTS_PER_CHUNK elements at most.
 
-    A slice has one row at least.
+    Slices may be `times` as large. A slice has one row at least.
     """
     elements = max(1, tensor.numel() // max(1, len(tensor)))
-    rows = max(1, ELEMENTS_PER_CHUNK[tensor.device.type] // elements)
+    rows = max(1, times * ELEMENTS_PER_CHUNK[tensor.device.type] // elements)
     for start in range(0, len(tensor), rows):
         yield slice(start, min(start + rows, len(tensor)))

@@ -5,7 +5,7 @@ Letters for shapes:  O out_features   I in_features   G groups
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,7 +22,14 @@ from gptq_cli.solver.grid import (
     round_to_grid,
     split_groups,
 )
-from gptq_cli.solver.numerics import row_chunks
+from gptq_cli.solver.numerics import (
+    Split,
+    full_precision,
+    multiply_split,
+    row_chunks,
+    split,
+    splits,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +90,9 @@ def check_decoded(linear: QuantizedLinear) -> None:
         raise ScaleRangeError(int(beyond.nonzero()[0]))
 
 
-COLUMNS_PER_PANEL = 256
+# Of H at a time, for output errors; both values for CUDA are to be measured on a GPU.
+COLUMNS_PER_PANEL = {"cpu": 256, "cuda": 2048}
+CHUNKS_AT_ONCE = {"cpu": 1, "cuda": 4}  # chunks of rows, for products that fill the device
 
 
 @torch.no_grad()
@@ -123,39 +132,65 @@ def _round(weight: Tensor, config: LayerConfig, group_of_column: Tensor) -> Quan
 
 
 @torch.no_grad()
+@full_precision()
 def output_energies(
     weight: Tensor, hessian: Tensor, candidates: Sequence[QuantizedLinear]
-) -> list[float]:
+) -> Tensor:
     """Return tr(W H Wᵀ) of the weight [O, I], then tr(E H Eᵀ) of each candidate, E its error.
 
-    `hessian` [I, I] is undamped. Rows are taken a chunk at a time, so that there is no float copy
-    of a large weight.
+    The energies are float64 on the device of the weight. `hessian` [I, I] is undamped. Rows are
+    taken a chunk at a time, so that there is no float copy of a large weight.
     """
     energies = torch.zeros(1 + len(candidates), dtype=torch.float64, device=weight.device)
-    for rows in row_chunks(weight):
+    for rows in row_chunks(weight, CHUNKS_AT_ONCE[weight.device.type]):
         original = weight[rows].to(hessian.dtype)
-        of_rows = [_energy(original, hessian)]
+        matrices = [original]
         for candidate in candidates:
-            error = candidate.rows(rows).dequantize(hessian.dtype).sub_(original)
-            of_rows.append(_energy(error, hessian))
-        energies += torch.stack(of_rows)
-    found: list[float] = energies.tolist()
-    return found
+            matrices.append(candidate.rows(rows).dequantize(hessian.dtype).sub_(original))
+        energies += _energies(matrices, hessian)
+    return energies
 
 
-def _energy(matrix: Tensor, hessian: Tensor) -> Tensor:
-    """Return tr(M H Mᵀ) for M [n, I].
+def _energies(matrices: Sequence[Tensor], hessian: Tensor) -> Tensor:
+    """Return tr(M H Mᵀ) for each M [n, I], in float64.
 
     H is symmetric, so the part to the left of each diagonal block counts twice.
     """
-    energy = torch.zeros((), dtype=torch.float64, device=matrix.device)
-    for start in range(0, matrix.shape[1], COLUMNS_PER_PANEL):
-        panel = slice(start, start + COLUMNS_PER_PANEL)
-        product = torch.addmm(
-            matrix[:, :start] @ hessian[:start, panel],
-            matrix[:, panel],
-            hessian[panel, panel],
-            beta=2,
-        )
-        energy += product.mul_(matrix[:, panel]).sum(dtype=torch.float64)
-    return energy
+    energies = torch.zeros(len(matrices), dtype=torch.float64, device=hessian.device)
+    parts: list[Split] = []
+    if splits(hessian):
+        parts = [split(matrix) for matrix in matrices]
+    width = COLUMNS_PER_PANEL[hessian.device.type]
+    for start in range(0, len(hessian), width):
+        stop = min(start + width, len(hessian))
+        products = _panel_products(matrices, hessian, start, stop)
+        if parts:
+            products = _split_panel_products(parts, hessian, start, stop)
+        for number, product in enumerate(products):
+            product.mul_(matrices[number][:, start:stop])
+            energies[number] += product.sum(dtype=torch.float64)
+    return energies
+
+
+def _panel_products(
+    matrices: Iterable[Tensor], hessian: Tensor, start: int, stop: int
+) -> Iterator[Tensor]:
+    """Yield for each M the columns start..stop of M (2 U + D), H without what is below D.
+
+    D are the diagonal blocks of H, U are the blocks above them.
+    """
+    panel = slice(start, stop)
+    for matrix in matrices:
+        left = matrix[:, :start] @ hessian[:start, panel]
+        yield torch.addmm(left, matrix[:, panel], hessian[panel, panel], beta=2)
+
+
+def _split_panel_products(
+    parts: Iterable[Split], hessian: Tensor, start: int, stop: int
+) -> Iterator[Tensor]:
+    """Yield what `_panel_products` yields, from tensor cores."""
+    column = hessian[:stop, start:stop].clone()
+    column[:start] *= 2
+    column_parts = split(column)
+    for high, low in parts:
+        yield multiply_split((high[:, :stop], low[:, :stop]), column_parts)

@@ -17,14 +17,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from gptq_cli.config.layer import LayerConfig
 from gptq_cli.solver.factor import ColumnOrder, HessianFactor
-from gptq_cli.solver.grid import check_scales, choose_grid, round_to_grid, split_groups
-from gptq_cli.solver.numerics import feedback_precision, uses_kernels
+from gptq_cli.solver.grid import (
+    ScaleRangeError,
+    check_scales,
+    choose_grid,
+    round_to_grid,
+    split_groups,
+)
+from gptq_cli.solver.numerics import feedback_precision, full_precision, uses_kernels
 from gptq_cli.solver.quantized_linear import (
     QuantizedLinear,
     check_decoded,
@@ -39,16 +46,22 @@ COLUMN_BLOCK = 128
 INNER_BLOCKS = (128, 32)
 # With kernels one launch rounds all of the columns that pass errors on together
 KERNEL_BLOCKS = (MOST_COLUMNS, MOST_COLUMNS)
+# On CUDA the error of round to nearest is measured on at least this many rows of a layer
+SAMPLED_ROWS = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Solution:
-    """A quantized layer and its output error, beside that of round to nearest with equal groups."""
+    """A quantized layer and its output error, beside that of round to nearest with equal groups.
+
+    `rtn_error` was measured on `rtn_rows` rows, and is an estimate if these are not all.
+    """
 
     quantized: QuantizedLinear
     energy: float  # tr(W H Wᵀ), H without damping
     error: float  # tr(E H Eᵀ)
     rtn_error: float
+    rtn_rows: int
 
     @property
     def relative_error(self) -> float:
@@ -60,6 +73,13 @@ class Solution:
         """The error of round to nearest as a share of the energy."""
         return _share(self.rtn_error, self.energy)
 
+    @property
+    def sampled_rows(self) -> int | None:
+        """The number of rows that stand for all in the error of round to nearest; None if all."""
+        if self.rtn_rows == len(self.quantized.codes):
+            return None
+        return self.rtn_rows
+
     @classmethod
     def of_rows(cls, parts: Sequence[Solution]) -> Solution:
         """Return the layer whose rows are those of `parts`, one after the other."""
@@ -70,6 +90,7 @@ class Solution:
             energy=sum(part.energy for part in parts),
             error=sum(part.error for part in parts),
             rtn_error=sum(part.rtn_error for part in parts),
+            rtn_rows=sum(part.rtn_rows for part in parts),
         )
 
 
@@ -102,6 +123,7 @@ def solve(
 
 
 @torch.no_grad()
+@full_precision()
 def solve_together(
     weights: Sequence[Tensor],
     hessian: Tensor,
@@ -125,14 +147,77 @@ def solve_together(
         sweeps, signed = config.refine_sweeps, config.signed_scales
         quantized = refine(rows, hessian, factor, quantized, sweeps=sweeps, signed=signed)
     check_decoded(quantized)
-    baseline = round_to_nearest(rows, config, factor.order.group_of_column)
-    solutions, start = [], 0
-    for weight in weights:
-        own = slice(start, start + len(weight))
-        start = own.stop
-        candidates = (quantized.rows(own), baseline.rows(own))
-        solutions.append(Solution(candidates[0], *output_energies(weight, hessian, candidates)))
+    samples = _samples(weights)
+    nearest = _nearest(rows, samples, config, quantized.group_of_column)
+    parts, errors, start = [], [], 0
+    for weight, baseline in zip(weights, nearest, strict=True):
+        parts.append(quantized.rows(slice(start, start + len(weight))))
+        errors.append(_errors(weight, hessian, parts[-1], baseline))
+        start += len(weight)
+    solutions = []
+    for part, sample, found in zip(parts, samples, torch.stack(errors).tolist(), strict=True):
+        energy, error, rtn_error = found
+        solutions.append(Solution(part, energy, error, rtn_error, len(sample)))
     return solutions
+
+
+def sampling_step(weight: Tensor) -> int:
+    """Return the distance of the rows on which round to nearest is measured; 1 takes all.
+
+    It is odd, so that rows of two kinds in turn are sampled alike.
+    """
+    if weight.device.type == "cpu":
+        return 1
+    step = max(1, len(weight) // SAMPLED_ROWS)
+    return step - (step + 1) % 2
+
+
+def _samples(weights: Sequence[Tensor]) -> list[range]:
+    """Return the rows of each weight on which round to nearest is measured.
+
+    They count through all weights.
+    """
+    samples, start = [], 0
+    for weight in weights:
+        samples.append(range(start, start + len(weight), sampling_step(weight)))
+        start += len(weight)
+    return samples
+
+
+def _nearest(
+    rows: Tensor, samples: Sequence[range], config: LayerConfig, group_of_column: Tensor
+) -> list[QuantizedLinear]:
+    """Return the sampled rows of each weight, rounded to nearest; `rows` are those of all weights.
+
+    Raises ScaleRangeError with the row.
+    """
+    if any(sample.step > 1 for sample in samples):
+        rows = torch.cat([rows[sample.start : sample.stop : sample.step] for sample in samples])
+    try:
+        nearest = round_to_nearest(rows, config, group_of_column)
+    except ScaleRangeError as error:
+        raise ScaleRangeError(list(chain(*samples))[error.row]) from error
+    parts, start = [], 0
+    for sample in samples:
+        parts.append(nearest.rows(slice(start, start + len(sample))))
+        start += len(sample)
+    return parts
+
+
+def _errors(
+    weight: Tensor, hessian: Tensor, quantized: QuantizedLinear, nearest: QuantizedLinear
+) -> Tensor:
+    """Return float64 [3]: energy of a weight, error, and error of round to nearest.
+
+    `nearest` may hold a sample of the rows. Its share of their energy is then that of all rows.
+    """
+    step = sampling_step(weight)
+    if step == 1:
+        return output_energies(weight, hessian, [quantized, nearest])
+    energies = output_energies(weight, hessian, [quantized])
+    sampled, error = output_energies(weight[::step], hessian, [nearest])
+    share = torch.where(sampled > 0, error / sampled, 0)
+    return torch.cat([energies, (share * energies[0])[None]])
 
 
 @dataclass(frozen=True, slots=True)

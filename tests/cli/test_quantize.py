@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from gptq_cli.config.fields import seconds
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import ResourceError
 from gptq_cli.evaluation.request import EvalRequest
+from gptq_cli.events import LayerReport
 from gptq_cli.planning.run_plan import default_name
 
+from . import conftest
 from .conftest import FakeEvaluated, FakeEvaluator, FakeQuantized, FakeQuantizer, Run
 
 RUN_FLAGS = [
@@ -233,6 +236,20 @@ does not load in auto-round: it refuses desc_act without static_groups
 loads with limits in aphrodite: desc_act is slow
 """
     )
+    assert len(quantizer.calls) == 1
+
+
+def test_the_summary_tells_of_a_sample_of_rows(
+    gptq: Run, quantizer: FakeQuantizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = conftest.layer_report
+
+    def sampled(*arguments: Any, **named: Any) -> LayerReport:
+        return replace(usual(*arguments, **named), rtn_rows=1366)
+
+    monkeypatch.setattr(conftest, "layer_report", sampled)
+    result = gptq("quantize", "org/name", "-b", "4")
+    assert ", round-to-nearest 6.00e-04 on a sample of rows\n" in result.stdout
     assert len(quantizer.calls) == 1
 
 

@@ -55,6 +55,7 @@ FACTS = CardFacts(
         }
     ],
     n_layers=14,
+    rtn_sampled=False,
     uncovered=2,
     readers=[("vllm", "yes", ""), ("transformers", "limited", "needs optimum")],
     evaluation=None,
@@ -184,3 +185,13 @@ def test_the_card_names_merged_adapters() -> None:
     facts = dataclasses.replace(FACTS, settings={**FACTS.settings, "lora": "style:0.8, facts"})
     assert "| merged adapters | `style:0.8, facts` |" in model_card(facts)
     assert "merged adapters" not in model_card(FACTS)
+
+
+def test_the_card_tells_of_sampled_rows_above_an_intact_table() -> None:
+    usual = body(model_card(FACTS))
+    page = body(model_card(dataclasses.replace(FACTS, rtn_sampled=True)))
+    sentence = " The errors of rounding to nearest were measured on a sample of rows."
+    assert sentence not in usual
+    assert page.replace(sentence, "") == usual
+    tables = [token for token in tokens(page) if token.type == "table_open"]
+    assert len(tables) == len([token for token in tokens(usual) if token.type == "table_open"]) > 0

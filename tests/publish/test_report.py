@@ -253,6 +253,16 @@ def test_a_perplexity_is_shown_if_it_is_known(finished: Path, tmp_path: Path) ->
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_page_tells_of_errors_from_a_sample_of_rows(finished: Path) -> None:
+    run = data_of(finished)
+    assert run["layers"][0]["rtn_rows"] is None
+    usual = render(run | {"choice": None, "evaluation": None})
+    run["layers"][0]["rtn_rows"] = 1366
+    page = render(run | {"choice": None, "evaluation": None})
+    words = "measured on a sample of rows"
+    assert (words in usual, words in page) == (False, True)
+
+
 def experts(tokens: list[list[int]]) -> list[dict[str, Any]]:
     """What `quantize --json` says of mixtures, as far as the page reads it."""
     return [

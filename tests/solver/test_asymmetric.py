@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 
 from gptq_cli.config.layer import LayerConfig
+from gptq_cli.solver import factor as factor_module
 from gptq_cli.solver import hessian as hessian_module
 from gptq_cli.solver.factor import follow_original, prepare
 from gptq_cli.solver.hessian import HessianAccumulator
 from tests.reference import follow
+from tests.simulated_gpu import simulated_gpu
 from tests.solver.samples import ORDERS, correlated_inputs, layer_config
 
 ROWS, COLUMNS, TOKENS = 6, 48, 300
@@ -92,7 +94,7 @@ def test_unchanged_inputs_leave_the_weight_unchanged() -> None:
 def test_shift_is_a_float32_sum_over_chunks(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hessian_module, "TOKENS_PER_CHUNK", 32)
+    monkeypatch.setattr(hessian_module, "TOKENS_PER_CHUNK", {"cpu": 32})
     originals = (correlated_inputs(TOKENS, COLUMNS) / 10).to(dtype)
     inputs = (disturbed(correlated_inputs(TOKENS, COLUMNS)) / 10).to(dtype)
     kept = inputs.clone(), originals.clone()
@@ -106,6 +108,64 @@ def test_shift_is_a_float32_sum_over_chunks(
     assert torch.equal(inputs, kept[0])
     assert torch.equal(originals, kept[1])
     assert gathered(inputs, originals).tokens == TOKENS
+
+
+simulated = pytest.mark.skipif(
+    torch.version.cuda is not None, reason="torch has a device of its own"
+)
+LOUD = 100.0  # times as loud as the others is every tenth channel
+
+
+def shift_error(inputs: Tensor, originals: Tensor, device: str) -> float:
+    """The error of the shift as a share of the exact one, both in the units of each channel."""
+    exact = (originals.double() - inputs.double()).T @ inputs.double()
+    accumulator = HessianAccumulator(COLUMNS, device)
+    for batch, before in zip(inputs.split(70), originals.split(70), strict=True):
+        accumulator.add(batch.to(device), before.to(device))
+    assert accumulator.shift is not None
+    loudness = inputs.double().square().sum(0).sqrt()
+    change = (accumulator.shift.cpu().double() - exact) / (loudness[:, None] * loudness)
+    return (change.norm() / (exact / (loudness[:, None] * loudness)).norm()).item()
+
+
+@simulated
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_shift_on_tensor_cores_is_as_exact_as_in_float32(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hessian_module, "TOKENS_PER_CHUNK", {"cpu": 32, "cuda": 32})
+    monkeypatch.setattr(hessian_module, "CUDA_PANEL", 20)
+    originals = correlated_inputs(TOKENS, COLUMNS) / 100
+    inputs = disturbed(originals, seed=4)
+    inputs[:, ::10], originals[:, ::10] = LOUD * inputs[:, ::10], LOUD * originals[:, ::10]
+    usual = shift_error(inputs.to(dtype), originals.to(dtype), "cpu")
+    with simulated_gpu():
+        found = shift_error(inputs.to(dtype), originals.to(dtype), "cuda:0")
+        monkeypatch.setattr(hessian_module, "split", lambda part, kind: (part.to(kind),) * 1)
+        monkeypatch.setattr(torch, "cat", lambda parts: parts[0])
+        high_alone = shift_error(inputs.to(dtype), originals.to(dtype), "cuda:0")
+    assert found < 1.5 * usual < 1e-6
+    assert high_alone > 20 * found
+
+
+@simulated
+@pytest.mark.parametrize("order", ORDERS)
+def test_weight_on_tensor_cores_is_nearly_that_of_float64(
+    order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(factor_module, "SOLVED_COLUMNS", 20)
+    config = layer_config(order, group_size=16, asymmetric_calibration=1.0)
+    originals = correlated_inputs(TOKENS, COLUMNS)
+    inputs = disturbed(originals)
+    expected = follow(weight(), inputs, originals, config) - weight()
+    with simulated_gpu():
+        accumulator = HessianAccumulator(COLUMNS, "cuda:0")
+        accumulator.add(inputs.float().to("cuda:0"), originals.float().to("cuda:0"))
+        assert accumulator.shift is not None
+        factor = prepare(accumulator.hessian, config, accumulator.tokens)
+        found = follow_original(weight().to("cuda:0"), accumulator.shift, factor, 1.0)
+        change = found.cpu().double() - weight()
+    assert (change - expected).norm() < 5e-4 * expected.norm()
 
 
 def test_there_is_no_shift_without_original_inputs() -> None:

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from collections import Counter
+from typing import Any
+
 import pytest
 import torch
 
 from gptq_cli.solver import hessian as hessian_module
 from gptq_cli.solver.hessian import HessianAccumulator
+from tests.simulated_gpu import SimulatedGpu, simulated_gpu
 from tests.solver.samples import correlated_inputs
 
 WIDE = 300  # three panels of columns
@@ -12,7 +16,7 @@ WIDE = 300  # three panels of columns
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hessian_module, "TOKENS_PER_CHUNK", 16)
+    monkeypatch.setattr(hessian_module, "TOKENS_PER_CHUNK", {"cpu": 16, "cuda": 16})
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -80,6 +84,71 @@ def test_first_non_finite_input_is_found(bad: float) -> None:
     accumulator.add(inputs)
     accumulator.add(torch.ones(4, WIDE))
     assert accumulator.first_not_finite() == (1, 3)
+
+
+simulated = pytest.mark.skipif(
+    torch.version.cuda is not None, reason="torch has a device of its own"
+)
+
+
+@simulated
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_panels_on_a_device_equal_the_dense_product(
+    dtype: torch.dtype, capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hessian_module, "CUDA_PANEL", 128)
+    inputs = (correlated_inputs(90, WIDE) / 100).to(dtype)
+    exact = inputs.double().T @ inputs.double()
+    with simulated_gpu() as gpu:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
+        calls = noted_operations(gpu, monkeypatch)
+        accumulator = HessianAccumulator(WIDE, "cuda:0")
+        for batch in inputs.to("cuda:0").split(50):
+            accumulator.add(batch)
+        found = accumulator.hessian.cpu()
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5 * exact.max().item())
+    # Only a device with tensor cores for bfloat16 takes 16-bit factors.
+    takes_halves = dtype != torch.float32 and capability >= (8, 0)
+    assert (calls["aten::mm.dtype"] > 0) == takes_halves
+
+
+@simulated
+def test_first_products_on_a_device_are_the_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    with simulated_gpu() as gpu:
+        inputs = correlated_inputs(20, WIDE).bfloat16().to("cuda:0")
+        calls = noted_operations(gpu, monkeypatch)
+        accumulator = HessianAccumulator(WIDE, "cuda:0")
+        accumulator.add(inputs, inputs)
+        written = dict(calls)
+        accumulator.add(inputs, inputs)
+    assert not {"aten::zeros", "aten::zero_", "aten::add_.Tensor", "aten::fill_"} & set(written)
+    assert calls["aten::add_.Tensor"] == 2  # the one panel, and the shift
+
+
+@simulated
+def test_hessian_on_a_device_without_batches_is_zero() -> None:
+    with simulated_gpu():
+        accumulator = HessianAccumulator(WIDE, "cuda:0")
+        assert torch.equal(accumulator.hessian.cpu(), torch.zeros(WIDE, WIDE))
+        accumulator = HessianAccumulator(WIDE, "cuda:0")
+        accumulator.add_identity()
+        assert torch.equal(accumulator.hessian.cpu(), torch.eye(WIDE))
+
+
+def noted_operations(gpu: SimulatedGpu, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Count the operations of the device by name from now on."""
+    calls: Counter[str] = Counter()
+    usual = gpu.run
+
+    def run(func: Any, args: Any, kwargs: Any) -> Any:
+        calls[func.name()] += 1
+        return usual(func, args, kwargs)
+
+    monkeypatch.setattr(gpu, "run", run)
+    return calls
 
 
 @pytest.mark.gpu
