@@ -168,6 +168,21 @@ class Experts(nn.Module):
         """
         return [_row_of(choices, *routed) for choices in self._choices(routed)]
 
+    def n_tokens(self, routed: Routed) -> int:
+        """Return the number of tokens of a batch, however many experts each is sent to."""
+        if routed.experts is None:
+            return len(routed.hidden) // self.n_experts
+        return len(routed.hidden)
+
+    def joined(self, batches: Sequence[Routed]) -> Routed:
+        """Return the inputs of all `batches` as those of one batch, token after token."""
+        hidden = [routed.hidden for routed in batches]
+        chosen = [routed.experts for routed in batches if routed.experts is not None]
+        if chosen:
+            return Routed(torch.cat(hidden), torch.cat(chosen))
+        of_experts = [tokens.unflatten(0, (self.n_experts, -1)) for tokens in hidden]
+        return Routed(torch.cat(of_experts, dim=1).flatten(0, 1))
+
     def _choices(self, routed: Routed) -> Sequence[Tensor]:
         """Return for each expert the choices that are this expert, numbered as in [K, T].
 

@@ -41,6 +41,12 @@ HESSIAN_SHARE = 9 / 16  # of a full product, as the Hessian is symmetric
 # have the same shape, and the same bits, in every process. Smaller parts balance better among
 # processes; larger ones fill an accelerator.
 ROWS_OF_A_PART = {"cpu": 1024, "cuda": 4096}
+# Number of experts of equal shapes that are solved together, if the bytes below hold them: on an
+# accelerator they share launches, and a processor gains nothing. Both numbers are the same in every
+# process and at every moment of a run, for the same reason. To be measured on a GPU.
+EXPERTS_AT_ONCE = {"cpu": 1, "cuda": 32}
+EXPERTS_BYTES = 3 * 2**30
+EXPERTS_SHARE = 4  # they may take a quarter of max_vram
 
 
 # ---------------------------------------------------------------- memory and disk
@@ -291,10 +297,29 @@ def _solver_bytes(plan: RunPlan, bits: int, rows_of_part: int) -> int:
     """
     most = 0
     for layer in plan.quantized:
-        n, rows = layer.in_features, min(layer.out_features, rows_of_part)
-        matrices = 2 * n**2 * FLOAT + rows * n * (3 * FLOAT + 2 * CODE)
+        matrices = _solving_bytes(layer.in_features, min(layer.out_features, rows_of_part))
         most = max(most, matrices + layer.n_weights * (bits // 8 + CODE))
     return most
+
+
+def experts_at_once(layers: Sequence[LayerPlan], device: str, max_vram: int | None) -> int:
+    """Return how many experts with these `layers` are solved together on a type of device."""
+    allowed = EXPERTS_BYTES
+    if max_vram is not None:
+        allowed = min(allowed, max_vram // EXPERTS_SHARE)
+    rows: Counter[int] = Counter()
+    for layer in layers:
+        rows[layer.in_features] += layer.out_features
+    needed = 1
+    for n, out_features in rows.items():
+        needed = max(needed, _solving_bytes(n, min(out_features, ROWS_OF_A_PART[device])))
+    return max(1, min(EXPERTS_AT_ONCE[device], allowed // needed))
+
+
+def _solving_bytes(in_features: int, rows: int) -> int:
+    """Return the bytes of solving some rows, with their Hessian."""
+    hessian_and_factor = 2 * in_features**2 * FLOAT
+    return hessian_and_factor + rows * in_features * (3 * FLOAT + 2 * CODE)
 
 
 # ---------------------------------------------------------------- work, in multiplications

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, chain
 
+import torch
 from torch import Tensor, nn
 
 from gptq_cli.config.layer import LayerConfig, keeping
@@ -55,15 +56,58 @@ class SolvedLayer:
 
 
 @dataclass(frozen=True, slots=True)
-class UsableHessian:
-    """A Hessian that layers can be solved with, and its factor.
+class Inputs:
+    """What is known of the inputs of E experts of equal shapes; a dense layer is one expert.
 
-    `fallback` tells why the layer is rounded to nearest, or that it saw no tokens; None if neither.
+    `first_not_finite` takes the number of an expert; see `HessianAccumulator.first_not_finite`.
     """
 
-    inputs: HessianAccumulator
+    hessians: Tensor  # [E, I, I]
+    shifts: Tensor | None  # [E, I, I]
+    tokens: Sequence[int]  # that each expert saw
+    first_not_finite: Callable[[int], tuple[int, int] | None]
+
+    @classmethod
+    def of(cls, seen: HessianAccumulator) -> Inputs:
+        """Return the inputs of one layer, on the memory of their sums."""
+        shifts = seen.shift
+        if shifts is not None:
+            shifts = shifts[None]
+        return cls(seen.hessian[None], shifts, [seen.tokens], lambda _: seen.first_not_finite())
+
+    @classmethod
+    def of_experts(
+        cls,
+        n_experts: int,
+        sums: Iterable[HessianAccumulator],
+        first_not_finite: Callable[[int], tuple[int, int] | None],
+    ) -> Inputs:
+        """Return the inputs of several experts; each of `sums` is copied, then dropped."""
+        hessians: list[Tensor] = []
+        shifts: list[Tensor] = []
+        tokens = []
+        for expert, seen in enumerate(sums):
+            for stack, matrix in ((hessians, seen.hessian), (shifts, seen.shift)):
+                if matrix is not None:
+                    if not stack:
+                        stack.append(matrix.new_zeros(n_experts, *matrix.shape))
+                    stack[0][expert] = matrix
+            tokens.append(seen.tokens)
+        return cls(hessians[0], next(iter(shifts), None), tokens, first_not_finite)
+
+
+@dataclass(frozen=True, slots=True)
+class UsableHessians:
+    """Hessians [E, I, I] that layers can be solved with, their factor, and shifts [E, I, I].
+
+    `fallbacks` tell why the layers of each expert are rounded to nearest, or that they saw no
+    tokens; None if neither.
+    """
+
+    hessians: Tensor
+    shifts: Tensor | None
     factor: HessianFactor
-    fallback: Fallback | None
+    fallbacks: Sequence[Fallback | None]
 
 
 class LayerSolver:
@@ -81,36 +125,45 @@ class LayerSolver:
     def solve(
         self, layers: Sequence[LayerPlan], inputs: HessianAccumulator, ranks: Ranks
     ) -> Iterator[SolvedLayer]:
-        """Solve `layers`, which have all seen `inputs`; each of `ranks` solves some of their rows.
+        """Solve `layers`, which have all seen `inputs`, as `solve_experts` does."""
+        yield from self.solve_experts([layers], Inputs.of(inputs), ranks)
 
-        Raises GateError E_NUM_ACT or E_NUM_HESSIAN, or InputError E_CKPT_NONFINITE, with the name
-        of the layer. Layers of one configuration are solved together, as the rows of one matrix.
+    def solve_experts(
+        self, experts: Sequence[Sequence[LayerPlan]], inputs: Inputs, ranks: Ranks
+    ) -> Iterator[SolvedLayer]:
+        """Solve the layers of each of the `experts`, whose shapes and configurations are equal.
+
+        Each of `ranks` solves some of the rows of every expert. Layers of one configuration are
+        solved together, as the rows of one matrix. Raises GateError E_NUM_ACT or E_NUM_HESSIAN, or
+        InputError E_CKPT_NONFINITE, with the name of the layer.
         """
-        for together in of_one_configuration(layers):
+        for together in zip(*map(of_one_configuration, experts), strict=True):
             started = time.perf_counter()
-            config = together[0].config
+            config = together[0][0].config
             assert config is not None
             usable = self._prepare(together, inputs, config)
-            parts = row_parts(together, ROWS_OF_A_PART[self.device.type])
+            most = ROWS_OF_A_PART[self.device.type]
+            cut = [row_parts(layers, most) for layers in together]
+            parts = [list(chain(*same)) for same in zip(*cut, strict=True)]
             owners = ranks.deal([sum(map(len, part)) for part in parts])
             mine: dict[int, list[Solution]] = {}
             for number, part in enumerate(parts):
                 if owners[number] != ranks.rank:
                     continue
                 with located([rows.layer for rows in part], list(map(len, part))):
-                    weights = [self._weight(rows, usable) for rows in part]
-                    hessian = usable.inputs.hessian
-                    mine[number] = solve_together(weights, hessian, usable.factor, config)
+                    weights = self._weights(part, usable, config)
+                    mine[number] = solve_together(weights, usable.hessians, usable.factor, config)
             self._read = None
             found: dict[str, list[Solution]] = defaultdict(list)
             for part, solutions in zip(parts, ranks.exchange(mine, owners), strict=True):
                 for rows, solution in zip(part, solutions, strict=True):
                     found[rows.layer.name].append(solution)
-            n_rows = sum(layer.out_features for layer in together)
+            n_rows = sum(layer.out_features for layer in chain(*together))
             seconds_per_row = (time.perf_counter() - started) / n_rows
-            for layer in together:
-                solution = Solution.of_rows(found.pop(layer.name))
-                yield self._solved(layer, solution, usable, inputs, seconds_per_row)
+            for expert, layers in enumerate(together):
+                for layer in layers:
+                    solution = Solution.of_rows(found.pop(layer.name))
+                    yield self._solved(layer, expert, solution, usable, inputs, seconds_per_row)
 
     def put_back(self, solved: SolvedLayer, linears: Mapping[str, nn.Module]) -> None:
         """Replace the weight of the layer's linear with the dequantized weight."""
@@ -132,13 +185,14 @@ class LayerSolver:
         self.run.limits.check_fallbacks([solved.report])
 
     def _prepare(
-        self, together: Sequence[LayerPlan], inputs: HessianAccumulator, config: LayerConfig
-    ) -> UsableHessian:
-        """Report the start of the layers and return what they are solved with."""
-        for layer in together:
+        self, together: Sequence[Sequence[LayerPlan]], inputs: Inputs, config: LayerConfig
+    ) -> UsableHessians:
+        """Report the start of the layers of all experts and return what they are solved with."""
+        for layer in chain(*together):
             self.run.report(LayerStarted(layer.name))
         self.run.limits.check_time()
-        with located(together, windows=partial(self._windows, inputs)):
+        first_layers = [layers[0] for layers in together]
+        with located(first_layers, windows=partial(self._windows, inputs)):
             usable = self._usable(inputs, config)
         if self.device.type == "cpu":
             give_back_freed_tensors()  # of forwards and of factorising: solving wants as much
@@ -147,15 +201,17 @@ class LayerSolver:
     def _solved(
         self,
         layer: LayerPlan,
+        expert: int,
         solution: Solution,
-        usable: UsableHessian,
-        inputs: HessianAccumulator,
+        usable: UsableHessians,
+        inputs: Inputs,
         seconds_per_row: float,
     ) -> SolvedLayer:
         assert layer.config is not None
+        fallback, factor = usable.fallbacks[expert], usable.factor
         windows = ""
-        if usable.fallback == "inputs":
-            windows = self._windows(inputs)
+        if fallback == "inputs":
+            windows = self._windows(inputs, expert)
         report = LayerReport(
             name=layer.name,
             block=layer.block,
@@ -164,46 +220,49 @@ class LayerSolver:
             relative_error=solution.relative_error,
             rtn_relative_error=solution.rtn_relative_error,
             rtn_rows=solution.sampled_rows,
-            damp_percent=usable.factor.damp_percent[0],
-            damp_retries=usable.factor.retries[0],
-            dead_columns=usable.factor.dead_columns[0],
-            tokens=inputs.tokens,
+            damp_percent=factor.damp_percent[expert],
+            damp_retries=factor.retries[expert],
+            dead_columns=factor.dead_columns[expert],
+            tokens=inputs.tokens[expert],
             seconds=seconds_per_row * layer.out_features,
-            fallback=usable.fallback,
+            fallback=fallback,
         )
         return SolvedLayer(layer, solution.quantized, report, windows)
 
-    def _usable(self, inputs: HessianAccumulator, config: LayerConfig) -> UsableHessian:
-        """Return `inputs` with their factor.
+    def _usable(self, inputs: Inputs, config: LayerConfig) -> UsableHessians:
+        """Return the Hessians of `inputs` with their factor.
 
-        If they have none and the policy allows it, return the identity instead: the layer is then
-        rounded to nearest.
+        If an expert has none and the policy allows it, it gets the identity instead: its layers are
+        then rounded to nearest.
         """
-        try:
-            factor = prepare(inputs.hessian, config, inputs.tokens)
-        except (NonFiniteHessianError, NotPositiveDefiniteError) as error:
-            if self.policy.on_numeric_fault == "error":
-                raise
-            fallback: Fallback = "hessian"
-            if isinstance(error, NonFiniteHessianError):
-                fallback = "inputs"
-            unknown = HessianAccumulator(inputs.in_features, self.device)
-            unknown.add_identity()
-            return UsableHessian(
-                unknown, prepare(unknown.hessian, config, unknown.tokens), fallback
-            )
-        if not inputs.tokens:
-            return UsableHessian(inputs, factor, "tokens")
-        return UsableHessian(inputs, factor, None)
+        hessians, shifts, tokens = inputs.hessians, inputs.shifts, list(inputs.tokens)
+        fallbacks = [_without_tokens(seen) for seen in tokens]
+        while True:
+            try:
+                factor = prepare(hessians, config, tokens)
+            except (NonFiniteHessianError, NotPositiveDefiniteError) as error:
+                if self.policy.on_numeric_fault == "error":
+                    raise
+                hessians, shifts = _forgotten(hessians, shifts, error.experts)
+                for expert in error.experts:
+                    fallbacks[expert], tokens[expert] = _reason(error), 0
+            else:
+                return UsableHessians(hessians, shifts, factor, fallbacks)
 
-    def _weight(self, rows: Rows, usable: UsableHessian) -> Tensor:
-        """Return the weights [rows, in_features] to quantize, corrected if the layer wants it."""
-        config, shift = rows.layer.config, usable.inputs.shift
-        assert config is not None
-        weight = self._whole(rows.layer)[rows.start : rows.stop]
-        if config.asymmetric_calibration and shift is not None:
-            return follow_original(weight, shift, usable.factor, config.asymmetric_calibration)
-        return weight
+    def _weights(
+        self, part: Sequence[Rows], usable: UsableHessians, config: LayerConfig
+    ) -> list[Tensor]:
+        """Return the weights [rows, in_features] to quantize, corrected if the layers want it."""
+        weights = [self._whole(rows.layer)[rows.start : rows.stop] for rows in part]
+        if not config.asymmetric_calibration or usable.shifts is None:
+            return weights
+        per_expert = len(part) // len(usable.shifts)
+        followed = []
+        for number, weight in enumerate(weights):
+            expert = number // per_expert
+            shift, factor = usable.shifts[expert], usable.factor.of(expert)
+            followed.append(follow_original(weight, shift, factor, config.asymmetric_calibration))
+        return followed
 
     def _whole(self, layer: LayerPlan) -> Tensor:
         if self._read is None or self._read[0] != layer.name:
@@ -263,9 +322,9 @@ class LayerSolver:
             others = "reads zeros; other layers may have them, too"
             self._warn("W_NUM_SCALES", f"{small} {below}, {flushed} {others}")
 
-    def _windows(self, inputs: HessianAccumulator) -> str:
+    def _windows(self, inputs: Inputs, expert: int) -> str:
         """Name the windows of the text, counted from 1, with the first input that is not finite."""
-        found = inputs.first_not_finite()
+        found = inputs.first_not_finite(expert)
         if found is None:
             return ""
         addition, n_additions = found
@@ -276,6 +335,30 @@ class LayerSolver:
         if first == last:
             return f", first in window {first}"
         return f", first in one of the windows {first} to {last}"
+
+
+def _without_tokens(tokens: int) -> Fallback | None:
+    if tokens:
+        return None
+    return "tokens"
+
+
+def _reason(error: NonFiniteHessianError | NotPositiveDefiniteError) -> Fallback:
+    if isinstance(error, NonFiniteHessianError):
+        return "inputs"
+    return "hessian"
+
+
+def _forgotten(
+    hessians: Tensor, shifts: Tensor | None, experts: Sequence[int]
+) -> tuple[Tensor, Tensor | None]:
+    """Return Hessians and shifts [E, I, I] with nothing known of the inputs of `experts`."""
+    hessians = hessians.clone()
+    hessians[experts] = torch.eye(hessians.shape[-1], device=hessians.device).to(hessians.dtype)
+    if shifts is not None:
+        shifts = shifts.clone()
+        shifts[experts] = 0
+    return hessians, shifts
 
 
 def of_one_configuration(layers: Sequence[LayerPlan]) -> list[list[LayerPlan]]:
@@ -321,28 +404,30 @@ def _where(layer: LayerPlan) -> str:
 
 @contextmanager
 def located(
-    together: Sequence[LayerPlan], rows: Sequence[int] = (), windows: Callable[[], str] = str
+    together: Sequence[LayerPlan], rows: Sequence[int] = (), windows: Callable[[int], str] = str
 ) -> Iterator[None]:
     """Turn an error of the solver in the body into one that names its layer and gives advice.
 
+    An error of a Hessian belongs to the layer of `together` with the number of its first expert.
     `rows` are the numbers of rows of the layers in `together`; `windows` returns the place in the
-    text of the first input that was not finite.
+    text of the first input of an expert that was not finite.
     """
-    first = _where(together[0])
-    keep = f"keep it: {keeping([together[0].name]).option}"
     try:
         yield
     except NonFiniteHessianError as error:
+        expert = error.experts[0]
         raise GateError(
             "E_NUM_ACT",
-            f"{first}: its inputs hold NaN or infinity{windows()}",
+            f"{_where(together[expert])}: its inputs hold NaN or infinity{windows(expert)}",
             hint="run the model in float32: --dtype float32, "
             "or round such layers: --on-numeric-fault rtn",
         ) from error
     except NotPositiveDefiniteError as error:
+        layer = together[error.experts[0]]
+        keep = f"keep it: {keeping([layer.name]).option}"
         raise GateError(
             "E_NUM_HESSIAN",
-            f"{first}: {error}",
+            f"{_where(layer)}: {error}",
             hint=f"use more calibration text, or {keep}, or --on-numeric-fault rtn",
         ) from error
     except ScaleRangeError as error:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import chain, groupby
 from statistics import median
 
 import torch
@@ -11,10 +13,10 @@ from torch import Tensor, nn
 
 from gptq_cli.errors import GateError
 from gptq_cli.events import ExpertsCovered
-from gptq_cli.models.experts import Experts, Routed
-from gptq_cli.planning.estimate import expert_cost
+from gptq_cli.models.experts import Expert, Experts, Routed
+from gptq_cli.planning.estimate import EXPERTS_AT_ONCE, expert_cost, experts_at_once
 from gptq_cli.planning.run_plan import LayerPlan
-from gptq_cli.quantization.layers import LayerSolver, SolvedLayer
+from gptq_cli.quantization.layers import Inputs, LayerSolver, SolvedLayer
 from gptq_cli.runtime.ranks import SINGLE_PROCESS
 from gptq_cli.solver.hessian import HessianAccumulator
 
@@ -32,18 +34,27 @@ class RoutedInputs:
     name: str  # the prefix of the names of the experts' linears
     experts: Sequence[Experts]  # of each model
     batches: list[tuple[Routed, ...]] = field(default_factory=list)
+    joined: Sequence[int] = ()  # the tokens of each batch, if they were joined into one
 
     def add(self, batch: int, *inputs: Routed) -> None:
         """Add the inputs of one batch in each model; batches come in order."""
         del batch  # the signature is that of HessianOfBatches.add
         self.batches.append(inputs)
 
+    def join(self) -> RoutedInputs:
+        """Return the same inputs as those of one batch, so that an expert needs one sum."""
+        tokens = [self.experts[0].n_tokens(first) for first, *_ in self.batches]
+        whole = []
+        for experts, batches in zip(self.experts, zip(*self.batches, strict=True), strict=True):
+            whole.append(experts.joined(batches))
+        return replace(self, batches=[tuple(whole)], joined=tokens)
+
     def rows(self) -> list[tuple[Tensor, ...]]:
         """Return the rows that each expert is sent, one tensor for each batch."""
         return list(zip(*(self.experts[0].rows(first) for first, *_ in self.batches), strict=True))
 
     def hessian(
-        self, number: int, rows: Sequence[Tensor | slice], device: torch.device, *, down: bool
+        self, number: int, rows: Sequence[Tensor], device: torch.device, *, down: bool
     ) -> HessianAccumulator:
         """Return the Hessian of `rows` of the batches in expert `number`.
 
@@ -62,80 +73,168 @@ class RoutedInputs:
             hessian.add(*inputs)
         return hessian
 
+    def first_not_finite(
+        self, number: int, rows: Tensor, device: torch.device, *, down: bool
+    ) -> tuple[int, int] | None:
+        """Return `HessianAccumulator.first_not_finite` for `rows` of batches that were joined.
+
+        The inputs of expert `number` are summed once more, then batch by batch.
+        """
+        tokens = rows % sum(self.joined)
+        of_batches, start = [], 0
+        for count in self.joined:
+            of_batches.append(rows[(tokens >= start) & (tokens < start + count)])
+            start += count
+        apart = replace(self, batches=self.batches * len(of_batches))
+        return apart.hessian(number, of_batches, device, down=down).first_not_finite()
+
 
 def quantize_experts(
     inputs: RoutedInputs, linears: Mapping[str, nn.Module], solver: LayerSolver
 ) -> None:
-    """Solve the planned layers expert by expert; each of the ranks solves some of the experts.
+    """Solve the planned layers of all experts; each of the ranks solves some of the experts.
 
+    Experts with equal shapes and configurations are solved together, as many as the device takes.
     With `true_sequential` down_proj sees the outputs of quantized gate_proj and up_proj. Raises
     GateError E_NUM_EXPERT if an expert is sent no token and the policy is "error".
     """
-    ranks = solver.run.ranks
-    inputs = replace(inputs, batches=ranks.all_gather(inputs.batches))
+    run = solver.run
+    inputs = replace(inputs, batches=run.ranks.all_gather(inputs.batches))
+    if EXPERTS_AT_ONCE[solver.device.type] > 1:
+        inputs = inputs.join()
     rows = inputs.rows()
     tokens = [sum(map(len, batches)) for batches in rows]
     report_coverage(inputs.name, tokens, solver)
-    planned = []
-    for expert in inputs.experts[0]:
-        planned.append(_planned(expert, solver.run.layers, linears))
+    planned = [_planned(expert, run.layers, linears) for expert in inputs.experts[0]]
+    groups = []
+    for alike in _neighbours_alike(planned):
+        most = experts_at_once(
+            planned[alike[0]].layers, solver.device.type, run.config.max_vram_bytes
+        )
+        groups += [alike[start : start + most] for start in range(0, len(alike), most)]
+    costs = []
+    for group in groups:
+        costs.append(sum(expert_cost(planned[expert].layers, tokens[expert]) for expert in group))
 
     def solve(number: int) -> list[SolvedLayer]:
-        return _solve_expert(inputs, number, rows[number], planned[number], linears, solver)
+        group = groups[number]
+        experts = _Group(inputs, group, [rows[expert] for expert in group], solver)
+        return experts.solve([planned[expert] for expert in group], linears)
 
-    costs = [expert_cost(layers, seen) for layers, seen in zip(planned, tokens, strict=True)]
-    for solved_layers, is_mine in ranks.map_units(solve, costs):
+    for solved_layers, is_mine in run.ranks.map_units(solve, costs):
         for solved in solved_layers:
             if not is_mine:
                 solver.put_back(solved, linears)
             solver.finish(solved)
 
 
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """The layers of an expert to quantize: those that see its inputs, and down_proj, if planned."""
+
+    first: Sequence[LayerPlan]
+    down: Sequence[LayerPlan]
+
+    @property
+    def layers(self) -> list[LayerPlan]:
+        return [*self.first, *self.down]
+
+    def part(self, *, down: bool) -> Sequence[LayerPlan]:
+        """Return the layers that see the inputs of down_proj, or those of the expert."""
+        if down:
+            return self.down
+        return self.first
+
+    @property
+    def kind(self) -> list[tuple[object, ...]]:
+        """What is equal in experts that are solved together."""
+        n_first: tuple[object, ...] = (len(self.first),)
+        shapes = [(layer.out_features, layer.in_features, layer.config) for layer in self.layers]
+        return [n_first, *shapes]
+
+
 def _planned(
-    expert: nn.Module, layers: Mapping[str, LayerPlan], linears: Mapping[str, nn.Module]
-) -> list[LayerPlan]:
+    expert: Expert, layers: Mapping[str, LayerPlan], linears: Mapping[str, nn.Module]
+) -> _Planned:
     own = set(expert.children())
-    return [layers[name] for name, linear in linears.items() if name in layers and linear in own]
+    found: dict[bool, list[LayerPlan]] = {False: [], True: []}
+    for name, linear in linears.items():
+        if name in layers and linear in own:
+            found[linear is expert.down_proj].append(layers[name])
+    return _Planned(found[False], found[True])
 
 
-def _solve_expert(
-    inputs: RoutedInputs,
-    number: int,
-    rows: Sequence[Tensor],
-    layers: Sequence[LayerPlan],
-    linears: Mapping[str, nn.Module],
-    solver: LayerSolver,
-) -> list[SolvedLayer]:
-    """Solve the `layers` of one expert, down_proj last, and put their weights back."""
-    down_proj = inputs.experts[0][number].down_proj
-    last = [layer for layer in layers if linears[layer.name] is down_proj]
-    others = [layer for layer in layers if linears[layer.name] is not down_proj]
-    parts = [(part, down) for part, down in ((others, False), (last, True)) if part]
-    hessians = {}
-    if not solver.run.config.true_sequential:  # both parts see the expert as it was
-        for _, down in parts:
-            hessians[down] = _hessian(inputs, number, rows, solver, down=down)
-    solved_layers = []
-    for part, down in parts:
-        if down not in hessians:
-            hessians[down] = _hessian(inputs, number, rows, solver, down=down)
-        for solved in solver.solve(part, hessians.pop(down), SINGLE_PROCESS):
-            solver.put_back(solved, linears)
-            solved_layers.append(solved)
-    return solved_layers
+def _neighbours_alike(planned: Sequence[_Planned]) -> list[list[int]]:
+    """Return the numbers of experts of one kind that follow each other, in one list each."""
+    return [list(alike) for _, alike in groupby(range(len(planned)), lambda n: planned[n].kind)]
 
 
-def _hessian(
-    inputs: RoutedInputs, number: int, rows: Sequence[Tensor], solver: LayerSolver, *, down: bool
-) -> HessianAccumulator:
-    used: Sequence[Tensor | slice] = rows
-    covered = any(map(len, rows))
-    if not covered and solver.policy.moe_uncovered == "all-tokens":
-        used = [slice(None)] * len(rows)
-    hessian = inputs.hessian(number, used, solver.device, down=down)
-    if not covered and solver.policy.moe_uncovered != "all-tokens":
-        hessian.add_identity()  # the expert is then rounded to nearest
-    return hessian
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Experts of one kind that are solved together, by their numbers.
+
+    `rows` are those that each expert is sent, one tensor for each batch.
+    """
+
+    inputs: RoutedInputs
+    experts: Sequence[int]
+    rows: Sequence[Sequence[Tensor]]
+    solver: LayerSolver
+
+    def solve(
+        self, planned: Sequence[_Planned], linears: Mapping[str, nn.Module]
+    ) -> list[SolvedLayer]:
+        """Solve the layers of all experts, down_proj last, and put their weights back.
+
+        Return them expert by expert.
+        """
+        parts = []
+        for down in (False, True):
+            layers = [expert.part(down=down) for expert in planned]
+            if layers[0]:
+                parts.append((down, layers))
+        steps = [parts]  # both parts see the experts as they were
+        if self.solver.run.config.true_sequential:
+            steps = [[part] for part in parts]
+        found: dict[str, SolvedLayer] = {}
+        for step in steps:
+            seen = [self._seen(down=down) for down, _ in step]
+            solved: list[SolvedLayer] = []
+            for _, layers in step:
+                solved += self.solver.solve_experts(layers, seen.pop(0), SINGLE_PROCESS)
+            for layer in solved:
+                self.solver.put_back(layer, linears)
+                found[layer.layer.name] = layer
+        in_order = chain(*(expert.layers for expert in planned))
+        return [found[layer.name] for layer in in_order]
+
+    def _seen(self, *, down: bool) -> Inputs:
+        """Return what the experts have seen; with `down` it is the inputs of their down_proj."""
+        sums = map(partial(self._sum, down=down), range(len(self.experts)))
+        if not self.inputs.joined:
+            (alone,) = sums
+            return Inputs.of(alone)
+
+        def first_not_finite(place: int) -> tuple[int, int] | None:
+            number, (rows,) = self.experts[place], self._rows(place)
+            return self.inputs.first_not_finite(number, rows, self.solver.device, down=down)
+
+        return Inputs.of_experts(len(self.experts), sums, first_not_finite)
+
+    def _sum(self, place: int, *, down: bool) -> HessianAccumulator:
+        number, rows = self.experts[place], self._rows(place)
+        hessian = self.inputs.hessian(number, rows, self.solver.device, down=down)
+        if not any(map(len, rows)):
+            hessian.add_identity()  # the expert is then rounded to nearest
+        return hessian
+
+    def _rows(self, place: int) -> Sequence[Tensor]:
+        """Return the rows that calibrate an expert: those it is sent, or all if it is sent none."""
+        rows = self.rows[place]
+        if any(map(len, rows)) or self.solver.policy.moe_uncovered != "all-tokens":
+            return rows
+        device = self.solver.device
+        return [torch.arange(len(first.hidden), device=device) for first, *_ in self.inputs.batches]
 
 
 def report_coverage(name: str, tokens: Sequence[int], solver: LayerSolver) -> None:
@@ -158,7 +257,7 @@ def report_coverage(name: str, tokens: Sequence[int], solver: LayerSolver) -> No
     )
 
 
-def _taken(batch: Sequence[Routed], rows: Tensor | slice) -> list[Tensor]:
+def _taken(batch: Sequence[Routed], rows: Tensor) -> list[Tensor]:
     """Return the same rows in each model.
 
     If the unquantized model sends no such token, the token of the quantized model stands in.

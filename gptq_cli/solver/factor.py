@@ -155,6 +155,22 @@ class HessianFactor:
     damp_percent: list[float]  # the damping in R and D: λ / mean(diag H), or λ_j / H_jj
     retries: list[int]  # number of times that damping was raised before the factorisation succeeded
 
+    def of(self, expert: int) -> HessianFactor:
+        """Return the factors of one expert, on the same memory."""
+        permutation, group_of = self.order.permutation, self.order.group_of_column
+        return HessianFactor(
+            order=replace(
+                self.order, permutation=permutation[expert], group_of_column=group_of[expert]
+            ),
+            R=self.R[expert],
+            D=self.D[expert],
+            dead=self.dead[expert],
+            dead_columns=[self.dead_columns[expert]],
+            damping=self.damping[expert],
+            damp_percent=[self.damp_percent[expert]],
+            retries=[self.retries[expert]],
+        )
+
 
 @torch.no_grad()
 @full_precision()

@@ -134,8 +134,32 @@ def solve_together(
 ) -> list[Solution]:
     """Return `solve` of several weights [O, I] with the same input, solved as the rows of one.
 
-    Raises ScaleRangeError, whose row counts through all weights.
+    If the Hessian [E, I, I] and the factor are those of E experts, the weights are those of the
+    first expert, then as many of the next one, and so on. Raises ScaleRangeError, whose row counts
+    through all weights.
     """
+    if hessian.dim() == 2:
+        return _solve_alone(weights, hessian, factor, config, column_block)
+    solutions: list[Solution] = []
+    per_expert = len(weights) // len(hessian)
+    rows_before = 0
+    for expert in range(len(hessian)):
+        own = weights[expert * per_expert : (expert + 1) * per_expert]
+        try:
+            solutions += _solve_alone(own, hessian[expert], factor.of(expert), config, column_block)
+        except ScaleRangeError as error:
+            raise ScaleRangeError(rows_before + error.row) from error
+        rows_before += sum(map(len, own))
+    return solutions
+
+
+def _solve_alone(
+    weights: Sequence[Tensor],
+    hessian: Tensor,
+    factor: HessianFactor,
+    config: LayerConfig,
+    column_block: int,
+) -> list[Solution]:
     rows = weights[0]
     if len(weights) > 1:
         rows = torch.cat(list(weights))

@@ -144,8 +144,8 @@ def test_a_run_stopped_by_infinite_inputs_resumes_with_rtn(tmp_path: Path) -> No
 def refusing(monkeypatch: pytest.MonkeyPatch, in_features: int) -> None:
     """Refuse a factor for each Hessian of this size that has seen a token."""
 
-    def fails(hessian: Tensor, settings: object, tokens: int | None) -> HessianFactor:
-        if len(hessian) == in_features and tokens:
+    def fails(hessian: Tensor, settings: object, tokens: list[int]) -> HessianFactor:
+        if hessian.shape[-1] == in_features and any(tokens):
             raise NotPositiveDefiniteError(0.4)
         return prepare(hessian, settings, tokens)  # type: ignore[arg-type]
 

@@ -116,7 +116,7 @@ def test_solving_waits_rarely_and_reads_no_weight_twice(gpu: SimulatedGpu, tmp_p
 
 
 @pytest.mark.parametrize(("family", "each"), [("mixtral", 1), ("llama4_text", 2)])
-def test_the_host_waits_once_or_twice_for_all_experts_of_a_batch(
+def test_the_host_waits_once_or_twice_for_all_experts_of_a_block(
     family: str, each: int, gpu: SimulatedGpu, tmp_path: Path
 ) -> None:
     model = save_model(tmp_path / "model", family)
@@ -129,7 +129,7 @@ def test_the_host_waits_once_or_twice_for_all_experts_of_a_batch(
     # The first block runs twice more, to reveal its result and its stages.
     forwards = BLOCKS * BATCHES + 2
     found = waits(gpu, "models.experts", "models.paused_forwards.__torch_dispatch__")
-    assert found == each * (BLOCKS * BATCHES + forwards), gpu.waits
+    assert found == each * (BLOCKS + forwards), gpu.waits
 
 
 def test_a_run_with_states_on_the_host_resumes_and_evaluates(

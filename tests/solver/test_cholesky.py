@@ -90,9 +90,9 @@ def test_matrices_factorised_together_equal_each_alone_by_panels() -> None:
     matrices = torch.stack(
         [positive_definite(50), 3 * positive_definite(50), torch.eye(50).double()]
     )
-    matrices[1, 40, 40] = -1.0
+    matrices[1, 5, 5] = -1.0
     factors = matrices.clone()
-    assert cholesky_(factors, 16).tolist() == [0, 41, 0]
+    assert cholesky_(factors, 16).tolist() == [0, 6, 0]
     reversed_factors = factors.clone()
     reverse_(reversed_factors)
     for number in (0, 2):
