@@ -158,7 +158,8 @@ def estimate_memory(
     * waiting batches: tokens x (2 hidden + the widest input), held by forwards that stop inside a
       block; without true_sequential those of one batch
     * block: the weights of the largest block, in the dtype of the forwards
-    * experts' inputs: tokens x hidden of all calibration windows, if there are several devices
+    * experts' inputs: tokens x hidden of all calibration windows, if there are several devices; on
+      accelerators once more, since the batches are joined
     * solver: see `_solver_bytes`; or, if that is more, as many panels of [I, I] as sums of batches
       wait for each other. One chunk of inputs in float32 comes on top
 
@@ -197,6 +198,11 @@ def estimate_memory(
         solver[device] = Term("solver", max(_solver_bytes(plan, bits, rows), sums) + chunk)
     on_cpu: tuple[Term, ...] = (libraries, *work, solver["cpu"])
     on_device: tuple[Term, ...] = (*work, solver["cuda"])
+    if _has_experts(plan):
+        together = _experts_bytes(plan, config.max_vram_bytes)
+        joined = Term("joined inputs", streams * all_tokens * hidden * bits // 8)
+        solving = max(solver["cuda"].nbytes, together + chunk)
+        on_device = (*work, joined, Term("solver", solving))
     if images:
         embedding = (states, Term(OUTSIDE, _outside_weights(plan) * bits // 8))
         on_cpu = max(on_cpu, (libraries, *embedding), key=total)
@@ -307,13 +313,33 @@ def experts_at_once(layers: Sequence[LayerPlan], device: str, max_vram: int | No
     allowed = EXPERTS_BYTES
     if max_vram is not None:
         allowed = min(allowed, max_vram // EXPERTS_SHARE)
+    if not layers:
+        return 1
+    return max(1, min(EXPERTS_AT_ONCE[device], allowed // _expert_bytes(layers, device)))
+
+
+def _experts_bytes(plan: RunPlan, max_vram: int | None) -> int:
+    """Return the bytes of solving the experts that an accelerator solves together."""
+    experts: dict[str, list[LayerPlan]] = defaultdict(list)
+    for layer in plan.quantized:
+        if expert_part(layer.name):
+            experts[layer.name.rpartition(".")[0]].append(layer)
+    most = 0
+    for layers in experts.values():
+        needed = experts_at_once(layers, "cuda", max_vram) * _expert_bytes(layers, "cuda")
+        most = max(most, needed)
+    return most
+
+
+def _expert_bytes(layers: Sequence[LayerPlan], device: str) -> int:
+    """Return the bytes of solving the `layers` of one expert that see the same inputs."""
     rows: Counter[int] = Counter()
     for layer in layers:
         rows[layer.in_features] += layer.out_features
-    needed = 1
+    most = 0
     for n, out_features in rows.items():
-        needed = max(needed, _solving_bytes(n, min(out_features, ROWS_OF_A_PART[device])))
-    return max(1, min(EXPERTS_AT_ONCE[device], allowed // needed))
+        most = max(most, _solving_bytes(n, min(out_features, ROWS_OF_A_PART[device])))
+    return most
 
 
 def _solving_bytes(in_features: int, rows: int) -> int:

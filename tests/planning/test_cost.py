@@ -20,6 +20,7 @@ from gptq_cli.planning.estimate import (
     estimate_memory,
     estimate_seconds,
     expert_cost,
+    experts_at_once,
     solve_cost,
     total,
 )
@@ -144,3 +145,13 @@ def test_each_of_several_devices_holds_its_share_of_the_states(tmp_path: Path) -
     terms = nbytes_of(shared.accelerator)
     assert terms["experts' inputs"] == 4 * terms["hidden states"]
     assert total(shared.cpu) < total(alone.cpu) + sum(terms.values())
+
+
+def test_as_many_experts_are_solved_at_once_as_their_bytes_allow() -> None:
+    first = [linear("0.gate_proj", 768, 2048, PLAIN), linear("0.up_proj", 768, 2048, PLAIN)]
+    layers = [*first, linear("0.down_proj", 2048, 768, PLAIN)]
+    bytes_of_one = 2 * 4 * 2048**2 + 1536 * 2048 * (3 * 4 + 2)
+    assert experts_at_once(layers, "cpu", None) == 1
+    assert experts_at_once(layers, "cuda", None) == 32 < 3 * 2**30 // bytes_of_one
+    assert experts_at_once(layers, "cuda", 4 * 5 * bytes_of_one) == 5
+    assert experts_at_once(layers, "cuda", 10**6) == experts_at_once([], "cuda", None) == 1
