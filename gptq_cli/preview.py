@@ -62,7 +62,8 @@ class TextPlan:
 
     What is not known before the run is None: text of the Hub is not fetched, and text of this
     machine is counted if the model's tokenizer is here, too. `whole` tells whether all of the
-    text was counted. The tokens of chats with images are not counted.
+    text was counted. The tokens of chats with images are not counted, nor those
+    that a window cuts off a chat.
     """
 
     dataset: str
@@ -397,12 +398,14 @@ def plan_text(
     for source, _ in sources:
         check_source(source)
     if has_tokenizer and all(is_path(source.name) for source, _ in sources):
-        from gptq_cli.calibration.windows import read_parts
+        from gptq_cli.calibration.windows import read_parts, shortages
 
         try:
-            return tuple(
-                _counted(part, config.seed, report) for part in read_parts(directory, config)
-            )
+            parts = read_parts(directory, config)
+            counted = tuple(_counted(part, config.seed, report) for part in parts)
+            for refused in shortages(parts, config):
+                report(Noted(f"quantize will refuse the text: {refused}; {refused.hint}"))
+            return counted
         except InputError as error:
             if error.code not in NO_TOKENIZER:
                 raise
@@ -415,10 +418,7 @@ def _counted(part: Part, seed: int, report: Report) -> TextPlan:
     documents = part.documents
     if documents.beside:
         report(Warned("W_DATA_CHATS", documents.about_chats))
-    refused = part.shortage
-    if refused is not None:
-        report(Noted(f"quantize will refuse the text: {refused}; {refused.hint}"))
-    elif part.n_with_images:
+    if part.n_with_images and part.shortage is None:
         part.draw(seed)
     return TextPlan(
         dataset=documents.name,

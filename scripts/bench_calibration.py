@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--preset", default="balanced")
-    parser.add_argument("--nsamples", type=int, default=44)
+    parser.add_argument("--nsamples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--windows", type=int, help="of each evaluation text; default: all")
     arguments = parser.parse_args()

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from hashlib import sha256
+from itertools import takewhile
 from pathlib import Path
 from traceback import extract_tb
 from typing import Any, Literal
@@ -165,11 +166,24 @@ class ChatTemplate:
         *,
         answer: bool = False,
     ) -> str:
-        """Return the text of a chat with the special tokens of the template.
+        """Return the text of a chat with the special tokens of the template, and count the chat.
 
         With `answer` it ends where the model begins to answer. Raises InputError E_DATA_TEMPLATE if
         there is no template or if it fails; `place` names the row of the chat.
         """
+        text = self.text_of(messages, tools, place, answer=answer)
+        self.rendered += 1
+        return text
+
+    def text_of(
+        self,
+        messages: list[Message],
+        tools: list[Any] | None,
+        place: str,
+        *,
+        answer: bool = False,
+    ) -> str:
+        """Return the text as `render` does, but count no chat."""
         if not self.exists:
             raise InputError(
                 "E_DATA_TEMPLATE",
@@ -190,7 +204,6 @@ class ChatTemplate:
             )
         except Exception as error:
             raise self._failure(error, place) from error
-        self.rendered += 1
         return text
 
     def render_with_images(self, chat: ChatRow) -> str:
@@ -277,13 +290,62 @@ class ChatRow:
         return any(isinstance(message.get("content"), list) for message in self.messages)
 
 
+class ChatText(str):
+    """The text that `template` made of `chat`."""
+
+    chat: ChatRow
+    template: ChatTemplate
+
+    @classmethod
+    def of(cls, text: str, chat: ChatRow, template: ChatTemplate) -> ChatText:
+        """Return `text` with the chat and the template of which it is made."""
+        made = cls(text)
+        made.chat, made.template = chat, template
+        return made
+
+    def later(self) -> Iterator[str]:
+        """Yield the text of the chat from each later turn on with which a chat can begin.
+
+        The template makes each text, so it begins as every chat does. A turn is left out if the
+        template fails for a chat that begins with it.
+        """
+        for messages in _later(self.chat.messages):
+            try:
+                yield self.template.text_of(messages, self.chat.tools, self.chat.place)
+            except InputError:
+                continue
+
+
+def _later(messages: list[Message]) -> Iterator[list[Message]]:
+    """Yield the messages from each later turn on with which a chat can begin.
+
+    Such a turn is one of the user, or one of the assistant that follows the result of a tool; the
+    turn of the user that it answers stays before it. Turns of the system stay at the beginning.
+    """
+    system = list(takewhile(_is_system, messages))
+    turns = messages[len(system) :]
+    asked = turns[:1]
+    for index in range(1, len(turns)):
+        roles = (turns[index - 1]["role"], turns[index]["role"])
+        if roles[1] == "user":
+            asked = [turns[index]]
+            yield system + turns[index:]
+        elif roles == ("tool", "assistant"):
+            yield system + asked + turns[index:]
+
+
+def _is_system(message: Message) -> bool:
+    return message["role"] in ("system", "developer")
+
+
 def rendered_chats(
     rows: Iterable[Row], form: Form, label: str, template: ChatTemplate
 ) -> Iterator[str]:
-    """Yield the text of the chat in each row; `label` is the user's name for the dataset.
+    """Yield the text of the chat in each row: a `ChatText` if the chat has no images.
 
-    Raises InputError: E_DATA_COLUMN at a row that lacks a column of the form, E_DATA_CHAT at one
-    that holds no chat, E_DATA_TEMPLATE, E_DATA_IMAGE, E_DATA_FORMAT at half a letter.
+    `label` is the user's name for the dataset. Raises InputError: E_DATA_COLUMN at a row that lacks
+    a column of the form, E_DATA_CHAT at one that holds no chat, E_DATA_TEMPLATE, E_DATA_IMAGE,
+    E_DATA_FORMAT at half a letter.
     """
     for number, row in enumerate(rows, start=1):
         name = row_name(number, row)
@@ -300,7 +362,7 @@ def rendered_chats(
         if chat.has_images:
             text = template.render_with_images(chat)
         else:
-            text = template.render(messages, tools, place)
+            text = ChatText.of(template.render(messages, tools, place), chat, template)
         check_whole(text, place)
         yield text
 

@@ -467,7 +467,6 @@ class ImagePart(Part):
 
     template: ImageTemplate
     model: VisionModel
-    encode: Encode
 
     @property
     def shortage(self) -> InputError | None:
@@ -530,4 +529,4 @@ def read_image_part(
             whole = False
             break
     pool = Pool(chats, None, whole, None)
-    return ImagePart(documents, pool, nsamples, config.seqlen, template, model, encode)
+    return ImagePart(documents, pool, nsamples, config.seqlen, encode, template, model)

@@ -90,6 +90,21 @@ def divide(total: int, shares: Sequence[Fraction]) -> list[int]:
     return counts
 
 
+def fitting_nsamples(config: QuantizeConfig, held: Sequence[int]) -> int:
+    """Return the largest number of windows of which no dataset gives more than it holds.
+
+    `held` are the windows of each dataset. It is 0 if a dataset would have to give none.
+    """
+    assert isinstance(config.dataset, list)
+    shares = _shares([split_share(name) for name in config.dataset])
+    for nsamples in range(config.nsamples, 0, -1):
+        counts = divide(nsamples, shares)
+        enough = [0 < count <= own for count, own in zip(counts, held, strict=True)]
+        if all(enough):
+            return nsamples
+    return 0
+
+
 def _source_of(config: QuantizeConfig, name: str) -> DatasetSource:
     """Return a dataset with the options that mean something for it."""
     source = DatasetSource(name)

@@ -2,15 +2,17 @@
 
 Calibration reads documents until the first POOL x nsamples windows are full or the text ends, and
 draws nsamples of them without replacement. Evaluation takes every window of the text in order, as
-the GPTQ paper does. Ids come from the model's own tokenizer. Chats follow one another whole, and
-are cut where a window ends; their special tokens are those of the chat template.
+the GPTQ paper does. Ids come from the model's own tokenizer. Chats follow one another, and are cut
+where a window ends. The next window of a calibration begins with a later turn of the cut chat, or
+with the next chat: always as the chat template begins a chat (docs/decisions/0026).
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from gptq_cli.calibration.chats import ChatTemplate, ImagesFoundError
+from gptq_cli.calibration.chats import ChatTemplate, ChatText, ImagesFoundError
 from gptq_cli.calibration.corpus import (
     DatasetSource,
     Documents,
@@ -114,13 +116,17 @@ class Pool:
     """The windows of a text from which some are drawn.
 
     `tokens` were read, up to the end of the text if it is `whole`; None if they are not counted. A
-    window has `length` tokens of text, None if each is a document of any length.
+    window has `length` tokens of text, None if each is a document of any length. Of chats, `tokens`
+    are those that can stand in windows; `cut` are left out, from a window's end to the next turn.
+    `chats` are the texts of the chats that were read.
     """
 
     windows: list[Any]
     tokens: int | None
     whole: bool
     length: int | None
+    cut: int = 0
+    chats: Sequence[str] = ()
 
 
 def calibration_windows(
@@ -141,7 +147,7 @@ def calibration_windows(
     ConfigError E_CFG_RANGE if a window has no room for text.
     """
     pool = read_pool(documents, encode, seqlen=seqlen, nsamples=nsamples, bos_token_id=bos_token_id)
-    return Windows.of(_drawn(documents, pool, nsamples, seqlen, seed))
+    return Windows.of(Part(documents, pool, nsamples, seqlen, encode).draw(seed))
 
 
 def read_pool(
@@ -154,19 +160,19 @@ def read_pool(
 ) -> Pool:
     """Return the first POOL x nsamples windows [seqlen] of the text, or all if there are fewer.
 
-    With `bos_token_id` each window is that token and seqlen - 1 tokens of text. For chats this
-    holds only if their template begins a chat with that token, and a window that begins with a chat
-    has no second one. Text is tokenized in pieces of about PIECE characters, cut between words; a
-    chat is tokenized whole. Raises ConfigError E_CFG_RANGE if a window has no room for text.
+    With `bos_token_id` each window of text is that token and seqlen - 1 tokens of text; a window of
+    chats begins as their template begins a chat. Text is tokenized in pieces of about PIECE
+    characters, cut between words; a chat is tokenized whole. Raises ConfigError E_CFG_RANGE if a
+    window has no room for text.
     """
+    if documents.chats is not None:
+        return _pool_of_chats(documents.texts, encode, seqlen, POOL * nsamples)
     prefix = [] if bos_token_id is None else [bos_token_id]
     if seqlen <= len(prefix):
         message = f"seqlen must be 2 or more for this model, got {seqlen}"
         hint = "each window begins with the model's BOS token: choose a larger --seqlen"
         raise ConfigError("E_CFG_RANGE", message, hint=hint)
     length = seqlen - len(prefix)
-    if documents.chats is not None:
-        length = seqlen  # windows that begin with a chat have no prefix
     ids: list[int] = []
     whole = True
     for piece in _pieces(documents):
@@ -174,13 +180,66 @@ def read_pool(
         if len(ids) >= POOL * nsamples * length:
             whole = False
             break
-    if documents.chats is None:
-        windows = _cut(ids, seqlen, prefix)
-    elif ids[: len(prefix)] == prefix:
-        windows = _cut(ids, seqlen, prefix, own=True)
-    else:
-        windows = _cut(ids, seqlen, [])
-    return Pool(windows[: POOL * nsamples], len(ids), whole, length)
+    most = min(len(ids) // length, POOL * nsamples)
+    windows = [prefix + ids[at * length : (at + 1) * length] for at in range(most)]
+    return Pool(windows, len(ids), whole, length)
+
+
+def _pool_of_chats(chats: Iterable[str], encode: Encode, seqlen: int, most: int) -> Pool:
+    """Return the first `most` windows [seqlen] of chats, or all if there are fewer.
+
+    After a window that cuts a chat, the chat goes on with its next turn, begun by the template as a
+    chat of its own; if there is none, the next chat follows.
+    """
+    windows: list[list[int]] = []
+    window: list[int] = []
+    cut = 0
+    read: list[str] = []
+    for chat in chats:
+        assert isinstance(chat, ChatText)
+        read.append(chat)
+        whole = encode(chat, False)
+        later = chat.later()
+        ids = whole
+        while len(window) + len(ids) >= seqlen:
+            room = seqlen - len(window)
+            windows.append(window + ids[:room])
+            window = []
+            if len(windows) == most:
+                return Pool(windows, most * seqlen, False, seqlen, cut, read)
+            unseen = len(ids) - room
+            ids, repeated = _next_turn(later, encode, whole, unseen, seqlen)
+            cut += unseen - repeated
+        window += ids
+    tokens = len(windows) * seqlen + len(window)
+    return Pool(windows, tokens, True, seqlen, cut, read)
+
+
+def _next_turn(
+    later: Iterator[str], encode: Encode, whole: list[int], unseen: int, seqlen: int
+) -> tuple[list[int], int]:
+    """Return the ids of a chat from its next turn on, and how many of its last tokens they hold.
+
+    The next turn is the first in `later` of which no more than the last `unseen` tokens of the
+    `whole` chat follow. Without one, both are empty. A beginning that fills a window of `seqlen`
+    with what each window of this chat begins with shows nothing new.
+    """
+    for text in later:
+        ids = encode(text, False)
+        ahead = _n_equal(ids, whole)
+        behind = _n_equal(ids[::-1], whole[::-1])
+        held = min(len(ids) - ahead, behind)
+        if held <= unseen and ahead < seqlen:
+            return ids, held
+    return [], 0
+
+
+def _n_equal(first: list[int], second: list[int]) -> int:
+    """Return how many ids from the first on are the same in both."""
+    for number, (one, other) in enumerate(zip(first, second, strict=False)):
+        if one != other:
+            return number
+    return min(len(first), len(second))
 
 
 def read_documents(
@@ -211,26 +270,6 @@ def read_documents(
     return Pool(windows, tokens, True, None)
 
 
-def _drawn(
-    documents: Documents, pool: Pool, nsamples: int, seqlen: int, seed: int
-) -> list[list[int]]:
-    refused = _shortage(documents, pool, nsamples, seqlen)
-    if refused is not None:
-        raise refused
-    return random.Random(seed).sample(pool.windows, nsamples)
-
-
-def _shortage(documents: Documents, pool: Pool, nsamples: int, seqlen: int) -> InputError | None:
-    """Return the error for a pool of too few windows, None if there are enough."""
-    if len(pool.windows) >= nsamples:
-        return None
-    if pool.length is None and pool.windows:
-        message = f"dataset `{documents.name}` has {len(pool.windows)} documents with tokens"
-        hint = "give more documents, fewer --nsamples, or leave out --no-pack"
-        return InputError("E_DATA_SHORT", f"{message}, but {nsamples} are needed", hint=hint)
-    return _too_short(documents, len(pool.windows), nsamples, seqlen, pool.tokens or 0)
-
-
 @dataclass(frozen=True, slots=True)
 class Part:
     """The text of one dataset of a calibration, which has to give `nsamples` windows [seqlen]."""
@@ -239,6 +278,7 @@ class Part:
     pool: Pool
     nsamples: int
     seqlen: int
+    encode: Encode
 
     @property
     def n_chats(self) -> int | None:
@@ -250,7 +290,43 @@ class Part:
     @property
     def shortage(self) -> InputError | None:
         """The error of `draw`, None if the text gives enough windows."""
-        return _shortage(self.documents, self.pool, self.nsamples, self.seqlen)
+        held = len(self.pool.windows)
+        if held >= self.nsamples:
+            return None
+        if not self.pool.tokens:
+            return _empty(self.documents)
+        if self.pool.length is None:
+            gives = f"has {held} documents with tokens"
+            hint = "give more documents, fewer --nsamples, or leave out --no-pack"
+        else:
+            gives = f"gives {held} windows of {self.seqlen} tokens ({self.pool.tokens:,} tokens)"
+            hint = _more_text(held, self.fitting_seqlen)
+        return _too_short(self.documents, gives, self.nsamples, hint)
+
+    @property
+    def fitting_seqlen(self) -> int:
+        """The length of windows of which the text gives enough, up to `seqlen`.
+
+        It is less than LEAST_ADVISED if no length that is worth advice fits.
+        """
+        if len(self.pool.windows) >= self.nsamples:
+            return self.seqlen
+        if self.documents.chats is None:
+            return (self.pool.tokens or 0) // self.nsamples
+        return self._fitting_chats()
+
+    def _fitting_chats(self) -> int:
+        """Return `fitting_seqlen` of chats by trial: a shorter window cuts at other turns."""
+        encode = cache(self.encode)
+        fits, too_long = LEAST_ADVISED - 1, self.seqlen
+        while too_long - fits > 1:
+            tried = (fits + too_long) // 2
+            pool = _pool_of_chats(self.pool.chats, encode, tried, self.nsamples)
+            if len(pool.windows) == self.nsamples:
+                fits = tried
+            else:
+                too_long = tried
+        return fits
 
     @property
     def needed_tokens(self) -> int | None:
@@ -265,6 +341,8 @@ class Part:
         held = f"{self.pool.tokens:,} tokens"
         if self.documents.chats is not None:
             held = f"{self.documents.chats.summary}, {held}"
+        if self.pool.cut:
+            held = f"{held} ({self.pool.cut:,} more are cut off)"
         if not self.pool.whole:
             held = f"{held} read"
         needed = f"{self.nsamples} documents of up to {self.seqlen} tokens are needed"
@@ -279,7 +357,10 @@ class Part:
 
     def draw(self, seed: int) -> list[Any]:
         """Return the windows; raises InputError E_DATA_SHORT or E_DATA_EMPTY."""
-        return _drawn(self.documents, self.pool, self.nsamples, self.seqlen, seed)
+        refused = self.shortage
+        if refused is not None:
+            raise refused
+        return random.Random(seed).sample(self.pool.windows, self.nsamples)
 
     def identity(self, windows: list[Any]) -> str:
         """Return what the dataset is known by: its id on the Hub, else the hash of its windows."""
@@ -315,19 +396,38 @@ def read_parts(directory: Path, config: QuantizeConfig) -> list[Part]:
                 encoder,
                 seqlen=config.seqlen,
                 nsamples=nsamples,
-                bos_token_id=encoder.first_token(documents),
+                bos_token_id=encoder.bos_token_id,
             )
         except ImagesFoundError:
             from gptq_cli.calibration.images import read_image_part
 
             parts.append(read_image_part(source, nsamples, config, directory, encoder))
             continue
-        parts.append(Part(documents, pool, nsamples, config.seqlen))
+        parts.append(Part(documents, pool, nsamples, config.seqlen, encoder))
     if config.chat_template is not None and not any(part.documents.chats for part in parts):
         message = "chat_template has no meaning: none of the datasets holds chats"
         hint = "remove chat_template, or name the column of chats with --text-column"
         raise ConfigError("E_CFG_CONFLICT", message, hint=hint)
     return parts
+
+
+def shortages(parts: Sequence[Part], config: QuantizeConfig) -> list[InputError]:
+    """Return the error of each text that is too short; the hints name what fits all of them.
+
+    `parts` are those of `read_parts`.
+    """
+    found = [part.shortage for part in parts]
+    errors = [error for error in found if error is not None]
+    if not errors or len(parts) == 1 or not config.pack:
+        return errors
+    from gptq_cli.calibration.mixture import fitting_nsamples
+
+    nsamples = fitting_nsamples(config, [len(part.pool.windows) for part in parts])
+    hint = _more_text(nsamples, min(part.fitting_seqlen for part in parts), " in all")
+    for number, error in enumerate(errors):
+        if error.code == "E_DATA_SHORT":
+            errors[number] = InputError(error.code, str(error), hint=hint)
+    return errors
 
 
 def _template_file(config: QuantizeConfig) -> Path | None:
@@ -347,24 +447,6 @@ def windows_of(rows: list[Any], *, packed: bool) -> Windows:
     if packed and all(isinstance(row, list) and len(row) == len(rows[0]) for row in rows):
         return Windows.of(rows)
     return Windows.of_documents(rows)
-
-
-def _cut(ids: list[int], seqlen: int, prefix: list[int], *, own: bool = False) -> list[list[int]]:
-    """Return the full windows of `ids` in order, each with `prefix` before its tokens.
-
-    If `own`, a window whose tokens begin with `prefix` themselves gets no other.
-    """
-    windows: list[list[int]] = []
-    start = 0
-    while True:
-        before = prefix
-        if own and ids[start : start + len(prefix)] == prefix:
-            before = []
-        end = start + seqlen - len(before)
-        if end > len(ids):
-            return windows
-        windows.append(before + ids[start:end])
-        start = end
 
 
 def evaluation_windows(
@@ -391,8 +473,11 @@ def evaluation_windows(
     for limit in (max_windows, documents.max_windows):
         if limit is not None:
             count = min(count, limit)
+    if not ids:
+        raise _empty(documents)
     if count < 1:
-        raise _too_short(documents, 0, 1, seqlen, len(ids))
+        gives = f"gives 0 windows of {seqlen} tokens ({len(ids):,} tokens)"
+        raise _too_short(documents, gives, 1, _more_text(0, len(ids)))
     return Windows.of([ids[index * seqlen : (index + 1) * seqlen] for index in range(count)])
 
 
@@ -429,25 +514,26 @@ def _last_blank(text: str, end: int) -> int:
     return cut if cut > 0 else end
 
 
-def _too_short(
-    documents: Documents, windows: int, asked: int, seqlen: int, tokens: int
-) -> InputError:
-    name = documents.name
-    if tokens == 0:
-        message = f"dataset `{name}` holds no text"
-        return InputError("E_DATA_EMPTY", message, hint="choose a dataset that holds text")
-    held = f"{windows} windows of {seqlen} tokens ({tokens:,} tokens)"
-    message = f"dataset `{name}` gives {held}, but {asked} are needed"
-    fits = []
-    if 0 < windows < asked:
-        fits.append(f"{windows} windows (--nsamples)")
-    shorter = tokens // asked
-    if shorter >= LEAST_ADVISED:
-        fits.append(f"windows of {shorter} tokens (--seqlen)")
-    hint = "give more text"
-    if fits:
-        hint = f"give more text, or what fits: {' or '.join(fits)}"
+def _empty(documents: Documents) -> InputError:
+    message = f"dataset `{documents.name}` holds no text"
+    return InputError("E_DATA_EMPTY", message, hint="choose a dataset that holds text")
+
+
+def _too_short(documents: Documents, gives: str, asked: int, hint: str) -> InputError:
+    message = f"dataset `{documents.name}` {gives}, but {asked} are needed"
     return InputError("E_DATA_SHORT", message, hint=hint)
+
+
+def _more_text(nsamples: int, seqlen: int, scope: str = "") -> str:
+    """Return the hint for too little text, with what would fit: one of the two, if it is enough."""
+    fits = []
+    if nsamples:
+        fits.append(f"{nsamples} windows{scope} (--nsamples)")
+    if seqlen >= LEAST_ADVISED:
+        fits.append(f"windows of {seqlen} tokens (--seqlen)")
+    if not fits:
+        return "give more text"
+    return f"give more text, or what fits: {' or '.join(fits)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -462,16 +548,6 @@ class Encoder:
         encoded = self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
         ids: list[int] = encoded["input_ids"]
         return ids
-
-    def first_token(self, documents: Documents) -> int | None:
-        """Return the token that may begin a window, None if there is none.
-
-        For chats the template decides about it, whatever the tokenizer puts before a text.
-        """
-        if documents.chats is None:
-            return self.bos_token_id
-        token: int | None = self.tokenizer.bos_token_id
-        return token
 
 
 def load_encoder(directory: Path, *, trust_remote_code: bool) -> Encoder:

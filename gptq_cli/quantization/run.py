@@ -24,6 +24,7 @@ from gptq_cli.calibration.windows import (
     check_token_ids,
     in_order,
     read_parts,
+    shortages,
     windows_of,
 )
 from gptq_cli.checkpoint.headers import TensorInfo
@@ -450,6 +451,9 @@ def calibrate(
     template_sha256 = None
     for part in parts:
         report_text(part, report)
+    for refused in shortages(parts, config):
+        raise refused
+    for part in parts:
         windows.append(part.draw(config.seed))
         known.append(part.identity(windows[-1]))
         documents = part.documents

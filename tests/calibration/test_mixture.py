@@ -143,3 +143,23 @@ def test_a_moved_text_resumes_a_run_and_a_changed_one_does_not(
     chosen = {"dataset": [str(moved), names[1]], **settings}
     result, _ = quantize_with_events(model, output, **chosen)
     assert result.resumed_blocks == 1
+
+
+def test_the_hint_names_what_fits_all_datasets(
+    letters: Callable[[str], str], tmp_path: Path, model: Path
+) -> None:
+    (tmp_path / "b.txt").write_text("b" * 500)
+    names = [letters("a") + ":3", f"{tmp_path}/b.txt:1"]
+    tight = {"dataset": names, "nsamples": 44, "seqlen": 64}
+    with pytest.raises(InputError) as caught:
+        calibration_ids(model, config(**tight))
+    assert (caught.value.code, caught.value.exit_code) == ("E_DATA_SHORT", 3)
+    # 31 windows of the one have 64 tokens, 7 of the other: 30 and 7 windows, not 30 and 10
+    fits = "30 windows in all (--nsamples) or windows of 45 tokens (--seqlen)"
+    assert caught.value.hint == f"give more text, or what fits: {fits}"
+    assert "a.txt` gives 31 windows of 64 tokens" in str(caught.value)
+    assert len(calibration_ids(model, config(**tight | {"nsamples": 30}))) == 30
+    assert len(calibration_ids(model, config(**tight | {"seqlen": 45}))) == 44
+    for one_more in ({"nsamples": 31}, {"seqlen": 46}):
+        with pytest.raises(InputError):
+            calibration_ids(model, config(**tight | one_more))
