@@ -335,7 +335,7 @@ def compare(
 
 @file_errors()
 @checked
-def verify(directory: str | Path, *, full: bool = False) -> Verification:
+def verify(directory: str | Path, *, full: bool = False, on_event: Report = ignore) -> Verification:
     """Return whether a GPTQ checkpoint is sound and means the same to every engine.
 
     The checkpoint may come from gptq or another tool. `defects` of the result lists what is wrong;
@@ -354,10 +354,10 @@ def verify(directory: str | Path, *, full: bool = False) -> Verification:
 
     path = local_model(Path(directory))
     if not full:
-        return verify_checkpoint(path)
+        return verify_checkpoint(path, report=on_event)
     from gptq_cli.checkpoint.completeness import verify_whole
 
-    return verify_whole(path)
+    return verify_whole(path, on_event)
 
 
 @file_errors()

@@ -383,8 +383,10 @@ def _identify(
     report(PhaseStarted("source", f"identifying {prepared.located.name}"))
     settings = calibration.identifying(at_width(prepared.config, reference))
     sha256 = calibration.windows.sha256
-    commit = prepared.located.commit
-    identity = identify(source, commit, settings, worker.device, sha256, hashed=ranks.first_here)
+    commit, hashed = prepared.located.commit, ranks.first_here
+    identity = identify(
+        source, commit, settings, worker.device, sha256, hashed=hashed, report=report
+    )
     identity["allocation"] = REVISION
     check_agreement(ranks, identity)
     return identity

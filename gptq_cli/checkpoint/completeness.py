@@ -23,19 +23,20 @@ from gptq_cli.checkpoint.reader import open_reader
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from gptq_cli.checkpoint.verify import Verification, verify_checkpoint
 from gptq_cli.errors import InputError
+from gptq_cli.events import Report, ignore
 from gptq_cli.models.skeleton import build_skeleton, load_config
 
 CPU = torch.device("cpu")
 LOST = "E_CKPT_INCOMPLETE"
 
 
-def verify_whole(directory: Path) -> Verification:
+def verify_whole(directory: Path, report: Report = ignore) -> Verification:
     """Return every defect of the checkpoint in `directory`, a parameter without a tensor included.
 
     Does what `verify_checkpoint` does with `full`, and raises its errors. If transformers
     cannot build the model without code of its own, `unchecked` of the result tells why.
     """
-    found = verify_checkpoint(directory, full=True)
+    found = verify_checkpoint(directory, full=True, report=report)
     if any(defect.code == LOST for defect in found.defects) or not found.tensors:
         return found
     checkpoint = open_checkpoint(directory)

@@ -21,6 +21,7 @@ from threading import Event
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gptq_cli.errors import InputError
+from gptq_cli.events import ByteCount
 from gptq_cli.files import file_errors
 from gptq_cli.storage.manifest import CHUNK_BYTES, in_threads
 
@@ -324,25 +325,30 @@ def unpack_words(words: Array, bits: int) -> Array:
     return np.packbits(fields, axis=2, bitorder="little")[:, :, 0]
 
 
-def scan_weights(tensors: Iterable[TensorInfo], *, hashed: bool = True) -> dict[Path, str]:
+def scan_weights(
+    tensors: Iterable[TensorInfo], *, hashed: bool = True, count: ByteCount | None = None
+) -> dict[Path, str]:
     """Return the SHA-256 of each file that `tensors` fill; nothing if `hashed` is false.
 
-    InputError E_CKPT_NONFINITE names a tensor of floats that holds NaN or infinity.
+    `count` gets the bytes read. InputError E_CKPT_NONFINITE names a tensor of floats that holds NaN
+    or infinity.
     """
+    counted = count or ByteCount()
     files: dict[Path, list[TensorInfo]] = defaultdict(list)
     for tensor in tensors:
         files[tensor.file].append(tensor)
 
     def scan(content: list[TensorInfo], cancelled: Event) -> str:
-        return _scan(sorted(content, key=lambda tensor: tensor.start), cancelled, hashed=hashed)
+        in_order = sorted(content, key=lambda tensor: tensor.start)
+        return _scan(in_order, cancelled, counted, hashed=hashed)
 
-    hashes = list(in_threads(scan, files.values()))
+    hashes = list(in_threads(scan, files.values(), counted))
     if not hashed:
         return {}
     return dict(zip(files, hashes, strict=True))
 
 
-def _scan(tensors: list[TensorInfo], cancelled: Event, *, hashed: bool) -> str:
+def _scan(tensors: list[TensorInfo], cancelled: Event, count: ByteCount, *, hashed: bool) -> str:
     """Return the hash of the file that consists of a header and `tensors`."""
     digest = sha256()
     with tensors[0].file.open("rb", buffering=0) as stream:
@@ -355,6 +361,7 @@ def _scan(tensors: list[TensorInfo], cancelled: Event, *, hashed: bool) -> str:
                     return ""
                 if hashed:
                     digest.update(chunk)
+                count.add(len(chunk))
                 if not is_finite(chunk, tensor.dtype):
                     raise not_finite(tensor)
     return digest.hexdigest()

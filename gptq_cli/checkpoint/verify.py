@@ -31,7 +31,8 @@ from gptq_cli.checkpoint.quantization_config import (
 )
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from gptq_cli.config.layer import GPTQ_FORMATS
-from gptq_cli.errors import GateError, InputError, shell_word
+from gptq_cli.errors import GateError, InputError, shell_word, size
+from gptq_cli.events import ByteCount, PhaseStarted, Report, ignore
 from gptq_cli.files import UNREADABLE, is_file
 from gptq_cli.json_values import to_json
 from gptq_cli.storage.manifest import (
@@ -39,7 +40,7 @@ from gptq_cli.storage.manifest import (
     MANIFEST,
     REPORT_DATA,
     REPORT_PAGE,
-    file_hash,
+    file_hashes,
     is_intact,
     side_by_side,
 )
@@ -100,7 +101,9 @@ class Examined:
         return self.config.format if self.config else self.forms
 
 
-def verify_checkpoint(directory: Path, *, full: bool = False) -> Verification:
+def verify_checkpoint(
+    directory: Path, *, full: bool = False, report: Report = ignore
+) -> Verification:
     """Return every defect of the quantized checkpoint in `directory`.
 
     Headers, configuration, g_idx, qzeros and scales are read, but of weights that
@@ -123,8 +126,10 @@ def verify_checkpoint(directory: Path, *, full: bool = False) -> Verification:
     examined = examine(checkpoint)
     defects = list(examined.defects)
     if full:
-        defects += _check_unread(checkpoint, examined.modules)
-    hashed, of_files = check_manifest(directory, full=full)
+        report(PhaseStarted("verify", f"the numbers in {size(checkpoint.nbytes)}"))
+        count = ByteCount(report, checkpoint.nbytes)
+        defects += _check_unread(checkpoint, examined.modules, count)
+    hashed, of_files = check_manifest(directory, full=full, report=report)
     checkpoint.check_unchanged()
     return Verification(
         defects=(*defects, *of_files),
@@ -282,8 +287,10 @@ def _check_weight_files(checkpoint: Checkpoint, used: list[str]) -> Iterator[Def
             yield Defect("E_CKPT_INDEX", message, file.name, None, hint, "form")
 
 
-def _check_unread(checkpoint: Checkpoint, modules: Iterable[str]) -> Iterator[Defect]:
-    """Yield defects of tensors whose numbers `examine` has not read."""
+def _check_unread(
+    checkpoint: Checkpoint, modules: Iterable[str], count: ByteCount
+) -> Iterator[Defect]:
+    """Yield defects of tensors whose numbers `examine` has not read; `count` gets the bytes."""
     coded = checkpoint.coded()
     if coded:
         from gptq_cli.checkpoint.coded_checks import check_scales
@@ -302,6 +309,7 @@ def _check_unread(checkpoint: Checkpoint, modules: Iterable[str]) -> Iterator[De
             yield from _check_codes(tensor)
         elif name not in examined:
             yield from _check_finite(tensor)
+        count.passed(tensor.nbytes)
 
 
 def _check_codes(tensor: TensorInfo) -> Iterator[Defect]:
@@ -319,7 +327,9 @@ def _check_finite(tensor: TensorInfo) -> Iterator[Defect]:
 # ---------------------------------------------------------------- the manifest
 
 
-def check_manifest(directory: Path, *, full: bool) -> tuple[int, list[Defect]]:
+def check_manifest(
+    directory: Path, *, full: bool, report: Report = ignore
+) -> tuple[int, list[Defect]]:
     """Return how many files were hashed, and the files that differ from the manifest, if any.
 
     Without `full` only names and sizes are compared. A file that the manifest does not list is a
@@ -339,8 +349,7 @@ def check_manifest(directory: Path, *, full: bool) -> tuple[int, list[Defect]]:
     defects = []
     if not is_intact(content):
         defects.append(Defect("E_CKPT_HASH", "was changed after it was written", MANIFEST))
-    for name, entry in files.items():
-        defects += _check_file(directory, name, entry, full=full)
+    defects += _check_listed(directory, files, report, full=full)
     defects += _unlisted_files(directory, files)
     hashed = len(files) if full else 0
     return hashed, defects
@@ -382,10 +391,24 @@ def _may_be_unlisted(name: str) -> bool:
     return path.suffix.lower() in PAGES or any(part.startswith(".") for part in path.parts)
 
 
-def _check_file(
-    directory: Path, name: str, entry: dict[str, Any], *, full: bool
-) -> Iterator[Defect]:
-    """Yield the first difference of a file from its entry in the manifest."""
+def _check_listed(
+    directory: Path, files: dict[str, dict[str, Any]], report: Report, *, full: bool
+) -> list[Defect]:
+    """Return how the files differ from their entries in the manifest."""
+    defects: list[Defect] = []
+    of_listed_size = []
+    for name, entry in files.items():
+        found = list(_check_file(directory, name, entry))
+        defects += found
+        if not found:
+            of_listed_size.append(name)
+    if full:
+        defects += _check_hashes(directory, of_listed_size, files, report)
+    return defects
+
+
+def _check_file(directory: Path, name: str, entry: dict[str, Any]) -> Iterator[Defect]:
+    """Yield the first difference of a file from its entry in the manifest, but do not hash it."""
     file = directory / name
     if not is_safe_file(directory, name):
         yield Defect("E_UNSAFE_PATH", f"names a file outside the directory: {name!r}", MANIFEST)
@@ -393,12 +416,21 @@ def _check_file(
     if not is_file(file):
         yield Defect("E_CKPT_MISSING", "is listed in the manifest but missing", name)
         return
-    size, listed_size = file.stat().st_size, entry.get("size")
-    if size != listed_size:
-        message = f"has {size} bytes, but the manifest lists {listed_size}"
+    n_bytes, listed_size = file.stat().st_size, entry.get("size")
+    if n_bytes != listed_size:
+        message = f"has {n_bytes} bytes, but the manifest lists {listed_size}"
         yield Defect("E_CKPT_HASH", message, name)
-    elif full:
-        found, listed = file_hash(file), entry.get("sha256")
+
+
+def _check_hashes(
+    directory: Path, names: list[str], entries: dict[str, dict[str, Any]], report: Report
+) -> Iterator[Defect]:
+    """Yield the files whose hash is not the one in the manifest."""
+    total = sum((directory / name).stat().st_size for name in names)
+    report(PhaseStarted("verify", f"the hashes of {size(total)}"))
+    paths = [directory / name for name in names]
+    for name, found in zip(names, file_hashes(paths, ByteCount(report, total)), strict=True):
+        listed = entries[name].get("sha256")
         if found != listed:
             digests = f"{found[:12]}..., but the manifest lists {str(listed)[:12]}..."
             yield Defect("E_CKPT_HASH", f"has SHA-256 {digests}", name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
@@ -18,7 +18,8 @@ from gptq_cli.checkpoint.layout import Layout
 from gptq_cli.checkpoint.quantization_config import with_quantization
 from gptq_cli.checkpoint.reader import SAFETENSORS_DTYPE, tensor_bytes
 from gptq_cli.checkpoint.source import Checkpoint
-from gptq_cli.errors import GateError
+from gptq_cli.errors import GateError, size
+from gptq_cli.events import ByteCount, PhaseStarted, Report, ignore
 from gptq_cli.files import file_errors, source_changed
 from gptq_cli.storage.durable import (
     COPY_BYTES,
@@ -86,8 +87,8 @@ class CheckpointWriter:
         self._wait_until(MOST_WAITING - 1)
         self._waiting.append(self._thread.submit(self._write, name, tensor))
 
-    def copy(self, tensor: TensorInfo) -> None:
-        """Copy the bytes of one source tensor, a few MB at a time.
+    def copy(self, tensor: TensorInfo, count: ByteCount) -> None:
+        """Copy the bytes of one source tensor, a few MB at a time, and tell them to `count`.
 
         InputError E_CKPT_NONFINITE if it holds NaN or infinity.
         """
@@ -100,6 +101,7 @@ class CheckpointWriter:
                     raise not_finite(tensor)
                 self._write_at(file, offset + start - tensor.start, chunk)
                 digest.update(chunk)
+                count.passed(len(chunk))
         self._hashes[tensor.name] = self._new[tensor.name] = digest.hexdigest()
 
     def is_written(self, name: str) -> bool:
@@ -115,15 +117,19 @@ class CheckpointWriter:
         new, self._new = self._new, {}
         return new
 
-    def holds(self, hashes: Mapping[str, str]) -> bool:
+    def nbytes(self, names: Iterable[str]) -> int:
+        """Return the planned size of the tensors of these names; those of no place have none."""
+        return sum(self._span(name).size for name in names if name in self._positions)
+
+    def holds(self, hashes: Mapping[str, str], count: ByteCount | None = None) -> bool:
         """Return whether tensors of an earlier run are stored where they are planned now.
 
-        `hashes` are the SHA-256 of their bytes by name.
+        `hashes` are the SHA-256 of their bytes by name; `count` gets the bytes read.
         """
         if not hashes.keys() <= self._positions.keys():
             return False
         for found, expected in zip(
-            span_hashes(map(self._span, hashes)), hashes.values(), strict=True
+            span_hashes(map(self._span, hashes), count), hashes.values(), strict=True
         ):
             if found != expected:
                 return False
@@ -133,7 +139,7 @@ class CheckpointWriter:
         """Count tensors of an earlier run as written."""
         self._hashes |= hashes
 
-    def finish(self) -> None:
+    def finish(self, report: Report = ignore) -> None:
         """Make all shards and the index durable, and read them back.
 
         ValueError if a planned tensor was never written, GateError E_VERIFY if a tensor reads back
@@ -147,7 +153,8 @@ class CheckpointWriter:
         self.close()
         if self._layout.index is not None:
             write_file(self._directory / INDEX_NAME, self._layout.index.encode())
-        self._read_back()
+        report(PhaseStarted("verify", f"reading back {size(self._layout.nbytes)}"))
+        self._read_back(ByteCount(report, self.nbytes(self._positions)))
 
     def close(self) -> None:
         """Close the files. Only `sync` makes their content durable."""
@@ -180,11 +187,11 @@ class CheckpointWriter:
         file, offset = self._positions[name]
         return Span(file.path, offset, self._layout.specs[name].nbytes)
 
-    def _read_back(self) -> None:
+    def _read_back(self, count: ByteCount) -> None:
         for shard in self._layout.shards:
             _forget_cached(self._directory / shard.file)
         for name, found in zip(
-            self._positions, span_hashes(map(self._span, self._positions)), strict=True
+            self._positions, span_hashes(map(self._span, self._positions), count), strict=True
         ):
             if found != self._hashes[name]:
                 file = self._span(name).path.name

@@ -1,6 +1,7 @@
 """The progress of a run on stderr: a line for each block above a live view on a terminal.
 
-Elsewhere, as in the log of a job, there is a line for each tenth of the blocks.
+Elsewhere, as in the log of a job, there is a line for each tenth of the blocks, or of the bytes of
+a long step.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from gptq_cli.errors import clock, size, without_secrets
 from gptq_cli.events import (
     BlockFinished,
     BlockStarted,
+    BytesDone,
     EngineSaid,
     Event,
     LayerReport,
@@ -39,7 +41,30 @@ if TYPE_CHECKING:
 SILENCE = 60.0  # seconds after which a log without a new line looks dead
 BAR = 24
 TENTHS = 10  # lines about blocks in a log
+APART = 1.0  # seconds between two lines about bytes, so that a short step has none
 LASTING = ("device", "text")  # phases that stay on a terminal
+WITH_BARS = ("upload",)  # phases in which the client of the Hub draws bars of its own
+
+
+class _Step:
+    """A phase, and how many of its bytes are done, in words; "" if they are not counted."""
+
+    def __init__(self, name: str, began: float) -> None:
+        self.name, self.began, self.spoke = name, began, began
+        self.tenths = 0
+        self.bar = self.state = ""
+
+    def advance(self, event: BytesDone, now: float) -> bool:
+        """Note the bytes; return whether a log gets a line: a tenth is done, the last is old."""
+        left = (now - self.began) * (event.total - event.done) / event.done
+        percent = 100 * event.done // event.total
+        self.bar = _bar(event.done, event.total)
+        self.state = f"{percent} % of {size(event.total)}, {clock(left)} left"
+        tenths = TENTHS * event.done // event.total
+        if tenths == self.tenths or now - self.spoke < APART:
+            return False
+        self.tenths, self.spoke = tenths, now
+        return True
 
 
 class Progress:
@@ -52,6 +77,7 @@ class Progress:
         self._block: BlockStarted | None = None
         self._done = 0  # finished blocks, with those of an earlier call
         self._layer = ""
+        self._step = _Step("", 0.0)
         self._solved: list[LayerReport] = []
         self._seconds: list[float] = []
         self._memory = ""
@@ -70,6 +96,9 @@ class Progress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._end_live()
+
+    def _end_live(self) -> None:
         if self._live:
             self._live.stop()
             self._live = None
@@ -114,6 +143,8 @@ class Progress:
                 return event.name in LASTING
             case BlockFinished():  # of an evaluation it has no errors
                 return bool(self._solved)
+            case BytesDone():
+                return False
         return True
 
     def _is_between(self, event: Event) -> bool:
@@ -132,10 +163,10 @@ class Progress:
     def _remember(self, event: Event) -> None:
         match event:
             case PhaseStarted():
-                self._block, self._seconds = None, []
-                self._layer = f"{event.name}: {event.detail}"
+                self._begin(event)
             case BlockStarted():
                 self._block, self._done = event, event.index
+                self._step = _Step("", 0.0)
                 self._layer, self._solved = event.name, []
             case LayerStarted():
                 self._layer = event.name
@@ -147,6 +178,14 @@ class Progress:
                 self._done = event.index + 1
                 self._memory = _memory(event)
 
+    def _begin(self, event: PhaseStarted) -> None:
+        """Begin a phase, without the live view if it has bars of its own."""
+        self._block, self._seconds = None, []
+        self._layer = f"{event.name}: {event.detail}"
+        self._step = _Step(event.name, self._now())
+        if event.name in WITH_BARS:
+            self._end_live()
+
     def _line(self, event: Event) -> str | None:
         """Return the line for an event in a plain log, or None if it gets none."""
         match event:
@@ -154,6 +193,8 @@ class Progress:
                 return _planned(event)
             case PhaseStarted():
                 return self._layer
+            case BytesDone() if self._step.advance(event, self._now()):
+                return f"{self._step.name}: {self._step.state}"
             case BlockFinished():
                 return self._finished_line(event)
             case LayerSolved() if self._block and self._now() - self._last_line > SILENCE:
@@ -176,16 +217,21 @@ class Progress:
 
     def _view(self) -> str:
         """Return the live view: three short lines about progress, current layer and memory."""
+        layer = on_one_line(self._layer)
+        if self._step.bar:
+            return f"{self._step.name} {self._step.bar} {self._step.state}\n{layer}"
         if self._block is None:
-            return on_one_line(self._layer)
+            return layer
         n_blocks = self._block.n_blocks
-        bar = ("█" * (BAR * self._done // n_blocks)).ljust(BAR, "░")
-        left = self._eta(self._done, n_blocks)
-        lines = [f"block {self._block.index + 1}/{n_blocks} {bar} {left} left"]
-        lines.append(on_one_line(self._layer))
+        bar, left = _bar(self._done, n_blocks), self._eta(self._done, n_blocks)
+        lines = [f"block {self._block.index + 1}/{n_blocks} {bar} {left} left", layer]
         if self._memory:
             lines.append(f"memory {self._memory}")
         return "\n".join(lines)
+
+
+def _bar(done: int, total: int) -> str:
+    return ("█" * (BAR * done // total)).ljust(BAR, "░")
 
 
 def _live_view() -> Live:

@@ -78,10 +78,11 @@ def push(
         )
     if dry_run:
         return console.document(upload.result(public=public).to_json(), upload.card)
-    bars = not (as_json or quiet) and sys.stderr is not None and sys.stderr.isatty()
-    done = push_upload(
-        upload, public=public, overwrite=overwrite, progress=bars, report=Progress(console)
-    )
+    bars = not quiet and sys.stderr is not None and sys.stderr.isatty()
+    with Progress(console) as progress:
+        done = push_upload(
+            upload, public=public, overwrite=overwrite, progress=bars, report=progress
+        )
     assert done.published is not None
     return console.result(done.to_json(), _text(done, done.published), done.published.url)
 

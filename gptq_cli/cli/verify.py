@@ -11,6 +11,7 @@ import typer
 
 from gptq_cli.cli.console import Console, counted, fitted, joined
 from gptq_cli.cli.options import AsJson, Quiet, plain
+from gptq_cli.cli.progress import Progress
 from gptq_cli.errors import GateError, size
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ def verify(
     console = Console(as_json, quiet)
     from gptq_cli.api import verify
 
-    found = verify(directory, full=full)
+    with Progress(console) as progress:
+        found = verify(directory, full=full, on_event=progress)
     if found.ok:
         console.result(found.to_json(), fitted(f"{directory}: {_checked(found)}"), "ok")
         return

@@ -42,7 +42,7 @@ def compare_models(
     The predictions are compared on the text of `request`, of which B is the baseline. Raises what
     `compare_checkpoints` and `evaluate_perplexity` raise.
     """
-    weights = compare_checkpoints(a, b)
+    weights = compare_checkpoints(a, b, report)
     predictions = None
     if request is not None:
         predictions = evaluate_perplexity(a, request, report)

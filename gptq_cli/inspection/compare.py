@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptq_cli.checkpoint.decoded import is_stored_transposed, packed_linears
+from gptq_cli.checkpoint.decoded import is_stored_transposed, packed_linears, plain_view
 from gptq_cli.checkpoint.headers import DAMAGED
 from gptq_cli.checkpoint.locate import locate_model
 from gptq_cli.checkpoint.reader import open_reader
 from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.checkpoint.verify import open_decodable
-from gptq_cli.errors import InputError
+from gptq_cli.errors import InputError, size
+from gptq_cli.events import ByteCount, PhaseStarted, Report, ignore
 from gptq_cli.json_values import to_json
 
 ELEMENTS_PER_CHUNK = 2**24
@@ -62,12 +63,12 @@ class Comparison:
 
 
 @torch.inference_mode()
-def compare_checkpoints(a: str, b: str) -> Comparison:
+def compare_checkpoints(a: str, b: str, report: Report = ignore) -> Comparison:
     """Return the difference of A from the reference B, each quantized or not.
 
-    One tensor of each is in memory at a time. Raises InputError as opening does, E_COMPARE if the
-    two have no tensor in common or one with two shapes, and E_CKPT_NONFINITE if a number is not
-    finite.
+    One tensor of each is in memory at a time. `report` gets the bytes of B that were compared.
+    Raises InputError as opening does, E_COMPARE if the two have no tensor in common or one with two
+    shapes, and E_CKPT_NONFINITE if a number is not finite.
     """
     started = time.perf_counter()
     first, second = _Weights(a), _Weights(b)
@@ -75,7 +76,12 @@ def compare_checkpoints(a: str, b: str) -> Comparison:
     if not common:
         hint = "compare a model with one that was made from it"
         raise InputError("E_COMPARE", f"`{a}` and `{b}` have no tensor name in common", hint=hint)
-    tensors = [_difference(name, first.read(name), second.read(name)) for name in common]
+    total = sum(second.nbytes(name) for name in common)
+    report(PhaseStarted("compare", f"{len(common)} tensors, {size(total)}"))
+    count, tensors = ByteCount(report, total), []
+    for name in common:
+        tensors.append(_difference(name, first.read(name), second.read(name)))
+        count.passed(second.nbytes(name))
     first.check_unchanged()
     second.check_unchanged()
     return Comparison(
@@ -93,6 +99,7 @@ class _Weights:
         self._checkpoint: Checkpoint = open_decodable(locate_model(model).directory)
         self._reader = open_reader(self._checkpoint)
         self.names = dict.fromkeys(self._reader.names())  # in order, and quick to search
+        self._plain = plain_view(self._checkpoint, allow_requantize=True).tensors
         self._transposed = set()
         for module in packed_linears(self._checkpoint):
             if is_stored_transposed(self._checkpoint.config, module.name):
@@ -101,6 +108,10 @@ class _Weights:
     def check_unchanged(self) -> None:
         """Raise InputError E_SOURCE_CHANGED if a file of the checkpoint has changed."""
         self._checkpoint.check_unchanged()
+
+    def nbytes(self, name: str) -> int:
+        """Return the size of a tensor as its model would store it."""
+        return self._plain[name].nbytes
 
     def read(self, name: str) -> Tensor:
         """Return a tensor in the shape that the model gives it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -40,7 +41,7 @@ from gptq_cli.checkpoint.writer import CheckpointWriter, copy_side_files
 from gptq_cli.config.layer import FORMATS, GPTQ_FORMATS, formats_for, misfits
 from gptq_cli.config.resolve import resolve, to_yaml
 from gptq_cli.errors import ConfigError, InputError, Problem, one_of
-from gptq_cli.events import LayerStarted, PhaseStarted, Report, ignore
+from gptq_cli.events import ByteCount, LayerStarted, PhaseStarted, Report, ignore
 from gptq_cli.files import is_file
 from gptq_cli.inspection.rewriting import Rewritten, fresh, open_source, publish, write_tensors
 from gptq_cli.planning.run_plan import HEAD
@@ -73,14 +74,13 @@ def convert_checkpoint(
     conversion.check()
     with fresh(output, report) as work:
         report(PhaseStarted("convert", f"{len(modules)} layers from {format} to {to}"))
-        written = write_tensors(
-            work.stage, conversion.units(), lambda writer: conversion.write(writer, report)
-        )
+        write = partial(conversion.write, report)
+        written = write_tensors(work.stage, conversion.units(), write, report)
         copy_side_files(source, work.stage, without={CONFIG_FILE, MANIFEST})
         _write_settings(work.stage, source, conversion.linears(), to)
         check_written(work.stage)
         kept = _kept(source, to)
-        publish(work, source, kept, overwrite=overwrite, command="convert", format=to)
+        publish(work, source, kept, report, overwrite=overwrite, command="convert", format=to)
     return Rewritten(output, len(modules), source.nbytes, written, defects)
 
 
@@ -182,11 +182,11 @@ class _Conversion:
             scales,
         )
 
-    def write(self, writer: CheckpointWriter, report: Report) -> None:
+    def write(self, report: Report, writer: CheckpointWriter, count: ByteCount) -> None:
         """Write all tensors in file order."""
         for unit in self._in_order():
             if not isinstance(unit, str):
-                writer.copy(unit)
+                writer.copy(unit, count)
                 continue
             report(LayerStarted(unit))
             linear = self._reader.linear(unit)
@@ -195,6 +195,7 @@ class _Conversion:
             tensors = encode(linear, self._packing, sym=self._settings[unit].sym)
             for part, tensor in tensors.items():
                 writer.write(f"{unit}.{part}", tensor)
+                count.passed(tensor.nbytes)
 
 
 def _others(names: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from gptq_cli.checkpoint.reader import SAFETENSORS_DTYPE, open_reader
 from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.checkpoint.writer import CheckpointWriter, copy_side_files
 from gptq_cli.errors import InputError
-from gptq_cli.events import LayerStarted, PhaseStarted, Report, ignore
+from gptq_cli.events import ByteCount, LayerStarted, PhaseStarted, Report, ignore
 from gptq_cli.inspection.rewriting import Rewritten, fresh, open_source, publish, write_tensors
 from gptq_cli.runtime.open_model import DTYPES, STORED_DTYPES, warn_of
 from gptq_cli.storage.durable import write_json
@@ -45,9 +46,8 @@ def dequantize_checkpoint(
     n_layers = len(weights.plain.parts)
     with fresh(output, report) as work:
         report(PhaseStarted("dequantize", f"{n_layers} layers to {_name_of(wanted)}"))
-        written = write_tensors(
-            work.stage, weights.units(), lambda writer: weights.write(writer, report)
-        )
+        write = partial(weights.write, report)
+        written = write_tensors(work.stage, weights.units(), write, report)
         copy_side_files(source, work.stage, without=RUN_FILES)
         config = without_quantization(source.config)
         if dtype != "auto" and "torch_dtype" in config:
@@ -55,7 +55,7 @@ def dequantize_checkpoint(
         elif dtype != "auto":
             config["dtype"] = dtype
         write_json(work.stage / "config.json", config)
-        publish(work, source, {}, overwrite=overwrite, command="dequantize", dtype=dtype)
+        publish(work, source, {}, report, overwrite=overwrite, command="dequantize", dtype=dtype)
     return Rewritten(output, n_layers, source.nbytes, written)
 
 
@@ -90,11 +90,11 @@ class _PlainWeights:
             return False
         return is_stored_transposed(self._source.config, name.removesuffix(".weight"))
 
-    def write(self, writer: CheckpointWriter, report: Report) -> None:
+    def write(self, report: Report, writer: CheckpointWriter, count: ByteCount) -> None:
         """Write all tensors in file order; tensors that keep their dtype are copied."""
         for name, tensor in self.plain.tensors.items():
             if name not in self.plain.parts and self.spec(tensor).dtype == tensor.dtype:
-                writer.copy(tensor)
+                writer.copy(tensor, count)
                 continue
             report(LayerStarted(name))
             read = self._reader.read(name)
@@ -104,6 +104,7 @@ class _PlainWeights:
             if self._is_turned(name):
                 weight = weight.T
             writer.write(name, weight)
+            count.passed(weight.nbytes)
 
 
 def _not_finite(name: str, dtype: torch.dtype, *, is_cast: bool) -> InputError:

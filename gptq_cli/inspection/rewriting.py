@@ -18,7 +18,7 @@ from gptq_cli.checkpoint.writer import CheckpointWriter
 from gptq_cli.config.fields import size_in_bytes
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import ExistsError, GptqError, InputError, __version__
-from gptq_cli.events import Report
+from gptq_cli.events import ByteCount, Report
 from gptq_cli.files import expanded
 from gptq_cli.json_values import to_json
 from gptq_cli.storage.manifest import write_manifest
@@ -79,6 +79,7 @@ def publish(
     work: WorkDirectory,
     source: Checkpoint,
     kept: Mapping[str, Any],
+    report: Report,
     *,
     overwrite: bool,
     **identity: str,
@@ -89,7 +90,8 @@ def publish(
     """
     open_checkpoint(work.stage)
     versions = {"gptq_cli": __version__}
-    write_manifest(work.stage, {"identity": {"versions": versions, **identity}, **kept})
+    identified = {"versions": versions, **identity}
+    write_manifest(work.stage, {"identity": identified, **kept}, report)
     source.check_unchanged()
     work.publish(source.directory, overwrite=overwrite)
 
@@ -111,12 +113,19 @@ def fresh(output: Path, report: Report) -> Iterator[WorkDirectory]:
 
 
 def write_tensors(
-    directory: Path, units: list[tuple[TensorSpec, ...]], write: Callable[[CheckpointWriter], None]
+    directory: Path,
+    units: list[tuple[TensorSpec, ...]],
+    write: Callable[[CheckpointWriter, ByteCount], None],
+    report: Report,
 ) -> int:
-    """Write the tensors of a checkpoint; return their size in bytes, without headers."""
+    """Write the tensors of a checkpoint; return their size in bytes, without headers.
+
+    `write` tells the bytes that it writes to the count.
+    """
     max_shard_size = QuantizeConfig.model_fields["max_shard_size"].default
     layout = plan_layout(units, size_in_bytes(max_shard_size))
+    total = sum(spec.nbytes for spec in layout.specs.values())
     with CheckpointWriter(directory, layout) as writer:
-        write(writer)
-        writer.finish()
-    return sum(spec.nbytes for spec in layout.specs.values())
+        write(writer, ByteCount(report, total))
+        writer.finish(report)
+    return total

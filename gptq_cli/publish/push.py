@@ -20,8 +20,8 @@ from gptq_cli.checkpoint.verify import verify_checkpoint
 from gptq_cli.config.corpora import BUILT_IN, CORPORA
 from gptq_cli.config.resolve import resolve
 from gptq_cli.config.schema import NO_LORA
-from gptq_cli.errors import ConfigError, GateError, size
-from gptq_cli.events import PhaseStarted, Report, Warned, ignore
+from gptq_cli.errors import ConfigError, GateError
+from gptq_cli.events import Report, Warned, ignore
 from gptq_cli.files import advice, file_errors, is_file
 from gptq_cli.hub_errors import id_flaw, pasted_id
 from gptq_cli.inspection.summary import Inspection, inspect_checkpoint
@@ -134,8 +134,7 @@ def prepare_push(
         text = _card(checkpoint, found, repo, base_model, measured, report)
     else:
         text = _read_card(card)
-    report(PhaseStarted("verify", f"{size(found.nbytes)}, every byte"))
-    _verify(directory)
+    _verify(directory, report)
     return Upload(repo, text, _contents(checkpoint, text), checkpoint.check_unchanged)
 
 
@@ -163,14 +162,14 @@ def push_upload(
         public=public,
         overwrite=overwrite,
         progress=progress,
-        on_phase=lambda phase, detail: report(PhaseStarted(phase, detail)),
+        report=report,
         check=upload.check_unchanged,
     )
     return upload.result(public=public, published=published)
 
 
-def _verify(directory: Path) -> None:
-    found = verify_checkpoint(directory, full=True)
+def _verify(directory: Path, report: Report) -> None:
+    found = verify_checkpoint(directory, full=True, report=report)
     if not found.ok:
         count = f"{len(found.defects)} defects"
         if len(found.defects) == 1:

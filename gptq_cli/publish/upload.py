@@ -13,7 +13,8 @@ from hashlib import sha1
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptq_cli.errors import ExistsError, GptqError, InputError
+from gptq_cli.errors import ExistsError, GptqError, InputError, size
+from gptq_cli.events import ByteCount, PhaseStarted, Report
 from gptq_cli.hub_errors import AGAIN, push_refusal
 from gptq_cli.storage.manifest import CONFIG_FILE, MANIFEST, QUANTIZE_CONFIG
 
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 OF_A_CHECKPOINT = (".safetensors", ".safetensors.index.json")
 SETTINGS = {QUANTIZE_CONFIG, CONFIG_FILE, MANIFEST}
 LISTED = 3  # files that an error names
-
-OnPhase = Callable[[str, str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,24 +86,25 @@ def publish(
     public: bool,
     overwrite: bool,
     progress: bool,
-    on_phase: OnPhase,
+    report: Report,
     check: Callable[[], None],
 ) -> Published:
     """Make `main` of the model repository `repo` hold `files`.
 
-    `files` maps paths in the repository to files here, or to their bytes. `check` is called once
+    `files` maps paths in the repository to files here, or to their bytes. With `progress` the
+    client of the Hub shows bars of its own for what it sends. `check` is called once
     the bytes to send are known; it raises if they are not the intended ones. If the repository does
     not exist, it is created, private unless `public`. If `main` holds all files, nothing is sent.
     Raises ExistsError E_OUT_EXISTS if the repository holds other content under these names and
     `overwrite` is false; InputError E_PUSH if the Hub refuses or holds other files afterwards, and
     E_HUB_* as `push_refusal` does.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import HfApi
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     if not progress:
         disable_progress_bars()
-    additions = [CommitOperationAdd(path, content) for path, content in sorted(files.items())]
+    additions = _hashed(files, report)
     check()
     with _push_errors(f"model `{repo}`"):
         hub = _Hub(HfApi(), repo, additions)
@@ -116,9 +116,11 @@ def publish(
             return Published(hub.url, head, (), already_there=True)
         occupied = [path for path in different if path in main] + stale
         _refuse_occupied(repo, occupied, overwrite=overwrite)
-        on_phase("upload", f"{len(different)} files to {repo}")
+        report(PhaseStarted("upload", f"{len(different)} files to {repo}"))
+        if not progress:
+            _send_large(hub, different, report)
         commit = _commit(hub, stale, head)
-        on_phase("compare", f"{repo} with the files here")
+        report(PhaseStarted("compare", f"{repo} with the files here"))
         if hub.differing(hub.tree(commit)):
             message = (
                 f"commit {commit[:12]} of model `{repo}` does not hold the files that were sent"
@@ -156,6 +158,30 @@ def _refuse_occupied(repo: str, occupied: Sequence[str], *, overwrite: bool) -> 
         message = f"model `{repo}` holds other files already: {listed}"
         hint = "choose another name, or add --overwrite: the Hub keeps the old state in its history"
         raise ExistsError("E_OUT_EXISTS", message, hint=hint)
+
+
+def _hashed(files: Mapping[str, Path | bytes], report: Report) -> list[CommitOperationAdd]:
+    """Return the files as what adds them to a commit; the client hashes them for that."""
+    from huggingface_hub import CommitOperationAdd
+
+    sizes = {}
+    for path, content in files.items():
+        sizes[path] = len(content) if isinstance(content, bytes) else content.stat().st_size
+    total = sum(sizes.values())
+    report(PhaseStarted("hash", size(total)))
+    count, additions = ByteCount(report, total), []
+    for path, content in sorted(files.items()):
+        additions.append(CommitOperationAdd(path, content))
+        count.passed(sizes[path])
+    return additions
+
+
+def _send_large(hub: _Hub, paths: Sequence[str], report: Report) -> None:
+    """Send large files one by one, to report their bytes; the commit does not send them again."""
+    count = ByteCount(report, sum(hub.files[path].upload_info.size for path in paths))
+    for path in paths:
+        hub.api.preupload_lfs_files(hub.repo, [hub.files[path]], free_memory=False)
+        count.passed(hub.files[path].upload_info.size)
 
 
 def _commit(hub: _Hub, stale: Sequence[str], head: str) -> str:

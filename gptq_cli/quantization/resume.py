@@ -32,8 +32,18 @@ from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.checkpoint.verify import check_manifest
 from gptq_cli.checkpoint.writer import CheckpointWriter
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.errors import ExistsError, GateError, GptqError, InputError, __version__
-from gptq_cli.events import ExpertsCovered, LayerReport, Report, Resumed, Warned, WorkKept
+from gptq_cli.errors import ExistsError, GateError, GptqError, InputError, __version__, size
+from gptq_cli.events import (
+    ByteCount,
+    ExpertsCovered,
+    LayerReport,
+    PhaseStarted,
+    Report,
+    Resumed,
+    Warned,
+    WorkKept,
+    ignore,
+)
 from gptq_cli.files import UNREADABLE, file_errors, is_file
 from gptq_cli.hub_errors import OF_THE_HUB
 from gptq_cli.quantization.run_state import BatchState, Record, SavingTimes
@@ -63,13 +73,14 @@ def identify(
     calibration_sha256: str,
     *,
     hashed: bool = True,
+    report: Report = ignore,
 ) -> Identity:
     """Return the identity of a run; the paths of model and output are not part of it.
 
     The weights of a commit of the Hub are known by its hash; those of a directory are read and
     hashed. If not `hashed`, another process on this machine does this, and the identity has no
-    "source". Raises InputError E_CKPT_NONFINITE for weights of the model or of an adapter that are
-    not finite, E_SOURCE_CHANGED for files that have changed.
+    "source". `report` gets the bytes read. Raises InputError E_CKPT_NONFINITE for weights of the
+    model or of an adapter that are not finite, E_SOURCE_CHANGED for files that have changed.
     """
     known: dict[str, Any] = {
         "versions": {
@@ -86,7 +97,7 @@ def identify(
         known["adapters"] = [adapter.identity() for adapter in source.adapters]
     if not hashed:
         return known
-    files = _files(source, commit)
+    files = _files(source, commit, report)
     for adapter in source.adapters:
         scan_weights(adapter.tensors.values(), hashed=False)
     source.check_unchanged()
@@ -145,7 +156,7 @@ def _settings(config: QuantizeConfig) -> dict[str, Any]:
     return config.model_dump(mode="json", exclude=without_effect)
 
 
-def _files(source: Checkpoint, commit: str | None) -> dict[str, Any]:
+def _files(source: Checkpoint, commit: str | None, report: Report) -> dict[str, Any]:
     """Return the hash of each file that is read; of a commit's shards, the hash of the header.
 
     Every weight is read here, unless it is downloaded later. Raises InputError E_CKPT_NONFINITE if
@@ -157,7 +168,8 @@ def _files(source: Checkpoint, commit: str | None) -> dict[str, Any]:
     hashed = [path for path in beside if is_file(path)]
     hashes = dict(zip(hashed, file_hashes(hashed), strict=True))
     if source.download is None:
-        hashes |= scan_weights(source.tensors.values(), hashed=commit is None)
+        count = ByteCount(report, source.nbytes)
+        hashes |= scan_weights(source.tensors.values(), hashed=commit is None, count=count)
     known = {}
     for path, found in hashes.items():
         known[path.relative_to(source.directory).as_posix()] = found
@@ -267,8 +279,13 @@ class BlockStore:
 
     def _n_intact(self, entries: Sequence[Entry]) -> int:
         """Return how many entries, from the first on, have their tensors in the shards."""
+        if not entries:
+            return 0
+        total = sum(self._writer.nbytes(entry["tensors"]) for entry in entries)
+        self._record(PhaseStarted("resume", f"reading {size(total)} of finished blocks"))
+        count = ByteCount(self._record, total)
         for number, entry in enumerate(entries):
-            if not self._writer.holds(entry["tensors"]):
+            if not self._writer.holds(entry["tensors"], count):
                 return number
         return len(entries)
 
@@ -383,7 +400,7 @@ def marking_failures(work: WorkDirectory) -> Iterator[None]:
 
 
 def finished_output(
-    output: Path, model: Path, identity: Identity, *, overwrite: bool
+    output: Path, model: Path, identity: Identity, report: Report = ignore, *, overwrite: bool
 ) -> dict[str, Any] | None:
     """Return the manifest of `output` if it is a finished, undamaged checkpoint of `identity`.
 
@@ -396,7 +413,7 @@ def finished_output(
     hint = overwrite_hint(output)
     different = differences(manifest.get("identity", {}), identity)
     if not different:
-        defects = check_manifest(output, full=True)[1]
+        defects = check_manifest(output, full=True, report=report)[1]
         if not defects:
             return manifest
         different = [_difference(defect) for defect in defects]

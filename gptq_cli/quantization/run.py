@@ -41,6 +41,7 @@ from gptq_cli.config.serving import Verdict, engine_data
 from gptq_cli.errors import InputError, __version__, size
 from gptq_cli.events import (
     BlockFinished,
+    ByteCount,
     ExpertsCovered,
     LayerReport,
     PhaseStarted,
@@ -203,15 +204,15 @@ def carry_out(
         check_token_ids(calibration.windows.ids, stream.vocabulary_rows)
         record(PhaseStarted("source", _how_read(source)))
         commit, sha256 = prepared.located.commit, calibration.windows.sha256
-        settings = calibration.identifying(config)
+        settings, hashed = calibration.identifying(config), ranks.first_here
         identity = identify(
-            source, commit, settings, worker.device, sha256, hashed=ranks.first_here
+            source, commit, settings, worker.device, sha256, hashed=hashed, report=record
         )
         check_agreement(ranks, identity)
         manifest = None
         if work is not None:
             manifest = finished_output(
-                work.output, source.directory, identity, overwrite=options.overwrite
+                work.output, source.directory, identity, record, overwrite=options.overwrite
             )
         if ranks.broadcast(manifest is not None):
             record.take_over(manifest or {})
@@ -535,9 +536,8 @@ def _writing_output(
                     plan.source.download.take = partial(copy_others, writer, plan)
                 yield
             record(PhaseStarted("copy", f"{len(plan.copied)} other tensors"))
-            copy_others(writer, plan)
-            record(PhaseStarted("verify", size(plan.layout.nbytes)))
-            writer.finish()
+            copy_others(writer, plan, report=record)
+            writer.finish(record)
         work.refuse_gone()
         hashes = identity["source"]["files"]
         write_beside(work.stage, plan, run.config, calibration.windows.sha256, hashes)
@@ -548,7 +548,7 @@ def _writing_output(
         manifest = {"identity": identity, "origin": origin, **record.for_manifest()}
         if dialect_of(run.config.format) is not None:  # which has no quantize_config.json
             manifest["meta"] = _notes(plan, calibration.windows.sha256)
-        write_manifest(work.stage, manifest)
+        write_manifest(work.stage, manifest, record)
         plan.source.check_unchanged()
     # A refusal to publish says nothing about the finished work, so it is not marked as failed.
     work.publish(plan.source.directory, overwrite=options.overwrite)
@@ -562,7 +562,9 @@ def _write_layer(
         writer.write(f"{layer.name}.{part}", tensor)
 
 
-def copy_others(writer: CheckpointWriter, plan: RunPlan, prefix: str = "") -> None:
+def copy_others(
+    writer: CheckpointWriter, plan: RunPlan, prefix: str = "", report: Report = ignore
+) -> None:
     """Write the tensors of `plan.copied` with this prefix that are not written yet.
 
     A tensor is decoded if the source stores it in another form. Raises InputError E_CKPT_NONFINITE
@@ -573,18 +575,22 @@ def copy_others(writer: CheckpointWriter, plan: RunPlan, prefix: str = "") -> No
     for layer in plan.kept:
         if layer.transposed and plan.plain.is_packed(layer.weight.name):
             transposed.add(layer.weight.name)
-    reader = open_reader(plan.source)
+    missing = []
     for tensor in plan.copied:
-        if writer.is_written(tensor.name) or not tensor.name.startswith(prefix):
-            continue
+        if tensor.name.startswith(prefix) and not writer.is_written(tensor.name):
+            missing.append(tensor)
+    count = ByteCount(report, sum(tensor.nbytes for tensor in missing))
+    reader = open_reader(plan.source)
+    for tensor in missing:
         plan.source.fetch(tensor.name)
         if tensor.name in decoded:
             weight = _decoded(reader, tensor)
             if tensor.name in transposed:
                 weight = weight.T.contiguous()
             writer.write(tensor.name, weight)
+            count.passed(tensor.nbytes)
         else:
-            writer.copy(tensor)
+            writer.copy(tensor, count)
 
 
 def _decoded(reader: PlainReader, tensor: TensorInfo) -> Tensor:

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import json
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from hashlib import sha256
 from pathlib import Path
 from threading import Event
 from typing import Any, NamedTuple, TypeGuard, TypeVar
 
-from gptq_cli.errors import __version__
+from gptq_cli.errors import __version__, size
+from gptq_cli.events import ByteCount, PhaseStarted, Report, ignore
 from gptq_cli.files import file_errors, files_below, is_file, resolved
 from gptq_cli.storage.durable import (
     OpenFile,
@@ -130,19 +132,22 @@ SCHEMA = 1
 
 MOST_THREADS = 8
 CHUNK_BYTES = 16 * 2**20
+TICK = 0.1  # seconds between two looks at the bytes that threads have read
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def write_manifest(directory: Path, content: dict[str, Any]) -> None:
+def write_manifest(directory: Path, content: dict[str, Any], report: Report = ignore) -> None:
     """Write `content` and the hashes of all files in `directory` as its last file.
 
     The report of a run is not hashed, because it may be written again later.
     """
     reports = {directory / REPORT_DATA, directory / REPORT_PAGE}
     paths = [path for path in files_below(directory) if path.is_file() and path not in reports]
+    total = sum(path.stat().st_size for path in paths)
+    report(PhaseStarted("manifest", f"hashing {size(total)}"))
     files = {}
-    for path, found in zip(paths, file_hashes(paths), strict=True):
+    for path, found in zip(paths, file_hashes(paths, ByteCount(report, total)), strict=True):
         name = path.relative_to(directory).as_posix()
         files[name] = {"sha256": found, "size": path.stat().st_size}
     write_json(directory / MANIFEST, sealed({"schema": SCHEMA, **content, "files": files}))
@@ -241,30 +246,47 @@ class Span(NamedTuple):
 
 def file_hash(path: Path) -> str:
     """Return the hash of the bytes of a file."""
-    return _hash(Span(path, 0, path.stat().st_size), Event())
+    return _hash(Span(path, 0, path.stat().st_size), Event(), ByteCount())
 
 
-def file_hashes(paths: Iterable[Path]) -> Iterator[str]:
-    """Yield the hash of each file, in the order of `paths`."""
-    return span_hashes(Span(path, 0, path.stat().st_size) for path in paths)
+def file_hashes(paths: Iterable[Path], count: ByteCount | None = None) -> Iterator[str]:
+    """Yield the hash of each file, in the order of `paths`; `count` gets the bytes read."""
+    return span_hashes((Span(path, 0, path.stat().st_size) for path in paths), count)
 
 
-def span_hashes(spans: Iterable[Span]) -> Iterator[str]:
+def span_hashes(spans: Iterable[Span], count: ByteCount | None = None) -> Iterator[str]:
     """Yield the hash of each span, in order; a span that passes the end of its file is cut off."""
-    return in_threads(_hash, spans)
+    counted = count or ByteCount()
+
+    def work(span: Span, given_up: Event) -> str:
+        return _hash(span, given_up, counted)
+
+    return in_threads(work, spans, counted)
 
 
-def in_threads(work: Callable[[Item, Event], Result], items: Iterable[Item]) -> Iterator[Result]:
+def in_threads(
+    work: Callable[[Item, Event], Result], items: Iterable[Item], count: ByteCount
+) -> Iterator[Result]:
     """Yield `work(item, event)` for each item, in order; several run at a time.
 
-    `work` should return early once the event is set: nobody waits for its result any more.
+    `work` should return early once the event is set: nobody waits for its result any more. What it
+    adds to `count` is told in this thread.
     """
     given_up = Event()
     with _threads() as threads:
+        running: deque[Future[Result]] = deque()
         try:
-            yield from threads.map(lambda item: work(item, given_up), items)
+            for item in items:
+                running.append(threads.submit(work, item, given_up))
+            while running:
+                while wait([running[0]], TICK).not_done:
+                    count.tell()
+                count.tell()
+                yield running.popleft().result()
         finally:
             given_up.set()
+            for future in running:
+                future.cancel()
 
 
 def side_by_side(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
@@ -280,11 +302,13 @@ def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1), "side by side")
 
 
-def _hash(span: Span, given_up: Event) -> str:
+def _hash(span: Span, given_up: Event, count: ByteCount) -> str:
     digest, end = sha256(), span.start + span.size
     with file_errors(span.path, writing=False), span.path.open("rb", buffering=0) as stream:
         for start in range(span.start, end, CHUNK_BYTES):
             if given_up.is_set():  # the caller was interrupted, and waits for this thread to end
                 break
-            digest.update(os.pread(stream.fileno(), min(CHUNK_BYTES, end - start), start))
+            chunk = os.pread(stream.fileno(), min(CHUNK_BYTES, end - start), start)
+            digest.update(chunk)
+            count.add(len(chunk))
     return digest.hexdigest()

@@ -14,6 +14,7 @@ from gptq_cli.checkpoint.headers import is_finite, read_header, scan_weights
 from gptq_cli.checkpoint.layout import TensorSpec, plan_layout
 from gptq_cli.checkpoint.writer import CheckpointWriter
 from gptq_cli.errors import InputError
+from gptq_cli.events import ByteCount
 
 FLOATS = {
     "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
@@ -105,4 +106,4 @@ def test_the_writer_refuses_to_copy_numbers_that_are_not_finite(tmp_path: Path) 
     message = r"`c` in 2\.safetensors holds NaN or infinity, 1 times"
     refused = pytest.raises(InputError, match=message)
     with CheckpointWriter(tmp_path / "out", layout) as writer, refused:
-        writer.copy(read_header(file)["c"])
+        writer.copy(read_header(file)["c"], ByteCount())

@@ -355,6 +355,6 @@ def test_two_machines_read_their_own_copies_and_one_writes(recipe: Path, tmp_pat
         check=False,
     )
     assert run.returncode == 0, run.stderr
-    assert len(re.findall(r"^verify: ", run.stderr, flags=re.MULTILINE)) == 1
+    assert len(re.findall(r"^verify: reading", run.stderr, flags=re.MULTILINE)) == 1
     quantize_checkpoint(str(model), tmp_path / "alone", config(**SETTINGS))
     assert digest(tmp_path / "out") == digest(tmp_path / "alone")

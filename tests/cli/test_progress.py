@@ -9,8 +9,15 @@ import sys
 import pytest
 
 from gptq_cli.cli.console import Console
-from gptq_cli.cli.progress import SILENCE, Progress
-from gptq_cli.events import BlockFinished, BlockStarted, LayerSolved, PhaseStarted
+from gptq_cli.cli.progress import APART, SILENCE, Progress
+from gptq_cli.events import (
+    BlockFinished,
+    BlockStarted,
+    BytesDone,
+    LayerSolved,
+    PhaseStarted,
+    Report,
+)
 
 from .conftest import layer_report, play
 
@@ -56,6 +63,75 @@ def test_a_log_gets_a_line_for_each_tenth(
     progress(BlockStarted(0, n_blocks, "b"))
     progress(BlockFinished(0, n_blocks, "b", 70.0, 10**9, 0))
     assert capsys.readouterr().err.startswith(f"block 1/{n_blocks} ")
+
+
+def pass_bytes(progress: Report, now: list[float], seconds: float) -> None:
+    """Report a step of 200 MB that takes so many seconds."""
+    progress(PhaseStarted("verify", "the hashes of 200 MB"))
+    for done in range(1, 201):
+        now[0] += seconds / 200
+        progress(BytesDone(done * 10**6, 200 * 10**6))
+
+
+def test_a_log_gets_a_line_for_each_tenth_of_the_bytes(capsys: pytest.CaptureFixture[str]) -> None:
+    now = [0.0]
+    pass_bytes(Progress(Console(), now=lambda: now[0]), now, 4000)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:3] == [
+        "verify: the hashes of 200 MB",
+        "verify: 10 % of 200 MB, 1:00:00 left",
+        "verify: 20 % of 200 MB, 0:53:20 left",
+    ]
+    assert len(lines) == 11
+    assert lines[-1] == "verify: 100 % of 200 MB, 0:00:00 left"
+
+
+@pytest.mark.parametrize(("seconds", "n_lines"), [(0.9 * APART, 0), (3.1 * APART, 3)])
+def test_lines_about_bytes_are_at_least_a_second_apart(
+    seconds: float, n_lines: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [100.0]
+    pass_bytes(Progress(Console(), now=lambda: now[0]), now, seconds)
+    assert len(capsys.readouterr().err.splitlines()) == 1 + n_lines
+
+
+def test_quiet_shows_no_bytes(capsys: pytest.CaptureFixture[str]) -> None:
+    now = [0.0]
+    with Progress(Console(quiet=True), now=lambda: now[0]) as progress:
+        pass_bytes(progress, now, 4000)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_terminal_gets_a_bar_of_the_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, terminal = [0.0], Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    with Progress(Console(), now=lambda: now[0]) as progress:
+        pass_bytes(progress, now, 4000)
+        half = Progress(Console(), now=lambda: now[0])
+        half(PhaseStarted("copy", "12 other tensors"))
+        now[0] += 60
+        half(BytesDone(10**9, 4 * 10**9))
+        assert half._view() == (
+            "copy ██████░░░░░░░░░░░░░░░░░░ 25 % of 4 GB, 0:03:00 left\ncopy: 12 other tensors"
+        )
+    assert "verify ████" in terminal.getvalue()
+    assert "left\r\n" not in terminal.getvalue()  # no line of a log beside the bar
+
+
+def test_the_view_ends_before_the_client_of_the_hub_draws(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    with Progress(Console()) as progress:
+        progress(PhaseStarted("hash", "4 GB"))
+        assert "\x1b[?25h" not in terminal.getvalue()
+        progress(PhaseStarted("upload", "2 files to me/small"))
+        assert "\x1b[?25h" in terminal.getvalue()  # the cursor is back
+    assert terminal.getvalue().endswith("upload: 2 files to me/small\n")
 
 
 def test_finished_blocks_stay_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

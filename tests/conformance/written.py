@@ -17,6 +17,7 @@ from gptq_cli.checkpoint.reader import encode
 from gptq_cli.checkpoint.writer import CheckpointWriter, write_side_files
 from gptq_cli.config.layer import LayerConfig
 from gptq_cli.config.schema import QuantizeConfig
+from gptq_cli.events import ByteCount
 from gptq_cli.planning.plan import plan_run
 from gptq_cli.planning.run_plan import RunPlan
 from gptq_cli.solver.quantized_linear import QuantizedLinear
@@ -126,7 +127,7 @@ def write(
             for suffix, tensor in encode(linear, plan.packing, sym=layer.config.sym).items():
                 writer.write(f"{layer.name}.{suffix}", tensor)
         for tensor in plan.copied:
-            writer.copy(tensor)
+            writer.copy(tensor, ByteCount())
         writer.finish()
     described, quantize_config = described_output(plan, config)
     write_side_files(plan.source, output, described, quantize_config, untie="lm_head" in weights)
