@@ -105,14 +105,109 @@ class Shape:
         yield "lm_head.weight", (self.vocabulary, self.hidden)
 
 
+@dataclass(frozen=True)
+class LatentShape(Shape):
+    """The shape of a mixture with latent attention and one shared expert, as DeepSeek-V3 is.
+
+    `head_dim` is that of values; queries and keys have as many features and `rotary` more. All
+    blocks are mixtures, also the first ones, which are dense in the original.
+    """
+
+    query_rank: int = 0
+    key_value_rank: int = 0
+    rotary: int = 0
+
+    @property
+    def inputs(self) -> list[tuple[int, list[int], int]]:
+        values = self.heads * self.head_dim
+        queries = values + self.heads * self.rotary
+        experts = Shape.inputs.fget(self)[2:]  # type: ignore[attr-defined]
+        return [
+            (self.hidden, [self.query_rank, self.key_value_rank + self.rotary], 1),
+            (self.query_rank, [queries], 1),
+            (self.key_value_rank, [2 * values], 1),
+            (values, [self.hidden], 1),
+            *experts,
+            (self.hidden, [self.intermediate] * 2, 1),
+            (self.intermediate, [self.hidden], 1),
+        ]
+
+    def config(self, blocks: int) -> dict[str, object]:
+        return super().config(blocks) | {
+            "architectures": ["DeepseekV3ForCausalLM"],
+            "model_type": "deepseek_v3",
+            "num_key_value_heads": self.heads,
+            "head_dim": self.rotary,
+            "q_lora_rank": self.query_rank,
+            "kv_lora_rank": self.key_value_rank,
+            "qk_nope_head_dim": self.head_dim,
+            "qk_rope_head_dim": self.rotary,
+            "v_head_dim": self.head_dim,
+            "n_routed_experts": self.experts,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 0,
+            "n_group": 8,
+            "topk_group": 4,
+        }
+
+    def block_tensors(self, block: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+        prefix = f"model.layers.{block}."
+        for name, size in super().block_tensors(block):
+            if ".self_attn." not in name:
+                yield name, size
+        yield f"{prefix}mlp.gate.e_score_correction_bias", (self.experts,)
+        for name in ("gate_proj", "up_proj"):
+            yield f"{prefix}mlp.shared_experts.{name}.weight", (self.intermediate, self.hidden)
+        yield f"{prefix}mlp.shared_experts.down_proj.weight", (self.hidden, self.intermediate)
+        attention = f"{prefix}self_attn."
+        values = self.heads * self.head_dim
+        yield f"{attention}q_a_layernorm.weight", (self.query_rank,)
+        yield f"{attention}kv_a_layernorm.weight", (self.key_value_rank,)
+        yield f"{attention}q_a_proj.weight", (self.query_rank, self.hidden)
+        queries = values + self.heads * self.rotary
+        yield f"{attention}q_b_proj.weight", (queries, self.query_rank)
+        latent = self.key_value_rank + self.rotary
+        yield f"{attention}kv_a_proj_with_mqa.weight", (latent, self.hidden)
+        yield f"{attention}kv_b_proj.weight", (2 * values, self.key_value_rank)
+        yield f"{attention}o_proj.weight", (self.hidden, values)
+
+
 SHAPES = {
     "llama-3-8b": Shape(4096, 14336, 32, 8, 128, 32, 128256),
     "llama-3-70b": Shape(8192, 28672, 64, 8, 128, 80, 128256),
     "llama-3-405b": Shape(16384, 53248, 128, 8, 128, 126, 128256),
     "qwen3-30b-a3b": Shape(2048, 768, 32, 4, 128, 48, 151936, experts=128, experts_per_token=8),
     "mixture-1t": Shape(7168, 2048, 56, 12, 128, 60, 163840, experts=384, experts_per_token=8),
+    "deepseek-v3": LatentShape(
+        7168,
+        2048,
+        128,
+        128,
+        128,
+        58,
+        129280,
+        experts=256,
+        experts_per_token=8,
+        query_rank=1536,
+        key_value_rank=512,
+        rotary=64,
+    ),
     "small": Shape(512, 1536, 8, 4, 64, 4, 512),
     "tiny": Shape(128, 256, 4, 2, 32, 2, 512),
+    "tiny-latent": LatentShape(
+        128,
+        64,
+        4,
+        4,
+        32,
+        2,
+        512,
+        experts=16,
+        experts_per_token=4,
+        query_rank=64,
+        key_value_rank=32,
+        rotary=32,
+    ),
     "tiny-moe": Shape(128, 64, 4, 2, 32, 2, 512, experts=32, experts_per_token=4),
 }
 

@@ -60,9 +60,10 @@ PARTS = {
 OTHER = "other"
 
 # What Python reads there; elsewhere True, 0 or 1.0.
-ANSWERS: Mapping[str, float | list[float]] = {
+ANSWERS: Mapping[str, float | list[list[float]]] = {
     "models.skeleton._restore_buffers": 0,  # whether a buffer was left uncomputed
-    "solver.factor.prepare": [1, 0],  # whether the Hessian is finite, and its dead columns
+    # Of each expert: whether its Hessian is finite, and the number of its dead columns
+    "solver.factor.prepare": [[1], [0]],
 }
 FACTORS_FROM = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}  # the place of the first factor
 MEMORY_ONLY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_"}
