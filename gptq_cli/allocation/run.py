@@ -43,7 +43,12 @@ from gptq_cli.quantization.resume import Identity, check_agreement, identify
 from gptq_cli.quantization.run import Calibration, calibrate, request_of
 from gptq_cli.quantization.run_state import Limits, Record, Run, SavingTimes
 from gptq_cli.runtime.memory import Memory, device_errors
-from gptq_cli.runtime.open_model import open_stream, report_device, resolve_device
+from gptq_cli.runtime.open_model import (
+    open_stream,
+    report_device,
+    resolve_device,
+    try_kernels,
+)
 from gptq_cli.runtime.ranks import SINGLE_PROCESS, Worker
 from gptq_cli.storage.manifest import ALLOCATION
 from gptq_cli.storage.work_directory import WorkDirectory, read_run, working_on, write_run
@@ -177,6 +182,7 @@ def measure_model(
             for code, text in prepared.warnings:
                 report(Warned(code, text))
         stream = _open(prepared, worker)
+        settle_kernels = try_kernels(worker.device, prepared.config.base)
         plan_of = partial(_plan, prepared, stream)
         plans = {width: plan_of(at_width(prepared.config, width)) for width in widths}
         units = find_units(plans, goal.protect)
@@ -185,6 +191,7 @@ def measure_model(
         check_token_ids(calibration.windows.ids, stream.vocabulary_rows)
         reference = reference_width(widths)
         identity = _identify(prepared, calibration, reference, worker, report)
+        settle_kernels(worker.team, report)
         kept = Kept.of(prepared, place, work, identity)
         names = [unit.name for unit in units]
         measured = worker.team.broadcast([kept.read(names, report)])[0]

@@ -89,6 +89,7 @@ from gptq_cli.runtime.open_model import (
     open_stream,
     report_device,
     resolve_device,
+    try_kernels,
 )
 from gptq_cli.runtime.ranks import SINGLE_PROCESS, Ranks, Worker
 from gptq_cli.solver.quantized_linear import QuantizedLinear
@@ -197,6 +198,7 @@ def carry_out(
         for note in prepared.notes:
             record(PhaseStarted("layers", note))
         plan = _refine_plan(prepared, stream, record)
+        settle_kernels = try_kernels(worker.device, config.base)
         if work is not None:
             _check_room(work, plan, stream, config, worker)
         calibration = calibrate(source, config, record, ranks)
@@ -209,6 +211,7 @@ def carry_out(
             source, commit, settings, worker.device, sha256, hashed=hashed, report=record
         )
         check_agreement(ranks, identity)
+        settle_kernels(ranks, record)
         manifest = None
         if work is not None:
             manifest = finished_output(

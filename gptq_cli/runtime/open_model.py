@@ -21,6 +21,7 @@ from gptq_cli.checkpoint.decoded import forward_dtype
 from gptq_cli.checkpoint.headers import DTYPES_OF_CONFIG
 from gptq_cli.checkpoint.reader import open_reader
 from gptq_cli.checkpoint.source import Checkpoint
+from gptq_cli.config.layer import LayerConfig
 from gptq_cli.config.leftovers import OF_ONE_REVISION
 from gptq_cli.errors import ConfigError, InputError
 from gptq_cli.events import PhaseStarted, Report, Warned
@@ -30,6 +31,8 @@ from gptq_cli.models.skeleton import build_skeleton, load_config
 from gptq_cli.models.stream import ModelStream, ReadAhead
 from gptq_cli.planning.estimate import DEVICE_SHARE
 from gptq_cli.runtime.memory import Memory
+from gptq_cli.runtime.ranks import Ranks
+from gptq_cli.solver import numerics
 
 # torch's dtypes by their names in config.json, and in safetensors headers
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES_OF_CONFIG}
@@ -87,6 +90,18 @@ def _has_nvidia_gpu() -> bool:
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return False
     return any(DEV.glob("nvidia[0-9]*")) or shutil.which("nvidia-smi") is not None
+
+
+def try_kernels(device: torch.device, config: LayerConfig) -> Callable[[Ranks, Report], None]:
+    """Begin the first launch of the solver's kernels; return the function that waits for it.
+
+    That function reports W_NO_KERNELS if they cannot run. On the CPU there is nothing to do.
+    """
+    if device.type not in numerics.KERNEL_DEVICES:
+        return lambda _ranks, _report: None
+    from gptq_cli.runtime.kernels import KernelTrial
+
+    return KernelTrial(device, config).settle
 
 
 def resolve_backend(backend: str | None, device: torch.device) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 # The one switch: device types whose float32 tensors go through the kernels of `triton_launch`.
 KERNEL_DEVICES = {"cuda"}
+WITHOUT_KERNELS: set[str] = set()  # the ones of them where a first launch failed
 ELEMENTS_PER_CHUNK = {"cpu": 2**20, "cuda": 2**24}
 # The first compute capability that multiplies bfloat16; what earlier ones make of it is not known.
 TENSOR_CORES_FROM = (8, 0)
@@ -26,13 +27,17 @@ Split = tuple[Tensor, Tensor]  # high and low part of a matrix
 
 
 @cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Return whether Triton is installed."""
     return find_spec("triton") is not None
 
 
 def uses_kernels(tensor: Tensor) -> bool:
     """Return whether steps on tensors like this one run as Triton kernels."""
-    return tensor.device.type in KERNEL_DEVICES and tensor.dtype == torch.float32 and _has_triton()
+    kind = tensor.device.type
+    if kind not in KERNEL_DEVICES or kind in WITHOUT_KERNELS:
+        return False
+    return tensor.dtype == torch.float32 and has_triton()
 
 
 def on_tensor_cores(tensor: Tensor) -> bool:
