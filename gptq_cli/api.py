@@ -384,10 +384,12 @@ def convert(
     >>> inspect("converted").format
     'compressed-tensors'
     """
+    from gptq_cli.config.fields import format_hint
     from gptq_cli.config.layer import FORMATS
 
     if to not in FORMATS:
-        raise ConfigError("E_CFG_RANGE", f"--to must be {one_of(FORMATS)}, got {shown(to)}")
+        message = f"--to must be {one_of(FORMATS)}, got {shown(to)}"
+        raise ConfigError("E_CFG_RANGE", message, hint=format_hint(to))
     from gptq_cli.inspection.convert import convert_checkpoint
 
     return convert_checkpoint(str(model), Path(output), to, overwrite=overwrite, report=on_event)

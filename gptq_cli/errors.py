@@ -204,6 +204,13 @@ def size(n_bytes: float) -> str:
     return f"{n_bytes:.3g} {UNITS[unit]}"
 
 
+def counted(number: int, noun: str) -> str:
+    """Return the number with its noun, which gets an s unless it is one: 1 file, 2 files."""
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number} {noun}s"
+
+
 def clock(seconds: float) -> str:
     """Return seconds as h:mm:ss."""
     minutes, rest = divmod(round(seconds), 60)

@@ -437,7 +437,7 @@ def _uncounted(source: DatasetSource, n_windows: int, config: QuantizeConfig) ->
     windows = f"{n_windows} documents of up to {config.seqlen} tokens are needed"
     if config.pack:
         needed = n_windows * config.seqlen
-        windows = f"{n_windows} windows of {config.seqlen} need {needed:,} tokens"
+        windows = f"{n_windows} windows of {config.seqlen} need {needed:,} tokens at most"
     summary = f"{source.name}, not read yet; {windows}"
     return TextPlan(source.name, None, None, None, None, n_windows, needed, summary)
 

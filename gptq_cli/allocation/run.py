@@ -33,7 +33,7 @@ from gptq_cli.allocation.units import Unit, find_units
 from gptq_cli.calibration.windows import Windows, check_token_ids
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.serving import LOADS, Verdict
-from gptq_cli.errors import InputError
+from gptq_cli.errors import InputError, counted
 from gptq_cli.events import PhaseStarted, Report, Resumed, Warned, WorkKept, ignore
 from gptq_cli.models.stream import ModelStream
 from gptq_cli.planning.checks import PreparedRun
@@ -364,7 +364,8 @@ def _text(
         )
     n_tokens = config.nsamples * config.seqlen
     n_windows, length = probe_shape(n_tokens, n_units, config.seqlen)
-    report(PhaseStarted("probe", f"{n_windows} windows of {length} tokens for {n_units} units"))
+    windows, units = counted(n_windows, "window"), counted(n_units, "unit")
+    report(PhaseStarted("probe", f"{windows} of {length} tokens for {units}"))
     drawn = {"nsamples": n_windows, "seqlen": length, "seed": config.seed + 1}
     probe = calibrate(source, config.model_copy(update=drawn), ignore, team).windows
     return calibration, probe

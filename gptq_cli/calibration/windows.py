@@ -348,6 +348,8 @@ class Part:
         needed = f"{self.nsamples} documents of up to {self.seqlen} tokens are needed"
         if self.needed_tokens is not None:
             needed = f"{self.nsamples} windows of {self.seqlen} need {self.needed_tokens:,}"
+            if self.pool.length != self.seqlen:
+                needed += " beside the first token of each"
         return f"{self.documents.name}, {held}; {needed}"
 
     @property

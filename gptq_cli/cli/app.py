@@ -87,6 +87,7 @@ COMMANDS: dict[str, str] = {}
 for _commands in GROUPS.values():
     COMMANDS |= _commands
 MODULES = {"dequantize": "convert", "eval": "eval_tasks", "resume": "quantize"}
+OPPOSITES = {"--no-sym": "--asym", "--no-asym": "--sym"}  # which are one pair of names
 BUG, USAGE, INTERRUPTED = 1, 2, 130
 PLAIN_WORDS = {  # sentences of typer, and their replacements
     r"No such command '(.+)'": r"there is no command `\1`",
@@ -210,6 +211,8 @@ def _usage(error: TyperException) -> Problem:
     if possible:
         message, typed = error.message, getattr(error, "option_name", "")
         near = "".join(get_close_matches(typed, possible, 1, cutoff=0.7))
+        if OPPOSITES.get(typed) in possible:
+            near = OPPOSITES[typed]
     first = near.split(",")[0].strip("'?")
     hint = f"did you mean {first}?"
     if not near:

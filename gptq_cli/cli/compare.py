@@ -11,7 +11,7 @@ from gptq_cli.cli import options as o
 from gptq_cli.cli.console import Console, aligned, indented_lines, joined
 from gptq_cli.cli.progress import Progress
 from gptq_cli.config.resolve import check_flags
-from gptq_cli.errors import clock
+from gptq_cli.errors import clock, counted
 from gptq_cli.evaluation.verdict import verdict_lines
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def _missing_lines(label: str, names: Sequence[str]) -> list[str]:
 
 
 def _prediction_lines(found: EvalResult) -> list[str]:
-    windows = f"{found.windows} windows of {found.seqlen} tokens"
+    windows = f"{counted(found.windows, 'window')} of {found.seqlen} tokens"
     assert found.kl is not None
     lines = [
         f"perplexity  {found.perplexity:.4f}, reference {found.baseline_perplexity:.4f}",

@@ -30,6 +30,7 @@ from gptq_cli.errors import (
     Location,
     Problem,
     __version__,
+    counted,
     without_secrets,
 )
 from gptq_cli.json_values import to_json
@@ -409,13 +410,6 @@ def _silence(stream: TextIO | None) -> None:
 def indented_lines(lines: Iterable[str]) -> list[str]:
     """Return `lines`, each with two blanks before it."""
     return [f"  {line}" for line in lines]
-
-
-def counted(number: int, noun: str) -> str:
-    """Return the number with its noun, which gets an s unless it is one: 1 file, 2 files."""
-    if number == 1:
-        return f"1 {noun}"
-    return f"{number} {noun}s"
 
 
 def fitted(line: str, indent: int = 2) -> str:

@@ -11,7 +11,7 @@ from gptq_cli.cli.console import Console, joined
 from gptq_cli.cli.progress import Progress
 from gptq_cli.config.fields import Panel
 from gptq_cli.config.resolve import check_flags
-from gptq_cli.errors import ConfigError, GateError, Problem, clock
+from gptq_cli.errors import ConfigError, GateError, Problem, clock, counted
 from gptq_cli.evaluation.verdict import BETTER, verdict_lines
 
 if TYPE_CHECKING:
@@ -243,7 +243,7 @@ def _too_much_increase(result: EvalResult, limits: Limits) -> Problem | None:
 
 def summary_of(result: EvalResult) -> list[str]:
     """Return lines about an evaluation, and a verdict if there is a baseline."""
-    windows = f"{result.windows} windows of {result.seqlen} tokens"
+    windows = f"{counted(result.windows, 'window')} of {result.seqlen} tokens"
     lines = [f"perplexity  {result.perplexity:.4f}"]
     if result.baseline_perplexity is not None:
         increase = result.perplexity - result.baseline_perplexity

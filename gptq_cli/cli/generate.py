@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gptq_cli.cli import options as o
-from gptq_cli.cli.console import Console, counted, write_piece
+from gptq_cli.cli.console import Console, write_piece
 from gptq_cli.config.fields import Panel
 from gptq_cli.config.resolve import check_flags
-from gptq_cli.errors import InputError
+from gptq_cli.errors import InputError, counted
 from gptq_cli.events import Event, PhaseStarted, Warned
 
 if TYPE_CHECKING:

@@ -10,7 +10,6 @@ from gptq_cli.cli import options as o
 from gptq_cli.cli.console import (
     Console,
     aligned,
-    counted,
     engine_lines,
     fitted,
     indented_lines,
@@ -19,7 +18,7 @@ from gptq_cli.cli.console import (
     row_lines,
 )
 from gptq_cli.cli.progress import Progress
-from gptq_cli.errors import shown, size
+from gptq_cli.errors import counted, shown, size
 
 if TYPE_CHECKING:
     from gptq_cli.checkpoint.defects import Defect

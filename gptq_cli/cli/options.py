@@ -191,7 +191,8 @@ def _annotation(field: str) -> Any:
     assert option is not None
     kind = _value_type(info.annotation)
     default = getattr(DEFAULTS, field)
-    help_text = f"{info.description}{option.note}"
+    # A flag that is left out has no value, which a file writes as null.
+    help_text = f"{info.description}{option.note}".replace("; null:", "; default:")
     if default:
         help_text += f"; default {_word(default)}"
     spellings = option.names or _spellings(field, kind)

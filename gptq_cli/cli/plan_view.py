@@ -9,7 +9,6 @@ from textwrap import wrap
 from gptq_cli.cli.console import (
     Console,
     aligned,
-    counted,
     engine_lines,
     fitted,
     indented_lines,
@@ -21,7 +20,7 @@ from gptq_cli.cli.console import (
 from gptq_cli.cli.progress import Progress
 from gptq_cli.config.fields import AUTO
 from gptq_cli.config.resolve import Resolved
-from gptq_cli.errors import clock, size
+from gptq_cli.errors import clock, counted, size
 from gptq_cli.planning.estimate import Disk, DownloadPlan, Seconds, total
 from gptq_cli.preview import PlanResult, TextPlan, preview_run
 

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from gptq_cli.cli.console import Console, log, on_one_line, unread_line, visible
-from gptq_cli.errors import clock, size, without_secrets
+from gptq_cli.errors import clock, counted, size, without_secrets
 from gptq_cli.events import (
     BlockFinished,
     BlockStarted,
@@ -252,7 +252,8 @@ def _advice(event: Resumed | WorkKept | EngineSaid) -> str:
     if isinstance(event, EngineSaid):
         return f"{event.engine}: {event.line}"
     if isinstance(event, Resumed):
-        return f"resuming after {event.index} of {event.n_blocks} blocks, from {event.directory}"
+        blocks = counted(event.n_blocks, "block")
+        return f"resuming after {event.index} of {blocks}, from {event.directory}"
     if event.failed:
         until = "until a run with other settings begins"
         return f"finished blocks are kept in {event.directory} {until}"
@@ -263,7 +264,8 @@ def _planned(event: RunPlanned) -> str:
     kept = f", {event.n_kept} kept" if event.n_kept else ""
     sizes = f"{size(event.bytes_before)} -> {size(event.bytes_after)}"
     rate = f"{event.bits_per_weight:.3g} bits a weight"
-    return f"plan: {event.n_quantized} layers in {event.n_blocks} blocks{kept}, {sizes}, {rate}"
+    layers, blocks = counted(event.n_quantized, "layer"), counted(event.n_blocks, "block")
+    return f"plan: {layers} in {blocks}{kept}, {sizes}, {rate}"
 
 
 def _detail(report: LayerReport) -> str:

@@ -11,7 +11,7 @@ import typer
 from gptq_cli.cli import options as o
 from gptq_cli.cli.console import Console, joined
 from gptq_cli.cli.progress import Progress
-from gptq_cli.errors import size
+from gptq_cli.errors import counted, size
 
 if TYPE_CHECKING:
     from gptq_cli.publish.push import PushResult
@@ -88,7 +88,7 @@ def push(
 
 
 def _text(done: PushResult, published: Published) -> str:
-    files = f"{len(done.files)} files, {size(sum(done.files.values()))}"
+    files = f"{counted(len(done.files), 'file')}, {size(sum(done.files.values()))}"
     readers = "private" if done.private else "public"
     change = "unchanged" if published.already_there else "new commit"
     lines = [

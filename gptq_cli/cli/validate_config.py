@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gptq_cli.cli.console import Console, counted, engine_lines, fitted, on_one_line
+from gptq_cli.cli.console import Console, engine_lines, fitted, on_one_line
 from gptq_cli.cli.options import AsJson, Quiet, plain
 from gptq_cli.config.resolve import Resolved, resolve, to_yaml
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.serving import Verdict, engine_data
+from gptq_cli.errors import counted
 
 if TYPE_CHECKING:
     from gptq_cli.planning.run_plan import LayerPlan, RunPlan

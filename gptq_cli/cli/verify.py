@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gptq_cli.cli.console import Console, counted, fitted, joined
+from gptq_cli.cli.console import Console, fitted, joined
 from gptq_cli.cli.options import AsJson, Quiet, plain
 from gptq_cli.cli.progress import Progress
-from gptq_cli.errors import GateError, size
+from gptq_cli.errors import GateError, counted, size
 
 if TYPE_CHECKING:
     from gptq_cli.checkpoint.defects import Defect

@@ -25,6 +25,7 @@ from typing_extensions import TypedDict
 
 from gptq_cli.config.layer import (
     BITS,
+    FORMATS,
     PRESETS,
     BitWidth,
     DampMode,
@@ -356,10 +357,28 @@ def _hint(field: str, value: object, model: type[BaseModel]) -> str | None:
         return "write -1 for one group per row"
     if field == "damp_percent" and not isinstance(value, str):
         return "typical values are 0.01 to 0.1"
+    if isinstance(value, int | float):
+        return _hint_for_number(field, value, model)
     if isinstance(value, str):
         if field == "target":
             return target_hint(value) or suggestion(value, TARGETS) or ENGINES_ARE
         return _hint_for_text(field, value, model)
+    return None
+
+
+def format_hint(word: str) -> str:
+    """Return the hint for a format that is not one of `FORMATS`."""
+    usual = "most engines load gptq or compressed-tensors; `gptq plan` shows which"
+    return suggestion(word, FORMATS) or usual
+
+
+def _hint_for_number(field: str, value: float, model: type[BaseModel]) -> str | None:
+    if field == "bits" and value > BITS[-1]:
+        return f"{BITS[-1]} bits are the most; a rule `-:NAME` of dynamic keeps a layer as it is"
+    if field == "bits" and value < BITS[0]:
+        return f"{BITS[0]} bits are the fewest"
+    if field in ("nsamples", "seqlen"):
+        return f"the default is {model.model_fields[field].default}"
     return None
 
 
@@ -376,6 +395,8 @@ def _hint_for_text(field: str, value: str, model: type[BaseModel]) -> str | None
     try:
         float(value)
     except ValueError:
+        if field == "format":
+            return format_hint(value)
         return suggestion(value, words_of(field, model))
     return f"write {value.strip()} without quotes"
 

@@ -10,8 +10,10 @@ so it is only noted.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ from gptq_cli.files import file_errors
 
 ENVIRONMENT = "GPTQ_"
 AT_KEY = {"E_CFG_UNKNOWN_KEY", "E_CFG_REGEX"}
+SETTING = re.compile(r"set (\w+) to (\w+)(, or remove it)?")  # in hints
 
 FOLDER = Path(__file__).with_name("recipes")
 
@@ -299,7 +302,21 @@ def _conflict(
         return f"{name} ({at})"
 
     message = finding.message(side)
-    return Problem(finding.code, message, finding.hint, next(iter(locations), None))
+    hint = finding.hint and SETTING.sub(partial(_as_flag, chosen), finding.hint)
+    return Problem(finding.code, message, hint, next(iter(locations), None))
+
+
+def _as_flag(chosen: Mapping[str, _Source], found: re.Match[str]) -> str:
+    """Return the advice about a setting in the words of the flag, if a flag has set it."""
+    key, value = found[1], found[2]
+    name = ""
+    if key in chosen:
+        name = chosen[key].name((key,))
+    if not name.startswith("--"):
+        return found[0]
+    if value == "false":
+        return f"use {name.replace('--', '--no-', 1)}, or leave out {name}"
+    return f"use {name} {value}"
 
 
 def _check_target(config: QuantizeConfig, chosen: Mapping[str, _Source]) -> None:

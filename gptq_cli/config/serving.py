@@ -1082,10 +1082,18 @@ def _refusal(target: Target, rule: Rule, export: Export) -> str:
 
 def _what_loads(export: Export) -> str:
     """Return the end of a hint: the engines that load the checkpoint unchanged."""
-    loads = [verdict.engine for verdict in verdicts(export) if verdict.outcome in LOADS]
-    if not loads:
+    engines: dict[Outcome, list[str]] = {outcome: [] for outcome in LOADS}
+    for verdict in verdicts(export):
+        if verdict.outcome in LOADS:
+            engines[verdict.outcome].append(verdict.engine)
+    ways = []
+    if engines["yes"]:
+        ways.append(f"in {', '.join(engines['yes'])}")
+    if engines["limited"]:
+        ways.append(f"with limits in {', '.join(engines['limited'])}")
+    if not ways:
         return ""
-    return f"; as it is, it loads in {', '.join(loads)}"
+    return f"; as it is, it loads {' and '.join(ways)}"
 
 
 def limits(export: Export, target: str | None) -> list[str]:

@@ -40,7 +40,7 @@ from gptq_cli.checkpoint.verify import check_written
 from gptq_cli.checkpoint.writer import CheckpointWriter, copy_side_files
 from gptq_cli.config.layer import FORMATS, GPTQ_FORMATS, formats_for, misfits
 from gptq_cli.config.resolve import resolve, to_yaml
-from gptq_cli.errors import ConfigError, InputError, Problem, one_of
+from gptq_cli.errors import ConfigError, InputError, Problem, counted, one_of
 from gptq_cli.events import ByteCount, LayerStarted, PhaseStarted, Report, ignore
 from gptq_cli.files import is_file
 from gptq_cli.inspection.rewriting import Rewritten, fresh, open_source, publish, write_tensors
@@ -73,7 +73,8 @@ def convert_checkpoint(
     conversion = _Conversion(source, modules, to)
     conversion.check()
     with fresh(output, report) as work:
-        report(PhaseStarted("convert", f"{len(modules)} layers from {format} to {to}"))
+        layers = counted(len(modules), "layer")
+        report(PhaseStarted("convert", f"{layers} from {format} to {to}"))
         write = partial(conversion.write, report)
         written = write_tensors(work.stage, conversion.units(), write, report)
         copy_side_files(source, work.stage, without={CONFIG_FILE, MANIFEST})

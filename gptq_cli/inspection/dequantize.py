@@ -14,7 +14,7 @@ from gptq_cli.checkpoint.quantization_config import without_quantization
 from gptq_cli.checkpoint.reader import SAFETENSORS_DTYPE, open_reader
 from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.checkpoint.writer import CheckpointWriter, copy_side_files
-from gptq_cli.errors import InputError
+from gptq_cli.errors import InputError, counted
 from gptq_cli.events import ByteCount, LayerStarted, PhaseStarted, Report, ignore
 from gptq_cli.inspection.rewriting import Rewritten, fresh, open_source, publish, write_tensors
 from gptq_cli.runtime.open_model import DTYPES, STORED_DTYPES, warn_of
@@ -45,7 +45,8 @@ def dequantize_checkpoint(
     weights = _PlainWeights(source, wanted, cast=dtype != "auto")
     n_layers = len(weights.plain.parts)
     with fresh(output, report) as work:
-        report(PhaseStarted("dequantize", f"{n_layers} layers to {_name_of(wanted)}"))
+        layers = counted(n_layers, "layer")
+        report(PhaseStarted("dequantize", f"{layers} to {_name_of(wanted)}"))
         write = partial(weights.write, report)
         written = write_tensors(work.stage, weights.units(), write, report)
         copy_side_files(source, work.stage, without=RUN_FILES)

@@ -20,7 +20,7 @@ from gptq_cli.checkpoint.verify import verify_checkpoint
 from gptq_cli.config.corpora import BUILT_IN, CORPORA
 from gptq_cli.config.resolve import resolve
 from gptq_cli.config.schema import NO_LORA
-from gptq_cli.errors import ConfigError, GateError
+from gptq_cli.errors import ConfigError, GateError, counted
 from gptq_cli.events import Report, Warned, ignore
 from gptq_cli.files import advice, file_errors, is_file
 from gptq_cli.hub_errors import id_flaw, pasted_id
@@ -171,9 +171,7 @@ def push_upload(
 def _verify(directory: Path, report: Report) -> None:
     found = verify_checkpoint(directory, full=True, report=report)
     if not found.ok:
-        count = f"{len(found.defects)} defects"
-        if len(found.defects) == 1:
-            count = "1 defect"
+        count = counted(len(found.defects), "defect")
         message = f"`{directory}` has {count}, the first: {found.defects[0]}"
         hint = f"see all details: gptq verify {directory} --full"
         raise GateError("E_VERIFY", message, hint=hint)

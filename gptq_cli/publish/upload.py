@@ -13,7 +13,7 @@ from hashlib import sha1
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptq_cli.errors import ExistsError, GptqError, InputError, size
+from gptq_cli.errors import ExistsError, GptqError, InputError, counted, size
 from gptq_cli.events import ByteCount, PhaseStarted, Report
 from gptq_cli.hub_errors import AGAIN, push_refusal
 from gptq_cli.storage.manifest import CONFIG_FILE, MANIFEST, QUANTIZE_CONFIG
@@ -116,7 +116,7 @@ def publish(
             return Published(hub.url, head, (), already_there=True)
         occupied = [path for path in different if path in main] + stale
         _refuse_occupied(repo, occupied, overwrite=overwrite)
-        report(PhaseStarted("upload", f"{len(different)} files to {repo}"))
+        report(PhaseStarted("upload", f"{counted(len(different), 'file')} to {repo}"))
         if not progress:
             _send_large(hub, different, report)
         commit = _commit(hub, stale, head)

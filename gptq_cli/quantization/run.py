@@ -38,7 +38,7 @@ from gptq_cli.checkpoint.writer import CheckpointWriter, write_side_files
 from gptq_cli.config.resolve import to_yaml
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.serving import Verdict, engine_data
-from gptq_cli.errors import InputError, __version__, size
+from gptq_cli.errors import InputError, __version__, counted, size
 from gptq_cli.events import (
     BlockFinished,
     ByteCount,
@@ -449,7 +449,8 @@ def calibrate(
     """Tokenize the calibration text on the leader, which sends the windows to the other ranks."""
     if not ranks.is_leader:
         return ranks.broadcast()
-    report(PhaseStarted("calibration", f"{config.nsamples} windows of {config.seqlen} tokens"))
+    number = counted(config.nsamples, "window")
+    report(PhaseStarted("calibration", f"{number} of {config.seqlen} tokens"))
     parts = read_parts(source.directory, config)
     hub_datasets, windows, known = [], [], []
     template_sha256 = None
@@ -538,7 +539,7 @@ def _writing_output(
                 if plan.source.download is not None:
                     plan.source.download.take = partial(copy_others, writer, plan)
                 yield
-            record(PhaseStarted("copy", f"{len(plan.copied)} other tensors"))
+            record(PhaseStarted("copy", counted(len(plan.copied), "other tensor")))
             copy_others(writer, plan, report=record)
             writer.finish(record)
         work.refuse_gone()

@@ -23,7 +23,7 @@ from gptq_cli.checkpoint.reader import open_reader
 from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.config.layer import LayerConfig
 from gptq_cli.config.leftovers import OF_ONE_REVISION
-from gptq_cli.errors import ConfigError, InputError
+from gptq_cli.errors import ConfigError, InputError, counted
 from gptq_cli.events import PhaseStarted, Report, Warned
 from gptq_cli.models.block_calls import State
 from gptq_cli.models.names import Sources
@@ -71,7 +71,7 @@ def report_device(device: torch.device, asked: str, report: Report, n_processes:
 
     `asked` is the device of the configuration: a user who names the CPU gets no warning.
     """
-    name = f"{torch.get_num_threads()} threads of the CPU"
+    name = f"{counted(torch.get_num_threads(), 'thread')} of the CPU"
     if device.type == "cuda":
         name = f"{device}, {torch.cuda.get_device_name(device)}"
     if n_processes > 1:

@@ -23,6 +23,7 @@ from gptq_cli.calibration.windows import (
     calibration_windows,
     evaluation_windows,
     load_encoder,
+    read_parts,
 )
 from gptq_cli.errors import ConfigError, ExistsError, GptqError
 from gptq_cli.evaluation.perplexity import evaluate_perplexity
@@ -447,6 +448,16 @@ def phases(events: list[Event], name: str) -> list[str]:
     return [
         event.detail for event in events if isinstance(event, PhaseStarted) and event.name == name
     ]
+
+
+def test_a_first_token_before_each_window_is_told_apart(tmp_path: Path) -> None:
+    directory = tokenizer_in(tmp_path / "tokenizer", None, adds_bos=True)
+    (tmp_path / "x.txt").write_text("what is one and one? " * 100)
+    settings = config(dataset=str(tmp_path / "x.txt"), seqlen=8, nsamples=4)
+    [part] = read_parts(directory, settings)
+    assert part.summary.endswith("4 windows of 8 need 28 beside the first token of each")
+    assert {len(window) for window in part.pool.windows} == {8}
+    assert {window[0] for window in part.pool.windows} == {BOS}
 
 
 def test_a_run_and_an_evaluation_tell_what_was_recognised(model: Path, tmp_path: Path) -> None:

@@ -101,7 +101,8 @@ dynamic:
     datasets = "must be a dataset name, a path, or a list of these"
     modules = "must be a list of lists of module names, like [[self_attn.q_proj], [mlp.down_proj]]"
     assert found == [
-        ("E_CFG_RANGE", 1, 7, f"bits must be {bits}, got 9", None),
+        ("E_CFG_RANGE", 1, 7, f"bits must be {bits}, got 9",
+         "8 bits are the most; a rule `-:NAME` of dynamic keeps a layer as it is"),
         ("E_CFG_UNKNOWN_KEY", 2, 1, "group_sise is not a known key", "did you mean group_size?"),
         ("E_CFG_TYPE", 3, 11, 'nsamples must be a whole number of 1 or more, got "128"',
          "write 128 without quotes"),
@@ -110,7 +111,8 @@ dynamic:
         ("E_CFG_RANGE", 6, 15, "damp_percent must be a number strictly between 0 and 1, got .nan",
          "typical values are 0.01 to 0.1"),
         ("E_CFG_RANGE", 7, 13, f"group_size must be {sizes}", "write -1 for one group per row"),
-        ("E_CFG_TYPE", 8, 9, "seqlen must be a whole number of 1 or more, got 1.5", None),
+        ("E_CFG_TYPE", 8, 9, "seqlen must be a whole number of 1 or more, got 1.5",
+         "the default is 2048"),
         ("E_CFG_CONFLICT", 9, 11,
          f"desc_act ({file}:9:11) and act_group_aware ({file}:10:18) are both true "
          "and exclude each other",
@@ -237,6 +239,18 @@ def test_a_conflict_names_both_sources(tmp_path: Path) -> None:
     assert messages_of({"desc_act": True}, {}, file) == [words]
     words = "--batch-size and nsamples (default) disagree: a batch of 300 from 128 samples"
     assert messages_of({"bits": 4, "batch_size": 300}, {}) == [words]
+
+
+def test_hints_about_conflicts_name_the_flags_that_were_given(tmp_path: Path) -> None:
+    file = write(tmp_path, "bits: 4\nact_group_aware: true\nnsamples: 4\n")
+    end = "desc_act turns it off"
+    (of_file,) = problems_of({"desc_act": True}, {}, file)
+    assert of_file.hint == f"set act_group_aware to false, or remove it: {end}"
+    (of_flag,) = problems_of({"desc_act": True, "act_group_aware": True}, {})
+    assert of_flag.hint == f"use --no-act-group-aware, or leave out --act-group-aware: {end}"
+    file.write_text("nsamples: 4\n")
+    (of_batch,) = problems_of({"batch_size": 8}, {}, file)
+    assert of_batch.hint == "use --batch-size 4 or less"
 
 
 def test_a_wrong_value_under_a_flag_is_still_an_error(tmp_path: Path) -> None:

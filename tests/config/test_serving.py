@@ -357,6 +357,18 @@ def test_target_problems_name_every_reason_and_a_remedy() -> None:
     assert problems[0].hint == "use --bits 4 or 8; as it is, it loads in gptqmodel"
 
 
+def test_hints_tell_engines_with_limits_from_the_others() -> None:
+    ordered = export_of(
+        {"q": LayerConfig(desc_act=True, act_group_aware=False)}, "gptq", lm_head=False
+    )
+    (problem,) = target_problems(ordered, "vllm")
+    assert problem.hint is not None
+    _, free, limited = re.split(" it loads in | and with limits in ", problem.hint)
+    outcomes = by_engine(ordered)
+    assert {outcomes[engine] for engine in free.split(", ")} == {"yes"}
+    assert {outcomes[engine] for engine in limited.split(", ")} == {"limited"}
+
+
 def one_layer(format: str, *, lm_head: bool, **settings: Any) -> Export:
     return export_of({"layers.0.q_proj": LayerConfig(**settings)}, format, lm_head=lm_head)
 

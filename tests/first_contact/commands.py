@@ -97,7 +97,34 @@ CONTACTS = (
         2,
         ("error[E_CFG_TYPE]: --bits must be 2, 3, 4, 5, 6, 7 or 8, or an average", 'got "four"'),
     ),
-    Contact(f"gptq quantize {MODEL} --bits 9", 2, ("error[E_CFG_RANGE]: --bits must be", "got 9")),
+    Contact(
+        f"gptq quantize {MODEL} --bits 9",
+        2,
+        ("error[E_CFG_RANGE]: --bits must be", "got 9", "hint: 8 bits are the most"),
+    ),
+    Contact(
+        f"gptq quantize {MODEL} --nsamples 0",
+        2,
+        ("error[E_CFG_RANGE]: --nsamples must be", "got 0", "hint: the default is 128"),
+    ),
+    Contact(
+        f"gptq quantize {MODEL} --no-sym",
+        2,
+        ("there is no option --no-sym", "hint: did you mean --asym?"),
+    ),
+    Contact(
+        f"gptq quantize {MODEL} --desc-act --act-group-aware",
+        2,
+        (
+            "--desc-act and --act-group-aware are both true and exclude each other",
+            "hint: use --no-act-group-aware, or leave out --act-group-aware",
+        ),
+    ),
+    Contact(
+        f"gptq convert {MODEL} --to awq -o ./new",
+        2,
+        ("error[E_CFG_RANGE]: --to must be gptq", "hint: most engines load gptq"),
+    ),
     Contact(
         f"gptq quantize {MODEL} --bits 5 -g 64",
         2,
