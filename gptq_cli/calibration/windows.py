@@ -208,8 +208,8 @@ def _pool_of_chats(chats: Iterable[str], encode: Encode, seqlen: int, most: int)
             if len(windows) == most:
                 return Pool(windows, most * seqlen, False, seqlen, cut, read)
             unseen = len(ids) - room
-            ids, repeated = _next_turn(later, encode, whole, unseen, seqlen)
-            cut += unseen - repeated
+            ids, held = _next_turn(later, encode, whole, unseen, seqlen)
+            cut += unseen - held
         window += ids
     tokens = len(windows) * seqlen + len(window)
     return Pool(windows, tokens, True, seqlen, cut, read)
@@ -218,19 +218,19 @@ def _pool_of_chats(chats: Iterable[str], encode: Encode, seqlen: int, most: int)
 def _next_turn(
     later: Iterator[str], encode: Encode, whole: list[int], unseen: int, seqlen: int
 ) -> tuple[list[int], int]:
-    """Return the ids of a chat from its next turn on, and how many of its last tokens they hold.
+    """Return the ids of a chat from its next turn on, and how many `unseen` tokens they hold.
 
-    The next turn is the first in `later` of which no more than the last `unseen` tokens of the
-    `whole` chat follow. Without one, both are empty. A beginning that fills a window of `seqlen`
-    with what each window of this chat begins with shows nothing new.
+    The next turn is the first in `later` that repeats no more than the last `unseen` tokens of the
+    `whole` chat, apart from the mark with which turns begin. Without one, both are empty. A
+    beginning that fills a window of `seqlen` with what each window of this chat begins with shows
+    nothing new.
     """
     for text in later:
         ids = encode(text, False)
         ahead = _n_equal(ids, whole)
         behind = _n_equal(ids[::-1], whole[::-1])
-        held = min(len(ids) - ahead, behind)
-        if held <= unseen and ahead < seqlen:
-            return ids, held
+        if min(len(ids) - ahead, behind) <= unseen and ahead < seqlen:
+            return ids, min(behind, unseen)
     return [], 0
 
 

@@ -163,6 +163,15 @@ def test_a_long_chat_goes_on_at_its_next_question(tmp_path: Path) -> None:
     assert [window[: len(begin) + 1] for window in windows] == [begin + one for one in "abcdef"]
 
 
+def test_tokens_up_to_the_next_question_are_counted(tmp_path: Path) -> None:
+    turns: list[Turn] = []
+    for letter in "abcdef":
+        turns += [("user", letter * 20), ("assistant", letter.upper() * 20)]
+    pool = Chats(tmp_path, [row(*turns)]).pool(45)
+    # A question has 27 tokens and an answer 32; with <s> a window shows 17 tokens of the answer.
+    assert (len(pool.windows), pool.cut) == (6, 6 * 15)
+
+
 def test_a_cut_answer_without_a_later_question_is_dropped(tmp_path: Path) -> None:
     rows = [row(("user", "a"), ("assistant", "A" * 90)), row(("user", "b"), ("assistant", "B" * 9))]
     chats = Chats(tmp_path, rows)
