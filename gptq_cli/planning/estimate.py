@@ -37,10 +37,12 @@ TOKENS_PER_CHUNK = 1024  # of the inputs that the Hessian takes in float32 at a 
 FLOAT, CODE = 4, 1  # bytes
 
 HESSIAN_SHARE = 9 / 16  # of a full product, as the Hessian is symmetric
-# Number of rows that one process solves at a time. All processes cut layers alike: products then
-# have the same shape, and the same bits, in every process. Smaller parts balance better among
-# processes; larger ones fill an accelerator.
-ROWS_OF_A_PART = {"cpu": 1024, "cuda": 4096}
+# Number of rows that one process solves at a time: the least and the most. All processes cut layers
+# alike: products then have the same shape, and the same bits, in every process. So the number must
+# not depend on memory that is free at the moment. Smaller parts balance better among processes;
+# larger ones fill an accelerator, as long as they take less memory than a wide layer's Hessian.
+ROWS_OF_A_PART = {"cpu": (1024, 1024), "cuda": (4096, 16384)}
+WEIGHTS_OF_A_PART = 2**27  # in parts of more than the least number of rows
 # Number of experts of equal shapes that are solved together, if the bytes below hold them: on an
 # accelerator they share launches, and a processor gains nothing. Both numbers are the same in every
 # process and at every moment of a run, for the same reason. To be measured on a GPU.
@@ -194,8 +196,8 @@ def estimate_memory(
     sums = int(panels * _most_inputs(plan.quantized) ** 2 * FLOAT)
     chunk = min(TOKENS_PER_CHUNK, batch_tokens) * widest * FLOAT
     solver = {}
-    for device, rows in ROWS_OF_A_PART.items():
-        solver[device] = Term("solver", max(_solver_bytes(plan, bits, rows), sums) + chunk)
+    for device in ROWS_OF_A_PART:
+        solver[device] = Term("solver", max(_solver_bytes(plan, bits, device), sums) + chunk)
     on_cpu: tuple[Term, ...] = (libraries, *work, solver["cpu"])
     on_device: tuple[Term, ...] = (*work, solver["cuda"])
     if _has_experts(plan):
@@ -295,7 +297,13 @@ def _largest_block(plan: RunPlan) -> int:
     return max(sizes.values())
 
 
-def _solver_bytes(plan: RunPlan, bits: int, rows_of_part: int) -> int:
+def rows_of_a_part(device: str, in_features: int) -> int:
+    """Return how many rows of layers with this many inputs one process solves at a time."""
+    least, most = ROWS_OF_A_PART[device]
+    return max(least, min(most, WEIGHTS_OF_A_PART // in_features))
+
+
+def _solver_bytes(plan: RunPlan, bits: int, device: str) -> int:
     """Return the bytes of solving the layer that takes most.
 
     These are 2 float32 matrices [I, I], a Hessian and its factor; 3 float32 matrices and 2 of codes
@@ -303,7 +311,8 @@ def _solver_bytes(plan: RunPlan, bits: int, rows_of_part: int) -> int:
     """
     most = 0
     for layer in plan.quantized:
-        matrices = _solving_bytes(layer.in_features, min(layer.out_features, rows_of_part))
+        rows = min(layer.out_features, rows_of_a_part(device, layer.in_features))
+        matrices = _solving_bytes(layer.in_features, rows)
         most = max(most, matrices + layer.n_weights * (bits // 8 + CODE))
     return most
 
@@ -338,7 +347,7 @@ def _expert_bytes(layers: Sequence[LayerPlan], device: str) -> int:
         rows[layer.in_features] += layer.out_features
     most = 0
     for n, out_features in rows.items():
-        most = max(most, _solving_bytes(n, min(out_features, ROWS_OF_A_PART[device])))
+        most = max(most, _solving_bytes(n, min(out_features, rows_of_a_part(device, n))))
     return most
 
 
@@ -517,7 +526,7 @@ def _stage_seconds(
         hessian_share = factor_share = solve_share = 1 / devices
     else:  # Hessians are summed, each device factors for itself, and rows are shared
         hessian_share, factor_share = busiest, 1.0
-        parts = math.ceil(rows / ROWS_OF_A_PART["cuda"])
+        parts = math.ceil(rows / rows_of_a_part("cuda", n))
         solve_share = math.ceil(parts / devices) / parts
         sent += 2 * HESSIAN_SHARE * 4 * n**2 + (streams - 1) * 2 * 4 * n**2
     solving = 0.0

@@ -20,7 +20,7 @@ from gptq_cli.config.layer import LayerConfig, keeping
 from gptq_cli.errors import GateError, InputError
 from gptq_cli.events import Fallback, LayerReport, LayerSolved, LayerStarted, Warned
 from gptq_cli.models.skeleton import place
-from gptq_cli.planning.estimate import ROWS_OF_A_PART
+from gptq_cli.planning.estimate import rows_of_a_part
 from gptq_cli.planning.run_plan import LayerPlan
 from gptq_cli.quantization.run_state import Run
 from gptq_cli.runtime.memory import give_back_freed_tensors
@@ -142,7 +142,7 @@ class LayerSolver:
             config = together[0][0].config
             assert config is not None
             usable = self._prepare(together, inputs, config)
-            most = ROWS_OF_A_PART[self.device.type]
+            most = rows_of_a_part(self.device.type, inputs.hessians.shape[-1])
             cut = [row_parts(layers, most) for layers in together]
             parts = [list(chain(*same)) for same in zip(*cut, strict=True)]
             owners = ranks.deal([sum(map(len, part)) for part in parts])

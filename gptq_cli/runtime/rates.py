@@ -12,10 +12,10 @@ from torch import Tensor
 
 from gptq_cli.config.layer import LayerConfig
 from gptq_cli.planning.estimate import (
-    ROWS_OF_A_PART,
     Rates,
     factor_cost,
     hessian_cost,
+    rows_of_a_part,
     solve_products,
 )
 from gptq_cli.solver.factor import HessianFactor, prepare
@@ -40,7 +40,7 @@ def measure_rates(
     """
     group_size = config.columns_per_group(in_features)
     columns = min(in_features, max(group_size, MOST_COLUMNS // group_size * group_size))
-    rows = ROWS_OF_A_PART[device.type]
+    rows = rows_of_a_part(device.type, in_features)
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(TOKENS, columns, generator=generator).to(device, dtype)
     weight = torch.randn(rows, columns, generator=generator).to(device) / columns**0.5

@@ -7,8 +7,10 @@ The loss is tr(E H Eᵀ) with E = W - Q and H the damped Hessian of the solver. 
 
 No step raises the loss: a new scale is used only if it lowers the loss after it was rounded to a
 number that a checkpoint stores. The codes of a group are fitted right after its scale, so that one
-product with H serves both. Source: coordinate descent as in QuantEase (Behdin et al. 2023); scales
-as in stage 2 of arXiv 2602.02126.
+product with H serves both. With kernels, one product serves all groups of a panel: P of a later
+group is then corrected by what the earlier ones changed in E. So E is read once per panel, and
+products are large enough for a GPU. Source: coordinate descent as in QuantEase (Behdin et al.
+2023); scales as in stage 2 of arXiv 2602.02126.
 
 Letters for shapes:  O out_features   I in_features   G groups   n columns of a block
 Matrices are held transposed, [I, O]; columns are sorted by group.
@@ -27,10 +29,11 @@ from gptq_cli.solver.factor import HessianFactor
 from gptq_cli.solver.grid import round_scales
 from gptq_cli.solver.numerics import feedback_precision, uses_kernels
 from gptq_cli.solver.quantized_linear import QuantizedLinear
-from gptq_cli.solver.triton_launch import fit_codes, fit_scales
+from gptq_cli.solver.triton_launch import MOST_COLUMNS, fit_codes, fit_scales
 
 COLUMN_BLOCK = 128
 INNER_BLOCK = 32
+PANEL = 512  # columns whose slopes are computed together, before kernels fit them
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +48,12 @@ class _State:
     bits: int
     signed: bool
 
+    @property
+    def group_size(self) -> int:
+        return len(self.errors) // len(self.scales)
+
     def columns_of(self, group: int) -> slice:
-        size = len(self.errors) // len(self.scales)
-        return slice(group * size, (group + 1) * size)
+        return slice(group * self.group_size, (group + 1) * self.group_size)
 
 
 @torch.no_grad()
@@ -72,12 +78,13 @@ def refine(
     if prepared.order.scattered:
         hessian, damping = hessian[columns[:, None], columns], damping[columns]
     state = _start(weight, hessian, prepared.dead, quantized, columns, signed)
+    sweep = _sweep
+    if uses_kernels(state.errors):
+        sweep = _sweep_with_kernels
     with _damped(hessian, damping):
-        for group in range(len(state.scales)):
-            _fit_scale(state, group)
+        sweep(state, codes=False)
         for _ in range(sweeps):
-            for group in range(len(state.scales)):
-                _fit_codes(state, group, _fit_scale(state, group))
+            sweep(state, codes=True)
     codes = _by_group(state.levels, state.zeros).add_(state.zeros[:, None]).byte().flatten(0, 1)
     codes = codes[columns.argsort()].T.contiguous()
     return replace(quantized, codes=codes, scales=state.scales.T.contiguous().half())
@@ -126,15 +133,29 @@ def _slopes(state: _State, columns: slice) -> Tensor:
         return state.hessian[columns] @ state.errors
 
 
+def _sweep(state: _State, *, codes: bool) -> None:
+    """Fit the scale of each group and, if `codes` is set, directly afterwards its codes."""
+    for group in range(len(state.scales)):
+        slopes = _fit_scale(state, group)
+        if codes:
+            _fit_codes(state, group, slopes)
+
+
 def _fit_scale(state: _State, group: int) -> Tensor:
     """Fit the scale of a group; return the slopes P [n, O] of its columns with the new scale."""
     columns = state.columns_of(group)
-    levels, errors, scales = state.levels[columns], state.errors[columns], state.scales[group]
-    slopes, curvatures = _slopes(state, columns), state.hessian[columns, columns] @ levels
-    if uses_kernels(levels):
-        fit_scales(slopes, curvatures, levels, errors, scales, signed=state.signed)
-        return slopes
-    slope, curvature = (levels * slopes).sum(0), (levels * curvatures).sum(0)
+    levels, slopes = state.levels[columns], _slopes(state, columns)
+    curvatures = state.hessian[columns, columns] @ levels
+    step = _take_step(state, group, (levels * slopes).sum(0), (levels * curvatures).sum(0))
+    return slopes.addcmul_(curvatures, step, value=-1)
+
+
+def _take_step(state: _State, group: int, slope: Tensor, curvature: Tensor) -> Tensor:
+    """Change the scale of a group and its errors; return the step [O].
+
+    `slope` [O] is P_g bᵀ and `curvature` [O] is b H_gg bᵀ.
+    """
+    columns, scales = state.columns_of(group), state.scales[group]
     best = scales + slope / curvature.clamp(min=torch.finfo(curvature.dtype).tiny)
     if not state.signed:
         best = best.clamp(min=0)
@@ -142,8 +163,8 @@ def _fit_scale(state: _State, group: int) -> Tensor:
     lower = step * (curvature * step - 2 * slope) < 0  # the change of the loss, after rounding
     step = torch.where(lower, step, 0)
     scales += step
-    errors.addcmul_(levels, step, value=-1)
-    return slopes.addcmul_(curvatures, step, value=-1)
+    state.errors[columns].addcmul_(state.levels[columns], step, value=-1)
+    return step
 
 
 def _fit_codes(state: _State, group: int, slopes: Tensor) -> None:
@@ -165,9 +186,6 @@ def _fit_block(state: _State, group: int, columns: slice, slopes: Tensor) -> Non
     hessian, errors = state.hessian[columns, columns], state.errors[columns]
     levels = state.levels[columns]
     scales, zeros = state.scales[group], state.zeros[group]
-    if uses_kernels(slopes):
-        fit_codes(slopes, errors, levels, hessian, scales, zeros, state.bits)
-        return
     curvatures, ends = hessian.diagonal()[:, None], (-zeros, 2**state.bits - 1 - zeros)
     targets, couplings = slopes.div_(curvatures).div_(scales).add_(levels), hessian / curvatures
     for start in range(0, len(targets), INNER_BLOCK):
@@ -190,3 +208,62 @@ def _fit_few(
             target.addmv_(levels[:column].T, couplings[column, :column])
         target.round_().clamp_(*ends)
         level.sub_(target)
+
+
+# ---------------------------------------------------------------- with kernels
+
+
+def _sweep_with_kernels(state: _State, *, codes: bool) -> None:
+    """Do what `_sweep` does, a panel at a time; a group longer than a launch has its own panels."""
+    size, end = state.group_size, len(state.errors)
+    if size <= MOST_COLUMNS:
+        for panel in _cut(0, end, PANEL // size * size):
+            _fit_panel(state, panel, size, scales=True, codes=codes)
+        return
+    for group in range(len(state.scales)):
+        columns = state.columns_of(group)
+        panels = _cut(columns.start, columns.stop, PANEL)
+        _fit_long_scale(state, group, panels)
+        if not codes:
+            continue
+        for panel in panels:
+            _fit_panel(state, panel, MOST_COLUMNS, scales=False, codes=True)
+
+
+def _cut(start: int, stop: int, most: int) -> list[slice]:
+    """Return start..stop in slices of `most`; the last one may be shorter."""
+    return [slice(first, min(first + most, stop)) for first in range(start, stop, most)]
+
+
+def _fit_panel(state: _State, panel: slice, width: int, *, scales: bool, codes: bool) -> None:
+    """Fit scales, codes or both of some columns, `width` columns of one group at a time.
+
+    The slopes of the whole panel are those at the start. Before columns are fitted, theirs are
+    corrected by the changes of the errors [n, O] of the columns before them in the panel.
+    """
+    slopes = _slopes(state, panel)
+    changes = torch.zeros_like(slopes)
+    for columns in _cut(panel.start, panel.stop, width):
+        before, group = slice(panel.start, columns.start), columns.start // state.group_size
+        mine = slice(columns.start - panel.start, columns.stop - panel.start)
+        if mine.start:
+            with feedback_precision(slopes):
+                slopes[mine].addmm_(state.hessian[columns, before], changes[: mine.start])
+        moving = (slopes[mine], changes[mine], state.levels[columns])
+        own, scale = state.hessian[columns, columns], state.scales[group]
+        if scales:
+            fit_scales(*moving, own, scale, signed=state.signed)
+        if codes:
+            fit_codes(*moving, own, scale, state.zeros[group], state.bits)
+    state.errors[panel] += changes
+
+
+def _fit_long_scale(state: _State, group: int, panels: list[slice]) -> None:
+    """Fit the scale of a group of many columns, whose slopes are summed panel by panel."""
+    levels = state.levels[state.columns_of(group)]
+    slope, curvature = torch.zeros_like(levels[0]), torch.zeros_like(levels[0])
+    for panel in panels:
+        bends = state.hessian[panel, state.columns_of(group)] @ levels
+        slope += (state.levels[panel] * _slopes(state, panel)).sum(0)
+        curvature += (state.levels[panel] * bends).sum(0)
+    _take_step(state, group, slope, curvature)

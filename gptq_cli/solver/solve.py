@@ -39,7 +39,7 @@ from gptq_cli.solver.quantized_linear import (
     round_to_nearest,
 )
 from gptq_cli.solver.refine import refine
-from gptq_cli.solver.triton_launch import MOST_COLUMNS, round_columns
+from gptq_cli.solver.triton_launch import MOST_COLUMNS, find_grids, round_columns
 
 COLUMN_BLOCK = 128
 # Columns that pass errors on together inside a block, and columns that are rounded one by one
@@ -267,11 +267,25 @@ class _Grid:
             zeros = torch.empty_like(scales)
         return cls(scales, zeros, order.static_grid, group_size, config)
 
-    def find(self, group: Tensor, weights: Tensor) -> None:
-        """Fit the grid of a group [1] to the weights [n, O] of its columns."""
-        scales, zeros = choose_grid(weights.T, self.config)
-        self.scales.index_copy_(0, group, scales[None])
-        self.zeros.index_copy_(0, group, zeros[None])
+    @property
+    def found_by_kernel(self) -> bool:
+        """Whether one launch finds the min/max grid of a group when the group is reached."""
+        plain = self.config.scale_search == "none" and not self.config.signed_scales
+        return plain and self.group_size <= MOST_COLUMNS and uses_kernels(self.scales)
+
+    def find(self, block: _ColumnBlock, start: int, stop: int) -> None:
+        """Fit the grid of the group with columns start..stop of `block` to its updated weights."""
+        group = block.group_of[start : start + 1]
+        if block.inverses is not None:
+            columns = slice(start, stop)
+            inverse = block.inverses[start // self.group_size]
+            values, weights = block.values[columns], block.errors[columns]
+            grids, config = (self.scales, self.zeros), self.config
+            find_grids(values, weights, inverse, *grids, group, config.bits, sym=config.sym)
+            return
+        scales, zeros = choose_grid(block.updated_weights(start, stop).T, self.config)
+        self.scales.index_copy_(0, group.long(), scales[None])
+        self.zeros.index_copy_(0, group.long(), zeros[None])
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,6 +301,7 @@ class _ColumnBlock:
     errors: Tensor  # [n, O]
     R: Tensor  # [n, n]
     group_of: Tensor  # int32 [n]
+    inverses: Tensor | None  # [groups of the block, group_size, group_size], see `_inverses`
 
     def pass_on(self, start: int, stop: int, end: int) -> None:
         """Add the feedback of columns start..stop to columns stop..end."""
@@ -323,6 +338,7 @@ class _Rounding:
     group_of: Tensor  # int32 [I]
     grid: _Grid
     order: ColumnOrder
+    inverses: Tensor | None  # [G, n, n], those of `_inverses` if a kernel finds the grids
 
     @classmethod
     def of(cls, weight: Tensor, factor: HessianFactor, config: LayerConfig) -> _Rounding:
@@ -335,7 +351,10 @@ class _Rounding:
         errors = alive.T.index_select(0, factor.order.permutation)
         codes = torch.empty_like(errors, dtype=torch.uint8)
         group_of = factor.order.group_of_column[factor.order.permutation]
-        return cls(errors, codes, factor.R.to(dtype), group_of, grid, factor.order)
+        R, inverses = factor.R.to(dtype), None
+        if not grid.static and grid.found_by_kernel:
+            inverses = _inverses(R, grid.group_size)
+        return cls(errors, codes, R, group_of, grid, factor.order, inverses)
 
     def blocks(self, column_block: int) -> Iterator[tuple[int, int]]:
         """Yield the first column of each block and the one after its last."""
@@ -350,7 +369,10 @@ class _Rounding:
         errors, R = self.errors[start:stop], self.R[:stop, start:stop]
         with feedback_precision(errors):
             values = torch.addmm(errors, R[:start].T, self.errors[:start])
-        return _ColumnBlock(values, errors, R[start:], self.group_of[start:stop])
+        inverses = self.inverses
+        if inverses is not None:
+            inverses = inverses[start // self.grid.group_size : stop // self.grid.group_size]
+        return _ColumnBlock(values, errors, R[start:], self.group_of[start:stop], inverses)
 
     def result(self) -> QuantizedLinear:
         """Return the quantized weight with its columns in natural order."""
@@ -364,6 +386,17 @@ class _Rounding:
             self.order.group_of_column,
             self.grid.config.bits,
         )
+
+
+def _inverses(R: Tensor, group_size: int) -> Tensor:
+    """Return the inverses [G, n, n] of the parts of R [I, I] inside each run of n columns."""
+    groups = len(R) // group_size
+    parts = R.view(groups, group_size, groups, group_size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    unit = torch.eye(group_size, dtype=R.dtype, device=R.device)
+    inverses: Tensor = torch.linalg.solve_triangular(
+        parts, unit.expand_as(parts), upper=True, unitriangular=True
+    )
+    return inverses.contiguous()
 
 
 def _round_block(block: _ColumnBlock, grid: _Grid) -> Tensor:
@@ -383,7 +416,7 @@ def _round_block(block: _ColumnBlock, grid: _Grid) -> Tensor:
     for start in range(0, end, with_known_grids):
         stop = min(start + with_known_grids, end)
         if not grid.static:
-            grid.find(block.group_of[start : start + 1].long(), block.updated_weights(start, stop))
+            grid.find(block, start, stop)
         for left in range(start, stop, outer):
             right = min(left + outer, stop)
             for first in range(left, right, inner):

@@ -10,7 +10,10 @@ i lies at bits [BITS i, BITS i + BITS), which for 3 bits may straddle two words.
 run down its rows, along I; `qzeros` streams run along its columns, along O.
 
 Letters for shapes:  O out_features   G groups   n columns taken together
-B, ROWS powers of two that hold n and the rows of a program
+B, S, ROWS powers of two: B holds n, S columns are in registers at a time, a program has ROWS rows
+
+Columns that depend on each other are taken S at a time. Inside these S, one column passes on to
+the next in registers; then `pass_on` brings what they did to all later columns in one product.
 """
 
 import triton
@@ -49,129 +52,265 @@ def stored_scale(scale):  # type: ignore[no-untyped-def]
     return tl.where(scale < 0, -magnitude, magnitude)
 
 
+@triton.jit
+def float16_scale(scale):  # type: ignore[no-untyped-def]
+    """Return the scale, 0 or more, as `grid.find_grid` stores it: the nearest number of float16.
+
+    It is infinite beyond float16. Subnormal numbers are rounded up.
+    """
+    subnormal = tl.ceil(scale * (1.0 / SMALLEST)) * SMALLEST
+    subnormal = tl.where(scale == 0, SMALLEST_NORMAL, subnormal)
+    scale = tl.where(scale < SMALLEST_NORMAL, subnormal, scale)
+    return scale.to(tl.float16).to(tl.float32)
+
+
 @triton.jit  # type: ignore[untyped-decorator]
-def round_columns_kernel(  # type: ignore[no-untyped-def]
+def pass_on(  # type: ignore[no-untyped-def]
+    target, factors, stride, done, start, n_columns, rows, out_features, S: tl.constexpr
+):
+    """Add factors[done, later] times `done` [S, rows] to the columns of `target` after `done`.
+
+    `done` holds columns start..start + S; `factors` [n, n] has rows `stride` apart.
+    """
+    few = tl.arange(0, S)
+    columns = start + few
+    for first in range(start + S, n_columns, S):
+        later = first + few
+        here = (later < n_columns)[:, None] & (rows < out_features)[None, :]
+        tile = later[:, None].to(tl.int64) * out_features + rows[None, :]
+        # [later, columns]: read along rows of `factors`
+        mixed = tl.load(
+            factors + columns[None, :].to(tl.int64) * stride + later[:, None],
+            mask=(later < n_columns)[:, None],
+            other=0.0,
+        )
+        found = tl.load(target + tile, mask=here, other=0.0)
+        found = tl.dot(mixed, done, found, input_precision="tf32x3")
+        tl.store(target + tile, found, mask=here)
+    tl.debug_barrier()  # other threads read what was just passed on
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def find_grids_kernel(  # type: ignore[no-untyped-def]
     values,
     errors,
-    R,
+    inverse,
     scales,
     zeros,
     group_of,
     out_features,
     n_columns,
     max_code,
+    SYM: tl.constexpr,
     B: tl.constexpr,
+    K: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Round n columns one after the other and pass each error on to the columns right of it.
+    """Find the min/max grid of one group of columns from its updated weights.
 
-    values [n, O]: v in, codes out; errors [n, O]: w in, w - q out; R [n, n]; scales, zeros [G, O];
-    group_of int32 [n].
+    These are u = w + (v - w) R⁻¹. values [n, O]: v; errors [n, O]: w; inverse [n, n]: R⁻¹;
+    group_of int32: the first entry names the row of scales, zeros [G, O] that receives the grid.
+    A row with a weight that is not finite gets an infinite scale.
     """
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     inside = rows < out_features
     columns = tl.arange(0, B)
-    tile = columns[None, :].to(tl.int64) * out_features + rows[:, None]
-    v = tl.load(values + tile, mask=inside[:, None] & (columns < n_columns)[None, :], other=0.0)
-    position = rows
-    for column in range(n_columns):  # not unrolled: that would compile for minutes
-        group = tl.load(group_of + column).to(tl.int64)
-        weight = tl.load(errors + position, mask=inside, other=0.0)
-        scale = tl.load(scales + group * out_features + rows, mask=inside, other=1.0)
-        zero = tl.load(zeros + group * out_features + rows, mask=inside, other=0.0)
-        right = tl.load(
-            R + column * n_columns + columns,
-            mask=(columns > column) & (columns < n_columns),
+    tile = columns[:, None].to(tl.int64) * out_features + rows[None, :]
+    here = (columns < n_columns)[:, None] & inside[None, :]
+    updated = tl.load(errors + tile, mask=here, other=0.0)
+    for start in range(0, n_columns, K):
+        some = start + tl.arange(0, K)
+        part = some[:, None].to(tl.int64) * out_features + rows[None, :]
+        there = (some < n_columns)[:, None] & inside[None, :]
+        value = tl.load(values + part, mask=there, other=0.0)
+        feedback = value - tl.load(errors + part, mask=there, other=0.0)
+        mixed = tl.load(
+            inverse + some[None, :] * n_columns + columns[:, None],
+            mask=(columns < n_columns)[:, None] & (some < n_columns)[None, :],
             other=0.0,
         )
+        updated = tl.dot(mixed, feedback, updated, input_precision="tf32x3")
 
-        value = tl.sum(tl.where((columns == column)[None, :], v, 0.0), axis=1)
-        level = nearest_level(tl.div_rn(value, scale), zero, max_code)
-        error = weight - scale * level
-        v += error[:, None] * right[None, :]
-        tl.store(values + position, level + zero, mask=inside)
-        tl.store(errors + position, error, mask=inside)
-        position += out_features
+    if SYM:
+        scale = float16_scale(tl.div_rn(tl.max(tl.abs(updated), axis=0) * 2, max_code))
+        zero = tl.full([ROWS], 0.5, tl.float32) * (max_code + 1)
+    else:
+        low = tl.minimum(tl.min(updated, axis=0), 0.0)
+        high = tl.maximum(tl.max(updated, axis=0), 0.0)
+        scale = float16_scale(tl.div_rn(high - low, max_code))
+        zero = nearest_level(tl.div_rn(-low, scale), 0.0, max_code)
+        # If a zero is raised from 0 to 1, the largest weight has one step less.
+        scale = tl.where(zero < 1, float16_scale(tl.div_rn(high, max_code - 1)), scale)
+        zero = tl.maximum(zero, 1.0)
+    finite = tl.sum(updated - updated, axis=0) == 0
+    grid = tl.load(group_of).to(tl.int64) * out_features + rows
+    tl.store(scales + grid, tl.where(finite, scale, float("inf")), mask=inside)
+    tl.store(zeros + grid, zero, mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def round_columns_kernel(  # type: ignore[no-untyped-def]
+    values,
+    errors,
+    R,
+    R_stride,
+    scales,
+    zeros,
+    group_of,
+    out_features,
+    n_columns,
+    max_code,
+    S: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Round n columns one after the other and pass each error on to the columns right of it.
+
+    values [n, O]: v in, codes out; errors [n, O]: w in, w - q out; R [n, n] with rows R_stride
+    apart; scales, zeros [G, O]; group_of int32 [n].
+    """
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    inside = rows < out_features
+    few = tl.arange(0, S)
+    position = rows
+    grid = tl.load(group_of).to(tl.int64) * out_features + rows
+    weight = tl.load(errors + position, mask=inside, other=0.0)
+    scale = tl.load(scales + grid, mask=inside, other=1.0)
+    zero = tl.load(zeros + grid, mask=inside, other=0.0)
+    for start in range(0, n_columns, S):
+        columns = start + few
+        tile = columns[:, None].to(tl.int64) * out_features + rows[None, :]
+        here = (columns < n_columns)[:, None] & inside[None, :]
+        v = tl.load(values + tile, mask=here, other=0.0)
+        passed = tl.zeros([S, ROWS], tl.float32)
+        for column in range(start, min(start + S, n_columns)):  # not unrolled
+            # What the next column needs is read ahead, so that it need not wait for the memory.
+            ahead = min(column + 1, n_columns - 1)
+            grid = tl.load(group_of + ahead).to(tl.int64) * out_features + rows
+            next_weight = tl.load(errors + ahead * out_features + rows, mask=inside, other=0.0)
+            next_scale = tl.load(scales + grid, mask=inside, other=1.0)
+            next_zero = tl.load(zeros + grid, mask=inside, other=0.0)
+            right = tl.load(
+                R + column * R_stride + columns,
+                mask=(columns > column) & (columns < n_columns),
+                other=0.0,
+            )
+            chosen = (columns == column)[:, None]
+            value = tl.sum(tl.where(chosen, v, 0.0), axis=0)
+            level = nearest_level(tl.div_rn(value, scale), zero, max_code)
+            error = weight - scale * level
+            v += right[:, None] * error[None, :]
+            passed = tl.where(chosen, error[None, :], passed)
+            tl.store(values + position, level + zero, mask=inside)
+            tl.store(errors + position, error, mask=inside)
+            position += out_features
+            weight, scale, zero = next_weight, next_scale, next_zero
+        pass_on(values, R, R_stride, passed, start, n_columns, rows, out_features, S)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def fit_codes_kernel(  # type: ignore[no-untyped-def]
     slopes,
-    errors,
+    changes,
     levels,
     hessian,
+    hessian_stride,
     scales,
     zeros,
     out_features,
     n_columns,
     max_code,
-    B: tl.constexpr,
+    S: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """Run coordinate descent over n columns: move each code to its best point.
 
-    After each move the slopes of the columns right of it are updated, in registers only.
-    slopes [n, O]: P, not written; errors, levels [n, O]: in place; hessian [n, n]; scales,
-    zeros [O]: those of the group.
+    After each move the slopes of the columns right of it are updated.
+    slopes [n, O]: P, overwritten; changes, levels [n, O]: in place; hessian [n, n] with rows
+    hessian_stride apart; scales, zeros [O]: those of the group.
     """
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     inside = rows < out_features
-    columns = tl.arange(0, B)
-    tile = columns[None, :].to(tl.int64) * out_features + rows[:, None]
-    p = tl.load(slopes + tile, mask=inside[:, None] & (columns < n_columns)[None, :], other=0.0)
+    few = tl.arange(0, S)
     scale = tl.load(scales + rows, mask=inside, other=1.0)
     zero = tl.load(zeros + rows, mask=inside, other=0.0)
+    per_level = tl.div_rn(tl.full([ROWS], 1.0, tl.float32), scale)
     position = rows
-    for column in range(n_columns):
-        level = tl.load(levels + position, mask=inside, other=0.0)
-        error = tl.load(errors + position, mask=inside, other=0.0)
-        curvature = tl.load(hessian + column * n_columns + column)
-        right = tl.load(
-            hessian + column * n_columns + columns,
-            mask=(columns > column) & (columns < n_columns),
-            other=0.0,
-        )
-
-        slope = tl.sum(tl.where((columns == column)[None, :], p, 0.0), axis=1)
-        target = level * scale + tl.div_rn(slope, tl.zeros([ROWS], tl.float32) + curvature)
-        nearest = nearest_level(tl.div_rn(target, scale), zero, max_code)
-        move = (nearest - level) * scale
-        p -= move[:, None] * right[None, :]
-        tl.store(levels + position, nearest, mask=inside)
-        tl.store(errors + position, error - move, mask=inside)
-        position += out_features
+    level = tl.load(levels + position, mask=inside, other=0.0)
+    for start in range(0, n_columns, S):
+        columns = start + few
+        tile = columns[:, None].to(tl.int64) * out_features + rows[None, :]
+        here = (columns < n_columns)[:, None] & inside[None, :]
+        p = tl.load(slopes + tile, mask=here, other=0.0)
+        passed = tl.zeros([S, ROWS], tl.float32)
+        for column in range(start, min(start + S, n_columns)):
+            # The level of the next column is read ahead, so that it need not wait for the memory.
+            ahead = min(column + 1, n_columns - 1)
+            next_level = tl.load(levels + ahead * out_features + rows, mask=inside, other=0.0)
+            change = tl.load(changes + position, mask=inside, other=0.0)
+            row = hessian + column * hessian_stride
+            curvature = tl.load(row + column)
+            right = tl.load(
+                row + columns, mask=(columns > column) & (columns < n_columns), other=0.0
+            )
+            chosen = (columns == column)[:, None]
+            slope = tl.sum(tl.where(chosen, p, 0.0), axis=0)
+            nearest = nearest_level(level + slope * per_level / curvature, zero, max_code)
+            change_here = (level - nearest) * scale
+            p += right[:, None] * change_here[None, :]
+            passed = tl.where(chosen, change_here[None, :], passed)
+            tl.store(levels + position, nearest, mask=inside)
+            tl.store(changes + position, change + change_here, mask=inside)
+            position += out_features
+            level = next_level
+        pass_on(slopes, hessian, hessian_stride, passed, start, n_columns, rows, out_features, S)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def fit_scales_kernel(  # type: ignore[no-untyped-def]
     slopes,
-    curvatures,
+    changes,
     levels,
-    errors,
+    hessian,
+    hessian_stride,
     scales,
     out_features,
     n_columns,
     SIGNED: tl.constexpr,
     B: tl.constexpr,
+    K: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """Fit the scale of a group for fixed levels, if that lowers the loss.
 
-    curvatures [n, O]: H_gg b; levels [n, O]: b; slopes [n, O]: P, in place; errors [n, O] and
-    scales [O]: in place.
+    levels [n, O]: b; slopes [n, O]: P, in place; changes [n, O]: of the errors, out; hessian
+    [n, n] with rows hessian_stride apart; scales [O]: in place.
     """
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     inside = rows < out_features
-    columns = tl.arange(0, B).to(tl.int64)
-    slope = tl.zeros([ROWS], tl.float32)
-    curvature = tl.zeros([ROWS], tl.float32)
-    for start in range(0, n_columns, B):
-        tile = (start + columns)[:, None] * out_features + rows[None, :]
-        here = (start + columns < n_columns)[:, None] & inside[None, :]
-        level = tl.load(levels + tile, mask=here, other=0.0)
-        slope += tl.sum(level * tl.load(slopes + tile, mask=here, other=0.0), axis=0)
-        curvature += tl.sum(level * tl.load(curvatures + tile, mask=here, other=0.0), axis=0)
+    columns = tl.arange(0, B)
+    bends = tl.zeros([B, ROWS], tl.float32)  # H_gg b
+    for start in range(0, n_columns, K):
+        some = start + tl.arange(0, K)
+        there = some < n_columns
+        level = tl.load(
+            levels + some[:, None].to(tl.int64) * out_features + rows[None, :],
+            mask=there[:, None] & inside[None, :],
+            other=0.0,
+        )
+        # H is symmetric: it is read along its rows
+        mixed = tl.load(
+            hessian + some[None, :].to(tl.int64) * hessian_stride + columns[:, None],
+            mask=(columns < n_columns)[:, None] & there[None, :],
+            other=0.0,
+        )
+        bends = tl.dot(mixed, level, bends, input_precision="tf32x3")
 
+    tile = columns[:, None].to(tl.int64) * out_features + rows[None, :]
+    here = (columns < n_columns)[:, None] & inside[None, :]
+    level = tl.load(levels + tile, mask=here, other=0.0)
+    p = tl.load(slopes + tile, mask=here, other=0.0)
+    slope = tl.sum(level * p, axis=0)
+    curvature = tl.sum(level * bends, axis=0)
     scale = tl.load(scales + rows, mask=inside, other=1.0)
     best = scale + tl.div_rn(slope, tl.maximum(curvature, 1.1754943508222875e-38))
     if not SIGNED:
@@ -179,15 +318,8 @@ def fit_scales_kernel(  # type: ignore[no-untyped-def]
     step = stored_scale(best) - scale
     step = tl.where(step * (curvature * step - 2 * slope) < 0, step, 0.0)
     tl.store(scales + rows, scale + step, mask=inside)
-    for start in range(0, n_columns, B):
-        tile = (start + columns)[:, None] * out_features + rows[None, :]
-        here = (start + columns < n_columns)[:, None] & inside[None, :]
-        level = tl.load(levels + tile, mask=here, other=0.0)
-        error = tl.load(errors + tile, mask=here, other=0.0)
-        slope_tile = tl.load(slopes + tile, mask=here, other=0.0)
-        curvature_tile = tl.load(curvatures + tile, mask=here, other=0.0)
-        tl.store(errors + tile, error - level * step[None, :], mask=here)
-        tl.store(slopes + tile, slope_tile - curvature_tile * step[None, :], mask=here)
+    tl.store(changes + tile, -level * step[None, :], mask=here)
+    tl.store(slopes + tile, p - bends * step[None, :], mask=here)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -13,13 +13,48 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-MOST_COLUMNS = 128  # in one launch of `round_columns` or `fit_codes`: they are held in registers
-ROWS, WARPS = 16, 4
+MOST_COLUMNS = 128  # in one launch for columns of a layer
+# Columns that one launch takes one after the other: those in registers, rows of a program, warps.
+# One warp needs no barriers of many threads: by the compiled code, a column and row of a program
+# take 8 instructions of a warp instead of 63 with 16 rows, 4 warps and 128 columns in registers.
+COLUMNS, ROWS, WARPS = 16, 32, 1
+# Columns of a group that one launch takes together: rows of a program, warps, and summands of a
+# product at a time, of which two are in shared memory.
+GROUP_ROWS, GROUP_WARPS, SUMMANDS, STAGES = 32, 4, 32, 2
 FUSED = True  # multiply and add in one step; the default depends on the release of Triton
 ELEMENTS = 4096  # in a tile of short rows
 
 BLOCK_O = 32
 BLOCK_I = 64
+
+
+def find_grids(
+    values: Tensor,
+    errors: Tensor,
+    inverse: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    group_of: Tensor,
+    bits: int,
+    *,
+    sym: bool,
+) -> None:
+    """Find the min/max grid of up to MOST_COLUMNS columns that are one group.
+
+    It is that of `grid.find_grid` for the weights u = w + (v - w) R⁻¹. `values` [n, O] are v,
+    `errors` [n, O] are w, `inverse` [n, n] is R⁻¹. The grid goes into the row of `scales` and
+    `zeros` [G, O] that the first entry of group_of, int32, names. A row with a weight that is not
+    finite gets an infinite scale.
+    """
+    from gptq_cli.solver.triton_kernels import find_grids_kernel
+
+    _check_contiguous(values, errors, inverse, scales, zeros, group_of)
+    find_grids_kernel[(_programs(values.shape[1], GROUP_ROWS),)](
+        values, errors, inverse, scales, zeros, group_of,
+        values.shape[1], len(values), float(2**bits - 1),
+        SYM=sym, B=_power(len(values)), K=SUMMANDS, ROWS=GROUP_ROWS,
+        num_warps=GROUP_WARPS, num_stages=STAGES, enable_fp_fusion=FUSED,
+    )  # fmt: skip
 
 
 def round_columns(
@@ -34,21 +69,47 @@ def round_columns(
     """Round up to MOST_COLUMNS columns to their grids one after the other.
 
     `values` [n, O] become codes and `errors` [n, O] become w - q, in place. R [n, n] is the part of
-    the factor between the columns; scales and zeros [G, O] are contiguous; group_of is int32 [n].
+    the factor between the columns, a view of it; scales and zeros [G, O] are contiguous; group_of
+    is int32 [n].
     """
     from gptq_cli.solver.triton_kernels import round_columns_kernel
 
     _check_contiguous(values, errors, scales, zeros, group_of)
-    grids = (scales, zeros, group_of)
     round_columns_kernel[(_programs(values.shape[1], ROWS),)](
-        values, errors, R.contiguous(), *grids, values.shape[1], len(values), float(2**bits - 1),
-        B=_power(len(values)), ROWS=ROWS, num_warps=WARPS, enable_fp_fusion=FUSED,
+        values, errors, R, _row_stride(R), scales, zeros, group_of,
+        values.shape[1], len(values), float(2**bits - 1),
+        S=COLUMNS, ROWS=ROWS, num_warps=WARPS, enable_fp_fusion=FUSED,
+    )  # fmt: skip
+
+
+def fit_scales(
+    slopes: Tensor,
+    changes: Tensor,
+    levels: Tensor,
+    hessian: Tensor,
+    scales: Tensor,
+    *,
+    signed: bool,
+) -> None:
+    """Fit the scales [O] of one group of up to MOST_COLUMNS columns.
+
+    `slopes` [n, O] are P and `levels` [n, O] are b, codes minus zeros; hessian is H_gg [n, n], a
+    view. `scales` and `slopes` change in place; `changes` [n, O] become those of the errors.
+    """
+    from gptq_cli.solver.triton_kernels import fit_scales_kernel
+
+    _check_contiguous(slopes, changes, levels, scales)
+    fit_scales_kernel[(_programs(slopes.shape[1], GROUP_ROWS),)](
+        slopes, changes, levels, hessian, _row_stride(hessian), scales,
+        slopes.shape[1], len(slopes),
+        SIGNED=signed, B=_power(len(slopes)), K=SUMMANDS, ROWS=GROUP_ROWS,
+        num_warps=GROUP_WARPS, num_stages=STAGES, enable_fp_fusion=FUSED,
     )  # fmt: skip
 
 
 def fit_codes(
     slopes: Tensor,
-    errors: Tensor,
+    changes: Tensor,
     levels: Tensor,
     hessian: Tensor,
     scales: Tensor,
@@ -57,52 +118,18 @@ def fit_codes(
 ) -> None:
     """Run one round of coordinate descent over up to MOST_COLUMNS columns of a group.
 
-    `errors` and `levels` [n, O] change in place. `slopes` [n, O] are those at the start; hessian is
-    [n, n]; scales and zeros [O] are those of the group.
+    `levels` [n, O] change in place, and what the errors change by is added to `changes` [n, O].
+    `slopes` [n, O] are those at the start, and are overwritten; hessian is [n, n], a view; scales
+    and zeros [O] are those of the group.
     """
     from gptq_cli.solver.triton_kernels import fit_codes_kernel
 
-    _check_contiguous(slopes, errors, levels, scales, zeros)
+    _check_contiguous(slopes, changes, levels, scales, zeros)
     fit_codes_kernel[(_programs(slopes.shape[1], ROWS),)](
-        slopes, errors, levels, hessian.contiguous(), scales, zeros,
+        slopes, changes, levels, hessian, _row_stride(hessian), scales, zeros,
         slopes.shape[1], len(slopes), float(2**bits - 1),
-        B=_power(len(slopes)), ROWS=ROWS, num_warps=WARPS, enable_fp_fusion=FUSED,
+        S=COLUMNS, ROWS=ROWS, num_warps=WARPS, enable_fp_fusion=FUSED,
     )  # fmt: skip
-
-
-def fit_scales(
-    slopes: Tensor,
-    curvatures: Tensor,
-    levels: Tensor,
-    errors: Tensor,
-    scales: Tensor,
-    *,
-    signed: bool,
-) -> None:
-    """Fit the scales [O] of one group to the slopes P and curvatures H_gg b, both [n, O].
-
-    `scales`, `errors` [n, O] and `slopes` change in place; `levels` [n, O] are b.
-    """
-    from gptq_cli.solver.triton_kernels import fit_scales_kernel
-
-    _check_contiguous(slopes, curvatures, levels, errors, scales)
-    n_columns, out_features = levels.shape
-    width = min(MOST_COLUMNS, _power(n_columns))
-    rows = ELEMENTS // MOST_COLUMNS
-    fit_scales_kernel[(_programs(out_features, rows),)](
-        slopes,
-        curvatures,
-        levels,
-        errors,
-        scales,
-        out_features,
-        n_columns,
-        SIGNED=signed,
-        B=width,
-        ROWS=rows,
-        num_warps=WARPS,
-        enable_fp_fusion=FUSED,
-    )
 
 
 def best_candidates(
@@ -126,7 +153,7 @@ def best_candidates(
         weights.contiguous(), scales.contiguous(), zeros.contiguous(), factors, offsets, best,
         best.numel(), n_columns, len(factors), float(2**bits - 1), norm,
         B=width, ROWS=rows, CANDIDATES=_power(len(factors)),
-        num_warps=WARPS, enable_fp_fusion=FUSED,
+        num_warps=GROUP_WARPS, enable_fp_fusion=FUSED,
     )  # fmt: skip
     return best
 
@@ -134,6 +161,13 @@ def best_candidates(
 def _check_contiguous(*tensors: Tensor) -> None:
     for tensor in tensors:
         assert tensor.is_contiguous(), tensor.stride()
+
+
+def _row_stride(matrix: Tensor) -> int:
+    """Return the distance of the rows of a matrix whose rows are contiguous."""
+    distance, step = matrix.stride()
+    assert step == 1, matrix.stride()
+    return distance
 
 
 def _programs(rows: int, rows_each: int) -> int:

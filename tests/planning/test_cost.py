@@ -44,18 +44,18 @@ PLAIN = LayerConfig()
 
 
 DENSE = [
-    linear("a.q_proj", 8192, 12, PLAIN),
-    linear("a.k_proj", 8192, 12, PLAIN),
+    linear("a.q_proj", 32768, 12, PLAIN),
+    linear("a.k_proj", 32768, 12, PLAIN),
     linear("a.kept", 5, 6, None),
 ]
 
 
 def test_one_device_does_all_dense_work() -> None:
     one = estimate_seconds(DENSE, TEXT, 1, 7, ONE)
-    assert one.forward == 16384 * 12 * 100 + 5 * 6 * 100
+    assert one.forward == 65536 * 12 * 100 + 5 * 6 * 100
     assert one.hessian == pytest.approx(9 / 16 * 100 * 12**2)
     assert one.factor == 12**3 / 6
-    assert one.solve == 1.5 * 16384 * 12**2 + 16384 * 12
+    assert one.solve == 1.5 * 65536 * 12**2 + 65536 * 12
     assert (one.network, one.reading) == (0, 7)
 
 
@@ -63,8 +63,8 @@ def test_ranks_share_dense_work_except_the_factor() -> None:
     one, four = (estimate_seconds(DENSE, TEXT, devices, 7, ONE) for devices in (1, 4))
     assert (four.forward, four.hessian) == (one.forward / 4, one.hessian / 4)
     assert four.factor == one.factor
-    assert four.solve == one.solve / 4  # four parts of 4096 rows
-    assert four.network == pytest.approx(0.75 * (16384 * 12 + 2 * 9 / 16 * 4 * 12**2))
+    assert four.solve == one.solve / 4  # four parts of 16384 rows
+    assert four.network == pytest.approx(0.75 * (65536 * 12 + 2 * 9 / 16 * 4 * 12**2))
     shared = four.forward + four.hessian + four.factor + four.solve
     assert four.total == pytest.approx(shared + four.network)
 

@@ -18,6 +18,7 @@ from gptq_cli.errors import GptqError
 from gptq_cli.events import BlockFinished, Event
 from gptq_cli.models.stream import LoadedBlock
 from gptq_cli.planning.checks import RunOptions, prepare_run
+from gptq_cli.planning.estimate import ROWS_OF_A_PART
 from gptq_cli.quantization import block_loop, layers, routed_experts, run, run_state
 from gptq_cli.runtime import torchrun
 from gptq_cli.solver.factor import HessianFactor
@@ -109,7 +110,7 @@ def _counted() -> Counter[str]:
 
     LoadedBlock.run = counted_run  # type: ignore[method-assign]
     layers.solve_together = counted_solve  # type: ignore[assignment]
-    layers.ROWS_OF_A_PART = {"cpu": 16}
+    ROWS_OF_A_PART["cpu"] = (16, 16)
     return done
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from gptq_cli.checkpoint.source import open_checkpoint
 from gptq_cli.errors import InputError
 from gptq_cli.events import Warned
+from gptq_cli.planning.estimate import ROWS_OF_A_PART
 from gptq_cli.planning.plan import plan_checkpoint
 from gptq_cli.planning.run_plan import LayerPlan
 from gptq_cli.quantization.layers import Rows, located, of_one_configuration, row_parts
@@ -116,7 +117,7 @@ def test_a_run_equals_solving_each_layer_alone(
     monkeypatch.setattr("gptq_cli.quantization.layers.solve_together", note)
     output, result = quantize(tmp_path, model)
     assert rows == [[128, 64, 64], [64], [128, 128], [64]] * 3
-    monkeypatch.setattr("gptq_cli.quantization.layers.ROWS_OF_A_PART", {"cpu": 48})
+    monkeypatch.setitem(ROWS_OF_A_PART, "cpu", (48, 48))
     rows.clear()
     alone, expected = quantize(tmp_path, model)
     attention, output_or_down = [[48], [48], [32, 16], [48], [48], [16]], [[48], [16]]

@@ -11,7 +11,7 @@ import pytest
 
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import ConfigError
-from gptq_cli.quantization import layers
+from gptq_cli.planning.estimate import ROWS_OF_A_PART
 from gptq_cli.quantization.run import quantize_checkpoint
 from gptq_cli.runtime.ranks import Ranks, owners_of
 from tests.disks import Killed
@@ -30,7 +30,7 @@ MIXTURE = {"preset": "balanced", "moe_uncovered": "rtn"}
 @pytest.fixture(autouse=True, scope="module")
 def small_parts() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layers, "ROWS_OF_A_PART", {"cpu": 16})
+        patch.setitem(ROWS_OF_A_PART, "cpu", (16, 16))
         yield
 
 

@@ -75,8 +75,9 @@ for (_order, _kind), (_bits, _group, _search) in zip(product(ORDERS, KINDS), _TU
 # More rows than one program has, more columns than a launch, and a group larger than a launch of
 # MOST_COLUMNS.
 MOST_COLUMNS = 32
-_LARGE = {"out_features": 21, "column_block": MOST_COLUMNS}
+_LARGE = {"out_features": 37, "column_block": MOST_COLUMNS}
 _LONG = {"out_features": 5, "in_features": 80, "column_block": MOST_COLUMNS}
+_WIDE = {"out_features": 37, "in_features": 96, "column_block": MOST_COLUMNS}
 CASES |= {
     "two programs, two launches": _case(
         "static group aware", "signed", bits=4, group_size=16, shape=_LARGE
@@ -98,6 +99,14 @@ CASES |= {
     "refined, two programs, two launches": _case(
         "static group aware", "signed", bits=3, group_size=24, refine_sweeps=1, shape=_LARGE
     ),
+    "refined, two panels of several groups": _case(
+        "static group aware", "sym", bits=4, group_size=16, refine_sweeps=2, shape=_LONG
+    ),
+    "refined, two panels of one group": _case(
+        "static natural", "signed", bits=3, group_size=-1, refine_sweeps=2, shape=_LONG
+    ),
+    "a found group of one launch": _case("group aware", "sym", bits=4, group_size=32, shape=_WIDE),
+    "found groups inside a launch": _case("natural", "asym", bits=4, group_size=16, shape=_WIDE),
     "subnormal scales, signed": _case(
         "natural",
         "signed",

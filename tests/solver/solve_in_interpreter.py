@@ -17,8 +17,9 @@ from tests.solver.kernel_cases import CASES, MOST_COLUMNS, solved
 def main(solutions_file: str) -> None:
     torch.set_num_threads(1)
     numerics.KERNEL_DEVICES.add("cpu")
-    # Launches of fewer columns, as a step takes milliseconds here.
-    solve.KERNEL_BLOCKS, refine.COLUMN_BLOCK = (MOST_COLUMNS, MOST_COLUMNS), MOST_COLUMNS
+    # Launches and panels of fewer columns, as a step takes milliseconds here.
+    solve.KERNEL_BLOCKS, refine.MOST_COLUMNS = (MOST_COLUMNS, MOST_COLUMNS), MOST_COLUMNS
+    refine.PANEL = 2 * MOST_COLUMNS
     solutions = {}
     for name, case in CASES.items():
         quantized = solved(case)
