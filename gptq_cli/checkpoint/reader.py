@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from gptq_cli.checkpoint.streaming import FetchingReader
 
 VALUES = 32  # values packed together
+BYTE = 8  # bits
+SIGNIFICANT = {torch.uint8: 8, torch.int16: 15, torch.int32: 31}  # bits of numbers from 0 up
 
 
 def encode(linear: QuantizedLinear, packing: Packing, *, sym: bool) -> dict[str, Tensor]:
@@ -72,17 +74,22 @@ def pack(values: Tensor, bits: int) -> Tensor:
 
     Values must be below 2**bits, and N must be a multiple of 32.
     """
-    groups = values.unflatten(0, (-1, VALUES))
-    words = torch.zeros(
-        groups.shape[0], bits, *values.shape[1:], dtype=torch.int32, device=values.device
-    )
-    for index in range(VALUES):
-        word, offset = divmod(index * bits, 32)
-        value = groups[:, index].to(torch.int32)
-        words[:, word] |= value << offset
-        if offset + bits > 32:
-            words[:, word + 1] |= value >> (32 - offset)
-    return words.flatten(0, 1)
+    fields, width = values.T.to(torch.uint8).contiguous(), bits
+    # Neighbours are joined until a field has whole bytes: once for 4 bits, three times for 3.
+    while width % BYTE:
+        pairs = fields.to(_holding(2 * width)).unflatten(1, (-1, 2))
+        fields, width = pairs[..., 0] | (pairs[..., 1] << width), 2 * width
+    stored = fields.contiguous().view(torch.uint8).unflatten(1, (fields.shape[1], -1))
+    stream = stored[..., : width // BYTE].flatten(1)  # a field of 3 bytes is held in 4
+    return stream.contiguous().view(torch.int32).T
+
+
+def _holding(width: int) -> torch.dtype:
+    """Return the smallest dtype that holds a number of `width` bits."""
+    for dtype, bits in SIGNIFICANT.items():
+        if width <= bits:
+            return dtype
+    return torch.int64
 
 
 def unpack(words: Tensor, bits: int) -> Tensor:
