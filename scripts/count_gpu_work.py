@@ -77,8 +77,8 @@ class Rates:
     least_kernel: float = 2e-6
     multiprocessors: int = 132
     small_tiles: float = 0.6
-    column: float = 0.48e-6
-    column_rows: float = 14.3e9
+    column: float = 0.3e-6
+    column_rows: float = 117e9
     candidates: float = 7.3e11
 
 
@@ -95,11 +95,16 @@ SOURCES = {
     "least_kernel": "seconds that the shortest kernel takes on the device",
     "multiprocessors": "tiles of a product, 128 x 128, that are computed at once; no sum is split",
     "small_tiles": "share of the rate that products in tiles 64 x 64 reach; the faster counts",
-    "column": "seconds of a column in the kernels that take columns in turn, if they have few rows",
-    "column_rows": "weights that these kernels round in a second, if they have many rows: 63 "
-    "instructions of a warp for a weight, of which a device issues 132 x 4 in a cycle of 1.7 GHz",
+    "column": "seconds of a column in kernels that take columns in turn, if they have few rows: "
+    "the 247 instructions of one warp, one in two cycles",
+    "column_rows": "weights that these kernels round in a second, if they have many rows: 247 "
+    "instructions of a warp for 32 weights, of which a device issues 132 x 4 in a cycle of 1.7 GHz",
     "candidates": "candidates for the scale that are tried on a weight in a second",
 }
+
+
+# Kernels that take columns in turn, and an argument with as many numbers as they round
+IN_TURN = {"round_columns_kernel": "values", "fit_codes_kernel": "levels"}
 
 
 class Clock:
@@ -202,8 +207,9 @@ def _busy(result: tuple[int, int, int], side: int, at_once: int) -> float:
 def _kernel_seconds(operation: Operation, rates: Rates) -> float:
     """Estimate the arithmetic of a kernel, which is not bound by memory."""
     sizes = operation.sizes or {}
-    if operation.name in ("round_columns_kernel", "fit_codes_kernel"):
-        return max(sizes["n_columns"] * rates.column, sizes["errors"] / rates.column_rows)
+    if operation.name in IN_TURN:
+        weights = sizes[IN_TURN[operation.name]]
+        return max(sizes["n_columns"] * rates.column, weights / rates.column_rows)
     if operation.name == "best_candidate_kernel":
         return sizes["weights"] * sizes["n_candidates"] / rates.candidates
     return 0.0

@@ -81,7 +81,8 @@ def pack(values: Tensor, bits: int) -> Tensor:
         fields, width = pairs[..., 0] | (pairs[..., 1] << width), 2 * width
     stored = fields.contiguous().view(torch.uint8).unflatten(1, (fields.shape[1], -1))
     stream = stored[..., : width // BYTE].flatten(1)  # a field of 3 bytes is held in 4
-    return stream.contiguous().view(torch.int32).T
+    words: Tensor = stream.contiguous().view(torch.int32).T
+    return words
 
 
 def _holding(width: int) -> torch.dtype:
