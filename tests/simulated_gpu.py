@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
 from unittest.mock import patch
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
@@ -131,6 +132,8 @@ class SimulatedGpu:
         self.current = torch.device("cuda", 7)  # until somebody says which one
         self._storages: WeakSet[torch.UntypedStorage] = WeakSet()
         self.pinned: WeakSet[torch.UntypedStorage] = WeakSet()
+        self.done = 0  # operations on the usual stream
+        self._written: WeakKeyDictionary[torch.UntypedStorage, int] = WeakKeyDictionary()
 
     @property
     def allocated(self) -> int:
@@ -153,11 +156,15 @@ class SimulatedGpu:
             known = set(map(id, map(_host, tensors)))
             return _each(output, lambda tensor: tensor.clone() if id(tensor) in known else tensor)
         before = {id(_host(tensor)): tensor for tensor in tensors}
+        if func._schema.is_mutable:
+            _each(output, self._write)
         return _each(output, lambda tensor: self.wrap(tensor, before.get(id(tensor))))
 
     def compute(self, func: Any, args: Any, kwargs: Any, target: torch.device | None) -> Any:
         """Return the output of `func` for the host's numbers."""
         del target
+        if func is aten.copy_.default and _beside.stream is not None:
+            return _beside.stream.copy(*args)
         return SUBSTITUTES.get(func, func)(*args, **kwargs)
 
     def numbers(self, tensor: Tensor) -> Tensor:
@@ -169,7 +176,10 @@ class SimulatedGpu:
         if before is not None:
             assert before.shape == host.shape, f"resized from {before.shape} to {host.shape}"
             return before
-        self._storages.add(host.untyped_storage())
+        storage = host.untyped_storage()
+        if storage not in self._storages:  # not a view
+            self._write(host)
+        self._storages.add(storage)
         if self.limit_bytes is not None:
             if (allocated := self.allocated) > self.limit_bytes:
                 raise torch.OutOfMemoryError(
@@ -181,6 +191,15 @@ class SimulatedGpu:
     def make(self, func: Any, args: Any, kwargs: Any) -> Tensor:
         """Return a new tensor on the device, which `func` makes from no other one."""
         return self.wrap(func(*args, **kwargs, device=self.memory))
+
+    def _write(self, host: Tensor) -> None:
+        """Note an operation of the usual stream that writes into a tensor."""
+        self.done += 1
+        self._written[host.untyped_storage()] = self.done
+
+    def written(self, tensor: Tensor) -> int:
+        """Return the number of the last operation that wrote into the memory of a tensor."""
+        return self._written[tensor.untyped_storage()]
 
     def wait(self, operation: str) -> None:
         """Count that the host waits for the device."""
@@ -213,7 +232,10 @@ class SimulatedGpu:
     def copied(self, source: Tensor, *, non_blocking: bool) -> None:
         """Count a copy between host and device: only one without blocking, if pinned, is free."""
         to_device = not isinstance(source, DeviceTensor)
-        if not (non_blocking and to_device and source.untyped_storage() in self.pinned):
+        free = to_device and source.untyped_storage() in self.pinned
+        if _beside.stream is not None:
+            free = True  # who needs the numbers waits for the stream
+        if not (non_blocking and free):
             self.wait("to the device" if to_device else "to the host")
 
     def pin(self, tensor: Tensor) -> Tensor:
@@ -222,6 +244,61 @@ class SimulatedGpu:
         copy = tensor.clone()
         self.pinned.add(copy.untyped_storage())
         return copy
+
+
+class SimulatedEvent:
+    """The number of operations on the usual stream that were asked for before it."""
+
+    done = -1
+
+    def record(self, stream: Any) -> None:
+        del stream
+        self.done = device().done
+
+
+class SimulatedStream:
+    """A stream beside the usual one, for copies to the host."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._waited = -1  # for so many operations of the usual stream
+        self._copies: list[tuple[Tensor, Tensor]] = []
+
+    def wait_event(self, event: SimulatedEvent) -> None:
+        self._waited = max(self._waited, event.done)
+
+    def copy(self, target: Tensor, source: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Copy when the host waits; until then the target holds other numbers."""
+        complete = device().written(source) <= self._waited
+        assert complete, "the stream copies what is not yet complete"
+        self._copies.append((target, source))
+        return target.fill_(0x5A)
+
+    def synchronize(self) -> None:
+        device().wait("synchronize")
+        while self._copies:
+            target, source = self._copies.pop(0)
+            target.copy_(source)
+
+
+class _Beside(threading.local):
+    """The stream of this thread, if it is not the usual one."""
+
+    stream: SimulatedStream | None = None
+
+
+_beside = _Beside()
+
+
+@contextmanager
+def _on_stream(stream: Any) -> Iterator[None]:
+    before, _beside.stream = _beside.stream, None
+    if isinstance(stream, SimulatedStream):
+        _beside.stream = stream
+    try:
+        yield
+    finally:
+        _beside.stream = before
 
 
 _current: list[SimulatedGpu] = []
@@ -370,7 +447,9 @@ def _functions(gpu: SimulatedGpu) -> dict[str, Any]:
         "current_device": lambda: 0,
         "set_device": partial(setattr, gpu, "current"),
         "current_stream": lambda _device=None: stream,
-        "stream": lambda _stream: nullcontext(),
+        "stream": _on_stream,
+        "Stream": SimulatedStream,
+        "Event": SimulatedEvent,
         "synchronize": lambda _device=None: gpu.wait("synchronize"),
         "empty_cache": lambda: None,
         "mem_get_info": lambda _device=None: (gpu.total_bytes - gpu.allocated, gpu.total_bytes),

@@ -194,16 +194,18 @@ class DequantizingReader:
     """Reads a checkpoint in codes as a full-precision model: the parts of X appear as `X.weight`.
 
     It reads every format of `FORMATS`, mixed bits and groups, with g_idx or without. With `backend`
-    "triton" the words of a GPTQ linear are moved to `device` and decoded there by one kernel.
+    "triton" the words of a linear are moved to `device` and decoded there by one kernel, if
+    `has_kernel` is true for the checkpoint; else torch decodes them on the host.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, backend: str) -> None:
         self._tensors = checkpoint.tensors
         self._raw = TensorReader(checkpoint)
         self._packing = packing_of(checkpoint)
+        self._with_kernel = backend == "triton" and has_kernel(checkpoint)
         modules = packed_modules(checkpoint.tensors, self._packing)
         self._modules = {f"{module.name}.weight": module for module in modules}
-        self._device, self._backend = device, backend
+        self._device = device
 
     def names(self) -> list[str]:
         hidden: set[str] = set()
@@ -218,7 +220,8 @@ class DequantizingReader:
         if module is None:
             return self._raw.read(name)
         packed = self._packed(module)
-        if self._backend == "triton" and type(self._packing) is Packing:
+        if self._with_kernel:
+            assert isinstance(self._packing, Packing)
             if "g_idx" not in packed:
                 packed["g_idx"] = columns_in_order(module.in_features, module.groups)
             moved = {part: tensor.to(self._device) for part, tensor in packed.items()}
@@ -290,6 +293,11 @@ def open_reader(
     from gptq_cli.checkpoint.coded_reader import CodedReader
 
     return CodedReader(checkpoint)
+
+
+def has_kernel(checkpoint: Checkpoint) -> bool:
+    """Return whether a kernel decodes the linears of `checkpoint`: those of gptq and gptq_v2."""
+    return checkpoint.is_packed and type(packing_of(checkpoint)) is Packing
 
 
 def columns_in_order(in_features: int, groups: int) -> Tensor:

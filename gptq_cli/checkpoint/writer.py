@@ -6,9 +6,10 @@ import os
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,9 @@ from gptq_cli.storage.durable import (
 )
 from gptq_cli.storage.manifest import INDEX_NAME, QUANTIZE_CONFIG, RUN_FILES, Span, span_hashes
 
+if TYPE_CHECKING:
+    from gptq_cli.checkpoint.device_copies import DeviceCopies
+
 MOST_WAITING = 4  # tensors that may wait for the disk: those of one linear
 
 
@@ -54,6 +58,7 @@ class CheckpointWriter:
         self._new: dict[str, str] = {}  # the hashes since the last `sync`
         self._thread = ThreadPoolExecutor(1, "writer")
         self._waiting: deque[Future[None]] = deque()
+        self._from_device: DeviceCopies | None = None  # made for the first tensor of a device
         make_directory(directory)
         sweep(directory, [shard.file for shard in layout.shards])
 
@@ -85,7 +90,10 @@ class CheckpointWriter:
             planned, got = f"{spec.dtype} {spec.shape}", f"{tensor.dtype} {tuple(tensor.shape)}"
             raise ValueError(f"{name}: planned {planned}, got {got}")
         self._wait_until(MOST_WAITING - 1)
-        self._waiting.append(self._thread.submit(self._write, name, tensor))
+        write = self._write
+        if tensor.is_cuda:
+            write = partial(self._write_from_device, finished=self._copies(tensor).finished(tensor))
+        self._waiting.append(self._thread.submit(write, name, tensor))
 
     def copy(self, tensor: TensorInfo, count: ByteCount) -> None:
         """Copy the bytes of one source tensor, a few MB at a time, and tell them to `count`.
@@ -171,6 +179,17 @@ class CheckpointWriter:
             while self._waiting:
                 self._waiting.popleft().cancel()
             raise
+
+    def _copies(self, tensor: Tensor) -> DeviceCopies:
+        """Return what copies tensors of this device."""
+        if self._from_device is None:
+            from gptq_cli.checkpoint.device_copies import DeviceCopies
+
+            self._from_device = DeviceCopies(tensor.device)
+        return self._from_device
+
+    def _write_from_device(self, name: str, tensor: Tensor, finished: torch.cuda.Event) -> None:
+        self._write(name, self._copies(tensor).to_host(tensor, finished))
 
     @torch.inference_mode()
     def _write(self, name: str, tensor: Tensor) -> None:

@@ -296,7 +296,11 @@ class QuantizeConfig(BaseModel):
     ] = Field(default=None, description="host memory that may be used; null: all that is free")
     backend: Annotated[
         Backend | None, Accepts(one_of([*get_args(Backend), "null"])), Option(Panel.RUN)
-    ] = Field(default=None, description="kernel that runs quantized linears when evaluating")
+    ] = Field(
+        default=None,
+        description="what decodes quantized linears when evaluating; auto or null: triton on a GPU "
+        "that runs it, else torch",
+    )
     device: Annotated[
         str,
         Field(pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$"),

@@ -14,7 +14,7 @@ from gptq_cli.events import BlockStarted, PhaseStarted, Report, Warned
 from gptq_cli.models.stream import ModelStream
 from gptq_cli.planning.run_plan import about_unused
 from gptq_cli.runtime.memory import Memory, block_finished
-from gptq_cli.runtime.open_model import HiddenStates, open_stream
+from gptq_cli.runtime.open_model import HiddenStates, decoding_backend, open_stream
 
 POSITIONS = 256  # converted to float32 at a time: a vocabulary of 256k makes that 256 MB
 
@@ -35,10 +35,11 @@ def run_blocks(
     device: torch.device,
     dtype: str,
     trust_remote_code: bool,
-    backend: str = "torch",
+    backend: str | None = None,
 ) -> Forward:
     """Run the blocks of a model, quantized or not, on token ids [batch, seqlen] each.
 
+    `backend` is that of `decoding_backend`.
     Raises InputError E_TOKENIZER for an id that is not in the vocabulary.
     """
     report(PhaseStarted("evaluation", str(checkpoint.directory)))
@@ -47,7 +48,7 @@ def run_blocks(
         device=device,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
-        backend=backend,
+        backend=decoding_backend(checkpoint, backend, device, report),
         host=Memory(torch.device("cpu")),
     )
     for code, text in about_unused(stream.unused):

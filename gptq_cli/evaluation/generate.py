@@ -31,7 +31,13 @@ from gptq_cli.json_values import to_json
 from gptq_cli.models.stream import ModelStream
 from gptq_cli.planning.run_plan import about_unused, positions
 from gptq_cli.runtime.memory import Memory, device_errors
-from gptq_cli.runtime.open_model import open_stream, report_device, resolve_device, warn_of
+from gptq_cli.runtime.open_model import (
+    decoding_backend,
+    open_stream,
+    report_device,
+    resolve_device,
+    warn_of,
+)
 
 DEFAULT_NEW_TOKENS = 128
 # Of the free memory, for weights; the rest is for the keys and values of tokens and for forwards.
@@ -94,6 +100,7 @@ def generate_text(
             device=device,
             dtype=request.dtype,
             trust_remote_code=request.trust_remote_code,
+            backend=decoding_backend(checkpoint, None, device, report),
             host=host,
         )
         for code, text in about_unused(stream.unused):

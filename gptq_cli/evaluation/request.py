@@ -22,7 +22,8 @@ class EvalRequest:
     """The text and the protocol of an evaluation; the fields are the options of `gptq eval-ppl`.
 
     `seqlen` None means 2048, or the model's positions if it has fewer. `backend` None means the one
-    in the configuration beside the checkpoint, if it names one. Raises ConfigError if a value is
+    in the configuration beside the checkpoint, if it names one, else "auto": Triton decodes on a
+    GPU that runs it, torch on the host elsewhere. Raises ConfigError if a value is
     not accepted.
 
     >>> EvalRequest(dataset="heldout.txt", seqlen=512).batch_size

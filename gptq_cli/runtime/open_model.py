@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from gptq_cli.checkpoint.claims import check_claims
 from gptq_cli.checkpoint.decoded import forward_dtype
 from gptq_cli.checkpoint.headers import DTYPES_OF_CONFIG
-from gptq_cli.checkpoint.reader import open_reader
+from gptq_cli.checkpoint.reader import has_kernel, open_reader
 from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.config.layer import LayerConfig
 from gptq_cli.config.leftovers import OF_ONE_REVISION
@@ -30,9 +30,10 @@ from gptq_cli.models.names import Sources
 from gptq_cli.models.skeleton import build_skeleton, load_config
 from gptq_cli.models.stream import ModelStream, ReadAhead
 from gptq_cli.planning.estimate import DEVICE_SHARE
-from gptq_cli.runtime.memory import Memory
+from gptq_cli.runtime.memory import Memory, gpu_lost, out_of_memory
 from gptq_cli.runtime.ranks import Ranks
 from gptq_cli.solver import numerics
+from gptq_cli.solver.triton_launch import dequantize_packed
 
 # torch's dtypes by their names in config.json, and in safetensors headers
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES_OF_CONFIG}
@@ -104,20 +105,56 @@ def try_kernels(device: torch.device, config: LayerConfig) -> Callable[[Ranks, R
     return KernelTrial(device, config).settle
 
 
-def resolve_backend(backend: str | None, device: torch.device) -> str:
-    """Return "triton" if it was chosen, else "torch".
+def resolve_backend(backend: str | None, device: torch.device) -> str | None:
+    """Return "triton" or "torch" if it was chosen, else None.
 
     Raise ConfigError E_CFG_CONFLICT for triton without an accelerator.
     """
-    if backend != "triton":
-        return "torch"
-    if device.type == "cpu":
+    if backend == "triton" and device.type == "cpu":
         raise ConfigError(
             "E_CFG_CONFLICT",
             "backend triton needs a GPU, the device is cpu",
             hint="use --backend torch",
         )
+    if backend == "auto":
+        return None
+    return backend
+
+
+def decoding_backend(
+    checkpoint: Checkpoint, backend: str | None, device: torch.device, report: Report
+) -> str:
+    """Return what decodes the weights of `checkpoint`: "triton" on the device, "torch" on the host.
+
+    If `backend` is None, it is triton for weights that its kernel decodes, on a device that runs
+    it. If the first launch fails, W_NO_KERNELS is reported, and torch decodes.
+    """
+    if backend is not None:
+        return backend
+    if device.type == "cpu" or not has_kernel(checkpoint):
+        return "torch"
+    try:
+        _decode_something(device)
+    except Exception as error:
+        if out_of_memory(error) or gpu_lost(error):
+            raise
+        from gptq_cli.runtime.kernels import why_no_kernels
+
+        why = f"the kernel that decodes weights cannot run on {device}: {why_no_kernels(error)}"
+        report(Warned("W_NO_KERNELS", f"{why}; torch decodes them on the CPU, which is slower"))
+        return "torch"
     return "triton"
+
+
+def _decode_something(device: torch.device) -> None:
+    """Launch the kernel that decodes weights on a few of them."""
+    torch.cuda.set_device(device)
+    words = torch.zeros(4, 32, dtype=torch.int32, device=device)
+    zeros = torch.zeros(1, 4, dtype=torch.int32, device=device)
+    scales = torch.ones(1, 32, dtype=torch.float16, device=device)
+    g_idx = torch.zeros(32, dtype=torch.int32, device=device)
+    dequantize_packed(words, zeros, scales, g_idx, bits=4, v2=False, dtype=torch.float32)
+    torch.cuda.synchronize(device)
 
 
 def open_stream(
@@ -153,7 +190,8 @@ def open_stream(
     _refuse_cut_stacks(skeleton.sources, checkpoint)
     dequantized = set(reader.names()) - set(checkpoint.tensors)
     # With triton the reader decodes on the device itself, so there is nothing to read ahead for.
-    if device.type == "cpu" or host is None or backend == "triton":
+    on_device = backend == "triton" and has_kernel(checkpoint)
+    if device.type == "cpu" or host is None or on_device:
         return ModelStream(skeleton, reader, device, dequantized)
     return ModelStream(skeleton, ReadAhead(reader, host.free() // AHEAD_SHARE), device, dequantized)
 

@@ -12,7 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
+from gptq_cli.checkpoint import reader
+from gptq_cli.checkpoint.layout import GPTQ
 from gptq_cli.checkpoint.source import open_checkpoint
 from gptq_cli.errors import PausedError
 from gptq_cli.evaluation.perplexity import evaluate_perplexity
@@ -157,6 +160,42 @@ def test_a_run_with_states_on_the_host_resumes_and_evaluates(
         for device in ("cuda", "cpu")
     )
     assert (found.perplexity, found.kl) == (expected.perplexity, expected.kl)
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("runs", [True, False])
+def test_evaluation_decodes_on_the_device_if_its_kernel_runs(
+    runs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = str(save_model(tmp_path / "model", num_hidden_layers=BLOCKS))
+    quantize_checkpoint(model, tmp_path / "out", config(preset="fast", **SETTINGS))
+    devices: list[torch.device] = []
+
+    def decoded(
+        qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor, bits: int, **_: object
+    ) -> Tensor:
+        if not runs:
+            raise RuntimeError("Failed to find C compiler")
+        devices.append(qweight.device)
+        parts = {"qweight": qweight, "qzeros": qzeros, "scales": scales, "g_idx": g_idx}
+        return reader.decode(parts, bits, GPTQ).dequantize().contiguous()
+
+    for module in (open_model, reader):
+        monkeypatch.setattr(module, "dequantize_packed", decoded)
+    request = EvalRequest(dataset=text_file(), seqlen=64, max_windows=2, baseline=model)
+    events: list[Event] = []
+    found = evaluate_perplexity(
+        str(tmp_path / "out"), replace(request, device="cuda"), events.append
+    )
+    expected = evaluate_perplexity(str(tmp_path / "out"), replace(request, device="cpu"))
+    assert (found.perplexity, found.kl) == (expected.perplexity, expected.kl)
+    told = [event.text for event in events if isinstance(event, Warned)]
+    if runs:
+        assert told == []
+        assert set(devices) == {torch.device("cuda", 0)}
+        assert len(devices) > BLOCKS * LINEARS  # and once to try
+    else:
+        assert "cannot run on cuda:0: there is no C compiler" in told[0]
 
 
 def test_oom_on_device_falls_back_to_fewer_paused_batches(
