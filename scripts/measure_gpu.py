@@ -31,7 +31,7 @@ from gptq_cli.solver.triton_launch import dequantize_packed
 NAMES = ("hessian_products", "factorisation", "column_kernel", "forward", "solver", "evaluation")
 NEEDS_GPU = {"skipped": "needs a GPU"}
 # (rows of a program, warps) of the kernel that rounds columns
-TILES = ((16, 4), (16, 2), (16, 8), (32, 4), (32, 8), (64, 4), (64, 8), (8, 1), (8, 2))
+TILES = ((32, 1), (16, 1), (64, 1), (32, 2), (64, 2), (16, 4), (32, 4), (64, 4))
 
 
 class Measurements:

@@ -80,7 +80,7 @@ MOST: dict[tuple[str, str], dict[str, tuple[int, int]]] = {
         "forward": (1220, 4),
         "hessian": (1844, 0),
         "pack": (26100, 0),
-        "put back": (1200, 100),
+        "put back": (1266, 100),
         "refine": (6118, 0),
         "search": (2574, 66),
     },

@@ -189,7 +189,7 @@ def test_evaluation_decodes_on_the_device_if_its_kernel_runs(
     )
     expected = evaluate_perplexity(str(tmp_path / "out"), replace(request, device="cpu"))
     assert (found.perplexity, found.kl) == (expected.perplexity, expected.kl)
-    told = [event.text for event in events if isinstance(event, Warned)]
+    told = [event.message for event in events if isinstance(event, Warned)]
     if runs:
         assert told == []
         assert set(devices) == {torch.device("cuda", 0)}
