@@ -111,7 +111,12 @@ def __getattr__(name: str) -> object:
         return import_module(f"{__name__}.events")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    found = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    if _HOMES[name] != "api":
+        return found
+    from gptq_cli.config.python_names import for_python
+
+    return for_python(found)
 
 
 def __dir__() -> list[str]:

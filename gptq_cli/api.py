@@ -21,10 +21,18 @@ from gptq_cli.events import Noted, Report, Warned, ignore
 from gptq_cli.files import file_errors
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from gptq_cli.allocation.result import AllocateResult
     from gptq_cli.checkpoint.verify import Verification
     from gptq_cli.config.resolve import Resolved
     from gptq_cli.config.schema import QuantizeConfig
+    from gptq_cli.config.settings import (
+        CompareSettings,
+        EvalSettings,
+        GenerateSettings,
+        Settings,
+    )
     from gptq_cli.evaluation.comparison import CompareResult
     from gptq_cli.evaluation.generate import GenerateResult
     from gptq_cli.evaluation.perplexity import EvalResult
@@ -56,7 +64,7 @@ def quantize(
     report: bool = False,
     command: str = "gptq_cli.quantize",
     on_event: Report = ignore,
-    **settings: Any,
+    **settings: Unpack[Settings],
 ) -> QuantizeResult:
     """Quantize `model` (a directory or a Hub id) into the directory `output`.
 
@@ -135,7 +143,7 @@ def plan(
     devices: int = 1,
     time: bool = False,
     on_event: Report = ignore,
-    **settings: Any,
+    **settings: Unpack[Settings],
 ) -> PlanResult:
     """Return what `quantize` with the same arguments would write and need, without doing it.
 
@@ -182,7 +190,7 @@ def allocate(
     resume: str = "auto",
     max_runtime: str | None = None,
     on_event: Report = ignore,
-    **settings: Any,
+    **settings: Unpack[Settings],
 ) -> AllocateResult:
     """Measure which layers of `model` need bits, and choose a width for each.
 
@@ -298,7 +306,7 @@ def compare(
     *,
     max_windows: int | None = None,
     on_event: Report = ignore,
-    **settings: Any,
+    **settings: Unpack[CompareSettings],
 ) -> CompareResult:
     """Return the distance of checkpoint `a` from the reference `b`, quantized or not.
 
@@ -436,7 +444,7 @@ def evaluate_perplexity(
     request: EvalRequest | None = None,
     *,
     on_event: Report = ignore,
-    **fields: Any,
+    **fields: Unpack[EvalSettings],
 ) -> EvalResult:
     """Return the perplexity of `model`, a directory or a Hub id, quantized or not.
 
@@ -472,7 +480,7 @@ def generate(
     *,
     on_text: Callable[[str], object] | None = None,
     on_event: Report = ignore,
-    **fields: Any,
+    **fields: Unpack[GenerateSettings],
 ) -> GenerateResult:
     """Return the text that `model`, a directory or a Hub id, quantized or not, writes.
 

@@ -11,6 +11,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import pytest
 
@@ -32,7 +34,10 @@ from gptq_cli import (
     quantize,
 )
 from gptq_cli.cli.app import load_command
+from gptq_cli.config import settings
+from gptq_cli.config.python_names import for_python
 from gptq_cli.config.schema import fill
+from gptq_cli.errors import ConfigError
 from tests.cli.conftest import Run, gptq  # noqa: F401
 from tests.runs import digest
 from tests.workspace import (
@@ -230,16 +235,16 @@ def test_a_wrong_configuration_is_refused_before_the_model_is_read(
 
 @pytest.mark.usefixtures("workspace")
 def test_compare_and_formats_refuse_what_has_no_effect() -> None:
-    with pytest.raises(GptqError, match="--seqlen needs --text") as refused:
+    with pytest.raises(GptqError, match=r"^seqlen needs text") as refused:
         compare(QUANTIZED, MODEL, seqlen=64)
     assert (refused.value.code, refused.value.hint) == (
         "E_CFG_CONFLICT",
-        "add --text, or omit --seqlen",
+        "add text, or omit seqlen",
     )
-    with pytest.raises(GptqError, match="--to must be gptq, gptq_v2") as unknown:
+    with pytest.raises(GptqError, match=r"^to must be gptq, gptq_v2") as unknown:
         convert(QUANTIZED, "awq", "out")
     assert (unknown.value.code, unknown.value.exit_code) == ("E_CFG_RANGE", 2)
-    with pytest.raises(GptqError, match="--dtype must be auto") as dtype:
+    with pytest.raises(GptqError, match=r"^dtype must be auto") as dtype:
         dequantize(QUANTIZED, "out", "int8")
     assert (dtype.value.code, dtype.value.exit_code) == ("E_CFG_RANGE", 2)
 
@@ -286,6 +291,93 @@ def test_report_names_the_command(workspace: Path) -> None:
     assert "my program" in (workspace / "out" / "gptq_report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        ("use --bits 4 or 8; as it is", "use bits=4 or 8; as it is"),
+        ("use --format gptq_v2", 'use format="gptq_v2"'),
+        ("choose another -o, or add --overwrite", "choose another output, or add overwrite=True"),
+        ("use --group-size auto, which takes 64", 'use group_size="auto", which takes 64'),
+        ("10 windows (--nsamples)", "10 windows (nsamples)"),
+        ("leave out --no-pack, or --asym", "leave out pack=False, or sym=False"),
+        ("raise --max-ram 4.5GB", 'raise max_ram="4.5GB"'),
+        ("discard it: --resume never", 'discard it: resume="never"'),
+        ("see: gptq verify out --full; or --bits 3", "see: gptq verify out --full; or bits=3"),
+        ("look at `pip --format x`, --other", "look at `pip --format x`, --other"),
+    ],
+)
+def test_errors_name_settings_as_python_does(said: str, meant: str) -> None:
+    @for_python
+    def refuse() -> None:
+        raise ConfigError("E_CFG_RANGE", said, hint=said)
+
+    with pytest.raises(GptqError) as refused:
+        refuse()
+    assert (str(refused.value), refused.value.hint) == (meant, meant)
+    assert refused.value.problems[0].code == "E_CFG_RANGE"
+
+
+def test_public_functions_and_types_name_no_flag() -> None:
+    with pytest.raises(GptqError) as refused:
+        plan("nowhere", bits=5)
+    assert refused.value.hint == 'use format="compressed-tensors", mlx or auto-round'
+    with pytest.raises(GptqError) as built:
+        QuantizeConfig(bits=5)
+    assert built.value.hint == refused.value.hint
+
+
+def plain(kind: Any) -> Any:
+    """Return a type without the checks of its values; the order in a union does not count."""
+    if get_origin(kind) is Annotated:
+        return plain(get_args(kind)[0])
+    if get_origin(kind) in (Union, UnionType):
+        members: set[Any] = set()
+        for member in map(plain, get_args(kind)):
+            members |= member if isinstance(member, frozenset) else {member}
+        return frozenset(members)
+    if get_origin(kind) in (list, dict):
+        return (get_origin(kind), *map(plain, get_args(kind)))
+    return kind
+
+
+def test_types_of_settings_are_those_of_the_schema() -> None:
+    expected = get_type_hints(QuantizeConfig, include_extras=True)
+    fields = {name: plain(expected[name]) for name in QuantizeConfig.model_fields}
+    hints = get_type_hints(settings.Settings)
+    assert {name: plain(kind) for name, kind in hints.items()} == fields
+
+
+@pytest.mark.parametrize(
+    ("request_type", "typed", "others"),
+    [
+        (EvalRequest, settings.EvalSettings, set()),
+        (EvalRequest, settings.CompareSettings, {"dataset", "max_windows", "baseline"}),
+        (GenerateRequest, settings.GenerateSettings, set()),
+    ],
+)
+def test_types_of_fields_are_those_of_the_request(
+    request_type: type, typed: type, others: set[str]
+) -> None:
+    expected = get_type_hints(request_type)
+    assert get_type_hints(typed) == {name: expected[name] for name in expected.keys() - others}
+
+
+@pytest.mark.parametrize(
+    ("function", "kind"),
+    [
+        (quantize, "Settings"),
+        (plan, "Settings"),
+        (allocate, "Settings"),
+        (compare, "CompareSettings"),
+        (evaluate_perplexity, "EvalSettings"),
+        (generate, "GenerateSettings"),
+    ],
+)
+def test_settings_of_functions_are_typed(function: Callable[..., object], kind: str) -> None:
+    *_, last = inspect.signature(function).parameters.values()
+    assert (last.kind, last.annotation) == (last.VAR_KEYWORD, f"Unpack[{kind}]")
+
+
 def test_one_error_lists_all_problems_of_a_configuration() -> None:
     with pytest.raises(GptqError) as refused:
         QuantizeConfig(bits=9, group_sise=64, dynamic={"+:x": {"bits": 1}})
@@ -294,9 +386,13 @@ def test_one_error_lists_all_problems_of_a_configuration() -> None:
         (
             "E_CFG_RANGE",
             "bits must be 2, 3, 4, 5, 6, 7 or 8, or an average such as 3.5, got 9",
-            None,
+            "8 bits are the most; a rule `-:NAME` of dynamic keeps a layer as it is",
         ),
-        ("E_CFG_RANGE", "dynamic['+:x'].bits must be 2, 3, 4, 5, 6, 7 or 8, got 1", None),
+        (
+            "E_CFG_RANGE",
+            "dynamic['+:x'].bits must be 2, 3, 4, 5, 6, 7 or 8, got 1",
+            "2 bits are the fewest",
+        ),
         ("E_CFG_UNKNOWN_KEY", "group_sise is not a known key", "did you mean group_size?"),
     ]
     with pytest.raises(GptqError, match="signed_scales and sym conflict") as refused:
@@ -323,9 +419,9 @@ def test_copied_configuration_keeps_its_derived_values() -> None:
         (
             {"resume": "always"},
             "E_CFG_RANGE",
-            "--resume must be auto, require or never, got 'always'",
+            "resume must be auto, require or never, got 'always'",
         ),
-        ({"max_runtime": "soon"}, "E_CFG_RANGE", "--max-runtime must be a time such as 3h30m"),
+        ({"max_runtime": "soon"}, "E_CFG_RANGE", "max_runtime must be a time such as 3h30m"),
         ({"output": MODEL}, "E_OUT_IS_INPUT", "is the model's own directory"),
     ],
 )

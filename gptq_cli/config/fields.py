@@ -247,9 +247,12 @@ def findings_of(
 
 def refusal(findings: Sequence[Finding]) -> ConfigError:
     """Return one error for all findings (at least one), with the field names of Python callers."""
-    return ConfigError.of(
-        [Problem(finding.code, finding.message(), finding.hint) for finding in findings]
-    )
+    from gptq_cli.config.python_names import renamed
+
+    problems = []
+    for finding in findings:
+        problems.append(renamed(Problem(finding.code, finding.message(), finding.hint)))
+    return ConfigError.of(problems)
 
 
 def _deepest(findings: list[Finding]) -> list[Finding]:

@@ -1,0 +1,87 @@
+"""Errors for Python callers: they name `bits=4` where the command line names `--bits 4`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+from gptq_cli.arguments import KINDS
+from gptq_cli.config.layer import FORMATS, PRESETS
+from gptq_cli.config.schema import FIELDS, QuantizeConfig
+from gptq_cli.errors import GptqError, Problem
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# Arguments that are no settings, and of them those that are true or false.
+ARGUMENTS = {name for _, names in KINDS.values() for name in names} | {"request", "dtype"}
+SWITCHES = set(KINDS["true or false"][1])
+SWITCHES |= {name for name in FIELDS if QuantizeConfig.model_fields[name].annotation is bool}
+# Values of settings that are texts.
+WORDS = {*FORMATS, *PRESETS, "auto", "cpu", "cuda", "never", "rtn", "keep", "float32", "bfloat16"}
+OTHER_NAMES = {"-o": "output", "--asym": "sym=False"}
+# A command in a hint, which a shell has to read; else a flag with the number or word after it.
+COMMAND = re.compile(r"`[^`]*`|\bgptq [a-z][^;,]*")
+FLAG = re.compile(r"(?<![\w-])(-o\b|--[a-z][a-z-]*)(?: (-?\w[\w.-]*\b))?")
+
+
+def for_python(function: Callable[P, R]) -> Callable[P, R]:
+    """Return `function` with the names of Python in the messages and hints of its errors."""
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except GptqError as error:
+            error.problems = tuple(map(renamed, error.problems))
+            error.args = ("; ".join(problem.message for problem in error.problems),)
+            raise
+
+    return call
+
+
+def renamed(problem: Problem) -> Problem:
+    """Return a problem with settings and arguments in place of flags."""
+    hint = problem.hint
+    if hint is not None:
+        hint = in_python(hint)
+    return replace(problem, message=in_python(problem.message), hint=hint)
+
+
+def in_python(text: str) -> str:
+    """Return a message or hint with settings and arguments in place of flags.
+
+    Commands in it stay as they are.
+
+    >>> in_python("use --bits 4 or 8, or add --lm-head; all of it: gptq plan DIR --json")
+    'use bits=4 or 8, or add lm_head=True; all of it: gptq plan DIR --json'
+    """
+    parts = []
+    end = 0
+    for command in COMMAND.finditer(text):
+        parts += [FLAG.sub(_setting, text[end : command.start()]), command[0]]
+        end = command.end()
+    return "".join([*parts, FLAG.sub(_setting, text[end:])])
+
+
+def _setting(found: re.Match[str]) -> str:
+    """Return a flag as a keyword argument, with its value if one follows."""
+    flag, word = found[1], found[2]
+    after = "" if word is None else f" {word}"
+    if flag in OTHER_NAMES:
+        return OTHER_NAMES[flag] + after
+    name = flag.removeprefix("--").replace("-", "_")
+    if name.removeprefix("no_") in SWITCHES and name.startswith("no_"):
+        return f"{name.removeprefix('no_')}=False{after}"
+    if name not in ARGUMENTS and name not in FIELDS:
+        return found[0]
+    if word is not None and re.fullmatch(r"-?\d+(\.\d+)?", word):
+        return f"{name}={word}"
+    if word is not None and (word[0].isdigit() or word in WORDS):
+        return f'{name}="{word}"'
+    if name in SWITCHES:
+        return f"{name}=True{after}"
+    return name + after
