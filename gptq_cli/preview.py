@@ -32,8 +32,8 @@ from gptq_cli.planning.estimate import (
     Term,
     estimate_disk,
     estimate_download,
-    estimate_memory,
     estimate_time,
+    estimate_within_limits,
     total,
 )
 from gptq_cli.planning.plan import plan_checkpoint, with_group_size
@@ -258,7 +258,7 @@ def preview_run(
         quantized=tuple(quantized),
         kept=tuple(kept),
         devices=devices,
-        memory=estimate_memory(plan, config, devices, images=images),
+        memory=estimate_within_limits(plan, config, devices, images=images),
         disk=disk,
         download=download,
         seconds=seconds,
@@ -290,7 +290,7 @@ def _choice(checkpoint: Checkpoint, config: QuantizeConfig, devices: int) -> Cho
         group_size=int(config.group_size),
         bytes_after=plan.layout.nbytes,
         bits_per_weight=plan.bits_per_weight,
-        memory=estimate_memory(plan, config, devices),
+        memory=estimate_within_limits(plan, config, devices),
         engines=judge_plan(plan, config),
     )
 

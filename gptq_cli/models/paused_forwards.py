@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from threading import Semaphore, Thread, current_thread
 from typing import Any
@@ -60,11 +60,13 @@ class Probe:
     """The inputs and the memory of one forward of a block.
 
     `inputs` identifies the input tensors of each linear that was called, in order of first call.
-    `waiting_bytes` is the most memory of its own that the forward held before a call of a linear.
+    `waiting_bytes` is the most memory of its own that the forward held before a call of a linear,
+    `forward_bytes` the most that it held at all.
     """
 
     inputs: Mapping[str, tuple[object, ...]]
     waiting_bytes: int
+    forward_bytes: int
 
     def stages(self, names: Container[str]) -> list[Stage]:
         """Return the stages of the linears `names`, in the order of the forward.
@@ -124,7 +126,7 @@ def probe_block(linears: Mapping[str, nn.Module], run: Callable[[], object]) -> 
     with hooked((linear, note(name)) for name, linear in linears.items()), storages:
         run()
     seen = {name: tuple(identities) for name, identities in inputs.items()}
-    return Probe(seen, waiting_bytes)
+    return Probe(seen, waiting_bytes, storages.peak)
 
 
 def watch_inputs(
@@ -192,6 +194,7 @@ class _Storages(TorchDispatchMode):
         self._allocated: WeakSet[torch.UntypedStorage] = WeakSet()
         self._numbers: WeakKeyDictionary[torch.UntypedStorage, int] = WeakKeyDictionary()
         self._next = count()
+        self.peak = 0  # the most bytes at once
 
     @property
     def nbytes(self) -> int:
@@ -208,6 +211,7 @@ class _Storages(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         self._allocated |= _storages_in(output) - _storages_in((args, kwargs))
+        self.peak = max(self.peak, self.nbytes)
         return output
 
 
@@ -219,7 +223,7 @@ def _storages_in(values: object) -> set[torch.UntypedStorage]:
 def _renamed(probe: Probe, names: Mapping[str, str]) -> Probe:
     """Return `probe` with each linear under the name that `names` maps it to."""
     inputs = {names[name]: given for name, given in probe.inputs.items()}
-    return Probe(inputs, probe.waiting_bytes)
+    return replace(probe, inputs=inputs)
 
 
 ThreadState = Callable[[], AbstractContextManager[None]]

@@ -12,7 +12,7 @@ import math
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gptq_cli.checkpoint.decoded import forward_dtype
@@ -28,12 +28,15 @@ from gptq_cli.planning.run_plan import HEAD, LayerPlan, RunPlan, bounded
 SLACK_BYTES = 128 * 10**6
 STEP_BYTES = 10**7
 
-STATES, LIBRARIES = "hidden states", "libraries"  # names of terms that others look for
+# Names of terms that others look for
+STATES, LIBRARIES, WAITING = "hidden states", "libraries", "waiting batches"
 OUTSIDE = "embeddings and vision part"
 DEVICE_SHARE = 4  # hidden states may fill a quarter of the free memory of an accelerator
 # Private memory of Python with torch and transformers at work, as measured on Linux.
 LIBRARIES_BYTES = 320_000_000
 TOKENS_PER_CHUNK = 1024  # of the inputs that the Hessian takes in float32 at a time
+# The shift takes more tokens at a time on an accelerator: inputs and differences, whole and split
+TOKENS_OF_A_SHIFT, BYTES_OF_A_SHIFT = 4096, 14
 FLOAT, CODE = 4, 1  # bytes
 
 HESSIAN_SHARE = 9 / 16  # of a full product, as the Hessian is symmetric
@@ -142,6 +145,11 @@ def total(terms: Iterable[Term]) -> int:
     return sum(term.nbytes for term in terms)
 
 
+def terms_named(what: str, terms: Iterable[Term]) -> list[Term]:
+    """Return the terms with this name."""
+    return [term for term in terms if term.what == what]
+
+
 def without(what: str, terms: Iterable[Term]) -> list[Term]:
     """Return the terms except the one with this name."""
     return [term for term in terms if term.what != what]
@@ -170,11 +178,8 @@ def estimate_memory(
     """
     bits = _forward_bits(plan, config)
     seqlen, hidden = bounded(config, plan.source).seqlen, _hidden_size(plan)
-    streams = 1
-    if plan.asymmetric:
-        streams = 2
+    streams, batches = _streams(plan), _batches_each(config, devices)
     all_tokens, batch_tokens = config.nsamples * seqlen, config.batch_size * seqlen
-    batches = math.ceil(math.ceil(config.nsamples / config.batch_size) / devices)
     tokens = min(all_tokens, batches * batch_tokens)
     waiting = tokens
     if not config.true_sequential:
@@ -186,30 +191,92 @@ def estimate_memory(
     libraries = Term(LIBRARIES, LIBRARIES_BYTES)
     work = [
         states,
-        Term("waiting batches", streams * waiting * (2 * hidden + widest) * bits // 8),
+        Term(WAITING, streams * waiting * (2 * hidden + widest) * bits // 8),
         block,
     ]
     if devices > 1 and _has_experts(plan):
         work.append(Term("experts' inputs", streams * all_tokens * hidden * bits // 8))
 
-    panels = batches.bit_length() * (HESSIAN_SHARE + streams - 1)
-    sums = int(panels * _most_inputs(plan.quantized) ** 2 * FLOAT)
-    chunk = min(TOKENS_PER_CHUNK, batch_tokens) * widest * FLOAT
     solver = {}
     for device in ROWS_OF_A_PART:
-        solver[device] = Term("solver", max(_solver_bytes(plan, bits, device), sums) + chunk)
+        solver[device] = Term("solver", solving_bytes(plan, config, device, devices))
     on_cpu: tuple[Term, ...] = (libraries, *work, solver["cpu"])
     on_device: tuple[Term, ...] = (*work, solver["cuda"])
     if _has_experts(plan):
-        together = _experts_bytes(plan, config.max_vram_bytes)
         joined = Term("joined inputs", streams * all_tokens * hidden * bits // 8)
-        solving = max(solver["cuda"].nbytes, together + chunk)
-        on_device = (*work, joined, Term("solver", solving))
+        on_device = (*work, joined, solver["cuda"])
     if images:
         embedding = (states, Term(OUTSIDE, _outside_weights(plan) * bits // 8))
         on_cpu = max(on_cpu, (libraries, *embedding), key=total)
         on_device = max(on_device, embedding, key=total)
     return Estimate(cpu=on_cpu, accelerator=on_device, accelerator_host=(libraries, states, block))
+
+
+def estimate_within_limits(
+    plan: RunPlan, config: QuantizeConfig, devices: int = 1, *, images: bool = False
+) -> Estimate:
+    """Estimate the memory of a run that keeps to --max-ram and --max-vram: fewer batches wait.
+
+    One batch waits at least, even if the limit does not allow it.
+    """
+    estimate = estimate_memory(plan, config, devices, images=images)
+    least = estimate_least_memory(plan, config, devices)
+    max_ram, max_vram = config.max_ram_bytes, config.max_vram_bytes
+    if max_ram is not None:
+        max_ram //= devices
+    return replace(
+        estimate,
+        cpu=_fewer_waiting(estimate.cpu, least.cpu, max_ram),
+        accelerator=_fewer_waiting(estimate.accelerator, least.accelerator, max_vram),
+    )
+
+
+def _fewer_waiting(
+    terms: Sequence[Term], least: Sequence[Term], allowed: int | None
+) -> tuple[Term, ...]:
+    """Return `terms` with as few bytes of waiting batches as are allowed, or as `least` has."""
+    if allowed is None or total(terms) <= allowed:
+        return tuple(terms)
+    one_batch = total(terms_named(WAITING, least))
+    others = without(WAITING, terms)
+    waiting = max(one_batch, allowed - total(others))
+    fewer = []
+    for term in terms:
+        if term.what == WAITING:
+            term = Term(WAITING, min(term.nbytes, waiting))
+        fewer.append(term)
+    return tuple(fewer)
+
+
+def solving_bytes(plan: RunPlan, config: QuantizeConfig, device: str, devices: int = 1) -> int:
+    """Return the bytes of the solver on a type of device, or of sums of batches if they are more.
+
+    Batches that wait inside a block are in memory beside them. The parts are those that
+    `estimate_memory` tells of.
+    """
+    bits, streams = _forward_bits(plan, config), _streams(plan)
+    panels = _batches_each(config, devices).bit_length() * (HESSIAN_SHARE + streams - 1)
+    sums = int(panels * _most_inputs(plan.quantized) ** 2 * FLOAT)
+    solver = _solver_bytes(plan, bits, device)
+    tokens, bytes_each = TOKENS_PER_CHUNK, FLOAT
+    if device == "cuda":
+        solver = max(solver, _experts_bytes(plan, config.max_vram_bytes))
+        if plan.asymmetric:
+            tokens, bytes_each = TOKENS_OF_A_SHIFT, BYTES_OF_A_SHIFT
+    tokens = min(tokens, config.batch_size * bounded(config, plan.source).seqlen)
+    return max(solver, sums) + tokens * _most_inputs(plan.layers) * bytes_each
+
+
+def _streams(plan: RunPlan) -> int:
+    """Return how many models the calibration text passes through."""
+    if plan.asymmetric:
+        return 2
+    return 1
+
+
+def _batches_each(config: QuantizeConfig, devices: int) -> int:
+    """Return the number of calibration batches of one of `devices`."""
+    return math.ceil(math.ceil(config.nsamples / config.batch_size) / devices)
 
 
 def _outside_weights(plan: RunPlan) -> int:
@@ -282,7 +349,7 @@ def _hidden_size(plan: RunPlan) -> int:
 
 
 def _most_inputs(layers: Iterable[LayerPlan]) -> int:
-    return max(layer.in_features for layer in layers)
+    return max((layer.in_features for layer in layers), default=0)
 
 
 def _has_experts(plan: RunPlan) -> bool:

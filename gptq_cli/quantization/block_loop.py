@@ -195,7 +195,9 @@ def block_forwards(
         return
     n_paused = 0
     if all(stage.calls == 1 for stage in stages):
-        n_paused = run.budget.n_paused(len(states[0]), probe.waiting_bytes, len(passages))
+        n_paused = run.budget.n_paused(
+            len(states[0]), probe.waiting_bytes, len(passages), probe.forward_bytes
+        )
     with ExitStack() as paused:
         for passage in passages:
             paused.enter_context(passage.paused(stages, n_paused))

@@ -30,6 +30,7 @@ from gptq_cli.events import (
 from gptq_cli.models.block_calls import Container
 from gptq_cli.models.paused_forwards import Prober
 from gptq_cli.models.stream import Batch, ModelStream
+from gptq_cli.planning.estimate import solving_bytes
 from gptq_cli.planning.run_plan import LayerPlan, RunPlan
 from gptq_cli.runtime.memory import Memory, PauseBudget
 from gptq_cli.runtime.open_model import HiddenStates
@@ -80,7 +81,8 @@ class Run:
     def __post_init__(self) -> None:
         config, device, processes = self.config, self.stream.device, self.ranks.local_world_size
         memory = Memory(device, config.max_vram_bytes, config.max_ram_bytes, processes)
-        self.budget = PauseBudget(memory, self.record)
+        solving = solving_bytes(self.plan, config, device.type, self.ranks.size)
+        self.budget = PauseBudget(memory, self.record, solving)
         self.layers = {layer.name: layer for layer in self.plan.quantized}
 
 

@@ -24,7 +24,9 @@ from gptq_cli.events import BlockFinished, Report, Warned
 from gptq_cli.models.stream import ModelStream
 from gptq_cli.planning.estimate import Limit
 
-WAITING_SHARE = 0.5  # of the free memory, for waiting batches; Hessians and solver share the rest
+# Waiting batches may take these shares of the free memory; on the host, others need some as well.
+WAITING_SHARE = {"cpu": 0.5, "cuda": 1.0}
+UNBROKEN = 0.9  # of what solver and forward leave; the rest is lost in fragments
 MAX_WAITING_THREADS = 1024
 CUBLAS_WORKSPACE_BYTES = 32 * 2**20  # of each thread, on the newest devices
 MAPPED_BYTES = 2**20
@@ -198,17 +200,24 @@ class Memory:
 
 
 class PauseBudget:
-    """Decides for each block how many batches may wait inside it; warns once if not all may."""
+    """Decides for each block how many batches may wait inside it; warns once if not all may.
 
-    def __init__(self, memory: Memory, report: Report) -> None:
+    The solver, or the sums of batches, take `solving_bytes` while batches wait.
+    """
+
+    def __init__(self, memory: Memory, report: Report, solving_bytes: int = 0) -> None:
         self.memory, self._report, self._has_warned = memory, report, False
+        self._solving_bytes = solving_bytes
         self._last = self._most = MAX_WAITING_THREADS
         self._skip_next = False
 
-    def n_paused(self, n_batches: int, bytes_each: int, streams: int = 1) -> int:
-        """Return how many of `n_batches` fit into half of the free memory, and their threads.
+    def n_paused(
+        self, n_batches: int, bytes_each: int, streams: int = 1, forward_bytes: int = 0
+    ) -> int:
+        """Return how many of `n_batches` may wait: as many as the memory and its threads allow.
 
-        Each batch holds `bytes_each` on each of its `streams` while it waits.
+        Each batch holds `bytes_each` on each of its `streams` while it waits. One forward, which
+        takes `forward_bytes`, and the solver must fit beside them.
         """
         if self._skip_next:
             self._skip_next = False
@@ -222,13 +231,15 @@ class PauseBudget:
         free, limit = self.memory.free_and_limit()
         by_threads = MAX_WAITING_THREADS // threads_each
         by_memory = n_batches
+        left = max(0, free - self._solving_bytes - forward_bytes)
+        room = min(WAITING_SHARE[self.memory.device.type] * free, UNBROKEN * left)
         if bytes_each:
-            by_memory = int(WAITING_SHARE * free) // bytes_each
+            by_memory = int(room) // bytes_each
         n_paused = max(0, min(n_batches, by_memory, by_threads, self._most))
         if n_paused < n_batches:
-            available = f"{size(free)} free"
+            available = f"{size(left)} free"
             if limit is not None:
-                available = f"{limit.option} leaves {size(free)}"
+                available = f"{limit.option} leaves {size(left)}"
             needed = f"{size(n_batches * bytes_each)} and {n_batches * threads_each} threads needed"
             late = f"{n_batches - n_paused} of {n_batches} batches cannot wait inside a block"
             self._warn_once(f"{late} ({needed}, {available})")

@@ -22,6 +22,7 @@ from gptq_cli.planning.estimate import (
     estimate_disk,
     estimate_least_memory,
     estimate_memory,
+    estimate_within_limits,
     total,
 )
 from gptq_cli.planning.plan import plan_run, refine_plan
@@ -131,6 +132,23 @@ def test_the_memory_estimate_is_the_sum_of_documented_terms(tmp_path: Path) -> N
     terms = {term.what: term.nbytes for term in replayed.cpu}
     assert terms["waiting batches"] == 2 * 64 * (2 * 64 + 128) * 2
     assert total(replayed.accelerator) < total(replayed.cpu)
+
+
+@pytest.mark.parametrize("option", ["max_ram", "max_vram"])
+def test_a_limit_leaves_out_batches_that_wait_but_one(option: str, tmp_path: Path) -> None:
+    plan = plan_run(save_model(tmp_path / "model"), config())
+    part = {"max_ram": "cpu", "max_vram": "accelerator"}[option]
+    other = {"max_ram": "accelerator", "max_vram": "cpu"}[option]
+    settings = config(nsamples=64, seqlen=64, batch_size=2)
+    most, least = estimate_memory(plan, settings), estimate_least_memory(plan, settings)
+    wanted, needed = total(getattr(most, part)), total(getattr(least, part))
+    between = (wanted + needed) // 2
+    for allowed, expected in ((wanted, wanted), (between, between), (needed // 2, needed)):
+        limited = estimate_within_limits(plan, settings.model_copy(update={option: allowed}))
+        assert total(getattr(limited, part)) == expected
+        assert getattr(limited, other) == getattr(most, other)
+        names = [term.what for term in getattr(limited, part)]
+        assert names == [term.what for term in getattr(most, part)]
 
 
 @pytest.mark.parametrize("family", ["gemma3", "qwen3_vl"])

@@ -36,7 +36,7 @@ from gptq_cli.runtime.open_model import HiddenStates
 from gptq_cli.runtime.ranks import SINGLE_PROCESS, Ranks
 from gptq_cli.solver.hessian import HessianAccumulator
 from tests.families import FAMILIES, save_model
-from tests.runs import config, digest, quantize_with_events
+from tests.runs import config, digest, messages, quantize_with_events
 
 pytestmark = pytest.mark.usefixtures("nothing_hangs_or_leaks")
 
@@ -309,6 +309,29 @@ def test_paused_batches_fill_half_of_free_memory_at_most(
 ) -> None:
     monkeypatch.setattr(memory, "free_bytes", lambda _device: 8_000)
     assert PauseBudget(Memory(CPU), ignore).n_paused(*wanted) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "solving", "forward", "expected"),
+    [
+        ("cpu", 0, 0, 4),
+        ("cpu", 3_000, 500, 4),  # half of the free memory is less than what they leave
+        ("cpu", 4_000, 2_000, 1),
+        ("cpu", 9_000, 0, 0),
+        ("cuda", 0, 0, 7),
+        ("cuda", 3_000, 0, 4),
+        ("cuda", 3_000, 2_000, 2),
+    ],
+)
+def test_a_forward_and_the_solver_fit_beside_paused_batches(
+    kind: str, solving: int, forward: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda _device: 8_000)
+    monkeypatch.setattr(memory, "CUBLAS_WORKSPACE_BYTES", 0)
+    events: list[Event] = []
+    budget = PauseBudget(Memory(torch.device(kind)), events.append, solving)
+    assert budget.n_paused(20, 1_000, 1, forward) == expected
+    assert f"{size(max(0, 8_000 - solving - forward))} free" in messages(events, "W_MEM_REPLAY")[0]
 
 
 def test_a_lack_of_memory_for_paused_batches_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:

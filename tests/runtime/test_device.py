@@ -201,7 +201,8 @@ def test_evaluation_decodes_on_the_device_if_its_kernel_runs(
 def test_oom_on_device_falls_back_to_fewer_paused_batches(
     gpu: SimulatedGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "WAITING_SHARE", 1000)  # as if far less were needed
+    monkeypatch.setattr(memory, "UNBROKEN", 1000)  # as if far less were needed
+    monkeypatch.setattr(memory, "WAITING_SHARE", {"cuda": 1000})
     model = str(save_model(tmp_path / "model", num_hidden_layers=BLOCKS))
     settings = config(preset="fast", device="cuda", nsamples=16, batch_size=2)
 
