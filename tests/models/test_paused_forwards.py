@@ -360,6 +360,9 @@ def test_waiting_bytes_are_the_peak_held_at_any_linear() -> None:
 
     block = Deviant(hold, 0)
     x = inputs(1)[0]
-    assert probe_block(block.linears, lambda: block(x)).waiting_bytes == 3 * x.nbytes
+    probe = probe_block(block.linears, lambda: block(x))
+    assert probe.waiting_bytes == 3 * x.nbytes
+    # Of the whole forward: what is kept, and what is freed before the next linear
+    assert probe.forward_bytes == 6 * x.nbytes
     with torch.inference_mode():
         assert probe_block(block.linears, lambda: block(x)).waiting_bytes == 3 * x.nbytes
