@@ -27,7 +27,7 @@ class Case:
 
     If `ties` is set, half of the weights lie in the middle between two points of their grid, and
     no error changes another weight. `shrink` multiplies the weights; if it is not 1, the first
-    group of each row is 0.
+    group of each row is 0. If `positive` is set, no weight is negative, so zero points are raised.
     """
 
     config: LayerConfig
@@ -36,6 +36,7 @@ class Case:
     column_block: int = 20
     ties: bool = False
     shrink: float = 1.0
+    positive: bool = False
 
     def layer(self) -> tuple[Tensor, Tensor]:
         if self.ties:
@@ -49,6 +50,8 @@ class Case:
         )
         if self.shrink != 1:
             weight[:, : self.config.group_size] = 0
+        if self.positive:
+            weight = weight.abs()
         return self.shrink * weight.float(), hessian.float()
 
 
@@ -87,6 +90,9 @@ CASES |= {
     ),
     "a static group of two launches": _case(
         "static desc_act", "asym", bits=2, group_size=40, scale_search="mse", shape=_LONG
+    ),
+    "found grids whose zero points are raised": Case(
+        layer_config("natural", bits=2, group_size=16, sym=False), positive=True
     ),
     "ties": Case(layer_config("static desc_act", bits=4, group_size=8), ties=True),
     "refined, signed": _case(
