@@ -29,7 +29,7 @@ from common import argument_parser, write_json
 from shapes import SHAPES, Shape, write_random_model
 
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.events import BlockFinished, Event, Warned
+from gptq_cli.events import BlockFinished, BlockStarted, Event, Report, Warned
 from gptq_cli.quantization.run import quantize_checkpoint
 from tests.families import text_file
 
@@ -102,17 +102,48 @@ def make_model(folder: Path, shape: Shape, blocks: int) -> dict[str, Any]:
     }
 
 
-def profiled(file: Path, call: Any) -> Any:
-    """Return the result of `call` and write a table of its longest operations."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    key = "self_cpu_time_total"
-    if torch.cuda.is_available():
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-        key = "self_cuda_time_total"
-    with torch.profiler.profile(activities=activities) as profile:
-        result = call()
-    file.write_text(profile.key_averages().table(sort_by=key, row_limit=40))
-    return result
+class Trace:
+    """Traces the last block of a run, which is warm, and passes events on.
+
+    Writes the trace for a browser, and a table of the longest operations beside it. `idle_share` is
+    the share of the block in which the device did nothing.
+    """
+
+    def __init__(self, file: Path, watch: Watch) -> None:
+        self.file, self.watch = file, watch
+        self._profile: torch.profiler.profile | None = None
+        self._started = 0.0
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, BlockStarted) and event.index == event.n_blocks - 1:
+            activities = [torch.profiler.ProfilerActivity.CPU]
+            if torch.cuda.is_available():
+                activities.append(torch.profiler.ProfilerActivity.CUDA)
+            self._profile = torch.profiler.profile(activities=activities)
+            self._profile.start()
+            self._started = time.perf_counter()
+        if isinstance(event, BlockFinished) and self._profile is not None:
+            self._stop(self._profile)
+            self._profile = None
+        self.watch(event)
+
+    def _stop(self, profile: torch.profiler.profile) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - self._started
+        profile.stop()
+        busy = 0.0
+        for event in profile.events() or ():
+            if event.device_type != torch.autograd.DeviceType.CPU:
+                busy += event.time_range.elapsed_us() / 1e6
+        key = "self_cpu_time_total"
+        idle_share = None
+        if busy:
+            key, idle_share = "self_cuda_time_total", 1 - busy / seconds
+        self.watch.save(traced_seconds=seconds, busy_seconds=busy, idle_share=idle_share)
+        table = profile.key_averages().table(sort_by=key, row_limit=40, max_name_column_width=60)
+        self.file.with_suffix(".txt").write_text(table)
+        profile.export_chrome_trace(str(self.file))
 
 
 def run(arguments: argparse.Namespace, folder: Path, watch: Watch) -> None:
@@ -122,12 +153,11 @@ def run(arguments: argparse.Namespace, folder: Path, watch: Watch) -> None:
     if torch.cuda.is_available() and arguments.cap_gb:
         share = arguments.cap_gb * 1e9 / torch.cuda.mem_get_info()[1]
         torch.cuda.set_per_process_memory_fraction(share)
+    report: Report = watch
+    if arguments.trace:
+        report = Trace(arguments.trace, watch)
     config = settings(arguments)
-
-    def quantize() -> Any:
-        return quantize_checkpoint(str(folder / "model"), folder / "out", config, report=watch)
-
-    result = profiled(arguments.profile, quantize) if arguments.profile else quantize()
+    result = quantize_checkpoint(str(folder / "model"), folder / "out", config, report=report)
     block_seconds = watch.figures["block_seconds"]
     outside_blocks = result.seconds - sum(block_seconds)
     watch.save(
@@ -155,7 +185,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--folder", type=Path, help="folder for the model; default: a temporary one"
     )
-    parser.add_argument("--profile", type=Path, help="write a table of the longest operations here")
+    parser.add_argument(
+        "--trace", type=Path, help="trace the last block to this file, NAME.json.gz"
+    )
     parser.add_argument("--json", type=Path, required=True, help="write the figures to this file")
     return parser.parse_args()
 

@@ -1,33 +1,44 @@
 #!/usr/bin/env bash
-# Check and measure what only a GPU can show, in two calls of under ten minutes each.
+# Check and measure what only a GPU can show: one call of eight minutes, then one of five for what a
+# first fix needs.
 #
-#   scripts/gpu_checks.sh 1 [OUT] [--device cpu] [--tiny]   kernels against the references, parts,
-#                                                           Llama-3-8B
-#   scripts/gpu_checks.sh 2 [OUT] [--device cpu] [--tiny]   within 8 GB, 70B and mixture-of-experts
-#                                                           blocks, best, profile
+#   scripts/gpu_checks.sh 1 OUT [--device cpu] [--tiny]             every part, the most telling first
+#   scripts/gpu_checks.sh 2 OUT [PART ...] [--device cpu] [--tiny]  some parts again
+#
+# Parts: env quality tests engine llama-3-8b best qwen3-30b-a3b capped llama-3-70b measure
 #
 # Runs from the source tree with any python that has torch, transformers, tokenizers, pytest, pyyaml
 # and pydantic. PYTHON names another python, WHEELS a folder of wheels to install beside it first.
-# Each part has a time limit and a file of its own. If a part fails or takes too long, the others
-# still run; the failure is shown at once and in OUT/parts.txt, and the exit code is 1.
+# Each part has a time limit; if one fails or takes too long, the others still run. After each part
+# all results are packed into OUT/results.tar.gz, so that a call that is cut short leaves them. The
+# last output is a digest of at most sixty lines, OUT/digest.txt. The exit code is 1 if a part failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 call=${1:?which of the two calls: 1 or 2}
-shift
-out=${OUT:-.}
-if [[ ${1:-} && ${1:-} != --* ]]; then out=$1; shift; fi
+out=${2:?a folder for the results}
+shift 2
 device=cuda tiny=
+asked=()
 while [[ $# -gt 0 ]]; do
   case $1 in
     --device) device=$2; shift 2 ;;
     --tiny) tiny=--tiny; shift ;;
-    *) echo "error: no option $1" >&2; exit 2 ;;
+    -*) echo "error: no option $1" >&2; exit 2 ;;
+    *) asked+=("$1"); shift ;;
   esac
 done
+case $call in
+  1) seconds=480; parts=(env quality tests engine llama-3-8b best qwen3-30b-a3b capped llama-3-70b measure) ;;
+  2) seconds=300; parts=(env quality tests llama-3-8b best) ;;
+  *) echo "error: no call $call" >&2; exit 2 ;;
+esac
+[[ ${#asked[@]} -gt 0 ]] && parts=("${asked[@]}")
+[[ $tiny ]] && seconds=$((seconds * 20)) # for a busy CPU
 python=${PYTHON:-python3}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-mkdir -p "$out"
+results=$work/results
+mkdir -p "$out" "$results"
 if [[ ${WHEELS:-} ]]; then
   "$python" -m pip install -q --no-index --no-deps --target "$work/site" "$WHEELS"/*.whl || exit 3
   export PYTHONPATH=$work/site
@@ -35,13 +46,24 @@ fi
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 failed=0
 
+pack() {
+  tar czf "$work/results.tar.gz" -C "$work" results && mv "$work/results.tar.gz" "$out/results.tar.gz"
+}
+
 part() { # name, seconds it may take, command
   local name=$1 limit=$2 started=$SECONDS code=0
   shift 2
-  [[ $tiny ]] && limit=$((limit * 10)) # for a busy CPU
-  timeout -k 5 "$limit" "$@" >"$out/$name.log" 2>&1 || code=$?
-  echo "$name: exit code $code after $((SECONDS - started)) s" | tee -a "$out/parts.txt"
-  ((code == 0)) || { failed=1; tail -n 5 "$out/$name.log"; }
+  [[ $tiny ]] && limit=$((limit * 20))
+  ((limit > seconds - SECONDS)) && limit=$((seconds - SECONDS))
+  if ((limit < 5)); then
+    echo "$name: no time is left" | tee -a "$results/parts.txt"
+    failed=1
+    return
+  fi
+  timeout -k 5 "$limit" "$@" >"$results/$name.log" 2>&1 || code=$?
+  echo "$name: exit code $code after $((SECONDS - started)) s" | tee -a "$results/parts.txt"
+  ((code == 0)) || { failed=1; tail -n 5 "$results/$name.log"; }
+  pack
 }
 
 run() { # name, seconds, shape, blocks, more arguments
@@ -53,7 +75,7 @@ run() { # name, seconds, shape, blocks, more arguments
     set -- "$@" --nsamples 4 --seqlen 64 --batch-size 2 --group-size 32
   fi
   part "$name" "$limit" "$python" scripts/bench_run.py --shape "$shape" --blocks "$blocks" \
-    --device "$device" --folder "$work" --json "$out/$name.json" "$@"
+    --device "$device" --folder "$work" --json "$results/$name.json" "$@"
 }
 
 engine=(--shape llama-3-8b --runs 3)
@@ -65,20 +87,29 @@ if [[ $tiny ]]; then
   tests=(tests/solver/test_output_error.py)
 fi
 
-: >"$out/parts.txt"
-if [[ $call == 1 ]]; then
-  part tests 130 "$python" -m pytest "${tests[@]}" -p no:cacheprovider -o addopts= -rA \
-    --junitxml "$out/tests.xml"
-  part measure 110 "$python" scripts/measure_gpu.py --device "$device" $tiny \
-    --json "$out/measure.json"
-  part engine 90 "$python" scripts/bench_engine.py --device "$device" "${engine[@]}" \
-    --json "$out/engine.json"
-  run llama-3-8b 220 llama-3-8b 32
-else
-  run capped 150 llama-3-8b 16 --cap-gb 8
-  run llama-3-70b 140 llama-3-70b 3
-  run qwen3-30b-a3b 90 qwen3-30b-a3b 2
-  run best 120 llama-3-8b 8 --preset best
-  run profile 60 llama-3-8b 2 --profile "$out/profile.txt"
-fi
+one() { # the part with this name
+  case $1 in
+    env) part env 30 "$python" scripts/gpu_environment.py ;;
+    quality) part quality 90 "$python" scripts/check_gpu_quality.py --device "$device" $tiny \
+      --json "$results/quality.json" ;;
+    tests) part tests 100 "$python" -m pytest "${tests[@]}" -p no:cacheprovider -o addopts= -rA \
+      --junitxml "$results/tests.xml" ;;
+    engine) part engine 70 "$python" scripts/bench_engine.py --device "$device" "${engine[@]}" \
+      --json "$results/engine.json" ;;
+    llama-3-8b) run llama-3-8b 110 llama-3-8b 8 --trace "$results/llama-3-8b-trace.json.gz" ;;
+    best) run best 60 llama-3-8b 2 --preset best ;;
+    qwen3-30b-a3b) run qwen3-30b-a3b 60 qwen3-30b-a3b 1 ;;
+    capped) run capped 60 llama-3-8b 4 --cap-gb 8 ;;
+    llama-3-70b) run llama-3-70b 60 llama-3-70b 1 ;;
+    measure) part measure 60 "$python" scripts/measure_gpu.py --device "$device" $tiny \
+      --json "$results/measure.json" ;;
+    *) echo "error: no part $1" >&2; failed=1 ;;
+  esac
+}
+
+: >"$results/parts.txt"
+for name in "${parts[@]}"; do one "$name"; done
+"$python" scripts/gpu_digest.py "$results" | tee "$out/digest.txt"
+cp "$out/digest.txt" "$results/"
+pack
 exit $failed

@@ -35,7 +35,7 @@ aten = torch.ops.aten
 META = torch.device("meta")
 PACKAGE = "gptq_cli."
 
-# The part of a function: the innermost function of a stack that has one decides.
+# The parts of functions and modules, see `part`
 PARTS = {
     "models": "forward",
     "models.stream._load": "copy",
@@ -43,6 +43,7 @@ PARTS = {
     "quantization.block_loop._watched": "forward",
     "solver.hessian": "hessian",
     "solver.hessian._add_shift": "shift",
+    "solver.hessian._add_split_shift": "shift",
     "solver.factor": "factor",
     "solver.factor.follow_original": "follow",
     "solver.grid.choose_grid": "search",
@@ -256,23 +257,22 @@ def _ignore(_: Any) -> None:
 
 
 def part() -> str:
-    """Return the part of the work that the running function belongs to."""
+    """Return the part of the work that the running function belongs to.
+
+    The innermost function with an entry of its own in PARTS decides, else the innermost module.
+    """
+    of_module = ""
     frame = sys._getframe(1)
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
         if module.startswith(PACKAGE):
-            found = _part_of(module.removeprefix(PACKAGE), frame.f_code.co_name)
+            name = module.removeprefix(PACKAGE)
+            found = PARTS.get(f"{name}.{frame.f_code.co_name}")
             if found:
                 return found
+            of_module = of_module or PARTS.get(name) or PARTS.get(name.partition(".")[0], "")
         frame = frame.f_back
-    return OTHER
-
-
-def _part_of(module: str, function: str) -> str | None:
-    for name in (f"{module}.{function}", module, module.partition(".")[0]):
-        if name in PARTS:
-            return PARTS[name]
-    return None
+    return of_module or OTHER
 
 
 @cache

@@ -181,8 +181,9 @@ def _time_lines(seconds: Seconds | None) -> list[str]:
     solving = clock(seconds.factor + seconds.solve)
     parts = f"forwards {forwards}, Hessians {hessians}, solving {solving}"
     return [
-        f"time    about {clock(seconds.total)} (estimate from rates measured on this device):",
-        f"          {parts}, reading {clock(seconds.reading)}",
+        f"time    at least {clock(seconds.total)} (estimate from rates measured on this device):",
+        f"          {parts}, reading {clock(seconds.reading)}, start and checks "
+        f"{clock(seconds.fixed)}",
     ]
 
 

@@ -432,6 +432,11 @@ def hessian_cost(in_features: int, tokens: float) -> float:
     return HESSIAN_SHARE * tokens * in_features**2
 
 
+def shift_cost(in_features: int, tokens: float) -> float:
+    """Return the cost of Σ (x₀ - x) xᵀ over this many tokens; it is not symmetric."""
+    return tokens * in_features**2
+
+
 def factor_cost(in_features: int) -> float:
     """Return the cost of one Cholesky factorization."""
     return in_features**3 / 6
@@ -445,12 +450,14 @@ def solve_cost(layer: LayerPlan) -> float:
 
 def solve_products(config: LayerConfig) -> float:
     """Return how many products of the weight [O, I] with a matrix [I, I] a layer takes."""
-    compensation, reporting = 0.5, 1.0
-    refining = 0
+    compensation = 0.5
+    reporting = 1.5  # three energies of half a product each, as the Hessian is symmetric
+    refining = following = 0
     if config.refine_sweeps:
         refining = 1 + config.refine_sweeps
-    asymmetric = int(config.asymmetric_calibration > 0)
-    return compensation + refining + reporting + asymmetric
+    if config.asymmetric_calibration > 0:
+        following = 2  # a product, and two solutions with a triangular matrix
+    return compensation + refining + reporting + following
 
 
 def expert_cost(layers: Iterable[LayerPlan], tokens: float) -> float:
@@ -474,8 +481,10 @@ def expert_cost(layers: Iterable[LayerPlan], tokens: float) -> float:
 class Rates:
     """The work that one device does in a second.
 
-    `forward`, `hessian`, `factor` and `solve` count multiplications with an addition, `columns`
-    weights that are rounded once, `disk` bytes read, `network` bytes sent to other devices.
+    `forward`, `hessian`, `shift`, `factor` and `solve` count multiplications with an addition,
+    `columns` weights that are rounded once, `disk` bytes read, `hashes` bytes hashed, `network`
+    bytes sent to other devices. `layer` are seconds of the host for each layer, and `start` those
+    before the first one, whatever the sizes.
     """
 
     forward: float
@@ -485,11 +494,18 @@ class Rates:
     columns: float
     disk: float
     network: float = math.inf
+    shift: float = math.inf
+    hashes: float = math.inf
+    layer: float = 0.0
+    start: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Seconds:
-    """The time of a run on equal devices: computing, sending, and reading the model meanwhile."""
+    """The time of a run on equal devices: computing, sending, and reading the model meanwhile.
+
+    `fixed` is the time before and after the blocks: starting, hashing the model and the output.
+    """
 
     forward: float = 0.0
     hessian: float = 0.0
@@ -497,13 +513,13 @@ class Seconds:
     solve: float = 0.0
     network: float = 0.0
     reading: float = 0.0
+    fixed: float = 0.0
 
     @property
     def total(self) -> float:
         """Seconds of the whole run; the model is read while other parts work."""
-        return max(
-            self.forward + self.hessian + self.factor + self.solve + self.network, self.reading
-        )
+        working = self.forward + self.hessian + self.factor + self.solve + self.network
+        return max(working, self.reading) + self.fixed
 
     def plus(self, other: Seconds) -> Seconds:
         return Seconds(
@@ -513,6 +529,7 @@ class Seconds:
             self.solve + other.solve,
             self.network + other.network,
             self.reading + other.reading,
+            self.fixed + other.fixed,
         )
 
 
@@ -542,7 +559,10 @@ def estimate_time(plan: RunPlan, config: QuantizeConfig, rates: Rates) -> Second
         batches=math.ceil(config.nsamples / config.batch_size),
         state_bytes=hidden * _forward_bits(plan, config) // 8,
     )
-    return estimate_seconds(plan.layers, text, 1, plan.source.nbytes, rates)
+    seconds = estimate_seconds(plan.layers, text, 1, plan.source.nbytes, rates)
+    # The model is hashed before the first block, the output when it is read back.
+    hashed = plan.source.nbytes + plan.layout.nbytes
+    return seconds.plus(Seconds(fixed=rates.start + hashed / rates.hashes))
 
 
 def estimate_seconds(
@@ -600,11 +620,15 @@ def _stage_seconds(
     for layer in quantized:
         solving += solve_cost(layer)
     columns = rows * n * (1 + config.refine_sweeps) / rates.columns
+    launching = len(quantized) * rates.layer
+    hessian = hessian_cost(n, tokens) / rates.hessian
+    if streams > 1:
+        hessian += shift_cost(n, tokens) / rates.shift
     return Seconds(
         forward=streams * forward,
-        hessian=hessian_cost(n, tokens) * streams * hessian_share / rates.hessian,
+        hessian=hessian * hessian_share,
         factor=factor_cost(n) * factor_share / rates.factor,
-        solve=(solving / rates.solve + columns) * solve_share,
+        solve=(solving / rates.solve + columns + launching) * solve_share,
         network=sent * (devices - 1) / devices / rates.network,
     )
 

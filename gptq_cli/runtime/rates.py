@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -16,16 +17,27 @@ from gptq_cli.planning.estimate import (
     factor_cost,
     hessian_cost,
     rows_of_a_part,
+    shift_cost,
     solve_products,
 )
 from gptq_cli.solver.factor import HessianFactor, prepare
 from gptq_cli.solver.hessian import HessianAccumulator
+from gptq_cli.solver.numerics import feedback_precision
 from gptq_cli.solver.solve import solve
+from gptq_cli.storage.manifest import n_threads
 
 SECONDS_EACH = 0.3  # for repeating one piece of work
 MOST_COLUMNS = 4096  # of the layer that stands for the model's: a larger one only takes longer
 TOKENS = 2048
 READ_BYTES = 128 * 2**20
+HASHED_BYTES = 32 * 2**20
+# How often a forward takes the time of its products with weights: attention, norms and activations
+# are in it. The figure for CUDA was counted (docs/benchmarks), and is to be measured on a GPU.
+FORWARDS_PER_PRODUCT = {"cpu": 1.0, "cuda": 1.33}
+# Seconds of the host for the launches of one layer, if it is small, and seconds before the first
+# layer: libraries, and kernels that are compiled. Those of CUDA are to be measured on a GPU.
+SECONDS_OF_A_LAYER = {"cpu": 0.0, "cuda": 3e-4}
+SECONDS_TO_START = {"cpu": 4.0, "cuda": 10.0}
 
 
 def measure_rates(
@@ -50,20 +62,29 @@ def measure_rates(
     prepared = prepare(hessian, config, seen.tokens)
     same_dtype = weight.to(dtype)
     forward = _seconds(lambda: inputs @ same_dtype.T, device)
-    product = _seconds(lambda: weight @ hessian, device)
+    with feedback_precision(weight):
+        product = _seconds(lambda: weight @ hessian, device)
     adding = _seconds(lambda: HessianAccumulator(columns, device).add(inputs), device)
+    shifting = math.inf
+    if config.asymmetric_calibration:
+        both = _seconds(lambda: HessianAccumulator(columns, device).add(inputs, inputs), device)
+        shifting = shift_cost(columns, TOKENS) / max(both - adding, both / 100)
     factoring = _seconds(lambda: prepare(hessian, config, TOKENS), device)
     solving = _seconds(lambda: _solved(weight, hessian, prepared, config), device)
     products = solve_products(config) * product
     # Products inside the solver may be faster than alone, so the difference may be too small.
     rounding = max(solving - products, solving / 100)
     return Rates(
-        forward=rows * columns * TOKENS / forward,
+        forward=rows * columns * TOKENS / forward / FORWARDS_PER_PRODUCT[device.type],
         hessian=hessian_cost(columns, TOKENS) / adding,
         factor=factor_cost(columns) / factoring,
         solve=rows * columns**2 / product,
         columns=rows * columns * (1 + config.refine_sweeps) / rounding,
         disk=_reading_rate(file),
+        shift=shifting,
+        hashes=_hashing_rate(),
+        layer=SECONDS_OF_A_LAYER[device.type],
+        start=SECONDS_TO_START[device.type],
     )
 
 
@@ -87,6 +108,15 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _hashing_rate() -> float:
+    """Return the bytes that all threads together hash in a second."""
+    data = bytes(HASHED_BYTES)
+    started = time.perf_counter()
+    sha256(data)
+    seconds = time.perf_counter() - started
+    return n_threads() * HASHED_BYTES / seconds
 
 
 def _reading_rate(file: Path) -> float:

@@ -298,8 +298,13 @@ def side_by_side(work: Callable[[Item], Result], items: Iterable[Item]) -> Itera
         yield from threads.map(work, items)
 
 
+def n_threads() -> int:
+    """Return the number of threads that hash files side by side."""
+    return min(MOST_THREADS, os.cpu_count() or 1)
+
+
 def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1), "side by side")
+    return ThreadPoolExecutor(n_threads(), "side by side")
 
 
 def _hash(span: Span, given_up: Event, count: ByteCount) -> str:

@@ -19,6 +19,7 @@ from gptq_cli.planning.estimate import (
     Term,
     estimate_memory,
     estimate_seconds,
+    estimate_time,
     expert_cost,
     experts_at_once,
     solve_cost,
@@ -55,7 +56,7 @@ def test_one_device_does_all_dense_work() -> None:
     assert one.forward == 65536 * 12 * 100 + 5 * 6 * 100
     assert one.hessian == pytest.approx(9 / 16 * 100 * 12**2)
     assert one.factor == 12**3 / 6
-    assert one.solve == 1.5 * 65536 * 12**2 + 65536 * 12
+    assert one.solve == 2 * 65536 * 12**2 + 65536 * 12
     assert (one.network, one.reading) == (0, 7)
 
 
@@ -97,13 +98,33 @@ def test_refinement_and_asymmetric_calibration_cost_more() -> None:
     plain = linear("a.up_proj", 16, 12, PLAIN)
     refined = replace(plain, config=LayerConfig(refine_sweeps=4))
     followed = replace(plain, config=LayerConfig(asymmetric_calibration=0.5))
-    assert solve_cost(plain) == 1.5 * 16 * 12**2
+    assert solve_cost(plain) == 2 * 16 * 12**2
     assert solve_cost(refined) == solve_cost(plain) + 5 * 16 * 12**2
-    assert solve_cost(followed) == solve_cost(plain) + 16 * 12**2
+    assert solve_cost(followed) == solve_cost(plain) + 2 * 16 * 12**2
     other_work = 10 * 16 * 12 + 9 / 16 * 10 * 12**2 + 12**3 / 6
     assert expert_cost([plain], 10) == other_work + solve_cost(plain)
     one_model = estimate_seconds([plain], TEXT, 1, 0, ONE).forward
     assert estimate_seconds([followed], TEXT, 1, 0, ONE).forward == 2 * one_model
+
+
+def test_a_shift_is_a_whole_product_at_its_own_rate() -> None:
+    followed = linear("a.up_proj", 16, 12, LayerConfig(asymmetric_calibration=0.5))
+    once = estimate_seconds([followed], TEXT, 1, 0, replace(ONE, shift=math.inf)).hessian
+    slow = estimate_seconds([followed], TEXT, 1, 0, replace(ONE, shift=0.5)).hessian
+    assert once == 9 / 16 * 100 * 12**2
+    assert slow == once + 2 * 100 * 12**2
+
+
+def test_each_layer_costs_launches_and_each_run_a_start(tmp_path: Path) -> None:
+    layers = [linear(f"a.{name}_proj", 16, 12, PLAIN) for name in ("q", "k")]
+    quick = estimate_seconds(layers, TEXT, 1, 0, ONE).solve
+    assert estimate_seconds(layers, TEXT, 1, 0, replace(ONE, layer=3.0)).solve == quick + 6
+    settings = config(nsamples=2, batch_size=2)
+    plan = plan_run(save_model(tmp_path / "model"), settings)
+    plain = estimate_time(plan, settings, ONE)
+    fixed = estimate_time(plan, settings, replace(ONE, start=5.0, hashes=10.0))
+    assert fixed.fixed == 5 + (plan.source.nbytes + plan.layout.nbytes) / 10
+    assert fixed.total == plain.total + fixed.fixed
 
 
 @pytest.mark.parametrize(
@@ -114,8 +135,15 @@ def test_measured_rates_are_positive_and_finite(settings: LayerConfig, tmp_path:
     file.write_bytes(bytes(100_000))
     rates = measure_rates(torch.device("cpu"), torch.float32, 96, settings, file)
     measured = [rates.forward, rates.hessian, rates.factor, rates.solve, rates.columns, rates.disk]
+    measured.append(rates.hashes)
     assert all(0 < rate < math.inf for rate in measured)
-    assert rates.network == math.inf
+    assert rates.network == rates.shift == math.inf
+
+
+def test_the_rate_of_the_shift_is_measured_if_there_is_one(tmp_path: Path) -> None:
+    followed = LayerConfig(group_size=32, asymmetric_calibration=0.5)
+    rates = measure_rates(torch.device("cpu"), torch.float32, 32, followed, tmp_path / "none")
+    assert 0 < rates.shift < math.inf
 
 
 def test_the_disk_of_an_absent_file_has_no_rate(tmp_path: Path) -> None:
