@@ -389,9 +389,14 @@ def experts_at_once(layers: Sequence[LayerPlan], device: str, max_vram: int | No
     allowed = EXPERTS_BYTES
     if max_vram is not None:
         allowed = min(allowed, max_vram // EXPERTS_SHARE)
-    if not layers:
+    if not layers or any(_has_scattered_groups(layer.config) for layer in layers):
         return 1
     return max(1, min(EXPERTS_AT_ONCE[device], allowed // _expert_bytes(layers, device)))
+
+
+def _has_scattered_groups(config: LayerConfig | None) -> bool:
+    """Return whether the groups of columns are those of the Hessian, so that experts differ."""
+    return config is not None and config.desc_act and not config.static_groups
 
 
 def _experts_bytes(plan: RunPlan, max_vram: int | None) -> int:

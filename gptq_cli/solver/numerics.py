@@ -61,14 +61,23 @@ def split(matrix: Tensor, dtype: torch.dtype = torch.bfloat16) -> Split:
 
 
 def multiply_split(left: Split, right: Split) -> Tensor:
-    """Return the float32 product of two matrices that `split` returned, on tensor cores.
+    """Return the float32 product of matrices [..., m, k] that `split` returned, on tensor cores.
 
     The product of the two low parts is left out: it is below the rounding of the others.
     """
     (high, low), (other_high, other_low) = left, right
-    product = torch.mm(high, other_high, out_dtype=torch.float32)
-    product += torch.mm(high, other_low, out_dtype=torch.float32)
-    product += torch.mm(low, other_high, out_dtype=torch.float32)
+    product = _exact_product(high, other_high)
+    product += _exact_product(high, other_low)
+    product += _exact_product(low, other_high)
+    return product
+
+
+def _exact_product(left: Tensor, right: Tensor) -> Tensor:
+    """Return the float32 product of 16-bit matrices, or of those of several experts."""
+    multiply_exactly = torch.mm
+    if left.dim() == 3:
+        multiply_exactly = torch.bmm
+    product: Tensor = multiply_exactly(left, right, out_dtype=torch.float32)
     return product
 
 
@@ -144,6 +153,34 @@ def add_product_(target: Tensor, left: Tensor, right: Tensor, *, alpha: float = 
     if target.dim() == 3:  # one expert, or a dense layer: a plain product, on any device
         target, left, right = target[0], left[0], right[0]
     target.addmm_(left, right, alpha=alpha)
+
+
+def by_expert(matrix: Tensor, n_experts: int) -> Tensor:
+    """Return [E, k, O] as a view of a matrix [k, E O] with the columns of one expert together."""
+    parts: Tensor = matrix.unflatten(1, (n_experts, -1))
+    return parts.transpose(0, 1)
+
+
+def multiply_by_expert(factors: Tensor, matrix: Tensor) -> Tensor:
+    """Return [m, E O], the products of factors [E, m, k] and the parts of a matrix [k, E O]."""
+    if len(factors) == 1:
+        return factors[0] @ matrix
+    product = matrix.new_empty(factors.shape[1], matrix.shape[1])
+    parts = by_expert(matrix, len(factors))
+    by_expert(product, len(factors)).baddbmm_(factors, parts, beta=0)
+    return product
+
+
+def reordered(matrix: Tensor, orders: Tensor) -> Tensor:
+    """Return a matrix [k, E O] with the rows of each expert's part in its order of `orders` [E, k].
+
+    The result is contiguous.
+    """
+    if len(orders) == 1:
+        return matrix.index_select(0, orders[0])
+    parts: Tensor = matrix.unflatten(1, (len(orders), -1))
+    index = orders.T.unsqueeze(-1).expand(parts.shape)
+    return parts.gather(0, index).flatten(1)
 
 
 def permuted(matrices: Tensor, orders: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from gptq_cli.solver.grid import (
 from gptq_cli.solver.numerics import (
     Split,
     full_precision,
+    multiply,
     multiply_split,
     row_chunks,
     split,
@@ -149,6 +150,29 @@ def output_energies(
             matrices.append(candidate.rows(rows).dequantize(hessian.dtype).sub_(original))
         energies += _energies(matrices, hessian)
     return energies
+
+
+@torch.no_grad()
+@full_precision()
+def energies_by_expert(
+    weight: Tensor, hessians: Tensor, candidates: Sequence[QuantizedLinear]
+) -> Tensor:
+    """Return m H mᵀ for each row m of the weight [E O, I] and of the error of each candidate.
+
+    The energies are float64 [1 + candidates, E, O]; `hessians` [E, I, I] are undamped.
+    """
+    by_expert = (len(hessians), -1)
+    original = weight.to(hessians.dtype).unflatten(0, by_expert)
+    energies = [_energies_of_rows(original, hessians)]
+    for candidate in candidates:
+        decoded = candidate.dequantize(hessians.dtype).unflatten(0, by_expert)
+        energies.append(_energies_of_rows(decoded.sub_(original), hessians))
+    return torch.stack(energies)
+
+
+def _energies_of_rows(matrices: Tensor, hessians: Tensor) -> Tensor:
+    """Return m H mᵀ for each row m of M [E, O, I], in float64 [E, O]."""
+    return multiply(matrices, hessians).mul_(matrices).sum(-1, dtype=torch.float64)
 
 
 def _energies(matrices: Sequence[Tensor], hessian: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ products are large enough for a GPU. Source: coordinate descent as in QuantEase 
 2023); scales as in stage 2 of arXiv 2602.02126.
 
 Letters for shapes:  O out_features   I in_features   G groups   n columns of a block
-Matrices are held transposed, [I, O]; columns are sorted by group.
+Matrices are held transposed, [I, O]; columns are sorted by group. If kernels fit E experts of equal
+shapes together, O counts the rows of all of them, those of the first one first.
 """
 
 from __future__ import annotations
@@ -27,7 +28,14 @@ from torch import Tensor
 
 from gptq_cli.solver.factor import HessianFactor
 from gptq_cli.solver.grid import round_scales
-from gptq_cli.solver.numerics import feedback_precision, uses_kernels
+from gptq_cli.solver.numerics import (
+    add_product_,
+    by_expert,
+    feedback_precision,
+    multiply_by_expert,
+    permuted,
+    uses_kernels,
+)
 from gptq_cli.solver.quantized_linear import QuantizedLinear
 from gptq_cli.solver.triton_launch import MOST_COLUMNS, fit_codes, fit_scales
 
@@ -40,7 +48,7 @@ PANEL = 512  # columns whose slopes are computed together, before kernels fit th
 class _State:
     """A layer during refinement; tensors are updated in place."""
 
-    hessian: Tensor  # [I, I], symmetric, positive definite
+    hessian: Tensor  # [E, I, I], symmetric, positive definite
     errors: Tensor  # [I, O], W - Q
     levels: Tensor  # [I, O], codes - zeros
     scales: Tensor  # [G, O]
@@ -72,12 +80,15 @@ def refine(
     group. The Hessian [I, I] is damped by `prepared.damping`; dead columns stay zero. Zero points
     do not change. Changed scales are exact in float16 and bfloat16, and positive unless `signed`.
     Sums are in the dtype of the Hessian. It is copied only if groups are scattered, else its own
-    diagonal is damped during the call.
+    diagonal is damped during the call. With kernels it may be that of E experts, [E, I, I].
     """
-    columns, damping = quantized.group_of_column.argsort(stable=True), prepared.damping
+    columns = quantized.group_of_column.argsort(stable=True)
+    in_features = len(columns)
+    hessian = hessian.view(-1, in_features, in_features)
+    damping, dead = prepared.damping.view(-1, in_features), prepared.dead.view(-1, in_features)
     if prepared.order.scattered:
-        hessian, damping = hessian[columns[:, None], columns], damping[columns]
-    state = _start(weight, hessian, prepared.dead, quantized, columns, signed)
+        hessian, damping = permuted(hessian, columns[None]), damping[:, columns]
+    state = _start(weight, hessian, dead[:, columns], quantized, columns, signed)
     sweep = _sweep
     if uses_kernels(state.errors):
         sweep = _sweep_with_kernels
@@ -93,7 +104,7 @@ def refine(
 @contextmanager
 def _damped(hessian: Tensor, damping: Tensor) -> Iterator[None]:
     """Damp the diagonal of `hessian`; restore it at the end."""
-    diagonal = hessian.diagonal()
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
     undamped = diagonal.clone()
     diagonal += damping
     try:
@@ -116,7 +127,7 @@ def _start(
     zeros = quantized.zeros.to(dtype).T.contiguous()
     levels = quantized.codes.T.index_select(0, columns).to(dtype)
     errors = weight.T.index_select(0, columns).to(dtype)
-    errors.masked_fill_(dead[columns, None], 0)
+    errors.unflatten(1, (len(dead), -1)).masked_fill_(dead.T.unsqueeze(-1), 0)
     _by_group(levels, zeros).sub_(zeros[:, None])
     _by_group(errors, zeros).addcmul_(_by_group(levels, zeros), scales[:, None], value=-1)
     return _State(hessian, errors, levels, scales, zeros, quantized.bits, signed)
@@ -130,7 +141,7 @@ def _by_group(matrix: Tensor, grids: Tensor) -> Tensor:
 def _slopes(state: _State, columns: slice) -> Tensor:
     """Return P = E H of the columns, [n, O]."""
     with feedback_precision(state.errors):
-        return state.hessian[columns] @ state.errors
+        return multiply_by_expert(state.hessian[:, columns], state.errors)
 
 
 def _sweep(state: _State, *, codes: bool) -> None:
@@ -145,7 +156,7 @@ def _fit_scale(state: _State, group: int) -> Tensor:
     """Fit the scale of a group; return the slopes P [n, O] of its columns with the new scale."""
     columns = state.columns_of(group)
     levels, slopes = state.levels[columns], _slopes(state, columns)
-    curvatures = state.hessian[columns, columns] @ levels
+    curvatures = state.hessian[0, columns, columns] @ levels
     step = _take_step(state, group, (levels * slopes).sum(0), (levels * curvatures).sum(0))
     return slopes.addcmul_(curvatures, step, value=-1)
 
@@ -183,7 +194,7 @@ def _fit_block(state: _State, group: int, columns: slice, slopes: Tensor) -> Non
     Targets are the best positions of the codes in levels; a column that is done moves the targets
     of the columns after it.
     """
-    hessian, errors = state.hessian[columns, columns], state.errors[columns]
+    hessian, errors = state.hessian[0, columns, columns], state.errors[columns]
     levels = state.levels[columns]
     scales, zeros = state.scales[group], state.zeros[group]
     curvatures, ends = hessian.diagonal()[:, None], (-zeros, 2**state.bits - 1 - zeros)
@@ -242,15 +253,17 @@ def _fit_panel(state: _State, panel: slice, width: int, *, scales: bool, codes: 
     corrected by the changes of the errors [n, O] of the columns before them in the panel.
     """
     slopes = _slopes(state, panel)
-    changes = torch.zeros_like(slopes)
+    changes, n_experts = torch.zeros_like(slopes), len(state.hessian)
     for columns in _cut(panel.start, panel.stop, width):
         before, group = slice(panel.start, columns.start), columns.start // state.group_size
         mine = slice(columns.start - panel.start, columns.stop - panel.start)
         if mine.start:
             with feedback_precision(slopes):
-                slopes[mine].addmm_(state.hessian[columns, before], changes[: mine.start])
+                target, done = by_expert(slopes[mine], n_experts), changes[: mine.start]
+                mixed = state.hessian[:, columns, before]
+                add_product_(target, mixed, by_expert(done, n_experts))
         moving = (slopes[mine], changes[mine], state.levels[columns])
-        own, scale = state.hessian[columns, columns], state.scales[group]
+        own, scale = state.hessian[:, columns, columns], state.scales[group]
         if scales:
             fit_scales(*moving, own, scale, signed=state.signed)
         if codes:
@@ -263,7 +276,7 @@ def _fit_long_scale(state: _State, group: int, panels: list[slice]) -> None:
     levels = state.levels[state.columns_of(group)]
     slope, curvature = torch.zeros_like(levels[0]), torch.zeros_like(levels[0])
     for panel in panels:
-        bends = state.hessian[panel, state.columns_of(group)] @ levels
+        bends = multiply_by_expert(state.hessian[:, panel, state.columns_of(group)], levels)
         slope += (state.levels[panel] * _slopes(state, panel)).sum(0)
         curvature += (state.levels[panel] * bends).sum(0)
     _take_step(state, group, slope, curvature)

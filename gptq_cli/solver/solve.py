@@ -10,7 +10,9 @@ product,  v_B = w_B + E_{<B} R_{<B,B}.  Inside the block, one kernel passes erro
 `triton_launch`) if the device has it; otherwise they pass through smaller blocks.
 
 Letters for shapes:  O out_features   I in_features   G groups   n columns of a block
-Matrices are held transposed, [I, O], so that a column of the layer is contiguous in memory.
+Matrices are held transposed, [I, O], so that a column of the layer is contiguous in memory. If the
+layers of E experts of equal shapes are solved together, O counts the rows of all experts, those of
+the first one first: only products with R and H, and the order of columns, are those of an expert.
 """
 
 from __future__ import annotations
@@ -31,10 +33,18 @@ from gptq_cli.solver.grid import (
     round_to_grid,
     split_groups,
 )
-from gptq_cli.solver.numerics import feedback_precision, full_precision, uses_kernels
+from gptq_cli.solver.numerics import (
+    add_product_,
+    by_expert,
+    feedback_precision,
+    full_precision,
+    reordered,
+    uses_kernels,
+)
 from gptq_cli.solver.quantized_linear import (
     QuantizedLinear,
     check_decoded,
+    energies_by_expert,
     output_energies,
     round_to_nearest,
 )
@@ -138,28 +148,9 @@ def solve_together(
     first expert, then as many of the next one, and so on. Raises ScaleRangeError, whose row counts
     through all weights.
     """
-    if hessian.dim() == 2:
-        return _solve_alone(weights, hessian, factor, config, column_block)
-    solutions: list[Solution] = []
-    per_expert = len(weights) // len(hessian)
-    rows_before = 0
-    for expert in range(len(hessian)):
-        own = weights[expert * per_expert : (expert + 1) * per_expert]
-        try:
-            solutions += _solve_alone(own, hessian[expert], factor.of(expert), config, column_block)
-        except ScaleRangeError as error:
-            raise ScaleRangeError(rows_before + error.row) from error
-        rows_before += sum(map(len, own))
-    return solutions
-
-
-def _solve_alone(
-    weights: Sequence[Tensor],
-    hessian: Tensor,
-    factor: HessianFactor,
-    config: LayerConfig,
-    column_block: int,
-) -> list[Solution]:
+    n_experts = hessian.shape[:-2].numel()
+    if n_experts > 1 and not uses_kernels(hessian):
+        return _one_by_one(weights, hessian, factor, config, column_block)
     rows = weights[0]
     if len(weights) > 1:
         rows = torch.cat(list(weights))
@@ -171,17 +162,77 @@ def _solve_alone(
         sweeps, signed = config.refine_sweeps, config.signed_scales
         quantized = refine(rows, hessian, factor, quantized, sweeps=sweeps, signed=signed)
     check_decoded(quantized)
-    samples = _samples(weights)
-    nearest = _nearest(rows, samples, config, quantized.group_of_column)
-    parts, errors, start = [], [], 0
-    for weight, baseline in zip(weights, nearest, strict=True):
+    parts, start = [], 0
+    for weight in weights:
         parts.append(quantized.rows(slice(start, start + len(weight))))
-        errors.append(_errors(weight, hessian, parts[-1], baseline))
         start += len(weight)
+    if n_experts > 1:
+        return _measured_by_expert(parts, rows, hessian, quantized, config)
+    return _measured(parts, weights, rows, hessian.view(hessian.shape[-2:]), config)
+
+
+def _one_by_one(
+    weights: Sequence[Tensor],
+    hessians: Tensor,
+    factor: HessianFactor,
+    config: LayerConfig,
+    column_block: int,
+) -> list[Solution]:
+    """Return `solve_together` of several experts without kernels, which gain nothing together."""
+    solutions: list[Solution] = []
+    per_expert, rows_before = len(weights) // len(hessians), 0
+    for expert, hessian in enumerate(hessians):
+        own = weights[expert * per_expert : (expert + 1) * per_expert]
+        try:
+            solutions += solve_together(
+                own, hessian, factor.of(expert), config, column_block=column_block
+            )
+        except ScaleRangeError as error:
+            raise ScaleRangeError(rows_before + error.row) from error
+        rows_before += sum(map(len, own))
+    return solutions
+
+
+def _measured(
+    parts: Sequence[QuantizedLinear],
+    weights: Sequence[Tensor],
+    rows: Tensor,
+    hessian: Tensor,
+    config: LayerConfig,
+) -> list[Solution]:
+    """Return the quantized `parts` of `rows`, one for each of `weights`, with their errors."""
+    samples = _samples(weights)
+    nearest = _nearest(rows, samples, config, parts[0].group_of_column)
+    errors = []
+    for part, weight, baseline in zip(parts, weights, nearest, strict=True):
+        errors.append(_errors(weight, hessian, part, baseline))
     solutions = []
     for part, sample, found in zip(parts, samples, torch.stack(errors).tolist(), strict=True):
         energy, error, rtn_error = found
         solutions.append(Solution(part, energy, error, rtn_error, len(sample)))
+    return solutions
+
+
+def _measured_by_expert(
+    parts: Sequence[QuantizedLinear],
+    rows: Tensor,
+    hessians: Tensor,
+    quantized: QuantizedLinear,
+    config: LayerConfig,
+) -> list[Solution]:
+    """Return the `parts` of `quantized`, which are as many of each expert, with their errors.
+
+    The host waits for the device once, and no row is left out.
+    """
+    nearest = round_to_nearest(rows, config, quantized.group_of_column)
+    energies = energies_by_expert(rows, hessians, (quantized, nearest))
+    per_expert = len(parts) // len(hessians)
+    sizes = [len(part.codes) for part in parts[:per_expert]]
+    sums = torch.stack([layer.sum(-1) for layer in energies.split(sizes, dim=-1)], dim=-1)
+    solutions = []
+    for part, found in zip(parts, sums.permute(1, 2, 0).flatten(0, 1).tolist(), strict=True):
+        energy, error, rtn_error = found
+        solutions.append(Solution(part, energy, error, rtn_error, len(part.codes)))
     return solutions
 
 
@@ -259,7 +310,7 @@ class _Grid:
         """Return all grids of the weight [O, I] if they are static, or empty ones."""
         order, group_size = factor.order, config.columns_per_group(weight.shape[1])
         if order.static_grid:
-            groups = split_groups(weight, order.group_of_column, group_size)
+            groups = split_groups(weight, _shared_groups(order), group_size)
             scales, zeros = choose_grid(groups, config)
             scales, zeros = scales.T.contiguous(), zeros.T.contiguous()
         else:
@@ -275,17 +326,18 @@ class _Grid:
 
     def find(self, block: _ColumnBlock, start: int, stop: int) -> None:
         """Fit the grid of the group with columns start..stop of `block` to its updated weights."""
-        group = block.group_of[start : start + 1]
         if block.inverses is not None:
-            columns = slice(start, stop)
-            inverse = block.inverses[start // self.group_size]
+            columns, group = slice(start, stop), block.group_of[:, start : start + 1]
+            inverse = block.inverses[:, start // self.group_size]
             values, weights = block.values[columns], block.errors[columns]
             grids, config = (self.scales, self.zeros), self.config
             find_grids(values, weights, inverse, *grids, group, config.bits, sym=config.sym)
             return
         scales, zeros = choose_grid(block.updated_weights(start, stop).T, self.config)
-        self.scales.index_copy_(0, group.long(), scales[None])
-        self.zeros.index_copy_(0, group.long(), zeros[None])
+        groups = block.group_of[:, start].long()
+        index = groups[None, :, None].expand(1, -1, scales.numel() // len(groups))
+        for known, found in ((self.scales, scales), (self.zeros, zeros)):
+            known.unflatten(1, (len(groups), -1)).scatter_(0, index, found.view(index.shape))
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,17 +351,15 @@ class _ColumnBlock:
 
     values: Tensor  # [n, O]
     errors: Tensor  # [n, O]
-    R: Tensor  # [n, n]
-    group_of: Tensor  # int32 [n]
-    inverses: Tensor | None  # [groups of the block, group_size, group_size], see `_inverses`
+    R: Tensor  # [E, n, n]
+    group_of: Tensor  # int32 [E, n]
+    inverses: Tensor | None  # [E, groups of the block, group_size, group_size], see `_inverses`
 
     def pass_on(self, start: int, stop: int, end: int) -> None:
         """Add the feedback of columns start..stop to columns stop..end."""
         if stop < end:
-            with feedback_precision(self.errors):
-                self.values[stop:end].addmm_(
-                    self.R[start:stop, stop:end].T, self.errors[start:stop]
-                )
+            target, done = self.values[stop:end], self.errors[start:stop]
+            _add_feedback(target, self.R[:, start:stop, stop:end], done)
 
     def updated_weights(self, start: int, stop: int) -> Tensor:
         """Return columns start..stop as they would best be if no column were rounded any more.
@@ -317,12 +367,12 @@ class _ColumnBlock:
         These weights [n, O],  u = w + (v - w) R⁻¹,  are those that GPTQ in its first form has
         updated so far, and from which it takes the scales of a group.
         """
-        weights, R = self.errors[start:stop], self.R[start:stop, start:stop]
-        feedback = self.values[start:stop] - weights
+        weights, R = self.errors[start:stop], self.R[:, start:stop, start:stop]
+        feedback = by_expert(self.values[start:stop] - weights, len(R))
         change: Tensor = torch.linalg.solve_triangular(
-            R.T, feedback, upper=False, unitriangular=True
+            R.mT, feedback, upper=False, unitriangular=True
         )
-        return change.add_(weights)
+        return change.transpose(0, 1).flatten(1).add_(weights)
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,11 +384,11 @@ class _Rounding:
 
     errors: Tensor  # [I, O], w_j until column j is rounded, then e_j
     codes: Tensor  # uint8 [I, O]
-    R: Tensor  # [I, I]
-    group_of: Tensor  # int32 [I]
+    R: Tensor  # [E, I, I]
+    group_of: Tensor  # int32 [E, I]
     grid: _Grid
     order: ColumnOrder
-    inverses: Tensor | None  # [G, n, n], those of `_inverses` if a kernel finds the grids
+    inverses: Tensor | None  # [E, G, n, n], those of `_inverses` if a kernel finds the grids
 
     @classmethod
     def of(cls, weight: Tensor, factor: HessianFactor, config: LayerConfig) -> _Rounding:
@@ -346,12 +396,16 @@ class _Rounding:
         dtype = torch.float32
         if weight.dtype == factor.R.dtype == torch.float64:
             dtype = torch.float64
-        alive = weight.to(dtype).masked_fill(factor.dead, 0)
+        in_features = weight.shape[1]
+        R = factor.R.to(dtype).view(-1, in_features, in_features)
+        dead = factor.dead.view(len(R), 1, in_features)
+        alive = weight.to(dtype).unflatten(0, (len(R), -1)).masked_fill(dead, 0).flatten(0, 1)
         grid = _Grid.of(alive, factor, config)
-        errors = alive.T.index_select(0, factor.order.permutation)
+        permutation = factor.order.permutation.view(len(R), in_features)
+        errors = reordered(alive.T, permutation)
         codes = torch.empty_like(errors, dtype=torch.uint8)
-        group_of = factor.order.group_of_column[factor.order.permutation]
-        R, inverses = factor.R.to(dtype), None
+        group_of = factor.order.group_of_column.view(len(R), in_features).gather(1, permutation)
+        inverses = None
         if not grid.static and grid.found_by_kernel:
             inverses = _inverses(R, grid.group_size)
         return cls(errors, codes, R, group_of, grid, factor.order, inverses)
@@ -366,32 +420,49 @@ class _Rounding:
 
     def block(self, start: int, stop: int) -> _ColumnBlock:
         """Return columns start..stop with the errors of all columns before them."""
-        errors, R = self.errors[start:stop], self.R[:stop, start:stop]
-        with feedback_precision(errors):
-            values = torch.addmm(errors, R[:start].T, self.errors[:start])
-        inverses = self.inverses
+        errors, R = self.errors[start:stop], self.R[:, :stop, start:stop]
+        values = errors.clone()
+        if start:
+            _add_feedback(values, R[:, :start], self.errors[:start])
+        inverses, group_size = self.inverses, self.grid.group_size
         if inverses is not None:
-            inverses = inverses[start // self.grid.group_size : stop // self.grid.group_size]
-        return _ColumnBlock(values, errors, R[start:], self.group_of[start:stop], inverses)
+            inverses = inverses[:, start // group_size : stop // group_size]
+        return _ColumnBlock(values, errors, R[:, start:], self.group_of[:, start:stop], inverses)
 
     def result(self) -> QuantizedLinear:
         """Return the quantized weight with its columns in natural order."""
         scales, zeros = self.grid.scales.T, self.grid.zeros.T
         check_scales(scales)
-        natural = self.codes[self.order.permutation.argsort()].T.contiguous()
+        permutation = self.order.permutation.view(self.group_of.shape)
+        natural = reordered(self.codes, permutation.argsort()).T.contiguous()
         return QuantizedLinear(
             natural,
             scales.contiguous().half(),
             zeros.contiguous().byte(),
-            self.order.group_of_column,
+            _shared_groups(self.order),
             self.grid.config.bits,
         )
 
 
+def _shared_groups(order: ColumnOrder) -> Tensor:
+    """Return the group int32 [I] of each column; experts solved together have the same groups."""
+    group_of = order.group_of_column
+    n_experts = group_of.shape[:-1].numel()
+    assert n_experts == 1 or not order.scattered
+    return group_of.view(n_experts, -1)[0]
+
+
+def _add_feedback(values: Tensor, R: Tensor, errors: Tensor) -> None:
+    """Add R [E, k, n] transposed times the errors [k, O] of columns to later columns [n, O]."""
+    with feedback_precision(errors):
+        add_product_(by_expert(values, len(R)), R.mT, by_expert(errors, len(R)))
+
+
 def _inverses(R: Tensor, group_size: int) -> Tensor:
-    """Return the inverses [G, n, n] of the parts of R [I, I] inside each run of n columns."""
-    groups = len(R) // group_size
-    parts = R.view(groups, group_size, groups, group_size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    """Return the inverses [E, G, n, n] of the parts of R [E, I, I] inside each run of n columns."""
+    groups = R.shape[-1] // group_size
+    runs = R.unflatten(2, (groups, group_size)).unflatten(1, (groups, group_size))
+    parts = runs.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
     unit = torch.eye(group_size, dtype=R.dtype, device=R.device)
     inverses: Tensor = torch.linalg.solve_triangular(
         parts, unit.expand_as(parts), upper=True, unitriangular=True
@@ -404,7 +475,7 @@ def _round_block(block: _ColumnBlock, grid: _Grid) -> Tensor:
 
     The errors of its own columns replace their weights in `block.errors`.
     """
-    end = len(block.group_of)
+    end = block.group_of.shape[1]
     outer, inner = INNER_BLOCKS
     round_few = _round_one_by_one
     if uses_kernels(block.values):
@@ -431,16 +502,16 @@ def _round_block(block: _ColumnBlock, grid: _Grid) -> Tensor:
 def _round_at_once(block: _ColumnBlock, grid: _Grid, start: int, stop: int) -> None:
     """Round columns start..stop with one launch of the kernel."""
     columns = slice(start, stop)
-    values, errors, R = block.values[columns], block.errors[columns], block.R[columns, columns]
-    groups, bits = block.group_of[columns], grid.config.bits
+    values, errors, R = block.values[columns], block.errors[columns], block.R[:, columns, columns]
+    groups, bits = block.group_of[:, columns], grid.config.bits
     round_columns(values, errors, R, grid.scales, grid.zeros, groups, bits)
 
 
 def _round_one_by_one(block: _ColumnBlock, grid: _Grid, start: int, stop: int) -> None:
     """Round columns start..stop: each receives the errors of those before it, then is rounded."""
     columns = slice(start, stop)
-    values, errors, R = block.values[columns], block.errors[columns], block.R[columns, columns]
-    for column, group in enumerate(block.group_of[columns].tolist()):
+    values, errors, R = block.values[columns], block.errors[columns], block.R[0, columns, columns]
+    for column, group in enumerate(block.group_of[0, columns].tolist()):
         value, error = values[column], errors[column]
         scales, zeros = grid.scales[group], grid.zeros[group]
         if column:

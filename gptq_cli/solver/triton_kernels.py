@@ -10,7 +10,11 @@ i lies at bits [BITS i, BITS i + BITS), which for 3 bits may straddle two words.
 run down its rows, along I; `qzeros` streams run along its columns, along O.
 
 Letters for shapes:  O out_features   G groups   n columns taken together
+E experts of equal shapes: O counts the rows of all of them, those of the first one first
 B, S, ROWS powers of two: B holds n, S columns are in registers at a time, a program has ROWS rows
+
+Experts have matrices of their own, `.._distance` elements apart, and the second axis of the grid of
+programs. An expert has `n_rows` rows; a dense layer is one expert.
 
 Columns that depend on each other are taken S at a time. Inside these S, one column passes on to
 the next in registers; then `pass_on` brings what they did to all later columns in one product.
@@ -66,7 +70,7 @@ def float16_scale(scale):  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def pass_on(  # type: ignore[no-untyped-def]
-    target, factors, stride, done, start, n_columns, rows, out_features, S: tl.constexpr
+    target, factors, stride, done, start, n_columns, rows, inside, out_features, S: tl.constexpr
 ):
     """Add factors[done, later] times `done` [S, rows] to the columns of `target` after `done`.
 
@@ -76,7 +80,7 @@ def pass_on(  # type: ignore[no-untyped-def]
     columns = start + few
     for first in range(start + S, n_columns, S):
         later = first + few
-        here = (later < n_columns)[:, None] & (rows < out_features)[None, :]
+        here = (later < n_columns)[:, None] & inside[None, :]
         tile = later[:, None].to(tl.int64) * out_features + rows[None, :]
         # [later, columns]: read along rows of `factors`
         mixed = tl.load(
@@ -95,10 +99,13 @@ def find_grids_kernel(  # type: ignore[no-untyped-def]
     values,
     errors,
     inverse,
+    inverse_distance,
     scales,
     zeros,
     group_of,
+    group_distance,
     out_features,
+    n_rows,
     n_columns,
     max_code,
     SYM: tl.constexpr,
@@ -112,8 +119,12 @@ def find_grids_kernel(  # type: ignore[no-untyped-def]
     group_of int32: the first entry names the row of scales, zeros [G, O] that receives the grid.
     A row with a weight that is not finite gets an infinite scale.
     """
+    expert = tl.program_id(1).to(tl.int64)
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    inside = rows < out_features
+    inside = rows < n_rows
+    rows += expert * n_rows
+    inverse += expert * inverse_distance
+    group_of += expert * group_distance
     columns = tl.arange(0, B)
     tile = columns[:, None].to(tl.int64) * out_features + rows[None, :]
     here = (columns < n_columns)[:, None] & inside[None, :]
@@ -154,10 +165,13 @@ def round_columns_kernel(  # type: ignore[no-untyped-def]
     errors,
     R,
     R_stride,
+    R_distance,
     scales,
     zeros,
     group_of,
+    group_distance,
     out_features,
+    n_rows,
     n_columns,
     max_code,
     S: tl.constexpr,
@@ -168,8 +182,12 @@ def round_columns_kernel(  # type: ignore[no-untyped-def]
     values [n, O]: v in, codes out; errors [n, O]: w in, w - q out; R [n, n] with rows R_stride
     apart; scales, zeros [G, O]; group_of int32 [n].
     """
+    expert = tl.program_id(1).to(tl.int64)
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    inside = rows < out_features
+    inside = rows < n_rows
+    rows += expert * n_rows
+    R += expert * R_distance
+    group_of += expert * group_distance
     few = tl.arange(0, S)
     position = rows
     grid = tl.load(group_of).to(tl.int64) * out_features + rows
@@ -204,7 +222,7 @@ def round_columns_kernel(  # type: ignore[no-untyped-def]
             tl.store(errors + position, error, mask=inside)
             position += out_features
             weight, scale, zero = next_weight, next_scale, next_zero
-        pass_on(values, R, R_stride, passed, start, n_columns, rows, out_features, S)
+        pass_on(values, R, R_stride, passed, start, n_columns, rows, inside, out_features, S)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -214,9 +232,11 @@ def fit_codes_kernel(  # type: ignore[no-untyped-def]
     levels,
     hessian,
     hessian_stride,
+    hessian_distance,
     scales,
     zeros,
     out_features,
+    n_rows,
     n_columns,
     max_code,
     S: tl.constexpr,
@@ -228,8 +248,11 @@ def fit_codes_kernel(  # type: ignore[no-untyped-def]
     slopes [n, O]: P, overwritten; changes, levels [n, O]: in place; hessian [n, n] with rows
     hessian_stride apart; scales, zeros [O]: those of the group.
     """
+    expert = tl.program_id(1).to(tl.int64)
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    inside = rows < out_features
+    inside = rows < n_rows
+    rows += expert * n_rows
+    hessian += expert * hessian_distance
     few = tl.arange(0, S)
     scale = tl.load(scales + rows, mask=inside, other=1.0)
     zero = tl.load(zeros + rows, mask=inside, other=0.0)
@@ -262,7 +285,9 @@ def fit_codes_kernel(  # type: ignore[no-untyped-def]
             tl.store(changes + position, change + change_here, mask=inside)
             position += out_features
             level = next_level
-        pass_on(slopes, hessian, hessian_stride, passed, start, n_columns, rows, out_features, S)
+        pass_on(
+            slopes, hessian, hessian_stride, passed, start, n_columns, rows, inside, out_features, S
+        )
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -272,8 +297,10 @@ def fit_scales_kernel(  # type: ignore[no-untyped-def]
     levels,
     hessian,
     hessian_stride,
+    hessian_distance,
     scales,
     out_features,
+    n_rows,
     n_columns,
     SIGNED: tl.constexpr,
     B: tl.constexpr,
@@ -285,8 +312,11 @@ def fit_scales_kernel(  # type: ignore[no-untyped-def]
     levels [n, O]: b; slopes [n, O]: P, in place; changes [n, O]: of the errors, out; hessian
     [n, n] with rows hessian_stride apart; scales [O]: in place.
     """
+    expert = tl.program_id(1).to(tl.int64)
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    inside = rows < out_features
+    inside = rows < n_rows
+    rows += expert * n_rows
+    hessian += expert * hessian_distance
     columns = tl.arange(0, B)
     bends = tl.zeros([B, ROWS], tl.float32)  # H_gg b
     for start in range(0, n_columns, K):

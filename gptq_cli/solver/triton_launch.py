@@ -6,6 +6,7 @@ only if a value is within the rounding of float32 of a tie. `dequantize_packed` 
 tensors in one pass, for the evaluation of quantized checkpoints.
 
 Letters for shapes:  O out_features   I in_features   G groups
+E experts of equal shapes: O counts the rows of all of them, those of the first one first
 """
 
 from __future__ import annotations
@@ -42,16 +43,17 @@ def find_grids(
     """Find the min/max grid of up to MOST_COLUMNS columns that are one group.
 
     It is that of `grid.find_grid` for the weights u = w + (v - w) R⁻¹. `values` [n, O] are v,
-    `errors` [n, O] are w, `inverse` [n, n] is R⁻¹. The grid goes into the row of `scales` and
-    `zeros` [G, O] that the first entry of group_of, int32, names. A row with a weight that is not
-    finite gets an infinite scale.
+    `errors` [n, O] are w, `inverse` [E, n, n] is R⁻¹. The grid goes into the row of `scales` and
+    `zeros` [G, O] that the first entry of group_of, int32 [E, n], names. A row with a weight that
+    is not finite gets an infinite scale.
     """
     from gptq_cli.solver.triton_kernels import find_grids_kernel
 
-    _check_contiguous(values, errors, inverse, scales, zeros, group_of)
-    find_grids_kernel[(_programs(values.shape[1], GROUP_ROWS),)](
-        values, errors, inverse, scales, zeros, group_of,
-        values.shape[1], len(values), float(2**bits - 1),
+    _check_contiguous(values, errors, inverse[0], scales, zeros, group_of[0])
+    n_experts, n_rows = _experts(inverse, values)
+    find_grids_kernel[(_programs(n_rows, GROUP_ROWS), n_experts)](
+        values, errors, inverse, inverse.stride(0), scales, zeros, group_of, group_of.stride(0),
+        values.shape[1], n_rows, len(values), float(2**bits - 1),
         SYM=sym, B=_power(len(values)), K=SUMMANDS, ROWS=GROUP_ROWS,
         num_warps=GROUP_WARPS, num_stages=STAGES, enable_fp_fusion=FUSED,
     )  # fmt: skip
@@ -68,16 +70,18 @@ def round_columns(
 ) -> None:
     """Round up to MOST_COLUMNS columns to their grids one after the other.
 
-    `values` [n, O] become codes and `errors` [n, O] become w - q, in place. R [n, n] is the part of
-    the factor between the columns, a view of it; scales and zeros [G, O] are contiguous; group_of
-    is int32 [n].
+    `values` [n, O] become codes and `errors` [n, O] become w - q, in place. R [E, n, n] is the part
+    of the factor between the columns, a view of it; scales and zeros [G, O] are contiguous;
+    group_of is int32 [E, n].
     """
     from gptq_cli.solver.triton_kernels import round_columns_kernel
 
-    _check_contiguous(values, errors, scales, zeros, group_of)
-    round_columns_kernel[(_programs(values.shape[1], ROWS),)](
-        values, errors, R, _row_stride(R), scales, zeros, group_of,
-        values.shape[1], len(values), float(2**bits - 1),
+    _check_contiguous(values, errors, scales, zeros, group_of[0])
+    n_experts, n_rows = _experts(R, values)
+    round_columns_kernel[(_programs(n_rows, ROWS), n_experts)](
+        values, errors, R, _row_stride(R), R.stride(0), scales, zeros,
+        group_of, group_of.stride(0),
+        values.shape[1], n_rows, len(values), float(2**bits - 1),
         S=COLUMNS, ROWS=ROWS, num_warps=WARPS, enable_fp_fusion=FUSED,
     )  # fmt: skip
 
@@ -93,15 +97,17 @@ def fit_scales(
 ) -> None:
     """Fit the scales [O] of one group of up to MOST_COLUMNS columns.
 
-    `slopes` [n, O] are P and `levels` [n, O] are b, codes minus zeros; hessian is H_gg [n, n], a
-    view. `scales` and `slopes` change in place; `changes` [n, O] become those of the errors.
+    `slopes` [n, O] are P and `levels` [n, O] are b, codes minus zeros; hessian is H_gg
+    [E, n, n], a view. `scales` and `slopes` change in place; `changes` [n, O] become those of the
+    errors.
     """
     from gptq_cli.solver.triton_kernels import fit_scales_kernel
 
     _check_contiguous(slopes, changes, levels, scales)
-    fit_scales_kernel[(_programs(slopes.shape[1], GROUP_ROWS),)](
-        slopes, changes, levels, hessian, _row_stride(hessian), scales,
-        slopes.shape[1], len(slopes),
+    n_experts, n_rows = _experts(hessian, slopes)
+    fit_scales_kernel[(_programs(n_rows, GROUP_ROWS), n_experts)](
+        slopes, changes, levels, hessian, _row_stride(hessian), hessian.stride(0), scales,
+        slopes.shape[1], n_rows, len(slopes),
         SIGNED=signed, B=_power(len(slopes)), K=SUMMANDS, ROWS=GROUP_ROWS,
         num_warps=GROUP_WARPS, num_stages=STAGES, enable_fp_fusion=FUSED,
     )  # fmt: skip
@@ -119,15 +125,16 @@ def fit_codes(
     """Run one round of coordinate descent over up to MOST_COLUMNS columns of a group.
 
     `levels` [n, O] change in place, and what the errors change by is added to `changes` [n, O].
-    `slopes` [n, O] are those at the start, and are overwritten; hessian is [n, n], a view; scales
-    and zeros [O] are those of the group.
+    `slopes` [n, O] are those at the start, and are overwritten; hessian is [E, n, n], a view;
+    scales and zeros [O] are those of the group.
     """
     from gptq_cli.solver.triton_kernels import fit_codes_kernel
 
     _check_contiguous(slopes, changes, levels, scales, zeros)
-    fit_codes_kernel[(_programs(slopes.shape[1], ROWS),)](
-        slopes, changes, levels, hessian, _row_stride(hessian), scales, zeros,
-        slopes.shape[1], len(slopes), float(2**bits - 1),
+    n_experts, n_rows = _experts(hessian, slopes)
+    fit_codes_kernel[(_programs(n_rows, ROWS), n_experts)](
+        slopes, changes, levels, hessian, _row_stride(hessian), hessian.stride(0), scales, zeros,
+        slopes.shape[1], n_rows, len(slopes), float(2**bits - 1),
         S=COLUMNS, ROWS=ROWS, num_warps=WARPS, enable_fp_fusion=FUSED,
     )  # fmt: skip
 
@@ -164,10 +171,15 @@ def _check_contiguous(*tensors: Tensor) -> None:
 
 
 def _row_stride(matrix: Tensor) -> int:
-    """Return the distance of the rows of a matrix whose rows are contiguous."""
-    distance, step = matrix.stride()
+    """Return the distance of the rows of matrices [E, n, n] whose rows are contiguous."""
+    _, distance, step = matrix.stride()
     assert step == 1, matrix.stride()
     return distance
+
+
+def _experts(factors: Tensor, values: Tensor) -> tuple[int, int]:
+    """Return the number of experts, and of the rows of each, for factors [E, n, n]."""
+    return len(factors), values.shape[1] // len(factors)
 
 
 def _programs(rows: int, rows_each: int) -> int:

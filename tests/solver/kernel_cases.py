@@ -11,7 +11,7 @@ from torch import Tensor
 from gptq_cli.config.layer import LayerConfig
 from gptq_cli.solver.factor import prepare
 from gptq_cli.solver.quantized_linear import QuantizedLinear
-from gptq_cli.solver.solve import solve
+from gptq_cli.solver.solve import Solution, solve, solve_together
 from tests.solver.samples import ORDERS, correlated_layer, layer_config
 
 KINDS: dict[str, dict[str, object]] = {
@@ -141,3 +141,47 @@ def solved(case: Case, device: str = "cpu") -> QuantizedLinear:
     weight, hessian = (tensor.to(device) for tensor in case.layer())
     prepared = prepare(hessian, case.config)
     return solve(weight, hessian, prepared, case.config, column_block=case.column_block).quantized
+
+
+@dataclass(frozen=True)
+class ExpertsCase:
+    """Three experts with two layers each; the second has a column without input."""
+
+    config: LayerConfig
+    rows: tuple[int, int] = (5, 31)
+    in_features: int = 64
+
+    def layers(self) -> tuple[list[Tensor], Tensor]:
+        """Return the weights, expert by expert, and the Hessians."""
+        weights, hessians = [], []
+        for expert in range(3):
+            for part, rows in enumerate(self.rows):
+                weight, hessian = correlated_layer(rows, self.in_features, seed=10 * expert + part)
+                weights.append(weight.float())
+            hessians.append(hessian.float())
+        hessians[1][7] = 0
+        hessians[1][:, 7] = 0
+        return weights, torch.stack(hessians)
+
+
+def _experts(order: str, kind: str, **fields: object) -> ExpertsCase:
+    return ExpertsCase(layer_config(order, **KINDS[kind], **fields))  # type: ignore[arg-type]
+
+
+EXPERTS: dict[str, ExpertsCase] = {
+    "static groups": _experts(
+        "static group aware", "signed", bits=4, group_size=16, scale_search="mse", refine_sweeps=1
+    ),
+    "groups found by a kernel": _experts("group aware", "asym", bits=3, group_size=16),
+    "groups searched on the way": _experts(
+        "group aware", "sym", bits=4, group_size=16, scale_search="mse"
+    ),
+    "one group a row": _experts("static desc_act", "sym", bits=3, group_size=-1, refine_sweeps=1),
+}
+
+
+def solved_experts(case: ExpertsCase) -> list[Solution]:
+    """The solutions of the layers of all experts, solved together if kernels are switched on."""
+    weights, hessians = case.layers()
+    prepared = prepare(hessians, case.config)
+    return solve_together(weights, hessians, prepared, case.config, column_block=32)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from gptq_cli.solver import numerics, refine, solve
-from tests.solver.kernel_cases import CASES, MOST_COLUMNS, solved
+from tests.solver.kernel_cases import CASES, EXPERTS, MOST_COLUMNS, solved, solved_experts
 
 
 def main(solutions_file: str) -> None:
@@ -25,6 +25,13 @@ def main(solutions_file: str) -> None:
         quantized = solved(case)
         for part in ("codes", "scales", "zeros"):
             solutions[f"{name}/{part}"] = getattr(quantized, part).numpy()
+    for name, experts in EXPERTS.items():
+        for number, solution in enumerate(solved_experts(experts)):
+            for part in ("codes", "scales", "zeros"):
+                values = getattr(solution.quantized, part).numpy()
+                solutions[f"{name}/{number}/{part}"] = values
+            errors = (solution.relative_error, solution.rtn_relative_error)
+            solutions[f"{name}/{number}/errors"] = np.array(errors)
     np.savez(solutions_file, **solutions)
 
 

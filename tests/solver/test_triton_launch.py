@@ -20,7 +20,7 @@ from gptq_cli.solver import refine as refine_module
 from gptq_cli.solver import solve as solve_module
 from gptq_cli.solver.factor import prepare
 from gptq_cli.solver.solve import solve
-from tests.solver.kernel_cases import CASES, solved
+from tests.solver.kernel_cases import CASES, EXPERTS, solved, solved_experts
 from tests.solver.samples import correlated_layer, layer_config
 
 pytest.importorskip("triton")
@@ -49,6 +49,21 @@ def test_kernels_give_the_codes_and_grids_of_torch(
         np.testing.assert_array_equal(
             interpreted[f"{name}/{part}"], getattr(expected, part).numpy(), err_msg=part
         )
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_kernels_give_several_experts_the_codes_of_each_alone(
+    name: str, interpreted: dict[str, np.ndarray]
+) -> None:
+    alone = solved_experts(EXPERTS[name])
+    assert len(alone) == 3 * 2
+    for number, solution in enumerate(alone):
+        for part in ("zeros", "scales", "codes"):
+            found = interpreted[f"{name}/{number}/{part}"]
+            expected = getattr(solution.quantized, part).numpy()
+            np.testing.assert_array_equal(found, expected, err_msg=f"{part} {number}")
+        errors = (solution.relative_error, solution.rtn_relative_error)
+        np.testing.assert_allclose(interpreted[f"{name}/{number}/errors"], errors, rtol=1e-5)
 
 
 def test_cases_cover_all_widths_and_both_signs() -> None:
