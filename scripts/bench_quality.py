@@ -107,7 +107,7 @@ def only_rounding() -> AbstractContextManager[object]:
     def solve(weight: Any, hessian: Any, prepared: Any, config: Any) -> Solution:
         nearest = round_to_nearest(weight, config, prepared.order.group_of_column)
         energy, error = output_energies(weight, hessian, [nearest]).tolist()
-        return Solution(nearest, energy, error, error, len(weight))
+        return Solution(nearest, energy, error, error, len(weight), 0, 0)
 
     def solve_together(weights: Any, *others: Any) -> list[Solution]:
         return [solve(weight, *others) for weight in weights]

@@ -32,7 +32,6 @@ from gptq_cli.solver.factor import (
     follow_original,
     prepare,
 )
-from gptq_cli.solver.float16 import SMALLEST, SMALLEST_NORMAL
 from gptq_cli.solver.grid import ScaleRangeError
 from gptq_cli.solver.hessian import HessianAccumulator
 from gptq_cli.solver.quantized_linear import QuantizedLinear
@@ -44,7 +43,7 @@ SUBNORMAL_SHARE = 0.5  # warn once of a layer with at least this share of subnor
 
 @dataclass(frozen=True, slots=True)
 class SolvedLayer:
-    """A solved layer: its plan, codes and report.
+    """A solved layer: its plan, codes and report, and its numbers of small scales (see `Solution`).
 
     `windows` names the windows of the text with the first input that was not finite; "" if none.
     """
@@ -53,6 +52,8 @@ class SolvedLayer:
     quantized: QuantizedLinear
     report: LayerReport
     windows: str
+    subnormal: int
+    smallest: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +228,8 @@ class LayerSolver:
             seconds=seconds_per_row * layer.out_features,
             fallback=fallback,
         )
-        return SolvedLayer(layer, solution.quantized, report, windows)
+        small = (solution.subnormal, solution.smallest)
+        return SolvedLayer(layer, solution.quantized, report, windows, *small)
 
     def _usable(self, inputs: Inputs, config: LayerConfig) -> UsableHessians:
         """Return the Hessians of `inputs` with their factor.
@@ -301,12 +303,10 @@ class LayerSolver:
 
     def _warn_of_scales(self, solved: SolvedLayer) -> None:
         """Warn of scales that are too small for float16; a group of zeros has no such scale."""
-        layer, sizes = solved.layer, solved.quantized.scales.abs()
-        n_scales = sizes.numel()
-        subnormal = int((sizes < SMALLEST_NORMAL).sum())
+        layer, n_scales = solved.layer, solved.quantized.scales.numel()
+        subnormal, smallest = solved.subnormal, solved.smallest
         if not subnormal:
             return
-        smallest = int((sizes == SMALLEST).sum())
         small = f"{_where(layer)} has so small weights that"
         if smallest > LOST_SHARE * n_scales:
             self._lost = layer.name

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gptq_cli.config.layer import LayerConfig
-from gptq_cli.solver.float16 import LARGEST
+from gptq_cli.solver.float16 import LARGEST, SMALLEST, SMALLEST_NORMAL
 from gptq_cli.solver.grid import (
     ScaleRangeError,
     are_runs,
@@ -89,6 +89,17 @@ def check_decoded(linear: QuantizedLinear) -> None:
     beyond = (linear.dequantize().abs() > LARGEST).any(1)
     if bool(beyond.any()):
         raise ScaleRangeError(int(beyond.nonzero()[0]))
+
+
+def small_scales(scales: Tensor) -> Tensor:
+    """Return for each row of scales [O, G] two numbers, float64 [2, O], to warn of.
+
+    They are the number of scales that are subnormal in float16, and of those that are its smallest
+    number. A group of zeros has no such scale.
+    """
+    sizes = scales.abs()
+    small = torch.stack([sizes < SMALLEST_NORMAL, sizes == SMALLEST])
+    return small.sum(-1, dtype=torch.float64)
 
 
 # Of H at a time, for output errors; both values for CUDA are to be measured on a GPU.

@@ -47,6 +47,7 @@ from gptq_cli.solver.quantized_linear import (
     energies_by_expert,
     output_energies,
     round_to_nearest,
+    small_scales,
 )
 from gptq_cli.solver.refine import refine
 from gptq_cli.solver.triton_launch import MOST_COLUMNS, find_grids, round_columns
@@ -64,7 +65,8 @@ SAMPLED_ROWS = 1024
 class Solution:
     """A quantized layer and its output error, beside that of round to nearest with equal groups.
 
-    `rtn_error` was measured on `rtn_rows` rows, and is an estimate if these are not all.
+    `rtn_error` was measured on `rtn_rows` rows, and is an estimate if these are not all. Of the
+    scales, `subnormal` are subnormal numbers of float16, and `smallest` its smallest number.
     """
 
     quantized: QuantizedLinear
@@ -72,6 +74,8 @@ class Solution:
     error: float  # tr(E H Eᵀ)
     rtn_error: float
     rtn_rows: int
+    subnormal: int
+    smallest: int
 
     @property
     def relative_error(self) -> float:
@@ -101,7 +105,15 @@ class Solution:
             error=sum(part.error for part in parts),
             rtn_error=sum(part.rtn_error for part in parts),
             rtn_rows=sum(part.rtn_rows for part in parts),
+            subnormal=sum(part.subnormal for part in parts),
+            smallest=sum(part.smallest for part in parts),
         )
+
+
+def _solution(quantized: QuantizedLinear, found: Sequence[float], rtn_rows: int) -> Solution:
+    """Return a solution with the three energies and the numbers of small scales in `found`."""
+    energy, error, rtn_error, subnormal, smallest = found
+    return Solution(quantized, energy, error, rtn_error, rtn_rows, int(subnormal), int(smallest))
 
 
 def _share(error: float, energy: float) -> float:
@@ -205,11 +217,11 @@ def _measured(
     nearest = _nearest(rows, samples, config, parts[0].group_of_column)
     errors = []
     for part, weight, baseline in zip(parts, weights, nearest, strict=True):
-        errors.append(_errors(weight, hessian, part, baseline))
+        small = small_scales(part.scales).sum(-1)
+        errors.append(torch.cat([_errors(weight, hessian, part, baseline), small]))
     solutions = []
     for part, sample, found in zip(parts, samples, torch.stack(errors).tolist(), strict=True):
-        energy, error, rtn_error = found
-        solutions.append(Solution(part, energy, error, rtn_error, len(sample)))
+        solutions.append(_solution(part, found, len(sample)))
     return solutions
 
 
@@ -226,13 +238,14 @@ def _measured_by_expert(
     """
     nearest = round_to_nearest(rows, config, quantized.group_of_column)
     energies = energies_by_expert(rows, hessians, (quantized, nearest))
+    small = small_scales(quantized.scales).unflatten(1, (len(hessians), -1))
+    of_rows = torch.cat([energies, small])  # [5, E, O]
     per_expert = len(parts) // len(hessians)
     sizes = [len(part.codes) for part in parts[:per_expert]]
-    sums = torch.stack([layer.sum(-1) for layer in energies.split(sizes, dim=-1)], dim=-1)
+    sums = torch.stack([layer.sum(-1) for layer in of_rows.split(sizes, dim=-1)], dim=-1)
     solutions = []
     for part, found in zip(parts, sums.permute(1, 2, 0).flatten(0, 1).tolist(), strict=True):
-        energy, error, rtn_error = found
-        solutions.append(Solution(part, energy, error, rtn_error, len(part.codes)))
+        solutions.append(_solution(part, found, len(part.codes)))
     return solutions
 
 

@@ -113,6 +113,47 @@ def test_module_with_another_computation_is_not_separated() -> None:
     assert set(find_stacks(holder)) == {"plain", "again"}
 
 
+def both_ways(
+    experts: Experts, tokens: Tensor, chosen: Tensor | None, weights: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return the outputs that the experts add one by one, and together."""
+    outputs = []
+    for add in (experts._add_one_by_one, experts._add_together):
+        output = torch.zeros_like(tokens)
+        flat = None if weights is None else weights.T.flatten()
+        add(output, Routed(tokens, chosen), flat)
+        outputs.append(output)
+    return outputs[0], outputs[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chosen", [[[0, 2], [2, 1], [0, 1], [3, 3], [2, 0]], [[1, 9], [9, 0]]])
+def test_experts_together_add_the_bits_of_experts_one_by_one(
+    dtype: torch.dtype, chosen: list[list[int]]
+) -> None:
+    experts = separated(mixtral_experts()).to(dtype)
+    tokens = torch.randn(len(chosen), 32, dtype=dtype)
+    weights = torch.rand(len(chosen), 2, dtype=dtype)
+    alone, together = both_ways(experts, tokens, torch.tensor(chosen), weights)
+    assert alone.abs().min() > 0
+    assert torch.equal(alone, together)
+
+
+def test_experts_with_rows_of_their_own_add_the_same_together() -> None:
+    tokens = torch.randn(4, 3, 32)
+    tokens[0, 1], tokens[2, 0], tokens[3] = 0, 0, 0
+    alone, together = both_ways(separated(mixtral_experts()), tokens.view(12, 32), None, None)
+    assert alone[1].abs().max() == 0 < alone[0].abs().max()
+    assert torch.equal(alone, together)
+
+
+def test_experts_with_biases_add_the_same_together(gpt_oss_experts: GptOssExperts) -> None:
+    chosen = torch.tensor([[0, 2], [2, 1], [0, 1]])
+    experts = separated(gpt_oss_experts)
+    alone, together = both_ways(experts, torch.randn(3, 32), chosen, torch.rand(3, 2))
+    torch.testing.assert_close(alone, together, rtol=0, atol=0)
+
+
 @pytest.fixture
 def gpt_oss_experts() -> GptOssExperts:
     config = GptOssConfig(**SIZES)
