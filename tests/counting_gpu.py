@@ -51,6 +51,8 @@ PARTS = {
     "solver.refine": "refine",
     "solver.quantized_linear.round_to_nearest": "errors",
     "solver.quantized_linear.output_energies": "errors",
+    "solver.quantized_linear.energies_by_expert": "errors",
+    "solver.quantized_linear.small_scales": "errors",
     "solver.quantized_linear.check_decoded": "errors",
     "quantization.layers": "put back",
     "quantization.routed_experts": "hessian",
@@ -176,8 +178,8 @@ class CountingGpu(SimulatedGpu):
             return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
         if func is aten.copy_.default and args[0].device == CPU:
             return args[0]
-        if func is aten.mm.dtype:
-            return args[0].new_empty(args[0].shape[0], args[1].shape[1], dtype=args[2])
+        if func in (aten.mm.dtype, aten.bmm.dtype):
+            return args[0].new_empty(*args[0].shape[:-1], args[1].shape[-1], dtype=args[2])
         if func not in MOVES:
             args, kwargs = _on_meta(args), _on_meta(kwargs)
         return func(*args, **kwargs)

@@ -427,7 +427,10 @@ def _mm_to_float32(left: Tensor, right: Tensor, out_dtype: torch.dtype) -> Tenso
     return left.float() @ right.float()
 
 
-SUBSTITUTES: dict[Any, Callable[..., Any]] = {aten.mm.dtype: _mm_to_float32}  # what only CUDA has
+SUBSTITUTES: dict[Any, Callable[..., Any]] = {  # what only CUDA has
+    aten.mm.dtype: _mm_to_float32,
+    aten.bmm.dtype: _mm_to_float32,
+}
 
 
 def _functions(gpu: SimulatedGpu) -> dict[str, Any]:
