@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, chain
+from itertools import accumulate, chain, groupby
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ from gptq_cli.solver.factor import (
     prepare,
 )
 from gptq_cli.solver.grid import ScaleRangeError
-from gptq_cli.solver.hessian import HessianAccumulator
+from gptq_cli.solver.hessian import HessianAccumulator, mirror_
 from gptq_cli.solver.quantized_linear import QuantizedLinear
 from gptq_cli.solver.solve import Solution, solve_together
 
@@ -84,17 +84,19 @@ class Inputs:
         first_not_finite: Callable[[int], tuple[int, int] | None],
     ) -> Inputs:
         """Return the inputs of several experts; each of `sums` is copied, then dropped."""
-        hessians: list[Tensor] = []
-        shifts: list[Tensor] = []
+        hessians = shifts = None
         tokens = []
         for expert, seen in enumerate(sums):
-            for stack, matrix in ((hessians, seen.hessian), (shifts, seen.shift)):
-                if matrix is not None:
-                    if not stack:
-                        stack.append(matrix.new_zeros(n_experts, *matrix.shape))
-                    stack[0][expert] = matrix
+            if hessians is None:
+                hessians = seen.sums[0].new_empty(n_experts, seen.in_features, seen.in_features)
+            seen.write_to(hessians[expert])
+            if seen.shift is not None:
+                if shifts is None:
+                    shifts = seen.shift.new_zeros(n_experts, *seen.shift.shape)
+                shifts[expert] = seen.shift
             tokens.append(seen.tokens)
-        return cls(hessians[0], next(iter(shifts), None), tokens, first_not_finite)
+        assert hessians is not None
+        return cls(mirror_(hessians), shifts, tokens, first_not_finite)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,11 +170,24 @@ class LayerSolver:
 
     def put_back(self, solved: SolvedLayer, linears: Mapping[str, nn.Module]) -> None:
         """Replace the weight of the layer's linear with the dequantized weight."""
-        linear = linears[solved.layer.name]
-        weight = solved.quantized.dequantize(linear.get_parameter("weight").dtype)
-        if solved.layer.transposed:
-            weight = weight.T
-        place(linear, "weight", weight)
+        dtype = linears[solved.layer.name].get_parameter("weight").dtype
+        _place(solved.layer, linears, solved.quantized.dequantize(dtype))
+
+    def put_back_together(
+        self, solved: Sequence[SolvedLayer], linears: Mapping[str, nn.Module]
+    ) -> None:
+        """Do what `put_back` does for layers that share their groups, on CUDA in few launches."""
+        if self.device.type == "cpu":
+            for layer in solved:
+                self.put_back(layer, linears)
+            return
+        for _, same in groupby(solved, lambda layer: (layer.layer.in_features, layer.layer.config)):
+            alike = list(same)
+            whole = QuantizedLinear.of_rows([layer.quantized for layer in alike])
+            dtype = linears[alike[0].layer.name].get_parameter("weight").dtype
+            weights = whole.dequantize(dtype).split([layer.layer.out_features for layer in alike])
+            for layer, weight in zip(alike, weights, strict=True):
+                _place(layer.layer, linears, weight)
 
     def finish(self, solved: SolvedLayer) -> None:
         """Keep the codes, report the layer and warn of what a user should know about it.
@@ -335,6 +350,12 @@ class LayerSolver:
         if first == last:
             return f", first in window {first}"
         return f", first in one of the windows {first} to {last}"
+
+
+def _place(layer: LayerPlan, linears: Mapping[str, nn.Module], weight: Tensor) -> None:
+    if layer.transposed:
+        weight = weight.T
+    place(linears[layer.name], "weight", weight)
 
 
 def _without_tokens(tokens: int) -> Fallback | None:

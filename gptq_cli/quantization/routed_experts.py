@@ -202,9 +202,8 @@ class _Group:
             solved: list[SolvedLayer] = []
             for _, layers in step:
                 solved += self.solver.solve_experts(layers, seen.pop(0), SINGLE_PROCESS)
-            for layer in solved:
-                self.solver.put_back(layer, linears)
-                found[layer.layer.name] = layer
+            self.solver.put_back_together(solved, linears)
+            found |= {layer.layer.name: layer for layer in solved}
         in_order = chain(*(expert.layers for expert in planned))
         return [found[layer.name] for layer in in_order]
 

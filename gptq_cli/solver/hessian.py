@@ -157,9 +157,13 @@ class HessianAccumulator:
                 self._panels[number] = view.copy_(self._panels[number])
         for start, stop in self._bounds:
             self._whole[stop:, start:stop] = self._whole[start:stop, stop:].T
-            corner = self._whole[start:stop, start:stop]
-            corner.copy_(corner.triu() + corner.triu(1).T)
+            mirror_(self._whole[start:stop, start:stop])
         return self._whole
+
+    def write_to(self, matrix: Tensor) -> None:
+        """Write H on and above its diagonal to `matrix` [I, I]; `mirror_` completes it."""
+        for panel, (start, stop) in zip(self._panels, self._bounds, strict=True):
+            matrix[:stop, start:stop] = panel
 
     def first_not_finite(self) -> tuple[int, int] | None:
         """Return (index, count) of the first `add` call after which H was not finite, or None.
@@ -223,6 +227,11 @@ class HessianAccumulator:
             return
         for start, stop in self._bounds:  # which bounds the memory of the product
             self.shift[:, start:stop] += _product(difference, twice[:, start:stop])
+
+
+def mirror_(matrices: Tensor) -> Tensor:
+    """Copy what is above the diagonals of `matrices` [..., n, n] below them; return `matrices`."""
+    return matrices.copy_(matrices.triu() + matrices.triu(1).mT)
 
 
 def _exact_on_tensor_cores(tokens: Tensor) -> bool:
